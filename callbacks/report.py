@@ -1,0 +1,20 @@
+"""Leaves a page to look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+
+from lit_vlm.engine.report import write_report
+
+
+class Report(L.Callback):
+    """Writes `run_dir/report.html` at the very end of a fit, from what the folder holds then."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = Path(run_dir)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            write_report(self.run_dir / "report.html", [self.run_dir], self.run_dir.name)

@@ -1,0 +1,201 @@
+"""The model's own answers to held-out samples, scored and shown, before training and after it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+
+from lit_vlm.data.datamodule import DataModule
+from lit_vlm.data.index import Index
+from lit_vlm.evaluation.answers import ask, readable_prompt
+from lit_vlm.evaluation.drawing import ASKED, PREDICTED, REFERENCE, Mark, draw_boxes, marks_of
+from lit_vlm.evaluation.scoring import score
+from lit_vlm.types import ImageSource, Kind, Language, PreferencePair, Record, Sample
+
+MOST_PROMPTS = 256  # of one generation
+TILES = 4  # times the training cap: nothing of the tower is kept for a backward pass
+SLACK = 8  # tokens that an answer may be longer than the longest reference beside it; by then it is wrong
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A held-out sample (of a pair, the chosen answer) and what the model says to it."""
+
+    sample: Sample
+    reference: str
+    prediction: str
+
+    @property
+    def score(self) -> float:
+        return score(self.sample.kind, self.prediction, self.reference)
+
+
+class Samples(L.Callback):
+    """Writes `samples.jsonl` and `samples/*.png` for a few samples of each kind and language, and scores many.
+
+    Args:
+        run_dir: where both are written, by rank 0; every rank generates all answers.
+        max_samples: scored per kind and language, the first ones of the held-out data.
+        shown: written per kind and language.
+        max_new_tokens: most tokens of an answer; `SLACK` more than the longest reference beside it at any rate.
+    """
+
+    def __init__(self, run_dir: Path, max_samples: int = 200, shown: int = 4, max_new_tokens: int = 160) -> None:
+        self.run_dir, self.max_samples = Path(run_dir), max_samples
+        self.shown, self.max_new_tokens = shown, max_new_tokens
+        self.scores: dict[str, dict[str, float]] = {}
+        self.num_scored: dict[str, int] = {}
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if "before" not in self.scores:  # else this fit goes on from a checkpoint, and `before` is long past
+            self._phase("before", trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # Not in on_fit_end: by then Lightning has moved the model off its device.
+        self._phase("after", trainer, pl_module)
+        metrics = {f"score/{group}": value for group, value in self.scores.get("after", {}).items()}
+        if trainer.is_global_zero and metrics:
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=trainer.global_step)
+
+    def figures(self) -> dict[str, Any]:
+        """For the manifest: mean score per phase, kind and language, and how many samples are behind each."""
+        return {"scores": self.scores, "num_scored": self.num_scored} if self.scores else {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"scores": self.scores, "num_scored": self.num_scored}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.scores, self.num_scored = dict(state_dict["scores"]), dict(state_dict["num_scored"])
+
+    def _phase(self, phase: str, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        datamodule = trainer.datamodule
+        if datamodule is None or not datamodule.held_out:
+            return
+        with trainer.precision_plugin.forward_context():
+            answers = self._answers(pl_module, datamodule)
+        groups: dict[str, list[Answer]] = defaultdict(list)
+        for answer in answers:
+            groups[f"{answer.sample.kind}_{answer.sample.language}"].append(answer)
+        self.scores[phase] = {name: float(np.mean([a.score for a in group])) for name, group in groups.items()}
+        self.num_scored = {name: len(group) for name, group in groups.items()}
+        if trainer.is_global_zero:
+            rows = [row for name, group in groups.items() for row in self._written(phase, name, group[: self.shown])]
+            _rewrite(self.run_dir / "samples.jsonl", phase, rows)
+            self._log_tables(trainer, phase, rows)
+
+    def _answers(self, pl_module: L.LightningModule, datamodule: DataModule) -> list[Answer]:
+        """In the order of the index, though generated in an order of like lengths."""
+        index = datamodule.held_out
+        lengths = _reference_lengths(index)
+        answers: dict[int, Answer] = {}
+        caps = {"most_tokens": datamodule.most_tokens, "most_tiles": TILES * datamodule.most_tiles}
+        for numbers in _batches(index, _chosen(index, self.max_samples), **caps):
+            samples = [_as_sample(index.record(number)) for number in numbers]
+            most = min(self.max_new_tokens, int(lengths[numbers].max()) + SLACK)
+            said = ask(pl_module.model, datamodule.processor, samples, most)
+            for number, sample, text in zip(numbers, samples, said, strict=True):
+                answers[number] = Answer(sample, sample.messages[-1].text.strip(), text)
+        return [answers[number] for number in sorted(answers)]
+
+    def _written(self, phase: str, group: str, answers: list[Answer]) -> Iterator[dict[str, Any]]:
+        for number, answer in enumerate(answers):
+            sample = answer.sample
+            yield {
+                "phase": phase,
+                "id": sample.id,
+                "source": sample.source,
+                "kind": str(sample.kind),
+                "language": str(sample.language),
+                "prompt": readable_prompt(sample.messages[:-1]),
+                "reference": answer.reference,
+                "prediction": answer.prediction,
+                "score": answer.score,
+                "images": self._pictures(f"{group}_{number}", phase, answer),
+            }
+
+    def _pictures(self, name: str, phase: str, answer: Answer) -> list[str]:
+        """Paths within the run's folder. Boxes are drawn where there is one picture that they can mean."""
+        images = answer.sample.images
+        asked = marks_of(readable_prompt(answer.sample.messages[:-1]), ASKED)
+        answered = marks_of(answer.reference, REFERENCE, label_chars=False)
+        answered += marks_of(answer.prediction, PREDICTED, below=True)
+        alone, paths = len(images) == 1, []
+        for number, image in enumerate(images):
+            path = f"samples/{name}_{number}{'_' + phase if alone and answered else ''}.png"
+            _save(self.run_dir / path, image, asked + answered if alone else [])
+            paths.append(path)
+        return paths
+
+    def _log_tables(self, trainer: L.Trainer, phase: str, rows: list[dict[str, Any]]) -> None:
+        columns = ["id", "kind", "language", "prompt", "reference", "prediction", "score"]
+        cells = [[row[name] for name in columns] for row in rows]
+        pictures = [(str(self.run_dir / path), row["prediction"]) for row in rows for path in row["images"]]
+        for logger in trainer.loggers:
+            if cells and hasattr(logger, "log_table"):  # Weights & Biases
+                logger.log_table(f"samples/{phase}", columns=columns, data=cells)
+            if pictures and hasattr(logger, "log_image"):
+                paths, captions = zip(*pictures, strict=True)
+                logger.log_image(f"pictures/{phase}", images=list(paths), caption=list(captions))
+
+
+def _as_sample(record: Record) -> Sample:
+    if not isinstance(record, PreferencePair):
+        return record
+    messages = (*record.prompt, record.chosen)
+    return Sample(record.id, record.source, record.origin, record.kind, record.language, messages, record.images)
+
+
+def _chosen(index: Index, most: int) -> list[int]:
+    """The first `most` of each kind and language."""
+    seen: Counter[tuple[Kind, Language]] = Counter()
+    chosen = []
+    for number, group in enumerate(zip(index.kinds, index.languages, strict=True)):
+        if seen[group] < most:
+            seen[group] += 1
+            chosen.append(number)
+    return chosen
+
+
+def _reference_lengths(index: Index) -> np.ndarray:
+    """Tokens of each reference; of several answers, all together."""
+    return np.where(index.chosen > 0, index.chosen, index.supervised)
+
+
+def _batches(index: Index, numbers: list[int], *, most_tokens: int, most_tiles: int) -> Iterator[list[int]]:
+    """References, then prompts, of like length together: little is padded and no answer waits for a long one."""
+    references = _reference_lengths(index)
+    batch: list[int] = []
+    longest = tiles = 0
+    for number in sorted(numbers, key=lambda i: (int(references[i]), int(index.tokens[i]))):
+        longest, tiles = max(longest, int(index.tokens[number])), tiles + int(index.tiles[number])
+        full = len(batch) == MOST_PROMPTS or longest * (len(batch) + 1) > most_tokens or tiles > most_tiles
+        if batch and full:
+            yield batch
+            batch, longest, tiles = [], int(index.tokens[number]), int(index.tiles[number])
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+def _save(path: Path, image: ImageSource, marks: list[Mark]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_boxes(image.load(), marks).save(path)
+
+
+def _rewrite(path: Path, phase: str, rows: list[dict[str, Any]]) -> None:
+    """Put the rows of one phase behind those of the others: a phase that is run again replaces its rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kept: list[str] = []
+    if path.is_file() and phase != "before":  # what a `before` finds is left from an earlier run
+        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): answers may hold U+2028
+        kept = [line for line in lines if line.strip() and json.loads(line)["phase"] != phase]
+    lines = [*kept, *(json.dumps(row, ensure_ascii=False) for row in rows)]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8", errors="replace")

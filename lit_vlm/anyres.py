@@ -1,0 +1,113 @@
+"""LLaVA-OneVision's tiling, as arithmetic: how many tiles and tokens an image becomes.
+
+`data` counts with it, `model` arranges features with it, so the two cannot disagree. The rules are those of transformers 5.23
+(`models/llava_onevision/{image_processing,modeling,processing}_llava_onevision.py`), rounding included; a test compares both.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import lru_cache
+
+
+class Tiling(StrEnum):
+    """`base`: the whole image once, for alignment. `anyres`: the whole image and its tiles, as plain transformers does."""
+
+    base = "base"
+    anyres = "anyres"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the features of one image become tokens. Heights and widths of a grid are in patches."""
+
+    num_tiles: int  # tower inputs, the base view first
+    num_tokens: int  # placeholders in the prompt
+    rows: int = 0  # tiles down and across; 0 = base view alone
+    columns: int = 0
+    crop: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, bottom, left, right of the stitched grid that belong to the image
+    pooled: tuple[int, int] | None = None  # bilinear target (height, width) when the cap is exceeded
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSettings:
+    """What turns an image into tiles and tokens; read from a model folder, the same for data, model and export."""
+
+    tile_size: int  # pixels, square
+    patch_size: int
+    grid_pinpoints: tuple[tuple[int, int], ...]  # (height, width) of the resolutions to choose from
+    max_tiles: int  # N of anyres_max_N: above 1.1 times this many tiles' patches, features are pooled
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resample: int = 3  # PIL's bicubic
+    tiling: Tiling = Tiling.anyres
+    select: str = "full"  # vision_feature_select_strategy: "full" (SigLIP) or "default" (CLIP, its class token dropped)
+    do_rescale: float = field(default=1 / 255)
+
+    @property
+    def side(self) -> int:
+        """Patches along a tile's side."""
+        return self.tile_size // self.patch_size
+
+    @property
+    def vision_aspect_ratio(self) -> str:
+        return f"anyres_max_{self.max_tiles}"
+
+    def layout(self, height: int, width: int, *, alone: bool = True) -> Layout:
+        """Tiles and tokens of an image of this size; `alone` is False when its sample holds several images."""
+        return _layout(self.side, self.tile_size, self.grid_pinpoints, self.max_tiles, self.tiling, height, width, alone)
+
+
+def grid_pinpoints(tile_size: int, most: int) -> tuple[tuple[int, int], ...]:
+    """All (height, width) from 1x1 to most x most tiles, as in LLaVA-OneVision's `(1x1),...,(6x6)`."""
+    sides = [tile_size * n for n in range(1, most + 1)]
+    return tuple((height, width) for height in sides for width in sides)
+
+
+def best_resolution(height: int, width: int, pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+    """The pinpoint that keeps most of the image; of equals, the one that wastes least."""
+    best, most_kept, least_wasted = pinpoints[0], -1, math.inf
+    for target_height, target_width in pinpoints:
+        scale = min(target_width / width, target_height / height)
+        kept = min(int(width * scale) * int(height * scale), width * height)
+        wasted = target_width * target_height - kept
+        if kept > most_kept or (kept == most_kept and wasted < least_wasted):
+            best, most_kept, least_wasted = (target_height, target_width), kept, wasted
+    return best
+
+
+@lru_cache(maxsize=65536)
+def _layout(
+    side: int,
+    tile_size: int,
+    pinpoints: tuple[tuple[int, int], ...],
+    max_tiles: int,
+    tiling: Tiling,
+    height: int,
+    width: int,
+    alone: bool,
+) -> Layout:
+    if tiling is Tiling.base or not alone:
+        return Layout(num_tiles=1, num_tokens=side * side + 1)  # one newline closes the base view
+    target_height, target_width = best_resolution(height, width, pinpoints)
+    rows, columns = target_height // tile_size, target_width // tile_size
+    grid_height, grid_width = rows * side, columns * side
+    top = left = 0
+    if width / height > grid_width / grid_height:
+        top = (grid_height - int(round(height * (grid_width / width), 7))) // 2
+    else:
+        left = (grid_width - int(round(width * (grid_height / height), 7))) // 2
+    kept_height, kept_width = grid_height - 2 * top, grid_width - 2 * left
+    ratio = math.sqrt(kept_height * kept_width / (max_tiles * side**2))
+    pooled = (int(kept_height // ratio), int(kept_width // ratio)) if ratio > 1.1 else None
+    token_height, token_width = pooled or (kept_height, kept_width)
+    return Layout(
+        num_tiles=1 + rows * columns,
+        num_tokens=side * side + token_height * (token_width + 1),
+        rows=rows,
+        columns=columns,
+        crop=(top, grid_height - top, left, grid_width - left),
+        pooled=pooled,
+    )

@@ -1,0 +1,236 @@
+"""What a type cannot say: settings that contradict each other or that no run could use."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from lit_vlm.config.schema import (
+    DataConfig,
+    DPOStageConfig,
+    Format,
+    PartConfig,
+    RunConfig,
+    SourceConfig,
+    StageName,
+    Task,
+    TrainerConfig,
+)
+from lit_vlm.config.settings import did_you_mean, members, nearest
+from lit_vlm.types import Kind, Part
+
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true", "transformer-engine")
+SHORT_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
+
+# trl.DPOConfig.loss_type, TRL 1.16
+LOSS_TYPES = tuple(
+    "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft"
+    " sigmoid_norm".split()
+)
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+
+# Arguments of lightning.Trainer that the program sets itself -> what to say instead.
+OWNED = {
+    "callbacks": "name them with callbacks=[...]",
+    "logger": "choose logger=csv or logger=wandb",
+    "accumulate_grad_batches": "it follows from data.global_batch_size and the two memory caps, and is printed",
+    "default_root_dir": "a run's folder is run_dir/run_name",
+    "enable_checkpointing": "checkpoints are written by the program, one layout for all strategies",
+    "use_distributed_sampler": "the plan deals the samples to the ranks",
+    "reload_dataloaders_every_n_epochs": "the plan knows every step beforehand",
+    "val_check_interval": "set data.validation.every_steps",
+    "check_val_every_n_epoch": "set data.validation.every_steps",
+    "fast_dev_run": "set debug=fast",
+    "overfit_batches": "set debug=overfit",
+    "profiler": "set debug=profile",
+    "barebones": "it would turn the callbacks off",
+}
+
+
+def check(config: RunConfig) -> list[str]:
+    """All mistakes of a config whose keys and types are right; empty when it can run."""
+    if config.task is not Task.train:
+        return [*_positive("max_new_tokens", config.max_new_tokens)]
+    return [
+        *_stage(config),
+        *_data(config.data),
+        *_pairs(config),
+        *_trainer(config.trainer),
+        *_callbacks(config.callbacks),
+    ]
+
+
+def _positive(key: str, value: float | None) -> Iterator[str]:
+    if value is not None and not value > 0:  # also NaN
+        yield f"{key}: must be above 0, found {value}."
+
+
+def _at_least_0(key: str, value: float | None) -> Iterator[str]:
+    if value is not None and not value >= 0:
+        yield f"{key}: must be 0 or above, found {value}."
+
+
+def _share(key: str, value: float | None) -> Iterator[str]:
+    if value is not None and not 0 <= value <= 1:
+        yield f"{key}: is a share and must be within 0 and 1, found {value}."
+
+
+def _stage(config: RunConfig) -> Iterator[str]:
+    stage = config.stage
+    yield from _positive("stage.learning_rate", stage.learning_rate)
+    yield from _at_least_0("stage.weight_decay", stage.weight_decay)
+    yield from _at_least_0("stage.warmup", stage.warmup)
+    yield from _share("stage.min_learning_rate", stage.min_learning_rate)
+    yield from _positive("stage.adam_eps", stage.adam_eps)
+    betas = stage.adam_betas
+    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+        yield f"stage.adam_betas: must be two numbers from 0 up to below 1, found {list(betas)}."
+    if not stage.trainable:
+        yield f"stage.trainable: is empty, so nothing would train; name some of {', '.join(Part)}."
+    if len(set(stage.trainable)) != len(stage.trainable):
+        yield "stage.trainable: names a part twice."
+    trainable = {part.value for part in stage.trainable}
+    for name in members(type(stage.parts)):
+        yield from _part(name, getattr(stage.parts, name), name in trainable)
+    if isinstance(stage, DPOStageConfig):
+        yield from _dpo(stage)
+
+
+def _part(name: str, part: PartConfig, trains: bool) -> Iterator[str]:
+    key = f"stage.parts.{name}"
+    yield from _positive(f"{key}.learning_rate", part.learning_rate)
+    yield from _at_least_0(f"{key}.weight_decay", part.weight_decay)
+    yield from _at_least_0(f"{key}.warmup", part.warmup)
+    yield from _at_least_0(f"{key}.lora.rank", part.lora.rank)
+    if not 0 <= part.lora.dropout < 1:
+        yield f"{key}.lora.dropout: must be from 0 up to below 1, found {part.lora.dropout}."
+    if part.lora.rank > 0 and not trains:
+        yield f"{key}.lora.rank: is {part.lora.rank}, but {name} does not train; add it to stage.trainable or set 0."
+    if part.lora.rank > 0:
+        yield from _positive(f"{key}.lora.alpha", part.lora.alpha)
+
+
+def _dpo(stage: DPOStageConfig) -> Iterator[str]:
+    yield from _positive("stage.beta", stage.beta)
+    if not 0 <= stage.label_smoothing < 0.5:
+        yield f"stage.label_smoothing: must be from 0 up to below 0.5, found {stage.label_smoothing}."
+    yield from _share("stage.ld_alpha", stage.ld_alpha)
+    if not stage.loss_type:
+        yield "stage.loss_type: is empty; name a loss, e.g. [sigmoid]."
+    for name in stage.loss_type:
+        if name not in LOSS_TYPES:
+            found = did_you_mean(nearest(name, LOSS_TYPES))
+            yield f"stage.loss_type: there is no loss {name}; there are {', '.join(LOSS_TYPES)}.{found}"
+    if stage.f_divergence_type not in DIVERGENCES:
+        found = did_you_mean(nearest(stage.f_divergence_type, DIVERGENCES))
+        there = ", ".join(DIVERGENCES)
+        yield f"stage.f_divergence_type: expected one of {there}, found {stage.f_divergence_type}.{found}"
+    weights = stage.loss_weights
+    if weights is not None and len(weights) != len(stage.loss_type):
+        yield f"stage.loss_weights: {len(weights)} for {len(stage.loss_type)} losses; give one for each of loss_type."
+
+
+def _data(data: DataConfig) -> Iterator[str]:
+    if not data.sources:
+        yield "data.sources: is empty; choose data=... or 'data/source@data.sources=[...]'."
+    for table, sources in (("data.sources", data.sources), ("data.validation.sources", data.validation.sources)):
+        for name, source in sources.items():
+            yield from _source(f"{table}.{name}", source)
+    yield from _weights(data.sources)
+    for name in ("global_batch_size", "tokens_per_micro_batch", "tiles_per_micro_batch", "max_image_pixels"):
+        yield from _positive(f"data.{name}", getattr(data, name))
+    yield from _share("data.max_quarantined", data.max_quarantined)
+    yield from _at_least_0("data.num_workers", data.num_workers)
+    yield from _positive("data.validation.every_steps", data.validation.every_steps)
+    yield from _at_least_0("data.validation.max_samples", data.validation.max_samples)
+    if not 0 <= data.validation.fraction < 1:
+        yield f"data.validation.fraction: must be from 0 up to below 1, found {data.validation.fraction}."
+
+
+def _source(key: str, source: SourceConfig) -> Iterator[str]:
+    if source.path is None and source.format is not Format.digits:
+        yield f"{key}.path is not set: give the file or folder, {key}.path=..."
+    yield from _at_least_0(f"{key}.weight", source.weight)
+    yield from _positive(f"{key}.num_samples", source.num_samples)
+    if source.kind is not None and source.kind not in list(Kind):
+        found = did_you_mean(nearest(source.kind, list(Kind)))
+        yield f"{key}.kind: there is no kind {source.kind}; there are {', '.join(Kind)}.{found}"
+
+
+def _weights(sources: dict[str, SourceConfig]) -> Iterator[str]:
+    weights = {name: source.weight for name, source in sources.items()}
+    without = [name for name, weight in weights.items() if weight is None]
+    if without and len(without) < len(weights):
+        yield (
+            f"data.sources: {', '.join(without)} {'has' if len(without) == 1 else 'have'} no weight and the others do;"
+            " give every source a weight, or none (then their sizes count)."
+        )
+    elif weights and not without and not any(weights.values()):
+        yield "data.sources: every weight is 0, so there is nothing to draw from."
+
+
+def holds_pairs(source: SourceConfig) -> bool | None:
+    """Whether a source holds preference pairs; None when only the file can tell."""
+    if source.format is Format.preference or source.kind == Kind.preference:
+        return True
+    if source.format is Format.builtin:
+        return source.path == Kind.preference
+    return None if source.format is Format.auto and source.kind is None else False
+
+
+def _pairs(config: RunConfig) -> Iterator[str]:
+    dpo, stage = config.stage.name is StageName.dpo, config.stage.name.value
+    wrong = [name for name, source in config.data.sources.items() if holds_pairs(source) is not None]
+    wrong = [name for name in wrong if holds_pairs(config.data.sources[name]) is not dpo]
+    names = ", ".join(wrong)
+    if wrong and dpo:
+        yield f"data.sources: {names}: no preference pairs, and stage=dpo needs them; choose data=preference."
+    elif wrong:
+        yield f"data.sources: {names}: preference pairs, which stage={stage} cannot use; choose other data or dpo."
+
+
+def _trainer(trainer: TrainerConfig) -> Iterator[str]:
+    for name in ("max_steps", "max_epochs", "devices", "num_nodes", "log_every_n_steps", "num_threads"):
+        yield from _positive(f"trainer.{name}", getattr(trainer, name))
+    yield from _at_least_0("trainer.gradient_clip_val", trainer.gradient_clip_val)
+    yield from _at_least_0("trainer.limit_val_batches", trainer.limit_val_batches)
+    if trainer.precision not in PRECISIONS:
+        found = SHORT_PRECISIONS.get(trainer.precision) or nearest(trainer.precision, PRECISIONS)
+        there = ", ".join(PRECISIONS)
+        yield f"trainer.precision: expected one of {there}, found {trainer.precision}.{did_you_mean(found)}"
+    for name in trainer.extra:
+        yield from _extra(name)
+
+
+def _extra(name: str) -> Iterator[str]:
+    key = f"trainer.extra.{name}"
+    if name in members(TrainerConfig):
+        yield f"{key}: is a setting of its own, trainer.{name}."
+    elif name in OWNED:
+        yield f"{key}: is not yours to set; {OWNED[name]}."
+    elif name not in trainer_arguments():
+        yield f"{key}: lightning.Trainer has no such argument.{did_you_mean(nearest(name, trainer_arguments()))}"
+
+
+@cache
+def trainer_arguments() -> tuple[str, ...]:
+    """The arguments of lightning.Trainer, read from its source: importing it takes seconds, and an error should not."""
+    package = Path(importlib.util.find_spec("lightning").origin).parent
+    tree = ast.parse((package / "pytorch/trainer/trainer.py").read_text(encoding="utf-8"))
+    trainer = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Trainer")
+    init = next(node for node in trainer.body if isinstance(node, ast.FunctionDef) and node.name == "__init__")
+    return tuple(argument.arg for argument in init.args.kwonlyargs)
+
+
+def _callbacks(names: list[str]) -> Iterator[str]:
+    known = RunConfig().callbacks
+    for name in names:
+        if name not in known and "." not in name:
+            found = did_you_mean(nearest(name, known))
+            yield (
+                f"callbacks: there is no callback {name}; there are {', '.join(known)},"
+                f" or the import path of your own class (my_package.MyCallback).{found}"
+            )

@@ -1,0 +1,160 @@
+"""The text of `python run.py --help`: choices are read from conf/ and settings from the schema."""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from enum import Enum
+from typing import Any, get_args
+
+import yaml
+
+from lit_vlm.config import schema
+from lit_vlm.config.compose import CONF, choices
+from lit_vlm.config.recipe import recipes
+from lit_vlm.config.settings import Setting, describe, field_comments, settings
+
+# What people change most, in the order in which they meet it.
+FIRST = (
+    "data.sources.<name>.path",
+    "init_from",
+    "stage.learning_rate",
+    "stage.trainable",
+    "data.global_batch_size",
+    "data.tokens_per_micro_batch",
+    "trainer.max_steps",
+    "trainer.max_epochs",
+    "trainer.devices",
+    "run_dir",
+)
+GROUPS = {
+    "model": "which parts are put together",
+    "data": "what is read",
+    "data/source": "ready sources: 'data/source@data.sources=[...]', after a download",
+    "stage": "what trains, on which loss",
+    "trainer": "on which machine",
+    "logger": "where the metrics go",
+}
+EXAMPLES = (
+    ("python run.py", "the tiny recipe, all stages, on a CPU, without a download"),
+    ("python run.py experiment=tiny/2_sft trainer.max_steps=50", "one stage of it, shorter"),
+    ("python run.py data=digits run_dir=runs/digits", "all stages on real pictures"),
+    (
+        "python run.py experiment=tiny/2_sft data=llava_json data.sources.mine.path=my.json",
+        "your own data, its images beside it (or below data.sources.mine.image_root)",
+    ),
+    (
+        "torchrun --nproc-per-node=8 run.py experiment=varco_vision_14b/1_align",
+        "VARCO-VISION's first stage on eight GPUs",
+    ),
+    ("python run.py task=chat init_from=runs/tiny/4_dpo/hf 'image=[cat.jpg]'", "talk to the result"),
+)
+MORE = (
+    ("python run.py --help settings", "every setting, its type, default and meaning"),
+    ("python run.py --cfg job experiment=tiny/2_sft", "what a command line composes to, without running it"),
+    ("python run.py --config-dir FOLDER ...", "your own data/, experiment/, ... beside conf/"),
+    ('eval "$(python run.py -sc install=bash)"', "completion of keys and choices in this shell"),
+    ("docs/", "one page per question"),
+)
+WIDTH = 110
+
+
+def help_text(words: list[str]) -> str:
+    """The first page, or with the word `settings` the table of everything."""
+    return _all_settings() if "settings" in words else _first_page()
+
+
+def _first_page() -> str:
+    parts = [
+        "lit_vlm trains Korean and English vision-language models: align -> sft -> highres -> dpo.\n"
+        "Every setting is a word on the command line: python run.py key=value ...",
+        "TASKS   task=<name>, by default the pipeline; naming an experiment= means train\n" + _tasks(),
+        "RECIPES   recipe=<folder> for all its stages, experiment=<folder>/<stage> for one\n" + _recipes(),
+        "CHOICES   <group>=<name>; a file each in conf/\n" + _choices(),
+        "SETTINGS   what people change first\n"
+        + "\n".join(_row(row) for key in FIRST for row in settings() if row.key == key),
+        "EXAMPLES\n" + _commands(EXAMPLES),
+        "MORE\n" + _commands(MORE),
+    ]
+    return "\n\n".join(parts)
+
+
+def _tasks() -> str:
+    return "\n".join(f"  {name:<12}{meaning}" for name, meaning in _meanings(schema.Task).items())
+
+
+def _recipes() -> str:
+    names = choices("experiment")
+    stages = {
+        recipe: [name.rpartition("/")[2] for name in names if name.rpartition("/")[0] == recipe] for recipe in recipes()
+    }
+    return "\n".join(f"  {recipe:<20}{', '.join(found)}" for recipe, found in stages.items())
+
+
+def _choices() -> str:
+    defaults = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))["defaults"]
+    chosen = {group: name for entry in defaults if isinstance(entry, dict) for group, name in entry.items()}
+    lines = []
+    for group, meaning in GROUPS.items():
+        default = f" (default {chosen[group]})" if chosen.get(group) else ""
+        lines += [f"  {group:<12}{meaning}{default}", _wrapped(", ".join(choices(group)), 14)]
+    return "\n".join(lines)
+
+
+def _commands(rows: tuple[tuple[str, str], ...]) -> str:
+    return "\n".join(f"  {command}\n      {meaning}" for command, meaning in rows)
+
+
+def _row(row: Setting) -> str:
+    default = "must be set" if row.default == "???" else f"default {written(row.default)}"
+    if row.key.startswith("stage.") and row.default == "???":
+        default = "set by stage="
+    return f"  {row.key}   {describe(row.type)}; {default}" + (
+        f"\n{_wrapped(_meaning(row), 6)}" if _meaning(row) else ""
+    )
+
+
+def _meaning(row: Setting) -> str:
+    if row.comment:
+        return row.comment
+    kinds = [kind for kind in (get_args(row.type) or (row.type,)) if inspect.isclass(kind) and issubclass(kind, Enum)]
+    return "; ".join(f"{name}: {text}" for kind in kinds for name, text in _meanings(kind).items() if text)
+
+
+def _meanings(kind: type[Enum]) -> dict[str, str]:
+    return {name: field_comments().get((kind.__name__, name), "") for name in kind.__members__}
+
+
+def _wrapped(text: str, indent: int) -> str:
+    return textwrap.fill(
+        text, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * indent, break_on_hyphens=False
+    )
+
+
+def written(value: Any) -> str:
+    """A default as it would be typed."""
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(written, value)) + "]"
+    if isinstance(value, bool) or value is None:
+        return "null" if value is None else str(value).lower()
+    return str(value)
+
+
+def _all_settings() -> str:
+    """Each setting once: the three parts share their rows, so do training and validation sources."""
+    lines, seen = [], set()
+    for row in settings():
+        key = row.key
+        for part in schema.PartName.__members__:
+            key = key.replace(f"stage.parts.{part}.", "stage.parts.<part>.")
+        key = key.replace("data.validation.sources.", "data.sources.")
+        if key not in seen:
+            seen.add(key)
+            lines.append(_row(Setting(key, row.type, row.default, row.comment, row.group)))
+    notes = (
+        "<name> is the name of a source; data.validation.sources.<name> has the same settings.\n"
+        f"<part> is one of {', '.join(schema.PartName.__members__)}."
+    )
+    return "\n".join(lines) + f"\n\n{notes}"

@@ -1,0 +1,225 @@
+"""Keys, types and choices: every mistake in overrides and files, each named with the nearest right word."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from enum import Enum
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from hydra.core.default_element import ResultDefault
+from hydra.core.override_parser.types import Override
+from omegaconf import OmegaConf
+
+from lit_vlm.config.compose import choices, config_dirs, groups
+from lit_vlm.config.overrides import parsed
+from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig
+from lit_vlm.config.settings import (
+    describe,
+    did_you_mean,
+    members,
+    nearest,
+    nearest_key,
+    settings,
+    value_type,
+)
+
+NEW_SOURCE = (
+    "A source is added by a file (conf/data/<name>.yaml, or your own folder with --config-dir)"
+    " or from the ready ones: 'data/source@data.sources=[...]'"
+)
+
+
+def hint_of(key: str, stage: type[StageConfig]) -> Any:
+    """The type of a setting; None when there is no such setting."""
+    hint: Any = RunConfig
+    for word in key.split("."):
+        if hint is Any:
+            return Any
+        hint = members(hint).get(word) if is_dataclass(hint) else value_type(hint)
+        if hint is None:
+            return None
+        hint = stage if hint is StageConfig else hint
+    return hint
+
+
+def mistakes_in(key: str, value: Any, stage: type[StageConfig]) -> Iterator[str]:
+    """What is wrong with this value for this key, down to the leaves of a value that holds others."""
+    hint = hint_of(key, stage)
+    if hint is None:
+        yield _unknown(key, stage)
+    elif isinstance(value, dict) and (is_dataclass(hint) or is_dataclass(value_type(hint))):
+        for name, item in value.items():
+            yield from mistakes_in(f"{key}.{name}", item, stage)
+    elif not fits(hint, value):
+        yield f"{key}: expected {describe(hint)}, found {shown(value)}.{_nearest_member(hint, value)}"
+
+
+def _unknown(key: str, stage: type[StageConfig]) -> str:
+    if hint_of(key, DPOStageConfig) is not None:
+        return f"{key} is a setting of stage=dpo, and this is another stage."
+    words = key.split(".")
+    place = 2 if key.startswith("data.sources.") else 3
+    name = words[place] if len(words) > place and "sources" in words else "mine"
+    found = nearest_key(key, [*members(RunConfig), *(row.key.replace("<name>", name) for row in settings(stage))])
+    return f"unknown setting {key}.{did_you_mean(found)}" + ("" if found else " See python run.py --help settings.")
+
+
+def fits(hint: Any, value: Any) -> bool:
+    """Whether OmegaConf will take the value and mean what its writer meant; it takes 2 or 'yes' for a bool."""
+    if hint is Any or (isinstance(value, str) and ("${" in value or value == "???")):
+        return True
+    if get_origin(hint) in (UnionType, Union):
+        return any(fits(option, value) for option in get_args(hint))
+    if get_origin(hint) in (list, tuple):
+        kind = get_args(hint)[0]
+        return isinstance(value, list) and all(fits(kind, item) for item in value)
+    if get_origin(hint) is dict or is_dataclass(hint):
+        return isinstance(value, dict)
+    if hint is NoneType or hint is bool:
+        return isinstance(value, hint)
+    if issubclass(hint, Enum):
+        return str(value) in hint.__members__
+    if isinstance(value, bool) or value is None:
+        return hint is str and value is not None
+    return _converts(hint, value)
+
+
+def _converts(hint: type, value: Any) -> bool:
+    if hint is int and isinstance(value, float) or not isinstance(value, str | int | float):
+        return False
+    try:
+        hint(value)
+    except ValueError:
+        return False
+    return True
+
+
+def shown(value: Any) -> str:
+    """A value as it is written in YAML and on the command line."""
+    if isinstance(value, bool) or value is None:
+        return "null" if value is None else str(value).lower()
+    return repr(value)
+
+
+def _nearest_member(hint: Any, value: Any) -> str:
+    options = [option for option in (get_args(hint) or (hint,)) if inspect.isclass(option) and issubclass(option, Enum)]
+    if not options:
+        return ""
+    if isinstance(value, bool) and {"on", "off"} & set(options[0].__members__):
+        return " In a YAML file, put 'on' and 'off' in quotes."
+    values = value if isinstance(value, list) else [value]
+    wrong = [str(item) for item in values if str(item) not in options[0].__members__]
+    return did_you_mean(nearest(wrong[0], list(options[0].__members__))) if wrong else ""
+
+
+def mistakes_in_choice(override: Override, overrides: list[str]) -> Iterator[str]:
+    """A group or a choice that does not exist."""
+    group, value = override.key_or_group, override.value()
+    if group not in groups(overrides):
+        yield f"{override.input_line}: there is no group {group}.{did_you_mean(nearest(group, groups(overrides)))}"
+        return
+    offered = choices(group, overrides)
+    for name in value if isinstance(value, list) else [value]:
+        if name is None or name in offered:
+            continue
+        inside = [choice for choice in offered if choice.startswith(f"{name}/")]
+        if inside:
+            yield f"{group}={name} is a recipe: name a stage of it ({', '.join(inside)}), or all with recipe={name}."
+        else:
+            found = did_you_mean(nearest(str(name), offered))
+            yield f"{group}={name}: there is no such choice; there are {', '.join(offered)}.{found}"
+
+
+def mistakes_in_override(text: str, stage: type[StageConfig], sources: dict[str, set[str]] | None) -> Iterator[str]:
+    """What is wrong with one override that sets a value.
+
+    Args:
+        text: the override.
+        stage: the schema of the chosen stage.
+        sources: names by the key of their table (data.sources, data.validation.sources); None when they are not known.
+    """
+    override = parsed(text)
+    key = override.key_or_group
+    if override.is_sweep_override():
+        yield f"{text}: a comma makes a sweep, which needs -m; a text with a comma needs quotes: {key}=\"'...'\"."
+    elif sources is not None and (wrong := list(_wrong_sources(override, sources))):
+        yield from wrong
+    elif override.is_delete():
+        if not (_source_of(key)[0] or key.startswith("trainer.extra.")):
+            yield f"{text}: only a source or an entry of trainer.extra can be taken away."
+    else:
+        yield from mistakes_in(key, override.value(), stage)
+        if override.is_add() and hint_of(key, stage) is not None:
+            yield f"{text}: {key} is a setting already; leave out the +."
+
+
+def _wrong_sources(override: Override, sources: dict[str, set[str]]) -> Iterator[str]:
+    """Sources that are not there: the schema of a table of sources lets files add to it, and nobody else."""
+    key = override.key_or_group
+    table, name = _source_of(key)
+    if table and name not in sources[table]:
+        there = ", ".join(sorted(sources[table])) or "none"
+        found = did_you_mean(nearest(name, sorted(sources[table])))
+        yield f"{key}: there is no source {name} here ({there}).{found} {NEW_SOURCE}."
+    elif key in sources and isinstance(override.value(), dict) and (new := set(override.value()) - sources[key]):
+        yield f"{key}: {', '.join(sorted(new))} cannot be added here. {NEW_SOURCE}."
+
+
+def _source_of(key: str) -> tuple[str, str]:
+    """("data.sources", "mine") of data.sources.mine.path; empty for any other key."""
+    for table in ("data.sources", "data.validation.sources"):
+        if key.startswith(f"{table}."):
+            return table, key.removeprefix(f"{table}.").partition(".")[0]
+    return "", ""
+
+
+def mistakes_in_file(default: ResultDefault, stage: type[StageConfig], overrides: list[str]) -> Iterator[str]:
+    """What is wrong with the settings of one file of conf/, each with its line."""
+    path = next(
+        (file for folder in config_dirs(overrides) if (file := folder / f"{default.config_path}.yaml").is_file()), None
+    )
+    if path is None or str(default.config_path).startswith("hydra/"):
+        return  # a schema, or a file of Hydra's
+    package = default.package or ""
+    if package.startswith("experiment"):
+        yield f"{_short(path)}: the first line must be '# @package _global_', or nothing in the file counts."
+        return
+    content = OmegaConf.to_container(OmegaConf.load(path), resolve=False) or {}
+    for name, value in content.items():
+        if name == "defaults" or (name == "hydra" and not package):
+            continue
+        key = f"{package}.{name}".strip(".")
+        for leaf, item in _leaves(key, value, stage):
+            for mistake in mistakes_in(leaf, item, stage):
+                line = _line(path, leaf.removeprefix(package).strip(".").split("."))
+                yield f"{_short(path)}:{line}: {mistake}"
+
+
+def _leaves(key: str, value: Any, stage: type[StageConfig]) -> Iterator[tuple[str, Any]]:
+    hint = hint_of(key, stage)
+    if isinstance(value, dict) and value and (is_dataclass(hint) or is_dataclass(value_type(hint))):
+        for name, item in value.items():
+            yield from _leaves(f"{key}.{name}", item, stage)
+    elif not (value is None and is_dataclass(hint)):  # `data:` with nothing below it
+        yield key, value
+
+
+def _line(path: Path, words: list[str]) -> int:
+    """The line where a key stands, counted from 1."""
+    node, line = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), 1
+    for word in words:
+        for key, value in getattr(node, "value", []):
+            if key.value == word:
+                node, line = value, key.start_mark.line + 1
+                break
+    return line
+
+
+def _short(path: Path) -> str:
+    """The path from here where it lies below, else whole."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,46 @@
+"""What -m may do: several jobs one after the other in this process, each on one device."""
+
+from __future__ import annotations
+
+from lit_vlm.config.compose import composed
+from lit_vlm.config.overrides import ConfigError, key_of, parsed
+
+
+def values_of(override: str) -> list[str]:
+    """One override per value of a comma list; any other override as it is."""
+    word = parsed(override)
+    if not word.is_choice_sweep():
+        return [override]
+    return [f"{override.partition('=')[0]}={value}" for value in word.sweep_string_iterator()]
+
+
+def check_multirun(overrides: list[str]) -> None:
+    """Refuse -m with several local devices.
+
+    Lightning starts one process per device by running the command line again, -m included: each would walk the whole
+    list by itself, out of step with the others. A launcher that starts every job as a program of its own is fine.
+
+    Raises:
+        ConfigError: a job of the list asks for several devices.
+    """
+    launcher = [str(parsed(text).value()) for text in overrides if key_of(text) == "hydra/launcher"]
+    if launcher and launcher[-1].startswith("submitit"):
+        return
+    for job in _samples(overrides):
+        devices = composed(job).trainer.devices
+        if devices > 1:
+            raise ConfigError(
+                [
+                    f"-m with trainer.devices={devices}: every device's process would run the whole list by itself."
+                    " Use one device, start the jobs one by one, or send them to a cluster with"
+                    " hydra/launcher=submitit_slurm."
+                ]
+            )
+
+
+def _samples(overrides: list[str]) -> list[list[str]]:
+    """Jobs in which each value of each list is seen once; their product could be thousands."""
+    lists = [values_of(text) for text in overrides]
+    first = [values[0] for values in lists if not parsed(values[0]).is_sweep_override()]
+    others = [[value if text == values[0] else text for text in first] for values in lists for value in values[1:]]
+    return [first, *others]

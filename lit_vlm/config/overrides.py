@@ -1,0 +1,173 @@
+"""From the words of a command line to Hydra's overrides.
+
+Values arrive from shells and from W&B, so what Hydra's grammar cannot read but a person can (Hangul, a JSON object) is
+quoted here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from lit_vlm.types import UserError
+
+SOURCES = "data/source@data.sources"
+_BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*\Z")
+_WORDS = {"null", "true", "false", "inf", "nan", "none"}
+_FLAG_WITH_VALUE = re.compile(r"--(cfg|info|package|config-(dir|name|path)|experimental-rerun)=")
+
+
+class ConfigError(UserError):
+    """Everything that is wrong with a configuration, in one message, each mistake once."""
+
+    def __init__(self, mistakes: list[str]) -> None:
+        self.mistakes = list(dict.fromkeys(mistakes))
+        lines = "\n".join(f"- {mistake}" for mistake in self.mistakes)
+        many = f"{len(self.mistakes)} mistakes in the configuration:\n{lines}"
+        super().__init__(self.mistakes[0] if len(self.mistakes) == 1 else many)
+
+    def __reduce__(self):
+        return type(self), (self.mistakes,)
+
+
+def read_arguments(arguments: list[str]) -> list[str]:
+    """Command-line arguments as overrides that Hydra can parse.
+
+    A JSON object (what `${args_json}` of a W&B sweep hands over) becomes one override per key; a folder given with
+    `--config-dir` becomes a search path; a value that only lacks quotes gets them.
+
+    Raises:
+        ConfigError: with every argument that is no override.
+    """
+    words, mistakes = [], []
+    for argument in _config_dir_as_search_path(arguments):
+        try:
+            words += from_json(argument) if argument.lstrip().startswith("{") else [_readable(argument)]
+        except UserError as error:
+            mistakes.append(str(error))
+    if mistakes:
+        raise ConfigError(mistakes)
+    return words
+
+
+def parsed(override: str) -> Override:
+    """Hydra's reading of one override."""
+    return OverridesParser.create().parse_override(override)
+
+
+def key_of(override: str) -> str:
+    """`stage.learning_rate` of `++stage.learning_rate=1`."""
+    return override.lstrip("+~").partition("=")[0]
+
+
+def with_implied(overrides: list[str]) -> list[str]:
+    """The overrides and what naming them implies, first so that a later word wins.
+
+    An `experiment=` is one stage, so the task is to train it; ready sources stand alone unless `data=` says with what;
+    `trainer.extra.*` holds arguments that the schema does not name.
+    """
+    keys = {key_of(override) for override in overrides}
+    implied = []
+    if "experiment" in keys and "task" not in keys:
+        implied.append("task=train")
+    if SOURCES in keys and "data" not in keys:
+        implied.append("data=ready")
+    return implied + [f"++{word}" if word.startswith("trainer.extra.") else word for word in overrides]
+
+
+def from_json(text: str) -> list[str]:
+    """Overrides of a JSON object of settings; keys may be dotted or nested."""
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{text!r} begins like a JSON object of settings but is none: {error}.") from None
+    return [f"{key}={quote(value)}" for key, value in _flat(settings, "")]
+
+
+def _flat(settings: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
+    rows = []
+    for key, value in settings.items():
+        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(prefix + key, value)]
+    return rows
+
+
+def quote(value: Any) -> str:
+    """A plain value in Hydra's grammar, so that it is parsed back to the same value."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float) and not math.isfinite(value):
+        return "nan" if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(quote, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{quote(key)}:{quote(item)}" for key, item in value.items()) + "}"
+    text = str(value)
+    if _BARE.match(text) and text.lower() not in _WORDS:
+        return text
+    # Inside quotes Hydra un-escapes \' and doubled backslashes only where a quote follows.
+    body = re.sub(r"(\\*)'", lambda match: match.group(1) * 2 + "\\'", text)
+    return "'" + re.sub(r"(\\+)\Z", lambda match: match.group(1) * 2, body) + "'"
+
+
+def _readable(argument: str) -> str:
+    """The argument, quoted if only its quotes are missing."""
+    if argument.startswith("--") and "=" in argument:
+        raise UserError(
+            f"{argument}: settings are written without dashes: {argument.lstrip('-')}"
+            " (in a W&B sweep use ${args_json} or ${args_no_hyphens})."
+        )
+    key, equals, value = argument.partition("=")
+    if not equals and not argument.startswith("~"):
+        raise UserError(
+            f"{argument!r} is not a setting: write key=value, e.g. task={argument}. See python run.py --help."
+        )
+    for attempt in (argument, f"{key}={quote(value)}"):
+        try:
+            parsed(attempt)
+            return attempt
+        except HydraException:
+            # A list or an object with a slip in it is a mistake, not a text.
+            if value[:1] in "[{('\"":
+                break
+    raise UserError(f"{argument}: cannot be read; quote it for Hydra as well as for the shell: {key}=\"'...'\".")
+
+
+def _config_dir_as_search_path(arguments: list[str]) -> list[str]:
+    """`--config-dir FOLDER` of Hydra, in the form that also works without Hydra's own entry."""
+    words, folders, rest = [], [], iter(arguments)
+    for word in rest:
+        flag, equals, value = word.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            folder = Path(value if equals else next(rest, "")).expanduser().resolve()
+            if not folder.is_dir():
+                raise UserError(f"--config-dir: there is no folder {folder}.")
+            folders.append(f"file://{folder}")
+        else:
+            words.append(word)
+    return words + ([f"hydra.searchpath={quote(folders)}"] if folders else [])
+
+
+def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Hydra's own flags (`--cfg job`, `-m`, `-sc`, ...) with their values, and the settings."""
+    flags, words, rest = [], [], iter(arguments)
+    for word in rest:
+        if word in ("--config-dir", "-cd"):
+            words += [word, next(rest, "")]
+        elif word.startswith("-") and (not word.startswith("--") or "=" not in word or _FLAG_WITH_VALUE.match(word)):
+            (words if word.startswith("--config-dir=") else flags).append(word)
+        elif "=" in word or word.startswith(("~", "{", "--")) or not flags:
+            words.append(word)
+        else:
+            flags.append(word)  # the value of the flag before it
+    return flags, words

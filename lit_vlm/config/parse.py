@@ -1,0 +1,231 @@
+"""From overrides to a Run: a typed plain config, its name, its folder; or every mistake, at once and by name."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra.core.default_element import ResultDefault
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from lit_vlm.config.check import check
+from lit_vlm.config.compose import composed, defaults_list, groups
+from lit_vlm.config.identity import previous_folder, run_name
+from lit_vlm.config.keys import mistakes_in_choice, mistakes_in_file, mistakes_in_override
+from lit_vlm.config.multirun import values_of
+from lit_vlm.config.overrides import ConfigError, key_of, parsed, read_arguments, with_implied
+from lit_vlm.config.pipeline import pipeline_overrides, wrong_for_pipeline
+from lit_vlm.config.recipe import SOURCE_TABLES, experiment_of, stages_of
+from lit_vlm.config.schema import DPOStageConfig, Format, RunConfig, SourceConfig, StageConfig, Task
+from lit_vlm.config.settings import settings
+from lit_vlm.types import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One job: what to do, under which name, in which folder."""
+
+    config: RunConfig
+    experiment: str | None  # e.g. tiny/2_sft
+    name: str  # e.g. tiny/2_sft or tiny/2_sft-3fa2b1c0
+    dir: Path  # run_dir/name, absolute
+    overrides: list[str]  # as given; each can be given again
+    init_from: str | None  # a folder or a hub id; `previous` is resolved
+
+
+def parse(arguments: list[str]) -> Run:
+    """The run that these overrides describe. Nothing heavy is imported and no folder is made.
+
+    Args:
+        arguments: overrides as on the command line, or one JSON object.
+
+    Raises:
+        ConfigError: with every mistake in the overrides, in the files they choose, and between settings.
+    """
+    given = read_arguments(arguments)
+    overrides = with_implied(given)
+    wrong = wrong_words(overrides)
+    if _is_pipeline(overrides):
+        wrong |= {f"pipeline {place}": [mistake] for place, mistake in enumerate(wrong_for_pipeline(given))}
+    if wrong:
+        raise ConfigError(
+            [*(mistake for mistakes in wrong.values() for mistake in mistakes), *_also_wrong(overrides, wrong)]
+        )
+    if _is_pipeline(overrides):
+        # A source is a source of some stages, and each of them is looked at by itself.
+        config = _plain(_compose([text for text in overrides if not key_of(text).startswith(SOURCE_TABLES)]))
+        _check_stages(stages_of(config.recipe, given), given)
+    else:
+        config = _plain(_compose(overrides))
+    if mistakes := check(config):
+        raise ConfigError(mistakes)
+    return _run(config, overrides, given)
+
+
+def wrong_words(overrides: list[str], *, sweep: bool = False) -> dict[str, list[str]]:
+    """Override -> its mistakes in key, type or choice; under "files" those of the files that the overrides choose.
+
+    Args:
+        overrides: what `with_implied` returns.
+        sweep: take each value of a comma list by itself, as -m does.
+    """
+    if sweep:
+        values = [value for text in overrides for value in values_of(text)]
+        overrides = [text for text in values if not parsed(text).is_sweep_override()]  # a range is Hydra's to read
+    own_groups = groups(overrides)
+    choosing = [text for text in overrides if _is_choice(text, own_groups)]
+    wrong = {text: list(mistakes_in_choice(parsed(text), overrides)) for text in choosing}
+    folders = [text for text in overrides if key_of(text) == "hydra.searchpath"]
+    # With a wrong choice nobody knows which files count; the rest is then held against what is sure.
+    unsure = any(wrong.values())
+    chosen = folders + ([] if unsure else _last_of_each(choosing))
+    stage, wrong["files"] = _wrong_files(chosen)
+    known = None if unsure or wrong["files"] or _is_pipeline(overrides) else _source_names(chosen)
+    for text in overrides:
+        if text not in choosing and not key_of(text).startswith(("hydra.", "hydra/")):
+            wrong[text] = list(mistakes_in_override(text, DPOStageConfig if unsure else stage, known))
+    return {text: mistakes for text, mistakes in wrong.items() if mistakes}
+
+
+def _also_wrong(overrides: list[str], wrong: dict[str, list[str]]) -> list[str]:
+    """Contradictions between the settings that were said right; what is not set may be what a wrong word meant."""
+    try:
+        config = _plain(_compose([text for text in overrides if text not in wrong]))
+    except ConfigError:
+        return []
+    return [mistake for mistake in check(config) if "is not set" not in mistake]
+
+
+def _is_choice(override: str, own_groups: list[str]) -> bool:
+    key = key_of(override)
+    return not key.startswith(("hydra.", "hydra/")) and (
+        key.partition("@")[0] in own_groups or "/" in key or "@" in key
+    )
+
+
+def _last_of_each(choosing: list[str]) -> list[str]:
+    return list({key_of(text): text for text in choosing}.values())
+
+
+def _is_pipeline(overrides: list[str]) -> bool:
+    task = [parsed(text).value() for text in overrides if key_of(text) == "task"]
+    return (task[-1] if task else Task.pipeline.value) == Task.pipeline.value
+
+
+def _wrong_files(chosen: list[str]) -> tuple[type[StageConfig], list[str]]:
+    try:
+        files: list[ResultDefault] = defaults_list(chosen)
+        stage = DPOStageConfig if any(file.config_path == "schema/stage/dpo" for file in files) else StageConfig
+        return stage, [mistake for file in files for mistake in mistakes_in_file(file, stage, chosen)]
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        return DPOStageConfig, [_one_line(error)]
+
+
+def _source_names(chosen: list[str]) -> dict[str, set[str]]:
+    data = _compose(chosen).data
+    return {"data.sources": set(data.sources), "data.validation.sources": set(data.validation.sources)}
+
+
+def _compose(overrides: list[str]) -> DictConfig:
+    try:
+        return composed(overrides)
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError([_one_line(error)]) from error
+
+
+def _one_line(error: Exception) -> str:
+    """Hydra's or YAML's own words without their stack of object types."""
+    text = str(error.__cause__ or error) if "Error merging" in str(error) else str(error)
+    lines = [
+        line.strip() for line in text.splitlines() if not re.match(r"\s*(object_type|full_key|reference_type)", line)
+    ]
+    return " ".join(line for line in lines if line)
+
+
+def _plain(config: DictConfig) -> RunConfig:
+    """The typed objects, every value set, folders absolute."""
+    try:
+        missing = sorted(OmegaConf.missing_keys(config))
+        plain = None if missing else OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise ConfigError([_one_line(error)]) from error
+    if missing:
+        about = {row.key: row.comment or "it has no default" for row in settings()}
+        raise ConfigError(
+            [f"{key} is not set: {about.get(key, 'it has no default')}. Set {key}=..." for key in missing]
+        )
+    assert isinstance(plain, RunConfig)
+    plain.stage.adam_betas = tuple(plain.stage.adam_betas)
+    return with_absolute_paths(plain)
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """Paths relative to the current folder become absolute, so that no later change of folder matters."""
+    for source in [*config.data.sources.values(), *config.data.validation.sources.values()]:
+        _source_paths(source)
+    model = config.model
+    model.vision_tower, model.language_model = local_or_hub(model.vision_tower), local_or_hub(model.language_model)
+    if model.chat_template not in (None, "chatml"):
+        model.chat_template = _absolute(model.chat_template)
+    config.run_dir = _absolute(config.run_dir)
+    config.init_from = local_or_hub(config.init_from)
+    config.image = [path if "://" in path else _absolute(path) for path in config.image]
+    if isinstance(config.stage, DPOStageConfig):
+        config.stage.reference = local_or_hub(config.stage.reference)
+    return config
+
+
+def _source_paths(source: SourceConfig) -> None:
+    if source.path is not None and source.format not in (Format.builtin, Format.digits):
+        source.path = _absolute(source.path)
+    if source.image_root is not None:
+        source.image_root = _absolute(source.image_root)
+
+
+def local_or_hub(name: str | None) -> str | None:
+    """A folder as an absolute path, a hub id (`owner/model`), "tiny" or "previous" as it stands."""
+    if name is None or name in ("tiny", "previous"):
+        return name
+    local = name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).is_dir()
+    return _absolute(name) if local else name
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
+
+
+def _check_stages(stages: list[str], given: list[str]) -> None:
+    """Every stage is parsed before the first one starts; a mistake in the last would come hours too late."""
+    found: dict[str, list[str]] = {}
+    used: set[str] = set()
+    for stage in stages:
+        try:
+            words = pipeline_overrides(given, stage)
+            used.update(words)
+            parse([f"experiment={stage}", *words])
+        except ConfigError as error:
+            for mistake in error.mistakes:
+                found.setdefault(mistake, []).append(stage)
+    unused = [text for text in given if text not in used and key_of(text).startswith(("data.", "data/"))]
+    if unused and not found:
+        found = {f"{text}: no stage of this recipe has such a source.": stages for text in unused}
+    if found:
+        raise ConfigError(
+            [mistake if where == stages else f"{', '.join(where)}: {mistake}" for mistake, where in found.items()]
+        )
+
+
+def _run(config: RunConfig, overrides: list[str], given: list[str]) -> Run:
+    names = {Task.pipeline: config.recipe, Task.chat: "chat"}
+    name = names.get(config.task) or run_name(overrides)
+    init_from = config.init_from
+    if init_from == "previous":
+        try:
+            init_from = _absolute(previous_folder(overrides))
+        except UserError as error:
+            raise ConfigError([str(error)]) from None
+    return Run(config, experiment_of(overrides), name, Path(config.run_dir) / name, given, init_from)

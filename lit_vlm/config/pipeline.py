@@ -1,0 +1,55 @@
+"""A pipeline runs one process per stage; here is what each is told of the pipeline's own overrides."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lit_vlm.config.compose import composed
+from lit_vlm.config.identity import hf_folder, previous_folder, same_folder
+from lit_vlm.config.overrides import ConfigError, key_of, parsed, quote, with_implied
+from lit_vlm.config.recipe import overrides_for, recipes, stage_before
+from lit_vlm.config.settings import did_you_mean, nearest
+
+
+def wrong_for_pipeline(overrides: list[str]) -> list[str]:
+    """Mistakes: an unknown recipe, and overrides that mean one stage and would be given to all."""
+    stage = [text for text in overrides if key_of(text) == "stage" or key_of(text).startswith("stage.")]
+    mistakes = []
+    if stage:
+        mistakes.append(
+            f"{' '.join(stage)}: a pipeline trains stages that differ in just this. Run one stage with it:"
+            f" python run.py experiment=<recipe>/<stage> {' '.join(stage)}"
+        )
+    if any(key_of(text) == "run_name" for text in overrides):
+        mistakes.append(
+            "run_name names one run, a pipeline makes several: give them a folder with run_dir=runs/<name>."
+        )
+    recipe = [str(parsed(text).value()) for text in overrides if key_of(text) == "recipe"]
+    offered = recipes(overrides)
+    if recipe and recipe[-1] not in offered:
+        found = did_you_mean(nearest(recipe[-1], offered))
+        mistakes.append(f"recipe={recipe[-1]}: there is no such recipe; there are {', '.join(offered)}.{found}")
+    return mistakes
+
+
+def pipeline_overrides(overrides: list[str], experiment: str) -> list[str]:
+    """The overrides with which a pipeline starts one of its stages: `python run.py experiment=<experiment> <these>`.
+
+    `init_from=` is for the first stage. A later one that starts from `previous` is told the folder outright where its
+    own overrides would not lead there (dpo does not see the data of the stages before it; trials of a sweep carry
+    their run id).
+
+    Raises:
+        ConfigError: an override that belongs to one stage alone.
+    """
+    if mistakes := wrong_for_pipeline(overrides):
+        raise ConfigError(mistakes)
+    own = overrides_for(overrides, experiment)
+    before = stage_before(experiment, overrides)
+    if before is None:
+        return own + [text for text in overrides if key_of(text) == "init_from"]
+    words = with_implied([f"experiment={experiment}", *own])
+    if composed(words).init_from != "previous":
+        return own
+    folder = hf_folder(with_implied([f"experiment={before}", *pipeline_overrides(overrides, before)]))
+    return own if same_folder(folder, previous_folder(words)) else [*own, f"init_from={quote(Path(folder).as_posix())}"]

@@ -1,0 +1,85 @@
+"""Recipes: the stages of a folder of conf/experiment/, in order, and which overrides reach which stage."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from lit_vlm.config.compose import choices, composed
+from lit_vlm.config.overrides import SOURCES, ConfigError, key_of, parsed, with_implied
+from lit_vlm.config.schema import Format, StageName
+from lit_vlm.config.settings import did_you_mean, nearest
+from lit_vlm.types import Kind
+
+_PICK_THE_STAGE = ("task", "recipe", "experiment")
+SOURCE_TABLES = ("data.sources.", "data.validation.sources.")
+
+
+def recipes(overrides: list[str] | tuple[str, ...] = ()) -> list[str]:
+    """The folders of conf/experiment/."""
+    return sorted({name.rpartition("/")[0] for name in choices("experiment", overrides) if "/" in name})
+
+
+def stages_of(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> list[str]:
+    """The stages of a recipe in the order of their file names: tiny/1_align, tiny/2_sft, ...
+
+    Raises:
+        ConfigError: no recipe of this name.
+    """
+    stages = [name for name in choices("experiment", overrides) if name.rpartition("/")[0] == recipe]
+    if not stages:
+        offered = recipes(overrides)
+        found = did_you_mean(nearest(recipe, offered))
+        raise ConfigError([f"recipe={recipe}: there is no such recipe; there are {', '.join(offered)}.{found}"])
+    return stages
+
+
+def experiment_of(overrides: list[str]) -> str | None:
+    """The experiment that these overrides name."""
+    named = [parsed(override).value() for override in overrides if key_of(override) == "experiment"]
+    return named[-1] if named else None
+
+
+def stage_before(experiment: str, overrides: list[str] | tuple[str, ...] = ()) -> str | None:
+    """The same recipe's stage before this one; None for the first."""
+    stages = stages_of(experiment.rpartition("/")[0], overrides)
+    place = stages.index(experiment)
+    return stages[place - 1] if place else None
+
+
+def is_preference(source: DictConfig) -> bool:
+    """Whether a source is known to hold preference pairs."""
+    builtin = source.format is Format.builtin and source.path == Kind.preference.value
+    return source.format is Format.preference or source.kind == Kind.preference.value or builtin
+
+
+def overrides_for(overrides: list[str], experiment: str) -> list[str]:
+    """The overrides of a pipeline that concern one of its stages, without init_from and what picks the stage.
+
+    Ready sources and data groups go to the stages that can use them: preference pairs to dpo, all else to the others.
+    An override of one source goes where that source is.
+    """
+    kept = [text for text in overrides if key_of(text) not in (*_PICK_THE_STAGE, "init_from")]
+    chosen = [text for text in kept if key_of(text) in ("data", SOURCES)]
+    sources = [text for text in kept if key_of(text).startswith(SOURCE_TABLES)]
+    if chosen and not _usable(experiment, chosen, sources, kept):
+        return [text for text in kept if text not in chosen and text not in sources]
+    config = _with_data(experiment, chosen, kept)
+    return [text for text in kept if text not in sources or _names_source_of(config, text)]
+
+
+def _with_data(experiment: str, data: list[str], overrides: list[str]) -> DictConfig:
+    folders = [text for text in overrides if key_of(text) == "hydra.searchpath"]
+    return composed(with_implied([f"experiment={experiment}", *data, *folders]))
+
+
+def _names_source_of(config: DictConfig, override: str) -> bool:
+    table = next(table for table in SOURCE_TABLES if key_of(override).startswith(table))
+    there = config.data.sources if table == "data.sources." else config.data.validation.sources
+    return key_of(override).removeprefix(table).partition(".")[0] in there
+
+
+def _usable(experiment: str, chosen: list[str], sources: list[str], overrides: list[str]) -> bool:
+    config = _with_data(experiment, chosen, overrides)
+    config = _with_data(experiment, [*chosen, *(text for text in sources if _names_source_of(config, text))], overrides)
+    pairs = [is_preference(source) for source in config.data.sources.values()]
+    return any(pairs) if config.stage.name is StageName.dpo else not (pairs and all(pairs))

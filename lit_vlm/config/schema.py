@@ -1,0 +1,259 @@
+"""Every setting: its type, default, unit and source. YAML under conf/ holds named choices and restates none of these.
+
+One dataclass per group of the command line. `slots=True` and `kw_only=True` make an unknown key an error when the
+config becomes an object, also one that was smuggled in with `+key=`. The comment behind a field is its help text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+# OmegaConf writes an enum by its member's name, so names and values agree throughout.
+
+
+class Task(Enum):
+    pipeline = "pipeline"  # all stages of a recipe, in order
+    train = "train"  # one stage
+    chat = "chat"  # talk to a finished model
+
+
+class Projector(Enum):
+    mlp2x_gelu = "mlp2x_gelu"  # LLaVA-1.5, LLaVA-OneVision, VARCO-VISION: Linear, GELU, Linear
+    linear = "linear"  # LLaVA
+
+
+class TilingChoice(Enum):
+    base = "base"  # the whole image once
+    anyres = "anyres"  # the whole image and its tiles (LLaVA-OneVision)
+
+
+class PartName(Enum):
+    vision_tower = "vision_tower"
+    projector = "projector"
+    language_model = "language_model"
+
+
+class StageName(Enum):
+    align = "align"
+    sft = "sft"
+    highres = "highres"
+    dpo = "dpo"
+
+
+class Schedule(Enum):
+    cosine = "cosine"
+    linear = "linear"
+    constant = "constant"
+
+
+class Format(Enum):
+    auto = "auto"  # by file ending and the first record's keys
+    llava = "llava"  # LLaVA JSON or JSONL: id, image, conversations
+    messages = "messages"  # Hugging Face messages: JSONL or parquet, images as paths or bytes
+    preference = "preference"  # prompt, chosen, rejected (TRL's columns or LLaVA-NeXT's keys)
+    builtin = "builtin"  # made on the spot
+    digits = "digits"  # scikit-learn's handwritten digits
+
+
+class Markup(Enum):
+    auto = "auto"  # on for sources of kind ocr, grounding and referring
+    on = "on"  # well-formed <obj>, <char>, <bbox>, <gro>, <ocr> in the text become control tokens
+    off = "off"  # they stay text
+
+
+class OnBadRecord(Enum):
+    quarantine = "quarantine"  # set aside in quarantine.jsonl, up to data.max_quarantined of them
+    stop = "stop"  # end after the pass that finds them all
+
+
+class LanguageChoice(Enum):
+    auto = "auto"  # by the text: any Hangul makes it Korean
+    ko = "ko"
+    en = "en"
+
+
+class Debug(Enum):
+    fast = "fast"  # a few steps of everything
+    overfit = "overfit"  # one batch, again and again
+    profile = "profile"  # Lightning's simple profiler
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The parts: hub ids or local folders; `tiny` is made on the spot. Not read when init_from names a whole model."""
+
+    vision_tower: str = MISSING  # SigLIP, SigLIP 2 or CLIP: hub id, local folder, or "tiny"
+    language_model: str = MISSING  # Qwen2.5, Qwen3, Llama-like: hub id, local folder, or "tiny"
+    projector: Projector = Projector.mlp2x_gelu
+    vision_feature_layer: int | None = None  # feeds the projector; null: the last but one, later ones are removed
+    grid: int = 6  # most tiles along a side; 6 = LLaVA-OneVision's (1x1),...,(6x6)
+    max_tiles: int = 9  # N of anyres_max_N: above it features are pooled bilinearly
+    special_tokens: list[str] = field(
+        default_factory=lambda: "<gro> <ocr> <char> </char> <obj> </obj> <bbox> </bbox> <delim>".split()
+    )  # one id each, added to the vocabulary; the default is VARCO-VISION's nine
+    chat_template: str | None = None  # path of a Jinja file, or "chatml"; null: the language model's own
+    revision: str | None = None  # hub revision of parts and of init_from
+    trust_remote_code: bool = False  # run code that comes with a hub repository; never needed by the shipped recipes
+
+
+@dataclass(kw_only=True, slots=True)
+class SourceConfig:
+    """One dataset."""
+
+    path: str | None = None  # file or folder; for format=builtin the kind of picture, e.g. "caption"
+    image_root: str | None = None  # images are read inside this folder only; null: the folder of `path`
+    format: Format = Format.auto
+    weight: float | None = None  # share of the samples drawn, relative to the others; null for all: by their sizes
+    language: LanguageChoice = LanguageChoice.auto
+    kind: str | None = None  # a name of types.Kind; null: found from the record
+    markup: Markup = Markup.auto
+    num_samples: int | None = None  # use this many; for format=builtin, make this many
+    hard: bool = False  # format=builtin: larger pictures and smaller text, for high resolution
+
+
+@dataclass(kw_only=True, slots=True)
+class ValidationConfig:
+    sources: dict[str, SourceConfig] = field(default_factory=dict)  # held-out sources; empty: a fraction of each
+    fraction: float = 0.01  # held out of each source by digest of the sample, at most 200 of it
+    every_steps: int | None = None  # optimizer steps between validations; null: at the end only
+    max_samples: int = 200  # most samples that the generated answers are scored on, per kind and language
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    global_batch_size: int = 128  # samples per optimizer step, over all devices
+    tokens_per_micro_batch: int = 16384  # memory cap of one forward pass
+    tiles_per_micro_batch: int = 64  # memory cap of one tower pass
+    tiling: TilingChoice = TilingChoice.anyres
+    on_bad_record: OnBadRecord = OnBadRecord.stop
+    max_quarantined: float = 0.01  # share of a source; more than this stops the run
+    max_image_pixels: int = 64_000_000  # larger images are bad records (decompression bombs)
+    num_workers: int = 2  # loader processes per device
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    rank: int = 0  # 0: no LoRA, the part's own weights train
+    alpha: float = 16.0  # the update is scaled by alpha / rank
+    dropout: float = 0.0  # on the input of the low-rank update
+    targets: list[str] = field(default_factory=list)  # module names; empty: every linear layer of the part
+
+
+@dataclass(kw_only=True, slots=True)
+class PartConfig:
+    """What differs for one part; null takes the stage's value."""
+
+    learning_rate: float | None = None  # peak of this part; null: the stage's
+    weight_decay: float | None = None  # null: the stage's
+    warmup: float | None = None  # null: the stage's
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class PartsConfig:
+    vision_tower: PartConfig = field(default_factory=PartConfig)
+    projector: PartConfig = field(default_factory=PartConfig)
+    language_model: PartConfig = field(default_factory=PartConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class StageConfig:
+    """What trains, on which loss, how fast."""
+
+    name: StageName = MISSING  # set by the group's files
+    trainable: list[PartName] = MISSING  # parts whose weights change; every other part is frozen
+    learning_rate: float = MISSING  # peak, of every part that names none of its own
+    weight_decay: float = 0.0  # LLaVA and LLaVA-OneVision train without
+    warmup: float = 0.03  # below 1 a share of the steps, else a number of steps; LLaVA's 0.03
+    schedule: Schedule = Schedule.cosine  # of the learning rate after the warm-up, down to min_learning_rate
+    min_learning_rate: float = 0.0  # floor of the schedule, as a share of the peak
+    adam_betas: tuple[float, float] = (0.9, 0.999)  # AdamW's, PyTorch's default
+    adam_eps: float = 1e-8  # AdamW's, PyTorch's default
+    activation_checkpointing: bool = False  # recompute activations in backward; slower, needs less memory
+    parts: PartsConfig = field(default_factory=PartsConfig)
+
+
+@dataclass(kw_only=True, slots=True)
+class DPOStageConfig(StageConfig):
+    """Preference optimisation; names and losses are TRL's."""
+
+    beta: float = 0.1  # VARCO's is not published; LLaVA-NeXT's dpo_ov7b.sh
+    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])  # several are summed by loss_weights
+    loss_weights: list[float] | None = None  # one per loss type; null: 1 each
+    label_smoothing: float = 0.0  # share of pairs assumed to be labelled the wrong way round
+    f_divergence_type: str = "reverse_kl"  # or forward_kl, js_divergence, alpha_divergence
+    f_alpha_divergence_coef: float = 0.5  # for f_divergence_type=alpha_divergence
+    discopop_tau: float = 0.05  # temperature of loss_type=discopop
+    ld_alpha: float | None = None  # weight of tokens beyond the shorter answer's length (LD-DPO); null: 1
+    use_weighting: bool = False  # WPO
+    reference: str | None = None  # folder of the reference model; null: init_from
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainerConfig:
+    """Lightning's Trainer in its own words; what is not named here goes through `extra`."""
+
+    max_steps: int | None = None  # optimizer steps; null: from max_epochs
+    max_epochs: float = 1.0  # passes over the mixture; turned into steps by the plan
+    accelerator: str = "auto"  # cpu, gpu, or auto: what is there
+    devices: int = 1  # processes on this machine, one device each
+    num_nodes: int = 1  # machines
+    strategy: str = "auto"  # how the devices share the work: auto, ddp, ...
+    precision: str = "bf16-mixed"  # 32-true, bf16-mixed, bf16-true, 16-mixed, ...
+    gradient_clip_val: float | None = 1.0  # largest gradient norm; null: no clipping
+    log_every_n_steps: int = 10  # optimizer steps between two rows of the metrics
+    limit_val_batches: float | None = None  # validation batches; a share if not whole; null: all
+    deterministic: bool = False  # refuse operations whose result differs from run to run
+    enable_progress_bar: bool = True  # the bar on the terminal
+    num_threads: int | None = None  # CPU threads of one process; null: torch's choice
+    extra: dict[str, Any] = field(default_factory=dict)  # lightning.Trainer's other arguments, checked by name
+
+
+@dataclass(kw_only=True, slots=True)
+class LoggerConfig:
+    """CSV is always written."""
+
+    wandb: bool = False  # log to Weights & Biases as well; the key stays in WANDB_API_KEY
+    project: str = "lit_vlm"  # of Weights & Biases, like the rest
+    entity: str | None = None  # user or team; null: the key's own
+    group: str | None = None  # runs that belong together
+    offline: bool = False  # write to the run's folder, upload later with `wandb sync`
+    tags: list[str] = field(default_factory=list)  # words to find a run by
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    task: Task = Task.pipeline
+    recipe: str = "tiny"  # for the pipeline: a folder of conf/experiment/
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    stage: StageConfig = field(default_factory=StageConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+    callbacks: list[str] = field(
+        default_factory=lambda: ["throughput", "language_loss", "samples", "guard", "export", "report"]
+    )  # names of callbacks/, or import paths of your own classes
+    init_from: str | None = None  # weights: folder or hub id of a whole model, or "previous": the recipe's stage before
+    run_dir: str = "runs"  # where runs are kept
+    run_name: str | None = None  # folder below run_dir; null: the experiment and a hash of what was changed
+    overwrite: bool = False  # let a run replace a finished one of the same name
+    seed: int = 0  # of the weights that start at random, the order of the data, and dropout
+    debug: Debug | None = None
+    image: list[str] = field(default_factory=list)  # task=chat: pictures to talk about
+    prompt: str | None = None  # task=chat: ask this once and leave; null: a conversation
+    max_new_tokens: int = 256  # task=chat: most tokens of an answer
+
+
+@dataclass(kw_only=True, slots=True)
+class RunIdentity:
+    """Where a run lives; computed by parse, not a setting."""
+
+    name: str  # e.g. tiny/2_sft or tiny/2_sft-3fa2b1c0
+    experiment: str | None
+    overrides: list[str] = field(default_factory=list)

@@ -1,0 +1,152 @@
+"""The schema as a table: each setting's key, type, default and comment, and the nearest right key to a wrong one."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import io
+import tokenize
+from collections.abc import Iterator
+from dataclasses import MISSING as REQUIRED
+from dataclasses import Field, dataclass, fields, is_dataclass
+from enum import Enum
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from lit_vlm.config import schema
+from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig
+
+# What people type out of habit -> our word.
+HABITS = {
+    "lr": "stage.learning_rate",
+    "batch_size": "data.global_batch_size",
+    "bs": "data.global_batch_size",
+    "micro_batch_size": "data.tokens_per_micro_batch",
+    "epochs": "trainer.max_epochs",
+    "steps": "trainer.max_steps",
+    "gpus": "trainer.devices",
+    "wandb": "logger.wandb",
+    "output_dir": "run_dir",
+    "name": "run_name",
+    "ckpt_path": "init_from",
+    "checkpoint": "init_from",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One row of the table. `<name>` in a key stands for the name of a source."""
+
+    key: str
+    type: Any
+    default: Any
+    comment: str
+    group: str = ""  # dataclass it stands in
+
+
+def stage_class(name: str | None) -> type[StageConfig]:
+    """The schema of a stage; each name but dpo has the plain one."""
+    return DPOStageConfig if name == schema.StageName.dpo.value else StageConfig
+
+
+@cache
+def members(owner: type) -> dict[str, Any]:
+    """Field name -> type of a dataclass of the schema."""
+    hints = get_type_hints(owner)
+    return {field.name: hints[field.name] for field in fields(owner)}
+
+
+@cache
+def settings(stage: type[StageConfig] = DPOStageConfig) -> tuple[Setting, ...]:
+    """Every setting, in the order of the schema."""
+    return tuple(_rows(RunConfig, "", stage))
+
+
+def _rows(owner: type, prefix: str, stage: type[StageConfig]) -> Iterator[Setting]:
+    comments = field_comments()
+    for field in fields(owner):
+        key, hint = prefix + field.name, members(owner)[field.name]
+        hint = stage if hint is StageConfig else hint
+        if is_dataclass(hint):
+            yield from _rows(hint, f"{key}.", stage)
+        elif is_dataclass(value_type(hint)):
+            yield from _rows(value_type(hint), f"{key}.<name>.", stage)
+        else:
+            place = next(base for base in owner.__mro__ if field.name in base.__dict__.get("__annotations__", {}))
+            yield Setting(key, hint, default_of(field), comments.get((place.__name__, field.name), ""), owner.__name__)
+
+
+def default_of(field: Field) -> Any:
+    """The default that a field has when nothing is said; "???" where something must be said."""
+    return field.default_factory() if field.default_factory is not REQUIRED else field.default
+
+
+def value_type(hint: Any) -> Any:
+    """X of dict[str, X]; None for anything else."""
+    return get_args(hint)[1] if get_origin(hint) is dict else None
+
+
+@cache
+def field_comments() -> dict[tuple[str, str], str]:
+    """(class, field) -> the comment behind the field (or behind the bracket that closes it) in schema.py."""
+    found: dict[tuple[str, str], str] = {}
+    owner = name = ""
+    depth = 0
+    tokens = list(tokenize.generate_tokens(io.StringIO(inspect.getsource(schema)).readline))
+    for token, following in zip(tokens, tokens[1:], strict=False):
+        if token.string == "class":
+            owner, name = following.string, ""
+        elif token.type == tokenize.NAME and following.string in (":", "=") and token.start[1] == 4 and depth == 0:
+            name = token.string
+        elif token.type == tokenize.COMMENT and owner and name and token.start[1] > 4:
+            found.setdefault((owner, name), token.string.lstrip("# "))
+        depth += (token.string in ("(", "[", "{")) - (token.string in (")", "]", "}"))
+    return found
+
+
+def describe(hint: Any) -> str:
+    """A type in a reader's words: "a number", "one of align, sft, highres, dpo", ..."""
+    if get_origin(hint) in (UnionType, Union):
+        return " or ".join(describe(option) for option in get_args(hint))
+    if get_origin(hint) is list:
+        return f"a list, each {describe(get_args(hint)[0])}"
+    if get_origin(hint) is tuple:
+        return f"a list of {len(get_args(hint))} numbers"
+    if inspect.isclass(hint) and issubclass(hint, Enum):
+        return "one of " + ", ".join(hint.__members__)
+    words = {
+        str: "text",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        NoneType: "null",
+        Any: "anything",
+    }
+    return words.get(hint, "keys and values")
+
+
+def nearest(word: str, choices: Iterator[str] | list[str] | tuple[str, ...]) -> str | None:
+    """The choice that looks most like the word; None when none does."""
+    found = difflib.get_close_matches(word.lower(), list(choices), n=1, cutoff=0.6)
+    return found[0] if found else None
+
+
+def nearest_key(key: str, keys: list[str]) -> str | None:
+    """The setting that was probably meant: by habit, by its last word alone, or by its looks."""
+    last = key.rpartition(".")[2]
+    if key in HABITS or last in HABITS:
+        return HABITS.get(key) or HABITS[last]
+    same = [candidate for candidate in keys if candidate.rpartition(".")[2] == last]
+    if same:
+        return nearest(key, same) or min(same, key=len)
+    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.8)
+    if close:
+        return close[0]
+    word = nearest(last, sorted({candidate.rpartition(".")[2] for candidate in keys}))
+    return nearest_key(f"{key.rpartition('.')[0]}.{word}", keys) if word else nearest(key, keys)
+
+
+def did_you_mean(found: str | None) -> str:
+    """The end of a message that has a suggestion."""
+    return f" Did you mean {found}?" if found else ""

@@ -1,0 +1,171 @@
+"""The built-in data: pictures with exact ground truth, made on the spot, without limit, in Korean and English.
+
+What a sample holds is a pure function of the source's settings and its index, so workers, ranks and resumed runs agree
+without a file on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+
+from lit_vlm.data.builtin import dialogue, figures, preference, reading, shapes
+from lit_vlm.data.builtin.scenes import Dice, Picture, Scene
+from lit_vlm.types import (
+    Content,
+    ImageSlot,
+    Kind,
+    Language,
+    Message,
+    PreferencePair,
+    Record,
+    Role,
+    Sample,
+    UserError,
+)
+
+__all__ = ["GENERATOR_VERSION", "PATHS", "BuiltinSource", "Picture", "corpus"]
+
+GENERATOR_VERSION = 1  # raise it with every change of what a sample holds: indexes and finished runs then know
+
+TASKS: dict[Kind, Callable[[Dice], Scene]] = {
+    Kind.caption: shapes.caption,
+    Kind.word: reading.word,
+    Kind.number: reading.number,
+    Kind.grounding: shapes.grounding,
+    Kind.ocr: reading.ocr,
+    Kind.referring: shapes.referring,
+    Kind.instruction: shapes.instruction,
+    Kind.document: reading.document,
+    Kind.table: figures.table,
+    Kind.chart: figures.chart,
+    Kind.arithmetic: reading.arithmetic,
+    Kind.text: dialogue.text,
+    Kind.image_only: shapes.image_only,
+    Kind.multi_image: shapes.multi_image,
+}
+PATHS = (*TASKS, Kind.preference)
+_NUMBER = {kind: number for number, kind in enumerate(PATHS)}
+_SLOTS = (ImageSlot(0), ImageSlot(1))
+
+
+class BuiltinSource:
+    """A types.Source of samples of one kind, or of preference pairs.
+
+    Args:
+        path: one of `PATHS`.
+        language: of every sample; `auto` alternates between Korean and English.
+        num_samples: how many the source says it has; sample i is the same whatever this is.
+        hard: pictures of several tiles, with smaller text or more things.
+        seed: not negative; another seed gives other samples.
+        held_out: draws from dice that no training source throws; texts without a picture come from a part of their
+            closed world that training never sees.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        path: str,
+        *,
+        language: Language,
+        num_samples: int,
+        hard: bool = False,
+        seed: int = 0,
+        held_out: bool = False,
+    ) -> None:
+        if path not in _NUMBER:
+            raise UserError(
+                f"data.sources.{name}.path: {path!r} is no built-in data; choose one of {', '.join(PATHS)}."
+            )
+        if num_samples < 1 or seed < 0:
+            found = f"num_samples={num_samples}, seed={seed}"
+            raise UserError(
+                f"data.sources.{name}: {found}; built-in data need num_samples of 1 or more and a seed of 0 or more."
+            )
+        self.name, self.path, self.language = name, Kind(path), Language(language)
+        self.num_samples, self.hard, self.seed, self.held_out = num_samples, bool(hard), seed, bool(held_out)
+
+    def __len__(self) -> int:
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> Record:
+        if not 0 <= index < self.num_samples:
+            raise IndexError(index)
+        language = self.language
+        if language is Language.auto:
+            language = Language.en if index % 2 else Language.ko
+        dice = Dice(self._key(index, language), language, self.hard, self.held_out)
+        return self._pair(index, dice) if self.path is Kind.preference else self._sample(index, dice)
+
+    @property
+    def digest(self) -> str:
+        settings = (GENERATOR_VERSION, self.path, self.language, self.num_samples, self.hard, self.seed, self.held_out)
+        return hashlib.blake2b("|".join(map(str, settings)).encode(), digest_size=16).hexdigest()
+
+    def _sample(self, index: int, dice: Dice) -> Sample:
+        scene = TASKS[self.path](dice)
+        messages = []
+        for question, answer in scene.turns:
+            messages += (_asked(scene, question, first=not messages), Message(Role.assistant, answer))
+        return Sample(
+            self._id(index, dice),
+            self.name,
+            self._origin(index),
+            self.path,
+            dice.language,
+            tuple(messages),
+            scene.pictures,
+        )
+
+    def _pair(self, index: int, dice: Dice) -> PreferencePair:
+        kind, scene, wrong = preference.pair(dice)
+        ((question, answer),) = scene.turns
+        return PreferencePair(
+            self._id(index, dice),
+            self.name,
+            self._origin(index),
+            kind,
+            dice.language,
+            prompt=(_asked(scene, question, first=True),),
+            chosen=Message(Role.assistant, answer),
+            rejected=Message(Role.assistant, wrong),
+            images=scene.pictures,
+        )
+
+    def _key(self, index: int, language: Language) -> int:
+        """One number per sample of all the built-in data: every part has bits of its own."""
+        assert index < 1 << 48
+        task = _NUMBER[self.path] << 2 | (language is Language.en) << 1 | self.hard
+        return ((self.seed << 1 | self.held_out) << 48 | index) << 8 | task
+
+    def _id(self, index: int, dice: Dice) -> str:
+        part = "held_out" if self.held_out else "train"
+        return f"{self.path}-{dice.language}{'-hard' if self.hard else ''}-{part}-{self.seed}-{index}"
+
+    def _origin(self, index: int) -> str:
+        return f"builtin:{self.path}:{index}"
+
+
+def corpus(seed: int = 0, per_task: int = 40) -> Iterator[str]:
+    """The texts of all tasks in both languages, for training a tokenizer: one string per piece of text.
+
+    Images and control tokens are left out: control tokens get ids of their own and must not shape the merges.
+    """
+    for path in PATHS:
+        for language in (Language.ko, Language.en):
+            for hard in (False, True):
+                source = BuiltinSource("corpus", path, language=language, num_samples=per_task, hard=hard, seed=seed)
+                for record in source:
+                    for message in _all_messages(record):
+                        yield from (piece for piece in message.content if isinstance(piece, str))
+
+
+def _asked(scene: Scene, question: tuple[Content, ...], *, first: bool) -> Message:
+    """The user's turn; the pictures stand before the first one."""
+    return Message(Role.user, (*_SLOTS[: len(scene.pictures)], *question) if first else question)
+
+
+def _all_messages(record: Record) -> tuple[Message, ...]:
+    if isinstance(record, Sample):
+        return record.messages
+    return (*record.prompt, record.chosen, record.rejected)

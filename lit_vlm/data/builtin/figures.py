@@ -1,0 +1,90 @@
+"""Tasks about tables and charts."""
+
+from __future__ import annotations
+
+from lit_vlm.data.builtin.scenes import Dice, Figure, Picture, Rgb, Scene, Text
+from lit_vlm.data.builtin.words import COLOURS
+
+_LINE: Rgb = (120, 120, 120)
+_HEADER: Rgb = (30, 30, 30)
+
+
+def table(dice: Dice) -> Scene:
+    """A cell of 2x2 digits; hard: of 3x3 two-digit numbers under column letters."""
+    height, width = dice.canvas()
+    num = 3 if dice.hard else 2
+    low, high = (10, 99) if dice.hard else (1, 9)
+    values = [[dice.between(low, high) for _ in range(num)] for _ in range(num)]
+    row, column = dice.between(0, num - 1), dice.between(0, num - 1)
+    if dice.hard:
+        letter = "ABC"[column]
+        question = dice.say(
+            f"{letter}열 {row + 1}행의 수는 무엇인가요?", f"Which number is in column {letter}, row {row + 1}?"
+        )
+    else:
+        question = dice.say(
+            f"{row + 1}행 {column + 1}열의 수는 무엇인가요?", f"Which number is in row {row + 1}, column {column + 1}?"
+        )
+    rows = [list("ABC"), *values] if dice.hard else values
+    picture = Picture(
+        height, width, dice.paper(), tuple(_rules(rows, height, width) + _cells(dice, rows, height, width))
+    )
+    return Scene((picture,), [((question,), (str(values[row][column]),))], values)
+
+
+def chart(dice: Dice) -> Scene:
+    """Three bars on a grid of units: the tallest one's colour or a value; hard: five bars under small values."""
+    height, width = dice.canvas()
+    num, most = (5, 9) if dice.hard else (3, 4)
+    colours = dice.some(COLOURS, num)
+    values = dice.some(range(1, most + 1), num)
+    if dice.random() < 0.5:
+        tallest = colours[values.index(max(values))]
+        question = dice.say("가장 큰 막대는 무슨 색인가요?", "What color is the tallest bar?")
+        answer = tallest.name(dice.language)
+    else:
+        which = dice.between(0, num - 1)
+        colour = colours[which]
+        question = dice.say(f"{colour.ko} 막대의 값은 얼마인가요?", f"What is the value of the {colour.en} bar?")
+        answer = str(values[which])
+    marks = _bars(dice, colours, values, most, height, width)
+    return Scene((Picture(height, width, dice.paper(), tuple(marks)),), [((question,), (answer,))], values)
+
+
+def _rules(rows: list[list], height: int, width: int) -> list[Figure]:
+    down = [
+        Figure("square", (0, i * height // len(rows), width, i * height // len(rows) + 1), _LINE)
+        for i in range(1, len(rows))
+    ]
+    num = len(rows[0])
+    return down + [Figure("square", (i * width // num, 0, i * width // num + 1, height), _LINE) for i in range(1, num)]
+
+
+def _cells(dice: Dice, rows: list[list], height: int, width: int) -> list[Text]:
+    cell_height, cell_width = height // len(rows), width // len(rows[0])
+    size, rgb = (16 if dice.hard else 22), dice.dark()
+    cells = []
+    for row, values in enumerate(rows):
+        for column, value in enumerate(values):
+            x, y = column * cell_width, row * cell_height
+            area = (x + 2, y + 2, x + cell_width - 1, y + cell_height - 1)
+            cells.append(dice.write(str(value), size, area, _HEADER if isinstance(value, str) else rgb, jitter=2))
+    return cells
+
+
+def _bars(dice: Dice, colours: list, values: list[int], most: int, height: int, width: int) -> list[Figure | Text]:
+    head = 14 if dice.hard else 4  # room for the values above the bars
+    unit = (height - head - 4) // most
+    floor = height - 3 - dice.between(0, 2)
+    marks: list[Figure | Text] = [
+        Figure("square", (2, floor - level * unit, width - 2, floor - level * unit + 1), _LINE)
+        for level in range(1 if dice.hard else most + 1)
+    ]
+    pitch = (width - 4) // len(values)
+    for position, (colour, value) in enumerate(zip(colours, values, strict=True)):
+        left, top = 2 + position * pitch + pitch // 6, floor - value * unit
+        right = left + pitch * 2 // 3
+        marks.append(Figure("square", (left, top, right, floor), dice.shade(colour)))
+        if dice.hard:
+            marks.append(dice.write(str(value), 13, (left, top - 13, right, top - 1), _HEADER))
+    return marks

@@ -1,0 +1,46 @@
+"""NanumGothic at any size.
+
+Pillow's own default font draws every Hangul syllable as the same empty box, so it is never used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import lru_cache
+from pathlib import Path
+
+from PIL import ImageFont
+
+from lit_vlm.types import UserError
+
+_PACKAGE = "koreanize_matplotlib"
+_FILE = "fonts/NanumGothic.ttf"
+
+
+@lru_cache(maxsize=1)
+def font_path() -> Path:
+    """NanumGothic.ttf inside its package, which is not imported: it would import matplotlib."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        path = Path(folder) / _FILE
+        if path.is_file():
+            return path
+    raise UserError(
+        f"builtin pictures: NanumGothic.ttf was not found; text in pictures, Hangul above all, needs it. "
+        f"Run `pip install --no-deps {_PACKAGE.replace('_', '-')}==0.1.1` (`make setup` does it)."
+    )
+
+
+@lru_cache(maxsize=256)
+def font(size: int) -> ImageFont.FreeTypeFont:
+    # The basic layout suffices for whole syllables and costs a third of raqm's.
+    return ImageFont.truetype(font_path(), size, layout_engine=ImageFont.Layout.BASIC)
+
+
+@lru_cache(maxsize=65536)
+def ink(text: str, size: int) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of the pixels that `text` drawn at the origin covers."""
+    # Not getbbox(): it counts the pen's advance, which reaches beyond the last letter.
+    mask, (x, y) = font(size).getmask2(text)
+    left, top, right, bottom = mask.getbbox()
+    return x + left, y + top, x + right, y + bottom

@@ -1,0 +1,203 @@
+"""Pictures as lists of marks, decided at once and drawn late, and the dice that decide them.
+
+Lengths are pixels unless they are called tenths. A box is (left, top, right, bottom); right and bottom are the first
+pixels outside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from random import Random
+from typing import NamedTuple, TypeVar
+
+from PIL import Image, ImageDraw
+
+from lit_vlm.data.builtin import words
+from lit_vlm.data.builtin.fonts import font, ink
+from lit_vlm.types import Box, Content, Language
+
+T = TypeVar("T")
+Rgb = tuple[int, int, int]
+PixelBox = tuple[int, int, int, int]
+
+EASY_SIZE = (56, 56)  # (height, width): one tile of the tiny model
+HARD_SIZES = ((112, 112), (112, 168), (168, 112))  # 2x2, 2x3 and 3x2 of its tiles
+
+
+def _star() -> tuple[tuple[float, float], ...]:
+    points = []
+    for step in range(10):
+        angle, radius = math.pi * step / 5, 1.0 if step % 2 == 0 else 0.42
+        points.append((radius * math.sin(angle), -radius * math.cos(angle)))
+    xs, ys = [x for x, _ in points], [y for _, y in points]
+    return tuple(((x - min(xs)) / (max(xs) - min(xs)), (y - min(ys)) / (max(ys) - min(ys))) for x, y in points)
+
+
+# Corners in the unit square; each outline touches all four sides, so its box is exact.
+_OUTLINES: dict[str, tuple[tuple[float, float], ...]] = {
+    "square": ((0, 0), (1, 0), (1, 1), (0, 1)),
+    "triangle": ((0.5, 0), (1, 1), (0, 1)),
+    "star": _star(),
+    "cross": tuple(
+        (x / 3, y / 3)
+        for x, y in ((1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (2, 2), (2, 3), (1, 3), (1, 2), (0, 2), (0, 1), (1, 1))
+    ),
+}
+
+
+class Figure(NamedTuple):
+    """A filled shape; `shape` is "circle" or a key of `_OUTLINES`."""
+
+    shape: str
+    box: PixelBox
+    rgb: Rgb
+
+    def draw(self, pen: ImageDraw.ImageDraw) -> None:
+        left, top, right, bottom = self.box
+        if self.shape == "circle":
+            pen.ellipse((left, top, right - 1, bottom - 1), fill=self.rgb)
+        elif self.shape == "square":
+            pen.rectangle((left, top, right - 1, bottom - 1), fill=self.rgb)
+        else:
+            width, height = right - 1 - left, bottom - 1 - top
+            pen.polygon([(left + x * width, top + y * height) for x, y in _OUTLINES[self.shape]], fill=self.rgb)
+
+
+class Text(NamedTuple):
+    """A line of text, written from x, y: lines of the same x and evenly spaced y stand as on a page."""
+
+    text: str
+    size: int
+    x: int
+    y: int
+    rgb: Rgb
+
+    @property
+    def box(self) -> PixelBox:
+        """The box of its ink."""
+        left, top, right, bottom = ink(self.text, self.size)
+        return self.x + left, self.y + top, self.x + right, self.y + bottom
+
+    def draw(self, pen: ImageDraw.ImageDraw) -> None:
+        pen.text((self.x, self.y), self.text, fill=self.rgb, font=font(self.size))
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """An ImageSource that draws itself when it is loaded."""
+
+    height: int
+    width: int
+    background: Rgb
+    marks: tuple[Figure | Text, ...]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.height, self.width
+
+    def load(self) -> Image.Image:
+        image = Image.new("RGB", (self.width, self.height), self.background)
+        pen = ImageDraw.Draw(image)
+        for mark in self.marks:
+            mark.draw(pen)
+        return image
+
+    def fractions(self, box: PixelBox) -> Box:
+        left, top, right, bottom = box
+        return Box(left / self.width, top / self.height, right / self.width, bottom / self.height)
+
+
+class Thing(NamedTuple):
+    """A coloured shape in a picture, and where. `box` is what is said of it, `pixels` what is drawn."""
+
+    colour: words.Colour
+    shape: words.Shape
+    box: Box
+    pixels: PixelBox
+
+    def phrase(self, language: Language) -> str:
+        return words.phrase(self.colour, self.shape, language)
+
+
+@dataclass(slots=True)
+class Scene:
+    """What a task makes: pictures, and questions with their answers about them.
+
+    `facts` is what the answer rests on; preference pairs make their wrong answers from it.
+    """
+
+    pictures: tuple[Picture, ...]
+    turns: list[tuple[tuple[Content, ...], tuple[Content, ...]]]
+    facts: Sequence = field(default_factory=tuple)
+
+
+class Dice:
+    """Every choice of one sample. The key holds all that tells samples apart, so no two samples share a seed."""
+
+    __slots__ = ("hard", "held_out", "language", "random")
+
+    def __init__(self, key: int, language: Language, hard: bool, held_out: bool) -> None:
+        # Random seeds itself with all the bits of an int, however long.
+        self.random = Random(key).random
+        self.language, self.hard, self.held_out = language, hard, held_out
+
+    def between(self, low: int, high: int) -> int:
+        """Both ends included."""
+        return low + int(self.random() * (high - low + 1))
+
+    def pick(self, choices: Sequence[T]) -> T:
+        return choices[int(self.random() * len(choices))]
+
+    def some(self, choices: Sequence[T], num: int) -> list[T]:
+        """`num` different ones, in random order."""
+        rest = list(choices)
+        return [rest.pop(int(self.random() * len(rest))) for _ in range(num)]
+
+    def say(self, ko: T, en: T) -> T:
+        return ko if self.language == "ko" else en
+
+    def from_world(self, world: Sequence[T]) -> T:
+        """One of a closed world of texts, of which every fifth is kept for held-out samples."""
+        num = len(world)
+        if self.held_out:
+            return world[5 * self.between(0, (num - 1) // 5)]
+        rank = self.between(0, num - 2 - (num - 1) // 5)
+        return world[rank + rank // 4 + 1]
+
+    def canvas(self) -> tuple[int, int]:
+        """(height, width) of a picture."""
+        return self.pick(HARD_SIZES) if self.hard else EASY_SIZE
+
+    def paper(self) -> Rgb:
+        """A light background."""
+        level = self.between(222, 246)
+        return level + self.between(-6, 6), level + self.between(-6, 6), level + self.between(-6, 6)
+
+    def dark(self) -> Rgb:
+        """A colour for text that any paper sets off."""
+        return self.between(0, 90), self.between(0, 70), self.between(0, 110)
+
+    def shade(self, colour: words.Colour) -> Rgb:
+        """The colour, a little off."""
+        red, green, blue = (max(0, min(255, channel + self.between(-9, 9))) for channel in colour.rgb)
+        return red, green, blue
+
+    def write(self, text: str, size: int, area: PixelBox, rgb: Rgb | None = None, jitter: int = 1000) -> Text:
+        """Text somewhere in `area`, at most `jitter` pixels off its middle. The size shrinks until the text fits."""
+        left, top, right, bottom = area
+        while True:
+            ink_left, ink_top, ink_right, ink_bottom = ink(text, size)
+            width, height = ink_right - ink_left, ink_bottom - ink_top
+            spare_x, spare_y = right - left - width, bottom - top - height
+            if (spare_x >= 0 and spare_y >= 0) or size <= 6:
+                break
+            size -= 1
+        x = left + self.near_middle(spare_x, jitter) - ink_left
+        y = top + self.near_middle(spare_y, jitter) - ink_top
+        return Text(text, size, x, y, rgb or self.dark())
+
+    def near_middle(self, spare: int, jitter: int) -> int:
+        """An offset that leaves about half of `spare` on either side, give or take `jitter`."""
+        return self.between(max(0, spare // 2 - jitter), max(0, min(spare, spare // 2 + jitter)))

@@ -1,0 +1,111 @@
+"""What the built-in pictures show, and how Korean and English say it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from lit_vlm.types import Language
+
+
+class Colour(NamedTuple):
+    rgb: tuple[int, int, int]
+    en: str
+    ko: str  # before a noun
+    ko_noun: str
+
+    def name(self, language: Language) -> str:
+        return self.ko_noun if language == "ko" else self.en
+
+
+class Shape(NamedTuple):
+    key: str
+    en: str
+    ko: str
+
+    def name(self, language: Language) -> str:
+        return self.ko if language == "ko" else self.en
+
+
+COLOURS = (
+    Colour((225, 35, 35), "red", "빨간", "빨간색"),
+    Colour((250, 140, 10), "orange", "주황색", "주황색"),
+    Colour((235, 215, 20), "yellow", "노란", "노란색"),
+    Colour((30, 155, 60), "green", "초록색", "초록색"),
+    Colour((35, 80, 225), "blue", "파란", "파란색"),
+    Colour((145, 50, 190), "purple", "보라색", "보라색"),
+    Colour((20, 20, 20), "black", "검은", "검은색"),
+)
+SHAPES = (
+    Shape("circle", "circle", "원"),
+    Shape("square", "square", "사각형"),
+    Shape("triangle", "triangle", "삼각형"),
+    Shape("star", "star", "별"),
+    Shape("cross", "cross", "십자가"),
+)
+
+# The first eight are those of kind `word`; pictures with more text use all.
+WORDS_KO = tuple("사과 나무 바다 학교 기차 우유 구름 하늘 시장 노래 여름 겨울 친구 가방 편지 시계".split())
+WORDS_EN = tuple("tree book fish milk sun car bird hand lamp door rain snow ship game food ring".split())
+NUM_WORDS = 8
+
+NAMES_KO = tuple("민수 지우 서연 하준 수아 도윤 예린 준호".split())
+NAMES_EN = tuple("Tom Amy Ben Kim Leo Mia Sam Eva".split())
+CITIES_KO = tuple("서울 부산 대구 인천 광주 대전 울산 제주".split())
+CITIES_EN = tuple("Paris Seoul Tokyo Rome Oslo Cairo Lima Bern".split())
+
+# Digits whose Korean reading ends in a consonant: yeong, il, sam, yuk, chil, pal.
+_DIGITS_WITH_FINAL = frozenset("013678")
+_PARTICLES = {
+    "은": ("은", "는"),
+    "이": ("이", "가"),
+    "을": ("을", "를"),
+    "과": ("과", "와"),
+    "이에요": ("이에요", "예요"),
+}
+
+
+def has_final(word: str) -> bool:
+    """Whether a Korean word, or a number as Koreans read it, ends in a consonant."""
+    last = word[-1]
+    if "가" <= last <= "힣":
+        return (ord(last) - ord("가")) % 28 != 0
+    return last in _DIGITS_WITH_FINAL
+
+
+def particle(word: str, form: str) -> str:
+    """The form of a particle that follows `word`; `form` is the one used after a consonant (a key of `_PARTICLES`)."""
+    after_consonant, after_vowel = _PARTICLES[form]
+    return after_consonant if has_final(word) else after_vowel
+
+
+def with_particle(word: str, form: str) -> str:
+    return word + particle(word, form)
+
+
+def phrase(colour: Colour, shape: Shape, language: Language) -> str:
+    """ "red circle", without an article."""
+    return f"{colour.ko} {shape.ko}" if language == "ko" else f"{colour.en} {shape.en}"
+
+
+def with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def caption_of(things: list[tuple[Colour, Shape]], language: Language) -> str:
+    """One or two things, from left to right."""
+    phrases = [phrase(colour, shape, language) for colour, shape in things]
+    if language == "en":
+        return " and ".join(map(with_article, phrases))
+    return " ".join([with_particle(word, "과") for word in phrases[:-1]] + phrases[-1:])
+
+
+def words(language: Language, num: int = 16) -> tuple[str, ...]:
+    return (WORDS_KO if language == "ko" else WORDS_EN)[:num]
+
+
+def names(language: Language) -> tuple[str, ...]:
+    return NAMES_KO if language == "ko" else NAMES_EN
+
+
+def cities(language: Language) -> tuple[str, ...]:
+    return CITIES_KO if language == "ko" else CITIES_EN

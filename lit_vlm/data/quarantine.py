@@ -1,0 +1,100 @@
+"""What became of the records that cannot be used: set aside in quarantine.jsonl, or the end of the run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from lit_vlm.config.schema import OnBadRecord
+from lit_vlm.types import RecordError, UserError
+
+NUM_SHOWN = 10  # faults that a message lists; the file holds all
+
+
+class Quarantine:
+    """Collects the faults of a pass over the data, then settles them at once, so that a user sees all in one go."""
+
+    def __init__(self) -> None:
+        self._errors: dict[str, dict[tuple[str, str], RecordError]] = {}
+
+    def add(self, source: str, error: RecordError) -> None:
+        """The same fault of the same record counts once, however many passes find it."""
+        self._errors.setdefault(source, {}).setdefault((error.origin, error.reason), error)
+
+    def __len__(self) -> int:
+        return sum(map(len, self._errors.values()))
+
+    def counts(self) -> dict[str, int]:
+        """Records set aside, by source. A record with two faults is one record."""
+        return {source: len({origin for origin, _ in faults}) for source, faults in self._errors.items()}
+
+    def settle(self, policy: OnBadRecord, max_share: float, totals: Mapping[str, int], path: Path) -> None:
+        """Write the faults to `path`, or end the run. For one process; on several ranks, the first.
+
+        Args:
+            policy: `stop` ends at any fault and writes nothing.
+            max_share: the largest share of a source's records that may be set aside, 0 to 1.
+            totals: records of each source, the bad ones included.
+            path: quarantine.jsonl; replaced at once and as a whole. Without a fault it is an empty file.
+
+        Raises:
+            UserError: a fault under `stop`; a share above `max_share`, after the file is written.
+        """
+        if policy is OnBadRecord.stop:
+            if self._errors:
+                raise UserError(self._stopped())
+            return
+        _write(path, [line for source, faults in self._errors.items() for line in _lines(source, faults)])
+        counts = self.counts()
+        exceeded = [source for source, count in counts.items() if count > max_share * totals[source]]
+        if exceeded:
+            raise UserError(self._exceeded(exceeded, max_share, totals, path))
+
+    def _stopped(self) -> str:
+        found = [error for faults in self._errors.values() for error in faults.values()]
+        lines = [f"  {error.origin}: {error.reason}" for error in found[:NUM_SHOWN]]
+        if len(found) > NUM_SHOWN:
+            lines.append(f"  ... and {len(found) - NUM_SHOWN:,} more")
+        per_source = ", ".join(f"{count:,} of {source}" for source, count in self.counts().items())
+        head = f"Records that cannot be used ({per_source}):"
+        return "\n".join([head, *lines, "Fix them, or set such records aside with data.on_bad_record=quarantine."])
+
+    def _exceeded(self, sources: list[str], max_share: float, totals: Mapping[str, int], path: Path) -> str:
+        lines = [f"More records are bad than data.max_quarantined={max_share:g} allows:"]
+        for source in sources:
+            count, total = self.counts()[source], totals[source]
+            first = next(iter(self._errors[source].values()))
+            share = f"{count:,} of {total:,} ({count / max(total, 1):.2%})"
+            lines.append(f"  {source}: {share}, the first {first.origin}: {first.reason}")
+        lines.append(f"All are listed in {path}. Fix them, or allow more with data.max_quarantined=<share>.")
+        return "\n".join(lines)
+
+
+def _lines(source: str, faults: Mapping[tuple[str, str], RecordError]) -> list[str]:
+    return [
+        json.dumps(
+            {"source": source, "origin": origin, "reason": reason, "digest": _digest(origin, reason)},
+            ensure_ascii=False,
+        )
+        for origin, reason in faults
+    ]
+
+
+def _digest(origin: str, reason: str) -> str:
+    return hashlib.sha256((reason + origin).encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def _write(path: Path, lines: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")  # same folder, so that the last step is one rename
+    try:
+        with open(draft, "w", encoding="utf-8", errors="backslashreplace") as stream:
+            stream.writelines(line + "\n" for line in lines)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""One file per format: a row of a dataset becomes a `Sample` or a `PreferencePair`."""

@@ -1,0 +1,70 @@
+"""scikit-learn's 1,797 handwritten digits: real pictures that are there without a download.
+
+Source: https://doi.org/10.24432/C50P49 (CC BY 4.0), as bundled with scikit-learn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+from PIL import Image
+
+from lit_vlm.data.images import ArrayImage
+from lit_vlm.types import ImageSlot, Kind, Language, Message, Role, Sample, UserError
+
+NUM_HELD_OUT = 297  # the last ones
+SIDE = 56  # pixels; seven times the original's eight
+_QUESTION = {Language.ko: "이 숫자는 무엇인가요?", Language.en: "What digit is this?"}
+
+
+class DigitsSource:
+    """One question per digit. `Language.auto` asks in Korean and English by turns."""
+
+    def __init__(
+        self,
+        name: str,
+        language: Language,
+        *,
+        kind: Kind = Kind.digit,
+        limit: int | None = None,
+        held_out: bool = False,
+    ) -> None:
+        pictures, answers = _load()
+        num_training = len(answers) - NUM_HELD_OUT
+        chosen = slice(num_training, None) if held_out else slice(0, num_training)
+        self.name, self._language, self._kind = name, language, kind
+        self._first = chosen.start
+        self._pictures, self._answers = pictures[chosen][:limit], answers[chosen][:limit]
+        settings = ("digits", SIDE, str(language), str(kind), self._first, len(self))
+        self.digest = hashlib.sha256(repr(settings).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._answers)
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = self._first + index
+        language = self._language
+        if language is Language.auto:
+            language = (Language.ko, Language.en)[number % 2]
+        question = Message(Role.user, (ImageSlot(0), _QUESTION[language]))
+        answer = Message(Role.assistant, (str(self._answers[index]),))
+        origin = f"digits[{number}]"
+        image = ArrayImage(_enlarged(self._pictures[index]), origin)
+        return Sample(f"digit-{number}", self.name, origin, self._kind, language, (question, answer), (image,))
+
+
+def _load() -> tuple[np.ndarray, np.ndarray]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise UserError("format=digits needs scikit-learn: pip install '.[digits]'") from error
+    digits = load_digits()
+    return digits.images, digits.target  # [1797, 8, 8] float, 0 to 16; [1797] int
+
+
+def _enlarged(picture: np.ndarray) -> np.ndarray:
+    grey = Image.fromarray((picture * (255 / 16)).round().astype(np.uint8))
+    return np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB"))

@@ -1,0 +1,84 @@
+"""Preference pairs: TRL's columns prompt, chosen, rejected, images, or LLaVA-NeXT's keys, which say image.
+
+TRL: "Dataset formats and types" of its documentation, each of the three as text or as messages; without a prompt,
+chosen and rejected are conversations that begin alike. LLaVA-NeXT: `_get_item` in llava/train/train_dpo.py, whose
+`answer` takes no part in the loss.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lit_vlm.data.readers.messages import read_turns
+from lit_vlm.data.readers.record import (
+    Place,
+    check_slots,
+    check_turns,
+    found_language,
+    new_slots,
+    record_id,
+    slots_in,
+    type_name,
+)
+from lit_vlm.types import ImageSlot, ImageSource, Kind, Message, PreferencePair, Role
+
+
+def read_preference(row: Mapping[str, Any], place: Place) -> PreferencePair:
+    place.need(row, "chosen", "rejected")
+    column = place.images(row)
+    if row.get("prompt") is None:
+        row = _with_prompt(row, place)
+    prompt, images = _prompt(row["prompt"], column, place)
+    chosen, rejected = _answer(row["chosen"], "chosen", place), _answer(row["rejected"], "rejected", place)
+    for answer in (chosen, rejected):
+        check_turns((*prompt, answer), place)
+    if chosen == rejected:
+        raise place.fault("chosen and rejected are equal; there is nothing to prefer")
+    return PreferencePair(
+        id=record_id(row, place),
+        source=place.settings.source,
+        origin=place.origin,
+        kind=place.settings.kind or Kind.preference,
+        language=found_language((*prompt, chosen, rejected), place.settings),
+        prompt=prompt,
+        chosen=chosen,
+        rejected=rejected,
+        images=images,
+    )
+
+
+def _with_prompt(row: Mapping[str, Any], place: Place) -> dict[str, Any]:
+    """The row with its implicit prompt, the common beginning of the two conversations, made explicit."""
+    if isinstance(row["chosen"], str):
+        place.need(row, "prompt", "chosen", "rejected")
+    chosen, rejected = place.items(row["chosen"], "chosen"), place.items(row["rejected"], "rejected")
+    alike = list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+    num_alike = min(len(alike), len(chosen) - 1, len(rejected) - 1)  # equal conversations keep an answer, to be told so
+    if num_alike == 0:
+        raise place.fault("missing 'prompt', and chosen and rejected begin with different messages")
+    return {**row, "prompt": chosen[:num_alike], "chosen": chosen[num_alike:], "rejected": rejected[num_alike:]}
+
+
+def _prompt(
+    value: Any, column: Sequence[ImageSource], place: Place
+) -> tuple[tuple[Message, ...], tuple[ImageSource, ...]]:
+    if isinstance(value, list):
+        return read_turns(value, column, place, "prompt")
+    content = place.marked(place.text(value, "prompt"), new_slots())
+    if len(column) == 1 and not any(isinstance(piece, ImageSlot) for piece in content):
+        content = (ImageSlot(0), *content)  # LLaVA-NeXT's prompts have no marker; its loader puts the image first
+    prompt = (Message(Role.user, content),)
+    check_slots(slots_in(prompt), len(column), place)
+    return prompt, tuple(column)
+
+
+def _answer(value: Any, key: str, place: Place) -> Message:
+    if isinstance(value, str):
+        return Message(Role.assistant, place.pieces(place.text(value, key)))
+    if not isinstance(value, list):
+        raise place.fault(f"{key} is {type_name(value)}; it must be text or a list of messages")
+    if len(value) != 1:
+        raise place.fault(f"{key} has {len(value)} messages after the prompt; it must be one answer")
+    return read_turns(value, (), place, key)[0][0]

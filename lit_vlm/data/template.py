@@ -1,0 +1,267 @@
+"""A conversation becomes token ids and a mask of what is supervised, by the model's own chat template.
+
+The template is rendered once per *shape* of conversation (roles, and where images and texts stand) with stand-ins for the texts;
+the texts are then tokenised as ordinary text and put in their places. So a control token can come from the template or from a
+`Control` of the sample, never from what somebody wrote; and the template needs no `{% generation %}` marks: the supervised span of
+an assistant turn begins where the generation prompt ends and closes with the turn's own end token.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from lit_vlm.types import IMAGE_TOKEN, Control, ImageSlot, Message, Role, UserError
+
+OPEN, CLOSE = "\ue000", "\ue001"  # private use: they stand around a text's number while the template is rendered
+STAND_IN = re.compile(f"{OPEN}(\\d+){CLOSE}")
+IMAGE, TEXT = "image", "text"
+
+Shape = tuple[tuple[str, tuple[str, ...]], ...]  # ((role, (part, ...)), ...)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids [S] int32 and their mask [S] bool: True where the loss looks. Images are runs of the placeholder."""
+
+    input_ids: np.ndarray
+    supervised: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
+    def num_supervised(self) -> int:
+        """Tokens that are predicted: the first of a sequence has nothing before it."""
+        return int(self.supervised[1:].sum())
+
+
+@dataclass(frozen=True, slots=True)
+class Special:
+    token_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    number: int  # the number-th text of the conversation
+
+
+@dataclass(frozen=True, slots=True)
+class Supervise:
+    on: bool
+
+
+Piece = str | Special | Slot | Supervise
+
+
+class Template:
+    """The chat template of one tokenizer.
+
+    Args:
+        tokenizer: with `chat_template`; its added tokens are the control tokens.
+        image_token: the placeholder that the template writes for an image; one token of the vocabulary.
+
+    Raises:
+        UserError: no chat template, or one that cannot be used for training; the message says which and what to do.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, image_token: str = IMAGE_TOKEN) -> None:
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"The tokenizer of {tokenizer.name_or_path or 'the language model'} has no chat template, and training needs one to "
+                "tell questions from answers. Choose an instruction-tuned model, or give one: model.chat_template=chatml, or a Jinja file."
+            )
+        self.tokenizer = tokenizer
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        self.control_ids = tokenizer.get_added_vocab()
+        self.ordinary = _without_added_tokens(tokenizer)
+        literals = sorted(self.control_ids, key=len, reverse=True)
+        self._literal = re.compile("|".join(map(re.escape, literals)))
+        self._trims = {role: self._strips_whitespace(role) for role in (Role.user, Role.assistant)}
+        self.layout = lru_cache(maxsize=4096)(self._layout)
+        self.ordinary_ids = lru_cache(maxsize=8192)(self._ordinary_ids)
+
+    def __reduce__(self):  # the caches stay behind when a loader's worker is spawned
+        return type(self), (self.tokenizer, self.tokenizer.convert_ids_to_tokens(self.image_token_id))
+
+    def encode(self, messages: tuple[Message, ...], image_tokens: list[int], *, prompt: bool = False) -> Encoded:
+        """Token ids and supervision of a conversation.
+
+        Args:
+            messages: the conversation; with `prompt`, it ends with a user message and the generation prompt is added.
+            image_tokens: number of placeholders of each image, in the order in which the images stand in the text.
+        """
+        shape, texts = _shape_of(messages)
+        ids: list[int] = []
+        mask: list[bool] = []
+        images = iter(image_tokens)
+        supervised, pending = False, ""
+
+        def put(new: list[int] | tuple[int, ...]) -> None:
+            ids.extend(new)
+            mask.extend([supervised] * len(new))
+
+        def flush() -> None:
+            nonlocal pending
+            if pending:
+                put(self.ordinary_ids(pending))
+                pending = ""
+
+        for piece in self.layout(shape, prompt):
+            if isinstance(piece, str):
+                pending += piece
+            elif isinstance(piece, Slot):
+                for part in self._trimmed(*texts[piece.number]):
+                    if isinstance(part, str):
+                        pending += part
+                    else:
+                        flush()
+                        put([self._control_id(part)])
+            elif isinstance(piece, Special):
+                flush()
+                put([piece.token_id] * (next(images) if piece.token_id == self.image_token_id else 1))
+            else:
+                flush()
+                supervised = piece.on
+        flush()
+        return Encoded(np.array(ids, dtype=np.int32), np.array(mask, dtype=bool))
+
+    def _control_id(self, control: Control) -> int:
+        try:
+            return self.control_ids[control.token]
+        except KeyError:
+            raise UserError(
+                f"The data uses the control token {control.token}, which this model's vocabulary lacks. "
+                f"Add it with model.special_tokens, or read the source with markup=off."
+            ) from None
+
+    def _ordinary_ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self.ordinary.encode(text, add_special_tokens=False).ids)
+
+    def _trimmed(self, role: Role, parts: tuple[str | Control, ...]) -> tuple[str | Control, ...]:
+        """The parts as the template would leave them: some templates strip the whitespace around a message."""
+        if not self._trims.get(role) or not parts:
+            return parts
+        trimmed = list(parts)
+        if isinstance(trimmed[0], str):
+            trimmed[0] = trimmed[0].lstrip()
+        if isinstance(trimmed[-1], str):
+            trimmed[-1] = trimmed[-1].rstrip()
+        return tuple(trimmed)
+
+    def _strips_whitespace(self, role: Role) -> bool:
+        padded = f" {OPEN}0{CLOSE} "
+        turns = [("user", "q"), ("assistant", padded)] if role is Role.assistant else [("user", padded)]
+        rendered = self._render([{"role": r, "content": [{"type": TEXT, "text": t}]} for r, t in turns])
+        return f" {OPEN}0{CLOSE}" not in rendered
+
+    def _render(self, messages: list[dict], prompt: bool = False) -> str:
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+
+    def _layout(self, shape: Shape, prompt: bool) -> tuple[Piece, ...]:
+        """The pieces of a conversation of this shape, supervision marks included."""
+        messages = _stand_ins(shape)
+        try:
+            rendered = self._render(messages, prompt)
+        except Exception as error:  # Jinja raises what the template tells it to
+            roles = ", ".join(role for role, _ in shape)
+            raise UserError(
+                f"The chat template of {self.tokenizer.name_or_path or 'the language model'} refuses a conversation of roles [{roles}]: "
+                f"{error}. Change the records, or the template: model.chat_template=chatml, or a Jinja file."
+            ) from error
+        starts = self._answer_starts(messages, rendered)
+        return tuple(self._pieces(rendered, starts))
+
+    def _answer_starts(self, messages: list[dict], rendered: str) -> list[int]:
+        """Offsets in `rendered` at which each assistant turn becomes the model's own words."""
+        starts = []
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            turn = self._render(messages[: i + 1])
+            if not rendered.startswith(turn.rstrip()):
+                raise UserError(
+                    f"The chat template of {self.tokenizer.name_or_path or 'the language model'} rewrites earlier turns (an answer reads "
+                    "differently once another follows), so a conversation of several turns cannot be trained in one pass. Give a template "
+                    "that leaves them alone: model.chat_template=chatml, or a Jinja file of your own."
+                )
+            opening = self._render(messages[:i], prompt=True) if i else ""
+            slot = STAND_IN.search(rendered, len(self._render(messages[:i]).rstrip()) if i else 0)
+            # llava-hf's template writes another header than its generation prompt: there the words begin at the text itself
+            starts.append(len(opening) if i and turn.startswith(opening) else slot.start() if slot else len(turn))
+        return starts
+
+    def _pieces(self, rendered: str, starts: list[int]):
+        """Split at stand-ins, control tokens and answer starts; close each answer with the first control token after its text."""
+        marks = sorted(
+            [(m.start(), m.end(), Slot(int(m[1]))) for m in STAND_IN.finditer(rendered)]
+            + [(m.start(), m.end(), Special(self.control_ids[m[0]])) for m in self._literal.finditer(rendered)]
+            + [(start, start, Supervise(True)) for start in starts],
+            key=lambda mark: mark[:2],
+        )
+        position, answering, spoken = 0, False, False
+        for start, end, piece in marks:
+            if start > position:
+                yield rendered[position:start]
+            yield piece
+            position = max(position, end)
+            answering, spoken = (True, False) if isinstance(piece, Supervise) else (answering, spoken or isinstance(piece, Slot))
+            if answering and spoken and isinstance(piece, Special):
+                yield Supervise(False)
+                answering = False
+        if answering:
+            raise UserError(
+                f"The chat template of {self.tokenizer.name_or_path or 'the language model'} closes an answer without a control token, so "
+                "the model would never learn to stop. Give one that does: model.chat_template=chatml, or a Jinja file."
+            )
+        if position < len(rendered):
+            yield rendered[position:]
+
+
+def _shape_of(messages: tuple[Message, ...]) -> tuple[Shape, list[tuple[Role, tuple[str | Control, ...]]]]:
+    """The shape of a conversation and its texts; neighbouring words and control tokens make one text."""
+    shape, texts = [], []
+    for message in messages:
+        parts: list[str] = []
+        text: list[str | Control] = []
+        for piece in (*message.content, None):
+            if piece is not None and not isinstance(piece, ImageSlot):
+                text.append(piece)
+                continue
+            if text:
+                parts.append(TEXT)
+                texts.append((message.role, tuple(text)))
+                text = []
+            if piece is not None:
+                parts.append(IMAGE)
+        shape.append((message.role.value, tuple(parts)))
+    return tuple(shape), texts
+
+
+def _stand_ins(shape: Shape) -> list[dict]:
+    number = -1
+    messages = []
+    for role, parts in shape:
+        content = []
+        for part in parts:
+            if part == TEXT:
+                number += 1
+            content.append({"type": IMAGE} if part == IMAGE else {"type": TEXT, "text": f"{OPEN}{number}{CLOSE}"})
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+def _without_added_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """The same model, normaliser and pre-tokeniser, to which `<|im_end|>` is eight ordinary characters."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = []
+    state["post_processor"] = None  # it would add begin tokens, which the chat template writes itself
+    state["truncation"] = state["padding"] = None
+    return Tokenizer.from_str(json.dumps(state))

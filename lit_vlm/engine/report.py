@@ -1,0 +1,295 @@
+"""One page about one run or a ladder of stages: self-contained, without scripts, fit for a phone and for paper.
+
+What a model said, and what a dataset says, is foreign text: the template escapes everything that is not `Markup`, and
+only drawings made here are.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import re
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from PIL import Image
+from rich.table import Table
+
+from lit_vlm.engine.report_charts import Line, line_chart, smoothed
+from lit_vlm.engine.report_data import RunRecord, arrow, duration, read_run, short, split_group
+from lit_vlm.types import SPECIAL_TOKENS
+
+HEADINGS = ("stage", "trained", "samples", "tokens", "tokens/s", "loss", "held-out score")
+MOST_INLINE_BYTES = 60_000  # of a PNG; a larger one goes into the page as JPEG
+SHOWN_ALONE, SHOWN_TOGETHER = 4, 1  # samples per kind and language, in a report of one run and of several
+PLACE = re.compile(r"<image>\s?")  # the pictures stand above
+MOST_DOTS = 60  # of a curve; a denser one is a line
+CONTROL = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")")
+
+
+def write_report(path: Path, runs: list[Path], title: str) -> None:
+    """Write the page. Run folders may lack any of their files; the page then shows what there is."""
+    records = [read_run(run) for run in runs]
+    page = _environment().get_template("report_page.html").render(
+        title=title,
+        style=Markup(Path(__file__).with_name("report.css").read_text(encoding="utf-8")),
+        headings=HEADINGS,
+        rows=[list(zip(HEADINGS, summary_row(record), strict=True)) for record in records],
+        stages=[_stage(record, SHOWN_ALONE if len(records) == 1 else SHOWN_TOGETHER) for record in records],
+        ladder=_ladder(records),
+        lead=_lead(records),
+        origin=_origin(records),
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(page, encoding="utf-8", errors="replace")
+    os.replace(beside, path)
+
+
+def summary_table(runs: list[Path]) -> Table:
+    """The page's first table, for the terminal."""
+    table = Table()
+    for heading in HEADINGS:
+        table.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right")
+    for run in runs:
+        table.add_row(*("\n".join(lines) for lines in summary_row(read_run(run))))
+    return table
+
+
+def summary_row(record: RunRecord) -> list[list[str]]:
+    """A stage in the columns of `HEADINGS`; each cell as lines."""
+    figures = record.figures
+    parts = [f"{part.get('part')} {short(part.get('trainable'))} ({part.get('how')})" for part in record.trained]
+    return [
+        [record.name, duration(figures.get("seconds"))],
+        [part.replace(" (all)", "") for part in parts],
+        [short(figures.get("samples"))],
+        [short(figures.get("tokens"))],
+        [short(figures.get("tokens_per_second"))],
+        [arrow(figures.get("loss_first"), figures.get("loss_last"))],
+        [arrow(record.mean_score("before"), record.mean_score("after"))],
+    ]
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    folder = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(short=short, percent=lambda share: f"{100 * share:.1f} %")
+    return environment
+
+
+def _lead(records: list[RunRecord]) -> str:
+    """The page in one line: how much of everything."""
+
+    def total(name: str) -> float:
+        return sum(record.figures.get(name) or 0 for record in records)
+
+    stages = f"{len(records)} stages, " if len(records) > 1 else ""
+    if not total("tokens"):
+        return ""
+    amount = f"{stages}{short(total('samples'))} samples, {short(total('tokens'))} tokens"
+    return f"{amount}, {duration(total('seconds'))} of training"
+
+
+def _origin(records: list[RunRecord]) -> dict[str, Any]:
+    """Where the page comes from: the last run that says so."""
+    manifest = next((record.manifest for record in reversed(records) if record.manifest), {})
+    git = manifest.get("git") or {}
+    starts = [record.manifest["started"] for record in records if record.manifest.get("started")]
+    return {
+        "commit": (git.get("commit") or "")[:12] + (", with local changes" if git.get("dirty") else ""),
+        "started": _moment(min(starts)) if starts else "",
+        "finished": _moment(manifest.get("finished") or ""),
+        "versions": manifest.get("versions") or {},
+        "commands": [record.manifest["command"] for record in records if record.manifest.get("command")],
+    }
+
+
+def _moment(iso: str) -> str:
+    return iso[:16].replace("T", " ") + (" UTC" if iso.endswith(("+00:00", "Z")) else "")
+
+
+def _stage(record: RunRecord, shown: int) -> dict[str, Any]:
+    mixture = record.data.get("mixture") or []
+    return {
+        "name": record.name,
+        "stage": record.stage,
+        "unfinished": bool(record.manifest) and record.manifest.get("status") != "finished",
+        "facts": _facts(record),
+        "charts": _charts(record),
+        "scores": _scores(record),
+        "mixture": _mixture(mixture),
+        "languages": _shares(mixture, "language"),
+        "groups": _sample_groups(record, shown),
+        "quarantined": _quarantined(record),
+        "settings": record.settings,
+    }
+
+
+def _facts(record: RunRecord) -> list[tuple[str, str]]:
+    plan, figures, parent = (record.manifest.get("plan") or {}), record.figures, record.manifest.get("parent") or {}
+    waited, memory = figures.get("data_wait"), figures.get("peak_memory_bytes")
+    facts = [
+        ("steps", short(figures.get("steps", plan.get("steps")))),
+        ("batch", f"{plan['global_batch_size']} samples" if "global_batch_size" in plan else ""),
+        ("micro-batches per step", f"{plan['k']}" if "k" in plan else ""),
+        ("ranks", str(plan.get("world_size", ""))),
+        ("time", duration(figures.get("seconds"))),
+        ("waited for data", f"{waited:.1%}" if waited is not None else ""),
+        ("peak memory", f"{memory / 2**30:.2f} GiB" if memory else ""),
+        ("starts from", str(parent.get("path") or "")),
+    ]
+    return [(name, value) for name, value in facts if value]
+
+
+def _charts(record: RunRecord) -> list[dict[str, Any]]:
+    metrics = record.metrics
+    loss, held_out = metrics.get("train/loss", []), metrics.get("val/loss", [])
+    lines = [Line("training loss", loss, "raw"), Line("training loss, smoothed", smoothed(loss), "main")]
+    lines.append(Line("held-out loss", held_out, "second", dots=len(held_out) <= MOST_DOTS))
+    svg = line_chart(lines, label=f"loss of {record.name} by step", may_log=True)
+    charts = [{"title": "Loss", "svg": Markup(svg), "legend": _legend(lines), "note": _loss_note(record)}]
+    accuracy, margin = metrics.get("train/rewards/accuracies", []), metrics.get("train/rewards/margins", [])
+    held_out = metrics.get("val/rewards/accuracies", [])
+    name = "of training pairs"
+    lines = [Line(name, accuracy, "raw"), Line(f"{name}, smoothed", smoothed(accuracy), "main")]
+    lines.append(Line("of held-out pairs", held_out, "second", dots=len(held_out) <= MOST_DOTS))
+    svg = line_chart(lines, label=f"reward accuracy of {record.name} by step", low=0.0, high=1.0)
+    note = f"margin of the rewards {arrow(margin[0][1], margin[-1][1], '.3f')}" if margin else ""
+    charts.append({"title": "Reward accuracy", "svg": Markup(svg), "legend": _legend(lines), "note": note})
+    return [chart for chart in charts if chart["svg"]]
+
+
+def _legend(lines: list[Line]) -> list[tuple[str, str]]:
+    """The raw line belongs to its smoothed one and needs no entry."""
+    return [(line.style, line.name.removesuffix(", smoothed")) for line in lines if line.points and line.style != "raw"]
+
+
+def _loss_note(record: RunRecord) -> str:
+    last = {name: points[-1][1] for name, points in record.metrics.items() if name.startswith("val/loss")}
+    if "val/loss" not in last:
+        return ""
+    languages = [f"{name} {last[f'val/loss_{name}']:.3g}" for name in ("ko", "en") if f"val/loss_{name}" in last]
+    return f"held-out at the end {last['val/loss']:.3g}" + (f" ({', '.join(languages)})" if languages else "")
+
+
+def _scores(record: RunRecord) -> list[dict[str, Any]]:
+    """One row per kind, with a before and an after for each language."""
+    before, after = record.scores("before"), record.scores("after")
+    counts = record.figures.get("num_scored") or {}
+    kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for group in {**after, **before}:
+        kind, language = split_group(group)
+        pair = {"before": before.get(group), "after": after.get(group)}
+        kinds[kind].append({"language": language, **pair, "num": counts.get(group), "text": arrow(*pair.values())})
+    return [{"kind": kind, "languages": rows} for kind, rows in kinds.items()]
+
+
+def _ladder(records: list[RunRecord]) -> dict[str, Any]:
+    """The score of each kind after each stage, by language: what is learnt, and what is forgotten."""
+    groups = dict.fromkeys(split_group(group) for record in records for group in record.scores("after"))
+    kinds, languages = dict.fromkeys(kind for kind, _ in groups), sorted({language for _, language in groups})[::-1]
+    rows = [
+        {"kind": kind, "scores": [r.scores("after").get(f"{kind}_{name}") for r in records for name in languages]}
+        for kind in kinds
+    ]
+    return {"languages": languages, "rows": rows}
+
+
+def _mixture(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The sources with the share asked for, the share drawn and how often each sample was seen."""
+    most = max((row.get("share") or 0.0 for row in rows), default=0.0) or 1.0
+    blank = {"source": "", "kind": "", "language": "", "size": 0, "drawn": 0, "share": 0.0}
+    table = []
+    for row in rows:
+        row = blank | row
+        asked = row.get("asked", row.get("planned"))
+        passes = row["drawn"] / row["size"] if row["size"] else 0.0
+        table.append(row | {"asked": asked, "passes": passes, "width": 100 * row["share"] / most})
+    return table
+
+
+def _shares(rows: list[dict[str, Any]], column: str) -> str:
+    shares: Counter[str] = Counter()
+    for row in rows:
+        shares[str(row.get(column) or "other")] += row.get("share") or 0.0
+    return ", ".join(f"{name} {share:.0%}" for name, share in shares.most_common())
+
+
+def _quarantined(record: RunRecord) -> dict[str, Any]:
+    counts = record.data.get("quarantined") or Counter(str(row.get("source")) for row in record.quarantine)
+    total = sum(counts.values()) if isinstance(counts, dict) else 0
+    return {"total": total, "counts": counts, "first": record.quarantine[:8]}
+
+
+@dataclass(slots=True)
+class Card:
+    """One held-out sample: what was asked, what is right, and what each phase answered."""
+
+    prompt: list[tuple[str, bool]]
+    kind: str
+    language: str
+    reference: list[tuple[str, bool]]
+    answers: list[dict[str, Any]]
+    pictures: list[dict[str, str]]
+    marked: bool  # there are boxes on the pictures
+
+
+def _sample_groups(record: RunRecord, shown: int) -> list[tuple[str, list[Card]]]:
+    """The first samples of each kind and language, by kind."""
+    rows: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
+    for row in record.samples:
+        rows[str(row.get("kind")), str(row.get("language"))][f"{row.get('source')}/{row.get('id')}"].append(row)
+    groups: dict[str, list[Card]] = defaultdict(list)
+    for (kind, _), samples in rows.items():
+        groups[kind if shown > 1 else ""] += [_card(record.path, phases) for phases in list(samples.values())[:shown]]
+    return list(groups.items())
+
+
+def _card(folder: Path, phases: list[dict[str, Any]]) -> Card:
+    phases = sorted(phases, key=lambda row: row.get("phase") != "before")
+    first = phases[0]
+    keys = ("phase", "score")
+    answers = [{key: row.get(key) for key in keys} | {"pieces": _pieces(row.get("prediction"))} for row in phases]
+    pictures: dict[str, str] = {}  # a picture without boxes is the same in both phases
+    for row in phases:
+        for path in row.get("images") or []:
+            pictures.setdefault(path, str(row.get("phase")))
+    both = len(set(pictures.values())) > 1
+    shown = [{"source": _inline(folder, path), "phase": phase if both else ""} for path, phase in pictures.items()]
+    return Card(
+        prompt=_pieces(PLACE.sub("", str(first.get("prompt") or ""))),
+        kind=str(first.get("kind") or "").replace("_", " "),
+        language=str(first.get("language") or ""),
+        reference=_pieces(first.get("reference")),
+        answers=answers,
+        pictures=[picture for picture in shown if picture["source"]],
+        marked=any(Path(path).stem.endswith(f"_{phase}") for path, phase in pictures.items()),
+    )
+
+
+def _pieces(text: Any) -> list[tuple[str, bool]]:
+    """The text in pieces, and whether each is a control token."""
+    return [(piece, bool(CONTROL.fullmatch(piece))) for piece in CONTROL.split(str(text or "")) if piece]
+
+
+def _inline(folder: Path, name: str) -> str:
+    """A picture of the run's folder as a data: address; "" when it is not there."""
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()) or not path.is_file():
+        return ""
+    data, kind = path.read_bytes(), "png"
+    if len(data) > MOST_INLINE_BYTES:
+        stream = io.BytesIO()
+        Image.open(io.BytesIO(data)).convert("RGB").save(stream, "JPEG", quality=85)
+        data, kind = stream.getvalue(), "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -1,0 +1,195 @@
+"""One run, one folder. Its manifest says what was run, on what, from what, and what came of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from lit_vlm.types import Source, UserError
+
+PACKAGES = ("torch", "lightning", "transformers", "peft", "trl", "tokenizers", "torchmetrics", "hydra-core")
+# Where a job runs and what it shows of itself; two runs that differ in nothing else are the same run.
+ELSEWHERE = {
+    "task", "recipe", "run_dir", "run_name", "overwrite", "callbacks", "logger", "image", "prompt", "max_new_tokens", "init_from",
+    "trainer.devices", "trainer.num_nodes", "trainer.accelerator", "trainer.strategy", "trainer.num_threads",
+    "trainer.enable_progress_bar", "data.tokens_per_micro_batch", "data.tiles_per_micro_batch", "data.num_workers",
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class RunFolder:
+    """The folder of one run and its manifest. Only rank 0 writes."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def hf(self) -> Path:
+        return self.path / "hf"
+
+    @property
+    def finished(self) -> bool:
+        return self.manifest.get("status") == "finished"
+
+    def update(self, **fields: Any) -> None:
+        """Put fields into the manifest and write it, whole or not at all."""
+        self.manifest.update(fields)
+        if is_rank_zero():
+            write_atomically(self.path / "manifest.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+
+
+def open_run_folder(
+    path: Path, config: Any, *, name: str, overwrite: bool, data_digest: str, parent: dict[str, str] | None
+) -> RunFolder:
+    """The folder of a run: new, interrupted (it starts its stage again) or finished.
+
+    Raises:
+        UserError: the folder holds a run of another config, other data or another parent.
+    """
+    plain = to_plain(asdict(config))
+    known = read_manifest(path)
+    if known and known.get("status") == "finished" and not overwrite:
+        different = _differences(known, plain, data_digest, parent)
+        if different:
+            raise UserError(
+                f"{path} holds a finished run that differs from this one in {', '.join(different[:5])}. "
+                "Give this one a name of its own with run_name=..., or replace the old one with overwrite=true."
+            )
+        return RunFolder(path, known)
+    folder = RunFolder(path, {})
+    if is_rank_zero():
+        path.mkdir(parents=True, exist_ok=True)
+    folder.update(
+        status="running",
+        name=name,
+        stage=plain["stage"]["name"],
+        command=" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+        git=git_state(),
+        versions=versions(),
+        config=plain,
+        data={"digest": data_digest},
+        parent=parent,
+    )
+    return folder
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    file = path / "manifest.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def parent_of(init_from: str | None) -> dict[str, str] | None:
+    """Path and digest of the model that a run starts from; hub ids have no digest of ours."""
+    if init_from is None:
+        return None
+    folder = Path(init_from)
+    if not folder.is_dir():
+        return {"path": init_from, "digest": ""}
+    manifest = read_manifest(folder.parent) or {}
+    return {"path": init_from, "digest": manifest.get("weights_digest") or digest_of_weights(folder)}
+
+
+def require_parent(init_from: str | None) -> None:
+    """A stage that starts from an earlier one needs it finished."""
+    if init_from is None:
+        return
+    folder = Path(init_from)
+    if folder.is_absolute() and not folder.is_dir():
+        manifest = read_manifest(folder.parent)
+        state = "is not finished" if manifest else "does not exist"
+        raise UserError(
+            f"init_from={init_from}: the run that should have left this folder {state}. Run the stage before it first (`python run.py` runs "
+            "a recipe's stages in order), or name another folder or hub id with init_from=..."
+        )
+
+
+def digest_of_weights(folder: Path) -> str:
+    """sha256 over the names and contents of a model folder's weights."""
+    hasher = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        hasher.update(file.name.encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+def digest_of_sources(sources: Sequence[Source]) -> str:
+    """Of what the sources hold, without reading their records."""
+    return hashlib.sha256("\0".join(f"{source.name}={source.digest}" for source in sources).encode()).hexdigest()
+
+
+def to_plain(value: Any) -> Any:
+    """Enums by name, paths as text, tuples as lists: what JSON can hold."""
+    if isinstance(value, dict):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    if isinstance(value, Enum):
+        return value.name
+    return str(value) if isinstance(value, Path) else value
+
+
+def git_state() -> dict[str, Any]:
+    """Commit of the code and whether it was changed; empty outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*words: str) -> str | None:
+        try:
+            return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return None
+
+    commit = git("rev-parse", "HEAD")
+    return {"commit": commit, "dirty": bool(git("status", "--porcelain"))} if commit else {}
+
+
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def is_rank_zero() -> bool:
+    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Beside, then moved: a reader finds the old file or the new one."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def _differences(known: dict[str, Any], config: dict[str, Any], data_digest: str, parent: dict[str, str] | None) -> list[str]:
+    different = [key for key in _changed(known["config"], config) if not _elsewhere(key)]
+    if known["data"]["digest"] != data_digest:
+        different.append("its data")
+    if (known.get("parent") or {}).get("digest") != (parent or {}).get("digest"):
+        different.append("the model it starts from")
+    return different
+
+
+def _elsewhere(key: str) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in ELSEWHERE)
+
+
+def _changed(old: Any, new: Any, prefix: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [key for name in sorted({*old, *new}) for key in _changed(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)]
+    return [] if old == new else [prefix]

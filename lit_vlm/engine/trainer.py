@@ -1,0 +1,90 @@
+"""Lightning's Trainer from the settings."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+
+from lit_vlm.config.schema import Debug, LoggerConfig, RunConfig
+from lit_vlm.engine.run_folder import to_plain
+
+FEW_STEPS = 4  # debug=fast
+
+
+def make_trainer(config: RunConfig, run_dir: Path, name: str, callbacks: list[L.Callback]) -> L.Trainer:
+    """A Trainer whose steps come from the plan: one epoch of known length."""
+    quiet()
+    trainer = config.trainer
+    if trainer.num_threads:
+        torch.set_num_threads(trainer.num_threads)
+    torch.set_flush_denormal(True)  # numbers below 1e-38 are nothing to a loss and slow a CPU down
+    bar = [RichProgressBar()] if trainer.enable_progress_bar and sys.stdout.isatty() else []
+    options: dict[str, Any] = {
+        "accelerator": trainer.accelerator,
+        "devices": trainer.devices,
+        "num_nodes": trainer.num_nodes,
+        "strategy": trainer.strategy,
+        "precision": trainer.precision,
+        "gradient_clip_val": trainer.gradient_clip_val,
+        "log_every_n_steps": trainer.log_every_n_steps,
+        "limit_val_batches": trainer.limit_val_batches,
+        "deterministic": trainer.deterministic,
+        "max_epochs": 1,
+        "num_sanity_val_steps": 0,
+        "use_distributed_sampler": False,  # the plan deals to ranks
+        "enable_checkpointing": False,
+        "enable_model_summary": False,  # the table of what trains says more
+        "enable_progress_bar": bool(bar),
+        "logger": make_loggers(config.logger, config, run_dir, name),
+        "callbacks": [*callbacks, *bar],
+        **trainer.extra,
+    }
+    if config.data.validation.every_steps:
+        options |= {"val_check_interval": config.data.validation.every_steps, "check_val_every_n_epoch": None}
+    if config.debug is Debug.profile:
+        options["profiler"] = "simple"
+    return L.Trainer(**options)
+
+
+def make_loggers(logger: LoggerConfig, config: RunConfig, run_dir: Path, name: str) -> list[Logger]:
+    loggers: list[Logger] = [CSVLogger(run_dir, name="", version="")]
+    if logger.wandb:
+        loggers.append(
+            WandbLogger(
+                project=logger.project,
+                entity=logger.entity,
+                group=logger.group or name.split("/")[0],
+                tags=logger.tags,
+                name=name,
+                id=name.replace("/", "-"),
+                resume="allow",
+                offline=logger.offline,
+                save_dir=run_dir,
+                config=to_plain_config(config),
+            )
+        )
+    return loggers
+
+
+def to_plain_config(config: RunConfig) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return to_plain(asdict(config))
+
+
+def quiet() -> None:
+    """Silence advice that does not apply: the loader's order, sizes and workers are the plan's business."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for text in (".*does not have many workers.*", ".*Checkpoint directory.*", ".*Experiment logs directory.*", ".*lr_scheduler.step.*"):
+        warnings.filterwarnings("ignore", message=text)
+    warnings.filterwarnings("ignore", message=".*[Tt]ip.*litlogger.*")

@@ -1,0 +1,269 @@
+"""A vision tower, a projector and a language model become transformers' LlavaOnevisionForConditionalGeneration.
+
+Parts and whole models come from local folders in the hub's layout, or from the hub where there is a network. Nothing here downloads
+code: `trust_remote_code` is off unless asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import cached_file
+
+from lit_vlm.anyres import ImageSettings, Tiling, grid_pinpoints
+from lit_vlm.config.schema import ModelConfig, Projector
+from lit_vlm.model import families
+from lit_vlm.model.export import OURS
+from lit_vlm.model.forward import use_flat_forward
+from lit_vlm.model.hub import quiet_transformers
+from lit_vlm.model.parts import UNUSED
+from lit_vlm.model.vocabulary import CHATML, VIDEO_TOKEN, accept_parts, add_special_tokens, grow
+from lit_vlm.types import IMAGE_TOKEN, UserError
+
+
+@dataclass(slots=True)
+class Blueprint:
+    """Everything about a model but its weights: enough for the data side, the cost model and a build on `meta`."""
+
+    config: LlavaOnevisionConfig
+    tokenizer: PreTrainedTokenizerFast
+    images: ImageSettings
+    new_tokens: list[str]  # added by this run; empty when the folder had them
+    whole: str | None = None  # folder or hub id of a whole model, else the parts below
+    vision_tower: str | None = None
+    language_model: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def source(self) -> dict[str, Any]:
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+def draw_up(model: ModelConfig, init_from: str | None = None, tiling: Tiling = Tiling.anyres) -> Blueprint:
+    """Read configs and tokenizer, no weights.
+
+    Args:
+        init_from: folder or hub id of a whole LLaVA-OneVision-class model; else the parts that `model` names are assembled.
+
+    Raises:
+        UserError: a missing folder, a model of another class, a family whose logits this class would get wrong.
+    """
+    source = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    blueprint = _whole(model, init_from, source) if init_from else _assembled(model, source)
+    blueprint.images = replace(blueprint.images, tiling=tiling)
+    blueprint.new_tokens = add_special_tokens(blueprint.tokenizer, model.special_tokens)
+    blueprint.config.image_token_index = blueprint.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    blueprint.config.video_token_index = blueprint.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
+    blueprint.tokenizer.chat_template = _chat_template(model.chat_template, blueprint.tokenizer)
+    return blueprint
+
+
+def build(blueprint: Blueprint, dtype: torch.dtype = torch.float32, seed: int = 0) -> LlavaOnevisionForConditionalGeneration:
+    """The model with its weights, ready for the flat forward pass. New parameters are drawn from `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if blueprint.whole:
+            model = _load(LlavaOnevisionForConditionalGeneration, blueprint.whole, blueprint.config, dtype, blueprint.source)
+        else:
+            model = _assemble(blueprint, dtype)
+        grow(model, blueprint.tokenizer, blueprint.new_tokens)
+    blueprint.config.text_config.vocab_size = model.config.text_config.vocab_size
+    use_flat_forward(model, blueprint.images)
+    return model
+
+
+def build_on_meta(config: LlavaOnevisionConfig) -> LlavaOnevisionForConditionalGeneration:
+    """Shapes and counts at full size, without memory."""
+    with torch.device("meta"):
+        return LlavaOnevisionForConditionalGeneration(config)
+
+
+def read_tiling(name: str) -> Tiling:
+    """How a folder of ours was trained to see; plain transformers always tiles, and so does a folder that is not ours."""
+    ours = read_json(name, OURS) if Path(name).is_dir() else None
+    return Tiling(ours["tiling"]) if ours else Tiling.anyres
+
+
+def read_json(name: str, filename: str, **source: Any) -> dict[str, Any] | None:
+    """A JSON file of a model folder or hub repository; None when it has none."""
+    options = {key: value for key, value in source.items() if key == "revision"}
+    path = cached_file(name, filename, _raise_exceptions_for_missing_entries=False, **options)
+    return json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+
+
+def _whole(model: ModelConfig, init_from: str, source: dict[str, Any]) -> Blueprint:
+    config = _config(init_from, "init_from", source)
+    if not isinstance(config, LlavaOnevisionConfig):
+        raise UserError(
+            f"init_from={init_from} holds a model of type {config.model_type!r}; a stage starts from a LLaVA-OneVision-class model "
+            "(model type 'llava_onevision'). To build one from parts, leave init_from out and set model.vision_tower and model.language_model."
+        )
+    _keep_layers(config.vision_config, config.vision_feature_layer)
+    config.vision_feature_layer = -1
+    return Blueprint(config, _tokenizer(init_from, source), _image_settings(init_from, config, source), [], whole=init_from, **source)
+
+
+def _assembled(model: ModelConfig, source: dict[str, Any]) -> Blueprint:
+    vision = _config(model.vision_tower, "model.vision_tower", source)
+    vision = getattr(vision, "vision_config", vision)  # a SigLIP or CLIP checkpoint holds its text half too
+    if vision.model_type not in ("siglip_vision_model", "clip_vision_model"):
+        raise UserError(
+            f"model.vision_tower={model.vision_tower} is a {vision.model_type!r}; SigLIP, SigLIP 2 (fixed resolution) and CLIP towers are known."
+        )
+    text = _config(model.language_model, "model.language_model", source)
+    families.check(text, model.language_model)
+    _keep_layers(vision, -2 if model.vision_feature_layer is None else model.vision_feature_layer)
+    if vision.model_type == "siglip_vision_model":
+        vision.vision_use_head = False
+    config = LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config=text,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default" if vision.model_type == "clip_vision_model" else "full",
+        projector_hidden_act="gelu" if model.projector is Projector.mlp2x_gelu else "linear",
+        image_grid_pinpoints=[list(pair) for pair in grid_pinpoints(vision.image_size, model.grid)],
+        vision_aspect_ratio=f"anyres_max_{model.max_tiles}",
+        tie_word_embeddings=bool(text.tie_word_embeddings),
+    )
+    images = _image_settings(model.vision_tower, config, source)
+    tokenizer = _tokenizer(model.language_model, source)
+    parts = {"vision_tower": model.vision_tower, "language_model": model.language_model}
+    return Blueprint(config, tokenizer, images, [], **parts, **source)
+
+
+def _assemble(blueprint: Blueprint, dtype: torch.dtype) -> LlavaOnevisionForConditionalGeneration:
+    model = build_on_meta(blueprint.config)
+    config, source = blueprint.config, blueprint.source
+    tower = _load(type(model.model.vision_tower), blueprint.vision_tower, config.vision_config, dtype, source)
+    language = _load(AutoModelForCausalLM, blueprint.language_model, config.text_config, dtype, source)
+    _share_config(tower, blueprint.config.vision_config)
+    _share_config(language.model, blueprint.config.text_config)
+    model.model.vision_tower, model.model.language_model, model.lm_head = tower, language.model, language.lm_head
+    families.fold_logit_scale(model)
+    projector = model.model.multi_modal_projector.to_empty(device="cpu").to(dtype)
+    for layer in (projector.linear_1, projector.linear_2):
+        layer.reset_parameters()
+    if blueprint.config.projector_hidden_act == "linear":
+        nn.init.eye_(projector.linear_2.weight)
+        nn.init.zeros_(projector.linear_2.bias)
+    width = blueprint.config.text_config.hidden_size
+    model.model.image_newline = nn.Parameter(torch.randn(width, dtype=dtype) * width**-0.5)
+    model.generation_config = language.generation_config
+    model.tie_weights()
+    return model
+
+
+def _load(kind: Any, name: str, config: Any, dtype: torch.dtype, source: dict[str, Any]) -> nn.Module:
+    """from_pretrained, strict about what is missing and silent about what was left out on purpose (layers, heads, a text half).
+
+    Raises:
+        UserError: weights are missing, or of another shape; transformers would draw them at random.
+    """
+    try:
+        with quiet_transformers():
+            model, report = kind.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **source)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{name}: its weights could not be loaded: {str(error).strip().splitlines()[0]}") from None
+    absent = [key for key in report["missing_keys"] if not UNUSED.match(f"model.vision_tower.{key}") and not UNUSED.match(key)]
+    absent += [entry[0] for entry in report["mismatched_keys"]]
+    if absent:
+        raise UserError(
+            f"{name}: {len(absent)} weights are missing or of another shape there, {', '.join(sorted(absent)[:3])} among them. "
+            "The folder holds another model than its config.json says, or half of one."
+        )
+    return model
+
+
+def _share_config(part: nn.Module, config: Any) -> None:
+    """from_pretrained copies the config it is given; one object for all makes a change reach every layer."""
+    for module in part.modules():
+        if hasattr(module, "config"):
+            module.config = config
+
+
+def _keep_layers(vision: Any, layer: int | list[int]) -> None:
+    """Drop the tower's layers behind the one that feeds the projector, so that the last hidden state is the selected one.
+
+    Works for SigLIP with 27 layers and layer -2 (Google's) as for 26 layers and layer -1 (LLaVA-OneVision's): both keep 26.
+    """
+    if not isinstance(layer, int):
+        raise UserError(f"vision_feature_layer={layer}: features of several layers are not supported; name one layer.")
+    total = vision.num_hidden_layers
+    kept = layer if layer >= 0 else total + 1 + layer
+    if not 1 <= kept <= total:
+        raise UserError(f"vision_feature_layer={layer} of a tower with {total} layers; name one from {-total} to -1, or 1 to {total}.")
+    vision.num_hidden_layers = kept
+
+
+def _config(name: str, setting: str, source: dict[str, Any]) -> Any:
+    _require_folder(name, setting)
+    try:
+        return AutoConfig.from_pretrained(name, **source)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{setting}={name}: no model configuration could be read there ({first}). Give a folder with a config.json.") from None
+
+
+def _require_folder(name: str, setting: str) -> None:
+    path = Path(name)
+    looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if looks_local and not path.is_dir():
+        raise UserError(f"{setting}={name}: no such folder. Give the folder that holds the model's config.json, or a hub id like 'owner/name'.")
+
+
+def _tokenizer(name: str, source: dict[str, Any]) -> PreTrainedTokenizerFast:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{name}: no tokenizer could be read there ({first}). The folder needs a tokenizer.json.") from None
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UserError(f"{name}: its tokenizer is not a fast one (tokenizer.json), which exact supervision masks need.")
+    return tokenizer
+
+
+def _image_settings(name: str, config: LlavaOnevisionConfig, source: dict[str, Any]) -> ImageSettings:
+    vision = config.vision_config
+    whole = read_json(name, "processor_config.json", **source) or {}
+    own = read_json(name, "preprocessor_config.json", **source) or whole.get("image_processor") or {}
+    siglip = vision.model_type == "siglip_vision_model"
+    clip_mean, clip_std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    return ImageSettings(
+        tile_size=vision.image_size,
+        patch_size=vision.patch_size,
+        grid_pinpoints=tuple(tuple(pair) for pair in config.image_grid_pinpoints),
+        max_tiles=int(config.vision_aspect_ratio.removeprefix("anyres_max_")),
+        mean=tuple(own.get("image_mean") or ((0.5,) * 3 if siglip else clip_mean)),
+        std=tuple(own.get("image_std") or ((0.5,) * 3 if siglip else clip_std)),
+        resample=own.get("resample", 3),
+        select=config.vision_feature_select_strategy,
+    )
+
+
+def _chat_template(choice: str | None, tokenizer: PreTrainedTokenizerFast) -> str | None:
+    if choice is None:
+        return accept_parts(tokenizer.chat_template)
+    if choice == "chatml":
+        missing = [token for token in ("<|im_start|>", "<|im_end|>") if token not in tokenizer.get_added_vocab()]
+        if missing:
+            raise UserError(f"model.chat_template=chatml needs the tokens {', '.join(missing)}; add them to model.special_tokens.")
+        return accept_parts(CHATML)
+    path = Path(choice)
+    if not path.is_file():
+        raise UserError(f"model.chat_template={choice}: no such file. Give a Jinja file, or 'chatml'.")
+    return accept_parts(path.read_text(encoding="utf-8"))

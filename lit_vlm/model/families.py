@@ -1,0 +1,58 @@
+"""Language-model families whose own `ForCausalLM` does more with its logits than the head's matrix.
+
+transformers' LLaVA-OneVision class multiplies the last hidden state by the head and stops there. A family that scales its logits is
+folded into the head, once, at build; one that bends them (soft capping) cannot be, and is refused by name.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import LlavaOnevisionForConditionalGeneration
+
+from lit_vlm.types import UserError
+
+# How a family turns `config.<name>` into a factor on its logits.
+LOGIT_FACTORS = {
+    "hyperclovax": lambda config: config.logits_scaling,  # a multiplier, unlike Granite's
+    "granite": lambda config: 1.0 / config.logits_scaling,
+    "cohere": lambda config: config.logit_scale,
+    "cohere2": lambda config: config.logit_scale,
+}
+BENT = ("final_logit_softcapping", "attn_logit_softcapping")
+
+
+def check(text: Any, name: str) -> None:
+    """Refuse a language model whose text logits this class would get wrong."""
+    for setting in BENT:
+        if getattr(text, setting, None):
+            raise UserError(
+                f"model.language_model={name} ({text.model_type}) caps its logits ({setting}={getattr(text, setting)}), which "
+                "LLaVA-OneVision's class does not do, so its answers would differ from the language model's own. Choose Qwen2.5, Qwen3, "
+                "Llama, Mistral, HyperCLOVA X or Granite."
+            )
+    scale = getattr(text, "logits_scaling", None) or getattr(text, "logit_scale", None)
+    if scale not in (None, 1, 1.0) and text.model_type not in LOGIT_FACTORS:
+        raise UserError(
+            f"model.language_model={name} ({text.model_type}) scales its logits by {scale} in a way that is not known here. "
+            "Choose Qwen2.5, Qwen3, Llama, Mistral, HyperCLOVA X or Granite."
+        )
+
+
+def logit_factor(text: Any) -> float:
+    factor = LOGIT_FACTORS.get(text.model_type)
+    return float(factor(text)) if factor else 1.0
+
+
+def fold_logit_scale(model: LlavaOnevisionForConditionalGeneration) -> None:
+    """Multiply the head by the family's factor, and tell the config, so that nothing scales twice. Unties head and embeddings."""
+    text = model.config.text_config
+    factor = logit_factor(text)
+    if factor == 1.0:
+        return
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone() * factor)
+    for name in ("logits_scaling", "logit_scale"):
+        if hasattr(text, name):
+            setattr(text, name, 1.0)
+    text.tie_word_embeddings = model.config.tie_word_embeddings = False

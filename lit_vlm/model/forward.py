@@ -1,0 +1,162 @@
+"""The flat forward pass: transformers' own modules over a flat micro-batch.
+
+`FlatOnevisionModel` is transformers' class with one more entrance, `forward(batch=...)`. It replaces the class of a built model
+(`use_flat_forward`); weights, names and everything that is saved stay transformers'. The pass stays inside the module's forward so
+that what shards or gathers parameters by hooks (ZeRO-3, FSDP2) sees it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import LlavaOnevisionForConditionalGeneration
+from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
+
+from lit_vlm.anyres import ImageSettings, Layout
+from lit_vlm.model import attention
+from lit_vlm.types import IGNORE_INDEX, Batch
+
+# Shapes: T tokens, N tiles, M images, P patches of a tile, C channels of the tower, D width of the language model, R supervised rows.
+
+
+class FlatOnevisionModel(LlavaOnevisionModel):
+    """LlavaOnevisionModel that also takes a flat micro-batch."""
+
+    image_settings: ImageSettings
+
+    def forward(self, *args: Any, batch: Batch | None = None, **kwargs: Any) -> Any:
+        """As transformers', or with `batch`: the last hidden states [T, D] of the language model."""
+        if batch is None:
+            return super().forward(*args, **kwargs)
+        segments = attention.Segments(batch.cu_seqlens, batch.lengths)
+        output = self.language_model(
+            inputs_embeds=self.flat_embeddings(batch)[None],
+            position_ids=batch.position_ids[None],
+            attention_mask=None,
+            use_cache=False,
+            segments=segments,
+        )
+        return output.last_hidden_state[0]
+
+    def flat_embeddings(self, batch: Batch) -> Tensor:
+        """[T, D]: word embeddings, image features in the places of their placeholders.
+
+        The tower runs exactly once, whatever the batch holds: without images it sees a blank tile, multiplied by zero, so
+        that ranks with and without images make the same collective calls in the same order.
+        """
+        embeddings = self.get_input_embeddings()(batch.input_ids)
+        if not batch.num_tiles:
+            side = self.image_settings.tile_size
+            blank = torch.zeros((1, 3, side, side), dtype=torch.uint8, device=batch.input_ids.device)
+            features = self.flat_features(blank, [Layout(1, 0)])
+            return embeddings + 0.0 * features[0].sum().to(embeddings.dtype)
+        alone = _alone(batch)
+        layouts = [
+            self.image_settings.layout(*size, alone=single) for size, single in zip(batch.image_sizes, alone, strict=True)
+        ]
+        features = self.flat_features(batch.tiles, layouts)
+        row = torch.cat([features[i] for i in batch.image_index])
+        mask = batch.input_ids == self.config.image_token_id
+        return embeddings.masked_scatter(mask[:, None], row.to(embeddings.dtype))
+
+    def flat_features(self, tiles: Tensor, layouts: list[Layout]) -> list[Tensor]:
+        """Features of each image, [tokens of it, D], after projector, unpadding, pooling and newlines.
+
+        Args:
+            tiles: [N, 3, H, W] uint8.
+            layouts: of each image, in the order of the tiles.
+        """
+        projected = self.multi_modal_projector(self.tower_features(tiles))  # [N, P, D]
+        by_layout: dict[Layout, list[int]] = defaultdict(list)
+        for number, layout in enumerate(layouts):
+            by_layout[layout].append(number)
+        starts = torch.tensor([0, *(layout.num_tiles for layout in layouts)]).cumsum(0).tolist()
+        features: list[Tensor] = [projected] * len(layouts)
+        for layout, members in by_layout.items():  # images of one layout are arranged together
+            if len(by_layout) == 1:
+                stack = projected.unflatten(0, (len(members), layout.num_tiles))
+            else:
+                stack = torch.stack([projected[starts[i] : starts[i] + layout.num_tiles] for i in members])
+            for number, image in zip(members, self._arranged(stack, layout).unbind(), strict=True):
+                features[number] = image
+        return features
+
+    def tower_features(self, tiles: Tensor) -> Tensor:
+        """[N, P, C] of the selected layer. Without autograd when nothing of the tower trains."""
+        parameter = next(self.vision_tower.parameters())
+        settings = self.image_settings
+        mean, std = (
+            torch.tensor(values, device=tiles.device, dtype=torch.float32)[:, None, None] for values in (settings.mean, settings.std)
+        )
+        pixels = ((tiles.float() * settings.do_rescale - mean) / std).to(parameter.dtype)
+        layer = self.config.vision_feature_layer
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision_tower.parameters())
+        with torch.set_grad_enabled(trains):
+            hidden = self.vision_tower(pixels, output_hidden_states=layer, return_dict=True).hidden_states[layer]
+        return hidden[:, 1:] if self.config.vision_feature_select_strategy == "default" else hidden
+
+    def _arranged(self, stack: Tensor, layout: Layout) -> Tensor:
+        """[M, tiles, P, D] to [M, tokens, D]: the base view, then the stitched grid with a newline behind each of its rows."""
+        base, newline = stack[:, 0], self.image_newline.to(stack.dtype)
+        if not layout.rows:
+            return torch.cat([base, newline.expand(len(stack), 1, -1)], dim=1)
+        side = self.image_settings.side
+        grid = stack[:, 1:].unflatten(1, (layout.rows, layout.columns)).unflatten(3, (side, side))
+        grid = grid.permute(0, 5, 1, 3, 2, 4).flatten(2, 3).flatten(3, 4)  # [M, D, rows * side, columns * side]
+        top, bottom, left, right = layout.crop
+        grid = grid[:, :, top:bottom, left:right]
+        if layout.pooled:
+            grid = F.interpolate(grid, list(layout.pooled), mode="bilinear")
+        grid = torch.cat([grid, newline[:, None, None].expand(len(grid), -1, grid.shape[2], 1)], dim=-1)
+        return torch.cat([base, grid.flatten(2).transpose(1, 2)], dim=1)
+
+
+def use_flat_forward(model: LlavaOnevisionForConditionalGeneration, settings: ImageSettings) -> None:
+    """Give a built model the flat entrance and the attention that goes with it."""
+    model.model.__class__ = FlatOnevisionModel
+    model.model.image_settings = settings
+    model.set_attn_implementation({"text_config": attention.NAME, "vision_config": "sdpa"})
+    model.config.text_config.use_cache = True  # for generation; the flat pass asks for none
+
+
+@contextlib.contextmanager
+def as_transformers_class(model: LlavaOnevisionForConditionalGeneration) -> Iterator[None]:
+    """transformers finds the hub's names of weights by the class's own name; without them vLLM finds none of the layers."""
+    ours = type(model.model)
+    model.model.__class__ = LlavaOnevisionModel
+    try:
+        yield
+    finally:
+        model.model.__class__ = ours
+
+
+def supervised_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The hidden states that predict a supervised token, and those tokens.
+
+    Args:
+        hidden: [T, D].
+        labels: [T], not shifted; position t is predicted from position t - 1.
+
+    Returns:
+        [R, D] and [R]. The language-model head need not run on any other row.
+    """
+    rows = (labels[1:] != IGNORE_INDEX).nonzero().squeeze(1)
+    return hidden.index_select(0, rows), labels[1:].index_select(0, rows)
+
+
+def row_segments(labels: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """[R]: the segment of each supervised row."""
+    positions = (labels[1:] != IGNORE_INDEX).nonzero().squeeze(1) + 1
+    return torch.searchsorted(cu_seqlens[1:].to(positions.dtype), positions, right=True)
+
+
+def _alone(batch: Batch) -> list[bool]:
+    """Whether each image is the only one of its sample: images of one sample share a segment."""
+    image_segments = batch.images_per_sample
+    return [count == 1 for count in image_segments for _ in range(count)]

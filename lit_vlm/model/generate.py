@@ -1,0 +1,78 @@
+"""Greedy answers from a flat micro-batch: each segment is cut before its last answer, and the model writes its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import LlavaOnevisionForConditionalGeneration
+
+from lit_vlm.types import IGNORE_INDEX, Batch
+
+# Shapes: B segments, L longest prompt, D width of the language model.
+
+
+@torch.no_grad()
+def generate(
+    model: LlavaOnevisionForConditionalGeneration, batch: Batch, max_new_tokens: int = 64, eos_token_id: int | None = None
+) -> list[list[int]]:
+    """Token ids of each segment's answer, the end token included when it came.
+
+    Args:
+        batch: with or without answers; a segment without supervised tokens is a prompt as it stands.
+    """
+    was_training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        embeddings = model.model.flat_embeddings(batch)
+        prompts, mask = _left_padded(embeddings, _prompt_spans(batch))
+        text = model.config.text_config
+        stop = eos_token_id if eos_token_id is not None else text.eos_token_id
+        stops = {stop} if isinstance(stop, int) else set(stop or ())
+        output = model.generate(
+            inputs_embeds=prompts,
+            attention_mask=mask,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=sorted(stops) or None,
+            pad_token_id=min(stops, default=0),
+            use_cache=True,
+        )
+    finally:
+        for module in was_training:
+            module.training = True
+    return [_up_to_stop(ids, stops) for ids in output.tolist()]
+
+
+def _prompt_spans(batch: Batch) -> list[tuple[int, int]]:
+    """Begin and end in the row of each segment's prompt: up to the last run of supervised tokens."""
+    supervised = (batch.labels != IGNORE_INDEX).tolist()
+    spans, start = [], 0
+    for length in batch.lengths:
+        end = start + length
+        last = end
+        while last > start and not supervised[last - 1]:
+            last -= 1
+        first = last
+        while first > start and supervised[first - 1]:
+            first -= 1
+        spans.append((start, first if first > start else end))
+        start = end
+    return spans
+
+
+def _left_padded(embeddings: Tensor, spans: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+    """[B, L, D] prompts that end together, and their mask [B, L]."""
+    longest = max(end - start for start, end in spans)
+    prompts = embeddings.new_zeros(len(spans), longest, embeddings.shape[-1])
+    mask = torch.zeros(len(spans), longest, dtype=torch.long, device=embeddings.device)
+    for row, (start, end) in enumerate(spans):
+        prompts[row, longest - (end - start) :] = embeddings[start:end]
+        mask[row, longest - (end - start) :] = 1
+    return prompts, mask
+
+
+def _up_to_stop(ids: list[int], stops: set[int]) -> list[int]:
+    for position, token in enumerate(ids):
+        if token in stops:
+            return ids[: position + 1]
+    return ids

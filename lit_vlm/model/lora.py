@@ -1,0 +1,85 @@
+"""LoRA through peft, injected in place: the model keeps transformers' class and its parameters keep their owners."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from lit_vlm.model.parts import module_of, parameters_of
+from lit_vlm.types import Part, UserError
+
+PREFIX = {
+    Part.vision_tower: r"model\.vision_tower\.",
+    Part.projector: r"model\.multi_modal_projector\.",
+    Part.language_model: r"model\.language_model\.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """Low-rank adapters of one part (arXiv 2106.09685).
+
+    Attributes:
+        targets: names of linear modules, e.g. ["q_proj", "v_proj"]; empty: every linear layer of the part but the head.
+    """
+
+    rank: int
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=list)
+
+
+def add_lora(model: nn.Module, part: Part, lora: Lora) -> None:
+    """Freeze the part and put adapters into its linear layers.
+
+    Raises:
+        UserError: no module of the part bears a target's name.
+    """
+    linear = {name.rsplit(".", 1)[-1] for module in module_of(model, part) for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+    linear.discard("")  # the head itself
+    unknown = [target for target in lora.targets if target not in linear]
+    if unknown:
+        raise UserError(
+            f"stage.parts.{part}.lora.targets: {', '.join(unknown)} is no linear layer of the {part}; it has {', '.join(sorted(linear))}."
+        )
+    names = "|".join(lora.targets or sorted(linear))
+    config = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=rf"{PREFIX[part]}(.*\.)?({names})"
+    )
+    frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    inject_adapter_in_model(config, model, adapter_name=str(part))
+    for name, parameter in model.named_parameters():
+        if name.replace(".base_layer", "") in frozen:  # peft freezes the whole model; the other parts are not its business
+            parameter.requires_grad_(frozen[name.replace(".base_layer", "")])
+    for name, parameter in parameters_of(model, part):
+        parameter.requires_grad_("lora_" in name)
+
+
+@contextlib.contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The model as it was before LoRA."""
+    layers = lora_layers(model)
+    for layer in layers.values():
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers.values():
+            layer.enable_adapters(True)
+
+
+def lora_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
+def merge_lora(model: nn.Module) -> None:
+    """Add the adapters to the weights and take them out; the model is plain transformers again."""
+    for name, layer in lora_layers(model).items():
+        layer.merge(safe_merge=True)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, layer.get_base_layer())

@@ -1,0 +1,101 @@
+"""Who owns which parameter: vision tower, projector, language model. Named once, here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+from torch import nn
+
+from lit_vlm.types import Part, UserError
+
+OWNERS = {
+    "model.vision_tower.": Part.vision_tower,
+    "model.multi_modal_projector.": Part.projector,
+    "model.image_newline": Part.projector,  # LLaVA-OneVision's learned row separator
+    "model.language_model.": Part.language_model,
+    "lm_head.": Part.language_model,
+    "new_tokens.": Part.language_model,  # rows of tokens that this run adds
+}
+# SigLIP and CLIP normalise what nobody reads here: the projector takes the encoder's output. They would stop DDP for want of a gradient.
+UNUSED = re.compile(r"^model\.vision_tower\.(vision_model\.)?(post_layernorm|head)\.")
+
+
+@dataclass(frozen=True, slots=True)
+class PartSummary:
+    """One row of the table of what trains."""
+
+    part: str
+    parameters: int
+    trainable: int
+    how: str  # "frozen", "all", "LoRA r=8", "new tokens"
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+def part_of(name: str) -> Part:
+    """The part that owns a parameter of LlavaOnevisionForConditionalGeneration, by its name in memory."""
+    for prefix, part in OWNERS.items():
+        if name.startswith(prefix):
+            return part
+    raise UserError(f"The parameter {name} belongs to no part; known prefixes: {', '.join(OWNERS)}.")
+
+
+def parameters_of(model: nn.Module, part: Part) -> Iterator[tuple[str, nn.Parameter]]:
+    return ((name, parameter) for name, parameter in model.named_parameters() if part_of(name) is part)
+
+
+def freeze(model: nn.Module, trainable: Iterable[Part]) -> None:
+    """Only the parts named train; parameters that the forward pass never uses stay frozen."""
+    chosen = set(trainable)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(part_of(name) in chosen and not UNUSED.match(name))
+    projector = model.model.multi_modal_projector
+    if getattr(model.config, "projector_hidden_act", "") == "linear":  # a linear projector is W then the identity
+        projector.linear_2.requires_grad_(False)
+
+
+def module_of(model: nn.Module, part: Part) -> list[nn.Module]:
+    inner = model.model
+    return {
+        Part.vision_tower: [inner.vision_tower],
+        Part.projector: [inner.multi_modal_projector],
+        Part.language_model: [inner.language_model, model.lm_head],
+    }[part]
+
+
+def set_modes(model: nn.Module, trainable: Iterable[Part], *, checkpointed: bool) -> None:
+    """Train mode for what trains, eval for what is frozen.
+
+    A frozen part that gradients cross while activations are checkpointed is in train mode with dropout 0: transformers skips the
+    checkpointing of a module in eval, silently.
+    """
+    chosen = set(trainable)
+    model.train()
+    for part in Part:
+        crossed = checkpointed and part is Part.language_model
+        for module in module_of(model, part):
+            if part in chosen:
+                continue
+            module.train(crossed)
+            if crossed:
+                _without_dropout(module)
+
+
+def summary(model: nn.Module, how: dict[Part, str]) -> list[PartSummary]:
+    rows = []
+    for part in Part:
+        owned = [parameter for _, parameter in parameters_of(model, part)]
+        total, trains = sum(p.numel() for p in owned), sum(p.numel() for p in owned if p.requires_grad)
+        rows.append(PartSummary(part.value, total, trains, how.get(part, "all") if trains else "frozen"))
+    return rows
+
+
+def _without_dropout(module: nn.Module) -> None:
+    for child in module.modules():
+        if isinstance(child, nn.Dropout):
+            child.p = 0.0
+        if hasattr(child, "attention_dropout"):
+            child.attention_dropout = 0.0

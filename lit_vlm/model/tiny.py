@@ -1,0 +1,119 @@
+"""A tiny vision tower and language model in the hub's own layout, made on the spot, so that every path runs on a CPU in seconds.
+
+They are ordinary folders: what reads Qwen2.5 and SigLIP from disk reads these.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, SiglipVisionConfig, SiglipVisionModel
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+from lit_vlm.model.hub import quiet_transformers
+from lit_vlm.model.vocabulary import CHATML
+
+CORPUS = Path(__file__).with_name("tiny_corpus.txt")
+END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+VERSION = "1"  # part of the folder's name: raise it when what is made changes
+
+
+def tiny_parts(folder: Path, seed: int = 0) -> tuple[str, str]:
+    """Folders of a tower (56-pixel tiles of 16 patches) and a language model, made when they are not there yet."""
+    tower, language = folder / f"tiny_siglip-v{VERSION}-seed{seed}", folder / f"tiny_qwen2-v{VERSION}-seed{seed}"
+    _once(tower, lambda path: make_vision_tower(path, seed))
+    _once(language, lambda path: make_language_model(path, seed))
+    return str(tower), str(language)
+
+
+def make_vision_tower(path: Path, seed: int = 0, **changes: int) -> None:
+    """Three layers, of which the last but one feeds the projector, as in the released towers."""
+    shape = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = SiglipVisionConfig(**{**shape, "image_size": 56, "patch_size": 14, "vision_use_head": False, **changes})
+    with quiet_transformers():
+        _seeded(seed, lambda: SiglipVisionModel(config)).save_pretrained(path)
+    settings = {
+        "image_processor_type": "SiglipImageProcessor",
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "resample": 3,
+        "size": {"height": config.image_size, "width": config.image_size},
+    }
+    (path / "preprocessor_config.json").write_text(json.dumps(settings, indent=2), encoding="utf-8")
+
+
+def make_language_model(path: Path, seed: int = 0, corpus: Iterable[str] | None = None, **changes: int | bool) -> None:
+    tokenizer = make_tokenizer(corpus)
+    shape = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = Qwen2Config(
+        **{
+            **shape,
+            "num_key_value_heads": 2,
+            "vocab_size": len(tokenizer) + 16,  # spare rows, as Qwen's tables have
+            "max_position_embeddings": 4096,
+            "tie_word_embeddings": True,
+            "initializer_range": 0.1,
+            "bos_token_id": None,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            **changes,
+        }
+    )
+    with quiet_transformers():
+        _seeded(seed, lambda: Qwen2ForCausalLM(config)).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+
+
+def make_tokenizer(corpus: Iterable[str] | None = None, vocab_size: int = 640) -> Qwen2Tokenizer:
+    """Byte-level BPE with Qwen2's own pre-tokeniser: any Korean or English text survives a round trip."""
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated", invert=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END, START, STOP],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(corpus or CORPUS.read_text(encoding="utf-8").splitlines(), trainer)
+    state = json.loads(bpe.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(
+        vocab=state["vocab"],
+        merges=[tuple(pair) for pair in state["merges"]],
+        unk_token=END,
+        eos_token=STOP,
+        pad_token=END,
+        extra_special_tokens=[START],
+    )
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+def _seeded(seed: int, make: Callable):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+def _once(path: Path, make: Callable[[Path], None]) -> None:
+    """Make a folder beside its place and move it there, so that a half-made one is never found."""
+    if path.is_dir():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    make(beside)
+    try:
+        os.replace(beside, path)
+    except OSError:  # another process was faster
+        shutil.rmtree(beside)
+        if not path.is_dir():
+            raise

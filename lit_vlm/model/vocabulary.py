@@ -1,0 +1,118 @@
+"""Special tokens: one id each, rows that begin where their spelling lies, and that train when nothing else of the vocabulary does."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
+
+from lit_vlm.types import IMAGE_TOKEN, UserError
+
+VIDEO_TOKEN = "<video>"  # transformers' class wants one; no sample of ours has it
+
+CHATML = (
+    "{%- for message in messages -%}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
+)
+
+# Language models' own templates expect strings. This goes before one: contents given as parts become strings, an image its placeholder.
+FLATTEN = (
+    "{%- set parts = namespace(messages=[]) -%}{%- for message in messages -%}{%- set text = namespace(value='') -%}"
+    "{%- if message['content'] is string -%}{%- set text.value = message['content'] -%}{%- else -%}"
+    "{%- for part in message['content'] -%}{%- if part['type'] == 'image' -%}{%- set text.value = text.value + '<image>\\n' -%}"
+    "{%- elif part['type'] == 'video' -%}{%- set text.value = text.value + '<video>\\n' -%}"
+    "{%- elif part['type'] == 'text' -%}{%- set text.value = text.value + part['text'] -%}{%- endif -%}{%- endfor -%}{%- endif -%}"
+    "{%- set parts.messages = parts.messages + [dict(message, content=text.value)] -%}{%- endfor -%}"
+    "{%- set messages = parts.messages -%}"
+)
+
+
+def add_special_tokens(tokenizer: PreTrainedTokenizerFast, tokens: list[str]) -> list[str]:
+    """Add the image placeholder and the control tokens; returns those that were new.
+
+    Raises:
+        UserError: a token is not one id afterwards.
+    """
+    known = tokenizer.get_added_vocab()
+    new = [token for token in (IMAGE_TOKEN, VIDEO_TOKEN, *tokens) if token not in known]
+    if new:
+        tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
+    for token in (IMAGE_TOKEN, *tokens):
+        if len(tokenizer.encode(token, add_special_tokens=False)) != 1:
+            raise UserError(f"The special token {token} is not one id in this tokenizer. Remove it from model.special_tokens, or rename it.")
+    return new
+
+
+def accept_parts(template: str | None) -> str | None:
+    """A chat template that takes contents as parts too, with `<image>` and a newline for an image."""
+    if template is None or IMAGE_TOKEN in template:
+        return template
+    return FLATTEN + template
+
+
+def grow(model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, new: list[str]) -> None:
+    """Rows for the new tokens, each the mean of the rows of its spelling ("<", "b", "box", ">"), in embeddings and head.
+
+    Tables that are padded beyond the tokenizer (Qwen2.5) keep their size.
+    """
+    if not new:
+        return
+    embedding = model.get_input_embeddings()
+    if len(tokenizer) > embedding.num_embeddings:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    spelled = {token: _spelling(tokenizer, token) for token in new}
+    with torch.no_grad():
+        for table in tables:
+            for token, ids in spelled.items():
+                table[tokenizer.convert_tokens_to_ids(token)] = table[ids].float().mean(dim=0).to(table.dtype)
+
+
+def _spelling(tokenizer: PreTrainedTokenizerFast, token: str) -> list[int]:
+    from tokenizers import Tokenizer
+
+    plain = Tokenizer(tokenizer.backend_tokenizer.model)  # knows no added token
+    plain.pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
+    return plain.encode(token, add_special_tokens=False).ids
+
+
+class NewTokens(nn.Module):
+    """Trainable rows for a few tokens of a frozen vocabulary.
+
+    The tables stay as they are; hooks put these rows in their places, in training and in generation. `merge` writes them back.
+    Costs 2 * n * D parameters where training the tables would cost 2 * V * D and their optimizer states.
+
+    Args:
+        model: whose embeddings and head are frozen; the rows start as copies of theirs.
+        ids: the tokens.
+    """
+
+    def __init__(self, model: LlavaOnevisionForConditionalGeneration, ids: list[int]) -> None:
+        super().__init__()
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        self.tied = embedding.weight is head.weight
+        self.register_buffer("ids", torch.tensor(ids), persistent=False)
+        self.embedding = nn.Parameter(embedding.weight[ids].detach().clone())
+        self.head = None if self.tied else nn.Parameter(head.weight[ids].detach().clone())
+        lookup = torch.full((embedding.num_embeddings,), -1)
+        lookup[ids] = torch.arange(len(ids))
+        self.register_buffer("lookup", lookup, persistent=False)
+        self._hooks = [embedding.register_forward_hook(self._embed), head.register_forward_hook(self._score)]
+
+    def merge(self, model: LlavaOnevisionForConditionalGeneration) -> None:
+        """Write the rows into the tables and take the hooks off."""
+        with torch.no_grad():
+            model.get_input_embeddings().weight[self.ids] = self.embedding
+            if self.head is not None:
+                model.get_output_embeddings().weight[self.ids] = self.head
+        for hook in self._hooks:
+            hook.remove()
+
+    def _embed(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        rows = self.lookup[args[0]]
+        ours = nn.functional.embedding(rows.clamp(min=0), self.embedding).to(output.dtype)
+        return torch.where((rows >= 0)[..., None], ours, output)
+
+    def _score(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        weight = self.embedding if self.head is None else self.head
+        return output.index_copy(-1, self.ids, nn.functional.linear(args[0], weight.to(args[0].dtype)).to(output.dtype))

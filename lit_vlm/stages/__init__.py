@@ -1,0 +1,9 @@
+"""The stages of training, by name."""
+
+from lit_vlm.stages.base import Stage
+from lit_vlm.stages.dpo import DPOStage
+from lit_vlm.stages.next_token import AlignStage, HighresStage, SFTStage
+
+STAGES: dict[str, type[Stage]] = {"align": AlignStage, "sft": SFTStage, "highres": HighresStage, "dpo": DPOStage}
+
+__all__ = ["STAGES", "AlignStage", "DPOStage", "HighresStage", "SFTStage", "Stage"]

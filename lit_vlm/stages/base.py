@@ -1,0 +1,271 @@
+"""What all stages share: building the model, what trains, the optimizer, the exact scale of the loss.
+
+A stage is a LightningModule with plain constructor arguments: `L.Trainer().fit(SFTStage("folder"), datamodule)` needs no config.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+
+from lit_vlm.anyres import ImageSettings, Tiling
+from lit_vlm.config.schema import ModelConfig
+from lit_vlm.losses.next_token import next_token_losses
+from lit_vlm.model.build import Blueprint, build, draw_up
+from lit_vlm.model.forward import row_segments, supervised_rows, use_flat_forward
+from lit_vlm.model.generate import generate
+from lit_vlm.model.lora import Lora, add_lora
+from lit_vlm.model.parts import PartSummary, freeze, part_of, set_modes, summary
+from lit_vlm.model.vocabulary import NewTokens
+from lit_vlm.stages.optimizer import OptimizerOptions, PartOptions, make_optimizer, make_scheduler
+from lit_vlm.types import Batch, Part, UserError
+
+log = logging.getLogger(__name__)
+
+ModelLike = Blueprint | LlavaOnevisionForConditionalGeneration | str | Path | dict[str, Any]
+
+
+class Stage(L.LightningModule):
+    """A stage of training.
+
+    Args:
+        model: a folder or hub id of a LLaVA-OneVision-class model, a `Blueprint` of parts, or a model that is built already;
+            None only where `load_from_checkpoint` brings it.
+        trainable: parts that train; the others are frozen.
+        learning_rate: peak; parts may name their own in `parts`, as in `{"vision_tower": {"learning_rate": 2e-6}}`.
+        weight_decay, warmup, schedule, min_learning_rate, adam_betas, adam_eps: see `OptimizerOptions`.
+        activation_checkpointing: recompute activations in backward.
+        parts: per part `learning_rate`, `weight_decay`, `warmup`, and `lora` with `rank`, `alpha`, `dropout`, `targets`.
+        tiling: how images are tiled; must be the data's.
+        dtype: of the weights, "float32" or "bfloat16".
+    """
+
+    default_trainable: tuple[Part, ...] = tuple(Part)
+    default_learning_rate = 1e-5
+
+    def __init__(
+        self,
+        model: ModelLike | None = None,
+        *,
+        trainable: Sequence[Part | str] | None = None,
+        learning_rate: float | None = None,
+        weight_decay: float = 0.0,
+        warmup: float = 0.03,
+        schedule: str = "cosine",
+        min_learning_rate: float = 0.0,
+        adam_betas: tuple[float, float] = (0.9, 0.999),
+        adam_eps: float = 1e-8,
+        activation_checkpointing: bool = False,
+        parts: dict[str, dict[str, Any]] | None = None,
+        tiling: str = "anyres",
+        dtype: str = "float32",
+        seed: int = 0,
+        **own: Any,
+    ) -> None:
+        super().__init__()
+        arguments = {key: value for key, value in locals().items() if key not in ("self", "own", "__class__")} | own
+        self._given = arguments.pop("model")
+        arguments["trainable"] = [str(part) for part in trainable or self.default_trainable]
+        arguments["learning_rate"] = learning_rate or self.default_learning_rate
+        self.hparams.update(arguments)  # plain containers only, so that load_from_checkpoint needs no trust
+        self._set_hparams(dict(self.hparams))
+        self._log_hyperparams = False  # the run folder's config.yaml has them, and more
+        self.trainable = [Part(name) for name in arguments["trainable"]]
+        self.options = _optimizer_options(arguments)
+        self.tiling = Tiling(tiling)
+        self.model: LlavaOnevisionForConditionalGeneration | None = None
+        self.how: dict[Part, str] = {}
+        self.val_loss = MeanMetric()
+
+    # ---- the model
+
+    def configure_model(self) -> None:
+        """Build the model, freeze, add adapters. Lightning calls it once the strategy stands; a second call does nothing."""
+        if self.model is not None or self._given is None:
+            return
+        self.model = self._built()
+        self._prepare_training()
+
+    def _built(self) -> LlavaOnevisionForConditionalGeneration:
+        given, dtype = self._given, getattr(torch, self.hparams["dtype"])
+        if isinstance(given, str | Path):
+            given = self._given = draw_up(ModelConfig(special_tokens=[]), str(given), self.tiling)
+        if isinstance(given, Blueprint):
+            self._new_ids = given.tokenizer.convert_tokens_to_ids(given.new_tokens)
+            return build(given, dtype, self.hparams["seed"])
+        if isinstance(given, dict):  # a checkpoint: its own weights follow
+            self._new_ids = given["new_ids"]
+            model = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig.from_dict(given["config"])).to(dtype)
+            use_flat_forward(model, _settings_from(given["images"]))
+            return model
+        self._new_ids = []
+        if not hasattr(given.model, "image_settings"):
+            raise UserError("Give a model that lit_vlm built, or the folder it was saved to.")
+        return given
+
+    def _prepare_training(self) -> None:
+        model = self.model
+        assert model is not None
+        freeze(model, self.trainable)
+        for part in self.trainable:
+            lora = getattr(self.options.parts.get(part), "lora", None)
+            if lora is not None:
+                add_lora(model, part, lora)
+                self.how[part] = f"LoRA rank {lora.rank}"
+        if self._new_ids and not model.get_input_embeddings().weight.requires_grad:
+            model.new_tokens = NewTokens(model, self._new_ids)
+            known = self.how.get(Part.language_model)
+            self.how[Part.language_model] = f"{known + ', ' if known else ''}{len(self._new_ids)} new tokens"
+        if self.hparams["activation_checkpointing"]:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.set_modes()
+
+    def set_modes(self) -> None:
+        set_modes(self.model, self.trainable, checkpointed=self.hparams["activation_checkpointing"])
+
+    @property
+    def part_summary(self) -> list[PartSummary]:
+        """The table of what trains."""
+        assert self.model is not None
+        return summary(self.model, self.how)
+
+    # ---- training
+
+    def on_fit_start(self) -> None:
+        if self.model is None:
+            raise UserError(f"{type(self).__name__} has no model; give it a folder, a Blueprint or a model.")
+        self.set_modes()
+        crossing = self.hparams["activation_checkpointing"]
+        if crossing and not any(getattr(m, "gradient_checkpointing", False) and m.training for m in self.model.modules()):
+            raise UserError("stage.activation_checkpointing=true has no effect on this model: transformers checkpoints none of its layers.")
+
+    def on_train_epoch_start(self) -> None:
+        self.set_modes()  # generating samples puts the model in eval
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = self.step_loss(batch)
+        self._log_step(loss.detach(), batch)
+        # Lightning divides by accumulate_grad_batches and the strategy averages over ranks; the loss is a sum over all of them
+        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+
+    def step_loss(self, batch: Batch) -> Tensor:
+        """This micro-batch's part of the optimizer step's loss, []; the parts of all micro-batches and ranks add up to it."""
+        return self.token_losses(batch).sum() / max(1, batch.step_supervised_tokens)
+
+    def token_losses(self, batch: Batch) -> Tensor:
+        """[R] nats, of each supervised token."""
+        hidden = self.model.model(batch=batch)
+        rows, targets = supervised_rows(hidden, batch.labels)
+        if not len(targets):  # a blank micro-batch: the head runs all the same, on a row that counts nothing
+            return self.model.lm_head(hidden[:1]).sum()[None] * 0.0
+        return next_token_losses(self.model.lm_head(rows), targets)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self.global_step == 0:
+            self.audit_gradients()
+
+    def audit_gradients(self) -> None:
+        """Every parameter that should train got a gradient, every part a non-zero one, and no other did.
+
+        Raises:
+            UserError: naming the parameters; the run would train something else than it says.
+        """
+        assert self.model is not None
+        norms = dict.fromkeys(self.trainable, 0.0)
+        missing, unwanted = [], []
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                missing.append(name)
+            elif not parameter.requires_grad and parameter.grad is not None:
+                unwanted.append(name)
+            elif parameter.requires_grad:
+                part = part_of(name)
+                norms[part] = norms.get(part, 0.0) + float(parameter.grad.float().abs().sum())
+        silent = [part.value for part, norm in norms.items() if norm == 0.0]
+        if missing or unwanted or silent:
+            raise UserError(
+                "The first step's gradients do not match what should train: "
+                f"without a gradient {missing[:5] or 'none'}, unwanted {unwanted[:5] or 'none'}, parts with zero gradient {silent or 'none'}. "
+                "If no sample of the first step has an image, raise data.global_batch_size; otherwise check stage.trainable."
+            )
+
+    def _log_step(self, loss: Tensor, batch: Batch) -> None:
+        micro = self.trainer.fit_loop.epoch_loop.batch_idx % self.trainer.accumulate_grad_batches
+        self._partial = loss if micro == 0 else self._partial + loss
+        if micro == self.trainer.accumulate_grad_batches - 1:
+            self.log("train/loss", self._partial, prog_bar=True, sync_dist=True, reduce_fx="sum", batch_size=1)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = make_optimizer(self.model, self.options)
+        steps = int(self.trainer.estimated_stepping_batches)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": make_scheduler(optimizer, self.options, steps), "interval": "step"},
+        }
+
+    # ---- validation and prediction
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Logs `val/loss`, the mean over all supervised tokens; hands each segment's sum and count to the callbacks."""
+        losses = self.token_losses(batch)
+        if batch.blank:
+            return {}
+        segments = row_segments(batch.labels, batch.cu_seqlens)
+        count = torch.bincount(segments, minlength=len(batch.lengths))
+        total = torch.zeros(len(batch.lengths), device=losses.device).index_add_(0, segments, losses)
+        self.val_loss.update(losses.sum() / len(losses), weight=len(losses))
+        self.log("val/loss", self.val_loss, on_epoch=True, on_step=False, prog_bar=True, batch_size=1)
+        return {"loss_sum": total, "num_tokens": count}
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
+        """The model's own answer, greedily, in place of each sample's last one: `sample_id` and token ids."""
+        answers = generate(self.model, batch)
+        return [{"sample_id": name, "ids": ids} for name, ids in zip(batch.sample_ids, answers, strict=True)]
+
+    # ---- Lightning's checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        assert self.model is not None
+        settings = self.model.model.image_settings
+        images = asdict(settings) | {"tiling": settings.tiling.value}
+        checkpoint["lit_vlm"] = {"config": self.model.config.to_dict(), "images": images, "new_ids": list(self._new_ids)}
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = dict(self.hparams)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.model is None:
+            self._given = checkpoint["lit_vlm"]
+            self.configure_model()
+
+
+def _optimizer_options(arguments: dict[str, Any]) -> OptimizerOptions:
+    parts = {}
+    for name, values in (arguments["parts"] or {}).items():
+        values = dict(values)
+        lora = values.pop("lora", None)
+        chosen = Lora(**lora) if lora and lora.get("rank", 0) > 0 else None
+        parts[Part(name)] = replace(PartOptions(**values), lora=chosen)
+    return OptimizerOptions(
+        learning_rate=arguments["learning_rate"],
+        weight_decay=arguments["weight_decay"],
+        warmup=arguments["warmup"],
+        schedule=str(arguments["schedule"]),
+        min_learning_rate=arguments["min_learning_rate"],
+        betas=tuple(arguments["adam_betas"]),
+        eps=arguments["adam_eps"],
+        parts=parts,
+    )
+
+
+def _settings_from(values: dict[str, Any]) -> ImageSettings:
+    pinpoints = tuple(tuple(pair) for pair in values["grid_pinpoints"])
+    lists = {key: tuple(values[key]) for key in ("mean", "std")}
+    return ImageSettings(**{**values, **lists, "grid_pinpoints": pinpoints, "tiling": Tiling(values["tiling"])})

@@ -1,0 +1,81 @@
+"""AdamW with a rate, a decay and a warm-up for each part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from lit_vlm.model.lora import Lora
+from lit_vlm.model.parts import parameters_of
+from lit_vlm.types import Part
+
+
+@dataclass(frozen=True, slots=True)
+class PartOptions:
+    """What differs for one part; None takes the stage's value."""
+
+    learning_rate: float | None = None
+    weight_decay: float | None = None
+    warmup: float | None = None
+    lora: Lora | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OptimizerOptions:
+    """Rates are peaks. A warm-up below 1 is a share of the steps, otherwise a number of steps."""
+
+    learning_rate: float
+    weight_decay: float = 0.0
+    warmup: float = 0.03
+    schedule: str = "cosine"
+    min_learning_rate: float = 0.0  # as a share of the peak
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    parts: dict[Part, PartOptions] = field(default_factory=dict)
+
+    def of(self, part: Part, name: str) -> Any:
+        own = getattr(self.parts.get(part), name, None)
+        return getattr(self, name) if own is None else own
+
+
+def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.AdamW:
+    """One parameter group per part and decay; vectors (biases, norms) do not decay, as in the LLaVA family's trainers."""
+    groups = []
+    for part in Part:
+        trainable = [parameter for _, parameter in parameters_of(model, part) if parameter.requires_grad]
+        for decays in (True, False):
+            members = [parameter for parameter in trainable if (parameter.ndim > 1) is decays]
+            if members:
+                decay = options.of(part, "weight_decay") if decays else 0.0
+                rate = options.of(part, "learning_rate")
+                groups.append({"params": members, "lr": rate, "weight_decay": decay, "part": part.value})
+    fused = all(parameter.is_floating_point() for group in groups for parameter in group["params"])
+    return torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps, fused=fused)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, options: OptimizerOptions, num_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+    curves = [rate_curve(options, Part(group["part"]), num_steps) for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, curves)
+
+
+def rate_curve(options: OptimizerOptions, part: Part, num_steps: int) -> Callable[[int], float]:
+    """Share of the peak rate at each step: a linear climb, then the schedule down to its floor."""
+    warmup = options.of(part, "warmup")
+    climb = math.ceil(warmup * num_steps) if warmup < 1 else int(warmup)
+    floor = options.min_learning_rate
+
+    def share(step: int) -> float:
+        if step < climb:
+            return (step + 1) / (climb + 1)
+        if options.schedule == "constant":
+            return 1.0
+        done = min(1.0, (step - climb) / max(1, num_steps - climb))
+        left = 1.0 - done if options.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+        return floor + (1.0 - floor) * left
+
+    return share

@@ -1,0 +1,26 @@
+"""What `task=` can name. A task is imported when it runs, so that help and errors wait for no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+
+from lit_vlm.config.parse import Run
+from lit_vlm.config.schema import Task
+
+
+def _late(place: str) -> Callable[[Run], None]:
+    """The function at "module:name", imported by its first call."""
+
+    def task(run: Run) -> None:
+        module, name = place.split(":")
+        getattr(import_module(module), name)(run)
+
+    return task
+
+
+TASKS: dict[Task, Callable[[Run], None]] = {
+    Task.pipeline: _late("lit_vlm.tasks.pipeline:pipeline"),
+    Task.train: _late("lit_vlm.tasks.train:train"),
+    Task.chat: _late("lit_vlm.tasks.chat:chat"),
+}

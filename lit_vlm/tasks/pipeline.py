@@ -1,0 +1,57 @@
+"""All stages of a recipe, in order. Each is an ordinary run in a process of its own; one that is finished is passed by."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from rich.console import Console
+
+from lit_vlm.config import Run, parse, pipeline_overrides, stages_of
+from lit_vlm.engine.report import summary_table, write_report
+from lit_vlm.engine.run_folder import read_manifest
+from lit_vlm.types import UserError
+
+RUN = Path(__file__).resolve().parents[2] / "run.py"
+
+
+def pipeline(run: Run) -> None:
+    """Run the recipe; at the end print its table and write its report.
+
+    Raises:
+        UserError: a stage failed. Its own message stands above; the next start goes on with that stage.
+    """
+    console = Console(highlight=False)
+    stages = stages_of(run.config.recipe, run.overrides)
+    began = time.monotonic()
+    folders = []
+    for number, experiment in enumerate(stages, 1):
+        words = [f"experiment={experiment}", *pipeline_overrides(run.overrides, experiment)]
+        stage = parse(words)
+        console.rule(f"{number}/{len(stages)}  {experiment}", align="left")
+        exit_code = subprocess.run(command(stage, words), check=False).returncode
+        if exit_code:
+            raise UserError(f"{experiment} ended with exit status {exit_code}; see above. `python run.py` goes on with it when that is mended.")
+        folders.append(stage.dir)
+    report = Path(run.config.run_dir) / _report_name(run, folders)
+    write_report(report, folders, run.config.recipe)
+    console.print(summary_table(folders))
+    console.print(f"{time.monotonic() - began:.0f} s in all. Report: {report}", soft_wrap=True)
+    console.print(f"Model: {folders[-1] / 'hf'}   Ask it: python run.py task=chat init_from={folders[-1] / 'hf'} image=PICTURE", soft_wrap=True)
+
+
+def command(stage: Run, words: list[str]) -> list[str]:
+    """One process, or one per device under torchrun."""
+    devices = stage.config.trainer.devices
+    if devices == 1:
+        return [sys.executable, str(RUN), *words]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}", str(RUN), *words]
+
+
+def _report_name(run: Run, folders: list[Path]) -> str:
+    """One report per set of runs: the recipe's, with the last run's hash when settings were changed."""
+    name = (read_manifest(folders[-1]) or {})["name"]
+    suffix = name.removeprefix(run.config.recipe).split("-", 1)
+    return f"{run.config.recipe}/report{'-' + suffix[1] if len(suffix) > 1 else ''}.html"

@@ -1,0 +1,233 @@
+"""The words that every room shares. Imports nothing of ours.
+
+Text in a sample is data and never control: where an image stands and where a special token stands is said by the structure
+(`ImageSlot`, `Control`), so `<image>` or `<|im_end|>` written in somebody's caption stays text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+IGNORE_INDEX = -100  # label of a position that the loss leaves out; the field's value
+
+# VARCO-VISION's nine, in the order of its release (special_tokens_map.json of NCSOFT/VARCO-VISION-14B)
+SPECIAL_TOKENS = ("<gro>", "<ocr>", "<char>", "</char>", "<obj>", "</obj>", "<bbox>", "</bbox>", "<delim>")
+IMAGE_TOKEN = "<image>"
+
+
+class UserError(ValueError):
+    """A user's mistake: shown as its message alone, without a traceback, exit status 1.
+
+    The message says where, what was found, what was needed and what to do.
+    """
+
+
+class RecordError(UserError):
+    """One record cannot be used. Collected by the index, then handled by `data.on_bad_record`."""
+
+    def __init__(self, origin: str, reason: str, remedy: str = "Fix the record") -> None:
+        super().__init__(f"{origin}: {reason}. {remedy}.")
+        self.origin, self.reason, self.remedy = origin, reason, remedy
+
+    def __reduce__(self):  # crosses the border of a loader's worker process
+        return type(self), (self.origin, self.reason, self.remedy)
+
+
+class Language(StrEnum):
+    """ISO 639-1. `auto` asks the text: any Hangul makes it Korean."""
+
+    ko = "ko"
+    en = "en"
+    auto = "auto"
+
+
+class Kind(StrEnum):
+    """What a sample trains; losses and scores are reported apart by kind."""
+
+    caption = "caption"
+    instruction = "instruction"
+    word = "word"  # read one rendered word, answer without boxes
+    number = "number"  # read one rendered number
+    ocr = "ocr"  # VARCO's <ocr>: every text with its box
+    grounding = "grounding"  # VARCO's <gro>: an answer that points
+    referring = "referring"  # a question that points
+    document = "document"
+    table = "table"
+    chart = "chart"
+    arithmetic = "arithmetic"
+    text = "text"  # no image
+    image_only = "image_only"  # an image and no question; the answer is a caption
+    multi_image = "multi_image"
+    digit = "digit"  # a handwritten digit (data=digits)
+    preference = "preference"
+    other = "other"
+
+
+class Part(StrEnum):
+    """The parts of a model; each parameter belongs to exactly one."""
+
+    vision_tower = "vision_tower"
+    projector = "projector"
+    language_model = "language_model"
+
+
+class Role(StrEnum):
+    system = "system"
+    user = "user"
+    assistant = "assistant"
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """One control token, e.g. `Control("<bbox>")`."""
+
+    token: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSlot:
+    """Here stands `sample.images[index]`."""
+
+    index: int
+
+
+Content = str | Control | ImageSlot
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: Role
+    content: tuple[Content, ...]
+
+    @property
+    def text(self) -> str:
+        """The content as a person writes it: control tokens spelled out, images left out."""
+        return "".join(
+            piece if isinstance(piece, str) else piece.token for piece in self.content if not isinstance(piece, ImageSlot)
+        )
+
+
+@runtime_checkable
+class ImageSource(Protocol):
+    """An image that is opened late: its size is known from the header, its pixels when they are needed."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels, after EXIF rotation, read without decoding."""
+        ...
+
+    def load(self) -> Image:
+        """The whole picture as RGB, EXIF rotation applied. RecordError when it cannot be decoded."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """Corners as fractions of the original image's width and height."""
+
+    x1: float
+    y1: float
+    x2: float
+    y2: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One conversation. The loss covers every assistant message.
+
+    `origin` is where a person finds it ("train.jsonl:1041"); `id` names it for good, within its source.
+    """
+
+    id: str
+    source: str
+    origin: str
+    kind: Kind
+    language: Language
+    messages: tuple[Message, ...]
+    images: tuple[ImageSource, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """A prompt with two answers, the first preferred. `prompt` ends with a user message."""
+
+    id: str
+    source: str
+    origin: str
+    kind: Kind
+    language: Language
+    prompt: tuple[Message, ...]
+    chosen: Message
+    rejected: Message
+    images: tuple[ImageSource, ...] = ()
+
+
+Record = Sample | PreferencePair
+
+
+class Source(Protocol):
+    """A dataset by position. `source[i]` raises RecordError for a record that cannot be used."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Record: ...
+
+    @property
+    def digest(self) -> str:
+        """Changes when what the source holds changes (path, size, mtime; or a generator's settings)."""
+        ...
+
+
+# Shapes: T tokens of the micro-batch, B segments (sequences), N tiles, M distinct images, R image runs in the token row.
+@dataclass(slots=True)
+class Batch:
+    """A flat micro-batch: one row of tokens without padding, one stack of tiles.
+
+    Segment b is `input_ids[cu_seqlens[b]:cu_seqlens[b + 1]]`; attention never crosses a segment. Each image is encoded once:
+    run r of placeholder tokens takes the features of image `image_index[r]` (a preference pair's two answers share theirs).
+    """
+
+    input_ids: Tensor  # [T] int64; image_token_id where image features go
+    labels: Tensor  # [T] int64, not shifted; IGNORE_INDEX where unsupervised
+    position_ids: Tensor  # [T] int64, restart at each segment
+    cu_seqlens: Tensor  # [B + 1] int32
+    lengths: list[int]  # B tokens of each segment; cu_seqlens on the host, so that nothing waits for the device
+    tiles: Tensor  # [N, 3, H, W] uint8; the model normalises them on its device
+    image_sizes: list[tuple[int, int]]  # M (height, width) of the originals
+    num_tiles: list[int]  # M; sums to N. 1 = base view alone
+    images_per_sample: list[int]  # images of each sample or pair; sums to M. Several in one sample are not tiled
+    image_index: list[int]  # R
+    num_supervised_tokens: int  # in this micro-batch; a segment's first token is never predicted
+    step_supervised_tokens: int  # in the whole optimizer step, over all ranks and micro-batches: the loss's divisor
+    step: int = 0  # optimizer step
+    sample_ids: list[str] = field(default_factory=list)  # B for sft, one per pair for preferences
+    kinds: list[Kind] = field(default_factory=list)
+    languages: list[Language] = field(default_factory=list)
+    num_pairs: int = 0  # preference batches: segments are the pairs' chosen answers, then their rejected ones
+    step_pairs: int = 0  # in the whole optimizer step
+    step_chosen_tokens: int = 0
+    blank: bool = False  # nothing to learn here; it keeps the ranks in step
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.input_ids.shape[0])
+
+    def to(self, device: Any, **kwargs: Any) -> Batch:
+        """The same batch with its tensors on `device`; Lightning calls this."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        names = ("input_ids", "labels", "position_ids", "cu_seqlens", "tiles")
+        return replace(self, **{name: function(getattr(self, name)) for name in names})

@@ -1,0 +1,70 @@
+"""lit_vlm: from a vision tower, a language model and folders of image-text data to a vision-language model.
+
+python run.py                          the tiny recipe, all four stages, on a CPU
+python run.py experiment=tiny/2_sft    one stage
+python run.py --help                   choices, settings, examples
+"""
+
+from __future__ import annotations
+
+import sys
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+
+from lit_vlm.config.compose import CONF, VERSION_BASE, register
+from lit_vlm.config.help import help_text
+from lit_vlm.config.multirun import check_multirun
+from lit_vlm.config.overrides import ConfigError, read_arguments, split_flags, with_implied
+from lit_vlm.config.parse import parse, wrong_words
+from lit_vlm.tasks import TASKS
+from lit_vlm.types import UserError
+
+
+def main() -> None:
+    """Run what the command line says; a user's mistake is told without a traceback, exit status 1."""
+    try:
+        start(sys.argv[1:])
+    except UserError as error:
+        sys.exit(str(error))
+
+
+def start(arguments: list[str]) -> None:
+    """One job in this process, or what a flag asks for."""
+    flags, words = split_flags(arguments)
+    if {"--help", "-h"} & set(flags):
+        print(help_text([*flags, *words]))
+    elif flags:
+        through_hydra(flags, words)
+    else:
+        run = parse(words)
+        TASKS[run.config.task](run)
+
+
+def through_hydra(flags: list[str], words: list[str]) -> None:
+    """Hydra's own flags: --cfg job, -m, shell completion. Mistakes are found before Hydra stops at the first."""
+    if not {"-sc", "--shell-completion"} & set(flags):
+        words = with_implied(read_arguments(words))
+        multirun = bool({"-m", "--multirun"} & set(flags))
+        if wrong := wrong_words(words, sweep=multirun):
+            raise ConfigError([mistake for mistakes in wrong.values() for mistake in mistakes])
+        if multirun:
+            check_multirun(words)
+    register()
+    sys.argv = [sys.argv[0], *flags, *words]
+    one_job()
+
+
+@hydra.main(version_base=VERSION_BASE, config_path=str(CONF), config_name="config")
+def one_job(_: object) -> None:
+    """A job of -m: its overrides are parsed as if they stood alone on a command line."""
+    try:
+        words = HydraConfig.get().overrides
+        run = parse([*words.task, *(word for word in words.hydra if word.startswith("hydra.searchpath="))])
+        TASKS[run.config.task](run)
+    except UserError as error:
+        sys.exit(str(error))  # an exception would be shown with Hydra's traceback
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""Each test starts outside of Hydra, outside of a sweep, in a folder of its own."""
+
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path):
+    for name in ("WANDB_RUN_ID", "WANDB_SWEEP_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    GlobalHydra.instance().clear()
+    yield
+    GlobalHydra.instance().clear()

@@ -1,0 +1,73 @@
+"""The files under conf/: each composes, none restates a default, and schemas are no choices."""
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_vlm.config import parse
+from lit_vlm.config.compose import CONF, choices, groups
+from lit_vlm.config.keys import hint_of
+from lit_vlm.config.schema import DPOStageConfig
+
+FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
+NEEDS = {
+    "data/llava_json": ["data.sources.mine.path=x"],
+    "data/messages": ["data.sources.mine.path=x"],
+    "data/preference": ["data.sources.mine.path=x", "stage=dpo"],
+    "data/builtin_preference": ["stage=dpo"],
+    "data/ready": ["data/source@data.sources=[mix665k]"],
+    "stage/dpo": ["data=builtin_preference"],
+    "experiment/varco_vision_14b/4_dpo": ["data.sources.mine.path=x"],
+}
+
+
+def words_for(name: str) -> list[str]:
+    """The command line that chooses one file."""
+    if name == "config":
+        return ["task=train"]
+    if name.startswith("experiment/"):
+        return [f"experiment={name.removeprefix('experiment/')}"]
+    group, _, choice = name.rpartition("/")
+    return ["task=train", f"data/source@data.sources=[{choice}]" if group == "data/source" else f"{group}={choice}"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_file_composes(name):
+    parse([*words_for(name), *NEEDS.get(name, [])])
+
+
+def test_the_groups_are_those_of_the_command_line():
+    assert groups() == ["data", "data/source", "experiment", "logger", "model", "stage", "trainer"]
+    assert choices("stage") == ["align", "dpo", "highres", "sft"]
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("experiment/")])
+def test_experiments_begin_with_their_package(name):
+    assert (CONF / f"{name}.yaml").read_text(encoding="utf-8").startswith("# @package _global_\n")
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith(("stage/", "experiment/varco"))])
+def test_every_number_of_a_recipe_carries_its_source(name):
+    lines = (CONF / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if re.fullmatch(r"\s*\w+: [\d.e+-]+", line)] == []
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in FILES if name.startswith(("model/", "stage/", "trainer/", "logger/"))]
+)
+def test_a_file_restates_no_default(name):
+    group = name.partition("/")[0]
+    hint = hint_of(group, DPOStageConfig)
+    defaults = asdict(hint())
+    content = yaml.safe_load((CONF / f"{name}.yaml").read_text(encoding="utf-8")) or {}
+    restated = {key for key, value in content.items() if key != "defaults" and defaults[key] == value}
+    assert restated <= {"precision"}  # said for every machine, so that the reader can compare
+
+
+def test_shipped_paths_stay_in_the_working_folder():
+    for path in (CONF / "data" / "source").glob("*.yaml"):
+        for source in yaml.safe_load(path.read_text(encoding="utf-8")).values():
+            assert Path(source["path"]).parts[0] == "data"

@@ -1,0 +1,253 @@
+"""The built-in data: exact, deterministic, bilingual, and apart from what is held out."""
+
+import importlib.util
+import pickle
+import unicodedata
+
+import numpy as np
+import pytest
+
+from lit_vlm.data.builtin import PATHS, BuiltinSource, corpus, fonts
+from lit_vlm.data.builtin.words import COLOURS, SHAPES, WORDS_EN, WORDS_KO, caption_of, has_final, with_particle
+from lit_vlm.data.markup import boxes_of, parse_markup
+from lit_vlm.evaluation.scoring import score
+from lit_vlm.types import (
+    Control,
+    ImageSlot,
+    ImageSource,
+    Kind,
+    Language,
+    PreferencePair,
+    Role,
+    Sample,
+    Source,
+    UserError,
+)
+
+LANGUAGES = (Language.ko, Language.en)
+EVERY = [(path, language, hard) for path in PATHS for language in LANGUAGES for hard in (False, True)]
+every = pytest.mark.parametrize(("path", "language", "hard"), EVERY)
+
+
+def make(path, language=Language.ko, num_samples=12, **settings) -> BuiltinSource:
+    return BuiltinSource("mine", path, language=language, num_samples=num_samples, **settings)
+
+
+def messages_of(record):
+    return record.messages if isinstance(record, Sample) else (*record.prompt, record.chosen, record.rejected)
+
+
+def content_of(record) -> tuple:
+    """The pixels and the words."""
+    return tuple(image.load().tobytes() for image in record.images), tuple(m.text for m in messages_of(record))
+
+
+def question_of(record) -> tuple:
+    asked = record.prompt if isinstance(record, PreferencePair) else record.messages[:1]
+    return content_of(record)[0], tuple(message.text for message in asked)
+
+
+def foreground(picture) -> np.ndarray:
+    """[H, W] bool: where anything was drawn."""
+    return (np.asarray(picture.load()) != picture.background).any(-1)
+
+
+@every
+def test_every_kind_builds_and_renders_in_both_languages(path, language, hard):
+    for record in make(path, language, hard=hard):
+        messages = messages_of(record)
+        assert record.language is language
+        assert path == Kind.preference or record.kind == path
+        slots = [piece for message in messages for piece in message.content if isinstance(piece, ImageSlot)]
+        assert slots == [ImageSlot(index) for index in range(len(record.images))]
+        assert messages[0].content[: len(slots)] == tuple(slots)
+        assert [m.role for m in messages[:2]] == [Role.user, Role.assistant]
+        for image in record.images:
+            assert isinstance(image, ImageSource)
+            loaded = image.load()
+            assert (loaded.height, loaded.width) == image.size
+            assert loaded.mode == "RGB"
+            assert foreground(image).any()
+
+
+@every
+def test_texts_are_nfc_and_their_controls_are_what_markup_parses(path, language, hard):
+    for record in make(path, language, hard=hard):
+        for message in messages_of(record):
+            assert message.text == unicodedata.normalize("NFC", message.text)
+            pieces = [piece for piece in message.content if not isinstance(piece, ImageSlot)]
+            parsed = parse_markup(message.text)
+            assert [p for p in pieces if isinstance(p, Control)] == [p for p in parsed if isinstance(p, Control)]
+
+
+@every
+def test_a_sample_is_a_function_of_settings_and_index(path, language, hard):
+    source = make(path, language, hard=hard)
+    again = pickle.loads(pickle.dumps(make(path, language, num_samples=40, hard=hard)))
+    for index in (7, 0):
+        assert source[index].id == again[index].id
+        assert content_of(source[index]) == content_of(again[index])
+    assert content_of(source[0]) != content_of(make(path, language, hard=hard, seed=1)[0])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_held_out_samples_are_never_training_samples(path):
+    train = {question_of(record) for record in make(path, num_samples=300)}
+    held_out = make(path, num_samples=150, held_out=True)
+    assert not any(question_of(record) in train for record in held_out)
+    assert not {record.id for record in held_out} & {record.id for record in make(path, num_samples=300)}
+
+
+def test_every_text_question_is_held_out_or_trained_never_both():
+    for language in LANGUAGES:
+        train = {question_of(record) for record in make("text", language, num_samples=4000)}
+        held_out = {question_of(record) for record in make("text", language, num_samples=1000, held_out=True)}
+        assert len(held_out) > 50
+        assert not train & held_out
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("path", ["grounding", "referring", "ocr"])
+def test_boxes_lie_in_the_picture_and_hold_what_they_name(path, language, hard):
+    for record in make(path, language, num_samples=30, hard=hard):
+        drawn = foreground(record.images[0])
+        height, width = drawn.shape
+        mentions = [mention for message in record.messages for mention in boxes_of(message.text)]
+        assert mentions
+        for _, _, boxes in mentions:
+            for box in boxes:
+                assert 0 <= box.x1 < box.x2 <= 1
+                assert 0 <= box.y1 < box.y2 <= 1
+                left, top, right, bottom = (
+                    round(v * n) for v, n in zip((box.x1, box.y1, box.x2, box.y2), (width, height) * 2, strict=True)
+                )
+                inside = drawn[top:bottom, left:right]
+                assert inside.mean() > 0.1
+                # The mark reaches all four sides of its box, so the box is no larger than it need be.
+                assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any()
+        if path == "ocr":  # nothing is written outside the boxes
+            for _, _, (box,) in mentions:
+                drawn[
+                    round(box.y1 * height) : round(box.y2 * height), round(box.x1 * width) : round(box.x2 * width)
+                ] = 0
+            assert not drawn.any()
+
+
+def test_grounding_boxes_lie_on_tenths():
+    for hard in (False, True):
+        for record in make("grounding", num_samples=40, hard=hard):
+            ((_, _, (box,)),) = boxes_of(record.messages[1].text)
+            assert all(abs(10 * v - round(10 * v)) < 1e-9 for v in (box.x1, box.y1, box.x2, box.y2))
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("path", ["word", "number", "ocr", "document", "arithmetic", "table", "chart"])
+def test_no_text_is_cut_off_by_the_border(path, language, hard):
+    for record in make(path, language, num_samples=60, hard=hard):
+        for picture in record.images:
+            for mark in picture.marks:
+                left, top, right, bottom = mark.box
+                assert left >= 0 and top >= 0 and right <= picture.width and bottom <= picture.height
+
+
+def test_hangul_is_really_drawn():
+    ink = {word: bytes(fonts.font(24).getmask(word)) for word in WORDS_KO}
+    assert len(set(ink.values())) == len(WORDS_KO)
+    # A font without a glyph draws its box for missing glyphs, the same one for a private character.
+    missing = bytes(fonts.font(24).getmask("\ue000\ue000"))
+    assert missing not in ink.values()
+
+
+def test_a_missing_font_says_what_to_install(monkeypatch):
+    fonts.font_path.cache_clear()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install --no-deps koreanize-matplotlib==0.1.1"):
+        fonts.font_path()
+    monkeypatch.undo()
+    assert fonts.font_path().is_file()
+
+
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_rejected_answer_is_wrong_and_a_chosen_one_right(language, hard):
+    kinds, boxless = set(), 0
+    for pair in make("preference", language, num_samples=150, hard=hard):
+        assert pair.prompt[-1].role is Role.user
+        assert score(pair.kind, pair.chosen.text, pair.chosen.text) == 1.0
+        assert score(pair.kind, pair.rejected.text, pair.chosen.text) == 0.0
+        kinds.add(pair.kind)
+        boxless += pair.kind is Kind.grounding and not boxes_of(pair.rejected.text)
+    assert kinds == {Kind.caption, Kind.word, Kind.number, Kind.grounding, Kind.text}
+    assert boxless
+
+
+@every
+def test_the_reference_answer_scores_one(path, language, hard):
+    for record in make(path, language, hard=hard):
+        for message in messages_of(record)[1::2]:
+            assert score(record.kind, message.text, message.text) == 1.0
+
+
+def test_particles_follow_the_final_consonant():
+    assert [with_particle(word, "은") for word in ("원", "십자가", "별")] == ["원은", "십자가는", "별은"]
+    assert [with_particle(word, "이") for word in ("사각형", "십자가")] == ["사각형이", "십자가가"]
+    assert [with_particle(word, "을") for word in ("별", "바다")] == ["별을", "바다를"]
+    assert [with_particle(name, "이에요") for name in ("서연", "민수")] == ["서연이에요", "민수예요"]
+    # il, i, sam, sa, o, yuk, chil, pal, gu, sip
+    assert [has_final(str(n)) for n in range(1, 11)] == [True, False, True, False, False, True, True, True, False, True]
+
+
+def test_captions_are_sentences_of_their_language():
+    things = [(COLOURS[1], SHAPES[4]), (COLOURS[0], SHAPES[0])]
+    assert caption_of(things[:1], Language.en) == "an orange cross"
+    assert caption_of(things, Language.en) == "an orange cross and a red circle"
+    assert caption_of(things, Language.ko) == "주황색 십자가와 빨간 원"
+
+
+def test_both_languages_come_in_turn_when_the_language_is_auto():
+    assert [record.language for record in make("word", Language.auto, num_samples=4)] == [*LANGUAGES, *LANGUAGES]
+
+
+@pytest.mark.parametrize(("language", "words"), [(Language.ko, WORDS_KO), (Language.en, WORDS_EN)])
+def test_kind_word_knows_eight_words(language, words):
+    assert {record.messages[1].text for record in make("word", language, num_samples=300)} == set(words[:8])
+
+
+def test_the_digest_changes_with_every_setting():
+    changes = [
+        {},
+        {"language": Language.en},
+        {"num_samples": 13},
+        {"hard": True},
+        {"seed": 1},
+        {"held_out": True},
+    ]
+    digests = {make("word", **change).digest for change in changes} | {make("number").digest}
+    assert len(digests) == len(changes) + 1
+    assert make("word").digest == make("word").digest
+
+
+def test_an_unknown_path_names_the_choices():
+    with pytest.raises(UserError, match=r"data\.sources\.mine\.path: 'captoin'.*caption, word, number"):
+        make("captoin")
+    with pytest.raises(UserError, match="num_samples=0"):
+        make("caption", num_samples=0)
+
+
+def test_a_source_is_a_source():
+    source: Source = make("caption", num_samples=3)
+    assert len(source) == 3
+    assert len(list(source)) == 3
+    for index in (-1, 3):
+        with pytest.raises(IndexError):
+            source[index]
+
+
+def test_the_corpus_holds_both_languages_and_no_control_tokens():
+    texts = list(corpus(per_task=3))
+    assert texts == list(corpus(per_task=3))
+    joined = "\n".join(texts)
+    assert "무슨 색인가요?" in joined and "What color" in joined
+    assert "<bbox>" not in joined and "<image>" not in joined

@@ -1,0 +1,388 @@
+"""Claims about images: what is right is read right, what is wrong is named, nothing outside the root is opened."""
+
+import io
+import os
+import pickle
+import struct
+import sys
+import time
+import unicodedata
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFile, ImageOps
+
+from lit_vlm.data.images import ArrayImage, BytesImage, FileImage
+from lit_vlm.types import ImageSource, RecordError
+
+MAX_PIXELS = 64_000_000
+SECRET = "secret.png"
+
+_events: list[tuple[str, tuple]] | None = None
+
+
+def _hook(event, args):
+    if _events is not None and event in ("open", "socket.connect", "socket.getaddrinfo"):
+        _events.append((event, args))
+
+
+sys.addaudithook(_hook)  # cannot be removed, hence the switch
+
+
+@pytest.fixture
+def audit():
+    """The opens and connections of a test, from here on."""
+    global _events
+    _events = []
+    yield _events
+    _events = None
+
+
+@pytest.fixture(scope="module")
+def photos():
+    """Three photographs that come with the packages, small."""
+    from skimage import data
+    from sklearn.datasets import load_sample_images
+
+    china, flower = load_sample_images().images
+    return [Image.fromarray(array).resize((120, 80)) for array in (china, flower, data.astronaut())]
+
+
+@pytest.fixture
+def root(tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.new("RGB", (5, 4), "red").save(tmp_path / SECRET)
+    return folder
+
+
+def image_at(root, path, max_pixels=MAX_PIXELS):
+    return FileImage(path, root, "train.jsonl:7", max_pixels)
+
+
+def encoded(image, image_format, **options):
+    stream = io.BytesIO()
+    image.save(stream, image_format, **options)
+    return stream.getvalue()
+
+
+def png_header(width, height, *chunks):
+    """A PNG that claims a size and holds no pixels to speak of."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    middle = b"".join(chunk(name, data) for name, data in chunks)
+    pixels = chunk(b"IDAT", zlib.compress(bytes(64)))
+    return b"\x89PNG\r\n\x1a\n" + header + middle + pixels + chunk(b"IEND", b"")
+
+
+def fails(image, *words):
+    """Both ways of using an image fail alike, as a RecordError of its record that says these words."""
+    for use in (lambda: image.size, image.load):
+        with pytest.raises(RecordError) as caught:
+            use()
+        assert caught.value.origin == "train.jsonl:7"
+        assert all(word in str(caught.value) for word in words), str(caught.value)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+def test_each_format_gives_the_photograph(root, photos, image_format):
+    for number, photo in enumerate(photos):
+        (root / f"{number}").write_bytes(encoded(photo, image_format))
+        image = image_at(root, f"{number}")
+        assert isinstance(image, ImageSource)
+        assert image.size == (80, 120)
+        loaded = image.load()
+        assert loaded.mode == "RGB" and loaded.size == (120, 80)
+        difference = np.abs(np.asarray(loaded, float) - np.asarray(photo, float)).mean()
+        assert difference < (0.01 if image_format in ("PNG", "BMP") else 12)
+
+
+def test_images_cross_process_borders(root, photos):
+    photos[0].save(root / "a.png")
+    sources = [
+        image_at(root, "a.png"),
+        BytesImage(encoded(photos[0], "PNG"), "x", MAX_PIXELS),
+        ArrayImage(np.asarray(photos[0]), "x"),
+    ]
+    for source in sources:
+        again = pickle.loads(pickle.dumps(source))
+        assert again.size == (80, 120)
+        assert np.array_equal(np.asarray(again.load()), np.asarray(photos[0]))
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied_to_size_and_pixels(root, photos, image_format, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(photos[0], image_format, exif=exif)
+    image = BytesImage(data, "x", MAX_PIXELS)
+    needed = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
+    assert image.size == needed.size[::-1]
+    assert np.array_equal(np.asarray(image.load()), np.asarray(needed))
+
+
+def test_size_decodes_nothing(root, photos, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("decoded")
+
+    sources = [BytesImage(encoded(photos[0], name), "x", MAX_PIXELS) for name in ("JPEG", "PNG", "GIF", "BMP", "WEBP")]
+    monkeypatch.setattr(ImageFile.ImageFile, "load", refuse)
+    assert [source.size for source in sources] == [(80, 120)] * 5
+
+
+def test_cmyk_is_converted(root, photos):
+    (root / "a.jpg").write_bytes(encoded(photos[1].convert("CMYK"), "JPEG", quality=95))
+    loaded = image_at(root, "a.jpg").load()
+    assert np.abs(np.asarray(loaded, float) - np.asarray(photos[1], float)).mean() < 5
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(root):
+    ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(1, 256)
+    Image.fromarray(ramp).save(root / "a.png")
+    loaded = np.asarray(image_at(root, "a.png").load())
+    assert np.array_equal(loaded[0, :, 0], np.arange(256))
+    assert np.array_equal(loaded[..., 0], loaded[..., 2])
+
+
+def test_transparency_becomes_white(root):
+    clear = Image.new("RGBA", (4, 3), (255, 0, 0, 0))
+    clear.putpixel((0, 0), (255, 0, 0, 255))
+    palette = Image.new("P", (4, 3), 0)
+    palette.putpalette([10, 20, 30, 255, 0, 0])
+    palette.putpixel((0, 0), 1)
+    clear.save(root / "rgba.png")
+    clear.convert("LA").save(root / "la.png")
+    palette.save(root / "palette.png", transparency=0)
+    palette.save(root / "palette.gif", transparency=0)
+    for name in ("rgba.png", "la.png", "palette.png", "palette.gif"):
+        loaded = image_at(root, name).load()
+        assert loaded.getpixel((3, 2)) == (255, 255, 255), name
+        assert loaded.getpixel((0, 0)) != (255, 255, 255), name
+
+
+@pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG"])
+def test_of_an_animation_the_first_frame_is_taken(root, image_format):
+    frames = [Image.new("RGB", (6, 4), color) for color in ("red", "lime", "blue")]
+    data = encoded(frames[0], image_format, save_all=True, append_images=frames[1:])
+    loaded = BytesImage(data, "x", MAX_PIXELS).load()
+    red, green, blue = loaded.getpixel((2, 2))
+    assert red > 240 and green < 15 and blue < 15
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1)])
+def test_thin_images_are_read(root, size):
+    Image.new("1", size, 1).save(root / "a.png")
+    image = image_at(root, "a.png")
+    assert image.size == size[::-1]
+    assert image.load().getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_the_content_decides_and_not_the_ending(root, photos):
+    (root / "a.jpg").write_bytes(encoded(photos[0], "PNG"))
+    assert image_at(root, "a.jpg").size == (80, 120)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("tenth", range(10))
+def test_a_truncated_file_is_named_and_never_half_a_picture(root, photos, image_format, tenth):
+    data = encoded(photos[2], image_format)
+    (root / "a.img").write_bytes(data[: len(data) * tenth // 10])
+    with pytest.raises(RecordError, match=r"train\.jsonl:7: image 'a\.img' "):
+        image_at(root, "a.img").load()
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is False
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "it is empty"),
+        (b"<!DOCTYPE html><html>", "it starts with b'<!DOCTYPE html><'"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is no JPEG, PNG, WEBP, GIF, BMP file"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is no JPEG"),
+        (b"II*\0\x08\0\0\0", "is no JPEG"),
+        (b"\xff\xd8\xff\xe0" + bytes(50), "image 'a.jpg'"),
+    ],
+)
+def test_what_is_no_image_is_named(root, data, words):
+    (root / "a.jpg").write_bytes(data)
+    fails(image_at(root, "a.jpg"), "train.jsonl:7: image 'a.jpg'", words)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("side", [8001, 10_000, 13_000, 20_000, 2**31 - 1])
+def test_a_decompression_bomb_is_refused_by_its_header(root, side):
+    (root / "a.png").write_bytes(png_header(side, side))
+    began = time.perf_counter()
+    fails(image_at(root, "a.png"), "image 'a.png'", "pixels")
+    assert time.perf_counter() - began < 1
+
+
+def test_pillows_warning_made_an_error_is_a_record_error_too(root):
+    (root / "a.png").write_bytes(png_header(10_000, 10_000))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fails(image_at(root, "a.png"), "pixels")
+
+
+def test_the_message_of_a_large_image_names_size_and_setting(root, photos):
+    photos[0].save(root / "a.png")
+    fails(image_at(root, "a.png", 9599), "is 120 x 80 = 9,600 pixels; data.max_image_pixels allows 9,599")
+    assert image_at(root, "a.png", 9600).size == (80, 120)
+
+
+@pytest.mark.parametrize("name", [b"zTXt", b"iTXt"])
+def test_a_bomb_of_text_is_refused(root, name):
+    between = b"\0" if name == b"zTXt" else b"\x01\0\0\0"
+    text = b"key\0" + between + zlib.compress(bytes(50_000_000))
+    (root / "a.png").write_bytes(png_header(4, 4, (name, text)))
+    with pytest.raises(RecordError, match="cannot be decoded"):
+        image_at(root, "a.png").load()
+
+
+def test_a_file_that_is_too_large_is_not_read(root, monkeypatch):
+    monkeypatch.setattr("lit_vlm.data.images.MAX_FILE_BYTES", 10)
+    Image.new("RGB", (4, 4)).save(root / "a.png")
+    fails(image_at(root, "a.png"), "bytes, at most 10 are read")
+    data = (root / "a.png").read_bytes()
+    fails(BytesImage(data, "train.jsonl:7", MAX_PIXELS), "its image has")
+
+
+def test_a_missing_file_says_what_was_looked_for_where_and_what_to_do(root):
+    fails(
+        image_at(root, "coco/1.jpg"),
+        f"train.jsonl:7: image 'coco/1.jpg' not found in {root}. Set data.sources.<name>.image_root=",
+    )
+
+
+def spellings(root):
+    outside = root.parent
+    ups = ["../", "./../", "a/../../", "a/./../../", "..//", "/../", "../images/../", "x/y/../../../", "../../"]
+    paths = [f"{up}{name}" for up in ups for name in (SECRET, "secret.png/", "./secret.png", "nothing.png")]
+    paths += ["../" * count + "etc/passwd" for count in range(1, 12)]
+    paths += [f"{outside}/{SECRET}", f"//{outside}/{SECRET}", f"{root}/../{SECRET}", f"{root}_other/{SECRET}"]
+    paths += [
+        "/etc/passwd",
+        "/proc/self/environ",
+        "/dev/zero",
+        "/dev/stdin",
+        "/",
+        "..",
+        ".",
+        "~/.ssh/id_rsa",
+        "~root/x",
+    ]
+    paths += [
+        r"..\secret.png",
+        r"..\\..\\secret.png",
+        r"C:\secret.png",
+        r"\\server\share\a.png",
+        "//server/share/a.png",
+    ]
+    paths += ["%2e%2e/secret.png", "..%2fsecret.png", "%2e%2e%2fsecret.png", "..%252fsecret.png", "..%c0%afsecret.png"]
+    paths += ["..\0/secret.png", "a.png\0.jpg", "", "\0", "\ud800", "\ud800/../../secret.png", "a" * 5000, "a/" * 3000]
+    paths += ["．．/secret.png", "‥/secret.png", "․․/secret.png", "..／secret.png", "..\u2215secret.png"]
+    paths += [
+        "link.png",
+        "linked/secret.png",
+        "linked/../secret.png",
+        "loop.png",
+        "dangling.png",
+        "hop.png",
+        "folder.png",
+    ]
+    return paths
+
+
+def test_eighty_spellings_lead_nowhere_and_open_nothing_outside(root, audit):
+    (root / "link.png").symlink_to(root.parent / SECRET)
+    (root / "linked").symlink_to(root.parent)
+    (root / "loop.png").symlink_to("loop.png")
+    (root / "dangling.png").symlink_to("/nowhere/a.png")
+    (root / "hop.png").symlink_to("link.png")
+    (root / "folder.png").mkdir()
+    (root.parent / f"{root.name}_other").mkdir()
+    Image.new("RGB", (5, 4)).save(root.parent / f"{root.name}_other" / SECRET)
+    paths = spellings(root)
+    assert len(set(paths)) >= 80
+    audit.clear()
+    for path in paths:
+        fails(image_at(root, path), "image '")
+    assert audit == []
+    Image.new("RGB", (5, 4)).save(root / "inside.png")
+    audit.clear()
+    assert image_at(root, "inside.png").size == (4, 5)
+    assert [args[0] for _, args in audit] == [str(root / "inside.png")]  # the hook does see an open
+
+
+URLS = [
+    *("http://127.0.0.1/a.png", "https://example.com/a.png", "HTTP://127.0.0.1", " http://127.0.0.1/a.png"),
+    *("\thttps://x/a.png", "ftp://x/a.png", "s3://bucket/a.png", "gs://bucket/a.png", "hf://datasets/x/a.png"),
+    *("file:///etc/passwd", "file:/etc/passwd", "FILE:///etc/passwd", "http:/x/a.png", "http:x", "gopher://x"),
+    *("http://[::1]/a.png", "http://169.254.169.254/latest/meta-data", "https://user:pw@x/a.png", "jar:http://x!/a"),
+    *(
+        "http://0x7f000001/",
+        "http://2130706433/",
+        "data:image/png;base64,AAAA",
+        "ssh://x",
+        "zip+http://x",
+        "http+unix://x",
+    ),
+]
+
+
+def test_urls_are_refused_and_nothing_is_fetched(root, audit):
+    for url in URLS:
+        fails(image_at(root, url), "image '" if url.startswith("jar") else "URLs are never fetched while training")
+    assert audit == []
+
+
+def test_a_path_inside_the_root_may_be_written_in_any_way(root, photos):
+    (root / "a").mkdir()
+    photos[0].save(root / "a" / "%2e.png")
+    (root / "b.png").symlink_to("a/%2e.png")
+    for path in ("a/%2e.png", "./a/%2e.png", "a/../a/%2e.png", "b.png", str(root / "a" / "%2e.png")):
+        assert image_at(root, path).size == (80, 120)
+
+
+def test_the_root_itself_may_be_a_link(root, tmp_path, photos):
+    photos[0].save(root / "a.png")
+    (tmp_path / "here").symlink_to(root)
+    assert image_at(tmp_path / "here", "a.png").size == (80, 120)
+
+
+@pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
+@pytest.mark.parametrize("written", ["NFC", "NFD"])
+def test_hangul_names_are_found_in_either_spelling(root, photos, on_disk, written):
+    # The folder is always composed, as it is after copying files of a Mac into a folder made on Linux.
+    (root / "사진").mkdir()
+    photos[0].save(root / "사진" / unicodedata.normalize(on_disk, "고양이 둘.png"))
+    assert image_at(root, unicodedata.normalize(written, "사진/고양이 둘.png")).size == (80, 120)
+
+
+def test_the_exact_spelling_comes_first(root):
+    for number, form in enumerate(("NFC", "NFD"), 1):
+        Image.new("RGB", (number, 1)).save(root / unicodedata.normalize(form, "가.png"))
+    assert image_at(root, unicodedata.normalize("NFC", "가.png")).size == (1, 1)
+    assert image_at(root, unicodedata.normalize("NFD", "가.png")).size == (1, 2)
+
+
+def test_a_pipe_is_not_waited_for(root):
+    os.mkfifo(root / "a.png")
+    fails(image_at(root, "a.png"), "is not a regular file")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_named(root, photos):
+    photos[0].save(root / "a.png")
+    (root / "a.png").chmod(0)
+    fails(image_at(root, "a.png"), "image 'a.png' cannot be opened: Permission denied")
+
+
+def test_foreign_names_are_shown_without_their_control_characters(root):
+    fails(image_at(root, "\x1b[31mred\n.png"), r"\x1b[31mred\n.png")

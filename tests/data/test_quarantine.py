@@ -1,0 +1,97 @@
+"""Claims about records that cannot be used: each is written down, none is lost, and too many end the run."""
+
+import json
+
+import pytest
+
+from lit_vlm.config.schema import OnBadRecord
+from lit_vlm.data.quarantine import Quarantine
+from lit_vlm.types import RecordError, UserError
+
+
+def filled(num_faults, source="mine"):
+    quarantine = Quarantine()
+    for line in range(1, num_faults + 1):
+        quarantine.add(source, RecordError(f"train.jsonl:{line}", "이미지가 없음"))
+    return quarantine
+
+
+def test_each_fault_is_written_with_source_origin_reason_and_digest(tmp_path):
+    path = tmp_path / "run" / "quarantine.jsonl"
+    filled(3).settle(OnBadRecord.quarantine, 0.5, {"mine": 10}, path)
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert [row["origin"] for row in rows] == ["train.jsonl:1", "train.jsonl:2", "train.jsonl:3"]
+    assert {row["source"] for row in rows} == {"mine"} and {row["reason"] for row in rows} == {"이미지가 없음"}
+    assert len({row["digest"] for row in rows}) == 3 and all(len(row["digest"]) == 64 for row in rows)
+    assert "이미지가" in path.read_text("utf-8")
+    assert [file.name for file in path.parent.iterdir()] == ["quarantine.jsonl"]
+
+
+def test_the_same_faults_give_the_same_file(tmp_path):
+    for name in "ab":
+        filled(5).settle(OnBadRecord.quarantine, 1.0, {"mine": 5}, tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_fault_found_by_two_passes_counts_once(tmp_path):
+    quarantine = filled(2)
+    quarantine.add("mine", RecordError("train.jsonl:1", "이미지가 없음"))
+    assert len(quarantine) == 2 and quarantine.counts() == {"mine": 2}
+
+
+def test_two_faults_of_a_record_are_one_record_set_aside(tmp_path):
+    quarantine = filled(1)
+    quarantine.add("mine", RecordError("train.jsonl:1", "another"))
+    assert len(quarantine) == 2
+    quarantine.settle(OnBadRecord.quarantine, 0.5, {"mine": 2}, tmp_path / "q")
+    assert len((tmp_path / "q").read_text().splitlines()) == 2
+
+
+def test_the_share_is_of_each_source_and_may_be_reached_exactly(tmp_path):
+    quarantine = filled(1, "a")
+    for line in (1, 2):
+        quarantine.add("b", RecordError(f"b.jsonl:{line}", "broken"))
+    quarantine.settle(OnBadRecord.quarantine, 0.01, {"a": 100, "b": 200}, tmp_path / "q")
+    with pytest.raises(UserError) as caught:
+        quarantine.settle(OnBadRecord.quarantine, 0.01, {"a": 100, "b": 199}, tmp_path / "q")
+    message = str(caught.value)
+    assert "More records are bad than data.max_quarantined=0.01 allows:" in message
+    assert "b: 2 of 199 (1.01%), the first b.jsonl:1: broken" in message
+    assert "a: 1" not in message and str(tmp_path / "q") in message
+    assert len((tmp_path / "q").read_text().splitlines()) == 3  # written before the run ends, to look at
+
+
+def test_stop_lists_ten_counts_all_and_says_how_to_set_aside(tmp_path):
+    with pytest.raises(UserError) as caught:
+        filled(1234).settle(OnBadRecord.stop, 1.0, {"mine": 9999}, tmp_path / "q")
+    message = str(caught.value)
+    assert "(1,234 of mine)" in message and "... and 1,224 more" in message
+    assert message.count("train.jsonl:") == 10
+    assert "data.on_bad_record=quarantine" in message
+    assert not (tmp_path / "q").exists()
+
+
+def test_without_faults_nothing_stops_and_the_file_is_empty(tmp_path):
+    (tmp_path / "q").write_text("of an earlier run\n")
+    Quarantine().settle(OnBadRecord.stop, 0.0, {"mine": 5}, tmp_path / "q")
+    Quarantine().settle(OnBadRecord.quarantine, 0.0, {"mine": 5}, tmp_path / "q")
+    assert (tmp_path / "q").read_text() == ""
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    (tmp_path / "q").write_text("old\n")
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("lit_vlm.data.quarantine.os.fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        filled(1).settle(OnBadRecord.quarantine, 1.0, {"mine": 5}, tmp_path / "q")
+    assert [file.read_text() for file in tmp_path.iterdir()] == ["old\n"]
+
+
+def test_lone_surrogates_in_a_reason_can_be_written(tmp_path):
+    quarantine = Quarantine()
+    quarantine.add("mine", RecordError("a\ud800.jsonl:1", "\udcff"))
+    quarantine.settle(OnBadRecord.quarantine, 1.0, {"mine": 1}, tmp_path / "q")
+    assert json.loads((tmp_path / "q").read_text("utf-8"))["reason"] == "\udcff"

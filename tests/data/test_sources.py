@@ -1,0 +1,584 @@
+"""Claims about datasets as people have them: each format is read as its owners mean it, each fault is named."""
+
+import base64
+import io
+import json
+import os
+import pickle
+import sys
+import unicodedata
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lit_vlm.config.schema import Format, LanguageChoice, Markup, SourceConfig
+from lit_vlm.data.images import BytesImage, FileImage
+from lit_vlm.data.sources import open_source
+from lit_vlm.types import Control, ImageSlot, Kind, Language, RecordError, Role, UserError
+
+HUMAN = {"from": "human", "value": "<image>\n무엇이 보이나요?"}
+GPT = {"from": "gpt", "value": "꽃이 보입니다."}
+USER = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}
+ANSWER = {"role": "assistant", "content": "A flower."}
+
+_connections: list[str] | None = None
+
+
+def _hook(event, args):
+    if _connections is not None and event.startswith("socket."):
+        _connections.append(event)
+
+
+sys.addaudithook(_hook)  # cannot be removed, hence the switch
+
+
+@pytest.fixture(scope="session")
+def photos():
+    from sklearn.datasets import load_sample_images
+
+    return [Image.fromarray(array).resize((60, 40)) for array in load_sample_images().images]
+
+
+@pytest.fixture
+def folder(tmp_path, photos):
+    (tmp_path / "사진").mkdir()
+    photos[0].save(tmp_path / "사진" / "중국.jpg", quality=95)
+    photos[1].save(tmp_path / "flower.png")
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def png(image):
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write(path, records):
+    """A JSON list or JSONL; a record that is text already is written as it is."""
+    lines = [record if isinstance(record, str) else json.dumps(record, ensure_ascii=False) for record in records]
+    path.write_text("\n".join(lines) + "\n" if path.suffix == ".jsonl" else f"[\n{', '.join(lines)}\n]", "utf-8")
+    return path
+
+
+def open_(path, **options):
+    return open_source("mine", SourceConfig(path=str(path), **options), max_image_pixels=1_000_000)
+
+
+def only(folder, record, **options):
+    return open_(write(folder / "train.jsonl", [record]), **options)[0]
+
+
+def llava(*turns, **keys):
+    return {"conversations": list(turns), **keys}
+
+
+def contents(sample):
+    return [message.content for message in sample.messages]
+
+
+# What is read
+
+
+@pytest.mark.parametrize("ending", [".json", ".jsonl"])
+def test_llava_records_come_back_whole(folder, photos, ending):
+    again = {"from": "human", "value": "색은?"}, {"from": "gpt", "value": "붉은색"}
+    records = [
+        llava(HUMAN, GPT, *again, id="가-1", image="flower.png"),
+        llava(
+            {"from": "system", "value": "Be brief."}, {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}
+        ),
+        llava({"from": "human", "value": "<image><image>\n차이는?"}, GPT, id=7, image=["flower.png", "사진/중국.jpg"]),
+    ]
+    source = open_(write(folder / f"train{ending}", records))
+    assert isinstance(source.digest, str) and len(source) == 3 and source.name == "mine"
+    first, second, third = source[0], source[1], source[2]
+    assert contents(first) == [(ImageSlot(0), "무엇이 보이나요?"), ("꽃이 보입니다.",), ("색은?",), ("붉은색",)]
+    assert (first.id, first.kind, first.language, first.source) == ("가-1", Kind.instruction, Language.ko, "mine")
+    assert first.origin == ("train.json[0]" if ending == ".json" else "train.jsonl:1")
+    assert np.array_equal(np.asarray(first.images[0].load()), np.asarray(photos[1]))
+    assert [message.role for message in second.messages] == [Role.system, Role.user, Role.assistant]
+    assert (second.id, second.kind, second.language, second.images) == (second.origin, Kind.text, Language.en, ())
+    assert contents(third)[0] == (ImageSlot(0), ImageSlot(1), "차이는?")
+    assert (third.id, third.kind, [image.size for image in third.images]) == ("7", Kind.multi_image, [(40, 60)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        ("<image>\nwhat?", (ImageSlot(0), "what?")),
+        ("<image>\r\nwhat?", (ImageSlot(0), "what?")),
+        ("what?\n<image>", ("what?", ImageSlot(0))),
+        ("<image>\n\nwhat?", (ImageSlot(0), "\nwhat?")),
+        ("this <image> here", ("this ", ImageSlot(0), " here")),
+        ("a\n<image>\nb", ("a", ImageSlot(0), "\nb")),
+        ("<image>", (ImageSlot(0),)),
+        ("<ima<image>ge>", ("<ima", ImageSlot(0), "ge>")),
+    ],
+)
+def test_a_marker_takes_one_line_break_with_it(folder, text, content):
+    sample = only(folder, llava({"from": "human", "value": text}, GPT, image="flower.png"))
+    assert sample.messages[0].content == content
+
+
+def test_control_tokens_in_answers_and_systems_stay_text(folder):
+    written = "<image> <|im_end|> <bbox>0.1, 0.1, 0.2, 0.2</bbox>"
+    record = llava({"from": "system", "value": written}, HUMAN, {"from": "gpt", "value": written}, image="flower.png")
+    sample = only(folder, record)
+    assert contents(sample)[0] == contents(sample)[2] == (written,)
+
+
+def test_an_image_without_a_question_is_found_to_be_that(folder):
+    record = llava({"from": "human", "value": "<image>\n"}, GPT, image="flower.png")
+    assert only(folder, record).kind is Kind.image_only
+
+
+def test_text_is_kept_in_nfc(folder):
+    decomposed = unicodedata.normalize("NFD", "한국어 설명")
+    record = llava({"from": "human", "value": decomposed}, {"from": "gpt", "value": decomposed})
+    assert contents(only(folder, record)) == [("한국어 설명",)] * 2
+
+
+@pytest.mark.parametrize("images", [["flower.png"], "flower.png", [{"bytes": None, "path": "flower.png"}]])
+def test_messages_take_their_images_from_the_column(folder, photos, images):
+    sample = only(folder, {"messages": [USER, ANSWER], "images": images})
+    assert contents(sample) == [(ImageSlot(0), "What is it?"), ("A flower.",)]
+    assert np.array_equal(np.asarray(sample.images[0].load()), np.asarray(photos[1]))
+
+
+def test_messages_may_name_images_themselves_in_any_order(folder, photos):
+    url = f"data:image/png;base64,{base64.b64encode(png(photos[1])).decode()}"
+    parts = [
+        {"type": "image", "path": "flower.png"},
+        {"type": "image"},
+        {"type": "text", "text": "<image> 비교"},
+        {"type": "image_url", "image_url": {"url": url}},
+    ]
+    sample = only(folder, {"messages": [{"role": "user", "content": parts}, ANSWER], "images": ["사진/중국.jpg"]})
+    assert sample.messages[0].content == (ImageSlot(0), ImageSlot(1), "<image> 비교", ImageSlot(2))
+    assert [type(image) for image in sample.images] == [FileImage, FileImage, BytesImage]
+    assert [image.path for image in sample.images[:2]] == ["flower.png", "사진/중국.jpg"]
+    assert sample.images[2].load().size == (60, 40)
+
+
+def test_plain_texts_with_images_show_them_first_as_trl_does(folder):
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q <image>"}, ANSWER]
+    sample = only(folder, {"messages": messages, "images": ["flower.png", "사진/중국.jpg"]})
+    assert sample.messages[1].content == (ImageSlot(0), ImageSlot(1), "q <image>")
+
+
+@pytest.mark.parametrize("ending", ["parquet", "arrow", "saved"])
+def test_columns_hold_messages_and_encoded_images(folder, photos, ending):
+    import datasets
+
+    rows = [
+        {
+            "messages": [USER, {"role": "assistant", "content": "꽃"}],
+            "images": [{"bytes": png(photos[1]), "path": None}],
+        },
+        {"messages": [{"role": "user", "content": "q"}, ANSWER], "images": []},
+    ]
+    table = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
+    table = table.cast(datasets.Features({**table.features, "images": datasets.List(datasets.Image())}))
+    place = folder / f"한글 [0].{ending}"
+    if ending == "parquet":
+        table.to_parquet(place)
+    else:
+        table.save_to_disk(folder / "saved")
+        place = folder / "saved" if ending == "saved" else next((folder / "saved").glob("*.arrow"))
+    source = open_(place)
+    assert len(source) == 2 and source[0].origin == f"{place.name}[0]" and source[1].kind is Kind.text
+    assert contents(source[0]) == [(ImageSlot(0), "What is it?"), ("꽃",)]
+    assert np.array_equal(np.asarray(source[0].images[0].load()), np.asarray(photos[1]))
+    assert pickle.loads(pickle.dumps(source))[0].messages == source[0].messages
+
+
+def test_columns_without_hugging_face_types_are_read_too(folder, photos):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parts = [{"type": "image", "text": None}, {"type": "text", "text": "q"}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]
+    (folder / "shards").mkdir()
+    for number, count in enumerate((2, 0, 3)):
+        row = {"messages": turns, "image": png(photos[0])}
+        schema = pa.Table.from_pylist([row]).schema
+        parquet.write_table(pa.Table.from_pylist([row] * count, schema), folder / "shards" / f"{number}.parquet")
+    source = open_(folder / "shards")
+    assert [source[index].origin for index in (0, 1, 2, 4)] == [
+        "0.parquet[0]",
+        "0.parquet[1]",
+        "2.parquet[0]",
+        "2.parquet[2]",
+    ]
+    assert contents(source[4]) == [(ImageSlot(0), "q"), ("a",)] and source[4].images[0].size == (40, 60)
+
+
+PAIRS = {
+    "strings": {"prompt": "<image>\n무엇?", "chosen": "꽃", "rejected": "개", "image": "flower.png"},
+    "llava_next": {"prompt": "무엇?", "answer": "-", "chosen": "꽃", "rejected": "개", "image": "flower.png"},
+    "messages": {
+        "prompt": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "무엇?"}]}],
+        "chosen": [{"role": "assistant", "content": "꽃"}],
+        "rejected": [{"role": "assistant", "content": [{"type": "text", "text": "개"}]}],
+        "images": ["flower.png"],
+    },
+    "implicit": {
+        "chosen": [{"role": "user", "content": "무엇?"}, {"role": "assistant", "content": "꽃"}],
+        "rejected": [{"role": "user", "content": "무엇?"}, {"role": "assistant", "content": "개"}],
+        "images": ["flower.png"],
+    },
+}
+
+
+@pytest.mark.parametrize("shape", PAIRS)
+def test_preferences_come_as_text_or_messages_with_or_without_a_prompt(folder, shape):
+    pair = only(folder, PAIRS[shape])
+    assert [message.content for message in pair.prompt] == [(ImageSlot(0), "무엇?")]
+    assert (pair.chosen.content, pair.rejected.content) == (("꽃",), ("개",))
+    assert pair.chosen.role is pair.rejected.role is Role.assistant
+    assert (pair.kind, pair.language, pair.images[0].size) == (Kind.preference, Language.ko, (40, 60))
+
+
+def test_digits_ask_in_the_sources_language_and_hold_out_the_last():
+    def digits(**options):
+        held_out = options.pop("held_out", False)
+        config = SourceConfig(format=Format.digits, **options)
+        return open_source("mine", config, max_image_pixels=10**6, held_out=held_out)
+
+    korean, english, mixed, held_out = (
+        digits(language=LanguageChoice.ko),
+        digits(language=LanguageChoice.en, num_samples=5),
+        digits(),
+        digits(held_out=True),
+    )
+    assert (len(korean), len(english), len(held_out)) == (1500, 5, 297)
+    assert contents(korean[3]) == [(ImageSlot(0), "이 숫자는 무엇인가요?"), ("3",)]
+    assert contents(english[4]) == [(ImageSlot(0), "What digit is this?"), ("4",)]
+    assert {mixed[index].language for index in range(4)} == {Language.ko, Language.en}
+    assert korean[0].images[0].size == (56, 56) and korean[0].images[0].load().getextrema()[0][1] > 200
+    assert korean[0].kind is Kind.digit and held_out[0].id == "digit-1500"
+    assert len({source.digest for source in (korean, english, mixed, held_out)}) == 4
+    with pytest.raises(IndexError):
+        english[5]
+
+
+def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(UserError, match=r"format=digits needs scikit-learn: pip install '\.\[digits\]'"):
+        open_source("mine", SourceConfig(format=Format.digits), max_image_pixels=10**6)
+
+
+def test_builtin_is_handed_its_settings():
+    config = SourceConfig(path="caption", format=Format.builtin, num_samples=4, language=LanguageChoice.ko)
+    train = open_source("mine", config, max_image_pixels=10**6, seed=1)
+    held_out = open_source("mine", config, max_image_pixels=10**6, seed=1, held_out=True)
+    assert len(train) == len(held_out) == 4 and train.digest != held_out.digest
+    assert train[0].language is Language.ko and train[0].source == "mine"
+    with pytest.raises(UserError, match=r"data\.sources\.mine: format=builtin needs path"):
+        open_source("mine", SourceConfig(format=Format.builtin), max_image_pixels=10**6)
+
+
+@pytest.mark.parametrize(
+    ("options", "parsed"),
+    [
+        ({"markup": Markup.on}, True),
+        ({"kind": "grounding"}, True),
+        ({"kind": "ocr", "markup": Markup.off}, False),
+        ({}, False),
+        ({"kind": "caption"}, False),
+    ],
+)
+def test_markup_becomes_control_tokens_only_where_the_owner_says_so(folder, options, parsed):
+    answer = {"from": "gpt", "value": "<obj>꽃</obj><bbox>0.1, 0.2, 0.5, 0.6</bbox>이 있다."}
+    sample = only(
+        folder, llava({"from": "human", "value": "<gro>\n묘사해줘. <image>"}, answer, image="flower.png"), **options
+    )
+    controls = [piece.token for content in contents(sample) for piece in content if isinstance(piece, Control)]
+    assert controls == (["<gro>", "<obj>", "</obj>", "<bbox>", "</bbox>"] if parsed else [])
+    assert [message.text for message in sample.messages] == ["<gro>\n묘사해줘. ", answer["value"]]
+    found = "grounding" if parsed else "instruction"
+    assert sample.kind == options.get("kind", found)
+
+
+def test_language_and_kind_of_the_source_come_first(folder):
+    sample = only(folder, llava(HUMAN, GPT, image="flower.png"), language=LanguageChoice.en, kind="caption")
+    assert (sample.language, sample.kind) == (Language.en, Kind.caption)
+
+
+def test_images_are_read_inside_image_root(folder):
+    (folder / "labels").mkdir()
+    path = write(folder / "labels" / "train.json", [llava(HUMAN, GPT, image="flower.png")])
+    assert open_(path, image_root=str(folder))[0].images[0].size == (40, 60)
+    with pytest.raises(RecordError, match=r"not found in .*labels"):
+        open_(path)[0].images[0].load()
+    outside = write(folder / "labels" / "b.json", [llava(HUMAN, GPT, image="../flower.png")])
+    with pytest.raises(RecordError, match="leads out of"):
+        open_(outside)[0].images[0].load()
+
+
+def test_lines_keep_their_numbers_past_blanks_and_bad_neighbours(folder):
+    good = json.dumps(llava({"from": "human", "value": "q"}, GPT), ensure_ascii=False)
+    path = folder / "train.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + f"{good}\r\n\n  \n{{bad\n{good}".encode())
+    source = open_(path)
+    assert len(source) == 3
+    assert (source[0].origin, source[2].origin) == ("train.jsonl:1", "train.jsonl:5")
+    with pytest.raises(RecordError, match=r"train\.jsonl:4: not JSON at column 2: Expecting property name"):
+        source[1]
+
+
+def test_a_folder_joins_its_files_and_num_samples_takes_the_first(folder):
+    for name, count in (("b", 2), ("a", 3)):
+        write(folder / f"{name}.jsonl", [llava({"from": "human", "value": f"{name}{i}"}, GPT) for i in range(count)])
+    source = open_(folder)
+    assert [source[index].origin for index in range(5)] == [
+        "a.jsonl:1",
+        "a.jsonl:2",
+        "a.jsonl:3",
+        "b.jsonl:1",
+        "b.jsonl:2",
+    ]
+    assert len(open_(folder, num_samples=2)) == 2 and len(open_(folder, num_samples=99)) == 5
+    with pytest.raises(IndexError):
+        open_(folder, num_samples=2)[2]
+
+
+def test_a_long_list_is_not_held_in_memory(folder):
+    record = llava({"from": "human", "value": '질문 "[{,}]" \\'}, {"from": "gpt", "value": "답" * 1000}, id="가")
+    source = open_(write(folder / "train.json", [record] * 500))
+    assert len(pickle.dumps(source)) < 20_000  # 1.5 MB of text
+    assert all(source[index].messages == source[0].messages for index in (1, 250, 499))
+    assert source[499].messages[0].content == ('질문 "[{,}]" \\',)
+
+
+def test_the_digest_changes_with_the_file_and_with_what_is_read(folder):
+    path = write(folder / "train.jsonl", [llava({"from": "human", "value": "q"}, GPT)] * 2)
+    others = {"kind": "other"}, {"num_samples": 1}, {"markup": Markup.on}, {"language": LanguageChoice.ko}
+    digests = [open_(path, **options).digest for options in ({}, *others)]
+    assert len(set(digests)) == 5
+    assert open_(path).digest == open_(path, weight=3.0, format=Format.llava).digest == digests[0]
+    os.utime(path, ns=(0, 1))
+    assert open_(path).digest != digests[0]
+
+
+# What is refused, record by record
+
+OPEN_TURN = {"from": "human", "value": "q"}
+LLAVA_FAULTS = [
+    (llava({"from": "human", "value": "<image><image>"}, GPT, image="a.png"),
+     "train.jsonl:1: 2 image placeholders but 1 image; each '<image>' needs one. "
+     "Fix the record, or set such records aside with data.on_bad_record=quarantine."),
+    (llava(OPEN_TURN, GPT, image="a.png"), "0 image placeholders but 1 image; each '<image>' needs one"),
+    (llava(HUMAN, GPT), "1 image placeholder but 0 images; each '<image>' needs one"),
+    (llava(), "conversations is empty"),
+    ({"id": "1", "text": "x"}, "missing 'conversations'; found 'id', 'text', format=llava needs 'conversations'"),
+    ({"conversations": "x"}, "conversations is text; it must be a list"),
+    (llava("x"), "conversations[0] is text; it must be an object with 'from' and 'value'"),
+    (llava({"from": "human"}, GPT), "conversations[0].value is null; it must be text"),
+    (llava({"from": "human", "value": 3}, GPT), "conversations[0].value is a number; it must be text"),
+    (llava({"value": "q"}, GPT), "conversations[0].from is null; it must be text"),
+    (llava({"from": "bot", "value": "q"}, GPT), "conversations[0].from is 'bot'; it must be 'human', 'gpt' or"),
+    (llava(OPEN_TURN, OPEN_TURN, GPT), "message 2 is the user's; user and assistant must take turns, user first"),
+    (llava(GPT, OPEN_TURN, GPT), "message 1 is the assistant's; user and assistant must take turns, user first"),
+    (llava(OPEN_TURN, GPT, OPEN_TURN), "the last message is the user's; it must be the assistant's"),
+    (llava({"from": "system", "value": "s"}), "the last message is the system's; it must be the assistant's"),
+    (llava(OPEN_TURN, {"from": "gpt", "value": " \n"}), "message 2, the assistant's, is empty"),
+    (llava(OPEN_TURN, {"from": "gpt", "value": "\ud800"}), r"holds '\ud800', half of a surrogate pair"),
+    (llava(HUMAN, GPT, image=5), "an image is a number; it must be a path, encoded bytes or {bytes, path}"),
+    (llava(HUMAN, GPT, image=""), "image '' is no file name"),
+    (llava(HUMAN, GPT, image="a", images=["b"]), "both 'images' and 'image' are given"),
+    (llava(HUMAN, GPT, image="http://x/a.png"), "URLs are never fetched while training. Download the image beforehand"),
+    ([1], "the record is a list; it must be an object"),
+    ("{'a': 1}", "train.jsonl:1: not JSON at column 2: Expecting property name"),
+    ("[" * 100_000, "not readable as JSON"),
+    ('{"a": ' + "9" * 5000 + "}", "not readable as JSON"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "words"), LLAVA_FAULTS, ids=range(len(LLAVA_FAULTS)))
+def test_each_fault_of_a_llava_record_is_named(folder, record, words):
+    path = folder / "train.jsonl"
+    path.write_text(record if isinstance(record, str) else json.dumps(record))
+    source = open_(path, format=Format.llava)
+    with pytest.raises(RecordError) as caught:
+        source[0]
+    assert caught.value.origin == "train.jsonl:1" and words in str(caught.value)
+    assert "data.on_bad_record=quarantine" in str(caught.value) or "Download" in str(caught.value)
+
+
+def content(*parts):
+    return {"messages": [{"role": "user", "content": list(parts)}, ANSWER]}
+
+
+MESSAGE_FAULTS = [
+    ({**content({"type": "image"}, {"type": "image"}), "images": ["a"]},
+     "2 image placeholders but 1 image; each image part without a path needs one"),
+    ({**content({"type": "text", "text": "q"}), "images": ["a"]}, "0 image placeholders but 1 image"),
+    (content({"type": "video"}), "messages[0].content[0] is of type 'video'; a part is an object of type 'text'"),
+    (content("q"), "messages[0].content[0] is text; a part is an object"),
+    (content({"type": "text", "text": None}), "messages[0].content[0].text is null; it must be text"),
+    (content({"type": "image", "url": "https://x/a.png"}), "URLs are never fetched while training"),
+    (content({"type": "image_url", "image_url": {"url": "http://x/a.png"}}), "URLs are never fetched while training"),
+    (content({"type": "image_url", "image_url": "data:image/png,abc"}), "data URL 'data:image/png' is not base64"),
+    (content({"type": "image_url", "image_url": "data:image/png;base64,a?"}), "is not base64"),
+    (content({"type": "image_url"}), "messages[0].content[0] has no image_url.url"),
+    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role is 'tool'; it must be 'system', 'user' or"),
+    ({"messages": [{"role": "user", "content": 1}]}, "messages[0].content is a number; it must be text"),
+    ({"messages": [USER, {"role": "assistant", "content": [{"type": "image"}]}], "images": ["a", "b"]},
+     "messages[1].content[0] is an image in the assistant's message; images belong to the user's"),
+    ({"messages": [USER, {"role": "assistant", "content": []}], "images": ["a"]}, "message 2, the assistant's, is"),
+    ({"messages": []}, "messages is empty"),
+    ({"images": ["a"]}, "missing 'messages'; found 'images', format=messages needs 'messages'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "words"), MESSAGE_FAULTS, ids=range(len(MESSAGE_FAULTS)))
+def test_each_fault_of_messages_is_named(folder, record, words):
+    with pytest.raises(RecordError) as caught:
+        only(folder, record, format=Format.messages)
+    assert str(caught.value).startswith("train.jsonl:1: ") and words in str(caught.value)
+
+
+def turns(*texts):
+    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
+
+
+PAIR_FAULTS = [
+    ({"prompt": "q", "chosen": "a", "rejected": "a"}, "chosen and rejected are equal"),
+    ({"prompt": "q", "chosen": "가", "rejected": unicodedata.normalize("NFD", "가")}, "chosen and rejected are equal"),
+    ({"chosen": turns("q", "a"), "rejected": turns("q", "a")}, "chosen and rejected are equal"),
+    ({"prompt": "q", "chosen": "", "rejected": "a"}, "message 2, the assistant's, is empty"),
+    ({"prompt": "q", "chosen": "a", "rejected": " "}, "message 2, the assistant's, is empty"),
+    ({"prompt": "q", "chosen": "a"}, "missing 'rejected'; found 'prompt', 'chosen', format=preference needs"),
+    ({"chosen": "a", "rejected": "b"}, "missing 'prompt'; found 'chosen', 'rejected'"),
+    ({"chosen": turns("q", "a"), "rejected": turns("r", "b")}, "chosen and rejected begin with different messages"),
+    ({"chosen": turns("q", "a", "r", "c"), "rejected": turns("q", "b", "r", "d")}, "chosen has 3 messages after"),
+    ({"prompt": "q", "chosen": 1, "rejected": "b"}, "chosen is a number; it must be text or a list of messages"),
+    ({"prompt": "q", "chosen": turns("a"), "rejected": "b"}, "message 2 is the user's"),
+    ({"prompt": turns("q", "a"), "chosen": "b", "rejected": "c"}, "message 3 is the assistant's"),
+    ({"prompt": "<image><image>", "image": "a", "chosen": "b", "rejected": "c"}, "2 image placeholders but 1 image"),
+    ({"prompt": "q", "images": ["a", "b"], "chosen": "b", "rejected": "c"}, "0 image placeholders but 2 images"),
+    ({"prompt": 3, "chosen": "b", "rejected": "c"}, "prompt is a number; it must be text"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("record", "words"), PAIR_FAULTS, ids=range(len(PAIR_FAULTS)))
+def test_each_fault_of_a_preference_is_named(folder, record, words):
+    with pytest.raises(RecordError) as caught:
+        only(folder, record, format=Format.preference)
+    assert str(caught.value).startswith("train.jsonl:1: ") and words in str(caught.value)
+
+
+def test_rows_full_of_urls_connect_to_nothing(folder):
+    global _connections
+    urls = [
+        "http://127.0.0.1:9/a.png",
+        "https://x/a",
+        "ftp://x/a",
+        "s3://x/a",
+        "hf://x/a",
+        "file:///etc/passwd",
+        " HTTP://x",
+    ]
+    for url in urls:
+        records = [
+            llava(HUMAN, GPT, image=url),
+            {"messages": [USER, ANSWER], "images": [url]},
+            {"messages": [USER, ANSWER], "images": [{"bytes": None, "path": url}]},
+            {"prompt": "<image>", "chosen": "a", "rejected": "b", "image": url},
+            content({"type": "image", "url": url}),
+            content({"type": "image_url", "image_url": {"url": url}}),
+        ]
+        for record in records:
+            _connections = []
+            with pytest.raises(RecordError, match="URLs are never fetched while training"):
+                only(folder, record)
+            assert _connections == []
+    _connections = None
+
+
+# What is refused as a whole
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('[\n {"a": 1},\n {"가": x}]', "line 3, column 8"),
+        ('[{"a": 1}', "Expecting ',' at line 1, column 10"),
+        ('[{"a": 1},]', "line 1, column 11"),
+        ('[{"a": 1}] x', "Extra data behind the list at line 1, column 12"),
+        ('{"a": 1}', "Expecting '[' at line 1, column 1"),
+        ("", "Expecting '[' at line 1, column 1"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_a_malformed_json_list_is_refused_with_line_and_column(folder, text, words):
+    (folder / "train.json").write_text(text, "utf-8")
+    with pytest.raises(UserError) as caught:
+        open_(folder / "train.json")
+    assert not isinstance(caught.value, RecordError)
+    assert "train.json: not a JSON list of records" in str(caught.value) and words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["bad.parquet", "bad.arrow"])
+def test_a_malformed_table_is_refused(folder, name):
+    (folder / name).write_bytes(b"PAR1 no table PAR1")
+    with pytest.raises(UserError, match=f"{name}: cannot be read as"):
+        open_(folder / name)
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.parquet"])
+def test_a_source_without_records_is_refused(folder, name):
+    if name == "a.parquet":
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        parquet.write_table(pa.table({"messages": pa.array([], pa.string())}), folder / name)
+    else:
+        (folder / name).write_text("[ ]" if name == "a.json" else "\n \n")
+    with pytest.raises(UserError, match=r"data\.sources\.mine\.path=.*: no records in it"):
+        open_(folder / name)
+
+
+def refused(words, **options):
+    with pytest.raises(UserError) as caught:
+        open_source("mine", SourceConfig(**options), max_image_pixels=10**6)
+    assert words in str(caught.value)
+
+
+def test_settings_that_lead_nowhere_are_named(folder):
+    path = write(folder / "train.jsonl", [llava(OPEN_TURN, GPT)])
+    refused("data.sources.mine.path is not set")
+    refused("train.json: no such file or folder; did you mean train.jsonl?", path=str(folder / "train.json"))
+    refused("; nor is there a folder", path=str(folder / "x" / "train.json"))
+    refused("cannot tell the format; endings are .jsonl", path=str(folder / "flower.png"))
+    refused("the folder has no file ending in", path=str(folder / "사진"))
+    refused("data.sources.mine.image_root=/no/where: no such", path=str(path), image_root="/no/where")
+    refused("is a file; give the folder", path=str(path), image_root=str(folder / "flower.png"))
+    refused("data.sources.mine.kind=captoin is unknown; did you mean caption?", path=str(path), kind="captoin")
+    refused("data.sources.mine.num_samples=0: at least 1", path=str(path), num_samples=0)
+    write(folder / "other.json", [])
+    refused("the folder has files of several endings (.json, .jsonl)", path=str(folder))
+
+
+def test_a_format_that_cannot_be_told_names_the_choices(folder):
+    path = write(folder / "train.jsonl", ["{bad", {"text": "x", "label": 1}])
+    refused("train.jsonl:2: cannot tell the format from the keys 'text', 'label'", path=str(path))
+    refused("data.sources.mine.format=<one of auto, llava, messages, preference, builtin, digits>", path=str(path))
+    refused("No record can be read, the first fault: train.jsonl:1", path=str(write(path, ["{bad", "[1]"])))
+
+
+def test_a_saved_dataset_of_several_splits_names_them(folder):
+    import datasets
+
+    part = datasets.Dataset.from_list([{"messages": turns("q", "a")}])
+    datasets.DatasetDict({"train": part, "test": part}).save_to_disk(folder / "both")
+    refused("holds several splits; give the folder of one of them: train, test", path=str(folder / "both"))
+    assert len(open_(folder / "both" / "test")) == 1

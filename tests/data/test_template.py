@@ -1,0 +1,159 @@
+"""Supervision masks come from the model's own template, and text never becomes control."""
+
+import random
+
+import pytest
+from conftest import blueprint_of, sample
+
+from lit_vlm.data.processor import Processor, check_vocabulary
+from lit_vlm.data.template import Template
+from lit_vlm.types import SPECIAL_TOKENS, Control, ImageSlot, Message, Role, UserError
+
+LLAVA_HF = (  # shape of the template that llava-hf's OneVision checkpoints carry: parts only, another header than its prompt
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
+    "{% if message['role'] != 'assistant' %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ '\n' + content['text'] }}{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ '\n' + content['text'] }}{% endgeneration %}{% endfor %}{% endif %}{{'<|im_end|>'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+REWRITES = (  # Qwen3's habit: only the last answer keeps its thinking block
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+QWEN25 = (  # a default system message, contents as strings, whitespace stripped
+    "{%- if messages[0]['role'] != 'system' -%}{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{%- endif -%}"
+    "{%- for message in messages -%}{{ '<|im_start|>' + message.role + '\n' + (message.content | trim) + '<|im_end|>\n' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
+)
+
+
+def turns(*texts: str) -> tuple[Message, ...]:
+    return tuple(Message(Role.user if i % 2 == 0 else Role.assistant, (text,)) for i, text in enumerate(texts))
+
+
+def supervised_text(template: Template, messages: tuple[Message, ...], images: list[int] | None = None) -> str:
+    encoded = template.encode(messages, images or [])
+    return template.tokenizer.decode(encoded.input_ids[encoded.supervised].tolist())
+
+
+@pytest.fixture
+def templated(processor):
+    def make(template: str) -> Template:
+        from lit_vlm.model.vocabulary import accept_parts
+
+        processor.tokenizer.chat_template = accept_parts(template)
+        return Template(processor.tokenizer)
+
+    return make
+
+
+def test_exactly_the_answers_and_their_ends_are_supervised(processor):
+    text = supervised_text(processor.template, turns("안녕?", "네, 안녕하세요.", "What color?", "red"))
+    assert text == "네, 안녕하세요.<|im_end|>red<|im_end|>"
+
+
+@pytest.mark.parametrize("chat_template", [QWEN25, LLAVA_HF])
+def test_templates_without_generation_marks_and_with_other_headers_work(templated, chat_template):
+    template = templated(chat_template)
+    text = supervised_text(template, turns("무엇인가요?", "빨간 원", "Really?", "yes"))
+    assert text.replace("\n", "") == "빨간 원<|im_end|>yes<|im_end|>"
+
+
+@pytest.mark.parametrize("chat_template", [None, QWEN25, LLAVA_HF])
+def test_token_ids_equal_those_of_apply_chat_template(templated, processor, chat_template):
+    template = templated(chat_template) if chat_template else processor.template
+    messages = turns(" What is this?  It's 12 o'clock. ", "빨간 원입니다. 그리고 a star!", "또?", "no")
+    plain = [{"role": m.role.value, "content": [{"type": "text", "text": m.content[0]}]} for m in messages]
+    whole = template.tokenizer.apply_chat_template(plain, tokenize=True)
+    whole = whole["input_ids"] if hasattr(whole, "keys") else whole
+    assert template.encode(messages, []).input_ids.tolist() == list(whole)
+
+
+def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_fix(templated):
+    template = templated(REWRITES)
+    assert supervised_text(template, turns("q", "a")).endswith("a<|im_end|>")  # one turn is sound
+    with pytest.raises(UserError, match=r"rewrites earlier turns.*model\.chat_template=chatml"):
+        template.encode(turns("q", "a", "q2", "a2"), [])
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused_with_the_fix(processor):
+    processor.tokenizer.chat_template = None
+    with pytest.raises(UserError, match="no chat template.*model.chat_template=chatml"):
+        Template(processor.tokenizer)
+
+
+def test_a_template_that_does_not_close_answers_is_refused(templated):
+    template = templated("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}")
+    with pytest.raises(UserError, match="without a control token"):
+        template.encode(turns("q", "a"), [])
+
+
+def test_images_stand_where_their_slots_stand(processor):
+    messages = (Message(Role.user, ("앞 ", ImageSlot(0), "뒤")), Message(Role.assistant, ("네",)))
+    ids = processor.template.encode(messages, [5]).input_ids.tolist()
+    first = ids.index(processor.image_token_id)
+    assert ids[first : first + 5] == [processor.image_token_id] * 5
+    assert processor.tokenizer.decode(ids[:first]).endswith("앞 ")
+
+
+def test_control_pieces_are_one_id_each(processor):
+    for token in SPECIAL_TOKENS:
+        messages = (Message(Role.user, (Control(token), "x")), Message(Role.assistant, ("y",)))
+        ids = processor.template.encode(messages, []).input_ids.tolist()
+        assert ids.count(processor.tokenizer.convert_tokens_to_ids(token)) == 1
+
+
+def test_an_unknown_control_token_is_refused_by_name(processor):
+    with pytest.raises(UserError, match="<quad>.*model.special_tokens"):
+        processor.template.encode((Message(Role.user, (Control("<quad>"),)), Message(Role.assistant, ("y",))), [])
+
+
+def test_a_prompt_that_contains_control_tokens_as_text_is_tokenised_as_text(processor):
+    """Two thousand hostile strings: the number of control ids is what the template wrote, and the text survives."""
+    rng = random.Random(0)
+    controls = [*SPECIAL_TOKENS, "<image>", "<video>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
+    glue = ["", " ", "안녕 ", "<", ">", "<ima<image>ge>", "<|im_<|im_end|>end|>", "\n", "a\u200bb", "\uff1cimage\uff1e", "ᄀ\u1161"]
+    control_ids = set(processor.template.control_ids.values())
+    plain = sum(i in control_ids for i in processor.template.encode(turns("q", "a"), []).input_ids.tolist())
+    import unicodedata
+
+    for _ in range(2000):
+        hostile = "".join(rng.choice(controls) + rng.choice(glue) for _ in range(rng.randint(1, 4))) or "x"
+        hostile += "."
+        where = rng.choice([0, 1])
+        messages = turns(hostile, "a") if where == 0 else turns("q", hostile)
+        encoded = processor.template.encode(messages, [])
+        ids = encoded.input_ids.tolist()
+        assert sum(i in control_ids for i in ids) == plain
+        assert unicodedata.normalize("NFC", hostile) in processor.tokenizer.decode(ids)
+        expected = "a<|im_end|>" if where == 0 else unicodedata.normalize("NFC", hostile) + "<|im_end|>"
+        assert processor.tokenizer.decode(encoded.input_ids[encoded.supervised].tolist()) == expected
+
+
+def test_pieces_and_whole_tokenise_alike_or_the_tokenizer_is_refused(processor, monkeypatch):
+    check_vocabulary(processor)
+    from tokenizers import pre_tokenizers
+
+    backend = processor.template.ordinary
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()  # SentencePiece's habit: a space before every piece
+    processor.template.ordinary_ids.cache_clear()
+    with pytest.raises(UserError, match="byte-level tokenizer"):
+        check_vocabulary(processor)
+
+
+def test_the_first_token_of_a_sequence_is_never_counted_as_supervised(processor):
+    record = sample("q", "a")
+    (encoded,) = processor.sequences(record)
+    assert processor.cost(record).num_supervised == int(encoded.supervised[1:].sum()) > 0
+
+
+def test_chatml_can_be_given_by_name_and_from_a_file(small_parts, tmp_path):
+    file = tmp_path / "mine.jinja"
+    file.write_text("{% for m in messages %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endfor %}")
+    for choice in ("chatml", str(file)):
+        blueprint = blueprint_of(small_parts, chat_template=choice)
+        assert supervised_text(Processor(blueprint.tokenizer, blueprint.images).template, turns("q", "a")).endswith("a<|im_end|>")
+    with pytest.raises(UserError, match="no such file"):
+        blueprint_of(small_parts, chat_template="nowhere.jinja")

@@ -1,0 +1,152 @@
+"""The page: one file, safe, and whole from whatever a folder holds."""
+
+import json
+import re
+
+import pytest
+from PIL import Image
+from rich.console import Console
+
+from lit_vlm.engine.report import summary_table, write_report
+from lit_vlm.engine.report_charts import Line, line_chart, log_ticks, smoothed, thinned, ticks
+from lit_vlm.engine.report_data import duration, read_run, short, split_group
+
+EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A finished run, as train.py leaves it."""
+    run = tmp_path / "2_sft"
+    (run / "samples").mkdir(parents=True)
+    Image.new("RGB", (224, 224), "red").save(run / "samples" / "a_before.png")
+    Image.new("RGB", (224, 224), "blue").save(run / "samples" / "a_after.png")
+    manifest = {
+        "status": "finished",
+        "name": "tiny/2_sft",
+        "stage": "sft",
+        "command": f"python run.py experiment=tiny/2_sft run_name='{EVIL}'",
+        "started": "2026-01-02T03:04:05+00:00",
+        "finished": "2026-01-02T03:05:05+00:00",
+        "git": {"commit": "0123456789abcdef", "dirty": True},
+        "versions": {"torch": "2.13.0"},
+        "data": {
+            "mixture": [
+                {"source": EVIL, "kind": "caption", "language": "ko", "size": 50, "drawn": 100, "asked": 0.25, "share": 0.26},
+                {"source": "b", "kind": "word", "language": "en", "size": 500, "drawn": 300, "asked": 0.75, "share": 0.74},
+            ],
+            "quarantined": {"b": 2},
+        },
+        "trained": [
+            {"part": "vision_tower", "parameters": 10, "trainable": 0, "how": "frozen"},
+            {"part": "projector", "parameters": 18720, "trainable": 18720, "how": "all"},
+        ],
+        "plan": {"steps": 40, "k": 2, "global_batch_size": 10, "world_size": 1},
+        "figures": {
+            "steps": 40, "samples": 400, "tokens": 123456, "seconds": 61.0, "tokens_per_second": 2023.9,
+            "loss_first": 6.5, "loss_last": 0.75, "data_wait": 0.021, "peak_memory_bytes": 2**30,
+            "scores": {"before": {"caption_ko": 0.0, "multi_image_en": 0.5}, "after": {"caption_ko": 0.9, "multi_image_en": 0.4}},
+            "num_scored": {"caption_ko": 200, "multi_image_en": 10},
+        },
+    }  # fmt: skip
+    (run / "manifest.json").write_text(json.dumps(manifest))
+    rows = ["step,train/loss,val/loss,val/loss_ko,train/rewards/accuracies"]
+    rows += [f"{step},{6.0 / (step + 1)},{'0.8' if step == 39 else ''},{'0.7' if step == 39 else ''},0.6" for step in range(40)]
+    (run / "metrics.csv").write_text("\n".join(rows) + "\n")
+    sample = {"id": "x", "source": "s", "kind": "grounding", "language": "ko", "prompt": f"<image> {EVIL} 어디?", "reference": "<obj>별</obj>"}
+    lines = [
+        {**sample, "phase": "before", "prediction": EVIL, "score": 0.0, "images": ["samples/a_before.png"]},
+        {**sample, "phase": "after", "prediction": "별\u2028끝", "score": 1.0, "images": ["samples/a_after.png", "../../secret.png"]},
+    ]
+    Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
+    (run / "samples.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    (run / "quarantine.jsonl").write_text(json.dumps({"source": "b", "origin": "t.jsonl:7", "reason": EVIL}) + "\n")
+    (run / "config.yaml").write_text(f"run_name: {EVIL}\n")
+    return run
+
+
+def page_of(folder, *more):
+    path = folder.parent / "deep" / "report.html"
+    write_report(path, [folder, *more], f"tiny {EVIL}")
+    return path.read_text(encoding="utf-8")
+
+
+def test_the_report_is_one_file_that_reaches_for_nothing(folder):
+    page = page_of(folder)
+    assert "http" not in page
+    assert "@import" not in page and "url(" not in page and "<link" not in page
+    sources = re.findall(r'\b(?:src|href)="([^"]*)"', page)
+    assert len(sources) == 2 and all(source.startswith("data:image/png;base64,") for source in sources)
+
+
+def test_what_a_model_or_a_dataset_says_is_escaped(folder):
+    page = page_of(folder)
+    assert "<script" not in page
+    assert "<img src=x" not in page
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 7  # title, command, source, prompt, prediction, reason, settings
+
+
+def test_pictures_outside_the_run_stay_outside(folder):
+    assert len(re.findall("<img ", page_of(folder))) == 2
+
+
+def test_the_page_and_the_terminal_show_the_same_figures(folder):
+    page = page_of(folder)
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console.print(summary_table([folder]))
+    for text in (page, console.export_text()):
+        for figure in ("tiny/2_sft", "1 min 1 s", "projector 18.7 k", "400", "123 k", "2,024", "6.50 \u2192 0.75", "0.25 \u2192 0.65"):
+            assert figure in text, figure
+    assert "0123456789ab, with local changes" in page
+    assert "0.00 \u2192 0.90" in page
+    assert "held-out at the end 0.8 (ko 0.7)" in page
+    assert "Reward accuracy" in page
+    assert "26.0 %" in page and "2.00" in page  # share and passes of the mixture
+    assert "t.jsonl:7" in page
+    assert "별\u2028끝" in page
+
+
+def test_several_stages_are_compared(folder, tmp_path):
+    second = tmp_path / "3_highres"
+    second.mkdir()
+    scores = {"before": {"caption_ko": 0.9}, "after": {"caption_ko": 0.3}}
+    (second / "manifest.json").write_text(json.dumps({"name": "tiny/3_highres", "stage": "highres", "figures": {"scores": scores}}))
+    page = page_of(folder, second)
+    assert "Held-out score after each stage" in page
+    assert page.index("<th colspan") < page.index("highres</th>")
+    assert "0.30" in page
+    assert "not finished" in page
+
+
+@pytest.mark.parametrize("manifest", [None, "{}", '{"figures": null, "data": {}, "git": {}}', "{ half a fi"])
+def test_a_folder_that_lacks_everything_has_a_page_too(manifest, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    if manifest is not None:
+        (run / "manifest.json").write_text(manifest)
+        (run / "samples.jsonl").write_text('{"phase": "before"}\n{"pha')
+        (run / "metrics.csv").write_text("epoch,step,train/loss\n0,9,nan\n")
+    assert "</html>" in page_of(run, tmp_path / "nowhere")
+    summary_table([run])
+
+
+def test_lines_are_smoothed_without_lag_and_thinned_without_losing_their_end():
+    falling = [(step, 100.0 - step) for step in range(100)]
+    assert smoothed(falling, share=0.1) == falling
+    long = [(step, float(step % 2)) for step in range(10_001)] + [(10_001, float("nan"))]
+    assert len(thinned(long)) <= 400 and thinned(long)[-1][0] == 10_000
+
+
+def test_ticks_are_round_numbers_between_the_ends():
+    assert ticks(0, 60) == [0, 20, 40, 60]
+    assert ticks(0.13, 0.41) == [0.2, 0.3, 0.4]
+    assert log_ticks(0.3, 6) == [0.5, 1, 2, 5]
+    assert line_chart([Line("a", [], "main")], label="nothing") == ""
+    assert "<circle" in line_chart([Line("one point", [(0, 1.0)], "main")], label="one")
+
+
+def test_numbers_are_written_for_people(tmp_path):
+    assert [short(n) for n in (0, 9999, 12_345, 999_999, 4_560_000, 7.2e9, None)] == ["0", "9,999", "12.3 k", "1000 k", "4.56 M", "7.20 G", ""]
+    assert [duration(s) for s in (3.54, 61, 3_720, None)] == ["3.5 s", "1 min 1 s", "1 h 2 min", ""]
+    assert split_group("multi_image_ko") == ("multi_image", "ko")
+    assert read_run(tmp_path / "none").name == "none"

@@ -1,0 +1,233 @@
+"""Assembling a model from parts in the hub's layout, and refusing what would be wrong."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import blueprint_of, sample
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GraniteConfig,
+    HyperCLOVAXConfig,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
+
+from lit_vlm.config.schema import ModelConfig
+from lit_vlm.data.collate import collate
+from lit_vlm.data.processor import Processor
+from lit_vlm.model.build import build, build_on_meta, draw_up
+from lit_vlm.model.parts import part_of
+from lit_vlm.model.tiny import make_tokenizer, make_vision_tower
+from lit_vlm.types import SPECIAL_TOKENS, Part, UserError
+
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+def language_folder(folder: Path, config_class, **settings) -> str:
+    """A random language model of another family, with the tiny tokenizer."""
+    tokenizer = make_tokenizer()
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = config_class(**{**SHAPE, "vocab_size": len(tokenizer), **ids, **settings})
+    torch.manual_seed(3)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+FAMILIES = {
+    "qwen2 tied": (Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen2": (Qwen2Config, {"tie_word_embeddings": False}),
+    "qwen3": (Qwen3Config, {"head_dim": 8, "tie_word_embeddings": True}),
+    "llama": (LlamaConfig, {}),
+    "hyperclovax": (HyperCLOVAXConfig, {"embedding_multiplier": 3.0, "logits_scaling": 0.25, "tie_word_embeddings": True}),
+    "granite": (GraniteConfig, {"embedding_multiplier": 2.0, "logits_scaling": 4.0, "residual_multiplier": 0.5}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_text_logits_equal_the_language_models_own(small_parts, tmp_path, family):
+    config_class, settings = FAMILIES[family]
+    folder = language_folder(tmp_path / "language", config_class, **settings)
+    blueprint = blueprint_of((small_parts[0], folder))
+    model = build(blueprint).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    batch = collate(Processor(blueprint.tokenizer, blueprint.images), [sample("안녕?", "네, 반갑습니다.")])
+    known = batch.input_ids[batch.input_ids < theirs.config.vocab_size]
+    assert len(known) == batch.num_tokens
+    with torch.no_grad():
+        ours = model.lm_head(model.model(batch=batch))[:, : theirs.config.vocab_size]
+        expected = theirs(input_ids=batch.input_ids[None]).logits[0]
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_family_that_bends_its_logits_is_refused_by_name(small_parts, tmp_path):
+    folder = tmp_path / "gemma"
+    folder.mkdir()
+    config = {"model_type": "gemma2", "final_logit_softcapping": 30.0, **SHAPE}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"gemma2.*final_logit_softcapping=30"):
+        blueprint_of((small_parts[0], str(folder)))
+
+
+def test_every_parameter_belongs_to_exactly_one_part(model):
+    owners = {name: part_of(name) for name, _ in model.named_parameters()}
+    assert set(owners.values()) == set(Part)
+    assert owners["model.image_newline"] is Part.projector
+    assert owners["lm_head.weight"] is Part.language_model
+
+
+@pytest.mark.parametrize(("layers", "layer"), [(27, None), (26, -1), (27, -2), (27, 26)])
+def test_the_selected_layer_is_the_same_for_26_and_27_layer_towers(tmp_path, small_parts, layers, layer):
+    """Google's checkpoint has 27 layers and feeds the last but one; LLaVA-OneVision's has 26 and feeds the last."""
+    make_vision_tower(tmp_path / "full", hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=27)
+    folder = tmp_path / "tower"
+    if layers == 26:
+        full = SiglipVisionModel.from_pretrained(tmp_path / "full")
+        full.config.num_hidden_layers = 26
+        full.encoder.layers = full.encoder.layers[:26]
+        full.save_pretrained(folder)
+    else:
+        shutil.copytree(tmp_path / "full", folder)
+    blueprint = blueprint_of((str(folder), small_parts[1]), vision_feature_layer=layer)
+    model = build(blueprint)
+    assert len(model.model.vision_tower.encoder.layers) == 26
+    tiles = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    reference = SiglipVisionModel.from_pretrained(tmp_path / "full")
+    with torch.no_grad():
+        expected = reference((tiles.float() / 255 - 0.5) / 0.5, output_hidden_states=True).hidden_states[26]
+        torch.testing.assert_close(model.model.tower_features(tiles), expected, atol=2e-5, rtol=0)
+
+
+def test_a_layer_that_the_tower_lacks_is_refused(small_parts):
+    with pytest.raises(UserError, match="vision_feature_layer=9 of a tower with 3 layers"):
+        blueprint_of(small_parts, vision_feature_layer=9)
+
+
+def test_a_whole_siglip_checkpoint_serves_as_a_tower(tmp_path, small_parts):
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+    torch.manual_seed(0)
+    both = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+    both.save_pretrained(tmp_path)
+    model = build(blueprint_of((str(tmp_path), small_parts[1])))
+    torch.testing.assert_close(
+        model.model.vision_tower.embeddings.patch_embedding.weight, both.vision_model.embeddings.patch_embedding.weight
+    )
+    assert not hasattr(model.model.vision_tower, "head")
+
+
+def test_a_clip_tower_drops_its_class_token(tmp_path, small_parts):
+    config = CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14)
+    CLIPVisionModel(config).save_pretrained(tmp_path)
+    blueprint = blueprint_of((str(tmp_path), small_parts[1]))
+    processor, model = Processor(blueprint.tokenizer, blueprint.images), build(blueprint)
+    assert blueprint.config.vision_feature_select_strategy == "default"
+    batch = collate(processor, [sample("뭐?", "원", (56, 100))])
+    assert torch.isfinite(model.model(batch=batch)).all()
+    assert processor.images.mean[0] == pytest.approx(0.48145466)  # CLIP's own normalisation
+
+
+def test_special_tokens_are_one_id_each_and_begin_where_their_spelling_lies(small_parts):
+    blueprint = blueprint_of(small_parts)
+    model = build(blueprint)
+    table = model.get_input_embeddings().weight
+    for token in SPECIAL_TOKENS:
+        ids = blueprint.tokenizer.encode(token, add_special_tokens=False)
+        assert len(ids) == 1
+        spelled = Processor(blueprint.tokenizer, blueprint.images).template.ordinary.encode(token).ids
+        torch.testing.assert_close(table[ids[0]], table[spelled].mean(0))
+
+
+def test_a_padded_table_keeps_its_size_and_a_full_one_grows(small_parts, tmp_path):
+    roomy = build(blueprint_of(small_parts))
+    assert roomy.get_input_embeddings().num_embeddings == len(make_tokenizer()) + 16
+    full = language_folder(tmp_path / "full", Qwen2Config, vocab_size=len(make_tokenizer()))
+    grown = build(blueprint_of((small_parts[0], full)))
+    assert grown.get_input_embeddings().num_embeddings == grown.lm_head.out_features >= len(make_tokenizer()) + 11
+
+
+def test_a_linear_projector_is_one_matrix_and_the_identity_behind_it_stays(small_parts):
+    from lit_vlm.config.schema import Projector
+    from lit_vlm.stages import AlignStage
+
+    model = build(blueprint_of(small_parts, projector=Projector.linear))
+    projector = model.model.multi_modal_projector
+    features = torch.randn(3, 32)
+    torch.testing.assert_close(projector(features), projector.linear_1(features))
+    stage = AlignStage(model)
+    stage.configure_model()
+    assert projector.linear_1.weight.requires_grad
+    assert not projector.linear_2.weight.requires_grad
+
+
+def test_sharded_weights_load_like_whole_ones(small_parts, tmp_path):
+    whole = AutoModelForCausalLM.from_pretrained(small_parts[1])
+    shutil.copytree(small_parts[1], tmp_path / "sharded")
+    (tmp_path / "sharded" / "model.safetensors").unlink()
+    whole.save_pretrained(tmp_path / "sharded", max_shard_size="50kB")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    one, other = build(blueprint_of(small_parts)), build(blueprint_of((small_parts[0], str(tmp_path / "sharded"))))
+    for (name, a), (_, b) in zip(one.named_parameters(), other.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_folder_with_half_of_its_weights_is_refused(small_parts, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(small_parts[1], tmp_path / "half")
+    tensors = load_file(tmp_path / "half" / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "layers.1" not in k}, tmp_path / "half" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="weights are missing or of another shape"):
+        build(blueprint_of((small_parts[0], str(tmp_path / "half"))))
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"vision_tower": "/nowhere/tower"}, r"model\.vision_tower=/nowhere/tower: no such folder"),
+        ({"language_model": "./nowhere"}, r"model\.language_model=\./nowhere: no such folder"),
+    ],
+)
+def test_a_missing_folder_is_named_with_its_setting(small_parts, setting, message):
+    names = {"vision_tower": small_parts[0], "language_model": small_parts[1]}
+    with pytest.raises(UserError, match=message):
+        draw_up(ModelConfig(**{**names, **setting}))
+
+
+def test_a_checkpoint_of_another_model_is_refused(small_parts):
+    with pytest.raises(UserError, match=r"model of type 'qwen2'; a stage starts from a LLaVA-OneVision-class model"):
+        draw_up(ModelConfig(special_tokens=[]), init_from=small_parts[1])
+    with pytest.raises(UserError, match="'qwen2'; SigLIP, SigLIP 2 .* and CLIP towers are known"):
+        blueprint_of((small_parts[1], small_parts[1]))
+
+
+def test_varco_vision_14b_builds_at_full_size_with_the_published_counts(tmp_path):
+    """Published: so400m towers of 27 layers, of which 26 feed; Qwen2.5-14B 14.7 B (13.1 B without embeddings)."""
+    vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 384, "patch_size": 14}
+    SiglipVisionConfig(**vision).save_pretrained(tmp_path / "tower")
+    language = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8}
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "language")
+    Qwen2Config(**language, vocab_size=152064, max_position_embeddings=32768, tie_word_embeddings=False).save_pretrained(tmp_path / "language")
+    blueprint = draw_up(ModelConfig(vision_tower=str(tmp_path / "tower"), language_model=str(tmp_path / "language")))
+    model = build_on_meta(blueprint.config)
+    count = {part: sum(p.numel() for n, p in model.named_parameters() if part_of(n) is part) for part in Part}
+    assert count[Part.language_model] == 14_770_033_664  # Qwen2.5-14B's own count
+    embeddings = 2 * 152064 * 5120
+    assert round((count[Part.language_model] - embeddings) / 1e9, 1) == 13.2  # its model card rounds to 13.1
+    assert count[Part.projector] == 1152 * 5120 + 5120 + 5120 * 5120 + 5120 + 5120
+    layer = 4 * (1152 * 1152 + 1152) + 2 * 1152 * 4304 + 1152 + 4304 + 4 * 1152
+    assert count[Part.vision_tower] == 14 * 14 * 3 * 1152 + 1152 + 729 * 1152 + 26 * layer + 2 * 1152  # no head, no 27th layer
+    assert (blueprint.images.side, blueprint.images.max_tiles, len(blueprint.images.grid_pinpoints)) == (27, 9, 36)
+    assert AutoConfig.from_pretrained(tmp_path / "tower").num_hidden_layers == 27  # the user's folder is left as it was

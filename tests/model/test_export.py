@@ -1,0 +1,127 @@
+"""The folder that a run leaves, read by plain transformers."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import blueprint_of, builtin, picture, sample
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+
+from lit_vlm.anyres import Tiling
+from lit_vlm.config.schema import ModelConfig
+from lit_vlm.data.collate import collate
+from lit_vlm.data.processor import Processor
+from lit_vlm.model.build import build, draw_up, read_tiling
+from lit_vlm.model.export import export_model
+from lit_vlm.model.generate import generate
+from lit_vlm.stages import AlignStage, SFTStage
+
+
+def exported(model, blueprint, tmp_path):
+    export_model(model, blueprint.tokenizer, blueprint.images, tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+@pytest.mark.parametrize("options", [{}, {"parts": {"language_model": {"lora": {"rank": 4}}, "vision_tower": {"lora": {"rank": 2}}}}])
+@pytest.mark.parametrize("stage_class", [SFTStage, AlignStage])
+def test_what_is_exported_loads_in_plain_transformers_and_gives_the_same_logits(small_parts, tmp_path, mixed, options, stage_class):
+    blueprint = blueprint_of(small_parts)
+    processor = Processor(blueprint.tokenizer, blueprint.images)
+    if stage_class is AlignStage and options:
+        options = {"parts": {"projector": {"lora": {"rank": 2}}}}
+    stage = stage_class(blueprint, **options)
+    stage.configure_model()
+    with torch.no_grad():  # adapters begin as nothing; make them something
+        for name, parameter in stage.model.named_parameters():
+            if "lora_B" in name or name.startswith("new_tokens"):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    stage.model.eval()
+    folder = exported(stage.model, blueprint, tmp_path)
+    from test_forward import plain_processor
+
+    plain = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    assert type(plain).__module__.startswith("transformers.")
+    stock = plain_processor(processor)
+    for record in [*mixed, builtin("grounding")[0][0]]:
+        batch = collate(processor, [record])
+        images = [image.load() for image in record.images]
+        inputs = {}
+        if images:
+            inputs = dict(stock.image_processor([images], return_tensors="pt"))
+        with torch.no_grad():
+            theirs = plain(input_ids=batch.input_ids[None], **inputs).logits[0]
+            ours = stage.model.lm_head(stage.model.model(batch=batch))
+        torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-4)
+
+
+def test_an_exported_folder_is_a_stages_beginning(small_parts, tmp_path):
+    blueprint = blueprint_of(small_parts, Tiling.base)
+    model = build(blueprint)
+    folder = exported(model, blueprint, tmp_path)
+    again = draw_up(ModelConfig(), init_from=str(folder), tiling=read_tiling(str(folder)))
+    assert again.new_tokens == []
+    assert again.images == blueprint.images
+    for (name, a), (_, b) in zip(model.named_parameters(), build(again).named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    assert again.tokenizer.chat_template == blueprint.tokenizer.chat_template
+
+
+def test_released_names_of_weights_are_the_hubs(small_parts, tmp_path):
+    from safetensors import safe_open
+
+    folder = exported(build(blueprint_of(small_parts)), blueprint_of(small_parts), tmp_path)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names = set(file.keys())
+    assert {"image_newline", "multi_modal_projector.linear_1.weight", "language_model.lm_head.weight"} <= names
+    assert any(name.startswith("language_model.model.layers.0.") for name in names)
+    assert any(name.startswith("vision_tower.") for name in names)
+
+
+def test_plain_transformers_answers_from_the_folder_in_a_process_without_our_code(small_parts, tmp_path):
+    blueprint = blueprint_of(small_parts)
+    folder = exported(build(blueprint), blueprint, tmp_path)
+    picture(90, 60).load().save(tmp_path / "photo.png")
+    program = f"""
+import sys, torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoTokenizer, LlavaOnevisionImageProcessorPil, LlavaOnevisionProcessor
+class P(LlavaOnevisionProcessor):
+    @classmethod
+    def get_attributes(cls): return ["image_processor", "tokenizer"]
+P.__name__ = "LlavaOnevisionProcessor"
+model = AutoModelForImageTextToText.from_pretrained({str(folder)!r})
+processor = P.from_pretrained({str(folder)!r})
+messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "무엇이 보이나요?"}}]}}]
+text = processor.apply_chat_template(messages, add_generation_prompt=True)
+inputs = processor(text=text, images=Image.open({str(tmp_path / "photo.png")!r}), return_tensors="pt")
+print(model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1]:].tolist())
+assert not any(name.split(".")[0] in ("lit_vlm", "callbacks") for name in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    again = draw_up(ModelConfig(), init_from=str(folder))
+    processor, model = Processor(again.tokenizer, again.images), build(again)
+    record = sample("무엇이 보이나요?", "x", (90, 60), seed=0)
+    ours = generate(model, collate(processor, [record]), max_new_tokens=8)
+    assert json.loads(done.stdout.strip().splitlines()[-1]) == ours[0]
+
+
+def test_the_processor_files_name_what_torchvision_machines_need(small_parts, tmp_path):
+    folder = exported(build(blueprint_of(small_parts)), blueprint_of(small_parts), tmp_path)
+    config = json.loads((folder / "processor_config.json").read_text())
+    assert config["processor_class"] == "LlavaOnevisionProcessor"
+    assert config["video_processor"]["video_processor_type"] == "LlavaOnevisionVideoProcessor"
+    assert config["num_image_tokens"] == 16
+    assert AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<bbox>") > 0
+
+
+def test_export_replaces_an_older_folder_whole_and_leaves_nothing_beside(small_parts, tmp_path):
+    blueprint = blueprint_of(small_parts)
+    model = build(blueprint)
+    folder = exported(model, blueprint, tmp_path)
+    (folder / "stale.txt").write_text("old")
+    exported(model, blueprint, tmp_path)
+    assert not (folder / "stale.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]

@@ -1,0 +1,165 @@
+"""The flat forward pass against transformers' own, and against itself one sample at a time."""
+
+import random
+
+import pytest
+import torch
+from conftest import blueprint_of, picture, sample
+from transformers import LlavaOnevisionImageProcessorPil, LlavaOnevisionProcessor
+
+from lit_vlm.anyres import ImageSettings, Tiling, grid_pinpoints
+from lit_vlm.data.collate import collate
+from lit_vlm.data.processor import Processor
+from lit_vlm.data.tiles import tiles_of
+from lit_vlm.losses.next_token import next_token_losses
+from lit_vlm.model.build import build
+from lit_vlm.model.forward import supervised_rows
+from lit_vlm.stages import SFTStage
+from lit_vlm.types import Batch
+
+
+class PlainProcessor(LlavaOnevisionProcessor):
+    """transformers' processor without its video half, which needs torchvision."""
+
+    @classmethod
+    def get_attributes(cls):
+        return ["image_processor", "tokenizer"]
+
+
+def plain_processor(processor: Processor) -> PlainProcessor:
+    images = processor.images
+    image_processor = LlavaOnevisionImageProcessorPil(
+        size={"height": images.tile_size, "width": images.tile_size},
+        image_grid_pinpoints=[list(pair) for pair in images.grid_pinpoints],
+        image_mean=list(images.mean),
+        image_std=list(images.std),
+    )
+    return PlainProcessor(
+        image_processor=image_processor,
+        tokenizer=processor.tokenizer,
+        num_image_tokens=images.side**2,
+        vision_feature_select_strategy=images.select,
+        vision_aspect_ratio=images.vision_aspect_ratio,
+        chat_template=processor.tokenizer.chat_template,
+    )
+
+
+def one(processor: Processor, record) -> Batch:
+    return collate(processor, [record], step_supervised_tokens=1)
+
+
+def grads(model) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_our_forward_equals_transformers_own_forward(model, processor, mixed):
+    plain = plain_processor(processor)
+    for record in mixed:
+        batch = one(processor, record)
+        ours = model.lm_head(model.model(batch=batch))
+        messages = [
+            {
+                "role": message.role.value,
+                "content": [{"type": "text", "text": piece} if isinstance(piece, str) else {"type": "image"} for piece in message.content],
+            }
+            for message in record.messages
+        ]
+        text = plain.apply_chat_template(messages, tokenize=False)
+        images = [image.load() for image in record.images]
+        inputs = plain(text=text, images=[images] if images else None, return_tensors="pt")
+        assert inputs["input_ids"][0].tolist() == batch.input_ids.tolist()
+        theirs = model(**inputs, use_cache=False).logits[0]
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_a_packed_batch_gives_the_loss_and_gradients_of_its_samples_one_by_one(model, processor, mixed):
+    stage = SFTStage(model)
+    stage.configure_model()
+    packed = collate(processor, mixed)
+    losses = stage.token_losses(packed)
+    (losses.sum() / len(losses)).backward()
+    together, loss = grads(model), float(losses.sum() / len(losses))
+    model.zero_grad()
+    count = sum(one(processor, record).num_supervised_tokens for record in mixed)
+    alone = sum(stage.token_losses(one(processor, record)).sum() / count for record in mixed)
+    alone.backward()
+    assert loss == pytest.approx(float(alone), rel=1e-5)
+    assert torch.cosine_similarity(together, grads(model), dim=0) > 0.9999
+    torch.testing.assert_close(together, grads(model), atol=1e-5, rtol=1e-4)
+
+
+def test_no_token_sees_another_segment(model, processor, mixed):
+    with torch.no_grad():
+        before = model.model(batch=collate(processor, mixed))
+        changed = [sample("전혀 다른 질문", "another answer of another length", (90, 120), seed=77), *mixed[1:]]
+        batch = collate(processor, changed)
+        after = model.model(batch=batch)
+    first = collate(processor, mixed).lengths[0]
+    torch.testing.assert_close(before[first:], after[batch.lengths[0] :], atol=2e-6, rtol=0)
+
+
+def test_head_on_supervised_rows_equals_the_whole_head(model, processor, mixed):
+    batch = collate(processor, mixed)
+    hidden = model.model(batch=batch)
+    rows, targets = supervised_rows(hidden, batch.labels)
+    ours = next_token_losses(model.lm_head(rows), targets).sum()
+    logits = model.lm_head(hidden).float()
+    whole = torch.nn.functional.cross_entropy(logits[:-1], batch.labels[1:], ignore_index=-100, reduction="sum")
+    assert float(ours) == pytest.approx(float(whole), rel=1e-6)
+    assert len(rows) == batch.num_supervised_tokens < batch.num_tokens
+
+
+def test_the_number_of_placeholders_equals_the_number_of_features_for_a_thousand_image_sizes(model, processor):
+    plain, rng = plain_processor(processor), random.Random(0)
+    for _ in range(1000):
+        size = (rng.randint(1, 400), rng.randint(1, 400))
+        layout = processor.images.layout(*size)
+        features = torch.zeros(layout.num_tiles, processor.images.side**2, 32)
+        arranged = model.model._arranged(features[None], layout)
+        assert arranged.shape[1] == layout.num_tokens
+        assert plain._get_number_of_features(*size, 56, 56) == layout.num_tokens
+
+
+@pytest.mark.parametrize("grid, most", [(6, 9), (6, 4), (8, 16)])
+def test_token_counts_at_384_pixels_are_transformers_own(processor, grid, most):
+    settings = ImageSettings(384, 14, grid_pinpoints(384, grid), most, (0.5,) * 3, (0.5,) * 3)
+    plain, rng = plain_processor(processor), random.Random(1)
+    plain.num_image_tokens, plain.vision_aspect_ratio = 729, f"anyres_max_{most}"
+    plain.image_processor.image_grid_pinpoints = [list(pair) for pair in settings.grid_pinpoints]
+    for _ in range(300):
+        size = (rng.randint(1, 4000), rng.randint(1, 4000))
+        assert plain._get_number_of_features(*size, 384, 384) == settings.layout(*size).num_tokens, size
+    if (grid, most) == (6, 9):  # the table of published token counts for LLaVA-OneVision's grid
+        counts = {(384, 384): 1485, (480, 640): 2929, (1080, 1920): 7269, (3508, 2480): 7353, (1248, 1024): 8765}
+        assert {size: settings.layout(*size).num_tokens for size in counts} == counts
+
+
+@pytest.mark.parametrize("size", [(56, 56), (57, 113), (200, 31), (300, 400), (10, 500), (112, 168), (1, 90)])
+@pytest.mark.parametrize("alone", [True, False])
+def test_tiles_are_cut_as_transformers_cuts_them(processor, size, alone):
+    image = picture(*size).load()
+    images = [[image]] if alone else [[image, image]]
+    theirs = plain_processor(processor).image_processor(images, return_tensors="pt")["pixel_values"][0]
+    ours = torch.from_numpy(tiles_of(image, processor.images, alone=alone)).float() / 255
+    torch.testing.assert_close((ours - 0.5) / 0.5, theirs[: len(ours)].float(), atol=1e-6, rtol=0)
+
+
+def test_a_batch_without_images_runs_the_tower_once_and_means_nothing(model, processor, mixed):
+    calls = []
+    hook = model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))
+    for records in (mixed[:1], mixed, []):
+        calls.clear()
+        batch = collate(processor, records)
+        stage_loss = model.lm_head(supervised_rows(model.model(batch=batch), batch.labels)[0]).sum()
+        assert len(calls) == 1
+        assert torch.isfinite(stage_loss)
+    hook.remove()
+
+
+def test_base_tiling_is_the_base_view_and_one_newline(small_parts):
+    blueprint = blueprint_of(small_parts, Tiling.base)
+    processor, model = Processor(blueprint.tokenizer, blueprint.images), build(blueprint)
+    batch = one(processor, sample("무엇?", "원", (300, 100)))
+    assert batch.num_tiles == [1]
+    assert int((batch.input_ids == processor.image_token_id).sum()) == 17
+    assert torch.isfinite(model.model(batch=batch)).all()

@@ -1,0 +1,239 @@
+"""What trains, how the loss is scaled, and that a stage is an ordinary LightningModule."""
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+from conftest import blueprint_of, builtin
+
+from lit_vlm.anyres import Tiling
+from lit_vlm.data.collate import collate
+from lit_vlm.data.datamodule import DataModule, TrainMicroBatches
+from lit_vlm.data.processor import Processor
+from lit_vlm.model.build import build
+from lit_vlm.model.parts import UNUSED, part_of
+from lit_vlm.stages import AlignStage, DPOStage, HighresStage, SFTStage
+from lit_vlm.types import Language, Part, UserError
+
+KINDS = ("caption", "number", "grounding", "text", "multi_image")
+
+
+def trainer(**options) -> L.Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(accelerator="cpu", num_sanity_val_steps=0, **quiet, **options)
+
+
+def module_of(processor, *kinds, **options) -> DataModule:
+    sources = builtin(*(kinds or KINDS), n=24) + builtin("caption", n=24, language=Language.en)
+    return DataModule(processor, sources, 0.1, **{"global_batch_size": 16, "max_steps": 3, **options})
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def run(model, processor, *, steps=3, tokens=100_000, optimizer="sgd", stage_class=SFTStage, **options):
+    """Train a copy; returns its weights. SGD shows a wrong scale that Adam would hide."""
+    stage = stage_class(copy.deepcopy(model), learning_rate=0.05, warmup=0.0, schedule="constant", **options)
+    if optimizer == "sgd":
+        stage.configure_optimizers = lambda: torch.optim.SGD([p for p in stage.model.parameters() if p.requires_grad], lr=0.05)
+    module = module_of(processor, max_steps=steps, tokens_per_micro_batch=tokens, tiles_per_micro_batch=10_000)
+    fit = trainer(gradient_clip_val=1.0)
+    fit.fit(stage, module)
+    return weights(stage.model), fit, module
+
+
+def test_k_micro_batches_equal_one_batch_of_k(model, processor):
+    one, _, _ = run(model, processor)
+    many, fit, module = run(model, processor, tokens=400)
+    assert fit.accumulate_grad_batches == module.plan.k > 2
+    assert fit.global_step == 3
+    for name in one:
+        torch.testing.assert_close(many[name], one[name], atol=1e-6, rtol=1e-5)
+
+
+def test_the_logged_loss_is_the_mean_over_the_steps_supervised_tokens(model, processor):
+    stage = SFTStage(copy.deepcopy(model), learning_rate=1e-9)
+    module = module_of(processor, max_steps=1, tokens_per_micro_batch=400)
+    fit = trainer()
+    fit.fit(stage, module)
+    reader = TrainMicroBatches(processor, module.plan, 0)
+    with torch.no_grad():
+        losses = torch.cat([stage.token_losses(reader[micro]) for micro in range(module.plan.k)])
+    assert len(losses) == module.plan.step(0).num_supervised
+    assert float(fit.callback_metrics["train/loss"]) == pytest.approx(float(losses.mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("stage_class", "trainable"),
+    [
+        (AlignStage, {Part.projector}),
+        (SFTStage, set(Part)),
+        (HighresStage, set(Part)),
+        (AlignStage, {Part.projector, Part.vision_tower}),
+        (SFTStage, {Part.language_model}),
+    ],
+)
+def test_only_the_parts_that_a_stage_names_change_and_each_of_them_does(model, processor, stage_class, trainable):
+    before = weights(model)
+    options = {} if trainable == set(stage_class.default_trainable) else {"trainable": sorted(trainable)}
+    after, _, _ = run(model, processor, stage_class=stage_class, optimizer="adam", **options)
+    for name, old in before.items():
+        changed = not torch.equal(old, after[name])
+        assert changed == (part_of(name) in trainable and not UNUSED.match(name)), name
+
+
+def test_the_gradient_audit_stops_a_run_that_would_train_something_else(model, processor):
+    stage = SFTStage(copy.deepcopy(model))
+    module = module_of(processor, "text", global_batch_size=8)
+    module.sources = module.sources[:1]
+    with pytest.raises(UserError, match="zero gradient.*vision_tower"):
+        trainer().fit(stage, module)
+
+
+def test_new_tokens_train_while_the_language_model_is_frozen(small_parts, processor):
+    blueprint = blueprint_of(small_parts)
+    stage = AlignStage(blueprint, learning_rate=1e-2, warmup=0.0)
+    module = module_of(Processor(blueprint.tokenizer, blueprint.images), "grounding", max_steps=2)
+    stage.configure_model()
+    before = weights(stage.model)
+    trainer().fit(stage, module)
+    rows = stage.model.new_tokens
+    known = {token: i for i, token in enumerate(blueprint.new_tokens)}
+    moved = (rows.embedding - before["new_tokens.embedding"]).abs().sum(1)
+    assert moved[known["<bbox>"]] > 0
+    assert torch.equal(stage.model.get_input_embeddings().weight, before["model.language_model.embed_tokens.weight"])
+    assert {row.part: row.how for row in stage.part_summary}["language_model"] == f"{len(known)} new tokens"
+
+
+def test_lora_trains_adapters_and_nothing_else_of_its_part(model, processor):
+    lora = {"language_model": {"lora": {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "v_proj"]}}}
+    before = weights(model)
+    after, _, _ = run(model, processor, optimizer="adam", parts=lora)
+    for name, old in before.items():
+        mine = after.get(name, after.get(name.replace("_proj.", "_proj.base_layer.")))
+        if part_of(name) is Part.language_model:
+            assert torch.equal(mine, old), name
+    assert any("lora_B" in name and value.abs().sum() > 0 for name, value in after.items())
+
+
+def test_lora_with_an_unknown_target_names_the_right_ones(model):
+    stage = SFTStage(model, parts={"language_model": {"lora": {"rank": 4, "targets": ["qproj"]}}})
+    with pytest.raises(UserError, match="qproj is no linear layer.*q_proj"):
+        stage.configure_model()
+
+
+def test_each_part_has_its_own_rate_decay_and_warm_up(model, processor):
+    parts = {"vision_tower": {"learning_rate": 1e-4, "weight_decay": 0.1, "warmup": 0.5}, "projector": {"learning_rate": 3e-3}}
+    stage = SFTStage(copy.deepcopy(model), learning_rate=1e-3, parts=parts, warmup=0.0)
+    module = module_of(processor, max_steps=10)
+    rates = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            rates.append({group["part"]: group["lr"] for group in trainer.optimizers[0].param_groups})
+
+    trainer(callbacks=[Watch()]).fit(stage, module)
+    assert rates[0]["language_model"] == pytest.approx(1e-3)
+    assert rates[0]["projector"] == pytest.approx(3e-3)
+    assert rates[0]["vision_tower"] == pytest.approx(1e-4 / 6)
+    assert max(rate["vision_tower"] for rate in rates) == pytest.approx(1e-4)
+    assert rates[-1]["language_model"] < 1e-4
+    decays = {(g["part"], g["params"][0].ndim > 1): g["weight_decay"] for g in stage.trainer.optimizers[0].param_groups}
+    assert decays["vision_tower", True] == 0.1
+    assert decays["vision_tower", False] == decays["language_model", True] == 0.0
+
+
+@pytest.mark.parametrize("stage_class", [SFTStage, AlignStage])
+def test_activation_checkpointing_is_really_on_and_changes_no_number(model, processor, stage_class):
+    calls = []
+    plain, _, _ = run(model, processor, stage_class=stage_class)
+    layer = type(model.model.language_model.layers[0].mlp)
+    forward = layer.forward
+    layer.forward = lambda self, *a: (calls.append(torch.is_grad_enabled()), forward(self, *a))[1]
+    try:
+        checkpointed, _, _ = run(model, processor, stage_class=stage_class, activation_checkpointing=True)
+        assert len(calls) == 2 * 2 * 3 + 2 * 1  # two layers, twice, three steps; and one validation batch
+    finally:
+        layer.forward = forward
+    for name in plain:
+        torch.testing.assert_close(checkpointed[name], plain[name], atol=1e-6, rtol=1e-5)
+
+
+def test_frozen_parts_are_in_eval_and_trainable_ones_in_train(model):
+    stage = AlignStage(model)
+    stage.configure_model()
+    inner = stage.model.model
+    assert not inner.vision_tower.training
+    assert not inner.language_model.training
+    assert inner.multi_modal_projector.training
+
+
+def test_a_frozen_tower_runs_without_autograd(model, processor):
+    stage = AlignStage(model)
+    stage.configure_model()
+    batch = collate(processor, [builtin("caption")[0][0]])
+    assert not stage.model.model.tower_features(batch.tiles).requires_grad
+
+
+def test_fit_validate_predict_and_load_from_checkpoint_work_as_in_any_lightning_project(small_parts, tmp_path):
+    blueprint = blueprint_of(small_parts, Tiling.base)
+    processor = Processor(blueprint.tokenizer, blueprint.images)
+    stage, module = SFTStage(blueprint, learning_rate=1e-3, tiling="base"), module_of(processor, max_steps=2)
+    fit = trainer()
+    fit.fit(stage, module)
+    (before,) = fit.validate(stage, module, verbose=False)
+    answers = fit.predict(stage, module)
+    assert all({"sample_id", "ids"} == set(answer) for batch in answers for answer in batch)
+    fit.save_checkpoint(tmp_path / "stage.ckpt")
+    loaded = SFTStage.load_from_checkpoint(tmp_path / "stage.ckpt", weights_only=True)
+    (after,) = trainer().validate(loaded, module_of(processor), verbose=False)
+    assert after["val/loss"] == pytest.approx(before["val/loss"], abs=1e-6)
+    for (name, a), (_, b) in zip(stage.model.named_parameters(), loaded.model.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_dpo_learns_to_prefer_and_checks_its_first_loss(model, processor):
+    module = DataModule(processor, builtin("preference", n=64), 0.1, global_batch_size=16, max_steps=20, overfit=True)
+    stage = DPOStage(copy.deepcopy(model), learning_rate=1e-2, beta=0.5, warmup=0.0)
+    fit = trainer()
+    fit.fit(stage, module)
+    assert float(fit.callback_metrics["train/rewards/margins"]) > 1
+    assert float(fit.callback_metrics["train/rewards/accuracies"]) == 1.0
+    assert 0.0 <= float(fit.callback_metrics["val/rewards/accuracies"]) <= 1.0
+    other = DPOStage(copy.deepcopy(model))
+    other.configure_model()
+    with torch.no_grad():
+        other.reference.lm_head.weight.add_(1.0 * torch.randn_like(other.reference.lm_head.weight))
+    with pytest.raises(UserError, match=r"must be 0\.693147"):
+        trainer().fit(other, DataModule(processor, builtin("preference", n=64), 0.1, global_batch_size=16, max_steps=2))
+
+
+def test_dpo_under_lora_takes_the_model_without_adapters_as_reference(model, processor):
+    module = DataModule(processor, builtin("preference", n=32), 0.1, global_batch_size=8, max_steps=3)
+    stage = DPOStage(copy.deepcopy(model), learning_rate=1e-2, parts={"language_model": {"lora": {"rank": 4}}})
+    trainer().fit(stage, module)
+    assert stage.reference is None
+    with stage._as_reference() as reference, torch.no_grad():
+        batch = collate(processor, [builtin("caption")[0][0]])
+        base = reference.model(batch=batch)
+    torch.testing.assert_close(base, model.model(batch=batch), atol=1e-6, rtol=0)
+
+
+def test_losses_that_sort_the_batch_are_refused_in_micro_batches(model, processor):
+    module = DataModule(processor, builtin("preference", n=32), 0.1, global_batch_size=16, tokens_per_micro_batch=300, max_steps=1)
+    stage = DPOStage(copy.deepcopy(model), loss_type=["aot"])
+    with pytest.raises(UserError, match=r"aot sorts the whole batch.*global_batch_size"):
+        trainer().fit(stage, module)
+
+
+def test_a_built_model_can_be_given_and_a_foreign_one_is_refused(blueprint):
+    from transformers import LlavaOnevisionForConditionalGeneration
+
+    stage = SFTStage(build(blueprint))
+    stage.configure_model()
+    assert stage.part_summary
+    foreign = SFTStage(LlavaOnevisionForConditionalGeneration(blueprint.config))
+    with pytest.raises(UserError, match="Give a model that lit_vlm built"):
+        foreign.configure_model()

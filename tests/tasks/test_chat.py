@@ -1,0 +1,142 @@
+"""Talking to a finished model."""
+
+import io
+from pathlib import Path
+
+import pytest
+from conftest import builtin
+from PIL import Image
+
+from lit_vlm.config.schema import ModelConfig, RunConfig
+from lit_vlm.data.processor import Processor
+from lit_vlm.model.build import build
+from lit_vlm.model.export import export_model
+from lit_vlm.tasks import chat as room
+from lit_vlm.tasks.chat import Conversation, chat, printable
+from lit_vlm.types import Control, UserError
+
+POINTS = "<obj>별</obj><bbox>0.1, 0.1, 0.6, 0.7</bbox>"
+
+
+class Job:
+    """What chat() reads of a Run."""
+
+    def __init__(self, init_from, **settings):
+        self.init_from = init_from
+        self.config = RunConfig(model=ModelConfig(), max_new_tokens=8, **settings)
+        self.config.trainer.accelerator = "cpu"
+
+
+@pytest.fixture
+def folder(blueprint, tmp_path):
+    export_model(build(blueprint), blueprint.tokenizer, blueprint.images, tmp_path / "hf")
+    return str(tmp_path / "hf")
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "pictures" / "그림.png"
+    path.parent.mkdir()
+    builtin("grounding", n=1)[0][0].images[0].load().save(path)
+    return str(path)
+
+
+@pytest.fixture
+def conversation(blueprint):
+    return Conversation(build(blueprint).eval(), Processor(blueprint.tokenizer, blueprint.images), 4, 10**7)
+
+
+@pytest.fixture
+def says(monkeypatch):
+    """Makes the model say these texts, and keeps what it was asked."""
+
+    def script(*texts):
+        asked, texts = [], list(texts)
+
+        def ask(model, processor, samples, most):
+            asked.append(samples[0])
+            return [texts.pop(0)]
+
+        monkeypatch.setattr(room, "ask", ask)
+        return asked
+
+    return script
+
+
+def pipe(monkeypatch, tmp_path, *lines):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+
+
+def test_piped_questions_are_answered_one_by_one(folder, picture, monkeypatch, tmp_path, capsys):
+    pipe(monkeypatch, tmp_path, "무엇이 보이나요?", "", "And now?")
+    chat(Job(folder, image=[picture]))
+    assert "> " not in capsys.readouterr().out
+
+
+def test_a_prompt_gets_one_answer_on_stdout_and_its_boxes_in_a_file(folder, picture, says, monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    asked = says(POINTS)
+    chat(Job(folder, image=[picture], prompt="<gro> 무엇이 어디에 있나요?"))
+    output = capsys.readouterr()
+    assert output.out == POINTS + "\n"
+    assert "chat_1.png" in output.err
+    drawn, plain = Image.open("chat_1.png"), Image.open(picture)
+    assert min(drawn.size) >= 224 > max(plain.size)
+    assert (229, 72, 77) in [colour for _, colour in drawn.convert("RGB").getcolors(100_000)]
+    question = asked[0].messages[0].content
+    assert question[1] == Control("<gro>") and question[2] == "\n무엇이 어디에 있나요?"
+
+
+def test_the_conversation_remembers_answers_and_pictures_until_reset(conversation, picture, says):
+    asked = says("하나", POINTS, "셋")
+    conversation.attach(picture)
+    conversation.ask("첫째")
+    conversation.attach(picture)
+    conversation.ask("둘째")
+    assert [message.role.value for message in asked[1].messages] == ["user", "assistant", "user", "assistant"]
+    assert len(asked[1].images) == 2
+    assert Control("<bbox>") in conversation.messages[-1].content
+    conversation.reset()
+    conversation.ask("셋째")
+    assert len(asked[2].messages) == 2 and not asked[2].images
+
+
+def test_several_turns_over_several_pictures_reach_the_model(conversation, picture):
+    conversation.attach(picture)
+    for question in ("무엇이 보이나요?", "<ocr>", "정말?"):
+        assert isinstance(conversation.ask(question), str)
+    conversation.attach(picture)
+    conversation.ask("그리고?")
+    assert len(conversation.messages) == 8
+
+
+def test_commands_work_and_mistakes_do_not_end_the_conversation(folder, picture, says, monkeypatch, tmp_path, capsys):
+    asked = says("first", POINTS)
+    pipe(monkeypatch, tmp_path, "/help", "/image nowhere.png", "hello", f"/image {picture}", "where?", "/nonsense", "/quit", "never")
+    chat(Job(folder))
+    output = capsys.readouterr().out
+    assert output.count("/reset") == 2  # /help and the word that is no command
+    assert "nowhere.png" in output and "not found" in output
+    assert [len(sample.images) for sample in asked] == [0, 1]
+    assert "boxes: chat_1.png" in output and Path("chat_1.png").is_file()
+
+
+def test_a_model_without_the_control_tokens_gets_them_as_text(conversation, says):
+    asked = says("x")
+    conversation.processor.template.control_ids = {}
+    conversation.ask("<gro> where?")
+    assert asked[0].messages[0].content == ("<gro>\nwhere?",)
+
+
+def test_chat_without_a_model_or_with_a_missing_picture_says_what_to_do(folder, tmp_path):
+    with pytest.raises(UserError, match="task=chat needs a model: init_from="):
+        chat(Job(None))
+    with pytest.raises(UserError, match="no such folder"):
+        chat(Job(str(tmp_path / "none")))
+    with pytest.raises(UserError, match=r"image=.*nope\.png: .*not found.*Give the path"):
+        chat(Job(folder, image=[str(tmp_path / "nope.png")], prompt="hi"))
+
+
+def test_what_a_terminal_would_obey_is_left_out():
+    assert printable("red\x1b[31m 빨강\n\tend\x07") == "red[31m 빨강\n\tend"
