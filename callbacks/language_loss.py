@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import lightning as L
@@ -47,7 +48,9 @@ class LanguageLoss(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for name, metric in self._metrics.items():
-            value = metric.compute()  # over all ranks
+            with warnings.catch_warnings():  # a rank may have seen no such sample and must take part all the same
+                warnings.filterwarnings("ignore", message=".*called before the ``update`` method.*")
+                value = metric.compute()  # over all ranks
             if not torch.isnan(value):  # no such sample in this validation; a diverged run shows in val/loss
                 pl_module.log(f"val/loss_{name}", value, batch_size=1)
 

@@ -208,6 +208,7 @@ class Batch:
     image_index: list[int]  # R
     num_supervised_tokens: int  # in this micro-batch; a segment's first token is never predicted
     step_supervised_tokens: int  # in the whole optimizer step, over all ranks and micro-batches: the loss's divisor
+    step_tiles: int = 0  # image tiles in the whole optimizer step
     step: int = 0  # optimizer step
     sample_ids: list[str] = field(default_factory=list)  # B for sft, one per pair for preferences
     kinds: list[Kind] = field(default_factory=list)

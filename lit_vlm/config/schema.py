@@ -79,7 +79,7 @@ class LanguageChoice(Enum):
 class Debug(Enum):
     fast = "fast"  # a few steps of everything
     overfit = "overfit"  # one batch, again and again
-    profile = "profile"  # Lightning's simple profiler
+    profile = "profile"  # Lightning's simple profiler; its table is fit-profile.txt in the run's folder
 
 
 @dataclass(kw_only=True, slots=True)

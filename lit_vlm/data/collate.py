@@ -16,6 +16,7 @@ def collate(
     *,
     step: int = 0,
     step_supervised_tokens: int = 0,
+    step_tiles: int = 0,
     step_pairs: int = 0,
     step_chosen_tokens: int = 0,
 ) -> Batch:
@@ -40,6 +41,7 @@ def collate(
         image_index=order * (2 if pairs else 1),
         num_supervised_tokens=sum(segment.num_supervised for segment in segments),
         step_supervised_tokens=step_supervised_tokens,
+        step_tiles=step_tiles,
         step=step,
         sample_ids=[f"{record.source}/{record.id}" for record in records],
         kinds=[record.kind for record in records],

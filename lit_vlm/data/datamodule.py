@@ -77,11 +77,11 @@ class DataModule(L.LightningDataModule):
             self.index.errors = whole.errors
         else:
             self.index, self.held_out = whole, build_index(self.validation, self.processor, self.flops, **caps)
-        require_samples(self.index, "training")
 
     def make_plan(self, world_size: int = 1) -> Plan:
         self.build()
         assert self.index is not None
+        require_samples(self.index, "training")
         if self.plan is None or self.plan.world_size != world_size:
             self.plan = self._plan(world_size)
             if self.overfit:
@@ -175,6 +175,7 @@ class TrainMicroBatches(Dataset):
             pack,
             step=index,
             step_supervised_tokens=step.num_supervised,
+            step_tiles=step.num_tiles,
             step_pairs=pairs,
             step_chosen_tokens=step.num_chosen,
         )

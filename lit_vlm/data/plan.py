@@ -28,6 +28,7 @@ class Step:
     packs: tuple[Pack, ...]
     num_supervised: int  # over all ranks and micro-batches: the divisor of the loss
     num_samples: int
+    num_tiles: int
     num_chosen: int  # preference: supervised tokens of the chosen answers
 
 
@@ -74,6 +75,7 @@ class Plan:
             packs=packs,
             num_supervised=int(self.index.supervised[samples].sum()),
             num_samples=len(samples),
+            num_tiles=int(self.index.tiles[samples].sum()),
             num_chosen=int(self.index.chosen[samples].sum()),
         )
 

@@ -45,13 +45,14 @@ class RunFolder:
         """Put fields into the manifest and write it, whole or not at all."""
         self.manifest.update(fields)
         if is_rank_zero():
+            self.path.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path / "manifest.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
 
 
 def open_run_folder(
     path: Path, config: Any, *, name: str, overwrite: bool, data_digest: str, parent: dict[str, str] | None
 ) -> RunFolder:
-    """The folder of a run: new, interrupted (it starts its stage again) or finished.
+    """The folder of a run: new, interrupted (it starts its stage again) or finished. Nothing is written before its first `update`.
 
     Raises:
         UserError: the folder holds a run of another config, other data or another parent.
@@ -66,22 +67,19 @@ def open_run_folder(
                 "Give this one a name of its own with run_name=..., or replace the old one with overwrite=true."
             )
         return RunFolder(path, known)
-    folder = RunFolder(path, {})
-    if is_rank_zero():
-        path.mkdir(parents=True, exist_ok=True)
-    folder.update(
-        status="running",
-        name=name,
-        stage=plain["stage"]["name"],
-        command=" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        started=datetime.now(UTC).isoformat(timespec="seconds"),
-        git=git_state(),
-        versions=versions(),
-        config=plain,
-        data={"digest": data_digest},
-        parent=parent,
-    )
-    return folder
+    manifest = {
+        "status": "running",
+        "name": name,
+        "stage": plain["stage"]["name"],
+        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": git_state(),
+        "versions": versions(),
+        "config": plain,
+        "data": {"digest": data_digest},
+        "parent": parent,
+    }
+    return RunFolder(path, manifest)
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:

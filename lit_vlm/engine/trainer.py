@@ -12,9 +12,12 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.profilers import SimpleProfiler
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_vlm.config.schema import Debug, LoggerConfig, RunConfig
 from lit_vlm.engine.run_folder import to_plain
+from lit_vlm.types import UserError
 
 FEW_STEPS = 4  # debug=fast
 
@@ -50,8 +53,11 @@ def make_trainer(config: RunConfig, run_dir: Path, name: str, callbacks: list[L.
     if config.data.validation.every_steps:
         options |= {"val_check_interval": config.data.validation.every_steps, "check_val_every_n_epoch": None}
     if config.debug is Debug.profile:
-        options["profiler"] = "simple"
-    return L.Trainer(**options)
+        options["profiler"] = SimpleProfiler(dirpath=run_dir, filename="profile")
+    try:
+        return L.Trainer(**options)
+    except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
+        raise UserError(f"Lightning refuses the trainer's settings: {error} Change trainer.*; trainer=cpu runs anywhere.") from error
 
 
 def make_loggers(logger: LoggerConfig, config: RunConfig, run_dir: Path, name: str) -> list[Logger]:
@@ -88,3 +94,5 @@ def quiet() -> None:
     for text in (".*does not have many workers.*", ".*Checkpoint directory.*", ".*Experiment logs directory.*", ".*lr_scheduler.step.*"):
         warnings.filterwarnings("ignore", message=text)
     warnings.filterwarnings("ignore", message=".*[Tt]ip.*litlogger.*")
+    warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # nothing held out
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's call, torch's deprecation

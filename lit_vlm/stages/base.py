@@ -85,6 +85,7 @@ class Stage(L.LightningModule):
         self.model: LlavaOnevisionForConditionalGeneration | None = None
         self.how: dict[Part, str] = {}
         self.val_loss = MeanMetric()
+        self._audited, self._step_tiles = False, 0
 
     # ---- the model
 
@@ -144,9 +145,19 @@ class Stage(L.LightningModule):
         if self.model is None:
             raise UserError(f"{type(self).__name__} has no model; give it a folder, a Blueprint or a model.")
         self.set_modes()
+        self._require_images()
         crossing = self.hparams["activation_checkpointing"]
         if crossing and not any(getattr(m, "gradient_checkpointing", False) and m.training for m in self.model.modules()):
             raise UserError("stage.activation_checkpointing=true has no effect on this model: transformers checkpoints none of its layers.")
+
+    def _require_images(self) -> None:
+        index = getattr(getattr(self.trainer, "datamodule", None), "index", None)
+        seeing = [part.value for part in self.trainable if part is not Part.language_model]
+        if index is not None and seeing and not index.tiles.any():
+            raise UserError(
+                f"No sample has an image, and the stage trains {', '.join(seeing)}, which would learn nothing. "
+                "Add a source with images, or set stage.trainable=[language_model]."
+            )
 
     def on_train_epoch_start(self) -> None:
         self.set_modes()  # generating samples puts the model in eval
@@ -170,11 +181,15 @@ class Stage(L.LightningModule):
         return next_token_losses(self.model.lm_head(rows), targets)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if self.global_step == 0:
-            self.audit_gradients()
+        if not self._audited:
+            self.audit_gradients(with_images=self._step_tiles > 0)
+            self._audited = self._step_tiles > 0  # until images came, the vision side has shown nothing
 
-    def audit_gradients(self) -> None:
+    def audit_gradients(self, with_images: bool = True) -> None:
         """Every parameter that should train got a gradient, every part a non-zero one, and no other did.
+
+        Args:
+            with_images: False when no sample of the step has an image; the vision side's gradients are zero then, and rightly.
 
         Raises:
             UserError: naming the parameters; the run would train something else than it says.
@@ -190,17 +205,19 @@ class Stage(L.LightningModule):
             elif parameter.requires_grad:
                 part = part_of(name)
                 norms[part] = norms.get(part, 0.0) + float(parameter.grad.float().abs().sum())
-        silent = [part.value for part, norm in norms.items() if norm == 0.0]
+        judged = norms if with_images else {Part.language_model: norms.get(Part.language_model, 1.0)}
+        silent = [part.value for part, norm in judged.items() if norm == 0.0]
         if missing or unwanted or silent:
             raise UserError(
                 "The first step's gradients do not match what should train: "
                 f"without a gradient {missing[:5] or 'none'}, unwanted {unwanted[:5] or 'none'}, parts with zero gradient {silent or 'none'}. "
-                "If no sample of the first step has an image, raise data.global_batch_size; otherwise check stage.trainable."
+                "Check stage.trainable, and that the answers of this step depend on those parts."
             )
 
     def _log_step(self, loss: Tensor, batch: Batch) -> None:
         micro = self.trainer.fit_loop.epoch_loop.batch_idx % self.trainer.accumulate_grad_batches
         self._partial = loss if micro == 0 else self._partial + loss
+        self._step_tiles = batch.step_tiles
         if micro == self.trainer.accumulate_grad_batches - 1:
             self.log("train/loss", self._partial, prog_bar=True, sync_dist=True, reduce_fx="sum", batch_size=1)
 
@@ -217,13 +234,14 @@ class Stage(L.LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Logs `val/loss`, the mean over all supervised tokens; hands each segment's sum and count to the callbacks."""
         losses = self.token_losses(batch)
+        # a rank with nothing but blank batches logs all the same: the others wait for it when the metric is gathered
+        self.log("val/loss", self.val_loss, on_epoch=True, on_step=False, prog_bar=True, batch_size=1)
         if batch.blank:
             return {}
         segments = row_segments(batch.labels, batch.cu_seqlens)
         count = torch.bincount(segments, minlength=len(batch.lengths))
         total = torch.zeros(len(batch.lengths), device=losses.device).index_add_(0, segments, losses)
         self.val_loss.update(losses.sum() / len(losses), weight=len(losses))
-        self.log("val/loss", self.val_loss, on_epoch=True, on_step=False, prog_bar=True, batch_size=1)
         return {"loss_sum": total, "num_tokens": count}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:

@@ -104,21 +104,19 @@ class DPOStage(Stage):
             return loss
         self._check_first_loss(loss, batch)
         for name, value in metrics.items():
-            self.log(f"train/{name}", value, batch_size=batch.num_pairs, sync_dist=self.trainer.world_size > 1)
+            self.log(f"train/{name}", value, batch_size=batch.num_pairs)  # this rank's pairs; val/ metrics cover all ranks
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Logs `val/loss`, `val/rewards/accuracies` and `val/rewards/margins`, each a mean over pairs."""
         loss, metrics = self._preference(batch, training=False)
-        if batch.blank:
-            return {}
-        pairs = batch.num_pairs
-        self.val_loss.update(loss, weight=pairs)
-        self.val_accuracy.update(metrics["rewards/accuracies"], weight=pairs)
-        self.val_margin.update(metrics["rewards/margins"], weight=pairs)
-        self.log("val/loss", self.val_loss, on_epoch=True, on_step=False, prog_bar=True, batch_size=pairs)
-        self.log("val/rewards/accuracies", self.val_accuracy, on_epoch=True, on_step=False, prog_bar=True, batch_size=pairs)
-        self.log("val/rewards/margins", self.val_margin, on_epoch=True, on_step=False, batch_size=pairs)
+        known = {"val/loss": self.val_loss, "val/rewards/accuracies": self.val_accuracy, "val/rewards/margins": self.val_margin}
+        for name, metric in known.items():  # on a blank batch too: other ranks wait for this one when metrics are gathered
+            self.log(name, metric, on_epoch=True, on_step=False, prog_bar=name != "val/rewards/margins", batch_size=1)
+        if not batch.blank:
+            self.val_loss.update(loss, weight=batch.num_pairs)
+            self.val_accuracy.update(metrics["rewards/accuracies"], weight=batch.num_pairs)
+            self.val_margin.update(metrics["rewards/margins"], weight=batch.num_pairs)
         return {}
 
     def _preference(self, batch: Batch, training: bool) -> tuple[Tensor, dict[str, float]]:
@@ -159,7 +157,7 @@ class DPOStage(Stage):
         expected = self.loss.at_margin_zero()
         if self.global_step or expected is None or self.hparams["reference"]:
             return
-        got = float(loss) * batch.step_pairs / batch.num_pairs
+        got = float(loss.detach()) * batch.step_pairs / batch.num_pairs
         tolerance = 1e-5 if loss.dtype == torch.float32 and self.hparams["dtype"] == "float32" else 2e-2
         if abs(got - expected) > tolerance * max(1.0, abs(expected)):
             raise UserError(

@@ -69,12 +69,13 @@ def train(run: Run) -> None:
     datamodule.build()
     quarantined = settle(config.data, datamodule, folder)
 
-    callbacks = make_callbacks(config.callbacks, run.dir)
+    callbacks = make_callbacks(config.callbacks, run.dir, max_samples=config.data.validation.max_samples)
     trainer = make_trainer(config, run.dir, run.name, callbacks)
     plan = datamodule.make_plan(trainer.world_size)
+    trainer.log_every_n_steps = min(trainer.log_every_n_steps, plan.num_steps)  # a short run leaves a row, too
     stage.configure_model()
     show_start(run, stage, datamodule)
-    folder.update(
+    folder.update(  # not earlier: a mistake in the data, the model or the trainer's settings leaves an older run as it is
         trained=[row.as_dict() for row in stage.part_summary],
         data=folder.manifest["data"]
         | {

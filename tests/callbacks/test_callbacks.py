@@ -172,7 +172,7 @@ def test_the_guard_stops_before_the_weights_change_and_names_the_samples(bluepri
         fit(blueprint, [Before(), Guard()], stage_class=Stage, data=tokens)
     (stage,) = stages
     assert stage.seen and all(name in str(error.value) for name in stage.seen)
-    assert str(error.value).count("/") >= len(stage.seen)
+    assert str(error.value).count("-train-") == len(stage.seen) < 16  # the sound micro-batch is not accused
     assert "stage.learning_rate" in str(error.value)
     assert before and all(torch.equal(value, before[name]) for name, value in stage.state_dict().items())
 

@@ -1,5 +1,6 @@
 """The page: one file, safe, and whole from whatever a folder holds."""
 
+import io
 import json
 import re
 
@@ -92,7 +93,7 @@ def test_pictures_outside_the_run_stay_outside(folder):
 
 def test_the_page_and_the_terminal_show_the_same_figures(folder):
     page = page_of(folder)
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console = Console(width=200, record=True, file=io.StringIO())
     console.print(summary_table([folder]))
     for text in (page, console.export_text()):
         for figure in ("tiny/2_sft", "1 min 1 s", "projector 18.7 k", "400", "123 k", "2,024", "6.50 \u2192 0.75", "0.25 \u2192 0.65"):

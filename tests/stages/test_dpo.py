@@ -108,7 +108,7 @@ def test_dpo_loss_gradients_and_metrics_equal_trls(policy_and_reference, process
             batch.step_chosen_tokens = sum(lengths[:2])
             ours, metrics = stage._preference(batch, training=True)
             ours.backward()
-            assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-6, abs=1e-6), (shape, name)
+            assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=3e-6, abs=1e-6), (shape, name)  # 1e-6, and float32 beyond 1
             for (key, a), (_, b) in zip(stage.model.named_parameters(), policy.named_parameters(), strict=True):
                 if b.grad is not None:
                     scale = max(1.0, float(b.grad.abs().max()), float(theirs.detach()))  # sppo_hard's loss is 50 at beta 0.1

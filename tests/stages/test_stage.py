@@ -86,10 +86,20 @@ def test_only_the_parts_that_a_stage_names_change_and_each_of_them_does(model, p
 
 def test_the_gradient_audit_stops_a_run_that_would_train_something_else(model, processor):
     stage = SFTStage(copy.deepcopy(model))
-    module = module_of(processor, "text", global_batch_size=8)
-    module.sources = module.sources[:1]
-    with pytest.raises(UserError, match="zero gradient.*vision_tower"):
-        trainer().fit(stage, module)
+    stage.configure_model()
+    stage.model.model.tower_features = lambda tiles: torch.zeros(len(tiles), 16, 32)  # cut off from the loss
+    with pytest.raises(UserError, match=r"without a gradient \['model\.vision_tower"):
+        trainer().fit(stage, module_of(processor, max_steps=1))
+
+
+def test_a_first_step_without_images_is_no_fault_and_data_without_any_is(model, processor):
+    module = module_of(processor, "text", "caption", global_batch_size=1, max_steps=6, tokens_per_micro_batch=400)
+    trainer().fit(SFTStage(copy.deepcopy(model)), module)
+    assert module.plan.step(0).num_tiles == 0
+    blind = DataModule(processor, builtin("text", n=24), 0.1, global_batch_size=4, max_steps=1)
+    with pytest.raises(UserError, match=r"No sample has an image.*vision_tower.*stage\.trainable=\[language_model\]"):
+        trainer().fit(SFTStage(copy.deepcopy(model)), blind)
+    trainer().fit(SFTStage(copy.deepcopy(model), trainable=["language_model"]), blind)
 
 
 def test_new_tokens_train_while_the_language_model_is_frozen(small_parts, processor):

@@ -1,0 +1,55 @@
+# `make help` lists the targets. Everything goes into .venv; nothing needs root.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --quiet --disable-pip-version-check --no-input
+export HF_HUB_DISABLE_TELEMETRY := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-dev quickstart test test-all lint format types bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.setup  ## make .venv with the pinned versions of constraints.txt
+
+$(VENV)/.setup: pyproject.toml constraints.txt
+	@echo "Setting up $(VENV) (about a minute) ..."
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	@$(PIP) install torch -c constraints.txt
+	@$(PIP) install -e . -c constraints.txt
+	@# Its Hangul font, without the matplotlib that it asks for
+	@$(PIP) install --no-deps koreanize-matplotlib==0.1.1
+	@touch $@
+
+setup-dev: $(VENV)/.setup-dev
+
+$(VENV)/.setup-dev: $(VENV)/.setup
+	@$(PIP) install -e '.[dev]' -c constraints.txt
+	@touch $@
+
+quickstart: setup  ## set up and run the main job: four stages on the CPU, some minutes
+	@$(BIN)/python run.py
+
+test: setup-dev  ## set up and run the tests, within 10 minutes
+	@$(BIN)/python -m pytest -n 2 -m 'not slow'
+
+test-all: setup-dev  ## the tests and the slow ones
+	@$(BIN)/python -m pytest -n 2
+
+lint: setup-dev  ## ruff, its formatter and the type checker
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: setup-dev  ## let ruff put the code in order
+	@$(BIN)/ruff check --fix --exit-zero .
+	@$(BIN)/ruff format .
+
+bench: setup-dev  ## one optimizer step beside TRL's SFTTrainer
+	@$(BIN)/python -m benchmarks.sft_step
+
+clean:  ## remove the environment and what tools left; runs/ stays
+	@rm -rf $(VENV) *.egg-info build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,117 @@
+"""Photographs on disk, and runs started as a user starts them: in this process, or as `python run.py`."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from PIL import Image
+
+from lit_vlm.config import parse
+from lit_vlm.tasks.train import train
+
+RUN = Path(__file__).resolve().parents[2] / "run.py"
+TINY = ["task=train", "model=tiny", "trainer=tiny", "data.num_workers=0", "data.global_batch_size=4", "trainer.max_steps=3"]
+PHOTOS = ("china.jpg", "flower.png", "고양이.png", "astronaut.jpg")
+
+
+@cache
+def _arrays():
+    from skimage import data
+    from sklearn.datasets import load_sample_images
+
+    return [*load_sample_images().images, data.chelsea(), data.astronaut()]
+
+
+def save_photos(folder: Path) -> Path:
+    """Real photographs that ship inside scikit-learn and scikit-image: 640 x 427, 640 x 427, 451 x 300, 512 x 512."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, array in zip(PHOTOS, _arrays(), strict=True):
+        Image.fromarray(array).save(folder / name)
+    return folder
+
+
+def llava(question: str, answer: str, *more: str, **keys) -> dict:
+    turns = [question, answer, *more]
+    return {"conversations": [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)], **keys}
+
+
+def turns(*texts) -> list[dict]:
+    return [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+def write(path: Path, records: list) -> Path:
+    """A JSON list, JSONL or parquet by the ending; a record that is text already is written as it is."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".parquet":
+        import datasets
+
+        datasets.Dataset.from_list(records).to_parquet(path)
+        return path
+    lines = [record if isinstance(record, str) else json.dumps(record, ensure_ascii=False) for record in records]
+    path.write_text("\n".join(lines) + "\n" if path.suffix == ".jsonl" else f"[{', '.join(lines)}]", encoding="utf-8")
+    return path
+
+
+def conversations(n: int = 12) -> list[dict]:
+    """LLaVA records in both languages: with one photograph, with two, without; one turn and two."""
+    records = []
+    for i in range(n):
+        photo, korean = PHOTOS[i % 4], i % 2
+        question, answer = ("무엇이 보이나요?", "사진입니다.") if korean else ("What is it?", "A photograph.")
+        more = ("색은요?", "여러 가지") if korean and i % 3 == 0 else ("Its colour?", "Many") if i % 3 == 0 else ()
+        if i % 4 == 3:
+            records.append(llava(question, answer, *more, id=str(i)))
+        elif i % 6 == 5:
+            records.append(llava(f"<image><image>\n{question}", answer, id=str(i), image=[photo, PHOTOS[0]]))
+        else:
+            records.append(llava(f"<image>\n{question}", answer, *more, id=str(i), image=photo))
+    return records
+
+
+@dataclass
+class Ran:
+    """What a run left."""
+
+    dir: Path
+
+    @property
+    def manifest(self) -> dict:
+        return json.loads((self.dir / "manifest.json").read_text(encoding="utf-8"))
+
+    @property
+    def hf(self) -> Path:
+        return self.dir / "hf"
+
+    def column(self, name: str) -> list[float]:
+        with open(self.dir / "metrics.csv", encoding="utf-8", newline="") as stream:
+            return [float(row[name]) for row in csv.DictReader(stream) if row.get(name)]
+
+    def weights(self) -> dict:
+        from safetensors.torch import load_file
+
+        return load_file(self.hf / "model.safetensors")
+
+    def snapshot(self) -> dict[str, tuple[int, int]]:
+        """Every file with its size and time."""
+        files = [path for path in sorted(self.dir.rglob("*")) if path.is_file()]
+        return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+
+
+def run(*words: str) -> Ran:
+    """`python run.py <TINY> <words>` in this process."""
+    job = parse([*TINY, *words])
+    train(job)
+    return Ran(job.dir)
+
+
+def process(*words: str, cwd: Path, ranks: int | None = None, limit: float = 120, base: list[str] = TINY) -> subprocess.CompletedProcess:
+    """`python run.py <TINY> <words>` as a process, under torchrun with `ranks`. Ends with an error after `limit` seconds."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"}
+    command = [sys.executable, *launcher, str(RUN), *base, *words]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=limit, check=False)

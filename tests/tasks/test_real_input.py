@@ -1,0 +1,251 @@
+"""Claims about real input: the formats of the README, on photographs, through the commands that a user types."""
+
+import json
+import math
+
+import pytest
+import torch
+from conftest import blueprint_of
+from run_helpers import PHOTOS, conversations, llava, process, run, save_photos, turns, write
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from lit_vlm.anyres import Tiling
+from lit_vlm.data.processor import Processor
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A user's folder: photographs in images/, the files beside it, and one runs/ for the module."""
+    folder = tmp_path_factory.mktemp("user")
+    save_photos(folder / "images")
+    write(folder / "train.json", conversations())
+    write(folder / "train.jsonl", conversations())
+    write(folder / "pairs.jsonl", pairs())
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(place, monkeypatch, tmp_path_factory):
+    import datasets
+
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+def pairs():
+    """TRL's columns as text and as messages, LLaVA-NeXT's keys, with and without a photograph."""
+    return [
+        {"prompt": "<image>\nWhat is it?", "chosen": "A temple.", "rejected": "A cat, I think.", "images": ["china.jpg"]},
+        {"prompt": "무슨 꽃인가요?", "chosen": "달리아", "rejected": "모르겠습니다.", "image": "flower.png"},  # LLaVA-NeXT's key
+        {"prompt": turns("Say yes."), "chosen": turns("x", "Yes.")[1:], "rejected": turns("x", "No.")[1:]},
+        {"chosen": turns("안녕?", "안녕하세요."), "rejected": turns("안녕?", "싫어요.")},
+        {"id": "a", "prompt": "Who?", "answer": "", "chosen": "An astronaut.", "rejected": "Nobody.", "image": "astronaut.jpg"},
+        {"prompt": "<image>\n무엇인가요?", "chosen": "고양이", "rejected": "개", "images": ["고양이.png"]},
+    ]
+
+
+LLAVA = ["stage=sft", "data=llava_json", "data.sources.mine.path=train.json", "data.sources.mine.image_root=images"]
+SOURCE = {"format": "llava"}
+
+
+def sound(ran, num_samples, steps=3):
+    """Finished, counted right, finite, and loadable by plain transformers."""
+    manifest = ran.manifest
+    assert manifest["status"] == "finished"
+    assert manifest["data"]["num_samples"] + manifest["data"]["num_held_out"] == num_samples
+    assert manifest["plan"]["steps"] == steps
+    losses = ran.column("train/loss")
+    assert losses and all(map(math.isfinite, losses))
+    model = AutoModelForImageTextToText.from_pretrained(ran.hf)
+    assert type(model).__name__ == "LlavaOnevisionForConditionalGeneration"
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    assert (ran.dir / "report.html").stat().st_size > 1000
+    return manifest
+
+
+@pytest.mark.parametrize("name", ["train.json", "train.jsonl"])
+def test_llava_files_on_photographs_train(name):
+    manifest = sound(run(*LLAVA, f"data.sources.mine.path={name}"), 12)
+    assert manifest["data"]["mixture"] == [
+        {"source": "mine", "kind": "instruction", "language": "en", "size": 12, "drawn": 12, "asked": 1.0, "share": 1.0}
+    ]
+
+
+def test_the_command_of_the_readme_ends_with_status_0_and_says_where_the_model_is(place):
+    done = process(*LLAVA, "run_name=readme", "data.num_workers=1", cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert "12 samples, 0 held out; 3 steps of 4 samples in 1 micro-batch on 1 rank" in done.stdout
+    assert f"Model: {place / 'runs' / 'readme' / 'hf'}" in done.stdout
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr, done.stderr
+
+
+def picture_bytes(place, name):
+    return (place / "images" / name).read_bytes()
+
+
+@pytest.mark.parametrize("form", ["paths.jsonl", "bytes.parquet", "paths.parquet"])
+def test_messages_with_images_as_paths_and_as_bytes_train(place, form):
+    records = []
+    for i, name in enumerate(PHOTOS * 2):
+        question = [{"type": "image", "text": None}, {"type": "text", "text": "설명해 주세요." if i % 2 else "Describe it."}]
+        answer = [{"type": "text", "text": "사진" if i % 2 else "A photograph"}]
+        image = {"bytes": picture_bytes(place, name), "path": None} if form.startswith("bytes") else name
+        records.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], "images": [image]})
+    if form.endswith("jsonl"):
+        records.append({"messages": turns("No picture?", "None."), "images": []})
+        records[0]["messages"][0]["content"][0].pop("text")
+    write(place / form, records)
+    words = ["stage=sft", "data=messages", f"data.sources.mine.path={form}"]
+    sound(run(*words, *([] if form.startswith("bytes") else ["data.sources.mine.image_root=images"])), len(records))
+
+
+def test_the_stages_follow_each_other_on_photographs(place):
+    """align, sft, highres with tiles of real photographs, dpo: each starts from what the one before left."""
+    align = run(*LLAVA, "stage=align", "data.tiling=base", "run_name=chain/align")
+    before = [f"init_from={align.hf}", "run_name=chain/sft"]
+    sft = run(*LLAVA, *before, "data.tiling=base")
+    highres = run(*LLAVA, "stage=highres", f"init_from={sft.hf}", "run_name=chain/highres")
+    assert highres.manifest["parent"] == {"path": str(sft.hf), "digest": sft.manifest["weights_digest"]}
+    dpo = run(
+        *("stage=dpo", "data=preference", "data.sources.mine.path=pairs.jsonl", "data.sources.mine.image_root=images"),
+        *(f"init_from={highres.hf}", "run_name=chain/dpo", "trainer.log_every_n_steps=1", "stage.learning_rate=1e-3"),
+    )
+    manifest = sound(dpo, 6)
+    assert manifest["data"]["mixture"][0]["kind"] == "preference"
+    assert dpo.column("train/loss")[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert dpo.column("train/loss")[-1] < math.log(2)
+    trained = {row["part"]: row["trainable"] for row in manifest["trained"]}
+    assert trained["language_model"] > 0 == trained["vision_tower"] == trained["projector"]
+    mine, parent = dpo.weights(), highres.weights()
+    changed = {key for key in parent if not torch.equal(mine[key], parent[key])}
+    assert changed and not any("vision_tower" in key or "projector" in key for key in changed)
+
+
+def test_a_photograph_of_640_by_427_is_cut_into_tiles(place, parts):
+    from lit_vlm.config.schema import Format, SourceConfig
+    from lit_vlm.data.sources import open_source
+
+    settings = SourceConfig(path=str(place / "pairs.jsonl"), image_root=str(place / "images"), format=Format.preference)
+    record = open_source("mine", settings, max_image_pixels=10**7)[0]
+    counts = {}
+    for tiling in (Tiling.base, Tiling.anyres):
+        blueprint = blueprint_of(parts, tiling, grid=2, max_tiles=4)
+        processor = Processor(blueprint.tokenizer, blueprint.images)
+        counts[tiling] = processor.cost(record).num_tiles
+        assert [len(stack) for stack in processor.tiles(record)] == [counts[tiling]]
+    assert counts == {Tiling.base: 1, Tiling.anyres: 5}  # 2 x 2 and the whole picture
+
+
+def test_the_folder_of_a_run_answers_about_a_photograph_in_plain_transformers(place):
+    from PIL import Image
+
+    ran = run(*LLAVA)
+    processor, model = AutoProcessor.from_pretrained(ran.hf), AutoModelForImageTextToText.from_pretrained(ran.hf)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "무엇이 보이나요?"}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor(images=Image.open(place / "images" / "china.jpg"), text=text, return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
+
+
+def test_two_sources_with_weights_are_mixed_as_asked():
+    ran = run(
+        *("stage=sft", "data=ready", "trainer.max_steps=5", "data.global_batch_size=8"),
+        "data.sources.photos={path: train.json, image_root: images, format: llava, weight: 3.0}",
+        "data.sources.digits={format: digits, num_samples: 30, language: ko, weight: 1.0}",
+    )
+    rows = {row["source"]: row for row in sound(ran, 42, steps=5)["data"]["mixture"]}
+    assert rows["photos"]["asked"] == 0.75 and rows["digits"]["asked"] == 0.25
+    assert (rows["photos"]["drawn"], rows["digits"]["drawn"]) == (30, 10)
+    assert (rows["photos"]["size"], rows["digits"]["size"]) == (12, 30)
+    assert rows["digits"]["kind"] == "digit" and rows["digits"]["language"] == "ko"
+
+
+def test_without_weights_sources_are_mixed_by_their_sizes():
+    ran = run(
+        *("stage=sft", "data=ready", "trainer.max_steps=5", "data.global_batch_size=8"),
+        "data.sources.photos={path: train.json, image_root: images, format: llava}",
+        "data.sources.digits={format: digits, num_samples: 36}",
+    )
+    rows = {row["source"]: row for row in sound(ran, 48, steps=5)["data"]["mixture"]}
+    assert (rows["photos"]["drawn"], rows["digits"]["drawn"]) == (10, 30)
+
+
+def test_own_validation_sources_are_scored_and_never_trained_on(place):
+    write(place / "held.jsonl", conversations(5))
+    ran = run(
+        *(*LLAVA, "data.validation.every_steps=2", "data.validation.max_samples=1"),
+        "data.validation.sources.held={path: held.jsonl, image_root: images, format: llava}",
+    )
+    manifest = sound(ran, 17)
+    assert (manifest["data"]["num_samples"], manifest["data"]["num_held_out"]) == (12, 5)
+    assert [row["source"] for row in manifest["data"]["mixture"]] == ["mine"]
+    figures = manifest["figures"]
+    assert {"val/loss", "val/loss_ko", "val/loss_en"} <= figures.keys()
+    assert set(figures["num_scored"].values()) == {1}  # data.validation.max_samples, of each kind and language
+    assert len(ran.column("val/loss")) == 1
+    written = [json.loads(line) for line in (ran.dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {row["source"] for row in written} == {"held"} and {row["phase"] for row in written} == {"before", "after"}
+
+
+def test_a_fraction_is_held_out_of_each_source(place):
+    manifest = sound(run(*LLAVA, "data.validation.fraction=0.25", "data.validation.max_samples=1"), 12)
+    assert (manifest["data"]["num_samples"], manifest["data"]["num_held_out"]) == (9, 3)
+    assert math.isfinite(manifest["figures"]["val/loss"])
+
+
+def test_digits_train_in_both_languages_end_to_end():
+    words = ["stage=sft", "data=digits", "data.sources.digits_ko.num_samples=40", "data.sources.digits_en.num_samples=40"]
+    ran = run(*words, "data.validation.fraction=0.1", "data.validation.max_samples=2", "data.tiling=base")
+    manifest = sound(ran, 80)
+    assert [(row["source"], row["language"]) for row in manifest["data"]["mixture"]] == [("digits_ko", "ko"), ("digits_en", "en")]
+    assert set(manifest["figures"]["num_scored"]) == {"digit_ko", "digit_en"}
+
+
+def test_lora_trains_adapters_and_leaves_a_plain_model(place):
+    ran = run(*LLAVA, "stage.parts.language_model.lora.rank=4", "stage.learning_rate=1e-2")
+    manifest = sound(ran, 12)
+    row = next(row for row in manifest["trained"] if row["part"] == "language_model")
+    assert row["how"].startswith("LoRA rank 4") and 0 < row["trainable"] < row["parameters"] / 10
+    assert not any("lora" in key for key in ran.weights())
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_bfloat16_trains_with_clipped_gradients(precision):
+    ran = run(*LLAVA, f"trainer.precision={precision}", "trainer.log_every_n_steps=1", "stage.learning_rate=1e-3", "stage.parts.vision_tower.learning_rate=null")
+    sound(ran, 12)
+    exact = run(*LLAVA, "trainer.log_every_n_steps=1", "stage.learning_rate=1e-3", "stage.parts.vision_tower.learning_rate=null")
+    assert ran.column("train/loss") == pytest.approx(exact.column("train/loss"), rel=0.05)
+    stored = {tensor.dtype for tensor in ran.weights().values()}
+    assert stored == {torch.bfloat16 if precision == "bf16-true" else torch.float32}
+
+
+@pytest.mark.parametrize("stage", ["align", "sft"])
+def test_activation_checkpointing_changes_no_weight(stage):
+    words = [*LLAVA, f"stage={stage}", "stage.learning_rate=1e-3"]
+    plain, checkpointed = run(*words), run(*words, "stage.activation_checkpointing=true")
+    assert plain.dir != checkpointed.dir
+    sound(checkpointed, 12)
+    theirs = checkpointed.weights()
+    assert all(torch.allclose(tensor, theirs[key], atol=1e-6) for key, tensor in plain.weights().items())
+
+
+@pytest.mark.parametrize(("debug", "steps", "samples"), [("fast", 4, 12), ("overfit", 3, 4), ("profile", 3, 12)])
+def test_each_debug_mode_ends_with_a_model(debug, steps, samples):
+    ran = run(*LLAVA, f"debug={debug}")
+    sound(ran, samples, steps)
+    if debug == "profile":
+        assert "training_step" in (ran.dir / "fit-profile.txt").read_text()
+
+
+def test_wandb_offline_writes_inside_the_run_folder_only(place, tmp_path):
+    words = [*LLAVA, "logger=wandb", "logger.offline=true", f"run_dir={tmp_path / 'runs'}", "run_name=w/b"]
+    before = {path.name for path in place.iterdir()}
+    done = process(*words, cwd=place)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in place.iterdir()} == before
+    assert list((tmp_path / "runs" / "w" / "b" / "wandb").glob("offline-run-*/run-w-b.wandb"))
+
+
+def test_a_record_alone_can_be_trained_on(place):
+    write(place / "one.jsonl", [llava("<image>\nWhat?", "China.", image="china.jpg")])
+    sound(run(*LLAVA, "data.sources.mine.path=one.jsonl"), 1)
