@@ -28,6 +28,8 @@ setup-dev: $(VENV)/.setup-dev
 
 $(VENV)/.setup-dev: $(VENV)/.setup
 	@$(PIP) install -e '.[dev]' -c constraints.txt
+	@# Beside the environment, not in it: half of it cannot be loaded without CUDA, and transformers would try
+	@$(PIP) install --no-deps --upgrade --target $(VENV)/torchvision torchvision==0.28.0
 	@touch $@
 
 quickstart: setup  ## set up and run the main job: four stages on the CPU, some minutes

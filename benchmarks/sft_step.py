@@ -2,9 +2,9 @@
 
     python -m benchmarks.sft_step [--batch 32] [--repeats 7] [--steps 5]
 
-Both sides read records, tile images, tokenise, collate, run forward and backward, clip and step AdamW, on one CPU thread. TRL stands
-in two rows: as shipped (it recomputes activations) and tuned (it does not). Runs are interleaved; medians and their ratio are printed.
-The result goes to benchmarks/results/sft_step.json with versions.
+Both sides read records, tile images, tokenise, collate, run forward and backward, clip and step AdamW, on one CPU
+thread. TRL stands in two rows: as shipped (it recomputes activations) and tuned (it does not). Runs are interleaved;
+medians and their ratio are printed. The result goes to benchmarks/results/sft_step.json with versions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="
 warnings.filterwarnings("ignore")
 
 import torch
-from transformers import LlavaOnevisionForConditionalGeneration, LlavaOnevisionImageProcessorPil, LlavaOnevisionProcessor
+from transformers import (
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessorPil,
+    LlavaOnevisionProcessor,
+)
 
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.data.builtin import BuiltinSource
@@ -83,7 +87,11 @@ def compare(folder: Path, batch: int, repeats: int, steps: int) -> dict:
     blueprint = draw_up(ModelConfig(vision_tower=tower, language_model=language, grid=2, max_tiles=4))
     processor = Processor(blueprint.tokenizer, blueprint.images)
     export_model(build(blueprint), blueprint.tokenizer, blueprint.images, folder / "hf")
-    sources = [BuiltinSource(kind, kind, language=lang, num_samples=1000) for kind in KINDS for lang in (Language.ko, Language.en)]
+    sources = [
+        BuiltinSource(kind, kind, language=lang, num_samples=1000)
+        for kind in KINDS
+        for lang in (Language.ko, Language.en)
+    ]
     samples = [sources[i % len(sources)][i // len(sources)] for i in range(batch * (steps + 1))]
     batches = [samples[i : i + batch] for i in range(0, len(samples), batch)]
     contenders = {
@@ -115,7 +123,9 @@ def compare(folder: Path, batch: int, repeats: int, steps: int) -> dict:
 def ours(blueprint: Blueprint, processor: Processor) -> Callable[[list[Sample]], float]:
     stage = SFTStage(blueprint)
     stage.configure_model()
-    optimizer = torch.optim.AdamW([p for p in stage.model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in stage.model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0, fused=True
+    )
 
     def step(samples: list[Sample]) -> float:
         batch = collate(processor, samples)
@@ -169,7 +179,9 @@ def trls(folder: Path, processor: Processor, checkpointing: bool) -> Callable[[l
     trainer = SFTTrainer(model, options, train_dataset=Dataset.from_list([row_of(first)]), processing_class=plain)
     if checkpointing:  # train() would do it
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options.gradient_checkpointing_kwargs)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0, fused=True
+    )
 
     def step(samples: list[Sample]) -> float:
         inputs = trainer.data_collator([row_of(sample) for sample in samples])
@@ -188,7 +200,9 @@ def row_of(sample: Sample) -> dict:
         {
             "role": message.role.value,
             "content": [
-                {"type": "image"} if isinstance(piece, ImageSlot) else {"type": "text", "text": piece if isinstance(piece, str) else piece.token}
+                {"type": "image"}
+                if isinstance(piece, ImageSlot)
+                else {"type": "text", "text": piece if isinstance(piece, str) else piece.token}
                 for piece in message.content
             ],
         }
@@ -210,7 +224,9 @@ def show(result: dict) -> None:
     print(f"first loss: {', '.join(f'{name} {loss:.7f}' for name, loss in result['losses'].items())}")
     for name, median in medians.items():
         values = result["samples_per_second"][name]
-        print(f"{name:28} {median:7.1f} samples/s  (from {values[0]:.1f} to {values[-1]:.1f})  lit_vlm / this = {medians['lit_vlm'] / median:.2f}")
+        print(
+            f"{name:28} {median:7.1f} samples/s  (from {values[0]:.1f} to {values[-1]:.1f})  lit_vlm / this = {medians['lit_vlm'] / median:.2f}"
+        )
 
 
 if __name__ == "__main__":

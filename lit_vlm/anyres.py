@@ -1,7 +1,8 @@
 """LLaVA-OneVision's tiling, as arithmetic: how many tiles and tokens an image becomes.
 
-`data` counts with it, `model` arranges features with it, so the two cannot disagree. The rules are those of transformers 5.23
-(`models/llava_onevision/{image_processing,modeling,processing}_llava_onevision.py`), rounding included; a test compares both.
+`data` counts with it, `model` arranges features with it, so the two cannot disagree. The rules are those of
+transformers 5.23 (`models/llava_onevision/{image_processing,modeling,processing}_llava_onevision.py`), rounding
+included; a test compares both.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ class Layout:
     num_tokens: int  # placeholders in the prompt
     rows: int = 0  # tiles down and across; 0 = base view alone
     columns: int = 0
-    crop: tuple[int, int, int, int] = (0, 0, 0, 0)  # top, bottom, left, right of the stitched grid that belong to the image
+    crop: tuple[int, int, int, int] = (
+        0,
+        0,
+        0,
+        0,
+    )  # top, bottom, left, right of the stitched grid that belong to the image
     pooled: tuple[int, int] | None = None  # bilinear target (height, width) when the cap is exceeded
 
 
@@ -57,7 +63,9 @@ class ImageSettings:
 
     def layout(self, height: int, width: int, *, alone: bool = True) -> Layout:
         """Tiles and tokens of an image of this size; `alone` is False when its sample holds several images."""
-        return _layout(self.side, self.tile_size, self.grid_pinpoints, self.max_tiles, self.tiling, height, width, alone)
+        return _layout(
+            self.side, self.tile_size, self.grid_pinpoints, self.max_tiles, self.tiling, height, width, alone
+        )
 
 
 def grid_pinpoints(tile_size: int, most: int) -> tuple[tuple[int, int], ...]:

@@ -1,8 +1,9 @@
 """FLOPs of text, images and answers: they deal samples into equal packs and turn seconds into utilisation.
 
-A multiply-add is two. The language model's matrices cost 2 FLOPs per weight and token forward and 4 backward (2 when the weights
-are frozen and only the gradient passes through); attention costs 4 * t^2 / 2 * width per layer and segment of t tokens, causal.
-Formulas after "Training compute-optimal large language models" (arXiv 2203.15556, appendix F), without the embedding look-up.
+A multiply-add is two. The language model's matrices cost 2 FLOPs per weight and token forward and 4 backward (2 when
+the weights are frozen and only the gradient passes through); attention costs 4 * t^2 / 2 * width per layer and segment
+of t tokens, causal. Formulas after "Training compute-optimal large language models" (arXiv 2203.15556, appendix F),
+without the embedding look-up.
 """
 
 from __future__ import annotations

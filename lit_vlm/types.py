@@ -1,7 +1,7 @@
 """The words that every room shares. Imports nothing of ours.
 
-Text in a sample is data and never control: where an image stands and where a special token stands is said by the structure
-(`ImageSlot`, `Control`), so `<image>` or `<|im_end|>` written in somebody's caption stays text.
+Text in a sample is data and never control: where an image stands and where a special token stands is said by the
+structure (`ImageSlot`, `Control`), so `<image>` or `<|im_end|>` written in somebody's caption stays text.
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ class Message:
     def text(self) -> str:
         """The content as a person writes it: control tokens spelled out, images left out."""
         return "".join(
-            piece if isinstance(piece, str) else piece.token for piece in self.content if not isinstance(piece, ImageSlot)
+            piece if isinstance(piece, str) else piece.token
+            for piece in self.content
+            if not isinstance(piece, ImageSlot)
         )
 
 
@@ -187,13 +189,15 @@ class Source(Protocol):
         ...
 
 
-# Shapes: T tokens of the micro-batch, B segments (sequences), N tiles, M distinct images, R image runs in the token row.
+# Shapes: T tokens of the micro-batch, B segments (sequences), N tiles, M distinct images, R image runs in the token
+# row.
 @dataclass(slots=True)
 class Batch:
     """A flat micro-batch: one row of tokens without padding, one stack of tiles.
 
-    Segment b is `input_ids[cu_seqlens[b]:cu_seqlens[b + 1]]`; attention never crosses a segment. Each image is encoded once:
-    run r of placeholder tokens takes the features of image `image_index[r]` (a preference pair's two answers share theirs).
+    Segment b is `input_ids[cu_seqlens[b]:cu_seqlens[b + 1]]`; attention never crosses a segment. Each image is encoded
+    once: run r of placeholder tokens takes the features of image `image_index[r]` (a preference pair's two answers
+    share theirs).
     """
 
     input_ids: Tensor  # [T] int64; image_token_id where image features go

@@ -8,17 +8,13 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hydra.core.global_hydra import GlobalHydra
+from support import blueprint_of, picture, sample
 
-from lit_vlm.anyres import Tiling
-from lit_vlm.config.schema import ModelConfig
-from lit_vlm.data.builtin import BuiltinSource
-from lit_vlm.data.images import ArrayImage
 from lit_vlm.data.processor import Processor
-from lit_vlm.model.build import Blueprint, build, draw_up
+from lit_vlm.model.build import Blueprint, build
 from lit_vlm.model.tiny import make_language_model, make_vision_tower, tiny_parts
 from lit_vlm.types import ImageSlot, Kind, Language, Message, Role, Sample
 
@@ -44,13 +40,10 @@ def small_parts(tmp_path_factory) -> tuple[str, str]:
     """Smaller still, untied, for tests that train many times."""
     folder = tmp_path_factory.mktemp("small")
     make_vision_tower(folder / "tower", hidden_size=32, intermediate_size=48, num_attention_heads=2)
-    make_language_model(folder / "language", hidden_size=32, intermediate_size=48, num_hidden_layers=2, tie_word_embeddings=False)
+    make_language_model(
+        folder / "language", hidden_size=32, intermediate_size=48, num_hidden_layers=2, tie_word_embeddings=False
+    )
     return str(folder / "tower"), str(folder / "language")
-
-
-def blueprint_of(parts: tuple[str, str], tiling: Tiling = Tiling.anyres, **settings) -> Blueprint:
-    tower, language = parts
-    return draw_up(ModelConfig(vision_tower=tower, language_model=language, **{"grid": 3, "max_tiles": 4, **settings}), tiling=tiling)
 
 
 @pytest.fixture
@@ -66,19 +59,6 @@ def processor(blueprint) -> Processor:
 @pytest.fixture
 def model(blueprint):
     return build(blueprint).eval()
-
-
-def picture(height: int, width: int, seed: int = 0) -> ArrayImage:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return ArrayImage(pixels, f"picture {seed}")
-
-
-def sample(question: str, answer: str, *sizes: tuple[int, int], seed: int = 0, name: str = "s") -> Sample:
-    """One turn over pictures of these sizes."""
-    images = tuple(picture(*size, seed=seed + i) for i, size in enumerate(sizes))
-    slots = tuple(ImageSlot(i) for i in range(len(images)))
-    messages = (Message(Role.user, (*slots, question)), Message(Role.assistant, (answer,)))
-    return Sample(f"{name}{seed}", "test", f"test:{seed}", Kind.other, Language.ko, messages, images)
 
 
 @pytest.fixture
@@ -106,10 +86,6 @@ def mixed() -> list[Sample]:
         several_turns,
         sample("Read it.", "32", (33, 200), seed=6),
     ]
-
-
-def builtin(*kinds: str, n: int = 64, language: Language = Language.ko, **options) -> list[BuiltinSource]:
-    return [BuiltinSource(kind, kind, language=language, num_samples=n, **options) for kind in kinds]
 
 
 @pytest.fixture(scope="session")

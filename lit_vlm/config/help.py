@@ -147,7 +147,7 @@ def _all_settings() -> str:
     lines, seen = [], set()
     for row in settings():
         key = row.key
-        for part in schema.PartName.__members__:
+        for part in schema.Part.__members__:
             key = key.replace(f"stage.parts.{part}.", "stage.parts.<part>.")
         key = key.replace("data.validation.sources.", "data.sources.")
         if key not in seen:
@@ -155,6 +155,6 @@ def _all_settings() -> str:
             lines.append(_row(Setting(key, row.type, row.default, row.comment, row.group)))
     notes = (
         "<name> is the name of a source; data.validation.sources.<name> has the same settings.\n"
-        f"<part> is one of {', '.join(schema.PartName.__members__)}."
+        f"<part> is one of {', '.join(schema.Part.__members__)}."
     )
     return "\n".join(lines) + f"\n\n{notes}"

@@ -90,7 +90,7 @@ def fits(hint: Any, value: Any) -> bool:
 
 
 def _converts(hint: type, value: Any) -> bool:
-    if hint is int and isinstance(value, float) or not isinstance(value, str | int | float):
+    if (hint is int and isinstance(value, float)) or not isinstance(value, str | int | float):
         return False
     try:
         hint(value)

@@ -12,6 +12,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from lit_vlm.anyres import Tiling
+from lit_vlm.types import Language, Part
+
 # OmegaConf writes an enum by its member's name, so names and values agree throughout.
 
 
@@ -24,17 +27,6 @@ class Task(Enum):
 class Projector(Enum):
     mlp2x_gelu = "mlp2x_gelu"  # LLaVA-1.5, LLaVA-OneVision, VARCO-VISION: Linear, GELU, Linear
     linear = "linear"  # LLaVA
-
-
-class TilingChoice(Enum):
-    base = "base"  # the whole image once
-    anyres = "anyres"  # the whole image and its tiles (LLaVA-OneVision)
-
-
-class PartName(Enum):
-    vision_tower = "vision_tower"
-    projector = "projector"
-    language_model = "language_model"
 
 
 class StageName(Enum):
@@ -70,12 +62,6 @@ class OnBadRecord(Enum):
     stop = "stop"  # end after the pass that finds them all
 
 
-class LanguageChoice(Enum):
-    auto = "auto"  # by the text: any Hangul makes it Korean
-    ko = "ko"
-    en = "en"
-
-
 class Debug(Enum):
     fast = "fast"  # a few steps of everything
     overfit = "overfit"  # one batch, again and again
@@ -108,7 +94,7 @@ class SourceConfig:
     image_root: str | None = None  # images are read inside this folder only; null: the folder of `path`
     format: Format = Format.auto
     weight: float | None = None  # share of the samples drawn, relative to the others; null for all: by their sizes
-    language: LanguageChoice = LanguageChoice.auto
+    language: Language = Language.auto  # auto: by the text, any Hangul makes it Korean
     kind: str | None = None  # a name of types.Kind; null: found from the record
     markup: Markup = Markup.auto
     num_samples: int | None = None  # use this many; for format=builtin, make this many
@@ -130,7 +116,9 @@ class DataConfig:
     global_batch_size: int = 128  # samples per optimizer step, over all devices
     tokens_per_micro_batch: int = 16384  # memory cap of one forward pass
     tiles_per_micro_batch: int = 64  # memory cap of one tower pass
-    tiling: TilingChoice = TilingChoice.anyres
+    tiling: Tiling = (
+        Tiling.anyres
+    )  # base: the whole image once; anyres: the whole image and its tiles (LLaVA-OneVision)
     on_bad_record: OnBadRecord = OnBadRecord.stop
     max_quarantined: float = 0.01  # share of a source; more than this stops the run
     max_image_pixels: int = 64_000_000  # larger images are bad records (decompression bombs)
@@ -167,7 +155,7 @@ class StageConfig:
     """What trains, on which loss, how fast."""
 
     name: StageName = MISSING  # set by the group's files
-    trainable: list[PartName] = MISSING  # parts whose weights change; every other part is frozen
+    trainable: list[Part] = MISSING  # parts whose weights change; every other part is frozen
     learning_rate: float = MISSING  # peak, of every part that names none of its own
     weight_decay: float = 0.0  # LLaVA and LLaVA-OneVision train without
     warmup: float = 0.03  # below 1 a share of the steps, else a number of steps; LLaVA's 0.03

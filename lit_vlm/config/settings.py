@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import io
+import itertools
 import tokenize
 from collections.abc import Iterator
 from dataclasses import MISSING as REQUIRED
@@ -94,7 +95,7 @@ def field_comments() -> dict[tuple[str, str], str]:
     owner = name = ""
     depth = 0
     tokens = list(tokenize.generate_tokens(io.StringIO(inspect.getsource(schema)).readline))
-    for token, following in zip(tokens, tokens[1:], strict=False):
+    for token, following in itertools.pairwise(tokens):
         if token.string == "class":
             owner, name = following.string, ""
         elif token.type == tokenize.NAME and following.string in (":", "=") and token.start[1] == 4 and depth == 0:

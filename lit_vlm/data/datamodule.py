@@ -1,7 +1,7 @@
 """Lightning's side of the data: index, plan and loaders.
 
-The loader is a list of micro-batches by number, so that step k is read without reading the steps before it, and its order needs
-no sampler state. `accumulate_grad_batches` follows from the plan and is set on the trainer.
+The loader is a list of micro-batches by number, so that step k is read without reading the steps before it, and its
+order needs no sampler state. `accumulate_grad_batches` follows from the plan and is set on the trainer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from lit_vlm.data.collate import collate
 from lit_vlm.data.index import Index, build_index, require_samples, split
 from lit_vlm.data.plan import Pack, Plan, validation_packs
 from lit_vlm.data.processor import Processor
-from lit_vlm.types import Batch, Record, RecordError, Source
+from lit_vlm.types import Batch, Record, RecordError, Source, UserError
 
 DEFAULT_FLOPS = Flops(per_token=1.0, per_square=1e-4, per_tile=256.0, per_supervised=0.25)
 
@@ -70,7 +70,7 @@ class DataModule(L.LightningDataModule):
         """Read every record once: `index` and `held_out`. Bad records are in their `errors`."""
         if self.index is not None:
             return
-        caps = {"most_tokens": self.most_tokens, "most_tiles": self.most_tiles}
+        caps: dict[str, Any] = {"most_tokens": self.most_tokens, "most_tiles": self.most_tiles}
         whole = build_index(self.sources, self.processor, self.flops, **caps)
         if isinstance(self.validation, float | int):
             self.index, self.held_out = split(whole, float(self.validation))
@@ -106,11 +106,17 @@ class DataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         self.build()
         if stage == "fit" and self.trainer is not None:
+            self._refuse_foreign_sampler()
             if self.max_steps is None and self.trainer.max_steps > 0:
                 self.max_steps = self.trainer.max_steps
             plan = self.make_plan(self.trainer.world_size)
             self.trainer.accumulate_grad_batches = plan.k
             self.trainer.fit_loop.epoch_loop.max_steps = plan.num_steps
+
+    def _refuse_foreign_sampler(self) -> None:
+        """Lightning's default would deal the plan's micro-batches to the ranks once more, and train on half of them."""
+        if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
+            raise UserError("On several devices give the Trainer use_distributed_sampler=False: the plan deals to the ranks.")
 
     def train_dataloader(self) -> DataLoader:
         plan = self.make_plan(self.trainer.world_size if self.trainer else 1)
@@ -137,7 +143,9 @@ class DataModule(L.LightningDataModule):
         self.build()
         assert self.held_out is not None
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        packs = validation_packs(self.held_out, most_tokens=self.most_tokens, most_tiles=self.most_tiles, world_size=world)
+        packs = validation_packs(
+            self.held_out, most_tokens=self.most_tokens, most_tiles=self.most_tiles, world_size=world
+        )
         return ValidationMicroBatches(self.processor, self.held_out, packs[rank::world])
 
     def _loader(self, batches: Dataset) -> DataLoader:

@@ -181,6 +181,9 @@ def _parsed(stream: BinaryIO, what: str, origin: str, max_pixels: int) -> Iterat
         raise
     except _Refused as error:
         raise RecordError(origin, f"{what} {error}", REMEDY) from None
+    except Image.DecompressionBombError as error:  # Pillow's own limit comes before ours
+        finding = f"{what} is larger than data.max_image_pixels={max_pixels} allows: {str(error).rstrip('.')}"
+        raise RecordError(origin, finding, REMEDY) from None
     except UnidentifiedImageError:
         raise RecordError(origin, f"{what} is no {', '.join(FORMATS)} file; {_beginning(stream)}", REMEDY) from None
     except (

@@ -1,7 +1,7 @@
 """What every sample costs, before anything is trained: one pass over the sources, no pixel decoded.
 
-The pass finds every record that cannot be used; the plan then deals only with good ones, and knows the number of supervised
-tokens of each optimizer step before its first backward.
+The pass finds every record that cannot be used; the plan then deals only with good ones, and knows the number of
+supervised tokens of each optimizer step before its first backward.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def build_index(
     """Read every record once.
 
     Args:
-        most_tokens: `data.tokens_per_micro_batch`; a sample that needs more is a bad record, for it can never be trained.
-        most_tiles: `data.tiles_per_micro_batch`, likewise.
+        most_tokens: `data.tokens_per_micro_batch`; a sample that needs more is a bad record, for it can never be
+        trained. most_tiles: `data.tiles_per_micro_batch`, likewise.
     """
     rows: list[tuple] = []
     kinds: list[Kind] = []

@@ -1,8 +1,8 @@
 """The plan: what each rank reads at each optimizer step, a pure function of (index, mixture, seed, step, world size).
 
-Every step draws `global_batch_size` samples by mixture weight, the same ones whatever the world size, and deals them into
-`k * world_size` packs of equal FLOPs, each under a token and a tile cap. `k` is one number for the whole stage: the smallest with
-which every step keeps the caps. It becomes Lightning's `accumulate_grad_batches`.
+Every step draws `global_batch_size` samples by mixture weight, the same ones whatever the world size, and deals them
+into `k * world_size` packs of equal FLOPs, each under a token and a tile cap. `k` is one number for the whole stage:
+the smallest with which every step keeps the caps. It becomes Lightning's `accumulate_grad_batches`.
 """
 
 from __future__ import annotations
@@ -144,8 +144,8 @@ def validation_packs(index: Index, *, most_tokens: int, most_tiles: int, world_s
 def _draw(index: Index, weights: list[float] | None, seed: int, count: int) -> np.ndarray:
     """The first `count` samples of an endless mixture: sources interleaved by weight, each in a new order every pass.
 
-    Source s is drawn at the times (j + 1/2) / weight_s; sorting all times interleaves them as evenly as can be, so every prefix
-    holds each source's share to within one sample.
+    Source s is drawn at the times (j + 1/2) / weight_s; sorting all times interleaves them as evenly as can be, so
+    every prefix holds each source's share to within one sample.
     """
     members = [index.of_source(number) for number in range(len(index.sources))]
     shares = np.array([float(len(m)) for m in members] if weights is None else weights, dtype=np.float64)

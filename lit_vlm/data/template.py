@@ -1,9 +1,10 @@
 """A conversation becomes token ids and a mask of what is supervised, by the model's own chat template.
 
-The template is rendered once per *shape* of conversation (roles, and where images and texts stand) with stand-ins for the texts;
-the texts are then tokenised as ordinary text and put in their places. So a control token can come from the template or from a
-`Control` of the sample, never from what somebody wrote; and the template needs no `{% generation %}` marks: the supervised span of
-an assistant turn begins where the generation prompt ends and closes with the turn's own end token.
+The template is rendered once per *shape* of conversation (roles, and where images and texts stand) with stand-ins for
+the texts; the texts are then tokenised as ordinary text and put in their places. So a control token can come from the
+template or from a `Control` of the sample, never from what somebody wrote; and the template needs no `{% generation %}`
+marks: the supervised span of an assistant turn begins where the generation prompt ends and closes with the turn's own
+end token.
 """
 
 from __future__ import annotations
@@ -194,7 +195,8 @@ class Template:
                 )
             opening = self._render(messages[:i], prompt=True) if i else ""
             slot = STAND_IN.search(rendered, len(self._render(messages[:i]).rstrip()) if i else 0)
-            # llava-hf's template writes another header than its generation prompt: there the words begin at the text itself
+            # llava-hf's template writes another header than its generation prompt: there the words begin at the text
+            # itself
             starts.append(len(opening) if i and turn.startswith(opening) else slot.start() if slot else len(turn))
         return starts
 
@@ -212,7 +214,9 @@ class Template:
                 yield rendered[position:start]
             yield piece
             position = max(position, end)
-            answering, spoken = (True, False) if isinstance(piece, Supervise) else (answering, spoken or isinstance(piece, Slot))
+            answering, spoken = (
+                (True, False) if isinstance(piece, Supervise) else (answering, spoken or isinstance(piece, Slot))
+            )
             if answering and spoken and isinstance(piece, Special):
                 yield Supervise(False)
                 answering = False

@@ -37,7 +37,9 @@ def tiles_of(image: Image.Image, settings: ImageSettings, *, alone: bool = True)
     canvas = Image.new("RGB", (width, height))  # black, as transformers pads
     canvas.paste(_resized(image, *fitted, settings), ((width - fitted[1]) // 2, (height - fitted[0]) // 2))
     cuts = [
-        canvas.crop((left, top, left + side, top + side)) for top in range(0, height, side) for left in range(0, width, side)
+        canvas.crop((left, top, left + side, top + side))
+        for top in range(0, height, side)
+        for left in range(0, width, side)
     ]
     return _stack([base, *cuts])
 

@@ -36,15 +36,19 @@ CONTROL = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")")
 def write_report(path: Path, runs: list[Path], title: str) -> None:
     """Write the page. Run folders may lack any of their files; the page then shows what there is."""
     records = [read_run(run) for run in runs]
-    page = _environment().get_template("report_page.html").render(
-        title=title,
-        style=Markup(Path(__file__).with_name("report.css").read_text(encoding="utf-8")),
-        headings=HEADINGS,
-        rows=[list(zip(HEADINGS, summary_row(record), strict=True)) for record in records],
-        stages=[_stage(record, SHOWN_ALONE if len(records) == 1 else SHOWN_TOGETHER) for record in records],
-        ladder=_ladder(records),
-        lead=_lead(records),
-        origin=_origin(records),
+    page = (
+        _environment()
+        .get_template("report_page.html")
+        .render(
+            title=title,
+            style=Markup(Path(__file__).with_name("report.css").read_text(encoding="utf-8")),
+            headings=HEADINGS,
+            rows=[list(zip(HEADINGS, summary_row(record), strict=True)) for record in records],
+            stages=[_stage(record, SHOWN_ALONE if len(records) == 1 else SHOWN_TOGETHER) for record in records],
+            ladder=_ladder(records),
+            lead=_lead(records),
+            origin=_origin(records),
+        )
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.getpid()}")

@@ -46,7 +46,9 @@ class RunFolder:
         self.manifest.update(fields)
         if is_rank_zero():
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path / "manifest.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n")
+            write_atomically(
+                self.path / "manifest.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n"
+            )
 
 
 def open_run_folder(
@@ -67,6 +69,7 @@ def open_run_folder(
                 "Give this one a name of its own with run_name=..., or replace the old one with overwrite=true."
             )
         return RunFolder(path, known)
+    _require_writable(path)
     manifest = {
         "status": "running",
         "name": name,
@@ -80,6 +83,14 @@ def open_run_folder(
         "parent": parent,
     }
     return RunFolder(path, manifest)
+
+
+def _require_writable(path: Path) -> None:
+    """Told now, not after the model was built; nothing is made yet."""
+    place = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        found = "may not be written to" if place.is_dir() else "is no folder"
+        raise UserError(f"The run's folder {path} cannot be made: {place} {found}. Choose another with run_dir=... or run_name=...")
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
@@ -145,7 +156,9 @@ def git_state() -> dict[str, Any]:
 
     def git(*words: str) -> str | None:
         try:
-            return subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=True).stdout.strip()
+            return subprocess.run(
+                ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
+            ).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             return None
 
@@ -174,7 +187,9 @@ def write_atomically(path: Path, text: str) -> None:
     os.replace(beside, path)
 
 
-def _differences(known: dict[str, Any], config: dict[str, Any], data_digest: str, parent: dict[str, str] | None) -> list[str]:
+def _differences(
+    known: dict[str, Any], config: dict[str, Any], data_digest: str, parent: dict[str, str] | None
+) -> list[str]:
     different = [key for key in _changed(known["config"], config) if not _elsewhere(key)]
     if known["data"]["digest"] != data_digest:
         different.append("its data")
@@ -189,5 +204,9 @@ def _elsewhere(key: str) -> bool:
 
 def _changed(old: Any, new: Any, prefix: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
-        return [key for name in sorted({*old, *new}) for key in _changed(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)]
+        return [
+            key
+            for name in sorted({*old, *new})
+            for key in _changed(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
+        ]
     return [] if old == new else [prefix]

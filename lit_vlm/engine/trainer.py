@@ -57,7 +57,9 @@ def make_trainer(config: RunConfig, run_dir: Path, name: str, callbacks: list[L.
     try:
         return L.Trainer(**options)
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:
-        raise UserError(f"Lightning refuses the trainer's settings: {error} Change trainer.*; trainer=cpu runs anywhere.") from error
+        raise UserError(
+            f"Lightning refuses the trainer's settings: {error} Change trainer.*; trainer=cpu runs anywhere."
+        ) from error
 
 
 def make_loggers(logger: LoggerConfig, config: RunConfig, run_dir: Path, name: str) -> list[Logger]:
@@ -91,8 +93,20 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    for text in (".*does not have many workers.*", ".*Checkpoint directory.*", ".*Experiment logs directory.*", ".*lr_scheduler.step.*"):
+    for text in (
+        ".*does not have many workers.*",
+        ".*Checkpoint directory.*",
+        ".*Experiment logs directory.*",
+        ".*lr_scheduler.step.*",
+    ):
         warnings.filterwarnings("ignore", message=text)
-    warnings.filterwarnings("ignore", message=".*[Tt]ip.*litlogger.*")
+    for text in (
+        ".*isinstance.treespec, LeafSpec.*",
+        ".*module.s. in eval mode at the start of training.*",
+        ".*called before the ``update``.*",
+    ):
+        # frozen parts are in eval on purpose; a rank may hold no such sample
+        warnings.filterwarnings("ignore", message=text)
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # frozen parts are
     warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # nothing held out
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's call, torch's deprecation

@@ -11,8 +11,8 @@ from torch import Tensor
 def next_token_losses(logits: Tensor, targets: Tensor) -> Tensor:
     """Loss of each row in nats.
 
-    Not averaged: micro-batches and ranks hold different numbers of supervised tokens, so the stage divides the sum once, by the
-    count over the whole optimizer step. A mean of means would overweight short answers.
+    Not averaged: micro-batches and ranks hold different numbers of supervised tokens, so the stage divides the sum
+    once, by the count over the whole optimizer step. A mean of means would overweight short answers.
 
     Args:
         logits: [R, V], any float dtype; the loss is taken in float32.

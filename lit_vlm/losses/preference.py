@@ -1,9 +1,9 @@
 """Preference losses are TRL's own code, run on our forward pass.
 
-TRL has no public loss function: all of it lives in `DPOTrainer._compute_loss` (trl 1.16). That method reads a dozen attributes of its
-trainer and calls the model once; `PreferenceLoss` supplies those attributes and a "model" that hands over the scores we computed
-ourselves, so an image is encoded once and no Trainer, process group or dataset of TRL's comes into being. trl is pinned, and a
-contract test holds this adapter against a real DPOTrainer, loss by loss.
+TRL has no public loss function: all of it lives in `DPOTrainer._compute_loss` (trl 1.16). That method reads a dozen
+attributes of its trainer and calls the model once; `PreferenceLoss` supplies those attributes and a "model" that hands
+over the scores we computed ourselves, so an image is encoded once and no Trainer, process group or dataset of TRL's
+comes into being. trl is pinned, and a contract test holds this adapter against a real DPOTrainer, loss by loss.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from lit_vlm.types import UserError
 
-# Shapes: P pairs, 2P answers (all chosen ones, then all rejected ones), A longest answer in tokens, R supervised rows, V vocabulary.
+# Shapes: P pairs, 2P answers (all chosen ones, then all rejected ones), A longest answer in tokens, R supervised rows,
+# V vocabulary.
 
 LOSSES = (
     "sigmoid",
@@ -122,7 +123,8 @@ class PreferenceLoss:
         }
         pairs = [(name, weight) for name, weight in zip(loss_type, weights, strict=True) if name != "sft"]
         tokens = [(name, weight) for name, weight in zip(loss_type, weights, strict=True) if name == "sft"]
-        # `sft` is a mean over tokens and the others are means over pairs: each goes through TRL by itself, so that several
+        # `sft` is a mean over tokens and the others are means over pairs: each goes through TRL by itself, so that
+        # several
         # micro-batches add up to what one batch would give
         self._by_pairs = _trainer(pairs, discopop_tau, options) if pairs else None
         self._by_tokens = _trainer(tokens, discopop_tau, options) if tokens else None
@@ -180,7 +182,9 @@ class PreferenceLoss:
         return sum(values[name] * weight for name, weight in self.weights.items())
 
 
-def _run(trainer: Any, policy: AnswerScores, reference: AnswerScores, inputs: dict, training: bool) -> tuple[Tensor, dict[str, float]]:
+def _run(
+    trainer: Any, policy: AnswerScores, reference: AnswerScores, inputs: dict, training: bool
+) -> tuple[Tensor, dict[str, float]]:
     from trl.trainer.dpo_trainer import DPOTrainer
 
     trainer.model.training = training
@@ -204,7 +208,11 @@ def _trainer(losses: list[tuple[str, float]], discopop_tau: float, options: dict
     model = nn.Module()
     model.is_gradient_checkpointing = False
     accelerator = SimpleNamespace(
-        device=None, gather=lambda x: x, gather_for_metrics=lambda x: x, unwrap_model=lambda m, *_, **__: m, autocast=contextlib.nullcontext
+        device=None,
+        gather=lambda x: x,
+        gather_for_metrics=lambda x: x,
+        unwrap_model=lambda m, *_, **__: m,
+        autocast=contextlib.nullcontext,
     )
     return SimpleNamespace(
         **options,
@@ -228,8 +236,12 @@ def _check(names: list[str], weights: list[float], beta: float, label_smoothing:
     if unknown or not names:
         raise UserError(f"stage.loss_type={names}: {', '.join(unknown) or 'empty'}; TRL knows {', '.join(LOSSES)}.")
     if len(weights) != len(names):
-        raise UserError(f"stage.loss_weights has {len(weights)} numbers for {len(names)} loss types; give one for each.")
+        raise UserError(
+            f"stage.loss_weights has {len(weights)} numbers for {len(names)} loss types; give one for each."
+        )
     if beta <= 0:
         raise UserError(f"stage.beta={beta} must be above 0.")
     if "exo_pair" in names and not 0 < label_smoothing < 0.5:
-        raise UserError(f"stage.loss_type=exo_pair needs stage.label_smoothing between 0 and 0.5, got {label_smoothing}.")
+        raise UserError(
+            f"stage.loss_type=exo_pair needs stage.label_smoothing between 0 and 0.5, got {label_smoothing}."
+        )

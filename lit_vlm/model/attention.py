@@ -1,7 +1,7 @@
 """Attention over a flat row of segments, registered with transformers under the name `flat`.
 
-A decoder layer of transformers calls it like any other implementation. When the keyword `segments` comes with the call, no token
-sees another segment; without it (generation, plain use) it is transformers' own SDPA, masks included.
+A decoder layer of transformers calls it like any other implementation. When the keyword `segments` comes with the call,
+no token sees another segment; without it (generation, plain use) it is transformers' own SDPA, masks included.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "flat"
 
-# Shapes: T tokens in the row, B segments, H heads, K key-value heads, D head width, G segments of one group, L its longest.
+# Shapes: T tokens in the row, B segments, H heads, K key-value heads, D head width, G segments of one group, L its
+# longest.
 
 
 @dataclass
@@ -42,8 +43,8 @@ class Segments:
     def groups(self) -> list[Tensor]:
         """Per group [G, L] positions in the row; behind a segment's end its last position is repeated.
 
-        Segments of like length share a kernel call. Under a causal mask the repeated positions at the end are seen by no real
-        token, so their results are merely dropped: the group is exact without any mask.
+        Segments of like length share a kernel call. Under a causal mask the repeated positions at the end are seen by
+        no real token, so their results are merely dropped: the group is exact without any mask.
         """
         order = sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i])
         starts = torch.tensor([0, *self.lengths]).cumsum(0)
@@ -63,7 +64,9 @@ class Segments:
         offset = 0
         for group in self.groups:
             flat = group.flatten().cpu()
-            place[flat.flip(0)] = torch.arange(offset, offset + len(flat)).flip(0)  # the first of a repeated position wins
+            place[flat.flip(0)] = torch.arange(offset, offset + len(flat)).flip(
+                0
+            )  # the first of a repeated position wins
             offset += len(flat)
         return place.to(self.cu_seqlens.device)
 
@@ -95,7 +98,15 @@ def flat_attention(
     """
     if segments is None:
         return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, sliding_window=sliding_window, **kwargs
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=scaling,
+            dropout=dropout,
+            sliding_window=sliding_window,
+            **kwargs,
         )
     window = sliding_window if sliding_window and sliding_window < segments.longest else None
     if query.is_cuda and not dropout:
@@ -103,13 +114,17 @@ def flat_attention(
     return _grouped(query, key, value, segments, scaling, dropout, window), None
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, window: int | None) -> Tensor:
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, window: int | None
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn  # FlashAttention inside; torch >= 2.13 has this signature
 
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
     cu, longest = segments.cu_seqlens, segments.longest
     left = -1 if window is None else window - 1
-    out = varlen_attn(q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1])
+    out = varlen_attn(
+        q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1]
+    )
     return out[None]
 
 
@@ -123,7 +138,9 @@ def _grouped(
     window: int | None,
 ) -> Tensor:
     gqa = query.shape[1] != key.shape[1]
-    rows = [tensor[0].transpose(0, 1).flatten(1) for tensor in (query, key, value)]  # [T, heads * D]: a token's heads lie together
+    rows = [
+        tensor[0].transpose(0, 1).flatten(1) for tensor in (query, key, value)
+    ]  # [T, heads * D]: a token's heads lie together
     results = []
     for group in segments.groups:
         shape = (*group.shape, -1, query.shape[-1])

@@ -1,7 +1,7 @@
 """A vision tower, a projector and a language model become transformers' LlavaOnevisionForConditionalGeneration.
 
-Parts and whole models come from local folders in the hub's layout, or from the hub where there is a network. Nothing here downloads
-code: `trust_remote_code` is off unless asked for.
+Parts and whole models come from local folders in the hub's layout, or from the hub where there is a network. Nothing
+here downloads code: `trust_remote_code` is off unless asked for.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -31,7 +32,7 @@ from lit_vlm.model.export import OURS
 from lit_vlm.model.forward import use_flat_forward
 from lit_vlm.model.hub import quiet_transformers
 from lit_vlm.model.parts import UNUSED
-from lit_vlm.model.vocabulary import CHATML, VIDEO_TOKEN, accept_parts, add_special_tokens, grow
+from lit_vlm.model.vocabulary import CHATML, VIDEO_TOKEN, accept_parts, add_special_tokens, closing_token, grow
 from lit_vlm.types import IMAGE_TOKEN, UserError
 
 
@@ -58,7 +59,8 @@ def draw_up(model: ModelConfig, init_from: str | None = None, tiling: Tiling = T
     """Read configs and tokenizer, no weights.
 
     Args:
-        init_from: folder or hub id of a whole LLaVA-OneVision-class model; else the parts that `model` names are assembled.
+        init_from: folder or hub id of a whole LLaVA-OneVision-class model; else the parts that `model` names are
+        assembled.
 
     Raises:
         UserError: a missing folder, a model of another class, a family whose logits this class would get wrong.
@@ -73,15 +75,20 @@ def draw_up(model: ModelConfig, init_from: str | None = None, tiling: Tiling = T
     return blueprint
 
 
-def build(blueprint: Blueprint, dtype: torch.dtype = torch.float32, seed: int = 0) -> LlavaOnevisionForConditionalGeneration:
+def build(
+    blueprint: Blueprint, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> LlavaOnevisionForConditionalGeneration:
     """The model with its weights, ready for the flat forward pass. New parameters are drawn from `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if blueprint.whole:
-            model = _load(LlavaOnevisionForConditionalGeneration, blueprint.whole, blueprint.config, dtype, blueprint.source)
+            model = _load(
+                LlavaOnevisionForConditionalGeneration, blueprint.whole, blueprint.config, dtype, blueprint.source
+            )
         else:
             model = _assemble(blueprint, dtype)
         grow(model, blueprint.tokenizer, blueprint.new_tokens)
+    model.generation_config.eos_token_id = _stops(model, blueprint.tokenizer)
     blueprint.config.text_config.vocab_size = model.config.text_config.vocab_size
     use_flat_forward(model, blueprint.images)
     return model
@@ -115,7 +122,9 @@ def _whole(model: ModelConfig, init_from: str, source: dict[str, Any]) -> Bluepr
         )
     _keep_layers(config.vision_config, config.vision_feature_layer)
     config.vision_feature_layer = -1
-    return Blueprint(config, _tokenizer(init_from, source), _image_settings(init_from, config, source), [], whole=init_from, **source)
+    return Blueprint(
+        config, _tokenizer(init_from, source), _image_settings(init_from, config, source), [], whole=init_from, **source
+    )
 
 
 def _assembled(model: ModelConfig, source: dict[str, Any]) -> Blueprint:
@@ -126,6 +135,8 @@ def _assembled(model: ModelConfig, source: dict[str, Any]) -> Blueprint:
             f"model.vision_tower={model.vision_tower} is a {vision.model_type!r}; SigLIP, SigLIP 2 (fixed resolution) and CLIP towers are known."
         )
     text = _config(model.language_model, "model.language_model", source)
+    if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(text, "auto_map"):
+        raise UserError(f"model.language_model={model.language_model} is a {text.model_type!r}, which transformers knows as no language model.")
     families.check(text, model.language_model)
     _keep_layers(vision, -2 if model.vision_feature_layer is None else model.vision_feature_layer)
     if vision.model_type == "siglip_vision_model":
@@ -176,10 +187,13 @@ def _load(kind: Any, name: str, config: Any, dtype: torch.dtype, source: dict[st
     """
     try:
         with quiet_transformers():
-            model, report = kind.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **source)
+            options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}  # reported, and refused below
+            model, report = kind.from_pretrained(name, config=config, **options, **source)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{name}: its weights could not be loaded: {str(error).strip().splitlines()[0]}") from None
-    absent = [key for key in report["missing_keys"] if not UNUSED.match(f"model.vision_tower.{key}") and not UNUSED.match(key)]
+    absent = [
+        key for key in report["missing_keys"] if not UNUSED.match(f"model.vision_tower.{key}") and not UNUSED.match(key)
+    ]
     absent += [entry[0] for entry in report["mismatched_keys"]]
     if absent:
         raise UserError(
@@ -196,17 +210,27 @@ def _share_config(part: nn.Module, config: Any) -> None:
             module.config = config
 
 
+def _stops(model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Where generation ends: what the language model knew already, and the token that closes an answer here."""
+    known = model.generation_config.eos_token_id
+    known = known if isinstance(known, list) else [known]
+    return sorted({token for token in (*known, closing_token(tokenizer), tokenizer.eos_token_id) if token is not None})
+
+
 def _keep_layers(vision: Any, layer: int | list[int]) -> None:
     """Drop the tower's layers behind the one that feeds the projector, so that the last hidden state is the selected one.
 
-    Works for SigLIP with 27 layers and layer -2 (Google's) as for 26 layers and layer -1 (LLaVA-OneVision's): both keep 26.
+    Works for SigLIP with 27 layers and layer -2 (Google's) as for 26 layers and layer -1 (LLaVA-OneVision's): both keep
+    26.
     """
     if not isinstance(layer, int):
         raise UserError(f"vision_feature_layer={layer}: features of several layers are not supported; name one layer.")
     total = vision.num_hidden_layers
     kept = layer if layer >= 0 else total + 1 + layer
     if not 1 <= kept <= total:
-        raise UserError(f"vision_feature_layer={layer} of a tower with {total} layers; name one from {-total} to -1, or 1 to {total}.")
+        raise UserError(
+            f"vision_feature_layer={layer} of a tower with {total} layers; name one from {-total} to -1, or 1 to {total}."
+        )
     vision.num_hidden_layers = kept
 
 
@@ -216,14 +240,18 @@ def _config(name: str, setting: str, source: dict[str, Any]) -> Any:
         return AutoConfig.from_pretrained(name, **source)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise UserError(f"{setting}={name}: no model configuration could be read there ({first}). Give a folder with a config.json.") from None
+        raise UserError(
+            f"{setting}={name}: no model configuration could be read there ({first}). Give a folder with a config.json."
+        ) from None
 
 
 def _require_folder(name: str, setting: str) -> None:
     path = Path(name)
     looks_local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if looks_local and not path.is_dir():
-        raise UserError(f"{setting}={name}: no such folder. Give the folder that holds the model's config.json, or a hub id like 'owner/name'.")
+        raise UserError(
+            f"{setting}={name}: no such folder. Give the folder that holds the model's config.json, or a hub id like 'owner/name'."
+        )
 
 
 def _tokenizer(name: str, source: dict[str, Any]) -> PreTrainedTokenizerFast:
@@ -231,9 +259,13 @@ def _tokenizer(name: str, source: dict[str, Any]) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
-        raise UserError(f"{name}: no tokenizer could be read there ({first}). The folder needs a tokenizer.json.") from None
+        raise UserError(
+            f"{name}: no tokenizer could be read there ({first}). The folder needs a tokenizer.json."
+        ) from None
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UserError(f"{name}: its tokenizer is not a fast one (tokenizer.json), which exact supervision masks need.")
+        raise UserError(
+            f"{name}: its tokenizer is not a fast one (tokenizer.json), which exact supervision masks need."
+        )
     return tokenizer
 
 
@@ -261,7 +293,9 @@ def _chat_template(choice: str | None, tokenizer: PreTrainedTokenizerFast) -> st
     if choice == "chatml":
         missing = [token for token in ("<|im_start|>", "<|im_end|>") if token not in tokenizer.get_added_vocab()]
         if missing:
-            raise UserError(f"model.chat_template=chatml needs the tokens {', '.join(missing)}; add them to model.special_tokens.")
+            raise UserError(
+                f"model.chat_template=chatml needs the tokens {', '.join(missing)}; add them to model.special_tokens."
+            )
         return accept_parts(CHATML)
     path = Path(choice)
     if not path.is_file():

@@ -22,7 +22,10 @@ OURS = "lit_vlm.json"  # what transformers has no field for; nothing but `tiling
 
 
 def export_model(
-    model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, images: ImageSettings, folder: Path
+    model: LlavaOnevisionForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    images: ImageSettings,
+    folder: Path,
 ) -> None:
     """Write weights, configs, tokenizer, chat template and processor; adapters and new rows merged into the weights.
 
@@ -31,7 +34,6 @@ def export_model(
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     plain = _plain(model)
-    plain.generation_config.eos_token_id = _stops(plain, tokenizer)
     plain.generation_config.pad_token_id = tokenizer.pad_token_id
     with as_transformers_class(plain), quiet_transformers():
         plain.save_pretrained(beside, max_shard_size="5GB")
@@ -63,11 +65,6 @@ def _plain(model: LlavaOnevisionForConditionalGeneration) -> LlavaOnevisionForCo
 
 def _clear_hooks(module: nn.Module) -> None:
     module._forward_hooks.clear()  # copies of hooks that point at the copied rows
-
-
-def _stops(model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> int | list[int]:
-    known = model.generation_config.eos_token_id
-    return known if known is not None else tokenizer.eos_token_id
 
 
 def _processor_config(tokenizer: PreTrainedTokenizerFast, images: ImageSettings) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Language-model families whose own `ForCausalLM` does more with its logits than the head's matrix.
 
-transformers' LLaVA-OneVision class multiplies the last hidden state by the head and stops there. A family that scales its logits is
-folded into the head, once, at build; one that bends them (soft capping) cannot be, and is refused by name.
+transformers' LLaVA-OneVision class multiplies the last hidden state by the head and stops there. A family that scales
+its logits is folded into the head, once, at build; one that bends them (soft capping) cannot be, and is refused by
+name.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The flat forward pass: transformers' own modules over a flat micro-batch.
 
-`FlatOnevisionModel` is transformers' class with one more entrance, `forward(batch=...)`. It replaces the class of a built model
-(`use_flat_forward`); weights, names and everything that is saved stay transformers'. The pass stays inside the module's forward so
-that what shards or gathers parameters by hooks (ZeRO-3, FSDP2) sees it.
+`FlatOnevisionModel` is transformers' class with one more entrance, `forward(batch=...)`. It replaces the class of a
+built model (`use_flat_forward`); weights, names and everything that is saved stay transformers'. The pass stays inside
+the module's forward so that what shards or gathers parameters by hooks (ZeRO-3, FSDP2) sees it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from lit_vlm.anyres import ImageSettings, Layout
 from lit_vlm.model import attention
 from lit_vlm.types import IGNORE_INDEX, Batch
 
-# Shapes: T tokens, N tiles, M images, P patches of a tile, C channels of the tower, D width of the language model, R supervised rows.
+# Shapes: T tokens, N tiles, M images, P patches of a tile, C channels of the tower, D width of the language model, R
+# supervised rows.
 
 
 class FlatOnevisionModel(LlavaOnevisionModel):
@@ -47,8 +48,8 @@ class FlatOnevisionModel(LlavaOnevisionModel):
     def flat_embeddings(self, batch: Batch) -> Tensor:
         """[T, D]: word embeddings, image features in the places of their placeholders.
 
-        The tower runs exactly once, whatever the batch holds: without images it sees a blank tile, multiplied by zero, so
-        that ranks with and without images make the same collective calls in the same order.
+        The tower runs exactly once, whatever the batch holds: without images it sees a blank tile, multiplied by zero,
+        so that ranks with and without images make the same collective calls in the same order.
         """
         embeddings = self.get_input_embeddings()(batch.input_ids)
         if not batch.num_tiles:
@@ -58,7 +59,8 @@ class FlatOnevisionModel(LlavaOnevisionModel):
             return embeddings + 0.0 * features[0].sum().to(embeddings.dtype)
         alone = _alone(batch)
         layouts = [
-            self.image_settings.layout(*size, alone=single) for size, single in zip(batch.image_sizes, alone, strict=True)
+            self.image_settings.layout(*size, alone=single)
+            for size, single in zip(batch.image_sizes, alone, strict=True)
         ]
         features = self.flat_features(batch.tiles, layouts)
         row = torch.cat([features[i] for i in batch.image_index])
@@ -92,7 +94,8 @@ class FlatOnevisionModel(LlavaOnevisionModel):
         parameter = next(self.vision_tower.parameters())
         settings = self.image_settings
         mean, std = (
-            torch.tensor(values, device=tiles.device, dtype=torch.float32)[:, None, None] for values in (settings.mean, settings.std)
+            torch.tensor(values, device=tiles.device, dtype=torch.float32)[:, None, None]
+            for values in (settings.mean, settings.std)
         )
         pixels = ((tiles.float() * settings.do_rescale - mean) / std).to(parameter.dtype)
         layer = self.config.vision_feature_layer

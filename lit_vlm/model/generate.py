@@ -13,7 +13,10 @@ from lit_vlm.types import IGNORE_INDEX, Batch
 
 @torch.no_grad()
 def generate(
-    model: LlavaOnevisionForConditionalGeneration, batch: Batch, max_new_tokens: int = 64, eos_token_id: int | None = None
+    model: LlavaOnevisionForConditionalGeneration,
+    batch: Batch,
+    max_new_tokens: int = 64,
+    eos_token_id: int | None = None,
 ) -> list[list[int]]:
     """Token ids of each segment's answer, the end token included when it came.
 
@@ -25,8 +28,7 @@ def generate(
     try:
         embeddings = model.model.flat_embeddings(batch)
         prompts, mask = _left_padded(embeddings, _prompt_spans(batch))
-        text = model.config.text_config
-        stop = eos_token_id if eos_token_id is not None else text.eos_token_id
+        stop = eos_token_id if eos_token_id is not None else model.generation_config.eos_token_id
         stops = {stop} if isinstance(stop, int) else set(stop or ())
         output = model.generate(
             inputs_embeds=prompts,

@@ -40,7 +40,12 @@ def add_lora(model: nn.Module, part: Part, lora: Lora) -> None:
     Raises:
         UserError: no module of the part bears a target's name.
     """
-    linear = {name.rsplit(".", 1)[-1] for module in module_of(model, part) for name, child in module.named_modules() if isinstance(child, nn.Linear)}
+    linear = {
+        name.rsplit(".", 1)[-1]
+        for module in module_of(model, part)
+        for name, child in module.named_modules()
+        if isinstance(child, nn.Linear)
+    }
     linear.discard("")  # the head itself
     unknown = [target for target in lora.targets if target not in linear]
     if unknown:
@@ -54,7 +59,9 @@ def add_lora(model: nn.Module, part: Part, lora: Lora) -> None:
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     inject_adapter_in_model(config, model, adapter_name=str(part))
     for name, parameter in model.named_parameters():
-        if name.replace(".base_layer", "") in frozen:  # peft freezes the whole model; the other parts are not its business
+        if (
+            name.replace(".base_layer", "") in frozen
+        ):  # peft freezes the whole model; the other parts are not its business
             parameter.requires_grad_(frozen[name.replace(".base_layer", "")])
     for name, parameter in parameters_of(model, part):
         parameter.requires_grad_("lora_" in name)

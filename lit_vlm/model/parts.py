@@ -18,7 +18,8 @@ OWNERS = {
     "lm_head.": Part.language_model,
     "new_tokens.": Part.language_model,  # rows of tokens that this run adds
 }
-# SigLIP and CLIP normalise what nobody reads here: the projector takes the encoder's output. They would stop DDP for want of a gradient.
+# SigLIP and CLIP normalise what nobody reads here: the projector takes the encoder's output. They would stop DDP for
+# want of a gradient.
 UNUSED = re.compile(r"^model\.vision_tower\.(vision_model\.)?(post_layernorm|head)\.")
 
 
@@ -69,8 +70,8 @@ def module_of(model: nn.Module, part: Part) -> list[nn.Module]:
 def set_modes(model: nn.Module, trainable: Iterable[Part], *, checkpointed: bool) -> None:
     """Train mode for what trains, eval for what is frozen.
 
-    A frozen part that gradients cross while activations are checkpointed is in train mode with dropout 0: transformers skips the
-    checkpointing of a module in eval, silently.
+    A frozen part that gradients cross while activations are checkpointed is in train mode with dropout 0: transformers
+    skips the checkpointing of a module in eval, silently.
     """
     chosen = set(trainable)
     model.train()

@@ -15,7 +15,8 @@ CHATML = (
     "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
 )
 
-# Language models' own templates expect strings. This goes before one: contents given as parts become strings, an image its placeholder.
+# Language models' own templates expect strings. This goes before one: contents given as parts become strings, an image
+# its placeholder.
 FLATTEN = (
     "{%- set parts = namespace(messages=[]) -%}{%- for message in messages -%}{%- set text = namespace(value='') -%}"
     "{%- if message['content'] is string -%}{%- set text.value = message['content'] -%}{%- else -%}"
@@ -39,7 +40,9 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerFast, tokens: list[str]) ->
         tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
     for token in (IMAGE_TOKEN, *tokens):
         if len(tokenizer.encode(token, add_special_tokens=False)) != 1:
-            raise UserError(f"The special token {token} is not one id in this tokenizer. Remove it from model.special_tokens, or rename it.")
+            raise UserError(
+                f"The special token {token} is not one id in this tokenizer. Remove it from model.special_tokens, or rename it."
+            )
     return new
 
 
@@ -48,6 +51,20 @@ def accept_parts(template: str | None) -> str | None:
     if template is None or IMAGE_TOKEN in template:
         return template
     return FLATTEN + template
+
+
+def closing_token(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The control token with which the chat template closes an answer: what training teaches, whatever the tokenizer
+    calls its end (a base model with `chatml` ends texts with another token). None when the template cannot say."""
+    turns = [("user", "?"), ("assistant", "!!")]
+    try:
+        messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+        behind = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("!!")[2]
+    except Exception:  # Jinja raises what the template tells it to; the data side says it in full
+        return None
+    known = tokenizer.get_added_vocab()
+    found = {behind.find(token): known[token] for token in known if token in behind}
+    return found[min(found)] if found else None
 
 
 def grow(model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, new: list[str]) -> None:
@@ -79,8 +96,8 @@ def _spelling(tokenizer: PreTrainedTokenizerFast, token: str) -> list[int]:
 class NewTokens(nn.Module):
     """Trainable rows for a few tokens of a frozen vocabulary.
 
-    The tables stay as they are; hooks put these rows in their places, in training and in generation. `merge` writes them back.
-    Costs 2 * n * D parameters where training the tables would cost 2 * V * D and their optimizer states.
+    The tables stay as they are; hooks put these rows in their places, in training and in generation. `merge` writes
+    them back. Costs 2 * n * D parameters where training the tables would cost 2 * V * D and their optimizer states.
 
     Args:
         model: whose embeddings and head are frozen; the rows start as copies of theirs.

@@ -1,6 +1,7 @@
 """What all stages share: building the model, what trains, the optimizer, the exact scale of the loss.
 
-A stage is a LightningModule with plain constructor arguments: `L.Trainer().fit(SFTStage("folder"), datamodule)` needs no config.
+A stage is a LightningModule with plain constructor arguments: `L.Trainer().fit(SFTStage("folder"), datamodule)` needs
+no config.
 """
 
 from __future__ import annotations
@@ -38,15 +39,14 @@ class Stage(L.LightningModule):
     """A stage of training.
 
     Args:
-        model: a folder or hub id of a LLaVA-OneVision-class model, a `Blueprint` of parts, or a model that is built already;
+        model: a folder or hub id of a LLaVA-OneVision-class model, a `Blueprint` of parts, or a model that is built
+        already;
             None only where `load_from_checkpoint` brings it.
-        trainable: parts that train; the others are frozen.
-        learning_rate: peak; parts may name their own in `parts`, as in `{"vision_tower": {"learning_rate": 2e-6}}`.
-        weight_decay, warmup, schedule, min_learning_rate, adam_betas, adam_eps: see `OptimizerOptions`.
-        activation_checkpointing: recompute activations in backward.
-        parts: per part `learning_rate`, `weight_decay`, `warmup`, and `lora` with `rank`, `alpha`, `dropout`, `targets`.
-        tiling: how images are tiled; must be the data's.
-        dtype: of the weights, "float32" or "bfloat16".
+        trainable: parts that train; the others are frozen. learning_rate: peak; parts may name their own in `parts`, as
+        in `{"vision_tower": {"learning_rate": 2e-6}}`. weight_decay, warmup, schedule, min_learning_rate, adam_betas,
+        adam_eps: see `OptimizerOptions`. activation_checkpointing: recompute activations in backward. parts: per part
+        `learning_rate`, `weight_decay`, `warmup`, and `lora` with `rank`, `alpha`, `dropout`, `targets`. tiling: how
+        images are tiled; must be the data's. dtype: of the weights, "float32" or "bfloat16".
     """
 
     default_trainable: tuple[Part, ...] = tuple(Part)
@@ -106,6 +106,7 @@ class Stage(L.LightningModule):
         if isinstance(given, dict):  # a checkpoint: its own weights follow
             self._new_ids = given["new_ids"]
             model = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig.from_dict(given["config"])).to(dtype)
+            model.generation_config.eos_token_id = given["stops"]
             use_flat_forward(model, _settings_from(given["images"]))
             return model
         self._new_ids = []
@@ -147,8 +148,12 @@ class Stage(L.LightningModule):
         self.set_modes()
         self._require_images()
         crossing = self.hparams["activation_checkpointing"]
-        if crossing and not any(getattr(m, "gradient_checkpointing", False) and m.training for m in self.model.modules()):
-            raise UserError("stage.activation_checkpointing=true has no effect on this model: transformers checkpoints none of its layers.")
+        if crossing and not any(
+            getattr(m, "gradient_checkpointing", False) and m.training for m in self.model.modules()
+        ):
+            raise UserError(
+                "stage.activation_checkpointing=true has no effect on this model: transformers checkpoints none of its layers."
+            )
 
     def _require_images(self) -> None:
         index = getattr(getattr(self.trainer, "datamodule", None), "index", None)
@@ -165,7 +170,8 @@ class Stage(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.step_loss(batch)
         self._log_step(loss.detach(), batch)
-        # Lightning divides by accumulate_grad_batches and the strategy averages over ranks; the loss is a sum over all of them
+        # Lightning divides by accumulate_grad_batches and the strategy averages over ranks; the loss is a sum over all
+        # of them
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def step_loss(self, batch: Batch) -> Tensor:
@@ -189,7 +195,8 @@ class Stage(L.LightningModule):
         """Every parameter that should train got a gradient, every part a non-zero one, and no other did.
 
         Args:
-            with_images: False when no sample of the step has an image; the vision side's gradients are zero then, and rightly.
+            with_images: False when no sample of the step has an image; the vision side's gradients are zero then, and
+            rightly.
 
         Raises:
             UserError: naming the parameters; the run would train something else than it says.
@@ -255,7 +262,12 @@ class Stage(L.LightningModule):
         assert self.model is not None
         settings = self.model.model.image_settings
         images = asdict(settings) | {"tiling": settings.tiling.value}
-        checkpoint["lit_vlm"] = {"config": self.model.config.to_dict(), "images": images, "new_ids": list(self._new_ids)}
+        checkpoint["lit_vlm"] = {
+            "config": self.model.config.to_dict(),
+            "images": images,
+            "new_ids": list(self._new_ids),
+            "stops": self.model.generation_config.eos_token_id,
+        }
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = dict(self.hparams)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -25,8 +25,8 @@ from lit_vlm.types import Batch, Part, UserError
 class DPOStage(Stage):
     """Direct preference optimisation (arXiv 2305.18290) and its relatives; names and meanings are TRL's.
 
-    The reference is the model that the stage starts from: a frozen copy, or, under LoRA, the model with its adapters off. It
-    comes from `reference` when that names another folder, and never from a name inside a config.
+    The reference is the model that the stage starts from: a frozen copy, or, under LoRA, the model with its adapters
+    off. It comes from `reference` when that names another folder, and never from a name inside a config.
 
     Args:
         model: the policy to start from; see `Stage`.
@@ -53,7 +53,7 @@ class DPOStage(Stage):
         reference: str | Path | None = None,
         **stage: Any,
     ) -> None:
-        own = {
+        own: dict[str, Any] = {
             "beta": beta,
             "loss_type": list(loss_type),
             "loss_weights": list(loss_weights) if loss_weights else None,
@@ -104,14 +104,23 @@ class DPOStage(Stage):
             return loss
         self._check_first_loss(loss, batch)
         for name, value in metrics.items():
-            self.log(f"train/{name}", value, batch_size=batch.num_pairs)  # this rank's pairs; val/ metrics cover all ranks
+            self.log(
+                f"train/{name}", value, batch_size=batch.num_pairs
+            )  # this rank's pairs; val/ metrics cover all ranks
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Logs `val/loss`, `val/rewards/accuracies` and `val/rewards/margins`, each a mean over pairs."""
         loss, metrics = self._preference(batch, training=False)
-        known = {"val/loss": self.val_loss, "val/rewards/accuracies": self.val_accuracy, "val/rewards/margins": self.val_margin}
-        for name, metric in known.items():  # on a blank batch too: other ranks wait for this one when metrics are gathered
+        known = {
+            "val/loss": self.val_loss,
+            "val/rewards/accuracies": self.val_accuracy,
+            "val/rewards/margins": self.val_margin,
+        }
+        for (
+            name,
+            metric,
+        ) in known.items():  # on a blank batch too: other ranks wait for this one when metrics are gathered
             self.log(name, metric, on_epoch=True, on_step=False, prog_bar=name != "val/rewards/margins", batch_size=1)
         if not batch.blank:
             self.val_loss.update(loss, weight=batch.num_pairs)

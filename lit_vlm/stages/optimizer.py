@@ -56,13 +56,16 @@ def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.A
                 groups.append({"params": members, "lr": rate, "weight_decay": decay, "part": part.value})
     fused = all(parameter.is_floating_point() for group in groups for parameter in group["params"])
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps, fused=fused)
-    # Lightning refuses to clip the gradients of an optimizer that unscales them itself, as the fused one offers to; under bf16-mixed
+    # Lightning refuses to clip the gradients of an optimizer that unscales them itself, as the fused one offers to;
+    # under bf16-mixed
     # there is no scale, and under 16-mixed the scaler then unscales before the clipping.
     optimizer._step_supports_amp_scaling = False
     return optimizer
 
 
-def make_scheduler(optimizer: torch.optim.Optimizer, options: OptimizerOptions, num_steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+def make_scheduler(
+    optimizer: torch.optim.Optimizer, options: OptimizerOptions, num_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
     curves = [rate_curve(options, Part(group["part"]), num_steps) for group in optimizer.param_groups]
     return torch.optim.lr_scheduler.LambdaLR(optimizer, curves)
 

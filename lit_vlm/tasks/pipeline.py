@@ -33,13 +33,18 @@ def pipeline(run: Run) -> None:
         console.rule(f"{number}/{len(stages)}  {experiment}", align="left")
         exit_code = subprocess.run(command(stage, words), check=False).returncode
         if exit_code:
-            raise UserError(f"{experiment} ended with exit status {exit_code}; see above. `python run.py` goes on with it when that is mended.")
+            raise UserError(
+                f"{experiment} ended with exit status {exit_code}; see above. `python run.py` goes on with it when that is mended."
+            )
         folders.append(stage.dir)
     report = Path(run.config.run_dir) / _report_name(run, folders)
     write_report(report, folders, run.config.recipe)
     console.print(summary_table(folders))
     console.print(f"{time.monotonic() - began:.0f} s in all. Report: {report}", soft_wrap=True)
-    console.print(f"Model: {folders[-1] / 'hf'}   Ask it: python run.py task=chat init_from={folders[-1] / 'hf'} image=PICTURE", soft_wrap=True)
+    console.print(
+        f"Model: {folders[-1] / 'hf'}   Ask it: python run.py task=chat init_from={folders[-1] / 'hf'} image=PICTURE",
+        soft_wrap=True,
+    )
 
 
 def command(stage: Run, words: list[str]) -> list[str]:
@@ -47,7 +52,15 @@ def command(stage: Run, words: list[str]) -> list[str]:
     devices = stage.config.trainer.devices
     if devices == 1:
         return [sys.executable, str(RUN), *words]
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}", str(RUN), *words]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={devices}",
+        str(RUN),
+        *words,
+    ]
 
 
 def _report_name(run: Run, folders: list[Path]) -> str:

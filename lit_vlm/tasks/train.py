@@ -14,9 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from callbacks import make_callbacks
-from lit_vlm.anyres import Tiling
 from lit_vlm.config import Run
-from lit_vlm.config.schema import DataConfig, Debug, RunConfig, StageConfig
+from lit_vlm.config.schema import DataConfig, Debug, RunConfig, StageConfig, StageName
 from lit_vlm.cost import Flops
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.processor import Processor, check_vocabulary
@@ -38,7 +37,7 @@ from lit_vlm.engine.trainer import FEW_STEPS, make_trainer
 from lit_vlm.model.build import Blueprint, draw_up
 from lit_vlm.model.tiny import tiny_parts
 from lit_vlm.stages import STAGES, Stage
-from lit_vlm.types import Source
+from lit_vlm.types import Source, UserError
 
 console = Console(highlight=False)
 log = logging.getLogger(__name__)
@@ -61,13 +60,14 @@ def train(run: Run) -> None:
         say(f"{run.name}: finished already, in {folder.path}. Start it anew with overwrite=true.")
         return
 
-    blueprint = draw_up(with_parts(config, run.dir), run.init_from, Tiling(config.data.tiling.value))
+    blueprint = draw_up(with_parts(config, run.dir), run.init_from, config.data.tiling)
     processor = Processor(blueprint.tokenizer, blueprint.images)
     check_vocabulary(processor)
     stage = make_stage(config.stage, blueprint, config)
     datamodule = make_datamodule(config, processor, sources, held_out, flops_of(blueprint, config.stage))
     datamodule.build()
     quarantined = settle(config.data, datamodule, folder)
+    require_records_of(config.stage, datamodule)
 
     callbacks = make_callbacks(config.callbacks, run.dir, max_samples=config.data.validation.max_samples)
     trainer = make_trainer(config, run.dir, run.name, callbacks)
@@ -75,7 +75,8 @@ def train(run: Run) -> None:
     trainer.log_every_n_steps = min(trainer.log_every_n_steps, plan.num_steps)  # a short run leaves a row, too
     stage.configure_model()
     show_start(run, stage, datamodule)
-    folder.update(  # not earlier: a mistake in the data, the model or the trainer's settings leaves an older run as it is
+    # not earlier: a mistake in the data, the model or the trainer's settings leaves an older run as it is
+    folder.update(
         trained=[row.as_dict() for row in stage.part_summary],
         data=folder.manifest["data"]
         | {
@@ -85,15 +86,27 @@ def train(run: Run) -> None:
             "mixture": mixture_of(datamodule),
             "quarantined": quarantined,
         },
-        plan={"steps": plan.num_steps, "k": plan.k, "global_batch_size": plan.global_batch_size, "world_size": plan.world_size},
+        plan={
+            "steps": plan.num_steps,
+            "k": plan.k,
+            "global_batch_size": plan.global_batch_size,
+            "world_size": plan.world_size,
+        },
     )
     if is_rank_zero():
-        write_atomically(run.dir / "config.yaml", yaml.safe_dump(to_plain(asdict(config)), allow_unicode=True, sort_keys=False))
+        write_atomically(
+            run.dir / "config.yaml", yaml.safe_dump(to_plain(asdict(config)), allow_unicode=True, sort_keys=False)
+        )
 
     trainer.fit(stage, datamodule)
 
     if is_rank_zero():
-        figures = {key: value for callback in callbacks if hasattr(callback, "figures") for key, value in callback.figures().items()}
+        figures = {
+            key: value
+            for callback in callbacks
+            if hasattr(callback, "figures")
+            for key, value in callback.figures().items()
+        }
         figures |= {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
         weights = digest_of_weights(folder.hf) if folder.hf.is_dir() else ""
         now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -102,9 +115,13 @@ def train(run: Run) -> None:
         say(f"{run.name}: done. Model: {folder.hf}   Report: {run.dir / 'report.html'}")
 
 
+def most_scored(config: RunConfig) -> int:
+    return FEW_STEPS if config.debug is Debug.fast else config.data.validation.max_samples
+
+
 def open_sources(data: DataConfig, seed: int) -> tuple[list[Source], list[Source]]:
     """Training sources, and validation sources where there are own ones."""
-    options = {"max_image_pixels": data.max_image_pixels, "seed": seed}
+    options: dict[str, Any] = {"max_image_pixels": data.max_image_pixels, "seed": seed}
     sources = [open_source(name, source, **options) for name, source in data.sources.items()]
     held_out = [open_source(name, source, held_out=True, **options) for name, source in data.validation.sources.items()]
     return sources, held_out
@@ -123,10 +140,14 @@ def with_parts(config: RunConfig, run_dir: Path) -> Any:
 def make_stage(stage: StageConfig, blueprint: Blueprint, config: RunConfig) -> Stage:
     options = to_plain(asdict(stage))
     dtype = "bfloat16" if config.trainer.precision == "bf16-true" else "float32"
-    return STAGES[options.pop("name")](blueprint, **options, tiling=config.data.tiling.value, dtype=dtype, seed=config.seed)
+    return STAGES[options.pop("name")](
+        blueprint, **options, tiling=config.data.tiling.value, dtype=dtype, seed=config.seed
+    )
 
 
-def make_datamodule(config: RunConfig, processor: Processor, sources: list[Source], held_out: list[Source], flops: Flops) -> DataModule:
+def make_datamodule(
+    config: RunConfig, processor: Processor, sources: list[Source], held_out: list[Source], flops: Flops
+) -> DataModule:
     data, trainer = config.data, config.trainer
     weights = [source.weight for source in data.sources.values()]
     return DataModule(
@@ -168,6 +189,22 @@ def settle(data: DataConfig, datamodule: DataModule, folder: RunFolder) -> dict[
     if is_rank_zero():
         quarantine.settle(data.on_bad_record, data.max_quarantined, dict(totals), folder.path / "quarantine.jsonl")
     return dict(Counter(name for index in (datamodule.index, datamodule.held_out) for name, _ in index.errors))
+
+
+def require_records_of(stage: StageConfig, datamodule: DataModule) -> None:
+    """Pairs for dpo and conversations for the other stages; with format=auto only the files tell which they are.
+
+    Raises:
+        UserError: naming the sources that hold the other kind.
+    """
+    dpo, wrong = stage.name is StageName.dpo, set()
+    for index in (datamodule.index, datamodule.held_out):
+        wrong |= {index.sources[number].name for number in set(index.source_of[(index.chosen > 0) != dpo].tolist())}
+    names = ", ".join(sorted(wrong))
+    if wrong and dpo:
+        raise UserError(f"data.sources: {names}: no preference pairs, and stage=dpo needs them; choose data=preference.")
+    if wrong:
+        raise UserError(f"data.sources: {names}: preference pairs, which stage={stage.name.value} cannot use; choose other data or dpo.")
 
 
 def mixture_of(datamodule: DataModule) -> list[dict[str, Any]]:

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from conftest import blueprint_of, builtin
 from lightning.pytorch.loggers import CSVLogger
+from support import blueprint_of, builtin
 
 from callbacks import CALLBACKS, Guard, LanguageLoss, Report, Samples, Throughput, make_callbacks
 from lit_vlm.anyres import Tiling
@@ -66,7 +66,13 @@ def fit(blueprint, callbacks, *, stage_class=SFTStage, kinds=KINDS, folder=None,
     logger = CSVLogger(folder, name="", version="") if folder else False
     quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = L.Trainer(
-        accelerator="cpu", max_epochs=1, num_sanity_val_steps=0, log_every_n_steps=2, logger=logger, callbacks=callbacks, **quiet
+        accelerator="cpu",
+        max_epochs=1,
+        num_sanity_val_steps=0,
+        log_every_n_steps=2,
+        logger=logger,
+        callbacks=callbacks,
+        **quiet,
     )
     module_stage = stage_class(blueprint, learning_rate=1e-3, **stage)
     trainer.fit(module_stage, module)
@@ -124,7 +130,10 @@ def test_the_token_weighted_mean_of_the_language_losses_is_the_validation_loss(b
     trainer, stage, module = fit(blueprint, [LanguageLoss()])
     metrics, index = {name: float(value) for name, value in trainer.callback_metrics.items()}, module.held_out
     for names in (index.languages, index.kinds):
-        tokens = {str(name): sum(int(n) for n, other in zip(index.supervised, names, strict=True) if other == name) for name in names}
+        tokens = {
+            str(name): sum(int(n) for n, other in zip(index.supervised, names, strict=True) if other == name)
+            for name in names
+        }
         assert len(tokens) > 1
         mean = sum(count * metrics[f"val/loss_{name}"] for name, count in tokens.items()) / sum(tokens.values())
         assert mean == pytest.approx(metrics["val/loss"], rel=1e-5)
@@ -132,7 +141,9 @@ def test_the_token_weighted_mean_of_the_language_losses_is_the_validation_loss(b
 
 def test_a_stage_without_losses_per_segment_is_left_alone(blueprint, tmp_path):
     samples, losses = Samples(tmp_path, shown=1), LanguageLoss()
-    trainer, _, _ = fit(blueprint, [losses, samples], stage_class=DPOStage, kinds=("preference",), data={"max_steps": 1})
+    trainer, _, _ = fit(
+        blueprint, [losses, samples], stage_class=DPOStage, kinds=("preference",), data={"max_steps": 1}
+    )
     assert "val/loss" in trainer.callback_metrics and "val/loss_ko" not in trainer.callback_metrics
     row = read_run(tmp_path).samples[0]
     chosen = {record.id: record.chosen.text for record in (trainer.datamodule.held_out.record(i) for i in range(10))}

@@ -1,5 +1,6 @@
 """run.py as a person meets it: help, errors, Hydra's own flags. Real processes, real imports, real exit codes."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -64,7 +65,7 @@ def test_help_settings_shows_every_setting_with_a_meaning():
     lines = text.splitlines()
     bare = [
         line
-        for line, after in zip(lines, lines[1:], strict=False)
+        for line, after in itertools.pairwise(lines)
         if line.startswith("  ") and line[2] != " " and after[:6] != " " * 6
     ]
     assert bare == []

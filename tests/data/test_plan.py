@@ -4,7 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import builtin, sample
+from support import builtin, sample
 
 from lit_vlm.data.datamodule import DataModule, TrainMicroBatches
 from lit_vlm.data.index import build_index, split
@@ -16,7 +16,9 @@ KINDS = ("caption", "number", "grounding", "text", "multi_image")
 
 @pytest.fixture
 def module(processor):
-    return DataModule(processor, builtin(*KINDS, n=40), 0.1, global_batch_size=16, tokens_per_micro_batch=4096, max_epochs=2.0)
+    return DataModule(
+        processor, builtin(*KINDS, n=40), 0.1, global_batch_size=16, tokens_per_micro_batch=4096, max_epochs=2.0
+    )
 
 
 def plan_of(module: DataModule, **changes) -> Plan:

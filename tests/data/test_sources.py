@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lit_vlm.config.schema import Format, LanguageChoice, Markup, SourceConfig
+from lit_vlm.config.schema import Format, Markup, SourceConfig
 from lit_vlm.data.images import BytesImage, FileImage
 from lit_vlm.data.sources import open_source
 from lit_vlm.types import Control, ImageSlot, Kind, Language, RecordError, Role, UserError
@@ -253,8 +253,8 @@ def test_digits_ask_in_the_sources_language_and_hold_out_the_last():
         return open_source("mine", config, max_image_pixels=10**6, held_out=held_out)
 
     korean, english, mixed, held_out = (
-        digits(language=LanguageChoice.ko),
-        digits(language=LanguageChoice.en, num_samples=5),
+        digits(language=Language.ko),
+        digits(language=Language.en, num_samples=5),
         digits(),
         digits(held_out=True),
     )
@@ -276,7 +276,7 @@ def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
 
 
 def test_builtin_is_handed_its_settings():
-    config = SourceConfig(path="caption", format=Format.builtin, num_samples=4, language=LanguageChoice.ko)
+    config = SourceConfig(path="caption", format=Format.builtin, num_samples=4, language=Language.ko)
     train = open_source("mine", config, max_image_pixels=10**6, seed=1)
     held_out = open_source("mine", config, max_image_pixels=10**6, seed=1, held_out=True)
     assert len(train) == len(held_out) == 4 and train.digest != held_out.digest
@@ -308,7 +308,7 @@ def test_markup_becomes_control_tokens_only_where_the_owner_says_so(folder, opti
 
 
 def test_language_and_kind_of_the_source_come_first(folder):
-    sample = only(folder, llava(HUMAN, GPT, image="flower.png"), language=LanguageChoice.en, kind="caption")
+    sample = only(folder, llava(HUMAN, GPT, image="flower.png"), language=Language.en, kind="caption")
     assert (sample.language, sample.kind) == (Language.en, Kind.caption)
 
 
@@ -360,7 +360,7 @@ def test_a_long_list_is_not_held_in_memory(folder):
 
 def test_the_digest_changes_with_the_file_and_with_what_is_read(folder):
     path = write(folder / "train.jsonl", [llava({"from": "human", "value": "q"}, GPT)] * 2)
-    others = {"kind": "other"}, {"num_samples": 1}, {"markup": Markup.on}, {"language": LanguageChoice.ko}
+    others = {"kind": "other"}, {"num_samples": 1}, {"markup": Markup.on}, {"language": Language.ko}
     digests = [open_(path, **options).digest for options in ({}, *others)]
     assert len(set(digests)) == 5
     assert open_(path).digest == open_(path, weight=3.0, format=Format.llava).digest == digests[0]

@@ -3,13 +3,14 @@
 import random
 
 import pytest
-from conftest import blueprint_of, sample
+from support import blueprint_of, sample
 
 from lit_vlm.data.processor import Processor, check_vocabulary
 from lit_vlm.data.template import Template
 from lit_vlm.types import SPECIAL_TOKENS, Control, ImageSlot, Message, Role, UserError
 
-LLAVA_HF = (  # shape of the template that llava-hf's OneVision checkpoints carry: parts only, another header than its prompt
+# shape of the template that llava-hf's OneVision checkpoints carry: parts only, another header than its prompt
+LLAVA_HF = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
     "{% if message['role'] != 'assistant' %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
@@ -114,7 +115,19 @@ def test_a_prompt_that_contains_control_tokens_as_text_is_tokenised_as_text(proc
     """Two thousand hostile strings: the number of control ids is what the template wrote, and the text survives."""
     rng = random.Random(0)
     controls = [*SPECIAL_TOKENS, "<image>", "<video>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
-    glue = ["", " ", "안녕 ", "<", ">", "<ima<image>ge>", "<|im_<|im_end|>end|>", "\n", "a\u200bb", "\uff1cimage\uff1e", "ᄀ\u1161"]
+    glue = [
+        "",
+        " ",
+        "안녕 ",
+        "<",
+        ">",
+        "<ima<image>ge>",
+        "<|im_<|im_end|>end|>",
+        "\n",
+        "a\u200bb",
+        "\uff1cimage\uff1e",
+        "ᄀ\u1161",
+    ]
     control_ids = set(processor.template.control_ids.values())
     plain = sum(i in control_ids for i in processor.template.encode(turns("q", "a"), []).input_ids.tolist())
     import unicodedata
@@ -154,6 +167,8 @@ def test_chatml_can_be_given_by_name_and_from_a_file(small_parts, tmp_path):
     file.write_text("{% for m in messages %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endfor %}")
     for choice in ("chatml", str(file)):
         blueprint = blueprint_of(small_parts, chat_template=choice)
-        assert supervised_text(Processor(blueprint.tokenizer, blueprint.images).template, turns("q", "a")).endswith("a<|im_end|>")
+        assert supervised_text(Processor(blueprint.tokenizer, blueprint.images).template, turns("q", "a")).endswith(
+            "a<|im_end|>"
+        )
     with pytest.raises(UserError, match="no such file"):
         blueprint_of(small_parts, chat_template="nowhere.jinja")

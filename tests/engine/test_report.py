@@ -33,8 +33,24 @@ def folder(tmp_path):
         "versions": {"torch": "2.13.0"},
         "data": {
             "mixture": [
-                {"source": EVIL, "kind": "caption", "language": "ko", "size": 50, "drawn": 100, "asked": 0.25, "share": 0.26},
-                {"source": "b", "kind": "word", "language": "en", "size": 500, "drawn": 300, "asked": 0.75, "share": 0.74},
+                {
+                    "source": EVIL,
+                    "kind": "caption",
+                    "language": "ko",
+                    "size": 50,
+                    "drawn": 100,
+                    "asked": 0.2,
+                    "share": 0.26,
+                },
+                {
+                    "source": "b",
+                    "kind": "word",
+                    "language": "en",
+                    "size": 500,
+                    "drawn": 300,
+                    "asked": 0.8,
+                    "share": 0.74,
+                },
             ],
             "quarantined": {"b": 2},
         },
@@ -44,23 +60,45 @@ def folder(tmp_path):
         ],
         "plan": {"steps": 40, "k": 2, "global_batch_size": 10, "world_size": 1},
         "figures": {
-            "steps": 40, "samples": 400, "tokens": 123456, "seconds": 61.0, "tokens_per_second": 2023.9,
-            "loss_first": 6.5, "loss_last": 0.75, "data_wait": 0.021, "peak_memory_bytes": 2**30,
-            "scores": {"before": {"caption_ko": 0.0, "multi_image_en": 0.5}, "after": {"caption_ko": 0.9, "multi_image_en": 0.4}},
+            "steps": 40,
+            "samples": 400,
+            "tokens": 123456,
+            "seconds": 61.0,
+            "tokens_per_second": 2023.9,
+            "loss_first": 6.5,
+            "loss_last": 0.75,
+            "data_wait": 0.021,
+            "peak_memory_bytes": 2**30,
+            "scores": {
+                "before": {"caption_ko": 0.0, "multi_image_en": 0.5},
+                "after": {"caption_ko": 0.9, "multi_image_en": 0.4},
+            },
             "num_scored": {"caption_ko": 200, "multi_image_en": 10},
         },
-    }  # fmt: skip
+    }
     (run / "manifest.json").write_text(json.dumps(manifest))
     rows = ["step,train/loss,val/loss,val/loss_ko,train/rewards/accuracies"]
-    rows += [f"{step},{6.0 / (step + 1)},{'0.8' if step == 39 else ''},{'0.7' if step == 39 else ''},0.6" for step in range(40)]
+    rows += [
+        f"{step},{6.0 / (step + 1)},{'0.8' if step == 39 else ''},{'0.7' if step == 39 else ''},0.6"
+        for step in range(40)
+    ]
     (run / "metrics.csv").write_text("\n".join(rows) + "\n")
-    sample = {"id": "x", "source": "s", "kind": "grounding", "language": "ko", "prompt": f"<image> {EVIL} 어디?", "reference": "<obj>별</obj>"}
+    sample = {"id": "x", "source": "s", "kind": "grounding", "language": "ko", "reference": "<obj>별</obj>"}
+    sample["prompt"] = f"<image> {EVIL} 어디?"
     lines = [
         {**sample, "phase": "before", "prediction": EVIL, "score": 0.0, "images": ["samples/a_before.png"]},
-        {**sample, "phase": "after", "prediction": "별\u2028끝", "score": 1.0, "images": ["samples/a_after.png", "../../secret.png"]},
+        {
+            **sample,
+            "phase": "after",
+            "prediction": "별\u2028끝",
+            "score": 1.0,
+            "images": ["samples/a_after.png", "../../secret.png"],
+        },
     ]
     Image.new("RGB", (9, 9)).save(tmp_path / "secret.png")
-    (run / "samples.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    (run / "samples.jsonl").write_text(
+        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
+    )
     (run / "quarantine.jsonl").write_text(json.dumps({"source": "b", "origin": "t.jsonl:7", "reason": EVIL}) + "\n")
     (run / "config.yaml").write_text(f"run_name: {EVIL}\n")
     return run
@@ -84,7 +122,9 @@ def test_what_a_model_or_a_dataset_says_is_escaped(folder):
     page = page_of(folder)
     assert "<script" not in page
     assert "<img src=x" not in page
-    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 7  # title, command, source, prompt, prediction, reason, settings
+    assert (
+        page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 7
+    )  # title, command, source, prompt, prediction, reason, settings
 
 
 def test_pictures_outside_the_run_stay_outside(folder):
@@ -96,7 +136,16 @@ def test_the_page_and_the_terminal_show_the_same_figures(folder):
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(summary_table([folder]))
     for text in (page, console.export_text()):
-        for figure in ("tiny/2_sft", "1 min 1 s", "projector 18.7 k", "400", "123 k", "2,024", "6.50 \u2192 0.75", "0.25 \u2192 0.65"):
+        for figure in (
+            "tiny/2_sft",
+            "1 min 1 s",
+            "projector 18.7 k",
+            "400",
+            "123 k",
+            "2,024",
+            "6.50 \u2192 0.75",
+            "0.25 \u2192 0.65",
+        ):
             assert figure in text, figure
     assert "0123456789ab, with local changes" in page
     assert "0.00 \u2192 0.90" in page
@@ -111,7 +160,9 @@ def test_several_stages_are_compared(folder, tmp_path):
     second = tmp_path / "3_highres"
     second.mkdir()
     scores = {"before": {"caption_ko": 0.9}, "after": {"caption_ko": 0.3}}
-    (second / "manifest.json").write_text(json.dumps({"name": "tiny/3_highres", "stage": "highres", "figures": {"scores": scores}}))
+    (second / "manifest.json").write_text(
+        json.dumps({"name": "tiny/3_highres", "stage": "highres", "figures": {"scores": scores}})
+    )
     page = page_of(folder, second)
     assert "Held-out score after each stage" in page
     assert page.index("<th colspan") < page.index("highres</th>")
@@ -147,7 +198,8 @@ def test_ticks_are_round_numbers_between_the_ends():
 
 
 def test_numbers_are_written_for_people(tmp_path):
-    assert [short(n) for n in (0, 9999, 12_345, 999_999, 4_560_000, 7.2e9, None)] == ["0", "9,999", "12.3 k", "1000 k", "4.56 M", "7.20 G", ""]
+    counts = {0: "0", 9999: "9,999", 12_345: "12.3 k", 456_000: "456 k", 4_560_000: "4.56 M", 7.2e9: "7.20 G", None: ""}
+    assert [short(count) for count in counts] == list(counts.values())
     assert [duration(s) for s in (3.54, 61, 3_720, None)] == ["3.5 s", "1 min 1 s", "1 h 2 min", ""]
     assert split_group("multi_image_ko") == ("multi_image", "ko")
     assert read_run(tmp_path / "none").name == "none"

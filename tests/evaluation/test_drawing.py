@@ -23,7 +23,9 @@ def test_boxes_are_drawn_in_their_colours_at_a_readable_size():
 
 
 def test_boxes_beyond_the_picture_are_cut_at_its_edges():
-    drawn = draw_boxes(Image.new("RGB", (300, 300), "white"), marks_of("<obj>a</obj><bbox>-3, -1, 9, 2</bbox>", REFERENCE))
+    drawn = draw_boxes(
+        Image.new("RGB", (300, 300), "white"), marks_of("<obj>a</obj><bbox>-3, -1, 9, 2</bbox>", REFERENCE)
+    )
     assert drawn.getpixel((0, 150)) == drawn.getpixel((299, 150)) == drawn.getpixel((150, 299)) == GREEN
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import blueprint_of, sample
+from support import blueprint_of, sample
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,7 +31,13 @@ from lit_vlm.model.parts import part_of
 from lit_vlm.model.tiny import make_tokenizer, make_vision_tower
 from lit_vlm.types import SPECIAL_TOKENS, Part, UserError
 
-SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
 
 
 def language_folder(folder: Path, config_class, **settings) -> str:
@@ -50,7 +56,10 @@ FAMILIES = {
     "qwen2": (Qwen2Config, {"tie_word_embeddings": False}),
     "qwen3": (Qwen3Config, {"head_dim": 8, "tie_word_embeddings": True}),
     "llama": (LlamaConfig, {}),
-    "hyperclovax": (HyperCLOVAXConfig, {"embedding_multiplier": 3.0, "logits_scaling": 0.25, "tie_word_embeddings": True}),
+    "hyperclovax": (
+        HyperCLOVAXConfig,
+        {"embedding_multiplier": 3.0, "logits_scaling": 0.25, "tie_word_embeddings": True},
+    ),
     "granite": (GraniteConfig, {"embedding_multiplier": 2.0, "logits_scaling": 4.0, "residual_multiplier": 0.5}),
 }
 
@@ -90,7 +99,9 @@ def test_every_parameter_belongs_to_exactly_one_part(model):
 @pytest.mark.parametrize(("layers", "layer"), [(27, None), (26, -1), (27, -2), (27, 26)])
 def test_the_selected_layer_is_the_same_for_26_and_27_layer_towers(tmp_path, small_parts, layers, layer):
     """Google's checkpoint has 27 layers and feeds the last but one; LLaVA-OneVision's has 26 and feeds the last."""
-    make_vision_tower(tmp_path / "full", hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=27)
+    make_vision_tower(
+        tmp_path / "full", hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=27
+    )
     folder = tmp_path / "tower"
     if layers == 26:
         full = SiglipVisionModel.from_pretrained(tmp_path / "full")
@@ -115,8 +126,21 @@ def test_a_layer_that_the_tower_lacks_is_refused(small_parts):
 
 
 def test_a_whole_siglip_checkpoint_serves_as_a_tower(tmp_path, small_parts):
-    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 56, "patch_size": 14}
-    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 20}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": 56,
+        "patch_size": 14,
+    }
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 20,
+    }
     torch.manual_seed(0)
     both = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
     both.save_pretrained(tmp_path)
@@ -128,7 +152,9 @@ def test_a_whole_siglip_checkpoint_serves_as_a_tower(tmp_path, small_parts):
 
 
 def test_a_clip_tower_drops_its_class_token(tmp_path, small_parts):
-    config = CLIPVisionConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14)
+    config = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=56, patch_size=14
+    )
     CLIPVisionModel(config).save_pretrained(tmp_path)
     blueprint = blueprint_of((str(tmp_path), small_parts[1]))
     processor, model = Processor(blueprint.tokenizer, blueprint.images), build(blueprint)
@@ -187,7 +213,11 @@ def test_a_folder_with_half_of_its_weights_is_refused(small_parts, tmp_path):
 
     shutil.copytree(small_parts[1], tmp_path / "half")
     tensors = load_file(tmp_path / "half" / "model.safetensors")
-    save_file({k: v for k, v in tensors.items() if "layers.1" not in k}, tmp_path / "half" / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: v for k, v in tensors.items() if "layers.1" not in k},
+        tmp_path / "half" / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     with pytest.raises(UserError, match="weights are missing or of another shape"):
         build(blueprint_of((small_parts[0], str(tmp_path / "half"))))
 
@@ -214,12 +244,27 @@ def test_a_checkpoint_of_another_model_is_refused(small_parts):
 
 def test_varco_vision_14b_builds_at_full_size_with_the_published_counts(tmp_path):
     """Published: so400m towers of 27 layers, of which 26 feed; Qwen2.5-14B 14.7 B (13.1 B without embeddings)."""
-    vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16, "image_size": 384, "patch_size": 14}
+    vision = {
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_hidden_layers": 27,
+        "num_attention_heads": 16,
+        "image_size": 384,
+        "patch_size": 14,
+    }
     SiglipVisionConfig(**vision).save_pretrained(tmp_path / "tower")
-    language = {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8}
+    language = {
+        "hidden_size": 5120,
+        "intermediate_size": 13824,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 40,
+        "num_key_value_heads": 8,
+    }
     tokenizer = make_tokenizer()
     tokenizer.save_pretrained(tmp_path / "language")
-    Qwen2Config(**language, vocab_size=152064, max_position_embeddings=32768, tie_word_embeddings=False).save_pretrained(tmp_path / "language")
+    Qwen2Config(
+        **language, vocab_size=152064, max_position_embeddings=32768, tie_word_embeddings=False
+    ).save_pretrained(tmp_path / "language")
     blueprint = draw_up(ModelConfig(vision_tower=str(tmp_path / "tower"), language_model=str(tmp_path / "language")))
     model = build_on_meta(blueprint.config)
     count = {part: sum(p.numel() for n, p in model.named_parameters() if part_of(n) is part) for part in Part}
@@ -228,6 +273,8 @@ def test_varco_vision_14b_builds_at_full_size_with_the_published_counts(tmp_path
     assert round((count[Part.language_model] - embeddings) / 1e9, 1) == 13.2  # its model card rounds to 13.1
     assert count[Part.projector] == 1152 * 5120 + 5120 + 5120 * 5120 + 5120 + 5120
     layer = 4 * (1152 * 1152 + 1152) + 2 * 1152 * 4304 + 1152 + 4304 + 4 * 1152
-    assert count[Part.vision_tower] == 14 * 14 * 3 * 1152 + 1152 + 729 * 1152 + 26 * layer + 2 * 1152  # no head, no 27th layer
+    assert (
+        count[Part.vision_tower] == 14 * 14 * 3 * 1152 + 1152 + 729 * 1152 + 26 * layer + 2 * 1152
+    )  # no head, no 27th layer
     assert (blueprint.images.side, blueprint.images.max_tiles, len(blueprint.images.grid_pinpoints)) == (27, 9, 36)
     assert AutoConfig.from_pretrained(tmp_path / "tower").num_hidden_layers == 27  # the user's folder is left as it was

@@ -3,10 +3,11 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import blueprint_of, builtin, picture, sample
+from support import blueprint_of, builtin, picture, sample
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from lit_vlm.anyres import Tiling
@@ -24,9 +25,13 @@ def exported(model, blueprint, tmp_path):
     return tmp_path / "hf"
 
 
-@pytest.mark.parametrize("options", [{}, {"parts": {"language_model": {"lora": {"rank": 4}}, "vision_tower": {"lora": {"rank": 2}}}}])
+@pytest.mark.parametrize(
+    "options", [{}, {"parts": {"language_model": {"lora": {"rank": 4}}, "vision_tower": {"lora": {"rank": 2}}}}]
+)
 @pytest.mark.parametrize("stage_class", [SFTStage, AlignStage])
-def test_what_is_exported_loads_in_plain_transformers_and_gives_the_same_logits(small_parts, tmp_path, mixed, options, stage_class):
+def test_what_is_exported_loads_in_plain_transformers_and_gives_the_same_logits(
+    small_parts, tmp_path, mixed, options, stage_class
+):
     blueprint = blueprint_of(small_parts)
     processor = Processor(blueprint.tokenizer, blueprint.images)
     if stage_class is AlignStage and options:
@@ -125,3 +130,51 @@ def test_export_replaces_an_older_folder_whole_and_leaves_nothing_beside(small_p
     exported(model, blueprint, tmp_path)
     assert not (folder / "stale.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_generation_ends_where_the_template_closes_an_answer_whatever_the_tokenizers_end(small_parts, tmp_path):
+    """A base model ends texts with <|endoftext|>; trained on ChatML it must stop at <|im_end|>."""
+    import shutil
+
+    base = tmp_path / "base"
+    shutil.copytree(small_parts[1], base)
+    for name in ("tokenizer_config.json", "config.json", "generation_config.json"):
+        file = json.loads((base / name).read_text())
+        if name == "tokenizer_config.json":
+            file["eos_token"] = "<|endoftext|>"
+        else:
+            file["eos_token_id"] = 0
+        (base / name).write_text(json.dumps(file))
+    blueprint = blueprint_of((small_parts[0], str(base)), chat_template="chatml")
+    folder = exported(build(blueprint), blueprint, tmp_path)
+    stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    assert set(stops) == {blueprint.tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_end|>")}
+
+
+TORCHVISION = Path(sys.prefix) / "torchvision"  # make setup puts it there, without the CUDA libraries that it wants
+
+
+@pytest.mark.skipif(not TORCHVISION.is_dir(), reason="torchvision is not in .venv/torchvision; make test puts it there")
+def test_stock_auto_processor_loads_the_folder_where_torchvision_is(small_parts, tmp_path, processor):
+    blueprint = blueprint_of(small_parts)
+    folder = exported(build(blueprint), blueprint, tmp_path)
+    picture(90, 60).load().save(tmp_path / "photo.png")
+    program = f"""
+import sys, torch
+library = torch.library.Library("torchvision", "DEF")  # the two operators whose binaries need CUDA; nothing here calls them
+for name in ("nms", "qnms"):
+    library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+sys.path.insert(0, {str(TORCHVISION)!r})
+from PIL import Image
+from transformers import AutoProcessor
+processor = AutoProcessor.from_pretrained({str(folder)!r})
+messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "무엇이 보이나요?"}}]}}]
+text = processor.apply_chat_template(messages, add_generation_prompt=True)
+inputs = processor(text=text, images=Image.open({str(tmp_path / "photo.png")!r}), return_tensors="pt")
+print(type(processor).__name__, inputs["input_ids"][0].tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    name, _, ids = done.stdout.strip().splitlines()[-1].partition(" ")
+    assert name == "LlavaOnevisionProcessor"
+    assert json.loads(ids) == processor.prompt(sample("무엇이 보이나요?", "x", (90, 60))).input_ids.tolist()

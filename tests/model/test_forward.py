@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from conftest import blueprint_of, picture, sample
+from support import blueprint_of, picture, sample
 from transformers import LlavaOnevisionImageProcessorPil, LlavaOnevisionProcessor
 
 from lit_vlm.anyres import ImageSettings, Tiling, grid_pinpoints
@@ -60,7 +60,10 @@ def test_our_forward_equals_transformers_own_forward(model, processor, mixed):
         messages = [
             {
                 "role": message.role.value,
-                "content": [{"type": "text", "text": piece} if isinstance(piece, str) else {"type": "image"} for piece in message.content],
+                "content": [
+                    {"type": "text", "text": piece} if isinstance(piece, str) else {"type": "image"}
+                    for piece in message.content
+                ],
             }
             for message in record.messages
         ]

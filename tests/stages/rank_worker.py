@@ -9,7 +9,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 
-from conftest import blueprint_of, builtin
+from support import blueprint_of, builtin
 
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.processor import Processor
@@ -20,7 +20,9 @@ def main(tower: str, language: str, out: str, tokens: str, batch: str) -> None:
     logging.getLogger("lightning").setLevel(logging.ERROR)
     blueprint = blueprint_of((tower, language))
     stage = SFTStage(blueprint, learning_rate=0.05)
-    stage.configure_optimizers = lambda: torch.optim.SGD([p for p in stage.model.parameters() if p.requires_grad], lr=0.05)
+    stage.configure_optimizers = lambda: torch.optim.SGD(
+        [p for p in stage.model.parameters() if p.requires_grad], lr=0.05
+    )
     sources = builtin("text", "caption", "grounding", "multi_image", n=24)
     module = DataModule(
         Processor(blueprint.tokenizer, blueprint.images),

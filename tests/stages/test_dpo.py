@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import picture
 from datasets import Dataset
+from support import picture
 from test_forward import plain_processor
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
@@ -15,7 +15,14 @@ from lit_vlm.losses.preference import LOSSES
 from lit_vlm.stages import DPOStage
 from lit_vlm.types import ImageSlot, Kind, Language, Message, PreferencePair, Role
 
-METRICS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected")
+METRICS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
 MORE = ("logits/chosen", "logits/rejected", "mean_token_accuracy", "entropy")
 
 
@@ -28,14 +35,25 @@ def pair(question: str, chosen: str, rejected: str, *sizes, seed: int = 0) -> Pr
 
 BATCHES = {
     "text": [pair("안녕?", "네, 안녕하세요.", "아니요"), pair("Hi", "Hello there", "no")],
-    "one tile": [pair("뭐?", "빨간 원입니다", "파란 별", (56, 56), seed=1), pair("What?", "a star", "a circle, maybe", (56, 56), seed=2)],
-    "anyres": [pair("뭐?", "빨간 원", "파란 별입니다", (150, 60), seed=3), pair("What?", "a star", "a circle", (120, 170), seed=4)],
-    "multi-image": [pair("어느?", "첫 번째", "두 번째", (60, 60), (30, 90), seed=5), pair("Same?", "yes they are", "no", (56, 56), (80, 40), seed=7)],
+    "one tile": [
+        pair("뭐?", "빨간 원입니다", "파란 별", (56, 56), seed=1),
+        pair("What?", "a star", "a circle, maybe", (56, 56), seed=2),
+    ],
+    "anyres": [
+        pair("뭐?", "빨간 원", "파란 별입니다", (150, 60), seed=3),
+        pair("What?", "a star", "a circle", (120, 170), seed=4),
+    ],
+    "multi-image": [
+        pair("어느?", "첫 번째", "두 번째", (60, 60), (30, 90), seed=5),
+        pair("Same?", "yes they are", "no", (56, 56), (80, 40), seed=7),
+    ],
 }
 
 
 def row_of(record: PreferencePair) -> dict:
-    content = [{"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in record.prompt[0].content]
+    content = [
+        {"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in record.prompt[0].content
+    ]
     return {
         "images": [image.load() for image in record.images],
         "prompt": [{"role": "user", "content": content}],
@@ -51,11 +69,18 @@ def trl_trainer(tmp_path_factory):
 
     def make(policy, reference, processor):
         arguments = DPOConfig(
-            output_dir=str(folder), report_to="none", use_cpu=True, bf16=False, max_length=None, gradient_checkpointing=False
+            output_dir=str(folder),
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            max_length=None,
+            gradient_checkpointing=False,
         )
         plain = plain_processor(processor)
         dataset = Dataset.from_list([row_of(record) for record in BATCHES["one tile"]])
-        return DPOTrainer(policy, reference, arguments, train_dataset=dataset, processing_class=plain), DataCollatorForVisionPreference(plain)
+        return DPOTrainer(
+            policy, reference, arguments, train_dataset=dataset, processing_class=plain
+        ), DataCollatorForVisionPreference(plain)
 
     return make
 
@@ -108,14 +133,23 @@ def test_dpo_loss_gradients_and_metrics_equal_trls(policy_and_reference, process
             batch.step_chosen_tokens = sum(lengths[:2])
             ours, metrics = stage._preference(batch, training=True)
             ours.backward()
-            assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=3e-6, abs=1e-6), (shape, name)  # 1e-6, and float32 beyond 1
+            assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=3e-6, abs=1e-6), (
+                shape,
+                name,
+            )  # 1e-6, and float32 beyond 1
             for (key, a), (_, b) in zip(stage.model.named_parameters(), policy.named_parameters(), strict=True):
                 if b.grad is not None:
-                    scale = max(1.0, float(b.grad.abs().max()), float(theirs.detach()))  # sppo_hard's loss is 50 at beta 0.1
+                    scale = max(
+                        1.0, float(b.grad.abs().max()), float(theirs.detach())
+                    )  # sppo_hard's loss is 50 at beta 0.1
                     where = f"{shape} {name} {key}: "
                     torch.testing.assert_close(a.grad, b.grad, atol=1e-5 * scale, rtol=1e-4, msg=where.__add__)
             for metric in METRICS + MORE:
-                assert metrics[metric] == pytest.approx(trainer._metrics["train"][metric][0], rel=1e-4, abs=1e-5), (shape, name, metric)
+                assert metrics[metric] == pytest.approx(trainer._metrics["train"][metric][0], rel=1e-4, abs=1e-5), (
+                    shape,
+                    name,
+                    metric,
+                )
             compared += 1
     assert compared == 3 * len(LOSSES)
 

@@ -30,4 +30,6 @@ def test_n_ranks_equal_one_rank_and_a_rank_without_images_does_not_hang_one_with
     if tokens == 130:
         assert one["k"] > two["k"] > 1
     for name, weight in one["weights"].items():
-        torch.testing.assert_close(two["weights"][name], weight, atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            two["weights"][name], weight, atol=1e-6, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )

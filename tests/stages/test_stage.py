@@ -5,7 +5,7 @@ import copy
 import lightning as L
 import pytest
 import torch
-from conftest import blueprint_of, builtin
+from support import blueprint_of, builtin
 
 from lit_vlm.anyres import Tiling
 from lit_vlm.data.collate import collate
@@ -20,7 +20,12 @@ KINDS = ("caption", "number", "grounding", "text", "multi_image")
 
 
 def trainer(**options) -> L.Trainer:
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     return L.Trainer(accelerator="cpu", num_sanity_val_steps=0, **quiet, **options)
 
 
@@ -37,7 +42,9 @@ def run(model, processor, *, steps=3, tokens=100_000, optimizer="sgd", stage_cla
     """Train a copy; returns its weights. SGD shows a wrong scale that Adam would hide."""
     stage = stage_class(copy.deepcopy(model), learning_rate=0.05, warmup=0.0, schedule="constant", **options)
     if optimizer == "sgd":
-        stage.configure_optimizers = lambda: torch.optim.SGD([p for p in stage.model.parameters() if p.requires_grad], lr=0.05)
+        stage.configure_optimizers = lambda: torch.optim.SGD(
+            [p for p in stage.model.parameters() if p.requires_grad], lr=0.05
+        )
     module = module_of(processor, max_steps=steps, tokens_per_micro_batch=tokens, tiles_per_micro_batch=10_000)
     fit = trainer(gradient_clip_val=1.0)
     fit.fit(stage, module)
@@ -135,7 +142,10 @@ def test_lora_with_an_unknown_target_names_the_right_ones(model):
 
 
 def test_each_part_has_its_own_rate_decay_and_warm_up(model, processor):
-    parts = {"vision_tower": {"learning_rate": 1e-4, "weight_decay": 0.1, "warmup": 0.5}, "projector": {"learning_rate": 3e-3}}
+    parts = {
+        "vision_tower": {"learning_rate": 1e-4, "weight_decay": 0.1, "warmup": 0.5},
+        "projector": {"learning_rate": 3e-3},
+    }
     stage = SFTStage(copy.deepcopy(model), learning_rate=1e-3, parts=parts, warmup=0.0)
     module = module_of(processor, max_steps=10)
     rates = []
@@ -232,7 +242,9 @@ def test_dpo_under_lora_takes_the_model_without_adapters_as_reference(model, pro
 
 
 def test_losses_that_sort_the_batch_are_refused_in_micro_batches(model, processor):
-    module = DataModule(processor, builtin("preference", n=32), 0.1, global_batch_size=16, tokens_per_micro_batch=300, max_steps=1)
+    module = DataModule(
+        processor, builtin("preference", n=32), 0.1, global_batch_size=16, tokens_per_micro_batch=300, max_steps=1
+    )
     stage = DPOStage(copy.deepcopy(model), loss_type=["aot"])
     with pytest.raises(UserError, match=r"aot sorts the whole batch.*global_batch_size"):
         trainer().fit(stage, module)

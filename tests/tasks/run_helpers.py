@@ -15,7 +15,14 @@ from lit_vlm.config import parse
 from lit_vlm.tasks.train import train
 
 RUN = Path(__file__).resolve().parents[2] / "run.py"
-TINY = ["task=train", "model=tiny", "trainer=tiny", "data.num_workers=0", "data.global_batch_size=4", "trainer.max_steps=3"]
+TINY = [
+    "task=train",
+    "model=tiny",
+    "trainer=tiny",
+    "data.num_workers=0",
+    "data.global_batch_size=4",
+    "trainer.max_steps=3",
+]
 PHOTOS = ("china.jpg", "flower.png", "고양이.png", "astronaut.jpg")
 
 
@@ -35,9 +42,16 @@ def save_photos(folder: Path) -> Path:
     return folder
 
 
-def llava(question: str, answer: str, *more: str, **keys) -> dict:
-    turns = [question, answer, *more]
+def llava(*turns: str, **keys) -> dict:
     return {"conversations": [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(turns)], **keys}
+
+
+def own_choice(folder: Path, **data) -> list[str]:
+    """`--config-dir conf data=own`: a YAML file of the user's own that names several sources."""
+    file = folder / "conf" / "data" / "own.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(data), encoding="utf-8")  # JSON is YAML
+    return ["--config-dir", str(folder / "conf"), "data=own"]
 
 
 def turns(*texts) -> list[dict]:
@@ -109,7 +123,9 @@ def run(*words: str) -> Ran:
     return Ran(job.dir)
 
 
-def process(*words: str, cwd: Path, ranks: int | None = None, limit: float = 120, base: list[str] = TINY) -> subprocess.CompletedProcess:
+def process(
+    *words: str, cwd: Path, ranks: int | None = None, limit: float = 120, base: list[str] = TINY
+) -> subprocess.CompletedProcess:
     """`python run.py <TINY> <words>` as a process, under torchrun with `ranks`. Ends with an error after `limit` seconds."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
     env = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"}

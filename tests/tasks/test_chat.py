@@ -4,8 +4,8 @@ import io
 from pathlib import Path
 
 import pytest
-from conftest import builtin
 from PIL import Image
+from support import builtin
 
 from lit_vlm.config.schema import ModelConfig, RunConfig
 from lit_vlm.data.processor import Processor
@@ -74,7 +74,9 @@ def test_piped_questions_are_answered_one_by_one(folder, picture, monkeypatch, t
     assert "> " not in capsys.readouterr().out
 
 
-def test_a_prompt_gets_one_answer_on_stdout_and_its_boxes_in_a_file(folder, picture, says, monkeypatch, tmp_path, capsys):
+def test_a_prompt_gets_one_answer_on_stdout_and_its_boxes_in_a_file(
+    folder, picture, says, monkeypatch, tmp_path, capsys
+):
     monkeypatch.chdir(tmp_path)
     asked = says(POINTS)
     chat(Job(folder, image=[picture], prompt="<gro> 무엇이 어디에 있나요?"))
@@ -113,7 +115,18 @@ def test_several_turns_over_several_pictures_reach_the_model(conversation, pictu
 
 def test_commands_work_and_mistakes_do_not_end_the_conversation(folder, picture, says, monkeypatch, tmp_path, capsys):
     asked = says("first", POINTS)
-    pipe(monkeypatch, tmp_path, "/help", "/image nowhere.png", "hello", f"/image {picture}", "where?", "/nonsense", "/quit", "never")
+    pipe(
+        monkeypatch,
+        tmp_path,
+        "/help",
+        "/image nowhere.png",
+        "hello",
+        f"/image {picture}",
+        "where?",
+        "/nonsense",
+        "/quit",
+        "never",
+    )
     chat(Job(folder))
     output = capsys.readouterr().out
     assert output.count("/reset") == 2  # /help and the word that is no command

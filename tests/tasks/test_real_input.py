@@ -5,9 +5,9 @@ import math
 
 import pytest
 import torch
-from conftest import blueprint_of
-from run_helpers import PHOTOS, conversations, llava, process, run, save_photos, turns, write
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from run_helpers import PHOTOS, conversations, llava, own_choice, process, run, save_photos, turns, write
+from support import blueprint_of
+from transformers import AutoModelForImageTextToText
 
 from lit_vlm.anyres import Tiling
 from lit_vlm.data.processor import Processor
@@ -35,17 +35,33 @@ def here(place, monkeypatch, tmp_path_factory):
 def pairs():
     """TRL's columns as text and as messages, LLaVA-NeXT's keys, with and without a photograph."""
     return [
-        {"prompt": "<image>\nWhat is it?", "chosen": "A temple.", "rejected": "A cat, I think.", "images": ["china.jpg"]},
-        {"prompt": "무슨 꽃인가요?", "chosen": "달리아", "rejected": "모르겠습니다.", "image": "flower.png"},  # LLaVA-NeXT's key
+        {
+            "prompt": "<image>\nWhat is it?",
+            "chosen": "A temple.",
+            "rejected": "A cat, I think.",
+            "images": ["china.jpg"],
+        },
+        {
+            "prompt": "무슨 꽃인가요?",
+            "chosen": "달리아",
+            "rejected": "모르겠습니다.",
+            "image": "flower.png",
+        },  # LLaVA-NeXT's key
         {"prompt": turns("Say yes."), "chosen": turns("x", "Yes.")[1:], "rejected": turns("x", "No.")[1:]},
         {"chosen": turns("안녕?", "안녕하세요."), "rejected": turns("안녕?", "싫어요.")},
-        {"id": "a", "prompt": "Who?", "answer": "", "chosen": "An astronaut.", "rejected": "Nobody.", "image": "astronaut.jpg"},
+        {
+            "id": "a",
+            "prompt": "Who?",
+            "answer": "",
+            "chosen": "An astronaut.",
+            "rejected": "Nobody.",
+            "image": "astronaut.jpg",
+        },
         {"prompt": "<image>\n무엇인가요?", "chosen": "고양이", "rejected": "개", "images": ["고양이.png"]},
     ]
 
 
 LLAVA = ["stage=sft", "data=llava_json", "data.sources.mine.path=train.json", "data.sources.mine.image_root=images"]
-SOURCE = {"format": "llava"}
 
 
 def sound(ran, num_samples, steps=3):
@@ -87,10 +103,18 @@ def picture_bytes(place, name):
 def test_messages_with_images_as_paths_and_as_bytes_train(place, form):
     records = []
     for i, name in enumerate(PHOTOS * 2):
-        question = [{"type": "image", "text": None}, {"type": "text", "text": "설명해 주세요." if i % 2 else "Describe it."}]
+        question = [
+            {"type": "image", "text": None},
+            {"type": "text", "text": "설명해 주세요." if i % 2 else "Describe it."},
+        ]
         answer = [{"type": "text", "text": "사진" if i % 2 else "A photograph"}]
         image = {"bytes": picture_bytes(place, name), "path": None} if form.startswith("bytes") else name
-        records.append({"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}], "images": [image]})
+        records.append(
+            {
+                "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
+                "images": [image],
+            }
+        )
     if form.endswith("jsonl"):
         records.append({"messages": turns("No picture?", "None."), "images": []})
         records[0]["messages"][0]["content"][0].pop("text")
@@ -136,23 +160,13 @@ def test_a_photograph_of_640_by_427_is_cut_into_tiles(place, parts):
     assert counts == {Tiling.base: 1, Tiling.anyres: 5}  # 2 x 2 and the whole picture
 
 
-def test_the_folder_of_a_run_answers_about_a_photograph_in_plain_transformers(place):
-    from PIL import Image
-
-    ran = run(*LLAVA)
-    processor, model = AutoProcessor.from_pretrained(ran.hf), AutoModelForImageTextToText.from_pretrained(ran.hf)
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "무엇이 보이나요?"}]}]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = processor(images=Image.open(place / "images" / "china.jpg"), text=text, return_tensors="pt")
-    assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
+MINE = {"path": "train.json", "image_root": "images", "format": "llava"}
 
 
-def test_two_sources_with_weights_are_mixed_as_asked():
-    ran = run(
-        *("stage=sft", "data=ready", "trainer.max_steps=5", "data.global_batch_size=8"),
-        "data.sources.photos={path: train.json, image_root: images, format: llava, weight: 3.0}",
-        "data.sources.digits={format: digits, num_samples: 30, language: ko, weight: 1.0}",
-    )
+def test_two_sources_with_weights_are_mixed_as_asked(tmp_path):
+    digits = {"format": "digits", "num_samples": 30, "language": "ko", "weight": 1.0}
+    own = own_choice(tmp_path, sources={"photos": MINE | {"weight": 3.0}, "digits": digits})
+    ran = run(*own, "stage=sft", "trainer.max_steps=5", "data.global_batch_size=8")
     rows = {row["source"]: row for row in sound(ran, 42, steps=5)["data"]["mixture"]}
     assert rows["photos"]["asked"] == 0.75 and rows["digits"]["asked"] == 0.25
     assert (rows["photos"]["drawn"], rows["digits"]["drawn"]) == (30, 10)
@@ -160,22 +174,17 @@ def test_two_sources_with_weights_are_mixed_as_asked():
     assert rows["digits"]["kind"] == "digit" and rows["digits"]["language"] == "ko"
 
 
-def test_without_weights_sources_are_mixed_by_their_sizes():
-    ran = run(
-        *("stage=sft", "data=ready", "trainer.max_steps=5", "data.global_batch_size=8"),
-        "data.sources.photos={path: train.json, image_root: images, format: llava}",
-        "data.sources.digits={format: digits, num_samples: 36}",
-    )
+def test_without_weights_sources_are_mixed_by_their_sizes(tmp_path):
+    own = own_choice(tmp_path, sources={"photos": MINE, "digits": {"format": "digits", "num_samples": 36}})
+    ran = run(*own, "stage=sft", "trainer.max_steps=5", "data.global_batch_size=8")
     rows = {row["source"]: row for row in sound(ran, 48, steps=5)["data"]["mixture"]}
     assert (rows["photos"]["drawn"], rows["digits"]["drawn"]) == (10, 30)
 
 
-def test_own_validation_sources_are_scored_and_never_trained_on(place):
+def test_own_validation_sources_are_scored_and_never_trained_on(place, tmp_path):
     write(place / "held.jsonl", conversations(5))
-    ran = run(
-        *(*LLAVA, "data.validation.every_steps=2", "data.validation.max_samples=1"),
-        "data.validation.sources.held={path: held.jsonl, image_root: images, format: llava}",
-    )
+    own = own_choice(tmp_path, sources={"mine": MINE}, validation={"sources": {"held": MINE | {"path": "held.jsonl"}}})
+    ran = run(*own, "stage=sft", "data.validation.every_steps=2", "data.validation.max_samples=1")
     manifest = sound(ran, 17)
     assert (manifest["data"]["num_samples"], manifest["data"]["num_held_out"]) == (12, 5)
     assert [row["source"] for row in manifest["data"]["mixture"]] == ["mine"]
@@ -194,10 +203,18 @@ def test_a_fraction_is_held_out_of_each_source(place):
 
 
 def test_digits_train_in_both_languages_end_to_end():
-    words = ["stage=sft", "data=digits", "data.sources.digits_ko.num_samples=40", "data.sources.digits_en.num_samples=40"]
+    words = [
+        "stage=sft",
+        "data=digits",
+        "data.sources.digits_ko.num_samples=40",
+        "data.sources.digits_en.num_samples=40",
+    ]
     ran = run(*words, "data.validation.fraction=0.1", "data.validation.max_samples=2", "data.tiling=base")
     manifest = sound(ran, 80)
-    assert [(row["source"], row["language"]) for row in manifest["data"]["mixture"]] == [("digits_ko", "ko"), ("digits_en", "en")]
+    assert [(row["source"], row["language"]) for row in manifest["data"]["mixture"]] == [
+        ("digits_ko", "ko"),
+        ("digits_en", "en"),
+    ]
     assert set(manifest["figures"]["num_scored"]) == {"digit_ko", "digit_en"}
 
 
@@ -211,9 +228,9 @@ def test_lora_trains_adapters_and_leaves_a_plain_model(place):
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_bfloat16_trains_with_clipped_gradients(precision):
-    ran = run(*LLAVA, f"trainer.precision={precision}", "trainer.log_every_n_steps=1", "stage.learning_rate=1e-3", "stage.parts.vision_tower.learning_rate=null")
+    words = [*LLAVA, "trainer.log_every_n_steps=1", "stage.learning_rate=1e-3", "trainer.gradient_clip_val=0.5"]
+    ran, exact = run(*words, f"trainer.precision={precision}"), run(*words)
     sound(ran, 12)
-    exact = run(*LLAVA, "trainer.log_every_n_steps=1", "stage.learning_rate=1e-3", "stage.parts.vision_tower.learning_rate=null")
     assert ran.column("train/loss") == pytest.approx(exact.column("train/loss"), rel=0.05)
     stored = {tensor.dtype for tensor in ran.weights().values()}
     assert stored == {torch.bfloat16 if precision == "bf16-true" else torch.float32}
@@ -238,10 +255,11 @@ def test_each_debug_mode_ends_with_a_model(debug, steps, samples):
 
 
 def test_wandb_offline_writes_inside_the_run_folder_only(place, tmp_path):
-    words = [*LLAVA, "logger=wandb", "logger.offline=true", f"run_dir={tmp_path / 'runs'}", "run_name=w/b"]
+    import wandb
+
     before = {path.name for path in place.iterdir()}
-    done = process(*words, cwd=place)
-    assert done.returncode == 0, done.stderr
+    run(*LLAVA, "logger=wandb", "logger.offline=true", f"run_dir={tmp_path / 'runs'}", "run_name=w/b")
+    wandb.finish()
     assert {path.name for path in place.iterdir()} == before
     assert list((tmp_path / "runs" / "w" / "b" / "wandb").glob("offline-run-*/run-w-b.wandb"))
 

@@ -195,7 +195,7 @@ def _elements(text: str, at: int) -> array:
 
 def _parse(data: bytes, origin: str) -> dict[str, Any]:
     try:
-        row = json.loads(data.decode("utf-8"))
+        row = json.loads(data.decode("utf-8").rstrip())  # behind the line's end, columns would count from 1 again
     except UnicodeDecodeError as error:
         raise RecordError(origin, f"not UTF-8 at byte {error.start + 1}: {data[error.start]:#04x}", REMEDY) from None
     except json.JSONDecodeError as error:

@@ -1,0 +1,37 @@
+"""What several tests make their cases of: tiny blueprints, noise pictures, samples of any shape."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lit_vlm.anyres import Tiling
+from lit_vlm.config.schema import ModelConfig
+from lit_vlm.data.builtin import BuiltinSource
+from lit_vlm.data.images import ArrayImage
+from lit_vlm.model.build import Blueprint, draw_up
+from lit_vlm.types import ImageSlot, Kind, Language, Message, Role, Sample
+
+
+def blueprint_of(parts: tuple[str, str], tiling: Tiling = Tiling.anyres, **settings) -> Blueprint:
+    tower, language = parts
+    return draw_up(
+        ModelConfig(vision_tower=tower, language_model=language, **{"grid": 3, "max_tiles": 4, **settings}),
+        tiling=tiling,
+    )
+
+
+def picture(height: int, width: int, seed: int = 0) -> ArrayImage:
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return ArrayImage(pixels, f"picture {seed}")
+
+
+def sample(question: str, answer: str, *sizes: tuple[int, int], seed: int = 0, name: str = "s") -> Sample:
+    """One turn over pictures of these sizes."""
+    images = tuple(picture(*size, seed=seed + i) for i, size in enumerate(sizes))
+    slots = tuple(ImageSlot(i) for i in range(len(images)))
+    messages = (Message(Role.user, (*slots, question)), Message(Role.assistant, (answer,)))
+    return Sample(f"{name}{seed}", "test", f"test:{seed}", Kind.other, Language.ko, messages, images)
+
+
+def builtin(*kinds: str, n: int = 64, language: Language = Language.ko, **options) -> list[BuiltinSource]:
+    return [BuiltinSource(kind, kind, language=language, num_samples=n, **options) for kind in kinds]

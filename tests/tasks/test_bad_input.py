@@ -1,0 +1,416 @@
+"""Claims about bad input: each mistake ends the run at once, with one message that names where and what to do, and harms nothing."""
+
+import json
+import sys
+from io import BytesIO
+
+import pytest
+import torch
+from PIL import Image
+from run_helpers import PHOTOS, TINY, Ran, conversations, llava, own_choice, process, run, save_photos, turns, write
+
+from lit_vlm.config import parse
+from lit_vlm.tasks.train import train
+from lit_vlm.types import UserError
+from run import start
+
+LLAVA = ["stage=sft", "data=llava_json", "data.sources.mine.path=train.jsonl", "data.sources.mine.image_root=images"]
+ASK = "<image>\nWhat is it?"
+
+_events: list[str] | None = None
+
+
+def _hook(event, args):
+    if _events is not None and event == "socket.connect":
+        _events.append(event)
+
+
+sys.addaudithook(_hook)  # cannot be removed, hence the switch
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A user's folder with a run that is finished."""
+    folder = tmp_path_factory.mktemp("user")
+    save_photos(folder / "images")
+    write(folder / "train.jsonl", conversations())
+    Image.new("RGB", (8, 8)).save(folder / "outside.png")
+    photo = (folder / "images" / "china.jpg").read_bytes()
+    (folder / "images" / "truncated.jpg").write_bytes(photo[: len(photo) // 2])
+    (folder / "images" / "text.jpg").write_text("no image")
+    (folder / "images" / "bomb.png").write_bytes(bomb())
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def here(place, monkeypatch):
+    monkeypatch.chdir(place)
+
+
+@pytest.fixture(scope="module")
+def done(place):
+    """A finished run, `run_name=kept`, that no mistake may touch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        return run(*LLAVA, "run_name=kept")
+
+
+def bomb() -> bytes:
+    """A PNG of some hundred bytes that claims 30,000 x 30,000 pixels."""
+    import struct
+    import zlib
+
+    stream = BytesIO()
+    Image.new("L", (1, 1)).save(stream, "PNG")
+    data = bytearray(stream.getvalue())
+    data[16:24] = struct.pack(">II", 30_000, 30_000)
+    data[29:33] = struct.pack(">I", zlib.crc32(bytes(data[12:29])))
+    return bytes(data)
+
+
+def message(*words: str) -> str:
+    """What the user reads when `python run.py <words>` is refused."""
+    with pytest.raises(UserError) as caught:
+        start([*TINY, *words])
+    return str(caught.value)
+
+
+def untouched(ran: Ran, *words: str) -> str:
+    """The message of a mistake made with run_name=kept overwrite=true: the finished run must survive it whole."""
+    before = ran.snapshot()
+    text = message(*words, "run_name=kept", "overwrite=true")
+    assert ran.snapshot() == before
+    assert ran.manifest["status"] == "finished"
+    return text
+
+
+# Settings
+
+SETTINGS = [
+    (["stage.learning_rat=1"], ["stage.learning_rat", "stage.learning_rate"]),
+    (["data.sources.mine.pth=x"], ["data.sources.mine.pth", "path"]),
+    (["trainer.max_steps=many"], ["trainer.max_steps: expected a whole number", "many"]),
+    (["stage.learning_rate=fast"], ["stage.learning_rate: expected a number, found 'fast'"]),
+    (["trainer.max_steps=0"], ["trainer.max_steps: must be above 0, found 0"]),
+    (["stage=stf"], ["stage=stf", "sft"]),
+    (["model=huge"], ["model=huge", "tiny"]),
+    (["data.tiling=anyress"], ["data.tiling", "anyress", "anyres"]),
+    (["trainer.precision=bf16"], ["trainer.precision", "bf16-mixed"]),
+    (["data.sources.mine.kind=captoin"], ["data.sources.mine.kind", "caption"]),
+    (["trainer.extra.benchmrk=true"], ["benchmrk", "benchmark"]),
+    (["trainer.extra.accumulate_grad_batches=4"], ["accumulate_grad_batches", "data.global_batch_size"]),
+    (["callbacks=[sample]"], ["callbacks", "sample", "samples"]),
+    (["callbacks=[no.such.Class]"], ["callbacks: no.such.Class cannot be imported"]),
+    (["data.sources.mine.path=nowhere.jsonl"], ["data.sources.mine.path=", "nowhere.jsonl: no such file or folder"]),
+    (["data.sources.mine.path=trian.jsonl"], ["no such file or folder; did you mean train.jsonl?"]),
+    (["data.sources.mine.image_root=imags"], ["data.sources.mine.image_root=", "did you mean images?"]),
+    (["trainer.accelerator=gpu"], ["Lightning refuses the trainer's settings", "trainer=cpu"]),
+    (["trainer.strategy=ddq"], ["Lightning refuses the trainer's settings", "ddq"]),
+    (["model.vision_tower=/no/where"], ["model.vision_tower=/no/where: no such folder"]),
+    (["init_from=/no/where/hf"], ["init_from=/no/where/hf", "does not exist", "python run.py"]),
+    (["init_from=previous"], ["init_from=previous: no experiment= is named"]),
+    (["stage=dpo"], ["data.sources: mine", "stage=dpo needs them; choose data=preference"]),
+    (["stage.parts.language_model.lora.rank=2", "stage.parts.language_model.lora.targets=[qproj]"], ["lora.targets: qproj", "q_proj"]),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for the accelerator that is not there")
+@pytest.mark.parametrize(("words", "said"), SETTINGS, ids=[words[0] for words, _ in SETTINGS])
+def test_a_mistake_in_the_settings_is_named_and_touches_nothing(done, words, said):
+    text = untouched(done, *LLAVA, *words)
+    assert all(part in text for part in said), text
+    assert len(text) < 900
+
+
+def test_all_mistakes_come_at_once_without_a_traceback_and_with_status_1(place):
+    ended = process(*LLAVA, "stage.learning_rat=1", "trainer.max_steps=many", "model=huge", cwd=place)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert all(word in ended.stderr for word in ("3 mistakes", "stage.learning_rat", "trainer.max_steps", "model=huge"))
+
+
+# Files
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (
+            "bad.json",
+            '[{"conversations": []},\n {"a": }]',
+            ["bad.json: not a JSON list of records", "line 2, column 8", "Repair the file"],
+        ),
+        ("empty.json", "[]", ["empty.json: no records in it"]),
+        ("empty.jsonl", "", ["empty.jsonl: no records in it"]),
+        ("bad.parquet", "PAR1", ["bad.parquet: cannot be read as parquet", "Repair or replace it"]),
+        ("bad.txt", "x", ["bad.txt: cannot tell the format", ".jsonl"]),
+    ],
+)
+def test_a_file_that_cannot_be_read_ends_the_run(place, done, name, content, said):
+    (place / name).write_text(content, encoding="utf-8")
+    for policy in ("stop", "quarantine"):  # a whole file is never set aside
+        text = untouched(done, *LLAVA, f"data.sources.mine.path={name}", f"data.on_bad_record={policy}")
+        assert all(part in text for part in said), text
+
+
+# Records: name -> (record, what the message says)
+LONG = "아주 긴 대답입니다. " * 60
+RECORDS = {
+    "not JSON": ('{"conversations": [', "not JSON at column 20"),
+    "missing image": (llava(ASK, "a", image="none.jpg"), "image 'none.jpg' not found in"),
+    "no image file": (llava(ASK, "a", image="text.jpg"), "image 'text.jpg' is no JPEG, PNG"),
+    "bomb": (
+        llava(ASK, "a", image="bomb.png"),
+        "image 'bomb.png' is larger than data.max_image_pixels=64000000 allows: Image size (900000000",
+    ),
+    "outside": (llava(ASK, "a", image="../outside.png"), "image '../outside.png' leads out of"),
+    "absolute": (llava(ASK, "a", image="/etc/passwd"), "image '/etc/passwd' leads out of"),
+    "URL": (llava(ASK, "a", image="http://127.0.0.1:9/a.png"), "is an URL; URLs are never fetched while training"),
+    "two for one": (llava("<image><image>\nq", "a", image="china.jpg"), "2 image placeholders but 1 image"),
+    "none for one": (llava("q", "a", image="china.jpg"), "0 image placeholders but 1 image"),
+    "no answer": (llava("q", ""), "message 2, the assistant's, is empty"),
+    "nobody answers": (llava("q"), "the last message is the user's; it must be the assistant's"),
+    "too long": (llava("q", LONG), "tokens, more than data.tokens_per_micro_batch=500"),
+    "too many tiles": (
+        llava("<image>" * 9 + "\nq", "a", image=["china.jpg"] * 9),
+        "needs 9 image tiles, more than data.tiles_per_micro_batch=8",
+    ),
+}
+CAPS = [
+    "data.tokens_per_micro_batch=500",
+    "data.tiles_per_micro_batch=8",
+    "data.global_batch_size=2",
+    "trainer.max_steps=2",
+]
+
+
+@pytest.fixture(scope="module")
+def faulty(place):
+    """One file with every fault, and as many sound records between them."""
+    sound = [llava(ASK, "A temple.", image="china.jpg"), llava("Hi", "안녕")]
+    records = [record for i, (bad, _) in enumerate(RECORDS.values()) for record in (sound[i % 2], bad)]
+    return write(place / "faulty.jsonl", records)
+
+
+def line(number: int) -> str:
+    return f"faulty.jsonl:{2 * number + 2}: "
+
+
+def test_one_pass_finds_every_bad_record_and_stops_before_anything_is_trained(done, faulty):
+    text = untouched(done, *LLAVA, *CAPS, f"data.sources.mine.path={faulty}")
+    assert f"Records that cannot be used ({len(RECORDS)} of mine)" in text
+    for number, (_, said) in enumerate(RECORDS.values()):
+        assert number >= 10 or (line(number) in text and said in text), (line(number) + said, text)
+    assert "... and 3 more" in text and "data.on_bad_record=quarantine" in text
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_each_bad_record_is_named_with_its_line_and_cause(place, name):
+    record, said = RECORDS[name]
+    write(place / "one.jsonl", [llava("Hi", "Hello"), record])
+    text = message(*LLAVA, *CAPS, "data.sources.mine.path=one.jsonl", "run_name=never")
+    assert "one.jsonl:2: " in text and said in text, text
+    assert not (place / "runs" / "never").exists()
+
+
+def test_a_file_of_bad_records_alone_names_them(place):
+    write(place / "all.jsonl", [llava(ASK, "a", image="none.jpg")] * 3)
+    words = [*LLAVA, "data.sources.mine.path=all.jsonl", "run_name=never"]
+    assert "all.jsonl:1: image 'none.jpg' not found in" in message(*words)
+    allowed = message(*words, "data.on_bad_record=quarantine", "data.max_quarantined=1")
+    assert "No usable sample for training in the sources: mine" in allowed
+
+
+def test_bad_records_are_set_aside_and_named_in_the_quarantine(faulty):
+    ran = run(
+        *LLAVA, *CAPS, f"data.sources.mine.path={faulty}", "data.on_bad_record=quarantine", "data.max_quarantined=0.5"
+    )
+    assert ran.manifest["status"] == "finished"
+    assert ran.manifest["data"]["num_samples"] == len(RECORDS)
+    assert ran.manifest["data"]["quarantined"] == {"mine": len(RECORDS)}
+    rows = [json.loads(text) for text in (ran.dir / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [row["source"] for row in rows] == ["mine"] * len(RECORDS)
+    for number, (row, (_, said)) in enumerate(zip(rows, RECORDS.values(), strict=True)):
+        assert f"{row['origin']}: " == line(number) and said in row["reason"]
+
+
+def test_too_many_bad_records_stop_the_run_also_in_quarantine(faulty):
+    text = message(
+        *LLAVA, *CAPS, f"data.sources.mine.path={faulty}", "data.on_bad_record=quarantine", "run_name=toomany"
+    )
+    assert f"{len(RECORDS)} of {2 * len(RECORDS)} (50.00%)" in text and "data.max_quarantined=0.01" in text
+    assert "quarantine.jsonl" in text
+
+
+def test_bad_pairs_and_messages_are_named(place):
+    write(
+        place / "pairs.jsonl",
+        [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a", "rejected": "a"}],
+    )
+    text = message("stage=dpo", "data=preference", "data.sources.mine.path=pairs.jsonl")
+    assert "pairs.jsonl:2: chosen and rejected are equal" in text
+    write(
+        place / "m.jsonl",
+        [{"messages": turns("q", "a")}, {"messages": [{"role": "user", "content": [{"type": "video"}]}]}],
+    )
+    assert "m.jsonl:2: messages[0].content[0] is of type 'video'" in message(
+        "stage=sft", "data=messages", "data.sources.mine.path=m.jsonl"
+    )
+
+
+def test_a_file_of_pairs_for_sft_is_refused_before_training(place):
+    write(place / "auto.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}] * 4)
+    text = message("stage=sft", "data=llava_json", "data.sources.mine.path=auto.jsonl", "data.sources.mine.format=auto")
+    assert "mine" in text and "preference" in text and "dpo" in text
+    text = message("stage=dpo", "data=llava_json", "data.sources.mine.path=train.jsonl", "data.sources.mine.image_root=images",
+                   "data.sources.mine.format=auto")  # fmt: skip
+    assert "mine" in text and "pairs" in text
+
+
+BROKEN = [*LLAVA, "data.sources.mine.path=broken.jsonl"]
+
+
+@pytest.fixture
+def broken(place):
+    """The header is whole, so the index finds no fault; the pixels are missing."""
+    write(place / "broken.jsonl", [llava(ASK, "A temple.", image="truncated.jpg"), *conversations(5)])
+
+
+def test_an_image_that_breaks_while_training_is_named(broken):
+    assert "broken.jsonl:1: image 'truncated.jpg' cannot be decoded: " in message(*BROKEN, "data.num_workers=0")
+
+
+def test_an_image_that_breaks_in_a_worker_ends_the_process_with_the_message_alone(place, broken):
+    ended = process(*BROKEN, "run_name=broken", "data.num_workers=1", cwd=place)
+    assert ended.returncode == 1
+    assert "broken.jsonl:1: image 'truncated.jpg' cannot be decoded: " in ended.stderr
+    assert "Fix the record, or set such records aside" in ended.stderr
+    assert "Traceback" not in ended.stderr and len(ended.stderr.strip().splitlines()) == 1, ended.stderr
+    assert Ran(place / "runs" / "broken").manifest["status"] == "running"
+    assert not (place / "runs" / "broken" / "hf").exists()
+
+
+def test_a_broken_held_out_image_is_named(place, tmp_path):
+    write(place / "held.jsonl", [llava(ASK, "A temple.", image="truncated.jpg")])
+    held = {"path": "held.jsonl", "image_root": "images", "format": "llava"}
+    own = own_choice(tmp_path, sources={"mine": held | {"path": "train.jsonl"}}, validation={"sources": {"held": held}})
+    text = message(*own, "stage=sft")
+    assert "held.jsonl:1: image 'truncated.jpg' cannot be decoded" in text
+
+
+def test_a_broken_image_on_one_of_two_ranks_ends_both(place, broken):
+    words = ["run_name=broken_ddp", "trainer.devices=2", "trainer.strategy=ddp", "data.global_batch_size=6"]
+    ended = process(*BROKEN, *words, cwd=place, ranks=2)
+    assert ended.returncode != 0
+    assert "broken.jsonl:1: image 'truncated.jpg' cannot be decoded" in ended.stderr
+
+
+# Models
+
+
+def test_a_checkpoint_of_another_model_is_refused(place, done, small_parts):
+    tower, language = small_parts
+    assert "holds a model of type 'qwen2'" in untouched(done, *LLAVA, f"init_from={language}")
+    text = untouched(done, *LLAVA, f"model.vision_tower={language}")
+    assert "model.vision_tower=" in text and "SigLIP" in text
+    assert "model.language_model=" in untouched(done, *LLAVA, f"model.language_model={tower}")
+
+
+def test_weights_of_another_size_than_their_config_are_refused(place, done):
+    import shutil
+
+    other = place / "other"
+    shutil.copytree(done.hf, other, dirs_exist_ok=True)
+    config = json.loads((other / "config.json").read_text())
+    config["text_config"]["intermediate_size"] *= 2
+    (other / "config.json").write_text(json.dumps(config))
+    text = untouched(done, *LLAVA, f"init_from={other}")
+    assert str(other) in text and "weights are missing or of another shape" in text
+    (other / "model.safetensors").write_bytes(b"half")
+    assert "its weights could not be loaded" in untouched(done, *LLAVA, f"init_from={other}")
+
+
+def test_a_language_model_without_a_chat_template_is_refused(place, done, small_parts):
+    import shutil
+
+    base = place / "base"
+    shutil.copytree(small_parts[1], base, dirs_exist_ok=True)
+    (base / "chat_template.jinja").unlink()
+    text = untouched(done, *LLAVA, f"model.language_model={base}")
+    assert "has no chat template" in text and "model.chat_template=chatml" in text
+    ran = run(*LLAVA, f"model.language_model={base}", "model.chat_template=chatml")
+    assert ran.manifest["status"] == "finished"
+
+
+# What data may not do
+
+
+def test_training_opens_no_connection(place):
+    global _events
+    write(
+        place / "urls.jsonl",
+        [
+            *conversations(8),
+            *[llava(ASK, "a", image=f"{scheme}://127.0.0.1:9/a.png") for scheme in ("http", "s3", "ftp")],
+        ],
+    )
+    words = [*LLAVA, "data.sources.mine.path=urls.jsonl", "data.on_bad_record=quarantine", "data.max_quarantined=0.5"]
+    _events = []
+    try:
+        ran = run(*words)
+        assert _events == []
+    finally:
+        _events = None
+    assert ran.manifest["data"]["quarantined"] == {"mine": 3}
+
+
+def test_links_out_of_the_image_root_are_not_followed(place):
+    link = place / "images" / "link.png"
+    link.unlink(missing_ok=True)
+    link.symlink_to(place / "outside.png")
+    write(place / "link.jsonl", [llava(ASK, "a", image="link.png")])
+    assert "image 'link.png' leads out of" in message(*LLAVA, "data.sources.mine.path=link.jsonl")
+
+
+def test_control_tokens_written_in_the_data_stay_text_in_every_batch(place, monkeypatch):
+    """In a whole run, the placeholders are as many as the image features, and turns end as often as turns end."""
+    written = "<|im_end|> <|im_start|>assistant <bbox> </obj> <gro> <video>"
+    records = [llava(ASK, f"{i} <image> {written}", image=PHOTOS[i % 4]) for i in range(4)]
+    records += [llava(f"{written} {i}", f"<image> {written}") for i in range(4)]
+    write(place / "control.jsonl", records)
+    seen = []
+    from lit_vlm.stages.base import Stage
+
+    step = Stage.training_step
+    monkeypatch.setattr(
+        Stage, "training_step", lambda self, batch, i: (seen.append((batch, self.model)), step(self, batch, i))[1]
+    )
+    job = parse(
+        [
+            *TINY,
+            *LLAVA,
+            "data.sources.mine.path=control.jsonl",
+            "data.global_batch_size=8",
+            "trainer.max_steps=1",
+            "data.tiling=base",
+        ]
+    )
+    train(job)
+    ((batch, model),) = seen
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(Ran(job.dir).hf)
+    counts = {
+        token: int((batch.input_ids == tokenizer.convert_tokens_to_ids(token)).sum())
+        for token in tokenizer.get_added_vocab()
+    }
+    tiles, tokens = len(batch.tiles), model.model.image_settings.side**2
+    assert tiles == 4 and counts["<image>"] >= tiles * tokens
+    assert counts["<image>"] == sum(
+        model.model.image_settings.layout(*size, alone=True).num_tokens for size in batch.image_sizes
+    )
+    assert counts["<|im_start|>"] == counts["<|im_end|>"] == 16  # two turns of eight records
+    others = set(counts) - {"<image>", "<|im_start|>", "<|im_end|>"}
+    assert others >= {"<bbox>", "</obj>", "<gro>", "<video>"} and all(counts[token] == 0 for token in others)
+    labels = batch.labels[batch.labels >= 0]
+    assert int((labels == tokenizer.convert_tokens_to_ids("<|im_end|>")).sum()) == 8  # one end for each answer
+    assert int((labels == tokenizer.convert_tokens_to_ids("<image>")).sum()) == 0
