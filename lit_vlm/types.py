@@ -235,4 +235,5 @@ class Batch:
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
         names = ("input_ids", "labels", "position_ids", "cu_seqlens", "tiles")
-        return replace(self, **{name: function(getattr(self, name)) for name in names})
+        tensors: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
+        return replace(self, **tensors)

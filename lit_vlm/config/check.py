@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 from collections.abc import Iterator
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
@@ -93,8 +94,8 @@ def _stage(config: RunConfig) -> Iterator[str]:
     if len(set(stage.trainable)) != len(stage.trainable):
         yield "stage.trainable: names a part twice."
     trainable = {part.value for part in stage.trainable}
-    for name in members(type(stage.parts)):
-        yield from _part(name, getattr(stage.parts, name), name in trainable)
+    for field in fields(stage.parts):
+        yield from _part(field.name, getattr(stage.parts, field.name), field.name in trainable)
     if isinstance(stage, DPOStageConfig):
         yield from _dpo(stage)
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache, lru_cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 from hydra import compose, initialize_config_dir
@@ -69,7 +70,8 @@ def config_dirs(overrides: list[str] | tuple[str, ...] = ()) -> list[Path]:
     folders = [CONF]
     for override in overrides:
         if key_of(override) == "hydra.searchpath":
-            folders += [Path(urlparse(str(place)).path) for place in parsed(override).value()]
+            places: Any = parsed(override).value()  # a list, though an override may hold anything
+            folders += [Path(urlparse(str(place)).path) for place in places]
     return folders
 
 

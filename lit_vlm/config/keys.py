@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import is_dataclass
 from enum import Enum
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin
+from typing import Any, Union, cast, get_args, get_origin
 
 import yaml
 from hydra.core.default_element import ResultDefault
@@ -40,7 +40,7 @@ def hint_of(key: str, stage: type[StageConfig]) -> Any:
     for word in key.split("."):
         if hint is Any:
             return Any
-        hint = members(hint).get(word) if is_dataclass(hint) else value_type(hint)
+        hint = members(cast(type, hint)).get(word) if is_dataclass(hint) else value_type(hint)
         if hint is None:
             return None
         hint = stage if hint is StageConfig else hint
@@ -65,7 +65,8 @@ def _unknown(key: str, stage: type[StageConfig]) -> str:
     words = key.split(".")
     place = 2 if key.startswith("data.sources.") else 3
     name = words[place] if len(words) > place and "sources" in words else "mine"
-    found = nearest_key(key, [*members(RunConfig), *(row.key.replace("<name>", name) for row in settings(stage))])
+    rows = settings(cast(Hashable, stage))  # a class is; mypy takes the word of its instances, which are not
+    found = nearest_key(key, [*members(RunConfig), *(row.key.replace("<name>", name) for row in rows)])
     return f"unknown setting {key}.{did_you_mean(found)}" + ("" if found else " See python run.py --help settings.")
 
 
@@ -166,7 +167,7 @@ def _wrong_sources(override: Override, sources: dict[str, set[str]]) -> Iterator
         there = ", ".join(sorted(sources[table])) or "none"
         found = did_you_mean(nearest(name, sorted(sources[table])))
         yield f"{key}: there is no source {name} here ({there}).{found} {NEW_SOURCE}."
-    elif key in sources and isinstance(override.value(), dict) and (new := set(override.value()) - sources[key]):
+    elif key in sources and isinstance(value := override.value(), dict) and (new := set(value) - sources[key]):
         yield f"{key}: {', '.join(sorted(new))} cannot be added here. {NEW_SOURCE}."
 
 
@@ -189,7 +190,7 @@ def mistakes_in_file(default: ResultDefault, stage: type[StageConfig], overrides
     if package.startswith("experiment"):
         yield f"{_short(path)}: the first line must be '# @package _global_', or nothing in the file counts."
         return
-    content = OmegaConf.to_container(OmegaConf.load(path), resolve=False) or {}
+    content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False) or {}
     for name, value in content.items():
         if name == "defaults" or (name == "hydra" and not package):
             continue

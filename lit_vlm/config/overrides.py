@@ -160,7 +160,9 @@ def _config_dir_as_search_path(arguments: list[str]) -> list[str]:
 
 def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Hydra's own flags (`--cfg job`, `-m`, `-sc`, ...) with their values, and the settings."""
-    flags, words, rest = [], [], iter(arguments)
+    flags: list[str] = []
+    words: list[str] = []
+    rest = iter(arguments)
     for word in rest:
         if word in ("--config-dir", "-cd"):
             words += [word, next(rest, "")]

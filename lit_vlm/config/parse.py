@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from hydra.core.default_element import ResultDefault
 from hydra.errors import HydraException
@@ -159,7 +160,7 @@ def _plain(config: DictConfig) -> RunConfig:
             [f"{key} is not set: {about.get(key, 'it has no default')}. Set {key}=..." for key in missing]
         )
     assert isinstance(plain, RunConfig)
-    plain.stage.adam_betas = tuple(plain.stage.adam_betas)
+    plain.stage.adam_betas = cast(tuple[float, float], tuple(plain.stage.adam_betas))  # check() counts them
     return with_absolute_paths(plain)
 
 

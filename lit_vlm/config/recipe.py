@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from omegaconf import DictConfig
 
 from lit_vlm.config.compose import choices, composed
@@ -35,7 +37,7 @@ def stages_of(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> list[
 
 def experiment_of(overrides: list[str]) -> str | None:
     """The experiment that these overrides name."""
-    named = [parsed(override).value() for override in overrides if key_of(override) == "experiment"]
+    named: list[Any] = [parsed(override).value() for override in overrides if key_of(override) == "experiment"]
     return named[-1] if named else None
 
 

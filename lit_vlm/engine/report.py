@@ -77,8 +77,29 @@ def summary_row(record: RunRecord) -> list[list[str]]:
         [short(figures.get("tokens"))],
         [short(figures.get("tokens_per_second"))],
         [arrow(figures.get("loss_first"), figures.get("loss_last"))],
-        [arrow(record.mean_score("before"), record.mean_score("after"))],
+        [arrow(record.mean_score("before"), record.mean_score("after")), *_preferred(record)],
     ]
+
+
+def scores_table(runs: list[Path]) -> Table:
+    """Held-out score of each kind and language after each stage, for the terminal."""
+    records = [record for record in map(read_run, runs) if record.scores("after")]
+    ladder = _ladder(records)
+    table = Table(title="Held-out score after each stage", title_justify="left")
+    table.add_column("kind")
+    for record in records:
+        for language in ladder["languages"]:
+            table.add_column(f"{record.stage} {language}", justify="right")
+    for row in ladder["rows"]:
+        cells = ["-" if score is None else f"{score:.2f}" for score in row["scores"]]
+        table.add_row(row["kind"].replace("_", " "), *cells)
+    return table
+
+
+def _preferred(record: RunRecord) -> list[str]:
+    """Of a preference stage: the share of held-out pairs whose chosen answer is rewarded more."""
+    accuracy = record.figures.get("val/rewards/accuracies")
+    return [] if accuracy is None else [f"reward accuracy {accuracy:.2f}"]
 
 
 @lru_cache(maxsize=1)
@@ -194,7 +215,9 @@ def _scores(record: RunRecord) -> list[dict[str, Any]]:
     for group in {**after, **before}:
         kind, language = split_group(group)
         pair = {"before": before.get(group), "after": after.get(group)}
-        kinds[kind].append({"language": language, **pair, "num": counts.get(group), "text": arrow(*pair.values())})
+        kinds[kind].append(
+            {"language": language, **pair, "num": counts.get(group), "text": arrow(pair["before"], pair["after"])}
+        )
     return [{"kind": kind, "languages": rows} for kind, rows in kinds.items()]
 
 
@@ -212,7 +235,7 @@ def _ladder(records: list[RunRecord]) -> dict[str, Any]:
 def _mixture(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The sources with the share asked for, the share drawn and how often each sample was seen."""
     most = max((row.get("share") or 0.0 for row in rows), default=0.0) or 1.0
-    blank = {"source": "", "kind": "", "language": "", "size": 0, "drawn": 0, "share": 0.0}
+    blank: dict[str, Any] = {"source": "", "kind": "", "language": "", "size": 0, "drawn": 0, "share": 0.0}
     table = []
     for row in rows:
         row = blank | row
@@ -223,10 +246,10 @@ def _mixture(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _shares(rows: list[dict[str, Any]], column: str) -> str:
-    shares: Counter[str] = Counter()
+    shares: dict[str, float] = defaultdict(float)
     for row in rows:
         shares[str(row.get(column) or "other")] += row.get("share") or 0.0
-    return ", ".join(f"{name} {share:.0%}" for name, share in shares.most_common())
+    return ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items(), key=lambda item: -item[1]))
 
 
 def _quarantined(record: RunRecord) -> dict[str, Any]:

@@ -90,7 +90,9 @@ def _require_writable(path: Path) -> None:
     place = next(place for place in (path, *path.parents) if os.path.lexists(place))
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         found = "may not be written to" if place.is_dir() else "is no folder"
-        raise UserError(f"The run's folder {path} cannot be made: {place} {found}. Choose another with run_dir=... or run_name=...")
+        raise UserError(
+            f"The run's folder {path} cannot be made: {place} {found}. Choose another with run_dir=... or run_name=..."
+        )
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:

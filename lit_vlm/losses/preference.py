@@ -205,7 +205,7 @@ def _inputs(mask: Tensor) -> dict[str, Tensor]:
 
 def _trainer(losses: list[tuple[str, float]], discopop_tau: float, options: dict[str, Any]) -> Any:
     """The attributes that `DPOTrainer._compute_loss` of trl 1.16 reads from its trainer."""
-    model = nn.Module()
+    model: Any = nn.Module()
     model.is_gradient_checkpointing = False
     accelerator = SimpleNamespace(
         device=None,

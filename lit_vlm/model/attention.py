@@ -48,7 +48,8 @@ class Segments:
         """
         order = sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i])
         starts = torch.tensor([0, *self.lengths]).cumsum(0)
-        groups, members = [], []
+        groups: list[Tensor] = []
+        members: list[int] = []
         for i in order:
             if members and self.lengths[i] * 4 < self.lengths[members[0]] * 3:
                 groups.append(self._positions(members, starts))

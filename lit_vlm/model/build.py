@@ -136,7 +136,9 @@ def _assembled(model: ModelConfig, source: dict[str, Any]) -> Blueprint:
         )
     text = _config(model.language_model, "model.language_model", source)
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(text, "auto_map"):
-        raise UserError(f"model.language_model={model.language_model} is a {text.model_type!r}, which transformers knows as no language model.")
+        raise UserError(
+            f"model.language_model={model.language_model} is a {text.model_type!r}, which transformers knows as no language model."
+        )
     families.check(text, model.language_model)
     _keep_layers(vision, -2 if model.vision_feature_layer is None else model.vision_feature_layer)
     if vision.model_type == "siglip_vision_model":
@@ -153,7 +155,7 @@ def _assembled(model: ModelConfig, source: dict[str, Any]) -> Blueprint:
     )
     images = _image_settings(model.vision_tower, config, source)
     tokenizer = _tokenizer(model.language_model, source)
-    parts = {"vision_tower": model.vision_tower, "language_model": model.language_model}
+    parts: dict[str, Any] = {"vision_tower": model.vision_tower, "language_model": model.language_model}
     return Blueprint(config, tokenizer, images, [], **parts, **source)
 
 
@@ -179,7 +181,7 @@ def _assemble(blueprint: Blueprint, dtype: torch.dtype) -> LlavaOnevisionForCond
     return model
 
 
-def _load(kind: Any, name: str, config: Any, dtype: torch.dtype, source: dict[str, Any]) -> nn.Module:
+def _load(kind: Any, name: str, config: Any, dtype: torch.dtype, source: dict[str, Any]) -> Any:
     """from_pretrained, strict about what is missing and silent about what was left out on purpose (layers, heads, a text half).
 
     Raises:
@@ -187,7 +189,8 @@ def _load(kind: Any, name: str, config: Any, dtype: torch.dtype, source: dict[st
     """
     try:
         with quiet_transformers():
-            options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}  # reported, and refused below
+            # sizes that do not match are reported, and refused below in words of ours
+            options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
             model, report = kind.from_pretrained(name, config=config, **options, **source)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{name}: its weights could not be loaded: {str(error).strip().splitlines()[0]}") from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import nn
 
@@ -53,17 +54,19 @@ def freeze(model: nn.Module, trainable: Iterable[Part]) -> None:
     chosen = set(trainable)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(part_of(name) in chosen and not UNUSED.match(name))
-    projector = model.model.multi_modal_projector
+    inner: Any = model.model  # transformers' class; nn.Module says of an attribute only that it is a tensor or module
+    projector = inner.multi_modal_projector
     if getattr(model.config, "projector_hidden_act", "") == "linear":  # a linear projector is W then the identity
         projector.linear_2.requires_grad_(False)
 
 
 def module_of(model: nn.Module, part: Part) -> list[nn.Module]:
-    inner = model.model
+    inner: Any = model.model
+    head: Any = model.lm_head
     return {
         Part.vision_tower: [inner.vision_tower],
         Part.projector: [inner.multi_modal_projector],
-        Part.language_model: [inner.language_model, model.lm_head],
+        Part.language_model: [inner.language_model, head],
     }[part]
 
 
@@ -95,7 +98,8 @@ def summary(model: nn.Module, how: dict[Part, str]) -> list[PartSummary]:
 
 
 def _without_dropout(module: nn.Module) -> None:
-    for child in module.modules():
+    children: Iterable[Any] = module.modules()  # a float as an attribute is more than nn.Module's annotations know
+    for child in children:
         if isinstance(child, nn.Dropout):
             child.p = 0.0
         if hasattr(child, "attention_dropout"):

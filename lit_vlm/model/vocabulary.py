@@ -104,6 +104,9 @@ class NewTokens(nn.Module):
         ids: the tokens.
     """
 
+    ids: Tensor
+    lookup: Tensor  # [V]: which row is a token's; -1 for the tokens of the tables
+
     def __init__(self, model: LlavaOnevisionForConditionalGeneration, ids: list[int]) -> None:
         super().__init__()
         embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

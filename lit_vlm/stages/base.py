@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import lightning as L
 import torch
@@ -32,7 +32,7 @@ from lit_vlm.types import Batch, Part, UserError
 
 log = logging.getLogger(__name__)
 
-ModelLike = Blueprint | LlavaOnevisionForConditionalGeneration | str | Path | dict[str, Any]
+ModelLike: TypeAlias = Blueprint | LlavaOnevisionForConditionalGeneration | str | Path | dict[str, Any]
 
 
 class Stage(L.LightningModule):
@@ -51,6 +51,8 @@ class Stage(L.LightningModule):
 
     default_trainable: tuple[Part, ...] = tuple(Part)
     default_learning_rate = 1e-5
+
+    _partial: Tensor  # [], the loss of the step's micro-batches so far
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lit_vlm.config import Run, parse, pipeline_overrides, stages_of
-from lit_vlm.engine.report import summary_table, write_report
+from lit_vlm.engine.report import scores_table, summary_table, write_report
 from lit_vlm.engine.run_folder import read_manifest
 from lit_vlm.types import UserError
 
@@ -39,7 +39,9 @@ def pipeline(run: Run) -> None:
         folders.append(stage.dir)
     report = Path(run.config.run_dir) / _report_name(run, folders)
     write_report(report, folders, run.config.recipe)
+    console = Console(highlight=False, width=max(console.width, 110))  # a log file is no narrower than its tables
     console.print(summary_table(folders))
+    console.print(scores_table(folders))
     console.print(f"{time.monotonic() - began:.0f} s in all. Report: {report}", soft_wrap=True)
     console.print(
         f"Model: {folders[-1] / 'hf'}   Ask it: python run.py task=chat init_from={folders[-1] / 'hf'} image=PICTURE",

@@ -202,9 +202,13 @@ def require_records_of(stage: StageConfig, datamodule: DataModule) -> None:
         wrong |= {index.sources[number].name for number in set(index.source_of[(index.chosen > 0) != dpo].tolist())}
     names = ", ".join(sorted(wrong))
     if wrong and dpo:
-        raise UserError(f"data.sources: {names}: no preference pairs, and stage=dpo needs them; choose data=preference.")
+        raise UserError(
+            f"data.sources: {names}: no preference pairs, and stage=dpo needs them; choose data=preference."
+        )
     if wrong:
-        raise UserError(f"data.sources: {names}: preference pairs, which stage={stage.name.value} cannot use; choose other data or dpo.")
+        raise UserError(
+            f"data.sources: {names}: preference pairs, which stage={stage.name.value} cannot use; choose other data or dpo."
+        )
 
 
 def mixture_of(datamodule: DataModule) -> list[dict[str, Any]]:

@@ -297,6 +297,7 @@ def test_a_broken_held_out_image_is_named(place, tmp_path):
     assert "held.jsonl:1: image 'truncated.jpg' cannot be decoded" in text
 
 
+@pytest.mark.slow
 def test_a_broken_image_on_one_of_two_ranks_ends_both(place, broken):
     words = ["run_name=broken_ddp", "trainer.devices=2", "trainer.strategy=ddp", "data.global_batch_size=6"]
     ended = process(*BROKEN, *words, cwd=place, ranks=2)

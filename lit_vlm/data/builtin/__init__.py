@@ -104,7 +104,7 @@ class BuiltinSource:
 
     def _sample(self, index: int, dice: Dice) -> Sample:
         scene = TASKS[self.path](dice)
-        messages = []
+        messages: list[Message] = []
         for question, answer in scene.turns:
             messages += (_asked(scene, question, first=not messages), Message(Role.assistant, answer))
         return Sample(
@@ -155,8 +155,8 @@ def corpus(seed: int = 0, per_task: int = 40) -> Iterator[str]:
         for language in (Language.ko, Language.en):
             for hard in (False, True):
                 source = BuiltinSource("corpus", path, language=language, num_samples=per_task, hard=hard, seed=seed)
-                for record in source:
-                    for message in _all_messages(record):
+                for index in range(len(source)):
+                    for message in _all_messages(source[index]):
                         yield from (piece for piece in message.content if isinstance(piece, str))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from lit_vlm.data.builtin.scenes import Dice, Figure, Picture, Rgb, Scene, Text
 from lit_vlm.data.builtin.words import COLOURS
 
@@ -25,10 +27,8 @@ def table(dice: Dice) -> Scene:
         question = dice.say(
             f"{row + 1}행 {column + 1}열의 수는 무엇인가요?", f"Which number is in row {row + 1}, column {column + 1}?"
         )
-    rows = [list("ABC"), *values] if dice.hard else values
-    picture = Picture(
-        height, width, dice.paper(), tuple(_rules(rows, height, width) + _cells(dice, rows, height, width))
-    )
+    rows: Sequence[Sequence[int | str]] = [list("ABC"), *values] if dice.hard else values
+    picture = Picture(height, width, dice.paper(), (*_rules(rows, height, width), *_cells(dice, rows, height, width)))
     return Scene((picture,), [((question,), (str(values[row][column]),))], values)
 
 
@@ -51,7 +51,7 @@ def chart(dice: Dice) -> Scene:
     return Scene((Picture(height, width, dice.paper(), tuple(marks)),), [((question,), (answer,))], values)
 
 
-def _rules(rows: list[list], height: int, width: int) -> list[Figure]:
+def _rules(rows: Sequence[Sequence[int | str]], height: int, width: int) -> list[Figure]:
     down = [
         Figure("square", (0, i * height // len(rows), width, i * height // len(rows) + 1), _LINE)
         for i in range(1, len(rows))
@@ -60,7 +60,7 @@ def _rules(rows: list[list], height: int, width: int) -> list[Figure]:
     return down + [Figure("square", (i * width // num, 0, i * width // num + 1, height), _LINE) for i in range(1, num)]
 
 
-def _cells(dice: Dice, rows: list[list], height: int, width: int) -> list[Text]:
+def _cells(dice: Dice, rows: Sequence[Sequence[int | str]], height: int, width: int) -> list[Text]:
     cell_height, cell_width = height // len(rows), width // len(rows[0])
     size, rgb = (16 if dice.hard else 22), dice.dark()
     cells = []

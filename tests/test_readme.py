@@ -1,0 +1,194 @@
+"""The documents are true: the tree exists, commands are accepted, examples run, both languages show the same commands."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lit_vlm.config.compose import composed
+from lit_vlm.config.multirun import check_multirun
+from lit_vlm.config.overrides import ConfigError, read_arguments, split_flags, with_implied
+from lit_vlm.config.parse import parse, wrong_words
+from lit_vlm.config.schema import SourceConfig
+from lit_vlm.data.sources import open_source
+
+ROOT = Path(__file__).resolve().parents[1]
+READMES = [ROOT / "README.md", ROOT / "README.ko.md"]
+DOCUMENTS = [*READMES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+TWINS = [tuple(READMES), (ROOT / "docs/your-own-data.md", ROOT / "docs/your-own-data.ko.md")]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+ENTRY = re.compile(r"^(?:python|\.venv/bin/python|torchrun(?: --\S+)*) run\.py\b")
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    return [body for found, body in BLOCK.findall(path.read_text(encoding="utf-8")) if found == language]
+
+
+def commands(path: Path) -> list[str]:
+    """The lines of bash blocks that start run.py."""
+    return [line for block in blocks(path, "bash") for line in block.splitlines() if ENTRY.match(line)]
+
+
+def words_of(command: str) -> list[str]:
+    words = shlex.split(command)
+    return words[words.index("run.py") + 1 :]
+
+
+def all_commands() -> list:
+    """Each command once: many stand in both languages."""
+    first = {line: path for path in reversed(DOCUMENTS) for line in commands(path)}
+    return [pytest.param(line, id=f"{path.name}: {line[:80]}") for line, path in first.items()]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A folder as a reader has it: with the YAML files that the documents write."""
+    for path in DOCUMENTS:
+        for block in blocks(path, "bash"):
+            for name, body in re.findall(r"^cat > (\S+\.yaml) <<'END'\n(.*?)^END$", block, re.MULTILINE | re.DOTALL):
+                (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+                (tmp_path / name).write_text(body, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_there_are_commands_to_test():
+    assert len(all_commands()) > 30
+    for path in DOCUMENTS:
+        found = re.findall(r"run\.py [^`\n]*", "\n".join(blocks(path, "bash")))
+        inside = [line for line in found if not line.startswith("run.py -sc")]
+        assert len(inside) == len([line for line in commands(path) if "-sc" not in line]), path.name
+
+
+@pytest.mark.parametrize("command", all_commands())
+def test_every_command_of_the_documents_is_accepted(command, place):
+    flags, words = split_flags(words_of(command))
+    assert "$" not in command
+    if flags:
+        words, sweep = with_implied(read_arguments(words)), "-m" in flags
+        assert set(flags) <= {"-m", "--cfg", "job"}
+        assert wrong_words(words, sweep=sweep) == {}
+        check_multirun(words) if sweep else composed(words)
+    else:
+        parse(words)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_error_that_is_shown_is_the_real_one(path, place):
+    for block in blocks(path, "text"):
+        if block.startswith("$ python run.py"):
+            command, said = block.split("\n", 1)
+            with pytest.raises(ConfigError) as error:
+                parse(words_of(command))
+            assert str(error.value) == said.strip()
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
+def test_the_tree_of_the_readme_is_the_real_one(path):
+    (tree,) = [block for block in blocks(path, "") if block.startswith("run.py ")]
+    listed, folder = [], ""
+    for line in tree.splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = name if name.endswith("/") else ""
+        listed.append(name if not line.startswith(" ") else folder + name)
+    for name in listed:
+        assert (ROOT / name).is_dir() if name.endswith("/") else (ROOT / name).is_file(), name
+    for room, pattern in (("lit_vlm", "*"), ("conf", "*")):
+        real = {
+            f"{room}/{entry.name}{'/' if entry.is_dir() else ''}"
+            for entry in (ROOT / room).glob(pattern)
+            if not entry.name.startswith(("_", "."))
+        }
+        assert real == {name for name in listed if name.startswith(f"{room}/") and name != f"{room}/"}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_make_targets_that_are_named_exist(path):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    text = path.read_text(encoding="utf-8")
+    named = set(re.findall(r"`make ([a-z-]+)", text))
+    named |= {word for block in blocks(path, "bash") for word in re.findall(r"^make ([a-z-]+)", block, re.MULTILINE)}
+    assert named <= targets
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_to_files_and_headings(path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        name, _, heading = target.partition("#")
+        file = (path.parent / name).resolve() if name else path
+        assert file.exists(), target
+        if heading:
+            text = file.read_text(encoding="utf-8")
+            found = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+            assert heading in {re.sub(r"[^\w\- ]", "", line.lower()).replace(" ", "-") for line in found}, target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_tests_and_paths_that_are_named_exist(path):
+    text = path.read_text(encoding="utf-8")
+    for file, name in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", text):
+        assert f"def {name}" in (ROOT / file).read_text(encoding="utf-8"), (file, name)
+    for name in re.findall(r"`((?:lit_vlm|conf|callbacks|benchmarks|tests|\.ci)/[\w./]+)`", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_every_page_is_in_the_index():
+    index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "index.md" or f"({page.name})" in index, page.name
+
+
+@pytest.mark.parametrize(("english", "korean"), TWINS, ids=lambda path: path.name)
+def test_both_languages_show_the_same_blocks(english, korean):
+    for language in ("bash", "python", "json", "text"):
+        assert blocks(english, language) == blocks(korean, language)
+    assert english.read_text(encoding="utf-8").count("\n## ") == korean.read_text(encoding="utf-8").count("\n## ")
+
+
+def test_the_example_files_of_the_readme_are_read(tmp_path):
+    (block,) = [block for block in blocks(READMES[0], "bash") if block.startswith("mkdir -p my")]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run(["bash", "-ec", block], cwd=tmp_path, env=environment, check=True, timeout=60)
+    for name, count in (("llava.json", 2), ("messages.jsonl", 1), ("preference.jsonl", 1)):
+        source = open_source("mine", SourceConfig(path=str(tmp_path / "my" / name)), max_image_pixels=10_000)
+        records = [source[number] for number in range(len(source))]
+        assert len(records) == count
+        assert all(image.load().size == (84, 56) for record in records for image in record.images)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_every_example_record_is_read(path, tmp_path):
+    from PIL import Image
+
+    for number, block in enumerate(blocks(path, "json")):
+        folder = tmp_path / str(number)
+        (folder / "coco").mkdir(parents=True)
+        for name in ("red.png", "coco/000001.jpg"):
+            Image.new("RGB", (84, 56), "red").save(folder / name)
+        (folder / "record.json").write_text(f"[{block}]", encoding="utf-8")
+        source = open_source("mine", SourceConfig(path=str(folder / "record.json")), max_image_pixels=10_000)
+        assert source[0].images[0].load().size == (84, 56)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("number", range(len(blocks(ROOT / "docs/library.md", "python"))))
+def test_the_examples_of_the_library_page_run(number, tmp_path):
+    (tmp_path / "library.py").write_text(blocks(ROOT / "docs/library.md", "python")[number], encoding="utf-8")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "library.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout
+
+
+def test_the_readme_begins_with_what_decides():
+    first = READMES[0].read_text(encoding="utf-8").splitlines()[:40]
+    text = "\n".join(first)
+    assert "make quickstart" in text and "`align`" in text and "`dpo`" in text
