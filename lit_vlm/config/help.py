@@ -47,7 +47,7 @@ EXAMPLES = (
         "torchrun --nproc-per-node=8 run.py experiment=varco_vision_14b/1_align",
         "VARCO-VISION's first stage on eight GPUs",
     ),
-    ("python run.py task=chat init_from=runs/tiny/4_dpo/hf 'image=[cat.jpg]'", "talk to the result"),
+    ("python run.py task=chat init_from=runs/tiny/4_dpo/hf image=cat.jpg", "talk to the result"),
 )
 MORE = (
     ("python run.py --help settings", "every setting, its type, default and meaning"),

@@ -71,7 +71,7 @@ def with_implied(overrides: list[str]) -> list[str]:
     """The overrides and what naming them implies, first so that a later word wins.
 
     An `experiment=` is one stage, so the task is to train it; ready sources stand alone unless `data=` says with what;
-    `trainer.extra.*` holds arguments that the schema does not name.
+    `trainer.extra.*` holds arguments that the schema does not name; `image=photo.jpg` is a list of one.
     """
     keys = {key_of(override) for override in overrides}
     implied = []
@@ -79,7 +79,14 @@ def with_implied(overrides: list[str]) -> list[str]:
         implied.append("task=train")
     if SOURCES in keys and "data" not in keys:
         implied.append("data=ready")
-    return implied + [f"++{word}" if word.startswith("trainer.extra.") else word for word in overrides]
+    return implied + [_spelled_out(word) for word in overrides]
+
+
+def _spelled_out(word: str) -> str:
+    if word.startswith("trainer.extra."):
+        return f"++{word}"
+    key, _, value = word.partition("=")
+    return f"image=[{value}]" if key == "image" and value and value[0] != "[" else word  # one picture is a list of one
 
 
 def from_json(text: str) -> list[str]:

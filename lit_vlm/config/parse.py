@@ -195,6 +195,15 @@ def local_or_hub(name: str | None) -> str | None:
     return _absolute(name) if local else name
 
 
+def _existing_previous(overrides: list[str]) -> str:
+    """The stage before with the same overrides; where nobody ran that, the stage before as its recipe has it, if that was
+    run: `experiment=tiny/2_sft trainer.max_steps=50` works after a plain `python run.py`."""
+    same = Path(_absolute(previous_folder(overrides)))
+    kept = [text for text in overrides if key_of(text) in ("experiment", "task", "run_dir", "hydra.searchpath")]
+    plain = Path(_absolute(previous_folder(kept)))
+    return str(plain if plain.is_dir() and not same.is_dir() else same)
+
+
 def _absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
@@ -226,7 +235,7 @@ def _run(config: RunConfig, overrides: list[str], given: list[str]) -> Run:
     init_from = config.init_from
     if init_from == "previous":
         try:
-            init_from = _absolute(previous_folder(overrides))
+            init_from = _existing_previous(overrides)
         except UserError as error:
             raise ConfigError([str(error)]) from None
     return Run(config, experiment_of(overrides), name, Path(config.run_dir) / name, given, init_from)

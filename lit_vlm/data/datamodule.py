@@ -116,7 +116,9 @@ class DataModule(L.LightningDataModule):
     def _refuse_foreign_sampler(self) -> None:
         """Lightning's default would deal the plan's micro-batches to the ranks once more, and train on half of them."""
         if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
-            raise UserError("On several devices give the Trainer use_distributed_sampler=False: the plan deals to the ranks.")
+            raise UserError(
+                "On several devices give the Trainer use_distributed_sampler=False: the plan deals to the ranks."
+            )
 
     def train_dataloader(self) -> DataLoader:
         plan = self.make_plan(self.trainer.world_size if self.trainer else 1)

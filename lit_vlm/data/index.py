@@ -73,8 +73,8 @@ def build_index(
     """Read every record once.
 
     Args:
-        most_tokens: `data.tokens_per_micro_batch`; a sample that needs more is a bad record, for it can never be
-        trained. most_tiles: `data.tiles_per_micro_batch`, likewise.
+        most_tokens: `data.tokens_per_micro_batch`; a sample that needs more is a bad record: it can never be trained.
+        most_tiles: `data.tiles_per_micro_batch`, likewise.
     """
     rows: list[tuple] = []
     kinds: list[Kind] = []

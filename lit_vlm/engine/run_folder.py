@@ -61,14 +61,17 @@ def open_run_folder(
     """
     plain = to_plain(asdict(config))
     known = read_manifest(path)
-    if known and known.get("status") == "finished" and not overwrite:
+    if known and not overwrite:
         different = _differences(known, plain, data_digest, parent)
+        finished = known.get("status") == "finished"
         if different:
+            state = "a finished" if finished else "an unfinished"
             raise UserError(
-                f"{path} holds a finished run that differs from this one in {', '.join(different[:5])}. "
+                f"{path} holds {state} run that differs from this one in {', '.join(different[:5])}. "
                 "Give this one a name of its own with run_name=..., or replace the old one with overwrite=true."
             )
-        return RunFolder(path, known)
+        if finished:
+            return RunFolder(path, known)
     _require_writable(path)
     manifest = {
         "status": "running",

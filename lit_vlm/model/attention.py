@@ -110,7 +110,9 @@ def flat_attention(
             **kwargs,
         )
     window = sliding_window if sliding_window and sliding_window < segments.longest else None
-    if query.is_cuda and not dropout:
+    if (
+        query.is_cuda and not dropout and query.dtype in (torch.bfloat16, torch.float16)
+    ):  # what FlashAttention computes in
         return _varlen(query, key, value, segments, scaling, window), None
     return _grouped(query, key, value, segments, scaling, dropout, window), None
 

@@ -7,7 +7,7 @@ here downloads code: `trust_remote_code` is off unless asked for.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,9 @@ from lit_vlm.model.forward import use_flat_forward
 from lit_vlm.model.hub import quiet_transformers
 from lit_vlm.model.parts import UNUSED
 from lit_vlm.model.vocabulary import CHATML, VIDEO_TOKEN, accept_parts, add_special_tokens, closing_token, grow
-from lit_vlm.types import IMAGE_TOKEN, UserError
+from lit_vlm.types import IMAGE_TOKEN, SPECIAL_TOKENS, UserError
+
+GRID, MAX_TILES = 6, 9  # LLaVA-OneVision's (1x1),...,(6x6) and anyres_max_9
 
 
 @dataclass(slots=True)
@@ -44,6 +46,7 @@ class Blueprint:
     tokenizer: PreTrainedTokenizerFast
     images: ImageSettings
     new_tokens: list[str]  # added by this run; empty when the folder had them
+    special_tokens: list[str] = field(default_factory=list)  # control tokens of the data, new ones and old ones
     whole: str | None = None  # folder or hub id of a whole model, else the parts below
     vision_tower: str | None = None
     language_model: str | None = None
@@ -69,6 +72,9 @@ def draw_up(model: ModelConfig, init_from: str | None = None, tiling: Tiling = T
     blueprint = _whole(model, init_from, source) if init_from else _assembled(model, source)
     blueprint.images = replace(blueprint.images, tiling=tiling)
     blueprint.new_tokens = add_special_tokens(blueprint.tokenizer, model.special_tokens)
+    known = blueprint.tokenizer.get_added_vocab()
+    wanted = dict.fromkeys((*model.special_tokens, *SPECIAL_TOKENS))
+    blueprint.special_tokens = [token for token in wanted if token in known]
     blueprint.config.image_token_index = blueprint.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     blueprint.config.video_token_index = blueprint.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
     blueprint.tokenizer.chat_template = _chat_template(model.chat_template, blueprint.tokenizer)
@@ -122,6 +128,11 @@ def _whole(model: ModelConfig, init_from: str, source: dict[str, Any]) -> Bluepr
         )
     _keep_layers(config.vision_config, config.vision_feature_layer)
     config.vision_feature_layer = -1
+    if model.grid:
+        pinpoints = grid_pinpoints(config.vision_config.image_size, model.grid)
+        config.image_grid_pinpoints = [list(pair) for pair in pinpoints]
+    if model.max_tiles:
+        config.vision_aspect_ratio = f"anyres_max_{model.max_tiles}"
     return Blueprint(
         config, _tokenizer(init_from, source), _image_settings(init_from, config, source), [], whole=init_from, **source
     )
@@ -149,8 +160,8 @@ def _assembled(model: ModelConfig, source: dict[str, Any]) -> Blueprint:
         vision_feature_layer=-1,
         vision_feature_select_strategy="default" if vision.model_type == "clip_vision_model" else "full",
         projector_hidden_act="gelu" if model.projector is Projector.mlp2x_gelu else "linear",
-        image_grid_pinpoints=[list(pair) for pair in grid_pinpoints(vision.image_size, model.grid)],
-        vision_aspect_ratio=f"anyres_max_{model.max_tiles}",
+        image_grid_pinpoints=[list(pair) for pair in grid_pinpoints(vision.image_size, model.grid or GRID)],
+        vision_aspect_ratio=f"anyres_max_{model.max_tiles or MAX_TILES}",
         tie_word_embeddings=bool(text.tie_word_embeddings),
     )
     images = _image_settings(model.vision_tower, config, source)

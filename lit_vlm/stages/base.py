@@ -40,17 +40,20 @@ class Stage(L.LightningModule):
 
     Args:
         model: a folder or hub id of a LLaVA-OneVision-class model, a `Blueprint` of parts, or a model that is built
-        already;
-            None only where `load_from_checkpoint` brings it.
-        trainable: parts that train; the others are frozen. learning_rate: peak; parts may name their own in `parts`, as
-        in `{"vision_tower": {"learning_rate": 2e-6}}`. weight_decay, warmup, schedule, min_learning_rate, adam_betas,
-        adam_eps: see `OptimizerOptions`. activation_checkpointing: recompute activations in backward. parts: per part
-        `learning_rate`, `weight_decay`, `warmup`, and `lora` with `rank`, `alpha`, `dropout`, `targets`. tiling: how
-        images are tiled; must be the data's. dtype: of the weights, "float32" or "bfloat16".
+            already; None only where `load_from_checkpoint` brings it.
+        trainable: parts that train; the others are frozen.
+        learning_rate: peak; parts may name their own in `parts`, as in `{"vision_tower": {"learning_rate": 2e-6}}`.
+        weight_decay, warmup, schedule, min_learning_rate, adam_betas, adam_eps: see `OptimizerOptions`.
+        activation_checkpointing: recompute activations in backward.
+        parts: per part `learning_rate`, `weight_decay`, `warmup`, and `lora` with `rank`, `alpha`, `dropout`, `targets`.
+        tiling: how images are tiled; must be the data's.
+        dtype: of the weights, "float32" or "bfloat16".
+        seed: of parameters that are new.
     """
 
     default_trainable: tuple[Part, ...] = tuple(Part)
     default_learning_rate = 1e-5
+    trains_special_rows = True  # under LoRA
 
     _partial: Tensor  # [], the loss of the step's micro-batches so far
 
@@ -104,14 +107,15 @@ class Stage(L.LightningModule):
             given = self._given = draw_up(ModelConfig(special_tokens=[]), str(given), self.tiling)
         if isinstance(given, Blueprint):
             self._new_ids = given.tokenizer.convert_tokens_to_ids(given.new_tokens)
+            self._special_ids = given.tokenizer.convert_tokens_to_ids(given.special_tokens)
             return build(given, dtype, self.hparams["seed"])
         if isinstance(given, dict):  # a checkpoint: its own weights follow
-            self._new_ids = given["new_ids"]
+            self._new_ids = self._special_ids = given["row_ids"]
             model = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig.from_dict(given["config"])).to(dtype)
             model.generation_config.eos_token_id = given["stops"]
             use_flat_forward(model, _settings_from(given["images"]))
             return model
-        self._new_ids = []
+        self._new_ids, self._special_ids = [], []
         if not hasattr(given.model, "image_settings"):
             raise UserError("Give a model that lit_vlm built, or the folder it was saved to.")
         return given
@@ -125,13 +129,23 @@ class Stage(L.LightningModule):
             if lora is not None:
                 add_lora(model, part, lora)
                 self.how[part] = f"LoRA rank {lora.rank}"
-        if self._new_ids and not model.get_input_embeddings().weight.requires_grad:
-            model.new_tokens = NewTokens(model, self._new_ids)
+        rows = self._rows_to_train()
+        if rows:
+            model.new_tokens = NewTokens(model, rows)
             known = self.how.get(Part.language_model)
-            self.how[Part.language_model] = f"{known + ', ' if known else ''}{len(self._new_ids)} new tokens"
+            self.how[Part.language_model] = f"{known + ', ' if known else ''}rows of {len(rows)} tokens"
         if self.hparams["activation_checkpointing"]:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.set_modes()
+
+    def _rows_to_train(self) -> list[int]:
+        """Tokens whose rows train although the vocabulary's tables do not: those that this run adds, and under LoRA all
+        control tokens, for the data that uses them may come first now."""
+        assert self.model is not None
+        if self.model.get_input_embeddings().weight.requires_grad:
+            return []
+        adapted = getattr(self.options.parts.get(Part.language_model), "lora", None) is not None
+        return self._special_ids if adapted and self.trains_special_rows else self._new_ids
 
     def set_modes(self) -> None:
         set_modes(self.model, self.trainable, checkpointed=self.hparams["activation_checkpointing"])
@@ -267,7 +281,7 @@ class Stage(L.LightningModule):
         checkpoint["lit_vlm"] = {
             "config": self.model.config.to_dict(),
             "images": images,
-            "new_ids": list(self._new_ids),
+            "row_ids": list(self._rows_to_train()),
             "stops": self.model.generation_config.eos_token_id,
         }
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = dict(self.hparams)

@@ -36,6 +36,7 @@ class DPOStage(Stage):
 
     default_trainable = (Part.language_model,)
     default_learning_rate = 5e-7
+    trains_special_rows = False  # under LoRA the reference is the model without its adapters, and these are none
 
     def __init__(
         self,

@@ -58,7 +58,9 @@ def load(init_from: str, config: RunConfig) -> tuple[LlavaOnevisionForConditiona
     """The model on its device, and the processor that goes with it."""
     quiet()
     transformers_logging.disable_progress_bar()
-    blueprint = draw_up(replace(config.model, special_tokens=[]), init_from, read_tiling(init_from))
+    blueprint = draw_up(
+        replace(config.model, special_tokens=[], grid=None, max_tiles=None), init_from, read_tiling(init_from)
+    )
     gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
     model = build(blueprint, torch.bfloat16 if gpu else torch.float32, config.seed)
     return model.to("cuda" if gpu else "cpu").eval(), Processor(blueprint.tokenizer, blueprint.images)

@@ -69,7 +69,7 @@ def train(run: Run) -> None:
     quarantined = settle(config.data, datamodule, folder)
     require_records_of(config.stage, datamodule)
 
-    callbacks = make_callbacks(config.callbacks, run.dir, max_samples=config.data.validation.max_samples)
+    callbacks = make_callbacks(config.callbacks, run.dir, max_samples=most_scored(config))
     trainer = make_trainer(config, run.dir, run.name, callbacks)
     plan = datamodule.make_plan(trainer.world_size)
     trainer.log_every_n_steps = min(trainer.log_every_n_steps, plan.num_steps)  # a short run leaves a row, too
@@ -247,6 +247,8 @@ def show_start(run: Run, stage: Stage, datamodule: DataModule) -> None:
         table.add_row(row.part, f"{row.parameters:,}", f"{row.trainable:,}", row.how)
     console.print(table)
     plan, index = datamodule.plan, datamodule.index
+    if run.init_from:
+        say(f"starts from {run.init_from}")
     say(
         f"{len(index):,} samples, {len(datamodule.held_out):,} held out; {plan.num_steps:,} steps of {plan.global_batch_size} samples"
         f" in {plan.k} micro-batch{'es' if plan.k > 1 else ''} on {plan.world_size} rank{'s' if plan.world_size > 1 else ''}"

@@ -143,7 +143,9 @@ def test_a_setting_of_another_stage_is_told_as_such():
 
 def test_a_source_can_be_taken_away():
     run = parse(["experiment=tiny/1_align", "~data.sources.caption_en"])
-    assert list(run.config.data.sources) == ["caption_ko", "image_only_ko", "image_only_en"] and run.name != "tiny/1_align"
+    assert (
+        list(run.config.data.sources) == ["caption_ko", "image_only_ko", "image_only_en"] and run.name != "tiny/1_align"
+    )
 
 
 # Types and choices

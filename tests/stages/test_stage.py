@@ -121,7 +121,7 @@ def test_new_tokens_train_while_the_language_model_is_frozen(small_parts, proces
     moved = (rows.embedding - before["new_tokens.embedding"]).abs().sum(1)
     assert moved[known["<bbox>"]] > 0
     assert torch.equal(stage.model.get_input_embeddings().weight, before["model.language_model.embed_tokens.weight"])
-    assert {row.part: row.how for row in stage.part_summary}["language_model"] == f"{len(known)} new tokens"
+    assert {row.part: row.how for row in stage.part_summary}["language_model"] == f"rows of {len(known)} tokens"
 
 
 def test_lora_trains_adapters_and_nothing_else_of_its_part(model, processor):
