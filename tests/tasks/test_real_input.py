@@ -209,8 +209,9 @@ def test_digits_train_in_both_languages_end_to_end():
         "data.sources.digits_ko.num_samples=40",
         "data.sources.digits_en.num_samples=40",
     ]
-    ran = run(*words, "data.validation.fraction=0.1", "data.validation.max_samples=2", "data.tiling=base")
-    manifest = sound(ran, 80)
+    ran = run(*words, "data.validation.max_samples=2", "data.tiling=base")
+    manifest = sound(ran, 80 + 2 * 297)
+    assert (manifest["data"]["num_samples"], manifest["data"]["num_held_out"]) == (80, 2 * 297)  # digits of the test half
     assert [(row["source"], row["language"]) for row in manifest["data"]["mixture"]] == [
         ("digits_ko", "ko"),
         ("digits_en", "en"),
