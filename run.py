@@ -7,6 +7,7 @@ python run.py --help                   choices, settings, examples
 
 from __future__ import annotations
 
+import os
 import sys
 
 import hydra
@@ -25,8 +26,11 @@ def main() -> None:
     """Run what the command line says; a user's mistake is told without a traceback, exit status 1."""
     try:
         start(sys.argv[1:])
+        sys.stdout.flush()
     except UserError as error:
         sys.exit(str(error))
+    except BrokenPipeError:  # --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def start(arguments: list[str]) -> None:

@@ -6,7 +6,6 @@ no config.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,8 +28,6 @@ from lit_vlm.model.parts import PartSummary, freeze, part_of, set_modes, summary
 from lit_vlm.model.vocabulary import NewTokens
 from lit_vlm.stages.optimizer import OptimizerOptions, PartOptions, make_optimizer, make_scheduler
 from lit_vlm.types import Batch, Part, UserError
-
-log = logging.getLogger(__name__)
 
 ModelLike: TypeAlias = Blueprint | LlavaOnevisionForConditionalGeneration | str | Path | dict[str, Any]
 
@@ -211,8 +208,7 @@ class Stage(L.LightningModule):
         """Every parameter that should train got a gradient, every part a non-zero one, and no other did.
 
         Args:
-            with_images: False when no sample of the step has an image; the vision side's gradients are zero then, and
-            rightly.
+            with_images: False when no sample of the step has an image; the vision side's gradients are rightly zero then.
 
         Raises:
             UserError: naming the parameters; the run would train something else than it says.
@@ -269,7 +265,7 @@ class Stage(L.LightningModule):
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """The model's own answer, greedily, in place of each sample's last one: `sample_id` and token ids."""
-        answers = generate(self.model, batch)
+        answers = generate(self.model, batch)[: len(batch.sample_ids)]  # of a pair, the chosen answer's prompt
         return [{"sample_id": name, "ids": ids} for name, ids in zip(batch.sample_ids, answers, strict=True)]
 
     # ---- Lightning's checkpoints

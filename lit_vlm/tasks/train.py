@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections import Counter
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -40,7 +39,6 @@ from lit_vlm.stages import STAGES, Stage
 from lit_vlm.types import Source, UserError
 
 console = Console(highlight=False)
-log = logging.getLogger(__name__)
 
 
 def train(run: Run) -> None:

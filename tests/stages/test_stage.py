@@ -12,6 +12,7 @@ from lit_vlm.data.collate import collate
 from lit_vlm.data.datamodule import DataModule, TrainMicroBatches
 from lit_vlm.data.processor import Processor
 from lit_vlm.model.build import build
+from lit_vlm.model.export import export_model
 from lit_vlm.model.parts import UNUSED, part_of
 from lit_vlm.stages import AlignStage, DPOStage, HighresStage, SFTStage
 from lit_vlm.types import Language, Part, UserError
@@ -133,6 +134,27 @@ def test_lora_trains_adapters_and_nothing_else_of_its_part(model, processor):
         if part_of(name) is Part.language_model:
             assert torch.equal(mine, old), name
     assert any("lora_B" in name and value.abs().sum() > 0 for name, value in after.items())
+
+
+def test_control_token_rows_train_under_lora_in_any_stage(small_parts, tmp_path):
+    """`align` sees captions only, so the rows of <bbox> would otherwise never learn when everything after it is LoRA."""
+    blueprint = blueprint_of(small_parts)
+    export_model(build(blueprint), blueprint.tokenizer, blueprint.images, tmp_path / "hf")
+    lora = {"language_model": {"lora": {"rank": 2}}}
+    stage = SFTStage(tmp_path / "hf", parts=lora, learning_rate=1e-2, warmup=0.0)
+    stage.configure_model()
+    assert {row.part: row.how for row in stage.part_summary}["language_model"] == "LoRA rank 2, rows of 9 tokens"
+    before = stage.model.new_tokens.embedding.detach().clone()
+    trainer().fit(stage, module_of(Processor(blueprint.tokenizer, blueprint.images), "grounding", max_steps=2))
+    assert (
+        (stage.model.new_tokens.embedding - before).abs().sum(1) > 0
+    ).sum() >= 5  # <gro>, <obj>, </obj>, <bbox>, </bbox>
+
+
+def test_predicting_on_pairs_answers_their_prompts(model, processor):
+    module = DataModule(processor, builtin("preference", n=16), 0.25, global_batch_size=4, max_steps=1)
+    answers = trainer().predict(DPOStage(model), module)
+    assert [answer["sample_id"] for batch in answers for answer in batch]
 
 
 def test_lora_with_an_unknown_target_names_the_right_ones(model):

@@ -211,7 +211,10 @@ def test_digits_train_in_both_languages_end_to_end():
     ]
     ran = run(*words, "data.validation.max_samples=2", "data.tiling=base")
     manifest = sound(ran, 80 + 2 * 297)
-    assert (manifest["data"]["num_samples"], manifest["data"]["num_held_out"]) == (80, 2 * 297)  # digits of the test half
+    assert (manifest["data"]["num_samples"], manifest["data"]["num_held_out"]) == (
+        80,
+        2 * 297,
+    )  # digits of the test half
     assert [(row["source"], row["language"]) for row in manifest["data"]["mixture"]] == [
         ("digits_ko", "ko"),
         ("digits_en", "en"),

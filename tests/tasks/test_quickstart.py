@@ -1,0 +1,37 @@
+"""The main job as a newcomer starts it, at its full length: what the tiny model must have learnt at its end."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModelForImageTextToText
+
+AT_LEAST = {"caption": 0.80, "word": 0.90, "number": 0.80, "grounding": 0.35}  # held out, each in each language
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(2400)
+def test_the_quickstart_learns_to_describe_read_count_and_point_in_both_languages(repository, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(repository / "run.py"), f"run_dir={tmp_path}"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    stages = [tmp_path / "tiny" / name for name in ("1_align", "2_sft", "3_highres", "4_dpo")]
+    manifests = [json.loads((stage / "manifest.json").read_text()) for stage in stages]
+    align, sft, highres, dpo = (manifest["figures"] for manifest in manifests)
+    for kind, bar in AT_LEAST.items():
+        for language in ("ko", "en"):
+            name = f"{kind}_{language}"
+            assert sft["scores"]["before"][name] < 0.1 < bar <= sft["scores"]["after"][name], name
+    assert dpo["val/rewards/accuracies"] >= 0.8
+    assert sft["samples"] > align["samples"] + highres["samples"] + dpo["samples"]
+    assert max(figures["peak_memory_bytes"] for figures in (align, sft, highres, dpo)) < 3 * 2**30
+    for parent, child in zip(manifests, manifests[1:], strict=False):
+        assert child["parent"]["digest"] == parent["weights_digest"]
+    assert "Held-out score after each stage" in done.stdout
+    assert (tmp_path / "tiny" / "report.html").stat().st_size > 50_000
+    assert AutoModelForImageTextToText.from_pretrained(stages[-1] / "hf").num_parameters() > 400_000
