@@ -24,11 +24,7 @@ os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="
 warnings.filterwarnings("ignore")
 
 import torch
-from transformers import (
-    LlavaOnevisionForConditionalGeneration,
-    LlavaOnevisionImageProcessorPil,
-    LlavaOnevisionProcessor,
-)
+from transformers import LlavaOnevisionForConditionalGeneration
 
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.data.builtin import BuiltinSource
@@ -38,6 +34,7 @@ from lit_vlm.engine.run_folder import versions
 from lit_vlm.engine.trainer import quiet
 from lit_vlm.model.build import Blueprint, build, draw_up
 from lit_vlm.model.export import export_model
+from lit_vlm.model.hub import plain_processor
 from lit_vlm.model.tiny import tiny_parts
 from lit_vlm.stages import SFTStage
 from lit_vlm.types import ImageSlot, Language, Sample
@@ -50,14 +47,6 @@ TEMPLATE = (  # ours, with the marks that TRL needs to know an answer
     "{%- if message['role'] != 'assistant' -%}{{ '<|im_end|>' }}{%- endif -%}{{ '\n' }}{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\n' }}{%- endif -%}"
 )
-
-
-class PlainProcessor(LlavaOnevisionProcessor):
-    """transformers' own, without the video half that needs torchvision."""
-
-    @classmethod
-    def get_attributes(cls) -> list[str]:
-        return ["image_processor", "tokenizer"]
 
 
 def main() -> None:
@@ -145,23 +134,9 @@ def trls(folder: Path, processor: Processor, checkpointing: bool) -> Callable[[l
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    images = processor.images
-    image_processor = LlavaOnevisionImageProcessorPil(
-        size={"height": images.tile_size, "width": images.tile_size},
-        image_grid_pinpoints=[list(pair) for pair in images.grid_pinpoints],
-        image_mean=list(images.mean),
-        image_std=list(images.std),
-    )
     tokenizer = copy.deepcopy(processor.tokenizer)
     tokenizer.chat_template = TEMPLATE
-    plain = PlainProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        num_image_tokens=images.side**2,
-        vision_feature_select_strategy=images.select,
-        vision_aspect_ratio=images.vision_aspect_ratio,
-        chat_template=TEMPLATE,
-    )
+    plain = plain_processor(tokenizer, processor.images)
     options = SFTConfig(
         output_dir=str(folder / "trl"),
         report_to="none",

@@ -70,17 +70,17 @@ class Debug(Enum):
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """The parts: hub ids or local folders; `tiny` is made on the spot. The two parts and the projector are not read when init_from
-    names a whole model."""
+    """The parts: hub ids or local folders; `tiny` is made on the spot.
+
+    The two parts and the projector are not read when init_from names a whole model.
+    """
 
     vision_tower: str = MISSING  # SigLIP, SigLIP 2 or CLIP: hub id, local folder, or "tiny"
     language_model: str = MISSING  # Qwen2.5, Qwen3, Llama-like: hub id, local folder, or "tiny"
     projector: Projector = Projector.mlp2x_gelu
     vision_feature_layer: int | None = None  # feeds the projector; null: the last but one, later ones are removed
-    grid: int | None = (
-        None  # most tiles along a side; null: what init_from has, or LLaVA-OneVision's 6: (1x1),...,(6x6)
-    )
-    max_tiles: int | None = None  # N of anyres_max_N, above it features are pooled; null: what init_from has, or 9
+    grid: int | None = None  # most tiles along a side; null: init_from's, or LLaVA-OneVision's 6: (1x1),...,(6x6)
+    max_tiles: int | None = None  # N of anyres_max_N, above it features are pooled; null: init_from's, or 9
     special_tokens: list[str] = field(
         default_factory=lambda: "<gro> <ocr> <char> </char> <obj> </obj> <bbox> </bbox> <delim>".split()
     )  # one id each, added to the vocabulary; the default is VARCO-VISION's nine
@@ -119,9 +119,7 @@ class DataConfig:
     global_batch_size: int = 128  # samples per optimizer step, over all devices
     tokens_per_micro_batch: int = 16384  # memory cap of one forward pass
     tiles_per_micro_batch: int = 64  # memory cap of one tower pass
-    tiling: Tiling = (
-        Tiling.anyres
-    )  # base: the whole image once; anyres: the whole image and its tiles (LLaVA-OneVision)
+    tiling: Tiling = Tiling.anyres  # base: the whole image once; anyres: the image and its tiles (LLaVA-OneVision)
     on_bad_record: OnBadRecord = OnBadRecord.stop
     max_quarantined: float = 0.01  # share of a source; more than this stops the run
     max_image_pixels: int = 64_000_000  # larger images are bad records (decompression bombs)

@@ -98,15 +98,9 @@ def quiet() -> None:
         ".*Checkpoint directory.*",
         ".*Experiment logs directory.*",
         ".*lr_scheduler.step.*",
+        ".*treespec, LeafSpec.*",  # Lightning's call, torch's deprecation
+        ".*in eval mode at the start of training.*",  # frozen parts are, on purpose
+        ".*called before the ``update``.*",  # a rank may hold no sample of a kind
+        ".*across ranks is zero.*",  # nothing held out
     ):
         warnings.filterwarnings("ignore", message=text)
-    for text in (
-        ".*isinstance.treespec, LeafSpec.*",
-        ".*module.s. in eval mode at the start of training.*",
-        ".*called before the ``update``.*",
-    ):
-        # frozen parts are in eval on purpose; a rank may hold no such sample
-        warnings.filterwarnings("ignore", message=text)
-    warnings.filterwarnings("ignore", message=".*in eval mode at the start.*")  # frozen parts are
-    warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # nothing held out
-    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's call, torch's deprecation

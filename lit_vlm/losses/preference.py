@@ -124,8 +124,7 @@ class PreferenceLoss:
         pairs = [(name, weight) for name, weight in zip(loss_type, weights, strict=True) if name != "sft"]
         tokens = [(name, weight) for name, weight in zip(loss_type, weights, strict=True) if name == "sft"]
         # `sft` is a mean over tokens and the others are means over pairs: each goes through TRL by itself, so that
-        # several
-        # micro-batches add up to what one batch would give
+        # several micro-batches add up to what one batch would give
         self._by_pairs = _trainer(pairs, discopop_tau, options) if pairs else None
         self._by_tokens = _trainer(tokens, discopop_tau, options) if tokens else None
         self.weights = dict(zip(loss_type, weights, strict=True))

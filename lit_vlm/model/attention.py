@@ -65,9 +65,8 @@ class Segments:
         offset = 0
         for group in self.groups:
             flat = group.flatten().cpu()
-            place[flat.flip(0)] = torch.arange(offset, offset + len(flat)).flip(
-                0
-            )  # the first of a repeated position wins
+            # written backwards, so that the first of a repeated position wins
+            place[flat.flip(0)] = torch.arange(offset, offset + len(flat)).flip(0)
             offset += len(flat)
         return place.to(self.cu_seqlens.device)
 
@@ -110,9 +109,8 @@ def flat_attention(
             **kwargs,
         )
     window = sliding_window if sliding_window and sliding_window < segments.longest else None
-    if (
-        query.is_cuda and not dropout and query.dtype in (torch.bfloat16, torch.float16)
-    ):  # what FlashAttention computes in
+    computes = query.dtype in (torch.bfloat16, torch.float16)  # what FlashAttention knows
+    if query.is_cuda and computes and not dropout:
         return _varlen(query, key, value, segments, scaling, window), None
     return _grouped(query, key, value, segments, scaling, dropout, window), None
 
@@ -141,9 +139,8 @@ def _grouped(
     window: int | None,
 ) -> Tensor:
     gqa = query.shape[1] != key.shape[1]
-    rows = [
-        tensor[0].transpose(0, 1).flatten(1) for tensor in (query, key, value)
-    ]  # [T, heads * D]: a token's heads lie together
+    # [T, heads * D]: a token's heads lie together
+    rows = [tensor[0].transpose(0, 1).flatten(1) for tensor in (query, key, value)]
     results = []
     for group in segments.groups:
         shape = (*group.shape, -1, query.shape[-1])

@@ -1,11 +1,40 @@
-"""Reading and writing transformers' folders without its running commentary."""
+"""transformers without its running commentary, and its processor without torchvision."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
 
+from transformers import LlavaOnevisionImageProcessorPil, LlavaOnevisionProcessor, PreTrainedTokenizerFast
 from transformers.utils import logging
+
+from lit_vlm.anyres import ImageSettings
+
+
+class PlainProcessor(LlavaOnevisionProcessor):
+    """transformers' own, without the video half that needs torchvision."""
+
+    @classmethod
+    def get_attributes(cls) -> list[str]:
+        return ["image_processor", "tokenizer"]
+
+
+def plain_processor(tokenizer: PreTrainedTokenizerFast, images: ImageSettings) -> PlainProcessor:
+    """What plain transformers makes of texts and pictures; tests and benchmarks hold ours against it."""
+    image_processor = LlavaOnevisionImageProcessorPil(
+        size={"height": images.tile_size, "width": images.tile_size},
+        image_grid_pinpoints=[list(pair) for pair in images.grid_pinpoints],
+        image_mean=list(images.mean),
+        image_std=list(images.std),
+    )
+    return PlainProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        num_image_tokens=images.side**2,
+        vision_feature_select_strategy=images.select,
+        vision_aspect_ratio=images.vision_aspect_ratio,
+        chat_template=tokenizer.chat_template,
+    )
 
 
 @contextlib.contextmanager

@@ -59,10 +59,9 @@ def add_lora(model: nn.Module, part: Part, lora: Lora) -> None:
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     inject_adapter_in_model(config, model, adapter_name=str(part))
     for name, parameter in model.named_parameters():
-        if (
-            name.replace(".base_layer", "") in frozen
-        ):  # peft freezes the whole model; the other parts are not its business
-            parameter.requires_grad_(frozen[name.replace(".base_layer", "")])
+        before = name.replace(".base_layer", "")
+        if before in frozen:  # peft freezes the whole model; the other parts are not its business
+            parameter.requires_grad_(frozen[before])
     for name, parameter in parameters_of(model, part):
         parameter.requires_grad_("lora_" in name)
 

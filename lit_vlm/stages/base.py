@@ -142,7 +142,9 @@ class Stage(L.LightningModule):
         if self.model.get_input_embeddings().weight.requires_grad:
             return []
         adapted = getattr(self.options.parts.get(Part.language_model), "lora", None) is not None
-        return self._special_ids if adapted and self.trains_special_rows else self._new_ids
+        if adapted:
+            return self._special_ids if self.trains_special_rows else []
+        return self._new_ids
 
     def set_modes(self) -> None:
         set_modes(self.model, self.trainable, checkpointed=self.hparams["activation_checkpointing"])
@@ -183,8 +185,7 @@ class Stage(L.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.step_loss(batch)
         self._log_step(loss.detach(), batch)
-        # Lightning divides by accumulate_grad_batches and the strategy averages over ranks; the loss is a sum over all
-        # of them
+        # Lightning divides by accumulate_grad_batches and the strategy averages over ranks; ours is a sum over all
         return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
 
     def step_loss(self, batch: Batch) -> Tensor:

@@ -105,9 +105,8 @@ class DPOStage(Stage):
             return loss
         self._check_first_loss(loss, batch)
         for name, value in metrics.items():
-            self.log(
-                f"train/{name}", value, batch_size=batch.num_pairs
-            )  # this rank's pairs; val/ metrics cover all ranks
+            # of this rank's pairs; the val/ metrics cover all ranks
+            self.log(f"train/{name}", value, batch_size=batch.num_pairs)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -118,10 +117,8 @@ class DPOStage(Stage):
             "val/rewards/accuracies": self.val_accuracy,
             "val/rewards/margins": self.val_margin,
         }
-        for (
-            name,
-            metric,
-        ) in known.items():  # on a blank batch too: other ranks wait for this one when metrics are gathered
+        # on a blank batch too: other ranks wait for this one when metrics are gathered
+        for name, metric in known.items():
             self.log(name, metric, on_epoch=True, on_step=False, prog_bar=name != "val/rewards/margins", batch_size=1)
         if not batch.blank:
             self.val_loss.update(loss, weight=batch.num_pairs)

@@ -57,8 +57,7 @@ def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.A
     fused = all(parameter.is_floating_point() for group in groups for parameter in group["params"])
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps, fused=fused)
     # Lightning refuses to clip the gradients of an optimizer that unscales them itself, as the fused one offers to;
-    # under bf16-mixed
-    # there is no scale, and under 16-mixed the scaler then unscales before the clipping.
+    # under bf16-mixed there is no scale, and under 16-mixed the scaler then unscales before the clipping.
     optimizer._step_supports_amp_scaling = False
     return optimizer
 

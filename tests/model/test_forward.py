@@ -5,43 +5,21 @@ import random
 import pytest
 import torch
 from support import blueprint_of, picture, sample
-from transformers import LlavaOnevisionImageProcessorPil, LlavaOnevisionProcessor
 
 from lit_vlm.anyres import ImageSettings, Tiling, grid_pinpoints
 from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
 from lit_vlm.data.tiles import tiles_of
 from lit_vlm.losses.next_token import next_token_losses
+from lit_vlm.model import hub
 from lit_vlm.model.build import build
 from lit_vlm.model.forward import supervised_rows
 from lit_vlm.stages import SFTStage
 from lit_vlm.types import Batch
 
 
-class PlainProcessor(LlavaOnevisionProcessor):
-    """transformers' processor without its video half, which needs torchvision."""
-
-    @classmethod
-    def get_attributes(cls):
-        return ["image_processor", "tokenizer"]
-
-
-def plain_processor(processor: Processor) -> PlainProcessor:
-    images = processor.images
-    image_processor = LlavaOnevisionImageProcessorPil(
-        size={"height": images.tile_size, "width": images.tile_size},
-        image_grid_pinpoints=[list(pair) for pair in images.grid_pinpoints],
-        image_mean=list(images.mean),
-        image_std=list(images.std),
-    )
-    return PlainProcessor(
-        image_processor=image_processor,
-        tokenizer=processor.tokenizer,
-        num_image_tokens=images.side**2,
-        vision_feature_select_strategy=images.select,
-        vision_aspect_ratio=images.vision_aspect_ratio,
-        chat_template=processor.tokenizer.chat_template,
-    )
+def plain_processor(processor: Processor):
+    return hub.plain_processor(processor.tokenizer, processor.images)
 
 
 def one(processor: Processor, record) -> Batch:

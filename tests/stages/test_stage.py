@@ -281,3 +281,10 @@ def test_a_built_model_can_be_given_and_a_foreign_one_is_refused(blueprint):
     foreign = SFTStage(LlavaOnevisionForConditionalGeneration(blueprint.config))
     with pytest.raises(UserError, match="Give a model that lit_vlm built"):
         foreign.configure_model()
+
+
+def test_under_lora_dpo_trains_no_rows_for_its_reference_is_the_model_without_adapters(small_parts):
+    stage = DPOStage(blueprint_of(small_parts), parts={"language_model": {"lora": {"rank": 2}}})  # adds nine tokens
+    stage.configure_model()
+    assert {row.part: row.how for row in stage.part_summary}["language_model"] == "LoRA rank 2"
+    assert not hasattr(stage.model, "new_tokens")
