@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from lit_vlm.data.index import groups_of
 from lit_vlm.types import Batch
 
 
@@ -25,7 +26,7 @@ class LanguageLoss(L.Callback):
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # From the data and not from the batches: every rank must hold the same metrics, or their synchronisation hangs.
         held_out = getattr(getattr(trainer, "datamodule", None), "held_out", None)
-        names = {str(name) for name in (*held_out.languages, *held_out.kinds)} if held_out is not None else set()
+        names = set(map(str, groups_of(held_out))) if held_out is not None else set()
         self._metrics = {name: MeanMetric().to(pl_module.device) for name in sorted(names)}
 
     def on_validation_batch_end(

@@ -17,7 +17,7 @@ from lit_vlm.data.index import Index
 from lit_vlm.evaluation.answers import ask, readable_prompt
 from lit_vlm.evaluation.drawing import ASKED, PREDICTED, REFERENCE, Mark, draw_boxes, marks_of
 from lit_vlm.evaluation.scoring import score
-from lit_vlm.types import ImageSource, Kind, Language, PreferencePair, Record, Sample
+from lit_vlm.types import ImageSource, PreferencePair, Record, Sample
 
 MOST_PROMPTS = 256  # of one generation
 TILES = 4  # times the training cap: nothing of the tower is kept for a backward pass
@@ -155,9 +155,9 @@ def _as_sample(record: Record) -> Sample:
 
 def _chosen(index: Index, most: int) -> list[int]:
     """The first `most` of each kind and language."""
-    seen: Counter[tuple[Kind, Language]] = Counter()
+    seen: Counter[tuple[int, int]] = Counter()
     chosen = []
-    for number, group in enumerate(zip(index.kinds, index.languages, strict=True)):
+    for number, group in enumerate(zip(index.kind.tolist(), index.language.tolist(), strict=True)):
         if seen[group] < most:
             seen[group] += 1
             chosen.append(number)

@@ -58,7 +58,7 @@ class Throughput(L.Callback):
         if self._started is not None:
             self._now["busy"] += self._ended - self._started
         if isinstance(batch, Batch) and not batch.blank:
-            counts = (batch.num_tokens, batch.num_supervised_tokens, len(batch.sample_ids), len(batch.image_sizes))
+            counts = (batch.num_tokens, batch.num_supervised_tokens, len(batch.sample_ids), len(batch.layouts))
             for name, count in zip(COUNTS, counts, strict=True):
                 self._now[name] += count
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:

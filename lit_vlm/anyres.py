@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import lru_cache
+from typing import NamedTuple
 
 
 class Tiling(StrEnum):
@@ -20,20 +21,15 @@ class Tiling(StrEnum):
     anyres = "anyres"
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """How the features of one image become tokens. Heights and widths of a grid are in patches."""
 
     num_tiles: int  # tower inputs, the base view first
     num_tokens: int  # placeholders in the prompt
     rows: int = 0  # tiles down and across; 0 = base view alone
     columns: int = 0
-    crop: tuple[int, int, int, int] = (
-        0,
-        0,
-        0,
-        0,
-    )  # top, bottom, left, right of the stitched grid that belong to the image
+    # top, bottom, left, right of the stitched grid that belong to the image
+    crop: tuple[int, int, int, int] = (0, 0, 0, 0)
     pooled: tuple[int, int] | None = None  # bilinear target (height, width) when the cap is exceeded
 
 
@@ -61,11 +57,23 @@ class ImageSettings:
     def vision_aspect_ratio(self) -> str:
         return f"anyres_max_{self.max_tiles}"
 
-    def layout(self, height: int, width: int, *, alone: bool = True) -> Layout:
-        """Tiles and tokens of an image of this size; `alone` is False when its sample holds several images."""
-        return _layout(
-            self.side, self.tile_size, self.grid_pinpoints, self.max_tiles, self.tiling, height, width, alone
-        )
+    def layout(self, height: int, width: int, *, alone: bool = True, most_tiles: int | None = None) -> Layout:
+        """Tiles and tokens of an image of this size.
+
+        Args:
+            alone: False when its sample holds several images; each is then its base view.
+            most_tiles: beside the base view; smaller grids of the model's are chosen from. 0: the base view alone.
+        """
+        if most_tiles == 0:
+            alone = False
+        pinpoints = self.pinpoints(most_tiles)
+        return _layout(self.side, self.tile_size, pinpoints, self.max_tiles, self.tiling, height, width, alone)
+
+    def pinpoints(self, most_tiles: int | None = None) -> tuple[tuple[int, int], ...]:
+        """The resolutions (height, width) to choose from that have at most so many tiles."""
+        if most_tiles is None:
+            return self.grid_pinpoints
+        return _up_to(self.grid_pinpoints, self.tile_size, most_tiles)
 
 
 def grid_pinpoints(tile_size: int, most: int) -> tuple[tuple[int, int], ...]:
@@ -84,6 +92,12 @@ def best_resolution(height: int, width: int, pinpoints: tuple[tuple[int, int], .
         if kept > most_kept or (kept == most_kept and wasted < least_wasted):
             best, most_kept, least_wasted = (target_height, target_width), kept, wasted
     return best
+
+
+@lru_cache(maxsize=256)
+def _up_to(pinpoints: tuple[tuple[int, int], ...], tile_size: int, most_tiles: int) -> tuple[tuple[int, int], ...]:
+    few = tuple(point for point in pinpoints if point[0] * point[1] <= most_tiles * tile_size**2)
+    return few or (min(pinpoints, key=lambda point: point[0] * point[1]),)
 
 
 @lru_cache(maxsize=65536)

@@ -1,4 +1,4 @@
-"""The words that every room shares. Imports nothing of ours.
+"""The words that every room shares. Of ours it imports the arithmetic of tiles alone.
 
 Text in a sample is data and never control: where an image stands and where a special token stands is said by the
 structure (`ImageSlot`, `Control`), so `<image>` or `<|im_end|>` written in somebody's caption stays text.
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
+    from lit_vlm.anyres import Layout
+
 IGNORE_INDEX = -100  # label of a position that the loss leaves out; the field's value
 
 # VARCO-VISION's nine, in the order of its release (special_tokens_map.json of NCSOFT/VARCO-VISION-14B)
@@ -29,15 +31,36 @@ class UserError(ValueError):
     """
 
 
+class Fault(StrEnum):
+    """What is wrong with a record, in a word; quarantined records are counted by it."""
+
+    malformed = "malformed"  # not JSON, keys missing or of the wrong type, turns out of order
+    placeholders = "placeholders"  # other numbers of image placeholders and images
+    no_answer = "no_answer"  # nothing in it would be supervised
+    overlong = "overlong"  # more tokens or tiles than a micro-batch may hold
+    url = "url"  # an image that would have to be fetched
+    outside = "outside"  # a path that leads out of the image root
+    missing = "missing"  # no such file or member
+    unreadable = "unreadable"  # no permission, a link loop, no regular file, an input/output error
+    empty = "empty"  # a file of no bytes
+    not_an_image = "not_an_image"  # another format than those that are read
+    too_large = "too_large"  # more pixels or bytes than are allowed
+    broken = "broken"  # a header, but not the pixels: truncated or damaged
+    hostile = "hostile"  # an archive member that is refused: a link, a device, a name that leads elsewhere
+    changed = "changed"  # not what it was when it was indexed
+
+
 class RecordError(UserError):
     """One record cannot be used. Collected by the index, then handled by `data.on_bad_record`."""
 
-    def __init__(self, origin: str, reason: str, remedy: str = "Fix the record") -> None:
+    def __init__(
+        self, origin: str, reason: str, remedy: str = "Fix the record", fault: Fault = Fault.malformed
+    ) -> None:
         super().__init__(f"{origin}: {reason}. {remedy}.")
-        self.origin, self.reason, self.remedy = origin, reason, remedy
+        self.origin, self.reason, self.remedy, self.fault = origin, reason, remedy, fault
 
     def __reduce__(self):  # crosses the border of a loader's worker process
-        return type(self), (self.origin, self.reason, self.remedy)
+        return type(self), (self.origin, self.reason, self.remedy, self.fault)
 
 
 class Language(StrEnum):
@@ -154,6 +177,8 @@ class Sample:
     language: Language
     messages: tuple[Message, ...]
     images: tuple[ImageSource, ...] = ()
+    max_tiles: int | None = None  # most tiles of an image beside its base view; None: as the model's grid says
+    normalised: bool = False  # Unicode's NFC changed its text
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +194,20 @@ class PreferencePair:
     chosen: Message
     rejected: Message
     images: tuple[ImageSource, ...] = ()
+    max_tiles: int | None = None
+    normalised: bool = False
 
 
 Record = Sample | PreferencePair
 
 
 class Source(Protocol):
-    """A dataset by position. `source[i]` raises RecordError for a record that cannot be used."""
+    """A dataset by position. `source[i]` raises RecordError for a record that cannot be used.
+
+    A source may also have `origin(index) -> str`, where a person finds a record that cannot be read, and
+    `digest_of(start, stop) -> str` over what records start to stop - 1 hold and how they are read: then an index of a
+    grown file reads only what is new. Without them name and position, and `digest`, stand in.
+    """
 
     name: str
 
@@ -206,9 +238,7 @@ class Batch:
     cu_seqlens: Tensor  # [B + 1] int32
     lengths: list[int]  # B tokens of each segment; cu_seqlens on the host, so that nothing waits for the device
     tiles: Tensor  # [N, 3, H, W] uint8; the model normalises them on its device
-    image_sizes: list[tuple[int, int]]  # M (height, width) of the originals
-    num_tiles: list[int]  # M; sums to N. 1 = base view alone
-    images_per_sample: list[int]  # images of each sample or pair; sums to M. Several in one sample are not tiled
+    layouts: list[Layout]  # M; how each image's tiles become tokens. Their tiles sum to N
     image_index: list[int]  # R
     num_supervised_tokens: int  # in this micro-batch; a segment's first token is never predicted
     step_supervised_tokens: int  # in the whole optimizer step, over all ranks and micro-batches: the loss's divisor
@@ -225,6 +255,10 @@ class Batch:
     @property
     def num_tokens(self) -> int:
         return int(self.input_ids.shape[0])
+
+    @property
+    def num_tiles(self) -> int:
+        return int(self.tiles.shape[0])
 
     def to(self, device: Any, **kwargs: Any) -> Batch:
         """The same batch with its tensors on `device`; Lightning calls this."""

@@ -9,16 +9,21 @@ from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
+from lit_vlm.config.mapping import mistakes_in_mapping
 from lit_vlm.config.schema import (
     DataConfig,
     DPOStageConfig,
     Format,
+    Markup,
     PartConfig,
+    PreflightConfig,
     RunConfig,
+    ShareConfig,
     SourceConfig,
     StageName,
     Task,
     TrainerConfig,
+    WeightsIn,
 )
 from lit_vlm.config.settings import did_you_mean, members, nearest
 from lit_vlm.types import Kind, Part
@@ -51,11 +56,15 @@ OWNED = {
 }
 
 
+STAGE_TASKS = (Task.train, Task.prepare, Task.preflight)  # what looks at one stage and its data
+
+
 def check(config: RunConfig) -> list[str]:
     """All mistakes of a config whose keys and types are right; empty when it can run."""
-    if config.task is not Task.train:
+    if config.task not in STAGE_TASKS:
         return [*_positive("max_new_tokens", config.max_new_tokens)]
     return [
+        *_preflight(config.preflight),
         *_stage(config),
         *_data(config.data),
         *_pairs(config),
@@ -140,8 +149,19 @@ def _data(data: DataConfig) -> Iterator[str]:
     for table, sources in (("data.sources", data.sources), ("data.validation.sources", data.validation.sources)):
         for name, source in sources.items():
             yield from _source(f"{table}.{name}", source)
-    yield from _weights(data.sources)
-    for name in ("global_batch_size", "tokens_per_micro_batch", "tiles_per_micro_batch", "max_image_pixels"):
+    yield from _weights(data)
+    yield from _shares(data.share)
+    for name in (
+        "global_batch_size",
+        "global_batch_tokens",
+        "tokens_per_micro_batch",
+        "tiles_per_micro_batch",
+        "max_image_pixels",
+        "max_length",
+        "temperature",
+        "index_workers",
+        "prefetch_factor",
+    ):
         yield from _positive(f"data.{name}", getattr(data, name))
     yield from _share("data.max_quarantined", data.max_quarantined)
     yield from _at_least_0("data.num_workers", data.num_workers)
@@ -152,17 +172,41 @@ def _data(data: DataConfig) -> Iterator[str]:
 
 
 def _source(key: str, source: SourceConfig) -> Iterator[str]:
-    if source.path is None and source.format is not Format.digits:
+    if source.path is None and source.hub is None and source.format is not Format.digits:
         yield f"{key}.path is not set: give the file or folder, {key}.path=..."
+    if source.path is not None and source.hub is not None:
+        yield f"{key}: both path and hub are given; one of them must go."
+    if source.format is Format.mapped and source.mapping is None:
+        yield f"{key}.mapping is not set: format=mapped needs it; conf/data/source/aihub_*.yaml show some."
+    if source.mapping is not None and source.format is not Format.mapped:
+        yield f"{key}.mapping: is read with format=mapped only, and format is {source.format.value}."
+    elif source.mapping is not None:
+        yield from mistakes_in_mapping(f"{key}.mapping", source.mapping)
+        if source.markup is Markup.on:
+            yield f"{key}.markup: format=mapped takes control tokens from mapping.regions, never from text; set auto."
     yield from _at_least_0(f"{key}.weight", source.weight)
-    yield from _positive(f"{key}.num_samples", source.num_samples)
+    yield from _at_least_0(f"{key}.max_tiles", source.max_tiles)
+    for name in ("num_samples", "repeat", "count", "fraction", "expected_records"):
+        yield from _positive(f"{key}.{name}", getattr(source, name))
+    if source.fraction is not None and source.fraction > 1:
+        yield f"{key}.fraction: is a share of its records and at most 1, found {source.fraction}."
+    if source.repeat is not None and source.count is not None:
+        yield f"{key}: both repeat and count are given; one of them must go."
     if source.kind is not None and source.kind not in list(Kind):
         found = did_you_mean(nearest(source.kind, list(Kind)))
         yield f"{key}.kind: there is no kind {source.kind}; there are {', '.join(Kind)}.{found}"
 
 
-def _weights(sources: dict[str, SourceConfig]) -> Iterator[str]:
+def _weights(data: DataConfig) -> Iterator[str]:
+    sources = data.sources
     weights = {name: source.weight for name, source in sources.items()}
+    counted = [name for name, source in sources.items() if source.repeat is not None or source.count is not None]
+    if counted and any(weight is not None for weight in weights.values()):
+        yield f"data.sources: {', '.join(counted)}: repeat and count say how much an epoch reads, weights say shares; use one way."
+    if data.temperature != 1.0 and any(weight is not None for weight in weights.values()):
+        yield "data.temperature: tempers the sizes of sources without weights; take the weights away, or set it to 1."
+    if data.weights_in is WeightsIn.tokens and all(weight is None for weight in weights.values()):
+        yield "data.weights_in=tokens: no source has a weight; give every source one."
     without = [name for name, weight in weights.items() if weight is None]
     if without and len(without) < len(weights):
         yield (
@@ -171,6 +215,25 @@ def _weights(sources: dict[str, SourceConfig]) -> Iterator[str]:
         )
     elif weights and not without and not any(weights.values()):
         yield "data.sources: every weight is 0, so there is nothing to draw from."
+
+
+def _shares(share: ShareConfig) -> Iterator[str]:
+    yield from _share("data.share.ko", share.ko)
+    yield from _share("data.share.text_only", share.text_only)
+    for name, value in share.kinds.items():
+        yield from _share(f"data.share.kinds.{name}", value)
+        if name not in list(Kind):
+            found = did_you_mean(nearest(name, list(Kind)))
+            yield f"data.share.kinds: there is no kind {name}; there are {', '.join(Kind)}.{found}"
+    if sum(share.kinds.values()) > 1 + 1e-9:
+        yield f"data.share.kinds: the shares add up to {sum(share.kinds.values()):g}, more than 1."
+
+
+def _preflight(preflight: PreflightConfig) -> Iterator[str]:
+    for name in ("max_samples", "world_size", "utilisation"):
+        yield from _positive(f"preflight.{name}", getattr(preflight, name))
+    yield from _at_least_0("preflight.num_shown", preflight.num_shown)
+    yield from _share("preflight.utilisation", preflight.utilisation)
 
 
 def holds_pairs(source: SourceConfig) -> bool | None:

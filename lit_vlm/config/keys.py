@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Set
 from dataclasses import is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -19,6 +19,7 @@ from lit_vlm.config.compose import choices, config_dirs, groups
 from lit_vlm.config.overrides import parsed
 from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig
 from lit_vlm.config.settings import (
+    dataclass_of,
     describe,
     did_you_mean,
     members,
@@ -40,7 +41,8 @@ def hint_of(key: str, stage: type[StageConfig]) -> Any:
     for word in key.split("."):
         if hint is Any:
             return Any
-        hint = members(cast(type, hint)).get(word) if is_dataclass(hint) else value_type(hint)
+        group = dataclass_of(hint)
+        hint = members(cast(type, group)).get(word) if group is not None else value_type(hint)
         if hint is None:
             return None
         hint = stage if hint is StageConfig else hint
@@ -52,7 +54,7 @@ def mistakes_in(key: str, value: Any, stage: type[StageConfig]) -> Iterator[str]
     hint = hint_of(key, stage)
     if hint is None:
         yield _unknown(key, stage)
-    elif isinstance(value, dict) and (is_dataclass(hint) or is_dataclass(value_type(hint))):
+    elif isinstance(value, dict) and (dataclass_of(hint) or is_dataclass(value_type(hint))):
         for name, item in value.items():
             yield from mistakes_in(f"{key}.{name}", item, stage)
     elif not fits(hint, value):
@@ -136,13 +138,16 @@ def mistakes_in_choice(override: Override, overrides: list[str]) -> Iterator[str
             yield f"{group}={name}: there is no such choice; there are {', '.join(offered)}.{found}"
 
 
-def mistakes_in_override(text: str, stage: type[StageConfig], sources: dict[str, set[str]] | None) -> Iterator[str]:
+def mistakes_in_override(
+    text: str, stage: type[StageConfig], sources: dict[str, set[str]] | None, null: Set[str] = frozenset()
+) -> Iterator[str]:
     """What is wrong with one override that sets a value.
 
     Args:
         text: the override.
         stage: the schema of the chosen stage.
         sources: names by the key of their table (data.sources, data.validation.sources); None when they are not known.
+        null: keys of groups that no file begins, e.g. data.sources.mine.mapping.
     """
     override = parsed(text)
     key = override.key_or_group
@@ -150,6 +155,9 @@ def mistakes_in_override(text: str, stage: type[StageConfig], sources: dict[str,
         yield f"{text}: a comma makes a sweep, which needs -m; a text with a comma needs quotes: {key}=\"'...'\"."
     elif sources is not None and (wrong := list(_wrong_sources(override, sources))):
         yield from wrong
+    elif unbegun := [group for group in null if f"{key}.".startswith(f"{group}.") and override.value() is not None]:
+        yield from mistakes_in(key, override.value(), stage)
+        yield f"{key}: {unbegun[0]} is null, and a command line cannot begin it. Begin it in a file, or use data=mapped."
     elif override.is_delete():
         if not (_source_of(key)[0] or key.startswith("trainer.extra.")):
             yield f"{text}: only a source or an entry of trainer.extra can be taken away."
@@ -203,7 +211,7 @@ def mistakes_in_file(default: ResultDefault, stage: type[StageConfig], overrides
 
 def _leaves(key: str, value: Any, stage: type[StageConfig]) -> Iterator[tuple[str, Any]]:
     hint = hint_of(key, stage)
-    if isinstance(value, dict) and value and (is_dataclass(hint) or is_dataclass(value_type(hint))):
+    if isinstance(value, dict) and value and (dataclass_of(hint) or is_dataclass(value_type(hint))):
         for name, item in value.items():
             yield from _leaves(f"{key}.{name}", item, stage)
     elif not (value is None and is_dataclass(hint)):  # `data:` with nothing below it

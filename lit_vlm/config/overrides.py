@@ -70,8 +70,9 @@ def key_of(override: str) -> str:
 def with_implied(overrides: list[str]) -> list[str]:
     """The overrides and what naming them implies, first so that a later word wins.
 
-    An `experiment=` is one stage, so the task is to train it; ready sources stand alone unless `data=` says with what;
-    `trainer.extra.*` holds arguments that the schema does not name; `image=photo.jpg` is a list of one.
+    An `experiment=` is one stage, so the task is to train it; ready sources stand alone unless `data=` says with what,
+    and `data=` takes the place of an experiment's ready sources; `trainer.extra.*` holds arguments that the schema does
+    not name; `image=photo.jpg` is a list of one.
     """
     keys = {key_of(override) for override in overrides}
     implied = []
@@ -79,6 +80,8 @@ def with_implied(overrides: list[str]) -> list[str]:
         implied.append("task=train")
     if SOURCES in keys and "data" not in keys:
         implied.append("data=ready")
+    if "data" in keys and SOURCES not in keys:
+        implied.append(f"{SOURCES}=[]")  # instead of an experiment's sources, not beside them
     return implied + [_spelled_out(word) for word in overrides]
 
 

@@ -85,10 +85,12 @@ def wrong_words(overrides: list[str], *, sweep: bool = False) -> dict[str, list[
     unsure = any(wrong.values())
     chosen = folders + ([] if unsure else _last_of_each(choosing))
     stage, wrong["files"] = _wrong_files(chosen)
-    known = None if unsure or wrong["files"] or _is_pipeline(overrides) else _source_names(chosen)
+    known, null = None, set[str]()
+    if not (unsure or wrong["files"] or _is_pipeline(overrides)):
+        known, null = _source_names(chosen)
     for text in overrides:
         if text not in choosing and not key_of(text).startswith(("hydra.", "hydra/")):
-            wrong[text] = list(mistakes_in_override(text, DPOStageConfig if unsure else stage, known))
+            wrong[text] = list(mistakes_in_override(text, DPOStageConfig if unsure else stage, known, null))
     return {text: mistakes for text, mistakes in wrong.items() if mistakes}
 
 
@@ -126,9 +128,12 @@ def _wrong_files(chosen: list[str]) -> tuple[type[StageConfig], list[str]]:
         return DPOStageConfig, [_one_line(error)]
 
 
-def _source_names(chosen: list[str]) -> dict[str, set[str]]:
+def _source_names(chosen: list[str]) -> tuple[dict[str, set[str]], set[str]]:
+    """Names by the key of their table, and the keys of their mappings that are null."""
     data = _compose(chosen).data
-    return {"data.sources": set(data.sources), "data.validation.sources": set(data.validation.sources)}
+    tables = {"data.sources": data.sources, "data.validation.sources": data.validation.sources}
+    null = {f"{key}.{name}.mapping" for key, table in tables.items() for name in table if table[name].mapping is None}
+    return {key: set(table) for key, table in tables.items()}, null
 
 
 def _compose(overrides: list[str]) -> DictConfig:

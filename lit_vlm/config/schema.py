@@ -13,6 +13,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from lit_vlm.anyres import Tiling
+from lit_vlm.config.mapping import MappingConfig
 from lit_vlm.types import Language, Part
 
 # OmegaConf writes an enum by its member's name, so names and values agree throughout.
@@ -21,6 +22,8 @@ from lit_vlm.types import Language, Part
 class Task(Enum):
     pipeline = "pipeline"  # all stages of a recipe, in order
     train = "train"  # one stage
+    prepare = "prepare"  # index and verify the data of a stage, build its plan; needs no GPU
+    preflight = "preflight"  # what would be trained on, and whether it would run; seconds, no GPU, no weights
     chat = "chat"  # talk to a finished model
 
 
@@ -45,8 +48,14 @@ class Schedule(Enum):
 class Format(Enum):
     auto = "auto"  # by file ending and the first record's keys
     llava = "llava"  # LLaVA JSON or JSONL: id, image, conversations
-    messages = "messages"  # Hugging Face messages: JSONL or parquet, images as paths or bytes
+    sharegpt = "sharegpt"  # ShareGPT: conversations of human and gpt, images beside them, a system column
+    messages = (
+        "messages"  # Hugging Face messages or OpenAI content lists: JSONL, parquet, Arrow; images as paths or bytes
+    )
     preference = "preference"  # prompt, chosen, rejected (TRL's columns or LLaVA-NeXT's keys)
+    caption = "caption"  # a picture and its caption or text, in two columns; the question comes from prompts
+    webdataset = "webdataset"  # tar files: pictures with a caption (.txt) or a record (.json) of the same key
+    mapped = "mapped"  # labels of another structure, read by data.sources.<name>.mapping (AIHub)
     builtin = "builtin"  # made on the spot
     digits = "digits"  # scikit-learn's handwritten digits
 
@@ -60,6 +69,26 @@ class Markup(Enum):
 class OnBadRecord(Enum):
     quarantine = "quarantine"  # set aside in quarantine.jsonl, up to data.max_quarantined of them
     stop = "stop"  # end after the pass that finds them all
+
+
+class OnOverlong(Enum):
+    quarantine = "quarantine"  # a bad record, handled by data.on_bad_record
+    fewer_tiles = "fewer_tiles"  # its images are cut into fewer tiles until it fits; if that is not enough, quarantine
+    cut_turn = "cut_turn"  # its last turns are left out until it fits, at least one answer stays; else quarantine
+
+
+class WeightsIn(Enum):
+    samples = "samples"  # a weight is a share of the samples drawn
+    tokens = "tokens"  # a weight is a share of the tokens drawn
+
+
+class DeviceName(Enum):
+    h200 = "h200"
+    h100 = "h100"
+    a100_80gb = "a100_80gb"
+    a100_40gb = "a100_40gb"
+    l40s = "l40s"
+    rtx4090 = "rtx4090"
 
 
 class Debug(Enum):
@@ -94,14 +123,34 @@ class SourceConfig:
     """One dataset."""
 
     path: str | None = None  # file or folder; for format=builtin the kind of picture, e.g. "caption"
-    image_root: str | None = None  # images are read inside this folder only; null: the folder of `path`
+    image_root: str | None = (
+        None  # images are read inside this folder or zip files of it only; null: the folder of `path`
+    )
+    hub: str | None = None  # instead of path: a dataset's id on the Hugging Face hub, owner/name
+    hub_config: str | None = None  # of a hub dataset that has several
+    split: str = "train"  # of a hub dataset
+    revision: str | None = None  # of a hub dataset: commit, tag or branch
     format: Format = Format.auto
-    weight: float | None = None  # share of the samples drawn, relative to the others; null for all: by their sizes
+    mapping: MappingConfig | None = None  # format=mapped: which fields are picture, question and answer
+    prompts: list[str] = field(default_factory=list)  # questions for records without one; each takes one by its digest
+    weight: float | None = (
+        None  # share drawn, relative to the others, see data.weights_in; null for all: by their sizes
+    )
+    repeat: float | None = None  # without weights: how often an epoch reads each of its records; null: once
+    count: int | None = None  # without weights: how many of its records an epoch reads, instead of repeat
+    fraction: float | None = None  # use this share of its records only, chosen by digest; null: all
+    max_tiles: int | None = None  # most tiles of an image beside its base view; 0: base view alone; null: the model's
     language: Language = Language.auto  # auto: by the text, any Hangul makes it Korean
     kind: str | None = None  # a name of types.Kind; null: found from the record
     markup: Markup = Markup.auto
     num_samples: int | None = None  # use this many; for format=builtin, make this many
     hard: bool = False  # format=builtin: larger pictures and smaller text, for high resolution
+    licence: str | None = None  # of a named set, shown by task=preflight
+    homepage: str | None = None  # where a named set comes from
+    obtain: str | None = None  # how to get a named set; shown when its files are missing
+    expected_records: int | None = (
+        None  # of a named set; task=prepare and preflight say when the disk holds another number
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -113,17 +162,38 @@ class ValidationConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class ShareConfig:
+    """Shares of all samples drawn, whatever source they come from; null: as the sources' weights bring it."""
+
+    ko: float | None = None  # of Korean samples; the rest is English
+    text_only: float | None = None  # of samples without an image
+    kinds: dict[str, float] = field(default_factory=dict)  # name of types.Kind -> its share, e.g. {ocr: 0.2}
+
+
+@dataclass(kw_only=True, slots=True)
 class DataConfig:
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    weights_in: WeightsIn = WeightsIn.samples
+    temperature: float = 1.0  # without weights: sources count by size^(1/temperature); 1: by size, large: all alike
+    share: ShareConfig = field(default_factory=ShareConfig)
+    lock: str | None = None  # a mixture.lock; the run stops and says what changed when the data are not those
+    index_dir: str | None = None  # where indexes and plans are kept; null: run_dir/index
+    index_workers: int | None = None  # processes that build an index; null: one per CPU
+    verify: bool = True  # task=prepare: decode every image once
     global_batch_size: int = 128  # samples per optimizer step, over all devices
+    global_batch_tokens: int | None = None  # instead: tokens per optimizer step, to within a sample
+    max_length: int | None = None  # most tokens of a sample; null: what the language model and a micro-batch hold
+    on_overlong: OnOverlong = OnOverlong.quarantine
     tokens_per_micro_batch: int = 16384  # memory cap of one forward pass
     tiles_per_micro_batch: int = 64  # memory cap of one tower pass
     tiling: Tiling = Tiling.anyres  # base: the whole image once; anyres: the image and its tiles (LLaVA-OneVision)
     on_bad_record: OnBadRecord = OnBadRecord.stop
     max_quarantined: float = 0.01  # share of a source; more than this stops the run
     max_image_pixels: int = 64_000_000  # larger images are bad records (decompression bombs)
+    scaled_decode: bool = False  # decode large JPEGs at 1/2, 1/4 or 1/8 where that is enough; pixels differ slightly
     num_workers: int = 2  # loader processes per device
+    prefetch_factor: int = 4  # micro-batches that each of them holds ready
 
 
 @dataclass(kw_only=True, slots=True)
@@ -217,6 +287,17 @@ class LoggerConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class PreflightConfig:
+    """task=preflight."""
+
+    max_samples: int = 2000  # records read of each source that has no index yet; the page says so
+    num_shown: int = 6  # samples whose prompt, loss mask, tiles and boxes are shown
+    world_size: int | None = None  # devices to plan for; null: trainer.devices * trainer.num_nodes
+    device: DeviceName = DeviceName.h200  # whose memory and speed are assumed
+    utilisation: float = 0.4  # share of the device's peak that training is assumed to reach
+
+
+@dataclass(kw_only=True, slots=True)
 class RunConfig:
     task: Task = Task.pipeline
     recipe: str = "tiny"  # for the pipeline: a folder of conf/experiment/
@@ -234,6 +315,7 @@ class RunConfig:
     overwrite: bool = False  # let a run replace a finished one of the same name
     seed: int = 0  # of the weights that start at random, the order of the data, and dropout
     debug: Debug | None = None
+    preflight: PreflightConfig = field(default_factory=PreflightConfig)
     image: list[str] = field(default_factory=list)  # task=chat: pictures to talk about
     prompt: str | None = None  # task=chat: ask this once and leave; null: a conversation
     max_new_tokens: int = 256  # task=chat: most tokens of an answer

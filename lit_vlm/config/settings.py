@@ -15,7 +15,7 @@ from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from lit_vlm.config import schema
+from lit_vlm.config import mapping, schema
 from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig
 
 # What people type out of habit -> our word.
@@ -69,8 +69,8 @@ def _rows(owner: type, prefix: str, stage: type[StageConfig]) -> Iterator[Settin
     for field in fields(owner):
         key, hint = prefix + field.name, members(owner)[field.name]
         hint = stage if hint is StageConfig else hint
-        if is_dataclass(hint):
-            yield from _rows(hint, f"{key}.", stage)
+        if (group := dataclass_of(hint)) is not None:
+            yield from _rows(group, f"{key}.", stage)
         elif is_dataclass(value_type(hint)):
             yield from _rows(value_type(hint), f"{key}.<name>.", stage)
         else:
@@ -83,6 +83,12 @@ def default_of(field: Field) -> Any:
     return field.default_factory() if field.default_factory is not REQUIRED else field.default
 
 
+def dataclass_of(hint: Any) -> Any:
+    """X of X and of X | None, where X is a dataclass; None for anything else."""
+    options = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
+    return next((option for option in options if is_dataclass(option)), None)
+
+
 def value_type(hint: Any) -> Any:
     """X of dict[str, X]; None for anything else."""
     return get_args(hint)[1] if get_origin(hint) is dict else None
@@ -90,11 +96,12 @@ def value_type(hint: Any) -> Any:
 
 @cache
 def field_comments() -> dict[tuple[str, str], str]:
-    """(class, field) -> the comment behind the field (or behind the bracket that closes it) in schema.py."""
+    """(class, field) -> the comment behind the field (or behind the bracket that closes it) in schema.py, mapping.py."""
     found: dict[tuple[str, str], str] = {}
     owner = name = ""
     depth = 0
-    tokens = list(tokenize.generate_tokens(io.StringIO(inspect.getsource(schema)).readline))
+    source = "\n".join(inspect.getsource(module) for module in (schema, mapping))
+    tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     for token, following in itertools.pairwise(tokens):
         if token.string == "class":
             owner, name = following.string, ""

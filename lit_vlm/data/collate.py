@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
+from torch.utils.data import get_worker_info
 
+from lit_vlm.anyres import Layout
+from lit_vlm.data.decoding import REMEDY
 from lit_vlm.data.processor import Processor
 from lit_vlm.data.template import Encoded
-from lit_vlm.types import IGNORE_INDEX, Batch, ImageSlot, PreferencePair, Record
+from lit_vlm.types import IGNORE_INDEX, Batch, Fault, ImageSlot, PreferencePair, Record, RecordError
 
 
 def collate(
@@ -25,19 +30,17 @@ def collate(
     Samples give one segment each. Pairs give the chosen answers' segments first and then the rejected ones', and both
     answers point at the same image, which is encoded once.
     """
-    sequences = [processor.sequences(record) for record in records]
+    layouts = [processor.layouts(record) for record in records]
+    sequences = [processor.sequences(record, layouts[i]) for i, record in enumerate(records)]
     pairs = sum(isinstance(record, PreferencePair) for record in records)
     assert pairs in (0, len(records)), "samples and pairs in one micro-batch"
     segments = [sequence for turn in zip(*sequences, strict=True) for sequence in turn] if records else []
-    tiles = [stack for record in records for stack in processor.tiles(record)]
     first_image = np.cumsum([0, *(len(record.images) for record in records)])
     order = [int(first_image[i]) + j for i, record in enumerate(records) for j in _image_order(record)]
     return Batch(
         **_row(segments, processor),
-        tiles=torch.from_numpy(np.concatenate(tiles)) if tiles else _no_tiles(processor),
-        image_sizes=[image.size for record in records for image in record.images],
-        num_tiles=[len(stack) for stack in tiles],
-        images_per_sample=[len(record.images) for record in records],
+        tiles=_tiles(processor, records, layouts),
+        layouts=[layout for images in layouts for layout in images],
         image_index=order * (2 if pairs else 1),
         num_supervised_tokens=sum(segment.num_supervised for segment in segments),
         step_supervised_tokens=step_supervised_tokens,
@@ -77,6 +80,29 @@ def _row(segments: list[Encoded], processor: Processor) -> dict:
     }
 
 
-def _no_tiles(processor: Processor) -> torch.Tensor:
+def _tiles(processor: Processor, records: list[Record], layouts: list[list[Layout]]) -> torch.Tensor:
+    """[N, 3, H, W] uint8, filled record by record: beside the micro-batch only one record's tiles are ever held.
+
+    Raises:
+        RecordError: an image has changed between its header and its pixels.
+    """
     side = processor.images.tile_size
-    return torch.zeros((0, 3, side, side), dtype=torch.uint8)
+    counts = [sum(layout.num_tiles for layout in images) for images in layouts]
+    tiles = _empty(sum(counts), 3, side, side)
+    start = 0
+    for record, count in zip(records, counts, strict=True):
+        stacks = processor.tiles(record)
+        if sum(map(len, stacks)) != count:
+            raise RecordError(record.origin, "its image changed while it was read", REMEDY, Fault.changed)
+        if stacks:
+            np.concatenate(stacks, out=tiles[start : start + count].numpy())
+        start += count
+    return tiles
+
+
+def _empty(*shape: int) -> torch.Tensor:
+    """uint8, in a loader's worker in the memory that it shares with the trainer, which saves a copy of the batch."""
+    if get_worker_info() is None or not shape[0]:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's default_collate does
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)

@@ -1,4 +1,4 @@
-"""Lightning's side of the data: index, plan and loaders.
+"""Lightning's side of the data: index, mixture, plan and loaders.
 
 The loader is a list of micro-batches by number, so that step k is read without reading the steps before it, and its
 order needs no sampler state. `accumulate_grad_batches` follows from the plan and is set on the trainer.
@@ -6,19 +6,24 @@ order needs no sampler state. `accumulate_grad_batches` follows from the plan an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from lit_vlm.config.schema import OnOverlong
 from lit_vlm.cost import Flops
-from lit_vlm.data.collate import collate
-from lit_vlm.data.index import Index, build_index, require_samples, split
-from lit_vlm.data.plan import Pack, Plan, validation_packs
+from lit_vlm.data.index import Index, require_samples, split
+from lit_vlm.data.index_store import build_index
+from lit_vlm.data.ledger import Ledger
+from lit_vlm.data.lengths import fit
+from lit_vlm.data.micro_batches import TrainMicroBatches, TurnedBad, ValidationMicroBatches
+from lit_vlm.data.mixture import Mixture, MixtureSettings
+from lit_vlm.data.plan import Plan, validation_packs
 from lit_vlm.data.processor import Processor
-from lit_vlm.types import Batch, Record, RecordError, Source, UserError
+from lit_vlm.types import Source, UserError
 
 DEFAULT_FLOPS = Flops(per_token=1.0, per_square=1e-4, per_tile=256.0, per_supervised=0.25)
 
@@ -30,11 +35,17 @@ class DataModule(L.LightningDataModule):
         processor: tokenizer and image settings of the model.
         sources: training data.
         validation: held-out sources, or the fraction to hold out of each training source.
-        weights: shares of the sources, see `Plan`.
+        global_batch_size: samples of an optimizer step, over all devices.
+        global_batch_tokens: instead, its tokens, to within a sample.
+        max_length: most tokens of a sample; None: what a micro-batch holds.
+        mixture: weights, repeats and shares; None: each source by its size.
         flops: cost model of the model; deals equal packs. A coarse default serves small experiments.
         overfit: train on the samples of the first step again and again.
+        store: folder where indexes and plans are kept for the next start; None: in memory.
+        index_workers: processes that build an index.
+        ledger: file of the samples that turned bad while training; they are left out, and new ones are entered.
 
-    `index`, `held_out` and `plan` are there after `setup()`.
+    `index`, `held_out`, `mixture` and `plan` are there after `setup()`.
     """
 
     def __init__(
@@ -44,63 +55,98 @@ class DataModule(L.LightningDataModule):
         validation: Sequence[Source] | float = 0.01,
         *,
         global_batch_size: int = 128,
+        global_batch_tokens: int | None = None,
         tokens_per_micro_batch: int = 16384,
         tiles_per_micro_batch: int = 64,
-        weights: list[float] | None = None,
+        max_length: int | None = None,
+        on_overlong: OnOverlong = OnOverlong.quarantine,
+        mixture: MixtureSettings | None = None,
         max_steps: int | None = None,
         max_epochs: float = 1.0,
         num_workers: int = 0,
+        prefetch_factor: int = 4,
         seed: int = 0,
         flops: Flops = DEFAULT_FLOPS,
         pin_memory: bool = False,
         overfit: bool = False,
+        store: Path | None = None,
+        index_workers: int = 1,
+        ledger: Path | None = None,
     ) -> None:
         super().__init__()
         self.processor, self.sources, self.validation = processor, list(sources), validation
-        self.global_batch_size, self.weights, self.seed = global_batch_size, weights, seed
+        self.global_batch_size, self.global_batch_tokens = global_batch_size, global_batch_tokens
         self.most_tokens, self.most_tiles = tokens_per_micro_batch, tiles_per_micro_batch
+        self.longest = min(max_length or tokens_per_micro_batch, tokens_per_micro_batch)
+        self.on_overlong, self.mixture_settings, self.seed = on_overlong, mixture or MixtureSettings(), seed
         self.max_steps, self.max_epochs = max_steps, max_epochs
-        self.num_workers, self.flops, self.pin_memory = num_workers, flops, pin_memory
-        self.overfit = overfit
+        self.num_workers, self.prefetch_factor, self.pin_memory = num_workers, prefetch_factor, pin_memory
+        self.flops, self.overfit = flops, overfit
+        self.store, self.index_workers = store, index_workers
+        self.ledger = Ledger.read(ledger) if ledger else None
         self.index: Index | None = None
         self.held_out: Index | None = None
+        self.mixture: Mixture | None = None
         self.plan: Plan | None = None
 
-    def build(self) -> None:
-        """Read every record once: `index` and `held_out`. Bad records are in their `errors`."""
-        if self.index is not None:
+    def build(self, *, recheck: bool = False, on_progress: Callable[[str, int, int], None] | None = None) -> None:
+        """Read every record once, or what an earlier pass left in the store: `index` and `held_out`.
+
+        Bad records are in their `errors`.
+
+        Args:
+            recheck: look whether picture files changed since.
+            on_progress: called with source, records done, records in all.
+        """
+        if self.index is not None and not recheck:
             return
-        caps: dict[str, Any] = {"most_tokens": self.most_tokens, "most_tiles": self.most_tiles}
-        whole = build_index(self.sources, self.processor, self.flops, **caps)
+        options: dict[str, Any] = {"recheck": recheck, "on_progress": on_progress}
+        whole = self._fitted(self.sources, **options)
         if isinstance(self.validation, float | int):
             self.index, self.held_out = split(whole, float(self.validation))
-            self.index.errors = whole.errors
         else:
-            self.index, self.held_out = whole, build_index(self.validation, self.processor, self.flops, **caps)
+            self.index, self.held_out = whole, self._fitted(self.validation, **options)
+        self.mixture = self.plan = None
+
+    def rebuild(self) -> None:
+        """Look at the store again: verification may have found records that cannot be used."""
+        self.index = self.held_out = None
+        self.build()
+
+    def _fitted(self, sources: Sequence[Source], **options: Any) -> Index:
+        index = build_index(sources, self.processor, store=self.store, workers=self.index_workers, **options)
+        caps = {"most_tokens": self.longest, "most_tiles": self.most_tiles}
+        return fit(index, self.processor, policy=self.on_overlong, **caps)
 
     def make_plan(self, world_size: int = 1) -> Plan:
         self.build()
         assert self.index is not None
         require_samples(self.index, "training")
         if self.plan is None or self.plan.world_size != world_size:
+            self.mixture = self.mixture or Mixture(self.index, self.mixture_settings)
             self.plan = self._plan(world_size)
             if self.overfit:
-                self.index, self.weights = self.index.subset(self.plan.samples(0)), None
+                self.index = self.index.subset(self.plan.samples(0))
+                self.mixture = Mixture(self.index, MixtureSettings())
                 self.plan = self._plan(world_size)
         return self.plan
 
     def _plan(self, world_size: int) -> Plan:
-        assert self.index is not None
+        assert self.index is not None and self.mixture is not None
         return Plan(
             self.index,
+            self.mixture,
             global_batch_size=self.global_batch_size,
+            global_batch_tokens=self.global_batch_tokens,
             most_tokens=self.most_tokens,
             most_tiles=self.most_tiles,
-            weights=self.weights,
+            flops=self.flops,
             seed=self.seed,
             max_steps=self.max_steps,
             max_epochs=self.max_epochs,
             world_size=world_size,
+            ledger=self.ledger,
+            store=self.store,
         )
 
     def setup(self, stage: str) -> None:
@@ -122,7 +168,8 @@ class DataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         plan = self.make_plan(self.trainer.world_size if self.trainer else 1)
-        return self._loader(TrainMicroBatches(self.processor, plan, self.trainer.global_rank if self.trainer else 0))
+        rank = self.trainer.global_rank if self.trainer else 0
+        return self._loader(TrainMicroBatches(self.processor, plan, rank))
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self._validation_batches())
@@ -134,8 +181,8 @@ class DataModule(L.LightningDataModule):
         return self._loader(self._validation_batches())
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        if isinstance(batch, RecordError):  # a worker's error, raised where its message is shown
-            raise batch
+        if isinstance(batch, TurnedBad):  # a worker's error, raised where its message is shown
+            raise batch.enter(self.ledger)
         return batch
 
     def state_dict(self) -> dict[str, Any]:
@@ -145,9 +192,8 @@ class DataModule(L.LightningDataModule):
         self.build()
         assert self.held_out is not None
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        packs = validation_packs(
-            self.held_out, most_tokens=self.most_tokens, most_tiles=self.most_tiles, world_size=world
-        )
+        caps = {"most_tokens": self.most_tokens, "most_tiles": self.most_tiles}
+        packs = validation_packs(self.held_out, flops=self.flops, world_size=world, **caps)
         return ValidationMicroBatches(self.processor, self.held_out, packs[rank::world])
 
     def _loader(self, batches: Dataset) -> DataLoader:
@@ -157,62 +203,7 @@ class DataModule(L.LightningDataModule):
             batch_size=None,
             shuffle=False,
             num_workers=workers,
-            prefetch_factor=4 if workers else None,
+            prefetch_factor=self.prefetch_factor if workers else None,
             persistent_workers=False,
             pin_memory=self.pin_memory,
         )
-
-
-class TrainMicroBatches(Dataset):
-    """Micro-batch m of this rank: `plan.step(m // k)`, pack `m % k`."""
-
-    def __init__(self, processor: Processor, plan: Plan, rank: int) -> None:
-        self.processor, self.plan, self.rank = processor, plan, rank
-
-    def __len__(self) -> int:
-        return self.plan.num_steps * self.plan.k
-
-    def __getitem__(self, number: int) -> Batch | RecordError:
-        if number >= len(self):
-            raise IndexError(number)
-        index, micro = divmod(number, self.plan.k)
-        step = self.plan.step(index)
-        pack = step.packs[micro * self.plan.world_size + self.rank]
-        pairs = step.num_samples if step.num_chosen else 0
-        return _read(
-            self.processor,
-            self.plan.index,
-            pack,
-            step=index,
-            step_supervised_tokens=step.num_supervised,
-            step_tiles=step.num_tiles,
-            step_pairs=pairs,
-            step_chosen_tokens=step.num_chosen,
-        )
-
-
-class ValidationMicroBatches(Dataset):
-    def __init__(self, processor: Processor, index: Index, packs: list[Pack]) -> None:
-        self.processor, self.index, self.packs = processor, index, packs
-
-    def __len__(self) -> int:
-        return len(self.packs)
-
-    def __getitem__(self, number: int) -> Batch | RecordError:
-        pack = list(self.packs[number])
-        return _read(
-            self.processor,
-            self.index,
-            self.packs[number],
-            step_supervised_tokens=int(self.index.supervised[pack].sum()) if pack else 0,
-            step_pairs=int(np.count_nonzero(self.index.chosen[pack])) if pack else 0,
-            step_chosen_tokens=int(self.index.chosen[pack].sum()) if pack else 0,
-        )
-
-
-def _read(processor: Processor, index: Index, pack: Pack, **step: int) -> Batch | RecordError:
-    try:
-        records: list[Record] = [index.record(sample) for sample in pack]
-        return collate(processor, records, **step)
-    except RecordError as error:
-        return error

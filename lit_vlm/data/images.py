@@ -1,8 +1,7 @@
 """Images, opened late and read safely.
 
 A dataset's paths and bytes come from others. A path is read inside its source's image root only, nothing is ever
-fetched, the header decides about size before a pixel is decoded, and what cannot be decoded whole is a `RecordError`,
-never a grey rectangle.
+fetched, and what cannot be read whole is a `RecordError` with its `Fault` (`decoding.py` judges the bytes).
 """
 
 from __future__ import annotations
@@ -15,33 +14,58 @@ import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from lit_vlm.types import RecordError
+from lit_vlm.data.decoding import FORMATS, REMEDY, cause, parsed, upright_picture, upright_size
+from lit_vlm.types import Fault, RecordError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # Pillow knows fifty more, each with a parser to attack
-MAX_FILE_BYTES = 200_000_000
-REMEDY = "Fix the record, or set such records aside with data.on_bad_record=quarantine"
+__all__ = ["FORMATS", "REMEDY", "ArrayImage", "BytesImage", "FileImage", "locate", "refuse_url", "shown"]
 
 _URL = re.compile(r"\s*(?:[a-z][a-z0-9+.\-]*://|(?:https?|ftp|data|file):)", re.IGNORECASE)
-_ORIENTATION = 0x0112  # EXIF tag
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
-@dataclass(frozen=True, slots=True)
-class FileImage:
+class EncodedImage:
+    """An image that is decoded when it is asked for; subclasses say what `_opened` opens.
+
+    `size` reads the header once in the life of the object; `load` and `load_at_least` read the file anew each time.
+    """
+
+    origin: str
+    max_pixels: int
+    _what = "its image"
+
+    @cached_property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels, after EXIF rotation. RecordError by what the header tells."""
+        with self._parsed() as (image, _):
+            return upright_size(image)
+
+    def load(self) -> Image.Image:
+        """The whole picture as RGB, upright. RecordError when it cannot be decoded whole."""
+        with self._parsed() as (image, stream):
+            return upright_picture(image, stream)
+
+    def load_at_least(self, height: int, width: int) -> Image.Image:
+        """As `load`, but a JPEG at the smallest of 1/1, 1/2, 1/4, 1/8 that has at least these pixels."""
+        with self._parsed() as (image, stream):
+            return upright_picture(image, stream, (height, width))
+
+    @contextmanager
+    def _parsed(self) -> Iterator[tuple[Image.Image, BinaryIO]]:
+        with self._opened() as stream, parsed(stream, self._what, self.origin, self.max_pixels) as image:
+            yield image, stream
+
+    def _opened(self) -> BinaryIO:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FileImage(EncodedImage):
     """An image file inside `root`; `path` is as the dataset writes it, `origin` the record that names it."""
 
     path: str
@@ -50,41 +74,28 @@ class FileImage:
     max_pixels: int
 
     @property
-    def size(self) -> tuple[int, int]:
-        with self._opened() as image:
-            return _upright_size(image)
+    def _what(self) -> str:  # type: ignore[override]
+        return f"image {shown(self.path)}"
 
-    def load(self) -> Image.Image:
-        with self._opened() as image:
-            return _decode(image)
-
-    @contextmanager
-    def _opened(self) -> Iterator[Image.Image]:
-        found, what = locate(self.path, self.root, self.origin), f"image {shown(self.path)}"
+    def _opened(self) -> BinaryIO:
+        found = locate(self.path, self.root, self.origin)
         try:
-            stream = open(found, "rb")  # noqa: SIM115 - closed below; only the opening belongs under this `except`
+            return open(found, "rb")
         except OSError as error:
-            raise RecordError(self.origin, f"{what} cannot be opened: {error.strerror}", REMEDY) from error
-        with stream, _parsed(stream, what, self.origin, self.max_pixels) as image:
-            yield image
+            reason = f"{self._what} cannot be opened: {error.strerror}"
+            raise RecordError(self.origin, reason, REMEDY, Fault.unreadable) from error
 
 
-@dataclass(frozen=True, slots=True)
-class BytesImage:
+@dataclass(frozen=True)
+class BytesImage(EncodedImage):
     """An encoded image that the record itself carries, as parquet files do."""
 
     data: bytes = field(repr=False)
     origin: str
     max_pixels: int
 
-    @property
-    def size(self) -> tuple[int, int]:
-        with _parsed(io.BytesIO(self.data), "its image", self.origin, self.max_pixels) as image:
-            return _upright_size(image)
-
-    def load(self) -> Image.Image:
-        with _parsed(io.BytesIO(self.data), "its image", self.origin, self.max_pixels) as image:
-            return _decode(image)
+    def _opened(self) -> BinaryIO:
+        return io.BytesIO(self.data)
 
 
 @dataclass(frozen=True, slots=True, eq=False)  # comparing arrays has no single answer
@@ -112,9 +123,10 @@ def refuse_url(path: str, origin: str) -> None:
     """RecordError for an URL, and for a name that no file can have."""
     if _URL.match(path):
         remedy = "Download the image beforehand and give its path inside the image root"
-        raise RecordError(origin, f"image {shown(path)} is an URL; URLs are never fetched while training", remedy)
+        reason = f"image {shown(path)} is an URL; URLs are never fetched while training"
+        raise RecordError(origin, reason, remedy, Fault.url)
     if not path or "\0" in path:
-        raise RecordError(origin, f"image {shown(path)} is no file name", REMEDY)
+        raise RecordError(origin, f"image {shown(path)} is no file name", REMEDY, Fault.missing)
 
 
 def locate(path: str, root: Path, origin: str) -> Path:
@@ -124,7 +136,7 @@ def locate(path: str, root: Path, origin: str) -> Path:
     datasets write it composed (NFC), and on Linux these are different names.
 
     Raises:
-        RecordError: an URL, a path that leads out of the root, a missing or an oversized file.
+        RecordError: an URL, a path that leads out of the root, nothing there, or something that is no file.
     """
     refuse_url(path, origin)
     try:
@@ -134,15 +146,16 @@ def locate(path: str, root: Path, origin: str) -> Path:
         if not found.exists():
             found = _inside(_other_spelling(real_root, path), real_root, path, origin)
         status = found.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         remedy = "Set data.sources.<name>.image_root=... to the folder that the paths start from, or fix the record"
-        raise RecordError(origin, f"image {shown(path)} not found in {root}", remedy) from None
+        raise RecordError(origin, f"image {shown(path)} not found in {root}", remedy, Fault.missing) from None
     except (OSError, RuntimeError, ValueError) as error:  # link loops, names too long, lone surrogates, no permission
         if isinstance(error, RecordError):
             raise
-        raise RecordError(origin, f"image {shown(path)} cannot be reached: {_cause(error)}", REMEDY) from error
+        reason = f"image {shown(path)} cannot be reached: {cause(error)}"
+        raise RecordError(origin, reason, REMEDY, Fault.unreadable) from error
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
-        raise RecordError(origin, f"image {shown(path)} is not a regular file", REMEDY)
+        raise RecordError(origin, f"image {shown(path)} is not a regular file", REMEDY, Fault.unreadable)
     return found
 
 
@@ -152,7 +165,7 @@ def _inside(candidate: Path, root: Path, path: str, origin: str) -> Path:
         remedy = (
             "Set data.sources.<name>.image_root=... to a folder that holds all images of the source, or fix the record"
         )
-        raise RecordError(origin, f"image {shown(path)} leads out of {root}", remedy)
+        raise RecordError(origin, f"image {shown(path)} leads out of {root}", remedy, Fault.outside)
     return resolved
 
 
@@ -163,85 +176,3 @@ def _other_spelling(root: Path, path: str) -> Path:
         spellings = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
         place = next((place / spelling for spelling in spellings if os.path.lexists(place / spelling)), place / part)
     return place
-
-
-def _cause(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
-@contextmanager
-def _parsed(stream: BinaryIO, what: str, origin: str, max_pixels: int) -> Iterator[Image.Image]:
-    """The image behind its checked header. What goes wrong with it, also in the `with` block, becomes a RecordError."""
-    try:
-        _check_file_size(stream)
-        with Image.open(stream, formats=FORMATS) as image:
-            _check_pixels(image, max_pixels)
-            yield image
-    except MemoryError:  # says something about the machine
-        raise
-    except _Refused as error:
-        raise RecordError(origin, f"{what} {error}", REMEDY) from None
-    except Image.DecompressionBombError as error:  # Pillow's own limit comes before ours
-        finding = f"{what} is larger than data.max_image_pixels={max_pixels} allows: {str(error).rstrip('.')}"
-        raise RecordError(origin, finding, REMEDY) from None
-    except UnidentifiedImageError:
-        raise RecordError(origin, f"{what} is no {', '.join(FORMATS)} file; {_beginning(stream)}", REMEDY) from None
-    except (
-        Exception
-    ) as error:  # on hostile bytes Pillow's parsers raise nearly everything, struct.error and KeyError included
-        raise RecordError(origin, f"{what} cannot be decoded: {_cause(error)}", REMEDY) from error
-
-
-class _Refused(Exception):
-    """A finding about an image, to be completed with its name."""
-
-
-def _check_file_size(stream: BinaryIO) -> None:
-    num_bytes = stream.seek(0, os.SEEK_END)
-    stream.seek(0)
-    if num_bytes > MAX_FILE_BYTES:
-        raise _Refused(f"has {num_bytes:,} bytes, at most {MAX_FILE_BYTES:,} are read")
-
-
-def _check_pixels(image: Image.Image, max_pixels: int) -> None:
-    width, height = image.size
-    if width * height > max_pixels:
-        raise _Refused(
-            f"is {width} x {height} = {width * height:,} pixels; data.max_image_pixels allows {max_pixels:,}"
-        )
-    if width < 1 or height < 1:
-        raise _Refused(f"is {width} x {height} pixels")
-
-
-def _beginning(stream: BinaryIO) -> str:
-    stream.seek(0)
-    first = stream.read(16)
-    return f"it starts with {first!r}" if first else "it is empty"
-
-
-def _orientation(image: Image.Image) -> int:
-    # The plain method: PNG's own decodes the picture to look for EXIF behind the pixels. `size` and `load` must
-    # agree, so both go by what the header holds.
-    return Image.Image.getexif(image).get(_ORIENTATION, 1)
-
-
-def _upright_size(image: Image.Image) -> tuple[int, int]:
-    width, height = image.size
-    return (width, height) if _orientation(image) in (5, 6, 7, 8) else (height, width)
-
-
-def _decode(image: Image.Image) -> Image.Image:
-    turn = _UPRIGHT.get(_orientation(image))  # before decoding, which may add to the EXIF
-    image.load()  # of an animation, the first frame
-    rgb = _to_rgb(image)
-    return rgb if turn is None else rgb.transpose(turn)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip at 255
-        grey = np.asarray(image).astype(np.float32) / 257.0
-        return Image.fromarray(grey.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        picture = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-    return image.convert("RGB")

@@ -1,134 +1,139 @@
-"""What every sample costs, before anything is trained: one pass over the sources, no pixel decoded.
+"""What every sample costs, as columns: what the mixture, the plan and preflight look at instead of the data.
 
-The pass finds every record that cannot be used; the plan then deals only with good ones, and knows the number of
-supervised tokens of each optimizer step before its first backward.
+`index_store` makes them in one pass over the sources, no pixel decoded. The plan then deals only with records that can
+be used, and knows the number of supervised tokens of each optimizer step before its first backward.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from lit_vlm.cost import Flops
-from lit_vlm.data.processor import Processor
-from lit_vlm.types import Kind, Language, Record, RecordError, Source, UserError
+from lit_vlm.types import ImageSlot, Kind, Language, Record, RecordError, Sample, Source, UserError
+
+KINDS = tuple(Kind)  # codes of the column `kind`
+LANGUAGES = tuple(Language)  # codes of the column `language`
+
+# A row per usable record. Tokens are counted over all segments: a pair has two, each with its prompt.
+COLUMNS: dict[str, type[np.generic]] = {
+    "position": np.uint32,  # in its source
+    "tokens": np.int32,
+    "image_tokens": np.int32,
+    "supervised": np.int32,
+    "chosen": np.int32,  # supervised tokens of a pair's chosen answer; 0 for samples
+    "prompt": np.int32,  # tokens that a pair's two answers share; 0 for samples
+    "squares": np.int64,  # sum over the segments of their squared lengths
+    "tiles": np.int32,  # tower inputs, base views included
+    "images": np.int16,
+    "height": np.int32,  # of the first image, in pixels after EXIF rotation; 0 without one
+    "width": np.int32,
+    "kind": np.uint8,
+    "language": np.uint8,
+    "normalised": np.bool_,  # Unicode's NFC changed its text
+    "digest": np.uint64,  # of what the record says and of the names (or bytes) of its images
+    "group": np.uint64,  # of its images alone, else of its text: records of one group are held out together
+}
+# How a record that is too long was made to fit (`lengths.py`); -1: as it is.
+FITTED: dict[str, type[np.generic]] = {"most_tiles": np.int16, "turns": np.int16}
 
 
 @dataclass(slots=True)
 class Index:
-    """Columns over all usable samples of several sources; `source_of[i]`, `position[i]` say where sample i is read."""
+    """Columns over the usable records of several sources; sample i is `sources[source_of[i]][position[i]]`."""
 
     sources: Sequence[Source]
-    source_of: np.ndarray
-    position: np.ndarray
-    tokens: np.ndarray  # of all its segments
-    supervised: np.ndarray
-    chosen: np.ndarray  # supervised tokens of a pair's chosen answer, else 0
-    tiles: np.ndarray
-    flops: np.ndarray
-    kinds: list[Kind]
-    languages: list[Language]
+    source_of: np.ndarray  # [samples] int16
+    columns: dict[str, np.ndarray]  # those of COLUMNS and FITTED, [samples] each
     errors: list[tuple[str, RecordError]] = field(default_factory=list)  # (source name, what is wrong)
+    fitted: Counter[tuple[str, str]] = field(default_factory=Counter)  # over-long ones of (source name, what was done)
 
     def __len__(self) -> int:
-        return len(self.position)
+        return len(self.source_of)
+
+    def __getattr__(self, name: str) -> np.ndarray:
+        if name in COLUMNS or name in FITTED:
+            return self.columns[name]
+        raise AttributeError(name)
 
     def record(self, sample: int) -> Record:
-        return self.sources[self.source_of[sample]][int(self.position[sample])]
+        """The record as it is trained on: with the tiles and turns that the length policy left it."""
+        record = self.sources[self.source_of[sample]][int(self.position[sample])]
+        most_tiles, turns = int(self.most_tiles[sample]), int(self.turns[sample])
+        if most_tiles >= 0:
+            record = replace(record, max_tiles=most_tiles)
+        if turns >= 0 and isinstance(record, Sample):
+            record = first_turns(record, turns)
+        return record
+
+    def kind_of(self, sample: int) -> Kind:
+        return KINDS[self.kind[sample]]
+
+    def language_of(self, sample: int) -> Language:
+        return LANGUAGES[self.language[sample]]
 
     def of_source(self, number: int) -> np.ndarray:
         """Samples of one source."""
         return np.flatnonzero(self.source_of == number)
 
+    def flops(self, flops: Flops) -> np.ndarray:
+        """[samples] float64."""
+        return flops.of(self.tokens, self.squares, self.tiles, self.supervised)
+
     def subset(self, samples: np.ndarray) -> Index:
-        columns = {name: getattr(self, name)[samples] for name in COLUMNS}
-        kinds, languages = [self.kinds[i] for i in samples], [self.languages[i] for i in samples]
-        return Index(self.sources, **columns, kinds=kinds, languages=languages)
+        columns = {name: column[samples] for name, column in self.columns.items()}
+        return Index(self.sources, self.source_of[samples], columns)
 
     def digest(self) -> str:
         """Changes when the data, the template, the tokenizer or the image settings change what is trained on."""
         hasher = hashlib.sha256()
         for source in self.sources:
-            hasher.update(f"{source.name}\0{source.digest}\0".encode())
-        for name in ("source_of", "position", "tokens", "supervised", "tiles"):
-            hasher.update(getattr(self, name).tobytes())
+            hasher.update(f"{source.name}\0".encode())
+        for column in (self.source_of, *(self.columns[name] for name in sorted(self.columns))):
+            hasher.update(np.ascontiguousarray(column).tobytes())
         return hasher.hexdigest()
 
 
-COLUMNS = ("source_of", "position", "tokens", "supervised", "chosen", "tiles", "flops")
-
-
-def build_index(
-    sources: Sequence[Source],
-    processor: Processor,
-    flops: Flops,
-    *,
-    most_tokens: int,
-    most_tiles: int,
-    on_progress: Callable[[int], None] | None = None,
-) -> Index:
-    """Read every record once.
-
-    Args:
-        most_tokens: `data.tokens_per_micro_batch`; a sample that needs more is a bad record: it can never be trained.
-        most_tiles: `data.tiles_per_micro_batch`, likewise.
-    """
-    rows: list[tuple] = []
-    kinds: list[Kind] = []
-    languages: list[Language] = []
-    errors: list[tuple[str, RecordError]] = []
-    for number, source in enumerate(sources):
-        for position in range(len(source)):
-            try:
-                record = source[position]
-                cost = processor.cost(record)
-                _check_fits(record, cost.num_tokens, cost.num_tiles, most_tokens, most_tiles)
-            except RecordError as error:
-                errors.append((source.name, error))
-                continue
-            work = flops.of(cost.lengths, cost.num_tiles, cost.num_supervised)
-            rows.append((number, position, cost.num_tokens, cost.num_supervised, cost.num_chosen, cost.num_tiles, work))
-            kinds.append(record.kind)
-            languages.append(record.language)
-            if on_progress and position % 256 == 0:
-                on_progress(len(rows))
-    table = list(zip(*rows, strict=True)) if rows else [()] * len(COLUMNS)
-    types = (np.int32, np.int64, np.int32, np.int32, np.int32, np.int32, np.float64)
-    columns = {name: np.array(values, dtype=t) for name, values, t in zip(COLUMNS, table, types, strict=True)}
-    return Index(sources, **columns, kinds=kinds, languages=languages, errors=errors)
+def groups_of(index: Index) -> list[Language | Kind]:
+    """The languages and kinds that it holds."""
+    languages, kinds = np.unique(index.language).tolist(), np.unique(index.kind).tolist()
+    return [*(LANGUAGES[code] for code in languages), *(KINDS[code] for code in kinds)]
 
 
 def split(index: Index, fraction: float, most: int = 200) -> tuple[Index, Index]:
-    """Training and held-out samples: of each source min(fraction, most), chosen by digest, so that neither order nor size matters."""
+    """Training and held-out samples: of each source min(fraction, most), chosen by digest, so that neither order nor
+    size matters. Records of one image stay together, so that no held-out picture is trained on; only where each image
+    has more records than are held out, which would leave none, they are parted."""
     held = np.zeros(len(index), dtype=bool)
-    for number, source in enumerate(index.sources):
+    for number in range(len(index.sources)):
         samples = index.of_source(number)
-        keys = np.array([_key(source.name, int(index.position[i])) for i in samples])
         count = min(most, int(len(samples) * fraction))
-        held[samples[np.argsort(keys, kind="stable")[:count]]] = True
-    return index.subset(np.flatnonzero(~held)), index.subset(np.flatnonzero(held))
+        groups, sizes = np.unique(index.group[samples], return_counts=True)
+        groups, sizes = groups[sizes <= count], sizes[sizes <= count]
+        few = groups[np.cumsum(sizes) <= count]  # digests are even, so the lowest are as good as any
+        if len(few):
+            held[samples[np.isin(index.group[samples], few)]] = True
+        else:
+            held[samples[np.argsort(index.columns["digest"][samples], kind="stable")[:count]]] = True
+    training = index.subset(np.flatnonzero(~held))
+    training.errors, training.fitted = index.errors, index.fitted
+    return training, index.subset(np.flatnonzero(held))
 
 
-def _key(source: str, position: int) -> int:
-    return int.from_bytes(hashlib.sha256(f"{source}\0{position}".encode()).digest()[:7], "big")
-
-
-def _check_fits(record: Record, num_tokens: int, num_tiles: int, most_tokens: int, most_tiles: int) -> None:
-    if num_tokens > most_tokens:
-        raise RecordError(
-            record.origin,
-            f"needs {num_tokens} tokens, more than data.tokens_per_micro_batch={most_tokens}",
-            "Raise that budget, lower model.max_tiles, or shorten the record",
-        )
-    if num_tiles > most_tiles:
-        raise RecordError(
-            record.origin,
-            f"needs {num_tiles} image tiles, more than data.tiles_per_micro_batch={most_tiles}",
-            "Raise that budget, or lower model.grid",
-        )
+def first_turns(sample: Sample, count: int) -> Sample:
+    """The sample's first `count` messages and the images that stand in them."""
+    messages = sample.messages[:count]
+    kept = sorted({piece.index for message in messages for piece in message.content if isinstance(piece, ImageSlot)})
+    number = {old: ImageSlot(new) for new, old in enumerate(kept)}
+    shorter = tuple(
+        replace(m, content=tuple(number[p.index] if isinstance(p, ImageSlot) else p for p in m.content))
+        for m in messages
+    )
+    return replace(sample, messages=shorter, images=tuple(sample.images[old] for old in kept))
 
 
 def require_samples(index: Index, what: str) -> None:

@@ -1,22 +1,29 @@
 """The plan: what each rank reads at each optimizer step, a pure function of (index, mixture, seed, step, world size).
 
-Every step draws `global_batch_size` samples by mixture weight, the same ones whatever the world size, and deals them
-into `k * world_size` packs of equal FLOPs, each under a token and a tile cap. `k` is one number for the whole stage:
-the smallest with which every step keeps the caps. It becomes Lightning's `accumulate_grad_batches`.
+Every step draws its samples from the mixture, the same ones whatever the world size, and deals them into
+`k * world_size` packs of equal FLOPs, each under a token and a tile cap. `k` is one number for the whole stage: the
+smallest with which every step keeps the caps. It becomes Lightning's `accumulate_grad_batches`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import heapq
-import math
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from lit_vlm.cost import Flops
+from lit_vlm.data.deal import Caps, Hand, deal_all, hand_of, loads
 from lit_vlm.data.index import Index
-from lit_vlm.types import UserError
+from lit_vlm.data.ledger import Ledger
+from lit_vlm.data.mixture import Mixture
+from lit_vlm.data.plan_store import Arrays, kept, key_of
+from lit_vlm.data.steps import Length, draw_steps
+
+PLAN_VERSION = 2  # raise it when the same settings draw or deal differently
+BLOCK = 1 << 16  # held-out samples that are dealt together, and entries of a matrix in work
 
 Pack = tuple[int, ...]  # samples of the index that share one forward pass
 
@@ -26,151 +33,171 @@ class Step:
     """One optimizer step. `packs[micro * world_size + rank]`; an empty pack is a blank one."""
 
     packs: tuple[Pack, ...]
-    num_supervised: int  # over all ranks and micro-batches: the divisor of the loss
+    num_supervised: int  # over all ranks and micro-batches: the divisor of the loss; 0 when all samples were left out
     num_samples: int
     num_tiles: int
     num_chosen: int  # preference: supervised tokens of the chosen answers
 
 
 class Plan:
-    """All optimizer steps of a stage.
+    """All optimizer steps of a stage, by number.
 
     Args:
-        weights: share of the samples drawn from each source, relative to each other; None: by their sizes.
-        max_steps: optimizer steps; None: `max_epochs` passes over as many samples as the sources hold.
+        index: what is trained on.
+        mixture: of that index; None: each source by its size.
+        flops: cost model that makes packs equal.
+        most_tokens: cap of a pack; a preference pair counts with both its answers.
+        most_tiles: cap of a pack.
+        global_batch_size: samples of a step.
+        global_batch_tokens: instead of them: a step ends with the sample that brings it to so many tokens.
+        max_steps: optimizer steps; None: as many as `max_epochs` passes over the mixture fill.
+        ledger: samples that turned bad while training. They are left out of the steps that drew them, which have fewer
+            samples then; every other sample stays where it was. A step whose samples are all gone is blank.
+        store: folder where the plan is kept; None: in memory. With another world size or other caps it is only dealt
+            anew.
+        digest: of the index; None: worked out, which reads all of it.
 
     Raises:
-        UserError: no micro-batch count keeps the caps.
+        UserError: a sample alone is above a cap, or the mixture cannot be had.
     """
 
     def __init__(
         self,
         index: Index,
+        mixture: Mixture | None = None,
         *,
-        global_batch_size: int,
+        flops: Flops,
         most_tokens: int,
         most_tiles: int,
-        weights: list[float] | None = None,
+        global_batch_size: int | None = None,
+        global_batch_tokens: int | None = None,
         seed: int = 0,
         max_steps: int | None = None,
         max_epochs: float = 1.0,
         world_size: int = 1,
+        ledger: Ledger | None = None,
+        store: Path | None = None,
+        digest: str | None = None,
     ) -> None:
-        self.index, self.global_batch_size, self.world_size = index, global_batch_size, world_size
+        self.index, self.mixture, self.flops, self.world_size = index, mixture or Mixture(index), flops, world_size
+        self.global_batch_size = None if global_batch_tokens else global_batch_size
+        self.global_batch_tokens = global_batch_tokens
         self.most_tokens, self.most_tiles = most_tokens, most_tiles
-        self.num_steps = max_steps or max(1, math.ceil(max_epochs * len(index) / global_batch_size))
-        self._draws = _draw(index, weights, seed, self.num_steps * global_batch_size)
-        self.k = self._smallest_k()
-        self.step = lru_cache(maxsize=64)(self._step)
+        length = Length(self.global_batch_size, global_batch_tokens, max_steps, max_epochs)
+        facts: dict[str, Any] = {"version": PLAN_VERSION, "length": asdict(length), "seed": seed}
+        if store is not None:
+            facts |= {"settings": asdict(self.mixture.settings), "index": digest or index.digest()}
+        self._steps = kept(store, "steps", key_of(facts), lambda: draw_steps(index, self.mixture, length, seed))
+        facts |= {"caps": [most_tokens, most_tiles], "flops": asdict(flops), "world_size": world_size}
+        dealt = kept(store, "packs", key_of(facts), self._deal)
+        self._pack, self.k = dealt["pack"], int(dealt["k"][0])
+        self.num_steps = len(self._steps["ends"])
+        self._left_out = np.empty(0, dtype=np.int64) if ledger is None else ledger.samples(index)
+        self._last: tuple[int, Step] | None = None  # micro-steps of one step follow each other
 
     def samples(self, step: int) -> np.ndarray:
-        """The samples of an optimizer step, whatever the world size."""
-        return self._draws[step * self.global_batch_size : (step + 1) * self.global_batch_size]
+        """The samples of an optimizer step as they are drawn, whatever the world size, without those left out."""
+        drawn, _ = self._drawn(step)
+        return drawn[~np.isin(drawn, self._left_out)]
+
+    def step(self, step: int) -> Step:
+        if self._last is None or self._last[0] != step:
+            self._last = step, self._step(step)
+        return self._last[1]
+
+    def draws(self) -> np.ndarray:
+        """All samples that are drawn, step after step, for `Mixture.rows`; the ledger's are among them."""
+        return self._steps["samples"]
+
+    def balance(self) -> dict[str, Any]:
+        """How equal the packs are, and how large.
+
+        `micro_steps` is the share of the time that ranks compute when each micro-step waits for its slowest rank (FSDP,
+        ZeRO-3), `ranks` when only the step's end waits (DDP): mean over largest FLOPs, the mean over the steps and the
+        worst step. `tokens` and `tiles` are those of a pack.
+        """
+        num_packs, micro, ranks, sizes = self.k * self.world_size, [], [], []
+        height = max(1, BLOCK // max(num_packs, len(self._pack) // self.num_steps))
+        for start in range(0, self.num_steps, height):
+            hand, pack = self._hand(np.arange(start, min(start + height, self.num_steps)))
+            work = loads(pack, hand.work, num_packs).reshape(len(pack), self.k, self.world_size)
+            mean = work.sum(axis=(1, 2)) / self.world_size
+            micro.append(mean / work.max(axis=2).sum(axis=1))
+            ranks.append(mean / work.sum(axis=1).max(axis=1))
+            sizes.append(np.stack([loads(pack, c, num_packs).ravel() for c in (hand.there, hand.tokens, hand.tiles)]))
+        samples, tokens, tiles = np.concatenate(sizes, axis=1, dtype=np.float32)
+        return {
+            "k": self.k,
+            "world_size": self.world_size,
+            "samples_per_rank_and_step": len(self._pack) / self.num_steps / self.world_size,
+            "micro_steps": _of_steps(np.concatenate(micro)),
+            "ranks": _of_steps(np.concatenate(ranks)),
+            "tokens": _of_packs(tokens, self.most_tokens),
+            "tiles": _of_packs(tiles, self.most_tiles),
+            "blank_packs": int((samples == 0).sum()),
+            "num_packs": len(samples),
+            "padding": 0.0,  # a flat batch has none
+        }
 
     def _step(self, step: int) -> Step:
-        samples = self.samples(step)
-        packs = self._deal(samples, self.k)
-        assert packs is not None  # _smallest_k dealt every step
+        drawn, pack = self._drawn(step)
+        gone = np.isin(drawn, self._left_out)
+        lost, drawn, pack = drawn[gone], drawn[~gone], pack[~gone]
+        order = np.argsort(pack, kind="stable")
+        samples = drawn[order].tolist()
+        bounds = np.searchsorted(pack[order], np.arange(self.k * self.world_size + 1)).tolist()
+        totals = {
+            name: int(self._steps[name][step]) - (int(getattr(self.index, name)[lost].sum()) if len(lost) else 0)
+            for name in ("supervised", "tiles", "chosen")
+        }
         return Step(
-            packs=packs,
-            num_supervised=int(self.index.supervised[samples].sum()),
+            packs=tuple(tuple(samples[begin:end]) for begin, end in pairwise(bounds)),
+            num_supervised=totals["supervised"],
             num_samples=len(samples),
-            num_tiles=int(self.index.tiles[samples].sum()),
-            num_chosen=int(self.index.chosen[samples].sum()),
+            num_tiles=totals["tiles"],
+            num_chosen=totals["chosen"],
         )
 
-    def _smallest_k(self) -> int:
-        per_step = self._draws.reshape(self.num_steps, -1)
-        tokens = self.index.tokens[per_step].sum(axis=1).max() / self.most_tokens
-        tiles = self.index.tiles[per_step].sum(axis=1).max() / self.most_tiles
-        k = max(1, math.ceil(max(tokens, tiles) / self.world_size))
-        while k <= self.global_batch_size:
-            if all(self._deal(self.samples(step), k) is not None for step in range(self.num_steps)):
-                return k
-            k += 1
-        raise UserError(  # unreachable while the index refuses samples above the caps
-            f"No number of micro-batches keeps {self.most_tokens} tokens and {self.most_tiles} tiles; raise data.tokens_per_micro_batch."
-        )
+    def _drawn(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """A step's samples and their packs."""
+        if not 0 <= step < self.num_steps:
+            raise IndexError(f"step {step} of {self.num_steps}")
+        ends = self._steps["ends"]
+        part = slice(int(ends[step - 1]) if step else 0, int(ends[step]))
+        return self._steps["samples"][part], self._pack[part]
 
-    def _deal(self, samples: np.ndarray, k: int) -> tuple[Pack, ...] | None:
-        """Longest work first, onto the pack with least; None when a cap cannot be kept."""
-        count = k * self.world_size
-        if count == 1:
-            return (tuple(int(i) for i in samples),) if self._fits(samples) else None
-        order = sorted(samples.tolist(), key=lambda i: (-self.index.flops[i], i))
-        packs: list[list[int]] = [[] for _ in range(count)]
-        room = [(self.most_tokens, self.most_tiles)] * count
-        loads = [(0.0, number) for number in range(count)]
-        for sample in order:
-            tokens, tiles = int(self.index.tokens[sample]), int(self.index.tiles[sample])
-            passed = []
-            while loads:
-                load, number = heapq.heappop(loads)
-                if room[number][0] >= tokens and room[number][1] >= tiles:
-                    packs[number].append(sample)
-                    room[number] = (room[number][0] - tokens, room[number][1] - tiles)
-                    passed.append((load + float(self.index.flops[sample]), number))
-                    break
-                passed.append((load, number))
-            else:
-                return None
-            for item in passed:
-                heapq.heappush(loads, item)
-        return tuple(tuple(pack) for pack in packs)
+    def _deal(self) -> Arrays:
+        caps = Caps(self.most_tokens, self.most_tiles)
+        samples, ends = self._steps["samples"], self._steps["ends"]
+        k, pack = deal_all(self.index, self.flops, samples, ends, caps, self.world_size)
+        return {"pack": pack, "k": np.array([k])}
 
-    def _fits(self, samples: np.ndarray) -> bool:
-        index = self.index
-        return index.tokens[samples].sum() <= self.most_tokens and index.tiles[samples].sum() <= self.most_tiles
+    def _hand(self, steps: np.ndarray) -> tuple[Hand, np.ndarray]:
+        hand = hand_of(self.index, self.flops, self._steps["samples"], self._steps["ends"], steps)
+        return hand, self._pack[np.where(hand.there, hand.places, 0)].astype(np.int64)
 
 
-def validation_packs(index: Index, *, most_tokens: int, most_tiles: int, world_size: int) -> list[Pack]:
-    """All samples once, in order, under the caps; padded with blank packs to the same number for every rank."""
+def validation_packs(index: Index, *, most_tokens: int, most_tiles: int, world_size: int, flops: Flops) -> list[Pack]:
+    """All samples once, in the fewest packs of equal work that keep the caps, as many for each rank; empty ones are blank.
+
+    Pack `i` belongs to rank `i % world_size`. More than 65,536 samples are dealt in parts.
+    """
     packs: list[Pack] = []
-    pack: list[int] = []
-    tokens = tiles = 0
-    for sample in range(len(index)):
-        more_tokens, more_tiles = int(index.tokens[sample]), int(index.tiles[sample])
-        if pack and (tokens + more_tokens > most_tokens or tiles + more_tiles > most_tiles):
-            packs.append(tuple(pack))
-            pack, tokens, tiles = [], 0, 0
-        pack.append(sample)
-        tokens, tiles = tokens + more_tokens, tiles + more_tiles
-    if pack:
-        packs.append(tuple(pack))
-    packs += [()] * (-len(packs) % world_size)
+    for start in range(0, len(index), BLOCK):
+        samples = np.arange(start, min(start + BLOCK, len(index)))
+        caps, ends = Caps(most_tokens, most_tiles), np.array([len(samples)])
+        k, pack = deal_all(index, flops, samples, ends, caps, world_size)
+        order = np.argsort(pack, kind="stable")
+        bounds = np.searchsorted(pack[order], np.arange(k * world_size + 1))
+        packs += [tuple(samples[order[begin:end]].tolist()) for begin, end in pairwise(bounds)]
     return packs
 
 
-def _draw(index: Index, weights: list[float] | None, seed: int, count: int) -> np.ndarray:
-    """The first `count` samples of an endless mixture: sources interleaved by weight, each in a new order every pass.
-
-    Source s is drawn at the times (j + 1/2) / weight_s; sorting all times interleaves them as evenly as can be, so
-    every prefix holds each source's share to within one sample.
-    """
-    members = [index.of_source(number) for number in range(len(index.sources))]
-    shares = np.array([float(len(m)) for m in members] if weights is None else weights, dtype=np.float64)
-    shares[[len(m) == 0 for m in members]] = 0.0
-    shares /= shares.sum()
-    times, owners = [], []
-    for number, share in enumerate(shares):
-        if share > 0:
-            drawn = np.arange(math.ceil(count * share) + 2)
-            times.append((drawn + 0.5) / share)
-            owners.append(np.full(len(drawn), number))
-    order = np.argsort(np.concatenate(times), kind="stable")[:count]
-    owner = np.concatenate(owners)[order]
-    drawn = np.empty(count, dtype=np.int64)
-    for number, share in enumerate(shares):
-        if share > 0:
-            places = np.flatnonzero(owner == number)
-            drawn[places] = _passes(members[number], index.sources[number].name, seed, len(places))
-    return drawn
+def _of_steps(values: np.ndarray) -> dict[str, float]:
+    return {"mean": float(values.mean()), "min": float(values.min())}
 
 
-def _passes(members: np.ndarray, name: str, seed: int, count: int) -> np.ndarray:
-    """`count` samples of one source: pass after pass, each in an order of its own."""
-    parts = []
-    for number in range(math.ceil(count / len(members))):
-        key = hashlib.sha256(f"{seed}\0{name}\0{number}".encode()).digest()[:8]
-        parts.append(np.random.default_rng(int.from_bytes(key, "big")).permutation(members))
-    return np.concatenate(parts)[:count] if parts else np.empty(0, dtype=np.int64)
+def _of_packs(sizes: np.ndarray, cap: int) -> dict[str, float]:
+    low, middle, high = (float(value) for value in np.percentile(sizes, (5, 50, 95)))
+    mean, largest = float(sizes.mean()), float(sizes.max())
+    return {"mean": mean, "p5": low, "median": middle, "p95": high, "largest": largest, "cap": cap}

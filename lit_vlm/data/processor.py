@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from lit_vlm.anyres import ImageSettings
+from lit_vlm.anyres import ImageSettings, Layout
 from lit_vlm.data.template import Encoded, Template
-from lit_vlm.data.tiles import tiles_of
-from lit_vlm.types import ImageSlot, Message, PreferencePair, Record, RecordError, Role, Sample, UserError
+from lit_vlm.data.tiles import tiles_from
+from lit_vlm.types import Fault, ImageSlot, Message, PreferencePair, Record, RecordError, Role, Sample, UserError
+
+_COUNTING = 1  # raise it when the same records come to other counts; it is part of the digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +25,11 @@ class Cost:
     lengths: tuple[int, ...]  # tokens of each segment
     num_supervised: int
     num_tiles: int
+    num_images: int = 0
+    num_image_tokens: int = 0  # placeholders, in all segments
     num_chosen: int = 0  # supervised tokens of a pair's chosen answer
+    num_prompt: int = 0  # tokens that a pair's answers share; 0 for a sample
+    size: tuple[int, int] = (0, 0)  # (height, width) of the first image in pixels
 
     @property
     def num_tokens(self) -> int:
@@ -33,41 +42,70 @@ class Processor:
     Args:
         tokenizer: with a chat template that writes one placeholder per image.
         images: tile size, grid, normalisation; from the model's folder.
+        scaled_decode: decode JPEGs no larger than their tiles need; pixels then differ slightly.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, images: ImageSettings) -> None:
-        self.tokenizer, self.images = tokenizer, images
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, images: ImageSettings, *, scaled_decode: bool = False
+    ) -> None:
+        self.tokenizer, self.images, self.scaled_decode = tokenizer, images, scaled_decode
         self.template = Template(tokenizer)
         self.image_token_id = self.template.image_token_id
 
-    def sequences(self, record: Record) -> list[Encoded]:
-        """One sequence for a sample; the chosen and the rejected one for a pair."""
+    @cached_property
+    def digest(self) -> str:
+        """Changes when the tokenizer, its template or the image settings change what a record costs."""
+        tokenizer = self.tokenizer
+        text = [self.template.ordinary.to_str(), tokenizer.chat_template, self.template.control_ids]
+        state = [_COUNTING, *text, tokenizer.special_tokens_map, self.image_token_id, asdict(self.images)]
+        return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()
+
+    def sequences(self, record: Record, layouts: list[Layout] | None = None) -> list[Encoded]:
+        """One sequence for a sample; the chosen and the rejected one for a pair.
+
+        Args:
+            layouts: the record's, where they are known; else its images' headers are read.
+        """
+        layouts = self.layouts(record) if layouts is None else layouts
         if isinstance(record, Sample):
-            return [self.template.encode(record.messages, self._image_tokens(record, record.messages))]
-        return [self._answer(record, answer) for answer in (record.chosen, record.rejected)]
+            return [self._encode(record, record.messages, layouts)]
+        shared = self._encode(record, record.prompt, layouts, prompt=True).num_tokens
+        return [self._answer(record, answer, layouts, shared) for answer in (record.chosen, record.rejected)]
 
     def prompt(self, record: Record) -> Encoded:
         """The conversation up to the last answer, with the generation prompt: what the model is asked."""
         messages = record.prompt if isinstance(record, PreferencePair) else record.messages[:-1]
-        return self.template.encode(messages, self._image_tokens(record, messages), prompt=True)
+        return self._encode(record, messages, self.layouts(record), prompt=True)
 
     def cost(self, record: Record) -> Cost:
-        """Raises RecordError when nothing in the record is supervised."""
-        sequences = self.sequences(record)
+        """Raises RecordError when an image's header cannot be read, or nothing in the record is supervised."""
+        sizes = [image.size for image in record.images]  # each header is read once
+        layouts = self._layouts(record, sizes)
+        sequences = self.sequences(record, layouts)
         for sequence in sequences:
             if not sequence.num_supervised:
-                raise RecordError(record.origin, "no supervised token: its answer is empty", "Give it an answer")
+                reason = "no supervised token: its answer is empty"
+                raise RecordError(record.origin, reason, "Give it an answer", Fault.no_answer)
+        pair = len(sequences) == 2
         return Cost(
             lengths=tuple(sequence.num_tokens for sequence in sequences),
             num_supervised=sum(sequence.num_supervised for sequence in sequences),
-            num_tiles=sum(self._layout(record, i).num_tiles for i in range(len(record.images))),
-            num_chosen=sequences[0].num_supervised if len(sequences) == 2 else 0,
+            num_tiles=sum(layout.num_tiles for layout in layouts),
+            num_images=len(layouts),
+            num_image_tokens=len(sequences) * sum(layout.num_tokens for layout in layouts),
+            num_chosen=sequences[0].num_supervised if pair else 0,
+            num_prompt=int(np.argmax(sequences[0].supervised)) if pair else 0,
+            size=sizes[0] if sizes else (0, 0),
         )
+
+    def layouts(self, record: Record) -> list[Layout]:
+        """Of each image, from its header alone."""
+        return self._layouts(record, [image.size for image in record.images])
 
     def tiles(self, record: Record) -> list[np.ndarray]:
         """[N, 3, H, W] uint8 for each image of the record."""
-        alone = len(record.images) == 1
-        return [tiles_of(image.load(), self.images, alone=alone) for image in record.images]
+        options = {"alone": len(record.images) == 1, "scaled_decode": self.scaled_decode}
+        return [tiles_from(image, self.images, most_tiles=record.max_tiles, **options) for image in record.images]
 
     def decode(self, ids: list[int]) -> str:
         """Text with its control tokens spelled out, the end of turn and padding left out."""
@@ -76,25 +114,26 @@ class Processor:
             text = text.replace(token, "") if token else text
         return text.strip()
 
-    def _answer(self, pair: PreferencePair, answer: Message) -> Encoded:
-        messages = (*pair.prompt, answer)
-        encoded = self.template.encode(messages, self._image_tokens(pair, messages))
-        last = self.template.encode(pair.prompt, self._image_tokens(pair, pair.prompt), prompt=True).num_tokens
-        supervised = encoded.supervised.copy()
-        supervised[:last] = False  # earlier answers belong to the prompt
-        return Encoded(encoded.input_ids, supervised)
+    def _answer(self, pair: PreferencePair, answer: Message, layouts: list[Layout], shared: int) -> Encoded:
+        encoded = self._encode(pair, (*pair.prompt, answer), layouts)
+        encoded.supervised[:shared] = False  # earlier answers belong to the prompt
+        return encoded
 
-    def _layout(self, record: Record, index: int):
-        return self.images.layout(*record.images[index].size, alone=len(record.images) == 1)
+    def _layouts(self, record: Record, sizes: list[tuple[int, int]]) -> list[Layout]:
+        alone = len(sizes) == 1
+        return [self.images.layout(*size, alone=alone, most_tiles=record.max_tiles) for size in sizes]
 
-    def _image_tokens(self, record: Record, messages: tuple[Message, ...]) -> list[int]:
+    def _encode(
+        self, record: Record, messages: tuple[Message, ...], layouts: list[Layout], *, prompt: bool = False
+    ) -> Encoded:
         slots = [piece.index for message in messages for piece in message.content if isinstance(piece, ImageSlot)]
-        if sorted(set(slots)) != list(range(len(record.images))) or len(slots) != len(record.images):
+        if sorted(slots) != list(range(len(record.images))):
             raise RecordError(
                 record.origin,
                 f"{len(slots)} image placeholders but {len(record.images)} images; each image needs exactly one",
+                fault=Fault.placeholders,
             )
-        return [self._layout(record, index).num_tokens for index in slots]
+        return self.template.encode(messages, [layouts[slot].num_tokens for slot in slots], prompt=prompt)
 
 
 def check_vocabulary(processor: Processor) -> None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 from lit_vlm.config.schema import OnBadRecord
-from lit_vlm.types import RecordError, UserError
+from lit_vlm.types import Fault, RecordError, UserError
 
 NUM_SHOWN = 10  # faults that a message lists; the file holds all
 
 
 class Quarantine:
-    """Collects the faults of a pass over the data, then settles them at once, so that a user sees all in one go."""
+    """Collects the faults of a pass over the data, then settles them at once, so that a user sees all in one go.
+
+    Records that turned bad while training are added like those that the index found: the ledger holds their errors.
+    """
 
     def __init__(self) -> None:
         self._errors: dict[str, dict[tuple[str, str], RecordError]] = {}
@@ -29,7 +33,11 @@ class Quarantine:
 
     def counts(self) -> dict[str, int]:
         """Records set aside, by source. A record with two faults is one record."""
-        return {source: len({origin for origin, _ in faults}) for source, faults in self._errors.items()}
+        return {source: sum(faults.values()) for source, faults in self.table().items()}
+
+    def table(self) -> dict[str, dict[Fault, int]]:
+        """Records set aside, by source and by the first fault that was found in them, the most frequent first."""
+        return {source: dict(_by_fault(faults).most_common()) for source, faults in self._errors.items()}
 
     def settle(self, policy: OnBadRecord, max_share: float, totals: Mapping[str, int], path: Path) -> None:
         """Write the faults to `path`, or end the run. For one process; on several ranks, the first.
@@ -58,29 +66,40 @@ class Quarantine:
         lines = [f"  {error.origin}: {error.reason}" for error in found[:NUM_SHOWN]]
         if len(found) > NUM_SHOWN:
             lines.append(f"  ... and {len(found) - NUM_SHOWN:,} more")
-        per_source = ", ".join(f"{count:,} of {source}" for source, count in self.counts().items())
+        table, counts = self.table(), self.counts()
+        per_source = "; ".join(f"{counts[source]:,} of {source}: {_listed(table[source])}" for source in table)
         head = f"Records that cannot be used ({per_source}):"
         return "\n".join([head, *lines, "Fix them, or set such records aside with data.on_bad_record=quarantine."])
 
     def _exceeded(self, sources: list[str], max_share: float, totals: Mapping[str, int], path: Path) -> str:
         lines = [f"More records are bad than data.max_quarantined={max_share:g} allows:"]
+        table = self.table()
         for source in sources:
-            count, total = self.counts()[source], totals[source]
+            count, total = sum(table[source].values()), totals[source]
             first = next(iter(self._errors[source].values()))
             share = f"{count:,} of {total:,} ({count / max(total, 1):.2%})"
-            lines.append(f"  {source}: {share}, the first {first.origin}: {first.reason}")
+            lines.append(f"  {source}: {share}: {_listed(table[source])}; the first {first.origin}: {first.reason}")
         lines.append(f"All are listed in {path}. Fix them, or allow more with data.max_quarantined=<share>.")
         return "\n".join(lines)
 
 
+def _by_fault(errors: Mapping[tuple[str, str], RecordError]) -> Counter[Fault]:
+    first: dict[str, Fault] = {}
+    for (origin, _), error in errors.items():
+        first.setdefault(origin, error.fault)
+    return Counter(first.values())
+
+
+def _listed(faults: Mapping[Fault, int]) -> str:
+    return ", ".join(f"{count:,} {fault}" for fault, count in faults.items())
+
+
 def _lines(source: str, faults: Mapping[tuple[str, str], RecordError]) -> list[str]:
-    return [
-        json.dumps(
-            {"source": source, "origin": origin, "reason": reason, "digest": _digest(origin, reason)},
-            ensure_ascii=False,
-        )
-        for origin, reason in faults
+    rows = [
+        {"source": source, "origin": origin, "fault": error.fault, "reason": reason, "digest": _digest(origin, reason)}
+        for (origin, reason), error in faults.items()
     ]
+    return [json.dumps(row, ensure_ascii=False) for row in rows]
 
 
 def _digest(origin: str, reason: str) -> str:

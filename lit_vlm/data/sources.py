@@ -6,38 +6,35 @@ cannot be used is a `RecordError` of `source[index]`, and the others stay usable
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lit_vlm.config.schema import Format, Markup, SourceConfig
-from lit_vlm.data.images import shown
-from lit_vlm.data.readers import rows as row_files
-from lit_vlm.data.readers.llava import read_llava
-from lit_vlm.data.readers.messages import read_messages
-from lit_vlm.data.readers.preference import read_preference
-from lit_vlm.data.readers.record import Place, Settings
+from lit_vlm.data.chosen import Chosen, FewerTiles
+from lit_vlm.data.readers.by_keys import FORMATS, Reader, read_by_keys
+from lit_vlm.data.readers.place import Place, Settings
 from lit_vlm.data.readers.rows import Rows
-from lit_vlm.types import Kind, Language, Record, RecordError, Source, UserError
+from lit_vlm.data.readers.rows.base import identity
+from lit_vlm.data.source_files import existing, files_of, found_format, hub_rows, nearest, rows_of
+from lit_vlm.types import IMAGE_TOKEN, Kind, Language, Record, Source, UserError
 
-Reader = Callable[[Mapping[str, Any], Place], Record]
-
-READERS: dict[Format, Reader] = {
-    Format.llava: read_llava,
-    Format.messages: read_messages,
-    Format.preference: read_preference,
-}
-ENDINGS = (".jsonl", ".json", ".parquet", ".arrow")
+# By the names of config's Format, and those that `auto` finds besides.
+READERS: dict[str, Reader] = {**FORMATS, "sharegpt": FORMATS["llava"], "webdataset": read_by_keys}
 _MARKUP_KINDS = (Kind.ocr, Kind.grounding, Kind.referring)
-_READING = 1  # raise it when the same files are read differently; it is part of the digest
+_READING = 2  # raise it when the same files are read differently; it is part of the digests
 
 
 class FileSource:
-    """A dataset in files. Pickles small, for the loader's workers."""
+    """A dataset in files. Pickles small, for the loader's workers.
+
+    Args:
+        limit: the first so many of its rows.
+        digest: of the files and how they are read.
+    """
 
     def __init__(self, name: str, rows: Rows, read: Reader, settings: Settings, limit: int | None, digest: str) -> None:
         self.name, self.digest = name, digest
@@ -52,9 +49,27 @@ class FileSource:
             raise IndexError(index)
         return self._read(self._rows[index], Place(self._rows.origin(index), self._settings))
 
+    def origin(self, index: int) -> str:
+        """Where a person finds the record, be it readable or not."""
+        return self._rows.origin(index)
+
+    def digest_of(self, start: int, stop: int) -> str:
+        """Of what records start to stop - 1 hold and how they are read; of JSON wherever in the file they stand."""
+        if not 0 <= start < stop <= self._length:
+            raise IndexError((start, stop))
+        hasher = hashlib.sha256(_reading(self._settings).encode())
+        self._rows.update(hasher, start, stop)
+        return hasher.hexdigest()
+
 
 def open_source(
-    name: str, config: SourceConfig, *, max_image_pixels: int, seed: int = 0, held_out: bool = False
+    name: str,
+    config: SourceConfig,
+    *,
+    max_image_pixels: int,
+    seed: int = 0,
+    held_out: bool = False,
+    cache: Path | None = None,
 ) -> Source:
     """The source `data.sources.<name>`, its files found and its first record recognised.
 
@@ -62,46 +77,113 @@ def open_source(
         seed: of the pictures that format=builtin makes.
         held_out: of sources that make or bundle their data (builtin, digits), the part that training never sees. For
             files the caller splits.
+        cache: a folder in which the places of records in their files are kept, so that they are searched only once.
 
     Raises:
         UserError: naming the setting: nothing at the path, no records, an unknown format or kind.
     """
     if config.num_samples is not None and config.num_samples < 1:
         raise UserError(f"data.sources.{name}.num_samples={config.num_samples}: at least 1 is needed, or null for all.")
-    language, kind = Language[config.language.name], _kind(name, config.kind)
-    if config.format is Format.builtin:
-        return _builtin(name, config, language, seed, held_out)
-    if config.format is Format.digits:
-        from lit_vlm.data.readers.digits import DigitsSource
-
-        return DigitsSource(name, language, kind=kind or Kind.digit, limit=config.num_samples, held_out=held_out)
-    return _open_files(name, config, language, kind, max_image_pixels)
+    if config.fraction is not None and not 0 < config.fraction <= 1:
+        raise UserError(f"data.sources.{name}.fraction={config.fraction}: above 0 and at most 1, or null for all.")
+    kind = _kind(name, config.kind)
+    if config.format in (Format.builtin, Format.digits):
+        source = _made(name, config, kind, seed, held_out)
+    elif config.format is Format.mapped:
+        source = _open_mapped(name, config, kind, max_image_pixels)
+    else:
+        source = _open_files(name, config, kind, max_image_pixels, cache)
+    if config.fraction is None:
+        return source
+    share = Chosen(source, config.fraction, config.num_samples)
+    if not len(share):
+        found = f"chooses none of its {len(source)} records"
+        raise UserError(f"data.sources.{name}.fraction={config.fraction} {found}. Raise it.")
+    return share
 
 
 def _open_files(
-    name: str, config: SourceConfig, language: Language, kind: Kind | None, max_image_pixels: int
+    name: str, config: SourceConfig, kind: Kind | None, max_image_pixels: int, cache: Path | None
 ) -> FileSource:
-    path = _existing(name, "path", config.path)
-    files = _files(name, path)
-    rows = _rows(name, path, files)
+    rows, files, root = _opened(name, config, cache)
     if not len(rows):
-        raise UserError(f"data.sources.{name}.path={path}: no records in it. Give a file that has some.")
-    source_format = _found_format(name, rows) if config.format is Format.auto else config.format
-    root = path if path.is_dir() else path.parent
-    settings = Settings(
+        where = f"hub={config.hub}" if config.hub else f"path={config.path}"
+        raise UserError(f"data.sources.{name}.{where}: no records in it. Give a file that has some.")
+    archive = files[0].suffix.lower() == ".tar"
+    if config.format is Format.webdataset and not archive:
+        raise UserError(f"data.sources.{name}.format=webdataset reads .tar files; found {files[0].name}.")
+    if config.format is not Format.auto:
+        source_format = config.format.name
+    else:
+        source_format = "webdataset" if archive else found_format(name, rows)
+    settings = _settings(name, config, kind, max_image_pixels, source_format, root)
+    limit = config.num_samples if config.fraction is None else None  # else of those that the fraction chooses
+    return FileSource(name, rows, READERS[source_format], settings, limit, _digest(files, settings, limit))
+
+
+def _opened(name: str, config: SourceConfig, cache: Path | None) -> tuple[Rows, list[Path], Path]:
+    """The rows, the files that they come from, and the folder that image paths start from unless told otherwise."""
+    if config.hub is not None:
+        if config.path is not None:
+            raise UserError(f"data.sources.{name}: both path and hub are given; one of them must go.")
+        rows, files = hub_rows(name, config)
+        local = Path(config.hub).expanduser()
+        return rows, files, local if local.is_dir() else (files or [local])[0].parent
+    path = existing(name, "path", config.path, config)
+    files = files_of(name, path)
+    return rows_of(name, path, files, cache), files, path if path.is_dir() else path.parent
+
+
+def _open_mapped(name: str, config: SourceConfig, kind: Kind | None, max_image_pixels: int) -> Source:
+    from lit_vlm.data.readers.mapped import MappedSource
+
+    if config.mapping is None:
+        raise UserError(f"data.sources.{name}: format=mapped needs mapping, which fields are picture and answer.")
+    path = existing(name, "path", config.path, config)
+    settings = _settings(name, config, kind, max_image_pixels, "mapped", path if path.is_dir() else path.parent)
+    limit = config.num_samples if config.fraction is None else None
+    return MappedSource(path, config.mapping, settings, limit)
+
+
+def _settings(
+    name: str, config: SourceConfig, kind: Kind | None, max_image_pixels: int, source_format: str, root: Path
+) -> Settings:
+    """Args: root: where image paths start unless image_root says otherwise."""
+    own_root = config.image_root
+    return Settings(
         source=name,
-        format=source_format.name,
-        image_root=(root if config.image_root is None else _existing(name, "image_root", config.image_root)).resolve(),
+        format=source_format,
+        image_root=(root if own_root is None else existing(name, "image_root", own_root, config)).resolve(),
         max_pixels=max_image_pixels,
-        language=language,
+        language=Language[config.language.name],
         kind=kind,
         markup=config.markup is Markup.on or (config.markup is Markup.auto and kind in _MARKUP_KINDS),
+        max_tiles=config.max_tiles,
+        prompts=_prompts(name, config.prompts),
     )
-    digest = _digest(files, settings, config.num_samples)
-    return FileSource(name, rows, READERS[source_format], settings, config.num_samples, digest)
 
 
-def _builtin(name: str, config: SourceConfig, language: Language, seed: int, held_out: bool) -> Source:
+def _made(name: str, config: SourceConfig, kind: Kind | None, seed: int, held_out: bool) -> Source:
+    """Made here, or bundled with a library."""
+    if config.prompts:
+        raise UserError(f"data.sources.{name}.prompts: not for format={config.format.name}, whose records ask already.")
+    open_ = _digits if config.format is Format.digits else _builtin
+    source = open_(name, config, Language[config.language.name], kind, seed, held_out)
+    return source if config.max_tiles is None else FewerTiles(source, config.max_tiles)
+
+
+def _digits(
+    name: str, config: SourceConfig, language: Language, kind: Kind | None, seed: int, held_out: bool
+) -> Source:
+    from lit_vlm.data.readers.digits import DigitsSource
+
+    limit = config.num_samples if config.fraction is None else None
+    return DigitsSource(name, language, kind=kind or Kind.digit, limit=limit, held_out=held_out)
+
+
+def _builtin(
+    name: str, config: SourceConfig, language: Language, kind: Kind | None, seed: int, held_out: bool
+) -> Source:
     if config.path is None or config.num_samples is None:
         raise UserError(
             f"data.sources.{name}: format=builtin needs path, the kind of picture (e.g. path=caption), "
@@ -124,110 +206,25 @@ def _kind(name: str, kind: str | None) -> Kind | None:
     if kind is None:
         return None
     if kind not in Kind.__members__:
-        raise UserError(f"data.sources.{name}.kind={kind} is unknown{_nearest(kind, Kind)}. One of: {', '.join(Kind)}.")
+        raise UserError(f"data.sources.{name}.kind={kind} is unknown{nearest(kind, Kind)}. One of: {', '.join(Kind)}.")
     return Kind(kind)
 
 
-def _existing(name: str, setting: str, value: str | None) -> Path:
-    """The path of a setting. It is the operator's own, so it may lie anywhere."""
-    if value is None:
-        raise UserError(f"data.sources.{name}.{setting} is not set; give the dataset's file or folder.")
-    path = Path(value).expanduser()
-    if not path.exists():
-        folder = path.parent
-        beside = _nearest(path.name, os.listdir(folder)) if folder.is_dir() else f"; nor is there a folder {folder}"
-        raise UserError(f"data.sources.{name}.{setting}={value}: no such file or folder{beside}.")
-    if setting == "image_root" and not path.is_dir():
-        raise UserError(
-            f"data.sources.{name}.image_root={value} is a file; give the folder that image paths start from."
-        )
-    return path
+def _prompts(name: str, prompts: Sequence[str]) -> tuple[str, ...]:
+    for prompt in prompts:
+        if IMAGE_TOKEN in prompt or not prompt.strip():
+            what = f"holds '{IMAGE_TOKEN}'; the image is put before it" if prompt.strip() else "is empty"
+            raise UserError(f"data.sources.{name}.prompts: {prompt!r} {what}. Give the question alone.")
+    return tuple(unicodedata.normalize("NFC", prompt) for prompt in prompts)
 
 
-def _files(name: str, path: Path) -> list[Path]:
-    """The file itself, or the folder's files with records in them, which must all be of one ending."""
-    if path.is_file():
-        if path.suffix.lower() not in ENDINGS:
-            raise UserError(
-                f"data.sources.{name}.path={path}: cannot tell the format; endings are {', '.join(ENDINGS)}."
-            )
-        return [path]
-    if (path / "dataset_dict.json").exists():
-        splits = ", ".join(json.loads((path / "dataset_dict.json").read_text())["splits"])
-        raise UserError(
-            f"data.sources.{name}.path={path} holds several splits; give the folder of one of them: {splits}."
-        )
-    if (path / "state.json").exists():  # Dataset.save_to_disk; its JSON files are no records
-        return sorted(path.glob("*.arrow"))
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS and file.is_file())
-    endings = sorted({file.suffix.lower() for file in files})
-    if len(endings) != 1:
-        found = (
-            f"files of several endings ({', '.join(endings)})" if endings else f"no file ending in {', '.join(ENDINGS)}"
-        )
-        raise UserError(f"data.sources.{name}.path={path}: the folder has {found}. Give the file to read.")
-    return files
+def _reading(settings: Settings) -> str:
+    """All that decides how a row is read, and no more: the source's name does not."""
+    fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    del fields["source"]
+    return json.dumps([_READING, fields], sort_keys=True, default=str)
 
 
-def _rows(name: str, path: Path, files: list[Path]) -> Rows:
-    ending = files[0].suffix.lower() if files else ".arrow"
-    try:
-        if path.is_dir() and (path / "state.json").exists():
-            return row_files.saved_dataset(path)
-        if ending == ".parquet":
-            return row_files.parquet(files)
-        if ending == ".arrow":
-            return row_files.arrow(files)
-        parts = [row_files.json_list(file) if ending == ".json" else row_files.json_lines(file) for file in files]
-    except PermissionError as error:
-        raise UserError(
-            f"data.sources.{name}.path={path}: {error.filename} may not be read. Change its rights."
-        ) from error
-    return parts[0] if len(parts) == 1 else row_files.JoinedRows(parts)
-
-
-def _found_format(name: str, rows: Rows) -> Format:
-    """By the keys of the first record that can be read at all."""
-    setting, choices = f"data.sources.{name}.format", ", ".join(choice.name for choice in Format)
-    fault: RecordError | None = None
-    for index in range(min(len(rows), 100)):
-        try:
-            row = rows[index]
-        except RecordError as error:
-            fault = fault or error
-            continue
-        keys = {key for key, value in row.items() if value is not None}
-        if {"chosen", "rejected"} <= keys:
-            return Format.preference
-        if "conversations" in keys:
-            return Format.llava
-        if "messages" in keys:
-            return Format.messages
-        found = ", ".join(shown(key, 40) for key in list(row)[:12])
-        raise UserError(
-            f"{rows.origin(index)}: cannot tell the format from the keys {found}. Needed: 'conversations' (llava), "
-            f"'messages' (messages), or 'chosen' and 'rejected' (preference). "
-            f"Say it with {setting}=<one of {choices}>, or convert the file."
-        )
-    raise UserError(
-        f"No record can be read, the first fault: {fault} Say the format with {setting}=<one of {choices}>."
-    )
-
-
-def _digest(files: list[Path], settings: Settings, num_samples: int | None) -> str:
-    stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    read = {
-        "format": settings.format,
-        "image_root": str(settings.image_root),
-        "max_pixels": settings.max_pixels,
-        "language": settings.language,
-        "kind": settings.kind,
-        "markup": settings.markup,
-        "num_samples": num_samples,
-    }
-    return hashlib.sha256(json.dumps([_READING, stats, read], sort_keys=True).encode()).hexdigest()
-
-
-def _nearest(word: str, words: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(words), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+def _digest(files: Sequence[Path], settings: Settings, limit: int | None) -> str:
+    read = [list(map(identity, files)), _reading(settings), limit]
+    return hashlib.sha256(json.dumps(read).encode()).hexdigest()

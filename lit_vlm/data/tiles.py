@@ -8,46 +8,90 @@ import numpy as np
 from PIL import Image
 
 from lit_vlm.anyres import ImageSettings, Tiling, best_resolution
+from lit_vlm.types import ImageSource
 
-# Shapes: N tiles, H = W = tile_size pixels.
+# Shapes: N tiles, H = W = tile_size pixels. Sizes are (height, width).
 
 
-def tiles_of(image: Image.Image, settings: ImageSettings, *, alone: bool = True) -> np.ndarray:
+def tiles_from(
+    source: ImageSource,
+    settings: ImageSettings,
+    *,
+    alone: bool = True,
+    most_tiles: int | None = None,
+    scaled_decode: bool = False,
+) -> np.ndarray:
+    """Decode and cut, as `tiles_of`.
+
+    Args:
+        scaled_decode: decode a JPEG no larger than its tiles need. The tiles are those of the true size, their pixels
+            differ slightly. Sources without `load_at_least` are decoded whole.
+    """
+    load = getattr(source, "load_at_least", None) if scaled_decode else None
+    if load is None:
+        return tiles_of(source.load(), settings, alone=alone, most_tiles=most_tiles)
+    needed = pixels_needed(*source.size, settings, alone=alone, most_tiles=most_tiles)
+    return tiles_of(load(*needed), settings, alone=alone, most_tiles=most_tiles, size=source.size)
+
+
+def tiles_of(
+    image: Image.Image,
+    settings: ImageSettings,
+    *,
+    alone: bool = True,
+    most_tiles: int | None = None,
+    size: tuple[int, int] | None = None,
+) -> np.ndarray:
     """The base view first, then the tiles row by row.
 
     Args:
         image: RGB.
         alone: False when the sample holds several images; each is then one square view, padded with the mean colour.
+        most_tiles: beside the base view, as in `ImageSettings.layout`.
+        size: the true size of an image that was decoded smaller; it decides about the tiles.
 
     Returns:
-        [N, 3, H, W] uint8, not normalised.
+        [N, 3, H, W] uint8, not normalised, contiguous.
     """
+    side, resample = settings.tile_size, settings.resample
+    base = image if alone else _padded_to_square(image, settings)
+    views = [base.resize((side, side), resample)]
+    height, width = size or (image.height, image.width)
+    resolution = _resolution(height, width, settings, alone, most_tiles)
+    if resolution is not None:
+        (height, width), fitted = resolution
+        view = image.resize((fitted[1], fitted[0]), resample)
+        left, top = (width - fitted[1]) // 2, (height - fitted[0]) // 2
+        if fitted != (height, width):  # what a crop finds outside is black, as transformers pads
+            view = view.crop((-left, -top, width - left, height - top))
+        views.append(view)
+    return _cut(views, side)
+
+
+def pixels_needed(
+    height: int, width: int, settings: ImageSettings, *, alone: bool = True, most_tiles: int | None = None
+) -> tuple[int, int]:
+    """The least size to decode an image of this size at: then no view is enlarged that would not be anyway."""
     side = settings.tile_size
     if not alone:
-        return _stack([_resized(_padded_to_square(image, settings), side, side, settings)])
-    base = _resized(image, side, side, settings)
-    if settings.tiling is Tiling.base:
-        return _stack([base])
-    height, width = best_resolution(image.height, image.width, settings.grid_pinpoints)
-    scale_width, scale_height = width / image.width, height / image.height
-    if scale_width < scale_height:
-        fitted = (min(math.ceil(image.height * scale_width), height), width)
-    else:
-        fitted = (height, min(math.ceil(image.width * scale_height), width))
-    canvas = Image.new("RGB", (width, height))  # black, as transformers pads
-    canvas.paste(_resized(image, *fitted, settings), ((width - fitted[1]) // 2, (height - fitted[0]) // 2))
-    cuts = [
-        canvas.crop((left, top, left + side, top + side))
-        for top in range(0, height, side)
-        for left in range(0, width, side)
-    ]
-    return _stack([base, *cuts])
+        longest = max(height, width)
+        return math.ceil(height * side / longest), math.ceil(width * side / longest)
+    resolution = _resolution(height, width, settings, alone, most_tiles)
+    fitted = resolution[1] if resolution else (side, side)
+    return max(fitted[0], side), max(fitted[1], side)
 
 
-def _resized(image: Image.Image, height: int, width: int, settings: ImageSettings) -> Image.Image:
-    if image.size == (width, height):
-        return image
-    return image.resize((width, height), resample=settings.resample)
+def _resolution(
+    height: int, width: int, settings: ImageSettings, alone: bool, most_tiles: int | None
+) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """The grid of tiles in pixels, and the size at which the image lies in its middle. None: the base view alone."""
+    if settings.tiling is Tiling.base or not alone or most_tiles == 0:
+        return None
+    grid_height, grid_width = best_resolution(height, width, settings.pinpoints(most_tiles))
+    across, down = grid_width / width, grid_height / height
+    if across < down:
+        return (grid_height, grid_width), (min(math.ceil(height * across), grid_height), grid_width)
+    return (grid_height, grid_width), (grid_height, min(math.ceil(width * down), grid_width))
 
 
 def _padded_to_square(image: Image.Image, settings: ImageSettings) -> Image.Image:
@@ -59,5 +103,14 @@ def _padded_to_square(image: Image.Image, settings: ImageSettings) -> Image.Imag
     return canvas
 
 
-def _stack(images: list[Image.Image]) -> np.ndarray:
-    return np.stack([np.asarray(image) for image in images]).transpose(0, 3, 1, 2)
+def _cut(views: list[Image.Image], side: int) -> np.ndarray:
+    """Pictures of whole tiles, one after the other, band by band: Pillow's bands are planes already."""
+    grids = [(view.height // side, view.width // side) for view in views]
+    tiles = np.empty((sum(rows * columns for rows, columns in grids), 3, side, side), np.uint8)
+    start = 0
+    for view, (rows, columns) in zip(views, grids, strict=True):
+        grid = tiles[start : start + rows * columns].reshape(rows, columns, 3, side, side)
+        for channel, band in enumerate(view.split()):
+            grid[:, :, channel] = np.asarray(band).reshape(rows, side, columns, side).transpose(0, 2, 1, 3)
+        start += rows * columns
+    return tiles

@@ -153,7 +153,7 @@ def _stage(record: RunRecord, shown: int) -> dict[str, Any]:
         "charts": _charts(record),
         "scores": _scores(record),
         "mixture": _mixture(mixture),
-        "languages": _shares(mixture, "language"),
+        "languages": _languages(mixture),
         "groups": _sample_groups(record, shown),
         "quarantined": _quarantined(record),
         "settings": record.settings,
@@ -233,23 +233,14 @@ def _ladder(records: list[RunRecord]) -> dict[str, Any]:
 
 
 def _mixture(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The sources with the share asked for, the share drawn and how often each sample was seen."""
-    most = max((row.get("share") or 0.0 for row in rows), default=0.0) or 1.0
-    blank: dict[str, Any] = {"source": "", "kind": "", "language": "", "size": 0, "drawn": 0, "share": 0.0}
-    table = []
-    for row in rows:
-        row = blank | row
-        asked = row.get("asked", row.get("planned"))
-        passes = row["drawn"] / row["size"] if row["size"] else 0.0
-        table.append(row | {"asked": asked, "passes": passes, "width": 100 * row["share"] / most})
-    return table
+    """The sources, then languages, text alone and kinds: the share asked beside the share drawn. Wide is the largest."""
+    most = max((row["samples"] for row in rows), default=0.0) or 1.0
+    return [row | {"width": 100 * row["samples"] / most} for row in rows]
 
 
-def _shares(rows: list[dict[str, Any]], column: str) -> str:
-    shares: dict[str, float] = defaultdict(float)
-    for row in rows:
-        shares[str(row.get(column) or "other")] += row.get("share") or 0.0
-    return ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items(), key=lambda item: -item[1]))
+def _languages(rows: list[dict[str, Any]]) -> str:
+    found = sorted((row for row in rows if row["group"] == "language"), key=lambda row: -row["samples"])
+    return ", ".join(f"{row['name']} {row['samples']:.0%}" for row in found)
 
 
 def _quarantined(record: RunRecord) -> dict[str, Any]:

@@ -23,6 +23,7 @@ ELSEWHERE = {
     "task", "recipe", "run_dir", "run_name", "overwrite", "callbacks", "logger", "image", "prompt", "max_new_tokens", "init_from",
     "trainer.devices", "trainer.num_nodes", "trainer.accelerator", "trainer.strategy", "trainer.num_threads",
     "trainer.enable_progress_bar", "data.tokens_per_micro_batch", "data.tiles_per_micro_batch", "data.num_workers",
+    "data.prefetch_factor", "data.index_dir", "data.index_workers", "data.verify", "data.lock", "preflight",
 }  # fmt: skip
 
 
@@ -72,7 +73,7 @@ def open_run_folder(
             )
         if finished:
             return RunFolder(path, known)
-    _require_writable(path)
+    require_writable(path)
     manifest = {
         "status": "running",
         "name": name,
@@ -88,8 +89,8 @@ def open_run_folder(
     return RunFolder(path, manifest)
 
 
-def _require_writable(path: Path) -> None:
-    """Told now, not after the model was built; nothing is made yet."""
+def require_writable(path: Path) -> None:
+    """Told now, not after the model was built; nothing is made yet. UserError naming what is in the way."""
     place = next(place for place in (path, *path.parents) if os.path.lexists(place))
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         found = "may not be written to" if place.is_dir() else "is no folder"

@@ -108,6 +108,10 @@ def flat_attention(
             sliding_window=sliding_window,
             **kwargs,
         )
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # rotary embeddings leave queries and keys in float32; autocast casts for SDPA only
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     window = sliding_window if sliding_window and sliding_window < segments.longest else None
     computes = query.dtype in (torch.bfloat16, torch.float16)  # what FlashAttention knows
     if query.is_cuda and computes and not dropout:

@@ -57,12 +57,7 @@ class FlatOnevisionModel(LlavaOnevisionModel):
             blank = torch.zeros((1, 3, side, side), dtype=torch.uint8, device=batch.input_ids.device)
             features = self.flat_features(blank, [Layout(1, 0)])
             return embeddings + 0.0 * features[0].sum().to(embeddings.dtype)
-        alone = _alone(batch)
-        layouts = [
-            self.image_settings.layout(*size, alone=single)
-            for size, single in zip(batch.image_sizes, alone, strict=True)
-        ]
-        features = self.flat_features(batch.tiles, layouts)
+        features = self.flat_features(batch.tiles, batch.layouts)
         row = torch.cat([features[i] for i in batch.image_index])
         mask = batch.input_ids == self.config.image_token_id
         return embeddings.masked_scatter(mask[:, None], row.to(embeddings.dtype))
@@ -157,9 +152,3 @@ def row_segments(labels: Tensor, cu_seqlens: Tensor) -> Tensor:
     """[R]: the segment of each supervised row."""
     positions = (labels[1:] != IGNORE_INDEX).nonzero().squeeze(1) + 1
     return torch.searchsorted(cu_seqlens[1:].to(positions.dtype), positions, right=True)
-
-
-def _alone(batch: Batch) -> list[bool]:
-    """Whether each image is the only one of its sample: images of one sample share a segment."""
-    image_segments = batch.images_per_sample
-    return [count == 1 for count in image_segments for _ in range(count)]

@@ -22,5 +22,7 @@ def _late(place: str) -> Callable[[Run], None]:
 TASKS: dict[Task, Callable[[Run], None]] = {
     Task.pipeline: _late("lit_vlm.tasks.pipeline:pipeline"),
     Task.train: _late("lit_vlm.tasks.train:train"),
+    Task.prepare: _late("lit_vlm.tasks.prepare:prepare"),
+    Task.preflight: _late("lit_vlm.tasks.preflight:preflight"),
     Task.chat: _late("lit_vlm.tasks.chat:chat"),
 }

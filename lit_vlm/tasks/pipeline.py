@@ -7,11 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-from rich.console import Console
-
 from lit_vlm.config import Run, parse, pipeline_overrides, stages_of
 from lit_vlm.engine.report import scores_table, summary_table, write_report
 from lit_vlm.engine.run_folder import read_manifest
+from lit_vlm.tasks.terminal import console
 from lit_vlm.types import UserError
 
 RUN = Path(__file__).resolve().parents[2] / "run.py"
@@ -23,7 +22,6 @@ def pipeline(run: Run) -> None:
     Raises:
         UserError: a stage failed. Its own message stands above; the next start goes on with that stage.
     """
-    console = Console(highlight=False)
     stages = stages_of(run.config.recipe, run.overrides)
     began = time.monotonic()
     folders = []
@@ -39,7 +37,6 @@ def pipeline(run: Run) -> None:
         folders.append(stage.dir)
     report = Path(run.config.run_dir) / _report_name(run, folders)
     write_report(report, folders, run.config.recipe)
-    console = Console(highlight=False, width=max(console.width, 110))  # a log file is no narrower than its tables
     console.print(summary_table(folders))
     console.print(scores_table(folders))
     console.print(f"{time.monotonic() - began:.0f} s in all. Report: {report}", soft_wrap=True)

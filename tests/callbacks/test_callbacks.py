@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
@@ -11,6 +12,7 @@ from support import blueprint_of, builtin
 
 from callbacks import CALLBACKS, Guard, LanguageLoss, Report, Samples, Throughput, make_callbacks
 from lit_vlm.anyres import Tiling
+from lit_vlm.data import index as codes_of
 from lit_vlm.data.collate import collate
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.processor import Processor
@@ -129,7 +131,8 @@ def test_validation_is_not_training_time():
 def test_the_token_weighted_mean_of_the_language_losses_is_the_validation_loss(blueprint):
     trainer, stage, module = fit(blueprint, [LanguageLoss()])
     metrics, index = {name: float(value) for name, value in trainer.callback_metrics.items()}, module.held_out
-    for names in (index.languages, index.kinds):
+    for codes, known in ((index.language, codes_of.LANGUAGES), (index.kind, codes_of.KINDS)):
+        names = [known[code] for code in codes]
         tokens = {
             str(name): sum(int(n) for n, other in zip(index.supervised, names, strict=True) if other == name)
             for name in names
@@ -154,7 +157,8 @@ def test_segments_of_pairs_are_chosen_answers_then_rejected_ones(processor):
     pairs = [record for source in sources("preference", n=2) for record in source]
     batch = collate(processor, pairs)
     callback, stage = LanguageLoss(), SimpleNamespace(device=torch.device("cpu"))
-    index = SimpleNamespace(languages=batch.languages, kinds=[])
+    languages = np.array([codes_of.LANGUAGES.index(language) for language in batch.languages])
+    index = SimpleNamespace(language=languages, kind=np.array([], dtype=int))
     callback.on_validation_epoch_start(SimpleNamespace(datamodule=SimpleNamespace(held_out=index)), stage)
     sums, counts = torch.arange(8.0), torch.ones(8, dtype=torch.long)
     callback.on_validation_batch_end(None, stage, {"loss_sum": sums, "num_tokens": counts}, batch, 0)

@@ -19,6 +19,11 @@ NEEDS = {
     "data/preference": ["data.sources.mine.path=x", "stage=dpo"],
     "data/builtin_preference": ["stage=dpo"],
     "data/ready": ["data/source@data.sources=[mix665k]"],
+    "data/mapped": ["data.sources.mine.path=x", "data.sources.mine.mapping.answer='{answer}'"],
+    "data/preference_en": ["stage=dpo"],
+    "data/preference_ko": ["data.sources.mine_ko.path=x", "stage=dpo"],
+    "data/preference_ko_en": ["data.sources.mine_ko.path=x", "stage=dpo"],
+    "data/source/rlaif_v": ["stage=dpo"],
     "stage/dpo": ["data=builtin_preference"],
     "experiment/varco_vision_14b/4_dpo": ["data.sources.mine.path=x"],
 }

@@ -165,7 +165,7 @@ def test_a_source_can_be_taken_away():
         ("debug=quick", "expected one of fast, overfit, profile or null, found 'quick'"),
         ("run_name=${foo}", "Interpolation key 'foo' not found"),
         ("model.vision_tower=???", "is not set: SigLIP"),
-        ("data=3", "there are builtin_align, builtin_highres"),
+        ("data=3", "there are align_en, align_ko"),
     ],
 )
 def test_a_wrong_type_names_what_was_expected_and_what_was_found(override, expected):

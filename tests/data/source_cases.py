@@ -25,8 +25,8 @@ def write(path, records):
     return path
 
 
-def open_(path, **options):
-    return open_source("mine", SourceConfig(path=str(path), **options), max_image_pixels=1_000_000)
+def open_(path, cache=None, **options):
+    return open_source("mine", SourceConfig(path=str(path), **options), max_image_pixels=1_000_000, cache=cache)
 
 
 def only(folder, record, **options):

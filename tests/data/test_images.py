@@ -9,13 +9,17 @@ import time
 import unicodedata
 import warnings
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
+from lit_vlm.anyres import ImageSettings, Tiling, grid_pinpoints
+from lit_vlm.data.collate import collate
 from lit_vlm.data.images import ArrayImage, BytesImage, FileImage
-from lit_vlm.types import ImageSource, RecordError
+from lit_vlm.data.tiles import pixels_needed, tiles_from, tiles_of
+from lit_vlm.types import Fault, ImageSlot, ImageSource, Kind, Language, Message, RecordError, Role, Sample
 
 MAX_PIXELS = 64_000_000
 SECRET = "secret.png"
@@ -201,7 +205,7 @@ def test_a_truncated_file_is_named_and_never_half_a_picture(root, photos, image_
 @pytest.mark.parametrize(
     ("data", "words"),
     [
-        (b"", "it is empty"),
+        (b"", "is empty: 0 bytes"),
         (b"<!DOCTYPE html><html>", "it starts with b'<!DOCTYPE html><'"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is no JPEG, PNG, WEBP, GIF, BMP file"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is no JPEG"),
@@ -246,7 +250,7 @@ def test_a_bomb_of_text_is_refused(root, name):
 
 
 def test_a_file_that_is_too_large_is_not_read(root, monkeypatch):
-    monkeypatch.setattr("lit_vlm.data.images.MAX_FILE_BYTES", 10)
+    monkeypatch.setattr("lit_vlm.data.decoding.MAX_FILE_BYTES", 10)
     Image.new("RGB", (4, 4)).save(root / "a.png")
     fails(image_at(root, "a.png"), "bytes, at most 10 are read")
     data = (root / "a.png").read_bytes()
@@ -386,3 +390,96 @@ def test_a_file_without_permission_is_named(root, photos):
 
 def test_foreign_names_are_shown_without_their_control_characters(root):
     fails(image_at(root, "\x1b[31mred\n.png"), r"\x1b[31mred\n.png")
+
+
+REAL = ImageSettings(384, 14, grid_pinpoints(384, 6), 9, (0.5,) * 3, (0.5,) * 3)
+
+
+def large_photo(width, height):
+    from skimage import data
+
+    return Image.fromarray(data.astronaut()).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize(("width", "height"), [(640, 480), (1024, 768), (2000, 1500), (333, 777), (384, 384), (1, 90)])
+@pytest.mark.parametrize("alone", [True, False])
+def test_tiles_of_384_pixels_are_those_of_transformers(width, height, alone):
+    from transformers import LlavaOnevisionImageProcessorPil
+
+    image = large_photo(width, height)
+    stock = LlavaOnevisionImageProcessorPil(image_mean=[0.5] * 3, do_rescale=False, do_normalize=False)
+    theirs = stock([[image]] if alone else [[image, image]], return_tensors="np")["pixel_values"][0]
+    ours = tiles_of(image, REAL, alone=alone)
+    assert ours.dtype == np.uint8 and ours.flags.c_contiguous
+    assert len(ours) == REAL.layout(height, width, alone=alone).num_tiles
+    assert np.array_equal(ours, theirs[: len(ours)])
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(
+    ("width", "height", "scale"), [(1700, 1600, 4), (900, 2000, 2), (700, 500, 1), (3300, 3100, 8)]
+)
+def test_scaled_decode_reads_the_least_that_the_tiles_need(root, width, height, scale, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    large_photo(width, height).save(root / "a.jpg", exif=exif, quality=90)
+    image, base = image_at(root, "a.jpg"), replace(REAL, tiling=Tiling.base)
+    whole = image.load()
+    needed = pixels_needed(*image.size, base)
+    scaled = image.load_at_least(*needed)
+    assert needed == (384, 384)
+    assert scaled.size == tuple(-(-side // scale) for side in whole.size)
+    assert min(scaled.size) >= 384
+    for settings, options in [(base, {}), (REAL, {"alone": False}), (REAL, {"most_tiles": 2}), (REAL, {})]:
+        exact = tiles_from(image, settings, **options)
+        close = tiles_from(image, settings, scaled_decode=True, **options)
+        assert np.array_equal(exact, tiles_of(whole, settings, **options))
+        assert close.shape == exact.shape
+        # Of 255 levels, of a photograph with hard edges; most where the decoder shrank it to nearly a tile's size.
+        assert np.abs(close.astype(int) - exact).mean() < 6.0
+
+
+def test_scaled_decode_leaves_alone_what_cannot_be_scaled(root):
+    photo = large_photo(900, 700)
+    settings = replace(REAL, tiling=Tiling.base)
+    for image in (
+        ArrayImage(np.asarray(photo), "x"),
+        *(BytesImage(encoded(photo, name), "x", MAX_PIXELS) for name in ("PNG", "WEBP", "GIF", "BMP")),
+    ):
+        exact = tiles_from(image, settings)
+        assert np.array_equal(tiles_from(image, settings, scaled_decode=True), exact)
+
+
+def test_a_torn_jpeg_is_named_in_a_scaled_decode_too(root):
+    data = encoded(large_photo(900, 700), "JPEG")
+    for torn in (data[: len(data) // 2], data[: len(data) // 2] + bytes(9 * len(data))):
+        with pytest.raises(RecordError) as caught:
+            BytesImage(torn, "x", MAX_PIXELS).load_at_least(100, 100)
+        assert caught.value.fault is Fault.broken
+
+
+def test_a_micro_batch_opens_each_picture_twice(root, processor, audit):
+    """Once for its header and once for its pixels: on a network file system every opening is a wait."""
+    for name in "ab":
+        large_photo(90, 70).save(root / f"{name}.png")
+    slots = (ImageSlot(0), ImageSlot(1), "?")
+    messages = (Message(Role.user, slots), Message(Role.assistant, ("x",)))
+    images = (image_at(root, "a.png"), image_at(root, "b.png"))
+    record = Sample("1", "mine", "train.jsonl:7", Kind.other, Language.en, messages, images)
+    audit.clear()
+    batch = collate(processor, [record])
+    opened = [args[0] for _, args in audit if str(args[0]).startswith(str(root))]
+    assert sorted(opened) == [str(root / "a.png")] * 2 + [str(root / "b.png")] * 2
+    assert np.array_equal(batch.tiles.numpy(), np.concatenate(processor.tiles(record)))
+
+
+def test_a_picture_that_changes_between_header_and_pixels_is_named(processor):
+    class Changing(ArrayImage):
+        size = (56, 56)
+
+    messages = (Message(Role.user, (ImageSlot(0), "?")), Message(Role.assistant, ("x",)))
+    image = Changing(np.zeros((56, 168, 3), np.uint8), "x")
+    record = Sample("1", "mine", "train.jsonl:7", Kind.other, Language.en, messages, (image,))
+    with pytest.raises(RecordError, match="train.jsonl:7: its image changed while it was read") as caught:
+        collate(processor, [record])
+    assert caught.value.fault is Fault.changed

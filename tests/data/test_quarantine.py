@@ -6,22 +6,24 @@ import pytest
 
 from lit_vlm.config.schema import OnBadRecord
 from lit_vlm.data.quarantine import Quarantine
-from lit_vlm.types import RecordError, UserError
+from lit_vlm.types import Fault, RecordError, UserError
 
 
 def filled(num_faults, source="mine"):
     quarantine = Quarantine()
     for line in range(1, num_faults + 1):
-        quarantine.add(source, RecordError(f"train.jsonl:{line}", "이미지가 없음"))
+        quarantine.add(source, RecordError(f"train.jsonl:{line}", "이미지가 없음", fault=Fault.missing))
     return quarantine
 
 
-def test_each_fault_is_written_with_source_origin_reason_and_digest(tmp_path):
+def test_each_fault_is_written_with_source_origin_fault_reason_and_digest(tmp_path):
     path = tmp_path / "run" / "quarantine.jsonl"
     filled(3).settle(OnBadRecord.quarantine, 0.5, {"mine": 10}, path)
     rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     assert [row["origin"] for row in rows] == ["train.jsonl:1", "train.jsonl:2", "train.jsonl:3"]
     assert {row["source"] for row in rows} == {"mine"} and {row["reason"] for row in rows} == {"이미지가 없음"}
+    assert [list(row) for row in rows] == [["source", "origin", "fault", "reason", "digest"]] * 3
+    assert {row["fault"] for row in rows} == {"missing"}
     assert len({row["digest"] for row in rows}) == 3 and all(len(row["digest"]) == 64 for row in rows)
     assert "이미지가" in path.read_text("utf-8")
     assert [file.name for file in path.parent.iterdir()] == ["quarantine.jsonl"]
@@ -47,6 +49,20 @@ def test_two_faults_of_a_record_are_one_record_set_aside(tmp_path):
     assert len((tmp_path / "q").read_text().splitlines()) == 2
 
 
+def test_records_are_counted_by_source_and_fault_each_once(tmp_path):
+    quarantine = filled(3)
+    quarantine.add("mine", RecordError("train.jsonl:2", "its second fault", fault=Fault.broken))
+    quarantine.add("b", RecordError("b.jsonl:1", "a pixel bomb", fault=Fault.too_large))
+    for line in (7, 8, 9, 10):  # as a ledger holds them: found while training
+        quarantine.add("mine", RecordError(f"train.jsonl:{line}", "cannot be decoded", fault=Fault.broken))
+    assert quarantine.table() == {"mine": {Fault.broken: 4, Fault.missing: 3}, "b": {Fault.too_large: 1}}
+    assert quarantine.counts() == {"mine": 7, "b": 1} and len(quarantine) == 9
+    with pytest.raises(UserError, match=r"mine: 7 of 10 \(70.00%\): 4 broken, 3 missing; the first train.jsonl:1"):
+        quarantine.settle(OnBadRecord.quarantine, 0.5, {"mine": 10, "b": 100}, tmp_path / "q")
+    rows = [json.loads(line) for line in (tmp_path / "q").read_text("utf-8").splitlines()]
+    assert [row["fault"] for row in rows].count("broken") == 5  # the second fault of line 2 is listed too
+
+
 def test_the_share_is_of_each_source_and_may_be_reached_exactly(tmp_path):
     quarantine = filled(1, "a")
     for line in (1, 2):
@@ -56,7 +72,7 @@ def test_the_share_is_of_each_source_and_may_be_reached_exactly(tmp_path):
         quarantine.settle(OnBadRecord.quarantine, 0.01, {"a": 100, "b": 199}, tmp_path / "q")
     message = str(caught.value)
     assert "More records are bad than data.max_quarantined=0.01 allows:" in message
-    assert "b: 2 of 199 (1.01%), the first b.jsonl:1: broken" in message
+    assert "b: 2 of 199 (1.01%): 2 malformed; the first b.jsonl:1: broken" in message
     assert "a: 1" not in message and str(tmp_path / "q") in message
     assert len((tmp_path / "q").read_text().splitlines()) == 3  # written before the run ends, to look at
 
@@ -65,7 +81,7 @@ def test_stop_lists_ten_counts_all_and_says_how_to_set_aside(tmp_path):
     with pytest.raises(UserError) as caught:
         filled(1234).settle(OnBadRecord.stop, 1.0, {"mine": 9999}, tmp_path / "q")
     message = str(caught.value)
-    assert "(1,234 of mine)" in message and "... and 1,224 more" in message
+    assert "(1,234 of mine: 1,234 missing)" in message and "... and 1,224 more" in message
     assert message.count("train.jsonl:") == 10
     assert "data.on_bad_record=quarantine" in message
     assert not (tmp_path / "q").exists()

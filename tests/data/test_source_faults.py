@@ -1,6 +1,7 @@
 """Claims about datasets as people have them: each fault is named, with its line and what to do."""
 
 import json
+import re
 import sys
 import unicodedata
 
@@ -9,7 +10,7 @@ from source_cases import ANSWER, GPT, HUMAN, USER, llava, only, open_, write
 
 from lit_vlm.config.schema import Format, SourceConfig
 from lit_vlm.data.sources import open_source
-from lit_vlm.types import RecordError, UserError
+from lit_vlm.types import Fault, RecordError, UserError
 
 _connections: list[str] | None = None
 
@@ -130,18 +131,20 @@ def test_each_fault_of_a_preference_is_named(folder, record, words):
     assert str(caught.value).startswith("train.jsonl:1: ") and words in str(caught.value)
 
 
+URLS = """
+http://127.0.0.1:9/a.png https://x/a ftp://x/a sftp://x/a s3://x/a gs://x/a hf://x/a az://c/a hdfs://x/a git://x/a ssh://x/a
+file:///etc/passwd file:/etc/passwd HTTP://x hTtPs://x/a http:x/a https:/x/a http://[::1]:9/a http://0x7f000001/a
+http://2130706433/a http://169.254.169.254/latest/meta-data/ http://user:word@x/a http://x\\@y/a ws://x/a gopher://x/a
+jar:http://x/a!/b zip://a::http://x/b simplecache::http://x/a http+unix://%2Fvar%2Frun/a blob:http://x/a
+//x/a.png www.example.com/a.png \\\\x\\a.png data:image/png,http://x/a
+""".split() + [" HTTP://x", "\thttps://x/a"]  # fmt: skip
+_NAMED = re.compile(r"URLs are never fetched while training|leads out of|not found in|is not base64|no file name")
+
+
 def test_rows_full_of_urls_connect_to_nothing(folder):
     global _connections
-    urls = [
-        "http://127.0.0.1:9/a.png",
-        "https://x/a",
-        "ftp://x/a",
-        "s3://x/a",
-        "hf://x/a",
-        "file:///etc/passwd",
-        " HTTP://x",
-    ]
-    for url in urls:
+    assert len(URLS) >= 30
+    for url in URLS:
         records = [
             llava(HUMAN, GPT, image=url),
             {"messages": [USER, ANSWER], "images": [url]},
@@ -149,12 +152,16 @@ def test_rows_full_of_urls_connect_to_nothing(folder):
             {"prompt": "<image>", "chosen": "a", "rejected": "b", "image": url},
             content({"type": "image", "url": url}),
             content({"type": "image_url", "image_url": {"url": url}}),
+            content({"type": "input_image", "image_url": url}),
+            {"image": url, "caption": "x"},
         ]
         for record in records:
             _connections = []
-            with pytest.raises(RecordError, match="URLs are never fetched while training"):
-                only(folder, record)
+            with pytest.raises(RecordError, match=_NAMED) as caught:
+                only(folder, record).images[0].load()
             assert _connections == []
+            if re.match(r"\s*(https?|ftp|s3|hf|file)://", url, re.IGNORECASE):
+                assert caught.value.fault is Fault.url
     _connections = None
 
 
@@ -225,7 +232,7 @@ def test_settings_that_lead_nowhere_are_named(folder):
 def test_a_format_that_cannot_be_told_names_the_choices(folder):
     path = write(folder / "train.jsonl", ["{bad", {"text": "x", "label": 1}])
     refused("train.jsonl:2: cannot tell the format from the keys 'text', 'label'", path=str(path))
-    refused("data.sources.mine.format=<one of auto, llava, messages, preference, builtin, digits>", path=str(path))
+    refused("data.sources.mine.format=<one of auto, llava, sharegpt, messages", path=str(path))
     refused("No record can be read, the first fault: train.jsonl:1", path=str(write(path, ["{bad", "[1]"])))
 
 

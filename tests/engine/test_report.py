@@ -33,24 +33,12 @@ def folder(tmp_path):
         "versions": {"torch": "2.13.0"},
         "data": {
             "mixture": [
-                {
-                    "source": EVIL,
-                    "kind": "caption",
-                    "language": "ko",
-                    "size": 50,
-                    "drawn": 100,
-                    "asked": 0.2,
-                    "share": 0.26,
-                },
-                {
-                    "source": "b",
-                    "kind": "word",
-                    "language": "en",
-                    "size": 500,
-                    "drawn": 300,
-                    "asked": 0.8,
-                    "share": 0.74,
-                },
+                {"group": "source", "name": EVIL, "size": 50, "size_tokens": 900, "drawn": 100, "repeats": 2.0}
+                | {"asked": 0.2, "asked_in": "samples", "samples": 0.26, "tokens": 0.3},
+                {"group": "source", "name": "b", "size": 500, "size_tokens": 9000, "drawn": 300, "repeats": 0.6}
+                | {"asked": 0.8, "asked_in": "samples", "samples": 0.74, "tokens": 0.7},
+                {"group": "language", "name": "ko", "size": 50, "size_tokens": 900, "drawn": 100, "repeats": 2.0}
+                | {"asked": None, "asked_in": None, "samples": 0.26, "tokens": 0.3},
             ],
             "quarantined": {"b": 2},
         },

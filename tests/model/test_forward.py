@@ -11,7 +11,7 @@ from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
 from lit_vlm.data.tiles import tiles_of
 from lit_vlm.losses.next_token import next_token_losses
-from lit_vlm.model import hub
+from lit_vlm.model import attention, hub
 from lit_vlm.model.build import build
 from lit_vlm.model.forward import supervised_rows
 from lit_vlm.stages import SFTStage
@@ -79,6 +79,17 @@ def test_no_token_sees_another_segment(model, processor, mixed):
     torch.testing.assert_close(before[first:], after[batch.lengths[0] :], atol=2e-6, rtol=0)
 
 
+def test_under_autocast_attention_computes_in_its_precision():
+    """Rotary embeddings leave queries and keys in float32, which the variable-length kernel does not take."""
+    query, key, value = (torch.randn(1, 2, 6, 8) for _ in range(3))
+    segments = attention.Segments(torch.tensor([0, 2, 6], dtype=torch.int32), [2, 4])
+    with torch.autocast("cpu", torch.bfloat16):
+        out, _ = attention.flat_attention(torch.nn.Module(), query, key, value.bfloat16(), None, segments=segments)
+    assert out.dtype == torch.bfloat16
+    exact, _ = attention.flat_attention(torch.nn.Module(), query, key, value, None, segments=segments)
+    torch.testing.assert_close(out.float(), exact, atol=0.03, rtol=0.03)
+
+
 def test_head_on_supervised_rows_equals_the_whole_head(model, processor, mixed):
     batch = collate(processor, mixed)
     hidden = model.model(batch=batch)
@@ -141,6 +152,6 @@ def test_base_tiling_is_the_base_view_and_one_newline(small_parts):
     blueprint = blueprint_of(small_parts, Tiling.base)
     processor, model = Processor(blueprint.tokenizer, blueprint.images), build(blueprint)
     batch = one(processor, sample("무엇?", "원", (300, 100)))
-    assert batch.num_tiles == [1]
+    assert batch.num_tiles == 1
     assert int((batch.input_ids == processor.image_token_id).sum()) == 17
     assert torch.isfinite(model.model(batch=batch)).all()

@@ -1,7 +1,8 @@
 """Hugging Face's messages: {messages: [{role, content}], images}, a content being text or a list of parts.
 
 An image part `{"type": "image"}` stands for the next of the row's `images`, unless it names an image itself (`image`,
-`path`, `url`, or OpenAI's `image_url`). A literal '<image>' in a text is text.
+`path`, `url`, or OpenAI's `image_url`). OpenAI's newer spellings `input_text`, `output_text` and `input_image` mean the
+same. A literal '<image>' in a text is text.
 """
 
 from __future__ import annotations
@@ -10,9 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lit_vlm.data.images import shown
-from lit_vlm.data.readers.record import Place, check_slots, make_sample, type_name
+from lit_vlm.data.readers.place import Place, type_name
+from lit_vlm.data.readers.record import check_slots, make_sample
 from lit_vlm.types import Content, ImageSlot, ImageSource, Message, Role, Sample
 
+_TEXTS = ("text", "input_text", "output_text")
+_IMAGES = ("image", "image_url", "input_image")
 _PART_TYPES = "'text', 'image' or 'image_url'"
 
 
@@ -58,22 +62,22 @@ def _message(turn: Any, images: list[ImageSource | None], place: Place, where: s
 
 def _part(part: Any, role: Role, images: list[ImageSource | None], place: Place, where: str) -> tuple[Content, ...]:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text":
+    if kind in _TEXTS:
         return place.pieces(place.text(part.get("text"), f"{where}.text"))
-    if kind not in ("image", "image_url"):
+    if kind not in _IMAGES:
         found = f"of type {shown(kind, 40)}" if isinstance(part, Mapping) else type_name(part)
         raise place.fault(f"{where} is {found}; a part is an object of type {_PART_TYPES}")
     if role is not Role.user:
         raise place.fault(f"{where} is an image in the {role}'s message; images belong to the user's")
     value = _own_image(part)
-    if value is None and kind == "image_url":
+    if value is None and kind != "image":
         raise place.fault(f"{where} has no image_url.url")
     images.append(None if value is None else place.image(value))
     return (ImageSlot(len(images) - 1),)
 
 
 def _own_image(part: Mapping[str, Any]) -> Any:
-    if part["type"] == "image_url":
+    if part["type"] != "image":
         value = part.get("image_url")
         return value.get("url") if isinstance(value, Mapping) else value
     # In columns the keys that other parts use are there as nulls.

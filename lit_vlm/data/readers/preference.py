@@ -12,16 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lit_vlm.data.readers.messages import read_turns
-from lit_vlm.data.readers.record import (
-    Place,
-    check_slots,
-    check_turns,
-    found_language,
-    new_slots,
-    record_id,
-    slots_in,
-    type_name,
-)
+from lit_vlm.data.readers.place import Place, new_slots, type_name
+from lit_vlm.data.readers.record import check_slots, check_turns, found_language, record_id, slots_in, with_questions
 from lit_vlm.types import ImageSlot, ImageSource, Kind, Message, PreferencePair, Role
 
 
@@ -31,6 +23,7 @@ def read_preference(row: Mapping[str, Any], place: Place) -> PreferencePair:
     if row.get("prompt") is None:
         row = _with_prompt(row, place)
     prompt, images = _prompt(row["prompt"], column, place)
+    prompt = tuple(with_questions(row, prompt, images, place))
     chosen, rejected = _answer(row["chosen"], "chosen", place), _answer(row["rejected"], "rejected", place)
     for answer in (chosen, rejected):
         check_turns((*prompt, answer), place)
@@ -46,6 +39,8 @@ def read_preference(row: Mapping[str, Any], place: Place) -> PreferencePair:
         chosen=chosen,
         rejected=rejected,
         images=images,
+        max_tiles=place.settings.max_tiles,
+        normalised=place.normalised,
     )
 
 

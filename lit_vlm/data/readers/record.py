@@ -1,146 +1,50 @@
-"""What all formats share: a record's place, its texts and images, and the checks that every conversation must pass."""
+"""The checks that every conversation must pass, and what is found out about it: kind, language, the missing question."""
 
 from __future__ import annotations
 
-import base64
-import binascii
-import itertools
+import hashlib
 import re
-import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from lit_vlm.data.images import REMEDY, BytesImage, FileImage, refuse_url, shown
+from lit_vlm.data.images import FileImage
+from lit_vlm.data.readers.place import Place, Settings, new_slots, type_name
 from lit_vlm.types import (
     IMAGE_TOKEN,
-    Content,
     Control,
+    Fault,
     ImageSlot,
     ImageSource,
     Kind,
     Language,
     Message,
-    RecordError,
     Role,
     Sample,
 )
 
-_MARKER = re.compile(rf"\r?\n{IMAGE_TOKEN}|{IMAGE_TOKEN}(?:\r?\n)?")  # one line break beside it belongs to the marker
+__all__ = ["Place", "Settings", "make_sample", "new_slots", "type_name"]
+
 _HANGUL = re.compile(r"[\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff]")
-_TYPE_NAMES = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
 
 
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How the records of one source are read."""
-
-    source: str
-    format: str
-    image_root: Path
-    max_pixels: int
-    language: Language
-    kind: Kind | None  # None: found from the record
-    markup: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """One record: where a person finds it, and how its source is read."""
-
-    origin: str
-    settings: Settings
-
-    def fault(self, reason: str) -> RecordError:
-        return RecordError(self.origin, reason, REMEDY)
-
-    def need(self, row: Mapping[str, Any], *keys: str) -> None:
-        """RecordError unless the row has all keys; in columns a missing key is a null."""
-        missing = [key for key in keys if row.get(key) is None]
-        if missing:
-            found = [key for key, value in row.items() if value is not None]
-            raise self.fault(
-                f"missing {_quoted(missing)}; found {_quoted(found)}, "
-                f"format={self.settings.format} needs {_quoted(keys)}"
-            )
-
-    def items(self, value: Any, where: str) -> list[Any]:
-        if not isinstance(value, list):
-            raise self.fault(f"{where} is {type_name(value)}; it must be a list")
-        if not value:
-            raise self.fault(f"{where} is empty")
-        return value
-
-    def text(self, value: Any, where: str) -> str:
-        """The value, which must be text that UTF-8 can write; a tokenizer would fail on a lone surrogate."""
-        if not isinstance(value, str):
-            raise self.fault(f"{where} is {type_name(value)}; it must be text")
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            found = ascii(value[error.start])
-            raise self.fault(f"{where} holds {found}, half of a surrogate pair, which is no text") from None
-        return value
-
-    def pieces(self, text: str) -> tuple[Content, ...]:
-        """Text in NFC, so that one word has one spelling; with markup on, its control tokens apart."""
-        text = unicodedata.normalize("NFC", text)
-        if not self.settings.markup:
-            return (text,) if text else ()
-        from lit_vlm.data.markup import parse_markup
-
-        return parse_markup(text)
-
-    def marked(self, text: str, slots: Iterator[int]) -> tuple[Content, ...]:
-        """Text in which each '<image>' is the next of the slots."""
-        head, *rest = _MARKER.split(text)
-        content = self.pieces(head)
-        for piece in rest:
-            content += (ImageSlot(next(slots)), *self.pieces(piece))
-        return content
-
-    def image(self, value: Any) -> ImageSource:
-        """A path, a data URL, encoded bytes, or the {bytes, path} of a Hugging Face image column."""
-        cap = self.settings.max_pixels
-        if isinstance(value, Mapping):
-            value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
-        if isinstance(value, bytes):
-            return BytesImage(value, self.origin, cap)
-        if not isinstance(value, str):
-            raise self.fault(f"an image is {type_name(value)}; it must be a path, encoded bytes or {{bytes, path}}")
-        if value.startswith("data:"):
-            return BytesImage(self._data_url(value), self.origin, cap)
-        refuse_url(value, self.origin)
-        return FileImage(value, self.settings.image_root, self.origin, cap)
-
-    def images(self, row: Mapping[str, Any]) -> tuple[ImageSource, ...]:
-        """The column `images` or `image`, which may hold a list or one image."""
-        columns = [key for key in ("images", "image") if row.get(key) is not None]
-        if len(columns) > 1:
-            raise self.fault("both 'images' and 'image' are given; one of them must go")
-        value = row[columns[0]] if columns else []
-        return tuple(self.image(item) for item in (value if isinstance(value, list) else [value]))
-
-    def _data_url(self, url: str) -> bytes:
-        head, _, payload = url.partition(",")
-        try:
-            if not head.endswith(";base64"):
-                raise self.fault(f"data URL {shown(head, 40)} is not base64")
-            return base64.b64decode(payload, validate=True)
-        except (binascii.Error, ValueError) as error:
-            if isinstance(error, RecordError):
-                raise
-            raise self.fault(f"data URL {shown(head, 40)} is not base64: {error}") from None
-
-
-def type_name(value: Any) -> str:
-    return "null" if value is None else _TYPE_NAMES.get(type(value), f"of type {type(value).__name__}")
-
-
-def new_slots() -> Iterator[int]:
-    """Numbers for the image slots of one record, in the order of the text."""
-    return itertools.count()
+def make_sample(
+    row: Mapping[str, Any], messages: Sequence[Message], images: Sequence[ImageSource], place: Place
+) -> Sample:
+    """A checked conversation as a sample; its image slots are already known to match the images."""
+    check_turns(messages, place)
+    asked = with_questions(row, messages, images, place)
+    return Sample(
+        id=record_id(row, place),
+        source=place.settings.source,
+        origin=place.origin,
+        kind=_kind(asked is not messages, asked, len(images), place.settings),
+        language=found_language(asked, place.settings),
+        messages=tuple(asked),
+        images=tuple(images),
+        max_tiles=place.settings.max_tiles,
+        normalised=place.normalised,
+    )
 
 
 def record_id(row: Mapping[str, Any], place: Place) -> str:
@@ -161,19 +65,46 @@ def check_turns(messages: Sequence[Message], place: Place) -> None:
                 f"message {number + 1} is the {message.role}'s; user and assistant must take turns, user first"
             )
         if message.role is Role.assistant and not message.text.strip():
-            raise place.fault(f"message {number + 1}, the assistant's, is empty; it leaves the loss without a token")
+            reason = f"message {number + 1}, the assistant's, is empty; it leaves the loss without a token"
+            raise place.fault(reason, Fault.no_answer)
     if messages[-1].role is not Role.assistant:
-        raise place.fault(f"the last message is the {messages[-1].role}'s; it must be the assistant's")
+        reason = f"the last message is the {messages[-1].role}'s; it must be the assistant's"
+        raise place.fault(reason, Fault.no_answer)
 
 
 def check_slots(num_slots: int, num_images: int, place: Place, marker: str = f"'{IMAGE_TOKEN}'") -> None:
     if num_slots != num_images:
         slots, images = _count(num_slots, "image placeholder"), _count(num_images, "image")
-        raise place.fault(f"{slots} but {images}; each {marker} needs one")
+        raise place.fault(f"{slots} but {images}; each {marker} needs one", Fault.placeholders)
 
 
 def slots_in(messages: Sequence[Message]) -> int:
     return sum(isinstance(piece, ImageSlot) for message in messages for piece in message.content)
+
+
+def with_questions(
+    row: Mapping[str, Any], messages: Sequence[Message], images: Sequence[ImageSource], place: Place
+) -> Sequence[Message]:
+    """Where a user shows an image and asks nothing, one of the source's `prompts` is asked. Else the same messages.
+
+    Which one is a digest of the record's own id, or of what it says: so it stays when the record moves in its file.
+    """
+    prompts = place.settings.prompts
+    if not prompts or not images:
+        return messages
+    silent = [number for number, message in enumerate(messages) if _asks_nothing(message)]
+    if not silent:
+        return messages
+    names = [image.path for image in images if isinstance(image, FileImage)]
+    told = [message.text for message in messages if message.role is Role.assistant]
+    seed = repr(row["id"] if row.get("id") is not None else (names, told))
+    digest = hashlib.blake2b(seed.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    question = place.pieces(prompts[int.from_bytes(digest, "big") % len(prompts)])
+    asked = list(messages)
+    for number in silent:
+        slots = tuple(piece for piece in asked[number].content if isinstance(piece, ImageSlot))
+        asked[number] = replace(asked[number], content=(*slots, *question))
+    return asked
 
 
 def found_language(messages: Sequence[Message], settings: Settings) -> Language:
@@ -198,25 +129,14 @@ def found_kind(messages: Sequence[Message], num_images: int, settings: Settings)
     return next((kind for token, kind in by_token.items() if token in tokens), Kind.instruction)
 
 
-def make_sample(
-    row: Mapping[str, Any], messages: Sequence[Message], images: Sequence[ImageSource], place: Place
-) -> Sample:
-    """A checked conversation as a sample; its image slots are already known to match the images."""
-    check_turns(messages, place)
-    return Sample(
-        id=record_id(row, place),
-        source=place.settings.source,
-        origin=place.origin,
-        kind=found_kind(messages, len(images), place.settings),
-        language=found_language(messages, place.settings),
-        messages=tuple(messages),
-        images=tuple(images),
-    )
+def _kind(prompted: bool, messages: Sequence[Message], num_images: int, settings: Settings) -> Kind:
+    kind = found_kind(messages, num_images, settings)
+    return Kind.caption if prompted and settings.kind is None and kind is Kind.instruction else kind
 
 
-def _quoted(keys: Sequence[str]) -> str:
-    names = [shown(key, 40) for key in keys[:12]]
-    return ", ".join(names) + (", ..." if len(keys) > 12 else "") if names else "nothing"
+def _asks_nothing(message: Message) -> bool:
+    shows = any(isinstance(piece, ImageSlot) for piece in message.content)
+    return message.role is Role.user and shows and not message.text.strip()
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,0 +1,340 @@
+"""How long ranks wait for each other: this plan's packs beside padding, length grouping, next-fit and best-fit packing.
+
+    python -m benchmarks.balance [--steps 200] [--plans 100000 1000000 10000000]
+
+Three shapes of data, two models, 8, 64 and 256 simulated ranks. Every contender gets the same samples and the same
+token and tile caps. Balance is mean over largest FLOPs: of each micro-step over the ranks (what FSDP and ZeRO-3 wait
+for), and of the ranks' sums in an optimizer step (what DDP waits for). Then the time and memory that a plan takes to
+build, one process and one thread each. The result goes to benchmarks/results/balance.json with versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy as np
+
+from lit_vlm.cost import Flops
+from lit_vlm.data.index import COLUMNS, FITTED, KINDS, LANGUAGES, Index
+from lit_vlm.data.plan import Plan
+from lit_vlm.types import Kind, Language
+
+SHAPES = ("lcs", "mix665k", "anyres")
+CAPS = {"lcs": (16384, 64), "mix665k": (16384, 64), "anyres": (32768, 96)}  # tokens and tiles of a pack
+TIGHT = {"lcs": (4096, 16), "mix665k": (8192, 32), "anyres": (16384, 48)}  # some four samples fill a pack
+RANKS = (8, 64, 256)
+PER_RANK = (2, 4, 8, 16, 32)  # samples of a rank in a step
+GROUP = 50  # mega-batches of LLaVA's and transformers' length grouping hold so many batches
+WINDOW = 2048  # samples that best-fit looks ahead
+GRID = np.repeat(
+    np.arange(1, 10), [2, 6, 3, 8, 1, 5, 1, 2, 4]
+)  # tiles beside the base view, as often as pictures have them
+VISION = {  # SigLIP so400m of 384 pixels; the last of its 27 layers is not run
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 16,
+    "image_size": 384,
+    "patch_size": 14,
+}
+TEXT = {  # Qwen2.5
+    "0.5B": (896, 24, 4864, 14, 2, 151936),
+    "7B": (3584, 28, 18944, 28, 4, 152064),
+    "14B": (5120, 48, 13824, 40, 8, 152064),
+}
+NAMES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--plans", type=int, nargs="*", default=[10**5, 10**6, 10**7])
+    parser.add_argument("--build", type=int, help=argparse.SUPPRESS)  # in a process of its own
+    arguments = parser.parse_args()
+    if arguments.build:
+        print(json.dumps(built(arguments.build)))
+        return
+    rows = [row for shape in SHAPES for model in TEXT for row in balance(shape, model, arguments.steps)]
+    plans = [build(count) for count in arguments.plans]
+    result = {"balance": rows, "plans": plans, "versions": versions()}
+    out = Path(__file__).parent / "results" / "balance.json"
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    show(result)
+
+
+def balance(shape: str, model: str, most_steps: int) -> Iterator[dict[str, Any]]:
+    """Rows of one shape and model: every contender at each number of ranks, ours with few and many samples a rank and
+    with tight caps too."""
+    flops = flops_of(model)
+    for ranks in RANKS:
+        for per_rank, caps in [*((number, CAPS[shape]) for number in PER_RANK), (8, TIGHT[shape]), (16, TIGHT[shape])]:
+            batch = ranks * per_rank
+            steps = max(8, min(most_steps, 200_000 // batch))
+            index = index_of(shape, batch * steps)
+            options: dict[str, Any] = {
+                "flops": flops,
+                "global_batch_size": batch,
+                "world_size": ranks,
+                "max_steps": steps,
+            }
+            plan = Plan(index, most_tokens=caps[0], most_tiles=caps[1], **options)
+            base = {"shape": shape, "model": model, "ranks": ranks, "samples_per_rank": per_rank, "steps": steps}
+            base |= {"most_tokens": caps[0], "most_tiles": caps[1]}
+            yield base | {"way": "lit_vlm"} | ours(plan)
+            if per_rank == 8 and caps == CAPS[shape]:
+                for way, batches in ways(index, plan, np.random.default_rng(0)).items():
+                    yield base | {"way": way} | theirs(index, flops, batches, plan, padded="padded" in way)
+
+
+def ours(plan: Plan) -> dict[str, Any]:
+    found = plan.balance()
+    return {
+        "k": plan.k,
+        "micro_step": found["micro_steps"]["mean"],
+        "micro_step_worst": found["micro_steps"]["min"],
+        "rank": found["ranks"]["mean"],
+        "rank_worst": found["ranks"]["min"],
+        "padding": found["padding"],
+        "above_a_cap": int(
+            found["tokens"]["largest"] > plan.most_tokens or found["tiles"]["largest"] > plan.most_tiles
+        ),
+        "fill": found["tokens"]["mean"] / plan.most_tokens,
+    }
+
+
+def ways(index: Index, plan: Plan, generator: np.random.Generator) -> dict[str, list[np.ndarray]]:
+    """What others feed their ranks: batches of samples, in the order in which the ranks take them.
+
+    Batches of a fixed size hold as many samples as this plan's packs hold on average. Packers fill up to the token cap
+    and know of no tile cap.
+    """
+    draws = plan.draws().astype(np.int64)
+    size = max(1, round(len(draws) / (plan.num_steps * plan.k * plan.world_size)))
+    grouped = by_length(index, draws, size, plan.world_size, generator)
+    packers: dict[str, Callable[[np.ndarray, np.ndarray, int], list[np.ndarray]]] = {
+        "next-fit packing": next_fit,
+        "best-fit packing": best_fit,
+    }
+    found = {"random batches, padded": split(draws, size), "length-grouped, padded": split(grouped, size)}
+    for name, pack in packers.items():
+        packs = pack(draws, index.tokens[draws].astype(np.int64), plan.most_tokens)
+        found[name] = [packs[i] for i in generator.permutation(len(packs))]
+    return found
+
+
+def split(samples: np.ndarray, size: int) -> list[np.ndarray]:
+    return list(samples[: len(samples) // size * size].reshape(-1, size))
+
+
+def by_length(index: Index, draws: np.ndarray, size: int, ranks: int, generator: np.random.Generator) -> np.ndarray:
+    """LLaVA's `group_by_modality_length`: samples with and without images apart, each in mega-batches sorted by length and
+    cut so that the ranks of a step get neighbours, mega-batches shuffled."""
+    step, stretches = size * ranks, []
+    for part in (draws[index.images[draws] > 0], draws[index.images[draws] == 0]):
+        for start in range(0, len(part), step * GROUP):
+            stretch = part[start : start + step * GROUP]
+            stretch = stretch[np.argsort(-index.tokens[stretch], kind="stable")]
+            stretches += [stretch[i : i + step] for i in range(0, len(stretch) - step + 1, step)]
+    return np.concatenate([stretches[i] for i in generator.permutation(len(stretches))] or [draws[:0]])
+
+
+def next_fit(samples: np.ndarray, tokens: np.ndarray, cap: int) -> list[np.ndarray]:
+    bounds, filled = [0], 0
+    for place, more in enumerate(tokens.tolist()):
+        if filled + more > cap:
+            bounds.append(place)
+            filled = 0
+        filled += more
+    return [samples[begin:end] for begin, end in zip(bounds, [*bounds[1:], len(samples)], strict=True)]
+
+
+def best_fit(samples: np.ndarray, tokens: np.ndarray, cap: int) -> list[np.ndarray]:
+    """Longest first, into the fullest pack that has room, within a window."""
+    packs = []
+    for start in range(0, len(samples), WINDOW):
+        part, lengths = samples[start : start + WINDOW], tokens[start : start + WINDOW]
+        room, opened = np.full(len(part), cap), [list[int]() for _ in part]
+        for place in np.argsort(-lengths, kind="stable").tolist():
+            fits = np.where(room >= lengths[place], room, cap + 1)
+            best = int(fits.argmin())  # an empty pack only where no other has room: it has most
+            opened[best].append(place)
+            room[best] -= lengths[place]
+        packs += [part[places] for places in opened if places]
+    return packs
+
+
+def theirs(index: Index, flops: Flops, batches: list[np.ndarray], plan: Plan, *, padded: bool) -> dict[str, Any]:
+    """Batches go to the ranks in turn; ranks wait for each other in each micro-step, and after `k` of them."""
+    ranks, k = plan.world_size, plan.k
+    steps = len(batches) // (ranks * k)
+    batches = batches[: steps * ranks * k]
+    tokens = [index.tokens[batch].astype(np.int64) for batch in batches]
+    slots = [np.full(len(t), t.max()) if padded else t for t in tokens]
+    work = [
+        flops.of(t, t**2, index.tiles[batch], index.supervised[batch]).sum()
+        for t, batch in zip(slots, batches, strict=True)
+    ]
+    table = np.array(work).reshape(steps, k, ranks)
+    micro = table.sum(axis=(1, 2)) / ranks / table.max(axis=2).sum(axis=1)
+    rank = table.sum(axis=(1, 2)) / ranks / table.sum(axis=1).max(axis=1)
+    held, taken = sum(int(t.sum()) for t in tokens), sum(int(t.sum()) for t in slots)
+    above = [
+        s.sum() > plan.most_tokens or index.tiles[batch].sum() > plan.most_tiles
+        for s, batch in zip(slots, batches, strict=True)
+    ]
+    return {
+        "k": k,
+        "micro_step": float(micro.mean()),
+        "micro_step_worst": float(micro.min()),
+        "rank": float(rank.mean()),
+        "rank_worst": float(rank.min()),
+        "padding": 1 - held / taken,
+        "above_a_cap": float(np.mean(above)),
+        "fill": taken / len(batches) / plan.most_tokens,
+    }
+
+
+def build(count: int) -> dict[str, Any]:
+    """Run `built` in a process of its own, whose memory is the plan's and the index's alone."""
+    command = [sys.executable, "-m", "benchmarks.balance", "--build", str(count)]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def built(count: int) -> dict[str, Any]:
+    index = index_of("anyres", count)
+    index.columns["digest"] = np.random.default_rng(0).integers(0, 1 << 63, count).astype(np.uint64)
+    options: dict[str, Any] = {
+        "flops": flops_of("7B"),
+        "global_batch_size": 512,
+        "most_tokens": 32768,
+        "most_tiles": 96,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder)
+        began = time.perf_counter()
+        Plan(index, world_size=64, store=store, **options)
+        first, began = time.perf_counter() - began, time.perf_counter()
+        Plan(index, world_size=8, store=store, **options)
+        redealt, peak, began = time.perf_counter() - began, memory(), time.perf_counter()
+        plan = Plan(index, world_size=64, store=store, digest=index.digest(), **options)
+        opened = time.perf_counter() - began
+        size = sum(path.stat().st_size for path in store.glob("*.arrow"))
+        times = sorted(
+            timed(plan, step) for step in np.random.default_rng(0).integers(0, plan.num_steps, 1000).tolist()
+        )
+    return {
+        "samples": count,
+        "steps": plan.num_steps,
+        "build_seconds": first,
+        "deal_again_seconds": redealt,
+        "open_seconds": opened,
+        "index_gib": sum(column.nbytes for column in index.columns.values()) / 2**30,
+        "peak_gib": peak / 2**30,
+        "stored_mib": size / 2**20,
+        "step_ms_median": times[len(times) // 2] * 1e3,
+        "step_ms_p99": times[len(times) * 99 // 100] * 1e3,
+    }
+
+
+def timed(plan: Plan, step: int) -> float:
+    began = time.perf_counter()
+    plan.step(step)
+    return time.perf_counter() - began
+
+
+def memory() -> int:
+    """Most bytes that this process has held."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def flops_of(model: str) -> Flops:
+    config = {"text_config": dict(zip(NAMES, TEXT[model], strict=True)), "vision_config": VISION}
+    return Flops.from_config(config, trains_tower=True, trains_language_model=True)
+
+
+def index_of(shape: str, count: int) -> Index:
+    """Made samples in the shape of a data set: `lcs` one tile and a short caption; `mix665k` one tile and a dialogue, 6 %
+    text; `anyres` up to ten tiles, 15 % text."""
+    generator = np.random.default_rng(0)
+
+    def lognormal(median: float, sigma: float, low: int, high: int) -> np.ndarray:
+        return np.clip(np.round(median * np.exp(sigma * generator.standard_normal(count))), low, high).astype(np.int32)
+
+    if shape == "lcs":
+        answer, tiles = lognormal(13, 0.4, 5, 77), np.ones(count, dtype=np.int32)
+        tokens = 735 + answer
+    else:
+        answer, anyres = lognormal(150, 0.8, 20, 1300), shape == "anyres"
+        text = generator.random(count) < (0.15 if anyres else 0.06)
+        few = generator.random(count) < 0.15 / 0.85
+        grid = np.where(few, 0, generator.choice(GRID, count)).astype(np.int32) if anyres else np.zeros(count, np.int32)
+        tiles = np.where(text, 0, 1 + grid).astype(np.int32)
+        tokens = np.where(
+            text, lognormal(700, 0.8, 40, 4096 if anyres else 2048), 729 * (1 + grid) + 27 * grid + answer
+        )
+    given = {"tokens": tokens, "tiles": tiles, "images": tiles > 0, "supervised": np.minimum(answer, tokens // 2)}
+    given |= {"squares": tokens.astype(np.int64) ** 2, "position": np.arange(count)}
+    plain = {
+        "kind": KINDS.index(Kind.instruction),
+        "language": LANGUAGES.index(Language.en),
+        "most_tiles": -1,
+        "turns": -1,
+    }
+    columns = {
+        name: given[name].astype(dtype) if name in given else np.full(count, plain.get(name, 0), dtype)
+        for name, dtype in {**COLUMNS, **FITTED}.items()
+    }
+    return Index([_Made(shape)], np.zeros(count, dtype=np.int16), columns)
+
+
+class _Made:
+    digest = ""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+def versions() -> dict[str, str]:
+    import pyarrow
+
+    return {"python": sys.version.split()[0], "numpy": np.__version__, "pyarrow": pyarrow.__version__}
+
+
+def show(result: dict[str, Any]) -> None:
+    """The rows of the 7B model; the others are in the file."""
+    print("shape    ranks  per    cap  k  way                      micro   rank  worst  padding  > cap")
+    for row in result["balance"]:
+        if row["model"] == "7B":
+            print(
+                f"{row['shape']:8} {row['ranks']:5} {row['samples_per_rank']:4} {row['most_tokens']:6} {row['k']:2}  {row['way']:23} "
+                f"{row['micro_step']:6.1%} {row['rank']:6.1%} {row['micro_step_worst']:6.1%} {row['padding']:8.1%} {row['above_a_cap']:6.1%}"
+            )
+    for plan in result["plans"]:
+        print(
+            f"{plan['samples']:>11,} samples: built in {plan['build_seconds']:.1f} s, dealt again in {plan['deal_again_seconds']:.1f} s, "
+            f"opened in {plan['open_seconds']:.2f} s, peak {plan['peak_gib']:.2f} GiB (index {plan['index_gib']:.2f}), "
+            f"stored {plan['stored_mib']:.0f} MiB, step in {plan['step_ms_median']:.3f} ms (p99 {plan['step_ms_p99']:.3f})"
+        )
+
+
+if __name__ == "__main__":
+    main()

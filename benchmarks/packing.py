@@ -1,0 +1,101 @@
+"""Optimizer steps in the plan's packs beside the same samples one by one: how far loss and gradients differ.
+
+    python -m benchmarks.packing [--steps 20]
+
+The tiny model in float32, on a mixture with text alone, one picture in one to five tiles (anyres), and several pictures.
+The result goes to benchmarks/results/packing.json with versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="disabled")
+warnings.filterwarnings("ignore")
+
+import torch
+
+from lit_vlm.config.schema import ModelConfig
+from lit_vlm.data.builtin import BuiltinSource
+from lit_vlm.data.collate import collate
+from lit_vlm.data.datamodule import DataModule
+from lit_vlm.data.processor import Processor
+from lit_vlm.engine.run_folder import versions
+from lit_vlm.engine.trainer import quiet
+from lit_vlm.model.build import draw_up
+from lit_vlm.model.tiny import tiny_parts
+from lit_vlm.stages import SFTStage
+from lit_vlm.types import Language, Record
+
+KINDS = ("text", "caption", "multi_image", "ocr", "document", "chart")
+BATCH, RANKS = 32, 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=20)
+    arguments = parser.parse_args()
+    quiet()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        result = compare(Path(folder), arguments.steps)
+    out = Path(__file__).parent / "results" / "packing.json"
+    out.write_text(json.dumps(result, indent=2) + "\n")
+    print(f"{result['steps']} optimizer steps of {BATCH} samples in {result['packs_per_step']} packs: {result['held']}")
+    print(f"largest relative difference of the loss: {result['largest_loss_difference']:.1e}")
+    print(f"smallest cosine of the gradients:        {result['smallest_cosine']:.8f}")
+
+
+def compare(folder: Path, steps: int) -> dict:
+    tower, language = tiny_parts(folder / "parts")
+    blueprint = draw_up(ModelConfig(vision_tower=tower, language_model=language, grid=2, max_tiles=4))
+    processor = Processor(blueprint.tokenizer, blueprint.images)
+    stage = SFTStage(blueprint)
+    stage.configure_model()
+    sources = [
+        BuiltinSource(f"{kind}_{lang}", kind, language=lang, num_samples=200, hard=kind not in ("text", "caption"))
+        for kind in KINDS
+        for lang in (Language.ko, Language.en)
+    ]
+    data = DataModule(processor, sources, 0.0, global_batch_size=BATCH, max_steps=steps, tokens_per_micro_batch=1024)
+    plan = data.make_plan(RANKS)
+    differences, cosines, held = [], [], {"text only": 0, "tiled": 0, "several pictures": 0}
+    for number in range(steps):
+        step = plan.step(number)
+        packs = [[plan.index.record(sample) for sample in pack] for pack in step.packs]
+        records = [record for pack in packs for record in pack]
+        held["text only"] += sum(not record.images for record in records)
+        held["several pictures"] += sum(len(record.images) > 1 for record in records)
+        held["tiled"] += sum(len(record.images) == 1 and processor.cost(record).num_tiles > 1 for record in records)
+        loss, gradients = _of(stage, processor, packs, step.num_supervised)
+        alone, theirs = _of(stage, processor, [[record] for record in records], step.num_supervised)
+        differences.append(abs(loss - alone) / alone)
+        cosines.append(float(torch.cosine_similarity(gradients, theirs, dim=0)))
+    return {
+        "steps": steps,
+        "packs_per_step": plan.k * RANKS,
+        "held": held,
+        "largest_loss_difference": max(differences),
+        "smallest_cosine": min(cosines),
+        "versions": versions(),
+    }
+
+
+def _of(stage: SFTStage, processor: Processor, packs: list[list[Record]], count: int) -> tuple[float, torch.Tensor]:
+    """Loss and gradients of an optimizer step whose samples lie in these packs."""
+    stage.model.zero_grad()
+    total = 0.0
+    for pack in packs:
+        loss = stage.token_losses(collate(processor, pack)).double().sum() / count
+        loss.backward()
+        total += float(loss.detach())
+    return total, torch.cat([p.grad.flatten().double() for p in stage.model.parameters() if p.grad is not None])
+
+
+if __name__ == "__main__":
+    main()

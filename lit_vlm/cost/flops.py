@@ -1,0 +1,68 @@
+"""FLOPs of text, images and answers: they deal samples into equal packs and turn seconds into utilisation.
+
+A multiply-add is two. The language model's matrices cost 2 FLOPs per weight and token forward and 4 backward (2 when
+the weights are frozen and only the gradient passes through); attention costs 4 * t^2 / 2 * width per layer and segment
+of t tokens, causal. Formulas after "Training compute-optimal large language models" (arXiv 2203.15556, appendix F),
+without the embedding look-up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lit_vlm.cost.shape import Shape
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """Cost of one token, one squared segment length, one tile and one supervised row, forward and backward together."""
+
+    per_token: float
+    per_square: float  # per squared segment length
+    per_tile: float
+    per_supervised: float
+
+    def of(self, tokens: Any, squares: Any, tiles: Any, supervised: Any) -> Any:
+        """FLOPs of samples: numbers, or arrays of them.
+
+        Args:
+            tokens: of all segments.
+            squares: sum over the segments of their squared lengths.
+        """
+        return (
+            self.per_token * tokens
+            + self.per_square * squares
+            + self.per_tile * tiles
+            + self.per_supervised * supervised
+        )
+
+    @classmethod
+    def from_config(
+        cls,
+        config: dict[str, Any],
+        *,
+        trains_tower: bool,
+        trains_language_model: bool,
+        recomputes: bool = False,
+        reference: bool = False,
+    ) -> Flops:
+        """From the `config.json` of a LLaVA-OneVision-class model.
+
+        Args:
+            recomputes: count the second forward pass of activation checkpointing as well. It is work that the device
+                does and no work on the data: leave it out of a utilisation, count it for time.
+            reference: count the forward pass of a preference stage's reference model as well.
+        """
+        shape = Shape.from_config(config)
+        text, vision = shape.text, shape.vision
+        again, frozen = int(recomputes), int(reference)
+        passes = (3 if trains_language_model else 2) + again + frozen
+        tower = 2 * vision.layers * vision.layer * vision.patches + 4 * vision.patches**2 * vision.width * vision.layers
+        return cls(
+            per_token=2.0 * passes * text.layers * text.layer,
+            per_square=2.0 * (3 + again + frozen) * text.query * text.layers,
+            per_tile=tower * ((3 + again if trains_tower else 1) + frozen)
+            + 2.0 * (3 + frozen) * vision.patches * shape.projector,
+            per_supervised=2.0 * (passes - again) * text.hidden * text.vocab,
+        )

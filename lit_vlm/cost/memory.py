@@ -1,0 +1,199 @@
+"""Bytes of one device while a stage trains: what stays (states) and what a micro-batch brings (activations).
+
+States are exact arithmetic. Activations count what autograd keeps of transformers' own layers, tensor by tensor; a test
+holds them against what it really keeps. Kernels that fuse keep less, so they are an upper estimate.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from lit_vlm.cost.shape import Shape, TextShape, VisionShape
+
+WORKSPACE = 1.5e9  # bytes, assumed: CUDA context, cuBLAS and cuDNN work space, gaps between the allocator's blocks
+ADAM = 2  # AdamW's moments per trainable weight, each in the weight's own type
+LOSS_BYTES = 12  # per logit, float32 each: log-probabilities, their gradient, the logits' gradient
+
+
+class Sharding(StrEnum):
+    """How the states are shared by the devices."""
+
+    single = "single"  # one device
+    ddp = "ddp"  # a whole copy on each
+    zero2 = "zero2"  # gradients and optimizer shared out
+    zero3 = "zero3"  # weights as well (DeepSpeed)
+    fsdp2 = "fsdp2"  # weights as well (PyTorch's fully_shard)
+
+
+SHARDS_WEIGHTS = (Sharding.zero3, Sharding.fsdp2)
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Bytes per value under one of Lightning's precisions."""
+
+    weight: int  # weights, their gradients, and AdamW's moments
+    residual: int  # the stream that the layers add to
+    compute: int  # what the matrices multiply
+    mixed: bool = False  # autocast keeps a copy of the weights in the type that computes
+
+    @classmethod
+    def named(cls, name: str) -> Precision:
+        """Lightning's name: 32-true, bf16-mixed, bf16-true, ..."""
+        if name.startswith(("32", "64")):
+            size = 8 if name.startswith("64") else 4
+            return cls(size, size, size)
+        return cls(2, 2, 2) if name.endswith("true") else cls(4, 4, 2, mixed=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """Numbers of parameters."""
+
+    total: int
+    trainable: int
+    cast: int  # in modules that gradients cross: everything but a frozen tower
+    cast_frozen: int = 0  # of those, the ones that do not train
+    largest_layer: int = 0  # gathered at once where weights are shared out
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """What of a stage decides how much memory it needs."""
+
+    precision: Precision
+    trains_language_model: bool
+    trains_tower: bool
+    checkpointing: bool = False
+    reference: int = 0  # parameters of a preference stage's frozen copy; 0 where it has none
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """The largest micro-batch."""
+
+    tokens: int
+    tiles: int
+    supervised: int
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes by what holds them, on one device at the peak: the end of the largest forward pass."""
+
+    sharding: Sharding
+    world_size: int
+    parts: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def memory_of(
+    shape: Shape, parameters: Parameters, training: Training, load: Load, sharding: Sharding, world_size: int = 1
+) -> Memory:
+    """The estimate for one device of `world_size`."""
+    states = states_of(parameters, training, sharding, world_size)
+    activations = {
+        "activations of text": load.tokens * activations_of_text(shape.text, training),
+        "activations of images": load.tiles * activations_of_tile(shape, training),
+        "logits": float(LOSS_BYTES) * load.supervised * shape.text.vocab,
+    }
+    return Memory(sharding, world_size, states | activations | {"work space (assumed)": WORKSPACE})
+
+
+def states_of(parameters: Parameters, training: Training, sharding: Sharding, world_size: int = 1) -> dict[str, float]:
+    """Bytes of weights, gradients, optimizer and copies on one device.
+
+    The sharded ones are as their makers describe them: 16 bytes per trainable weight (bfloat16 weight and gradient,
+    float32 weight, moments and gradient; "ZeRO", arXiv 1910.02054, section 3.1), what is shared out divided by the
+    devices.
+    """
+    if sharding in (Sharding.single, Sharding.ddp):
+        return _whole_states(parameters, training, ddp=sharding is Sharding.ddp)
+    share, total, trainable = 1 / world_size, parameters.total, parameters.trainable
+    frozen = total - trainable
+    weights = 2.0 * total * (share if sharding is Sharding.zero3 else 1)
+    masters = 4.0 * trainable * share
+    if sharding is Sharding.fsdp2:  # keeps float32 weights only, and casts what it gathers
+        weights, masters = (4.0 * trainable + 2.0 * frozen) * share, 0.0
+    shared = share if sharding in SHARDS_WEIGHTS else 1
+    return {
+        "weights": weights,
+        "float32 masters": masters,
+        "gradients": (4.0 if sharding is Sharding.fsdp2 else 2.0) * trainable * share,
+        "AdamW's moments": 4.0 * ADAM * trainable * share,
+        "reference model": 2.0 * training.reference * shared,
+        "gathered layers": 2 * 2.0 * parameters.largest_layer if sharding in SHARDS_WEIGHTS else 0.0,
+    }
+
+
+def _whole_states(parameters: Parameters, training: Training, *, ddp: bool) -> dict[str, float]:
+    size, trainable = float(training.precision.weight), parameters.trainable
+    # A frozen weight's copy hangs on the graph of its layer, which checkpointing does not keep.
+    copied = parameters.cast - (parameters.cast_frozen if training.checkpointing else 0)
+    return {
+        "weights": size * parameters.total,
+        "half-precision copies": 2.0 * copied if training.precision.mixed else 0.0,
+        "gradients": size * trainable,
+        "DDP's buckets": size * trainable if ddp else 0.0,  # gradients once more, in the order they are sent
+        "AdamW's moments": size * ADAM * trainable,
+        "reference model": size * training.reference,
+    }
+
+
+def activations_of_text(text: TextShape, training: Training) -> float:
+    """Bytes that are kept per token of the language model until its backward pass."""
+    once = _norm(text, training) + 2 * training.precision.residual * text.head_dim  # the last norm; cosines and sines
+    layer = _text_layer(text, training)
+    if training.checkpointing:  # each layer's input, and one layer in full while it is computed again
+        return text.layers * training.precision.residual * text.hidden + layer + once
+    return text.layers * layer + once
+
+
+def _text_layer(text: TextShape, training: Training) -> float:
+    """Two norms, attention, and a gated feed-forward layer.
+
+    A frozen matrix needs no input for its backward pass, a trained one does; under autocast each of the matrices that
+    share an input (queries, keys, values; gate, up) keeps a copy of its own.
+    """
+    size = training.precision.compute
+    attention = size * 2 * (text.query + text.key) + 4 * text.heads  # q, k, v, output; log-sums
+    feed_forward = size * 3 * text.ffn  # gate, its activation, up
+    kept = 2 * _norm(text, training) + attention + feed_forward
+    if training.trains_language_model:
+        inputs = (5 if training.precision.mixed else 2) * text.hidden
+        kept += size * (inputs + text.query + text.ffn)
+    return kept
+
+
+def _norm(text: TextShape, training: Training) -> float:
+    """RMSNorm: its input and scale in float32; the normed input where the gain trains."""
+    return 4 * text.hidden + 4 + (training.precision.residual * text.hidden if training.trains_language_model else 0)
+
+
+def activations_of_tile(shape: Shape, training: Training) -> float:
+    """Bytes that are kept per tile: the tower where it trains, the projector, the features among the embeddings.
+
+    A frozen tower keeps nothing: what its layers need for a moment is gone before the language model begins.
+    """
+    size, vision, hidden = training.precision.compute, shape.vision, shape.text.hidden
+    projector = vision.patches * (size * (vision.width + 2 * hidden))  # two matrices' inputs and the activation's
+    if not training.trains_tower:
+        return projector
+    pixels = size * 3 * vision.image_size**2
+    layer = vision.positions * _tower_layer(vision, training)
+    if training.checkpointing:
+        inputs = vision.layers * vision.positions * training.precision.residual * vision.width
+        return pixels + projector + layer + inputs
+    return pixels + projector + vision.layers * layer
+
+
+def _tower_layer(vision: VisionShape, training: Training) -> float:
+    """Per position: two norms, attention, two matrices with an activation between them."""
+    precision = training.precision
+    norms = 2 * (precision.residual * vision.width + 8)
+    inputs = (4 if precision.mixed else 2) * vision.width
+    return norms + precision.compute * (inputs + 4 * vision.width + 2 * vision.ffn)

@@ -1,0 +1,98 @@
+"""Part of a source, whatever its format: a share of its records, or all of them with fewer tiles."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from lit_vlm.types import Record, Source
+
+
+class Chosen:
+    """A share of a source's records. Which, depends on the source's name and a record's position alone, so a record
+    that is chosen stays chosen when others come behind it.
+
+    Args:
+        fraction: above 0, at most 1.
+        limit: the first so many of the chosen ones.
+    """
+
+    def __init__(self, source: Source, fraction: float, limit: int | None = None) -> None:
+        self.name, self._source, self._fraction, self._limit = source.name, source, fraction, limit
+        parts = (source.digest, source.name, fraction, limit)
+        self.digest = hashlib.sha256(repr(parts).encode()).hexdigest()
+        self._positions = chosen(source.name, len(source), fraction)[:limit]
+
+    def __reduce__(self):  # the positions are found again faster than sent to a worker
+        return Chosen, (self._source, self._fraction, self._limit)
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, index: int) -> Record:
+        return self._source[self._position(index)]
+
+    def origin(self, index: int) -> str:
+        return _origin(self._source, self._position(index))
+
+    def digest_of(self, start: int, stop: int) -> str:
+        return _digest_of(self._source, self._positions[start:stop].astype(np.int64))
+
+    def _position(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return int(self._positions[index])
+
+
+class FewerTiles:
+    """A source whose images get at most so many tiles beside their base view."""
+
+    def __init__(self, source: Source, max_tiles: int) -> None:
+        self.name, self._source, self._max_tiles = source.name, source, max_tiles
+        self.digest = hashlib.sha256(f"{source.digest}\0{max_tiles}".encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Record:
+        return replace(self._source[index], max_tiles=self._max_tiles)
+
+
+def chosen(name: str, num_records: int, fraction: float) -> np.ndarray:
+    """[n] uint32, ascending: the positions of a share of a source."""
+    seed = np.uint64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
+    most = np.uint64(min(int(fraction * 2**64), 2**64 - 1))
+    found = [np.empty(0, np.uint32)]
+    for start in range(0, num_records, 1 << 20):
+        positions = np.arange(start, min(start + (1 << 20), num_records), dtype=np.uint64)
+        found.append(positions[_mixed(positions ^ seed) <= most].astype(np.uint32))
+    return np.concatenate(found)
+
+
+def runs(positions: np.ndarray) -> list[tuple[int, int]]:
+    """[n] ascending -> (first, last) of each unbroken run."""
+    starts = np.flatnonzero(np.diff(positions, prepend=positions[:1] - 2) != 1)
+    ends = np.append(starts[1:], len(positions)) - 1
+    return list(zip(positions[starts].tolist(), positions[ends].tolist(), strict=True))
+
+
+def _mixed(values: np.ndarray) -> np.ndarray:
+    """splitmix64: every bit of a number moves every bit of the result."""
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _origin(source: Any, position: int) -> str:
+    return source.origin(position) if hasattr(source, "origin") else f"{source.name}[{position}]"
+
+
+def _digest_of(source: Any, positions: np.ndarray) -> str:
+    if not hasattr(source, "digest_of"):  # the source as a whole stands for what its records hold
+        return hashlib.sha256(source.digest.encode() + positions.tobytes()).hexdigest()
+    digests = [source.digest_of(first, last + 1) for first, last in runs(positions)]
+    return hashlib.sha256(repr(digests).encode()).hexdigest()

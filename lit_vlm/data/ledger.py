@@ -1,0 +1,103 @@
+"""The ledger: samples that were usable when they were indexed and turned bad while training.
+
+A run that meets one enters it and stops. The next start reads the ledger before it trains and leaves its samples out,
+on every rank alike, so that nothing is swapped or skipped behind anybody's back.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from lit_vlm.data.index import Index
+from lit_vlm.types import RecordError
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One line of ledger.jsonl."""
+
+    source: str
+    position: int  # in its source
+    origin: str  # where a person finds it
+    fault: str  # a name of types.Fault
+    reason: str
+    id: str = ""  # the record's, where it is known
+    time: str = ""  # UTC, ISO 8601
+
+
+class Ledger:
+    """`<run folder>/ledger.jsonl`. A record that is mended comes back when its line is taken out."""
+
+    def __init__(self, path: Path, entries: list[Entry]) -> None:
+        self.path, self.entries = path, entries
+
+    @classmethod
+    def read(cls, path: str | Path) -> Ledger:
+        """What is there; nothing where there is no file.
+
+        A line that was torn by the end of its process is left out: its record is met, and entered, once more.
+        """
+        path = Path(path)
+        try:
+            text = path.read_bytes().decode("utf-8", "replace")
+        except FileNotFoundError:
+            text = ""
+        found = (_entry(line) for line in text.split("\n"))  # not at every line separator of Unicode
+        return cls(path, [entry for entry in found if entry is not None])
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def add(self, source: str, position: int, error: RecordError, record_id: str = "") -> Entry:
+        """Append one line and see it onto the disk; several processes may do so at once."""
+        now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        entry = Entry(source, position, error.origin, error.fault.value, error.reason, record_id, now)
+        line = json.dumps(asdict(entry), ensure_ascii=False).encode("utf-8", "backslashreplace")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(handle, (b"" if _ends_a_line(handle) else b"\n") + line + b"\n")  # one write: lines never mingle
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+        self.entries.append(entry)
+        return entry
+
+    def samples(self, index: Index) -> np.ndarray:
+        """[left out] int64, sorted: the samples of the index that are entered.
+
+        Those that the index lacks anyway (held out, or found bad since) need nothing. Warns of entries whose source is
+        not among the index's.
+        """
+        names = [source.name for source in index.sources]
+        strange = sorted({entry.source for entry in self.entries} - set(names))
+        if strange:
+            warnings.warn(f"{self.path} names sources that are not trained on: {', '.join(strange)}", stacklevel=2)
+        found = [np.empty(0, dtype=np.int64)]
+        for number, name in enumerate(names):
+            positions = [entry.position for entry in self.entries if entry.source == name]
+            if positions:
+                samples = index.of_source(number)
+                found.append(samples[np.isin(index.position[samples], positions)])
+        return np.sort(np.concatenate(found))
+
+
+def _entry(line: str) -> Entry | None:
+    try:
+        values = json.loads(line)
+        return Entry(**{item.name: values[item.name] for item in fields(Entry)})
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _ends_a_line(handle: int) -> bool:
+    """Also of a file that has no byte yet."""
+    size = os.fstat(handle).st_size
+    return size == 0 or os.pread(handle, 1, size - 1) == b"\n"

@@ -1,0 +1,144 @@
+"""The length policy: what becomes of a sample that is longer than a micro-batch may hold. Image tokens are never cut."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lit_vlm.config.schema import OnOverlong
+from lit_vlm.data.index import Index, first_turns
+from lit_vlm.data.processor import Processor
+from lit_vlm.data.shards import origin_of
+from lit_vlm.types import Fault, RecordError, Role, Sample
+
+Change = dict[str, Any]  # column -> what the shortened sample has in it
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    most_tokens: int
+    most_tiles: int
+
+    def hold(self, num_tokens: int, num_tiles: int) -> bool:
+        return num_tokens <= self.most_tokens and num_tiles <= self.most_tiles
+
+
+def fit(index: Index, processor: Processor, *, policy: OnOverlong, most_tokens: int, most_tiles: int) -> Index:
+    """The index with every sample under the caps; its columns say what is then trained on.
+
+    What can be shortened by the policy is; the rest goes to `errors`. `fitted` counts both, by source and action.
+
+    Args:
+        policy: `data.on_overlong`.
+        most_tokens: of a sample, both answers of a pair together.
+        most_tiles: of a sample.
+    """
+    caps = Caps(most_tokens, most_tiles)
+    overlong = np.flatnonzero((index.tokens > most_tokens) | (index.tiles > most_tiles))
+    if not len(overlong):
+        return index
+    errors, fitted = list(index.errors), index.fitted.copy()
+    changes: dict[int, Change] = {}
+    for sample in overlong.tolist():
+        name = index.sources[index.source_of[sample]].name
+        try:
+            changes[sample] = _shortened(index, sample, processor, policy, caps)
+            fitted[name, policy.value] += 1
+        except RecordError as error:
+            errors.append((name, error))
+            fitted[name, OnOverlong.quarantine.value] += 1
+    stays = np.ones(len(index), dtype=bool)
+    stays[overlong] = False
+    stays[list(changes)] = True
+    kept = np.flatnonzero(stays)
+    result = index.subset(kept)
+    result.errors, result.fitted = errors, fitted
+    for place, change in zip(np.searchsorted(kept, list(changes)).tolist(), changes.values(), strict=True):
+        for column, value in change.items():
+            result.columns[column][place] = value
+    return result
+
+
+def _shortened(index: Index, sample: int, processor: Processor, policy: OnOverlong, caps: Caps) -> Change:
+    """RecordError when the policy cannot make it fit."""
+    change = None
+    if policy is OnOverlong.fewer_tiles:
+        change = _with_fewer_tiles(index, sample, processor, caps)
+    elif policy is OnOverlong.cut_turn:
+        change = _with_fewer_turns(index, sample, processor, caps)
+    if change is None:
+        raise _too_long(index, sample, policy, caps)
+    return change
+
+
+def _with_fewer_tiles(index: Index, sample: int, processor: Processor, caps: Caps) -> Change | None:
+    """By arithmetic alone: the index knows the image's size. Several images have their base views only already."""
+    if index.images[sample] != 1:
+        return None
+    row = {name: int(index.columns[name][sample]) for name in ("tokens", "image_tokens", "squares", "tiles", "prompt")}
+    segments = 2 if index.chosen[sample] else 1
+    size = int(index.height[sample]), int(index.width[sample])
+    for most in range(row["tiles"] - 2, -1, -1):  # the base view is one of the tiles
+        layout = processor.images.layout(*size, most_tiles=most)
+        more = layout.num_tokens - row["image_tokens"] // segments  # in each segment, mostly below zero
+        if caps.hold(row["tokens"] + segments * more, layout.num_tiles):
+            return {
+                "most_tiles": most,
+                "tokens": row["tokens"] + segments * more,
+                "image_tokens": segments * layout.num_tokens,
+                "squares": row["squares"] + 2 * more * row["tokens"] + segments * more * more,  # sum of (n + more)^2
+                "tiles": layout.num_tiles,
+                "prompt": row["prompt"] + more if segments == 2 else 0,
+            }
+    return None
+
+
+def _with_fewer_turns(index: Index, sample: int, processor: Processor, caps: Caps) -> Change | None:
+    """The record is read again; its last turns go, each with its question and its images."""
+    record = index.record(sample)
+    if not isinstance(record, Sample):
+        return None
+    answers = [number for number, message in enumerate(record.messages, 1) if message.role is Role.assistant]
+    for turns in reversed(answers[:-1]):
+        shorter = first_turns(record, turns)
+        cost = processor.cost(shorter)
+        if caps.hold(cost.num_tokens, cost.num_tiles):
+            return {
+                "turns": turns,
+                "tokens": cost.num_tokens,
+                "image_tokens": cost.num_image_tokens,
+                "supervised": cost.num_supervised,
+                "squares": sum(length * length for length in cost.lengths),
+                "tiles": cost.num_tiles,
+                "images": cost.num_images,
+                "height": cost.size[0],
+                "width": cost.size[1],
+            }
+    return None
+
+
+def _too_long(index: Index, sample: int, policy: OnOverlong, caps: Caps) -> RecordError:
+    tokens, tiles, images = (int(index.columns[name][sample]) for name in ("tokens", "tiles", "image_tokens"))
+    needs, remedies = [], []
+    if tokens > caps.most_tokens:
+        limit = f"data.tokens_per_micro_batch and data.max_length allow {caps.most_tokens:,}"
+        needs.append(f"{tokens:,} tokens ({images:,} of them for images) and {limit}")
+        remedies.append("Raise the limit")
+    if tiles > caps.most_tiles:
+        needs.append(f"{tiles:,} image tiles and data.tiles_per_micro_batch allows {caps.most_tiles:,}")
+        remedies.append("Raise data.tiles_per_micro_batch")
+    tried = {
+        OnOverlong.quarantine: "",
+        OnOverlong.fewer_tiles: "; fewer tiles cannot mend it",
+        OnOverlong.cut_turn: "; leaving out turns cannot mend it",
+    }
+    others = [f"data.on_overlong={other.value}" for other in OnOverlong if other not in (OnOverlong.quarantine, policy)]
+    source = index.sources[index.source_of[sample]]
+    return RecordError(
+        origin_of(source, int(index.position[sample])),
+        f"needs {'; '.join(needs)}{tried[policy]}",
+        f"{', '.join(remedies)}; or try {' or '.join(others)}, or shorten the record",
+        Fault.overlong,
+    )

@@ -1,0 +1,51 @@
+"""Which format a record has, told by its keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from lit_vlm.data.images import shown
+from lit_vlm.data.readers.caption import read_caption
+from lit_vlm.data.readers.llava import read_llava
+from lit_vlm.data.readers.messages import read_messages
+from lit_vlm.data.readers.place import Place
+from lit_vlm.data.readers.preference import read_preference
+from lit_vlm.types import Record
+
+Reader = Callable[[Mapping[str, Any], Place], Record]
+
+FORMATS: dict[str, Reader] = {
+    "llava": read_llava,  # ShareGPT's too
+    "messages": read_messages,
+    "preference": read_preference,
+    "caption": read_caption,
+}
+NEEDED = (
+    "Needed: 'conversations' (llava, sharegpt), 'messages' (messages), 'chosen' and 'rejected' (preference), "
+    "or 'caption' or 'text' beside an image"
+)
+
+
+def format_of(row: Mapping[str, Any]) -> str | None:
+    """A key of FORMATS; None when the row's keys tell none. In columns a missing key is a null."""
+    keys = {key for key, value in row.items() if value is not None}
+    if {"chosen", "rejected"} <= keys:
+        return "preference"
+    if "conversations" in keys:
+        return "llava"
+    if "messages" in keys:
+        return "messages"
+    return "caption" if keys & {"caption", "text"} and keys & {"image", "images"} else None
+
+
+def keys_of(row: Mapping[str, Any]) -> str:
+    return ", ".join(shown(key, 40) for key in list(row)[:12])
+
+
+def read_by_keys(row: Mapping[str, Any], place: Place) -> Record:
+    """For archives, whose records need not be of one format."""
+    found = format_of(row)
+    if found is None:
+        raise place.fault(f"cannot tell the format from the keys {keys_of(row)}. {NEEDED}")
+    return FORMATS[found](row, place)

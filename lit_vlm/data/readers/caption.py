@@ -1,0 +1,23 @@
+"""Captions: a picture and a text beside it, in the column `caption` or `text`; no question is asked in it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lit_vlm.data.readers.place import Place
+from lit_vlm.data.readers.record import make_sample
+from lit_vlm.types import Fault, ImageSlot, Message, Role, Sample
+
+
+def read_caption(row: Mapping[str, Any], place: Place) -> Sample:
+    """The image alone is the question, unless the source has `prompts`; the caption is the answer."""
+    key = "caption" if row.get("caption") is not None else "text"
+    if row.get(key) is None:
+        place.need(row, "caption")
+    images = place.images(row)
+    if not images:
+        raise place.fault(f"{key!r} has no image beside it", Fault.placeholders)
+    question = Message(Role.user, tuple(ImageSlot(index) for index in range(len(images))))
+    answer = Message(Role.assistant, place.pieces(place.text(row[key], key)))
+    return make_sample(row, (question, answer), images, place)

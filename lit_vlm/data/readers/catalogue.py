@@ -1,0 +1,231 @@
+"""The files of a dataset as it was delivered, in folders and in zip files, found by name.
+
+Names are compared in Unicode's NFC. A file is one row of numbers and its name, no Python object, since a delivery has
+hundreds of thousands of them.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import os
+import re
+import stat
+import unicodedata
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from lit_vlm.data.images import FileImage, shown
+from lit_vlm.data.readers.archives import members_of
+from lit_vlm.data.readers.zips import Flaw, Member, ZipImage
+from lit_vlm.types import Fault, ImageSource, RecordError, UserError
+
+PICTURES = ("*.jpg", "*.jpeg", "*.png", "*.webp", "*.gif", "*.bmp")
+_NUMBERS = ("container", "offset", "packed", "size", "crc", "flaw", "stamp")
+_FOLDER = -1  # container of a file that is in no zip
+_REMEDY = "Set data.sources.<name>.image_root=... to the folder of the pictures or their zip files, or fix the record"
+
+
+@dataclass(frozen=True, slots=True)
+class FileName:
+    """The name of a file for templates, in NFC: {@path}, {@name}, {@stem}, {@folder}."""
+
+    path: str
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(self.path).name
+
+    @property
+    def stem(self) -> str:
+        return PurePosixPath(self.path).stem
+
+    @property
+    def folder(self) -> str:
+        return PurePosixPath(self.path).parent.name
+
+
+class Catalogue:
+    """Files below a folder (or one file, or one zip) whose names match a pattern, in a lasting order.
+
+    Raises:
+        UserError: a zip that cannot be opened, or one that holds zips.
+    """
+
+    def __init__(self, root: Path, patterns: Sequence[str]) -> None:
+        self.root = root if root.is_dir() else root.parent
+        self.archives: list[Path] = []
+        self._match = re.compile("|".join(fnmatch.translate(pattern.lower()) for pattern in patterns)).match
+        self._columns = {name: array("q") for name in _NUMBERS}
+        self._names, self._ends = bytearray(), array("q")  # one after the other, and where each ends
+        self._sorted: dict[Callable[[str], str], tuple[np.ndarray, np.ndarray]] = {}  # part -> hashes, files
+        for path in _files(root):
+            self._add_zip(path) if path.suffix.lower() == ".zip" else self._add_file(path)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def path(self, file: int) -> str:
+        """From the root or from the zip's own, in NFC."""
+        return unicodedata.normalize("NFC", os.fsdecode(self._raw(file)))
+
+    def shown(self, file: int) -> str:
+        """With the zip's name before it, for people."""
+        container = self._columns["container"][file]
+        return self.path(file) if container == _FOLDER else f"{self.archives[container].name}/{self.path(file)}"
+
+    def archive(self, file: int) -> Path | None:
+        container = self._columns["container"][file]
+        return None if container == _FOLDER else self.archives[container]
+
+    def read(self, file: int, origin: str) -> bytes:
+        member = self._member(file)
+        if member is not None:
+            return member.read(origin)
+        if self._columns["flaw"][file]:
+            reason = f"{shown(self.path(file))} is a link or no regular file, and is not read"
+            raise RecordError(origin, reason, fault=Fault.hostile)
+        try:
+            return self.place(file).read_bytes()
+        except OSError as error:
+            reason = f"{shown(self.path(file))} cannot be read: {error.strerror}"
+            raise RecordError(origin, reason, fault=Fault.unreadable) from error
+
+    def place(self, file: int) -> Path:
+        """Where a file that is in no zip lies."""
+        return self.root / os.fsdecode(self._raw(file))
+
+    def image(self, file: int, origin: str, max_pixels: int) -> ImageSource:
+        member = self._member(file)
+        if member is not None:
+            return ZipImage(member, origin, max_pixels)
+        return FileImage(os.fsdecode(self._raw(file)), self.root, origin, max_pixels)
+
+    def find(self, path: str, origin: str, near: Path | None = None) -> int:
+        """The picture that a label means: by its whole path, else by its name alone; the ending may be left out.
+
+        Args:
+            near: the label's own zip. Of several pictures of one name, the one in the zip that goes with it is meant.
+
+        Raises:
+            RecordError: none of this name, or several.
+        """
+        path = unicodedata.normalize("NFC", path.replace("\\", "/")).removeprefix("./")
+        name = PurePosixPath(path).name
+        for part, wanted in ((_whole, path), (_whole_but_ending, path), (_name, name), (_stem, name)):
+            found = [file for file in self._candidates(part, wanted) if part(self.path(file)) == wanted]
+            found = self._of_pair(found, near) if len(found) > 1 else found
+            if len(found) > 1:
+                both = " and ".join(shown(self.shown(file)) for file in found[:2])
+                raise RecordError(origin, f"image {shown(path)} may be {both}", "Give its whole path", Fault.missing)
+            if found:
+                return found[0]
+        reason = f"image {shown(path)} not found in {self.root}, which has {len(self):,} pictures, zip files included"
+        raise RecordError(origin, reason, _REMEDY, Fault.missing)
+
+    def digest(self, start: int = 0, stop: int | None = None) -> str:
+        """Of names and contents: a zip's checksums, a file's size and time."""
+        stop = len(self) if stop is None else stop
+        hasher = hashlib.sha256(bytes(self._names[self._ends[start - 1] if start else 0 : self._ends[stop - 1]]))
+        for name in ("size", "crc", "flaw", "stamp"):
+            hasher.update(self._columns[name][start:stop].tobytes())
+        return hasher.hexdigest()
+
+    def _of_pair(self, found: list[int], near: Path | None) -> list[int]:
+        same = [file for file in found if (archive := self.archive(file)) and near and _pair(archive) == _pair(near)]
+        return same or found
+
+    def _raw(self, file: int) -> bytes:
+        return bytes(self._names[self._ends[file - 1] if file else 0 : self._ends[file]])
+
+    def _member(self, file: int) -> Member | None:
+        container, offset, packed, size, crc, flaw, _ = (self._columns[name][file] for name in _NUMBERS)
+        if container == _FOLDER:
+            return None
+        return Member(self.archives[container], self.path(file), offset, packed, size, crc, Flaw(flaw))
+
+    def _add_file(self, path: Path) -> None:
+        if self._match(path.name.lower()):
+            status = path.lstat()
+            flaw = Flaw.none if stat.S_ISREG(status.st_mode) else Flaw.link
+            numbers = (_FOLDER, 0, 0, status.st_size, 0, flaw, status.st_mtime_ns)
+            self._add(os.fsencode(path.relative_to(self.root)), *numbers)
+
+    def _add_zip(self, path: Path) -> None:
+        self.archives.append(path)
+        number = len(self.archives) - 1
+        for member in members_of(path):
+            if self._match(PurePosixPath(member.name).name.lower()):
+                numbers = (number, member.offset, member.packed, member.size, member.crc, member.flaw, 0)
+                self._add(os.fsencode(member.name), *numbers)
+
+    def _add(self, name: bytes, *numbers: int) -> None:
+        self._names += name
+        self._ends.append(len(self._names))
+        for column, number in zip(_NUMBERS, numbers, strict=True):
+            self._columns[column].append(number)
+
+    def _candidates(self, part: Callable[[str], str], wanted: str) -> list[int]:
+        """Files whose part of the path has the hash of the wanted one: a binary search in 12 bytes a file."""
+        if part not in self._sorted:
+            hashes = np.fromiter((_hash(part(self.path(file))) for file in range(len(self))), np.uint64, len(self))
+            files = np.argsort(hashes, kind="stable").astype(np.uint32)
+            self._sorted[part] = hashes[files], files
+        hashes, files = self._sorted[part]
+        hashed = np.uint64(_hash(wanted))
+        return files[np.searchsorted(hashes, hashed, "left") : np.searchsorted(hashes, hashed, "right")].tolist()
+
+
+def _whole(path: str) -> str:
+    return path
+
+
+def _whole_but_ending(path: str) -> str:
+    return path.removesuffix(PurePosixPath(path).suffix)
+
+
+def _name(path: str) -> str:
+    return PurePosixPath(path).name
+
+
+def _stem(path: str) -> str:
+    return PurePosixPath(path).stem
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(os.fsencode(text), digest_size=8).digest(), "little")
+
+
+def _pair(archive: Path) -> str:
+    """What the names of a zip of pictures and of its zip of labels have in common: TS_1 and TL_1, [원천]1 and [라벨]1."""
+    name = unicodedata.normalize("NFC", archive.name)
+    return re.sub(r"\[(?:원천|라벨)\]|원천데이터|라벨링데이터|(?<=^[TV])[SL](?=[_.\d])", "", name)
+
+
+def _files(root: Path) -> Iterator[Path]:
+    """Files in the order of their names; folders that are links are not entered."""
+    if root.is_file():
+        yield root
+        return
+    for folder, folders, names in os.walk(root):
+        folders.sort()
+        for name in sorted(names):
+            yield Path(folder, name)
+
+
+def halves_of(root: Path) -> list[str]:
+    """Parts that AIHub cuts large zips into; they are no zips until they are put together."""
+    return sorted(path.name for path in _files(root) if re.search(r"\.zip\.part\d+$", path.name))
+
+
+def refuse_empty(name: str, setting: str, root: Path, catalogue: Catalogue, what: str) -> None:
+    if len(catalogue):
+        return
+    parts = halves_of(root)
+    found = f"parts of zip files ({parts[0]}, ...)" if parts else "none, in folders or zip files"
+    remedy = "Put them together: cat NAME.zip.part* > NAME.zip." if parts else "Give the folder that they were put in."
+    raise UserError(f"data.sources.{name}.{setting}={root}: looked for {what}, found {found}. {remedy}")

@@ -1,0 +1,225 @@
+"""Label files as rows: one JSON a record, or a list of records in one, or COCO's two lists joined.
+
+Of a file with many records the places of its items are kept, 16 bytes each, and an item is read when it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from array import array
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from lit_vlm.config.mapping import MappingConfig
+from lit_vlm.data.decoding import REMEDY
+from lit_vlm.data.images import shown
+from lit_vlm.data.readers.catalogue import Catalogue
+from lit_vlm.data.readers.place import type_name
+from lit_vlm.types import Fault, RecordError, UserError
+
+_SPACE = re.compile(r"[ \t\r\n]*")
+_BOM = b"\xef\xbb\xbf"
+_DECODER = json.JSONDecoder()
+
+
+@dataclass(frozen=True, slots=True)
+class ItemList:
+    """The records of one label file: where they are, and where the items are that join them."""
+
+    spans: np.ndarray  # [records, 2] bytes from and to
+    joined: np.ndarray  # [items, 2], in the order of the records that they name
+    ends: np.ndarray  # [records] how many of `joined` belong to the records up to this one
+
+
+class Labels:
+    """The records of all label files, by position. `labels[i]` is the record as JSON has it."""
+
+    def __init__(self, catalogue: Catalogue, mapping: MappingConfig) -> None:
+        self.catalogue, self._mapping = catalogue, mapping
+        self._lists = [self._list(file) for file in range(len(catalogue))] if mapping.records is not None else None
+        counts = [1] * len(catalogue) if self._lists is None else [len(items.spans) for items in self._lists]
+        self.ends = np.cumsum(counts, dtype=np.int64)  # [files]
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def file(self, index: int) -> int:
+        """The label file that a record is in."""
+        return int(np.searchsorted(self.ends, index, "right"))
+
+    def origin(self, index: int) -> str:
+        file = self.file(index)
+        return self.catalogue.shown(file) + ("" if self._lists is None else f"[{self._number(index, file)}]")
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        file, origin = self.file(index), self.origin(index)
+        if self._mapping.labels is None:
+            return {}  # the picture is the record
+        if self._lists is None:
+            return _record(self.catalogue.read(file, origin), origin)
+        items, number = self._lists[file], self._number(index, file)
+        record = _record(self._slice(file, items.spans[number], origin), origin)
+        if self._mapping.join is not None:
+            start = items.ends[number - 1] if number else 0
+            joined = (self._slice(file, span, origin) for span in items.joined[start : items.ends[number]])
+            record[self._mapping.join.rpartition(".")[2]] = [_record(data, origin) for data in joined]
+        return record
+
+    def _number(self, index: int, file: int) -> int:
+        return index - int(self.ends[file - 1] if file else 0)
+
+    def _slice(self, file: int, span: np.ndarray, origin: str) -> bytes:
+        start, end = map(int, span)
+        if self.catalogue.archive(file) is not None:
+            return _unpacked(self.catalogue, file)[start:end]
+        try:
+            with open(self.catalogue.place(file), "rb") as stream:
+                stream.seek(start)
+                return stream.read(end - start)
+        except OSError as error:
+            raise RecordError(origin, f"cannot be read: {error.strerror}", REMEDY, Fault.unreadable) from error
+
+    def _list(self, file: int) -> ItemList:
+        """UserError for a file that is no JSON or has no such list."""
+        name, mapping = self.catalogue.shown(file), self._mapping
+        try:
+            data = self.catalogue.read(file, name)
+        except RecordError as error:
+            raise UserError(f"{error} A label file of many records must be whole; unpack a large one.") from error
+        # Latin-1 keeps one character a byte, so places in the text are places in the file. Neither UTF-8 nor CP949 has
+        # JSON's own signs inside of a letter.
+        text = data.decode("latin-1")
+        assert mapping.records is not None
+        spans = _spans(text, mapping.records, name)
+        if mapping.join is None:
+            return ItemList(spans, spans[:0], np.zeros(len(spans), np.int64))
+        return _joined(text, spans, _spans(text, mapping.join, name), mapping, name)
+
+
+def parse_json(data: bytes, origin: str) -> Any:
+    """JSON in UTF-8, with a byte order mark or without, or in CP949. RecordError with the place of the fault."""
+    for encoding in ("utf-8-sig", "cp949"):
+        try:
+            return json.loads(data.decode(encoding))
+        except UnicodeDecodeError:
+            continue
+        except json.JSONDecodeError as error:
+            reason = f"not JSON at line {error.lineno}, column {error.colno}: {error.msg}"
+            raise RecordError(origin, reason, REMEDY) from None
+        except (RecursionError, ValueError) as error:
+            raise RecordError(origin, f"not readable as JSON: {error}", REMEDY) from None
+    raise RecordError(origin, "neither UTF-8 nor CP949", REMEDY)
+
+
+def _record(data: bytes, origin: str) -> dict[str, Any]:
+    record = parse_json(data, origin)
+    if not isinstance(record, dict):
+        raise RecordError(origin, f"the record is {type_name(record)}; it must be an object", REMEDY)
+    return record
+
+
+def _spans(text: str, path: str, name: str) -> np.ndarray:
+    """[items, 2] where the items of the list at `path` begin and end."""
+    try:
+        at = _after_space(text, len(_BOM) if text.startswith(_BOM.decode("latin-1")) else 0)
+        for word in path.split(".") if path != "." else ():
+            at = _value_of(text, at, word, name, path)
+        if text[at : at + 1] != "[":
+            raise UserError(f"{name}: {path!r} (mapping.records, mapping.join) is no list. Name the list of records.")
+        spans = array("q")
+        for start, end in _items(text, at):
+            spans.extend((start, end))
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = getattr(error, "msg", "it is nested too deeply")
+        line = text.count("\n", 0, getattr(error, "pos", 0)) + 1
+        raise UserError(f"{name}: not JSON: {reason} at line {line}. Repair the file.") from None
+    return np.frombuffer(spans, np.int64).reshape(-1, 2)
+
+
+def _value_of(text: str, at: int, word: str, name: str, path: str) -> int:
+    """Where the value of a key begins. What comes before it is passed over, a list item by item."""
+    found = []
+    if text[at : at + 1] == "{":
+        at = _after_space(text, at + 1)
+        while text[at : at + 1] != "}":
+            key, at = _DECODER.raw_decode(text, at)
+            at = _expect(text, at, ":")
+            key = parse_json(json.dumps(key, ensure_ascii=False).encode("latin-1"), name)
+            if key == word:
+                return at
+            found.append(key)
+            at = _after_value(text, at)
+            if text[at : at + 1] == ",":
+                at = _after_space(text, at + 1)
+            elif text[at : at + 1] != "}":
+                raise json.JSONDecodeError("Expecting ',' or '}'", text, at)
+    keys = ", ".join(shown(key, 40) for key in found) or "none"
+    raise UserError(f"{name}: there is no {word!r} of {path!r} (mapping.records, mapping.join); the keys are {keys}.")
+
+
+def _after_value(text: str, at: int) -> int:
+    if text[at : at + 1] != "[":
+        return _after_space(text, _DECODER.raw_decode(text, at)[1])
+    ends = deque((end for _, end in _items(text, at)), maxlen=1)
+    return _expect(text, ends[0] if ends else at + 1, "]")
+
+
+def _items(text: str, at: int) -> Iterator[tuple[int, int]]:
+    at = _after_space(text, at + 1)
+    while text[at : at + 1] != "]":
+        _, end = _DECODER.raw_decode(text, at)
+        yield at, end
+        at = _after_space(text, end)
+        if text[at : at + 1] == ",":
+            at = _after_space(text, at + 1)
+        elif text[at : at + 1] != "]":
+            raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+
+
+def _after_space(text: str, at: int) -> int:
+    found = _SPACE.match(text, at)
+    return found.end() if found else at
+
+
+def _expect(text: str, at: int, sign: str) -> int:
+    at = _after_space(text, at)
+    if text[at : at + 1] != sign:
+        raise json.JSONDecodeError(f"Expecting '{sign}'", text, at)
+    return _after_space(text, at + 1)
+
+
+def _joined(text: str, records: np.ndarray, items: np.ndarray, mapping: MappingConfig, name: str) -> ItemList:
+    """Each record beside the items that name it; those that name none say nothing about any. UserError when all do."""
+
+    def keys(spans: np.ndarray, key: str, setting: str) -> list[str]:
+        found = []
+        for start, end in spans.tolist():
+            value = parse_json(text[start:end].encode("latin-1"), name)
+            if not isinstance(value, dict) or not isinstance(value.get(key), str | int):
+                raise UserError(f"{name}: an item without {key!r}, which mapping.{setting} needs, at byte {start}.")
+            found.append(str(value[key]))
+        return found
+
+    number_of = {key: number for number, key in enumerate(keys(records, mapping.join_record, "join_record"))}
+    if len(number_of) < len(records):
+        raise UserError(f"{name}: two records have the same {mapping.join_record!r} (mapping.join_record).")
+    named = keys(items, mapping.join_item, "join_item")
+    numbers = np.fromiter((number_of.get(key, -1) for key in named), np.int64, len(named))
+    if len(numbers) and not (numbers >= 0).any():
+        found = f"{mapping.join_item}={shown(named[0])}"
+        reason = f"{name}: no item of {mapping.join!r} names a record, the first says {found}"
+        raise UserError(f"{reason}. Check mapping.join_item and mapping.join_record.")
+    order = np.argsort(numbers, kind="stable")[(numbers < 0).sum() :]
+    return ItemList(records, items[order], np.cumsum(np.bincount(numbers[order], minlength=len(records))))
+
+
+@lru_cache(maxsize=2)
+def _unpacked(catalogue: Catalogue, file: int) -> bytes:
+    """A list of records in a zip, held by each process that reads it: there is no way into the middle of it."""
+    return catalogue.read(file, catalogue.shown(file))

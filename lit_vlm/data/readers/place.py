@@ -1,0 +1,150 @@
+"""One record's place, and how its texts and images are taken from there: what all formats share."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import itertools
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_vlm.data.images import REMEDY, BytesImage, FileImage, refuse_url, shown
+from lit_vlm.types import IMAGE_TOKEN, Content, Fault, ImageSlot, ImageSource, Kind, Language, RecordError
+
+_MARKER = re.compile(rf"\r?\n{IMAGE_TOKEN}|{IMAGE_TOKEN}(?:\r?\n)?")  # one line break beside it belongs to the marker
+_TYPE_NAMES = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How the records of one source are read."""
+
+    source: str
+    format: str
+    image_root: Path
+    max_pixels: int
+    language: Language
+    kind: Kind | None  # None: found from the record
+    markup: bool
+    max_tiles: int | None = None
+    prompts: tuple[str, ...] = ()  # questions for images without one
+
+
+class Embedded:
+    """A picture that a row carries as a part of some archive."""
+
+    __slots__ = ()
+
+    def image(self, origin: str, max_pixels: int) -> ImageSource:
+        raise NotImplementedError
+
+
+@dataclass(slots=True)
+class Place:
+    """One record: where a person finds it, and how its source is read."""
+
+    origin: str
+    settings: Settings
+    normalised: bool = False  # NFC changed one of the texts read so far
+
+    def fault(self, reason: str, fault: Fault = Fault.malformed) -> RecordError:
+        return RecordError(self.origin, reason, REMEDY, fault)
+
+    def need(self, row: Mapping[str, Any], *keys: str) -> None:
+        """RecordError unless the row has all keys; in columns a missing key is a null."""
+        missing = [key for key in keys if row.get(key) is None]
+        if missing:
+            found = [key for key, value in row.items() if value is not None]
+            raise self.fault(
+                f"missing {_quoted(missing)}; found {_quoted(found)}, "
+                f"format={self.settings.format} needs {_quoted(keys)}"
+            )
+
+    def items(self, value: Any, where: str) -> list[Any]:
+        if not isinstance(value, list):
+            raise self.fault(f"{where} is {type_name(value)}; it must be a list")
+        if not value:
+            raise self.fault(f"{where} is empty")
+        return value
+
+    def text(self, value: Any, where: str) -> str:
+        """The value, which must be text that UTF-8 can write; a tokenizer would fail on a lone surrogate."""
+        if not isinstance(value, str):
+            raise self.fault(f"{where} is {type_name(value)}; it must be text")
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            found = ascii(value[error.start])
+            raise self.fault(f"{where} holds {found}, half of a surrogate pair, which is no text") from None
+        return value
+
+    def pieces(self, text: str) -> tuple[Content, ...]:
+        """Text in NFC, so that one word has one spelling; with markup on, its control tokens apart."""
+        if not unicodedata.is_normalized("NFC", text):
+            text, self.normalised = unicodedata.normalize("NFC", text), True
+        if not self.settings.markup:
+            return (text,) if text else ()
+        from lit_vlm.data.markup import parse_markup
+
+        return parse_markup(text)
+
+    def marked(self, text: str, slots: Iterator[int]) -> tuple[Content, ...]:
+        """Text in which each '<image>' is the next of the slots."""
+        head, *rest = _MARKER.split(text)
+        content = self.pieces(head)
+        for piece in rest:
+            content += (ImageSlot(next(slots)), *self.pieces(piece))
+        return content
+
+    def image(self, value: Any) -> ImageSource:
+        """A path, a data URL, encoded bytes, the {bytes, path} of a Hugging Face image column, or a part of an archive."""
+        cap = self.settings.max_pixels
+        if isinstance(value, Mapping):
+            value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+        if isinstance(value, bytes):
+            return BytesImage(value, self.origin, cap)
+        if isinstance(value, str):
+            if value.startswith("data:"):
+                return BytesImage(self._data_url(value), self.origin, cap)
+            refuse_url(value, self.origin)
+            return FileImage(value, self.settings.image_root, self.origin, cap)
+        if isinstance(value, Embedded):
+            return value.image(self.origin, cap)
+        raise self.fault(f"an image is {type_name(value)}; it must be a path, encoded bytes or {{bytes, path}}")
+
+    def images(self, row: Mapping[str, Any]) -> tuple[ImageSource, ...]:
+        """The column `images` or `image`, which may hold a list or one image."""
+        columns = [key for key in ("images", "image") if row.get(key) is not None]
+        if len(columns) > 1:
+            raise self.fault("both 'images' and 'image' are given; one of them must go")
+        value = row[columns[0]] if columns else []
+        return tuple(self.image(item) for item in (value if isinstance(value, list) else [value]))
+
+    def _data_url(self, url: str) -> bytes:
+        head, _, payload = url.partition(",")
+        try:
+            if not head.endswith(";base64"):
+                raise self.fault(f"data URL {shown(head, 40)} is not base64")
+            return base64.b64decode(payload, validate=True)
+        except (binascii.Error, ValueError) as error:
+            if isinstance(error, RecordError):
+                raise
+            raise self.fault(f"data URL {shown(head, 40)} is not base64: {error}") from None
+
+
+def type_name(value: Any) -> str:
+    return "null" if value is None else _TYPE_NAMES.get(type(value), f"of type {type(value).__name__}")
+
+
+def new_slots() -> Iterator[int]:
+    """Numbers for the image slots of one record, in the order of the text."""
+    return itertools.count()
+
+
+def _quoted(keys: Sequence[str]) -> str:
+    names = [shown(key, 40) for key in keys[:12]]
+    return ", ".join(names) + (", ..." if len(keys) > 12 else "") if names else "nothing"

@@ -1,0 +1,141 @@
+"""JSON and JSONL by byte offsets: a file of any size is scanned once, then each row is one read."""
+
+from __future__ import annotations
+
+import json
+import os
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lit_vlm.data.images import REMEDY
+from lit_vlm.data.readers.place import type_name
+from lit_vlm.data.readers.rows.base import Hasher
+from lit_vlm.data.readers.rows.json_list import BOM, MAX_ROW_BYTES, elements
+from lit_vlm.data.readers.rows.stored import StoredArray, stored
+from lit_vlm.types import Fault, RecordError
+
+_BLOCK = 1 << 22  # bytes read at once while scanning and hashing
+_NEWLINE = 10
+_BLANK = np.zeros(256, bool)
+_BLANK[list(b" \t\n\r\x0b\x0c")] = True
+
+
+class JsonRows:
+    """The rows of one JSON or JSONL file. Opened per row, so forks share nothing.
+
+    Args:
+        spans: [rows, 2] bytes from and to, or [rows, 3] with line numbers.
+    """
+
+    def __init__(self, path: Path, spans: StoredArray) -> None:
+        self.path, self._spans = path, spans
+
+    def __len__(self) -> int:
+        return len(self._spans.array)
+
+    def origin(self, index: int) -> str:
+        row = self._spans.array[index]
+        return f"{self.path.name}[{index}]" if len(row) == 2 else f"{self.path.name}:{row[2]}"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        start, end = self._spans.array[index, :2].tolist()
+        return parse(_read(self.path, start, end, self.origin(index)), self.origin(index))
+
+    def update(self, hasher: Hasher, start: int, stop: int) -> None:
+        """With the bytes from the first row to the last, wherever in the file they stand."""
+        at, end = int(self._spans.array[start, 0]), int(self._spans.array[stop - 1, 1])
+        with open(self.path, "rb") as stream:
+            stream.seek(at)
+            while at < end and (data := stream.read(min(_BLOCK, end - at))):
+                hasher.update(data)
+                at += len(data)
+
+
+def json_lines(path: Path, cache: Path | None = None) -> JsonRows:
+    """One record a line; blank lines are no records, yet count as lines."""
+    return JsonRows(path, stored(path, cache, "lines", 3, _lines))
+
+
+def json_list(path: Path, cache: Path | None = None) -> JsonRows:
+    """A file that is one JSON list. UserError with line and column when it does not parse."""
+    return JsonRows(path, stored(path, cache, "list", 2, _list))
+
+
+def parse(data: bytes, origin: str) -> dict[str, Any]:
+    """The object that the bytes are. RecordError saying what else they are."""
+    try:
+        row = json.loads(data.decode("utf-8").rstrip())  # behind the line's end, columns would count from 1 again
+    except UnicodeDecodeError as error:
+        raise RecordError(origin, f"not UTF-8 at byte {error.start + 1}: {data[error.start]:#04x}", REMEDY) from None
+    except json.JSONDecodeError as error:
+        raise RecordError(origin, f"not JSON at column {error.colno}: {error.msg}", REMEDY) from None
+    except (RecursionError, ValueError) as error:  # nested too deeply; a number of thousands of digits
+        raise RecordError(origin, f"not readable as JSON: {error}", REMEDY) from None
+    if not isinstance(row, dict):
+        raise RecordError(origin, f"the record is {type_name(row)}; it must be an object", REMEDY)
+    return row
+
+
+def _read(path: Path, start: int, end: int, origin: str) -> bytes:
+    if end - start > MAX_ROW_BYTES:
+        reason = f"has {end - start:,} bytes, at most {MAX_ROW_BYTES:,} are read"
+        raise RecordError(origin, reason, REMEDY, Fault.too_large)
+    try:
+        file = os.open(path, os.O_RDONLY)
+        try:
+            data = os.pread(file, end - start, start)
+        finally:
+            os.close(file)
+    except OSError as error:
+        raise RecordError(origin, f"{path} cannot be read: {error.strerror}", REMEDY, Fault.unreadable) from error
+    if len(data) != end - start:
+        reason = f"{path} has become shorter since it was opened"
+        raise RecordError(origin, reason, "Start again when nothing writes to it any more", Fault.changed)
+    return data
+
+
+def _list(path: Path) -> Iterator[np.ndarray]:
+    spans = array("q")
+    for span in elements(path):
+        spans.extend(span)
+        if len(spans) >= 1 << 17:
+            yield np.array(spans).reshape(-1, 2)
+            spans = array("q")
+    yield np.array(spans).reshape(-1, 2)
+
+
+def _lines(path: Path) -> Iterator[np.ndarray]:
+    """[n, 3]: from, to (its line break included) and number of each line that is not blank."""
+    start, number, blank = 0, 1, True  # of the line that a block ends in: where, which, and nothing in it so far
+    with open(path, "rb") as stream:
+        at = start = len(BOM) if stream.read(len(BOM)) == BOM else 0
+        stream.seek(at)
+        while data := stream.read(_BLOCK):
+            bytes_ = np.frombuffer(data, np.uint8)
+            breaks = np.flatnonzero(bytes_ == _NEWLINE)
+            starts = np.concatenate(([0], breaks + 1))  # the last one is of the line that goes on
+            blanks = _blank_lines(bytes_, starts)
+            blanks[0] &= blank
+            spans = np.stack((at + starts[:-1], at + starts[1:], number + np.arange(len(breaks))), axis=1)
+            if len(breaks):
+                spans[0, 0] = start
+                start = at + int(starts[-1])
+            yield spans[~blanks[:-1]]
+            at, number, blank = at + len(data), number + len(breaks), bool(blanks[-1])
+    if not blank:
+        yield np.array([[start, at, number]])
+
+
+def _blank_lines(data: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """[lines] bool. Nearly every line's first byte tells; the few others are looked at whole."""
+    ends = np.append(starts[1:], len(data))
+    blanks = np.ones(len(starts), bool)
+    filled = starts < ends
+    blanks[filled] = _BLANK[data[starts[filled]]]
+    for line in np.flatnonzero(blanks & (ends - starts > 1)):
+        blanks[line] = _BLANK[data[starts[line] : ends[line]]].all()
+    return blanks

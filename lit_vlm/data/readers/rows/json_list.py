@@ -1,0 +1,122 @@
+"""Where the elements of a JSON list stand in its file, found through a window: memory is that of one element."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from lit_vlm.types import UserError
+
+BOM = b"\xef\xbb\xbf"
+MAX_ROW_BYTES = 1 << 30
+_WINDOW = 1 << 22  # bytes
+_LONGEST_LINE = 1 << 22  # bytes of one whose characters are counted; beyond, columns are bytes
+_SPACE = re.compile(r"[ \t\r\n]*")
+_NEAR_THE_END = 16  # characters: a literal, a number or an escape that the window cuts in two shows this close to it
+
+
+def elements(path: Path) -> Iterator[tuple[int, int]]:
+    """(from, to) in bytes of each element; each is parsed to find that out, and let go.
+
+    Raises:
+        UserError: with line and column, when the file is no JSON list.
+    """
+    with open(path, "rb") as stream:
+        window = _Window(stream, len(BOM) if stream.read(len(BOM)) == BOM else 0)
+        try:
+            yield from _elements(window)
+        except _NotAList as error:
+            line, column = _line_and_column(stream, error.at)
+            raise UserError(
+                f"{path}: not a JSON list of records: {error.reason} at line {line}, column {column}. "
+                f"Repair the file; records that stand one to a line belong in a .jsonl file."
+            ) from None
+
+
+class _NotAList(Exception):
+    def __init__(self, reason: str, at: int) -> None:
+        self.reason, self.at = reason, at
+
+
+class _Window:
+    """A stretch of the file as Latin-1, which maps each byte to one character and leaves JSON's own signs alone: so
+    positions in the text are positions in the file. All positions are the file's."""
+
+    def __init__(self, stream: BinaryIO, start: int) -> None:
+        self._stream, self._start, self._text = stream, start, ""
+        # What numbers mean is of no interest here, and one of thousands of digits would stop Python's own reading.
+        self._decoder = json.JSONDecoder(parse_int=len, parse_float=len)
+        stream.seek(start)
+
+    @property
+    def end(self) -> int:
+        return self._start + len(self._text)
+
+    def sign(self, at: int) -> tuple[str, int]:
+        """The next character that is no space ("" at the file's end), and where it stands."""
+        while True:
+            at = self._start + _SPACE.match(self._text, at - self._start).end()  # type: ignore[union-attr]
+            if at < self.end or not self._grow(at):
+                return self._text[at - self._start : at - self._start + 1], at
+
+    def element(self, at: int) -> int:
+        """The end of the value that begins here."""
+        while True:
+            fault: _NotAList | None = None
+            try:
+                end = needed = self._start + self._decoder.raw_decode(self._text, at - self._start)[1]
+            except json.JSONDecodeError as error:
+                fault = _NotAList(error.msg, self._start + error.pos)
+                needed = self.end if error.msg.startswith("Unterminated string") else fault.at
+            except RecursionError:
+                raise _NotAList("it is nested too deeply", at) from None
+            if needed + _NEAR_THE_END >= self.end and self._grow(at):
+                continue
+            if fault:
+                raise fault
+            return end
+
+    def _grow(self, at: int) -> bool:
+        """Forget what stands before `at` and read on, twice as much for what is still unfinished. False at the end."""
+        if self.end - at > MAX_ROW_BYTES:
+            raise _NotAList(f"an element of more than {MAX_ROW_BYTES:,} bytes", at)
+        data = self._stream.read(max(_WINDOW, self.end - at))
+        self._text = self._text[at - self._start :] + data.decode("latin-1")
+        self._start = at
+        return bool(data)
+
+
+def _elements(window: _Window) -> Iterator[tuple[int, int]]:
+    def expect(sign: str, at: int) -> int:
+        found, at = window.sign(at)
+        if found != sign:
+            raise _NotAList(f"Expecting '{sign}'", at)
+        return at + 1
+
+    sign, at = window.sign(expect("[", window.end))
+    while sign != "]":
+        end = window.element(at)
+        yield at, end
+        sign, at = window.sign(end)
+        if sign != "]":
+            sign, at = "", window.sign(expect(",", at))[1]
+    sign, at = window.sign(at + 1)
+    if sign:
+        raise _NotAList("Extra data behind the list", at)
+
+
+def _line_and_column(stream: BinaryIO, at: int) -> tuple[int, int]:
+    """From 1, of a byte; columns count characters."""
+    stream.seek(0)
+    line, begin, done = 1, 0, 0
+    while done < at and (data := stream.read(min(_WINDOW, at - done))):
+        line += data.count(b"\n")
+        last = data.rfind(b"\n")
+        begin = done + last + 1 if last >= 0 else begin
+        done += len(data)
+    stream.seek(begin)
+    head = stream.read(min(at - begin, _LONGEST_LINE))
+    return line, len(head.decode("utf-8", "replace")) + 1 + (at - begin - len(head))

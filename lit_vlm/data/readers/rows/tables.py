@@ -1,0 +1,133 @@
+"""Parquet, Arrow, saved datasets and datasets of the hub, through Hugging Face `datasets`, memory-mapped."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import glob
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lit_vlm.data.readers.rows.base import Hasher, JoinedRows, Rows, identity, split_at
+from lit_vlm.types import UserError
+
+
+class ArrowRows:
+    """The rows of a `datasets.Dataset`, images left encoded.
+
+    Args:
+        files: what the rows come from, in their order; empty: what `datasets` mapped.
+        names, counts: of each file as people know it, and its rows.
+    """
+
+    def __init__(self, dataset: Any, names: Sequence[str], counts: Sequence[int], files: Sequence[Path] = ()) -> None:
+        self._dataset, self._names = dataset.with_format("arrow"), list(names)
+        self._ends = list(itertools.accumulate(counts))
+        self._files = list(files) or [Path(file["filename"]) for file in dataset.cache_files]
+        self._features = type(dataset.features)(_undecoded(dict(dataset.features)))
+
+    @property
+    def files(self) -> list[Path]:
+        return self._files
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def origin(self, index: int) -> str:
+        part = bisect.bisect_right(self._ends, index)
+        return f"{self._names[part]}[{index - (self._ends[part - 1] if part else 0)}]"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self._features.decode_example(self._dataset[index].to_pylist()[0])
+
+    def update(self, hasher: Hasher, start: int, stop: int) -> None:
+        """A file that is as it was holds what it held: its rows by number stand for their content."""
+        if len(self._files) != len(self._ends):  # files in which `datasets` keeps them, cut as it likes
+            hasher.update(repr(([identity(file) for file in self._files], start, stop)).encode())
+            return
+        for number, first, last in split_at(self._ends, start, stop):
+            hasher.update(repr((identity(self._files[number]), first, last)).encode())
+
+
+def parquet(paths: Sequence[Path]) -> Rows:
+    """Parquet has no cheap access by row; `datasets` writes it once into its cache as Arrow, which has."""
+    import datasets
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        counts = [pq.read_metadata(path).num_rows for path in paths]
+        filled = [
+            path for path, count in zip(paths, counts, strict=True) if count
+        ]  # `datasets` fails on a file without rows
+        if not filled:
+            return JoinedRows(())
+        dataset = datasets.Dataset.from_parquet([glob.escape(str(path.resolve())) for path in filled])
+    except (OSError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
+        cause = error.__cause__ or error
+        raise UserError(f"{_named(paths)}: cannot be read as parquet: {cause}. Repair or replace it.") from error
+    return ArrowRows(dataset, [path.name for path in paths], counts, paths)
+
+
+def arrow(paths: Sequence[Path]) -> ArrowRows:
+    import datasets
+    import pyarrow as pa
+
+    try:
+        parts = [datasets.Dataset.from_file(str(path)) for path in paths]
+        dataset = datasets.concatenate_datasets(parts)
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise UserError(f"{_named(paths)}: cannot be read as Arrow: {error}. Repair or replace it.") from error
+    return ArrowRows(dataset, [path.name for path in paths], [len(part) for part in parts], paths)
+
+
+def saved_dataset(folder: Path) -> ArrowRows:
+    """A folder of `Dataset.save_to_disk`."""
+    import datasets
+
+    try:
+        dataset = datasets.load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: cannot be read as a saved dataset: {error}. Save it again.") from error
+    return ArrowRows(dataset, [folder.name], [len(dataset)])
+
+
+def hub_dataset(setting: str, hub: str, config: str | None, split: str, revision: str | None) -> ArrowRows:
+    """A dataset of the Hugging Face hub, out of the local cache when it is there; or a local folder of its layout.
+
+    Raises:
+        UserError: naming the setting: no network, no such dataset, split or revision.
+    """
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(hub, config, split=split, revision=revision)
+    except MemoryError:
+        raise
+    except Exception as error:  # `datasets` and the hub's client raise some thirty types, from several libraries
+        raise UserError(
+            f"{setting}={hub}: cannot be loaded: {_first_line(error)}. Where there is no network, download it beforehand "
+            f"(`hf download {hub} --repo-type dataset --local-dir <folder>`) and set {setting}=<folder>, or path=<file>."
+        ) from error
+    return ArrowRows(dataset, [f"{hub.rstrip('/').rsplit('/', 1)[-1]}:{split}"], [len(dataset)])
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__).rstrip(".")
+
+
+def _undecoded(feature: Any) -> Any:
+    """The feature with its media left as {bytes, path}; Json columns are still parsed."""
+    if isinstance(feature, dict):
+        return {key: _undecoded(inner) for key, inner in feature.items()}
+    if hasattr(feature, "feature"):
+        return dataclasses.replace(feature, feature=_undecoded(feature.feature))
+    is_media = getattr(feature, "decode", False) and type(feature).__name__ != "Json"
+    return dataclasses.replace(feature, decode=False) if is_media else feature
+
+
+def _named(paths: Sequence[Path]) -> str:
+    return str(paths[0]) if len(paths) == 1 else f"{paths[0].parent} ({len(paths)} files)"

@@ -1,0 +1,239 @@
+"""One entry of a tar file, read from its header and judged; nothing is extracted, no member is trusted.
+
+Headers are read here and not by `tarfile`, which takes a damaged one for the archive's end, renames members as their
+extended headers say, and follows links. Format: "pax Interchange Format" of POSIX.1-2017, and GNU tar's manual, "Basic Tar
+Format".
+"""
+
+from __future__ import annotations
+
+import re
+import tarfile
+from dataclasses import dataclass, replace
+from typing import BinaryIO, NamedTuple
+
+from lit_vlm.data.decoding import MAX_FILE_BYTES
+from lit_vlm.types import Fault
+
+BLOCK = tarfile.BLOCKSIZE  # bytes
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+TEXTS = ("txt", "json")
+_REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE)
+_EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+_MEANINGS = {
+    tarfile.LNKTYPE: "is a hard link",
+    tarfile.SYMTYPE: "is a symbolic link",
+    tarfile.CHRTYPE: "is a device",
+    tarfile.BLKTYPE: "is a device",
+    tarfile.FIFOTYPE: "is a named pipe",
+    tarfile.GNUTYPE_SPARSE: "is a sparse file",
+    tarfile.XGLTYPE: "is an extended header that would rename or resize all members after it",
+}
+_NO_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE)
+_MOST_EXTENDED = 1 << 16  # bytes of an extended header
+_MOST_HEADERS = 16  # of one member
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*:")  # C:, pipe:, http:
+_COMMENTS = (b"comment", b"mtime", b"atime", b"ctime", b"uname", b"gname", b"uid", b"gid")  # of pax; they move nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Flaw:
+    """What is wrong with an entry, to be completed with its name."""
+
+    reason: str
+    fault: Fault = Fault.hostile
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A member, from its first header to the next entry's. `name` may be anything where there is a flaw."""
+
+    start: int
+    name: str
+    offset: int  # of its bytes
+    size: int
+    end: int  # where the next entry begins; -1: nobody knows
+    is_folder: bool = False
+    flaw: Flaw | None = None
+
+    @property
+    def key(self) -> str:
+        """WebDataset's: the path up to the first dot of its last component."""
+        folder, slash, last = self.name.rpartition("/")
+        return f"{folder}{slash}{last.partition('.')[0]}"
+
+    @property
+    def extension(self) -> str:
+        """What follows the key's dot: `jpg`, `0.png`."""
+        return self.name.rpartition("/")[2].partition(".")[2].lower()
+
+    @property
+    def ending(self) -> str:
+        return self.extension.rpartition(".")[2]
+
+
+class _Header(NamedTuple):
+    """What one block says, as far as it matters here."""
+
+    name: bytes
+    type: bytes
+    size: int
+    has_nul: bool  # within its name
+
+    @property
+    def text(self) -> str:
+        return self.name.decode("utf-8", "surrogateescape")
+
+
+class _Broken(Exception):
+    """The archive cannot be followed beyond this place."""
+
+    def __init__(self, reason: str, fault: Fault = Fault.malformed) -> None:
+        self.flaw = Flaw(reason, fault)
+
+
+def read_entry(stream: BinaryIO, start: int, archive_size: int) -> Entry | None:
+    """The entry whose headers begin at a byte; None for the archive's end. What is wrong is in its `flaw`."""
+    stream.seek(start)
+    try:
+        return _entry(stream, start, archive_size)
+    except _Broken as error:
+        return Entry(start, "", start, 0, -1, flaw=error.flaw)
+
+
+def _entry(stream: BinaryIO, start: int, archive_size: int) -> Entry | None:
+    at, long_name, flaw = start, None, None
+    for _ in range(_MOST_HEADERS):
+        stream.seek(at)
+        block = stream.read(BLOCK)
+        if at == start and block.count(0) == len(block):
+            return _end(stream, len(block))
+        header = _header(block)
+        at += BLOCK
+        if header.type not in _EXTENDED:
+            whole = Entry(start, header.text, at, header.size, at, flaw=flaw)
+            return _judged(header, whole, long_name, archive_size)
+        data = _payload(stream, header.size, archive_size - at)
+        at += _padded(header.size)
+        if header.type == tarfile.XGLTYPE:
+            if any(key not in _COMMENTS for key in _records(data)):
+                return Entry(start, header.text, at, 0, at, flaw=Flaw(_MEANINGS[header.type]))
+            start = at  # a comment
+        elif header.type == tarfile.GNUTYPE_LONGNAME:
+            long_name = data.rstrip(b"\0")
+        elif header.type == tarfile.XHDTYPE:
+            records = _records(data)
+            long_name, flaw = records.get(b"path", long_name), flaw or _pax_flaw(records)
+    raise _Broken(f"more than {_MOST_HEADERS} extended headers in a row", Fault.hostile)
+
+
+def _header(block: bytes) -> _Header:
+    if len(block) < BLOCK:
+        raise _Broken("the archive ends within a header; it is cut off", Fault.broken)
+    try:
+        size, checksum = tarfile.nti(block[124:136]), tarfile.nti(block[148:156])  # type: ignore[attr-defined]
+    except tarfile.HeaderError:
+        size = checksum = -1
+    if checksum != sum(block) - sum(block[148:156]) + 8 * ord(" "):
+        raise _Broken("no member's header is there (wrong checksum or size); nothing behind it can be read")
+    if size < 0:
+        raise _Broken("its size is below zero; nothing behind it can be read", Fault.hostile)
+    name, _, behind = block[:100].partition(b"\0")
+    prefix = block[345:500].partition(b"\0")[0] if block[257:263] == b"ustar\0" else b""
+    kind = block[156:157]
+    if kind == tarfile.AREGTYPE and name.endswith(b"/"):  # how folders were written before there were types
+        kind = tarfile.DIRTYPE
+    return _Header(prefix + b"/" + name if prefix else name, kind, size, bool(behind.strip(b"\0")))
+
+
+def _payload(stream: BinaryIO, size: int, left: int) -> bytes:
+    if size > min(left, _MOST_EXTENDED):
+        raise _Broken(f"has an extended header of {size:,} bytes", Fault.hostile)
+    return stream.read(size)
+
+
+def _records(data: bytes) -> dict[bytes, bytes]:
+    """Of a pax header: `length key=value`, length in bytes over all of it."""
+    records = {}
+    while data.strip(b"\0"):
+        length, space, _ = data.partition(b" ")
+        if not (space and length.isdigit() and len(length) < 7 and len(length) + 2 < int(length) <= len(data)):
+            raise _Broken("has an extended header that cannot be parsed", Fault.hostile)
+        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
+        records[key] = value
+        data = data[int(length) :]
+    return records
+
+
+def _pax_flaw(records: dict[bytes, bytes]) -> Flaw | None:
+    if any(key.startswith(b"GNU.sparse") for key in records):
+        return Flaw("is a sparse file")
+    moving = sorted(key.decode(errors="replace") for key in records if key in (b"size", b"linkpath", b"hdrcharset"))
+    return Flaw(f"has an extended header that changes its {', '.join(moving)}") if moving else None
+
+
+def _judged(header: _Header, entry: Entry, long_name: bytes | None, archive_size: int) -> Entry:
+    flaw = entry.flaw
+    if long_name is not None:
+        if not _agrees(header.name, long_name):
+            shown = long_name[:200].decode(errors="replace")
+            flaw = flaw or Flaw(f"is renamed by an extended header, to {shown!r}")
+        entry = replace(entry, name=long_name.decode("utf-8", "surrogateescape"))
+    if header.type == tarfile.DIRTYPE:
+        return replace(entry, size=0, is_folder=True, flaw=flaw or _name_flaw(entry.name))
+    if header.type in _NO_DATA:
+        return replace(entry, size=0, flaw=Flaw(_MEANINGS[header.type]))
+    entry = replace(entry, end=entry.offset + _padded(entry.size))
+    if entry.offset + entry.size > archive_size:
+        reason = f"is said to have {entry.size:,} bytes, but the archive ends before"
+        return replace(entry, end=-1, flaw=Flaw(reason, Fault.broken))
+    if header.type not in _REGULAR:
+        return replace(entry, flaw=Flaw(_MEANINGS.get(header.type, f"is of the unknown type {header.type!r}")))
+    if header.has_nul:
+        flaw = flaw or Flaw("has a NUL within its name")
+    return replace(entry, flaw=flaw or _name_flaw(entry.name) or _file_flaw(entry))
+
+
+def _agrees(short: bytes, long_name: bytes) -> bool:
+    """Whether a header's own name is the beginning of the longer one, as writers of tar files leave it there."""
+    plain = long_name.decode("utf-8", "replace").encode("ascii", "replace")  # Python's, for names that are not ASCII
+    return short == long_name or short in (long_name[:100], long_name[:99], plain[:100])
+
+
+def _name_flaw(name: str) -> Flaw | None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return Flaw("has a name that is no UTF-8")
+    if not name or _CONTROL.search(name):
+        return Flaw("has a name with control characters" if name else "has no name")
+    if name.startswith("/") or ".." in name.split("/"):
+        return Flaw("has a name that leads out of the archive")
+    if "\\" in name or _SCHEME.match(name):
+        return Flaw("has a name with a backslash, a drive or a scheme")
+    return None
+
+
+def _file_flaw(entry: Entry) -> Flaw | None:
+    if not entry.key.rpartition("/")[2]:
+        return Flaw("has no key before its first dot", Fault.malformed)
+    if entry.ending not in PICTURES + TEXTS:
+        return Flaw(f"ends in '.{entry.extension}'; only .{', .'.join(PICTURES + TEXTS)} are read")
+    if entry.size > MAX_FILE_BYTES:
+        return Flaw(f"has {entry.size:,} bytes, at most {MAX_FILE_BYTES:,} are read", Fault.too_large)
+    return None
+
+
+def _end(stream: BinaryIO, num_bytes: int) -> Entry | None:
+    """Zeros close an archive, and nothing but zeros follows."""
+    if num_bytes < BLOCK:
+        raise _Broken("the archive ends without its end mark; it may be cut off", Fault.broken)
+    while rest := stream.read(1 << 20):
+        if rest.count(0) != len(rest):
+            raise _Broken("bytes follow the archive's end; archives joined into one are not read", Fault.hostile)
+    return None
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK

@@ -1,0 +1,249 @@
+"""WebDataset's tar shards by random access: a sample's members share a key, and are read where they lie.
+
+One pass over the headers finds where the entries of each key begin (they need not be neighbours); that table is all that
+is kept. A read goes through the headers again, so a refused member is named when its sample is asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from lit_vlm.data.decoding import REMEDY
+from lit_vlm.data.images import EncodedImage, shown
+from lit_vlm.data.readers.by_keys import format_of
+from lit_vlm.data.readers.place import Embedded
+from lit_vlm.data.readers.rows.base import Hasher, identity
+from lit_vlm.data.readers.rows.json_files import parse
+from lit_vlm.data.readers.rows.stored import StoredArray, stored
+from lit_vlm.data.readers.rows.tar_entries import PICTURES, Entry, read_entry
+from lit_vlm.types import Fault, RecordError, UserError
+
+MAX_MEMBERS = 256  # of one key
+_REPACK = "Pack the archive again from plain files, or set such records aside with data.on_bad_record=quarantine"
+_COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"\x28\xb5\x2f\xfd": "unzstd"}
+
+
+class MemberStream(io.RawIOBase):
+    """Some bytes of a file as a stream of their own."""
+
+    def __init__(self, path: Path, offset: int, size: int) -> None:
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with the stream
+        self._offset, self._size, self._at = offset, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
+        self._file.seek(self._offset + self._at)
+        found = self._file.read(max(0, min(len(buffer), self._size - self._at)))
+        buffer[: len(found)] = found
+        self._at += len(found)
+        return len(found)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+@dataclass(frozen=True)
+class Member(Embedded):
+    """A picture of a tar file, as a row carries it."""
+
+    archive: Path
+    name: str
+    offset: int
+    size: int  # bytes
+
+    def image(self, origin: str, max_pixels: int) -> TarImage:
+        return TarImage(self, origin, max_pixels)
+
+
+@dataclass(frozen=True)
+class TarImage(EncodedImage):
+    """A picture in a tar file. It passes the same checks as a file's."""
+
+    member: Member
+    origin: str
+    max_pixels: int
+
+    @property
+    def name(self) -> str:
+        """What tells it from the other pictures of its source."""
+        return f"{self.member.archive.name}/{self.member.name}"
+
+    @property
+    def _what(self) -> str:  # type: ignore[override]
+        return f"image {shown(self.member.name)}"
+
+    def _opened(self) -> BinaryIO:
+        member = self.member
+        try:
+            return io.BufferedReader(MemberStream(member.archive, member.offset, member.size))
+        except OSError as error:
+            reason = f"{self._what} cannot be opened: {error.strerror}"
+            raise RecordError(self.origin, reason, REMEDY, Fault.unreadable) from error
+
+
+class TarRows:
+    """The samples of one tar file, in the order in which their keys first appear.
+
+    Args:
+        table: [1 + (S + 1) + M, 1]: the number of samples S, where the entries of each begin, then the M entries' bytes.
+    """
+
+    def __init__(self, path: Path, table: StoredArray) -> None:
+        self.path, self._table = path, table
+        self._last = (-1, "")  # the row read last, and its origin, which is asked for together with it
+
+    def __len__(self) -> int:
+        return int(self._table.array[0, 0])
+
+    def origin(self, index: int) -> str:
+        if index == self._last[0]:
+            return self._last[1]
+        try:
+            with open(self.path, "rb") as stream:
+                return self._origin(self._entries(stream, index))
+        except OSError:
+            return f"{self.path.name}[{index}]"
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        try:
+            with open(self.path, "rb") as stream:
+                entries = self._entries(stream, index)
+                self._last = index, self._origin(entries)
+                return _row(self.path, entries, self._last[1], stream)
+        except OSError as error:
+            reason = f"{self.path} cannot be read: {error.strerror}"
+            raise RecordError(f"{self.path.name}[{index}]", reason, REMEDY, Fault.unreadable) from error
+
+    def update(self, hasher: Hasher, start: int, stop: int) -> None:
+        hasher.update(repr((identity(self.path), start, stop)).encode())
+
+    def _origin(self, entries: Sequence[Entry]) -> str:
+        first = entries[0]
+        named = first.name and not (first.flaw and first.flaw.fault is Fault.broken)
+        return f"{self.path.name}/{first.key or first.name}" if named else f"{self.path.name} at byte {first.start}"
+
+    def _entries(self, stream: BinaryIO, index: int) -> list[Entry]:
+        """At most MAX_MEMBERS + 1 of them; never none."""
+        table, size = self._table.array[:, 0], stream.seek(0, io.SEEK_END)
+        first, last = table[1 + index : 3 + index].tolist()
+        starts = table[len(self) + 2 :][first : min(last, first + MAX_MEMBERS + 1)]
+        found = [read_entry(stream, int(start), size) for start in starts]
+        if any(entry is None for entry in found):
+            reason = "is not what it was when it was opened"
+            raise RecordError(
+                f"{self.path.name}[{index}]", reason, "Start again when nothing writes to it", Fault.changed
+            )
+        return [entry for entry in found if entry is not None]
+
+
+def tar_file(path: Path, cache: Path | None = None) -> TarRows:
+    """UserError for what is no tar file at all; a damaged or hostile member is its sample's fault."""
+    with open(path, "rb") as stream:
+        begin = stream.read(8)
+        for magic, tool in _COMPRESSED.items():
+            if begin.startswith(magic):
+                raise UserError(
+                    f"{path}: is compressed, so its members cannot be reached one by one. "
+                    f"Unpack it to a plain .tar once (`{tool}`); pictures hardly shrink."
+                )
+        first = read_entry(stream, 0, stream.seek(0, io.SEEK_END))
+    if first is not None and first.flaw is not None and first.end < 0:
+        raise UserError(f"{path}: cannot be read as a tar file: {first.flaw.reason}. Repair or replace it.")
+    return TarRows(path, stored(path, cache, "tar", 1, _table))
+
+
+def _table(path: Path) -> Iterator[np.ndarray]:
+    keys, starts = array("Q"), array("q")
+    with open(path, "rb") as stream:
+        at, size = 0, stream.seek(0, io.SEEK_END)
+        while at >= 0 and (entry := read_entry(stream, at, size)) is not None:
+            at = entry.end
+            if not entry.is_folder or entry.flaw:
+                keys.append(_number(entry))
+                starts.append(entry.start)
+    yield _grouped(np.array(keys, np.uint64), np.array(starts, np.int64))
+
+
+def _number(entry: Entry) -> int:
+    key = entry.key.encode("utf-8", "surrogateescape") or str(entry.start).encode() + b"/"  # none: on its own
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
+
+
+def _grouped(keys: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    _, first, sample, counts = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
+    order = np.argsort(first)  # by first appearance
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    bounds = np.concatenate(([len(order), 0], np.cumsum(counts[order])))
+    return np.concatenate((bounds, starts[np.argsort(rank[sample], kind="stable")]))[:, None]
+
+
+def _row(path: Path, entries: Sequence[Entry], origin: str, stream: BinaryIO) -> dict[str, Any]:
+    _refuse(entries, origin)
+    pictures = sorted((entry for entry in entries if entry.ending in PICTURES), key=lambda entry: entry.name)
+    texts = {ending: [entry for entry in entries if entry.ending == ending] for ending in ("txt", "json")}
+    for ending, members in texts.items():
+        if len(members) > 1:
+            raise RecordError(origin, f"{len(members)} .{ending} members of one key; one is read", _REPACK)
+    row: dict[str, Any] = {}
+    if texts["json"]:
+        row = parse(_bytes(stream, texts["json"][0]), origin)
+    if texts["txt"] and format_of(row) in (None, "caption"):  # a .json of the downloader's beside it
+        row = {"id": row.get("id"), "caption": _decoded(_bytes(stream, texts["txt"][0]), texts["txt"][0], origin)}
+    if not texts["txt"] and not texts["json"]:
+        raise RecordError(origin, "a picture without a .txt or .json of its key", _REPACK, Fault.no_answer)
+    own = row.get("id")
+    named = {"id": f"{path.stem}/{entries[0].key}" if own is None or own == "" else own}
+    rest = {key: value for key, value in row.items() if key not in ("id", "image", "images")}
+    return {**named, **rest, "images": [Member(path, entry.name, entry.offset, entry.size) for entry in pictures]}
+
+
+def _refuse(entries: Sequence[Entry], origin: str) -> None:
+    """RecordError for a sample with a member that is refused, or with too many of them."""
+    for entry in entries:
+        if entry.flaw:
+            what = f"member {shown(entry.name)} {entry.flaw.reason}" if entry.name else entry.flaw.reason
+            raise RecordError(origin, what, _REPACK, entry.flaw.fault)
+    if len(entries) > MAX_MEMBERS:
+        raise RecordError(origin, f"more than {MAX_MEMBERS} members of one key", _REPACK, Fault.hostile)
+    names = [entry.name for entry in entries]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice:
+        raise RecordError(origin, f"member {shown(twice)} is in the archive twice", _REPACK, Fault.hostile)
+    if len({entry.key for entry in entries}) > 1:
+        raise RecordError(origin, "is not what it was when it was opened", _REPACK, Fault.changed)
+
+
+def _bytes(stream: BinaryIO, entry: Entry) -> bytes:
+    stream.seek(entry.offset)
+    return stream.read(entry.size)
+
+
+def _decoded(data: bytes, entry: Entry, origin: str) -> str:
+    try:
+        return data.decode().removeprefix("\ufeff").strip("\r\n")
+    except UnicodeDecodeError as error:
+        reason = f"member {shown(entry.name)} is not UTF-8 at byte {error.start + 1}"
+        raise RecordError(origin, reason, REMEDY) from None

@@ -1,0 +1,234 @@
+"""Members of zip files by random access: nothing is unpacked, no file stays open, and no size is believed.
+
+A member is a place in its file (`archives.py` finds it), so that hundreds of thousands of them cost a row of numbers
+each, and processes share no file position.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import unicodedata
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import BinaryIO, cast
+
+from PIL import Image
+
+from lit_vlm.data.decoding import MAX_FILE_BYTES, REMEDY, cause, parsed
+from lit_vlm.data.images import EncodedImage, shown
+from lit_vlm.types import Fault, RecordError
+
+UTF8_FLAG = 0x800
+_LOCAL = struct.Struct("<4s2xHH16xHH")  # signature, flags, method, lengths of name and extra field
+_CHUNK = 1 << 16
+
+
+class Flaw(IntEnum):
+    """Why a member is refused."""
+
+    none = 0
+    encrypted = 1
+    link = 2  # a symbolic link, a device, ...
+    elsewhere = 3  # an absolute name, or one with '..'
+    method = 4
+    too_large = 5
+    ratio = 6
+    duplicate = 7
+
+    @property
+    def meaning(self) -> str:
+        return {
+            Flaw.encrypted: "is encrypted",
+            Flaw.link: "is a link or a device, no regular file",
+            Flaw.elsewhere: "has a name that leads out of the archive",
+            Flaw.method: "is compressed by a method that is not read; stored and deflated are",
+            Flaw.too_large: f"has more than {MAX_FILE_BYTES:,} bytes",
+            Flaw.ratio: "claims to unpack to more than its bytes can hold",
+            Flaw.duplicate: "is in the archive twice",
+        }.get(self, "")
+
+    @property
+    def fault(self) -> Fault:
+        kinds = {Flaw.encrypted: Fault.unreadable, Flaw.method: Fault.unreadable, Flaw.too_large: Fault.too_large}
+        return kinds.get(self, Fault.hostile)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One file of an archive. `name` is in NFC."""
+
+    archive: Path
+    name: str
+    offset: int  # of its local header
+    packed: int  # bytes
+    size: int  # bytes once unpacked, as the directory claims
+    crc: int
+    flaw: Flaw = Flaw.none
+
+    @property
+    def shown(self) -> str:
+        return f"{self.archive.name}/{self.name}"
+
+    def open(self, origin: str) -> MemberStream:
+        """The unpacked bytes. RecordError for a member that is refused or is not where the directory says."""
+        if self.flaw:
+            remedy = "Fix the archive, or set such records aside with data.on_bad_record=quarantine"
+            raise RecordError(origin, f"{shown(self.shown)} {self.flaw.meaning}", remedy, self.flaw.fault)
+        try:
+            return MemberStream(self, origin)
+        except OSError as error:
+            reason = f"{shown(self.shown)} cannot be read: {cause(error)}"
+            raise RecordError(origin, reason, REMEDY, Fault.unreadable) from error
+
+    def read(self, origin: str) -> bytes:
+        with self.open(origin) as stream:
+            return stream.read()
+
+
+class MemberStream(io.RawIOBase):
+    """A member's bytes, unpacked as far as they are asked for: a picture's header costs a few kilobytes.
+
+    More bytes than claimed, fewer, or another checksum are a RecordError.
+    """
+
+    def __init__(self, member: Member, origin: str) -> None:
+        self._member, self._origin = member, origin
+        self._left, self._data, self._at, self._whole = member.packed, bytearray(), 0, False
+        self.fault: RecordError | None = None  # what was wrong; a decoder that reads may hide it in its own words
+        self._file = open(member.archive, "rb")  # noqa: SIM115 - closed with the stream
+        try:
+            self._inflate = zlib.decompressobj(-zlib.MAX_WBITS) if self._enter() else None
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _enter(self) -> bool:
+        """Goes to the packed bytes; whether they are deflated."""
+        self._file.seek(self._member.offset)
+        head = self._file.read(_LOCAL.size)
+        if len(head) == _LOCAL.size:
+            signature, flags, method, name_length, extra_length = _LOCAL.unpack(head)
+            name = decoded_name(self._file.read(name_length), flags)
+            if signature == b"PK\x03\x04" and name == self._member.name:
+                self._file.seek(extra_length, io.SEEK_CUR)
+                return method == zipfile.ZIP_DEFLATED
+        raise self._fault("is not where the archive's directory says", Fault.hostile)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._member.size}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def read(self, size: int | None = -1) -> bytes:
+        end = self._member.size if size is None or size < 0 else self._at + size
+        self._unpack_to(end)
+        found = bytes(self._data[self._at : end])
+        self._at += len(found)
+        return found
+
+    def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
+        found = self.read(len(buffer))
+        buffer[: len(found)] = found
+        return len(found)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def _unpack_to(self, end: int) -> None:
+        member = self._member
+        while len(self._data) < min(end, member.size) or (end >= member.size and not self._whole):
+            if not self._grow():
+                self._whole = True
+                self._check()
+
+    def _grow(self) -> bool:
+        """One more piece; False when there is none."""
+        member, room = self._member, self._member.size + 1 - len(self._data)
+        try:
+            if self._inflate is None:
+                piece = self._packed(min(_CHUNK, room))
+            else:
+                waiting = self._inflate.unconsumed_tail or self._packed(_CHUNK)
+                piece = self._inflate.decompress(waiting, max(1, room)) if waiting else self._inflate.flush()
+                if not piece and not self._inflate.eof and waiting:
+                    return True  # a piece of input without output
+        except zlib.error as error:
+            raise self._fault(f"cannot be unpacked: {error}", Fault.broken) from None
+        self._data += piece
+        if len(self._data) > member.size:
+            raise self._fault(f"unpacks to more than the {member.size:,} bytes that it claims", Fault.hostile)
+        return bool(piece)
+
+    def _packed(self, most: int) -> bytes:
+        found = self._file.read(min(most, self._left))
+        self._left -= len(found)
+        return found
+
+    def _check(self) -> None:
+        if len(self._data) != self._member.size:
+            claimed = self._member.size
+            raise self._fault(f"ends after {len(self._data):,} of the {claimed:,} bytes that it claims", Fault.broken)
+        if zlib.crc32(self._data) != self._member.crc:
+            raise self._fault("is damaged: its checksum is another", Fault.broken)
+
+    def _fault(self, finding: str, fault: Fault) -> RecordError:
+        self.fault = RecordError(self._origin, f"{shown(self._member.shown)} {finding}", REMEDY, fault)
+        return self.fault
+
+
+@dataclass(frozen=True)
+class ZipImage(EncodedImage):
+    """A picture in a zip file. It passes the same checks as a file's."""
+
+    member: Member
+    origin: str
+    max_pixels: int
+
+    @property
+    def name(self) -> str:
+        """What tells it from the other pictures of its source."""
+        return self.member.shown
+
+    @property
+    def _what(self) -> str:  # type: ignore[override]
+        return f"image {shown(self.member.shown)}"
+
+    @contextmanager
+    def _parsed(self) -> Iterator[tuple[Image.Image, BinaryIO]]:
+        with self.member.open(self.origin) as stream:
+            binary = cast(BinaryIO, stream)
+            try:
+                with parsed(binary, self._what, self.origin, self.max_pixels) as image:
+                    yield image, binary
+            except RecordError as error:
+                raise stream.fault or error from None
+
+
+def decoded_name(raw: bytes, flags: int) -> str:
+    """A member's name in NFC, with slashes. Decided name by name: one archive may mix encodings."""
+    for encoding in ("utf-8",) if flags & UTF8_FLAG else ("utf-8", "cp949"):
+        try:
+            return _tidy(raw.decode(encoding))
+        except UnicodeDecodeError:
+            continue
+    return _tidy(raw.decode("cp437"))  # what the format prescribes; it reads any bytes
+
+
+def _tidy(name: str) -> str:
+    return unicodedata.normalize("NFC", name.replace("\\", "/"))

@@ -1,0 +1,129 @@
+"""What a source's settings name on the disk or the hub, found and opened as rows."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from lit_vlm.config.schema import Format, SourceConfig
+from lit_vlm.data.readers.by_keys import NEEDED, format_of, keys_of
+from lit_vlm.data.readers.rows import JoinedRows, Rows, json_files, tables, tars
+from lit_vlm.types import RecordError, UserError
+
+ENDINGS = (".jsonl", ".json", ".parquet", ".arrow", ".tar")
+OPENERS: dict[str, Callable[[Path, Path | None], Rows]] = {
+    ".jsonl": json_files.json_lines,
+    ".json": json_files.json_list,
+    ".tar": tars.tar_file,
+}
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+
+
+def existing(name: str, setting: str, value: str | None, config: SourceConfig | None = None) -> Path:
+    """The path of a setting. It is the operator's own, so it may lie anywhere.
+
+    Args:
+        config: of a named set; says how to get what is missing.
+    """
+    if value is None:
+        raise UserError(f"data.sources.{name}.{setting} is not set; give the dataset's file or folder.")
+    path = Path(value).expanduser()
+    if not path.exists():
+        folder = path.parent
+        beside = nearest(path.name, os.listdir(folder)) if folder.is_dir() else f"; nor is there a folder {folder}"
+        how = [part.rstrip(".") for part in (config.obtain, config.homepage) if part] if config else []
+        get = f" How to get it: {', '.join(how)}." if how else ""
+        raise UserError(f"data.sources.{name}.{setting}={value}: no such file or folder{beside}.{get}")
+    if setting == "image_root" and not path.is_dir():
+        raise UserError(
+            f"data.sources.{name}.image_root={value} is a file; give the folder that image paths start from."
+        )
+    return path
+
+
+def files_of(name: str, path: Path) -> list[Path]:
+    """The file itself, or the folder's files with records in them, which must all be of one ending."""
+    if path.is_file():
+        if path.name.lower().endswith(_COMPRESSED):
+            raise UserError(
+                f"data.sources.{name}.path={path}: is compressed, so its members cannot be reached one by one. "
+                f"Unpack it to a plain .tar once; pictures hardly shrink."
+            )
+        if path.suffix.lower() not in ENDINGS:
+            raise UserError(
+                f"data.sources.{name}.path={path}: cannot tell the format; endings are {', '.join(ENDINGS)}."
+            )
+        return [path]
+    if (path / "dataset_dict.json").exists():
+        splits = ", ".join(json.loads((path / "dataset_dict.json").read_text())["splits"])
+        raise UserError(
+            f"data.sources.{name}.path={path} holds several splits; give the folder of one of them: {splits}."
+        )
+    if (path / "state.json").exists():  # Dataset.save_to_disk; its JSON files are no records
+        return sorted(path.glob("*.arrow"))
+    files = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS and file.is_file())
+    endings = sorted({file.suffix.lower() for file in files})
+    if len(endings) != 1:
+        found = (
+            f"files of several endings ({', '.join(endings)})" if endings else f"no file ending in {', '.join(ENDINGS)}"
+        )
+        raise UserError(f"data.sources.{name}.path={path}: the folder has {found}. Give the file to read.")
+    return files
+
+
+def rows_of(name: str, path: Path, files: list[Path], cache: Path | None) -> Rows:
+    """The rows of the files.
+
+    Args:
+        cache: where the offsets of JSON and tar files are kept.
+    """
+    ending = files[0].suffix.lower() if files else ".arrow"
+    try:
+        if path.is_dir() and (path / "state.json").exists():
+            return tables.saved_dataset(path)
+        if ending == ".parquet":
+            return tables.parquet(files)
+        if ending == ".arrow":
+            return tables.arrow(files)
+        parts = [OPENERS[ending](file, cache) for file in files]
+    except PermissionError as error:
+        raise UserError(
+            f"data.sources.{name}.path={path}: {error.filename} may not be read. Change its rights."
+        ) from error
+    return parts[0] if len(parts) == 1 else JoinedRows(parts)
+
+
+def hub_rows(name: str, config: SourceConfig) -> tuple[Rows, list[Path]]:
+    """Rows of a hub dataset, and the files in which they lie here."""
+    rows = tables.hub_dataset(f"data.sources.{name}.hub", config.hub, config.hub_config, config.split, config.revision)
+    return rows, rows.files
+
+
+def found_format(name: str, rows: Rows) -> str:
+    """By the keys of the first record that can be read at all."""
+    setting, choices = f"data.sources.{name}.format", ", ".join(choice.name for choice in Format)
+    fault: RecordError | None = None
+    for index in range(min(len(rows), 100)):
+        try:
+            row = rows[index]
+        except RecordError as error:
+            fault = fault or error
+            continue
+        found = format_of(row)
+        if found is None:
+            raise UserError(
+                f"{rows.origin(index)}: cannot tell the format from the keys {keys_of(row)}. {NEEDED}. "
+                f"Say it with {setting}=<one of {choices}>, or convert the file."
+            )
+        return found
+    raise UserError(
+        f"No record can be read, the first fault: {fault} Say the format with {setting}=<one of {choices}>."
+    )
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(words), n=1)
+    return f"; did you mean {close[0]}?" if close else ""

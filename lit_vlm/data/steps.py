@@ -1,0 +1,88 @@
+"""Optimizer steps over the draws of a mixture; nothing here knows how many devices there are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from lit_vlm.data.index import Index
+from lit_vlm.data.mixture import Mixture
+from lit_vlm.types import UserError
+
+TOTALS = ("supervised", "tiles", "chosen")  # columns of the index that a step's sums are kept of
+
+
+@dataclass(frozen=True, slots=True)
+class Length:
+    """How long the steps and the stage are."""
+
+    batch_size: int | None  # samples of a step
+    batch_tokens: int | None  # instead: a step ends with the sample that brings it to so many tokens
+    max_steps: int | None
+    max_epochs: float  # where max_steps is None: at least so many passes over the mixture
+
+    def __post_init__(self) -> None:
+        if self.batch_tokens is None and self.batch_size is None:
+            raise UserError("Give data.global_batch_size or data.global_batch_tokens.")
+        for name in ("batch_size", "batch_tokens", "max_steps", "max_epochs"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                key = f"data.global_{name}" if name.startswith("batch") else f"trainer.{name}"
+                raise UserError(f"{key}={value} must be above 0.")
+
+
+def draw_steps(index: Index, mixture: Mixture, length: Length, seed: int) -> dict[str, np.ndarray]:
+    """All steps of a stage.
+
+    Returns:
+        `samples` [draws] uint32, step after step; `ends` [steps] int64, where each step ends in them; and the sums of
+        TOTALS, [steps] int64.
+    """
+    samples, ends = _by_tokens(index, mixture, length, seed) if length.batch_tokens else _by_size(mixture, length, seed)
+    begins = np.concatenate([[0], ends[:-1]])
+    totals = {name: np.add.reduceat(getattr(index, name)[samples], begins, dtype=np.int64) for name in TOTALS}
+    return {"samples": samples, "ends": ends, **totals}
+
+
+def _by_size(mixture: Mixture, length: Length, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    assert length.batch_size is not None
+    num_steps = length.max_steps or max(1, math.ceil(_draws_of(mixture, length) / length.batch_size - 1e-9))
+    ends = np.arange(1, num_steps + 1, dtype=np.int64) * length.batch_size
+    return mixture.draws(int(ends[-1]), seed), ends
+
+
+def _by_tokens(index: Index, mixture: Mixture, length: Length, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    assert length.batch_tokens is not None
+    least = 0 if length.max_steps else math.ceil(_draws_of(mixture, length) - 1e-9)
+    of_step = math.ceil(length.batch_tokens / index.tokens.mean())
+    count = math.ceil(1.02 * (length.max_steps * of_step if length.max_steps else least)) + 2 * of_step
+    while True:  # how much has to be drawn for so many tokens is not known before
+        samples = mixture.draws(count, seed)
+        ends = _ends(np.cumsum(index.tokens[samples], dtype=np.int64), length.batch_tokens, length.max_steps, least)
+        if ends is not None:
+            return samples[: ends[-1]], ends
+        count += count // 2
+
+
+def _ends(tokens: np.ndarray, target: int, max_steps: int | None, least: int) -> np.ndarray | None:
+    """[steps] int64; None when the draws do not suffice.
+
+    Args:
+        tokens: [draws] int64, running sum.
+        least: draws that the steps cover at least, where max_steps is None.
+    """
+    ends: list[int] = []
+    reached = 0
+    while len(ends) < max_steps if max_steps else (not ends or ends[-1] < least):
+        last = int(np.searchsorted(tokens, reached + target))
+        if last == len(tokens):
+            return None
+        ends.append(last + 1)
+        reached = int(tokens[last])
+    return np.array(ends, dtype=np.int64)
+
+
+def _draws_of(mixture: Mixture, length: Length) -> float:
+    return length.max_epochs * mixture.epoch_length

@@ -1,0 +1,181 @@
+"""What the facts mean: what would end the run, what would make it another than was meant, and advice."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lit_vlm.config.schema import DataConfig, DPOStageConfig, OnBadRecord, OnOverlong, RunConfig
+from lit_vlm.engine.preflight_facts import Facts, Finding, Level, MemoryFacts, SourceRow
+from lit_vlm.engine.preflight_page import gigabytes, percent
+from lit_vlm.losses.preference import SORTS_THE_BATCH
+from lit_vlm.types import Fault, Part
+
+FEW_PER_RANK = 8  # samples of a step that a rank needs for packs to come out equal
+UNEVEN = 0.97  # balance below which ranks wait noticeably
+MANY_PASSES = 4.0  # "Scaling data-constrained language models", arXiv 2305.16264: beyond, repeats teach little
+NEARLY_FULL = 0.9  # of a device's memory
+ACTIVATIONS = ("activations of text", "activations of images", "logits")  # what a smaller micro-batch lessens
+QUARANTINE = "Fix them, or set such records aside with data.on_bad_record=quarantine."
+
+
+def findings(facts: Facts, config: RunConfig) -> Iterator[Finding]:
+    """In the order in which a reader wants them: data, mixture, plan, machine."""
+    for row in facts.sources:
+        yield from _of_source(row, config)
+    yield from _of_sources(facts.sources)
+    yield from _of_data(facts, config)
+    yield from _of_plan(facts, config)
+    yield from _of_machine(facts, config)
+
+
+def of_bad_records(row: SourceRow, data: DataConfig) -> Iterator[Finding]:
+    """What becomes of a source with records that cannot be used."""
+    if not row.set_aside:
+        return
+    what = f"{row.name}: {row.set_aside:,}{_seen(row)} cannot be used ({_listed(row.quarantined)})"
+    if data.on_bad_record is OnBadRecord.stop:
+        yield Finding(Level.failure, f"{what}, and data.on_bad_record=stop.", QUARANTINE)
+    elif row.set_aside > data.max_quarantined * row.looked_at:
+        share = row.set_aside / max(row.looked_at, 1)
+        what += f", {share:.2%}, and data.max_quarantined={data.max_quarantined:g} allows {data.max_quarantined:.2%}."
+        yield Finding(Level.failure, what, "Fix them, or allow more with data.max_quarantined=<share>.")
+    else:
+        yield Finding(Level.warning, f"{what} and will be set aside.", "The page shows the first of each fault.")
+
+
+def _seen(row: SourceRow) -> str:
+    return f" of {row.looked_at:,} looked at" if row.estimated else f" of {row.records:,}"
+
+
+def _of_source(row: SourceRow, config: RunConfig) -> Iterator[Finding]:
+    yield from of_bad_records(row, config.data)
+    yield from _of_length(row, _seen(row), config.data.on_overlong)
+    if row.expected is not None and row.expected != row.records:
+        what = f"{row.name}: {row.records:,} records on disk where {row.expected:,} are expected."
+        yield Finding(Level.warning, what, "Look whether the download is complete and of the right version.")
+
+
+def _of_sources(rows: list[SourceRow]) -> Iterator[Finding]:
+    """What several sources may have in common: one finding for all of them."""
+    repeated = [f"{row.duplicates:,}{_seen(row)} in {row.name}" for row in rows if row.duplicates]
+    if repeated:
+        what = f"Records that repeat another one of their source word for word, with the same images: {', '.join(repeated)}."
+        yield Finding(Level.warning, what, "They are read as often as all others.")
+    often = [f"{row.name} {row.passes:.1f} times" for row in rows if row.passes > MANY_PASSES]
+    if often:
+        what = f"A sample is read more than {MANY_PASSES:g} times: {', '.join(often)}."
+        yield Finding(Level.warning, what, "Lower the weight, or train for fewer steps.")
+    changed = [
+        f"{row.normalised:,} ({row.normalised / max(row.usable, 1):.1%}) in {row.name}"
+        for row in rows
+        if row.normalised
+    ]
+    if changed:
+        what = f"Unicode's NFC changes the text of {', '.join(changed)}."
+        yield Finding(Level.advice, what, "Decomposed Hangul is read composed; nothing need be done.")
+
+
+def _of_length(row: SourceRow, seen: str, policy: OnOverlong) -> Iterator[Finding]:
+    shortened = row.fewer_tiles + row.fewer_turns
+    if shortened:
+        how = "cut into fewer tiles" if row.fewer_tiles else "cut at a turn"
+        what = f"{row.name}: {shortened:,}{seen} are longer than a micro-batch or data.max_length holds, and are {how}."
+        yield Finding(Level.warning, what, "Raise data.tokens_per_micro_batch or data.tiles_per_micro_batch.")
+    if row.quarantined.get(Fault.overlong) and policy is OnOverlong.quarantine:
+        what = f"{row.name}: {row.quarantined[Fault.overlong]:,} records are too long, and data.on_overlong=quarantine."
+        yield Finding(Level.advice, what, "data.on_overlong=fewer_tiles or cut_turn would keep most of them.")
+
+
+def _of_data(facts: Facts, config: RunConfig) -> Iterator[Finding]:
+    usable = sum(row.usable for row in facts.sources)
+    if usable and not facts.held_out:
+        yield Finding(
+            Level.warning,
+            "No sample is held out, so nothing will say whether the model learns more than its training data.",
+            "Raise data.validation.fraction, or name data.validation.sources.",
+        )
+    seeing = [part.value for part in config.stage.trainable if part is not Part.language_model]
+    if usable and seeing and not any(row.images for row in facts.sources):
+        yield Finding(
+            Level.failure,
+            f"No sample has an image, and the stage trains {', '.join(seeing)}, which would learn nothing.",
+            "Add a source with images, or set stage.trainable=[language_model].",
+        )
+
+
+def _of_plan(facts: Facts, config: RunConfig) -> Iterator[Finding]:
+    plan = facts.plan
+    if plan is None:
+        return
+    per_rank = plan.samples_per_step / plan.world_size
+    if plan.world_size > 1 and per_rank < FEW_PER_RANK:
+        yield Finding(
+            Level.advice,
+            f"A rank has {per_rank:.1f} samples in a step; with fewer than {FEW_PER_RANK} their work cannot be made equal "
+            f"(here to {percent(plan.balance_ranks)}).",
+            "Raise data.global_batch_size, or use fewer devices.",
+        )
+    elif plan.world_size > 1 and plan.balance_ranks < UNEVEN:
+        what = (
+            f"Ranks are balanced to {percent(plan.balance_ranks)}: the longest samples are long beside a rank's share."
+        )
+        yield Finding(Level.advice, what, "Raise data.global_batch_size, or shorten the longest samples.")
+    if plan.blank > 0.01:
+        what = f"{percent(plan.blank)} of the micro-batches are blank: some ranks have nothing to do in some steps."
+        yield Finding(Level.warning, what, "Raise data.global_batch_size, or use fewer devices.")
+    if isinstance(config.stage, DPOStageConfig):
+        sorting = [name for name in config.stage.loss_type if name in SORTS_THE_BATCH]
+        if sorting and plan.k * plan.world_size > 1:
+            yield Finding(
+                Level.failure,
+                f"stage.loss_type={sorting[0]} sorts the whole batch, and it is dealt into {plan.k * plan.world_size} micro-batches.",
+                "Lower data.global_batch_size, or raise data.tokens_per_micro_batch and data.tiles_per_micro_batch, on one device.",
+            )
+
+
+def _of_machine(facts: Facts, config: RunConfig) -> Iterator[Finding]:
+    yield from _of_memory(facts, config)
+    free: dict[float, float] = {}  # folders with as much free are taken for one disk
+    for disk in facts.disk:
+        free[disk.free] = free.get(disk.free, 0.0) + disk.bytes
+    for there, needed in free.items():
+        if needed > there:
+            folders = ", ".join(sorted({disk.folder for disk in facts.disk if disk.free == there}))
+            what = f"The disk is too small: {gigabytes(needed)} are needed in {folders}, {gigabytes(there)} are free."
+            yield Finding(Level.failure, what, "Make room, or set run_dir=... and data.index_dir=... elsewhere.")
+
+
+def _of_memory(facts: Facts, config: RunConfig) -> Iterator[Finding]:
+    memory = facts.memory
+    chosen = next((row for row in memory.rows if row.chosen), None) if memory else None
+    if memory is None or chosen is None or not memory.compared:
+        return
+    if chosen.total > memory.capacity:
+        what = f"About {gigabytes(chosen.total)} of memory are needed on each device, and {memory.device} has {gigabytes(memory.capacity)}"
+        stays = sum(size for name, size in chosen.parts.items() if name not in ACTIVATIONS)
+        if stays > memory.capacity:
+            what += f"; weights, gradients and optimizer alone need {gigabytes(stays)}"
+        yield Finding(Level.failure, f"{what}.", _ways_out(memory, config, stays))
+    elif chosen.total > NEARLY_FULL * memory.capacity:
+        what = f"About {gigabytes(chosen.total)} of the {gigabytes(memory.capacity)} of {memory.device} are needed; that is tight."
+        yield Finding(Level.warning, what, "Lower data.tokens_per_micro_batch a little.")
+
+
+def _ways_out(memory: MemoryFacts, config: RunConfig, stays: float) -> str:
+    """What makes it fit: less in a micro-batch where that is enough, else less that stays."""
+    ways = []
+    if stays < memory.capacity:
+        ways.append("lower data.tokens_per_micro_batch and data.tiles_per_micro_batch")
+        if not config.stage.activation_checkpointing:
+            ways.append("set stage.activation_checkpointing=true")
+    if config.trainer.precision != "bf16-true":
+        ways.append("set trainer.precision=bf16-true (moments in bfloat16 too)")
+    ways.append("train fewer parts (stage.trainable), or with LoRA (stage.parts.<part>.lora.rank)")
+    sharing = [row.name for row in memory.rows if not row.built and row.total < memory.capacity]
+    later = f" {sharing[0]} would fit, and is not built in yet." if sharing else ""
+    text = ", or ".join(ways)
+    return f"{text[0].upper()}{text[1:]}.{later}"
+
+
+def _listed(faults: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {fault.replace('_', ' ')}" for fault, count in faults.items())

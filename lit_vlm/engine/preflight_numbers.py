@@ -1,0 +1,181 @@
+"""Numbers of preflight that follow from the index and the plan alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from lit_vlm.data.index import KINDS, LANGUAGES, Index
+from lit_vlm.data.plan import Plan
+from lit_vlm.engine.preflight_facts import Histogram, PlanFacts, SourceRow, Spread
+from lit_vlm.types import Fault, Language, RecordError
+
+BINS = 30
+LOG_SPAN = 16  # from this ratio of largest to smallest on, bins grow by a factor
+STEPS_SEEN = 200  # of a plan, where its packs are looked into one by one
+MOST_PADDED = 1 << 18  # draws that the padding of other loaders is worked out for
+GROUP = 50  # batches that a length-grouped loader sorts at once: transformers' own number
+
+
+def fill_source_rows(
+    rows: Sequence[SourceRow], index: Index, held_out: Index, errors: Sequence[tuple[str, RecordError]]
+) -> None:
+    """The counts of each source, in the order of `index.sources`. Held-out records of the same source count as usable."""
+    shared = held_out.sources is index.sources
+    for number, row in enumerate(rows):
+        training = index.of_source(number)
+        held = held_out.of_source(number) if shared else training[:0]
+        row.usable, row.held_out = len(training) + len(held), len(held)
+        row.kinds = _counted(index.kind[training], KINDS)
+        row.languages = _counted(index.language[training], LANGUAGES)
+        for name in ("tokens", "image_tokens", "supervised", "tiles", "images", "normalised"):
+            total = int(index.columns[name][training].sum()) + int(held_out.columns[name][held].sum())
+            setattr(row, name, total)
+        digests = np.concatenate([index.columns["digest"][training], held_out.columns["digest"][held]])
+        row.duplicates = len(digests) - len(np.unique(digests))
+        row.fewer_tiles = int((index.most_tiles[training] >= 0).sum())
+        row.fewer_turns = int((index.turns[training] >= 0).sum())
+        row.quarantined = _faults(row.name, errors)
+
+
+def duplicates_between(index: Index) -> int:
+    """Records that say what a record of another source says."""
+    each = [np.unique(index.columns["digest"][index.of_source(number)]) for number in range(len(index.sources))]
+    return sum(map(len, each)) - len(np.unique(np.concatenate(each)))
+
+
+def histograms(index: Index, scales: np.ndarray, caps: Mapping[str, int]) -> list[Histogram]:
+    """Of the training records as they are, not as they are drawn.
+
+    Args:
+        scales: [sources] records of the whole source for each one that was looked at.
+        caps: `tokens` and `tiles` of a micro-batch.
+    """
+    weights, pictures = scales[index.source_of], index.height > 0
+    sides = np.sqrt(index.height.astype(np.float64) * index.width).round().astype(np.int64)
+    columns = [
+        ("Tokens of a sample", "tokens", index.tokens, None, caps["tokens"]),
+        ("Supervised tokens of a sample", "tokens", index.supervised, None, None),
+        ("Tiles of a sample", "tiles", index.tiles, None, caps["tiles"]),
+        ("Size of the first picture, root of height \u00d7 width", "pixels", sides, pictures, None),
+    ]
+    found = []
+    for title, unit, values, mask, cap in columns:
+        chosen = slice(None) if mask is None else mask
+        if len(values[chosen]):
+            found.append(_histogram(title, unit, values[chosen], index.language[chosen], weights[chosen], cap))
+    return found
+
+
+def spread(values: np.ndarray) -> Spread:
+    if not len(values):
+        return Spread(0, 0, 0, 0, 0)
+    median, p95 = np.percentile(values, [50, 95])
+    return Spread(float(values.min()), float(values.mean()), float(median), float(p95), float(values.max()))
+
+
+def plan_facts(plan: Plan, steps: int) -> PlanFacts:
+    """What the plan holds.
+
+    Args:
+        steps: of the whole run; more than the plan's where only its beginning was made, and the sums are scaled up then.
+    """
+    index, draws, balance = plan.index, plan.draws().astype(np.int64), plan.balance()
+    share, packs = steps / plan.num_steps, balance["num_packs"] - balance["blank_packs"]
+    per_pack = len(draws) / max(packs, 1)
+    batch = max(2, round(per_pack))
+    lengths = index.tokens[draws[:MOST_PADDED]]
+    sums = {name: round(int(index.columns[name][draws].sum()) * share) for name in ("tokens", "supervised", "tiles")}
+    return PlanFacts(
+        steps=steps,
+        steps_seen=plan.num_steps,
+        samples_per_step=len(draws) / plan.num_steps,
+        k=plan.k,
+        world_size=plan.world_size,
+        samples=round(len(draws) * share),
+        **sums,
+        pack_tokens=_pack_spread(balance["tokens"]),
+        pack_tiles=_pack_spread(balance["tiles"]),
+        pack_samples=per_pack,
+        most_tokens=plan.most_tokens,
+        most_tiles=plan.most_tiles,
+        most_supervised=_most_supervised(plan),
+        blank=balance["blank_packs"] / balance["num_packs"],
+        balance_ranks=balance["ranks"]["mean"],
+        balance_micro=balance["micro_steps"]["mean"],
+        padding={
+            "random batches": padding(lengths, batch),
+            "length-grouped batches": padding(lengths, batch, grouped=True),
+            "this plan": balance["padding"],
+        },
+        padding_batch=batch,
+    )
+
+
+def _pack_spread(sizes: Mapping[str, float]) -> Spread:
+    return Spread(sizes["p5"], sizes["mean"], sizes["median"], sizes["p95"], sizes["largest"])
+
+
+def _most_supervised(plan: Plan) -> int:
+    """Supervised tokens of the micro-batch that has most, of some steps."""
+    seen = np.unique(np.linspace(0, plan.num_steps - 1, STEPS_SEEN).astype(int)).tolist()
+    packs = [np.array(pack, dtype=np.int64) for number in seen for pack in plan.step(number).packs]
+    return max(int(plan.index.supervised[pack].sum()) for pack in packs)
+
+
+def padding(lengths: np.ndarray, batch: int, *, grouped: bool = False) -> float:
+    """Share of token slots that hold nothing when batches of so many samples are padded to their longest.
+
+    Args:
+        lengths: in the order in which they are drawn.
+        grouped: sort stretches of `GROUP` batches by length first.
+    """
+    usable = len(lengths) - len(lengths) % batch
+    if not usable:
+        return 0.0
+    lengths = lengths[:usable]
+    if grouped:
+        stretch = GROUP * batch
+        lengths = np.concatenate([np.sort(lengths[i : i + stretch]) for i in range(0, usable, stretch)])
+    slots = lengths.reshape(-1, batch).max(axis=1).sum() * batch
+    return float(1 - lengths.sum() / max(slots, 1))
+
+
+def _counted(codes: np.ndarray, names: Sequence[str]) -> dict[str, int]:
+    counts = np.bincount(codes, minlength=len(names)).tolist()
+    return dict(Counter({str(name): count for name, count in zip(names, counts, strict=True) if count}).most_common())
+
+
+def _faults(source: str, errors: Sequence[tuple[str, RecordError]]) -> dict[str, int]:
+    """Records of a source by their first fault."""
+    first: dict[str, Fault] = {}
+    for name, error in errors:
+        if name == source:
+            first.setdefault(error.origin, error.fault)
+    return {str(fault): count for fault, count in Counter(first.values()).most_common()}
+
+
+def _histogram(
+    title: str, unit: str, values: np.ndarray, languages: np.ndarray, weights: np.ndarray, cap: int | None
+) -> Histogram:
+    least, most = float(values.min()), float(values.max())
+    log = least > 0 and most / least > LOG_SPAN
+    edges = _edges(values, log)
+    series = {}
+    for number, language in enumerate(LANGUAGES):
+        mask = languages == number
+        if language is not Language.auto and mask.any():
+            counts, _ = np.histogram(values[mask], edges, weights=weights[mask])
+            series[str(language)] = [round(count) for count in counts.tolist()]
+    near = cap if cap is not None and cap <= 4 * values.max() else None
+    return Histogram(title, unit, edges.tolist(), series, spread(values), log, near)
+
+
+def _edges(values: np.ndarray, log: bool) -> np.ndarray:
+    least, most = float(values.min()), float(values.max())
+    if most - least < BINS + 10:  # a bar for each whole number
+        return np.arange(least, most + 2) - 0.5
+    edges = np.geomspace(least, most + 1, BINS + 1) if log else np.linspace(least, most + 1, BINS + 1)
+    return np.unique(np.round(edges)) - 0.5

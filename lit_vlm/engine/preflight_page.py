@@ -1,0 +1,161 @@
+"""The page of preflight: self-contained, without scripts, in the report's style. All text of the data is escaped."""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from lit_vlm.engine.preflight_charts import histogram_svg, legend
+from lit_vlm.engine.preflight_facts import Facts, Level, MemoryFacts, SourceRow
+from lit_vlm.engine.report_data import short
+from lit_vlm.engine.run_folder import to_plain, write_atomically
+
+HERE = Path(__file__).parent
+
+
+def write_preflight(folder: Path, facts: Facts) -> Path:
+    """`preflight.html` and `preflight.json`; returns the page's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = json.dumps(to_plain(facts.as_dict()), indent=1, ensure_ascii=False)
+    write_atomically(folder / "preflight.json", sayable(values) + "\n")
+    page = folder / "preflight.html"
+    write_atomically(page, render(facts))
+    return page
+
+
+def render(facts: Facts) -> str:
+    style = "\n".join((HERE / name).read_text(encoding="utf-8") for name in ("report.css", "preflight.css"))
+    text = (
+        _environment()
+        .get_template("preflight_page.html")
+        .render(
+            facts=facts,
+            style=Markup(style),
+            verdict=verdict_of(facts),
+            lead=lead_of(facts),
+            levels=[(level, facts.of_level(level)) for level in Level],
+            sources=[_source(row) for row in facts.sources],
+            totals=_totals(facts.sources),
+            groups=_groups(facts),
+            charts=[
+                {"of": histogram, "svg": Markup(histogram_svg(histogram)), "legend": legend(histogram)}
+                for histogram in facts.histograms
+            ],
+            memory=_memory(facts.memory) if facts.memory else None,
+        )
+    )
+    return sayable(text)
+
+
+def sayable(text: str) -> str:
+    """Without lone surrogates, which data may hold and no file can."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def verdict_of(facts: Facts) -> str:
+    failures = len(facts.of_level(Level.failure))
+    if failures:
+        return f"would fail: {failures} problem{'s' if failures > 1 else ''}"
+    warnings = len(facts.of_level(Level.warning))
+    return "would run" + (f", with {warnings} warning{'s' if warnings > 1 else ''}" if warnings else "")
+
+
+def lead_of(facts: Facts) -> str:
+    """The run in one line."""
+    parts = []
+    if facts.plan:
+        plan = facts.plan
+        devices = f"{plan.world_size:,} device{'s' if plan.world_size > 1 else ''}"
+        parts.append(f"{plan.steps:,} steps of {plan.samples_per_step:,.0f} samples on {devices}")
+        parts.append(f"{short(plan.tokens)} tokens")
+    if facts.time:
+        parts.append(f"about {hours(facts.time.seconds)} on {facts.time.device}")
+    if facts.memory:
+        chosen = next((row for row in facts.memory.rows if row.chosen), None)
+        if chosen:
+            parts.append(f"{gigabytes(chosen.total)} of {gigabytes(facts.memory.capacity)} memory")
+    return ", ".join(parts)
+
+
+def gigabytes(number: float) -> str:
+    """10^9 bytes, as data sheets count."""
+    for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(number) >= size:
+            value = number / size
+            return f"{value:,.0f} {unit}" if value >= 100 else f"{value:.1f} {unit}"
+    return f"{number:.0f} B"
+
+
+def hours(seconds: float) -> str:
+    if seconds >= 48 * 3600:
+        return f"{seconds / 86400:.1f} days"
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} hours"
+    return f"{seconds / 60:.0f} minutes" if seconds >= 90 else f"{seconds:.0f} seconds" if seconds >= 1 else "a second"
+
+
+def count(number: float, estimated: bool = False) -> str:
+    """With thousands separators; an estimate is rounded and marked."""
+    if not estimated:
+        return f"{number:,.0f}"
+    digits = max(0, len(str(int(number))) - 3)
+    return f"~{round(number, -digits):,.0f}"
+
+
+def percent(share: float | None) -> str:
+    if share is None:
+        return ""
+    if 0 < share < 0.0005:
+        return "<0.1 %"
+    return ">99.9 %" if 0.9995 <= share < 1 else f"{100 * share:.1f} %"
+
+
+def _source(row: SourceRow) -> dict[str, Any]:
+    scaled = {
+        name: count(getattr(row, name) * row.scale, row.estimated)
+        for name in ("usable", "tokens", "supervised", "tiles", "images")
+    }
+    return {"row": row, "set_aside": sorted(row.quarantined.items(), key=lambda item: -item[1])} | scaled
+
+
+def _totals(rows: list[SourceRow]) -> dict[str, str]:
+    estimated = any(row.estimated for row in rows)
+    totals = {"records": f"{sum(row.records for row in rows):,}"}
+    for name in ("usable", "tokens", "supervised", "tiles"):
+        totals[name] = count(sum(getattr(row, name) * row.scale for row in rows), estimated)
+    return totals | {"looked_at": f"{sum(row.looked_at for row in rows):,}"}
+
+
+def _groups(facts: Facts) -> list[tuple[str, list[Any]]]:
+    titles = {"language": "Language", "images": "Images", "kind": "Kind"}
+    return [(title, [row for row in facts.shares if row.group == group]) for group, title in titles.items()]
+
+
+def _memory(memory: MemoryFacts) -> dict[str, Any]:
+    """Rows as shares of the widest thing to show, and the names in the order of their colours."""
+    widest = max([row.total for row in memory.rows] + ([memory.capacity] if memory.compared else []))
+    names = dict.fromkeys(name for row in memory.rows for name, size in row.parts.items() if size > 0.002 * widest)
+    colours = {name: number for number, name in enumerate(names)}
+    rows = []
+    for row in memory.rows:
+        parts = [
+            {"name": name, "colour": colours[name], "width": 100 * size / widest, "bytes": size}
+            for name, size in row.parts.items()
+            if name in colours and size > 0
+        ]
+        rows.append({"row": row, "parts": parts, "fits": row.total <= memory.capacity})
+    return {"of": memory, "rows": rows, "colours": colours, "capacity": 100 * memory.capacity / widest}
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(short=short, percent=percent, gigabytes=gigabytes, hours=hours, count=count)
+    return environment

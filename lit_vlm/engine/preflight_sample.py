@@ -1,0 +1,46 @@
+"""A stated part of a source that has no index yet, spread evenly over it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from lit_vlm.data.index_store import index_key
+from lit_vlm.data.processor import Processor
+from lit_vlm.data.shards import origin_of, shelf_of, spans_of
+from lit_vlm.types import Record, Source
+
+
+class EvenSample:
+    """`most` records of a source."""
+
+    def __init__(self, source: Source, most: int) -> None:
+        self.name, self.whole = source.name, source
+        places = np.linspace(0, len(source) - 1, min(most, len(source)))
+        self._positions = np.unique(places.round().astype(np.int64)).tolist()
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.whole[self._positions[index]]
+
+    def origin(self, index: int) -> str:
+        return origin_of(self.whole, self._positions[index])
+
+    @property
+    def digest(self) -> str:
+        return f"{self.whole.digest}:{len(self)}"
+
+
+def is_indexed(source: Source, processor: Processor, store: Path) -> bool:
+    """Whether every shard of the source is on the shelf."""
+    shelf = shelf_of(store)
+    return all(shelf.get(index_key(processor, span)) is not None for span in spans_of(0, source, store))
+
+
+def looked_at(source: Source, processor: Processor, store: Path, most: int) -> Source:
+    """The source itself where it is small or has an index, else a sample of it."""
+    small = len(source) <= most
+    return source if small or is_indexed(source, processor, store) else EvenSample(source, most)

@@ -1,0 +1,152 @@
+"""task=preflight: what would be trained on, whether it would run, and what it would take. Read top to bottom.
+
+Nothing is decoded but the few pictures that are shown, no weight is read, no GPU is needed. A problem does not end the
+look: it becomes a finding, and what does not depend on it is still found out.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from lit_vlm.config import Run
+from lit_vlm.config.schema import DPOStageConfig, RunConfig
+from lit_vlm.cost import Shape
+from lit_vlm.data.plan import Plan
+from lit_vlm.engine.preflight_checks import findings
+from lit_vlm.engine.preflight_facts import Facts, Finding, Level
+from lit_vlm.engine.preflight_model import (
+    bytes_in,
+    disk_rows,
+    memory_facts,
+    outline,
+    parameters_of,
+    part_rows,
+    time_facts,
+    training_of,
+    work_of,
+)
+from lit_vlm.engine.preflight_page import write_preflight
+from lit_vlm.engine.preflight_samples import show_samples
+from lit_vlm.engine.preflight_terminal import show
+from lit_vlm.engine.run_folder import (
+    digest_of_sources,
+    open_run_folder,
+    parent_of,
+    read_manifest,
+    require_parent,
+    require_writable,
+)
+from lit_vlm.tasks.preflight_data import look, make_plan, noted, opened_sources
+from lit_vlm.tasks.stage_data import StageData, stage_data, store_of
+from lit_vlm.tasks.terminal import console
+from lit_vlm.tasks.train import make_stage
+from lit_vlm.types import Source, UserError
+
+ROW_BYTES = 110  # of a record in the index, and of its draws in the plan, about
+
+
+def preflight(run: Run) -> None:
+    """Look, show, and leave `preflight.html` and `preflight.json` in the run's folder.
+
+    Raises:
+        UserError: the run would fail; what and why is shown before.
+    """
+    require_writable(run.dir)  # the page goes there
+    began = time.monotonic()
+    facts = Facts(
+        name=run.name,
+        stage=run.config.stage.name.value,
+        command=" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        moment=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+    collect(run, facts)
+    facts.seconds = time.monotonic() - began
+    page = write_preflight(run.dir, facts)
+    show(facts, page, console)
+    failures = facts.of_level(Level.failure)
+    if failures:
+        raise UserError(f"{run.name} would fail; what to do is said above and in {page}.")
+
+
+def collect(run: Run, facts: Facts) -> None:
+    """Data, mixture, plan, model, machine: each step as far as the ones before it came."""
+    config = run.config
+    sources, held_out = opened_sources(config, facts)
+    data = None
+    with noted(facts):
+        _meet_run_folder(run, [*sources.values(), *held_out.values()], facts)
+    with noted(facts):
+        data = stage_data(run, list(sources.values()), list(held_out.values()), _start(run, facts))
+    if data is None or not sources:
+        return
+    look(run, data, sources, facts)
+    plan = make_plan(run, data, facts)
+    with noted(facts):
+        _model(run, data, plan, facts)
+    facts.findings += findings(facts, config)
+    index = data.datamodule.index
+    if index is not None and len(index):
+        facts.samples = show_samples(index, data.datamodule.processor, config.preflight.num_shown)
+
+
+def _start(run: Run, facts: Facts) -> str | None:
+    """The model that the stage starts from; where the stage before has not left it yet, the parts that the settings name."""
+    try:
+        require_parent(run.init_from)
+    except UserError as error:
+        if run.config.init_from != "previous":
+            raise
+        what = f"{error} Until then everything here is counted from the parts in model.*."
+        facts.findings.append(Finding(Level.advice, what))
+        model = run.config.model
+        facts.starts_from = f"{model.vision_tower} and {model.language_model}, until the stage before is there"
+        return None
+    model = run.config.model
+    facts.starts_from = run.init_from or f"{model.vision_tower} and {model.language_model}"
+    return run.init_from
+
+
+def _model(run: Run, data: StageData, plan: Plan | None, facts: Facts) -> None:
+    """What trains, and what it takes; the last two need a plan."""
+    config, store = run.config, store_of(run.config)
+    stage = outline(make_stage(data.blueprint, _without_reference(config)), data.blueprint)
+    assert stage.model is not None
+    facts.parts = part_rows(stage)
+    parameters = parameters_of(stage, config.stage)
+    training = training_of(config, parameters)
+    index_bytes = max(0.0, ROW_BYTES * sum(row.records for row in facts.sources) - bytes_in(store))
+    facts.disk = disk_rows(run.dir, store, parameters.total, training.precision, index_bytes)
+    if plan is None or facts.plan is None:
+        return
+    shape = stage.model.config.to_dict()
+    facts.memory = memory_facts(config, Shape.from_config(shape), parameters, facts.plan)
+    work = float(plan.index.flops(work_of(shape, config, training))[plan.draws()].sum())
+    facts.time = time_facts(config, work * facts.plan.steps / plan.num_steps, facts.plan)
+
+
+def _without_reference(config: RunConfig) -> RunConfig:
+    """A reference in another folder is as large as the model itself; its weights need not be read to know that."""
+    if isinstance(config.stage, DPOStageConfig) and config.stage.reference:
+        return replace(config, stage=replace(config.stage, reference=None))
+    return config
+
+
+def _meet_run_folder(run: Run, sources: list[Source], facts: Facts) -> None:
+    """What task=train will say to a folder that is there already."""
+    if len(sources) < len(run.config.data.sources) + len(run.config.data.validation.sources):
+        return
+    folder = open_run_folder(
+        run.dir,
+        run.config,
+        name=run.name,
+        overwrite=run.config.overwrite,
+        data_digest=digest_of_sources(sources),
+        parent=parent_of(run.init_from) if read_manifest(run.dir) else None,  # else nobody asks, and it takes long
+    )
+    if folder.finished:
+        what = f"{run.name} is finished already, in {run.dir}: task=train would leave it as it is."
+        facts.findings.append(Finding(Level.warning, what, "Start it anew with overwrite=true."))

@@ -1,0 +1,202 @@
+"""The data side of preflight: what is there of the sources, how it is mixed, and in which steps it is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+
+from lit_vlm.config import Run
+from lit_vlm.config.schema import RunConfig, SourceConfig
+from lit_vlm.data.datamodule import DataModule
+from lit_vlm.data.index import Index
+from lit_vlm.data.lock import differences, read_lock
+from lit_vlm.data.mixture import Amount, MixtureSettings
+from lit_vlm.data.plan import Plan
+from lit_vlm.data.shares import amounts_of
+from lit_vlm.data.sources import open_source
+from lit_vlm.engine.preflight_checks import of_bad_records
+from lit_vlm.engine.preflight_facts import Facts, Finding, Level, ShareRow, SourceRow
+from lit_vlm.engine.preflight_numbers import duplicates_between, fill_source_rows, histograms, plan_facts
+from lit_vlm.engine.preflight_sample import looked_at
+from lit_vlm.engine.preflight_samples import bad_examples
+from lit_vlm.tasks.stage_data import StageData, lock_of, require_records_of, store_of
+from lit_vlm.tasks.terminal import progress_over
+from lit_vlm.types import RecordError, Source, UserError
+
+STEPS_OF_A_SAMPLE = 300  # planned where the index is of a sample: its packs are like those of the whole
+
+
+def opened_sources(config: RunConfig, facts: Facts) -> tuple[dict[str, Source], dict[str, Source]]:
+    """The sources that can be opened, by name; what is wrong with the others is noted."""
+
+    def opened(table: dict[str, SourceConfig], held_out: bool) -> dict[str, Source]:
+        found = {}
+        for name, source in table.items():
+            with noted(facts):
+                found[name] = open_source(
+                    name,
+                    source,
+                    max_image_pixels=config.data.max_image_pixels,
+                    seed=config.seed,
+                    held_out=held_out,
+                    cache=store_of(config),
+                )
+        return found
+
+    return opened(config.data.sources, False), opened(config.data.validation.sources, True)
+
+
+def look(run: Run, data: StageData, sources: dict[str, Source], facts: Facts) -> None:
+    """Index what is small, a sample of what is large and not indexed yet, and count."""
+    config, datamodule, store = run.config, data.datamodule, store_of(run.config)
+    with noted(facts):
+        most = config.preflight.max_samples
+        processor = datamodule.processor
+        datamodule.sources = [looked_at(source, processor, store, most) for source in datamodule.sources]
+        if not isinstance(datamodule.validation, float | int):
+            datamodule.validation = [looked_at(source, processor, store, most) for source in datamodule.validation]
+        with progress_over("look at") as on_progress:
+            datamodule.build(on_progress=on_progress)
+        assert datamodule.index is not None and datamodule.held_out is not None
+    index, held_out = datamodule.index, datamodule.held_out
+    if index is None or held_out is None:
+        return
+    facts.sources = [
+        _row(config.data.sources[name], source, seen)
+        for (name, source), seen in zip(sources.items(), datamodule.sources, strict=True)
+    ]
+    facts.held_out = len(held_out)
+    fill_source_rows(facts.sources, index, held_out, index.errors)
+    facts.bad = bad_examples([*index.errors, *_held_out_errors(config, index, held_out, facts)])
+    scales = np.array([row.scale for row in facts.sources])
+    if len(index):
+        caps = {"tokens": config.data.tokens_per_micro_batch, "tiles": config.data.tiles_per_micro_batch}
+        facts.histograms = histograms(index, scales, caps)
+        repeated = duplicates_between(index)
+        if repeated:
+            what = f"{repeated:,} records say, with the same images, what a record of another source says."
+            facts.findings.append(Finding(Level.warning, what))
+    with noted(facts):
+        require_records_of(config.stage, datamodule)
+
+
+def _row(config: SourceConfig, source: Source, seen: Source) -> SourceRow:
+    return SourceRow(
+        source.name,
+        records=len(source),
+        looked_at=len(seen),
+        # of a part of a source nobody knows how many there should be
+        expected=None if config.fraction or config.num_samples else config.expected_records,
+        licence=config.licence,
+        homepage=config.homepage,
+    )
+
+
+def _held_out_errors(config: RunConfig, index: Index, held_out: Index, facts: Facts) -> list[tuple[str, RecordError]]:
+    """Bad records of validation sources of their own. These have no row in the mixture, so findings tell of them."""
+    if held_out.sources is index.sources:
+        return []
+    rows = [SourceRow(f"{source.name} (validation)", len(source), len(source)) for source in held_out.sources]
+    errors = [(f"{name} (validation)", error) for name, error in held_out.errors]
+    fill_source_rows(rows, held_out, index.subset(np.arange(0)), errors)
+    facts.findings += [finding for row in rows for finding in of_bad_records(row, config.data)]
+    return errors
+
+
+def make_plan(run: Run, data: StageData, facts: Facts) -> Plan | None:
+    """The plan of the whole run; of a sample, its first steps."""
+    config, datamodule = run.config, data.datamodule
+    world_size = config.preflight.world_size or config.trainer.devices * config.trainer.num_nodes
+    if datamodule.index is None or not len(datamodule.index):
+        facts.findings.append(
+            Finding(Level.failure, "No record of the sources can be used.", "See what is wrong with each.")
+        )
+        return None
+    with noted(facts):
+        datamodule.mixture_settings, passes = _settings(datamodule, facts)
+        steps = datamodule.max_steps
+        if facts.estimated:
+            steps = steps or _steps_of(config, datamodule, passes)
+            datamodule.max_steps, datamodule.store = min(steps, STEPS_OF_A_SAMPLE), None
+        plan = datamodule.make_plan(world_size)
+        _meet_lock(run, data, facts)
+        facts.plan = plan_facts(plan, steps if facts.estimated and steps else plan.num_steps)
+        _fill_shares(plan, facts)
+        return plan
+    return None
+
+
+def _settings(datamodule: DataModule, facts: Facts) -> tuple[MixtureSettings, float]:
+    """What is asked of the sources that are there, in numbers of whole sources; and the samples of one pass.
+
+    Of sources that were looked at in part, sizes are not what the index holds: they become counts.
+    """
+    settings, names = datamodule.mixture_settings, [row.name for row in facts.sources]
+    settings = replace(settings, sources={name: settings.sources.get(name, Amount()) for name in names})
+    sizes = [(row.usable - row.held_out) * row.scale for row in facts.sources]
+    amounts = amounts_of(settings, names)
+    if any(amount.weight is not None for amount in amounts):
+        return settings, sum(size for size, amount in zip(sizes, amounts, strict=True) if amount.weight)
+    counts = {
+        name: round(size * (1 if amount.repeat is None else amount.repeat)) if amount.count is None else amount.count
+        for name, size, amount in zip(names, sizes, amounts, strict=True)
+    }
+    if facts.estimated:
+        settings = replace(settings, sources={name: Amount(count=number) for name, number in counts.items()})
+    return settings, sum(counts.values())
+
+
+def _steps_of(config: RunConfig, datamodule: DataModule, samples: float) -> int:
+    """Steps of `max_epochs` passes over so many samples."""
+    samples *= config.trainer.max_epochs
+    if config.data.global_batch_tokens:
+        assert datamodule.index is not None
+        return max(1, round(samples * float(datamodule.index.tokens.mean()) / config.data.global_batch_tokens))
+    return max(1, math.ceil(samples / config.data.global_batch_size))
+
+
+def _meet_lock(run: Run, data: StageData, facts: Facts) -> None:
+    """Whether the data are those of `data.lock`; a sample cannot tell."""
+    lock = run.config.data.lock
+    if not lock or len(data.sources) < len(run.config.data.sources):
+        return
+    if facts.estimated:
+        what = f"The data are not compared with data.lock={lock}: not all records were looked at."
+        facts.findings.append(Finding(Level.advice, what, "task=prepare reads all of them."))
+        return
+    with noted(facts):
+        changes = "".join(f"\n  {change}" for change in differences(read_lock(lock), lock_of(data)))
+        if changes:
+            what = f"The data are not those of data.lock={lock}:{changes}"
+            facts.findings.append(
+                Finding(Level.failure, what, "\nBring them back, or take data.lock away to train on what is there.")
+            )
+
+
+def _fill_shares(plan: Plan, facts: Facts) -> None:
+    assert facts.plan is not None
+    for row in plan.mixture.rows(plan.draws()):
+        if row["group"] != "source":
+            names = ("group", "name", "size", "asked", "samples", "tokens")
+            facts.shares.append(ShareRow(**{name: row[name] for name in names}))
+            continue
+        source = next(source for source in facts.sources if source.name == row["name"])
+        source.asked, source.asked_in = row["asked"], row["asked_in"]
+        source.share_samples, source.share_tokens = row["samples"], row["tokens"]
+        size = (source.usable - source.held_out) * source.scale
+        source.passes = row["samples"] * facts.plan.samples / max(size, 1)
+
+
+@contextmanager
+def noted(facts: Facts) -> Iterator[None]:
+    """A user's mistake becomes a finding, and the look goes on behind the block."""
+    try:
+        yield
+    except UserError as error:
+        finding = Finding(Level.failure, str(error))
+        if finding not in facts.findings:
+            facts.findings.append(finding)

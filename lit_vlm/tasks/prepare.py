@@ -1,0 +1,73 @@
+"""task=prepare: everything about a stage's data that can be done before a GPU is booked. Read top to bottom."""
+
+from __future__ import annotations
+
+import time
+
+from rich.table import Table
+
+from lit_vlm.config import Run
+from lit_vlm.data.verify import verify
+from lit_vlm.tasks.stage_data import (
+    StageData,
+    hold_to_lock,
+    open_sources,
+    parent_or_parts,
+    quarantine_of,
+    require_records_of,
+    settle,
+    stage_data,
+    store_of,
+)
+from lit_vlm.tasks.terminal import console, progress_over, say
+
+
+def prepare(run: Run) -> None:
+    """Index what is new, decode every image once, set aside what cannot be used, build the plan, write mixture.lock.
+
+    Interrupted, it goes on where it stopped; run again, it looks at what changed.
+    """
+    config = run.config
+    sources, held_out = open_sources(run)
+    data = stage_data(run, sources, held_out, parent_or_parts(run))
+    datamodule = data.datamodule
+    began = time.monotonic()
+    with progress_over("index") as on_progress:
+        datamodule.build(recheck=True, on_progress=on_progress)
+    say(f"indexed in {time.monotonic() - began:.1f} s, in {store_of(config)}")
+    if config.data.verify:
+        began = time.monotonic()
+        with progress_over("decode") as on_progress:
+            workers = datamodule.index_workers
+            verify([*sources, *held_out], store_of(config), workers=workers, on_progress=on_progress)
+        datamodule.rebuild()  # without the records whose pictures do not decode
+        say(f"every picture decoded in {time.monotonic() - began:.1f} s")
+    show_sources(data)
+    settle(data)
+    require_records_of(config.stage, datamodule)
+    devices = config.trainer.devices * config.trainer.num_nodes
+    plan = datamodule.make_plan(devices)
+    balance = f"; their work is balanced to {plan.balance()['micro_steps']['mean']:.1%}" if devices > 1 else ""
+    say(f"{plan.num_steps:,} steps; k = {plan.k} on {devices} device{'s' if devices > 1 else ''}{balance}")
+    hold_to_lock(data)
+    say(f"data of {run.name}: prepared. Set aside: {run.dir / 'quarantine.jsonl'}   Lock: {run.dir / 'mixture.lock'}")
+
+
+def show_sources(data: StageData) -> None:
+    """What each source holds, what of it can be used, and why the rest cannot."""
+    index = data.datamodule.index
+    assert index is not None
+    quarantine, totals = quarantine_of(data.datamodule)
+    faults = quarantine.table()
+    table = Table(title=f"{data.run.name}: sources", title_justify="left")
+    for heading in ("source", "records", "usable", "set aside", "NFC changed", "tokens", "tiles"):
+        table.add_column(heading, justify="left" if heading in ("source", "set aside") else "right")
+    for number, (name, config, source) in enumerate(data.configs):
+        samples = index.of_source(number)
+        expected = config.expected_records
+        records = f"{len(source):,}" if expected in (None, len(source)) else f"{len(source):,} of {expected:,}"
+        aside = ", ".join(f"{count:,} {fault}" for fault, count in faults.get(name, {}).items()) or "none"
+        usable = totals[name] - quarantine.counts().get(name, 0)
+        figures = (index.normalised[samples].sum(), index.tokens[samples].sum(), index.tiles[samples].sum())
+        table.add_row(name, records, f"{usable:,}", aside, *(f"{int(figure):,}" for figure in figures))
+    console.print(table)

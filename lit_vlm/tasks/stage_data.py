@@ -1,0 +1,247 @@
+"""What train, prepare and preflight share: the data side of one stage, from settings to index, mixture and plan."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lit_vlm.config import Run
+from lit_vlm.config.schema import DataConfig, Debug, ModelConfig, RunConfig, SourceConfig, StageConfig, StageName
+from lit_vlm.cost import Flops
+from lit_vlm.data.datamodule import DataModule
+from lit_vlm.data.lock import differences, read_lock, source_facts, write_lock
+from lit_vlm.data.mixture import Amount, MixtureSettings
+from lit_vlm.data.processor import Processor, check_vocabulary
+from lit_vlm.data.quarantine import Quarantine
+from lit_vlm.data.sources import open_source
+from lit_vlm.engine.run_folder import is_rank_zero, require_writable, versions
+from lit_vlm.engine.trainer import FEW_STEPS
+from lit_vlm.model.build import Blueprint, draw_up
+from lit_vlm.model.tiny import tiny_parts
+from lit_vlm.tasks.terminal import say
+from lit_vlm.types import Kind, Source, UserError
+
+
+@dataclass(slots=True)
+class StageData:
+    """The data of one stage, not yet read, and the drawing of the model it is counted for."""
+
+    run: Run
+    sources: list[Source]
+    held_out: list[Source]
+    blueprint: Blueprint
+    datamodule: DataModule
+
+    @property
+    def configs(self) -> Iterator[tuple[str, SourceConfig, Source]]:
+        """Name, settings and data of each training source."""
+        for (name, config), source in zip(self.run.config.data.sources.items(), self.sources, strict=True):
+            yield name, config, source
+
+
+def store_of(config: RunConfig) -> Path:
+    return Path(config.data.index_dir) if config.data.index_dir else Path(config.run_dir) / "index"
+
+
+def open_sources(run: Run) -> tuple[list[Source], list[Source]]:
+    """Training sources, and validation sources where there are own ones."""
+    require_writable(run.dir)
+    config, data = run.config, run.config.data
+    options: dict[str, Any] = {
+        "max_image_pixels": data.max_image_pixels,
+        "seed": config.seed,
+        "cache": store_of(config),
+    }
+    sources = [open_source(name, source, **options) for name, source in data.sources.items()]
+    held_out = [open_source(name, source, held_out=True, **options) for name, source in data.validation.sources.items()]
+    return sources, held_out
+
+
+def stage_data(run: Run, sources: list[Source], held_out: list[Source], init_from: str | None) -> StageData:
+    """Tokenizer, template and tiling of the model to be trained, around its data. Reads no weights.
+
+    Args:
+        init_from: folder or hub id of a whole model; None: the parts that the settings name.
+    """
+    config = run.config
+    blueprint = draw_up(with_parts(config), init_from, config.data.tiling)
+    processor = Processor(blueprint.tokenizer, blueprint.images, scaled_decode=config.data.scaled_decode)
+    check_vocabulary(processor)
+    datamodule = make_datamodule(run, processor, sources, held_out, blueprint)
+    return StageData(run, sources, held_out, blueprint, datamodule)
+
+
+def with_parts(config: RunConfig) -> ModelConfig:
+    """The model's settings with `tiny` parts made and named by their folders."""
+    model = config.model
+    if "tiny" in (model.vision_tower, model.language_model):
+        tower, language = tiny_parts(Path(config.run_dir) / "parts", config.seed)
+        model.vision_tower = tower if model.vision_tower == "tiny" else model.vision_tower
+        model.language_model = language if model.language_model == "tiny" else model.language_model
+    return model
+
+
+def make_datamodule(
+    run: Run, processor: Processor, sources: list[Source], held_out: list[Source], blueprint: Blueprint
+) -> DataModule:
+    config = run.config
+    data, trainer = config.data, config.trainer
+    positions = blueprint.config.text_config.max_position_embeddings
+    return DataModule(
+        processor,
+        sources,
+        held_out or data.validation.fraction,
+        global_batch_size=data.global_batch_size,
+        global_batch_tokens=data.global_batch_tokens,
+        tokens_per_micro_batch=data.tokens_per_micro_batch,
+        tiles_per_micro_batch=data.tiles_per_micro_batch,
+        max_length=min(data.max_length or positions, positions),
+        on_overlong=data.on_overlong,
+        mixture=mixture_settings(data),
+        max_steps=FEW_STEPS if config.debug is Debug.fast else trainer.max_steps,
+        max_epochs=trainer.max_epochs,
+        num_workers=data.num_workers,
+        prefetch_factor=data.prefetch_factor,
+        seed=config.seed,
+        flops=flops_of(blueprint, config.stage),
+        pin_memory=trainer.accelerator == "gpu",
+        overfit=config.debug is Debug.overfit,
+        store=store_of(config),
+        index_workers=data.index_workers or os.cpu_count() or 1,
+        ledger=run.dir / "ledger.jsonl",
+    )
+
+
+def mixture_settings(data: DataConfig) -> MixtureSettings:
+    """What the settings ask of the mixture."""
+    return MixtureSettings(
+        {name: Amount(source.weight, source.repeat, source.count) for name, source in data.sources.items()},
+        weights_in=data.weights_in.value,
+        temperature=data.temperature,
+        share_ko=data.share.ko,
+        share_text_only=data.share.text_only,
+        share_kinds={Kind(name): share for name, share in data.share.kinds.items()},
+    )
+
+
+def flops_of(blueprint: Blueprint, stage: StageConfig) -> Flops:
+    trainable = {part.value for part in stage.trainable}
+    return Flops.from_config(
+        blueprint.config.to_dict(),
+        trains_tower="vision_tower" in trainable,
+        trains_language_model="language_model" in trainable,
+    )
+
+
+def parent_or_parts(run: Run) -> str | None:
+    """The model to start from; None, and a word about it, when the stage before has not been run yet."""
+    folder = run.init_from and Path(run.init_from)
+    if folder and folder.is_absolute() and not folder.is_dir():
+        say(f"init_from: {folder} is not there yet; counted for the model's parts instead.")
+        return None
+    return run.init_from
+
+
+def settle(data: StageData) -> dict[str, int]:
+    """Act on the records that cannot be used, before anything is trained; returns their number per source."""
+    config, run = data.run.config.data, data.run
+    quarantine, totals = quarantine_of(data.datamodule)
+    if is_rank_zero():
+        quarantine.settle(config.on_bad_record, config.max_quarantined, totals, run.dir / "quarantine.jsonl")
+    return quarantine.counts()
+
+
+def lock_of(data: StageData) -> dict[str, Any]:
+    """What decides what is trained on: counts and digests of the data, and the settings that mix them."""
+    config, datamodule = data.run.config, data.datamodule
+    assert datamodule.index is not None
+    sources = {}
+    for number, (name, source_config, source) in enumerate(data.configs):
+        shown = (
+            "path",
+            "hub",
+            "split",
+            "revision",
+            "fraction",
+            "num_samples",
+            "max_tiles",
+            "weight",
+            "repeat",
+            "count",
+        )
+        given = {key: getattr(source_config, key) for key in shown}
+        facts = {"records": len(source), **source_facts(datamodule.index, number)}
+        sources[name] = {"format": source_config.format.value, **given, **facts}
+    return {
+        "sources": sources,
+        "processor": datamodule.processor.digest,
+        "weights_in": config.data.weights_in.value,
+        "temperature": config.data.temperature,
+        "shares": asdict(config.data.share),
+        "on_overlong": config.data.on_overlong.value,
+        "global_batch_size": config.data.global_batch_size,
+        "global_batch_tokens": config.data.global_batch_tokens,
+        "seed": config.seed,
+        "versions": {
+            name: number for name, number in versions().items() if name in ("python", "tokenizers", "transformers")
+        },
+    }
+
+
+def hold_to_lock(data: StageData) -> None:
+    """Write the run's mixture.lock, and say what changed since it was written before.
+
+    Raises:
+        UserError: `data.lock` names the lock of other data.
+    """
+    run, lock = data.run, lock_of(data)
+    if run.config.data.lock:
+        changes = differences(read_lock(run.config.data.lock), lock)
+        if changes:
+            listed = "\n".join(f"  {change}" for change in changes)
+            raise UserError(
+                f"The data are not those of data.lock={run.config.data.lock}:\n{listed}\n"
+                "Bring them back, or take data.lock away to train on what is there."
+            )
+    path = run.dir / "mixture.lock"
+    if is_rank_zero():
+        for change in differences(read_lock(path), lock) if path.is_file() else []:
+            say(f"since {path.name} was written: {change}")
+        write_lock(path, lock)
+
+
+def quarantine_of(datamodule: DataModule) -> tuple[Quarantine, dict[str, int]]:
+    """The records that cannot be used, and how many records each source has."""
+    quarantine, totals = Quarantine(), Counter[str]()
+    assert datamodule.index is not None and datamodule.held_out is not None
+    for index in (datamodule.index, datamodule.held_out):
+        for source in index.sources:
+            totals[source.name] = max(totals[source.name], len(source))
+        for name, error in index.errors:
+            quarantine.add(name, error)
+    return quarantine, dict(totals)
+
+
+def require_records_of(stage: StageConfig, datamodule: DataModule) -> None:
+    """Pairs for dpo and conversations for the other stages; with format=auto only the files tell which they are.
+
+    Raises:
+        UserError: naming the sources that hold the other kind.
+    """
+    assert datamodule.index is not None and datamodule.held_out is not None
+    dpo, wrong = stage.name is StageName.dpo, set()
+    for index in (datamodule.index, datamodule.held_out):
+        wrong |= {index.sources[number].name for number in set(index.source_of[(index.chosen > 0) != dpo].tolist())}
+    names = ", ".join(sorted(wrong))
+    if wrong and dpo:
+        raise UserError(
+            f"data.sources: {names}: no preference pairs, and stage=dpo needs them; choose data=preference."
+        )
+    if wrong:
+        raise UserError(
+            f"data.sources: {names}: preference pairs, which stage={stage.name.value} cannot use; choose other data or dpo."
+        )

@@ -1,0 +1,68 @@
+"""Indexes from arrays, without data behind them; and three shapes of data that plans are dealt of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lit_vlm.cost import Flops
+from lit_vlm.data.index import COLUMNS, FITTED, KINDS, LANGUAGES, Index
+from lit_vlm.types import Kind, Language
+
+FLOPS = Flops(per_token=8e10, per_square=6e5, per_tile=7e11, per_supervised=3e9)  # about those of a 7B model
+
+
+@dataclass
+class Named:
+    """A source that has a name and nothing to read."""
+
+    name: str
+    digest: str = ""
+
+
+def made_index(sizes: dict[str, int], seed: int = 0, **columns) -> Index:
+    """Sources of these sizes. Columns that are not given: 10 to 100 tokens, half of them supervised, one tile, Korean
+    captions with one image."""
+    count, generator = sum(sizes.values()), np.random.default_rng(seed)
+    tokens = np.asarray(columns.get("tokens", generator.integers(10, 101, count)))
+    values = {
+        "position": np.concatenate([np.arange(size) for size in sizes.values()]),
+        "tokens": tokens,
+        "supervised": tokens // 2,
+        "squares": tokens.astype(np.int64) ** 2,
+        "tiles": 1,
+        "images": 1,
+        "kind": KINDS.index(Kind.caption),
+        "language": LANGUAGES.index(Language.ko),
+        "digest": generator.integers(0, 1 << 63, count),
+        "most_tiles": -1,
+        "turns": -1,
+        **columns,
+    }
+    dtypes = {**COLUMNS, **FITTED}
+    arrays = {name: np.full(count, values.get(name, 0)).astype(dtype) for name, dtype in dtypes.items()}
+    source_of = np.repeat(np.arange(len(sizes), dtype=np.int16), list(sizes.values()))
+    return Index([Named(name) for name in sizes], source_of, arrays)
+
+
+def shaped_index(shape: str, count: int, seed: int = 0) -> Index:
+    """`lcs`: one tile and a short caption. `mix665k`: one tile and a dialogue, or text. `anyres`: up to ten tiles."""
+    generator = np.random.default_rng(seed)
+
+    def lognormal(median: float, sigma: float, low: int, high: int) -> np.ndarray:
+        return np.clip(np.round(median * np.exp(sigma * generator.standard_normal(count))), low, high).astype(int)
+
+    if shape == "lcs":
+        answer, tiles = lognormal(13, 0.4, 5, 77), np.ones(count, int)
+        return made_index({shape: count}, seed, tokens=735 + answer, supervised=answer, tiles=tiles)
+    dialogue, text = lognormal(150, 0.8, 20, 1300), generator.random(count) < (0.06 if shape == "mix665k" else 0.15)
+    grid = np.array([1, 1, 2, 2, 2, 2, 2, 3, 3, 3, 4, 4, 4, 4, 4, 4, 5, 6, 6, 6, 6, 7, 8, 8, 9, 9, 9, 9])
+    grid = (
+        np.zeros(count, int)
+        if shape == "mix665k"
+        else np.where(generator.random(count) < 0.2, 0, generator.choice(grid, count))
+    )
+    tiles = np.where(text, 0, 1 + grid)
+    tokens = np.where(text, lognormal(700, 0.8, 40, 2048), 729 * (1 + grid) + 27 * grid + dialogue)
+    return made_index({shape: count}, seed, tokens=tokens, tiles=tiles, images=(tiles > 0).astype(int))

@@ -1,0 +1,174 @@
+"""The length policy: what is shortened, what is set aside, and that the columns say what is then trained on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from index_cases import Lines, photo, write
+from support import builtin, sample
+
+from lit_vlm.config.schema import OnOverlong
+from lit_vlm.data.index import Index
+from lit_vlm.data.index_store import build_index
+from lit_vlm.data.lengths import fit
+from lit_vlm.types import Fault, ImageSlot, PreferencePair
+
+PLENTY = 10**6
+
+
+class Listed:
+    def __init__(self, *records) -> None:
+        self.records, self.name, self.digest = records, "listed", "1"
+
+    def __len__(self):
+        return len(self.records)
+
+    def __getitem__(self, index):
+        return self.records[index]
+
+
+def agrees(index: Index, processor) -> bool:
+    """Whether the columns are those of the records as they are trained on."""
+    for i in range(len(index)):
+        cost = processor.cost(index.record(i))
+        counted = {
+            "tokens": cost.num_tokens,
+            "image_tokens": cost.num_image_tokens,
+            "supervised": cost.num_supervised,
+            "chosen": cost.num_chosen,
+            "prompt": cost.num_prompt,
+            "squares": sum(length**2 for length in cost.lengths),
+            "tiles": cost.num_tiles,
+            "images": cost.num_images,
+            "height": cost.size[0],
+            "width": cost.size[1],
+        }
+        if any(index.columns[name][i] != value for name, value in counted.items()):
+            return False
+    return True
+
+
+def reasons(index: Index) -> list[str]:
+    assert all(error.fault is Fault.overlong for _, error in index.errors)
+    return [str(error) for _, error in index.errors]
+
+
+def test_what_fits_is_left_alone(processor, mixed):
+    index = build_index([Listed(*mixed)], processor)
+    assert fit(index, processor, policy=OnOverlong.cut_turn, most_tokens=PLENTY, most_tiles=PLENTY) is index
+
+
+def test_quarantine_says_what_was_found_needed_and_what_to_set(processor, mixed):
+    index = build_index([Listed(*mixed)], processor)
+    most = int(np.sort(index.tokens)[-2])
+    fitted = fit(index, processor, policy=OnOverlong.quarantine, most_tokens=most, most_tiles=PLENTY)
+    (reason,) = reasons(fitted)
+    longest = int(index.tokens.argmax())
+    for part in (
+        f"listed[{longest}]",
+        f"{index.tokens.max():,} tokens",
+        f"allow {most:,}",
+        "data.tokens_per_micro_batch",
+    ):
+        assert part in reason
+    assert "data.on_overlong=fewer_tiles or data.on_overlong=cut_turn" in reason
+    assert fitted.fitted == {("listed", "quarantine"): 1} and len(fitted) == len(index) - 1
+    assert agrees(fitted, processor) and not index.errors
+    few = fit(index, processor, policy=OnOverlong.quarantine, most_tokens=PLENTY, most_tiles=2)
+    assert all("image tiles and data.tiles_per_micro_batch allows 2" in reason for reason in reasons(few))
+
+
+def test_fewer_tiles_takes_the_most_that_fit(processor):
+    record = sample("What is this?", "A long picture.", (150, 70))
+    index = build_index([Listed(record, sample("q", "a"))], processor)
+    seen = set()
+    for cap in range(int(index.tokens[0]) - 1, 0, -7):
+        fitted = fit(index, processor, policy=OnOverlong.fewer_tiles, most_tokens=cap, most_tiles=PLENTY)
+        if fitted.errors:
+            assert "fewer tiles cannot mend it" in reasons(fitted)[0] and cap < index.tokens[0]
+            break
+        most = int(fitted.most_tiles[0])
+        assert fitted.tokens[0] <= cap and fitted.most_tiles[1] == -1 and agrees(fitted, processor)
+        assert fitted.fitted == {("listed", "fewer_tiles"): 1}
+        more = processor.images.layout(150, 70, most_tiles=most + 1).num_tokens
+        assert index.tokens[0] - index.image_tokens[0] + more > cap  # one tile more would not have fitted
+        seen.add(most)
+    assert 0 in seen and len(seen) > 1
+    tiles = fit(index, processor, policy=OnOverlong.fewer_tiles, most_tokens=PLENTY, most_tiles=3)
+    assert 1 <= tiles.tiles[0] <= 3 and agrees(tiles, processor)
+
+
+def test_fewer_tiles_of_a_pair(processor, tmp_path):
+    photo(tmp_path / "a.jpg", width=170, height=170)
+    row = {"turns": ["Which?", "The first one."], "rejected": "No.", "images": [["a.jpg", 0]]}
+    index = build_index([Lines(write(tmp_path / "a.jsonl", [row]))], processor)
+    most_tokens = int(index.tokens[0]) - 1
+    fitted = fit(index, processor, policy=OnOverlong.fewer_tiles, most_tokens=most_tokens, most_tiles=PLENTY)
+    assert isinstance(fitted.record(0), PreferencePair) and fitted.most_tiles[0] >= 0
+    assert fitted.tokens[0] <= most_tokens and agrees(fitted, processor)
+
+
+def test_several_images_have_no_tiles_to_lose(processor, mixed):
+    index = build_index([Listed(mixed[3])], processor)
+    most = int(index.tokens[0]) - 1
+    fitted = fit(index, processor, policy=OnOverlong.fewer_tiles, most_tokens=most, most_tiles=PLENTY)
+    assert len(fitted) == 0 and len(reasons(fitted)) == 1
+
+
+@pytest.fixture
+def turns(tmp_path):
+    """Four turns about three pictures, of which the second is named first."""
+    for number in range(3):
+        photo(tmp_path / f"{number}.jpg", width=60 + 30 * number, seed=number)
+    words = [text for i in range(4) for text in (f"Question {i}?", f"The answer {i}, with some words.")]
+    images = [["1.jpg", 4], ["0.jpg", 0], ["2.jpg", 4]]
+    return Lines(write(tmp_path / "a.jsonl", [{"turns": words, "images": images}]))
+
+
+def test_cut_turn_drops_whole_turns_and_their_images(processor, turns):
+    index = build_index([turns], processor)
+    seen = set()
+    for cap in range(int(index.tokens[0]) - 1, 0, -10):
+        fitted = fit(index, processor, policy=OnOverlong.cut_turn, most_tokens=cap, most_tiles=PLENTY)
+        if fitted.errors:
+            assert "leaving out turns cannot mend it" in reasons(fitted)[0]
+            break
+        record = fitted.record(0)
+        assert fitted.tokens[0] <= cap and agrees(fitted, processor)
+        assert len(record.messages) == fitted.turns[0] and fitted.fitted == {("lines", "cut_turn"): 1}
+        assert record.messages[-1].text.startswith("The answer")
+        slots = [piece.index for m in record.messages for piece in m.content if isinstance(piece, ImageSlot)]
+        assert sorted(slots) == list(range(len(record.images)))
+        if len(record.messages) < 6:
+            assert [image.path for image in record.images] == ["0.jpg"]
+        seen.add(int(fitted.turns[0]))
+    assert seen <= {2, 4, 6} and 2 in seen
+
+
+def test_pairs_and_single_turns_cannot_be_cut(processor):
+    sources = [Listed(sample("q", "an answer that is long", seed=1)), *builtin("preference", n=2)]
+    index = build_index(sources, processor)
+    fitted = fit(index, processor, policy=OnOverlong.cut_turn, most_tokens=5, most_tiles=PLENTY)
+    assert len(fitted) == 0 and fitted.fitted == {("listed", "quarantine"): 1, ("preference", "quarantine"): 2}
+    assert len(reasons(fitted)) == 3
+
+
+def test_only_long_records_are_read_again(processor, turns, tmp_path):
+    write(turns.path, [{"turns": ["q", "a"]}] * 5, "a")
+    source = Lines(turns.path)
+    index = build_index([source], processor)
+    source.reads.clear()
+    caps = {"most_tokens": int(index.tokens[0]) - 1, "most_tiles": PLENTY}
+    assert len(fit(index, processor, policy=OnOverlong.cut_turn, **caps)) == 6 and source.reads == [0]
+    source.reads.clear()
+    fit(index, processor, policy=OnOverlong.fewer_tiles, **caps)
+    fit(index, processor, policy=OnOverlong.quarantine, **caps)
+    assert source.reads == []
+
+
+def test_a_record_that_is_gone_is_an_error(processor, turns, tmp_path):
+    index = build_index([turns], processor)
+    (tmp_path / "0.jpg").unlink()
+    most = int(index.tokens[0]) - 1
+    fitted = fit(index, processor, policy=OnOverlong.cut_turn, most_tokens=most, most_tiles=PLENTY)
+    assert [error.fault for _, error in fitted.errors] == [Fault.missing]

@@ -1,0 +1,111 @@
+"""mixture.lock is readable, and says in words what is not as it was."""
+
+import copy
+
+import numpy as np
+import pytest
+from made_index import made_index
+
+from lit_vlm.data.lock import differences, read_lock, source_facts, write_lock
+from lit_vlm.types import UserError
+
+LOCK = {
+    "sources": {
+        "mix665k": {
+            "format": "llava",
+            "path": "/data/믹스.json",
+            "revision": None,
+            "records": 665_298,
+            "usable": 665_290,
+            "tokens": 600_000_000,
+            "digest": "ab12",
+            "weight": 2.0,
+            "count": None,
+        },
+        "kollava": {"format": "llava", "records": 581_000, "digest": "cd34", "weight": 1.0},
+    },
+    "processor": "ef56",
+    "shares": {"ko": 0.5, "text_only": None, "kinds": {"ocr": 0.2}},
+    "seed": 0,
+    "global_batch_size": 128,
+    "versions": {"lit_vlm": "0.1.0", "numpy": "2.4.6"},
+}
+
+
+def changed(*path: str, to) -> dict:
+    lock = copy.deepcopy(LOCK)
+    inner = lock
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = to
+    return lock
+
+
+def test_a_lock_is_read_as_it_was_written(tmp_path):
+    path = tmp_path / "run" / "mixture.lock"
+    write_lock(path, LOCK)
+    assert read_lock(path) == LOCK
+    text = path.read_text(encoding="utf-8")
+    assert "믹스" in text
+    assert text.index('"mix665k"') < text.index('"kollava"') < text.index('"processor"')
+    write_lock(path, read_lock(path))
+    assert path.read_text(encoding="utf-8") == text
+    assert [child.name for child in path.parent.iterdir()] == ["mixture.lock"]
+
+
+def test_the_same_lock_has_no_difference(tmp_path):
+    write_lock(tmp_path / "mixture.lock", LOCK)
+    assert differences(read_lock(tmp_path / "mixture.lock"), LOCK) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "to", "said"),
+    (
+        (("sources", "mix665k", "records"), 665_300, "mix665k: 665,298 records then, 665,300 now"),
+        (("sources", "mix665k", "usable"), 665_000, "mix665k: 665,290 usable records then, 665,000 now"),
+        (("sources", "mix665k", "tokens"), 7, "mix665k: 600,000,000 tokens then, 7 now"),
+        (("sources", "mix665k", "digest"), "00", "mix665k: what its records say changed"),
+        (("sources", "mix665k", "path"), "/old", 'mix665k: path was "/data/믹스.json", is "/old"'),
+        (("sources", "mix665k", "revision"), "v2", 'mix665k: revision was not given, is "v2"'),
+        (("sources", "kollava", "weight"), 3.0, "kollava: weight was 1.0, is 3.0"),
+        (("sources", "kollava", "max_tiles"), 4, "kollava: max_tiles was not given, is 4"),
+        (("sources", "new"), {"records": 1}, "new: it is trained on now, and was not then"),
+        (("processor",), "00", "the tokenizer, the chat template or the image settings changed"),
+        (("seed",), 1, "seed was 0, is 1"),
+        (("global_batch_size",), 64, "data.global_batch_size was 128, is 64"),
+        (("shares", "ko"), None, "data.share.ko was 0.5, is not given"),
+        (("shares", "kinds", "ocr"), 0.3, "data.share.kinds.ocr was 0.2, is 0.3"),
+        (("versions", "numpy"), "3.0", 'versions.numpy was "2.4.6", is "3.0"'),
+    ),
+)
+def test_each_difference_is_said_in_words(path, to, said):
+    assert differences(LOCK, changed(*path, to=to)) == [said]
+
+
+def test_a_source_that_is_gone_is_named():
+    lock = copy.deepcopy(LOCK)
+    del lock["sources"]["kollava"]
+    assert differences(LOCK, lock) == ["kollava: it was trained on then, and is not now"]
+
+
+def test_lists_and_tuples_are_alike():
+    assert differences({"sources": {}, "order": (1, 2)}, {"sources": {}, "order": [1, 2]}) == []
+
+
+@pytest.mark.parametrize("text", (None, "", "{", "[]", "{}", '{"version": 99, "sources": {}}', '{"version": 1}'))
+def test_what_is_no_lock_is_named(tmp_path, text):
+    path = tmp_path / "mixture.lock"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match=r"mixture\.lock: "):
+        read_lock(path)
+
+
+def test_facts_of_a_source_change_with_what_it_says_and_with_its_order():
+    index = made_index({"a": 5, "b": 5})
+    facts = source_facts(index, 1)
+    assert (facts["usable"], facts["tokens"]) == (5, int(index.tokens[5:].sum()))
+    assert source_facts(made_index({"a": 5, "b": 5}), 1) == facts
+    for order in ([0, 1, 2, 3, 4, 6, 5, 7, 8, 9], [5, 6, 7, 8]):
+        assert source_facts(index.subset(np.array(order)), 1)["digest"] != facts["digest"]
+    assert source_facts(index.subset(np.arange(5, 10)), 1) == facts  # whatever other sources there are

@@ -1,0 +1,265 @@
+"""Label files of other structures through a mapping: AI-Hub's six sets as delivered, and mappings and labels with faults."""
+
+import json
+import multiprocessing
+import pickle
+
+import pytest
+from delivery import label, make_zip, mapped, named_set, nfd, one_pair, picture
+
+from lit_vlm.config.mapping import BoxFormat, BoxUnit, RegionTask
+from lit_vlm.data.markup import boxes_of
+from lit_vlm.types import Control, Fault, ImageSlot, Kind, Language, Message, RecordError, Role, UserError
+
+REGION = {"regions": "items", "text": "{text}", "box": ["box"], "answer": None}
+
+
+def says(sample):
+    return [message.text for message in sample.messages]
+
+
+def boxes(sample):
+    return [
+        (text, [(box.x1, box.y1, box.x2, box.y2) for box in found])
+        for _, text, found in boxes_of(sample.messages[1].text)
+    ]
+
+
+def test_79_food_is_named_by_its_folder(tmp_path):
+    names = ["구이/갈비구이/Img_000_0000.jpg", "구이/갈비구이/Img_000_0001.jpg"]
+    make_zip(tmp_path / "구이.zip", [(name, picture()) for name in names], encoding="cp949")
+    make_zip(tmp_path / "국.zip", [(nfd("국/미역국/Img_001_0000.JPG"), picture())])
+    source = named_set("aihub_79_food", tmp_path)
+    assert sorted(sample.messages[1].text for sample in source) == ["갈비구이", "갈비구이", "미역국"]
+    assert {(sample.kind, sample.language) for sample in source} == {(Kind.instruction, Language.ko)}
+    assert all(
+        sample.messages[0].content[0] == ImageSlot(0) and sample.images[0].size == (50, 100) for sample in source
+    )
+    assert source[0].images[0].load().size == (100, 50)
+
+
+def test_144_objects_are_pointed_at(tmp_path):
+    record = {
+        "image": {"identifier": "HF010001_0001_0001.jpg", "imsize": [200, 100]},
+        "regions": [{"boxcorners": [150, 80, 50, 20], "class": nfd("남산타워"), "tags": ["계절:봄"]}],
+    }
+    make_zip(tmp_path / "[라벨]건물.zip", [("HF010001_남산/HF010001_0001_0001.json", label(record))], "cp949")
+    make_zip(tmp_path / "[원천]건물.zip", [("HF010001_남산/HF010001_0001_0001.jpg", picture(200, 100))], "cp949")
+    (sample,) = named_set("aihub_144_objects", tmp_path)
+    assert sample.messages[0].content[:2] == (ImageSlot(0), Control("<gro>"))
+    assert sample.messages[0].content[2].startswith("\n사진") and (sample.kind, sample.language) == ("grounding", "ko")
+    assert boxes(sample) == [("남산타워", [(0.25, 0.2, 0.75, 0.8)])] and sample.normalised
+
+
+def test_81_words_are_read_with_their_boxes(tmp_path):
+    words = [("간판", "word"), ("간", "character"), ("2층", "word"), ("?", "ignored")]
+    annotations = [
+        {
+            "id": number,
+            "image_id": "00000001",
+            "text": text,
+            "attributes": {"class": kind},
+            "bbox": [8, 4 * number, 16, 4],
+        }
+        for number, (text, kind) in enumerate(words)
+    ]
+    images = [{"id": f"0000000{number}", "width": 64, "height": 32, "file_name": f"{number}.jpg"} for number in (1, 2)]
+    whole = {"info": {"images": []}, "images": images, "annotations": annotations, "licenses": []}
+    (tmp_path / "textinthewild_data_info.json").write_bytes(b"\xef\xbb\xbf" + label(whole))
+    make_zip(tmp_path / "01_book.zip", [(f"book/{number}.jpg", picture(64, 32)) for number in (1, 2)])
+    source = named_set("aihub_81_glyphs", tmp_path)
+    sample = source[0]
+    assert sample.messages[0].content == (ImageSlot(0), Control("<ocr>")) and sample.kind is Kind.ocr
+    assert says(sample)[1] == (
+        "<char>간판</char><bbox>0.125, 0.0, 0.375, 0.125</bbox>\n<char>2층</char><bbox>0.125, 0.25, 0.375, 0.375</bbox>"
+    )
+    assert sample.messages[1].content.count(Control("<char>")) == 2
+    with pytest.raises(RecordError, match="annotations is there") as caught:
+        source[1]
+    assert caught.value.fault is Fault.no_answer and caught.value.origin == "textinthewild_data_info.json[1]"
+
+
+def test_71730_polygons_become_boxes(tmp_path):
+    corners = [[10, 5], [30, 6], [31, 15], [11, 14]]
+    record = {
+        "Images": {"file_name": "a.jpg", "width": 100, "height": 50},
+        "Annotation": [
+            {"polygon": corners, "language": "ko", "transcription": "출구"},
+            {"polygon": [[50, 25], [100.4, 25], [100.4, 50], [50, 50]], "language": "en", "transcription": "Exit"},
+        ],
+    }
+    (sample,) = named_set("aihub_71730_ocr", one_pair(tmp_path, record))
+    assert boxes(sample) == [("출구", [(0.1, 0.1, 0.31, 0.3)]), ("Exit", [(0.5, 0.5, 1.0, 1.0)])]
+    assert (sample.kind, sample.language) == ("ocr", "ko")
+
+
+def test_71711_questions_take_turns(tmp_path):
+    record = {"questions": [{"question": "무엇인가요?", "answer": "컵"}, {"question": "몇 개인가요?", "answer": 2}]}
+    (sample,) = named_set("aihub_71711_gqa", one_pair(tmp_path, record))
+    assert says(sample) == ["무엇인가요?", "컵", "몇 개인가요?", "2"]
+    assert sample.messages[2].content == ("몇 개인가요?",) and sample.kind is Kind.instruction
+
+
+def test_71357_is_one_list_for_all_pictures(tmp_path):
+    records = [
+        {"IMAGE_ID": str(n), "IMAGE_NAME": f"{n}.jpg", "questions": [{"question_ko": f"{n}?", "answer_ko": f"답 {n}"}]}
+        for n in range(3)
+    ]
+    make_zip(tmp_path / "VL_VQA.zip", [("vqa.json", label({"annotations": records}, "cp949"))])
+    make_zip(tmp_path / "VS.zip", [(f"{n}.jpg", picture()) for n in range(3)])
+    source = named_set("aihub_71357_ekvqa", tmp_path)
+    assert [(sample.id, *says(sample)) for sample in source] == [(str(n), f"{n}?", f"답 {n}") for n in range(3)]
+    assert source.origin(2) == "VL_VQA.zip/vqa.json[2]" and len(source.digest_of(0, 2)) == 64
+
+
+@pytest.mark.parametrize(
+    ("box", "options"),
+    [
+        ([10, 5, 20, 10], {"box_format": BoxFormat.xywh}),
+        ([10, 5, 30, 15], {}),
+        (["10", "5", "30", "15"], {}),
+        ([0.1, 0.1, 0.3, 0.3], {"box_unit": BoxUnit.fractions}),
+        ([10, 5, 30, 5, 30, 15, 10, 15], {"box_format": BoxFormat.polygon}),
+        ([{"x": 10, "y": 5}, {"x": 30, "y": 15}], {"box_format": BoxFormat.polygon}),
+        ({"x": [10, 30, 30, 10], "y": [5, 5, 15, 15]}, {"box_format": BoxFormat.polygon, "box": ["box.x", "box.y"]}),
+        ({"x": 10, "y": 5, "w": 20, "h": 10}, {"box_format": BoxFormat.xywh, "box": [f"box.{key}" for key in "xywh"]}),
+    ],
+)
+def test_boxes_of_all_formats_are_fractions_of_the_picture(tmp_path, box, options):
+    one_pair(tmp_path, {"items": [{"text": "가", "box": box}]})  # 100 x 50, by its header
+    (sample,) = mapped(tmp_path, **{**REGION, **options})
+    assert boxes(sample)[0] == ("가", [pytest.approx((0.1, 0.1, 0.3, 0.3), abs=1e-6)])
+
+
+def test_text_that_looks_like_tokens_stays_text(tmp_path):
+    one_pair(tmp_path, {"q": "<image> <ocr> {@stem}", "items": [{"text": "</char><bbox>", "box": [0, 0, 9, 9]}]})
+    (sample,) = mapped(tmp_path, **REGION, questions=["{q}"])
+    assert sample.messages[0].content == (ImageSlot(0), Control("<ocr>"), "\n<image> <ocr> {@stem}")
+    assert sample.messages[1].content[:3] == (Control("<char>"), "</char><bbox>", Control("</char>"))
+
+
+def test_a_question_may_point(tmp_path):
+    record = {
+        "items": [{"text": "이것", "box": [0, 0, 50, 25]}, {"text": "이것", "box": [50, 25, 100, 50]}],
+        "answer": "컵",
+    }
+    options = {**REGION, "task": RegionTask.referring, "questions": ["{@regions}은 무엇인가요?"], "answer": "{answer}"}
+    (sample,) = mapped(one_pair(tmp_path, record), **options)
+    asked = "<obj>이것</obj><bbox>0.0, 0.0, 0.5, 0.5<delim>0.5, 0.5, 1.0, 1.0</bbox>은 무엇인가요?"
+    assert says(sample) == [asked, "컵"] and sample.kind is Kind.referring
+
+
+def test_a_picture_is_found_in_folders_by_any_spelling(tmp_path):
+    make_zip(tmp_path / "labels.zip", [(f"라벨/{nfd('사과')}.json", label({"answer": "사과"}))])
+    (tmp_path / "원천").mkdir()
+    (tmp_path / "원천" / f"{nfd('사과')}.jpg").write_bytes(picture())
+    (sample,) = mapped(tmp_path, image="{@stem}.jpg")
+    assert sample.images[0].load().size == (100, 50) and sample.messages[0].content == (ImageSlot(0),)
+
+
+def test_of_pictures_with_one_name_the_pair_of_the_label_is_meant(tmp_path):
+    for part, colour in (("1", (255, 0, 0)), ("2", (0, 0, 255))):
+        make_zip(tmp_path / f"TL_{part}.zip", [("a.json", label({"answer": part}))])
+        make_zip(tmp_path / f"TS_{part}.zip", [("a.png", picture(kind="PNG", colour=colour))])
+    source = mapped(tmp_path)
+    assert [(sample.messages[1].text, sample.images[0].load().getpixel((0, 0))) for sample in source] == [
+        ("1", (255, 0, 0)),
+        ("2", (0, 0, 255)),
+    ]
+
+
+def test_an_ambiguous_picture_is_refused_by_both_names(tmp_path):
+    make_zip(
+        tmp_path / "x.zip", [("a.json", label({"answer": "1"})), ("사진/a.jpg", picture()), ("b/a.jpg", picture())]
+    )
+    with pytest.raises(RecordError, match=r"'a' may be 'x\.zip/사진/a\.jpg' and 'x\.zip/b/a\.jpg'"):
+        mapped(tmp_path)[0]
+    (tmp_path / "b").mkdir()
+    whole = mapped(tmp_path, image="b/{@stem}.jpg")[0]
+    assert whole.images[0].member.name == "b/a.jpg"
+
+
+@pytest.mark.parametrize(
+    ("record", "mapping", "reason"),
+    [
+        ({"answer": "1"}, {"image": "b.jpg"}, "image 'b.jpg' not found in .*1 pictures"),
+        ({"anwser": "1", "b": 2}, {}, r"there is no 'answer': the record has the keys 'anwser', 'b'"),
+        ({"a": {"c": 1}}, {"answer": "{a.b}"}, r"there is no 'a\.b': a has the keys 'c'"),
+        ({"a": [1]}, {"answer": "{a.1}"}, "there is no 'a.1': a has 1 items"),
+        ({"answer": None}, {}, "answer is null; it must be text"),
+        ({"answer": "  "}, {}, "the assistant's, is empty"),
+        ({"items": 3}, REGION, "items is a number; it must be a list"),
+        ({"items": []}, REGION, "no item of items is there"),
+        ({"items": [{"text": " ", "box": [0, 0, 9, 9]}]}, REGION, r"items\[0\] has no text"),
+        ({"items": [{"text": "a", "box": [0, 0, 9]}]}, REGION, "has 3 numbers; a box has 4"),
+        ({"items": [{"text": "a", "box": [0, 0, "x", 9]}]}, REGION, "is 'x'; it must be a number"),
+        ({"items": [{"text": "a", "box": [0, 0, 1e999, 9]}]}, REGION, "is inf; it must be a number"),
+        ({"items": [{"text": "a", "box": [200, 0, 300, 9]}]}, REGION, "no box inside of 100 x 50"),
+        ({"items": [{"text": "a", "box": [5, 0, 5, 9]}]}, REGION, "no box inside of 100 x 50"),
+        ({"items": [{"text": "a", "box": [0, 0, 9, 9]}]}, {**REGION, "keep": ["kind=word"]}, "there is no 'kind'"),
+        (b'{"answer": ', {}, "not JSON at line 1, column 12"),
+        (b"\xff\xff\x80", {}, "neither UTF-8 nor CP949"),
+        (b"[1]", {}, "the record is a list; it must be an object"),
+        ({"answer": "\ud800"}, {}, "half of a surrogate pair"),
+    ],
+)
+def test_a_label_that_does_not_fit_is_a_bad_record(tmp_path, record, mapping, reason):
+    data = json.dumps(record).encode() if isinstance(record, dict) else record
+    source = mapped(one_pair(tmp_path, data), **mapping)
+    with pytest.raises(RecordError, match=reason) as caught:
+        source[0]
+    assert caught.value.origin == "TL_1.zip/a.json"
+
+
+@pytest.mark.parametrize(
+    ("mapping", "reason"),
+    [
+        ({"answer": "{@fodler}"}, r"mapping\.answer: there is no {@fodler}; did you mean {@folder}\?"),
+        ({"answer": "{a"}, r"mapping\.answer: "),
+        ({"questions": ["{a!r}"]}, r"mapping\.questions\[0\]: a path alone"),
+        ({"answer": None}, "answer is not set"),
+        ({"answer": "{@regions}"}, "regions is not set"),
+        ({**REGION, "box": ["a", "b"]}, "box: 1 or 4 paths are needed"),
+        ({**REGION, "keep": ["word"]}, "keep: 'word' is no path=value"),
+        ({"size": ["w"]}, "size: two paths"),
+        ({"labels": "*.xml"}, r"looked for label files \*\.xml, found none"),
+        ({"records": "items"}, "there is no 'items' .*; the keys are 'answer'"),
+        ({"records": "answer"}, "'answer' .* is no list"),
+    ],
+)
+def test_a_mapping_that_cannot_work_is_refused_at_once(tmp_path, mapping, reason):
+    with pytest.raises(UserError, match=reason):
+        mapped(one_pair(tmp_path, {"answer": "1"}), **mapping)
+
+
+def test_a_join_that_joins_nothing_is_refused(tmp_path):
+    (tmp_path / "a.json").write_bytes(label({"images": [{"id": 1}], "annotations": [{"image_id": 7}]}))
+    (tmp_path / "a.jpg").write_bytes(picture())
+    with pytest.raises(UserError, match="names a record, the first says image_id='7'"):
+        mapped(tmp_path, records="images", join="annotations")
+
+
+def test_it_pickles_small_and_reads_the_same_in_another_process(tmp_path):
+    make_zip(tmp_path / "l.zip", [(f"{n}.json", label({"answer": str(n)})) for n in range(200)])
+    make_zip(tmp_path / "s.zip", [(f"{n}.jpg", picture()) for n in range(200)])
+    source = mapped(tmp_path)
+    packed = pickle.dumps(source)
+    assert len(packed) < 3000
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.apply(_answer, (packed, 7)) == source[7].messages[1].text == says(source[7])[1]
+    assert pickle.loads(packed).digest == source.digest
+
+
+def _answer(packed, number):
+    sample = pickle.loads(packed)[number]
+    assert isinstance(sample.messages[0], Message) and sample.messages[0].role is Role.user
+    sample.images[0].load()
+    return sample.messages[1].text
+
+
+def test_what_changes_changes_the_digest(tmp_path):
+    one_pair(tmp_path, {"answer": "1"})
+    before = mapped(tmp_path).digest
+    assert mapped(tmp_path).digest == before != mapped(tmp_path, questions=["?"]).digest
+    make_zip(tmp_path / "TS_1.zip", [("a.jpg", picture(colour=(0, 0, 0)))])
+    assert mapped(tmp_path).digest != before

@@ -1,0 +1,249 @@
+"""Claims about what the settings of a source do, and about formats beside LLaVA's and Hugging Face's own."""
+
+import base64
+import json
+import pickle
+import unicodedata
+
+import numpy as np
+import pytest
+from source_cases import ANSWER, GPT, HUMAN, contents, llava, only, open_, png, write
+
+from lit_vlm.config.schema import Format, SourceConfig
+from lit_vlm.data.chosen import Chosen, chosen
+from lit_vlm.data.sources import open_source
+from lit_vlm.types import Fault, ImageSlot, Kind, RecordError, Role, UserError
+
+ASK = {"from": "human", "value": "q"}
+
+
+def refused(words, **options):
+    with pytest.raises(UserError) as caught:
+        open_source("mine", SourceConfig(**options), max_image_pixels=10**6)
+    assert not isinstance(caught.value, RecordError) and words in str(caught.value), caught.value
+
+
+# ShareGPT
+
+
+@pytest.mark.parametrize("format", [Format.auto, Format.sharegpt])
+def test_sharegpt_has_a_system_column_and_images_beside(folder, format):
+    turns = [{"from": "user", "value": "<image>무엇?"}, {"from": "assistant", "value": "꽃"}, ASK, GPT]
+    record = {"conversations": turns, "system": "짧게 답하라.", "tools": "", "images": ["flower.png"]}
+    sample = only(folder, record, format=format)
+    assert contents(sample) == [("짧게 답하라.",), (ImageSlot(0), "무엇?"), ("꽃",), ("q",), ("꽃이 보입니다.",)]
+    assert sample.messages[0].role is Role.system
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (llava(ASK, {"from": "function_call", "value": "{}"}), "'function_call': calls of tools are not read"),
+        (llava(ASK, GPT, {"from": "observation", "value": "x"}, GPT), "'observation': calls of tools are not read"),
+        (llava(ASK, GPT, tools='[{"name": "f"}]'), "it has 'tools': calls of tools are not read"),
+        (llava(ASK, GPT, videos=["a.mp4"]), "it has 'videos': video is not read"),
+        (llava(ASK, GPT, audios=["a.wav"]), "it has 'audios': sound is not read"),
+        (llava({"from": "system", "value": "s"}, ASK, GPT, system="t"), "both a 'system' column and a system turn"),
+        (llava(ASK, GPT, system=3), "system is a number; it must be text"),
+    ],
+)
+def test_what_sharegpt_has_and_we_do_not_read_is_refused_by_name(folder, record, words):
+    with pytest.raises(RecordError) as caught:
+        only(folder, record, format=Format.sharegpt)
+    assert words in str(caught.value) and caught.value.fault is Fault.malformed
+
+
+# OpenAI
+
+
+def test_openai_content_lists_are_read_in_both_spellings(folder, photos):
+    url = f"data:image/png;base64,{base64.b64encode(png(photos[1])).decode()}"
+    parts = [
+        {"type": "text", "text": "a"},
+        {"type": "image_url", "image_url": {"url": url, "detail": "high"}},
+        {"type": "image_url", "image_url": {"url": "flower.png"}},
+        {"type": "input_text", "text": "b"},
+        {"type": "input_image", "image_url": url, "detail": "auto"},
+    ]
+    answer = {"role": "assistant", "content": [{"type": "output_text", "text": "c"}]}
+    sample = only(folder, {"messages": [{"role": "user", "content": parts}, answer]})
+    assert contents(sample) == [("a", ImageSlot(0), ImageSlot(1), "b", ImageSlot(2)), ("c",)]
+    assert [image.size for image in sample.images] == [(40, 60)] * 3
+    assert np.array_equal(np.asarray(sample.images[2].load()), np.asarray(photos[1]))
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_image"])
+def test_openai_images_are_not_fetched(folder, kind):
+    value = {"url": "https://x/a.png"} if kind == "image_url" else "https://x/a.png"
+    turn = {"role": "user", "content": [{"type": kind, "image_url": value}]}
+    with pytest.raises(RecordError, match="URLs are never fetched") as caught:
+        only(folder, {"messages": [turn, ANSWER]})
+    assert caught.value.fault is Fault.url
+
+
+# Captions and prompts
+
+
+@pytest.mark.parametrize("key", ["caption", "text"])
+def test_a_caption_column_makes_the_image_the_question(folder, key):
+    sample = only(folder, {"image": "flower.png", key: "붉은 꽃"})
+    assert contents(sample) == [(ImageSlot(0),), ("붉은 꽃",)] and sample.kind is Kind.image_only
+
+
+def test_prompts_go_to_each_record_that_shows_an_image_and_asks_nothing(folder):
+    silent = {"from": "human", "value": "<image>\n"}
+    parts = {"role": "user", "content": [{"type": "image"}]}
+    records = {
+        "llava": llava(silent, GPT, image="flower.png"),
+        "messages": {"messages": [parts, ANSWER], "images": ["flower.png"]},
+        "caption": {"image": "flower.png", "caption": "꽃"},
+        "preference": {"prompt": "<image>", "chosen": "꽃", "rejected": "개", "image": "flower.png"},
+    }
+    for record in records.values():
+        sample = only(folder, record, prompts=["설명해줘"])
+        messages = sample.prompt if hasattr(sample, "prompt") else sample.messages
+        assert messages[0].content == (ImageSlot(0), "설명해줘")
+        assert sample.kind in (Kind.caption, Kind.preference)
+        assert only(folder, record, prompts=["설명해줘"], kind="document").kind is Kind.document
+    asked = only(folder, llava(HUMAN, GPT, image="flower.png"), prompts=["설명해줘"])
+    assert asked.messages[0].content == (ImageSlot(0), "무엇이 보이나요?") and asked.kind is Kind.instruction
+    assert only(folder, llava(ASK, GPT), prompts=["설명해줘"]).messages[0].content == ("q",)
+
+
+def test_a_prompt_stays_with_its_record_when_the_file_changes_around_it(folder):
+    prompts = [f"질문 {number}" for number in range(5)]
+    rows = [{"image": "flower.png", "caption": f"꽃 {number}"} for number in range(50)]
+    before = {sample.messages[1].text: sample.messages[0].text for sample in opened(folder, rows, prompts)}
+    after = {sample.messages[1].text: sample.messages[0].text for sample in opened(folder, rows[20:], prompts)}
+    assert len(set(before.values())) == 5
+    assert all(before[answer] == question for answer, question in after.items())
+    named = opened(folder, [{**row, "id": number} for number, row in enumerate(rows)], prompts)
+    assert len({sample.messages[0].text for sample in named}) == 5
+
+
+def opened(folder, rows, prompts):
+    source = open_(write(folder / "train.jsonl", rows), prompts=prompts)
+    return [source[index] for index in range(len(source))]
+
+
+def test_prompts_that_cannot_be_asked_are_refused(folder):
+    path = str(write(folder / "train.jsonl", [llava(ASK, GPT)]))
+    refused("data.sources.mine.prompts: '<image> What?' holds '<image>'", path=path, prompts=["<image> What?"])
+    refused("data.sources.mine.prompts: ' ' is empty", path=path, prompts=[" "])
+    refused("prompts: not for format=digits", format=Format.digits, prompts=["q"])
+
+
+# Which records, and how many tiles
+
+
+def test_a_fraction_is_even_stable_and_counted(folder):
+    path = write(folder / "train.jsonl", [llava(ASK, GPT, id=f"r{i}") for i in range(2000)])
+    source = open_(path, fraction=0.25)
+    ids = [source[index].id for index in range(len(source))]
+    assert 430 < len(source) < 570 and ids == sorted(ids, key=lambda name: int(name[1:]))
+    assert [open_(path, fraction=0.25, num_samples=10)[index].id for index in range(10)] == ids[:10]
+    assert len(open_(path, fraction=0.25, num_samples=10)) == 10 and len(open_(path, fraction=1.0)) == 2000
+    assert source.origin(7) == source[7].origin
+    again = pickle.loads(pickle.dumps(source))
+    assert [again[index].id for index in range(len(again))] == ids and len(pickle.dumps(source)) < 70_000
+    with path.open("a") as stream:
+        stream.write(json.dumps(llava(ASK, GPT, id="new")) + "\n")
+    grown = open_(path, fraction=0.25)
+    assert [grown[index].id for index in range(len(ids))] == ids
+    assert grown.digest_of(0, 100) == source.digest_of(0, 100) != source.digest_of(1, 101)
+    with pytest.raises(IndexError):
+        source[len(source)]
+
+
+def test_sources_of_other_names_choose_other_records():
+    ours, theirs = chosen("a", 10_000, 0.5), chosen("b", 10_000, 0.5)
+    assert 2300 < len(np.intersect1d(ours, theirs)) < 2700
+    assert set(chosen("a", 10_000, 0.1)) <= set(ours) and len(chosen("a", 3_000_000, 0.5)) == pytest.approx(
+        1.5e6, rel=0.01
+    )
+
+
+def test_a_fraction_that_cannot_be_is_refused(folder):
+    path = str(write(folder / "train.jsonl", [llava(ASK, GPT)]))
+    refused("data.sources.mine.fraction=1.5: above 0 and at most 1", path=path, fraction=1.5)
+    refused("fraction=1e-09 chooses none of its 1 records. Raise it.", path=path, fraction=1e-9)
+
+
+def test_most_tiles_of_a_source_reach_its_records(folder):
+    row, pair = llava(HUMAN, GPT, image="flower.png"), {"prompt": "q", "chosen": "a", "rejected": "b"}
+    assert only(folder, row).max_tiles is None and only(folder, row, max_tiles=4).max_tiles == 4
+    assert only(folder, pair, max_tiles=0).max_tiles == 0
+    made = SourceConfig(path="caption", format=Format.builtin, num_samples=40, max_tiles=1, fraction=0.5)
+    source = open_source("mine", made, max_image_pixels=10**6)
+    assert isinstance(source, Chosen) and 8 < len(source) < 32 and source[3].max_tiles == 1
+    assert source.digest_of(0, 2) != source.digest_of(0, 3) and source.origin(0).startswith("mine[")
+
+
+def test_a_missing_named_set_says_how_to_get_it(folder):
+    missing = dict(path=str(folder / "x.json"), obtain="hf download a/b, then unpack", homepage="https://x.org/b")
+    refused("x.json: no such file or folder. How to get it: hf download a/b, then unpack, https://x.org/b.", **missing)
+    path = str(write(folder / "train.jsonl", [llava(ASK, GPT)]))
+    refused("images: no such", path=path, image_root=str(folder / "images"), obtain="unpack images.zip")
+    refused(
+        "How to get it: unpack images.zip.", path=path, image_root=str(folder / "images"), obtain="unpack images.zip"
+    )
+
+
+# The hub
+
+
+def test_a_local_folder_of_the_hubs_layout_is_read_like_the_hub(folder, photos):
+    import datasets
+
+    (folder / "set" / "data").mkdir(parents=True)
+    turns = [{"role": "user", "content": "무엇?"}, ANSWER]
+    rows = [{"messages": turns, "images": [{"bytes": png(photos[1]), "path": None}]}] * 3
+    table = datasets.Dataset.from_list(rows)
+    table = table.cast(datasets.Features({**table.features, "images": datasets.List(datasets.Image())}))
+    table.to_parquet(folder / "set" / "data" / "train-00000-of-00001.parquet")
+    table.select(range(2)).to_parquet(folder / "set" / "data" / "test-00000-of-00001.parquet")
+    source = open_source("mine", SourceConfig(hub=str(folder / "set")), max_image_pixels=10**6)
+    test = open_source("mine", SourceConfig(hub=str(folder / "set"), split="test"), max_image_pixels=10**6)
+    assert (len(source), len(test)) == (3, 2) and source[2].origin == "set:train[2]"
+    assert contents(source[0]) == [(ImageSlot(0), "무엇?"), ("A flower.",)] and source[0].images[0].size == (40, 60)
+    assert source.digest_of(0, 2) != source.digest_of(1, 3) and source.digest != test.digest
+    refused("cannot be loaded", hub=str(folder / "set"), split="dev")
+
+
+def test_a_hub_dataset_that_is_out_of_reach_says_what_to_do(folder, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    refused("data.sources.mine.hub=nobody/nothing: cannot be loaded: ", hub="nobody/nothing")
+    refused("`hf download nobody/nothing --repo-type dataset --local-dir <folder>`", hub="nobody/nothing")
+    refused("both path and hub are given", hub="nobody/nothing", path=str(folder))
+
+
+# What is found out
+
+
+def test_records_that_nfc_changes_say_so(folder):
+    nfd = unicodedata.normalize("NFD", "한국어")
+    turn = {"from": "gpt", "value": nfd}
+    assert only(folder, llava(ASK, turn)).normalised and not only(folder, llava(ASK, GPT)).normalised
+    assert only(folder, {"prompt": "q", "chosen": nfd, "rejected": "b"}).normalised
+    assert not only(folder, {"prompt": "q", "chosen": "한국어", "rejected": "b"}).normalised
+    asked = only(folder, {"image": "flower.png", "caption": "x"}, prompts=[nfd])
+    assert not asked.normalised and asked.messages[0].content[1] == "한국어"
+
+
+@pytest.mark.parametrize(
+    ("record", "fault"),
+    [
+        ("{bad", Fault.malformed),
+        (llava(ASK, {"from": "gpt", "value": " "}), Fault.no_answer),
+        (llava(ASK, GPT, ASK), Fault.no_answer),
+        (llava(HUMAN, GPT), Fault.placeholders),
+        (llava(HUMAN, GPT, image="http://x/a.png"), Fault.url),
+        ({"messages": []}, Fault.malformed),
+        ({"caption": "x", "images": []}, Fault.placeholders),
+    ],
+)
+def test_each_fault_has_its_class(folder, record, fault):
+    write(folder / "train.jsonl", [record, llava(ASK, GPT)])
+    with pytest.raises(RecordError) as caught:
+        open_(folder / "train.jsonl")[0]
+    assert caught.value.fault is fault

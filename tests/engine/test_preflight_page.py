@@ -1,0 +1,222 @@
+"""The page of preflight says what the index and the plan say, shows what the model gets, and runs nothing of the data's."""
+
+import re
+from html import unescape
+
+import numpy as np
+import pytest
+from support import builtin, picture, sample
+
+from lit_vlm.cost import Flops
+from lit_vlm.data.datamodule import DataModule
+from lit_vlm.data.markup import obj
+from lit_vlm.engine.preflight_facts import Facts, Finding, Level, SourceRow
+from lit_vlm.engine.preflight_numbers import fill_source_rows, histograms, padding, plan_facts
+from lit_vlm.engine.preflight_page import count, gigabytes, hours, percent, render, write_preflight
+from lit_vlm.engine.preflight_sample import EvenSample, looked_at
+from lit_vlm.engine.preflight_samples import bad_examples, pieces_of, show, show_samples
+from lit_vlm.types import (
+    Box,
+    Control,
+    Fault,
+    ImageSlot,
+    Kind,
+    Language,
+    Message,
+    PreferencePair,
+    RecordError,
+    Role,
+    Sample,
+)
+
+FLOPS = Flops(1.0, 1e-4, 256.0, 0.25)
+ATTACK = "<script>alert(1)</script><img src=x onerror=alert(1)> <image> <|im_end|> 한글 👋"
+
+
+@pytest.fixture
+def datamodule(processor) -> DataModule:
+    sources = [*builtin("caption", "grounding", n=90), *builtin("text", n=40, language=Language.en)]
+    return DataModule(processor, sources, 0.1, global_batch_size=16, flops=FLOPS, tokens_per_micro_batch=4096)
+
+
+@pytest.fixture
+def facts(datamodule) -> Facts:
+    plan = datamodule.make_plan(2)
+    index, held_out = datamodule.index, datamodule.held_out
+    facts = Facts(name="test/1", stage="sft", command="python run.py task=preflight", moment="now")
+    facts.sources = [SourceRow(source.name, len(source), len(source)) for source in index.sources]
+    fill_source_rows(facts.sources, index, held_out, index.errors)
+    facts.held_out = len(held_out)
+    facts.plan = plan_facts(plan, plan.num_steps)
+    facts.histograms = histograms(index, np.ones(len(index.sources)), {"tokens": 4096, "tiles": 64})
+    facts.samples = show_samples(index, datamodule.processor, 6)
+    return facts
+
+
+def text_of(page: str) -> str:
+    return unescape(re.sub(r"<style>.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL))
+
+
+def test_rows_add_up_to_the_index(facts, datamodule):
+    index, held_out = datamodule.index, datamodule.held_out
+    assert sum(row.usable for row in facts.sources) == len(index) + len(held_out) == 220
+    assert sum(row.tokens for row in facts.sources) == int(index.tokens.sum() + held_out.tokens.sum())
+    assert sum(row.tiles for row in facts.sources) == int(index.tiles.sum() + held_out.tiles.sum())
+    assert sum(row.held_out for row in facts.sources) == len(held_out) == facts.held_out
+    assert {name for row in facts.sources for name in row.kinds} >= {"caption", "grounding", "text"}
+
+
+def test_the_plan_adds_up(facts, datamodule):
+    plan = datamodule.make_plan(2)
+    draws, balance = plan.draws(), plan.balance()
+    assert facts.plan.tokens == int(datamodule.index.tokens[draws].sum())
+    assert facts.plan.tiles == int(datamodule.index.tiles[draws].sum())
+    assert (facts.plan.steps, facts.plan.k, facts.plan.world_size) == (plan.num_steps, plan.k, 2)
+    assert facts.plan.balance_ranks == balance["ranks"]["mean"]
+    assert facts.plan.pack_tokens.most == balance["tokens"]["largest"] <= 4096
+
+
+def test_histograms_hold_every_sample(facts, datamodule):
+    index = datamodule.index
+    for histogram in facts.histograms:
+        expected = int((index.images > 0).sum()) if histogram.unit == "pixels" else len(index)
+        assert sum(map(sum, histogram.series.values())) == expected, histogram.title
+        assert all(len(counts) == len(histogram.edges) - 1 for counts in histogram.series.values())
+
+
+def test_the_page_says_the_numbers(facts):
+    text = text_of(render(facts))
+    for row in facts.sources:
+        assert row.name in text and f"{row.tokens:,}" in text and f"{row.supervised:,} supervised" in text
+    assert f"{facts.plan.steps:,}" in text and percent(facts.plan.balance_ranks) in text
+    assert "would run" in text
+
+
+def test_verdict_names_every_problem(facts):
+    facts.findings = [
+        Finding(Level.failure, "The first problem.", "Do this."),
+        Finding(Level.warning, "A warning."),
+        Finding(Level.failure, "The second problem.", "Do that."),
+    ]
+    text = text_of(render(facts))
+    assert "would fail: 2 problems" in text
+    assert all(
+        word in text for word in ("The first problem.", "Do this.", "A warning.", "The second problem.", "Do that.")
+    )
+
+
+def test_an_empty_page_renders():
+    facts = Facts("x", "sft", "", "", findings=[Finding(Level.failure, "data.sources.mine.path=/none: no such file.")])
+    assert "no such file" in render(facts)
+
+
+def test_the_page_is_self_contained_and_escapes(facts, processor, tmp_path):
+    facts.samples = [show(sample(ATTACK, ATTACK, (60, 80)), processor)]
+    facts.bad = bad_examples([(ATTACK, RecordError(ATTACK, ATTACK, fault=Fault.url))])
+    facts.sources[0].licence = ATTACK
+    facts.findings = [Finding(Level.warning, ATTACK, "\ud800")]
+    page = write_preflight(tmp_path, facts).read_text(encoding="utf-8")
+    assert "<script" not in page and "onerror=alert(1)>" not in page.replace("&gt;", "")
+    assert not re.search(r"""(src|href)=["'](?!data:)""", page) and "url(" not in page and "@import" not in page
+    assert "한글 👋" in page
+    assert '"pictures"' in (tmp_path / "preflight.json").read_text(encoding="utf-8")
+
+
+def records(mixed) -> list:
+    pair = PreferencePair(
+        "p",
+        "pairs",
+        "pairs:1",
+        Kind.preference,
+        Language.ko,
+        (Message(Role.user, (ImageSlot(0), "어디에 있나요?")),),
+        Message(Role.assistant, obj("빨간 원", Box(0.1, 0.1, 0.5, 0.5))),
+        Message(Role.assistant, ("없습니다.",)),
+        (picture(90, 60),),
+    )
+    control = Message(Role.user, (Control("<gro>"), ImageSlot(0), f"where? {ATTACK}"))
+    answer = Message(Role.assistant, obj("원 \U0001f534", Box(0.0, 0.2, 1.0, 0.5)))
+    return [*mixed, pair, Sample("c", "t", "t:1", Kind.grounding, Language.en, (control, answer), (picture(40, 90),))]
+
+
+def test_coloured_text_is_the_prompt(processor, mixed):
+    """Put together, the pieces decode to what the tokens decode to, and colour says what the mask says."""
+    for record in records(mixed):
+        for encoded in processor.sequences(record):
+            pieces = pieces_of(encoded, processor)
+            whole = processor.tokenizer.decode(encoded.input_ids.tolist(), clean_up_tokenization_spaces=False)
+            assert "".join(piece.text for piece in pieces) == whole
+            assert sum(piece.tokens for piece in pieces) == encoded.num_tokens
+            assert sum(piece.tokens for piece in pieces if piece.supervised) == int(encoded.supervised.sum())
+            supervised = [int(token) for token in encoded.input_ids[encoded.supervised]]
+            told = "".join(piece.text for piece in pieces if piece.supervised)
+            assert told == processor.tokenizer.decode(supervised, clean_up_tokenization_spaces=False)
+
+
+def test_text_that_looks_like_a_control_token_is_no_chip(processor):
+    shown = show(sample("Say <|im_end|> and <image>.", "<bbox>"), processor)
+    ((_, pieces),) = shown.segments
+    texts = [piece.text for piece in pieces if piece.kind == "text"]
+    assert any("<|im_end|>" in text and "<image>" in text for text in texts) and "<bbox>" in texts
+    assert all(piece.text.startswith("<|im_") for piece in pieces if piece.kind == "control")
+
+
+def test_the_rendered_prompt_on_the_page_is_the_prompt(facts, processor):
+    facts.samples = [show(sample("안녕? \n  두 줄 <b>", "네,\n\n안녕."), processor)]
+    page = render(facts)
+    block = re.search(r'<div class="rendered"[^>]*>(.*?)</div>', page, re.DOTALL)[1]
+    ((_, pieces),) = facts.samples[0].segments
+    assert unescape(re.sub(r"<[^>]+>", "", block)) == "".join(piece.text for piece in pieces)
+
+
+def test_samples_show_tiles_boxes_and_both_answers(processor, mixed):
+    grounded = show(records(mixed)[-1], processor)
+    assert grounded.marked and grounded.pictures[0].caption == "1 box"
+    assert re.search(r"\d \u00d7 \d tiles? of 90 \u00d7 40 pixels", grounded.pictures[-1].caption)
+    pair = show(records(mixed)[-2], processor)
+    assert [title for title, _ in pair.segments] == ["chosen", "rejected"]
+
+
+def test_samples_are_spread_over_the_sources(datamodule, processor):
+    datamodule.build()
+    names = [shown.source for shown in show_samples(datamodule.index, processor, 6)]
+    assert [names.count(source.name) for source in datamodule.index.sources] == [2, 2, 2]
+    assert show_samples(datamodule.index, processor, 0) == []
+    assert len(show_samples(datamodule.index, processor, 2)) == 2
+
+
+def test_a_sample_of_a_source_is_spread_evenly(processor, tmp_path):
+    (source,) = builtin("caption", n=1000)
+    part = looked_at(source, processor, tmp_path, 100)
+    assert isinstance(part, EvenSample) and len(part) == 100
+    assert part[0].id == source[0].id and part[99].id == source[999].id
+    steps = np.diff([int(part[i].id.rsplit("-", 1)[-1].rsplit(":", 1)[-1]) for i in range(0, 100, 9)])
+    assert steps.max() - steps.min() <= 2
+    assert looked_at(source, processor, tmp_path, 1000) is source
+
+
+def test_scaled_rows():
+    row = SourceRow("a", records=1000, looked_at=100, usable=90)
+    assert row.estimated and row.scale == 10
+    assert not SourceRow("a", records=5, looked_at=5).estimated
+
+
+def test_padding_by_hand():
+    lengths = np.array([1, 3, 2, 2, 4, 4])
+    assert padding(lengths, 2) == pytest.approx(1 - 16 / 18)
+    assert padding(np.array([4, 1, 4, 1]), 2) == pytest.approx(1 - 10 / 16)
+    assert padding(np.array([4, 1, 4, 1]), 2, grouped=True) == 0.0
+    assert padding(np.array([5]), 2) == 0.0
+
+
+def test_numbers_for_people():
+    assert [percent(share) for share in (0.0, 0.0001, 0.5, 0.9999, 1.0)] == [
+        "0.0 %",
+        "<0.1 %",
+        "50.0 %",
+        ">99.9 %",
+        "100.0 %",
+    ]
+    assert count(1234567) == "1,234,567" and count(1234567, True) == "~1,230,000"
+    assert gigabytes(141e9) == "141 GB" and gigabytes(2.5e6) == "2.5 MB" and gigabytes(0) == "0 B"
+    assert hours(7200) == "2.0 hours" and hours(86400 * 3) == "3.0 days" and hours(120) == "2 minutes"

@@ -1,0 +1,327 @@
+"""task=preflight, as a user starts it: exit status, every problem by name, the numbers of the index, and no weight read."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from run_helpers import TINY, conversations, llava, own_choice, process, run, save_photos, turns, write
+
+from lit_vlm.config import parse
+from lit_vlm.data.lock import write_lock
+from lit_vlm.tasks.preflight import preflight
+from lit_vlm.tasks.stage_data import lock_of, open_sources, stage_data
+from lit_vlm.types import UserError
+
+LOOK = [*(word for word in TINY if word != "task=train"), "task=preflight", "stage=sft", "run_name=look"]
+
+
+@dataclass
+class Look:
+    """What preflight said."""
+
+    facts: dict
+    page: str
+    error: str | None
+
+    def told(self, level: str) -> str:
+        return "\n".join(f"{f['what']} {f['remedy']}" for f in self.facts["findings"] if f["level"] == level)
+
+    def source(self, name: str) -> dict:
+        return next(row for row in self.facts["sources"] if row["name"] == name)
+
+
+def look(*words: str) -> Look:
+    job, error = parse([*LOOK, *words]), None
+    try:
+        preflight(job)
+    except UserError as raised:
+        error = str(raised)
+    facts = json.loads((job.dir / "preflight.json").read_text(encoding="utf-8"))
+    assert facts["would_run"] is (error is None)
+    return Look(facts, (job.dir / "preflight.html").read_text(encoding="utf-8"), error)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    save_photos(tmp_path / "photos")
+    return tmp_path
+
+
+def five_formats(folder: Path, **data) -> list[str]:
+    """Sources in five formats and two languages."""
+    photo = (folder / "photos" / "china.jpg").read_bytes()
+    sees = {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "무엇인가요?"}]}
+    says = {"role": "assistant", "content": [{"type": "text", "text": "탑입니다."}]}
+    write(folder / "llava.json", conversations(24))
+    write(folder / "messages.jsonl", [{"messages": turns(f"{i}?", "네, 그렇습니다.")} for i in range(20)])
+    write(folder / "bytes.parquet", [{"messages": [sees, says], "images": [{"bytes": photo, "path": None}]}] * 9)
+    write(folder / "sharegpt.jsonl", [llava(f"What is {i}?", f"It is {i}.") for i in range(30)])
+    photos = str(folder / "photos")
+    sources = {
+        "llava": {"path": str(folder / "llava.json"), "image_root": photos, "weight": 4, "licence": "CC BY 4.0"},
+        "messages": {"path": str(folder / "messages.jsonl"), "weight": 1},
+        "bytes": {"path": str(folder / "bytes.parquet"), "weight": 1},
+        "sharegpt": {"path": str(folder / "sharegpt.jsonl"), "format": "sharegpt", "weight": 2},
+        "made": {"format": "builtin", "path": "grounding", "language": "ko", "num_samples": 40, "weight": 2},
+    }
+    return own_choice(folder, sources=sources, validation={"fraction": 0.1}, **data)
+
+
+def photos_source(folder: Path, records: list, **source) -> list[str]:
+    path = write(folder / "mine.jsonl", records)
+    return own_choice(
+        folder,
+        sources={"mine": {"path": str(path), "image_root": str(folder / "photos"), **source}},
+        validation={"fraction": 0.1},
+    )
+
+
+# ---- it would run
+
+
+def test_a_recipe_whose_stage_before_was_not_run(tmp_path):
+    """Through run.py: exit status 0, verdict on the terminal, a page and its numbers."""
+    words = ["task=preflight", "experiment=tiny/2_sft", "trainer.max_steps=20", "preflight.max_samples=20"]
+    done = process(*words, cwd=tmp_path, base=[])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "would run" in done.stdout and "parts in model.*" in done.stdout
+    (page,) = (tmp_path / "runs").rglob("preflight.html")
+    assert "would run" in page.read_text(encoding="utf-8")
+    assert not list(page.parent.glob("hf")) and not list(page.parent.glob("manifest.json"))
+
+
+def test_five_formats_and_no_weights(here, monkeypatch):
+    """The page's numbers are those of index and plan, and the model is never built."""
+    words = five_formats(here, share={"ko": 0.5, "text_only": 0.3})
+    monkeypatch.setattr("lit_vlm.model.build._load", forbidden)
+    monkeypatch.setattr("lit_vlm.stages.base.build", forbidden)
+    monkeypatch.setattr("safetensors.safe_open", forbidden)
+    monkeypatch.setattr("torch.load", forbidden)
+    seen = look(*words, "preflight.world_size=2")
+    assert seen.error is None, seen.told("failure")
+
+    job = parse([*LOOK, *words])
+    data = stage_data(job, *open_sources(job), job.init_from)
+    data.datamodule.build()
+    index, held_out = data.datamodule.index, data.datamodule.held_out
+    plan = data.datamodule.make_plan(2)
+    for number, source in enumerate(index.sources):
+        row, mine, held = seen.source(source.name), index.of_source(number), held_out.of_source(number)
+        assert (row["records"], row["usable"]) == (len(source), len(mine) + len(held))
+        assert row["tokens"] == int(index.tokens[mine].sum() + held_out.tokens[held].sum())
+        assert f"{row['tokens']:,}" in seen.page and source.name in seen.page
+    told = {(row["group"], row["name"]): row for row in seen.facts["shares"]}
+    assert told["language", "ko"]["asked"] == 0.5
+    assert told["language", "ko"]["samples"] == pytest.approx(0.5, abs=0.1)  # of twelve draws
+    assert seen.facts["plan"]["k"] == plan.k and seen.facts["plan"]["steps"] == plan.num_steps
+    assert seen.facts["plan"]["tokens"] == int(index.tokens[plan.draws()].sum())
+    assert seen.facts["plan"]["balance_ranks"] == plan.balance()["ranks"]["mean"]
+    assert len(seen.facts["histograms"]) == 4 and len(seen.facts["samples"]) == 6
+    assert "CC BY 4.0" in seen.page and seen.page.count("<mark>") > 6 and "data:image/" in seen.page
+
+
+def test_what_trains_is_what_training_says(here):
+    words = ["data=builtin_sft", "stage.parts.language_model.lora.rank=4", "stage.learning_rate=1e-3"]
+    seen = look(*words, "preflight.max_samples=8")
+    trained = run(*words, "stage=sft", "run_name=trained", "trainer.max_steps=1", "callbacks=[]").manifest["trained"]
+    rows = [{key: row[key] for key in ("part", "parameters", "trainable", "how")} for row in seen.facts["parts"]]
+    assert rows == trained
+    assert seen.facts["parts"][2]["learning_rate"] == 1e-3
+
+
+def test_a_stated_sample_and_then_the_index(here):
+    """Without an index a sample is looked at and scaled up; once there is one, all of it is read from there."""
+    photos = photos_source(here, [llava(f"<image>\n{i}?", "네. " * (1 + i % 5), image="china.jpg") for i in range(300)])
+    part = look(*photos, "preflight.max_samples=50", "trainer.max_steps=null")
+    row = part.source("mine")
+    assert (row["looked_at"], row["records"]) == (50, 300)
+    assert "Looked at 50 of 300 records" in part.page and "~" in part.page
+    steps = part.facts["plan"]["steps"]
+
+    job = parse([*LOOK, *photos])
+    stage_data(job, *open_sources(job), job.init_from).datamodule.build()
+    whole = look(*photos, "preflight.max_samples=50", "trainer.max_steps=null")
+    assert whole.source("mine")["looked_at"] == 300 and "Looked at" not in whole.page
+    assert whole.source("mine")["tokens"] == pytest.approx(row["tokens"] * 6, rel=0.05)
+    assert whole.facts["plan"]["steps"] == pytest.approx(steps, rel=0.05)
+
+
+def test_pairs_show_both_answers_and_the_reference_counts(here):
+    words = ["stage=dpo", "data=builtin_preference", "preflight.max_samples=30", "preflight.num_shown=2"]
+    seen = look(*words)
+    assert seen.error is None, seen.told("failure")
+    assert [title for title, _ in seen.facts["samples"][0]["segments"]] == ["chosen", "rejected"]
+    assert seen.facts["memory"]["rows"][0]["parts"]["reference model"] > 0
+    adapted = look(*words, "stage.parts.language_model.lora.rank=4")
+    assert adapted.facts["memory"]["rows"][0]["parts"]["reference model"] == 0
+
+
+# ---- it would fail
+
+
+def test_every_problem_at_once_and_exit_status(tmp_path):
+    """A missing file, records that cannot be used, and too little memory: all three, through run.py, exit status 1."""
+    save_photos(tmp_path / "photos")
+    good = [llava("<image>\nWhat is it?", f"A photograph {i}.", image="china.jpg") for i in range(20)]
+    path = write(tmp_path / "mine.jsonl", [*good, llava("<image>\nq", "a", image="gone.jpg")])
+    words = own_choice(
+        tmp_path,
+        sources={
+            "mine": {"path": str(path), "image_root": str(tmp_path / "photos")},
+            "lost": {"path": str(tmp_path / "lost.jsonl")},
+        },
+    )
+    words += ["trainer.accelerator=gpu", "trainer.extra={}", "preflight.device=rtx4090"]
+    words += ["data.tokens_per_micro_batch=300000000", "data.max_length=4096"]
+    done = process(*words, cwd=tmp_path, base=LOOK)
+    assert done.returncode == 1, done.stdout + done.stderr
+    said = " ".join(done.stdout.split())
+    assert "lost.jsonl: no such file" in said
+    assert "mine: 1 of 21 cannot be used (1 missing), and data.on_bad_record=stop" in said
+    assert "would fail: 2 problems" in said
+    assert "Traceback" not in done.stderr and "would fail" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [
+        (["data.on_bad_record=stop"], "data.on_bad_record=stop"),
+        (["data.on_bad_record=quarantine"], "data.max_quarantined=0.01"),
+    ],
+)
+def test_records_that_cannot_be_used(here, words, what):
+    records = [llava("<image>\nq?", f"a {i}", image="china.jpg") for i in range(10)]
+    records += [
+        llava("q", ""),
+        llava("<image>\nq", "a", image="http://x.org/a.jpg"),
+        "{",
+        llava("<image><image>\nq", "a", image="china.jpg"),
+    ]
+    seen = look(*photos_source(here, records), *words)
+    assert what in seen.told("failure") and "4 of 14 cannot be used" in seen.told("failure")
+    assert seen.source("mine")["quarantined"] == {"no_answer": 1, "url": 1, "malformed": 1, "placeholders": 1}
+    assert len(seen.facts["bad"]) == 4 and "mine.jsonl:11" in seen.page
+    assert seen.error and "would fail" in seen.error
+
+
+def test_few_bad_records_are_a_warning(here):
+    records = [llava("<image>\nq?", f"a {i}", image="china.jpg") for i in range(10)] + [llava("q", "")]
+    seen = look(*photos_source(here, records), "data.on_bad_record=quarantine", "data.max_quarantined=0.1")
+    assert seen.error is None and "1 of 11 cannot be used (1 no answer)" in seen.told("warning")
+
+
+def pairs(folder: Path) -> list[str]:
+    pair = {"prompt": "q", "chosen": "yes", "rejected": "no"}
+    return photos_source(folder, [pair | {"prompt": f"q{i}"} for i in range(20)], kind=None)
+
+
+def test_pairs_for_a_stage_that_wants_conversations(here):
+    assert "preference pairs, which stage=sft cannot use" in look(*pairs(here)).told("failure")
+
+
+def test_shares_that_cannot_be_met(here):
+    records = [llava("<image>\nWhat?", f"A {i}", image="china.jpg") for i in range(20)]
+    seen = look(*photos_source(here, records), "data.share.ko=0.5")
+    assert "data.share.ko=0.5 cannot be met" in seen.told("failure")
+    assert seen.facts["plan"] is None and seen.facts["parts"]  # what does not hang on it is still told
+
+
+def test_no_picture_for_a_stage_that_trains_the_projector(here):
+    seen = look(*photos_source(here, [llava(f"{i}?", f"A {i}") for i in range(20)]))
+    assert "No sample has an image" in seen.told("failure")
+
+
+def test_memory_is_compared_for_a_gpu_only(here):
+    words = ["data=builtin_sft", "preflight.max_samples=8", "preflight.device=rtx4090", "trainer.precision=32-true"]
+    shape = ["model.vision_tower=tiny", f"model.language_model={large_language_model(here)}"]
+    cpu = look(*words, *shape, "trainer.accelerator=cpu")
+    assert cpu.error is None and cpu.facts["memory"]["rows"][0]["parts"]["weights"] > 28e9
+    gpu = look(*words, *shape, "trainer.accelerator=gpu")
+    assert "and NVIDIA RTX 4090 has 24.0 GB" in gpu.told("failure") and "LoRA" in gpu.told("failure")
+    assert "not built in yet" in gpu.page
+
+
+def large_language_model(folder: Path) -> Path:
+    """Qwen2.5-7B's shape and a small tokenizer; no weights."""
+    from transformers import Qwen2Config
+
+    from lit_vlm.model.tiny import make_tokenizer
+
+    sizes = {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 152064}
+    config = Qwen2Config(**sizes, num_attention_heads=28, num_key_value_heads=4, tie_word_embeddings=False)
+    path = folder / "large"
+    config.save_pretrained(path)
+    make_tokenizer().save_pretrained(path)
+    return path
+
+
+def test_a_disk_that_is_too_small(here, monkeypatch):
+    usage = type("Usage", (), {"free": 1_000_000})
+    monkeypatch.setattr("lit_vlm.engine.preflight_model.shutil.disk_usage", lambda path: usage)
+    seen = look("data=builtin_sft", "preflight.max_samples=8")
+    assert "The disk is too small" in seen.told("failure") and "1.0 MB are free" in seen.told("failure")
+
+
+def test_a_lock_of_other_data(here):
+    words = photos_source(here, [llava("<image>\nWhat?", f"A {i}", image="china.jpg") for i in range(20)])
+    job = parse([*LOOK, *words])
+    data = stage_data(job, *open_sources(job), job.init_from)
+    data.datamodule.build()
+    write_lock(here / "mixture.lock", lock_of(data))
+    assert look(*words, f"data.lock={here / 'mixture.lock'}").error is None
+    words = photos_source(here, [llava("<image>\nWhat?", f"B {i}", image="china.jpg") for i in range(21)])
+    seen = look(*words, f"data.lock={here / 'mixture.lock'}")
+    assert "mine: 20 records then, 21 now" in seen.told("failure")
+
+
+def test_a_model_folder_that_is_not_there(here):
+    seen = look("data=builtin_sft", f"init_from={here / 'nothing'}")
+    assert "nothing" in seen.told("failure") and seen.facts["sources"] == []
+
+
+def test_a_finished_run_of_that_name(here):
+    words = ["data=builtin_sft", "stage=sft", "trainer.max_steps=1", "callbacks=[]"]
+    run(*words, "run_name=look")
+    assert "is finished already" in look(*words[:1], "trainer.max_steps=1", "callbacks=[]").told("warning")
+    assert "differs from this one in" in look(*words[:1], "trainer.max_steps=2", "callbacks=[]").told("failure")
+
+
+# ---- warnings and advice
+
+
+def test_warnings_and_advice(here):
+    records = [llava("<image>\nWhat?", f"A {i}", image="china.jpg") for i in range(10)]
+    records += [
+        llava("<image>\nWhat?", "A 0", image="china.jpg"),
+        llava("한글 한글?".encode().decode(), "NFD: \u1112\u1161\u11ab"),
+    ]
+    words = photos_source(here, records, expected_records=581)
+    seen = look(*words, "data.validation.fraction=0", "trainer.max_steps=40", "preflight.world_size=8")
+    assert seen.error is None, seen.told("failure")
+    warnings, advice = seen.told("warning"), seen.told("advice")
+    assert "mine: 12 records on disk where 581 are expected" in warnings
+    assert "1 of 12 in mine" in warnings and "word for word" in warnings
+    assert "No sample is held out" in warnings
+    assert "mine 13.3 times" in warnings  # 40 steps of 4 samples over 12
+    assert "Unicode's NFC changes the text of 1 (8.3%) in mine" in advice
+    assert "A rank has 0.5 samples in a step" in advice
+
+
+def test_long_samples(here):
+    records = [llava("q?", "word " * 400, *("and?", "more. " * 10)) for _ in range(3)]
+    records += [llava("<image>\nWhat?", f"A {i}", image="china.jpg") for i in range(20)]
+    words = [
+        *photos_source(here, records),
+        "data.max_length=300",
+        "data.on_bad_record=quarantine",
+        "data.max_quarantined=0.5",
+    ]
+    assert "3 overlong" in look(*words).told("warning")
+    short = look(*words, "data.max_length=80", "data.on_overlong=fewer_tiles")
+    assert short.source("mine")["fewer_tiles"] > 0 and "cut into fewer tiles" in short.told("warning")
+
+
+def forbidden(*args, **kwargs):
+    raise AssertionError("weights were read")

@@ -1,0 +1,197 @@
+"""FLOPs, bytes and seconds: against cases computed by hand, real models' counts, and what autograd really keeps."""
+
+import pytest
+import torch
+from support import blueprint_of, sample
+
+from lit_vlm.anyres import Tiling
+from lit_vlm.config.schema import DeviceName
+from lit_vlm.cost import DEVICES, Flops, Load, Parameters, Shape, Training, memory_of
+from lit_vlm.cost.memory import Precision, Sharding, activations_of_text, activations_of_tile, states_of
+from lit_vlm.data.collate import collate
+from lit_vlm.data.processor import Processor
+from lit_vlm.losses.next_token import next_token_losses
+from lit_vlm.model.build import build
+from lit_vlm.model.forward import supervised_rows
+from lit_vlm.model.parts import freeze
+from lit_vlm.types import Part
+
+# Qwen2.5-7B and SigLIP-so400m with 26 layers, from their config.json
+CONFIG = {
+    "text_config": {
+        "hidden_size": 3584,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "intermediate_size": 18944,
+        "vocab_size": 152064,
+    },
+    "vision_config": {
+        "hidden_size": 1152,
+        "num_hidden_layers": 26,
+        "intermediate_size": 4304,
+        "image_size": 384,
+        "patch_size": 14,
+    },
+}
+SHAPE = Shape.from_config(CONFIG)
+STAGES = {
+    "align": (Part.projector,),
+    "language": (Part.projector, Part.language_model),
+    "all": tuple(Part),
+}
+
+
+def training(precision="bf16-mixed", stage="all", **more) -> Training:
+    trains = STAGES[stage]
+    return Training(
+        Precision.named(precision),
+        trains_language_model=Part.language_model in trains,
+        trains_tower=Part.vision_tower in trains,
+        **more,
+    )
+
+
+# ---- FLOPs
+
+
+def test_weights_of_the_language_model_by_hand():
+    attention = 3584 * 3584 * 2 + 3584 * 512 * 2
+    assert SHAPE.text.layer == attention + 3 * 3584 * 18944
+    assert SHAPE.text.layers * SHAPE.text.layer == pytest.approx(6.525e9, rel=1e-3)  # Qwen's body, without its tables
+    assert SHAPE.text.hidden * SHAPE.text.vocab == pytest.approx(0.545e9, rel=1e-3)
+
+
+def test_flops_of_an_alignment_sample_by_hand():
+    """One 384-pixel tile and 20 tokens of text of which 15 are answers: 20.7 TFLOP with frozen towers."""
+    flops = Flops.from_config(CONFIG, trains_tower=False, trains_language_model=False)
+    tokens = 729 + 20
+    tower = 2 * 26 * SHAPE.vision.layer * 729 + 4 * 729**2 * 1152 * 26
+    body = 4 * 28 * SHAPE.text.layer * tokens + 3 * 2 * tokens**2 * 3584 * 28
+    projector, head = 6 * 729 * (1152 * 3584 + 3584**2), 4 * 3584 * 152064 * 15
+    assert flops.of(tokens, tokens**2, 1, 15) == pytest.approx(tower + body + projector + head)
+    assert flops.of(tokens, tokens**2, 1, 15) == pytest.approx(20.7e12, rel=0.01)
+
+
+def test_recomputing_and_a_reference_add_forward_passes():
+    options = {"trains_tower": False, "trains_language_model": True}
+    plain = Flops.from_config(CONFIG, **options)
+    assert Flops.from_config(CONFIG, **options, recomputes=True).per_token == pytest.approx(plain.per_token * 4 / 3)
+    assert Flops.from_config(CONFIG, **options, recomputes=True).per_supervised == plain.per_supervised
+    reference = Flops.from_config(CONFIG, **options, reference=True)
+    assert reference.per_token == pytest.approx(plain.per_token * 4 / 3)
+    assert reference.per_tile > 1.9 * plain.per_tile  # its own frozen tower looks at the picture once more
+
+
+def test_seconds_by_hand():
+    h100 = DEVICES[DeviceName.h100]
+    assert h100.seconds(989e12 * 3600, devices=8, utilisation=0.5) == pytest.approx(900)
+    assert h100.seconds(989e12, devices=1, utilisation=0.4, balance=0.5) == pytest.approx(5)
+
+
+def test_every_device_of_the_settings_is_known():
+    assert set(DEVICES) == set(DeviceName)
+    assert all(1e10 < device.memory < 1e12 and 1e14 < device.peak < 1e16 for device in DEVICES.values())
+
+
+# ---- states
+
+P = Parameters(total=8_000, trainable=7_000, cast=7_500, cast_frozen=500, largest_layer=100)
+
+
+def total(precision: str, sharding: Sharding, world_size: int = 1, **more) -> float:
+    return sum(states_of(P, training(precision, **more), sharding, world_size).values())
+
+
+def test_states_on_one_device_by_hand():
+    assert total("32-true", Sharding.single) == 4 * 8_000 + (4 + 8) * 7_000
+    assert total("bf16-mixed", Sharding.single) == 4 * 8_000 + 2 * 7_500 + (4 + 8) * 7_000
+    assert total("bf16-mixed", Sharding.single, checkpointing=True) == 4 * 8_000 + 2 * 7_000 + (4 + 8) * 7_000
+    assert total("bf16-true", Sharding.single) == 2 * 8_000 + (2 + 4) * 7_000
+
+
+def test_ddp_keeps_a_copy_and_its_buckets():
+    single = total("bf16-mixed", Sharding.single)
+    assert total("bf16-mixed", Sharding.ddp, 8) == single + 4 * 7_000
+    assert total("bf16-mixed", Sharding.ddp, 64) == total("bf16-mixed", Sharding.ddp, 8)
+
+
+def test_a_reference_model_counts():
+    assert total("bf16-mixed", Sharding.single, reference=8_000) == total("bf16-mixed", Sharding.single) + 4 * 8_000
+
+
+def test_shared_states_by_hand():
+    """16 bytes per trainable weight; ZeRO-2 keeps the 2 of the bfloat16 weight on each device."""
+    assert total("bf16-mixed", Sharding.zero2, 8) == 2 * 8_000 + 14 * 7_000 / 8
+    assert total("bf16-mixed", Sharding.zero3, 8) == pytest.approx((2 * 1_000 + 16 * 7_000) / 8 + 2 * 2 * 100)
+    assert total("bf16-mixed", Sharding.fsdp2, 8) == pytest.approx((2 * 1_000 + 16 * 7_000) / 8 + 2 * 2 * 100)
+    sizes = [total("bf16-mixed", Sharding.zero3, world) for world in (1, 2, 8, 64)]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_a_published_order_of_magnitude():
+    """Full fine-tuning of 7.6 B in float32 with AdamW: 16 bytes each, 122 GB."""
+    whole = Parameters(total=int(7.62e9), trainable=int(7.62e9), cast=0)
+    assert sum(states_of(whole, training("32-true"), Sharding.single).values()) == pytest.approx(122e9, rel=0.01)
+
+
+# ---- activations
+
+
+def test_activations_of_a_frozen_language_model_by_hand():
+    """bfloat16: two norms' float32 inputs, q, k, v, output, and three of the feed-forward's width."""
+    layer = 2 * (4 * 3584 + 4) + 2 * (2 * 3584 + 2 * 512 + 3 * 18944) + 4 * 28
+    once = 4 * 3584 + 4 + 2 * 2 * 128
+    assert activations_of_text(SHAPE.text, training("bf16-true", "align")) == 28 * layer + once
+
+
+def test_checkpointing_keeps_one_layer_and_the_inputs_of_the_others():
+    whole = activations_of_text(SHAPE.text, training("bf16-mixed"))
+    less = activations_of_text(SHAPE.text, training("bf16-mixed", checkpointing=True))
+    assert 28 * 4 * 3584 < less < whole / 6
+
+
+def test_the_peak_is_the_sum_of_its_parts():
+    load = Load(tokens=16384, tiles=16, supervised=2000)
+    memory = memory_of(SHAPE, P, training(), load, Sharding.single)
+    assert memory.total == sum(memory.parts.values())
+    assert memory.parts["logits"] == 12 * 2000 * 152064
+    assert memory.parts["activations of text"] == 16384 * activations_of_text(SHAPE.text, training())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_activations_equal_what_autograd_keeps(small_parts, precision, stage):
+    """Within 10 % on the tiny model; logits within half (their gradients are made later than anything is kept)."""
+    blueprint = blueprint_of(small_parts, Tiling.base)
+    batch = collate(Processor(blueprint.tokenizer, blueprint.images), [sample("무엇?" * 9, "원" * 9, (60, 60))] * 6)
+    model = build(blueprint, torch.bfloat16 if precision == "bf16-true" else torch.float32)
+    freeze(model, STAGES[stage])
+    model.train()
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+        kept, hidden = bytes_kept(model, lambda: model.model(batch=batch))
+        rows, targets = supervised_rows(hidden, batch.labels)
+        logits, _ = bytes_kept(model, lambda: next_token_losses(model.lm_head(rows), targets))
+
+    shape, settings = Shape.from_config(blueprint.config.to_dict()), training(precision, stage)
+    estimate = batch.num_tokens * activations_of_text(shape.text, settings)
+    tower = batch.num_tiles * activations_of_tile(shape, settings)
+    assert kept == pytest.approx(estimate + tower, rel=0.1)
+    assert 4 * len(rows) * shape.text.vocab <= logits <= 12 * len(rows) * shape.text.vocab
+
+
+def bytes_kept(model, forward) -> tuple[int, torch.Tensor]:
+    """What `forward` leaves for its backward pass: storages that are neither weights nor copies of them."""
+    sizes = {tuple(p.shape) for p in model.parameters()} | {tuple(p.T.shape) for p in model.parameters() if p.ndim == 2}
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights and tuple(tensor.shape) not in sizes:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = forward()
+    return sum(storage.nbytes() for storage in kept.values()), result
