@@ -6,6 +6,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,11 +99,9 @@ class Samples(L.Callback):
         answers: dict[int, Answer] = {}
         caps = {"most_tokens": datamodule.most_tokens, "most_tiles": TILES * datamodule.most_tiles}
         for numbers in _batches(index, _chosen(index, self.max_samples), **caps):
-            samples = [_as_sample(index.record(number)) for number in numbers]
             most = min(self.max_new_tokens, int(lengths[numbers].max()) + SLACK)
-            said = ask(pl_module.model, datamodule.processor, samples, most)
-            for number, sample, text in zip(numbers, samples, said, strict=True):
-                answers[number] = Answer(sample, sample.messages[-1].text.strip(), text)
+            asked = partial(_asked, pl_module, datamodule, numbers, most)
+            answers |= zip(numbers, datamodule.read_held_out(numbers, asked), strict=True)
         return [answers[number] for number in sorted(answers)]
 
     def _written(self, phase: str, group: str, answers: list[Answer]) -> Iterator[dict[str, Any]]:
@@ -144,6 +143,13 @@ class Samples(L.Callback):
             if pictures and hasattr(logger, "log_image"):
                 paths, captions = zip(*pictures, strict=True)
                 logger.log_image(f"pictures/{phase}", images=list(paths), caption=list(captions))
+
+
+def _asked(pl_module: L.LightningModule, datamodule: DataModule, numbers: list[int], most: int) -> list[Answer]:
+    """Of held-out samples, in one generation. RecordError when one cannot be read."""
+    samples = [_as_sample(datamodule.held_out.record(number)) for number in numbers]
+    said = ask(pl_module.model, datamodule.processor, samples, most)
+    return [Answer(sample, sample.messages[-1].text.strip(), text) for sample, text in zip(samples, said, strict=True)]
 
 
 def _as_sample(record: Record) -> Sample:

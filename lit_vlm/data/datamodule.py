@@ -7,10 +7,12 @@ order needs no sampler state. `accumulate_grad_batches` follows from the plan an
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from lit_vlm.config.schema import OnOverlong
@@ -19,7 +21,7 @@ from lit_vlm.data.index import Index, require_samples, split
 from lit_vlm.data.index_store import build_index
 from lit_vlm.data.ledger import Ledger
 from lit_vlm.data.lengths import fit
-from lit_vlm.data.micro_batches import TrainMicroBatches, TurnedBad, ValidationMicroBatches
+from lit_vlm.data.micro_batches import Result, TrainMicroBatches, TurnedBad, ValidationMicroBatches, steadily
 from lit_vlm.data.mixture import Mixture, MixtureSettings
 from lit_vlm.data.plan import Plan, validation_packs
 from lit_vlm.data.processor import Processor
@@ -37,7 +39,7 @@ class DataModule(L.LightningDataModule):
         validation: held-out sources, or the fraction to hold out of each training source.
         global_batch_size: samples of an optimizer step, over all devices.
         global_batch_tokens: instead, its tokens, to within a sample.
-        max_length: most tokens of a sample; None: what a micro-batch holds.
+        max_length: most tokens of a sample, or of one answer of a pair with its prompt; None: what a micro-batch holds.
         mixture: weights, repeats and shares; None: each source by its size.
         flops: cost model of the model; deals equal packs. A coarse default serves small experiments.
         overfit: train on the samples of the first step again and again.
@@ -77,7 +79,7 @@ class DataModule(L.LightningDataModule):
         self.processor, self.sources, self.validation = processor, list(sources), validation
         self.global_batch_size, self.global_batch_tokens = global_batch_size, global_batch_tokens
         self.most_tokens, self.most_tiles = tokens_per_micro_batch, tiles_per_micro_batch
-        self.longest = min(max_length or tokens_per_micro_batch, tokens_per_micro_batch)
+        self.max_length = max_length
         self.on_overlong, self.mixture_settings, self.seed = on_overlong, mixture or MixtureSettings(), seed
         self.max_steps, self.max_epochs = max_steps, max_epochs
         self.num_workers, self.prefetch_factor, self.pin_memory = num_workers, prefetch_factor, pin_memory
@@ -106,7 +108,13 @@ class DataModule(L.LightningDataModule):
             self.index, self.held_out = split(whole, float(self.validation))
         else:
             self.index, self.held_out = whole, self._fitted(self.validation, **options)
+        self.held_out = self._without_ledger(self.held_out)
         self.mixture = self.plan = None
+
+    @property
+    def has_own_validation(self) -> bool:
+        """Validation sources of their own, whose names may be those of training sources."""
+        return not isinstance(self.validation, float | int)
 
     def rebuild(self) -> None:
         """Look at the store again: verification may have found records that cannot be used."""
@@ -115,8 +123,17 @@ class DataModule(L.LightningDataModule):
 
     def _fitted(self, sources: Sequence[Source], **options: Any) -> Index:
         index = build_index(sources, self.processor, store=self.store, workers=self.index_workers, **options)
-        caps = {"most_tokens": self.longest, "most_tiles": self.most_tiles}
-        return fit(index, self.processor, policy=self.on_overlong, **caps)
+        caps = {"most_tokens": self.most_tokens, "most_tiles": self.most_tiles}
+        return fit(index, self.processor, policy=self.on_overlong, max_length=self.max_length, **caps)
+
+    def _without_ledger(self, held_out: Index) -> Index:
+        """Of the training samples the plan leaves them out, so that the others stay where they are."""
+        if not self.ledger:
+            return held_out
+        entered = self.ledger.samples(held_out, held_out=self.has_own_validation)
+        smaller = held_out.subset(np.delete(np.arange(len(held_out)), entered))
+        smaller.errors, smaller.fitted = held_out.errors, held_out.fitted
+        return smaller
 
     def make_plan(self, world_size: int = 1) -> Plan:
         self.build()
@@ -185,6 +202,14 @@ class DataModule(L.LightningDataModule):
             raise batch.enter(self.ledger)
         return batch
 
+    def read_held_out(self, samples: Sequence[int], work: Callable[[], Result]) -> Result:
+        """What `work` makes of these held-out samples; one that turned bad ends the run as it does in a loader."""
+        assert self.held_out is not None
+        result = steadily(work, self.processor, self.held_out, samples)
+        if isinstance(result, TurnedBad):
+            raise replace(result, held_out=self.has_own_validation).enter(self.ledger)
+        return result
+
     def state_dict(self) -> dict[str, Any]:
         return {}  # step k is a function of (seed, k): nothing to remember
 
@@ -194,7 +219,7 @@ class DataModule(L.LightningDataModule):
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         caps = {"most_tokens": self.most_tokens, "most_tiles": self.most_tiles}
         packs = validation_packs(self.held_out, flops=self.flops, world_size=world, **caps)
-        return ValidationMicroBatches(self.processor, self.held_out, packs[rank::world])
+        return ValidationMicroBatches(self.processor, self.held_out, packs[rank::world], own=self.has_own_validation)
 
     def _loader(self, batches: Dataset) -> DataLoader:
         workers = min(self.num_workers, len(batches))  # type: ignore[arg-type]

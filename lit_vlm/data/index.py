@@ -10,6 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -96,6 +97,16 @@ class Index:
         for column in (self.source_of, *(self.columns[name] for name in sorted(self.columns))):
             hasher.update(np.ascontiguousarray(column).tobytes())
         return hasher.hexdigest()
+
+
+def longest_segment(tokens: Any, squares: Any, pair: Any) -> Any:
+    """Tokens of the longer of a pair's two segments, from their sum and the sum of their squares; of a sample, its own.
+
+    Takes numbers, or columns.
+    """
+    tokens = np.asarray(tokens, dtype=np.int64)
+    apart = np.sqrt(np.maximum(2 * np.asarray(squares) - tokens * tokens, 0))
+    return np.where(pair, (tokens + apart + 0.5) // 2, tokens)
 
 
 def groups_of(index: Index) -> list[Language | Kind]:

@@ -30,6 +30,7 @@ class Entry:
     reason: str
     id: str = ""  # the record's, where it is known
     time: str = ""  # UTC, ISO 8601
+    held_out: bool = False  # of a validation source of its own, which may have the name of a training source
 
 
 class Ledger:
@@ -55,10 +56,12 @@ class Ledger:
     def __len__(self) -> int:
         return len(self.entries)
 
-    def add(self, source: str, position: int, error: RecordError, record_id: str = "") -> Entry:
+    def add(
+        self, source: str, position: int, error: RecordError, record_id: str = "", *, held_out: bool = False
+    ) -> Entry:
         """Append one line and see it onto the disk; several processes may do so at once."""
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        entry = Entry(source, position, error.origin, error.fault.value, error.reason, record_id, now)
+        entry = Entry(source, position, error.origin, error.fault.value, error.reason, record_id, now, held_out)
         line = json.dumps(asdict(entry), ensure_ascii=False).encode("utf-8", "backslashreplace")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
@@ -70,19 +73,24 @@ class Ledger:
         self.entries.append(entry)
         return entry
 
-    def samples(self, index: Index) -> np.ndarray:
+    def samples(self, index: Index, *, held_out: bool = False) -> np.ndarray:
         """[left out] int64, sorted: the samples of the index that are entered.
+
+        Args:
+            held_out: the index is of validation sources of their own.
 
         Those that the index lacks anyway (held out, or found bad since) need nothing. Warns of entries whose source is
         not among the index's.
         """
         names = [source.name for source in index.sources]
-        strange = sorted({entry.source for entry in self.entries} - set(names))
+        entries = [entry for entry in self.entries if entry.held_out is held_out]
+        strange = sorted({entry.source for entry in entries} - set(names))
         if strange:
-            warnings.warn(f"{self.path} names sources that are not trained on: {', '.join(strange)}", stacklevel=2)
+            use = "validated" if held_out else "trained"
+            warnings.warn(f"{self.path} names sources that are not {use} on: {', '.join(strange)}", stacklevel=2)
         found = [np.empty(0, dtype=np.int64)]
         for number, name in enumerate(names):
-            positions = [entry.position for entry in self.entries if entry.source == name]
+            positions = [entry.position for entry in entries if entry.source == name]
             if positions:
                 samples = index.of_source(number)
                 found.append(samples[np.isin(index.position[samples], positions)])

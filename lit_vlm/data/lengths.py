@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lit_vlm.config.schema import OnOverlong
-from lit_vlm.data.index import Index, first_turns
+from lit_vlm.data.index import Index, first_turns, longest_segment
 from lit_vlm.data.processor import Processor
 from lit_vlm.data.shards import origin_of
 from lit_vlm.types import Fault, RecordError, Role, Sample
@@ -18,25 +18,37 @@ Change = dict[str, Any]  # column -> what the shortened sample has in it
 
 @dataclass(frozen=True, slots=True)
 class Caps:
-    most_tokens: int
+    most_tokens: int  # of all segments together
     most_tiles: int
+    max_length: int  # of one segment
 
-    def hold(self, num_tokens: int, num_tiles: int) -> bool:
-        return num_tokens <= self.most_tokens and num_tiles <= self.most_tiles
+    def hold(self, tokens: Any, longest: Any, tiles: Any) -> Any:
+        """Of numbers, or of columns."""
+        return (tokens <= self.most_tokens) & (longest <= self.max_length) & (tiles <= self.most_tiles)
 
 
-def fit(index: Index, processor: Processor, *, policy: OnOverlong, most_tokens: int, most_tiles: int) -> Index:
+def fit(
+    index: Index,
+    processor: Processor,
+    *,
+    policy: OnOverlong,
+    most_tokens: int,
+    most_tiles: int,
+    max_length: int | None = None,
+) -> Index:
     """The index with every sample under the caps; its columns say what is then trained on.
 
     What can be shortened by the policy is; the rest goes to `errors`. `fitted` counts both, by source and action.
 
     Args:
         policy: `data.on_overlong`.
-        most_tokens: of a sample, both answers of a pair together.
+        most_tokens: of a sample, both answers of a pair together, each with the prompt.
         most_tiles: of a sample.
+        max_length: most tokens of a sample, or of one answer of a pair with the prompt; None: no other limit.
     """
-    caps = Caps(most_tokens, most_tiles)
-    overlong = np.flatnonzero((index.tokens > most_tokens) | (index.tiles > most_tiles))
+    caps = Caps(most_tokens, most_tiles, max_length or most_tokens)
+    longest = longest_segment(index.tokens, index.squares, index.chosen > 0)
+    overlong = np.flatnonzero(~caps.hold(index.tokens, longest, index.tiles))
     if not len(overlong):
         return index
     errors, fitted = list(index.errors), index.fitted.copy()
@@ -83,12 +95,14 @@ def _with_fewer_tiles(index: Index, sample: int, processor: Processor, caps: Cap
     for most in range(row["tiles"] - 2, -1, -1):  # the base view is one of the tiles
         layout = processor.images.layout(*size, most_tiles=most)
         more = layout.num_tokens - row["image_tokens"] // segments  # in each segment, mostly below zero
-        if caps.hold(row["tokens"] + segments * more, layout.num_tiles):
+        tokens = row["tokens"] + segments * more
+        squares = row["squares"] + 2 * more * row["tokens"] + segments * more * more  # sum of (n + more)^2
+        if caps.hold(tokens, longest_segment(tokens, squares, segments == 2), layout.num_tiles):
             return {
                 "most_tiles": most,
-                "tokens": row["tokens"] + segments * more,
+                "tokens": tokens,
                 "image_tokens": segments * layout.num_tokens,
-                "squares": row["squares"] + 2 * more * row["tokens"] + segments * more * more,  # sum of (n + more)^2
+                "squares": squares,
                 "tiles": layout.num_tiles,
                 "prompt": row["prompt"] + more if segments == 2 else 0,
             }
@@ -104,7 +118,7 @@ def _with_fewer_turns(index: Index, sample: int, processor: Processor, caps: Cap
     for turns in reversed(answers[:-1]):
         shorter = first_turns(record, turns)
         cost = processor.cost(shorter)
-        if caps.hold(cost.num_tokens, cost.num_tiles):
+        if caps.hold(cost.num_tokens, cost.num_tokens, cost.num_tiles):
             return {
                 "turns": turns,
                 "tokens": cost.num_tokens,
@@ -122,10 +136,15 @@ def _with_fewer_turns(index: Index, sample: int, processor: Processor, caps: Cap
 def _too_long(index: Index, sample: int, policy: OnOverlong, caps: Caps) -> RecordError:
     tokens, tiles, images = (int(index.columns[name][sample]) for name in ("tokens", "tiles", "image_tokens"))
     needs, remedies = [], []
+    longest = int(longest_segment(tokens, int(index.squares[sample]), bool(index.chosen[sample])))
     if tokens > caps.most_tokens:
-        limit = f"data.tokens_per_micro_batch and data.max_length allow {caps.most_tokens:,}"
+        limit = f"data.tokens_per_micro_batch allows {caps.most_tokens:,}"
         needs.append(f"{tokens:,} tokens ({images:,} of them for images) and {limit}")
-        remedies.append("Raise the limit")
+        remedies.append("Raise data.tokens_per_micro_batch")
+    elif longest > caps.max_length:
+        limit = f"data.max_length, or what the language model has positions for, allows {caps.max_length:,}"
+        needs.append(f"{longest:,} tokens in a row and {limit}")
+        remedies.append("Raise data.max_length where it is set")
     if tiles > caps.most_tiles:
         needs.append(f"{tiles:,} image tiles and data.tiles_per_micro_batch allows {caps.most_tiles:,}")
         remedies.append("Raise data.tiles_per_micro_batch")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lit_vlm.data.index import Index
+from lit_vlm.data.whole_files import written
 from lit_vlm.types import UserError
 
 LOCK_VERSION = 1
@@ -40,14 +40,9 @@ def source_facts(index: Index, number: int) -> dict[str, Any]:
 def write_lock(path: str | Path, lock: Mapping[str, Any]) -> None:
     """As JSON in the order that the lock has; replaced as a whole."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
     text = json.dumps({"version": LOCK_VERSION, **lock}, indent=2, ensure_ascii=False, allow_nan=False)
-    try:
+    with written(path, path.name, "run_dir") as draft:
         draft.write_text(text + "\n", encoding="utf-8")
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def read_lock(path: str | Path) -> dict[str, Any]:

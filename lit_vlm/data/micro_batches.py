@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -14,7 +15,9 @@ from lit_vlm.data.index import Index
 from lit_vlm.data.ledger import Ledger
 from lit_vlm.data.plan import Pack, Plan
 from lit_vlm.data.processor import Processor
-from lit_vlm.types import Batch, Fault, Record, RecordError, UserError
+from lit_vlm.types import IGNORE_INDEX, Batch, Fault, Record, RecordError, UserError
+
+Result = TypeVar("Result")
 
 WAITS = (0.2, 1.0)  # seconds before a record is tried again: network file systems stumble
 
@@ -27,12 +30,13 @@ class TurnedBad:
     source: str
     position: int
     error: RecordError
+    held_out: bool = False  # of a validation source of its own
 
     def enter(self, ledger: Ledger | None) -> UserError:
         """The error that ends the run, after the record is entered in the ledger."""
         if ledger is None:
             return self.error
-        ledger.add(self.source, self.position, self.error)
+        ledger.add(self.source, self.position, self.error, held_out=self.held_out)
         return UserError(
             f"{self.error} The index was built when it could be read, and {len(WAITS) + 1} tries failed now. It is entered "
             f"in {ledger.path}: the same command again goes on without it. To look for more of them: task=prepare."
@@ -68,17 +72,21 @@ class TrainMicroBatches(Dataset):
 
 
 class ValidationMicroBatches(Dataset):
-    """The held-out samples of this rank."""
+    """The held-out samples of this rank.
 
-    def __init__(self, processor: Processor, index: Index, packs: Sequence[Pack]) -> None:
-        self.processor, self.index, self.packs = processor, index, packs
+    Args:
+        own: they are from sources of their own.
+    """
+
+    def __init__(self, processor: Processor, index: Index, packs: Sequence[Pack], *, own: bool = False) -> None:
+        self.processor, self.index, self.packs, self.own = processor, index, packs, own
 
     def __len__(self) -> int:
         return len(self.packs)
 
     def __getitem__(self, number: int) -> Batch | TurnedBad:
         pack = list(self.packs[number])
-        return read(
+        batch = read(
             self.processor,
             self.index,
             self.packs[number],
@@ -86,44 +94,55 @@ class ValidationMicroBatches(Dataset):
             step_pairs=int(np.count_nonzero(self.index.chosen[pack])) if pack else 0,
             step_chosen_tokens=int(self.index.chosen[pack].sum()) if pack else 0,
         )
+        return replace(batch, held_out=self.own) if isinstance(batch, TurnedBad) else batch
 
 
 def read(processor: Processor, index: Index, pack: Pack, **step: int) -> Batch | TurnedBad:
     """The micro-batch of a pack; tried again before a record is given up."""
-    for wait in (*WAITS, None):
-        batch = _read_once(processor, index, pack, **step)
-        if wait is None or isinstance(batch, Batch):
-            return batch
-        time.sleep(wait)
-    raise AssertionError
+    return steadily(lambda: _read_once(processor, index, pack, **step), processor, index, pack)
 
 
-def _read_once(processor: Processor, index: Index, pack: Pack, **step: int) -> Batch | TurnedBad:
-    records: list[Record] = []
+def steadily(
+    work: Callable[[], Result], processor: Processor, index: Index, samples: Sequence[int]
+) -> Result | TurnedBad:
+    """What `work` makes of the samples, tried again before one of them is given up."""
+    for wait in WAITS:
+        try:
+            return work()
+        except RecordError:
+            time.sleep(wait)
     try:
-        for sample in pack:
-            records.append(index.record(sample))
-        batch = collate(processor, records, **step)
-        _require_unchanged(batch, records, index, pack)
-        return batch
-    except RecordError as error:
-        origins = [record.origin for record in records]
-        sample = (
-            pack[origins.index(error.origin)] if error.origin in origins else pack[min(len(records), len(pack) - 1)]
-        )
-        return TurnedBad(index.sources[index.source_of[sample]].name, int(index.position[sample]), error)
+        return work()
+    except RecordError:
+        for sample in samples:  # whoever raises alone is at fault, whatever the error calls itself
+            try:
+                _read_once(processor, index, (sample,))
+            except RecordError as error:
+                return TurnedBad(index.sources[index.source_of[sample]].name, int(index.position[sample]), error)
+        return work()  # healed meanwhile
+
+
+def _read_once(processor: Processor, index: Index, pack: Pack, **step: int) -> Batch:
+    """Raises RecordError."""
+    records = [index.record(sample) for sample in pack]
+    batch = collate(processor, records, **step)
+    _require_unchanged(batch, records, index, pack)
+    return batch
 
 
 def _require_unchanged(batch: Batch, records: list[Record], index: Index, pack: Pack) -> None:
     """The packs' sizes and the loss's divisor come from the index: a record that has become another must not pass."""
     if not records:
         return
-    lengths = np.array(batch.lengths).reshape(-1, len(records)).sum(axis=0)  # of a pair, both segments
-    promised = index.tokens[list(pack)]
-    for number in np.flatnonzero(lengths != promised):
-        raise RecordError(
-            records[number].origin,
-            f"has {lengths[number]} tokens now and had {promised[number]} when it was indexed",
-            "Run task=prepare to index what changed",
-            Fault.changed,
-        )
+    supervised = np.add.reduceat(batch.labels.numpy() != IGNORE_INDEX, batch.cu_seqlens.numpy()[:-1], dtype=np.int64)
+    found = {"tokens": np.array(batch.lengths), "supervised": supervised}
+    for name, counts in found.items():
+        now, promised = counts.reshape(-1, len(records)).sum(axis=0), getattr(index, name)[list(pack)]  # of pairs, both
+        for number in np.flatnonzero(now != promised):
+            what = "tokens" if name == "tokens" else "supervised tokens"
+            raise RecordError(
+                records[number].origin,
+                f"has {now[number]} {what} now and had {promised[number]} when it was indexed",
+                "Run task=prepare to index what changed",
+                Fault.changed,
+            )

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock
+
+from lit_vlm.data.whole_files import locked, written
 
 Arrays = dict[str, np.ndarray]
 
@@ -31,8 +31,7 @@ def kept(folder: Path | None, name: str, key: str, build: Callable[[], Arrays]) 
     path = folder / f"{name}-{key[:16]}.arrow"
     arrays = _read(path, key)
     if arrays is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(path.with_suffix(".lock")):
+        with locked(path.with_suffix(".lock")):
             arrays = _read(path, key)
             if arrays is None:
                 _write(path, key, build())
@@ -58,13 +57,5 @@ def _write(path: Path, key: str, arrays: Arrays) -> None:
     offsets = {name: pa.array([0, len(array)], pa.int64()) for name, array in arrays.items()}
     lists = [pa.LargeListArray.from_arrays(offsets[name], pa.array(array)) for name, array in arrays.items()]
     batch = pa.RecordBatch.from_arrays(lists, names=list(arrays)).replace_schema_metadata({"key": key})
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(draft, "wb") as stream:
-            with pa.ipc.new_file(stream, batch.schema) as writer:
-                writer.write_batch(batch)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with written(path) as draft, pa.ipc.new_file(str(draft), batch.schema) as writer:
+        writer.write_batch(batch)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
 from lit_vlm.config.schema import OnBadRecord
+from lit_vlm.data.whole_files import written
 from lit_vlm.types import Fault, RecordError, UserError
 
 NUM_SHOWN = 10  # faults that a message lists; the file holds all
@@ -107,13 +107,8 @@ def _digest(origin: str, reason: str) -> str:
 
 
 def _write(path: Path, lines: list[str]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")  # same folder, so that the last step is one rename
-    try:
-        with open(draft, "w", encoding="utf-8", errors="backslashreplace") as stream:
-            stream.writelines(line + "\n" for line in lines)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(draft, path)
-    finally:
-        draft.unlink(missing_ok=True)
+    with (
+        written(path, path.name, "run_dir") as draft,
+        open(draft, "w", encoding="utf-8", errors="backslashreplace") as stream,
+    ):
+        stream.writelines(line + "\n" for line in lines)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from filelock import FileLock
 
-from lit_vlm.types import Fault, RecordError, Source, UserError
+from lit_vlm.data.whole_files import locked, written
+from lit_vlm.types import Fault, RecordError, Source
 
 SHARD_RECORDS = 8192
 _LAYOUT = 1  # raise it when shards are cut or written differently
@@ -134,38 +133,8 @@ def alone(source: Source, store: Path | None, task: str) -> Iterator[None]:
     if path is None:
         yield
         return
-    with _writable(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path)
-        lock.acquire()
-    try:
+    with locked(path):
         yield
-    finally:
-        lock.release()
-
-
-@contextmanager
-def written(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to; moved there when it is complete, so that nobody finds half of it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with _writable(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            yield beside
-            os.replace(beside, path)
-        finally:
-            beside.unlink(missing_ok=True)
-
-
-@contextmanager
-def _writable(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"The index cannot be kept in {path.parent}: {error.strerror or error}. Make room or change its rights, or set "
-            "data.index_dir to another folder."
-        ) from error
 
 
 def _about(source: Source, store: Path | None, ending: str) -> Path | None:

@@ -109,7 +109,9 @@ def flat_attention(
             **kwargs,
         )
     device = query.device.type
-    if torch.is_autocast_enabled(device):  # rotary embeddings leave queries and keys in float32; autocast casts for SDPA only
+    if torch.is_autocast_enabled(
+        device
+    ):  # rotary embeddings leave queries and keys in float32; autocast casts for SDPA only
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     window = sliding_window if sliding_window and sliding_window < segments.longest else None

@@ -7,6 +7,7 @@ import time
 from rich.table import Table
 
 from lit_vlm.config import Run
+from lit_vlm.config.schema import OnBadRecord
 from lit_vlm.data.verify import verify
 from lit_vlm.tasks.stage_data import (
     StageData,
@@ -50,24 +51,30 @@ def prepare(run: Run) -> None:
     balance = f"; their work is balanced to {plan.balance()['micro_steps']['mean']:.1%}" if devices > 1 else ""
     say(f"{plan.num_steps:,} steps; k = {plan.k} on {devices} device{'s' if devices > 1 else ''}{balance}")
     hold_to_lock(data)
-    say(f"data of {run.name}: prepared. Set aside: {run.dir / 'quarantine.jsonl'}   Lock: {run.dir / 'mixture.lock'}")
+    aside = (
+        f" Set aside: {run.dir / 'quarantine.jsonl'}  " if config.data.on_bad_record is OnBadRecord.quarantine else ""
+    )
+    say(f"data of {run.name}: prepared.{aside} Lock: {run.dir / 'mixture.lock'}")
 
 
 def show_sources(data: StageData) -> None:
     """What each source holds, what of it can be used, and why the rest cannot."""
-    index = data.datamodule.index
-    assert index is not None
+    index, held_out = data.datamodule.index, data.datamodule.held_out
+    assert index is not None and held_out is not None
+    parts = [index, held_out] if held_out.sources is index.sources else [index]
     quarantine, totals = quarantine_of(data.datamodule)
     faults = quarantine.table()
     table = Table(title=f"{data.run.name}: sources", title_justify="left")
     for heading in ("source", "records", "usable", "set aside", "NFC changed", "tokens", "tiles"):
         table.add_column(heading, justify="left" if heading in ("source", "set aside") else "right")
     for number, (name, config, source) in enumerate(data.configs):
-        samples = index.of_source(number)
-        expected = config.expected_records
+        expected = None if config.fraction or config.num_samples else config.expected_records
         records = f"{len(source):,}" if expected in (None, len(source)) else f"{len(source):,} of {expected:,}"
         aside = ", ".join(f"{count:,} {fault}" for fault, count in faults.get(name, {}).items()) or "none"
         usable = totals[name] - quarantine.counts().get(name, 0)
-        figures = (index.normalised[samples].sum(), index.tokens[samples].sum(), index.tiles[samples].sum())
-        table.add_row(name, records, f"{usable:,}", aside, *(f"{int(figure):,}" for figure in figures))
+        columns = ("normalised", "tokens", "tiles")
+        figures = [
+            sum(int(getattr(part, column)[part.of_source(number)].sum()) for part in parts) for column in columns
+        ]
+        table.add_row(name, records, f"{usable:,}", aside, *(f"{figure:,}" for figure in figures))
     console.print(table)

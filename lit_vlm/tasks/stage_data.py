@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -152,6 +151,9 @@ def settle(data: StageData) -> dict[str, int]:
     quarantine, totals = quarantine_of(data.datamodule)
     if is_rank_zero():
         quarantine.settle(config.on_bad_record, config.max_quarantined, totals, run.dir / "quarantine.jsonl")
+    ledger = data.datamodule.ledger
+    if ledger:
+        say(f"{len(ledger):,} that turned bad while training left out, see {ledger.path}")
     return quarantine.counts()
 
 
@@ -215,15 +217,20 @@ def hold_to_lock(data: StageData) -> None:
 
 
 def quarantine_of(datamodule: DataModule) -> tuple[Quarantine, dict[str, int]]:
-    """The records that cannot be used, and how many records each source has."""
-    quarantine, totals = Quarantine(), Counter[str]()
+    """The records that cannot be used, and how many records each source has.
+
+    A validation source of its own is told from a training source of the same name by its label.
+    """
     assert datamodule.index is not None and datamodule.held_out is not None
-    for index in (datamodule.index, datamodule.held_out):
-        for source in index.sources:
-            totals[source.name] = max(totals[source.name], len(source))
+    parts = {"": datamodule.index}
+    if datamodule.has_own_validation:
+        parts[" (validation)"] = datamodule.held_out
+    quarantine, totals = Quarantine(), dict[str, int]()
+    for label, index in parts.items():
+        totals |= {f"{source.name}{label}": len(source) for source in index.sources}
         for name, error in index.errors:
-            quarantine.add(name, error)
-    return quarantine, dict(totals)
+            quarantine.add(f"{name}{label}", error)
+    return quarantine, totals
 
 
 def require_records_of(stage: StageConfig, datamodule: DataModule) -> None:

@@ -34,7 +34,8 @@ def test_what_is_entered_is_read_again_and_legible(path):
     first = json.loads(path.read_text(encoding="utf-8").split("\n")[0])
     assert first.pop("time").endswith("Z")
     assert first == {
-        "source": "a", "position": 2, "origin": "집.jsonl:7", "fault": "broken", "reason": "truncated\u2028image", "id": "x7"
+        "source": "a", "position": 2, "origin": "집.jsonl:7", "fault": "broken", "reason": "truncated\u2028image", "id": "x7",
+        "held_out": False,
     }  # fmt: skip
     assert "집" in path.read_text(encoding="utf-8")
 

@@ -67,7 +67,7 @@ def test_quarantine_says_what_was_found_needed_and_what_to_set(processor, mixed)
     for part in (
         f"listed[{longest}]",
         f"{index.tokens.max():,} tokens",
-        f"allow {most:,}",
+        f"allows {most:,}",
         "data.tokens_per_micro_batch",
     ):
         assert part in reason
@@ -106,6 +106,18 @@ def test_fewer_tiles_of_a_pair(processor, tmp_path):
     fitted = fit(index, processor, policy=OnOverlong.fewer_tiles, most_tokens=most_tokens, most_tiles=PLENTY)
     assert isinstance(fitted.record(0), PreferencePair) and fitted.most_tiles[0] >= 0
     assert fitted.tokens[0] <= most_tokens and agrees(fitted, processor)
+
+
+def test_max_length_is_of_one_answer_with_its_prompt(processor, tmp_path):
+    """A pair is two rows of tokens; the language model's positions hold each of them by itself."""
+    row = {"turns": ["Which?", "The first one, and many words more."], "rejected": "No.", "images": []}
+    index = build_index([Lines(write(tmp_path / "a.jsonl", [row]))], processor)
+    longest = max(processor.cost(index.record(0)).lengths)
+    assert longest < int(index.tokens[0])
+    options = {"policy": OnOverlong.quarantine, "most_tokens": PLENTY, "most_tiles": PLENTY}
+    assert len(fit(index, processor, max_length=longest, **options)) == 1
+    (error,) = reasons(fit(index, processor, max_length=longest - 1, **options))
+    assert f"{longest} tokens in a row and data.max_length" in error and f"allows {longest - 1}" in error
 
 
 def test_several_images_have_no_tiles_to_lose(processor, mixed):

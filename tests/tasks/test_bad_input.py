@@ -169,7 +169,7 @@ RECORDS = {
     "none for one": (llava("q", "a", image="china.jpg"), "0 image placeholders but 1 image"),
     "no answer": (llava("q", ""), "message 2, the assistant's, is empty"),
     "nobody answers": (llava("q"), "the last message is the user's; it must be the assistant's"),
-    "too long": (llava("q", LONG), "data.tokens_per_micro_batch and data.max_length allow 500"),
+    "too long": (llava("q", LONG), "data.tokens_per_micro_batch allows 500"),
     "too many tiles": (
         llava("<image>" * 9 + "\nq", "a", image=["china.jpg"] * 9),
         "needs 9 image tiles and data.tiles_per_micro_batch allows 8",

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from filelock import FileLock
 
 from lit_vlm.data.readers.rows.base import identity
+from lit_vlm.data.whole_files import locked, written
 from lit_vlm.types import UserError
 
 _VERSION = 1  # raise it when the arrays mean something else
@@ -42,9 +42,11 @@ def stored(
         scan: yields int64 [n, columns], piece by piece.
 
     Raises:
-        UserError: the file changed while it was scanned.
+        UserError: the file changed while it was scanned, or the cache cannot be written.
+        PermissionError: the file may not be read.
     """
     found = identity(path)
+    open(path, "rb").close()  # PermissionError, before anything is written
     if cache is None:
         array = np.concatenate([np.empty((0, columns), np.int64), *scan(path)])
         _require_unchanged(path, found)
@@ -53,11 +55,10 @@ def stored(
     file = cache / "offsets" / f"{name}.npy"
     kept = _kept(file, columns)
     if kept is None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock"):
+        with locked(file.with_suffix(".lock")):
             kept = _kept(file, columns)
             if kept is None:
-                _build(file, columns, scan(path), lambda: _require_unchanged(path, found))
+                _build(file, columns, _scanned(path, scan), lambda: _require_unchanged(path, found))
                 kept = _kept(file, columns)
     assert kept is not None
     return kept
@@ -65,9 +66,8 @@ def stored(
 
 def _build(file: Path, columns: int, pieces: Iterator[np.ndarray], check: Callable[[], None]) -> None:
     """Written beside and moved, so that nobody reads a half. The header's room does for any number of rows."""
-    beside = file.with_suffix(".part")
-    try:
-        with open(beside, "wb") as stream:
+    with written(file) as draft:
+        with open(draft, "wb") as stream:
             rows = 0
             _write_header(stream, rows, columns)
             for piece in pieces:
@@ -76,9 +76,14 @@ def _build(file: Path, columns: int, pieces: Iterator[np.ndarray], check: Callab
             stream.seek(0)
             _write_header(stream, rows, columns)
         check()
-        os.replace(beside, file)
-    finally:
-        beside.unlink(missing_ok=True)
+
+
+def _scanned(path: Path, scan: Callable[[Path], Iterator[np.ndarray]]) -> Iterator[np.ndarray]:
+    """A file that cannot be read is told as that, and not as a cache that cannot be written."""
+    try:
+        yield from scan(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}.") from error
 
 
 def _write_header(stream: BinaryIO, rows: int, columns: int) -> None:

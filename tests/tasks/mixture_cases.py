@@ -1,0 +1,88 @@
+"""Mixtures of every format on real photographs, and what a run makes of them: step by step, as the plan says."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+from delivery import label, make_zip
+from run_helpers import PHOTOS, TINY, Ran, conversations, llava, save_photos, write
+
+from lit_vlm.config import parse
+from lit_vlm.data.datamodule import DataModule
+from lit_vlm.tasks.prepare import prepare
+from lit_vlm.tasks.stage_data import open_sources, stage_data
+
+SIZES = {"llava": 24, "messages": 12, "bytes": 8, "sharegpt": 16, "tar": 8, "zips": 8}
+
+
+def make_files(folder: Path) -> Path:
+    """Files in six formats over the four photographs, in both languages, as many records as `SIZES` says."""
+    photos = save_photos(folder / "images")
+    write(folder / "llava.json", conversations(SIZES["llava"]))
+    write(folder / "messages.jsonl", [_message(i) for i in range(SIZES["messages"])])
+    write(folder / "bytes.parquet", [_message(i, photos) for i in range(SIZES["bytes"])])
+    talk = [llava(f"{i} 더하기 {i}?", f"{2 * i}입니다.", "Sure?", "Yes.") for i in range(SIZES["sharegpt"])]
+    write(folder / "sharegpt.jsonl", [{"system": "Be brief."} | record for record in talk])
+    with tarfile.open(folder / "shard.tar", "w") as shard:
+        for i in range(SIZES["tar"]):
+            photo = photos / PHOTOS[i % 4]
+            for name, data in ((f"{i:03}{photo.suffix}", photo.read_bytes()), (f"{i:03}.txt", f"{i}번 사진".encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                shard.addfile(info, io.BytesIO(data))
+    pictures = [(f"그림/{i}.jpg", (photos / PHOTOS[0]).read_bytes()) for i in range(SIZES["zips"])]
+    labels = [(f"그림/{i}.json", label({"q": f"{i}번은?", "answer": f"{i}층 탑"})) for i in range(SIZES["zips"])]
+    make_zip(folder / "delivery" / "TS_사진.zip", pictures, "cp949")
+    make_zip(folder / "delivery" / "TL_사진.zip", labels, "cp949")
+    return folder
+
+
+def _message(number: int, photos: Path | None = None) -> dict:
+    name = PHOTOS[number % 4]
+    question = [{"type": "image", "text": None}, {"type": "text", "text": f"Number {number}?"}]
+    image = name if photos is None else {"bytes": (photos / name).read_bytes(), "path": None}
+    said = [{"type": "text", "text": f"It is {number}."}]
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": said}]
+    return {"messages": messages, "images": [image]}
+
+
+def sources_of(folder: Path, **changes: dict) -> dict[str, dict]:
+    """Settings of the six sources; `changes` are added to a source's own."""
+    images = str(folder / "images")
+    mapping = {"questions": ["{q}"], "answer": "{answer}"}
+    sources = {
+        "llava": {"path": str(folder / "llava.json"), "image_root": images},
+        "messages": {"path": str(folder / "messages.jsonl"), "image_root": images},
+        "bytes": {"path": str(folder / "bytes.parquet")},
+        "sharegpt": {"path": str(folder / "sharegpt.jsonl"), "format": "sharegpt"},
+        "tar": {"path": str(folder / "shard.tar"), "prompts": ["무엇인가요?"]},
+        "zips": {"path": str(folder / "delivery"), "format": "mapped", "mapping": mapping},
+    }
+    return {name: source | changes.get(name, {}) for name, source in sources.items()}
+
+
+def job_of(*words: str):
+    return parse([*TINY, "stage=sft", *words])
+
+
+def prepared(*words: str) -> Ran:
+    """`python run.py task=prepare <words>` in this process."""
+    job = job_of(*words, "task=prepare")
+    prepare(job)
+    return Ran(job.dir)
+
+
+def datamodule_of(*words: str) -> DataModule:
+    """As task=train makes it."""
+    job = job_of(*words)
+    return stage_data(job, *open_sources(job), None).datamodule
+
+
+def names_of(index, samples) -> list[str]:
+    """`source/position` of samples."""
+    return [f"{index.sources[index.source_of[i]].name}/{index.position[i]}" for i in samples]
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

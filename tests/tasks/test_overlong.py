@@ -1,0 +1,131 @@
+"""Over-long samples that are made to fit, from the setting to the trained weights: what the plan promises is what the
+batches hold, and packed they teach what they teach one by one."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mixture_cases import job_of, lines_of
+from run_helpers import PHOTOS, llava, own_choice, run, save_photos, write
+
+from lit_vlm.data.collate import collate
+from lit_vlm.data.micro_batches import TrainMicroBatches
+from lit_vlm.tasks.stage_data import open_sources, stage_data
+from lit_vlm.tasks.train import make_stage
+from run import start
+
+CAPS = ["data.max_length=90", "data.tokens_per_micro_batch=220", "data.global_batch_size=6", "trainer.max_steps=4"]
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """Pictures alone and several, long talks with and without a picture, and records that fit as they are."""
+    monkeypatch.chdir(tmp_path)
+    save_photos(tmp_path / "images")
+    talk = [text for turn in range(5) for text in (f"Question {turn} of many?", f"Answer {turn}, at some length.")]
+    seen = [llava("<image>\nWhat is it?", f"A photograph {i}.", image=PHOTOS[i % 4]) for i in range(8)]
+    seen += [llava("<image><image>\nBoth?", f"{i}", image=[PHOTOS[0], PHOTOS[1]]) for i in range(2)]
+    write(tmp_path / "seen.jsonl", seen)
+    talks = [llava(*talk[: 2 * (2 + i % 4)]) for i in range(8)]
+    talks += [
+        llava("<image>\nWhat?", "It.", *talk, "<image>\nAnd that?", "That.", image=[PHOTOS[0], PHOTOS[2]])
+        for _ in range(2)
+    ]
+    write(tmp_path / "talks.jsonl", talks)
+    return tmp_path
+
+
+@pytest.fixture
+def words(place) -> list[str]:
+    sources = {
+        name: {"path": f"{place / name}.jsonl", "image_root": str(place / "images")} for name in ("seen", "talks")
+    }
+    aside = ["data.on_bad_record=quarantine", "data.max_quarantined=1"]
+    return [*own_choice(place, sources=sources, validation={"fraction": 0}), *CAPS, *aside]
+
+
+def parts_of(*words: str):
+    """(stage with its model, data) of a run, in float64 so that sums in another order agree."""
+    job = job_of(*words)
+    data = stage_data(job, *open_sources(job), None)
+    stage = make_stage(data.blueprint, job.config)
+    stage.configure_model()
+    return stage.double().eval(), data.datamodule
+
+
+def test_each_policy_makes_what_it_can_fit(words):
+    fitted = {}
+    for policy in ("quarantine", "fewer_tiles", "cut_turn"):
+        _, datamodule = parts_of(*words, f"data.on_overlong={policy}")
+        datamodule.build()
+        fitted[policy] = dict(datamodule.index.fitted)
+        index = datamodule.index
+        assert index.tokens.max() <= 90 and len(index) + len(index.errors) == 20
+        assert sum(fitted[policy].values()) == sum(fitted["quarantine"].values())
+    assert fitted["fewer_tiles"]["seen", "fewer_tiles"] >= 4 and fitted["cut_turn"]["talks", "cut_turn"] >= 4
+    assert set(fitted["quarantine"]) == {("seen", "quarantine"), ("talks", "quarantine")}
+
+
+@pytest.mark.parametrize("policy", ["fewer_tiles", "cut_turn"])
+def test_totals_are_what_the_batches_hold_and_packed_losses_are_those_of_the_samples_alone(words, policy):
+    stage, datamodule = parts_of(*words, f"data.on_overlong={policy}")
+    plan = datamodule.make_plan(2)
+    index, processor = plan.index, datamodule.processor
+    shortened = np.flatnonzero((index.most_tiles >= 0) | (index.turns >= 0))
+    assert set(shortened.tolist()) & set(plan.draws().tolist())
+    ranks = [TrainMicroBatches(processor, plan, rank) for rank in range(2)]
+    for number in range(plan.num_steps):
+        batches = [rank[number * plan.k + micro] for micro in range(plan.k) for rank in ranks]
+        step = plan.step(number)
+        assert {batch.step_supervised_tokens for batch in batches} == {step.num_supervised}
+        assert sum(batch.num_supervised_tokens for batch in batches) == step.num_supervised
+        assert sum(batch.num_tiles for batch in batches) == step.num_tiles == batches[0].step_tiles
+        assert all(batch.num_tokens <= 220 for batch in batches)
+        with torch.no_grad():
+            packed = sum(float(stage.token_losses(batch).sum()) for batch in batches if not batch.blank)
+            alone = [collate(processor, [index.record(sample)]) for pack in step.packs for sample in pack]
+            single = sum(float(stage.token_losses(batch).sum()) for batch in alone)
+        assert packed == pytest.approx(single, rel=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["fewer_tiles", "cut_turn"])
+def test_a_run_trains_on_them_and_counts_the_rest(words, policy):
+    ran = run(*words, "stage=sft", f"data.on_overlong={policy}", "data.global_batch_size=4")
+    data = ran.manifest["data"]
+    assert ran.manifest["status"] == "finished" and np.isfinite(ran.column("train/loss")).all()
+    assert data["num_samples"] + sum(data["quarantined"].values()) == 20
+    assert len(lines_of(ran.dir / "quarantine.jsonl")) == sum(data["quarantined"].values())
+    assert set(data["quarantined"]) <= {"talks"} if policy == "fewer_tiles" else {"seen"} <= set(data["quarantined"])
+
+
+def test_a_cap_on_the_tiles_of_a_source_reaches_the_model_and_the_model_answers(words, place, capsys):
+    words = [*words, "data.max_length=null", "data.tokens_per_micro_batch=2000", "data.sources.seen.max_tiles=1"]
+    stage, datamodule = parts_of(*words)
+    plan = datamodule.make_plan(1)
+    batch = TrainMicroBatches(datamodule.processor, plan, 0)[0]
+    capped = [
+        layout for layout, source in zip(batch.layouts, sources_of_layouts(plan, 0), strict=True) if source == "seen"
+    ]
+    assert capped and all(layout.num_tiles <= 2 for layout in capped)
+    assert sum(layout.num_tiles for layout in batch.layouts) == batch.num_tiles
+    assert sum(layout.num_tokens for layout in batch.layouts) == int(
+        (batch.input_ids == datamodule.processor.image_token_id).sum()
+    )
+    with torch.no_grad():
+        assert torch.isfinite(stage.token_losses(batch)).all()
+    ran = run(*words, "stage=sft")
+    capsys.readouterr()
+    asked = [f"image={place / 'images' / 'china.jpg'}", "prompt=What is it?", "max_new_tokens=4", "trainer=cpu"]
+    start(["task=chat", f"init_from={ran.hf}", *asked])
+    assert capsys.readouterr().out.endswith("\n")
+
+
+def sources_of_layouts(plan, step: int) -> list[str]:
+    """The source of each image of the step's only pack, in its order."""
+    (pack,) = plan.step(step).packs
+    return [
+        plan.index.sources[plan.index.source_of[sample]].name
+        for sample in pack
+        for _ in range(plan.index.images[sample])
+    ]

@@ -1,0 +1,136 @@
+"""task=prepare over a mixture of every format, and what training and preflight then find done."""
+
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+from mixture_cases import SIZES, job_of, lines_of, make_files, prepared, sources_of
+from run_helpers import TINY, own_choice, process, run
+
+from lit_vlm.data.images import EncodedImage
+from lit_vlm.data.processor import Processor
+from lit_vlm.tasks.preflight import preflight
+
+FORK = multiprocessing.get_context("fork")
+WEIGHTS = {"llava": 0.4, "messages": 0.2, "bytes": 0.1, "sharegpt": 0.1, "tar": 0.1, "zips": 0.1}
+FAST = ["trainer.max_steps=5", "data.global_batch_size=8", "data.validation.max_samples=1"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch, tmp_path_factory):
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def words(files, tmp_path) -> list[str]:
+    """The mixture with weights; a tenth is held out."""
+    sources = sources_of(files, **{name: {"weight": weight} for name, weight in WEIGHTS.items()})
+    return [*own_choice(tmp_path, sources=sources, validation={"fraction": 0.1}), *FAST]
+
+
+def forbidden(*_, **__):
+    pytest.fail("read once more")
+
+
+def shards_of(folder: Path) -> dict[str, int]:
+    """Name and time of change of everything that is kept."""
+    return {
+        str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"
+    }
+
+
+def test_what_is_prepared_is_trained_on_without_reading_a_record_for_the_index_again(words, monkeypatch):
+    ready = prepared(*words, "run_name=five")
+    kept = shards_of(ready.dir.parent / "index")
+    with monkeypatch.context() as patch:
+        patch.setattr(Processor, "cost", forbidden)
+        ran = run(*words, "stage=sft", "run_name=five")
+    assert shards_of(ready.dir.parent / "index") == kept
+    assert ran.dir == ready.dir and ran.manifest["status"] == "finished"
+    data = ran.manifest["data"]
+    assert data["num_samples"] + data["num_held_out"] == sum(SIZES.values())
+    rows = {row["name"]: row for row in data["mixture"] if row["group"] == "source"}
+    assert {name: row["asked"] for name, row in rows.items()} == pytest.approx(WEIGHTS)
+    assert sum(row["drawn"] for row in rows.values()) == 40
+    assert all(abs(row["drawn"] - 40 * WEIGHTS[name]) <= 1 for name, row in rows.items())
+
+
+def test_prepared_twice_nothing_is_counted_or_decoded_again(words, monkeypatch):
+    ready = prepared(*words)
+    kept, lock = shards_of(ready.dir.parent / "index" / "shards"), (ready.dir / "mixture.lock").read_bytes()
+    monkeypatch.setattr(Processor, "cost", forbidden)
+    monkeypatch.setattr(EncodedImage, "load", forbidden)
+    prepared(*words)
+    assert shards_of(ready.dir.parent / "index" / "shards").keys() == kept.keys()
+    assert (ready.dir / "mixture.lock").read_bytes() == lock
+
+
+def test_preflight_on_what_is_prepared_says_that_it_would_run(words, monkeypatch):
+    prepared(*words)
+    monkeypatch.setattr(Processor, "cost", forbidden)
+    job = job_of(*words, "task=preflight")
+    preflight(job)  # exit status 1 is an exception
+    facts = json.loads((job.dir / "preflight.json").read_text(encoding="utf-8"))
+    assert facts["would_run"] and not [finding for finding in facts["findings"] if finding["level"] == "failure"]
+    assert {row["name"]: (row["records"], row["looked_at"]) for row in facts["sources"]} == {
+        name: (size, size) for name, size in SIZES.items()
+    }
+
+
+def test_the_command_says_what_each_source_holds_and_what_the_plan_is(words, tmp_path):
+    done = process(*words, "stage=sft", "task=prepare", "run_name=said", cwd=tmp_path, base=TINY[1:])
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    said = done.stdout
+    assert "5 steps; k = 1 on 1 device" in said and "prepared" in said
+    for name, size in SIZES.items():
+        row = next(line for line in said.splitlines() if line.startswith(f"│ {name} "))
+        assert [cell.strip() for cell in row.split("│")[2:6]] == [str(size), str(size), "none", "0"]
+    folder = tmp_path / "runs" / "said"
+    assert f"Lock: {folder / 'mixture.lock'}" in said and (folder / "mixture.lock").is_file()
+    assert "quarantine.jsonl" not in said  # under data.on_bad_record=stop nothing is set aside
+
+
+def test_three_at_once_on_an_empty_store_end_with_the_same_lock(words, tmp_path):
+    jobs = [FORK.Process(target=prepared, args=(*words, f"run_name=at_once/{number}")) for number in range(3)]
+    for job in jobs:
+        job.start()
+    for job in jobs:
+        job.join(120)
+        assert job.exitcode == 0
+    locks = {(tmp_path / "runs" / "at_once" / str(number) / "mixture.lock").read_bytes() for number in range(3)}
+    alone = prepared(*words, "data.index_dir=other", "run_name=alone")
+    assert locks == {(alone.dir / "mixture.lock").read_bytes()}
+    assert not list((tmp_path / "runs" / "index").rglob(".*"))
+
+
+def test_the_index_may_lie_elsewhere(words, tmp_path):
+    ready = prepared(*words, f"data.index_dir={tmp_path / 'elsewhere'}")
+    assert not (ready.dir.parent / "index").exists()
+    assert len(list((tmp_path / "elsewhere" / "shards").glob("*.arrow"))) == 2 * len(SIZES)  # counted and decoded
+    ran = run(*words, "stage=sft", f"data.index_dir={tmp_path / 'elsewhere'}")
+    assert ran.manifest["status"] == "finished" and not (ran.dir.parent / "index").exists()
+
+
+def test_records_of_two_kinds_of_trouble_are_counted_in_the_table(files, tmp_path, capsys):
+    """Decomposed text is counted as changed; an own validation source of the same name is not mixed up with it."""
+    from run_helpers import llava, write
+
+    nfd = "\u1112\u1161\u11ab\u1100\u1173\u11af"
+    write(tmp_path / "mine.jsonl", [llava("q", nfd), llava("q", "a"), *[llava("q", f"b{i}") for i in range(8)]])
+    write(tmp_path / "held.jsonl", [llava("q", f"b{i}") for i in range(15)] + [llava("q", "")] * 5)
+    mine = {"path": str(tmp_path / "mine.jsonl"), "format": "llava"}
+    held = mine | {"path": str(tmp_path / "held.jsonl")}
+    own = own_choice(tmp_path, sources={"mine": mine}, validation={"sources": {"mine": held}})
+    ready = prepared(*own, "data.on_bad_record=quarantine", "data.max_quarantined=0.3")
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│ mine"))
+    assert [cell.strip() for cell in row.split("│")[1:6]] == ["mine", "10", "10", "none", "1"]
+    assert {line["source"] for line in lines_of(ready.dir / "quarantine.jsonl")} == {"mine (validation)"}

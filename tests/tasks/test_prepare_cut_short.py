@@ -1,0 +1,148 @@
+"""task=prepare that is killed, or finds no room: nothing half is ever trusted, and the next start goes on."""
+
+import io
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mixture_cases import datamodule_of, make_files, prepared, sources_of
+from run_helpers import own_choice, run
+
+from lit_vlm.data import shards
+from lit_vlm.types import UserError
+
+FORK = multiprocessing.get_context("fork")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture
+def words(files, tmp_path, monkeypatch, tmp_path_factory) -> list[str]:
+    """A mixture of six formats, in shards of few records so that there are many moments to be killed at."""
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(shards, "SHARD_RECORDS", 5)
+    return [*own_choice(tmp_path, sources=sources_of(files), validation={"fraction": 0.1}), "data.index_workers=2"]
+
+
+def outcome(words: list[str]) -> tuple[str, str, bytes]:
+    """Digests of the index and of what is held out, and the lock."""
+    ready = prepared(*words)
+    datamodule = datamodule_of(*words)
+    datamodule.build()
+    return datamodule.index.digest(), datamodule.held_out.digest(), (ready.dir / "mixture.lock").read_bytes()
+
+
+def strays(store: Path) -> list[str]:
+    """All that is neither kept for good nor a lock."""
+    return [path.name for path in store.rglob("*") if path.name.startswith(".") or path.suffix in (".part", ".tmp")]
+
+
+def die_at_the_replacement(number: int, words: list[str]) -> None:
+    """Killed when the draft of that number is written and not yet in its place."""
+    left, replace = [number], os.replace
+
+    def fatal(*paths):
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(*paths)
+
+    os.replace = fatal
+    prepared(*words)
+
+
+def test_killed_between_writing_and_moving_it_ends_as_if_never_killed(words, tmp_path):
+    whole = outcome([*words, "data.index_dir=whole", "run_name=whole"])
+    killed = 0
+    for number in (1, 3, 8, 8, 8, 8):
+        job = FORK.Process(target=die_at_the_replacement, args=(number, [*words, "run_name=cut"]))
+        job.start()
+        job.join(60)
+        killed += job.exitcode == -signal.SIGKILL
+    assert killed >= 4 and strays(tmp_path / "runs" / "index")
+    assert outcome([*words, "run_name=cut"]) == whole
+    assert not strays(tmp_path / "runs" / "index")
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_ends_as_if_never_killed(words, tmp_path):
+    began = time.monotonic()
+    whole = outcome([*words, "data.index_dir=whole", "run_name=whole"])
+    takes, dice, killed = time.monotonic() - began, random.Random(0), 0
+    for _ in range(40):
+        job = FORK.Process(target=prepared, args=(*words, "run_name=cut"))
+        job.start()
+        time.sleep(dice.uniform(0, takes / 2))
+        job.kill()
+        job.join(60)
+        killed += job.exitcode == -signal.SIGKILL
+    assert killed > 10
+    assert outcome([*words, "run_name=cut"]) == whole
+    assert not strays(tmp_path / "runs" / "index")
+
+
+def cramped(limit: int, words: list[str], said) -> None:
+    """No file may grow beyond the limit, as on a full disk."""
+    sys.stdout = sys.stderr = io.StringIO()  # where pytest puts what is printed is a file as well
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    try:
+        prepared(*words)
+        said.put("")
+    except BaseException as error:
+        said.put(f"{type(error).__name__}: {error}")
+
+
+def within(limit: int, words: list[str]) -> str:
+    """What task=prepare says that finds room for files of so many bytes."""
+    said = FORK.SimpleQueue()
+    job = FORK.Process(target=cramped, args=(limit, words, said))
+    job.start()
+    text = said.get()
+    job.join(60)
+    return text
+
+
+def test_without_room_it_says_so_and_goes_on_when_there_is_some(words, tmp_path):
+    """The places of records in their files, the shards, the plan: each is the first that does not fit."""
+    whole = outcome([*words, "data.index_dir=whole", "run_name=whole"])  # the tiny model's parts are there then
+    for limit in (10, 150, 400, 1000, 2000, 3500):
+        text = within(limit, [*words, "run_name=full"])
+        assert text.startswith("UserError: The index cannot be kept in ") and "File too large. Make room" in text, text
+        assert str(tmp_path / "runs" / "index") in text and "set data.index_dir to another folder" in text
+        assert not strays(tmp_path / "runs" / "index")
+    assert outcome([*words, "run_name=full"]) == whole
+
+
+def test_without_room_in_the_runs_folder_that_is_named(words, tmp_path):
+    prepared(*words, "data.index_dir=whole", "run_name=whole")
+    text = within(3000, [*words, "data.index_dir=whole", "run_name=full"])
+    folder = tmp_path / "runs" / "full"
+    assert text.startswith(f"UserError: mixture.lock cannot be kept in {folder}: File too large.") and "run_dir" in text
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_named(words, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for task in (prepared, lambda *words: run(*words, "stage=sft")):
+        with pytest.raises(UserError, match=r"cannot be kept in .*file/index.*set data\.index_dir to another folder"):
+            task(*words, f"data.index_dir={tmp_path / 'file' / 'index'}")
+    assert not (tmp_path / "runs" / "run").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_may_not_be_written_to_is_named(words, tmp_path):
+    (tmp_path / "readable").mkdir(0o555)
+    with pytest.raises(UserError, match=r"cannot be kept in .*readable.*Permission denied\..*set data\.index_dir"):
+        prepared(*words, f"data.index_dir={tmp_path / 'readable'}")

@@ -1,0 +1,278 @@
+"""A picture that was whole when it was indexed and is not when it is trained on: tried again, entered, told; and the same
+command goes on without it, every other sample in its place."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from mixture_cases import datamodule_of, lines_of, make_files, names_of, sources_of
+from PIL import Image
+from run_helpers import PHOTOS, Ran, conversations, llava, own_choice, process, run, save_photos, write
+
+from lit_vlm.data import micro_batches
+from lit_vlm.data.images import FileImage
+from lit_vlm.stages.base import Stage
+from lit_vlm.types import Fault, RecordError, UserError
+
+COUNT = 24
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch, tmp_path_factory):
+    import datasets
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(micro_batches, "WAITS", (0.01, 0.02))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def words(tmp_path) -> list[str]:
+    """Twenty-four records, each with a photograph of its own; `mine/5` is of 5.jpg."""
+    originals = save_photos(tmp_path / "originals")
+    (tmp_path / "images").mkdir()
+    for number in range(COUNT):
+        shutil.copy(originals / PHOTOS[0], tmp_path / "images" / f"{number}.jpg")
+    records = [llava("<image>\nWhat?", f"Number {i}", image=f"{i}.jpg", id=str(i)) for i in range(COUNT)]
+    path = write(tmp_path / "train.jsonl", records)
+    words = ["stage=sft", "data=llava_json", f"data.sources.mine.path={path}", "trainer.max_steps=6"]
+    return [*words, "data.sources.mine.image_root=images", "run_name=bad", "data.validation.max_samples=4"]
+
+
+def damage(path: Path) -> Path:
+    """The file is half zeros now, of the same size and time, so that nobody notices before it is decoded."""
+    status, data = path.stat(), path.read_bytes()
+    path.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    return path
+
+
+def trained(monkeypatch, *words: str) -> list[list[str]]:
+    """Ids of the samples of each optimizer step, as the batches have them."""
+    steps: dict[int, list[str]] = {}
+    step = Stage.training_step
+
+    def noted(self, batch, number):
+        steps.setdefault(batch.step, []).extend(batch.sample_ids)
+        return step(self, batch, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stage, "training_step", noted)
+        assert run(*words).manifest["status"] == "finished"
+    return [sorted(steps[number]) for number in sorted(steps)]
+
+
+def without(steps: list[list[str]], *gone: str) -> list[list[str]]:
+    return [[name for name in step if name not in gone] for step in steps]
+
+
+def stopped(*words: str) -> str:
+    with pytest.raises(UserError) as caught:
+        run(*words)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_it_is_told_entered_and_left_out_and_every_other_sample_stays_in_its_step(
+    words, tmp_path, monkeypatch, workers
+):
+    words = [*words, f"data.num_workers={workers}"]
+    whole = trained(monkeypatch, *words, "run_name=whole")
+    damage(tmp_path / "images" / "5.jpg")
+    said = stopped(*words)
+    ledger = tmp_path / "runs" / "bad" / "ledger.jsonl"
+    assert said.startswith("train.jsonl:6: image '5.jpg' cannot be decoded") and "Traceback" not in said
+    assert f"3 tries failed now. It is entered in {ledger}: the same command again goes on without it" in said
+    (entry,) = lines_of(ledger)
+    assert (entry["source"], entry["position"], entry["origin"], entry["fault"]) == (
+        "mine",
+        5,
+        "train.jsonl:6",
+        "broken",
+    )
+    assert trained(monkeypatch, *words) == without(whole, "mine/5")
+    assert sum(map(len, whole)) == COUNT and len(lines_of(ledger)) == 1
+
+
+def test_each_of_several_costs_one_start(words, tmp_path, monkeypatch):
+    whole = trained(monkeypatch, *words, "run_name=whole")
+    for number in (2, 7, 11):
+        damage(tmp_path / "images" / f"{number}.jpg")
+    assert len({stopped(*words).split(":")[1] for _ in range(3)}) == 3
+    assert trained(monkeypatch, *words) == without(whole, "mine/2", "mine/7", "mine/11")
+
+
+def test_what_is_left_out_is_said_at_the_next_start(words, tmp_path, capsys):
+    damage(tmp_path / "images" / "5.jpg")
+    stopped(*words)
+    capsys.readouterr()
+    run(*words)
+    assert "1 that turned bad while training left out, see" in capsys.readouterr().out
+
+
+def test_a_step_of_which_nothing_is_left_teaches_nothing(words, tmp_path, monkeypatch):
+    words = [*words, "data.global_batch_size=1", "trainer.max_steps=24"]
+    whole = trained(monkeypatch, *words, "run_name=whole")
+    damage(tmp_path / "images" / "5.jpg")
+    stopped(*words)
+    again = trained(monkeypatch, *words)
+    assert len(again) == len(whole) == 24 and again == without(whole, "mine/5")
+
+
+def another_size(path: Path) -> None:
+    Image.open(path).resize((90, 300)).save(path)
+
+
+def gone(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "said", "fault"),
+    [(another_size, "tokens now and had", "changed"), (gone, "image '5.jpg' not found in", "missing")],
+)
+def test_what_became_another_after_the_index_was_read_is_told(words, tmp_path, monkeypatch, change, said, fault):
+    run(*words, "run_name=first")
+    change(tmp_path / "images" / "5.jpg")
+    text = stopped(*words)
+    assert text.startswith("train.jsonl:6: ") and said in text
+    (entry,) = lines_of(tmp_path / "runs" / "bad" / "ledger.jsonl")
+    assert (entry["position"], entry["fault"]) == (5, fault)
+    assert sum(map(len, trained(monkeypatch, *words))) == COUNT - 1
+
+
+def stumbling(monkeypatch, times: int) -> list[str]:
+    """Opening 5.jpg fails so often; returns what was tried."""
+    tries, opened = [], FileImage._opened
+
+    def stumble(self):
+        if self.path == "5.jpg" and len(tries) < times:
+            tries.append(self.path)
+            raise RecordError(self.origin, "image '5.jpg' cannot be opened: Input/output error", fault=Fault.unreadable)
+        return opened(self)
+
+    monkeypatch.setattr(FileImage, "_opened", stumble)
+    return tries
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_a_stumble_that_heals_within_the_tries_stops_nothing(words, tmp_path, monkeypatch, held_out):
+    if held_out:
+        words = ["stage=sft", *own_validation(tmp_path), "run_name=bad", "trainer.max_steps=3"]
+    run(*words, "run_name=first", "trainer.max_steps=1")  # the index is there
+    tries = stumbling(monkeypatch, 2)
+    assert run(*words).manifest["status"] == "finished" and len(tries) == 2
+    assert not (tmp_path / "runs" / "bad" / "ledger.jsonl").exists()
+
+
+def test_one_try_too_many_ends_the_run(words, tmp_path, monkeypatch):
+    run(*words, "run_name=first")
+    stumbling(monkeypatch, 10**6)
+    assert "Input/output error" in stopped(*words)
+    assert lines_of(tmp_path / "runs" / "bad" / "ledger.jsonl")[0]["fault"] == "unreadable"
+
+
+def own_validation(folder: Path) -> list[str]:
+    """A validation source that is named as the training source is, and holds other pictures."""
+    path = write(folder / "held" / "train.jsonl", [llava("<image>\nQ?", "a", image=f"{i}.jpg") for i in (5, 6, 7)])
+    held = {"path": str(path), "image_root": str(folder / "images"), "format": "llava"}
+    mine = held | {
+        "path": str(write(folder / "train.jsonl", conversations(12))),
+        "image_root": str(folder / "originals"),
+    }
+    return own_choice(folder, sources={"mine": mine}, validation={"sources": {"mine": held}})
+
+
+@pytest.mark.parametrize("callbacks", ["[export]", "[samples,export]"])
+def test_a_picture_of_an_own_validation_source_is_left_out_there_alone(words, tmp_path, monkeypatch, callbacks):
+    words = ["stage=sft", *own_validation(tmp_path), "run_name=bad", f"callbacks={callbacks}", "trainer.max_steps=3"]
+    whole = trained(monkeypatch, *words, "run_name=whole")
+    damage(tmp_path / "images" / "5.jpg")
+    text = stopped(*words)
+    assert text.startswith("train.jsonl:1: image '5.jpg' cannot be decoded") and "It is entered in" in text
+    (entry,) = lines_of(tmp_path / "runs" / "bad" / "ledger.jsonl")
+    assert (entry["source"], entry["position"], entry["held_out"]) == ("mine", 0, True)
+    assert trained(monkeypatch, *words) == whole
+    assert Ran(tmp_path / "runs" / "bad").manifest["data"]["num_held_out"] == 2
+
+
+@pytest.mark.parametrize("callbacks", ["[export]", "[samples,export]"])
+def test_a_picture_of_the_held_out_share_is_left_out(words, tmp_path, monkeypatch, callbacks):
+    words = [*words, "data.validation.fraction=0.2", f"callbacks={callbacks}"]
+    whole = trained(monkeypatch, *words, "run_name=whole")
+    datamodule = datamodule_of(*words)
+    datamodule.build()
+    number = int(datamodule.held_out.position[1])
+    damage(tmp_path / "images" / f"{number}.jpg")
+    assert f"image '{number}.jpg' cannot be decoded" in stopped(*words)
+    assert trained(monkeypatch, *words) == whole
+    assert Ran(tmp_path / "runs" / "bad").manifest["data"]["num_held_out"] == len(datamodule.held_out) - 1
+
+
+@pytest.mark.parametrize("name", ["tar", "zips"])
+def test_members_of_archives_are_named_and_entered(tmp_path, name):
+    files = make_files(tmp_path / "files")
+    sources = {name: sources_of(files)[name]}
+    words = [*own_choice(tmp_path, sources=sources), "stage=sft", "run_name=bad", "trainer.max_steps=2"]
+    run(*words, "run_name=first")
+    archive = files / "shard.tar" if name == "tar" else files / "delivery" / "TS_사진.zip"
+    status, data = archive.stat(), bytearray(archive.read_bytes())
+    photo = (files / "images" / PHOTOS[0]).read_bytes()
+    at, half = (data.index(photo) + len(photo) // 2, len(photo) // 2) if name == "tar" else (len(data) // 3, 1500)
+    data[at : at + half] = bytes(half)
+    archive.write_bytes(data)
+    os.utime(archive, ns=(status.st_atime_ns, status.st_mtime_ns))
+    for _ in range(2):  # one photograph serves two records of the tar
+        try:
+            run(*words)
+        except UserError as error:
+            assert "It is entered in" in str(error), error
+    assert run(*words).manifest["status"] == "finished"
+    entries = lines_of(tmp_path / "runs" / "bad" / "ledger.jsonl")
+    assert entries and {entry["source"] for entry in entries} == {name}
+    index = datamodule_of(*words)
+    index.build()
+    named = names_of(index.index, range(len(index.index)))
+    assert all(f"{name}/{entry['position']}" in named for entry in entries)
+    assert len({entry["position"] for entry in entries}) == len(entries)
+
+
+def test_preferences_know_it_as_well(tmp_path, monkeypatch):
+    save_photos(tmp_path / "images")
+    pairs = [
+        {"prompt": f"<image>\n{i}?", "chosen": f"Yes {i}", "rejected": "No", "image": PHOTOS[i % 4]} for i in range(8)
+    ]
+    path = write(tmp_path / "pairs.jsonl", pairs)
+    words = ["stage=dpo", "data=preference", f"data.sources.mine.path={path}", "data.sources.mine.image_root=images"]
+    words += ["run_name=bad", "trainer.max_steps=2", "data.validation.fraction=0"]
+    run(*words, "run_name=first")
+    damage(tmp_path / "images" / "astronaut.jpg")
+    said = {stopped(*words).split(": ")[0] for _ in range(2)}
+    assert said == {"pairs.jsonl:4", "pairs.jsonl:8"}
+    assert run(*words).manifest["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_two_ranks_go_on_without_it_alike(words, tmp_path, monkeypatch):
+    two = [
+        "trainer=ddp",
+        "trainer.accelerator=cpu",
+        "trainer.devices=2",
+        "trainer.precision=32-true",
+        "trainer.num_threads=1",
+    ]
+    whole = trained(monkeypatch, *words, "run_name=whole")
+    damage(tmp_path / "images" / "5.jpg")
+    first = process(*words, *two, cwd=tmp_path, ranks=2)
+    assert first.returncode != 0 and "train.jsonl:6: image '5.jpg' cannot be decoded" in first.stderr
+    assert {entry["position"] for entry in lines_of(tmp_path / "runs" / "bad" / "ledger.jsonl")} == {5}
+    second = process(*words, *two, cwd=tmp_path, ranks=2)
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert Ran(tmp_path / "runs" / "bad").manifest["status"] == "finished"
+    datamodule = datamodule_of(*words)
+    plan = datamodule.make_plan(2)
+    steps = [names_of(datamodule.index, plan.samples(step)) for step in range(plan.num_steps)]
+    assert [sorted(step) for step in steps] == without(whole, "mine/5")
+    packs = [[*pack] for step in range(plan.num_steps) for pack in plan.step(step).packs]
+    assert sum(map(len, packs)) == COUNT - 1
