@@ -1,4 +1,4 @@
-"""The documents are true: the tree exists, commands are accepted, examples run, both languages show the same commands."""
+"""The documents are true: tree, commands, errors, links, names and examples; both languages show the same blocks."""
 
 import os
 import re
@@ -161,6 +161,30 @@ def test_the_example_files_of_the_readme_are_read(tmp_path):
         records = [source[number] for number in range(len(source))]
         assert len(records) == count
         assert all(image.load().size == (84, 56) for record in records for image in record.images)
+
+
+def test_the_example_of_five_formats_is_made_and_read(tmp_path, monkeypatch):
+    (block,) = [block for block in blocks(ROOT / "docs/mixtures.md", "bash") if block.startswith("mkdir -p five")]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    subprocess.run(["bash", "-ec", block], cwd=tmp_path, env=environment, check=True, timeout=60)
+    monkeypatch.chdir(tmp_path)
+    sources = parse(["--config-dir", "mine", "experiment=tiny/1_align", "data=five"]).config.data.sources
+    opened = {name: open_source(name, source, max_image_pixels=10**6) for name, source in sources.items()}
+    sizes = {"llava_ko": 120, "chat_en": 100, "captions_en": 152, "shards_ko": 90, "boxes_ko": 60}
+    assert {name: len(source) for name, source in opened.items()} == sizes
+    assert opened["captions_en"][0].messages[0].text in ("Describe the picture.", "What is shown?")
+    assert "<bbox>" in opened["boxes_ko"][0].messages[1].text
+
+
+def test_the_named_sets_of_the_documents_are_those_of_conf():
+    text = (ROOT / "docs/mixtures.md").read_text(encoding="utf-8").partition("## Named sets")[2]
+    rows = dict(re.findall(r"^\| `(\w+)` \|[^|]*\| ([^|]*) \|", text, re.MULTILINE))
+    files = sorted((ROOT / "conf/data/source").glob("*.yaml"))
+    assert sorted(rows) == [file.stem for file in files]
+    for file in files:
+        (expected,) = re.findall(r"^  expected_records: (\w+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+        assert "verified" in rows[file.stem] or "name" in rows[file.stem] or rows[file.stem] == f"{int(expected):,}"
+        assert (expected == "null") == (not re.fullmatch(r"[\d,]+", rows[file.stem])), file.stem
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)

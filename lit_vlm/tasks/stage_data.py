@@ -24,6 +24,9 @@ from lit_vlm.model.tiny import tiny_parts
 from lit_vlm.tasks.terminal import say
 from lit_vlm.types import Kind, Source, UserError
 
+# Settings of a source that mixture.lock holds; what the others change, its records' digest shows
+LOCKED = "path hub split revision fraction num_samples max_tiles weight repeat count".split()
+
 
 @dataclass(slots=True)
 class StageData:
@@ -163,19 +166,7 @@ def lock_of(data: StageData) -> dict[str, Any]:
     assert datamodule.index is not None
     sources = {}
     for number, (name, source_config, source) in enumerate(data.configs):
-        shown = (
-            "path",
-            "hub",
-            "split",
-            "revision",
-            "fraction",
-            "num_samples",
-            "max_tiles",
-            "weight",
-            "repeat",
-            "count",
-        )
-        given = {key: getattr(source_config, key) for key in shown}
+        given = {key: getattr(source_config, key) for key in LOCKED}
         facts = {"records": len(source), **source_facts(datamodule.index, number)}
         sources[name] = {"format": source_config.format.value, **given, **facts}
     return {

@@ -20,7 +20,7 @@ OnProgress = Callable[[str, int, int], None]
 
 def say(text: str) -> None:
     if is_rank_zero():
-        console.print(text, soft_wrap=True)
+        console.print(text, soft_wrap=True, markup=False)  # brackets in a path are a path's
 
 
 @contextmanager

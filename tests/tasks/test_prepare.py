@@ -134,3 +134,9 @@ def test_records_of_two_kinds_of_trouble_are_counted_in_the_table(files, tmp_pat
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│ mine"))
     assert [cell.strip() for cell in row.split("│")[1:6]] == ["mine", "10", "10", "none", "1"]
     assert {line["source"] for line in lines_of(ready.dir / "quarantine.jsonl")} == {"mine (validation)"}
+
+
+def test_brackets_in_a_path_are_said_as_they_are(files, tmp_path, capsys):
+    own = own_choice(tmp_path, sources={"sharegpt": sources_of(files)["sharegpt"]})
+    prepared(*own, f"data.index_dir='{tmp_path}/[/old]/[bold]'")
+    assert f"{tmp_path}/[/old]/[bold]" in capsys.readouterr().out

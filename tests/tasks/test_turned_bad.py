@@ -1,12 +1,11 @@
 """A picture that was whole when it was indexed and is not when it is trained on: tried again, entered, told; and the same
 command goes on without it, every other sample in its place."""
 
-import os
 import shutil
 from pathlib import Path
 
 import pytest
-from mixture_cases import datamodule_of, lines_of, make_files, names_of, sources_of
+from mixture_cases import damage, datamodule_of, lines_of, names_of
 from PIL import Image
 from run_helpers import PHOTOS, Ran, conversations, llava, own_choice, process, run, save_photos, write
 
@@ -19,12 +18,9 @@ COUNT = 24
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch, tmp_path_factory):
-    import datasets
-
+def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(micro_batches, "WAITS", (0.01, 0.02))
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture
@@ -38,14 +34,6 @@ def words(tmp_path) -> list[str]:
     path = write(tmp_path / "train.jsonl", records)
     words = ["stage=sft", "data=llava_json", f"data.sources.mine.path={path}", "trainer.max_steps=6"]
     return [*words, "data.sources.mine.image_root=images", "run_name=bad", "data.validation.max_samples=4"]
-
-
-def damage(path: Path) -> Path:
-    """The file is half zeros now, of the same size and time, so that nobody notices before it is decoded."""
-    status, data = path.stat(), path.read_bytes()
-    path.write_bytes(data[: len(data) // 2] + bytes(len(data) - len(data) // 2))
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    return path
 
 
 def trained(monkeypatch, *words: str) -> list[list[str]]:
@@ -208,49 +196,6 @@ def test_a_picture_of_the_held_out_share_is_left_out(words, tmp_path, monkeypatc
     assert f"image '{number}.jpg' cannot be decoded" in stopped(*words)
     assert trained(monkeypatch, *words) == whole
     assert Ran(tmp_path / "runs" / "bad").manifest["data"]["num_held_out"] == len(datamodule.held_out) - 1
-
-
-@pytest.mark.parametrize("name", ["tar", "zips"])
-def test_members_of_archives_are_named_and_entered(tmp_path, name):
-    files = make_files(tmp_path / "files")
-    sources = {name: sources_of(files)[name]}
-    words = [*own_choice(tmp_path, sources=sources), "stage=sft", "run_name=bad", "trainer.max_steps=2"]
-    run(*words, "run_name=first")
-    archive = files / "shard.tar" if name == "tar" else files / "delivery" / "TS_사진.zip"
-    status, data = archive.stat(), bytearray(archive.read_bytes())
-    photo = (files / "images" / PHOTOS[0]).read_bytes()
-    at, half = (data.index(photo) + len(photo) // 2, len(photo) // 2) if name == "tar" else (len(data) // 3, 1500)
-    data[at : at + half] = bytes(half)
-    archive.write_bytes(data)
-    os.utime(archive, ns=(status.st_atime_ns, status.st_mtime_ns))
-    for _ in range(2):  # one photograph serves two records of the tar
-        try:
-            run(*words)
-        except UserError as error:
-            assert "It is entered in" in str(error), error
-    assert run(*words).manifest["status"] == "finished"
-    entries = lines_of(tmp_path / "runs" / "bad" / "ledger.jsonl")
-    assert entries and {entry["source"] for entry in entries} == {name}
-    index = datamodule_of(*words)
-    index.build()
-    named = names_of(index.index, range(len(index.index)))
-    assert all(f"{name}/{entry['position']}" in named for entry in entries)
-    assert len({entry["position"] for entry in entries}) == len(entries)
-
-
-def test_preferences_know_it_as_well(tmp_path, monkeypatch):
-    save_photos(tmp_path / "images")
-    pairs = [
-        {"prompt": f"<image>\n{i}?", "chosen": f"Yes {i}", "rejected": "No", "image": PHOTOS[i % 4]} for i in range(8)
-    ]
-    path = write(tmp_path / "pairs.jsonl", pairs)
-    words = ["stage=dpo", "data=preference", f"data.sources.mine.path={path}", "data.sources.mine.image_root=images"]
-    words += ["run_name=bad", "trainer.max_steps=2", "data.validation.fraction=0"]
-    run(*words, "run_name=first")
-    damage(tmp_path / "images" / "astronaut.jpg")
-    said = {stopped(*words).split(": ")[0] for _ in range(2)}
-    assert said == {"pairs.jsonl:4", "pairs.jsonl:8"}
-    assert run(*words).manifest["status"] == "finished"
 
 
 @pytest.mark.slow
