@@ -27,8 +27,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 
 from lit_vlm.cost import Flops
-from lit_vlm.data.index import COLUMNS, FITTED, KINDS, LANGUAGES, Index
-from lit_vlm.data.plan import Plan
+from lit_vlm.data.index.columns import COLUMNS, FITTED, KINDS, LANGUAGES, Index
+from lit_vlm.data.plan.plan import Plan
 from lit_vlm.types import Kind, Language
 
 SHAPES = ("lcs", "mix665k", "anyres")

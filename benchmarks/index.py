@@ -32,11 +32,11 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from lit_vlm.config.schema import ModelConfig, SourceConfig
-from lit_vlm.data.index import Index
-from lit_vlm.data.index_store import build_index
+from lit_vlm.data.index.columns import Index
+from lit_vlm.data.index.store import build_index
+from lit_vlm.data.index.verify import verify
 from lit_vlm.data.processor import Processor
 from lit_vlm.data.sources import open_source
-from lit_vlm.data.verify import verify
 from lit_vlm.engine.run_folder import versions
 from lit_vlm.engine.trainer import quiet
 from lit_vlm.model.build import draw_up

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from lit_vlm.data.index import groups_of
+from lit_vlm.data.index.columns import groups_of
 from lit_vlm.types import Batch
 
 

@@ -14,7 +14,7 @@ import lightning as L
 import numpy as np
 
 from lit_vlm.data.datamodule import DataModule
-from lit_vlm.data.index import Index
+from lit_vlm.data.index.columns import Index
 from lit_vlm.evaluation.answers import ask, readable_prompt
 from lit_vlm.evaluation.drawing import ASKED, PREDICTED, REFERENCE, Mark, draw_boxes, marks_of
 from lit_vlm.evaluation.scoring import score

@@ -17,13 +17,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from lit_vlm.config.schema import OnOverlong
 from lit_vlm.cost import Flops
-from lit_vlm.data.index import Index, require_samples, split
-from lit_vlm.data.index_store import build_index
-from lit_vlm.data.ledger import Ledger
-from lit_vlm.data.lengths import fit
+from lit_vlm.data.index.columns import Index, require_samples, split
+from lit_vlm.data.index.lengths import fit
+from lit_vlm.data.index.store import build_index
 from lit_vlm.data.micro_batches import Result, TrainMicroBatches, TurnedBad, ValidationMicroBatches, steadily
-from lit_vlm.data.mixture import Mixture, MixtureSettings
-from lit_vlm.data.plan import Plan, validation_packs
+from lit_vlm.data.plan.ledger import Ledger
+from lit_vlm.data.plan.mixture import Mixture, MixtureSettings
+from lit_vlm.data.plan.plan import Plan, validation_packs
 from lit_vlm.data.processor import Processor
 from lit_vlm.types import Source, UserError
 

@@ -11,9 +11,9 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from lit_vlm.data.collate import collate
-from lit_vlm.data.index import Index
-from lit_vlm.data.ledger import Ledger
-from lit_vlm.data.plan import Pack, Plan
+from lit_vlm.data.index.columns import Index
+from lit_vlm.data.plan.ledger import Ledger
+from lit_vlm.data.plan.plan import Pack, Plan
 from lit_vlm.data.processor import Processor
 from lit_vlm.types import IGNORE_INDEX, Batch, Fault, Record, RecordError, UserError
 

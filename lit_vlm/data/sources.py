@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_vlm.config.schema import Format, Markup, SourceConfig
-from lit_vlm.data.chosen import Chosen, FewerTiles
 from lit_vlm.data.readers.by_keys import FORMATS, Reader, read_by_keys
+from lit_vlm.data.readers.chosen import Chosen, FewerTiles
+from lit_vlm.data.readers.files import existing, files_of, found_format, hub_rows, nearest, rows_of
 from lit_vlm.data.readers.place import Place, Settings
 from lit_vlm.data.readers.rows import Rows
 from lit_vlm.data.readers.rows.base import identity
-from lit_vlm.data.source_files import existing, files_of, found_format, hub_rows, nearest, rows_of
 from lit_vlm.types import IMAGE_TOKEN, Kind, Language, Record, Source, UserError
 
 # By the names of config's Format, and those that `auto` finds besides.

@@ -15,10 +15,10 @@ from pathlib import Path
 from lit_vlm.config import Run
 from lit_vlm.config.schema import DPOStageConfig, RunConfig
 from lit_vlm.cost import Shape
-from lit_vlm.data.plan import Plan
-from lit_vlm.engine.preflight_checks import findings
-from lit_vlm.engine.preflight_facts import Facts, Finding, Level
-from lit_vlm.engine.preflight_model import (
+from lit_vlm.data.plan.plan import Plan
+from lit_vlm.engine.preflight.checks import findings
+from lit_vlm.engine.preflight.facts import Facts, Finding, Level
+from lit_vlm.engine.preflight.model import (
     bytes_in,
     disk_rows,
     memory_facts,
@@ -29,9 +29,9 @@ from lit_vlm.engine.preflight_model import (
     training_of,
     work_of,
 )
-from lit_vlm.engine.preflight_page import write_preflight
-from lit_vlm.engine.preflight_samples import show_samples
-from lit_vlm.engine.preflight_terminal import show
+from lit_vlm.engine.preflight.page import write_preflight
+from lit_vlm.engine.preflight.samples import show_samples
+from lit_vlm.engine.preflight.terminal import show
 from lit_vlm.engine.run_folder import (
     digest_of_sources,
     open_run_folder,

@@ -12,17 +12,17 @@ import numpy as np
 from lit_vlm.config import Run
 from lit_vlm.config.schema import RunConfig, SourceConfig
 from lit_vlm.data.datamodule import DataModule
-from lit_vlm.data.index import Index
-from lit_vlm.data.lock import differences, read_lock
-from lit_vlm.data.mixture import Amount, MixtureSettings
-from lit_vlm.data.plan import Plan
-from lit_vlm.data.shares import amounts_of
+from lit_vlm.data.index.columns import Index
+from lit_vlm.data.plan.lock import differences, read_lock
+from lit_vlm.data.plan.mixture import Amount, MixtureSettings
+from lit_vlm.data.plan.plan import Plan
+from lit_vlm.data.plan.shares import amounts_of
 from lit_vlm.data.sources import open_source
-from lit_vlm.engine.preflight_checks import of_bad_records
-from lit_vlm.engine.preflight_facts import Facts, Finding, Level, ShareRow, SourceRow
-from lit_vlm.engine.preflight_numbers import duplicates_between, fill_source_rows, histograms, plan_facts
-from lit_vlm.engine.preflight_sample import looked_at
-from lit_vlm.engine.preflight_samples import bad_examples
+from lit_vlm.engine.preflight.checks import of_bad_records
+from lit_vlm.engine.preflight.facts import Facts, Finding, Level, ShareRow, SourceRow
+from lit_vlm.engine.preflight.looked_at import looked_at
+from lit_vlm.engine.preflight.numbers import duplicates_between, fill_source_rows, histograms, plan_facts
+from lit_vlm.engine.preflight.samples import bad_examples
 from lit_vlm.tasks.stage_data import StageData, lock_of, require_records_of, store_of
 from lit_vlm.tasks.terminal import progress_over
 from lit_vlm.types import RecordError, Source, UserError

@@ -12,8 +12,8 @@ from lit_vlm.config import Run
 from lit_vlm.config.schema import DataConfig, Debug, ModelConfig, RunConfig, SourceConfig, StageConfig, StageName
 from lit_vlm.cost import Flops
 from lit_vlm.data.datamodule import DataModule
-from lit_vlm.data.lock import differences, read_lock, source_facts, write_lock
-from lit_vlm.data.mixture import Amount, MixtureSettings
+from lit_vlm.data.plan.lock import differences, read_lock, source_facts, write_lock
+from lit_vlm.data.plan.mixture import Amount, MixtureSettings
 from lit_vlm.data.processor import Processor, check_vocabulary
 from lit_vlm.data.quarantine import Quarantine
 from lit_vlm.data.sources import open_source

@@ -12,9 +12,9 @@ from support import blueprint_of, builtin
 
 from callbacks import CALLBACKS, Guard, LanguageLoss, Report, Samples, Throughput, make_callbacks
 from lit_vlm.anyres import Tiling
-from lit_vlm.data import index as codes_of
 from lit_vlm.data.collate import collate
 from lit_vlm.data.datamodule import DataModule
+from lit_vlm.data.index import columns as codes_of
 from lit_vlm.data.processor import Processor
 from lit_vlm.engine.report_data import read_run
 from lit_vlm.evaluation.answers import end_of_answer

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lit_vlm.cost import Flops
-from lit_vlm.data.index import COLUMNS, FITTED, KINDS, LANGUAGES, Index
+from lit_vlm.data.index.columns import COLUMNS, FITTED, KINDS, LANGUAGES, Index
 from lit_vlm.types import Kind, Language
 
 FLOPS = Flops(per_token=8e10, per_square=6e5, per_tile=7e11, per_supervised=3e9)  # about those of a 7B model

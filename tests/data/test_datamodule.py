@@ -11,10 +11,10 @@ from support import builtin, sample
 
 from lit_vlm.data import micro_batches
 from lit_vlm.data.datamodule import DataModule
-from lit_vlm.data.index import Index
-from lit_vlm.data.index_store import build_index
+from lit_vlm.data.index.columns import Index
+from lit_vlm.data.index.store import build_index
 from lit_vlm.data.micro_batches import TrainMicroBatches, TurnedBad, ValidationMicroBatches
-from lit_vlm.data.plan import Plan
+from lit_vlm.data.plan.plan import Plan
 from lit_vlm.types import Batch, Fault, RecordError, UserError
 
 COUNT = 40

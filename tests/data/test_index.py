@@ -16,12 +16,12 @@ from index_cases import Lines, photo, rows, write
 from PIL import Image
 from support import builtin, sample
 
-from lit_vlm.data import shards
 from lit_vlm.data.images import FileImage
-from lit_vlm.data.index import KINDS, Index, split
-from lit_vlm.data.index_store import build_index
+from lit_vlm.data.index import shards
+from lit_vlm.data.index.columns import KINDS, Index, split
+from lit_vlm.data.index.store import build_index
+from lit_vlm.data.index.workers import PATIENCE
 from lit_vlm.data.processor import Processor
-from lit_vlm.data.workers import PATIENCE
 from lit_vlm.types import Fault, Record, UserError
 
 FORK = multiprocessing.get_context("fork")

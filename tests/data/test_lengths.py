@@ -8,9 +8,9 @@ from index_cases import Lines, photo, write
 from support import builtin, sample
 
 from lit_vlm.config.schema import OnOverlong
-from lit_vlm.data.index import Index
-from lit_vlm.data.index_store import build_index
-from lit_vlm.data.lengths import fit
+from lit_vlm.data.index.columns import Index
+from lit_vlm.data.index.lengths import fit
+from lit_vlm.data.index.store import build_index
 from lit_vlm.types import Fault, ImageSlot, PreferencePair
 
 PLENTY = 10**6

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from made_index import made_index
 
-from lit_vlm.data.lock import differences, read_lock, source_facts, write_lock
+from lit_vlm.data.plan.lock import differences, read_lock, source_facts, write_lock
 from lit_vlm.types import UserError
 
 LOCK = {

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from made_index import made_index
 
-from lit_vlm.data.index import KINDS, LANGUAGES, Index
-from lit_vlm.data.mixture import Amount, Mixture, MixtureSettings
+from lit_vlm.data.index.columns import KINDS, LANGUAGES, Index
+from lit_vlm.data.plan.mixture import Amount, Mixture, MixtureSettings
 from lit_vlm.types import Kind, Language, UserError
 
 KO, EN = LANGUAGES.index(Language.ko), LANGUAGES.index(Language.en)

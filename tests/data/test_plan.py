@@ -11,14 +11,14 @@ from made_index import FLOPS, made_index, shaped_index
 from support import builtin
 
 from lit_vlm.cost import Flops
-from lit_vlm.data import plan as plan_module
-from lit_vlm.data.deal import Caps, deal, hand_of
-from lit_vlm.data.index import KINDS, Index, split
-from lit_vlm.data.index_store import build_index
-from lit_vlm.data.ledger import Ledger
+from lit_vlm.data.index.columns import KINDS, Index, split
+from lit_vlm.data.index.store import build_index
 from lit_vlm.data.micro_batches import TrainMicroBatches
-from lit_vlm.data.mixture import Amount, Mixture, MixtureSettings
-from lit_vlm.data.plan import Plan, Step, validation_packs
+from lit_vlm.data.plan import plan as plan_module
+from lit_vlm.data.plan.deal import Caps, deal, hand_of
+from lit_vlm.data.plan.ledger import Ledger
+from lit_vlm.data.plan.mixture import Amount, Mixture, MixtureSettings
+from lit_vlm.data.plan.plan import Plan, Step, validation_packs
 from lit_vlm.types import Kind, RecordError, UserError
 
 TOKENS = Flops(per_token=1.0, per_square=0.0, per_tile=0.0, per_supervised=0.0)

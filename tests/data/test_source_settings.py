@@ -10,7 +10,7 @@ import pytest
 from source_cases import ANSWER, GPT, HUMAN, contents, llava, only, open_, png, write
 
 from lit_vlm.config.schema import Format, SourceConfig
-from lit_vlm.data.chosen import Chosen, chosen
+from lit_vlm.data.readers.chosen import Chosen, chosen
 from lit_vlm.data.sources import open_source
 from lit_vlm.types import Fault, ImageSlot, Kind, RecordError, Role, UserError
 

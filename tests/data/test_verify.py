@@ -12,10 +12,10 @@ import pytest
 from index_cases import Lines, photo, rows, write
 from PIL import Image
 
-from lit_vlm.data import shards
 from lit_vlm.data.images import BytesImage, FileImage
-from lit_vlm.data.index_store import build_index
-from lit_vlm.data.verify import verify
+from lit_vlm.data.index import shards
+from lit_vlm.data.index.store import build_index
+from lit_vlm.data.index.verify import verify
 from lit_vlm.types import Fault, ImageSlot, Kind, Language, Message, Role, Sample
 
 

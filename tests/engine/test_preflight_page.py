@@ -10,11 +10,11 @@ from support import builtin, picture, sample
 from lit_vlm.cost import Flops
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.markup import obj
-from lit_vlm.engine.preflight_facts import Facts, Finding, Level, SourceRow
-from lit_vlm.engine.preflight_numbers import fill_source_rows, histograms, padding, plan_facts
-from lit_vlm.engine.preflight_page import count, gigabytes, hours, percent, render, write_preflight
-from lit_vlm.engine.preflight_sample import EvenSample, looked_at
-from lit_vlm.engine.preflight_samples import bad_examples, pieces_of, show, show_samples
+from lit_vlm.engine.preflight.facts import Facts, Finding, Level, SourceRow
+from lit_vlm.engine.preflight.looked_at import EvenSample, looked_at
+from lit_vlm.engine.preflight.numbers import fill_source_rows, histograms, padding, plan_facts
+from lit_vlm.engine.preflight.page import count, gigabytes, hours, percent, render, write_preflight
+from lit_vlm.engine.preflight.samples import bad_examples, pieces_of, show, show_samples
 from lit_vlm.types import (
     Box,
     Control,

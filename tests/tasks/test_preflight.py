@@ -8,7 +8,7 @@ import pytest
 from run_helpers import TINY, conversations, llava, own_choice, process, run, save_photos, turns, write
 
 from lit_vlm.config import parse
-from lit_vlm.data.lock import write_lock
+from lit_vlm.data.plan.lock import write_lock
 from lit_vlm.tasks.preflight import preflight
 from lit_vlm.tasks.stage_data import lock_of, open_sources, stage_data
 from lit_vlm.types import UserError
@@ -259,7 +259,7 @@ def large_language_model(folder: Path) -> Path:
 
 def test_a_disk_that_is_too_small(here, monkeypatch):
     usage = type("Usage", (), {"free": 1_000_000})
-    monkeypatch.setattr("lit_vlm.engine.preflight_model.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("lit_vlm.engine.preflight.model.shutil.disk_usage", lambda path: usage)
     seen = look("data=builtin_sft", "preflight.max_samples=8")
     assert "The disk is too small" in seen.told("failure") and "1.0 MB are free" in seen.told("failure")
 

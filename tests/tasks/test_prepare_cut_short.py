@@ -14,7 +14,7 @@ import pytest
 from mixture_cases import datamodule_of, make_files, prepared, sources_of
 from run_helpers import own_choice, run
 
-from lit_vlm.data import shards
+from lit_vlm.data.index import shards
 from lit_vlm.types import UserError
 
 FORK = multiprocessing.get_context("fork")

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lit_vlm.data.index import KINDS, LANGUAGES, Index
-from lit_vlm.data.plan import Plan
-from lit_vlm.engine.preflight_facts import Histogram, PlanFacts, SourceRow, Spread
+from lit_vlm.data.index.columns import KINDS, LANGUAGES, Index
+from lit_vlm.data.plan.plan import Plan
+from lit_vlm.engine.preflight.facts import Histogram, PlanFacts, SourceRow, Spread
 from lit_vlm.types import Fault, Language, RecordError
 
 BINS = 30

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from html import escape
 from typing import Any
 
-from lit_vlm.engine.preflight_facts import Histogram
+from lit_vlm.engine.preflight.facts import Histogram
 from lit_vlm.engine.report_charts import Scale, log_ticks, ticks
 
 WIDTH, HEIGHT = 480, 190  # of the drawing; the page scales it

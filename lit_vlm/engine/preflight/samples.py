@@ -9,10 +9,10 @@ from itertools import groupby
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lit_vlm.data.index import Index
+from lit_vlm.data.index.columns import Index
 from lit_vlm.data.processor import Processor
 from lit_vlm.data.template import Encoded
-from lit_vlm.engine.preflight_facts import BadExample, Picture, Piece, ShownSample
+from lit_vlm.engine.preflight.facts import BadExample, Picture, Piece, ShownSample
 from lit_vlm.evaluation.drawing import ASKED, REFERENCE, draw_boxes, marks_of
 from lit_vlm.types import Message, PreferencePair, Record, RecordError, Role
 

@@ -14,7 +14,7 @@ from torch import nn
 from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig
 from lit_vlm.cost import DEVICES, Flops, Load, Parameters, Shape, Training, memory_of
 from lit_vlm.cost.memory import Precision, Sharding
-from lit_vlm.engine.preflight_facts import DiskRow, MemoryFacts, MemoryRow, PartRow, PlanFacts, TimeFacts
+from lit_vlm.engine.preflight.facts import DiskRow, MemoryFacts, MemoryRow, PartRow, PlanFacts, TimeFacts
 from lit_vlm.model.build import Blueprint, build_on_meta
 from lit_vlm.model.parts import part_of
 from lit_vlm.stages import Stage

@@ -13,8 +13,8 @@ from functools import partial
 import numpy as np
 
 from lit_vlm.cost import Flops
-from lit_vlm.data.even_out import even_out
-from lit_vlm.data.index import Index
+from lit_vlm.data.index.columns import Index
+from lit_vlm.data.plan.even_out import even_out
 from lit_vlm.types import UserError
 
 ELEMENTS = 1 << 17  # of the largest matrix in work, steps x packs or steps x samples: about what a core's cache holds

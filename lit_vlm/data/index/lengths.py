@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from lit_vlm.config.schema import OnOverlong
-from lit_vlm.data.index import Index, first_turns, longest_segment
+from lit_vlm.data.index.columns import Index, first_turns, longest_segment
+from lit_vlm.data.index.shards import origin_of
 from lit_vlm.data.processor import Processor
-from lit_vlm.data.shards import origin_of
 from lit_vlm.types import Fault, RecordError, Role, Sample
 
 Change = dict[str, Any]  # column -> what the shortened sample has in it

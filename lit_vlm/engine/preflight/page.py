@@ -10,8 +10,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from lit_vlm.engine.preflight_charts import histogram_svg, legend
-from lit_vlm.engine.preflight_facts import Facts, Level, MemoryFacts, SourceRow
+from lit_vlm.engine.preflight.charts import histogram_svg, legend
+from lit_vlm.engine.preflight.facts import Facts, Level, MemoryFacts, SourceRow
 from lit_vlm.engine.report_data import short
 from lit_vlm.engine.run_folder import to_plain, write_atomically
 
@@ -29,10 +29,10 @@ def write_preflight(folder: Path, facts: Facts) -> Path:
 
 
 def render(facts: Facts) -> str:
-    style = "\n".join((HERE / name).read_text(encoding="utf-8") for name in ("report.css", "preflight.css"))
+    style = "\n".join((HERE / name).read_text(encoding="utf-8") for name in ("../report.css", "page.css"))
     text = (
         _environment()
-        .get_template("preflight_page.html")
+        .get_template("page.html")
         .render(
             facts=facts,
             style=Markup(style),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from lit_vlm.data.deal import Caps, Hand
+    from lit_vlm.data.plan.deal import Caps, Hand
 
 GOOD = 0.995
 ROUNDS = 8

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from lit_vlm.cost import Flops
-from lit_vlm.data.deal import Caps, Hand, deal_all, hand_of, loads
-from lit_vlm.data.index import Index
-from lit_vlm.data.ledger import Ledger
-from lit_vlm.data.mixture import Mixture
-from lit_vlm.data.plan_store import Arrays, kept, key_of
-from lit_vlm.data.steps import Length, draw_steps
+from lit_vlm.data.index.columns import Index
+from lit_vlm.data.plan.deal import Caps, Hand, deal_all, hand_of, loads
+from lit_vlm.data.plan.ledger import Ledger
+from lit_vlm.data.plan.mixture import Mixture
+from lit_vlm.data.plan.steps import Length, draw_steps
+from lit_vlm.data.plan.store import Arrays, kept, key_of
 
 PLAN_VERSION = 2  # raise it when the same settings draw or deal differently
 BLOCK = 1 << 16  # held-out samples that are dealt together, and entries of a matrix in work

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lit_vlm.config.schema import DataConfig, DPOStageConfig, OnBadRecord, OnOverlong, RunConfig
-from lit_vlm.engine.preflight_facts import Facts, Finding, Level, MemoryFacts, SourceRow
-from lit_vlm.engine.preflight_page import gigabytes, percent
+from lit_vlm.engine.preflight.facts import Facts, Finding, Level, MemoryFacts, SourceRow
+from lit_vlm.engine.preflight.page import gigabytes, percent
 from lit_vlm.losses.preference import SORTS_THE_BATCH
 from lit_vlm.types import Fault, Part
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lit_vlm.data.fingerprint import picture_name, stamp
-from lit_vlm.data.index import Index
-from lit_vlm.data.index_store import OnProgress, verified_key
-from lit_vlm.data.shards import Bad, Shard, Shelf, Span, alone, shelf_of, spans_of
-from lit_vlm.data.workers import parallel
+from lit_vlm.data.index.columns import Index
+from lit_vlm.data.index.fingerprint import picture_name, stamp
+from lit_vlm.data.index.shards import Bad, Shard, Shelf, Span, alone, shelf_of, spans_of
+from lit_vlm.data.index.store import OnProgress, verified_key
+from lit_vlm.data.index.workers import parallel
 from lit_vlm.types import Fault, ImageSource, Record, RecordError, Source
 
 

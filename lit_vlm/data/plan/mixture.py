@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from lit_vlm.data.index import KINDS, LANGUAGES, Index
-from lit_vlm.data.shares import Amount, Margin, MixtureSettings, amounts_of, counts_of, meet, source_shares
+from lit_vlm.data.index.columns import KINDS, LANGUAGES, Index
+from lit_vlm.data.plan.shares import Amount, Margin, MixtureSettings, amounts_of, counts_of, meet, source_shares
 from lit_vlm.types import Kind, Language, UserError
 
 __all__ = ["Amount", "Cell", "Mixture", "MixtureSettings"]

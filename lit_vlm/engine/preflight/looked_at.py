@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lit_vlm.data.index_store import index_key
+from lit_vlm.data.index.shards import origin_of, shelf_of, spans_of
+from lit_vlm.data.index.store import index_key
 from lit_vlm.data.processor import Processor
-from lit_vlm.data.shards import origin_of, shelf_of, spans_of
 from lit_vlm.types import Record, Source
 
 

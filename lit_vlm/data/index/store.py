@@ -12,11 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lit_vlm.data.fingerprint import digests, stamp
-from lit_vlm.data.index import COLUMNS, FITTED, KINDS, LANGUAGES, Index
+from lit_vlm.data.index.columns import COLUMNS, FITTED, KINDS, LANGUAGES, Index
+from lit_vlm.data.index.fingerprint import digests, stamp
+from lit_vlm.data.index.shards import Bad, Shard, Shelf, Span, alone, key_of, shelf_of, spans_of
+from lit_vlm.data.index.workers import parallel
 from lit_vlm.data.processor import Processor
-from lit_vlm.data.shards import Bad, Shard, Shelf, Span, alone, key_of, shelf_of, spans_of
-from lit_vlm.data.workers import parallel
 from lit_vlm.types import Fault, Record, RecordError, Source, UserError
 
 OnProgress = Callable[[str, int, int], None]  # source name, records done, records in all

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lit_vlm.data.index import Index
-from lit_vlm.data.mixture import Mixture
+from lit_vlm.data.index.columns import Index
+from lit_vlm.data.plan.mixture import Mixture
 from lit_vlm.types import UserError
 
 TOTALS = ("supervised", "tiles", "chosen")  # columns of the index that a step's sums are kept of

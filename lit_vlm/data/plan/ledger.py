@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lit_vlm.data.index import Index
+from lit_vlm.data.index.columns import Index
 from lit_vlm.types import RecordError
 
 
