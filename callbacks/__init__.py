@@ -20,18 +20,19 @@ from lit_vlm.types import UserError
 CALLBACKS: dict[str, type[L.Callback]] = {
     "throughput": Throughput,
     "language_loss": LanguageLoss,
-    "samples": Samples,
     "guard": Guard,
     "export": Export,
+    "samples": Samples,
     "report": Report,
 }
-LAST = ("export", "report")  # the report shows what all others left, the model among it
+# The model is saved before held-out pictures are read once more; the report shows what all others left.
+LAST = ("export", "samples", "report")
 
 __all__ = ["CALLBACKS", "Export", "Guard", "LanguageLoss", "Report", "Samples", "Throughput", "make_callbacks"]
 
 
 def make_callbacks(names: list[str], run_dir: Path, **options: Any) -> list[L.Callback]:
-    """The callbacks of these names, in their order, `export` and `report` last.
+    """The callbacks of these names, in their order, those of `LAST` last.
 
     Args:
         names: of `CALLBACKS`, or import paths of classes that are constructed without arguments.

@@ -307,7 +307,7 @@ class RunConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     callbacks: list[str] = field(
-        default_factory=lambda: ["throughput", "language_loss", "samples", "guard", "export", "report"]
+        default_factory=lambda: ["throughput", "language_loss", "guard", "export", "samples", "report"]
     )  # names of callbacks/, or import paths of your own classes
     init_from: str | None = None  # weights: folder or hub id of a whole model, or "previous": the recipe's stage before
     run_dir: str = "runs"  # where runs are kept

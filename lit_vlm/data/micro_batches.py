@@ -38,8 +38,9 @@ class TurnedBad:
             return self.error
         ledger.add(self.source, self.position, self.error, held_out=self.held_out)
         return UserError(
-            f"{self.error} The index was built when it could be read, and {len(WAITS) + 1} tries failed now. It is entered "
-            f"in {ledger.path}: the same command again goes on without it. To look for more of them: task=prepare."
+            f"{self.error.origin}: {self.error.reason}. It could be read when the index was built, and {len(WAITS) + 1} "
+            f"tries failed now. It is entered in {ledger.path}: the same command again goes on without it. To look for "
+            "more of them: task=prepare."
         )
 
 

@@ -18,7 +18,7 @@ NUM_SHOWN = 10  # faults that a message lists; the file holds all
 class Quarantine:
     """Collects the faults of a pass over the data, then settles them at once, so that a user sees all in one go.
 
-    Records that turned bad while training are added like those that the index found: the ledger holds their errors.
+    Those that turned bad while training are in the run's ledger.
     """
 
     def __init__(self) -> None:

@@ -23,6 +23,8 @@ from lit_vlm.types import IMAGE_TOKEN, Control, ImageSlot, Message, Role, UserEr
 OPEN, CLOSE = "\ue000", "\ue001"  # private use: they stand around a text's number while the template is rendered
 STAND_IN = re.compile(f"{OPEN}(\\d+){CLOSE}")
 IMAGE, TEXT = "image", "text"
+TURNS = 8  # answers whose beginnings are found one by one
+HEADER = 24  # characters before an answer by which its header is known again: some "<|im_start|>assistant\n"
 
 Shape = tuple[tuple[str, tuple[str, ...]], ...]  # ((role, (part, ...)), ...)
 
@@ -181,24 +183,37 @@ class Template:
         return tuple(self._pieces(rendered, starts))
 
     def _answer_starts(self, messages: list[dict], rendered: str) -> list[int]:
-        """Offsets in `rendered` at which each assistant turn becomes the model's own words."""
-        starts = []
-        for i, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            turn = self._render(messages[: i + 1])
-            if not rendered.startswith(turn.rstrip()):
-                raise UserError(
-                    f"The chat template of {self.tokenizer.name_or_path or 'the language model'} rewrites earlier turns (an answer reads "
-                    "differently once another follows), so a conversation of several turns cannot be trained in one pass. Give a template "
-                    "that leaves them alone: model.chat_template=chatml, or a Jinja file of your own."
-                )
-            opening = self._render(messages[:i], prompt=True) if i else ""
-            slot = STAND_IN.search(rendered, len(self._render(messages[:i]).rstrip()) if i else 0)
-            # llava-hf's template writes another header than its generation prompt: there the words begin at the text
-            # itself
-            starts.append(len(opening) if i and turn.startswith(opening) else slot.start() if slot else len(turn))
-        return starts
+        """Offsets in `rendered` at which each assistant turn becomes the model's own words.
+
+        Each of the first `TURNS` answers and the last one is found by rendering the conversation up to it. Between them
+        an answer whose text stands behind the same header as the last one's begins where that header ends; rendering up
+        to every one of hundreds of turns would take the square of their number.
+        """
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        starts = {i: self._answer_start(messages, rendered, i) for i in {*answers[:TURNS], *answers[-1:]}}
+        slots = {int(match[1]): match.start() for match in STAND_IN.finditer(rendered)}
+        first_slot = {i: slots[_number_of(messages[i])] for i in answers if _number_of(messages[i]) in slots}
+        if answers and answers[-1] in first_slot:
+            last = answers[-1]
+            gap = first_slot[last] - starts[last]
+            header = rendered[max(0, first_slot[last] - HEADER - gap) : first_slot[last]]
+            for i in answers[TURNS:-1]:
+                if i in first_slot and rendered.endswith(header, 0, first_slot[i]):
+                    starts[i] = first_slot[i] - gap
+        return [starts[i] if i in starts else self._answer_start(messages, rendered, i) for i in answers]
+
+    def _answer_start(self, messages: list[dict], rendered: str, i: int) -> int:
+        turn = self._render(messages[: i + 1])
+        if not rendered.startswith(turn.rstrip()):
+            raise UserError(
+                f"The chat template of {self.tokenizer.name_or_path or 'the language model'} rewrites earlier turns (an answer reads "
+                "differently once another follows), so a conversation of several turns cannot be trained in one pass. Give a template "
+                "that leaves them alone: model.chat_template=chatml, or a Jinja file of your own."
+            )
+        opening = self._render(messages[:i], prompt=True) if i else ""
+        slot = STAND_IN.search(rendered, len(self._render(messages[:i]).rstrip()) if i else 0)
+        # llava-hf's template writes another header than its generation prompt: there the words begin at the text itself
+        return len(opening) if i and turn.startswith(opening) else slot.start() if slot else len(turn)
 
     def _pieces(self, rendered: str, starts: list[int]):
         """Split at stand-ins, control tokens and answer starts; close each answer with the first control token after its text."""
@@ -247,6 +262,12 @@ def _shape_of(messages: tuple[Message, ...]) -> tuple[Shape, list[tuple[Role, tu
                 parts.append(IMAGE)
         shape.append((message.role.value, tuple(parts)))
     return tuple(shape), texts
+
+
+def _number_of(message: dict) -> int:
+    """Of the first stand-in for text in a message; -1 without one."""
+    texts = (STAND_IN.fullmatch(part["text"]) for part in message["content"] if part["type"] == TEXT)
+    return next((int(match[1]) for match in texts if match), -1)
 
 
 def _stand_ins(shape: Shape) -> list[dict]:

@@ -88,6 +88,13 @@ def to_plain_config(config: RunConfig) -> dict[str, Any]:
     return to_plain(asdict(config))
 
 
+def leave_process_group() -> None:
+    """Once all ranks are done: a process that ends while its group's threads still run may abort (seen with gloo)."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
 def quiet() -> None:
     """Silence advice that does not apply: the loader's order, sizes and workers are the plan's business."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

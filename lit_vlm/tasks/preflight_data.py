@@ -23,7 +23,8 @@ from lit_vlm.engine.preflight.facts import Facts, Finding, Level, ShareRow, Sour
 from lit_vlm.engine.preflight.looked_at import looked_at
 from lit_vlm.engine.preflight.numbers import duplicates_between, fill_source_rows, histograms, plan_facts
 from lit_vlm.engine.preflight.samples import bad_examples
-from lit_vlm.tasks.stage_data import StageData, lock_of, require_records_of, store_of
+from lit_vlm.tasks.run_lock import lock_of
+from lit_vlm.tasks.stage_data import StageData, require_records_of, store_of
 from lit_vlm.tasks.terminal import progress_over
 from lit_vlm.types import RecordError, Source, UserError
 

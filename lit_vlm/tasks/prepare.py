@@ -9,9 +9,9 @@ from rich.table import Table
 from lit_vlm.config import Run
 from lit_vlm.config.schema import OnBadRecord
 from lit_vlm.data.index.verify import verify
+from lit_vlm.tasks.run_lock import hold_to_lock
 from lit_vlm.tasks.stage_data import (
     StageData,
-    hold_to_lock,
     open_sources,
     parent_or_parts,
     quarantine_of,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,16 @@ from lit_vlm.config import Run
 from lit_vlm.config.schema import DataConfig, Debug, ModelConfig, RunConfig, SourceConfig, StageConfig, StageName
 from lit_vlm.cost import Flops
 from lit_vlm.data.datamodule import DataModule
-from lit_vlm.data.plan.lock import differences, read_lock, source_facts, write_lock
 from lit_vlm.data.plan.mixture import Amount, MixtureSettings
 from lit_vlm.data.processor import Processor, check_vocabulary
 from lit_vlm.data.quarantine import Quarantine
 from lit_vlm.data.sources import open_source
-from lit_vlm.engine.run_folder import is_rank_zero, require_writable, versions
+from lit_vlm.engine.run_folder import is_rank_zero, require_writable
 from lit_vlm.engine.trainer import FEW_STEPS
 from lit_vlm.model.build import Blueprint, draw_up
 from lit_vlm.model.tiny import tiny_parts
 from lit_vlm.tasks.terminal import say
 from lit_vlm.types import Kind, Source, UserError
-
-# Settings of a source that mixture.lock holds; what the others change, its records' digest shows
-LOCKED = "path hub split revision fraction num_samples max_tiles weight repeat count".split()
 
 
 @dataclass(slots=True)
@@ -154,57 +150,25 @@ def settle(data: StageData) -> dict[str, int]:
     quarantine, totals = quarantine_of(data.datamodule)
     if is_rank_zero():
         quarantine.settle(config.on_bad_record, config.max_quarantined, totals, run.dir / "quarantine.jsonl")
+    for line in fitted_of(data.datamodule):
+        say(line)
     ledger = data.datamodule.ledger
     if ledger:
         say(f"{len(ledger):,} that turned bad while training left out, see {ledger.path}")
     return quarantine.counts()
 
 
-def lock_of(data: StageData) -> dict[str, Any]:
-    """What decides what is trained on: counts and digests of the data, and the settings that mix them."""
-    config, datamodule = data.run.config, data.datamodule
-    assert datamodule.index is not None
-    sources = {}
-    for number, (name, source_config, source) in enumerate(data.configs):
-        given = {key: getattr(source_config, key) for key in LOCKED}
-        facts = {"records": len(source), **source_facts(datamodule.index, number)}
-        sources[name] = {"format": source_config.format.value, **given, **facts}
-    return {
-        "sources": sources,
-        "processor": datamodule.processor.digest,
-        "weights_in": config.data.weights_in.value,
-        "temperature": config.data.temperature,
-        "shares": asdict(config.data.share),
-        "on_overlong": config.data.on_overlong.value,
-        "global_batch_size": config.data.global_batch_size,
-        "global_batch_tokens": config.data.global_batch_tokens,
-        "seed": config.seed,
-        "versions": {
-            name: number for name, number in versions().items() if name in ("python", "tokenizers", "transformers")
-        },
+def fitted_of(datamodule: DataModule) -> list[str]:
+    """What the length policy did, in words."""
+    assert datamodule.index is not None and datamodule.held_out is not None
+    words = {
+        "quarantine": "too long, set aside",
+        "fewer_tiles": "too long, cut into fewer tiles",
+        "cut_turn": "too long, without their last turns",
     }
-
-
-def hold_to_lock(data: StageData) -> None:
-    """Write the run's mixture.lock, and say what changed since it was written before.
-
-    Raises:
-        UserError: `data.lock` names the lock of other data.
-    """
-    run, lock = data.run, lock_of(data)
-    if run.config.data.lock:
-        changes = differences(read_lock(run.config.data.lock), lock)
-        if changes:
-            listed = "\n".join(f"  {change}" for change in changes)
-            raise UserError(
-                f"The data are not those of data.lock={run.config.data.lock}:\n{listed}\n"
-                "Bring them back, or take data.lock away to train on what is there."
-            )
-    path = run.dir / "mixture.lock"
-    if is_rank_zero():
-        for change in differences(read_lock(path), lock) if path.is_file() else []:
-            say(f"since {path.name} was written: {change}")
-        write_lock(path, lock)
+    parts = (datamodule.index, *([datamodule.held_out] if datamodule.has_own_validation else []))
+    done = [(name, action, count) for part in parts for (name, action), count in sorted(part.fitted.items())]
+    return [f"{name}: {count:,} {words[action]} (data.on_overlong)" for name, action, count in done]
 
 
 def quarantine_of(datamodule: DataModule) -> tuple[Quarantine, dict[str, int]]:

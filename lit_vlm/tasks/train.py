@@ -22,10 +22,11 @@ from lit_vlm.engine.run_folder import (
     to_plain,
     write_atomically,
 )
-from lit_vlm.engine.trainer import FEW_STEPS, make_trainer
+from lit_vlm.engine.trainer import FEW_STEPS, leave_process_group, make_trainer
 from lit_vlm.model.build import Blueprint
 from lit_vlm.stages import STAGES, Stage
-from lit_vlm.tasks.stage_data import StageData, hold_to_lock, open_sources, require_records_of, settle, stage_data
+from lit_vlm.tasks.run_lock import hold_to_lock
+from lit_vlm.tasks.stage_data import StageData, open_sources, require_records_of, settle, stage_data
 from lit_vlm.tasks.terminal import console, say
 
 
@@ -98,6 +99,7 @@ def train(run: Run) -> None:
         folder.update(status="finished", finished=now, figures=figures, weights_digest=weights)
         write_report(run.dir / "report.html", [run.dir], run.name)
         say(f"{run.name}: done. Model: {folder.hf}   Report: {run.dir / 'report.html'}")
+    leave_process_group()
 
 
 def most_scored(config: RunConfig) -> int:

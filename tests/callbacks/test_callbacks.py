@@ -235,10 +235,10 @@ def test_the_end_of_an_answer_is_the_templates_and_not_the_tokenizers(parts):
     assert end_of_answer(processor) == blueprint.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
-def test_callbacks_come_in_order_with_export_and_report_last(tmp_path):
+def test_callbacks_come_in_order_with_export_samples_and_report_last(tmp_path):
     made = make_callbacks(["report", "export", "samples", f"{__name__}.Mine", "guard"], tmp_path, max_samples=7)
-    assert [type(callback).__name__ for callback in made] == ["Samples", "Mine", "Guard", "Export", "Report"]
-    assert made[0].max_samples == 7
+    assert [type(callback).__name__ for callback in made] == ["Mine", "Guard", "Export", "Samples", "Report"]
+    assert made[3].max_samples == 7
     assert isinstance(made[-1], Report)
     assert [type(callback) for callback in make_callbacks(list(CALLBACKS), tmp_path)] == list(CALLBACKS.values())
 

@@ -72,6 +72,25 @@ def test_token_ids_equal_those_of_apply_chat_template(templated, processor, chat
     assert template.encode(messages, []).input_ids.tolist() == list(whole)
 
 
+@pytest.mark.parametrize("chat_template", [None, QWEN25, LLAVA_HF])
+def test_long_conversations_are_masked_as_short_ones_are(templated, processor, monkeypatch, chat_template):
+    """Answers behind the first ones are found by their header; the same marks come of rendering up to each of them."""
+    template = templated(chat_template) if chat_template else processor.template
+    messages = turns(*(f"{i}번 질문" if i % 2 == 0 else f" answer {i} " for i in range(60)))
+    rendered = []
+    monkeypatch.setattr(
+        Template, "_render", lambda self, *a, render=Template._render, **k: rendered.append(1) or render(self, *a, **k)
+    )
+    quick = template.encode(messages, [])
+    assert len(rendered) < 60
+    monkeypatch.setattr("lit_vlm.data.template.TURNS", 1000)
+    exact = Template(template.tokenizer).encode(messages, [])
+    assert len(rendered) > 100
+    assert (
+        quick.input_ids.tolist() == exact.input_ids.tolist() and quick.supervised.tolist() == exact.supervised.tolist()
+    )
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_fix(templated):
     template = templated(REWRITES)
     assert supervised_text(template, turns("q", "a")).endswith("a<|im_end|>")  # one turn is sound

@@ -10,7 +10,8 @@ from run_helpers import TINY, conversations, llava, own_choice, process, run, sa
 from lit_vlm.config import parse
 from lit_vlm.data.plan.lock import write_lock
 from lit_vlm.tasks.preflight import preflight
-from lit_vlm.tasks.stage_data import lock_of, open_sources, stage_data
+from lit_vlm.tasks.run_lock import lock_of
+from lit_vlm.tasks.stage_data import open_sources, stage_data
 from lit_vlm.types import UserError
 
 LOOK = [*(word for word in TINY if word != "task=train"), "task=preflight", "stage=sft", "run_name=look"]

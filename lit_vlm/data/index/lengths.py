@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,22 +116,27 @@ def _with_fewer_turns(index: Index, sample: int, processor: Processor, caps: Cap
     if not isinstance(record, Sample):
         return None
     answers = [number for number, message in enumerate(record.messages, 1) if message.role is Role.assistant]
-    for turns in reversed(answers[:-1]):
-        shorter = first_turns(record, turns)
-        cost = processor.cost(shorter)
-        if caps.hold(cost.num_tokens, cost.num_tokens, cost.num_tiles):
-            return {
-                "turns": turns,
-                "tokens": cost.num_tokens,
-                "image_tokens": cost.num_image_tokens,
-                "supervised": cost.num_supervised,
-                "squares": sum(length * length for length in cost.lengths),
-                "tiles": cost.num_tiles,
-                "images": cost.num_images,
-                "height": cost.size[0],
-                "width": cost.size[1],
-            }
-    return None
+
+    def too_long(turns: int) -> bool:
+        cost = processor.cost(first_turns(record, turns))
+        return not caps.hold(cost.num_tokens, cost.num_tokens, cost.num_tiles)
+
+    fitting = bisect_left(answers[:-1], True, key=too_long)  # every turn adds tokens
+    if not fitting:
+        return None
+    turns = answers[fitting - 1]
+    cost = processor.cost(first_turns(record, turns))
+    return {
+        "turns": turns,
+        "tokens": cost.num_tokens,
+        "image_tokens": cost.num_image_tokens,
+        "supervised": cost.num_supervised,
+        "squares": sum(length * length for length in cost.lengths),
+        "tiles": cost.num_tiles,
+        "images": cost.num_images,
+        "height": cost.size[0],
+        "width": cost.size[1],
+    }
 
 
 def _too_long(index: Index, sample: int, policy: OnOverlong, caps: Caps) -> RecordError:

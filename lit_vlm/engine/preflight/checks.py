@@ -64,7 +64,7 @@ def _of_sources(rows: list[SourceRow]) -> Iterator[Finding]:
     often = [f"{row.name} {row.passes:.1f} times" for row in rows if row.passes > MANY_PASSES]
     if often:
         what = f"A sample is read more than {MANY_PASSES:g} times: {', '.join(often)}."
-        yield Finding(Level.warning, what, "Lower the weight, or train for fewer steps.")
+        yield Finding(Level.warning, what, "Lower its weight or its repeat, or train for fewer steps.")
     changed = [
         f"{row.normalised:,} ({row.normalised / max(row.usable, 1):.1%}) in {row.name}"
         for row in rows
@@ -80,7 +80,11 @@ def _of_length(row: SourceRow, seen: str, policy: OnOverlong) -> Iterator[Findin
     if shortened:
         how = "cut into fewer tiles" if row.fewer_tiles else "cut at a turn"
         what = f"{row.name}: {shortened:,}{seen} are longer than a micro-batch or data.max_length holds, and are {how}."
-        yield Finding(Level.warning, what, "Raise data.tokens_per_micro_batch or data.tiles_per_micro_batch.")
+        yield Finding(
+            Level.warning,
+            what,
+            "Raise the limit: data.tokens_per_micro_batch, data.tiles_per_micro_batch, data.max_length or the model's own.",
+        )
     if row.quarantined.get(Fault.overlong) and policy is OnOverlong.quarantine:
         what = f"{row.name}: {row.quarantined[Fault.overlong]:,} records are too long, and data.on_overlong=quarantine."
         yield Finding(Level.advice, what, "data.on_overlong=fewer_tiles or cut_turn would keep most of them.")

@@ -64,6 +64,7 @@ def parquet(paths: Sequence[Path]) -> Rows:
         ]  # `datasets` fails on a file without rows
         if not filled:
             return JoinedRows(())
+        datasets.disable_progress_bars()
         dataset = datasets.Dataset.from_parquet([glob.escape(str(path.resolve())) for path in filled])
     except (OSError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error

@@ -1,0 +1,66 @@
+"""mixture.lock of a run: written beside it, and held to when `data.lock` names one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from lit_vlm.data.plan.lock import differences, read_lock, source_facts, write_lock
+from lit_vlm.engine.run_folder import is_rank_zero, read_manifest, versions
+from lit_vlm.tasks.stage_data import StageData
+from lit_vlm.tasks.terminal import say
+from lit_vlm.types import UserError
+
+LOCKED = "path hub split revision fraction num_samples max_tiles weight repeat count".split()
+
+
+def lock_of(data: StageData) -> dict[str, Any]:
+    """What decides what is trained on: counts and digests of the data, and the settings that mix them."""
+    config, datamodule = data.run.config, data.datamodule
+    assert datamodule.index is not None
+    sources = {}
+    for number, (name, source_config, source) in enumerate(data.configs):
+        given = {key: getattr(source_config, key) for key in LOCKED}
+        facts = {"records": len(source), **source_facts(datamodule.index, number)}
+        sources[name] = {"format": source_config.format.value, **given, **facts}
+    return {
+        "sources": sources,
+        "processor": datamodule.processor.digest,
+        "weights_in": config.data.weights_in.value,
+        "temperature": config.data.temperature,
+        "shares": asdict(config.data.share),
+        "on_overlong": config.data.on_overlong.value,
+        "global_batch_size": config.data.global_batch_size,
+        "global_batch_tokens": config.data.global_batch_tokens,
+        "seed": config.seed,
+        "versions": {
+            name: number for name, number in versions().items() if name in ("python", "tokenizers", "transformers")
+        },
+    }
+
+
+def hold_to_lock(data: StageData) -> None:
+    """Write the run's mixture.lock, and say what changed since it was written before.
+
+    Raises:
+        UserError: `data.lock` names the lock of other data.
+    """
+    run, lock = data.run, lock_of(data)
+    if run.config.data.lock:
+        changes = differences(read_lock(run.config.data.lock), lock)
+        if changes:
+            listed = "\n".join(f"  {change}" for change in changes)
+            raise UserError(
+                f"The data are not those of data.lock={run.config.data.lock}:\n{listed}\n"
+                "Bring them back, or take data.lock away to train on what is there."
+            )
+    path = run.dir / "mixture.lock"
+    if not is_rank_zero():
+        return
+    changes = differences(read_lock(path), lock) if path.is_file() else []
+    for change in changes:
+        say(f"since {path.name} was written: {change}")
+    if changes and not run.config.overwrite and (read_manifest(run.dir) or {}).get("status") == "finished":
+        say(f"{path} stays what the finished run was trained on.")
+    else:
+        write_lock(path, lock)
