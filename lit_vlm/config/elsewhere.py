@@ -1,0 +1,43 @@
+"""Settings that say where and how fast a run computes, not what: the same run on other machines keeps its name and its folder."""
+
+from __future__ import annotations
+
+ELSEWHERE = (
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.accelerator",
+    "trainer.strategy",
+    "trainer.timeout_minutes",
+    "trainer.shard_size",
+    "trainer.num_threads",
+    "trainer.enable_progress_bar",
+    "data.tokens_per_micro_batch",
+    "data.tiles_per_micro_batch",
+    "data.num_workers",
+    "data.prefetch_factor",
+    "data.index_dir",
+    "data.index_workers",
+    "data.verify",
+    "data.lock",
+    "preflight",
+    "logger",
+    "callbacks",
+    "run_dir",
+    "run_name",
+    "overwrite",
+    "task",
+    "recipe",
+    "image",
+    "prompt",
+    "max_new_tokens",
+    "checkpoint",
+    "submit",
+    "resume_from",
+    "guard.heartbeat_seconds",
+    "guard.max_oom_retries",
+)
+
+
+def is_elsewhere(key: str) -> bool:
+    """Whether a setting, by its dotted name, is one of them or inside one."""
+    return any(key == name or key.startswith(f"{name}.") for name in ELSEWHERE)
