@@ -105,6 +105,7 @@ def quiet() -> None:
         ".*Checkpoint directory.*",
         ".*Experiment logs directory.*",
         ".*lr_scheduler.step.*",
+        ".*`srun` command is available.*",  # a run of one machine on a cluster's login node
         ".*treespec, LeafSpec.*",  # Lightning's call, torch's deprecation
         ".*in eval mode at the start of training.*",  # frozen parts are, on purpose
         ".*called before the ``update``.*",  # a rank may hold no sample of a kind
