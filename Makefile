@@ -7,7 +7,7 @@ PIP := $(BIN)/pip --quiet --disable-pip-version-check --no-input
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev quickstart test test-slow test-all lint format types bench clean
+.PHONY: help setup setup-dev quickstart test test-slow test-long test-all lint format types bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -37,12 +37,15 @@ quickstart: setup  ## set up and run the main job: four stages on the CPU, some 
 	@$(BIN)/python run.py
 
 test: setup-dev  ## set up and run the tests, within 10 minutes
-	@$(BIN)/python -m pytest -n 2 -m 'not slow'
+	@$(BIN)/python -m pytest -n 2 -m 'not slow and not long'
 
 test-slow: setup-dev
-	@$(BIN)/python -m pytest -n 2 -m slow
+	@$(BIN)/python -m pytest -n 2 -m 'slow and not long'
 
-test-all: test test-slow  ## the tests and the slow ones, within 60 minutes
+test-long: setup-dev
+	@$(BIN)/python -m pytest -n 2 -m long
+
+test-all: test test-slow test-long  ## the tests, the slow and the long ones, within 60 minutes
 
 lint: setup-dev  ## ruff, its formatter and the type checker
 	@$(BIN)/ruff check .

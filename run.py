@@ -28,7 +28,7 @@ def main() -> None:
         start(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
-        sys.exit(str(error))
+        sys.exit(str(error) or 1)  # without words on a rank for which another one speaks
     except BrokenPipeError:  # --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -55,6 +55,10 @@ def through_hydra(flags: list[str], words: list[str]) -> None:
         if multirun:
             check_multirun(words)
     register()
+    if "hydra/launcher=submitit_slurm" in words:
+        from lit_vlm.config.launcher import register_launcher
+
+        register_launcher()
     sys.argv = [sys.argv[0], *flags, *words]
     one_job()
 

@@ -9,30 +9,55 @@ from typing import Any
 
 import lightning as L
 
+from callbacks.checkpoint import Checkpoint
 from callbacks.export import Export
-from callbacks.guard import Guard
+from callbacks.guard import Exchange, Guard
+from callbacks.heartbeat import Heartbeat
 from callbacks.language_loss import LanguageLoss
+from callbacks.out_of_memory import OutOfMemory
+from callbacks.preemption import Preemption
 from callbacks.report import Report
 from callbacks.samples import Samples
 from callbacks.throughput import Throughput
 from lit_vlm.types import UserError
 
 CALLBACKS: dict[str, type[L.Callback]] = {
+    "guard": Guard,
     "throughput": Throughput,
     "language_loss": LanguageLoss,
-    "guard": Guard,
+    "out_of_memory": OutOfMemory,
+    "checkpoint": Checkpoint,
+    "preemption": Preemption,
     "export": Export,
     "samples": Samples,
     "report": Report,
+    "heartbeat": Heartbeat,
 }
-# The model is saved before held-out pictures are read once more; the report shows what all others left.
-LAST = ("export", "samples", "report")
+# The guard's exchange with the other ranks comes before what is measured after it.
+FIRST = ("guard",)
+# The model is saved before held-out pictures are read once more; the report shows what all others left; the heartbeat says
+# what comes next once the others have done what they do in the same place.
+LAST = ("export", "samples", "report", "heartbeat")
 
-__all__ = ["CALLBACKS", "Export", "Guard", "LanguageLoss", "Report", "Samples", "Throughput", "make_callbacks"]
+__all__ = [
+    "CALLBACKS",
+    "Checkpoint",
+    "Exchange",
+    "Export",
+    "Guard",
+    "Heartbeat",
+    "LanguageLoss",
+    "OutOfMemory",
+    "Preemption",
+    "Report",
+    "Samples",
+    "Throughput",
+    "make_callbacks",
+]
 
 
 def make_callbacks(names: list[str], run_dir: Path, **options: Any) -> list[L.Callback]:
-    """The callbacks of these names, in their order, those of `LAST` last.
+    """The callbacks of these names, in their order, but `FIRST` and `LAST`. Without the guard the ranks exchange all the same.
 
     Args:
         names: of `CALLBACKS`, or import paths of classes that are constructed without arguments.
@@ -41,8 +66,10 @@ def make_callbacks(names: list[str], run_dir: Path, **options: Any) -> list[L.Ca
     Raises:
         UserError: an unknown name, or a path that leads to no callback.
     """
-    ordered = sorted(dict.fromkeys(names), key=lambda name: LAST.index(name) if name in LAST else -1)
-    return [_make(name, {"run_dir": Path(run_dir), **options}) for name in ordered]
+    places = dict.fromkeys(FIRST, -2) | {name: place for place, name in enumerate(LAST)}
+    ordered = sorted(dict.fromkeys(names), key=lambda name: places.get(name, -1))
+    made = [_make(name, {"run_dir": Path(run_dir), **options}) for name in ordered]
+    return made if any(isinstance(callback, Exchange) for callback in made) else [Exchange(), *made]
 
 
 def _make(name: str, options: dict[str, Any]) -> L.Callback:

@@ -15,6 +15,7 @@ import numpy as np
 
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.index.columns import Index
+from lit_vlm.engine.watch import Doing, Pulse, pulse_of
 from lit_vlm.evaluation.answers import ask, readable_prompt
 from lit_vlm.evaluation.drawing import ASKED, PREDICTED, REFERENCE, Mark, draw_boxes, marks_of
 from lit_vlm.evaluation.scoring import score
@@ -80,8 +81,9 @@ class Samples(L.Callback):
         datamodule = trainer.datamodule
         if datamodule is None or not datamodule.held_out:
             return
-        with trainer.precision_plugin.forward_context():
-            answers = self._answers(pl_module, datamodule)
+        pulse = pulse_of(trainer)
+        with trainer.precision_plugin.forward_context(), pulse.during(Doing.generating):
+            answers = self._answers(pl_module, datamodule, pulse)
         groups: dict[str, list[Answer]] = defaultdict(list)
         for answer in answers:
             groups[f"{answer.sample.kind}_{answer.sample.language}"].append(answer)
@@ -92,13 +94,13 @@ class Samples(L.Callback):
             _rewrite(self.run_dir / "samples.jsonl", phase, rows)
             self._log_tables(trainer, phase, rows)
 
-    def _answers(self, pl_module: L.LightningModule, datamodule: DataModule) -> list[Answer]:
+    def _answers(self, pl_module: L.LightningModule, datamodule: DataModule, pulse: Pulse) -> list[Answer]:
         """In the order of the index, though generated in an order of like lengths."""
         index = datamodule.held_out
         lengths = _reference_lengths(index)
         answers: dict[int, Answer] = {}
-        caps = {"most_tokens": datamodule.most_tokens, "most_tiles": TILES * datamodule.most_tiles}
-        for numbers in _batches(index, _chosen(index, self.max_samples), **caps):
+        caps = {"most_tokens": datamodule.budget[0], "most_tiles": TILES * datamodule.budget[1]}
+        for numbers in pulse.along(_batches(index, _chosen(index, self.max_samples), **caps)):
             most = min(self.max_new_tokens, int(lengths[numbers].max()) + SLACK)
             asked = partial(_asked, pl_module, datamodule, numbers, most)
             answers |= zip(numbers, datamodule.read_held_out(numbers, asked), strict=True)

@@ -1,21 +1,27 @@
-"""How fast a run goes and where its time goes; the counts are those of the batches that were trained on."""
+"""How fast a run goes, where its time goes and what fills the memory; the counts are of the batches that were trained on."""
 
 from __future__ import annotations
 
 import math
 import resource
+import socket
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from callbacks.memory import memory_parts
+from callbacks.step_time import PARTS, StepTime, Watchman
 from lit_vlm.types import Batch
 
 COUNTS = ("tokens", "supervised_tokens", "samples", "images")
+LINE_SECONDS = 30.0
 LAST_SHARE, LAST_STEPS = 0.05, 10  # steps whose mean is the last loss
 
 
@@ -23,7 +29,11 @@ class Throughput(L.Callback):
     """Logs `throughput/*` at every logging step, over all ranks.
 
     Time counts from the first step on, without validation. `data_wait` is the share of it between the end of a batch
-    and the start of the next one: near 0 the loader keeps up, else raise data.num_workers.
+    and the start of the next one: near 0 the loader keeps up, else raise data.num_workers. `time_*` are seconds of an
+    optimizer step by part, the mean over ranks (see `StepTime`); `slowest_rank` and `slowest_excess` say who is waited
+    for, and by what share it is over the median; `memory_*` are GiB of this rank's GPU. One gather per logging step.
+
+    To come after the guard, whose exchange between the ranks counts as communication.
     """
 
     def __init__(self) -> None:
@@ -32,17 +42,27 @@ class Throughput(L.Callback):
         self._sums: dict[str, float] = dict.fromkeys(names, 0.0)  # up to it, all ranks
         self._steps = 0
         self._first: Tensor | None = None
-        self._last: deque[Tensor] = deque(maxlen=LAST_STEPS)
+        self._last: deque[Tensor] = deque()
         self._peak_memory = 0
+        self._last_look: dict[str, float] = {}
         self._started: float | None = None
         self._ended: float | None = None
+        self._parts: StepTime | None = None
+        self._watchman: Watchman | None = None
+        self._memory: dict[str, float] = {}  # GiB
+        self._line = 0.0  # when the last one was printed
+        self._trainer: L.Trainer | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._trainer = trainer
         most = max(LAST_STEPS, math.ceil(LAST_SHARE * max(trainer.max_steps, 0)))
         self._last = deque(self._last, maxlen=most)
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         self._ended = time.perf_counter()  # the first batch is waited for as well
+        self._line = self._ended
+        self._parts = StepTime(pl_module.device)
+        self._watchman = Watchman(_say(trainer), partial(_host_of, trainer))
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
@@ -50,10 +70,28 @@ class Throughput(L.Callback):
         self._started = time.perf_counter()
         if self._ended is not None:
             self._now["wait"] += self._started - self._ended
+        self._mark("data")
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        self._mark("forward")
+        if self._parts is not None:
+            self._parts.mark_at_end_of(loss, "backward")
+
+    def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._mark("communication")
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self._mark("communication")
+        if pl_module.device.type == "cuda" and not self._memory and self._steps:  # there are moments from the first on
+            parts = memory_parts(trainer, pl_module)
+            self._memory = {name: size / 2**30 for name, size in parts.items()}
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._mark("optimizer" if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 else "backward")
         self._ended = time.perf_counter()
         if self._started is not None:
             self._now["busy"] += self._ended - self._started
@@ -65,6 +103,8 @@ class Throughput(L.Callback):
             self._end_step(trainer, pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._parts is not None:
+            self._parts.pause()
         self._ended = None  # what passes until the next batch is neither training nor waiting for data
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -90,6 +130,19 @@ class Throughput(L.Callback):
             "peak_memory_bytes": self._peak_memory,
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """For a checkpoint: totals over all ranks, which call it at the same place."""
+        if self._trainer is None:
+            return {}
+        self._close_window(self._trainer)
+        first = None if self._first is None else float(self._first)
+        return {"steps": self._steps, "sums": dict(self._sums), "first": first, "last": [float(x) for x in self._last]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._steps, self._sums = state_dict["steps"], dict(state_dict["sums"])
+        self._first = None if state_dict["first"] is None else torch.tensor(state_dict["first"])
+        self._last.extend(map(torch.tensor, state_dict["last"]))
+
     def _end_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._steps += 1
         loss = trainer.callback_metrics.get("train/loss")
@@ -99,26 +152,77 @@ class Throughput(L.Callback):
             self._first = loss if self._first is None else self._first
         every = trainer.log_every_n_steps
         if every and trainer.global_step % every == 0:
-            window = self._close_window(trainer)
-            pl_module.log_dict({f"throughput/{name}": value for name, value in _rates(window).items()}, batch_size=1)
+            window, steps = self._close_window(trainer), min(every, self._steps)
+            rates = _rates(window, steps) | self._last_look | self._memory_now(pl_module.device)
+            pl_module.log_dict({f"throughput/{name}": value for name, value in rates.items()}, batch_size=1)
+            self._print_line(trainer, rates)
 
     def _close_window(self, trainer: L.Trainer) -> dict[str, float]:
         """What happened since the last call, over all ranks: counts add up, times are averaged."""
-        window = dict(self._now)
+        window = self._now | (self._parts.collect() if self._parts is not None else dict.fromkeys(PARTS, 0.0))
+        ranks = [window]
         if trainer.world_size > 1:
             values = torch.tensor(list(window.values()), dtype=torch.float64, device=trainer.strategy.root_device)
-            window = dict(zip(window, trainer.strategy.reduce(values, reduce_op="sum").tolist(), strict=True))
-            window |= {name: window[name] / trainer.world_size for name in ("busy", "wait")}
-        for name, value in window.items():
-            self._sums[name] += value
+            ranks = [dict(zip(window, row, strict=True)) for row in trainer.strategy.all_gather(values).tolist()]
+        parts = [{part: rank[part] for part in PARTS} for rank in ranks]
+        self._last_look = self._watchman.look(parts) if self._watchman is not None else {}
+        times = {"busy", "wait", *PARTS}
+        window = {name: sum(r[name] for r in ranks) / (len(ranks) if name in times else 1) for name in window}
+        for name in self._now:
+            self._sums[name] += window[name]
             self._now[name] = 0.0
         return window
 
+    def _memory_now(self, device: torch.device) -> dict[str, float]:
+        """Of a GPU. What the parts leave of the peak are activations, and what the strategy gathers for a while."""
+        if device.type != "cuda":
+            return {}
+        peak, reserved = (
+            most(device) / 2**30 for most in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
+        )
+        found = {f"memory_{name}": size for name, size in self._memory.items()}
+        if found:
+            found["memory_activations"] = max(0.0, peak - sum(self._memory.values()))
+        return found | {"memory_peak": peak, "memory_reserved": reserved}
 
-def _rates(window: dict[str, float]) -> dict[str, float]:
+    def _print_line(self, trainer: L.Trainer, rates: dict[str, float]) -> None:
+        """Where there is no bar that says it, now and then."""
+        now = time.perf_counter()
+        if trainer.progress_bar_callback is not None or not trainer.is_global_zero or now - self._line < LINE_SECONDS:
+            return
+        self._line = now
+        step = sum(rates[f"time_{part}"] for part in PARTS)
+        shares = ", ".join(f"{part} {rates[f'time_{part}'] / max(step, 1e-9):.0%}" for part in PARTS)
+        loss = trainer.callback_metrics.get("train/loss")
+        total = f"/{trainer.max_steps:,}" if trainer.max_steps > 0 else ""
+        print(
+            f"step {trainer.global_step:,}{total}  loss {float(loss) if loss is not None else math.nan:.4f}  "
+            f"{rates['tokens_per_second']:,.0f} tokens/s  {step:.2f} s: {shares}",
+            flush=True,
+        )
+
+    def _mark(self, part: str) -> None:
+        if self._parts is not None:
+            self._parts.mark(part)
+
+
+def _rates(window: dict[str, float], steps: int) -> dict[str, float]:
     seconds = max(window["busy"] + window["wait"], 1e-9)
     rates = {f"{name}_per_second": window[name] / seconds for name in COUNTS}
-    return rates | {"data_wait": window["wait"] / seconds}
+    parts = {f"time_{part}": window[part] / max(steps, 1) for part in PARTS}
+    return rates | parts | {"data_wait": window["wait"] / seconds}
+
+
+def _say(trainer: L.Trainer) -> Callable[[str], None]:
+    return (lambda text: print(text, flush=True)) if trainer.is_global_zero else (lambda text: None)
+
+
+def _host_of(trainer: L.Trainer, rank: int) -> str:
+    """Asked of all ranks at the same place."""
+    hosts = [socket.gethostname()] * trainer.world_size
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(hosts, socket.gethostname())
+    return hosts[rank]
 
 
 def _peak_memory(device: torch.device) -> Tensor:

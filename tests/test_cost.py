@@ -7,7 +7,7 @@ from support import blueprint_of, sample
 from lit_vlm.anyres import Tiling
 from lit_vlm.config.schema import DeviceName
 from lit_vlm.cost import DEVICES, Flops, Load, Parameters, Shape, Training, memory_of
-from lit_vlm.cost.memory import Precision, Sharding, activations_of_text, activations_of_tile, states_of
+from lit_vlm.cost.memory import Precision, Sharding, activations_of_text, activations_of_tile, host_bytes, states_of
 from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
 from lit_vlm.losses.next_token import next_token_losses
@@ -121,12 +121,25 @@ def test_a_reference_model_counts():
 
 
 def test_shared_states_by_hand():
-    """16 bytes per trainable weight; ZeRO-2 keeps the 2 of the bfloat16 weight on each device."""
-    assert total("bf16-mixed", Sharding.zero2, 8) == 2 * 8_000 + 14 * 7_000 / 8
-    assert total("bf16-mixed", Sharding.zero3, 8) == pytest.approx((2 * 1_000 + 16 * 7_000) / 8 + 2 * 2 * 100)
+    """Gradients in float32: ZeRO's 18 bytes per trainable weight and FSDP2's 16; ZeRO-2 keeps 2 of them on each device."""
+    assert total("bf16-mixed", Sharding.zero2, 8) == 2 * 8_000 + 16 * 7_000 / 8
+    assert total("bf16-mixed", Sharding.zero3, 8) == pytest.approx((2 * 1_000 + 18 * 7_000) / 8 + 2 * 8_000)  # gathered
     assert total("bf16-mixed", Sharding.fsdp2, 8) == pytest.approx((2 * 1_000 + 16 * 7_000) / 8 + 2 * 2 * 100)
+    assert total("bf16-mixed", Sharding.hsdp, 8) == total("bf16-mixed", Sharding.fsdp2, 8)  # a group of eight
+    assert total("bf16-mixed", Sharding.offload, 8) == 2 * 8_000
     sizes = [total("bf16-mixed", Sharding.zero3, world) for world in (1, 2, 8, 64)]
     assert sizes == sorted(sizes, reverse=True)
+
+
+def test_the_host_holds_what_offloading_takes_off_the_devices():
+    shared = states_of(P, training("bf16-mixed"), Sharding.zero3, 16)
+    assert host_bytes(P, training("bf16-mixed"), 16, 8) == 8 * (sum(shared.values()) - shared["gathered layers"])
+    assert host_bytes(P, training("bf16-mixed"), 1, 8) == 2 * 8_000 + 16 * 7_000
+
+
+def test_at_most_so_many_weights_are_gathered():
+    large = Parameters(total=14 * 10**9, trainable=1, cast=0)
+    assert states_of(large, training("bf16-mixed"), Sharding.zero3, 8)["gathered layers"] == 2e9
 
 
 def test_a_published_order_of_magnitude():

@@ -19,7 +19,11 @@ from lit_vlm.data.sources import open_source
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / "README.md", ROOT / "README.ko.md"]
 DOCUMENTS = [*READMES, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-TWINS = [tuple(READMES), (ROOT / "docs/your-own-data.md", ROOT / "docs/your-own-data.ko.md")]
+TWINS = [
+    tuple(READMES),
+    (ROOT / "docs/your-own-data.md", ROOT / "docs/your-own-data.ko.md"),
+    (ROOT / "docs/cluster.md", ROOT / "docs/cluster.ko.md"),
+]
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ENTRY = re.compile(r"^(?:python|\.venv/bin/python|torchrun(?: --\S+)*) run\.py\b")
 

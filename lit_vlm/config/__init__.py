@@ -6,7 +6,7 @@ Only this room and run.py know Hydra and OmegaConf.
 from lit_vlm.config.overrides import ConfigError
 from lit_vlm.config.parse import Run, parse
 from lit_vlm.config.pipeline import pipeline_overrides
-from lit_vlm.config.recipe import stages_of
+from lit_vlm.config.recipe import is_ladder, stages_of
 from lit_vlm.config.schema import RunConfig
 
-__all__ = ["ConfigError", "Run", "RunConfig", "parse", "pipeline_overrides", "stages_of"]
+__all__ = ["ConfigError", "Run", "RunConfig", "is_ladder", "parse", "pipeline_overrides", "stages_of"]

@@ -9,6 +9,7 @@ from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
+from lit_vlm.config.check_submit import mistakes_in_submit
 from lit_vlm.config.mapping import mistakes_in_mapping
 from lit_vlm.config.schema import (
     DataConfig,
@@ -21,6 +22,7 @@ from lit_vlm.config.schema import (
     ShareConfig,
     SourceConfig,
     StageName,
+    Strategy,
     Task,
     TrainerConfig,
     WeightsIn,
@@ -56,7 +58,9 @@ OWNED = {
 }
 
 
-STAGE_TASKS = (Task.train, Task.prepare, Task.preflight)  # what looks at one stage and its data
+ALWAYS = ("out_of_memory", "checkpoint", "preemption", "heartbeat")  # callbacks of every run, named or not
+
+STAGE_TASKS = (Task.train, Task.prepare, Task.preflight, Task.submit)  # what looks at one stage and its data
 
 
 def check(config: RunConfig) -> list[str]:
@@ -70,6 +74,8 @@ def check(config: RunConfig) -> list[str]:
         *_pairs(config),
         *_trainer(config.trainer),
         *_callbacks(config.callbacks),
+        *_checkpoint(config),
+        *(mistakes_in_submit(config) if config.task is Task.submit else []),
     ]
 
 
@@ -230,7 +236,7 @@ def _shares(share: ShareConfig) -> Iterator[str]:
 
 
 def _preflight(preflight: PreflightConfig) -> Iterator[str]:
-    for name in ("max_samples", "world_size", "utilisation"):
+    for name in ("max_samples", "world_size", "utilisation", "network"):
         yield from _positive(f"preflight.{name}", getattr(preflight, name))
     yield from _at_least_0("preflight.num_shown", preflight.num_shown)
     yield from _share("preflight.utilisation", preflight.utilisation)
@@ -265,6 +271,10 @@ def _trainer(trainer: TrainerConfig) -> Iterator[str]:
         found = SHORT_PRECISIONS.get(trainer.precision) or nearest(trainer.precision, PRECISIONS)
         there = ", ".join(PRECISIONS)
         yield f"trainer.precision: expected one of {there}, found {trainer.precision}.{did_you_mean(found)}"
+    world, size = trainer.devices * trainer.num_nodes, trainer.shard_size
+    yield from _positive("trainer.shard_size", size)
+    if trainer.strategy is Strategy.hsdp and size and size > 0 and world % size:
+        yield f"trainer.shard_size: {world} devices cannot be divided into groups of {size}; give a divisor of {world}."
     for name in trainer.extra:
         yield from _extra(name)
 
@@ -289,8 +299,19 @@ def trainer_arguments() -> tuple[str, ...]:
     return tuple(argument.arg for argument in init.args.kwonlyargs)
 
 
+def _checkpoint(config: RunConfig) -> Iterator[str]:
+    for name in ("every_steps", "every_minutes", "keep_last"):
+        yield from _positive(f"checkpoint.{name}", getattr(config.checkpoint, name))
+    given = config.resume_from
+    if given not in ("auto", "none") and not Path(given).expanduser().is_dir():
+        yield (
+            f"resume_from: there is no folder {given}; name a checkpoint's (runs/.../checkpoints/step-...), auto for the"
+            " run's own newest, or none to start from the beginning."
+        )
+
+
 def _callbacks(names: list[str]) -> Iterator[str]:
-    known = RunConfig().callbacks
+    known = [*RunConfig().callbacks, *ALWAYS]
     for name in names:
         if name not in known and "." not in name:
             found = did_you_mean(nearest(name, known))

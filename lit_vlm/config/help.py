@@ -47,6 +47,10 @@ EXAMPLES = (
         "torchrun --nproc-per-node=8 run.py experiment=varco_vision_14b/1_align",
         "VARCO-VISION's first stage on eight GPUs",
     ),
+    (
+        "python run.py task=submit experiment=varco_vision_14b/2_sft trainer=deepspeed_zero3 trainer.num_nodes=8",
+        "a Slurm job on eight nodes; with recipe=varco_vision_14b all stages as a chain (docs/cluster.md)",
+    ),
     ("python run.py task=chat init_from=runs/tiny/4_dpo/hf image=cat.jpg", "talk to the result"),
 )
 MORE = (

@@ -23,6 +23,13 @@ def check_multirun(overrides: list[str]) -> None:
     Raises:
         ConfigError: a job of the list asks for several devices.
     """
+    if any(value.endswith("task=submit") for text in overrides for value in values_of(text)):
+        raise ConfigError(
+            [
+                "-m with task=submit: a job of a job. Submit a grid with hydra/launcher=submitit_slurm and without task=submit,"
+                " or submit the runs one by one."
+            ]
+        )
     launcher = [str(parsed(text).value()) for text in overrides if key_of(text) == "hydra/launcher"]
     if launcher and launcher[-1].startswith("submitit"):
         return

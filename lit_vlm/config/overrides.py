@@ -71,8 +71,8 @@ def with_implied(overrides: list[str]) -> list[str]:
     """The overrides and what naming them implies, first so that a later word wins.
 
     An `experiment=` is one stage, so the task is to train it; ready sources stand alone unless `data=` says with what,
-    and `data=` takes the place of an experiment's ready sources; `trainer.extra.*` and `data.share.kinds` hold words that
-    the schema does not name; `image=photo.jpg` is a list of one.
+    and `data=` takes the place of an experiment's ready sources; `trainer.extra.*`, `data.share.kinds` and
+    `submit.env` hold words that the schema does not name; `image=photo.jpg` is a list of one.
     """
     keys = {key_of(override) for override in overrides}
     implied = []
@@ -86,7 +86,7 @@ def with_implied(overrides: list[str]) -> list[str]:
 
 
 def _spelled_out(word: str) -> str:
-    if word.startswith(("trainer.extra.", "data.share.kinds")):
+    if word.startswith(("trainer.extra.", "data.share.kinds", "submit.env.")):
         return f"++{word}"
     key, _, value = word.partition("=")
     return f"image=[{value}]" if key == "image" and value and value[0] != "[" else word  # one picture is a list of one

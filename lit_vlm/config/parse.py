@@ -20,7 +20,7 @@ from lit_vlm.config.keys import mistakes_in_choice, mistakes_in_file, mistakes_i
 from lit_vlm.config.multirun import values_of
 from lit_vlm.config.overrides import ConfigError, key_of, parsed, read_arguments, with_implied
 from lit_vlm.config.pipeline import pipeline_overrides, wrong_for_pipeline
-from lit_vlm.config.recipe import SOURCE_TABLES, experiment_of, stages_of
+from lit_vlm.config.recipe import SOURCE_TABLES, experiment_of, is_ladder, stages_of
 from lit_vlm.config.schema import DPOStageConfig, Format, RunConfig, SourceConfig, StageConfig, Task
 from lit_vlm.config.settings import settings
 from lit_vlm.types import UserError
@@ -50,20 +50,20 @@ def parse(arguments: list[str]) -> Run:
     given = read_arguments(arguments)
     overrides = with_implied(given)
     wrong = wrong_words(overrides)
-    if _is_pipeline(overrides):
+    if is_ladder(overrides):
         wrong |= {f"pipeline {place}": [mistake] for place, mistake in enumerate(wrong_for_pipeline(given))}
     if wrong:
         raise ConfigError(
             [*(mistake for mistakes in wrong.values() for mistake in mistakes), *_also_wrong(overrides, wrong)]
         )
-    if _is_pipeline(overrides):
+    if is_ladder(overrides):
         # A source is a source of some stages, and each of them is looked at by itself.
         config = _plain(_compose([text for text in overrides if not key_of(text).startswith(SOURCE_TABLES)]))
-        _check_stages(stages_of(config.recipe, given), given)
+        _check_stages(stages_of(config.recipe, given), given, config.task)
     else:
         config = _plain(_compose(overrides))
-    if mistakes := check(config):
-        raise ConfigError(mistakes)
+        if mistakes := check(config):
+            raise ConfigError(mistakes)
     return _run(config, overrides, given)
 
 
@@ -86,7 +86,7 @@ def wrong_words(overrides: list[str], *, sweep: bool = False) -> dict[str, list[
     chosen = folders + ([] if unsure else _last_of_each(choosing))
     stage, wrong["files"] = _wrong_files(chosen)
     known, null = None, set[str]()
-    if not (unsure or wrong["files"] or _is_pipeline(overrides)):
+    if not (unsure or wrong["files"] or is_ladder(overrides)):
         known, null = _source_names(chosen)
     for text in overrides:
         if text not in choosing and not key_of(text).startswith(("hydra.", "hydra/")):
@@ -112,11 +112,6 @@ def _is_choice(override: str, own_groups: list[str]) -> bool:
 
 def _last_of_each(choosing: list[str]) -> list[str]:
     return list({key_of(text): text for text in choosing}.values())
-
-
-def _is_pipeline(overrides: list[str]) -> bool:
-    task = [parsed(text).value() for text in overrides if key_of(text) == "task"]
-    return (task[-1] if task else Task.pipeline.value) == Task.pipeline.value
 
 
 def _wrong_files(chosen: list[str]) -> tuple[type[StageConfig], list[str]]:
@@ -213,7 +208,7 @@ def _absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-def _check_stages(stages: list[str], given: list[str]) -> None:
+def _check_stages(stages: list[str], given: list[str], task: Task) -> None:
     """Every stage is parsed before the first one starts; a mistake in the last would come hours too late."""
     found: dict[str, list[str]] = {}
     used: set[str] = set()
@@ -221,7 +216,7 @@ def _check_stages(stages: list[str], given: list[str]) -> None:
         try:
             words = pipeline_overrides(given, stage)
             used.update(words)
-            parse([f"experiment={stage}", *words])
+            parse([f"task={(Task.submit if task is Task.submit else Task.train).value}", f"experiment={stage}", *words])
         except ConfigError as error:
             for mistake in error.mistakes:
                 found.setdefault(mistake, []).append(stage)
@@ -235,8 +230,9 @@ def _check_stages(stages: list[str], given: list[str]) -> None:
 
 
 def _run(config: RunConfig, overrides: list[str], given: list[str]) -> Run:
-    names = {Task.pipeline: config.recipe, Task.chat: "chat"}
-    name = names.get(config.task) or run_name(overrides)
+    if is_ladder(overrides):
+        return Run(config, None, config.recipe, Path(config.run_dir) / config.recipe, given, config.init_from)
+    name = "chat" if config.task is Task.chat else run_name(overrides)
     init_from = config.init_from
     if init_from == "previous":
         try:

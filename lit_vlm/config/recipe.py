@@ -8,12 +8,20 @@ from omegaconf import DictConfig
 
 from lit_vlm.config.compose import choices, composed
 from lit_vlm.config.overrides import SOURCES, ConfigError, key_of, parsed, with_implied
-from lit_vlm.config.schema import Format, StageName
+from lit_vlm.config.schema import Format, StageName, Task
 from lit_vlm.config.settings import did_you_mean, nearest
 from lit_vlm.types import Kind
 
 _PICK_THE_STAGE = ("task", "recipe", "experiment")
 SOURCE_TABLES = ("data.sources.", "data.validation.sources.")
+
+
+def is_ladder(overrides: list[str]) -> bool:
+    """Whether these overrides mean all stages of a recipe: task=pipeline, the default, or task=submit of no one stage."""
+    task = [str(parsed(text).value()) for text in overrides if key_of(text) == "task"]
+    name = task[-1] if task else Task.pipeline.value
+    one_stage = any(key_of(text) in ("experiment", "stage") for text in overrides)
+    return name == Task.pipeline.value or (name == Task.submit.value and not one_stage)
 
 
 def recipes(overrides: list[str] | tuple[str, ...] = ()) -> list[str]:

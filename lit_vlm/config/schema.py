@@ -360,6 +360,7 @@ class PreflightConfig:
     world_size: int | None = None  # devices to plan for; null: trainer.devices * trainer.num_nodes
     device: DeviceName = DeviceName.h200  # whose memory and speed are assumed
     utilisation: float = 0.4  # share of the device's peak that training is assumed to reach
+    network: float = 400.0  # Gb/s into a node from the others, all its ports together; assumed where a strategy is chosen
 
 
 @dataclass(kw_only=True, slots=True)
@@ -383,7 +384,7 @@ class RunConfig:
     )
     run_dir: str = "runs"  # where runs are kept
     run_name: str | None = None  # folder below run_dir; null: the experiment and a hash of what was changed
-    overwrite: bool = False  # let a run replace a finished one of the same name
+    overwrite: bool = False  # let a run replace a finished one, or another one, of the same name
     seed: int = 0  # of the weights that start at random, the order of the data, and dropout
     debug: Debug | None = None
     preflight: PreflightConfig = field(default_factory=PreflightConfig)

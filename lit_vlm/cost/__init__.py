@@ -1,11 +1,31 @@
-"""What training costs, from a model's `config.json` alone: FLOPs, bytes of a device, seconds.
+"""What training costs, from a model's `config.json` alone: FLOPs, bytes of a device, bytes between devices, seconds.
 
-FLOPs deal samples into equal packs and turn seconds into utilisation; bytes and seconds are estimates for preflight.
+FLOPs deal samples into equal packs and turn seconds into utilisation; bytes and seconds are estimates for preflight, and
+choose the strategy of a stage.
 """
 
+from lit_vlm.cost.choice import Choice, Situation, choose
+from lit_vlm.cost.communication import Cluster, Fabric, Scheme, simulate
 from lit_vlm.cost.devices import DEVICES, Device
 from lit_vlm.cost.flops import Flops
 from lit_vlm.cost.memory import Load, Memory, Parameters, Training, memory_of
 from lit_vlm.cost.shape import Shape
 
-__all__ = ["DEVICES", "Device", "Flops", "Load", "Memory", "Parameters", "Shape", "Training", "memory_of"]
+__all__ = [
+    "DEVICES",
+    "Choice",
+    "Cluster",
+    "Device",
+    "Fabric",
+    "Flops",
+    "Load",
+    "Memory",
+    "Parameters",
+    "Scheme",
+    "Shape",
+    "Situation",
+    "Training",
+    "choose",
+    "memory_of",
+    "simulate",
+]

@@ -12,6 +12,7 @@ from enum import StrEnum
 from lit_vlm.cost.shape import Shape, TextShape, VisionShape
 
 WORKSPACE = 1.5e9  # bytes, assumed: CUDA context, cuBLAS and cuDNN work space, gaps between the allocator's blocks
+LIVE = 1_000_000_000  # weights that ZeRO-3 keeps gathered at most: DeepSpeed's stage3_max_live_parameters, its default
 ADAM = 2  # AdamW's moments per trainable weight, each in the weight's own type
 LOSS_BYTES = 12  # per logit, float32 each: log-probabilities, their gradient, the logits' gradient
 
@@ -24,9 +25,12 @@ class Sharding(StrEnum):
     zero2 = "zero2"  # gradients and optimizer shared out
     zero3 = "zero3"  # weights as well (DeepSpeed)
     fsdp2 = "fsdp2"  # weights as well (PyTorch's fully_shard)
+    hsdp = "hsdp"  # the same within a group of devices, each group a whole copy
+    offload = "offload"  # ZeRO-3, and what is shared out lies in the host's memory
 
 
-SHARDS_WEIGHTS = (Sharding.zero3, Sharding.fsdp2)
+SHARDS_WEIGHTS = (Sharding.zero3, Sharding.fsdp2, Sharding.hsdp, Sharding.offload)
+ZERO = (Sharding.zero2, Sharding.zero3, Sharding.offload)  # DeepSpeed's
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,7 @@ class Memory:
 def memory_of(
     shape: Shape, parameters: Parameters, training: Training, load: Load, sharding: Sharding, world_size: int = 1
 ) -> Memory:
-    """The estimate for one device of `world_size`."""
+    """The estimate for one device; `world_size` as in `states_of`."""
     states = states_of(parameters, training, sharding, world_size)
     activations = {
         "activations of text": load.tokens * activations_of_text(shape.text, training),
@@ -107,27 +111,54 @@ def memory_of(
 def states_of(parameters: Parameters, training: Training, sharding: Sharding, world_size: int = 1) -> dict[str, float]:
     """Bytes of weights, gradients, optimizer and copies on one device.
 
-    The sharded ones are as their makers describe them: 16 bytes per trainable weight (bfloat16 weight and gradient,
-    float32 weight, moments and gradient; "ZeRO", arXiv 1910.02054, section 3.1), what is shared out divided by the
-    devices.
+    Args:
+        world_size: devices that share one copy of the model; of `hsdp` those of a group.
     """
     if sharding in (Sharding.single, Sharding.ddp):
         return _whole_states(parameters, training, ddp=sharding is Sharding.ddp)
-    share, total, trainable = 1 / world_size, parameters.total, parameters.trainable
-    frozen = total - trainable
-    weights = 2.0 * total * (share if sharding is Sharding.zero3 else 1)
-    masters = 4.0 * trainable * share
-    if sharding is Sharding.fsdp2:  # keeps float32 weights only, and casts what it gathers
-        weights, masters = (4.0 * trainable + 2.0 * frozen) * share, 0.0
-    shared = share if sharding in SHARDS_WEIGHTS else 1
+    if sharding in ZERO:
+        return _zero_states(parameters, training, sharding, 1 / world_size)
+    return _fsdp_states(parameters, training, 1 / world_size)
+
+
+def _zero_states(parameters: Parameters, training: Training, sharding: Sharding, share: float) -> dict[str, float]:
+    """DeepSpeed's: weights in the type that computes, beside float32 masters of those that train.
+
+    "ZeRO", arXiv 1910.02054, section 3.1: 16 bytes per trainable weight, of them 2 for its gradient; here 4, for gradients
+    are summed in float32.
+    """
+    compute, trainable = float(training.precision.compute), parameters.trainable
+    kept = 0.0 if sharding is Sharding.offload else 1.0  # on the device
+    spread = 1.0 if sharding is Sharding.zero2 else share * kept
     return {
-        "weights": weights,
-        "float32 masters": masters,
-        "gradients": (4.0 if sharding is Sharding.fsdp2 else 2.0) * trainable * share,
-        "AdamW's moments": 4.0 * ADAM * trainable * share,
-        "reference model": 2.0 * training.reference * shared,
-        "gathered layers": 2 * 2.0 * parameters.largest_layer if sharding in SHARDS_WEIGHTS else 0.0,
+        "weights": compute * parameters.total * spread,
+        "float32 masters": 4.0 * trainable * share * kept,
+        "gradients": 4.0 * trainable * share * kept,
+        "AdamW's moments": 4.0 * ADAM * trainable * share * kept,
+        "reference model": compute * training.reference * spread,
+        "gathered layers": 0.0 if sharding is Sharding.zero2 else compute * min(parameters.total, LIVE),
     }
+
+
+def _fsdp_states(parameters: Parameters, training: Training, share: float) -> dict[str, float]:
+    """`fully_shard`'s: weights that train in their own type, cast as they are gathered; frozen ones as they are gathered."""
+    size, trainable = float(training.precision.weight), parameters.trainable
+    compute = float(training.precision.compute)
+    return {
+        "weights": (size * trainable + compute * (parameters.total - trainable)) * share,
+        "gradients": size * trainable * share,
+        "AdamW's moments": size * ADAM * trainable * share,
+        "reference model": compute * training.reference * share,
+        "gathered layers": 2
+        * compute
+        * parameters.largest_layer,  # two layers, or one and the head, which stays gathered
+    }
+
+
+def host_bytes(parameters: Parameters, training: Training, world_size: int, devices_per_node: int) -> float:
+    """Of a node's memory under `offload`: what its devices would hold otherwise."""
+    states = _zero_states(parameters, training, Sharding.zero3, 1 / world_size)
+    return min(devices_per_node, world_size) * sum(size for name, size in states.items() if name != "gathered layers")
 
 
 def _whole_states(parameters: Parameters, training: Training, *, ddp: bool) -> dict[str, float]:

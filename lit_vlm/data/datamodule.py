@@ -6,14 +6,14 @@ order needs no sampler state. `accumulate_grad_batches` follows from the plan an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import numpy as np
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lit_vlm.config.schema import OnOverlong
 from lit_vlm.cost import Flops
@@ -25,6 +25,7 @@ from lit_vlm.data.plan.ledger import Ledger
 from lit_vlm.data.plan.mixture import Mixture, MixtureSettings
 from lit_vlm.data.plan.plan import Plan, validation_packs
 from lit_vlm.data.processor import Processor
+from lit_vlm.data.worker_signals import outlast_signals
 from lit_vlm.types import Source, UserError
 
 DEFAULT_FLOPS = Flops(per_token=1.0, per_square=1e-4, per_tile=256.0, per_supervised=0.25)
@@ -90,6 +91,9 @@ class DataModule(L.LightningDataModule):
         self.held_out: Index | None = None
         self.mixture: Mixture | None = None
         self.plan: Plan | None = None
+        self.start_step = 0  # optimizer steps that were taken by an earlier start of the run
+        self.left_out: frozenset[int] = frozenset()  # steps that the run passes over; nothing is read for them
+        self.budget = (self.most_tokens, self.most_tiles)
 
     def build(self, *, recheck: bool = False, on_progress: Callable[[str, int, int], None] | None = None) -> None:
         """Read every record once, or what an earlier pass left in the store: `index` and `held_out`.
@@ -135,6 +139,18 @@ class DataModule(L.LightningDataModule):
         smaller.errors, smaller.fitted = held_out.errors, held_out.fitted
         return smaller
 
+    def lower_budget(self, tokens: int, tiles: int) -> None:
+        """Deal smaller micro-batches than the settings allow, because a device ran out of memory. Which samples there are
+        still follows the settings, and each step has the same ones. A cap goes no lower than the largest sample."""
+        lowest = self.smallest_budget()
+        self.budget, self.plan = (max(tokens, lowest[0]), max(tiles, lowest[1])), None
+
+    def smallest_budget(self) -> tuple[int, int]:
+        """Tokens and tiles of the largest samples: a micro-batch holds one whole."""
+        self.build()
+        known = [index for index in (self.index, self.held_out) if index is not None and len(index)]
+        return max(int(index.tokens.max()) for index in known), max(int(index.tiles.max()) for index in known)
+
     def make_plan(self, world_size: int = 1) -> Plan:
         self.build()
         assert self.index is not None
@@ -155,8 +171,8 @@ class DataModule(L.LightningDataModule):
             self.mixture,
             global_batch_size=self.global_batch_size,
             global_batch_tokens=self.global_batch_tokens,
-            most_tokens=self.most_tokens,
-            most_tiles=self.most_tiles,
+            most_tokens=self.budget[0],
+            most_tiles=self.budget[1],
             flops=self.flops,
             seed=self.seed,
             max_steps=self.max_steps,
@@ -186,7 +202,8 @@ class DataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         plan = self.make_plan(self.trainer.world_size if self.trainer else 1)
         rank = self.trainer.global_rank if self.trainer else 0
-        return self._loader(TrainMicroBatches(self.processor, plan, rank))
+        batches = TrainMicroBatches(self.processor, plan, rank, self.left_out)
+        return self._loader(batches, Onwards(self.start_step * plan.k, len(batches)))
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self._validation_batches())
@@ -217,18 +234,33 @@ class DataModule(L.LightningDataModule):
         self.build()
         assert self.held_out is not None
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        caps = {"most_tokens": self.most_tokens, "most_tiles": self.most_tiles}
+        caps = dict(zip(("most_tokens", "most_tiles"), self.budget, strict=True))
         packs = validation_packs(self.held_out, flops=self.flops, world_size=world, **caps)
         return ValidationMicroBatches(self.processor, self.held_out, packs[rank::world], own=self.has_own_validation)
 
-    def _loader(self, batches: Dataset) -> DataLoader:
+    def _loader(self, batches: Dataset, sampler: Sampler[int] | None = None) -> DataLoader:
         workers = min(self.num_workers, len(batches))  # type: ignore[arg-type]
         return DataLoader(
             batches,
             batch_size=None,
+            sampler=sampler,
             shuffle=False,
             num_workers=workers,
             prefetch_factor=self.prefetch_factor if workers else None,
             persistent_workers=False,
             pin_memory=self.pin_memory,
+            worker_init_fn=outlast_signals,
         )
+
+
+class Onwards(Sampler[int]):
+    """The numbers from `start` on. It is as long as all of them: Lightning counts the ones before as read."""
+
+    def __init__(self, start: int, end: int) -> None:
+        self.start, self.end = start, end
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.start, self.end))
+
+    def __len__(self) -> int:
+        return self.end

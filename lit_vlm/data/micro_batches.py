@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -45,10 +45,14 @@ class TurnedBad:
 
 
 class TrainMicroBatches(Dataset):
-    """Micro-batch m of this rank: `plan.step(m // k)`, pack `m % k`."""
+    """Micro-batch m of this rank: `plan.step(m // k)`, pack `m % k`.
 
-    def __init__(self, processor: Processor, plan: Plan, rank: int) -> None:
-        self.processor, self.plan, self.rank = processor, plan, rank
+    Args:
+        left_out: steps for which nothing is read: their micro-batches are blank.
+    """
+
+    def __init__(self, processor: Processor, plan: Plan, rank: int, left_out: Container[int] = frozenset()) -> None:
+        self.processor, self.plan, self.rank, self.left_out = processor, plan, rank, left_out
 
     def __len__(self) -> int:
         return self.plan.num_steps * self.plan.k
@@ -57,6 +61,8 @@ class TrainMicroBatches(Dataset):
         if number >= len(self):
             raise IndexError(number)
         index, micro = divmod(number, self.plan.k)
+        if index in self.left_out:
+            return read(self.processor, self.plan.index, (), step=index, step_supervised_tokens=0)
         step = self.plan.step(index)
         pack = step.packs[micro * self.plan.world_size + self.rank]
         pairs = step.num_samples if step.num_chosen else 0

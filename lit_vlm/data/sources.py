@@ -20,6 +20,7 @@ from lit_vlm.data.readers.files import existing, files_of, found_format, hub_row
 from lit_vlm.data.readers.place import Place, Settings
 from lit_vlm.data.readers.rows import Rows
 from lit_vlm.data.readers.rows.base import identity
+from lit_vlm.data.staging import original
 from lit_vlm.types import IMAGE_TOKEN, Kind, Language, Record, Source, UserError
 
 # By the names of config's Format, and those that `auto` finds besides.
@@ -222,6 +223,7 @@ def _reading(settings: Settings) -> str:
     """All that decides how a row is read, and no more: the source's name does not."""
     fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     del fields["source"]
+    fields["image_root"] = original(settings.image_root)
     return json.dumps([_READING, fields], sort_keys=True, default=str)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ def written(path: Path, what: str = "The index", setting: str = "data.index_dir"
     Raises:
         UserError: there is no room or no right to write.
     """
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")  # nodes share folders, not numbers
     with writable(path.parent, what, setting):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -4,3 +4,12 @@ from __future__ import annotations
 
 RESTART = 75  # EX_TEMPFAIL: nothing is wrong that a start from the last checkpoint would not mend
 STUCK = 76  # a rank did not answer within its time limit; stacks and sample ids are in the run's folder
+INTERRUPTED = 130  # Ctrl-C, by the custom of shells: state is saved, and nobody should start it again but the person
+
+
+class RollBack(Exception):
+    """All ranks go back to the last checkpoint, in the same process. The step is listed in `skipped.jsonl`."""
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(message)
+        self.step = step  # of the plan, counted from 0

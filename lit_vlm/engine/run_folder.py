@@ -16,17 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from lit_vlm.config.elsewhere import is_elsewhere
+from lit_vlm.engine.ranks import global_rank
 from lit_vlm.types import Source, UserError
 
+SPREAD_BLOCKS = 256  # of 64 KiB, that stand for a file of weights
 PACKAGES = ("torch", "lightning", "transformers", "peft", "trl", "tokenizers", "torchmetrics", "hydra-core")
 
 
 @dataclass(slots=True)
 class RunFolder:
-    """The folder of one run and its manifest. Only rank 0 writes."""
+    """The folder of one run and its manifest. Only rank 0 writes.
+
+    Attributes:
+        replaces: it held another run, of which nothing may go on.
+    """
 
     path: Path
     manifest: dict[str, Any]
+    replaces: bool = False
 
     @property
     def hf(self) -> Path:
@@ -49,16 +56,19 @@ class RunFolder:
 def open_run_folder(
     path: Path, config: Any, *, name: str, overwrite: bool, data_digest: str, parent: dict[str, str] | None
 ) -> RunFolder:
-    """The folder of a run: new, interrupted (it starts its stage again) or finished. Nothing is written before its first `update`.
+    """The folder of a run: new, interrupted (it goes on) or finished. Nothing is written before its first `update`.
+
+    With `overwrite` a finished run or another one is replaced; an interrupted run of the same settings goes on all the same,
+    for a job that is requeued comes with the same words.
 
     Raises:
         UserError: the folder holds a run of another config, other data or another parent.
     """
     plain = to_plain(asdict(config))
     known = read_manifest(path)
+    different = _differences(known, plain, data_digest, parent) if known else []
+    finished = bool(known) and known.get("status") == "finished"
     if known and not overwrite:
-        different = _differences(known, plain, data_digest, parent)
-        finished = known.get("status") == "finished"
         if different:
             state = "a finished" if finished else "an unfinished"
             raise UserError(
@@ -68,19 +78,21 @@ def open_run_folder(
         if finished:
             return RunFolder(path, known)
     require_writable(path)
+    goes_on = bool(known) and not different and not finished
+    now = datetime.now(UTC).isoformat(timespec="seconds")
     manifest = {
         "status": "running",
         "name": name,
         "stage": plain["stage"]["name"],
         "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "started": known["started"] if goes_on else now,
         "git": git_state(),
         "versions": versions(),
         "config": plain,
         "data": {"digest": data_digest},
         "parent": parent,
     }
-    return RunFolder(path, manifest)
+    return RunFolder(path, manifest, replaces=bool(known) and not goes_on)
 
 
 def require_writable(path: Path) -> None:
@@ -134,6 +146,23 @@ def digest_of_weights(folder: Path) -> str:
     return hasher.hexdigest()
 
 
+def digest_of_parts(*folders: str | None) -> str:
+    """Of the weights in local folders, from their names, sizes and blocks spread over them: frozen weights are read from
+    there, and another model shows in any block. Hub ids count by name."""
+    hasher = hashlib.sha256()
+    for folder in filter(None, folders):
+        files = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
+        hasher.update(b"parts" if files else folder.encode())
+        for file in files:
+            size = file.stat().st_size
+            hasher.update(f"{file.name}\0{size}".encode())
+            with file.open("rb") as stream:
+                for place in range(0, size, max(1, size // SPREAD_BLOCKS)):
+                    stream.seek(place)
+                    hasher.update(stream.read(1 << 16))
+    return hasher.hexdigest()
+
+
 def digest_of_sources(sources: Sequence[Source]) -> str:
     """Of what the sources hold, without reading their records."""
     return hashlib.sha256("\0".join(f"{source.name}={source.digest}" for source in sources).encode()).hexdigest()
@@ -177,7 +206,7 @@ def versions() -> dict[str, str]:
 
 
 def is_rank_zero() -> bool:
-    return int(os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))) == 0
+    return global_rank() == 0
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -185,14 +214,31 @@ def write_atomically(path: Path, text: str) -> None:
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     beside.write_text(text, encoding="utf-8")
     os.replace(beside, path)
+    for stray in path.parent.glob(f".{path.name}.*"):  # of a process that was killed here
+        stray.unlink(missing_ok=True)
+
+
+def identity_of(config: dict[str, Any]) -> dict[str, Any]:
+    """The settings, as `to_plain` gives them, that say what a run computes; those of `elsewhere.py` are left out, and the
+    starting model, which has a digest."""
+
+    def kept(value: Any, prefix: str) -> Any:
+        if not isinstance(value, dict):
+            return value
+        inner = {name: (f"{prefix}{name}", item) for name, item in value.items()}
+        return {
+            name: kept(item, f"{key}.")
+            for name, (key, item) in inner.items()
+            if key != "init_from" and not is_elsewhere(key)
+        }
+
+    return kept(config, "")
 
 
 def _differences(
     known: dict[str, Any], config: dict[str, Any], data_digest: str, parent: dict[str, str] | None
 ) -> list[str]:
-    different = [
-        key for key in _changed(known["config"], config) if key != "init_from" and not is_elsewhere(key)
-    ]  # the parent has a digest
+    different = _changed(identity_of(known["config"]), identity_of(config))
     if known["data"]["digest"] != data_digest:
         different.append("its data")
     if (known.get("parent") or {}).get("digest") != (parent or {}).get("digest"):

@@ -11,12 +11,15 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.profilers import SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_vlm.config.schema import Debug, LoggerConfig, RunConfig, Strategy
+from lit_vlm.config.schema import Debug, LoggerConfig, RunConfig
+from lit_vlm.engine.logger import MetricsCsv
+from lit_vlm.engine.ranks import cluster_environment
 from lit_vlm.engine.run_folder import to_plain
+from lit_vlm.engine.strategy import make_strategy
 from lit_vlm.types import UserError
 
 FEW_STEPS = 4  # debug=fast
@@ -34,7 +37,7 @@ def make_trainer(config: RunConfig, run_dir: Path, name: str, callbacks: list[L.
         "accelerator": trainer.accelerator,
         "devices": trainer.devices,
         "num_nodes": trainer.num_nodes,
-        "strategy": "auto" if trainer.strategy is Strategy.single else trainer.strategy.value,
+        "strategy": make_strategy(trainer),
         "precision": trainer.precision,
         "gradient_clip_val": trainer.gradient_clip_val,
         "log_every_n_steps": trainer.log_every_n_steps,
@@ -48,6 +51,7 @@ def make_trainer(config: RunConfig, run_dir: Path, name: str, callbacks: list[L.
         "enable_progress_bar": bool(bar),
         "logger": make_loggers(config.logger, config, run_dir, name),
         "callbacks": [*callbacks, *bar],
+        "plugins": cluster_environment(trainer.devices, trainer.num_nodes),
         **trainer.extra,
     }
     if config.data.validation.every_steps:
@@ -63,7 +67,7 @@ def make_trainer(config: RunConfig, run_dir: Path, name: str, callbacks: list[L.
 
 
 def make_loggers(logger: LoggerConfig, config: RunConfig, run_dir: Path, name: str) -> list[Logger]:
-    loggers: list[Logger] = [CSVLogger(run_dir, name="", version="")]
+    loggers: list[Logger] = [MetricsCsv(run_dir)]
     if logger.wandb:
         loggers.append(
             WandbLogger(
@@ -107,7 +111,9 @@ def quiet() -> None:
         ".*lr_scheduler.step.*",
         ".*`srun` command is available.*",  # a run of one machine on a cluster's login node
         ".*treespec, LeafSpec.*",  # Lightning's call, torch's deprecation
+        ".*ended before the epoch ended and your dataloader is not resumable.*",  # ours begins where the run goes on
         ".*in eval mode at the start of training.*",  # frozen parts are, on purpose
+        ".*when logging on epoch level in distributed setting.*",  # what is logged there is of all ranks already
         ".*called before the ``update``.*",  # a rank may hold no sample of a kind
         ".*across ranks is zero.*",  # nothing held out
     ):

@@ -32,7 +32,10 @@ from lit_vlm.model.export import OURS
 from lit_vlm.model.forward import use_flat_forward
 from lit_vlm.model.hub import quiet_transformers
 from lit_vlm.model.parts import UNUSED
+from lit_vlm.model.skeleton import are_weights_later, draw_projector, make_skeleton, share_config
+from lit_vlm.model.skeleton import build_on_meta as build_on_meta
 from lit_vlm.model.vocabulary import CHATML, VIDEO_TOKEN, accept_parts, add_special_tokens, closing_token, grow
+from lit_vlm.model.weights import half_a_model
 from lit_vlm.types import IMAGE_TOKEN, SPECIAL_TOKENS, UserError
 
 GRID, MAX_TILES = 6, 9  # LLaVA-OneVision's (1x1),...,(6x6) and anyres_max_9
@@ -84,26 +87,15 @@ def draw_up(model: ModelConfig, init_from: str | None = None, tiling: Tiling = T
 def build(
     blueprint: Blueprint, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> LlavaOnevisionForConditionalGeneration:
-    """The model with its weights, ready for the flat forward pass. New parameters are drawn from `seed`."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        if blueprint.whole:
-            model = _load(
-                LlavaOnevisionForConditionalGeneration, blueprint.whole, blueprint.config, dtype, blueprint.source
-            )
-        else:
-            model = _assemble(blueprint, dtype)
-        grow(model, blueprint.tokenizer, blueprint.new_tokens)
+    """The model with its weights, ready for the flat forward pass. New parameters are drawn from `seed`.
+
+    Inside `weights_later` it comes without them, see `skeleton.py`.
+    """
+    model = make_skeleton(blueprint, dtype, seed) if are_weights_later() else _with_weights(blueprint, dtype, seed)
     model.generation_config.eos_token_id = _stops(model, blueprint.tokenizer)
     blueprint.config.text_config.vocab_size = model.config.text_config.vocab_size
     use_flat_forward(model, blueprint.images)
     return model
-
-
-def build_on_meta(config: LlavaOnevisionConfig) -> LlavaOnevisionForConditionalGeneration:
-    """Shapes and counts at full size, without memory."""
-    with torch.device("meta"):
-        return LlavaOnevisionForConditionalGeneration(config)
 
 
 def read_tiling(name: str) -> Tiling:
@@ -170,23 +162,30 @@ def _assembled(model: ModelConfig, source: dict[str, Any]) -> Blueprint:
     return Blueprint(config, tokenizer, images, [], **parts, **source)
 
 
-def _assemble(blueprint: Blueprint, dtype: torch.dtype) -> LlavaOnevisionForConditionalGeneration:
+def _with_weights(blueprint: Blueprint, dtype: torch.dtype, seed: int) -> LlavaOnevisionForConditionalGeneration:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if blueprint.whole:
+            model = _load(
+                LlavaOnevisionForConditionalGeneration, blueprint.whole, blueprint.config, dtype, blueprint.source
+            )
+        else:
+            model = _assemble(blueprint, dtype, seed)
+        grow(model, blueprint.tokenizer, blueprint.new_tokens)
+    return model
+
+
+def _assemble(blueprint: Blueprint, dtype: torch.dtype, seed: int) -> LlavaOnevisionForConditionalGeneration:
     model = build_on_meta(blueprint.config)
     config, source = blueprint.config, blueprint.source
     tower = _load(type(model.model.vision_tower), blueprint.vision_tower, config.vision_config, dtype, source)
     language = _load(AutoModelForCausalLM, blueprint.language_model, config.text_config, dtype, source)
-    _share_config(tower, blueprint.config.vision_config)
-    _share_config(language.model, blueprint.config.text_config)
+    share_config(tower, blueprint.config.vision_config)
+    share_config(language.model, blueprint.config.text_config)
     model.model.vision_tower, model.model.language_model, model.lm_head = tower, language.model, language.lm_head
     families.fold_logit_scale(model)
-    projector = model.model.multi_modal_projector.to_empty(device="cpu").to(dtype)
-    for layer in (projector.linear_1, projector.linear_2):
-        layer.reset_parameters()
-    if blueprint.config.projector_hidden_act == "linear":
-        nn.init.eye_(projector.linear_2.weight)
-        nn.init.zeros_(projector.linear_2.bias)
-    width = blueprint.config.text_config.hidden_size
-    model.model.image_newline = nn.Parameter(torch.randn(width, dtype=dtype) * width**-0.5)
+    model.model.multi_modal_projector, newline = draw_projector(config, dtype, seed)
+    model.model.image_newline = nn.Parameter(newline)
     model.generation_config = language.generation_config
     model.tie_weights()
     return model
@@ -210,18 +209,8 @@ def _load(kind: Any, name: str, config: Any, dtype: torch.dtype, source: dict[st
     ]
     absent += [entry[0] for entry in report["mismatched_keys"]]
     if absent:
-        raise UserError(
-            f"{name}: {len(absent)} weights are missing or of another shape there, {', '.join(sorted(absent)[:3])} among them. "
-            "The folder holds another model than its config.json says, or half of one."
-        )
+        raise UserError(half_a_model(name, absent))
     return model
-
-
-def _share_config(part: nn.Module, config: Any) -> None:
-    """from_pretrained copies the config it is given; one object for all makes a change reach every layer."""
-    for module in part.modules():
-        if hasattr(module, "config"):
-            module.config = config
 
 
 def _stops(model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> list[int]:

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
 
 from lit_vlm.anyres import ImageSettings
-from lit_vlm.model.forward import as_transformers_class
 from lit_vlm.model.hub import quiet_transformers
-from lit_vlm.model.lora import lora_layers, merge_lora
+from lit_vlm.model.merged import Merged
+from lit_vlm.model.tensor_files import LARGEST_FILE, planned_files, write_index
 
 OURS = "lit_vlm.json"  # what transformers has no field for; nothing but `tiling` is read back
 
@@ -26,17 +26,41 @@ def export_model(
     tokenizer: PreTrainedTokenizerFast,
     images: ImageSettings,
     folder: Path,
+    *,
+    whole: Callable[[str], Tensor] | None = None,
+    writes: bool = True,
+    largest_file: str | int = LARGEST_FILE,
 ) -> None:
     """Write weights, configs, tokenizer, chat template and processor; adapters and new rows merged into the weights.
 
     The folder is written beside its place and moved there when whole. The model goes on training as it was.
+
+    Weight by weight: beside what the model takes already, this needs memory for its largest weight and a copy of it
+    (of what an adapter is merged into, two). What is frozen in a model that was loaded in shards is read from its
+    source and not gathered.
+
+    Args:
+        whole: makes the weight of a name whole where ranks share weights out. Then every rank calls this function,
+            for all of them take part in it.
+        writes: on one rank.
+        largest_file: weights are cut into files of at most this size.
     """
+    merged = Merged(model, whole)
+    files = planned_files(merged.tensors, largest_file)
+    if not writes:
+        for file in files:
+            for name in file.tensors:
+                merged.take_part(name)
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    plain = _plain(model)
-    plain.generation_config.pad_token_id = tokenizer.pad_token_id
-    with as_transformers_class(plain), quiet_transformers():
-        plain.save_pretrained(beside, max_shard_size="5GB")
+    for file in files:
+        file.write(beside, map(merged.value, file.tensors))
+    write_index(beside, files, merged.num_parameters)
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    with quiet_transformers():
+        merged.config.save_pretrained(beside)
+        model.generation_config.save_pretrained(beside)
     tokenizer.save_pretrained(beside)
     _write(beside / "processor_config.json", _processor_config(tokenizer, images))
     _write(beside / "preprocessor_config.json", _image_processor_config(images))
@@ -46,25 +70,6 @@ def export_model(
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(beside, folder)
-
-
-def _plain(model: LlavaOnevisionForConditionalGeneration) -> LlavaOnevisionForConditionalGeneration:
-    """The model itself, or a copy with its adapters and new rows merged."""
-    new_tokens = getattr(model, "new_tokens", None)
-    if new_tokens is None and not lora_layers(model):
-        return model
-    plain = copy.deepcopy(model)
-    merge_lora(plain)
-    if new_tokens is not None:
-        plain.new_tokens.merge(plain)
-        del plain.new_tokens
-    for module in (plain.get_input_embeddings(), plain.get_output_embeddings()):
-        _clear_hooks(module)
-    return plain
-
-
-def _clear_hooks(module: nn.Module) -> None:
-    module._forward_hooks.clear()  # copies of hooks that point at the copied rows
 
 
 def _processor_config(tokenizer: PreTrainedTokenizerFast, images: ImageSettings) -> dict[str, Any]:

@@ -1,15 +1,15 @@
 """The flat forward pass: transformers' own modules over a flat micro-batch.
 
-`FlatOnevisionModel` is transformers' class with one more entrance, `forward(batch=...)`. It replaces the class of a
-built model (`use_flat_forward`); weights, names and everything that is saved stay transformers'. The pass stays inside
-the module's forward so that what shards or gathers parameters by hooks (ZeRO-3, FSDP2) sees it.
+`FlatOnevision` and the `FlatOnevisionModel` inside it are transformers' classes with one more entrance,
+`forward(batch=...)`. They replace the classes of a built model (`use_flat_forward`); weights, names and everything that
+is saved stay transformers'. The pass stays inside the modules' forward, head included, so that what shards or gathers
+parameters by hooks (ZeRO-3, FSDP2) sees it.
 """
 
 from __future__ import annotations
 
-import contextlib
+import inspect
 from collections import defaultdict
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -31,10 +31,12 @@ class FlatOnevisionModel(LlavaOnevisionModel):
 
     image_settings: ImageSettings
 
-    def forward(self, *args: Any, batch: Batch | None = None, **kwargs: Any) -> Any:
-        """As transformers', or with `batch`: the last hidden states [T, D] of the language model."""
+    def forward(self, *args: Any, batch: Batch | None = None, embeddings_only: bool = False, **kwargs: Any) -> Any:
+        """As transformers', or with `batch`: the last hidden states [T, D] of the language model, or what it is fed."""
         if batch is None:
             return super().forward(*args, **kwargs)
+        if embeddings_only:
+            return self.flat_embeddings(batch)
         segments = attention.Segments(batch.cu_seqlens, batch.lengths)
         output = self.language_model(
             inputs_embeds=self.flat_embeddings(batch)[None],
@@ -115,23 +117,36 @@ class FlatOnevisionModel(LlavaOnevisionModel):
         return torch.cat([base, grid.flatten(2).transpose(1, 2)], dim=1)
 
 
+class FlatOnevision(LlavaOnevisionForConditionalGeneration):
+    """LlavaOnevisionForConditionalGeneration that also takes a flat micro-batch."""
+
+    def forward(self, *args: Any, batch: Batch | None = None, embeddings_only: bool = False, **kwargs: Any) -> Any:
+        """As transformers', or with `batch`: logits [R, V] of the supervised rows and their targets [R].
+
+        A micro-batch without supervised tokens gives one row, which must count nothing: the head runs on all ranks
+        alike. With `embeddings_only` as well: what the language model is fed, [T, D].
+        """
+        if batch is None:
+            return super().forward(*args, **kwargs)
+        if embeddings_only:
+            return self.model(batch=batch, embeddings_only=True)
+        hidden = self.model(batch=batch)
+        rows, targets = supervised_rows(hidden, batch.labels)
+        if not len(targets):
+            rows, targets = hidden[:1], batch.input_ids[:1]
+        return self.lm_head(rows), targets
+
+
+# transformers' generation looks at the signature for what a forward pass can do (logits of the last position alone)
+FlatOnevision.forward.__signature__ = inspect.signature(LlavaOnevisionForConditionalGeneration.forward)  # type: ignore[attr-defined]
+
+
 def use_flat_forward(model: LlavaOnevisionForConditionalGeneration, settings: ImageSettings) -> None:
     """Give a built model the flat entrance and the attention that goes with it."""
-    model.model.__class__ = FlatOnevisionModel
+    model.__class__, model.model.__class__ = FlatOnevision, FlatOnevisionModel
     model.model.image_settings = settings
     model.set_attn_implementation({"text_config": attention.NAME, "vision_config": "sdpa"})
     model.config.text_config.use_cache = True  # for generation; the flat pass asks for none
-
-
-@contextlib.contextmanager
-def as_transformers_class(model: LlavaOnevisionForConditionalGeneration) -> Iterator[None]:
-    """transformers finds the hub's names of weights by the class's own name; without them vLLM finds none of the layers."""
-    ours = type(model.model)
-    model.model.__class__ = LlavaOnevisionModel
-    try:
-        yield
-    finally:
-        model.model.__class__ = ours
 
 
 def supervised_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ def generate(
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        embeddings = model.model.flat_embeddings(batch)
+        embeddings = model(batch=batch, embeddings_only=True)
         prompts, mask = _left_padded(embeddings, _prompt_spans(batch))
         stop = eos_token_id if eos_token_id is not None else model.generation_config.eos_token_id
         stops = {stop} if isinstance(stop, int) else set(stop or ())
@@ -38,6 +38,8 @@ def generate(
             eos_token_id=sorted(stops) or None,
             pad_token_id=min(stops, default=0),
             use_cache=True,
+            # under ZeRO-3 all ranks go on until the last one's answer ends; of FSDP2 transformers knows itself
+            synced_gpus=hasattr(next(model.parameters()), "ds_id") or None,
         )
     finally:
         for module in was_training:

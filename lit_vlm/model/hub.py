@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
+import torch
 from transformers import LlavaOnevisionImageProcessorPil, LlavaOnevisionProcessor, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -40,6 +42,7 @@ def plain_processor(tokenizer: PreTrainedTokenizerFast, images: ImageSettings) -
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No progress bars and no report of layers that were left out on purpose; what is really missing is checked by us."""
+    without_gpu_is_fine()
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -49,3 +52,9 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def without_gpu_is_fine() -> None:
+    """transformers imports DeepSpeed when it saves, and DeepSpeed warns on the terminal where it finds no GPU."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import hashlib
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from lit_vlm.model.parts import module_of, parameters_of
 from lit_vlm.types import Part, UserError
@@ -34,8 +37,8 @@ class Lora:
     targets: list[str] = field(default_factory=list)
 
 
-def add_lora(model: nn.Module, part: Part, lora: Lora) -> None:
-    """Freeze the part and put adapters into its linear layers.
+def add_lora(model: nn.Module, part: Part, lora: Lora, seed: int = 0) -> None:
+    """Freeze the part and put adapters into its linear layers, drawn from `seed`.
 
     Raises:
         UserError: no module of the part bears a target's name.
@@ -58,12 +61,26 @@ def add_lora(model: nn.Module, part: Part, lora: Lora) -> None:
     )
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     inject_adapter_in_model(config, model, adapter_name=str(part))
+    for layer in lora_layers(model).values():  # peft has switched those of an earlier part off
+        layer.set_adapter(list(layer.lora_A))
     for name, parameter in model.named_parameters():
         before = name.replace(".base_layer", "")
         if before in frozen:  # peft freezes the whole model; the other parts are not its business
             parameter.requires_grad_(frozen[before])
     for name, parameter in parameters_of(model, part):
         parameter.requires_grad_("lora_" in name)
+        if "lora_" in name and not parameter.is_meta:
+            parameter.data.copy_(draw_adapter(name, parameter.shape, seed))
+
+
+def draw_adapter(name: str, shape: Sequence[int], seed: int) -> Tensor:
+    """What an adapter's matrix starts with, float32: peft's own distributions, each matrix from a seed of its own, so
+    that a process can draw one without the others."""
+    if "lora_B" in name:
+        return torch.zeros(*shape, dtype=torch.float32)
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return nn.init.kaiming_uniform_(torch.empty(*shape, dtype=torch.float32), a=math.sqrt(5), generator=generator)
 
 
 @contextlib.contextmanager
@@ -81,11 +98,3 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 def lora_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-
-
-def merge_lora(model: nn.Module) -> None:
-    """Add the adapters to the weights and take them out; the model is plain transformers again."""
-    for name, layer in lora_layers(model).items():
-        layer.merge(safe_merge=True)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layer.get_base_layer())

@@ -88,11 +88,16 @@ def set_modes(model: nn.Module, trainable: Iterable[Part], *, checkpointed: bool
                 _without_dropout(module)
 
 
+def size_of(parameter: nn.Parameter) -> int:
+    """Elements of the whole, also where ZeRO-3 has shared it out and left an empty tensor in its place."""
+    return getattr(parameter, "ds_numel", parameter.numel())
+
+
 def summary(model: nn.Module, how: dict[Part, str]) -> list[PartSummary]:
     rows = []
     for part in Part:
         owned = [parameter for _, parameter in parameters_of(model, part)]
-        total, trains = sum(p.numel() for p in owned), sum(p.numel() for p in owned if p.requires_grad)
+        total, trains = sum(map(size_of, owned)), sum(size_of(p) for p in owned if p.requires_grad)
         rows.append(PartSummary(part.value, total, trains, how.get(part, "all") if trains else "frozen"))
     return rows
 

@@ -67,22 +67,28 @@ def closing_token(tokenizer: PreTrainedTokenizerFast) -> int | None:
     return found[min(found)] if found else None
 
 
-def grow(model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, new: list[str]) -> None:
+def grow(
+    model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, new: list[str]
+) -> dict[int, list[int]]:
     """Rows for the new tokens, each the mean of the rows of its spelling ("<", "b", "box", ">"), in embeddings and head.
 
     Tables that are padded beyond the tokenizer (Qwen2.5) keep their size.
+
+    Returns:
+        the rows of its spelling, by new row.
     """
     if not new:
-        return
+        return {}
     embedding = model.get_input_embeddings()
     if len(tokenizer) > embedding.num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
-    spelled = {token: _spelling(tokenizer, token) for token in new}
+    spelled = {tokenizer.convert_tokens_to_ids(token): _spelling(tokenizer, token) for token in new}
     with torch.no_grad():
         for table in tables:
-            for token, ids in spelled.items():
-                table[tokenizer.convert_tokens_to_ids(token)] = table[ids].float().mean(dim=0).to(table.dtype)
+            for row, ids in spelled.items():
+                table[row] = table[ids].float().mean(dim=0).to(table.dtype)
+    return spelled
 
 
 def _spelling(tokenizer: PreTrainedTokenizerFast, token: str) -> list[int]:
@@ -96,8 +102,8 @@ def _spelling(tokenizer: PreTrainedTokenizerFast, token: str) -> list[int]:
 class NewTokens(nn.Module):
     """Trainable rows for a few tokens of a frozen vocabulary.
 
-    The tables stay as they are; hooks put these rows in their places, in training and in generation. `merge` writes
-    them back. Costs 2 * n * D parameters where training the tables would cost 2 * V * D and their optimizer states.
+    The tables stay as they are; hooks put these rows in their places, in training and in generation. export merges
+    them. Costs 2 * n * D parameters where training the tables would cost 2 * V * D and their optimizer states.
 
     Args:
         model: whose embeddings and head are frozen; the rows start as copies of theirs.
@@ -117,22 +123,30 @@ class NewTokens(nn.Module):
         lookup = torch.full((embedding.num_embeddings,), -1)
         lookup[ids] = torch.arange(len(ids))
         self.register_buffer("lookup", lookup, persistent=False)
-        self._hooks = [embedding.register_forward_hook(self._embed), head.register_forward_hook(self._score)]
+        embedding.register_forward_hook(self._behind_embedding)
+        head.register_forward_hook(self._behind_head)
 
-    def merge(self, model: LlavaOnevisionForConditionalGeneration) -> None:
-        """Write the rows into the tables and take the hooks off."""
-        with torch.no_grad():
-            model.get_input_embeddings().weight[self.ids] = self.embedding
-            if self.head is not None:
-                model.get_output_embeddings().weight[self.ids] = self.head
-        for hook in self._hooks:
-            hook.remove()
+    def forward(self, inputs: Tensor, output: Tensor, scores: bool = False) -> Tensor:
+        """What the table made of its input, with these rows in their places; a call of this module, so that what gathers
+        sharded parameters by hooks (ZeRO-3) gathers the rows.
 
-    def _embed(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        rows = self.lookup[args[0]]
+        Args:
+            inputs: token ids of the embeddings, or with `scores` the hidden states [..., D] that the head read.
+            output: [..., D], or with `scores` [..., V].
+        """
+        return self._score(inputs, output) if scores else self._embed(inputs, output)
+
+    def _behind_embedding(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return self(args[0], output)
+
+    def _behind_head(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return self(args[0], output, scores=True)
+
+    def _embed(self, ids: Tensor, output: Tensor) -> Tensor:
+        rows = self.lookup[ids]
         ours = nn.functional.embedding(rows.clamp(min=0), self.embedding).to(output.dtype)
         return torch.where((rows >= 0)[..., None], ours, output)
 
-    def _score(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _score(self, hidden: Tensor, output: Tensor) -> Tensor:
         weight = self.embedding if self.head is None else self.head
-        return output.index_copy(-1, self.ids, nn.functional.linear(args[0], weight.to(args[0].dtype)).to(output.dtype))
+        return output.index_copy(-1, self.ids, nn.functional.linear(hidden, weight.to(hidden.dtype)).to(output.dtype))

@@ -6,6 +6,7 @@ no config.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from lit_vlm.anyres import ImageSettings, Tiling
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.losses.next_token import next_token_losses
 from lit_vlm.model.build import Blueprint, build, draw_up
-from lit_vlm.model.forward import row_segments, supervised_rows, use_flat_forward
+from lit_vlm.model.forward import row_segments, use_flat_forward
 from lit_vlm.model.generate import generate
 from lit_vlm.model.lora import Lora, add_lora
 from lit_vlm.model.parts import PartSummary, freeze, part_of, set_modes, summary
@@ -88,6 +89,7 @@ class Stage(L.LightningModule):
         self.how: dict[Part, str] = {}
         self.val_loss = MeanMetric()
         self._audited, self._step_tiles = False, 0
+        self.discarded = False  # a callback threw this step's gradients away: there is nothing to audit
 
     # ---- the model
 
@@ -124,7 +126,7 @@ class Stage(L.LightningModule):
         for part in self.trainable:
             lora = getattr(self.options.parts.get(part), "lora", None)
             if lora is not None:
-                add_lora(model, part, lora)
+                add_lora(model, part, lora, self.hparams["seed"])
                 self.how[part] = f"LoRA rank {lora.rank}"
         rows = self._rows_to_train()
         if rows:
@@ -132,7 +134,7 @@ class Stage(L.LightningModule):
             known = self.how.get(Part.language_model)
             self.how[Part.language_model] = f"{known + ', ' if known else ''}rows of {len(rows)} tokens"
         if self.hparams["activation_checkpointing"]:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
         self.set_modes()
 
     def _rows_to_train(self) -> list[int]:
@@ -182,11 +184,25 @@ class Stage(L.LightningModule):
     def on_train_epoch_start(self) -> None:
         self.set_modes()  # generating samples puts the model in eval
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        # What is drawn in a step (dropout) is a function of where it is, so that a run that goes on draws the same
+        self.discarded = False
+        step, micro = divmod(batch_idx, self.trainer.accumulate_grad_batches)
+        seed = seed_of(self.hparams["seed"], step, micro, self.global_rank)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.6 ms where there is no GPU
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.step_loss(batch)
         self._log_step(loss.detach(), batch)
-        # Lightning divides by accumulate_grad_batches and the strategy averages over ranks; ours is a sum over all
-        return loss * (self.trainer.accumulate_grad_batches * self.trainer.world_size)
+        return loss * self._divisor()
+
+    def _divisor(self) -> int:
+        """What a micro-batch's loss will be divided by: Lightning divides by the number of micro-batches and the strategy
+        averages over ranks; Lightning's own DeepSpeedStrategy divides by the micro-batches once more."""
+        k, world = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        return k * k * world if self.trainer.strategy.handles_gradient_accumulation else k * world
 
     def step_loss(self, batch: Batch) -> Tensor:
         """This micro-batch's part of the optimizer step's loss, []; the parts of all micro-batches and ranks add up to it."""
@@ -194,14 +210,12 @@ class Stage(L.LightningModule):
 
     def token_losses(self, batch: Batch) -> Tensor:
         """[R] nats, of each supervised token."""
-        hidden = self.model.model(batch=batch)
-        rows, targets = supervised_rows(hidden, batch.labels)
-        if not len(targets):  # a blank micro-batch: the head runs all the same, on a row that counts nothing
-            return self.model.lm_head(hidden[:1]).sum()[None] * 0.0
-        return next_token_losses(self.model.lm_head(rows), targets)
+        logits, targets = self.model(batch=batch)
+        losses = next_token_losses(logits, targets)
+        return losses if batch.num_supervised_tokens else losses * 0.0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        if not self._audited:
+        if not self._audited and not self.discarded:
             self.audit_gradients(with_images=self._step_tiles > 0)
             self._audited = self._step_tiles > 0  # until images came, the vision side has shown nothing
 
@@ -215,16 +229,11 @@ class Stage(L.LightningModule):
             UserError: naming the parameters; the run would train something else than it says.
         """
         assert self.model is not None
-        norms = dict.fromkeys(self.trainable, 0.0)
-        missing, unwanted = [], []
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad and parameter.grad is None:
-                missing.append(name)
-            elif not parameter.requires_grad and parameter.grad is not None:
-                unwanted.append(name)
-            elif parameter.requires_grad:
-                part = part_of(name)
-                norms[part] = norms.get(part, 0.0) + float(parameter.grad.float().abs().sum())
+        sums, norms = self._gradient_sums(), dict.fromkeys(self.trainable, 0.0)
+        trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        missing, unwanted = [n for n in trained if n not in sums], sorted(sums.keys() - set(trained))
+        for name in trained:
+            norms[part_of(name)] = norms.get(part_of(name), 0.0) + sums.get(name, 0.0)
         judged = norms if with_images else {Part.language_model: norms.get(Part.language_model, 1.0)}
         silent = [part.value for part, norm in judged.items() if norm == 0.0]
         if missing or unwanted or silent:
@@ -233,6 +242,14 @@ class Stage(L.LightningModule):
                 f"without a gradient {missing[:5] or 'none'}, unwanted {unwanted[:5] or 'none'}, parts with zero gradient {silent or 'none'}. "
                 "Check stage.trainable, and that the answers of this step depend on those parts."
             )
+
+    def _gradient_sums(self) -> dict[str, float]:
+        """Sum of magnitudes of each gradient that is there; a strategy that shares gradients out knows its own."""
+        strategy: Any = getattr(self._trainer, "strategy", None)
+        if hasattr(strategy, "gradient_sums"):
+            return strategy.gradient_sums(self.model)
+        gradients = ((name, parameter.grad) for name, parameter in self.model.named_parameters())
+        return {name: float(gradient.float().abs().sum()) for name, gradient in gradients if gradient is not None}
 
     def _log_step(self, loss: Tensor, batch: Batch) -> None:
         micro = self.trainer.fit_loop.epoch_loop.batch_idx % self.trainer.accumulate_grad_batches
@@ -243,11 +260,20 @@ class Stage(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.model, self.options)
-        steps = int(self.trainer.estimated_stepping_batches)
         return {
             "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": make_scheduler(optimizer, self.options, steps), "interval": "step"},
+            "lr_scheduler": {
+                "scheduler": make_scheduler(optimizer, self.options, self._num_steps()),
+                "interval": "step",
+            },
         }
+
+    def _num_steps(self) -> int:
+        """Optimizer steps of this fit. Lightning's own estimate starts the loader, before a run that goes on has said where."""
+        plan = getattr(getattr(self.trainer, "datamodule", None), "plan", None)
+        if plan is not None and self.trainer.limit_train_batches == 1.0:
+            return plan.num_steps
+        return int(self.trainer.estimated_stepping_batches)
 
     # ---- validation and prediction
 
@@ -287,6 +313,11 @@ class Stage(L.LightningModule):
         if self.model is None:
             self._given = checkpoint["lit_vlm"]
             self.configure_model()
+
+
+def seed_of(*numbers: int) -> int:
+    """64 bits of their SHA-256: seeds of neighbours have nothing in common."""
+    return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little")
 
 
 def _optimizer_options(arguments: dict[str, Any]) -> OptimizerOptions:

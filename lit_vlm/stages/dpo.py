@@ -16,7 +16,7 @@ from transformers import LlavaOnevisionForConditionalGeneration
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.losses.preference import SORTS_THE_BATCH, AnswerScores, PreferenceLoss, score_answers
 from lit_vlm.model.build import build, draw_up
-from lit_vlm.model.forward import row_segments, supervised_rows
+from lit_vlm.model.forward import row_segments
 from lit_vlm.model.lora import adapters_off
 from lit_vlm.stages.base import ModelLike, Stage
 from lit_vlm.types import Batch, Part, UserError
@@ -143,13 +143,11 @@ class DPOStage(Stage):
         )
 
     def _scores(self, model: LlavaOnevisionForConditionalGeneration, batch: Batch) -> tuple[AnswerScores, list[int]]:
-        hidden = model.model(batch=batch)
-        rows, targets = supervised_rows(hidden, batch.labels)
+        logits, targets = model(batch=batch)
         if batch.blank:
-            rows, targets = hidden[:1], batch.input_ids[:1]
-            return score_answers(model.lm_head(rows), targets, [1]), [1]
+            return score_answers(logits, targets, [1]), [1]
         counts = torch.bincount(row_segments(batch.labels, batch.cu_seqlens), minlength=len(batch.lengths)).tolist()
-        return score_answers(model.lm_head(rows), targets, counts), counts
+        return score_answers(logits, targets, counts), counts
 
     @contextlib.contextmanager
     def _as_reference(self):

@@ -49,7 +49,7 @@ def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.A
     for part in Part:
         trainable = [parameter for _, parameter in parameters_of(model, part) if parameter.requires_grad]
         for decays in (True, False):
-            members = [parameter for parameter in trainable if (parameter.ndim > 1) is decays]
+            members = [parameter for parameter in trainable if (num_dimensions(parameter) > 1) is decays]
             if members:
                 decay = options.of(part, "weight_decay") if decays else 0.0
                 rate = options.of(part, "learning_rate")
@@ -60,6 +60,11 @@ def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.A
     # under bf16-mixed there is no scale, and under 16-mixed the scaler then unscales before the clipping.
     optimizer._step_supports_amp_scaling = False
     return optimizer
+
+
+def num_dimensions(parameter: nn.Parameter) -> int:
+    """Of the whole, also where ZeRO-3 has shared it out and left an empty tensor in its place."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def make_scheduler(

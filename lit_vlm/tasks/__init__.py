@@ -24,5 +24,6 @@ TASKS: dict[Task, Callable[[Run], None]] = {
     Task.train: _late("lit_vlm.tasks.train:train"),
     Task.prepare: _late("lit_vlm.tasks.prepare:prepare"),
     Task.preflight: _late("lit_vlm.tasks.preflight:preflight"),
+    Task.submit: _late("lit_vlm.tasks.submit:submit"),
     Task.chat: _late("lit_vlm.tasks.chat:chat"),
 }

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 
 from lit_vlm.config import Run, parse, pipeline_overrides, stages_of
+from lit_vlm.engine.exits import INTERRUPTED, RESTART
 from lit_vlm.engine.report import scores_table, summary_table, write_report
 from lit_vlm.engine.run_folder import read_manifest
+from lit_vlm.engine.signals import ASKS, Ask
 from lit_vlm.tasks.terminal import console
 from lit_vlm.types import UserError
 
+SAVING_SECONDS = 300  # that torchrun gives its ranks after a signal
 RUN = Path(__file__).resolve().parents[2] / "run.py"
 
 
@@ -29,7 +34,9 @@ def pipeline(run: Run) -> None:
         words = [f"experiment={experiment}", *pipeline_overrides(run.overrides, experiment)]
         stage = parse(words)
         console.rule(f"{number}/{len(stages)}  {experiment}", align="left")
-        exit_code = subprocess.run(command(stage, words), check=False).returncode
+        exit_code = followed(command(stage, words))
+        if exit_code in (RESTART, INTERRUPTED):  # the stage has said why
+            raise SystemExit(exit_code)
         if exit_code:
             raise UserError(
                 f"{experiment} ended with exit status {exit_code}; see above. `python run.py` goes on with it when that is mended."
@@ -46,6 +53,29 @@ def pipeline(run: Run) -> None:
     )
 
 
+def followed(words: list[str]) -> int:
+    """Run a stage's process to its end, handing on the signals that this one gets; returns its exit status.
+
+    torchrun ends with 1 whatever its ranks end with; after a signal the status is what theirs is.
+    """
+    asked: list[Ask] = []
+    process = subprocess.Popen(words)
+
+    def hand_on(number: int, frame: FrameType | None) -> None:
+        asked.append(ASKS[signal.Signals(number)])
+        process.send_signal(number)
+
+    before = {number: signal.signal(number, hand_on) for number in ASKS}
+    try:
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if status and asked:
+        return INTERRUPTED if Ask.interrupt in asked else RESTART
+    return status
+
+
 def command(stage: Run, words: list[str]) -> list[str]:
     """One process, or one per device under torchrun."""
     devices = stage.config.trainer.devices
@@ -57,6 +87,8 @@ def command(stage: Run, words: list[str]) -> list[str]:
         "torch.distributed.run",
         "--standalone",
         f"--nproc-per-node={devices}",
+        f"--shutdown-timeout={SAVING_SECONDS}",
+        f"--signals-to-handle={','.join(number.name for number in ASKS)}",
         str(RUN),
         *words,
     ]

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lit_vlm.config import Run
-from lit_vlm.config.schema import DPOStageConfig, RunConfig
+from lit_vlm.config.schema import DPOStageConfig, RunConfig, Strategy
 from lit_vlm.cost import Shape
 from lit_vlm.data.plan.plan import Plan
 from lit_vlm.engine.preflight.checks import findings
@@ -31,6 +31,7 @@ from lit_vlm.engine.preflight.model import (
 )
 from lit_vlm.engine.preflight.page import write_preflight
 from lit_vlm.engine.preflight.samples import show_samples
+from lit_vlm.engine.preflight.strategy import of_strategy, situation_of, strategy_facts
 from lit_vlm.engine.preflight.terminal import show
 from lit_vlm.engine.run_folder import (
     digest_of_sources,
@@ -123,9 +124,12 @@ def _model(run: Run, data: StageData, plan: Plan | None, facts: Facts) -> None:
     if plan is None or facts.plan is None:
         return
     shape = stage.model.config.to_dict()
-    facts.memory = memory_facts(config, Shape.from_config(shape), parameters, facts.plan)
+    situation = situation_of(config, Shape.from_config(shape), parameters, training, facts.plan)
+    facts.strategy = strategy_facts(config, situation, facts.plan)
+    facts.findings += of_strategy(situation, facts.strategy)
+    facts.memory = memory_facts(config, situation, Strategy(facts.strategy.name), facts.plan)
     work = float(plan.index.flops(work_of(shape, config, training))[plan.draws()].sum())
-    facts.time = time_facts(config, work * facts.plan.steps / plan.num_steps, facts.plan)
+    facts.time = time_facts(config, work * facts.plan.steps / plan.num_steps, facts.plan, facts.strategy.share)
 
 
 def _without_reference(config: RunConfig) -> RunConfig:

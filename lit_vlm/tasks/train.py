@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
 
@@ -10,11 +12,18 @@ from rich.table import Table
 
 from callbacks import make_callbacks
 from lit_vlm.config import Run
+from lit_vlm.config.check import ALWAYS
 from lit_vlm.config.schema import Debug, RunConfig
+from lit_vlm.engine.budget import NAME as BUDGET
+from lit_vlm.engine.budget import Budget
+from lit_vlm.engine.checkpoint import Belongs, Folder
 from lit_vlm.engine.report import write_report
 from lit_vlm.engine.run_folder import (
+    RunFolder,
+    digest_of_parts,
     digest_of_sources,
     digest_of_weights,
+    identity_of,
     is_rank_zero,
     open_run_folder,
     parent_of,
@@ -22,16 +31,27 @@ from lit_vlm.engine.run_folder import (
     to_plain,
     write_atomically,
 )
+from lit_vlm.engine.signals import listening
+from lit_vlm.engine.skipped import NAME as SKIPPED
 from lit_vlm.engine.trainer import FEW_STEPS, leave_process_group, make_trainer
 from lit_vlm.model.build import Blueprint
+from lit_vlm.model.skeleton import weights_later
 from lit_vlm.stages import STAGES, Stage
+from lit_vlm.tasks.attempts import fit_or_again, until_done
 from lit_vlm.tasks.run_lock import hold_to_lock
 from lit_vlm.tasks.stage_data import StageData, open_sources, require_records_of, settle, stage_data
+from lit_vlm.tasks.strategy import settle_strategy
 from lit_vlm.tasks.terminal import console, say
 
 
+@listening()
 def train(run: Run) -> None:
-    """Train one stage. A finished run says so and stays as it is; an interrupted one starts its stage again."""
+    """Train one stage. A finished run says so and stays as it is; an interrupted one goes on from its last checkpoint."""
+    until_done(lambda again: train_once(copy.deepcopy(run), again))  # a start settles the parts' paths in its config
+
+
+def train_once(run: Run, again: bool = False) -> None:
+    """One start of it. `again`: in a process that began it and goes back to the last checkpoint."""
     config = run.config
     require_parent(run.init_from)
     sources, held_out = open_sources(run)
@@ -43,7 +63,10 @@ def train(run: Run) -> None:
         data_digest=digest_of_sources([*sources, *held_out]),
         parent=parent_of(run.init_from),
     )
+    checkpoints = Folder(run.dir / "checkpoints")
     if folder.finished:
+        if is_rank_zero() and folder.hf.is_dir():
+            checkpoints.remove(but_best=True)  # a finish that was cut short
         say(f"{run.name}: finished already, in {folder.path}. Start it anew with overwrite=true.")
         return
 
@@ -54,14 +77,36 @@ def train(run: Run) -> None:
     quarantined = settle(data)
     require_records_of(config.stage, datamodule)
 
-    callbacks = make_callbacks(config.callbacks, run.dir, max_samples=most_scored(config))
-    trainer = make_trainer(config, run.dir, run.name, callbacks)
+    fresh = folder.replaces or (config.resume_from == "none" and not again)
+    if not fresh:
+        Budget.read(run.dir, datamodule).apply(datamodule)
+    callbacks = make_callbacks(
+        [*config.callbacks, *ALWAYS],
+        run.dir,
+        max_samples=most_scored(config),
+        **asdict(config.checkpoint),
+        **asdict(config.guard),
+        resume_from="auto" if again and checkpoints.steps() else config.resume_from,
+        belongs=belongs_of(folder, data.blueprint),
+        timeout_minutes=config.trainer.timeout_minutes,
+        say=lambda text: say(f"{run.name}: {text}"),
+    )
+    settled = settle_strategy(data, lambda: make_stage(data.blueprint, config))
+    trainer = make_trainer(settled, run.dir, run.name, callbacks)
     plan = datamodule.make_plan(trainer.world_size)
+    if config.data.validation.every_steps:
+        trainer.val_check_interval = config.data.validation.every_steps * plan.k  # Lightning counts micro-batches
     trainer.log_every_n_steps = min(trainer.log_every_n_steps, plan.num_steps)  # a short run leaves a row, too
-    stage.configure_model()
+    with weights_later() if getattr(trainer.strategy, "loads_in_shards", False) else nullcontext():
+        stage.configure_model()
     show_start(data, stage)
     hold_to_lock(data)
     # not earlier: a mistake in the data, the model or the trainer's settings leaves an older run as it is
+    if folder.replaces and is_rank_zero():
+        checkpoints.remove()
+    if fresh and is_rank_zero():
+        for name in (SKIPPED, BUDGET):  # of the run that was here
+            (run.dir / name).unlink(missing_ok=True)
     folder.update(
         trained=[row.as_dict() for row in stage.part_summary],
         data=folder.manifest["data"]
@@ -84,7 +129,11 @@ def train(run: Run) -> None:
             run.dir / "config.yaml", yaml.safe_dump(to_plain(asdict(config)), allow_unicode=True, sort_keys=False)
         )
 
-    trainer.fit(stage, datamodule)
+    try:
+        fit_or_again(trainer, stage, datamodule, run)
+    except SystemExit:  # asked to leave, all ranks alike
+        leave_process_group()
+        raise
 
     if is_rank_zero():
         figures = {
@@ -97,6 +146,8 @@ def train(run: Run) -> None:
         weights = digest_of_weights(folder.hf) if folder.hf.is_dir() else ""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         folder.update(status="finished", finished=now, figures=figures, weights_digest=weights)
+        if folder.hf.is_dir():  # the model is there; without it (no callback export) the last state stays
+            checkpoints.remove(but_best=True)
         write_report(run.dir / "report.html", [run.dir], run.name)
         say(f"{run.name}: done. Model: {folder.hf}   Report: {run.dir / 'report.html'}")
     leave_process_group()
@@ -104,6 +155,20 @@ def train(run: Run) -> None:
 
 def most_scored(config: RunConfig) -> int:
     return FEW_STEPS if config.debug is Debug.fast else config.data.validation.max_samples
+
+
+def belongs_of(folder: RunFolder, blueprint: Blueprint) -> Belongs:
+    """What a checkpoint of this run says that it is of."""
+    manifest = folder.manifest
+    parent = (manifest["parent"] or {}).get("digest") or digest_of_parts(
+        blueprint.whole, blueprint.vision_tower, blueprint.language_model
+    )
+    return Belongs(
+        stage=manifest["stage"],
+        settings=identity_of(manifest["config"]),
+        data=manifest["data"]["digest"],
+        parent=parent,
+    )
 
 
 def make_stage(blueprint: Blueprint, config: RunConfig) -> Stage:

@@ -118,7 +118,7 @@ def test_throughput_keeps_the_first_loss_and_the_mean_of_the_last_steps(blueprin
 
 def test_validation_is_not_training_time():
     throughput, clock = Throughput(), SimpleNamespace(device=torch.device("cpu"))
-    trainer = SimpleNamespace(max_steps=1, accumulate_grad_batches=9, world_size=1)
+    trainer = SimpleNamespace(max_steps=1, accumulate_grad_batches=9, world_size=1, is_global_zero=True)
     throughput.on_train_start(trainer, clock)
     throughput.on_train_batch_start(trainer, clock, None, 0)
     throughput.on_train_batch_end(trainer, clock, None, None, 0)
@@ -183,7 +183,7 @@ def test_the_guard_stops_before_the_weights_change_and_names_the_samples(bluepri
             stages.append(self)
 
     tokens = {"tokens_per_micro_batch": 900, "global_batch_size": 16}
-    with pytest.raises(UserError, match="Step 2: the loss is nan") as error:
+    with pytest.raises(UserError, match="Step 2: the loss is not a number") as error:
         fit(blueprint, [Before(), Guard()], stage_class=Stage, data=tokens)
     (stage,) = stages
     assert stage.seen and all(name in str(error.value) for name in stage.seen)
@@ -237,7 +237,7 @@ def test_the_end_of_an_answer_is_the_templates_and_not_the_tokenizers(parts):
 
 def test_callbacks_come_in_order_with_export_samples_and_report_last(tmp_path):
     made = make_callbacks(["report", "export", "samples", f"{__name__}.Mine", "guard"], tmp_path, max_samples=7)
-    assert [type(callback).__name__ for callback in made] == ["Mine", "Guard", "Export", "Samples", "Report"]
+    assert [type(callback).__name__ for callback in made] == ["Guard", "Mine", "Export", "Samples", "Report"]
     assert made[3].max_samples == 7
     assert isinstance(made[-1], Report)
     assert [type(callback) for callback in make_callbacks(list(CALLBACKS), tmp_path)] == list(CALLBACKS.values())
@@ -246,7 +246,7 @@ def test_callbacks_come_in_order_with_export_samples_and_report_last(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("throughputs", "there is no callback throughputs; there are throughput, language_loss"),
+        ("throughputs", "there is no callback throughputs; there are guard, throughput, language_loss"),
         ("no_such_package.Mine", "no_such_package.Mine cannot be imported"),
         ("json.dumps", "json.dumps is not a class of lightning.Callback"),
         (f"{__name__}.Needy", "cannot be made without arguments"),

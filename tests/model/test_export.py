@@ -17,6 +17,7 @@ from lit_vlm.data.processor import Processor
 from lit_vlm.model.build import build, draw_up, read_tiling
 from lit_vlm.model.export import export_model
 from lit_vlm.model.generate import generate
+from lit_vlm.model.lora import lora_layers
 from lit_vlm.stages import AlignStage, SFTStage
 
 
@@ -111,6 +112,40 @@ assert not any(name.split(".")[0] in ("lit_vlm", "callbacks") for name in sys.mo
     record = sample("무엇이 보이나요?", "x", (90, 60), seed=0)
     ours = generate(model, collate(processor, [record]), max_new_tokens=8)
     assert json.loads(done.stdout.strip().splitlines()[-1]) == ours[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("largest_file", ["5GB", "100kB"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_and_configs_are_written_byte_for_byte_as_transformers_writes_them(
+    parts, small_parts, tmp_path, dtype, largest_file, tied
+):
+    blueprint = blueprint_of(parts if tied else small_parts)
+    model = build(blueprint, dtype)
+    export_model(model, blueprint.tokenizer, blueprint.images, tmp_path / "hf", largest_file=largest_file)
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf", dtype=dtype)
+    plain.save_pretrained(tmp_path / "theirs", max_shard_size=largest_file)
+    theirs = {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
+    assert (len(theirs) > 3) is (largest_file != "5GB")
+    for name, content in theirs.items():
+        assert (tmp_path / "hf" / name).read_bytes() == content, name
+
+
+def test_merged_adapters_are_bit_for_bit_pefts_own(small_parts, tmp_path):
+    blueprint = blueprint_of(small_parts)
+    stage = SFTStage(blueprint, parts={"language_model": {"lora": {"rank": 4}}, "vision_tower": {"lora": {"rank": 2}}})
+    stage.configure_model()
+    with torch.no_grad():
+        for name, parameter in stage.model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    folder = exported(stage.model, blueprint, tmp_path)
+    plain = AutoModelForImageTextToText.from_pretrained(folder)
+    layers = lora_layers(stage.model)
+    assert len(layers) > 14
+    for name, layer in layers.items():
+        layer.merge(safe_merge=True)
+        assert torch.equal(plain.get_submodule(name).weight, layer.get_base_layer().weight), name
 
 
 def test_the_processor_files_name_what_torchvision_machines_need(small_parts, tmp_path):

@@ -239,9 +239,66 @@ def test_memory_is_compared_for_a_gpu_only(here):
     shape = ["model.vision_tower=tiny", f"model.language_model={large_language_model(here)}"]
     cpu = look(*words, *shape, "trainer.accelerator=cpu")
     assert cpu.error is None and cpu.facts["memory"]["rows"][0]["parts"]["weights"] > 28e9
-    gpu = look(*words, *shape, "trainer.accelerator=gpu")
+    gpu = look(*words, *shape, "trainer.accelerator=gpu", "trainer.strategy=single")
     assert "and NVIDIA RTX 4090 has 24.0 GB" in gpu.told("failure") and "LoRA" in gpu.told("failure")
-    assert "not built in yet" in gpu.page
+    assert "use trainer.strategy=deepspeed_zero3_offload" in gpu.told("failure").replace("Use", "use")
+    assert "devices would do without" in gpu.told("failure")
+
+
+# ---- how the devices share the work
+
+
+def shared(here: Path, *words: str) -> Look:
+    """A model of 7 B on eight H200 or more."""
+    shape = ["model.vision_tower=tiny", f"model.language_model={large_language_model(here)}"]
+    gpu = ["trainer.accelerator=gpu", "trainer.devices=8", "trainer.precision=bf16-mixed"]
+    one = {"format": "builtin", "path": "caption", "language": "ko", "num_samples": 40}
+    data = own_choice(here, sources={"made": one}, validation={"fraction": 0.1})
+    return look(*data, "preflight.num_shown=0", *shape, *gpu, *words)
+
+
+def test_the_chosen_strategy_and_why(here):
+    seen = shared(here)
+    strategy = seen.facts["strategy"]
+    assert (strategy["name"], strategy["asked"]) == ("fsdp2", False)
+    assert "a whole copy needs" in strategy["reason"] and strategy["reason"][2:] in seen.page
+    rows = {row["strategy"]: row for row in seen.facts["memory"]["rows"]}
+    assert {"ddp", "deepspeed_zero2", "deepspeed_zero3", "deepspeed_zero3_offload", "fsdp2"} == set(rows)
+    assert [row["strategy"] for row in seen.facts["memory"]["rows"] if row["chosen"]] == ["fsdp2"]
+    assert "of each node" in rows["deepspeed_zero3_offload"]["note"]
+
+
+def test_copies_that_cannot_fit_are_a_failure_that_names_what_would(here):
+    seen = shared(here, "trainer.strategy=ddp")
+    assert seen.error and "Use trainer.strategy=fsdp2" in seen.told("failure")
+
+
+def test_sharing_out_frozen_weights_is_a_warning(here):
+    seen = shared(here, "stage.trainable=[projector]", "trainer.strategy=deepspeed_zero3")
+    assert seen.error is None, seen.told("failure")
+    assert "nearly all of them are frozen" in seen.told("warning") and "trainer=ddp" in seen.told("warning")
+    assert shared(here, "stage.trainable=[projector]").facts["strategy"]["name"] == "ddp"
+
+
+def test_offloading_is_a_warning_that_says_how_many_devices_would_do_without(here):
+    seen = shared(here, "trainer.devices=2", "preflight.device=l40s")
+    assert seen.facts["strategy"]["name"] == "deepspeed_zero3_offload" and seen.error is None
+    assert "4 devices would do without" in seen.told("warning")
+
+
+def test_groups_that_do_not_divide_the_devices_are_a_failure(here):
+    seen = shared(here, "trainer.strategy=hsdp", "trainer.shard_size=3", "trainer.num_nodes=2")
+    assert "trainer.shard_size=3 does not divide the 16 devices" in seen.told("failure")
+    assert "one of 2, 4, 8" in seen.told("failure")
+
+
+def test_a_slow_network_makes_the_run_longer(here):
+    """And the page says how much of the time is waiting."""
+    words = ["trainer.num_nodes=2", "trainer.strategy=deepspeed_zero3"]
+    fast, slow = (shared(here, *words, f"preflight.network={speed}") for speed in (3200, 48))
+    assert slow.facts["time"]["seconds"] > 2 * fast.facts["time"]["seconds"]
+    assert slow.facts["strategy"]["outside"] == fast.facts["strategy"]["outside"] > 0
+    assert "48 Gb/s per node" in slow.page and "of the time is waiting" in slow.page
 
 
 def large_language_model(folder: Path) -> Path:
@@ -326,3 +383,22 @@ def test_long_samples(here):
 
 def forbidden(*args, **kwargs):
     raise AssertionError("weights were read")
+
+
+def test_training_takes_what_preflight_chooses(here, monkeypatch, capsys):
+    """On GPUs, by their real memory; here their number and memory are claimed."""
+    from lit_vlm.tasks.strategy import settle_strategy
+    from lit_vlm.tasks.train import make_stage
+
+    shape = ["model.vision_tower=tiny", f"model.language_model={large_language_model(here)}"]
+    one = {"format": "builtin", "path": "caption", "language": "ko", "num_samples": 40}
+    gpu = ["trainer.accelerator=gpu", "trainer.devices=8", "trainer.precision=bf16-mixed"]
+    job = parse([*LOOK, *own_choice(here, sources={"made": one}), *shape, *gpu])
+    data = stage_data(job, *open_sources(job), job.init_from)
+    data.datamodule.build()
+    there = type("Device", (), {"name": "a card", "total_memory": 80 * 10**9})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: there)
+    settled = settle_strategy(data, lambda: make_stage(data.blueprint, job.config))
+    assert settled.trainer.strategy.value == "fsdp2" and job.config.trainer.strategy.value == "auto"
+    assert "strategy: fsdp2: a whole copy needs" in " ".join(capsys.readouterr().out.split())

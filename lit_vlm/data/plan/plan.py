@@ -109,6 +109,11 @@ class Plan:
         """All samples that are drawn, step after step, for `Mixture.rows`; the ledger's are among them."""
         return self._steps["samples"]
 
+    @property
+    def ends(self) -> np.ndarray:
+        """[steps]: step i's draws are `draws()[ends[i - 1]:ends[i]]`, from 0 on for the first."""
+        return self._steps["ends"]
+
     def balance(self) -> dict[str, Any]:
         """How equal the packs are, and how large.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from lit_vlm.config.schema import Format, SourceConfig
 from lit_vlm.data.readers.by_keys import NEEDED, format_of, keys_of
 from lit_vlm.data.readers.rows import JoinedRows, Rows, json_files, tables, tars
+from lit_vlm.data.staging import staged
 from lit_vlm.types import RecordError, UserError
 
 ENDINGS = (".jsonl", ".json", ".parquet", ".arrow", ".tar")
@@ -30,7 +31,7 @@ def existing(name: str, setting: str, value: str | None, config: SourceConfig | 
     """
     if value is None:
         raise UserError(f"data.sources.{name}.{setting} is not set; give the dataset's file or folder.")
-    path = Path(value).expanduser()
+    path = staged(Path(value).expanduser())
     if not path.exists():
         folder = path.parent
         beside = nearest(path.name, os.listdir(folder)) if folder.is_dir() else f"; nor is there a folder {folder}"

@@ -17,6 +17,7 @@ from lit_vlm.data.readers.labels import Labels
 from lit_vlm.data.readers.place import Place, Settings
 from lit_vlm.data.readers.record import make_sample
 from lit_vlm.data.readers.regions import read_regions
+from lit_vlm.data.staging import original
 from lit_vlm.types import Content, Control, ImageSlot, ImageSource, Message, Role, Sample, UserError
 
 _READING = 1  # raise it when the same files are read differently; it is part of the digest
@@ -99,6 +100,7 @@ class MappedSource:
     def _digest_of_rest(self) -> str:
         settings = {**dataclasses.asdict(self._settings), "mapping": dataclasses.asdict(self._mapping)}
         del settings["source"]  # a name
+        settings["image_root"] = original(self._settings.image_root)
         return json.dumps(settings, default=str, sort_keys=True) + self._pictures.digest()
 
     def _template(self, setting: str) -> Template | None:

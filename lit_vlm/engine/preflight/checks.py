@@ -159,15 +159,17 @@ def _of_memory(facts: Facts, config: RunConfig) -> Iterator[Finding]:
         stays = sum(size for name, size in chosen.parts.items() if name not in ACTIVATIONS)
         if stays > memory.capacity:
             what += f"; weights, gradients and optimizer alone need {gigabytes(stays)}"
-        yield Finding(Level.failure, f"{what}.", _ways_out(memory, config, stays))
+        yield Finding(Level.failure, f"{what}.", _ways_out(facts, memory, config, stays))
     elif chosen.total > NEARLY_FULL * memory.capacity:
         what = f"About {gigabytes(chosen.total)} of the {gigabytes(memory.capacity)} of {memory.device} are needed; that is tight."
         yield Finding(Level.warning, what, "Lower data.tokens_per_micro_batch a little.")
 
 
-def _ways_out(memory: MemoryFacts, config: RunConfig, stays: float) -> str:
-    """What makes it fit: less in a micro-batch where that is enough, else less that stays."""
-    ways = []
+def _ways_out(facts: Facts, memory: MemoryFacts, config: RunConfig, stays: float) -> str:
+    """What makes it fit: another strategy, less in a micro-batch where that is enough, else less that stays."""
+    strategy, ways = facts.strategy, list[str]()
+    if strategy and strategy.advised_fits and strategy.advised != strategy.name:
+        ways.append(f"use trainer.strategy={strategy.advised} ({strategy.reason})")
     if stays < memory.capacity:
         ways.append("lower data.tokens_per_micro_batch and data.tiles_per_micro_batch")
         if not config.stage.activation_checkpointing:
@@ -175,10 +177,13 @@ def _ways_out(memory: MemoryFacts, config: RunConfig, stays: float) -> str:
     if config.trainer.precision != "bf16-true":
         ways.append("set trainer.precision=bf16-true (moments in bfloat16 too)")
     ways.append("train fewer parts (stage.trainable), or with LoRA (stage.parts.<part>.lora.rank)")
-    sharing = [row.name for row in memory.rows if not row.built and row.total < memory.capacity]
-    later = f" {sharing[0]} would fit, and is not built in yet." if sharing else ""
     text = ", or ".join(ways)
-    return f"{text[0].upper()}{text[1:]}.{later}"
+    beyond = f" {_sentence(strategy.reason)}" if strategy and not strategy.advised_fits else ""
+    return f"{_sentence(text)}{beyond}"
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _listed(faults: dict[str, int]) -> str:

@@ -140,13 +140,13 @@ class PartRow:
 
 @dataclass(frozen=True, slots=True)
 class MemoryRow:
-    """The estimate of one device for one way to train; `built` says whether the trainer can do it."""
+    """The estimate of one device for one way to train."""
 
     name: str
+    strategy: str  # of trainer.strategy
     world_size: int
     parts: dict[str, float]  # bytes
     chosen: bool
-    built: bool
     note: str = ""
 
     @property
@@ -167,6 +167,29 @@ class MemoryFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class StrategyFacts:
+    """How the devices share the work. Seconds and bytes are simulated, of an optimizer step."""
+
+    name: str  # of trainer.strategy
+    title: str
+    asked: bool  # by trainer.strategy; else chosen
+    advised: str  # what trainer.strategy=auto comes to
+    reason: str  # why
+    advised_fits: bool
+    network: str
+    step: float  # seconds
+    communication: float  # seconds that the busier of the links is in use
+    exposed: float  # seconds of it that no computing hides
+    inside: float  # bytes into a device from its own node
+    outside: float  # bytes into a node from others
+
+    @property
+    def share(self) -> float:
+        """Of the speed that the devices would have if nothing had to be sent."""
+        return 1 - self.exposed / self.step if self.step else 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class TimeFacts:
     flops: float  # of the whole plan, recomputing and reference included
     devices: int
@@ -174,6 +197,7 @@ class TimeFacts:
     peak: float  # FLOP/s
     utilisation: float
     balance: float
+    network: float  # share of the speed that is left while the network is waited for
     seconds: float
     device_hours: float
 
@@ -244,6 +268,7 @@ class Facts:
     plan: PlanFacts | None = None
     parts: list[PartRow] = field(default_factory=list)
     memory: MemoryFacts | None = None
+    strategy: StrategyFacts | None = None
     time: TimeFacts | None = None
     disk: list[DiskRow] = field(default_factory=list)
     samples: list[ShownSample] = field(default_factory=list)

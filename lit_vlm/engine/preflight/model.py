@@ -6,24 +6,24 @@ import copy
 import os
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig, Strategy
-from lit_vlm.cost import DEVICES, Flops, Load, Parameters, Shape, Training, memory_of
-from lit_vlm.cost.memory import Precision, Sharding
+from lit_vlm.cost import DEVICES, Flops, Load, Parameters, Situation, Training
+from lit_vlm.cost.memory import Precision, host_bytes
 from lit_vlm.engine.preflight.facts import DiskRow, MemoryFacts, MemoryRow, PartRow, PlanFacts, TimeFacts
+from lit_vlm.engine.preflight.page import gigabytes
+from lit_vlm.engine.preflight.strategy import NAMES, ways
 from lit_vlm.model.build import Blueprint, build_on_meta
 from lit_vlm.model.parts import part_of
 from lit_vlm.stages import Stage
 from lit_vlm.types import Part
 
-WORLD = 8  # devices that the ways to share are shown for where the run has one
 REPORT_BYTES = 5e6  # a report with its pictures, samples and metrics; about what the shipped recipes leave
-OUR_WAYS = (Sharding.single, Sharding.ddp)
-OTHER_WAYS = {Sharding.zero2: "ZeRO-2", Sharding.zero3: "ZeRO-3", Sharding.fsdp2: "FSDP2"}
 
 
 def outline(stage: Stage, blueprint: Blueprint) -> Stage:
@@ -80,56 +80,50 @@ def training_of(config: RunConfig, parameters: Parameters) -> Training:
     )
 
 
-def memory_facts(config: RunConfig, shape: Shape, parameters: Parameters, plan: PlanFacts) -> MemoryFacts:
-    """The chosen way first, with and without activation checkpointing, then the others."""
-    device = DEVICES[config.preflight.device]
-    load = Load(round(plan.pack_tokens.most), round(plan.pack_tiles.most), plan.most_supervised)
-    chosen, world = chosen_way(config, plan.world_size), plan.world_size
-    training = training_of(config, parameters)
-    rows = []
-    for checkpointing in (training.checkpointing, not training.checkpointing):
-        memory = memory_of(shape, parameters, _with(training, checkpointing), load, chosen, world)
-        name = _name(chosen, world) + (" with activation checkpointing" if checkpointing else "")
-        own = checkpointing is training.checkpointing
-        name += " without activation checkpointing" if not own and not checkpointing else ""
-        rows.append(MemoryRow(name, world, memory.parts, own, chosen in OUR_WAYS))
-    spread = world if world > 1 else WORLD
-    for way in (Sharding.ddp, *OTHER_WAYS):
-        if way is not chosen and (spread > 1):
-            memory = memory_of(shape, parameters, training, load, way, spread)
-            rows.append(MemoryRow(_name(way, spread), spread, memory.parts, False, way in OUR_WAYS))
-    caps = Load(plan.most_tokens, plan.most_tiles, round(plan.most_tokens * load.supervised / max(load.tokens, 1)))
-    at_caps = memory_of(shape, parameters, training, caps, chosen, world).total
-    compared = config.trainer.accelerator in ("gpu", "cuda")
+def memory_facts(config: RunConfig, of: Situation, used: Strategy, plan: PlanFacts) -> MemoryFacts:
+    """The way of this run first, with and without activation checkpointing, then the others."""
+    own, rows = of.training.checkpointing, []
+    for checkpointing in (own, not own):
+        other = replace(of, training=replace(of.training, checkpointing=checkpointing))
+        with_it = (
+            " with activation checkpointing" if checkpointing else " without activation checkpointing" if own else ""
+        )
+        rows.append(_row(other, used, chosen=checkpointing is own, more=with_it))
+    rows += [_row(of, strategy) for strategy in ways(of) if strategy is not used]
+    caps = Load(
+        plan.most_tokens, plan.most_tiles, round(plan.most_tokens * of.load.supervised / max(of.load.tokens, 1))
+    )
+    at_caps = replace(of, load=caps).memory(used).total
+    device = of.device or DEVICES[config.preflight.device]
+    load, compared = of.load, of.device is not None
     return MemoryFacts(device.name, device.memory, compared, load.tokens, load.tiles, load.supervised, at_caps, rows)
 
 
-WAYS = {
-    Strategy.single: Sharding.single,
-    Strategy.ddp: Sharding.ddp,
-    Strategy.deepspeed_zero2: Sharding.zero2,
-    Strategy.deepspeed_zero3: Sharding.zero3,
-    Strategy.deepspeed_zero3_offload: Sharding.zero3,
-    Strategy.fsdp2: Sharding.fsdp2,
-    Strategy.hsdp: Sharding.fsdp2,
-}
+def _row(of: Situation, strategy: Strategy, *, chosen: bool = False, more: str = "") -> MemoryRow:
+    name, note = NAMES[strategy], ""
+    if of.world_size > 1:
+        name += f" over {of.world_size:,} devices"
+    if strategy is Strategy.hsdp:
+        name += f", {of.shard_size or of.devices_per_node} to a copy"
+    if strategy is Strategy.deepspeed_zero3_offload:
+        host = host_bytes(of.parameters, of.training, of.world_size, of.devices_per_node)
+        note = f"and {gigabytes(host)} of each node's own memory"
+    return MemoryRow(name + more, strategy.value, of.world_size, of.memory(strategy).parts, chosen, note)
 
 
-def chosen_way(config: RunConfig, world_size: int) -> Sharding:
-    """What `trainer.strategy` comes to."""
-    return WAYS.get(config.trainer.strategy, Sharding.ddp if world_size > 1 else Sharding.single)
-
-
-def time_facts(config: RunConfig, flops: float, plan: PlanFacts) -> TimeFacts:
+def time_facts(config: RunConfig, flops: float, plan: PlanFacts, network: float) -> TimeFacts:
+    """`network`: share of the devices' speed that is left while the network is waited for."""
     device, share = DEVICES[config.preflight.device], config.preflight.utilisation
-    seconds = device.seconds(flops, devices=plan.world_size, utilisation=share, balance=plan.balance_ranks)
+    balance = plan.balance_ranks
+    seconds = device.seconds(flops, devices=plan.world_size, utilisation=share, balance=balance) / network
     return TimeFacts(
         flops=flops,
         devices=plan.world_size,
         device=device.name,
         peak=device.peak,
         utilisation=share,
-        balance=plan.balance_ranks,
+        balance=balance,
+        network=network,
         seconds=seconds,
         device_hours=seconds * plan.world_size / 3600,
     )
@@ -163,16 +157,3 @@ def bytes_in(folder: Path) -> int:
 def _free(path: Path) -> float:
     place = next(place for place in (path, *path.parents) if os.path.lexists(place))
     return float(shutil.disk_usage(place).free)
-
-
-def _name(way: Sharding, world_size: int) -> str:
-    if way is Sharding.single:
-        return "one device"
-    name = "DDP" if way is Sharding.ddp else OTHER_WAYS[way]
-    return f"{name} over {world_size:,} devices"
-
-
-def _with(training: Training, checkpointing: bool) -> Training:
-    return Training(
-        training.precision, training.trains_language_model, training.trains_tower, checkpointing, training.reference
-    )

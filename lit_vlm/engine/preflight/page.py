@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from lit_vlm.engine.preflight.charts import histogram_svg, legend
-from lit_vlm.engine.preflight.facts import Facts, Level, MemoryFacts, SourceRow
+from lit_vlm.engine.preflight.facts import Facts, Level, MemoryFacts, SourceRow, StrategyFacts
 from lit_vlm.engine.report_data import short
 from lit_vlm.engine.run_folder import to_plain, write_atomically
 
@@ -47,6 +47,7 @@ def render(facts: Facts) -> str:
                 for histogram in facts.histograms
             ],
             memory=_memory(facts.memory) if facts.memory else None,
+            sent=sent_of(facts.strategy) if facts.strategy and facts.strategy.communication else None,
         )
     )
     return sayable(text)
@@ -80,6 +81,27 @@ def lead_of(facts: Facts) -> str:
         if chosen:
             parts.append(f"{gigabytes(chosen.total)} of {gigabytes(facts.memory.capacity)} memory")
     return ", ".join(parts)
+
+
+def said_of(strategy: StrategyFacts) -> list[str]:
+    """How the devices share the work, why, and what that sends."""
+    if strategy.asked:
+        lines = [f"strategy: {strategy.name}, as trainer.strategy says"]
+        if strategy.advised != strategy.name:
+            lines.append(f"  auto would take {strategy.advised}: {strategy.reason}")
+    else:
+        lines = [f"strategy: {strategy.name}: {strategy.reason}"]
+    return [*lines, f"  {sent_of(strategy)}"] if strategy.communication else lines
+
+
+def sent_of(strategy: StrategyFacts) -> str:
+    """What a step sends, simulated."""
+    outside = f", {gigabytes(strategy.outside)} into each node" if strategy.outside else ""
+    waits = f"{strategy.communication:.2g} s of sending beside {strategy.step - strategy.exposed:.2g} s of computing"
+    return (
+        f"a step brings {gigabytes(strategy.inside)} to each device from its node{outside} ({strategy.network}): {waits}, "
+        f"{percent(1 - strategy.share)} of the time is waiting"
+    )
 
 
 def gigabytes(number: float) -> str:

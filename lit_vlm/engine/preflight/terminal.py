@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lit_vlm.engine.preflight.facts import Facts, Level, SourceRow
-from lit_vlm.engine.preflight.page import count, gigabytes, hours, lead_of, percent, sayable, verdict_of
+from lit_vlm.engine.preflight.page import count, gigabytes, hours, lead_of, percent, said_of, sayable, verdict_of
 from lit_vlm.engine.report_data import short
 
 STYLES = {Level.failure: "bold red", Level.warning: "yellow", Level.advice: "cyan"}
@@ -105,15 +105,16 @@ def _parts(facts: Facts) -> Table:
 
 
 def _machine(facts: Facts) -> list[str]:
-    lines = [""]
+    lines = ["", *(said_of(facts.strategy) if facts.strategy else [])]
     if facts.memory:
         memory = facts.memory
         apart = "" if memory.compared else ", not compared: the trainer is on a CPU"
         lines.append(f"memory of one device, an upper estimate ({memory.device}: {gigabytes(memory.capacity)}{apart})")
         width = max(len(row.name) for row in memory.rows)
         for row in memory.rows:
-            note = "  this run" if row.chosen else "" if row.built else "  not built in yet"
-            lines.append(f"  {row.name:<{width}}  {gigabytes(row.total):>8}{note}")
+            notes = ["this run"] if row.chosen else []
+            notes += [row.note] if row.note else []
+            lines.append(f"  {row.name:<{width}}  {gigabytes(row.total):>8}  {', '.join(notes)}".rstrip())
     if facts.time:
         time = facts.time
         lines.append(

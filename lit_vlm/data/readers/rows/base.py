@@ -8,6 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from lit_vlm.data.staging import original
+
 
 class Hasher(Protocol):
     def update(self, data: bytes, /) -> None: ...
@@ -64,6 +66,6 @@ def split_at(ends: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, 
 
 
 def identity(path: Path) -> tuple[str, int, int]:
-    """A file as it is now: path, bytes, and nanoseconds of its last change."""
+    """A file as it is now: path, bytes, and nanoseconds of its last change. A staged copy is its original."""
     status = path.stat()
-    return str(path.resolve()), status.st_size, status.st_mtime_ns
+    return str(original(path.resolve())), status.st_size, status.st_mtime_ns

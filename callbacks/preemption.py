@@ -1,0 +1,141 @@
+"""Saves and leaves when a scheduler or a person asks for it: at the end of a step, on all ranks alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+import lightning as L
+import torch
+
+from lit_vlm.engine.consensus import Word, consensus_of, is_last_micro_step
+from lit_vlm.engine.exits import INTERRUPTED, RESTART
+from lit_vlm.engine.signals import Ask, Signals, current, listening
+from lit_vlm.engine.slurm import is_preempted, own_job, requeue
+
+# Where ranks were asked differently: a time limit is everybody's, and a person who interrupts wants no new start.
+BY_WEIGHT = (Ask.requeue, Ask.interrupt, Ask.leave)
+AGAIN = "The same command goes on from there."
+
+
+class Saves(Protocol):
+    """What is needed of the checkpoint callback."""
+
+    def save_now(self, trainer: L.Trainer, pl_module: L.LightningModule, wait: bool) -> Any: ...
+
+
+class Preemption(L.Callback):
+    """On SIGUSR1 and SIGUSR2 (time limit, preemption), SIGTERM and Ctrl-C: see `lit_vlm/engine/signals.py`.
+
+    Handlers only tell; the ranks exchange what they were told once per optimizer step. After the step all save, the first
+    one requeues the Slurm job where that was asked, and all leave by `SystemExit`: RESTART (75), INTERRUPTED (130) after
+    Ctrl-C. In validation they look after each batch.
+    """
+
+    def __init__(self) -> None:
+        self._signals: Signals | None = None
+        self._stack = ExitStack()
+        self._asked: list[Ask] = []
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._stack.enter_context(listening())
+        self._signals, self._asked = current(), []
+        _silence(trainer)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._signals is not None:
+            self._signals.listener = _teller(trainer, self._asked)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if not is_last_micro_step(trainer):
+            return
+        consensus = consensus_of(trainer)
+        self._act(trainer, pl_module, [ask for ask in BY_WEIGHT if consensus.heard(Word(ask.value))])
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """The state is that of the step before; the rest of this validation is not made up for."""
+        if self._signals is not None and self._signals.listener is not None:
+            self._act(trainer, pl_module, _asked_of_any(trainer, self._asked))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._signals is not None:
+            self._signals.listener = None  # what follows is done again by the next start, when this one is ended
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._let_go()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if self._signals is not None:
+            self._signals.listener = None
+        self._signals = None
+        self._stack.close()
+
+    def _act(self, trainer: L.Trainer, pl_module: L.LightningModule, asks: list[Ask]) -> None:
+        if not asks:
+            return
+        saved = _save(trainer, pl_module)
+        if trainer.is_global_zero:
+            print(f"Asked to {asks[0]}: {saved}; {_requeued(asks[0])}", flush=True)
+        trainer.strategy.barrier("leave")  # nobody leaves before Slurm has answered: the first to leave ends the step
+        raise SystemExit(INTERRUPTED if asks[0] is Ask.interrupt else RESTART)
+
+
+def _teller(trainer: L.Trainer, asked: list[Ask]) -> Callable[[Ask], None]:
+    consensus = consensus_of(trainer)
+
+    def tell(ask: Ask) -> None:
+        asked.append(ask)
+        consensus.tell(Word(ask.value))
+
+    return tell
+
+
+def _asked_of_any(trainer: L.Trainer, asked: list[Ask]) -> list[Ask]:
+    """What some rank was asked. All ranks must call it at the same place."""
+    mine = asked[:]
+    flags = torch.tensor([float(ask in mine) for ask in BY_WEIGHT], device=trainer.strategy.root_device)
+    if trainer.world_size > 1:
+        torch.distributed.all_reduce(flags)
+    return [ask for ask, flag in zip(BY_WEIGHT, flags.tolist(), strict=True) if flag]
+
+
+def _save(trainer: L.Trainer, pl_module: L.LightningModule) -> str:
+    """What was saved, in words."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    saver: Saves | None = next((found for found in callbacks if hasattr(found, "save_now")), None)
+    if saver is None:
+        return f"left after step {trainer.global_step:,} without saving, for no checkpoint callback is there"
+    saver.save_now(trainer, pl_module, wait=True)
+    return f"saved at step {trainer.global_step:,}"
+
+
+def _requeued(ask: Ask) -> str:
+    """Put the job back into the queue where that is right, and say what happens next."""
+    job = own_job()
+    if job is None or ask is Ask.interrupt or (ask is Ask.leave and not is_preempted(job)):
+        return f"left. {AGAIN}"
+    refused = requeue(job)
+    if refused:
+        return f"job {job} could not be requeued ({refused}). Submit it again: {AGAIN[0].lower()}{AGAIN[1:]}"
+    return f"job {job} is requeued and goes on from there."
+
+
+def _silence(trainer: L.Trainer) -> None:
+    """Lightning's own handling off: a handler in which ranks wait for each other, and a broadcast before every micro-batch
+    that makes the host wait for the device."""
+    trainer._signal_connector.register_signal_handlers = lambda: None
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None

@@ -1,0 +1,104 @@
+"""What would make a bad Slurm job, found before anything is written or submitted."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from lit_vlm.config.schema import RunConfig, SubmitConfig
+
+_TIME = re.compile(
+    r"(?:(?P<days>\d+)-(?P<dhours>\d+)(?::(?P<dminutes>\d+)(?::(?P<dseconds>\d+))?)?|\d+(?::\d+){0,2})\Z"
+)
+_OPEN_END = ("UNLIMITED", "INFINITE")
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)\Z")
+# Options of sbatch that follow from other settings.
+OWNED = {
+    "--nodes": "trainer.num_nodes",
+    "--ntasks": "trainer.devices and trainer.num_nodes",
+    "--ntasks-per-node": "trainer.devices",
+    "--cpus-per-task": "submit.cpus_per_task",
+    "--gpus-per-node": "submit.gpus_per_node",
+    "--signal": "submit.signal_seconds",
+    "--output": "run_dir; the log is in the run's folder",
+    "--dependency": "the order of the recipe's stages",
+}
+
+
+def mistakes_in_submit(config: RunConfig) -> Iterator[str]:
+    """Mistakes in `submit`, alone and with the trainer's settings."""
+    submit = config.submit
+    yield from _gpus(config)
+    for name in ("cpus_per_task", "signal_seconds"):
+        value = getattr(submit, name)
+        if value is not None and value < 1:
+            yield f"submit.{name}: must be above 0, found {value}."
+    yield from _time(submit)
+    for name in ("partition", "account", "qos", "constraint", "memory", "container", "stage_to"):
+        value = getattr(submit, name)
+        if value is not None and (not value.strip() or "\n" in value):
+            yield f"submit.{name}: must be one word of Slurm's, found {value!r}."
+    if submit.stage_to is not None and submit.stage_to[:1] not in ("/", "$"):
+        yield f"submit.stage_to: is a folder on each node and must begin with / or a variable of it, found {submit.stage_to}."
+    if submit.container_mounts and submit.container is None:
+        yield "submit.container_mounts: there is no submit.container that something could be mounted into."
+    yield from _env(submit)
+    for line in submit.extra:
+        option = line.partition("=")[0].partition(" ")[0]
+        if not line.startswith("-") or "\n" in line:
+            yield f"submit.extra: each is an option of sbatch, as --exclusive; found {line!r}."
+        elif option in OWNED:
+            yield f"submit.extra: {option} is not given here; it follows from {OWNED[option]}."
+
+
+def _gpus(config: RunConfig) -> Iterator[str]:
+    gpus, trainer = config.submit.gpus_per_node, config.trainer
+    if gpus is None:
+        return
+    if gpus < 0:
+        yield f"submit.gpus_per_node: must be 0 or above, found {gpus}."
+    elif gpus and trainer.accelerator == "cpu":
+        yield f"submit.gpus_per_node: {gpus} GPUs, and trainer.accelerator=cpu would leave them idle; choose trainer=ddp, ... or 0."
+    elif trainer.accelerator in ("gpu", "cuda") and gpus < trainer.devices:
+        yield (
+            f"submit.gpus_per_node: {gpus} GPUs for trainer.devices={trainer.devices} processes of a node; each needs one."
+        )
+
+
+def _time(submit: SubmitConfig) -> Iterator[str]:
+    if submit.time is None or submit.time.upper() in _OPEN_END:
+        return
+    seconds = seconds_of(submit.time)
+    if seconds is None:
+        yield f"submit.time: expected minutes, hours:minutes:seconds or days-hours:minutes:seconds, found {submit.time!r}."
+    elif seconds <= submit.signal_seconds:
+        yield (
+            f"submit.time: {submit.time} is {seconds} s, and the run would be told to save and leave"
+            f" submit.signal_seconds={submit.signal_seconds} s before its end, so at once."
+        )
+
+
+def seconds_of(time: str) -> int | None:
+    """Of a time limit as sbatch reads it: minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s. None when it is none."""
+    found = _TIME.match(time)
+    if found is None:
+        return None
+    if found["days"]:
+        days, hours, minutes, seconds = (int(found[name] or 0) for name in ("days", "dhours", "dminutes", "dseconds"))
+    else:
+        parts = [int(part) for part in time.split(":")]
+        days = 0
+        hours, minutes, seconds = parts if len(parts) == 3 else (0, *parts) if len(parts) == 2 else (0, parts[0], 0)
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+
+
+def _env(submit: SubmitConfig) -> Iterator[str]:
+    for name in submit.env:
+        if not _NAME.match(name):
+            yield f"submit.env.{name}: is no name of an environment variable."
+        elif _SECRET.search(name.upper()):
+            yield (
+                f"submit.env.{name}: would stand in the script and the run's settings for all to read. Export it in your"
+                " shell: sbatch hands the shell's environment on."
+            )

@@ -1,0 +1,106 @@
+"""Ranks that were started with different settings, code or data are told so before the first step, instead of hanging in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import socket
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from lit_vlm.config.schema import RunConfig
+from lit_vlm.data.datamodule import DataModule
+from lit_vlm.engine.checkpoint import plan_digest
+from lit_vlm.engine.run_folder import to_plain, versions
+from lit_vlm.types import UserError
+
+# Settings of one machine. All others, those of `config/elsewhere.py` too, are the same on all ranks.
+OF_A_MACHINE = ("run_dir", "index_dir", "num_threads", "num_workers", "index_workers", "enable_progress_bar", "logger")
+NUM_NAMED = 8  # ranks, and settings
+
+
+class Agreement(L.Callback):
+    """Compares the ranks once the process group stands. UserError on the first, exit status 1 on all."""
+
+    def __init__(self, config: RunConfig, datamodule: DataModule) -> None:
+        self.config, self.datamodule = config, datamodule
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.world_size > 1:
+            require_same(facts_of(self.config, self.datamodule), trainer.strategy.root_device)
+
+
+def facts_of(config: RunConfig, datamodule: DataModule) -> dict[str, Any]:
+    """What must be the same on all ranks, by what a message calls it."""
+    plan, index = datamodule.plan, datamodule.index
+    assert plan is not None and index is not None
+    return {
+        "settings": _flat(to_plain(asdict(config))),
+        "code": code_digest(),
+        "packages": versions(),
+        "data": index.digest(),
+        "plan": [plan_digest(plan), plan.k, plan.world_size],
+    }
+
+
+def code_digest() -> str:
+    """Of the sources of this package and of the callbacks."""
+    root, hasher = Path(__file__).resolve().parents[2], hashlib.sha256()
+    for file in sorted([*root.glob("lit_vlm/**/*.py"), *root.glob("callbacks/*.py")]):
+        hasher.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
+    return hasher.hexdigest()
+
+
+def require_same(facts: dict[str, Any], device: torch.device) -> None:
+    """One all-gather of a digest per fact; only where they differ do the ranks say more.
+
+    Raises:
+        UserError: on all ranks; the first one's names the ranks and what differs.
+    """
+    digests = b"".join(hashlib.sha256(json.dumps(fact, sort_keys=True).encode()).digest() for fact in facts.values())
+    mine = torch.frombuffer(bytearray(digests), dtype=torch.uint8).view(len(facts), -1).to(device)
+    world = torch.distributed.get_world_size()
+    gathered = [torch.empty_like(mine) for _ in range(world)]
+    torch.distributed.all_gather(gathered, mine)
+    equal = torch.stack([(other == gathered[0]).all(dim=1) for other in gathered]).tolist()  # [ranks, facts]
+    if all(map(all, equal)):
+        return
+    told: list[Any] = [None] * world
+    torch.distributed.all_gather_object(told, (socket.gethostname(), facts["settings"]))
+    if torch.distributed.get_rank():
+        raise UserError("")
+    different = [
+        f"rank {rank} on {told[rank][0]} in its {' and '.join(_names(facts, same, told[rank][1], told[0][1]))}"
+        for rank, same in enumerate(equal)
+        if not all(same)
+    ]
+    more = f"; and {len(different) - NUM_NAMED} more ranks" if len(different) > NUM_NAMED else ""
+    raise UserError(
+        f"The ranks were not started alike. Other than rank 0 on {told[0][0]}: {'; '.join(different[:NUM_NAMED])}{more}. "
+        "Start all of them with the same command, the same checkout and packages, and the same files."
+    )
+
+
+def _names(facts: dict[str, Any], same: list[bool], settings: dict[str, Any], first: dict[str, Any]) -> list[str]:
+    """What a rank differs in. Different settings and packages bring other data and another plan; the cause is named."""
+    names = [name for name, equal in zip(facts, same, strict=True) if not equal]
+    if "settings" in names:
+        keys = [key for key in sorted({*settings, *first}) if settings.get(key) != first.get(key)]
+        shown = ", ".join(f"{key} ({settings.get(key)} and not {first.get(key)})" for key in keys[:NUM_NAMED])
+        return [f"settings: {shown}", *(name for name in names if name in ("code", "packages"))]
+    return names
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {
+            key: leaf
+            for name, item in value.items()
+            if name not in OF_A_MACHINE
+            for key, leaf in _flat(item, f"{prefix}{name}.").items()
+        }
+    return {prefix.rstrip("."): value}

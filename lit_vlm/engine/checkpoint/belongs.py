@@ -1,0 +1,80 @@
+"""What a checkpoint is of: a state goes on only in the run that it came from."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from lit_vlm.data.plan.plan import Plan
+
+BLOCK = 1 << 20  # samples that are hashed at a time
+WORDS = {"stage": "stage", "data": "data", "parent": "model to start from", "plan": "samples in its steps"}
+
+
+@dataclass(slots=True)
+class Belongs:
+    """Digests and settings that a resumed run must share with the one that was left. Empty ones are not compared.
+
+    Attributes:
+        settings: all settings that say what is computed; those that say where and how fast are left out.
+        data: of the sources.
+        parent: of the weights that do not train, which a checkpoint does not hold.
+        plan: of all samples in all steps.
+    """
+
+    stage: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    data: str = ""
+    parent: str = ""
+    plan: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def differences(self, stored: dict[str, Any]) -> list[str]:
+        """In what a stored one differs from this, in words a person knows."""
+        found = []
+        if self.settings and stored.get("settings"):
+            mine, theirs = _flat(self.settings), _flat(stored["settings"])
+            keys = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+            found += [f"{key} (it has {theirs.get(key)}, this run {mine.get(key)})" for key in keys]
+        mine = self.as_dict()
+        found += [word for key, word in WORDS.items() if mine[key] and stored.get(key) and mine[key] != stored[key]]
+        return found
+
+
+class Consumed:
+    """SHA-256 over the ids of the samples that the steps up to one drew: a function of the plan, and of nothing else.
+
+    Samples of the ledger count as they were drawn, so that a record that turns bad later changes no digest of the past.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan, self._done = plan, 0
+        self._hasher = hashlib.sha256("\0".join(source.name for source in plan.index.sources).encode())
+
+    def until(self, step: int) -> str:
+        """Of the steps before `step`; to be asked in growing order."""
+        index, ends = self._plan.index, self._plan.ends
+        end = int(ends[step - 1]) if step else 0
+        for start in range(self._done, end, BLOCK):
+            samples = self._plan.draws()[start : min(start + BLOCK, end)]
+            rows = np.stack([index.source_of[samples], index.position[samples]], axis=1)
+            self._hasher.update(rows.astype("<i8").tobytes())
+        self._done = max(self._done, end)
+        return self._hasher.copy().hexdigest()
+
+
+def plan_digest(plan: Plan) -> str:
+    """Of every sample of every step, whatever the world size and the micro-batches."""
+    ends = hashlib.sha256(np.asarray(plan.ends, dtype="<i8").tobytes()).hexdigest()
+    return hashlib.sha256((Consumed(plan).until(plan.num_steps) + ends).encode()).hexdigest()
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(value, dict) and value:
+        return {key: leaf for name, item in value.items() for key, leaf in _flat(item, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): value}

@@ -1,0 +1,100 @@
+"""The folder of a run's checkpoints: which are there, which is the newest, which may go."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from lit_vlm.engine.checkpoint.durable import remove_folder, sync_folder, write_text
+
+LATEST, BEST = "latest", "best"
+NAME = re.compile(r"step-(\d{8,})")
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """`<run>/checkpoints`. Only rank 0 removes, renames and points; a name without a dot in front is complete."""
+
+    path: Path
+
+    def of(self, step: int) -> Path:
+        return self.path / f"step-{step:08d}"
+
+    def draft(self, step: int) -> Path:
+        """Where a checkpoint is written before it has its name."""
+        return self.path / f".step-{step:08d}"
+
+    def steps(self) -> list[int]:
+        """Of the complete ones, the newest first."""
+        entries = self.path.iterdir() if self.path.is_dir() else ()
+        return sorted((int(found[1]) for entry in entries if (found := NAME.fullmatch(entry.name))), reverse=True)
+
+    def place(self, step: int) -> None:
+        """The draft gets its name and becomes the latest."""
+        draft, final = self.draft(step), self.of(step)
+        sync_folder(draft)
+        if final.exists():
+            remove_folder(final)
+        os.rename(draft, final)
+        sync_folder(self.path)
+        write_text(self.path / LATEST, f"{final.name}\n")
+
+    def latest(self) -> int | None:
+        """The step that the pointer names, whether its folder is there or not."""
+        file = self.path / LATEST
+        found = NAME.fullmatch(file.read_text(encoding="utf-8", errors="replace").strip()) if file.is_file() else None
+        return int(found[1]) if found else None
+
+    def point_to_best(self, step: int, loss: float) -> None:
+        write_text(self.path / BEST, json.dumps({"checkpoint": self.of(step).name, "val_loss": loss}) + "\n")
+
+    def best(self) -> tuple[int, float] | None:
+        """Step and val/loss of the best one that is still there."""
+        try:
+            known = json.loads((self.path / BEST).read_text(encoding="utf-8"))
+            found = NAME.fullmatch(known["checkpoint"])
+            loss = float(known["val_loss"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return (int(found[1]), loss) if found and self.of(int(found[1])).is_dir() else None
+
+    def prune(self, keep_last: int) -> None:
+        """Remove all but the last ones and the best."""
+        best = self.best()
+        for step in self.steps()[keep_last:]:
+            if best is None or step != best[0]:
+                remove_folder(self.of(step))
+
+    def sweep(self, step: int) -> None:
+        """Before a run writes here: what killed writers left goes, and so do checkpoints beyond the step that it goes on from."""
+        if not self.path.is_dir():
+            return
+        for entry in self.path.iterdir():
+            if entry.name.startswith("."):
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        for later in self.steps():
+            if later > step:
+                remove_folder(self.of(later))
+        if self.best() is None:
+            (self.path / BEST).unlink(missing_ok=True)
+        left = self.steps()
+        if left and self.latest() != left[0]:
+            write_text(self.path / LATEST, f"{self.of(left[0]).name}\n")
+        elif not left:
+            (self.path / LATEST).unlink(missing_ok=True)
+
+    def remove(self, *, but_best: bool = False) -> None:
+        """Everything, once the run is finished and its model is saved."""
+        best = self.best() if but_best else None
+        if best is None:
+            if self.path.is_dir():
+                remove_folder(self.path)
+            return
+        for step in self.steps():
+            if step != best[0]:
+                remove_folder(self.of(step))
+        write_text(self.path / LATEST, f"{self.of(best[0]).name}\n")

@@ -1,0 +1,92 @@
+"""Checkpoints are verified in full before a number of them is used; then each rank reads the intervals that it holds."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from lit_vlm.engine.checkpoint.durable import digest_of
+from lit_vlm.engine.checkpoint.layout import INDEX, Damaged, Index, Interval, uncovered
+from lit_vlm.engine.shards import Piece
+
+
+def read_index(folder: Path) -> Index:
+    """Raises Damaged: there is none, it was changed, or it is another checkpoint's."""
+    file = folder / INDEX
+    try:
+        text = file.read_bytes().decode("utf-8", "replace")
+    except OSError as error:
+        raise Damaged(f"{file} cannot be read ({error.strerror})") from None
+    index = Index.from_text(text, file)
+    if folder.name != f"step-{index.step:08d}":
+        raise Damaged(f"{file} is the index of step {index.step}")
+    for problem in uncovered(index):
+        raise Damaged(f"{file}: {problem}")
+    return index
+
+
+def check_files(folder: Path, index: Index, rank: int = 0, world_size: int = 1) -> None:
+    """Sizes of all files, and contents of every `world_size`th: together the ranks read everything once.
+
+    Raises:
+        Damaged: naming the file.
+    """
+    for stored in index.files:
+        file = folder / stored.name
+        if not file.is_file():
+            raise Damaged(f"{file} is missing")
+        if file.stat().st_size != stored.size:
+            raise Damaged(f"{file} has {file.stat().st_size:,} bytes and had {stored.size:,}")
+    for stored in index.files[rank::world_size]:
+        try:
+            found = digest_of(folder / stored.name)
+        except OSError as error:
+            raise Damaged(f"{folder / stored.name} cannot be read ({error.strerror})") from None
+        if found != stored.sha256:
+            raise Damaged(f"{folder / stored.name} is not as it was written: its SHA-256 differs")
+
+
+def misfits(index: Index, shapes: dict[str, tuple[int, ...]], pieces: Iterable[Piece] = ()) -> list[str]:
+    """How the tensors in it differ from what trains, in words.
+
+    Args:
+        shapes: name -> shape of each parameter that trains.
+        pieces: what this rank will ask for.
+    """
+    stored, tensors = index.shapes(), index.tensors()
+    absent = {piece.kind for piece in pieces if (str(piece.kind), piece.name) not in tensors and piece.name in stored}
+    found = [f"it lacks {name}" for name in shapes.keys() - stored.keys()]
+    found += [f"it has {name}, which does not train" for name in stored.keys() - shapes.keys()]
+    for name in stored.keys() & shapes.keys():
+        if stored[name] != tuple(shapes[name]):
+            found.append(f"{name} is {list(stored[name])} in it and {list(shapes[name])} here")
+    return sorted(found) + [f"it lacks the optimizer's {kind}" for kind in sorted(absent)]
+
+
+def load(folder: Path, index: Index, pieces: Iterable[Piece]) -> None:
+    """Copy into the pieces what they hold, whoever wrote it. Of a file, only these parts are read."""
+    tensors, opened = index.tensors(), dict[str, Any]()
+    starts = {key: [part.start for part in parts] for key, parts in tensors.items()}
+    with torch.no_grad():
+        for piece in pieces:
+            key, end = (str(piece.kind), piece.name), piece.start + len(piece.values)
+            first = bisect_right(starts[key], piece.start) - 1
+            for part in tensors[key][max(0, first) :]:
+                if part.start >= end:
+                    break
+                if part.file not in opened:
+                    opened[part.file] = safe_open(folder / part.file, framework="pt")
+                _copy(opened[part.file], part, piece)
+
+
+def _copy(file: Any, part: Interval, piece: Piece) -> None:
+    """What an interval of the file and a piece share."""
+    begin, end = max(part.start, piece.start), min(part.stop, piece.start + len(piece.values))
+    if begin < end:
+        values = file.get_slice(part.key)[begin - part.start : end - part.start]
+        piece.values[begin - piece.start : end - piece.start].copy_(values)

@@ -1,0 +1,175 @@
+"""Writing a checkpoint beside training: each rank its own files, rank 0 the index and the rename.
+
+While they write, ranks meet in the file system alone: a collective in a thread would pair up with one of training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from lit_vlm.engine.checkpoint.durable import remove_folder, write_tensors, write_text
+from lit_vlm.engine.checkpoint.folder import Folder
+from lit_vlm.engine.checkpoint.layout import INDEX, Index, Interval, StoredFile
+from lit_vlm.engine.shards import Piece
+
+FILE_BYTES = 4 << 30  # a file of this size ends; one tensor alone may be larger
+POLL_SECONDS = 0.01
+LEAVING_SECONDS = 20.0  # that a run which ends with an error waits for the ranks that are still writing
+
+
+class Writer:
+    """One rank's writing, one checkpoint at a time.
+
+    Args:
+        folder: of the checkpoints.
+        rank: this one.
+        ranks: those that write, the same on all ranks.
+        keep_last: older checkpoints are removed once a newer one is complete.
+        timeout_seconds: rank 0 waits no longer for the others' files.
+    """
+
+    def __init__(
+        self,
+        folder: Folder,
+        *,
+        rank: int = 0,
+        ranks: Sequence[int] = (0,),
+        keep_last: int = 2,
+        timeout_seconds: float = 1800.0,
+    ) -> None:
+        self.folder, self.rank, self.ranks = folder, rank, list(ranks)
+        self.keep_last, self.timeout_seconds = keep_last, timeout_seconds
+        self.error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        self._host: dict[tuple[str, str, int], torch.Tensor] = {}  # copies in the host's memory, used again and again
+        self._leaving: float | None = None  # when waiting for others became pointless
+
+    def start(self, index: Index, pieces: Sequence[Piece], *, asynchronous: bool) -> None:
+        """Write this rank's pieces; `finish` tells how it went. The pieces may change once this returns.
+
+        Args:
+            index: of this checkpoint, without intervals and files.
+        """
+        assert self._thread is None
+        if not asynchronous:
+            self._write(index, pieces)
+            return
+        copies = self._to_host(pieces)
+        self._thread = threading.Thread(target=self._write, args=(index, copies), name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def finish(self, *, leaving: bool = False) -> BaseException | None:
+        """Wait until what was started is written; the error, if it was not.
+
+        Args:
+            leaving: the run ends with an error, and the other ranks may write no more.
+        """
+        if self._thread is not None:
+            self._leaving = time.monotonic() if leaving else None
+            self._thread.join()
+            self._thread = None
+        return self.error
+
+    def _to_host(self, pieces: Sequence[Piece]) -> list[Piece]:
+        copies = []
+        for piece in pieces:
+            key, values = (str(piece.kind), piece.name, piece.start), piece.values
+            if key not in self._host:
+                self._host[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
+            self._host[key].copy_(values.detach(), non_blocking=True)
+            copies.append(replace(piece, values=self._host[key]))
+        if any(piece.values.is_cuda for piece in pieces):
+            torch.cuda.current_stream().synchronize()
+        return copies
+
+    def _write(self, index: Index, pieces: Sequence[Piece]) -> None:
+        draft = self.folder.draft(index.step)
+        try:
+            if self.rank in self.ranks:
+                draft.mkdir(parents=True, exist_ok=True)
+                intervals, files = write_pieces(draft, self.rank, pieces)
+                if self.rank:
+                    write_text(
+                        draft / _part(self.rank), json.dumps([list(map(asdict, intervals)), list(map(asdict, files))])
+                    )
+            if self.rank == 0:
+                self._complete(draft, index, intervals if 0 in self.ranks else [], files if 0 in self.ranks else [])
+        except BaseException as error:  # handed to the main thread, whatever it is
+            self.error = error
+            self._tell_failure(draft)
+
+    def _complete(self, draft: Path, index: Index, intervals: list[Interval], files: list[StoredFile]) -> None:
+        """Rank 0: everybody's parts, the index, the name, the pointer; then the old ones go."""
+        for rank in (rank for rank in self.ranks if rank):
+            self._wait_for(draft, rank)
+            theirs, stored = json.loads((draft / _part(rank)).read_text(encoding="utf-8"))
+            intervals = intervals + [Interval(**{**one, "shape": tuple(one["shape"])}) for one in theirs]
+            files = files + [StoredFile(**one) for one in stored]
+            (draft / _part(rank)).unlink()
+        write_text(draft / INDEX, replace(index, intervals=intervals, files=files).to_text())
+        self.folder.place(index.step)
+        self.folder.prune(self.keep_last)
+
+    def _wait_for(self, draft: Path, rank: int) -> None:
+        began = time.monotonic()
+        while not (draft / _part(rank)).is_file():
+            if (draft / _failed(rank)).exists():
+                raise OSError(f"rank {rank} could not write its part")
+            now = time.monotonic()
+            if now - began > self.timeout_seconds or (self._leaving and now - self._leaving > LEAVING_SECONDS):
+                raise OSError(f"rank {rank}'s part did not come; do all machines share the folder?")
+            time.sleep(POLL_SECONDS)
+
+    def _tell_failure(self, draft: Path) -> None:
+        with contextlib.suppress(OSError):
+            (draft / _failed(self.rank)).touch()  # takes no room of the disk's
+
+    def give_up(self) -> None:
+        """Rank 0, once all ranks have finished: remove the draft of a checkpoint that could not be written."""
+        for draft in self.folder.path.glob(".step-*"):
+            with contextlib.suppress(OSError):  # the next start removes it
+                remove_folder(draft)
+
+
+def write_pieces(draft: Path, rank: int, pieces: Sequence[Piece]) -> tuple[list[Interval], list[StoredFile]]:
+    """A rank's files of about `FILE_BYTES` each."""
+    intervals: list[Interval] = []
+    files: list[StoredFile] = []
+    for number, group in enumerate(_groups(pieces)):
+        name = f"rank-{rank:05d}-{number:03d}.safetensors"
+        part = [Interval(p.name, str(p.kind), tuple(p.shape), p.start, p.start + len(p.values), name) for p in group]
+        tensors = [(interval.key, piece.values) for interval, piece in zip(part, group, strict=True)]
+        files.append(write_tensors(draft / name, tensors))
+        intervals += part
+    return intervals, files
+
+
+def _groups(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    groups: list[list[Piece]] = []
+    room = 0
+    for piece in pieces:
+        if not len(piece.values):
+            continue  # a rank beyond the last row of a small tensor
+        size = piece.values.numel() * piece.values.element_size()
+        if not groups or size > room:
+            groups.append([])
+            room = FILE_BYTES
+        groups[-1].append(piece)
+        room -= size
+    return groups
+
+
+def _part(rank: int) -> str:
+    return f"rank-{rank:05d}.json"
+
+
+def _failed(rank: int) -> str:
+    return f"rank-{rank:05d}.failed"

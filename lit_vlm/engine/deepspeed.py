@@ -1,0 +1,236 @@
+"""DeepSpeed's ZeRO under Lightning's loop, with the numbers that one process would get.
+
+Lightning's own strategy calls the optimizer's hooks in every micro-step and divides the loss by the number of micro-steps
+twice. This one lets Lightning accumulate, as it does for DDP, and tells DeepSpeed which micro-step is the last: hooks run
+once per optimizer step, the loss is divided once, and the number of micro-steps may change between two steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from torch import Tensor, nn
+
+from lit_vlm.engine.fsdp import models_of
+from lit_vlm.engine.shards.base import Piece
+from lit_vlm.engine.shards.zero import ZeroShards
+from lit_vlm.engine.zero_model import fill_shared_out, fill_whole
+from lit_vlm.model.hub import without_gpu_is_fine
+from lit_vlm.model.skeleton import first_values, weights_later
+
+BUCKET = 50_000_000  # elements that are reduced or gathered in one call
+PERSISTENT = 10_000  # elements; under ZeRO-3 smaller weights stay whole: biases and norms, of models up to 72B
+
+
+class ZeroStrategy(DeepSpeedStrategy):
+    """ZeRO-2 or ZeRO-3 on GPUs, and on CPU processes with gloo.
+
+    `bf16-mixed` computes in bfloat16 and keeps masters and moments in float32; gradients are summed over micro-batches and
+    ranks in float32. Clipping is DeepSpeed's, with `Trainer(gradient_clip_val=)`.
+
+    Args:
+        stage: 2: gradients and optimizer are shared out. 3: weights as well.
+        offload: with stage 3, all that is shared out lies in the host's memory.
+        timeout: of every collective call.
+        bucket: elements that are reduced or gathered in one call.
+        persistent: see `PERSISTENT`.
+    """
+
+    handles_gradient_accumulation = False  # Lightning does: see the head of this file
+    loads_in_shards = True
+
+    def __init__(
+        self,
+        stage: int = 3,
+        *,
+        offload: bool = False,
+        timeout: timedelta = timedelta(minutes=30),
+        bucket: int = BUCKET,
+        persistent: int = PERSISTENT,
+        **lightning: Any,
+    ) -> None:
+        without_gpu_is_fine()
+        config = zero_config(stage, offload=offload, bucket=bucket, persistent=persistent)
+        super().__init__(config=config, timeout=timeout, logging_level=logging.ERROR, **lightning)
+        self._shards: ZeroShards | None = None  # asked for in every step
+        self._filled: list[nn.Module] = []  # models that got their first values here, and have not trained
+
+    # ---- processes
+
+    def setup_environment(self) -> None:
+        DDPStrategy.setup_environment(self)  # Lightning's own refuses CPUs
+
+    def setup_distributed(self) -> None:
+        warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor` is deprecated.*")
+        if self.root_device.type == "cuda":
+            return super().setup_distributed()
+        import deepspeed
+
+        # an extension for inference that is compiled on the spot, and says so on the terminal
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+    @property
+    def root_device(self) -> torch.device:
+        device = super().root_device
+        return torch.device("cpu", 0) if device.type == "cpu" else device  # DeepSpeed asks for an index
+
+    # ---- the models
+
+    @contextlib.contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Around the stage's `configure_model`: its models come as skeletons, and get what this rank holds of them."""
+        self._init_config_if_needed()
+        self._use_float32_sums()
+        with weights_later():
+            yield
+        dtype, device = self.precision_plugin._desired_dtype, self.root_device
+        for model in models_of(self.lightning_module):
+            if not any(parameter.is_meta for parameter in model.parameters()):
+                continue  # built already: whole
+            if self.zero_stage_3:
+                fill_shared_out(model, self.config, dtype, device)
+            else:
+                fill_whole(model, dtype, device)
+            self._filled.append(model)
+
+    def setup(self, trainer: L.Trainer) -> None:
+        self._init_config_if_needed()
+        self._use_float32_sums()
+        module = trainer.lightning_module
+        masters = self._first_masters(model_of(module)) if trainer.training else None
+        self._shards = None
+        super().setup(trainer)
+        for child in module.children():  # metrics; DeepSpeed leaves them where they are beside a model in shares
+            if child not in models_of(module):
+                child.to(self.root_device)
+        if masters:
+            self.shards(module).start_from(masters)
+
+    def _use_float32_sums(self) -> None:
+        """Of gradients, over micro-batches and over ranks, where the compute type is bfloat16."""
+        if self.config.get("bf16", {}).get("enabled"):
+            self.config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
+
+    def _first_masters(self, model: nn.Module) -> Callable[[Piece], Tensor] | None:
+        """Float32 values of weights that are computed with in another type: DeepSpeed would make masters of rounded ones.
+
+        None where there are no others than the rounded ones.
+        """
+        if "mixed" not in self.precision_plugin.precision:
+            return None
+        if model in self._filled:
+            self._filled.remove(model)
+            return lambda piece: first_values(
+                model, piece.name, torch.Size(piece.shape), piece.start, piece.start + len(piece.values)
+            )
+        weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
+        if any(weight.dtype != torch.float32 or not weight.numel() for weight in weights.values()):
+            return None
+        return lambda piece: weights[piece.name].flatten()[piece.start : piece.start + len(piece.values)]
+
+    def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
+        """Lightning takes all hooks off before, for those that DeepSpeed left in an earlier fit; the model's own stay."""
+        own = {
+            module: [hook for hook in module._forward_hooks.values() if not _is_deepspeeds(hook)]
+            for module in model.modules()
+        }
+        super()._initialize_deepspeed_inference(model)
+        for module, hooks in own.items():
+            for hook in hooks:
+                module.register_forward_hook(hook)
+
+    def shards(self, module: L.LightningModule) -> ZeroShards:
+        """What this rank holds of the state of `module.model`, once training is set up."""
+        return ZeroShards(model_of(module), self.deepspeed_engine.optimizer)
+
+    def whole_weights(self, model: nn.Module) -> Callable[[str], Tensor]:
+        """Of a parameter's name all its values, on every rank: the master's where it trains. All ranks must ask for the same
+        names in the same order."""
+        from deepspeed.runtime.zero import GatheredParameters
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        weights: dict[str, Any] = dict(model.named_parameters())
+
+        @torch.no_grad()
+        def whole(name: str) -> Tensor:
+            weight = weights[name]
+            if weight.requires_grad:
+                return safe_get_full_fp32_param(weight).detach()
+            with GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
+                return weight.detach().clone()
+
+        return whole
+
+    # ---- a step
+
+    def block_backward_sync(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()  # ZeRO reduces the gradients of each micro-step into its shares, and sums those
+
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        accumulates = self.lightning_module.trainer.fit_loop._should_accumulate()
+        self.deepspeed_engine.set_gradient_accumulation_boundary(not accumulates)
+
+    def backward(self, closure_loss: Tensor, optimizer: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
+
+    def local_gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """This rank's share of each parameter's gradient of the step, summed over ranks and micro-steps and not yet clipped.
+
+        There between the last backward of a step and its update, as in `on_before_optimizer_step`; `parameter.grad` is
+        None all the time.
+        """
+        if self._shards is None:
+            self._shards = self.shards(self.lightning_module)
+        return self._shards.gradients()
+
+    def gradient_sums(self, model: nn.Module) -> dict[str, float]:
+        """Sum of magnitudes of each trainable parameter's gradient, over all ranks. Every rank calls it."""
+        names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        sums = dict.fromkeys(names, torch.zeros((), device=self.root_device))
+        sums |= {name: gradient.abs().sum().float() for name, gradient in self.local_gradients()}
+        total = self.reduce(torch.stack([sums[name] for name in names]), reduce_op="sum")
+        return dict(zip(names, total.tolist(), strict=True))
+
+
+def zero_config(stage: int, *, offload: bool, bucket: int, persistent: int) -> dict[str, Any]:
+    """DeepSpeed's configuration. Precision, clipping and accumulation are added by Lightning."""
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if stage == 3:
+        zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": persistent}
+        if offload:
+            host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+            zero |= {"offload_optimizer": host, "offload_param": host}
+    return {
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # AdamW with groups of our own; tests hold it to one process's numbers
+        "zero_force_ds_cpu_optimizer": False,
+        "train_micro_batch_size_per_gpu": 1,  # for DeepSpeed's own throughput line; else Lightning makes a loader to ask it
+    }
+
+
+def model_of(module: L.LightningModule) -> nn.Module:
+    """What is trained and saved: a stage's `model`, or the whole of any other module."""
+    model = getattr(module, "model", None)
+    return model if isinstance(model, nn.Module) else module
+
+
+def _is_deepspeeds(hook: Any) -> bool:
+    function = getattr(hook, "func", hook)  # of a partial
+    return str(getattr(function, "__module__", "")).startswith("deepspeed")

@@ -1,0 +1,169 @@
+"""FSDP2: PyTorch's `fully_shard` through Lightning, with models that are loaded in shards.
+
+Each rank holds some rows of every weight, of its gradient and of its moments (`Shard(0)`); a layer's weights are
+gathered while it computes. `hsdp` does this within groups of ranks and keeps copies between the groups.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import LlavaOnevisionForConditionalGeneration
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from lit_vlm.engine.shards.fsdp import FSDPShards, reshard, rows_of
+from lit_vlm.model.skeleton import first_values, weights_later
+from lit_vlm.types import UserError
+
+TIMEOUT = timedelta(minutes=30)
+
+
+class FSDP2Strategy(ModelParallelStrategy):
+    """fsdp2 (one group of all ranks) or hsdp (groups of `shard_size`). On CPU processes too.
+
+    The stage builds its models without weights; they are shared out and then filled from their files, so that no rank
+    ever holds a whole model. A model that was built already is shared out as it is.
+
+    Under `bf16-mixed` each rank's rows of what trains are float32, and so are the sums of gradients; what is gathered
+    to compute with is bfloat16. Frozen weights are kept in bfloat16: they would be gathered as such anyway.
+
+    Args:
+        hybrid: copies between groups of ranks.
+        shard_size: ranks of a group; None: those of a machine.
+        timeout: ranks wait for each other no longer.
+    """
+
+    loads_in_shards = True
+
+    def __init__(
+        self, *, hybrid: bool = False, shard_size: int | None = None, timeout: timedelta = TIMEOUT, **options: Any
+    ) -> None:
+        super().__init__(data_parallel_size=1, tensor_parallel_size=1, timeout=timeout, **options)
+        self.hybrid, self.shard_size = hybrid, shard_size
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.world_size  # Lightning's own mesh, which only its samplers ask for
+        self._tensor_parallel_size = 1
+        groups = self._groups()
+        super().setup_environment()
+        kind = self.root_device.type
+        if self.hybrid:
+            shape = (groups, self.world_size // groups)
+            self.mesh: DeviceMesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+        else:
+            self.mesh = init_device_mesh(kind, (self.world_size,), mesh_dim_names=("shard",))
+
+    def _groups(self) -> int:
+        if not self.hybrid:
+            return 1
+        size = self.shard_size or self.num_processes
+        if self.world_size % size:
+            setting = f"trainer.shard_size={size}" if self.shard_size else f"the {size} devices of a machine"
+            raise UserError(
+                f"trainer.strategy=hsdp: {self.world_size} devices cannot be divided into groups of {size} ({setting}). "
+                f"Set trainer.shard_size to a divisor of {self.world_size}, or use trainer.strategy=fsdp2."
+            )
+        return self.world_size // size
+
+    # ---- the models
+
+    @contextlib.contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """Around the stage's `configure_model`: its models are shared out and filled behind it."""
+        with weights_later():
+            yield
+        assert self.lightning_module is not None
+        for model in models_of(self.lightning_module):
+            if not isinstance(model, FSDPModule):
+                share_out(model, self.mesh, self.precision_plugin.precision)
+                fill(model, self.root_device)
+
+    @contextlib.contextmanager
+    def block_backward_sync(self) -> Iterator[None]:
+        """All but the last micro-batch of a step. Gradients are summed within a group each time, for whole ones would
+        not fit; between groups once per step."""
+        modules = [
+            m for model in models_of(self.lightning_module) for m in model.modules() if isinstance(m, FSDPModule)
+        ]
+        for module in modules if self.hybrid else []:
+            module.set_requires_all_reduce(False, recurse=False)
+        try:
+            yield
+        finally:
+            for module in modules if self.hybrid else []:
+                module.set_requires_all_reduce(True, recurse=False)
+
+    # ---- what others ask for
+
+    def shards(self, module: Any) -> FSDPShards:
+        """What this rank holds of the state of `module.model`, once training is set up."""
+        return FSDPShards(module.model, self.optimizers[0])
+
+    def gradient_sums(self, model: nn.Module) -> dict[str, float]:
+        """Sum of magnitudes of each gradient that is there, over all ranks. Every rank calls it."""
+        named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+        sums = [gradient.to_local().float().abs().sum() for _, gradient in named]  # type: ignore[attr-defined]
+        total = self.reduce(torch.stack(sums), reduce_op="sum").tolist() if sums else []
+        return {name: value for (name, _), value in zip(named, total, strict=True)}
+
+    def whole_weights(self, model: nn.Module) -> Callable[[str], Tensor]:
+        """Of a parameter's name all its rows, on every rank. All ranks must ask for the same names in the same order."""
+        reshard(model)
+        weights: dict[str, Any] = dict(model.named_parameters())
+        return lambda name: weights[name].full_tensor()
+
+
+def models_of(module: Any) -> list[LlavaOnevisionForConditionalGeneration]:
+    """A stage's models: what trains, and DPO's reference."""
+    return [model for name in ("model", "reference") if (model := getattr(module, name, None)) is not None]
+
+
+def share_out(model: LlavaOnevisionForConditionalGeneration, mesh: DeviceMesh, precision: str) -> None:
+    """`fully_shard` each layer of tower and language model, an embedding of its own, and the rest with the head.
+
+    Not the tower or the language model as such: `fully_shard` renames the class, and transformers looks up what to
+    record of a model's layers by the class's name.
+    """
+    mixed = precision == "bf16-mixed"
+    # Inputs are not cast: under autocast they have their types already, and `Segments` must stay one object
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if mixed else None,
+        reduce_dtype=torch.float32 if mixed else None,
+        cast_forward_inputs=False,
+    )
+    if mixed:
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    units: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if embedding.weight is not head.weight:  # a shared table belongs to one unit, the last
+        units.append(embedding)
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    trains = any(parameter.requires_grad for parameter in model.parameters())
+    # what trains keeps its head gathered for the backward pass that comes at once; a reference has none
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=None if trains else True)
+
+
+@torch.no_grad()
+def fill(model: LlavaOnevisionForConditionalGeneration, device: torch.device) -> None:
+    """Memory for what this rank holds of a skeleton, and its values from their files, weight by weight.
+
+    Beside that memory it takes this rank's rows of one weight at a time.
+    """
+    empty = {name for name, parameter in model.named_parameters() if parameter.is_meta}
+    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
+    for name, parameter in model.named_parameters():
+        if name in empty:
+            local, start = rows_of(parameter)
+            values = first_values(model, name, parameter.shape, start, start + local.numel())
+            local.copy_(values.view_as(local))

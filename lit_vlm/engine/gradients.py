@@ -1,0 +1,94 @@
+"""The gradient of a finished optimizer step, whatever the strategy: its norm, and how to throw it away."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+
+def square_sum(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> Tensor:
+    """This rank's share of the squared norm, [] float64: the sum over ranks is the square of the step's gradient norm.
+
+    Not finite when an element of the gradient that this rank holds is not. To be called once the gradients are reduced,
+    in `on_before_optimizer_step`, and before they are clipped. Reads each gradient once and waits for nothing.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=trainer.strategy.root_device)
+    for replicas, gradients in _by_replicas(trainer, optimizer).items():
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+        total += torch.stack([norm.to(total.device) for norm in norms]).double().square().sum() / replicas
+    return total
+
+
+def gradients_of(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """This rank's share of the reduced gradients."""
+    return [gradient for gradients in _by_replicas(trainer, optimizer).values() for gradient in gradients]
+
+
+def discard(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> None:
+    """The update that is due changes nothing: neither weights nor moments nor the optimizer's count of steps."""
+    engine = _deepspeed_engine(trainer)
+    if engine is not None:
+        _discard_in_zero(engine)
+        return
+    for parameter in _parameters(optimizer):
+        parameter.grad = None  # PyTorch's optimizers pass over a parameter without one
+
+
+def _by_replicas(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> dict[int, list[Tensor]]:
+    """Gradients as this rank holds them, by the number of ranks that hold the same."""
+    if hasattr(trainer.strategy, "local_gradients"):  # ZeRO: slices of them, that no other rank holds
+        shares = [share for _, share in trainer.strategy.local_gradients() if share.numel()]
+        return {1: shares} if shares else {}
+    found: dict[int, list[Tensor]] = {}
+    for parameter in _parameters(optimizer):
+        gradient: Any = parameter.grad
+        if gradient is None:
+            continue
+        replicas = trainer.world_size
+        if hasattr(gradient, "placements"):  # a DTensor: FSDP2
+            sizes = zip(gradient.placements, gradient.device_mesh.shape, strict=True)
+            for placement, size in sizes:
+                replicas //= size if placement.is_shard() else 1
+            gradient = gradient.to_local()
+        if gradient.numel():
+            found.setdefault(replicas, []).append(gradient)
+    return found
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _deepspeed_engine(trainer: L.Trainer) -> Any:
+    """DeepSpeed's engine, where its ZeRO optimizer holds the gradients."""
+    engine = trainer.strategy.model
+    zero = getattr(engine, "optimizer", None)
+    return engine if hasattr(zero, "averaged_gradients") else None
+
+
+def _discard_in_zero(engine: Any) -> None:
+    """DeepSpeed leaves a step out when it finds an overflow: for one step it is told that there is one."""
+    zero = engine.optimizer
+
+    def overflow(*_: Any, **__: Any) -> None:
+        zero.overflow = True
+
+    told = {"check_grad_overflow": True, "check_overflow": overflow, "_overflow_check_and_loss_scale_update": overflow}
+
+    def step(closure: Any = None) -> None:
+        del zero.step  # from here on the class's own again
+        before = {name: zero.__dict__[name] for name in told if name in zero.__dict__}
+        zero.__dict__.update(told)
+        try:
+            zero.step()
+        finally:
+            for name in told:
+                del zero.__dict__[name]
+            zero.__dict__.update(before)
+        if engine.lr_scheduler is not None:  # which DeepSpeed would hold back: the rate goes by the number of the step
+            engine.lr_scheduler.step()
+
+    zero.step = step

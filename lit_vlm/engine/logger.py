@@ -1,0 +1,84 @@
+"""`metrics.csv`: every row on the disk as soon as it is logged, and one table whether a run was interrupted or not."""
+
+from __future__ import annotations
+
+import csv
+import io
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from lit_vlm.engine.run_folder import write_atomically
+
+
+class MetricsCsv(Logger):
+    """A row per call of `log_metrics`; a table of before is replaced, unless `go_on` says how much of it counts."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.path = Path(folder) / "metrics.csv"
+        self.num_rows = 0
+        self._columns: list[str] | None = None  # None: nothing was written by this process
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
+        """The run's config.yaml has them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        row = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+        row["step"] = self.num_rows if step is None else step
+        if self._columns is None:
+            self._rewrite([], sorted(row))
+        if new := row.keys() - set(self._columns or ()):
+            self._rewrite(_read(self.path), sorted({*self._columns, *new}))
+        with self.path.open("a", encoding="utf-8", newline="") as stream:
+            stream.write(_text([row], self._columns))
+        self.num_rows += 1
+
+    @rank_zero_only
+    def go_on(self, num_rows: int, row: dict[str, Any] | None = None) -> None:
+        """Keep so many rows of the table that is there, and add one that was due when they were counted."""
+        rows = _read(self.path)[:num_rows] + ([row] if row else [])
+        columns = sorted({name for one in rows for name in one})
+        if rows:
+            self._rewrite(rows, columns)
+        self.num_rows = len(rows)
+
+    def _rewrite(self, rows: list[dict[str, Any]], columns: list[str]) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        header = _text([dict(zip(columns, columns, strict=True))], columns)
+        write_atomically(self.path, header + _text(rows, columns))
+        self._columns = columns
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Whole rows; the last may have been torn."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    return list(csv.DictReader(lines))
+
+
+def _text(rows: list[dict[str, Any]], columns: list[str]) -> str:
+    stream = io.StringIO(newline="")
+    csv.DictWriter(stream, columns, lineterminator="\n").writerows(rows)
+    return stream.getvalue()

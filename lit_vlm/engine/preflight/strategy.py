@@ -1,0 +1,124 @@
+"""How the devices share the work: what `trainer.strategy` comes to, why, and what the other ways would need and send."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from lit_vlm.config.schema import RunConfig, Strategy
+from lit_vlm.cost import DEVICES, Device, Fabric, Load, Parameters, Shape, Situation, Training, choose
+from lit_vlm.cost.choice import MOSTLY_FROZEN, SHARDINGS
+from lit_vlm.engine.preflight.facts import Finding, Level, PlanFacts, StrategyFacts
+
+NODE = 8  # devices of a node, where the run itself has one device and preflight.world_size more
+SLOW = 0.9  # below this share of the devices' speed the network is worth a word
+
+NAMES = {
+    Strategy.single: "one device",
+    Strategy.ddp: "DDP",
+    Strategy.deepspeed_zero2: "ZeRO-2",
+    Strategy.deepspeed_zero3: "ZeRO-3",
+    Strategy.deepspeed_zero3_offload: "ZeRO-3 with offload",
+    Strategy.fsdp2: "FSDP2",
+    Strategy.hsdp: "HSDP",
+}
+
+
+def situation_of(
+    config: RunConfig,
+    shape: Shape,
+    parameters: Parameters,
+    training: Training,
+    plan: PlanFacts,
+    device: Device | None = None,
+) -> Situation:
+    """What a strategy is chosen by. `device`: what is really there; None: what `preflight.device` names.
+
+    A trainer on a CPU has memory that nothing is compared with: there every strategy fits.
+    """
+    if device is None and config.trainer.accelerator in ("gpu", "cuda"):
+        device = DEVICES[config.preflight.device]
+    return Situation(
+        shape=shape,
+        parameters=parameters,
+        training=training,
+        load=Load(round(plan.pack_tokens.most), round(plan.pack_tiles.most), plan.most_supervised),
+        world_size=plan.world_size,
+        devices_per_node=per_node(config, plan.world_size),
+        device=device,
+        utilisation=config.preflight.utilisation,
+        fabric=Fabric.of_node(config.preflight.network),
+        shard_size=config.trainer.shard_size,
+        k=plan.k,
+    )
+
+
+def per_node(config: RunConfig, world_size: int) -> int:
+    return min(world_size, config.trainer.devices if config.trainer.devices > 1 else NODE)
+
+
+def strategy_facts(config: RunConfig, situation: Situation, plan: PlanFacts) -> StrategyFacts:
+    """The strategy of the run, what it sends, and what would be chosen."""
+    best, asked = choose(situation), config.trainer.strategy
+    used = best.strategy if asked is Strategy.auto else asked
+    likely = replace(
+        situation,
+        load=Load(round(plan.pack_tokens.mean), round(plan.pack_tiles.mean), max(1, plan.supervised // _packs(plan))),
+    )
+    timing = likely.timing(used)
+    return StrategyFacts(
+        name=used.value,
+        title=NAMES[used],
+        asked=asked is not Strategy.auto,
+        advised=best.strategy.value,
+        reason=best.reason,
+        advised_fits=best.fits,
+        network=situation.fabric.name if situation.nodes > 1 else "one node",
+        step=timing.total if timing else 0.0,
+        communication=timing.communication if timing else 0.0,
+        exposed=timing.exposed if timing else 0.0,
+        inside=timing.traffic.inside if timing else 0.0,
+        outside=timing.traffic.outside if timing else 0.0,
+    )
+
+
+def _packs(plan: PlanFacts) -> int:
+    return max(1, plan.steps * plan.k * plan.world_size)
+
+
+def ways(situation: Situation) -> list[Strategy]:
+    """What is shown: one device alone, or every way to share."""
+    if situation.world_size == 1:
+        return [Strategy.single, Strategy.deepspeed_zero3_offload]
+    left_out = {Strategy.single, *([Strategy.hsdp] if situation.nodes == 1 else [])}
+    return [strategy for strategy in SHARDINGS if strategy not in left_out]
+
+
+def of_strategy(situation: Situation, facts: StrategyFacts) -> Iterator[Finding]:
+    """A named strategy that cannot work, or that another one would beat."""
+    used, world = Strategy(facts.name), situation.world_size
+    group = situation.shard_size or situation.devices_per_node
+    if used is Strategy.hsdp and world % group:
+        what = f"trainer.shard_size={group} does not divide the {world} devices, so no copies of the model come out."
+        yield Finding(Level.failure, what, f"Set trainer.shard_size to one of {_divisors(world)}, or trainer=fsdp2.")
+        return
+    if used is Strategy.deepspeed_zero3_offload and facts.advised == used.value and facts.advised_fits:
+        what = f"Weights and optimizer move between the host's memory and the device: {facts.reason}."
+        yield Finding(Level.warning, what, "More devices, LoRA, or fewer parts that train would be faster.")
+    if not facts.asked or world == 1 or not situation.fits(used):
+        return
+    frozen = situation.parameters.trainable < MOSTLY_FROZEN * situation.parameters.total
+    shares = used not in (Strategy.ddp, Strategy.deepspeed_zero2, Strategy.single)
+    if shares and frozen and situation.fits(Strategy.ddp):
+        what = f"{facts.title} sends all weights several times in each micro-batch, and nearly all of them are frozen."
+        yield Finding(Level.warning, what, "A whole copy fits on each device: trainer=ddp sends what trains alone.")
+    elif used is Strategy.deepspeed_zero3_offload and facts.advised != used.value:
+        what = "Offloading moves the states to the host's memory and back in each step, and they would fit without."
+        yield Finding(Level.warning, what, f"trainer={facts.advised}: {facts.reason}.")
+    elif facts.share < SLOW and facts.advised != used.value:
+        what = f"The devices wait for the network for {1 - facts.share:.0%} of the time with {facts.title} ({facts.network})."
+        yield Finding(Level.advice, what, f"trainer={facts.advised}: {facts.reason}.")
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(size) for size in range(2, number) if number % size == 0)

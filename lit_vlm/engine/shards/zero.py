@@ -1,0 +1,131 @@
+"""What a rank holds under DeepSpeed's ZeRO-2 and ZeRO-3: slices of flattened parameters, in flat float32 masters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_vlm.engine.shards.base import Kind, Piece
+
+MOMENTS = (Kind.exp_avg, Kind.exp_avg_sq)
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Elements [start, start + length) of a flattened parameter; they lie at `offset` of the flat master of their group."""
+
+    name: str
+    parameter: nn.Parameter
+    shape: tuple[int, ...]
+    start: int
+    length: int
+    group: int
+    offset: int
+
+
+class ZeroShards:
+    """Shards of `model` under DeepSpeed; see `Shards`.
+
+    Args:
+        optimizer: DeepSpeed's, of stage 2 or 3.
+    """
+
+    writes = True  # no two ranks hold the same element
+
+    def __init__(self, model: nn.Module, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self.partitions_weights = hasattr(optimizer, "fp32_partitioned_groups_flat")  # ZeRO-3
+        self.shares = list(self._shares(model))
+
+    @property
+    def masters(self) -> list[Tensor]:
+        """Of each group, all that this rank updates, flattened."""
+        if self.partitions_weights:
+            return self.optimizer.fp32_partitioned_groups_flat
+        return self.optimizer.single_partition_of_fp32_groups
+
+    def pieces(self) -> Iterator[Piece]:
+        for share in self.shares:
+            yield self._piece(share, Kind.weight, self.masters[share.group])
+        for share in self.shares:
+            state = self._state(share.group)
+            for kind in MOMENTS:
+                if kind in state:
+                    yield self._piece(share, kind, state[kind])
+
+    def loaded(self, step: int) -> None:
+        for group, _ in enumerate(self.masters):
+            state = self._state(group)
+            if "step" in state:
+                state["step"].fill_(step)
+        self._compute_with_masters()
+
+    @torch.no_grad()
+    def start_from(self, values: Callable[[Piece], Tensor]) -> None:
+        """Set masters to what `values` gives for each of this rank's pieces."""
+        for piece in self.pieces():
+            if piece.kind is Kind.weight:
+                piece.values.copy_(values(piece))
+        self._compute_with_masters()
+
+    def gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """[length] of each share, between a step's last backward and its update."""
+        from deepspeed.utils import safe_get_local_grad
+
+        for share in self.shares:
+            if self.partitions_weights:
+                yield share.name, safe_get_local_grad(share.parameter)[: share.length]
+            else:
+                parameter: Any = share.parameter
+                yield share.name, parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
+
+    @torch.no_grad()
+    def _compute_with_masters(self) -> None:
+        """Copy them to the weights that compute, on all ranks."""
+        if not self.partitions_weights:
+            self.optimizer.update_lp_params()
+            return
+        for group, _ in enumerate(self.masters):
+            self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        persistent = self.optimizer.persistent_parameters
+        if persistent:
+            persistent[0].all_gather(persistent)
+
+    def _state(self, group: int) -> dict[str, Any]:
+        """AdamW's own, made as AdamW would where it has not stepped yet; empty for an optimizer without moments."""
+        adam, master = self.optimizer.optimizer, self.masters[group]
+        state = adam.state[master]
+        if not state and "betas" in adam.defaults:
+            on_device = adam.defaults.get("fused") or adam.defaults.get("capturable")
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device if on_device else "cpu")
+            state |= {kind.value: torch.zeros_like(master) for kind in MOMENTS}
+        return state
+
+    def _piece(self, share: Share, kind: Kind, flat: Tensor) -> Piece:
+        values = flat.detach()[share.offset : share.offset + share.length]
+        return Piece(share.name, kind, share.shape, share.start, values)
+
+    def _shares(self, model: nn.Module) -> Iterator[Share]:
+        find = self._of_zero3 if self.partitions_weights else self._of_zero2
+        for name, parameter in model.named_parameters():
+            share = find(name, parameter) if parameter.requires_grad else None
+            if share is not None and share.length > 0:
+                yield share
+
+    def _of_zero2(self, name: str, parameter: Any) -> Share | None:
+        mapping = parameter._hp_mapping  # None: this rank updates nothing of it
+        if mapping is None:
+            return None
+        inside, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+        shape = tuple(parameter.shape)
+        return Share(name, parameter, shape, inside.start, inside.numel, mapping.param_group_index, flat.start)
+
+    def _of_zero3(self, name: str, parameter: Any) -> Share:
+        group, offset, padded = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+        start = padded * parameter.ds_zero_partition_rank
+        length = min(padded, parameter.ds_numel - start)  # the last ranks' slices end in padding
+        return Share(name, parameter, tuple(parameter.ds_shape), start, length, group, offset)

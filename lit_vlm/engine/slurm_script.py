@@ -1,0 +1,167 @@
+"""The batch script of one run: readable, complete, and fit to be edited and submitted by hand."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lit_vlm.config.schema import RunConfig, SubmitConfig
+from lit_vlm.data.staging import VARIABLE
+
+ROOT = Path(__file__).resolve().parents[2]
+GPU = ("gpu", "cuda")
+# Nodes may have no way out; what they need is in the caches of the login node, what they log is synced from there.
+OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+NETWORK = """\
+# Networks differ. Where NCCL waits for ever at the start or is slow, tell it which cards to use, with
+# submit.env.<NAME>=<value> (NCCL's own names; docs/cluster.md says how to find the values):
+#   NCCL_SOCKET_IFNAME=ib0   network interface of the rendezvous; GLOO_SOCKET_IFNAME is gloo's
+#   NCCL_IB_HCA=mlx5         InfiniBand cards; NCCL_IB_DISABLE=1 goes without them
+#   NCCL_DEBUG=INFO          what NCCL found, in the log"""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to run, and where.
+
+    Attributes:
+        name: of the run, as in "varco_vision_14b/2_sft".
+        folder: of the run; the script and the log go there.
+        words: overrides behind `python run.py`.
+        place: the folder that relative paths in them start from.
+        data: files and folders to copy to the nodes' own disks, when `submit.stage_to` names one.
+    """
+
+    name: str
+    folder: Path
+    config: RunConfig
+    words: list[str]
+    place: Path
+    data: list[Path]
+
+    @property
+    def script(self) -> Path:
+        return self.folder / "submit.sh"
+
+    @property
+    def log(self) -> str:
+        """With %j where Slurm puts the job's id."""
+        return f"{self.folder}/slurm-%j.log"
+
+
+def num_gpus(config: RunConfig) -> int:
+    """GPUs of a node that the job asks for."""
+    if config.submit.gpus_per_node is not None:
+        return config.submit.gpus_per_node
+    return config.trainer.devices if config.trainer.accelerator in GPU else 0
+
+
+def script_of(job: Job) -> str:
+    """The text of the script."""
+    parts = [
+        f"#!/bin/bash\n# {one_line(job.name)}: written by task=submit. Edit it and `sbatch` it by hand if you like.",
+        "\n".join(f"#SBATCH {option}" for option in _options(job)),
+        "set -euo pipefail",
+        f"cd {shlex.quote(str(job.place))}",
+        "\n".join(_environment(job)),
+        NETWORK,
+    ]
+    if job.config.submit.setup:
+        parts.append("\n".join(["# submit.setup", *job.config.submit.setup]))
+    if job.data:
+        parts.append("\n".join(_staging(job)))
+    parts.append(_start(job))
+    return "\n\n".join(parts) + "\n"
+
+
+def _options(job: Job) -> Iterator[str]:
+    submit, trainer = job.config.submit, job.config.trainer
+    yield f"--job-name={_quoted(job.name)}"
+    yield f"--output={_quoted(job.log.replace(str(job.folder), str(job.folder).replace('%', '%%')))}"
+    yield "--open-mode=append"  # a requeued job goes on in the same log
+    yield f"--nodes={trainer.num_nodes}"
+    yield f"--ntasks-per-node={trainer.devices}"
+    yield f"--cpus-per-task={_cpus(job.config)}"
+    if num_gpus(job.config):
+        yield f"--gpus-per-node={num_gpus(job.config)}"
+    words = {"partition": "partition", "account": "account", "qos": "qos", "time": "time", "constraint": "constraint"}
+    for setting, option in {**words, "memory": "mem"}.items():
+        if getattr(submit, setting) is not None:
+            yield f"--{option}={_quoted(str(getattr(submit, setting)))}"
+    yield "--requeue"
+    yield f"--signal=USR1@{submit.signal_seconds}"  # to every rank: save, requeue, leave
+    yield from submit.extra
+
+
+def _cpus(config: RunConfig) -> int:
+    return config.submit.cpus_per_task or 1 + config.data.num_workers
+
+
+def _environment(job: Job) -> Iterator[str]:
+    yield "# Ranks find each other by Slurm's words: the first node's name, and a port made of the job's id."
+    yield "unset MASTER_ADDR MASTER_PORT RANK LOCAL_RANK NODE_RANK WORLD_SIZE"
+    yield f'export PYTHONUNBUFFERED=1 PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"'
+    threads = job.config.trainer.num_threads or _cpus(job.config)
+    for name, value in {"OMP_NUM_THREADS": str(threads), **OFFLINE, **job.config.submit.env}.items():
+        yield f"export {name}={shlex.quote(str(value))}"
+
+
+def _staging(job: Job) -> Iterator[str]:
+    trainer, submit, folder = job.config.trainer, job.config.submit, shlex.quote(job.config.submit.stage_to or "")
+    yield "# One task per node copies the data to the node's own disk; what is there already stays. Names, index and digests"
+    yield "# remain those of the originals."
+    one_each = f"--ntasks={trainer.num_nodes} --ntasks-per-node=1"
+    srun = _continued(["srun --kill-on-bad-exit=1", one_each, *_container(job)])
+    files = [shlex.quote(str(path)) for path in job.data]
+    # the variables in it are the nodes', so nothing expands them here
+    yield f"{srun} \\\n  {_python(submit)} -m lit_vlm.data.staging {_continued([folder, *files])}"
+    yield f"export {VARIABLE}={folder}"
+
+
+def _start(job: Job) -> str:
+    """srun takes the shell's place: its exit code is the job's, and one rank that fails ends them all.
+
+    A signal that comes before Python listens would end the run, so the ranks begin deaf to those that ask to requeue.
+    """
+    srun = ["exec srun --kill-on-bad-exit=1", f"--cpus-per-task={_cpus(job.config)}", *_container(job)]
+    deaf = """bash -c 'trap "" USR1 USR2; exec "$0" "$@"'"""
+    command = [deaf, f"{_python(job.config.submit)} {shlex.quote(str(ROOT / 'run.py'))}", *map(shlex.quote, job.words)]
+    return _continued([*srun, *command])
+
+
+def _python(submit: SubmitConfig) -> str:
+    """This one; in a container the container's."""
+    return "python" if submit.container else shlex.quote(sys.executable)
+
+
+def _container(job: Job) -> list[str]:
+    """Flags of pyxis. What the run needs of ours is mounted; data is the user's to mount."""
+    submit = job.config.submit
+    if submit.container is None:
+        return []
+    own = [ROOT, job.place, Path(job.config.run_dir)]
+    own = [path for path in dict.fromkeys(own) if not any(path != o and path.is_relative_to(o) for o in own)]
+    mounts = ",".join([*(f"{path}:{path}" for path in own), *submit.container_mounts])
+    return [
+        f"--container-image={shlex.quote(submit.container)}",
+        f"--container-mounts={shlex.quote(mounts)}",
+        f"--container-workdir={shlex.quote(str(job.place))}",
+    ]
+
+
+def _continued(parts: list[str]) -> str:
+    return " \\\n  ".join(parts)
+
+
+def _quoted(value: str) -> str:
+    """For a line of #SBATCH, which knows double quotes and backslashes and ends at a #."""
+    if value and all(letter.isalnum() or letter in "%+,-./:=@_" for letter in value):
+        return value
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -1,0 +1,69 @@
+"""Skeletons of models (`model/skeleton.py`) get their weights under ZeRO, so that no process need hold more than its share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from lit_vlm.model.skeleton import first_values
+
+
+def fill_whole(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """ZeRO-2: all of each weight, in the type that computes."""
+
+    def make(name: str, old: nn.Parameter) -> nn.Parameter:
+        values = first_values(model, name, old.shape, 0, old.numel()) if old.is_meta else old.detach()
+        return nn.Parameter(values.view(old.shape).to(device, dtype), requires_grad=old.requires_grad)
+
+    _replace_parameters(model, make)
+    _move_buffers(model, device)
+
+
+def fill_shared_out(model: nn.Module, config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
+    """ZeRO-3: of each weight this rank's slice, read from its file. Beside the slices one empty weight exists at a time.
+
+    Args:
+        config: DeepSpeed's.
+    """
+    import deepspeed
+
+    converter = deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype)  # not entered: torch stays as it is
+
+    def make(name: str, old: nn.Parameter) -> nn.Parameter:
+        values = torch.empty(old.shape, dtype=dtype, device=device) if old.is_meta else old.detach().to(device, dtype)
+        new: Any = nn.Parameter(values, requires_grad=old.requires_grad)
+        del values
+        converter._convert_to_deepspeed_param(new)
+        new.partition()
+        if old.is_meta:
+            size = new.ds_tensor.numel()
+            start = min(size * new.ds_zero_partition_rank, old.numel())
+            stop = min(start + size, old.numel())
+            new.ds_tensor[: stop - start].copy_(first_values(model, name, old.shape, start, stop))
+            new.ds_tensor[stop - start :].zero_()
+        return new
+
+    _replace_parameters(model, make)
+    _move_buffers(model, device)
+
+
+@torch.no_grad()
+def _replace_parameters(model: nn.Module, make: Callable[[str, nn.Parameter], nn.Parameter]) -> None:
+    """Another parameter in the place of each; one that has several places (tied tables) stays one."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for leaf, old in module._parameters.items():
+            if old is not None:
+                if old not in made:
+                    made[old] = make(f"{prefix}.{leaf}" if prefix else leaf, old)
+                module._parameters[leaf] = made[old]
+
+
+def _move_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)

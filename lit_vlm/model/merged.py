@@ -1,0 +1,113 @@
+"""A model's weights as plain transformers would have them: adapters and new rows merged in, one weight at a time.
+
+Only what transformers itself keeps fused in memory and apart in files (experts of some families) is made all at once.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlavaOnevisionForConditionalGeneration
+from transformers.core_model_loading import revert_weight_conversion
+
+from lit_vlm.model.lora import lora_layers
+from lit_vlm.model.skeleton import EMBEDDINGS, HEAD, build_on_meta, first_values
+
+
+class Merged:
+    """The weights of a model by their names on the hub.
+
+    Args:
+        model: its weights may be shared out over ranks.
+        whole: makes the weight of a name in memory whole; every rank asks for the same names in the same order. None:
+            weights are whole.
+
+    Attributes:
+        tensors: of each name on the hub its shape and type, on `meta`.
+        config: to be saved with them.
+    """
+
+    def __init__(
+        self, model: LlavaOnevisionForConditionalGeneration, whole: Callable[[str], Tensor] | None = None
+    ) -> None:
+        self.model, self.layers, self.whole = model, lora_layers(model), whole
+        self.parameters = dict(model.named_parameters())
+        self.source: Any = getattr(model, "weights", None)  # of a model that was loaded in shards
+        dtype = self.source.dtype if self.source else model.dtype
+        frame = build_on_meta(copy.deepcopy(model.config)).to(dtype)
+        frame.tie_weights()
+        self.num_parameters, self.config = frame.num_parameters(), frame.config
+        for config in (self.config, self.config.vision_config, self.config.text_config):
+            config.dtype = str(dtype).removeprefix("torch.")
+        self.config.architectures = [type(frame).__name__]
+        if getattr(model, "_weight_conversions", None) is not None:
+            frame._weight_conversions = model._weight_conversions  # the names of the folder that it came from
+        in_memory = dict(frame.named_parameters())  # a shared table once, under the name of the embeddings
+        self.tensors: dict[str, Tensor] = revert_weight_conversion(frame, in_memory)
+        in_memory_of = {id(tensor): name for name, tensor in in_memory.items()}
+        self._names = {
+            hub: in_memory_of[id(tensor)] for hub, tensor in self.tensors.items() if id(tensor) in in_memory_of
+        }
+        self._frame, self._in_memory = frame, in_memory
+        self._taken_apart: dict[str, Tensor] | None = None
+
+    def value(self, name: str) -> Tensor:
+        """Of a name on the hub, on whatever device it is."""
+        if name in self._names:
+            return self._value(self._names[name])
+        if self._taken_apart is None:
+            fused = self._in_memory.keys() - set(self._names.values())
+            values = {own: self._value(own) for own in self._in_memory if own in fused}
+            self._taken_apart = revert_weight_conversion(self._frame, values)
+        return self._taken_apart.pop(name)
+
+    def take_part(self, name: str) -> None:
+        """In gathering what another rank makes the value of."""
+        for key in self._needs(self._names[name]):
+            if not self._is_in_source(key):
+                self._whole(key)
+
+    def _value(self, own: str) -> Tensor:
+        target = self._in_memory[own]
+        value, *merged = [self._whole(key) for key in self._needs(own)]
+        if own.rpartition(".")[0] in self.layers and merged:
+            value = value + self._delta(own.rpartition(".")[0], *merged[:2]).to(value.dtype)
+        elif merged:  # rows of new tokens
+            value = value.index_copy(0, self.model.new_tokens.ids.to(value.device), merged[0].to(value.dtype))
+        return value.to(target.dtype)
+
+    def _needs(self, own: str) -> list[str]:
+        """Names in memory: the weight itself, then what is merged into it."""
+        module, _, leaf = own.rpartition(".")
+        if module in self.layers:
+            base = f"{module}.base_layer.{leaf}"
+            adapters = _adapters(self.layers[module]) if leaf == "weight" else []
+            return [base, *(f"{module}.lora_{side}.{adapter}.weight" for adapter in adapters for side in "AB")]
+        rows = {EMBEDDINGS: "new_tokens.embedding", HEAD: "new_tokens.head"}.get(own)
+        return [own, rows] if rows in self.parameters else [own]
+
+    def _is_in_source(self, name: str) -> bool:
+        return self.source is not None and not self.parameters[name].requires_grad
+
+    def _whole(self, name: str) -> Tensor:
+        if self._is_in_source(name):
+            shape = self._in_memory[name.replace(".base_layer.", ".")].shape
+            return first_values(self.model, name, shape, 0, shape.numel()).view(shape)
+        return self.whole(name).detach() if self.whole else self.parameters[name].detach()
+
+    def _delta(self, module: str, down: Tensor, up: Tensor) -> Tensor:
+        """What peft adds to a layer's weight when it merges an adapter, in the same arithmetic."""
+        layer: Any = self.layers[module]
+        dtype = up.dtype
+        if up.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+            down, up = down.float(), up.float()
+        return (up @ down * layer.scaling[_adapters(layer)[0]]).to(dtype)
+
+
+def _adapters(layer: Any) -> list[str]:
+    """Of a layer: one, that of its part."""
+    return list(layer.lora_A)

@@ -1,0 +1,184 @@
+"""A model before its weights: all modules and names, parameters on `meta`, buffers real.
+
+What shares a model out over devices (FSDP2, ZeRO-3) builds inside `weights_later`, shares the skeleton out, and then
+fills what each process holds from `first_values`: no process ever holds the whole model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    PreTrainedModel,
+)
+from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector
+
+from lit_vlm.model import families
+from lit_vlm.model.hub import quiet_transformers
+from lit_vlm.model.lora import draw_adapter
+from lit_vlm.model.vocabulary import grow
+from lit_vlm.model.weights import Weights, places_of
+from lit_vlm.types import UserError
+
+if TYPE_CHECKING:
+    from lit_vlm.model.build import Blueprint
+
+EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+
+_later: ContextVar[bool] = ContextVar("weights_later", default=False)
+
+
+@contextlib.contextmanager
+def weights_later() -> Iterator[None]:
+    """`build` makes skeletons inside: models without weights, which know in `weights` where they are."""
+    token = _later.set(True)
+    try:
+        yield
+    finally:
+        _later.reset(token)
+
+
+def are_weights_later() -> bool:
+    return _later.get()
+
+
+def build_on_meta(config: LlavaOnevisionConfig) -> LlavaOnevisionForConditionalGeneration:
+    """Shapes and counts at full size, without memory."""
+    with torch.device("meta"):
+        return LlavaOnevisionForConditionalGeneration(config)
+
+
+def make_skeleton(blueprint: Blueprint, dtype: torch.dtype, seed: int) -> LlavaOnevisionForConditionalGeneration:
+    """What `build` makes, without weights. `model.weights` says what they are; errors of the sources come now.
+
+    Raises:
+        UserError: weights are missing, of another shape, damaged, or in no safetensors.
+    """
+    model = build_on_meta(copy.deepcopy(blueprint.config) if blueprint.whole else blueprint.config)
+    model.weights = weights = Weights(dtype, seed)
+    with quiet_transformers():
+        if blueprint.whole:
+            weights.places = places_of(model, blueprint.whole, blueprint.revision)
+            _read_generation_config(model, blueprint.whole, blueprint.revision)
+        else:
+            _take_parts(model, weights, blueprint)
+        families.fold_logit_scale(model)
+        model.tie_weights()
+        _grow(model, weights, blueprint)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    _make_buffers(model)
+    return model.eval()
+
+
+def first_values(model: nn.Module, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
+    """[stop - start] on the CPU: what a skeleton's parameter starts with, elements `start` to `stop` of it flattened.
+
+    Args:
+        name: as in `model.named_parameters()`, adapters and rows of new tokens included.
+        shape: of the whole parameter.
+    """
+    weights: Any = model.weights
+    if "lora_" in name:
+        return draw_adapter(name, shape, weights.seed).to(weights.dtype).flatten()[start:stop]
+    if name.startswith("new_tokens."):
+        table = EMBEDDINGS if name.endswith("embedding") or HEAD not in weights else HEAD
+        ids: list[int] = model.new_tokens.ids.tolist()  # type: ignore[union-attr, operator]
+        width = shape[1]
+        first, last = start // width, -(-stop // width)
+        rows = [weights.rows(table, i, i + 1) for i in ids[first:last]]
+        return torch.cat(rows or [torch.empty(0)]).flatten()[start - first * width : stop - first * width]
+    return weights.read(name.replace(".base_layer.", "."), start, stop)
+
+
+def draw_projector(
+    config: LlavaOnevisionConfig, dtype: torch.dtype, seed: int
+) -> tuple[LlavaOnevisionMultiModalProjector, Tensor]:
+    """A new projector, and the newline's features [D] behind each row of tiles."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        with torch.device("meta"):
+            projector = LlavaOnevisionMultiModalProjector(config)
+        projector = projector.to_empty(device="cpu").to(dtype)
+        for layer in (projector.linear_1, projector.linear_2):
+            layer.reset_parameters()
+        if config.projector_hidden_act == "linear":
+            nn.init.eye_(projector.linear_2.weight)
+            nn.init.zeros_(projector.linear_2.bias)
+        width = config.text_config.hidden_size
+        return projector, torch.randn(width, dtype=dtype) * width**-0.5
+
+
+def share_config(part: nn.Module, config: Any) -> None:
+    """from_pretrained copies the config it is given; one object for all makes a change reach every layer."""
+    for module in part.modules():
+        if hasattr(module, "config"):
+            module.config = config
+
+
+def _take_parts(model: LlavaOnevisionForConditionalGeneration, weights: Weights, blueprint: Blueprint) -> None:
+    assert blueprint.vision_tower and blueprint.language_model
+    config, revision = blueprint.config, blueprint.revision
+    tower: Any = model.model.vision_tower
+    with torch.device("meta"):
+        language = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=blueprint.trust_remote_code)
+    in_tower = places_of(tower, blueprint.vision_tower, revision)
+    in_language = places_of(language, blueprint.language_model, revision)
+    _read_generation_config(language, blueprint.language_model, revision)
+    model.generation_config = language.generation_config
+    share_config(tower, config.vision_config)
+    share_config(model.model.language_model, config.text_config)
+    weights.places = {f"model.vision_tower.{name}": place for name, place in in_tower.items()}
+    weights.places |= {
+        f"model.language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name: place
+        for name, place in in_language.items()
+    }
+    for name, parameter in tower.named_parameters():  # what nobody reads may be missing
+        if name not in in_tower:
+            fill = torch.ones if name.endswith("weight") else torch.zeros
+            weights.drawn[f"model.vision_tower.{name}"] = fill(parameter.shape, dtype=weights.dtype)
+    factor = families.logit_factor(config.text_config)
+    if factor != 1.0:
+        weights.factors[HEAD] = factor
+    projector, newline = draw_projector(config, weights.dtype, weights.seed)
+    weights.drawn |= {
+        f"model.multi_modal_projector.{name}": value.detach() for name, value in projector.named_parameters()
+    }
+    weights.drawn["model.image_newline"] = newline
+
+
+def _grow(model: LlavaOnevisionForConditionalGeneration, weights: Weights, blueprint: Blueprint) -> None:
+    stored = model.get_input_embeddings().num_embeddings
+    spelled = grow(model, blueprint.tokenizer, blueprint.new_tokens)
+    weights.spelled = {EMBEDDINGS: spelled, HEAD: spelled} if spelled else {}
+    strange = set(range(stored, model.get_input_embeddings().num_embeddings)) - set(spelled)
+    if strange:
+        raise UserError(
+            f"The tokenizer has {len(blueprint.tokenizer):,} tokens and the model's table {stored:,} rows; "
+            f"{len(strange)} of its own tokens have none. Give the tokenizer that belongs to the model."
+        )
+
+
+def _read_generation_config(model: Any, name: str, revision: str | None) -> None:
+    model.adjust_generation_fn(
+        None, False, None, name, None, False, None, False, None, revision or "main", "", trust_remote_code=False
+    )
+
+
+def _make_buffers(model: PreTrainedModel) -> None:
+    """Buffers that no file holds (rotary frequencies, position numbers), as `from_pretrained` makes them."""
+    for name, buffer in model.named_non_persistent_buffers():
+        parent, _, leaf = name.rpartition(".")
+        model.get_submodule(parent)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    model.initialize_weights()

@@ -1,0 +1,80 @@
+"""Safetensors files written tensor by tensor, so that no more than one of them is in memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from torch import Tensor
+
+CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+LARGEST_FILE = "5GB"  # transformers' way of cutting a model
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFile:
+    """A file that is to be written: its tensors in their order, on `meta`."""
+
+    name: str
+    tensors: dict[str, Tensor]
+
+    def write(self, folder: Path, values: Iterable[Tensor]) -> None:
+        """
+        Args:
+            values: of the tensors, in the same order. One at a time is asked for and let go.
+        """
+        with (folder / self.name).open("wb") as stream:
+            stream.write(self._header())
+            for value in values:
+                stream.write(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def _header(self) -> bytes:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for name, tensor in self.tensors.items():
+            end = offset + tensor.element_size() * math.prod(tensor.shape)
+            header[name] = {
+                "dtype": CODES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [offset, end],
+            }
+            offset = end
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        return len(text).to_bytes(8, "little") + text
+
+
+def planned_files(tensors: dict[str, Tensor], largest: str | int = LARGEST_FILE) -> list[TensorFile]:
+    """How `save_pretrained` would cut and order tensors of these names, shapes and types (on `meta`)."""
+    split = split_torch_state_dict_into_shards(
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=largest
+    )
+
+    def order(name: str) -> tuple[int, str]:  # safetensors' own: the widest type first
+        return -tensors[name].element_size(), name
+
+    return [
+        TensorFile(file, {name: tensors[name] for name in sorted(names, key=order)})
+        for file, names in split.filename_to_tensors.items()
+    ]
+
+
+def write_index(folder: Path, files: list[TensorFile], num_parameters: int) -> None:
+    """What tells a reader which of several files holds a tensor; one file needs none."""
+    if len(files) == 1:
+        return
+    sizes: Iterator[int] = (
+        tensor.element_size() * math.prod(tensor.shape) for file in files for tensor in file.tensors.values()
+    )
+    index = {
+        "metadata": {"total_parameters": num_parameters, "total_size": sum(sizes)},
+        "weight_map": {name: file.name for file in files for name in file.tensors},
+    }
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    (folder / INDEX).write_text(text, encoding="utf-8")

@@ -1,0 +1,221 @@
+"""The values that a model starts with, by the names they have in memory, read from safetensors when asked for.
+
+Nothing is read ahead and no tensor need be read whole: a process that holds an interval of a weight reads that interval.
+The parts may come from different folders, in the hub's layout or in memory's; transformers' own rules say which name in
+a file is which in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+from transformers.utils import cached_file
+
+from lit_vlm.model.parts import UNUSED
+from lit_vlm.types import UserError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a tensor lies."""
+
+    file: str
+    key: str
+    shape: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Weights:
+    """First values of a model's weights.
+
+    Args:
+        dtype: that values are handed out in.
+        seed: of values that are drawn.
+        places: of each name in memory that comes from a file.
+        drawn: small tensors that come from no file, by name in memory.
+        factors: of a name whose stored values are multiplied.
+        spelled: of a vocabulary's table, the rows that start as the mean of other rows.
+    """
+
+    dtype: torch.dtype
+    seed: int
+    places: dict[str, Place] = field(default_factory=dict)
+    drawn: dict[str, Tensor] = field(default_factory=dict)
+    factors: dict[str, float] = field(default_factory=dict)
+    spelled: dict[str, dict[int, list[int]]] = field(default_factory=dict)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.places or name in self.drawn
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Weights:
+        return self  # a copy of the model starts with the same values
+
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """[stop - start] on the CPU: elements `start` to `stop` of the flattened tensor of that name."""
+        if name in self.drawn:
+            return self.drawn[name].flatten()[start:stop]
+        place = self.places[name]
+        width = math.prod(place.shape[1:])
+        first = start // width
+        return self.rows(name, first, -(-stop // width)).flatten()[start - first * width : stop - first * width]
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """[last - first, ...]: rows of a tensor from a file. A table that grew has more of them than the file."""
+        values = self._stored(name, first, min(last, self._num_stored(name)))
+        new = {row: ids for row, ids in self.spelled.get(name, {}).items() if first <= row < last}
+        if not new:
+            return values
+        missing = values.new_zeros((last - first - len(values), *values.shape[1:]))
+        values = torch.cat([values, missing])
+        for row, ids in new.items():
+            known = torch.cat([self._stored(name, i, i + 1) for i in ids])
+            values[row - first] = known.float().mean(dim=0).to(self.dtype)
+        return values
+
+    def _num_stored(self, name: str) -> int:
+        return (self.places[name].shape or (1,))[0]
+
+    def _stored(self, name: str, first: int, last: int) -> Tensor:
+        place = self.places[name]
+        try:
+            with safe_open(place.file, framework="pt") as file:
+                if not place.shape:
+                    values = file.get_tensor(place.key)[None]
+                else:
+                    values = file.get_slice(place.key)[min(first, last) : last]
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{place.file}: {place.key} could not be read: {error}") from None
+        values = values.to(self.dtype)
+        return values * self.factors[name] if name in self.factors else values
+
+
+def places_of(model: PreTrainedModel, name: str, revision: str | None = None) -> dict[str, Place]:
+    """Where a folder or hub repository keeps each weight of a model, by the model's own names.
+
+    Args:
+        model: of the class that the folder is for, on `meta`.
+
+    Raises:
+        UserError: weights are missing or of another shape, a file is damaged, or there are no safetensors.
+    """
+    found = _renamed(model, name, _listed(name, _files(name, revision)))
+    expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    _mend_ties(model, name, found)
+    absent = [
+        key
+        for key, shape in expected.items()
+        if (key not in found or found[key].shape != shape)
+        and not UNUSED.match(f"model.vision_tower.{key}")
+        and not UNUSED.match(key)
+    ]
+    if absent:
+        raise UserError(half_a_model(name, absent))
+    return {key: place for key, place in found.items() if place.shape == expected.get(key)}
+
+
+def half_a_model(name: str, absent: Iterable[str]) -> str:
+    absent = sorted(absent)
+    return (
+        f"{name}: {len(absent)} weights are missing or of another shape there, {', '.join(absent[:3])} among them. "
+        "The folder holds another model than its config.json says, or half of one."
+    )
+
+
+def _files(name: str, revision: str | None) -> list[str]:
+    def resolved(filename: str) -> str | None:
+        return cached_file(name, filename, revision=revision, _raise_exceptions_for_missing_entries=False)
+
+    try:
+        index = resolved(INDEX)
+        if index is None:
+            single = resolved(SINGLE)
+            found = [single] if single else []
+        else:
+            shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
+            found = [path for path in map(resolved, shards) if path]
+            if len(found) < len(shards):
+                missing = next(shard for shard in shards if resolved(shard) is None)
+                raise UserError(f"{name}: its weights could not be loaded: {missing} is missing.")
+    except (OSError, ValueError, KeyError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{name}: its weights could not be loaded: {str(error).strip().splitlines()[0]}") from None
+    if not found:
+        raise UserError(
+            f"{name}: no {SINGLE} there. A strategy that shares the weights out reads them piece by piece, which other "
+            f"files (pytorch_model.bin) do not allow. Convert the folder once: load it with transformers' from_pretrained "
+            "and write it to a new folder with save_pretrained, then name that folder; or use trainer.strategy=ddp."
+        )
+    return found
+
+
+def _listed(name: str, files: list[str]) -> dict[str, Place]:
+    """By key in the files. Reads their headers, no values."""
+    listed = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118, no dict
+                    listed[key] = Place(path, key, tuple(file.get_slice(key).get_shape()))
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{name}: its weights could not be loaded: {str(error).strip().splitlines()[0]}") from None
+    return listed
+
+
+def _renamed(model: PreTrainedModel, name: str, listed: dict[str, Place]) -> dict[str, Place]:
+    """By name in memory, as transformers' `convert_and_load_state_dict_in_model` finds it. What the model lacks is left
+    out (a text half, layers that were cut off)."""
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    expected = model.state_dict()
+    prefix = model.base_model_prefix
+    found = {}
+    for key, place in listed.items():
+        own, fused = rename_source_key(key, renamings, converters, prefix, expected)
+        if own not in expected and key in expected:
+            own, fused = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=expected)
+        if own in expected and fused is not None:
+            raise UserError(
+                f"{name}: transformers fuses weights of {model.config.model_type} when it loads them ({own}), which "
+                "cannot be read piece by piece. Use trainer.strategy=ddp or deepspeed_zero2."
+            )
+        if own in expected:
+            found[own] = place
+    # what transformers would write the weights under again
+    model._weight_conversions = [rule for rule in rules if rule.was_used()]
+    return found
+
+
+def _mend_ties(model: PreTrainedModel, name: str, found: dict[str, Place]) -> None:
+    """One table for embeddings and head may be stored under either name, or under both."""
+    for target, source in model.all_tied_weights_keys.items():
+        if target in found and source in found and not _equal(found[target], found[source]):
+            raise UserError(
+                f"{name}: its config.json ties {target} to {source}, and the files hold two different tables. Set "
+                "tie_word_embeddings to false in its config.json."
+            )
+        for one, other in ((target, source), (source, target)):
+            if one not in found and other in found:
+                found[one] = found[other]
+
+
+def _equal(one: Place, other: Place, rows: int = 4096) -> bool:
+    if one.shape != other.shape:
+        return False
+    with safe_open(one.file, framework="pt") as a, safe_open(other.file, framework="pt") as b:
+        left, right = a.get_slice(one.key), b.get_slice(other.key)
+        return all(torch.equal(left[i : i + rows], right[i : i + rows]) for i in range(0, one.shape[0], rows))

@@ -1,0 +1,126 @@
+"""task=submit: a run, or all stages of a recipe, as Slurm jobs. Read top to bottom.
+
+The script starts the very command that would run here, so name and folder are the same and a requeued job finds itself.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+from lit_vlm.config import Run, is_ladder, parse, pipeline_overrides, stages_of
+from lit_vlm.config.overrides import key_of
+from lit_vlm.config.schema import DataConfig, Format
+from lit_vlm.engine.run_folder import read_manifest, require_writable, write_atomically
+from lit_vlm.engine.slurm import require_sbatch, sbatch, sbatch_words, state_of
+from lit_vlm.engine.slurm_script import Job, one_line, script_of
+from lit_vlm.tasks.terminal import console, say
+from lit_vlm.types import UserError
+
+OWN_PICTURES = (".parquet", ".arrow", ".tar")  # hold them, so nothing beside the file is read
+
+
+def submit(run: Run) -> None:
+    """Write the scripts into the runs' folders and submit them; each stage of a recipe waits for the one before.
+
+    What is finished is passed by, and what is in the queue already stays there.
+
+    Raises:
+        UserError: no Slurm here, a folder that cannot be written, or what sbatch said when it refused.
+    """
+    if not run.config.submit.dry_run:
+        require_sbatch()
+    stages = _stages(run)
+    waiting = [stage for stage in stages if not _is_finished(stage)]
+    if not waiting:
+        say(f"{run.name}: finished already, in {stages[-1].dir}. Nothing is submitted; overwrite=true starts it anew.")
+        return
+    for stage in waiting:
+        require_writable(stage.dir)
+    after = None
+    for stage in waiting:
+        after = _submit_one(stage, after)
+    if not run.config.submit.dry_run:
+        _say_how_to_follow(waiting, str(after))
+
+
+def _stages(run: Run) -> list[Run]:
+    """The run itself, or a run for each stage of the recipe."""
+    if not is_ladder(run.overrides):
+        return [run]
+    stages = stages_of(run.config.recipe, run.overrides)
+    return [parse(["task=submit", f"experiment={s}", *pipeline_overrides(run.overrides, s)]) for s in stages]
+
+
+def _is_finished(stage: Run) -> bool:
+    finished = (read_manifest(stage.dir) or {}).get("status") == "finished" and not stage.config.overwrite
+    if finished:
+        say(f"{stage.name}: finished already, in {stage.dir}")
+    return finished
+
+
+def _submit_one(stage: Run, after: str | None) -> str:
+    """The job's id; in a dry run the words that stand for it."""
+    job = job_of(stage)
+    queued = None if stage.config.submit.dry_run else _queued(job)
+    if queued:
+        say(
+            f"{stage.name}: is in the queue already, as job {queued}. End it with `scancel {queued}` to submit it anew."
+        )
+        return queued
+    text = script_of(job)
+    try:
+        job.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(job.script, text)
+    except OSError as error:
+        raise UserError(f"{job.script} cannot be written: {error.strerror}. Choose another run_dir.") from error
+    if stage.config.submit.dry_run:
+        console.rule(str(job.script), align="left")
+        print(text)
+        say(shlex.join(sbatch_words(job.script, after)))
+        return f"<job of {stage.name}>"
+    number = sbatch(job.script, after)
+    write_atomically(job.folder / "slurm.json", json.dumps({"job": number}) + "\n")
+    say(f"{stage.name}: job {number}{f', after {after}' if after else ''}. Script: {job.script}")
+    return number
+
+
+def job_of(stage: Run) -> Job:
+    config = stage.config
+    words = [text for text in stage.overrides if key_of(text) != "task" and not key_of(text).startswith("submit.")]
+    data = files_to_stage(config.data) if config.submit.stage_to else []
+    return Job(stage.name, stage.dir, config, ["task=train", *words], Path.cwd(), data)
+
+
+def files_to_stage(data: DataConfig) -> list[Path]:
+    """What the sources read: their files, and the folders in which their pictures lie."""
+    found: list[Path] = []
+    for source in [*data.sources.values(), *data.validation.sources.values()]:
+        if source.path is None or source.format in (Format.builtin, Format.digits):
+            continue
+        path = Path(source.path)
+        beside = path.is_file() and source.image_root is None and path.suffix.lower() not in OWN_PICTURES
+        found += [path.parent if beside else path, *([Path(source.image_root)] if source.image_root else [])]
+    found = list(dict.fromkeys(found))
+    return [path for path in found if not any(path != other and path.is_relative_to(other) for other in found)]
+
+
+def _queued(job: Job) -> str | None:
+    """The job that was submitted for this folder and has not ended."""
+    try:
+        number = str(json.loads((job.folder / "slurm.json").read_text(encoding="utf-8"))["job"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return number if state_of(number) else None
+
+
+def _say_how_to_follow(stages: list[Run], last: str) -> None:
+    first, config = stages[0], stages[0].config
+    say(f"Follow:  squeue --me;  tail -F {shlex.quote(str(first.dir))}/slurm-*.log")
+    say(f"Stop:    scancel {last}  (saves first). The same task=submit goes on where it was.")
+    if config.logger.wandb and config.submit.env.get("WANDB_MODE", "offline") == "offline":
+        for stage in stages:
+            say(
+                f"W&B:     wandb sync {shlex.quote(one_line(str(stage.dir)))}/wandb/offline-run-*  (here, whenever you like)"
+            )

@@ -1,0 +1,139 @@
+"""Where the time goes: parts that add up, what a rank alone takes, and whom the others wait for."""
+
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_callbacks import fit
+
+from callbacks import Guard, Throughput
+from callbacks.memory import memory_parts
+from callbacks.step_time import PARTS, StepTime, Watchman
+from lit_vlm.stages import SFTStage
+
+CPU = torch.device("cpu")
+
+
+class SlowBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        time.sleep(0.05)
+        return gradient
+
+
+def rank(data=1.0, forward=2.0, backward=4.0, communication=1.0, optimizer=2.0):
+    return dict(zip(PARTS, (data, forward, backward, communication, optimizer), strict=True))
+
+
+def watchman():
+    said = []
+    return Watchman(said.append, lambda number: f"host-{number}"), said
+
+
+def test_time_is_counted_as_the_part_that_went_on():
+    parts = StepTime(CPU)
+    parts.mark("data")
+    time.sleep(0.02)
+    parts.mark("forward")
+    parts.pause()
+    time.sleep(0.05)
+    parts.mark("data")
+    found = parts.collect()
+    assert 0.02 <= found["forward"] < 0.05 and sum(found.values()) == found["forward"]
+    assert sum(parts.collect().values()) == 0
+
+
+def test_waiting_for_other_ranks_is_not_backward():
+    """Autograd calls the engine's own end of backward after ours: what that one waits is communication."""
+    parts, weight = StepTime(CPU), torch.ones(3, requires_grad=True)
+
+    def as_ddp_does(gradient):
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: time.sleep(0.2))
+
+    weight.register_hook(as_ddp_does)
+    loss = SlowBackward.apply(weight).sum()
+    parts.mark("forward")
+    parts.mark_at_end_of(loss, "backward")
+    loss.backward()
+    parts.mark("communication")
+    found = parts.collect()
+    assert 0.05 <= found["backward"] < 0.2 <= found["communication"]
+
+
+def test_the_parts_add_up_to_the_time_of_a_step_and_are_logged(blueprint):
+    throughput = Throughput()
+    trainer, _, _ = fit(blueprint, [Guard(), throughput])
+    logged = {name.removeprefix("throughput/"): float(value) for name, value in trainer.callback_metrics.items()}
+    parts = [logged[f"time_{part}"] for part in PARTS]
+    assert all(value >= 0 for value in parts)
+    samples = trainer.datamodule.plan.step(0).num_samples
+    assert sum(parts) == pytest.approx(samples / logged["samples_per_second"], rel=0.3)
+    assert logged["time_forward"] > 0 and logged["time_backward"] > 0 and logged["time_optimizer"] > 0
+
+
+def test_the_slowest_rank_is_named_once_when_it_stays_the_slowest():
+    watch, said = watchman()
+    slow = [rank(), rank(), rank(backward=6.0), rank()]
+    for _ in range(2):
+        found = watch.look(slow)
+    assert found == {"slowest_rank": 2.0, "slowest_excess": pytest.approx(2 / 7)} and not said
+    watch.look([rank(backward=6.0), rank(), rank(), rank()])  # another one: the count begins anew
+    for _ in range(10):
+        watch.look(slow)
+    assert said == [
+        "Rank 2 on host-2 takes 29% longer than the median rank, most of it in backward; all others wait for it."
+    ]
+
+
+def test_ranks_that_are_about_equal_and_one_rank_alone_are_not_told():
+    watch, said = watchman()
+    for _ in range(10):
+        watch.look([rank(), rank(backward=4.9)])
+    alone, told = watchman()
+    assert alone.look([rank(data=0.5)] * 1) == {}
+    assert not said and not told
+
+
+def test_waiting_for_data_is_told_once_and_not_of_the_first_steps():
+    watch, said = watchman()
+    watch.look([rank(data=9.0)])
+    assert not said
+    for _ in range(5):
+        watch.look([rank(data=3.0)])
+    assert said == ["36% of the time is spent waiting for data: raise data.num_workers."]
+
+
+def test_memory_is_told_by_part(blueprint):
+    found = {}
+
+    class Look(Guard):
+        def after_exchange(self, trainer, pl_module, optimizer):
+            found[trainer.global_step] = memory_parts(trainer, pl_module)
+
+    stage = fit(blueprint, [Look()], stage_class=SFTStage, trainable=["projector"])[1]
+    trained = sum(p.numel() for p in stage.model.parameters() if p.requires_grad) * 4
+    everything = sum(p.numel() for p in stage.model.parameters()) * 4
+    assert found[0]["gradients"] == found[1]["gradients"] == trained
+    assert found[0]["optimizer"] == 0 and trained * 2 <= found[1]["optimizer"] < trained * 2 + 1000
+    assert everything <= found[1]["weights"] < 1.2 * everything  # and buffers
+
+
+def test_a_line_is_printed_where_there_is_no_bar(capsys):
+    throughput = Throughput()
+    trainer = SimpleNamespace(
+        progress_bar_callback=None, is_global_zero=True, callback_metrics={"train/loss": torch.tensor(2.5)}
+    )
+    trainer.global_step, trainer.max_steps = 40, 1000
+    rates = {"tokens_per_second": 1234.0} | {f"time_{part}": value for part, value in rank().items()}
+    throughput._line = float("-inf")
+    throughput._print_line(trainer, rates)
+    throughput._print_line(trainer, rates)  # too soon
+    assert capsys.readouterr().out == (
+        "step 40/1,000  loss 2.5000  1,234 tokens/s  10.00 s: data 10%, forward 20%, backward 40%, communication 10%, "
+        "optimizer 20%\n"
+    )

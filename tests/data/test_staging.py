@@ -1,0 +1,85 @@
+"""Data that was copied to a node's disk is read from there, under the names, digests and keys of the originals."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lit_vlm.config.schema import SourceConfig
+from lit_vlm.data.index.store import build_index
+from lit_vlm.data.sources import open_source
+from lit_vlm.data.staging import stage, staged
+from lit_vlm.types import UserError
+
+
+@pytest.fixture
+def data(tmp_path) -> Path:
+    """Ten records, each with a picture in a folder below."""
+    folder = tmp_path / "shared" / "한국어 자료"
+    (folder / "pictures").mkdir(parents=True)
+    records = []
+    for number in range(10):
+        Image.new("RGB", (40 + number, 30), "red").save(folder / "pictures" / f"{number}.png")
+        turns = [{"from": "human", "value": "<image>\n무엇?"}, {"from": "gpt", "value": "빨강"}]
+        records.append({"id": str(number), "image": f"pictures/{number}.png", "conversations": turns})
+    (folder / "a.json").write_text(json.dumps(records), encoding="utf-8")
+    return folder
+
+
+def opened(data: Path):
+    return open_source("mine", SourceConfig(path=str(data / "a.json")), max_image_pixels=10_000)
+
+
+def test_a_copy_is_read_and_known_as_its_original(data, tmp_path, monkeypatch, processor):
+    before = opened(data)
+    whole = build_index([before], processor, store=tmp_path / "index")
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "index").rglob("*.arrow")}
+    stage([data], tmp_path / "node")
+    monkeypatch.setenv("NODE", str(tmp_path))
+    monkeypatch.setenv("LIT_VLM_STAGED", "$NODE/node")
+    source = opened(data)
+    assert source.digest == before.digest
+    again = build_index([source], processor, store=tmp_path / "index")
+    assert again.digest() == whole.digest()
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "index").rglob("*.arrow")} == kept
+    copy = staged(data / "pictures" / "3.png")
+    assert copy == tmp_path / "node" / (data / "pictures" / "3.png").relative_to("/")
+    Image.new("RGB", (43, 30), "blue").save(copy)
+    assert source[3].images[0].load().getpixel((0, 0)) == (0, 0, 255)  # the node's file is what is read
+
+
+def test_a_second_copy_takes_only_what_is_new_and_a_half_written_file_is_no_copy(data, tmp_path):
+    count, size = stage([data], tmp_path / "node")
+    assert count == 11 and size == sum(path.stat().st_size for path in data.rglob("*") if path.is_file())
+    assert stage([data], tmp_path / "node") == (0, 0)
+    copy = tmp_path / "node" / (data / "a.json").relative_to("/")
+    copy.write_bytes(copy.read_bytes()[:50])  # newer than its original, and shorter
+    (data / "pictures" / "new.png").write_bytes(b"new")
+    assert stage([data], tmp_path / "node")[0] == 2
+    assert copy.read_bytes() == (data / "a.json").read_bytes()
+    assert copy.stat().st_mtime_ns == (data / "a.json").stat().st_mtime_ns
+
+
+def test_what_is_not_staged_is_read_where_it_is(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("LIT_VLM_STAGED", str(tmp_path / "nowhere"))
+    assert len(opened(data)) == 10
+
+
+def test_a_disk_that_is_too_small_is_told_before_anything_is_copied(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("lit_vlm.data.staging.SPARE_BYTES", 1 << 60)
+    with pytest.raises(UserError, match=r"GB free, and 0\.0 GB would be copied.*Choose another folder"):
+        stage([data], tmp_path / "node")
+    assert not list((tmp_path / "node").rglob("*.png"))
+
+
+def test_the_job_s_step_copies_and_a_missing_file_fails_it(data, tmp_path, repository):
+    command = [sys.executable, "-m", "lit_vlm.data.staging", "$WHERE/node", str(data), str(data / "pictures")]
+    environment = {**os.environ, "PYTHONPATH": str(repository), "WHERE": str(tmp_path)}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "11 files" in done.stdout, done.stderr
+    done = subprocess.run([*command, str(data / "gone")], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "is not there" in done.stderr and "Traceback" not in done.stderr

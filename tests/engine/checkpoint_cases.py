@@ -1,0 +1,141 @@
+"""A small state, told by any number of ranks in any slices, as strategies hold it; and ways to damage what was written."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+
+import torch
+
+from lit_vlm.engine.checkpoint import Folder, Index, Writer
+from lit_vlm.engine.shards import Kind, Piece
+
+SHAPES = {"model.projector.weight": (40, 60), "model.projector.bias": (60,), "lm_head.weight": (90, 50), "scale": (1,)}
+
+
+class Sliced:
+    """A rank's share of a state: every tensor, flattened, in equal slices; the last ranks' may be short or empty.
+
+    Args:
+        rows: cut between rows, as FSDP2 does, and not anywhere, as ZeRO does.
+    """
+
+    writes = True
+
+    def __init__(self, rank: int = 0, world_size: int = 1, *, seed: int = 0, rows: bool = False) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        self.held: list[Piece] = []
+        self.count = -1
+        for kind in Kind:
+            for name, shape in SHAPES.items():
+                whole = torch.randn(shape, generator=draw).flatten()
+                unit = whole.numel() // shape[0] if rows else 1
+                size = -(-whole.numel() // unit // world_size) * unit
+                part = whole[rank * size : (rank + 1) * size].clone()
+                self.held.append(Piece(name, kind, shape, min(rank * size, whole.numel()), part))
+
+    def pieces(self) -> Iterator[Piece]:
+        return iter(self.held)
+
+    def loaded(self, step: int) -> None:
+        self.count = step
+
+    def same_as(self, other: "Sliced") -> bool:
+        return all(torch.equal(a.values, b.values) for a, b in zip(self.held, other.held, strict=True))
+
+
+def index_of(step: int, **facts) -> Index:
+    state = {"callbacks": {}, "precision": {}, "log": [0, None]}
+    return Index(step=step, updates=step, intervals=[], files=[], belongs=facts, state=state)
+
+
+def save(path: Path, step: int, shards: list[Sliced], keep_last: int = 9, **facts) -> Path:
+    """Written by so many ranks, one after the other; rank 0 last, for it waits for the others."""
+    folder = Folder(path)
+    for rank in reversed(range(len(shards))):
+        writer = Writer(folder, rank=rank, ranks=range(len(shards)), keep_last=keep_last, timeout_seconds=5)
+        writer.start(index_of(step, **facts), list(shards[rank].pieces()), asynchronous=False)
+        assert writer.finish() is None, writer.error
+    return folder.of(step)
+
+
+def all_slices(world_size: int, *, seed: int = 0, rows: bool = False) -> list[Sliced]:
+    return [Sliced(rank, world_size, seed=seed, rows=rows) for rank in range(world_size)]
+
+
+def tensors_in(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.safetensors"))
+
+
+def truncate(folder: Path, before: Path, dice: Random) -> str:
+    file = dice.choice([*tensors_in(folder), folder / "index.json"])
+    content = file.read_bytes()
+    file.write_bytes(content[: dice.randrange(len(content))])
+    return file.name
+
+
+def flip_a_bit(folder: Path, before: Path, dice: Random) -> str:
+    file = dice.choice(tensors_in(folder))
+    content = bytearray(file.read_bytes())
+    content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+    file.write_bytes(content)
+    return file.name
+
+
+def zero_a_page(folder: Path, before: Path, dice: Random) -> str:
+    file = dice.choice(tensors_in(folder))
+    content = bytearray(file.read_bytes())
+    start = dice.randrange(len(content) - 64)
+    end = min(start + 4096, len(content))
+    content[start:end] = bytes(end - start)
+    file.write_bytes(content)
+    return file.name
+
+
+def swap_two(folder: Path, before: Path, dice: Random) -> str:
+    """Two files of one checkpoint, or, where there is only one, that of another step."""
+    files = tensors_in(folder)
+    if len(files) == 1:
+        shutil.copy(tensors_in(before)[0], files[0])
+        return files[0].name
+    one, other = dice.sample(files, 2)
+    contents = one.read_bytes(), other.read_bytes()
+    one.write_bytes(contents[1])
+    other.write_bytes(contents[0])
+    return "rank-"
+
+
+def delete(folder: Path, before: Path, dice: Random) -> str:
+    file = dice.choice([*tensors_in(folder), folder / "index.json"])
+    file.unlink()
+    return file.name
+
+
+def old_index(folder: Path, before: Path, dice: Random) -> str:
+    shutil.copy(before / "index.json", folder / "index.json")
+    return "index.json"
+
+
+def edit_json(folder: Path, before: Path, dice: Random) -> str:
+    """A number, a name or an interval changed by hand, in JSON that is as valid as before."""
+    file = folder / "index.json"
+    body = json.loads(file.read_text(encoding="utf-8"))
+    one = dice.choice(body["intervals"])
+    change: list[Callable[[], object]] = [
+        lambda: one.update(start=one["start"] + 1),
+        lambda: one.update(stop=one["stop"] - 1),
+        lambda: one.update(name=one["name"] + "x"),
+        lambda: one.update(shape=[*one["shape"], 1]),
+        lambda: body["intervals"].remove(one),
+        lambda: body["intervals"].append(dict(one)),
+        lambda: body.update(updates=body["updates"] + 1),
+        lambda: body["files"][0].update(size=body["files"][0]["size"] + 1),
+        lambda: body.update(belongs={}),
+    ]
+    dice.choice(change)()
+    file.write_text(json.dumps(body), encoding="utf-8")
+    return file.name
+
+
+DAMAGES = (truncate, flip_a_bit, zero_a_page, swap_two, delete, old_index, edit_json)

@@ -1,0 +1,185 @@
+"""Training runs that one process and several must agree on, and what is seen of them."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+import torch
+from support import blueprint_of, builtin
+
+from lit_vlm.data.datamodule import DataModule
+from lit_vlm.data.processor import Processor
+from lit_vlm.engine.shards import shards_of
+from lit_vlm.engine.trainer import quiet
+from lit_vlm.model.generate import generate
+from lit_vlm.stages import STAGES, Stage
+
+ADAM_EPS = 1e-6  # at 1e-8 Adam amplifies the noise of a bias whose true gradient is zero
+LORA = {"parts": {"language_model": {"lora": {"rank": 4}}}}
+STAGE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "align": ("align", {}),
+    "sft": ("sft", {"parts": {"vision_tower": {"learning_rate": 2e-3}}, "weight_decay": 0.1}),
+    "sft_lora": ("sft", LORA),
+    "highres": ("highres", {"activation_checkpointing": True}),
+    "dpo": ("dpo", {}),
+    "dpo_lora": ("dpo", LORA),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A short run. With `sgd`, for AdamW hides a wrong scale of the loss."""
+
+    stage: str = "sft"
+    sgd: bool = True
+    clip: float | None = 1.0
+    tokens: int = 130  # several micro-batches, some blank, some of text alone
+    batch: int = 9
+    steps: int = 3
+    precision: str = "32-true"
+    options: dict[str, Any] = field(default_factory=dict)  # of the stage
+
+    def make_stage(self, parts: tuple[str, str]) -> Stage:
+        name, options = STAGE_CASES[self.stage]
+        stage = STAGES[name](
+            blueprint_of(parts), **({"learning_rate": 1e-3, "adam_eps": ADAM_EPS} | options | self.options)
+        )
+        if self.sgd:
+            stage.configure_optimizers = lambda: torch.optim.SGD(
+                [weight for weight in stage.model.parameters() if weight.requires_grad], lr=0.05
+            )
+        return stage
+
+    def make_data(self, parts: tuple[str, str]) -> DataModule:
+        blueprint, preferences = blueprint_of(parts), self.stage.startswith("dpo")
+        kinds = ("preference",) if preferences else ("text", "caption", "grounding", "multi_image")
+        return DataModule(
+            Processor(blueprint.tokenizer, blueprint.images),
+            builtin(*kinds, n=24 if preferences else 12),
+            0.1,
+            global_batch_size=self.batch,
+            tokens_per_micro_batch=2 * self.tokens if preferences else self.tokens,
+            tiles_per_micro_batch=10_000,
+            max_steps=self.steps,
+        )
+
+
+class Watch(L.Callback):
+    """What a run shows at each step, and its weights at the end."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Any] = {"losses": [], "hooks": [], "rates": [], "sums": {}}
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        self.seen["hooks"].append(trainer.global_step)
+        if not self.seen["sums"]:
+            self.seen["sums"] = pl_module._gradient_sums()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.seen["losses"].append(float(trainer.callback_metrics["train/loss"]))
+            self.seen["rates"].append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def on_train_end(self, trainer, pl_module):
+        names = [name for name, _ in pl_module.model.named_parameters()]
+        whole = getattr(trainer.strategy, "whole_weights", None)
+        weights = dict(pl_module.model.named_parameters())
+        find = whole(pl_module.model) if whole else weights.__getitem__
+        self.seen["weights"] = {name: find(name).detach().float().clone() for name in names}
+        self.seen |= {"global_step": trainer.global_step, "k": trainer.accumulate_grad_batches}
+
+
+class Keep(L.Callback):
+    """The pieces of this rank's state after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.pieces, self.writes = step, [], True
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx + 1 == self.step * trainer.accumulate_grad_batches:
+            shards = shards_of(trainer)
+            self.pieces = [(p.name, p.kind.value, p.shape, p.start, p.values.clone()) for p in shards.pieces()]
+            self.writes = shards.writes
+
+
+class Put(L.Callback):
+    """Spoils the state after a step, then puts a whole one in its place."""
+
+    def __init__(self, step: int, whole: dict[tuple[str, str], torch.Tensor]) -> None:
+        self.step, self.whole = step, whole
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx + 1 != self.step * trainer.accumulate_grad_batches:
+            return
+        shards = shards_of(trainer)
+        for piece in shards.pieces():
+            piece.values.fill_(0.5)
+        shards.loaded(1000)
+        for piece in shards.pieces():
+            piece.values.copy_(self.whole[piece.name, piece.kind.value][piece.start : piece.start + len(piece.values)])
+        shards.loaded(self.step)
+
+
+def assembled(ranks: list[list[tuple]]) -> dict[tuple[str, str], torch.Tensor]:
+    """Whole flat tensors by name and kind; an element that no rank or two ranks hold fails."""
+    whole: dict[tuple[str, str], torch.Tensor] = {}
+    held: dict[tuple[str, str], torch.Tensor] = {}
+    for name, kind, shape, start, values in (piece for pieces in ranks for piece in pieces):
+        part, size = slice(start, start + len(values)), torch.Size(shape).numel()
+        whole.setdefault((name, kind), torch.zeros(size))[part] = values
+        held.setdefault((name, kind), torch.zeros(size))[part] += 1
+    assert all(bool((count == 1).all()) for count in held.values())
+    return whole
+
+
+class Answers(L.Callback):
+    """What the model says to a held-out micro-batch after a step."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx + 1 == trainer.accumulate_grad_batches:
+            held_out = trainer.datamodule.val_dataloader().dataset
+            packs = held_out.packs  # of this rank; all ranks generate the same
+            held_out.packs = [tuple(range(2))]
+            self.answers = generate(pl_module.model, held_out[0], max_new_tokens=6)
+            held_out.packs = packs
+
+
+def fit(case: Case, parts: tuple[str, str], strategy: Any, *callbacks: L.Callback, world: int = 1) -> dict[str, Any]:
+    """Train, and what was seen of it."""
+    watch, stage = Watch(), case.make_stage(parts)
+    trainer = make_trainer(case, strategy, [*callbacks, watch], world)
+    trainer.fit(stage, case.make_data(parts))
+    return watch.seen | {"val": float(trainer.callback_metrics["val/loss"])}
+
+
+def validate(case: Case, parts: tuple[str, str], strategy: Any, world: int = 1) -> float:
+    """The held-out loss of an untrained model."""
+    trainer = make_trainer(case, strategy, [], world)
+    return trainer.validate(case.make_stage(parts), case.make_data(parts), verbose=False)[0]["val/loss"]
+
+
+def make_trainer(case: Case, strategy: Any, callbacks: list[L.Callback], world: int) -> L.Trainer:
+    quiet()
+    logging.getLogger("lightning").setLevel(logging.ERROR)
+    torch.set_num_threads(1)
+    return L.Trainer(
+        accelerator="cpu",
+        devices=world,
+        strategy=strategy,
+        precision=case.precision,
+        gradient_clip_val=case.clip,
+        use_distributed_sampler=False,
+        num_sanity_val_steps=0,
+        max_epochs=1,
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+__all__ = ["STAGE_CASES", "Answers", "Case", "Keep", "Put", "assembled", "fit", "validate"]

@@ -1,0 +1,64 @@
+"""Half a micro-batch budget: how far down, for how long, and the same samples in each step."""
+
+import pytest
+from support import builtin
+
+from lit_vlm.data.datamodule import DataModule
+from lit_vlm.data.processor import Processor
+from lit_vlm.engine.budget import Budget, halve_budget
+from lit_vlm.types import UserError
+
+
+@pytest.fixture
+def module(processor: Processor) -> DataModule:
+    return module_of(processor)
+
+
+def module_of(processor, tokens=400):
+    caps = {"tokens_per_micro_batch": tokens, "tiles_per_micro_batch": 8}
+    return DataModule(processor, builtin("caption", "text", n=12), 0.1, global_batch_size=6, max_steps=4, **caps)
+
+
+def test_half_the_budget_is_dealt_at_the_next_start_with_the_same_samples_in_each_step(module, processor, tmp_path):
+    before = module.make_plan()
+    halve_budget(tmp_path, module, 3)
+    again = module_of(processor)
+    Budget.read(tmp_path, again).apply(again)
+    after = again.make_plan()
+    assert (after.most_tokens, after.most_tiles) == (200, 4)
+    assert after.k > before.k
+    for step in range(before.num_steps):
+        assert sorted(before.samples(step)) == sorted(after.samples(step))
+        assert before.step(step).num_supervised == after.step(step).num_supervised
+        packs = after.step(step).packs
+        assert all(after.index.tokens[list(pack)].sum() <= 200 for pack in packs)
+
+
+def test_no_sample_is_dropped_and_below_the_largest_there_is_nothing(module, processor, tmp_path):
+    module.build()
+    number, largest = len(module.index), (int(module.index.tokens.max()), int(module.index.tiles.max()))
+    budgets = []
+    with pytest.raises(
+        UserError, match=f"at most {largest[0]} tokens and {largest[1]} tiles, and the largest sample alone"
+    ):
+        for _ in range(20):
+            half = halve_budget(tmp_path, module, 99)
+            half.apply(module)
+            budgets.append(module.budget)
+    assert budgets[-1] == largest == module.smallest_budget()
+    assert len(module.index) == number and len(module.make_plan().index) == number
+
+
+def test_it_is_halved_as_often_as_is_allowed(module, tmp_path):
+    halve_budget(tmp_path, module, 1).apply(module)
+    with pytest.raises(UserError, match=r"halved 1 times \(guard.max_oom_retries\)"):
+        halve_budget(tmp_path, module, 1)
+
+
+@pytest.mark.parametrize(
+    "found", [None, "{", '{"tokens": 1}', '{"tokens": 1, "tiles": 1, "of_tokens": 7, "of_tiles": 8, "halved": 2}']
+)
+def test_settings_that_were_changed_count_and_a_file_that_is_none_does_not(module, tmp_path, found):
+    if found is not None:
+        (tmp_path / "budget.json").write_text(found)
+    assert Budget.read(tmp_path, module) == Budget(400, 8, 400, 8, 0)

@@ -1,0 +1,137 @@
+"""What ranks tell each other once per step, on one rank and on two; and ranks that were not started alike."""
+
+import json
+import socket
+import sys
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from lit_vlm.engine.agreement import require_same
+from lit_vlm.engine.consensus import Consensus, Word, consensus_of
+from lit_vlm.types import UserError
+
+
+class Alone:
+    """As much of a trainer as is needed on one rank."""
+
+    world_size = 1
+
+
+class Two:
+    world_size = 2
+
+    class strategy:
+        root_device = torch.device("cpu")
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def on_two_ranks(work, folder, *arguments):
+    """`work(rank, *arguments)` in two gloo processes; what each returns."""
+    context = mp.get_context("fork")
+    port = free_port()
+    processes = [context.Process(target=_rank, args=(work, rank, port, folder, *arguments)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def _rank(work, rank, port, folder, *arguments):
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    (folder / f"{rank}.json").write_text(json.dumps(work(rank, *arguments)))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+    sys.stdout.flush()
+
+
+def test_what_is_told_is_heard_until_the_next_exchange():
+    consensus = Consensus()
+    consensus.tell(Word.save)
+    consensus.tell(Word.save)
+    consensus.tell(Word.gradient, 2.5)
+    assert consensus.heard(Word.save) == 0
+    consensus.exchange(Alone())
+    assert (consensus.heard(Word.save), consensus.heard(Word.gradient), consensus.heard(Word.leave)) == (2, 2.5, 0)
+    consensus.exchange(Alone())
+    assert consensus.heard(Word.save) == 0
+
+
+def test_what_a_signal_handler_tells_during_an_exchange_is_heard_in_the_next():
+    consensus = Consensus()
+
+    class Interrupting(list):
+        def __getitem__(self, key):
+            found = super().__getitem__(key)
+            self.append((Word.leave, 1.0))  # the signal comes right after the list was read
+            return found
+
+    consensus._told = Interrupting([(Word.save, 1.0)])
+    consensus.exchange(Alone())
+    assert (consensus.heard(Word.save), consensus.heard(Word.leave)) == (1, 0)
+    consensus._told = list(consensus._told)
+    consensus.exchange(Alone())
+    assert (consensus.heard(Word.save), consensus.heard(Word.leave)) == (0, 1)
+
+
+def test_each_trainer_has_its_own():
+    one, other = Alone(), Alone()
+    assert consensus_of(one) is consensus_of(one) is not consensus_of(other)
+
+
+def _tell(rank):
+    consensus, found = Consensus(), []
+    consensus.tell(Word.bad_loss, rank)
+    consensus.tell(Word.gradient, float("nan") if rank else 1.0)
+    for _ in range(2):
+        consensus.exchange(Two())
+        found.append([consensus.heard(word) for word in (Word.bad_loss, Word.gradient, Word.save)])
+        if not rank:
+            consensus.tell(Word.save)
+    return found
+
+
+def test_ranks_hear_the_sum_and_one_that_is_no_number_makes_none(tmp_path):
+    found = on_two_ranks(_tell, tmp_path)
+    assert str(found[0]) == str(found[1]) == "[[1.0, nan, 0.0], [0.0, 0.0, 1.0]]"
+
+
+def _agree(rank, differs):
+    same = {"settings": {"seed": 0, "stage.learning_rate": 1e-3}, "code": "a", "data": "b", "plan": [1, 2]}
+    facts = same | ({key: value for key, value in differs.items()} if rank else {})
+    try:
+        require_same(facts, torch.device("cpu"))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    ("differs", "named"),
+    [
+        ({}, None),
+        ({"code": "x"}, "rank 1 on {host} in its code."),
+        ({"data": "x", "plan": [1, 3]}, "rank 1 on {host} in its data and plan."),
+        (
+            {"settings": {"seed": 1, "stage.learning_rate": 1e-3}, "plan": [1, 3]},
+            "rank 1 on {host} in its settings: seed (1 and not 0).",
+        ),
+    ],
+    ids=["nothing", "code", "data", "settings"],
+)
+def test_ranks_that_were_not_started_alike_are_named_by_the_first(tmp_path, differs, named):
+    first, second = on_two_ranks(_agree, tmp_path, differs)
+    if named is None:
+        assert first is second is None
+        return
+    assert first.startswith(f"The ranks were not started alike. Other than rank 0 on {socket.gethostname()}: ")
+    assert named.format(host=socket.gethostname()) in first
+    assert second == ""

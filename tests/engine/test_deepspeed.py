@@ -1,0 +1,186 @@
+"""ZeRO-2 and ZeRO-3 in CPU processes against one process without them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+from rank_cases import STAGE_CASES, Answers, Case, Keep, assembled, fit, validate
+
+from lit_vlm.config.schema import Strategy, TrainerConfig
+from lit_vlm.engine.strategy import make_strategy
+
+WORKER = Path(__file__).with_name("zero_worker.py")
+TRAINED = {
+    "trained name=zero2": Case(),
+    "trained name=zero3,clip=None": Case(clip=None),
+    "trained name=zero2,tokens=100000,batch=1": Case(tokens=100_000, batch=1),  # one rank always has nothing
+    "trained name=zero3,tokens=100000,batch=1": Case(tokens=100_000, batch=1),
+    "trained name=zero2,stage=align,sgd=False": Case("align", sgd=False),
+    "trained name=zero3,stage=dpo_lora,sgd=False": Case("dpo_lora", sgd=False),
+}
+SAVED, GONE_ON = "kept name=zero2", "put name=zero3,source=zero2"
+OTHERS = ["shared_out", "masters name=zero2", "masters name=zero3", "built", SAVED, GONE_ON, "validated"]
+
+
+def run(
+    checks: list[str], parts: tuple[str, str], out: Path, world: int = 2, limit: int = 200
+) -> list[dict[str, dict]]:
+    """What each check found on each rank. A hang ends at the limit, in seconds."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    command = [sys.executable, *launcher, str(WORKER), *parts, str(out), *checks]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (out / "terminal").write_text(done.stdout + done.stderr, encoding="utf-8")
+    return [{check: torch.load(out / f"{check}.{r}.pt", weights_only=False) for check in checks} for r in range(world)]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("zero")
+
+
+@pytest.fixture(scope="module")
+def found(small_parts, out) -> list[dict[str, dict]]:
+    return run([*TRAINED, *OTHERS], small_parts, out)
+
+
+def require_equal(several: dict, one: dict, steps: int, atol: float = 1e-5) -> None:
+    assert several["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert several["val"] == pytest.approx(one["val"], rel=1e-5)
+    assert several["hooks"] == one["hooks"] == list(range(steps))
+    assert several["global_step"] == steps and several["rates"] == pytest.approx(one["rates"])
+    assert several["weights"].keys() == one["weights"].keys()
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(
+            several["weights"][name], weight, atol=atol, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("check", TRAINED)
+def test_two_ranks_under_zero_train_as_one_process_does(found, small_parts, check):
+    one = fit(TRAINED[check], small_parts, "auto")
+    require_equal(found[0][check], one, TRAINED[check].steps, atol=1e-6 if TRAINED[check].sgd else 1e-5)
+    assert found[1][check]["losses"] == found[0][check]["losses"]
+    if TRAINED[check].batch == 9:
+        assert found[0][check]["k"] > 1
+
+
+@pytest.mark.parametrize("check", ["trained name=zero2", "trained name=zero3,clip=None"])
+def test_the_audit_sees_the_gradients_of_one_process(found, small_parts, check):
+    one = fit(TRAINED[check], small_parts, "auto")["sums"]
+    for rank in found:
+        sums = rank[check]["sums"]
+        assert sums.keys() == one.keys()
+        assert max(abs(sums[name] - one[name]) for name in one) < 1e-4 * max(one.values())
+
+
+def test_zero3_keeps_of_each_weight_one_slice_per_rank_between_steps(found):
+    ranks = [rank["shared_out"]["sizes"] for rank in found]
+    assert any(name.startswith("reference.") for name in ranks[0])  # DPO's reference is shared out as well
+    for name, (size, mine, whole, status) in ranks[0].items():
+        others = ranks[1][name]
+        assert whole == others[2] == 0 and status == others[3] == "NOT_AVAILABLE", name
+        assert mine == others[1] == -(-size // 2), name
+
+
+def test_a_model_in_shares_generates_what_a_whole_one_does_and_trains_on(found, small_parts):
+    one = fit(Case("dpo", steps=2), small_parts, "auto", answers := Answers())
+    assert found[0]["shared_out"]["answers"] == found[1]["shared_out"]["answers"] == answers.answers
+    require_equal(found[0]["shared_out"], one, steps=2)
+
+
+@pytest.mark.parametrize("name", ["zero2", "zero3"])
+def test_bf16_mixed_computes_in_bfloat16_and_starts_from_the_exact_float32_weights(found, small_parts, name):
+    case = Case(sgd=False, precision="bf16-mixed")
+    stage = case.make_stage(small_parts)
+    stage.configure_model()
+    ranks = [rank[f"masters name={name}"] for rank in found]
+    masters = assembled([rank["masters"] for rank in ranks])
+    for name, weight in stage.model.named_parameters():
+        if weight.requires_grad:
+            assert torch.equal(masters[name, "weight"], weight.detach().flatten()), name
+    assert ranks[0]["dtypes"] == {torch.bfloat16}
+    one = fit(case, small_parts, "auto")
+    assert ranks[0]["losses"] == pytest.approx(one["losses"], rel=2e-2)
+
+
+def test_no_process_holds_a_whole_weight_while_a_model_is_built_in_shares(found, small_parts):
+    stage = Case("align").make_stage(small_parts)
+    stage.configure_model()
+    for rank in found:
+        seen = rank["built"]
+        assert seen["whole"] == 0 and seen["read"] <= 0.75  # of a weight with an odd number of elements
+        for name, weight in stage.model.named_parameters():
+            assert torch.equal(seen["weights"][name], weight.detach()), name
+
+
+def test_pieces_of_two_ranks_make_the_state_of_one_process(found, small_parts):
+    keep = Keep(2)
+    fit(Case(sgd=False, steps=4), small_parts, "auto", keep)
+    one, two = assembled([keep.pieces]), assembled([rank[SAVED]["pieces"] for rank in found])
+    assert two.keys() == one.keys()
+    for (name, kind), values in one.items():
+        scale = values.abs().max().item() or 1.0
+        torch.testing.assert_close(two[name, kind], values, atol=1e-4 * scale + 1e-6, rtol=1e-4, msg=f"{name} {kind}")
+
+
+def test_a_state_of_zero2_goes_on_under_zero3(found):
+    require_equal(found[0][GONE_ON], found[0][SAVED], steps=4)
+
+
+def test_validation_alone_keeps_the_rows_of_new_tokens(found, small_parts):
+    one = validate(Case("align"), small_parts, "auto")
+    assert [rank["validated"]["val"] for rank in found] == pytest.approx([one, one], rel=1e-5)
+
+
+def test_deepspeed_is_silent_on_the_terminal(found, out):
+    said = (out / "terminal").read_text(encoding="utf-8")
+    for word in ("deepspeed", "accelerator", "WARNING", "Warning"):
+        assert word not in said, said
+
+
+def test_strategies_come_with_the_time_limit_and_one_device_needs_none():
+    assert make_strategy(TrainerConfig()) == "auto"
+    assert make_strategy(TrainerConfig(strategy=Strategy.single)) == "auto"
+    for name in (Strategy.ddp, Strategy.deepspeed_zero2, Strategy.deepspeed_zero3, Strategy.deepspeed_zero3_offload):
+        strategy = make_strategy(TrainerConfig(strategy=name, devices=2, timeout_minutes=3))
+        assert timedelta(minutes=3) <= strategy._timeout < timedelta(minutes=5)
+        if name is not Strategy.ddp:
+            zero = strategy.config["zero_optimization"]
+            assert (zero["stage"], "offload_param" in zero) == (
+                2 if name.value.endswith("2") else 3,
+                name.value.endswith("offload"),
+            )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("tables", ["small_parts", "parts"], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
+def test_every_stage_under_every_zero(request, tmp_path, tables, name):
+    """SGD with and without clipping, and Adam."""
+    models, cases = request.getfixturevalue(tables), {}
+    for stage in STAGE_CASES:
+        cases[f"trained name={name},stage={stage}"] = Case(stage)
+        cases[f"trained name={name},stage={stage},clip=None"] = Case(stage, clip=None)
+        cases[f"trained name={name},stage={stage},sgd=False"] = Case(stage, sgd=False)
+    several = run(list(cases), models, tmp_path, limit=1000)
+    for check, case in cases.items():
+        require_equal(several[0][check], fit(case, models, "auto"), case.steps)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 4])
+def test_a_state_of_two_ranks_goes_on_on_another_number(small_parts, tmp_path, world):
+    saved = run(["kept name=zero3"], small_parts, tmp_path)
+    gone_on = ["put name=zero3,source=zero3", "put name=zero2,source=zero3"]
+    several = run(gone_on, small_parts, tmp_path, world=world)
+    for check in gone_on:
+        require_equal(several[0][check], saved[0]["kept name=zero3"], steps=4)

@@ -1,0 +1,235 @@
+"""FSDP2 and hsdp in CPU processes against one process without them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rank_cases import STAGE_CASES, Answers, Case, Keep, assembled, fit, validate
+from transformers import AutoModelForImageTextToText
+
+from callbacks.export import Export
+from lit_vlm.config.schema import Strategy, TrainerConfig
+from lit_vlm.engine.fsdp import FSDP2Strategy
+from lit_vlm.engine.strategy import make_strategy
+from lit_vlm.types import UserError
+
+WORKER = Path(__file__).with_name("fsdp_worker.py")
+ONE_ROW = {"options": {"parts": {"language_model": {"lora": {"rank": 1}}}}}  # the second rank holds nothing of it
+TRAINED: dict[str, dict[str, Any]] = {
+    "sft": {"stage": "sft"},
+    "unclipped": {"stage": "highres", "clip": None},
+    "one_rank_has_nothing": {"stage": "sft", "tokens": 100_000, "batch": 1},
+    "align": {"stage": "align", "sgd": False},
+    "dpo_lora": {"stage": "dpo_lora", "sgd": False},
+}
+OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "shared_out": ("shared_out", {}),
+    "mixed": ("shared_out", {"precision": "bf16-mixed"}),
+    "built": ("built", {}),
+    "kept": ("kept", {"stage": "sft_lora", **ONE_ROW}),
+    "put": ("put", {"source": "kept", "stage": "sft_lora", **ONE_ROW}),
+    "validated": ("validated", {}),
+}
+
+
+def run(checks: dict[str, Any], parts: tuple[str, str], out: Path, world: int = 2, limit: int = 300) -> list[dict]:
+    """What each check found on each rank. A hang ends at the limit, in seconds."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    command = [sys.executable, *launcher, str(WORKER), *parts, str(out), json.dumps(checks)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (out / "terminal").write_text(done.stdout + done.stderr, encoding="utf-8")
+    return [{check: torch.load(out / f"{check}.{r}.pt", weights_only=False) for check in checks} for r in range(world)]
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("fsdp")
+
+
+@pytest.fixture(scope="module")
+def found(small_parts, out) -> list[dict[str, dict]]:
+    return run({name: ("trained", case) for name, case in TRAINED.items()} | OTHERS, small_parts, out)
+
+
+def require_equal(several: dict, one: dict, steps: int, atol: float = 1e-5) -> None:
+    assert several["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert several["val"] == pytest.approx(one["val"], rel=1e-5)
+    assert several["hooks"] == one["hooks"] == list(range(steps))
+    assert several["global_step"] == steps and several["rates"] == pytest.approx(one["rates"])
+    assert several["weights"].keys() == one["weights"].keys()
+    for name, weight in one["weights"].items():
+        torch.testing.assert_close(
+            several["weights"][name], weight, atol=atol, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("check", TRAINED)
+def test_two_ranks_under_fsdp2_train_as_one_process_does(found, small_parts, check):
+    case = Case(**TRAINED[check])
+    require_equal(found[0][check], fit(case, small_parts, "auto"), case.steps, atol=1e-6 if case.sgd else 1e-5)
+    assert found[1][check]["losses"] == found[0][check]["losses"]
+    if case.batch == 9:
+        assert found[0][check]["k"] > 1
+
+
+def test_the_audit_sees_the_gradients_of_one_process(found, small_parts):
+    one = fit(Case(**TRAINED["unclipped"]), small_parts, "auto")["sums"]
+    for rank in found:
+        sums = rank["unclipped"]["sums"]
+        assert sums.keys() == one.keys()
+        assert max(abs(sums[name] - one[name]) for name in one) < 1e-4 * max(one.values())
+
+
+def test_fsdp2_keeps_of_each_weight_some_rows_per_rank_between_steps(found):
+    ranks = [rank["shared_out"]["rows"] for rank in found]
+    assert any(name.startswith("reference.") for name in ranks[0])  # DPO's reference is shared out as well
+    for name, (size, mine, _, _) in ranks[0].items():
+        assert mine + ranks[1][name][1] == size and mine >= ranks[1][name][1], name
+    assert sum(row[1] for row in ranks[0].values()) < 0.52 * sum(row[0] for row in ranks[0].values())
+
+
+def test_a_model_in_shards_generates_what_a_whole_one_does_and_trains_on(found, small_parts):
+    one = fit(Case("dpo", steps=2), small_parts, "auto", answers := Answers())
+    assert found[0]["shared_out"]["answers"] == found[1]["shared_out"]["answers"] == answers.answers
+    require_equal(found[0]["shared_out"], one, steps=2)
+
+
+def test_bf16_mixed_keeps_float32_of_what_trains_and_learns_what_one_process_learns(found, small_parts):
+    one = fit(Case("dpo", steps=2, precision="bf16-mixed"), small_parts, "auto")
+    for rank in found:
+        for name, (_, _, dtype, trains) in rank["mixed"]["rows"].items():
+            assert dtype == ("torch.float32" if trains else "torch.bfloat16"), name
+        assert rank["mixed"]["losses"] == pytest.approx(one["losses"], rel=2e-2)
+
+
+def test_no_rank_holds_more_than_its_rows_while_a_model_is_loaded(found, small_parts):
+    """LoRA: frozen weights from files, adapters and rows of new tokens that are drawn and copied."""
+    stage = Case("sft_lora").make_stage(small_parts)
+    stage.configure_model()
+    for rank in found:
+        seen = rank["built"]
+        assert seen["held"] < 0.52 * sum(weight.nbytes for weight in stage.model.parameters())
+        assert seen["most"] <= seen["held"] + 2 * seen["largest"]
+        for name, weight in stage.model.named_parameters():
+            assert torch.equal(seen["weights"][name], weight.detach()), name
+
+
+def test_pieces_of_two_ranks_make_the_state_of_one_process_uneven_and_empty_ones_too(found, small_parts):
+    fit(Case("sft_lora", sgd=False, steps=4, **ONE_ROW), small_parts, "auto", keep := Keep(2))
+    one, two = assembled([keep.pieces]), assembled([rank["kept"]["pieces"] for rank in found])
+    assert two.keys() == one.keys()
+    for (name, kind), values in one.items():
+        scale = values.abs().max().item() or 1.0
+        torch.testing.assert_close(two[name, kind], values, atol=1e-4 * scale + 1e-6, rtol=1e-4, msg=f"{name} {kind}")
+    counts = [len({piece[0] for piece in rank["kept"]["pieces"]}) for rank in found]
+    assert counts[0] > counts[1]  # of a weight of one row the second rank has no piece
+
+
+def test_a_state_that_was_spoiled_and_put_back_goes_on_as_if_nothing_had_been(found):
+    require_equal(found[0]["put"], found[0]["kept"], steps=4)
+
+
+def require_same_folder(one: Path, two: Path) -> None:
+    assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in two.iterdir())
+    for name in ("config.json", "generation_config.json", "processor_config.json", "lit_vlm.json"):
+        assert (one / name).read_text() == (two / name).read_text(), name
+    weights = AutoModelForImageTextToText.from_pretrained(two).state_dict()
+    for name, value in AutoModelForImageTextToText.from_pretrained(one).state_dict().items():
+        torch.testing.assert_close(weights[name], value, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_the_folder_that_two_ranks_export_is_that_of_one_process(found, small_parts, tmp_path, out):
+    fit(Case("sft_lora", sgd=False, steps=4, **ONE_ROW), small_parts, "auto", Export(tmp_path))
+    require_same_folder(tmp_path / "hf", out / "exported" / "hf")
+
+
+def test_validation_alone_keeps_the_rows_of_new_tokens(found, small_parts):
+    one = validate(Case("align"), small_parts, "auto")
+    assert [rank["validated"]["val"] for rank in found] == pytest.approx([one, one], rel=1e-5)
+
+
+def test_fsdp2_is_silent_on_the_terminal(found, out):
+    said = (out / "terminal").read_text(encoding="utf-8")
+    assert not re.search(r"(torch|lightning)/.*Warning", said), said
+
+
+def test_fsdp2_and_hsdp_come_with_the_time_limit_and_the_size_of_a_group():
+    for name, size in ((Strategy.fsdp2, None), (Strategy.hsdp, 4)):
+        config = TrainerConfig(strategy=name, devices=8, timeout_minutes=3, shard_size=size)
+        strategy = make_strategy(config)
+        assert isinstance(strategy, FSDP2Strategy)
+        assert (strategy.hybrid, strategy.shard_size) == (name is Strategy.hsdp, size)
+        assert strategy._timeout >= timedelta(minutes=3)
+
+
+@pytest.mark.parametrize(("size", "words"), [(3, r"trainer\.shard_size=3"), (None, "the 4 devices of a machine")])
+def test_a_mesh_that_does_not_divide_is_refused_with_both_numbers(monkeypatch, size, words):
+    monkeypatch.setattr(FSDP2Strategy, "world_size", 10 if size is None else 8)
+    monkeypatch.setattr(FSDP2Strategy, "num_processes", 4)
+    strategy = FSDP2Strategy(hybrid=True, shard_size=size)
+    with pytest.raises(UserError, match=rf"{10 if size is None else 8} devices .* groups of {size or 4} .*{words}"):
+        strategy.setup_environment()
+
+
+@pytest.mark.slow
+def test_fsdp2_on_one_device_is_pointless_and_works(small_parts, tmp_path):
+    case = Case("sft", steps=1)
+    one = run({"alone": ("trained", {"stage": "sft", "steps": 1})}, small_parts, tmp_path, world=1)
+    require_equal(one[0]["alone"], fit(case, small_parts, "auto"), steps=1, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGE_CASES)
+@pytest.mark.parametrize(("world", "shard_size"), [(2, None), (4, 2), (4, None)])
+def test_every_stage_under_fsdp2_and_hsdp(small_parts, parts, tmp_path, stage, world, shard_size):
+    """Untied and tied tables, SGD with and without clipping, Adam."""
+    for number, models in enumerate((small_parts, parts)):
+        cases: dict[str, dict[str, Any]] = {
+            "sgd": {"stage": stage},
+            "unclipped": {"stage": stage, "clip": None},
+            "adam": {"stage": stage, "sgd": False},
+        }
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        checks = {name: ("trained", case | {"shard_size": shard_size}) for name, case in cases.items()}
+        several = run(checks, models, folder, world=world)
+        for name, case in cases.items():
+            require_equal(several[0][name], fit(Case(**case), models, "auto"), 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "shard_size"), [(1, None), (4, None), (4, 2)])
+def test_a_state_of_two_ranks_goes_on_on_another_number(small_parts, tmp_path, world, shard_size):
+    saved = run({"kept": ("kept", {})}, small_parts, tmp_path)
+    checks = {"put": ("put", {"source": "kept", "shard_size": shard_size})}
+    several = run(checks, small_parts, tmp_path, world=world)
+    require_equal(several[0]["put"], saved[0]["kept"], steps=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "sft_lora"])
+def test_zero3_exports_the_folder_of_one_process_and_fsdp2_goes_on_from_its_state(small_parts, tmp_path, stage):
+    checks = {"saved": ("zero3", {"stage": stage}), "put": ("put", {"source": "saved", "stage": stage})}
+    several = run(checks, small_parts, tmp_path)
+    fit(Case(stage, sgd=False, steps=4), small_parts, "auto", Export(tmp_path / "one"))
+    require_same_folder(tmp_path / "one" / "hf", tmp_path / "zero3" / "hf")
+    require_equal(several[0]["put"], several[0]["saved"], steps=4)
+
+
+@pytest.mark.slow
+def test_of_the_copies_under_hsdp_one_is_written(small_parts, tmp_path):
+    saved = run({"kept": ("kept", {"shard_size": 2})}, small_parts, tmp_path, world=4)
+    assert [rank["kept"]["writes"] for rank in saved] == [True, True, False, False]
+    gone_on = run({"put": ("put", {"source": "kept"})}, small_parts, tmp_path, world=2)
+    require_equal(gone_on[0]["put"], saved[0]["kept"], steps=4)

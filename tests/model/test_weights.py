@@ -1,0 +1,170 @@
+"""Weights read from safetensors piece by piece, and models that are there before their weights."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from alive import Alive
+from safetensors.torch import load_file, save_file
+from support import blueprint_of
+from test_build import FAMILIES, language_folder
+from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, SiglipConfig, SiglipModel
+
+from lit_vlm.config.schema import ModelConfig, Projector
+from lit_vlm.model.build import build, draw_up
+from lit_vlm.model.export import export_model
+from lit_vlm.model.skeleton import first_values, weights_later
+from lit_vlm.model.tiny import make_tokenizer
+from lit_vlm.stages import AlignStage, DPOStage, SFTStage
+from lit_vlm.types import UserError
+
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
+
+
+def assert_same(whole: torch.nn.Module, skeleton: torch.nn.Module) -> None:
+    """Bit for bit, read in three intervals; buffers and configs too."""
+    expected, empty = dict(whole.named_parameters()), dict(skeleton.named_parameters())
+    assert list(expected) == list(empty)
+    for name, parameter in empty.items():
+        value, n = expected[name], parameter.numel()
+        assert parameter.is_meta, name
+        assert (parameter.shape, parameter.dtype, parameter.requires_grad) == (
+            value.shape,
+            value.dtype,
+            value.requires_grad,
+        ), name
+        bounds = [0, n // 3, n // 3 + n // 2, n]
+        pieces = [first_values(skeleton, name, parameter.shape, a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+        assert torch.equal(torch.cat(pieces), value.detach().flatten()), name
+    for (name, one), (_, other) in zip(whole.named_buffers(), skeleton.named_buffers(), strict=True):
+        assert torch.equal(one, other), name
+    assert whole.config.to_dict() == skeleton.config.to_dict()
+    assert whole.generation_config.to_dict() == skeleton.generation_config.to_dict()
+
+
+def both(draw, dtype: torch.dtype = torch.float32, seed: int = 3):
+    whole = build(draw(), dtype, seed)
+    with weights_later():
+        return whole, build(draw(), dtype, seed)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_skeletons_first_values_are_those_of_the_ordinary_build_for_every_family(small_parts, tmp_path, family):
+    config_class, settings = FAMILIES[family]
+    folder = language_folder(tmp_path / "language", config_class, **settings)
+    assert_same(*both(lambda: blueprint_of((small_parts[0], folder))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{}, {"projector": Projector.linear}, {"special_tokens": []}])
+def test_a_skeleton_starts_as_the_ordinary_build_whatever_the_settings(small_parts, dtype, settings):
+    assert_same(*both(lambda: blueprint_of(small_parts, **settings), dtype))
+
+
+def test_a_table_that_grows_has_its_new_rows_in_a_skeleton_too(small_parts, tmp_path):
+    full = language_folder(tmp_path / "full", Qwen2Config, vocab_size=len(make_tokenizer()))
+    whole, skeleton = both(lambda: blueprint_of((small_parts[0], full)))
+    assert whole.get_input_embeddings().num_embeddings > len(make_tokenizer())
+    assert_same(whole, skeleton)
+
+
+def test_text_halves_and_class_tokens_are_left_out_of_a_skeleton(small_parts, tmp_path):
+    vision = {**TOWER, "image_size": 56, "patch_size": 14}
+    text = {**TOWER, "num_hidden_layers": 1, "vocab_size": 20}
+    SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).save_pretrained(tmp_path / "siglip")
+    CLIPVisionModel(CLIPVisionConfig(**vision)).save_pretrained(tmp_path / "clip")
+    for tower in ("siglip", "clip"):
+        assert_same(*both(lambda tower=tower: blueprint_of((str(tmp_path / tower), small_parts[1]))))
+
+
+@pytest.mark.parametrize("parts_of", ["small_parts", "parts"])
+def test_a_whole_folder_in_the_hubs_layout_and_in_many_files_is_read_as_the_ordinary_build_reads_it(
+    parts_of, request, tmp_path
+):
+    blueprint = blueprint_of(request.getfixturevalue(parts_of))
+    export_model(build(blueprint), blueprint.tokenizer, blueprint.images, tmp_path / "hf", largest_file="100kB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+    whole, skeleton = both(lambda: draw_up(ModelConfig(special_tokens=["<new>"]), init_from=str(tmp_path / "hf")))
+    assert_same(whole, skeleton)
+    assert skeleton._weight_conversions  # what is exported has the names of the folder that it came from
+
+
+@pytest.mark.parametrize(
+    ("stage_class", "options"),
+    [
+        (AlignStage, {}),
+        (SFTStage, {"parts": {"language_model": {"lora": {"rank": 3}}, "vision_tower": {"lora": {"rank": 2}}}}),
+        (DPOStage, {}),
+    ],
+)
+def test_adapters_rows_of_new_tokens_and_references_are_the_same_in_a_skeleton(small_parts, stage_class, options):
+    whole, later = (stage_class(blueprint_of(small_parts), seed=5, **options) for _ in range(2))
+    whole.configure_model()
+    with weights_later():
+        later.configure_model()
+    assert_same(whole.model, later.model)
+    assert [row.as_dict() for row in whole.part_summary] == [row.as_dict() for row in later.part_summary]
+    if stage_class is DPOStage:
+        assert_same(whole.reference, later.reference)
+
+
+def test_reading_half_of_a_weight_takes_the_memory_of_that_half(small_parts, tmp_path):
+    """Stored in bfloat16 and wanted in float32: what is read must be converted, so it cannot stay in the file."""
+    folder, file = copied(small_parts, tmp_path)
+    tensors = {key: value.bfloat16() for key, value in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with weights_later():
+        skeleton = build(blueprint_of((small_parts[0], str(folder)), special_tokens=[]))
+    shape = torch.Size([48, 32])
+    with Alive() as alive:
+        values = first_values(skeleton, "model.language_model.layers.0.mlp.up_proj.weight", shape, 768, 1536)
+    assert torch.equal(values, tensors["model.layers.0.mlp.up_proj.weight"][24:].float().flatten())
+    assert alive.most == values.nbytes
+
+
+def test_an_export_takes_the_memory_of_the_largest_weight_and_a_copy(small_parts, tmp_path):
+    blueprint = blueprint_of(small_parts)
+    stage = SFTStage(blueprint, parts={"language_model": {"lora": {"rank": 3}}})
+    stage.configure_model()
+    largest = max(parameter.nbytes for parameter in stage.model.parameters())
+    with Alive() as alive:
+        export_model(stage.model, blueprint.tokenizer, blueprint.images, tmp_path / "hf")
+    assert sum(parameter.nbytes for parameter in stage.model.parameters()) > 3 * largest
+    assert alive.most <= 2 * largest
+
+
+def copied(parts: tuple[str, str], tmp_path: Path) -> tuple[Path, Path]:
+    shutil.copytree(parts[1], tmp_path / "language")
+    return tmp_path / "language", tmp_path / "language" / "model.safetensors"
+
+
+@pytest.mark.parametrize("damage", ["half", "shape", "truncated", "no safetensors", "a file of several", "ties"])
+def test_sources_that_cannot_be_read_in_pieces_are_refused_before_anything_is_built(small_parts, tmp_path, damage):
+    folder, file = copied(small_parts, tmp_path)
+    tensors = load_file(file)
+    message = "weights are missing or of another shape"
+    if damage == "half":
+        tensors = {key: value for key, value in tensors.items() if "layers.1" not in key}
+    elif damage == "shape":
+        tensors["model.norm.weight"] = torch.ones(31)
+    elif damage == "truncated":
+        message = "its weights could not be loaded"
+    elif damage == "no safetensors":
+        message = r"no model\.safetensors there.*save_pretrained"
+    elif damage == "a file of several":
+        index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, "model-00001-of-00002.safetensors")}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        message = r"model-00001-of-00002\.safetensors"
+    else:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+        message = "two different tables"
+    save_file(tensors, file, metadata={"format": "pt"})
+    if damage == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage in ("no safetensors", "a file of several"):
+        file.unlink()
+    with weights_later(), pytest.raises(UserError, match=message):
+        build(blueprint_of((small_parts[0], str(folder))))

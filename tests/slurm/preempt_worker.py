@@ -1,0 +1,114 @@
+"""One rank that is asked to leave again and again, and goes on each time: `preempt_worker.py TOWER LANGUAGE FOLDER SIGNALS STEPS SEED`.
+
+Each start is a new stage and a new trainer in the same process. What was seen goes to FOLDER/seen.json, the weights at the
+end to FOLDER/weights.pt. Started by test_preemption.py.
+"""
+
+import json
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import lightning as L
+import torch
+
+sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
+sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
+
+from rank_cases import make_data, make_stage
+
+from callbacks.checkpoint import Checkpoint
+from callbacks.guard import Exchange
+from callbacks.preemption import Preemption
+from lit_vlm.engine.checkpoint import Folder
+from lit_vlm.engine.trainer import leave_process_group, quiet
+
+WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+
+
+class Shot(L.Callback):
+    """Sends this process a signal some micro-batches and milliseconds after training began."""
+
+    def __init__(self, number: signal.Signals | None, after: int, delay: float) -> None:
+        self.number, self.after, self.delay, self.last = number, after, delay, -1
+
+    def on_train_start(self, trainer, pl_module):
+        if self.number is not None:
+            threading.Thread(target=self.shoot, args=(trainer,), daemon=True).start()
+
+    def shoot(self, trainer):
+        first = trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        while trainer.fit_loop.epoch_loop.batch_progress.current.completed - first < self.after:
+            time.sleep(0.0005)
+        time.sleep(self.delay)
+        os.kill(os.getpid(), self.number)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.last = batch_idx
+
+
+def shots(chance: random.Random) -> list[Shot]:
+    """One for each rank: all of them at moments of their own, or one alone."""
+    number = chance.choice([signal.SIGUSR1, signal.SIGUSR2])
+    hit = chance.choice([range(WORLD), *([rank] for rank in range(WORLD))])
+    numbers = [number if rank in hit else None for rank in range(WORLD)]
+    return [Shot(number, chance.randrange(6), chance.uniform(0, 0.04)) for number in numbers]
+
+
+def start(parts, data, folder: Path, shot: Shot) -> dict:
+    stage = make_stage("sft_lora", parts)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        devices=WORLD,
+        strategy="ddp" if WORLD > 1 else "auto",
+        use_distributed_sampler=False,
+        logger=False,
+        max_epochs=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+        callbacks=[shot, Exchange(), Checkpoint(folder, every_minutes=None, say=lambda text: None), Preemption()],
+    )
+    code = None
+    try:
+        trainer.fit(stage, data)
+    except SystemExit as left:
+        code = left.code
+    if code is None and RANK == 0:
+        torch.save(
+            {name: p.detach() for name, p in stage.model.named_parameters() if p.requires_grad}, folder / "weights.pt"
+        )
+    saved = Folder(folder / "checkpoints").steps()
+    whole = (shot.last + 1) % trainer.accumulate_grad_batches == 0
+    return {"code": code, "step": trainer.global_step, "saved": saved[0] if saved else 0, "whole": whole}
+
+
+def main(tower: str, language: str, folder: str, signals: str, steps: str, seed: str) -> None:
+    logging.getLogger("lightning").setLevel(logging.ERROR)
+    quiet()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)  # of the adapters
+    chance, seen = random.Random(int(seed)), []
+    data = make_data("sft_lora", (tower, language), tokens=160, batch=8, steps=int(steps))
+    for number in range(int(signals) + 1):
+        shot = shots(chance)[RANK] if number < int(signals) else Shot(None, 0, 0.0)
+        seen.append(start((tower, language), data, Path(folder), shot))
+    if WORLD > 1:
+        both: list = [None] * WORLD
+        torch.distributed.all_gather_object(both, seen)
+    else:
+        both = [seen]
+    if RANK == 0:
+        (Path(folder) / "seen.json").write_text(json.dumps({"ranks": both, "k": data.plan.k}))
+    leave_process_group()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

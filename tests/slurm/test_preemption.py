@@ -1,0 +1,193 @@
+"""A run that is asked to leave does so at the end of a step, saved, on all ranks alike, and goes on as if nothing had been."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from fakes import calls, fake_slurm, with_path
+
+from lit_vlm.config import parse
+from lit_vlm.engine.exits import INTERRUPTED, RESTART
+from lit_vlm.engine.slurm import is_preempted, requeue
+
+WORKER = Path(__file__).with_name("preempt_worker.py")
+RUN = Path(__file__).resolve().parents[2] / "run.py"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+TINY = "task=train model=tiny model.grid=2 model.max_tiles=4 trainer=tiny data.global_batch_size=4 trainer.max_steps=4000 run_name=a"
+
+
+def work(parts, folder: Path, signals: int, steps: int, ranks: int, limit: float, seed: int = 0) -> dict:
+    folder.mkdir(parents=True)
+    command = [*TORCHRUN, f"--nproc-per-node={ranks}"] if ranks > 1 else [sys.executable]
+    words = [str(WORKER), *parts, str(folder), str(signals), str(steps), str(seed)]
+    path = with_path(fake_slurm(folder / "bin"))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PATH": path, "SLURM_JOB_ID": "77"}
+    done = subprocess.run([*command, *words], env=environment, capture_output=True, text=True, timeout=limit)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "seen.json").read_text())
+
+
+def check_chain(seen: dict, folder: Path, signals: int) -> None:
+    assert seen["k"] > 1
+    for rank in seen["ranks"]:
+        assert rank == seen["ranks"][0]
+        assert [start["code"] for start in rank] == [RESTART] * signals + [None]
+        for start in rank[:-1]:
+            assert start["saved"] == start["step"] > 0 and start["whole"]
+        steps = [start["step"] for start in rank]
+        assert steps == sorted(steps) and len(set(steps)) == len(steps)
+    assert calls(folder / "bin", "scontrol") == [["requeue", "77"]] * signals
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_signals_at_random_moments_save_at_a_step_and_requeue_once(small_parts, tmp_path, ranks):
+    seen = work(small_parts, tmp_path / "chain", 5, 40, ranks, limit=150)
+    check_chain(seen, tmp_path / "chain", 5)
+    work(small_parts, tmp_path / "whole", 0, 40, ranks, limit=100)
+    one, other = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("chain", "whole"))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_hundred_signals_at_random_moments(small_parts, tmp_path, ranks):
+    seen = work(small_parts, tmp_path / "chain", 100, 700, ranks, limit=800, seed=ranks)
+    check_chain(seen, tmp_path / "chain", 100)
+
+
+class Started:
+    """`python run.py` in the background, its output in a file."""
+
+    def __init__(
+        self, folder: Path, *words: str, ranks: int = 1, base: str = TINY, run: str = "a", **environment: str
+    ) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = folder / f"log-{time.monotonic_ns()}"
+        command = [*TORCHRUN, f"--nproc-per-node={ranks}"] if ranks > 1 else [sys.executable]
+        own = {
+            "OMP_NUM_THREADS": "1",
+            "NO_COLOR": "1",
+            "PYTHONUNBUFFERED": "1",
+            "GLOO_SOCKET_IFNAME": "lo",
+            **environment,
+        }
+        with open(self.log, "w") as log:
+            self.process = subprocess.Popen(
+                [*command, str(RUN), *base.split(), f"trainer.devices={ranks}", *words],
+                cwd=folder,
+                env={**os.environ, **own},
+                stdout=log,
+                stderr=log,
+            )
+        self.metrics = folder / "runs" / run / "metrics.csv"
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def until_it_trains(self, limit: float = 90) -> None:
+        end, known = time.monotonic() + limit, self._rows()
+        while self._rows() <= known:
+            assert self.process.poll() is None and time.monotonic() < end, self.said[-3000:]
+            time.sleep(0.05)
+
+    def _rows(self) -> int:
+        return len(self.metrics.read_text().splitlines()) if self.metrics.exists() else 0
+
+    def ended(self, limit: float = 60) -> int:
+        try:
+            return self.process.wait(limit)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+
+
+@pytest.mark.timeout(200)
+def test_a_term_saves_and_leaves_with_a_code_to_start_again_and_ctrl_c_with_its_own(tmp_path):
+    run = Started(tmp_path, "data.num_workers=1")
+    run.until_it_trains()
+    run.process.send_signal(signal.SIGTERM)
+    assert run.ended() == RESTART, run.said
+    assert "saved at step" in run.said and "Traceback" not in run.said
+    run = Started(tmp_path, "data.num_workers=1")
+    run.until_it_trains()
+    assert "goes on at step" in run.said
+    run.process.send_signal(signal.SIGINT)
+    assert run.ended() == INTERRUPTED, run.said
+    assert "saved at step" in run.said and "Traceback" not in run.said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_term_to_torchrun_reaches_its_ranks_which_save(tmp_path):
+    run = Started(tmp_path, "data.num_workers=0", ranks=2)
+    run.until_it_trains()
+    run.process.send_signal(signal.SIGTERM)
+    run.ended(90)
+    assert run.said.count("saved at step") == 1
+    run = Started(tmp_path, "data.num_workers=0", ranks=2)
+    run.until_it_trains()
+    assert "goes on at step" in run.said
+    run.process.send_signal(signal.SIGTERM)
+    run.ended(90)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_term_to_a_pipeline_reaches_its_stage_and_the_next_start_goes_on(tmp_path):
+    (name,) = {parse(["experiment=tiny/1_align", "trainer.max_steps=3000"]).name}
+    for said in ("saved at step", "goes on at step"):
+        run = Started(tmp_path, base="recipe=tiny trainer.max_steps=3000", run=name)
+        run.until_it_trains()
+        run.process.send_signal(signal.SIGTERM)
+        assert run.ended() == RESTART, run.said
+        assert said in run.said and "Traceback" not in run.said
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_loader_workers_outlast_a_signal_to_all_processes(tmp_path):
+    run = Started(tmp_path, "data.num_workers=2")
+    run.until_it_trains()
+    children = Path(f"/proc/{run.process.pid}/task/{run.process.pid}/children").read_text().split()
+    for pid in [*map(int, children), run.process.pid]:
+        os.kill(pid, signal.SIGTERM)
+    assert run.ended() == RESTART, run.said
+    assert "saved at step" in run.said and "unexpectedly" not in run.said
+
+
+@pytest.mark.timeout(120)
+def test_asked_before_the_first_step_it_leaves_at_once_and_requeues(tmp_path):
+    folder = fake_slurm(tmp_path / "bin")
+    run = Started(tmp_path, PATH=with_path(folder), SLURM_JOB_ID="5", SLURM_ARRAY_JOB_ID="4", SLURM_ARRAY_TASK_ID="2")
+    end = time.monotonic() + 60
+    while not (tmp_path / "runs").exists():  # the first thing that it makes
+        assert run.process.poll() is None and time.monotonic() < end, run.said
+        time.sleep(0.01)
+    run.process.send_signal(signal.SIGUSR1)
+    assert run.ended() == RESTART, run.said
+    assert calls(folder, "scontrol") == [["requeue", "4_2"]]
+    assert "nothing is to be saved" in run.said and "Traceback" not in run.said
+
+
+def test_what_slurm_answers_is_understood(tmp_path, monkeypatch):
+    folder = fake_slurm(tmp_path / "bin", scontrol="sys.exit('Requested operation is presently disabled')")
+    monkeypatch.setenv("PATH", with_path(folder))
+    assert requeue("5") == "Requested operation is presently disabled" and not is_preempted("5")
+    for state, moment, taken in (
+        ("RUNNING", "2026-11-21T15:19:41", True),
+        ("RUNNING", "None", False),
+        ("COMPLETING", "2026-11-21T15:19:41", False),  # cancelled while it made room
+    ):
+        fake_slurm(folder, scontrol=f"print('JobId=5 JobState={state} PreemptTime={moment}')")
+        assert requeue("5") is None and is_preempted("5") is taken
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "scontrol" in requeue("5") and not is_preempted("5")

@@ -1,0 +1,234 @@
+"""Runs that are killed and started again, each start in a process of its own, forked from this one: imports are paid for once.
+
+A child that is killed by SIGKILL ends as any process does: no handler, no `finally`, no flush.
+"""
+
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import chdir
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from run_helpers import TINY, Ran, own_choice
+
+from lit_vlm.config import Run, parse
+from lit_vlm.engine.checkpoint import Folder, Index, read_index
+from lit_vlm.tasks.train import train
+from lit_vlm.types import UserError
+
+STEPS = 6
+KINDS = {"align": ("caption",), "sft": ("caption", "text"), "highres": ("word", "multi_image"), "dpo": ("preference",)}
+# Dropout, so that what is drawn in a step matters; several micro-batches in a step.
+OWN = {
+    "align": [],
+    "sft": ["stage.parts.language_model.lora.rank=4", "stage.parts.language_model.lora.dropout=0.2"],
+    "highres": ["data.tiles_per_micro_batch=16"],
+    "dpo": [],
+}
+COMMON = [
+    "callbacks=[throughput,guard]",  # no export: the last checkpoint of a finished run stays, to be looked at
+    "trainer.log_every_n_steps=1",
+    "stage.learning_rate=1e-3",
+    "data.tokens_per_micro_batch=400",
+    "checkpoint.every_minutes=null",
+    "checkpoint.every_steps=1",
+    f"trainer.max_steps={STEPS}",
+]
+TWO = [
+    "trainer=ddp",
+    "trainer.accelerator=cpu",
+    "trainer.devices=2",
+    "trainer.precision=32-true",
+    "trainer.num_threads=1",
+]
+NUMBER_OF_TIMES = ("throughput/", "seconds")
+
+
+def words_of(folder: Path, stage: str, *more: str) -> list[str]:
+    """`python run.py`'s words for a small run of a stage on built-in samples."""
+
+    def source(kind: str, language: str, number: int) -> dict:
+        return {"format": "builtin", "path": kind, "language": language, "num_samples": number}
+
+    both = [(kind, language) for kind in KINDS[stage] for language in ("ko", "en")]
+    sources = {f"{kind}_{language}": source(kind, language, 20) for kind, language in both}
+    held_out = {f"{kind}_{language}": source(kind, language, 2) for kind, language in both}
+    choice = own_choice(folder / stage, sources=sources, validation={"sources": held_out})
+    return [*TINY, f"stage={stage}", *choice, *COMMON, *OWN[stage], *more]
+
+
+@cache
+def parsed(folder: Path, *words: str) -> Run:
+    """Once for all starts of a run."""
+    with chdir(folder):
+        return parse([*words])
+
+
+def whole_run(words: list[str], folder: Path, *, finished: bool = False) -> Index | None:
+    """The undisturbed run, in this process: what it imports, its children have. Returns its last state.
+
+    Args:
+        finished: it exports its model, and leaves no state.
+    """
+    job = parsed(folder, *words)
+    with chdir(folder):
+        train(deepcopy(job))
+    return None if finished else last_state(folder, job.name)
+
+
+@dataclass
+class Start:
+    """One start of a run: its processes, one per rank."""
+
+    pids: list[int]
+    log: Path
+
+    def kill(self, *ranks: int) -> None:
+        """SIGKILL to these ranks, all of them if none is named."""
+        for rank in ranks or range(len(self.pids)):
+            os.kill(self.pids[rank], signal.SIGKILL)
+
+    def wait(self, limit: float = 120.0) -> list[int]:
+        """Exit codes; negative ones are signals. All are killed when one ends otherwise than with 0, as torchrun does."""
+        codes: dict[int, int] = {}
+        end = time.monotonic() + limit
+        while len(codes) < len(self.pids):
+            for pid in self.pids:
+                found, status = os.waitpid(pid, os.WNOHANG) if pid not in codes else (0, 0)
+                if found:
+                    codes[pid] = os.waitstatus_to_exitcode(status)
+            late = time.monotonic() > end
+            if late or any(codes.values()):
+                self._end(codes, 0 if late else 5.0)
+                assert not late, f"no end after {limit} s: {self.said()}"
+            time.sleep(0.002)
+        return [codes[pid] for pid in self.pids]
+
+    def _end(self, codes: dict[int, int], grace: float) -> None:
+        """The others get some seconds to come to the same end by themselves."""
+        end = time.monotonic() + grace
+        while any(pid not in codes for pid in self.pids):
+            for pid in [pid for pid in self.pids if pid not in codes]:
+                if time.monotonic() > end:
+                    os.kill(pid, signal.SIGKILL)
+                found, status = os.waitpid(pid, os.WNOHANG)
+                if found:
+                    codes[pid] = os.waitstatus_to_exitcode(status)
+            time.sleep(0.002)
+
+    def said(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+def start(words: list[str], folder: Path, ranks: int = 1, patch: Callable[[], None] | None = None) -> Start:
+    """Start a run in `folder`; `patch` is called in each child first."""
+    log = folder / "logs" / f"{time.monotonic_ns()}.log"
+    log.parent.mkdir(exist_ok=True)
+    log.touch()
+    job = parsed(folder, *words)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = []
+    for rank in range(ranks):
+        pid = os.fork()
+        if pid == 0:
+            _child(job, folder, log, patch, _ranks_environment(rank, ranks, port) if ranks > 1 else {})
+        pids.append(pid)
+    return Start(pids, log)
+
+
+def ended(words: list[str], folder: Path, ranks: int = 1, patch: Callable[[], None] | None = None) -> tuple[int, str]:
+    """Exit code of the first rank, and what was said."""
+    begun = start(words, folder, ranks, patch)
+    return begun.wait()[0], begun.said()
+
+
+def run_dir(folder: Path, name: str) -> Ran:
+    return Ran(folder / "runs" / name)
+
+
+def last_state(folder: Path, name: str) -> Index:
+    """The state after the last step."""
+    checkpoints = Folder(folder / "runs" / name / "checkpoints")
+    return read_index(checkpoints.of(checkpoints.steps()[0]))
+
+
+def same_state(one: Index, other: Index) -> bool:
+    """Bit for bit: weights and moments are in the files, whose SHA-256 the index holds; so is what was read."""
+    mine, theirs = ((i.step, i.updates, i.consumed, i.intervals, i.files) for i in (one, other))
+    return mine == theirs
+
+
+def strays(folder: Path, name: str) -> list[str]:
+    """Files and folders in a run's folder that no finished run has."""
+    place = folder / "runs" / name
+    return [str(path.relative_to(place)) for path in place.rglob("*") if path.name.startswith(".")]
+
+
+def rows(folder: Path, name: str) -> list[dict]:
+    """metrics.csv without its times."""
+    import csv
+
+    with (folder / "runs" / name / "metrics.csv").open(encoding="utf-8", newline="") as stream:
+        found = list(csv.DictReader(stream))
+    return [{key: value for key, value in row.items() if not key.startswith(NUMBER_OF_TIMES)} for row in found]
+
+
+def kill_at(micro_batch: int) -> Callable[[], None]:
+    """SIGKILL in the training step of that micro-batch of the run."""
+
+    def patch() -> None:
+        from lit_vlm.stages.base import Stage
+
+        step = Stage.training_step
+
+        def killed(self, batch, number):
+            if number == micro_batch:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(self, batch, number)
+
+        Stage.training_step = killed
+
+    return patch
+
+
+def _ranks_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+    """As torchrun sets it."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
+    names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
+    return {key: str(value) for key, value in names.items()}
+
+
+def _child(job: Run, folder: Path, log: Path, patch: Callable[[], None] | None, env: dict[str, str]) -> None:
+    code = 1
+    try:
+        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(handle, 1)
+        os.dup2(handle, 2)
+        sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
+        os.environ.update(env)
+        os.chdir(folder)
+        from lit_vlm.tasks import terminal
+
+        terminal.console.file = sys.stdout
+        if patch is not None:
+            patch()
+        train(deepcopy(job))
+        code = 0
+    except UserError as error:
+        print(error)
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(code)

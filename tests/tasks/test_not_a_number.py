@@ -1,0 +1,119 @@
+"""A loss or a gradient that is not a number, anywhere on any rank: all ranks decide alike, in the same step."""
+
+import json
+
+import pytest
+from fault_cases import SMALL, Fault, both, broken, notes, noting
+from resume_cases import TWO, ended, last_state, run_dir, same_state, start, words_of
+
+K = 3
+INF = float("inf")
+# 20 places: loss and gradient, either rank, first, middle and last micro-step, first and last step
+PLACES = [
+    Fault(("loss", "gradient")[n // 6 % 2], n, n % K, n // K % 2, (float("nan"), INF)[n // 12]) for n in range(20)
+]
+SKIP = ["guard.on_nonfinite=skip", "guard.max_skipped=3", *SMALL]
+
+
+def with_gaps(faults):
+    """Every other step is sound, so that training goes on in between."""
+    return [Fault(f.where, 2 * n, f.micro_step, f.rank, f.value) for n, f in enumerate(faults)]
+
+
+def skipped(folder, name):
+    lines = (folder / "runs" / name / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def check_skipping(folder, faults, steps, strategy="ddp"):
+    more = [f"trainer.max_steps={steps}", f"trainer.strategy={strategy}", "run_name=skips"]
+    words = words_of(folder, "sft", *TWO, *SKIP, *more)
+    code, said = ended(words, folder, 2, both(broken(faults), noting(folder)))
+    assert code == 0, said
+    ranks = [notes(folder, rank) for rank in range(2)]
+    rows = skipped(folder, "skips")
+    assert [row["step"] for row in rows] == [fault.step for fault in faults]
+    for fault, row in zip(faults, rows, strict=True):
+        one, other = (rank[fault.step] for rank in ranks)
+        assert len(one["ids"]) == K
+        assert one["before"] == one["after"] and other["before"] == other["after"]
+        own = ranks[fault.rank][fault.step]["ids"][fault.micro_step]
+        everybodys = [name for rank in ranks for ids in rank[fault.step]["ids"] for name in ids]
+        assert row["reason"] == fault.where
+        assert row["samples"] == (own if fault.where == "loss" else everybodys)
+        assert all(name in said for name in own)
+    broken_steps = {fault.step for fault in faults}
+    for one, other in zip(*ranks, strict=True):
+        assert one["after"] == other["after"] or strategy != "ddp"  # which alone holds the whole on each rank
+        assert (one["before"] == one["after"]) == (one["step"] in broken_steps) == (other["before"] == other["after"])
+    rates = [row["lr"] for row in ranks[0]]
+    assert len(set(rates)) == len(rates)  # the schedule goes by the number of the step
+    assert last_state(folder, "skips").updates == steps - len(faults)
+    assert run_dir(folder, "skips").manifest["figures"]["skipped_steps"] == len(faults)
+
+
+def test_ranks_skip_alike_and_nothing_of_the_step_stays(tmp_path):
+    check_skipping(tmp_path, with_gaps([PLACES[0], PLACES[4], PLACES[8], PLACES[10]]), 8)
+
+
+@pytest.mark.slow
+def test_ranks_skip_alike_at_twenty_places(tmp_path):
+    check_skipping(tmp_path, with_gaps(PLACES), 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
+def test_ranks_skip_alike_when_they_share_out_what_trains(tmp_path, strategy):
+    """The gradients are not in `parameter.grad` there, or only rows of them: the fault is put into the loss."""
+    faults = [fault for fault in PLACES if fault.where == "loss"][:6]
+    check_skipping(tmp_path, with_gaps(faults), 13, strategy)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(Fault("loss", 1, 1, 1), id="loss"),
+        pytest.param(Fault("gradient", 1, 2, 0, INF), id="gradient", marks=pytest.mark.slow),
+    ],
+)
+def test_one_rank_alone_stops_all_with_one_message(tmp_path, fault):
+    words = words_of(tmp_path, "sft", *TWO, *SMALL, "run_name=stops")
+    begun = start(words, tmp_path, 2, both(broken([fault]), noting(tmp_path)))
+    assert begun.wait() == [1, 1]
+    assert begun.said().count("is not a number, so the run stops") == 1
+    assert f"Step 2: the {fault.where} is not a number" in begun.said()
+    assert "Traceback" not in begun.said()
+    assert [len(notes(tmp_path, rank)) for rank in range(2)] == [1, 1]  # of the second step nothing was taken
+
+
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_rollback_leaves_the_step_out_and_equals_a_run_that_skipped_it(tmp_path, ranks):
+    fault, two = Fault("loss", 3, 1, ranks - 1), TWO if ranks == 2 else []
+    words = words_of(tmp_path, "sft", *two, *SMALL, "checkpoint.every_steps=2")
+    back = [*words, "guard.on_nonfinite=rollback", "run_name=back"]
+    code, said = ended(back, tmp_path, ranks, both(broken([fault]), noting(tmp_path)))
+    assert code == 0, said
+    assert "back: goes on at step 2 of 6" in said
+    assert "Step 4: the loss is not a number" in said
+    assert [(row["step"], row["ids"]) for row in notes(tmp_path) if not any(row["ids"])] == [
+        (3, [[]] * len(notes(tmp_path)[0]["ids"]))
+    ]
+    assert [row["step"] for row in notes(tmp_path)] == [0, 1, 2, 2, 3, 4, 5]
+    code, said = ended([*words, "guard.on_nonfinite=skip", "run_name=skips"], tmp_path, ranks, broken([fault]))
+    assert code == 0, said
+    assert same_state(last_state(tmp_path, "back"), last_state(tmp_path, "skips"))
+
+
+@pytest.mark.slow
+def test_a_step_that_was_skipped_is_left_out_by_the_next_start(tmp_path):
+    """Killed after it was skipped, and gone on before it: the second start finds the number sound, and does as the first."""
+    from resume_cases import kill_at
+
+    fault = Fault("gradient", 1, 0, 0)
+    words = words_of(tmp_path, "sft", *SKIP, "checkpoint.every_steps=100")
+    code, said = ended([*words, "run_name=whole"], tmp_path, 1, broken([fault]))
+    assert code == 0, said
+    ended([*words, "run_name=killed"], tmp_path, 1, both(broken([fault]), kill_at(20)))
+    code, said = ended([*words, "run_name=killed"], tmp_path)
+    assert code == 0, said
+    assert same_state(last_state(tmp_path, "killed"), last_state(tmp_path, "whole"))

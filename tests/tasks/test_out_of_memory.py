@@ -1,0 +1,109 @@
+"""A device that runs out of memory: half the budget, the same samples in each step, the weights of an undisturbed run."""
+
+import json
+import random
+
+import pytest
+import torch
+from fault_cases import both, notes, noting, out_of_memory_at
+from resume_cases import TWO, ended, last_state, rows, run_dir, start, words_of
+from safetensors.torch import load_file
+
+from lit_vlm.engine.checkpoint import Folder
+from lit_vlm.engine.exits import RESTART
+
+# Whole parts and no dropout: other micro-batches must not draw other numbers. Adam's eps does not amplify rounding.
+EXACT = [
+    "data.global_batch_size=6",
+    "data.tokens_per_micro_batch=300",
+    "stage.adam_eps=1e-6",
+    "stage.parts.language_model.lora.dropout=0",
+    "callbacks=[guard]",
+]
+
+
+def ids(folder, rank=0):
+    """Of the last time that each step was run."""
+    return {row["step"]: sorted(name for micro in row["ids"] for name in micro) for row in notes(folder, rank)}
+
+
+def weights(folder, name):
+    checkpoints = Folder(folder / "runs" / name / "checkpoints")
+    return load_file(next(checkpoints.of(checkpoints.steps()[0]).glob("*.safetensors")))
+
+
+def disturbed(folder, place, *more):
+    words = words_of(folder, "sft", *EXACT, *more)
+    code, said = ended([*words, "run_name=low"], folder, 1, both(out_of_memory_at(*place), noting(folder)))
+    assert code == 0, said
+    assert "low: out of memory; goes on with at most 150 tokens and 32 tiles" in said
+    return said
+
+
+def undisturbed(folder, *more):
+    words = words_of(folder, "sft", *EXACT, *more)
+    code, said = ended([*words, "run_name=calm"], folder, 1, noting(folder))
+    assert code == 0, said
+
+
+def check_equal(folder, calm):
+    assert ids(folder) == ids(calm)
+    assert last_state(folder, "low").consumed == last_state(calm, "calm").consumed
+    for name, tensor in weights(folder, "low").items():
+        torch.testing.assert_close(tensor, weights(calm, "calm")[name], atol=2e-6, rtol=1e-5)
+    assert [row["step"] for row in rows(folder, "low")] == [row["step"] for row in rows(calm, "calm")]
+    plan = run_dir(folder, "low").manifest["plan"]
+    assert plan["k"] > run_dir(calm, "calm").manifest["plan"]["k"]
+
+
+@pytest.mark.parametrize("where", ["backward", pytest.param("optimizer", marks=pytest.mark.slow)])
+def test_one_device_goes_on_in_the_process_with_half_the_budget(tmp_path, where):
+    """Without a checkpoint before: one is made of the state that the step found. In the update nothing is certain of the
+    weights, and the run goes back."""
+    low, calm = tmp_path / "low", tmp_path / "calm"
+    low.mkdir(), calm.mkdir()
+    said = disturbed(low, (3, 0, where), "checkpoint.every_steps=100")
+    undisturbed(calm, "checkpoint.every_steps=100")
+    check_equal(low, calm)
+    assert ("goes on at step 3 of 6" in said) == (where == "backward")
+    assert [row["step"] for row in notes(low)] == ([0, 1, 2, 3, 4, 5] if where == "backward" else [0, 1, 2, *range(6)])
+
+
+@pytest.mark.slow
+def test_ten_random_places_end_with_the_weights_of_an_undisturbed_run(tmp_path):
+    undisturbed(tmp_path)
+    generator = random.Random(0)
+    for number in range(10):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        place = (generator.randrange(6), 0, generator.choice(["forward", "backward", "optimizer"]))
+        disturbed(folder, place)
+        check_equal(folder, tmp_path)
+
+
+@pytest.mark.slow
+def test_no_sample_is_dropped_for_memory_and_the_end_of_halving_is_told(tmp_path):
+    """68 tokens are the largest sample's: 300, 150, 75, 68, and no further."""
+    words = words_of(tmp_path, "sft", *EXACT, "guard.max_oom_retries=9", "data.tiles_per_micro_batch=2", "run_name=low")
+    code, said = ended(words, tmp_path, 1, out_of_memory_at(1, 0, "forward", times=99))
+    assert code == 1
+    assert "at most 68 tokens and 2 tiles, and the largest sample alone needs as much" in said
+    assert said.count("80 samples, 8 held out") == 4
+    assert "Traceback" not in said
+
+
+def test_several_ranks_leave_to_start_again_with_half_the_budget(tmp_path):
+    words = words_of(
+        tmp_path, "sft", *EXACT, *TWO, "data.global_batch_size=12", "trainer.timeout_minutes=2", "run_name=low"
+    )
+    begun = start(words, tmp_path, 2, both(out_of_memory_at(3, 0, "forward", rank=1), noting(tmp_path)))
+    assert begun.wait(limit=60)[1] == RESTART
+    assert begun.said().count("Rank 1 ran out of memory, in the forward pass of step 4") == 1
+    budget = json.loads((tmp_path / "runs" / "low" / "budget.json").read_text())
+    assert (budget["tokens"], budget["of_tokens"], budget["halved"]) == (150, 300, 1)
+    before = ids(tmp_path)
+    code, said = ended(words, tmp_path, 2, noting(tmp_path))
+    assert code == 0, said
+    assert "low: goes on at step 3 of 6" in said
+    assert run_dir(tmp_path, "low").manifest["plan"]["k"] > 1
+    assert sorted(ids(tmp_path)) == list(range(6)) and all(ids(tmp_path)[step] == before[step] for step in before)

@@ -1,0 +1,366 @@
+"""A run that is killed and started again ends as one that never was: weights, moments, what was read, what was logged."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from resume_cases import (
+    KINDS,
+    STEPS,
+    TWO,
+    ended,
+    kill_at,
+    last_state,
+    parsed,
+    rows,
+    run_dir,
+    same_state,
+    start,
+    strays,
+    whole_run,
+    words_of,
+)
+
+from lit_vlm.engine.checkpoint import Folder
+from lit_vlm.types import UserError
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
+def killed_and_resumed(place: Path, words: list[str], kills: list[int], ranks: int = 1, name: str = "killed") -> str:
+    """Start, be killed in these micro-batches, one after the other, and come to the end. Returns what the last start said."""
+    for at in kills:
+        assert -signal.SIGKILL in start([*words, f"run_name={name}"], place, ranks, kill_at(at)).wait()
+    code, said = ended([*words, f"run_name={name}"], place, ranks)
+    assert code == 0, said
+    return said
+
+
+def same(place: Path, one: str, other: str) -> None:
+    assert same_state(last_state(place, one), last_state(place, other))
+    assert rows(place, one) == rows(place, other)
+    assert strays(place, other) == []
+
+
+def goes_on_at(said: str) -> int | None:
+    found = [line for line in said.splitlines() if "goes on at step" in line]
+    assert len(found) <= 1
+    return int(found[0].split("goes on at step ")[1].split()[0]) if found else None
+
+
+# Identical, bit for bit
+
+
+@pytest.mark.parametrize(
+    ("stage", "workers"),
+    [("align", 2), ("sft", 0), pytest.param("highres", 2, marks=pytest.mark.slow), ("dpo", 0)],
+)
+def test_a_run_killed_twice_ends_as_one_that_was_not(place, stage, workers):
+    words, name = words_of(place, stage, f"data.num_workers={workers}"), undisturbed(place, stage)
+    k = run_dir(place, name).manifest["plan"]["k"]
+    said = killed_and_resumed(place, words, [2 * k, 4 * k], name=f"{stage}_killed")
+    assert goes_on_at(said) >= 2
+    same(place, name, f"{stage}_killed")
+
+
+@cache
+def undisturbed(place: Path, stage: str) -> str:
+    """The name of a run of that stage that was not killed. Workers and checkpoints have no part in what it computes."""
+    whole_run(words_of(place, stage, f"run_name={stage}_whole"), place)
+    return f"{stage}_whole"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stage", KINDS)
+def test_a_run_killed_in_each_of_its_steps_ends_as_one_that_was_not(place, stage, workers):
+    words, whole = words_of(place, stage, f"data.num_workers={workers}"), undisturbed(place, stage)
+    k = run_dir(place, whole).manifest["plan"]["k"]
+    for step in range(STEPS):
+        name = f"{stage}_{workers}_{step}"
+        killed_and_resumed(place, words, [step * k + k - 1], name=name)
+        same(place, whole, name)
+
+
+@pytest.mark.parametrize("stage", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
+def test_two_ranks_of_which_one_is_killed_end_as_two_that_were_not(place, stage):
+    words = words_of(place, stage, *TWO)
+    code, said = ended([*words, f"run_name={stage}_two"], place, 2)
+    assert code == 0, said
+
+    def of_rank(rank: int):
+        return lambda: kill_at(3)() if os.environ["RANK"] == str(rank) else None
+
+    for rank in (1, 0):
+        codes = start([*words, f"run_name={stage}_two_killed"], place, 2, of_rank(rank)).wait()
+        assert codes[rank] == -signal.SIGKILL and codes[1 - rank] != 0
+    killed_and_resumed(place, words, [], 2, f"{stage}_two_killed")
+    same(place, f"{stage}_two", f"{stage}_two_killed")
+
+
+def test_validation_best_and_metrics_are_those_of_a_run_that_was_not_killed(place):
+    """Killed in the step after a validation, and while it validates: that one is run again, its row is there once."""
+    words = words_of(
+        place, "sft", "data.validation.every_steps=2", "checkpoint.keep_best=true", "checkpoint.keep_last=1"
+    )
+    whole_run([*words, "run_name=val_whole"], place)
+
+    def while_it_validates():
+        from lit_vlm.stages.base import Stage
+
+        Stage.validation_step = lambda self, batch, number: os.kill(os.getpid(), signal.SIGKILL)
+
+    begun = start([*words, "run_name=val_killed"], place, patch=while_it_validates)
+    assert begun.wait() == [-signal.SIGKILL]
+    killed_and_resumed(place, words, [2, 4], name="val_killed")
+    same(place, "val_whole", "val_killed")
+    assert sum(bool(row["val/loss"]) for row in rows(place, "val_killed")) == 3
+    folders = [Folder(run_dir(place, name).dir / "checkpoints") for name in ("val_whole", "val_killed")]
+    assert folders[0].best() == folders[1].best() and folders[0].best()[1] > 0
+    assert folders[1].steps() == sorted({STEPS, folders[1].best()[0]}, reverse=True)
+
+
+def test_figures_and_the_exported_model_are_those_of_a_run_that_was_not_killed(place):
+    words = words_of(place, "align", "callbacks=[throughput,guard,export,samples]", "data.validation.max_samples=1")
+    whole_run([*words, "run_name=hf_whole", "checkpoint.every_steps=null"], place, finished=True)
+    killed_and_resumed(place, words, [3], name="hf_killed")
+    one, other = run_dir(place, "hf_whole"), run_dir(place, "hf_killed")
+    assert one.manifest["weights_digest"] == other.manifest["weights_digest"]
+    for key in (
+        "steps",
+        "tokens",
+        "supervised_tokens",
+        "samples",
+        "images",
+        "loss_first",
+        "loss_last",
+        "scores",
+        "val/loss",
+    ):
+        assert one.manifest["figures"][key] == other.manifest["figures"][key], key
+    assert [line["phase"] for line in map(json.loads, (other.dir / "samples.jsonl").read_text().splitlines())].count(
+        "before"
+    ) == 2
+    for ran in (one, other):
+        assert not (ran.dir / "checkpoints").exists() and strays(place, ran.dir.name) == []
+
+
+def test_a_run_killed_after_its_last_step_trains_no_step_again(place):
+    words = words_of(place, "align", "callbacks=[throughput,guard,export]", "run_name=end")
+
+    def in_export():
+        from callbacks.export import Export
+
+        Export.on_train_end = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+
+    def no_step():
+        from lit_vlm.stages.base import Stage
+
+        def trained(self, batch, number):
+            raise AssertionError("a step was taken")
+
+        Stage.training_step = trained
+
+    assert start(words, place, patch=in_export).wait() == [-signal.SIGKILL]
+    code, said = ended(words, place, patch=no_step)
+    assert code == 0 and goes_on_at(said) == STEPS, said
+    ran = run_dir(place, "end")
+    assert ran.manifest["status"] == "finished" and ran.manifest["figures"]["steps"] == STEPS
+    assert len([row for row in rows(place, "end") if row["val/loss"]]) == 1
+
+
+# Other devices, other budgets
+
+
+def losses(place: Path, name: str) -> list[float]:
+    return [float(row["train/loss"]) for row in rows(place, name) if row["train/loss"]]
+
+
+ELASTIC = ["stage.adam_eps=1e-6"]  # a bias without a true gradient makes Adam amplify the order of sums
+
+
+def elastic(place: Path, world_sizes: list[int], name: str, *more: str) -> None:
+    words = words_of(place, "highres", *ELASTIC, *more)
+    whole = whole_run([*words, f"run_name={name}_one"], place)
+    for number, ranks in enumerate(world_sizes):
+        last = number == len(world_sizes) - 1
+        several = [*TWO, f"trainer.devices={ranks}"] if ranks > 1 else []
+        # in the last micro-batch of a step, however many it has
+        at = None if last else f"step {(number + 1) * STEPS // len(world_sizes)}"
+        begun = start([*words, *several, f"run_name={name}"], place, ranks, at and kill_in_step(int(at.split()[1])))
+        codes = begun.wait()
+        assert codes[0] == 0 if last else -signal.SIGKILL in codes, begun.said()
+    found = last_state(place, name)
+    assert (found.step, found.consumed) == (whole.step, whole.consumed)
+    assert losses(place, name) == pytest.approx(losses(place, f"{name}_one"), rel=1e-5)
+
+
+def kill_in_step(step: int):
+    def patch() -> None:
+        from lit_vlm.stages.base import Stage
+
+        train = Stage.training_step
+
+        def killed(self, batch, number):
+            if batch.step == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return train(self, batch, number)
+
+        Stage.training_step = killed
+
+    return patch
+
+
+def test_on_another_number_of_ranks_a_run_goes_on_with_the_same_samples(place):
+    elastic(place, [2, 1, 2], "elastic")
+
+
+@pytest.mark.slow
+def test_two_one_four_and_two_ranks_read_what_one_does(place):
+    elastic(place, [2, 1, 4, 2], "elastic_four")
+
+
+@pytest.mark.slow
+def test_a_run_moves_between_strategies_and_reads_the_same_samples(place):
+    words = words_of(place, "highres", *ELASTIC)
+    whole = whole_run([*words, "run_name=one_strategy"], place)
+    strategies = ["deepspeed_zero3", "fsdp2", "single", "deepspeed_zero2", "ddp"]
+    for number, strategy in enumerate(strategies, 1):
+        last, ranks = number == len(strategies), 1 if strategy == "single" else 2
+        several = [*TWO, f"trainer.strategy={strategy}"] if ranks > 1 else []
+        begun = start([*words, *several, "run_name=moves"], place, ranks, None if last else kill_in_step(number))
+        codes = begun.wait()
+        assert codes[0] == 0 if last else -signal.SIGKILL in codes, begun.said()
+    found = last_state(place, "moves")
+    assert (found.step, found.consumed) == (whole.step, whole.consumed)
+    assert losses(place, "moves") == pytest.approx(losses(place, "one_strategy"), rel=1e-3)  # see the test of each strategy
+
+
+def test_with_smaller_micro_batches_a_run_goes_on_with_the_same_samples(place):
+    words = words_of(place, "sft", *ELASTIC, "stage.parts.language_model.lora.dropout=0")
+    whole = whole_run([*words, "run_name=large"], place)
+    assert start([*words, "run_name=small"], place, patch=kill_at(3)).wait() == [-signal.SIGKILL]
+    code, said = ended([*words, "run_name=small", "data.tokens_per_micro_batch=150"], place)
+    assert code == 0 and goes_on_at(said) >= 2, said
+    k = [run_dir(place, name).manifest["plan"]["k"] for name in ("large", "small")]
+    assert k[1] > k[0] and last_state(place, "small").consumed == whole.consumed
+    assert losses(place, "small") == pytest.approx(losses(place, "large"), rel=1e-5)
+
+
+# Faults
+
+
+def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(place):
+    words = words_of(place, "align")
+    assert start([*words, "run_name=hurt"], place, patch=kill_at(4)).wait() == [-signal.SIGKILL]
+    folder = Folder(run_dir(place, "hurt").dir / "checkpoints")
+    newest, before = folder.steps()[:2]
+    (file,) = folder.of(newest).glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    said = killed_and_resumed(place, words, [], name="hurt")
+    assert f"{file} is not as it was written" in said and goes_on_at(said) == before
+    same(place, undisturbed(place, "align"), "hurt")
+
+
+LEVELS = [pytest.param(level, marks=() if level == 13 else pytest.mark.slow) for level in range(1, 21)]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_full_disk_stops_the_run_with_one_message_and_costs_nothing_but_the_last_steps(place, level):
+    words = words_of(
+        place, "align", "checkpoint.every_steps=2", f"checkpoint.asynchronous={str(level % 2 == 0).lower()}"
+    )
+    name = f"full_{level}"
+
+    def full():
+        """From the save of step 4 on, no file may be longer than a share of a checkpoint's."""
+        from lit_vlm.engine.checkpoint import Writer
+
+        begin = Writer.start
+
+        def started(self, index, pieces, **options):
+            if index.step == 4:
+                (file,) = self.folder.of(2).glob("*.safetensors")
+                limit = file.stat().st_size * level // 21
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+            begin(self, index, pieces, **options)
+
+        Writer.start = started
+
+    code, said = ended([*words, f"run_name={name}"], place, patch=full)
+    assert code == 1 and "Traceback" not in said, said
+    told = [line for line in said.splitlines() if "could not be written" in line]
+    assert len(told) == 1 and "The checkpoint of step 4 could not be written to" in told[0]
+    assert "File too large. The one before, of step 2, is whole. Make room" in told[0]
+    assert Folder(run_dir(place, name).dir / "checkpoints").steps() == [2]
+    said = killed_and_resumed(place, words, [], name=name)
+    assert goes_on_at(said) == 2
+    same(place, undisturbed(place, "align"), name)
+
+
+def test_starting_from_the_beginning_is_what_none_says(place):
+    words = words_of(place, "align", "run_name=anew")
+    assert start(words, place, patch=kill_at(3)).wait() == [-signal.SIGKILL]
+    code, said = ended([*words, "resume_from=none"], place)
+    assert code == 0 and goes_on_at(said) is None
+    same(place, undisturbed(place, "align"), "anew")
+
+
+def test_overwrite_does_not_stop_a_run_of_the_same_settings_from_going_on(place):
+    """A requeued job comes with the words it was submitted with."""
+    words = words_of(place, "align", "run_name=over", "overwrite=true")
+    assert start(words, place, patch=kill_at(3)).wait() == [-signal.SIGKILL]
+    code, said = ended(words, place)
+    assert code == 0 and goes_on_at(said) >= 2
+    code, said = ended([*words, "seed=3"], place)  # another run: nothing of this one goes on
+    assert code == 0 and goes_on_at(said) is None
+
+
+def test_a_checkpoint_of_another_run_or_stage_is_refused(place):
+    align, sft = words_of(place, "align"), words_of(place, "sft")
+    theirs = Folder(run_dir(place, undisturbed(place, "align")).dir / "checkpoints").of(STEPS)
+    for words, expected in (
+        ([*align, "stage.learning_rate=1e-4"], "another stage.learning_rate (it has 0.001, this run 0.0001)"),
+        ([*align, "seed=5"], "another seed (it has 0, this run 5)"),
+        (sft, "of a run with another "),
+    ):
+        code, said = ended([*words, "run_name=mine", f"resume_from={theirs}", "overwrite=true"], place)
+        assert code == 1 and expected in said and "Traceback" not in said, said
+    shutil.copytree(theirs, place / "elsewhere" / theirs.name)  # the same run's, kept in another place
+    code, said = ended(
+        [*align, "run_name=mine", f"resume_from={place / 'elsewhere' / theirs.name}", "overwrite=true"], place
+    )
+    assert code == 0 and goes_on_at(said) == STEPS, said
+
+
+def test_settings_that_no_run_could_use_are_told_before_anything_is_loaded(place):
+    wrong = {
+        "checkpoint.every_steps=0": "checkpoint.every_steps: must be above 0, found 0.",
+        "checkpoint.every_minutes=-1": "checkpoint.every_minutes: must be above 0, found -1.0.",
+        "checkpoint.keep_last=0": "checkpoint.keep_last: must be above 0, found 0.",
+        "resume_from=nowhere": "resume_from: there is no folder nowhere; name a checkpoint's",
+    }
+    with pytest.raises(UserError) as caught:
+        parsed(place, *words_of(place, "align", *wrong))
+    assert all(text in str(caught.value) for text in wrong.values())
+
+
+def test_a_stage_in_a_notebook_draws_its_dropout_by_step_and_not_by_history():
+    from lit_vlm.stages.base import seed_of
+
+    seeds = {
+        seed_of(seed, step, micro, rank) for seed in (0, 1) for step in (0, 1) for micro in (0, 1) for rank in (0, 1)
+    }
+    assert len(seeds) == 16 and seed_of(0, 1, 2, 3) == seed_of(0, 1, 2, 3)
+    torch.manual_seed(max(seeds))  # it takes all of them

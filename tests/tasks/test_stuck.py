@@ -1,0 +1,162 @@
+"""A rank that no longer answers: all ranks are gone within the time limit and ten seconds, and the user is told which it was."""
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from fault_cases import SMALL
+from resume_cases import TWO, start, words_of
+
+from lit_vlm.engine.exits import STUCK
+from lit_vlm.engine.watch import read_beat
+
+LIMIT = 4.0
+QUICK = [f"trainer.timeout_minutes={LIMIT / 60}", "guard.heartbeat_seconds=1", "trainer.max_steps=200", *SMALL]
+
+
+def hold(words, folder, ranks, rank, step, seconds=0.0, patch=None):
+    """Stop this rank once it is in that step; the processes, and the codes and seconds in which they left."""
+    begun = start(words, folder, ranks, patch)
+    run = folder / "runs" / "held"
+    try:
+        until(lambda: (beat := read_beat(run, rank)) is not None and beat.step >= step)
+    except BaseException:
+        begun.kill()
+        raise
+    time.sleep(seconds)
+    os.kill(begun.pids[rank], signal.SIGSTOP)
+    stopped = time.monotonic()
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in begun.pids]
+    return begun, run, codes, time.monotonic() - stopped
+
+
+def until(true, limit=120.0):
+    end = time.monotonic() + limit
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def check_held(folder, ranks, rank, step, seconds=0.0):
+    two = [word.replace("devices=2", f"devices={ranks}") for word in TWO]
+    words = words_of(folder, "sft", *two, *QUICK, "run_name=held")
+    begun, run, codes, took = hold(words, folder, ranks, rank, step, seconds)
+    said = begun.said()
+    assert codes[rank] == -signal.SIGKILL  # it cannot leave by itself
+    assert [code for other, code in enumerate(codes) if other != rank] == [STUCK] * (ranks - 1), said
+    assert took < LIMIT + 10
+    assert said.count("Stuck: ") == 1
+    assert f"rank {rank} on {os.uname().nodename} (pid {begun.pids[rank]}) does not answer any more" in said
+    held = read_beat(run, rank)
+    assert f"{held.doing} of step {held.step + 1}, micro-batch" in said
+    assert all(name in said for name in held.samples)
+    for other in range(ranks):
+        file = run / "stuck" / f"rank-{other}.txt"
+        if other == rank:
+            assert not file.exists()
+            continue
+        text = file.read_text()
+        assert "Current thread" in text and "training_epoch_loop.py" in text
+        assert f"rank {other}, host" in text and "-train-0-" in text
+
+
+def test_a_stopped_rank_ends_all_in_time_and_is_named(tmp_path):
+    check_held(tmp_path, 2, 1, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_any_of_four_ranks_stopped_anywhere_ends_all_in_time(tmp_path, seed):
+    generator = random.Random(seed)
+    check_held(tmp_path, 4, generator.randrange(4), generator.randrange(1, 4), generator.random())
+
+
+@pytest.mark.slow
+def test_a_rank_that_waits_for_data_for_ever_is_named_and_leaves_its_stack(tmp_path):
+    words = words_of(tmp_path, "sft", *TWO, *QUICK, "run_name=held")
+    begun = start(words, tmp_path, 2, _read_for_ever)
+    began = time.monotonic()
+    run = tmp_path / "runs" / "held"
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in begun.pids]
+    assert codes == [STUCK, STUCK], begun.said()
+    assert time.monotonic() - began < 60
+    assert f"rank 1 on {os.uname().nodename} (pid {begun.pids[1]}) does not get on, waiting for data" in begun.said()
+    assert "in _wait_for_ever" in (run / "stuck" / "rank-1.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_long_export_of_one_rank_is_waited_for(tmp_path):
+    words = words_of(tmp_path, "sft", *TWO, *QUICK, "trainer.max_steps=2", "run_name=held")
+    begun = start(words, tmp_path, 2, _export_long)
+    assert begun.wait(limit=90) == [0, 0], begun.said()
+    assert not (tmp_path / "runs" / "held" / "stuck").exists()
+
+
+@pytest.mark.slow
+def test_ranks_with_other_code_end_before_the_first_step_with_one_message(tmp_path):
+    words = words_of(tmp_path, "sft", *TWO, *SMALL, "run_name=held")
+    begun = start(words, tmp_path, 2, _other_code)
+    assert begun.wait(limit=60) == [1, 1]
+    assert begun.said().count("The ranks were not started alike") == 1
+    assert f"rank 1 on {os.uname().nodename} in its code." in begun.said()
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_killed_ends_the_run_with_its_cause(tmp_path):
+    words = words_of(tmp_path, "sft", *SMALL, "data.num_workers=2", "trainer.max_steps=300", "run_name=held")
+    begun = start(words, tmp_path)
+    run = tmp_path / "runs" / "held"
+    until(lambda: (beat := read_beat(run, 0)) is not None and beat.step >= 1)
+    os.kill(_children(begun.pids[0])[0], signal.SIGKILL)
+    assert begun.wait(limit=60) == [1]
+    assert "DataLoader worker" in begun.said() and "killed by signal" in begun.said()
+
+
+def _children(pid):
+    from pathlib import Path
+
+    return [int(number) for number in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _wait_for_ever():
+    time.sleep(3600)
+
+
+def _read_for_ever():
+    from lit_vlm.data.micro_batches import TrainMicroBatches
+
+    get = TrainMicroBatches.__getitem__
+
+    def waits(self, number):
+        if number == 5 and self.rank == 1:
+            _wait_for_ever()
+        return get(self, number)
+
+    TrainMicroBatches.__getitem__ = waits
+
+
+def _other_code():
+    from lit_vlm.engine import agreement
+
+    if os.environ["RANK"] == "1":
+        agreement.code_digest = lambda: "another"
+
+
+def _export_long():
+    from callbacks import Heartbeat
+    from lit_vlm.engine.watch import Doing, pulse_of
+
+    end = Heartbeat.on_train_end
+
+    def longer(self, trainer, stage):
+        end(self, trainer, stage)
+        if trainer.is_global_zero:
+            with pulse_of(trainer).during(Doing.exporting):
+                for _ in range(6):  # twice the limit
+                    time.sleep(LIMIT / 3)
+                    pulse_of(trainer).tick()
+        trainer.strategy.barrier("exported")
+
+    Heartbeat.on_train_end = longer
