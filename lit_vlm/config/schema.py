@@ -283,7 +283,7 @@ class TrainerConfig:
     accelerator: str = "auto"  # cpu, gpu, or auto: what is there
     devices: int = 1  # processes on this machine, one device each
     num_nodes: int = 1  # machines
-    strategy: Strategy = Strategy.auto  # how the devices share the work
+    strategy: Strategy = Strategy.auto
     shard_size: int | None = None  # strategy=hsdp: devices that share one copy of the model; null: those of a machine
     timeout_minutes: float = (
         30.0  # ranks wait for each other no longer; then all leave, with their stacks in the run's folder
@@ -311,7 +311,7 @@ class CheckpointConfig:
 
 @dataclass(kw_only=True, slots=True)
 class GuardConfig:
-    on_nonfinite: OnNonfinite = OnNonfinite.stop  # when the loss or a gradient is not a number, on any rank
+    on_nonfinite: OnNonfinite = OnNonfinite.stop  # the loss or a gradient is not a number, on any rank
     max_skipped: int = 10  # steps in a row; more stop the run
     heartbeat_seconds: float = 10.0  # each rank says in the run's folder where it is
     max_oom_retries: int = 3  # times that the micro-batch budget is halved after a device ran out of memory
@@ -322,11 +322,11 @@ class SubmitConfig:
     """task=submit: the job that Slurm gets, in Slurm's words. null leaves it to the cluster."""
 
     dry_run: bool = False  # write and print the script, submit nothing
-    partition: str | None = None  # queue
-    account: str | None = None  # whom the hours are charged to
-    qos: str | None = None  # quality of service
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
     time: str | None = None  # limit of one job, days-hours:minutes:seconds; a requeued job gets it anew
-    constraint: str | None = None  # features that nodes must have, e.g. h100
+    constraint: str | None = None
     gpus_per_node: int | None = None  # null: trainer.devices where the trainer computes on GPUs
     cpus_per_task: int | None = None  # null: 1 + data.num_workers
     memory: str | None = None  # of a node, e.g. 0 for all of it

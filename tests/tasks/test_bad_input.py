@@ -105,7 +105,7 @@ SETTINGS = [
     (["data.sources.mine.path=trian.jsonl"], ["no such file or folder; did you mean train.jsonl?"]),
     (["data.sources.mine.image_root=imags"], ["data.sources.mine.image_root=", "did you mean images?"]),
     (["trainer.accelerator=gpu"], ["Lightning refuses the trainer's settings", "trainer=cpu"]),
-    (["trainer.strategy=ddq"], ["trainer.strategy: expected one of auto, single, ddp", "Did you mean ddp?"]),
+    (["trainer.strategy=ddq"], ["Lightning refuses the trainer's settings", "ddq"]),
     (["model.vision_tower=/no/where"], ["model.vision_tower=/no/where: no such folder"]),
     (["init_from=/no/where/hf"], ["init_from=/no/where/hf", "does not exist", "python run.py"]),
     (["init_from=previous"], ["init_from=previous: no experiment= is named"]),
