@@ -19,8 +19,7 @@ $(VENV)/.setup: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install torch -c constraints.txt
-	@# DeepSpeed compiles what a machine needs when it is needed
-	@DS_BUILD_OPS=0 $(PIP) install -e . -c constraints.txt
+	@$(PIP) install -e . -c constraints.txt
 	@# Its Hangul font, without the matplotlib that it asks for
 	@$(PIP) install --no-deps koreanize-matplotlib==0.1.1
 	@touch $@

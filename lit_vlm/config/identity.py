@@ -14,10 +14,38 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from lit_vlm.config.compose import composed
-from lit_vlm.config.elsewhere import is_elsewhere
 from lit_vlm.config.overrides import key_of, with_implied
 from lit_vlm.config.recipe import experiment_of, overrides_for, stage_before
 from lit_vlm.types import UserError
+
+# Where and how fast a run computes, not what: the same run on another machine keeps its name.
+NOT_IDENTITY = (
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.accelerator",
+    "trainer.strategy",
+    "trainer.num_threads",
+    "trainer.enable_progress_bar",
+    "data.tokens_per_micro_batch",
+    "data.tiles_per_micro_batch",
+    "data.num_workers",
+    "data.prefetch_factor",
+    "data.index_dir",
+    "data.index_workers",
+    "data.verify",
+    "data.lock",
+    "preflight",
+    "logger",
+    "callbacks",
+    "run_dir",
+    "run_name",
+    "overwrite",
+    "task",
+    "recipe",
+    "image",
+    "prompt",
+    "max_new_tokens",
+)
 
 
 def run_name(overrides: list[str]) -> str:
@@ -41,7 +69,7 @@ def name_by_choices(overrides: list[str]) -> str:
     changed = {
         key: mine.get(key, "(taken away)") for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)
     }
-    changed = {key: value for key, value in changed.items() if not is_elsewhere(key)}
+    changed = {key: value for key, value in changed.items() if not _left_out(key)}
     if _starts_from_previous(overrides):
         changed.pop("init_from", None)
     elif "init_from" in changed:
@@ -100,6 +128,10 @@ def _below(path: str, run_dir: str) -> str:
     """A path inside run_dir relative to it, so that a name does not depend on where the runs are kept."""
     inside, outside = Path(path).expanduser().absolute(), Path(run_dir).expanduser().absolute()
     return inside.relative_to(outside).as_posix() if inside.is_relative_to(outside) else path
+
+
+def _left_out(key: str) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in NOT_IDENTITY)
 
 
 def _flat(config: DictConfig) -> dict[str, Any]:

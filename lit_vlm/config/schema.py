@@ -24,7 +24,6 @@ class Task(Enum):
     train = "train"  # one stage
     prepare = "prepare"  # index and verify the data of a stage, build its plan; needs no GPU
     preflight = "preflight"  # what would be trained on, and whether it would run; seconds, no GPU, no weights
-    submit = "submit"  # train or the whole recipe, as Slurm jobs
     chat = "chat"  # talk to a finished model
 
 
@@ -90,25 +89,6 @@ class DeviceName(Enum):
     a100_40gb = "a100_40gb"
     l40s = "l40s"
     rtx4090 = "rtx4090"
-
-
-class Strategy(Enum):
-    """How the devices share the work."""
-
-    auto = "auto"  # one device: single; several: what task=preflight would choose, and says why
-    single = "single"
-    ddp = "ddp"  # a whole copy on each, gradients are averaged
-    deepspeed_zero2 = "deepspeed_zero2"  # optimizer and gradients are shared out
-    deepspeed_zero3 = "deepspeed_zero3"  # weights as well
-    deepspeed_zero3_offload = "deepspeed_zero3_offload"  # and what is not computed with lies in the host's memory
-    fsdp2 = "fsdp2"  # weights, gradients and optimizer shared out by PyTorch's fully_shard
-    hsdp = "hsdp"  # fsdp2 within a group of devices, copies between the groups
-
-
-class OnNonfinite(Enum):
-    stop = "stop"  # end before the step changes the weights
-    skip = "skip"  # leave the step out, weights and optimizer stay as they were
-    rollback = "rollback"  # go back to the last checkpoint, and leave the step out from there
 
 
 class Debug(Enum):
@@ -283,11 +263,7 @@ class TrainerConfig:
     accelerator: str = "auto"  # cpu, gpu, or auto: what is there
     devices: int = 1  # processes on this machine, one device each
     num_nodes: int = 1  # machines
-    strategy: Strategy = Strategy.auto
-    shard_size: int | None = None  # strategy=hsdp: devices that share one copy of the model; null: those of a machine
-    timeout_minutes: float = (
-        30.0  # ranks wait for each other no longer; then all leave, with their stacks in the run's folder
-    )
+    strategy: str = "auto"  # how the devices share the work: auto, ddp, ...
     precision: str = "bf16-mixed"  # 32-true, bf16-mixed, bf16-true, 16-mixed, ...
     gradient_clip_val: float | None = 1.0  # largest gradient norm; null: no clipping
     log_every_n_steps: int = 10  # optimizer steps between two rows of the metrics
@@ -296,47 +272,6 @@ class TrainerConfig:
     enable_progress_bar: bool = True  # the bar on the terminal
     num_threads: int | None = None  # CPU threads of one process; null: torch's choice
     extra: dict[str, Any] = field(default_factory=dict)  # lightning.Trainer's other arguments, checked by name
-
-
-@dataclass(kw_only=True, slots=True)
-class CheckpointConfig:
-    """The state of an unfinished run: weights that train, optimizer, step. One layout for every strategy."""
-
-    every_steps: int | None = None  # optimizer steps between two; null: by every_minutes alone
-    every_minutes: float | None = 15.0  # and after so much time; null: by every_steps alone
-    keep_last: int = 2  # older ones are deleted; two, so that one may turn out damaged
-    keep_best: bool = False  # keep the one of the lowest val/loss as well
-    asynchronous: bool = True  # write while training goes on; the copy in memory takes as much room as the state
-
-
-@dataclass(kw_only=True, slots=True)
-class GuardConfig:
-    on_nonfinite: OnNonfinite = OnNonfinite.stop  # the loss or a gradient is not a number, on any rank
-    max_skipped: int = 10  # steps in a row; more stop the run
-    heartbeat_seconds: float = 10.0  # each rank says in the run's folder where it is
-    max_oom_retries: int = 3  # times that the micro-batch budget is halved after a device ran out of memory
-
-
-@dataclass(kw_only=True, slots=True)
-class SubmitConfig:
-    """task=submit: the job that Slurm gets, in Slurm's words. null leaves it to the cluster."""
-
-    dry_run: bool = False  # write and print the script, submit nothing
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    time: str | None = None  # limit of one job, days-hours:minutes:seconds; a requeued job gets it anew
-    constraint: str | None = None
-    gpus_per_node: int | None = None  # null: trainer.devices where the trainer computes on GPUs
-    cpus_per_task: int | None = None  # null: 1 + data.num_workers
-    memory: str | None = None  # of a node, e.g. 0 for all of it
-    container: str | None = None  # image for srun --container-image (pyxis and enroot)
-    container_mounts: list[str] = field(default_factory=list)  # host:inside
-    setup: list[str] = field(default_factory=list)  # shell lines before the start: modules, environment, staging
-    env: dict[str, str] = field(default_factory=dict)  # exported to all ranks
-    stage_to: str | None = None  # folder on each node's own disk that data files are copied to before the start
-    signal_seconds: int = 120  # before the time limit, to save and requeue
-    extra: list[str] = field(default_factory=list)  # further lines for #SBATCH, e.g. --exclusive
 
 
 @dataclass(kw_only=True, slots=True)
@@ -371,16 +306,10 @@ class RunConfig:
     stage: StageConfig = field(default_factory=StageConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
-    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    guard: GuardConfig = field(default_factory=GuardConfig)
-    submit: SubmitConfig = field(default_factory=SubmitConfig)
     callbacks: list[str] = field(
         default_factory=lambda: ["throughput", "language_loss", "guard", "export", "samples", "report"]
     )  # names of callbacks/, or import paths of your own classes
     init_from: str | None = None  # weights: folder or hub id of a whole model, or "previous": the recipe's stage before
-    resume_from: str = (
-        "auto"  # auto: an unfinished run goes on where it was; none: from its start; or a checkpoint's folder
-    )
     run_dir: str = "runs"  # where runs are kept
     run_name: str | None = None  # folder below run_dir; null: the experiment and a hash of what was changed
     overwrite: bool = False  # let a run replace a finished one of the same name

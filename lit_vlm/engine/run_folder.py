@@ -15,10 +15,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lit_vlm.config.elsewhere import is_elsewhere
 from lit_vlm.types import Source, UserError
 
 PACKAGES = ("torch", "lightning", "transformers", "peft", "trl", "tokenizers", "torchmetrics", "hydra-core")
+# Where a job runs and what it shows of itself; two runs that differ in nothing else are the same run.
+ELSEWHERE = {
+    "task", "recipe", "run_dir", "run_name", "overwrite", "callbacks", "logger", "image", "prompt", "max_new_tokens", "init_from",
+    "trainer.devices", "trainer.num_nodes", "trainer.accelerator", "trainer.strategy", "trainer.num_threads",
+    "trainer.enable_progress_bar", "data.tokens_per_micro_batch", "data.tiles_per_micro_batch", "data.num_workers",
+    "data.prefetch_factor", "data.index_dir", "data.index_workers", "data.verify", "data.lock", "preflight",
+}  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -190,14 +196,16 @@ def write_atomically(path: Path, text: str) -> None:
 def _differences(
     known: dict[str, Any], config: dict[str, Any], data_digest: str, parent: dict[str, str] | None
 ) -> list[str]:
-    different = [
-        key for key in _changed(known["config"], config) if key != "init_from" and not is_elsewhere(key)
-    ]  # the parent has a digest
+    different = [key for key in _changed(known["config"], config) if not _elsewhere(key)]
     if known["data"]["digest"] != data_digest:
         different.append("its data")
     if (known.get("parent") or {}).get("digest") != (parent or {}).get("digest"):
         different.append("the model it starts from")
     return different
+
+
+def _elsewhere(key: str) -> bool:
+    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in ELSEWHERE)
 
 
 def _changed(old: Any, new: Any, prefix: str = "") -> list[str]:

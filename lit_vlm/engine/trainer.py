@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.profilers import SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_vlm.config.schema import Debug, LoggerConfig, RunConfig, Strategy
+from lit_vlm.config.schema import Debug, LoggerConfig, RunConfig
 from lit_vlm.engine.run_folder import to_plain
 from lit_vlm.types import UserError
 
@@ -34,7 +34,7 @@ def make_trainer(config: RunConfig, run_dir: Path, name: str, callbacks: list[L.
         "accelerator": trainer.accelerator,
         "devices": trainer.devices,
         "num_nodes": trainer.num_nodes,
-        "strategy": "auto" if trainer.strategy is Strategy.single else trainer.strategy.value,
+        "strategy": trainer.strategy,
         "precision": trainer.precision,
         "gradient_clip_val": trainer.gradient_clip_val,
         "log_every_n_steps": trainer.log_every_n_steps,

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig, Strategy
+from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig
 from lit_vlm.cost import DEVICES, Flops, Load, Parameters, Shape, Training, memory_of
 from lit_vlm.cost.memory import Precision, Sharding
 from lit_vlm.engine.preflight.facts import DiskRow, MemoryFacts, MemoryRow, PartRow, PlanFacts, TimeFacts
@@ -104,20 +104,14 @@ def memory_facts(config: RunConfig, shape: Shape, parameters: Parameters, plan: 
     return MemoryFacts(device.name, device.memory, compared, load.tokens, load.tiles, load.supervised, at_caps, rows)
 
 
-WAYS = {
-    Strategy.single: Sharding.single,
-    Strategy.ddp: Sharding.ddp,
-    Strategy.deepspeed_zero2: Sharding.zero2,
-    Strategy.deepspeed_zero3: Sharding.zero3,
-    Strategy.deepspeed_zero3_offload: Sharding.zero3,
-    Strategy.fsdp2: Sharding.fsdp2,
-    Strategy.hsdp: Sharding.fsdp2,
-}
-
-
 def chosen_way(config: RunConfig, world_size: int) -> Sharding:
-    """What `trainer.strategy` comes to."""
-    return WAYS.get(config.trainer.strategy, Sharding.ddp if world_size > 1 else Sharding.single)
+    """What `trainer.strategy` comes to; Lightning's `auto` is DDP on several devices."""
+    strategy = config.trainer.strategy.lower()
+    if "deepspeed" in strategy:
+        return Sharding.zero3 if "3" in strategy else Sharding.zero2
+    if "fsdp" in strategy or "model_parallel" in strategy:
+        return Sharding.fsdp2
+    return Sharding.ddp if world_size > 1 else Sharding.single
 
 
 def time_facts(config: RunConfig, flops: float, plan: PlanFacts) -> TimeFacts:
