@@ -274,7 +274,8 @@ def _trainer(trainer: TrainerConfig) -> Iterator[str]:
     world, size = trainer.devices * trainer.num_nodes, trainer.shard_size
     yield from _positive("trainer.shard_size", size)
     if trainer.strategy is Strategy.hsdp and size and size > 0 and world % size:
-        yield f"trainer.shard_size: {world} devices cannot be divided into groups of {size}; give a divisor of {world}."
+        there = ", ".join(str(number) for number in range(2, world) if world % number == 0) or "none but all of them"
+        yield f"trainer.shard_size: {world} devices cannot be divided into groups of {size}; groups may be of {there}."
     for name in trainer.extra:
         yield from _extra(name)
 

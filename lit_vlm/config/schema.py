@@ -360,7 +360,9 @@ class PreflightConfig:
     world_size: int | None = None  # devices to plan for; null: trainer.devices * trainer.num_nodes
     device: DeviceName = DeviceName.h200  # whose memory and speed are assumed
     utilisation: float = 0.4  # share of the device's peak that training is assumed to reach
-    network: float = 400.0  # Gb/s into a node from the others, all its ports together; assumed where a strategy is chosen
+    network: float = (
+        400.0  # Gb/s into a node from the others, all its ports together; assumed where a strategy is chosen
+    )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -95,7 +95,7 @@ class Watch(threading.Thread):
     def run(self) -> None:
         looked = time.monotonic()
         while not self._ended.is_set():
-            faulthandler.dump_traceback_later(self.limit + HELD_UP, exit=True)
+            faulthandler.dump_traceback_later(self.limit + HELD_UP, exit=True, file=2)  # a notebook's stderr is no file
             now = time.monotonic()
             if now - looked > 5 * self.tick + 1.0:  # this process itself was stopped for a while, and goes on
                 self.pulse.tick()

@@ -221,7 +221,7 @@ def test_a_comma_is_no_silent_sweep():
         (["stage.trainable=[projector]", "stage.parts.language_model.lora.rank=8"], "language_model does not train"),
         (
             ["trainer.strategy=hsdp", "trainer.devices=8", "trainer.shard_size=3"],
-            "trainer.shard_size: 8 devices cannot be divided into groups of 3; give a divisor of 8",
+            "trainer.shard_size: 8 devices cannot be divided into groups of 3; groups may be of 2, 4",
         ),
         (["trainer.extra.max_steps=3"], "is a setting of its own, trainer.max_steps"),
         (["trainer.extra.accumulate_grad_batches=3"], "follows from data.global_batch_size"),

@@ -160,7 +160,7 @@ def test_strategies_come_with_the_time_limit_and_one_device_needs_none():
             )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("tables", ["small_parts", "parts"], ids=["untied", "tied"])
 @pytest.mark.parametrize("name", ["zero2", "zero3", "zero3_offload"])
@@ -177,6 +177,14 @@ def test_every_stage_under_every_zero(request, tmp_path, tables, name):
 
 
 @pytest.mark.slow
+def test_four_ranks_under_zero3_train_as_one_process_does(small_parts, tmp_path):
+    cases = {"trained name=zero3,stage=sft": Case("sft"), "trained name=zero3,stage=dpo_lora": Case("dpo_lora")}
+    several = run(list(cases), small_parts, tmp_path, world=4)
+    for check, case in cases.items():
+        require_equal(several[0][check], fit(case, small_parts, "auto"), case.steps)
+
+
+@pytest.mark.long
 @pytest.mark.parametrize("world", [1, 4])
 def test_a_state_of_two_ranks_goes_on_on_another_number(small_parts, tmp_path, world):
     saved = run(["kept name=zero3"], small_parts, tmp_path)

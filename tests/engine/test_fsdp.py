@@ -190,6 +190,17 @@ def test_fsdp2_on_one_device_is_pointless_and_works(small_parts, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("shard_size", [None, 2])
+def test_four_ranks_under_fsdp2_and_hsdp_train_as_one_process_does(small_parts, tmp_path, shard_size):
+    cases: dict[str, dict[str, Any]] = {"sft": {"stage": "sft"}, "dpo": {"stage": "dpo_lora"}}
+    checks = {name: ("trained", case | {"shard_size": shard_size}) for name, case in cases.items()}
+    several = run(checks, small_parts, tmp_path, world=4)
+    for name, case in cases.items():
+        require_equal(several[0][name], fit(Case(**case), small_parts, "auto"), 3)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("stage", STAGE_CASES)
 @pytest.mark.parametrize(("world", "shard_size"), [(2, None), (4, 2), (4, None)])
 def test_every_stage_under_fsdp2_and_hsdp(small_parts, parts, tmp_path, stage, world, shard_size):
@@ -208,7 +219,7 @@ def test_every_stage_under_fsdp2_and_hsdp(small_parts, parts, tmp_path, stage, w
             require_equal(several[0][name], fit(Case(**case), models, "auto"), 3)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("world", "shard_size"), [(1, None), (4, None), (4, 2)])
 def test_a_state_of_two_ranks_goes_on_on_another_number(small_parts, tmp_path, world, shard_size):
     saved = run({"kept": ("kept", {})}, small_parts, tmp_path)

@@ -20,7 +20,7 @@ import torch
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 
-from rank_cases import make_data, make_stage
+from rank_cases import Case
 
 from callbacks.checkpoint import Checkpoint
 from callbacks.guard import Exchange
@@ -60,8 +60,7 @@ def shots(chance: random.Random) -> list[Shot]:
     return [Shot(number, chance.randrange(6), chance.uniform(0, 0.04)) for number in numbers]
 
 
-def start(parts, data, folder: Path, shot: Shot) -> dict:
-    stage = make_stage("sft_lora", parts)
+def start(stage, data, folder: Path, shot: Shot) -> dict:
     trainer = L.Trainer(
         accelerator="cpu",
         devices=WORLD,
@@ -96,10 +95,11 @@ def main(tower: str, language: str, folder: str, signals: str, steps: str, seed:
     torch.set_num_threads(1)
     torch.manual_seed(0)  # of the adapters
     chance, seen = random.Random(int(seed)), []
-    data = make_data("sft_lora", (tower, language), tokens=160, batch=8, steps=int(steps))
+    case, parts = Case("sft_lora", sgd=False, tokens=160, batch=8, steps=int(steps)), (tower, language)
+    data = case.make_data(parts)
     for number in range(int(signals) + 1):
         shot = shots(chance)[RANK] if number < int(signals) else Shot(None, 0, 0.0)
-        seen.append(start((tower, language), data, Path(folder), shot))
+        seen.append(start(case.make_stage(parts), data, Path(folder), shot))
     if WORLD > 1:
         both: list = [None] * WORLD
         torch.distributed.all_gather_object(both, seen)

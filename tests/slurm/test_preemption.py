@@ -55,7 +55,7 @@ def test_signals_at_random_moments_save_at_a_step_and_requeue_once(small_parts, 
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_hundred_signals_at_random_moments(small_parts, tmp_path, ranks):

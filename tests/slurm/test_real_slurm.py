@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 RUN = Path(__file__).resolve().parents[2] / "run.py"
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.timeout(600),
     pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)} here (Debian: apt-get install slurm-wlm)"),
 ]
+slow, long = pytest.mark.slow, pytest.mark.long
 CASES = {
     "align-ddp": ["data=builtin_align", "stage=align", "trainer.strategy=ddp"],
     "sft-ddp": ["data=builtin_sft", "stage=sft", "trainer.strategy=ddp"],
@@ -102,7 +102,7 @@ class Submitted:
         assert [name for name in mine if not torch.equal(mine[name], other[name])] == []
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param(case, marks=slow if case == "sft-zero3" else long) for case in CASES])
 def test_a_run_that_makes_room_for_another_ends_as_one_that_never_did(slurm, tmp_path, undisturbed, case):
     run = Submitted(slurm, tmp_path, *CASES[case], "trainer.log_every_n_steps=1")
     run.until_step(5)
@@ -123,6 +123,7 @@ class Slow(L.Callback):
 """
 
 
+@long
 def test_a_time_limit_is_a_break_and_not_the_end(slurm, tmp_path, undisturbed, monkeypatch):
     (tmp_path / "slow.py").write_text(SLOW)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -133,6 +134,7 @@ def test_a_time_limit_is_a_break_and_not_the_end(slurm, tmp_path, undisturbed, m
     run.same_as(undisturbed("sft-ddp"))
 
 
+@slow
 def test_a_node_that_dies_costs_the_steps_since_the_last_checkpoint_and_nothing_else(tmp_path, undisturbed):
     words = ["trainer.log_every_n_steps=1", "checkpoint.every_steps=4", "trainer.timeout_minutes=2"]
     with MiniSlurm(tmp_path / "slurm", nodes=3) as slurm:
@@ -145,6 +147,7 @@ def test_a_node_that_dies_costs_the_steps_since_the_last_checkpoint_and_nothing_
         run.same_as(undisturbed("align-ddp"))
 
 
+@slow
 def test_a_run_that_fails_is_a_failed_job_and_ends_those_that_wait_for_it(slurm, tmp_path):
     run = Submitted(slurm, tmp_path, *CASES["align-ddp"], "data.max_length=1")
     job = slurm.wait(run.number, limit=120)
@@ -155,6 +158,7 @@ def test_a_run_that_fails_is_a_failed_job_and_ends_those_that_wait_for_it(slurm,
     assert slurm.wait(after, limit=60)["JobState"] == "CANCELLED"
 
 
+@long
 def test_a_grid_goes_through_the_launcher_and_outlasts_a_requeue(slurm, tmp_path):
     words = [word for word in command(*CASES["align-ddp"], "trainer.log_every_n_steps=1") if "max_steps" not in word]
     grid = ["hydra/launcher=submitit_slurm", "submit.partition=low", "trainer.max_steps=30", "seed=0,1"]
@@ -182,6 +186,7 @@ def test_a_grid_goes_through_the_launcher_and_outlasts_a_requeue(slurm, tmp_path
     assert "is requeued" in logs and "goes on at step" in logs
 
 
+@slow
 def test_nothing_of_slurm_is_left_running(tmp_path):
     with MiniSlurm(tmp_path / "slurm") as running:
         number = running.sbatch("--nodes=2", "--ntasks-per-node=1", "--output=/dev/null", "--wrap=srun sleep 100")

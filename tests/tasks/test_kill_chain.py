@@ -4,7 +4,7 @@ import pytest
 from kill_chain import CHAINS, run_chains
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_a_hundred_kills_at_any_moment_change_nothing(tmp_path):
     chains = run_chains(tmp_path, kills=100)

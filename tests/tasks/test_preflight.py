@@ -286,12 +286,6 @@ def test_offloading_is_a_warning_that_says_how_many_devices_would_do_without(her
     assert "4 devices would do without" in seen.told("warning")
 
 
-def test_groups_that_do_not_divide_the_devices_are_a_failure(here):
-    seen = shared(here, "trainer.strategy=hsdp", "trainer.shard_size=3", "trainer.num_nodes=2")
-    assert "trainer.shard_size=3 does not divide the 16 devices" in seen.told("failure")
-    assert "one of 2, 4, 8" in seen.told("failure")
-
-
 def test_a_slow_network_makes_the_run_longer(here):
     """And the page says how much of the time is waiting."""
     words = ["trainer.num_nodes=2", "trainer.strategy=deepspeed_zero3"]

@@ -242,7 +242,9 @@ def test_a_run_moves_between_strategies_and_reads_the_same_samples(place):
         assert codes[0] == 0 if last else -signal.SIGKILL in codes, begun.said()
     found = last_state(place, "moves")
     assert (found.step, found.consumed) == (whole.step, whole.consumed)
-    assert losses(place, "moves") == pytest.approx(losses(place, "one_strategy"), rel=1e-3)  # see the test of each strategy
+    assert losses(place, "moves") == pytest.approx(
+        losses(place, "one_strategy"), rel=1e-3
+    )  # see the test of each strategy
 
 
 def test_with_smaller_micro_batches_a_run_goes_on_with_the_same_samples(place):

@@ -66,8 +66,9 @@ def test_a_stopped_rank_ends_all_in_time_and_is_named(tmp_path):
     check_held(tmp_path, 2, 1, 3)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize(
+    "seed", [pytest.param(n, marks=pytest.mark.long if n else pytest.mark.slow) for n in range(10)]
+)
 def test_any_of_four_ranks_stopped_anywhere_ends_all_in_time(tmp_path, seed):
     generator = random.Random(seed)
     check_held(tmp_path, 4, generator.randrange(4), generator.randrange(1, 4), generator.random())

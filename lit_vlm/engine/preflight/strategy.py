@@ -97,11 +97,6 @@ def ways(situation: Situation) -> list[Strategy]:
 def of_strategy(situation: Situation, facts: StrategyFacts) -> Iterator[Finding]:
     """A named strategy that cannot work, or that another one would beat."""
     used, world = Strategy(facts.name), situation.world_size
-    group = situation.shard_size or situation.devices_per_node
-    if used is Strategy.hsdp and world % group:
-        what = f"trainer.shard_size={group} does not divide the {world} devices, so no copies of the model come out."
-        yield Finding(Level.failure, what, f"Set trainer.shard_size to one of {_divisors(world)}, or trainer=fsdp2.")
-        return
     if used is Strategy.deepspeed_zero3_offload and facts.advised == used.value and facts.advised_fits:
         what = f"Weights and optimizer move between the host's memory and the device: {facts.reason}."
         yield Finding(Level.warning, what, "More devices, LoRA, or fewer parts that train would be faster.")
@@ -118,7 +113,3 @@ def of_strategy(situation: Situation, facts: StrategyFacts) -> Iterator[Finding]
     elif facts.share < SLOW and facts.advised != used.value:
         what = f"The devices wait for the network for {1 - facts.share:.0%} of the time with {facts.title} ({facts.network})."
         yield Finding(Level.advice, what, f"trainer={facts.advised}: {facts.reason}.")
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(size) for size in range(2, number) if number % size == 0)
