@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 
 from lit_vlm.config.compose import CONF, VERSION_BASE, register
 from lit_vlm.config.help import help_text
-from lit_vlm.config.multirun import check_multirun
+from lit_vlm.config.multirun import check_multirun, launcher_in, refuse_launcher
 from lit_vlm.config.overrides import ConfigError, read_arguments, split_flags, with_implied
 from lit_vlm.config.parse import parse, wrong_words
 from lit_vlm.tasks import TASKS
@@ -41,26 +42,42 @@ def start(arguments: list[str]) -> None:
     elif flags:
         through_hydra(flags, words)
     else:
+        refuse_launcher(read_arguments(words))
         run = parse(words)
         TASKS[run.config.task](run)
 
 
 def through_hydra(flags: list[str], words: list[str]) -> None:
     """Hydra's own flags: --cfg job, -m, shell completion. Mistakes are found before Hydra stops at the first."""
-    if not {"-sc", "--shell-completion"} & set(flags):
+    names = {flag.partition("=")[0] for flag in flags}
+    multirun, completing = bool({"-m", "--multirun"} & names), bool({"-sc", "--shell-completion"} & names)
+    if not completing:
         words = with_implied(read_arguments(words))
-        multirun = bool({"-m", "--multirun"} & set(flags))
         if wrong := wrong_words(words, sweep=multirun):
             raise ConfigError([mistake for mistakes in wrong.values() for mistake in mistakes])
         if multirun:
             check_multirun(words)
+        elif not {"--cfg", "-c", "--info", "-i"} & names:
+            refuse_launcher(words)
     register()
-    if "hydra/launcher=submitit_slurm" in words:
-        from lit_vlm.config.launcher import register_launcher
-
-        register_launcher()
     sys.argv = [sys.argv[0], *flags, *words]
-    one_job()
+    if launcher_in(words) == "submitit_slurm" and not completing:
+        grid(words, submits=multirun)
+    else:
+        one_job()
+
+
+def grid(words: list[str], submits: bool) -> None:
+    """The jobs of -m as an array of Slurm's, or what `--cfg hydra` shows of it."""
+    from lit_vlm.config.launcher import errors_told, register_launcher
+    from lit_vlm.tasks.submit import require_slurm
+
+    if submits:
+        here = "leave it out, and -m runs the jobs here one by one"
+        require_slurm("hydra/launcher=submitit_slurm", here, "sbatch", "srun")
+    register_launcher(words)
+    with errors_told():
+        one_job()
 
 
 @hydra.main(version_base=VERSION_BASE, config_path=str(CONF), config_name="config")
@@ -71,7 +88,12 @@ def one_job(_: object) -> None:
         run = parse([*words.task, *(word for word in words.hydra if word.startswith("hydra.searchpath="))])
         TASKS[run.config.task](run)
     except UserError as error:
-        sys.exit(str(error))  # an exception would be shown with Hydra's traceback
+        sys.exit(str(error) or 1)  # an exception would be shown with Hydra's traceback
+    except Exception:
+        if "SUBMITIT_EXECUTOR" not in os.environ:
+            raise
+        traceback.print_exc()  # Hydra would hand it to submitit as a result, and Slurm would see a job that went well
+        sys.exit(1)
 
 
 if __name__ == "__main__":

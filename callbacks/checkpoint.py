@@ -210,7 +210,9 @@ class Checkpoint(L.Callback):
 
     def _finished(self, trainer: L.Trainer) -> str:
         """What is to be said of the save under way once it has ended: nothing, if it is on the disk."""
-        told = gathered(trainer, _in_words(self._writer.finish()))
+        # the first rank's writer waits for the others' files: no longer than there is hope
+        others = gathered(trainer, "" if trainer.is_global_zero else _in_words(self._writer.finish()))
+        told = gathered(trainer, _in_words(self._writer.finish(leaving=any(others))))
         if not any(told):
             return ""
         if trainer.is_global_zero:

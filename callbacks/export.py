@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from lit_vlm.model.export import export_model
 class Export(L.Callback):
     """Writes `run_dir/hf` when training has ended, while the model is still on its devices.
 
-    Where ranks share weights out, all of them take part and rank 0 writes, one weight at a time.
+    Rank 0 writes, one weight at a time, and all ranks meet before each: so none waits longer for it than one weight takes,
+    however slow the disk is. Where ranks share weights out, they gather them there.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -23,19 +25,17 @@ class Export(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         with pulse_of(trainer).during(Doing.exporting):
             self._export(trainer, pl_module)
-            trainer.strategy.barrier("export")
+            trainer.strategy.barrier("exported")
 
     def _export(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         strategy: Any = trainer.strategy
-        shared = hasattr(strategy, "whole_weights")
-        if shared or trainer.is_global_zero:
-            processor = trainer.datamodule.processor
-            whole = strategy.whole_weights(pl_module.model) if shared else None
-            export_model(
-                pl_module.model,
-                processor.tokenizer,
-                processor.images,
-                self.folder,
-                whole=pulse_of(trainer).with_each(whole) if whole is not None else None,
-                writes=trainer.is_global_zero,
-            )
+        processor, pulse = trainer.datamodule.processor, pulse_of(trainer)
+        export_model(
+            pl_module.model,
+            processor.tokenizer,
+            processor.images,
+            self.folder,
+            whole=strategy.whole_weights(pl_module.model) if hasattr(strategy, "whole_weights") else None,
+            writes=trainer.is_global_zero,
+            before_each=pulse.with_each(partial(strategy.barrier, "export")),
+        )

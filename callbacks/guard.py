@@ -66,7 +66,8 @@ class Guard(Exchange):
         self._losses: list[Tensor] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._listed = set(read_skipped(self.run_dir)) if self.run_dir else set()
+        listed = list(read_skipped(self.run_dir)) if self.run_dir else []
+        self._listed = set(trainer.strategy.broadcast(listed))  # a shared folder may show another rank an older file
         self._ids, self._losses = [], []
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         if hasattr(datamodule, "left_out"):

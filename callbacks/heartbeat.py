@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from lit_vlm.engine.consensus import is_last_micro_step
 from lit_vlm.engine.exits import STUCK, RollBack
 from lit_vlm.engine.watch import Doing, Pulse, pulse_of
 from lit_vlm.engine.watch_thread import Note, Watch
-from lit_vlm.types import Batch
+from lit_vlm.types import Batch, UserError
 
 PATIENCE = 10.0  # seconds
 
@@ -45,7 +46,9 @@ class Heartbeat(L.Callback):
         pulse = pulse_of(trainer)
         pulse.turn_to(Doing.starting)
         ranks = (trainer.global_rank, trainer.world_size)
-        self._watch = Watch(pulse, self.run_dir, *ranks, seconds=self.seconds, limit=self.limit)
+        self._watch = Watch(
+            pulse, self.run_dir, *ranks, seconds=self.seconds, limit=self.limit, failing=lambda: trainer.interrupted
+        )
         self._watch.start()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -55,15 +58,20 @@ class Heartbeat(L.Callback):
         """Other ranks may wait for this one, and never hear of it."""
         if self._watch is None:
             return
+        with suppress(OSError):  # of the run's folder; the exception itself is what counts
+            self._announce(self._watch, trainer, exception)
+        self._end("failed")
+
+    def _announce(self, watching: Watch, trainer: L.Trainer, exception: BaseException) -> None:
         note = Note.read(self.run_dir)
         if note is not None and note.code == STUCK:
-            self._watch.join(timeout=PATIENCE)  # it has read that, too, and ends this process with the right status
+            watching.join(timeout=PATIENCE)  # it has read that, too, and ends this process with the right status
         if _is_time_out(exception):
-            self._watch.give_up()
-        told = isinstance(exception, SystemExit | RollBack | KeyboardInterrupt)
+            watching.give_up()
+        alike = isinstance(exception, UserError) and not str(exception)  # on all ranks; the first one has the words
+        told = isinstance(exception, SystemExit | RollBack | KeyboardInterrupt) or alike
         if trainer.world_size > 1 and not told:
             Note(1, f"rank {trainer.global_rank} failed: {exception!r}", []).announce(self.run_dir)
-        self._end("failed")
 
     def _end(self, state: str) -> None:
         if self._watch is not None:

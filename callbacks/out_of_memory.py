@@ -9,6 +9,7 @@ import lightning as L
 
 from lit_vlm.engine.budget import halve_budget, is_out_of_memory
 from lit_vlm.engine.exits import RESTART
+from lit_vlm.engine.slurm import own_job
 from lit_vlm.engine.watch import Doing, pulse_of
 from lit_vlm.engine.watch_thread import Note
 from lit_vlm.types import UserError
@@ -20,6 +21,7 @@ class OutOfMemory(L.Callback):
     On one device the state of the step before is saved where the update has not begun, and `tasks/train.py` starts again
     in the same process. With several, the other ranks wait in a collective that this one will never enter: it leaves
     budget.json and a word that all are to leave with exit status RESTART; the next start goes on from the last checkpoint.
+    A Slurm job is requeued for it.
     """
 
     def __init__(self, run_dir: Path, max_oom_retries: int = 3) -> None:
@@ -43,7 +45,7 @@ class OutOfMemory(L.Callback):
             f"from the last checkpoint with at most {half.tokens:,} tokens and {half.tiles:,} tiles in a micro-batch; all "
             f"ranks leave with exit status {RESTART}."
         )
-        Note(RESTART, message, []).leave_together(self.run_dir)
+        Note(RESTART, message, []).leave_together(self.run_dir, own_job())
 
 
 def _save(trainer: L.Trainer, pl_module: L.LightningModule) -> None:

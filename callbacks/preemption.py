@@ -10,7 +10,7 @@ import lightning as L
 import torch
 
 from lit_vlm.engine.consensus import Word, consensus_of, is_last_micro_step
-from lit_vlm.engine.exits import INTERRUPTED, RESTART
+from lit_vlm.engine.exits import INTERRUPTED, RESTART, LeftTogether
 from lit_vlm.engine.signals import Ask, Signals, current, listening
 from lit_vlm.engine.slurm import is_preempted, own_job, requeue
 
@@ -29,7 +29,7 @@ class Preemption(L.Callback):
     """On SIGUSR1 and SIGUSR2 (time limit, preemption), SIGTERM and Ctrl-C: see `lit_vlm/engine/signals.py`.
 
     Handlers only tell; the ranks exchange what they were told once per optimizer step. After the step all save, the first
-    one requeues the Slurm job where that was asked, and all leave by `SystemExit`: RESTART (75), INTERRUPTED (130) after
+    one requeues the Slurm job where that was asked, and all leave by `LeftTogether`: RESTART (75), INTERRUPTED (130) after
     Ctrl-C. In validation they look after each batch.
     """
 
@@ -91,7 +91,7 @@ class Preemption(L.Callback):
         if trainer.is_global_zero:
             print(f"Asked to {asks[0]}: {saved}; {_requeued(asks[0])}", flush=True)
         trainer.strategy.barrier("leave")  # nobody leaves before Slurm has answered: the first to leave ends the step
-        raise SystemExit(INTERRUPTED if asks[0] is Ask.interrupt else RESTART)
+        raise LeftTogether(INTERRUPTED if asks[0] is Ask.interrupt else RESTART)
 
 
 def _teller(trainer: L.Trainer, asked: list[Ask]) -> Callable[[Ask], None]:

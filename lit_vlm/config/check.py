@@ -31,6 +31,12 @@ from lit_vlm.config.settings import did_you_mean, members, nearest
 from lit_vlm.types import Kind, Part
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true", "transformer-engine")
+SHARED_PRECISIONS = (
+    "32-true",
+    "bf16-mixed",
+    "bf16-true",
+)  # float16's scale of the loss is watched in whole copies alone
+SHARING = tuple(one for one in Strategy if one.value.startswith(("deepspeed", "fsdp", "hsdp")))
 SHORT_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
 
 # trl.DPOConfig.loss_type, TRL 1.16
@@ -276,6 +282,9 @@ def _trainer(trainer: TrainerConfig) -> Iterator[str]:
     if trainer.strategy is Strategy.hsdp and size and size > 0 and world % size:
         there = ", ".join(str(number) for number in range(2, world) if world % number == 0) or "none but all of them"
         yield f"trainer.shard_size: {world} devices cannot be divided into groups of {size}; groups may be of {there}."
+    if trainer.strategy in SHARING and trainer.precision in PRECISIONS and trainer.precision not in SHARED_PRECISIONS:
+        there = ", ".join(SHARED_PRECISIONS)
+        yield f"trainer.precision: {trainer.strategy} computes in {there}, found {trainer.precision}; choose bf16-mixed."
     for name in trainer.extra:
         yield from _extra(name)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from lit_vlm.config.job import GPU, num_gpus
 from lit_vlm.config.schema import RunConfig, SubmitConfig
 
 _TIME = re.compile(
@@ -13,13 +14,23 @@ _TIME = re.compile(
 _OPEN_END = ("UNLIMITED", "INFINITE")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)\Z")
+_OPTION = re.compile(r"(?:(?P<long>--[A-Za-z][\w-]*)|-(?P<short>[A-Za-z]))[= ]*(?P<value>.*)\Z")
+_SHORT = """A=account a=array b=begin C=constraint c=cpus-per-task D=chdir d=dependency e=error G=gpus H=hold I=immediate
+    J=job-name k=no-kill L=licenses M=clusters m=distribution N=nodes n=ntasks O=overcommit o=output p=partition Q=quiet
+    q=qos S=core-spec s=oversubscribe t=time v=verbose W=wait w=nodelist x=exclude"""
+_LONG = dict(pair.split("=") for pair in _SHORT.split())
 # Options of sbatch that follow from other settings.
 OWNED = {
     "--nodes": "trainer.num_nodes",
     "--ntasks": "trainer.devices and trainer.num_nodes",
     "--ntasks-per-node": "trainer.devices",
     "--cpus-per-task": "submit.cpus_per_task",
-    "--gpus-per-node": "submit.gpus_per_node",
+    "--partition": "submit.partition",
+    "--account": "submit.account",
+    "--qos": "submit.qos",
+    "--time": "submit.time",
+    "--constraint": "submit.constraint",
+    "--mem": "submit.memory",
     "--signal": "submit.signal_seconds",
     "--output": "run_dir; the log is in the run's folder",
     "--dependency": "the order of the recipe's stages",
@@ -44,12 +55,39 @@ def mistakes_in_submit(config: RunConfig) -> Iterator[str]:
     if submit.container_mounts and submit.container is None:
         yield "submit.container_mounts: there is no submit.container that something could be mounted into."
     yield from _env(submit)
-    for line in submit.extra:
-        option = line.partition("=")[0].partition(" ")[0]
-        if not line.startswith("-") or "\n" in line:
+    yield from _extra(config)
+
+
+def _extra(config: RunConfig) -> Iterator[str]:
+    for line in config.submit.extra:
+        option, _ = option_of(line)
+        if not option:
             yield f"submit.extra: each is an option of sbatch, as --exclusive; found {line!r}."
+        elif option == "--array":
+            yield (
+                "submit.extra: --array would start the run several times in one folder. Several runs are a grid:"
+                " python run.py -m hydra/launcher=submitit_slurm ..."
+            )
         elif option in OWNED:
             yield f"submit.extra: {option} is not given here; it follows from {OWNED[option]}."
+        elif _asks_for_gpus(line) and num_gpus(config):
+            yield f"submit.extra: {line} and submit.gpus_per_node both ask for GPUs; add submit.gpus_per_node=0."
+
+
+def option_of(line: str) -> tuple[str, str]:
+    """Name in its long form and value of an option of sbatch: (--nodes, 3) of --nodes=3, `--nodes 3`, -N3, `-N 3`.
+
+    Both are empty where the line is none.
+    """
+    found = _OPTION.match(line)
+    if found is None or (found["short"] and found["short"] not in _LONG):
+        return "", ""
+    return found["long"] or f"--{_LONG[found['short']]}", found["value"]
+
+
+def _asks_for_gpus(line: str) -> bool:
+    option, value = option_of(line)
+    return option.startswith("--gpus") or (option == "--gres" and "gpu" in value)
 
 
 def _gpus(config: RunConfig) -> Iterator[str]:
@@ -60,7 +98,9 @@ def _gpus(config: RunConfig) -> Iterator[str]:
         yield f"submit.gpus_per_node: must be 0 or above, found {gpus}."
     elif gpus and trainer.accelerator == "cpu":
         yield f"submit.gpus_per_node: {gpus} GPUs, and trainer.accelerator=cpu would leave them idle; choose trainer=ddp, ... or 0."
-    elif trainer.accelerator in ("gpu", "cuda") and gpus < trainer.devices:
+    elif trainer.accelerator in GPU and gpus < trainer.devices:
+        if gpus == 0 and any(map(_asks_for_gpus, config.submit.extra)):
+            return  # clusters that want a type of GPU, or another option for it
         yield (
             f"submit.gpus_per_node: {gpus} GPUs for trainer.devices={trainer.devices} processes of a node; each needs one."
         )
@@ -72,7 +112,7 @@ def _time(submit: SubmitConfig) -> Iterator[str]:
     seconds = seconds_of(submit.time)
     if seconds is None:
         yield f"submit.time: expected minutes, hours:minutes:seconds or days-hours:minutes:seconds, found {submit.time!r}."
-    elif seconds <= submit.signal_seconds:
+    elif 0 < seconds <= submit.signal_seconds:  # 0 is Slurm's word for no limit
         yield (
             f"submit.time: {submit.time} is {seconds} s, and the run would be told to save and leave"
             f" submit.signal_seconds={submit.signal_seconds} s before its end, so at once."

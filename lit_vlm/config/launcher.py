@@ -5,43 +5,133 @@ What a job asks for follows from trainer.* and submit.*, as with task=submit; al
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
-from omegaconf import II
+from omegaconf.errors import OmegaConfBaseException
+from submitit.core.utils import FailedSubmissionError, UncompletedJobError
 
-SETUP = (
-    "export HF_HUB_OFFLINE=1 WANDB_MODE=offline",  # nodes may have no way out
-    'test -z "$SLURM_CPUS_PER_TASK" || export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK',
-)
+from lit_vlm.config.check_submit import mistakes_in_submit, option_of, seconds_of
+from lit_vlm.config.compose import composed
+from lit_vlm.config.job import environment, num_cpus, num_gpus
+from lit_vlm.config.multirun import samples
+from lit_vlm.config.overrides import ConfigError, key_of
+from lit_vlm.config.schema import RunConfig, SubmitConfig
+from lit_vlm.types import UserError
 
-
-def _signalled() -> dict[str, Any]:
-    """In place of submitit's own signal, which ends the job's first process without a checkpoint."""
-    return {"signal": "USR1@${submit.signal_seconds}", "requeue": True}
+NOT_HERE = ("container", "stage_to", "dry_run")  # submitit writes and starts the script, and knows nothing of them
+DAY = 24 * 60  # minutes
 
 
 @dataclass
 class SlurmLauncherConfig(SlurmQueueConf):
     submitit_folder: str = "${hydra.sweep.dir}/.submitit/%j"
     name: str = "lit_vlm"
-    nodes: int = II("trainer.num_nodes")
-    tasks_per_node: int = II("trainer.devices")
-    gpus_per_node: int | None = II("submit.gpus_per_node")
-    cpus_per_task: int | None = II("submit.cpus_per_task")
-    timeout_min: int = 24 * 60  # of one job; a requeued one gets it anew
-    partition: str | None = II("submit.partition")
-    account: str | None = II("submit.account")
-    qos: str | None = II("submit.qos")
-    constraint: str | None = II("submit.constraint")
+    timeout_min: int = DAY  # of one job; a requeued one gets it anew
     stderr_to_stdout: bool = True
-    setup: list[str] | None = field(default_factory=lambda: list(SETUP))
-    additional_parameters: dict[str, Any] = field(default_factory=_signalled)
-    srun_args: list[str] = field(default_factory=lambda: ["--kill-on-bad-exit=1"])  # one rank that fails ends all
+    srun_args: list[str] = field(default_factory=list)
 
 
-def register_launcher() -> None:
-    """In place of the plugin's choice of the same name."""
-    ConfigStore.instance().store(group="hydra/launcher", name="submitit_slurm", node=SlurmLauncherConfig)
+def register_launcher(words: list[str]) -> None:
+    """In place of the plugin's choice of the same name.
+
+    Args:
+        words: overrides of the grid, lists in them.
+
+    Raises:
+        ConfigError: what Slurm could not be asked for, or not for all jobs alike.
+    """
+    own = [text for text in words if not key_of(text).startswith(("hydra.launcher", "hydra/launcher"))]
+    try:
+        jobs = [cast(RunConfig, composed(job)) for job in samples(own)]
+        if mistakes := [mistake for job in jobs for mistake in mistakes_in_grid(job)]:
+            raise ConfigError(mistakes)
+        node = _of_all([launcher_of(job) for job in jobs])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError([str(error)]) from error
+    ConfigStore.instance().store(group="hydra/launcher", name="submitit_slurm", node=node)
+
+
+def _of_all(launchers: list[SlurmLauncherConfig]) -> SlurmLauncherConfig:
+    first = launchers[0]
+    differing = [
+        one.name
+        for one in fields(first)
+        if any(getattr(own, one.name) != getattr(first, one.name) for own in launchers)
+    ]
+    if differing:
+        raise ConfigError(
+            [
+                "A grid is one array of jobs, which all ask Slurm for the same, and these would differ in what follows from"
+                f" trainer.*, submit.* and data.num_workers: {', '.join(differing)}. Submit a grid for each."
+            ]
+        )
+    return first
+
+
+def mistakes_in_grid(config: RunConfig) -> Iterator[str]:
+    """Mistakes in `submit` of a job that this launcher would start."""
+    yield from mistakes_in_submit(config)
+    for name in NOT_HERE:
+        if getattr(config.submit, name):
+            yield f"submit.{name}: a grid cannot do that; submit the runs one by one with task=submit."
+    for name, lines in {"setup": config.submit.setup, "env": config.submit.env.values()}.items():
+        for line in lines:
+            if "${" in line:  # Hydra would fill it in, and it would do so more than once
+                yield f"submit.{name}: {line}: in a grid ${{...}} would be Hydra's and not the shell's; write $NAME."
+
+
+def launcher_of(config: RunConfig) -> SlurmLauncherConfig:
+    """What one job asks for."""
+    submit, trainer = config.submit, config.trainer
+    return SlurmLauncherConfig(
+        nodes=trainer.num_nodes,
+        tasks_per_node=trainer.devices,
+        gpus_per_node=num_gpus(config) or None,
+        cpus_per_task=num_cpus(config),
+        timeout_min=_minutes(submit.time),
+        partition=submit.partition,
+        account=submit.account,
+        qos=submit.qos,
+        constraint=submit.constraint,
+        setup=["set -eo pipefail", *environment(config), *submit.setup],
+        additional_parameters=_options(submit),
+        # one rank that fails ends all; srun does not take over the cores that sbatch was asked for
+        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={num_cpus(config)}"],
+    )
+
+
+def _minutes(time: str | None) -> int:
+    """0 is Slurm's word for no limit."""
+    if time is None:
+        return DAY
+    return -(-(seconds_of(time) or 0) // 60)
+
+
+def _options(submit: SubmitConfig) -> dict[str, Any]:
+    """In place of submitit's own signal, which ends the job's first process without a checkpoint; and the rest."""
+    options: dict[str, Any] = {"signal": f"USR1@{submit.signal_seconds}", "requeue": True}
+    if submit.memory is not None:
+        options["mem"] = submit.memory
+    for name, value in map(option_of, submit.extra):
+        options[name.lstrip("-")] = value.strip("\"'") or True
+    return options
+
+
+@contextmanager
+def errors_told() -> Iterator[None]:
+    """What Slurm said, or how a job failed, as a UserError."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands an exception on only then; else it prints a traceback and exits
+    try:
+        yield
+    except (UncompletedJobError, FailedSubmissionError) as error:
+        others = "Jobs that were submitted go on; `squeue --me` lists them."
+        raise UserError(f"hydra/launcher=submitit_slurm: {error}\n{others}") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(str(error)) from error

@@ -30,10 +30,9 @@ def check_multirun(overrides: list[str]) -> None:
                 " or submit the runs one by one."
             ]
         )
-    launcher = [str(parsed(text).value()) for text in overrides if key_of(text) == "hydra/launcher"]
-    if launcher and launcher[-1].startswith("submitit"):
+    if (launcher_in(overrides) or "").startswith("submitit"):
         return
-    for job in _samples(overrides):
+    for job in samples(overrides):
         devices = composed(job).trainer.devices
         if devices > 1:
             raise ConfigError(
@@ -45,7 +44,23 @@ def check_multirun(overrides: list[str]) -> None:
             )
 
 
-def _samples(overrides: list[str]) -> list[list[str]]:
+def launcher_in(overrides: list[str]) -> str | None:
+    """The launcher that is chosen, the last one where there are several."""
+    return next((text.partition("=")[2] for text in reversed(overrides) if key_of(text) == "hydra/launcher"), None)
+
+
+def refuse_launcher(overrides: list[str]) -> None:
+    """ConfigError where a launcher is chosen and Hydra would not ask it: the run would start here instead."""
+    if launcher := launcher_in(overrides):
+        raise ConfigError(
+            [
+                f"hydra/launcher={launcher}: starts the jobs of -m, and without -m the run would start right here. Add -m,"
+                " or submit the one run with task=submit."
+            ]
+        )
+
+
+def samples(overrides: list[str]) -> list[list[str]]:
     """Jobs in which each value of each list is seen once; their product could be thousands."""
     lists = [values_of(text) for text in overrides]
     first = [values[0] for values in lists if not parsed(values[0]).is_sweep_override()]

@@ -25,7 +25,7 @@ from lit_vlm.data.plan.ledger import Ledger
 from lit_vlm.data.plan.mixture import Mixture, MixtureSettings
 from lit_vlm.data.plan.plan import Plan, validation_packs
 from lit_vlm.data.processor import Processor
-from lit_vlm.data.worker_signals import outlast_signals
+from lit_vlm.data.worker_signals import end_workers_at_exit, outlast_signals
 from lit_vlm.types import Source, UserError
 
 DEFAULT_FLOPS = Flops(per_token=1.0, per_square=1e-4, per_tile=256.0, per_supervised=0.25)
@@ -240,6 +240,8 @@ class DataModule(L.LightningDataModule):
 
     def _loader(self, batches: Dataset, sampler: Sampler[int] | None = None) -> DataLoader:
         workers = min(self.num_workers, len(batches))  # type: ignore[arg-type]
+        if workers:
+            end_workers_at_exit()
         return DataLoader(
             batches,
             batch_size=None,

@@ -22,6 +22,10 @@ Result = TypeVar("Result")
 WAITS = (0.2, 1.0)  # seconds before a record is tried again: network file systems stumble
 
 
+class Entered(UserError):
+    """A record turned bad and is in the ledger now: the next start goes on without it."""
+
+
 @dataclass(frozen=True, slots=True)
 class TurnedBad:
     """A record that was usable when it was indexed and is not now. Handed over as data: a worker's exception would
@@ -37,7 +41,7 @@ class TurnedBad:
         if ledger is None:
             return self.error
         ledger.add(self.source, self.position, self.error, held_out=self.held_out)
-        return UserError(
+        return Entered(
             f"{self.error.origin}: {self.error.reason}. It could be read when the index was built, and {len(WAITS) + 1} "
             f"tries failed now. It is entered in {ledger.path}: the same command again goes on without it. To look for "
             "more of them: task=prepare."

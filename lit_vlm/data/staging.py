@@ -10,6 +10,7 @@ the size and the time of their originals, to the nanosecond.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -24,6 +25,7 @@ from lit_vlm.types import UserError
 VARIABLE = "LIT_VLM_STAGED"
 COPIES = 8  # at once; small pictures wait for the server more than for the disk
 SPARE_BYTES = 1 << 30  # left free on the disk
+_DRAFT = re.compile(r"\.(.+)\.\d+\Z")
 
 
 def staged(path: Path) -> Path:
@@ -42,9 +44,24 @@ def original(path: Path) -> Path:
 
 
 def staging_folder() -> Path | None:
-    """Of this node; variables in it, as of /scratch/$SLURM_JOB_ID, are the node's."""
+    """Of this node; variables in it, as of /scratch/$SLURM_JOB_ID, are the node's.
+
+    Raises:
+        UserError: a variable in it is not set here.
+    """
     named = os.environ.get(VARIABLE)
-    return Path(os.path.expandvars(named)).resolve() if named else None
+    return folder_of(named) if named else None
+
+
+def folder_of(named: str) -> Path:
+    """The folder that a name with variables in it means on this node; UserError where it means none."""
+    folder = os.path.expandvars(named)
+    if "$" in folder or not os.path.isabs(folder):
+        raise UserError(
+            f"submit.stage_to={named}: is {folder} on {socket.gethostname()}, which is no folder. It must begin with / once its"
+            " variables are filled in, and those must be set on every node."
+        )
+    return Path(folder).resolve()
 
 
 def place_of(path: Path, folder: Path) -> Path:
@@ -52,14 +69,17 @@ def place_of(path: Path, folder: Path) -> Path:
 
 
 def stage(paths: Iterable[Path], folder: Path) -> tuple[int, int]:
-    """Copy files and folders; what is there with the same size and time stays. Returns (files copied, bytes copied).
+    """Copy files and folders; what is there with the same size and time stays, and what a folder no longer holds goes from
+    its copy. Returns (files copied, bytes copied).
 
     Can be stopped at any moment: a copy has its name once it is whole.
 
     Raises:
         UserError: something is missing, or the disk is too small.
     """
-    folder = folder.resolve()
+    folder, paths = folder.resolve(), list(paths)
+    for path in paths:
+        _remove_stale(path.resolve(), folder)
     waiting = list(dict.fromkeys(pair for path in paths for pair in _missing(path, folder)))
     size = sum(path.stat().st_size for path, _ in waiting if not path.is_symlink())
     _require_room(folder, size)
@@ -78,6 +98,18 @@ def _missing(path: Path, folder: Path) -> Iterator[tuple[Path, Path]]:
         copy = folder / file.relative_to("/")
         if not _same(file, copy):
             yield file, copy
+
+
+def _remove_stale(root: Path, folder: Path) -> None:
+    """A shard that was taken out of a folder must not be read from its copy."""
+    copies = place_of(root, folder)
+    if not root.is_dir() or copies.resolve() != copies:  # a link could lead out of the copy
+        return
+    for copy in _files(copies):
+        file = root / copy.relative_to(copies)
+        draft = _DRAFT.match(file.name)  # another job of this node may be copying just now
+        if not os.path.lexists(file) and not (draft and os.path.lexists(file.with_name(draft[1]))):
+            copy.unlink(missing_ok=True)
 
 
 def _files(root: Path) -> Iterator[Path]:
@@ -130,8 +162,9 @@ def _require_room(folder: Path, size: int) -> None:
 def main(words: list[str]) -> None:
     for number in (signal.SIGUSR1, signal.SIGUSR2):  # that the time is short is for the run to know
         signal.signal(number, signal.SIG_IGN)
-    folder, began = Path(os.path.expandvars(words[0])), time.monotonic()
+    began = time.monotonic()
     try:
+        folder = folder_of(words[0])
         count, size = stage(map(Path, words[1:]), folder)
     except UserError as error:
         sys.exit(str(error))

@@ -6,7 +6,10 @@ state that the signal asked to save would be lost.
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
+from functools import cache
 from types import FrameType
 
 
@@ -16,6 +19,19 @@ def outlast_signals(_: int = 0) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _first_term)
+
+
+@cache
+def end_workers_at_exit() -> None:
+    """For the process that has the loader: an error of a worker keeps the loader alive to the end, where Python sends each
+    worker one SIGTERM and waits for it without a limit."""
+    atexit.register(_end_workers)  # later than multiprocessing's own, so called before it
+
+
+def _end_workers() -> None:
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
 
 
 def _first_term(number: int, frame: FrameType | None) -> None:

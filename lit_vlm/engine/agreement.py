@@ -11,8 +11,9 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import Strategy as LightningStrategy
 
-from lit_vlm.config.schema import RunConfig
+from lit_vlm.config.schema import RunConfig, Strategy
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.engine.checkpoint import plan_digest
 from lit_vlm.engine.run_folder import to_plain, versions
@@ -31,20 +32,29 @@ class Agreement(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.world_size > 1:
-            require_same(facts_of(self.config, self.datamodule), trainer.strategy.root_device)
+            require_same(facts_of(self.config, self.datamodule, trainer.strategy), trainer.strategy.root_device)
 
 
-def facts_of(config: RunConfig, datamodule: DataModule) -> dict[str, Any]:
+def facts_of(config: RunConfig, datamodule: DataModule, strategy: LightningStrategy) -> dict[str, Any]:
     """What must be the same on all ranks, by what a message calls it."""
     plan, index = datamodule.plan, datamodule.index
     assert plan is not None and index is not None
     return {
-        "settings": _flat(to_plain(asdict(config))),
+        "settings": settings_of(config, strategy),
         "code": code_digest(),
         "packages": versions(),
         "data": index.digest(),
         "plan": [plan_digest(plan), plan.k, plan.world_size],
+        "ledger and caps of micro-batches": [plan.left_out.tolist(), *datamodule.budget],
     }
+
+
+def settings_of(config: RunConfig, strategy: LightningStrategy) -> dict[str, Any]:
+    """By their full names. Of `trainer.strategy=auto` also what it came to: unequal devices may choose unlike."""
+    settings = _flat(to_plain(asdict(config)))
+    if config.trainer.strategy is Strategy.auto:
+        settings["trainer.strategy"] = f"auto, here {getattr(strategy, 'setting', type(strategy).__name__)}"
+    return settings
 
 
 def code_digest() -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from lit_vlm.data.datamodule import DataModule
 from lit_vlm.engine.run_folder import write_atomically
 from lit_vlm.types import UserError
+
+if TYPE_CHECKING:
+    from lit_vlm.data.datamodule import DataModule
 
 NAME = "budget.json"
 STEPS_DOWN = "Free memory otherwise: stage.activation_checkpointing=true, a strategy that shares out more, more devices"
@@ -52,6 +53,8 @@ class Budget:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Of the device; libraries below PyTorch have words of their own for it."""
+    import torch  # not for task=pipeline, which computes nothing itself
+
     words = ("CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
     known = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     return known or isinstance(error, torch.OutOfMemoryError)
@@ -60,19 +63,21 @@ def is_out_of_memory(error: BaseException) -> bool:
 def halve_budget(run_dir: Path, datamodule: DataModule, most_times: int) -> Budget:
     """Write half the budget for the next start to read. Nothing is dropped for it: the largest sample still fits.
 
+    Of several ranks that run out of memory together the first to come halves it, and the others find what it wrote.
+
     Raises:
         UserError: it was halved `most_times` before, or the largest sample alone is what does not fit.
     """
-    before = Budget.read(run_dir, datamodule)
+    before, smallest = Budget.read(run_dir, datamodule), datamodule.smallest_budget()
+    if before.halved and (max(before.tokens, smallest[0]), max(before.tiles, smallest[1])) != datamodule.budget:
+        return before  # not what this start read
     now = f"{datamodule.budget[0]:,} tokens and {datamodule.budget[1]:,} tiles"
     if before.halved >= most_times:
         raise UserError(
             f"A device ran out of memory with micro-batches of at most {now}, after the budget was halved {before.halved} "
             f"times (guard.max_oom_retries). {STEPS_DOWN}."
         )
-    tokens, tiles = datamodule.budget[0] // 2, datamodule.budget[1] // 2
-    smallest = datamodule.smallest_budget()
-    tokens, tiles = max(tokens, smallest[0]), max(tiles, smallest[1])
+    tokens, tiles = max(datamodule.budget[0] // 2, smallest[0]), max(datamodule.budget[1] // 2, smallest[1])
     if (tokens, tiles) == datamodule.budget:
         raise UserError(
             f"A device ran out of memory with micro-batches of at most {now}, and the largest sample alone needs as much. "

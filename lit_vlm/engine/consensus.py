@@ -69,6 +69,5 @@ def consensus_of(trainer: L.Trainer) -> Consensus:
 
 
 def is_last_micro_step(trainer: L.Trainer) -> bool:
-    """Whether the micro-batch in work is the last before the update. Under DeepSpeed Lightning calls
-    `on_before_optimizer_step` after each of them."""
+    """Whether the micro-batch in work is the last before the update."""
     return (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0

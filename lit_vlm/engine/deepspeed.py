@@ -197,7 +197,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         """Sum of magnitudes of each trainable parameter's gradient, over all ranks. Every rank calls it."""
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         sums = dict.fromkeys(names, torch.zeros((), device=self.root_device))
-        sums |= {name: gradient.abs().sum().float() for name, gradient in self.local_gradients()}
+        sums |= {name: gradient.abs().sum().float().to(self.root_device) for name, gradient in self.local_gradients()}
         total = self.reduce(torch.stack([sums[name] for name in names]), reduce_op="sum")
         return dict(zip(names, total.tolist(), strict=True))
 

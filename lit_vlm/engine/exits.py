@@ -5,6 +5,11 @@ from __future__ import annotations
 RESTART = 75  # EX_TEMPFAIL: nothing is wrong that a start from the last checkpoint would not mend
 STUCK = 76  # a rank did not answer within its time limit; stacks and sample ids are in the run's folder
 INTERRUPTED = 130  # Ctrl-C, by the custom of shells: state is saved, and nobody should start it again but the person
+TERMINATED = 143  # SIGTERM, by the same custom, where no step was under way: most often another rank failed
+
+
+class LeftTogether(SystemExit):
+    """All ranks leave at the same place, and may wait for each other once more. Any other SystemExit is one rank's."""
 
 
 class RollBack(Exception):

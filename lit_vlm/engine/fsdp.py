@@ -33,7 +33,8 @@ class FSDP2Strategy(ModelParallelStrategy):
     ever holds a whole model. A model that was built already is shared out as it is.
 
     Under `bf16-mixed` each rank's rows of what trains are float32, and so are the sums of gradients; what is gathered
-    to compute with is bfloat16. Frozen weights are kept in bfloat16: they would be gathered as such anyway.
+    to compute with is bfloat16. Frozen weights from files are kept in bfloat16: they would be gathered as such anyway, and
+    an export reads their files. Those of a model that was built already stay as they are, for nothing else has them.
 
     Args:
         hybrid: copies between groups of ranks.
@@ -141,7 +142,7 @@ def share_out(model: LlavaOnevisionForConditionalGeneration, mesh: DeviceMesh, p
     )
     if mixed:
         for parameter in model.parameters():
-            if not parameter.requires_grad:
+            if parameter.is_meta and not parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)
     units: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()

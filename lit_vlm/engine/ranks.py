@@ -22,6 +22,12 @@ def srun_tasks() -> int:
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
 
 
+def started_again() -> bool:
+    """Whether a scheduler started this run before and starts it once more, with the words that it had then."""
+    counts = (os.environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
+    return any(count.isdigit() and int(count) for count in counts)
+
+
 def global_rank() -> int:
     """This process among all of the run, before and after they have found each other."""
     if "RANK" in os.environ:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -210,12 +212,31 @@ def is_rank_zero() -> bool:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Beside, then moved: a reader finds the old file or the new one."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
-    for stray in path.parent.glob(f".{path.name}.*"):  # of a process that was killed here
-        stray.unlink(missing_ok=True)
+    """Beside, then moved: a reader finds the old file or the new one. Several processes, and threads, may at once."""
+    draft = draft_of(path)
+    draft.write_text(text, encoding="utf-8")
+    os.replace(draft, path)
+    host = f".{path.name}.{socket.gethostname()}."
+    for stray in path.parent.glob(f"{host}*"):  # of a process that was killed here
+        number = stray.name.removeprefix(host).partition("-")[0]
+        if number.isdigit() and not _is_alive(int(number)):
+            stray.unlink(missing_ok=True)
+
+
+def draft_of(path: Path) -> Path:
+    """A name beside `path` that is this thread's alone: nodes share folders, and each has its own process numbers."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}-{threading.get_ident()}")
+
+
+def _is_alive(pid: int) -> bool:
+    """A process of this host, whoever's it is."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def identity_of(config: dict[str, Any]) -> dict[str, Any]:

@@ -2,10 +2,11 @@
 
 A handler runs at any moment, in the middle of a collective as well, where waiting for another rank would wait for ever.
 So between the first step and the last it does nothing but tell `listener`; all ranks act together at the end of a step
-(`callbacks/preemption.py`). Before and after there is nothing to save, and the process leaves at once.
+(`callbacks/preemption.py`). Before and after there is nothing to save, and the process leaves at once, by itself: no rank
+may wait for another there.
 
     SIGUSR1, SIGUSR2   the time limit or another job is near: save, requeue, leave
-    SIGTERM            save and leave
+    SIGTERM            save and leave; where no step is under way, as a process that SIGTERM ended
     SIGINT (Ctrl-C)    save and leave; a second one leaves at once
 """
 
@@ -21,12 +22,12 @@ from contextlib import contextmanager
 from enum import StrEnum
 from types import FrameType
 
-from lit_vlm.engine.exits import INTERRUPTED, RESTART
+from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED
 from lit_vlm.engine.ranks import global_rank
-from lit_vlm.engine.slurm import own_job, requeue
+from lit_vlm.engine.slurm import is_preempted, own_job, requeue
 
 TOGETHER_SECONDS = 1.0  # a Ctrl-C reaches a process twice, from the terminal and from torchrun
-END_OF_JOB_SECONDS = 60.0  # the time that a requeued job's processes are given to be ended by Slurm
+FIRST_SECONDS = 10.0  # that the first rank is given to requeue the job, and Slurm to end its processes
 
 
 class Ask(StrEnum):
@@ -105,14 +106,18 @@ def listening() -> Iterator[Signals]:
 
 
 def _leave_now(ask: Ask) -> None:
-    job = own_job() if ask is Ask.requeue else None
-    if global_rank() == 0:
-        refused = requeue(job) if job else None
-        done = f"job {job} is requeued" if job and not refused else f"not requeued ({refused})" if refused else "left"
-        _say(f"Asked to {ask}: no step is under way, so nothing is to be saved; {done}. The same command goes on.")
-    elif job:
-        time.sleep(END_OF_JOB_SECONDS)  # leaving first would end the step, and rank 0 before it has asked Slurm
-    raise SystemExit(INTERRUPTED if ask is Ask.interrupt else RESTART)
+    job = own_job()
+    again = ask is Ask.requeue or (ask is Ask.leave and job is not None and is_preempted(job))
+    code = RESTART if again else INTERRUPTED if ask is Ask.interrupt else TERMINATED
+    if global_rank():
+        if again and job:
+            time.sleep(FIRST_SECONDS)  # who leaves first ends the step, before Slurm was asked
+            requeue(job)  # the first one may wait for this one in C++, where no signal reaches it
+        os._exit(code)  # an exit in order might wait for the other ranks
+    refused = requeue(job) if again and job else None
+    done = f"not requeued ({refused})" if refused else f"job {job} is requeued" if again and job else "left"
+    _say(f"Asked to {ask}: no step is under way, so nothing is to be saved; {done}. The same command goes on.")
+    raise SystemExit(code)
 
 
 def _say(text: str) -> None:

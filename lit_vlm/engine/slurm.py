@@ -14,12 +14,18 @@ ANSWER_SECONDS = 60.0  # a controller under load is slow; one that is gone shoul
 _FROM_A_JOB = re.compile(r"SLURM_(?!CONF$|CLUSTERS$)|(MASTER_(ADDR|PORT)|(LOCAL_|NODE_|GROUP_)?RANK|WORLD_SIZE)$")
 
 
-def require_sbatch() -> None:
-    """UserError where there is no Slurm to submit to."""
-    if shutil.which("sbatch") is None:
+def require_slurm(what: str, way_out: str, *commands: str) -> None:
+    """UserError where there is no Slurm to submit to.
+
+    Args:
+        what: is to be submitted, e.g. "task=submit".
+        way_out: what can be done here instead.
+        commands: of Slurm, that are needed.
+    """
+    if missing := [name for name in commands if shutil.which(name) is None]:
         raise UserError(
-            "task=submit: there is no sbatch on this machine's PATH, so nothing can be submitted from here. Run it on the"
-            " cluster's login node, or write and print the script alone with submit.dry_run=true."
+            f"{what}: there is no {' and no '.join(missing)} on this machine's PATH, so nothing can be submitted from here."
+            f" Run it on the cluster's login node, or {way_out}."
         )
 
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lit_vlm.config.schema import RunConfig, SubmitConfig
+from lit_vlm.config.job import environment, num_cpus, num_gpus
+from lit_vlm.config.schema import DPOStageConfig, RunConfig, SubmitConfig
 from lit_vlm.data.staging import VARIABLE
 
 ROOT = Path(__file__).resolve().parents[2]
-GPU = ("gpu", "cuda")
-# Nodes may have no way out; what they need is in the caches of the login node, what they log is synced from there.
-OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+PYTHON = 'export PYTHONUNBUFFERED=1 PYTHONPATH={root}"${{PYTHONPATH:+:$PYTHONPATH}}"'
 NETWORK = """\
 # Networks differ. Where NCCL waits for ever at the start or is slow, tell it which cards to use, with
 # submit.env.<NAME>=<value> (NCCL's own names; docs/cluster.md says how to find the values):
@@ -52,13 +52,6 @@ class Job:
         return f"{self.folder}/slurm-%j.log"
 
 
-def num_gpus(config: RunConfig) -> int:
-    """GPUs of a node that the job asks for."""
-    if config.submit.gpus_per_node is not None:
-        return config.submit.gpus_per_node
-    return config.trainer.devices if config.trainer.accelerator in GPU else 0
-
-
 def script_of(job: Job) -> str:
     """The text of the script."""
     parts = [
@@ -66,11 +59,12 @@ def script_of(job: Job) -> str:
         "\n".join(f"#SBATCH {option}" for option in _options(job)),
         "set -euo pipefail",
         f"cd {shlex.quote(str(job.place))}",
-        "\n".join(_environment(job)),
+        "\n".join([*environment(job.config), PYTHON.format(root=shlex.quote(str(ROOT)))]),
         NETWORK,
     ]
     if job.config.submit.setup:
-        parts.append("\n".join(["# submit.setup", *job.config.submit.setup]))
+        # what others wrote, as conda and ~/.bashrc, uses variables that are not set
+        parts.append("\n".join(["# submit.setup", "set +u", *job.config.submit.setup, "set -u"]))
     if job.data:
         parts.append("\n".join(_staging(job)))
     parts.append(_start(job))
@@ -84,7 +78,7 @@ def _options(job: Job) -> Iterator[str]:
     yield "--open-mode=append"  # a requeued job goes on in the same log
     yield f"--nodes={trainer.num_nodes}"
     yield f"--ntasks-per-node={trainer.devices}"
-    yield f"--cpus-per-task={_cpus(job.config)}"
+    yield f"--cpus-per-task={num_cpus(job.config)}"
     if num_gpus(job.config):
         yield f"--gpus-per-node={num_gpus(job.config)}"
     words = {"partition": "partition", "account": "account", "qos": "qos", "time": "time", "constraint": "constraint"}
@@ -94,19 +88,6 @@ def _options(job: Job) -> Iterator[str]:
     yield "--requeue"
     yield f"--signal=USR1@{submit.signal_seconds}"  # to every rank: save, requeue, leave
     yield from submit.extra
-
-
-def _cpus(config: RunConfig) -> int:
-    return config.submit.cpus_per_task or 1 + config.data.num_workers
-
-
-def _environment(job: Job) -> Iterator[str]:
-    yield "# Ranks find each other by Slurm's words: the first node's name, and a port made of the job's id."
-    yield "unset MASTER_ADDR MASTER_PORT RANK LOCAL_RANK NODE_RANK WORLD_SIZE"
-    yield f'export PYTHONUNBUFFERED=1 PYTHONPATH={shlex.quote(str(ROOT))}"${{PYTHONPATH:+:$PYTHONPATH}}"'
-    threads = job.config.trainer.num_threads or _cpus(job.config)
-    for name, value in {"OMP_NUM_THREADS": str(threads), **OFFLINE, **job.config.submit.env}.items():
-        yield f"export {name}={shlex.quote(str(value))}"
 
 
 def _staging(job: Job) -> Iterator[str]:
@@ -126,7 +107,7 @@ def _start(job: Job) -> str:
 
     A signal that comes before Python listens would end the run, so the ranks begin deaf to those that ask to requeue.
     """
-    srun = ["exec srun --kill-on-bad-exit=1", f"--cpus-per-task={_cpus(job.config)}", *_container(job)]
+    srun = ["exec srun --kill-on-bad-exit=1", f"--cpus-per-task={num_cpus(job.config)}", *_container(job)]
     deaf = """bash -c 'trap "" USR1 USR2; exec "$0" "$@"'"""
     command = [deaf, f"{_python(job.config.submit)} {shlex.quote(str(ROOT / 'run.py'))}", *map(shlex.quote, job.words)]
     return _continued([*srun, *command])
@@ -142,13 +123,37 @@ def _container(job: Job) -> list[str]:
     submit = job.config.submit
     if submit.container is None:
         return []
-    own = [ROOT, job.place, Path(job.config.run_dir)]
-    own = [path for path in dict.fromkeys(own) if not any(path != o and path.is_relative_to(o) for o in own)]
-    mounts = ",".join([*(f"{path}:{path}" for path in own), *submit.container_mounts])
+    mounts = ",".join([*(f"{path}:{path}" for path in _own_folders(job)), *submit.container_mounts])
     return [
         f"--container-image={shlex.quote(submit.container)}",
         f"--container-mounts={shlex.quote(mounts)}",
         f"--container-workdir={shlex.quote(str(job.place))}",
+    ]
+
+
+def _own_folders(job: Job) -> list[Path]:
+    """What the run reads and writes beside its data; none that lies in another one or is mounted by the user."""
+    config, submit = job.config, job.config.submit
+    models = [config.init_from, config.model.vision_tower, config.model.language_model, config.model.chat_template]
+    if isinstance(config.stage, DPOStageConfig):
+        models.append(config.stage.reference)
+    cache = submit.env.get("HF_HOME", os.environ.get("HF_HOME"))
+    named = [
+        str(ROOT),
+        str(job.place),
+        config.run_dir,
+        config.data.index_dir,
+        # variables in it are the nodes', so nobody here knows the folder
+        submit.stage_to if "$" not in (submit.stage_to or "") else None,
+        *(path for path in [*models, cache] if path and os.path.isabs(path) and os.path.exists(path)),
+    ]
+    paths = list(dict.fromkeys(job.place / name for name in named if name))
+    hosts = [Path(mount.split(":")[0]) for mount in submit.container_mounts if len(set(mount.split(":")[:2])) == 1]
+    return [
+        path
+        for path in paths
+        if not any(path.is_relative_to(other) for other in hosts)
+        and not any(path != other and path.is_relative_to(other) for other in paths)
     ]
 
 

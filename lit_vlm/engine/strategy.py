@@ -19,10 +19,19 @@ def make_strategy(config: TrainerConfig, auto: Strategy = Strategy.ddp) -> Light
 
     Args:
         auto: what `trainer.strategy=auto` means on several devices; on one it is `single`.
+
+    Returns:
+        With the name in `setting`.
     """
     name = settled(config, auto)
     if name is Strategy.single:
         return "auto"  # Lightning's word for one device, whichever there is
+    made: Any = _made(config, name)
+    made.setting = name.value
+    return made
+
+
+def _made(config: TrainerConfig, name: Strategy) -> LightningStrategy:
     timeout = timedelta(
         minutes=config.timeout_minutes, seconds=30
     )  # the watch (watch_thread.py) comes first, with stacks

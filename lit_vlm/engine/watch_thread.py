@@ -18,11 +18,14 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from lit_vlm.engine.exits import STUCK
+from lit_vlm.engine.exits import RESTART, STUCK
+from lit_vlm.engine.run_folder import draft_of
+from lit_vlm.engine.slurm import ANSWER_SECONDS, own_job, requeue
 from lit_vlm.engine.watch import AWAITED, UNLIMITED, Beat, Doing, Pulse, beat_of, read_beat, read_beats, started_at
 from lit_vlm.engine.watch import write_beat as write
 
@@ -43,30 +46,46 @@ class Note:
 
     @classmethod
     def read(cls, run_dir: Path) -> Note | None:
+        """None where there is none, or where it is being written. OSError: the file system stumbles."""
         file = run_dir / FOLDER / NOTE
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
             return cls(**values | {"frozen": [Beat(**beat) for beat in values["frozen"]]})
-        except FileNotFoundError:
+        except (FileNotFoundError, ValueError, TypeError):
             return None
-        except (OSError, ValueError, TypeError):
-            return cls(STUCK, "", [])  # being written
+
+    @property
+    def patience(self) -> float:
+        """Seconds that ranks who read it stay. Who leaves before Slurm has answered ends the job as a failed one."""
+        return ANSWER_SECONDS + GRACE if self.code == RESTART and own_job() else GRACE
 
     def announce(self, run_dir: Path) -> bool:
         """Put it there for all ranks. Whether this rank was the first; only that one tells the user."""
         folder = run_dir / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            with (folder / NOTE).open("x", encoding="utf-8") as stream:
-                json.dump(asdict(self), stream, ensure_ascii=False)
+            _create(folder / NOTE, json.dumps(asdict(self), ensure_ascii=False))
         except FileExistsError:
             return False
         return True
 
-    def leave_together(self, run_dir: Path) -> NoReturn:
-        """This process ends here, and the others when their watches read the note."""
+    def leave_together(self, run_dir: Path, job: str | None = None) -> NoReturn:
+        """This process ends here, and the others when their watches read the note.
+
+        Args:
+            job: of Slurm, that the first one puts back into the queue.
+        """
         if self.announce(run_dir):
             say(self.message)
+            if job is not None:
+                refused = requeue(job)
+                say(
+                    f"Job {job} could not be requeued ({refused}): submit it again."
+                    if refused
+                    else f"Job {job} is requeued."
+                )
+        elif job is not None:
+            time.sleep(self.patience)
         flush()
         os._exit(self.code)
 
@@ -77,14 +96,24 @@ class Watch(threading.Thread):
     Args:
         seconds: between two heartbeats.
         limit: seconds without anything going on, after which ranks are stuck.
+        failing: whether this rank's main thread is ending with an exception: it saves what was begun, and has something to
+            say. It is not cut short before the limit.
     """
 
     def __init__(
-        self, pulse: Pulse, run_dir: Path, rank: int, world_size: int, *, seconds: float, limit: float
+        self,
+        pulse: Pulse,
+        run_dir: Path,
+        rank: int,
+        world_size: int,
+        *,
+        seconds: float,
+        limit: float,
+        failing: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(name="watch", daemon=True)
         self.pulse, self.run_dir, self.rank, self.world_size = pulse, run_dir, rank, world_size
-        self.limit, self.seconds = limit, min(seconds, limit / 4)
+        self.limit, self.seconds, self.failing = limit, min(seconds, limit / 4), failing
         self.tick = min(TICK, self.seconds)
         self.neighbour = (rank + 1) % world_size
         self._ended = threading.Event()
@@ -124,7 +153,8 @@ class Watch(threading.Thread):
     def _look(self, now: float) -> None:
         if (note := Note.read(self.run_dir)) is not None:
             self._told = self._told or now
-            if note.code == STUCK or now - self._told > GRACE:
+            patience = max(note.patience, self.limit if self.failing() else 0.0)
+            if note.code == STUCK or now - self._told > patience:
                 self.leave(note)
             return
         quiet = self.pulse.work.doing not in UNLIMITED and now - self.pulse.moved > self.limit
@@ -177,6 +207,22 @@ class Watch(threading.Thread):
             faulthandler.dump_traceback(file, all_threads=True)
             file.flush()
             os.fsync(file.fileno())
+
+
+def _create(path: Path, text: str) -> None:
+    """A file that is whole at once. FileExistsError where another process was first."""
+    draft = draft_of(path)
+    draft.write_text(text, encoding="utf-8")
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        if draft.stat().st_nlink == 1:  # else it is ours: NFS asks twice where the first answer was lost
+            raise
+    except OSError:  # a file system without links
+        with path.open("x", encoding="utf-8") as stream:
+            stream.write(text)
+    finally:
+        draft.unlink()
 
 
 def verdict(beats: list[Beat], limit: float, run_dir: Path) -> Note:

@@ -93,6 +93,7 @@ def build(
     """
     model = make_skeleton(blueprint, dtype, seed) if are_weights_later() else _with_weights(blueprint, dtype, seed)
     model.generation_config.eos_token_id = _stops(model, blueprint.tokenizer)
+    model.config.dtype = dtype
     blueprint.config.text_config.vocab_size = model.config.text_config.vocab_size
     use_flat_forward(model, blueprint.images)
     return model

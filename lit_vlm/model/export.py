@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,13 @@ def export_model(
     *,
     whole: Callable[[str], Tensor] | None = None,
     writes: bool = True,
+    before_each: Callable[[], object] = lambda: None,
     largest_file: str | int = LARGEST_FILE,
 ) -> None:
     """Write weights, configs, tokenizer, chat template and processor; adapters and new rows merged into the weights.
 
-    The folder is written beside its place and moved there when whole. The model goes on training as it was.
+    The folder is written beside its place and moved there when whole; what a killed export left there goes first. The
+    model goes on training as it was.
 
     Weight by weight: beside what the model takes already, this needs memory for its largest weight and a copy of it
     (of what an adapter is merged into, two). What is frozen in a model that was loaded in shards is read from its
@@ -43,33 +44,56 @@ def export_model(
         whole: makes the weight of a name whole where ranks share weights out. Then every rank calls this function,
             for all of them take part in it.
         writes: on one rank.
+        before_each: called before each weight, on every rank that calls this function: something goes on. The others may
+            meet the one that writes there.
         largest_file: weights are cut into files of at most this size.
     """
     merged = Merged(model, whole)
     files = planned_files(merged.tensors, largest_file)
     if not writes:
         for file in files:
-            for name in file.tensors:
+            for name in _each(file.tensors, before_each):
                 merged.take_part(name)
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    for file in files:
-        file.write(beside, map(merged.value, file.tensors))
-    write_index(beside, files, merged.num_parameters)
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    with quiet_transformers():
-        merged.config.save_pretrained(beside)
-        model.generation_config.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    _write(beside / "processor_config.json", _processor_config(tokenizer, images))
-    _write(beside / "preprocessor_config.json", _image_processor_config(images))
-    (beside / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
-    _write(beside / OURS, {"tiling": images.tiling.value})
-    beside.chmod(0o755)
+    beside = folder.with_name(f".{folder.name}-unfinished")
+    if beside.exists():
+        shutil.rmtree(beside)
+    beside.mkdir(parents=True)
+    try:
+        for file in files:
+            file.write(beside, map(merged.value, _each(file.tensors, before_each)))
+        write_index(beside, files, merged.num_parameters)
+        _write_settings(beside, model, merged, tokenizer, images)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
     if folder.exists():
         shutil.rmtree(folder)
     os.replace(beside, folder)
+
+
+def _each(names: Iterable[str], before: Callable[[], object]) -> Iterator[str]:
+    for name in names:
+        before()
+        yield name
+
+
+def _write_settings(
+    folder: Path,
+    model: LlavaOnevisionForConditionalGeneration,
+    merged: Merged,
+    tokenizer: PreTrainedTokenizerFast,
+    images: ImageSettings,
+) -> None:
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    with quiet_transformers():
+        merged.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    _write(folder / "processor_config.json", _processor_config(tokenizer, images))
+    _write(folder / "preprocessor_config.json", _image_processor_config(images))
+    (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+    _write(folder / OURS, {"tiling": images.tiling.value})
 
 
 def _processor_config(tokenizer: PreTrainedTokenizerFast, images: ImageSettings) -> dict[str, Any]:

@@ -136,6 +136,15 @@ class FlatOnevision(LlavaOnevisionForConditionalGeneration):
             rows, targets = hidden[:1], batch.input_ids[:1]
         return self.lm_head(rows), targets
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Buffers keep their type, as with `from_pretrained(dtype=)`: rotary frequencies in bfloat16 are other positions."""
+        before = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
+        super()._apply(fn, recurse)
+        for name, buffer in self.named_buffers():
+            if name in before and buffer.dtype != before[name].dtype:
+                buffer.data = before[name].to(buffer.device)
+        return self
+
 
 # transformers' generation looks at the signature for what a forward pass can do (logits of the last position alone)
 FlatOnevision.forward.__signature__ = inspect.signature(LlavaOnevisionForConditionalGeneration.forward)  # type: ignore[attr-defined]

@@ -38,6 +38,8 @@ class Merged:
         self.parameters = dict(model.named_parameters())
         self.source: Any = getattr(model, "weights", None)  # of a model that was loaded in shards
         dtype = self.source.dtype if self.source else model.dtype
+        if whole and not self.source:  # what is shared out may compute in another type than its masters have
+            dtype = model.config.dtype or dtype
         frame = build_on_meta(copy.deepcopy(model.config)).to(dtype)
         frame.tie_weights()
         self.num_parameters, self.config = frame.num_parameters(), frame.config
@@ -60,24 +62,33 @@ class Merged:
         if name in self._names:
             return self._value(self._names[name])
         if self._taken_apart is None:
-            fused = self._in_memory.keys() - set(self._names.values())
-            values = {own: self._value(own) for own in self._in_memory if own in fused}
+            values = {own: self._value(own) for own in self._made_of(name)}
             self._taken_apart = revert_weight_conversion(self._frame, values)
         return self._taken_apart.pop(name)
 
     def take_part(self, name: str) -> None:
         """In gathering what another rank makes the value of."""
-        for key in self._needs(self._names[name]):
-            if not self._is_in_source(key):
-                self._whole(key)
+        for own in self._made_of(name):
+            for key in self._needs(own):
+                if not self._is_in_source(key):
+                    self._whole(key)
+        if name not in self._names:
+            self._taken_apart = {}
+
+    def _made_of(self, name: str) -> list[str]:
+        """Names in memory; all that is fused with the first name that asks for some of it, and then no more."""
+        if name in self._names:
+            return [self._names[name]]
+        whole = set(self._names.values())
+        return [own for own in self._in_memory if own not in whole] if self._taken_apart is None else []
 
     def _value(self, own: str) -> Tensor:
         target = self._in_memory[own]
-        value, *merged = [self._whole(key) for key in self._needs(own)]
+        value, *merged = [self._whole(key) for key in self._needs(own)]  # of a file and of a device
         if own.rpartition(".")[0] in self.layers and merged:
-            value = value + self._delta(own.rpartition(".")[0], *merged[:2]).to(value.dtype)
+            value = value + self._delta(own.rpartition(".")[0], *merged[:2]).to(value)
         elif merged:  # rows of new tokens
-            value = value.index_copy(0, self.model.new_tokens.ids.to(value.device), merged[0].to(value.dtype))
+            value = value.index_copy(0, self.model.new_tokens.ids.to(value.device), merged[0].to(value))
         return value.to(target.dtype)
 
     def _needs(self, own: str) -> list[str]:

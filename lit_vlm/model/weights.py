@@ -191,7 +191,7 @@ def _renamed(model: PreTrainedModel, name: str, listed: dict[str, Place]) -> dic
         if own in expected and fused is not None:
             raise UserError(
                 f"{name}: transformers fuses weights of {model.config.model_type} when it loads them ({own}), which "
-                "cannot be read piece by piece. Use trainer.strategy=ddp or deepspeed_zero2."
+                "cannot be read piece by piece. Use trainer.strategy=ddp."
             )
         if own in expected:
             found[own] = place

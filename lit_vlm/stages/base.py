@@ -217,7 +217,8 @@ class Stage(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if not self._audited and not self.discarded:
             self.audit_gradients(with_images=self._step_tiles > 0)
-            self._audited = self._step_tiles > 0  # until images came, the vision side has shown nothing
+            # until images came, the vision side has shown nothing
+            self._audited = self._step_tiles > 0 or self.trainable == [Part.language_model]
 
     def audit_gradients(self, with_images: bool = True) -> None:
         """Every parameter that should train got a gradient, every part a non-zero one, and no other did.
@@ -286,7 +287,7 @@ class Stage(L.LightningModule):
             return {}
         segments = row_segments(batch.labels, batch.cu_seqlens)
         count = torch.bincount(segments, minlength=len(batch.lengths))
-        total = torch.zeros(len(batch.lengths), device=losses.device).index_add_(0, segments, losses)
+        total = losses.new_zeros(len(batch.lengths)).index_add_(0, segments, losses)
         self.val_loss.update(losses.sum() / len(losses), weight=len(losses))
         return {"loss_sum": total, "num_tokens": count}
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from types import FrameType
 
 from lit_vlm.config import Run, parse, pipeline_overrides, stages_of
-from lit_vlm.engine.exits import INTERRUPTED, RESTART
+from lit_vlm.engine.budget import NAME as BUDGET
+from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED
 from lit_vlm.engine.report import scores_table, summary_table, write_report
 from lit_vlm.engine.run_folder import read_manifest
 from lit_vlm.engine.signals import ASKS, Ask
@@ -34,8 +35,8 @@ def pipeline(run: Run) -> None:
         words = [f"experiment={experiment}", *pipeline_overrides(run.overrides, experiment)]
         stage = parse(words)
         console.rule(f"{number}/{len(stages)}  {experiment}", align="left")
-        exit_code = followed(command(stage, words))
-        if exit_code in (RESTART, INTERRUPTED):  # the stage has said why
+        exit_code = run_stage(stage, words)
+        if exit_code in (RESTART, INTERRUPTED, TERMINATED):  # the stage has said why
             raise SystemExit(exit_code)
         if exit_code:
             raise UserError(
@@ -53,11 +54,32 @@ def pipeline(run: Run) -> None:
     )
 
 
-def followed(words: list[str]) -> int:
-    """Run a stage's process to its end, handing on the signals that this one gets; returns its exit status.
+def run_stage(stage: Run, words: list[str]) -> int:
+    """Run a stage to its end; returns its exit status.
 
-    torchrun ends with 1 whatever its ranks end with; after a signal the status is what theirs is.
+    torchrun ends with 1 whatever its ranks end with. After a signal the status is what theirs is; and where they ran out of
+    memory and left half the budget for the next start, that start comes at once, as often as it may be halved.
     """
+    for _ in range(1 + stage.config.guard.max_oom_retries):
+        known = _budget(stage.dir)
+        status, asked = followed(command(stage, words))
+        if not status or stage.config.trainer.devices == 1:
+            break
+        if asked:
+            return INTERRUPTED if Ask.interrupt in asked else RESTART
+        if _budget(stage.dir) in ("", known):
+            break
+    return status
+
+
+def _budget(folder: Path) -> str:
+    """What ranks that ran out of memory left."""
+    file = folder / BUDGET
+    return file.read_text(encoding="utf-8") if file.is_file() else ""
+
+
+def followed(words: list[str]) -> tuple[int, list[Ask]]:
+    """Run a process to its end, handing on the signals that this one gets; returns its exit status and what was asked."""
     asked: list[Ask] = []
     process = subprocess.Popen(words)
 
@@ -71,9 +93,7 @@ def followed(words: list[str]) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if status and asked:
-        return INTERRUPTED if Ask.interrupt in asked else RESTART
-    return status
+    return status, asked
 
 
 def command(stage: Run, words: list[str]) -> list[str]:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import sys
 import time
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from lit_vlm.config import Run
-from lit_vlm.config.schema import DPOStageConfig, RunConfig, Strategy
+from lit_vlm.config.schema import Strategy
 from lit_vlm.cost import Shape
 from lit_vlm.data.plan.plan import Plan
 from lit_vlm.engine.preflight.checks import findings
@@ -114,13 +113,13 @@ def _start(run: Run, facts: Facts) -> str | None:
 def _model(run: Run, data: StageData, plan: Plan | None, facts: Facts) -> None:
     """What trains, and what it takes; the last two need a plan."""
     config, store = run.config, store_of(run.config)
-    stage = outline(make_stage(data.blueprint, _without_reference(config)), data.blueprint)
+    stage = outline(make_stage(data.blueprint, config), data.blueprint)
     assert stage.model is not None
     facts.parts = part_rows(stage)
     parameters = parameters_of(stage, config.stage)
     training = training_of(config, parameters)
     index_bytes = max(0.0, ROW_BYTES * sum(row.records for row in facts.sources) - bytes_in(store))
-    facts.disk = disk_rows(run.dir, store, parameters.total, training.precision, index_bytes)
+    facts.disk = disk_rows(config, run.dir, store, parameters, index_bytes)
     if plan is None or facts.plan is None:
         return
     shape = stage.model.config.to_dict()
@@ -130,13 +129,6 @@ def _model(run: Run, data: StageData, plan: Plan | None, facts: Facts) -> None:
     facts.memory = memory_facts(config, situation, Strategy(facts.strategy.name), facts.plan)
     work = float(plan.index.flops(work_of(shape, config, training))[plan.draws()].sum())
     facts.time = time_facts(config, work * facts.plan.steps / plan.num_steps, facts.plan, facts.strategy.share)
-
-
-def _without_reference(config: RunConfig) -> RunConfig:
-    """A reference in another folder is as large as the model itself; its weights need not be read to know that."""
-    if isinstance(config.stage, DPOStageConfig) and config.stage.reference:
-        return replace(config, stage=replace(config.stage, reference=None))
-    return config
 
 
 def _meet_run_folder(run: Run, sources: list[Source], facts: Facts) -> None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lit_vlm.config import Run
 from lit_vlm.config.schema import DataConfig, Debug, ModelConfig, RunConfig, SourceConfig, StageConfig, StageName
 from lit_vlm.cost import Flops
@@ -106,7 +108,7 @@ def make_datamodule(
         prefetch_factor=data.prefetch_factor,
         seed=config.seed,
         flops=flops_of(blueprint, config.stage),
-        pin_memory=trainer.accelerator == "gpu",
+        pin_memory=trainer.accelerator != "cpu" and torch.cuda.is_available(),
         overfit=config.debug is Debug.overfit,
         store=store_of(config),
         index_workers=data.index_workers or os.cpu_count() or 1,

@@ -16,6 +16,8 @@ from lit_vlm.stages import Stage
 from lit_vlm.tasks.stage_data import StageData
 from lit_vlm.tasks.terminal import say
 
+GB = 10**9
+
 
 def settle_strategy(data: StageData, make_stage: Callable[[], Stage]) -> RunConfig:
     """The settings with a strategy in place of `auto`. One line says which and why.
@@ -47,8 +49,9 @@ def _chosen(config: RunConfig, data: StageData, make_stage: Callable[[], Stage])
 
 
 def device_here(config: RunConfig) -> Device | None:
-    """The memory that is there, at the speed of `preflight.device`; None on a CPU. The same on all ranks of equal devices."""
+    """The memory that is there, at the speed of `preflight.device`; None on a CPU. In whole GB, for devices of one kind may
+    differ by some MB, and all ranks must come to the same choice (`engine/agreement.py` compares it)."""
     if config.trainer.accelerator == "cpu" or not torch.cuda.is_available():
         return None
     there = torch.cuda.get_device_properties(0)
-    return replace(DEVICES[config.preflight.device], name=there.name, memory=float(there.total_memory))
+    return replace(DEVICES[config.preflight.device], name=there.name, memory=there.total_memory // GB * float(GB))

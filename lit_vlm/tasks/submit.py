@@ -12,8 +12,9 @@ from pathlib import Path
 from lit_vlm.config import Run, is_ladder, parse, pipeline_overrides, stages_of
 from lit_vlm.config.overrides import key_of
 from lit_vlm.config.schema import DataConfig, Format
+from lit_vlm.data.whole_files import writable
 from lit_vlm.engine.run_folder import read_manifest, require_writable, write_atomically
-from lit_vlm.engine.slurm import require_sbatch, sbatch, sbatch_words, state_of
+from lit_vlm.engine.slurm import require_slurm, sbatch, sbatch_words, state_of
 from lit_vlm.engine.slurm_script import Job, one_line, script_of
 from lit_vlm.tasks.terminal import console, say
 from lit_vlm.types import UserError
@@ -30,7 +31,7 @@ def submit(run: Run) -> None:
         UserError: no Slurm here, a folder that cannot be written, or what sbatch said when it refused.
     """
     if not run.config.submit.dry_run:
-        require_sbatch()
+        require_slurm("task=submit", "write and print the script alone with submit.dry_run=true", "sbatch")
     stages = _stages(run)
     waiting = [stage for stage in stages if not _is_finished(stage)]
     if not waiting:
@@ -38,11 +39,15 @@ def submit(run: Run) -> None:
         return
     for stage in waiting:
         require_writable(stage.dir)
-    after = None
+        if stage.config.submit.container and stage.config.data.index_dir:  # only what is there can be mounted
+            index = Path(stage.config.data.index_dir)
+            with writable(index):
+                index.mkdir(parents=True, exist_ok=True)
+    jobs: list[str] = []
     for stage in waiting:
-        after = _submit_one(stage, after)
+        jobs.append(_submit_one(stage, jobs[-1] if jobs else None))
     if not run.config.submit.dry_run:
-        _say_how_to_follow(waiting, str(after))
+        _say_how_to_follow(waiting, jobs)
 
 
 def _stages(run: Run) -> list[Run]:
@@ -66,7 +71,8 @@ def _submit_one(stage: Run, after: str | None) -> str:
     queued = None if stage.config.submit.dry_run else _queued(job)
     if queued:
         say(
-            f"{stage.name}: is in the queue already, as job {queued}. End it with `scancel {queued}` to submit it anew."
+            f"{stage.name}: is in the queue already, as job {queued}. End it with `scancel {queued}`, or with"
+            f" `scancel --signal=TERM {queued}` so that it saves first, to submit it anew."
         )
         return queued
     text = script_of(job)
@@ -115,10 +121,13 @@ def _queued(job: Job) -> str | None:
     return number if state_of(number) else None
 
 
-def _say_how_to_follow(stages: list[Run], last: str) -> None:
+def _say_how_to_follow(stages: list[Run], jobs: list[str]) -> None:
     first, config = stages[0], stages[0].config
     say(f"Follow:  squeue --me;  tail -F {shlex.quote(str(first.dir))}/slurm-*.log")
-    say(f"Stop:    scancel {last}  (saves first). The same task=submit goes on where it was.")
+    say(
+        f"Stop:    scancel --signal=TERM {' '.join(jobs)}  (the job that runs saves first; plain scancel leaves it few"
+        " seconds). The same task=submit goes on where it was."
+    )
     if config.logger.wandb and config.submit.env.get("WANDB_MODE", "offline") == "offline":
         for stage in stages:
             say(

@@ -6,6 +6,7 @@ import copy
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 
 import yaml
 from rich.table import Table
@@ -17,6 +18,8 @@ from lit_vlm.config.schema import Debug, RunConfig
 from lit_vlm.engine.budget import NAME as BUDGET
 from lit_vlm.engine.budget import Budget
 from lit_vlm.engine.checkpoint import Belongs, Folder
+from lit_vlm.engine.exits import LeftTogether
+from lit_vlm.engine.ranks import started_again
 from lit_vlm.engine.report import write_report
 from lit_vlm.engine.run_folder import (
     RunFolder,
@@ -42,16 +45,19 @@ from lit_vlm.tasks.run_lock import hold_to_lock
 from lit_vlm.tasks.stage_data import StageData, open_sources, require_records_of, settle, stage_data
 from lit_vlm.tasks.strategy import settle_strategy
 from lit_vlm.tasks.terminal import console, say
+from lit_vlm.types import UserError
 
 
 @listening()
 def train(run: Run) -> None:
     """Train one stage. A finished run says so and stays as it is; an interrupted one goes on from its last checkpoint."""
-    until_done(lambda again: train_once(copy.deepcopy(run), again))  # a start settles the parts' paths in its config
+    requeued = started_again()  # its words may say resume_from=none, which was meant for the first start
+    # a start settles the parts' paths in its config
+    until_done(lambda again: train_once(copy.deepcopy(run), again or requeued))
 
 
 def train_once(run: Run, again: bool = False) -> None:
-    """One start of it. `again`: in a process that began it and goes back to the last checkpoint."""
+    """One start of it. `again`: it was begun by these words before, and goes on from its last checkpoint."""
     config = run.config
     require_parent(run.init_from)
     sources, held_out = open_sources(run)
@@ -69,6 +75,12 @@ def train_once(run: Run, again: bool = False) -> None:
             checkpoints.remove(but_best=True)  # a finish that was cut short
         say(f"{run.name}: finished already, in {folder.path}. Start it anew with overwrite=true.")
         return
+
+    if folder.replaces and Path(config.resume_from).resolve().is_relative_to(checkpoints.path.resolve()):
+        raise UserError(
+            f"resume_from={config.resume_from} is a checkpoint of the run that overwrite=true replaces. Give this run a name "
+            "of its own (run_name=...), or leave overwrite=true out."
+        )
 
     data = stage_data(run, sources, held_out, run.init_from)
     datamodule = data.datamodule
@@ -131,9 +143,10 @@ def train_once(run: Run, again: bool = False) -> None:
 
     try:
         fit_or_again(trainer, stage, datamodule, run)
-    except SystemExit:  # asked to leave, all ranks alike
+    except LeftTogether:
         leave_process_group()
         raise
+    leave_process_group()  # what is left is rank 0's alone: nobody waits for it
 
     if is_rank_zero():
         figures = {
@@ -150,7 +163,6 @@ def train_once(run: Run, again: bool = False) -> None:
             checkpoints.remove(but_best=True)
         write_report(run.dir / "report.html", [run.dir], run.name)
         say(f"{run.name}: done. Model: {folder.hf}   Report: {run.dir / 'report.html'}")
-    leave_process_group()
 
 
 def most_scored(config: RunConfig) -> int:

@@ -8,17 +8,19 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from safetensors import safe_open
 from support import blueprint_of, builtin
 
-from callbacks import CALLBACKS, Guard, LanguageLoss, Report, Samples, Throughput, make_callbacks
+from callbacks import CALLBACKS, Export, Guard, LanguageLoss, Report, Samples, Throughput, make_callbacks
 from lit_vlm.anyres import Tiling
 from lit_vlm.data.collate import collate
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.index import columns as codes_of
 from lit_vlm.data.processor import Processor
 from lit_vlm.engine.report_data import read_run
+from lit_vlm.engine.watch import Doing, Pulse
 from lit_vlm.evaluation.answers import end_of_answer
-from lit_vlm.stages import DPOStage, SFTStage
+from lit_vlm.stages import AlignStage, DPOStage, SFTStage
 from lit_vlm.types import Language, UserError
 
 KINDS = ("caption", "number", "grounding", "text")
@@ -233,6 +235,15 @@ def test_the_end_of_an_answer_is_the_templates_and_not_the_tokenizers(parts):
     blueprint.tokenizer.eos_token = "<|endoftext|>"
     processor = Processor(blueprint.tokenizer, blueprint.images)
     assert end_of_answer(processor) == blueprint.tokenizer.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_an_export_gets_on_with_each_weight(blueprint, tmp_path, monkeypatch):
+    """Frozen and trained ones; else a slow disk would count as a rank that is stuck."""
+    seen, tick = [], Pulse.tick
+    monkeypatch.setattr(Pulse, "tick", lambda pulse: [tick(pulse), seen.append(pulse.work.doing)])
+    fit(blueprint, [Export(tmp_path)], stage_class=AlignStage, data={"max_steps": 1})
+    with safe_open(tmp_path / "hf" / "model.safetensors", "pt") as file:
+        assert seen.count(Doing.exporting) == len(file.keys())
 
 
 def test_callbacks_come_in_order_with_export_samples_and_report_last(tmp_path):

@@ -12,7 +12,7 @@ from PIL import Image
 from lit_vlm.config.schema import SourceConfig
 from lit_vlm.data.index.store import build_index
 from lit_vlm.data.sources import open_source
-from lit_vlm.data.staging import stage, staged
+from lit_vlm.data.staging import stage, staged, staging_folder
 from lit_vlm.types import UserError
 
 
@@ -62,6 +62,40 @@ def test_a_second_copy_takes_only_what_is_new_and_a_half_written_file_is_no_copy
     assert stage([data], tmp_path / "node")[0] == 2
     assert copy.read_bytes() == (data / "a.json").read_bytes()
     assert copy.stat().st_mtime_ns == (data / "a.json").stat().st_mtime_ns
+
+
+def test_what_was_taken_out_of_a_folder_goes_from_its_copy_and_nothing_else_does(tmp_path):
+    shards, node, other = tmp_path / "shards", tmp_path / "node", tmp_path / "node" / "other.jsonl"
+    (shards / "below").mkdir(parents=True)
+    for name in ("a.jsonl", "b.jsonl", "below/c.jsonl"):
+        (shards / name).write_text("{}\n")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "kept.jsonl").write_text("{}\n")
+    (shards / "link").symlink_to(outside)
+    stage([shards], node)
+    copy = node / shards.relative_to("/")
+    other.write_text("of somebody else\n")
+    (copy / ".a.jsonl.123").write_text("another job of this node is copying it\n")
+    (shards / "b.jsonl").unlink()
+    (shards / "below" / "c.jsonl").unlink()
+    (shards / "link").unlink()
+    assert stage([shards], node) == (0, 0)
+    assert sorted(path.name for path in copy.rglob("*") if not path.is_dir()) == [".a.jsonl.123", "a.jsonl"]
+    assert other.exists() and (outside / "kept.jsonl").exists()
+
+
+@pytest.mark.parametrize("named", ["$NOPE_IS_NOT_SET/x", "/scratch/${NOPE_IS_NOT_SET}", "$HERE"])
+def test_a_folder_whose_variable_is_not_set_on_the_node_is_no_folder(named, data, tmp_path, monkeypatch, repository):
+    monkeypatch.setenv("HERE", "relative")
+    monkeypatch.setenv("LIT_VLM_STAGED", named)
+    with pytest.raises(UserError, match="set on every node"):
+        staging_folder()
+    command = [sys.executable, "-m", "lit_vlm.data.staging", named, str(data)]
+    environment = {**os.environ, "PYTHONPATH": str(repository)}
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and "set on every node" in done.stderr and "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["shared"]
 
 
 def test_what_is_not_staged_is_read_where_it_is(data, tmp_path, monkeypatch):

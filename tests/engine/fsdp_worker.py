@@ -35,6 +35,12 @@ def strategy(**options: Any) -> FSDP2Strategy:
     return FSDP2Strategy(**{"timeout": timedelta(seconds=60)} | options)
 
 
+def zero_strategy() -> Any:
+    from lit_vlm.engine.deepspeed import ZeroStrategy
+
+    return ZeroStrategy(3, persistent=0, timeout=timedelta(seconds=60), bucket=100_000)
+
+
 def trained(parts: Parts, out: Path, shard_size: int | None = None, **case: Any) -> dict[str, Any]:
     return fit(Case(**case), parts, strategy(hybrid=shard_size is not None, shard_size=shard_size), world=WORLD)
 
@@ -95,12 +101,25 @@ def put(parts: Parts, out: Path, source: str, shard_size: int | None = None, **c
 
 def zero3(parts: Parts, out: Path, **case: Any) -> dict[str, Any]:
     """`kept` under ZeRO-3: its folder, and its state for FSDP2 to go on from."""
-    from lit_vlm.engine.deepspeed import ZeroStrategy
-
-    chosen = ZeroStrategy(3, persistent=0, timeout=timedelta(seconds=60), bucket=100_000)
     keep, export = Keep(2), Export(out / "zero3")
-    seen = fit(Case(**{"sgd": False, "steps": 4} | case), parts, chosen, keep, export, world=WORLD)
+    seen = fit(Case(**{"sgd": False, "steps": 4} | case), parts, zero_strategy(), keep, export, world=WORLD)
     return seen | {"pieces": keep.pieces, "writes": keep.writes}
+
+
+class Built(Case):
+    """A stage whose model is there, whole, before the strategy."""
+
+    def make_stage(self, parts: Parts) -> Any:
+        stage = super().make_stage(parts)
+        stage.configure_model()
+        return stage
+
+
+def given(parts: Parts, out: Path, zero: bool = False) -> dict[str, Any]:
+    """A model that was built before, computed with in bfloat16, and its export."""
+    chosen = zero_strategy() if zero else strategy()
+    export = Export(out / ("given_zero3" if zero else "given"))
+    return fit(Built("align", sgd=False, precision="bf16-mixed"), parts, chosen, export, world=WORLD)
 
 
 def validated(parts: Parts, out: Path) -> dict[str, Any]:
@@ -109,7 +128,7 @@ def validated(parts: Parts, out: Path) -> dict[str, Any]:
 
 
 CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
-    function.__name__: function for function in (trained, shared_out, built, kept, put, zero3, validated)
+    function.__name__: function for function in (trained, shared_out, built, kept, put, zero3, given, validated)
 }
 
 

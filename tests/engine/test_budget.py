@@ -1,11 +1,15 @@
 """Half a micro-batch budget: how far down, for how long, and the same samples in each step."""
 
+import subprocess
+import sys
+
 import pytest
 from support import builtin
 
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.processor import Processor
 from lit_vlm.engine.budget import Budget, halve_budget
+from lit_vlm.engine.run_folder import draft_of, write_atomically
 from lit_vlm.types import UserError
 
 
@@ -62,3 +66,33 @@ def test_settings_that_were_changed_count_and_a_file_that_is_none_does_not(modul
     if found is not None:
         (tmp_path / "budget.json").write_text(found)
     assert Budget.read(tmp_path, module) == Budget(400, 8, 400, 8, 0)
+
+
+def test_ranks_that_run_out_together_halve_it_once(processor, tmp_path):
+    written = {halve_budget(tmp_path, module_of(processor), 1) for _ in range(5)}
+    assert written == {Budget(200, 4, 400, 8, 1)}
+
+
+def test_a_start_that_read_the_half_halves_it_again_though_its_largest_sample_is_larger(module, tmp_path):
+    """What is entered in the file may be below a sample that has come back; the end of halving comes all the same."""
+    lowest = module.smallest_budget()
+    Budget(1, 1, 400, 8, 1).write(tmp_path)
+    Budget.read(tmp_path, module).apply(module)
+    assert module.budget == lowest
+    with pytest.raises(UserError, match="the largest sample alone"):
+        halve_budget(tmp_path, module, 9)
+
+
+def test_a_draft_is_removed_only_where_its_process_is_gone(tmp_path):
+    path = tmp_path / "budget.json"
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    own = draft_of(path).name
+    host = own.rpartition(".")[0]
+    theirs, elsewhere = tmp_path / f"{host}.{process.pid}-1", tmp_path / f"{host}.domain.{2**22 + 1}-1"
+    for draft in (theirs, elsewhere):
+        draft.write_text("{}")
+    write_atomically(path, "1")
+    assert theirs.exists() and elsewhere.exists() and path.read_text() == "1"
+    process.communicate(b"\n")
+    write_atomically(path, "2")
+    assert sorted(tmp_path.iterdir()) == sorted([elsewhere, path])

@@ -204,6 +204,18 @@ def test_a_rank_that_cannot_write_ends_the_wait_of_the_first(tmp_path, monkeypat
     assert folder.steps() == [1] and not [path for path in tmp_path.rglob(".*")]
 
 
+def test_an_old_one_that_cannot_be_removed_costs_nothing_but_its_room(tmp_path, monkeypatch):
+    """As a network's file system refuses it while a file is open."""
+    monkeypatch.setattr("lit_vlm.engine.checkpoint.folder.remove_folder", _busy)
+    for step in (1, 2, 3):
+        save(tmp_path, step, all_slices(1), keep_last=1)
+    assert Folder(tmp_path).steps() == [3, 2, 1] and Folder(tmp_path).latest() == 3
+
+
+def _busy(path):
+    raise OSError(16, "Device or resource busy")
+
+
 def test_the_first_rank_waits_no_longer_than_it_is_told(tmp_path):
     writer = Writer(Folder(tmp_path), rank=0, ranks=(0, 1), timeout_seconds=0.2)
     writer.start(index_of(2), list(Sliced(0, 2).pieces()), asynchronous=True)

@@ -8,8 +8,10 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from lit_vlm.engine.agreement import require_same
+from lit_vlm.config.schema import RunConfig, Strategy
+from lit_vlm.engine.agreement import require_same, settings_of
 from lit_vlm.engine.consensus import Consensus, Word, consensus_of
+from lit_vlm.engine.strategy import make_strategy
 from lit_vlm.types import UserError
 
 
@@ -135,3 +137,20 @@ def test_ranks_that_were_not_started_alike_are_named_by_the_first(tmp_path, diff
     assert first.startswith(f"The ranks were not started alike. Other than rank 0 on {socket.gethostname()}: ")
     assert named.format(host=socket.gethostname()) in first
     assert second == ""
+
+
+def _choose(rank):
+    """Unequal devices: the ranks come to different strategies."""
+    config = RunConfig()
+    config.trainer.devices = 2
+    strategy = make_strategy(config.trainer, Strategy.fsdp2 if rank else Strategy.ddp)
+    try:
+        require_same({"settings": settings_of(config, strategy)}, torch.device("cpu"))
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def test_ranks_for_which_auto_chose_unlike_strategies_are_told_both(tmp_path):
+    first, _ = on_two_ranks(_choose, tmp_path)
+    assert "its settings: trainer.strategy (auto, here fsdp2 and not auto, here ddp)" in first

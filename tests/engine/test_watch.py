@@ -1,5 +1,6 @@
 """Heartbeats, and what is made of them when nothing goes on."""
 
+import errno
 import os
 import signal
 import socket
@@ -7,12 +8,18 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 
+from callbacks import Heartbeat
+from lit_vlm.engine import watch_thread
 from lit_vlm.engine.exits import STUCK
 from lit_vlm.engine.watch import Beat, Doing, Pulse, beat_of, read_beat, started_at, write_beat
 from lit_vlm.engine.watch_thread import Note, Watch, _goes_on, _kill, verdict
+from lit_vlm.types import UserError
 
 
 def beat(rank=0, **changes) -> Beat:
@@ -88,7 +95,7 @@ def test_only_the_process_that_wrote_the_heartbeat_is_killed():
     assert process.wait(10) == -signal.SIGKILL
 
 
-def watched(tmp_path, pulse, world=1, limit=0.4):
+def watched(tmp_path, pulse, world=1, limit=0.4, **options):
     class Told(Watch):
         notes = []
 
@@ -96,7 +103,7 @@ def watched(tmp_path, pulse, world=1, limit=0.4):
             self.notes.append(note)
             self._ended.set()
 
-    watch = Told(pulse, tmp_path, 0, world, seconds=0.1, limit=limit)
+    watch = Told(pulse, tmp_path, 0, world, seconds=0.1, limit=limit, **options)
     watch.notes = []
     return watch
 
@@ -141,3 +148,89 @@ def test_a_neighbour_that_left_is_no_frozen_one(tmp_path, monkeypatch):
     watch.join(5)
     assert "rank 1" in watch.notes[0].message
     watch.end()
+
+
+def test_a_file_system_that_stumbles_and_a_note_that_is_half_written_end_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", None)
+    read = Path.read_text
+
+    def stale(self, *options, **more):
+        if self.name == "leave.json":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(self, *options, **more)
+
+    pulse = Pulse()
+    watch = watched(tmp_path, pulse)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", stale)
+        watch.start()
+        time.sleep(0.5)
+    assert "Stale file handle" in capsys.readouterr().err
+    (tmp_path / "stuck").mkdir()
+    (tmp_path / "stuck" / "leave.json").touch()
+    time.sleep(0.3)
+    assert watch.is_alive() and not watch.notes
+    (tmp_path / "stuck" / "leave.json").unlink()
+    Note(STUCK, "whole", []).announce(tmp_path)
+    watch.join(5)
+    assert [note.message for note in watch.notes] == ["whole"]
+    watch.end()
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_many_who_announce_one_is_first_and_its_note_is_whole(tmp_path, monkeypatch, links):
+    if not links:
+        monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(errno.EPERM, "no links")))
+    first = []
+
+    def announce(number):
+        if Note(1, str(number), []).announce(tmp_path):
+            first.append(str(number))
+
+    threads = [Thread(target=announce, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert first == [Note.read(tmp_path).message]
+    assert [path.name for path in (tmp_path / "stuck").iterdir()] == ["leave.json"]
+
+
+def test_a_note_is_never_seen_half_written(tmp_path):
+    note, file = Note(STUCK, "", [beat(rank) for rank in range(5000)]), tmp_path / "stuck" / "leave.json"
+    writer = Thread(target=note.announce, args=(tmp_path,))
+    writer.start()
+    while not file.exists():
+        assert writer.is_alive()
+    first = Note.read(tmp_path)
+    writer.join()
+    assert first == note
+
+
+def test_a_rank_that_is_ending_with_an_exception_is_not_cut_short_but_for_stuck_ones(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    monkeypatch.setattr(watch_thread, "GRACE", 0.1)
+    Note(1, "another rank failed", []).announce(tmp_path)
+    for failing, limit, left in ((True, 60.0, False), (True, 0.5, True), (False, 60.0, True)):
+        watch = watched(tmp_path, Pulse(), limit=limit, failing=lambda failing=failing: failing)
+        watch.start()
+        watch.join(1.5)
+        assert bool(watch.notes) is left
+        watch.end()
+    (tmp_path / "stuck" / "leave.json").unlink()
+    Note(STUCK, "stuck", []).announce(tmp_path)
+    watch = watched(tmp_path, Pulse(), limit=60.0, failing=lambda: True)
+    watch.start()
+    watch.join(5)
+    assert [note.code for note in watch.notes] == [STUCK]
+    watch.end()
+
+
+def test_of_ranks_that_fail_alike_only_the_one_with_words_is_announced(tmp_path):
+    trainer = SimpleNamespace(world_size=2, global_rank=1)
+    for error, announced in ((UserError(""), False), (UserError("no room"), True)):
+        heartbeat = Heartbeat(tmp_path)
+        heartbeat._watch = Watch(Pulse(), tmp_path, 1, 2, seconds=1, limit=4)
+        heartbeat._watch.start()
+        heartbeat.on_exception(trainer, None, error)
+        assert (Note.read(tmp_path) is not None) is announced

@@ -68,6 +68,31 @@ def masters(parts: Parts, out: Path, name: str) -> dict[str, Any]:
     return seen | {"masters": first.masters, "dtypes": first.dtypes}
 
 
+class Loaded(L.Callback):
+    """Weights that compute, once another state is in the place of the first."""
+
+    def on_train_start(self, trainer, pl_module):
+        shards, whole = trainer.strategy.shards(pl_module), trainer.strategy.whole_weights(pl_module.model)
+        for piece in shards.pieces():
+            piece.values.mul_(2.0)
+        shards.loaded(0)
+        trained = [(name, weight) for name, weight in pl_module.model.named_parameters() if weight.requires_grad]
+        self.weights = {name: (weight.detach().clone(), whole(name)) for name, weight in trained if weight.numel()}
+
+
+def loaded(parts: Parts, out: Path) -> dict[str, Any]:
+    """With small weights that stay whole on each rank, as in a run."""
+    loaded = Loaded()
+    fit(
+        Case(sgd=False, steps=1, precision="bf16-mixed"),
+        parts,
+        strategy("zero3", persistent=10_000),
+        loaded,
+        world=WORLD,
+    )
+    return {"weights": loaded.weights}
+
+
 def built(parts: Parts, out: Path) -> dict[str, Any]:
     """What exists in this process whenever a weight's values are read."""
     real, most = zero_model.first_values, {"whole": 0, "read": 0.0}
@@ -108,6 +133,7 @@ CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
     "shared_out": shared_out,
     "masters": masters,
     "built": built,
+    "loaded": loaded,
     "kept": kept,
     "put": put,
     "validated": validated,

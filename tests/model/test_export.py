@@ -1,6 +1,8 @@
 """The folder that a run leaves, read by plain transformers."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from support import blueprint_of, builtin, picture, sample
-from transformers import AutoModelForImageTextToText, AutoTokenizer
+from test_build import language_folder
+from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen3MoeConfig
 
 from lit_vlm.anyres import Tiling
 from lit_vlm.config.schema import ModelConfig
@@ -18,6 +21,8 @@ from lit_vlm.model.build import build, draw_up, read_tiling
 from lit_vlm.model.export import export_model
 from lit_vlm.model.generate import generate
 from lit_vlm.model.lora import lora_layers
+from lit_vlm.model.merged import Merged
+from lit_vlm.model.tensor_files import TensorFile
 from lit_vlm.stages import AlignStage, SFTStage
 
 
@@ -165,6 +170,59 @@ def test_export_replaces_an_older_folder_whole_and_leaves_nothing_beside(small_p
     exported(model, blueprint, tmp_path)
     assert not (folder / "stale.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_an_export_onto_a_full_disk_leaves_nothing_beside_and_an_older_folder_whole(
+    small_parts, tmp_path, monkeypatch, older
+):
+    blueprint = blueprint_of(small_parts)
+    model = build(blueprint)
+    if older:
+        exported(model, blueprint, tmp_path)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "hf").rglob("*")}
+    monkeypatch.setattr(TensorFile, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        exported(model, blueprint, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"] * older
+    assert {path.name: path.read_bytes() for path in (tmp_path / "hf").rglob("*")} == before
+
+
+def test_what_a_killed_export_left_goes_with_the_next_one(small_parts, tmp_path, monkeypatch):
+    blueprint = blueprint_of(small_parts)
+    model = build(blueprint)
+    killed = os.fork()
+    if not killed:
+        monkeypatch.setattr(TensorFile, "write", lambda file, folder, values: os._exit(9))
+        exported(model, blueprint, tmp_path)
+    assert os.waitstatus_to_exitcode(os.waitpid(killed, 0)[1]) == 9
+    assert len(list(tmp_path.iterdir())) == 1
+    exported(model, blueprint, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def full(file, folder, values):
+    (folder / file.name).write_bytes(b"some of it")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_ranks_that_do_not_write_take_part_in_gathering_experts_that_are_fused_in_memory(small_parts, tmp_path):
+    """All ranks must ask for the same weights in the same order, or they wait for each other for ever."""
+    options = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "head_dim": 8}
+    model = build(blueprint_of((small_parts[0], language_folder(tmp_path / "moe", Qwen3MoeConfig, **options))))
+    weights, asked = dict(model.named_parameters()), []
+
+    def whole(name):
+        asked.append(name)
+        return weights[name]
+
+    writes, helps = Merged(model, whole), Merged(model, whole)
+    values = {name: writes.value(name) for name in writes.tensors}
+    written, asked = asked, []
+    for name in helps.tensors:
+        helps.take_part(name)
+    assert asked == written and any(name.endswith("experts.gate_up_proj") for name in asked)
+    assert {name: value.shape for name, value in values.items()} == {n: t.shape for n, t in writes.tensors.items()}
 
 
 def test_generation_ends_where_the_template_closes_an_answer_whatever_the_tokenizers_end(small_parts, tmp_path):

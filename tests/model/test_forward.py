@@ -136,6 +136,16 @@ def test_tiles_are_cut_as_transformers_cuts_them(processor, size, alone):
     torch.testing.assert_close((ours - 0.5) / 0.5, theirs[: len(ours)].float(), atol=1e-6, rtol=0)
 
 
+def test_in_bfloat16_positions_stay_exact(small_parts):
+    """As with transformers' own `from_pretrained(dtype=)`."""
+    model = build(blueprint_of(small_parts))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers() if "inv_freq" in name}
+    torch.nn.ModuleList([model]).to(torch.bfloat16)
+    assert before and {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    after = dict(model.named_buffers())
+    assert all(torch.equal(after[name], buffer) for name, buffer in before.items())
+
+
 def test_a_batch_without_images_runs_the_tower_once_and_means_nothing(model, processor, mixed):
     calls = []
     hook = model.model.vision_tower.register_forward_hook(lambda *_: calls.append(1))

@@ -10,9 +10,10 @@ from alive import Alive
 from safetensors.torch import load_file, save_file
 from support import blueprint_of
 from test_build import FAMILIES, language_folder
-from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, SiglipConfig, SiglipModel
+from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen3MoeConfig, SiglipConfig, SiglipModel
 
 from lit_vlm.config.schema import ModelConfig, Projector
+from lit_vlm.model import merged
 from lit_vlm.model.build import build, draw_up
 from lit_vlm.model.export import export_model
 from lit_vlm.model.skeleton import first_values, weights_later
@@ -135,6 +136,20 @@ def test_an_export_takes_the_memory_of_the_largest_weight_and_a_copy(small_parts
     assert alive.most <= 2 * largest
 
 
+def test_what_is_merged_may_lie_on_another_device_than_what_a_file_gave(small_parts, monkeypatch):
+    stage = SFTStage(blueprint_of(small_parts), parts={"language_model": {"lora": {"rank": 3}}})
+    with weights_later():
+        stage.configure_model()
+    names = {name for name, parameter in stage.model.named_parameters() if parameter.requires_grad}
+    monkeypatch.setattr(merged, "first_values", lambda *interval: first_values(*interval).to("meta"))
+    shapes = {name: parameter.shape for name, parameter in stage.model.named_parameters()}
+    weights = merged.Merged(stage.model, whole=lambda name: torch.zeros(shapes[name]))
+    merged_into = {"lora_A", "new_tokens"}
+    assert all(any(word in name for name in names) for word in merged_into)
+    for name, described in weights.tensors.items():
+        assert weights.value(name).shape == described.shape
+
+
 def copied(parts: tuple[str, str], tmp_path: Path) -> tuple[Path, Path]:
     shutil.copytree(parts[1], tmp_path / "language")
     return tmp_path / "language", tmp_path / "language" / "model.safetensors"
@@ -168,3 +183,12 @@ def test_sources_that_cannot_be_read_in_pieces_are_refused_before_anything_is_bu
         file.unlink()
     with weights_later(), pytest.raises(UserError, match=message):
         build(blueprint_of((small_parts[0], str(folder))))
+
+
+def test_weights_that_are_fused_when_they_are_loaded_are_refused_with_the_strategy_that_loads_them(
+    small_parts, tmp_path
+):
+    options = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "head_dim": 8}
+    folder = language_folder(tmp_path / "moe", Qwen3MoeConfig, **options)
+    with weights_later(), pytest.raises(UserError, match=r"fuses weights .* Use trainer\.strategy=ddp\.$"):
+        build(blueprint_of((small_parts[0], folder)))

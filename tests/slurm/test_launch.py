@@ -80,6 +80,7 @@ def test_several_nodes_without_a_launcher_are_refused_not_waited_for(environment
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.slow
 def test_a_plain_run_in_a_batch_script_trains_alone_and_says_nothing_of_srun(repository, tmp_path):
     words = "task=train model=tiny model.grid=2 trainer=tiny data.num_workers=0 data.global_batch_size=4 trainer.max_steps=1"
     own = {"OMP_NUM_THREADS": "1", **JOB, "SLURM_JOB_NAME": "job.sh"}

@@ -5,16 +5,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from fakes import calls, fake_slurm, with_path
 
 from lit_vlm.config import parse
-from lit_vlm.engine.exits import INTERRUPTED, RESTART
+from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED
 from lit_vlm.engine.slurm import is_preempted, requeue
+from lit_vlm.tasks import pipeline
 
 WORKER = Path(__file__).with_name("preempt_worker.py")
 RUN = Path(__file__).resolve().parents[2] / "run.py"
@@ -191,3 +194,69 @@ def test_what_slurm_answers_is_understood(tmp_path, monkeypatch):
         assert requeue("5") is None and is_preempted("5") is taken
     monkeypatch.setenv("PATH", str(tmp_path))
     assert "scontrol" in requeue("5") and not is_preempted("5")
+
+
+LEAVES = """
+import os, signal, sys, time
+from lit_vlm.engine import signals
+signals.FIRST_SECONDS = 0.5
+with signals.listening():
+    try:
+        os.kill(os.getpid(), signal.Signals[sys.argv[1]])
+        time.sleep(60)
+    except SystemExit:
+        if "RANK" in os.environ:
+            time.sleep(60)  # wherever it would wait for the other ranks
+        raise
+"""
+TAKEN = "print('JobId=5 JobState=RUNNING PreemptTime=2026-11-21T15:19:41')"
+
+
+@pytest.mark.parametrize(
+    ("number", "rank", "job", "answer", "code", "requeued"),
+    [
+        ("SIGUSR1", "1", "5", "", RESTART, True),  # though the first rank may never come to it
+        ("SIGUSR1", "1", None, "", RESTART, False),
+        ("SIGINT", "1", None, "", INTERRUPTED, False),
+        ("SIGTERM", "1", "5", "", TERMINATED, False),  # srun, after another rank failed
+        ("SIGTERM", None, None, "", TERMINATED, False),
+        ("SIGTERM", None, "5", TAKEN, RESTART, True),
+    ],
+)
+def test_where_no_step_is_under_way_each_process_leaves_by_itself(
+    tmp_path, repository, number, rank, job, answer, code, requeued
+):
+    folder = fake_slurm(tmp_path / "bin", scontrol=answer)
+    own = {"PATH": with_path(folder), "RANK": rank, "SLURM_JOB_ID": job}
+    environment = {**os.environ, **{name: value for name, value in own.items() if value}}
+    words = [sys.executable, "-c", LEAVES, number]
+    done = subprocess.run(words, cwd=repository, env=environment, capture_output=True, text=True, timeout=30)
+    assert done.returncode == code, done.stderr
+    assert (["requeue", "5"] in calls(folder, "scontrol")) is requeued
+
+
+FAILS = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+pathlib.Path(sys.argv[1]).touch()
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("devices", "status"), [(1, 1), (2, RESTART)])
+def test_a_stage_that_fails_after_a_signal_has_failed_where_its_status_is_its_own(
+    tmp_path, monkeypatch, devices, status
+):
+    config = SimpleNamespace(trainer=SimpleNamespace(devices=devices), guard=SimpleNamespace(max_oom_retries=3))
+    monkeypatch.setattr(
+        pipeline, "command", lambda stage, words: [sys.executable, "-c", FAILS, str(tmp_path / "ready")]
+    )
+
+    def ask():
+        end = time.monotonic() + 30
+        while not (tmp_path / "ready").exists() and time.monotonic() < end:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=ask, daemon=True).start()
+    assert pipeline.run_stage(SimpleNamespace(config=config, dir=tmp_path), []) == status

@@ -1,17 +1,25 @@
 """task=submit: the script is exact and readable, the chain is in order, and mistakes are told before anything is submitted."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from fakes import calls, fake_slurm, with_path
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
 
 from lit_vlm.config import ConfigError, parse
+from lit_vlm.config.compose import CONF, VERSION_BASE
+from lit_vlm.config.launcher import launcher_of, register_launcher
+from lit_vlm.config.schema import Task
 from lit_vlm.engine.slurm_script import script_of
+from lit_vlm.tasks import TASKS
 from lit_vlm.tasks.submit import job_of, submit
 from lit_vlm.types import UserError
+from run import one_job
 
 STAGE = ("task=submit", "experiment=tiny/2_sft", "trainer=cpu", "data.num_workers=0")
 RECIPE = ["tiny/1_align", "tiny/2_sft", "tiny/3_highres", "tiny/4_dpo"]
@@ -86,13 +94,48 @@ def test_nodes_stay_offline_unless_told_otherwise_and_no_foreign_rendezvous_leak
     assert "MASTER_ADDR" not in seen
 
 
-def test_a_container_gets_its_own_python_and_our_folders(tmp_path):
+def mounts(text: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if "--container-mounts=" in line]
+    return line.strip(" \\'").partition("=")[2].strip("'").split(",")
+
+
+def test_a_container_gets_its_own_python_and_our_folders(tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HOME", raising=False)
     text = script(
         "submit.container=nvcr.io/x.sqsh", "submit.container_mounts=[/data:/data]", f"run_dir={tmp_path}/runs"
     )
     assert "--container-image=nvcr.io/x.sqsh" in text
-    assert f"{tmp_path}/runs:{tmp_path}/runs,/data:/data" in text
+    assert mounts(text)[-2:] == [f"{tmp_path}/runs:{tmp_path}/runs", "/data:/data"]
     assert "\n  python " in text and f"{sys.executable} " not in text
+
+
+def test_a_container_sees_index_model_cache_and_the_nodes_own_copy_each_once(tmp_path, monkeypatch):
+    model, cache, given = tmp_path / "model", tmp_path / "cache", tmp_path / "given"
+    for folder in (model, cache, given / "model"):
+        folder.mkdir(parents=True)
+    monkeypatch.setenv("HF_HOME", str(cache))
+    words = [f"run_dir={tmp_path}/runs", f"data.index_dir={tmp_path}/runs/index", f"init_from={given}/model"]
+    words += [f"model.vision_tower={model}", "model.language_model=Qwen/Qwen3-0.6B", "submit.container=x"]
+    words += ["submit.stage_to=/scratch", f"submit.container_mounts=['{given}:{given}']"]
+    found = mounts(script(*words))
+    for path in (f"{tmp_path}/runs", "/scratch", str(model), str(cache), str(given)):
+        assert found.count(f"{path}:{path}") == 1
+    assert not [mount for mount in found if "runs/index" in mount or "given/model" in mount or "Qwen" in mount]
+    assert not [mount for mount in mounts(script(*words, "submit.stage_to='$TMPDIR'")) if "TMPDIR" in mount]
+
+
+def test_an_index_elsewhere_is_there_before_a_container_is_to_see_it(slurm, tmp_path):
+    submit(parse([*STAGE, "submit.container=x", f"data.index_dir={tmp_path}/index"]))
+    assert (tmp_path / "index").is_dir()
+
+
+def test_set_up_lines_may_use_variables_that_are_not_set_and_ours_may_not(slurm, tmp_path):
+    path = tmp_path / "job.sh"
+    path.write_text(script("submit.setup=['echo found:$NOT_SET_AT_ALL:']") + "echo $NOT_SET_AT_ALL\n")
+    done = subprocess.run(["bash", path], capture_output=True, text=True, timeout=60)
+    assert "found::" in done.stdout and done.returncode == 0 and len(calls(slurm, "srun")) == 1
+    path.write_text(path.read_text().replace("exec srun", "echo $NOT_SET_AT_ALL; exec srun"))
+    assert subprocess.run(["bash", path], capture_output=True, timeout=60).returncode == 1
 
 
 def test_a_failing_set_up_line_fails_the_job_before_the_start(slurm, tmp_path):
@@ -116,7 +159,8 @@ def test_a_submitted_run_says_its_job_and_how_to_follow_it(slurm, capsys):
     run = parse([*STAGE, "logger.wandb=true"])
     submit(run)
     said = capsys.readouterr().out
-    assert "job 101" in said and "squeue --me" in said and f"{run.dir}/slurm-*.log" in said and "scancel 101" in said
+    assert "job 101" in said and "squeue --me" in said and f"{run.dir}/slurm-*.log" in said
+    assert "scancel --signal=TERM 101 " in said
     assert f"wandb sync {run.dir}/wandb/offline-run-*" in said
     assert calls(slurm, "sbatch") == [["--parsable", str(run.dir / "submit.sh")]]
 
@@ -133,7 +177,8 @@ def test_a_recipe_is_a_chain_of_jobs_and_finished_stages_are_passed_by(slurm, ca
         ["--parsable", "--dependency=afterok:101", chain, str(stages[2].dir / "submit.sh")],
         ["--parsable", "--dependency=afterok:102", chain, str(stages[3].dir / "submit.sh")],
     ]
-    assert "tiny/1_align: finished already" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "tiny/1_align: finished already" in said and "scancel --signal=TERM 101 102 103 " in said
     for stage in stages[1:]:
         text = (stage.dir / "submit.sh").read_text(encoding="utf-8")
         assert f"experiment={stage.experiment}" in text and "recipe=" not in text
@@ -183,6 +228,13 @@ def test_data_are_copied_once_per_node_and_named_as_before(slurm, tmp_path):
         (["submit.stage_to=scratch"], "must begin with /"),
         (["submit.container_mounts=[/a:/a]"], "there is no submit.container"),
         (["submit.extra=['--nodes=4']"], "follows from trainer.num_nodes"),
+        (["submit.extra=['-N 4']"], "follows from trainer.num_nodes"),
+        (["submit.extra=['-n4']"], "follows from trainer.devices"),
+        (["submit.extra=['--mem=4G']"], "follows from submit.memory"),
+        (["submit.extra=['-t 10']"], "follows from submit.time"),
+        (["submit.extra=['--array=0-3']"], "Several runs are a grid"),
+        (["trainer=ddp", "submit.extra=['--gres=gpu:h100:8']"], "add submit.gpus_per_node=0"),
+        (["trainer=ddp", "submit.gpus_per_node=0", "submit.extra=['--gres=nvme:1']"], "0 GPUs for trainer.devices=8"),
         (["submit.extra=[exclusive]"], "is an option of sbatch"),
         (["submit.env.WANDB_API_KEY=abc"], "for all to read"),
         (["submit.partitoin=x"], "Did you mean submit.partition?"),
@@ -191,6 +243,17 @@ def test_data_are_copied_once_per_node_and_named_as_before(slurm, tmp_path):
 def test_a_mistake_in_submit_is_named(words, said):
     with pytest.raises(ConfigError, match=said.replace("?", r"\?").replace(".", r"\.")):
         parse([*STAGE, *words])
+
+
+@pytest.mark.parametrize("option", ["--gres=gpu:h100:8", "--gpus-per-node=h100:8", "-G h100:16"])
+def test_a_cluster_that_wants_a_type_of_gpu_gets_its_own_option_alone(option):
+    found = options(script("trainer=ddp", "submit.gpus_per_node=0", f"submit.extra=['{option}']"))
+    assert [line for line in found if "gpu" in line or "h100" in line] == [option]
+
+
+@pytest.mark.parametrize("time", ["0", "UNLIMITED"])
+def test_no_time_limit_is_a_time_limit_of_slurm(time):
+    assert f"--time={time}" in options(script(f"submit.time={time}"))
 
 
 def test_a_mistake_in_one_stage_of_the_ladder_stops_all_of_it(slurm):
@@ -219,29 +282,86 @@ def test_a_folder_that_cannot_be_made_is_told_before_a_job_is_submitted(slurm, t
     assert not calls(slurm, "sbatch")
 
 
+def run_py(repository, tmp_path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(repository / "run.py"), *words]
+    own = {**os.environ, **environment}
+    return subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True, timeout=100)
+
+
+GRID = ("-m", "hydra/launcher=submitit_slurm", "experiment=tiny/2_sft", "seed=0,1")
+
+
 def test_m_with_submit_is_refused_without_a_traceback(repository, tmp_path):
-    command = [sys.executable, str(repository / "run.py"), "-m", "task=submit", "experiment=tiny/2_sft", "seed=0,1"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = run_py(repository, tmp_path, "-m", "task=submit", "experiment=tiny/2_sft", "seed=0,1")
     assert done.returncode == 1 and "submitit_slurm" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_grid_takes_its_resources_from_the_same_settings(slurm, repository, tmp_path):
     fake_slurm(slurm, sbatch="import shutil; shutil.copy(sys.argv[-1], here / 'grid.sh'); sys.exit('not now')")
-    words = ["trainer=ddp", "trainer.num_nodes=2", "submit.partition=a100", "experiment=tiny/2_sft", "seed=0,1"]
-    command = [sys.executable, str(repository / "run.py"), "-m", "hydra/launcher=submitit_slurm", *words]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
-    assert done.returncode and "not now" in done.stderr
-    text = (slurm / "grid.sh").read_text(encoding="utf-8")
-    for option in (
-        "--nodes=2",
-        "--ntasks-per-node=8",
-        "--partition=a100",
-        "--signal=USR1@120",
-        "--requeue",
-        "--array=0-1%2",
-    ):
-        assert f"#SBATCH {option}\n" in text
-    assert "--kill-on-bad-exit=1" in text and "export HF_HUB_OFFLINE=1" in text
+    words = ["trainer=ddp", "trainer.num_nodes=2", "submit.partition=a100", "submit.time=1-00:00:30", "submit.memory=0"]
+    words += ["submit.setup=['module load cuda']", "submit.env.NCCL_DEBUG=INFO", "submit.cpus_per_task=5"]
+    done = run_py(repository, tmp_path, *GRID, *words, "submit.extra=['--exclusive','-x bad1']")
+    assert done.returncode == 1 and "not now" in done.stderr and "Traceback" not in done.stderr
+    lines = (slurm / "grid.sh").read_text(encoding="utf-8").splitlines()
+    wanted = "--nodes=2 --ntasks-per-node=8 --gpus-per-node=8 --cpus-per-task=5 --partition=a100 --time=1441 --mem=0"
+    wanted += " --signal=USR1@120 --requeue --array=0-1%2 --exclusive --exclude=bad1"
+    assert {f"#SBATCH {option}" for option in wanted.split()} <= set(lines)
+    for line in ("export HF_HUB_OFFLINE=1", "export NCCL_DEBUG=INFO", "module load cuda", "set -eo pipefail"):
+        assert line in lines
+    assert (
+        "--kill-on-bad-exit=1 --cpus-per-task=5 " in lines[-1] or "--kill-on-bad-exit=1 --cpus-per-task=5 " in lines[-2]
+    )
+
+
+def test_a_grid_is_refused_where_slurm_is_not(repository, tmp_path):
+    done = run_py(repository, tmp_path, *GRID, PATH=str(tmp_path))
+    assert done.returncode == 1 and "no sbatch and no srun" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_launcher_without_m_is_refused_and_nothing_trains_here(repository, tmp_path):
+    done = run_py(repository, tmp_path, "hydra/launcher=submitit_slurm", "experiment=tiny/2_sft")
+    assert done.returncode == 1 and "Add -m" in done.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["submit.container=x"], "submit.container: a grid cannot do that"),
+        (["submit.stage_to=/scratch"], "submit.stage_to: a grid cannot do that"),
+        (["submit.dry_run=true"], "submit.dry_run: a grid cannot do that"),
+        (["submit.time=soon"], "expected minutes"),
+        (["submit.setup=['echo \\${HOME}']"], "write $NAME"),
+        (["submit.setup=['echo ${HOME}']"], "Interpolation key 'HOME' not found"),
+        (["submit.extra=['-N 4']"], "follows from trainer.num_nodes"),
+        (["trainer.num_nodes=1,2"], "would differ in .*: nodes."),
+        (["submit.partition=a,b"], "would differ in .*: partition."),
+    ],
+)
+def test_what_a_grid_cannot_ask_for_is_told_before_it_starts(words, said):
+    with pytest.raises(ConfigError, match=said.replace("$", r"\$")):
+        register_launcher(["experiment=tiny/2_sft", "trainer=cpu", "seed=0,1", *words])
+
+
+@pytest.mark.parametrize(("time", "minutes"), [("0", 0), ("UNLIMITED", 0), ("0:30", 1), ("2-0", 2880), (None, 1440)])
+def test_a_grids_time_limit_is_in_minutes(time, minutes):
+    config = parse([*STAGE, "submit.signal_seconds=10", *([f"submit.time='{time}'"] if time else [])]).config
+    assert launcher_of(config).timeout_min == minutes
+
+
+def test_a_job_of_a_grid_that_breaks_is_a_failed_job(monkeypatch, capsys):
+    def breaks(_: object) -> None:
+        raise ZeroDivisionError("of the job")
+
+    monkeypatch.setitem(TASKS, Task.train, breaks)
+    with initialize_config_dir(config_dir=str(CONF), version_base=VERSION_BASE):
+        config = compose("config", overrides=["task=train", "experiment=tiny/2_sft"], return_hydra_config=True)
+        monkeypatch.setattr(HydraConfig.instance(), "cfg", config)
+        with pytest.raises(ZeroDivisionError):  # Hydra tells it at the end of the list
+            one_job(config)
+        monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
+        with pytest.raises(SystemExit) as left:
+            one_job(config)
+    assert left.value.code == 1 and "ZeroDivisionError: of the job" in capsys.readouterr().err
 
 
 def test_the_script_of_a_run_is_where_its_log_is(slurm):

@@ -100,6 +100,23 @@ def test_the_gradient_audit_stops_a_run_that_would_train_something_else(model, p
         trainer().fit(stage, module_of(processor, max_steps=1))
 
 
+def test_the_audit_of_a_stage_of_text_alone_waits_for_the_device_once(model, processor, monkeypatch):
+    stage, calls = SFTStage(copy.deepcopy(model), trainable=["language_model"]), []
+    monkeypatch.setattr(stage, "audit_gradients", lambda **options: calls.append(options))
+    trainer().fit(stage, DataModule(processor, builtin("text", n=24), 0.1, global_batch_size=4, max_steps=3))
+    assert calls == [{"with_images": False}]
+
+
+@pytest.mark.parametrize("stage_class", [SFTStage, DPOStage])
+def test_in_pure_bfloat16_it_trains_and_judges_what_is_held_out(small_parts, processor, stage_class):
+    kinds = ("preference",) if stage_class is DPOStage else ("caption", "text")
+    module = module_of(processor, *kinds, max_steps=2) if stage_class is SFTStage else None
+    module = module or DataModule(processor, builtin(*kinds, n=24), 0.2, global_batch_size=8, max_steps=2)
+    fit = trainer(precision="bf16-true")
+    fit.fit(stage_class(build(blueprint_of(small_parts)), learning_rate=1e-3), module)
+    assert module.held_out and 0 < float(fit.callback_metrics["val/loss"]) < 20
+
+
 def test_a_first_step_without_images_is_no_fault_and_data_without_any_is(model, processor):
     module = module_of(processor, "text", "caption", global_batch_size=1, max_steps=6, tokens_per_micro_batch=400)
     trainer().fit(SFTStage(copy.deepcopy(model)), module)

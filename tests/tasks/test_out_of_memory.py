@@ -1,7 +1,11 @@
-"""A device that runs out of memory: half the budget, the same samples in each step, the weights of an undisturbed run."""
+"""A device that runs out of memory: half the budget, the same samples in each step, the weights of an undisturbed run. And
+what starts a run again that ended for that, or for a record that turned bad."""
 
 import json
+import os
 import random
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +15,8 @@ from safetensors.torch import load_file
 
 from lit_vlm.engine.checkpoint import Folder
 from lit_vlm.engine.exits import RESTART
+from lit_vlm.tasks import pipeline
+from lit_vlm.types import Fault, RecordError
 
 # Whole parts and no dropout: other micro-batches must not draw other numbers. Adam's eps does not amplify rounding.
 EXACT = [
@@ -107,3 +113,79 @@ def test_several_ranks_leave_to_start_again_with_half_the_budget(tmp_path):
     assert "low: goes on at step 3 of 6" in said
     assert run_dir(tmp_path, "low").manifest["plan"]["k"] > 1
     assert sorted(ids(tmp_path)) == list(range(6)) and all(ids(tmp_path)[step] == before[step] for step in before)
+
+
+def test_of_ranks_that_run_out_together_one_puts_the_slurm_job_back_into_the_queue(tmp_path):
+    words = words_of(tmp_path, "sft", *EXACT, *TWO, "data.global_batch_size=12", "run_name=low")
+    words += ["guard.max_oom_retries=1", "trainer.timeout_minutes=2"]
+    together = [out_of_memory_at(3, 0, "forward", rank=rank) for rank in (0, 1)]
+    begun = start(words, tmp_path, 2, both(in_a_job(tmp_path), *together))
+    assert RESTART in begun.wait(limit=60), begun.said()
+    assert (tmp_path / "scontrol.txt").read_text() == "requeue 77\n"
+    assert begun.said().count("ran out of memory") == 1 and "Job 77 is requeued." in begun.said()
+    assert json.loads((tmp_path / "runs" / "low" / "budget.json").read_text())["halved"] == 1
+
+
+@pytest.mark.parametrize(("in_slurm", "share", "code"), [(True, 0.5, RESTART), (True, 0.0, 1), (False, 0.5, 1)])
+def test_a_record_that_turned_bad_puts_it_back_too_while_they_are_few(tmp_path, in_slurm, share, code):
+    words = words_of(tmp_path, "sft", "guard.heartbeat_seconds=1", f"data.max_quarantined={share}", "run_name=bad")
+    patches = [turning_bad, *([in_a_job(tmp_path)] if in_slurm else [])]
+    for number in range(2):  # one always may
+        found, said = ended(words, tmp_path, 1, both(*patches))
+        assert found == (RESTART if in_slurm and number == 0 else code), said
+        assert said.count("3 tries failed now. It is entered in") == 1
+    calls = (tmp_path / "scontrol.txt").read_text().splitlines() if in_slurm else []
+    assert calls == ["requeue 77"] * ((code == RESTART) + in_slurm)
+
+
+def in_a_job(folder):
+    """Of Slurm, whose scontrol writes down how it was called."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> "{folder}/scontrol.txt"\n')
+    (folder / "bin" / "scontrol").chmod(0o755)
+
+    def patch():
+        os.environ |= {"SLURM_JOB_ID": "77", "PATH": f"{folder}/bin:{os.environ['PATH']}"}
+
+    return patch
+
+
+def turning_bad():
+    """The first two samples of the second step."""
+    from lit_vlm.data import micro_batches
+
+    read, bad = micro_batches._read_once, set()
+
+    def reads(processor, index, pack, **step):
+        if step.get("step") == 1 and len(bad) < 2:
+            bad.update(pack[:2])
+        if bad.intersection(pack):
+            raise RecordError("somewhere:1", "image '1.jpg' not found", fault=Fault.missing)
+        return read(processor, index, pack, **step)
+
+    micro_batches._read_once, micro_batches.WAITS = reads, (0.01, 0.01)
+
+
+STARTS = """
+import pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+number = len(list(folder.glob("start-*")))
+(folder / f"start-{number}").touch()
+if number < int(sys.argv[2]):
+    (folder / "budget.json").write_text(str(number))
+    sys.exit(1)
+sys.exit(int(sys.argv[3]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("devices", "halved", "status", "starts"), [(2, 2, 0, 3), (2, 2, 1, 3), (2, 0, 1, 1), (2, 99, 1, 4), (1, 2, 1, 1)]
+)
+def test_a_pipeline_starts_a_stage_again_as_often_as_its_ranks_halve_the_budget(
+    tmp_path, monkeypatch, devices, halved, status, starts
+):
+    config = SimpleNamespace(trainer=SimpleNamespace(devices=devices), guard=SimpleNamespace(max_oom_retries=3))
+    words = [sys.executable, "-c", STARTS, str(tmp_path), str(halved), str(status)]
+    monkeypatch.setattr(pipeline, "command", lambda stage, words: words)
+    assert pipeline.run_stage(SimpleNamespace(config=config, dir=tmp_path), words) == status
+    assert len(list(tmp_path.glob("start-*"))) == starts

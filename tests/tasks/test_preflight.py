@@ -46,6 +46,7 @@ def look(*words: str) -> Look:
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    claim_disk(monkeypatch, 10**13)  # models of 7 B are looked at
     save_photos(tmp_path / "photos")
     return tmp_path
 
@@ -310,8 +311,7 @@ def large_language_model(folder: Path) -> Path:
 
 
 def test_a_disk_that_is_too_small(here, monkeypatch):
-    usage = type("Usage", (), {"free": 1_000_000})
-    monkeypatch.setattr("lit_vlm.engine.preflight.model.shutil.disk_usage", lambda path: usage)
+    claim_disk(monkeypatch, 1_000_000)
     seen = look("data=builtin_sft", "preflight.max_samples=8")
     assert "The disk is too small" in seen.told("failure") and "1.0 MB are free" in seen.told("failure")
 
@@ -375,6 +375,22 @@ def test_long_samples(here):
     assert short.source("mine")["fewer_tiles"] > 0 and "cut into fewer tiles" in short.told("warning")
 
 
+def test_checkpoints_take_disk_as_long_as_the_run_lasts(here):
+    """What trains and two moments, in float32: those that are kept, the best, and the one that is being written."""
+    seen = look("data=builtin_sft", "preflight.max_samples=8", "checkpoint.keep_last=3", "checkpoint.keep_best=true")
+    rows = {row["folder"].rpartition("/")[2]: row for row in seen.facts["disk"]}
+    trainable = sum(row["trainable"] for row in seen.facts["parts"])
+    assert rows["checkpoints"]["bytes"] == 12 * trainable * 5 and "at most 5 checkpoints" in seen.page
+    assert rows["hf"]["bytes"] == 4 * sum(row["parameters"] for row in seen.facts["parts"])
+
+
+def test_nodes_of_one_device_talk_over_the_network(here):
+    words = ["trainer.devices=1", "trainer.num_nodes=4"]
+    assert shared(here, *words).facts["strategy"]["network"] == "400 Gb/s per node"
+    planned = shared(here, "trainer.devices=1", "preflight.world_size=4")
+    assert planned.facts["strategy"]["network"] == "one node"
+
+
 def forbidden(*args, **kwargs):
     raise AssertionError("weights were read")
 
@@ -390,9 +406,43 @@ def test_training_takes_what_preflight_chooses(here, monkeypatch, capsys):
     job = parse([*LOOK, *own_choice(here, sources={"made": one}), *shape, *gpu])
     data = stage_data(job, *open_sources(job), job.init_from)
     data.datamodule.build()
-    there = type("Device", (), {"name": "a card", "total_memory": 80 * 10**9})
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: there)
+    claim_card(monkeypatch, 80 * 10**9)
     settled = settle_strategy(data, lambda: make_stage(data.blueprint, job.config))
     assert settled.trainer.strategy.value == "fsdp2" and job.config.trainer.strategy.value == "auto"
     assert "strategy: fsdp2: a whole copy needs" in " ".join(capsys.readouterr().out.split())
+
+
+def test_no_reference_is_loaded_to_choose_a_strategy(here, monkeypatch):
+    """It is in each process, and may be as large as the host's memory."""
+    from lit_vlm.tasks.strategy import settle_strategy
+    from lit_vlm.tasks.train import make_stage
+
+    own = ["stage=dpo", "data=builtin_preference", "run_name=look", f"stage.reference={here / 'reference'}"]
+    job = parse([*LOOK, *own, "trainer.accelerator=gpu", "trainer.devices=2"])
+    data = stage_data(job, *open_sources(job), job.init_from)
+    data.datamodule.build()
+    claim_card(monkeypatch, 80 * 10**9)
+    monkeypatch.setattr("lit_vlm.stages.dpo.draw_up", forbidden)
+    monkeypatch.setattr("lit_vlm.stages.dpo.build", forbidden)
+    assert settle_strategy(data, lambda: make_stage(data.blueprint, job.config)).trainer.strategy.value == "ddp"
+
+
+def test_devices_that_differ_by_some_memory_lead_to_one_choice(monkeypatch):
+    from lit_vlm.tasks.strategy import device_here
+
+    config = parse([*LOOK, "data=builtin_sft", "trainer.accelerator=gpu"]).config
+    seen = [
+        claim_card(monkeypatch, memory) or device_here(config).memory for memory in (84_950_000_000, 84_930_000_000)
+    ]
+    assert seen == [84e9, 84e9]
+
+
+def claim_disk(monkeypatch, free: int) -> None:
+    usage = type("Usage", (), {"free": free})
+    monkeypatch.setattr("lit_vlm.engine.preflight.model.shutil.disk_usage", lambda path: usage)
+
+
+def claim_card(monkeypatch, memory: int) -> None:
+    there = type("Device", (), {"name": "a card", "total_memory": memory})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: there)

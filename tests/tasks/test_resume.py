@@ -319,6 +319,24 @@ def test_starting_from_the_beginning_is_what_none_says(place):
     same(place, undisturbed(place, "align"), "anew")
 
 
+def test_a_job_that_is_requeued_goes_on_although_its_words_say_from_the_beginning(place):
+    words = words_of(place, "align", "run_name=requeued", "resume_from=none")
+    assert start(words, place, patch=kill_at(3)).wait() == [-signal.SIGKILL]
+    code, said = ended(words, place, patch=lambda: os.environ.update(SLURM_RESTART_COUNT="1"))
+    assert code == 0 and goes_on_at(said) >= 2
+    same(place, undisturbed(place, "align"), "requeued")
+
+
+def test_a_run_is_not_replaced_by_one_that_would_start_from_its_checkpoint(place):
+    undisturbed(place, "align")
+    words = words_of(place, "align", "run_name=replaced")
+    whole_run(words, place)
+    folder = Folder(run_dir(place, "replaced").dir / "checkpoints")
+    before = folder.steps()
+    code, said = ended([*words, "seed=3", "overwrite=true", f"resume_from={folder.of(before[0])}"], place)
+    assert code == 1 and "Give this run a name of its own" in said and folder.steps() == before
+
+
 def test_overwrite_does_not_stop_a_run_of_the_same_settings_from_going_on(place):
     """A requeued job comes with the words it was submitted with."""
     words = words_of(place, "align", "run_name=over", "overwrite=true")

@@ -146,6 +146,7 @@ def whole(runs, output):
     assert report.stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_a_pipeline_on_digits_goes_on_with_the_stage_that_failed(tmp_path, monkeypatch, capfd):
     """The stages as calls instead of processes; the test below starts processes."""
 

@@ -6,10 +6,11 @@ import signal
 import time
 
 import pytest
-from fault_cases import SMALL
+from fault_cases import SMALL, Fault, both, broken
 from resume_cases import TWO, start, words_of
 
-from lit_vlm.engine.exits import STUCK
+from lit_vlm.engine.checkpoint import Folder
+from lit_vlm.engine.exits import STUCK, TERMINATED
 from lit_vlm.engine.watch import read_beat
 
 LIMIT = 4.0
@@ -96,6 +97,14 @@ def test_a_long_export_of_one_rank_is_waited_for(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_slow_disk_is_waited_for_though_the_whole_export_takes_longer_than_any_limit(tmp_path):
+    words = words_of(tmp_path, "sft", *TWO, *QUICK, "trainer.max_steps=2", "callbacks=[export]", "run_name=held")
+    begun = start(words, tmp_path, 2, _slow_disk)
+    assert begun.wait(limit=90) == [0, 0], begun.said()
+    assert (tmp_path / "runs" / "held" / "hf").is_dir() and not (tmp_path / "runs" / "held" / "stuck").exists()
+
+
+@pytest.mark.slow
 def test_ranks_with_other_code_end_before_the_first_step_with_one_message(tmp_path):
     words = words_of(tmp_path, "sft", *TWO, *SMALL, "run_name=held")
     begun = start(words, tmp_path, 2, _other_code)
@@ -113,6 +122,49 @@ def test_a_worker_that_is_killed_ends_the_run_with_its_cause(tmp_path):
     os.kill(_children(begun.pids[0])[0], signal.SIGKILL)
     assert begun.wait(limit=60) == [1]
     assert "DataLoader worker" in begun.said() and "killed by signal" in begun.said()
+
+
+@pytest.mark.slow
+def test_a_save_under_way_is_finished_and_the_one_message_shown_when_all_ranks_stop(tmp_path):
+    words = words_of(tmp_path, "sft", *TWO, *SMALL, "checkpoint.every_steps=3", "run_name=held")
+    begun = start(words, tmp_path, 2, both(broken([Fault("loss", 3, 0, 1)]), _write_slowly))
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in begun.pids]
+    assert codes == [1, 1] and begun.said().count("the loss is not a number, so the run stops") == 1, begun.said()
+    assert Folder(tmp_path / "runs" / "held" / "checkpoints").steps() == [3]
+
+
+def test_a_rank_that_is_asked_to_leave_after_the_last_step_waits_for_nobody(tmp_path):
+    words = words_of(tmp_path, "sft", *TWO, *SMALL, "trainer.max_steps=1", "run_name=held")
+    begun = start(words, tmp_path, 2, _asked_at_the_end)
+    assert begun.wait(limit=60)[0] == TERMINATED, begun.said()
+    assert begun.said().count("no step is under way") == 1
+
+
+def _write_slowly():
+    """Longer than the others wait for a rank that has said nothing."""
+    from lit_vlm.engine.checkpoint import write
+
+    place = write.write_pieces
+
+    def slowly(draft, rank, pieces):
+        if rank == 0:
+            time.sleep(9)
+        return place(draft, rank, pieces)
+
+    write.write_pieces = slowly
+
+
+def _asked_at_the_end():
+    import torch
+
+    from callbacks import Heartbeat
+
+    def asked(self, trainer, stage):
+        if trainer.is_global_zero:
+            os.kill(os.getpid(), signal.SIGTERM)
+        torch.distributed.recv(torch.zeros(1), src=0)
+
+    Heartbeat.on_train_end = asked
 
 
 def _children(pid):
@@ -143,6 +195,27 @@ def _other_code():
 
     if os.environ["RANK"] == "1":
         agreement.code_digest = lambda: "another"
+
+
+def _slow_disk():
+    """The process group's limit is as short as the watch's."""
+    from datetime import timedelta
+
+    from lit_vlm.engine import strategy
+    from lit_vlm.model.tensor_files import TensorFile
+
+    write = TensorFile.write
+
+    def slowly(self, folder, values):
+        def each():
+            for value in values:
+                time.sleep(2.5 * LIMIT / len(self.tensors))
+                yield value
+
+        write(self, folder, each())
+
+    TensorFile.write = slowly
+    strategy.timedelta = lambda **_: timedelta(seconds=LIMIT)
 
 
 def _export_long():

@@ -92,13 +92,13 @@ class Plan:
         dealt = kept(store, "packs", key_of(facts), self._deal)
         self._pack, self.k = dealt["pack"], int(dealt["k"][0])
         self.num_steps = len(self._steps["ends"])
-        self._left_out = np.empty(0, dtype=np.int64) if ledger is None else ledger.samples(index)
+        self.left_out = np.empty(0, dtype=np.int64) if ledger is None else ledger.samples(index)
         self._last: tuple[int, Step] | None = None  # micro-steps of one step follow each other
 
     def samples(self, step: int) -> np.ndarray:
         """The samples of an optimizer step as they are drawn, whatever the world size, without those left out."""
         drawn, _ = self._drawn(step)
-        return drawn[~np.isin(drawn, self._left_out)]
+        return drawn[~np.isin(drawn, self.left_out)]
 
     def step(self, step: int) -> Step:
         if self._last is None or self._last[0] != step:
@@ -146,7 +146,7 @@ class Plan:
 
     def _step(self, step: int) -> Step:
         drawn, pack = self._drawn(step)
-        gone = np.isin(drawn, self._left_out)
+        gone = np.isin(drawn, self.left_out)
         lost, drawn, pack = drawn[gone], drawn[~gone], pack[~gone]
         order = np.argsort(pack, kind="stable")
         samples = drawn[order].tolist()

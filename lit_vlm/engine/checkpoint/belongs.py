@@ -36,14 +36,14 @@ class Belongs:
 
     def differences(self, stored: dict[str, Any]) -> list[str]:
         """In what a stored one differs from this, in words a person knows."""
-        found = []
-        if self.settings and stored.get("settings"):
-            mine, theirs = _flat(self.settings), _flat(stored["settings"])
-            keys = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
-            found += [f"{key} (it has {theirs.get(key)}, this run {mine.get(key)})" for key in keys]
         mine = self.as_dict()
-        found += [word for key, word in WORDS.items() if mine[key] and stored.get(key) and mine[key] != stored[key]]
-        return found
+        others = [key for key in WORDS if mine[key] and stored.get(key) and mine[key] != stored[key]]
+        found = [WORDS["stage"]] if "stage" in others else []
+        if self.settings and stored.get("settings"):
+            ours, theirs = _flat(self.settings), _flat(stored["settings"])
+            keys = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+            found += [f"{key} (it has {theirs.get(key)}, this run {ours.get(key)})" for key in keys]
+        return found + [WORDS[key] for key in others if key != "stage"]
 
 
 class Consumed:

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -87,8 +88,6 @@ def digest_of(path: Path) -> str:
 
 def remove_folder(path: Path) -> None:
     """First out of sight by one rename: half a folder is never found under a checkpoint's name."""
-    gone = path.with_name(f".gone-{path.name.lstrip('.')}")
-    if gone != path:
-        shutil.rmtree(gone, ignore_errors=True)
-        os.rename(path, gone)
-    shutil.rmtree(gone, ignore_errors=True)
+    gone = path.with_name(f".gone-{path.name.lstrip('.')}-{uuid4().hex}")
+    os.rename(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)  # a file that somebody reads stays on some systems until the next sweep

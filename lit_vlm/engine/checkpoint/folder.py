@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -67,7 +68,8 @@ class Folder:
         best = self.best()
         for step in self.steps()[keep_last:]:
             if best is None or step != best[0]:
-                remove_folder(self.of(step))
+                with contextlib.suppress(OSError):  # what is new is whole; the next one removes it
+                    remove_folder(self.of(step))
 
     def sweep(self, step: int) -> None:
         """Before a run writes here: what killed writers left goes, and so do checkpoints beyond the step that it goes on from."""
@@ -75,7 +77,7 @@ class Folder:
             return
         for entry in self.path.iterdir():
             if entry.name.startswith("."):
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+                shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
         for later in self.steps():
             if later > step:
                 remove_folder(self.of(later))

@@ -37,7 +37,11 @@ def find(
     Raises:
         UserError: it is another run's, or none that is there can be used.
     """
-    candidates, gone = trainer.strategy.broadcast(_candidates(folder, resume_from))
+    candidates, gone, refused = trainer.strategy.broadcast(
+        _candidates(folder, resume_from) if trainer.is_global_zero else None
+    )
+    if refused:
+        raise _told_by_first(trainer, refused)
     damage = [gone] if gone else []
     for path in candidates:
         problem = _judged(trainer, shards, path, belongs)
@@ -51,25 +55,25 @@ def find(
     return None
 
 
-def _candidates(folder: Folder, resume_from: str) -> tuple[list[Path], str]:
-    """What may be gone on from, the newest first; and what is missing, in words."""
+def _candidates(folder: Folder, resume_from: str) -> tuple[list[Path], str, str]:
+    """What may be gone on from, the newest first; what is missing, in words; why resume_from cannot be followed."""
     if resume_from == NONE:
-        return [], ""
+        return [], "", ""
     if resume_from != AUTO:
-        return [_named(Path(resume_from))], ""
+        return _named(Path(resume_from))
     steps, latest = folder.steps(), folder.latest()
     lost = latest is not None and latest not in steps
-    return [folder.of(step) for step in steps], f"{folder.of(latest)} is missing" if lost and latest else ""
+    return [folder.of(step) for step in steps], f"{folder.of(latest)} is missing" if lost and latest else "", ""
 
 
-def _named(path: Path) -> Path:
+def _named(path: Path) -> tuple[list[Path], str, str]:
     """The folder of resume_from=<path>, without links and dots: its name says its step."""
     resolved = path.expanduser().resolve()
     if (resolved / INDEX).is_file() or resolved.name.startswith("step-"):
-        return resolved
+        return [resolved], "", ""
     inside = [found.parent for found in sorted(resolved.glob(f"**/step-*/{INDEX}"))]
     there = f"It holds {', '.join(map(str, inside[-3:]))}; name one of them." if inside else "It holds none."
-    raise UserError(f"resume_from={path} is not the folder of a checkpoint (step-...). {there}")
+    return [], "", f"resume_from={path} is not the folder of a checkpoint (step-...). {there}"
 
 
 def _judged(trainer: L.Trainer, shards: Shards, path: Path, belongs: Belongs) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -120,8 +121,10 @@ class Writer:
 
     def _wait_for(self, draft: Path, rank: int) -> None:
         began = time.monotonic()
-        while not (draft / _part(rank)).is_file():
-            if (draft / _failed(rank)).exists():
+        while _part(rank) not in (
+            there := os.listdir(draft)
+        ):  # listing asks a network's server; looking for one may not
+            if _failed(rank) in there:
                 raise OSError(f"rank {rank} could not write its part")
             now = time.monotonic()
             if now - began > self.timeout_seconds or (self._leaving and now - self._leaving > LEAVING_SECONDS):

@@ -14,7 +14,7 @@ from torch import nn
 
 from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig, Strategy
 from lit_vlm.cost import DEVICES, Flops, Load, Parameters, Situation, Training
-from lit_vlm.cost.memory import Precision, host_bytes
+from lit_vlm.cost.memory import ADAM, Precision, host_bytes
 from lit_vlm.engine.preflight.facts import DiskRow, MemoryFacts, MemoryRow, PartRow, PlanFacts, TimeFacts
 from lit_vlm.engine.preflight.page import gigabytes
 from lit_vlm.engine.preflight.strategy import NAMES, ways
@@ -27,7 +27,12 @@ REPORT_BYTES = 5e6  # a report with its pictures, samples and metrics; about wha
 
 
 def outline(stage: Stage, blueprint: Blueprint) -> Stage:
-    """The stage with its model on torch's `meta` device: shapes, adapters and what is frozen, but no memory."""
+    """The stage with its model on torch's `meta` device: shapes, adapters and what is frozen, but no memory.
+
+    Without a reference from another folder: it is as large as the model itself, and nothing else is asked of it.
+    """
+    if stage.hparams.get("reference"):
+        stage.hparams["reference"] = None
     config = copy.deepcopy(blueprint.config)
     config.text_config.vocab_size = max(config.text_config.vocab_size, len(blueprint.tokenizer))
     stage.model = build_on_meta(config)
@@ -140,11 +145,22 @@ def work_of(model_config: dict[str, Any], config: RunConfig, training: Training)
     )
 
 
-def disk_rows(run_dir: Path, store: Path, parameters: int, precision: Precision, index_bytes: float) -> list[DiskRow]:
-    """What the run will write: the model twice for a moment (it is written beside its place), report, index and plan."""
-    model = float(parameters) * precision.weight
+def disk_rows(
+    config: RunConfig, run_dir: Path, store: Path, parameters: Parameters, index_bytes: float
+) -> list[DiskRow]:
+    """What the run will write, at its peak: model, checkpoints, report, index and plan.
+
+    The model is there once: it is written beside its place, and an older one that it replaces is on the disk already.
+    Checkpoints go when it is there. Each has what trains and AdamW's two moments, under ZeRO in float32 whatever the
+    precision.
+    """
+    precision, kept = Precision.named(config.trainer.precision), config.checkpoint
+    model = float(parameters.total) * precision.weight
+    number = kept.keep_last + 1 + kept.keep_best  # the one that is being written; the best
+    checkpoints = float(parameters.trainable) * (1 + ADAM) * max(4, precision.weight) * number
     return [
         DiskRow("the model in transformers' layout", model, str(run_dir / "hf"), _free(run_dir)),
+        DiskRow(f"at most {number} checkpoints", checkpoints, str(run_dir / "checkpoints"), _free(run_dir)),
         DiskRow("report, metrics, samples", REPORT_BYTES, str(run_dir), _free(run_dir)),
         DiskRow("index and plan", index_bytes, str(store), _free(store)),
     ]

@@ -54,7 +54,9 @@ def situation_of(
 
 
 def per_node(config: RunConfig, world_size: int) -> int:
-    return min(world_size, config.trainer.devices if config.trainer.devices > 1 else NODE)
+    """Devices of a node: the run's own, and `NODE` where the run has one device and a world is only planned for."""
+    alone = config.trainer.devices * config.trainer.num_nodes == 1
+    return min(world_size, NODE if alone else config.trainer.devices)
 
 
 def strategy_facts(config: RunConfig, situation: Situation, plan: PlanFacts) -> StrategyFacts:

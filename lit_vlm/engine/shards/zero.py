@@ -74,11 +74,10 @@ class ZeroShards:
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """[length] of each share, between a step's last backward and its update."""
-        from deepspeed.utils import safe_get_local_grad
-
         for share in self.shares:
-            if self.partitions_weights:
-                yield share.name, safe_get_local_grad(share.parameter)[: share.length]
+            if self.partitions_weights:  # where it lies; DeepSpeed's public way brings one of the host to the device
+                gradient, _ = self.optimizer._get_fp32_grad_state_partition(share.parameter, release_swap_buffers=True)
+                yield share.name, gradient[: share.length]
             else:
                 parameter: Any = share.parameter
                 yield share.name, parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
@@ -93,6 +92,7 @@ class ZeroShards:
             self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
         persistent = self.optimizer.persistent_parameters
         if persistent:
+            persistent[0].partition(persistent)  # gathering passes over what is gathered already
             persistent[0].all_gather(persistent)
 
     def _state(self, group: int) -> dict[str, Any]:

@@ -1,0 +1,153 @@
+"""What a checkpoint costs while it is saved, and what a killed run costs until it trains again.
+
+    python -m benchmarks.resume [--width 768] [--steps 24]
+
+*Save*: an sft stage whose AdamW state has about a gigabyte, on one CPU thread; a checkpoint is due every third step, once
+written beside training and once with training waiting. The stall is what `save_now` takes; a step in which a checkpoint is
+being written is held against the median of the others. *Kill*: the command line on the tiny model is killed by SIGKILL
+and started again; from the kill to the first line of metrics.csv that is new. Figures go to
+benchmarks/results/resume.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="disabled")
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from benchmarks.engine_step import make_stage, micro_batches
+from callbacks import Checkpoint, Exchange
+from lit_vlm.config.schema import ModelConfig
+from lit_vlm.engine.run_folder import versions
+from lit_vlm.engine.trainer import quiet
+from lit_vlm.model.build import draw_up
+from lit_vlm.model.tiny import make_language_model, tiny_parts
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = Path(__file__).parent / "results" / "resume.json"
+WARM_UP, EVERY = 3, 3  # steps
+KILLS = 5
+RUN = "task=train model=tiny model.grid=2 model.max_tiles=4 trainer=tiny trainer.log_every_n_steps=1 trainer.max_steps=100000"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--width", type=int, default=768, help="hidden size of a language model of ten layers")
+    parser.add_argument("--steps", type=int, default=24)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=ROOT / "benchmarks") as folder:  # on a disk; a temp folder may be memory
+        place = Path(folder)
+        saves = {str(way): save(place / str(way), way == "beside", arguments) for way in ("beside", "waiting")}
+        kills = killed(place / "kill")
+    result = {"save": saves, "kill_to_training_seconds": kills, "load": os.getloadavg(), "versions": versions()}
+    OUT.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps({key: result[key] for key in ("save", "kill_to_training_seconds")}, indent=2))
+
+
+class Clock(L.Callback):
+    """Seconds of each step without what the save itself takes."""
+
+    def __init__(self, saver: Checkpoint) -> None:
+        self.saver, self.seconds, self.writing, self.began = saver, list[float](), list[bool](), 0.0
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.began = time.perf_counter()
+        thread = self.saver._writer._thread
+        self.writing.append(thread is not None and thread.is_alive())
+
+    def on_before_zero_grad(self, trainer, pl_module, optimizer):
+        """The update is over; saving comes later."""
+        self.seconds.append(time.perf_counter() - self.began)
+
+
+def save(folder: Path, beside: bool, arguments: argparse.Namespace) -> dict[str, float]:
+    quiet()
+    torch.set_num_threads(1)
+    tower, _ = tiny_parts(folder / "parts")
+    language = folder / "parts" / "language"
+    width = arguments.width
+    make_language_model(language, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=10)
+    blueprint = draw_up(ModelConfig(vision_tower=tower, language_model=str(language), grid=2, max_tiles=4))
+    saver = Checkpoint(folder, every_steps=EVERY, every_minutes=None, asynchronous=beside, say=lambda text: None)
+    clock, stage = Clock(saver), make_stage(blueprint)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        precision="32-true",
+        gradient_clip_val=1.0,
+        max_epochs=1,
+        logger=False,
+        callbacks=[clock, Exchange(), saver],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    batches = micro_batches(blueprint, 4, arguments.steps, 0, 1)
+    trainer.fit(stage, DataLoader(batches, batch_size=None, shuffle=False))  # type: ignore[arg-type]
+    size = sum(file.stat().st_size for file in folder.glob("checkpoints/step-*/*")) / len(saver.folder.steps())
+    timed = list(zip(clock.seconds, clock.writing, strict=False))[WARM_UP:]
+    quiet_steps, busy = ([seconds for seconds, writing in timed if writing is wanted] for wanted in (False, True))
+    return {
+        "state_gb": size / 1e9,
+        "median_stall_seconds": statistics.median(saver.stalls[1:]),  # the first makes the buffers in the host's memory
+        "first_stall_seconds": saver.stalls[0],
+        "median_step_seconds": statistics.median(quiet_steps),
+        "median_step_seconds_while_writing": statistics.median(busy) if busy else float("nan"),
+        "steps_while_writing": len(busy),
+    }
+
+
+def killed(folder: Path) -> dict[str, float]:
+    folder.mkdir(parents=True)
+    table, found = folder / "runs/a/metrics.csv", []
+    words = [*RUN.split(), "run_name=a", f"run_dir={folder}/runs", "checkpoint.every_steps=10"]
+    run = start(words, folder)
+    for _ in range(KILLS):
+        until(table, 20 + rows(table))
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        began, known = time.perf_counter(), rows(table)
+        run = start(words, folder)
+        # it first cuts the table back to its checkpoint, and trains the lost steps again
+        until_new(folder / "log", len((folder / "log").read_text()), "goes on at step")
+        known = rows(table)
+        until(table, known + 1)
+        found.append(time.perf_counter() - began)
+    run.kill()
+    run.wait()
+    return {"median": statistics.median(found), "least": min(found), "most": max(found), "kills": KILLS}
+
+
+def start(words: list[str], folder: Path) -> subprocess.Popen[bytes]:
+    with open(folder / "log", "a") as log:
+        return subprocess.Popen([sys.executable, str(ROOT / "run.py"), *words], cwd=folder, stdout=log, stderr=log)
+
+
+def rows(table: Path) -> int:
+    return len(table.read_text().splitlines()) if table.is_file() else 0
+
+
+def until(table: Path, least: int) -> None:
+    while rows(table) < least:
+        time.sleep(0.01)
+
+
+def until_new(log: Path, known: int, words: str) -> None:
+    while words not in log.read_text()[known:]:
+        time.sleep(0.01)
+
+
+if __name__ == "__main__":
+    main()
