@@ -327,7 +327,7 @@ class SubmitConfig:
     qos: str | None = None  # quality of service
     time: str | None = None  # limit of one job, days-hours:minutes:seconds; a requeued job gets it anew
     constraint: str | None = None  # features that nodes must have, e.g. h100
-    gpus_per_node: int | None = None  # null: trainer.devices where the trainer computes on GPUs
+    gpus_per_node: int | None = None  # null: trainer.devices where those are GPUs; 0: submit.extra asks for them
     cpus_per_task: int | None = None  # null: 1 + data.num_workers
     memory: str | None = None  # of a node, e.g. 0 for all of it
     container: str | None = None  # image for srun --container-image (pyxis and enroot)
