@@ -87,6 +87,8 @@ class Preemption(L.Callback):
     def _act(self, trainer: L.Trainer, pl_module: L.LightningModule, asks: list[Ask]) -> None:
         if not asks:
             return
+        if self._signals is not None:
+            self._signals.leaving = True
         saved = _save(trainer, pl_module)
         if trainer.is_global_zero:
             print(f"Asked to {asks[0]}: {saved}; {_requeued(asks[0])}", flush=True)

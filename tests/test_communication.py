@@ -171,8 +171,9 @@ def test_counted_bytes_are_the_formulas_and_what_engines_do_of_their_own():
 # ---- real processes
 
 
-@pytest.mark.parametrize("strategy", ["fsdp2", pytest.param("deepspeed_zero3", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("32-true", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp2", "deepspeed_zero3"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("32-true", marks=pytest.mark.long)])
 def test_two_ranks_send_and_hold_what_the_estimates_say(strategy, precision):
     """One optimizer step of the tiny model, three micro-batches in it."""
     found = count(strategy, 2, micro=2, precision=precision, limit=120)
@@ -187,7 +188,7 @@ def test_two_ranks_send_and_hold_what_the_estimates_say(strategy, precision):
     assert found["states"] == {name: held[name] for name in found["states"]}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("strategy", "ranks"), [("ddp", 2), ("deepspeed_zero2", 2), ("hsdp", 4)])
 def test_other_strategies_send_and_hold_what_the_estimates_say(strategy, ranks):
     found = count(strategy, ranks, micro=2, limit=240)

@@ -49,11 +49,14 @@ class Signals:
 
     Attributes:
         listener: called in the handler with what is asked; None: there is nothing to save, the process leaves at once.
+        leaving: all ranks are on their way out together; what else is asked, as by Slurm that ends a requeued job, is heeded
+            already, and one that left by itself would be missed by the others.
         interrupted: when Ctrl-C came first, in seconds of the monotonic clock.
     """
 
     def __init__(self) -> None:
         self.listener: Callable[[Ask], None] | None = None
+        self.leaving = False
         self.interrupted: float | None = None
         self._process = os.getpid()
 
@@ -71,6 +74,8 @@ class Signals:
                 )
                 os._exit(INTERRUPTED)  # other ranks may hold this one in a collective, or a thread in its exit
             self.interrupted = self.interrupted or now
+        if self.leaving:
+            return
         if self.listener is None:
             _leave_now(ask)
         else:

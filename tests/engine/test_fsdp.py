@@ -264,7 +264,7 @@ def test_zero3_exports_the_folder_of_one_process_and_fsdp2_goes_on_from_its_stat
     require_equal(several[0]["put"], several[0]["saved"], steps=4)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_of_the_copies_under_hsdp_one_is_written(small_parts, tmp_path):
     saved = run({"kept": ("kept", {"shard_size": 2})}, small_parts, tmp_path, world=4)
     assert [rank["kept"]["writes"] for rank in saved] == [True, True, False, False]

@@ -16,6 +16,7 @@ from fakes import calls, fake_slurm, with_path
 
 from lit_vlm.config import parse
 from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED
+from lit_vlm.engine.signals import listening
 from lit_vlm.engine.slurm import is_preempted, requeue
 from lit_vlm.tasks import pipeline
 
@@ -113,6 +114,7 @@ class Started:
                 self.process.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_term_saves_and_leaves_with_a_code_to_start_again_and_ctrl_c_with_its_own(tmp_path):
     run = Started(tmp_path, "data.num_workers=1")
@@ -233,6 +235,15 @@ def test_where_no_step_is_under_way_each_process_leaves_by_itself(
     done = subprocess.run(words, cwd=repository, env=environment, capture_output=True, text=True, timeout=30)
     assert done.returncode == code, done.stderr
     assert (["requeue", "5"] in calls(folder, "scontrol")) is requeued
+
+
+def test_a_rank_that_is_leaving_with_the_others_is_not_called_away():
+    """As by Slurm, which ends the processes of a job that was requeued while they still wait for each other."""
+    with listening() as signals:
+        signals.leaving = True
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(os.getpid(), number)
+            time.sleep(0.01)
 
 
 FAILS = """

@@ -20,7 +20,7 @@ def train(world: int, parts: tuple[str, str], out: Path, *, tokens: int, batch: 
     return torch.load(out, weights_only=True)
 
 
-@pytest.mark.parametrize(("tokens", "batch"), [(130, 9), (100_000, 1)])
+@pytest.mark.parametrize(("tokens", "batch"), [(130, 9), pytest.param(100_000, 1, marks=pytest.mark.slow)])
 def test_n_ranks_equal_one_rank_and_a_rank_without_images_does_not_hang_one_with(small_parts, tmp_path, tokens, batch):
     """130 tokens: several micro-batches, some blank. Batch 1: one rank always has nothing."""
     one = train(1, small_parts, tmp_path / "one.pt", tokens=tokens, batch=batch)

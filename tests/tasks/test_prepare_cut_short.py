@@ -63,6 +63,7 @@ def die_at_the_replacement(number: int, words: list[str]) -> None:
     prepared(*words)
 
 
+@pytest.mark.slow
 def test_killed_between_writing_and_moving_it_ends_as_if_never_killed(words, tmp_path):
     whole = outcome([*words, "data.index_dir=whole", "run_name=whole"])
     killed = 0
@@ -114,6 +115,7 @@ def within(limit: int, words: list[str]) -> str:
     return text
 
 
+@pytest.mark.slow
 def test_without_room_it_says_so_and_goes_on_when_there_is_some(words, tmp_path):
     """The places of records in their files, the shards, the plan: each is the first that does not fit."""
     whole = outcome([*words, "data.index_dir=whole", "run_name=whole"])  # the tiny model's parts are there then
