@@ -75,8 +75,9 @@ def one_rank(arguments: argparse.Namespace) -> None:
         result = compare(Path(folder), arguments)
     if int(os.environ["RANK"]) == 0:
         OUT.parent.mkdir(exist_ok=True)
+        name = f"zero{arguments.stage}, {result['ranks']} ranks of {arguments.batch} samples"
         known = json.loads(OUT.read_text()) if OUT.is_file() else {}
-        OUT.write_text(json.dumps(known | {f"zero{arguments.stage}": result}, indent=2) + "\n")
+        OUT.write_text(json.dumps(known | {name: result}, indent=2) + "\n")
         print({key: value for key, value in result.items() if key != "versions"})
     leave_process_group()
 

@@ -73,7 +73,7 @@ class Clock(L.Callback):
         self.seconds.append(time.perf_counter() - self.began)
 
 
-def save(folder: Path, beside: bool, arguments: argparse.Namespace) -> dict[str, float]:
+def save(folder: Path, beside: bool, arguments: argparse.Namespace) -> dict[str, float | None]:
     quiet()
     torch.set_num_threads(1)
     tower, _ = tiny_parts(folder / "parts")
@@ -104,7 +104,7 @@ def save(folder: Path, beside: bool, arguments: argparse.Namespace) -> dict[str,
         "median_stall_seconds": statistics.median(saver.stalls[1:]),  # the first makes the buffers in the host's memory
         "first_stall_seconds": saver.stalls[0],
         "median_step_seconds": statistics.median(quiet_steps),
-        "median_step_seconds_while_writing": statistics.median(busy) if busy else float("nan"),
+        "median_step_seconds_while_writing": statistics.median(busy) if busy else None,
         "steps_while_writing": len(busy),
     }
 
