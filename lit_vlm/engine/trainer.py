@@ -111,6 +111,7 @@ def quiet() -> None:
         ".*lr_scheduler.step.*",
         ".*`srun` command is available.*",  # a run of one machine on a cluster's login node
         ".*treespec, LeafSpec.*",  # Lightning's call, torch's deprecation
+        ".*functional.all_gather is deprecated.*",  # likewise
         ".*ended before the epoch ended and your dataloader is not resumable.*",  # ours begins where the run goes on
         ".*in eval mode at the start of training.*",  # frozen parts are, on purpose
         ".*when logging on epoch level in distributed setting.*",  # what is logged there is of all ranks already

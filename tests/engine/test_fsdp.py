@@ -228,21 +228,23 @@ def test_four_ranks_under_fsdp2_and_hsdp_train_as_one_process_does(small_parts, 
 @pytest.mark.long
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("stage", STAGE_CASES)
-@pytest.mark.parametrize(("world", "shard_size"), [(2, None), (4, 2)])
-def test_every_stage_under_fsdp2_and_hsdp(small_parts, parts, tmp_path, stage, world, shard_size):
-    """Untied and tied tables, SGD with and without clipping, Adam."""
-    for number, models in enumerate((small_parts, parts)):
-        cases: dict[str, dict[str, Any]] = {
-            "sgd": {"stage": stage},
-            "unclipped": {"stage": stage, "clip": None},
-            "adam": {"stage": stage, "sgd": False},
-        }
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        checks = {name: ("trained", case | {"shard_size": shard_size}) for name, case in cases.items()}
-        several = run(checks, models, folder, world=world)
-        for name, case in cases.items():
-            require_equal(several[0][name], fit(Case(**case), models, "auto"), 3)
+@pytest.mark.parametrize(
+    ("world", "shard_size", "tables"),
+    [(2, None, "small_parts"), (4, 2, "parts")],
+    ids=["fsdp2", "hsdp with tied tables"],
+)
+def test_every_stage_under_fsdp2_and_hsdp(request, tmp_path, stage, world, shard_size, tables):
+    """SGD with and without clipping, and Adam."""
+    models = request.getfixturevalue(tables)
+    cases: dict[str, dict[str, Any]] = {
+        "sgd": {"stage": stage},
+        "unclipped": {"stage": stage, "clip": None},
+        "adam": {"stage": stage, "sgd": False},
+    }
+    checks = {name: ("trained", case | {"shard_size": shard_size}) for name, case in cases.items()}
+    several = run(checks, models, tmp_path, world=world)
+    for name, case in cases.items():
+        require_equal(several[0][name], fit(Case(**case), models, "auto"), 3)
 
 
 @pytest.mark.long
