@@ -25,11 +25,13 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEM
 PR_SET_CHILD_SUBREAPER = 36  # prctl: what a slurmstepd leaves behind becomes a child of ours, not of init
 
 # A requeued job waits `cred_expire` seconds until it may start again, 120 by default. `preempt_send_user_signal`: a job
-# that must make room gets the signal that it asked for with --signal.
+# that must make room gets the signal that it asked for with --signal. Job ids of its own: ranks meet at a port made of them,
+# and several of these may run on one machine.
 CONF = """
 ClusterName=mini
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
+FirstJobId={port}
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/none
