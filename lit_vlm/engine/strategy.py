@@ -32,9 +32,8 @@ def make_strategy(config: TrainerConfig, auto: Strategy = Strategy.ddp) -> Light
 
 
 def _made(config: TrainerConfig, name: Strategy) -> LightningStrategy:
-    timeout = timedelta(
-        minutes=config.timeout_minutes, seconds=30
-    )  # the watch (watch_thread.py) comes first, with stacks
+    # the watch (watch_thread.py) comes first, with stacks
+    timeout = timedelta(minutes=config.timeout_minutes, seconds=30)
     if name is Strategy.ddp:
         return DDPStrategy(timeout=timeout)
     if name in ZERO_STAGES:  # the engines below are imported when they are asked for: each takes seconds

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 from rank_cases import STAGE_CASES, Answers, Case, Keep, assembled, fit, validate
+from rank_runs import require_equal, run_ranks
 
 from lit_vlm.config.schema import Strategy, TrainerConfig
 from lit_vlm.engine.strategy import make_strategy
@@ -32,13 +30,7 @@ def run(
     checks: list[str], parts: tuple[str, str], out: Path, world: int = 2, limit: int = 200
 ) -> list[dict[str, dict]]:
     """What each check found on each rank. A hang ends at the limit, in seconds."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    command = [sys.executable, *launcher, str(WORKER), *parts, str(out), *checks]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    (out / "terminal").write_text(done.stdout + done.stderr, encoding="utf-8")
-    return [{check: torch.load(out / f"{check}.{r}.pt", weights_only=False) for check in checks} for r in range(world)]
+    return run_ranks(WORKER, [*parts, str(out), *checks], checks, out, world, limit)
 
 
 @pytest.fixture(scope="module")
@@ -49,18 +41,6 @@ def out(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def found(small_parts, out) -> list[dict[str, dict]]:
     return run([*TRAINED, *OTHERS], small_parts, out)
-
-
-def require_equal(several: dict, one: dict, steps: int, atol: float = 1e-5) -> None:
-    assert several["losses"] == pytest.approx(one["losses"], rel=1e-5)
-    assert several["val"] == pytest.approx(one["val"], rel=1e-5)
-    assert several["hooks"] == one["hooks"] == list(range(steps))
-    assert several["global_step"] == steps and several["rates"] == pytest.approx(one["rates"])
-    assert several["weights"].keys() == one["weights"].keys()
-    for name, weight in one["weights"].items():
-        torch.testing.assert_close(
-            several["weights"][name], weight, atol=atol, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
-        )
 
 
 @pytest.mark.parametrize("check", TRAINED)

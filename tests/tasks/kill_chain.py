@@ -18,7 +18,8 @@ from random import Random
 
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-from resume_cases import TWO, Start, last_state, rows, run_dir, same_state, start, strays, whole_run, words_of
+from resume_cases import Start, last_state, rows, run_dir, same_state, start, strays, whole_run, words_of
+from run_helpers import TWO
 
 from lit_vlm.engine.checkpoint import Folder, read_index
 from lit_vlm.engine.checkpoint.read import check_files

@@ -41,13 +41,6 @@ COMMON = [
     "checkpoint.every_steps=1",
     f"trainer.max_steps={STEPS}",
 ]
-TWO = [
-    "trainer=ddp",
-    "trainer.accelerator=cpu",
-    "trainer.devices=2",
-    "trainer.precision=32-true",
-    "trainer.num_threads=1",
-]
 NUMBER_OF_TIMES = ("throughput/", "seconds")
 
 

@@ -25,6 +25,13 @@ TINY = [
     "data.global_batch_size=4",
     "trainer.max_steps=3",
 ]
+TWO = [  # ranks
+    "trainer=ddp",
+    "trainer.accelerator=cpu",
+    "trainer.devices=2",
+    "trainer.precision=32-true",
+    "trainer.num_threads=1",
+]
 PHOTOS = ("china.jpg", "flower.png", "고양이.png", "astronaut.jpg")
 
 

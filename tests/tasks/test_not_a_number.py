@@ -4,7 +4,8 @@ import json
 
 import pytest
 from fault_cases import SMALL, Fault, both, broken, notes, noting
-from resume_cases import TWO, ended, last_state, run_dir, same_state, start, words_of
+from resume_cases import ended, last_state, run_dir, same_state, start, words_of
+from run_helpers import TWO
 
 K = 3
 INF = float("inf")

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fault_cases import both, notes, noting, out_of_memory_at
-from resume_cases import TWO, ended, last_state, rows, run_dir, start, words_of
+from resume_cases import ended, last_state, rows, run_dir, start, words_of
+from run_helpers import TWO
 from safetensors.torch import load_file
 
 from lit_vlm.engine.checkpoint import Folder

@@ -13,7 +13,6 @@ import torch
 from resume_cases import (
     KINDS,
     STEPS,
-    TWO,
     ended,
     kill_at,
     last_state,
@@ -26,6 +25,7 @@ from resume_cases import (
     whole_run,
     words_of,
 )
+from run_helpers import TWO
 
 from lit_vlm.engine.checkpoint import Folder
 from lit_vlm.types import UserError

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from run_helpers import RUN, TINY, Ran, conversations, llava, process, run, save_photos, write
+from run_helpers import RUN, TINY, TWO, Ran, conversations, llava, process, run, save_photos, write
 
 from lit_vlm.config import parse, pipeline_overrides
 from lit_vlm.tasks import pipeline
@@ -225,13 +225,6 @@ EXACT = [
     "stage.learning_rate=1e-3",
     "stage.parts.vision_tower.learning_rate=null",
     "trainer.log_every_n_steps=1",
-]
-TWO = [
-    "trainer=ddp",
-    "trainer.accelerator=cpu",
-    "trainer.devices=2",
-    "trainer.precision=32-true",
-    "trainer.num_threads=1",
 ]
 
 

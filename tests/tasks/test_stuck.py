@@ -7,7 +7,8 @@ import time
 
 import pytest
 from fault_cases import SMALL, Fault, both, broken
-from resume_cases import TWO, start, words_of
+from resume_cases import start, words_of
+from run_helpers import TWO
 
 from lit_vlm.engine.checkpoint import Folder
 from lit_vlm.engine.exits import STUCK, TERMINATED

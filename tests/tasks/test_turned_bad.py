@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from mixture_cases import damage, datamodule_of, lines_of, names_of
 from PIL import Image
-from run_helpers import PHOTOS, Ran, conversations, llava, own_choice, process, run, save_photos, write
+from run_helpers import PHOTOS, TWO, Ran, conversations, llava, own_choice, process, run, save_photos, write
 
 from lit_vlm.data import micro_batches
 from lit_vlm.data.images import FileImage
@@ -208,19 +208,12 @@ def test_a_picture_of_the_held_out_share_is_left_out(words, tmp_path, monkeypatc
 
 @pytest.mark.slow
 def test_two_ranks_go_on_without_it_alike(words, tmp_path, monkeypatch):
-    two = [
-        "trainer=ddp",
-        "trainer.accelerator=cpu",
-        "trainer.devices=2",
-        "trainer.precision=32-true",
-        "trainer.num_threads=1",
-    ]
     whole = trained(monkeypatch, *words, "run_name=whole")
     damage(tmp_path / "images" / "5.jpg")
-    first = process(*words, *two, cwd=tmp_path, ranks=2)
+    first = process(*words, *TWO, cwd=tmp_path, ranks=2)
     assert first.returncode != 0 and "train.jsonl:6: image '5.jpg' cannot be decoded" in first.stderr
     assert {entry["position"] for entry in lines_of(tmp_path / "runs" / "bad" / "ledger.jsonl")} == {5}
-    second = process(*words, *two, cwd=tmp_path, ranks=2)
+    second = process(*words, *TWO, cwd=tmp_path, ranks=2)
     assert second.returncode == 0, second.stderr[-3000:]
     assert Ran(tmp_path / "runs" / "bad").manifest["status"] == "finished"
     datamodule = datamodule_of(*words)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -16,6 +17,21 @@ class Kind(StrEnum):
     weight = "weight"  # the float32 master where there is one, else the weight itself
     exp_avg = "exp_avg"  # AdamW's first moment
     exp_avg_sq = "exp_avg_sq"  # its second
+
+
+MOMENTS = (Kind.exp_avg, Kind.exp_avg_sq)
+
+
+def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
+    """AdamW's state of a parameter, made as AdamW would in its first step where it has not stepped yet: so there is one
+    layout from the start."""
+    state, defaults = optimizer.state[parameter], optimizer.defaults
+    if not state:
+        on_device = defaults.get("fused") or defaults.get("capturable")
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
+        for kind in MOMENTS:
+            state[kind.value] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    return state
 
 
 @dataclass(frozen=True, slots=True)

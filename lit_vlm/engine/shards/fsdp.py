@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from lit_vlm.engine.shards.base import Kind, Piece
-
-MOMENTS = (Kind.exp_avg, Kind.exp_avg_sq)
+from lit_vlm.engine.shards.base import MOMENTS, Kind, Piece, adam_state
 
 
 class FSDPShards:
@@ -43,28 +41,17 @@ class FSDPShards:
                 continue
             yield Piece(name, Kind.weight, shape, start, rows.view(-1))
             for kind in MOMENTS if self.has_moments else ():
-                moment = self._state(parameter)[kind.value]
+                moment = adam_state(self.optimizer, parameter)[kind.value]
                 yield Piece(name, kind, shape, start, rows_of(moment)[0].view(-1))
 
     def loaded(self, step: int) -> None:
         """Gathered weights are copies that a forward pass may have left behind; `_trained` put the rows in their place."""
         for parameter in self._trained().values() if self.has_moments else ():
-            self._state(parameter)["step"].fill_(float(step))
+            adam_state(self.optimizer, parameter)["step"].fill_(float(step))
 
     def _trained(self) -> dict[str, DTensor]:
         reshard(self.model)
         return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}  # type: ignore[misc]
-
-    def _state(self, parameter: Any) -> dict[str, Any]:
-        """AdamW's own, made as AdamW would where it has not stepped yet."""
-        state = self.optimizer.state[parameter]
-        if not state:
-            defaults = self.optimizer.defaults
-            on_device = defaults.get("fused") or defaults.get("capturable")
-            state["step"] = torch.zeros((), device=parameter.device if on_device else "cpu")
-            for kind in MOMENTS:
-                state[kind.value] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        return state
 
 
 def rows_of(tensor: DTensor) -> tuple[Tensor, int]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from lit_vlm.engine.shards.base import Kind, Piece
+from lit_vlm.engine.shards.base import MOMENTS, Kind, Piece, adam_state
 from lit_vlm.types import UserError
 
 
@@ -33,8 +33,6 @@ class Whole:
                 f"Checkpoints hold AdamW's state, and the optimizer is {type(optimizer).__name__}. Use AdamW, or take the "
                 "Checkpoint callback away."
             )
-        if self.has_moments:
-            self._make_moments()
 
     @property
     def writes(self) -> bool:
@@ -45,24 +43,13 @@ class Whole:
             shape = tuple(parameter.shape)
             yield Piece(name, Kind.weight, shape, 0, _flat(parameter.data))
             if self.has_moments:
-                state = self.optimizer.state[parameter]
-                for kind in (Kind.exp_avg, Kind.exp_avg_sq):
+                state = adam_state(self.optimizer, parameter)
+                for kind in MOMENTS:
                     yield Piece(name, kind, shape, 0, _flat(state[kind.value]))
 
     def loaded(self, step: int) -> None:
         for parameter in self.parameters.values() if self.has_moments else ():
-            self.optimizer.state[parameter]["step"].fill_(float(step))
-
-    def _make_moments(self) -> None:
-        """As AdamW makes them in its first step, so that there is one layout from the start."""
-        defaults = self.optimizer.defaults
-        on_device = defaults.get("fused") or defaults.get("capturable")
-        for parameter in self.parameters.values():
-            state = self.optimizer.state[parameter]
-            if not state:
-                state["step"] = torch.zeros((), device=parameter.device if on_device else "cpu")
-                for kind in (Kind.exp_avg, Kind.exp_avg_sq):
-                    state[kind.value] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            adam_state(self.optimizer, parameter)["step"].fill_(float(step))
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

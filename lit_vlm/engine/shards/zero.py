@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_vlm.engine.shards.base import Kind, Piece
-
-MOMENTS = (Kind.exp_avg, Kind.exp_avg_sq)
+from lit_vlm.engine.shards.base import MOMENTS, Kind, Piece, adam_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,14 +94,9 @@ class ZeroShards:
             persistent[0].all_gather(persistent)
 
     def _state(self, group: int) -> dict[str, Any]:
-        """AdamW's own, made as AdamW would where it has not stepped yet; empty for an optimizer without moments."""
+        """Empty for an optimizer without moments."""
         adam, master = self.optimizer.optimizer, self.masters[group]
-        state = adam.state[master]
-        if not state and "betas" in adam.defaults:
-            on_device = adam.defaults.get("fused") or adam.defaults.get("capturable")
-            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device if on_device else "cpu")
-            state |= {kind.value: torch.zeros_like(master) for kind in MOMENTS}
-        return state
+        return adam_state(adam, master) if "betas" in adam.defaults else adam.state[master]
 
     def _piece(self, share: Share, kind: Kind, flat: Tensor) -> Piece:
         values = flat.detach()[share.offset : share.offset + share.length]
