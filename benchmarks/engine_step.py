@@ -39,7 +39,6 @@ from lit_vlm.data.processor import Processor
 from lit_vlm.engine.deepspeed import ZeroStrategy
 from lit_vlm.engine.run_folder import versions
 from lit_vlm.engine.trainer import leave_process_group, quiet
-from lit_vlm.losses.next_token import next_token_losses
 from lit_vlm.model.build import Blueprint, draw_up
 from lit_vlm.model.tiny import tiny_parts
 from lit_vlm.stages import SFTStage
@@ -183,8 +182,8 @@ class Bare(ZeroStrategy):
         world = self.world_size
 
         def step(batch: Batch) -> torch.Tensor:
-            logits, targets = engine(batch=batch)
-            loss = next_token_losses(logits, targets).sum() / batch.step_supervised_tokens
+            (log_probs,) = engine(batch=batch)
+            loss = -log_probs.sum() / batch.step_supervised_tokens
             engine.backward(loss * world)
             engine.step()
             return loss.detach()

@@ -74,6 +74,8 @@ class Checkpoint(L.Callback):
     # ---- going on
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if hasattr(pl_module, "prepare"):
+            pl_module.prepare()
         plan = getattr(getattr(trainer, "datamodule", None), "plan", None)
         if plan is not None:
             self._consumed = Consumed(plan)

@@ -158,7 +158,8 @@ def _as_sample(record: Record) -> Sample:
     if not isinstance(record, PreferencePair):
         return record
     messages = (*record.prompt, record.chosen)
-    return Sample(record.id, record.source, record.origin, record.kind, record.language, messages, record.images)
+    shown = record.images[: record.num_shown]
+    return Sample(record.id, record.source, record.origin, record.kind, record.language, messages, shown)
 
 
 def _chosen(index: Index, most: int) -> list[int]:

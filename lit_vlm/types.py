@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from lit_vlm.anyres import Layout
 
+HEAD_ROWS = 2048  # supervised tokens whose logits exist at a time
 IGNORE_INDEX = -100  # label of a position that the loss leaves out; the field's value
 
 # VARCO-VISION's nine, in the order of its release (special_tokens_map.json of NCSOFT/VARCO-VISION-14B)
@@ -183,7 +184,11 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """A prompt with two answers, the first preferred. `prompt` ends with a user message."""
+    """A prompt with two answers, the first preferred. `prompt` ends with a user message.
+
+    With `rejected_images` the rejected answer was given to other pictures: the first half of `images` stands in the
+    prompt of the chosen answer, the second half in that of the rejected one. The two answers may then be equal.
+    """
 
     id: str
     source: str
@@ -196,6 +201,12 @@ class PreferencePair:
     images: tuple[ImageSource, ...] = ()
     max_tiles: int | None = None
     normalised: bool = False
+    rejected_images: bool = False
+
+    @property
+    def num_shown(self) -> int:
+        """Pictures that stand in one prompt."""
+        return len(self.images) // 2 if self.rejected_images else len(self.images)
 
 
 Record = Sample | PreferencePair
@@ -221,40 +232,52 @@ class Source(Protocol):
         ...
 
 
-# Shapes: T tokens of the micro-batch, B segments (sequences), N tiles, M distinct images, R image runs in the token
-# row.
+# Shapes: T tokens of the micro-batch, B segments (sequences), S supervised tokens, N tiles, M distinct images, R image
+# runs in the token row.
 @dataclass(slots=True)
 class Batch:
     """A flat micro-batch: one row of tokens without padding, one stack of tiles.
 
-    Segment b is `input_ids[cu_seqlens[b]:cu_seqlens[b + 1]]`; attention never crosses a segment. Each image is encoded
-    once: run r of placeholder tokens takes the features of image `image_index[r]` (a preference pair's two answers
-    share theirs).
+    Segment b is `input_ids[cu_seqlens[b]:cu_seqlens[b + 1]]`. Its tokens see themselves, and before them segment
+    `prefixes[b]` if that is not -1; nothing else. A preference pair is its prompt without the last token, once, and two
+    answers that continue it, each with the prompt's last token before it, so that in every segment a token is predicted
+    from the one before it. Each image is encoded once: run r of placeholder tokens takes the features of image
+    `image_index[r]`.
     """
 
     input_ids: Tensor  # [T] int64; image_token_id where image features go
     labels: Tensor  # [T] int64, not shifted; IGNORE_INDEX where unsupervised
-    position_ids: Tensor  # [T] int64, restart at each segment
+    rows: Tensor  # [S] int64, the positions that predict a supervised token: each the one before it
+    position_ids: Tensor  # [T] int64, restart at each segment, behind its prefix
     cu_seqlens: Tensor  # [B + 1] int32
     lengths: list[int]  # B tokens of each segment; cu_seqlens on the host, so that nothing waits for the device
+    prefixes: list[int]  # B; the segment that this one continues, or -1
+    supervised: list[int]  # B supervised tokens of each segment; they sum to S
+    tails: list[int]  # B tokens of each segment from its first row on; 0 without one
+    owners: list[int]  # B; which record each segment is of
     tiles: Tensor  # [N, 3, H, W] uint8; the model normalises them on its device
     layouts: list[Layout]  # M; how each image's tiles become tokens. Their tiles sum to N
     image_index: list[int]  # R
-    num_supervised_tokens: int  # in this micro-batch; a segment's first token is never predicted
     step_supervised_tokens: int  # in the whole optimizer step, over all ranks and micro-batches: the loss's divisor
     step_tiles: int = 0  # image tiles in the whole optimizer step
     step: int = 0  # optimizer step
     sample_ids: list[str] = field(default_factory=list)  # B for sft, one per pair for preferences
     kinds: list[Kind] = field(default_factory=list)
     languages: list[Language] = field(default_factory=list)
-    num_pairs: int = 0  # preference batches: segments are the pairs' chosen answers, then their rejected ones
+    num_pairs: int = 0  # preference batches: the last segments are the pairs' chosen answers, then their rejected ones
     step_pairs: int = 0  # in the whole optimizer step
     step_chosen_tokens: int = 0
+    keys: list[int] = field(default_factory=list)  # of each record: what it says, and as how many tokens and tiles
     blank: bool = False  # nothing to learn here; it keeps the ranks in step
 
     @property
     def num_tokens(self) -> int:
         return int(self.input_ids.shape[0])
+
+    @property
+    def num_supervised_tokens(self) -> int:
+        """Of this micro-batch; a segment's first token is never predicted."""
+        return sum(self.supervised)
 
     @property
     def num_tiles(self) -> int:
@@ -268,6 +291,6 @@ class Batch:
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        names = ("input_ids", "labels", "position_ids", "cu_seqlens", "tiles")
+        names = ("input_ids", "labels", "rows", "position_ids", "cu_seqlens", "tiles")
         tensors: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
         return replace(self, **tensors)

@@ -272,6 +272,9 @@ class DPOStageConfig(StageConfig):
     ld_alpha: float | None = None  # weight of tokens beyond the shorter answer's length (LD-DPO); null: 1
     use_weighting: bool = False  # WPO
     reference: str | None = None  # folder of the reference model; null: init_from
+    cache_reference: bool = (
+        False  # its log-probabilities in one pass before training, kept in data.index_dir for other runs
+    )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -16,10 +16,10 @@ from lit_vlm.cost.shape import Shape
 
 @dataclass(frozen=True, slots=True)
 class Flops:
-    """Cost of one token, one squared segment length, one tile and one supervised row, forward and backward together."""
+    """Cost of one token, one square, one tile and one supervised row, forward and backward together."""
 
     per_token: float
-    per_square: float  # per squared segment length
+    per_square: float  # of twice the pairs of tokens that attention looks at: a segment alone has its length squared
     per_tile: float
     per_supervised: float
 
@@ -28,7 +28,7 @@ class Flops:
 
         Args:
             tokens: of all segments.
-            squares: sum over the segments of their squared lengths.
+            squares: see `per_square`.
         """
         return (
             self.per_token * tokens
@@ -58,11 +58,16 @@ class Flops:
         text, vision = shape.text, shape.vision
         again, frozen = int(recomputes), int(reference)
         passes = (3 if trains_language_model else 2) + again + frozen
+        # of the last layer each token makes a key and a value, the rest is made of supervised rows; its attention, of these
+        # rows alone, is not counted
+        read_later = text.layer - 2 * text.hidden * text.key if text.pruned else 0
+        looking = text.layers - text.pruned
         tower = 2 * vision.layers * vision.layer * vision.patches + 4 * vision.patches**2 * vision.width * vision.layers
         return cls(
-            per_token=2.0 * passes * text.layers * text.layer,
-            per_square=2.0 * (3 + again + frozen) * text.query * text.layers,
-            per_tile=tower * ((3 + again if trains_tower else 1) + frozen)
+            per_token=2.0 * passes * (text.layers * text.layer - read_later),
+            per_square=2.0 * (3 + again + frozen) * text.query * looking,
+            # what a frozen tower sees serves the reference as well
+            per_tile=tower * (3 + again + frozen if trains_tower else 1)
             + 2.0 * (3 + frozen) * vision.patches * shape.projector,
-            per_supervised=2.0 * (passes - again) * text.hidden * text.vocab,
+            per_supervised=2.0 * (passes - again) * text.hidden * text.vocab + 2.0 * passes * read_later,
         )

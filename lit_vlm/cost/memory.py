@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from lit_vlm.cost.shape import Shape, TextShape, VisionShape
+from lit_vlm.types import HEAD_ROWS
 
 WORKSPACE = 1.5e9  # bytes, assumed: CUDA context, cuBLAS and cuDNN work space, gaps between the allocator's blocks
 LIVE = 1_000_000_000  # weights that ZeRO-3 keeps gathered at most: DeepSpeed's stage3_max_live_parameters, its default
 ADAM = 2  # AdamW's moments per trainable weight, each in the weight's own type
-LOSS_BYTES = 12  # per logit, float32 each: log-probabilities, their gradient, the logits' gradient
+LOSS_BYTES = 8  # per logit beside itself, float32 each: the probabilities, and what they are made from
 
 
 class Sharding(StrEnum):
@@ -103,7 +104,7 @@ def memory_of(
     activations = {
         "activations of text": load.tokens * activations_of_text(shape.text, training),
         "activations of images": load.tiles * activations_of_tile(shape, training),
-        "logits": float(LOSS_BYTES) * load.supervised * shape.text.vocab,
+        "logits": float(training.precision.compute + LOSS_BYTES) * min(load.supervised, HEAD_ROWS) * shape.text.vocab,
     }
     return Memory(sharding, world_size, states | activations | {"work space (assumed)": WORKSPACE})
 

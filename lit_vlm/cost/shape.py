@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+# Families whose last layer is computed only where its result is read (`model/last_layer.py`).
+PRUNED = ("qwen2", "qwen3", "llama", "mistral", "granite", "hyperclovax")
+
 
 @dataclass(frozen=True, slots=True)
 class TextShape:
@@ -15,6 +18,7 @@ class TextShape:
     head_dim: int
     ffn: int
     vocab: int
+    pruned: bool = False
 
     @property
     def query(self) -> int:
@@ -72,6 +76,7 @@ class Shape:
                 head_dim=text.get("head_dim") or text["hidden_size"] // heads,
                 ffn=text["intermediate_size"],
                 vocab=text["vocab_size"],
+                pruned=text["model_type"] in PRUNED,
             ),
             VisionShape(
                 layers=vision["num_hidden_layers"],

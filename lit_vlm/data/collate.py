@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,7 @@ from lit_vlm.anyres import Layout
 from lit_vlm.data.decoding import REMEDY
 from lit_vlm.data.processor import Processor
 from lit_vlm.data.template import Encoded
-from lit_vlm.types import IGNORE_INDEX, Batch, Fault, ImageSlot, PreferencePair, Record, RecordError
+from lit_vlm.types import IGNORE_INDEX, Batch, Fault, ImageSlot, PreferencePair, Record, RecordError, Sample
 
 
 def collate(
@@ -27,22 +28,22 @@ def collate(
 ) -> Batch:
     """One micro-batch; a blank one when there are no records, which teaches nothing and keeps the ranks in step.
 
-    Samples give one segment each. Pairs give the chosen answers' segments first and then the rejected ones', and both
-    answers point at the same image, which is encoded once.
+    Samples give one segment each. Pairs give first their prompts, each once, then the chosen answers, then the rejected
+    ones (see `Processor.segments`); each image is encoded once.
     """
     layouts = [processor.layouts(record) for record in records]
-    sequences = [processor.sequences(record, layouts[i]) for i, record in enumerate(records)]
+    laid = [processor.segments(record, layouts[i]) for i, record in enumerate(records)]
     pairs = sum(isinstance(record, PreferencePair) for record in records)
     assert pairs in (0, len(records)), "samples and pairs in one micro-batch"
-    segments = [sequence for turn in zip(*sequences, strict=True) for sequence in turn] if records else []
+    order = _order(laid, answers=2 if pairs else 1)
     first_image = np.cumsum([0, *(len(record.images) for record in records)])
-    order = [int(first_image[i]) + j for i, record in enumerate(records) for j in _image_order(record)]
+    images = [int(first_image[i]) + n for i, j in order for n in _images_in(records[i], len(laid[i]), j)]
     return Batch(
-        **_row(segments, processor),
+        **_row([laid[i][j] for i, j in order], _prefixes(laid, order), processor),
+        owners=[i for i, _ in order] or [0],
         tiles=_tiles(processor, records, layouts),
-        layouts=[layout for images in layouts for layout in images],
-        image_index=order * (2 if pairs else 1),
-        num_supervised_tokens=sum(segment.num_supervised for segment in segments),
+        layouts=[layout for of_record in layouts for layout in of_record],
+        image_index=images,
         step_supervised_tokens=step_supervised_tokens,
         step_tiles=step_tiles,
         step=step,
@@ -56,27 +57,58 @@ def collate(
     )
 
 
-def _image_order(record: Record) -> list[int]:
-    """Indices of a record's images in the order in which they stand in its text."""
-    messages = record.prompt if isinstance(record, PreferencePair) else record.messages
-    return [piece.index for message in messages for piece in message.content if isinstance(piece, ImageSlot)]
+def _order(laid: list[list[Encoded]], answers: int) -> list[tuple[int, int]]:
+    """(record, its segment) along the row: what is shared first, then the first answers, then the second ones."""
+    shared = [(i, 0) for i, segments in enumerate(laid) if len(segments) > answers]
+    return shared + [(i, len(segments) - answers + k) for k in range(answers) for i, segments in enumerate(laid)]
 
 
-def _row(segments: list[Encoded], processor: Processor) -> dict:
+def _prefixes(laid: list[list[Encoded]], order: list[tuple[int, int]]) -> list[int]:
+    """The place along the row of the segment that each one continues; -1: none."""
+    place = {segment: number for number, segment in enumerate(order)}
+    return [place[i, 0] if j and len(laid[i]) == 3 else -1 for i, j in order] or [-1]
+
+
+def _images_in(record: Record, num_segments: int, segment: int) -> list[int]:
+    """Numbers of the record's images that stand in one of its segments, in the order of the text."""
+    if num_segments == 3 and segment > 0:
+        return []  # in its prompt
+    if isinstance(record, Sample):
+        return [piece.index for message in record.messages for piece in message.content if isinstance(piece, ImageSlot)]
+    first = record.num_shown if record.rejected_images and segment == 1 else 0
+    return [
+        first + piece.index for message in record.prompt for piece in message.content if isinstance(piece, ImageSlot)
+    ]
+
+
+def _row(segments: list[Encoded], prefixes: list[int], processor: Processor) -> dict[str, Any]:
     if not segments:  # one token that predicts nothing
         pad = processor.tokenizer.pad_token_id or 0
         segments = [Encoded(np.array([pad], dtype=np.int32), np.array([False]))]
     lengths = [segment.num_tokens for segment in segments]
+    starts = np.cumsum([0, *lengths])
     input_ids = torch.from_numpy(np.concatenate([segment.input_ids for segment in segments]).astype(np.int64))
     supervised = np.concatenate([segment.supervised for segment in segments])
-    starts = np.cumsum([0, *lengths])
     supervised[starts[:-1]] = False  # nothing stands before a segment's first token to predict it from
+    before = [lengths[prefix] if prefix >= 0 else 0 for prefix in prefixes]
+    rows = np.flatnonzero(supervised) - 1
+    bounds = np.searchsorted(rows, starts)
+    firsts = [
+        int(rows[first]) if first < last else int(stop)
+        for first, last, stop in zip(bounds[:-1], bounds[1:], starts[1:], strict=True)
+    ]
     return {
         "input_ids": input_ids,
         "labels": torch.where(torch.from_numpy(supervised), input_ids, IGNORE_INDEX),
-        "position_ids": torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])),
+        "rows": torch.from_numpy(rows),
+        "position_ids": torch.from_numpy(
+            np.concatenate([np.arange(first, first + n) for first, n in zip(before, lengths, strict=True)])
+        ),
         "cu_seqlens": torch.from_numpy(starts.astype(np.int32)),
         "lengths": lengths,
+        "prefixes": prefixes,
+        "supervised": np.diff(bounds).tolist(),
+        "tails": [int(stop) - first for first, stop in zip(firsts, starts[1:], strict=True)],
     }
 
 

@@ -205,6 +205,10 @@ class DataModule(L.LightningDataModule):
         batches = TrainMicroBatches(self.processor, plan, rank, self.left_out)
         return self._loader(batches, Onwards(self.start_step * plan.k, len(batches)))
 
+    def pass_over(self, index: Index, samples: np.ndarray) -> DataLoader:
+        """This rank's share of these samples, each once; as many micro-batches on every rank."""
+        return self._loader(self._once(index.subset(samples), own=index is self.held_out and self.has_own_validation))
+
     def val_dataloader(self) -> DataLoader:
         return self._loader(self._validation_batches())
 
@@ -233,10 +237,13 @@ class DataModule(L.LightningDataModule):
     def _validation_batches(self) -> ValidationMicroBatches:
         self.build()
         assert self.held_out is not None
+        return self._once(self.held_out, own=self.has_own_validation)
+
+    def _once(self, index: Index, *, own: bool) -> ValidationMicroBatches:
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         caps = dict(zip(("most_tokens", "most_tiles"), self.budget, strict=True))
-        packs = validation_packs(self.held_out, flops=self.flops, world_size=world, **caps)
-        return ValidationMicroBatches(self.processor, self.held_out, packs[rank::world], own=self.has_own_validation)
+        packs = validation_packs(index, flops=self.flops, world_size=world, **caps)
+        return ValidationMicroBatches(self.processor, index, packs[rank::world], own=own)
 
     def _loader(self, batches: Dataset, sampler: Sampler[int] | None = None) -> DataLoader:
         workers = min(self.num_workers, len(batches))  # type: ignore[arg-type]

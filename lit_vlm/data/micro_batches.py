@@ -15,7 +15,7 @@ from lit_vlm.data.index.columns import Index
 from lit_vlm.data.plan.ledger import Ledger
 from lit_vlm.data.plan.plan import Pack, Plan
 from lit_vlm.data.processor import Processor
-from lit_vlm.types import IGNORE_INDEX, Batch, Fault, Record, RecordError, UserError
+from lit_vlm.types import Batch, Fault, Record, RecordError, UserError
 
 Result = TypeVar("Result")
 
@@ -138,6 +138,7 @@ def _read_once(processor: Processor, index: Index, pack: Pack, **step: int) -> B
     records = [index.record(sample) for sample in pack]
     batch = collate(processor, records, **step)
     _require_unchanged(batch, records, index, pack)
+    batch.keys = index.keys(list(pack)).tolist()
     return batch
 
 
@@ -145,10 +146,9 @@ def _require_unchanged(batch: Batch, records: list[Record], index: Index, pack: 
     """The packs' sizes and the loss's divisor come from the index: a record that has become another must not pass."""
     if not records:
         return
-    supervised = np.add.reduceat(batch.labels.numpy() != IGNORE_INDEX, batch.cu_seqlens.numpy()[:-1], dtype=np.int64)
-    found = {"tokens": np.array(batch.lengths), "supervised": supervised}
+    found = {"tokens": batch.lengths, "supervised": batch.supervised}
     for name, counts in found.items():
-        now, promised = counts.reshape(-1, len(records)).sum(axis=0), getattr(index, name)[list(pack)]  # of pairs, both
+        now, promised = np.bincount(batch.owners, counts).astype(np.int64), getattr(index, name)[list(pack)]
         for number in np.flatnonzero(now != promised):
             what = "tokens" if name == "tokens" else "supervised tokens"
             raise RecordError(

@@ -45,6 +45,9 @@ class Encoded:
         """Tokens that are predicted: the first of a sequence has nothing before it."""
         return int(self.supervised[1:].sum())
 
+    def part(self, start: int, stop: int | None = None) -> Encoded:
+        return Encoded(self.input_ids[start:stop], self.supervised[start:stop])
+
 
 @dataclass(frozen=True, slots=True)
 class Special:

@@ -19,6 +19,7 @@ from typing import Any
 
 from lit_vlm.config.elsewhere import is_elsewhere
 from lit_vlm.engine.ranks import global_rank
+from lit_vlm.model.tensor_files import digest_of_weights
 from lit_vlm.types import Source, UserError
 
 SPREAD_BLOCKS = 256  # of 64 KiB, that stand for a file of weights
@@ -135,17 +136,6 @@ def require_parent(init_from: str | None) -> None:
             f"init_from={init_from}: the run that should have left this folder {state}. Run the stage before it first (`python run.py` runs "
             "a recipe's stages in order), or name another folder or hub id with init_from=..."
         )
-
-
-def digest_of_weights(folder: Path) -> str:
-    """sha256 over the names and contents of a model folder's weights."""
-    hasher = hashlib.sha256()
-    for file in sorted(folder.glob("*.safetensors")):
-        hasher.update(file.name.encode())
-        with file.open("rb") as stream:
-            while chunk := stream.read(1 << 22):
-                hasher.update(chunk)
-    return hasher.hexdigest()
 
 
 def digest_of_parts(*folders: str | None) -> str:

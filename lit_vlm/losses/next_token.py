@@ -1,24 +1,143 @@
-"""Next-token cross-entropy on the rows that are supervised, and on no others."""
+"""Next-token log-probabilities on the rows that are supervised, in chunks of rows.
+
+Logits of 16 thousand rows over 152 thousand words take 10 GB in float32, their gradient as much again. Here no more than
+a chunk of them exists at a time: forward keeps one number per row, backward makes the chunk's logits again. Up to one
+chunk they are kept instead, and nothing is made twice. A chunk is large enough for the matrix product to run at full
+speed.
+
+Nothing is averaged: micro-batches and ranks hold different numbers of supervised tokens, so the stage divides the sum
+once, by the count over the whole optimizer step. A mean of means would overweight short answers.
+"""
 
 from __future__ import annotations
 
+from typing import Any, TypeAlias
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Shapes: R supervised rows, V vocabulary.
+from lit_vlm.types import HEAD_ROWS
+
+# Shapes: R rows, C rows of a chunk, D width, V words, n words with rows of their own.
+
+Scores: TypeAlias = tuple[Tensor, ...]
 
 
-def next_token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Loss of each row in nats.
-
-    Not averaged: micro-batches and ranks hold different numbers of supervised tokens, so the stage divides the sum
-    once, by the count over the whole optimizer step. A mean of means would overweight short answers.
+def score_tokens(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    ids: Tensor | None = None,
+    own: Tensor | None = None,
+    statistics: bool = False,
+    chunk: int = HEAD_ROWS,
+) -> Scores:
+    """Log-probability of each row's target, in float32; under autocast the matrices multiply in its type.
 
     Args:
-        logits: [R, V], any float dtype; the loss is taken in float32.
+        hidden: [R, D].
+        weight: [V, D].
         targets: [R].
+        ids: [n] words whose rows are those of `own` [n, D] and not the matrix's.
+        statistics: more about each row, without gradients.
+        chunk: most rows whose logits exist at a time.
 
     Returns:
-        [R] float32.
+        log-probabilities [R]; with `statistics` also the entropy in nats, the mean logit, whether the target is the
+        likeliest word, and the log of the sum of squared probabilities, [R] each.
     """
-    return F.cross_entropy(logits.float(), targets, reduction="none")
+    return _Score.apply(hidden, weight, targets, ids, own, statistics, chunk)  # type: ignore[no-any-return]
+
+
+class _Score(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        ids: Tensor | None,
+        own: Tensor | None,
+        statistics: bool,
+        chunk: int,
+    ) -> Scores:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        with torch.autocast(device, enabled=False):
+            matrix, rows = weight.to(dtype), None if own is None else own.to(dtype)
+            parts, norms, kept = [], [], []
+            for start in range(0, len(hidden), chunk):
+                logits = _logits(hidden[start : start + chunk].to(dtype), matrix, ids, rows)
+                norm = logits.float().logsumexp(-1)
+                parts.append(_scores(logits, targets[start : start + chunk], norm, statistics))
+                norms.append(norm)
+                kept.append(logits)
+                if len(hidden) > chunk:
+                    kept.clear()
+        scores = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        ctx.save_for_backward(hidden, weight, targets, ids, own, torch.cat(norms), *kept)
+        ctx.dtype, ctx.chunk = dtype, chunk
+        ctx.mark_non_differentiable(*scores[1:])
+        return scores
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
+        hidden, weight, targets, ids, own, norms, *kept = ctx.saved_tensors
+        wants_hidden, wants_weight, wants_own = (ctx.needs_input_grad[i] for i in (0, 1, 4))
+        dtype, size = ctx.dtype, ctx.chunk
+        matrix, rows = weight.to(dtype), None if own is None else own.to(dtype)
+        d_hidden = torch.empty_like(hidden) if wants_hidden else None
+        d_weight = d_own = None  # sums over chunks are taken in float32, whatever multiplies
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            read = hidden[part].to(dtype)
+            logits = kept[0] if kept else _logits(read, matrix, ids, rows)
+            change = (logits.float() - norms[part, None]).exp_().neg_()
+            change[torch.arange(len(change), device=change.device), targets[part]] += 1
+            change = change.mul_(gradient[part, None]).to(dtype)
+            on_own = None
+            if ids is not None:
+                on_own = change[:, ids]
+                change.index_fill_(1, ids, 0.0)
+            if d_hidden is not None:
+                d_hidden[part] = change @ matrix if on_own is None else change @ matrix + on_own @ rows
+            if wants_weight:
+                d_weight = _sum(d_weight, change.T @ read)
+            if wants_own:
+                d_own = _sum(d_own, on_own.T @ read)
+        return (
+            d_hidden,
+            None if d_weight is None else d_weight.to(weight.dtype),
+            None,
+            None,
+            None if d_own is None else d_own.to(own.dtype),
+            None,
+            None,
+        )
+
+
+def _sum(total: Tensor | None, part: Tensor) -> Tensor:
+    return part.float() if total is None else total.add_(part)
+
+
+def _logits(hidden: Tensor, matrix: Tensor, ids: Tensor | None, rows: Tensor | None) -> Tensor:
+    logits = F.linear(hidden, matrix)
+    return logits if ids is None else logits.index_copy_(-1, ids, F.linear(hidden, rows))
+
+
+def _scores(logits: Tensor, targets: Tensor, norm: Tensor, statistics: bool) -> Scores:
+    """Of one chunk, [C] each."""
+    log_probs = logits.gather(-1, targets[:, None]).squeeze(-1).float() - norm
+    if not statistics:
+        return (log_probs,)
+    logits = logits.float()
+    every = logits - norm[:, None]
+    return (
+        log_probs,
+        -(every.exp() * every).sum(-1),
+        logits.mean(-1),
+        logits.argmax(-1) == targets,
+        (2 * every).logsumexp(-1),
+    )

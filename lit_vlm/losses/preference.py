@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,8 +22,7 @@ from torch import Tensor, nn
 
 from lit_vlm.types import UserError
 
-# Shapes: P pairs, 2P answers (all chosen ones, then all rejected ones), A longest answer in tokens, R supervised rows,
-# V vocabulary.
+# Shapes: P pairs, 2P answers (all chosen ones, then all rejected ones), A longest answer in tokens, R supervised rows.
 
 LOSSES = (
     "sigmoid",
@@ -41,6 +42,9 @@ LOSSES = (
     "sigmoid_norm",
 )
 SORTS_THE_BATCH = ("aot", "aot_unpaired")
+SMOOTHS = ("exo_pair", "robust", "aot", "aot_unpaired")  # those that look at label_smoothing
+DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+OF_THE_DIFFERENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 
 
 @dataclass(slots=True)
@@ -48,41 +52,42 @@ class AnswerScores:
     """What a forward pass says of each answer's tokens; all [2P, A], zero behind an answer's end."""
 
     log_probs: Tensor
-    entropy: Tensor
-    mean_logits: Tensor
-    is_top1: Tensor
-    log_sum_sq_probs: Tensor
-    aux_loss: None = None
+    entropy: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    aux_loss: Tensor | None = None  # of mixtures of experts, which these models are not
 
 
-def score_answers(logits: Tensor, targets: Tensor, lengths: list[int]) -> AnswerScores:
-    """Spread the supervised rows over the answers they belong to.
+def score_answers(scores: Sequence[Tensor], lengths: list[int]) -> AnswerScores:
+    """Spread what is known of each row over the answers that the rows belong to.
 
     Args:
-        logits: [R, V] of the supervised rows, answer after answer.
-        targets: [R].
+        scores: [R] each, as `next_token.score_tokens` returns them with statistics; or the log-probabilities alone, of a
+            reference: TRL asks it for nothing else.
         lengths: supervised tokens of each of the 2P answers; sums to R.
     """
-    logits = logits.float()
-    log_probs = logits.log_softmax(-1)
-    probs = log_probs.detach().exp()
-    mask = answer_mask(lengths, logits.device)
+    mask = answer_mask(lengths, scores[0].device)
 
     def spread(values: Tensor) -> Tensor:
         return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
-    return AnswerScores(
-        log_probs=spread(log_probs.gather(-1, targets[:, None]).squeeze(-1)),
-        entropy=spread(-(probs * log_probs.detach()).sum(-1)),
-        mean_logits=spread(logits.detach().mean(-1)),
-        is_top1=spread(logits.detach().argmax(-1) == targets),
-        log_sum_sq_probs=spread((2 * log_probs.detach()).logsumexp(-1)),
-    )
+    return AnswerScores(*(spread(values) for values in scores))
 
 
 def answer_mask(lengths: list[int], device: torch.device) -> Tensor:
     """[2P, A]: True on an answer's own tokens."""
     return torch.arange(max(lengths), device=device)[None] < torch.tensor(lengths, device=device)[:, None]
+
+
+@dataclass(slots=True)
+class Judged:
+    """What the loss says of a micro-batch."""
+
+    loss: Tensor  # [], this micro-batch's part of the step's loss
+    pair_loss: Tensor | None  # [], the mean over its pairs, without the `sft` term; None: there is nothing else
+    rewards: Tensor  # [2P], beta times how much likelier each answer has become
+    metrics: dict[str, float]  # TRL's, of this micro-batch
 
 
 class PreferenceLoss:
@@ -111,6 +116,7 @@ class PreferenceLoss:
     ) -> None:
         weights = loss_weights or [1.0] * len(loss_type)
         _check(loss_type, weights, beta, label_smoothing)
+        _check_options(loss_type, label_smoothing, f_divergence_type, ld_alpha, use_weighting)
         self.beta, self.loss_type, self.label_smoothing = beta, list(loss_type), label_smoothing
         self.use_weighting = use_weighting
         options = {
@@ -138,9 +144,8 @@ class PreferenceLoss:
         pair_share: float = 1.0,
         token_share: float = 1.0,
         training: bool = True,
-    ) -> tuple[Tensor, dict[str, float]]:
-        """This micro-batch's part of the step's loss, and TRL's metrics of it.
-
+    ) -> Judged:
+        """
         Args:
             lengths: supervised tokens of each of the 2P answers.
             pair_share: this micro-batch's pairs as a share of the optimizer step's.
@@ -148,16 +153,18 @@ class PreferenceLoss:
         """
         mask = answer_mask(lengths, policy.log_probs.device)
         inputs = _inputs(mask)
-        loss = policy.log_probs.new_zeros(())
-        metrics: dict[str, float] = {}
+        judged = None
         for trainer, share in ((self._by_tokens, token_share), (self._by_pairs, pair_share)):
             if trainer is not None:
-                part, metrics = _run(trainer, policy, reference, inputs, training)
-                loss = loss + part * share
-        return loss, metrics
+                part, rewards, metrics = _run(trainer, policy, reference, inputs, training)
+                loss = part * share if judged is None else judged.loss + part * share
+                judged = Judged(loss, part.detach() if trainer is self._by_pairs else None, rewards, metrics)
+        assert judged is not None  # there is one loss at least
+        return judged
 
     def at_margin_zero(self) -> float | None:
-        """What the first step's loss must be: policy and reference are one model then. None where it depends on the data."""
+        """What `Judged.pair_loss` must be at the first step: policy and reference are one model then. None where that depends
+        on the data."""
         values = {
             "sigmoid": math.log(2),
             "sigmoid_norm": math.log(2),
@@ -176,24 +183,38 @@ class PreferenceLoss:
         if "exo_pair" in self.weights:
             smooth = self.label_smoothing
             values["exo_pair"] = math.log(0.5) - 0.5 * (math.log(1 - smooth) + math.log(smooth))
-        if self.use_weighting or any(name not in values for name in self.weights):
+        if self.use_weighting or self._by_pairs is None:
             return None
-        return sum(values[name] * weight for name, weight in self.weights.items())
+        return sum(values[name] * weight for name, weight in self.weights.items() if name != "sft")
 
 
 def _run(
     trainer: Any, policy: AnswerScores, reference: AnswerScores, inputs: dict, training: bool
-) -> tuple[Tensor, dict[str, float]]:
+) -> tuple[Tensor, Tensor, dict[str, float]]:
+    """Loss, rewards [2P] and metrics."""
     from trl.trainer.dpo_trainer import DPOTrainer
 
     trainer.model.training = training
+    gathered: list[Tensor] = []
+
+    def gather(values: Tensor) -> Tensor:
+        gathered.append(values)
+        return values
+
+    trainer.accelerator.gather = gather
     trainer.accelerator.device = policy.log_probs.device
     trainer.ref_model = lambda **_: reference
-    loss = DPOTrainer._compute_loss(trainer, lambda **_: policy, inputs, False)
+    try:
+        loss = DPOTrainer._compute_loss(trainer, lambda **_: policy, inputs, False)
+    except (AttributeError, TypeError, KeyError) as error:
+        raise UserError(
+            f"trl {version('trl')} computes its preference losses in another way than the release this adapter was written for "
+            f"({error}). Install that one: pip install 'trl==1.16.0'."
+        ) from error
     recorded = trainer._metrics["train" if training else "eval"]
     metrics = {name: values[-1] for name, values in recorded.items() if name != "num_tokens"}
     recorded.clear()
-    return loss, metrics
+    return loss, torch.cat(gathered[:2]), metrics  # it gathers the rewards of chosen and of rejected answers first
 
 
 def _inputs(mask: Tensor) -> dict[str, Tensor]:
@@ -208,7 +229,7 @@ def _trainer(losses: list[tuple[str, float]], discopop_tau: float, options: dict
     model.is_gradient_checkpointing = False
     accelerator = SimpleNamespace(
         device=None,
-        gather=lambda x: x,
+        gather=None,
         gather_for_metrics=lambda x: x,
         unwrap_model=lambda m, *_, **__: m,
         autocast=contextlib.nullcontext,
@@ -243,4 +264,32 @@ def _check(names: list[str], weights: list[float], beta: float, label_smoothing:
     if "exo_pair" in names and not 0 < label_smoothing < 0.5:
         raise UserError(
             f"stage.loss_type=exo_pair needs stage.label_smoothing between 0 and 0.5, got {label_smoothing}."
+        )
+
+
+def _check_options(
+    names: list[str], label_smoothing: float, divergence: str, ld_alpha: float | None, weighting: bool
+) -> None:
+    """What TRL would ignore, or stumble over in mid-run, is refused before."""
+    if not 0 <= label_smoothing < 0.5:
+        raise UserError(f"stage.label_smoothing={label_smoothing} must be at least 0 and below 0.5.")
+    if label_smoothing and not set(names) & set(SMOOTHS):
+        raise UserError(
+            f"stage.label_smoothing={label_smoothing} has no effect on stage.loss_type={names}; in this TRL {', '.join(SMOOTHS)} look at it. "
+            "For a DPO loss with flipped labels take loss_type=[robust]."
+        )
+    if divergence not in DIVERGENCES:
+        raise UserError(f"stage.f_divergence_type={divergence}: TRL knows {', '.join(DIVERGENCES)}.")
+    others = [name for name in names if name not in OF_THE_DIFFERENCE]
+    if divergence != "reverse_kl" and others:
+        raise UserError(
+            f"stage.f_divergence_type={divergence} is defined for {', '.join(OF_THE_DIFFERENCE)}, not for {', '.join(others)}. "
+            "Leave it at reverse_kl, or take other losses."
+        )
+    if ld_alpha is not None and not 0 <= ld_alpha <= 1:
+        raise UserError(f"stage.ld_alpha={ld_alpha} must be between 0 and 1; null does without length desensitising.")
+    if weighting and "sft" in names:
+        raise UserError(
+            "stage.use_weighting=true (WPO) weights pairs, and the loss type sft has none: TRL cannot compute the two together. "
+            "Leave one of them out."
         )

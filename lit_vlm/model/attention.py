@@ -6,8 +6,7 @@ no token sees another segment; without it (generation, plain use) it is transfor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import torch
@@ -17,63 +16,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from lit_vlm.model.segments import Call, Segments
+from lit_vlm.types import UserError
+
 NAME = "flat"
 
-# Shapes: T tokens in the row, B segments, H heads, K key-value heads, D head width, G segments of one group, L its
-# longest.
-
-
-@dataclass
-class Segments:
-    """Where the segments of a flat row begin and end.
-
-    Args:
-        cu_seqlens: [B + 1] int32, on the row's device.
-        lengths: the same on the host.
-    """
-
-    cu_seqlens: Tensor
-    lengths: list[int]
-
-    @property
-    def longest(self) -> int:
-        return max(self.lengths)
-
-    @cached_property
-    def groups(self) -> list[Tensor]:
-        """Per group [G, L] positions in the row; behind a segment's end its last position is repeated.
-
-        Segments of like length share a kernel call. Under a causal mask the repeated positions at the end are seen by
-        no real token, so their results are merely dropped: the group is exact without any mask.
-        """
-        order = sorted(range(len(self.lengths)), key=lambda i: -self.lengths[i])
-        starts = torch.tensor([0, *self.lengths]).cumsum(0)
-        groups: list[Tensor] = []
-        members: list[int] = []
-        for i in order:
-            if members and self.lengths[i] * 4 < self.lengths[members[0]] * 3:
-                groups.append(self._positions(members, starts))
-                members = []
-            members.append(i)
-        groups.append(self._positions(members, starts))
-        return groups
-
-    @cached_property
-    def back(self) -> Tensor:
-        """[T]: where each position of the row stands in the groups' results, laid end to end."""
-        place = torch.empty(sum(self.lengths), dtype=torch.int64)
-        offset = 0
-        for group in self.groups:
-            flat = group.flatten().cpu()
-            # written backwards, so that the first of a repeated position wins
-            place[flat.flip(0)] = torch.arange(offset, offset + len(flat)).flip(0)
-            offset += len(flat)
-        return place.to(self.cu_seqlens.device)
-
-    def _positions(self, members: list[int], starts: Tensor) -> Tensor:
-        lengths = torch.tensor([self.lengths[i] for i in members])
-        within = torch.minimum(torch.arange(int(lengths.max()))[None], lengths[:, None] - 1)
-        return (starts[members][:, None] + within).to(self.cu_seqlens.device)
+# Shapes: T tokens in the row, H heads, K key-value heads, D head width, Q queries (T, or those that a layer asks for), G
+# members of one group, L its most queries.
 
 
 def flat_attention(
@@ -88,13 +37,14 @@ def flat_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each segment.
+    """Causal attention inside each segment, and of a segment to its prefix.
 
     Args:
-        query: [1, H, T, D]; `key` and `value` [1, K, T, D].
+        query: [1, H, Q, D]; `key` and `value` [1, K, T, D].
+        sliding_window: a token sees no further back than so many, itself included.
 
     Returns:
-        [1, T, H, D] and no weights.
+        [1, Q, H, D] and no weights.
     """
     if segments is None:
         return sdpa_attention_forward(
@@ -109,9 +59,8 @@ def flat_attention(
             **kwargs,
         )
     device = query.device.type
-    if torch.is_autocast_enabled(
-        device
-    ):  # rotary embeddings leave queries and keys in float32; autocast casts for SDPA only
+    # rotary embeddings leave queries and keys in float32; autocast casts for SDPA only
+    if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     window = sliding_window if sliding_window and sliding_window < segments.longest else None
@@ -124,15 +73,50 @@ def flat_attention(
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, window: int | None
 ) -> Tensor:
-    from torch.nn.attention.varlen import varlen_attn  # FlashAttention inside; torch >= 2.13 has this signature
-
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
-    cu, longest = segments.cu_seqlens, segments.longest
+    place = None if len(segments.asked) == len(k) else _places(segments.asked, len(k))
+    results = []
+    for call in segments.calls:
+        queries = call.queries if call.queries is None or place is None else place[call.queries]
+        asked = q if queries is None or len(queries) == len(q) else q.index_select(0, queries)
+        seen = (k, v) if call.keys is None else (k.index_select(0, call.keys), v.index_select(0, call.keys))
+        results.append(kernel(asked, *seen, call, scaling, window))
+    if segments.order is None:
+        return results[0][None]
+    return torch.cat(results).index_select(0, segments.order)[None]
+
+
+def _places(asked: Tensor, length: int) -> Tensor:
+    """[T]: where a position of the row stands among those that are asked for."""
+    place = asked.new_zeros(length)
+    place[asked] = torch.arange(len(asked), device=asked.device)
+    return place
+
+
+def kernel(q: Tensor, k: Tensor, v: Tensor, call: Call, scaling: float | None, window: int | None) -> Tensor:
+    """[queries, H, D]: FlashAttention through torch, in the words of its release.
+
+    Causal is `is_causal` in torch 2.10 and `window_size` later; before `enable_gqa` key-value heads are repeated.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    words = signature(varlen_attn).parameters
     left = -1 if window is None else window - 1
-    out = varlen_attn(
-        q, k, v, cu, cu, longest, longest, scale=scaling, window_size=(left, 0), enable_gqa=q.shape[1] != k.shape[1]
+    options: dict[str, Any] = {"window_size": (left, 0)} if "window_size" in words else {"is_causal": True}
+    if window is not None and "window_size" not in words:
+        raise UserError("Sliding windows need a newer torch than this one: 2.12 has them for variable lengths.")
+    if "scale" in words:
+        options["scale"] = scaling
+    elif scaling is not None:
+        q = q * (scaling * q.shape[-1] ** 0.5)
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in words:
+            options["enable_gqa"] = True
+        else:
+            k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (k, v))
+    return varlen_attn(  # type: ignore[no-any-return,return-value]
+        q, k, v, call.cu_queries, call.cu_keys, call.most_queries, call.most_keys, **options
     )
-    return out[None]
 
 
 def _grouped(
@@ -145,25 +129,31 @@ def _grouped(
     window: int | None,
 ) -> Tensor:
     gqa = query.shape[1] != key.shape[1]
-    # [T, heads * D]: a token's heads lie together
-    rows = [tensor[0].transpose(0, 1).flatten(1) for tensor in (query, key, value)]
+    # [Q, heads * D]: a token's heads lie together
+    asked, *seen = (tensor[0].transpose(0, 1).flatten(1) for tensor in (query, key, value))
+    place = None if len(asked) == len(seen[0]) else _places(segments.asked, len(seen[0]))
     results = []
-    for group in segments.groups:
-        shape = (*group.shape, -1, query.shape[-1])
-        q, k, v = (row.index_select(0, group.flatten()).view(shape).transpose(1, 2) for row in rows)  # [G, heads, L, D]
-        mask = _band(group.shape[1], window, q.device) if window else None
+    for group in segments.groups(window):
+        queries = group.queries if place is None else place[group.queries]
+        q = _heads(asked, queries, query.shape[-1])
+        k, v = (_heads(row, group.keys, query.shape[-1]) for row in seen)
         out = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, dropout_p=dropout, enable_gqa=gqa
+            q,
+            k,
+            v,
+            attn_mask=group.mask,
+            is_causal=group.mask is None,
+            scale=scaling,
+            dropout_p=dropout,
+            enable_gqa=gqa,
         )
         results.append(out.transpose(1, 2).flatten(0, 1).flatten(1))  # [G * L, H * D]
     return torch.cat(results).index_select(0, segments.back).unflatten(1, (query.shape[1], -1))[None]
 
 
-def _band(length: int, window: int, device: torch.device) -> Tensor:
-    """[L, L] bool: causal, and no further back than `window` tokens, the own one included."""
-    position = torch.arange(length, device=device)
-    distance = position[:, None] - position[None]
-    return (distance >= 0) & (distance < window)
+def _heads(row: Tensor, positions: Tensor, width: int) -> Tensor:
+    """[G, heads, L, D] of the row's positions [G, L]."""
+    return row.index_select(0, positions.flatten()).view(*positions.shape, -1, width).transpose(1, 2)
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:

@@ -20,10 +20,13 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 
 from lit_vlm.anyres import ImageSettings, Layout
 from lit_vlm.model import attention
-from lit_vlm.types import IGNORE_INDEX, Batch
+from lit_vlm.model.head import ScoringHead
+from lit_vlm.model.last_layer import LastLayer, prune_last_layer
+from lit_vlm.model.segments import Segments
+from lit_vlm.types import Batch
 
-# Shapes: T tokens, N tiles, M images, P patches of a tile, C channels of the tower, D width of the language model, R
-# supervised rows.
+# Shapes: T tokens, N tiles, M images, P patches of a tile, C channels of the tower, D width of the language model, V words,
+# R supervised rows.
 
 
 class FlatOnevisionModel(LlavaOnevisionModel):
@@ -31,47 +34,66 @@ class FlatOnevisionModel(LlavaOnevisionModel):
 
     image_settings: ImageSettings
 
-    def forward(self, *args: Any, batch: Batch | None = None, embeddings_only: bool = False, **kwargs: Any) -> Any:
-        """As transformers', or with `batch`: the last hidden states [T, D] of the language model, or what it is fed."""
+    def forward(
+        self,
+        *args: Any,
+        batch: Batch | None = None,
+        embeddings_only: bool = False,
+        rows: Tensor | None = None,
+        seen: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers', or with `batch`: the last hidden states [T, D] of the language model, or what it is fed.
+
+        Args:
+            rows: [R] positions whose hidden states alone are wanted: [R, D]. None of them: that of the first position, for
+                the same modules must run on every rank.
+            seen: [N, P, C] what the tower made of the batch's tiles, where another pass has it.
+        """
         if batch is None:
             return super().forward(*args, **kwargs)
+        embeddings = self.flat_embeddings(batch, self.look_at(batch) if seen is None else seen)
         if embeddings_only:
-            return self.flat_embeddings(batch)
-        segments = attention.Segments(batch.cu_seqlens, batch.lengths)
+            return embeddings
+        segments = Segments(batch.lengths, embeddings.device, batch.prefixes)
+        tails = batch.tails
+        if rows is not None and not len(rows):
+            rows, tails = rows.new_zeros(1), [batch.lengths[0], *[0] * (len(batch.lengths) - 1)]
+        if rows is not None and self.prunes_last_layer:
+            segments.last = Segments(batch.lengths, embeddings.device, batch.prefixes, tails), rows
         output = self.language_model(
-            inputs_embeds=self.flat_embeddings(batch)[None],
+            inputs_embeds=embeddings[None],
             position_ids=batch.position_ids[None],
             attention_mask=None,
             use_cache=False,
             segments=segments,
         )
-        return output.last_hidden_state[0]
+        hidden = output.last_hidden_state[0]
+        return hidden if rows is None or segments.last else hidden.index_select(0, rows)
 
-    def flat_embeddings(self, batch: Batch) -> Tensor:
+    def flat_embeddings(self, batch: Batch, seen: Tensor) -> Tensor:
         """[T, D]: word embeddings, image features in the places of their placeholders.
 
-        The tower runs exactly once, whatever the batch holds: without images it sees a blank tile, multiplied by zero,
-        so that ranks with and without images make the same collective calls in the same order.
+        A batch without images adds the blank tile's features, multiplied by zero, so that ranks with and without images
+        make the same collective calls in the same order.
         """
         embeddings = self.get_input_embeddings()(batch.input_ids)
         if not batch.num_tiles:
-            side = self.image_settings.tile_size
-            blank = torch.zeros((1, 3, side, side), dtype=torch.uint8, device=batch.input_ids.device)
-            features = self.flat_features(blank, [Layout(1, 0)])
+            features = self.flat_features(seen, [Layout(1, 0)])
             return embeddings + 0.0 * features[0].sum().to(embeddings.dtype)
-        features = self.flat_features(batch.tiles, batch.layouts)
+        features = self.flat_features(seen, batch.layouts)
         row = torch.cat([features[i] for i in batch.image_index])
         mask = batch.input_ids == self.config.image_token_id
         return embeddings.masked_scatter(mask[:, None], row.to(embeddings.dtype))
 
-    def flat_features(self, tiles: Tensor, layouts: list[Layout]) -> list[Tensor]:
+    def flat_features(self, seen: Tensor, layouts: list[Layout]) -> list[Tensor]:
         """Features of each image, [tokens of it, D], after projector, unpadding, pooling and newlines.
 
         Args:
-            tiles: [N, 3, H, W] uint8.
+            seen: [N, P, C] of the tower.
             layouts: of each image, in the order of the tiles.
         """
-        projected = self.multi_modal_projector(self.tower_features(tiles))  # [N, P, D]
+        projected = self.multi_modal_projector(seen)  # [N, P, D]
         by_layout: dict[Layout, list[int]] = defaultdict(list)
         for number, layout in enumerate(layouts):
             by_layout[layout].append(number)
@@ -86,20 +108,33 @@ class FlatOnevisionModel(LlavaOnevisionModel):
                 features[number] = image
         return features
 
+    def look_at(self, batch: Batch) -> Tensor:
+        """[N, P, C] of its tiles; without any, [1, P, C] of a blank one: the tower runs once, whatever the batch holds."""
+        side = self.image_settings.tile_size
+        blank = batch.tiles.new_zeros((1, 3, side, side))
+        return self.tower_features(batch.tiles if batch.num_tiles else blank)
+
     def tower_features(self, tiles: Tensor) -> Tensor:
         """[N, P, C] of the selected layer. Without autograd when nothing of the tower trains."""
-        parameter = next(self.vision_tower.parameters())
         settings = self.image_settings
+        parameter = next(self.vision_tower.parameters())
         mean, std = (
             torch.tensor(values, device=tiles.device, dtype=torch.float32)[:, None, None]
             for values in (settings.mean, settings.std)
         )
         pixels = ((tiles.float() * settings.do_rescale - mean) / std).to(parameter.dtype)
         layer = self.config.vision_feature_layer
-        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.vision_tower.parameters())
-        with torch.set_grad_enabled(trains):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.tower_trains):
             hidden = self.vision_tower(pixels, output_hidden_states=layer, return_dict=True).hidden_states[layer]
         return hidden[:, 1:] if self.config.vision_feature_select_strategy == "default" else hidden
+
+    @property
+    def tower_trains(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+
+    @property
+    def prunes_last_layer(self) -> bool:
+        return isinstance(self.language_model.layers[-1], LastLayer)
 
     def _arranged(self, stack: Tensor, layout: Layout) -> Tensor:
         """[M, tiles, P, D] to [M, tokens, D]: the base view, then the stitched grid with a newline behind each of its rows."""
@@ -120,21 +155,37 @@ class FlatOnevisionModel(LlavaOnevisionModel):
 class FlatOnevision(LlavaOnevisionForConditionalGeneration):
     """LlavaOnevisionForConditionalGeneration that also takes a flat micro-batch."""
 
-    def forward(self, *args: Any, batch: Batch | None = None, embeddings_only: bool = False, **kwargs: Any) -> Any:
-        """As transformers', or with `batch`: logits [R, V] of the supervised rows and their targets [R].
+    def forward(
+        self,
+        *args: Any,
+        batch: Batch | None = None,
+        embeddings_only: bool = False,
+        statistics: bool = False,
+        seen: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers', or with `batch`: the log-probability of each supervised token, in the order of the row.
 
         A micro-batch without supervised tokens gives one row, which must count nothing: the head runs on all ranks
         alike. With `embeddings_only` as well: what the language model is fed, [T, D].
+
+        Args:
+            statistics: more of each row, see `losses.next_token.score_tokens`.
+            seen: [N, P, C] what a frozen tower made of the batch's tiles in another pass (`look_at`).
+
+        Returns:
+            ([R] log-probabilities, and [R] of each statistic, ...), and behind them with `statistics` the [N, P, C] that
+            the tower made, to be handed to another pass.
         """
         if batch is None:
             return super().forward(*args, **kwargs)
         if embeddings_only:
             return self.model(batch=batch, embeddings_only=True)
-        hidden = self.model(batch=batch)
-        rows, targets = supervised_rows(hidden, batch.labels)
-        if not len(targets):
-            rows, targets = hidden[:1], batch.input_ids[:1]
-        return self.lm_head(rows), targets
+        seen = self.model.look_at(batch) if seen is None else seen
+        hidden = self.model(batch=batch, rows=batch.rows, seen=seen)
+        targets = batch.input_ids.index_select(0, batch.rows + 1) if len(batch.rows) else batch.input_ids[:1]
+        scores = self.lm_head(hidden, targets, statistics)
+        return (*scores, seen.detach()) if statistics else scores
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Buffers keep their type, as with `from_pretrained(dtype=)`: rotary frequencies in bfloat16 are other positions."""
@@ -153,26 +204,8 @@ FlatOnevision.forward.__signature__ = inspect.signature(LlavaOnevisionForConditi
 def use_flat_forward(model: LlavaOnevisionForConditionalGeneration, settings: ImageSettings) -> None:
     """Give a built model the flat entrance and the attention that goes with it."""
     model.__class__, model.model.__class__ = FlatOnevision, FlatOnevisionModel
+    model.lm_head.__class__ = ScoringHead
+    prune_last_layer(model)
     model.model.image_settings = settings
     model.set_attn_implementation({"text_config": attention.NAME, "vision_config": "sdpa"})
     model.config.text_config.use_cache = True  # for generation; the flat pass asks for none
-
-
-def supervised_rows(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """The hidden states that predict a supervised token, and those tokens.
-
-    Args:
-        hidden: [T, D].
-        labels: [T], not shifted; position t is predicted from position t - 1.
-
-    Returns:
-        [R, D] and [R]. The language-model head need not run on any other row.
-    """
-    rows = (labels[1:] != IGNORE_INDEX).nonzero().squeeze(1)
-    return hidden.index_select(0, rows), labels[1:].index_select(0, rows)
-
-
-def row_segments(labels: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """[R]: the segment of each supervised row."""
-    positions = (labels[1:] != IGNORE_INDEX).nonzero().squeeze(1) + 1
-    return torch.searchsorted(cu_seqlens[1:].to(positions.dtype), positions, right=True)

@@ -8,7 +8,7 @@ from transformers import LlavaOnevisionForConditionalGeneration
 
 from lit_vlm.types import IGNORE_INDEX, Batch
 
-# Shapes: B segments, L longest prompt, D width of the language model.
+# Shapes: B prompts, L longest prompt, D width of the language model.
 
 
 @torch.no_grad()
@@ -18,7 +18,8 @@ def generate(
     max_new_tokens: int = 64,
     eos_token_id: int | None = None,
 ) -> list[list[int]]:
-    """Token ids of each segment's answer, the end token included when it came.
+    """Token ids of each answer, the end token included when it came: of a pair's two segments that continue its prompt, one
+    each.
 
     Args:
         batch: with or without answers; a segment without supervised tokens is a prompt as it stands.
@@ -47,10 +48,12 @@ def generate(
     return [_up_to_stop(ids, stops) for ids in output.tolist()]
 
 
-def _prompt_spans(batch: Batch) -> list[tuple[int, int]]:
-    """Begin and end in the row of each segment's prompt: up to the last run of supervised tokens."""
+def _prompt_spans(batch: Batch) -> list[list[int]]:
+    """Positions in the row of each prompt: up to the last run of supervised tokens, behind what the segment continues. A
+    segment that others continue is a part of theirs."""
     supervised = (batch.labels != IGNORE_INDEX).tolist()
-    spans, start = [], 0
+    spans: list[tuple[int, int]] = []
+    start = 0
     for length in batch.lengths:
         end = start + length
         last = end
@@ -61,17 +64,21 @@ def _prompt_spans(batch: Batch) -> list[tuple[int, int]]:
             first -= 1
         spans.append((start, first if first > start else end))
         start = end
-    return spans
+    return [
+        [*(range(*spans[prefix]) if prefix >= 0 else ()), *range(*spans[number])]
+        for number, prefix in enumerate(batch.prefixes)
+        if number not in batch.prefixes
+    ]
 
 
-def _left_padded(embeddings: Tensor, spans: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+def _left_padded(embeddings: Tensor, spans: list[list[int]]) -> tuple[Tensor, Tensor]:
     """[B, L, D] prompts that end together, and their mask [B, L]."""
-    longest = max(end - start for start, end in spans)
+    longest = max(map(len, spans))
     prompts = embeddings.new_zeros(len(spans), longest, embeddings.shape[-1])
     mask = torch.zeros(len(spans), longest, dtype=torch.long, device=embeddings.device)
-    for row, (start, end) in enumerate(spans):
-        prompts[row, longest - (end - start) :] = embeddings[start:end]
-        mask[row, longest - (end - start) :] = 1
+    for row, positions in enumerate(spans):
+        prompts[row, longest - len(positions) :] = embeddings[positions]
+        mask[row, longest - len(positions) :] = 1
     return prompts, mask
 
 

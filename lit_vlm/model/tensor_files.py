@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -78,3 +79,14 @@ def write_index(folder: Path, files: list[TensorFile], num_parameters: int) -> N
     }
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
     (folder / INDEX).write_text(text, encoding="utf-8")
+
+
+def digest_of_weights(folder: Path) -> str:
+    """sha256 over the names and contents of a model folder's weights."""
+    hasher = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        hasher.update(file.name.encode())
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 22):
+                hasher.update(chunk)
+    return hasher.hexdigest()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
 
+from lit_vlm.losses.next_token import Scores, score_tokens
 from lit_vlm.types import IMAGE_TOKEN, UserError
 
 VIDEO_TOKEN = "<video>"  # transformers' class wants one; no sample of ours has it
@@ -125,28 +128,39 @@ class NewTokens(nn.Module):
         self.register_buffer("lookup", lookup, persistent=False)
         embedding.register_forward_hook(self._behind_embedding)
         head.register_forward_hook(self._behind_head)
+        object.__setattr__(head, "new_tokens", self)  # known to the head, and no part of it
 
-    def forward(self, inputs: Tensor, output: Tensor, scores: bool = False) -> Tensor:
+    def forward(self, inputs: Tensor, output: Tensor, how: str = "embed", *more: Any) -> Any:
         """What the table made of its input, with these rows in their places; a call of this module, so that what gathers
         sharded parameters by hooks (ZeRO-3) gathers the rows.
 
         Args:
-            inputs: token ids of the embeddings, or with `scores` the hidden states [..., D] that the head read.
-            output: [..., D], or with `scores` [..., V].
+            inputs: token ids of the embeddings, or the hidden states [..., D] that the head reads.
+            output: of "embed" [..., D], of "logits" [..., V]; of "score" the head's matrix [V, D].
         """
-        return self._score(inputs, output) if scores else self._embed(inputs, output)
+        if how == "score":
+            return score_tokens(inputs, output, more[0], ids=self.ids, own=self._head_rows, statistics=more[1])
+        return self._logits(inputs, output) if how == "logits" else self._embed(inputs, output)
+
+    def score(self, hidden: Tensor, matrix: Tensor, targets: Tensor, statistics: bool) -> Scores:
+        """As `score_tokens`, of hidden [R, D] and the head's matrix [V, D]."""
+        return self(hidden, matrix, "score", targets, statistics)
 
     def _behind_embedding(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return self(args[0], output)
 
-    def _behind_head(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return self(args[0], output, scores=True)
+    def _behind_head(self, module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
+        return self(args[0], output, "logits") if isinstance(output, Tensor) else output
+
+    @property
+    def _head_rows(self) -> Tensor:
+        return self.embedding if self.head is None else self.head
 
     def _embed(self, ids: Tensor, output: Tensor) -> Tensor:
         rows = self.lookup[ids]
         ours = nn.functional.embedding(rows.clamp(min=0), self.embedding).to(output.dtype)
         return torch.where((rows >= 0)[..., None], ours, output)
 
-    def _score(self, hidden: Tensor, output: Tensor) -> Tensor:
-        weight = self.embedding if self.head is None else self.head
-        return output.index_copy(-1, self.ids, nn.functional.linear(hidden, weight.to(hidden.dtype)).to(output.dtype))
+    def _logits(self, hidden: Tensor, output: Tensor) -> Tensor:
+        rows = nn.functional.linear(hidden, self._head_rows.to(hidden.dtype))
+        return output.index_copy(-1, self.ids, rows.to(output.dtype))

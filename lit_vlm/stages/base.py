@@ -20,9 +20,8 @@ from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGener
 
 from lit_vlm.anyres import ImageSettings, Tiling
 from lit_vlm.config.schema import ModelConfig
-from lit_vlm.losses.next_token import next_token_losses
 from lit_vlm.model.build import Blueprint, build, draw_up
-from lit_vlm.model.forward import row_segments, use_flat_forward
+from lit_vlm.model.forward import use_flat_forward
 from lit_vlm.model.generate import generate
 from lit_vlm.model.lora import Lora, add_lora
 from lit_vlm.model.parts import PartSummary, freeze, part_of, set_modes, summary
@@ -172,6 +171,9 @@ class Stage(L.LightningModule):
                 "stage.activation_checkpointing=true has no effect on this model: transformers checkpoints none of its layers."
             )
 
+    def prepare(self) -> None:
+        """What must see the weights as the run started, once; called before those of a checkpoint are loaded."""
+
     def _require_images(self) -> None:
         index = getattr(getattr(self.trainer, "datamodule", None), "index", None)
         seeing = [part.value for part in self.trainable if part is not Part.language_model]
@@ -210,9 +212,8 @@ class Stage(L.LightningModule):
 
     def token_losses(self, batch: Batch) -> Tensor:
         """[R] nats, of each supervised token."""
-        logits, targets = self.model(batch=batch)
-        losses = next_token_losses(logits, targets)
-        return losses if batch.num_supervised_tokens else losses * 0.0
+        (log_probs,) = self.model(batch=batch)
+        return -log_probs if batch.num_supervised_tokens else log_probs * 0.0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         if not self._audited and not self.discarded:
@@ -285,9 +286,8 @@ class Stage(L.LightningModule):
         self.log("val/loss", self.val_loss, on_epoch=True, on_step=False, prog_bar=True, batch_size=1)
         if batch.blank:
             return {}
-        segments = row_segments(batch.labels, batch.cu_seqlens)
-        count = torch.bincount(segments, minlength=len(batch.lengths))
-        total = losses.new_zeros(len(batch.lengths)).index_add_(0, segments, losses)
+        count = torch.tensor(batch.supervised)
+        total = torch.stack([part.sum() for part in losses.split(batch.supervised)])
         self.val_loss.update(losses.sum() / len(losses), weight=len(losses))
         return {"loss_sum": total, "num_tokens": count}
 

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torchmetrics import MeanMetric
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from lit_vlm.config.schema import ModelConfig
-from lit_vlm.losses.preference import SORTS_THE_BATCH, AnswerScores, PreferenceLoss, score_answers
-from lit_vlm.model.build import build, draw_up
-from lit_vlm.model.forward import row_segments
+from lit_vlm.losses.preference import SORTS_THE_BATCH, Judged, PreferenceLoss, score_answers
+from lit_vlm.model.build import Blueprint, build, draw_up
 from lit_vlm.model.lora import adapters_off
+from lit_vlm.model.tensor_files import digest_of_weights
 from lit_vlm.stages.base import ModelLike, Stage
+from lit_vlm.stages.reference import ReferenceLogProbs, key_of
+from lit_vlm.stages.tally import Tally, kl_of
 from lit_vlm.types import Batch, Part, UserError
+
+COLLAPSE = -0.7  # nats per token: chosen answers' tokens are half as likely as under the reference
 
 
 class DPOStage(Stage):
@@ -31,6 +37,8 @@ class DPOStage(Stage):
     Args:
         model: the policy to start from; see `Stage`.
         reference: folder of the reference model; None: what the policy starts as.
+        cache_reference: its log-probabilities of all pairs of the run are made in one pass before training and kept in
+            the data module's store, where other runs find them; no reference is held in memory then.
         loss_type, loss_weights, beta, ...: see `PreferenceLoss`.
     """
 
@@ -52,6 +60,7 @@ class DPOStage(Stage):
         ld_alpha: float | None = None,
         use_weighting: bool = False,
         reference: str | Path | None = None,
+        cache_reference: bool = False,
         **stage: Any,
     ) -> None:
         own: dict[str, Any] = {
@@ -65,18 +74,29 @@ class DPOStage(Stage):
             "ld_alpha": ld_alpha,
             "use_weighting": use_weighting,
         }
-        super().__init__(model, **stage, **own, reference=str(reference) if reference else None)
+        kept: dict[str, Any] = {"reference": str(reference) if reference else None, "cache_reference": cache_reference}
+        super().__init__(model, **stage, **own, **kept)
         self.loss = PreferenceLoss(**own)
         self.reference: LlavaOnevisionForConditionalGeneration | None = None
-        self.val_accuracy, self.val_margin = MeanMetric(), MeanMetric()
+        self.kept: ReferenceLogProbs | None = None
+        self.tally, self.val_tally = Tally(), Tally()
+        self._warned = False
+
+    # ---- the reference
+
+    @property
+    def shares_tower(self) -> bool:
+        """Whether the reference sees pictures as the policy does: then the tower runs once for both."""
+        return self.hparams["reference"] is None and Part.vision_tower not in self.trainable
 
     def _prepare_training(self) -> None:
         lora = any(getattr(options, "lora", None) for options in self.options.parts.values())
         if self.hparams["reference"]:
             blueprint = draw_up(ModelConfig(special_tokens=[]), self.hparams["reference"], self.tiling)
+            self._require_same_words(blueprint)
             self.reference = build(blueprint, getattr(torch, self.hparams["dtype"]))
-        elif not lora:
-            self.reference = copy.deepcopy(self.model)
+        elif not lora and not self.hparams["cache_reference"]:
+            self.reference = _copy(self.model, with_tower=not self.shares_tower)
         super()._prepare_training()
         if self.reference is not None:
             self.reference.requires_grad_(False).eval()
@@ -84,13 +104,61 @@ class DPOStage(Stage):
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
 
-    def set_modes(self) -> None:
-        super().set_modes()
-        if self.reference is not None:
-            self.reference.eval()
+    def _require_same_words(self, other: Blueprint) -> None:
+        mine = getattr(self._given, "tokenizer", None)
+        if mine is None or mine.get_vocab() == other.tokenizer.get_vocab():
+            return
+        words = mine.get_vocab().items() ^ other.tokenizer.get_vocab().items()
+        raise UserError(
+            f"stage.reference={self.hparams['reference']} has another tokenizer than the model that trains: {len(words):,} entries differ, "
+            f"as {sorted(words)[0][0]!r}. Its log-probabilities would be of other tokens. Name a model of the same vocabulary."
+        )
+
+    def prepare(self) -> None:
+        """With `cache_reference`, the pass over all pairs. Before a checkpoint is loaded: until then the policy is the reference."""
+        if self.hparams["cache_reference"] and self.kept is None:
+            self.kept = self._pass_over()
+            self.reference = None
+
+    def _pass_over(self) -> ReferenceLogProbs:
+        trainer, data = self.trainer, getattr(self.trainer, "datamodule", None)
+        if getattr(data, "plan", None) is None:
+            raise UserError("cache_reference=True needs lit_vlm's DataModule, which knows the pairs of the run.")
+        kept = ReferenceLogProbs(self._folder_of(data))
+        plan = data.plan
+        drawn = np.unique(np.concatenate([plan.samples(step) for step in range(plan.num_steps)]))
+        for index, samples in ((data.index, drawn), (data.held_out, np.arange(len(data.held_out)))):
+            new = samples[kept.missing(index.keys(samples))]
+            # one look for all ranks: they walk through the same number of micro-batches
+            new = trainer.strategy.broadcast(new)
+            if len(new):
+                self._score_all(kept, data.pass_over(index, new))
+        kept.write()
+        trainer.strategy.barrier()
+        kept.read()
+        return kept
+
+    @torch.no_grad()
+    def _score_all(self, kept: ReferenceLogProbs, batches: Iterable[Any]) -> None:
+        for batch in batches:
+            batch = self.trainer.datamodule.on_before_batch_transfer(batch, 0).to(self.device)
+            with self.trainer.precision_plugin.forward_context(), self._as_reference() as reference:
+                log_probs, *_ = reference(batch=batch)
+            if not batch.blank:
+                kept.add(batch, log_probs)
+
+    def _folder_of(self, data: Any) -> Path | None:
+        """None where the model is not from a folder: nothing then says that it is the same one the next time."""
+        source = self.hparams["reference"] or getattr(self._given, "whole", None)
+        if data.store is None or source is None or not Path(source).is_dir():
+            return None
+        weights = self.trainer.strategy.broadcast(digest_of_weights(Path(source)) if self.global_rank == 0 else "")
+        precision = [self.trainer.precision, self.hparams["dtype"]]
+        return data.store / "reference" / key_of(weights=weights, processor=data.processor.digest, precision=precision)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        self.prepare()
         micro_batches = self.trainer.accumulate_grad_batches * self.trainer.world_size
         sorting = [name for name in self.hparams["loss_type"] if name in SORTS_THE_BATCH]
         if sorting and micro_batches > 1:
@@ -99,72 +167,106 @@ class DPOStage(Stage):
                 "Lower data.global_batch_size, or raise data.tokens_per_micro_batch and data.tiles_per_micro_batch, on one device."
             )
 
-    def step_loss(self, batch: Batch) -> Tensor:
-        loss, metrics = self._preference(batch, training=True)
-        if batch.blank:
-            return loss
-        self._check_first_loss(loss, batch)
-        for name, value in metrics.items():
-            # of this rank's pairs; the val/ metrics cover all ranks
-            self.log(f"train/{name}", value, batch_size=batch.num_pairs)
-        return loss
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Logs `val/loss`, `val/rewards/accuracies` and `val/rewards/margins`, each a mean over pairs."""
-        loss, metrics = self._preference(batch, training=False)
-        known = {
-            "val/loss": self.val_loss,
-            "val/rewards/accuracies": self.val_accuracy,
-            "val/rewards/margins": self.val_margin,
-        }
-        # on a blank batch too: other ranks wait for this one when metrics are gathered
-        for name, metric in known.items():
-            self.log(name, metric, on_epoch=True, on_step=False, prog_bar=name != "val/rewards/margins", batch_size=1)
-        if not batch.blank:
-            self.val_loss.update(loss, weight=batch.num_pairs)
-            self.val_accuracy.update(metrics["rewards/accuracies"], weight=batch.num_pairs)
-            self.val_margin.update(metrics["rewards/margins"], weight=batch.num_pairs)
-        return {}
-
-    def _preference(self, batch: Batch, training: bool) -> tuple[Tensor, dict[str, float]]:
-        policy, lengths = self._scores(self.model, batch)
-        with torch.no_grad(), self._as_reference() as reference:
-            frozen, _ = self._scores(reference, batch)
-        if batch.blank:
-            return policy.log_probs.sum() * 0.0, {}
-        chosen = sum(lengths[: batch.num_pairs])
-        return self.loss(
-            policy,
-            frozen,
-            lengths,
-            pair_share=batch.num_pairs / max(1, batch.step_pairs),
-            token_share=chosen / max(1, batch.step_chosen_tokens),
-            training=training,
-        )
-
-    def _scores(self, model: LlavaOnevisionForConditionalGeneration, batch: Batch) -> tuple[AnswerScores, list[int]]:
-        logits, targets = model(batch=batch)
-        if batch.blank:
-            return score_answers(logits, targets, [1]), [1]
-        counts = torch.bincount(row_segments(batch.labels, batch.cu_seqlens), minlength=len(batch.lengths)).tolist()
-        return score_answers(logits, targets, counts), counts
+    def set_modes(self) -> None:
+        super().set_modes()
+        if self.reference is not None:
+            self.reference.eval()
 
     @contextlib.contextmanager
-    def _as_reference(self):
+    def _as_reference(self) -> Iterator[LlavaOnevisionForConditionalGeneration]:
         if self.reference is not None:
             yield self.reference
         else:
             with adapters_off(self.model):
                 yield self.model
 
-    def _check_first_loss(self, loss: Tensor, batch: Batch) -> None:
+    def _reference_scores(self, batch: Batch, seen: Tensor) -> Tensor:
+        """[R] log-probabilities; `seen`: what the policy's tower made of the tiles."""
+        if self.kept is not None:
+            return self.kept.rows(batch) if not batch.blank else seen.new_zeros(1, dtype=torch.float32)
+        with torch.no_grad(), self._as_reference() as reference:
+            return reference(batch=batch, seen=seen if self.shares_tower else None)[0]
+
+    # ---- training
+
+    def step_loss(self, batch: Batch) -> Tensor:
+        loss, judged = self._preference(batch, self.tally, training=True)
+        if judged is not None:
+            self._check_first_loss(judged)
+        self._log_metrics()
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """What is logged at the end of validation as `val/loss`, `val/rewards/accuracies` and so on is of all pairs."""
+        loss, _ = self._preference(batch, self.val_tally, training=False)
+        if not batch.blank:
+            self.val_tally.add_loss(loss, batch.num_pairs)
+        return {}
+
+    def on_validation_epoch_end(self) -> None:
+        means = self.val_tally.means(self._sum, self.device)
+        for name, value in means.items():
+            shown = name in ("loss", "rewards/accuracies")
+            self.log(f"val/{name}", value, prog_bar=shown, batch_size=1)
+
+    def _preference(self, batch: Batch, tally: Tally, training: bool) -> tuple[Tensor, Judged | None]:
+        """The micro-batch's part of the loss, and what it is made of; nothing of a blank one."""
+        *scores, seen = self.model(batch=batch, statistics=True)
+        frozen = self._reference_scores(batch, seen)
+        if batch.blank:
+            return scores[0].sum() * 0.0, None
+        lengths = batch.supervised[-2 * batch.num_pairs :]
+        chosen = sum(lengths[: batch.num_pairs])
+        judged = self.loss(
+            score_answers(scores, lengths),
+            score_answers([frozen], lengths),
+            lengths,
+            pair_share=batch.num_pairs / max(1, batch.step_pairs),
+            token_share=chosen / max(1, batch.step_chosen_tokens),
+            training=training,
+        )
+        policy = scores[0].detach()
+        tally.add(batch, lengths, judged, kl_of(policy, frozen), (policy - frozen)[:chosen].sum())
+        return judged.loss, judged
+
+    def _log_metrics(self) -> None:
+        """At a step that is logged: over its pairs, on all ranks; each of them comes here, with a blank batch too."""
+        trainer = self._trainer
+        if trainer is None:
+            return
+        last = (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not last:
+            return
+        step = self.global_step + 1
+        if step % trainer.log_every_n_steps and step != self._num_steps():
+            self.tally = Tally()
+            return
+        means = self.tally.means(self._sum, self.device)
+        for name, value in means.items():
+            self.log(f"train/{name}", value, batch_size=1)
+        self._warn_of_collapse(means)
+
+    def _sum(self, numbers: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(numbers, reduce_op="sum")
+
+    def _warn_of_collapse(self, means: dict[str, float]) -> None:
+        """Preference losses look at differences: both answers may become unlikely, the chosen one less so."""
+        if means.get("drift", 0.0) < COLLAPSE and not self._warned:
+            self._warned = True
+            rank_zero_warn(
+                f"Step {self.global_step + 1:,}: the tokens of chosen answers are {math.exp(-means['drift']):.1f} times less likely than under "
+                "the reference. The margin grows because rejected answers fall faster, and the model forgets how to write good ones. Lower "
+                "stage.learning_rate, raise stage.beta, or add the chosen answers' own loss: stage.loss_type=[sigmoid,sft]."
+            )
+
+    def _check_first_loss(self, judged: Judged) -> None:
         """Policy and reference are one model at the first step, so its loss is known. Another one means another reference."""
         expected = self.loss.at_margin_zero()
-        if self.global_step or expected is None or self.hparams["reference"]:
+        if self.global_step or expected is None or judged.pair_loss is None or self.hparams["reference"]:
             return
-        got = float(loss.detach()) * batch.step_pairs / batch.num_pairs
-        tolerance = 1e-5 if loss.dtype == torch.float32 and self.hparams["dtype"] == "float32" else 2e-2
-        if abs(got - expected) > tolerance * max(1.0, abs(expected)):
+        got = float(judged.pair_loss)
+        exact = self.hparams["dtype"] == "float32" and not torch.is_autocast_enabled(self.device.type)
+        if abs(got - expected) > (1e-5 if exact else 2e-2) * max(1.0, abs(expected)):
             raise UserError(
                 f"The first preference loss is {got:.6f}; policy and reference are the same model, so it must be {expected:.6f} "
                 f"({', '.join(self.hparams['loss_type'])} at margin zero). Something makes them differ: dropout, or a changed model."
@@ -176,3 +278,15 @@ class DPOStage(Stage):
             for name in [name for name in checkpoint["state_dict"] if name.startswith("reference.")]:
                 del checkpoint["state_dict"][name]
             self.strict_loading = False
+
+
+def _copy(model: LlavaOnevisionForConditionalGeneration, *, with_tower: bool) -> LlavaOnevisionForConditionalGeneration:
+    """Of the model as it is; without a tower where the original's serves both."""
+    tower = model.model.vision_tower
+    if with_tower:
+        return copy.deepcopy(model)
+    model.model.vision_tower = None
+    try:
+        return copy.deepcopy(model)
+    finally:
+        model.model.vision_tower = tower

@@ -25,7 +25,6 @@ from lit_vlm.engine.run_folder import (
     RunFolder,
     digest_of_parts,
     digest_of_sources,
-    digest_of_weights,
     identity_of,
     is_rank_zero,
     open_run_folder,
@@ -39,6 +38,7 @@ from lit_vlm.engine.skipped import NAME as SKIPPED
 from lit_vlm.engine.trainer import FEW_STEPS, leave_process_group, make_trainer
 from lit_vlm.model.build import Blueprint
 from lit_vlm.model.skeleton import weights_later
+from lit_vlm.model.tensor_files import digest_of_weights
 from lit_vlm.stages import STAGES, Stage
 from lit_vlm.tasks.attempts import fit_or_again, until_done
 from lit_vlm.tasks.run_lock import hold_to_lock

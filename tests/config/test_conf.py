@@ -25,6 +25,7 @@ NEEDS = {
     "data/preference_ko_en": ["data.sources.mine_ko.path=x", "stage=dpo"],
     "data/source/rlaif_v": ["stage=dpo"],
     "stage/dpo": ["data=builtin_preference"],
+    "stage/mpo": ["data=builtin_preference"],
     "experiment/varco_vision_14b/4_dpo": ["data.sources.mine.path=x"],
 }
 
@@ -46,7 +47,7 @@ def test_every_file_composes(name):
 
 def test_the_groups_are_those_of_the_command_line():
     assert groups() == ["data", "data/source", "experiment", "logger", "model", "stage", "trainer"]
-    assert choices("stage") == ["align", "dpo", "highres", "sft"]
+    assert choices("stage") == ["align", "dpo", "highres", "mpo", "sft"]
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("experiment/")])

@@ -98,7 +98,7 @@ def test_completion_offers_groups_and_choices():
     assert "complete" in run_py("-sc", "install=bash").stdout
     line = "python run.py stage="
     offered = run_py("-sc", "query=bash", COMP_LINE=line, COMP_POINT=str(len(line))).stdout
-    assert offered.split() == ["stage=align", "stage=dpo", "stage=highres", "stage=sft"]
+    assert offered.split() == ["stage=align", "stage=dpo", "stage=highres", "stage=mpo", "stage=sft"]
 
 
 def test_a_run_is_handed_to_its_task_and_leaves_nothing_behind(seen, tmp_path):

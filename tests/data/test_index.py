@@ -80,12 +80,15 @@ def test_columns_of_a_pair(processor):
     index = build_index([source], processor)
     for i in range(3):
         chosen, rejected = processor.sequences(source[i])
-        assert index.tokens[i] == chosen.num_tokens + rejected.num_tokens
-        assert index.squares[i] == chosen.num_tokens**2 + rejected.num_tokens**2
+        prompt, *answers = processor.segments(source[i])
+        shared = prompt.num_tokens
+        assert index.tokens[i] == shared + sum(answer.num_tokens for answer in answers)
+        assert index.squares[i] == chosen.num_tokens**2 + rejected.num_tokens**2 - shared**2
+        assert index.longest[i] == max(chosen.num_tokens, rejected.num_tokens)
         assert index.chosen[i] == chosen.num_supervised
         assert index.supervised[i] == chosen.num_supervised + rejected.num_supervised
-        shared = int(index.prompt[i])
-        assert np.array_equal(chosen.input_ids[:shared], rejected.input_ids[:shared]) and chosen.supervised[shared]
+        assert np.array_equal(chosen.input_ids[: shared + 1], rejected.input_ids[: shared + 1])
+        assert not prompt.supervised.any() and chosen.supervised.tolist().index(True) == shared + 1
 
 
 def test_built_twice_is_equal_and_read_once(lines, store, processor):

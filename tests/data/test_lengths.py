@@ -36,8 +36,8 @@ def agrees(index: Index, processor) -> bool:
             "image_tokens": cost.num_image_tokens,
             "supervised": cost.num_supervised,
             "chosen": cost.num_chosen,
-            "prompt": cost.num_prompt,
-            "squares": sum(length**2 for length in cost.lengths),
+            "squares": cost.squares,
+            "longest": cost.longest,
             "tiles": cost.num_tiles,
             "images": cost.num_images,
             "height": cost.size[0],
@@ -112,7 +112,7 @@ def test_max_length_is_of_one_answer_with_its_prompt(processor, tmp_path):
     """A pair is two rows of tokens; the language model's positions hold each of them by itself."""
     row = {"turns": ["Which?", "The first one, and many words more."], "rejected": "No.", "images": []}
     index = build_index([Lines(write(tmp_path / "a.jsonl", [row]))], processor)
-    longest = max(processor.cost(index.record(0)).lengths)
+    longest = processor.cost(index.record(0)).longest
     assert longest < int(index.tokens[0])
     options = {"policy": OnOverlong.quarantine, "most_tokens": PLENTY, "most_tiles": PLENTY}
     assert len(fit(index, processor, max_length=longest, **options)) == 1

@@ -9,6 +9,7 @@ import unicodedata
 
 import numpy as np
 import pytest
+from PIL import Image
 from source_cases import ANSWER, GPT, HUMAN, USER, contents, llava, only, open_, png, write
 
 from lit_vlm.config.schema import Format, Markup, SourceConfig
@@ -177,6 +178,22 @@ def test_preferences_come_as_text_or_messages_with_or_without_a_prompt(folder, s
     assert (pair.chosen.content, pair.rejected.content) == (("꽃",), ("개",))
     assert pair.chosen.role is pair.rejected.role is Role.assistant
     assert (pair.kind, pair.language, pair.images[0].size) == (Kind.preference, Language.ko, (40, 60))
+
+
+@pytest.mark.parametrize("key", ["rejected_images", "rejected_image"])
+def test_a_rejected_answer_may_be_of_another_picture(folder, key):
+    other = {key: ["other.png"] if key.endswith("s") else "other.png"}
+    Image.new("RGB", (20, 30)).save(folder / "other.png")
+    pair = only(folder, {**PAIRS["strings"], "rejected": "꽃", **other})
+    assert pair.rejected_images and [image.size for image in pair.images] == [(40, 60), (30, 20)]
+    assert pair.chosen == pair.rejected and pair.num_shown == 1
+    for wrong, message in (
+        ({"rejected_images": ["other.png", "other.png"]}, "2 rejected images beside 1 images"),
+        ({"rejected_images": ["flower.png"], "images": ["flower.png"], "image": None}, "nothing to prefer"),
+        ({"rejected_images": ["other.png"], "rejected_image": "other.png"}, "one of them must go"),
+    ):
+        with pytest.raises(UserError, match=message):
+            only(folder, {**PAIRS["strings"], "rejected": "꽃", **wrong})
 
 
 def test_digits_ask_in_the_sources_language_and_hold_out_the_last():

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from lit_vlm.losses.next_token import score_tokens
 from lit_vlm.losses.preference import LOSSES, PreferenceLoss, answer_mask, score_answers
 from lit_vlm.types import UserError
 
@@ -19,6 +20,11 @@ def drawn(seed: int, scale: float = 1.0):
     return logits, targets
 
 
+def scores_of(logits, targets, lengths):
+    """The head is the identity here."""
+    return score_answers(score_tokens(logits, torch.eye(VOCAB), targets, statistics=True), lengths)
+
+
 def options_of(name: str) -> dict:
     return {"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {}
 
@@ -27,13 +33,17 @@ def options_of(name: str) -> dict:
 def test_first_loss_is_that_of_margin_zero(name):
     logits, targets = drawn(0)
     loss = PreferenceLoss([name], beta=0.1, **options_of(name))
-    scores = score_answers(logits, targets, LENGTHS)
-    value, _ = loss(scores, scores, LENGTHS)
+    scores = scores_of(logits, targets, LENGTHS)
+    judged = loss(scores, scores, LENGTHS)
     expected = loss.at_margin_zero()
     if name == "sft":
-        assert expected is None
+        assert expected is None and judged.pair_loss is None
     else:
-        assert float(value) == pytest.approx(expected, abs=1e-6 * max(1, expected))
+        assert float(judged.loss) == pytest.approx(expected, abs=1e-6 * max(1, expected))
+        mixed = PreferenceLoss([name, "sft"], beta=0.1, **options_of(name))
+        assert mixed.at_margin_zero() == expected
+        assert float(mixed(scores, scores, LENGTHS).pair_loss) == float(judged.pair_loss)
+    assert not judged.rewards.any() and len(judged.rewards) == len(LENGTHS)
     if name == "sigmoid":
         assert expected == pytest.approx(math.log(2))
 
@@ -43,27 +53,27 @@ def test_k_micro_batches_of_pairs_equal_one_batch(name):
     loss = PreferenceLoss([name, "sft"] if name != "sft" else ["sft"], beta=0.2, **options_of(name))
     policy, targets = drawn(1)
     reference, _ = drawn(2)
-    whole, _ = loss(score_answers(policy, targets, LENGTHS), score_answers(reference, targets, LENGTHS), LENGTHS)
+    whole = loss(scores_of(policy, targets, LENGTHS), scores_of(reference, targets, LENGTHS), LENGTHS).loss
     spans = torch.tensor([0, *LENGTHS]).cumsum(0)
     total = 0.0
     for pairs in ([0, 1], [2]):
         answers = [*pairs, *(pair + 3 for pair in pairs)]
         rows = torch.cat([torch.arange(spans[a], spans[a + 1]) for a in answers])
         lengths = [LENGTHS[a] for a in answers]
-        part, _ = loss(
-            score_answers(policy[rows], targets[rows], lengths),
-            score_answers(reference[rows], targets[rows], lengths),
+        part = loss(
+            scores_of(policy[rows], targets[rows], lengths),
+            scores_of(reference[rows], targets[rows], lengths),
             lengths,
             pair_share=len(pairs) / 3,
             token_share=sum(LENGTHS[p] for p in pairs) / sum(LENGTHS[:3]),
         )
-        total += float(part)
+        total += float(part.loss)
     assert total == pytest.approx(float(whole), rel=1e-6)
 
 
 def test_scores_are_spread_over_the_answers_they_belong_to():
     logits, targets = drawn(3)
-    scores = score_answers(logits, targets, LENGTHS)
+    scores = scores_of(logits, targets, LENGTHS)
     mask = answer_mask(LENGTHS, logits.device)
     assert mask.sum(1).tolist() == LENGTHS
     torch.testing.assert_close(scores.log_probs[mask], logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1))
@@ -78,6 +88,12 @@ def test_scores_are_spread_over_the_answers_they_belong_to():
         ({"loss_type": ["sigmoid"], "beta": 0.0}, "above 0"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "1 numbers for 2 loss types"),
         ({"loss_type": ["exo_pair"]}, "label_smoothing between"),
+        ({"loss_type": ["sigmoid"], "label_smoothing": 0.1}, "has no effect"),
+        ({"loss_type": ["robust"], "label_smoothing": 0.5}, "below 0.5"),
+        ({"loss_type": ["sigmoid"], "f_divergence_type": "js"}, "TRL knows reverse_kl"),
+        ({"loss_type": ["sigmoid", "nca_pair"], "f_divergence_type": "js_divergence"}, "not for nca_pair"),
+        ({"loss_type": ["sigmoid"], "ld_alpha": 1.5}, "between 0 and 1"),
+        ({"loss_type": ["sigmoid", "sft"], "use_weighting": True}, "cannot compute the two together"),
     ],
 )
 def test_wrong_settings_are_refused_with_the_reason(arguments, message):

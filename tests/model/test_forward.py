@@ -10,10 +10,9 @@ from lit_vlm.anyres import ImageSettings, Tiling, grid_pinpoints
 from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
 from lit_vlm.data.tiles import tiles_of
-from lit_vlm.losses.next_token import next_token_losses
 from lit_vlm.model import attention, hub
 from lit_vlm.model.build import build
-from lit_vlm.model.forward import supervised_rows
+from lit_vlm.model.segments import Segments
 from lit_vlm.stages import SFTStage
 from lit_vlm.types import Batch
 
@@ -82,7 +81,7 @@ def test_no_token_sees_another_segment(model, processor, mixed):
 def test_under_autocast_attention_computes_in_its_precision():
     """Rotary embeddings leave queries and keys in float32, which the variable-length kernel does not take."""
     query, key, value = (torch.randn(1, 2, 6, 8) for _ in range(3))
-    segments = attention.Segments(torch.tensor([0, 2, 6], dtype=torch.int32), [2, 4])
+    segments = Segments([2, 4], torch.device("cpu"))
     with torch.autocast("cpu", torch.bfloat16):
         out, _ = attention.flat_attention(torch.nn.Module(), query, key, value.bfloat16(), None, segments=segments)
     assert out.dtype == torch.bfloat16
@@ -92,10 +91,9 @@ def test_under_autocast_attention_computes_in_its_precision():
 
 def test_head_on_supervised_rows_equals_the_whole_head(model, processor, mixed):
     batch = collate(processor, mixed)
-    hidden = model.model(batch=batch)
-    rows, targets = supervised_rows(hidden, batch.labels)
-    ours = next_token_losses(model.lm_head(rows), targets).sum()
-    logits = model.lm_head(hidden).float()
+    (ours,) = model(batch=batch)
+    ours, rows = -ours.sum(), batch.rows
+    logits = model.lm_head(model.model(batch=batch)).float()
     whole = torch.nn.functional.cross_entropy(logits[:-1], batch.labels[1:], ignore_index=-100, reduction="sum")
     assert float(ours) == pytest.approx(float(whole), rel=1e-6)
     assert len(rows) == batch.num_supervised_tokens < batch.num_tokens
@@ -152,7 +150,7 @@ def test_a_batch_without_images_runs_the_tower_once_and_means_nothing(model, pro
     for records in (mixed[:1], mixed, []):
         calls.clear()
         batch = collate(processor, records)
-        stage_loss = model.lm_head(supervised_rows(model.model(batch=batch), batch.labels)[0]).sum()
+        stage_loss = model(batch=batch)[0].sum()
         assert len(calls) == 1
         assert torch.isfinite(stage_loss)
     hook.remove()

@@ -11,19 +11,11 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from lit_vlm.data.collate import collate
-from lit_vlm.losses.preference import LOSSES
+from lit_vlm.data.processor import Processor
+from lit_vlm.losses.preference import LOSSES, PreferenceLoss
 from lit_vlm.stages import DPOStage
-from lit_vlm.types import ImageSlot, Kind, Language, Message, PreferencePair, Role
-
-METRICS = (
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/accuracies",
-    "rewards/margins",
-    "logps/chosen",
-    "logps/rejected",
-)
-MORE = ("logits/chosen", "logits/rejected", "mean_token_accuracy", "entropy")
+from lit_vlm.stages.tally import Tally
+from lit_vlm.types import ImageSlot, Kind, Language, Message, PreferencePair, Role, UserError
 
 
 def pair(question: str, chosen: str, rejected: str, *sizes, seed: int = 0) -> PreferencePair:
@@ -67,7 +59,7 @@ def trl_trainer(tmp_path_factory):
     """One DPOTrainer for all comparisons; its losses are set anew for each."""
     folder = tmp_path_factory.mktemp("trl")
 
-    def make(policy, reference, processor):
+    def make(policy, reference, processor, **options):
         arguments = DPOConfig(
             output_dir=str(folder),
             report_to="none",
@@ -75,6 +67,7 @@ def trl_trainer(tmp_path_factory):
             bf16=False,
             max_length=None,
             gradient_checkpointing=False,
+            **options,
         )
         plain = plain_processor(processor)
         dataset = Dataset.from_list([row_of(record) for record in BATCHES["one tile"]])
@@ -98,73 +91,125 @@ def policy_and_reference(model):
 def stage_of(policy, reference, **options) -> DPOStage:
     stage = DPOStage(policy, **options)
     stage.configure_model()
-    stage.reference.load_state_dict(reference.state_dict())
+    stage.reference.load_state_dict(reference.state_dict(), strict=False)  # its tower is the policy's
     return stage
 
 
-def test_dpo_loss_gradients_and_metrics_equal_trls(policy_and_reference, processor, trl_trainer):
+def batch_of(processor, records):
+    chosen = sum(processor.sequences(record)[0].num_supervised for record in records)
+    return collate(processor, records, step_pairs=len(records), step_chosen_tokens=chosen)
+
+
+def judged(stage, batch, training=True):
+    return stage._preference(batch, Tally(), training)
+
+
+def trls_inputs(shape, processor, collator):
+    """What TRL's model sees of a batch. Its vision collator wants a picture, so text alone is laid out by hand."""
+    records = BATCHES[shape]
+    if shape == "text":
+        sequences = [processor.sequences(record)[answer] for answer in (0, 1) for record in records]
+        longest = max(sequence.num_tokens for sequence in sequences)
+        inputs = {
+            name: torch.zeros(4, longest, dtype=torch.long)
+            for name in ("input_ids", "attention_mask", "completion_mask")
+        }
+        for row, sequence in enumerate(sequences):
+            inputs["input_ids"][row, : sequence.num_tokens] = torch.from_numpy(sequence.input_ids)
+            inputs["attention_mask"][row, : sequence.num_tokens] = 1
+            inputs["completion_mask"][row, : sequence.num_tokens] = torch.from_numpy(sequence.supervised)
+        return inputs
+    inputs = collator([row_of(record) for record in records])
+    # the template's newline behind <|im_end|> is no word of the answer: the model stops before it
+    inputs["completion_mask"][torch.arange(4), inputs["attention_mask"].sum(1) - 1] = 0
+    return inputs
+
+
+@pytest.mark.parametrize("share_prompts", [True, False])
+@pytest.mark.parametrize("shape", list(BATCHES))
+def test_dpo_loss_gradients_and_metrics_equal_trls(shape, share_prompts, policy_and_reference, processor, trl_trainer):
+    """The contract with the pinned TRL: a real DPOTrainer.compute_loss, for each of its losses."""
     policy, reference = policy_and_reference
     ours_policy = copy.deepcopy(policy)
-    for parameter in policy.parameters():
-        parameter.requires_grad_(False)
+    policy.requires_grad_(False)
     policy.model.language_model.requires_grad_(True)
     policy.lm_head.requires_grad_(True)
     trainer, collator = trl_trainer(policy, reference, processor)
-    compared = 0
-    for shape, records in BATCHES.items():
-        rows = [row_of(record) for record in records]
-        if shape == "text":
-            continue  # TRL's vision collator wants a picture; the next test covers text
-        inputs = collator([dict(row) for row in rows])
-        # the template's newline behind <|im_end|> is no word of the answer: the model stops before it
-        inputs["completion_mask"][torch.arange(4), inputs["attention_mask"].sum(1) - 1] = 0
-        batch = collate(processor, records, step_pairs=2, step_chosen_tokens=0)
-        for name in LOSSES:
-            smoothing = 0.1 if name in ("exo_pair", "robust") else 0.0
-            trainer.loss_types, trainer.loss_weights, trainer.label_smoothing = [name], [1.0], smoothing
-            trainer._metrics["train"].clear()
-            policy.train()
-            policy.zero_grad()
-            theirs = trainer.compute_loss(policy, dict(inputs))
-            theirs.backward()
-            stage = stage_of(ours_policy, reference, loss_type=[name], label_smoothing=smoothing)
-            stage.model.zero_grad()
-            _, lengths = stage._scores(stage.model, batch)
-            batch.step_chosen_tokens = sum(lengths[:2])
-            ours, metrics = stage._preference(batch, training=True)
-            ours.backward()
-            assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=3e-6, abs=1e-6), (
-                shape,
-                name,
-            )  # 1e-6, and float32 beyond 1
-            for (key, a), (_, b) in zip(stage.model.named_parameters(), policy.named_parameters(), strict=True):
-                if b.grad is not None:
-                    scale = max(
-                        1.0, float(b.grad.abs().max()), float(theirs.detach())
-                    )  # sppo_hard's loss is 50 at beta 0.1
-                    where = f"{shape} {name} {key}: "
-                    torch.testing.assert_close(a.grad, b.grad, atol=1e-5 * scale, rtol=1e-4, msg=where.__add__)
-            for metric in METRICS + MORE:
-                assert metrics[metric] == pytest.approx(trainer._metrics["train"][metric][0], rel=1e-4, abs=1e-5), (
-                    shape,
-                    name,
-                    metric,
-                )
-            compared += 1
-    assert compared == 3 * len(LOSSES)
+    inputs = trls_inputs(shape, processor, collator)
+    processor = Processor(processor.tokenizer, processor.images, share_prompts=share_prompts)
+    batch = batch_of(processor, BATCHES[shape])
+    assert (batch.prefixes[-1] >= 0) == share_prompts
+    stage = stage_of(ours_policy, reference)
+    for name in LOSSES if share_prompts else ["sigmoid", "ipo", "sft"]:
+        smoothing = 0.1 if name in ("exo_pair", "robust", "aot") else 0.0
+        trainer.loss_types, trainer.loss_weights, trainer.label_smoothing = [name], [1.0], smoothing
+        trainer._metrics["train"].clear()
+        policy.train()
+        policy.zero_grad()
+        theirs = trainer.compute_loss(policy, dict(inputs))
+        theirs.backward()
+        stage.loss = PreferenceLoss([name], label_smoothing=smoothing)
+        stage.model.zero_grad()
+        loss, found = judged(stage, batch)
+        loss.backward()
+        size = max(1.0, float(theirs.detach()))  # sppo_hard's loss is 50 at beta 0.1; 1e-6, and float32 beyond 1
+        assert float(loss.detach()) == pytest.approx(float(theirs.detach()), abs=1e-6 * size, rel=3e-6), name
+        for (key, a), (_, b) in zip(stage.model.named_parameters(), policy.named_parameters(), strict=True):
+            if b.grad is not None:
+                scale = max(size, float(b.grad.abs().max()))
+                where = f"{name} {key}: "
+                torch.testing.assert_close(a.grad, b.grad, atol=1e-5 * scale, rtol=1e-4, msg=where.__add__)
+        recorded = trainer._metrics["train"]
+        assert recorded.keys() - {"num_tokens"} == found.metrics.keys()
+        for metric, value in found.metrics.items():
+            assert value == pytest.approx(recorded[metric][0], rel=1e-4, abs=1e-5), (name, metric)
+        chosen, rejected = found.rewards.chunk(2)
+        assert float(chosen.mean()) == pytest.approx(found.metrics["rewards/chosen"], abs=1e-6)
+        assert float(rejected.mean()) == pytest.approx(found.metrics["rewards/rejected"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},  # MPO
+        {"loss_type": ["sigmoid"], "f_divergence_type": "forward_kl"},
+        {"loss_type": ["hinge"], "f_divergence_type": "js_divergence"},
+        {"loss_type": ["ipo"], "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.4},
+        {"loss_type": ["sigmoid"], "ld_alpha": 0.5},
+        {"loss_type": ["sigmoid", "apo_zero"], "use_weighting": True},
+        {"loss_type": ["discopop"], "discopop_tau": 0.1, "beta": 0.5},
+    ],
+)
+def test_mixtures_and_options_equal_trls(options, policy_and_reference, processor, trl_trainer):
+    policy, reference = policy_and_reference
+    stage = stage_of(copy.deepcopy(policy), reference, **options)  # TRL replaces a model's forward
+    trainer, collator = trl_trainer(policy, reference, processor, **options)
+    policy.train()
+    theirs = trainer.compute_loss(policy, trls_inputs("anyres", processor, collator))
+    loss, _ = judged(stage, batch_of(processor, BATCHES["anyres"]))
+    assert float(loss.detach()) == pytest.approx(float(theirs.detach()), abs=1e-6, rel=3e-6)
+
+
+def test_a_trl_that_moved_is_told_so(monkeypatch, policy_and_reference, processor):
+    def moved(self, model, inputs, return_outputs):
+        return self.a_new_attribute
+
+    monkeypatch.setattr(DPOTrainer, "_compute_loss", moved)
+    stage = stage_of(*policy_and_reference)
+    with pytest.raises(UserError, match=r"trl \d+\.\d+\.\d+ computes .*a_new_attribute.*trl==1\.16"):
+        judged(stage, batch_of(processor, BATCHES["text"]))
 
 
 def test_dpo_on_text_only_pairs_equals_the_formula(policy_and_reference, processor):
     policy, reference = policy_and_reference
     stage = stage_of(policy, reference, beta=0.3)
-    batch = collate(processor, BATCHES["text"], step_pairs=2)
-    ours, _ = stage._preference(batch, training=True)
+    ours, _ = judged(stage, batch_of(processor, BATCHES["text"]))
     logps = []
-    for model in (stage.model, stage.reference):
+    for model in (policy, reference):
         per_answer = []
-        for answer in ("chosen", "rejected"):
+        for answer in (0, 1):
             for record in BATCHES["text"]:
-                ids = processor.sequences(record)[0 if answer == "chosen" else 1]
+                ids = processor.sequences(record)[answer]
                 tokens = torch.from_numpy(ids.input_ids).long()
                 log_probs = model(input_ids=tokens[None], use_cache=False).logits[0].log_softmax(-1)
                 chosen = torch.from_numpy(ids.supervised[1:]).nonzero().squeeze(1)
@@ -175,13 +220,26 @@ def test_dpo_on_text_only_pairs_equals_the_formula(policy_and_reference, process
     assert float(ours.detach()) == pytest.approx(float(expected.detach()), abs=1e-6)
 
 
-def test_an_image_is_encoded_once_for_both_answers(policy_and_reference, processor):
-    policy, reference = policy_and_reference
-    stage = stage_of(policy, reference)
+@pytest.mark.parametrize("options", [{}, {"parts": {"language_model": {"lora": {"rank": 2}}}}])
+def test_an_image_is_encoded_once_for_both_answers_and_the_reference(model, processor, options):
+    stage = DPOStage(model, **options)
+    stage.configure_model()
+    assert stage.reference is None or stage.reference.model.vision_tower is None
     seen = []
-    hook = stage.model.model.vision_tower.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    batch = collate(processor, BATCHES["anyres"], step_pairs=2)
-    stage._preference(batch, training=True)
-    hook.remove()
+    stage.model.model.vision_tower.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    batch = batch_of(processor, BATCHES["anyres"])
+    judged(stage, batch)
     assert seen == [batch.num_tiles]
-    assert batch.image_index == [0, 1, 0, 1]
+    assert batch.image_index == [0, 1]  # each stands once in the row: the prompt is shared
+
+
+def test_a_tower_that_trains_is_not_the_references(model, processor):
+    stage = DPOStage(model, trainable=["vision_tower", "language_model"])
+    stage.configure_model()
+    seen = []
+    for each in (stage.model, stage.reference):
+        each.model.vision_tower.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    batch = batch_of(processor, BATCHES["one tile"])
+    judged(stage, batch)[0].backward()
+    assert seen == [batch.num_tiles] * 2
+    assert stage.reference.model.vision_tower is not stage.model.model.vision_tower

@@ -13,9 +13,10 @@ from lit_vlm.data.datamodule import DataModule, TrainMicroBatches
 from lit_vlm.data.processor import Processor
 from lit_vlm.model.build import build
 from lit_vlm.model.export import export_model
+from lit_vlm.model.generate import generate
 from lit_vlm.model.parts import UNUSED, part_of
 from lit_vlm.stages import AlignStage, DPOStage, HighresStage, SFTStage
-from lit_vlm.types import Language, Part, UserError
+from lit_vlm.types import Language, Part, Sample, UserError
 
 KINDS = ("caption", "number", "grounding", "text", "multi_image")
 
@@ -170,8 +171,15 @@ def test_control_token_rows_train_under_lora_in_any_stage(small_parts, tmp_path)
 
 def test_predicting_on_pairs_answers_their_prompts(model, processor):
     module = DataModule(processor, builtin("preference", n=16), 0.25, global_batch_size=4, max_steps=1)
-    answers = trainer().predict(DPOStage(model), module)
-    assert [answer["sample_id"] for batch in answers for answer in batch]
+    said = {
+        answer["sample_id"]: answer["ids"] for batch in trainer().predict(DPOStage(model), module) for answer in batch
+    }
+    for number in range(len(module.held_out)):
+        record = module.held_out.record(number)
+        asked = Sample(
+            record.id, "s", "s:1", record.kind, record.language, (*record.prompt, record.chosen), record.images
+        )
+        assert said[f"{record.source}/{record.id}"] == generate(model, collate(processor, [asked]))[0]
 
 
 def test_lora_with_an_unknown_target_names_the_right_ones(model):

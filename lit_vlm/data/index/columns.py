@@ -20,15 +20,15 @@ from lit_vlm.types import ImageSlot, Kind, Language, Record, RecordError, Sample
 KINDS = tuple(Kind)  # codes of the column `kind`
 LANGUAGES = tuple(Language)  # codes of the column `language`
 
-# A row per usable record. Tokens are counted over all segments: a pair has two, each with its prompt.
+# A row per usable record. Tokens are counted over all segments: those of a pair are its prompt and its two answers.
 COLUMNS: dict[str, type[np.generic]] = {
     "position": np.uint32,  # in its source
     "tokens": np.int32,
     "image_tokens": np.int32,
     "supervised": np.int32,
     "chosen": np.int32,  # supervised tokens of a pair's chosen answer; 0 for samples
-    "prompt": np.int32,  # tokens that a pair's two answers share; 0 for samples
-    "squares": np.int64,  # sum over the segments of their squared lengths
+    "squares": np.int64,  # twice the pairs of tokens that attention looks at: of a segment alone, its length squared
+    "longest": np.int32,  # most tokens that a segment sees, its prefix with it
     "tiles": np.int32,  # tower inputs, base views included
     "images": np.int16,
     "height": np.int32,  # of the first image, in pixels after EXIF rotation; 0 without one
@@ -89,6 +89,14 @@ class Index:
         columns = {name: column[samples] for name, column in self.columns.items()}
         return Index(self.sources, self.source_of[samples], columns)
 
+    def keys(self, samples: Any) -> np.ndarray:
+        """[samples] uint64, of what they say, which pictures they have, and as how many tokens and tiles."""
+        lengths = [self.columns[name][samples].astype(np.uint64) for name in ("tokens", "supervised", "tiles")]
+        key = self.columns["digest"][samples]
+        for number, column in enumerate(lengths, 1):  # sums of odd multiples wrap around and stay apart
+            key = key + column * np.uint64(0x9E3779B97F4A7C15) * np.uint64(2 * number + 1)
+        return key
+
     def digest(self) -> str:
         """Changes when the data, the template, the tokenizer or the image settings change what is trained on."""
         hasher = hashlib.sha256()
@@ -97,16 +105,6 @@ class Index:
         for column in (self.source_of, *(self.columns[name] for name in sorted(self.columns))):
             hasher.update(np.ascontiguousarray(column).tobytes())
         return hasher.hexdigest()
-
-
-def longest_segment(tokens: Any, squares: Any, pair: Any) -> Any:
-    """Tokens of the longer of a pair's two segments, from their sum and the sum of their squares; of a sample, its own.
-
-    Takes numbers, or columns.
-    """
-    tokens = np.asarray(tokens, dtype=np.int64)
-    apart = np.sqrt(np.maximum(2 * np.asarray(squares) - tokens * tokens, 0))
-    return np.where(pair, (tokens + apart + 0.5) // 2, tokens)
 
 
 def groups_of(index: Index) -> list[Language | Kind]:

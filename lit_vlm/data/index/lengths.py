@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lit_vlm.config.schema import OnOverlong
-from lit_vlm.data.index.columns import Index, first_turns, longest_segment
+from lit_vlm.data.index.columns import Index, first_turns
 from lit_vlm.data.index.shards import origin_of
 from lit_vlm.data.processor import Processor
 from lit_vlm.types import Fault, RecordError, Role, Sample
@@ -21,7 +21,7 @@ Change = dict[str, Any]  # column -> what the shortened sample has in it
 class Caps:
     most_tokens: int  # of all segments together
     most_tiles: int
-    max_length: int  # of one segment
+    max_length: int  # of what one segment sees
 
     def hold(self, tokens: Any, longest: Any, tiles: Any) -> Any:
         """Of numbers, or of columns."""
@@ -43,13 +43,12 @@ def fit(
 
     Args:
         policy: `data.on_overlong`.
-        most_tokens: of a sample, both answers of a pair together, each with the prompt.
+        most_tokens: of a sample, of a pair's prompt and both answers together.
         most_tiles: of a sample.
         max_length: most tokens of a sample, or of one answer of a pair with the prompt; None: no other limit.
     """
     caps = Caps(most_tokens, most_tiles, max_length or most_tokens)
-    longest = longest_segment(index.tokens, index.squares, index.chosen > 0)
-    overlong = np.flatnonzero(~caps.hold(index.tokens, longest, index.tiles))
+    overlong = np.flatnonzero(~caps.hold(index.tokens, index.longest, index.tiles))
     if not len(overlong):
         return index
     errors, fitted = list(index.errors), index.fitted.copy()
@@ -88,24 +87,22 @@ def _shortened(index: Index, sample: int, processor: Processor, policy: OnOverlo
 
 def _with_fewer_tiles(index: Index, sample: int, processor: Processor, caps: Caps) -> Change | None:
     """By arithmetic alone: the index knows the image's size. Several images have their base views only already."""
-    if index.images[sample] != 1:
+    if index.images[sample] != 1 or (index.chosen[sample] and not processor.share_prompts):
         return None
-    row = {name: int(index.columns[name][sample]) for name in ("tokens", "image_tokens", "squares", "tiles", "prompt")}
-    segments = 2 if index.chosen[sample] else 1
+    row = {name: int(index.columns[name][sample]) for name in ("tokens", "image_tokens", "squares", "longest", "tiles")}
     size = int(index.height[sample]), int(index.width[sample])
     for most in range(row["tiles"] - 2, -1, -1):  # the base view is one of the tiles
         layout = processor.images.layout(*size, most_tiles=most)
-        more = layout.num_tokens - row["image_tokens"] // segments  # in each segment, mostly below zero
-        tokens = row["tokens"] + segments * more
-        squares = row["squares"] + 2 * more * row["tokens"] + segments * more * more  # sum of (n + more)^2
-        if caps.hold(tokens, longest_segment(tokens, squares, segments == 2), layout.num_tiles):
+        more = layout.num_tokens - row["image_tokens"]  # mostly below zero
+        tokens, longest = row["tokens"] + more, row["longest"] + more
+        if caps.hold(tokens, longest, layout.num_tiles):
             return {
                 "most_tiles": most,
                 "tokens": tokens,
-                "image_tokens": segments * layout.num_tokens,
-                "squares": squares,
+                "image_tokens": layout.num_tokens,
+                "squares": row["squares"] + 2 * more * row["tokens"] + more * more,  # every token sees the image
+                "longest": longest,
                 "tiles": layout.num_tiles,
-                "prompt": row["prompt"] + more if segments == 2 else 0,
             }
     return None
 
@@ -131,7 +128,8 @@ def _with_fewer_turns(index: Index, sample: int, processor: Processor, caps: Cap
         "tokens": cost.num_tokens,
         "image_tokens": cost.num_image_tokens,
         "supervised": cost.num_supervised,
-        "squares": sum(length * length for length in cost.lengths),
+        "squares": cost.squares,
+        "longest": cost.longest,
         "tiles": cost.num_tiles,
         "images": cost.num_images,
         "height": cost.size[0],
@@ -142,7 +140,7 @@ def _with_fewer_turns(index: Index, sample: int, processor: Processor, caps: Cap
 def _too_long(index: Index, sample: int, policy: OnOverlong, caps: Caps) -> RecordError:
     tokens, tiles, images = (int(index.columns[name][sample]) for name in ("tokens", "tiles", "image_tokens"))
     needs, remedies = [], []
-    longest = int(longest_segment(tokens, int(index.squares[sample]), bool(index.chosen[sample])))
+    longest = int(index.longest[sample])
     if tokens > caps.most_tokens:
         limit = f"data.tokens_per_micro_batch allows {caps.most_tokens:,}"
         needs.append(f"{tokens:,} tokens ({images:,} of them for images) and {limit}")

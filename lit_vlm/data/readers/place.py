@@ -116,11 +116,11 @@ class Place:
             return value.image(self.origin, cap)
         raise self.fault(f"an image is {type_name(value)}; it must be a path, encoded bytes or {{bytes, path}}")
 
-    def images(self, row: Mapping[str, Any]) -> tuple[ImageSource, ...]:
-        """The column `images` or `image`, which may hold a list or one image."""
-        columns = [key for key in ("images", "image") if row.get(key) is not None]
+    def images(self, row: Mapping[str, Any], of: str = "") -> tuple[ImageSource, ...]:
+        """The column `images` or `image`, which may hold a list or one image; `of` goes before its name."""
+        columns = [key for key in (f"{of}images", f"{of}image") if row.get(key) is not None]
         if len(columns) > 1:
-            raise self.fault("both 'images' and 'image' are given; one of them must go")
+            raise self.fault(f"both '{columns[0]}' and '{columns[1]}' are given; one of them must go")
         value = row[columns[0]] if columns else []
         return tuple(self.image(item) for item in (value if isinstance(value, list) else [value]))
 

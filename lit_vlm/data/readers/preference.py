@@ -1,5 +1,8 @@
 """Preference pairs: TRL's columns prompt, chosen, rejected, images, or LLaVA-NeXT's keys, which say image.
 
+A row may bring pictures of its own for the rejected answer, `rejected_images` or `rejected_image`, as many as its prompt
+shows: the same question about another picture, and often the same answer, which is wrong there.
+
 TRL: "Dataset formats and types" of its documentation, each of the three as text or as messages; without a prompt,
 chosen and rejected are conversations that begin alike. LLaVA-NeXT: `_get_item` in llava/train/train_dpo.py, whose
 `answer` takes no part in the loss.
@@ -27,7 +30,12 @@ def read_preference(row: Mapping[str, Any], place: Place) -> PreferencePair:
     chosen, rejected = _answer(row["chosen"], "chosen", place), _answer(row["rejected"], "rejected", place)
     for answer in (chosen, rejected):
         check_turns((*prompt, answer), place)
-    if chosen == rejected:
+    others = place.images(row, "rejected_")
+    if others and len(others) != len(images):
+        raise place.fault(
+            f"{len(others)} rejected images beside {len(images)} images; the prompt shows as many of each"
+        )
+    if chosen == rejected and (not others or _names(row, "") == _names(row, "rejected_")):
         raise place.fault("chosen and rejected are equal; there is nothing to prefer")
     return PreferencePair(
         id=record_id(row, place),
@@ -38,10 +46,16 @@ def read_preference(row: Mapping[str, Any], place: Place) -> PreferencePair:
         prompt=prompt,
         chosen=chosen,
         rejected=rejected,
-        images=images,
+        images=(*images, *others),
         max_tiles=place.settings.max_tiles,
         normalised=place.normalised,
+        rejected_images=bool(others),
     )
+
+
+def _names(row: Mapping[str, Any], of: str) -> list[Any]:
+    value: Any = next((row[key] for key in (f"{of}images", f"{of}image") if row.get(key) is not None), [])
+    return value if isinstance(value, list) else [value]
 
 
 def _with_prompt(row: Mapping[str, Any], place: Place) -> dict[str, Any]:

@@ -127,9 +127,12 @@ def _cut(record: Record, processor: Processor) -> list[Picture]:
     """Each picture as the tower gets it: the base view, and the grid as it is cut."""
     pictures = []
     layouts, stacks = processor.layouts(record), processor.tiles(record)
-    for image, layout, tiles in list(zip(record.images, layouts, stacks, strict=True))[:MOST_PICTURES]:
+    shown = record.num_shown if isinstance(record, PreferencePair) else len(record.images)
+    every = zip(range(len(stacks)), record.images, layouts, stacks, strict=True)
+    for number, image, layout, tiles in list(every)[:MOST_PICTURES]:
         height, width = image.size
-        about = f"{width:,} \u00d7 {height:,} pixels, {layout.num_tokens:,} tokens"
+        whose = "of the rejected answer: " if number >= shown else ""
+        about = f"{whose}{width:,} \u00d7 {height:,} pixels, {layout.num_tokens:,} tokens"
         base = Image.fromarray(tiles[0].transpose(1, 2, 0))
         if not layout.rows:
             pictures.append(Picture(f"base view of {about}", inline(base)))

@@ -1,0 +1,98 @@
+"""What a preference step shows, summed over micro-batches and ranks: one all-reduce for all of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from lit_vlm.losses.preference import Judged
+from lit_vlm.types import Batch, Kind, Language
+
+# What each of TRL's metrics is a mean over.
+OF_PAIRS = (
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/chosen",
+    "logps/rejected",
+)
+OF_CHOSEN = ("logits/chosen", "mean_token_accuracy")
+OF_REJECTED = ("logits/rejected",)
+OF_TOKENS = ("entropy", "kl")
+GROUPS = (*(language.value for language in Language if language is not Language.auto), *(kind.value for kind in Kind))
+OF_GROUPS = ("rewards/accuracies", "rewards/margins")
+NAMES = (
+    "loss",
+    *OF_PAIRS,
+    *OF_CHOSEN,
+    *OF_REJECTED,
+    *OF_TOKENS,
+    "drift",
+    *(f"{name}_{group}" for group in GROUPS for name in OF_GROUPS),
+)
+
+
+class Tally:
+    """Sums and weights of the metrics. `kl` is an estimate in nats per token, from the pairs' own tokens; `drift` how much
+    likelier the chosen answers' tokens have become, in nats per token."""
+
+    def __init__(self) -> None:
+        self._sums = dict.fromkeys(NAMES, (0.0, 0.0))
+
+    def add(self, batch: Batch, lengths: Sequence[int], judged: Judged, kl: Tensor, drift: Tensor) -> None:
+        """
+        Args:
+            lengths: supervised tokens of each of the 2P answers.
+            kl: [], summed over the answers' tokens.
+            drift: [], summed over the chosen answers' tokens.
+        """
+        pairs = batch.num_pairs
+        chosen, rejected = sum(lengths[:pairs]), sum(lengths[pairs:])
+        weights = {OF_PAIRS: pairs, OF_CHOSEN: chosen, OF_REJECTED: rejected, ("entropy",): chosen + rejected}
+        for names, weight in weights.items():
+            for name in names:
+                self._add(name, judged.metrics[name] * weight, weight)
+        summed_kl, summed_drift, *rewards = torch.stack([kl, drift, *judged.rewards]).tolist()
+        self._add("kl", summed_kl, chosen + rejected)
+        self._add("drift", summed_drift, chosen)
+        for number, groups in enumerate(zip(batch.languages, batch.kinds, strict=True)):
+            margin = rewards[number] - rewards[pairs + number]
+            for group in groups:
+                self._add(f"rewards/accuracies_{group}", float(margin > 0), 1)
+                self._add(f"rewards/margins_{group}", margin, 1)
+
+    def add_loss(self, loss: Tensor, pairs: int) -> None:
+        self._add("loss", float(loss) * pairs, pairs)
+
+    def means(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
+        """The mean of each metric that anything is known of, over all ranks; starts anew. All ranks call it together.
+
+        Args:
+            reduce: sums a tensor over the ranks.
+        """
+        # float32: some devices have no more, and no sum of a step needs it
+        numbers = torch.tensor(list(self._sums.values()), dtype=torch.float32, device=device)
+        self._sums = dict.fromkeys(NAMES, (0.0, 0.0))
+        totals = reduce(numbers).tolist()
+        return {name: total / weight for name, (total, weight) in zip(NAMES, totals, strict=True) if weight}
+
+    def _add(self, name: str, value: float, weight: float) -> None:
+        total, weights = self._sums[name]
+        self._sums[name] = total + value, weights + weight
+
+
+def kl_of(policy: Tensor, reference: Tensor) -> Tensor:
+    """[], an estimate of the divergence of policy from reference, summed over rows: r - 1 - log r with r the ratio of the
+    reference's probability to the policy's. Never negative, zero while they are one (Schulman, "Approximating KL
+    Divergence", k3). The tokens are the data's and not drawn from the policy, so it says how far apart the two are on the
+    pairs and no more.
+
+    Args:
+        policy, reference: [R] log-probabilities of the same tokens.
+    """
+    difference = (reference - policy).clamp(max=math.log(1e6))
+    return (difference.exp() - 1 - difference).sum()

@@ -1,0 +1,85 @@
+"""Scores of rows in chunks against the plain logits and autograd."""
+
+import pytest
+import torch
+
+from lit_vlm.losses.next_token import score_tokens
+from lit_vlm.types import HEAD_ROWS
+
+ROWS, WIDTH, WORDS = 23, 12, 50
+
+
+def drawn(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(ROWS, WIDTH, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(WORDS, WIDTH, generator=generator).to(dtype).requires_grad_()
+    own = torch.randn(3, WIDTH, generator=generator).to(dtype).requires_grad_()
+    targets = torch.randint(0, WORDS, (ROWS,), generator=generator)
+    targets[:4] = torch.tensor([7, 7, 31, 49])
+    return hidden, weight, own, targets
+
+
+def plainly(hidden, weight, targets, ids=None, own=None):
+    logits = hidden @ weight.T
+    if ids is not None:
+        logits = logits.index_copy(-1, ids, hidden @ own.T)
+    return logits.float(), logits.float().log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+
+
+@pytest.mark.parametrize("chunk", [HEAD_ROWS, ROWS, 8, 1])
+@pytest.mark.parametrize("with_own", [False, True])
+def test_scores_and_gradients_equal_those_of_all_logits_at_once(chunk, with_own):
+    hidden, weight, own, targets = drawn()
+    factors = torch.randn(ROWS, generator=torch.Generator().manual_seed(1))
+    more = {"ids": torch.tensor([7, 31, 49]), "own": own} if with_own else {}
+    logits, expected = plainly(hidden, weight, targets, **more)
+    wanted = (hidden, weight, own) if with_own else (hidden, weight)
+    theirs = torch.autograd.grad((expected * factors).sum(), wanted)
+    scores = score_tokens(hidden, weight, targets, statistics=True, chunk=chunk, **more)
+    ours = torch.autograd.grad((scores[0] * factors).sum(), wanted)
+    torch.testing.assert_close(scores[0], expected, atol=1e-5, rtol=1e-6)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+    probs = logits.softmax(-1)
+    torch.testing.assert_close(scores[1], -(probs * probs.log()).sum(-1), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scores[2], logits.mean(-1), atol=1e-5, rtol=1e-5)
+    assert torch.equal(scores[3], logits.argmax(-1) == targets)
+    torch.testing.assert_close(scores[4], (probs**2).sum(-1).log(), atol=1e-5, rtol=1e-5)
+    assert not any(statistic.requires_grad for statistic in scores[1:])
+
+
+def test_what_is_frozen_gets_no_gradient():
+    hidden, weight, _, targets = drawn()
+    (log_probs,) = score_tokens(hidden, weight.detach(), targets, chunk=8)
+    log_probs.sum().backward()
+    assert hidden.grad is not None and weight.grad is None
+    (log_probs,) = score_tokens(hidden.detach(), weight, targets, chunk=8)
+    log_probs.sum().backward()
+    assert weight.grad is not None
+
+
+@pytest.mark.parametrize("chunk", [HEAD_ROWS, 8])
+def test_under_autocast_matrices_multiply_in_its_type_and_sums_stay_in_float32(chunk):
+    hidden, weight, _, targets = drawn()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = (hidden @ weight.T).float()
+        (log_probs,) = score_tokens(hidden, weight, targets, chunk=chunk)
+    assert log_probs.dtype == torch.float32
+    expected = logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
+    torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=1e-5)
+    theirs = torch.autograd.grad(expected.sum(), (hidden, weight))
+    ours = torch.autograd.grad(log_probs.sum(), (hidden, weight))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.dtype == torch.float32
+        assert torch.cosine_similarity(mine.flatten(), other.flatten(), dim=0) > 0.9999
+
+
+def test_no_more_logits_than_a_chunk_outlive_the_forward_pass():
+    hidden, weight, _, targets = drawn()
+    kept = {}
+    for chunk in (ROWS, 4):
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            score_tokens(hidden, weight, targets, chunk=chunk)
+        kept[chunk] = max(sizes)
+    assert kept[ROWS] == ROWS * WORDS and kept[4] == WORDS * WIDTH

@@ -1,0 +1,200 @@
+"""The reference's log-probabilities, made once: the same numbers as with a reference beside the policy."""
+
+import copy
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from support import builtin
+
+from lit_vlm.config.schema import ModelConfig
+from lit_vlm.data.collate import collate
+from lit_vlm.data.datamodule import DataModule
+from lit_vlm.data.index.store import build_index
+from lit_vlm.data.processor import Processor
+from lit_vlm.model.build import draw_up
+from lit_vlm.model.export import export_model
+from lit_vlm.stages import DPOStage
+from lit_vlm.stages import dpo as module_of_dpo
+from lit_vlm.stages.reference import ReferenceLogProbs, key_of
+from lit_vlm.types import UserError
+
+
+@pytest.fixture
+def folder(model, processor, tmp_path):
+    export_model(copy.deepcopy(model), processor.tokenizer, processor.images, tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+class Losses(L.Callback):
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"]))
+
+
+def fit(folder, processor, store, n=24, steps=9, precision="32-true", **options):
+    losses = Losses()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        precision=precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=[losses],
+    )
+    data = DataModule(
+        processor, builtin("preference", n=n), 0.25, global_batch_size=6, max_steps=steps, store=store, num_workers=0
+    )
+    stage = DPOStage(
+        folder,
+        learning_rate=3e-3,
+        warmup=0.0,
+        beta=0.5,
+        **(options | {"cache_reference": options.get("cache_reference", True)}),
+    )
+    trainer.fit(stage, data)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return losses.losses, metrics, stage
+
+
+def parts(store):
+    return sorted((store / "reference").rglob("part-*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"parts": {"language_model": {"lora": {"rank": 2}}}}, {"loss_type": ["ipo", "sft"], "ld_alpha": 0.5}],
+    ids=["copy", "LoRA", "other losses"],
+)
+def test_kept_log_probabilities_train_as_a_reference_in_memory_does(folder, processor, tmp_path, options):
+    kept, metrics, stage = fit(folder, processor, tmp_path / "store", **options)
+    online, others, _ = fit(folder, processor, tmp_path / "store", cache_reference=False, **options)
+    assert stage.reference is None and kept[-1] != pytest.approx(kept[0], rel=1e-2)
+    assert kept == pytest.approx(online, rel=1e-5)
+    assert metrics == pytest.approx(others, rel=1e-4, abs=1e-5)
+
+
+def test_one_pass_serves_other_betas_and_losses(folder, processor, tmp_path, monkeypatch):
+    passes = []
+    whole = DPOStage._score_all
+    monkeypatch.setattr(DPOStage, "_score_all", lambda self, *args: passes.append(1) or whole(self, *args))
+    fit(folder, processor, tmp_path / "store")
+    assert len(passes) == 2  # what is trained on, and what is held out
+    written = parts(tmp_path / "store")
+    fit(folder, processor, tmp_path / "store", loss_type=["apo_zero"], steps=3)
+    assert len(passes) == 2 and parts(tmp_path / "store") == written
+    fit(folder, processor, tmp_path / "store", precision="bf16-mixed", steps=2)
+    assert len(passes) == 4 and len({part.parent for part in parts(tmp_path / "store")}) == 2
+
+
+def test_another_model_has_log_probabilities_of_its_own(folder, model, processor, tmp_path):
+    fit(folder, processor, tmp_path / "store", steps=1)
+    with torch.no_grad():
+        model.lm_head.weight[5, 3] += 0.01
+    export_model(model, processor.tokenizer, processor.images, tmp_path / "other")
+    fit(tmp_path / "other", processor, tmp_path / "store", steps=1)
+    assert len({part.parent for part in parts(tmp_path / "store")}) == 2
+    known = key_of(weights="a", processor="b", precision=["32-true", "float32"])
+    assert known != key_of(weights="a", processor="c", precision=["32-true", "float32"])
+
+
+def test_a_pass_that_was_cut_short_goes_on(folder, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr("lit_vlm.stages.reference.PART_TOKENS", 20)
+    add, added = ReferenceLogProbs.add, []
+
+    def failing(self, batch, log_probs):
+        if len(added) == 2:
+            raise KeyboardInterrupt
+        added.append(batch.num_pairs)
+        add(self, batch, log_probs)
+
+    small = {"n": 60, "steps": 10}
+    monkeypatch.setattr(DataModule, "smallest_budget", DataModule.smallest_budget)
+    with monkeypatch.context() as broken:
+        broken.setattr(ReferenceLogProbs, "add", failing)
+        broken.setattr("lit_vlm.data.datamodule.validation_packs", one_by_one)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            fit(folder, processor, tmp_path / "store", **small)
+    before = parts(tmp_path / "store")
+    assert before
+    seen = []
+    monkeypatch.setattr(ReferenceLogProbs, "add", lambda self, b, p: seen.extend(b.keys) or add(self, b, p))
+    losses, _, _ = fit(folder, processor, tmp_path / "store", **small)
+    online, _, _ = fit(folder, processor, tmp_path / "store", cache_reference=False, **small)
+    assert losses == pytest.approx(online, rel=1e-5)
+    known = np.concatenate([np.array(list_of(part)) for part in before])
+    assert not set(known.tolist()) & set(seen)
+
+
+def list_of(part):
+    from safetensors.numpy import load_file
+
+    return load_file(part)["keys"].tolist()
+
+
+def one_by_one(index, **_):
+    return [(number,) for number in range(len(index))]
+
+
+def test_a_pair_that_is_not_among_them_is_told_so(folder, processor, tmp_path):
+    (source,) = builtin("preference", n=4)
+    index = build_index([source], processor)
+    batches = []
+    for samples in ([0, 1], [2]):
+        batch = collate(processor, [source[i] for i in samples])
+        batch.keys = index.keys(samples).tolist()
+        batches.append(batch)
+    kept = ReferenceLogProbs(tmp_path / "kept")
+    kept.add(batches[0], torch.arange(float(batches[0].num_supervised_tokens)))
+    kept.write()
+    again = ReferenceLogProbs(tmp_path / "kept")
+    assert again.rows(batches[0]).tolist() == list(range(batches[0].num_supervised_tokens))
+    assert again.missing(index.keys([0, 1, 2])).tolist() == [False, False, True]
+    with pytest.raises(UserError, match=r"do not have this pair as it is now.*cache_reference=false"):
+        again.rows(batches[1])
+    (part,) = (tmp_path / "kept").glob("part-*")
+    part.write_bytes(part.read_bytes()[:-4])
+    with pytest.raises(UserError, match="Remove it; what it held is made again"):
+        ReferenceLogProbs(tmp_path / "kept")
+
+
+def test_a_reference_of_another_tokenizer_is_refused(folder, processor, model, tmp_path):
+    other = copy.deepcopy(processor.tokenizer)
+    other.add_tokens(["another word"])
+    grown = copy.deepcopy(model)
+    grown.resize_token_embeddings(max(len(other), grown.get_input_embeddings().num_embeddings), mean_resizing=False)
+    export_model(grown, other, processor.images, tmp_path / "other")
+    stage = DPOStage(draw_up(ModelConfig(special_tokens=[]), str(folder)), reference=tmp_path / "other")
+    with pytest.raises(UserError, match="another tokenizer.*1 entries differ.*another word"):
+        stage.configure_model()
+
+
+def test_collapse_of_the_chosen_answers_is_warned_about(folder, processor, tmp_path, monkeypatch):
+    monkeypatch.setattr(module_of_dpo, "COLLAPSE", 10.0)
+    with pytest.warns(UserWarning, match=r"tokens of chosen answers are .* times less likely.*sigmoid,sft"):
+        fit(folder, processor, tmp_path / "store", steps=1, cache_reference=False)
+
+
+def test_metrics_by_language_and_kind_cover_all_pairs(folder, processor, tmp_path):
+    _, metrics, _ = fit(folder, processor, tmp_path / "store", steps=2, cache_reference=False)
+    kinds = {name.rpartition("_")[2] for name in metrics if name.startswith("val/rewards/accuracies_")}
+    assert "ko" in kinds and kinds & {"caption", "word", "number", "grounding", "text"}
+    assert 0 <= metrics["val/rewards/accuracies"] <= 1 and metrics["train/kl"] >= 0
+    assert {
+        "train/entropy",
+        "train/logps/chosen",
+        "train/mean_token_accuracy",
+        "val/drift",
+        "val/loss",
+    } <= metrics.keys()
+
+
+def test_processor_of_another_template_has_another_key(processor):
+    other = copy.deepcopy(processor.tokenizer)
+    other.chat_template = other.chat_template + " "
+    assert Processor(other, processor.images).digest != processor.digest
