@@ -257,6 +257,7 @@ class Batch:
     owners: list[int]  # B; which record each segment is of
     tiles: Tensor  # [N, 3, H, W] uint8; the model normalises them on its device
     layouts: list[Layout]  # M; how each image's tiles become tokens. Their tiles sum to N
+    tiles_of_records: list[int]  # tiles of each record; they sum to N
     image_index: list[int]  # R
     step_supervised_tokens: int  # in the whole optimizer step, over all ranks and micro-batches: the loss's divisor
     step_tiles: int = 0  # image tiles in the whole optimizer step

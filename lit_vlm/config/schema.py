@@ -255,6 +255,7 @@ class StageConfig:
     adam_betas: tuple[float, float] = (0.9, 0.999)  # AdamW's, PyTorch's default
     adam_eps: float = 1e-8  # AdamW's, PyTorch's default
     activation_checkpointing: bool = False  # recompute activations in backward; slower, needs less memory
+    cache_features: bool = False  # what a frozen tower sees, in one pass before training, kept in data.index_dir; large
     parts: PartsConfig = field(default_factory=PartsConfig)
 
 

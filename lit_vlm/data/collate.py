@@ -25,11 +25,15 @@ def collate(
     step_tiles: int = 0,
     step_pairs: int = 0,
     step_chosen_tokens: int = 0,
+    pixels: bool = True,
 ) -> Batch:
     """One micro-batch; a blank one when there are no records, which teaches nothing and keeps the ranks in step.
 
     Samples give one segment each. Pairs give first their prompts, each once, then the chosen answers, then the rejected
     ones (see `Processor.segments`); each image is encoded once.
+
+    Args:
+        pixels: False: tiles [N, 3, 0, 0], for somebody who knows already what is seen in them; no image is decoded.
     """
     layouts = [processor.layouts(record) for record in records]
     laid = [processor.segments(record, layouts[i]) for i, record in enumerate(records)]
@@ -41,8 +45,9 @@ def collate(
     return Batch(
         **_row([laid[i][j] for i, j in order], _prefixes(laid, order), processor),
         owners=[i for i, _ in order] or [0],
-        tiles=_tiles(processor, records, layouts),
+        tiles=_tiles(processor, records, layouts) if pixels else _empty(sum(map(_count, layouts)), 3, 0, 0),
         layouts=[layout for of_record in layouts for layout in of_record],
+        tiles_of_records=[_count(of_record) for of_record in layouts],
         image_index=images,
         step_supervised_tokens=step_supervised_tokens,
         step_tiles=step_tiles,
@@ -119,7 +124,7 @@ def _tiles(processor: Processor, records: list[Record], layouts: list[list[Layou
         RecordError: an image has changed between its header and its pixels.
     """
     side = processor.images.tile_size
-    counts = [sum(layout.num_tiles for layout in images) for images in layouts]
+    counts = [_count(images) for images in layouts]
     tiles = _empty(sum(counts), 3, side, side)
     start = 0
     for record, count in zip(records, counts, strict=True):
@@ -132,9 +137,13 @@ def _tiles(processor: Processor, records: list[Record], layouts: list[list[Layou
     return tiles
 
 
+def _count(layouts: list[Layout]) -> int:
+    return sum(layout.num_tiles for layout in layouts)
+
+
 def _empty(*shape: int) -> torch.Tensor:
     """uint8, in a loader's worker in the memory that it shares with the trainer, which saves a copy of the batch."""
-    if get_worker_info() is None or not shape[0]:
+    if get_worker_info() is None or not math.prod(shape):
         return torch.empty(shape, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's default_collate does
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)

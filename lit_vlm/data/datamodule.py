@@ -94,6 +94,7 @@ class DataModule(L.LightningDataModule):
         self.start_step = 0  # optimizer steps that were taken by an earlier start of the run
         self.left_out: frozenset[int] = frozenset()  # steps that the run passes over; nothing is read for them
         self.budget = (self.most_tokens, self.most_tiles)
+        self.pixels = True  # False: training and validation know already what is seen in the pictures
 
     def build(self, *, recheck: bool = False, on_progress: Callable[[str, int, int], None] | None = None) -> None:
         """Read every record once, or what an earlier pass left in the store: `index` and `held_out`.
@@ -202,7 +203,7 @@ class DataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         plan = self.make_plan(self.trainer.world_size if self.trainer else 1)
         rank = self.trainer.global_rank if self.trainer else 0
-        batches = TrainMicroBatches(self.processor, plan, rank, self.left_out)
+        batches = TrainMicroBatches(self.processor, plan, rank, self.left_out, pixels=self.pixels)
         return self._loader(batches, Onwards(self.start_step * plan.k, len(batches)))
 
     def pass_over(self, index: Index, samples: np.ndarray) -> DataLoader:
@@ -210,7 +211,7 @@ class DataModule(L.LightningDataModule):
         return self._loader(self._once(index.subset(samples), own=index is self.held_out and self.has_own_validation))
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader(self._validation_batches())
+        return self._loader(self._validation_batches(pixels=self.pixels))
 
     def predict_dataloader(self) -> DataLoader:
         return self._loader(self._validation_batches())
@@ -234,16 +235,16 @@ class DataModule(L.LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         return {}  # step k is a function of (seed, k): nothing to remember
 
-    def _validation_batches(self) -> ValidationMicroBatches:
+    def _validation_batches(self, *, pixels: bool = True) -> ValidationMicroBatches:
         self.build()
         assert self.held_out is not None
-        return self._once(self.held_out, own=self.has_own_validation)
+        return self._once(self.held_out, own=self.has_own_validation, pixels=pixels)
 
-    def _once(self, index: Index, *, own: bool) -> ValidationMicroBatches:
+    def _once(self, index: Index, *, own: bool, pixels: bool = True) -> ValidationMicroBatches:
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         caps = dict(zip(("most_tokens", "most_tiles"), self.budget, strict=True))
         packs = validation_packs(index, flops=self.flops, world_size=world, **caps)
-        return ValidationMicroBatches(self.processor, index, packs[rank::world], own=own)
+        return ValidationMicroBatches(self.processor, index, packs[rank::world], own=own, pixels=pixels)
 
     def _loader(self, batches: Dataset, sampler: Sampler[int] | None = None) -> DataLoader:
         workers = min(self.num_workers, len(batches))  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -53,10 +53,20 @@ class TrainMicroBatches(Dataset):
 
     Args:
         left_out: steps for which nothing is read: their micro-batches are blank.
+        pixels: see `collate`.
     """
 
-    def __init__(self, processor: Processor, plan: Plan, rank: int, left_out: Container[int] = frozenset()) -> None:
+    def __init__(
+        self,
+        processor: Processor,
+        plan: Plan,
+        rank: int,
+        left_out: Container[int] = frozenset(),
+        *,
+        pixels: bool = True,
+    ) -> None:
         self.processor, self.plan, self.rank, self.left_out = processor, plan, rank, left_out
+        self.pixels = pixels
 
     def __len__(self) -> int:
         return self.plan.num_steps * self.plan.k
@@ -79,6 +89,7 @@ class TrainMicroBatches(Dataset):
             step_tiles=step.num_tiles,
             step_pairs=pairs,
             step_chosen_tokens=step.num_chosen,
+            pixels=self.pixels,
         )
 
 
@@ -87,10 +98,13 @@ class ValidationMicroBatches(Dataset):
 
     Args:
         own: they are from sources of their own.
+        pixels: see `collate`.
     """
 
-    def __init__(self, processor: Processor, index: Index, packs: Sequence[Pack], *, own: bool = False) -> None:
-        self.processor, self.index, self.packs, self.own = processor, index, packs, own
+    def __init__(
+        self, processor: Processor, index: Index, packs: Sequence[Pack], *, own: bool = False, pixels: bool = True
+    ) -> None:
+        self.processor, self.index, self.packs, self.own, self.pixels = processor, index, packs, own, pixels
 
     def __len__(self) -> int:
         return len(self.packs)
@@ -104,11 +118,12 @@ class ValidationMicroBatches(Dataset):
             step_supervised_tokens=int(self.index.supervised[pack].sum()) if pack else 0,
             step_pairs=int(np.count_nonzero(self.index.chosen[pack])) if pack else 0,
             step_chosen_tokens=int(self.index.chosen[pack].sum()) if pack else 0,
+            pixels=self.pixels,
         )
         return replace(batch, held_out=self.own) if isinstance(batch, TurnedBad) else batch
 
 
-def read(processor: Processor, index: Index, pack: Pack, **step: int) -> Batch | TurnedBad:
+def read(processor: Processor, index: Index, pack: Pack, **step: Any) -> Batch | TurnedBad:
     """The micro-batch of a pack; tried again before a record is given up."""
     return steadily(lambda: _read_once(processor, index, pack, **step), processor, index, pack)
 
@@ -133,7 +148,7 @@ def steadily(
         return work()  # healed meanwhile
 
 
-def _read_once(processor: Processor, index: Index, pack: Pack, **step: int) -> Batch:
+def _read_once(processor: Processor, index: Index, pack: Pack, **step: Any) -> Batch:
     """Raises RecordError."""
     records = [index.record(sample) for sample in pack]
     batch = collate(processor, records, **step)

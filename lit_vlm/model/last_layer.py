@@ -73,7 +73,8 @@ def _attend(attention: Any, normed: Tensor, asked: Segments, rows: Tensor, cos: 
         scaling=attention.scaling,
         dropout=attention.attention_dropout if attention.training else 0.0,
         segments=asked,
-        sliding_window=getattr(attention, "sliding_window", None),
+        # Qwen's layers differ in it and have their own, Mistral's have the model's
+        sliding_window=getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
     )
     place = torch.searchsorted(queries, rows)
     return attention.o_proj(out.index_select(1, place).flatten(2))

@@ -27,6 +27,7 @@ from lit_vlm.model.lora import Lora, add_lora
 from lit_vlm.model.parts import PartSummary, freeze, part_of, set_modes, summary
 from lit_vlm.model.vocabulary import NewTokens
 from lit_vlm.stages.optimizer import OptimizerOptions, PartOptions, make_optimizer, make_scheduler
+from lit_vlm.stages.passes import Seen, folder_for, pass_over
 from lit_vlm.types import Batch, Part, UserError
 
 ModelLike: TypeAlias = Blueprint | LlavaOnevisionForConditionalGeneration | str | Path | dict[str, Any]
@@ -42,6 +43,7 @@ class Stage(L.LightningModule):
         learning_rate: peak; parts may name their own in `parts`, as in `{"vision_tower": {"learning_rate": 2e-6}}`.
         weight_decay, warmup, schedule, min_learning_rate, adam_betas, adam_eps: see `OptimizerOptions`.
         activation_checkpointing: recompute activations in backward.
+        cache_features: what a frozen tower sees is made in one pass before training and kept in the data module's store.
         parts: per part `learning_rate`, `weight_decay`, `warmup`, and `lora` with `rank`, `alpha`, `dropout`, `targets`.
         tiling: how images are tiled; must be the data's.
         dtype: of the weights, "float32" or "bfloat16".
@@ -67,6 +69,7 @@ class Stage(L.LightningModule):
         adam_betas: tuple[float, float] = (0.9, 0.999),
         adam_eps: float = 1e-8,
         activation_checkpointing: bool = False,
+        cache_features: bool = False,
         parts: dict[str, dict[str, Any]] | None = None,
         tiling: str = "anyres",
         dtype: str = "float32",
@@ -87,6 +90,7 @@ class Stage(L.LightningModule):
         self.model: LlavaOnevisionForConditionalGeneration | None = None
         self.how: dict[Part, str] = {}
         self.val_loss = MeanMetric()
+        self.features: Seen | None = None
         self._audited, self._step_tiles = False, 0
         self.discarded = False  # a callback threw this step's gradients away: there is nothing to audit
 
@@ -162,6 +166,7 @@ class Stage(L.LightningModule):
         if self.model is None:
             raise UserError(f"{type(self).__name__} has no model; give it a folder, a Blueprint or a model.")
         self.set_modes()
+        self.prepare()
         self._require_images()
         crossing = self.hparams["activation_checkpointing"]
         if crossing and not any(
@@ -173,6 +178,35 @@ class Stage(L.LightningModule):
 
     def prepare(self) -> None:
         """What must see the weights as the run started, once; called before those of a checkpoint are loaded."""
+        if not self.hparams["cache_features"] or self.features is not None:
+            return
+        assert self.model is not None
+        if Part.vision_tower in self.trainable:
+            raise UserError(
+                "stage.cache_features=true keeps what the vision tower sees, and stage.trainable names it: it would see "
+                "something else after each step. Leave one of them out."
+            )
+        weights = getattr(self._given, "whole", None) or getattr(self._given, "vision_tower", None)
+        options = {"dtype": self.hparams["dtype"], "layer": self.model.config.vision_feature_layer}
+        self.features = Seen(folder_for(self.trainer, "features", weights, **options))
+        pass_over(self.trainer, self.features, self._see)
+        self.trainer.datamodule.pixels = False
+
+    def _see(self, batch: Batch) -> None:
+        assert self.model is not None and self.features is not None
+        seen = self.model.model.look_at(batch)
+        if not batch.blank:
+            self.features.add_batch(batch, seen)
+
+    def seen(self, batch: Batch) -> Tensor | None:
+        """[N, P, C] of the batch's tiles, where a pass before training has them."""
+        if self.features is None or batch.tiles.numel():
+            return None
+        if batch.num_tiles:
+            return self.features.of(batch)
+        assert self.model is not None
+        settings, width = self.model.model.image_settings, self.model.config.vision_config.hidden_size
+        return torch.zeros(1, settings.side**2, width, device=self.device)
 
     def _require_images(self) -> None:
         index = getattr(getattr(self.trainer, "datamodule", None), "index", None)
@@ -212,7 +246,7 @@ class Stage(L.LightningModule):
 
     def token_losses(self, batch: Batch) -> Tensor:
         """[R] nats, of each supervised token."""
-        (log_probs,) = self.model(batch=batch)
+        (log_probs,) = self.model(batch=batch, seen=self.seen(batch))
         return -log_probs if batch.num_supervised_tokens else log_probs * 0.0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

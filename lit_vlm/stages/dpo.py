@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
@@ -19,9 +18,9 @@ from lit_vlm.config.schema import ModelConfig
 from lit_vlm.losses.preference import SORTS_THE_BATCH, Judged, PreferenceLoss, score_answers
 from lit_vlm.model.build import Blueprint, build, draw_up
 from lit_vlm.model.lora import adapters_off
-from lit_vlm.model.tensor_files import digest_of_weights
 from lit_vlm.stages.base import ModelLike, Stage
-from lit_vlm.stages.reference import ReferenceLogProbs, key_of
+from lit_vlm.stages.passes import folder_for, pass_over
+from lit_vlm.stages.reference import ReferenceLogProbs
 from lit_vlm.stages.tally import Tally, kl_of
 from lit_vlm.types import Batch, Part, UserError
 
@@ -115,50 +114,23 @@ class DPOStage(Stage):
         )
 
     def prepare(self) -> None:
-        """With `cache_reference`, the pass over all pairs. Before a checkpoint is loaded: until then the policy is the reference."""
-        if self.hparams["cache_reference"] and self.kept is None:
-            self.kept = self._pass_over()
-            self.reference = None
+        super().prepare()
+        if not self.hparams["cache_reference"] or self.kept is not None:
+            return
+        weights = self.hparams["reference"] or getattr(self._given, "whole", None)
+        self.kept = ReferenceLogProbs(folder_for(self.trainer, "reference", weights, dtype=self.hparams["dtype"]))
+        pass_over(self.trainer, self.kept, self._keep)
+        self.reference = None
 
-    def _pass_over(self) -> ReferenceLogProbs:
-        trainer, data = self.trainer, getattr(self.trainer, "datamodule", None)
-        if getattr(data, "plan", None) is None:
-            raise UserError("cache_reference=True needs lit_vlm's DataModule, which knows the pairs of the run.")
-        kept = ReferenceLogProbs(self._folder_of(data))
-        plan = data.plan
-        drawn = np.unique(np.concatenate([plan.samples(step) for step in range(plan.num_steps)]))
-        for index, samples in ((data.index, drawn), (data.held_out, np.arange(len(data.held_out)))):
-            new = samples[kept.missing(index.keys(samples))]
-            # one look for all ranks: they walk through the same number of micro-batches
-            new = trainer.strategy.broadcast(new)
-            if len(new):
-                self._score_all(kept, data.pass_over(index, new))
-        kept.write()
-        trainer.strategy.barrier()
-        kept.read()
-        return kept
-
-    @torch.no_grad()
-    def _score_all(self, kept: ReferenceLogProbs, batches: Iterable[Any]) -> None:
-        for batch in batches:
-            batch = self.trainer.datamodule.on_before_batch_transfer(batch, 0).to(self.device)
-            with self.trainer.precision_plugin.forward_context(), self._as_reference() as reference:
-                log_probs, *_ = reference(batch=batch)
-            if not batch.blank:
-                kept.add(batch, log_probs)
-
-    def _folder_of(self, data: Any) -> Path | None:
-        """None where the model is not from a folder: nothing then says that it is the same one the next time."""
-        source = self.hparams["reference"] or getattr(self._given, "whole", None)
-        if data.store is None or source is None or not Path(source).is_dir():
-            return None
-        weights = self.trainer.strategy.broadcast(digest_of_weights(Path(source)) if self.global_rank == 0 else "")
-        precision = [self.trainer.precision, self.hparams["dtype"]]
-        return data.store / "reference" / key_of(weights=weights, processor=data.processor.digest, precision=precision)
+    def _keep(self, batch: Batch) -> None:
+        assert self.kept is not None
+        with self._as_reference() as reference:
+            log_probs, *_ = reference(batch=batch)
+        if not batch.blank:
+            self.kept.add_batch(batch, log_probs)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
-        self.prepare()
         micro_batches = self.trainer.accumulate_grad_batches * self.trainer.world_size
         sorting = [name for name in self.hparams["loss_type"] if name in SORTS_THE_BATCH]
         if sorting and micro_batches > 1:
@@ -183,7 +155,7 @@ class DPOStage(Stage):
     def _reference_scores(self, batch: Batch, seen: Tensor) -> Tensor:
         """[R] log-probabilities; `seen`: what the policy's tower made of the tiles."""
         if self.kept is not None:
-            return self.kept.rows(batch) if not batch.blank else seen.new_zeros(1, dtype=torch.float32)
+            return self.kept.of(batch) if not batch.blank else seen.new_zeros(1, dtype=torch.float32)
         with torch.no_grad(), self._as_reference() as reference:
             return reference(batch=batch, seen=seen if self.shares_tower else None)[0]
 
@@ -211,7 +183,7 @@ class DPOStage(Stage):
 
     def _preference(self, batch: Batch, tally: Tally, training: bool) -> tuple[Tensor, Judged | None]:
         """The micro-batch's part of the loss, and what it is made of; nothing of a blank one."""
-        *scores, seen = self.model(batch=batch, statistics=True)
+        *scores, seen = self.model(batch=batch, statistics=True, seen=self.seen(batch))
         frozen = self._reference_scores(batch, seen)
         if batch.blank:
             return scores[0].sum() * 0.0, None

@@ -175,7 +175,9 @@ def test_a_wrong_type_names_what_was_expected_and_what_was_found(override, expec
 
 def test_an_unknown_choice_lists_the_choices():
     (mistake,) = mistakes("task=train", "stage=algin")
-    assert mistake == "stage=algin: there is no such choice; there are align, dpo, highres, mpo, sft. Did you mean align?"
+    assert (
+        mistake == "stage=algin: there is no such choice; there are align, dpo, highres, mpo, sft. Did you mean align?"
+    )
     assert "a recipe" in mistakes("experiment=tiny")[0] and "tiny, varco_vision_14b" in mistakes("recipe=tny")[0]
 
 

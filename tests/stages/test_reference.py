@@ -17,7 +17,8 @@ from lit_vlm.model.build import draw_up
 from lit_vlm.model.export import export_model
 from lit_vlm.stages import DPOStage
 from lit_vlm.stages import dpo as module_of_dpo
-from lit_vlm.stages.reference import ReferenceLogProbs, key_of
+from lit_vlm.stages.kept import key_of
+from lit_vlm.stages.reference import ReferenceLogProbs
 from lit_vlm.types import UserError
 
 
@@ -81,8 +82,8 @@ def test_kept_log_probabilities_train_as_a_reference_in_memory_does(folder, proc
 
 def test_one_pass_serves_other_betas_and_losses(folder, processor, tmp_path, monkeypatch):
     passes = []
-    whole = DPOStage._score_all
-    monkeypatch.setattr(DPOStage, "_score_all", lambda self, *args: passes.append(1) or whole(self, *args))
+    whole = DataModule.pass_over
+    monkeypatch.setattr(DataModule, "pass_over", lambda self, *args: passes.append(1) or whole(self, *args))
     fit(folder, processor, tmp_path / "store")
     assert len(passes) == 2  # what is trained on, and what is held out
     written = parts(tmp_path / "store")
@@ -104,8 +105,8 @@ def test_another_model_has_log_probabilities_of_its_own(folder, model, processor
 
 
 def test_a_pass_that_was_cut_short_goes_on(folder, processor, tmp_path, monkeypatch):
-    monkeypatch.setattr("lit_vlm.stages.reference.PART_TOKENS", 20)
-    add, added = ReferenceLogProbs.add, []
+    monkeypatch.setattr("lit_vlm.stages.kept.PART_BYTES", 80)
+    add, added = ReferenceLogProbs.add_batch, []
 
     def failing(self, batch, log_probs):
         if len(added) == 2:
@@ -114,16 +115,15 @@ def test_a_pass_that_was_cut_short_goes_on(folder, processor, tmp_path, monkeypa
         add(self, batch, log_probs)
 
     small = {"n": 60, "steps": 10}
-    monkeypatch.setattr(DataModule, "smallest_budget", DataModule.smallest_budget)
     with monkeypatch.context() as broken:
-        broken.setattr(ReferenceLogProbs, "add", failing)
+        broken.setattr(ReferenceLogProbs, "add_batch", failing)
         broken.setattr("lit_vlm.data.datamodule.validation_packs", one_by_one)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             fit(folder, processor, tmp_path / "store", **small)
     before = parts(tmp_path / "store")
     assert before
     seen = []
-    monkeypatch.setattr(ReferenceLogProbs, "add", lambda self, b, p: seen.extend(b.keys) or add(self, b, p))
+    monkeypatch.setattr(ReferenceLogProbs, "add_batch", lambda self, b, p: seen.extend(b.keys) or add(self, b, p))
     losses, _, _ = fit(folder, processor, tmp_path / "store", **small)
     online, _, _ = fit(folder, processor, tmp_path / "store", cache_reference=False, **small)
     assert losses == pytest.approx(online, rel=1e-5)
@@ -134,7 +134,7 @@ def test_a_pass_that_was_cut_short_goes_on(folder, processor, tmp_path, monkeypa
 def list_of(part):
     from safetensors.numpy import load_file
 
-    return load_file(part)["keys"].tolist()
+    return load_file(part)["keys"].view(np.uint64).tolist()
 
 
 def one_by_one(index, **_):
@@ -150,13 +150,13 @@ def test_a_pair_that_is_not_among_them_is_told_so(folder, processor, tmp_path):
         batch.keys = index.keys(samples).tolist()
         batches.append(batch)
     kept = ReferenceLogProbs(tmp_path / "kept")
-    kept.add(batches[0], torch.arange(float(batches[0].num_supervised_tokens)))
+    kept.add_batch(batches[0], torch.arange(float(batches[0].num_supervised_tokens)))
     kept.write()
     again = ReferenceLogProbs(tmp_path / "kept")
-    assert again.rows(batches[0]).tolist() == list(range(batches[0].num_supervised_tokens))
+    assert again.of(batches[0]).tolist() == list(range(batches[0].num_supervised_tokens))
     assert again.missing(index.keys([0, 1, 2])).tolist() == [False, False, True]
-    with pytest.raises(UserError, match=r"do not have this pair as it is now.*cache_reference=false"):
-        again.rows(batches[1])
+    with pytest.raises(UserError, match=r"lack this record as it is now.*cache_reference=false"):
+        again.of(batches[1])
     (part,) = (tmp_path / "kept").glob("part-*")
     part.write_bytes(part.read_bytes()[:-4])
     with pytest.raises(UserError, match="Remove it; what it held is made again"):

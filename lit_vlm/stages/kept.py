@@ -1,0 +1,126 @@
+"""What a frozen model makes of each record, made once and kept in files that other runs find.
+
+One folder belongs to one combination of weights, template, image settings and precision; its name is their digest. Files are
+written whole, and one that a pass left behind when it was cut short counts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lit_vlm.types import Batch, UserError
+
+VERSION = 1  # raise it when the same model and data come to other numbers
+PART_BYTES = 1 << 26  # of a file, at least; the last one of a pass has less
+
+
+def key_of(**what: Any) -> str:
+    """The name of the folder for what the numbers depend on."""
+    text = json.dumps([VERSION, what], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+class Kept:
+    """Rows [n, ...] by record; each record's rows may be of several parts, whose numbers are known.
+
+    Args:
+        folder: where they are kept; None: in memory alone.
+        what: what they are, for messages.
+        setting: the setting that asks for them.
+    """
+
+    def __init__(self, folder: Path | None, what: str, setting: str) -> None:
+        self.folder, self.what, self.setting = folder, what, setting
+        self._new: list[tuple[int, Sequence[int], Tensor]] = []
+        self._bytes = 0
+        self._values: list[Any] = []  # of each file, read when it is asked for; in memory tensors
+        self._keys = np.empty(0, np.uint64)
+        self._where, self._counts = np.empty((0, 2), np.int64), np.empty((0, 0), np.int64)
+        self.read()
+
+    def read(self) -> None:
+        """What the folder holds, of all who wrote to it."""
+        files = sorted(self.folder.glob("part-*.safetensors")) if self.folder else []
+        parts = [_opened(file) for file in files] + ([_packed(self._new)] if self._new else [])
+        if not parts:
+            return
+        keys = [part["keys"].numpy().view(np.uint64) for part in parts]
+        counts = [part["counts"].numpy() for part in parts]
+        where = [np.stack([np.full(len(c), n), np.cumsum([0, *c.sum(1)])[:-1]], 1) for n, c in enumerate(counts)]
+        self._keys, first = np.unique(np.concatenate(keys), return_index=True)
+        self._counts, self._where = np.concatenate(counts)[first], np.concatenate(where)[first]
+        self._values = [part["values"] for part in parts]
+
+    def missing(self, keys: np.ndarray) -> np.ndarray:
+        """[keys] bool."""
+        return ~np.isin(keys, self._keys)
+
+    def add(self, key: int, counts: Sequence[int], rows: Tensor) -> None:
+        """A record's rows; `counts` sums to their number."""
+        self._new.append((key, counts, rows.detach().cpu()))
+        self._bytes += rows.numel() * rows.element_size()
+        if self.folder is not None and self._bytes > PART_BYTES:
+            self.write()
+
+    def write(self) -> None:
+        """What is new becomes a file of its own, whole or not at all."""
+        if self.folder is None or not self._new:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        name = f"part-{uuid4().hex}.safetensors"
+        beside = self.folder / f".{name}"
+        save_file(_packed(self._new), beside)
+        os.replace(beside, self.folder / name)
+        self._new, self._bytes = [], 0
+
+    def rows(self, batch: Batch, record: int, counts: Sequence[int]) -> Tensor:
+        """Of the record at this place of the batch.
+
+        Raises:
+            UserError: it is not among them, or has other counts now.
+        """
+        key = batch.keys[record]
+        place = int(np.searchsorted(self._keys, np.uint64(key)))
+        known = place < len(self._keys) and int(self._keys[place]) == key
+        if not known or self._counts[place].tolist() != list(counts):
+            raise UserError(
+                f"{batch.sample_ids[record]}: {self.what} ({self.folder or 'in memory'}) lack this record as it is now. "
+                f"Remove that folder, or train with {self.setting}=false."
+            )
+        part, start = self._where[place].tolist()
+        return self._values[part][start : start + sum(counts)]
+
+
+def _packed(new: Sequence[tuple[int, Sequence[int], Tensor]]) -> dict[str, Tensor]:
+    keys, counts, values = zip(*new, strict=True)
+    return {
+        "keys": torch.from_numpy(np.array(keys, np.uint64).view(np.int64)),
+        "counts": torch.tensor(counts),
+        "values": torch.cat(values),
+    }
+
+
+def _opened(file: Path) -> dict[str, Any]:
+    try:
+        part = safe_open(file, framework="pt")
+        opened = {"keys": part.get_tensor("keys"), "counts": part.get_tensor("counts")}
+        opened["values"] = part.get_slice("values")
+        whole = int(opened["counts"].sum()) == opened["values"].get_shape()[0]
+        whole = whole and len(opened["keys"]) == len(opened["counts"])
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: cannot be read ({error}). Remove it; what it held is made again.") from error
+    if not whole:
+        raise UserError(f"{file}: is damaged. Remove it; what it held is made again.")
+    return opened

@@ -1,0 +1,71 @@
+"""One pass over all records of a run before it trains: what a frozen model makes of them, kept for this run and others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_vlm.model.tensor_files import digest_of_weights
+from lit_vlm.stages.kept import Kept, key_of
+from lit_vlm.types import Batch, UserError
+
+
+def folder_for(trainer: L.Trainer, name: str, weights: str | Path | None, **what: Any) -> Path | None:
+    """Where a pass is kept. None, in memory, where the weights are in no folder: nothing then says that they are the same
+    the next time; or where the data module has no store."""
+    data = _data_of(trainer, name)
+    if data.store is None or weights is None or not Path(weights).is_dir():
+        return None
+    digest = trainer.strategy.broadcast(digest_of_weights(Path(weights)) if trainer.is_global_zero else "")
+    what |= {"weights": digest, "processor": data.processor.digest, "precision": trainer.precision}
+    return data.store / name / key_of(**what)
+
+
+@torch.no_grad()
+def pass_over(trainer: L.Trainer, kept: Kept, work: Callable[[Batch], None]) -> None:
+    """`work` on micro-batches of all records that the run draws or holds out and that are not kept yet, shared by the ranks.
+    A pass that was cut short goes on."""
+    data = _data_of(trainer, kept.what)
+    drawn = np.unique(np.concatenate([data.plan.samples(step) for step in range(data.plan.num_steps)]))
+    for index, samples in ((data.index, drawn), (data.held_out, np.arange(len(data.held_out)))):
+        # one look for all ranks: they walk through the same number of micro-batches
+        new = trainer.strategy.broadcast(samples[kept.missing(index.keys(samples))])
+        for batch in data.pass_over(index, new) if len(new) else ():
+            batch = data.on_before_batch_transfer(batch, 0).to(trainer.strategy.root_device)
+            with trainer.precision_plugin.forward_context():
+                work(batch)
+    kept.write()
+    trainer.strategy.barrier()
+    kept.read()
+
+
+def _data_of(trainer: L.Trainer, what: str) -> Any:
+    data = getattr(trainer, "datamodule", None)
+    if getattr(data, "plan", None) is None:
+        raise UserError(
+            f"A pass before training ({what}) needs lit_vlm's DataModule, which knows the records of the run."
+        )
+    return data
+
+
+class Seen(Kept):
+    """[tiles, P, C] of each record's pictures, as a frozen tower sees them."""
+
+    def __init__(self, folder: Path | None) -> None:
+        super().__init__(folder, "the kept features of the pictures", "stage.cache_features")
+
+    def add_batch(self, batch: Batch, seen: Tensor) -> None:
+        """[N, P, C] of the batch's tiles; a record without pictures is kept as one without rows."""
+        for number, part in enumerate(seen[: batch.num_tiles].split(batch.tiles_of_records)):
+            self.add(batch.keys[number], [len(part)], part)
+
+    def of(self, batch: Batch) -> Tensor:
+        """[N, P, C]."""
+        parts = [self.rows(batch, number, [count]) for number, count in enumerate(batch.tiles_of_records) if count]
+        return torch.cat(parts).to(batch.input_ids.device)
