@@ -8,9 +8,9 @@ from enum import StrEnum
 
 from lit_vlm.data.markup import boxes_of
 from lit_vlm.evaluation.scoring import normalise
-from lit_vlm.types import Content, Control, Message, Role
+from lit_vlm.types import SPECIAL_TOKENS, Content, Control, Message, Role
 
-CONTROLS = ("<obj>", "<char>", "<bbox>")
+CONTROLS = tuple(token for token in SPECIAL_TOKENS if token not in ("<gro>", "<ocr>"))
 
 
 class Origin(StrEnum):
@@ -37,8 +37,8 @@ class Reason(StrEnum):
     equal = "equal answers"
     tie = "tie"
     margin = "margin too small"
-    boxes = "boxes all the same"  # without the control token the model answered with boxes
-    no_boxes = "no answer with boxes"  # nor has one with it
+    boxes = "boxes unasked"  # without the control token, too, the model answered with boxes or pieces of them
+    no_boxes = "no answer with boxes"  # to the prompt with it
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +55,13 @@ class Answer:
         return Message(Role.assistant, self.content).text
 
     @property
+    def has_marks(self) -> bool:
+        """Control tokens of boxes, well-formed or not. Text that looks like them is none."""
+        return any(piece.token in CONTROLS for piece in self.content if isinstance(piece, Control))
+
+    @property
     def has_boxes(self) -> bool:
-        """As control tokens: text that looks like them points at nothing."""
-        marks = {piece.token for piece in self.content if isinstance(piece, Control)}
-        return bool(marks & set(CONTROLS)) and bool(boxes_of(self.text))
+        return self.has_marks and bool(boxes_of(self.text))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +90,7 @@ def control_pair(answers: Sequence[Answer], min_margin: float) -> Pair | Reason:
     uncontrolled = [answer for answer in usable if answer.origin is Origin.uncontrolled]
     if not uncontrolled:
         return Reason.too_few
-    ignoring = [answer for answer in uncontrolled if not answer.has_boxes]
+    ignoring = [answer for answer in uncontrolled if not answer.has_marks]
     if not ignoring:
         return Reason.boxes
     pointing = [answer for answer in usable if answer.origin is not Origin.uncontrolled and answer.has_boxes]

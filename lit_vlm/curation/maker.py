@@ -23,7 +23,7 @@ from lit_vlm.types import Sample
 
 PAIR = "pair"  # the outcome of a prompt that gave one
 CHOOSE = {PairKind.response: response_pair, PairKind.control: control_pair}
-TILES = 4  # times the training cap: nothing of the tower is kept for a backward pass
+ROOM = 4  # times the caps of training: nothing is kept for a backward pass
 
 
 class PairMaker:
@@ -52,10 +52,10 @@ class PairMaker:
         """The lines of these samples of the index, in an order of like lengths.
 
         Args:
-            most_tokens, most_tiles: of one generation; a sample's prompt counts once for each of its answers.
+            most_tokens, most_tiles: of a micro-batch in training. A prompt counts once for each of its answers.
         """
-        caps = {"most_tokens": most_tokens // self.settings.num_samples, "most_tiles": TILES * most_tiles}
-        for batch in alike(index, numbers, **caps):
+        caps = {"most_tokens": ROOM * most_tokens // self.settings.num_samples, "most_tiles": ROOM * most_tiles}
+        for batch in alike(index, numbers, **caps, new_tokens=self.settings.max_new_tokens):
             samples = [record for number in batch if isinstance(record := index.record(number), Sample)]
             for number, sample, answers in zip(batch, samples, self._graded(samples), strict=True):
                 yield {"key": key_of(index, number)} | self._line(sample, answers)

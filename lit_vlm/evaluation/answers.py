@@ -86,18 +86,25 @@ def reference_lengths(index: Index) -> np.ndarray:
     return np.where(index.chosen > 0, index.chosen, index.supervised)
 
 
-def alike(index: Index, numbers: Sequence[int], *, most_tokens: int, most_tiles: int) -> Iterator[list[int]]:
+def alike(
+    index: Index, numbers: Sequence[int], *, most_tokens: int, most_tiles: int, new_tokens: int = 0
+) -> Iterator[list[int]]:
     """Samples that are generated together: references, then prompts, of like length, so that little is padded and no
-    answer waits for a long one."""
+    answer waits for a long one.
+
+    Args:
+        new_tokens: room for so many beside each sample's own tokens.
+    """
     references = reference_lengths(index)
     batch: list[int] = []
     longest = tiles = 0
     for number in sorted(numbers, key=lambda i: (int(references[i]), int(index.tokens[i]))):
-        longest, tiles = max(longest, int(index.tokens[number])), tiles + int(index.tiles[number])
+        length, more = int(index.tokens[number]) + new_tokens, int(index.tiles[number])
+        longest, tiles = max(longest, length), tiles + more
         full = len(batch) == MOST_PROMPTS or longest * (len(batch) + 1) > most_tokens or tiles > most_tiles
         if batch and full:
             yield batch
-            batch, longest, tiles = [], int(index.tokens[number]), int(index.tiles[number])
+            batch, longest, tiles = [], length, more
         batch.append(number)
     if batch:
         yield batch
