@@ -15,6 +15,7 @@ from callbacks.heartbeat import Heartbeat
 from callbacks.language_loss import LanguageLoss
 from callbacks.out_of_memory import OutOfMemory
 from callbacks.preemption import Preemption
+from callbacks.profile import Profile
 from callbacks.report import Report
 from callbacks.samples import Samples
 from callbacks.throughput import Throughput
@@ -28,6 +29,7 @@ CALLBACKS: dict[str, type[L.Callback]] = {
     "out_of_memory": OutOfMemory,
     "checkpoint": Checkpoint,
     "preemption": Preemption,
+    "profile": Profile,
     "export": Export,
     "samples": Samples,
     "report": Report,
@@ -49,6 +51,7 @@ __all__ = [
     "LanguageLoss",
     "OutOfMemory",
     "Preemption",
+    "Profile",
     "Report",
     "Samples",
     "Throughput",

@@ -60,7 +60,7 @@ OWNED = {
     "check_val_every_n_epoch": "set data.validation.every_steps",
     "fast_dev_run": "set debug=fast",
     "overfit_batches": "set debug=overfit",
-    "profiler": "set debug=profile",
+    "profiler": "set trainer.profile=true",
     "barebones": "it would turn the callbacks off",
 }
 

@@ -127,7 +127,7 @@ class ScorerName(Enum):
 class Debug(Enum):
     fast = "fast"  # a few steps of everything
     overfit = "overfit"  # one batch, again and again
-    profile = "profile"  # Lightning's simple profiler; its table is fit-profile.txt in the run's folder
+    profile = "profile"  # trainer.profile=true, in a run of no more steps than that needs
 
 
 @dataclass(kw_only=True, slots=True)
@@ -307,6 +307,9 @@ class TrainerConfig:
     limit_val_batches: float | None = None  # validation batches; a share if not whole; null: all
     deterministic: bool = False  # refuse operations whose result differs from run to run
     enable_progress_bar: bool = True  # the bar on the terminal
+    profile: bool = (
+        False  # look at some steps under PyTorch's profiler; profile.html in the run's folder says what takes the time
+    )
     num_threads: int | None = None  # CPU threads of one process; null: torch's choice
     extra: dict[str, Any] = field(default_factory=dict)  # lightning.Trainer's other arguments, checked by name
 
