@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +15,11 @@ from callbacks.heartbeat import Heartbeat
 from callbacks.language_loss import LanguageLoss
 from callbacks.out_of_memory import OutOfMemory
 from callbacks.preemption import Preemption
+from callbacks.profile import Profile
 from callbacks.report import Report
 from callbacks.samples import Samples
 from callbacks.throughput import Throughput
+from lit_vlm.config.custom import made_from
 from lit_vlm.types import UserError
 
 CALLBACKS: dict[str, type[L.Callback]] = {
@@ -28,6 +29,7 @@ CALLBACKS: dict[str, type[L.Callback]] = {
     "out_of_memory": OutOfMemory,
     "checkpoint": Checkpoint,
     "preemption": Preemption,
+    "profile": Profile,
     "export": Export,
     "samples": Samples,
     "report": Report,
@@ -49,6 +51,7 @@ __all__ = [
     "LanguageLoss",
     "OutOfMemory",
     "Preemption",
+    "Profile",
     "Report",
     "Samples",
     "Throughput",
@@ -85,16 +88,5 @@ def _make(name: str, options: dict[str, Any]) -> L.Callback:
 
 
 def _imported(path: str) -> L.Callback:
-    module, _, name = path.rpartition(".")
-    try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        reason = f"callbacks: {path} cannot be imported ({error})"
-        raise UserError(f"{reason}. Give the path of a class that Python can import from here.") from error
-    if not (inspect.isclass(found) and issubclass(found, L.Callback)):
-        raise UserError(f"callbacks: {path} is not a class of lightning.Callback. Derive it from lightning.Callback.")
-    try:
-        return found()
-    except TypeError as error:
-        reason = f"callbacks: {path} cannot be made without arguments ({error})"
-        raise UserError(f"{reason}. Give its arguments defaults.") from error
+    needed, remedy = "a class of lightning.Callback", "Derive it from lightning.Callback"
+    return made_from("callbacks", path, lambda found: issubclass(found, L.Callback), needed, remedy)

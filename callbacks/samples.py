@@ -16,12 +16,11 @@ import numpy as np
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.index.columns import Index
 from lit_vlm.engine.watch import Doing, Pulse, pulse_of
-from lit_vlm.evaluation.answers import ask, readable_prompt
+from lit_vlm.evaluation.answers import alike, ask, readable_prompt, reference_lengths
 from lit_vlm.evaluation.drawing import ASKED, PREDICTED, REFERENCE, Mark, draw_boxes, marks_of
 from lit_vlm.evaluation.scoring import score
 from lit_vlm.types import ImageSource, PreferencePair, Record, Sample
 
-MOST_PROMPTS = 256  # of one generation
 TILES = 4  # times the training cap: nothing of the tower is kept for a backward pass
 SLACK = 8  # tokens that an answer may be longer than the longest reference beside it; by then it is wrong
 
@@ -97,10 +96,10 @@ class Samples(L.Callback):
     def _answers(self, pl_module: L.LightningModule, datamodule: DataModule, pulse: Pulse) -> list[Answer]:
         """In the order of the index, though generated in an order of like lengths."""
         index = datamodule.held_out
-        lengths = _reference_lengths(index)
+        lengths = reference_lengths(index)
         answers: dict[int, Answer] = {}
         caps = {"most_tokens": datamodule.budget[0], "most_tiles": TILES * datamodule.budget[1]}
-        for numbers in pulse.along(_batches(index, _chosen(index, self.max_samples), **caps)):
+        for numbers in pulse.along(alike(index, _chosen(index, self.max_samples), **caps)):
             most = min(self.max_new_tokens, int(lengths[numbers].max()) + SLACK)
             asked = partial(_asked, pl_module, datamodule, numbers, most)
             answers |= zip(numbers, datamodule.read_held_out(numbers, asked), strict=True)
@@ -171,27 +170,6 @@ def _chosen(index: Index, most: int) -> list[int]:
             seen[group] += 1
             chosen.append(number)
     return chosen
-
-
-def _reference_lengths(index: Index) -> np.ndarray:
-    """Tokens of each reference; of several answers, all together."""
-    return np.where(index.chosen > 0, index.chosen, index.supervised)
-
-
-def _batches(index: Index, numbers: list[int], *, most_tokens: int, most_tiles: int) -> Iterator[list[int]]:
-    """References, then prompts, of like length together: little is padded and no answer waits for a long one."""
-    references = _reference_lengths(index)
-    batch: list[int] = []
-    longest = tiles = 0
-    for number in sorted(numbers, key=lambda i: (int(references[i]), int(index.tokens[i]))):
-        longest, tiles = max(longest, int(index.tokens[number])), tiles + int(index.tiles[number])
-        full = len(batch) == MOST_PROMPTS or longest * (len(batch) + 1) > most_tokens or tiles > most_tiles
-        if batch and full:
-            yield batch
-            batch, longest, tiles = [], int(index.tokens[number]), int(index.tiles[number])
-        batch.append(number)
-    if batch:
-        yield batch
 
 
 def _save(path: Path, image: ImageSource, marks: list[Mark]) -> None:

@@ -16,10 +16,11 @@ MAY_IMPORT = {
     "model": BELOW_MODEL,
     "data": BELOW_MODEL,  # never model: a processor is passed in, so the data side runs without weights
     "evaluation": {*BELOW_MODEL, "model", "data"},
+    "curation": {*BELOW_MODEL, "model", "data", "evaluation"},
     "stages": {*BELOW_MODEL, "model", "data", "evaluation"},
     "engine": {*BELOW_MODEL, "model", "data", "evaluation", "stages"},
     "callbacks": {*BELOW_MODEL, "model", "data", "evaluation", "stages", "engine"},
-    "tasks": {*BELOW_MODEL, "model", "data", "evaluation", "stages", "engine", "callbacks"},
+    "tasks": {*BELOW_MODEL, "model", "data", "evaluation", "curation", "stages", "engine", "callbacks"},
     "run": {"config", "tasks", "types"},
 }
 FILES = sorted([*ROOT.glob("lit_vlm/**/*.py"), *ROOT.glob("callbacks/*.py"), ROOT / "run.py"])

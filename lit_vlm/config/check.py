@@ -9,6 +9,7 @@ from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
+from lit_vlm.config.check_prefer import mistakes_in_prefer
 from lit_vlm.config.check_submit import mistakes_in_submit
 from lit_vlm.config.mapping import mistakes_in_mapping
 from lit_vlm.config.schema import (
@@ -59,7 +60,7 @@ OWNED = {
     "check_val_every_n_epoch": "set data.validation.every_steps",
     "fast_dev_run": "set debug=fast",
     "overfit_batches": "set debug=overfit",
-    "profiler": "set debug=profile",
+    "profiler": "set trainer.profile=true",
     "barebones": "it would turn the callbacks off",
 }
 
@@ -71,6 +72,8 @@ STAGE_TASKS = (Task.train, Task.prepare, Task.preflight, Task.submit)  # what lo
 
 def check(config: RunConfig) -> list[str]:
     """All mistakes of a config whose keys and types are right; empty when it can run."""
+    if config.task is Task.prefer:
+        return [*mistakes_in_prefer(config), *_data(config.data), *_no_pairs(config.data)]
     if config.task not in STAGE_TASKS:
         return [*_positive("max_new_tokens", config.max_new_tokens)]
     return [
@@ -266,6 +269,12 @@ def _pairs(config: RunConfig) -> Iterator[str]:
         yield f"data.sources: {names}: no preference pairs, and stage=dpo needs them; choose data=preference."
     elif wrong:
         yield f"data.sources: {names}: preference pairs, which stage={stage} cannot use; choose other data or dpo."
+
+
+def _no_pairs(data: DataConfig) -> Iterator[str]:
+    names = ", ".join(name for name, source in data.sources.items() if holds_pairs(source))
+    if names:
+        yield f"data.sources: {names}: preference pairs already; task=prefer makes them of conversations. Choose other data."
 
 
 def _trainer(trainer: TrainerConfig) -> Iterator[str]:

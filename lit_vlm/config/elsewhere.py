@@ -20,6 +20,7 @@ ELSEWHERE = (
     "data.verify",
     "data.lock",
     "preflight",
+    "prefer",
     "logger",
     "callbacks",
     "run_dir",

@@ -51,6 +51,10 @@ EXAMPLES = (
         "python run.py task=submit experiment=varco_vision_14b/2_sft trainer=deepspeed_zero3 trainer.num_nodes=8",
         "a Slurm job on eight nodes; with recipe=varco_vision_14b all stages as a chain (docs/cluster.md)",
     ),
+    (
+        "python run.py task=prefer init_from=runs/tiny/3_highres/hf data=llava_json data.sources.mine.path=my.json",
+        "preference pairs from a model's own answers, for stage=dpo (docs/preferences.md)",
+    ),
     ("python run.py task=chat init_from=runs/tiny/4_dpo/hf image=cat.jpg", "talk to the result"),
 )
 MORE = (

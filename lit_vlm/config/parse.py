@@ -175,6 +175,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     config.run_dir = _absolute(config.run_dir)
     config.init_from = local_or_hub(config.init_from)
     config.image = [path if "://" in path else _absolute(path) for path in config.image]
+    config.prefer.output = _absolute(config.prefer.output)
+    config.prefer.judge = local_or_hub(config.prefer.judge)
     if isinstance(config.stage, DPOStageConfig):
         config.stage.reference = local_or_hub(config.stage.reference)
     return config
@@ -232,7 +234,7 @@ def _check_stages(stages: list[str], given: list[str], task: Task) -> None:
 def _run(config: RunConfig, overrides: list[str], given: list[str]) -> Run:
     if is_ladder(overrides):
         return Run(config, None, config.recipe, Path(config.run_dir) / config.recipe, given, config.init_from)
-    name = "chat" if config.task is Task.chat else run_name(overrides)
+    name = config.task.value if config.task in (Task.chat, Task.prefer) else run_name(overrides)
     init_from = config.init_from
     if init_from == "previous":
         try:

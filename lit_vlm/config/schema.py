@@ -25,6 +25,7 @@ class Task(Enum):
     prepare = "prepare"  # index and verify the data of a stage, build its plan; needs no GPU
     preflight = "preflight"  # what would be trained on, and whether it would run; seconds, no GPU, no weights
     submit = "submit"  # train or the whole recipe, as Slurm jobs
+    prefer = "prefer"  # make preference pairs from a finished model's own answers
     chat = "chat"  # talk to a finished model
 
 
@@ -111,10 +112,22 @@ class OnNonfinite(Enum):
     rollback = "rollback"  # go back to the last checkpoint, and leave the step out from there
 
 
+class PairKind(Enum):
+    """What a pair made by task=prefer teaches."""
+
+    response = "response"  # the better of the model's answers before the worse one
+    control = "control"  # an answer with boxes before one that ignores <gro> or <ocr>
+
+
+class ScorerName(Enum):
+    exact = "exact"  # against the known answer, by the measure of its kind: boxes, text lines, else the same text
+    judge = "judge"  # by prefer.judge
+
+
 class Debug(Enum):
     fast = "fast"  # a few steps of everything
     overfit = "overfit"  # one batch, again and again
-    profile = "profile"  # Lightning's simple profiler; its table is fit-profile.txt in the run's folder
+    profile = "profile"  # trainer.profile=true, in a run of no more steps than that needs
 
 
 @dataclass(kw_only=True, slots=True)
@@ -298,6 +311,9 @@ class TrainerConfig:
     limit_val_batches: float | None = None  # validation batches; a share if not whole; null: all
     deterministic: bool = False  # refuse operations whose result differs from run to run
     enable_progress_bar: bool = True  # the bar on the terminal
+    profile: bool = (
+        False  # look at some steps under PyTorch's profiler; profile.html in the run's folder says what takes the time
+    )
     num_threads: int | None = None  # CPU threads of one process; null: torch's choice
     extra: dict[str, Any] = field(default_factory=dict)  # lightning.Trainer's other arguments, checked by name
 
@@ -370,6 +386,22 @@ class PreflightConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class PreferConfig:
+    """task=prefer: pairs from the answers of the model at init_from to the prompts of data.sources."""
+
+    output: str = "pairs.jsonl"  # the pairs; answers, pictures and state lie beside it in <name>_files/
+    kinds: list[PairKind] = field(default_factory=lambda: [PairKind.response])  # response, control, or both
+    num_samples: int = 4  # answers drawn to each prompt
+    temperature: float = 1.0  # of the draw; 1: as the model's probabilities say
+    top_p: float = 1.0  # draw among the likeliest tokens that have this probability together; 1: among all
+    max_new_tokens: int = 256  # of an answer; one that is cut by it is never used
+    scorer: ScorerName = ScorerName.exact  # what tells the better answer
+    judge: str | None = None  # scorer=judge: a finished model's folder or hub id, or the import path of your own class
+    min_margin: float = 0.0  # least difference of the two scores, which lie in 0 to 1; equal ones never make a pair
+    reference_as_chosen: bool = False  # the known answer is chosen where no sample is as good
+
+
+@dataclass(kw_only=True, slots=True)
 class RunConfig:
     task: Task = Task.pipeline
     recipe: str = "tiny"  # for the pipeline: a folder of conf/experiment/
@@ -394,6 +426,7 @@ class RunConfig:
     seed: int = 0  # of the weights that start at random, the order of the data, and dropout
     debug: Debug | None = None
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
+    prefer: PreferConfig = field(default_factory=PreferConfig)
     image: list[str] = field(default_factory=list)  # task=chat: pictures to talk about
     prompt: str | None = None  # task=chat: ask this once and leave; null: a conversation
     max_new_tokens: int = 256  # task=chat: most tokens of an answer

@@ -55,6 +55,12 @@ class EncodedImage:
         with self._parsed() as (image, stream):
             return upright_picture(image, stream, (height, width))
 
+    def encoded(self) -> tuple[bytes, str]:
+        """The bytes as they are, and the format that they are in ("jpeg", "png"). RecordError as `size`."""
+        with self._parsed() as (image, stream):
+            stream.seek(0)
+            return stream.read(), str(image.format).lower()
+
     @contextmanager
     def _parsed(self) -> Iterator[tuple[Image.Image, BinaryIO]]:
         with self._opened() as stream, parsed(stream, self._what, self.origin, self.max_pixels) as image:

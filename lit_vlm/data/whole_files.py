@@ -1,4 +1,5 @@
-"""Files that are there whole or not at all, whoever is killed while they are written and whoever writes at the same time."""
+"""Files and lines that are there whole or not at all, whoever is killed while they are written and whoever writes at the
+same time."""
 
 from __future__ import annotations
 
@@ -36,6 +37,26 @@ def written(path: Path, what: str = "The index", setting: str = "data.index_dir"
             draft.unlink(missing_ok=True)
         for stray in path.parent.glob(f".{path.name}.*"):
             stray.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: bytes) -> None:
+    """One more line at the file's end, on the disk when this returns; several processes may do so at once.
+
+    What a killed process left of a line stays a line of its own: a reader passes over it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(handle, (b"" if _ends_a_line(handle) else b"\n") + line + b"\n")  # one write: lines never mingle
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _ends_a_line(handle: int) -> bool:
+    """Also of a file that has no byte yet."""
+    size = os.fstat(handle).st_size
+    return size == 0 or os.pread(handle, 1, size - 1) == b"\n"
 
 
 @contextmanager

@@ -12,10 +12,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.profilers import SimpleProfiler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_vlm.config.schema import Debug, LoggerConfig, RunConfig
+from lit_vlm.config.schema import LoggerConfig, RunConfig
 from lit_vlm.engine.logger import MetricsCsv
 from lit_vlm.engine.ranks import cluster_environment
 from lit_vlm.engine.run_folder import to_plain
@@ -23,6 +22,7 @@ from lit_vlm.engine.strategy import make_strategy
 from lit_vlm.types import UserError
 
 FEW_STEPS = 4  # debug=fast
+PROFILED_STEPS = 6  # debug=profile: three to warm up and three that are looked at
 
 
 def make_trainer(config: RunConfig, run_dir: Path, name: str, callbacks: list[L.Callback]) -> L.Trainer:
@@ -56,8 +56,6 @@ def make_trainer(config: RunConfig, run_dir: Path, name: str, callbacks: list[L.
     }
     if config.data.validation.every_steps:
         options |= {"val_check_interval": config.data.validation.every_steps, "check_val_every_n_epoch": None}
-    if config.debug is Debug.profile:
-        options["profiler"] = SimpleProfiler(dirpath=run_dir, filename="profile")
     try:
         return L.Trainer(**options)
     except (MisconfigurationException, ValueError, TypeError, RuntimeError, ImportError) as error:

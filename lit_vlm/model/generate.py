@@ -1,14 +1,36 @@
-"""Greedy answers from a flat micro-batch: each segment is cut before its last answer, and the model writes its own."""
+"""Answers from a flat micro-batch: each segment is cut before its last answer, and the model writes its own."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration
+from transformers.generation import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from lit_vlm.types import IGNORE_INDEX, Batch
 
-# Shapes: B prompts, L longest prompt, D width of the language model.
+# Shapes: B prompts, N answers of each, L longest prompt, D width of the language model, V words of the vocabulary.
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Answers drawn from the model's distribution, instead of the likeliest token at each place.
+
+    Each answer has dice of its own, so that it does not depend on what is generated beside it (but where rounding, which
+    does, decides between two tokens).
+    """
+
+    seeds: Sequence[Sequence[int]]  # [B][N], 64 bits each
+    temperature: float = 1.0  # above 0
+    top_p: float = 1.0  # the likeliest tokens that have this probability together (arXiv 1904.09751)
 
 
 @torch.no_grad()
@@ -17,25 +39,33 @@ def generate(
     batch: Batch,
     max_new_tokens: int = 64,
     eos_token_id: int | None = None,
+    sampling: Sampling | None = None,
 ) -> list[list[int]]:
     """Token ids of each answer, the end token included when it came: of a pair's two segments that continue its prompt, one
     each.
 
     Args:
         batch: with or without answers; a segment without supervised tokens is a prompt as it stands.
+        sampling: N answers of the first segment, then of the next; each picture is encoded once. None: one answer of
+            each, greedily.
     """
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         embeddings = model(batch=batch, embeddings_only=True)
         prompts, mask = _left_padded(embeddings, _prompt_spans(batch))
+        drawing = None
+        if sampling is not None:
+            count, drawing = len(sampling.seeds[0]), _drawing(sampling, prompts.device)
+            prompts, mask = prompts.repeat_interleave(count, dim=0), mask.repeat_interleave(count, dim=0)
         stop = eos_token_id if eos_token_id is not None else model.generation_config.eos_token_id
         stops = {stop} if isinstance(stop, int) else set(stop or ())
         output = model.generate(
             inputs_embeds=prompts,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
-            do_sample=False,
+            do_sample=False,  # the dice are in the scores: transformers' own are one for the whole batch
+            logits_processor=drawing,
             eos_token_id=sorted(stops) or None,
             pad_token_id=min(stops, default=0),
             use_cache=True,
@@ -46,6 +76,28 @@ def generate(
         for module in was_training:
             module.training = True
     return [_up_to_stop(ids, stops) for ids in output.tolist()]
+
+
+class Dice(LogitsProcessor):
+    """Makes the best score of each row a draw from its distribution: the largest of log-probability plus Gumbel noise
+    (arXiv 1411.0030). One generator per row."""
+
+    def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """[B * N, V] float32."""
+        noise = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
+        for row, generator in zip(noise, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores.float() - noise.log()
+
+
+def _drawing(sampling: Sampling, device: torch.device) -> LogitsProcessorList:
+    chain: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]
+    if sampling.top_p < 1.0:
+        chain.append(TopPLogitsWarper(float(sampling.top_p)))
+    return LogitsProcessorList([*chain, Dice([seed for row in sampling.seeds for seed in row], device)])
 
 
 def _prompt_spans(batch: Batch) -> list[list[int]]:

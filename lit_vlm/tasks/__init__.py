@@ -25,5 +25,6 @@ TASKS: dict[Task, Callable[[Run], None]] = {
     Task.prepare: _late("lit_vlm.tasks.prepare:prepare"),
     Task.preflight: _late("lit_vlm.tasks.preflight:preflight"),
     Task.submit: _late("lit_vlm.tasks.submit:submit"),
+    Task.prefer: _late("lit_vlm.tasks.prefer:prefer"),
     Task.chat: _late("lit_vlm.tasks.chat:chat"),
 }

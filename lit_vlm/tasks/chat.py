@@ -6,22 +6,18 @@ import contextlib
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 
-import torch
 from transformers import LlavaOnevisionForConditionalGeneration
-from transformers.utils import logging as transformers_logging
 
-from lit_vlm.config import Run, RunConfig
+from lit_vlm.config import Run
 from lit_vlm.data.images import FORMATS, FileImage
 from lit_vlm.data.markup import parse_markup
 from lit_vlm.data.processor import Processor
-from lit_vlm.engine.trainer import quiet
 from lit_vlm.evaluation.answers import ask
 from lit_vlm.evaluation.drawing import PREDICTED, draw_boxes, marks_of
-from lit_vlm.model.build import build, draw_up, read_tiling
+from lit_vlm.tasks.finished import open_finished
 from lit_vlm.types import Content, Control, ImageSlot, Kind, Language, Message, RecordError, Role, Sample, UserError
 
 HELP = """\
@@ -42,7 +38,9 @@ def chat(run: Run) -> None:
     if run.init_from is None:
         raise UserError("task=chat needs a model: init_from=runs/<name>/hf, or a LLaVA-OneVision-class model's hub id.")
     config = run.config
-    conversation = Conversation(*load(run.init_from, config), config.max_new_tokens, config.data.max_image_pixels)
+    finished = open_finished(run.init_from, config)
+    most = config.max_new_tokens
+    conversation = Conversation(finished.load(), finished.processor, most, config.data.max_image_pixels)
     for path in config.image:
         conversation.attach(path)
     if config.prompt is not None:
@@ -52,18 +50,6 @@ def chat(run: Run) -> None:
             print(f"boxes: {drawing}", file=sys.stderr)  # the standard output holds the answer alone
         return
     talk(conversation)
-
-
-def load(init_from: str, config: RunConfig) -> tuple[LlavaOnevisionForConditionalGeneration, Processor]:
-    """The model on its device, and the processor that goes with it."""
-    quiet()
-    transformers_logging.disable_progress_bar()
-    blueprint = draw_up(
-        replace(config.model, special_tokens=[], grid=None, max_tiles=None), init_from, read_tiling(init_from)
-    )
-    gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    model = build(blueprint, torch.bfloat16 if gpu else torch.float32, config.seed)
-    return model.to("cuda" if gpu else "cpu").eval(), Processor(blueprint.tokenizer, blueprint.images)
 
 
 class Conversation:

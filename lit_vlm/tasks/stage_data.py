@@ -19,7 +19,7 @@ from lit_vlm.data.processor import Processor, check_vocabulary
 from lit_vlm.data.quarantine import Quarantine
 from lit_vlm.data.sources import open_source
 from lit_vlm.engine.run_folder import is_rank_zero, require_writable
-from lit_vlm.engine.trainer import FEW_STEPS
+from lit_vlm.engine.trainer import FEW_STEPS, PROFILED_STEPS
 from lit_vlm.model.build import Blueprint, draw_up
 from lit_vlm.model.tiny import tiny_parts
 from lit_vlm.tasks.terminal import say
@@ -102,7 +102,7 @@ def make_datamodule(
         max_length=min(data.max_length or positions, positions),
         on_overlong=data.on_overlong,
         mixture=mixture_settings(data),
-        max_steps=FEW_STEPS if config.debug is Debug.fast else trainer.max_steps,
+        max_steps=max_steps_of(config),
         max_epochs=trainer.max_epochs,
         num_workers=data.num_workers,
         prefetch_factor=data.prefetch_factor,
@@ -114,6 +114,15 @@ def make_datamodule(
         index_workers=data.index_workers or os.cpu_count() or 1,
         ledger=run.dir / "ledger.jsonl",
     )
+
+
+def max_steps_of(config: RunConfig) -> int | None:
+    """Optimizer steps; None: by trainer.max_epochs."""
+    if config.debug is Debug.fast:
+        return FEW_STEPS
+    if config.debug is Debug.profile:
+        return min(PROFILED_STEPS, config.trainer.max_steps or PROFILED_STEPS)
+    return config.trainer.max_steps
 
 
 def mixture_settings(data: DataConfig) -> MixtureSettings:

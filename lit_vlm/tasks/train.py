@@ -93,7 +93,7 @@ def train_once(run: Run, again: bool = False) -> None:
     if not fresh:
         Budget.read(run.dir, datamodule).apply(datamodule)
     callbacks = make_callbacks(
-        [*config.callbacks, *ALWAYS],
+        [*config.callbacks, *ALWAYS, *(["profile"] if profiles(config) else [])],
         run.dir,
         max_samples=most_scored(config),
         **asdict(config.checkpoint),
@@ -163,6 +163,10 @@ def train_once(run: Run, again: bool = False) -> None:
             checkpoints.remove(but_best=True)
         write_report(run.dir / "report.html", [run.dir], run.name)
         say(f"{run.name}: done. Model: {folder.hf}   Report: {run.dir / 'report.html'}")
+
+
+def profiles(config: RunConfig) -> bool:
+    return config.trainer.profile or config.debug is Debug.profile
 
 
 def most_scored(config: RunConfig) -> int:

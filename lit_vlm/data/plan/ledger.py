@@ -7,7 +7,6 @@ on every rank alike, so that nothing is swapped or skipped behind anybody's back
 from __future__ import annotations
 
 import json
-import os
 import time
 import warnings
 from dataclasses import asdict, dataclass, fields
@@ -16,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from lit_vlm.data.index.columns import Index
+from lit_vlm.data.whole_files import append_line
 from lit_vlm.types import RecordError
 
 
@@ -63,13 +63,7 @@ class Ledger:
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         entry = Entry(source, position, error.origin, error.fault.value, error.reason, record_id, now, held_out)
         line = json.dumps(asdict(entry), ensure_ascii=False).encode("utf-8", "backslashreplace")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(handle, (b"" if _ends_a_line(handle) else b"\n") + line + b"\n")  # one write: lines never mingle
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        append_line(self.path, line)
         self.entries.append(entry)
         return entry
 
@@ -103,9 +97,3 @@ def _entry(line: str) -> Entry | None:
         return Entry(**{item.name: values[item.name] for item in fields(Entry)})
     except (ValueError, TypeError, KeyError):
         return None
-
-
-def _ends_a_line(handle: int) -> bool:
-    """Also of a file that has no byte yet."""
-    size = os.fstat(handle).st_size
-    return size == 0 or os.pread(handle, 1, size - 1) == b"\n"

@@ -2,7 +2,8 @@
 
 An image part `{"type": "image"}` stands for the next of the row's `images`, unless it names an image itself (`image`,
 `path`, `url`, or OpenAI's `image_url`). OpenAI's newer spellings `input_text`, `output_text` and `input_image` mean the
-same. A literal '<image>' in a text is text.
+same. A literal '<image>' in a text is text. A part `{"type": "control", "token": "<gro>"}` is a control token, whatever
+the source's markup: structure says it, and no text can (`task=prefer` writes them).
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ from typing import Any
 from lit_vlm.data.images import shown
 from lit_vlm.data.readers.place import Place, type_name
 from lit_vlm.data.readers.record import check_slots, make_sample
-from lit_vlm.types import Content, ImageSlot, ImageSource, Message, Role, Sample
+from lit_vlm.types import SPECIAL_TOKENS, Content, Control, ImageSlot, ImageSource, Message, Role, Sample
 
 _TEXTS = ("text", "input_text", "output_text")
 _IMAGES = ("image", "image_url", "input_image")
-_PART_TYPES = "'text', 'image' or 'image_url'"
+_CONTROL = "control"
+_PART_TYPES = "'text', 'image', 'image_url' or 'control'"
 
 
 def read_messages(row: Mapping[str, Any], place: Place) -> Sample:
@@ -64,6 +66,8 @@ def _part(part: Any, role: Role, images: list[ImageSource | None], place: Place,
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind in _TEXTS:
         return place.pieces(place.text(part.get("text"), f"{where}.text"))
+    if kind == _CONTROL:
+        return (_control(part.get("token"), place, where),)
     if kind not in _IMAGES:
         found = f"of type {shown(kind, 40)}" if isinstance(part, Mapping) else type_name(part)
         raise place.fault(f"{where} is {found}; a part is an object of type {_PART_TYPES}")
@@ -74,6 +78,12 @@ def _part(part: Any, role: Role, images: list[ImageSource | None], place: Place,
         raise place.fault(f"{where} has no image_url.url")
     images.append(None if value is None else place.image(value))
     return (ImageSlot(len(images) - 1),)
+
+
+def _control(token: Any, place: Place, where: str) -> Control:
+    if token not in SPECIAL_TOKENS:
+        raise place.fault(f"{where}.token is {shown(token, 40)}; it must be one of {', '.join(SPECIAL_TOKENS)}")
+    return Control(token)
 
 
 def _own_image(part: Mapping[str, Any]) -> Any:

@@ -5,7 +5,7 @@ shows: the same question about another picture, and often the same answer, which
 
 TRL: "Dataset formats and types" of its documentation, each of the three as text or as messages; without a prompt,
 chosen and rejected are conversations that begin alike. LLaVA-NeXT: `_get_item` in llava/train/train_dpo.py, whose
-`answer` takes no part in the loss.
+`answer` takes no part in the loss. A column `kind` with a name of ours (types.Kind) says the kind of each pair.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def read_preference(row: Mapping[str, Any], place: Place) -> PreferencePair:
         id=record_id(row, place),
         source=place.settings.source,
         origin=place.origin,
-        kind=place.settings.kind or Kind.preference,
+        kind=_kind(row, place),
         language=found_language((*prompt, chosen, rejected), place.settings),
         prompt=prompt,
         chosen=chosen,
@@ -56,6 +56,14 @@ def read_preference(row: Mapping[str, Any], place: Place) -> PreferencePair:
 def _names(row: Mapping[str, Any], of: str) -> list[Any]:
     value: Any = next((row[key] for key in (f"{of}images", f"{of}image") if row.get(key) is not None), [])
     return value if isinstance(value, list) else [value]
+
+
+def _kind(row: Mapping[str, Any], place: Place) -> Kind:
+    """The row's own, where the source says no more than that it holds pairs."""
+    if place.settings.kind not in (None, Kind.preference):
+        return place.settings.kind
+    own = row.get("kind")
+    return Kind(own) if isinstance(own, str) and own in Kind.__members__ else Kind.preference
 
 
 def _with_prompt(row: Mapping[str, Any], place: Place) -> dict[str, Any]:

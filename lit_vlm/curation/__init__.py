@@ -1,0 +1,1 @@
+"""Training data made and chosen with a model."""

@@ -1,0 +1,123 @@
+"""Which two of a prompt's answers make a pair, and why none do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from lit_vlm.data.markup import boxes_of
+from lit_vlm.evaluation.scoring import normalise
+from lit_vlm.types import SPECIAL_TOKENS, Content, Control, Message, Role
+
+CONTROLS = tuple(token for token in SPECIAL_TOKENS if token not in ("<gro>", "<ocr>"))
+
+
+class Origin(StrEnum):
+    """Whose answer it is."""
+
+    sample = "sample"  # the model's, to the prompt
+    reference = "reference"  # the record's
+    uncontrolled = "uncontrolled"  # the model's, to the prompt without its control token
+
+
+class State(StrEnum):
+    """What became of an answer; only graded ones are used."""
+
+    graded = "graded"
+    cut = "cut"  # by the length limit
+    empty = "empty"
+    ungraded = "ungraded"  # the judge gave no grade that can be read
+
+
+class Reason(StrEnum):
+    """Why a prompt gave no pair."""
+
+    too_few = "too few answers"  # that are whole, not empty and graded
+    equal = "equal answers"
+    tie = "tie"
+    margin = "margin too small"
+    boxes = "boxes unasked"  # without the control token, too, the model answered with boxes or pieces of them
+    no_boxes = "no answer with boxes"  # to the prompt with it
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One answer, and the score of a graded one, 0 to 1."""
+
+    content: tuple[Content, ...]
+    origin: Origin
+    state: State
+    score: float | None = None
+
+    @property
+    def text(self) -> str:
+        return Message(Role.assistant, self.content).text
+
+    @property
+    def has_marks(self) -> bool:
+        """Control tokens of boxes, well-formed or not. Text that looks like them is none."""
+        return any(piece.token in CONTROLS for piece in self.content if isinstance(piece, Control))
+
+    @property
+    def has_boxes(self) -> bool:
+        return self.has_marks and bool(boxes_of(self.text))
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    chosen: Answer
+    rejected: Answer
+
+
+def response_pair(answers: Sequence[Answer], min_margin: float) -> Pair | Reason:
+    """The best answer before the worst one; of equally good ones the first.
+
+    Args:
+        answers: to one prompt. The reference, where it may be chosen, is so only if it is better than all samples.
+        min_margin: the least difference of their scores.
+    """
+    usable = _usable(answers)
+    samples = [answer for answer in usable if answer.origin is Origin.sample]
+    if not samples or len(usable) < 2:
+        return Reason.too_few
+    return _judged(_best(usable), min(samples, key=_score), samples, min_margin)
+
+
+def control_pair(answers: Sequence[Answer], min_margin: float) -> Pair | Reason:
+    """The best answer with boxes before one that ignores the control token that asked for them."""
+    usable = _usable(answers)
+    uncontrolled = [answer for answer in usable if answer.origin is Origin.uncontrolled]
+    if not uncontrolled:
+        return Reason.too_few
+    ignoring = [answer for answer in uncontrolled if not answer.has_marks]
+    if not ignoring:
+        return Reason.boxes
+    pointing = [answer for answer in usable if answer.origin is not Origin.uncontrolled and answer.has_boxes]
+    if not pointing:
+        return Reason.no_boxes
+    return _judged(_best(pointing), ignoring[0], [], min_margin)
+
+
+def _judged(chosen: Answer, rejected: Answer, samples: list[Answer], min_margin: float) -> Pair | Reason:
+    margin = _score(chosen) - _score(rejected)
+    if margin <= 0:
+        texts = {normalise(answer.text) for answer in (chosen, rejected, *samples)}
+        return Reason.equal if len(texts) == 1 else Reason.tie
+    if normalise(chosen.text) == normalise(rejected.text):
+        return Reason.equal
+    return Pair(chosen, rejected) if margin >= min_margin else Reason.margin
+
+
+def _usable(answers: Sequence[Answer]) -> list[Answer]:
+    return [answer for answer in answers if answer.state is State.graded]
+
+
+def _best(answers: Sequence[Answer]) -> Answer:
+    """Of equally good ones a sample, which the model can say, before the reference; then the first."""
+    return max(answers, key=lambda answer: (_score(answer), answer.origin is Origin.sample))
+
+
+def _score(answer: Answer) -> float:
+    assert answer.score is not None
+    return answer.score

@@ -1,0 +1,142 @@
+"""Preference pairs from a model's own answers: drawn, graded, chosen, written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from transformers import LlavaOnevisionForConditionalGeneration
+
+from lit_vlm.config.schema import PairKind, PreferConfig
+from lit_vlm.curation.choice import Answer, Origin, Pair, Reason, State, control_pair, response_pair
+from lit_vlm.curation.control import without_control
+from lit_vlm.curation.records import Pictures, pair_row
+from lit_vlm.curation.scorers import Scorer, grades_of
+from lit_vlm.data.index.columns import Index
+from lit_vlm.data.processor import Processor
+from lit_vlm.evaluation.answers import Said, alike, draw
+from lit_vlm.model.generate import Sampling
+from lit_vlm.types import Sample
+
+PAIR = "pair"  # the outcome of a prompt that gave one
+CHOOSE = {PairKind.response: response_pair, PairKind.control: control_pair}
+ROOM = 4  # times the caps of training: nothing is kept for a backward pass
+
+
+class PairMaker:
+    """Asks the model about samples and makes a line for each: its answers, what became of them, and its pairs.
+
+    Args:
+        pictures: where the pictures of pairs are named and saved.
+        seed: every answer's dice hang on it, the sample's id and the answer's number alone.
+    """
+
+    def __init__(
+        self,
+        model: LlavaOnevisionForConditionalGeneration,
+        processor: Processor,
+        scorer: Scorer,
+        settings: PreferConfig,
+        pictures: Pictures,
+        seed: int,
+    ) -> None:
+        self.model, self.processor, self.scorer, self.settings = model, processor, scorer, settings
+        self.pictures, self.seed = pictures, seed
+
+    def lines(
+        self, index: Index, numbers: Sequence[int], *, most_tokens: int, most_tiles: int
+    ) -> Iterator[dict[str, Any]]:
+        """The lines of these samples of the index, in an order of like lengths.
+
+        Args:
+            most_tokens, most_tiles: of a micro-batch in training. A prompt counts once for each of its answers.
+        """
+        caps = {"most_tokens": ROOM * most_tokens // self.settings.num_samples, "most_tiles": ROOM * most_tiles}
+        for batch in alike(index, numbers, **caps, new_tokens=self.settings.max_new_tokens):
+            samples = [record for number in batch if isinstance(record := index.record(number), Sample)]
+            for number, sample, answers in zip(batch, samples, self._graded(samples), strict=True):
+                yield {"key": key_of(index, number)} | self._line(sample, answers)
+
+    def _graded(self, samples: list[Sample]) -> list[list[Answer]]:
+        """All answers of each sample, the reference among them where it may be chosen."""
+        answers = self._drawn(samples)
+        if self.settings.reference_as_chosen:
+            for sample, own in zip(samples, answers, strict=True):
+                own.append(Answer(sample.messages[-1].content, Origin.reference, State.graded))
+        flat = [(sample, answer) for sample, own in zip(samples, answers, strict=True) for answer in own]
+        asked = [(sample, answer.text) for sample, answer in flat if answer.state is State.graded]
+        grades = iter(grades_of(self.scorer, asked))
+        return [[_with_grade(answer, grades) for answer in own] for own in answers]
+
+    def _drawn(self, samples: list[Sample]) -> list[list[Answer]]:
+        answers: list[list[Answer]] = [[] for _ in samples]
+        bare = [without_control(sample) if PairKind.control in self.settings.kinds else None for sample in samples]
+        plain = [n for n in range(len(samples)) if PairKind.response in self.settings.kinds or bare[n]]
+        for numbers, asked, origin, count in (
+            (plain, [samples[n] for n in plain], Origin.sample, self.settings.num_samples),
+            ([n for n, one in enumerate(bare) if one], [one for one in bare if one], Origin.uncontrolled, 1),
+        ):
+            if asked:
+                seeds = [[_seed(self.seed, sample.id, origin, n) for n in range(count)] for sample in asked]
+                sampling = Sampling(seeds, self.settings.temperature, self.settings.top_p)
+                said = draw(self.model, self.processor, asked, self.settings.max_new_tokens, sampling)
+                for n, own in zip(numbers, said, strict=True):
+                    answers[n] += [Answer(one.content, origin, _state(one)) for one in own]
+        return answers
+
+    def _line(self, sample: Sample, answers: list[Answer]) -> dict[str, Any]:
+        """For the journal. Control pairs are made of samples whose question has a control token alone."""
+        outcome: dict[str, str] = {}
+        pairs = []
+        for kind in self.settings.kinds:
+            if kind is PairKind.control and without_control(sample) is None:
+                continue
+            found = CHOOSE[kind](answers, self.settings.min_margin)
+            outcome[kind.value] = PAIR if isinstance(found, Pair) else found.value
+            if isinstance(found, Pair):
+                pairs.append(pair_row(sample, found, kind.value, self.pictures))
+        about = {"id": sample.id, "kind": sample.kind.value, "language": sample.language.value}
+        rows = [
+            {"origin": one.origin.value, "state": one.state.value, "score": one.score, "text": one.text}
+            for one in answers
+        ]
+        return about | {"answers": rows, "outcome": outcome, "pairs": pairs}
+
+
+def key_of(index: Index, number: int) -> str:
+    """What names a sample among all sources."""
+    return f"{index.sources[index.source_of[number]].name}/{int(index.position[number])}"
+
+
+def summary_of(lines: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
+    """What became of the model's answers, by `State`, and of the prompts, by kind of pair: pairs, or `Reason`."""
+    answers: Counter[str] = Counter()
+    prompts: dict[str, Counter[str]] = {}
+    for line in lines:
+        answers.update(row["state"] for row in line["answers"] if row["origin"] != Origin.reference)
+        for kind, outcome in line["outcome"].items():
+            prompts.setdefault(kind, Counter())[outcome] += 1
+    ordered = {kind: {name: found[name] for name in (PAIR, *Reason) if found[name]} for kind, found in prompts.items()}
+    return {"answers": {state.value: answers[state] for state in State}} | ordered
+
+
+def _state(said: Said) -> State:
+    if not said.ended:
+        return State.cut
+    return State.graded if said.text.strip() else State.empty
+
+
+def _with_grade(answer: Answer, grades: Iterator[float | None]) -> Answer:
+    if answer.state is not State.graded:
+        return answer
+    grade = next(grades)
+    return replace(answer, score=grade, state=State.ungraded if grade is None else State.graded)
+
+
+def _seed(*place: object) -> int:
+    """64 bits of their SHA-256."""
+    text = repr([str(part) for part in place])
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "little")

@@ -1,0 +1,97 @@
+"""Pairs as lines of a JSONL file that `data=preference` reads, and the pictures that they name."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lit_vlm.curation.choice import Pair
+from lit_vlm.data.images import EncodedImage, FileImage, locate
+from lit_vlm.data.staging import original
+from lit_vlm.data.whole_files import written
+from lit_vlm.types import Content, Control, ImageSlot, ImageSource, Message, Role, Sample
+
+
+def pair_row(sample: Sample, pair: Pair, of: str, pictures: Pictures) -> dict[str, Any]:
+    """The line of a pair. Its pictures are on the disk when this returns.
+
+    Control tokens are parts of their own, so that no text can be taken for one when the line is read.
+
+    Args:
+        of: the kind of pair, "response" or "control".
+    """
+    prompt = sample.messages[:-1]
+    slots = [piece.index for message in prompt for piece in message.content if isinstance(piece, ImageSlot)]
+    chosen, rejected = pair.chosen, pair.rejected
+    return {
+        "id": f"{sample.source}/{sample.id}/{of}",
+        "pair": of,
+        "kind": sample.kind.value,
+        "language": sample.language.value,
+        "prompt": [_message(message) for message in prompt],
+        "chosen": [_message(Message(Role.assistant, chosen.content))],
+        "rejected": [_message(Message(Role.assistant, rejected.content))],
+        "images": [pictures.path_of(sample.images[slot], sample.origin) for slot in slots],
+        "scores": {"chosen": chosen.score, "rejected": rejected.score},
+        "answers": {"chosen": chosen.origin.value, "rejected": rejected.origin.value},
+        "origin": sample.origin,
+    }
+
+
+def _message(message: Message) -> dict[str, Any]:
+    """Text alone as text, else as parts."""
+    content = message.content
+    if all(isinstance(piece, str) for piece in content):
+        return {"role": message.role.value, "content": message.text}
+    return {"role": message.role.value, "content": [_part(piece) for piece in content]}
+
+
+def _part(piece: Content) -> dict[str, str]:
+    if isinstance(piece, ImageSlot):
+        return {"type": "image"}
+    return {"type": "control", "token": piece.token} if isinstance(piece, Control) else {"type": "text", "text": piece}
+
+
+class Pictures:
+    """Names of pictures, from the folder of the pairs: a file by its path, anything else saved in `folder` first.
+
+    Args:
+        root: where the file of pairs lies, and its relative paths start.
+        folder: below it; made when something is saved.
+    """
+
+    def __init__(self, root: Path, folder: Path) -> None:
+        self.root, self.folder = root.resolve(), folder
+        self.outside: set[str] = set()  # folders of files that do not lie below `root`
+
+    def path_of(self, image: ImageSource, origin: str) -> str:
+        if isinstance(image, FileImage):
+            found = original(locate(image.path, image.root, origin))
+            if found.is_relative_to(self.root):
+                return found.relative_to(self.root).as_posix()
+            return found.as_posix()
+        data, ending = _encoded(image)
+        path = self.folder / f"{hashlib.sha256(data).hexdigest()[:24]}.{ending}"
+        if not path.is_file():
+            with written(path, "The pictures", "prefer.output") as draft:
+                draft.write_bytes(data)
+        return path.resolve().relative_to(self.root).as_posix()
+
+
+def image_root(paths: Sequence[str]) -> str | None:
+    """The folder that holds all pictures that lie elsewhere than below the pairs; None where there are none."""
+    outside = [os.path.dirname(path) for path in paths if os.path.isabs(path)]
+    return os.path.commonpath(outside) if outside else None
+
+
+def _encoded(image: ImageSource) -> tuple[bytes, str]:
+    """As it is encoded; pixels that are not, as PNG."""
+    if isinstance(image, EncodedImage):
+        return image.encoded()
+    stream = io.BytesIO()
+    image.load().save(stream, format="PNG")
+    return stream.getvalue(), "png"

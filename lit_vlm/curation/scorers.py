@@ -1,0 +1,133 @@
+"""What an answer is worth, 0 to 1: by exact ground truth, by a model that judges, or by a class of the user's own."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+from transformers import LlavaOnevisionForConditionalGeneration
+
+from lit_vlm.config.custom import made_from
+from lit_vlm.data.processor import Processor
+from lit_vlm.evaluation.answers import ask, readable_prompt
+from lit_vlm.evaluation.scoring import score
+from lit_vlm.types import Content, ImageSlot, Language, Message, Role, Sample, UserError
+
+Asked = tuple[Sample, str]  # a sample, whose last message is the known answer, and an answer to its prompt
+
+HIGHEST = 10
+MOST_NEW_TOKENS = 8  # of a grade; what is longer is none
+
+# The three places are filled with plain text: control tokens and image placeholders in it stay text to the judge.
+JUDGE_PROMPT = """\
+You grade an answer to a question. If there are pictures above, the question is about them.
+
+[Question]
+{question}
+
+[Reference answer]
+{reference}
+
+[Answer to grade]
+{answer}
+
+Give 10 to an answer that is correct, complete, fluent and in the language of the question, 0 to one that is wrong or \
+says nothing, and a number between them to one that is right in parts. Names in tags such as <obj> and numbers in <bbox> \
+are positions in the picture, as fractions of its width and height.
+Reply with one whole number from 0 to 10 and nothing else."""
+
+
+class Scorer(Protocol):
+    """Grades answers. A class of the user's own needs this one method, and no arguments."""
+
+    def grade(self, asked: Sequence[Asked]) -> Sequence[float | None]:
+        """For each answer its worth, 0 to 1, or None where none can be told."""
+        ...
+
+
+class Exact:
+    """Against the sample's own answer, by the measure of its kind; see `evaluation.scoring.score`."""
+
+    def grade(self, asked: Sequence[Asked]) -> list[float | None]:
+        return [score(sample.kind, answer, sample.messages[-1].text) for sample, answer in asked]
+
+
+class ModelJudge:
+    """A finished model that is asked for a grade with `JUDGE_PROMPT`, greedily.
+
+    What it says is read strictly: a whole number from 0 to 10 alone. Anything else is no grade.
+
+    Args:
+        most_tokens, most_tiles: of one generation.
+    """
+
+    def __init__(
+        self, model: LlavaOnevisionForConditionalGeneration, processor: Processor, most_tokens: int, most_tiles: int
+    ) -> None:
+        self.model, self.processor = model, processor
+        self.most_tokens, self.most_tiles = most_tokens, most_tiles
+
+    def grade(self, asked: Sequence[Asked]) -> list[float | None]:
+        samples = [judged(sample, answer) for sample, answer in asked]
+        said = [
+            text for group in self._groups(samples) for text in ask(self.model, self.processor, group, MOST_NEW_TOKENS)
+        ]
+        return [parse_grade(text) for text in said]
+
+    def _groups(self, samples: list[Sample]) -> Iterator[list[Sample]]:
+        """Neighbours, within the caps or alone."""
+        group: list[Sample] = []
+        longest = tiles = 0
+        for sample in samples:
+            cost = self.processor.cost(sample)
+            longest, tiles = max(longest, cost.num_tokens), tiles + cost.num_tiles
+            if group and (longest * (len(group) + 1) > self.most_tokens or tiles > self.most_tiles):
+                yield group
+                group, longest, tiles = [], cost.num_tokens, cost.num_tiles
+            group.append(sample)
+        if group:
+            yield group
+
+
+def judged(sample: Sample, answer: str) -> Sample:
+    """The question to a judge: the sample's pictures, then `JUDGE_PROMPT` as plain text."""
+    slots: list[Content] = [ImageSlot(number) for number in range(len(sample.images))]
+    text = JUDGE_PROMPT.format(
+        question=readable_prompt(sample.messages[:-1]), reference=sample.messages[-1].text, answer=answer
+    )
+    messages = (Message(Role.user, (*slots, text)), Message(Role.assistant, ("0",)))
+    return Sample(
+        sample.id, sample.source, sample.origin, sample.kind, Language.en, messages, sample.images, sample.max_tiles
+    )
+
+
+def parse_grade(said: str) -> float | None:
+    """0 to 1 of a whole number from 0 to 10 that stands alone, else None."""
+    found = re.fullmatch(r"10|[0-9]", said.strip())
+    return int(found[0]) / HIGHEST if found else None
+
+
+def own_scorer(path: str) -> Scorer:
+    """The class at an import path. UserError when it is none, or has no `grade`."""
+    needed, remedy = "a class with a method grade", "Give it one, see docs/preferences.md"
+    return made_from("prefer.judge", path, lambda found: callable(getattr(found, "grade", None)), needed, remedy)
+
+
+def grades_of(scorer: Scorer, asked: Sequence[Asked]) -> list[float | None]:
+    """What the scorer says, each answer asked about once. UserError for grades that are none."""
+    distinct = list({(id(sample), answer): (sample, answer) for sample, answer in asked}.values())
+    found = list(scorer.grade(distinct)) if distinct else []
+    wrong = [grade for grade in found if grade is not None and not _is_share(grade)]
+    if len(found) != len(distinct) or wrong:
+        what = f"{len(found)} grades for {len(distinct)} answers" if len(found) != len(distinct) else repr(wrong[0])
+        raise UserError(
+            f"prefer.judge: {type(scorer).__name__}.grade gave {what}; it must give a number from 0 to 1, or None, for each."
+        )
+    known = {(id(sample), answer): grade for (sample, answer), grade in zip(distinct, found, strict=True)}
+    return [known[id(sample), answer] for sample, answer in asked]
+
+
+def _is_share(grade: object) -> bool:
+    return isinstance(grade, int | float) and math.isfinite(grade) and 0 <= grade <= 1

@@ -1,0 +1,1 @@
+"""Where a step's time goes: a trace of some steps, summed up and shown."""

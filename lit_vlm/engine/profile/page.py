@@ -1,0 +1,119 @@
+"""The page of a profile: self-contained, without scripts, in the report's style."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from lit_vlm.engine.preflight.page import percent
+from lit_vlm.engine.profile.facts import ProfileFacts, Row
+from lit_vlm.engine.profile.products import Product
+from lit_vlm.engine.profile.rooms import DATA, REST
+from lit_vlm.engine.run_folder import write_atomically
+
+HERE = Path(__file__).parent
+STYLES = ("report.css", "preflight/page.css", "profile/page.css")
+MOST_PRODUCTS, MOST_OTHERS = 10, 10
+COLOURS = 11  # of the style sheet
+NARROW = 0.002  # of a step: what is less has no piece of the bar
+
+
+def write_profile(path: Path, facts: ProfileFacts) -> None:
+    write_atomically(path, render(facts))
+
+
+def render(facts: ProfileFacts) -> str:
+    style = "\n".join((HERE.parent / name).read_text(encoding="utf-8") for name in STYLES)
+    shown = facts.products[:MOST_PRODUCTS]
+    return (
+        _environment()
+        .get_template("page.html")
+        .render(
+            facts=facts,
+            style=Markup(style),
+            findings=findings_of(facts),
+            pieces=_pieces(facts),
+            rows=[{"name": title(row.phase, row.part), "of": row} for row in facts.rows],
+            products=[{"of": one, "where": title(*one.place), "wrong": one in facts.wrong_types} for one in shown],
+            shown_time=sum(one.milliseconds for one in shown),
+            others=facts.others[:MOST_OTHERS],
+        )
+    )
+
+
+def findings_of(facts: ProfileFacts) -> list[tuple[str, str, str]]:
+    """(level, what, remedy) of what a person should know before the tables."""
+    found = []
+    if wrong := facts.wrong_types:
+        time, calls = sum(one.milliseconds for one in wrong), sum(one.calls for one in wrong)
+        first = wrong[0]
+        found.append(
+            (
+                "warning",
+                f"{calls:,.0f} float32 products a step in a {facts.precision} run, {percent(time / facts.milliseconds)} of its "
+                f"time; the costliest is {first.written} in {title(*first.place)}.",
+                "Something keeps its inputs or weights in float32 there.",
+            )
+        )
+    if facts.data > 0.1 * facts.milliseconds:
+        share = percent(facts.data / facts.milliseconds)
+        found.append(("warning", f"{share} of the time is spent waiting for data.", "Raise data.num_workers."))
+    if facts.on_gpu and facts.idle > 0.1 * facts.milliseconds:
+        share = percent(facts.idle / facts.milliseconds)
+        remedy = (
+            "The host launches work too slowly: larger micro-batches (data.tokens_per_micro_batch) give it more to do."
+        )
+        found.append(("advice", f"The GPU does nothing {share} of the time, beside waiting for data.", remedy))
+    return found
+
+
+def title(phase: str, part: str) -> str:
+    if not part:
+        return phase
+    return f"{phase}: {'what is in no part' if part == REST else part}"
+
+
+def _pieces(facts: ProfileFacts) -> list[dict[str, Any]]:
+    """Of the bar: each row's work, all of data, and at the end what is idle."""
+
+    def size(row: Row) -> float:
+        return row.busy + (row.idle if row.phase == DATA else 0.0)
+
+    pieces = [(title(row.phase, row.part), size(row)) for row in facts.rows]
+    pieces = [(name, time) for name, time in pieces if time > NARROW * facts.milliseconds]
+    coloured = [
+        {"name": name, "time": time, "style": f"c{number % COLOURS}"} for number, (name, time) in enumerate(pieces)
+    ]
+    return [*coloured, {"name": "idle", "time": facts.idle, "style": "idle"}]
+
+
+def milliseconds(time: float) -> str:
+    if not time:
+        return "-"
+    digits = 0 if time >= 100 else 1 if time >= 10 else 2 if time >= 0.095 else 3
+    return f"{time:,.{digits}f}"
+
+
+def rate(product: Product) -> str:
+    if product.rate is None:
+        return ""
+    size, unit = (1e12, "T") if product.rate >= 1e12 else (1e9, "G")
+    return f"{product.rate / size:,.3g} {unit}FLOP/s"
+
+
+def calls(number: float) -> str:
+    """Of a step, on average."""
+    return f"{number:,.0f}" if abs(number - round(number)) < 0.05 else f"{number:,.1f}"
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(percent=percent, ms=milliseconds, rate=rate, calls=calls)
+    return environment

@@ -1,0 +1,179 @@
+"""The matrix products of a trace, by shape and type, and what else costs time."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from lit_vlm.engine.profile.rooms import ROW, Rooms
+from lit_vlm.engine.profile.trace import Span, Trace
+
+TYPES = {"float": "fp32", "double": "fp64", "c10::BFloat16": "bf16", "c10::Half": "fp16"}
+# Operation -> where its two matrices stand among its inputs. Convolutions are shown with them: they are products, too.
+PRODUCTS = {
+    "aten::mm": (0, 1),
+    "aten::addmm": (1, 2),
+    "aten::bmm": (0, 1),
+    "aten::baddbmm": (1, 2),
+    "aten::_scaled_mm": (0, 1),
+    "aten::convolution": (0, 1),
+    "aten::convolution_backward": (1, 2),
+}
+ROWS, INNER = 0, 1  # places in a shape that hold a micro-batch's tokens, forward and for the gradient of weights
+Size = int | tuple[int, int]  # of a dimension; least and most, where calls differ in it
+
+
+@dataclass(slots=True)
+class Product:
+    """A matrix product of one shape and type, over all its calls in a step.
+
+    `shape` is (rows, summed over, columns), `batch` how many of them a call does; a convolution has neither, and its
+    inputs' shapes in `text`.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[Size, ...] = ()
+    batch: int = 1
+    text: str = ""
+    calls: float = 0.0  # per step, like all that follow
+    flops: float = 0.0
+    milliseconds: float = 0.0
+    where: dict[ROW, float] = field(default_factory=lambda: defaultdict(float))  # milliseconds
+    turns: set[int] = field(default_factory=set)  # micro-batches that it is called in
+
+    @property
+    def is_outer(self) -> bool:
+        """It sums over nothing."""
+        return len(self.shape) == 3 and self.shape[INNER] == 1
+
+    @property
+    def rate(self) -> float | None:
+        """FLOP per second."""
+        return self.flops / self.milliseconds * 1e3 if self.flops and self.milliseconds else None
+
+    @property
+    def place(self) -> ROW:
+        """Where most of its time went."""
+        return max(self.where, key=self.where.__getitem__)
+
+    @property
+    def written(self) -> str:
+        many = f"{self.batch:,} of " if self.batch > 1 else ""
+        return self.text or many + " × ".join(map(_written, self.shape))
+
+    def add(self, other: Product) -> None:
+        """More calls of the same, or of one that differs in the number of tokens alone."""
+        self.calls, self.flops = self.calls + other.calls, self.flops + other.flops
+        self.milliseconds += other.milliseconds
+        self.turns |= other.turns
+        for row, time in other.where.items():
+            self.where[row] += time
+        self.shape = tuple(_span(one, two) for one, two in zip(self.shape, other.shape, strict=True))
+
+
+def products_of(trace: Trace, rooms: Rooms, num_steps: int) -> tuple[list[Product], list[tuple[str, float, float]]]:
+    """Products with all that is done inside of them, and (name, calls, milliseconds) of the other operations; the costliest
+    first, all per step."""
+    own, scale = _own_time(trace), 1e-3 / num_steps
+    found: list[Product] = []
+    others: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    inside: dict[Any, tuple[float, Product]] = {}  # thread -> the product that is under way, and when it ends
+    for span in trace.ops:
+        row = rooms.of(span)
+        if row is None:
+            continue
+        time = own[id(span)] * scale
+        end, product = inside.get(span.thread, (float("-inf"), None))
+        if span.start >= end and span.name in PRODUCTS:
+            product = _product(span, 1 / num_steps)
+            product.turns = {rooms.turn(span)}
+            inside[span.thread] = span.end, product
+            found.append(product)
+        elif span.start >= end:
+            others[span.name][0] += 1 / num_steps
+            others[span.name][1] += time
+            continue
+        assert product is not None
+        product.milliseconds += time
+        product.where[row] += time
+    rest = [(name, calls, time) for name, (calls, time) in others.items() if time > 0]
+    merged = sorted(_merged(found), key=lambda one: -one.milliseconds)
+    return merged, sorted(rest, key=lambda one: -one[2])
+
+
+def _merged(products: list[Product]) -> list[Product]:
+    """One for each shape; and of shapes that differ in one place alone one, where that brings more micro-batches together:
+    they differ in their tokens, and nothing else does from one to the next."""
+    turns: dict[Any, set[int]] = defaultdict(set)
+    for product in products:
+        for key in _keys(product):
+            turns[key] |= product.turns
+    merged: dict[Any, Product] = {}
+    for product in products:
+        key = max(_keys(product), key=lambda key: len(turns[key]))  # of equals the first: the shape as it is
+        if key in merged:
+            merged[key].add(product)
+        else:
+            merged[key] = product
+    return list(merged.values())
+
+
+def _keys(product: Product) -> list[Any]:
+    """What it may have in common with others: its shape, or all of it but the tokens, which are rows or summed over."""
+    about = (product.name, product.dtype, product.batch, product.place)
+    less = [(*about, place, *product.shape[:place], *product.shape[place + 1 :]) for place in (ROWS, INNER)]
+    return [(*about, product.text, product.shape), *(less if product.shape else [])]
+
+
+def _own_time(trace: Trace) -> dict[int, float]:
+    """id of an operation -> microseconds without those inside of it: of the device, where there is one, else of the host."""
+    own = {id(span): 0.0 if trace.launched else span.duration for span in trace.ops}
+    calls = [(call.start, 1, call, work.duration) for call, work in trace.launched]
+    open_: dict[Any, list[Span]] = defaultdict(list)
+    for start, is_call, span, duration in sorted(
+        [*((op.start, 0, op, 0.0) for op in trace.ops), *calls], key=_in_order
+    ):
+        stack = open_[span.thread]
+        while stack and stack[-1].end <= start:
+            stack.pop()
+        if is_call:
+            if stack:
+                own[id(stack[-1])] += duration
+            continue
+        if stack and not trace.launched:
+            own[id(stack[-1])] -= span.duration
+        stack.append(span)
+    return own
+
+
+def _in_order(entry: tuple[float, int, Span, float]) -> tuple[float, int, float]:
+    start, is_call, span, _ = entry
+    return start, is_call, -span.end  # of two that start at once the longer one holds the other
+
+
+def _product(span: Span, calls: float) -> Product:
+    """Args: calls: for how many a step it counts."""
+    shapes, types = span.args.get("Input Dims") or [], span.args.get("Input type") or []
+    left, right = PRODUCTS[span.name]
+    name = span.name.removeprefix("aten::")
+    if max(left, right) >= len(shapes) or not shapes[left] or not shapes[right]:
+        return Product(name, "?", text="?", calls=calls)
+    names = dict.fromkeys(TYPES.get(types[place], types[place].removeprefix("c10::")) for place in (left, right))
+    one, other, dtype = shapes[left], shapes[right], " and ".join(names)
+    if "convolution" in name:
+        text = " with ".join(" × ".join(map(_written, shape)) for shape in (one, other))
+        return Product(name, dtype, text=text, calls=calls)
+    batch = one[0] if len(one) == 3 else 1
+    flops = 2.0 * batch * one[-2] * one[-1] * other[-1]
+    return Product(name, dtype, (one[-2], one[-1], other[-1]), batch, calls=calls, flops=flops * calls)
+
+
+def _span(one: Size, two: Size) -> Size:
+    ends = [end for size in (one, two) for end in (size if isinstance(size, tuple) else (size,))]
+    return min(ends) if min(ends) == max(ends) else (min(ends), max(ends))
+
+
+def _written(size: Size) -> str:
+    return f"{size[0]:,}\u2013{size[1]:,}" if isinstance(size, tuple) else f"{size:,}"

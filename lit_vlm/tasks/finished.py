@@ -1,0 +1,40 @@
+"""A finished model, for the tasks that ask it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import LlavaOnevisionForConditionalGeneration
+from transformers.utils import logging as transformers_logging
+
+from lit_vlm.config import RunConfig
+from lit_vlm.data.processor import Processor
+from lit_vlm.engine.trainer import quiet
+from lit_vlm.model.build import Blueprint, build, draw_up, read_tiling
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A model folder or hub id: its processor, and its weights when they are asked for."""
+
+    name: str
+    blueprint: Blueprint
+    processor: Processor
+    on_gpu: bool
+    seed: int
+
+    def load(self) -> LlavaOnevisionForConditionalGeneration:
+        """The model on its device, in bfloat16 on a GPU."""
+        model = build(self.blueprint, torch.bfloat16 if self.on_gpu else torch.float32, self.seed)
+        return model.to("cuda" if self.on_gpu else "cpu").eval()
+
+
+def open_finished(init_from: str, config: RunConfig) -> Finished:
+    """With its own tokens, grid and tiling, whatever the settings say of those. Reads no weights."""
+    quiet()
+    transformers_logging.disable_progress_bar()
+    own = replace(config.model, special_tokens=[], grid=None, max_tiles=None)
+    blueprint = draw_up(own, init_from, read_tiling(init_from))
+    on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
+    return Finished(init_from, blueprint, Processor(blueprint.tokenizer, blueprint.images), on_gpu, config.seed)

@@ -1,0 +1,160 @@
+"""task=prefer: preference pairs from a finished model's own answers. Read top to bottom."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from lit_vlm.config import Run, RunConfig
+from lit_vlm.config.schema import ScorerName
+from lit_vlm.curation.journal import IMAGES, Journal, folder_of
+from lit_vlm.curation.maker import PAIR, PairMaker, key_of, summary_of
+from lit_vlm.curation.records import Pictures, image_root
+from lit_vlm.curation.scorers import Exact, ModelJudge, Scorer, own_scorer
+from lit_vlm.data.datamodule import DataModule
+from lit_vlm.engine.exits import INTERRUPTED
+from lit_vlm.engine.run_folder import digest_of_sources, parent_of, require_parent, to_plain
+from lit_vlm.tasks.finished import Finished, open_finished
+from lit_vlm.tasks.stage_data import StageData, make_datamodule, open_sources, settle
+from lit_vlm.tasks.terminal import console, say
+from lit_vlm.types import UserError
+
+LINE_SECONDS = 30.0
+
+
+def prefer(run: Run) -> None:
+    """Ask the model, grade, choose, write. Interrupted, it goes on where it stopped; finished, it says so.
+
+    Raises:
+        UserError: a setting that is missing, an output of another question, or not one pair came of it.
+    """
+    config, output = run.config, Path(run.config.prefer.output)
+    require_one_process()
+    require_parent(run.init_from)
+    finished = open_finished(run.init_from, config)
+    scorer = Scoring(config)
+    data = samples_of(run, finished)
+    journal = Journal.open(output, question_of(run, data.datamodule, scorer), overwrite=config.overwrite)
+    if journal.finished:
+        say(f"{output}: finished already. Start it anew with overwrite=true.")
+        return
+    settle(data)
+    journal.start()
+    index = data.datamodule.index
+    waiting = [number for number in range(len(index)) if key_of(index, number) not in journal.lines]
+    say(f"{len(index):,} prompts, {len(index) - len(waiting):,} of them asked before; the model is {run.init_from}")
+    if waiting:
+        pictures = Pictures(output.parent, journal.folder / IMAGES)
+        maker = PairMaker(finished.load(), finished.processor, scorer.load(), config.prefer, pictures, config.seed)
+        ask_all(maker, journal, data.datamodule, waiting)
+    ordered = [journal.lines[key_of(index, number)] for number in range(len(index))]
+    rows = [row for line in ordered for row in line["pairs"]]
+    journal.finish(rows, summary_of(ordered))
+    show(journal, rows)
+
+
+def ask_all(maker: PairMaker, journal: Journal, data: DataModule, waiting: list[int]) -> None:
+    """Each prompt is on the disk before the next ones are asked."""
+    began = told = time.monotonic()
+    tokens, tiles = data.most_tokens, data.most_tiles
+    try:
+        for count, line in enumerate(maker.lines(data.index, waiting, most_tokens=tokens, most_tiles=tiles), 1):
+            journal.add(line)
+            if time.monotonic() - told > LINE_SECONDS:
+                told = time.monotonic()
+                left = (told - began) / count * (len(waiting) - count)
+                say(f"{count:,} of {len(waiting):,} prompts; {left / 60:.0f} minutes left")
+    except KeyboardInterrupt:
+        say(f"interrupted; the same command goes on behind {len(journal.lines):,} prompts")
+        raise SystemExit(INTERRUPTED) from None
+
+
+def require_one_process() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("task=prefer is one process on one device. Start it with python run.py, not with torchrun.")
+
+
+def samples_of(run: Run, finished: Finished) -> StageData:
+    """The training samples, indexed for the model that is asked; what a stage holds out is held out here as well."""
+    data, files = run.config.data, folder_of(Path(run.config.prefer.output))
+    own = bool(data.validation.sources)
+    validation = replace(data.validation, sources={}, fraction=0.0 if own else data.validation.fraction)
+    run = replace(run, config=replace(run.config, data=replace(data, validation=validation)), dir=files)
+    sources, _ = open_sources(run)
+    datamodule = make_datamodule(run, finished.processor, sources, [], finished.blueprint)
+    datamodule.build()
+    pairs = {datamodule.index.sources[n].name for n in set(datamodule.index.source_of[datamodule.index.chosen > 0])}
+    if pairs:
+        raise UserError(
+            f"data.sources: {', '.join(sorted(pairs))}: preference pairs already; task=prefer makes them of conversations. "
+            "Choose other data."
+        )
+    return StageData(run, sources, [], finished.blueprint, datamodule)
+
+
+class Scoring:
+    """What grades the answers; a judge's weights are read when there is something to grade.
+
+    Raises:
+        UserError: prefer.judge is neither a model nor a class.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.judge: str | None = config.prefer.judge
+        self.exact = config.prefer.scorer is ScorerName.exact
+        is_class = self.judge is not None and "/" not in self.judge  # parse made folders absolute; hub ids have a slash
+        self.own: Scorer | None = own_scorer(self.judge) if is_class else None
+        self.model = None if self.exact or is_class else open_finished(self.judge, config)
+        self.caps = (config.data.tokens_per_micro_batch, config.data.tiles_per_micro_batch)
+
+    def load(self) -> Scorer:
+        if self.exact:
+            return Exact()
+        return self.own or ModelJudge(self.model.load(), self.model.processor, *self.caps)
+
+    def identity(self) -> Any:
+        return self.judge if self.model is None else parent_of(self.judge)["digest"] or self.judge
+
+
+def question_of(run: Run, data: DataModule, scorer: Scoring) -> dict[str, Any]:
+    """All that the pairs hang on. Where files lie and how much is asked at once is no part of it."""
+    settings = to_plain(asdict(run.config.prefer))
+    del settings["output"], settings["judge"]
+    return {
+        "init_from": parent_of(run.init_from)["digest"] or run.init_from,
+        "the data": [digest_of_sources(data.sources), data.index.digest()],
+        "prefer.judge": scorer.identity(),
+        "seed": run.config.seed,
+        **{f"prefer.{name}": value for name, value in settings.items()},
+    }
+
+
+def show(journal: Journal, rows: list[dict[str, Any]]) -> None:
+    """What became of answers and prompts, and how to train on the pairs.
+
+    Raises:
+        UserError: there are none.
+    """
+    table = Table(title=f"{journal.output.name}: what became of it", title_justify="left")
+    for heading in ("of", "what", "count"):
+        table.add_column(heading, justify="right" if heading == "count" else "left")
+    for of, counts in summary_of(journal.lines.values()).items():
+        title = "answers drawn" if of == "answers" else f"prompts for {of} pairs"
+        for number, (what, count) in enumerate(counts.items()):
+            table.add_row("" if number else title, what, f"{count:,}")
+    console.print(table)
+    if not rows:
+        raise UserError(
+            f"Not one {PAIR} came of it; the table says why, {journal.folder / 'answers.jsonl'} has every answer. Draw more or "
+            "bolder answers (prefer.num_samples, prefer.temperature), let the known answer be chosen "
+            "(prefer.reference_as_chosen=true), or allow longer ones (prefer.max_new_tokens)."
+        )
+    root = image_root([path for row in rows for path in row["images"]])
+    elsewhere = f" data.sources.mine.image_root={root}" if root else ""
+    say(f"{len(rows):,} pairs: {journal.output}   Every answer: {journal.folder / 'answers.jsonl'}")
+    say(f"Train on them with: stage=dpo data=preference data.sources.mine.path={journal.output}{elsewhere}")

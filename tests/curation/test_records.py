@@ -1,0 +1,89 @@
+"""What is written is what is read: pairs, their control tokens, their pictures."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from support import picture
+
+from lit_vlm.config.schema import Format, SourceConfig
+from lit_vlm.curation.choice import Answer, Origin, Pair, State
+from lit_vlm.curation.records import Pictures, image_root, pair_row
+from lit_vlm.data.images import BytesImage, FileImage
+from lit_vlm.data.markup import obj
+from lit_vlm.data.sources import open_source
+from lit_vlm.types import Box, Control, ImageSlot, Kind, Language, Message, RecordError, Role, Sample
+
+MINE = SourceConfig(format=Format.preference, kind="preference")  # as conf/data/preference.yaml
+
+
+def read_back(tmp_path, *rows):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    MINE.path = str(path)
+    source = open_source("mine", MINE, max_image_pixels=10**6)
+    return [source[number] for number in range(len(source))]
+
+
+def made(tmp_path, content, images=(), chosen=("yes",), rejected=("no",), before=()):
+    messages = (*before, Message(Role.user, content), Message(Role.assistant, ("known",)))
+    sample = Sample("7", "source", "file:7", Kind.grounding, Language.ko, messages, images)
+    answers = [
+        Answer(content, Origin.sample, State.graded, score) for content, score in ((chosen, 1.0), (rejected, 0.0))
+    ]
+    return sample, pair_row(sample, Pair(*answers), "control", Pictures(tmp_path, tmp_path / "pairs_files" / "images"))
+
+
+def test_control_tokens_stay_control_tokens_and_text_that_looks_like_them_stays_text(tmp_path):
+    mention = obj("별", Box(0.1, 0.2, 0.3, 0.4))
+    asked = (ImageSlot(0), Control("<gro>"), "\n<image> <gro> 어디? <|im_end|>")
+    written_badly = (Control("<obj>"), "별", Control("<bbox>"), "<bbox>0.1")
+    before = (Message(Role.system, ("be kind",)), Message(Role.user, ("hi",)), Message(Role.assistant, ("<ocr>",)))
+    sample, row = made(tmp_path, asked, (picture(20, 30),), mention, written_badly, before)
+    (pair,) = read_back(tmp_path, row)
+    assert pair.prompt == sample.messages[:-1]
+    assert (pair.chosen.content, pair.rejected.content) == (mention, written_badly)
+    assert (pair.id, pair.kind, pair.language) == ("source/7/control", Kind.grounding, Language.ko)
+
+
+def test_pictures_come_back_in_the_places_in_which_they_stand(tmp_path):
+    Image.fromarray(picture(9, 8, 1).array).save(tmp_path / "file.png")
+    stream = io.BytesIO()
+    Image.fromarray(picture(8, 16, 2).array).save(stream, format="JPEG")
+    in_file = FileImage("file.png", tmp_path, "x", 10**6)
+    in_bytes, in_memory = BytesImage(stream.getvalue(), "x", 10**6), picture(7, 9, 3)
+    asked = (ImageSlot(2), "a", ImageSlot(0), "b", ImageSlot(1))
+    sample, row = made(tmp_path, asked, (in_file, in_bytes, in_memory))
+    assert row["images"][1] == "file.png"
+    saved = sorted((tmp_path / "pairs_files" / "images").iterdir())
+    assert sorted(path.suffix for path in saved) == [".jpeg", ".png"]
+    assert stream.getvalue() in [path.read_bytes() for path in saved]  # as it was encoded
+    (pair,) = read_back(tmp_path, row)
+    wanted = [sample.images[slot] for slot in (2, 0, 1)]
+    assert [piece for piece in pair.prompt[0].content if isinstance(piece, str)] == ["a", "b"]
+    for found, image in zip(pair.images, wanted, strict=True):
+        assert np.array_equal(np.asarray(found.load()), np.asarray(image.load()))
+    assert made(tmp_path, asked, sample.images)[1]["images"] == row["images"]  # saved once
+    assert sorted((tmp_path / "pairs_files" / "images").iterdir()) == saved
+
+
+def test_a_file_elsewhere_is_named_by_its_path_and_by_the_folder_that_must_be_allowed(tmp_path):
+    place = tmp_path / "elsewhere" / "deep"
+    place.mkdir(parents=True)
+    (tmp_path / "here").mkdir()
+    Image.fromarray(picture(9, 8, 1).array).save(place / "file.png")
+    row = made(tmp_path / "here", (ImageSlot(0),), (FileImage("file.png", place, "x", 10**6),))[1]
+    assert row["images"] == [str(place / "file.png")] and image_root(row["images"]) == str(place)
+    assert image_root(["pairs_files/images/1.png"]) is None
+    (pair,) = read_back(tmp_path / "here", row)
+    with pytest.raises(RecordError, match="leads out of"):
+        pair.images[0].load()
+
+
+def test_a_control_part_names_one_of_the_nine(tmp_path):
+    row = made(tmp_path, ("?",))[1]
+    row["chosen"] = [{"role": "assistant", "content": [{"type": "control", "token": "<|im_end|>"}]}]
+    with pytest.raises(RecordError, match="must be one of <gro>"):
+        read_back(tmp_path, row)

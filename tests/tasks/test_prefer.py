@@ -1,0 +1,253 @@
+"""task=prefer as a user starts it: a model of three questions and four pictures makes pairs, and DPO trains on them."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image, ImageDraw
+from run_helpers import llava, run, write
+
+from lit_vlm.config import ConfigError, parse
+from lit_vlm.config.schema import Format, Markup, SourceConfig
+from lit_vlm.curation import maker
+from lit_vlm.curation.journal import Journal
+from lit_vlm.data.sources import open_source
+from lit_vlm.tasks.prefer import prefer
+from lit_vlm.types import Control, Kind, Language, UserError
+
+COLOURS = {"red": "빨간 원", "blue": "파란 원", "green": "초록 원", "black": "검은 원"}
+DATA = ["data=llava_json", "data.sources.mine.markup=on", "data.validation.fraction=0"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """data.json, its pictures, and hf/: a model that was trained on them for some seconds."""
+    folder = tmp_path_factory.mktemp("prefer")
+    records = []
+    for name, said in COLOURS.items():
+        picture = Image.new("RGB", (56, 56), "white")
+        ImageDraw.Draw(picture).ellipse((8, 8, 48, 48), fill=name)
+        picture.save(folder / f"{name}.png")
+        boxes = f"<obj>{said}</obj><bbox>0.1, 0.1, 0.9, 0.9</bbox>"
+        records += [
+            llava("<image>\n무엇?", said, id=f"what {name}", image=f"{name}.png"),
+            llava("<image>\n<gro>\n어디?", boxes, id=f"where {name}", image=f"{name}.png"),
+            llava("<image>\n어디?", said, id=f"plain {name}", image=f"{name}.png"),
+        ]
+    data = write(folder / "data.json", records)
+    steps = [
+        "trainer.max_steps=60",
+        "stage.learning_rate=1e-2",
+        "stage.adam_betas=[0.9,0.98]",
+        "data.global_batch_size=12",
+    ]
+    words = [*DATA, f"data.sources.mine.path={data}", "data.tiling=base", "callbacks=[export]", *steps]
+    ran = run("stage=sft", *words, f"run_dir={folder / 'runs'}", "run_name=model")
+    shutil.move(ran.hf, folder / "hf")
+    return folder
+
+
+@pytest.fixture
+def make(folder, tmp_path, monkeypatch):
+    """`task=prefer` in an empty folder; returns the lines of pairs.jsonl."""
+    monkeypatch.chdir(tmp_path)
+
+    def made(*words):
+        base = ["task=prefer", f"init_from={folder / 'hf'}", *DATA, f"data.sources.mine.path={folder / 'data.json'}"]
+        prefer(parse([*base, "trainer=tiny", "prefer.temperature=2", "prefer.max_new_tokens=40", *words]))
+        path = tmp_path / "pairs.jsonl"
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    return made
+
+
+def lines_of(tmp_path):
+    text = (tmp_path / "pairs_files" / "answers.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_pairs_are_made_read_back_and_trained_on(make, folder, tmp_path, capsys):
+    rows = make("prefer.kinds=[response,control]", "prefer.num_samples=6", "prefer.temperature=1.7")
+    said = capsys.readouterr().out
+    kinds = [row["pair"] for row in rows]
+    assert kinds.count("response") >= 4 and kinds.count("control") >= 2
+    for row in rows:
+        assert row["scores"]["chosen"] > row["scores"]["rejected"]
+    assert "prompts for control pairs" in said and f"data.sources.mine.image_root={folder}" in said
+
+    settings = SourceConfig(format=Format.preference, kind="preference", path="pairs.jsonl", image_root=str(folder))
+    source = open_source("mine", settings, max_image_pixels=10**6)
+    samples = open_source(
+        "mine", SourceConfig(path=str(folder / "data.json"), markup=Markup.on), max_image_pixels=10**6
+    )
+    by_id = {sample.id: sample for sample in (samples[n] for n in range(len(samples)))}
+    for row, pair in zip(rows, (source[n] for n in range(len(source))), strict=True):
+        sample = by_id[row["id"].split("/")[1]]
+        assert (pair.prompt, pair.kind, pair.language) == (sample.messages[:-1], sample.kind, sample.language)
+        assert np.array_equal(np.asarray(pair.images[0].load()), np.asarray(sample.images[0].load()))
+        assert pair.chosen != pair.rejected
+        if row["pair"] == "control":
+            assert pair.kind is Kind.grounding and Control("<gro>") in pair.prompt[0].content
+            assert Control("<bbox>") in pair.chosen.content and Control("<bbox>") not in pair.rejected.content
+
+    words = ["data=preference", "data.sources.mine.path=pairs.jsonl", f"data.sources.mine.image_root={folder}"]
+    words += ["stage=dpo", "stage.learning_rate=1e-3", "data.global_batch_size=4", "data.tiling=base"]
+    ran = run(*words, "data.validation.fraction=0", f"init_from={folder / 'hf'}", "trainer.log_every_n_steps=1")
+    assert ran.column("train/loss")[0] == pytest.approx(np.log(2), abs=1e-5)
+    assert ran.manifest["status"] == "finished"
+
+
+def test_what_is_interrupted_goes_on_and_batches_change_nothing(make, tmp_path, monkeypatch):
+    whole = make()
+    for path in (tmp_path / "pairs.jsonl", tmp_path / "pairs_files"):
+        path.rename(path.with_name(f"old_{path.name}"))
+
+    add, draw, drawn = Journal.add, maker.draw, []
+
+    def until_three(self, line):
+        if len(self.lines) == 3:
+            raise KeyboardInterrupt
+        add(self, line)
+
+    monkeypatch.setattr(Journal, "add", until_three)
+    alone = "data.tokens_per_micro_batch=130"  # some samples each, where all went together before
+    with pytest.raises(SystemExit) as left:
+        make(alone)
+    assert left.value.code == 130 and not (tmp_path / "pairs.jsonl").exists()
+    with open(tmp_path / "pairs_files" / "answers.jsonl", "a", encoding="utf-8") as stream:
+        stream.write('{"key": "mine/11", "answ')  # torn
+
+    monkeypatch.setattr(Journal, "add", add)
+    monkeypatch.setattr(maker, "draw", lambda *words: drawn.append(len(words[2])) or draw(*words))
+    assert make(alone) == whole
+    assert sum(drawn) == 12 - 3 and len(drawn) > 1
+    drawn.clear()
+    assert make() == whole and not drawn  # finished
+
+
+def test_a_finished_file_says_so_and_another_question_is_refused(make, tmp_path, capsys):
+    rows, before = make(), (tmp_path / "pairs.jsonl").stat()
+    make()
+    assert "finished already" in capsys.readouterr().out and (tmp_path / "pairs.jsonl").stat() == before
+    with pytest.raises(UserError, match=r"another question: they differ in prefer\.num_samples, prefer\.temperature"):
+        make("prefer.num_samples=2", "prefer.temperature=1")
+    assert [row["id"] for row in make("prefer.num_samples=7", "overwrite=true")] != [] and len(rows)
+    assert len(lines_of(tmp_path)[0]["answers"]) == 7
+
+
+@pytest.mark.parametrize("name", ["pairs.jsonl", "pairs_files/mine.txt"])
+def test_what_is_not_of_this_task_is_not_touched(make, tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match=r"prefer\.output=\.\.\."):
+        make()
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_answers_that_the_limit_cuts_are_counted_and_never_used(make, tmp_path, capsys):
+    with pytest.raises(UserError, match="Not one pair"):
+        make("prefer.max_new_tokens=1")
+    assert {row["state"] for line in lines_of(tmp_path) for row in line["answers"]} == {"cut"}
+    said = capsys.readouterr().out
+    assert "cut" in said and "too few answers" in said and "48" in said
+
+
+def test_the_known_answer_can_be_chosen(make):
+    without = make("prefer.temperature=2.5")
+    rows = make("prefer.temperature=2.5", "prefer.reference_as_chosen=true", "overwrite=true")
+    known = [row for row in rows if row["answers"]["chosen"] == "reference" and "what" in row["id"]]
+    assert known and len(rows) > len(without)
+    assert [row for row in rows if row["answers"]["chosen"] == "sample"] == without
+    for row in known:
+        assert row["chosen"][0]["content"] == COLOURS[row["id"].split()[1].removesuffix("/response")]
+        assert row["scores"] == {"chosen": 1.0, "rejected": 0.0} and row["answers"]["rejected"] == "sample"
+
+
+def test_made_pictures_are_saved_beside_the_pairs(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    sources = [f"data.sources.{name}.num_samples=3" for name in ("caption_ko", "number_en")]
+    choice = tmp_path / "conf" / "data" / "two.yaml"
+    choice.parent.mkdir(parents=True)
+    choice.write_text(
+        "sources:\n  caption_ko: {format: builtin, path: caption, language: ko}\n"
+        "  number_en: {format: builtin, path: number, language: en}\n"
+    )
+    words = ["--config-dir", str(tmp_path / "conf"), "task=prefer", f"init_from={folder / 'hf'}", "data=two", *sources]
+    prefer(parse([*words, "prefer.reference_as_chosen=true", "prefer.max_new_tokens=40", "data.validation.fraction=0"]))
+    settings = SourceConfig(format=Format.preference, kind="preference", path="pairs.jsonl")
+    pairs = open_source("mine", settings, max_image_pixels=10**6)
+    assert len(pairs) == 6 and {pairs[n].kind for n in range(6)} == {Kind.caption, Kind.number}
+    made = open_source(
+        "caption_ko",
+        SourceConfig(format=Format.builtin, path="caption", language=Language.ko, num_samples=3),
+        max_image_pixels=1,
+    )
+    assert np.array_equal(np.asarray(pairs[0].images[0].load()), np.asarray(made[0].images[0].load()))
+
+
+def test_a_class_of_ones_own_judges(make, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_judge", raising=False)
+    (tmp_path / "own_judge.py").write_text(
+        "class Short:\n"
+        "    def grade(self, asked):\n"
+        "        return [None if '<obj>' in answer else 1 / (1 + len(answer)) for sample, answer in asked]\n"
+    )
+    rows = make("prefer.scorer=judge", "prefer.judge=own_judge.Short", "prefer.temperature=1.8")
+    lines = lines_of(tmp_path)
+    for line in (line for line in lines if line["outcome"] == {"response": "pair"}):
+        graded = sorted(len(row["text"]) for row in line["answers"] if row["state"] == "graded")
+        (row,) = line["pairs"]
+        assert row in rows and row["scores"] == {"chosen": 1 / (1 + graded[0]), "rejected": 1 / (1 + graded[-1])}
+    assert rows and "ungraded" in {row["state"] for line in lines for row in line["answers"]}
+
+
+def test_a_model_that_gives_no_grades_is_counted_out(make, folder, capsys):
+    with pytest.raises(UserError, match="Not one pair"):
+        make("prefer.scorer=judge", f"prefer.judge={folder / 'hf'}")
+    assert "ungraded" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["init_from=null"], "init_from is not set: task=prefer asks a finished model"),
+        (["prefer.scorer=exakt"], "expected one of exact, judge"),
+        (["prefer.kinds=[reply]"], "prefer.kinds"),
+        (["prefer.kinds=[]"], "prefer.kinds: is empty"),
+        (["prefer.output=pairs.csv"], "prefer.output: must end in .jsonl"),
+        (["prefer.num_samples=0"], "prefer.num_samples: must be above 0"),
+        (["prefer.temperature=nan"], "prefer.temperature: must be above 0"),
+        (["prefer.top_p=1.5"], "prefer.top_p: must be above 0 and at most 1"),
+        (["prefer.min_margin=2"], "prefer.min_margin: scores lie in 0 to 1"),
+        (["prefer.scorer=judge"], "prefer.judge is not set"),
+        (["prefer.judge=a.B"], "is asked with prefer.scorer=judge only"),
+        (["data.sources.mine.kind=preference"], "preference pairs already"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_read(words, message):
+    base = ["task=prefer", "init_from=runs/x/3/hf", *DATA, "data.sources.mine.path=data.json"]
+    with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
+        parse([*base, *words])
+
+
+def test_records_that_cannot_be_asked_are_told(make, folder, tmp_path, monkeypatch):
+    pairs = write(tmp_path / "given.jsonl", [{"prompt": "?", "chosen": "a", "rejected": "b"}])
+    for file, needed in (
+        (pairs, "preference pairs already"),
+        (
+            write(tmp_path / "open.jsonl", [{"messages": [{"role": "user", "content": "?"}]}]),
+            "it must be the assistant's",
+        ),
+    ):
+        words = ["data.sources.mine.format=auto", f"data.sources.mine.path={file}", "data.sources.mine.markup=auto"]
+        with pytest.raises(UserError, match=needed):
+            make(*words)
+    with pytest.raises(UserError, match="does not exist"):
+        make(f"init_from={tmp_path / 'none' / 'hf'}")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process"):
+        make()
+    assert not (tmp_path / "pairs_files").exists()
