@@ -17,7 +17,7 @@ from benchmarks.scaling import (
     situation,
     tables,
 )
-from lit_vlm.config.schema import DeviceName, Strategy
+from lit_vlm.config.schema import ActivationCheckpointing, DeviceName, Strategy
 from lit_vlm.cost import DEVICES, Cluster, Fabric, Load, Parameters, Scheme, choose, simulate
 from lit_vlm.cost.communication import FABRICS, Layer, Widths, break_even, traffic
 from lit_vlm.cost.layers import layers_of
@@ -130,7 +130,9 @@ def test_break_even_is_where_nine_tenths_of_computing_cover_the_sending():
 def test_layers_hold_the_model_and_its_work():
     """All parameters but norms, and the seconds of `Flops`."""
     of = situation(MODELS["7B"], 8, NODE)
-    layers = layers_of(of.shape, of.parameters, replace(of.training, checkpointing=False), of.load, rate=1e15)
+    layers = layers_of(
+        of.shape, of.parameters, replace(of.training, checkpointing=ActivationCheckpointing.none), of.load, rate=1e15
+    )
     assert sum(layer.parameters for layer in layers) == of.parameters.total
     assert sum(layer.trainable for layer in layers) == pytest.approx(of.parameters.total)
     body = next(layer for layer in layers if layer.parameters == of.shape.text.layer)

@@ -19,14 +19,19 @@ from torchmetrics import MeanMetric
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 from lit_vlm.anyres import ImageSettings, Tiling
+from lit_vlm.config.schema import ActivationCheckpointing as Level
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.losses.next_token import next_token_losses
 from lit_vlm.model.build import Blueprint, build, draw_up
+from lit_vlm.model.checkpointing import are_layers_checkpointed, checkpoint_layers, level_of
 from lit_vlm.model.forward import row_segments, use_flat_forward
+from lit_vlm.model.frozen import exact_values, fill
 from lit_vlm.model.generate import generate
 from lit_vlm.model.lora import Lora, add_lora
 from lit_vlm.model.parts import PartSummary, freeze, part_of, set_modes, summary
+from lit_vlm.model.skeleton import are_weights_later, weights_later
 from lit_vlm.model.vocabulary import NewTokens
+from lit_vlm.model.weights import Whole
 from lit_vlm.stages.optimizer import OptimizerOptions, PartOptions, make_optimizer, make_scheduler
 from lit_vlm.types import Batch, Part, UserError
 
@@ -42,10 +47,13 @@ class Stage(L.LightningModule):
         trainable: parts that train; the others are frozen.
         learning_rate: peak; parts may name their own in `parts`, as in `{"vision_tower": {"learning_rate": 2e-6}}`.
         weight_decay, warmup, schedule, min_learning_rate, adam_betas, adam_eps: see `OptimizerOptions`.
-        activation_checkpointing: recompute activations in backward.
+        activation_checkpointing: "none", "selective" or "full": what of the layers is computed again in the backward pass
+            (`model/checkpointing.py`); True is "full".
         parts: per part `learning_rate`, `weight_decay`, `warmup`, and `lora` with `rank`, `alpha`, `dropout`, `targets`.
         tiling: how images are tiled; must be the data's.
         dtype: of the weights, "float32" or "bfloat16".
+        frozen_dtype: "bfloat16" under bf16-mixed: of frozen matrices that are read from files (`model/frozen.py`); None: as
+            `dtype`.
         seed: of parameters that are new.
     """
 
@@ -67,10 +75,11 @@ class Stage(L.LightningModule):
         min_learning_rate: float = 0.0,
         adam_betas: tuple[float, float] = (0.9, 0.999),
         adam_eps: float = 1e-8,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: str | bool = "none",
         parts: dict[str, dict[str, Any]] | None = None,
         tiling: str = "anyres",
         dtype: str = "float32",
+        frozen_dtype: str | None = None,
         seed: int = 0,
         **own: Any,
     ) -> None:
@@ -79,6 +88,7 @@ class Stage(L.LightningModule):
         self._given = arguments.pop("model")
         arguments["trainable"] = [str(part) for part in trainable or self.default_trainable]
         arguments["learning_rate"] = learning_rate or self.default_learning_rate
+        arguments["activation_checkpointing"] = level_of(activation_checkpointing).value
         self.hparams.update(arguments)  # plain containers only, so that load_from_checkpoint needs no trust
         self._set_hparams(dict(self.hparams))
         self._log_hyperparams = False  # the run folder's config.yaml has them, and more
@@ -89,6 +99,7 @@ class Stage(L.LightningModule):
         self.how: dict[Part, str] = {}
         self.val_loss = MeanMetric()
         self._audited, self._step_tiles = False, 0
+        self._held = False  # frozen matrices are in the type that computes
         self.discarded = False  # a callback threw this step's gradients away: there is nothing to audit
 
     # ---- the model
@@ -97,8 +108,37 @@ class Stage(L.LightningModule):
         """Build the model, freeze, add adapters. Lightning calls it once the strategy stands; a second call does nothing."""
         if self.model is not None or self._given is None:
             return
+        if not self._holds_frozen():
+            self._make_model()
+            return
+        try:
+            with weights_later():
+                self._make_model()
+        except Whole:  # float32 throughout: nothing else has the exact values
+            self._make_model()
+            return
+        for model in (self.model, getattr(self, "reference", None)):
+            if model is not None:
+                fill(model, getattr(torch, self.hparams["frozen_dtype"]))
+        self._held = True
+
+    def _holds_frozen(self) -> bool:
+        """Not of a model that was built already, or comes with a checkpoint: what is rounded must be read again to export
+        it. A strategy that shares weights out sees to its own."""
+        from_files = isinstance(self._given, str | Path | Blueprint)
+        return self.hparams["frozen_dtype"] is not None and from_files and not are_weights_later()
+
+    def _make_model(self) -> None:
         self.model = self._built()
         self._prepare_training()
+
+    def setup(self, stage: str) -> None:
+        precision = self.trainer.precision_plugin.precision
+        if self._held and precision != "bf16-mixed":
+            raise UserError(
+                f"The stage holds frozen weights in bfloat16, and the trainer's precision is {precision}. Give the trainer "
+                "precision='bf16-mixed', or make the stage without frozen_dtype."
+            )
 
     def _built(self) -> LlavaOnevisionForConditionalGeneration:
         given, dtype = self._given, getattr(torch, self.hparams["dtype"])
@@ -133,8 +173,7 @@ class Stage(L.LightningModule):
             model.new_tokens = NewTokens(model, rows)
             known = self.how.get(Part.language_model)
             self.how[Part.language_model] = f"{known + ', ' if known else ''}rows of {len(rows)} tokens"
-        if self.hparams["activation_checkpointing"]:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model, self.level)
         self.set_modes()
 
     def _rows_to_train(self) -> list[int]:
@@ -149,7 +188,12 @@ class Stage(L.LightningModule):
         return self._new_ids
 
     def set_modes(self) -> None:
-        set_modes(self.model, self.trainable, checkpointed=self.hparams["activation_checkpointing"])
+        set_modes(self.model, self.trainable, checkpointed=self.level is not Level.none)
+
+    @property
+    def level(self) -> Level:
+        """Of activation checkpointing."""
+        return level_of(self.hparams["activation_checkpointing"])
 
     @property
     def part_summary(self) -> list[PartSummary]:
@@ -164,12 +208,10 @@ class Stage(L.LightningModule):
             raise UserError(f"{type(self).__name__} has no model; give it a folder, a Blueprint or a model.")
         self.set_modes()
         self._require_images()
-        crossing = self.hparams["activation_checkpointing"]
-        if crossing and not any(
-            getattr(m, "gradient_checkpointing", False) and m.training for m in self.model.modules()
-        ):
+        if self.level is not Level.none and not are_layers_checkpointed(self.model):
             raise UserError(
-                "stage.activation_checkpointing=true has no effect on this model: transformers checkpoints none of its layers."
+                f"stage.activation_checkpointing={self.level.value} has no effect on this model: transformers checkpoints none "
+                "of its layers. Set stage.activation_checkpointing=none."
             )
 
     def _require_images(self) -> None:
@@ -309,6 +351,8 @@ class Stage(L.LightningModule):
             "stops": self.model.generation_config.eos_token_id,
         }
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = dict(self.hparams)
+        if self._held:
+            checkpoint["state_dict"] |= {f"model.{name}": value for name, value in exact_values(self.model).items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.model is None:
