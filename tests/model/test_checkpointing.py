@@ -101,7 +101,9 @@ def test_attention_that_draws_is_computed_again():
     heads = torch.zeros(1, 2, 4, 8)
     assert is_kept(16, ATEN._scaled_dot_product_flash_attention.default, heads, heads, heads, 0.0, True)
     assert not is_kept(16, ATEN._scaled_dot_product_flash_attention.default, heads, heads, heads, 0.1, True)
-    assert not is_kept(16, ATEN._scaled_dot_product_efficient_attention.default, *[heads] * 3, None, True, dropout_p=0.1)
+    assert not is_kept(
+        16, ATEN._scaled_dot_product_efficient_attention.default, *[heads] * 3, None, True, dropout_p=0.1
+    )
 
 
 def test_the_last_product_of_a_layer_and_what_widens_an_adapter_are_not_kept():
