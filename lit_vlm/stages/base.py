@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -27,12 +27,13 @@ from lit_vlm.model.checkpointing import are_layers_checkpointed, checkpoint_laye
 from lit_vlm.model.forward import row_segments, use_flat_forward
 from lit_vlm.model.frozen import exact_values, fill
 from lit_vlm.model.generate import generate
-from lit_vlm.model.lora import Lora, add_lora
+from lit_vlm.model.lora import add_lora
 from lit_vlm.model.parts import PartSummary, freeze, part_of, set_modes, summary
+from lit_vlm.model.products import Products, warn_of_float32
 from lit_vlm.model.skeleton import are_weights_later, weights_later
 from lit_vlm.model.vocabulary import NewTokens
 from lit_vlm.model.weights import Whole
-from lit_vlm.stages.optimizer import OptimizerOptions, PartOptions, make_optimizer, make_scheduler
+from lit_vlm.stages.optimizer import make_optimizer, make_scheduler, options_of
 from lit_vlm.types import Batch, Part, UserError
 
 ModelLike: TypeAlias = Blueprint | LlavaOnevisionForConditionalGeneration | str | Path | dict[str, Any]
@@ -93,12 +94,13 @@ class Stage(L.LightningModule):
         self._set_hparams(dict(self.hparams))
         self._log_hyperparams = False  # the run folder's config.yaml has them, and more
         self.trainable = [Part(name) for name in arguments["trainable"]]
-        self.options = _optimizer_options(arguments)
+        self.options = options_of(arguments)
         self.tiling = Tiling(tiling)
         self.model: LlavaOnevisionForConditionalGeneration | None = None
         self.how: dict[Part, str] = {}
         self.val_loss = MeanMetric()
         self._audited, self._step_tiles = False, 0
+        self._watched = False  # the first forward pass is
         self._held = False  # frozen matrices are in the type that computes
         self.discarded = False  # a callback threw this step's gradients away: there is nothing to audit
 
@@ -236,9 +238,18 @@ class Stage(L.LightningModule):
             torch.cuda.manual_seed(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.step_loss(batch)
+        loss = self.step_loss(batch) if self._watched else self._watched_loss(batch)
         self._log_step(loss.detach(), batch)
         return loss * self._divisor()
+
+    def _watched_loss(self, batch: Batch) -> Tensor:
+        """The first one: under half precision a product in float32 is a mistake, and said."""
+        self._watched = True
+        with Products() as products:
+            loss = self.step_loss(batch)
+        if "16" in self.trainer.precision_plugin.precision:
+            warn_of_float32(products)
+        return loss
 
     def _divisor(self) -> int:
         """What a micro-batch's loss will be divided by: Lightning divides by the number of micro-batches and the strategy
@@ -363,25 +374,6 @@ class Stage(L.LightningModule):
 def seed_of(*numbers: int) -> int:
     """64 bits of their SHA-256: seeds of neighbours have nothing in common."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little")
-
-
-def _optimizer_options(arguments: dict[str, Any]) -> OptimizerOptions:
-    parts = {}
-    for name, values in (arguments["parts"] or {}).items():
-        values = dict(values)
-        lora = values.pop("lora", None)
-        chosen = Lora(**lora) if lora and lora.get("rank", 0) > 0 else None
-        parts[Part(name)] = replace(PartOptions(**values), lora=chosen)
-    return OptimizerOptions(
-        learning_rate=arguments["learning_rate"],
-        weight_decay=arguments["weight_decay"],
-        warmup=arguments["warmup"],
-        schedule=str(arguments["schedule"]),
-        min_learning_rate=arguments["min_learning_rate"],
-        betas=tuple(arguments["adam_betas"]),
-        eps=arguments["adam_eps"],
-        parts=parts,
-    )
 
 
 def _settings_from(values: dict[str, Any]) -> ImageSettings:
