@@ -32,7 +32,7 @@ from lit_vlm.model.parts import PartSummary, freeze, part_of, set_modes, summary
 from lit_vlm.model.products import Products, warn_of_float32
 from lit_vlm.model.skeleton import are_weights_later, weights_later
 from lit_vlm.model.vocabulary import NewTokens
-from lit_vlm.model.weights import Whole
+from lit_vlm.model.weights import NotInPieces
 from lit_vlm.stages.optimizer import make_optimizer, make_scheduler, options_of
 from lit_vlm.types import Batch, Part, UserError
 
@@ -116,7 +116,7 @@ class Stage(L.LightningModule):
         try:
             with weights_later():
                 self._make_model()
-        except Whole:  # float32 throughout: nothing else has the exact values
+        except NotInPieces:  # float32 throughout: nothing else has the exact values
             self._make_model()
             return
         for model in (self.model, getattr(self, "reference", None)):
