@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_vlm.config.schema import DeviceName, Strategy
+from lit_vlm.config.schema import ActivationCheckpointing, DeviceName, Strategy
 from lit_vlm.cost import DEVICES, Cluster, Load, Parameters, Scheme, Shape, Situation, Training, choose, simulate
 from lit_vlm.cost.communication import FABRICS, Fabric, Layer, Timing, Widths, break_even, traffic
 from lit_vlm.cost.layers import layers_of
@@ -173,7 +173,7 @@ def situation(model: LanguageModel, gpus: int, fabric: Fabric, k: int = 1) -> Si
     return Situation(
         shape=shape,
         parameters=Parameters(total, total, cast=total, largest_layer=largest),
-        training=Training(Precision.named("bf16-mixed"), True, True, checkpointing=True),
+        training=Training(Precision.named("bf16-mixed"), True, True, checkpointing=ActivationCheckpointing.full),
         load=LOAD,
         world_size=gpus,
         devices_per_node=8,

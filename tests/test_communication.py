@@ -17,8 +17,8 @@ from benchmarks.scaling import (
     situation,
     tables,
 )
-from lit_vlm.config.schema import DeviceName, Strategy
-from lit_vlm.cost import DEVICES, Cluster, Fabric, Load, Parameters, Scheme, choose, simulate
+from lit_vlm.config.schema import ActivationCheckpointing, DeviceName, Strategy
+from lit_vlm.cost import DEVICES, Choice, Cluster, Fabric, Load, Parameters, Scheme, choose, simulate, why_level
 from lit_vlm.cost.communication import FABRICS, Layer, Widths, break_even, traffic
 from lit_vlm.cost.layers import layers_of
 from lit_vlm.cost.memory import Precision, Sharding, Training, states_of
@@ -130,7 +130,9 @@ def test_break_even_is_where_nine_tenths_of_computing_cover_the_sending():
 def test_layers_hold_the_model_and_its_work():
     """All parameters but norms, and the seconds of `Flops`."""
     of = situation(MODELS["7B"], 8, NODE)
-    layers = layers_of(of.shape, of.parameters, replace(of.training, checkpointing=False), of.load, rate=1e15)
+    layers = layers_of(
+        of.shape, of.parameters, replace(of.training, checkpointing=ActivationCheckpointing.none), of.load, rate=1e15
+    )
     assert sum(layer.parameters for layer in layers) == of.parameters.total
     assert sum(layer.trainable for layer in layers) == pytest.approx(of.parameters.total)
     body = next(layer for layer in layers if layer.parameters == of.shape.text.layer)
@@ -232,6 +234,54 @@ def test_align_is_never_shared_out_where_its_frozen_weights_fit():
         chosen = choose(align)
         assert chosen.strategy is Strategy.ddp
         assert "frozen weights are copied" in chosen.reason and "128 MB" in chosen.reason
+
+
+LEVELS = (ActivationCheckpointing.none, ActivationCheckpointing.selective, ActivationCheckpointing.full)
+
+
+def levels_of(tokens: int, **more) -> Choice:
+    return choose(replace(case(**{"model": "1.5B", "gpus": 1} | more, tokens=tokens), levels=LEVELS))
+
+
+def test_the_first_level_of_checkpointing_that_fits_is_taken():
+    """1.5 B on one H200: the more tokens in a micro-batch, the more is computed again."""
+    chosen = [levels_of(tokens) for tokens in (16_384, 32_768, 65_536)]
+    assert [choice.level for choice in chosen] == list(LEVELS)
+    assert {choice.strategy for choice in chosen} == {Strategy.single} and all(choice.fits for choice in chosen)
+    too_many = levels_of(1_000_000)
+    assert not too_many.fits and too_many.level is ActivationCheckpointing.full
+    assert too_many.strategy is Strategy.single and "tokens would fit, those of 1,000,000 do not" in too_many.reason
+
+
+def test_a_level_is_told_with_the_bytes_that_decided():
+    of = replace(case("1.5B", 1, tokens=32_768), levels=LEVELS)
+    selective = why_level(of, Strategy.single, ActivationCheckpointing.selective)
+    need, before = (of.at(level).memory(Strategy.single).total for level in (LEVELS[1], LEVELS[0]))
+    assert need < of.device.memory < before
+    assert (
+        f"about {need / 1e9:.0f} GB of the 141 GB of NVIDIA H200; with none it would need {before / 1e9:,.0f} GB"
+        in selective
+    )
+    on_a_cpu = replace(of, device=None)
+    assert choose(on_a_cpu).level is ActivationCheckpointing.none
+    assert "on a CPU" in why_level(on_a_cpu, Strategy.single, ActivationCheckpointing.none)
+
+
+def test_of_strategies_and_levels_that_fit_the_fastest_is_taken():
+    """1.5 B on a node: sharing it out with all activations kept is faster than copies that compute layers again."""
+    of = replace(case("1.5B", 8, tokens=28_672), levels=LEVELS)
+    assert of.at(LEVELS[1]).fits(Strategy.ddp) and not of.at(LEVELS[0]).fits(Strategy.ddp)
+    chosen = choose(of)
+    assert (chosen.strategy, chosen.level) == (Strategy.fsdp2, ActivationCheckpointing.none)
+    assert of.at(LEVELS[0]).seconds(Strategy.fsdp2) < of.at(LEVELS[1]).seconds(Strategy.ddp)
+    more = levels_of(40_960, gpus=8)  # which no strategy holds without
+    assert (more.strategy, more.level) == (Strategy.ddp, ActivationCheckpointing.selective)
+
+
+def test_nothing_is_offloaded_that_computing_again_would_spare():
+    kept = case("1.5B", 1, tokens=28_672, checkpointing=ActivationCheckpointing.none)
+    assert choose(kept).strategy is Strategy.deepspeed_zero3_offload
+    assert choose(replace(kept, levels=LEVELS)).strategy is Strategy.single
 
 
 def test_a_node_shares_a_model_that_no_device_holds():

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from alive import Alive
 from support import blueprint_of, sample
 
 from lit_vlm.anyres import Tiling
+from lit_vlm.config.schema import ActivationCheckpointing as Level
 from lit_vlm.config.schema import DeviceName
 from lit_vlm.cost import DEVICES, Flops, Load, Parameters, Shape, Training, memory_of
 from lit_vlm.cost.memory import Precision, Sharding, activations_of_text, activations_of_tile, host_bytes, states_of
@@ -12,6 +14,8 @@ from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
 from lit_vlm.model.build import build
 from lit_vlm.model.parts import freeze
+from lit_vlm.model.tiny import make_language_model, make_vision_tower
+from lit_vlm.stages import SFTStage
 from lit_vlm.types import Part
 
 # Qwen2.5-7B and SigLIP-so400m with 26 layers, from their config.json
@@ -74,8 +78,8 @@ def test_flops_of_an_alignment_sample_by_hand():
 def test_recomputing_and_a_reference_add_forward_passes():
     options = {"trains_tower": False, "trains_language_model": True}
     plain = Flops.from_config(CONFIG, **options)
-    assert Flops.from_config(CONFIG, **options, recomputes=True).per_token == pytest.approx(plain.per_token * 4 / 3)
-    assert Flops.from_config(CONFIG, **options, recomputes=True).per_supervised == plain.per_supervised
+    assert Flops.from_config(CONFIG, **options, recomputes=1.0).per_token == pytest.approx(plain.per_token * 4 / 3)
+    assert Flops.from_config(CONFIG, **options, recomputes=1.0).per_supervised == plain.per_supervised
     reference = Flops.from_config(CONFIG, **options, reference=True)
     assert reference.per_token == pytest.approx(plain.per_token * 4 / 3)
     assert reference.per_tile < 1.1 * plain.per_tile  # what a frozen tower sees serves both; a projector is small
@@ -107,8 +111,22 @@ def total(precision: str, sharding: Sharding, world_size: int = 1, **more) -> fl
 def test_states_on_one_device_by_hand():
     assert total("32-true", Sharding.single) == 4 * 8_000 + (4 + 8) * 7_000
     assert total("bf16-mixed", Sharding.single) == 4 * 8_000 + 2 * 7_500 + (4 + 8) * 7_000
-    assert total("bf16-mixed", Sharding.single, checkpointing=True) == 4 * 8_000 + 2 * 7_000 + (4 + 8) * 7_000
+    assert total("bf16-mixed", Sharding.single, checkpointing=Level.full) == 4 * 8_000 + 2 * 7_000 + (4 + 8) * 7_000
     assert total("bf16-true", Sharding.single) == 2 * 8_000 + (2 + 4) * 7_000
+
+
+def test_frozen_matrices_are_held_in_half_and_not_copied():
+    """Of 1,000 frozen weights 600 are matrices, 400 of them crossed by gradients; the head's 100 are a table as well."""
+    frozen = Parameters(total=8_000, trainable=7_000, cast=7_500, cast_frozen=500, held=600, held_cast=400)
+
+    def parts(precision: str, **more) -> dict[str, float]:
+        return states_of(frozen, training(precision, **more), Sharding.single)
+
+    mixed = parts("bf16-mixed")
+    assert mixed["weights"] == 4 * 7_400 + 2 * 600 and mixed["half-precision copies"] == 2 * (7_000 + 100)
+    assert parts("bf16-mixed", checkpointing=Level.selective)["half-precision copies"] == 2 * 7_000
+    assert parts("16-mixed")["weights"] == parts("32-true")["weights"] == 4 * 8_000  # only bfloat16 has float32's range
+    assert parts("bf16-mixed", reference=8_000, reference_held=7_000)["reference model"] == 4 * 1_000 + 2 * 7_000
 
 
 def test_ddp_keeps_a_copy_and_its_buckets():
@@ -161,8 +179,17 @@ def test_activations_of_a_frozen_language_model_by_hand():
 
 def test_checkpointing_keeps_one_layer_and_the_inputs_of_the_others():
     whole = activations_of_text(SHAPE.text, training("bf16-mixed"))
-    less = activations_of_text(SHAPE.text, training("bf16-mixed", checkpointing=True))
+    less = activations_of_text(SHAPE.text, training("bf16-mixed", checkpointing=Level.full))
     assert 28 * 4 * 3584 < less < whole / 6
+
+
+def test_selective_checkpointing_keeps_products_and_attention_by_hand():
+    """bfloat16, 7B: q, k, v, attention, its projection, gate and up, beside the layer's input: 42 % of what all would be."""
+    kept = 4 * 3584 + 2 * (2 * 3584 + 2 * 512 + 3584 + 2 * 18944) + 4 * 28
+    some = activations_of_text(SHAPE.text, training("bf16-mixed", checkpointing=Level.selective))
+    least = activations_of_text(SHAPE.text, training("bf16-mixed", checkpointing=Level.full))
+    assert some - least == 28 * (kept - 4 * 3584)
+    assert kept == pytest.approx(0.42 * activations_of_text(SHAPE.text, training("bf16-mixed")) / 28, rel=0.02)
 
 
 def test_the_peak_is_the_sum_of_its_parts():
@@ -193,6 +220,52 @@ def test_activations_equal_what_autograd_keeps(small_parts, precision, stage):
     assert kept == pytest.approx(estimate + tower, rel=0.1)
     size = 2 if precision.startswith("bf16") else 4  # kept as they are multiplied
     assert logits == pytest.approx(size * len(targets) * shape.text.vocab, rel=0.2)
+
+
+@pytest.fixture(scope="module")
+def depths(tmp_path_factory) -> dict[int, tuple[str, str]]:
+    """Parts with one and with three layers."""
+    folder, parts = tmp_path_factory.mktemp("depths"), {}
+    for number in (1, 3):
+        tower, language = folder / f"tower{number}", folder / f"language{number}"
+        small = {"hidden_size": 32, "intermediate_size": 48}
+        make_vision_tower(tower, num_hidden_layers=number + 1, num_attention_heads=2, **small)
+        make_language_model(language, num_hidden_layers=number, tie_word_embeddings=False, **small)
+        parts[number] = (str(tower), str(language))
+    return parts
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+def test_a_layer_keeps_what_its_level_of_checkpointing_says(depths, precision, stage):
+    """All that is alive after a forward pass of three layers, less that of one: to 1 %."""
+    for level in (Level.selective, Level.full):
+        (three, estimated), (one, less) = (alive_after_forward(depths[n], precision, stage, level) for n in (3, 1))
+        assert three - one == pytest.approx(estimated - less, rel=0.01), level
+
+
+def alive_after_forward(parts, precision, stage, level) -> tuple[int, float]:
+    """Bytes, and the estimate."""
+    blueprint = blueprint_of(parts, Tiling.base)
+    batch = collate(Processor(blueprint.tokenizer, blueprint.images), [sample("무엇?" * 9, "원" * 9, (60, 60))] * 6)
+    mixed = precision == "bf16-mixed"
+    made = SFTStage(
+        blueprint,
+        trainable=list(STAGES[stage]),
+        activation_checkpointing=level.value,
+        dtype="bfloat16" if precision == "bf16-true" else "float32",
+        frozen_dtype="bfloat16" if mixed else None,
+        tiling="base",
+    )
+    made.configure_model()
+    with Alive() as alive:
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            hidden = made.model.model(batch=batch)
+        now = alive.now
+    shape, settings = Shape.from_config(blueprint.config.to_dict()), training(precision, stage, checkpointing=level)
+    text, tower = activations_of_text(shape.text, settings), activations_of_tile(shape, settings)
+    assert hidden.requires_grad
+    return now, batch.num_tokens * text + batch.num_tiles * tower
 
 
 def bytes_kept(model, forward) -> tuple[int, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 ELSEWHERE = (
+    "stage.activation_checkpointing",
     "trainer.devices",
     "trainer.num_nodes",
     "trainer.accelerator",

@@ -16,8 +16,8 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from lit_vlm.config.compose import choices, config_dirs, groups
-from lit_vlm.config.overrides import parsed
-from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig
+from lit_vlm.config.overrides import CHECKPOINTING, parsed
+from lit_vlm.config.schema import ActivationCheckpointing, DPOStageConfig, RunConfig, StageConfig
 from lit_vlm.config.settings import (
     dataclass_of,
     describe,
@@ -115,6 +115,8 @@ def _nearest_member(hint: Any, value: Any) -> str:
         return ""
     if isinstance(value, bool) and {"on", "off"} & set(options[0].__members__):
         return " In a YAML file, put 'on' and 'off' in quotes."
+    if hint is ActivationCheckpointing and isinstance(value, bool):
+        return f" What was {shown(value)} is {CHECKPOINTING[shown(value)]} now."
     values = value if isinstance(value, list) else [value]
     wrong = [str(item) for item in values if str(item) not in options[0].__members__]
     return did_you_mean(nearest(wrong[0], list(options[0].__members__))) if wrong else ""

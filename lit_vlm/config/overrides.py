@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from lit_vlm.types import UserError
 
 SOURCES = "data/source@data.sources"
+CHECKPOINTING = {"true": "full", "false": "none"}  # what was said before there were levels
 _BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*\Z")
 _WORDS = {"null", "true", "false", "inf", "nan", "none"}
 _FLAG_WITH_VALUE = re.compile(r"--(cfg|info|package|config-(dir|name|path)|experimental-rerun)=")
@@ -72,7 +73,8 @@ def with_implied(overrides: list[str]) -> list[str]:
 
     An `experiment=` is one stage, so the task is to train it; ready sources stand alone unless `data=` says with what,
     and `data=` takes the place of an experiment's ready sources; `trainer.extra.*`, `data.share.kinds` and
-    `submit.env` hold words that the schema does not name; `image=photo.jpg` is a list of one.
+    `submit.env` hold words that the schema does not name; `image=photo.jpg` is a list of one; a level of activation
+    checkpointing may still be said as true or false.
     """
     keys = {key_of(override) for override in overrides}
     implied = []
@@ -89,6 +91,8 @@ def _spelled_out(word: str) -> str:
     if word.startswith(("trainer.extra.", "data.share.kinds", "submit.env.")):
         return f"++{word}"
     key, _, value = word.partition("=")
+    if key == "stage.activation_checkpointing" and value.lower() in CHECKPOINTING:
+        return f"{key}={CHECKPOINTING[value.lower()]}"
     return f"image=[{value}]" if key == "image" and value and value[0] != "[" else word  # one picture is a list of one
 
 

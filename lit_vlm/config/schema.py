@@ -47,6 +47,13 @@ class Schedule(Enum):
     constant = "constant"
 
 
+class ActivationCheckpointing(Enum):
+    auto = "auto"  # the first of the others with which the stage fits on the device by its memory estimate
+    none = "none"  # keep all that the backward pass needs
+    selective = "selective"  # keep results of matrix products and attention, compute the rest of a layer again
+    full = "full"  # keep each layer's input, compute the layer again: a third more time, least memory
+
+
 class Format(Enum):
     auto = "auto"  # by file ending and the first record's keys
     llava = "llava"  # LLaVA JSON or JSONL: id, image, conversations
@@ -267,7 +274,9 @@ class StageConfig:
     min_learning_rate: float = 0.0  # floor of the schedule, as a share of the peak
     adam_betas: tuple[float, float] = (0.9, 0.999)  # AdamW's, PyTorch's default
     adam_eps: float = 1e-8  # AdamW's, PyTorch's default
-    activation_checkpointing: bool = False  # recompute activations in backward; slower, needs less memory
+    activation_checkpointing: ActivationCheckpointing = (
+        ActivationCheckpointing.auto
+    )  # what of the layers is computed again in the backward pass, for less memory
     cache_features: bool = False  # what a frozen tower sees, in one pass before training, kept in data.index_dir; large
     parts: PartsConfig = field(default_factory=PartsConfig)
 

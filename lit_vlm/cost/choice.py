@@ -1,93 +1,23 @@
-"""Which strategy a stage should use, and why: what fits on the devices, and of that what waits least for the network."""
+"""Which strategy and which level of activation checkpointing a stage should use, and why: what fits on the devices, and of
+that what is fastest."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from lit_vlm.config.schema import ActivationCheckpointing as Level
 from lit_vlm.config.schema import Strategy
-from lit_vlm.cost.communication import Cluster, Fabric, Scheme, Timing, Widths, break_even, simulate
-from lit_vlm.cost.devices import Device
-from lit_vlm.cost.layers import layers_of
-from lit_vlm.cost.memory import Load, Memory, Parameters, Sharding, Training, memory_of
-from lit_vlm.cost.shape import Shape
+from lit_vlm.cost.communication import break_even
+from lit_vlm.cost.memory import Load
+from lit_vlm.cost.situation import Situation
 
 ROOM = 0.9  # share of a device's memory that an estimate may fill and still count as comfortable
 MOSTLY_FROZEN = 0.1  # below this share of trainable weights a stage's frozen ones are what counts
 WORTH = 0.02  # of the devices' speed: by less, the strategy that leaves the network alone is the better
 HALVINGS = 8  # of a micro-batch that is too large for everything
+ON_CPU = "the trainer is on a CPU, whose memory nothing is compared with"
 MOST_DEVICES = 4096  # that are looked through for a number that would do
-
-SHARDINGS = {
-    Strategy.single: Sharding.single,
-    Strategy.ddp: Sharding.ddp,
-    Strategy.deepspeed_zero2: Sharding.zero2,
-    Strategy.deepspeed_zero3: Sharding.zero3,
-    Strategy.deepspeed_zero3_offload: Sharding.offload,
-    Strategy.fsdp2: Sharding.fsdp2,
-    Strategy.hsdp: Sharding.hsdp,
-}
-SCHEMES = {
-    Strategy.ddp: Scheme.ddp,
-    Strategy.deepspeed_zero2: Scheme.zero2,
-    Strategy.deepspeed_zero3: Scheme.zero3,
-    Strategy.deepspeed_zero3_offload: Scheme.zero3,
-    Strategy.fsdp2: Scheme.zero3,
-    Strategy.hsdp: Scheme.hsdp,
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Situation:
-    """What a choice follows from.
-
-    Attributes:
-        load: the largest micro-batch of a device.
-        device: its memory and peak. None: not compared, as on a CPU; everything counts as fitting.
-        utilisation: share of the peak that training is assumed to reach.
-        shard_size: of `hsdp`: devices that share one copy of the model; None: those of a node.
-        k: micro-batches of a device in an optimizer step.
-    """
-
-    shape: Shape
-    parameters: Parameters
-    training: Training
-    load: Load
-    world_size: int
-    devices_per_node: int
-    device: Device | None
-    fabric: Fabric
-    utilisation: float = 0.4
-    shard_size: int | None = None
-    k: int = 1
-
-    @property
-    def nodes(self) -> int:
-        return max(1, self.world_size // self.devices_per_node)
-
-    def memory(self, strategy: Strategy, world_size: int | None = None) -> Memory:
-        """The estimate for one device."""
-        world = world_size or self.world_size
-        group = min(self.shard_size or self.devices_per_node, world) if strategy is Strategy.hsdp else world
-        return memory_of(self.shape, self.parameters, self.training, self.load, SHARDINGS[strategy], group)
-
-    def fits(self, strategy: Strategy, room: float = 1.0, world_size: int | None = None) -> bool:
-        return self.device is None or self.memory(strategy, world_size).total <= room * self.device.memory
-
-    def timing(self, strategy: Strategy) -> Timing | None:
-        """Of an optimizer step, simulated; None where nothing is sent, or no device's speed is known."""
-        if strategy not in SCHEMES or self.device is None or self.world_size == 1:
-            return None
-        rate = self.device.peak * self.utilisation
-        layers = layers_of(self.shape, self.parameters, self.training, self.load, rate)
-        per_node = self.shard_size if strategy is Strategy.hsdp and self.shard_size else self.devices_per_node
-        cluster = Cluster(self.world_size, self.fabric, min(per_node, self.world_size))
-        return simulate(SCHEMES[strategy], layers, cluster, k=self.k, widths=self.widths)
-
-    @property
-    def widths(self) -> Widths:
-        precision = self.training.precision
-        return Widths(weight=precision.compute, gradient=precision.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,35 +27,65 @@ class Choice:
     Attributes:
         fits: on the devices, by the estimate.
         devices: fewest that would do with everything on them, where these do not; None: no number would.
+        level: of activation checkpointing.
     """
 
     strategy: Strategy
     reason: str
     fits: bool = True
     devices: int | None = None
+    level: Level = Level.none
 
 
 def choose(situation: Situation) -> Choice:
-    """The strategy for a stage.
+    """The strategy for a stage, and the level of activation checkpointing, of those that the situation allows.
 
     Copies of the whole model are first: they send the gradients of what trains, once per optimizer step, and nothing else.
     Where a copy does not fit, it is shared out inside a node, or over all nodes, whichever waits less for the network,
-    then with the host's memory. Where a micro-batch is too large for all of these, the choice is that for a smaller one.
+    then with the host's memory. So at each level; of what fits on the devices the fastest is taken. Where a micro-batch is
+    too large for all of these, the choice is that for a smaller one, with the level that saves most.
     """
-    for halved in range(HALVINGS):
-        smaller = _with_load(situation, 0.5**halved)
-        choice = next((choice for choice in _in_order(smaller) if choice is not None), None)
-        if choice is not None and not halved:
-            return choice
-        if choice is not None:
-            tokens = (
+    if choice := _fastest(situation):
+        return choice
+    least = situation.at(situation.allowed[-1])
+    for halved in range(1, HALVINGS):
+        smaller = _with_load(least, 0.5**halved)
+        if choice := _fastest(smaller):
+            sizes = (
                 f"micro-batches of {smaller.load.tokens:,} tokens would fit, those of {situation.load.tokens:,} do not"
             )
-            return Choice(choice.strategy, f"{choice.reason}; {tokens}", fits=False, devices=choice.devices)
-    need = situation.memory(Strategy.deepspeed_zero3_offload).total
-    return Choice(
-        Strategy.deepspeed_zero3_offload, f"nothing fits: a device needs {_size(need)} at the least", fits=False
-    )
+            return replace(choice, reason=f"{choice.reason}; {sizes}", fits=False)
+    need = least.memory(Strategy.deepspeed_zero3_offload).total
+    reason = f"nothing fits: a device needs {_size(need)} at the least"
+    return Choice(Strategy.deepspeed_zero3_offload, reason, fits=False, level=situation.allowed[-1])
+
+
+def _fastest(of: Situation) -> Choice | None:
+    """Offloading is the last resort, whatever the level."""
+    found = [
+        replace(choice, level=level)
+        for level in of.allowed
+        if (choice := next((choice for choice in _in_order(of.at(level)) if choice is not None), None))
+    ]
+    on_devices = [choice for choice in found if choice.strategy is not Strategy.deepspeed_zero3_offload]
+    return min(on_devices or found, key=lambda choice: of.at(choice.level).seconds(choice.strategy), default=None)
+
+
+def level_for(of: Situation, strategy: Strategy) -> Level:
+    """The first level that is allowed and fits with a strategy; where none does, the one that saves most."""
+    return next((level for level in of.allowed if of.at(level).fits(strategy)), of.allowed[-1])
+
+
+def why_level(of: Situation, strategy: Strategy, level: Level) -> str:
+    """Estimated bytes with a level against the device's memory, and with the one before it."""
+    if of.device is None:
+        return ON_CPU
+    need, name = of.at(level).memory(strategy).total, of.device.name
+    text = f"a device needs about {_size(need)} of the {_size(of.device.memory)} of {name}"
+    if level is of.allowed[0]:
+        return text
+    before = of.allowed[of.allowed.index(level) - 1]
+    return f"{text}; with {before.value} it would need {_size(of.at(before).memory(strategy).total)}"
 
 
 def _with_load(of: Situation, share: float) -> Situation:

@@ -44,19 +44,19 @@ class Flops:
         *,
         trains_tower: bool,
         trains_language_model: bool,
-        recomputes: bool = False,
+        recomputes: float = 0.0,
         reference: bool = False,
     ) -> Flops:
         """From the `config.json` of a LLaVA-OneVision-class model.
 
         Args:
-            recomputes: count the second forward pass of activation checkpointing as well. It is work that the device
-                does and no work on the data: leave it out of a utilisation, count it for time.
+            recomputes: share of the layers' forward pass that activation checkpointing does again (`Training.again`). It is
+                work that the device does and no work on the data: leave it out of a utilisation, count it for time.
             reference: count the forward pass of a preference stage's reference model as well.
         """
         shape = Shape.from_config(config)
         text, vision = shape.text, shape.vision
-        again, frozen = int(recomputes), int(reference)
+        again, frozen = recomputes, int(reference)
         passes = (3 if trains_language_model else 2) + again + frozen
         # of the last layer each token makes a key and a value, the rest is made of supervised rows; its attention, of these
         # rows alone, is not counted

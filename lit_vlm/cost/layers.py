@@ -28,7 +28,7 @@ def layers_of(
     share = min(1.0, parameters.trainable / trains)  # under LoRA far below 1
 
     def layer(size: float, flops: float, *, trained: bool, crossed: bool = True, again: bool = False) -> Layer:
-        backward = crossed * (1 + trained + (again and training.checkpointing))
+        backward = crossed * (1 + trained + again * training.again)
         return Layer(size, share * size * trained, flops / rate, backward * flops / rate)
 
     patches = load.tiles * vision.patches

@@ -9,11 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from lit_vlm.config.schema import ActivationCheckpointing as Level
 from lit_vlm.cost.shape import Shape, TextShape, VisionShape
 from lit_vlm.types import HEAD_ROWS
 
 WORKSPACE = 1.5e9  # bytes, assumed: CUDA context, cuBLAS and cuDNN work space, gaps between the allocator's blocks
 LIVE = 1_000_000_000  # weights that ZeRO-3 keeps gathered at most: DeepSpeed's stage3_max_live_parameters, its default
+AGAIN = {
+    Level.none: 0.0,
+    Level.selective: 0.2,
+    Level.full: 1.0,
+}  # of a layer's forward pass, in time, what the backward pass
+# does again. The second is assumed: what it computes again are no products but passes over memory, which take a fifth of
+# an eager 7B layer by its bytes and a GPU's memory
 ADAM = 2  # AdamW's moments per trainable weight, each in the weight's own type
 LOSS_BYTES = 8  # per logit beside itself, float32 each: the probabilities, and what they are made from
 
@@ -41,7 +49,8 @@ class Precision:
     weight: int  # weights, their gradients, and AdamW's moments
     residual: int  # the stream that the layers add to
     compute: int  # what the matrices multiply
-    mixed: bool = False  # autocast keeps a copy of the weights in the type that computes
+    mixed: bool = False  # autocast computes with copies of the weights
+    holds: bool = False  # frozen matrices are held in the type that computes
 
     @classmethod
     def named(cls, name: str) -> Precision:
@@ -49,7 +58,7 @@ class Precision:
         if name.startswith(("32", "64")):
             size = 8 if name.startswith("64") else 4
             return cls(size, size, size)
-        return cls(2, 2, 2) if name.endswith("true") else cls(4, 4, 2, mixed=True)
+        return cls(2, 2, 2) if name.endswith("true") else cls(4, 4, 2, mixed=True, holds=name == "bf16-mixed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +67,11 @@ class Parameters:
 
     total: int
     trainable: int
-    cast: int  # in modules that gradients cross: everything but a frozen tower
+    cast: int  # in matrices that gradients cross: everything but a frozen tower
     cast_frozen: int = 0  # of those, the ones that do not train
+    held: int = 0  # frozen ones that are held in the type that computes, where a precision does (`model/frozen.py`)
+    held_cast: int = 0  # of those, the ones that gradients cross
+    matrices: int = 0  # that a frozen copy of the model would hold so
     largest_layer: int = 0  # gathered at once where weights are shared out
 
 
@@ -70,8 +82,14 @@ class Training:
     precision: Precision
     trains_language_model: bool
     trains_tower: bool
-    checkpointing: bool = False
+    checkpointing: Level = Level.none
     reference: int = 0  # parameters of a preference stage's frozen copy; 0 where it has none
+    reference_held: int = 0  # of those, the ones that are held in the type that computes, where a precision does
+
+    @property
+    def again(self) -> float:
+        """Of the layers' forward pass, what the backward pass does again, in time."""
+        return AGAIN[self.checkpointing]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,16 +181,18 @@ def host_bytes(parameters: Parameters, training: Training, world_size: int, devi
 
 
 def _whole_states(parameters: Parameters, training: Training, *, ddp: bool) -> dict[str, float]:
-    size, trainable = float(training.precision.weight), parameters.trainable
-    # A frozen weight's copy hangs on the graph of its layer, which checkpointing does not keep.
-    copied = parameters.cast - (parameters.cast_frozen if training.checkpointing else 0)
+    precision, trainable = training.precision, parameters.trainable
+    size, saved = float(precision.weight), (precision.weight - precision.compute) * precision.holds
+    # A frozen float32 weight's copy hangs on the graph of its layer, which checkpointing does not keep.
+    hanging = parameters.cast_frozen - parameters.held_cast * precision.holds
+    copied = parameters.cast - parameters.cast_frozen + hanging * (training.checkpointing is Level.none)
     return {
-        "weights": size * parameters.total,
-        "half-precision copies": 2.0 * copied if training.precision.mixed else 0.0,
+        "weights": size * parameters.total - saved * parameters.held,
+        "half-precision copies": 2.0 * copied if precision.mixed else 0.0,
         "gradients": size * trainable,
         "DDP's buckets": size * trainable if ddp else 0.0,  # gradients once more, in the order they are sent
         "AdamW's moments": size * ADAM * trainable,
-        "reference model": size * training.reference,
+        "reference model": size * training.reference - saved * training.reference_held,
     }
 
 
@@ -180,9 +200,20 @@ def activations_of_text(text: TextShape, training: Training) -> float:
     """Bytes that are kept per token of the language model until its backward pass."""
     once = _norm(text, training) + 2 * training.precision.residual * text.head_dim  # the last norm; cosines and sines
     layer = _text_layer(text, training)
-    if training.checkpointing:  # each layer's input, and one layer in full while it is computed again
-        return text.layers * training.precision.residual * text.hidden + layer + once
-    return text.layers * layer + once
+    if training.checkpointing is Level.none:
+        return text.layers * layer + once
+    kept = float(
+        training.precision.residual * text.hidden
+    )  # each layer's input, and one layer while it is computed again
+    if training.checkpointing is Level.selective:
+        kept += _text_products(text, training)
+    return text.layers * kept + layer + once
+
+
+def _text_products(text: TextShape, training: Training) -> float:
+    """Results of a layer's products but the last, and of attention with its log-sums."""
+    width = 2 * (text.query + text.key) + text.hidden + 2 * text.ffn
+    return training.precision.compute * width + 4 * text.heads
 
 
 def _text_layer(text: TextShape, training: Training) -> float:
@@ -217,10 +248,12 @@ def activations_of_tile(shape: Shape, training: Training) -> float:
         return projector
     pixels = size * 3 * vision.image_size**2
     layer = vision.positions * _tower_layer(vision, training)
-    if training.checkpointing:
-        inputs = vision.layers * vision.positions * training.precision.residual * vision.width
-        return pixels + projector + layer + inputs
-    return pixels + projector + vision.layers * layer
+    if training.checkpointing is Level.none:
+        return pixels + projector + vision.layers * layer
+    kept = float(training.precision.residual * vision.width)
+    if training.checkpointing is Level.selective:  # products but the last, and attention
+        kept += size * (5 * vision.width + vision.ffn)
+    return pixels + projector + layer + vision.layers * vision.positions * kept
 
 
 def _tower_layer(vision: VisionShape, training: Training) -> float:

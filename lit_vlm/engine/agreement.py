@@ -13,6 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import Strategy as LightningStrategy
 
+from lit_vlm.config.schema import ActivationCheckpointing as Level
 from lit_vlm.config.schema import RunConfig, Strategy
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.engine.checkpoint import plan_digest
@@ -32,15 +33,19 @@ class Agreement(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.world_size > 1:
-            require_same(facts_of(self.config, self.datamodule, trainer.strategy), trainer.strategy.root_device)
+            level = getattr(pl_module, "level", Level.none)
+            facts = facts_of(self.config, self.datamodule, trainer.strategy, level)
+            require_same(facts, trainer.strategy.root_device)
 
 
-def facts_of(config: RunConfig, datamodule: DataModule, strategy: LightningStrategy) -> dict[str, Any]:
+def facts_of(
+    config: RunConfig, datamodule: DataModule, strategy: LightningStrategy, level: Level = Level.none
+) -> dict[str, Any]:
     """What must be the same on all ranks, by what a message calls it."""
     plan, index = datamodule.plan, datamodule.index
     assert plan is not None and index is not None
     return {
-        "settings": settings_of(config, strategy),
+        "settings": settings_of(config, strategy, level),
         "code": code_digest(),
         "packages": versions(),
         "data": index.digest(),
@@ -49,11 +54,14 @@ def facts_of(config: RunConfig, datamodule: DataModule, strategy: LightningStrat
     }
 
 
-def settings_of(config: RunConfig, strategy: LightningStrategy) -> dict[str, Any]:
-    """By their full names. Of `trainer.strategy=auto` also what it came to: unequal devices may choose unlike."""
+def settings_of(config: RunConfig, strategy: LightningStrategy, level: Level = Level.none) -> dict[str, Any]:
+    """By their full names. Of `auto` also what it came to, for strategy and level of activation checkpointing: unequal
+    devices may choose unlike."""
     settings = _flat(to_plain(asdict(config)))
     if config.trainer.strategy is Strategy.auto:
         settings["trainer.strategy"] = f"auto, here {getattr(strategy, 'setting', type(strategy).__name__)}"
+    if config.stage.activation_checkpointing is Level.auto:
+        settings["stage.activation_checkpointing"] = f"auto, here {level.value}"
     return settings
 
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from lit_vlm.data.datamodule import DataModule
 
 NAME = "budget.json"
-STEPS_DOWN = "Free memory otherwise: stage.activation_checkpointing=true, a strategy that shares out more, more devices"
+STEPS_DOWN = "Free memory otherwise: stage.activation_checkpointing=full, a strategy that shares out more, more devices"
 
 
 @dataclass(frozen=True, slots=True)

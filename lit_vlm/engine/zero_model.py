@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from lit_vlm.model.skeleton import first_values
+from lit_vlm.model.skeleton import first_values, move_buffers, replace_parameters
 
 
 def fill_whole(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -18,8 +17,8 @@ def fill_whole(model: nn.Module, dtype: torch.dtype, device: torch.device) -> No
         values = first_values(model, name, old.shape, 0, old.numel()) if old.is_meta else old.detach()
         return nn.Parameter(values.view(old.shape).to(device, dtype), requires_grad=old.requires_grad)
 
-    _replace_parameters(model, make)
-    _move_buffers(model, device)
+    replace_parameters(model, make)
+    move_buffers(model, device)
 
 
 def fill_shared_out(model: nn.Module, config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
@@ -46,24 +45,5 @@ def fill_shared_out(model: nn.Module, config: dict[str, Any], dtype: torch.dtype
             new.ds_tensor[stop - start :].zero_()
         return new
 
-    _replace_parameters(model, make)
-    _move_buffers(model, device)
-
-
-@torch.no_grad()
-def _replace_parameters(model: nn.Module, make: Callable[[str, nn.Parameter], nn.Parameter]) -> None:
-    """Another parameter in the place of each; one that has several places (tied tables) stays one."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
-    for prefix, module in model.named_modules():
-        for leaf, old in module._parameters.items():
-            if old is not None:
-                if old not in made:
-                    made[old] = make(f"{prefix}.{leaf}" if prefix else leaf, old)
-                module._parameters[leaf] = made[old]
-
-
-def _move_buffers(model: nn.Module, device: torch.device) -> None:
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to(device)
+    replace_parameters(model, make)
+    move_buffers(model, device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -98,6 +98,25 @@ def first_values(model: nn.Module, name: str, shape: torch.Size, start: int, sto
         rows = [weights.rows(table, i, i + 1) for i in ids[first:last]]
         return torch.cat(rows or [torch.empty(0)]).flatten()[start - first * width : stop - first * width]
     return weights.read(name.replace(".base_layer.", "."), start, stop)
+
+
+@torch.no_grad()
+def replace_parameters(model: nn.Module, make: Callable[[str, nn.Parameter], nn.Parameter]) -> None:
+    """Another parameter in the place of each; one that has several places (tied tables) stays one."""
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for prefix, module in model.named_modules():
+        for leaf, old in module._parameters.items():
+            if old is not None:
+                if old not in made:
+                    made[old] = make(f"{prefix}.{leaf}" if prefix else leaf, old)
+                module._parameters[leaf] = made[old]
+
+
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer.to(device)
 
 
 def draw_projector(

@@ -28,6 +28,10 @@ from lit_vlm.types import UserError
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
+class NotInPieces(UserError):
+    """The weights of a folder can only be loaded all at once."""
+
+
 @dataclass(frozen=True, slots=True)
 class Place:
     """Where a tensor lies."""
@@ -154,7 +158,7 @@ def _files(name: str, revision: str | None) -> list[str]:
             raise
         raise UserError(f"{name}: its weights could not be loaded: {str(error).strip().splitlines()[0]}") from None
     if not found:
-        raise UserError(
+        raise NotInPieces(
             f"{name}: no {SINGLE} there. A strategy that shares the weights out reads them piece by piece, which other "
             f"files (pytorch_model.bin) do not allow. Convert the folder once: load it with transformers' from_pretrained "
             "and write it to a new folder with save_pretrained, then name that folder; or use trainer.strategy=ddp."
@@ -189,7 +193,7 @@ def _renamed(model: PreTrainedModel, name: str, listed: dict[str, Place]) -> dic
         if own not in expected and key in expected:
             own, fused = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=expected)
         if own in expected and fused is not None:
-            raise UserError(
+            raise NotInPieces(
                 f"{name}: transformers fuses weights of {model.config.model_type} when it loads them ({own}), which "
                 "cannot be read piece by piece. Use trainer.strategy=ddp."
             )

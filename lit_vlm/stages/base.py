@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,14 +19,20 @@ from torchmetrics import MeanMetric
 from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 from lit_vlm.anyres import ImageSettings, Tiling
+from lit_vlm.config.schema import ActivationCheckpointing as Level
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.model.build import Blueprint, build, draw_up
+from lit_vlm.model.checkpointing import are_layers_checkpointed, checkpoint_layers, level_of
 from lit_vlm.model.forward import use_flat_forward
+from lit_vlm.model.frozen import exact_values, fill
 from lit_vlm.model.generate import generate
-from lit_vlm.model.lora import Lora, add_lora
+from lit_vlm.model.lora import add_lora
 from lit_vlm.model.parts import PartSummary, freeze, part_of, set_modes, summary
+from lit_vlm.model.products import Products, warn_of_float32
+from lit_vlm.model.skeleton import are_weights_later, weights_later
 from lit_vlm.model.vocabulary import NewTokens
-from lit_vlm.stages.optimizer import OptimizerOptions, PartOptions, make_optimizer, make_scheduler
+from lit_vlm.model.weights import NotInPieces
+from lit_vlm.stages.optimizer import make_optimizer, make_scheduler, options_of
 from lit_vlm.stages.passes import Seen, folder_for, pass_over
 from lit_vlm.types import Batch, Part, UserError
 
@@ -42,11 +48,14 @@ class Stage(L.LightningModule):
         trainable: parts that train; the others are frozen.
         learning_rate: peak; parts may name their own in `parts`, as in `{"vision_tower": {"learning_rate": 2e-6}}`.
         weight_decay, warmup, schedule, min_learning_rate, adam_betas, adam_eps: see `OptimizerOptions`.
-        activation_checkpointing: recompute activations in backward.
+        activation_checkpointing: "none", "selective" or "full": what of the layers is computed again in the backward pass
+            (`model/checkpointing.py`); True is "full".
         cache_features: what a frozen tower sees is made in one pass before training and kept in the data module's store.
         parts: per part `learning_rate`, `weight_decay`, `warmup`, and `lora` with `rank`, `alpha`, `dropout`, `targets`.
         tiling: how images are tiled; must be the data's.
         dtype: of the weights, "float32" or "bfloat16".
+        frozen_dtype: "bfloat16" under bf16-mixed: of frozen matrices that are read from files (`model/frozen.py`); None: as
+            `dtype`.
         seed: of parameters that are new.
     """
 
@@ -68,11 +77,12 @@ class Stage(L.LightningModule):
         min_learning_rate: float = 0.0,
         adam_betas: tuple[float, float] = (0.9, 0.999),
         adam_eps: float = 1e-8,
-        activation_checkpointing: bool = False,
+        activation_checkpointing: str | bool = "none",
         cache_features: bool = False,
         parts: dict[str, dict[str, Any]] | None = None,
         tiling: str = "anyres",
         dtype: str = "float32",
+        frozen_dtype: str | None = None,
         seed: int = 0,
         **own: Any,
     ) -> None:
@@ -81,17 +91,20 @@ class Stage(L.LightningModule):
         self._given = arguments.pop("model")
         arguments["trainable"] = [str(part) for part in trainable or self.default_trainable]
         arguments["learning_rate"] = learning_rate or self.default_learning_rate
+        arguments["activation_checkpointing"] = level_of(activation_checkpointing).value
         self.hparams.update(arguments)  # plain containers only, so that load_from_checkpoint needs no trust
         self._set_hparams(dict(self.hparams))
         self._log_hyperparams = False  # the run folder's config.yaml has them, and more
         self.trainable = [Part(name) for name in arguments["trainable"]]
-        self.options = _optimizer_options(arguments)
+        self.options = options_of(arguments)
         self.tiling = Tiling(tiling)
         self.model: LlavaOnevisionForConditionalGeneration | None = None
         self.how: dict[Part, str] = {}
         self.val_loss = MeanMetric()
         self.features: Seen | None = None
         self._audited, self._step_tiles = False, 0
+        self._watched = False  # the first forward pass is
+        self._held = False  # frozen matrices are in the type that computes
         self.discarded = False  # a callback threw this step's gradients away: there is nothing to audit
 
     # ---- the model
@@ -100,8 +113,37 @@ class Stage(L.LightningModule):
         """Build the model, freeze, add adapters. Lightning calls it once the strategy stands; a second call does nothing."""
         if self.model is not None or self._given is None:
             return
+        if not self._holds_frozen():
+            self._make_model()
+            return
+        try:
+            with weights_later():
+                self._make_model()
+        except NotInPieces:  # float32 throughout: nothing else has the exact values
+            self._make_model()
+            return
+        for model in (self.model, getattr(self, "reference", None)):
+            if model is not None:
+                fill(model, getattr(torch, self.hparams["frozen_dtype"]))
+        self._held = True
+
+    def _holds_frozen(self) -> bool:
+        """Not of a model that was built already, or comes with a checkpoint: what is rounded must be read again to export
+        it. A strategy that shares weights out sees to its own."""
+        from_files = isinstance(self._given, str | Path | Blueprint)
+        return self.hparams["frozen_dtype"] is not None and from_files and not are_weights_later()
+
+    def _make_model(self) -> None:
         self.model = self._built()
         self._prepare_training()
+
+    def setup(self, stage: str) -> None:
+        precision = self.trainer.precision_plugin.precision
+        if self._held and precision != "bf16-mixed":
+            raise UserError(
+                f"The stage holds frozen weights in bfloat16, and the trainer's precision is {precision}. Give the trainer "
+                "precision='bf16-mixed', or make the stage without frozen_dtype."
+            )
 
     def _built(self) -> LlavaOnevisionForConditionalGeneration:
         given, dtype = self._given, getattr(torch, self.hparams["dtype"])
@@ -136,8 +178,7 @@ class Stage(L.LightningModule):
             model.new_tokens = NewTokens(model, rows)
             known = self.how.get(Part.language_model)
             self.how[Part.language_model] = f"{known + ', ' if known else ''}rows of {len(rows)} tokens"
-        if self.hparams["activation_checkpointing"]:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_layers(model, self.level)
         self.set_modes()
 
     def _rows_to_train(self) -> list[int]:
@@ -152,7 +193,12 @@ class Stage(L.LightningModule):
         return self._new_ids
 
     def set_modes(self) -> None:
-        set_modes(self.model, self.trainable, checkpointed=self.hparams["activation_checkpointing"])
+        set_modes(self.model, self.trainable, checkpointed=self.level is not Level.none)
+
+    @property
+    def level(self) -> Level:
+        """Of activation checkpointing."""
+        return level_of(self.hparams["activation_checkpointing"])
 
     @property
     def part_summary(self) -> list[PartSummary]:
@@ -168,12 +214,10 @@ class Stage(L.LightningModule):
         self.set_modes()
         self.prepare()
         self._require_images()
-        crossing = self.hparams["activation_checkpointing"]
-        if crossing and not any(
-            getattr(m, "gradient_checkpointing", False) and m.training for m in self.model.modules()
-        ):
+        if self.level is not Level.none and not are_layers_checkpointed(self.model):
             raise UserError(
-                "stage.activation_checkpointing=true has no effect on this model: transformers checkpoints none of its layers."
+                f"stage.activation_checkpointing={self.level.value} has no effect on this model: transformers checkpoints none "
+                "of its layers. Set stage.activation_checkpointing=none."
             )
 
     def prepare(self) -> None:
@@ -230,9 +274,18 @@ class Stage(L.LightningModule):
             torch.cuda.manual_seed(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.step_loss(batch)
+        loss = self.step_loss(batch) if self._watched else self._watched_loss(batch)
         self._log_step(loss.detach(), batch)
         return loss * self._divisor()
+
+    def _watched_loss(self, batch: Batch) -> Tensor:
+        """The first one: under half precision a product in float32 is a mistake, and said."""
+        self._watched = True
+        with Products() as products:
+            loss = self.step_loss(batch)
+        if "16" in self.trainer.precision_plugin.precision:
+            warn_of_float32(products)
+        return loss
 
     def _divisor(self) -> int:
         """What a micro-batch's loss will be divided by: Lightning divides by the number of micro-batches and the strategy
@@ -343,6 +396,8 @@ class Stage(L.LightningModule):
             "stops": self.model.generation_config.eos_token_id,
         }
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = dict(self.hparams)
+        if self._held:
+            checkpoint["state_dict"] |= {f"model.{name}": value for name, value in exact_values(self.model).items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.model is None:
@@ -353,25 +408,6 @@ class Stage(L.LightningModule):
 def seed_of(*numbers: int) -> int:
     """64 bits of their SHA-256: seeds of neighbours have nothing in common."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little")
-
-
-def _optimizer_options(arguments: dict[str, Any]) -> OptimizerOptions:
-    parts = {}
-    for name, values in (arguments["parts"] or {}).items():
-        values = dict(values)
-        lora = values.pop("lora", None)
-        chosen = Lora(**lora) if lora and lora.get("rank", 0) > 0 else None
-        parts[Part(name)] = replace(PartOptions(**values), lora=chosen)
-    return OptimizerOptions(
-        learning_rate=arguments["learning_rate"],
-        weight_decay=arguments["weight_decay"],
-        warmup=arguments["warmup"],
-        schedule=str(arguments["schedule"]),
-        min_learning_rate=arguments["min_learning_rate"],
-        betas=tuple(arguments["adam_betas"]),
-        eps=arguments["adam_eps"],
-        parts=parts,
-    )
 
 
 def _settings_from(values: dict[str, Any]) -> ImageSettings:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -43,6 +43,26 @@ class OptimizerOptions:
         return getattr(self, name) if own is None else own
 
 
+def options_of(arguments: dict[str, Any]) -> OptimizerOptions:
+    """From a stage's arguments, plain values by name."""
+    parts = {}
+    for name, values in (arguments["parts"] or {}).items():
+        values = dict(values)
+        lora = values.pop("lora", None)
+        chosen = Lora(**lora) if lora and lora.get("rank", 0) > 0 else None
+        parts[Part(name)] = replace(PartOptions(**values), lora=chosen)
+    return OptimizerOptions(
+        learning_rate=arguments["learning_rate"],
+        weight_decay=arguments["weight_decay"],
+        warmup=arguments["warmup"],
+        schedule=str(arguments["schedule"]),
+        min_learning_rate=arguments["min_learning_rate"],
+        betas=tuple(arguments["adam_betas"]),
+        eps=arguments["adam_eps"],
+        parts=parts,
+    )
+
+
 def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.AdamW:
     """One parameter group per part and decay; vectors (biases, norms) do not decay, as in the LLaVA family's trainers."""
     groups = []
@@ -54,8 +74,7 @@ def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.A
                 decay = options.of(part, "weight_decay") if decays else 0.0
                 rate = options.of(part, "learning_rate")
                 groups.append({"params": members, "lr": rate, "weight_decay": decay, "part": part.value})
-    fused = all(parameter.is_floating_point() for group in groups for parameter in group["params"])
-    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps, fused=fused)
+    optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps, fused=True)
     # Lightning refuses to clip the gradients of an optimizer that unscales them itself, as the fused one offers to;
     # under bf16-mixed there is no scale, and under 16-mixed the scaler then unscales before the clipping.
     optimizer._step_supports_amp_scaling = False

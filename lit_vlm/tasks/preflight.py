@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from lit_vlm.config import Run
-from lit_vlm.config.schema import Strategy
+from lit_vlm.config.schema import ActivationCheckpointing, Strategy
 from lit_vlm.cost import Shape
 from lit_vlm.data.plan.plan import Plan
 from lit_vlm.engine.preflight.checks import findings
@@ -125,9 +125,10 @@ def _model(run: Run, data: StageData, plan: Plan | None, facts: Facts) -> None:
     shape = stage.model.config.to_dict()
     situation = situation_of(config, Shape.from_config(shape), parameters, training, facts.plan)
     facts.strategy = strategy_facts(config, situation, facts.plan)
+    situation = situation.at(ActivationCheckpointing[facts.strategy.level])
     facts.findings += of_strategy(situation, facts.strategy)
     facts.memory = memory_facts(config, situation, Strategy(facts.strategy.name), facts.plan)
-    work = float(plan.index.flops(work_of(shape, config, training))[plan.draws()].sum())
+    work = float(plan.index.flops(work_of(shape, config, situation.training))[plan.draws()].sum())
     facts.time = time_facts(config, work * facts.plan.steps / plan.num_steps, facts.plan, facts.strategy.share)
 
 

@@ -1,4 +1,5 @@
-"""trainer.strategy=auto, before training: the choice that task=preflight makes, by the memory of the device that is there."""
+"""trainer.strategy=auto and stage.activation_checkpointing=auto, before training: the choice that task=preflight makes, by
+the memory of the device that is there."""
 
 from __future__ import annotations
 
@@ -7,11 +8,12 @@ from dataclasses import replace
 
 import torch
 
+from lit_vlm.config.schema import ActivationCheckpointing as Level
 from lit_vlm.config.schema import RunConfig, Strategy
-from lit_vlm.cost import DEVICES, Choice, Device, Shape, choose
+from lit_vlm.cost import DEVICES, Device, Shape
 from lit_vlm.engine.preflight.model import outline, parameters_of, training_of
 from lit_vlm.engine.preflight.numbers import plan_facts
-from lit_vlm.engine.preflight.strategy import situation_of
+from lit_vlm.engine.preflight.strategy import Decision, decided, on_a_cpu, situation_of
 from lit_vlm.stages import Stage
 from lit_vlm.tasks.stage_data import StageData
 from lit_vlm.tasks.terminal import say
@@ -20,32 +22,38 @@ GB = 10**9
 
 
 def settle_strategy(data: StageData, make_stage: Callable[[], Stage]) -> RunConfig:
-    """The settings with a strategy in place of `auto`. One line says which and why.
+    """The settings with a strategy and a level of activation checkpointing in place of `auto`. A line of each says which and
+    why.
 
     Args:
         make_stage: gives a stage whose model can be drawn on torch's `meta` device, for its sizes.
     """
     config = data.run.config
-    if config.trainer.strategy is not Strategy.auto:
+    open_strategy = config.trainer.strategy is Strategy.auto
+    open_level = config.stage.activation_checkpointing is Level.auto
+    if not open_strategy and not open_level:
         return config
-    choice = _chosen(config, data, make_stage)
-    if choice.strategy is not Strategy.single:
-        say(f"strategy: {choice.strategy.value}: {choice.reason}")
-    return replace(config, trainer=replace(config.trainer, strategy=choice.strategy))
+    device = device_here(config)
+    found = on_a_cpu(config) if device is None else _by_sizes(config, data, make_stage, device)
+    if open_strategy and found.strategy is not Strategy.single:
+        say(f"strategy: {found.strategy.value}: {found.reason}")
+    if open_level:
+        say(f"activation checkpointing: {found.level.value}: {found.level_reason}")
+    return replace(
+        config,
+        trainer=replace(config.trainer, strategy=found.strategy),
+        stage=replace(config.stage, activation_checkpointing=found.level),
+    )
 
 
-def _chosen(config: RunConfig, data: StageData, make_stage: Callable[[], Stage]) -> Choice:
-    """A CPU has memory that nothing is compared with: copies of the whole model, and nothing to count for them."""
-    device, world = device_here(config), config.trainer.devices * config.trainer.num_nodes
-    if device is None:
-        return Choice(Strategy.ddp if world > 1 else Strategy.single, "the trainer is on a CPU")
-    plan = data.datamodule.make_plan(world)
+def _by_sizes(config: RunConfig, data: StageData, make_stage: Callable[[], Stage], device: Device) -> Decision:
+    plan = data.datamodule.make_plan(config.trainer.devices * config.trainer.num_nodes)
     drawn = outline(make_stage(), data.blueprint)
     assert drawn.model is not None
     parameters = parameters_of(drawn, config.stage)
     shape = Shape.from_config(drawn.model.config.to_dict())
     facts = plan_facts(plan, plan.num_steps)
-    return choose(situation_of(config, shape, parameters, training_of(config, parameters), facts, device))
+    return decided(config, situation_of(config, shape, parameters, training_of(config, parameters), facts, device))
 
 
 def device_here(config: RunConfig) -> Device | None:

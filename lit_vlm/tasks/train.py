@@ -14,7 +14,7 @@ from rich.table import Table
 from callbacks import make_callbacks
 from lit_vlm.config import Run
 from lit_vlm.config.check import ALWAYS
-from lit_vlm.config.schema import Debug, RunConfig
+from lit_vlm.config.schema import ActivationCheckpointing, Debug, RunConfig
 from lit_vlm.engine.budget import NAME as BUDGET
 from lit_vlm.engine.budget import Budget
 from lit_vlm.engine.checkpoint import Belongs, Folder
@@ -84,7 +84,7 @@ def train_once(run: Run, again: bool = False) -> None:
 
     data = stage_data(run, sources, held_out, run.init_from)
     datamodule = data.datamodule
-    stage = make_stage(data.blueprint, config)
+    make_stage(data.blueprint, config)  # a mistake in its settings comes before the data are read
     datamodule.build()
     quarantined = settle(data)
     require_records_of(config.stage, datamodule)
@@ -104,6 +104,7 @@ def train_once(run: Run, again: bool = False) -> None:
         say=lambda text: say(f"{run.name}: {text}"),
     )
     settled = settle_strategy(data, lambda: make_stage(data.blueprint, config))
+    stage = make_stage(data.blueprint, settled)
     trainer = make_trainer(settled, run.dir, run.name, callbacks)
     plan = datamodule.make_plan(trainer.world_size)
     if config.data.validation.every_steps:
@@ -189,9 +190,15 @@ def belongs_of(folder: RunFolder, blueprint: Blueprint) -> Belongs:
 
 def make_stage(blueprint: Blueprint, config: RunConfig) -> Stage:
     options = to_plain(asdict(config.stage))
-    dtype = "bfloat16" if config.trainer.precision == "bf16-true" else "float32"
+    if (
+        options["activation_checkpointing"] == ActivationCheckpointing.auto.value
+    ):  # not settled yet: for its sizes alone
+        options["activation_checkpointing"] = ActivationCheckpointing.none.value
+    precision = config.trainer.precision
+    dtype = "bfloat16" if precision == "bf16-true" else "float32"
+    frozen = "bfloat16" if precision == "bf16-mixed" else None
     return STAGES[options.pop("name")](
-        blueprint, **options, tiling=config.data.tiling.value, dtype=dtype, seed=config.seed
+        blueprint, **options, tiling=config.data.tiling.value, dtype=dtype, frozen_dtype=frozen, seed=config.seed
     )
 
 

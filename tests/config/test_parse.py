@@ -292,8 +292,26 @@ def test_the_name_does_not_depend_on_the_machine():
         "run_dir=/elsewhere",
         "overwrite=true",
         "callbacks=[guard]",
+        "stage.activation_checkpointing=selective",
     ]
     assert parse(["experiment=tiny/2_sft", *words]).name == "tiny/2_sft"
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"), [("true", "full"), ("False", "none"), ("selective", "selective"), ("auto", "auto")]
+)
+def test_a_level_of_checkpointing_may_be_said_as_it_was_before_there_were_levels(said, meant):
+    run = parse(["experiment=tiny/2_sft", f"stage.activation_checkpointing={said}"])
+    assert run.config.stage.activation_checkpointing.value == meant
+    as_json = parse(['{"experiment": "tiny/2_sft", "stage.activation_checkpointing": true}'])
+    assert as_json.config.stage.activation_checkpointing.value == "full"
+
+
+def test_a_file_that_says_true_is_told_the_level(tmp_path):
+    text = "# @package _global_\ndefaults: [override /stage: sft]\nstage:\n  activation_checkpointing: true\n"
+    folder = user_folder(tmp_path, experiment__mine=text)
+    (mistake,) = mistakes(folder, "experiment=mine", "data=builtin_sft")
+    assert "expected one of auto, none, selective, full, found true. What was true is full now." in mistake
 
 
 def test_the_name_changes_with_what_changes_the_result():

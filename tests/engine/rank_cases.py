@@ -23,7 +23,9 @@ STAGE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "align": ("align", {}),
     "sft": ("sft", {"parts": {"vision_tower": {"learning_rate": 2e-3}}, "weight_decay": 0.1}),
     "sft_lora": ("sft", LORA),
-    "highres": ("highres", {"activation_checkpointing": True}),
+    "highres": ("highres", {"activation_checkpointing": "full"}),
+    "selective": ("highres", {"activation_checkpointing": "selective"}),
+    "selective_lora": ("sft", LORA | {"activation_checkpointing": "selective"}),
     "dpo": ("dpo", {}),
     "dpo_lora": ("dpo", LORA),
 }

@@ -17,6 +17,7 @@ WORKER = Path(__file__).with_name("zero_worker.py")
 TRAINED = {
     "trained name=zero2": Case(),
     "trained name=zero3,clip=None": Case(clip=None),
+    "trained name=zero3,stage=selective_lora": Case("selective_lora"),
     "trained name=zero2,tokens=100000,batch=1": Case(tokens=100_000, batch=1),  # one rank always has nothing
     "trained name=zero3,tokens=100000,batch=1": Case(tokens=100_000, batch=1),
     "trained name=zero2,stage=align,sgd=False": Case("align", sgd=False),

@@ -25,6 +25,7 @@ ONE_ROW = {"options": {"parts": {"language_model": {"lora": {"rank": 1}}}}}  # t
 TRAINED: dict[str, dict[str, Any]] = {
     "sft": {"stage": "sft"},
     "unclipped": {"stage": "highres", "clip": None},
+    "selective": {"stage": "selective"},
     "one_rank_has_nothing": {"stage": "sft", "tokens": 100_000, "batch": 1},
     "align": {"stage": "align", "sgd": False},
     "dpo_lora": {"stage": "dpo_lora", "sgd": False},

@@ -1,4 +1,5 @@
-"""One rank of a training run with SGD: `torchrun --nproc-per-node=N rank_worker.py PARTS OUT TOKENS BATCH`. Started by test_ranks.py."""
+"""One rank of a training run with SGD: `torchrun --nproc-per-node=N rank_worker.py PARTS OUT TOKENS BATCH LEVEL`, the
+last of activation checkpointing. Started by test_ranks.py."""
 
 import logging
 import sys
@@ -17,10 +18,10 @@ from lit_vlm.engine.trainer import leave_process_group
 from lit_vlm.stages import SFTStage
 
 
-def main(tower: str, language: str, out: str, tokens: str, batch: str) -> None:
+def main(tower: str, language: str, out: str, tokens: str, batch: str, level: str) -> None:
     logging.getLogger("lightning").setLevel(logging.ERROR)
     blueprint = blueprint_of((tower, language))
-    stage = SFTStage(blueprint, learning_rate=0.05)
+    stage = SFTStage(blueprint, learning_rate=0.05, activation_checkpointing=level)
     stage.configure_optimizers = lambda: torch.optim.SGD(
         [p for p in stage.model.parameters() if p.requires_grad], lr=0.05
     )

@@ -212,15 +212,16 @@ def test_each_part_has_its_own_rate_decay_and_warm_up(model, processor):
     assert decays["vision_tower", False] == decays["language_model", True] == 0.0
 
 
+@pytest.mark.parametrize("level", ["selective", True])
 @pytest.mark.parametrize("stage_class", [SFTStage, AlignStage])
-def test_activation_checkpointing_is_really_on_and_changes_no_number(model, processor, stage_class):
+def test_activation_checkpointing_is_really_on_and_changes_no_number(model, processor, stage_class, level):
     calls = []
     plain, _, _ = run(model, processor, stage_class=stage_class)
     layer = type(model.model.language_model.layers[0].mlp)
     forward = layer.forward
     layer.forward = lambda self, *a: (calls.append(torch.is_grad_enabled()), forward(self, *a))[1]
     try:
-        checkpointed, _, _ = run(model, processor, stage_class=stage_class, activation_checkpointing=True)
+        checkpointed, _, _ = run(model, processor, stage_class=stage_class, activation_checkpointing=level)
         assert len(calls) == 2 * 2 * 3 + 2 * 1  # two layers, twice, three steps; and one validation batch
     finally:
         layer.forward = forward

@@ -269,6 +269,18 @@ def test_the_chosen_strategy_and_why(here):
     assert "of each node" in rows["deepspeed_zero3_offload"]["note"]
 
 
+def test_the_chosen_level_of_checkpointing_and_why(here):
+    seen = shared(here)
+    strategy = seen.facts["strategy"]
+    assert (strategy["level"], strategy["level_asked"]) == ("none", False)
+    assert strategy["level_reason"] in seen.page and "of NVIDIA H200" in strategy["level_reason"]
+    names = [row["name"] for row in seen.facts["memory"]["rows"][:3]]
+    assert [name.rpartition(" ")[2] for name in names] == ["none", "selective", "full"]
+    asked = shared(here, "stage.activation_checkpointing=full")
+    assert (asked.facts["strategy"]["level"], asked.facts["strategy"]["level_asked"]) == ("full", True)
+    assert asked.facts["time"]["flops"] > 1.2 * seen.facts["time"]["flops"]
+
+
 def test_copies_that_cannot_fit_are_a_failure_that_names_what_would(here):
     seen = shared(here, "trainer.strategy=ddp")
     assert seen.error and "Use trainer.strategy=fsdp2" in seen.told("failure")
@@ -409,7 +421,11 @@ def test_training_takes_what_preflight_chooses(here, monkeypatch, capsys):
     claim_card(monkeypatch, 80 * 10**9)
     settled = settle_strategy(data, lambda: make_stage(data.blueprint, job.config))
     assert settled.trainer.strategy.value == "fsdp2" and job.config.trainer.strategy.value == "auto"
-    assert "strategy: fsdp2: a whole copy needs" in " ".join(capsys.readouterr().out.split())
+    told = " ".join(capsys.readouterr().out.split())
+    assert "strategy: fsdp2: a whole copy needs" in told
+    assert settled.stage.activation_checkpointing.value == "none"
+    assert "activation checkpointing: none: a device needs about" in told and "of the 80 GB of a card" in told
+    make_stage(data.blueprint, settled)
 
 
 def test_no_reference_is_loaded_to_choose_a_strategy(here, monkeypatch):

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from lit_vlm.config.schema import DataConfig, DPOStageConfig, OnBadRecord, OnOverlong, RunConfig
+from lit_vlm.config.schema import (
+    ActivationCheckpointing,
+    DataConfig,
+    DPOStageConfig,
+    OnBadRecord,
+    OnOverlong,
+    RunConfig,
+)
 from lit_vlm.engine.preflight.facts import Facts, Finding, Level, MemoryFacts, SourceRow
 from lit_vlm.engine.preflight.page import gigabytes, percent
 from lit_vlm.losses.preference import SORTS_THE_BATCH
@@ -162,7 +169,8 @@ def _of_memory(facts: Facts, config: RunConfig) -> Iterator[Finding]:
         yield Finding(Level.failure, f"{what}.", _ways_out(facts, memory, config, stays))
     elif chosen.total > NEARLY_FULL * memory.capacity:
         what = f"About {gigabytes(chosen.total)} of the {gigabytes(memory.capacity)} of {memory.device} are needed; that is tight."
-        yield Finding(Level.warning, what, "Lower data.tokens_per_micro_batch a little.")
+        less = "" if _saves_most(facts) else ", or set stage.activation_checkpointing to the next level"
+        yield Finding(Level.warning, what, f"Lower data.tokens_per_micro_batch a little{less}.")
 
 
 def _ways_out(facts: Facts, memory: MemoryFacts, config: RunConfig, stays: float) -> str:
@@ -172,14 +180,18 @@ def _ways_out(facts: Facts, memory: MemoryFacts, config: RunConfig, stays: float
         ways.append(f"use trainer.strategy={strategy.advised} ({strategy.reason})")
     if stays < memory.capacity:
         ways.append("lower data.tokens_per_micro_batch and data.tiles_per_micro_batch")
-        if not config.stage.activation_checkpointing:
-            ways.append("set stage.activation_checkpointing=true")
+        if not _saves_most(facts):
+            ways.append("set stage.activation_checkpointing=full")
     if config.trainer.precision != "bf16-true":
         ways.append("set trainer.precision=bf16-true (moments in bfloat16 too)")
     ways.append("train fewer parts (stage.trainable), or with LoRA (stage.parts.<part>.lora.rank)")
     text = ", or ".join(ways)
     beyond = f" {_sentence(strategy.reason)}" if strategy and not strategy.advised_fits else ""
     return f"{_sentence(text)}{beyond}"
+
+
+def _saves_most(facts: Facts) -> bool:
+    return facts.strategy is not None and facts.strategy.level == ActivationCheckpointing.full.value
 
 
 def _sentence(text: str) -> str:

@@ -182,6 +182,9 @@ class StrategyFacts:
     exposed: float  # seconds of it that no computing hides
     inside: float  # bytes into a device from its own node
     outside: float  # bytes into a node from others
+    level: str  # of stage.activation_checkpointing
+    level_asked: bool  # by the settings; else chosen
+    level_reason: str  # why
 
     @property
     def share(self) -> float:

@@ -12,13 +12,15 @@ from typing import Any
 
 from torch import nn
 
+from lit_vlm.config.schema import ActivationCheckpointing as Level
 from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig, Strategy
 from lit_vlm.cost import DEVICES, Flops, Load, Parameters, Situation, Training
 from lit_vlm.cost.memory import ADAM, Precision, host_bytes
 from lit_vlm.engine.preflight.facts import DiskRow, MemoryFacts, MemoryRow, PartRow, PlanFacts, TimeFacts
 from lit_vlm.engine.preflight.page import gigabytes
-from lit_vlm.engine.preflight.strategy import NAMES, ways
+from lit_vlm.engine.preflight.strategy import LEVELS, NAMES, ways
 from lit_vlm.model.build import Blueprint, build_on_meta
+from lit_vlm.model.frozen import frozen_matrices, matrices
 from lit_vlm.model.parts import part_of
 from lit_vlm.stages import Stage
 from lit_vlm.types import Part
@@ -56,44 +58,52 @@ def parameters_of(stage: Stage, config: StageConfig) -> Parameters:
     model = stage.model
     assert model is not None
     crossed = [part for part in Part if part is not Part.vision_tower or part in config.trainable]
-    matrices = [
+    linear = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d) and part_of(f"{name}.") in crossed
     ]
-    cast = {id(p): p for _, module in matrices for p in module.parameters(recurse=False)}.values()
+    cast = {id(p): p for _, module in linear for p in module.parameters(recurse=False)}
+    held = frozen_matrices(model)
     layers: Any = model.model.language_model.layers
     return Parameters(
         total=sum(p.numel() for p in model.parameters()),
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        cast=sum(p.numel() for p in cast),
-        cast_frozen=sum(p.numel() for p in cast if not p.requires_grad),
+        cast=sum(p.numel() for p in cast.values()),
+        cast_frozen=sum(p.numel() for p in cast.values() if not p.requires_grad),
+        held=sum(p.numel() for p in held),
+        held_cast=sum(p.numel() for p in held if id(p) in cast),
+        matrices=sum(p.numel() for p in matrices(model)),
         largest_layer=max(sum(p.numel() for p in layers[0].parameters()), model.lm_head.weight.numel()),
     )
 
 
 def training_of(config: RunConfig, parameters: Parameters) -> Training:
-    stage = config.stage
+    """`auto` counts as no activation checkpointing: the situation that it is a part of knows what may be chosen."""
+    stage, level = config.stage, config.stage.activation_checkpointing
     lora = stage.parts.language_model.lora.rank > 0
+    # under LoRA the reference is the model itself, with its adapters off
+    copied = isinstance(stage, DPOStageConfig) and (stage.reference or not lora)
     return Training(
         Precision.named(config.trainer.precision),
         trains_language_model=Part.language_model in stage.trainable,
         trains_tower=Part.vision_tower in stage.trainable,
-        checkpointing=stage.activation_checkpointing,
-        # under LoRA the reference is the model itself, with its adapters off
-        reference=parameters.total if isinstance(stage, DPOStageConfig) and (stage.reference or not lora) else 0,
+        checkpointing=Level.none if level is Level.auto else level,
+        reference=parameters.total if copied else 0,
+        reference_held=parameters.matrices if copied else 0,
     )
 
 
 def memory_facts(config: RunConfig, of: Situation, used: Strategy, plan: PlanFacts) -> MemoryFacts:
-    """The way of this run first, with and without activation checkpointing, then the others."""
+    """The way of this run first, then with the other levels of activation checkpointing, then the other ways.
+
+    Args:
+        of: with this run's level.
+    """
     own, rows = of.training.checkpointing, []
-    for checkpointing in (own, not own):
-        other = replace(of, training=replace(of.training, checkpointing=checkpointing))
-        with_it = (
-            " with activation checkpointing" if checkpointing else " without activation checkpointing" if own else ""
-        )
-        rows.append(_row(other, used, chosen=checkpointing is own, more=with_it))
+    for level in sorted(LEVELS, key=lambda level: level is not own):
+        named = f", activation checkpointing {level.value}"
+        rows.append(_row(of.at(level), used, chosen=level is own, more=named))
     rows += [_row(of, strategy) for strategy in ways(of) if strategy is not used]
     caps = Load(
         plan.most_tokens, plan.most_tiles, round(plan.most_tokens * of.load.supervised / max(of.load.tokens, 1))
@@ -140,7 +150,7 @@ def work_of(model_config: dict[str, Any], config: RunConfig, training: Training)
         model_config,
         trains_tower=training.trains_tower,
         trains_language_model=training.trains_language_model,
-        recomputes=training.checkpointing,
+        recomputes=training.again,
         reference=isinstance(config.stage, DPOStageConfig),
     )
 

@@ -91,7 +91,9 @@ def said_of(strategy: StrategyFacts) -> list[str]:
             lines.append(f"  auto would take {strategy.advised}: {strategy.reason}")
     else:
         lines = [f"strategy: {strategy.name}: {strategy.reason}"]
-    return [*lines, f"  {sent_of(strategy)}"] if strategy.communication else lines
+    lines += [f"  {sent_of(strategy)}"] if strategy.communication else []
+    asked = "as stage.activation_checkpointing says; " if strategy.level_asked else ""
+    return [*lines, f"activation checkpointing: {strategy.level}: {asked}{strategy.level_reason}"]
 
 
 def sent_of(strategy: StrategyFacts) -> str:

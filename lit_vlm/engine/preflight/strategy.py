@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from lit_vlm.config.schema import RunConfig, Strategy
-from lit_vlm.cost import DEVICES, Device, Fabric, Load, Parameters, Shape, Situation, Training, choose
-from lit_vlm.cost.choice import MOSTLY_FROZEN, SHARDINGS
+from lit_vlm.config.schema import ActivationCheckpointing, RunConfig, Strategy
+from lit_vlm.cost import (
+    DEVICES,
+    Choice,
+    Device,
+    Fabric,
+    Load,
+    Parameters,
+    Shape,
+    Situation,
+    Training,
+    choose,
+    level_for,
+    why_level,
+)
+from lit_vlm.cost.choice import MOSTLY_FROZEN, ON_CPU
+from lit_vlm.cost.situation import SHARDINGS
 from lit_vlm.engine.preflight.facts import Finding, Level, PlanFacts, StrategyFacts
 
 NODE = 8  # devices of a node, where the run itself has one device and preflight.world_size more
 SLOW = 0.9  # below this share of the devices' speed the network is worth a word
+
+LEVELS = (
+    ActivationCheckpointing.none,
+    ActivationCheckpointing.selective,
+    ActivationCheckpointing.full,
+)  # what `auto` chooses from, the fastest first
 
 NAMES = {
     Strategy.single: "one device",
@@ -22,6 +42,17 @@ NAMES = {
     Strategy.fsdp2: "FSDP2",
     Strategy.hsdp: "HSDP",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """How a run trains: its strategy and level of activation checkpointing, why, and what would be chosen."""
+
+    strategy: Strategy
+    reason: str  # for what would be chosen
+    level: ActivationCheckpointing
+    level_reason: str
+    advised: Choice
 
 
 def situation_of(
@@ -50,6 +81,7 @@ def situation_of(
         fabric=Fabric.of_node(config.preflight.network),
         shard_size=config.trainer.shard_size,
         k=plan.k,
+        levels=LEVELS if config.stage.activation_checkpointing is ActivationCheckpointing.auto else (),
     )
 
 
@@ -60,18 +92,18 @@ def per_node(config: RunConfig, world_size: int) -> int:
 
 
 def strategy_facts(config: RunConfig, situation: Situation, plan: PlanFacts) -> StrategyFacts:
-    """The strategy of the run, what it sends, and what would be chosen."""
-    best, asked = choose(situation), config.trainer.strategy
-    used = best.strategy if asked is Strategy.auto else asked
+    """The strategy of the run and its level of activation checkpointing, what it sends, and what would be chosen."""
+    found = decided(config, situation)
+    best, used = found.advised, found.strategy
     likely = replace(
-        situation,
+        situation.at(found.level),
         load=Load(round(plan.pack_tokens.mean), round(plan.pack_tiles.mean), max(1, plan.supervised // _packs(plan))),
     )
     timing = likely.timing(used)
     return StrategyFacts(
         name=used.value,
         title=NAMES[used],
-        asked=asked is not Strategy.auto,
+        asked=config.trainer.strategy is not Strategy.auto,
         advised=best.strategy.value,
         reason=best.reason,
         advised_fits=best.fits,
@@ -81,6 +113,31 @@ def strategy_facts(config: RunConfig, situation: Situation, plan: PlanFacts) -> 
         exposed=timing.exposed if timing else 0.0,
         inside=timing.traffic.inside if timing else 0.0,
         outside=timing.traffic.outside if timing else 0.0,
+        level=found.level.value,
+        level_asked=config.stage.activation_checkpointing is not ActivationCheckpointing.auto,
+        level_reason=found.level_reason,
+    )
+
+
+def decided(config: RunConfig, situation: Situation) -> Decision:
+    """What the settings name, and what is chosen where they say `auto`."""
+    best, asked = choose(situation), config.trainer.strategy
+    strategy = best.strategy if asked is Strategy.auto else asked
+    level = best.level if asked is Strategy.auto else level_for(situation, strategy)
+    return Decision(strategy, best.reason, level, why_level(situation, strategy, level), best)
+
+
+def on_a_cpu(config: RunConfig) -> Decision:
+    """It has memory that nothing is compared with: copies of the whole model, all of them kept, and nothing to count."""
+    strategy = Strategy.ddp if config.trainer.devices * config.trainer.num_nodes > 1 else Strategy.single
+    best = Choice(strategy, "the trainer is on a CPU")
+    asked, level = config.trainer.strategy, config.stage.activation_checkpointing
+    return Decision(
+        strategy if asked is Strategy.auto else asked,
+        best.reason,
+        best.level if level is ActivationCheckpointing.auto else level,
+        ON_CPU,
+        best,
     )
 
 

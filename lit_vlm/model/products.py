@@ -1,0 +1,58 @@
+"""Which types matrix products, convolutions and attention compute in: a float32 one costs many times a bfloat16 one."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+FAMILIES = (
+    "mm",
+    "bmm",
+    "baddbmm",
+    "addmm",
+    "addbmm",
+    "_grouped_mm",
+    "convolution",
+    "scaled_dot_product",
+    "varlen_attn",
+)
+
+
+class Products(TorchDispatchMode):
+    """Counts the products that are computed inside, by operation and type; their backward passes too.
+
+    Attributes:
+        seen: (operation, type of its factors) -> how often.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[tuple[str, torch.dtype]] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        name = function.overloadpacket.__name__
+        if any(name == family or (len(family) > 8 and family in name) for family in FAMILIES):
+            # the first are the factors; behind them attention's backward pass takes float32 log-sums
+            factors = [value for value in args[:3] if isinstance(value, Tensor) and value.is_floating_point()]
+            self.seen.update({(name, factor.dtype) for factor in factors})
+        return function(*args, **(kwargs or {}))
+
+    @property
+    def in_float32(self) -> dict[str, int]:
+        return {name: number for (name, dtype), number in self.seen.items() if dtype == torch.float32}
+
+
+def warn_of_float32(products: Products) -> None:
+    """Of a forward pass that should compute in half precision."""
+    if found := products.in_float32:
+        named = ", ".join(f"{number} x {name}" for name, number in found.items())
+        warnings.warn(
+            f"The first forward pass computed products in float32 under half precision ({named}), many times slower on a "
+            "GPU. Something casts its inputs up, or leaves autocast.",
+            stacklevel=2,
+        )
