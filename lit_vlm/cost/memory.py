@@ -71,7 +71,8 @@ class Parameters:
     cast_frozen: int = 0  # of those, the ones that do not train
     held: int = 0  # frozen ones that are held in the type that computes, where a precision does (`model/frozen.py`)
     held_cast: int = 0  # of those, the ones that gradients cross
-    matrices: int = 0  # that a frozen copy of the model would hold so
+    reference: int = 0  # of a preference stage's frozen copy; 0 where it has none
+    reference_matrices: int = 0  # of those, the ones that are held in the type that computes, where a precision does
     largest_layer: int = 0  # gathered at once where weights are shared out
 
 

@@ -76,7 +76,7 @@ class Shape:
                 head_dim=text.get("head_dim") or text["hidden_size"] // heads,
                 ffn=text["intermediate_size"],
                 vocab=text["vocab_size"],
-                pruned=text["model_type"] in PRUNED,
+                pruned=text.get("model_type") in PRUNED,
             ),
             VisionShape(
                 layers=vision["num_hidden_layers"],

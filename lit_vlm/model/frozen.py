@@ -10,12 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lit_vlm.model.head import ScoringHead
 from lit_vlm.model.skeleton import first_values, move_buffers, replace_parameters
 
 
 def matrices(model: nn.Module) -> list[nn.Parameter]:
     """Weights and biases that linear layers and convolutions alone read."""
-    known = (nn.Linear, nn.Conv2d)
+    known = (nn.Linear, nn.Conv2d, ScoringHead)
     read = [(type(module) in known, p) for module in model.modules() for p in module.parameters(recurse=False)]
     others = {id(parameter) for is_matrix, parameter in read if not is_matrix}
     return list({id(p): p for is_matrix, p in read if is_matrix and id(p) not in others}.values())

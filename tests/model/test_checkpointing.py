@@ -7,7 +7,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
-from lit_vlm.losses.next_token import next_token_losses
 from lit_vlm.model.checkpointing import is_kept
 from lit_vlm.model.tiny import make_language_model, make_vision_tower
 from lit_vlm.stages import AlignStage, SFTStage
@@ -83,7 +82,7 @@ def counted(parts, stage_class, level) -> dict[str, int]:
     stage = make(parts, stage_class, level)
     batch = batch_for(stage)
     with Counted() as mode:
-        next_token_losses(*stage.model(batch=batch)).mean().backward()
+        stage.token_losses(batch).mean().backward()
     return mode.times
 
 

@@ -101,8 +101,12 @@ def flops_of(stage_class, parts):
     ]
     shape = Shape.from_config(blueprint.config.to_dict())
     patches, text = batch.num_tiles * shape.vision.patches, shape.text
+    rows, queries = batch.num_supervised_tokens, sum(batch.tails)
     work = {
-        "language": 2 * batch.num_tokens * text.layers * text.layer,
+        # of the last layer keys and values of all tokens, queries from the first row of each segment on, the rest of rows
+        "language": 2 * batch.num_tokens * ((text.layers - 1) * text.layer + 2 * text.hidden * text.key)
+        + 2 * queries * text.hidden * text.query
+        + 2 * rows * (text.hidden * text.query + 3 * text.hidden * text.ffn),
         "head": 2 * batch.num_supervised_tokens * text.hidden * text.vocab,
         "projector": 2 * patches * shape.projector,
         "second": 2 * patches * text.hidden**2,

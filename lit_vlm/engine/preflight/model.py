@@ -65,6 +65,7 @@ def parameters_of(stage: Stage, config: StageConfig) -> Parameters:
     ]
     cast = {id(p): p for _, module in linear for p in module.parameters(recurse=False)}
     held = frozen_matrices(model)
+    reference = _reference_of(stage, config)
     layers: Any = model.model.language_model.layers
     return Parameters(
         total=sum(p.numel() for p in model.parameters()),
@@ -73,24 +74,30 @@ def parameters_of(stage: Stage, config: StageConfig) -> Parameters:
         cast_frozen=sum(p.numel() for p in cast.values() if not p.requires_grad),
         held=sum(p.numel() for p in held),
         held_cast=sum(p.numel() for p in held if id(p) in cast),
-        matrices=sum(p.numel() for p in matrices(model)),
+        reference=sum(p.numel() for p in reference.parameters()) if reference else 0,
+        reference_matrices=sum(p.numel() for p in matrices(reference)) if reference else 0,
         largest_layer=max(sum(p.numel() for p in layers[0].parameters()), model.lm_head.weight.numel()),
     )
+
+
+def _reference_of(stage: Stage, config: StageConfig) -> nn.Module | None:
+    """Of a preference stage, what is held beside the model: a copy without its tower where that serves both; another
+    folder's model, which is as large as this one; nothing under LoRA, or where its log-probabilities are kept."""
+    if not isinstance(config, DPOStageConfig) or config.cache_reference:
+        return None
+    return stage.model if config.reference else getattr(stage, "reference", None)
 
 
 def training_of(config: RunConfig, parameters: Parameters) -> Training:
     """`auto` counts as no activation checkpointing: the situation that it is a part of knows what may be chosen."""
     stage, level = config.stage, config.stage.activation_checkpointing
-    lora = stage.parts.language_model.lora.rank > 0
-    # under LoRA the reference is the model itself, with its adapters off
-    copied = isinstance(stage, DPOStageConfig) and (stage.reference or not lora)
     return Training(
         Precision.named(config.trainer.precision),
         trains_language_model=Part.language_model in stage.trainable,
         trains_tower=Part.vision_tower in stage.trainable,
         checkpointing=Level.none if level is Level.auto else level,
-        reference=parameters.total if copied else 0,
-        reference_held=parameters.matrices if copied else 0,
+        reference=parameters.reference,
+        reference_held=parameters.reference_matrices,
     )
 
 
@@ -151,7 +158,7 @@ def work_of(model_config: dict[str, Any], config: RunConfig, training: Training)
         trains_tower=training.trains_tower,
         trains_language_model=training.trains_language_model,
         recomputes=training.again,
-        reference=isinstance(config.stage, DPOStageConfig),
+        reference=isinstance(config.stage, DPOStageConfig) and not config.stage.cache_reference,
     )
 
 
