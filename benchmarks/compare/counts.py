@@ -1,0 +1,95 @@
+"""What one optimizer step makes the device do: FLOPs, tiles through the tower, token slots through the language model."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+
+from benchmarks.compare.contender import Contender
+from lit_vlm.types import Record
+
+aten = torch.ops.aten
+
+
+@dataclass(slots=True)
+class Counts:
+    """Of the steps together; a slot is a place in a row that the language model computes, padding included."""
+
+    flops: float = 0.0
+    tiles: int = 0
+    slots: int = 0
+
+
+def count(contender: Contender, batches: list[list[Record]]) -> Counts:
+    """One forward and backward over each batch; no weight changes. Recomputed layers count in the FLOPs alone."""
+    found = Counts()
+    mode = FlopCounterMode(display=False, custom_mapping=UNKNOWN)
+    for records in batches:
+        inputs = contender.prepare(records)
+        with _watched(contender.models, found), mode:
+            contender.backward(inputs)
+        found.flops += mode.get_total_flops()
+        contender.clear()
+    return found
+
+
+@contextlib.contextmanager
+def _watched(models: list[nn.Module], found: Counts) -> Iterator[None]:
+    def see_tiles(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        pixels: Tensor = args[0] if args else kwargs["pixel_values"]
+        found.tiles += pixels.shape[0]
+
+    def see_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        found.slots += math.prod(kwargs["inputs_embeds"].shape[:-1])
+
+    hooks = []
+    for model in models:
+        inner = {name.rsplit(".", 1)[-1]: module for name, module in model.named_modules() if name.count(".") < 5}
+        hooks.append(inner["vision_tower"].register_forward_pre_hook(see_tiles, with_kwargs=True))
+        hooks.append(inner["language_model"].register_forward_pre_hook(see_rows, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _attention(query: Any, key: Any, value: Any, dropout: float = 0.0, is_causal: bool = False, **_: Any) -> float:
+    """Scores and their product with the values; a causal kernel skips half of both."""
+    batch, heads, rows, width = query
+    return 2 * batch * heads * rows * key[-2] * (width + value[-1]) * (0.5 if is_causal else 1)
+
+
+def _attention_backward(
+    gradient: Any,
+    query: Any,
+    key: Any,
+    value: Any,
+    out: Any,
+    logsumexp: Any,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    **_: Any,
+) -> float:
+    """Twice the forward pass, as arithmetic counts it; the scores that a kernel makes again are not counted."""
+    return 2 * _attention(query, key, value, dropout, is_causal)
+
+
+def _formula(function: Any) -> Any:
+    return lambda *args, out_shape=None, out_val=None, **kwargs: function(*args, **kwargs)
+
+
+# What torch 2.13's counter has no entry for: the CPU's attention, and products that are added in place (TRL's head). Its
+# own entries for the GPU's attention count causal squares whole
+UNKNOWN = {
+    aten.addmm_: addmm_flop,
+    aten._scaled_dot_product_flash_attention_for_cpu: _formula(_attention),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _formula(_attention_backward),
+}
