@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,10 @@ class Contender:
         """Forward and backward; gradients lie in the parameters. Returns the loss of the step."""
         raise NotImplementedError
 
+    def rows(self, inputs: Any, records: list[Record]) -> tuple[int, int]:
+        """Tokens of a step's rows that are real, and all of them, padding included."""
+        raise NotImplementedError
+
     def logps(self, record: Record) -> tuple[float, float]:
         """Sum of the log-probabilities of a pair's chosen and rejected answer; leaves no gradient."""
         raise NotImplementedError
@@ -163,8 +167,10 @@ class Ours(Contender):
         self.name, self.batch = name, batch
         model = place.model(case)
         use_flat_forward(model, case.model_size.images(case.tiling))
-        parts = {Part.language_model.value: {"lora": place.lora.__dict__}} if place.lora else None
-        self.stage = case.stage_class(model, parts=parts, tiling=case.tiling.value, **{**case.options, **(options or {})})
+        parts = {Part.language_model.value: {"lora": asdict(place.lora)}} if place.lora else None
+        self.stage = case.stage_class(
+            model, parts=parts, tiling=case.tiling.value, **{**case.options, **(options or {})}
+        )
         self.stage.configure_model()
         self.stage.to(place.device)
         self.models = [self.stage.model, *([self.stage.reference] if getattr(self.stage, "reference", None) else [])]
@@ -188,6 +194,10 @@ class Ours(Contender):
             loss, self.metrics = self.stage._preference(batch, training=True)
             return loss
         return self.stage.step_loss(batch)
+
+    def rows(self, inputs: Batch, records: list[Record]) -> tuple[int, int]:
+        real = sum(self.case.tokens_of[record.id] for record in records)
+        return min(real, inputs.num_tokens), inputs.num_tokens  # pairs that share their prompt have fewer
 
     def logps(self, record: Record) -> tuple[float, float]:
         with torch.no_grad(), self.place.autocast():

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.compare.contender import Contender
 from lit_vlm.types import Record
@@ -25,6 +25,12 @@ class Counts:
     flops: float = 0.0
     tiles: int = 0
     slots: int = 0
+    real: int = 0  # tokens of the rows that were collated
+    rows: int = 0  # the same with padding
+
+    @property
+    def padding(self) -> float:
+        return 1 - self.real / self.rows
 
 
 def count(contender: Contender, batches: list[list[Record]]) -> Counts:
@@ -33,6 +39,8 @@ def count(contender: Contender, batches: list[list[Record]]) -> Counts:
     mode = FlopCounterMode(display=False, custom_mapping=UNKNOWN)
     for records in batches:
         inputs = contender.prepare(records)
+        real, rows = contender.rows(inputs, records)
+        found.real, found.rows = found.real + real, found.rows + rows
         with _watched(contender.models, found), mode:
             contender.backward(inputs)
         found.flops += mode.get_total_flops()
@@ -89,7 +97,7 @@ def _formula(function: Any) -> Any:
 # What torch 2.13's counter has no entry for: the CPU's attention, and products that are added in place (TRL's head). Its
 # own entries for the GPU's attention count causal squares whole
 UNKNOWN = {
-    aten.addmm_: addmm_flop,
+    aten.addmm_: _formula(lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]),
     aten._scaled_dot_product_flash_attention_for_cpu: _formula(_attention),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _formula(_attention_backward),
 }

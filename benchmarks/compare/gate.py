@@ -48,7 +48,9 @@ def check(
         UserError: they compute something else. No ratio may be printed.
     """
     first, *others = [(contender.name, facts_of(contender, batches)) for contender in contenders]
-    return {first[0]: {"loss": first[1].loss}} | {name: compare(*first, name, facts, tolerance) for name, facts in others}
+    return {first[0]: {"loss": first[1].loss}} | {
+        name: compare(*first, name, facts, tolerance) for name, facts in others
+    }
 
 
 def facts_of(contender: Contender, batches: list[list[Record]]) -> Facts:
@@ -86,8 +88,10 @@ def compare(ours: str, mine: Facts, name: str, theirs: Facts, tolerance: Toleran
         "updates": _cosine(theirs.updates, mine.updates),
         "later_losses": max([_apart(a, b) for a, b in zip(theirs.losses, mine.losses, strict=True)], default=0.0),
     }
-    pairs = zip(sum(theirs.logps, ()), sum(mine.logps, ()), strict=True)
-    found["logps"] = max([_apart(a, b) for a, b in pairs], default=0.0)
+    pairs = [
+        _apart(a, b) for one, two in zip(theirs.logps, mine.logps, strict=True) for a, b in zip(one, two, strict=True)
+    ]
+    found["logps"] = max(pairs, default=0.0)
     limits = asdict(tolerance)
     for what in ("loss", "logps", "gradients", "parameters"):
         beyond = found[what] > limits[what] if what in ("loss", "logps") else not found[what] >= limits[what]
@@ -109,7 +113,9 @@ def require_checkpointing(contender: Contender, wanted: bool) -> None:
     modules = list(contender.models[0].modules())
     active = any(getattr(module, "gradient_checkpointing", False) and module.training for module in modules)
     if active != wanted:
-        raise UserError(f"{contender.name} {'recomputes' if active else 'does not recompute'} activations. No ratio is printed.")
+        raise UserError(
+            f"{contender.name} {'recomputes' if active else 'does not recompute'} activations. No ratio is printed."
+        )
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:

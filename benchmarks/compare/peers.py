@@ -84,6 +84,10 @@ class Peer(Contender):
         found = [self.trainer.data_collator(rows[start : start + each]) for start in range(0, len(rows), each)]
         return [self.trainer._prepare_inputs(dict(inputs)) for inputs in found]
 
+    def rows(self, inputs: list[dict], records: list[Record]) -> tuple[int, int]:
+        masks = [part["attention_mask"] for part in inputs]
+        return sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
+
     def backward(self, inputs: list[dict]) -> float:
         count = sum((part["labels"][:, 1:] != -100).sum() for part in inputs)
         model = self.trainer.model

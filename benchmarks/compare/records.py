@@ -43,7 +43,8 @@ class Maker:
 
     Args:
         processor: counts tokens.
-        shape: name of the distribution: "captions", "mixture", "anyres", "pairs_1" or "pairs_5" (tiles of the picture).
+        shape: name of the distribution: "captions", "mixture", "anyres", "pairs_1" or "pairs_5" (tiles of the picture), or
+            "even" for dialogues of one length.
     """
 
     def __init__(self, processor: Processor, shape: str, seed: int = 0) -> None:
@@ -61,10 +62,14 @@ class Maker:
         self.number += 1
         if self.shape.startswith("pairs"):
             grid = (1, 1) if self.shape == "pairs_1" else (2, 2)
-            prompt, chosen, rejected = (self._length(*length) for length in ((100, 0.3, 10, 400),) + ((150, 0.3, 10, 600),) * 2)
+            prompt, chosen, rejected = (
+                self._length(*length) for length in ((100, 0.3, 10, 400),) + ((150, 0.3, 10, 600),) * 2
+            )
             return self._pair(prompt, chosen, rejected, self._picture(*grid))
         if self.shape == "captions":
             return self._sample(0, self._length(13, 0.4, 5, 77), self._picture(1, 1))
+        if self.shape == "even":
+            return self._dialogue(round(250 * self.scale), self._picture(1, 1))
         draw = self.rng.random()
         if draw < (0.06 if self.shape == "mixture" else 0.15):
             return self._dialogue(self._length(700, 0.8, 40, 2048))
@@ -112,7 +117,9 @@ class Maker:
         """Coarse noise, smoothed; as large as its grid of tiles, so that nobody resizes more than its base view."""
         seed = self.rng.getrandbits(32)
         coarse = np.random.default_rng(seed).integers(0, 256, (4 * rows, 4 * columns, 3), dtype=np.uint8)
-        return Picture(Image.fromarray(coarse).resize((columns * self.tile, rows * self.tile), Image.Resampling.BILINEAR))
+        return Picture(
+            Image.fromarray(coarse).resize((columns * self.tile, rows * self.tile), Image.Resampling.BILINEAR)
+        )
 
 
 def size_of(processor: Processor, record: Record) -> Size:

@@ -126,17 +126,20 @@ def make_chat_tokenizer() -> PreTrainedTokenizerFast:
 def random_model(
     size: ModelSize, tiling: Tiling, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> LlavaOnevisionForConditionalGeneration:
-    """transformers' model with weights drawn from a seed where they will lie, with the flat entrance."""
+    """transformers' model with weights drawn from a seed where they will lie, with the flat entrance.
+
+    On a GPU they are drawn in bfloat16 whatever they become, so that contenders of both precisions start alike.
+    """
     before = torch.get_default_dtype()
     torch.manual_seed(seed)
     try:
-        torch.set_default_dtype(dtype)
+        torch.set_default_dtype(dtype if device == "cpu" else torch.bfloat16)
         with quiet_transformers(), torch.device(device):
             model = LlavaOnevisionForConditionalGeneration(size.config(make_chat_tokenizer()))
     finally:
         torch.set_default_dtype(before)
     use_flat_forward(model, size.images(tiling))
-    return model
+    return model.to(dtype)
 
 
 def save_model(size: ModelSize, tiling: Tiling, folder: Path, seed: int = 0) -> Path:
