@@ -17,6 +17,7 @@ import json
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,6 +71,7 @@ ROWS = (
 
 
 def main(words: list[str]) -> dict[str, Any]:
+    warnings.filterwarnings("ignore")
     quiet()
     given = dict(word.partition("=")[::2] for word in words)
     unknown = given.keys() - {"size", "rows", "minutes", "steps"}
