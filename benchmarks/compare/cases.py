@@ -151,7 +151,7 @@ def make_case(stage: str, size: str = "twin7b", tiles: int = 5) -> Case:
         return Case(stage, size, "mixture", SFTStage, Tiling.base, 8, 5, FOR_SFT, bars)
     if stage == "anyres":
         bars = Bar((TRL_SHIPPED,), 2.2), Bar((HF_TUNED,), 1.7)
-        return Case(stage, size, "anyres", SFTStage, Tiling.anyres, 4, 4, FOR_SFT, bars)
+        return Case(stage, size, "anyres", SFTStage, Tiling.anyres, 4, 2, FOR_SFT, bars)
     if stage == "memory":
         return Case(stage, size, "even", SFTStage, Tiling.base, LARGE, 1, (OURS, HF_TUNED))
     assert stage == "dpo" and tiles in (1, 5)

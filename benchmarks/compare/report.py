@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from benchmarks.compare.cases import OURS, Case, lengths
+from benchmarks.compare.cases import OURS, Case, lengths, on_a_gpu
 from benchmarks.compare.clock import SPREAD, spread
 from benchmarks.compare.contender import Times
 from benchmarks.compare.counts import Counts
@@ -60,7 +60,8 @@ def bars(case: Case, result: dict[str, Any]) -> list[dict[str, Any]]:
         if not peers or bar.ours not in rows:
             continue
         peer = min(peers, key=lambda name: statistics.median(rows[name]["cpu_seconds"]))
-        bound = ratio_bound(case.model_size.shape, case.recipe(peer), case.goal(bar.ours), case.sizes)
+        shape, goal, recipe = case.model_size.shape, case.goal(bar.ours), case.recipe(peer)
+        bound = ratio_bound(shape, recipe, goal, case.sizes)
         at_least = bar.at_least if bound >= bar.at_least else SHARE * bound
         ratios = {clock: ratio(rows, peer, bar.ours, clock) for clock in CLOCKS}
         without = _median_ratio(rows, peer, bar.ours, "cpu_seconds_without_data")
@@ -70,6 +71,7 @@ def bars(case: Case, result: dict[str, Any]) -> list[dict[str, Any]]:
                 "peer": peer,
                 "asked": bar.at_least,
                 "bound": bound,
+                "bound_on_a_gpu": ratio_bound(shape, on_a_gpu(recipe, peer), goal, case.sizes),
                 "bar": at_least,
                 **ratios,
                 "without_data": without if ratios["cpu"] else None,
@@ -152,7 +154,7 @@ def _contender_table(rows: dict[str, Any]) -> str:
 
 
 def _bar_table(found: list[dict[str, Any]]) -> str:
-    head = ["", "beside", "CPU seconds", "clock", "without data", "bound", "asked", "bar", "reached"]
+    head = ["", "beside", "CPU seconds", "clock", "without data", "bound", "bound on a GPU", "asked", "bar", "reached"]
     body = [
         [
             bar["ours"],
@@ -161,6 +163,7 @@ def _bar_table(found: list[dict[str, Any]]) -> str:
             times(bar["wall"]),
             times(bar["without_data"]),
             times(bar["bound"]),
+            times(bar["bound_on_a_gpu"]),
             times(bar["asked"]),
             times(bar["bar"]) + (" (0.85 of the bound)" if bar["bar"] < bar["asked"] else ""),
             "yes" if bar["reached"] else "no",
