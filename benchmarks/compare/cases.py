@@ -135,6 +135,11 @@ class Case:
         return replace(base, head_recomputes=True, recomputes=contender == TRL_SHIPPED)
 
 
+def on_a_gpu(recipe: Recipe, contender: str) -> Recipe:
+    """There TRL's head scores supervised rows alone; attention is counted as causal, mask or not."""
+    return replace(recipe, dense_mask=False, head_on_all_rows=recipe.head_on_all_rows and "TRL" not in contender)
+
+
 TRL = (TRL_SHIPPED, TRL_TUNED)
 LARGE = 12  # samples of 349 tokens: 4,188. With 16,384 the logits and their gradients would take 30 GB and more
 FOR_SFT = (OURS, *TRL, HF_TUNED, HF_SORTED)
