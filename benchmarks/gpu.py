@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.compare.cases import HF_TUNED, OURS, TRL_SHIPPED, TRL_TUNED, Case, make_case, smaller
 from benchmarks.compare.contender import Contender, Place, make_ours
-from benchmarks.compare.gate import BFLOAT16, FLOAT32, Tolerance
+from benchmarks.compare.gate import BFLOAT16
 from benchmarks.compare.report import markdown, times
 from benchmarks.flops_bound import Recipe, step_flops
 
@@ -107,7 +107,7 @@ def run(rows: list[Row], device: str, size: str | None, steps: int, deadline: fl
             left_out.append(f"{row.name}, {name}: {str(error).splitlines()[0]}")
         free(device)
     for row in rows:
-        compare(found[row.name], BFLOAT16 if device == "cuda" else FLOAT32)
+        compare(found[row.name])
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     goals = {row.name: row.goal for row in rows if row.goal}
     return {"device": name, "ceilings": ceilings, "rows": found, "goals": goals, "left_out": left_out} | {
@@ -165,14 +165,12 @@ def case_of(row: Row, device: str, size: str | None) -> Case:
     batch = row.batch
     if row.stage == "dpo" and device == "cuda" and torch.cuda.get_device_properties(0).total_memory < ROOMY:
         batch = 1
-    case = smaller(make_case(row.stage, size or row.size), batch if device == "cuda" else 2, 1)
-    return replace(case, options={"dtype": "bfloat16" if device == "cuda" and not row.mixed else "float32"})
+    case = smaller(make_case(row.stage, size or row.size), batch if device == "cuda" else 4, 1)
+    return replace(case, options={"dtype": "float32" if row.mixed else "bfloat16"})
 
 
 def place_of(row: Row, name: str, device: str) -> Place:
     """TRL as shipped keeps float32 weights under autocast; the others compute as ours do."""
-    if device == "cpu":
-        return Place(lora=row.lora)
     mixed = row.mixed or name == TRL_SHIPPED
     return Place(device=device, dtype=torch.float32 if mixed else torch.bfloat16, mixed=mixed, lora=row.lora)
 
@@ -190,7 +188,7 @@ def recipe_of(row: Row, case: Case) -> Recipe:
     return replace(case.ideal, trains_language_model=False) if row.lora else case.ideal
 
 
-def compare(found: dict[str, dict[str, Any]], tolerance: Tolerance) -> None:
+def compare(found: dict[str, dict[str, Any]]) -> None:
     """Puts into each peer how many times its time is ours; None where it computed something else."""
     if OURS not in found:
         return
@@ -199,7 +197,7 @@ def compare(found: dict[str, dict[str, Any]], tolerance: Tolerance) -> None:
         if name != OURS:
             apart = abs(row["loss"] - mine["loss"]) / abs(mine["loss"])
             ratio = statistics.median(row["step_seconds"]) / statistics.median(mine["step_seconds"])
-            row |= {"loss_apart": apart, "ratio": ratio if apart <= tolerance.loss else None}
+            row |= {"loss_apart": apart, "ratio": ratio if apart <= BFLOAT16.loss else None}
 
 
 def gemm_rate(device: str) -> float:

@@ -1,7 +1,7 @@
 """Optimizer steps of this library beside those of TRL and HF Trainer: equal results first, then ratios.
 
     python -m benchmarks.compare stage=align|sft|anyres|dpo|memory [size=twin7b|twin05b] [tiles=5|1] [peer=trl,hf]
-                                 [ladder=true] [repeats=5] [most=15] [minutes=15] [peaks=false]
+                                 [ladder=true] [steps=N] [repeats=5] [most=15] [minutes=15] [peaks=false]
 
 Each contender takes the same records to one optimizer step: its own processing and collating, forward, backward,
 clipping, AdamW. On a CPU: one thread, float32. The result goes to benchmarks/results/compare_*.json, tables and plots to
@@ -24,7 +24,7 @@ from typing import Any
 from benchmarks.compare import page, report
 from benchmarks.compare.cases import HF_TUNED, OURS, Case, make_case
 from benchmarks.compare.clock import interleave
-from benchmarks.compare.contender import Contender, Place, make_ours, one_thread
+from benchmarks.compare.contender import Contender, Place, make_ours, steady
 from benchmarks.compare.counts import count
 from benchmarks.compare.gate import check, require_checkpointing
 from benchmarks.compare.memory import available, peak_memory
@@ -49,6 +49,7 @@ class Arguments:
     tiles: int = 5
     peer: str = "trl,hf"
     ladder: bool = False
+    steps: int = 0  # of a repeat; 0: the case's own number
     repeats: int = 5
     most: int = 15
     minutes: float = 15.0
@@ -61,7 +62,7 @@ class Arguments:
         Raises:
             UserError: an unknown word or a value that it cannot have.
         """
-        kinds: dict[str, Any] = {"tiles": int, "repeats": int, "most": int, "minutes": float}
+        kinds: dict[str, Any] = {"tiles": int, "steps": int, "repeats": int, "most": int, "minutes": float}
         names = [field.name for field in fields(cls)]
         values: dict[str, Any] = {}
         for word in words:
@@ -85,7 +86,9 @@ def main(words: list[str]) -> None:
     quiet()
     arguments = Arguments.read(words)
     case = make_case(arguments.stage, "wide" if arguments.stage == "memory" else arguments.size, arguments.tiles)
-    with tempfile.TemporaryDirectory() as folder, one_thread():
+    case = replace(case, steps=arguments.steps or case.steps)
+    steady()
+    with tempfile.TemporaryDirectory() as folder:
         place = Place(save_model(case.model_size, case.tiling, Path(folder) / "hf"))
         if case.stage == "memory":
             result = large_micro_batch(case, place)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from lit_vlm.stages import DPOStage
 from lit_vlm.types import Batch, Part, Record
 
 RATE = 1e-4  # constant, for all contenders alike; large enough that a few steps move the weights
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
 EPS = 1e-6  # Adam's: below it gradients that are zero but for rounding would decide the direction
 
 
@@ -246,16 +248,19 @@ def make_ours(case: Case, place: Place) -> dict[str, Callable[[], Contender]]:
     return {OURS: partial(Ours, case, place), CACHED: partial(OursWithKeptReference, case, place)}
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Two threads on a busy machine are slower than one at this size, and their seconds cannot be told apart."""
-    before = torch.get_num_threads()
+def steady() -> None:
+    """Make this process's seconds repeatable: one thread (two on a busy machine are slower at this size, and their seconds
+    cannot be told apart), no denormal numbers, and memory that stays with the process, as a GPU's allocator keeps it.
+
+    Without the last, glibc gives every large tensor back and the kernel clears its pages anew, so that keeping
+    activations costs more than computing them again.
+    """
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    with contextlib.suppress(OSError, AttributeError):  # mallopt(3) is glibc's
+        libc = ctypes.CDLL("libc.so.6")
+        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
+            libc.mallopt(parameter, value)
 
 
 def _now() -> tuple[float, float]:

@@ -24,20 +24,22 @@ def peak_memory(stage: str, size: str, tiles: int, contender: str, folder: Path,
 
 
 def main(stage: str, size: str, tiles: int, name: str, folder: Path, batch: int, steps: int) -> int:
+    import torch
+
     from benchmarks.compare.cases import make_case, smaller
-    from benchmarks.compare.contender import Place, make_ours, one_thread
+    from benchmarks.compare.contender import Place, make_ours
     from benchmarks.compare.peers import make_peers
 
     case, place = smaller(make_case(stage, size, tiles), batch, steps), Place(folder)
-    with one_thread():
-        contender = (make_ours(case, place) | make_peers(case, place))[name]()
-        few = sorted((record for step in case.batches for record in step if record.images), key=_length(case))[:2]
-        _once(contender, few)  # libraries load, kernels are chosen
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        before = _kilobytes("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark, proc(5)
-        for records in case.batches:
-            _once(contender, records)
+    torch.set_num_threads(1)
+    contender = (make_ours(case, place) | make_peers(case, place))[name]()
+    few = sorted((record for step in case.batches for record in step if record.images), key=_length(case))[:2]
+    _once(contender, few)  # libraries load, kernels are chosen
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = _kilobytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark, proc(5)
+    for records in case.batches:
+        _once(contender, records)
     return 1024 * (_kilobytes("VmHWM") - before)
 
 
