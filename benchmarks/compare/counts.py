@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -23,10 +23,10 @@ class Counts:
     """Of the steps together; a slot is a place in a row that the language model computes, padding included."""
 
     flops: float = 0.0
-    tiles: int = 0
-    slots: int = 0
-    real: int = 0  # tokens of the rows that were collated
-    rows: int = 0  # the same with padding
+    tiles: float = 0.0
+    slots: float = 0.0
+    real: float = 0.0  # tokens of the rows that were collated
+    rows: float = 0.0  # the same with padding
 
     @property
     def padding(self) -> float:
@@ -36,26 +36,29 @@ class Counts:
 def count(contender: Contender, batches: list[list[Record]]) -> Counts:
     """One forward and backward over each batch; no weight changes. Recomputed layers count in the FLOPs alone."""
     found = Counts()
-    mode = FlopCounterMode(display=False, custom_mapping=UNKNOWN)
-    for records in batches:
-        inputs = contender.prepare(records)
-        real, rows = contender.rows(inputs, records)
-        found.real, found.rows = found.real + real, found.rows + rows
-        with _watched(contender.models, found), mode:
-            contender.backward(inputs)
-        found.flops += mode.get_total_flops()
-        contender.clear()
+    for weight in contender.passes():
+        for records in batches:
+            inputs = contender.prepare(records)
+            real, rows = contender.rows(inputs, records)
+            with _watched(contender.models) as seen, FlopCounterMode(display=False, custom_mapping=UNKNOWN) as mode:
+                contender.backward(inputs)
+            contender.clear()
+            now = Counts(mode.get_total_flops(), seen["tiles"], seen["slots"], real, rows)
+            for field in fields(found):
+                setattr(found, field.name, getattr(found, field.name) + weight * getattr(now, field.name))
     return found
 
 
 @contextlib.contextmanager
-def _watched(models: list[nn.Module], found: Counts) -> Iterator[None]:
+def _watched(models: list[nn.Module]) -> Iterator[dict[str, int]]:
+    seen = {"tiles": 0, "slots": 0}
+
     def see_tiles(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         pixels: Tensor = args[0] if args else kwargs["pixel_values"]
-        found.tiles += pixels.shape[0]
+        seen["tiles"] += pixels.shape[0]
 
     def see_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        found.slots += math.prod(kwargs["inputs_embeds"].shape[:-1])
+        seen["slots"] += math.prod(kwargs["inputs_embeds"].shape[:-1])
 
     hooks = []
     for model in models:
@@ -63,7 +66,7 @@ def _watched(models: list[nn.Module], found: Counts) -> Iterator[None]:
         hooks.append(inner["vision_tower"].register_forward_pre_hook(see_tiles, with_kwargs=True))
         hooks.append(inner["language_model"].register_forward_pre_hook(see_rows, with_kwargs=True))
     try:
-        yield
+        yield seen
     finally:
         for hook in hooks:
             hook.remove()

@@ -206,6 +206,8 @@ def test_dpo_runs_end_to_end_and_counts_tower_passes(place_of):
     assert list(rows) == [OURS, CACHED, TRL_SHIPPED, TRL_TUNED]
     assert rows[TRL_TUNED]["tower_passes_per_tile"] == 4
     assert rows[CACHED]["tower_passes_per_tile"] <= rows[OURS]["tower_passes_per_tile"] <= 2
+    kept = rows[CACHED]["flops_per_sample"] * result["data"]["records"]
+    assert kept == pytest.approx(rows[CACHED]["arithmetic_flops"], rel=0.15) and kept < rows[OURS]["arithmetic_flops"]
     assert result["gate"][TRL_SHIPPED]["logps"] < 1e-5
     assert [(bar["ours"], bar["asked"]) for bar in result["bars"]] == [(OURS, 1.7), (OURS, 2.1), (CACHED, 2.5)]
 
