@@ -7,7 +7,7 @@ PIP := $(BIN)/pip --quiet --disable-pip-version-check --no-input
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev quickstart test test-slow test-long test-all lint format types bench clean
+.PHONY: help setup setup-dev quickstart test test-slow test-long test-all lint format types bench bench-gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -56,8 +56,11 @@ format: setup-dev  ## let ruff put the code in order
 	@$(BIN)/ruff check --fix --exit-zero .
 	@$(BIN)/ruff format .
 
-bench: setup-dev  ## one optimizer step beside TRL's SFTTrainer
-	@$(BIN)/python -m benchmarks.sft_step
+bench: setup-dev  ## optimizer steps of align beside TRL and HF Trainer, some minutes on the CPU
+	@$(BIN)/python -m benchmarks.compare stage=align
+
+bench-gpu: setup-dev  ## one GPU: its ceilings, then released shapes, within 10 minutes
+	@$(BIN)/python -m benchmarks.gpu
 
 clean:  ## remove the environment and what tools left; runs/ stays
 	@rm -rf $(VENV) *.egg-info build dist .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,187 @@
+"""Optimizer steps of this library beside those of TRL and HF Trainer: equal results first, then ratios.
+
+    python -m benchmarks.compare stage=align|sft|anyres|dpo|memory [size=twin7b|twin05b] [tiles=5|1] [peer=trl,hf]
+                                 [ladder=true] [steps=N] [repeats=5] [most=15] [minutes=15] [peaks=false]
+
+Each contender takes the same records to one optimizer step: its own processing and collating, forward, backward,
+clipping, AdamW. On a CPU: one thread, float32. The result goes to benchmarks/results/compare_*.json, tables and plots to
+docs/compare.md. A GPU has `python -m benchmarks.gpu`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.compare import page, report
+from benchmarks.compare.cases import HF_TUNED, OURS, Case, make_case
+from benchmarks.compare.clock import interleave
+from benchmarks.compare.contender import Contender, Place, make_ours, steady
+from benchmarks.compare.counts import count
+from benchmarks.compare.gate import check, require_checkpointing
+from benchmarks.compare.memory import available, peak_memory
+from benchmarks.compare.peers import make_peers
+from benchmarks.compare.sizes import save_model
+from benchmarks.compare.switches import SWITCHES
+from lit_vlm.engine.run_folder import versions
+from lit_vlm.engine.trainer import quiet
+from lit_vlm.types import UserError
+
+RESULTS = Path(__file__).parents[1] / "results"
+STAGES = ("align", "sft", "anyres", "dpo", "memory")
+CPU_SIZES = ("twin7b", "twin05b", "smallest", "wide")
+GATE_STEPS = 3
+ROOM = 14e9  # bytes that must be free for the large micro-batch
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    stage: str
+    size: str = "twin7b"
+    tiles: int = 5
+    peer: str = "trl,hf"
+    ladder: bool = False
+    steps: int = 0  # of a repeat; 0: the case's own number
+    repeats: int = 5
+    most: int = 15
+    minutes: float = 15.0
+    peaks: bool = True  # peak memory, in a process for each contender
+
+    @classmethod
+    def read(cls, words: list[str]) -> Arguments:
+        """`key=value` words.
+
+        Raises:
+            UserError: an unknown word or a value that it cannot have.
+        """
+        kinds: dict[str, Any] = {"tiles": int, "steps": int, "repeats": int, "most": int, "minutes": float}
+        names = [field.name for field in fields(cls)]
+        values: dict[str, Any] = {}
+        for word in words:
+            key, _, value = word.partition("=")
+            if key not in names:
+                near = difflib.get_close_matches(key, names, 1)
+                raise UserError(
+                    f"{word}: there is no {key!r}{f'; did you mean {near[0]}=?' if near else ''}. Words: {', '.join(names)}."
+                )
+            values[key] = value.lower() == "true" if key in ("ladder", "peaks") else kinds.get(key, str)(value)
+        found = cls(**({"stage": ""} | values))
+        for key, known in (("stage", STAGES), ("size", CPU_SIZES), ("tiles", (1, 5))):
+            if getattr(found, key) not in known:
+                hint = " Released sizes need a GPU: python -m benchmarks.gpu." if key == "size" else ""
+                raise UserError(f"{key}={getattr(found, key)}: give one of {', '.join(map(str, known))}.{hint}")
+        return found
+
+
+def main(words: list[str]) -> None:
+    warnings.filterwarnings("ignore")
+    quiet()
+    arguments = Arguments.read(words)
+    case = make_case(arguments.stage, "wide" if arguments.stage == "memory" else arguments.size, arguments.tiles)
+    case = replace(case, steps=arguments.steps or case.steps)
+    steady()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Place(save_model(case.model_size, case.tiling, Path(folder) / "hf"))
+        if case.stage == "memory":
+            result = large_micro_batch(case, place)
+        else:
+            result = (climb if arguments.ladder else compare)(case, place, arguments)
+    print(report.text(result))
+    if case.size != "smallest":  # which is there to see that everything runs
+        name = f"compare_{case.name}{'_ladder' if arguments.ladder else ''}.json"
+        (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n")
+        page.write(RESULTS)
+
+
+def compare(case: Case, place: Place, arguments: Arguments, say=print) -> dict[str, Any]:
+    """Ours beside the peers that are asked for.
+
+    Raises:
+        UserError: they compute something else.
+    """
+    asked = tuple(arguments.peer.lower().split(","))
+    names = [name for name in case.contenders if name.startswith(OURS) or name.lower().startswith(asked)]
+    made = make_ours(case, place) | make_peers(case, place)
+    contenders = [made[name]() for name in names]
+    began = time.perf_counter()
+    result = measure(case, contenders, arguments, say)
+    for name in names:
+        row = result["contenders"][name]
+        if arguments.peaks:
+            row["peak_memory"] = peak_of(case, name, place)
+        row["arithmetic_flops"] = report.arithmetic(case, case.recipe(name))
+    return result | {"bars": report.bars(case, result), "seconds": time.perf_counter() - began}
+
+
+def climb(case: Case, place: Place, arguments: Arguments, say=print) -> dict[str, Any]:
+    """Ours beside itself with each trick off."""
+    switches = {name: switch for name, switch in SWITCHES.items() if case.stage in switch.stages}
+    contenders: list[Contender] = [make_ours(case, place)[OURS]()]
+    contenders += [switch.contender(name, case, place) for name, switch in switches.items()]
+    result = measure(case, contenders, arguments, say)
+    return result | {"ladder": report.ladder(case, result, {n: s.predicted(case) for n, s in switches.items()})}
+
+
+def measure(case: Case, contenders: list[Contender], arguments: Arguments, say) -> dict[str, Any]:
+    """Gate, counts and times."""
+    agreed = check(contenders, case.batches[:GATE_STEPS])
+    for contender in contenders:
+        require_checkpointing(contender, case_recomputes(case, contender.name))
+    say(f"{case.name}: losses, gradients and weights agree")
+    counts = {contender.name: count(contender, case.batches) for contender in contenders}
+    limits = {"repeats": arguments.repeats, "most": arguments.most, "budget": 60 * arguments.minutes}
+    times = interleave(contenders, case.batches, say=say, **limits)
+    return {
+        "case": case.name,
+        "data": report.data(case),
+        "gate": agreed,
+        "contenders": {name: report.row(case, times[name], counts[name]) for name in times},
+        "machine": {"load": os.getloadavg(), "cores": os.cpu_count()},
+        "versions": versions(),
+    }
+
+
+def case_recomputes(case: Case, name: str) -> bool:
+    return (SWITCHES[name].predicted(case) if name in SWITCHES else case.recipe(name)).recomputes
+
+
+def peak_of(case: Case, name: str, place: Place) -> int:
+    """Of the plain contender, also for one that keeps its reference's scores."""
+    assert place.folder is not None
+    return peak_memory(case.stage, case.size, case.tiles or 5, name, place.folder, case.batch, case.steps)
+
+
+def large_micro_batch(case: Case, place: Place) -> dict[str, Any]:
+    """Peak memory under a real vocabulary, ours beside HF Trainer.
+
+    Raises:
+        UserError: there is too little room for it.
+    """
+    if available() < ROOM:
+        raise UserError(
+            f"stage=memory: {available() / 1e9:.1f} GB of memory are free and {ROOM / 1e9:.0f} GB are needed. Try again when there are."
+        )
+    small = replace(case, batch=2, steps=1)
+    contenders = [(make_ours(small, place) | make_peers(small, place))[name]() for name in (OURS, HF_TUNED)]
+    agreed = check(contenders, small.batches)
+    del contenders
+    peaks = {name: peak_of(case, name, place) for name in (OURS, HF_TUNED)}
+    ratio = peaks[OURS] / peaks[HF_TUNED]
+    return {"case": case.name, "data": report.data(case), "gate": agreed, "peak_memory": peaks, "ratio": ratio} | {
+        "versions": versions()
+    }
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        raise SystemExit(str(error)) from None

@@ -1,0 +1,272 @@
+"""What is compared: something that takes records and does an optimizer step. This library as one of them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import LlavaOnevisionForConditionalGeneration
+
+from benchmarks.compare.cases import CACHED, EPOCHS, OURS, Case
+from benchmarks.compare.sizes import random_model
+from lit_vlm.data.collate import collate
+from lit_vlm.model.forward import use_flat_forward
+from lit_vlm.model.hub import quiet_transformers
+from lit_vlm.model.lora import Lora
+from lit_vlm.stages import DPOStage
+from lit_vlm.stages.reference import ReferenceLogProbs
+from lit_vlm.stages.tally import Tally
+from lit_vlm.types import Batch, Part, Record
+
+RATE = 1e-4  # constant, for all contenders alike; large enough that a few steps move the weights
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
+EPS = 1e-6  # Adam's: below it gradients that are zero but for rounding would decide the direction
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """Seconds of the clock and of this process, threads included; and of them those that prepared the data."""
+
+    wall: float
+    cpu: float
+    data_wall: float
+    data_cpu: float
+
+    def __add__(self, other: Times) -> Times:
+        return Times(*(a + b for a, b in zip(self.values(), other.values(), strict=True)))
+
+    def __mul__(self, factor: float) -> Times:
+        return Times(*(factor * value for value in self.values()))
+
+    def values(self) -> tuple[float, float, float, float]:
+        return self.wall, self.cpu, self.data_wall, self.data_cpu
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where the models of a comparison come from and lie.
+
+    Attributes:
+        folder: that all load from; None: each draws the same weights on the device.
+        mixed: compute in bfloat16 under autocast (`bf16-mixed`).
+    """
+
+    folder: Path | None = None
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    mixed: bool = False
+    lora: Lora | None = None
+    seed: int = 0
+
+    def model(self, case: Case) -> LlavaOnevisionForConditionalGeneration:
+        """A fresh model with the weights that all contenders start from."""
+        if self.folder is None:
+            return random_model(case.model_size, case.tiling, self.device, self.dtype, self.seed)
+        with quiet_transformers():
+            return LlavaOnevisionForConditionalGeneration.from_pretrained(self.folder, dtype=self.dtype)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return torch.autocast(self.device, torch.bfloat16) if self.mixed else contextlib.nullcontext()
+
+    def wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+
+class Contender:
+    """Takes records and does an optimizer step with them: AdamW, clipping to 1, a constant rate, for all alike.
+
+    Attributes:
+        models: that take part; the first one learns, a second one is the reference.
+    """
+
+    name: str
+    models: list[nn.Module]
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, case: Case, place: Place) -> None:
+        self.case, self.place = case, place
+
+    def prepare(self, records: list[Record]) -> Any:
+        """Records to what the model takes, on its device."""
+        raise NotImplementedError
+
+    def backward(self, inputs: Any) -> float:
+        """Forward and backward; gradients lie in the parameters. Returns the loss of the step."""
+        raise NotImplementedError
+
+    def rows(self, inputs: Any, records: list[Record]) -> tuple[int, int]:
+        """Tokens of a step's rows that are real, and all of them, padding included."""
+        raise NotImplementedError
+
+    def logps(self, record: Record) -> tuple[float, float]:
+        """Sum of the log-probabilities of a pair's chosen and rejected answer; leaves no gradient."""
+        raise NotImplementedError
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by transformers' names."""
+        named = ((name.replace("base_model.model.", ""), value) for name, value in self.models[0].named_parameters())
+        return {name: value for name, value in named if id(value) in self._learning}
+
+    def optimize(self) -> None:
+        learning = [parameter for parameter in self.models[0].parameters() if parameter.requires_grad]
+        self._learning = {id(parameter) for parameter in learning}
+        self.optimizer = torch.optim.AdamW(learning, lr=RATE, eps=EPS, weight_decay=0.0, fused=True)
+
+    def update(self) -> None:
+        torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
+        self.optimizer.step()
+        self.clear()
+
+    def clear(self) -> None:
+        self.models[0].zero_grad(set_to_none=True)
+
+    def step(self, records: list[Record]) -> Times:
+        began = _now()
+        inputs = self.prepare(records)
+        prepared = _now()
+        self.backward(inputs)
+        self.update()
+        self.place.wait()
+        ended = _now()
+        return Times(ended[0] - began[0], ended[1] - began[1], prepared[0] - began[0], prepared[1] - began[1])
+
+    def passes(self) -> Iterator[float]:
+        """A pass over the batches for each number that this yields, which is its weight."""
+        yield 1.0
+
+    def repeat(self, batches: list[list[Record]]) -> Times:
+        """Optimizer steps over these batches, one after the other."""
+        total = Times(0.0, 0.0, 0.0, 0.0)
+        for weight in self.passes():
+            for records in batches:
+                total = total + self.step(records) * weight
+        return total
+
+
+class Ours(Contender):
+    """A stage of this library: its collate and its loss, without Lightning's loop.
+
+    Args:
+        name: in tables.
+        options: of the stage, beside those of the case.
+        alter: changes the stage before the optimizer is made (the switches of the ablation ladder).
+        batch: changes a micro-batch on its way to the model.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        place: Place,
+        *,
+        name: str = OURS,
+        options: dict[str, Any] | None = None,
+        alter: Callable[[Ours], None] = lambda contender: None,
+        batch: Callable[[Batch], Batch] = lambda batch: batch,
+    ) -> None:
+        super().__init__(case, place)
+        self.name, self.batch, self.processor = name, batch, case.processor
+        model = place.model(case)
+        use_flat_forward(model, case.model_size.images(case.tiling))
+        parts = {Part.language_model.value: {"lora": asdict(place.lora)}} if place.lora else None
+        self.stage = case.stage_class(
+            model, parts=parts, tiling=case.tiling.value, **{**case.options, **(options or {})}
+        )
+        self.stage.configure_model()
+        self.stage.to(place.device)
+        self.models = [self.stage.model, *([self.stage.reference] if getattr(self.stage, "reference", None) else [])]
+        self.optimize()
+        alter(self)
+
+    def prepare(self, records: list[Record]) -> Batch:
+        pairs = len(records) if self.case.prefers else 0
+        batch = collate(self.processor, records, step_pairs=pairs, step_chosen_tokens=int(bool(pairs)))
+        batch.step_supervised_tokens = batch.num_supervised_tokens
+        batch.keys = [crc32(record.id.encode()) for record in records]
+        return self.batch(batch.to(self.place.device))
+
+    def backward(self, inputs: Batch) -> float:
+        with self.place.autocast():
+            loss = self.loss(inputs)
+        loss.backward()
+        return float(loss.detach())
+
+    def loss(self, batch: Batch) -> Tensor:
+        if isinstance(self.stage, DPOStage):  # its step_loss logs and checks the run's first loss: it wants a Trainer
+            loss, judged = self.stage._preference(batch, Tally(), training=True)
+            self.metrics = judged.metrics
+            return loss
+        return self.stage.step_loss(batch)
+
+    def rows(self, inputs: Batch, records: list[Record]) -> tuple[int, int]:
+        real = sum(self.case.tokens_of[record.id] for record in records)
+        return min(real, inputs.num_tokens), inputs.num_tokens  # pairs that share their prompt have fewer
+
+    def logps(self, record: Record) -> tuple[float, float]:
+        with torch.no_grad(), self.place.autocast():
+            self.loss(self.prepare([record]))
+        return self.metrics["logps/chosen"], self.metrics["logps/rejected"]
+
+
+class OursWithKeptReference(Ours):
+    """The reference's scores are computed in the first of several epochs and looked up in the others."""
+
+    def __init__(self, case: Case, place: Place) -> None:
+        super().__init__(case, place, name=CACHED, options={"cache_reference": True})
+        self.forget()
+        for records in case.batches:  # now the policy is the reference still
+            self._keep(self.prepare(records))
+
+    def forget(self) -> None:
+        self.stage.kept = ReferenceLogProbs(None)
+
+    def loss(self, batch: Batch) -> Tensor:
+        self._keep(batch)
+        return super().loss(batch)
+
+    def _keep(self, batch: Batch) -> None:
+        if self.stage.kept.missing(np.array(batch.keys, np.uint64)).any():
+            with torch.no_grad(), self.place.autocast():
+                self.stage._keep(batch)
+            self.stage.kept.read()
+
+    def passes(self) -> Iterator[float]:
+        """One epoch that computes them and one that looks them up stand for `EPOCHS`, as the mean of one. What is computed
+        then is of weights that have learnt; it takes as long."""
+        self.forget()
+        yield 1 / EPOCHS
+        yield 1 - 1 / EPOCHS
+
+
+def make_ours(case: Case, place: Place) -> dict[str, Callable[[], Contender]]:
+    """Of this library, by name."""
+    return {OURS: partial(Ours, case, place), CACHED: partial(OursWithKeptReference, case, place)}
+
+
+def steady() -> None:
+    """Make this process's seconds repeatable: one thread (two on a busy machine are slower at this size, and their seconds
+    cannot be told apart), no denormal numbers, and memory that stays with the process, as a GPU's allocator keeps it.
+
+    Without the last, glibc gives every large tensor back and the kernel clears its pages anew, so that keeping
+    activations costs more than computing them again.
+    """
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    with contextlib.suppress(OSError, AttributeError):  # mallopt(3) is glibc's
+        libc = ctypes.CDLL("libc.so.6")
+        for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
+            libc.mallopt(parameter, value)
+
+
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()

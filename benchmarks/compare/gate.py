@@ -1,0 +1,135 @@
+"""No ratio between different computations: loss, gradients and updates of all contenders must agree first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.compare.contender import Contender
+from lit_vlm.types import Record, UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    loss: float  # relative, of the first step
+    gradients: float  # least cosine
+    parameters: float  # least cosine after the steps
+    logps: float  # relative, of each answer
+
+
+FLOAT32 = Tolerance(loss=1e-5, gradients=0.9999, parameters=0.999, logps=1e-5)
+BFLOAT16 = Tolerance(loss=2e-3, gradients=0.999, parameters=0.999, logps=2e-2)
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What a contender computed."""
+
+    loss: float
+    losses: list[float]  # of the steps after the first
+    logps: list[tuple[float, float]]
+    gradients: Tensor  # [P] of all parameters that learn, in the order of their names
+    parameters: Tensor  # [P] after the steps
+    updates: Tensor  # [P] their way from the start
+
+
+def check(
+    contenders: Sequence[Contender], batches: list[list[Record]], tolerance: Tolerance = FLOAT32
+) -> dict[str, dict[str, float]]:
+    """Take the steps of these batches with each contender and hold the results against the first one's.
+
+    Returns:
+        of each contender the differences that were found.
+
+    Raises:
+        UserError: they compute something else. No ratio may be printed.
+    """
+    first, *others = [(contender.name, facts_of(contender, batches)) for contender in contenders]
+    return {first[0]: {"loss": first[1].loss}} | {
+        name: compare(*first, name, facts, tolerance) for name, facts in others
+    }
+
+
+def facts_of(contender: Contender, batches: list[list[Record]]) -> Facts:
+    learning = contender.trained()
+    names = sorted(learning)
+    logps = [contender.logps(record) for record in batches[0]] if contender.case.prefers else []
+    contender.clear()
+    before = flat([learning[name].detach() for name in names])
+    loss = contender.backward(contender.prepare(batches[0]))
+    gradients = flat([_gradient(learning[name]) for name in names])
+    contender.update()
+    losses = []
+    for records in batches[1:]:
+        losses.append(contender.backward(contender.prepare(records)))
+        contender.update()
+    after = flat([learning[name].detach() for name in names])
+    return Facts(loss, losses, logps, gradients, after, after - before)
+
+
+def compare(ours: str, mine: Facts, name: str, theirs: Facts, tolerance: Tolerance) -> dict[str, float]:
+    """The differences of one contender from another.
+
+    Raises:
+        UserError: one of them is beyond its tolerance.
+    """
+    if len(mine.gradients) != len(theirs.gradients):
+        raise UserError(
+            f"{name} trains {len(theirs.gradients):,} parameters and {ours} {len(mine.gradients):,}. No ratio is printed; "
+            "both must freeze the same parts."
+        )
+    found = {
+        "loss": _apart(theirs.loss, mine.loss),
+        "gradients": _cosine(theirs.gradients, mine.gradients),
+        "parameters": _cosine(theirs.parameters, mine.parameters),
+        "updates": _cosine(theirs.updates, mine.updates),
+        "later_losses": max([_apart(a, b) for a, b in zip(theirs.losses, mine.losses, strict=True)], default=0.0),
+    }
+    pairs = [
+        _apart(a, b) for one, two in zip(theirs.logps, mine.logps, strict=True) for a, b in zip(one, two, strict=True)
+    ]
+    found["logps"] = max(pairs, default=0.0)
+    limits = asdict(tolerance)
+    for what in ("loss", "logps", "gradients", "parameters"):
+        beyond = found[what] > limits[what] if what in ("loss", "logps") else not found[what] >= limits[what]
+        if beyond:
+            kind = "differ by" if what in ("loss", "logps") else "have a cosine of"
+            raise UserError(
+                f"{name} and {ours} compute different things: the {what} of the first steps {kind} {found[what]:.3g} "
+                f"(limit {limits[what]:g}; losses {theirs.loss:.7f} and {mine.loss:.7f}). No ratio is printed."
+            )
+    return found
+
+
+def require_checkpointing(contender: Contender, wanted: bool) -> None:
+    """Flags alone do not say it: transformers skips the checkpointing of modules that are in eval.
+
+    Raises:
+        UserError: activations are recomputed where they should not be, or the other way round.
+    """
+    modules = list(contender.models[0].modules())
+    active = any(getattr(module, "gradient_checkpointing", False) and module.training for module in modules)
+    if active != wanted:
+        raise UserError(
+            f"{contender.name} {'recomputes' if active else 'does not recompute'} activations. No ratio is printed."
+        )
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten().float().cpu() for tensor in tensors])
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _apart(a: float, b: float) -> float:
+    return abs(a - b) / max(abs(b), 1e-12)
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    a, b = a.double(), b.double()
+    return float(a @ b / (a.norm() * b.norm()).clamp(min=1e-300))

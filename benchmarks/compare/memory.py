@@ -1,0 +1,68 @@
+"""Peak memory of one contender's forward and backward, in a process of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def peak_memory(stage: str, size: str, tiles: int, contender: str, folder: Path, batch: int, steps: int) -> int:
+    """Bytes above the loaded model, the largest of the steps. The optimizer's moments are not in it: it takes no step."""
+    words = [stage, size, str(tiles), contender, str(folder), str(batch), str(steps)]
+    command = [sys.executable, "-m", "benchmarks.compare.memory", *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{contender} in a process of its own: {done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(stage: str, size: str, tiles: int, name: str, folder: Path, batch: int, steps: int) -> int:
+    import torch
+
+    from benchmarks.compare.cases import make_case, smaller
+    from benchmarks.compare.contender import Place, make_ours
+    from benchmarks.compare.peers import make_peers
+
+    case, place = smaller(make_case(stage, size, tiles), batch, steps), Place(folder)
+    torch.set_num_threads(1)
+    contender = (make_ours(case, place) | make_peers(case, place))[name]()
+    few = sorted((record for step in case.batches for record in step if record.images), key=_length(case))[:2]
+    _once(contender, few)  # libraries load, kernels are chosen
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before = _kilobytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark, proc(5)
+    for records in case.batches:
+        _once(contender, records)
+    return 1024 * (_kilobytes("VmHWM") - before)
+
+
+def available() -> int:
+    """Bytes of memory that processes may take."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def _length(case):
+    return lambda record: case.length_of[record.id]
+
+
+def _once(contender, records) -> None:
+    contender.backward(contender.prepare(records))
+    contender.clear()
+
+
+def _kilobytes(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+if __name__ == "__main__":
+    stage, size, tiles, name, folder, batch, steps = sys.argv[1:]
+    print(main(stage, size, int(tiles), name, Path(folder), int(batch), int(steps)))

@@ -1,0 +1,193 @@
+"""TRL's and transformers' trainers as contenders: their collators and their `training_step`, an optimizer step behind it.
+
+Each lends its model, dataset row and arguments as its documents say. What differs from its defaults is written where it
+is set. The loops around `training_step` are left out, as Lightning's is on our side.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any
+
+import torch
+from transformers import LlavaOnevisionImageProcessorPil
+from transformers.image_processing_backends import PilBackend
+
+from benchmarks.compare.cases import HF_SORTED, HF_TUNED, TRL_SHIPPED, TRL_TUNED, Case
+from benchmarks.compare.contender import Contender, Place
+from lit_vlm.anyres import Tiling
+from lit_vlm.model.hub import PlainProcessor, plain_processor
+from lit_vlm.model.parts import freeze
+from lit_vlm.types import ImageSlot, Message, PreferencePair, Record
+
+OPTIONS = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
+
+
+class BaseViews(LlavaOnevisionImageProcessorPil):
+    """One view of each picture, for stages that do not tile: transformers gives it to samples of several pictures only,
+    so a micro-batch's pictures are handed over as those of one sample. There must be two of them."""
+
+    def preprocess(self, images: list[list[Any]], **kwargs: Any) -> Any:
+        flat = list(itertools.chain.from_iterable(images))
+        assert len(flat) > 1, "transformers tiles a picture that is alone in its micro-batch"
+        return PilBackend.preprocess(self, flat, [len(flat)], **kwargs)
+
+
+def processor_of(case: Case) -> PlainProcessor:
+    """transformers' own, Pillow inside, whose pixels are ours exactly."""
+    plain = plain_processor(copy.deepcopy(case.processor.tokenizer), case.processor.images)
+    if case.tiling is Tiling.base:
+        plain.image_processor = BaseViews(**plain.image_processor.to_dict())
+    return plain
+
+
+class Peer(Contender):
+    """What TRL's and transformers' trainers have in common.
+
+    Args:
+        checkpointing: of activations.
+        micro_batches: of an optimizer step, its records sorted by length.
+    """
+
+    def __init__(self, case: Case, place: Place, name: str, checkpointing: bool, micro_batches: int = 1) -> None:
+        super().__init__(case, place)
+        self.name, self.micro_batches = name, micro_batches
+        model = place.model(case)
+        freeze(model, case.trainable)
+        self.trainer = self.make_trainer(model, checkpointing)
+        self.models = [self.trainer.model]
+        self.trainer.current_gradient_accumulation_steps = micro_batches  # as train() does
+        if checkpointing:  # likewise
+            given = self.trainer.args.gradient_checkpointing_kwargs
+            self.trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=given)
+        self.optimize()
+
+    def make_trainer(self, model: Any, checkpointing: bool) -> Any:
+        raise NotImplementedError
+
+    def arguments(self, kind: Any, **options: Any) -> Any:
+        """Where the place computes: TRL's default precision is `bf16`, ours on a CPU float32."""
+        folder = Path(gettempdir()) / "compare_trainer"
+        precision = {"use_cpu": self.place.device == "cpu", "bf16": self.place.mixed}
+        return kind(output_dir=str(folder), **OPTIONS, **precision, **options)
+
+    def prepare(self, records: list[Record]) -> list[dict]:
+        each = -(-len(records) // self.micro_batches)
+        if self.micro_batches > 1:
+            records = sorted(records, key=lambda record: self.case.length_of[record.id])
+        rows = [row_of(record) for record in records]
+        found = [self.trainer.data_collator(rows[start : start + each]) for start in range(0, len(rows), each)]
+        return [self.trainer._prepare_inputs(dict(inputs)) for inputs in found]
+
+    def rows(self, inputs: list[dict], records: list[Record]) -> tuple[int, int]:
+        masks = [part["attention_mask"] for part in inputs]
+        return sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
+
+    def backward(self, inputs: list[dict]) -> float:
+        count = sum((part["labels"][:, 1:] != -100).sum() for part in inputs)
+        model = self.trainer.model
+        # num_items_in_batch: a mean over the step's tokens, whatever the micro-batches
+        return float(sum(self.trainer.training_step(model, dict(part), num_items_in_batch=count) for part in inputs))
+
+
+class TrlSFT(Peer):
+    def make_trainer(self, model: Any, checkpointing: bool) -> Any:
+        from datasets import Dataset
+        from trl import SFTConfig, SFTTrainer
+
+        options = self.arguments(
+            SFTConfig,
+            max_length=None,  # 1,024 by default, and pictures in tiles are longer
+            gradient_checkpointing=checkpointing,  # true by default
+            assistant_only_loss=True,
+        )
+        dataset = Dataset.from_list([row_of(self.case.batches[0][0])])
+        return SFTTrainer(model, options, train_dataset=dataset, processing_class=processor_of(self.case))
+
+
+class HFTrainer(Peer):
+    """transformers has no collator for conversations with pictures; it gets TRL's."""
+
+    def make_trainer(self, model: Any, checkpointing: bool) -> Any:
+        from transformers import Trainer, TrainingArguments
+        from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+        options = self.arguments(TrainingArguments, gradient_checkpointing=checkpointing, remove_unused_columns=False)
+        collator = DataCollatorForVisionLanguageModeling(processor_of(self.case), assistant_only_loss=True)
+        return Trainer(model, options, data_collator=collator)
+
+
+class TrlDPO(Peer):
+    """The reference is a second model, computed at each step: TRL refuses to compute it beforehand for images."""
+
+    def __init__(self, case: Case, place: Place, name: str, checkpointing: bool) -> None:
+        super().__init__(case, place, name, checkpointing)
+        if self.trainer.ref_model is not None:
+            self.models.append(self.trainer.ref_model)
+
+    def make_trainer(self, model: Any, checkpointing: bool) -> Any:
+        from datasets import Dataset
+        from peft import LoraConfig
+        from trl import DPOConfig, DPOTrainer
+
+        options = self.arguments(DPOConfig, max_length=None, gradient_checkpointing=checkpointing)
+        dataset = Dataset.from_list([row_of(self.case.batches[0][0])])
+        lora, reference = self.place.lora, None
+        if lora is None:
+            reference = self.place.model(self.case).requires_grad_(False).eval()
+        else:
+            targets = rf".*language_model.*\.({'|'.join(lora.targets)})"
+            lora = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
+        return DPOTrainer(
+            model,
+            reference,
+            options,
+            train_dataset=dataset,
+            processing_class=processor_of(self.case),
+            peft_config=lora,
+        )
+
+    def backward(self, inputs: list[dict]) -> float:
+        (part,) = inputs
+        return float(self.trainer.training_step(self.trainer.model, dict(part)))
+
+    def logps(self, record: Record) -> tuple[float, float]:
+        (part,) = self.prepare([record])
+        with torch.no_grad(), self.trainer.compute_loss_context_manager():
+            self.trainer.model.train()
+            self.trainer.compute_loss(self.trainer.model, dict(part))
+        metrics = self.trainer._metrics["train"]
+        return metrics["logps/chosen"][-1], metrics["logps/rejected"][-1]
+
+
+def make_peers(case: Case, place: Place) -> dict[str, Callable[[], Contender]]:
+    """By name, as TRL and transformers ship them and as well as they can be set up."""
+    trl = TrlDPO if case.prefers else TrlSFT
+    return {
+        TRL_SHIPPED: partial(trl, case, place, TRL_SHIPPED, checkpointing=True),
+        TRL_TUNED: partial(trl, case, place, TRL_TUNED, checkpointing=False),
+        HF_TUNED: partial(HFTrainer, case, place, HF_TUNED, checkpointing=False),
+        HF_SORTED: partial(HFTrainer, case, place, HF_SORTED, checkpointing=False, micro_batches=2),
+    }
+
+
+def row_of(record: Record) -> dict[str, Any]:
+    """A record as TRL takes it."""
+    images = [image.load() for image in record.images]
+    if isinstance(record, PreferencePair):
+        turns = {"prompt": list(record.prompt), "chosen": [record.chosen], "rejected": [record.rejected]}
+        return {"images": images} | {name: [_turn(message) for message in part] for name, part in turns.items()}
+    return {"images": images, "messages": [_turn(message) for message in record.messages]}
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    parts = [
+        {"type": "image"} if isinstance(piece, ImageSlot) else {"type": "text", "text": piece}
+        for piece in message.content
+    ]
+    return {"role": message.role.value, "content": parts}

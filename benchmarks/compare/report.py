@@ -1,0 +1,205 @@
+"""What was measured, as numbers and as tables."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from benchmarks.compare.cases import OURS, Case, lengths, on_a_gpu
+from benchmarks.compare.clock import SPREAD, spread
+from benchmarks.compare.contender import Times
+from benchmarks.compare.counts import Counts
+from benchmarks.flops_bound import Recipe, ratio_bound, step_flops
+
+CLOCKS = {"cpu": "cpu_seconds", "wall": "wall_seconds"}
+SHARE = 0.85  # of its bound, that a ratio must reach where the bound is below what is asked
+
+
+def data(case: Case) -> dict[str, Any]:
+    """Of a repeat."""
+    longest = [max(max(size.lengths) for size in step) for step in case.sizes]
+    return lengths(case.sizes) | {"batch": case.batch, "steps": case.steps, "longest_of_each_step": longest}
+
+
+def arithmetic(case: Case, recipe: Recipe) -> float:
+    """FLOPs of a repeat."""
+    return sum(step_flops(case.model_size.shape, recipe, step) for step in case.sizes)
+
+
+def row(case: Case, times: list[Times], counts: Counts) -> dict[str, Any]:
+    """Of one contender. Rates are of the CPU's seconds; a repeat is all steps."""
+    of = lengths(case.sizes)
+    walls, cpus = [time.wall for time in times], [time.cpu for time in times]
+    seconds = statistics.median(cpus)
+    return {
+        "wall_seconds": walls,
+        "cpu_seconds": cpus,
+        "cpu_seconds_without_data": [time.cpu - time.data_cpu for time in times],
+        "spread": {"cpu": spread(cpus), "wall": spread(walls)},
+        "repeats": len(times),
+        "samples_per_second": of["records"] / seconds,
+        "samples_per_wall_second": of["records"] / statistics.median(walls),
+        "supervised_tokens_per_second": of["supervised"] / seconds,
+        "tokens_per_second": of["tokens"] / seconds,
+        "slots_per_second": counts.slots / seconds,
+        "padding": counts.padding,
+        "tower_passes_per_tile": counts.tiles / of["tiles"],
+        "flops_per_sample": counts.flops / of["records"],
+        "executed_over_ideal": counts.flops / arithmetic(case, case.ideal),
+        "flops_per_second": counts.flops / seconds,
+        "data_share": statistics.median(time.data_cpu / time.cpu for time in times),
+        "cpu_seconds_per_sample": seconds / of["records"],
+    }
+
+
+def bars(case: Case, result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each bar, with what arithmetic allows. Of several peers the fastest counts."""
+    rows, found = result["contenders"], []
+    for bar in case.bars:
+        peers = [peer for peer in bar.peers if peer in rows]
+        if not peers or bar.ours not in rows:
+            continue
+        peer = min(peers, key=lambda name: statistics.median(rows[name]["cpu_seconds"]))
+        shape, goal, recipe = case.model_size.shape, case.goal(bar.ours), case.recipe(peer)
+        bound = ratio_bound(shape, recipe, goal, case.sizes)
+        at_least = bar.at_least if bound >= bar.at_least else SHARE * bound
+        ratios = {clock: ratio(rows, peer, bar.ours, clock) for clock in CLOCKS}
+        without = _median_ratio(rows, peer, bar.ours, "cpu_seconds_without_data")
+        found.append(
+            {
+                "ours": bar.ours,
+                "peer": peer,
+                "asked": bar.at_least,
+                "bound": bound,
+                "bound_on_a_gpu": ratio_bound(shape, on_a_gpu(recipe, peer), goal, case.sizes),
+                "bar": at_least,
+                **ratios,
+                "without_data": without if ratios["cpu"] else None,
+                "reached": bool(ratios["cpu"] and ratios["cpu"] >= at_least),
+            }
+        )
+    return found
+
+
+def ratio(rows: dict[str, Any], peer: str, ours: str, clock: str = "cpu") -> float | None:
+    """Median seconds of the peer over ours; None when one of them is too spread out to say."""
+    if max(rows[name]["spread"][clock] for name in (peer, ours)) > SPREAD:
+        return None
+    return _median_ratio(rows, peer, ours, CLOCKS[clock])
+
+
+def ladder(case: Case, result: dict[str, Any], recipes: dict[str, Recipe]) -> list[dict[str, Any]]:
+    rows, shape = result["contenders"], case.model_size.shape
+    return [
+        {
+            "off": name,
+            "measured": ratio(rows, name, OURS),
+            "executed": rows[name]["flops_per_sample"] / rows[OURS]["flops_per_sample"],
+            "predicted": ratio_bound(shape, recipe, case.recipe(OURS), case.sizes),
+        }
+        for name, recipe in recipes.items()
+    ]
+
+
+def _median_ratio(rows: dict[str, Any], peer: str, ours: str, field: str) -> float:
+    return statistics.median(rows[peer][field]) / statistics.median(rows[ours][field])
+
+
+# ---- tables
+
+
+COLUMNS = {  # of the table of contenders: title, how a row's value is written
+    "CPU ms a sample": lambda row: f"{1e3 * row['cpu_seconds_per_sample']:.1f}",
+    "samples/s": lambda row: f"{row['samples_per_second']:.2f}",
+    "of the clock": lambda row: f"{row['samples_per_wall_second']:.2f}",
+    "supervised tokens/s": lambda row: f"{row['supervised_tokens_per_second']:,.0f}",
+    "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
+    "slots/s": lambda row: f"{row['slots_per_second']:,.0f}",
+    "padding": lambda row: f"{row['padding']:.1%}",
+    "tower passes of a tile": lambda row: f"{row['tower_passes_per_tile']:.2g}",
+    "GFLOP a sample": lambda row: f"{row['flops_per_sample'] / 1e9:.2f}",
+    "of the least": lambda row: f"{row['executed_over_ideal']:.2f}",
+    "GFLOP/s": lambda row: f"{row['flops_per_second'] / 1e9:.1f}",
+    "peak memory, MB": lambda row: f"{row['peak_memory'] / 1e6:,.0f}" if "peak_memory" in row else "",
+    "data": lambda row: f"{row['data_share']:.1%}",
+    "spread": lambda row: f"{row['spread']['cpu']:.1%}, {row['spread']['wall']:.1%}",
+    "repeats": lambda row: f"{row['repeats']}",
+}
+
+
+def text(result: dict[str, Any]) -> str:
+    """For the terminal: the same tables as on the page."""
+    parts = [result["case"], *tables(result).values(), f"versions: {result['versions']}"]
+    return "\n\n".join(parts)
+
+
+def tables(result: dict[str, Any]) -> dict[str, str]:
+    """Markdown by name."""
+    found = {}
+    if "bars" in result:
+        found["ratios"] = _bar_table(result["bars"])
+    if "contenders" in result and "ladder" not in result:
+        found["contenders"] = _contender_table(result["contenders"])
+        found["gate"] = _gate_table(result["gate"])
+    if "ladder" in result:
+        found["ladder"] = _ladder_table(result["ladder"])
+    if "ratio" in result:
+        found["memory"] = _memory_table(result)
+    return found
+
+
+def _contender_table(rows: dict[str, Any]) -> str:
+    body = [[title, *(write(row) for row in rows.values())] for title, write in COLUMNS.items()]
+    return markdown(["", *rows], body)
+
+
+def _bar_table(found: list[dict[str, Any]]) -> str:
+    head = ["", "beside", "CPU seconds", "clock", "without data", "bound", "bound on a GPU", "asked", "bar", "reached"]
+    body = [
+        [
+            bar["ours"],
+            bar["peer"],
+            times(bar["cpu"]),
+            times(bar["wall"]),
+            times(bar["without_data"]),
+            times(bar["bound"]),
+            times(bar["bound_on_a_gpu"]),
+            times(bar["asked"]),
+            times(bar["bar"]) + (" (0.85 of the bound)" if bar["bar"] < bar["asked"] else ""),
+            "yes" if bar["reached"] else "no",
+        ]
+        for bar in found
+    ]
+    return markdown(head, body)
+
+
+def _gate_table(agreed: dict[str, Any]) -> str:
+    head = ["", "loss", "later losses", "answers' log-probabilities", "gradients", "weights", "their way"]
+    body = []
+    for name, found in agreed.items():
+        if "gradients" in found:
+            apart = [f"{found[key]:.0e}" for key in ("loss", "later_losses", "logps")]
+            body.append([name, *apart, *(f"{found[key]:.8f}" for key in ("gradients", "parameters", "updates"))])
+    return markdown(head, body)
+
+
+def _ladder_table(found: list[dict[str, Any]]) -> str:
+    head = ["off", "takes so many times as long", "executes so many times the FLOPs", "predicted"]
+    body = [[row["off"], times(row["measured"]), times(row["executed"]), times(row["predicted"])] for row in found]
+    return markdown(head, body)
+
+
+def _memory_table(result: dict[str, Any]) -> str:
+    body = [[name, f"{peak / 1e9:.2f} GB"] for name, peak in result["peak_memory"].items()]
+    return markdown(
+        ["", "peak above the loaded model"], [*body, ["ratio (bar: at most 0.7)", f"{result['ratio']:.2f}"]]
+    )
+
+
+def times(value: float | None) -> str:
+    return "spread too wide" if value is None else f"{value:.2f}"
+
+
+def markdown(head: list[str], body: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,149 @@
+"""Models to compare on: released shapes for a GPU, and twins of them for a CPU that keep the proportions of the work.
+
+A tiny model under a real vocabulary would spend nine tenths of its time in the head, and any trick there would look
+large. A twin keeps head to body, MLP to width, tower to language model and image to text tokens of its original, with
+a body of 4 million weights. Attention cannot be kept as well: its share grows with tokens over width, and is several
+times the original's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import (
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
+from lit_vlm.anyres import ImageSettings, Tiling, grid_pinpoints
+from lit_vlm.cost.shape import Shape
+from lit_vlm.model.export import export_model
+from lit_vlm.model.forward import use_flat_forward
+from lit_vlm.model.hub import quiet_transformers
+from lit_vlm.model.tiny import make_tokenizer
+from lit_vlm.model.vocabulary import add_special_tokens
+from lit_vlm.types import IMAGE_TOKEN
+
+GRID, MAX_TILES = 6, 9  # LLaVA-OneVision's (1x1),...,(6x6) and anyres_max_9
+TEMPLATE = (  # one for all: no role names, so that a caption stays short; TRL knows an answer by the marks around it
+    "{%- for message in messages -%}{{ '<|im_start|>' }}{%- for part in message['content'] -%}"
+    "{%- if part['type'] == 'image' -%}{{ '<image>' }}{%- elif message['role'] == 'assistant' -%}"
+    "{% generation %}{{ part['text'] + '<|im_end|>' }}{% endgeneration %}{%- else -%}{{ part['text'] }}{%- endif -%}"
+    "{%- endfor -%}{%- if message['role'] != 'assistant' -%}{{ '<|im_end|>' }}{%- endif -%}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{ '<|im_start|>' }}{%- endif -%}"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSize:
+    """Sizes of language model and tower. The tower's layers are those that run: the last one is left out as usual."""
+
+    hidden: int
+    layers: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    tied: bool
+    vision_width: int
+    vision_layers: int
+    vision_ffn: int
+    vision_heads: int
+    image_size: int
+
+    def config(self, tokenizer: PreTrainedTokenizerFast) -> LlavaOnevisionConfig:
+        text = Qwen2Config(
+            hidden_size=self.hidden,
+            num_hidden_layers=self.layers,
+            intermediate_size=self.ffn,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            vocab_size=self.vocab,
+            max_position_embeddings=32768,
+            tie_word_embeddings=self.tied,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        vision = SiglipVisionConfig(
+            hidden_size=self.vision_width,
+            num_hidden_layers=self.vision_layers,
+            intermediate_size=self.vision_ffn,
+            num_attention_heads=self.vision_heads,
+            image_size=self.image_size,
+            patch_size=14,
+            vision_use_head=False,
+        )
+        return LlavaOnevisionConfig(
+            vision_config=vision,
+            text_config=text,
+            vision_feature_layer=-1,
+            vision_feature_select_strategy="full",
+            image_grid_pinpoints=[list(pair) for pair in grid_pinpoints(self.image_size, GRID)],
+            vision_aspect_ratio=f"anyres_max_{MAX_TILES}",
+            tie_word_embeddings=self.tied,
+            image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
+        )
+
+    def images(self, tiling: Tiling) -> ImageSettings:
+        pinpoints = grid_pinpoints(self.image_size, GRID)
+        return ImageSettings(self.image_size, 14, pinpoints, MAX_TILES, (0.5,) * 3, (0.5,) * 3, tiling=tiling)
+
+    @property
+    def shape(self) -> Shape:
+        return Shape.from_config(self.config(make_chat_tokenizer()).to_dict())
+
+
+SO400M = (1152, 26, 4304, 16, 384)  # siglip-so400m-patch14-384, without its last layer
+SIZES = {
+    # Qwen2.5's config.json
+    "05b": ModelSize(896, 24, 4864, 14, 2, 151936, True, *SO400M),
+    "1_5b": ModelSize(1536, 28, 8960, 12, 2, 151936, True, *SO400M),
+    "7b": ModelSize(3584, 28, 18944, 28, 4, 152064, False, *SO400M),
+    # 224-pixel tiles of 256 patches instead of 384 and 729
+    "twin05b": ModelSize(192, 6, 1040, 6, 1, 8144, True, 176, 12, 656, 4, 224),
+    "twin7b": ModelSize(192, 6, 1016, 6, 1, 1752, False, 64, 4, 240, 4, 224),
+    # no twin: what tests run in seconds
+    "smallest": ModelSize(32, 2, 48, 2, 1, 800, False, 16, 2, 24, 2, 56),
+    # a real vocabulary over the 7B twin's body, for memory
+    "wide": ModelSize(192, 6, 1016, 6, 1, 151936, False, 64, 4, 240, 4, 224),
+}
+
+
+def make_chat_tokenizer() -> PreTrainedTokenizerFast:
+    """The tiny tokenizer; a model's tables may be larger, as Qwen2.5's are."""
+    tokenizer = make_tokenizer()
+    add_special_tokens(tokenizer, [])
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def random_model(
+    size: ModelSize, tiling: Tiling, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> LlavaOnevisionForConditionalGeneration:
+    """transformers' model with weights drawn from a seed where they will lie, with the flat entrance.
+
+    On a GPU they are drawn in bfloat16 whatever they become, so that contenders of both precisions start alike.
+    """
+    before = torch.get_default_dtype()
+    torch.manual_seed(seed)
+    try:
+        torch.set_default_dtype(dtype if device == "cpu" else torch.bfloat16)
+        with quiet_transformers(), torch.device(device):
+            model = LlavaOnevisionForConditionalGeneration(size.config(make_chat_tokenizer()))
+    finally:
+        torch.set_default_dtype(before)
+    use_flat_forward(model, size.images(tiling))
+    return model.to(dtype)
+
+
+def save_model(size: ModelSize, tiling: Tiling, folder: Path, seed: int = 0) -> Path:
+    """A LLaVA-OneVision folder in transformers' layout, from which every contender loads."""
+    model = random_model(size, tiling, seed=seed)
+    export_model(model, make_chat_tokenizer(), size.images(tiling), folder)
+    return folder
