@@ -142,7 +142,7 @@ def on_a_gpu(recipe: Recipe, contender: str) -> Recipe:
 
 
 TRL = (TRL_SHIPPED, TRL_TUNED)
-LARGE = 12  # samples of 349 tokens: 4,188. With 16,384 the logits and their gradients would take 30 GB and more
+LARGE = 12  # samples of about 350 tokens. With 16,384 the logits and their gradients would take 30 GB and more
 FOR_SFT = (OURS, *TRL, HF_TUNED, HF_SORTED)
 
 

@@ -13,7 +13,7 @@ from lit_vlm.engine.report_charts import Scale, ticks
 
 ROOT = Path(__file__).parents[2]
 PAGE, PICTURES = ROOT / "docs/compare.md", ROOT / "docs/images"
-WIDTH, LEFT, RIGHT, ROW, TOP, FOOT = 720, 250, 60, 34, 10, 46
+WIDTH, LEFT, RIGHT, ROW, TOP, FOOT = 780, 310, 60, 34, 10, 46
 STYLE = (  # the page that shows it brings no style sheet
     "text{font:13px system-ui,sans-serif;fill:#1c1f23}.faint{fill:#6b7280;font-size:12px}.grid{stroke:#e3e4e0}"
     ".bar{fill:#2563eb}.short{fill:#d97706}.bound{stroke:#1c1f23;stroke-width:2}.asked{stroke:#c8343a;stroke-width:2;"
@@ -68,7 +68,10 @@ def bar_chart(rows: list[tuple[str, float | None, float, float | None]], label: 
         parts.append(f'<text class="faint" x="{x(tick)}" y="{floor + 16}" text-anchor="middle">{tick:g}</text>')
     for number, (name, value, bound, bar) in enumerate(rows):
         parts.append(_row(x, TOP + ROW * number, name, value, bound, bar))
-    told = "black line: what arithmetic allows or predicts; red dashes: the bar"
+    asked = any(bar is not None for *_, bar in rows)
+    told = (
+        "black line: what arithmetic allows; red dashes: the bar" if asked else "black line: what arithmetic predicts"
+    )
     parts.append(f'<text class="faint" x="{LEFT}" y="{floor + 36}">{told}</text>')
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label, quote=True)}">'
     return f"{head}<style>{STYLE}</style>{''.join(parts)}</svg>\n"
