@@ -33,7 +33,7 @@ from lit_vlm.model.skeleton import are_weights_later, weights_later
 from lit_vlm.model.vocabulary import NewTokens
 from lit_vlm.model.weights import NotInPieces
 from lit_vlm.stages.optimizer import make_optimizer, make_scheduler, options_of
-from lit_vlm.stages.passes import Seen, folder_for, pass_over
+from lit_vlm.stages.passes import Seen, keep_features
 from lit_vlm.types import Batch, Part, UserError
 
 ModelLike: TypeAlias = Blueprint | LlavaOnevisionForConditionalGeneration | str | Path | dict[str, Any]
@@ -222,35 +222,18 @@ class Stage(L.LightningModule):
 
     def prepare(self) -> None:
         """What must see the weights as the run started, once; called before those of a checkpoint are loaded."""
-        if not self.hparams["cache_features"] or self.features is not None:
-            return
-        assert self.model is not None
-        if Part.vision_tower in self.trainable:
-            raise UserError(
-                "stage.cache_features=true keeps what the vision tower sees, and stage.trainable names it: it would see "
-                "something else after each step. Leave one of them out."
-            )
-        weights = getattr(self._given, "whole", None) or getattr(self._given, "vision_tower", None)
-        options = {"dtype": self.hparams["dtype"], "layer": self.model.config.vision_feature_layer}
-        self.features = Seen(folder_for(self.trainer, "features", weights, **options))
-        pass_over(self.trainer, self.features, self._see)
-        self.trainer.datamodule.pixels = False
-
-    def _see(self, batch: Batch) -> None:
-        assert self.model is not None and self.features is not None
-        seen = self.model.model.look_at(batch)
-        if not batch.blank:
-            self.features.add_batch(batch, seen)
+        if self.hparams["cache_features"] and self.features is None:
+            if Part.vision_tower in self.trainable:
+                raise UserError(
+                    "stage.cache_features=true keeps what the vision tower sees, and stage.trainable names it: it would see "
+                    "something else after each step. Leave one of them out."
+                )
+            weights = getattr(self._given, "whole", None) or getattr(self._given, "vision_tower", None)
+            self.features = keep_features(self.trainer, self.model, weights, dtype=self.hparams["dtype"])
 
     def seen(self, batch: Batch) -> Tensor | None:
         """[N, P, C] of the batch's tiles, where a pass before training has them."""
-        if self.features is None or batch.tiles.numel():
-            return None
-        if batch.num_tiles:
-            return self.features.of(batch)
-        assert self.model is not None
-        settings, width = self.model.model.image_settings, self.model.config.vision_config.hidden_size
-        return torch.zeros(1, settings.side**2, width, device=self.device)
+        return self.features.of(batch) if self.features is not None and not batch.tiles.numel() else None
 
     def _require_images(self) -> None:
         index = getattr(getattr(self.trainer, "datamodule", None), "index", None)

@@ -21,7 +21,7 @@ from lit_vlm.model.lora import adapters_off
 from lit_vlm.stages.base import ModelLike, Stage
 from lit_vlm.stages.passes import folder_for, pass_over
 from lit_vlm.stages.reference import ReferenceLogProbs
-from lit_vlm.stages.tally import Tally, kl_of
+from lit_vlm.stages.tally import NAMES, Tally, kl_of
 from lit_vlm.types import Batch, Part, UserError
 
 COLLAPSE = -0.7  # nats per token: chosen answers' tokens are half as likely as under the reference
@@ -216,6 +216,8 @@ class DPOStage(Stage):
         means = self.tally.means(self._sum, self.device)
         for name, value in means.items():
             self.log(f"train/{name}", value, batch_size=1)
+        for name in NAMES - means.keys():  # Lightning would log the value of an earlier step again
+            trainer._results.pop(f"training_step.train/{name}", None)
         self._warn_of_collapse(means)
 
     def _sum(self, numbers: Tensor) -> Tensor:
@@ -238,7 +240,9 @@ class DPOStage(Stage):
             return
         got = float(judged.pair_loss)
         exact = self.hparams["dtype"] == "float32" and not torch.is_autocast_enabled(self.device.type)
-        if abs(got - expected) > (1e-5 if exact else 2e-2) * max(1.0, abs(expected)):
+        # what was kept was computed beside other pairs: long answers' sums are rounded differently
+        tolerance = (1e-5 if exact else 2e-2) if self.kept is None else (1e-3 if exact else 1e-1)
+        if abs(got - expected) > tolerance * max(1.0, abs(expected)):
             raise UserError(
                 f"The first preference loss is {got:.6f}; policy and reference are the same model, so it must be {expected:.6f} "
                 f"({', '.join(self.hparams['loss_type'])} at margin zero). Something makes them differ: dropout, or a changed model."

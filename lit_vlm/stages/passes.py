@@ -55,10 +55,15 @@ def _data_of(trainer: L.Trainer, what: str) -> Any:
 
 
 class Seen(Kept):
-    """[tiles, P, C] of each record's pictures, as a frozen tower sees them."""
+    """[tiles, P, C] of each record's pictures, as a frozen tower sees them.
 
-    def __init__(self, folder: Path | None) -> None:
+    Args:
+        blank: [1, P, C] of a batch without any; it is multiplied by zero.
+    """
+
+    def __init__(self, folder: Path | None, blank: Tensor) -> None:
         super().__init__(folder, "the kept features of the pictures", "stage.cache_features")
+        self.blank = blank
 
     def add_batch(self, batch: Batch, seen: Tensor) -> None:
         """[N, P, C] of the batch's tiles; a record without pictures is kept as one without rows."""
@@ -66,6 +71,24 @@ class Seen(Kept):
             self.add(batch.keys[number], [len(part)], part)
 
     def of(self, batch: Batch) -> Tensor:
-        """[N, P, C]."""
+        """[N, P, C]; [1, P, C] of a batch without pictures."""
+        if not batch.num_tiles:
+            return self.blank
         parts = [self.rows(batch, number, [count]) for number, count in enumerate(batch.tiles_of_records) if count]
         return torch.cat(parts).to(batch.input_ids.device)
+
+
+def keep_features(trainer: L.Trainer, model: Any, weights: str | Path | None, **what: Any) -> Seen:
+    """What the model's tower sees in all pictures of the run. From then on the data module decodes none for training."""
+    layer, width = model.config.vision_feature_layer, model.config.vision_config.hidden_size
+    blank = torch.zeros(1, model.model.image_settings.side**2, width, device=trainer.strategy.root_device)
+    features = Seen(folder_for(trainer, "features", weights, layer=layer, **what), blank)
+
+    def look(batch: Batch) -> None:
+        seen = model.model.look_at(batch)
+        if not batch.blank:
+            features.add_batch(batch, seen)
+
+    pass_over(trainer, features, look)
+    _data_of(trainer, features.what).pixels = False
+    return features

@@ -25,15 +25,17 @@ OF_REJECTED = ("logits/rejected",)
 OF_TOKENS = ("entropy", "kl")
 GROUPS = (*(language.value for language in Language if language is not Language.auto), *(kind.value for kind in Kind))
 OF_GROUPS = ("rewards/accuracies", "rewards/margins")
-NAMES = (
-    "loss",
-    *OF_PAIRS,
-    *OF_CHOSEN,
-    *OF_REJECTED,
-    *OF_TOKENS,
-    "drift",
-    *(f"{name}_{group}" for group in GROUPS for name in OF_GROUPS),
-)
+NAMES = dict.fromkeys(
+    (
+        "loss",
+        *OF_PAIRS,
+        *OF_CHOSEN,
+        *OF_REJECTED,
+        *OF_TOKENS,
+        "drift",
+        *(f"{name}_{group}" for group in GROUPS for name in OF_GROUPS),
+    )
+).keys()
 
 
 class Tally:
