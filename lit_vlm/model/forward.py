@@ -160,6 +160,7 @@ class FlatOnevision(LlavaOnevisionForConditionalGeneration):
         *args: Any,
         batch: Batch | None = None,
         embeddings_only: bool = False,
+        look_only: bool = False,
         statistics: bool = False,
         seen: Tensor | None = None,
         **kwargs: Any,
@@ -167,7 +168,9 @@ class FlatOnevision(LlavaOnevisionForConditionalGeneration):
         """As transformers', or with `batch`: the log-probability of each supervised token, in the order of the row.
 
         A micro-batch without supervised tokens gives one row, which must count nothing: the head runs on all ranks
-        alike. With `embeddings_only` as well: what the language model is fed, [T, D].
+        alike. With `embeddings_only` as well: what the language model is fed, [T, D]; with `look_only`: what the tower
+        makes of the tiles, [N, P, C]. Both come this way, and not by a call of what is inside, so that hooks around the whole
+        model (FSDP2) see it.
 
         Args:
             statistics: more of each row, see `losses.next_token.score_tokens`.
@@ -181,6 +184,8 @@ class FlatOnevision(LlavaOnevisionForConditionalGeneration):
             return super().forward(*args, **kwargs)
         if embeddings_only:
             return self.model(batch=batch, embeddings_only=True)
+        if look_only:
+            return self.model.look_at(batch)
         seen = self.model.look_at(batch) if seen is None else seen
         hidden = self.model(batch=batch, rows=batch.rows, seen=seen)
         targets = batch.input_ids.index_select(0, batch.rows + 1) if len(batch.rows) else batch.input_ids[:1]

@@ -85,6 +85,12 @@ class Kept:
         os.replace(beside, self.folder / name)
         self._new, self._bytes = [], 0
 
+    def exchange(self) -> None:
+        """In memory each rank has what it made itself; afterwards all have all. All ranks call it together."""
+        everyone: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everyone, self._new)
+        self._new = [record for one in everyone for record in one]
+
     def rows(self, batch: Batch, record: int, counts: Sequence[int]) -> Tensor:
         """Of the record at this place of the batch.
 

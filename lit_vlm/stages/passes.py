@@ -41,6 +41,8 @@ def pass_over(trainer: L.Trainer, kept: Kept, work: Callable[[Batch], None]) -> 
             with trainer.precision_plugin.forward_context():
                 work(batch)
     kept.write()
+    if kept.folder is None and trainer.world_size > 1:
+        kept.exchange()
     trainer.strategy.barrier()
     kept.read()
 
@@ -85,7 +87,7 @@ def keep_features(trainer: L.Trainer, model: Any, weights: str | Path | None, **
     features = Seen(folder_for(trainer, "features", weights, layer=layer, **what), blank)
 
     def look(batch: Batch) -> None:
-        seen = model.model.look_at(batch)
+        seen = model(batch=batch, look_only=True)
         if not batch.blank:
             features.add_batch(batch, seen)
 

@@ -28,6 +28,8 @@ STAGE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "selective_lora": ("sft", LORA | {"activation_checkpointing": "selective"}),
     "dpo": ("dpo", {}),
     "dpo_lora": ("dpo", LORA),
+    "dpo_kept": ("dpo", {"cache_reference": True}),  # in memory: the ranks exchange what they made
+    "align_kept": ("align", {"cache_features": True}),
 }
 
 

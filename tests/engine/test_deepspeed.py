@@ -22,6 +22,8 @@ TRAINED = {
     "trained name=zero3,tokens=100000,batch=1": Case(tokens=100_000, batch=1),
     "trained name=zero2,stage=align,sgd=False": Case("align", sgd=False),
     "trained name=zero3,stage=dpo_lora,sgd=False": Case("dpo_lora", sgd=False),
+    "trained name=zero3,stage=dpo_kept": Case("dpo_kept"),
+    "trained name=zero3,stage=align_kept": Case("align_kept"),
 }
 SAVED, GONE_ON = "kept name=zero2", "put name=zero3,source=zero2"
 OTHERS = ["shared_out", "masters name=zero2", "masters name=zero3", "built", "loaded", SAVED, GONE_ON, "validated"]

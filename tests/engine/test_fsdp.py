@@ -29,6 +29,8 @@ TRAINED: dict[str, dict[str, Any]] = {
     "one_rank_has_nothing": {"stage": "sft", "tokens": 100_000, "batch": 1},
     "align": {"stage": "align", "sgd": False},
     "dpo_lora": {"stage": "dpo_lora", "sgd": False},
+    "dpo_kept": {"stage": "dpo_kept"},
+    "align_kept": {"stage": "align_kept"},
 }
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
     "shared_out": ("shared_out", {}),
