@@ -7,7 +7,7 @@ no config.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -102,6 +102,12 @@ class Stage(L.LightningModule):
         self.how: dict[Part, str] = {}
         self.val_loss = MeanMetric()
         self.features: Seen | None = None
+        self.say: Callable[[str], None] = lambda text: None  # where a pass before training says what it does
+        if cache_features and Part.vision_tower in self.trainable:
+            raise UserError(
+                "stage.cache_features=true keeps what the vision tower sees, and stage.trainable names it: it would see "
+                "something else after each step. Leave one of them out."
+            )
         self._audited, self._step_tiles = False, 0
         self._watched = False  # the first forward pass is
         self._held = False  # frozen matrices are in the type that computes
@@ -223,13 +229,8 @@ class Stage(L.LightningModule):
     def prepare(self) -> None:
         """What must see the weights as the run started, once; called before those of a checkpoint are loaded."""
         if self.hparams["cache_features"] and self.features is None:
-            if Part.vision_tower in self.trainable:
-                raise UserError(
-                    "stage.cache_features=true keeps what the vision tower sees, and stage.trainable names it: it would see "
-                    "something else after each step. Leave one of them out."
-                )
             weights = getattr(self._given, "whole", None) or getattr(self._given, "vision_tower", None)
-            self.features = keep_features(self.trainer, self.model, weights, dtype=self.hparams["dtype"])
+            self.features = keep_features(self.trainer, self.model, weights, self.say, dtype=self.hparams["dtype"])
 
     def seen(self, batch: Batch) -> Tensor | None:
         """[N, P, C] of the batch's tiles, where a pass before training has them."""

@@ -119,7 +119,7 @@ class DPOStage(Stage):
             return
         weights = self.hparams["reference"] or getattr(self._given, "whole", None)
         self.kept = ReferenceLogProbs(folder_for(self.trainer, "reference", weights, dtype=self.hparams["dtype"]))
-        pass_over(self.trainer, self.kept, self._keep)
+        pass_over(self.trainer, self.kept, self._keep, self.say)
         self.reference = None
 
     def _keep(self, batch: Batch) -> None:

@@ -28,7 +28,9 @@ def folder_for(trainer: L.Trainer, name: str, weights: str | Path | None, **what
 
 
 @torch.no_grad()
-def pass_over(trainer: L.Trainer, kept: Kept, work: Callable[[Batch], None]) -> None:
+def pass_over(
+    trainer: L.Trainer, kept: Kept, work: Callable[[Batch], None], say: Callable[[str], None] = lambda text: None
+) -> None:
     """`work` on micro-batches of all records that the run draws or holds out and that are not kept yet, shared by the ranks.
     A pass that was cut short goes on."""
     data = _data_of(trainer, kept.what)
@@ -36,6 +38,9 @@ def pass_over(trainer: L.Trainer, kept: Kept, work: Callable[[Batch], None]) -> 
     for index, samples in ((data.index, drawn), (data.held_out, np.arange(len(data.held_out)))):
         # one look for all ranks: they walk through the same number of micro-batches
         new = trainer.strategy.broadcast(samples[kept.missing(index.keys(samples))])
+        if len(samples):
+            which = "drawn" if index is data.index else "held-out"
+            say(f"{kept.what}: of {len(samples):,} {which} records {len(new):,} are new; {kept.folder or 'in memory'}")
         for batch in data.pass_over(index, new) if len(new) else ():
             batch = data.on_before_batch_transfer(batch, 0).to(trainer.strategy.root_device)
             with trainer.precision_plugin.forward_context():
@@ -80,7 +85,9 @@ class Seen(Kept):
         return torch.cat(parts).to(batch.input_ids.device)
 
 
-def keep_features(trainer: L.Trainer, model: Any, weights: str | Path | None, **what: Any) -> Seen:
+def keep_features(
+    trainer: L.Trainer, model: Any, weights: str | Path | None, say: Callable[[str], None], **what: Any
+) -> Seen:
     """What the model's tower sees in all pictures of the run. From then on the data module decodes none for training."""
     layer, width = model.config.vision_feature_layer, model.config.vision_config.hidden_size
     blank = torch.zeros(1, model.model.image_settings.side**2, width, device=trainer.strategy.root_device)
@@ -91,6 +98,6 @@ def keep_features(trainer: L.Trainer, model: Any, weights: str | Path | None, **
         if not batch.blank:
             features.add_batch(batch, seen)
 
-    pass_over(trainer, features, look)
+    pass_over(trainer, features, look, say)
     _data_of(trainer, features.what).pixels = False
     return features

@@ -105,6 +105,7 @@ def train_once(run: Run, again: bool = False) -> None:
     )
     settled = settle_strategy(data, lambda: make_stage(data.blueprint, config))
     stage = make_stage(data.blueprint, settled)
+    stage.say = lambda text: say(f"{run.name}: {text}")
     trainer = make_trainer(settled, run.dir, run.name, callbacks)
     plan = datamodule.make_plan(trainer.world_size)
     if config.data.validation.every_steps:
