@@ -4,7 +4,6 @@ import base64
 import json
 import os
 import pickle
-import sys
 import unicodedata
 
 import numpy as np
@@ -217,12 +216,6 @@ def test_digits_ask_in_the_sources_language_and_hold_out_the_last():
     assert len({source.digest for source in (korean, english, mixed, held_out)}) == 4
     with pytest.raises(IndexError):
         english[5]
-
-
-def test_digits_without_scikit_learn_say_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(UserError, match=r"format=digits needs scikit-learn: pip install '\.\[digits\]'"):
-        open_source("mine", SourceConfig(format=Format.digits), max_image_pixels=10**6)
 
 
 def test_builtin_is_handed_its_settings():

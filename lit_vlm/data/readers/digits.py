@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from lit_vlm.data.images import ArrayImage
-from lit_vlm.types import ImageSlot, Kind, Language, Message, Role, Sample, UserError
+from lit_vlm.types import ImageSlot, Kind, Language, Message, Role, Sample
 
 NUM_HELD_OUT = 297  # the last ones
 SIDE = 56  # pixels; seven times the original's eight
@@ -57,10 +57,8 @@ class DigitsSource:
 
 
 def _load() -> tuple[np.ndarray, np.ndarray]:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise UserError("format=digits needs scikit-learn: pip install '.[digits]'") from error
+    from sklearn.datasets import load_digits  # a second, which other formats need not wait for
+
     digits = load_digits()
     return digits.images, digits.target  # [1797, 8, 8] float, 0 to 16; [1797] int
 
