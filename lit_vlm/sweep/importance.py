@@ -89,7 +89,8 @@ def _shares(columns: dict[str, list[Any]], ranks: list[float], sweep: SweepFile)
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0), params=list(columns))
+        found = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0), params=list(columns))
+    return {key: float(share) for key, share in found.items()}
 
 
 def _encoded(values: list[Any], key: str, sweep: SweepFile) -> tuple[list[Any], Any]:
