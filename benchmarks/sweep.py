@@ -2,9 +2,9 @@
 
     python -m benchmarks.sweep [--folder FOLDER]
 
-`task=sweep sweep=sweeps/tiny.yaml`, then the recipe's own settings, and those with twice and half its learning rate, for
-as many steps on the same data. The best one, the default and its neighbours are run again with other seeds (weights, order
-of the data), for a best of 12 is in part luck. Figures go to benchmarks/results/sweep.json. An interrupted one goes on in
+`task=sweep sweep=sweeps/tiny.yaml`, then the recipe's own settings, and those with twice and half its learning rate, and
+with the rate that was found but the recipe's warm-up, for as many steps on the same data. Each is run again with other seeds
+(weights, order of the data), for a best of 12 is in part luck. Figures go to benchmarks/results/sweep.json. An interrupted one goes on in
 the same folder.
 """
 
@@ -52,6 +52,7 @@ def main() -> None:
     rate = parse(["experiment=tiny/1_align"]).config.stage.learning_rate
     settings: dict[str, dict[str, Any]] = {
         "best of the sweep": best.parameters,
+        "its rate alone": sweep.fixed | {"stage.learning_rate": best.parameters["stage.learning_rate"]},
         "default": sweep.fixed,
         "default x 2": sweep.fixed | {"stage.learning_rate": 2 * rate},
         "default / 2": sweep.fixed | {"stage.learning_rate": rate / 2},

@@ -5,13 +5,14 @@ Colours come from the page's style sheet, so that they follow its light and dark
 
 from __future__ import annotations
 
-import json
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from lit_vlm.config.overrides import quote
 from lit_vlm.engine.report_charts import Scale, log_ticks, ticks
 from lit_vlm.sweep.file import Goal, SweepFile
 from lit_vlm.sweep.importance import is_number, ranked
@@ -19,9 +20,10 @@ from lit_vlm.sweep.records import TrialRecord, best_of, varied
 
 WIDTH, HEIGHT = 1040, 380
 LEFT, RIGHT, TOP, BOTTOM = 92, 46, 58, 18
+FAR = 5.0
 LOG_SPAN = 30  # values whose largest is so many times the smallest stand on a logarithmic axis
 MOST_LETTERS = 16  # of a category or of a name above its axis
-SECOND = (480, 250, 44, 14, 12, 30)  # width, height and margins of the metric's drawing
+SECOND = (480, 250, 44, 14, 12, 36)  # width, height and margins of the metric's drawing
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,7 @@ class Axis:
     def marks(self) -> list[tuple[float, str]]:
         if self.scale is None:
             return [(self._row(row), short_name(name)) for row, name in enumerate(self.names)]
-        low, high = sorted((self.scale.low, self.scale.high))
+        low, high = self.scale.low, self.scale.high
         found = log_ticks(low, high) if self.log else ticks(low, high)
         if len(found) < 2:
             found = [low, high]
@@ -80,15 +82,19 @@ def metric_by_trial(records: Sequence[TrialRecord], goal: Goal, name: str) -> st
         return ""
     width, height, left, right, top, bottom = SECOND
     values = [record.value for record in valued]
-    log = _is_log(values)
-    low, high = _widened(values, log)
+    ends = shown_range(values, goal)
+    log = _is_log(ends)
+    low, high = _widened(ends, log)
     y = Scale(low, high, height - bottom, top, log)
     x = Scale(0, max(1, records[-1].number), left + 10, width - right - 6)
     parts = [
         _level(y(value), f"{value:.4g}", left, width - right)
         for value in (log_ticks(low, high) if log else ticks(low, high))
     ]
-    parts += [f'<text class="middle" x="{x(n)}" y="{height - 12}">{n}</text>' for n in ticks(0, x.high) if n == int(n)]
+    parts += [
+        f'<text class="middle" x="{x(n)}" y="{height - 18}">{n:g}</text>' for n in ticks(0, x.high) if n == int(n)
+    ]
+    parts.append(f'<text class="end" x="{width - right}" y="{height - 3}">trial</text>')
     parts.append(f'<polyline class="main" points="{_best_so_far(valued, goal, x, y)}"/>')
     for record in valued:
         title = f"<title>{escape(f'trial {record.number}: {name} {record.value:.5g}, {record.state}')}</title>"
@@ -112,9 +118,18 @@ def goodness(records: Sequence[TrialRecord], goal: Goal) -> dict[int, float]:
     return {record.number: (rank - 1) / most for record, rank in zip(records, ranks, strict=True)}
 
 
+def shown_range(values: Sequence[float], goal: Goal) -> tuple[float, float]:
+    """Ends of the metric's axis. Values far worse than the middle one (`FAR` times as far from it as the best) stand at
+    its end: one trial that diverged would press all others together."""
+    low, high, middle = min(values), max(values), statistics.median(values)
+    if goal is Goal.minimize:
+        return low, min(high, middle + FAR * (middle - low)) if middle > low else high
+    return max(low, middle - FAR * (high - middle)) if high > middle else low, high
+
+
 def name_of(value: Any) -> str:
-    """A value as a category."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+    """A value as a category: as it is written on the command line, text without quotes."""
+    return value if isinstance(value, str) else quote(value)
 
 
 def short_name(text: str) -> str:
@@ -152,8 +167,8 @@ def _axis(key: str, records: Sequence[TrialRecord], sweep: SweepFile, x: float) 
 
 
 def _metric_axis(values: list[float], goal: Goal, sweep: SweepFile) -> Axis:
-    log = _is_log(values)
-    low, high = min(values), max(values)
+    low, high = shown_range(values, goal)
+    log = _is_log((low, high))
     if low == high:
         low, high = _widened(values)
     ends = (TOP, HEIGHT - BOTTOM) if goal is Goal.minimize else (HEIGHT - BOTTOM, TOP)

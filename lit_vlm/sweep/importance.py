@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lit_vlm.config.overrides import quote
 from lit_vlm.sweep.file import Goal, SweepFile
-from lit_vlm.sweep.records import TrialRecord, varied
+from lit_vlm.sweep.records import TrialRecord, best_of, varied
 
 FEWEST = 4  # finished trials; below, there is nothing to say
 FEW = 30  # below, shares move with every further trial
+END = 0.03  # of a range
 CLEAR = 0.3  # rank correlation, from which a direction is named
 NUMBERS = (int, float)
 
@@ -59,6 +62,22 @@ def remark(records: Sequence[TrialRecord]) -> str:
     if count < FEW:
         return f"From {count} finished trials: a hint at the order, not a measurement. From about {FEW} on the shares settle."
     return f"From {count} finished trials."
+
+
+def at_an_end(records: Sequence[TrialRecord], sweep: SweepFile) -> list[str]:
+    """What to say of parameters whose best value is at an end of its range: beyond, there may be a better one."""
+    best, said = best_of(records, sweep.metric.goal if sweep.metric else Goal.minimize), []
+    for key, one in sweep.swept.items():
+        if best is None or not one.is_range or key not in best.parameters:
+            continue
+        low, high, value = (math.log(end) if one.is_log else end for end in (one.min, one.max, best.parameters[key]))
+        share = (value - low) / (high - low)
+        if not END < share < 1 - END:
+            end = "lower" if share < 0.5 else "upper"
+            said.append(
+                f"{key}: the best value, {best.parameters[key]:g}, is at the {end} end of its range; try a wider one."
+            )
+    return said
 
 
 def ranked(values: Sequence[float]) -> list[float]:
@@ -123,4 +142,4 @@ def _direction(correlation: float, goal: Goal) -> str:
 
 
 def _word(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else quote(value)

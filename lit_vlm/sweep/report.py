@@ -18,9 +18,9 @@ from markupsafe import Markup
 
 from lit_vlm import engine
 from lit_vlm.engine.report_data import duration
-from lit_vlm.sweep.charts import metric_by_trial, name_of, parallel_coordinates
+from lit_vlm.sweep.charts import metric_by_trial, name_of, parallel_coordinates, shown_range
 from lit_vlm.sweep.file import Goal, SweepFile
-from lit_vlm.sweep.importance import importance_of, remark
+from lit_vlm.sweep.importance import at_an_end, importance_of, remark
 from lit_vlm.sweep.records import STATES, TrialRecord, best_of, varied
 
 STYLES = (Path(engine.__file__).with_name("report.css"), Path(__file__).with_name("report.css"))
@@ -92,13 +92,18 @@ def cell(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else name_of(value)
 
 
+def dotted(key: str) -> Markup:
+    """A key that may be broken behind its dots."""
+    return Markup(".<wbr>").join(key.split("."))
+
+
 @lru_cache(maxsize=1)
 def _environment() -> Environment:
     folder = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
         loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters.update(cell=cell, duration=duration)
+    environment.filters.update(cell=cell, duration=duration, dotted=dotted)
     return environment
 
 
@@ -114,12 +119,24 @@ def _context(page: Page) -> dict[str, Any]:
         "counts": counts(page),
         "facts": _facts(page),
         "parallel": Markup(parallel_coordinates(page.records, page.sweep)),
+        "far": _far(page),
         "trials": Markup(metric_by_trial(page.records, page.goal, page.metric)),
         "importance": importance,
         "remark": remark(page.records),
+        "ends": at_an_end(page.records, page.sweep),
         "rows": ordered(page),
         "fixed": fixed,
     }
+
+
+def _far(page: Page) -> float | None:
+    """Values worse than this stand at the end of their axis; None: there are none."""
+    values = [record.value for record in page.records if record.value is not None and record.state != "failed"]
+    if not values:
+        return None
+    low, high = shown_range(values, page.goal)
+    beyond, end = (max(values) > high, high) if page.goal is Goal.minimize else (min(values) < low, low)
+    return end if beyond else None
 
 
 def _facts(page: Page) -> list[tuple[str, str]]:

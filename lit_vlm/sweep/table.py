@@ -9,7 +9,7 @@ from rich.text import Text
 
 from lit_vlm.engine.report_data import duration
 from lit_vlm.sweep.file import SweepFile
-from lit_vlm.sweep.importance import importance_of, remark
+from lit_vlm.sweep.importance import at_an_end, importance_of, remark
 from lit_vlm.sweep.reasons import reasons_in
 from lit_vlm.sweep.report import Page, cell, counts, ordered
 
@@ -58,4 +58,4 @@ def _decided(page: Page) -> list[str]:
     lines += [
         f"{one.key}: {one.share:.0%} of the order, {one.direction}" for one in importance_of(page.records, page.sweep)
     ]
-    return [*lines, remark(page.records)]
+    return [*lines, remark(page.records), *at_an_end(page.records, page.sweep)]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lit_vlm.sweep.charts import goodness, parallel_coordinates
+from lit_vlm.sweep.charts import goodness, parallel_coordinates, shown_range
 from lit_vlm.sweep.file import Goal, sweep_from
-from lit_vlm.sweep.importance import importance_of, remark
+from lit_vlm.sweep.importance import at_an_end, importance_of, remark
 from lit_vlm.sweep.records import TrialRecord, best_of, varied
 from lit_vlm.sweep.report import Page, write_sweep_report
 from lit_vlm.sweep.table import parameter_table, trial_table
@@ -113,6 +113,14 @@ def test_lines_stand_where_the_values_are():
     assert ends == sorted(ends)  # the lowest loss is on top
 
 
+@pytest.mark.parametrize(("goal", "sign"), [(Goal.minimize, 1.0), (Goal.maximize, -1.0)])
+def test_one_that_diverged_does_not_press_the_others_together(goal, sign):
+    values = [sign * value for value in (1.0, 1.1, 1.2, 1.3, 1e9)]
+    low, high = shown_range(values, goal)
+    assert high - low == pytest.approx(6 * 0.2) and sign in (low, high)
+    assert shown_range(values[:4], goal) == (min(values[:4]), max(values[:4]))
+
+
 def test_colours_go_by_rank():
     assert goodness([record(0, 1.0), record(1, 1e9), record(2, 2.0)], Goal.minimize) == {0: 1.0, 1: 0.0, 2: 0.5}
 
@@ -141,6 +149,13 @@ def test_few_runs_are_called_few():
     assert "a hint at the order" in remark([record(n) for n in range(12)])
     assert importance_of([bowl(n) for n in range(3)], sweep()) == []
     assert "hint" not in remark([record(n) for n in range(60)])
+
+
+def test_a_best_value_at_the_end_of_its_range_asks_for_a_wider_one():
+    inside, below = record(8, 1.0), record(1, 0.5, **{"stage.learning_rate": 1.05e-4})
+    assert at_an_end([inside], sweep()) == []
+    (said,) = at_an_end([inside, below], sweep())
+    assert said.startswith("stage.learning_rate: the best value, 0.000105, is at the lower end")
 
 
 def test_only_what_varied_is_drawn():
