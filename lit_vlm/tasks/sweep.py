@@ -124,13 +124,13 @@ def carry_out(job: Sweep) -> None:
         worker=trials.worker or 0,
         num_workers=trials.slurm or 1,
         say=say,
-        on_change=lambda: write_page(job, search),
+        on_change=lambda: try_page(job, search),
     )
     asked = runner.run()
     if asked:
         leave(job, asked)
     if in_slurm and search.unfinished():
-        write_page(job, search)
+        try_page(job, search)
         say(f"{run.name}: nothing is left to begin; other workers have trials under way.")
     else:
         finish(job, search)
@@ -263,8 +263,12 @@ def page_of(job: Sweep, search: Search) -> Page:
     )
 
 
-def write_page(job: Sweep, search: Search) -> None:
-    write_sweep_report(job.run.dir / PAGE, page_of(job, search))
+def try_page(job: Sweep, search: Search) -> None:
+    """The page between trials: hours of training do not end because it could not be written."""
+    try:
+        write_sweep_report(job.run.dir / PAGE, page_of(job, search))
+    except Exception as error:
+        say(f"{job.run.dir / PAGE} could not be written: {error!r}")
 
 
 def best_command(job: Sweep, best: TrialRecord) -> str:
