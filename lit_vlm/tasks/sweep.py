@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from lit_vlm.config import ConfigError, Run, parse
+from lit_vlm.config import ConfigError, Run, RunConfig, parse
 from lit_vlm.config.job import GPU
 from lit_vlm.config.overrides import quote, with_implied
 from lit_vlm.config.parse import wrong_words
@@ -120,7 +120,7 @@ def carry_out(job: Sweep) -> None:
         job.metric,
         run.dir,
         lambda number, parameters: make_process(job, number, parameters),
-        places=[()] if in_slurm else places_of(job),
+        places=[()] if in_slurm else places_of(parse(first_words(job)).config, trials.parallel),
         worker=trials.worker or 0,
         num_workers=trials.slurm or 1,
         say=say,
@@ -151,9 +151,8 @@ def make_process(job: Sweep, number: int, parameters: dict[str, Any]) -> TrialPr
     return TrialProcess(number, parameters, stage.dir, line, environment, in_step=in_step)
 
 
-def places_of(job: Sweep) -> list[Place]:
-    """Devices for each trial that runs at a time. UserError where a trial needs more than there are."""
-    config, parallel = parse(first_words(job)).config, job.run.config.trials.parallel
+def places_of(config: RunConfig, parallel: int | None) -> list[Place]:
+    """Devices for each trial that runs at a time; `config` is some trial's. UserError where it needs more than there are."""
     if config.trainer.num_nodes > 1:
         raise UserError(
             f"A trial of {config.trainer.num_nodes} machines (trainer.num_nodes) needs a cluster: trials.slurm=<workers>."

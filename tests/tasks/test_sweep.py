@@ -1,0 +1,319 @@
+"""task=sweep as a user runs it: mistakes before any run, the plan, real trials of the tiny model, interruption and Slurm."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from run_helpers import RUN, process
+
+from lit_vlm.config import ConfigError, parse
+from lit_vlm.config.schema import RunConfig, TrainerConfig
+from lit_vlm.config.sweep import own_words, trial_overrides
+from lit_vlm.sweep.file import read_sweep
+from lit_vlm.sweep.search import Outcome, Search
+from lit_vlm.tasks.sweep import Sweep, alone, places_of, read, settle_folder, sweep
+from lit_vlm.types import UserError
+
+FILE = """
+program: run.py
+command: ["${{env}}", "${{interpreter}}", "${{program}}", "experiment=tiny/1_align", "${{args_json}}"]
+method: {method}
+metric: {{name: {metric}, goal: minimize}}
+run_cap: {cap}
+parameters:
+  stage.learning_rate:  # around the recipe's
+    distribution: log_uniform_values
+    min: 1.0e-3
+    max: 1.0e-2
+  stage.warmup: {{values: [0, 0.1]}}
+  trainer.max_steps: {{value: 4}}
+  data.global_batch_size: {{value: 4}}
+  data.num_workers: {{value: 0}}
+  data.sources.caption_ko.num_samples: {{value: 40}}
+  data.sources.caption_en.num_samples: {{value: 40}}
+  callbacks: {{value: [throughput, guard]}}
+"""
+
+
+def write(folder: Path, name="mine", method="random", metric="val/loss", cap=2) -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(FILE.format(method=method, metric=metric, cap=cap), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def job_of(path: Path, *words: str) -> Sweep:
+    """A sound file's, without a look at its values."""
+    run = parse(["task=sweep", f"sweep={path}", *words])
+    return Sweep(run, read_sweep(path), trial_overrides(run.overrides))
+
+
+# Words and mistakes
+
+
+def test_words_of_the_sweep_and_words_of_its_trials_are_told_apart():
+    words = (
+        "task=sweep sweep=x.yaml trials.count=3 submit.time=60 run_name=a overwrite=true run_dir=r seed=2 stage.beta=1"
+    )
+    assert own_words(words.split()) == words.split()[:-1]
+    assert trial_overrides(words.split()) == ["run_dir=r", "seed=2", "stage.beta=1"]
+
+
+def test_a_sweep_is_named_by_its_file_and_its_trials_by_their_numbers(place):
+    job = job_of(write(place), "seed=3")
+    assert (job.run.name, job.run.dir) == ("sweeps/mine", place / "runs/sweeps/mine")
+    words = job.words(4, {"stage.learning_rate": 0.002, "stage.warmup": 0})
+    trial = parse(words)
+    assert (trial.name, trial.dir, trial.config.seed) == ("sweeps/mine/4", place / "runs/sweeps/mine/4", 3)
+    assert job_of(write(place), "run_name=sweeps/other").run.dir == place / "runs/sweeps/other"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sweep=minee.yaml"], "there is no such file. Did you mean mine.yaml?"),
+        ([], "sweep is not set"),
+        (["sweep=mine.yaml", "trials.cuont=3"], "unknown setting trials.cuont. Did you mean trials.count?"),
+        (["sweep=mine.yaml", "trials.count=0"], "trials.count: must be above 0, found 0."),
+        (["sweep=mine.yaml", "trials.slurm=2", "trials.parallel=2"], "trials.parallel: with trials.slurm"),
+        (["sweep=mine.yaml", "trials.carry_to=tiny/1_alin"], "Did you mean tiny/1_align?"),
+        (
+            ["sweep=mine.yaml", "stage.learning_rte=3"],
+            "unknown setting stage.learning_rte. Did you mean stage.learning_rate?",
+        ),
+        (["sweep=mine.yaml", "stage.warmup=3"], "parameters.stage.warmup: is swept"),
+        (["sweep=odd.yaml"], "Did you mean val/loss_ko?"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_runs(place, words, said):
+    write(place)
+    write(place, "odd", metric="val/loss_kr")
+    with pytest.raises(UserError) as error:
+        read(parse(["task=sweep", *words]))
+    assert said in str(error.value) and not (place / "runs").exists()
+
+
+def test_values_that_another_experiment_does_not_know_are_not_carried_over(place):
+    path = place / "dpo.yaml"
+    path.write_text(
+        "method: random\nmetric: {name: val/loss}\nparameters:\n  experiment: {value: tiny/4_dpo}\n  stage.beta: {min: 0.1, max: 0.2}\n"
+        "  init_from: {value: runs/tiny/3_highres/hf}\n"
+    )
+    with pytest.raises(ConfigError, match=r"trials.carry_to=tiny/2_sft: stage.beta is a setting of stage=dpo"):
+        read(parse(["task=sweep", f"sweep={path}", "trials.carry_to=tiny/2_sft"]))
+
+
+def test_the_plan_shows_ranges_reasons_and_commands_and_runs_nothing(place, capsys):
+    sweep(parse(["task=sweep", f"sweep={write(place)}", "trials.dry_run=true", "run_name='스윕 하나'", "seed=1"]))
+    said = capsys.readouterr().out
+    assert (
+        "around the recipe's" in said
+        and "0.001 to 0.01, logarithmic" in said
+        and "random, 2 trials, by val/loss" in said
+    )
+    commands = [line for line in said.splitlines() if "python run.py" in line]
+    runs = [parse(shlex.split(line)[2:]) for line in commands]
+    assert [run.name for run in runs] == ["스윕 하나/0", "스윕 하나/1"] and not (place / "runs").exists()
+    assert runs[0].config.stage.learning_rate != runs[1].config.stage.learning_rate
+
+
+# The folder
+
+
+def test_a_folder_is_one_sweeps_and_overwrite_replaces_another_with_its_trials(place):
+    job = job_of(write(place))
+    settle_folder(job)
+    settle_folder(job)
+    search = job.search(job.run.dir / "journal.log")
+    search.tell(search.ask().number, 1.0, Outcome.finished)
+    (job.run.dir / "0").mkdir()
+    with pytest.raises(UserError, match="differs from this one in the overrides for its trials"):
+        settle_folder(job_of(write(place), "seed=4"))
+    with pytest.raises(UserError, match="differs from this one in the sweep file"):
+        settle_folder(job_of(write(place, cap=3)))
+    settle_folder(job_of(write(place), "overwrite=true"))  # the same one, not done: it goes on
+    assert (job.run.dir / "0").is_dir() and len(job.search(job.run.dir / "journal.log").trials()) == 1
+    settle_folder(job_of(write(place), "seed=4", "overwrite=true"))
+    assert not (job.run.dir / "0").exists() and not (job.run.dir / "journal.log").exists()
+
+
+def test_one_process_runs_a_sweep_at_a_time(place):
+    code = "import sys; from pathlib import Path; from lit_vlm.tasks.sweep import alone\n"
+    code += "with alone(Path('s')): print('in', flush=True); sys.stdin.read()"
+    environment = os.environ | {"PYTHONPATH": str(RUN.parent)}
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    )
+    assert other.stdout.readline() == b"in\n"
+    with pytest.raises(UserError, match="runs already, in another process"), alone(Path("s")):
+        pass
+    other.communicate(timeout=60)
+    with alone(Path("s")):
+        pass
+
+
+def test_devices_are_dealt_by_what_a_trial_needs(monkeypatch):
+    monkeypatch.setattr("lit_vlm.tasks.sweep.visible_devices", lambda: ["4", "5", "6", "7", "9"])
+
+    def places(parallel=None, **trainer):
+        return places_of(RunConfig(trainer=TrainerConfig(**trainer)), parallel)
+
+    assert (places(accelerator="cpu"), places(3, accelerator="cpu")) == ([()], [()] * 3)
+    assert places() == [("4",), ("5",), ("6",), ("7",), ("9",)]
+    assert places(accelerator="gpu", devices=2) == [("4", "5"), ("6", "7")]
+    assert places(2) == [("4",), ("5",)] and places(7)[5:] == [("4",), ("5",)]
+    with pytest.raises(UserError, match="needs 8 devices"):
+        places(devices=8)
+    with pytest.raises(UserError, match=r"needs a cluster: trials.slurm"):
+        places(num_nodes=2)
+
+
+# Slurm
+
+
+def test_workers_are_one_array_whose_script_hands_the_signals_to_them(place, capsys):
+    words = [
+        "trials.slurm=3",
+        "trials.dry_run=true",
+        "submit.time=60",
+        "submit.partition=a",
+        "trainer=ddp",
+        "trainer.devices=4",
+    ]
+    sweep(parse(["task=sweep", f"sweep={write(place)}", "run_name='스윕 1'", *words]))
+    said = capsys.readouterr().out
+    options = [line.removeprefix("#SBATCH ") for line in said.splitlines() if line.startswith("#SBATCH")]
+    wanted = [
+        "--array=0-2",
+        "--signal=B:USR1@120",
+        "--requeue",
+        "--gpus-per-node=4",
+        "--time=60",
+        "--partition=a",
+        "--open-mode=append",
+    ]
+    assert set(wanted) <= set(options) and any("slurm-%A_%a.log" in option for option in options)
+    script = said[said.index("#!/bin/bash") : said.index("\nsbatch ")]
+    Path("job.sh").write_text(re.sub("exec .*", "exec printf '%s\\\\0' \\\\", script, count=1))
+    environment = os.environ | {"SLURM_ARRAY_TASK_ID": "2"}
+    ran = subprocess.run(["bash", "job.sh"], capture_output=True, text=True, check=True, env=environment, timeout=60)
+    run = parse(ran.stdout.split("\0")[:-1])
+    assert (run.config.trials.worker, run.config.trials.slurm, run.name, run.config.trials.dry_run) == (
+        2,
+        3,
+        "스윕 1",
+        False,
+    )
+    assert not any(text.startswith("submit.") for text in run.overrides) and not (place / "runs").exists()
+
+
+def test_a_job_that_cannot_be_is_told_before_it_is_submitted(place):
+    def submits(*words: str):
+        sweep(parse(["task=sweep", f"sweep={write(place)}", "trials.slurm=2", "trials.dry_run=true", *words]))
+
+    with pytest.raises(UserError, match="submit.time: expected minutes"):
+        submits("submit.time=soon")
+    with pytest.raises(UserError, match="workers of a sweep start their trials on the node itself"):
+        submits("submit.container=x.sqsh")
+
+
+# Real trials
+
+
+def run_sweep(place: Path, *words: str, limit: float = 240) -> subprocess.CompletedProcess:
+    return process(*words, cwd=place, limit=limit, base=["task=sweep", "sweep=mine.yaml"])
+
+
+def outcomes(place: Path) -> list[str]:
+    search = Search(read_sweep(place / "mine.yaml"), place / "runs/sweeps/mine/journal.log")
+    return [str(trial.outcome) for trial in search.trials()]
+
+
+@pytest.mark.slow
+def test_a_sweep_of_tiny_runs_ends_with_a_page_and_a_command_that_is_accepted(place):
+    write(place)
+    done = run_sweep(place, "trials.carry_to=tiny/2_sft", "trials.parallel=2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert outcomes(place) == ["finished"] * 2
+    commands = [shlex.split(line)[2:] for line in done.stdout.splitlines() if line.startswith("  python run.py")]
+    best, carried = (parse([*words, *([] if n == 0 else ["init_from=x/hf"])]) for n, words in enumerate(commands))
+    assert best.experiment == "tiny/1_align" and carried.experiment == "tiny/2_sft"
+    assert best.config.stage.learning_rate == carried.config.stage.learning_rate
+    trials = [json.loads((place / f"runs/sweeps/mine/{n}/manifest.json").read_text()) for n in range(2)]
+    assert [trial["status"] for trial in trials] == ["finished"] * 2
+    page = (place / "runs/sweeps/mine/sweep.html").read_text(encoding="utf-8")
+    assert "2 of 2 trials: 2 finished" in page and shlex.join(commands[0]).split()[1] in page
+    again = run_sweep(place, "trials.carry_to=tiny/2_sft", "trials.parallel=2")
+    assert again.returncode == 0 and "trial 0:" not in again.stdout and "goes on behind 2 of 2 trials" in again.stdout
+
+
+def started(place: Path, *words: str) -> subprocess.Popen:
+    line = [sys.executable, str(RUN), "task=sweep", "sweep=mine.yaml", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        line, cwd=place, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def until_rows(place: Path, number: int, rows: int, limit: float = 120) -> None:
+    table, end = place / f"runs/sweeps/mine/{number}/metrics.csv", time.monotonic() + limit
+    while not table.exists() or len(table.read_text().splitlines()) <= rows:
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def alive_and_killed(place: Path) -> None:
+    """SIGKILL to what the sweep left running."""
+    for file in (place / "runs/sweeps/mine").glob("*/trial.pid"):
+        with suppress(ProcessLookupError):
+            os.kill(int(file.read_text()), signal.SIGKILL)
+
+
+LONG = ["data.validation.every_steps=20", "trainer.log_every_n_steps=1", "checkpoint.every_steps=5"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["kill", "interrupt"])
+def test_a_sweep_that_is_cut_short_goes_on_where_it_was(place, how):
+    path = write(place)
+    path.write_text(path.read_text().replace("trainer.max_steps: {value: 4}", "trainer.max_steps: {value: 60}"))
+    sweeping = started(place, *LONG)
+    until_rows(place, 0, 12)
+    sweeping.send_signal(signal.SIGKILL if how == "kill" else signal.SIGINT)
+    said, _ = sweeping.communicate(timeout=120)
+    if how == "kill":
+        alive_and_killed(place)
+    else:
+        assert sweeping.returncode == 130 and "its trials are saved. The same command goes on." in said
+    assert outcomes(place) == ["None"]
+    done = run_sweep(place, *LONG)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert outcomes(place) == ["finished"] * 2
+    log = (place / "runs/sweeps/mine/0/trial.log").read_text()
+    assert "goes on at step" in log and "Traceback" not in log
+
+
+@pytest.mark.slow
+def test_a_sweep_whose_trials_all_fail_says_why_after_three(place):
+    path = write(place, cap=5)
+    path.write_text(path.read_text().replace("callbacks: {value: [throughput, guard]}", "data.max_length: {value: 1}"))
+    done = run_sweep(place)
+    assert (
+        done.returncode == 1
+        and "The first 3 trials failed" in done.stderr
+        and "No usable sample" in done.stdout + done.stderr
+    )
+    assert "Traceback" not in done.stderr and outcomes(place) == ["failed"] * 3
