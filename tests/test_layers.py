@@ -19,8 +19,9 @@ MAY_IMPORT = {
     "curation": {*BELOW_MODEL, "model", "data", "evaluation"},
     "stages": {*BELOW_MODEL, "model", "data", "evaluation"},
     "engine": {*BELOW_MODEL, "model", "data", "evaluation", "stages"},
+    "sweep": {*BELOW_MODEL, "model", "data", "evaluation", "curation", "stages", "engine"},
     "callbacks": {*BELOW_MODEL, "model", "data", "evaluation", "stages", "engine"},
-    "tasks": {*BELOW_MODEL, "model", "data", "evaluation", "curation", "stages", "engine", "callbacks"},
+    "tasks": {*BELOW_MODEL, "model", "data", "evaluation", "curation", "stages", "engine", "sweep", "callbacks"},
     "run": {"config", "tasks", "types"},
 }
 FILES = sorted([*ROOT.glob("lit_vlm/**/*.py"), *ROOT.glob("callbacks/*.py"), ROOT / "run.py"])

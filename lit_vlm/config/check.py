@@ -30,6 +30,7 @@ from lit_vlm.config.schema import (
     WeightsIn,
 )
 from lit_vlm.config.settings import did_you_mean, members, nearest
+from lit_vlm.config.sweep import mistakes_in_trials
 from lit_vlm.types import Kind, Part
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true", "transformer-engine")
@@ -76,6 +77,8 @@ def check(config: RunConfig) -> list[str]:
     """All mistakes of a config whose keys and types are right; empty when it can run."""
     if config.task is Task.prefer:
         return [*mistakes_in_prefer(config), *_data(config.data), *_no_pairs(config.data)]
+    if config.task is Task.sweep:
+        return [*mistakes_in_trials(config)]
     if config.task not in STAGE_TASKS:
         return [*_positive("max_new_tokens", config.max_new_tokens)]
     return [

@@ -34,6 +34,8 @@ ELSEWHERE = (
     "max_new_tokens",
     "checkpoint",
     "submit",
+    "sweep",
+    "trials",
     "resume_from",
     "guard.heartbeat_seconds",
     "guard.max_oom_retries",

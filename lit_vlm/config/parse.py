@@ -23,6 +23,7 @@ from lit_vlm.config.pipeline import pipeline_overrides, wrong_for_pipeline
 from lit_vlm.config.recipe import SOURCE_TABLES, experiment_of, is_ladder, stages_of
 from lit_vlm.config.schema import DPOStageConfig, Format, RunConfig, SourceConfig, StageConfig, Task
 from lit_vlm.config.settings import settings
+from lit_vlm.config.sweep import is_sweep, own_words
 from lit_vlm.types import UserError
 
 
@@ -49,6 +50,8 @@ def parse(arguments: list[str]) -> Run:
     """
     given = read_arguments(arguments)
     overrides = with_implied(given)
+    if is_sweep(overrides):
+        overrides = own_words(overrides)
     wrong = wrong_words(overrides)
     if is_ladder(overrides):
         wrong |= {f"pipeline {place}": [mistake] for place, mistake in enumerate(wrong_for_pipeline(given))}
@@ -234,6 +237,9 @@ def _check_stages(stages: list[str], given: list[str], task: Task) -> None:
 def _run(config: RunConfig, overrides: list[str], given: list[str]) -> Run:
     if is_ladder(overrides):
         return Run(config, None, config.recipe, Path(config.run_dir) / config.recipe, given, config.init_from)
+    if config.task is Task.sweep:
+        name = config.run_name or f"sweeps/{Path(config.sweep or 'sweep').stem}"
+        return Run(config, None, name, Path(config.run_dir) / name, given, None)
     name = config.task.value if config.task in (Task.chat, Task.prefer) else run_name(overrides)
     init_from = config.init_from
     if init_from == "previous":

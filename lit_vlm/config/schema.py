@@ -24,6 +24,7 @@ class Task(Enum):
     train = "train"  # one stage
     prepare = "prepare"  # index and verify the data of a stage, build its plan; needs no GPU
     preflight = "preflight"  # what would be trained on, and whether it would run; seconds, no GPU, no weights
+    sweep = "sweep"  # runs of one stage that a sweep file describes, and a page about them
     submit = "submit"  # train or the whole recipe, as Slurm jobs
     prefer = "prefer"  # make preference pairs from a finished model's own answers
     chat = "chat"  # talk to a finished model
@@ -416,6 +417,18 @@ class PreferConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class TrialsConfig:
+    """task=sweep: how the runs of a sweep file are carried out."""
+
+    count: int | None = None  # trials altogether; null: the file's run_cap, or 20; a grid ends by itself
+    parallel: int | None = None  # trials at a time; null: as many as the local devices allow, on a CPU 1
+    slurm: int | None = None  # workers of a Slurm array, one trial at a time each, with submit.*; null: on this machine
+    worker: int | None = None  # which of them this process is; the array's script says it
+    carry_to: str | None = None  # experiment that the best values are printed for, e.g. varco_vision_14b/1_align
+    dry_run: bool = False  # show the parameters and the first commands, run nothing
+
+
+@dataclass(kw_only=True, slots=True)
 class RunConfig:
     task: Task = Task.pipeline
     recipe: str = "tiny"  # for the pipeline: a folder of conf/experiment/
@@ -441,6 +454,8 @@ class RunConfig:
     debug: Debug | None = None
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     prefer: PreferConfig = field(default_factory=PreferConfig)
+    sweep: str | None = None  # task=sweep: a sweep file in W&B's format, e.g. sweeps/align.yaml
+    trials: TrialsConfig = field(default_factory=TrialsConfig)
     image: list[str] = field(default_factory=list)  # task=chat: pictures to talk about
     prompt: str | None = None  # task=chat: ask this once and leave; null: a conversation
     max_new_tokens: int = 256  # task=chat: most tokens of an answer

@@ -45,10 +45,8 @@ def sbatch(script: Path, after: str | None = None) -> str:
     Raises:
         UserError: with what sbatch said.
     """
-    # from within a job: its words are not the new job's
-    environment = {name: value for name, value in os.environ.items() if not _FROM_A_JOB.match(name)}
     try:
-        done = _call(sbatch_words(script, after), environment)
+        done = _call(sbatch_words(script, after), outside_of_job())
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"sbatch did not answer: {error}. The script is written: {script}") from error
     if done.returncode:
@@ -58,6 +56,17 @@ def sbatch(script: Path, after: str | None = None) -> str:
             " gpus_per_node, memory); `sinfo` lists the partitions."
         )
     return done.stdout.strip().partition(";")[0]  # id;cluster where there are several
+
+
+def outside_of_job() -> dict[str, str]:
+    """The environment without the words of the job that this process is in: they are not another job's, nor those of a
+    program that should not take itself for one of the job's tasks."""
+    return {name: value for name, value in os.environ.items() if not _FROM_A_JOB.match(name)}
+
+
+def signal_steps(job: str, name: str) -> None:
+    """Send a signal to the tasks of the job's steps, and not to its script. srun itself would end them at once."""
+    _call(["scancel", f"--signal={name}", job])
 
 
 def state_of(job: str) -> str | None:

@@ -24,6 +24,7 @@ TASKS: dict[Task, Callable[[Run], None]] = {
     Task.train: _late("lit_vlm.tasks.train:train"),
     Task.prepare: _late("lit_vlm.tasks.prepare:prepare"),
     Task.preflight: _late("lit_vlm.tasks.preflight:preflight"),
+    Task.sweep: _late("lit_vlm.tasks.sweep:sweep"),
     Task.submit: _late("lit_vlm.tasks.submit:submit"),
     Task.prefer: _late("lit_vlm.tasks.prefer:prefer"),
     Task.chat: _late("lit_vlm.tasks.chat:chat"),

@@ -1,0 +1,270 @@
+"""A sweep file in W&B's own format: the same file goes to `wandb sweep` and to `task=sweep`.
+
+Format and words are those of W&B's documentation (docs.wandb.ai/models/sweeps/sweep-config-keys). Whether its keys and
+values are settings of this program is asked in `lit_vlm/sweep/mistakes.py`.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_vlm.config import ConfigError
+from lit_vlm.config.settings import did_you_mean, nearest
+from lit_vlm.sweep.parameter import Parameter, parameters_from
+
+KEYS = (
+    "program command method metric parameters early_terminate run_cap name description project entity".split()
+    + "controller parent_sweep imageuri job".split()  # of W&B's launcher and its own scheduler; nothing to do with values
+)
+HYPERBAND = ("type", "min_iter", "max_iter", "s", "eta", "strict")
+
+
+class Method(StrEnum):
+    grid = "grid"
+    random = "random"
+    bayes = "bayes"
+
+
+class Goal(StrEnum):
+    minimize = "minimize"
+    maximize = "maximize"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """What trials are compared by. `target`: a trial that reaches it ends the sweep."""
+
+    name: str
+    goal: Goal = Goal.minimize
+    target: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Hyperband:
+    """`early_terminate`. An iteration is one logged value of the metric, as W&B counts.
+
+    Attributes:
+        min_iter: values after which trials are compared first; then after `eta` times as many, and so on.
+        strict: read for W&B's sake; here every comparison holds.
+    """
+
+    min_iter: int
+    eta: int = 3
+    strict: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SweepFile:
+    """What a sweep file says.
+
+    Attributes:
+        place: the file, as messages name it.
+        parameters: by dotted key, in the order of the file; those with one value alone are `fixed`.
+        command: W&B's list; None is `${env} ${interpreter} ${program} ${args_json}` here.
+    """
+
+    place: str
+    name: str
+    method: Method
+    parameters: dict[str, Parameter]
+    metric: Metric | None = None
+    early_terminate: Hyperband | None = None
+    run_cap: int | None = None
+    program: str | None = None
+    command: list[str] | None = None
+    description: str | None = None
+    project: str | None = None
+    entity: str | None = None
+    plain: dict[str, Any] = field(default_factory=dict, compare=False)  # the file as it was read
+
+    @property
+    def fixed(self) -> dict[str, Any]:
+        return {key: one.values[0] for key, one in self.parameters.items() if one.is_fixed}
+
+    @property
+    def swept(self) -> dict[str, Parameter]:
+        return {key: one for key, one in self.parameters.items() if not one.is_fixed}
+
+    @property
+    def words(self) -> list[str]:
+        """Overrides that the command itself names, behind the program: the same for every trial."""
+        command = self.command or []
+        start = command.index("${program}") + 1 if "${program}" in command else 0
+        return [word for word in command[start:] if "=" in word and not word.startswith("$")]
+
+
+def read_sweep(path: str | Path) -> SweepFile:
+    """The sweep that a file describes.
+
+    Raises:
+        ConfigError: there is no such file, it is no YAML, or with everything that is wrong with its structure.
+    """
+    return _sound(*look_at(path))
+
+
+def sweep_from(plain: Any, place: str) -> SweepFile:
+    """The sweep that a read file describes; `place` names it in messages.
+
+    Raises:
+        ConfigError: with everything that is wrong with its structure.
+    """
+    return _sound(*draft(plain, place))
+
+
+def look_at(path: str | Path) -> tuple[SweepFile, list[str]]:
+    """The sweep as far as the file can be understood, and what is wrong with it.
+
+    Raises:
+        ConfigError: there is no such file, or it is no YAML.
+    """
+    path = Path(path)
+    if not path.is_file():
+        there = sorted(str(file) for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ConfigError(
+            [
+                f"sweep={path}: there is no such file.{did_you_mean(nearest(str(path), there))} Name a sweep file, sweep=sweeps/<name>.yaml."
+            ]
+        )
+    try:
+        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: is no YAML: {' '.join(str(error).split())}. Correct the file."]) from None
+    return draft(plain, str(path))
+
+
+def draft(plain: Any, place: str) -> tuple[SweepFile, list[str]]:
+    """The sweep as far as it can be understood, and what is wrong with the structure of the file."""
+    if not isinstance(plain, dict):
+        raise ConfigError([f"{place}: a sweep file is keys and values (method, metric, parameters), found {plain!r}."])
+    wrong: list[str] = []
+    method = _word(plain, "method", Method, wrong)
+    parameters = parameters_from(plain.get("parameters"), wrong)
+    sweep = SweepFile(
+        place=place,
+        name=str(plain.get("name") or Path(place).stem),
+        method=method or Method.random,
+        parameters=parameters,
+        metric=_metric(plain.get("metric"), wrong),
+        early_terminate=_hyperband(plain.get("early_terminate"), wrong),
+        run_cap=_count(plain.get("run_cap"), "run_cap", wrong),
+        program=plain.get("program"),
+        command=_command(plain.get("command"), wrong),
+        description=plain.get("description"),
+        project=plain.get("project"),
+        entity=plain.get("entity"),
+        plain=plain,
+    )
+    wrong += [f"there is no key {key}.{did_you_mean(nearest(str(key), KEYS))}" for key in plain if key not in KEYS]
+    wrong += _together(sweep, method)
+    return sweep, [f"{place}: {mistake}" for mistake in wrong]
+
+
+def _sound(sweep: SweepFile, wrong: list[str]) -> SweepFile:
+    if wrong:
+        raise ConfigError(wrong)
+    return sweep
+
+
+def _together(sweep: SweepFile, method: Method | None) -> Iterator[str]:
+    """Keys that are right alone and not with each other."""
+    if method is Method.bayes and sweep.metric is None:
+        yield "metric: method bayes learns from it; say metric: {name: val/loss, goal: minimize}."
+    if sweep.early_terminate and sweep.metric is None:
+        yield "metric: early_terminate compares trials by it; say metric: {name: val/loss, goal: minimize}."
+    for key, one in sweep.parameters.items():
+        if method is Method.grid and one.points is None:
+            yield (
+                f"parameters.{key}: a grid needs values, and {one.distribution} is a range without steps;"
+                " list values, or take method random or bayes."
+            )
+        if method is not Method.grid and one.points == ():
+            yield f"parameters.{key}: its range holds no value."
+
+
+def _word(plain: dict[str, Any], key: str, kind: type[Method], wrong: list[str]) -> Method | None:
+    found = plain.get(key)
+    if found in list(kind):
+        return kind(found)
+    hint = did_you_mean(nearest(str(found), list(kind)))
+    wrong.append(
+        f"{key}: is missing; one of {', '.join(kind)}."
+        if found is None
+        else f"{key}: expected one of {', '.join(kind)}, found {found!r}.{hint}"
+    )
+    return None
+
+
+def _metric(plain: Any, wrong: list[str]) -> Metric | None:
+    if plain is None:
+        return None
+    if not isinstance(plain, dict) or not isinstance(plain.get("name"), str):
+        wrong.append(f"metric: expected {{name: val/loss, goal: minimize}}, found {plain!r}.")
+        return None
+    for key in plain:
+        if key not in ("name", "goal", "target"):
+            wrong.append(f"metric: there is no key {key}.{did_you_mean(nearest(str(key), ('name', 'goal', 'target')))}")
+    goal, target = plain.get("goal", "minimize"), plain.get("target")
+    if goal not in list(Goal):
+        wrong.append(
+            f"metric.goal: expected minimize or maximize, found {goal!r}.{did_you_mean(nearest(str(goal), list(Goal)))}"
+        )
+        goal = "minimize"
+    if target is not None and (isinstance(target, bool) or not isinstance(target, int | float)):
+        wrong.append(f"metric.target: expected a number, found {target!r}.")
+        target = None
+    return Metric(plain["name"], Goal(goal), target)
+
+
+def _hyperband(plain: Any, wrong: list[str]) -> Hyperband | None:
+    if plain is None:
+        return None
+    if not isinstance(plain, dict) or plain.get("type") != "hyperband":
+        wrong.append("early_terminate.type: W&B knows hyperband alone: {type: hyperband, min_iter: 3}.")
+        return None
+    for key in plain:
+        if key not in HYPERBAND:
+            wrong.append(f"early_terminate: there is no key {key}.{did_you_mean(nearest(str(key), HYPERBAND))}")
+    numbers = {
+        name: _count(plain.get(name), f"early_terminate.{name}", wrong) for name in ("min_iter", "max_iter", "s", "eta")
+    }
+    eta = numbers["eta"] or 3
+    if eta < 2:
+        wrong.append(f"early_terminate.eta: must be 2 or above, found {eta}.")
+        return None
+    first, most, times = numbers["min_iter"], numbers["max_iter"], numbers["s"]
+    if (first is None) == (most is None):
+        wrong.append(
+            "early_terminate: needs min_iter (values before the first comparison), or max_iter and s; one of them."
+        )
+        return None
+    if first is None and times is None:
+        wrong.append("early_terminate.s: is missing; with max_iter it says how often trials are compared.")
+        return None
+    return Hyperband(first or max(1, most // eta**times), eta, bool(plain.get("strict", False)))
+
+
+def _count(found: Any, key: str, wrong: list[str]) -> int | None:
+    if found is None:
+        return None
+    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
+        wrong.append(f"{key}: expected a whole number above 0, found {found!r}.")
+        return None
+    return found
+
+
+def _command(found: Any, wrong: list[str]) -> list[str] | None:
+    if found is None:
+        return None
+    if isinstance(found, str):
+        found = shlex.split(found)
+    if not isinstance(found, list) or not found:
+        wrong.append(f"command: expected a list of words, found {found!r}.")
+        return None
+    return [str(word) for word in found]

@@ -1,0 +1,149 @@
+"""What would make a sweep's trials fail, found before the first one: keys, values and metric against the schema."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from lit_vlm.config import ConfigError, Run, RunConfig, parse
+from lit_vlm.config.overrides import key_of, read_arguments, with_implied
+from lit_vlm.config.parse import wrong_words
+from lit_vlm.config.schema import DPOStageConfig
+from lit_vlm.config.settings import did_you_mean, nearest
+from lit_vlm.sweep.file import SweepFile
+from lit_vlm.sweep.parameter import Parameter
+from lit_vlm.sweep.words import trial_words, value_words
+from lit_vlm.types import Kind, Language
+
+EACH_TRIALS_OWN = ("task", "recipe", "run_name", "run_dir", "overwrite", "resume_from", "sweep", "trials", "submit")
+GROUPS = (*(language.value for language in Language if language is not Language.auto), *(kind.value for kind in Kind))
+LOSSES = ("train/loss", "val/loss", *(f"val/loss_{group}" for group in GROUPS))
+REWARDS = tuple(f"rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected"))
+SCORES = tuple(f"score/{kind.value}_{language}" for kind in Kind for language in ("ko", "en"))
+RATES = tuple(f"throughput/{name}" for name in ("tokens_per_second", "samples_per_second", "data_wait"))
+FAMILIES = ("train/rewards/", "val/rewards/", "throughput/")  # with more members than are listed here
+
+
+def mistakes_in_sweep(sweep: SweepFile, overrides: list[str]) -> list[str]:
+    """Every mistake in the file's keys, values and metric; every value is composed as a trial's would be.
+
+    Args:
+        overrides: what the command line gives to every trial.
+    """
+    try:
+        given = read_arguments(overrides)
+    except ConfigError as error:
+        return error.mistakes
+    wrong = list(_keys(sweep, given))
+    bad, from_values = _values(sweep, given)
+    wrong += from_values
+    runs: list[Run] = []
+    wrong += _trials(sweep, given, bad, runs)
+    wrong += _metric(sweep, runs[0].config if runs and not bad else None)
+    mine = {mistake for mistakes in _wrong(given).values() for mistake in mistakes} if from_values else set()
+    return [one if one in mine else f"{sweep.place}: {one}" for one in dict.fromkeys(wrong)]
+
+
+def _keys(sweep: SweepFile, given: list[str]) -> Iterator[str]:
+    for key in sweep.parameters:
+        if key.lstrip("+~").partition(".")[0] in EACH_TRIALS_OWN:
+            yield f"parameters.{key}: is not a trial's to vary; each trial gets a folder of its own and trains one stage."
+    for word in given:
+        if key_of(word) in sweep.swept:
+            yield (
+                f"parameters.{key_of(word)}: is swept, and the command line sets it to {word.partition('=')[2]}."
+                " Take one of the two away."
+            )
+
+
+def _values(sweep: SweepFile, given: list[str]) -> tuple[set[str], list[str]]:
+    """Keys that no trial can be started with, and what is wrong with keys, choices and types, each value by itself."""
+    words = trial_words(sweep, sweep.fixed, given)
+    known = {word: key_of(word) for word in words}
+    for one in sweep.swept.values():
+        for value in one.samples():
+            known |= dict.fromkeys(value_words({one.key: value}), one.key)
+    bad, wrong = set[str](), list[str]()
+    for word, mistakes in _wrong(list(known)).items():
+        key = known.get(word, "")
+        bad.add(key)
+        wrong += [mistake + _whole(sweep.parameters.get(key), mistake) for mistake in mistakes]
+    return bad, _once_per_key(wrong)
+
+
+def _once_per_key(wrong: list[str]) -> list[str]:
+    """A range of the wrong type is wrong at both ends; once is enough."""
+    return list({mistake.partition(", found ")[0]: mistake for mistake in reversed(wrong)}.values())[::-1]
+
+
+def _wrong(words: list[str]) -> dict[str, list[str]]:
+    return wrong_words(with_implied(words))
+
+
+def _whole(one: Parameter | None, mistake: str) -> str:
+    if one is None or not one.is_range or "a whole number" not in mistake:
+        return ""
+    return " Give the range whole ends (distribution: int_uniform), or q_uniform with a whole q."
+
+
+def _trials(sweep: SweepFile, given: list[str], bad: set[str], runs: list[Run]) -> Iterator[str]:
+    """Contradictions between settings, in trials that have each value once. The runs that are sound are added to `runs`."""
+    columns = {key: one.samples() for key, one in sweep.swept.items() if key not in bad}
+    num_rows = max((len(values) for values in columns.values()), default=1)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in range(num_rows):
+        values = {key: column[row % len(column)] for key, column in columns.items()}
+        words = [word for word in trial_words(sweep, {**sweep.fixed, **values}, given) if key_of(word) not in bad]
+        try:
+            runs.append(parse([*words, "run_name=trial"]))
+        except ConfigError as error:
+            for mistake in error.mistakes:
+                if not (bad and "is not set" in mistake):  # it may be what a wrong word meant
+                    found.setdefault(mistake, []).append(values)
+    for mistake, rows in found.items():
+        pairs = ", ".join(f"{key}={value}" for key, value in rows[0].items())
+        yield mistake if len(rows) == num_rows else f"{mistake} (as with {pairs})"
+
+
+def _metric(sweep: SweepFile, config: RunConfig | None) -> Iterator[str]:
+    """A metric that no run of this stage logs, or too seldom for the trials to be compared early."""
+    if sweep.metric is None:
+        return
+    name = sweep.metric.name
+    if name not in metric_names() and not name.startswith(FAMILIES):
+        found = did_you_mean(nearest(name, metric_names()))
+        yield (
+            f"metric.name: no run logs {name}; they log train/loss, val/loss, val/loss_ko, val/loss_en, val/rewards/*,"
+            f" score/<kind>_<language>, throughput/*.{found}"
+        )
+        return
+    if config is None:
+        return
+    if "rewards/" in name and not isinstance(config.stage, DPOStageConfig):
+        yield f"metric.name: {name} is logged by stage=dpo, and these trials train {config.stage.name.value}."
+    if name.startswith("score/") and "samples" not in config.callbacks:
+        yield f"metric.name: {name} comes from the callback samples, which callbacks=[...] leaves out."
+    if sweep.early_terminate is not None:
+        yield from _too_seldom(name, sweep.early_terminate.min_iter, config)
+
+
+def _too_seldom(name: str, first: int, config: RunConfig) -> Iterator[str]:
+    if name.startswith("score/"):
+        yield f"early_terminate: {name} is logged once, at the end, so nothing can be stopped early by it; take val/loss."
+        return
+    held_out = name.startswith("val/")
+    key = "data.validation.every_steps" if held_out else "trainer.log_every_n_steps"
+    every = config.data.validation.every_steps if held_out else config.trainer.log_every_n_steps
+    if every is None:
+        yield f"early_terminate: {key} is not set, so {name} is logged once, at the end; set it, e.g. {key}=100."
+    elif config.trainer.max_steps and config.trainer.max_steps // every < first:
+        yield (
+            f"early_terminate: the first comparison is after {first} values of {name}, and a run of"
+            f" {config.trainer.max_steps} steps logs {config.trainer.max_steps // every}; lower min_iter or {key}."
+        )
+
+
+def metric_names() -> list[str]:
+    """What runs log; of rewards and rates the ones that are asked for most."""
+    rewards = [f"{split}/{name}" for split in ("train", "val") for name in REWARDS]
+    return [*LOSSES, *rewards, *SCORES, *RATES]

@@ -1,0 +1,283 @@
+"""One parameter of a sweep: its distribution by W&B's names, its values, and the points that a grid takes of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+from lit_vlm.config.settings import did_you_mean, nearest
+
+RANGE, BELL, BETA = ("min", "max"), ("mu", "sigma"), ("a", "b")
+# Distribution -> keys that it needs. A q before the name rounds to multiples of q; log_ takes exponents of e,
+# log_..._values the values themselves.
+NEEDS: dict[str, tuple[str, ...]] = {
+    "constant": ("value",),
+    "categorical": ("values",),
+    "categorical_w_probabilities": ("values", "probabilities"),
+    "int_uniform": RANGE,
+    "uniform": RANGE,
+    "q_uniform": RANGE,
+    "log_uniform": RANGE,
+    "q_log_uniform": RANGE,
+    "inv_log_uniform": RANGE,
+    "log_uniform_values": RANGE,
+    "q_log_uniform_values": RANGE,
+    "inv_log_uniform_values": RANGE,
+    "normal": (),
+    "q_normal": (),
+    "log_normal": (),
+    "q_log_normal": (),
+    "beta": BETA,
+    "q_beta": BETA,
+}
+KEYS = ("value", "values", "probabilities", "distribution", "parameters", *RANGE, "q", *BELL, *BETA)
+TAIL = 0.001  # of a bell: beyond this share on either side nothing is tried
+LARGEST = 700  # exponent of e that is a number still
+MOST_POINTS = 10_000  # of a range in a grid
+DIGITS = 6  # of a value that is drawn: more would only lengthen the command line
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """What may be tried for one setting.
+
+    Attributes:
+        values: those listed; of a constant, the one.
+        min, max: ends of a range, in values (also where the file gives exponents).
+        q: step that values are rounded to; None: none.
+        mu, sigma, a, b: of bells and of the beta distribution.
+    """
+
+    key: str
+    distribution: str
+    values: tuple[Any, ...] = ()
+    probabilities: tuple[float, ...] = ()
+    min: float = 0.0
+    max: float = 1.0
+    q: float | None = None
+    mu: float = 0.0
+    sigma: float = 1.0
+    a: float = 1.0
+    b: float = 1.0
+
+    @property
+    def is_fixed(self) -> bool:
+        return len(self.values) == 1
+
+    @property
+    def is_log(self) -> bool:
+        return "log_uniform" in self.distribution
+
+    @property
+    def is_range(self) -> bool:
+        """Between `min` and `max`; else listed, or a bell that is drawn by its quantile."""
+        return not self.values and "uniform" in self.distribution
+
+    @property
+    def points(self) -> tuple[Any, ...] | None:
+        """What a grid takes: all values, in order. None: there is no end to them."""
+        if self.values:
+            return self.values
+        step = 1.0 if self.distribution == "int_uniform" else self.q if self.distribution == "q_uniform" else None
+        if step is None:
+            return None
+        low, high = math.ceil(self.min / step - 1e-9), math.floor(self.max / step + 1e-9)
+        return (
+            tuple(self._rounded(number * step) for number in range(low, high + 1)) if high - low < MOST_POINTS else None
+        )
+
+    def value(self, raw: float) -> Any:
+        """The value that is tried: of a raw number between `min` and `max`, or of a quantile where there is no range."""
+        if self.is_range:
+            return self._rounded(min(max(raw, self.min), self.max))
+        if self.probabilities:
+            return self.values[self._place(raw)]
+        return self._rounded(self._quantile(raw))
+
+    def shown(self) -> str:
+        """The range for a table."""
+        if self.is_fixed:
+            return str(self.values[0])
+        if self.values:
+            return ", ".join(map(str, self.values))
+        if self.is_range:
+            step = f", steps of {self.q:g}" if self.q else ""
+            return f"{self.min:g} to {self.max:g}{', logarithmic' if self.is_log else ''}{step}"
+        around = f"a {self.a:g}, b {self.b:g}" if "beta" in self.distribution else f"{self.mu:g} ± {self.sigma:g}"
+        return f"{self.distribution}, {around}"
+
+    def samples(self) -> tuple[Any, ...]:
+        """Values that stand for all of them: the ends, and one between."""
+        if self.values:
+            return self.values
+        low, high = (self.min, self.max) if self.is_range else (TAIL, 1 - TAIL)
+        middle = math.sqrt(low * high) if self.is_log else low + 0.382 * (high - low)  # rarely a round number
+        return tuple(dict.fromkeys(self.value(raw) for raw in (low, middle, high)))
+
+    def _place(self, quantile: float) -> int:
+        total = 0.0
+        for place, share in enumerate(self.probabilities):
+            total += share
+            if quantile < total:
+                return place
+        return len(self.values) - 1
+
+    def _quantile(self, raw: float) -> float:
+        if "beta" in self.distribution:
+            from scipy.stats import beta  # seconds to import, and seldom asked for
+
+            return float(beta.ppf(raw, self.a, self.b))
+        found = NormalDist(self.mu, self.sigma).inv_cdf(raw)
+        return math.exp(found) if "log" in self.distribution else found
+
+    def _rounded(self, value: float) -> float | int:
+        if self.distribution == "int_uniform":
+            return round(value)
+        if self.q:
+            value = round(value / self.q) * self.q
+            return round(value) if isinstance(self.q, int) else float(f"{value:.{DIGITS}g}")
+        short = float(f"{value:.{DIGITS}g}")
+        return min(max(short, self.min), self.max) if self.is_range else short
+
+
+def parameters_from(plain: Any, wrong: list[str]) -> dict[str, Parameter]:
+    """By dotted key. What is wrong is added to `wrong`; what is wrong beyond use is left out."""
+    if not isinstance(plain, dict) or not plain:
+        wrong.append(
+            "parameters: is missing or empty; name what is tried, parameters: {stage.learning_rate: {values: [...]}}."
+        )
+        return {}
+    found: dict[str, Parameter] = {}
+    for key, entry in _leaves(plain, "", wrong):
+        if key in found:
+            wrong.append(f"parameters.{key}: is there twice, dotted and nested.")
+        mistakes = list(_mistakes(entry))
+        wrong += [f"parameters.{key}{mistake}" for mistake in mistakes]
+        if not mistakes:
+            found[key] = _parameter(key, entry)
+    return found
+
+
+def _leaves(plain: dict[Any, Any], prefix: str, wrong: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, entry in plain.items():
+        key = f"{prefix}{name}"
+        if not isinstance(entry, dict):
+            wrong.append(
+                f"parameters.{key}: expected value, values, or min and max, found {entry!r}; for one value write {{value: {entry}}}."
+            )
+        elif isinstance(entry.get("parameters"), dict):
+            yield from _leaves(entry["parameters"], f"{key}.", wrong)
+        else:
+            yield key, entry
+
+
+def _mistakes(entry: dict[str, Any]) -> Iterator[str]:
+    for key in entry:
+        if key not in KEYS:
+            yield f": there is no key {key}.{did_you_mean(nearest(str(key), KEYS))}"
+    name = _distribution(entry)
+    if name not in NEEDS:
+        yield f".distribution: there is no {name}; there are {', '.join(NEEDS)}.{did_you_mean(nearest(str(name), list(NEEDS)))}"
+        return
+    missing = [key for key in NEEDS[name] if key not in entry]
+    if missing:
+        needed = (
+            f"{name} needs {' and '.join(missing)}"
+            if "distribution" in entry
+            else "needs value, values, or min and max"
+        )
+        yield f": {needed}; found {entry}."
+        return
+    if name.startswith("categorical"):
+        yield from _wrong_values(entry)
+    elif name != "constant":
+        yield from _wrong_numbers(entry, name)
+
+
+def _distribution(entry: dict[str, Any]) -> str:
+    """As W&B infers it where it is not named."""
+    if "distribution" in entry:
+        return str(entry["distribution"])
+    if "value" in entry:
+        return "constant"
+    if "values" in entry:
+        return "categorical_w_probabilities" if "probabilities" in entry else "categorical"
+    whole = all(isinstance(entry.get(key), int) for key in RANGE)
+    return "int_uniform" if whole else "normal" if {"mu", "sigma"} & set(entry) else "uniform"
+
+
+def _wrong_values(entry: dict[str, Any]) -> Iterator[str]:
+    values, shares = entry["values"], entry.get("probabilities")
+    if not isinstance(values, list) or not values:
+        yield f".values: expected a list with something in it, found {values!r}."
+    elif shares is not None:
+        numbers = isinstance(shares, list) and all(_is_number(share) and share >= 0 for share in shares)
+        if not numbers or len(shares) != len(values) or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
+            yield f".probabilities: expected {len(values)} numbers that add up to 1, one for each value, found {shares!r}."
+
+
+def _wrong_numbers(entry: dict[str, Any], name: str) -> Iterator[str]:
+    wrong = False
+    for key in (*RANGE, "q", *BELL, *BETA):
+        if key in entry and not _is_number(entry[key]):
+            wrong = True
+            yield f".{key}: expected a number, found {entry[key]!r}.{_yaml_hint(entry[key])}"
+        elif key in ("q", "sigma", "a", "b") and key in entry and not entry[key] > 0:
+            wrong = True
+            yield f".{key}: must be above 0, found {entry[key]!r}."
+    if wrong or "uniform" not in name:
+        return
+    low, high = entry["min"], entry["max"]
+    if name == "int_uniform" and not (isinstance(low, int) and isinstance(high, int)):
+        yield f": int_uniform is of whole numbers, found min {low} and max {high}."
+    if not low < high:
+        yield f".min: must be below max, found {low} and {high}."
+    if name.endswith("_values") and not low > 0:
+        yield f".min: a logarithmic range has its ends above 0, found {low}."
+    if name in ("log_uniform", "q_log_uniform", "inv_log_uniform") and (0 < low < high < 1 or high > LARGEST):
+        yield (
+            f": {name} takes exponents of e, and {low} to {high} would be {_exp(low)} to {_exp(high)};"
+            f" for values write distribution: {name}_values."
+        )
+
+
+def _exp(value: float) -> str:
+    return f"{math.exp(value):.3g}" if value < LARGEST else "beyond any number"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _yaml_hint(value: Any) -> str:
+    """YAML 1.1 wants a point in a number with an exponent, and reads `1e-5` as text."""
+    try:
+        number = float(value) if isinstance(value, str) else None
+    except ValueError:
+        return ""
+    if number is None or not math.isfinite(number):
+        return ""
+    mantissa, letter, exponent = value.lower().partition("e")
+    whole = mantissa if "." in mantissa else f"{mantissa}.0"
+    sign = "" if exponent[:1] in ("+", "-") else "+"
+    return f" YAML reads it as text; write {whole}e{sign}{exponent}." if letter else " Leave out the quotes."
+
+
+def _parameter(key: str, entry: dict[str, Any]) -> Parameter:
+    name = _distribution(entry)
+    if name in ("constant", "categorical", "categorical_w_probabilities"):
+        values = (entry["value"],) if name == "constant" else tuple(entry["values"])
+        return Parameter(key, name, values, tuple(entry.get("probabilities") or ()))
+    numbers = {word: entry[word] for word in (*BELL, *BETA) if word in entry}
+    q = entry.get("q", 1) if name.startswith("q_") else None
+    if "uniform" not in name:
+        return Parameter(key, name, q=q, **numbers)
+    low, high = entry["min"], entry["max"]
+    if name in ("log_uniform", "q_log_uniform"):
+        low, high = math.exp(low), math.exp(high)
+    elif name == "inv_log_uniform":  # log(1/x) is uniform
+        low, high = math.exp(-high), math.exp(-low)
+    return Parameter(key, name, min=low, max=high, q=q)
