@@ -11,9 +11,9 @@ import torch
 
 from lit_vlm.engine.consensus import Word, consensus_of, is_last_micro_step
 from lit_vlm.engine.exits import INTERRUPTED, RESTART, LeftTogether, StoppedEarly
+from lit_vlm.engine.ranks import in_sweep
 from lit_vlm.engine.signals import Ask, Signals, current, listening
 from lit_vlm.engine.slurm import is_preempted, own_job, requeue
-from lit_vlm.engine.tracking.connection import in_sweep
 
 # Where ranks were asked differently: what a sweep has seen enough of needs no new start, a time limit is everybody's, and a
 # person who interrupts wants no new start.
@@ -121,8 +121,8 @@ def _asked_of_any(trainer: L.Trainer, asked: list[Ask]) -> list[Ask]:
 
 
 def _meant(trainer: L.Trainer, ask: Ask) -> Ask:
-    """An agent's SIGTERM is its sweep's wish, or the agent's own end. W&B knows; the first rank asks it for all."""
-    if ask is not Ask.leave or not in_sweep():
+    """A signal of a sweep's agent is the sweep's wish, or the agent's own end. W&B knows; the first rank asks it for all."""
+    if ask not in (Ask.leave, Ask.requeue) or not in_sweep():
         return ask
     trackers = [logger for logger in trainer.loggers if hasattr(logger, "is_asked_to_stop")]
     wanted = any(tracker.is_asked_to_stop() for tracker in trackers)
@@ -143,6 +143,8 @@ def _requeued(ask: Ask) -> str:
     """Put the job back into the queue where that is right, and say what happens next."""
     if ask is Ask.stop:
         return "the sweep wants no more of this run. Its state is kept."
+    if in_sweep() and ask is not Ask.interrupt:
+        return "left. The next agent of the sweep goes on from there."  # the job is the agent's, to be requeued by it
     job = own_job()
     if job is None or ask is Ask.interrupt or (ask is Ask.leave and not is_preempted(job)):
         return f"left. {AGAIN}"

@@ -25,7 +25,7 @@ from enum import StrEnum
 from types import FrameType
 
 from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED
-from lit_vlm.engine.ranks import global_rank
+from lit_vlm.engine.ranks import global_rank, in_sweep
 from lit_vlm.engine.slurm import is_preempted, own_job, requeue
 
 TOGETHER_SECONDS = 1.0  # a Ctrl-C reaches a process twice, from the terminal and from torchrun
@@ -129,7 +129,7 @@ def listening() -> Iterator[Signals]:
 
 
 def _leave_now(ask: Ask) -> None:
-    job = own_job()
+    job = None if in_sweep() else own_job()  # the agent's job is the agent's to requeue
     again = ask is Ask.requeue or (ask is Ask.leave and job is not None and is_preempted(job))
     code = RESTART if again else INTERRUPTED if ask is Ask.interrupt else TERMINATED
     if global_rank():

@@ -16,6 +16,7 @@ from typing import Any
 
 from lit_vlm.config.schema import LoggerConfig
 from lit_vlm.config.secrets import redacted_text
+from lit_vlm.engine.ranks import in_sweep
 from lit_vlm.types import UserError
 
 ANSWER_SECONDS = 10  # that the server is given at the start; a run waits no longer for it
@@ -27,11 +28,6 @@ NO_LOGIN = (
     "logger.wandb=true: there is no login for Weights & Biases on this machine. Run `wandb login`, set WANDB_API_KEY, or set"
     " logger.offline=true and upload later with `wandb sync`."
 )
-
-
-def in_sweep() -> bool:
-    """Whether an agent of a W&B sweep started this process."""
-    return bool(os.environ.get("WANDB_SWEEP_ID"))
 
 
 def is_offline(logger: LoggerConfig) -> bool:

@@ -12,12 +12,13 @@ from lightning.pytorch.loggers import Logger
 from lit_vlm.config.schema import LoggerConfig
 from lit_vlm.config.secrets import redacted_text
 from lit_vlm.config.settings import did_you_mean, nearest
-from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED, StoppedEarly
+from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED, LeftTogether, StoppedEarly
+from lit_vlm.engine.ranks import in_sweep
 from lit_vlm.engine.run_folder import RunFolder, is_rank_zero
 from lit_vlm.engine.tracking import connection, facts
 from lit_vlm.engine.tracking.metrics_csv import MetricsCsv
 from lit_vlm.engine.tracking.tensorboard import make_tensorboard
-from lit_vlm.engine.tracking.wandb_run import WandbRun
+from lit_vlm.engine.tracking.wandb_run import EXIT_CODES, WandbRun
 from lit_vlm.types import UserError
 
 
@@ -108,20 +109,21 @@ class Tracking:
         if status == "stopped early" and not self._folder.finished:
             self._folder.update(status="stopped")
         self.wandb.close(status, summary)
-        if isinstance(error, SystemExit) and error.code == TERMINATED and connection.in_sweep():
-            raise SystemExit(0 if status == "stopped early" else RESTART) from error
+        code = EXIT_CODES[status]
+        if isinstance(error, SystemExit) and error.code in (RESTART, TERMINATED) and in_sweep() and error.code != code:
+            raise SystemExit(code) from error
 
     def _status(self, error: BaseException) -> str:
-        """How a run ended. Inside an agent SIGTERM is the sweep's wish, or the end of the agent itself: then another agent
-        gets the run."""
+        """How a run ended. Inside an agent a signal is the sweep's wish, or the end of the agent itself: then another agent
+        gets the run. Where a step was under way, the ranks have asked already (`callbacks/preemption.py`)."""
         if isinstance(error, StoppedEarly):
             return "stopped early"
         if isinstance(error, KeyboardInterrupt) or getattr(error, "code", None) == INTERRUPTED:
             return "interrupted"
-        if isinstance(error, SystemExit) and error.code == TERMINATED:
-            wanted = connection.in_sweep() and self.wandb is not None and self.wandb.is_asked_to_stop()
-            return "stopped early" if wanted else "preempted"
-        return "preempted" if isinstance(error, SystemExit) and error.code == RESTART else "failed"
+        if not isinstance(error, SystemExit) or error.code not in (RESTART, TERMINATED):
+            return "failed"
+        asked = not isinstance(error, LeftTogether) and in_sweep() and self.wandb is not None
+        return "stopped early" if asked and self.wandb.is_asked_to_stop() else "preempted"
 
 
 def require_logged(metric: str, names: set[str]) -> None:
