@@ -66,9 +66,9 @@ class Operations:
         name = variables.get("name") or variables.get("id") or self.state.next_id("run")
         run = self.state.run(name)
         inserted = run.state == PENDING and not run.starts
-        if run.state != RUNNING:
+        if run.state != RUNNING:  # a start; the client comes back with the config and summary of one that runs
             run.starts += 1
-        run.state, run.exit_code, run.preempting = RUNNING, None, False
+            run.state, run.exit_code, run.preempting = RUNNING, None, False
         run.project = variables.get("project") or run.project
         for text, into in ((variables.get("config"), run.config), (variables.get("summaryMetrics"), run.summary)):
             into.update(json.loads(text) if text else {})
