@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
@@ -101,6 +101,15 @@ def redacted_words(words: list[str]) -> list[str]:
     return [_redacted_word(word) for word in words]
 
 
+def places_of_secrets(value: Any, name: str = "") -> Iterator[str]:
+    """Dotted names of the values in plain data that `redacted` would change."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from places_of_secrets(item, f"{name}.{key}" if name else str(key))
+    elif redacted(value, name) != (list(value) if isinstance(value, tuple) else value):
+        yield name
+
+
 def agrees(one: Any, other: Any) -> bool:
     """Whether two values may be the same one, where secrets were taken out of either. Another secret is no other value."""
     if isinstance(one, Mapping) and isinstance(other, Mapping):
@@ -135,7 +144,7 @@ def _text(key: Any) -> Any:
 
 def _without_value(match: re.Match[str]) -> str:
     value = match["value"]
-    bare = value.strip("\"'")
+    bare = re.split(r"['\"]", value, maxsplit=1)[0] or value.strip("\"'")  # a quote may close what began before the name
     if not bare or not is_secret_name(match["name"]) or _is_reference(bare):
         return match[0]
     start, end = match.span("value")

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from lit_vlm.engine.run_folder import is_rank_zero, write_atomically
 from lit_vlm.types import UserError
 
-LOCK, HOLDER = ".lock", ".holder.json"
+LOCK, HOLDER = "held.lock", "held.json"
 ORPHANS_SECONDS = 10.0  # loader processes of a run that was killed hold its lock until they notice, after 5 s
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_vlm.config.schema import LoggerConfig
-from lit_vlm.config.secrets import redacted_text
+from lit_vlm.config.secrets import redacted, redacted_text
 from lit_vlm.engine.ranks import in_sweep
 from lit_vlm.types import UserError
 
@@ -52,7 +52,8 @@ def log_in() -> str:
     wandb.setup(wandb.Settings(silent=True))
     began = time.monotonic()
     try:
-        known = wandb.login(prompt=False, verify=True)
+        # a run that is under way in this process, a notebook's, has its login
+        known = wandb.run is not None or wandb.login(prompt=False, verify=True)
     except AuthenticationError as error:
         # what may pass is tried again until the time is up; only a refusal comes at once
         if time.monotonic() - began < 0.9 * wandb.env.get_http_timeout(ANSWER_SECONDS):
@@ -88,7 +89,7 @@ def begin(
     return wandb.init(
         **place,
         **about,
-        tags=logger.tags,
+        tags=redacted(logger.tags),
         dir=str(run_dir),
         mode="offline" if offline else "online",
         # an offline run is whole by itself: `wandb sync` writes it over what the server has, row by row

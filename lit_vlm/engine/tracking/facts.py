@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from lit_vlm.config.schema import LoggerConfig
-from lit_vlm.config.secrets import redacted
+from lit_vlm.config.secrets import redacted, redacted_text
 from lit_vlm.engine.run_folder import RunFolder, read_manifest
 from lit_vlm.types import UserError
 
@@ -40,7 +40,7 @@ def _new_id() -> str:
 def _group(folder: RunFolder, logger: LoggerConfig, experiment: str | None, run_id: str) -> str:
     """The stages of a chain are one group, which the first of them opens."""
     opened = f"{(experiment or folder.manifest['name']).split('/')[0]}-{run_id}"
-    return logger.group or parent_run(folder).get("group") or opened
+    return redacted_text(logger.group or "") or parent_run(folder).get("group") or opened
 
 
 def parent_run(folder: RunFolder) -> dict[str, Any]:
