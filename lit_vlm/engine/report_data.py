@@ -59,7 +59,7 @@ def read_run(path: Path) -> RunRecord:
     return RunRecord(
         path=path,
         manifest=_json(_text(path / "manifest.json")) or {},
-        metrics=_metrics(path / "metrics.csv"),
+        metrics=read_metrics(path / "metrics.csv"),
         samples=_rows(_text(path / "samples.jsonl")),
         quarantine=_rows(_text(path / "quarantine.jsonl")),
         settings=_text(path / "config.yaml"),
@@ -113,14 +113,15 @@ def _rows(text: str) -> list[dict[str, Any]]:
     return [row for row in lines if isinstance(row, dict)]
 
 
-def _metrics(path: Path) -> dict[str, Points]:
+def read_metrics(path: Path) -> dict[str, Points]:
+    """The columns of a metrics.csv, also of one that is being written: half a row is none."""
     columns: dict[str, Points] = {}
-    if not path.is_file():
-        return columns
-    with path.open(encoding="utf-8", newline="") as stream:
-        for row in csv.DictReader(stream):
-            step = row.get("step")
-            for name, value in row.items():
-                if step and value and name not in ("step", "epoch", None):
-                    columns.setdefault(name, []).append((int(float(step)), float(value)))
+    lines = _text(path).splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    for row in csv.DictReader(lines):
+        step = row.get("step")
+        for name, value in row.items():
+            if step and value and name not in ("step", "epoch", None):
+                columns.setdefault(name, []).append((int(float(step)), float(value)))
     return columns

@@ -33,6 +33,7 @@ class Job:
         words: overrides behind `python run.py`.
         place: the folder that relative paths in them start from.
         data: files and folders to copy to the nodes' own disks, when `submit.stage_to` names one.
+        workers: of a sweep, as an array of jobs; each starts its trials itself. None: the job is the run.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Job:
     words: list[str]
     place: Path
     data: list[Path]
+    workers: int | None = None
 
     @property
     def script(self) -> Path:
@@ -48,14 +50,15 @@ class Job:
 
     @property
     def log(self) -> str:
-        """With %j where Slurm puts the job's id."""
-        return f"{self.folder}/slurm-%j.log"
+        """With %j where Slurm puts the job's id, and %A_%a where it puts those of an array."""
+        return f"{self.folder}/slurm-{'%j' if self.workers is None else '%A_%a'}.log"
 
 
 def script_of(job: Job) -> str:
     """The text of the script."""
+    task = "submit" if job.workers is None else "sweep"
     parts = [
-        f"#!/bin/bash\n# {one_line(job.name)}: written by task=submit. Edit it and `sbatch` it by hand if you like.",
+        f"#!/bin/bash\n# {one_line(job.name)}: written by task={task}. Edit it and `sbatch` it by hand if you like.",
         "\n".join(f"#SBATCH {option}" for option in _options(job)),
         "set -euo pipefail",
         f"cd {shlex.quote(str(job.place))}",
@@ -67,7 +70,7 @@ def script_of(job: Job) -> str:
         parts.append("\n".join(["# submit.setup", "set +u", *job.config.submit.setup, "set -u"]))
     if job.data:
         parts.append("\n".join(_staging(job)))
-    parts.append(_start(job))
+    parts.append(_start(job) if job.workers is None else _start_worker(job))
     return "\n\n".join(parts) + "\n"
 
 
@@ -86,7 +89,11 @@ def _options(job: Job) -> Iterator[str]:
         if getattr(submit, setting) is not None:
             yield f"--{option}={_quoted(str(getattr(submit, setting)))}"
     yield "--requeue"
-    yield f"--signal=USR1@{submit.signal_seconds}"  # to every rank: save, requeue, leave
+    if job.workers is None:
+        yield f"--signal=USR1@{submit.signal_seconds}"  # to every rank: save, requeue, leave
+    else:
+        yield f"--array=0-{job.workers - 1}"
+        yield f"--signal=B:USR1@{submit.signal_seconds}"  # to the worker alone, which asks its trial
     yield from submit.extra
 
 
@@ -111,6 +118,20 @@ def _start(job: Job) -> str:
     deaf = """bash -c 'trap "" USR1 USR2; exec "$0" "$@"'"""
     command = [deaf, f"{_python(job.config.submit)} {shlex.quote(str(ROOT / 'run.py'))}", *map(shlex.quote, job.words)]
     return _continued([*srun, *command])
+
+
+def step_command(config: RunConfig, words: list[str]) -> list[str]:
+    """A run as a step of the job that this process is in: on all its nodes, deaf to signals until Python listens."""
+    srun = ["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={num_cpus(config)}"]
+    deaf = ["bash", "-c", 'trap "" USR1 USR2; exec "$0" "$@"']
+    return [*srun, *deaf, sys.executable, str(ROOT / "run.py"), *words]
+
+
+def _start_worker(job: Job) -> str:
+    """The worker takes the shell's place and gets its signals; the word that says which one it is is Slurm's."""
+    program = f"exec {_python(job.config.submit)} {shlex.quote(str(ROOT / 'run.py'))}"
+    words = [*map(shlex.quote, job.words), 'trials.worker="$SLURM_ARRAY_TASK_ID"']
+    return 'trap "" USR1 USR2  # until Python listens\n' + _continued([program, *words])
 
 
 def _python(submit: SubmitConfig) -> str:

@@ -17,6 +17,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
@@ -65,6 +66,7 @@ class Trial:
     value: float | None
     worker: int
     seen: int  # values of the metric that were observed
+    seconds: float | None  # from when it was given to when it was told
 
 
 class Search:
@@ -153,6 +155,10 @@ class Search:
         """All trials that were given so far, by number."""
         return [_trial(frozen) for frozen in self._frozen() if PARAMETERS in frozen.user_attrs]
 
+    def outcome_of(self, number: int) -> Outcome | None:
+        """What was told of a trial; a value that is no number was a failure."""
+        return next((trial.outcome for trial in self.trials() if trial.number == number), None)
+
     def unfinished(self) -> list[Trial]:
         """Trials that were given and of which nothing was told."""
         return [trial for trial in self.trials() if trial.outcome is None]
@@ -168,7 +174,7 @@ class Search:
 
     def _sampler(self, number: int, dimensions: int) -> BaseSampler:
         """Seeded by the trial's number, so that a search that goes on draws what it would have drawn."""
-        seed = self.seed * 10_007 + number
+        seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
         if self.sweep.method is not Method.bayes or not dimensions:
             return RandomSampler(seed=seed)
         first = max(FIRST_RANDOM, dimensions + 1)
@@ -240,6 +246,7 @@ def _trial(frozen: FrozenTrial) -> Trial:
         value=noted.get(VALUE),
         worker=noted[WORKER],
         seen=len(frozen.intermediate_values),
+        seconds=frozen.duration.total_seconds() if frozen.duration else None,
     )
 
 

@@ -1,0 +1,99 @@
+"""Whether a sweep of 12 tiny runs finds a better learning rate than the default and its neighbours.
+
+    python -m benchmarks.sweep [--folder FOLDER]
+
+`task=sweep sweep=sweeps/tiny.yaml`, then the recipe's own settings, and those with twice and half its learning rate, for
+as many steps on the same data. The best one, the default and its neighbours are run again with other seeds (weights, order
+of the data), for a best of 12 is in part luck. Figures go to benchmarks/results/sweep.json. An interrupted one goes on in
+the same folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="disabled", OMP_NUM_THREADS="1")
+
+from lit_vlm.config import parse
+from lit_vlm.engine.run_folder import versions
+from lit_vlm.sweep.file import read_sweep
+from lit_vlm.sweep.importance import importance_of
+from lit_vlm.sweep.process import values_in
+from lit_vlm.sweep.records import best_of
+from lit_vlm.sweep.search import Search
+from lit_vlm.sweep.trials import records_of
+from lit_vlm.sweep.words import trial_words
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = Path(__file__).parent / "results" / "sweep.json"
+FILE = ROOT / "sweeps" / "tiny.yaml"
+SEEDS = (0, 1, 2)  # the sweep's own, and two that it has not seen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "benchmark_sweep")
+    folder = parser.parse_args().folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.monotonic()
+    run_py(folder, "task=sweep", f"sweep={FILE}")
+    sweep, seconds = read_sweep(FILE), time.monotonic() - began
+    place = folder / "runs" / "sweeps" / FILE.stem
+    records = records_of(Search(sweep, place / "journal.log"), place, sweep.metric.name)
+    best = best_of(records, sweep.metric.goal)
+    rate = parse(["experiment=tiny/1_align"]).config.stage.learning_rate
+    settings: dict[str, dict[str, Any]] = {
+        "best of the sweep": best.parameters,
+        "default": sweep.fixed,
+        "default x 2": sweep.fixed | {"stage.learning_rate": 2 * rate},
+        "default / 2": sweep.fixed | {"stage.learning_rate": rate / 2},
+    }
+    found = {name: losses(folder, name, trial_words(sweep, values, [])) for name, values in settings.items()}
+    trials = [
+        {"number": r.number, "state": r.state, "value": r.value, "seconds": r.seconds} | swept(sweep, r)
+        for r in records
+    ]
+    result = {
+        "trials": trials,
+        "best": best.number,
+        "val_loss_by_seed": found,
+        "rates": {name: values.get("stage.learning_rate", rate) for name, values in settings.items()},
+        "importance": {one.key: [one.share, one.correlation] for one in importance_of(records, sweep)},
+        "seconds_of_sweep": seconds,
+        "versions": versions(),
+    }
+    OUT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    for name, values in found.items():
+        print(
+            f"{name:18} {result['rates'][name]:.4g}  {'  '.join(f'{v:.4f}' for v in values)}  {statistics.mean(values):.4f}"
+        )
+
+
+def losses(folder: Path, name: str, words: list[str]) -> list[float]:
+    """Held-out loss at the end, by seed."""
+    found = []
+    for seed in SEEDS:
+        run = f"{name.replace(' ', '_').replace('/', 'by')}_{seed}"
+        run_py(folder, *words, f"seed={seed}", f"run_name={run}")
+        found.append(values_in(folder / "runs" / run, "val/loss")[-1])
+    return found
+
+
+def swept(sweep: Any, record: Any) -> dict[str, Any]:
+    return {key: record.parameters[key] for key in sweep.swept}
+
+
+def run_py(folder: Path, *words: str) -> None:
+    subprocess.run([sys.executable, str(ROOT / "run.py"), *words], cwd=folder, check=True)
+
+
+if __name__ == "__main__":
+    main()

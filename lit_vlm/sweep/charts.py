@@ -1,0 +1,206 @@
+"""A sweep's two drawings as SVG: parallel coordinates, and the metric trial by trial.
+
+Colours come from the page's style sheet, so that they follow its light and dark; a line says by `--rank` how good it is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from lit_vlm.engine.report_charts import Scale, log_ticks, ticks
+from lit_vlm.sweep.file import Goal, SweepFile
+from lit_vlm.sweep.importance import is_number, ranked
+from lit_vlm.sweep.records import TrialRecord, best_of, varied
+
+WIDTH, HEIGHT = 1040, 380
+LEFT, RIGHT, TOP, BOTTOM = 92, 46, 58, 18
+LOG_SPAN = 30  # values whose largest is so many times the smallest stand on a logarithmic axis
+MOST_LETTERS = 16  # of a category or of a name above its axis
+SECOND = (480, 250, 44, 14, 12, 30)  # width, height and margins of the metric's drawing
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One upright line: where each value stands on it, and the marks beside it."""
+
+    key: str
+    x: float
+    scale: Scale | None  # of numbers
+    names: tuple[str, ...] = ()  # of categories, from the bottom
+    log: bool = False
+
+    def place(self, value: Any) -> float:
+        if self.scale is not None:
+            return self.scale(float(value))
+        return self._row(self.names.index(name_of(value)))
+
+    def marks(self) -> list[tuple[float, str]]:
+        if self.scale is None:
+            return [(self._row(row), short_name(name)) for row, name in enumerate(self.names)]
+        low, high = sorted((self.scale.low, self.scale.high))
+        found = log_ticks(low, high) if self.log else ticks(low, high)
+        if len(found) < 2:
+            found = [low, high]
+        return [(self.scale(value), f"{value:.4g}") for value in found]
+
+    def _row(self, row: int) -> float:
+        share = (row + 0.5) / len(self.names)
+        return round(HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP), 1)
+
+
+def parallel_coordinates(records: Sequence[TrialRecord], sweep: SweepFile) -> str:
+    """An <svg>: an axis for each parameter that varied and one for the metric, its better end on top; a line for each trial.
+    "" where nothing varied."""
+    keys = [key for key in varied(records) if all(key in record.parameters for record in records)]
+    valued = [record for record in records if _is_drawn(record)]
+    if not keys or not valued:
+        return ""
+    goal = sweep.metric.goal if sweep.metric else Goal.minimize
+    step = (WIDTH - LEFT - RIGHT) / len(keys)
+    axes = [_axis(key, records, sweep, round(LEFT + number * step, 1)) for number, key in enumerate(keys)]
+    last = _metric_axis([record.value for record in valued], goal, sweep)
+    shares = goodness(valued, goal)
+    best = best_of(records, goal)
+    order = sorted(records, key=lambda record: (record is best, shares.get(record.number, -1.0)))
+    lines = "".join(_line(record, axes, last, shares.get(record.number), record is best) for record in order)
+    label = f"{len(records)} trials by {', '.join(keys)} and {last.key}"
+    head = f'<svg class="parallel" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label, quote=True)}">'
+    return f"{head}{lines}{''.join(map(_drawn, [*axes, last]))}</svg>"
+
+
+def metric_by_trial(records: Sequence[TrialRecord], goal: Goal, name: str) -> str:
+    """An <svg>: each trial's value in the order of their numbers, and the best one so far. "" without values."""
+    valued = [record for record in records if _is_drawn(record)]
+    if not valued:
+        return ""
+    width, height, left, right, top, bottom = SECOND
+    values = [record.value for record in valued]
+    log = _is_log(values)
+    low, high = _widened(values, log)
+    y = Scale(low, high, height - bottom, top, log)
+    x = Scale(0, max(1, records[-1].number), left + 10, width - right - 6)
+    parts = [
+        _level(y(value), f"{value:.4g}", left, width - right)
+        for value in (log_ticks(low, high) if log else ticks(low, high))
+    ]
+    parts += [f'<text class="middle" x="{x(n)}" y="{height - 12}">{n}</text>' for n in ticks(0, x.high) if n == int(n)]
+    parts.append(f'<polyline class="main" points="{_best_so_far(valued, goal, x, y)}"/>')
+    for record in valued:
+        title = f"<title>{escape(f'trial {record.number}: {name} {record.value:.5g}, {record.state}')}</title>"
+        parts.append(
+            f'<circle class="{record.state}" cx="{x(record.number)}" cy="{y(record.value)}" r="4">{title}</circle>'
+        )
+    for record in records:
+        if record.state == "failed" and not _is_drawn(record):
+            parts.append(
+                f'<text class="cross middle" x="{x(record.number)}" y="{top + 4}">×<title>trial {record.number} failed</title></text>'
+            )
+    label = escape(f"{name} of each trial", quote=True)
+    return f'<svg class="trials" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def goodness(records: Sequence[TrialRecord], goal: Goal) -> dict[int, float]:
+    """Of each trial's number: 0 for the worst value and 1 for the best, by rank."""
+    sign = -1 if goal is Goal.minimize else 1
+    ranks = ranked([sign * record.value for record in records])
+    most = max(1, len(records) - 1)
+    return {record.number: (rank - 1) / most for record, rank in zip(records, ranks, strict=True)}
+
+
+def name_of(value: Any) -> str:
+    """A value as a category."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+def short_name(text: str) -> str:
+    return text if len(text) <= MOST_LETTERS else f"{text[: MOST_LETTERS - 1]}…"
+
+
+def _is_drawn(record: TrialRecord) -> bool:
+    return record.value is not None and math.isfinite(record.value) and record.state != "failed"
+
+
+def _is_log(values: Sequence[float]) -> bool:
+    return min(values) > 0 and max(values) / min(values) > LOG_SPAN
+
+
+def _widened(values: Sequence[float], log: bool = False) -> tuple[float, float]:
+    """Ends of an axis: those of the values; around a single one, some room."""
+    low, high = float(min(values)), float(max(values))
+    if low < high:
+        room = 0.0 if log else 0.04 * (high - low)
+        return low - room, high + room
+    return low - (abs(low) or 1.0) * 0.1, high + (abs(high) or 1.0) * 0.1
+
+
+def _axis(key: str, records: Sequence[TrialRecord], sweep: SweepFile, x: float) -> Axis:
+    values, known = [record.parameters[key] for record in records], sweep.parameters.get(key)
+    if not all(map(is_number, values)) or (known is not None and known.values and len(known.values) <= 8):
+        listed = known.values if known is not None and known.values else ()
+        return Axis(key, x, None, tuple(dict.fromkeys(map(name_of, [*listed, *values]))))
+    log = known.is_log if known is not None else _is_log(values)
+    ends = (known.min, known.max) if known is not None and known.is_range else (min(values), max(values))
+    ends = (min(*ends, *values), max(*ends, *values))
+    log = log and ends[0] > 0
+    low, high = ends if ends[0] < ends[1] else _widened(values)
+    return Axis(key, x, Scale(low, high, HEIGHT - BOTTOM, TOP, log), log=log)
+
+
+def _metric_axis(values: list[float], goal: Goal, sweep: SweepFile) -> Axis:
+    log = _is_log(values)
+    low, high = min(values), max(values)
+    if low == high:
+        low, high = _widened(values)
+    ends = (TOP, HEIGHT - BOTTOM) if goal is Goal.minimize else (HEIGHT - BOTTOM, TOP)
+    name = sweep.metric.name if sweep.metric else "metric"
+    return Axis(name, WIDTH - RIGHT, Scale(low, high, *ends, log), log=log)
+
+
+def _line(record: TrialRecord, axes: list[Axis], last: Axis, share: float | None, best: bool) -> str:
+    """A trial without a value ends at its last parameter."""
+    points = [(axis.x, axis.place(record.parameters[axis.key])) for axis in axes]
+    if share is not None:
+        points.append((last.x, last.place(record.value)))
+    value = f"{last.key} {record.value:.5g}, " if record.value is not None else ""
+    shown = ", ".join(f"{axis.key}={name_of(record.parameters[axis.key])}" for axis in axes)
+    title = f"<title>{escape(f'trial {record.number}, {record.state}: {value}{shown}')}</title>"
+    style = f' style="--rank:{100 * share:.0f}%"' if share is not None else ""
+    path = " ".join(f"{x},{y}" for x, y in points)
+    kind = "best" if best else record.state
+    return f'<polyline class="trial {kind}"{style} points="{path}">{title}</polyline>'
+
+
+def _drawn(axis: Axis) -> str:
+    parts = [f'<line class="axis" x1="{axis.x}" x2="{axis.x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>']
+    for y, text in axis.marks():
+        parts.append(f'<line class="axis" x1="{axis.x - 4}" x2="{axis.x}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text class="mark end" x="{axis.x - 8}" y="{y + 4}">{escape(text)}</text>')
+    prefix, _, word = axis.key.rpartition("." if "." in axis.key else "/")
+    prefix = short_name(prefix.rpartition(".")[2])
+    title = f"<title>{escape(axis.key)}</title>"
+    parts.append(f'<text class="middle" x="{axis.x}" y="18">{escape(prefix)}{title}</text>')
+    scale = " (log)" if axis.log else ""
+    parts.append(f'<text class="name middle" x="{axis.x}" y="36">{escape(short_name(word))}{scale}{title}</text>')
+    return "".join(parts)
+
+
+def _level(y: float, text: str, left: float, right: float) -> str:
+    line = f'<line class="grid" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>'
+    return f'{line}<text class="end" x="{left - 6}" y="{y + 4}">{text}</text>'
+
+
+def _best_so_far(records: Sequence[TrialRecord], goal: Goal, x: Scale, y: Scale) -> str:
+    """Steps through the finished trials."""
+    points: list[str] = []
+    best: float | None = None
+    for record in records:
+        if record.state == "finished" and (best is None or (record.value < best) == (goal is Goal.minimize)):
+            points += [f"{x(record.number)},{y(best)}"] if best is not None else []
+            best = record.value
+            points.append(f"{x(record.number)},{y(best)}")
+    return " ".join([*points, f"{x(x.high)},{y(best)}"] if best is not None else points)

@@ -1,0 +1,138 @@
+"""sweep.html: one page about a sweep, in the look of a run's report; self-contained, without scripts.
+
+Values and names come from files: the template escapes everything that is not `Markup`, and only drawings made here are.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from lit_vlm import engine
+from lit_vlm.engine.report_data import duration
+from lit_vlm.sweep.charts import metric_by_trial, name_of, parallel_coordinates
+from lit_vlm.sweep.file import Goal, SweepFile
+from lit_vlm.sweep.importance import importance_of, remark
+from lit_vlm.sweep.records import STATES, TrialRecord, best_of, varied
+
+STYLES = (Path(engine.__file__).with_name("report.css"), Path(__file__).with_name("report.css"))
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """What the page is made of.
+
+    Attributes:
+        total: trials that the sweep is to have; None: not known.
+        command: the best trial's command line; carried: the same values in another experiment; "" for none.
+    """
+
+    sweep: SweepFile
+    records: Sequence[TrialRecord]
+    total: int | None = None
+    command: str = ""
+    carried: str = ""
+
+    @property
+    def goal(self) -> Goal:
+        return self.sweep.metric.goal if self.sweep.metric else Goal.minimize
+
+    @property
+    def metric(self) -> str:
+        return self.sweep.metric.name if self.sweep.metric else "value"
+
+    @property
+    def best(self) -> TrialRecord | None:
+        return best_of(self.records, self.goal)
+
+    @property
+    def keys(self) -> list[str]:
+        """Of the parameters that varied, or else are swept."""
+        return varied(self.records) or list(self.sweep.swept)
+
+
+def write_sweep_report(path: Path, page: Page) -> None:
+    """Write the page: a reader finds the old one or the new one."""
+    text = _environment().get_template("report_page.html").render(**_context(page))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(text, encoding="utf-8", errors="replace")
+    os.replace(beside, path)
+
+
+def ordered(page: Page) -> list[TrialRecord]:
+    """Finished ones first, the best on top; then those that were stopped, run or failed."""
+    sign = 1 if page.goal is Goal.minimize else -1
+
+    def place(record: TrialRecord) -> tuple[int, float, int]:
+        value = sign * record.value if record.value is not None else 0.0
+        return STATES.index(record.state), value, record.number
+
+    return sorted(page.records, key=place)
+
+
+def counts(page: Page) -> str:
+    """`12 of 12 trials: 9 finished, 2 stopped early, 1 failed`."""
+    found = Counter(record.state for record in page.records)
+    words = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "running": "under way"}
+    states = ", ".join(f"{found[state]} {word}" for state, word in words.items() if found[state])
+    total = f" of {page.total}" if page.total else ""
+    return f"{len(page.records)}{total} trials: {states or 'none yet'}"
+
+
+def cell(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else name_of(value)
+
+
+@lru_cache(maxsize=1)
+def _environment() -> Environment:
+    folder = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters.update(cell=cell, duration=duration)
+    return environment
+
+
+def _context(page: Page) -> dict[str, Any]:
+    style = "\n".join(path.read_text(encoding="utf-8") for path in STYLES)
+    importance = importance_of(page.records, page.sweep)
+    fixed = {key: value for key, value in page.sweep.fixed.items() if key not in page.keys}
+    return {
+        "page": page,
+        "title": page.sweep.name,
+        "style": Markup(style),
+        "lead": page.sweep.description or "",
+        "counts": counts(page),
+        "facts": _facts(page),
+        "parallel": Markup(parallel_coordinates(page.records, page.sweep)),
+        "trials": Markup(metric_by_trial(page.records, page.goal, page.metric)),
+        "importance": importance,
+        "remark": remark(page.records),
+        "rows": ordered(page),
+        "fixed": fixed,
+    }
+
+
+def _facts(page: Page) -> list[tuple[str, str]]:
+    band = page.sweep.early_terminate
+    seconds = [record.seconds for record in page.records if record.seconds]
+    facts = [
+        ("method", page.sweep.method.value),
+        ("metric", f"{page.metric}, {'lower' if page.goal is Goal.minimize else 'higher'} is better"),
+        (
+            "stopped early",
+            f"by hyperband: first after {band.min_iter} values, the best 1/{band.eta} go on" if band else "never",
+        ),
+        ("time of all trials", duration(sum(seconds)) if seconds else ""),
+        ("file", page.sweep.place),
+    ]
+    return [(name, value) for name, value in facts if value]

@@ -1,0 +1,306 @@
+"""task=sweep: the trials of a sweep file, each an ordinary run in a process of its own. Read top to bottom."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from lit_vlm.config import ConfigError, Run, parse
+from lit_vlm.config.job import GPU
+from lit_vlm.config.overrides import quote, with_implied
+from lit_vlm.config.parse import wrong_words
+from lit_vlm.config.sweep import trial_overrides
+from lit_vlm.engine.exits import INTERRUPTED, RESTART
+from lit_vlm.engine.run_folder import require_writable, write_atomically
+from lit_vlm.engine.signals import Ask
+from lit_vlm.engine.slurm import outside_of_job, own_job, requeue
+from lit_vlm.engine.slurm_script import step_command
+from lit_vlm.sweep.file import Method, SweepFile, look_at
+from lit_vlm.sweep.mistakes import mistakes_in_sweep
+from lit_vlm.sweep.process import TrialProcess
+from lit_vlm.sweep.records import TrialRecord, best_of
+from lit_vlm.sweep.report import Page, write_sweep_report
+from lit_vlm.sweep.search import Search
+from lit_vlm.sweep.table import parameter_table, trial_table
+from lit_vlm.sweep.trials import Place, Trials, records_of
+from lit_vlm.sweep.words import command_line, trial_words, value_words
+from lit_vlm.tasks.pipeline import command
+from lit_vlm.tasks.sweep_slurm import queued_workers, submit_workers
+from lit_vlm.tasks.terminal import console, say
+from lit_vlm.types import UserError
+
+COUNT = 20  # trials, where nobody says how many
+JOURNAL, SETTINGS, PAGE = "journal.log", "sweep.json", "sweep.html"
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What is to be tried, and where."""
+
+    run: Run
+    file: SweepFile
+    given: list[str]  # overrides for every trial
+
+    @property
+    def metric(self) -> str:
+        assert self.file.metric is not None
+        return self.file.metric.name
+
+    @property
+    def count(self) -> int | None:
+        """Trials altogether; None: as many as the grid has."""
+        count = self.run.config.trials.count or self.file.run_cap
+        return count if count or self.file.method is Method.grid else COUNT
+
+    def words(self, number: int, parameters: dict[str, Any]) -> list[str]:
+        return [*trial_words(self.file, parameters, self.given), f"run_name={quote(f'{self.run.name}/{number}')}"]
+
+    def search(self, journal: Path | None) -> Search:
+        return Search(self.file, journal, seed=self.run.config.seed, most=self.count)
+
+
+def sweep(run: Run) -> None:
+    """Try values until all trials are told; then the page, and the best command. Started again, it goes on.
+
+    Raises:
+        UserError: the file has mistakes, the folder holds another sweep, or the first trials all failed.
+    """
+    trials = run.config.trials
+    job = read(run)
+    if trials.dry_run:
+        show_plan(job)
+    require_writable(run.dir)
+    if trials.worker is not None:
+        carry_out(job)
+    elif trials.slurm:
+        submit_workers(run, first_words(job), lambda: settle_folder(job))
+    elif not trials.dry_run:
+        with alone(run.dir):
+            settle_folder(job)
+            carry_out(job)
+
+
+def read(run: Run) -> Sweep:
+    """The sweep file, held against the schema; every mistake at once."""
+    file, wrong = look_at(Path(run.config.sweep).expanduser())
+    given = trial_overrides(run.overrides)
+    wrong += mistakes_in_sweep(file, given)
+    if file.metric is None and not any("metric" in mistake for mistake in wrong):
+        wrong.append(f"{file.place}: metric: is missing; say by what trials are compared, metric: {{name: val/loss}}.")
+    if run.config.trials.carry_to and not wrong:
+        wrong += _not_carried(file, run.config.trials.carry_to)
+    if wrong:
+        raise ConfigError(wrong)
+    return Sweep(run, file, given)
+
+
+def _not_carried(file: SweepFile, experiment: str) -> list[str]:
+    words = value_words({key: one.samples()[0] for key, one in file.swept.items()})
+    found = wrong_words(with_implied([f"experiment={experiment}", *words]))
+    return [f"trials.carry_to={experiment}: {mistake}" for mistakes in found.values() for mistake in mistakes]
+
+
+def carry_out(job: Sweep) -> None:
+    """Run trials here until none is left, or until this process is asked to leave."""
+    run, trials = job.run, job.run.config.trials
+    in_slurm = trials.worker is not None
+    search = job.search(run.dir / JOURNAL)
+    known = search.trials()
+    say(f"{run.name}: {_begins(search, len(known))}. Folder: {run.dir}")
+    runner = Trials(
+        search,
+        job.metric,
+        run.dir,
+        lambda number, parameters: make_process(job, number, parameters),
+        places=[()] if in_slurm else places_of(job),
+        worker=trials.worker or 0,
+        num_workers=trials.slurm or 1,
+        say=say,
+        on_change=lambda: write_page(job, search),
+    )
+    asked = runner.run()
+    if asked:
+        leave(job, asked)
+    if in_slurm and search.unfinished():
+        write_page(job, search)
+        say(f"{run.name}: nothing is left to begin; other workers have trials under way.")
+    else:
+        finish(job, search)
+
+
+def _begins(search: Search, known: int) -> str:
+    most = f"{search.most:,}" if search.most is not None else "all"
+    return f"goes on behind {known:,} of {most} trials" if known else f"{most} trials"
+
+
+def make_process(job: Sweep, number: int, parameters: dict[str, Any]) -> TrialProcess:
+    """One process, one per device under torchrun, or in a Slurm job of several nodes a step of it."""
+    words = job.words(number, parameters)
+    stage = parse(words)
+    in_step = job.run.config.trials.worker is not None and stage.config.trainer.num_nodes > 1
+    environment = dict(os.environ) if in_step else outside_of_job()
+    line = step_command(stage.config, words) if in_step else command(stage, words)
+    return TrialProcess(number, parameters, stage.dir, line, environment, in_step=in_step)
+
+
+def places_of(job: Sweep) -> list[Place]:
+    """Devices for each trial that runs at a time. UserError where a trial needs more than there are."""
+    config, parallel = parse(first_words(job)).config, job.run.config.trials.parallel
+    if config.trainer.num_nodes > 1:
+        raise UserError(
+            f"A trial of {config.trainer.num_nodes} machines (trainer.num_nodes) needs a cluster: trials.slurm=<workers>."
+        )
+    devices = visible_devices() if config.trainer.accelerator in (*GPU, "auto") else []
+    if not devices:
+        return [()] * (parallel or 1)
+    each = config.trainer.devices
+    groups = [tuple(devices[start : start + each]) for start in range(0, len(devices) - each + 1, each)]
+    if not groups:
+        raise UserError(f"A trial needs {each} devices (trainer.devices), and this machine shows {len(devices)}.")
+    return [groups[place % len(groups)] for place in range(parallel or len(groups))]
+
+
+def visible_devices() -> list[str]:
+    """CUDA's, by the names that CUDA_VISIBLE_DEVICES takes."""
+    import torch
+
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return given.split(",")[:count] if given else [str(number) for number in range(count)]
+
+
+def first_words(job: Sweep) -> list[str]:
+    """Of some trial: which devices it needs does not depend on its values."""
+    return job.words(0, {**job.file.fixed, **{key: one.samples()[0] for key, one in job.file.swept.items()}})
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """UserError where another process of this machine runs the sweep of this folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"The sweep in {folder} runs already, in another process. Let it end, or run more trials at a time with"
+            " trials.parallel=..., or give this one a name of its own with run_name=..."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def settle_folder(job: Sweep) -> None:
+    """The folder is this sweep's: new, begun before, or with overwrite=true emptied of another or a finished one.
+
+    Raises:
+        UserError: it holds another sweep, or workers of this one are in Slurm's queue.
+    """
+    path, folder = job.run.dir / SETTINGS, job.run.dir
+    if number := queued_workers(folder):
+        raise UserError(
+            f"{job.run.name}: its workers are in the queue already, as job {number}. `scancel {number}` ends them."
+        )
+    mine = json.loads(json.dumps({"file": job.file.plain, "overrides": job.given}))
+    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if known is not None and job.run.config.overwrite and (known != mine or is_complete(job)):
+        empty(folder)
+    elif known is not None and known != mine:
+        what = "the sweep file" if known["file"] != mine["file"] else "the overrides for its trials"
+        raise UserError(
+            f"{folder} holds a sweep that differs from this one in {what}. Give this one a folder of its own with"
+            " run_name=sweeps/<name>, or replace the old one and its trials with overwrite=true."
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json.dumps(mine, indent=2, ensure_ascii=False) + "\n")
+
+
+def is_complete(job: Sweep) -> bool:
+    """Whether all trials of the folder's sweep were told."""
+    search = job.search(job.run.dir / JOURNAL)
+    return not search.unfinished() and len(search.trials()) == search.most
+
+
+def empty(folder: Path) -> None:
+    """Take a sweep's trials and its journal away."""
+    for trial in folder.iterdir():
+        if trial.is_dir() and trial.name.isdigit():
+            shutil.rmtree(trial)
+    for file in folder.glob(f"{JOURNAL}*"):
+        file.unlink()
+
+
+def leave(job: Sweep, asked: list[Ask]) -> None:
+    """The trials have saved and left; say how to go on, and leave as well."""
+    number = own_job() if job.run.config.trials.worker is not None else None
+    if number and Ask.interrupt not in asked:
+        refused = requeue(number) if Ask.requeue in asked else "it was asked to leave"
+        say(f"{job.run.name}: saved; job {number} is {f'not requeued ({refused})' if refused else 'requeued'}.")
+    say(f"{job.run.name}: stopped, its trials are saved. The same command goes on.")
+    raise SystemExit(INTERRUPTED if Ask.interrupt in asked else RESTART)
+
+
+def page_of(job: Sweep, search: Search) -> Page:
+    """What the page shows."""
+    records = records_of(search, job.run.dir, job.metric)
+    best = best_of(records, job.file.metric.goal)
+    return Page(
+        sweep=job.file,
+        records=records,
+        total=search.most,
+        command=best_command(job, best) if best else "",
+        carried=carried_command(job, best) if best else "",
+    )
+
+
+def write_page(job: Sweep, search: Search) -> None:
+    write_sweep_report(job.run.dir / PAGE, page_of(job, search))
+
+
+def best_command(job: Sweep, best: TrialRecord) -> str:
+    words = trial_words(job.file, best.parameters, job.given)
+    named = any(word.startswith("experiment=") for word in words)
+    return command_line(word for word in words if not (named and word == "task=train"))
+
+
+def carried_command(job: Sweep, best: TrialRecord) -> str:
+    """The best values of what was swept, in another experiment."""
+    experiment = job.run.config.trials.carry_to
+    values = {key: value for key, value in best.parameters.items() if key in job.file.swept}
+    return command_line([f"experiment={experiment}", *value_words(values)]) if experiment else ""
+
+
+def finish(job: Sweep, search: Search) -> None:
+    """The page, the table, and what to do with the best."""
+    page = page_of(job, search)
+    write_sweep_report(job.run.dir / PAGE, page)
+    console.print(trial_table(page))
+    best = best_of(page.records, job.file.metric.goal)
+    if best is None:
+        raise UserError(f"No trial of {job.run.name} finished, so there is no best one. Page: {job.run.dir / PAGE}")
+    say(f"Best: trial {best.number}, {job.metric} {best.value:.5g}, in {best.folder}")
+    say(f"  {page.command}")
+    if page.carried:
+        say(f"Carried over:\n  {page.carried}")
+    say(f"Page: {job.run.dir / PAGE}")
+
+
+def show_plan(job: Sweep) -> None:
+    """The parameters with their ranges and reasons, and the first commands; nothing is run or written."""
+    search = job.search(None)
+    console.print(parameter_table(job.file))
+    most = f"{search.most:,} trials" if search.most is not None else "trials without end"
+    say(f"{job.file.method.value}, {most}, by {job.metric} ({job.file.metric.goal.value}). The first ones:")
+    for _ in range(3):
+        if (trial := search.ask()) is not None:
+            say(f"  {command_line(job.words(trial.number, trial.parameters))}")

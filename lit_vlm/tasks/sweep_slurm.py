@@ -1,0 +1,66 @@
+"""A sweep's workers as a Slurm array: each takes trials from the journal that they share, until none is left."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+from lit_vlm.config import ConfigError, Run, parse
+from lit_vlm.config.overrides import key_of
+from lit_vlm.engine.run_folder import write_atomically
+from lit_vlm.engine.slurm import require_slurm, sbatch, sbatch_words, state_of
+from lit_vlm.engine.slurm_script import Job, script_of
+from lit_vlm.tasks.submit import files_to_stage
+from lit_vlm.tasks.terminal import console, say
+
+KEPT = "slurm.json"
+
+
+def submit_workers(run: Run, trial: list[str], settle: Callable[[], None]) -> None:
+    """Write the array's script and submit it; in a dry run, show it.
+
+    Args:
+        trial: words of some trial, whose devices and nodes a worker asks for.
+        settle: makes the folder this sweep's.
+
+    Raises:
+        UserError: no Slurm here, workers that are in the queue already, or what sbatch said when it refused.
+    """
+    trials = run.config.trials
+    job = worker_job(run, trial)
+    if trials.dry_run:
+        console.rule(str(job.script), align="left")
+        print(script_of(job))
+        say(shlex.join(sbatch_words(job.script, None)))
+        return
+    require_slurm("trials.slurm", "leave trials.slurm out to run the trials here", "sbatch")
+    settle()
+    write_atomically(job.script, script_of(job))
+    number = sbatch(job.script)
+    write_atomically(run.dir / KEPT, json.dumps({"job": number}) + "\n")
+    say(f"{run.name}: {trials.slurm} workers, job {number}. Script: {job.script}")
+    say(f"Follow:  squeue --me;  tail -F {shlex.quote(str(run.dir))}/slurm-*.log")
+    say(f"Stop:    scancel --batch --signal=TERM {number}  (trials save first). The same command goes on where it was.")
+
+
+def worker_job(run: Run, trial: list[str]) -> Job:
+    """ConfigError where `submit` cannot be right for such a trial."""
+    submit = [text for text in run.overrides if key_of(text).startswith("submit.")]
+    config = parse(["task=submit", *(word for word in trial if key_of(word) != "task"), *submit]).config
+    if config.submit.container is not None:
+        raise ConfigError(["submit.container: workers of a sweep start their trials on the node itself; leave it out."])
+    left_out = ("trials.dry_run", "trials.worker", "overwrite")
+    words = [text for text in run.overrides if key_of(text) not in left_out and text not in submit]
+    data = files_to_stage(config.data) if config.submit.stage_to else []
+    return Job(run.name, run.dir, config, words, Path.cwd(), data, workers=run.config.trials.slurm)
+
+
+def queued_workers(folder: Path) -> str | None:
+    """The array that was submitted for this folder and has not ended."""
+    try:
+        number = str(json.loads((folder / KEPT).read_text(encoding="utf-8"))["job"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return number if state_of(number) else None

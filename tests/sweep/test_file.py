@@ -1,0 +1,303 @@
+"""Sweep files: W&B's format is read as W&B reads it, and every mistake is told before a run is started."""
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_vlm.config import ConfigError
+from lit_vlm.sweep.file import Goal, Hyperband, Method, Metric, draft, look_at, read_sweep, sweep_from
+from lit_vlm.sweep.mistakes import metric_names, mistakes_in_sweep
+from lit_vlm.sweep.reasons import reasons_in
+from lit_vlm.sweep.words import command_line, trial_words
+
+ROOT = Path(__file__).resolve().parents[2]
+ALIGN = {"experiment": {"value": "tiny/1_align"}}
+RATE = {"stage.learning_rate": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-1}}
+
+
+def plain(parameters: dict, **keys) -> dict:
+    return {"method": "random", "metric": {"name": "val/loss", "goal": "minimize"}, "parameters": parameters, **keys}
+
+
+def wrong(parameters: dict, *overrides: str, **keys) -> list[str]:
+    """Everything that is said about a file, without its name."""
+    sweep, found = draft(plain(parameters, **keys), "x.yaml")
+    found = [*found, *mistakes_in_sweep(sweep, list(overrides))]
+    return [mistake.removeprefix("x.yaml: ") for mistake in found]
+
+
+def one_parameter(**entry):
+    return sweep_from(plain({"a": entry}), "x.yaml").parameters["a"]
+
+
+# What is read
+
+
+def test_a_file_is_read_with_all_that_wandb_knows(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        """
+program: run.py
+command: ["${env}", "${interpreter}", "${program}", "experiment=tiny/1_align", "${args_json}"]
+name: mine
+project: p
+entity: e
+description: d
+method: bayes
+metric: {name: val/loss_ko, goal: maximize, target: 3}
+run_cap: 7
+early_terminate: {type: hyperband, min_iter: 3, eta: 2}
+parameters:
+  stage:
+    parameters:
+      learning_rate: {min: 1.0e-4, max: 1.0e-1, distribution: log_uniform_values}
+  stage.warmup: {values: [0, 0.1]}
+  seed: {value: 3}
+""",
+        encoding="utf-8",
+    )
+    sweep = read_sweep(path)
+    assert (sweep.method, sweep.run_cap, sweep.name, sweep.words) == (
+        Method.bayes,
+        7,
+        "mine",
+        ["experiment=tiny/1_align"],
+    )
+    assert sweep.metric == Metric("val/loss_ko", Goal.maximize, 3)
+    assert sweep.early_terminate == Hyperband(3, 2)
+    assert list(sweep.parameters) == ["stage.learning_rate", "stage.warmup", "seed"]
+    assert (sweep.fixed, list(sweep.swept)) == ({"seed": 3}, ["stage.learning_rate", "stage.warmup"])
+    assert sweep.plain == yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("entry", "distribution"),
+    [
+        ({"value": 1}, "constant"),
+        ({"values": [1, 2]}, "categorical"),
+        ({"values": [1, 2], "probabilities": [0.1, 0.9]}, "categorical_w_probabilities"),
+        ({"min": 1, "max": 8}, "int_uniform"),
+        ({"min": 1, "max": 8.0}, "uniform"),
+        ({"min": 1.0, "max": 8.0, "distribution": "q_uniform", "q": 0.5}, "q_uniform"),
+    ],
+)
+def test_a_distribution_that_is_not_named_is_the_one_that_wandb_takes(entry, distribution):
+    assert one_parameter(**entry).distribution == distribution
+
+
+@pytest.mark.parametrize(
+    ("entry", "raw", "value"),
+    [
+        ({"distribution": "uniform", "min": 0.0, "max": 2.0}, 0.5, 0.5),
+        ({"distribution": "log_uniform", "min": -3, "max": 0}, math.exp(-1), 0.367879),
+        ({"distribution": "q_uniform", "min": 0, "max": 100, "q": 8}, 50.0, 48),
+        ({"distribution": "q_log_uniform_values", "min": 8, "max": 256, "q": 8}, 30.0, 32),
+        ({"distribution": "normal", "mu": 2.0, "sigma": 0.5}, 0.5, 2.0),
+        ({"distribution": "q_normal", "mu": 2.2, "sigma": 0.5, "q": 1}, 0.5, 2),
+        ({"distribution": "log_normal", "mu": 0.0, "sigma": 1.0}, 0.5, 1.0),
+        ({"distribution": "beta", "a": 2, "b": 2}, 0.5, 0.5),
+        ({"values": ["a", "b"], "probabilities": [0.25, 0.75]}, 0.2, "a"),
+        ({"values": ["a", "b"], "probabilities": [0.25, 0.75]}, 0.3, "b"),
+    ],
+)
+def test_a_value_is_made_of_a_draw_by_its_distribution(entry, raw, value):
+    found = one_parameter(**entry).value(raw)
+    assert found == pytest.approx(value) if isinstance(value, float) else (found, type(found)) == (value, type(value))
+
+
+def test_exponents_become_values():
+    one = one_parameter(distribution="log_uniform", min=-2, max=3)
+    assert (one.min, one.max) == (pytest.approx(math.exp(-2)), pytest.approx(math.exp(3)))
+
+
+def test_hyperband_by_max_iter_begins_where_wandb_begins():
+    assert sweep_from(
+        plain(RATE, early_terminate={"type": "hyperband", "max_iter": 27, "s": 2, "eta": 3}), "x"
+    ).early_terminate == Hyperband(3, 3)
+
+
+def test_reasons_are_the_comments_of_the_file(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "method: grid  # no\nparameters:\n  # above\n  a:  # beside\n    values: [1]\n  b: {value: 1}\n"
+        "  c:\n    parameters:\n      d: {value: 1}  # inside\n"
+    )
+    assert reasons_in(path) == {"a": "above beside", "b": "", "c.d": "inside"}
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"min": "1e-5", "max": 1.0}, "a.min: expected a number, found '1e-5'. YAML reads it as text; write 1.0e-5."),
+        ({"min": "2E3", "max": "4"}, "a.max: expected a number, found '4'. Leave out the quotes."),
+        ({"min": 3, "max": 1}, "a.min: must be below max, found 3 and 1."),
+        ({"min": True, "max": 3}, "a.min: expected a number, found True."),
+        ({"values": []}, "a.values: expected a list with something in it"),
+        ({"values": 3}, "a.values: expected a list with something in it, found 3."),
+        ({"values": [1, 2], "probabilities": [0.5, 0.6]}, "a.probabilities: expected 2 numbers that add up to 1"),
+        (
+            {"distribution": "log_uniform_values", "min": 0, "max": 1.0},
+            "a.min: a logarithmic range has its ends above 0",
+        ),
+        ({"distribution": "log_uniform", "min": 1e-5, "max": 1e-2}, "write distribution: log_uniform_values"),
+        ({"distribution": "loguniform", "min": 1, "max": 2}, "Did you mean log_uniform?"),
+        ({"distribution": "int_uniform", "min": 1.5, "max": 2}, "int_uniform is of whole numbers"),
+        ({"distribution": "q_uniform", "min": 1, "max": 2, "q": 0}, "a.q: must be above 0"),
+        ({"valeus": [1]}, "there is no key valeus. Did you mean values?"),
+        ({"min": 1}, "needs value, values, or min and max"),
+    ],
+)
+def test_a_parameter_that_cannot_be_is_told(entry, said):
+    with pytest.raises(ConfigError) as error:
+        sweep_from(plain({"a": entry}), "x.yaml")
+    assert any(said in mistake for mistake in error.value.mistakes), error.value.mistakes
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"method": "bays"}, "method: expected one of grid, random, bayes, found 'bays'. Did you mean bayes?"),
+        ({"metod": "grid"}, "there is no key metod. Did you mean method?"),
+        ({"method": "bayes", "metric": None}, "metric: method bayes learns from it"),
+        ({"method": "grid"}, "a grid needs values, and log_uniform_values is a range without steps"),
+        (
+            {"metric": {"name": "val/loss", "goal": "minimise"}},
+            "metric.goal: expected minimize or maximize, found 'minimise'. Did you mean minimize?",
+        ),
+        ({"early_terminate": {"type": "hyperband"}}, "early_terminate: needs min_iter"),
+        ({"early_terminate": {"type": "envelope", "min_iter": 3}}, "W&B knows hyperband alone"),
+        ({"early_terminate": {"type": "hyperband", "max_iter": 9}}, "early_terminate.s: is missing"),
+        ({"run_cap": 0}, "run_cap: expected a whole number above 0, found 0."),
+        ({"parameters": {}}, "parameters: is missing or empty"),
+        ({"command": []}, "command: expected a list of words"),
+    ],
+)
+def test_a_file_that_cannot_be_is_told(keys, said):
+    with pytest.raises(ConfigError) as error:
+        sweep_from({**plain(RATE), **keys}, "x.yaml")
+    assert any(f"x.yaml: {said}" in mistake or said in mistake for mistake in error.value.mistakes), (
+        error.value.mistakes
+    )
+
+
+def test_a_file_that_is_not_there_or_no_yaml_is_told(tmp_path):
+    (tmp_path / "align.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match=r"there is no such file. Did you mean .*align.yaml"):
+        look_at(tmp_path / "algin.yaml")
+    with pytest.raises(ConfigError, match="is no YAML"):
+        look_at(tmp_path / "align.yaml")
+    with pytest.raises(ConfigError, match="a sweep file is keys and values"):
+        sweep_from(["a"], "x.yaml")
+
+
+def test_a_sound_file_has_no_mistakes():
+    assert wrong({**ALIGN, **RATE, "stage.warmup": {"values": [0, 0.1, 10]}}, "trainer.max_steps=9") == []
+
+
+def test_keys_values_and_metric_are_held_against_the_schema_all_at_once():
+    found = wrong(
+        {
+            **ALIGN,
+            "stage.learnig_rate": {"min": 0.1, "max": 0.2},
+            "trainer.max_steps": {"min": 10.5, "max": 20.0},
+            "data.tiling": {"values": ["base", "anyre"]},
+            "stage.adam_eps": {"values": [0.0, 1e-8]},
+            "run_name": {"value": "x"},
+        },
+        "data.global_batch_sise=3",
+        metric={"name": "val/los_ko"},
+    )
+    for said in (
+        "unknown setting stage.learnig_rate. Did you mean stage.learning_rate?",
+        "trainer.max_steps: expected a whole number or null, found 10.5. Give the range whole ends",
+        "data.tiling: expected one of base, anyres, found 'anyre'. Did you mean anyres?",
+        "stage.adam_eps: must be above 0",
+        "parameters.run_name: is not a trial's to vary",
+        "unknown setting data.global_batch_sise. Did you mean data.global_batch_size?",
+        "metric.name: no run logs val/los_ko;",
+    ):
+        assert sum(said in mistake for mistake in found) == 1, (said, found)
+    assert len(found) == 7 and "Did you mean val/loss_ko?" in found[-1]
+
+
+def test_a_contradiction_names_the_values_that_bring_it_about():
+    (said,) = wrong({**ALIGN, "stage.parts.vision_tower.lora.rank": {"values": [0, 8]}})
+    assert "vision_tower does not train" in said and said.endswith("(as with stage.parts.vision_tower.lora.rank=8)")
+
+
+def test_what_is_swept_is_not_set_on_the_command_line_too():
+    (said,) = wrong({**ALIGN, **RATE}, "stage.learning_rate=3")
+    assert said.startswith("parameters.stage.learning_rate: is swept, and the command line sets it to 3.")
+
+
+@pytest.mark.parametrize(
+    ("metric", "overrides", "said"),
+    [
+        ("val/loss", [], "data.validation.every_steps is not set"),
+        (
+            "val/loss",
+            ["data.validation.every_steps=30"],
+            "the first comparison is after 3 values of val/loss, and a run of 60 steps logs 2",
+        ),
+        ("val/loss", ["data.validation.every_steps=20"], None),
+        ("train/loss", [], None),
+        ("score/word_ko", ["data.validation.every_steps=20"], "is logged once, at the end"),
+        (
+            "val/rewards/margins",
+            ["data.validation.every_steps=20"],
+            "is logged by stage=dpo, and these trials train align",
+        ),
+    ],
+)
+def test_early_stopping_needs_values_to_stop_by(metric, overrides, said):
+    band = {"type": "hyperband", "min_iter": 3}
+    found = wrong({**ALIGN, **RATE}, *overrides, metric={"name": metric}, early_terminate=band)
+    assert found == [] if said is None else said in found[0]
+
+
+def test_the_metrics_that_are_known_are_those_that_a_run_logs():
+    assert {
+        "train/loss",
+        "val/loss",
+        "val/loss_ko",
+        "val/loss_caption",
+        "val/rewards/accuracies",
+        "score/word_ko",
+    } <= set(metric_names())
+
+
+def test_every_file_of_the_folder_is_sound():
+    files = sorted((ROOT / "sweeps").glob("*.yaml"))
+    assert files
+    for path in files:
+        read_sweep(path)
+
+
+# From values to words
+
+
+def test_words_win_in_the_order_command_values_command_line():
+    command = ["${program}", "experiment=tiny/1_align", "stage.warmup=0.5", "--flag", "${args_json}"]
+    sweep = sweep_from(plain({"seed": {"value": 1}, "stage.warmup": {"value": 0.2}, **RATE}, command=command), "x")
+    words = trial_words(sweep, {"seed": 1, "stage.warmup": 0.2, "stage.learning_rate": 0.01}, ["seed=7"])
+    assert words == ["task=train", "experiment=tiny/1_align", "stage.warmup=0.2", "seed=7", "stage.learning_rate=0.01"]
+
+
+def test_hangul_lists_and_quotes_survive_the_shell_and_the_parser():
+    import shlex
+
+    from lit_vlm.config import parse
+
+    tags = ["한국어 지시문", "it's", "a,b", "[x]"]
+    sweep = sweep_from(
+        plain({**ALIGN, "logger.tags": {"values": [tags]}, "logger.group": {"values": [None, "널 = null"]}}), "x"
+    )
+    words = trial_words(sweep, {"experiment": "tiny/1_align", "logger.tags": tags, "logger.group": "널 = null"}, [])
+    pasted = shlex.split(command_line(words))[2:]
+    logger = parse(pasted).config.logger
+    assert (logger.tags, logger.group) == (tags, "널 = null")

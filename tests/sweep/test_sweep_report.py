@@ -1,0 +1,153 @@
+"""A sweep's page and table: whole from plain records, safe, and honest about what a few runs can say."""
+
+import math
+import re
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from lit_vlm.sweep.charts import goodness, parallel_coordinates
+from lit_vlm.sweep.file import Goal, sweep_from
+from lit_vlm.sweep.importance import importance_of, remark
+from lit_vlm.sweep.records import TrialRecord, best_of, varied
+from lit_vlm.sweep.report import Page, write_sweep_report
+from lit_vlm.sweep.table import parameter_table, trial_table
+
+EVIL = "<script>alert(1)</script>"
+PARAMETERS = {
+    "stage.learning_rate": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-1},
+    "stage.warmup": {"min": 0.0, "max": 0.3},
+    "data.tiling": {"values": ["base", "anyres", EVIL]},
+    "seed": {"value": 3},
+}
+
+
+def sweep(goal="minimize", **keys):
+    plain = {"method": "random", "metric": {"name": "val/loss", "goal": goal}, "parameters": PARAMETERS, **keys}
+    return sweep_from(plain, "sweeps/x.yaml")
+
+
+def record(number: int, value: float | None = 1.0, state: str = "finished", **changed) -> TrialRecord:
+    rate = 10 ** (-4 + 3 * ((number * 7) % 13) / 13)
+    parameters = {
+        "stage.learning_rate": rate,
+        "stage.warmup": 0.02 * ((number * 5) % 13),
+        "data.tiling": "base",
+        "seed": 3,
+    }
+    return TrialRecord(number, parameters | changed, value, state, Path(f"runs/sweeps/x/{number}"), 61.0 + number)
+
+
+def bowl(number: int) -> TrialRecord:
+    """The rate decides, the warm-up hardly."""
+    one = record(number)
+    rate, warmup = one.parameters["stage.learning_rate"], one.parameters["stage.warmup"]
+    return record(number, abs(math.log10(rate) + 1) + 0.01 * warmup)
+
+
+def page_text(tmp_path, records, **keys) -> str:
+    write_sweep_report(tmp_path / "sweep.html", Page(sweep(), records, **keys))
+    return (tmp_path / "sweep.html").read_text(encoding="utf-8")
+
+
+def printed(table) -> str:
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(table)
+    return console.export_text()
+
+
+def test_the_page_is_whole_and_needs_nothing_else(tmp_path):
+    records = [bowl(n) for n in range(12)] + [
+        record(12, 0.9, "stopped"),
+        record(13, None, "failed"),
+        record(14, None, "running"),
+    ]
+    text = page_text(tmp_path, records, total=20, command="python run.py a='한글 x'", carried="python run.py b=1")
+    assert "<script" not in text and "http" not in text and " src=" not in text
+    for word in ("15 of 20 trials: 12 finished, 1 stopped early, 1 failed, 1 under way", "한글 x", "python run.py b=1"):
+        assert word in text
+    assert text.count('<polyline class="trial') == 15
+    assert text.count('class="trial best"') == 1 and text.count('class="trial stopped"') == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / "sweep.html"]
+
+
+def test_what_a_file_says_is_text(tmp_path):
+    records = [bowl(0), record(1, 2.0, **{"data.tiling": EVIL}), record(2, None, "failed")]
+    text = page_text(tmp_path, records, command=EVIL, carried=EVIL)
+    assert "<script" not in text and text.count("&lt;script&gt;") >= 3
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        [],
+        [record(0)],
+        [record(0, None, "failed")],
+        [record(0), record(1)],
+        [record(n, None, "running") for n in range(3)],
+    ],
+)
+def test_a_page_of_little_says_so(tmp_path, records):
+    text = page_text(tmp_path, records)
+    assert ("No trial has finished" in text) == (best_of(records, "minimize") is None)
+    assert "say nothing about which parameter matters" in text
+
+
+def test_the_best_is_a_finished_one_by_the_goal():
+    records = [record(0, 3.0), record(1, 1.0, "stopped"), record(2, 2.0), record(3, 2.0), record(4, None)]
+    assert (best_of(records, "minimize").number, best_of(records, "maximize").number) == (2, 0)
+
+
+def test_lines_stand_where_the_values_are():
+    records = [record(0, 1.0, **{"stage.learning_rate": 1e-4}), record(1, 3.0, **{"stage.learning_rate": 1e-1})]
+    records.append(record(2, 2.0, **{"stage.learning_rate": math.sqrt(1e-5)}))
+    svg = parallel_coordinates(records, sweep())
+    points = {
+        int(n): [tuple(map(float, p.split(","))) for p in path.split()]
+        for path, n in re.findall(r'points="([^"]+)"><title>trial (\d)', svg)
+    }
+    bottom, top, middle = (points[n][0][1] for n in range(3))
+    assert bottom > middle > top and middle == pytest.approx((bottom + top) / 2, abs=0.2)  # the axis is logarithmic
+    ends = [points[n][-1][1] for n in (0, 2, 1)]
+    assert ends == sorted(ends)  # the lowest loss is on top
+
+
+def test_colours_go_by_rank():
+    assert goodness([record(0, 1.0), record(1, 1e9), record(2, 2.0)], Goal.minimize) == {0: 1.0, 1: 0.0, 2: 0.5}
+
+
+def test_importance_and_direction_are_those_of_the_data():
+    first, second = importance_of([bowl(n) for n in range(13)], sweep())
+    assert (first.key, first.direction) == ("stage.learning_rate", "higher is better")
+    assert first.share > 0.8 > second.share and first.correlation == pytest.approx(-1.0)
+    better = importance_of([bowl(n) for n in range(13)], sweep("maximize"))[0]
+    assert better.direction == "lower is better"
+
+
+def test_a_trial_that_diverged_does_not_explain_everything():
+    records = [*(bowl(n) for n in range(12)), record(12, 1e12, **{"stage.warmup": 0.24})]
+    assert importance_of(records, sweep())[0].key == "stage.learning_rate"
+
+
+def test_of_categories_the_best_is_named():
+    chosen = [n // 3 % 2 for n in range(12)]
+    records = [record(n, one + 0.01 * n, **{"data.tiling": ("base", "anyres")[one]}) for n, one in enumerate(chosen)]
+    found = {one.key: one for one in importance_of(records, sweep())}
+    assert found["data.tiling"].direction == "best: base" and found["data.tiling"].share > 0.5
+
+
+def test_few_runs_are_called_few():
+    assert "a hint at the order" in remark([record(n) for n in range(12)])
+    assert importance_of([bowl(n) for n in range(3)], sweep()) == []
+    assert "hint" not in remark([record(n) for n in range(60)])
+
+
+def test_only_what_varied_is_drawn():
+    assert varied([bowl(0), bowl(1)]) == ["stage.learning_rate", "stage.warmup"]
+
+
+def test_the_terminal_shows_the_same(tmp_path):
+    text = printed(trial_table(Page(sweep(), [bowl(n) for n in range(12)], total=12)))
+    assert "12 of 12 trials: 12 finished" in text and "stage.learning_rate: " in text and "hint at the order" in text
+    assert "0.0001 to 0.1, logarithmic" in printed(parameter_table(sweep()))

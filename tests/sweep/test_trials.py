@@ -1,0 +1,197 @@
+"""Trials as processes: early stops, failures, interruptions. The processes are small programs that log as a run does, save
+on SIGTERM as a run does, and train nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from lit_vlm.sweep.file import sweep_from
+from lit_vlm.sweep.process import TrialProcess
+from lit_vlm.sweep.search import Outcome, Search
+from lit_vlm.sweep.trials import Trials, records_of
+from lit_vlm.types import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = """
+import json, os, pathlib, signal, sys, time
+a = json.loads(sys.argv[1])
+folder, table = pathlib.Path.cwd(), pathlib.Path("metrics.csv")
+def leave(*_):
+    print("saved", flush=True)
+    os._exit(75)
+signal.signal(signal.SIGTERM, leave)
+print("cuda", os.environ.get("CUDA_VISIBLE_DEVICES"), flush=True)
+if a.get("fails"):
+    sys.exit("it broke: " + a["fails"])
+if a.get("again") and not pathlib.Path("left").exists():
+    pathlib.Path("left").touch()
+    sys.exit(75)
+lines = table.read_text().splitlines() if table.exists() else ["step," + a.get("metric", "m")]
+for i in range(len(lines) - 1, a.get("steps", 3)):
+    lines.append(f"{i},{a['value'] + 1 / (i + 1)}")
+    table.write_text("\\n".join(lines) + "\\n")
+    time.sleep(a.get("sleep", 0.02))
+pathlib.Path("manifest.json").write_text(json.dumps({"status": "finished", "figures": {"seconds": 1.5}}))
+"""
+
+
+def sweep(trials: list[dict], **keys):
+    """A grid of these trials."""
+    plain = {"method": "grid", "metric": {"name": "m"}, "parameters": {"a": {"values": trials}}, **keys}
+    return sweep_from(plain, "x.yaml")
+
+
+class Ran:
+    """The trials of a sweep in a folder."""
+
+    def __init__(self, folder: Path, file, places=((),), **options) -> None:
+        self.folder, self.said = folder, []
+        self.search = Search(file, folder / "journal.log")
+        self.trials = Trials(self.search, "m", folder, self.make, places=list(places), say=self.said.append, **options)
+
+    def make(self, number, parameters):
+        place = self.folder / str(number)
+        place.mkdir(parents=True, exist_ok=True)
+        name = f"run_name=sweeps/{self.folder.name}/{number}"
+        start = f'cd {place} && exec {sys.executable} -c "$1" "$2" {name}'
+        line = ["bash", "-c", start, "bash", RUN, json.dumps(parameters["a"])]
+        return TrialProcess(number, parameters, place, line, dict(os.environ))
+
+    def run(self):
+        self.trials.run()
+        return self
+
+    @property
+    def records(self):
+        return records_of(self.search, self.folder, "m")
+
+    @property
+    def states(self):
+        return [record.state for record in self.records]
+
+
+def test_each_trial_runs_once_and_its_last_value_counts(tmp_path):
+    ran = Ran(tmp_path, sweep([{"value": 1.0}, {"value": 2.0}])).run()
+    assert [(r.state, r.value, r.seconds) for r in ran.records] == [
+        ("finished", pytest.approx(v + 1 / 3), 1.5) for v in (1, 2)
+    ]
+    again = Ran(tmp_path, sweep([{"value": 1.0}, {"value": 2.0}])).run()
+    assert again.said == [] and again.states == ran.states
+
+
+def test_devices_are_dealt_out_and_given_back(tmp_path):
+    file = sweep([{"value": float(n), "sleep": 0.3} for n in range(4)])
+    ran = Ran(tmp_path, file, places=[("0", "1"), ("2", "3")]).run()
+    seen = [(tmp_path / str(n) / "trial.log").read_text().split()[1] for n in range(4)]
+    assert sorted(seen[:2]) == ["0,1", "2,3"] and set(seen[2:]) <= {"0,1", "2,3"} and ran.states == ["finished"] * 4
+
+
+def test_a_worse_trial_is_stopped_and_has_saved(tmp_path):
+    file = sweep(
+        [{"value": 1.0}, {"value": 2.0, "steps": 400, "sleep": 0.05}],
+        early_terminate={"type": "hyperband", "min_iter": 2},
+    )
+    ran = Ran(tmp_path, file).run()
+    assert ran.states == ["finished", "stopped"] and "saved" in (tmp_path / "1/trial.log").read_text()
+    assert any("trial 1: stopped early, m" in line for line in ran.said)
+
+
+def test_a_trial_that_fails_is_shown_with_its_last_line_and_the_sweep_goes_on(tmp_path):
+    ran = Ran(tmp_path, sweep([{"value": 1.0}, {"fails": "no such picture"}, {"value": 2.0}])).run()
+    assert ran.states == ["finished", "failed", "finished"]
+    assert ran.records[1].note == "it broke: no such picture" and any("no such picture" in line for line in ran.said)
+
+
+def test_three_failures_at_the_beginning_end_the_sweep_with_the_reason(tmp_path):
+    file = sweep([{"fails": str(n)} for n in range(5)])
+    with pytest.raises(UserError, match="The first 3 trials failed, the last one with: it broke: 2"):
+        Ran(tmp_path, file).run()
+    assert len(Ran(tmp_path, file).records) == 3
+
+
+def test_a_metric_that_is_never_logged_is_a_failure_that_names_the_nearest(tmp_path):
+    ran = Ran(tmp_path, sweep([{"value": 1.0, "metric": "mm"}])).run()
+    assert ran.states == ["failed"] and ran.records[0].note == "it never logged m; it logged mm. Did you mean mm?"
+
+
+def test_a_trial_that_leaves_to_be_started_again_is(tmp_path):
+    ran = Ran(tmp_path, sweep([{"value": 1.0, "again": True}])).run()
+    assert ran.states == ["finished"]
+
+
+def test_the_target_ends_the_sweep(tmp_path):
+    file = sweep(
+        [{"value": 3.0}, {"value": 1.0}, {"value": 0.5}], metric={"name": "m", "goal": "minimize", "target": 2}
+    )
+    assert Ran(tmp_path, file).run().states == ["finished", "finished"]
+
+
+def test_a_worker_takes_up_its_own_trials_alone(tmp_path):
+    file = sweep([{"value": 1.0}, {"value": 2.0}, {"value": 3.0}])
+    search = Search(file, tmp_path / "journal.log")
+    for worker in (0, 1):
+        search.ask(worker)  # and both are gone
+    ran = Ran(tmp_path, file, worker=1, num_workers=2).run()
+    assert [trial.outcome for trial in ran.search.trials()] == [None, Outcome.finished, Outcome.finished]
+    assert Ran(tmp_path, file).run().states == ["finished"] * 3
+
+
+SCRIPT = """
+import sys
+sys.path[:0] = [{tests!r}, {root!r}]
+from pathlib import Path
+from test_trials import Ran, sweep
+ran = Ran(Path({folder!r}), sweep([{{"value": float(n), "steps": 40, "sleep": 0.05}} for n in range(3)]), places=((), ()))
+print("asked", [str(ask) for ask in ran.run().trials.asked], flush=True)
+"""
+
+
+def started(folder: Path) -> subprocess.Popen:
+    """A sweep of three trials of two seconds, two at a time, in a process of its own."""
+    code = textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parent), root=str(ROOT), folder=str(folder)))
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    until = time.monotonic() + 60
+    while not (folder / "1/metrics.csv").exists():
+        assert time.monotonic() < until and process.poll() is None
+        time.sleep(0.05)
+    return process
+
+
+def rows(folder: Path, number: int) -> int:
+    return len((folder / str(number) / "metrics.csv").read_text().splitlines()) - 1
+
+
+@pytest.mark.parametrize("ask", [signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_that_is_asked_to_leave_lets_its_trials_save_and_goes_on_later(tmp_path, ask):
+    process = started(tmp_path)
+    process.send_signal(ask)
+    said, _ = process.communicate(timeout=60)
+    word = {signal.SIGINT: "interrupt", signal.SIGTERM: "leave"}[ask]
+    assert f"asked ['{word}']" in said
+    assert all((tmp_path / str(n) / "trial.log").read_text().endswith("saved\n") for n in (0, 1))
+    done = [rows(tmp_path, n) for n in (0, 1)]
+    assert all(0 < n < 40 for n in done)
+    ran = Ran(
+        tmp_path, sweep([{"value": float(n), "steps": 40, "sleep": 0.05} for n in range(3)]), places=((), ())
+    ).run()
+    assert ran.states == ["finished"] * 3 and rows(tmp_path, 0) == 40
+
+
+def test_a_sweep_that_was_killed_goes_on_and_its_trials_are_not_run_twice_at_once(tmp_path):
+    process = started(tmp_path)
+    process.kill()
+    process.communicate(timeout=60)
+    alive = int((tmp_path / "0/trial.pid").read_text())
+    os.kill(alive, 0)  # the trial lives on
+    ran = Ran(
+        tmp_path, sweep([{"value": float(n), "steps": 40, "sleep": 0.05} for n in range(3)]), places=((), ())
+    ).run()
+    assert ran.states == ["finished"] * 3 and [rows(tmp_path, n) for n in range(3)] == [40] * 3
+    assert "saved" in (tmp_path / "0/trial.log").read_text()  # it was asked to leave before it was begun again
