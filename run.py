@@ -19,6 +19,7 @@ from lit_vlm.config.help import help_text
 from lit_vlm.config.multirun import check_multirun, launcher_in, refuse_launcher
 from lit_vlm.config.overrides import ConfigError, read_arguments, split_flags, with_implied
 from lit_vlm.config.parse import parse, wrong_words
+from lit_vlm.config.secrets import redacted_text
 from lit_vlm.tasks import TASKS
 from lit_vlm.types import UserError
 
@@ -29,7 +30,7 @@ def main() -> None:
         start(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
-        sys.exit(str(error) or 1)  # without words on a rank for which another one speaks
+        sys.exit(redacted_text(str(error)) or 1)  # without words on a rank for which another one speaks
     except BrokenPipeError:  # --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -88,7 +89,7 @@ def one_job(_: object) -> None:
         run = parse([*words.task, *(word for word in words.hydra if word.startswith("hydra.searchpath="))])
         TASKS[run.config.task](run)
     except UserError as error:
-        sys.exit(str(error) or 1)  # an exception would be shown with Hydra's traceback
+        sys.exit(redacted_text(str(error)) or 1)  # an exception would be shown with Hydra's traceback
     except Exception:
         if "SUBMITIT_EXECUTOR" not in os.environ:
             raise

@@ -13,6 +13,7 @@ from callbacks.export import Export
 from callbacks.guard import Exchange, Guard
 from callbacks.heartbeat import Heartbeat
 from callbacks.language_loss import LanguageLoss
+from callbacks.metric import Metric
 from callbacks.out_of_memory import OutOfMemory
 from callbacks.preemption import Preemption
 from callbacks.profile import Profile
@@ -26,6 +27,7 @@ CALLBACKS: dict[str, type[L.Callback]] = {
     "guard": Guard,
     "throughput": Throughput,
     "language_loss": LanguageLoss,
+    "metric": Metric,
     "out_of_memory": OutOfMemory,
     "checkpoint": Checkpoint,
     "preemption": Preemption,
@@ -49,6 +51,7 @@ __all__ = [
     "Guard",
     "Heartbeat",
     "LanguageLoss",
+    "Metric",
     "OutOfMemory",
     "Preemption",
     "Profile",

@@ -84,8 +84,8 @@ class Checkpoint(L.Callback):
         found = find(trainer, self._shards, self.folder, self.resume_from, self.belongs, self._tell(trainer))
         if found is not None:
             self._go_on(trainer, found)
-        elif (csv := _csv_of(trainer)) is not None:
-            csv.go_on(0)
+        else:
+            _continue_logs(trainer, 0)
         self._saved = found[1].step if found else 0
         self._start_writer(trainer)
 
@@ -106,9 +106,7 @@ class Checkpoint(L.Callback):
                 callback.load_state_dict(state["callbacks"][callback.state_key])
         if state["precision"]:
             trainer.precision_plugin.load_state_dict(state["precision"])
-        csv = _csv_of(trainer)
-        if csv is not None:
-            csv.go_on(*state["log"])
+        _continue_logs(trainer, *state["log"])
 
     def _start_writer(self, trainer: L.Trainer) -> None:
         """Only now is anything written or removed: a start that was refused leaves the folder as it was."""
@@ -241,6 +239,15 @@ class Checkpoint(L.Callback):
 def _csv_of(trainer: L.Trainer) -> Any:
     """The logger that can go on with its table, if there is one."""
     return next((logger for logger in trainer.loggers if hasattr(logger, "go_on")), None)
+
+
+def _continue_logs(trainer: L.Trainer, num_rows: int, row: dict[str, Any] | None = None) -> None:
+    """The table keeps so many rows, and one that was due then; the other loggers are told what is kept."""
+    csv = _csv_of(trainer)
+    rows = csv.go_on(num_rows, row) if csv is not None else []
+    for logger in trainer.loggers:
+        if hasattr(logger, "replay") and trainer.is_global_zero:
+            logger.replay(rows)
 
 
 def _state_of(callback: L.Callback) -> tuple[str, dict[str, Any]]:

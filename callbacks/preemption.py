@@ -10,12 +10,14 @@ import lightning as L
 import torch
 
 from lit_vlm.engine.consensus import Word, consensus_of, is_last_micro_step
-from lit_vlm.engine.exits import INTERRUPTED, RESTART, LeftTogether
+from lit_vlm.engine.exits import INTERRUPTED, RESTART, LeftTogether, StoppedEarly
+from lit_vlm.engine.ranks import in_sweep
 from lit_vlm.engine.signals import Ask, Signals, current, listening
 from lit_vlm.engine.slurm import is_preempted, own_job, requeue
 
-# Where ranks were asked differently: a time limit is everybody's, and a person who interrupts wants no new start.
-BY_WEIGHT = (Ask.requeue, Ask.interrupt, Ask.leave)
+# Where ranks were asked differently: what a sweep has seen enough of needs no new start, a time limit is everybody's, and a
+# person who interrupts wants no new start.
+BY_WEIGHT = (Ask.stop, Ask.requeue, Ask.interrupt, Ask.leave)
 AGAIN = "The same command goes on from there."
 
 
@@ -30,7 +32,7 @@ class Preemption(L.Callback):
 
     Handlers only tell; the ranks exchange what they were told once per optimizer step. After the step all save, the first
     one requeues the Slurm job where that was asked, and all leave by `LeftTogether`: RESTART (75), INTERRUPTED (130) after
-    Ctrl-C. In validation they look after each batch.
+    Ctrl-C, 0 when a sweep wants no more of this run. In validation they look after each batch.
     """
 
     def __init__(self) -> None:
@@ -45,7 +47,7 @@ class Preemption(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._signals is not None:
-            self._signals.listener = _teller(trainer, self._asked)
+            self._signals.listen(_teller(trainer, self._asked))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -90,10 +92,13 @@ class Preemption(L.Callback):
         if self._signals is not None:
             self._signals.leaving = True
         saved = _save(trainer, pl_module)
+        ask = _meant(trainer, asks[0])
         if trainer.is_global_zero:
-            print(f"Asked to {asks[0]}: {saved}; {_requeued(asks[0])}", flush=True)
+            print(f"Asked to {ask}: {saved}; {_requeued(ask)}", flush=True)
         trainer.strategy.barrier("leave")  # nobody leaves before Slurm has answered: the first to leave ends the step
-        raise LeftTogether(INTERRUPTED if asks[0] is Ask.interrupt else RESTART)
+        if ask is Ask.stop:
+            raise StoppedEarly
+        raise LeftTogether(INTERRUPTED if ask is Ask.interrupt else RESTART)
 
 
 def _teller(trainer: L.Trainer, asked: list[Ask]) -> Callable[[Ask], None]:
@@ -115,6 +120,15 @@ def _asked_of_any(trainer: L.Trainer, asked: list[Ask]) -> list[Ask]:
     return [ask for ask, flag in zip(BY_WEIGHT, flags.tolist(), strict=True) if flag]
 
 
+def _meant(trainer: L.Trainer, ask: Ask) -> Ask:
+    """A signal of a sweep's agent is the sweep's wish, or the agent's own end. W&B knows; the first rank asks it for all."""
+    if ask not in (Ask.leave, Ask.requeue) or not in_sweep():
+        return ask
+    trackers = [logger for logger in trainer.loggers if hasattr(logger, "is_asked_to_stop")]
+    wanted = any(tracker.is_asked_to_stop() for tracker in trackers)
+    return Ask.stop if trainer.strategy.broadcast(wanted) else ask
+
+
 def _save(trainer: L.Trainer, pl_module: L.LightningModule) -> str:
     """What was saved, in words."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -127,6 +141,10 @@ def _save(trainer: L.Trainer, pl_module: L.LightningModule) -> str:
 
 def _requeued(ask: Ask) -> str:
     """Put the job back into the queue where that is right, and say what happens next."""
+    if ask is Ask.stop:
+        return "the sweep wants no more of this run. Its state is kept."
+    if in_sweep() and ask is not Ask.interrupt:
+        return "left. The next agent of the sweep goes on from there."  # the job is the agent's, to be requeued by it
     job = own_job()
     if job is None or ask is Ask.interrupt or (ask is Ask.leave and not is_preempted(job)):
         return f"left. {AGAIN}"

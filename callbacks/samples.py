@@ -17,11 +17,12 @@ from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.index.columns import Index
 from lit_vlm.engine.watch import Doing, Pulse, pulse_of
 from lit_vlm.evaluation.answers import alike, ask, readable_prompt, reference_lengths
-from lit_vlm.evaluation.drawing import ASKED, PREDICTED, REFERENCE, Mark, draw_boxes, marks_of
+from lit_vlm.evaluation.drawing import ASKED, PREDICTED, REFERENCE, Mark, draw_boxes, marks_of, readable
 from lit_vlm.evaluation.scoring import score
 from lit_vlm.types import ImageSource, PreferencePair, Record, Sample
 
 TILES = 4  # times the training cap: nothing of the tower is kept for a backward pass
+LAYERS = {ASKED: "asked", REFERENCE: "reference", PREDICTED: "prediction"}  # colour of a box -> what it is
 SLACK = 8  # tokens that an answer may be longer than the longest reference beside it; by then it is wrong
 
 
@@ -91,7 +92,9 @@ class Samples(L.Callback):
         if trainer.is_global_zero:
             rows = [row for name, group in groups.items() for row in self._written(phase, name, group[: self.shown])]
             _rewrite(self.run_dir / "samples.jsonl", phase, rows)
-            self._log_tables(trainer, phase, rows)
+            for logger in trainer.loggers:
+                if hasattr(logger, "log_samples"):
+                    logger.log_samples(phase, rows, step=trainer.global_step)
 
     def _answers(self, pl_module: L.LightningModule, datamodule: DataModule, pulse: Pulse) -> list[Answer]:
         """In the order of the index, though generated in an order of like lengths."""
@@ -118,11 +121,12 @@ class Samples(L.Callback):
                 "reference": answer.reference,
                 "prediction": answer.prediction,
                 "score": answer.score,
-                "images": self._pictures(f"{group}_{number}", phase, answer),
+                **self._pictures(f"{group}_{number}", phase, answer),
             }
 
-    def _pictures(self, name: str, phase: str, answer: Answer) -> list[str]:
-        """Paths within the run's folder. Boxes are drawn where there is one picture that they can mean."""
+    def _pictures(self, name: str, phase: str, answer: Answer) -> dict[str, Any]:
+        """Paths within the run's folder. Boxes are drawn where there is one picture that they can mean; that one lies there
+        without them as well, and they beside it as numbers, for trackers that draw boxes themselves."""
         images = answer.sample.images
         asked = marks_of(readable_prompt(answer.sample.messages[:-1]), ASKED)
         answered = marks_of(answer.reference, REFERENCE, label_chars=False)
@@ -132,18 +136,11 @@ class Samples(L.Callback):
             path = f"samples/{name}_{number}{'_' + phase if alone and answered else ''}.png"
             _save(self.run_dir / path, image, asked + answered if alone else [])
             paths.append(path)
-        return paths
-
-    def _log_tables(self, trainer: L.Trainer, phase: str, rows: list[dict[str, Any]]) -> None:
-        columns = ["id", "kind", "language", "prompt", "reference", "prediction", "score"]
-        cells = [[row[name] for name in columns] for row in rows]
-        pictures = [(str(self.run_dir / path), row["prediction"]) for row in rows for path in row["images"]]
-        for logger in trainer.loggers:
-            if cells and hasattr(logger, "log_table"):  # Weights & Biases
-                logger.log_table(f"samples/{phase}", columns=columns, data=cells)
-            if pictures and hasattr(logger, "log_image"):
-                paths, captions = zip(*pictures, strict=True)
-                logger.log_image(f"pictures/{phase}", images=list(paths), caption=list(captions))
+        if not alone or not asked + answered:
+            return {"images": paths}
+        plain = f"samples/{name}_plain.png"
+        readable(images[0].load()).save(self.run_dir / plain)
+        return {"images": paths, "plain": plain, "boxes": [_row_of(mark) for mark in asked + answered]}
 
 
 def _asked(pl_module: L.LightningModule, datamodule: DataModule, numbers: list[int], most: int) -> list[Answer]:
@@ -175,6 +172,12 @@ def _chosen(index: Index, most: int) -> list[int]:
 def _save(path: Path, image: ImageSource, marks: list[Mark]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_boxes(image.load(), marks).save(path)
+
+
+def _row_of(mark: Mark) -> dict[str, Any]:
+    """A box as `samples.jsonl` has it: corners as shares of the picture's sides, cut at its edges."""
+    corners = [min(max(value, 0.0), 1.0) for value in (mark.box.x1, mark.box.y1, mark.box.x2, mark.box.y2)]
+    return {"layer": LAYERS[mark.colour], "label": mark.label, "box": corners}
 
 
 def _rewrite(path: Path, phase: str, rows: list[dict[str, Any]]) -> None:

@@ -32,6 +32,11 @@ class UserError(ValueError):
     """
 
 
+def counted(number: int, what: str, many: str | None = None) -> str:
+    """ "1 record", "2,000 records"; `many` where the plural does not end in s alone."""
+    return f"{number:,} {what if number == 1 else many or what + 's'}"
+
+
 class Fault(StrEnum):
     """What is wrong with a record, in a word; quarantined records are counted by it."""
 
@@ -269,6 +274,7 @@ class Batch:
     step_pairs: int = 0  # in the whole optimizer step
     step_chosen_tokens: int = 0
     keys: list[int] = field(default_factory=list)  # of each record: what it says, and as how many tokens and tiles
+    contents: list[int] = field(default_factory=list)  # of each record's pictures; for what is kept of them, else empty
     blank: bool = False  # nothing to learn here; it keeps the ranks in step
 
     @property

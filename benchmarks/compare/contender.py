@@ -192,7 +192,7 @@ class Ours(Contender):
         pairs = len(records) if self.case.prefers else 0
         batch = collate(self.processor, records, step_pairs=pairs, step_chosen_tokens=int(bool(pairs)))
         batch.step_supervised_tokens = batch.num_supervised_tokens
-        batch.keys = [crc32(record.id.encode()) for record in records]
+        batch.keys, batch.contents = [crc32(record.id.encode()) for record in records], [0] * len(records)
         return self.batch(batch.to(self.place.device))
 
     def backward(self, inputs: Batch) -> float:
@@ -235,7 +235,7 @@ class OursWithKeptReference(Ours):
         return super().loss(batch)
 
     def _keep(self, batch: Batch) -> None:
-        if self.stage.kept.missing(np.array(batch.keys, np.uint64)).any():
+        if self.stage.kept.missing(np.array(batch.keys, np.uint64), np.array(batch.contents, np.uint64)).any():
             with torch.no_grad(), self.place.autocast():
                 self.stage._keep(batch)
             self.stage.kept.read()

@@ -16,6 +16,7 @@ from lit_vlm.config.schema import (
     DataConfig,
     DPOStageConfig,
     Format,
+    LoggerConfig,
     Markup,
     PartConfig,
     PreflightConfig,
@@ -51,7 +52,7 @@ DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 # Arguments of lightning.Trainer that the program sets itself -> what to say instead.
 OWNED = {
     "callbacks": "name them with callbacks=[...]",
-    "logger": "choose logger=csv or logger=wandb",
+    "logger": "choose logger=csv, logger=wandb or logger=tensorboard",
     "accumulate_grad_batches": "it follows from data.global_batch_size and the two memory caps, and is printed",
     "default_root_dir": "a run's folder is run_dir/run_name",
     "enable_checkpointing": "checkpoints are written by the program, one layout for all strategies",
@@ -66,7 +67,8 @@ OWNED = {
 }
 
 
-ALWAYS = ("out_of_memory", "checkpoint", "preemption", "heartbeat")  # callbacks of every run, named or not
+ARTIFACTS = ("model", "lock", "report")  # what logger.artifacts may name
+ALWAYS = ("metric", "out_of_memory", "checkpoint", "preemption", "heartbeat")  # callbacks of every run, named or not
 
 STAGE_TASKS = (Task.train, Task.prepare, Task.preflight, Task.submit)  # what looks at one stage and its data
 
@@ -86,6 +88,7 @@ def check(config: RunConfig) -> list[str]:
         *_pairs(config),
         *_trainer(config.trainer),
         *_callbacks(config.callbacks),
+        *_logger(config.logger),
         *_checkpoint(config),
         *(mistakes_in_submit(config) if config.task is Task.submit else []),
     ]
@@ -330,6 +333,15 @@ def _checkpoint(config: RunConfig) -> Iterator[str]:
             f"resume_from: there is no folder {given}; name a checkpoint's (runs/.../checkpoints/step-...), auto for the"
             " run's own newest, or none to start from the beginning."
         )
+
+
+def _logger(logger: LoggerConfig) -> Iterator[str]:
+    for name in logger.artifacts:
+        if name not in ARTIFACTS:
+            found = did_you_mean(nearest(name, ARTIFACTS))
+            yield f"logger.artifacts: there is no artifact {name}; there are {', '.join(ARTIFACTS)}.{found}"
+    if logger.artifacts and not logger.wandb:
+        yield "logger.artifacts: are uploaded to Weights & Biases, and logger.wandb is false; choose logger=wandb."
 
 
 def _callbacks(names: list[str]) -> Iterator[str]:

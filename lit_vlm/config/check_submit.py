@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import asdict
 
 from lit_vlm.config.job import GPU, num_gpus
 from lit_vlm.config.schema import RunConfig, SubmitConfig
+from lit_vlm.config.secrets import places_of_secrets
 
 _TIME = re.compile(
     r"(?:(?P<days>\d+)-(?P<dhours>\d+)(?::(?P<dminutes>\d+)(?::(?P<dseconds>\d+))?)?|\d+(?::\d+){0,2})\Z"
 )
 _OPEN_END = ("UNLIMITED", "INFINITE")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
-_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)\Z")
 _OPTION = re.compile(r"(?:(?P<long>--[A-Za-z][\w-]*)|-(?P<short>[A-Za-z]))[= ]*(?P<value>.*)\Z")
 _SHORT = """A=account a=array b=begin C=constraint c=cpus-per-task D=chdir d=dependency e=error G=gpus H=hold I=immediate
     J=job-name k=no-kill L=licenses M=clusters m=distribution N=nodes n=ntasks O=overcommit o=output p=partition Q=quiet
@@ -55,6 +56,11 @@ def mistakes_in_submit(config: RunConfig) -> Iterator[str]:
     if submit.container_mounts and submit.container is None:
         yield "submit.container_mounts: there is no submit.container that something could be mounted into."
     yield from _env(submit)
+    for name in places_of_secrets(asdict(config)):
+        yield (
+            f"{name}: holds a secret, which would stand in the script for all to read. Export it in your shell: sbatch hands"
+            " the shell's environment on."
+        )
     yield from _extra(config)
 
 
@@ -137,8 +143,3 @@ def _env(submit: SubmitConfig) -> Iterator[str]:
     for name in submit.env:
         if not _NAME.match(name):
             yield f"submit.env.{name}: is no name of an environment variable."
-        elif _SECRET.search(name.upper()):
-            yield (
-                f"submit.env.{name}: would stand in the script and the run's settings for all to read. Export it in your"
-                " shell: sbatch hands the shell's environment on."
-            )

@@ -374,11 +374,16 @@ class LoggerConfig:
     """CSV is always written."""
 
     wandb: bool = False  # log to Weights & Biases as well; the key stays in WANDB_API_KEY
-    project: str = "lit_vlm"  # of Weights & Biases, like the rest
+    tensorboard: bool = False  # write TensorBoard's files as well; needs pip install '.[tensorboard]'
+    metric: str | None = None  # must be among what the run logs, as a sweep optimises it; a mistyped one ends the run
+    project: str = "lit_vlm"  # of Weights & Biases, like what follows
     entity: str | None = None  # user or team; null: the key's own
-    group: str | None = None  # runs that belong together
+    group: str | None = None  # runs that belong together; null: the stages of a chain
     offline: bool = False  # write to the run's folder, upload later with `wandb sync`
     tags: list[str] = field(default_factory=list)  # words to find a run by
+    artifacts: list[str] = field(
+        default_factory=list
+    )  # what is uploaded at the end: model, lock (mixture.lock), report
 
 
 @dataclass(kw_only=True, slots=True)

@@ -20,7 +20,14 @@ from lit_vlm.cost import Flops
 from lit_vlm.data.index.columns import Index, require_samples, split
 from lit_vlm.data.index.lengths import fit
 from lit_vlm.data.index.store import build_index
-from lit_vlm.data.micro_batches import Result, TrainMicroBatches, TurnedBad, ValidationMicroBatches, steadily
+from lit_vlm.data.micro_batches import (
+    Contents,
+    Result,
+    TrainMicroBatches,
+    TurnedBad,
+    ValidationMicroBatches,
+    steadily,
+)
 from lit_vlm.data.plan.ledger import Ledger
 from lit_vlm.data.plan.mixture import Mixture, MixtureSettings
 from lit_vlm.data.plan.plan import Plan, validation_packs
@@ -95,6 +102,7 @@ class DataModule(L.LightningDataModule):
         self.left_out: frozenset[int] = frozenset()  # steps that the run passes over; nothing is read for them
         self.budget = (self.most_tokens, self.most_tiles)
         self.pixels = True  # False: training and validation know already what is seen in the pictures
+        self.contents = False  # True: batches say what their pictures hold, for what is kept of them
 
     def build(self, *, recheck: bool = False, on_progress: Callable[[str, int, int], None] | None = None) -> None:
         """Read every record once, or what an earlier pass left in the store: `index` and `held_out`.
@@ -203,12 +211,21 @@ class DataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         plan = self.make_plan(self.trainer.world_size if self.trainer else 1)
         rank = self.trainer.global_rank if self.trainer else 0
-        batches = TrainMicroBatches(self.processor, plan, rank, self.left_out, pixels=self.pixels)
+        options = {"pixels": self.pixels, "contents": self.contents}
+        batches = TrainMicroBatches(self.processor, plan, rank, self.left_out, **options)
         return self._loader(batches, Onwards(self.start_step * plan.k, len(batches)))
 
     def pass_over(self, index: Index, samples: np.ndarray) -> DataLoader:
         """This rank's share of these samples, each once; as many micro-batches on every rank."""
         return self._loader(self._once(index.subset(samples), own=index is self.held_out and self.has_own_validation))
+
+    def contents_of(self, index: Index, samples: np.ndarray) -> np.ndarray:
+        """[samples] uint64, see `content_of`; 0 also where pictures cannot be read now."""
+        found = np.zeros(len(samples), np.uint64)
+        seeing = np.flatnonzero(index.images[samples])
+        parts = self._loader(Contents(index, samples[seeing].tolist()))
+        found[seeing] = np.fromiter((content for part in parts for content in part), np.uint64, len(seeing))
+        return found
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self._validation_batches(pixels=self.pixels))
@@ -244,7 +261,8 @@ class DataModule(L.LightningDataModule):
         world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         caps = dict(zip(("most_tokens", "most_tiles"), self.budget, strict=True))
         packs = validation_packs(index, flops=self.flops, world_size=world, **caps)
-        return ValidationMicroBatches(self.processor, index, packs[rank::world], own=own, pixels=pixels)
+        options = {"pixels": pixels, "contents": self.contents}
+        return ValidationMicroBatches(self.processor, index, packs[rank::world], own=own, **options)
 
     def _loader(self, batches: Dataset, sampler: Sampler[int] | None = None) -> DataLoader:
         workers = min(self.num_workers, len(batches))  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
+from lit_vlm.data.content import digest_of_pixels, digest_of_stream
 from lit_vlm.data.decoding import FORMATS, REMEDY, cause, parsed, upright_picture, upright_size
 from lit_vlm.types import Fault, RecordError
 
@@ -60,6 +61,15 @@ class EncodedImage:
         with self._parsed() as (image, stream):
             stream.seek(0)
             return stream.read(), str(image.format).lower()
+
+    def content(self) -> bytes:
+        """A digest that goes by the bytes alone, for `content.py`. RecordError when they cannot be read."""
+        with self._opened() as stream:
+            try:
+                return digest_of_stream(stream)
+            except OSError as error:
+                reason = f"{self._what} cannot be read: {cause(error)}"
+                raise RecordError(self.origin, reason, REMEDY, Fault.unreadable) from error
 
     @contextmanager
     def _parsed(self) -> Iterator[tuple[Image.Image, BinaryIO]]:
@@ -117,6 +127,9 @@ class ArrayImage:
 
     def load(self) -> Image.Image:
         return Image.fromarray(self.array).convert("RGB")
+
+    def content(self) -> bytes:
+        return digest_of_pixels(self.array)
 
 
 def shown(value: object, limit: int = 120) -> str:

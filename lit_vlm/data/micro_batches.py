@@ -11,6 +11,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from lit_vlm.data.collate import collate
+from lit_vlm.data.content import content_of
 from lit_vlm.data.index.columns import Index
 from lit_vlm.data.plan.ledger import Ledger
 from lit_vlm.data.plan.plan import Pack, Plan
@@ -54,6 +55,7 @@ class TrainMicroBatches(Dataset):
     Args:
         left_out: steps for which nothing is read: their micro-batches are blank.
         pixels: see `collate`.
+        contents: say what the records' pictures hold.
     """
 
     def __init__(
@@ -64,9 +66,10 @@ class TrainMicroBatches(Dataset):
         left_out: Container[int] = frozenset(),
         *,
         pixels: bool = True,
+        contents: bool = False,
     ) -> None:
         self.processor, self.plan, self.rank, self.left_out = processor, plan, rank, left_out
-        self.pixels = pixels
+        self.options = {"pixels": pixels, "contents": contents}
 
     def __len__(self) -> int:
         return self.plan.num_steps * self.plan.k
@@ -89,7 +92,7 @@ class TrainMicroBatches(Dataset):
             step_tiles=step.num_tiles,
             step_pairs=pairs,
             step_chosen_tokens=step.num_chosen,
-            pixels=self.pixels,
+            **self.options,
         )
 
 
@@ -98,13 +101,21 @@ class ValidationMicroBatches(Dataset):
 
     Args:
         own: they are from sources of their own.
-        pixels: see `collate`.
+        pixels, contents: see `TrainMicroBatches`.
     """
 
     def __init__(
-        self, processor: Processor, index: Index, packs: Sequence[Pack], *, own: bool = False, pixels: bool = True
+        self,
+        processor: Processor,
+        index: Index,
+        packs: Sequence[Pack],
+        *,
+        own: bool = False,
+        pixels: bool = True,
+        contents: bool = False,
     ) -> None:
-        self.processor, self.index, self.packs, self.own, self.pixels = processor, index, packs, own, pixels
+        self.processor, self.index, self.packs, self.own = processor, index, packs, own
+        self.options = {"pixels": pixels, "contents": contents}
 
     def __len__(self) -> int:
         return len(self.packs)
@@ -118,9 +129,29 @@ class ValidationMicroBatches(Dataset):
             step_supervised_tokens=int(self.index.supervised[pack].sum()) if pack else 0,
             step_pairs=int(np.count_nonzero(self.index.chosen[pack])) if pack else 0,
             step_chosen_tokens=int(self.index.chosen[pack].sum()) if pack else 0,
-            pixels=self.pixels,
+            **self.options,
         )
         return replace(batch, held_out=self.own) if isinstance(batch, TurnedBad) else batch
+
+
+class Contents(Dataset):
+    """What the pictures of these samples hold, `at_once` samples at a time; 0 of those that cannot be read now, which
+    whoever needs their pixels tells."""
+
+    def __init__(self, index: Index, samples: Sequence[int], at_once: int = 256) -> None:
+        self.index, self.samples, self.at_once = index, samples, at_once
+
+    def __len__(self) -> int:
+        return -(-len(self.samples) // self.at_once)
+
+    def __getitem__(self, number: int) -> list[int]:
+        return [self._content(sample) for sample in self.samples[number * self.at_once :][: self.at_once]]
+
+    def _content(self, sample: int) -> int:
+        try:
+            return content_of(self.index.record(sample))
+        except RecordError:
+            return 0
 
 
 def read(processor: Processor, index: Index, pack: Pack, **step: Any) -> Batch | TurnedBad:
@@ -148,12 +179,13 @@ def steadily(
         return work()  # healed meanwhile
 
 
-def _read_once(processor: Processor, index: Index, pack: Pack, **step: Any) -> Batch:
+def _read_once(processor: Processor, index: Index, pack: Pack, *, contents: bool = False, **step: Any) -> Batch:
     """Raises RecordError."""
     records = [index.record(sample) for sample in pack]
     batch = collate(processor, records, **step)
     _require_unchanged(batch, records, index, pack)
     batch.keys = index.keys(list(pack)).tolist()
+    batch.contents = [content_of(record) for record in records] if contents else []
     return batch
 
 

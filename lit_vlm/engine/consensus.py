@@ -29,6 +29,7 @@ class Word(StrEnum):
     leave = "leave"  # the run is to end after this step, saved
     requeue = "requeue"  # and to be started again by the scheduler
     interrupt = "interrupt"  # and not to be started again: a person stopped it
+    stop = "stop"  # and counts as done: a sweep has seen enough of it
 
 
 class Consensus:

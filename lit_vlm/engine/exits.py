@@ -12,6 +12,13 @@ class LeftTogether(SystemExit):
     """All ranks leave at the same place, and may wait for each other once more. Any other SystemExit is one rank's."""
 
 
+class StoppedEarly(LeftTogether):
+    """A sweep, or a person at W&B's page, wants no more of this run. Its state is saved, and it counts as done: status 0."""
+
+    def __init__(self) -> None:
+        super().__init__(0)
+
+
 class RollBack(Exception):
     """All ranks go back to the last checkpoint, in the same process. The step is listed in `skipped.jsonl`."""
 

@@ -22,6 +22,11 @@ def srun_tasks() -> int:
     return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
 
 
+def in_sweep() -> bool:
+    """Whether an agent of a W&B sweep started this process."""
+    return bool(os.environ.get("WANDB_SWEEP_ID"))
+
+
 def started_again() -> bool:
     """Whether a scheduler started this run before and starts it once more, with the words that it had then."""
     counts = (os.environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))

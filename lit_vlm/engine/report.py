@@ -1,26 +1,20 @@
-"""One page about one run or a ladder of stages: self-contained, without scripts, fit for a phone and for paper.
-
-What a model said, and what a dataset says, is foreign text: the template escapes everything that is not `Markup`, and
-only drawings made here are.
-"""
+"""One page about one run or a ladder of stages, fit for a phone and for paper."""
 
 from __future__ import annotations
 
 import base64
 import io
-import os
 import re
 from collections import Counter, defaultdict
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 from rich.table import Table
 
+from lit_vlm.engine.pages import Page, write_page
 from lit_vlm.engine.report_charts import Line, line_chart, smoothed
 from lit_vlm.engine.report_data import RunRecord, arrow, duration, read_run, short, split_group
 from lit_vlm.types import SPECIAL_TOKENS
@@ -31,29 +25,22 @@ SHOWN_ALONE, SHOWN_TOGETHER = 4, 1  # samples per kind and language, in a report
 PLACE = re.compile(r"<image>\s?")  # the pictures stand above
 MOST_DOTS = 60  # of a curve; a denser one is a line
 CONTROL = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")")
+_PAGE = Page("report_page.html", short=short, percent=lambda share: f"{100 * share:.1f} %")
 
 
 def write_report(path: Path, runs: list[Path], title: str) -> None:
     """Write the page. Run folders may lack any of their files; the page then shows what there is."""
     records = [read_run(run) for run in runs]
-    page = (
-        _environment()
-        .get_template("report_page.html")
-        .render(
-            title=title,
-            style=Markup(Path(__file__).with_name("report.css").read_text(encoding="utf-8")),
-            headings=HEADINGS,
-            rows=[list(zip(HEADINGS, summary_row(record), strict=True)) for record in records],
-            stages=[_stage(record, SHOWN_ALONE if len(records) == 1 else SHOWN_TOGETHER) for record in records],
-            ladder=_ladder(records),
-            lead=_lead(records),
-            origin=_origin(records),
-        )
+    page = _PAGE.render(
+        title=title,
+        headings=HEADINGS,
+        rows=[list(zip(HEADINGS, summary_row(record), strict=True)) for record in records],
+        stages=[_stage(record, SHOWN_ALONE if len(records) == 1 else SHOWN_TOGETHER) for record in records],
+        ladder=_ladder(records),
+        lead=_lead(records),
+        origin=_origin(records),
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(page, encoding="utf-8", errors="replace")
-    os.replace(beside, path)
+    write_page(path, page)
 
 
 def summary_table(runs: list[Path]) -> Table:
@@ -100,16 +87,6 @@ def _preferred(record: RunRecord) -> list[str]:
     """Of a preference stage: the share of held-out pairs whose chosen answer is rewarded more."""
     accuracy = record.figures.get("val/rewards/accuracies")
     return [] if accuracy is None else [f"reward accuracy {accuracy:.2f}"]
-
-
-@lru_cache(maxsize=1)
-def _environment() -> Environment:
-    folder = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(short=short, percent=lambda share: f"{100 * share:.1f} %")
-    return environment
 
 
 def _lead(records: list[RunRecord]) -> str:

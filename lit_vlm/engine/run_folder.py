@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_vlm.config.elsewhere import is_elsewhere
+from lit_vlm.config.secrets import agrees, redacted, redacted_words
 from lit_vlm.engine.ranks import global_rank
 from lit_vlm.model.tensor_files import digest_of_weights
 from lit_vlm.types import Source, UserError
@@ -32,11 +33,13 @@ class RunFolder:
 
     Attributes:
         replaces: it held another run, of which nothing may go on.
+        goes_on: it holds this run, begun before.
     """
 
     path: Path
     manifest: dict[str, Any]
     replaces: bool = False
+    goes_on: bool = False
 
     @property
     def hf(self) -> Path:
@@ -51,9 +54,8 @@ class RunFolder:
         self.manifest.update(fields)
         if is_rank_zero():
             self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(
-                self.path / "manifest.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n"
-            )
+            text = json.dumps(redacted(self.manifest), indent=2, ensure_ascii=False)
+            write_atomically(self.path / "manifest.json", text + "\n")
 
 
 def open_run_folder(
@@ -67,7 +69,7 @@ def open_run_folder(
     Raises:
         UserError: the folder holds a run of another config, other data or another parent.
     """
-    plain = to_plain(asdict(config))
+    plain = redacted(to_plain(asdict(config)))
     known = read_manifest(path)
     different = _differences(known, plain, data_digest, parent) if known else []
     finished = bool(known) and known.get("status") == "finished"
@@ -87,15 +89,21 @@ def open_run_folder(
         "status": "running",
         "name": name,
         "stage": plain["stage"]["name"],
-        "command": " ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command_line(),
         "started": known["started"] if goes_on else now,
         "git": git_state(),
         "versions": versions(),
         "config": plain,
         "data": {"digest": data_digest},
         "parent": parent,
+        "tracking": known.get("tracking", {}) if goes_on else {},
     }
-    return RunFolder(path, manifest, replaces=bool(known) and not goes_on)
+    return RunFolder(path, manifest, replaces=bool(known) and not goes_on, goes_on=goes_on)
+
+
+def command_line() -> str:
+    """What this process was started with, without secrets."""
+    return " ".join(["python", Path(sys.argv[0]).name, *redacted_words(sys.argv[1:])])
 
 
 def require_writable(path: Path) -> None:
@@ -172,19 +180,24 @@ def to_plain(value: Any) -> Any:
 
 
 def git_state() -> dict[str, Any]:
-    """Commit of the code and whether it was changed; empty outside a checkout."""
+    """Commit of the code, whether it was changed, in how many files, and the SHA-256 of what `git diff HEAD` says; empty
+    outside a checkout. The difference itself stays here: a line of it may hold a key."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> str | None:
         try:
             return subprocess.run(
-                ["git", "-C", str(root), *words], capture_output=True, text=True, check=True
+                ["git", "-C", str(root), *words], capture_output=True, text=True, errors="replace", check=True
             ).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             return None
 
     commit = git("rev-parse", "HEAD")
-    return {"commit": commit, "dirty": bool(git("status", "--porcelain"))} if commit else {}
+    if not commit:
+        return {}
+    changed = (git("status", "--porcelain") or "").splitlines()
+    difference = hashlib.sha256((git("diff", "HEAD") or "").encode(errors="replace")).hexdigest() if changed else None
+    return {"commit": commit, "dirty": bool(changed), "changed_files": len(changed), "diff_sha256": difference}
 
 
 def versions() -> dict[str, str]:
@@ -264,4 +277,4 @@ def _changed(old: Any, new: Any, prefix: str = "") -> list[str]:
             for name in sorted({*old, *new})
             for key in _changed(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
         ]
-    return [] if old == new else [prefix]
+    return [] if agrees(old, new) else [prefix]

@@ -8,6 +8,8 @@ may wait for another there.
     SIGUSR1, SIGUSR2   the time limit or another job is near: save, requeue, leave
     SIGTERM            save and leave; where no step is under way, as a process that SIGTERM ended
     SIGINT (Ctrl-C)    save and leave; a second one leaves at once
+
+A sweep that wants a run to stop says so to W&B's client in this process, which has no signal for it: `Signals.tell`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from enum import StrEnum
 from types import FrameType
 
 from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED
-from lit_vlm.engine.ranks import global_rank
+from lit_vlm.engine.ranks import global_rank, in_sweep
 from lit_vlm.engine.slurm import is_preempted, own_job, requeue
 
 TOGETHER_SECONDS = 1.0  # a Ctrl-C reaches a process twice, from the terminal and from torchrun
@@ -34,6 +36,7 @@ class Ask(StrEnum):
     requeue = "requeue"
     leave = "leave"
     interrupt = "interrupt"
+    stop = "stop"
 
 
 ASKS = {
@@ -49,6 +52,7 @@ class Signals:
 
     Attributes:
         listener: called in the handler with what is asked; None: there is nothing to save, the process leaves at once.
+        waiting: what was told by another thread while there was no listener.
         leaving: all ranks are on their way out together; what else is asked, as by Slurm that ends a requeued job, is heeded
             already, and one that left by itself would be missed by the others.
         interrupted: when Ctrl-C came first, in seconds of the monotonic clock.
@@ -56,9 +60,23 @@ class Signals:
 
     def __init__(self) -> None:
         self.listener: Callable[[Ask], None] | None = None
+        self.waiting: list[Ask] = []
         self.leaving = False
         self.interrupted: float | None = None
         self._process = os.getpid()
+
+    def tell(self, ask: Ask) -> None:
+        """From another thread. Where no step is under way it waits for the first one."""
+        if self.listener is None:
+            self.waiting.append(ask)
+        else:
+            self.listener(ask)
+
+    def listen(self, listener: Callable[[Ask], None]) -> None:
+        """From now on this is called with what is asked, and at once with what waited."""
+        self.listener = listener
+        while self.waiting:
+            listener(self.waiting.pop())
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a worker that was forked; its parent got the signal, too
@@ -111,7 +129,7 @@ def listening() -> Iterator[Signals]:
 
 
 def _leave_now(ask: Ask) -> None:
-    job = own_job()
+    job = None if in_sweep() else own_job()  # the agent's job is the agent's to requeue
     again = ask is Ask.requeue or (ask is Ask.leave and job is not None and is_preempted(job))
     code = RESTART if again else INTERRUPTED if ask is Ask.interrupt else TERMINATED
     if global_rank():

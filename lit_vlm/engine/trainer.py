@@ -5,19 +5,16 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from lit_vlm.config.schema import LoggerConfig, RunConfig
-from lit_vlm.engine.logger import MetricsCsv
+from lit_vlm.config.schema import RunConfig
 from lit_vlm.engine.ranks import cluster_environment
-from lit_vlm.engine.run_folder import to_plain
 from lit_vlm.engine.strategy import make_strategy
 from lit_vlm.types import UserError
 
@@ -25,7 +22,7 @@ FEW_STEPS = 4  # debug=fast
 PROFILED_STEPS = 6  # debug=profile: three to warm up and three that are looked at
 
 
-def make_trainer(config: RunConfig, run_dir: Path, name: str, callbacks: list[L.Callback]) -> L.Trainer:
+def make_trainer(config: RunConfig, loggers: list[Logger], callbacks: list[L.Callback]) -> L.Trainer:
     """A Trainer whose steps come from the plan: one epoch of known length."""
     quiet()
     trainer = config.trainer
@@ -49,7 +46,7 @@ def make_trainer(config: RunConfig, run_dir: Path, name: str, callbacks: list[L.
         "enable_checkpointing": False,
         "enable_model_summary": False,  # the table of what trains says more
         "enable_progress_bar": bool(bar),
-        "logger": make_loggers(config.logger, config, run_dir, name),
+        "logger": loggers,
         "callbacks": [*callbacks, *bar],
         "plugins": cluster_environment(trainer.devices, trainer.num_nodes),
         **trainer.extra,
@@ -62,32 +59,6 @@ def make_trainer(config: RunConfig, run_dir: Path, name: str, callbacks: list[L.
         raise UserError(
             f"Lightning refuses the trainer's settings: {error} Change trainer.*; trainer=cpu runs anywhere."
         ) from error
-
-
-def make_loggers(logger: LoggerConfig, config: RunConfig, run_dir: Path, name: str) -> list[Logger]:
-    loggers: list[Logger] = [MetricsCsv(run_dir)]
-    if logger.wandb:
-        loggers.append(
-            WandbLogger(
-                project=logger.project,
-                entity=logger.entity,
-                group=logger.group or name.split("/")[0],
-                tags=logger.tags,
-                name=name,
-                id=name.replace("/", "-"),
-                resume="allow",
-                offline=logger.offline,
-                save_dir=run_dir,
-                config=to_plain_config(config),
-            )
-        )
-    return loggers
-
-
-def to_plain_config(config: RunConfig) -> dict[str, Any]:
-    from dataclasses import asdict
-
-    return to_plain(asdict(config))
 
 
 def leave_process_group() -> None:

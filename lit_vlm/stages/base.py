@@ -8,35 +8,39 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
-from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
+from transformers import LlavaOnevisionForConditionalGeneration
 
-from lit_vlm.anyres import ImageSettings, Tiling
+from lit_vlm.anyres import Tiling
 from lit_vlm.config.schema import ActivationCheckpointing as Level
-from lit_vlm.config.schema import ModelConfig
-from lit_vlm.model.build import Blueprint, build, draw_up
-from lit_vlm.model.checkpointing import are_layers_checkpointed, checkpoint_layers, level_of
-from lit_vlm.model.forward import use_flat_forward
+from lit_vlm.model.build import Blueprint
+from lit_vlm.model.checkpointing import checkpoint_layers, level_of
 from lit_vlm.model.frozen import exact_values, fill
 from lit_vlm.model.generate import generate
 from lit_vlm.model.lora import add_lora
-from lit_vlm.model.parts import PartSummary, freeze, part_of, set_modes, summary
+from lit_vlm.model.parts import PartSummary, freeze, set_modes, summary
 from lit_vlm.model.products import Products, warn_of_float32
 from lit_vlm.model.skeleton import are_weights_later, weights_later
 from lit_vlm.model.vocabulary import NewTokens
 from lit_vlm.model.weights import NotInPieces
+from lit_vlm.stages.checks import (
+    gradient_sums,
+    require_bf16,
+    require_checkpointing,
+    require_fixed_tower,
+    require_gradients,
+    require_images,
+)
 from lit_vlm.stages.optimizer import make_optimizer, make_scheduler, options_of
 from lit_vlm.stages.passes import Seen, keep_features
+from lit_vlm.stages.start import ModelLike, described, drawn_up, start_from
 from lit_vlm.types import Batch, Part, UserError
-
-ModelLike: TypeAlias = Blueprint | LlavaOnevisionForConditionalGeneration | str | Path | dict[str, Any]
 
 
 class Stage(L.LightningModule):
@@ -103,11 +107,8 @@ class Stage(L.LightningModule):
         self.val_loss = MeanMetric()
         self.features: Seen | None = None
         self.say: Callable[[str], None] = lambda text: None  # where a pass before training says what it does
-        if cache_features and Part.vision_tower in self.trainable:
-            raise UserError(
-                "stage.cache_features=true keeps what the vision tower sees, and stage.trainable names it: it would see "
-                "something else after each step. Leave one of them out."
-            )
+        if cache_features:
+            require_fixed_tower(self.trainable)
         self._audited, self._step_tiles = False, 0
         self._watched = False  # the first forward pass is
         self._held = False  # frozen matrices are in the type that computes
@@ -140,35 +141,14 @@ class Stage(L.LightningModule):
         return self.hparams["frozen_dtype"] is not None and from_files and not are_weights_later()
 
     def _make_model(self) -> None:
-        self.model = self._built()
+        self._given = drawn_up(self._given, self.tiling)
+        start = start_from(self._given, getattr(torch, self.hparams["dtype"]), self.hparams["seed"])
+        self.model, self._new_ids, self._special_ids = start.model, start.new_ids, start.special_ids
         self._prepare_training()
 
     def setup(self, stage: str) -> None:
-        precision = self.trainer.precision_plugin.precision
-        if self._held and precision != "bf16-mixed":
-            raise UserError(
-                f"The stage holds frozen weights in bfloat16, and the trainer's precision is {precision}. Give the trainer "
-                "precision='bf16-mixed', or make the stage without frozen_dtype."
-            )
-
-    def _built(self) -> LlavaOnevisionForConditionalGeneration:
-        given, dtype = self._given, getattr(torch, self.hparams["dtype"])
-        if isinstance(given, str | Path):
-            given = self._given = draw_up(ModelConfig(special_tokens=[]), str(given), self.tiling)
-        if isinstance(given, Blueprint):
-            self._new_ids = given.tokenizer.convert_tokens_to_ids(given.new_tokens)
-            self._special_ids = given.tokenizer.convert_tokens_to_ids(given.special_tokens)
-            return build(given, dtype, self.hparams["seed"])
-        if isinstance(given, dict):  # a checkpoint: its own weights follow
-            self._new_ids = self._special_ids = given["row_ids"]
-            model = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig.from_dict(given["config"])).to(dtype)
-            model.generation_config.eos_token_id = given["stops"]
-            use_flat_forward(model, _settings_from(given["images"]))
-            return model
-        self._new_ids, self._special_ids = [], []
-        if not hasattr(given.model, "image_settings"):
-            raise UserError("Give a model that lit_vlm built, or the folder it was saved to.")
-        return given
+        if self._held:
+            require_bf16(self.trainer.precision_plugin.precision)
 
     def _prepare_training(self) -> None:
         model = self.model
@@ -219,12 +199,8 @@ class Stage(L.LightningModule):
             raise UserError(f"{type(self).__name__} has no model; give it a folder, a Blueprint or a model.")
         self.set_modes()
         self.prepare()
-        self._require_images()
-        if self.level is not Level.none and not are_layers_checkpointed(self.model):
-            raise UserError(
-                f"stage.activation_checkpointing={self.level.value} has no effect on this model: transformers checkpoints none "
-                "of its layers. Set stage.activation_checkpointing=none."
-            )
+        require_images(getattr(getattr(self.trainer, "datamodule", None), "index", None), self.trainable)
+        require_checkpointing(self.model, self.level)
 
     def prepare(self) -> None:
         """What must see the weights as the run started, once; called before those of a checkpoint are loaded."""
@@ -235,15 +211,6 @@ class Stage(L.LightningModule):
     def seen(self, batch: Batch) -> Tensor | None:
         """[N, P, C] of the batch's tiles, where a pass before training has them."""
         return self.features.of(batch) if self.features is not None and not batch.tiles.numel() else None
-
-    def _require_images(self) -> None:
-        index = getattr(getattr(self.trainer, "datamodule", None), "index", None)
-        seeing = [part.value for part in self.trainable if part is not Part.language_model]
-        if index is not None and seeing and not index.tiles.any():
-            raise UserError(
-                f"No sample has an image, and the stage trains {', '.join(seeing)}, which would learn nothing. "
-                "Add a source with images, or set stage.trainable=[language_model]."
-            )
 
     def on_train_epoch_start(self) -> None:
         self.set_modes()  # generating samples puts the model in eval
@@ -293,36 +260,13 @@ class Stage(L.LightningModule):
             self._audited = self._step_tiles > 0 or self.trainable == [Part.language_model]
 
     def audit_gradients(self, with_images: bool = True) -> None:
-        """Every parameter that should train got a gradient, every part a non-zero one, and no other did.
-
-        Args:
-            with_images: False when no sample of the step has an image; the vision side's gradients are rightly zero then.
-
-        Raises:
-            UserError: naming the parameters; the run would train something else than it says.
-        """
+        """UserError where gradients and what should train do not match; see `require_gradients`."""
         assert self.model is not None
-        sums, norms = self._gradient_sums(), dict.fromkeys(self.trainable, 0.0)
-        trained = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        missing, unwanted = [n for n in trained if n not in sums], sorted(sums.keys() - set(trained))
-        for name in trained:
-            norms[part_of(name)] = norms.get(part_of(name), 0.0) + sums.get(name, 0.0)
-        judged = norms if with_images else {Part.language_model: norms.get(Part.language_model, 1.0)}
-        silent = [part.value for part, norm in judged.items() if norm == 0.0]
-        if missing or unwanted or silent:
-            raise UserError(
-                "The first step's gradients do not match what should train: "
-                f"without a gradient {missing[:5] or 'none'}, unwanted {unwanted[:5] or 'none'}, parts with zero gradient {silent or 'none'}. "
-                "Check stage.trainable, and that the answers of this step depend on those parts."
-            )
+        require_gradients(self.model, self.trainable, self._gradient_sums(), with_images=with_images)
 
     def _gradient_sums(self) -> dict[str, float]:
-        """Sum of magnitudes of each gradient that is there; a strategy that shares gradients out knows its own."""
-        strategy: Any = getattr(self._trainer, "strategy", None)
-        if hasattr(strategy, "gradient_sums"):
-            return strategy.gradient_sums(self.model)
-        gradients = ((name, parameter.grad) for name, parameter in self.model.named_parameters())
-        return {name: float(gradient.float().abs().sum()) for name, gradient in gradients if gradient is not None}
+        assert self.model is not None
+        return gradient_sums(self.model, getattr(self._trainer, "strategy", None))
 
     def _log_step(self, loss: Tensor, batch: Batch) -> None:
         micro = self.trainer.fit_loop.epoch_loop.batch_idx % self.trainer.accumulate_grad_batches
@@ -371,14 +315,7 @@ class Stage(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.model is not None
-        settings = self.model.model.image_settings
-        images = asdict(settings) | {"tiling": settings.tiling.value}
-        checkpoint["lit_vlm"] = {
-            "config": self.model.config.to_dict(),
-            "images": images,
-            "row_ids": list(self._rows_to_train()),
-            "stops": self.model.generation_config.eos_token_id,
-        }
+        checkpoint["lit_vlm"] = described(self.model, self._rows_to_train())
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = dict(self.hparams)
         if self._held:
             checkpoint["state_dict"] |= {f"model.{name}": value for name, value in exact_values(self.model).items()}
@@ -392,9 +329,3 @@ class Stage(L.LightningModule):
 def seed_of(*numbers: int) -> int:
     """64 bits of their SHA-256: seeds of neighbours have nothing in common."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little")
-
-
-def _settings_from(values: dict[str, Any]) -> ImageSettings:
-    pinpoints = tuple(tuple(pair) for pair in values["grid_pinpoints"])
-    lists = {key: tuple(values[key]) for key in ("mean", "std")}
-    return ImageSettings(**{**values, **lists, "grid_pinpoints": pinpoints, "tiling": Tiling(values["tiling"])})

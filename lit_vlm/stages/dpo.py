@@ -18,9 +18,10 @@ from lit_vlm.config.schema import ModelConfig
 from lit_vlm.losses.preference import SORTS_THE_BATCH, Judged, PreferenceLoss, score_answers
 from lit_vlm.model.build import Blueprint, build, draw_up
 from lit_vlm.model.lora import adapters_off
-from lit_vlm.stages.base import ModelLike, Stage
+from lit_vlm.stages.base import Stage
 from lit_vlm.stages.passes import folder_for, pass_over
 from lit_vlm.stages.reference import ReferenceLogProbs
+from lit_vlm.stages.start import ModelLike
 from lit_vlm.stages.tally import NAMES, Tally, kl_of
 from lit_vlm.types import Batch, Part, UserError
 

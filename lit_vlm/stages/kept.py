@@ -2,6 +2,8 @@
 
 One folder belongs to one combination of weights, template, image settings and precision; its name is their digest. Files are
 written whole, and one that a pass left behind when it was cut short counts.
+
+A record is known by its key and by what its pictures hold: another picture under the same name makes it another record.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from lit_vlm.types import Batch, UserError
 
-VERSION = 1  # raise it when the same model and data come to other numbers
+VERSION = 2  # raise it when the same model and data come to other numbers
 PART_BYTES = 1 << 26  # of a file, at least; the last one of a pass has less
 
 
@@ -43,10 +45,10 @@ class Kept:
 
     def __init__(self, folder: Path | None, what: str, setting: str) -> None:
         self.folder, self.what, self.setting = folder, what, setting
-        self._new: list[tuple[int, Sequence[int], Tensor]] = []
+        self._new: list[tuple[int, int, Sequence[int], Tensor]] = []
         self._bytes = 0
         self._values: list[Any] = []  # of each file, read when it is asked for; in memory tensors
-        self._keys = np.empty(0, np.uint64)
+        self._keys, self._records = np.empty(0, np.uint64), np.empty(0, np.uint64)
         self._where, self._counts = np.empty((0, 2), np.int64), np.empty((0, 0), np.int64)
         self.read()
 
@@ -56,20 +58,27 @@ class Kept:
         parts = [_opened(file) for file in files] + ([_packed(self._new)] if self._new else [])
         if not parts:
             return
-        keys = [part["keys"].numpy().view(np.uint64) for part in parts]
+        keys, contents = (
+            np.concatenate([part[name].numpy().view(np.uint64) for part in parts]) for name in ("keys", "contents")
+        )
         counts = [part["counts"].numpy() for part in parts]
         where = [np.stack([np.full(len(c), n), np.cumsum([0, *c.sum(1)])[:-1]], 1) for n, c in enumerate(counts)]
-        self._keys, first = np.unique(np.concatenate(keys), return_index=True)
+        self._keys = np.unique(keys)
+        self._records, first = np.unique(_records(keys, contents), return_index=True)
         self._counts, self._where = np.concatenate(counts)[first], np.concatenate(where)[first]
         self._values = [part["values"] for part in parts]
 
-    def missing(self, keys: np.ndarray) -> np.ndarray:
-        """[keys] bool."""
-        return ~np.isin(keys, self._keys)
+    def knows(self, keys: np.ndarray) -> np.ndarray:
+        """[keys] bool, whatever their pictures hold."""
+        return np.isin(keys, self._keys)
 
-    def add(self, key: int, counts: Sequence[int], rows: Tensor) -> None:
+    def missing(self, keys: np.ndarray, contents: np.ndarray) -> np.ndarray:
+        """[keys] bool."""
+        return ~np.isin(_records(keys, contents), self._records)
+
+    def add(self, key: int, content: int, counts: Sequence[int], rows: Tensor) -> None:
         """A record's rows; `counts` sums to their number."""
-        self._new.append((key, counts, rows.detach().cpu()))
+        self._new.append((key, content, counts, rows.detach().cpu()))
         self._bytes += rows.numel() * rows.element_size()
         if self.folder is not None and self._bytes > PART_BYTES:
             self.write()
@@ -95,24 +104,37 @@ class Kept:
         """Of the record at this place of the batch.
 
         Raises:
-            UserError: it is not among them, or has other counts now.
+            UserError: it is not among them, has other counts now, or other pictures.
         """
-        key = batch.keys[record]
-        place = int(np.searchsorted(self._keys, np.uint64(key)))
-        known = place < len(self._keys) and int(self._keys[place]) == key
+        key, content = (np.array([column[record]], np.uint64) for column in (batch.keys, batch.contents))
+        (wanted,) = _records(key, content)
+        place = int(np.searchsorted(self._records, wanted))
+        known = place < len(self._records) and self._records[place] == wanted
         if not known or self._counts[place].tolist() != list(counts):
-            raise UserError(
-                f"{batch.sample_ids[record]}: {self.what} ({self.folder or 'in memory'}) lack this record as it is now. "
-                f"Remove that folder, or train with {self.setting}=false."
-            )
+            raise UserError(f"{batch.sample_ids[record]}: {self._lack(key, known)} or train with {self.setting}=false.")
         part, start = self._where[place].tolist()
         return self._values[part][start : start + sum(counts)]
 
+    def _lack(self, key: np.ndarray, known: bool) -> str:
+        where = f"{self.what} ({self.folder or 'in memory'})"
+        if known or not self.knows(key).all():
+            return f"{where} lack this record as it is now. Remove that folder,"
+        return (
+            f"its pictures hold something else than when {where} were made of them: a file was replaced under the same name. "
+            "Start again, and this record is looked at anew,"
+        )
 
-def _packed(new: Sequence[tuple[int, Sequence[int], Tensor]]) -> dict[str, Tensor]:
-    keys, counts, values = zip(*new, strict=True)
+
+def _records(keys: np.ndarray, contents: np.ndarray) -> np.ndarray:
+    """[keys] uint64, of each pair. An odd multiple wraps around, and no two contents have the same one."""
+    return keys + contents * np.uint64(0x9E3779B97F4A7C15)
+
+
+def _packed(new: Sequence[tuple[int, int, Sequence[int], Tensor]]) -> dict[str, Tensor]:
+    keys, contents, counts, values = zip(*new, strict=True)
     return {
         "keys": torch.from_numpy(np.array(keys, np.uint64).view(np.int64)),
+        "contents": torch.from_numpy(np.array(contents, np.uint64).view(np.int64)),
         "counts": torch.tensor(counts),
         "values": torch.cat(values),
     }
@@ -121,10 +143,10 @@ def _packed(new: Sequence[tuple[int, Sequence[int], Tensor]]) -> dict[str, Tenso
 def _opened(file: Path) -> dict[str, Any]:
     try:
         part = safe_open(file, framework="pt")
-        opened = {"keys": part.get_tensor("keys"), "counts": part.get_tensor("counts")}
+        opened = {name: part.get_tensor(name) for name in ("keys", "contents", "counts")}
         opened["values"] = part.get_slice("values")
         whole = int(opened["counts"].sum()) == opened["values"].get_shape()[0]
-        whole = whole and len(opened["keys"]) == len(opened["counts"])
+        whole = whole and len(opened["keys"]) == len(opened["contents"]) == len(opened["counts"])
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: cannot be read ({error}). Remove it; what it held is made again.") from error
     if not whole:

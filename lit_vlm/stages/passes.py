@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_vlm.data.index.columns import Index
 from lit_vlm.model.tensor_files import digest_of_weights
 from lit_vlm.stages.kept import Kept, key_of
-from lit_vlm.types import Batch, UserError
+from lit_vlm.types import Batch, UserError, counted
 
 
 def folder_for(trainer: L.Trainer, name: str, weights: str | Path | None, **what: Any) -> Path | None:
@@ -32,15 +33,18 @@ def pass_over(
     trainer: L.Trainer, kept: Kept, work: Callable[[Batch], None], say: Callable[[str], None] = lambda text: None
 ) -> None:
     """`work` on micro-batches of all records that the run draws or holds out and that are not kept yet, shared by the ranks.
-    A pass that was cut short goes on."""
+    A pass that was cut short goes on. From then on batches say what their pictures hold."""
     data = _data_of(trainer, kept.what)
+    data.contents = True
     drawn = np.unique(np.concatenate([data.plan.samples(step) for step in range(data.plan.num_steps)]))
     for index, samples in ((data.index, drawn), (data.held_out, np.arange(len(data.held_out)))):
         # one look for all ranks: they walk through the same number of micro-batches
-        new = trainer.strategy.broadcast(samples[kept.missing(index.keys(samples))])
+        new, others = trainer.strategy.broadcast(_new(data, kept, index, samples) if trainer.is_global_zero else None)
         if len(samples):
             which = "drawn" if index is data.index else "held-out"
-            say(f"{kept.what}: of {len(samples):,} {which} records {len(new):,} are new; {kept.folder or 'in memory'}")
+            replaced = f", {others:,} with other pictures than before" if others else ""
+            found = f"of {counted(len(samples), f'{which} record')} {counted(len(new), 'is', 'are')} new{replaced}"
+            say(f"{kept.what}: {found}; {kept.folder or 'in memory'}")
         for batch in data.pass_over(index, new) if len(new) else ():
             batch = data.on_before_batch_transfer(batch, 0).to(trainer.strategy.root_device)
             with trainer.precision_plugin.forward_context():
@@ -50,6 +54,15 @@ def pass_over(
         kept.exchange()
     trainer.strategy.barrier()
     kept.read()
+
+
+def _new(data: Any, kept: Kept, index: Index, samples: np.ndarray) -> tuple[np.ndarray, int]:
+    """Those of the samples that are not kept, and how many of them are for their pictures alone."""
+    keys = index.keys(samples)
+    known, contents = kept.knows(keys), np.zeros(len(samples), np.uint64)
+    contents[known] = data.contents_of(index, samples[known])
+    missing = kept.missing(keys, contents)
+    return samples[missing], int(np.count_nonzero(missing & known))
 
 
 def _data_of(trainer: L.Trainer, what: str) -> Any:
@@ -75,7 +88,7 @@ class Seen(Kept):
     def add_batch(self, batch: Batch, seen: Tensor) -> None:
         """[N, P, C] of the batch's tiles; a record without pictures is kept as one without rows."""
         for number, part in enumerate(seen[: batch.num_tiles].split(batch.tiles_of_records)):
-            self.add(batch.keys[number], [len(part)], part)
+            self.add(batch.keys[number], batch.contents[number], [len(part)], part)
 
     def of(self, batch: Batch) -> Tensor:
         """[N, P, C]; [1, P, C] of a batch without pictures."""

@@ -24,9 +24,9 @@ class ReferenceLogProbs(Kept):
     def add_batch(self, batch: Batch, log_probs: Tensor) -> None:
         """[R] along the batch's row."""
         answers = log_probs.float().split(batch.supervised[-2 * batch.num_pairs :])
-        for number, key in enumerate(batch.keys):
+        for number, record in enumerate(zip(batch.keys, batch.contents, strict=True)):
             both = answers[number], answers[batch.num_pairs + number]
-            self.add(key, list(map(len, both)), torch.cat(both))
+            self.add(*record, list(map(len, both)), torch.cat(both))
 
     def of(self, batch: Batch) -> Tensor:
         """[R] along the batch's row."""

@@ -6,10 +6,8 @@ look: it becomes a finding, and what does not depend on it is still found out.
 
 from __future__ import annotations
 
-import sys
 import time
 from datetime import UTC, datetime
-from pathlib import Path
 
 from lit_vlm.config import Run
 from lit_vlm.config.schema import ActivationCheckpointing, Strategy
@@ -33,6 +31,7 @@ from lit_vlm.engine.preflight.samples import show_samples
 from lit_vlm.engine.preflight.strategy import of_strategy, situation_of, strategy_facts
 from lit_vlm.engine.preflight.terminal import show
 from lit_vlm.engine.run_folder import (
+    command_line,
     digest_of_sources,
     open_run_folder,
     parent_of,
@@ -60,7 +59,7 @@ def preflight(run: Run) -> None:
     facts = Facts(
         name=run.name,
         stage=run.config.stage.name.value,
-        command=" ".join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        command=command_line(),
         moment=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     collect(run, facts)

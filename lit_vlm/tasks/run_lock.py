@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from lit_vlm.config.secrets import redacted
 from lit_vlm.data.plan.lock import differences, read_lock, source_facts, write_lock
 from lit_vlm.engine.run_folder import is_rank_zero, read_manifest, versions
 from lit_vlm.tasks.stage_data import StageData
@@ -45,7 +46,7 @@ def hold_to_lock(data: StageData) -> None:
     Raises:
         UserError: `data.lock` names the lock of other data.
     """
-    run, lock = data.run, lock_of(data)
+    run, lock = data.run, redacted(lock_of(data))
     if run.config.data.lock:
         changes = differences(read_lock(run.config.data.lock), lock)
         if changes:

@@ -6,6 +6,7 @@ import copy
 from contextlib import nullcontext
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -15,10 +16,12 @@ from callbacks import make_callbacks
 from lit_vlm.config import Run
 from lit_vlm.config.check import ALWAYS
 from lit_vlm.config.schema import ActivationCheckpointing, Debug, RunConfig
+from lit_vlm.config.secrets import redacted
 from lit_vlm.engine.budget import NAME as BUDGET
 from lit_vlm.engine.budget import Budget
 from lit_vlm.engine.checkpoint import Belongs, Folder
 from lit_vlm.engine.exits import LeftTogether
+from lit_vlm.engine.hold import Hold
 from lit_vlm.engine.ranks import started_again
 from lit_vlm.engine.report import write_report
 from lit_vlm.engine.run_folder import (
@@ -29,12 +32,14 @@ from lit_vlm.engine.run_folder import (
     is_rank_zero,
     open_run_folder,
     parent_of,
+    read_manifest,
     require_parent,
     to_plain,
     write_atomically,
 )
 from lit_vlm.engine.signals import listening
 from lit_vlm.engine.skipped import NAME as SKIPPED
+from lit_vlm.engine.tracking import Tracking
 from lit_vlm.engine.trainer import FEW_STEPS, leave_process_group, make_trainer
 from lit_vlm.model.build import Blueprint
 from lit_vlm.model.skeleton import weights_later
@@ -52,16 +57,19 @@ from lit_vlm.types import UserError
 def train(run: Run) -> None:
     """Train one stage. A finished run says so and stays as it is; an interrupted one goes on from its last checkpoint."""
     requeued = started_again()  # its words may say resume_from=none, which was meant for the first start
-    # a start settles the parts' paths in its config
-    until_done(lambda again: train_once(copy.deepcopy(run), again or requeued))
+    tracking = Tracking(run.config.logger, run.dir, run.experiment, say=lambda text: say(f"{run.name}: {text}"))
+    with Hold(run.dir) as hold, tracking:
+        # a start settles the parts' paths in its config
+        until_done(lambda again: train_once(copy.deepcopy(run), hold, tracking, again or requeued))
 
 
-def train_once(run: Run, again: bool = False) -> None:
+def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) -> None:
     """One start of it. `again`: it was begun by these words before, and goes on from its last checkpoint."""
     config = run.config
     require_parent(run.init_from)
     sources, held_out = open_sources(run)
-    folder = open_run_folder(
+    opened = partial(
+        open_run_folder,
         run.dir,
         config,
         name=run.name,
@@ -69,6 +77,9 @@ def train_once(run: Run, again: bool = False) -> None:
         data_digest=digest_of_sources([*sources, *held_out]),
         parent=parent_of(run.init_from),
     )
+    folder = opened()
+    if not folder.finished and run.dir.is_dir() and hold.take():
+        folder = opened()  # another process may have got on with it before it let go
     checkpoints = Folder(run.dir / "checkpoints")
     if folder.finished:
         if is_rank_zero() and folder.hf.is_dir():
@@ -76,6 +87,7 @@ def train_once(run: Run, again: bool = False) -> None:
         say(f"{run.name}: finished already, in {folder.path}. Start it anew with overwrite=true.")
         return
 
+    tracking.check(folder)
     if folder.replaces and Path(config.resume_from).resolve().is_relative_to(checkpoints.path.resolve()):
         raise UserError(
             f"resume_from={config.resume_from} is a checkpoint of the run that overwrite=true replaces. Give this run a name "
@@ -101,12 +113,13 @@ def train_once(run: Run, again: bool = False) -> None:
         resume_from="auto" if again and checkpoints.steps() else config.resume_from,
         belongs=belongs_of(folder, data.blueprint),
         timeout_minutes=config.trainer.timeout_minutes,
+        metric=config.logger.metric,
         say=lambda text: say(f"{run.name}: {text}"),
     )
     settled = settle_strategy(data, lambda: make_stage(data.blueprint, config))
     stage = make_stage(data.blueprint, settled)
     stage.say = lambda text: say(f"{run.name}: {text}")
-    trainer = make_trainer(settled, run.dir, run.name, callbacks)
+    trainer = make_trainer(settled, tracking.loggers(), callbacks)
     plan = datamodule.make_plan(trainer.world_size)
     if config.data.validation.every_steps:
         trainer.val_check_interval = config.data.validation.every_steps * plan.k  # Lightning counts micro-batches
@@ -116,6 +129,10 @@ def train_once(run: Run, again: bool = False) -> None:
     show_start(data, stage)
     hold_to_lock(data)
     # not earlier: a mistake in the data, the model or the trainer's settings leaves an older run as it is
+    if hold.take() and read_manifest(run.dir):
+        raise UserError(
+            f"{run.dir}: another process began this run meanwhile. Start it again to go on where that came to."
+        )
     if folder.replaces and is_rank_zero():
         checkpoints.remove()
     if fresh and is_rank_zero():
@@ -137,11 +154,14 @@ def train_once(run: Run, again: bool = False) -> None:
             "global_batch_size": plan.global_batch_size,
             "world_size": plan.world_size,
         },
+        tracking=tracking.known(folder),
     )
     if is_rank_zero():
         write_atomically(
-            run.dir / "config.yaml", yaml.safe_dump(to_plain(asdict(config)), allow_unicode=True, sort_keys=False)
+            run.dir / "config.yaml",
+            yaml.safe_dump(redacted(to_plain(asdict(config))), allow_unicode=True, sort_keys=False),
         )
+    tracking.open(folder)
 
     try:
         fit_or_again(trainer, stage, datamodule, run)
@@ -158,12 +178,14 @@ def train_once(run: Run, again: bool = False) -> None:
             for key, value in callback.figures().items()
         }
         figures |= {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+        tracking.require_metric(figures)
         weights = digest_of_weights(folder.hf) if folder.hf.is_dir() else ""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         folder.update(status="finished", finished=now, figures=figures, weights_digest=weights)
         if folder.hf.is_dir():  # the model is there; without it (no callback export) the last state stays
             checkpoints.remove(but_best=True)
         write_report(run.dir / "report.html", [run.dir], run.name)
+        tracking.finish(folder)
         say(f"{run.name}: done. Model: {folder.hf}   Report: {run.dir / 'report.html'}")
 
 

@@ -2,10 +2,10 @@
 
 import copy
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
+from fits import exported, fit
 from support import builtin
 
 from lit_vlm.config.schema import ModelConfig
@@ -24,43 +24,14 @@ from lit_vlm.types import UserError
 
 @pytest.fixture
 def folder(model, processor, tmp_path):
-    export_model(copy.deepcopy(model), processor.tokenizer, processor.images, tmp_path / "hf")
-    return tmp_path / "hf"
+    return exported(model, processor, tmp_path / "hf")
 
 
-class Losses(L.Callback):
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.losses.append(float(outputs["loss"]))
-
-
-def fit(folder, processor, store, n=24, steps=9, precision="32-true", **options):
-    losses = Losses()
-    trainer = L.Trainer(
-        accelerator="cpu",
-        precision=precision,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=[losses],
-    )
-    data = DataModule(
-        processor, builtin("preference", n=n), 0.25, global_batch_size=6, max_steps=steps, store=store, num_workers=0
-    )
-    stage = DPOStage(
-        folder,
-        learning_rate=3e-3,
-        warmup=0.0,
-        beta=0.5,
-        **(options | {"cache_reference": options.get("cache_reference", True)}),
-    )
-    trainer.fit(stage, data)
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return losses.losses, metrics, stage
+def trained(folder, processor, store, n=24, steps=9, precision="32-true", **options):
+    options = {"learning_rate": 3e-3, "warmup": 0.0, "beta": 0.5, "cache_reference": True, **options}
+    stage = DPOStage(folder, **options)
+    data = {"global_batch_size": 6, "max_steps": steps}
+    return fit(stage, processor, builtin("preference", n=n), store, precision=precision, **data), stage
 
 
 def parts(store):
@@ -73,32 +44,32 @@ def parts(store):
     ids=["copy", "LoRA", "other losses"],
 )
 def test_kept_log_probabilities_train_as_a_reference_in_memory_does(folder, processor, tmp_path, options):
-    kept, metrics, stage = fit(folder, processor, tmp_path / "store", **options)
-    online, others, _ = fit(folder, processor, tmp_path / "store", cache_reference=False, **options)
-    assert stage.reference is None and kept[-1] != pytest.approx(kept[0], rel=1e-2)
-    assert kept == pytest.approx(online, rel=1e-5)
-    assert metrics == pytest.approx(others, rel=1e-4, abs=1e-5)
+    kept, stage = trained(folder, processor, tmp_path / "store", **options)
+    online, _ = trained(folder, processor, tmp_path / "store", cache_reference=False, **options)
+    assert stage.reference is None and kept.losses[-1] != pytest.approx(kept.losses[0], rel=1e-2)
+    assert kept.losses == pytest.approx(online.losses, rel=1e-5)
+    assert kept.metrics == pytest.approx(online.metrics, rel=1e-4, abs=1e-5)
 
 
 def test_one_pass_serves_other_betas_and_losses(folder, processor, tmp_path, monkeypatch):
     passes = []
     whole = DataModule.pass_over
     monkeypatch.setattr(DataModule, "pass_over", lambda self, *args: passes.append(1) or whole(self, *args))
-    fit(folder, processor, tmp_path / "store")
+    trained(folder, processor, tmp_path / "store")
     assert len(passes) == 2  # what is trained on, and what is held out
     written = parts(tmp_path / "store")
-    fit(folder, processor, tmp_path / "store", loss_type=["apo_zero"], steps=3)
+    trained(folder, processor, tmp_path / "store", loss_type=["apo_zero"], steps=3)
     assert len(passes) == 2 and parts(tmp_path / "store") == written
-    fit(folder, processor, tmp_path / "store", precision="bf16-mixed", steps=2)
+    trained(folder, processor, tmp_path / "store", precision="bf16-mixed", steps=2)
     assert len(passes) == 4 and len({part.parent for part in parts(tmp_path / "store")}) == 2
 
 
 def test_another_model_has_log_probabilities_of_its_own(folder, model, processor, tmp_path):
-    fit(folder, processor, tmp_path / "store", steps=1)
+    trained(folder, processor, tmp_path / "store", steps=1)
     with torch.no_grad():
         model.lm_head.weight[5, 3] += 0.01
     export_model(model, processor.tokenizer, processor.images, tmp_path / "other")
-    fit(tmp_path / "other", processor, tmp_path / "store", steps=1)
+    trained(tmp_path / "other", processor, tmp_path / "store", steps=1)
     assert len({part.parent for part in parts(tmp_path / "store")}) == 2
     known = key_of(weights="a", processor="b", precision=["32-true", "float32"])
     assert known != key_of(weights="a", processor="c", precision=["32-true", "float32"])
@@ -119,14 +90,14 @@ def test_a_pass_that_was_cut_short_goes_on(folder, processor, tmp_path, monkeypa
         broken.setattr(ReferenceLogProbs, "add_batch", failing)
         broken.setattr("lit_vlm.data.datamodule.validation_packs", one_by_one)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
-            fit(folder, processor, tmp_path / "store", **small)
+            trained(folder, processor, tmp_path / "store", **small)
     before = parts(tmp_path / "store")
     assert before
     seen = []
     monkeypatch.setattr(ReferenceLogProbs, "add_batch", lambda self, b, p: seen.extend(b.keys) or add(self, b, p))
-    losses, _, _ = fit(folder, processor, tmp_path / "store", **small)
-    online, _, _ = fit(folder, processor, tmp_path / "store", cache_reference=False, **small)
-    assert losses == pytest.approx(online, rel=1e-5)
+    kept, _ = trained(folder, processor, tmp_path / "store", **small)
+    online, _ = trained(folder, processor, tmp_path / "store", cache_reference=False, **small)
+    assert kept.losses == pytest.approx(online.losses, rel=1e-5)
     known = np.concatenate([np.array(list_of(part)) for part in before])
     assert not set(known.tolist()) & set(seen)
 
@@ -147,16 +118,20 @@ def test_a_pair_that_is_not_among_them_is_told_so(folder, processor, tmp_path):
     batches = []
     for samples in ([0, 1], [2]):
         batch = collate(processor, [source[i] for i in samples])
-        batch.keys = index.keys(samples).tolist()
+        batch.keys, batch.contents = index.keys(samples).tolist(), [7] * len(samples)
         batches.append(batch)
     kept = ReferenceLogProbs(tmp_path / "kept")
     kept.add_batch(batches[0], torch.arange(float(batches[0].num_supervised_tokens)))
     kept.write()
     again = ReferenceLogProbs(tmp_path / "kept")
     assert again.of(batches[0]).tolist() == list(range(batches[0].num_supervised_tokens))
-    assert again.missing(index.keys([0, 1, 2])).tolist() == [False, False, True]
+    contents = np.full(3, 7, np.uint64)
+    assert again.missing(index.keys([0, 1, 2]), contents).tolist() == [False, False, True]
     with pytest.raises(UserError, match=r"lack this record as it is now.*cache_reference=false"):
         again.of(batches[1])
+    batches[0].contents[1] = 8
+    with pytest.raises(UserError, match=r"pictures hold something else.*Start again.*cache_reference=false"):
+        again.of(batches[0])
     (part,) = (tmp_path / "kept").glob("part-*")
     part.write_bytes(part.read_bytes()[:-4])
     with pytest.raises(UserError, match="Remove it; what it held is made again"):
@@ -177,11 +152,12 @@ def test_a_reference_of_another_tokenizer_is_refused(folder, processor, model, t
 def test_collapse_of_the_chosen_answers_is_warned_about(folder, processor, tmp_path, monkeypatch):
     monkeypatch.setattr(module_of_dpo, "COLLAPSE", 10.0)
     with pytest.warns(UserWarning, match=r"tokens of chosen answers are .* times less likely.*sigmoid,sft"):
-        fit(folder, processor, tmp_path / "store", steps=1, cache_reference=False)
+        trained(folder, processor, tmp_path / "store", steps=1, cache_reference=False)
 
 
 def test_metrics_by_language_and_kind_cover_all_pairs(folder, processor, tmp_path):
-    _, metrics, _ = fit(folder, processor, tmp_path / "store", steps=2, cache_reference=False)
+    run, _ = trained(folder, processor, tmp_path / "store", steps=2, cache_reference=False)
+    metrics = run.metrics
     kinds = {name.rpartition("_")[2] for name in metrics if name.startswith("val/rewards/accuracies_")}
     assert "ko" in kinds and kinds & {"caption", "word", "number", "grounding", "text"}
     assert 0 <= metrics["val/rewards/accuracies"] <= 1 and metrics["train/kl"] >= 0

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator
 
 from lit_vlm.data.builtin import dialogue, figures, preference, reading, shapes
-from lit_vlm.data.builtin.scenes import Dice, Picture, Scene
+from lit_vlm.data.builtin.scenes import GENERATOR_VERSION, Dice, Picture, Scene
 from lit_vlm.types import (
     Content,
     ImageSlot,
@@ -25,8 +25,6 @@ from lit_vlm.types import (
 )
 
 __all__ = ["GENERATOR_VERSION", "PATHS", "BuiltinSource", "Picture", "corpus"]
-
-GENERATOR_VERSION = 1  # raise it with every change of what a sample holds: indexes and finished runs then know
 
 TASKS: dict[Kind, Callable[[Dice], Scene]] = {
     Kind.caption: shapes.caption,

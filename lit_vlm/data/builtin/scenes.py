@@ -6,6 +6,7 @@ pixels outside.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from PIL import Image, ImageDraw
 from lit_vlm.data.builtin import words
 from lit_vlm.data.builtin.fonts import font, ink
 from lit_vlm.types import Box, Content, Language
+
+GENERATOR_VERSION = 1  # raise it with every change of what a sample holds: indexes and finished runs then know
 
 T = TypeVar("T")
 Rgb = tuple[int, int, int]
@@ -103,6 +106,10 @@ class Picture:
         for mark in self.marks:
             mark.draw(pen)
         return image
+
+    def content(self) -> bytes:
+        """Of what is drawn: the pixels follow from it."""
+        return hashlib.blake2b(f"{GENERATOR_VERSION}{self}".encode(), digest_size=16).digest()
 
     def fractions(self, box: PixelBox) -> Box:
         left, top, right, bottom = box

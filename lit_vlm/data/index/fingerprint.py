@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable
 
+from lit_vlm.data.content import digest_of_pixels
 from lit_vlm.data.images import ArrayImage, BytesImage, FileImage, locate
 from lit_vlm.types import Control, ImageSlot, ImageSource, Message, PreferencePair, Record, RecordError
 
@@ -30,7 +31,7 @@ def picture_name(record: Record, number: int) -> bytes:
         case BytesImage():
             return hashlib.blake2b(image.data, digest_size=16).digest()
         case ArrayImage():
-            return hashlib.blake2b(f"{image.array.shape}".encode() + image.array.tobytes(), digest_size=16).digest()
+            return digest_of_pixels(image.array)
     name = getattr(image, "name", f"{record.source}/{record.id}#{number}")  # of an archive's member
     return name.encode(errors="surrogatepass")
 

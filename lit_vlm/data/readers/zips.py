@@ -209,6 +209,10 @@ class ZipImage(EncodedImage):
     def _what(self) -> str:  # type: ignore[override]
         return f"image {shown(self.member.shown)}"
 
+    def content(self) -> bytes:
+        """The archive's directory has a checksum of all bytes; that they have it is looked at when they are read."""
+        return struct.pack("<QL", self.member.size, self.member.crc)
+
     @contextmanager
     def _parsed(self) -> Iterator[tuple[Image.Image, BinaryIO]]:
         with self.member.open(self.origin) as stream:

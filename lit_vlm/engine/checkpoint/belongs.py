@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from lit_vlm.config.secrets import agrees
 from lit_vlm.data.plan.plan import Plan
 
 BLOCK = 1 << 20  # samples that are hashed at a time
@@ -41,7 +42,7 @@ class Belongs:
         found = [WORDS["stage"]] if "stage" in others else []
         if self.settings and stored.get("settings"):
             ours, theirs = _flat(self.settings), _flat(stored["settings"])
-            keys = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+            keys = sorted(key for key in ours.keys() | theirs.keys() if not agrees(ours.get(key), theirs.get(key)))
             found += [f"{key} (it has {theirs.get(key)}, this run {ours.get(key)})" for key in keys]
         return found + [WORDS[key] for key in others if key != "stage"]
 

@@ -1,21 +1,18 @@
-"""The page of preflight: self-contained, without scripts, in the report's style. All text of the data is escaped."""
+"""The page of preflight, and the words that its terminal shares with it."""
 
 from __future__ import annotations
 
 import json
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from lit_vlm.engine.pages import Page, sayable, write_page
 from lit_vlm.engine.preflight.charts import histogram_svg, legend
 from lit_vlm.engine.preflight.facts import Facts, Level, MemoryFacts, SourceRow, StrategyFacts
 from lit_vlm.engine.report_data import short
 from lit_vlm.engine.run_folder import to_plain, write_atomically
-
-HERE = Path(__file__).parent
 
 
 def write_preflight(folder: Path, facts: Facts) -> Path:
@@ -24,38 +21,26 @@ def write_preflight(folder: Path, facts: Facts) -> Path:
     values = json.dumps(to_plain(facts.as_dict()), indent=1, ensure_ascii=False)
     write_atomically(folder / "preflight.json", sayable(values) + "\n")
     page = folder / "preflight.html"
-    write_atomically(page, render(facts))
+    write_page(page, render(facts))
     return page
 
 
 def render(facts: Facts) -> str:
-    style = "\n".join((HERE / name).read_text(encoding="utf-8") for name in ("../report.css", "page.css"))
-    text = (
-        _environment()
-        .get_template("page.html")
-        .render(
-            facts=facts,
-            style=Markup(style),
-            verdict=verdict_of(facts),
-            lead=lead_of(facts),
-            levels=[(level, facts.of_level(level)) for level in Level],
-            sources=[_source(row) for row in facts.sources],
-            totals=_totals(facts.sources),
-            groups=_groups(facts),
-            charts=[
-                {"of": histogram, "svg": Markup(histogram_svg(histogram)), "legend": legend(histogram)}
-                for histogram in facts.histograms
-            ],
-            memory=_memory(facts.memory) if facts.memory else None,
-            sent=sent_of(facts.strategy) if facts.strategy and facts.strategy.communication else None,
-        )
+    return _PAGE.render(
+        facts=facts,
+        verdict=verdict_of(facts),
+        lead=lead_of(facts),
+        levels=[(level, facts.of_level(level)) for level in Level],
+        sources=[_source(row) for row in facts.sources],
+        totals=_totals(facts.sources),
+        groups=_groups(facts),
+        charts=[
+            {"of": histogram, "svg": Markup(histogram_svg(histogram)), "legend": legend(histogram)}
+            for histogram in facts.histograms
+        ],
+        memory=_memory(facts.memory) if facts.memory else None,
+        sent=sent_of(facts.strategy) if facts.strategy and facts.strategy.communication else None,
     )
-    return sayable(text)
-
-
-def sayable(text: str) -> str:
-    """Without lone surrogates, which data may hold and no file can."""
-    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def verdict_of(facts: Facts) -> str:
@@ -176,10 +161,12 @@ def _memory(memory: MemoryFacts) -> dict[str, Any]:
     return {"of": memory, "rows": rows, "colours": colours, "capacity": 100 * memory.capacity / widest}
 
 
-@lru_cache(maxsize=1)
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(short=short, percent=percent, gigabytes=gigabytes, hours=hours, count=count)
-    return environment
+_PAGE = Page(
+    "preflight/page.html",
+    "preflight/page.css",
+    short=short,
+    percent=percent,
+    gigabytes=gigabytes,
+    hours=hours,
+    count=count,
+)

@@ -8,8 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lit_vlm.engine.pages import sayable
 from lit_vlm.engine.preflight.facts import Facts, Level, SourceRow
-from lit_vlm.engine.preflight.page import count, gigabytes, hours, lead_of, percent, said_of, sayable, verdict_of
+from lit_vlm.engine.preflight.page import count, gigabytes, hours, lead_of, percent, said_of, verdict_of
 from lit_vlm.engine.report_data import short
 
 STYLES = {Level.failure: "bold red", Level.warning: "yellow", Level.advice: "cyan"}

@@ -1,47 +1,35 @@
-"""The page of a profile: self-contained, without scripts, in the report's style."""
+"""The page of a profile."""
 
 from __future__ import annotations
 
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
-
+from lit_vlm.engine.pages import Page, write_page
 from lit_vlm.engine.preflight.page import percent
 from lit_vlm.engine.profile.facts import ProfileFacts, Row
 from lit_vlm.engine.profile.products import Product
 from lit_vlm.engine.profile.rooms import DATA, REST
-from lit_vlm.engine.run_folder import write_atomically
 
-HERE = Path(__file__).parent
-STYLES = ("report.css", "preflight/page.css", "profile/page.css")
 MOST_PRODUCTS, MOST_OTHERS = 10, 10
 COLOURS = 11  # of the style sheet
 NARROW = 0.002  # of a step: what is less has no piece of the bar
 
 
 def write_profile(path: Path, facts: ProfileFacts) -> None:
-    write_atomically(path, render(facts))
+    write_page(path, render(facts))
 
 
 def render(facts: ProfileFacts) -> str:
-    style = "\n".join((HERE.parent / name).read_text(encoding="utf-8") for name in STYLES)
     shown = facts.products[:MOST_PRODUCTS]
-    return (
-        _environment()
-        .get_template("page.html")
-        .render(
-            facts=facts,
-            style=Markup(style),
-            findings=findings_of(facts),
-            pieces=_pieces(facts),
-            rows=[{"name": title(row.phase, row.part), "of": row} for row in facts.rows],
-            products=[{"of": one, "where": title(*one.place), "wrong": one in facts.wrong_types} for one in shown],
-            shown_time=sum(one.milliseconds for one in shown),
-            others=facts.others[:MOST_OTHERS],
-        )
+    return _PAGE.render(
+        facts=facts,
+        findings=findings_of(facts),
+        pieces=_pieces(facts),
+        rows=[{"name": title(row.phase, row.part), "of": row} for row in facts.rows],
+        products=[{"of": one, "where": title(*one.place), "wrong": one in facts.wrong_types} for one in shown],
+        shown_time=sum(one.milliseconds for one in shown),
+        others=facts.others[:MOST_OTHERS],
     )
 
 
@@ -110,10 +98,12 @@ def calls(number: float) -> str:
     return f"{number:,.0f}" if abs(number - round(number)) < 0.05 else f"{number:,.1f}"
 
 
-@lru_cache(maxsize=1)
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(percent=percent, ms=milliseconds, rate=rate, calls=calls)
-    return environment
+_PAGE = Page(
+    "profile/page.html",
+    "preflight/page.css",
+    "profile/page.css",
+    percent=percent,
+    ms=milliseconds,
+    rate=rate,
+    calls=calls,
+)

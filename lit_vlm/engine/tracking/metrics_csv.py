@@ -52,14 +52,21 @@ class MetricsCsv(Logger):
             stream.write(_text([row], self._columns))
         self.num_rows += 1
 
-    @rank_zero_only
-    def go_on(self, num_rows: int, row: dict[str, Any] | None = None) -> None:
-        """Keep so many rows of the table that is there, and add one that was due when they were counted."""
+    def go_on(self, num_rows: int, row: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+        """Keep so many rows of the table that is there, and add one that was due when they were counted. Returns them, as
+        they were logged; on other ranks than the first there are none."""
+        if rank_zero_only.rank:
+            return []
         rows = _read(self.path)[:num_rows] + ([row] if row else [])
         columns = sorted({name for one in rows for name in one})
         if rows:
             self._rewrite(rows, columns)
         self.num_rows = len(rows)
+        return [{name: _number(value) for name, value in one.items() if value != ""} for one in rows]
+
+    def logged(self) -> set[str]:
+        """Names of all metrics in the table."""
+        return {name for row in _read(self.path) for name in row} - {"step", "epoch"}
 
     def _rewrite(self, rows: list[dict[str, Any]], columns: list[str]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,6 +83,13 @@ def _read(path: Path) -> list[dict[str, Any]]:
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
     return list(csv.DictReader(lines))
+
+
+def _number(value: Any) -> Any:
+    """A cell as it was before it was written: the texts of Python's numbers are exact."""
+    if not isinstance(value, str):
+        return value
+    return int(value) if value.lstrip("-").isdigit() else float(value)
 
 
 def _text(rows: list[dict[str, Any]], columns: list[str]) -> str:

@@ -1,0 +1,54 @@
+"""What all pages share: one file each, self-contained, without scripts, in one style.
+
+What a model said, and what a dataset says, is foreign text: a template escapes everything that is not `Markup`, and
+only drawings made here are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from lit_vlm.engine.run_folder import write_atomically
+
+HERE = Path(__file__).parent  # of templates and style sheets, those of a kind of page in its folder
+STYLE = "report.css"  # of every page
+
+
+class Page:
+    """A kind of page.
+
+    Args:
+        template: in `HERE`. It includes `page_head.html`, which shows `title`.
+        styles: sheets beside `STYLE`.
+        filters: what the template calls by name to write a number.
+    """
+
+    def __init__(self, template: str, *styles: str, **filters: Callable[..., str]) -> None:
+        self._template, self._styles = template, (STYLE, *styles)
+        self._environment = Environment(
+            loader=FileSystemLoader(HERE),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._environment.filters.update(filters)
+
+    def render(self, **values: Any) -> str:
+        style = Markup("\n".join((HERE / name).read_text(encoding="utf-8") for name in self._styles))
+        return sayable(self._environment.get_template(self._template).render(style=style, **values))
+
+
+def write_page(path: Path, page: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, page)
+
+
+def sayable(text: str) -> str:
+    """Without lone surrogates, which data may hold and no file can."""
+    return text.encode("utf-8", "replace").decode("utf-8")

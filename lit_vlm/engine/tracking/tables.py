@@ -1,0 +1,69 @@
+"""Held-out samples as a table of W&B: question, reference, the model's answer, and the picture under its boxes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+COLUMNS = ("id", "source", "kind", "language", "prompt", "reference", "prediction", "score")
+MOST_PICTURES = 4  # columns; further pictures of a sample are left to samples.jsonl
+
+
+def read_samples(run_dir: Path, phase: str) -> list[dict[str, Any]]:
+    """The rows of `samples.jsonl` that one phase wrote."""
+    file = run_dir / "samples.jsonl"
+    lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else []
+    rows = [json.loads(line) for line in lines if line.strip()]  # not splitlines(): answers may hold U+2028
+    return [row for row in rows if row["phase"] == phase]
+
+
+def table_of(run_dir: Path, rows: list[dict[str, Any]]) -> Any:
+    """A `wandb.Table` with a row for each sample."""
+    import wandb
+
+    pictures = min(MOST_PICTURES, max((len(row["images"]) for row in rows), default=0))
+    names = [f"picture{f'_{number + 1}' if number else ''}" for number in range(pictures)]
+    cells = [[row[name] for name in COLUMNS] + _pictures(run_dir, row, pictures) for row in rows]
+    return wandb.Table(columns=[*COLUMNS, *names], data=cells)
+
+
+def written(run: Any, name: str, table: Any, step: int) -> Any:
+    """What a row of the history holds of a table: its files lie in the run's folder then, and are on their way."""
+    from wandb.sdk.data_types.utils import val_to_json
+
+    return val_to_json(run, name, table, namespace=step)
+
+
+def _pictures(run_dir: Path, row: dict[str, Any], number: int) -> list[Any]:
+    """One cell per column. Where there are boxes, the picture without them: W&B draws them itself, to be switched."""
+    import wandb
+
+    paths = [row["plain"]] if row.get("plain") else row["images"]
+    found = [str(run_dir / path) if (run_dir / path).is_file() else None for path in paths[:number]]
+    overlay = boxes_of(row.get("boxes") or [])
+    images = [wandb.Image(path, boxes=overlay or None) if path else None for path in found]
+    return images + [None] * (number - len(images))
+
+
+def boxes_of(boxes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Box overlays as `wandb.Image` takes them, a layer for each of asked, reference and prediction.
+
+    Args:
+        boxes: rows of `layer`, `label` and `box`, (x1, y1, x2, y2) as shares of the picture's sides.
+    """
+    labels = {label: number for number, label in enumerate(dict.fromkeys(box["label"] or "text" for box in boxes))}
+    layers: dict[str, Any] = {}
+    for box in boxes:
+        layer = layers.setdefault(
+            box["layer"], {"box_data": [], "class_labels": {number: label for label, number in labels.items()}}
+        )
+        x1, y1, x2, y2 = box["box"]
+        layer["box_data"].append(
+            {
+                "position": {"minX": min(x1, x2), "minY": min(y1, y2), "maxX": max(x1, x2), "maxY": max(y1, y2)},
+                "class_id": labels[box["label"] or "text"],
+                "box_caption": box["label"] or "text",
+            }
+        )
+    return layers

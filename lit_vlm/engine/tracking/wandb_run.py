@@ -1,0 +1,264 @@
+"""A run of Weights & Biases: one for each run folder, whatever becomes of the process.
+
+Training does not depend on it. Its client is waited for at the start and at the end, each for a bounded time; between them
+it only takes rows, which its own process writes to the disk and sends when the server answers. What fails is said once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from lit_vlm.config.schema import LoggerConfig
+from lit_vlm.config.secrets import redacted_text
+from lit_vlm.engine.run_folder import RunFolder
+from lit_vlm.engine.signals import Ask, current
+from lit_vlm.engine.tracking import artifacts, connection, facts
+from lit_vlm.engine.tracking.connection import Refused, within
+from lit_vlm.engine.tracking.history import History
+from lit_vlm.engine.tracking.tables import read_samples, table_of, written
+from lit_vlm.types import UserError
+
+GRACE_SECONDS = 10  # for the client itself, beyond the time that it was given
+EXIT_CODES = {
+    "finished": 0,
+    "stopped early": 0,
+    "preempted": 75,
+    "interrupted": 255,
+    "failed": 1,
+}  # 255: W&B's "killed"
+
+
+class WandbRun(Logger):
+    """Logs to W&B from rank 0. Rows go by optimizer step; those that the server has are left out.
+
+    It outlives a start that is given up within the process: the next one goes on with the same object.
+
+    Args:
+        logger: the settings.
+        run_dir: the run's folder; the client writes to `wandb/` in it.
+        say: takes what the user should know.
+    """
+
+    def __init__(self, logger: LoggerConfig, run_dir: Path, say: Callable[[str], None]) -> None:
+        super().__init__()
+        self.logger, self.run_dir, self.say = logger, Path(run_dir), say
+        self.offline = connection.is_offline(logger)
+        self.stop_asked = False
+        self._run: Any = None
+        self._history = History(self._send)
+        self._late: dict[str, Any] = {}  # tables that were not ready for their own row
+
+    @property
+    def name(self) -> str:
+        return ""
+
+    @property
+    def version(self) -> str:
+        return self._run.id if self._run else ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.run_dir)
+
+    @property
+    def experiment(self) -> Any:
+        """The client's own run; None before `open`, on other ranks, and when the client gave up."""
+        return self._run
+
+    # ---- the start
+
+    def log_in(self, *, begun_before: bool) -> None:
+        """Before anything is built: is there a login, and does the server take it?
+
+        Raises:
+            UserError: no login; or, where nothing was begun that could go on, one that the server refuses.
+        """
+        if self.offline or self._run is not None:
+            return
+        try:
+            trouble = connection.log_in()
+        except Refused as error:
+            if not begun_before:
+                raise UserError(
+                    f"logger.wandb=true: Weights & Biases refuses the login: {error}. Log in anew with `wandb login --relogin`,"
+                    " set another WANDB_API_KEY, or set logger.offline=true."
+                ) from None
+            trouble = f"it refuses the login ({error})"
+        if trouble:
+            self._go_offline(trouble)
+
+    def open(self, folder: RunFolder, known: dict[str, Any]) -> dict[str, Any]:
+        """Begin the run of W&B, or continue it. Returns what the manifest is to keep of it.
+
+        Args:
+            known: what the manifest kept of it, with `id` and `group`.
+        """
+        if self._run is None:
+            self._begin(folder, known)
+        if self._run is None:
+            return known
+        run = self._run
+        place = {} if self.offline else {"entity": run.entity, "project": run.project, "url": run.url}
+        return known | place
+
+    def _begin(self, folder: RunFolder, known: dict[str, Any]) -> None:
+        about = {
+            "name": folder.manifest["name"],
+            "group": known["group"],
+            "job_type": folder.manifest["stage"],
+            "config": facts.config_of(folder),
+        }
+
+        def begin() -> Any:
+            return connection.begin(
+                self.logger, self.run_dir, known, self._asked_to_stop, offline=self.offline, **about
+            )
+
+        try:
+            self._run = begin()
+        except Exception as error:  # the client's errors are of many kinds, and none of them is worth the run
+            if self.offline:
+                self._lose(error)
+                return
+            self._go_offline(_first_line(error))
+            self._begin(folder, known)
+            return
+        self._history = History(self._send, first=self._run.starting_step)
+        self.say(f"W&B: {connection.sync_command(self.run_dir) if self.offline else self._run.url}")
+        self._use(facts.parent_run(folder))
+
+    def _use(self, parent: dict[str, Any]) -> None:
+        if self.offline or not parent:
+            return
+        try:
+            within(connection.ANSWER_SECONDS, lambda: artifacts.use_parent(self._run, parent))
+        except Exception as error:
+            self.say(f"W&B: the model that this run starts from is not linked: {_first_line(error)}")
+
+    def _go_offline(self, reason: str) -> None:
+        self.offline = True
+        self.say(
+            f"W&B: {reason}, so this start writes to the run's folder. Upload it later with"
+            f" `{connection.sync_command(self.run_dir)}`; the next start tries the server again."
+        )
+
+    # ---- rows
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """The run's config was sent at its start."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        values = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+        self._history.add(self._history.first if step is None else step, values)
+
+    @rank_zero_only
+    def log_samples(self, phase: str, rows: list[dict[str, Any]], step: int) -> None:
+        """A table of held-out samples, as `samples.jsonl` has them. Of all that is logged, for a table alone the client asks
+        the server something first: it is waited for, no longer than at the start, and else joins a later row."""
+        run, name = self._run, f"samples/{phase}"
+        if run is None or not rows or step < self._history.first:
+            return
+        try:
+            table = within(
+                connection.ANSWER_SECONDS,
+                lambda: self._late.setdefault(name, written(run, name, table_of(self.run_dir, rows), step)),
+            )
+        except TimeoutError:
+            return
+        except Exception as error:
+            self.say(f"W&B: the table {name} is left out ({_first_line(error)}); samples.jsonl has it.")
+            return
+        self._late.pop(name, None)
+        self._history.add(step, {name: table})
+
+    @rank_zero_only
+    def replay(self, rows: list[dict[str, Any]]) -> None:
+        """Begin with the rows that an earlier start logged and that count; what the server has of them is left out."""
+        self._history.forget()
+        if rows:
+            self.log_samples("before", read_samples(self.run_dir, "before"), step=0)
+        for row in rows:
+            self.log_metrics({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
+
+    def _send(self, step: int, row: dict[str, Any]) -> None:
+        if self._run is not None:
+            row |= {name: self._late.pop(name) for name in list(self._late)}
+            self._guarded(lambda: self._run.log(row, step=step, commit=True))
+
+    # ---- the end
+
+    def _asked_to_stop(self) -> None:
+        """Called by a thread of the client's: a sweep, or a person at the web page, wants no more of this run."""
+        self.stop_asked = True
+        if (signals := current()) is not None:
+            signals.tell(Ask.stop)
+
+    def is_asked_to_stop(self) -> bool:
+        """Whether the server wants the run to stop; asks it. For the first rank, where a signal does not say who sent it."""
+        if self._run is not None and not self.offline and not self.stop_asked:
+            run = self._run
+            self.stop_asked = connection.is_asked_to_stop(run.entity, run.project, run.id)
+        return self.stop_asked
+
+    def close(self, status: str, summary: dict[str, Any], *, uploads: bool = False) -> dict[str, str]:
+        """End the run of W&B, in bounded time. Returns the names of the artifacts that were handed over.
+
+        Args:
+            status: of `EXIT_CODES`.
+            summary: fields that the run is found and compared by.
+            uploads: hand over what `logger.artifacts` asks for.
+        """
+        if self._run is None:
+            return {}
+        self._history.flush()
+        names: dict[str, str] = {}
+        self._guarded(lambda: self._run.summary.update(summary))
+        if uploads and self.logger.artifacts:
+            self._guarded(lambda: names.update(artifacts.upload(self._run, self.run_dir, self.logger.artifacts)))
+        if status == "preempted":
+            self._guarded(lambda: self._run.mark_preempting())
+        self._finish(EXIT_CODES[status])
+        return names
+
+    def _finish(self, exit_code: int) -> None:
+        run, self._run = self._run, None
+        if run is None:
+            return
+        try:
+            within(run.settings.finish_timeout + GRACE_SECONDS, lambda: run.finish(exit_code=exit_code))
+        except Exception as error:
+            written = Path(run.settings.sync_dir)
+            self.say(
+                f"W&B: not everything could be uploaded ({_first_line(error)}). It is on the disk; upload it later with"
+                f" `{connection.sync_command(self.run_dir, written=written)}`."
+            )
+
+    def _guarded(self, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except Exception as error:  # a client that broke is no reason to lose the training
+            self._lose(error)
+
+    def _lose(self, error: Exception) -> None:
+        run, self._run = self._run, None
+        self.say(
+            f"W&B: its client gave up ({_first_line(error)}); training goes on without it. metrics.csv has every row, and"
+            " the next start of this run sends what is missing."
+        )
+        if run is not None:
+            with suppress(Exception):  # it is lost already
+                within(GRACE_SECONDS, lambda: run.finish(exit_code=1))
+
+
+def _first_line(error: BaseException) -> str:
+    text = redacted_text(str(error)).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")

@@ -1,0 +1,85 @@
+"""What must hold when a stage starts to train and at its first step; else the run would be another one than it says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from lit_vlm.config.schema import ActivationCheckpointing as Level
+from lit_vlm.model.checkpointing import are_layers_checkpointed
+from lit_vlm.model.parts import part_of
+from lit_vlm.types import Part, UserError
+
+
+def require_images(index: Any, trainable: Sequence[Part]) -> None:
+    """UserError when the vision side trains and no sample of the index has an image. None: nobody knows the samples."""
+    seeing = [part.value for part in trainable if part is not Part.language_model]
+    if index is not None and seeing and not index.tiles.any():
+        raise UserError(
+            f"No sample has an image, and the stage trains {', '.join(seeing)}, which would learn nothing. "
+            "Add a source with images, or set stage.trainable=[language_model]."
+        )
+
+
+def require_checkpointing(model: nn.Module | None, level: Level) -> None:
+    """UserError when layers were to be checkpointed and none is."""
+    if level is not Level.none and not are_layers_checkpointed(model):
+        raise UserError(
+            f"stage.activation_checkpointing={level.value} has no effect on this model: transformers checkpoints none "
+            "of its layers. Set stage.activation_checkpointing=none."
+        )
+
+
+def require_bf16(precision: str) -> None:
+    """UserError unless autocast reads frozen matrices in bfloat16, as they are held."""
+    if precision != "bf16-mixed":
+        raise UserError(
+            f"The stage holds frozen weights in bfloat16, and the trainer's precision is {precision}. Give the trainer "
+            "precision='bf16-mixed', or make the stage without frozen_dtype."
+        )
+
+
+def require_fixed_tower(trainable: Sequence[Part]) -> None:
+    """UserError when the tower, whose features are kept, trains."""
+    if Part.vision_tower in trainable:
+        raise UserError(
+            "stage.cache_features=true keeps what the vision tower sees, and stage.trainable names it: it would see "
+            "something else after each step. Leave one of them out."
+        )
+
+
+def require_gradients(
+    model: nn.Module, trainable: Sequence[Part], sums: dict[str, float], *, with_images: bool = True
+) -> None:
+    """Every parameter that should train got a gradient, every part a non-zero one, and no other did.
+
+    Args:
+        sums: as `gradient_sums` gives them.
+        with_images: False when no sample of the step has an image; the vision side's gradients are rightly zero then.
+
+    Raises:
+        UserError: naming the parameters; the run would train something else than it says.
+    """
+    norms = dict.fromkeys(trainable, 0.0)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    missing, unwanted = [n for n in trained if n not in sums], sorted(sums.keys() - set(trained))
+    for name in trained:
+        norms[part_of(name)] = norms.get(part_of(name), 0.0) + sums.get(name, 0.0)
+    judged = norms if with_images else {Part.language_model: norms.get(Part.language_model, 1.0)}
+    silent = [part.value for part, norm in judged.items() if norm == 0.0]
+    if missing or unwanted or silent:
+        raise UserError(
+            "The first step's gradients do not match what should train: "
+            f"without a gradient {missing[:5] or 'none'}, unwanted {unwanted[:5] or 'none'}, parts with zero gradient {silent or 'none'}. "
+            "Check stage.trainable, and that the answers of this step depend on those parts."
+        )
+
+
+def gradient_sums(model: nn.Module, strategy: Any) -> dict[str, float]:
+    """Sum of magnitudes of each gradient that is there; a strategy that shares gradients out knows its own."""
+    if hasattr(strategy, "gradient_sums"):
+        return strategy.gradient_sums(model)
+    gradients = ((name, parameter.grad) for name, parameter in model.named_parameters())
+    return {name: float(gradient.float().abs().sum()) for name, gradient in gradients if gradient is not None}

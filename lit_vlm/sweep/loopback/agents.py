@@ -1,0 +1,152 @@
+"""The operations of `wandb sweep` and `wandb agent`: one agent at a time asks what to do, and is told by its heartbeat."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from lit_vlm.sweep.loopback.state import (
+    CANCELED,
+    CRASHED,
+    ENDED,
+    ENTITY,
+    FAILED,
+    FINISHED,
+    PENDING,
+    PREEMPTED,
+    RUNNING,
+    RunState,
+    State,
+    SweepState,
+)
+from lit_vlm.sweep.search import Outcome
+
+Variables = dict[str, Any]
+OVER = (FINISHED, CANCELED, CRASHED)
+
+
+class Agents:
+    def __init__(self, state: State) -> None:
+        self.state = state
+
+    def op_UpsertSweep(self, variables: Variables) -> dict[str, Any]:
+        known = self.state.sweeps.get(variables.get("id") or "")
+        if known is not None:
+            known.state = str(variables.get("state") or known.state).lower()
+        else:
+            text = variables["config"]
+            known = self.state.add_sweep(variables.get("projectName") or "uncategorized", text, yaml.safe_load(text))
+        project = {"id": known.project, "name": known.project, "entity": {"id": ENTITY, "name": ENTITY}}
+        sweep = {"name": known.name, "project": project}
+        return {"upsertSweep": {"sweep": sweep, "configValidationWarnings": []}}
+
+    def op_SweepWithRuns(self, variables: Variables) -> dict[str, Any]:
+        sweep = self.state.sweeps.get(variables["sweep"])
+        if sweep is None:
+            return {"project": {"sweep": None}}
+        runs = [{"node": _node(run)} for run in self.state.runs_of(sweep.name)]
+        none = dict.fromkeys("description createdAt heartbeatAt updatedAt bestLoss controller scheduler".split())
+        found = {
+            "id": sweep.name,
+            "name": sweep.name,
+            "method": sweep.file.method,
+            "state": sweep.state.upper(),
+            "config": sweep.text,
+            "earlyStopJobRunning": False,
+            "runs": {"edges": runs},
+        }
+        return {"project": {"sweep": none | found}}
+
+    def op_CreateAgent(self, variables: Variables) -> dict[str, Any]:
+        agent = self.state.next_id("agent")
+        sweep = self.state.sweeps[variables["sweep"]]
+        self.state.agents[agent] = sweep.name
+        sweep.state = RUNNING if sweep.state == PENDING else sweep.state
+        return {"createAgent": {"agent": {"id": agent}}}
+
+    def op_Heartbeat(self, variables: Variables) -> dict[str, Any]:
+        agent = variables["id"]
+        sweep = self.state.sweeps[self.state.agents[agent]]
+        alive = [name for name, on in json.loads(variables.get("runState") or "{}").items() if on]
+        for run in self.state.runs_of(sweep.name):
+            if run.name in alive:
+                run.heard = time.monotonic()
+            elif run.agent == agent and run.state == PENDING:
+                run.state = FAILED  # its process ended before it said a word
+        commands = list(self._commands(sweep, agent, alive))
+        return {"agentHeartbeat": {"agent": {"id": agent}, "commands": json.dumps(commands)}}
+
+    def _commands(self, sweep: SweepState, agent: str, alive: list[str]) -> Iterator[Variables]:
+        self._settle(sweep)
+        for name in alive:
+            run = self.state.run(name)
+            run.stop = run.stop or sweep.state == CANCELED or self._falls_behind(sweep, run)
+            if run.stop:
+                yield {"type": "stop", "run_id": name}
+        if not alive:
+            yield from self._next(sweep, agent)
+
+    def _settle(self, sweep: SweepState) -> None:
+        """Tell the search what came of runs that ended since."""
+        list(self.state.crashed())
+        for run in self.state.runs_of(sweep.name):
+            if run.state in ENDED and run.name not in sweep.told and run.number is not None:
+                sweep.told.add(run.name)
+                value = run.summary.get(sweep.file.metric.name) if sweep.file.metric else None
+                outcome = Outcome.stopped if run.stop else Outcome.finished
+                failed = run.state != FINISHED or (value is None and sweep.file.metric is not None)
+                sweep.search.tell(run.number, value, Outcome.failed if failed else outcome)
+
+    def _falls_behind(self, sweep: SweepState, run: RunState) -> bool:
+        metric = sweep.file.metric
+        return bool(
+            run.state == RUNNING
+            and metric is not None
+            and run.number is not None
+            and sweep.search.observe(run.number, run.values(metric.name))
+        )
+
+    def _next(self, sweep: SweepState, agent: str) -> Iterator[Variables]:
+        """A run that was preempted goes on before a new one begins; none left: the agent may go."""
+        if sweep.state in OVER:
+            yield {"type": "exit"}
+            return
+        waiting = [run for run in self.state.runs_of(sweep.name) if run.state == PREEMPTED]
+        run = waiting[0] if waiting else self._suggested(sweep)
+        if run is not None:
+            kind, run.agent, run.state = "resume" if waiting else "run", agent, PENDING
+            run.heard = time.monotonic()
+            arguments = {name: {"value": value} for name, value in run.parameters.items()}
+            yield {"type": kind, "run_id": run.name, "program": sweep.file.program, "args": arguments}
+        elif not any(run.state in (PENDING, RUNNING) for run in self.state.runs_of(sweep.name)):
+            sweep.state = FINISHED
+            yield {"type": "exit"}
+
+    def _suggested(self, sweep: SweepState) -> RunState | None:
+        suggestion = sweep.search.ask()
+        if suggestion is None:
+            return None
+        run = self.state.run(f"{sweep.name}-{suggestion.number:02d}")
+        run.sweep, run.project, run.number = sweep.name, sweep.project, suggestion.number
+        run.parameters = suggestion.parameters
+        return run
+
+
+def _node(run: RunState) -> Variables:
+    return {
+        "name": run.name,
+        "state": run.state,
+        "config": json.dumps(run.config),
+        "summaryMetrics": json.dumps(run.summary),
+        "sampledHistory": [run.history],
+        "exitcode": run.exit_code,
+        "heartbeatAt": None,
+        "shouldStop": run.stop,
+        "stopped": run.stop,
+        "failed": run.state == "failed",
+        "running": run.state == RUNNING,
+    }

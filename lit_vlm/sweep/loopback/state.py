@@ -1,0 +1,157 @@
+"""What the server knows: runs, sweeps, agents, artifacts. In memory; it ends with the process."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from lit_vlm.sweep.file import SweepFile, sweep_from
+from lit_vlm.sweep.search import Search
+
+ENTITY = "loopback"
+PENDING, RUNNING, PREEMPTED = "pending", "running", "preempted"
+FINISHED, FAILED, CRASHED, CANCELED = "finished", "failed", "crashed", "canceled"
+ENDED = (FINISHED, FAILED, CRASHED)
+
+
+@dataclass(slots=True)
+class RunState:
+    """One run.
+
+    Attributes:
+        config: as the client sends it, `{"stage": {"value": ...}}`, with W&B's own `_wandb`.
+        history: rows in order; `_step` and the logged names.
+        events: rows of system metrics.
+        starts: how many processes have begun it; more than one where it was resumed.
+        stop: the server asked it to stop.
+        files: uploaded by name.
+        used, logged: names of artifacts, as in "name:v0".
+        heard: when a process of it was heard last, in seconds of the monotonic clock.
+    """
+
+    name: str
+    state: str = PENDING
+    project: str | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    output: list[str] = field(default_factory=list)
+    display_name: str | None = None
+    group: str | None = None
+    job_type: str | None = None
+    tags: list[str] = field(default_factory=list)
+    sweep: str | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    number: int | None = None
+    agent: str | None = None
+    starts: int = 0
+    stop: bool = False
+    preempting: bool = False
+    exit_code: int | None = None
+    files: dict[str, bytes] = field(default_factory=dict)
+    used: list[str] = field(default_factory=list)
+    logged: list[str] = field(default_factory=list)
+    heard: float = field(default_factory=time.monotonic)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The config as people write it: names and values, without W&B's own."""
+        return {
+            name: entry["value"] for name, entry in self.config.items() if name != "_wandb" and isinstance(entry, dict)
+        }
+
+    def values(self, metric: str) -> list[float]:
+        """All that was logged of a metric, in order."""
+        return [float(row[metric]) for row in self.history if isinstance(row.get(metric), int | float)]
+
+    def stream(self, message: dict[str, Any]) -> None:
+        """Take in what a process reports: rows by their place in the file, the newest summary, how it ended."""
+        self.heard = time.monotonic()
+        for name, chunk in (message.get("files") or {}).items():
+            lines = chunk["content"]
+            if name == "wandb-history.jsonl":
+                self.history[chunk["offset"] :] = map(json.loads, lines)
+            elif name == "wandb-events.jsonl":
+                self.events[chunk["offset"] :] = map(json.loads, lines)
+            elif name == "wandb-summary.json":
+                self.summary = json.loads(lines[-1])
+            elif name == "output.log":
+                self.output[chunk["offset"] :] = lines
+        self.preempting = message.get("preempting", self.preempting)
+        if message.get("complete"):
+            self.exit_code = message.get("exitcode", 0)
+            ended_well = FINISHED if self.exit_code == 0 else FAILED
+            self.state = PREEMPTED if self.exit_code and self.preempting else ended_well
+
+
+@dataclass(slots=True)
+class SweepState:
+    """One sweep and the search behind it."""
+
+    name: str
+    project: str
+    text: str
+    file: SweepFile
+    search: Search
+    state: str = PENDING
+    told: set[str] = field(default_factory=set)  # runs whose outcome the search knows
+
+
+@dataclass(slots=True)
+class Artifact:
+    name: str
+    type: str
+    state: str
+    run: str
+    digest: str
+    version: int
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def path(self) -> str:
+        return f"{self.name}:v{self.version}"
+
+
+class State:
+    """All of it.
+
+    Attributes:
+        silent_seconds: a run whose agent and processes were not heard for so long has crashed; W&B waits some minutes.
+        files: bodies of uploads by their address.
+    """
+
+    def __init__(self, silent_seconds: float = 300.0) -> None:
+        self.silent_seconds = silent_seconds
+        self.runs: dict[str, RunState] = {}
+        self.sweeps: dict[str, SweepState] = {}
+        self.agents: dict[str, str] = {}  # agent -> sweep
+        self.artifacts: dict[str, Artifact] = {}
+        self.files: dict[str, bytes] = {}
+        self._numbers = itertools.count(1)
+
+    def next_id(self, kind: str) -> str:
+        return f"{kind}{next(self._numbers):03d}"
+
+    def run(self, name: str) -> RunState:
+        return self.runs.setdefault(name, RunState(name))
+
+    def runs_of(self, sweep: str) -> list[RunState]:
+        return [run for run in self.runs.values() if run.sweep == sweep]
+
+    def add_sweep(self, project: str, text: str, plain: dict[str, Any]) -> SweepState:
+        name = self.next_id("sweep")
+        file = sweep_from(plain, name)
+        self.sweeps[name] = SweepState(name, project, text, file, Search(file))
+        return self.sweeps[name]
+
+    def crashed(self) -> Iterator[RunState]:
+        """Runs that nobody has heard of for too long; they are marked."""
+        for run in self.runs.values():
+            if run.state == RUNNING and time.monotonic() - run.heard > self.silent_seconds:
+                run.state = CRASHED
+                yield run

@@ -1,0 +1,74 @@
+"""A run folder is one process's at a time, and nobody has to clear up after one that was killed."""
+
+import os
+import signal
+import socket
+import time
+
+import pytest
+
+from lit_vlm.engine.hold import HOLDER, Hold
+from lit_vlm.types import UserError
+
+
+def in_child(work) -> int:
+    """Exit status of a process that does it; negative ones are signals."""
+    pid = os.fork()
+    if pid == 0:
+        code = 9
+        try:
+            work()
+            code = 0
+        except UserError:
+            code = 1
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def take(folder):
+    with Hold(folder) as hold:
+        hold.take()
+
+
+def test_the_second_process_is_told_who_holds_the_folder_where_and_since_when(tmp_path):
+    reading, writing = os.pipe()
+
+    def tell():
+        try:
+            take(tmp_path)
+        except UserError as error:
+            os.write(writing, str(error).encode())
+            raise
+
+    with Hold(tmp_path) as hold:
+        assert hold.take() and not hold.take()
+        assert in_child(tell) == 1
+        said = os.read(reading, 4096).decode()
+    assert f"process {os.getpid()} on {socket.gethostname()}, since 20" in said
+    assert "Wait for it or end that process" in said and "run_name=" in said
+    assert in_child(lambda: take(tmp_path)) == 0  # once it is let go
+
+
+def test_a_lock_left_by_a_killed_process_holds_nobody_up_nor_do_its_orphans(tmp_path):
+    def killed():
+        Hold(tmp_path).take()
+        if os.fork() == 0:  # a loader process
+            time.sleep(2)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    assert in_child(killed) == -signal.SIGKILL and (tmp_path / HOLDER).is_file()
+    take(tmp_path)
+    assert not (tmp_path / HOLDER).exists()
+
+
+def test_only_the_first_rank_takes_it_and_no_folder_is_made_before(tmp_path, monkeypatch):
+    with Hold(tmp_path / "run") as hold:
+        assert not (tmp_path / "run").exists()
+        monkeypatch.setenv("RANK", "1")
+        assert not hold.take() and not (tmp_path / "run").exists()
+        monkeypatch.setenv("RANK", "0")
+        assert hold.take()
+        monkeypatch.setenv("RANK", "1")
+        assert in_child(lambda: take(tmp_path / "run")) == 0

@@ -1,0 +1,110 @@
+"""W&B agents as jobs of a real Slurm: `sweeps/agent.sbatch`, and runs of two nodes below them."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from mini_slurm import MISSING, MiniSlurm
+
+from lit_vlm.sweep.loopback import Loopback
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)} here (Debian: apt-get install slurm-wlm)"),
+]
+TWO_NODES = {
+    "experiment": "tiny/1_align",
+    "trainer": "ddp",
+    "trainer.accelerator": "cpu",
+    "trainer.precision": "32-true",
+    "trainer.devices": 1,
+    "trainer.num_nodes": 2,
+    "trainer.num_threads": 1,
+    "trainer.max_steps": 40,
+    "trainer.log_every_n_steps": 1,
+    "data.num_workers": 0,
+    "data.global_batch_size": 4,
+    "data.validation.max_samples": 4,
+}
+OPTIONS = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-node=0", "--array=1-1"]
+
+
+@pytest.fixture
+def server():
+    with Loopback() as loopback:
+        yield loopback
+        assert loopback.unknown == []
+
+
+@pytest.fixture
+def submit(server, tmp_path):
+    """A sweep over two rates, and a job of Slurm that is an agent of it."""
+    with MiniSlurm(tmp_path / "slurm") as slurm:
+
+        def submitted():
+            import yaml
+
+            parameters = {key: {"value": value} for key, value in TWO_NODES.items()}
+            parameters["run_dir"] = {"value": str(tmp_path / "runs")}
+            parameters["stage.learning_rate"] = {"values": [1e-3, 3e-3]}
+            plain = {"program": "run.py", "project": "p", "method": "grid", "parameters": parameters}
+            plain["command"] = ["bash", "sweeps/launch.sh", "${args_json}"]
+            sweep = server.state.add_sweep("p", yaml.safe_dump(plain), plain).name
+            path = os.pathsep.join([str(Path(sys.executable).parent), slurm.environment["PATH"]])
+            own = {"PATH": path, "VIRTUAL_ENV": sys.prefix, "HOME": str(tmp_path), "WANDB_DIR": str(tmp_path)}
+            environment = {**slurm.environment, **server.environment(), **own, "OMP_NUM_THREADS": "1"}
+            environment["SLURM_CONF"] = slurm.environment["SLURM_CONF"]
+            log = f"--output={tmp_path}/agent.log"
+            job = slurm.run(
+                "sbatch",
+                "--parsable",
+                *OPTIONS,
+                log,
+                "sweeps/agent.sbatch",
+                server.path(sweep),
+                env=environment,
+                cwd=ROOT,
+            )
+            return slurm, job.strip(), server.state.sweeps[sweep]
+
+        yield submitted
+
+
+def said(tmp_path) -> str:
+    log = tmp_path / "agent.log"
+    return log.read_text(errors="replace")[-6000:] if log.is_file() else "no log"
+
+
+def until(condition, tmp_path, seconds: float = 200):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.2)
+    raise AssertionError(f"not within {seconds} s\n{said(tmp_path)}")
+
+
+def test_an_agent_in_a_job_runs_its_trials_on_all_nodes_of_the_allocation(server, submit, tmp_path):
+    slurm, job, sweep = submit()
+    slurm.wait(job, limit=300)
+    runs = server.state.runs_of(sweep.name)
+    assert [run.state for run in runs] == ["finished"] * 2, said(tmp_path)
+    assert [run.settings["plan"]["world_size"] for run in runs] == [2, 2]
+    assert [run.starts for run in runs] == [1, 1]
+
+
+def test_an_agent_at_its_time_limit_hands_its_trial_on_and_comes_back(server, submit, tmp_path):
+    slurm, job, sweep = submit()
+    run = until(lambda: next((run for run in server.state.runs_of(sweep.name) if len(run.history) > 3), None), tmp_path)
+    slurm.run("scancel", "--batch", "--signal=TERM", job)  # what Slurm sends before the limit
+    until(lambda: run.state == "preempted" or run.starts > 1, tmp_path)
+    until(lambda: sweep.state == "finished", tmp_path, seconds=300)
+    runs = server.state.runs_of(sweep.name)
+    assert [one.state for one in runs] == ["finished"] * 2, said(tmp_path)
+    assert run.starts == 2 and int(slurm.job(job).get("Restarts", 0)) == 1
+    steps = [row["_step"] for row in run.history if "train/loss" in row]
+    assert len(steps) == 40 == len(set(steps))

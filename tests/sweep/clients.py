@@ -1,0 +1,58 @@
+"""The real `wandb` command line against the loopback server, as a user starts it from the repository's folder."""
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from lit_vlm.sweep.loopback import Loopback
+
+ROOT = Path(__file__).resolve().parents[2]
+# The command line itself, but the agent asks for work every 0.3 s instead of every 5
+QUICK = "import wandb.wandb_agent as a; a.Agent.POLL_INTERVAL = 0.3; from wandb.cli.cli import cli; cli()"
+
+
+@dataclass
+class Client:
+    """Processes of `wandb` that know this server alone; what they write lies in `folder`."""
+
+    server: Loopback
+    folder: Path
+
+    def environment(self, **more: str) -> dict[str, str]:
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+        own = {"HOME": str(self.folder), "WANDB_DIR": str(self.folder), "PATH": path, "VIRTUAL_ENV": sys.prefix}
+        quick = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1", "OMP_NUM_THREADS": "1", "WANDB_SILENT": "false"}
+        return self.server.environment(**own, **quick, **more)
+
+    def start(self, *words: str, **environment: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-c", QUICK, *words],
+            cwd=ROOT,
+            env=self.environment(**environment),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *words: str, timeout: float = 240, **environment: str) -> str:
+        """What it printed; it must have ended well."""
+        process = self.start(*words, **environment)
+        text, _ = process.communicate(timeout=timeout)
+        assert process.returncode == 0, text
+        return text
+
+    def sweep(self, **file) -> str:
+        """`wandb sweep` of a file of this content; the sweep's id."""
+        path = self.folder / "sweep.yaml"
+        path.write_text(yaml.safe_dump({"program": "run.py", "project": "p", **file}, allow_unicode=True))
+        known = set(self.server.sweeps)
+        self.run("sweep", str(path))
+        (new,) = set(self.server.sweeps) - known
+        return new
+
+    def agent(self, sweep: str, *words: str, **environment: str) -> str:
+        return self.run("agent", *words, self.server.path(sweep), **environment)

@@ -1,0 +1,17 @@
+import pytest
+from clients import Client
+
+from lit_vlm.sweep.loopback import Loopback
+
+
+@pytest.fixture
+def server():
+    with Loopback() as loopback:
+        yield loopback
+        assert loopback.unknown == [], "the client asks for what the server does not know: has wandb moved?"
+
+
+@pytest.fixture
+def client(server, tmp_path) -> Client:
+    (tmp_path / "client").mkdir()
+    return Client(server, tmp_path / "client")

@@ -1,0 +1,156 @@
+"""`wandb sweep`, `wandb agent` and runs of run.py, all real, against the loopback server."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from clients import ROOT
+
+COMMAND = ["bash", "sweeps/launch.sh", "${args_json}"]
+TINY = {
+    "experiment": "tiny/1_align",
+    "data.num_workers": 0,
+    "data.global_batch_size": 4,
+    "data.validation.every_steps": 2,
+    "data.validation.max_samples": 4,
+    "trainer.log_every_n_steps": 1,
+    "logger.metric": "val/loss_ko",
+}
+METRIC = {"name": "val/loss_ko", "goal": "minimize"}
+RATES = {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}
+
+
+def fixed(folder: Path, **settings) -> dict:
+    return {key: {"value": value} for key, value in {**TINY, "run_dir": str(folder / "runs"), **settings}.items()}
+
+
+def until(condition, seconds: float = 120):
+    """Wait for it, and give what it gave."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"not within {seconds} s")
+
+
+def manifest_of(folder: Path) -> dict:
+    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.slow
+def test_an_agent_runs_what_the_sweep_suggests_and_values_config_and_metrics_arrive(server, client, tmp_path):
+    parameters = fixed(tmp_path, **{"trainer.max_steps": 4, "logger.tags": ["한국어, 둘"]})
+    parameters["stage.learning_rate"] = RATES
+    sweep = client.sweep(method="bayes", metric=METRIC, command=COMMAND, parameters=parameters, run_cap=3)
+    said = client.agent(sweep)
+    runs = server.state.runs_of(sweep)
+    assert [run.state for run in runs] == ["finished"] * 3, said
+    assert len({run.parameters["stage.learning_rate"] for run in runs}) == 3
+    for run in runs:
+        assert run.exit_code == 0 and run.starts == 1
+        rate = run.parameters["stage.learning_rate"]
+        assert 1e-4 <= rate <= 1e-2
+        assert run.settings["stage"]["learning_rate"] == rate == run.settings["stage.learning_rate"]
+        assert run.settings["logger"]["tags"] == ["한국어, 둘"]
+        assert len(run.values("val/loss_ko")) == 2 and len(run.values("train/loss")) == 4
+        assert run.summary["val/loss_ko"] == run.values("val/loss_ko")[-1]
+        (folder,) = (tmp_path / "runs").glob(f"tiny/1_align-*{run.name}")
+        manifest = manifest_of(folder)
+        assert manifest["status"] == "finished" and manifest["config"]["stage"]["learning_rate"] == rate
+    assert server.sweeps[sweep].state == "finished"
+
+
+@pytest.mark.slow
+def test_a_trial_that_falls_behind_is_stopped_saves_and_counts_as_finished(server, client, tmp_path):
+    parameters = fixed(tmp_path, **{"trainer.max_steps": 24, "data.validation.every_steps": 4})
+    parameters["stage.learning_rate"] = {"values": [3e-3, 1e-7]}
+    hyperband = {"type": "hyperband", "min_iter": 1, "eta": 2}
+    sweep = client.sweep(
+        method="grid", metric=METRIC, command=COMMAND, parameters=parameters, early_terminate=hyperband
+    )
+    said = client.agent(sweep)
+    good, bad = sorted(server.state.runs_of(sweep), key=lambda run: -run.parameters["stage.learning_rate"])
+    assert (good.state, good.stop) == ("finished", False), said
+    assert (bad.state, bad.stop, bad.exit_code) == ("finished", True, 0), said
+    assert len(bad.values("train/loss")) < 24 == len(good.values("train/loss"))
+    (folder,) = (tmp_path / "runs").glob(f"tiny/1_align-*{bad.name}")
+    assert manifest_of(folder)["status"] != "finished" and list((folder / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.slow
+def test_a_trial_that_fails_is_marked_failed_and_the_agent_goes_on(server, client, tmp_path):
+    parameters = fixed(tmp_path, **{"trainer.max_steps": 2})
+    # the first is refused before it says a word to the server, the second ends with an error in mid-run
+    parameters["logger.metric"] = {"values": ["val/loss_ko", "val/los_ko"]}
+    parameters["stage.learning_rate"] = {"values": [-1.0, 1e-3]}
+    sweep = client.sweep(method="grid", command=COMMAND, parameters=parameters)
+    said = client.agent(sweep, WANDB_AGENT_DISABLE_FLAPPING="true")
+    states = {
+        (run.parameters["stage.learning_rate"], run.parameters["logger.metric"]): run
+        for run in server.state.runs_of(sweep)
+    }
+    assert states[1e-3, "val/loss_ko"].state == "finished", said
+    assert states[-1.0, "val/loss_ko"].state == states[-1.0, "val/los_ko"].state == "failed"
+    assert states[1e-3, "val/los_ko"].state == "failed" and states[1e-3, "val/los_ko"].exit_code == 1
+    assert "stage.learning_rate: must be above 0, found -1.0." in said
+    assert "val/los_ko" in said and "Did you mean val/loss_ko?" in said
+    assert "Traceback" not in said
+
+
+@pytest.mark.slow
+def test_an_agent_that_goes_down_hands_its_trial_to_the_next_which_resumes_it(server, client, tmp_path):
+    parameters = fixed(tmp_path, **{"trainer.max_steps": 40})
+    sweep = client.sweep(method="grid", metric=METRIC, command=COMMAND, parameters=parameters)
+    agent = client.start("agent", "--forward-signals", server.path(sweep))
+    (run,) = until(lambda: [run for run in server.state.runs_of(sweep) if len(run.history) > 3])
+    agent.send_signal(signal.SIGTERM)
+    said, _ = agent.communicate(timeout=120)
+    assert run.state == "preempted" and run.exit_code == 75 and 3 < len(run.values("train/loss")) < 40, said
+    said += client.agent(sweep)
+    assert (run.state, run.starts) == ("finished", 2), said
+    steps = [row["_step"] for row in run.history if "train/loss" in row]
+    assert len(steps) == 40 == len(set(steps)), said
+
+
+@pytest.mark.slow
+def test_an_agent_killed_in_mid_run_leaves_a_run_that_goes_on_as_the_same(server, client, tmp_path):
+    settings = {"trainer.max_steps": 40, "checkpoint.every_steps": 2, "checkpoint.asynchronous": False}
+    parameters = fixed(tmp_path, **settings)
+    sweep = client.sweep(method="grid", metric=METRIC, command=COMMAND, parameters=parameters)
+    agent = client.start("agent", server.path(sweep))
+    (run,) = until(lambda: [run for run in server.state.runs_of(sweep) if len(run.history) > 5])
+    children = _children_of(agent.pid)
+    agent.kill()
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+    agent.communicate()
+    arguments = json.dumps(run.parameters, ensure_ascii=False)
+    again = {"WANDB_RUN_ID": run.name, "WANDB_SWEEP_ID": sweep, "WANDB_PROJECT": "p"}
+    done = subprocess.run(
+        ["bash", "sweeps/launch.sh", arguments],
+        cwd=ROOT,
+        env=client.environment(**again),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (run.state, run.starts) == ("finished", 2)
+    steps = [row["_step"] for row in run.history if "train/loss" in row]
+    assert len(steps) == 40 == len(set(steps))
+
+
+def _children_of(pid: int) -> list[int]:
+    """Processes that it started, and they."""
+    found, waiting = [], [pid]
+    while waiting:
+        parent = waiting.pop()
+        listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True).stdout
+        waiting += map(int, listed.split())
+        found += map(int, listed.split())
+    return found

@@ -1,0 +1,73 @@
+"""Values of a sweep file through the agent's own command line to settings, without a change of type or letter."""
+
+import json
+
+from lit_vlm.config.overrides import parsed, read_arguments
+from lit_vlm.config.parse import parse
+
+DUMP = "import os, sys; open(os.environ['DUMP'], 'a').write(sys.argv[1] + chr(10))"
+VALUES = {
+    "number": [3, 1e-05, -0.5, 10**12, 1e30],
+    "flag": [True, False],
+    "nothing": [None],
+    "text": [
+        "plain",
+        "hello world",
+        "한국어 지시문",
+        "null",
+        "3",
+        "1e-5",
+        "true",
+        "a,b",
+        "a=b",
+        "it's",
+        'say "hi"',
+        "(x)",
+        "[x]",
+        "{x: 1}",
+        "#c",
+        "s3://b?x=1&y=2",
+        "back\\slash",
+        "ends\\",
+        "${oc.env:HOME}",
+        "$HOME `id`",
+        "tab\there",
+        "",
+    ],
+    "list": [[0.9, 0.99], [], ["a b", "x,y", None, "둘"], [[1, 2], [3]]],
+}
+
+
+def test_every_type_and_every_letter_arrives_through_the_agents_command_line(client, tmp_path):
+    given = {f"{kind}.{number}": value for kind, values in VALUES.items() for number, value in enumerate(values)}
+    command = ["python", "-c", DUMP, "${args_json}"]
+    parameters = {key: {"value": value} for key, value in given.items()}
+    client.agent(client.sweep(method="grid", command=command, parameters=parameters), DUMP=str(tmp_path / "dump"))
+    (arrived,) = map(json.loads, (tmp_path / "dump").read_text(encoding="utf-8").splitlines())
+    assert sorted(map(repr, arrived.items())) == sorted(map(repr, given.items()))
+
+
+def test_an_argument_of_the_agent_is_read_back_as_the_values_that_the_file_has():
+    for kind, values in VALUES.items():
+        for value in values:
+            (override,) = read_arguments([json.dumps({kind: value})])
+            assert parsed(override).value() == value and type(parsed(override).value()) is type(value), override
+
+
+def test_a_whole_argument_of_an_agent_becomes_a_run():
+    settings = {
+        "experiment": "tiny/1_align",
+        "stage.learning_rate": 2e-05,
+        "stage.adam_betas": [0.9, 0.95],
+        "trainer.gradient_clip_val": None,
+        "trainer.deterministic": True,
+        "trainer.max_steps": 7,
+        "model.max_tiles": 4,
+        "logger.tags": ["한국어, 둘", "it's"],
+        "data": {"share": {"ko": 0.6}},
+    }
+    config = parse([json.dumps(settings, ensure_ascii=False)]).config
+    assert (config.stage.learning_rate, config.stage.adam_betas) == (2e-5, (0.9, 0.95))
+    assert config.trainer.gradient_clip_val is None and config.trainer.deterministic is True
+    assert (config.trainer.max_steps, config.model.max_tiles) == (7, 4)
+    assert config.logger.tags == ["한국어, 둘", "it's"] and config.data.share.ko == 0.6

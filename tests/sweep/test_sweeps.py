@@ -1,0 +1,68 @@
+"""The ready files of sweeps/: each key a setting, each value a value of it, each range with its reason."""
+
+import json
+from itertools import product
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lit_vlm.config.parse import parse
+from lit_vlm.sweep.file import Method, read_sweep
+from lit_vlm.sweep.mistakes import mistakes_in_sweep
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
+MOST = 64  # jobs of one file that are composed
+
+
+@pytest.fixture(params=FILES, ids=lambda path: path.stem)
+def file(request, monkeypatch) -> Path:
+    monkeypatch.chdir(ROOT)
+    return request.param
+
+
+def test_there_is_a_file_for_each_of_what_is_tuned():
+    assert {"align", "sft", "mixture", "highres", "dpo", "proxy", "tiny"} <= {file.stem for file in FILES}
+    assert {read_sweep(file).method for file in FILES} == set(Method)
+
+
+def test_every_key_of_a_sweep_is_a_key_of_the_schema_and_every_value_composes(file):
+    sweep = read_sweep(file)
+    assert mistakes_in_sweep(sweep, []) == []
+    columns = [one.samples() for one in sweep.swept.values()]
+    rows = list(product(*columns))
+    for row in rows[:: -(-len(rows) // MOST)]:
+        values = {**sweep.fixed, **dict(zip(sweep.swept, row, strict=True))}
+        config = parse(["task=train", "logger.wandb=true", json.dumps(values, ensure_ascii=False)]).config
+        for key, value in values.items():
+            assert _said(config, key, value), f"{key}={value}"
+
+
+def _said(config, key: str, value) -> bool:
+    """Whether the config holds the value; a group's choice is seen in what it holds."""
+    if key in ("experiment", "data", "stage", "model", "trainer", "init_from"):
+        return True
+    found = config
+    for name in key.split("."):
+        found = found[name] if isinstance(found, dict) else getattr(found, name)
+    return (Path(found) == ROOT / value) if key.endswith((".path", "_dir")) else found == value
+
+
+def test_trials_are_started_and_compared_alike_with_and_without_wandb(file):
+    sweep = read_sweep(file)
+    assert sweep.command == ["bash", "sweeps/launch.sh", "${args_json}"] and (ROOT / sweep.command[1]).is_file()
+    assert (ROOT / sweep.program).is_file() and sweep.project == "lit_vlm" and sweep.name == file.stem
+    assert sweep.fixed["logger.metric"] == sweep.metric.name
+    if sweep.early_terminate:
+        assert sweep.fixed["data.validation.every_steps"] > 0
+    assert f"sweep=sweeps/{file.name}" in file.read_text(encoding="utf-8")
+
+
+def test_every_range_has_its_reason_beside_it(file):
+    text = file.read_text(encoding="utf-8")
+    for key in read_sweep(file).swept:
+        (line,) = [line for line in text.splitlines() if line.startswith(f"  {key}:")]
+        reason = line.partition("#")[2].strip()
+        assert len(reason) > 20, f"{file.name}: {key}"
+    assert yaml.safe_load(text)["parameters"]
