@@ -12,7 +12,7 @@ from lit_vlm.engine.exits import RESTART
 from lit_vlm.engine.slurm import own_job
 from lit_vlm.engine.watch import Doing, pulse_of
 from lit_vlm.engine.watch_thread import Note
-from lit_vlm.types import UserError
+from lit_vlm.types import UserError, counted
 
 
 class OutOfMemory(L.Callback):
@@ -42,7 +42,7 @@ class OutOfMemory(L.Callback):
             Note(1, str(error), []).leave_together(self.run_dir)
         message = (
             f"Rank {trainer.global_rank} ran out of memory, {where.doing} of step {where.step + 1:,}. The next start goes on "
-            f"from the last checkpoint with at most {half.tokens:,} tokens and {half.tiles:,} tiles in a micro-batch; all "
+            f"from the last checkpoint with at most {half.tokens:,} tokens and {counted(half.tiles, 'tile')} in a micro-batch; all "
             f"ranks leave with exit status {RESTART}."
         )
         Note(RESTART, message, []).leave_together(self.run_dir, own_job())

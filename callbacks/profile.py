@@ -17,7 +17,7 @@ from lit_vlm.engine.profile.facts import facts_of
 from lit_vlm.engine.profile.page import write_profile
 from lit_vlm.engine.profile.rooms import DATA, VALIDATION
 from lit_vlm.engine.profile.trace import PART, PHASE, read_trace
-from lit_vlm.types import Batch
+from lit_vlm.types import Batch, counted
 
 WARMUP, STEPS = 3, 3
 TRACE, PAGE = "profile_trace.json.gz", "profile.html"
@@ -177,4 +177,4 @@ def _end(open_: list[record_function], module: nn.Module, inputs: Any, output: A
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} thread{'s' if torch.get_num_threads() > 1 else ''})"
+    return f"CPU ({platform.machine()}, {counted(torch.get_num_threads(), 'thread')})"

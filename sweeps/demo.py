@@ -12,14 +12,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 from lit_vlm.sweep.record import TrialRecord
-from lit_vlm.sweep.report import print_report, write_report
 
 from lit_vlm.sweep.file import SweepFile, read_sweep
 from lit_vlm.sweep.loopback import Loopback, RunState
+from lit_vlm.sweep.loopback.state import ENDED
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "runs" / "sweep-demo"
@@ -40,13 +41,11 @@ def main() -> None:
         with log.open("w", encoding="utf-8") as stream:
             agent = start(server, command, stdout=stream, stderr=subprocess.STDOUT)
             try:
-                follow(server, sweep, agent)
+                seconds = follow(server, sweep, agent)
             finally:
-                agent.terminate() if agent.poll() is None else None
-        runs = server.state.runs_of(sweep)
-        show(read_sweep(file), runs)
-    if not any(run.state == "finished" for run in runs):
-        sys.exit(f"No run finished; {log} says why.")
+                if agent.poll() is None:
+                    agent.terminate()
+        show(read_sweep(file), server.state.runs_of(sweep), seconds)
 
 
 def own_copy(file: Path) -> Path:
@@ -76,19 +75,19 @@ def say_and_run(server: Loopback, words: list[str]) -> None:
         sys.exit(f"{' '.join(words)} failed.")
 
 
-def follow(server: Loopback, sweep: str, agent: subprocess.Popen) -> None:
-    """A line for each run that ends, while the agent works."""
-    told: set[str] = set()
+def follow(server: Loopback, sweep: str, agent: subprocess.Popen) -> dict[str, float]:
+    """A line for each run that ends, while the agent works. Returns the seconds that each took."""
     begun: dict[str, float] = {}
-    while agent.poll() is None or told < {run.name for run in server.state.runs_of(sweep)}:
+    took: dict[str, float] = {}
+    while True:
+        alone = agent.poll() is not None
         for run in list(server.state.runs_of(sweep)):
             begun.setdefault(run.name, time.monotonic())
-            if run.name not in told and (run.state in ("finished", "failed", "crashed") or agent.poll() is not None):
-                told.add(run.name)
-                print(
-                    "  ".join(words_about(server.sweeps[sweep].file, run, time.monotonic() - begun[run.name])),
-                    flush=True,
-                )
+            if run.name not in took and (alone or run.state in ENDED):
+                took[run.name] = time.monotonic() - begun[run.name]
+                print("  ".join(words_about(server.sweeps[sweep].file, run, took[run.name])), flush=True)
+        if alone:
+            return took
         time.sleep(0.2)
 
 
@@ -100,24 +99,31 @@ def words_about(sweep: SweepFile, run: RunState, seconds: float) -> Iterator[str
     yield f"{'stopped early' if run.stop else run.state}, {seconds:.0f} s"
 
 
-def show(sweep: SweepFile, runs: list[RunState]) -> None:
+def show(sweep: SweepFile, runs: list[RunState], seconds: dict[str, float]) -> None:
     """Table, importance, best command; and the page."""
-    records = [record_of(sweep, run) for run in runs]
-    print_report(sweep, records)
-    page = FOLDER / "sweep.html"
-    write_report(page, sweep, records)
-    print(f"Picture of the sweep: {page.relative_to(ROOT)}", flush=True)
+    records = [record_of(sweep, run, seconds.get(run.name)) for run in runs]
+    page = Page(sweep, records, total=sweep.run_cap)
+    if page.best is None:
+        sys.exit(f"No run finished; {FOLDER / 'agent.log'} says why.")
+    words = trial_words(sweep, {key: value for key, value in page.best.parameters.items() if key != "run_dir"}, [])
+    page = replace(page, command=command_line(words))
+    write_sweep_report(FOLDER / "sweep.html", page)
+    console.print(trial_table(page))
+    say(f"Best: trial {page.best.number}, {page.metric} {page.best.value:.5g}, in {page.best.folder}")
+    say(f"  {page.command}")
+    say(f"Page: {FOLDER / 'sweep.html'}")
 
 
-def record_of(sweep: SweepFile, run: RunState) -> TrialRecord:
+def record_of(sweep: SweepFile, run: RunState, seconds: float | None) -> TrialRecord:
     values = run.values(sweep.metric.name)
+    state = run.state if run.state == "finished" else "failed"
     return TrialRecord(
         number=run.number,
         parameters=run.parameters,
         value=values[-1] if values else None,
-        state="stopped" if run.stop else run.state,
-        folder=next((FOLDER / "runs").glob(f"**/*-{run.name}"), None),
-        seconds=None,
+        state="stopped" if run.stop else state,
+        folder=next((FOLDER / "runs").glob(f"**/*-{run.name}"), FOLDER),
+        seconds=seconds,
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from lit_vlm.config.job import GPU, num_gpus
 from lit_vlm.config.schema import RunConfig, SubmitConfig
 from lit_vlm.config.secrets import places_of_secrets
+from lit_vlm.types import counted
 
 _TIME = re.compile(
     r"(?:(?P<days>\d+)-(?P<dhours>\d+)(?::(?P<dminutes>\d+)(?::(?P<dseconds>\d+))?)?|\d+(?::\d+){0,2})\Z"
@@ -103,12 +104,12 @@ def _gpus(config: RunConfig) -> Iterator[str]:
     if gpus < 0:
         yield f"submit.gpus_per_node: must be 0 or above, found {gpus}."
     elif gpus and trainer.accelerator == "cpu":
-        yield f"submit.gpus_per_node: {gpus} GPUs, and trainer.accelerator=cpu would leave them idle; choose trainer=ddp, ... or 0."
+        yield f"submit.gpus_per_node: {counted(gpus, 'GPU')}, which trainer.accelerator=cpu would leave idle; choose trainer=ddp, ... or 0."
     elif trainer.accelerator in GPU and gpus < trainer.devices:
         if gpus == 0 and any(map(_asks_for_gpus, config.submit.extra)):
             return  # clusters that want a type of GPU, or another option for it
         yield (
-            f"submit.gpus_per_node: {gpus} GPUs for trainer.devices={trainer.devices} processes of a node; each needs one."
+            f"submit.gpus_per_node: {counted(gpus, 'GPU')} for trainer.devices={trainer.devices} processes of a node; each needs one."
         )
 
 

@@ -11,6 +11,7 @@ from lit_vlm.config.schema import Strategy
 from lit_vlm.cost.communication import break_even
 from lit_vlm.cost.memory import Load
 from lit_vlm.cost.situation import Situation
+from lit_vlm.types import counted
 
 ROOM = 0.9  # share of a device's memory that an estimate may fill and still count as comfortable
 MOSTLY_FROZEN = 0.1  # below this share of trainable weights a stage's frozen ones are what counts
@@ -100,7 +101,7 @@ def _in_order(of: Situation) -> Iterator[Choice | None]:
         yield _if_fits(of, Strategy.ddp, _why_copies(of))
         yield _inside_a_node(of) if of.nodes == 1 else _over_nodes(of)
     devices = devices_that_would_do(of)
-    what = f"the states do not fit on {of.world_size} device{'s' if of.world_size > 1 else ''}, so the host's memory holds them, slowly"
+    what = f"the states do not fit on {counted(of.world_size, 'device')}, so the host's memory holds them, slowly"
     instead = f"; {devices} devices would do without" if devices else ""
     offloaded = _if_fits(of, Strategy.deepspeed_zero3_offload, f"{what}{instead}")
     yield replace(offloaded, devices=devices) if offloaded else None

@@ -13,7 +13,7 @@ from lit_vlm.config.custom import made_from
 from lit_vlm.data.processor import Processor
 from lit_vlm.evaluation.answers import ask, readable_prompt
 from lit_vlm.evaluation.scoring import score
-from lit_vlm.types import Content, ImageSlot, Language, Message, Role, Sample, UserError
+from lit_vlm.types import Content, ImageSlot, Language, Message, Role, Sample, UserError, counted
 
 Asked = tuple[Sample, str]  # a sample, whose last message is the known answer, and an answer to its prompt
 
@@ -121,7 +121,11 @@ def grades_of(scorer: Scorer, asked: Sequence[Asked]) -> list[float | None]:
     found = list(scorer.grade(distinct)) if distinct else []
     wrong = [grade for grade in found if grade is not None and not _is_share(grade)]
     if len(found) != len(distinct) or wrong:
-        what = f"{len(found)} grades for {len(distinct)} answers" if len(found) != len(distinct) else repr(wrong[0])
+        what = (
+            f"{counted(len(found), 'grade')} for {counted(len(distinct), 'answer')}"
+            if len(found) != len(distinct)
+            else repr(wrong[0])
+        )
         raise UserError(
             f"prefer.judge: {type(scorer).__name__}.grade gave {what}; it must give a number from 0 to 1, or None, for each."
         )

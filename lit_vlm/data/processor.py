@@ -13,7 +13,18 @@ from transformers import PreTrainedTokenizerFast
 from lit_vlm.anyres import ImageSettings, Layout
 from lit_vlm.data.template import Encoded, Template
 from lit_vlm.data.tiles import tiles_from
-from lit_vlm.types import Fault, ImageSlot, Message, PreferencePair, Record, RecordError, Role, Sample, UserError
+from lit_vlm.types import (
+    Fault,
+    ImageSlot,
+    Message,
+    PreferencePair,
+    Record,
+    RecordError,
+    Role,
+    Sample,
+    UserError,
+    counted,
+)
 
 _COUNTING = 2  # raise it when the same records come to other counts; it is part of the digest
 
@@ -161,7 +172,7 @@ class Processor:
         if sorted(slots) != list(range(len(layouts))):
             raise RecordError(
                 record.origin,
-                f"{len(slots)} image placeholders but {len(layouts)} images; each image needs exactly one",
+                f"{counted(len(slots), 'image placeholder')} but {counted(len(layouts), 'image')}; each image needs exactly one",
                 fault=Fault.placeholders,
             )
         return self.template.encode(messages, [layouts[slot].num_tokens for slot in slots], prompt=prompt)

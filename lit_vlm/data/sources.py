@@ -21,7 +21,7 @@ from lit_vlm.data.readers.place import Place, Settings
 from lit_vlm.data.readers.rows import Rows
 from lit_vlm.data.readers.rows.base import identity
 from lit_vlm.data.staging import original
-from lit_vlm.types import IMAGE_TOKEN, Kind, Language, Record, Source, UserError
+from lit_vlm.types import IMAGE_TOKEN, Kind, Language, Record, Source, UserError, counted
 
 # By the names of config's Format, and those that `auto` finds besides.
 READERS: dict[str, Reader] = {**FORMATS, "sharegpt": FORMATS["llava"], "webdataset": read_by_keys}
@@ -98,7 +98,7 @@ def open_source(
         return source
     share = Chosen(source, config.fraction, config.num_samples)
     if not len(share):
-        found = f"chooses none of its {len(source)} records"
+        found = f"chooses none of its {counted(len(source), 'record')}"
         raise UserError(f"data.sources.{name}.fraction={config.fraction} {found}. Raise it.")
     return share
 

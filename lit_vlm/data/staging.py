@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lit_vlm.types import UserError
+from lit_vlm.types import UserError, counted
 
 VARIABLE = "LIT_VLM_STAGED"
 COPIES = 8  # at once; small pictures wait for the server more than for the disk
@@ -170,7 +170,7 @@ def main(words: list[str]) -> None:
         sys.exit(str(error))
     seconds = time.monotonic() - began
     print(
-        f"{socket.gethostname()}: {count:,} files, {size / 1e9:.2f} GB copied to {folder} in {seconds:.0f} s",
+        f"{socket.gethostname()}: {counted(count, 'file')}, {size / 1e9:.2f} GB copied to {folder} in {seconds:.0f} s",
         flush=True,
     )
 

@@ -18,7 +18,7 @@ from lit_vlm.config.schema import RunConfig, Strategy
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.engine.checkpoint import plan_digest
 from lit_vlm.engine.run_folder import to_plain, versions
-from lit_vlm.types import UserError
+from lit_vlm.types import UserError, counted
 
 # Settings of one machine. All others, those of `config/elsewhere.py` too, are the same on all ranks.
 OF_A_MACHINE = ("run_dir", "index_dir", "num_threads", "num_workers", "index_workers", "enable_progress_bar", "logger")
@@ -96,7 +96,7 @@ def require_same(facts: dict[str, Any], device: torch.device) -> None:
         for rank, same in enumerate(equal)
         if not all(same)
     ]
-    more = f"; and {len(different) - NUM_NAMED} more ranks" if len(different) > NUM_NAMED else ""
+    more = f"; and {counted(len(different) - NUM_NAMED, 'more rank')}" if len(different) > NUM_NAMED else ""
     raise UserError(
         f"The ranks were not started alike. Other than rank 0 on {told[0][0]}: {'; '.join(different[:NUM_NAMED])}{more}. "
         "Start all of them with the same command, the same checkout and packages, and the same files."

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_vlm.engine.run_folder import write_atomically
-from lit_vlm.types import UserError
+from lit_vlm.types import UserError, counted
 
 if TYPE_CHECKING:
     from lit_vlm.data.datamodule import DataModule
@@ -71,7 +71,7 @@ def halve_budget(run_dir: Path, datamodule: DataModule, most_times: int) -> Budg
     before, smallest = Budget.read(run_dir, datamodule), datamodule.smallest_budget()
     if before.halved and (max(before.tokens, smallest[0]), max(before.tiles, smallest[1])) != datamodule.budget:
         return before  # not what this start read
-    now = f"{datamodule.budget[0]:,} tokens and {datamodule.budget[1]:,} tiles"
+    now = f"{datamodule.budget[0]:,} tokens and {counted(datamodule.budget[1], 'tile')}"
     if before.halved >= most_times:
         raise UserError(
             f"A device ran out of memory with micro-batches of at most {now}, after the budget was halved {before.halved} "

@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from lit_vlm.engine.run_folder import write_atomically
+from lit_vlm.types import counted
 
 HERE = Path(__file__).parent  # of templates and style sheets, those of a kind of page in its folder
 STYLE = "report.css"  # of every page
@@ -25,7 +26,7 @@ class Page:
     Args:
         template: in `HERE`. It includes `page_head.html`, which shows `title`.
         styles: sheets beside `STYLE`.
-        filters: what the template calls by name to write a number.
+        filters: what the template calls by name to write a number, beside `counted`.
     """
 
     def __init__(self, template: str, *styles: str, **filters: Callable[..., str]) -> None:
@@ -37,7 +38,7 @@ class Page:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        self._environment.filters.update(filters)
+        self._environment.filters.update(counted=counted, **filters)
 
     def render(self, **values: Any) -> str:
         style = Markup("\n".join((HERE / name).read_text(encoding="utf-8") for name in self._styles))

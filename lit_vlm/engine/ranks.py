@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from lit_vlm.types import UserError
+from lit_vlm.types import UserError, counted
 
 _SPECIAL_STEPS = 0xFFFFFFF0  # step numbers from here on are Slurm's own: batch script, interactive shell, extern
 
@@ -77,7 +77,7 @@ def _refuse(tasks: int, devices: int, num_nodes: int) -> None:
         raise SystemExit(1)
     nodes = os.environ.get("SLURM_STEP_NUM_NODES", "?")
     raise UserError(
-        f"srun started {tasks} tasks on {nodes} node{'' if nodes == '1' else 's'}; trainer.num_nodes={num_nodes} with"
+        f"srun started {counted(tasks, 'task')} on {nodes} node{'' if nodes == '1' else 's'}; trainer.num_nodes={num_nodes} with"
         f" trainer.devices={devices} needs {devices * num_nodes} on {num_nodes}: srun --nodes={num_nodes}"
         f" --ntasks-per-node={devices}. task=submit writes a script in which they agree."
     )

@@ -17,7 +17,7 @@ from rich.table import Table
 from lit_vlm.engine.pages import Page, write_page
 from lit_vlm.engine.report_charts import Line, line_chart, smoothed
 from lit_vlm.engine.report_data import RunRecord, arrow, duration, read_run, short, split_group
-from lit_vlm.types import SPECIAL_TOKENS
+from lit_vlm.types import SPECIAL_TOKENS, counted
 
 HEADINGS = ("stage", "trained", "samples", "tokens", "tokens/s", "loss", "held-out score")
 MOST_INLINE_BYTES = 60_000  # of a PNG; a larger one goes into the page as JPEG
@@ -142,7 +142,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
     waited, memory = figures.get("data_wait"), figures.get("peak_memory_bytes")
     facts = [
         ("steps", short(figures.get("steps", plan.get("steps")))),
-        ("batch", f"{plan['global_batch_size']} samples" if "global_batch_size" in plan else ""),
+        ("batch", counted(plan["global_batch_size"], "sample") if "global_batch_size" in plan else ""),
         ("micro-batches per step", f"{plan['k']}" if "k" in plan else ""),
         ("ranks", str(plan.get("world_size", ""))),
         ("time", duration(figures.get("seconds"))),

@@ -27,7 +27,7 @@ from lit_vlm.model.hub import quiet_transformers
 from lit_vlm.model.lora import draw_adapter
 from lit_vlm.model.vocabulary import grow
 from lit_vlm.model.weights import Weights, places_of
-from lit_vlm.types import UserError
+from lit_vlm.types import UserError, counted
 
 if TYPE_CHECKING:
     from lit_vlm.model.build import Blueprint
@@ -183,7 +183,7 @@ def _grow(model: LlavaOnevisionForConditionalGeneration, weights: Weights, bluep
     if strange:
         raise UserError(
             f"The tokenizer has {len(blueprint.tokenizer):,} tokens and the model's table {stored:,} rows; "
-            f"{len(strange)} of its own tokens have none. Give the tokenizer that belongs to the model."
+            f"{counted(len(strange), 'of its own tokens has', 'of its own tokens have')} none. Give the tokenizer that belongs to the model."
         )
 
 

@@ -23,7 +23,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import cached_file
 
 from lit_vlm.model.parts import UNUSED
-from lit_vlm.types import UserError
+from lit_vlm.types import UserError, counted
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -133,7 +133,7 @@ def places_of(model: PreTrainedModel, name: str, revision: str | None = None) ->
 def half_a_model(name: str, absent: Iterable[str]) -> str:
     absent = sorted(absent)
     return (
-        f"{name}: {len(absent)} weights are missing or of another shape there, {', '.join(absent[:3])} among them. "
+        f"{name}: {counted(len(absent), 'weight is', 'weights are')} missing or of another shape there, {', '.join(absent[:3])} among them. "
         "The folder holds another model than its config.json says, or half of one."
     )
 

@@ -40,7 +40,7 @@ from lit_vlm.stages.checks import (
 from lit_vlm.stages.optimizer import make_optimizer, make_scheduler, options_of
 from lit_vlm.stages.passes import Seen, keep_features
 from lit_vlm.stages.start import ModelLike, described, drawn_up, start_from
-from lit_vlm.types import Batch, Part, UserError
+from lit_vlm.types import Batch, Part, UserError, counted
 
 
 class Stage(L.LightningModule):
@@ -163,7 +163,7 @@ class Stage(L.LightningModule):
         if rows:
             model.new_tokens = NewTokens(model, rows)
             known = self.how.get(Part.language_model)
-            self.how[Part.language_model] = f"{known + ', ' if known else ''}rows of {len(rows)} tokens"
+            self.how[Part.language_model] = f"{known + ', ' if known else ''}rows of {counted(len(rows), 'token')}"
         checkpoint_layers(model, self.level)
         self.set_modes()
 

@@ -23,7 +23,7 @@ from lit_vlm.stages.passes import folder_for, pass_over
 from lit_vlm.stages.reference import ReferenceLogProbs
 from lit_vlm.stages.start import ModelLike
 from lit_vlm.stages.tally import NAMES, Tally, kl_of
-from lit_vlm.types import Batch, Part, UserError
+from lit_vlm.types import Batch, Part, UserError, counted
 
 COLLAPSE = -0.7  # nats per token: chosen answers' tokens are half as likely as under the reference
 
@@ -110,8 +110,9 @@ class DPOStage(Stage):
             return
         words = mine.get_vocab().items() ^ other.tokenizer.get_vocab().items()
         raise UserError(
-            f"stage.reference={self.hparams['reference']} has another tokenizer than the model that trains: {len(words):,} entries differ, "
-            f"as {sorted(words)[0][0]!r}. Its log-probabilities would be of other tokens. Name a model of the same vocabulary."
+            f"stage.reference={self.hparams['reference']} has another tokenizer than the model that trains: "
+            f"{counted(len(words), 'entry differs', 'entries differ')}, as {sorted(words)[0][0]!r}. Its log-probabilities would be of "
+            "other tokens. Name a model of the same vocabulary."
         )
 
     def prepare(self) -> None:

@@ -22,6 +22,7 @@ from lit_vlm.engine.slurm import own_job
 from lit_vlm.engine.watch_thread import Note
 from lit_vlm.stages import Stage
 from lit_vlm.tasks.terminal import say
+from lit_vlm.types import counted
 
 MOST_ENTERED = 20  # records that turned bad, for each of which a job starts again; more is a disk that fails
 
@@ -82,7 +83,7 @@ def fit_or_again(trainer: L.Trainer, stage: Stage, datamodule: DataModule, run: 
             raise
         half = halve_budget(run.dir, datamodule, run.config.guard.max_oom_retries)
         say(
-            f"{run.name}: out of memory; goes on with at most {half.tokens:,} tokens and {half.tiles:,} tiles in a "
+            f"{run.name}: out of memory; goes on with at most {half.tokens:,} tokens and {counted(half.tiles, 'tile')} in a "
             "micro-batch, and the same samples in each step"
         )
         raise Again from None

@@ -22,7 +22,7 @@ from lit_vlm.engine.run_folder import digest_of_sources, parent_of, require_pare
 from lit_vlm.tasks.finished import Finished, open_finished
 from lit_vlm.tasks.stage_data import StageData, make_datamodule, open_sources, settle
 from lit_vlm.tasks.terminal import console, say
-from lit_vlm.types import UserError
+from lit_vlm.types import UserError, counted
 
 LINE_SECONDS = 30.0
 
@@ -47,7 +47,9 @@ def prefer(run: Run) -> None:
     journal.start()
     index = data.datamodule.index
     waiting = [number for number in range(len(index)) if key_of(index, number) not in journal.lines]
-    say(f"{len(index):,} prompts, {len(index) - len(waiting):,} of them asked before; the model is {run.init_from}")
+    say(
+        f"{counted(len(index), 'prompt')}, {len(index) - len(waiting):,} of them asked before; the model is {run.init_from}"
+    )
     if waiting:
         pictures = Pictures(output.parent, journal.folder / IMAGES)
         maker = PairMaker(finished.load(), finished.processor, scorer.load(), config.prefer, pictures, config.seed)
@@ -68,9 +70,9 @@ def ask_all(maker: PairMaker, journal: Journal, data: DataModule, waiting: list[
             if time.monotonic() - told > LINE_SECONDS:
                 told = time.monotonic()
                 left = (told - began) / count * (len(waiting) - count)
-                say(f"{count:,} of {len(waiting):,} prompts; {left / 60:.0f} minutes left")
+                say(f"{count:,} of {counted(len(waiting), 'prompt')}; {counted(round(left / 60), 'minute')} left")
     except KeyboardInterrupt:
-        say(f"interrupted; the same command goes on behind {len(journal.lines):,} prompts")
+        say(f"interrupted; the same command goes on behind {counted(len(journal.lines), 'prompt')}")
         raise SystemExit(INTERRUPTED) from None
 
 
@@ -156,5 +158,5 @@ def show(journal: Journal, rows: list[dict[str, Any]]) -> None:
         )
     root = image_root([path for row in rows for path in row["images"]])
     elsewhere = f" data.sources.mine.image_root={root}" if root else ""
-    say(f"{len(rows):,} pairs: {journal.output}   Every answer: {journal.folder / 'answers.jsonl'}")
+    say(f"{counted(len(rows), 'pair')}: {journal.output}   Every answer: {journal.folder / 'answers.jsonl'}")
     say(f"Train on them with: stage=dpo data=preference data.sources.mine.path={journal.output}{elsewhere}")

@@ -26,7 +26,7 @@ from lit_vlm.engine.preflight.samples import bad_examples
 from lit_vlm.tasks.run_lock import lock_of
 from lit_vlm.tasks.stage_data import StageData, require_records_of, store_of
 from lit_vlm.tasks.terminal import progress_over
-from lit_vlm.types import RecordError, Source, UserError
+from lit_vlm.types import RecordError, Source, UserError, counted
 
 STEPS_OF_A_SAMPLE = 300  # planned where the index is of a sample: its packs are like those of the whole
 
@@ -79,7 +79,7 @@ def look(run: Run, data: StageData, sources: dict[str, Source], facts: Facts) ->
         facts.histograms = histograms(index, scales, caps)
         repeated = duplicates_between(index)
         if repeated:
-            what = f"{repeated:,} records say, with the same images, what a record of another source says."
+            what = f"{counted(repeated, 'record says', 'records say')}, with the same images, what a record of another source says."
             facts.findings.append(Finding(Level.warning, what))
     with noted(facts):
         require_records_of(config.stage, datamodule)

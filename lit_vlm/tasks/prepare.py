@@ -21,6 +21,7 @@ from lit_vlm.tasks.stage_data import (
     store_of,
 )
 from lit_vlm.tasks.terminal import console, progress_over, say
+from lit_vlm.types import counted
 
 
 def prepare(run: Run) -> None:
@@ -49,7 +50,7 @@ def prepare(run: Run) -> None:
     devices = config.trainer.devices * config.trainer.num_nodes
     plan = datamodule.make_plan(devices)
     balance = f"; their work is balanced to {plan.balance()['micro_steps']['mean']:.1%}" if devices > 1 else ""
-    say(f"{plan.num_steps:,} steps; k = {plan.k} on {devices} device{'s' if devices > 1 else ''}{balance}")
+    say(f"{counted(plan.num_steps, 'step')}; k = {plan.k} on {counted(devices, 'device')}{balance}")
     hold_to_lock(data)
     aside = (
         f" Set aside: {run.dir / 'quarantine.jsonl'}  " if config.data.on_bad_record is OnBadRecord.quarantine else ""

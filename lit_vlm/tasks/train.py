@@ -50,7 +50,7 @@ from lit_vlm.tasks.run_lock import hold_to_lock
 from lit_vlm.tasks.stage_data import StageData, open_sources, require_records_of, settle, stage_data
 from lit_vlm.tasks.strategy import settle_strategy
 from lit_vlm.tasks.terminal import console, say
-from lit_vlm.types import UserError
+from lit_vlm.types import UserError, counted
 
 
 @listening()
@@ -240,6 +240,7 @@ def show_start(data: StageData, stage: Stage) -> None:
     if run.init_from:
         say(f"starts from {run.init_from}")
     say(
-        f"{len(index):,} samples, {len(datamodule.held_out):,} held out; {plan.num_steps:,} steps of {plan.global_batch_size} samples"
-        f" in {plan.k} micro-batch{'es' if plan.k > 1 else ''} on {plan.world_size} rank{'s' if plan.world_size > 1 else ''}"
+        f"{counted(len(index), 'sample')}, {len(datamodule.held_out):,} held out; {counted(plan.num_steps, 'step')} of "
+        f"{counted(plan.global_batch_size, 'sample')} in {counted(plan.k, 'micro-batch', 'micro-batches')} on "
+        f"{counted(plan.world_size, 'rank')}"
     )

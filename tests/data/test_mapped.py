@@ -182,7 +182,7 @@ def test_an_ambiguous_picture_is_refused_by_both_names(tmp_path):
 @pytest.mark.parametrize(
     ("record", "mapping", "reason"),
     [
-        ({"answer": "1"}, {"image": "b.jpg"}, "image 'b.jpg' not found in .*1 pictures"),
+        ({"answer": "1"}, {"image": "b.jpg"}, "image 'b.jpg' not found in .*1 picture,"),
         ({"anwser": "1", "b": 2}, {}, r"there is no 'answer': the record has the keys 'anwser', 'b'"),
         ({"a": {"c": 1}}, {"answer": "{a.b}"}, r"there is no 'a\.b': a has the keys 'c'"),
         ({"a": [1]}, {"answer": "{a.1}"}, "there is no 'a.1': a has 1 items"),

@@ -166,7 +166,7 @@ def test_sources_of_other_names_choose_other_records():
 def test_a_fraction_that_cannot_be_is_refused(folder):
     path = str(write(folder / "train.jsonl", [llava(ASK, GPT)]))
     refused("data.sources.mine.fraction=1.5: above 0 and at most 1", path=path, fraction=1.5)
-    refused("fraction=1e-09 chooses none of its 1 records. Raise it.", path=path, fraction=1e-9)
+    refused("fraction=1e-09 chooses none of its 1 record. Raise it.", path=path, fraction=1e-9)
 
 
 def test_most_tiles_of_a_source_reach_its_records(folder):

@@ -187,7 +187,7 @@ def test_a_rejected_answer_may_be_of_another_picture(folder, key):
     assert pair.rejected_images and [image.size for image in pair.images] == [(40, 60), (30, 20)]
     assert pair.chosen == pair.rejected and pair.num_shown == 1
     for wrong, message in (
-        ({"rejected_images": ["other.png", "other.png"]}, "2 rejected images beside 1 images"),
+        ({"rejected_images": ["other.png", "other.png"]}, "2 rejected images beside 1 image;"),
         ({"rejected_images": ["flower.png"], "images": ["flower.png"], "image": None}, "nothing to prefer"),
         ({"rejected_images": ["other.png"], "rejected_image": "other.png"}, "one of them must go"),
     ):

@@ -1,15 +1,20 @@
 """The page of preflight says what the index and the plan say, shows what the model gets, and runs nothing of the data's."""
 
+import io
 import re
 from html import unescape
 
 import numpy as np
 import pytest
+from rich.console import Console
 from support import builtin, picture, sample
 
+from lit_vlm.config import parse
 from lit_vlm.cost import Flops
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.markup import obj
+from lit_vlm.engine.preflight import terminal
+from lit_vlm.engine.preflight.checks import findings
 from lit_vlm.engine.preflight.facts import Facts, Finding, Level, SourceRow
 from lit_vlm.engine.preflight.looked_at import EvenSample, looked_at
 from lit_vlm.engine.preflight.numbers import fill_source_rows, histograms, padding, plan_facts
@@ -27,6 +32,7 @@ from lit_vlm.types import (
     RecordError,
     Role,
     Sample,
+    counted,
 )
 
 FLOPS = Flops(1.0, 1e-4, 256.0, 0.25)
@@ -103,6 +109,29 @@ def test_verdict_names_every_problem(facts):
     assert all(
         word in text for word in ("The first problem.", "Do this.", "A warning.", "The second problem.", "Do that.")
     )
+
+
+def test_the_terminal_says_how_many_faults_it_leaves_out_and_where_they_are(facts, tmp_path):
+    page = tmp_path / "preflight.html"
+
+    def told(quarantined):
+        facts.sources[0].quarantined = quarantined
+        console = Console(file=io.StringIO(), width=110)
+        terminal.show(facts, page, console)
+        return console.file.getvalue()
+
+    two = {"broken": 3, "missing": 2}
+    assert "and 1 more" not in told(two) and "set aside: all faults" not in told(two)
+    many = told({**two, "outside": 1})
+    assert "and 1 more" in many and f"with examples: {page}" in many and "outside" not in many
+
+
+def test_one_is_one():
+    assert [counted(number, "record") for number in (0, 1, 2000)] == ["0 records", "1 record", "2,000 records"]
+    row = SourceRow("mine", 1, 1, quarantined={Fault.overlong: 1}, expected=2)
+    config = parse(["task=preflight", "experiment=tiny/2_sft"]).config
+    found = " ".join(each.what for each in findings(Facts("x", "sft", "", "", sources=[row]), config))
+    assert "mine: 1 record is too long" in found and "mine: 1 record on disk where 2 are expected" in found
 
 
 def test_an_empty_page_renders():

@@ -120,7 +120,7 @@ def test_float32_products_of_a_half_precision_run_are_told(tmp_path):
     assert (wrong.written, wrong.dtype, wrong.place) == ("8 × 4 × 2", "fp32", ("forward", "language model"))
     assert script.facts(tmp_path, precision="32-true").wrong_types == []
     page = render(script.facts(tmp_path))
-    assert "1 float32 products a step in a bf16-mixed run, 3.0 % of its\ntime" in page.replace("its time", "its\ntime")
+    assert "1 float32 product a step in a bf16-mixed run, 3.0 % of its\ntime" in page.replace("its time", "its\ntime")
     assert "a &lt;run&gt;" in page and "<script" not in page and "http" not in page
 
 

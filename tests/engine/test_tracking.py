@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 
 import pytest
-import wandb
 from tracking_cases import (
     history,
     kept,
@@ -20,6 +19,7 @@ from tracking_cases import (
     started,
 )
 
+import wandb
 from lit_vlm.engine.tracking import MetricsCsv, connection, facts
 from lit_vlm.engine.tracking.history import History
 from lit_vlm.engine.tracking.tables import boxes_of

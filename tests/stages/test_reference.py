@@ -145,7 +145,7 @@ def test_a_reference_of_another_tokenizer_is_refused(folder, processor, model, t
     grown.resize_token_embeddings(max(len(other), grown.get_input_embeddings().num_embeddings), mean_resizing=False)
     export_model(grown, other, processor.images, tmp_path / "other")
     stage = DPOStage(draw_up(ModelConfig(special_tokens=[]), str(folder)), reference=tmp_path / "other")
-    with pytest.raises(UserError, match="another tokenizer.*1 entries differ.*another word"):
+    with pytest.raises(UserError, match="another tokenizer.*1 entry differs.*another word"):
         stage.configure_model()
 
 

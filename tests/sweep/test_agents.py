@@ -140,7 +140,7 @@ def test_an_agent_killed_in_mid_run_leaves_a_run_that_goes_on_as_the_same(server
         timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (run.state, run.starts) == ("finished", 2)
+    assert run.state == "finished" and run.exit_code == 0
     steps = [row["_step"] for row in run.history if "train/loss" in row]
     assert len(steps) == 40 == len(set(steps))
 

@@ -15,7 +15,7 @@ import numpy as np
 from lit_vlm.cost import Flops
 from lit_vlm.data.index.columns import Index
 from lit_vlm.data.plan.even_out import even_out
-from lit_vlm.types import UserError
+from lit_vlm.types import UserError, counted
 
 ELEMENTS = 1 << 17  # of the largest matrix in work, steps x packs or steps x samples: about what a core's cache holds
 
@@ -86,8 +86,8 @@ def _require_room(index: Index, caps: Caps) -> None:
         above = np.flatnonzero(column > most)
         if len(above):
             raise UserError(
-                f"{len(above):,} samples have more than data.{key}_per_micro_batch={most} {key}, the largest {column.max():,}. "
-                f"Raise data.{key}_per_micro_batch, or let data.on_overlong handle them."
+                f"{counted(len(above), 'sample has', 'samples have')} more than data.{key}_per_micro_batch={most} {key}, the largest "
+                f"{column.max():,}. Raise data.{key}_per_micro_batch, or let data.on_overlong handle them."
             )
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from lit_vlm.data.images import FileImage, shown
 from lit_vlm.data.readers.archives import members_of
 from lit_vlm.data.readers.zips import Flaw, Member, ZipImage
-from lit_vlm.types import Fault, ImageSource, RecordError, UserError
+from lit_vlm.types import Fault, ImageSource, RecordError, UserError, counted
 
 PICTURES = ("*.jpg", "*.jpeg", "*.png", "*.webp", "*.gif", "*.bmp")
 _NUMBERS = ("container", "offset", "packed", "size", "crc", "flaw", "stamp")
@@ -124,7 +124,7 @@ class Catalogue:
                 raise RecordError(origin, f"image {shown(path)} may be {both}", "Give its whole path", Fault.missing)
             if found:
                 return found[0]
-        reason = f"image {shown(path)} not found in {self.root}, which has {len(self):,} pictures, zip files included"
+        reason = f"image {shown(path)} not found in {self.root}, which has {counted(len(self), 'picture')}, zip files included"
         raise RecordError(origin, reason, _REMEDY, Fault.missing)
 
     def digest(self, start: int = 0, stop: int | None = None) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from lit_vlm.data.readers.messages import read_turns
 from lit_vlm.data.readers.place import Place, new_slots, type_name
 from lit_vlm.data.readers.record import check_slots, check_turns, found_language, record_id, slots_in, with_questions
-from lit_vlm.types import ImageSlot, ImageSource, Kind, Message, PreferencePair, Role
+from lit_vlm.types import ImageSlot, ImageSource, Kind, Message, PreferencePair, Role, counted
 
 
 def read_preference(row: Mapping[str, Any], place: Place) -> PreferencePair:
@@ -33,7 +33,7 @@ def read_preference(row: Mapping[str, Any], place: Place) -> PreferencePair:
     others = place.images(row, "rejected_")
     if others and len(others) != len(images):
         raise place.fault(
-            f"{len(others)} rejected images beside {len(images)} images; the prompt shows as many of each"
+            f"{counted(len(others), 'rejected image')} beside {counted(len(images), 'image')}; the prompt shows as many of each"
         )
     if chosen == rejected and (not others or _names(row, "") == _names(row, "rejected_")):
         raise place.fault("chosen and rejected are equal; there is nothing to prefer")

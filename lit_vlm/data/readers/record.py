@@ -21,6 +21,7 @@ from lit_vlm.types import (
     Message,
     Role,
     Sample,
+    counted,
 )
 
 __all__ = ["Place", "Settings", "make_sample", "new_slots", "type_name"]
@@ -74,7 +75,7 @@ def check_turns(messages: Sequence[Message], place: Place) -> None:
 
 def check_slots(num_slots: int, num_images: int, place: Place, marker: str = f"'{IMAGE_TOKEN}'") -> None:
     if num_slots != num_images:
-        slots, images = _count(num_slots, "image placeholder"), _count(num_images, "image")
+        slots, images = counted(num_slots, "image placeholder"), counted(num_images, "image")
         raise place.fault(f"{slots} but {images}; each {marker} needs one", Fault.placeholders)
 
 
@@ -137,7 +138,3 @@ def _kind(prompted: bool, messages: Sequence[Message], num_images: int, settings
 def _asks_nothing(message: Message) -> bool:
     shows = any(isinstance(piece, ImageSlot) for piece in message.content)
     return message.role is Role.user and shows and not message.text.strip()
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -14,7 +14,7 @@ from lit_vlm.engine.checkpoint.folder import Folder
 from lit_vlm.engine.checkpoint.layout import INDEX, Damaged, Index
 from lit_vlm.engine.checkpoint.read import check_files, misfits, read_index
 from lit_vlm.engine.shards import Shards
-from lit_vlm.types import UserError
+from lit_vlm.types import UserError, counted
 
 AUTO, NONE = "auto", "none"
 ANEW = "resume_from=none starts the run from its beginning."
@@ -102,7 +102,7 @@ def _foreign(trainer: L.Trainer, shards: Shards, index: Index, belongs: Belongs)
         return f"it is of a run with another {'; '.join(different[:3])}"
     plan = getattr(getattr(trainer, "datamodule", None), "plan", None)
     if plan is not None and index.step > plan.num_steps:
-        return f"it has {index.step:,} steps, and this run takes {plan.num_steps:,}"
+        return f"it has {counted(index.step, 'step')}, and this run takes {plan.num_steps:,}"
     if plan is not None and index.consumed and Consumed(plan).until(index.step) != index.consumed:
         return "its steps read other samples than this run's (other data, another mixture, or other caps)"
     found = misfits(index, shapes_of(trainer), shards.pieces())

@@ -9,6 +9,7 @@ from typing import Any
 
 from lit_vlm.engine.preflight.facts import Histogram
 from lit_vlm.engine.report_charts import Scale, log_ticks, ticks
+from lit_vlm.types import counted
 
 WIDTH, HEIGHT = 480, 190  # of the drawing; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 26, 40
@@ -46,7 +47,7 @@ def _bars(histogram: Histogram, x: Callable[[float], float], y: Callable[[float]
             left, right = x(histogram.edges[number]), x(histogram.edges[number + 1])
             upper, lower = y(base[number] + count), y(base[number])
             span = _span(histogram, number)
-            title = f"<title>{escape(name)}, {span}: {count:,} samples</title>"
+            title = f"<title>{escape(name)}, {span}: {counted(count, 'sample')}</title>"
             width = max(right - left - 0.8, 0.6)
             parts.append(
                 f'<rect class="{style}" x="{left + 0.4:.1f}" y="{upper}" width="{width:.1f}" height="{max(lower - upper, 0.5):.1f}">{title}</rect>'

@@ -15,7 +15,7 @@ from lit_vlm.config.schema import (
 from lit_vlm.engine.preflight.facts import Facts, Finding, Level, MemoryFacts, SourceRow
 from lit_vlm.engine.preflight.page import gigabytes, percent
 from lit_vlm.losses.preference import SORTS_THE_BATCH
-from lit_vlm.types import Fault, Part
+from lit_vlm.types import Fault, Part, counted
 
 FEW_PER_RANK = 8  # samples of a step that a rank needs for packs to come out equal
 UNEVEN = 0.97  # balance below which ranks wait noticeably
@@ -58,7 +58,9 @@ def _of_source(row: SourceRow, config: RunConfig) -> Iterator[Finding]:
     yield from of_bad_records(row, config.data)
     yield from _of_length(row, _seen(row), config.data.on_overlong)
     if row.expected is not None and row.expected != row.records:
-        what = f"{row.name}: {row.records:,} records on disk where {row.expected:,} are expected."
+        what = (
+            f"{row.name}: {counted(row.records, 'record')} on disk where {counted(row.expected, 'is', 'are')} expected."
+        )
         yield Finding(Level.warning, what, "Look whether the download is complete and of the right version.")
 
 
@@ -85,15 +87,15 @@ def _of_sources(rows: list[SourceRow]) -> Iterator[Finding]:
 def _of_length(row: SourceRow, seen: str, policy: OnOverlong) -> Iterator[Finding]:
     shortened = row.fewer_tiles + row.fewer_turns
     if shortened:
-        how = "cut into fewer tiles" if row.fewer_tiles else "cut at a turn"
-        what = f"{row.name}: {shortened:,}{seen} are longer than a micro-batch or data.max_length holds, and are {how}."
+        how, are = "cut into fewer tiles" if row.fewer_tiles else "cut at a turn", "is" if shortened == 1 else "are"
+        what = f"{row.name}: {shortened:,}{seen} {are} longer than a micro-batch or data.max_length holds, and {are} {how}."
         yield Finding(
             Level.warning,
             what,
             "Raise the limit: data.tokens_per_micro_batch, data.tiles_per_micro_batch, data.max_length or the model's own.",
         )
     if row.quarantined.get(Fault.overlong) and policy is OnOverlong.quarantine:
-        what = f"{row.name}: {row.quarantined[Fault.overlong]:,} records are too long, and data.on_overlong=quarantine."
+        what = f"{row.name}: {counted(row.quarantined[Fault.overlong], 'record is', 'records are')} too long, and data.on_overlong=quarantine."
         yield Finding(Level.advice, what, "data.on_overlong=fewer_tiles or cut_turn would keep most of them.")
 
 

@@ -23,7 +23,7 @@ from lit_vlm.model.build import Blueprint, build_on_meta
 from lit_vlm.model.frozen import frozen_matrices, matrices
 from lit_vlm.model.parts import part_of
 from lit_vlm.stages import Stage
-from lit_vlm.types import Part
+from lit_vlm.types import Part, counted
 
 REPORT_BYTES = 5e6  # a report with its pictures, samples and metrics; about what the shipped recipes leave
 
@@ -177,7 +177,7 @@ def disk_rows(
     checkpoints = float(parameters.trainable) * (1 + ADAM) * max(4, precision.weight) * number
     return [
         DiskRow("the model in transformers' layout", model, str(run_dir / "hf"), _free(run_dir)),
-        DiskRow(f"at most {number} checkpoints", checkpoints, str(run_dir / "checkpoints"), _free(run_dir)),
+        DiskRow(f"at most {counted(number, 'checkpoint')}", checkpoints, str(run_dir / "checkpoints"), _free(run_dir)),
         DiskRow("report, metrics, samples", REPORT_BYTES, str(run_dir), _free(run_dir)),
         DiskRow("index and plan", index_bytes, str(store), _free(store)),
     ]

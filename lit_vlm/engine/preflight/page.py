@@ -13,6 +13,7 @@ from lit_vlm.engine.preflight.charts import histogram_svg, legend
 from lit_vlm.engine.preflight.facts import Facts, Level, MemoryFacts, SourceRow, StrategyFacts
 from lit_vlm.engine.report_data import short
 from lit_vlm.engine.run_folder import to_plain, write_atomically
+from lit_vlm.types import counted
 
 
 def write_preflight(folder: Path, facts: Facts) -> Path:
@@ -46,9 +47,9 @@ def render(facts: Facts) -> str:
 def verdict_of(facts: Facts) -> str:
     failures = len(facts.of_level(Level.failure))
     if failures:
-        return f"would fail: {failures} problem{'s' if failures > 1 else ''}"
+        return f"would fail: {counted(failures, 'problem')}"
     warnings = len(facts.of_level(Level.warning))
-    return "would run" + (f", with {warnings} warning{'s' if warnings > 1 else ''}" if warnings else "")
+    return "would run" + (f", with {counted(warnings, 'warning')}" if warnings else "")
 
 
 def lead_of(facts: Facts) -> str:
@@ -56,8 +57,8 @@ def lead_of(facts: Facts) -> str:
     parts = []
     if facts.plan:
         plan = facts.plan
-        devices = f"{plan.world_size:,} device{'s' if plan.world_size > 1 else ''}"
-        parts.append(f"{plan.steps:,} steps of {plan.samples_per_step:,.0f} samples on {devices}")
+        batch = counted(round(plan.samples_per_step), "sample")
+        parts.append(f"{counted(plan.steps, 'step')} of {batch} on {counted(plan.world_size, 'device')}")
         parts.append(f"{short(plan.tokens)} tokens")
     if facts.time:
         parts.append(f"about {hours(facts.time.seconds)} on {facts.time.device}")

@@ -14,7 +14,7 @@ from lit_vlm.data.processor import Processor
 from lit_vlm.data.template import Encoded
 from lit_vlm.engine.preflight.facts import BadExample, Picture, Piece, ShownSample
 from lit_vlm.evaluation.drawing import ASKED, REFERENCE, draw_boxes, marks_of
-from lit_vlm.types import Message, PreferencePair, Record, RecordError, Role
+from lit_vlm.types import Message, PreferencePair, Record, RecordError, Role, counted
 
 PICTURE_PX = 520  # longest side of a picture on the page
 MOST_PICTURES = 4  # of one sample
@@ -120,7 +120,7 @@ def _boxed(record: Record) -> tuple[list[Picture], bool]:
     if not marks or not record.images:
         return [], False
     picture = draw_boxes(record.images[0].load(), marks)
-    return [Picture(f"{len(marks)} box{'es' if len(marks) > 1 else ''}", inline(picture))], True
+    return [Picture(counted(len(marks), "box", "boxes"), inline(picture))], True
 
 
 def _cut(record: Record, processor: Processor) -> list[Picture]:

@@ -12,9 +12,11 @@ from lit_vlm.engine.pages import sayable
 from lit_vlm.engine.preflight.facts import Facts, Level, SourceRow
 from lit_vlm.engine.preflight.page import count, gigabytes, hours, lead_of, percent, said_of, verdict_of
 from lit_vlm.engine.report_data import short
+from lit_vlm.types import counted
 
 STYLES = {Level.failure: "bold red", Level.warning: "yellow", Level.advice: "cyan"}
 MOST_SOURCES = 16  # of a long list, those that are drawn most; the page has all
+MOST_FAULTS = 2  # of a source
 
 
 def show(facts: Facts, page: Path, console: Console) -> None:
@@ -22,6 +24,8 @@ def show(facts: Facts, page: Path, console: Console) -> None:
     console.rule(f"preflight: {facts.name}", align="left", style="dim")
     if facts.sources:
         console.print(_sources(facts))
+        if any(len(row.quarantined) > MOST_FAULTS for row in facts.sources):
+            _say(console, f"set aside: all faults of each source, with examples: {page}")
         _say(console, _shares(facts))
     _say(console, *_plan(facts))
     if facts.parts:
@@ -64,7 +68,8 @@ def _sources(facts: Facts) -> Table:
 
 def _cells(row: SourceRow) -> list[str]:
     records = f"{row.records:,}" + (f"\nof {row.expected:,}" if row.expected not in (None, row.records) else "")
-    aside = f"{row.set_aside:,}" + "".join(f"\n{fault}" for fault in list(row.quarantined)[:2])
+    more = [f"and {len(row.quarantined) - MOST_FAULTS} more"] if len(row.quarantined) > MOST_FAULTS else []
+    aside = "\n".join([f"{row.set_aside:,}", *list(row.quarantined)[:MOST_FAULTS], *more])
     asked = f"{percent(row.asked)}{' tok' if row.asked_in == 'tokens' else ''}"
     scaled = [count(getattr(row, name) * row.scale, row.estimated) for name in ("usable", "tokens", "tiles")]
     return [row.name, records, scaled[0], aside, *scaled[1:], asked, percent(row.share_samples), f"{row.passes:.2f}"]
@@ -85,8 +90,8 @@ def _plan(facts: Facts) -> list[str]:
     ways = ", ".join(f"{name} {percent(share)}" for name, share in plan.padding.items())
     return [
         "",
-        f"plan: {plan.steps:,} steps of {plan.samples_per_step:,.0f} samples, k = {plan.k} on {plan.world_size:,} rank"
-        f"{'s' if plan.world_size > 1 else ''}; {short(plan.tokens)} tokens, {short(plan.supervised)} of them supervised, {short(plan.tiles)} tiles",
+        f"plan: {counted(plan.steps, 'step')} of {counted(round(plan.samples_per_step), 'sample')}, k = {plan.k} on "
+        f"{counted(plan.world_size, 'rank')}; {short(plan.tokens)} tokens, {short(plan.supervised)} of them supervised, {short(plan.tiles)} tiles",
         f"micro-batches: {plan.pack_tokens.mean:,.0f} tokens on average, at most {plan.pack_tokens.most:,.0f} of {plan.most_tokens:,}; "
         f"{plan.pack_tiles.mean:,.0f} tiles, at most {plan.pack_tiles.most:,.0f} of {plan.most_tiles:,}",
         f"balance: ranks {percent(plan.balance_ranks)}, packs side by side {percent(plan.balance_micro)}",

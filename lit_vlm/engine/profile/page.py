@@ -10,6 +10,7 @@ from lit_vlm.engine.preflight.page import percent
 from lit_vlm.engine.profile.facts import ProfileFacts, Row
 from lit_vlm.engine.profile.products import Product
 from lit_vlm.engine.profile.rooms import DATA, REST
+from lit_vlm.types import counted
 
 MOST_PRODUCTS, MOST_OTHERS = 10, 10
 COLOURS = 11  # of the style sheet
@@ -42,7 +43,7 @@ def findings_of(facts: ProfileFacts) -> list[tuple[str, str, str]]:
         found.append(
             (
                 "warning",
-                f"{calls:,.0f} float32 products a step in a {facts.precision} run, {percent(time / facts.milliseconds)} of its "
+                f"{counted(round(calls), 'float32 product')} a step in a {facts.precision} run, {percent(time / facts.milliseconds)} of its "
                 f"time; the costliest is {first.written} in {title(*first.place)}.",
                 "Something keeps its inputs or weights in float32 there.",
             )

@@ -46,8 +46,9 @@ def log_in() -> str:
         UserError: no login on this machine.
         Refused: the server does not know the key.
     """
-    import wandb
     from wandb.errors import AuthenticationError
+
+    import wandb
 
     wandb.setup(wandb.Settings(silent=True))
     began = time.monotonic()
