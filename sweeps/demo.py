@@ -16,11 +16,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import yaml
-from lit_vlm.sweep.record import TrialRecord
 
 from lit_vlm.sweep.file import SweepFile, read_sweep
 from lit_vlm.sweep.loopback import Loopback, RunState
 from lit_vlm.sweep.loopback.state import ENDED
+from lit_vlm.sweep.records import TrialRecord
+from lit_vlm.sweep.report import Page, write_sweep_report
+from lit_vlm.sweep.table import trial_table
+from lit_vlm.sweep.words import command_line, trial_words
+from lit_vlm.tasks.terminal import console, say
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "runs" / "sweep-demo"
