@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_vlm.config.elsewhere import is_elsewhere
+from lit_vlm.data.whole_files import writable
 from lit_vlm.engine.ranks import global_rank
 from lit_vlm.model.tensor_files import digest_of_weights
 from lit_vlm.types import Source, UserError
@@ -47,13 +48,13 @@ class RunFolder:
         return self.manifest.get("status") == "finished"
 
     def update(self, **fields: Any) -> None:
-        """Put fields into the manifest and write it, whole or not at all."""
+        """Put fields into the manifest and write it, whole or not at all. UserError where it cannot be written."""
         self.manifest.update(fields)
         if is_rank_zero():
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_atomically(
-                self.path / "manifest.json", json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n"
-            )
+            with writable(self.path, "manifest.json", "run_dir"):
+                self.path.mkdir(parents=True, exist_ok=True)
+                text = json.dumps(self.manifest, indent=2, ensure_ascii=False) + "\n"
+                write_atomically(self.path / "manifest.json", text)
 
 
 def open_run_folder(

@@ -15,6 +15,7 @@ from callbacks import make_callbacks
 from lit_vlm.config import Run
 from lit_vlm.config.check import ALWAYS
 from lit_vlm.config.schema import ActivationCheckpointing, Debug, RunConfig
+from lit_vlm.data.whole_files import writable
 from lit_vlm.engine.budget import NAME as BUDGET
 from lit_vlm.engine.budget import Budget
 from lit_vlm.engine.checkpoint import Belongs, Folder
@@ -139,9 +140,9 @@ def train_once(run: Run, again: bool = False) -> None:
         },
     )
     if is_rank_zero():
-        write_atomically(
-            run.dir / "config.yaml", yaml.safe_dump(to_plain(asdict(config)), allow_unicode=True, sort_keys=False)
-        )
+        text = yaml.safe_dump(to_plain(asdict(config)), allow_unicode=True, sort_keys=False)
+        with writable(run.dir, "config.yaml", "run_dir"):
+            write_atomically(run.dir / "config.yaml", text)
 
     try:
         fit_or_again(trainer, stage, datamodule, run)
