@@ -19,6 +19,7 @@ from typing import Any
 
 from lit_vlm.config.elsewhere import is_elsewhere
 from lit_vlm.config.secrets import agrees, redacted, redacted_words
+from lit_vlm.data.whole_files import writable
 from lit_vlm.engine.ranks import global_rank
 from lit_vlm.model.tensor_files import digest_of_weights
 from lit_vlm.types import Source, UserError
@@ -50,12 +51,13 @@ class RunFolder:
         return self.manifest.get("status") == "finished"
 
     def update(self, **fields: Any) -> None:
-        """Put fields into the manifest and write it, whole or not at all."""
+        """Put fields into the manifest and write it, whole or not at all. UserError where it cannot be written."""
         self.manifest.update(fields)
         if is_rank_zero():
-            self.path.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(redacted(self.manifest), indent=2, ensure_ascii=False)
-            write_atomically(self.path / "manifest.json", text + "\n")
+            with writable(self.path, "manifest.json", "run_dir"):
+                self.path.mkdir(parents=True, exist_ok=True)
+                text = json.dumps(redacted(self.manifest), indent=2, ensure_ascii=False) + "\n"
+                write_atomically(self.path / "manifest.json", text)
 
 
 def open_run_folder(

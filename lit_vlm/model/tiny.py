@@ -18,6 +18,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, SiglipVi
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from lit_vlm.model.hub import quiet_transformers
+from lit_vlm.model.tensor_files import os_errors
 from lit_vlm.model.vocabulary import CHATML
 
 CORPUS = Path(__file__).with_name("tiny_corpus.txt")
@@ -26,7 +27,11 @@ VERSION = "1"  # part of the folder's name: raise it when what is made changes
 
 
 def tiny_parts(folder: Path, seed: int = 0) -> tuple[str, str]:
-    """Folders of a tower (56-pixel tiles of 16 patches) and a language model, made when they are not there yet."""
+    """Folders of a tower (56-pixel tiles of 16 patches) and a language model, made when they are not there yet.
+
+    Raises:
+        OSError: they cannot be written.
+    """
     tower, language = folder / f"tiny_siglip-v{VERSION}-seed{seed}", folder / f"tiny_qwen2-v{VERSION}-seed{seed}"
     _once(tower, lambda path: make_vision_tower(path, seed))
     _once(language, lambda path: make_language_model(path, seed))
@@ -107,15 +112,16 @@ def _seeded(seed: int, make: Callable):
 
 
 def _once(path: Path, make: Callable[[Path], None]) -> None:
-    """Make a folder beside its place and move it there, so that a half-made one is never found."""
+    """Make a folder beside its place and move it there, so that a half-made one is never found. OSError: it cannot be."""
     if path.is_dir():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    make(beside)
     try:
+        with os_errors():
+            make(beside)
         os.replace(beside, path)
-    except OSError:  # another process was faster
+    except OSError:
         shutil.rmtree(beside)
-        if not path.is_dir():
+        if not path.is_dir():  # else another process was faster
             raise

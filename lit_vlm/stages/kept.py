@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lit_vlm.data.whole_files import written
+from lit_vlm.model.tensor_files import os_errors
 from lit_vlm.types import Batch, UserError
 
 VERSION = 2  # raise it when the same model and data come to other numbers
@@ -84,14 +85,11 @@ class Kept:
             self.write()
 
     def write(self) -> None:
-        """What is new becomes a file of its own, whole or not at all."""
+        """What is new becomes a file of its own, whole or not at all. UserError when there is no room or right."""
         if self.folder is None or not self._new:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        name = f"part-{uuid4().hex}.safetensors"
-        beside = self.folder / f".{name}"
-        save_file(_packed(self._new), beside)
-        os.replace(beside, self.folder / name)
+        with written(self.folder / f"part-{uuid4().hex}.safetensors", self.what.capitalize()) as beside, os_errors():
+            save_file(_packed(self._new), beside)
         self._new, self._bytes = [], 0
 
     def exchange(self) -> None:

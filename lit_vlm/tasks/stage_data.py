@@ -18,6 +18,7 @@ from lit_vlm.data.plan.mixture import Amount, MixtureSettings
 from lit_vlm.data.processor import Processor, check_vocabulary
 from lit_vlm.data.quarantine import Quarantine
 from lit_vlm.data.sources import open_source
+from lit_vlm.data.whole_files import writable
 from lit_vlm.engine.run_folder import is_rank_zero, require_writable
 from lit_vlm.engine.trainer import FEW_STEPS, PROFILED_STEPS
 from lit_vlm.model.build import Blueprint, draw_up
@@ -76,10 +77,12 @@ def stage_data(run: Run, sources: list[Source], held_out: list[Source], init_fro
 
 
 def with_parts(config: RunConfig) -> ModelConfig:
-    """The model's settings with `tiny` parts made and named by their folders."""
+    """The model's settings with `tiny` parts made and named by their folders. UserError when they cannot be written."""
     model = config.model
     if "tiny" in (model.vision_tower, model.language_model):
-        tower, language = tiny_parts(Path(config.run_dir) / "parts", config.seed)
+        folder = Path(config.run_dir) / "parts"
+        with writable(folder, "The tiny model's parts", "run_dir"):
+            tower, language = tiny_parts(folder, config.seed)
         model.vision_tower = tower if model.vision_tower == "tiny" else model.vision_tower
         model.language_model = language if model.language_model == "tiny" else model.language_model
     return model

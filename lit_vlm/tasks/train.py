@@ -17,6 +17,7 @@ from lit_vlm.config import Run
 from lit_vlm.config.check import ALWAYS
 from lit_vlm.config.schema import ActivationCheckpointing, Debug, RunConfig
 from lit_vlm.config.secrets import redacted
+from lit_vlm.data.whole_files import writable
 from lit_vlm.engine.budget import NAME as BUDGET
 from lit_vlm.engine.budget import Budget
 from lit_vlm.engine.checkpoint import Belongs, Folder
@@ -157,10 +158,9 @@ def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) ->
         tracking=tracking.known(folder),
     )
     if is_rank_zero():
-        write_atomically(
-            run.dir / "config.yaml",
-            yaml.safe_dump(redacted(to_plain(asdict(config))), allow_unicode=True, sort_keys=False),
-        )
+        text = yaml.safe_dump(redacted(to_plain(asdict(config))), allow_unicode=True, sort_keys=False)
+        with writable(run.dir, "config.yaml", "run_dir"):
+            write_atomically(run.dir / "config.yaml", text)
     tracking.open(folder)
 
     try:

@@ -56,8 +56,8 @@ def submit(server, tmp_path):
             sweep = server.state.add_sweep("p", yaml.safe_dump(plain), plain).name
             path = os.pathsep.join([str(Path(sys.executable).parent), slurm.environment["PATH"]])
             own = {"PATH": path, "VIRTUAL_ENV": sys.prefix, "HOME": str(tmp_path), "WANDB_DIR": str(tmp_path)}
-            environment = {**slurm.environment, **server.environment(), **own, "OMP_NUM_THREADS": "1"}
-            environment["SLURM_CONF"] = slurm.environment["SLURM_CONF"]
+            found = {name: value for name, value in slurm.environment.items() if not name.startswith("WANDB_")}
+            environment = {**server.environment(), **found, **own, "OMP_NUM_THREADS": "1"}
             log = f"--output={tmp_path}/agent.log"
             job = slurm.run(
                 "sbatch",

@@ -98,7 +98,7 @@ def test_five_formats_and_no_weights(here, monkeypatch):
     """The page's numbers are those of index and plan, and the model is never built."""
     words = five_formats(here, share={"ko": 0.5, "text_only": 0.3})
     monkeypatch.setattr("lit_vlm.model.build._load", forbidden)
-    monkeypatch.setattr("lit_vlm.stages.base.build", forbidden)
+    monkeypatch.setattr("lit_vlm.stages.start.build", forbidden)
     monkeypatch.setattr("safetensors.safe_open", forbidden)
     monkeypatch.setattr("torch.load", forbidden)
     seen = look(*words, "preflight.world_size=2")
