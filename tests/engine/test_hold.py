@@ -5,8 +5,6 @@ import signal
 import socket
 import time
 
-import pytest
-
 from lit_vlm.engine.hold import HOLDER, Hold
 from lit_vlm.types import UserError
 
