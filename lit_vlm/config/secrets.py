@@ -144,7 +144,9 @@ def _text(key: Any) -> Any:
 
 def _without_value(match: re.Match[str]) -> str:
     value = match["value"]
-    bare = re.split(r"['\"]", value, maxsplit=1)[0] or value.strip("\"'")  # a quote may close what began before the name
+    bare = re.split(r"['\"]", value, maxsplit=1)[0] or value.strip(
+        "\"'"
+    )  # a quote may close what began before the name
     if not bare or not is_secret_name(match["name"]) or _is_reference(bare):
         return match[0]
     start, end = match.span("value")

@@ -86,6 +86,7 @@ def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) ->
         if is_rank_zero() and folder.hf.is_dir():
             checkpoints.remove(but_best=True)  # a finish that was cut short
         say(f"{run.name}: finished already, in {folder.path}. Start it anew with overwrite=true.")
+        tracking.catch_up(folder)
         return
 
     tracking.check(folder)

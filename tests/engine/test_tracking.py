@@ -19,8 +19,8 @@ from tracking_cases import (
     started,
 )
 
-import wandb
-from lit_vlm.engine.tracking import MetricsCsv, connection, facts
+from lit_vlm.config.schema import LoggerConfig
+from lit_vlm.engine.tracking import MetricsCsv, Tracking, connection, facts
 from lit_vlm.engine.tracking.history import History
 from lit_vlm.engine.tracking.tables import boxes_of
 from lit_vlm.engine.tracking.tensorboard import make_tensorboard
@@ -89,7 +89,11 @@ def test_what_is_logged_of_one_step_becomes_one_row_sent_when_the_next_begins():
 
 
 def test_the_table_gives_back_the_numbers_that_were_logged(tmp_path):
-    rows = [{"train/loss": 0.1 + 0.2, "epoch": 0, "step": 0}, {"val/loss": 1e-320, "step": 0}, {"train/loss": 3.0, "step": 1}]
+    rows = [
+        {"train/loss": 0.1 + 0.2, "epoch": 0, "step": 0},
+        {"val/loss": 1e-320, "step": 0},
+        {"train/loss": 3.0, "step": 1},
+    ]
     table = MetricsCsv(tmp_path)
     for row in rows:
         table.log_metrics({key: value for key, value in row.items() if key != "step"}, row["step"])
@@ -102,11 +106,16 @@ def test_rows_config_table_and_summary_arrive_and_secrets_do_not(server, tmp_pat
     tracker = started(folder, said, tags=["한국어"])
     tracker.log_samples("before", samples(folder.path), step=0)
     log(tracker, range(6))
-    folder.manifest |= {"figures": {"tokens_per_second": 10.5, "scores": {"after": {"ocr_ko": 0.5}}}, "weights_digest": "w"}
+    folder.manifest |= {
+        "figures": {"tokens_per_second": 10.5, "scores": {"after": {"ocr_ko": 0.5}}},
+        "weights_digest": "w",
+    }
     tracker.close("finished", facts.summary_of(folder.manifest, "finished"))
     run = the(server, folder)
     assert (run.state, run.exit_code, run.job_type, run.tags) == ("finished", 0, "sft", ["한국어"])
-    assert run.display_name == "tiny/2_sft" and run.group == f"tiny-{run.name}" and said == [f"W&B: {tracker_url(folder)}"]
+    assert (
+        run.display_name == "tiny/2_sft" and run.group == f"tiny-{run.name}" and said == [f"W&B: {tracker_url(folder)}"]
+    )
     rows = history(run)
     assert [row["_step"] for row in rows] == list(range(6))
     assert [row["train/loss"] for row in rows] == [1.0 / (step + 3) for step in range(6)]
@@ -114,9 +123,18 @@ def test_rows_config_table_and_summary_arrive_and_secrets_do_not(server, tmp_pat
     assert rows[0]["samples/before"]["_type"] == "table-file" and rows[0]["samples/before"]["nrows"] == 2
     assert run.settings["stage"]["learning_rate"] == 1e-3 and run.settings["run"]["code"]["commit"] == "0" * 40
     assert run.settings["run"]["plan"]["steps"] == 6 and run.settings["run"]["data"]["digest"] == "d" * 64
-    summary = {key: run.summary[key] for key in ("tokens_per_second", "scores/after/ocr_ko", "weights_digest", "status")}
+    summary = {
+        key: run.summary[key] for key in ("tokens_per_second", "scores/after/ocr_ko", "weights_digest", "status")
+    }
     assert list(summary.values()) == [10.5, 0.5, "w", "finished"] and run.summary["steps"] == 6
     assert SECRET not in json.dumps(run.config) and not found_in(tmp_path, SECRET)
+
+
+def until(condition, seconds: float = 20) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.05)
 
 
 def tracker_url(folder) -> str:
@@ -132,21 +150,19 @@ def test_boxes_are_overlays_with_labels_and_shares_of_the_sides(server, tmp_path
     tracker = started(folder, [])
     tracker.log_samples("before", samples(folder.path), step=0)
     tracker.close("finished", {})
-    (table,) = folder.path.glob("wandb/run-*/files/media/table/samples/before_0_*.table.json")
-    content = json.loads(table.read_text(encoding="utf-8"))
+    (table,) = (body for name, body in server.state.files.items() if name.endswith("samples/before.table.json"))
+    content = json.loads(table)
     assert content["columns"][-2:] == ["picture", "picture_2"]
     one, two = content["data"]
-    boxes = {layer: json.loads(path.read_text()) for layer, path in files_of_boxes(folder.path, one[-2]).items()}
-    reference, prediction = boxes["reference"]["box_data"][0], boxes["prediction"]["box_data"][0]
+    assert one[-2]["path"].endswith("a_plain.png") and set(one[-2]["boxes"]) == {"reference", "prediction"}
+    (reference,), (prediction,) = (one[-2]["boxes"][layer] for layer in ("reference", "prediction"))
     assert reference["position"] == {"minX": 0.25, "maxX": 0.75, "minY": 0.1, "maxY": 0.5}
-    assert boxes["reference"]["class_labels"][str(reference["class_id"])] == "고양이" == reference["box_caption"]
-    assert boxes["prediction"]["class_labels"][str(prediction["class_id"])] == "text"
-    assert one[-1] is None and two[-1]["_type"] == "image-file" and "boxes" not in two[-1]
-
-
-def files_of_boxes(folder: Path, cell: dict) -> dict[str, Path]:
-    (files,) = folder.glob("wandb/run-*/files")
-    return {layer: files / entry["path"] for layer, entry in cell["boxes"].items()}
+    assert (reference["box_caption"], prediction["box_caption"]) == ("고양이", "text")
+    labels = content["column_types"]["params"]["type_map"]["picture"]["params"]["allowed_types"][0]["params"][
+        "class_map"
+    ]
+    assert labels["params"]["val"] == {str(reference["class_id"]): "고양이", str(prediction["class_id"]): "text"}
+    assert one[-1] is None and two[-1]["_type"] == "image-file" and not two[-1].get("boxes")
 
 
 def test_no_boxes_make_no_layer():
@@ -206,21 +222,24 @@ def test_an_offline_run_left_and_continued_is_one_whole_run_after_wandb_sync(ser
     assert len(list(folder.path.glob("wandb/earlier/offline-run-*"))) == 1
     assert said[-1] == f"W&B: wandb sync {folder.path}/wandb/offline-run-*"
     sync(newest)
+    sync(newest)  # nothing is there twice
+    assert connection.was_synced(folder.path)
     run = the(server, folder)
     assert [row["_step"] for row in history(run)] == list(range(6)) and "samples/before" in run.history[0]
     assert (run.state, run.summary["status"], run.group) == ("finished", "finished", f"tiny-{run.name}")
-    sync(folder.path.glob("wandb/earlier/*").__next__(), newest)  # somebody uploads what is obsolete as well
-    assert [row["_step"] for row in history(run)] == list(range(6))
 
 
-def sync(*folders: Path) -> None:
-    words = [sys.executable, "-m", "wandb", "sync", *map(str, folders)]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+def sync(*words: str | Path) -> None:
+    command = [sys.executable, "-m", "wandb", "sync", *map(str, words)]
+    done = subprocess.run(command, cwd=os.environ["HOME"], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_a_chain_is_one_group_and_knows_the_run_and_the_model_that_it_starts_from(server, tmp_path):
-    first, second = run_folder(tmp_path / "first"), run_folder(tmp_path / "second", parent=str(tmp_path / "first" / "hf"))
+    first, second = (
+        run_folder(tmp_path / "first"),
+        run_folder(tmp_path / "second", parent=str(tmp_path / "first" / "hf")),
+    )
     (first.path / "hf").mkdir(parents=True)
     (first.path / "hf" / "model.safetensors").write_bytes(b"weights")
     (first.path / "mixture.lock").write_text("{}")
@@ -272,7 +291,7 @@ def test_a_dead_server_is_waited_for_once_and_the_run_goes_on_offline(session, s
         log(tracker, range(3))
         tracker.close("finished", {})
         assert time.monotonic() - began < 12
-    assert "did not answer within" in said[0] and "wandb sync" in said[0] and "tries the server again" in said[0]
+    assert "did not answer within" in said[0] and "wandb sync" in said[0] and "tries the server anew" in said[0]
     assert list(folder.path.glob("wandb/offline-run-*/run-*.wandb"))
 
 
@@ -292,18 +311,57 @@ def test_a_server_that_fails_for_a_while_gets_every_row(server, tmp_path):
     assert [row["_step"] for row in history(run)] == list(range(40)) and run.state == "finished"
 
 
-def test_a_server_that_never_comes_back_holds_the_end_no_longer_than_it_may(server, soon, tmp_path):
-    folder, said = run_folder(tmp_path), []
-    tracker = started(folder, said)
-    server.fail(500)
-    log(tracker, range(4))
-    began = time.monotonic()
-    tracker.close("finished", {})
-    assert time.monotonic() - began < 12
-    assert "not everything could be uploaded" in said[-1] and "wandb sync " in said[-1]
+def test_a_server_that_does_not_come_back_holds_no_end_and_gets_the_rest_by_the_same_command(server, soon, tmp_path):
+    folder, said, table = run_folder(tmp_path), [], MetricsCsv(tmp_path)
+    for values in kept(range(6)):
+        table.log_metrics({key: value for key, value in values.items() if key != "step"}, values["step"])
+    with tracking_of(folder, said) as tracking:
+        log(tracking.wandb, range(3))
+        until(lambda: the(server, folder).history)
+        server.fail(500)
+        log(tracking.wandb, range(3, 6))
+        began = time.monotonic()
+        tracking.finish(folder)
+        assert time.monotonic() - began < 12
+    assert "not everything could be uploaded" in said[-1] and "the same command sends what is missing" in said[-1]
+    assert len(the(server, folder).history) == 2 and folder.manifest["tracking"]["wandb"]["behind"]
     server.recover()
-    sync(Path(said[-1].partition("wandb sync ")[2].rstrip("`.")))
-    assert [row["_step"] for row in history(the(server, folder))] == list(range(4))
+    samples(folder.path, "after")
+    again = Tracking(LoggerConfig(wandb=True), folder.path, None, said.append)
+    again.catch_up(folder)
+    assert [row["_step"] for row in history(the(server, folder))] == list(range(6)), said
+    assert "samples/after" in the(server, folder).history[-1] and the(server, folder).state == "finished"
+    requests = len(server.requests)
+    again.catch_up(folder)  # nothing is missing any more
+    assert len(server.requests) == requests
+
+
+def tracking_of(folder, said: list[str]) -> Tracking:
+    tracking = Tracking(LoggerConfig(wandb=True), folder.path, None, said.append)
+    tracking.check(folder)
+    folder.update(tracking=tracking.known(folder))
+    tracking.open(folder)
+    return tracking
+
+
+def test_where_a_part_arrived_nothing_is_written_offline(server, session, soon, tmp_path):
+    folder, said = run_folder(tmp_path / "run"), []
+    tracker = started(folder, said)
+    log(tracker, range(3))
+    tracker.close("preempted", {})
+    with port_that_refuses() as url:
+        session(url, "a" * 40)
+        tracker = started(folder, said, before=True)
+        tracker.replay(kept(range(3)))
+        log(tracker, range(3, 5))
+        tracker.close("preempted", {})
+    assert "a part of this run is there already" in said[-1] and not list(folder.path.glob("wandb/offline-run-*"))
+    session(server.url, server.environment()["WANDB_API_KEY"])
+    tracker = started(folder, said, before=True)
+    tracker.replay(kept(range(5)))
+    log(tracker, range(5, 6))
+    tracker.close("finished", {})
+    assert [row["_step"] for row in history(the(server, folder))] == list(range(6))
 
 
 def test_a_client_that_breaks_does_not_break_the_training(server, tmp_path, monkeypatch):

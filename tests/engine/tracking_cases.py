@@ -16,7 +16,9 @@ CONFIG = {"seed": 3, "stage": {"learning_rate": 1e-3}, "logger": {"tags": ["ghp_
 BOX = {"layer": "reference", "label": "고양이", "box": [0.75, 0.1, 0.25, 0.5]}
 
 
-def run_folder(path: Path, name: str = "tiny/2_sft", parent: str | None = None, tracking: dict | None = None) -> RunFolder:
+def run_folder(
+    path: Path, name: str = "tiny/2_sft", parent: str | None = None, tracking: dict | None = None
+) -> RunFolder:
     manifest = {
         "status": "running",
         "name": name,
@@ -78,7 +80,14 @@ def samples(folder: Path, phase: str = "before") -> list[dict]:
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     for name in ("a_before", "a_plain", "b_0", "b_1"):
         Image.new("RGB", (32, 24), "white").save(folder / "samples" / f"{name}.png")
-    text = {"source": "s", "language": "ko", "prompt": "무엇?", "reference": "고양이", "prediction": "개", "phase": phase}
+    text = {
+        "source": "s",
+        "language": "ko",
+        "prompt": "무엇?",
+        "reference": "고양이",
+        "prediction": "개",
+        "phase": phase,
+    }
     one = {"id": "a", "kind": "grounding", "score": 0.5, "images": ["samples/a_before.png"]}
     one |= {"plain": "samples/a_plain.png", "boxes": [BOX, {"layer": "prediction", "label": "", "box": [0, 0, 1, 1]}]}
     two = {"id": "b", "kind": "multi_image", "score": 1.0, "images": ["samples/b_0.png", "samples/b_1.png"]}

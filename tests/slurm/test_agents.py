@@ -93,7 +93,7 @@ def test_an_agent_in_a_job_runs_its_trials_on_all_nodes_of_the_allocation(server
     slurm.wait(job, limit=300)
     runs = server.state.runs_of(sweep.name)
     assert [run.state for run in runs] == ["finished"] * 2, said(tmp_path)
-    assert [run.settings["plan"]["world_size"] for run in runs] == [2, 2]
+    assert [run.settings["run"]["plan"]["world_size"] for run in runs] == [2, 2]
     assert [run.starts for run in runs] == [1, 1]
 
 

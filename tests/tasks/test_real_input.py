@@ -263,10 +263,12 @@ def test_wandb_offline_writes_inside_the_run_folder_only(place, tmp_path):
     import wandb
 
     before = {path.name for path in place.iterdir()}
-    run(*LLAVA, "logger=wandb", "logger.offline=true", f"run_dir={tmp_path / 'runs'}", "run_name=w/b")
+    ran = run(*LLAVA, "logger=wandb", "logger.offline=true", f"run_dir={tmp_path / 'runs'}", "run_name=w/b")
     wandb.finish()
     assert {path.name for path in place.iterdir()} == before
-    assert list((tmp_path / "runs" / "w" / "b" / "wandb").glob("offline-run-*/run-w-b.wandb"))
+    (folder,) = (tmp_path / "runs" / "w" / "b" / "wandb").glob("offline-run-*")
+    run_id = ran.manifest["tracking"]["wandb"]["id"]
+    assert folder.name.endswith(f"-{run_id}") and (folder / f"run-{run_id}.wandb").is_file()
 
 
 def test_a_record_alone_can_be_trained_on(place):

@@ -46,9 +46,8 @@ def log_in() -> str:
         UserError: no login on this machine.
         Refused: the server does not know the key.
     """
-    from wandb.errors import AuthenticationError
-
     import wandb
+    from wandb.errors import AuthenticationError
 
     wandb.setup(wandb.Settings(silent=True))
     began = time.monotonic()
@@ -93,7 +92,6 @@ def begin(
         tags=redacted(logger.tags),
         dir=str(run_dir),
         mode="offline" if offline else "online",
-        # an offline run is whole by itself: `wandb sync` writes it over what the server has, row by row
         resume=None if offline else "allow",
         reinit="finish_previous",
         settings=_settings(logger, stop),
@@ -126,13 +124,14 @@ def set_aside(run_dir: Path) -> None:
         folder.rename(earlier / folder.name)
 
 
-def sync_command(run_dir: Path, written: Path | None = None) -> str:
-    """The command that uploads what a start wrote: to this folder, or offline."""
-    return (
-        f"wandb sync {shlex.quote(str(written))}"
-        if written
-        else f"wandb sync {shlex.quote(str(run_dir))}/wandb/offline-run-*"
-    )
+def was_synced(run_dir: Path) -> bool:
+    """Whether somebody uploaded what a start wrote offline; the client leaves a mark."""
+    return any(run_dir.glob("wandb/**/*.wandb.synced"))
+
+
+def sync_command(run_dir: Path) -> str:
+    """The command that uploads what was written offline."""
+    return f"wandb sync {shlex.quote(str(run_dir))}/wandb/offline-run-*"
 
 
 def is_asked_to_stop(entity: str, project: str, run_id: str) -> bool:

@@ -64,6 +64,11 @@ class MetricsCsv(Logger):
         self.num_rows = len(rows)
         return [{name: _number(value) for name, value in one.items() if value != ""} for one in rows]
 
+    def rows(self) -> list[dict[str, Any]]:
+        """All that is in the table, as it was logged."""
+        rows = _read(self.path)
+        return [{name: _number(value) for name, value in one.items() if value != ""} for one in rows]
+
     def logged(self) -> set[str]:
         """Names of all metrics in the table."""
         return {name for row in _read(self.path) for name in row} - {"step", "epoch"}

@@ -69,8 +69,7 @@ class Tracking:
         """Once the manifest says what will be run."""
         self._folder = folder
         if self.wandb is not None:
-            tracking = folder.manifest["tracking"]
-            folder.update(tracking=tracking | {"wandb": self.wandb.open(folder, tracking["wandb"])})
+            self._note(folder, **self.wandb.open(folder, folder.manifest["tracking"]["wandb"]))
 
     def require_metric(self, figures: dict[str, Any]) -> None:
         """`logger.metric` was logged, or is among the figures.
@@ -88,9 +87,22 @@ class Tracking:
         if self.wandb is None:
             return
         names = self.wandb.close("finished", facts.summary_of(folder.manifest, "finished"), uploads=True)
-        if names:
-            tracking = folder.manifest["tracking"]
-            folder.update(tracking=tracking | {"wandb": tracking["wandb"] | {"artifacts": names}})
+        self._note(folder, behind=self.wandb.behind, **({"artifacts": names} if names else {}))
+
+    def catch_up(self, folder: RunFolder) -> None:
+        """Send what the server lacks of a run that is finished."""
+        known = (folder.manifest.get("tracking") or {}).get("wandb") or {}
+        if self.wandb is None or not known.get("behind"):
+            return
+        self.wandb.log_in(begun_before=True)
+        if not self.wandb.offline:
+            self._note(folder, **self.wandb.open(folder, known))
+            self.wandb.replay_whole()
+            self.finish(folder)
+
+    def _note(self, folder: RunFolder, **known: Any) -> None:
+        tracking = folder.manifest["tracking"]
+        folder.update(tracking=tracking | {"wandb": tracking["wandb"] | known})
 
     # ---- a run that does not come to its end
 

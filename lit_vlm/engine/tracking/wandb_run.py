@@ -2,6 +2,10 @@
 
 Training does not depend on it. Its client is waited for at the start and at the end, each for a bounded time; between them
 it only takes rows, which its own process writes to the disk and sends when the server answers. What fails is said once.
+
+A run that never reached the server is whole in its newest offline folder, for `wandb sync`. That command adds to what the
+server has, row for row, so where a part arrived, nothing is written offline: `metrics.csv` has all rows, and the next start
+that reaches the server sends those that it lacks (of a finished run, the same command does no more than that).
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from lit_vlm.engine.signals import Ask, current
 from lit_vlm.engine.tracking import artifacts, connection, facts
 from lit_vlm.engine.tracking.connection import Refused, within
 from lit_vlm.engine.tracking.history import History
+from lit_vlm.engine.tracking.metrics_csv import MetricsCsv
 from lit_vlm.engine.tracking.tables import read_samples, table_of, written
 from lit_vlm.types import UserError
 
@@ -40,6 +45,10 @@ class WandbRun(Logger):
 
     It outlives a start that is given up within the process: the next one goes on with the same object.
 
+    Attributes:
+        offline: nothing is sent by this process.
+        behind: the server lacks something that it should have.
+
     Args:
         logger: the settings.
         run_dir: the run's folder; the client writes to `wandb/` in it.
@@ -50,7 +59,7 @@ class WandbRun(Logger):
         super().__init__()
         self.logger, self.run_dir, self.say = logger, Path(run_dir), say
         self.offline = connection.is_offline(logger)
-        self.stop_asked = False
+        self.behind = self.stop_asked = False
         self._run: Any = None
         self._history = History(self._send)
         self._late: dict[str, Any] = {}  # tables that were not ready for their own row
@@ -102,27 +111,25 @@ class WandbRun(Logger):
         """
         if self._run is None:
             self._begin(folder, known)
-        if self._run is None:
-            return known
         run = self._run
-        place = {} if self.offline else {"entity": run.entity, "project": run.project, "url": run.url}
-        return known | place
+        if run is None or self.offline:
+            return known
+        return known | {"entity": run.entity, "project": run.project, "url": run.url, "online": True}
 
     def _begin(self, folder: RunFolder, known: dict[str, Any]) -> None:
-        about = {
-            "name": folder.manifest["name"],
-            "group": known["group"],
-            "job_type": folder.manifest["stage"],
-            "config": facts.config_of(folder),
-        }
-
-        def begin() -> Any:
-            return connection.begin(
-                self.logger, self.run_dir, known, self._asked_to_stop, offline=self.offline, **about
+        manifest = folder.manifest
+        about = {"name": manifest["name"], "group": known["group"], "job_type": manifest["stage"]}
+        if self.offline and (known.get("online") or connection.was_synced(self.run_dir)):
+            self.behind = True
+            self.say(
+                "W&B: a part of this run is there already, so nothing is written offline. metrics.csv has all of it; the same"
+                " command sends what is missing, once the server can be reached."
             )
-
+            return
+        place = self.logger, self.run_dir, known, self._asked_to_stop
         try:
-            self._run = begin()
+            config = facts.config_of(folder)
+            self._run = connection.begin(*place, offline=self.offline, config=config, **about)
         except Exception as error:  # the client's errors are of many kinds, and none of them is worth the run
             if self.offline:
                 self._lose(error)
@@ -143,10 +150,10 @@ class WandbRun(Logger):
             self.say(f"W&B: the model that this run starts from is not linked: {_first_line(error)}")
 
     def _go_offline(self, reason: str) -> None:
-        self.offline = True
+        self.offline = self.behind = True
         self.say(
             f"W&B: {reason}, so this start writes to the run's folder. Upload it later with"
-            f" `{connection.sync_command(self.run_dir)}`; the next start tries the server again."
+            f" `{connection.sync_command(self.run_dir)}`, or start the run again: each start tries the server anew."
         )
 
     # ---- rows
@@ -188,6 +195,13 @@ class WandbRun(Logger):
             self.log_samples("before", read_samples(self.run_dir, "before"), step=0)
         for row in rows:
             self.log_metrics({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
+
+    def replay_whole(self) -> None:
+        """All rows of a finished run, from its files."""
+        rows = MetricsCsv(self.run_dir).rows()
+        self.replay(rows)
+        last = max((int(row["step"]) for row in rows), default=0)
+        self.log_samples("after", read_samples(self.run_dir, "after"), step=last)
 
     def _send(self, step: int, row: dict[str, Any]) -> None:
         if self._run is not None:
@@ -236,23 +250,25 @@ class WandbRun(Logger):
         try:
             within(run.settings.finish_timeout + GRACE_SECONDS, lambda: run.finish(exit_code=exit_code))
         except Exception as error:
-            written = Path(run.settings.sync_dir)
+            self.behind = True
             self.say(
-                f"W&B: not everything could be uploaded ({_first_line(error)}). It is on the disk; upload it later with"
-                f" `{connection.sync_command(self.run_dir, written=written)}`."
+                f"W&B: not everything could be uploaded ({_first_line(error)}). metrics.csv has all of it; the same command"
+                " sends what is missing, once the server can be reached."
             )
 
     def _guarded(self, call: Callable[[], Any]) -> None:
+        if self._run is None:
+            return
         try:
             call()
         except Exception as error:  # a client that broke is no reason to lose the training
             self._lose(error)
 
     def _lose(self, error: Exception) -> None:
-        run, self._run = self._run, None
+        run, self._run, self.behind = self._run, None, True
         self.say(
-            f"W&B: its client gave up ({_first_line(error)}); training goes on without it. metrics.csv has every row, and"
-            " the next start of this run sends what is missing."
+            f"W&B: its client gave up ({_first_line(error)}); training goes on without it. metrics.csv has all of it; the same"
+            " command sends what is missing."
         )
         if run is not None:
             with suppress(Exception):  # it is lost already

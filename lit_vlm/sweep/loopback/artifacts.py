@@ -53,7 +53,7 @@ class Artifacts:
         return {"commitArtifact": {"artifact": {"id": variables["artifactID"], "digest": artifact.digest}}}
 
     def op_UseArtifact(self, variables: Variables) -> Variables:
-        given = variables["input"]
+        given = variables.get("input", variables)  # the client's core asks in one form, its Python side in the other
         self.state.run(given["runName"]).used.append(self.state.artifacts[given["artifactID"]].path)
         return {"useArtifact": {"artifact": {"id": given["artifactID"]}}}
 

@@ -1,0 +1,163 @@
+"""What tracking adds to an optimizer step of the tiny sft stage, with a row at every step.
+
+    python -m benchmarks.tracking [--steps 60]
+
+Runs of `run.py` in processes of their own, each with another tracker: the table alone, W&B online (a server on the loopback
+interface), offline, and with a server that dies once training has begun: its port refuses, or takes connections and hangs.
+They take turns of a few steps each, so that a busy machine is busy for all, and read the same samples at the same step: what is
+compared is each step with the same step beside the table alone. The medians, and those of the time inside the logger, go to
+benchmarks/results/tracking.json with versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from lit_vlm.engine.run_folder import versions
+from lit_vlm.sweep.loopback import Loopback
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT = Path(__file__).parent / "results" / "tracking.json"
+TURN, WARM_UP = 5, 10  # steps
+WORDS = ["experiment=tiny/2_sft", "init_from=null", "trainer.log_every_n_steps=1", "trainer.num_threads=1"]
+WORDS += ["data.num_workers=0", "data.validation.fraction=0", "checkpoint.every_minutes=null"]
+WORDS += ["callbacks=[throughput,guard,benchmarks.tracking.Paced]"]
+READING, WRITING, TIMES = "LIT_VLM_PACE_READ", "LIT_VLM_PACE_WRITE", "LIT_VLM_PACE_TIMES"
+
+
+class Paced(L.Callback):
+    """In a run: takes a turn of steps when it is told to, and keeps how long each took."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+        self.logging: list[float] = []
+        self._began: float | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        for logger in trainer.loggers[1:]:
+            logger.log_metrics = self._timed(logger.log_metrics)
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if batch_idx % trainer.accumulate_grad_batches:
+            return
+        if self._began is not None:
+            self.steps.append(time.perf_counter() - self._began)
+        if trainer.global_step % TURN == 0:
+            os.write(int(os.environ[WRITING]), b".")
+            os.read(int(os.environ[READING]), 1)
+        self._began = time.perf_counter()
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        times = {"steps": self.steps, "logging": self.logging}
+        Path(os.environ[TIMES]).write_text(json.dumps(times), encoding="utf-8")
+        os.write(int(os.environ[WRITING]), b"!")
+
+    def _timed(self, log: Any) -> Any:
+        def timed(*arguments: Any, **named: Any) -> None:
+            began = time.perf_counter()
+            log(*arguments, **named)
+            self.logging.append(time.perf_counter() - began)
+
+        return timed
+
+
+@dataclass
+class Runner:
+    """One run, from outside."""
+
+    name: str
+    words: list[str]
+    environment: dict[str, str]
+    folder: Path
+    running: bool = True
+    _ends: list[int] = field(default_factory=list)
+
+    def start(self, steps: int) -> None:
+        (mine, its), (reading, writing) = os.pipe(), os.pipe()
+        self._ends = [mine, writing]
+        own = {READING: str(reading), WRITING: str(its), TIMES: str(self.folder / f"{self.name}.json")}
+        command = [sys.executable, "run.py", *WORDS, *self.words, f"trainer.max_steps={steps}"]
+        command += [f"run_dir={self.folder / 'runs'}", f"run_name={self.name}"]
+        log = (self.folder / f"{self.name}.log").open("w")
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=self.environment | own, pass_fds=(reading, its), stdout=log, stderr=subprocess.STDOUT
+        )
+        os.close(reading)
+        os.close(its)
+
+    def wait(self) -> None:
+        """Until it asks for a turn, or has none left."""
+        self.running = os.read(self._ends[0], 1) == b"."
+
+    def turn(self) -> None:
+        os.write(self._ends[1], b".")
+
+    def times(self) -> dict[str, list[float]]:
+        return json.loads((self.folder / f"{self.name}.json").read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=60)
+    steps = parser.parse_args().steps + WARM_UP
+    with tempfile.TemporaryDirectory() as place, Loopback() as server, Loopback() as refusing, Loopback() as hanging:
+        runners = [
+            Runner("csv", [], quiet(server, place), Path(place)),
+            Runner("online", ["logger=wandb"], quiet(server, place), Path(place)),
+            Runner("offline", ["logger=wandb", "logger.offline=true"], quiet(server, place), Path(place)),
+            Runner("refuses", ["logger=wandb"], quiet(refusing, place), Path(place)),
+            Runner("hangs", ["logger=wandb"], quiet(hanging, place), Path(place)),
+        ]
+        for runner in runners:
+            runner.start(steps)
+            runner.wait()
+        refusing.__exit__()
+        hanging.answer = lambda *request: threading.Event().wait()  # type: ignore[method-assign]
+        while any(runner.running for runner in runners):
+            for runner in runners:
+                if runner.running:
+                    runner.turn()
+                    runner.wait()
+        for runner in runners:
+            runner.process.wait()
+        rows = {runner.name: figures(runner.times(), runners[0].times()) for runner in runners}
+    found = {"steps": steps - WARM_UP, "rows": rows, "versions": versions()}
+    OUT.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(rows, indent=2))
+
+
+def quiet(server: Loopback, place: str) -> dict[str, str]:
+    own = {"HOME": place, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
+    return server.environment(**own, WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL="1")
+
+
+def figures(times: dict[str, list[float]], alone: dict[str, list[float]]) -> dict[str, float]:
+    """Milliseconds: a step, what it takes longer than the same step with the table alone, and the time in the logger."""
+    pairs = list(zip(times["steps"], alone["steps"], strict=True))[WARM_UP:]
+    inside = times["logging"][WARM_UP:] or [0.0]
+    return {
+        "step_ms": 1e3 * statistics.median(step for step, _ in pairs),
+        "added_ms": 1e3 * statistics.median(step - other for step, other in pairs),
+        "added_share": statistics.median(step / other - 1 for step, other in pairs),
+        "in_logger_ms": 1e3 * statistics.median(inside),
+        "in_logger_slowest_ms": 1e3 * max(inside),
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""Runs as a user starts them, tracked: killed and started again, a metric that is never logged, secrets in every place."""
+
+import csv
+import gzip
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from run_helpers import RUN, TINY, Ran, conversations, save_photos, write
+
+from lit_vlm.sweep.loopback import Loopback
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "config"))
+from secret_cases import FORMS, INSIDE, LETTERS
+
+LLAVA = ["stage=sft", "data=llava_json", "data.sources.mine.path=train.jsonl", "data.sources.mine.image_root=images"]
+LLAVA += ["data.validation.fraction=0.4"]
+TIMES = ("throughput/", "_runtime", "_timestamp", "samples/")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("user")
+    save_photos(folder / "images")
+    write(folder / "train.jsonl", conversations())
+    (folder / "home").mkdir()
+    return folder
+
+
+@pytest.fixture
+def server():
+    with Loopback() as loopback:
+        yield loopback
+        assert loopback.unknown == []
+
+
+def begin(server, place: Path, *words: str, **environment: str) -> subprocess.Popen:
+    own = {"HOME": str(place / "home"), "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1", "OMP_NUM_THREADS": "1"}
+    env = server.environment(**own, NO_COLOR="1", PYTHONUNBUFFERED="1", **environment)
+    command = [sys.executable, str(RUN), *TINY, *LLAVA, *words]
+    return subprocess.Popen(command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def ended(process: subprocess.Popen, limit: float = 120) -> tuple[int, str]:
+    said, _ = process.communicate(timeout=limit)
+    return process.returncode, said
+
+
+def of(row: dict) -> dict:
+    """Without what differs from run to run."""
+    return {key: value for key, value in row.items() if not key.startswith(TIMES)}
+
+
+@pytest.mark.slow
+def test_a_run_killed_and_started_again_is_one_run_with_the_history_of_one_never_killed(server, place):
+    words = ["logger=wandb", "trainer.max_steps=24", "trainer.log_every_n_steps=1", "checkpoint.every_steps=4"]
+    words += ["checkpoint.asynchronous=false", "data.validation.every_steps=6", "callbacks=[throughput,guard,samples]"]
+    code, said = ended(begin(server, place, *words, "run_name=whole"))
+    assert code == 0, said
+    process, table = begin(server, place, *words, "run_name=killed"), place / "runs" / "killed" / "metrics.csv"
+    while not (table.is_file() and table.read_text().count("\n") > 10):
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    ended(process)
+    code, said = ended(begin(server, place, *words, "run_name=killed"))
+    assert code == 0 and "goes on at step" in said, said
+    ids = [Ran(place / "runs" / name).manifest["tracking"]["wandb"]["id"] for name in ("whole", "killed")]
+    whole, killed = (server.runs[run_id] for run_id in ids)
+    assert len(server.runs) == 2 and (killed.state, whole.state) == ("finished", "finished")
+    assert [row["_step"] for row in killed.history] == list(range(25))
+    assert list(map(of, killed.history)) == list(map(of, whole.history))
+    logged = {int(row["step"]): float(row["train/loss"]) for row in rows_of(table) if row["train/loss"]}
+    assert {row["_step"]: row["train/loss"] for row in killed.history if "train/loss" in row} == logged
+    assert killed.summary["status"] == "finished" and killed.summary["steps"] == 24
+
+
+def rows_of(table: Path) -> list[dict]:
+    with table.open(encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_a_metric_that_is_never_logged_fails_the_run_at_its_first_validation_and_marks_it(server, place):
+    words = ["logger=wandb", "logger.metric=val/los", "data.validation.every_steps=1", "run_name=mistyped"]
+    code, said = ended(begin(server, place, *words))
+    assert code == 1 and "Did you mean val/loss?" in said and "Traceback" not in said
+    (run,) = server.runs.values()
+    assert (run.state, run.exit_code, run.summary["status"]) == ("failed", 1, "failed")
+    assert "logger.metric=val/los" in run.summary["error"]
+    assert Ran(place / "runs" / "mistyped").manifest["status"] != "finished"
+
+
+@pytest.mark.slow
+def test_a_second_start_of_a_run_under_way_is_refused_and_the_first_goes_on(server, place):
+    words = ["trainer.max_steps=60", "run_name=twice", "callbacks=[throughput,guard]"]
+    first, table = begin(server, place, *words), place / "runs" / "twice" / "metrics.csv"
+    while not (place / "runs" / "twice" / "held.json").is_file():
+        assert first.poll() is None
+        time.sleep(0.02)
+    code, said = ended(begin(server, place, *words))
+    assert code == 1 and f"process {first.pid} on " in said and "Traceback" not in said, said
+    code, said = ended(first)
+    assert code == 0 and table.is_file(), said
+
+
+# Secrets
+
+PASSWORDS = {"DEPOT_TOKEN": f"depot-{LETTERS[:12]}", "DB_PASSWORD": "correct horse battery"}
+PLANTED = [*FORMS.values(), *(secret for _, secret in INSIDE.values()), *PASSWORDS.values()]
+
+
+def planted() -> list[str]:
+    """Words of a command line with all of them: one object of settings, plain words, lists, texts, tables."""
+    settings = {
+        "logger.tags": [value for name, value in FORMS.items() if name != "pem"],
+        "submit.setup": [*(text for text, _ in INSIDE.values()), FORMS["pem"]],
+        "submit.env.DB_PASSWORD": PASSWORDS["DB_PASSWORD"],
+        "data.sources.mine.homepage": INSIDE["address"][0],
+        "data.sources.mine.obtain": f"ask with {PASSWORDS['DEPOT_TOKEN']} or {FORMS['hugging_face']}",
+        "data.sources.mine.licence": FORMS["github"],
+        "logger.group": f"group of {FORMS['gitlab']}",
+    }
+    words = [f"data.sources.mine.split={FORMS['slack']}", f"prefer.judge='https://u:{INSIDE['address'][1]}@h/m'"]
+    return [json.dumps(settings, ensure_ascii=False), *words]
+
+
+@pytest.mark.slow
+def test_of_25_planted_secrets_none_is_in_any_file_on_the_terminal_or_at_the_server(server, place, monkeypatch):
+    assert len(set(PLANTED)) >= 25
+    bodies = []
+    real = server.answer
+    server.answer = lambda method, path, key, body: bodies.append(body) or real(method, path, key, body)
+    common = [*planted(), "logger=wandb", "run_name=secret", "callbacks=[throughput,guard,samples,report]"]
+    tracked = [*common, "logger.tensorboard=true", "logger.artifacts=[lock,report]", "checkpoint.every_steps=1"]
+    outputs = [ended(begin(server, place, *tracked, **PASSWORDS))]
+    outputs.append(ended(begin(server, place, *tracked, **PASSWORDS)))  # and once more: it is still the same run
+    outputs.append(ended(begin(server, place, *common, "logger.offline=true", "run_name=offline")))
+    outputs.append(ended(begin(server, place, *common, "task=preflight", "run_name=before", **PASSWORDS)))
+    refused = ended(begin(server, place, *common, f"logger.tagz={FORMS['github']}"))
+    assert [code for code, _ in outputs] == [0, 0, 0, 0] and refused[0] == 1, outputs
+    assert "finished already" in outputs[1][1] and "logger.tagz" in refused[1]
+    sinks = {str(path): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    sinks |= {f"request {number}": unpacked(body) for number, body in enumerate(bodies)}
+    sinks |= {f"terminal {number}": said.encode() for number, (_, said) in enumerate([*outputs, refused])}
+    for names in ("manifest.json", "config.yaml", "report.html", "mixture.lock", ".wandb", "tfevents", "index.json"):
+        assert any(names in path for path in sinks), names
+    found = {(secret, path) for secret in PLANTED for path, body in sinks.items() if any(f in body for f in written(secret))}
+    assert found == set()
+    manifest = Ran(place / "runs" / "secret").manifest
+    assert manifest["config"]["submit"]["env"]["DB_PASSWORD"] == "<redacted>" and manifest["config"]["seed"] == 0
+    (run,) = server.runs.values()
+    assert run.settings["data"]["sources"]["mine"]["licence"] == "<redacted>"
+
+
+def written(secret: str) -> list[bytes]:
+    """A secret as it is, and as JSON and YAML write it."""
+    return list({secret.encode(), json.dumps(secret)[1:-1].encode(), secret.splitlines()[-1].encode()} - {b""})
+
+
+def unpacked(body: bytes) -> bytes:
+    return gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body
