@@ -16,6 +16,7 @@ pytestmark = [
     pytest.mark.timeout(600),
     pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)} here (Debian: apt-get install slurm-wlm)"),
 ]
+STEPS = 400
 TWO_NODES = {
     "experiment": "tiny/1_align",
     "trainer": "ddp",
@@ -24,7 +25,7 @@ TWO_NODES = {
     "trainer.devices": 1,
     "trainer.num_nodes": 2,
     "trainer.num_threads": 1,
-    "trainer.max_steps": 40,
+    "trainer.max_steps": STEPS,
     "trainer.log_every_n_steps": 1,
     "data.num_workers": 0,
     "data.global_batch_size": 4,
@@ -58,6 +59,7 @@ def submit(server, tmp_path):
             own = {"PATH": path, "VIRTUAL_ENV": sys.prefix, "HOME": str(tmp_path), "WANDB_DIR": str(tmp_path)}
             found = {name: value for name, value in slurm.environment.items() if not name.startswith("WANDB_")}
             environment = {**server.environment(), **found, **own, "OMP_NUM_THREADS": "1"}
+            environment["WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL"] = "1"
             log = f"--output={tmp_path}/agent.log"
             job = slurm.run(
                 "sbatch",
@@ -107,4 +109,4 @@ def test_an_agent_at_its_time_limit_hands_its_trial_on_and_comes_back(server, su
     assert [one.state for one in runs] == ["finished"] * 2, said(tmp_path)
     assert run.starts == 2 and int(slurm.job(job).get("Restarts", 0)) == 1
     steps = [row["_step"] for row in run.history if "train/loss" in row]
-    assert len(steps) == 40 == len(set(steps))
+    assert len(steps) == STEPS == len(set(steps))

@@ -104,22 +104,22 @@ def test_a_trial_that_fails_is_marked_failed_and_the_agent_goes_on(server, clien
 
 @pytest.mark.slow
 def test_an_agent_that_goes_down_hands_its_trial_to_the_next_which_resumes_it(server, client, tmp_path):
-    parameters = fixed(tmp_path, **{"trainer.max_steps": 40})
+    parameters = fixed(tmp_path, **{"trainer.max_steps": 120})
     sweep = client.sweep(method="grid", metric=METRIC, command=COMMAND, parameters=parameters)
     agent = client.start("agent", "--forward-signals", server.path(sweep))
     (run,) = until(lambda: [run for run in server.state.runs_of(sweep) if len(run.history) > 3])
     agent.send_signal(signal.SIGTERM)
     said, _ = agent.communicate(timeout=120)
-    assert run.state == "preempted" and run.exit_code == 75 and 3 < len(run.values("train/loss")) < 40, said
+    assert run.state == "preempted" and run.exit_code == 75 and 3 < len(run.values("train/loss")) < 120, said
     said += client.agent(sweep)
     assert (run.state, run.starts) == ("finished", 2), said
     steps = [row["_step"] for row in run.history if "train/loss" in row]
-    assert len(steps) == 40 == len(set(steps)), said
+    assert len(steps) == 120 == len(set(steps)), said
 
 
 @pytest.mark.slow
 def test_an_agent_killed_in_mid_run_leaves_a_run_that_goes_on_as_the_same(server, client, tmp_path):
-    settings = {"trainer.max_steps": 40, "checkpoint.every_steps": 2, "checkpoint.asynchronous": False}
+    settings = {"trainer.max_steps": 120, "checkpoint.every_steps": 2, "checkpoint.asynchronous": False}
     parameters = fixed(tmp_path, **settings)
     sweep = client.sweep(method="grid", metric=METRIC, command=COMMAND, parameters=parameters)
     agent = client.start("agent", server.path(sweep))
@@ -142,7 +142,7 @@ def test_an_agent_killed_in_mid_run_leaves_a_run_that_goes_on_as_the_same(server
     assert done.returncode == 0, done.stdout + done.stderr
     assert run.state == "finished" and run.exit_code == 0
     steps = [row["_step"] for row in run.history if "train/loss" in row]
-    assert len(steps) == 40 == len(set(steps))
+    assert len(steps) == 120 == len(set(steps))
 
 
 def _children_of(pid: int) -> list[int]:
