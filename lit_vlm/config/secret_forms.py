@@ -49,7 +49,8 @@ FORMS = (
     (re.compile("|".join(_PREFIXED)), _HIDDEN),
     (re.compile(r"(?<![0-9A-Za-z])(?:local-)?[0-9a-f]{40}(?![0-9A-Za-z])"), _digestless),
     (re.compile(r"((?:\bBearer|\bBasic)\s+)[A-Za-z0-9._~+/=-]{8,}", re.I), _KEEPS_NAME),
-    (re.compile(r"(://)[^/\s@'\"]*:[^/\s'\"]*(?=@)"), _KEEPS_NAME),  # user:password@host
+    # user:password@host; with one slash where an address was taken for a path
+    (re.compile(r"(:/{1,2})[^/\s@'\"]*:[^/\s'\"]*(?=@)"), _KEEPS_NAME),
     (re.compile(r"(://)[^/\s@:'\"]{20,}(?=@)"), _KEEPS_NAME),  # token@host
     (re.compile(rf"([?&](?:{'|'.join(_SIGNED)})=)[^&\s#'\"]+", re.I), _KEEPS_NAME),
 )

@@ -42,6 +42,8 @@ def pipeline(run: Run) -> None:
             raise UserError(
                 f"{experiment} ended with exit status {exit_code}; see above. `python run.py` goes on with it when that is mended."
             )
+        if (read_manifest(stage.dir) or {}).get("status") == "stopped":  # a sweep wants no more of this run
+            return
         folders.append(stage.dir)
     report = Path(run.config.run_dir) / _report_name(run, folders)
     write_report(report, folders, run.config.recipe)

@@ -8,6 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from lit_vlm.config.secrets import redacted, redacted_text
 from lit_vlm.engine.pages import Page, sayable, write_page
 from lit_vlm.engine.preflight.charts import histogram_svg, legend
 from lit_vlm.engine.preflight.facts import Facts, Level, MemoryFacts, SourceRow, StrategyFacts
@@ -19,10 +20,10 @@ from lit_vlm.types import counted
 def write_preflight(folder: Path, facts: Facts) -> Path:
     """`preflight.html` and `preflight.json`; returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    values = json.dumps(to_plain(facts.as_dict()), indent=1, ensure_ascii=False)
+    values = json.dumps(redacted(to_plain(facts.as_dict())), indent=1, ensure_ascii=False)
     write_atomically(folder / "preflight.json", sayable(values) + "\n")
     page = folder / "preflight.html"
-    write_page(page, render(facts))
+    write_page(page, redacted_text(render(facts)))
     return page
 
 
