@@ -97,13 +97,14 @@ def is_finished(folder: Path) -> bool:
     return (read_manifest(folder) or {}).get("status") == "finished"
 
 
-def last_line(folder: Path) -> str:
-    """The last words of a trial's log; of a traceback the error, of several lines of an error the last."""
+def last_lines(folder: Path, count: int = 1) -> str:
+    """The last words of a trial's log, where an error stands."""
     try:
-        lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+        text = (folder / LOG).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return "it left no log"
-    return next((line.strip() for line in reversed(lines) if line.strip()), "its log is empty")
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    return "\n".join(lines[-count:]) or "its log is empty"
 
 
 def end_left_behind(folder: Path) -> None:
