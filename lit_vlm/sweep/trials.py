@@ -106,7 +106,7 @@ class Trials:
 
     def _look(self) -> None:
         for trial in list(self._running):
-            if self.asked and not trial.leaving:
+            if self.asked or trial.leaving:
                 trial.ask_to_leave()
             status = trial.ended()  # before its table is read, so that the last row is in it
             values = trial.values(self.metric)
