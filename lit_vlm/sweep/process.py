@@ -16,6 +16,7 @@ from lit_vlm.engine.slurm import own_job, signal_steps
 
 LOG, NUMBER = "trial.log", "trial.pid"
 SAVING_SECONDS = 300.0  # that a trial of an earlier start is given to save and leave
+AGAIN_SECONDS = 20.0
 _SWEEPS_OWN = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")  # a trial of ours is nobody else's
 
 
@@ -41,6 +42,7 @@ class TrialProcess:
     stopping: bool = False
     leaving: bool = False
     starts: int = 0
+    _asked: float = 0.0
     _process: subprocess.Popen[bytes] | None = None
     _read: tuple[int, int] = (0, 0)  # time and size of the table when it was read
     _values: list[float] = field(default_factory=list)
@@ -62,8 +64,10 @@ class TrialProcess:
         return self._process.poll()
 
     def ask_to_leave(self) -> None:
-        """It saves and leaves: docs/resume.md."""
-        self.leaving = True
+        """It saves and leaves: docs/resume.md. A step is asked again after a while: it may not have begun."""
+        if self.leaving and not (self.in_step and time.monotonic() - self._asked > AGAIN_SECONDS):
+            return
+        self.leaving, self._asked = True, time.monotonic()
         job = own_job()
         if self.in_step and job:
             signal_steps(job, "TERM")
@@ -97,13 +101,14 @@ def is_finished(folder: Path) -> bool:
     return (read_manifest(folder) or {}).get("status") == "finished"
 
 
-def last_line(folder: Path) -> str:
-    """The last words of a trial's log; of a traceback the error, of several lines of an error the last."""
+def last_lines(folder: Path, count: int = 1) -> str:
+    """The last words of a trial's log, where an error stands."""
     try:
-        lines = (folder / LOG).read_text(encoding="utf-8", errors="replace").splitlines()
+        text = (folder / LOG).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return "it left no log"
-    return next((line.strip() for line in reversed(lines) if line.strip()), "its log is empty")
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    return "\n".join(lines[-count:]) or "its log is empty"
 
 
 def end_left_behind(folder: Path) -> None:

@@ -20,13 +20,14 @@ from lit_vlm.engine.report_data import read_metrics
 from lit_vlm.engine.run_folder import read_manifest
 from lit_vlm.engine.signals import ASKS, TOGETHER_SECONDS, Ask
 from lit_vlm.sweep.file import Goal
-from lit_vlm.sweep.process import TrialProcess, end_left_behind, is_finished, last_line, values_in
+from lit_vlm.sweep.process import LOG, TrialProcess, end_left_behind, is_finished, last_lines, values_in
 from lit_vlm.sweep.records import TrialRecord
 from lit_vlm.sweep.search import Outcome, Search, Trial
 from lit_vlm.types import UserError
 
 POLL_SECONDS = 0.5
 FAILURES = 3  # in a row, before any trial went well: it is not the values
+ERROR_LINES = 8  # of a log, that hold a run's error
 MOST_STARTS = 4  # of a trial that leaves to be started again, as after a device ran out of memory
 
 Place = tuple[str, ...]  # CUDA devices of one trial
@@ -105,7 +106,7 @@ class Trials:
 
     def _look(self) -> None:
         for trial in list(self._running):
-            if self.asked and not trial.leaving:
+            if self.asked or trial.leaving:
                 trial.ask_to_leave()
             status = trial.ended()  # before its table is read, so that the last row is in it
             values = trial.values(self.metric)
@@ -139,9 +140,7 @@ class Trials:
         told = self.search.outcome_of(trial.number) or outcome
         self._told[told] += 1
         if told is Outcome.failed:
-            self.say(
-                f"trial {trial.number}: failed: {why_failed(trial.folder, self.metric)} Log: {trial.folder / 'trial.log'}"
-            )
+            self.say(f"trial {trial.number}: failed: {why_failed(trial.folder, self.metric)} Log: {trial.folder / LOG}")
             self._give_up(trial)
         elif told is Outcome.finished:
             self.say(f"trial {trial.number}: {self.metric} {value:.5g}")
@@ -150,10 +149,11 @@ class Trials:
     def _give_up(self, trial: TrialProcess) -> None:
         if self._told[Outcome.failed] == FAILURES and not self._told[Outcome.finished] + self._told[Outcome.stopped]:
             self.on_change()
+            finished = is_finished(trial.folder)
+            said = why_failed(trial.folder, self.metric) if finished else last_lines(trial.folder, ERROR_LINES)
             raise UserError(
-                f"The first {FAILURES} trials failed, the last one with: {why_failed(trial.folder, self.metric)}\n"
-                f"Its log is {trial.folder / 'trial.log'}. When that is mended, the same command goes on with the trials"
-                " that are left."
+                f"The first {FAILURES} trials failed. The last one's log, {trial.folder / LOG}, ends with:\n{said}\n"
+                "When that is mended, the same command goes on with the trials that are left."
             )
 
     def _reached(self) -> bool:
@@ -211,7 +211,7 @@ def _record(trial: Trial, folder: Path, metric: str) -> TrialRecord:
 def why_failed(folder: Path, metric: str) -> str:
     """In a line."""
     if not is_finished(folder):
-        return last_line(folder)
+        return last_lines(folder)
     logged = read_metrics(folder / "metrics.csv")
     if metric in logged:
         return f"{metric} is {logged[metric][-1][1]}."

@@ -21,7 +21,7 @@ from lit_vlm.config.sweep import trial_overrides
 from lit_vlm.engine.exits import INTERRUPTED, RESTART
 from lit_vlm.engine.run_folder import require_writable, write_atomically
 from lit_vlm.engine.signals import Ask
-from lit_vlm.engine.slurm import outside_of_job, own_job, requeue
+from lit_vlm.engine.slurm import is_preempted, outside_of_job, own_job, requeue
 from lit_vlm.engine.slurm_script import step_command
 from lit_vlm.sweep.file import Method, SweepFile, look_at
 from lit_vlm.sweep.mistakes import mistakes_in_sweep
@@ -243,7 +243,8 @@ def leave(job: Sweep, asked: list[Ask]) -> None:
     """The trials have saved and left; say how to go on, and leave as well."""
     number = own_job() if job.run.config.trials.worker is not None else None
     if number and Ask.interrupt not in asked:
-        refused = requeue(number) if Ask.requeue in asked else "it was asked to leave"
+        again = Ask.requeue in asked or is_preempted(number)
+        refused = requeue(number) if again else "it was asked to leave"
         say(f"{job.run.name}: saved; job {number} is {f'not requeued ({refused})' if refused else 'requeued'}.")
     say(f"{job.run.name}: stopped, its trials are saved. The same command goes on.")
     raise SystemExit(INTERRUPTED if Ask.interrupt in asked else RESTART)
