@@ -166,7 +166,8 @@ def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) ->
 
     try:
         fit_or_again(trainer, stage, datamodule, run)
-    except LeftTogether:
+    except LeftTogether as left:
+        tracking.leave(left)
         leave_process_group()
         raise
     leave_process_group()  # what is left is rank 0's alone: nobody waits for it

@@ -114,16 +114,23 @@ class Tracking:
     ) -> None:
         if error is None or self.wandb is None or self._folder is None:
             return
+        code = EXIT_CODES[self.leave(error)]
+        if isinstance(error, SystemExit) and error.code in (RESTART, TERMINATED) and in_sweep() and error.code != code:
+            raise SystemExit(code) from error
+
+    def leave(self, error: BaseException) -> str:
+        """Say how the run ended, and end its run of W&B. Where ranks leave together the others wait for this: the first that
+        is gone ends a step of Slurm, and the client with it."""
         status = self._status(error)
+        if self.wandb is None or self._folder is None:
+            return status
         summary = facts.summary_of(self._folder.manifest, status)
         if status == "failed":
             summary["error"] = redacted_text(f"{type(error).__name__}: {error}".splitlines()[0])
         if status == "stopped early" and not self._folder.finished:
             self._folder.update(status="stopped")
         self.wandb.close(status, summary)
-        code = EXIT_CODES[status]
-        if isinstance(error, SystemExit) and error.code in (RESTART, TERMINATED) and in_sweep() and error.code != code:
-            raise SystemExit(code) from error
+        return status
 
     def _status(self, error: BaseException) -> str:
         """How a run ended. Inside an agent a signal is the sweep's wish, or the end of the agent itself: then another agent
