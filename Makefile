@@ -7,7 +7,7 @@ PIP := $(BIN)/pip --quiet --disable-pip-version-check --no-input
 export HF_HUB_DISABLE_TELEMETRY := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev quickstart test test-slow test-long test-all lint format types bench bench-gpu clean
+.PHONY: help setup setup-dev quickstart test test-slow test-long test-all lint format types sweep-demo bench bench-gpu clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -55,6 +55,9 @@ lint: setup-dev  ## ruff, its formatter and the type checker
 format: setup-dev  ## let ruff put the code in order
 	@$(BIN)/ruff check --fix --exit-zero .
 	@$(BIN)/ruff format .
+
+sweep-demo: setup  ## a W&B sweep of twelve tiny runs without an account: real client, server on this machine
+	@$(BIN)/python sweeps/demo.py
 
 bench: setup-dev  ## optimizer steps of align beside TRL and HF Trainer, some minutes on the CPU
 	@$(BIN)/python -m benchmarks.compare stage=align
