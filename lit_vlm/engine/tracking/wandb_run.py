@@ -128,7 +128,8 @@ class WandbRun(Logger):
                 " command sends what is missing, once the server can be reached."
             )
             return
-        place = self.logger, self.run_dir, known, self._asked_to_stop
+        # a plain function: the client copies its settings deeply, and a method would bring this object along
+        place = self.logger, self.run_dir, known, lambda: self._asked_to_stop()
         try:
             config = facts.config_of(folder)
             self._run = connection.begin(*place, offline=self.offline, config=config, **about)
