@@ -9,6 +9,7 @@ from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
+from lit_vlm.config.check_logger import mistakes_in_logger
 from lit_vlm.config.check_prefer import mistakes_in_prefer
 from lit_vlm.config.check_submit import mistakes_in_submit
 from lit_vlm.config.mapping import mistakes_in_mapping
@@ -16,7 +17,6 @@ from lit_vlm.config.schema import (
     DataConfig,
     DPOStageConfig,
     Format,
-    LoggerConfig,
     Markup,
     PartConfig,
     PreflightConfig,
@@ -67,7 +67,6 @@ OWNED = {
 }
 
 
-ARTIFACTS = ("model", "lock", "report")  # what logger.artifacts may name
 ALWAYS = ("metric", "out_of_memory", "checkpoint", "preemption", "heartbeat")  # callbacks of every run, named or not
 
 STAGE_TASKS = (Task.train, Task.prepare, Task.preflight, Task.submit)  # what looks at one stage and its data
@@ -88,7 +87,7 @@ def check(config: RunConfig) -> list[str]:
         *_pairs(config),
         *_trainer(config.trainer),
         *_callbacks(config.callbacks),
-        *_logger(config.logger),
+        *mistakes_in_logger(config.logger),
         *_checkpoint(config),
         *(mistakes_in_submit(config) if config.task is Task.submit else []),
     ]
@@ -333,15 +332,6 @@ def _checkpoint(config: RunConfig) -> Iterator[str]:
             f"resume_from: there is no folder {given}; name a checkpoint's (runs/.../checkpoints/step-...), auto for the"
             " run's own newest, or none to start from the beginning."
         )
-
-
-def _logger(logger: LoggerConfig) -> Iterator[str]:
-    for name in logger.artifacts:
-        if name not in ARTIFACTS:
-            found = did_you_mean(nearest(name, ARTIFACTS))
-            yield f"logger.artifacts: there is no artifact {name}; there are {', '.join(ARTIFACTS)}.{found}"
-    if logger.artifacts and not logger.wandb:
-        yield "logger.artifacts: are uploaded to Weights & Biases, and logger.wandb is false; choose logger=wandb."
 
 
 def _callbacks(names: list[str]) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """A run of Weights & Biases: one for each run folder, whatever becomes of the process.
 
 Training does not depend on it. Its client is waited for at the start and at the end, each for a bounded time; between them
-it only takes rows, which its own process writes to the disk and sends when the server answers. What fails is said once.
+it only takes rows, in a thread of ours, which its own process writes to the disk and sends when the server answers. What fails is said once.
 
 A run that never reached the server is whole in its newest offline folder, for `wandb sync`. That command adds to what the
 server has, row for row, so where a part arrived, nothing is written offline: `metrics.csv` has all rows, and the next start
@@ -27,6 +27,7 @@ from lit_vlm.engine.tracking import artifacts, connection, facts
 from lit_vlm.engine.tracking.connection import Refused, within
 from lit_vlm.engine.tracking.history import History
 from lit_vlm.engine.tracking.metrics_csv import MetricsCsv
+from lit_vlm.engine.tracking.sender import Sender
 from lit_vlm.engine.tracking.tables import read_samples, table_of, written
 from lit_vlm.types import UserError
 
@@ -62,6 +63,7 @@ class WandbRun(Logger):
         self.behind = self.stop_asked = False
         self._run: Any = None
         self._history = History(self._send)
+        self._sender = Sender(self._lose)
         self._late: dict[str, Any] = {}  # tables that were not ready for their own row
 
     @property
@@ -126,7 +128,8 @@ class WandbRun(Logger):
                 " command sends what is missing, once the server can be reached."
             )
             return
-        place = self.logger, self.run_dir, known, self._asked_to_stop
+        # a plain function: the client copies its settings deeply, and a method would bring this object along
+        place = self.logger, self.run_dir, known, lambda: self._asked_to_stop()
         try:
             config = facts.config_of(folder)
             self._run = connection.begin(*place, offline=self.offline, config=config, **about)
@@ -138,7 +141,7 @@ class WandbRun(Logger):
             self._begin(folder, known)
             return
         self._history = History(self._send, first=self._run.starting_step)
-        self.say(f"W&B: {connection.sync_command(self.run_dir) if self.offline else self._run.url}")
+        self.say(self._where())
         self._use(facts.parent_run(folder))
 
     def _use(self, parent: dict[str, Any]) -> None:
@@ -151,10 +154,12 @@ class WandbRun(Logger):
 
     def _go_offline(self, reason: str) -> None:
         self.offline = self.behind = True
-        self.say(
-            f"W&B: {reason}, so this start writes to the run's folder. Upload it later with"
-            f" `{connection.sync_command(self.run_dir)}`, or start the run again: each start tries the server anew."
-        )
+        self.say(f"W&B: {reason}. This start goes on without it; the next one tries the server anew.")
+
+    def _where(self) -> str:
+        if not self.offline:
+            return f"W&B: {self._run.url}"
+        return f"W&B: written to the run's folder; upload it later with `{connection.sync_command(self.run_dir)}`"
 
     # ---- rows
 
@@ -206,7 +211,7 @@ class WandbRun(Logger):
     def _send(self, step: int, row: dict[str, Any]) -> None:
         if self._run is not None:
             row |= {name: self._late.pop(name) for name in list(self._late)}
-            self._guarded(lambda: self._run.log(row, step=step, commit=True))
+            self._sender.hand_over(lambda: self._run and self._run.log(row, step=step, commit=True))
 
     # ---- the end
 
@@ -234,6 +239,8 @@ class WandbRun(Logger):
         if self._run is None:
             return {}
         self._history.flush()
+        if not self._sender.drain(connection.ANSWER_SECONDS):
+            self._lose(TimeoutError("it takes no rows"))
         names: dict[str, str] = {}
         self._guarded(lambda: self._run.summary.update(summary))
         if uploads and self.logger.artifacts:

@@ -1,0 +1,19 @@
+"""What no tracker could do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lit_vlm.config.schema import LoggerConfig
+from lit_vlm.config.settings import did_you_mean, nearest
+
+ARTIFACTS = ("model", "lock", "report")
+
+
+def mistakes_in_logger(logger: LoggerConfig) -> Iterator[str]:
+    for name in logger.artifacts:
+        if name not in ARTIFACTS:
+            found = did_you_mean(nearest(name, ARTIFACTS))
+            yield f"logger.artifacts: there is no artifact {name}; there are {', '.join(ARTIFACTS)}.{found}"
+    if logger.artifacts and not logger.wandb:
+        yield "logger.artifacts: are uploaded to Weights & Biases, and logger.wandb is false; choose logger=wandb."
