@@ -23,7 +23,7 @@ from lit_vlm.sweep.loopback.state import ENDED
 from lit_vlm.sweep.records import TrialRecord
 from lit_vlm.sweep.report import Page, write_sweep_report
 from lit_vlm.sweep.table import trial_table
-from lit_vlm.sweep.words import command_line, trial_words
+from lit_vlm.sweep.words import command_of
 from lit_vlm.tasks.terminal import console, say
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,8 +109,8 @@ def show(sweep: SweepFile, runs: list[RunState], seconds: dict[str, float]) -> N
     page = Page(sweep, records, total=sweep.run_cap)
     if page.best is None:
         sys.exit(f"No run finished; {FOLDER / 'agent.log'} says why.")
-    words = trial_words(sweep, {key: value for key, value in page.best.parameters.items() if key != "run_dir"}, [])
-    page = replace(page, command=command_line(words))
+    values = {key: value for key, value in page.best.parameters.items() if key != "run_dir"}
+    page = replace(page, command=command_of(sweep, values, []))
     write_sweep_report(FOLDER / "sweep.html", page)
     console.print(trial_table(page))
     say(f"Best: trial {page.best.number}, {page.metric} {page.best.value:.5g}, in {page.best.folder}")

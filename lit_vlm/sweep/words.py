@@ -31,6 +31,13 @@ def value_words(parameters: dict[str, Any]) -> list[str]:
     return from_json(json.dumps(parameters, ensure_ascii=False))
 
 
+def command_of(sweep: SweepFile, parameters: dict[str, Any], given: list[str]) -> str:
+    """What to paste into a shell to run a trial's values once more, in a folder of its own."""
+    words = trial_words(sweep, parameters, given)
+    named = any(key_of(word) == "experiment" for word in words)  # which implies the task
+    return command_line(word for word in words if not (named and word == "task=train"))
+
+
 def command_line(words: Iterable[str]) -> str:
     """What to paste into a shell."""
     return f"python run.py {shlex.join(words)}"

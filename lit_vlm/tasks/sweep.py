@@ -31,7 +31,7 @@ from lit_vlm.sweep.report import Page, write_sweep_report
 from lit_vlm.sweep.search import Search
 from lit_vlm.sweep.table import parameter_table, trial_table
 from lit_vlm.sweep.trials import Place, Trials, records_of
-from lit_vlm.sweep.words import command_line, trial_words, value_words
+from lit_vlm.sweep.words import command_line, command_of, trial_words, value_words
 from lit_vlm.tasks.pipeline import command
 from lit_vlm.tasks.sweep_slurm import queued_workers, submit_workers
 from lit_vlm.tasks.terminal import console, say
@@ -258,7 +258,7 @@ def page_of(job: Sweep, search: Search) -> Page:
         sweep=job.file,
         records=records,
         total=search.most,
-        command=best_command(job, best) if best else "",
+        command=command_of(job.file, best.parameters, job.given) if best else "",
         carried=carried_command(job, best) if best else "",
     )
 
@@ -269,12 +269,6 @@ def try_page(job: Sweep, search: Search) -> None:
         write_sweep_report(job.run.dir / PAGE, page_of(job, search))
     except Exception as error:
         say(f"{job.run.dir / PAGE} could not be written: {error!r}")
-
-
-def best_command(job: Sweep, best: TrialRecord) -> str:
-    words = trial_words(job.file, best.parameters, job.given)
-    named = any(word.startswith("experiment=") for word in words)
-    return command_line(word for word in words if not (named and word == "task=train"))
 
 
 def carried_command(job: Sweep, best: TrialRecord) -> str:
