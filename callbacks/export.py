@@ -10,13 +10,15 @@ import lightning as L
 
 from lit_vlm.engine.watch import Doing, pulse_of
 from lit_vlm.model.export import export_model
+from lit_vlm.model.tensor_files import os_errors
+from lit_vlm.types import UserError
 
 
 class Export(L.Callback):
     """Writes `run_dir/hf` when training has ended, while the model is still on its devices.
 
     Rank 0 writes, one weight at a time, and all ranks meet before each: so none waits longer for it than one weight takes,
-    however slow the disk is. Where ranks share weights out, they gather them there.
+    however slow the disk is. Where ranks share weights out, they gather them there. UserError where it cannot be written.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -24,7 +26,14 @@ class Export(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         with pulse_of(trainer).during(Doing.exporting):
-            self._export(trainer, pl_module)
+            try:
+                with os_errors():
+                    self._export(trainer, pl_module)
+            except OSError as error:
+                raise UserError(
+                    f"The model cannot be written to {self.folder}: {error.strerror or error}. Make room or change its rights; the"
+                    " same command goes on from the last checkpoint and writes it then."
+                ) from error
             trainer.strategy.barrier("exported")
 
     def _export(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from run_helpers import run
 from safetensors import SafetensorError
 from transformers import SiglipVisionModel
 
@@ -47,6 +48,14 @@ def test_a_disk_without_room_for_what_is_kept_is_named(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"reference cannot be kept in .*reference: No space left.*data\.index_dir"):
         reference.write()
     assert not list((tmp_path / "reference").iterdir())
+
+
+def test_a_disk_without_room_for_the_finished_model_is_named_and_the_run_goes_on(tmp_path, monkeypatch):
+    words = [f"run_dir={tmp_path}", "run_name=r", "checkpoint.every_steps=2", "checkpoint.asynchronous=false"]
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"cannot be written to .*hf: No space left on"):
+        patch.setattr("lit_vlm.model.export.write_index", full)
+        run(*words)
+    assert run(*words).manifest["status"] == "finished"
 
 
 def test_only_what_the_system_refuses_becomes_an_os_error():
