@@ -142,7 +142,7 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
     waited, memory = figures.get("data_wait"), figures.get("peak_memory_bytes")
     facts = [
         ("steps", short(figures.get("steps", plan.get("steps")))),
-        ("batch", counted(plan["global_batch_size"], "sample") if "global_batch_size" in plan else ""),
+        ("batch", _batch(plan)),
         ("micro-batches per step", f"{plan['k']}" if "k" in plan else ""),
         ("ranks", str(plan.get("world_size", ""))),
         ("time", duration(figures.get("seconds"))),
@@ -151,6 +151,13 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         ("starts from", str(parent.get("path") or "")),
     ]
     return [(name, value) for name, value in facts if value]
+
+
+def _batch(plan: dict[str, Any]) -> str:
+    for key, what in (("global_batch_size", "sample"), ("global_batch_tokens", "token")):
+        if plan.get(key):
+            return counted(plan[key], what)
+    return ""
 
 
 def _charts(record: RunRecord) -> list[dict[str, Any]]:

@@ -154,6 +154,7 @@ def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) ->
             "steps": plan.num_steps,
             "k": plan.k,
             "global_batch_size": plan.global_batch_size,
+            "global_batch_tokens": plan.global_batch_tokens,
             "world_size": plan.world_size,
         },
         tracking=tracking.known(folder),
@@ -243,6 +244,6 @@ def show_start(data: StageData, stage: Stage) -> None:
         say(f"starts from {run.init_from}")
     say(
         f"{counted(len(index), 'sample')}, {len(datamodule.held_out):,} held out; {counted(plan.num_steps, 'step')} of "
-        f"{counted(plan.global_batch_size, 'sample')} in {counted(plan.k, 'micro-batch', 'micro-batches')} on "
+        f"{plan.batch} in {counted(plan.k, 'micro-batch', 'micro-batches')} on "
         f"{counted(plan.world_size, 'rank')}"
     )

@@ -21,6 +21,7 @@ from lit_vlm.data.plan.ledger import Ledger
 from lit_vlm.data.plan.mixture import Mixture
 from lit_vlm.data.plan.steps import Length, draw_steps
 from lit_vlm.data.plan.store import Arrays, kept, key_of
+from lit_vlm.types import counted
 
 PLAN_VERSION = 2  # raise it when the same settings draw or deal differently
 BLOCK = 1 << 16  # held-out samples that are dealt together, and entries of a matrix in work
@@ -108,6 +109,13 @@ class Plan:
     def draws(self) -> np.ndarray:
         """All samples that are drawn, step after step, for `Mixture.rows`; the ledger's are among them."""
         return self._steps["samples"]
+
+    @property
+    def batch(self) -> str:
+        """What a step holds, in words."""
+        if self.global_batch_size is None:
+            return counted(self.global_batch_tokens, "token")
+        return counted(self.global_batch_size, "sample")
 
     @property
     def ends(self) -> np.ndarray:
