@@ -128,7 +128,8 @@ def test_a_global_batch_of_tokens_ends_with_the_sample_that_fills_it(words):
     rows, plan = drawn(words, "data.global_batch_tokens=1500")
     datamodule = datamodule_of(*words, "data.global_batch_tokens=1500", "trainer.max_steps=null")
     made = datamodule.make_plan(1)
-    assert plan == {"steps": made.num_steps, "k": made.k, "global_batch_size": None, "world_size": 1}
+    totals = {"global_batch_size": None, "global_batch_tokens": 1500}
+    assert plan == {"steps": made.num_steps, "k": made.k, "world_size": 1, **totals}
     longest = int(datamodule.index.tokens.max())
     for step in range(made.num_steps):
         tokens = int(datamodule.index.tokens[made.samples(step)].sum())
