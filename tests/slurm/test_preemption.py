@@ -49,8 +49,9 @@ def check_chain(seen: dict, folder: Path, signals: int) -> None:
     assert calls(folder / "bin", "scontrol") == [["requeue", "77"]] * signals
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(200)
-@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_signals_at_random_moments_save_at_a_step_and_requeue_once(small_parts, tmp_path, ranks):
     seen = work(small_parts, tmp_path / "chain", 5, 40, ranks, limit=150)
     check_chain(seen, tmp_path / "chain", 5)

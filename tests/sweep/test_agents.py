@@ -118,6 +118,17 @@ def test_an_agent_that_goes_down_hands_its_trial_to_the_next_which_resumes_it(se
 
 
 @pytest.mark.slow
+def test_trials_of_an_agent_run_under_torchrun(server, client, tmp_path):
+    two = {"trainer": "ddp", "trainer.accelerator": "cpu", "trainer.precision": "32-true", "trainer.devices": 2}
+    parameters = fixed(tmp_path, **two, **{"trainer.num_threads": 1, "trainer.max_steps": 4})
+    sweep = client.sweep(method="grid", metric=METRIC, command=COMMAND, parameters=parameters)
+    said = client.agent(sweep, LIT_VLM_LAUNCH="torchrun --standalone --nproc-per-node 2")
+    (run,) = server.state.runs_of(sweep)
+    assert (run.state, run.settings["run"]["plan"]["world_size"]) == ("finished", 2), said
+    assert len(run.values("train/loss")) == 4
+
+
+@pytest.mark.slow
 def test_an_agent_killed_in_mid_run_leaves_a_run_that_goes_on_as_the_same(server, client, tmp_path):
     settings = {"trainer.max_steps": 120, "checkpoint.every_steps": 2, "checkpoint.asynchronous": False}
     parameters = fixed(tmp_path, **settings)

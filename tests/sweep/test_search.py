@@ -167,6 +167,7 @@ def regret(method: str, seed: int) -> float:
     return best
 
 
+@pytest.mark.slow
 def test_bayes_comes_closer_than_chance_in_a_dozen_trials():
     seeds = range(7)
     learnt, chance = ([regret(method, seed) for seed in seeds] for method in ("bayes", "random"))

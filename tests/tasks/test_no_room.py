@@ -51,7 +51,13 @@ def test_a_disk_without_room_for_what_is_kept_is_named(tmp_path, monkeypatch):
 
 
 def test_a_disk_without_room_for_the_finished_model_is_named_and_the_run_goes_on(tmp_path, monkeypatch):
-    words = [f"run_dir={tmp_path}", "run_name=r", "checkpoint.every_steps=2", "checkpoint.asynchronous=false"]
+    words = [
+        f"run_dir={tmp_path}",
+        "run_name=r",
+        "callbacks=[export]",
+        "checkpoint.every_steps=2",
+        "checkpoint.asynchronous=false",
+    ]
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"cannot be written to .*hf: No space left on"):
         patch.setattr("lit_vlm.model.export.write_index", full)
         run(*words)

@@ -83,6 +83,7 @@ def photos_source(folder: Path, records: list, **source) -> list[str]:
 # ---- it would run
 
 
+@pytest.mark.slow
 def test_a_recipe_whose_stage_before_was_not_run(tmp_path):
     """Through run.py: exit status 0, verdict on the terminal, a page and its numbers."""
     words = ["task=preflight", "experiment=tiny/2_sft", "trainer.max_steps=20", "preflight.max_samples=20"]

@@ -256,6 +256,7 @@ def text_only_ranks(words):
     )
 
 
+@pytest.mark.slow
 def test_two_ranks_train_what_one_does(place):
     """Also in steps in which a rank has text alone or nothing at all; in time, for a hang is an error."""
     write(place / "mixed.jsonl", mixed_records())

@@ -84,6 +84,7 @@ def rows_of(table: Path) -> list[dict]:
         return list(csv.DictReader(stream))
 
 
+@pytest.mark.slow
 def test_a_metric_that_is_never_logged_fails_the_run_at_its_first_validation_and_marks_it(server, place):
     words = ["logger=wandb", "logger.metric=val/los", "data.validation.every_steps=1", "run_name=mistyped"]
     code, said = ended(begin(server, place, *words))
