@@ -5,14 +5,16 @@
 Runs of `run.py` in processes of their own, each with another tracker beside the table: W&B online (a server on the loopback
 interface), offline, and with a server that dies once training has begun: its port refuses, or takes connections and hangs.
 In each run the tracker is told of every second turn of five steps only, so its steps stand beside others of the same process
-without it; and the runs take their turns one after the other, so that a busy machine is busy for all. The medians, and those
-of the time inside the logger, go to benchmarks/results/tracking.json with versions.
+without it; and the runs take their turns one after the other, so that a busy machine is busy for all. Each step
+is held against the same step of a run that has the table alone, for its samples are the same. The medians, and those of the time
+inside the logger, go to benchmarks/results/tracking.json with versions.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -125,6 +127,7 @@ def main() -> None:
     steps = parser.parse_args().steps + WARM_UP
     with tempfile.TemporaryDirectory() as place, Loopback() as server, Loopback() as refusing, Loopback() as hanging:
         runners = [
+            Runner("alone", [], quiet(server, place), Path(place)),
             Runner("online", ["logger=wandb"], quiet(server, place), Path(place)),
             Runner("offline", ["logger=wandb", "logger.offline=true"], quiet(server, place), Path(place)),
             Runner("refuses", ["logger=wandb"], quiet(refusing, place), Path(place)),
@@ -142,7 +145,8 @@ def main() -> None:
                     runner.wait()
         for runner in runners:
             runner.process.wait()
-        rows = {runner.name: figures(runner.times()) for runner in runners}
+        alone, *others = [runner.times() for runner in runners]
+        rows = {runner.name: figures(times, alone) for runner, times in zip(runners[1:], others, strict=True)}
     found = {"steps": steps - WARM_UP, "rows": rows, "versions": versions()}
     OUT.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(rows, indent=2))
@@ -153,19 +157,28 @@ def quiet(server: Loopback, place: str) -> dict[str, str]:
     return server.environment(**own, WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL="1")
 
 
-def figures(times: dict[str, list[float]]) -> dict[str, float]:
-    """Milliseconds: a step without the tracker, what it takes longer with it, and the time in the logger."""
-    steps = list(enumerate(times["steps"]))[WARM_UP:]
-    alone = statistics.median(seconds for step, seconds in steps if not is_tracked(step))
-    tracked = statistics.median(seconds for step, seconds in steps if is_tracked(step))
+def figures(times: dict[str, list[float]], alone: dict[str, list[float]]) -> dict[str, float]:
+    """Milliseconds: a step with the table alone, what it takes longer with the tracker, and the time in the logger."""
+    apart = [mine - other for mine, other in zip(times["steps"], alone["steps"], strict=True)]
+    with_it = [seconds for step, seconds in enumerate(apart) if step >= WARM_UP and is_tracked(step)]
+    without = [seconds for step, seconds in enumerate(apart) if step >= WARM_UP and not is_tracked(step)]
+    added = statistics.median(with_it) - statistics.median(without)
+    step = statistics.median(alone["steps"][WARM_UP:])
     inside = times["logging"][TURN:]
     return {
-        "step_ms": 1e3 * alone,
-        "added_ms": 1e3 * (tracked - alone),
-        "added_share": tracked / alone - 1,
+        "step_ms": 1e3 * step,
+        "added_ms": 1e3 * added,
+        "added_share": added / step,
+        "error_ms": 1e3 * math.hypot(error_of_median(with_it), error_of_median(without)),
         "in_logger_ms": 1e3 * statistics.median(inside),
         "in_logger_slowest_ms": 1e3 * max(inside),
     }
+
+
+def error_of_median(values: list[float]) -> float:
+    """Its standard error, by the spread of the middle half (1.349 standard deviations of a bell)."""
+    low, _, high = statistics.quantiles(values, n=4)
+    return 1.2533 * (high - low) / 1.349 / math.sqrt(len(values))
 
 
 if __name__ == "__main__":
