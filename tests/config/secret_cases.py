@@ -23,7 +23,7 @@ FORMS = {
 INSIDE = {
     "bearer": ("curl -H 'Authorization: Bearer q1w2e3r4t5y6u7'", "q1w2e3r4t5y6u7"),
     "address": ("https://mina:pa55-w0rd-of-mina@data.example.com/kr", "pa55-w0rd-of-mina"),
-    "path": ("/work/https:/mina:pa55-w0rd-in-a-path@data.example.com/kr", "pa55-w0rd-in-a-path"),
+    "path": ("/data/https:/mina:pa55-w0rd-in-a-path@data.example.com/kr", "pa55-w0rd-in-a-path"),
     "token_address": ("git+https://x4mpl3t0k3nwithmanyletters@git.example.com/a", "x4mpl3t0k3nwithmanyletters"),
     "signed": ("https://s3.example.com/a?X-Amz-Signature=deadbeefcafe0123&part=1", "deadbeefcafe0123"),
     "sas": ("https://a.example.com/c?sv=2024&sig=s1gn4tur3%2Fofmine%3D", "s1gn4tur3%2Fofmine%3D"),
