@@ -24,15 +24,15 @@ class Page:
     """A kind of page.
 
     Args:
-        template: in `HERE`. It includes `page_head.html`, which shows `title`.
-        styles: sheets beside `STYLE`.
+        template: in `folder`. It includes `page_head.html`, which shows `title`.
+        styles: sheets of that folder, behind `STYLE`.
         filters: what the template calls by name to write a number, beside `counted`.
     """
 
-    def __init__(self, template: str, *styles: str, **filters: Callable[..., str]) -> None:
-        self._template, self._styles = template, (STYLE, *styles)
+    def __init__(self, template: str, *styles: str, folder: Path = HERE, **filters: Callable[..., str]) -> None:
+        self._template, self._styles = template, (HERE / STYLE, *(folder / name for name in styles))
         self._environment = Environment(
-            loader=FileSystemLoader(HERE),
+            loader=FileSystemLoader([folder, HERE]),
             autoescape=True,
             undefined=StrictUndefined,
             trim_blocks=True,
@@ -41,7 +41,7 @@ class Page:
         self._environment.filters.update(counted=counted, **filters)
 
     def render(self, **values: Any) -> str:
-        style = Markup("\n".join((HERE / name).read_text(encoding="utf-8") for name in self._styles))
+        style = Markup("\n".join(path.read_text(encoding="utf-8") for path in self._styles))
         return sayable(self._environment.get_template(self._template).render(style=style, **values))
 
 

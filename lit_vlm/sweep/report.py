@@ -5,25 +5,20 @@ Values and names come from files: the template escapes everything that is not `M
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from lit_vlm import engine
+from lit_vlm.engine import pages
 from lit_vlm.engine.report_data import duration
 from lit_vlm.sweep.charts import metric_by_trial, name_of, parallel_coordinates, shown_range
 from lit_vlm.sweep.file import Goal, SweepFile
 from lit_vlm.sweep.importance import at_an_end, importance_of, remark
 from lit_vlm.sweep.records import STATES, TrialRecord, best_of, varied
-
-STYLES = (Path(engine.__file__).with_name("report.css"), Path(__file__).with_name("report.css"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +56,7 @@ class Page:
 
 def write_sweep_report(path: Path, page: Page) -> None:
     """Write the page: a reader finds the old one or the new one."""
-    text = _environment().get_template("report_page.html").render(**_context(page))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(beside, path)
+    pages.write_page(path, _PAGE.render(**_context(page)))
 
 
 def ordered(page: Page) -> list[TrialRecord]:
@@ -97,24 +88,15 @@ def dotted(key: str) -> Markup:
     return Markup(".<wbr>").join(key.split("."))
 
 
-@lru_cache(maxsize=1)
-def _environment() -> Environment:
-    folder = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(cell=cell, duration=duration, dotted=dotted)
-    return environment
+_PAGE = pages.Page("page.html", "page.css", folder=Path(__file__).parent, cell=cell, duration=duration, dotted=dotted)
 
 
 def _context(page: Page) -> dict[str, Any]:
-    style = "\n".join(path.read_text(encoding="utf-8") for path in STYLES)
     importance = importance_of(page.records, page.sweep)
     fixed = {key: value for key, value in page.sweep.fixed.items() if key not in page.keys}
     return {
         "page": page,
         "title": page.sweep.name,
-        "style": Markup(style),
         "lead": page.sweep.description or "",
         "counts": counts(page),
         "facts": _facts(page),

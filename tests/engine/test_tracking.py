@@ -19,6 +19,7 @@ from tracking_cases import (
     samples,
     started,
 )
+from waiting import until
 
 from lit_vlm.config.schema import LoggerConfig
 from lit_vlm.engine.tracking import MetricsCsv, Tracking, connection, facts
@@ -129,13 +130,6 @@ def test_rows_config_table_and_summary_arrive_and_secrets_do_not(server, tmp_pat
     }
     assert list(summary.values()) == [10.5, 0.5, "w", "finished"] and run.summary["steps"] == 6
     assert SECRET not in json.dumps(run.config) and not found_in(tmp_path, SECRET)
-
-
-def until(condition, seconds: float = 20) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.05)
 
 
 def tracker_url(folder) -> str:

@@ -2,11 +2,12 @@
 
 import os
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from mini_slurm import MISSING, MiniSlurm
+from waiting import until
 
 from lit_vlm.sweep.loopback import Loopback
 
@@ -81,15 +82,6 @@ def said(tmp_path) -> str:
     return log.read_text(errors="replace")[-6000:] if log.is_file() else "no log"
 
 
-def until(condition, tmp_path, seconds: float = 200):
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.2)
-    raise AssertionError(f"not within {seconds} s\n{said(tmp_path)}")
-
-
 def test_an_agent_in_a_job_runs_its_trials_on_all_nodes_of_the_allocation(server, submit, tmp_path):
     slurm, job, sweep = submit()
     slurm.wait(job, limit=300)
@@ -101,10 +93,13 @@ def test_an_agent_in_a_job_runs_its_trials_on_all_nodes_of_the_allocation(server
 
 def test_an_agent_at_its_time_limit_hands_its_trial_on_and_comes_back(server, submit, tmp_path):
     slurm, job, sweep = submit()
-    run = until(lambda: next((run for run in server.state.runs_of(sweep.name) if len(run.history) > 3), None), tmp_path)
+    seen = partial(said, tmp_path)
+    run = until(
+        lambda: next((run for run in server.state.runs_of(sweep.name) if len(run.history) > 3), None), said=seen
+    )
     slurm.run("scancel", "--batch", "--signal=TERM", job)  # what Slurm sends before the limit
-    until(lambda: run.state == "preempted" or run.starts > 1, tmp_path)
-    until(lambda: sweep.state == "finished", tmp_path, seconds=300)
+    until(lambda: run.state == "preempted" or run.starts > 1, said=seen)
+    until(lambda: sweep.state == "finished", seconds=300, said=seen)
     runs = server.state.runs_of(sweep.name)
     assert [one.state for one in runs] == ["finished"] * 2, said(tmp_path)
     assert run.starts == 2 and int(slurm.job(job).get("Restarts", 0)) == 1

@@ -4,11 +4,11 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
 from clients import ROOT
+from waiting import until
 
 COMMAND = ["bash", "sweeps/launch.sh", "${args_json}"]
 TINY = {
@@ -26,16 +26,6 @@ RATES = {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}
 
 def fixed(folder: Path, **settings) -> dict:
     return {key: {"value": value} for key, value in {**TINY, "run_dir": str(folder / "runs"), **settings}.items()}
-
-
-def until(condition, seconds: float = 120):
-    """Wait for it, and give what it gave."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.05)
-    raise AssertionError(f"not within {seconds} s")
 
 
 def manifest_of(folder: Path) -> dict:

@@ -9,6 +9,7 @@ import pytest
 from fault_cases import SMALL, Fault, both, broken
 from resume_cases import start, words_of
 from run_helpers import TWO
+from waiting import until
 
 from lit_vlm.engine.checkpoint import Folder
 from lit_vlm.engine.exits import STUCK, TERMINATED
@@ -32,13 +33,6 @@ def hold(words, folder, ranks, rank, step, seconds=0.0, patch=None):
     stopped = time.monotonic()
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in begun.pids]
     return begun, run, codes, time.monotonic() - stopped
-
-
-def until(true, limit=120.0):
-    end = time.monotonic() + limit
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def check_held(folder, ranks, rank, step, seconds=0.0):
