@@ -19,6 +19,7 @@ from lit_vlm.engine.watch import Doing, Pulse, pulse_of
 from lit_vlm.evaluation.answers import alike, ask, readable_prompt, reference_lengths
 from lit_vlm.evaluation.drawing import ASKED, PREDICTED, REFERENCE, Mark, draw_boxes, marks_of, readable
 from lit_vlm.evaluation.scoring import score
+from lit_vlm.files import write_atomically
 from lit_vlm.types import ImageSource, PreferencePair, Record, Sample
 
 TILES = 4  # times the training cap: nothing of the tower is kept for a backward pass
@@ -180,12 +181,23 @@ def _row_of(mark: Mark) -> dict[str, Any]:
     return {"layer": LAYERS[mark.colour], "label": mark.label, "box": corners}
 
 
+def _phase_in(line: str) -> str | None:
+    """Read the phase that a row is of; None of a line that was cut."""
+    try:
+        return str(json.loads(line)["phase"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def _rewrite(path: Path, phase: str, rows: list[dict[str, Any]]) -> None:
     """Put the rows of one phase behind those of the others: a phase that is run again replaces its rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept: list[str] = []
     if path.is_file() and phase != "before":  # what a `before` finds is left from an earlier run
-        lines = path.read_text(encoding="utf-8").split("\n")  # not splitlines(): answers may hold U+2028
-        kept = [line for line in lines if line.strip() and json.loads(line)["phase"] != phase]
+        lines = path.read_text(encoding="utf-8", errors="replace").split(
+            "\n"
+        )  # not splitlines(): answers may hold U+2028
+        kept = [line for line in lines if _phase_in(line) not in (None, phase)]
     lines = [*kept, *(json.dumps(row, ensure_ascii=False) for row in rows)]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8", errors="replace")
+    text = "".join(line + "\n" for line in lines)
+    write_atomically(path, text.encode("utf-8", "replace").decode("utf-8"))

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BELOW_MODEL = {"types", "anyres", "config", "cost", "losses"}
+BELOW_MODEL = {"types", "anyres", "files", "config", "cost", "losses"}
 MAY_IMPORT = {
     "types": {"anyres"},
     "anyres": set(),
+    "files": {"types"},
     "config": {"types", "anyres"},
     "cost": {"types", "config"},
     "losses": {"types", "config"},

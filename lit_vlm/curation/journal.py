@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lit_vlm.data.whole_files import append_line, writable, written
+from lit_vlm.files import DamagedFile, append_line, read_json, writable, written
 from lit_vlm.types import UserError
 
 MANIFEST, ANSWERS, IMAGES = "manifest.json", "answers.jsonl", "images"
@@ -43,7 +43,12 @@ class Journal:
             UserError: the output or its folder is there and belongs to something else.
         """
         journal = cls(output, json.loads(json.dumps(question)))  # as it will be read again
-        known = _read_manifest(journal.folder)
+        try:
+            known = _read_manifest(journal.folder)
+        except DamagedFile:
+            if not overwrite:
+                raise
+            known = {"question": {}, "status": "damaged"}
         different = _different(known["question"], journal.question) if known else []
         finished = bool(known) and known["status"] == "finished" and output.exists()
         if known is None and (output.exists() or journal.folder.exists()):
@@ -99,8 +104,11 @@ def folder_of(output: Path) -> Path:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
-    file = folder / MANIFEST
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    remedy = f"Replace what is in {folder} with overwrite=true, or name another file with prefer.output=..."
+    found = read_json(folder / MANIFEST, remedy)
+    if found is not None and not (isinstance(found.get("question"), dict) and "status" in found):
+        raise DamagedFile(f"{folder / MANIFEST} is damaged: it lacks what every one has. {remedy}")
+    return found
 
 
 def _read(folder: Path) -> Iterator[dict[str, Any]]:

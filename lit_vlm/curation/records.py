@@ -12,7 +12,7 @@ from typing import Any
 from lit_vlm.curation.choice import Pair
 from lit_vlm.data.images import EncodedImage, FileImage, locate
 from lit_vlm.data.staging import original
-from lit_vlm.data.whole_files import written
+from lit_vlm.files import written
 from lit_vlm.types import Content, Control, ImageSlot, ImageSource, Message, Role, Sample
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from lit_vlm.config.schema import OnBadRecord
-from lit_vlm.data.whole_files import written
+from lit_vlm.files import written
 from lit_vlm.types import Fault, RecordError, UserError
 
 NUM_SHOWN = 10  # faults that a message lists; the file holds all

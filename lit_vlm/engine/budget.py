@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_vlm.engine.run_folder import write_atomically
+from lit_vlm.files import write_atomically
 from lit_vlm.types import UserError, counted
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ class Budget:
         try:
             found = cls(**json.loads((run_dir / NAME).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
+            return cls(*settings, *settings, 0)
+        if not all(type(value) is int and value >= 0 for value in asdict(found).values()):
             return cls(*settings, *settings, 0)
         return found if (found.of_tokens, found.of_tiles) == settings else cls(*settings, *settings, 0)
 

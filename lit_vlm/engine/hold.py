@@ -16,7 +16,8 @@ from types import TracebackType
 
 from filelock import FileLock, Timeout
 
-from lit_vlm.engine.run_folder import is_rank_zero, write_atomically
+from lit_vlm.engine.run_folder import is_rank_zero
+from lit_vlm.files import write_atomically
 from lit_vlm.types import UserError
 
 LOCK, HOLDER = "held.lock", "held.json"
@@ -50,7 +51,7 @@ class Hold:
             raise UserError(_held(self.folder)) from None
         self._lock = lock
         holder = {"host": socket.gethostname(), "process": os.getpid(), "since": datetime.now(UTC).isoformat()}
-        write_atomically(self.folder / HOLDER, json.dumps(holder) + "\n")
+        write_atomically(self.folder / HOLDER, json.dumps(holder) + "\n", durable=False)
         return True
 
     def __enter__(self) -> Hold:

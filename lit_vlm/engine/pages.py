@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from lit_vlm.engine.run_folder import write_atomically
+from lit_vlm.files import write_atomically
 from lit_vlm.types import counted
 
 HERE = Path(__file__).parent  # of templates and style sheets, those of a kind of page in its folder

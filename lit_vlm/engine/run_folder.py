@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -19,11 +17,13 @@ from typing import Any
 
 from lit_vlm.config.elsewhere import is_elsewhere
 from lit_vlm.config.secrets import agrees, redacted, redacted_words
-from lit_vlm.data.whole_files import writable
 from lit_vlm.engine.ranks import global_rank
+from lit_vlm.files import DamagedFile, read_json, writable, write_atomically
 from lit_vlm.model.tensor_files import digest_of_weights
 from lit_vlm.types import Source, UserError
 
+MANIFEST = "manifest.json"
+MADE_AGAIN = "Start that run again with its own command: it is made again from what lies beside it."
 SPREAD_BLOCKS = 256  # of 64 KiB, that stand for a file of weights
 PACKAGES = ("torch", "lightning", "transformers", "peft", "trl", "tokenizers", "torchmetrics", "hydra-core")
 
@@ -35,12 +35,14 @@ class RunFolder:
     Attributes:
         replaces: it held another run, of which nothing may go on.
         goes_on: it holds this run, begun before.
+        rebuilt: its manifest was damaged and is made again; what the user should know of that.
     """
 
     path: Path
     manifest: dict[str, Any]
     replaces: bool = False
     goes_on: bool = False
+    rebuilt: str = ""
 
     @property
     def hf(self) -> Path:
@@ -54,10 +56,10 @@ class RunFolder:
         """Put fields into the manifest and write it, whole or not at all. UserError where it cannot be written."""
         self.manifest.update(fields)
         if is_rank_zero():
-            with writable(self.path, "manifest.json", "run_dir"):
+            with writable(self.path, MANIFEST, "run_dir"):
                 self.path.mkdir(parents=True, exist_ok=True)
                 text = json.dumps(redacted(self.manifest), indent=2, ensure_ascii=False) + "\n"
-                write_atomically(self.path / "manifest.json", text)
+                write_atomically(self.path / MANIFEST, text)
 
 
 def open_run_folder(
@@ -72,7 +74,7 @@ def open_run_folder(
         UserError: the folder holds a run of another config, other data or another parent.
     """
     plain = redacted(to_plain(asdict(config)))
-    known = read_manifest(path)
+    known, rebuilt = read_or_rebuild_manifest(path, name)
     different = _differences(known, plain, data_digest, parent) if known else []
     finished = bool(known) and known.get("status") == "finished"
     if known and not overwrite:
@@ -83,7 +85,7 @@ def open_run_folder(
                 "Give this one a name of its own with run_name=..., or replace the old one with overwrite=true."
             )
         if finished:
-            return RunFolder(path, known)
+            return RunFolder(path, known, rebuilt=rebuilt)
     require_writable(path)
     goes_on = bool(known) and not different and not finished
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -92,7 +94,7 @@ def open_run_folder(
         "name": name,
         "stage": plain["stage"]["name"],
         "command": command_line(),
-        "started": known["started"] if goes_on else now,
+        "started": known.get("started", now) if goes_on else now,
         "git": git_state(),
         "versions": versions(),
         "config": plain,
@@ -100,7 +102,7 @@ def open_run_folder(
         "parent": parent,
         "tracking": known.get("tracking", {}) if goes_on else {},
     }
-    return RunFolder(path, manifest, replaces=bool(known) and not goes_on, goes_on=goes_on)
+    return RunFolder(path, manifest, replaces=bool(known) and not goes_on, goes_on=goes_on, rebuilt=rebuilt)
 
 
 def command_line() -> str:
@@ -119,8 +121,30 @@ def require_writable(path: Path) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    file = path / "manifest.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    """Read the manifest of a run's folder; None where there is none. DamagedFile where it is not as it was written."""
+    return read_json(path / MANIFEST, MADE_AGAIN)
+
+
+def find_manifest(path: Path) -> dict[str, Any]:
+    """Read the manifest for what can do without it; {} where there is none, and of a damaged one."""
+    try:
+        return read_manifest(path) or {}
+    except DamagedFile:
+        return {}
+
+
+def read_or_rebuild_manifest(path: Path, name: str) -> tuple[dict[str, Any] | None, str]:
+    """Read the manifest; a damaged one is made again from what lies beside it, with a sentence about that."""
+    try:
+        found = read_manifest(path)
+        if found is not None and not (isinstance(found.get("config"), dict) and isinstance(found.get("data"), dict)):
+            raise DamagedFile(f"{path / MANIFEST} is damaged: it lacks what every manifest has. {MADE_AGAIN}")
+        return found, ""
+    except DamagedFile as error:
+        from lit_vlm.engine.rebuild import rebuild_manifest  # reads checkpoints, which needs torch
+
+        known, how = rebuild_manifest(path, name)
+        return known, f"{str(error).removesuffix(MADE_AGAIN)}{how}"
 
 
 def parent_of(init_from: str | None) -> dict[str, str] | None:
@@ -130,22 +154,34 @@ def parent_of(init_from: str | None) -> dict[str, str] | None:
     folder = Path(init_from)
     if not folder.is_dir():
         return {"path": init_from, "digest": ""}
-    manifest = read_manifest(folder.parent) or {}
-    return {"path": init_from, "digest": manifest.get("weights_digest") or digest_of_weights(folder)}
+    digest = find_manifest(folder.parent).get(
+        "weights_digest"
+    )  # where it is lost, the weights themselves say which they are
+    return {"path": init_from, "digest": digest or digest_of_weights(folder)}
 
 
 def require_parent(init_from: str | None) -> None:
-    """A stage that starts from an earlier one needs it finished."""
+    """A stage that starts from an earlier one needs it finished.
+
+    Raises:
+        UserError: its folder is not there; says what is there, and how to come by the model.
+    """
     if init_from is None:
         return
     folder = Path(init_from)
-    if folder.is_absolute() and not folder.is_dir():
-        manifest = read_manifest(folder.parent)
-        state = "is not finished" if manifest else "does not exist"
+    if not folder.is_absolute() or folder.is_dir():
+        return
+    manifest = read_manifest(folder.parent)
+    if manifest and manifest.get("status") == "finished":
         raise UserError(
-            f"init_from={init_from}: the run that should have left this folder {state}. Run the stage before it first (`python run.py` runs "
-            "a recipe's stages in order), or name another folder or hub id with init_from=..."
+            f"init_from={init_from}: that run is finished and left no model there (it was trained with export=false, or the "
+            f"folder was removed). Make it from the run's last checkpoint: python run.py task=export init_from={folder.parent}"
         )
+    state = "is not finished" if manifest else "does not exist"
+    raise UserError(
+        f"init_from={init_from}: the run that should have left this folder {state}. Run the stage before it first (`python run.py` runs "
+        "a recipe's stages in order), or name another folder or hub id with init_from=..."
+    )
 
 
 def digest_of_parts(*folders: str | None) -> str:
@@ -216,34 +252,6 @@ def is_rank_zero() -> bool:
     return global_rank() == 0
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Beside, then moved: a reader finds the old file or the new one. Several processes, and threads, may at once."""
-    draft = draft_of(path)
-    draft.write_text(text, encoding="utf-8")
-    os.replace(draft, path)
-    host = f".{path.name}.{socket.gethostname()}."
-    for stray in path.parent.glob(f"{host}*"):  # of a process that was killed here
-        number = stray.name.removeprefix(host).partition("-")[0]
-        if number.isdigit() and not _is_alive(int(number)):
-            stray.unlink(missing_ok=True)
-
-
-def draft_of(path: Path) -> Path:
-    """A name beside `path` that is this thread's alone: nodes share folders, and each has its own process numbers."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}-{threading.get_ident()}")
-
-
-def _is_alive(pid: int) -> bool:
-    """A process of this host, whoever's it is."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
 def identity_of(config: dict[str, Any]) -> dict[str, Any]:
     """The settings, as `to_plain` gives them, that say what a run computes; those of `elsewhere.py` are left out, and the
     starting model, which has a digest."""
@@ -264,10 +272,13 @@ def identity_of(config: dict[str, Any]) -> dict[str, Any]:
 def _differences(
     known: dict[str, Any], config: dict[str, Any], data_digest: str, parent: dict[str, str] | None
 ) -> list[str]:
-    different = _changed(identity_of(known["config"]), identity_of(config))
-    if known["data"]["digest"] != data_digest:
+    """Of a manifest that was made again, what is not known any more is not compared."""
+    ours, theirs = identity_of(config), identity_of(known["config"])
+    different = _changed(theirs, ours) if theirs or not known.get("rebuilt") else []
+    digest = known["data"].get("digest")
+    if digest != data_digest and not (known.get("rebuilt") and not digest):
         different.append("its data")
-    if (known.get("parent") or {}).get("digest") != (parent or {}).get("digest"):
+    if not known.get("rebuilt") and (known.get("parent") or {}).get("digest") != (parent or {}).get("digest"):
         different.append("the model it starts from")
     return different
 

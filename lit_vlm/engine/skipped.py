@@ -7,10 +7,11 @@ which nothing is read and nothing changes.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+
+from lit_vlm.files import append_line
 
 NAME = "skipped.jsonl"
 
@@ -40,11 +41,5 @@ def read_skipped(run_dir: Path) -> dict[int, SkippedStep]:
 
 def add_skipped(run_dir: Path, step: int, reason: str, samples: list[str]) -> None:
     """Rank 0 writes; on the disk when it returns."""
-    run_dir.mkdir(parents=True, exist_ok=True)
     row = SkippedStep(step, reason, samples, datetime.now(UTC).isoformat(timespec="seconds"))
-    file = run_dir / NAME
-    whole = not file.is_file() or file.read_bytes().endswith(b"\n") or file.stat().st_size == 0
-    with file.open("a", encoding="utf-8") as stream:
-        stream.write(("" if whole else "\n") + json.dumps(asdict(row), ensure_ascii=False) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
+    append_line(run_dir / NAME, json.dumps(asdict(row), ensure_ascii=False).encode("utf-8", "backslashreplace"))

@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from lit_vlm.engine.exits import RESTART, STUCK
-from lit_vlm.engine.run_folder import draft_of
 from lit_vlm.engine.slurm import ANSWER_SECONDS, own_job, requeue
 from lit_vlm.engine.watch import AWAITED, UNLIMITED, Beat, Doing, Pulse, beat_of, read_beat, read_beats, started_at
 from lit_vlm.engine.watch import write_beat as write
+from lit_vlm.files import draft_of
 
 FOLDER, NOTE = "stuck", "leave.json"
 TICK = 2.0  # seconds between two looks

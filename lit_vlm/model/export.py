@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
 
 from lit_vlm.anyres import ImageSettings
+from lit_vlm.files import move_into_place
 from lit_vlm.model.hub import quiet_transformers
 from lit_vlm.model.merged import Merged
 from lit_vlm.model.tensor_files import LARGEST_FILE, planned_files, write_index
@@ -69,7 +69,7 @@ def export_model(
         raise
     if folder.exists():
         shutil.rmtree(folder)
-    os.replace(beside, folder)
+    move_into_place(beside, folder)
 
 
 def _each(names: Iterable[str], before: Callable[[], object]) -> Iterator[str]:

@@ -6,7 +6,6 @@ They are ordinary folders: what reads Qwen2.5 and SigLIP from disk reads these.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
@@ -17,6 +16,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, SiglipVisionConfig, SiglipVisionModel
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from lit_vlm.files import move_into_place
 from lit_vlm.model.hub import quiet_transformers
 from lit_vlm.model.tensor_files import os_errors
 from lit_vlm.model.vocabulary import CHATML
@@ -120,7 +120,7 @@ def _once(path: Path, make: Callable[[Path], None]) -> None:
     try:
         with os_errors():
             make(beside)
-        os.replace(beside, path)
+        move_into_place(beside, path)
     except OSError:
         shutil.rmtree(beside)
         if not path.is_dir():  # else another process was faster

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lit_vlm.data.whole_files import written
+from lit_vlm.files import written
 from lit_vlm.model.tensor_files import os_errors
 from lit_vlm.types import Batch, UserError
 

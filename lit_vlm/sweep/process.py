@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from lit_vlm.engine.report_data import read_metrics
-from lit_vlm.engine.run_folder import read_manifest, write_atomically
+from lit_vlm.engine.run_folder import find_manifest
 from lit_vlm.engine.slurm import own_job, signal_steps
+from lit_vlm.files import write_atomically
 
 LOG, NUMBER = "trial.log", "trial.pid"
 SAVING_SECONDS = 300.0  # that a trial of an earlier start is given to save and leave
@@ -56,7 +57,7 @@ class TrialProcess:
         with (self.folder / LOG).open("ab") as log:
             self._process = _started(self.command, {**environment, "PYTHONUNBUFFERED": "1"}, log)
         self.starts += 1
-        write_atomically(self.folder / NUMBER, f"{self._process.pid}\n")
+        write_atomically(self.folder / NUMBER, f"{self._process.pid}\n", durable=False)
 
     def ended(self) -> int | None:
         """Its exit status; None while it runs."""
@@ -98,7 +99,7 @@ def values_in(folder: Path, metric: str) -> list[float]:
 
 
 def is_finished(folder: Path) -> bool:
-    return (read_manifest(folder) or {}).get("status") == "finished"
+    return find_manifest(folder).get("status") == "finished"
 
 
 def last_lines(folder: Path, count: int = 1) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from lit_vlm.config.settings import did_you_mean, nearest
 from lit_vlm.engine.exits import RESTART
 from lit_vlm.engine.report_data import read_metrics
-from lit_vlm.engine.run_folder import read_manifest
+from lit_vlm.engine.run_folder import find_manifest
 from lit_vlm.engine.signals import ASKS, TOGETHER_SECONDS, Ask
 from lit_vlm.sweep.file import Goal
 from lit_vlm.sweep.process import LOG, TrialProcess, end_left_behind, is_finished, last_lines, values_in
@@ -193,7 +193,7 @@ def records_of(search: Search, folder: Path, metric: str) -> list[TrialRecord]:
 
 
 def _record(trial: Trial, folder: Path, metric: str) -> TrialRecord:
-    figures = (read_manifest(folder) or {}).get("figures") or {}
+    figures = find_manifest(folder).get("figures") or {}
     value = trial.value
     if trial.outcome is None and (values := values_in(folder, metric)):
         value = values[-1]

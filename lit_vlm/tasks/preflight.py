@@ -33,9 +33,9 @@ from lit_vlm.engine.preflight.terminal import show
 from lit_vlm.engine.run_folder import (
     command_line,
     digest_of_sources,
+    find_manifest,
     open_run_folder,
     parent_of,
-    read_manifest,
     require_parent,
     require_writable,
 )
@@ -141,7 +141,7 @@ def _meet_run_folder(run: Run, sources: list[Source], facts: Facts) -> None:
         name=run.name,
         overwrite=run.config.overwrite,
         data_digest=digest_of_sources(sources),
-        parent=parent_of(run.init_from) if read_manifest(run.dir) else None,  # else nobody asks, and it takes long
+        parent=parent_of(run.init_from) if find_manifest(run.dir) else None,  # else nobody asks, and it takes long
     )
     if folder.finished:
         what = f"{run.name} is finished already, in {run.dir}: task=train would leave it as it is."

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from lit_vlm.config.secrets import redacted
 from lit_vlm.data.plan.lock import differences, read_lock, source_facts, write_lock
-from lit_vlm.engine.run_folder import is_rank_zero, read_manifest, versions
+from lit_vlm.engine.run_folder import find_manifest, is_rank_zero, versions
 from lit_vlm.tasks.stage_data import StageData
 from lit_vlm.tasks.terminal import say
 from lit_vlm.types import UserError
@@ -40,6 +41,15 @@ def lock_of(data: StageData) -> dict[str, Any]:
     }
 
 
+def read_own_lock(path: Path) -> dict[str, Any] | None:
+    """Read the lock that a run wrote into its own folder; None where there is none, and of a damaged one, which is said."""
+    try:
+        return read_lock(path) if path.is_file() else None
+    except UserError as error:
+        say(f"{str(error).partition('. Take')[0]}. It is written anew.")
+        return None
+
+
 def hold_to_lock(data: StageData) -> None:
     """Write the run's mixture.lock, and say what changed since it was written before.
 
@@ -58,10 +68,10 @@ def hold_to_lock(data: StageData) -> None:
     path = run.dir / "mixture.lock"
     if not is_rank_zero():
         return
-    changes = differences(read_lock(path), lock) if path.is_file() else []
+    changes = differences(known, lock) if (known := read_own_lock(path)) else []
     for change in changes:
         say(f"since {path.name} was written: {change}")
-    if changes and not run.config.overwrite and (read_manifest(run.dir) or {}).get("status") == "finished":
+    if changes and not run.config.overwrite and find_manifest(run.dir).get("status") == "finished":
         say(f"{path} stays what the finished run was trained on.")
     else:
         write_lock(path, lock)

@@ -18,9 +18,9 @@ from lit_vlm.data.plan.mixture import Amount, MixtureSettings
 from lit_vlm.data.processor import Processor, check_vocabulary
 from lit_vlm.data.quarantine import Quarantine
 from lit_vlm.data.sources import open_source
-from lit_vlm.data.whole_files import writable
 from lit_vlm.engine.run_folder import is_rank_zero, require_writable
 from lit_vlm.engine.trainer import FEW_STEPS, PROFILED_STEPS
+from lit_vlm.files import writable
 from lit_vlm.model.build import Blueprint, draw_up
 from lit_vlm.model.tiny import tiny_parts
 from lit_vlm.tasks.terminal import say

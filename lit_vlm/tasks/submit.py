@@ -12,10 +12,10 @@ from pathlib import Path
 from lit_vlm.config import Run, is_ladder, parse, pipeline_overrides, stages_of
 from lit_vlm.config.overrides import key_of
 from lit_vlm.config.schema import DataConfig, Format
-from lit_vlm.data.whole_files import writable
-from lit_vlm.engine.run_folder import read_manifest, require_writable, write_atomically
+from lit_vlm.engine.run_folder import find_manifest, require_writable
 from lit_vlm.engine.slurm import require_slurm, sbatch, sbatch_words, state_of
 from lit_vlm.engine.slurm_script import Job, one_line, script_of
+from lit_vlm.files import writable, write_atomically
 from lit_vlm.tasks.terminal import console, say
 from lit_vlm.types import UserError
 
@@ -59,7 +59,7 @@ def _stages(run: Run) -> list[Run]:
 
 
 def _is_finished(stage: Run) -> bool:
-    finished = (read_manifest(stage.dir) or {}).get("status") == "finished" and not stage.config.overwrite
+    finished = find_manifest(stage.dir).get("status") == "finished" and not stage.config.overwrite
     if finished:
         say(f"{stage.name}: finished already, in {stage.dir}")
     return finished

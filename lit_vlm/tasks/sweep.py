@@ -19,10 +19,11 @@ from lit_vlm.config.overrides import quote, with_implied
 from lit_vlm.config.parse import wrong_words
 from lit_vlm.config.sweep import trial_overrides
 from lit_vlm.engine.exits import INTERRUPTED, RESTART
-from lit_vlm.engine.run_folder import require_writable, write_atomically
+from lit_vlm.engine.run_folder import require_writable
 from lit_vlm.engine.signals import Ask
 from lit_vlm.engine.slurm import is_preempted, outside_of_job, own_job, requeue
 from lit_vlm.engine.slurm_script import step_command
+from lit_vlm.files import DamagedFile, read_json, write_atomically
 from lit_vlm.sweep.file import Method, SweepFile, look_at
 from lit_vlm.sweep.mistakes import mistakes_in_sweep
 from lit_vlm.sweep.process import TrialProcess
@@ -211,7 +212,7 @@ def settle_folder(job: Sweep) -> None:
             f"{job.run.name}: its workers are in the queue already, as job {number}. `scancel {number}` ends them."
         )
     mine = json.loads(json.dumps({"file": job.file.plain, "overrides": job.given}))
-    known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    known = read_settings(path, mine)
     if known is not None and job.run.config.overwrite and (known != mine or is_complete(job)):
         empty(folder)
     elif known is not None and known != mine:
@@ -222,6 +223,20 @@ def settle_folder(job: Sweep) -> None:
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(mine, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_settings(path: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
+    """Read the file and the words that a folder's sweep was begun with. Of a damaged file ours stand in, and are said to:
+    they are written anew, and the journal goes on."""
+    try:
+        known = read_json(path, "")
+        if known is None or {"file", "overrides"} <= known.keys():
+            return known
+        problem = f"{path} is damaged: it lacks what every one has."
+    except DamagedFile as error:
+        problem = str(error).strip()
+    say(f"{problem} The sweep file and the words of this start are taken for those that it was begun with.")
+    return mine
 
 
 def is_complete(job: Sweep) -> bool:

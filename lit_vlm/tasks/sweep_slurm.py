@@ -9,9 +9,9 @@ from pathlib import Path
 
 from lit_vlm.config import ConfigError, Run, parse
 from lit_vlm.config.overrides import key_of
-from lit_vlm.engine.run_folder import write_atomically
 from lit_vlm.engine.slurm import require_slurm, sbatch, sbatch_words, state_of
 from lit_vlm.engine.slurm_script import Job, script_of
+from lit_vlm.files import write_atomically
 from lit_vlm.tasks.submit import files_to_stage
 from lit_vlm.tasks.terminal import console, say
 

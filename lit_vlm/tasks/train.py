@@ -17,7 +17,6 @@ from lit_vlm.config import Run
 from lit_vlm.config.check import ALWAYS
 from lit_vlm.config.schema import ActivationCheckpointing, Debug, RunConfig
 from lit_vlm.config.secrets import redacted
-from lit_vlm.data.whole_files import writable
 from lit_vlm.engine.budget import NAME as BUDGET
 from lit_vlm.engine.budget import Budget
 from lit_vlm.engine.checkpoint import Belongs, Folder
@@ -36,12 +35,12 @@ from lit_vlm.engine.run_folder import (
     read_manifest,
     require_parent,
     to_plain,
-    write_atomically,
 )
 from lit_vlm.engine.signals import listening
 from lit_vlm.engine.skipped import NAME as SKIPPED
 from lit_vlm.engine.tracking import Tracking
 from lit_vlm.engine.trainer import FEW_STEPS, leave_process_group, make_trainer
+from lit_vlm.files import writable, write_atomically
 from lit_vlm.model.build import Blueprint
 from lit_vlm.model.skeleton import weights_later
 from lit_vlm.model.tensor_files import digest_of_weights
@@ -82,7 +81,11 @@ def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) ->
     if not folder.finished and run.dir.is_dir() and hold.take():
         folder = opened()  # another process may have got on with it before it let go
     checkpoints = Folder(run.dir / "checkpoints")
+    if folder.rebuilt:
+        say(f"{run.name}: {folder.rebuilt}")
     if folder.finished:
+        if folder.rebuilt:
+            folder.update()
         if is_rank_zero() and folder.hf.is_dir():
             checkpoints.remove(but_best=True)  # a finish that was cut short
         say(f"{run.name}: finished already, in {folder.path}. Start it anew with overwrite=true.")

@@ -100,7 +100,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("lit_vlm.data.whole_files.os.fsync", fail)
+    monkeypatch.setattr("lit_vlm.files.os.fsync", fail)
     with pytest.raises(UserError, match="disk full"):
         filled(1).settle(OnBadRecord.quarantine, 1.0, {"mine": 5}, tmp_path / "q")
     assert [file.read_text() for file in tmp_path.iterdir()] == ["old\n"]

@@ -9,7 +9,7 @@ from support import builtin
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.processor import Processor
 from lit_vlm.engine.budget import Budget, halve_budget
-from lit_vlm.engine.run_folder import draft_of, write_atomically
+from lit_vlm.files import draft_of, write_atomically
 from lit_vlm.types import UserError
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from lit_vlm.data.whole_files import locked, written
+from lit_vlm.files import locked, written
 from lit_vlm.types import Fault, RecordError, Source
 
 SHARD_RECORDS = 8192

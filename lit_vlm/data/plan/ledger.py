@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from lit_vlm.data.index.columns import Index
-from lit_vlm.data.whole_files import append_line
+from lit_vlm.files import append_line
 from lit_vlm.types import RecordError
 
 

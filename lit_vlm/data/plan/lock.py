@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lit_vlm.data.index.columns import Index
-from lit_vlm.data.whole_files import written
+from lit_vlm.files import written
 from lit_vlm.types import UserError
 
 LOCK_VERSION = 1

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lit_vlm.data.whole_files import locked, written
+from lit_vlm.files import locked, written
 
 Arrays = dict[str, np.ndarray]
 

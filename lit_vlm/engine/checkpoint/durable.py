@@ -1,4 +1,4 @@
-"""Files and folders that are on the disk when a function returns, and in their place whole or not at all."""
+"""Files of tensors that are on the disk when a function returns, with their digests; folders that go whole or not at all."""
 
 from __future__ import annotations
 
@@ -23,25 +23,6 @@ DTYPES = {
     torch.float64: "F64",
 }  # safetensors' names
 BLOCK = 1 << 24  # bytes that are written and hashed at a time, without Python's lock
-
-
-def sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Beside, synced, and in its place by one rename."""
-    beside = path.with_name(f".{path.name}")
-    with beside.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(beside, path)
-    sync_folder(path.parent)
 
 
 def write_tensors(path: Path, tensors: list[tuple[str, Tensor]]) -> StoredFile:

@@ -10,7 +10,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from lit_vlm.engine.checkpoint.durable import remove_folder, sync_folder, write_text
+from lit_vlm.engine.checkpoint.durable import remove_folder
+from lit_vlm.files import sync, write_atomically
 
 LATEST, BEST = "latest", "best"
 NAME = re.compile(r"step-(\d{8,})")
@@ -37,12 +38,12 @@ class Folder:
     def place(self, step: int) -> None:
         """The draft gets its name and becomes the latest."""
         draft, final = self.draft(step), self.of(step)
-        sync_folder(draft)
+        sync(draft)
         if final.exists():
             remove_folder(final)
         os.rename(draft, final)
-        sync_folder(self.path)
-        write_text(self.path / LATEST, f"{final.name}\n")
+        sync(self.path)
+        write_atomically(self.path / LATEST, f"{final.name}\n")
 
     def latest(self) -> int | None:
         """The step that the pointer names, whether its folder is there or not."""
@@ -51,7 +52,7 @@ class Folder:
         return int(found[1]) if found else None
 
     def point_to_best(self, step: int, loss: float) -> None:
-        write_text(self.path / BEST, json.dumps({"checkpoint": self.of(step).name, "val_loss": loss}) + "\n")
+        write_atomically(self.path / BEST, json.dumps({"checkpoint": self.of(step).name, "val_loss": loss}) + "\n")
 
     def best(self) -> tuple[int, float] | None:
         """Step and val/loss of the best one that is still there."""
@@ -85,7 +86,7 @@ class Folder:
             (self.path / BEST).unlink(missing_ok=True)
         left = self.steps()
         if left and self.latest() != left[0]:
-            write_text(self.path / LATEST, f"{self.of(left[0]).name}\n")
+            write_atomically(self.path / LATEST, f"{self.of(left[0]).name}\n")
         elif not left:
             (self.path / LATEST).unlink(missing_ok=True)
 
@@ -99,4 +100,4 @@ class Folder:
         for step in self.steps():
             if step != best[0]:
                 remove_folder(self.of(step))
-        write_text(self.path / LATEST, f"{self.of(best[0]).name}\n")
+        write_atomically(self.path / LATEST, f"{self.of(best[0]).name}\n")

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 
-from lit_vlm.engine.checkpoint.durable import remove_folder, write_tensors, write_text
+from lit_vlm.engine.checkpoint.durable import remove_folder, write_tensors
 from lit_vlm.engine.checkpoint.folder import Folder
 from lit_vlm.engine.checkpoint.layout import INDEX, Index, Interval, StoredFile
 from lit_vlm.engine.shards import Piece
+from lit_vlm.files import write_atomically
 
 FILE_BYTES = 4 << 30  # a file of this size ends; one tensor alone may be larger
 POLL_SECONDS = 0.01
@@ -98,7 +99,7 @@ class Writer:
                 draft.mkdir(parents=True, exist_ok=True)
                 intervals, files = write_pieces(draft, self.rank, pieces)
                 if self.rank:
-                    write_text(
+                    write_atomically(
                         draft / _part(self.rank), json.dumps([list(map(asdict, intervals)), list(map(asdict, files))])
                     )
             if self.rank == 0:
@@ -115,7 +116,7 @@ class Writer:
             intervals = intervals + [Interval(**{**one, "shape": tuple(one["shape"])}) for one in theirs]
             files = files + [StoredFile(**one) for one in stored]
             (draft / _part(rank)).unlink()
-        write_text(draft / INDEX, replace(index, intervals=intervals, files=files).to_text())
+        write_atomically(draft / INDEX, replace(index, intervals=intervals, files=files).to_text())
         self.folder.place(index.step)
         self.folder.prune(self.keep_last)
 

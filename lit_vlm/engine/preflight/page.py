@@ -13,7 +13,8 @@ from lit_vlm.engine.pages import Page, sayable, write_page
 from lit_vlm.engine.preflight.charts import histogram_svg, legend
 from lit_vlm.engine.preflight.facts import Facts, Level, MemoryFacts, SourceRow, StrategyFacts
 from lit_vlm.engine.report_data import short
-from lit_vlm.engine.run_folder import to_plain, write_atomically
+from lit_vlm.engine.run_folder import to_plain
+from lit_vlm.files import write_atomically
 from lit_vlm.types import counted
 
 

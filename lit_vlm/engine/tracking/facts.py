@@ -12,7 +12,7 @@ import yaml
 
 from lit_vlm.config.schema import LoggerConfig
 from lit_vlm.config.secrets import redacted, redacted_text
-from lit_vlm.engine.run_folder import RunFolder, read_manifest
+from lit_vlm.engine.run_folder import RunFolder, find_manifest
 from lit_vlm.types import UserError
 
 ID_LETTERS = string.ascii_lowercase + string.digits  # and eight of them, as the client's own ids
@@ -47,7 +47,7 @@ def parent_run(folder: RunFolder) -> dict[str, Any]:
     """What W&B knows of the run that this one starts from; empty when it knows none."""
     parent = folder.manifest["parent"] or {}
     path = Path(parent.get("path", ""))
-    manifest = (read_manifest(path.parent) if path.is_dir() else None) or {}
+    manifest = find_manifest(path.parent) if path.is_dir() else {}
     return (manifest.get("tracking") or {}).get("wandb") or {}
 
 

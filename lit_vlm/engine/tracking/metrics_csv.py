@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from lit_vlm.engine.run_folder import write_atomically
+from lit_vlm.files import write_atomically
 
 
 class MetricsCsv(Logger):

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from lit_vlm.data.readers.rows.base import identity
-from lit_vlm.data.whole_files import locked, written
+from lit_vlm.files import locked, written
 from lit_vlm.types import UserError
 
 _VERSION = 1  # raise it when the arrays mean something else

@@ -1,0 +1,66 @@
+"""The manifest of a run's folder, made again from what lies beside it: checkpoints, config.yaml, the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lit_vlm.engine.checkpoint import Damaged, Folder, Index, read_index
+from lit_vlm.model.tensor_files import digest_of_weights
+
+CONFIG = "config.yaml"
+
+
+def rebuild_manifest(path: Path, name: str) -> tuple[dict[str, Any] | None, str]:
+    """Make the manifest again as far as it can be known, and say from what.
+
+    What a checkpoint belongs to is compared once more when the run goes on from it, the model to start from included.
+
+    Returns:
+        the manifest, which says under `rebuilt` what it is made of; None where nothing is left that it could be made of.
+    """
+    folder, index = Folder(path / "checkpoints"), _newest_index(path)
+    best, steps = folder.best(), folder.steps()
+    has_model = (path / "hf" / "config.json").is_file()  # a folder is moved there whole
+    finished = has_model and (not steps or (best is not None and steps == [best[0]]))
+    if not (finished or index):
+        return None, "Nothing lies beside it that the run could go on from: it begins anew."
+    known: dict[str, Any] = {
+        "status": "finished" if finished else "running",
+        "name": name,
+        "config": _settings(path) or (index.belongs.get("settings") if index else None) or {},
+        "data": {"digest": index.belongs.get("data", "") if index else ""},
+        "parent": None,
+    }
+    known["stage"] = (known["config"].get("stage") or {}).get("name", "")
+    if finished:
+        known |= {
+            "weights_digest": digest_of_weights(path / "hf"),
+            "rebuilt": f"from {CONFIG} and hf/; its figures are lost",
+        }
+        return known, f"It is made again from {CONFIG} and hf/, which holds the finished model; its figures are lost."
+    assert index is not None
+    known["rebuilt"] = f"from the checkpoint of step {index.step:,}"
+    return known, f"It is made again from the checkpoint of step {index.step:,}, and the run goes on from there."
+
+
+def _newest_index(path: Path) -> Index | None:
+    """Read the index of the newest checkpoint that has a sound one."""
+    folder = Folder(path / "checkpoints")
+    for step in folder.steps():
+        try:
+            return read_index(folder.of(step))
+        except Damaged:
+            continue
+    return None
+
+
+def _settings(path: Path) -> dict[str, Any] | None:
+    """Read config.yaml; None where it is not there, or damaged too."""
+    try:
+        found = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("stage"), dict) else None
