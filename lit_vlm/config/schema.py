@@ -155,6 +155,7 @@ class ModelConfig:
         default_factory=lambda: "<gro> <ocr> <char> </char> <obj> </obj> <bbox> </bbox> <delim>".split()
     )  # one id each, added to the vocabulary; the default is VARCO-VISION's nine
     chat_template: str | None = None  # path of a Jinja file, or "chatml"; null: the language model's own
+    template_date: str | None = None  # YYYY-MM-DD, for a template that writes today's date; null: when first prepared
     revision: str | None = None  # hub revision of parts and of init_from
     trust_remote_code: bool = False  # run code that comes with a hub repository; never needed by the shipped recipes
 

@@ -20,6 +20,7 @@ from lit_vlm.cost import Flops
 from lit_vlm.data.index.columns import Index, require_samples, split
 from lit_vlm.data.index.lengths import fit
 from lit_vlm.data.index.store import build_index
+from lit_vlm.data.index.unchanged import require_as_indexed
 from lit_vlm.data.micro_batches import (
     Contents,
     Result,
@@ -243,8 +244,15 @@ class DataModule(L.LightningDataModule):
 
     def read_held_out(self, samples: Sequence[int], work: Callable[[], Result]) -> Result:
         """What `work` makes of these held-out samples; one that turned bad ends the run as it does in a loader."""
-        assert self.held_out is not None
-        result = steadily(work, self.processor, self.held_out, samples)
+        held_out = self.held_out
+        assert held_out is not None
+
+        def checked() -> Result:
+            result = work()
+            require_as_indexed(held_out, samples)
+            return result
+
+        result = steadily(checked, self.processor, held_out, samples)
         if isinstance(result, TurnedBad):
             raise replace(result, held_out=self.has_own_validation).enter(self.ledger)
         return result

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from lit_vlm.data.collate import collate
 from lit_vlm.data.content import content_of
 from lit_vlm.data.index.columns import Index
+from lit_vlm.data.index.unchanged import require_as_indexed
 from lit_vlm.data.plan.ledger import Ledger
 from lit_vlm.data.plan.plan import Pack, Plan
 from lit_vlm.data.processor import Processor
@@ -38,8 +39,10 @@ class TurnedBad:
     held_out: bool = False  # of a validation source of its own
 
     def enter(self, ledger: Ledger | None) -> UserError:
-        """The error that ends the run, after the record is entered in the ledger."""
-        if ledger is None:
+        """The error that ends the run, after the record is entered in the ledger; one that became another is not entered."""
+        if (
+            ledger is None or self.error.fault is Fault.changed
+        ):  # another record is no bad one, to be left out in silence
             return self.error
         ledger.add(self.source, self.position, self.error, held_out=self.held_out)
         return Entered(
@@ -184,6 +187,7 @@ def _read_once(processor: Processor, index: Index, pack: Pack, *, contents: bool
     records = [index.record(sample) for sample in pack]
     batch = collate(processor, records, **step)
     _require_unchanged(batch, records, index, pack)
+    require_as_indexed(index, pack, records)
     batch.keys = index.keys(list(pack)).tolist()
     batch.contents = [content_of(record) for record in records] if contents else []
     return batch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass
+from datetime import date
 from functools import cached_property
 
 import numpy as np
@@ -56,6 +57,7 @@ class Processor:
         images: tile size, grid, normalisation; from the model's folder.
         scaled_decode: decode JPEGs no larger than their tiles need; pixels then differ slightly.
         share_prompts: a pair's prompt stands once in the row; False: before each of its answers, to compare the two.
+        day: that a chat template which writes today's is given; None: this one's. It stays the same from then on.
     """
 
     def __init__(
@@ -65,10 +67,11 @@ class Processor:
         *,
         scaled_decode: bool = False,
         share_prompts: bool = True,
+        day: date | None = None,
     ) -> None:
         self.tokenizer, self.images, self.scaled_decode = tokenizer, images, scaled_decode
         self.share_prompts = share_prompts
-        self.template = Template(tokenizer)
+        self.template = Template(tokenizer, day=day)
         self.image_token_id = self.template.image_token_id
 
     @cached_property
@@ -83,6 +86,7 @@ class Processor:
             tokenizer.special_tokens_map,
             self.image_token_id,
             asdict(self.images),
+            *([self.template.day.isoformat()] if self.template.writes_day else []),
         ]
         return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -203,7 +207,7 @@ def check_vocabulary(processor: Processor) -> None:
     )
     ours = processor.template.encode(messages, [])
     plain = [{"role": message.role.value, "content": [{"type": "text", "text": message.text}]} for message in messages]
-    text = processor.tokenizer.apply_chat_template(plain, tokenize=False)
+    text = processor.template.render(plain)
     theirs = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
     if list(ours.input_ids) != list(theirs):
         raise UserError(

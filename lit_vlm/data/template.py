@@ -11,19 +11,24 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass
+from datetime import date
 from functools import lru_cache
 
+import jinja2
 import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from lit_vlm.types import IMAGE_TOKEN, Control, ImageSlot, Message, Role, UserError
+from lit_vlm.data.template_date import CLOCK, make_clock, refuse_chance, writes_day
+from lit_vlm.types import IMAGE_TOKEN, Control, ImageSlot, Message, Role, UserError, counted
 
 OPEN, CLOSE = "\ue000", "\ue001"  # private use: they stand around a text's number while the template is rendered
 STAND_IN = re.compile(f"{OPEN}(\\d+){CLOSE}")
 IMAGE, TEXT = "image", "text"
 TURNS = 8  # answers whose beginnings are found one by one
+REMEDY = "model.chat_template=chatml, or a Jinja file"
 HEADER = 24  # characters before an answer by which its header is known again: some "<|im_start|>assistant\n"
 
 Shape = tuple[tuple[str, tuple[str, ...]], ...]  # ((role, (part, ...)), ...)
@@ -73,18 +78,29 @@ class Template:
     Args:
         tokenizer: with `chat_template`; its added tokens are the control tokens.
         image_token: the placeholder that the template writes for an image; one token of the vocabulary.
+        day: that a template which writes today's is given; None: this one's.
+
+    Attributes:
+        writes_day: whether the day is in what it renders.
 
     Raises:
         UserError: no chat template, or one that cannot be used for training; the message says which and what to do.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, image_token: str = IMAGE_TOKEN) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, image_token: str = IMAGE_TOKEN, day: date | None = None
+    ) -> None:
         if not tokenizer.chat_template:
             raise UserError(
                 f"The tokenizer of {tokenizer.name_or_path or 'the language model'} has no chat template, and training needs one to "
                 "tell questions from answers. Choose an instruction-tuned model, or give one: model.chat_template=chatml, or a Jinja file."
             )
-        self.tokenizer = tokenizer
+        self.tokenizer, self.day = tokenizer, day or date.today()
+        self.origin = tokenizer.name_or_path or "the language model"
+        refuse_chance(tokenizer.chat_template, self.origin)
+        self.writes_day = writes_day(tokenizer.chat_template)
+        self._clock = {CLOCK: make_clock(self.day)} if self.writes_day else {}
+        self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.control_ids = tokenizer.get_added_vocab()
         self.ordinary = _without_added_tokens(tokenizer)
@@ -95,7 +111,7 @@ class Template:
         self.ordinary_ids = lru_cache(maxsize=8192)(self._ordinary_ids)
 
     def __reduce__(self):  # the caches stay behind when a loader's worker is spawned
-        return type(self), (self.tokenizer, self.tokenizer.convert_ids_to_tokens(self.image_token_id))
+        return type(self), (self.tokenizer, self.image_token, self.day)
 
     def encode(self, messages: tuple[Message, ...], image_tokens: list[int], *, prompt: bool = False) -> Encoded:
         """Token ids and supervision of a conversation.
@@ -165,25 +181,63 @@ class Template:
     def _strips_whitespace(self, role: Role) -> bool:
         padded = f" {OPEN}0{CLOSE} "
         turns = [("user", "q"), ("assistant", padded)] if role is Role.assistant else [("user", padded)]
-        rendered = self._render([{"role": r, "content": [{"type": TEXT, "text": t}]} for r, t in turns])
+        rendered = self.render([{"role": r, "content": [{"type": TEXT, "text": t}]} for r, t in turns])
         return f" {OPEN}0{CLOSE}" not in rendered
 
-    def _render(self, messages: list[dict], prompt: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+    def render(self, messages: list[dict], prompt: bool = False) -> str:
+        """Render messages in transformers' form, on this template's day.
+
+        Raises:
+            UserError: the template has a slip, or refuses these roles.
+        """
+        options = {"tokenize": False, "add_generation_prompt": prompt, **self._clock}
+        try:
+            return self.tokenizer.apply_chat_template(messages, **options)
+        except jinja2.TemplateSyntaxError as error:
+            raise UserError(
+                f"The chat template of {self.origin} is not well-formed, line {error.lineno}: {error.message}. Mend it, or give "
+                f"another: {REMEDY}."
+            ) from error
+        except Exception as error:  # Jinja raises what the template tells it to
+            roles = ", ".join(message["role"] for message in messages)
+            raise UserError(
+                f"The chat template of {self.origin} refuses a conversation of roles [{roles}]: {_in_a_line(error)}. Change the "
+                f"records, or the template: {REMEDY}."
+            ) from error
 
     def _layout(self, shape: Shape, prompt: bool) -> tuple[Piece, ...]:
         """The pieces of a conversation of this shape, supervision marks included."""
         messages = _stand_ins(shape)
-        try:
-            rendered = self._render(messages, prompt)
-        except Exception as error:  # Jinja raises what the template tells it to
-            roles = ", ".join(role for role, _ in shape)
-            raise UserError(
-                f"The chat template of {self.tokenizer.name_or_path or 'the language model'} refuses a conversation of roles [{roles}]: "
-                f"{error}. Change the records, or the template: model.chat_template=chatml, or a Jinja file."
-            ) from error
+        rendered = self.render(messages, prompt)
+        self._require_all_said(messages, rendered)
         starts = self._answer_starts(messages, rendered)
         return tuple(self._pieces(rendered, starts))
+
+    def _require_all_said(self, messages: list[dict], rendered: str) -> None:
+        """Raise UserError where the template leaves out a text or a picture of the conversation, or writes an answer twice."""
+        counts = Counter(int(match[1]) for match in STAND_IN.finditer(rendered))
+        number = -1
+        for message in messages:
+            for part in message["content"]:
+                number += part["type"] == TEXT
+                found = counts[number]
+                if part["type"] == TEXT and (not found or (found > 1 and message["role"] == "assistant")):
+                    what = (
+                        f"writes the words of a {message['role']} {found} times"
+                        if found
+                        else (f"leaves out what the {message['role']} says")
+                    )
+                    raise UserError(
+                        f"The chat template of {self.origin} {what} in a conversation of roles "
+                        f"[{', '.join(one['role'] for one in messages)}]. Mend it, or give another: {REMEDY}."
+                    )
+        images = sum(part["type"] == IMAGE for message in messages for part in message["content"])
+        shown = rendered.count(self.image_token)
+        if shown != images:
+            raise UserError(
+                f"The chat template of {self.origin} writes {self.image_token} {counted(shown, 'time')} for "
+                f"{counted(images, 'picture')}. Mend it, or give another: {REMEDY}."
+            )
 
     def _answer_starts(self, messages: list[dict], rendered: str) -> list[int]:
         """Offsets in `rendered` at which each assistant turn becomes the model's own words.
@@ -206,15 +260,15 @@ class Template:
         return [starts[i] if i in starts else self._answer_start(messages, rendered, i) for i in answers]
 
     def _answer_start(self, messages: list[dict], rendered: str, i: int) -> int:
-        turn = self._render(messages[: i + 1])
+        turn = self.render(messages[: i + 1])
         if not rendered.startswith(turn.rstrip()):
             raise UserError(
-                f"The chat template of {self.tokenizer.name_or_path or 'the language model'} rewrites earlier turns (an answer reads "
+                f"The chat template of {self.origin} rewrites earlier turns (an answer reads "
                 "differently once another follows), so a conversation of several turns cannot be trained in one pass. Give a template "
                 "that leaves them alone: model.chat_template=chatml, or a Jinja file of your own."
             )
-        opening = self._render(messages[:i], prompt=True) if i else ""
-        slot = STAND_IN.search(rendered, len(self._render(messages[:i]).rstrip()) if i else 0)
+        opening = self.render(messages[:i], prompt=True) if i else ""
+        slot = STAND_IN.search(rendered, len(self.render(messages[:i]).rstrip()) if i else 0)
         # llava-hf's template writes another header than its generation prompt: there the words begin at the text itself
         return len(opening) if i and turn.startswith(opening) else slot.start() if slot else len(turn)
 
@@ -240,11 +294,16 @@ class Template:
                 answering = False
         if answering:
             raise UserError(
-                f"The chat template of {self.tokenizer.name_or_path or 'the language model'} closes an answer without a control token, so "
+                f"The chat template of {self.origin} closes an answer without a control token, so "
                 "the model would never learn to stop. Give one that does: model.chat_template=chatml, or a Jinja file."
             )
         if position < len(rendered):
             yield rendered[position:]
+
+
+def _in_a_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
 
 
 def _shape_of(messages: tuple[Message, ...]) -> tuple[Shape, list[tuple[Role, tuple[str | Control, ...]]]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_vlm.config.secrets import redacted
-from lit_vlm.data.plan.lock import differences, read_lock, source_facts, write_lock
+from lit_vlm.data.plan.lock import DAY, LOCK, differences, read_lock, source_facts, write_lock
 from lit_vlm.engine.run_folder import find_manifest, is_rank_zero, versions
 from lit_vlm.tasks.stage_data import StageData
 from lit_vlm.tasks.terminal import say
@@ -28,6 +28,7 @@ def lock_of(data: StageData) -> dict[str, Any]:
     return {
         "sources": sources,
         "processor": datamodule.processor.digest,
+        **name_template_day(data),
         "weights_in": config.data.weights_in.value,
         "temperature": config.data.temperature,
         "shares": asdict(config.data.share),
@@ -39,6 +40,12 @@ def lock_of(data: StageData) -> dict[str, Any]:
             name: number for name, number in versions().items() if name in ("python", "tokenizers", "transformers")
         },
     }
+
+
+def name_template_day(data: StageData) -> dict[str, str]:
+    """Name the day that the chat template writes; {} of one that writes none."""
+    template = data.datamodule.processor.template
+    return {DAY: template.day.isoformat()} if template.writes_day else {}
 
 
 def read_own_lock(path: Path) -> dict[str, Any] | None:
@@ -65,7 +72,7 @@ def hold_to_lock(data: StageData) -> None:
                 f"The data are not those of data.lock={run.config.data.lock}:\n{listed}\n"
                 "Bring them back, or take data.lock away to train on what is there."
             )
-    path = run.dir / "mixture.lock"
+    path = run.dir / LOCK
     if not is_rank_zero():
         return
     changes = differences(known, lock) if (known := read_own_lock(path)) else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from lit_vlm.config import Run
 from lit_vlm.config.schema import DataConfig, Debug, ModelConfig, RunConfig, SourceConfig, StageConfig, StageName
 from lit_vlm.cost import Flops
 from lit_vlm.data.datamodule import DataModule
+from lit_vlm.data.plan.lock import DAY, LOCK, find_lock
 from lit_vlm.data.plan.mixture import Amount, MixtureSettings
 from lit_vlm.data.processor import Processor, check_vocabulary
 from lit_vlm.data.quarantine import Quarantine
 from lit_vlm.data.sources import open_source
-from lit_vlm.engine.run_folder import is_rank_zero, require_writable
+from lit_vlm.data.template_date import parse_day
+from lit_vlm.engine.run_folder import find_manifest, is_rank_zero, require_writable
 from lit_vlm.engine.trainer import FEW_STEPS, PROFILED_STEPS
 from lit_vlm.files import writable
 from lit_vlm.model.build import Blueprint, draw_up
@@ -70,10 +73,28 @@ def stage_data(run: Run, sources: list[Source], held_out: list[Source], init_fro
     """
     config = run.config
     blueprint = draw_up(with_parts(config), init_from, config.data.tiling)
-    processor = Processor(blueprint.tokenizer, blueprint.images, scaled_decode=config.data.scaled_decode)
+    day, why = planned_day(run)
+    processor = Processor(blueprint.tokenizer, blueprint.images, scaled_decode=config.data.scaled_decode, day=day)
+    if processor.template.writes_day:
+        say(f"the chat template writes today's date; in all that this run reads it is {day}, {why}")
     check_vocabulary(processor)
     datamodule = make_datamodule(run, processor, sources, held_out, blueprint)
     return StageData(run, sources, held_out, blueprint, datamodule)
+
+
+def planned_day(run: Run) -> tuple[date, str]:
+    """Find the day that a chat template which writes today's is given, and why it is this one: a run that goes on, is trained
+    after it was prepared, or must be as another one was, reads what was read then."""
+    config, why = run.config, "as when it was first prepared (model.template_date=... sets another)"
+    if config.model.template_date:
+        return parse_day(config.model.template_date, "model.template_date"), "by model.template_date"
+    places = [(find_manifest(run.dir), why), (find_lock(run.dir / LOCK), why)]
+    if config.data.lock:
+        places.insert(0, (find_lock(config.data.lock), "as in data.lock"))
+    for known, why in places:
+        if DAY in known:
+            return parse_day(str(known[DAY]), DAY), why
+    return date.today(), "whatever the day on which it goes on (model.template_date=... sets another)"
 
 
 def with_parts(config: RunConfig) -> ModelConfig:

@@ -46,7 +46,7 @@ from lit_vlm.model.skeleton import weights_later
 from lit_vlm.model.tensor_files import digest_of_weights
 from lit_vlm.stages import STAGES, Stage
 from lit_vlm.tasks.attempts import fit_or_again, until_done
-from lit_vlm.tasks.run_lock import hold_to_lock
+from lit_vlm.tasks.run_lock import hold_to_lock, name_template_day
 from lit_vlm.tasks.stage_data import StageData, open_sources, require_records_of, settle, stage_data
 from lit_vlm.tasks.strategy import settle_strategy
 from lit_vlm.tasks.terminal import console, say
@@ -116,7 +116,7 @@ def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) ->
         **asdict(config.checkpoint),
         **asdict(config.guard),
         resume_from="auto" if again and checkpoints.steps() else config.resume_from,
-        belongs=belongs_of(folder, data.blueprint),
+        belongs=belongs_of(folder, data),
         timeout_minutes=config.trainer.timeout_minutes,
         metric=config.logger.metric,
         say=lambda text: say(f"{run.name}: {text}"),
@@ -152,7 +152,10 @@ def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) ->
             "num_held_out": len(datamodule.held_out),
             "mixture": datamodule.mixture.rows(plan.draws()),
             "quarantined": quarantined,
+            "processor": datamodule.processor.digest,
+            "pictures": datamodule.index.digest_of_pictures(),
         },
+        **name_template_day(data),
         plan={
             "steps": plan.num_steps,
             "k": plan.k,
@@ -203,9 +206,10 @@ def most_scored(config: RunConfig) -> int:
     return FEW_STEPS if config.debug is Debug.fast else config.data.validation.max_samples
 
 
-def belongs_of(folder: RunFolder, blueprint: Blueprint) -> Belongs:
+def belongs_of(folder: RunFolder, data: StageData) -> Belongs:
     """What a checkpoint of this run says that it is of."""
-    manifest = folder.manifest
+    manifest, blueprint, index = folder.manifest, data.blueprint, data.datamodule.index
+    assert index is not None
     parent = (manifest["parent"] or {}).get("digest") or digest_of_parts(
         blueprint.whole, blueprint.vision_tower, blueprint.language_model
     )
@@ -214,6 +218,8 @@ def belongs_of(folder: RunFolder, blueprint: Blueprint) -> Belongs:
         settings=identity_of(manifest["config"]),
         data=manifest["data"]["digest"],
         parent=parent,
+        processor=data.datamodule.processor.digest,
+        pictures=index.digest_of_pictures(),
     )
 
 

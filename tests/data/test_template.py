@@ -79,7 +79,7 @@ def test_long_conversations_are_masked_as_short_ones_are(templated, processor, m
     messages = turns(*(f"{i}번 질문" if i % 2 == 0 else f" answer {i} " for i in range(60)))
     rendered = []
     monkeypatch.setattr(
-        Template, "_render", lambda self, *a, render=Template._render, **k: rendered.append(1) or render(self, *a, **k)
+        Template, "render", lambda self, *a, render=Template.render, **k: rendered.append(1) or render(self, *a, **k)
     )
     quick = template.encode(messages, [])
     assert len(rendered) < 60

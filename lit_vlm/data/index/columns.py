@@ -38,7 +38,11 @@ COLUMNS: dict[str, type[np.generic]] = {
     "normalised": np.bool_,  # Unicode's NFC changed its text
     "digest": np.uint64,  # of what the record says and of the names (or bytes) of its images
     "group": np.uint64,  # of its images alone, else of its text: records of one group are held out together
+    "content": np.uint64,  # of the bytes of its picture files, see `content.py`; 0 where nothing lies in files
+    "stamp": np.uint64,  # of the size and time of these files, see `fingerprint.stamp`
 }
+# Other stamps are no other data: a copy has its own.
+OF_CONTENT = tuple(sorted(name for name in COLUMNS if name != "stamp"))
 # How a record that is too long was made to fit (`lengths.py`); -1: as it is.
 FITTED: dict[str, type[np.generic]] = {"most_tiles": np.int16, "turns": np.int16}
 
@@ -102,9 +106,13 @@ class Index:
         hasher = hashlib.sha256()
         for source in self.sources:
             hasher.update(f"{source.name}\0".encode())
-        for column in (self.source_of, *(self.columns[name] for name in sorted(self.columns))):
+        for column in (self.source_of, *(self.columns[name] for name in sorted((*OF_CONTENT, *FITTED)))):
             hasher.update(np.ascontiguousarray(column).tobytes())
         return hasher.hexdigest()
+
+    def digest_of_pictures(self) -> str:
+        """Changes when a picture's file holds something else."""
+        return hashlib.sha256(np.ascontiguousarray(self.columns["content"]).tobytes()).hexdigest()
 
 
 def groups_of(index: Index) -> list[Language | Kind]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lit_vlm.data.content import content_of
 from lit_vlm.data.index.columns import COLUMNS, FITTED, KINDS, LANGUAGES, Index
 from lit_vlm.data.index.fingerprint import digests, stamp
 from lit_vlm.data.index.shards import Bad, Shard, Shelf, Span, alone, key_of, shelf_of, spans_of
@@ -21,8 +22,7 @@ from lit_vlm.types import Fault, Record, RecordError, Source, UserError
 
 OnProgress = Callable[[str, int, int], None]  # source name, records done, records in all
 
-INDEX_VERSION = 1  # raise it when a record is indexed differently
-STORED = {**COLUMNS, "stamp": np.uint64}  # and the time and size of the picture files, see `fingerprint.stamp`
+INDEX_VERSION = 2  # raise it when a record is indexed differently
 # Of the record's text alone, which the shard's key covers; all others may be mended without it
 OF_TEXT = (Fault.malformed, Fault.placeholders, Fault.no_answer, Fault.overlong, Fault.url)
 
@@ -66,7 +66,7 @@ def build_index(
 
 
 def index_key(processor: Processor, span: Span) -> str:
-    return key_of("index", INDEX_VERSION, KINDS, LANGUAGES, list(STORED), processor.digest, span.content)
+    return key_of("index", INDEX_VERSION, KINDS, LANGUAGES, list(COLUMNS), processor.digest, span.content)
 
 
 def verified_key(span: Span) -> str:
@@ -123,12 +123,12 @@ def _read(source: Source, processor: Processor, span: Span) -> Shard:
             rows.append(_row(position, record, processor))
         except RecordError as error:
             bad.append(Bad.of(position, error))
-    values = zip(*rows, strict=True) if rows else [()] * len(STORED)
-    return Shard({name: np.array(v, STORED[name]) for name, v in zip(STORED, values, strict=True)}, bad)
+    values = zip(*rows, strict=True) if rows else [()] * len(COLUMNS)
+    return Shard({name: np.array(v, COLUMNS[name]) for name, v in zip(COLUMNS, values, strict=True)}, bad)
 
 
 def _row(position: int, record: Record, processor: Processor) -> tuple[int, ...]:
-    """In the order of STORED."""
+    """In the order of COLUMNS."""
     before = stamp(record)  # a file that changes under our hands is then found changed
     cost = processor.cost(record)
     return (
@@ -146,6 +146,7 @@ def _row(position: int, record: Record, processor: Processor) -> tuple[int, ...]
         LANGUAGES.index(record.language),
         record.normalised,
         *digests(record),
+        content_of(record) if before else 0,
         before,
     )
 

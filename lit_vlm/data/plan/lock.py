@@ -18,7 +18,8 @@ from lit_vlm.data.index.columns import Index
 from lit_vlm.files import written
 from lit_vlm.types import UserError
 
-LOCK_VERSION = 1
+LOCK, LOCK_VERSION = "mixture.lock", 1  # its name in a run's folder
+DAY = "template_date"  # the day that a chat template which writes today's was given, YYYY-MM-DD
 WORDS = {
     "processor": "the tokenizer, the chat template or the image settings",
     "digest": "what its records say",
@@ -60,6 +61,14 @@ def read_lock(path: str | Path) -> dict[str, Any]:
         )
     del lock["version"]
     return lock
+
+
+def find_lock(path: str | Path) -> dict[str, Any]:
+    """Read a lock for what can do without it; {} where there is none, and of a damaged one."""
+    try:
+        return read_lock(path)
+    except UserError:
+        return {}
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -12,7 +12,14 @@ from lit_vlm.config.secrets import agrees
 from lit_vlm.data.plan.plan import Plan
 
 BLOCK = 1 << 20  # samples that are hashed at a time
-WORDS = {"stage": "stage", "data": "data", "parent": "model to start from", "plan": "samples in its steps"}
+WORDS = {
+    "stage": "stage",
+    "data": "data",
+    "parent": "model to start from",
+    "processor": "tokenizer, chat template (or day that it writes), or image settings",
+    "pictures": "content of the pictures: other files under their names",
+    "plan": "samples in its steps",
+}
 
 
 @dataclass(slots=True)
@@ -24,6 +31,8 @@ class Belongs:
         data: of the sources.
         parent: of the weights that do not train, which a checkpoint does not hold.
         plan: of all samples in all steps.
+        processor: of the tokenizer, its template, the day that the template writes, and the image settings.
+        pictures: of what the training samples' pictures held when they were indexed.
     """
 
     stage: str = ""
@@ -31,6 +40,8 @@ class Belongs:
     data: str = ""
     parent: str = ""
     plan: str = ""
+    processor: str = ""
+    pictures: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
