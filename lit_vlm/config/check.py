@@ -9,6 +9,7 @@ from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
+from lit_vlm.config.callbacks import mistakes_in_callbacks
 from lit_vlm.config.check_logger import mistakes_in_logger
 from lit_vlm.config.check_prefer import mistakes_in_prefer
 from lit_vlm.config.check_submit import mistakes_in_submit
@@ -67,8 +68,6 @@ OWNED = {
 }
 
 
-ALWAYS = ("metric", "out_of_memory", "checkpoint", "preemption", "heartbeat")  # callbacks of every run, named or not
-
 STAGE_TASKS = (Task.train, Task.prepare, Task.preflight, Task.submit)  # what looks at one stage and its data
 
 
@@ -86,7 +85,7 @@ def check(config: RunConfig) -> list[str]:
         *_data(config.data),
         *_pairs(config),
         *_trainer(config.trainer),
-        *_callbacks(config.callbacks),
+        *mistakes_in_callbacks(config.callbacks),
         *mistakes_in_logger(config.logger),
         *_checkpoint(config),
         *(mistakes_in_submit(config) if config.task is Task.submit else []),
@@ -332,14 +331,3 @@ def _checkpoint(config: RunConfig) -> Iterator[str]:
             f"resume_from: there is no folder {given}; name a checkpoint's (runs/.../checkpoints/step-...), auto for the"
             " run's own newest, or none to start from the beginning."
         )
-
-
-def _callbacks(names: list[str]) -> Iterator[str]:
-    known = [*RunConfig().callbacks, *ALWAYS]
-    for name in names:
-        if name not in known and "." not in name:
-            found = did_you_mean(nearest(name, known))
-            yield (
-                f"callbacks: there is no callback {name}; there are {', '.join(known)},"
-                f" or the import path of your own class (my_package.MyCallback).{found}"
-            )

@@ -24,6 +24,7 @@ ELSEWHERE = (
     "prefer",
     "logger",
     "callbacks",
+    "export",
     "run_dir",
     "run_name",
     "overwrite",

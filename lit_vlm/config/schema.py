@@ -27,6 +27,7 @@ class Task(Enum):
     sweep = "sweep"  # runs of one stage that a sweep file describes, and a page about them
     submit = "submit"  # train or the whole recipe, as Slurm jobs
     prefer = "prefer"  # make preference pairs from a finished model's own answers
+    export = "export"  # make the model's folder from a run's checkpoint
     chat = "chat"  # talk to a finished model
 
 
@@ -442,8 +443,11 @@ class RunConfig:
     guard: GuardConfig = field(default_factory=GuardConfig)
     submit: SubmitConfig = field(default_factory=SubmitConfig)
     callbacks: list[str] = field(
-        default_factory=lambda: ["throughput", "language_loss", "guard", "export", "samples", "report"]
-    )  # names of callbacks/, or import paths of your own classes
+        default_factory=lambda: ["throughput", "language_loss", "guard", "samples", "report"]
+    )  # import paths of your own classes, which come to these; or names of these, which leave the others out
+    export: bool = (
+        True  # leave the model in hf/; false: in the last checkpoint, from which task=export makes the folder
+    )
     init_from: str | None = None  # weights: folder or hub id of a whole model, or "previous": the recipe's stage before
     resume_from: str = (
         "auto"  # auto: an unfinished run goes on where it was; none: from its start; or a checkpoint's folder

@@ -30,7 +30,7 @@ def rebuild_manifest(path: Path, name: str) -> tuple[dict[str, Any] | None, str]
     known: dict[str, Any] = {
         "status": "finished" if finished else "running",
         "name": name,
-        "config": _settings(path) or (index.belongs.get("settings") if index else None) or {},
+        "config": read_settings(path) or (index.belongs.get("settings") if index else None) or {},
         "data": {"digest": index.belongs.get("data", "") if index else ""},
         "parent": None,
     }
@@ -57,10 +57,16 @@ def _newest_index(path: Path) -> Index | None:
     return None
 
 
-def _settings(path: Path) -> dict[str, Any] | None:
+def read_settings(path: Path) -> dict[str, Any] | None:
     """Read config.yaml; None where it is not there, or damaged too."""
     try:
         found = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
-    return found if isinstance(found, dict) and isinstance(found.get("stage"), dict) else None
+    if not (isinstance(found, dict) and isinstance(found.get("stage"), dict) and isinstance(found.get("model"), dict)):
+        return None
+    made = str(Path(str(found.get("run_dir"))) / "parts")  # where the tiny model's parts are made
+    for part in ("vision_tower", "language_model"):
+        if str(found["model"].get(part)).startswith(made):
+            found["model"][part] = "tiny"
+    return found

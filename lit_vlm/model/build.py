@@ -7,6 +7,7 @@ here downloads code: `trust_remote_code` is off unless asked for.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from lit_vlm.config.schema import ModelConfig, Projector
 from lit_vlm.model import families
 from lit_vlm.model.export import OURS
 from lit_vlm.model.forward import use_flat_forward
-from lit_vlm.model.hub import quiet_transformers
+from lit_vlm.model.hub import first_line, quiet_transformers, told_by_folder
 from lit_vlm.model.parts import UNUSED
 from lit_vlm.model.skeleton import are_weights_later, draw_projector, make_skeleton, share_config
 from lit_vlm.model.skeleton import build_on_meta as build_on_meta
@@ -38,6 +39,17 @@ from lit_vlm.model.vocabulary import CHATML, VIDEO_TOKEN, accept_parts, add_spec
 from lit_vlm.model.weights import half_a_model
 from lit_vlm.types import IMAGE_TOKEN, SPECIAL_TOKENS, UserError
 
+SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+    "image_size",
+    "patch_size",
+)
 GRID, MAX_TILES = 6, 9  # LLaVA-OneVision's (1x1),...,(6x6) and anyres_max_9
 
 
@@ -72,6 +84,12 @@ def draw_up(model: ModelConfig, init_from: str | None = None, tiling: Tiling = T
         UserError: a missing folder, a model of another class, a family whose logits this class would get wrong.
     """
     source = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    where = init_from or f"{model.vision_tower} and {model.language_model}"
+    with told_by_folder(where, "no model could be made of what its files say"):
+        return _draw_up(model, init_from, tiling, source)
+
+
+def _draw_up(model: ModelConfig, init_from: str | None, tiling: Tiling, source: dict[str, Any]) -> Blueprint:
     blueprint = _whole(model, init_from, source) if init_from else _assembled(model, source)
     blueprint.images = replace(blueprint.images, tiling=tiling)
     blueprint.new_tokens = add_special_tokens(blueprint.tokenizer, model.special_tokens)
@@ -91,7 +109,9 @@ def build(
 
     Inside `weights_later` it comes without them, see `skeleton.py`.
     """
-    model = make_skeleton(blueprint, dtype, seed) if are_weights_later() else _with_weights(blueprint, dtype, seed)
+    where = blueprint.whole or f"{blueprint.vision_tower} and {blueprint.language_model}"
+    with told_by_folder(where, "its weights could not be loaded"):
+        model = make_skeleton(blueprint, dtype, seed) if are_weights_later() else _with_weights(blueprint, dtype, seed)
     model.generation_config.eos_token_id = _stops(model, blueprint.tokenizer)
     model.config.dtype = dtype
     blueprint.config.text_config.vocab_size = model.config.text_config.vocab_size
@@ -101,19 +121,25 @@ def build(
 
 def read_tiling(name: str) -> Tiling:
     """How a folder of ours was trained to see; plain transformers always tiles, and so does a folder that is not ours."""
-    ours = read_json(name, OURS) if Path(name).is_dir() else None
-    return Tiling(ours["tiling"]) if ours else Tiling.anyres
+    with told_by_folder(name, f"its {OURS} could not be read"):
+        ours = read_json(name, OURS) if Path(name).is_dir() else None
+        return Tiling(ours["tiling"]) if ours else Tiling.anyres
 
 
 def read_json(name: str, filename: str, **source: Any) -> dict[str, Any] | None:
     """A JSON file of a model folder or hub repository; None when it has none."""
     options = {key: value for key, value in source.items() if key == "revision"}
-    path = cached_file(name, filename, _raise_exceptions_for_missing_entries=False, **options)
-    return json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+    with told_by_folder(name, f"its {filename} could not be read"):
+        path = cached_file(name, filename, _raise_exceptions_for_missing_entries=False, **options)
+        found = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+        if found is not None and not isinstance(found, dict):
+            raise TypeError(f"it holds {type(found).__name__} and no JSON object")
+        return found
 
 
 def _whole(model: ModelConfig, init_from: str, source: dict[str, Any]) -> Blueprint:
     config = _config(init_from, "init_from", source)
+    _require_sizes(config, init_from)
     if not isinstance(config, LlavaOnevisionConfig):
         raise UserError(
             f"init_from={init_from} holds a model of type {config.model_type!r}; a stage starts from a LLaVA-OneVision-class model "
@@ -143,6 +169,8 @@ def _assembled(model: ModelConfig, source: dict[str, Any]) -> Blueprint:
         raise UserError(
             f"model.language_model={model.language_model} is a {text.model_type!r}, which transformers knows as no language model."
         )
+    _require_sizes(text, model.language_model)
+    _require_sizes(vision, model.vision_tower)
     families.check(text, model.language_model)
     _keep_layers(vision, -2 if model.vision_feature_layer is None else model.vision_feature_layer)
     if vision.model_type == "siglip_vision_model":
@@ -204,7 +232,7 @@ def _load(kind: Any, name: str, config: Any, dtype: torch.dtype, source: dict[st
             options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
             model, report = kind.from_pretrained(name, config=config, **options, **source)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{name}: its weights could not be loaded: {str(error).strip().splitlines()[0]}") from None
+        raise UserError(f"{name}: its weights could not be loaded: {first_line(error)}") from None
     absent = [
         key for key in report["missing_keys"] if not UNUSED.match(f"model.vision_tower.{key}") and not UNUSED.match(key)
     ]
@@ -242,11 +270,23 @@ def _config(name: str, setting: str, source: dict[str, Any]) -> Any:
     _require_folder(name, setting)
     try:
         return AutoConfig.from_pretrained(name, **source)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # transformers lets through whatever a wrong value leads to
+        first = first_line(error)
         raise UserError(
             f"{setting}={name}: no model configuration could be read there ({first}). Give a folder with a config.json."
         ) from None
+
+
+def _require_sizes(config: Any, name: str) -> None:
+    """Raise UserError for a size that no model can have."""
+    for part in (config, getattr(config, "text_config", None), getattr(config, "vision_config", None)):
+        for key in SIZES:
+            value = getattr(part, key, None)
+            if value is not None and not (type(value) is int and value > 0):
+                raise UserError(
+                    f"{name}: its config.json has {key}={value!r}, which must be a whole number above 0. Give a folder whose "
+                    "config.json belongs to its weights."
+                )
 
 
 def _require_folder(name: str, setting: str) -> None:
@@ -261,8 +301,8 @@ def _require_folder(name: str, setting: str) -> None:
 def _tokenizer(name: str, source: dict[str, Any]) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+    except Exception as error:  # tokenizers raises plain exceptions for a file that is damaged
+        first = first_line(error)
         raise UserError(
             f"{name}: no tokenizer could be read there ({first}). The folder needs a tokenizer.json."
         ) from None
@@ -278,6 +318,8 @@ def _image_settings(name: str, config: LlavaOnevisionConfig, source: dict[str, A
     whole = read_json(name, "processor_config.json", **source) or {}
     own = read_json(name, "preprocessor_config.json", **source) or whole.get("image_processor") or {}
     siglip = vision.model_type == "siglip_vision_model"
+    for key in ("image_mean", "image_std"):
+        _require_colours(name, key, own.get(key))
     clip_mean, clip_std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     return ImageSettings(
         tile_size=vision.image_size,
@@ -291,9 +333,27 @@ def _image_settings(name: str, config: LlavaOnevisionConfig, source: dict[str, A
     )
 
 
+def _require_colours(name: str, key: str, value: Any) -> None:
+    """Raise UserError for what is no mean or deviation of three colours."""
+    numbers = isinstance(value, list | tuple) and all(type(one) in (int, float) and math.isfinite(one) for one in value)
+    if value and not (numbers and len(value) == 3 and (key == "image_mean" or min(value) > 0)):
+        above = " above 0" if key == "image_std" else ""
+        raise UserError(
+            f"{name}: its preprocessor_config.json has {key}={value!r}; three numbers{above} are needed, one for each colour."
+        )
+
+
 def _chat_template(choice: str | None, tokenizer: PreTrainedTokenizerFast) -> str | None:
     if choice is None:
-        return accept_parts(tokenizer.chat_template)
+        own = tokenizer.chat_template
+        if isinstance(own, dict):  # several, by name
+            own = own.get("default")
+        if own is not None and not isinstance(own, str):
+            name = tokenizer.name_or_path
+            raise UserError(
+                f"{name}: its chat template is {type(own).__name__} and no text. Give model.chat_template=..."
+            )
+        return accept_parts(own)
     if choice == "chatml":
         missing = [token for token in ("<|im_start|>", "<|im_end|>") if token not in tokenizer.get_added_vocab()]
         if missing:
@@ -304,4 +364,12 @@ def _chat_template(choice: str | None, tokenizer: PreTrainedTokenizerFast) -> st
     path = Path(choice)
     if not path.is_file():
         raise UserError(f"model.chat_template={choice}: no such file. Give a Jinja file, or 'chatml'.")
-    return accept_parts(path.read_text(encoding="utf-8"))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"model.chat_template={choice}: cannot be read as text ({first_line(error)}). Give a Jinja file, or 'chatml'."
+        ) from None
+    if not text.strip():
+        raise UserError(f"model.chat_template={choice}: is empty. Give a Jinja file, or 'chatml'.")
+    return accept_parts(text)

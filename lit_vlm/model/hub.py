@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from pickle import UnpicklingError
 
 import torch
 from transformers import LlavaOnevisionImageProcessorPil, LlavaOnevisionProcessor, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 from lit_vlm.anyres import ImageSettings
+from lit_vlm.types import UserError
 
 
 class PlainProcessor(LlavaOnevisionProcessor):
@@ -52,6 +54,31 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def told_by_folder(name: str, problem: str) -> Iterator[None]:
+    """Tell by its name a folder whose files lead a library to an error: any value in them may, in any place."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except UnpicklingError as error:
+        raise UserError(
+            f"{name}: {problem}: its weights are pickled, and hold more than tensors ({first_line(error)}); code of a folder is "
+            "never run. Give a folder with model.safetensors."
+        ) from error
+    except Exception as error:
+        what = first_line(error)
+        raise UserError(f"{name}: {problem} ({what}). Give a whole folder of a model that belongs together.") from error
+
+
+def first_line(error: BaseException) -> str:
+    """Shorten what an error says to its first line, with its kind where the words alone say little."""
+    text = str(error).strip()
+    first = text.splitlines()[0].rstrip(".") if text else ""
+    told = isinstance(error, OSError | ValueError | RuntimeError) and first
+    return first if told else f"{type(error).__name__}: {first}".rstrip(": ")
 
 
 def without_gpu_is_fine() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lit_vlm.config import ConfigError, Run, RunConfig, parse
+from lit_vlm.config.callbacks import choose_callbacks
 from lit_vlm.config.overrides import key_of, read_arguments, with_implied
 from lit_vlm.config.parse import wrong_words
 from lit_vlm.config.schema import DPOStageConfig
@@ -121,7 +122,7 @@ def _metric(sweep: SweepFile, config: RunConfig | None) -> Iterator[str]:
         return
     if "rewards/" in name and not isinstance(config.stage, DPOStageConfig):
         yield f"metric.name: {name} is logged by stage=dpo, and these trials train {config.stage.name.value}."
-    if name.startswith("score/") and "samples" not in config.callbacks:
+    if name.startswith("score/") and "samples" not in choose_callbacks(config.callbacks, export=False, profile=False):
         yield f"metric.name: {name} comes from the callback samples, which callbacks=[...] leaves out."
     if sweep.early_terminate is not None:
         yield from _too_seldom(name, sweep.early_terminate.min_iter, config)

@@ -32,8 +32,8 @@ def value_words(parameters: dict[str, Any]) -> list[str]:
 
 
 def command_of(sweep: SweepFile, parameters: dict[str, Any], given: list[str]) -> str:
-    """What to paste into a shell to run a trial's values once more, in a folder of its own."""
-    words = trial_words(sweep, parameters, given)
+    """What to paste into a shell to run a trial's values once more, in a folder of its own, with the model at its end."""
+    words = [word for word in trial_words(sweep, parameters, given) if key_of(word) != "export"]
     named = any(key_of(word) == "experiment" for word in words)  # which implies the task
     return command_line(word for word in words if not (named and word == "task=train"))
 

@@ -50,6 +50,11 @@ def pipeline(run: Run) -> None:
     console.print(summary_table(folders))
     console.print(scores_table(folders))
     console.print(f"{time.monotonic() - began:.0f} s in all. Report: {report}", soft_wrap=True)
+    if not (folders[-1] / "hf").is_dir():
+        console.print(
+            f"No model (export=false); python run.py task=export init_from={folders[-1]} makes it.", soft_wrap=True
+        )
+        return
     console.print(
         f"Model: {folders[-1] / 'hf'}   Ask it: python run.py task=chat init_from={folders[-1] / 'hf'} image=PICTURE",
         soft_wrap=True,

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from callbacks import make_callbacks
 from lit_vlm.config import Run
-from lit_vlm.config.check import ALWAYS
+from lit_vlm.config.callbacks import choose_callbacks
 from lit_vlm.config.schema import ActivationCheckpointing, Debug, RunConfig
 from lit_vlm.config.secrets import redacted
 from lit_vlm.engine.budget import NAME as BUDGET
@@ -88,7 +88,9 @@ def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) ->
             folder.update()
         if is_rank_zero() and folder.hf.is_dir():
             checkpoints.remove(but_best=True)  # a finish that was cut short
-        say(f"{run.name}: finished already, in {folder.path}. Start it anew with overwrite=true.")
+        say(
+            f"{run.name}: finished already, in {folder.path}. {tell_how_to_export(folder)}Start it anew with overwrite=true."
+        )
         tracking.catch_up(folder)
         return
 
@@ -110,7 +112,7 @@ def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) ->
     if not fresh:
         Budget.read(run.dir, datamodule).apply(datamodule)
     callbacks = make_callbacks(
-        [*config.callbacks, *ALWAYS, *(["profile"] if profiles(config) else [])],
+        choose_callbacks(config.callbacks, export=config.export, profile=profiles(config)),
         run.dir,
         max_samples=most_scored(config),
         **asdict(config.checkpoint),
@@ -191,11 +193,19 @@ def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) ->
         weights = digest_of_weights(folder.hf) if folder.hf.is_dir() else ""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         folder.update(status="finished", finished=now, figures=figures, weights_digest=weights)
-        if folder.hf.is_dir():  # the model is there; without it (no callback export) the last state stays
+        if folder.hf.is_dir():  # the model is there; without it (export=false) the last state stays
             checkpoints.remove(but_best=True)
         write_report(run.dir / "report.html", [run.dir], run.name)
         tracking.finish(folder)
-        say(f"{run.name}: done. Model: {folder.hf}   Report: {run.dir / 'report.html'}")
+        model = f"Model: {folder.hf}   " if folder.hf.is_dir() else tell_how_to_export(folder)
+        say(f"{run.name}: done. {model}Report: {run.dir / 'report.html'}")
+
+
+def tell_how_to_export(folder: RunFolder) -> str:
+    """Say how to make the model that a finished run did not leave; nothing where it is there."""
+    if folder.hf.is_dir():
+        return ""
+    return f"It left no model (export=false); python run.py task=export init_from={folder.path} makes it.   "
 
 
 def profiles(config: RunConfig) -> bool:

@@ -33,7 +33,8 @@ OWN = {
     "dpo": [],
 }
 COMMON = [
-    "callbacks=[throughput,guard]",  # no export: the last checkpoint of a finished run stays, to be looked at
+    "callbacks=[throughput,guard]",
+    "export=false",  # the last checkpoint of a finished run stays, to be looked at
     "trainer.log_every_n_steps=1",
     "stage.learning_rate=1e-3",
     "data.tokens_per_micro_batch=400",

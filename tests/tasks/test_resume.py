@@ -130,7 +130,9 @@ def test_validation_best_and_metrics_are_those_of_a_run_that_was_not_killed(plac
 
 
 def test_figures_and_the_exported_model_are_those_of_a_run_that_was_not_killed(place):
-    words = words_of(place, "align", "callbacks=[throughput,guard,export,samples]", "data.validation.max_samples=1")
+    words = words_of(
+        place, "align", "callbacks=[throughput,guard,samples]", "export=true", "data.validation.max_samples=1"
+    )
     whole_run([*words, "run_name=hf_whole", "checkpoint.every_steps=null"], place, finished=True)
     killed_and_resumed(place, words, [3], name="hf_killed")
     one, other = run_dir(place, "hf_whole"), run_dir(place, "hf_killed")
@@ -155,7 +157,7 @@ def test_figures_and_the_exported_model_are_those_of_a_run_that_was_not_killed(p
 
 
 def test_a_run_killed_after_its_last_step_trains_no_step_again(place):
-    words = words_of(place, "align", "callbacks=[throughput,guard,export]", "run_name=end")
+    words = words_of(place, "align", "export=true", "run_name=end")
 
     def in_export():
         from callbacks.export import Export

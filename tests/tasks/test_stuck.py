@@ -93,7 +93,9 @@ def test_a_long_export_of_one_rank_is_waited_for(tmp_path):
 
 @pytest.mark.slow
 def test_a_slow_disk_is_waited_for_though_the_whole_export_takes_longer_than_any_limit(tmp_path):
-    words = words_of(tmp_path, "sft", *TWO, *QUICK, "trainer.max_steps=2", "callbacks=[export]", "run_name=held")
+    words = words_of(
+        tmp_path, "sft", *TWO, *QUICK, "trainer.max_steps=2", "callbacks=[]", "export=true", "run_name=held"
+    )
     begun = start(words, tmp_path, 2, _slow_disk)
     assert begun.wait(limit=90) == [0, 0], begun.said()
     assert (tmp_path / "runs" / "held" / "hf").is_dir() and not (tmp_path / "runs" / "held" / "stuck").exists()

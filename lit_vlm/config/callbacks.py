@@ -1,0 +1,34 @@
+"""Which callbacks a run has, from the names that `callbacks=` gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from lit_vlm.config.settings import did_you_mean, nearest
+
+ONLY = "only"  # in front of others: nothing but these
+DEFAULT = ("throughput", "language_loss", "guard", "samples", "report")
+ALWAYS = ("metric", "out_of_memory", "checkpoint", "preemption", "heartbeat")  # of every run, named or not
+BY_SETTING = {"export": "export", "profile": "trainer.profile"}  # name -> the setting that it follows
+
+
+def choose_callbacks(names: Sequence[str], *, export: bool, profile: bool) -> list[str]:
+    """List the callbacks of a run. Classes of the user's own, and `profile`, come to the default ones; of these, those that are
+    named are taken alone, or with `only` none that is not named. Whether the model is exported is no matter of this list."""
+    chosen = [name for name in DEFAULT if name in names]
+    own = [name for name in names if name not in (*DEFAULT, *BY_SETTING, ONLY)]
+    adds = bool(own or "profile" in names) and not chosen and ONLY not in names
+    by_setting = {"export": export, "profile": profile or "profile" in names}
+    return [*(DEFAULT if adds else chosen), *own, *ALWAYS, *(name for name, wanted in by_setting.items() if wanted)]
+
+
+def mistakes_in_callbacks(names: Sequence[str]) -> Iterator[str]:
+    """Yield a sentence for each name that is none of ours and no import path."""
+    known = [*DEFAULT, *BY_SETTING, *ALWAYS, ONLY]
+    for name in names:
+        if name not in known and "." not in name:
+            found = did_you_mean(nearest(name, known))
+            yield (
+                f"callbacks: there is no callback {name}; there are {', '.join(known)},"
+                f" or the import path of your own class (my_package.MyCallback).{found}"
+            )
