@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 from lit_vlm.model.lora import lora_layers
 from lit_vlm.model.skeleton import EMBEDDINGS, HEAD, build_on_meta, first_values
@@ -46,8 +47,7 @@ class Merged:
         for config in (self.config, self.config.vision_config, self.config.text_config):
             config.dtype = str(dtype).removeprefix("torch.")
         self.config.architectures = [type(frame).__name__]
-        if getattr(model, "_weight_conversions", None) is not None:
-            frame._weight_conversions = model._weight_conversions  # the names of the folder that it came from
+        use_released_names(frame)
         in_memory = dict(frame.named_parameters())  # a shared table once, under the name of the embeddings
         self.tensors: dict[str, Tensor] = revert_weight_conversion(frame, in_memory)
         in_memory_of = {id(tensor): name for name, tensor in in_memory.items()}
@@ -117,6 +117,18 @@ class Merged:
         if up.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
             down, up = down.float(), up.float()
         return (up @ down * layer.scaling[_adapters(layer)[0]]).to(dtype)
+
+
+def use_released_names(model: LlavaOnevisionForConditionalGeneration) -> None:
+    """Make transformers write the names of the released checkpoints, whatever folder the model came from.
+
+    transformers 5.23 has no level `vision_model` in memory any more, and writes it only where it was read. The released
+    LLaVA-OneVision checkpoints have it, and servers (vLLM) know those names alone.
+    """
+    rules = get_model_conversion_mapping(model, add_legacy=False)
+    model._weight_conversions = [
+        rule for rule in rules if not isinstance(rule, PrefixChange) or rule.scope_prefix == "vision_tower"
+    ]
 
 
 def _adapters(layer: Any) -> list[str]:

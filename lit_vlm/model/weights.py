@@ -199,8 +199,6 @@ def _renamed(model: PreTrainedModel, name: str, listed: dict[str, Place]) -> dic
             )
         if own in expected:
             found[own] = place
-    # what transformers would write the weights under again
-    model._weight_conversions = [rule for rule in rules if rule.was_used()]
     return found
 
 
