@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from float64 import Float64
 from hydra.core.global_hydra import GlobalHydra
 from support import blueprint_of, picture, sample
 
@@ -17,6 +18,8 @@ from lit_vlm.data.processor import Processor
 from lit_vlm.model.build import Blueprint, build
 from lit_vlm.model.tiny import make_language_model, make_vision_tower, tiny_parts
 from lit_vlm.types import ImageSlot, Kind, Language, Message, Role, Sample
+
+pytest_plugins = ["margins"]  # --margins=FILE
 
 torch.set_num_threads(1)  # two threads on a busy machine are slower than one at this size
 
@@ -59,6 +62,13 @@ def processor(blueprint) -> Processor:
 @pytest.fixture
 def model(blueprint):
     return build(blueprint).eval()
+
+
+@pytest.fixture
+def in_float64(model):
+    """The test's model computes in float64, for comparisons of numbers: see `float64.py`."""
+    with Float64():
+        yield model.double()
 
 
 @pytest.fixture

@@ -114,7 +114,7 @@ def sum_of_all(scheme, fabric, gpus) -> float:
 
 def test_published_rows_within_their_tolerance():
     for row in published():
-        assert row["here"] == pytest.approx(row["published"], rel=row["tolerance"]), row["what"]
+        assert abs(row["here"] / row["published"] - 1) <= row["tolerance"], row["what"]
         assert (
             row["tolerance"] <= 0.16 or "HSDP" in row["what"]
         )  # the one row that departs, and docs/scaling.md says why

@@ -72,7 +72,7 @@ def test_flops_of_an_alignment_sample_by_hand():
     body = 4 * 28 * SHAPE.text.layer * tokens + 3 * 2 * tokens**2 * 3584 * 28
     projector, head = 6 * 729 * (1152 * 3584 + 3584**2), 4 * 3584 * 152064 * 15
     assert flops.of(tokens, tokens**2, 1, 15) == pytest.approx(tower + body + projector + head)
-    assert flops.of(tokens, tokens**2, 1, 15) == pytest.approx(20.7e12, rel=0.01)
+    assert abs(flops.of(tokens, tokens**2, 1, 15) / 20.7e12 - 1) < 0.01
 
 
 def test_recomputing_and_a_reference_add_forward_passes():
@@ -189,7 +189,7 @@ def test_selective_checkpointing_keeps_products_and_attention_by_hand():
     some = activations_of_text(SHAPE.text, training("bf16-mixed", checkpointing=Level.selective))
     least = activations_of_text(SHAPE.text, training("bf16-mixed", checkpointing=Level.full))
     assert some - least == 28 * (kept - 4 * 3584)
-    assert kept == pytest.approx(0.42 * activations_of_text(SHAPE.text, training("bf16-mixed")) / 28, rel=0.02)
+    assert abs(kept / (activations_of_text(SHAPE.text, training("bf16-mixed")) / 28) - 0.42) < 0.0084
 
 
 def test_the_peak_is_the_sum_of_its_parts():
@@ -217,9 +217,9 @@ def test_activations_equal_what_autograd_keeps(small_parts, precision, stage):
     shape, settings = Shape.from_config(blueprint.config.to_dict()), training(precision, stage)
     estimate = batch.num_tokens * activations_of_text(shape.text, settings)
     tower = batch.num_tiles * activations_of_tile(shape, settings)
-    assert kept == pytest.approx(estimate + tower, rel=0.1)
+    assert abs(kept / (estimate + tower) - 1) < 0.1
     size = 2 if precision.startswith("bf16") else 4  # kept as they are multiplied
-    assert logits == pytest.approx(size * len(targets) * shape.text.vocab, rel=0.2)
+    assert abs(logits / (size * len(targets) * shape.text.vocab) - 1) < 0.2
 
 
 @pytest.fixture(scope="module")
@@ -241,7 +241,7 @@ def test_a_layer_keeps_what_its_level_of_checkpointing_says(depths, precision, s
     """All that is alive after a forward pass of three layers, less that of one: to 1 %."""
     for level in (Level.selective, Level.full):
         (three, estimated), (one, less) = (alive_after_forward(depths[n], precision, stage, level) for n in (3, 1))
-        assert three - one == pytest.approx(estimated - less, rel=0.01), level
+        assert abs((three - one) / (estimated - less) - 1) < 0.01, level
 
 
 def alive_after_forward(parts, precision, stage, level) -> tuple[int, float]:

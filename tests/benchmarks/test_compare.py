@@ -99,7 +99,7 @@ def test_flops_of_a_pair_by_hand():
 )
 def test_flops_of_7b_equal_an_independent_count(recipe, size, teraflops):
     """Of another implementation, which also counts a gradient into the frozen tower and the whole projector for pairs."""
-    assert step_flops(REAL, recipe, [size]) / 1e12 == pytest.approx(teraflops, rel=1e-3)
+    assert abs(step_flops(REAL, recipe, [size]) / 1e12 / teraflops - 1) < 1e-3
 
 
 def test_a_bound_is_a_ratio_over_all_steps():
@@ -192,8 +192,8 @@ def test_align_runs_end_to_end_and_executes_what_arithmetic_says(place_of):
     assert list(rows) == [OURS, TRL_SHIPPED, TRL_TUNED, HF_TUNED]
     for name in (OURS, HF_TUNED):
         executed = rows[name]["flops_per_sample"] * result["data"]["records"]
-        assert executed == pytest.approx(rows[name]["arithmetic_flops"], rel=0.03), name
-    assert rows[OURS]["executed_over_ideal"] == pytest.approx(1.0, rel=0.03)
+        assert abs(executed / rows[name]["arithmetic_flops"] - 1) < 0.03, name
+    assert abs(rows[OURS]["executed_over_ideal"] - 1) < 0.03
     assert rows[OURS]["padding"] == 0 < rows[HF_TUNED]["padding"]
     assert all(row["tower_passes_per_tile"] == 1 for row in rows.values())
     assert result["gate"][TRL_TUNED]["updates"] > 0.999
@@ -209,8 +209,8 @@ def test_dpo_runs_end_to_end_and_counts_tower_passes(place_of):
     assert rows[OURS]["tower_passes_per_tile"] == 1
     assert rows[CACHED]["tower_passes_per_tile"] == pytest.approx(4 / 3)  # the pass looks, then each of three epochs
     kept = rows[CACHED]["flops_per_sample"] * result["data"]["records"]
-    assert kept == pytest.approx(rows[CACHED]["arithmetic_flops"], rel=0.15) and kept < rows[OURS]["arithmetic_flops"]
-    assert result["gate"][TRL_SHIPPED]["logps"] < 1e-5
+    assert abs(kept / rows[CACHED]["arithmetic_flops"] - 1) < 0.15 and kept < rows[OURS]["arithmetic_flops"]
+    assert result["gate"][TRL_SHIPPED]["logps"] == pytest.approx(0, abs=1e-5)
     assert [(bar["ours"], bar["asked"]) for bar in result["bars"]] == [(OURS, 1.7), (OURS, 2.1), (CACHED, 2.5)]
 
 
@@ -221,7 +221,7 @@ def test_a_switched_off_trick_computes_the_same_and_costs_what_is_predicted(stag
     assert len(result["ladder"]) == sum(stage in switch.stages for switch in SWITCHES.values())
     for row in result["ladder"]:
         # recomputing stops before a layer's last product, whose result nobody needs again
-        assert row["executed"] == pytest.approx(row["predicted"], rel=0.10 if "checkpointing" in row["off"] else 0.05)
+        assert abs(row["executed"] / row["predicted"] - 1) < (0.10 if "checkpointing" in row["off"] else 0.05)
         assert row["predicted"] > 1.01
 
 
@@ -230,7 +230,7 @@ def test_the_lines_for_a_gpu_run_on_a_cpu():
     result = gpu.run(rows, "cpu", "smallest", 2, deadline=float("inf"))
     (found,) = result["rows"].values()
     assert list(found) == [OURS, TRL_TUNED, TRL_SHIPPED] and not result["left_out"]
-    assert all(row["loss_apart"] < 2e-3 and row["ratio"] for name, row in found.items() if name != OURS)
+    assert all(row["loss_apart"] == pytest.approx(0, abs=2e-3) and row["ratio"] for name, row in found.items() if name != OURS)
     assert 0 < found[OURS]["of_gemm"] < 1
     assert "of the GEMM ceiling" in gpu.table(result)
 

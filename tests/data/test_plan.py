@@ -217,7 +217,7 @@ class TestBalance:
         plan = plan_of(index, flops=TOKENS, global_batch_size=6, most_tokens=100, world_size=2, max_steps=1)
         plan_packs = [index.tokens[list(pack)].sum() for pack in plan.step(0).packs]
         assert plan.k == 2 and sorted(plan_packs[:2]) == [99, 100]  # 60 + 21 and 61 + 20 behind them
-        assert sum(plan_packs[0::2]) == pytest.approx(sum(plan_packs[1::2]), abs=2)
+        assert abs(sum(plan_packs[0::2]) - sum(plan_packs[1::2])) <= 2
         assert plan.balance()["ranks"]["mean"] > 0.99
 
     def test_balance_is_what_the_packs_say(self, index):

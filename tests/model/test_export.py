@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from float64 import Float64, restore_pixels
 from support import blueprint_of, builtin, picture, sample
 from test_build import language_folder
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen3MoeConfig
@@ -52,7 +53,8 @@ def test_what_is_exported_loads_in_plain_transformers_and_gives_the_same_logits(
     folder = exported(stage.model, blueprint, tmp_path)
     from test_forward import plain_processor
 
-    plain = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    plain = AutoModelForImageTextToText.from_pretrained(folder).eval().double()
+    stage.model.double()
     assert type(plain).__module__.startswith("transformers.")
     stock = plain_processor(processor)
     for record in [*mixed, builtin("grounding")[0][0]]:
@@ -61,7 +63,8 @@ def test_what_is_exported_loads_in_plain_transformers_and_gives_the_same_logits(
         inputs = {}
         if images:
             inputs = dict(stock.image_processor([images], return_tensors="pt"))
-        with torch.no_grad():
+            inputs["pixel_values"] = restore_pixels(inputs["pixel_values"])
+        with torch.no_grad(), Float64():
             theirs = plain(input_ids=batch.input_ids[None], **inputs).logits[0]
             ours = stage.model.lm_head(stage.model.model(batch=batch))
         torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-4)
@@ -254,9 +257,12 @@ def test_stock_auto_processor_loads_the_folder_where_torchvision_is(small_parts,
     picture(90, 60).load().save(tmp_path / "photo.png")
     program = f"""
 import sys, torch
-library = torch.library.Library("torchvision", "DEF")  # the two operators whose binaries need CUDA; nothing here calls them
-for name in ("nms", "qnms"):
-    library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+try:
+    torch.ops.load_library({str(TORCHVISION / "torchvision" / "_C.so")!r})
+except OSError:  # its binaries need CUDA's, which a build of torch for CPUs lacks; nothing here calls these two operators
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 sys.path.insert(0, {str(TORCHVISION)!r})
 from PIL import Image
 from transformers import AutoProcessor

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from float64 import restore_pixels
 from support import blueprint_of, picture, sample
 
 from lit_vlm.anyres import ImageSettings, Tiling, grid_pinpoints
@@ -29,6 +30,7 @@ def grads(model) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_our_forward_equals_transformers_own_forward(model, processor, mixed):
     plain = plain_processor(processor)
     for record in mixed:
@@ -48,10 +50,13 @@ def test_our_forward_equals_transformers_own_forward(model, processor, mixed):
         images = [image.load() for image in record.images]
         inputs = plain(text=text, images=[images] if images else None, return_tensors="pt")
         assert inputs["input_ids"][0].tolist() == batch.input_ids.tolist()
+        if images:
+            inputs["pixel_values"] = restore_pixels(inputs["pixel_values"])
         theirs = model(**inputs, use_cache=False).logits[0]
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_a_packed_batch_gives_the_loss_and_gradients_of_its_samples_one_by_one(model, processor, mixed):
     stage = SFTStage(model)
     stage.configure_model()
@@ -89,6 +94,7 @@ def test_under_autocast_attention_computes_in_its_precision():
     torch.testing.assert_close(out.float(), exact, atol=0.03, rtol=0.03)
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_head_on_supervised_rows_equals_the_whole_head(model, processor, mixed):
     batch = collate(processor, mixed)
     (ours,) = model(batch=batch)

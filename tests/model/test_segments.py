@@ -26,7 +26,8 @@ def qkv(asked: int, width: int = 8, heads: int = 4, kv_heads: int = 2, seed: int
     generator = torch.Generator().manual_seed(seed)
     total = sum(LENGTHS)
     shapes = (heads, asked), (kv_heads, total), (kv_heads, total)
-    return [torch.randn(1, *shape, width, generator=generator).requires_grad_() for shape in shapes]
+    kind = {"generator": generator, "dtype": torch.float64}
+    return [torch.randn(1, *shape, width, **kind).requires_grad_() for shape in shapes]
 
 
 def by_hand(query, key, value, segments: Segments, window=None):
@@ -145,6 +146,7 @@ def loss_and_gradients(model, processor, records=PAIRS, **options):
     return loss.detach(), gradients, judged, batch
 
 
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize(
     "options",
     [
@@ -167,12 +169,14 @@ def test_a_shared_prompt_changes_no_number(model, processor, options):
         torch.testing.assert_close(gradient, others[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_packed_pairs_give_the_loss_of_pairs_one_by_one(model, processor):
     loss, *_ = loss_and_gradients(model, processor)
     alone = sum(float(loss_and_gradients(model, processor, [record])[0]) for record in PAIRS) / len(PAIRS)
     assert float(loss) == pytest.approx(alone, rel=1e-5)
 
 
+@pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("records", ["pairs", "samples"])
 def test_the_last_layer_on_its_rows_alone_changes_no_number(model, processor, mixed, records, monkeypatch):
     batch = collate(processor, PAIRS if records == "pairs" else mixed)

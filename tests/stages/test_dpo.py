@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from datasets import Dataset
+from float64 import restore_pixels
 from support import picture
 from test_forward import plain_processor
 from trl import DPOConfig, DPOTrainer
@@ -79,7 +80,13 @@ def trl_trainer(tmp_path_factory):
 
 
 @pytest.fixture
-def policy_and_reference(model):
+def policy_and_reference(in_float64):
+    """In float64: sppo_hard squares a difference of sums, and makes twenty times as much of their rounding."""
+    return perturb(in_float64)
+
+
+def perturb(model):
+    """Return the model with another language model, and a copy of it as it was."""
     reference = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -120,6 +127,7 @@ def trls_inputs(shape, processor, collator):
             inputs["completion_mask"][row, : sequence.num_tokens] = torch.from_numpy(sequence.supervised)
         return inputs
     inputs = collator([row_of(record) for record in records])
+    inputs["pixel_values"] = restore_pixels(inputs["pixel_values"])
     # the template's newline behind <|im_end|> is no word of the answer: the model stops before it
     inputs["completion_mask"][torch.arange(4), inputs["attention_mask"].sum(1) - 1] = 0
     return inputs
@@ -152,8 +160,8 @@ def test_dpo_loss_gradients_and_metrics_equal_trls(shape, share_prompts, policy_
         stage.model.zero_grad()
         loss, found = judged(stage, batch)
         loss.backward()
-        size = max(1.0, float(theirs.detach()))  # sppo_hard's loss is 50 at beta 0.1; 1e-6, and float32 beyond 1
-        assert float(loss.detach()) == pytest.approx(float(theirs.detach()), abs=1e-6 * size, rel=1e-6), name
+        size = max(1.0, float(theirs.detach()))  # sppo_hard's loss is 50 at beta 0.1
+        assert float(loss.detach()) == pytest.approx(float(theirs.detach()), abs=1e-6, rel=1e-6), name
         for (key, a), (_, b) in zip(stage.model.named_parameters(), policy.named_parameters(), strict=True):
             if b.grad is not None:
                 scale = max(size, float(b.grad.abs().max()))
@@ -174,20 +182,35 @@ def test_dpo_loss_gradients_and_metrics_equal_trls(shape, share_prompts, policy_
         {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]},  # MPO
         {"loss_type": ["sigmoid"], "f_divergence_type": "forward_kl"},
         {"loss_type": ["hinge"], "f_divergence_type": "js_divergence"},
-        {"loss_type": ["ipo"], "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.4},
         {"loss_type": ["sigmoid"], "ld_alpha": 0.5},
         {"loss_type": ["sigmoid", "apo_zero"], "use_weighting": True},
         {"loss_type": ["discopop"], "discopop_tau": 0.1, "beta": 0.5},
     ],
 )
 def test_mixtures_and_options_equal_trls(options, policy_and_reference, processor, trl_trainer):
-    policy, reference = policy_and_reference
+    ours, theirs, _ = losses_of_both(options, *policy_and_reference, processor, trl_trainer)
+    assert ours == pytest.approx(theirs, abs=1e-6, rel=1e-6)
+
+
+def test_an_alpha_divergence_equals_trls(model, processor, trl_trainer):
+    """In float32: TRL's formula has no doubles. The square (margin - 1 / (2 beta))^2 doubles the root times a margin's error,
+    and a margin is made of four sums of log-probabilities."""
+    options = {"loss_type": ["ipo"], "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.4}
+    ours, theirs, likelihood = losses_of_both(options, *perturb(model), processor, trl_trainer)
+    error = 4 * torch.finfo(torch.float32).eps * likelihood
+    assert ours == pytest.approx(theirs, abs=2 * theirs**0.5 * error, rel=0)
+
+
+def losses_of_both(options, policy, reference, processor, trl_trainer):
+    """Return our loss, TRL's, and the largest sum of an answer's log-probabilities, without its sign."""
     stage = stage_of(copy.deepcopy(policy), reference, **options)  # TRL replaces a model's forward
     trainer, collator = trl_trainer(policy, reference, processor, **options)
     policy.train()
     theirs = trainer.compute_loss(policy, trls_inputs("anyres", processor, collator))
-    loss, _ = judged(stage, batch_of(processor, BATCHES["anyres"]))
-    assert float(loss.detach()) == pytest.approx(float(theirs.detach()), abs=1e-6, rel=3e-6)
+    batch = batch_of(processor, BATCHES["anyres"])
+    loss, found = judged(stage, batch)
+    likelihood = max(-found.metrics["logps/chosen"], -found.metrics["logps/rejected"])
+    return float(loss.detach()), float(theirs.detach()), likelihood
 
 
 def test_a_trl_that_moved_is_told_so(monkeypatch, policy_and_reference, processor):

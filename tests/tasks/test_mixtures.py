@@ -76,7 +76,7 @@ def test_weights_are_shares_of_the_samples(words):
 def test_weights_in_tokens_are_shares_of_the_tokens(words):
     rows, _ = drawn(words, *weights(), "data.weights_in=tokens")
     assert [rows[name]["asked_in"] for name in SIZES] == ["tokens"] * 4
-    assert [rows[name]["tokens"] for name in SIZES] == pytest.approx([0.25] * 4, abs=0.02)
+    assert all(abs(rows[name]["tokens"] - 0.25) < 0.02 for name in SIZES)
     assert rows["talk_ko"]["drawn"] < rows["talk_en"]["drawn"]  # whose answers are short
 
 
@@ -97,7 +97,7 @@ def test_temperature_brings_sizes_together(words):
     rows, _ = drawn(words, "data.temperature=2")
     roots = {name: size**0.5 for name, size in SIZES.items()}
     for name, root in roots.items():
-        assert rows[name]["samples"] == pytest.approx(root / sum(roots.values()), abs=0.01)
+        assert abs(rows[name]["samples"] - root / sum(roots.values())) < 0.01
     rows, _ = drawn(words, "data.temperature=1000000")
     assert [rows[name]["drawn"] for name in SIZES] == [30] * 4
 
@@ -114,7 +114,7 @@ def test_temperature_brings_sizes_together(words):
 def test_shares_of_all_that_is_drawn_are_met(words, word, name, share):
     rows, plan = drawn(words, word)
     assert rows[name]["asked"] == share and plan["steps"] == 10
-    assert rows[name]["samples"] == pytest.approx(share, abs=1 / 120)
+    assert abs(rows[name]["samples"] - share) <= 1 / 120
 
 
 def test_shares_are_met_together_and_weights_as_nearly_as_they_allow(words):

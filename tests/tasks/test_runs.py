@@ -238,7 +238,7 @@ def same(one, two, atol=1e-5):
     mine, theirs = one.weights(), two.weights()
     assert mine.keys() == theirs.keys()
     worst = max(float((mine[key] - theirs[key]).abs().max()) for key in mine)
-    assert worst < atol, worst
+    assert worst == pytest.approx(0, abs=atol)
     assert one.column("train/loss") == pytest.approx(two.column("train/loss"), rel=1e-4)
 
 

@@ -1,0 +1,37 @@
+"""Compute in float64 what the code computes in float32, so that no order of additions shows in what is compared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+
+class Float64(TorchFunctionMode):
+    """Inside, whatever asks for float32 gets float64: norms, softmax, rotary embeddings, losses, new tensors.
+
+    Rounding is 1e-16 then instead of 6e-8, and a comparison within 1e-6 holds on every processor, whatever the loss
+    makes of an error. The model must be one of doubles: `with Float64(): model.double()`.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = {name: _widen(value) for name, value in (kwargs or {}).items()}
+        if func is Tensor.float:
+            return args[0].double()
+        if func is Tensor.backward:  # runs the backward passes of our own functions, which must find this mode as well
+            with self:
+                kwargs["grad_tensors"] = kwargs.pop("gradient", None)
+                return torch.autograd.backward(*args, **kwargs)
+        return func(*map(_widen, args), **kwargs)
+
+
+def _widen(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+def restore_pixels(values: Tensor, mean: float = 0.5, std: float = 0.5) -> Tensor:
+    """Normalise again in float64 what transformers' image processor normalised in float32; its pixels are whole numbers."""
+    whole = ((values.double() * std + mean) * 255).round()
+    return (whole / 255 - mean) / std
