@@ -6,6 +6,7 @@ values are settings of this program is asked in `lit_vlm/sweep/mistakes.py`.
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ KEYS = (
     "program command method metric parameters early_terminate run_cap name description project entity".split()
     + "controller parent_sweep imageuri job".split()  # of W&B's launcher and its own scheduler; nothing to do with values
 )
+MOST_VALUES = 10**9  # that any run logs
 HYPERBAND = ("type", "min_iter", "max_iter", "s", "eta", "strict")
 
 
@@ -48,16 +50,15 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class Hyperband:
-    """`early_terminate`. An iteration is one logged value of the metric, as W&B counts.
+    """`early_terminate`, as W&B's public `sweeps` 0.2.0 computes it. An iteration is one logged value of the metric.
 
     Attributes:
-        min_iter: values after which trials are compared first; then after `eta` times as many, and so on.
-        strict: read for W&B's sake; here every comparison holds.
+        rungs: values behind which trials are compared: with a rung at 2 a trial is compared from its third value on.
+        eta: the best 1/eta of the values at a rung are the bar.
     """
 
-    min_iter: int
-    eta: int = 3
-    strict: bool = False
+    rungs: tuple[int, ...]
+    eta: float = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,14 +232,13 @@ def _hyperband(plain: Any, wrong: list[str]) -> Hyperband | None:
     for key in plain:
         if key not in HYPERBAND:
             wrong.append(f"early_terminate: there is no key {key}.{did_you_mean(nearest(str(key), HYPERBAND))}")
-    numbers = {
-        name: _count(plain.get(name), f"early_terminate.{name}", wrong) for name in ("min_iter", "max_iter", "s", "eta")
-    }
-    eta = numbers["eta"] or 3
-    if eta < 2:
-        wrong.append(f"early_terminate.eta: must be 2 or above, found {eta}.")
+    first, most, times = (
+        _count(plain.get(name), f"early_terminate.{name}", wrong) for name in ("min_iter", "max_iter", "s")
+    )
+    eta = plain.get("eta", 3)
+    if isinstance(eta, bool) or not isinstance(eta, int | float) or not 1 < eta < math.inf:
+        wrong.append(f"early_terminate.eta: expected a number above 1, found {eta!r}.")
         return None
-    first, most, times = numbers["min_iter"], numbers["max_iter"], numbers["s"]
     if (first is None) == (most is None):
         wrong.append(
             "early_terminate: needs min_iter (values before the first comparison), or max_iter and s; one of them."
@@ -247,7 +247,33 @@ def _hyperband(plain: Any, wrong: list[str]) -> Hyperband | None:
     if first is None and times is None:
         wrong.append("early_terminate.s: is missing; with max_iter it says how often trials are compared.")
         return None
-    return Hyperband(first or max(1, most // eta**times), eta, bool(plain.get("strict", False)))
+    rungs = _rungs_from(first, eta) if first is not None else _rungs_below(most, times, eta)
+    if not rungs:
+        wrong.append(
+            f"early_terminate: max_iter {most} divided by eta {eta} is below 1, so trials would never be compared."
+        )
+        return None
+    return Hyperband(rungs, eta)
+
+
+def _rungs_from(first: int, eta: float) -> tuple[int, ...]:
+    """Compute the rungs of `min_iter`: a hundred, each eta times the one before, cut to whole numbers."""
+    rungs, rung = set[int](), float(first)
+    for _ in range(100):
+        rungs.add(int(min(rung, MOST_VALUES)))
+        rung *= eta
+    return tuple(sorted(rungs))
+
+
+def _rungs_below(most: int, times: int, eta: float) -> tuple[int, ...]:
+    """Compute the rungs of `max_iter` and `s`: s of them, each an eta-th of the one after it; max_iter itself is none."""
+    rungs, rung = set[int](), float(most)
+    for _ in range(times):
+        rung /= eta
+        if rung < 1:
+            break
+        rungs.add(int(rung))
+    return tuple(sorted(rungs))
 
 
 def _count(found: Any, key: str, wrong: list[str]) -> int | None:

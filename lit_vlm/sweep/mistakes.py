@@ -125,7 +125,7 @@ def _metric(sweep: SweepFile, config: RunConfig | None) -> Iterator[str]:
     if name.startswith("score/") and "samples" not in choose_callbacks(config.callbacks, export=False, profile=False):
         yield f"metric.name: {name} comes from the callback samples, which callbacks=[...] leaves out."
     if sweep.early_terminate is not None:
-        yield from _too_seldom(name, sweep.early_terminate.min_iter, config)
+        yield from _too_seldom(name, sweep.early_terminate.rungs[0] + 1, config)
 
 
 def _too_seldom(name: str, first: int, config: RunConfig) -> Iterator[str]:
@@ -140,7 +140,7 @@ def _too_seldom(name: str, first: int, config: RunConfig) -> Iterator[str]:
     elif config.trainer.max_steps and config.trainer.max_steps // every < first:
         yield (
             f"early_terminate: the first comparison is after {first} values of {name}, and a run of"
-            f" {config.trainer.max_steps} steps logs {config.trainer.max_steps // every}; lower min_iter or {key}."
+            f" {config.trainer.max_steps} steps logs {config.trainer.max_steps // every}; lower early_terminate's first rung or {key}."
         )
 
 

@@ -129,7 +129,7 @@ def _facts(page: Page) -> list[tuple[str, str]]:
         ("metric", f"{page.metric}, {'lower' if page.goal is Goal.minimize else 'higher'} is better"),
         (
             "stopped early",
-            f"by hyperband: first after {band.min_iter} values, the best 1/{band.eta} go on" if band else "never",
+            f"by hyperband: first after {band.rungs[0] + 1} values, the best 1/{band.eta:g} go on" if band else "never",
         ),
         ("time of all trials", duration(sum(seconds)) if seconds else ""),
         ("file", page.sweep.place),

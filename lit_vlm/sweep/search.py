@@ -21,13 +21,12 @@ import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.pruners import BasePruner, NopPruner, SuccessiveHalvingPruner
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState
 
-from lit_vlm.sweep.file import Goal, Method, SweepFile
+from lit_vlm.sweep.file import Goal, Hyperband, Method, SweepFile
 from lit_vlm.sweep.parameter import TAIL, Parameter
 
 STUDY = "sweep"
@@ -39,13 +38,6 @@ class Outcome(StrEnum):
     finished = "finished"
     stopped = "stopped"  # early
     failed = "failed"
-
-
-STATES = {
-    Outcome.finished: TrialState.COMPLETE,
-    Outcome.stopped: TrialState.PRUNED,
-    Outcome.failed: TrialState.FAIL,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +83,6 @@ class Search:
             self._study = optuna.create_study(
                 storage=self._storage,
                 sampler=RandomSampler(seed=seed),
-                pruner=_pruner(sweep),
                 study_name=STUDY,
                 direction=goal.value,
                 load_if_exists=True,
@@ -123,23 +114,24 @@ class Search:
         """Tell all values of the metric that a trial has logged so far, oldest first.
 
         Returns:
-            Whether to stop it: after `min_iter` values, and `eta` times as many, and so on, only the best 1/eta of those
-            that came so far go on (asynchronous successive halving, arXiv 1810.05934). A value counts as the best until
-            then, as W&B counts it.
+            Whether to stop it, by the rule of W&B's hyperband.
         """
-        trial = self._frozen()[number]
+        trial, band = self._frozen()[number], self.sweep.early_terminate
         seen = len(trial.intermediate_values)
-        better = max if self.sweep.metric and self.sweep.metric.goal is Goal.maximize else min
+        if len(values) <= seen:  # others may have raised the bar meanwhile
+            return band is not None and self._falls_behind(number, band)
         for place in range(seen, len(values)):
-            finite = [value for value in values[: place + 1] if math.isfinite(value)]
-            best = better(finite) if finite else math.nan
-            self._storage.set_trial_intermediate_value(trial._trial_id, place + 1, best)
-            if self._study.pruner.prune(self._study, self._frozen()[number]):
+            self._storage.set_trial_intermediate_value(trial._trial_id, place + 1, values[place])
+            if band is not None and self._falls_behind(number, band):
                 return True
         return False
 
     def tell(self, number: int, value: float | None, outcome: Outcome | str) -> None:
-        """What came of a trial. A value that is no number is a failure; a trial that was told already stays as it is."""
+        """Tell what came of a trial. A value that is no number is a failure; a trial that was told already stays as it is.
+
+        A stopped trial is told to the model like a finished one, with the value that it had reached: Optuna's models of
+        this kind learn nothing from what Optuna calls pruned.
+        """
         outcome = Outcome(outcome)
         if value is not None and not math.isfinite(value):
             value, outcome = None, Outcome.failed
@@ -148,8 +140,24 @@ class Search:
             return
         self._storage.set_trial_user_attr(trial._trial_id, OUTCOME, outcome.value)
         self._storage.set_trial_user_attr(trial._trial_id, VALUE, value)
-        state = STATES[outcome] if value is not None else TrialState.FAIL  # nothing that could be learnt from
-        self._study.tell(number, value if state is TrialState.COMPLETE else None, state=state)
+        if outcome is Outcome.failed or value is None:  # nothing that could be learnt from
+            self._study.tell(number, state=TrialState.FAIL)
+        else:
+            self._study.tell(number, value)
+
+    def _falls_behind(self, number: int, band: Hyperband) -> bool:
+        """Compare a trial's best value with those of all trials at the last rung that it has passed."""
+        sign = -1 if self.sweep.metric and self.sweep.metric.goal is Goal.maximize else 1
+        curves = {
+            trial.number: [sign * value for value in trial.intermediate_values.values() if math.isfinite(value)]
+            for trial in self._frozen()
+        }
+        mine = curves[number]
+        passed = [rung for rung in band.rungs if rung < len(mine)]
+        if not passed:
+            return False
+        there = sorted(curve[passed[-1]] for curve in curves.values() if len(curve) > passed[-1])
+        return min(mine) > there[int(1.0 / band.eta * len(there))]
 
     def trials(self) -> list[Trial]:
         """All trials that were given so far, by number."""
@@ -207,11 +215,6 @@ def _storage(journal: Path | None) -> BaseStorage:
     journal.touch()  # what its lock is a link to
     with _quiet():
         return JournalStorage(JournalFileBackend(str(journal)))
-
-
-def _pruner(sweep: SweepFile) -> BasePruner:
-    band = sweep.early_terminate
-    return SuccessiveHalvingPruner(min_resource=band.min_iter, reduction_factor=band.eta) if band else NopPruner()
 
 
 def _distribution(one: Parameter) -> BaseDistribution:

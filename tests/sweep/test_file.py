@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from lit_vlm.config import ConfigError
-from lit_vlm.sweep.file import Goal, Hyperband, Method, Metric, draft, look_at, read_sweep, sweep_from
+from lit_vlm.sweep.file import Goal, Method, Metric, draft, look_at, read_sweep, sweep_from
 from lit_vlm.sweep.mistakes import metric_names, mistakes_in_sweep
 from lit_vlm.sweep.reasons import reasons_in
 from lit_vlm.sweep.words import command_line, trial_words
@@ -66,7 +66,7 @@ parameters:
         ["experiment=tiny/1_align"],
     )
     assert sweep.metric == Metric("val/loss_ko", Goal.maximize, 3)
-    assert sweep.early_terminate == Hyperband(3, 2)
+    assert sweep.early_terminate.rungs[:4] == (3, 6, 12, 24) and sweep.early_terminate.eta == 2
     assert list(sweep.parameters) == ["stage.learning_rate", "stage.warmup", "seed"]
     assert (sweep.fixed, list(sweep.swept)) == ({"seed": 3}, ["stage.learning_rate", "stage.warmup"])
     assert sweep.plain == yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -112,10 +112,18 @@ def test_exponents_become_values():
     assert (one.min, one.max) == (pytest.approx(math.exp(-2)), pytest.approx(math.exp(3)))
 
 
-def test_hyperband_by_max_iter_begins_where_wandb_begins():
-    assert sweep_from(
-        plain(RATE, early_terminate={"type": "hyperband", "max_iter": 27, "s": 2, "eta": 3}), "x"
-    ).early_terminate == Hyperband(3, 3)
+@pytest.mark.parametrize(
+    ("band", "rungs"),
+    [
+        ({"max_iter": 27, "s": 2, "eta": 3}, (3, 9)),  # and none at 27
+        ({"max_iter": 20, "s": 9}, (2, 6)),
+        ({"min_iter": 3}, (3, 9, 27, 81)),
+        ({"min_iter": 2, "eta": 2.5}, (2, 5, 12, 31)),
+    ],
+)
+def test_the_rungs_of_hyperband_are_wandbs(band, rungs):
+    found = sweep_from(plain(RATE, early_terminate={"type": "hyperband", **band}), "x").early_terminate
+    assert found.rungs[:4] == rungs
 
 
 def test_reasons_are_the_comments_of_the_file(tmp_path):
@@ -172,6 +180,11 @@ def test_a_parameter_that_cannot_be_is_told(entry, said):
         ({"early_terminate": {"type": "hyperband"}}, "early_terminate: needs min_iter"),
         ({"early_terminate": {"type": "envelope", "min_iter": 3}}, "W&B knows hyperband alone"),
         ({"early_terminate": {"type": "hyperband", "max_iter": 9}}, "early_terminate.s: is missing"),
+        ({"early_terminate": {"type": "hyperband", "max_iter": 2, "s": 1}}, "max_iter 2 divided by eta 3 is below 1"),
+        (
+            {"early_terminate": {"type": "hyperband", "min_iter": 2, "eta": 1}},
+            "early_terminate.eta: expected a number above 1",
+        ),
         ({"run_cap": 0}, "run_cap: expected a whole number above 0, found 0."),
         ({"parameters": {}}, "parameters: is missing or empty"),
         ({"command": []}, "command: expected a list of words"),
@@ -242,9 +255,9 @@ def test_what_is_swept_is_not_set_on_the_command_line_too():
         (
             "val/loss",
             ["data.validation.every_steps=30"],
-            "the first comparison is after 3 values of val/loss, and a run of 60 steps logs 2",
+            "the first comparison is after 4 values of val/loss, and a run of 60 steps logs 2",
         ),
-        ("val/loss", ["data.validation.every_steps=20"], None),
+        ("val/loss", ["data.validation.every_steps=15"], None),
         ("train/loss", [], None),
         ("score/word_ko", ["data.validation.every_steps=20"], "is logged once, at the end"),
         (
