@@ -13,6 +13,7 @@ import torch
 from rank_cases import STAGE_CASES, Answers, Case, Keep, assembled, fit, validate
 from rank_runs import require_equal, run_ranks
 from transformers import AutoModelForImageTextToText
+from waiting import PATIENCE
 
 from callbacks.export import Export
 from lit_vlm.config.schema import Strategy, TrainerConfig
@@ -43,7 +44,9 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def run(checks: dict[str, Any], parts: tuple[str, str], out: Path, world: int = 2, limit: int = 300) -> list[dict]:
+def run(
+    checks: dict[str, Any], parts: tuple[str, str], out: Path, world: int = 2, limit: float = PATIENCE
+) -> list[dict]:
     """What each check found on each rank. A hang ends at the limit, in seconds."""
     return run_ranks(WORKER, [*parts, str(out), json.dumps(checks)], checks, out, world, limit)
 
@@ -209,7 +212,7 @@ def test_four_ranks_under_fsdp2_and_hsdp_train_as_one_process_does(small_parts, 
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(2 * PATIENCE)
 @pytest.mark.parametrize("stage", STAGE_CASES)
 @pytest.mark.parametrize(
     ("world", "shard_size", "tables"),

@@ -5,6 +5,7 @@ import multiprocessing
 import statistics
 
 import pytest
+from waiting import PATIENCE
 
 from lit_vlm.sweep.file import sweep_from
 from lit_vlm.sweep.search import Outcome, Search
@@ -94,9 +95,9 @@ def test_processes_share_a_journal_and_no_trial_is_given_twice(tmp_path):
     workers = [context.Process(target=_ask_all, args=(tmp_path / "j.log", numbers)) for _ in range(3)]
     for worker in workers:
         worker.start()
-    found = sorted(numbers.get(timeout=60) for _ in range(24))
+    found = sorted(numbers.get(timeout=PATIENCE) for _ in range(24))
     for worker in workers:
-        worker.join(60)
+        worker.join(PATIENCE)
     assert found == list(range(24)) and numbers.empty()
 
 
