@@ -16,7 +16,7 @@ setup: $(VENV)/.setup  ## make .venv with the pinned versions of constraints.txt
 
 $(VENV)/.setup: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (about a minute) ..."
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11 to 3.13 is needed, this is %d.%d: make PYTHON=python3.13 ..." % sys.version_info[:2])'
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install torch -c constraints.txt
 	@# DeepSpeed compiles what a machine needs when it is needed
