@@ -14,6 +14,7 @@ from waiting import PATIENCE
 from lit_vlm.config.schema import Strategy, TrainerConfig
 from lit_vlm.engine.strategy import make_strategy
 
+pytestmark = pytest.mark.xdist_group("zero")  # one start of the ranks serves the whole file
 WORKER = Path(__file__).with_name("zero_worker.py")
 TRAINED = {
     "trained name=zero2": Case(),

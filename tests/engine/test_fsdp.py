@@ -21,6 +21,7 @@ from lit_vlm.engine.fsdp import FSDP2Strategy
 from lit_vlm.engine.strategy import make_strategy
 from lit_vlm.types import UserError
 
+pytestmark = pytest.mark.xdist_group("fsdp")  # one start of the ranks serves the whole file
 WORKER = Path(__file__).with_name("fsdp_worker.py")
 ONE_ROW = {"options": {"parts": {"language_model": {"lora": {"rank": 1}}}}}  # the second rank holds nothing of it
 TRAINED: dict[str, dict[str, Any]] = {

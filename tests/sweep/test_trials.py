@@ -148,7 +148,7 @@ import sys
 sys.path[:0] = [{tests!r}, {root!r}]
 from pathlib import Path
 from test_trials import Ran, sweep
-ran = Ran(Path({folder!r}), sweep([{{"value": float(n), "steps": 400, "sleep": 0.5}} for n in range(3)]), places=((), ()))
+ran = Ran(Path({folder!r}), sweep([{{"value": float(n), "steps": 40, "sleep": 5}} for n in range(3)]), places=((), ()))
 print("asked", [str(ask) for ask in ran.run().trials.asked], flush=True)
 """
 
@@ -175,12 +175,12 @@ def test_a_sweep_that_is_asked_to_leave_lets_its_trials_save_and_goes_on_later(t
     assert f"asked ['{word}']" in said
     assert all((tmp_path / str(n) / "trial.log").read_text().endswith("saved\n") for n in (0, 1))
     done = [rows(tmp_path, n) for n in (0, 1)]
-    assert all(0 < n < 400 for n in done)
+    assert all(0 < n < 40 for n in done)
     monkeypatch.setenv("PACE", "0.001")  # as fast as may be to their end
     ran = Ran(
-        tmp_path, sweep([{"value": float(n), "steps": 400, "sleep": 0.5} for n in range(3)]), places=((), ())
+        tmp_path, sweep([{"value": float(n), "steps": 40, "sleep": 5} for n in range(3)]), places=((), ())
     ).run()
-    assert ran.states == ["finished"] * 3 and rows(tmp_path, 0) == 400
+    assert ran.states == ["finished"] * 3 and rows(tmp_path, 0) == 40
 
 
 def test_a_sweep_that_was_killed_goes_on_and_its_trials_are_not_run_twice_at_once(tmp_path, monkeypatch):
@@ -191,7 +191,7 @@ def test_a_sweep_that_was_killed_goes_on_and_its_trials_are_not_run_twice_at_onc
     os.kill(alive, 0)  # the trial lives on
     monkeypatch.setenv("PACE", "0.001")  # as fast as may be to their end
     ran = Ran(
-        tmp_path, sweep([{"value": float(n), "steps": 400, "sleep": 0.5} for n in range(3)]), places=((), ())
+        tmp_path, sweep([{"value": float(n), "steps": 40, "sleep": 5} for n in range(3)]), places=((), ())
     ).run()
-    assert ran.states == ["finished"] * 3 and [rows(tmp_path, n) for n in range(3)] == [400] * 3
+    assert ran.states == ["finished"] * 3 and [rows(tmp_path, n) for n in range(3)] == [40] * 3
     assert "saved" in (tmp_path / "0/trial.log").read_text()  # it was asked to leave before it was begun again
