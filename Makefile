@@ -3,6 +3,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# What is made once for a file of tests (ranks, whole runs) is made by one worker: xdist_group
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
 PIP := $(BIN)/pip --quiet --disable-pip-version-check --no-input
 export HF_HUB_DISABLE_TELEMETRY := 1
 
@@ -16,7 +18,7 @@ setup: $(VENV)/.setup  ## make .venv with the pinned versions of constraints.txt
 
 $(VENV)/.setup: pyproject.toml constraints.txt
 	@echo "Setting up $(VENV) (about a minute) ..."
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11 to 3.13 is needed, this is %d.%d: make PYTHON=python3.13 ..." % sys.version_info[:2])'
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install torch -c constraints.txt
 	@# DeepSpeed compiles what a machine needs when it is needed
@@ -37,13 +39,13 @@ quickstart: setup  ## set up and run the main job: four stages on the CPU, some 
 	@$(BIN)/python run.py
 
 test: setup-dev  ## set up and run the tests, within 10 minutes
-	@$(BIN)/python -m pytest -n 2 -m 'not slow and not long'
+	@$(PYTEST) -m 'not slow and not long'
 
 test-slow: setup-dev
-	@$(BIN)/python -m pytest -n 2 -m 'slow and not long'
+	@$(PYTEST) -m 'slow and not long'
 
 test-long: setup-dev
-	@$(BIN)/python -m pytest -n 2 -m long
+	@$(PYTEST) -m long
 
 test-all: test test-slow test-long  ## the tests, the slow and the long ones, within 60 minutes
 

@@ -49,7 +49,9 @@ class Recorder:
 def find_site() -> str:
     """Name the line of the tests that compares."""
     frame = sys._getframe(1)
-    while frame and (Path(frame.f_code.co_filename) == Path(__file__) or TESTS not in Path(frame.f_code.co_filename).parents):
+    while frame and (
+        Path(frame.f_code.co_filename) == Path(__file__) or TESTS not in Path(frame.f_code.co_filename).parents
+    ):
         frame = frame.f_back
     return f"{Path(frame.f_code.co_filename).relative_to(TESTS)}:{frame.f_lineno}" if frame else "elsewhere"
 
@@ -65,7 +67,6 @@ def compute_margin(difference: Any, allowed: Any) -> float:
 
 def measure_tensors(actual: Any, expected: Any, rtol: float | None, atol: float | None) -> Iterator[float]:
     """Yield the margin of each pair of tensors or numbers of two like structures."""
-    import torch
     from torch.testing._comparison import default_tolerances
     from torch.utils._pytree import tree_leaves
 
@@ -119,7 +120,8 @@ def watch(recorder: Recorder, patch: Any) -> None:
     def differ(self: Any, actual: Any) -> bool:
         apart.append([])
         try:
-            return not self == actual
+            same = self == actual
+            return not same
         finally:
             recorder.record(max(apart.pop(), default=math.inf))  # one number that differs is enough
 
@@ -164,7 +166,9 @@ def summarize(files: list[str]) -> str:
             counts[row["site"]] += row["count"]
             worst[row["site"]] = min(worst.get(row["site"], (math.inf, "")), (row["margin"], row["test"]))
     small = sorted((margin, site, test) for site, (margin, test) in worst.items() if margin < SMALLEST)
-    total = f"{sum(counts.values())} comparisons at {len(counts)} lines; {len(small)} lines below a margin of {SMALLEST:g}"
+    total = (
+        f"{sum(counts.values())} comparisons at {len(counts)} lines; {len(small)} lines below a margin of {SMALLEST:g}"
+    )
     return "\n".join([total, *(f"{margin:8.3f}  {site}  {test}" for margin, site, test in small)])
 
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE
 
 from lit_vlm.config.compose import composed
 from lit_vlm.config.multirun import check_multirun
@@ -159,7 +160,7 @@ def test_both_languages_show_the_same_blocks(english, korean):
 def test_the_example_files_of_the_readme_are_read(tmp_path):
     (block,) = [block for block in blocks(READMES[0], "bash") if block.startswith("mkdir -p my")]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    subprocess.run(["bash", "-ec", block], cwd=tmp_path, env=environment, check=True, timeout=60)
+    subprocess.run(["bash", "-ec", block], cwd=tmp_path, env=environment, check=True, timeout=PATIENCE)
     for name, count in (("llava.json", 2), ("messages.jsonl", 1), ("preference.jsonl", 1)):
         source = open_source("mine", SourceConfig(path=str(tmp_path / "my" / name)), max_image_pixels=10_000)
         records = [source[number] for number in range(len(source))]
@@ -170,7 +171,7 @@ def test_the_example_files_of_the_readme_are_read(tmp_path):
 def test_the_example_of_five_formats_is_made_and_read(tmp_path, monkeypatch):
     (block,) = [block for block in blocks(ROOT / "docs/mixtures.md", "bash") if block.startswith("mkdir -p five")]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    subprocess.run(["bash", "-ec", block], cwd=tmp_path, env=environment, check=True, timeout=60)
+    subprocess.run(["bash", "-ec", block], cwd=tmp_path, env=environment, check=True, timeout=PATIENCE)
     monkeypatch.chdir(tmp_path)
     sources = parse(["--config-dir", "mine", "experiment=tiny/1_align", "data=five"]).config.data.sources
     opened = {name: open_source(name, source, max_image_pixels=10**6) for name, source in sources.items()}
@@ -205,13 +206,12 @@ def test_every_example_record_is_read(path, tmp_path):
         assert source[0].images[0].load().size == (84, 56)
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("number", range(len(blocks(ROOT / "docs/library.md", "python"))))
 def test_the_examples_of_the_library_page_run(number, tmp_path):
     (tmp_path / "library.py").write_text(blocks(ROOT / "docs/library.md", "python")[number], encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "library.py"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout
 

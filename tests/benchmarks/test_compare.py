@@ -230,7 +230,9 @@ def test_the_lines_for_a_gpu_run_on_a_cpu():
     result = gpu.run(rows, "cpu", "smallest", 2, deadline=float("inf"))
     (found,) = result["rows"].values()
     assert list(found) == [OURS, TRL_TUNED, TRL_SHIPPED] and not result["left_out"]
-    assert all(row["loss_apart"] == pytest.approx(0, abs=2e-3) and row["ratio"] for name, row in found.items() if name != OURS)
+    assert all(
+        row["loss_apart"] == pytest.approx(0, abs=2e-3) and row["ratio"] for name, row in found.items() if name != OURS
+    )
     assert 0 < found[OURS]["of_gemm"] < 1
     assert "of the GEMM ceiling" in gpu.table(result)
 

@@ -41,10 +41,10 @@ def test_time_is_counted_as_the_part_that_went_on():
     time.sleep(0.02)
     parts.mark("forward")
     parts.pause()
-    time.sleep(0.05)
+    time.sleep(0.5)
     parts.mark("data")
     found = parts.collect()
-    assert 0.02 <= found["forward"] < 0.05 and sum(found.values()) == found["forward"]
+    assert 0.02 <= found["forward"] < 0.5 and sum(found.values()) == found["forward"]
     assert sum(parts.collect().values()) == 0
 
 
@@ -53,7 +53,7 @@ def test_waiting_for_other_ranks_is_not_backward():
     parts, weight = StepTime(CPU), torch.ones(3, requires_grad=True)
 
     def as_ddp_does(gradient):
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: time.sleep(0.2))
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: time.sleep(0.5))
 
     weight.register_hook(as_ddp_does)
     loss = SlowBackward.apply(weight).sum()
@@ -62,7 +62,7 @@ def test_waiting_for_other_ranks_is_not_backward():
     loss.backward()
     parts.mark("communication")
     found = parts.collect()
-    assert 0.05 <= found["backward"] < 0.2 <= found["communication"]
+    assert 0.05 <= found["backward"] < 0.5 <= found["communication"]
 
 
 def test_the_parts_add_up_to_the_time_of_a_step_and_are_logged(blueprint):

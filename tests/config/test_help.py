@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from waiting import PATIENCE
 
 import run as program
 from lit_vlm.config.schema import Task
@@ -22,7 +23,7 @@ HEAVY = ("torch", "transformers", "lightning", "numpy", "PIL")
 def run_py(*words: str, python: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
     """`python run.py ...` from a folder that is not the repository."""
     command = [sys.executable, *python, str(ROOT / "run.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=PATIENCE)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from image_bytes import encoded, photo
 from test_images import MAX_PIXELS, audit  # noqa: F401 - a fixture
+from waiting import PATIENCE
 
 from lit_vlm.config.schema import OnBadRecord
 from lit_vlm.data.collate import collate
@@ -172,7 +173,7 @@ def test_fifty_bombs_cost_less_than_a_second_each_and_300_megabytes_together(cor
     root, every = corpus
     bombs = {case.path: case for case in every if case.kind.endswith("_bombs")}
     command = [sys.executable, "-c", PROGRAM, str(root), json.dumps(list(bombs))]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=repository, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=repository, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     megabytes, results = json.loads(done.stdout)
     assert len(bombs) == 50 and len(results) == 100

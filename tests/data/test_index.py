@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import multiprocessing
-import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -15,6 +14,7 @@ import pytest
 from index_cases import Lines, photo, rows, write
 from PIL import Image
 from support import builtin, sample
+from waiting import until
 
 from lit_vlm.data.images import FileImage
 from lit_vlm.data.index import shards
@@ -232,10 +232,10 @@ def test_an_unwritable_store_is_named(lines, processor, tmp_path):
 
 
 def test_a_killed_build_goes_on(lines, store, processor):
-    build = partial(build_index, [Lines(lines, seconds=0.05)], processor, store=store, workers=2)
+    build = partial(build_index, [Lines(lines, seconds=0.15)], processor, store=store, workers=2)
     process = FORK.Process(target=build)
     process.start()
-    _wait_for(lambda: any((store / "shards").glob("*.arrow")))
+    until(lambda: any((store / "shards").glob("*.arrow")), pause=0.01)
     process.kill()
     process.join()
     done = sum(1 for _ in (store / "shards").glob("*.arrow"))
@@ -303,10 +303,3 @@ def test_split_holds_out_the_same_records_in_any_order(processor):
     turned = build_index([Listed([source[i] for i in reversed(range(60))])], processor)
     held = [set(split(each, 0.2)[1].columns["digest"].tolist()) for each in (index, turned)]
     assert held[0] == held[1] and len(held[0]) == 12
-
-
-def _wait_for(condition, seconds: float = 20) -> None:
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from waiting import PATIENCE
 
 from lit_vlm.config.schema import SourceConfig
 from lit_vlm.data.index.store import build_index
@@ -93,7 +94,7 @@ def test_a_folder_whose_variable_is_not_set_on_the_node_is_no_folder(named, data
         staging_folder()
     command = [sys.executable, "-m", "lit_vlm.data.staging", named, str(data)]
     environment = {**os.environ, "PYTHONPATH": str(repository)}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 1 and "set on every node" in done.stderr and "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["shared"]
 
@@ -113,7 +114,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_copied(data, tmp_pa
 def test_the_job_s_step_copies_and_a_missing_file_fails_it(data, tmp_path, repository):
     command = [sys.executable, "-m", "lit_vlm.data.staging", "$WHERE/node", str(data), str(data / "pictures")]
     environment = {**os.environ, "PYTHONPATH": str(repository), "WHERE": str(tmp_path)}
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0 and "11 files" in done.stdout, done.stderr
     done = subprocess.run([*command, str(data / "gone")], env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "is not there" in done.stderr and "Traceback" not in done.stderr

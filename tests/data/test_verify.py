@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import time
 from functools import partial
 
 import numpy as np
 import pytest
 from index_cases import Lines, photo, rows, write
 from PIL import Image
+from waiting import until
 
 from lit_vlm.data.images import BytesImage, FileImage
 from lit_vlm.data.index import shards
@@ -86,10 +86,7 @@ def test_a_killed_pass_goes_on(lines, store, decoded):
     work = partial(verify, [Lines(lines, seconds=0.05)], store, workers=2)
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
-    until = time.monotonic() + 20
-    while not (found := list((store / "shards").glob("*.arrow"))):
-        assert time.monotonic() < until
-        time.sleep(0.01)
+    found = until(lambda: list((store / "shards").glob("*.arrow")), pause=0.01)
     process.kill()
     process.join()
     assert len(found) < 4

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from waiting import PATIENCE
+
 SCRIPT = """
 from torch.utils.data import DataLoader, Dataset
 from lit_vlm.data.worker_signals import end_workers_at_exit, outlast_signals
@@ -25,5 +27,7 @@ for number in DataLoader(Broken(), batch_size=None, num_workers=2, worker_init_f
 
 def test_an_error_of_a_worker_ends_the_process(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 1 and "MemoryError" in done.stderr

@@ -54,7 +54,7 @@ def save(path: Path, step: int, shards: list[Sliced], keep_last: int = 9, **fact
     """Written by so many ranks, one after the other; rank 0 last, for it waits for the others."""
     folder = Folder(path)
     for rank in reversed(range(len(shards))):
-        writer = Writer(folder, rank=rank, ranks=range(len(shards)), keep_last=keep_last, timeout_seconds=5)
+        writer = Writer(folder, rank=rank, ranks=range(len(shards)), keep_last=keep_last, timeout_seconds=60)
         writer.start(index_of(step, **facts), list(shards[rank].pieces()), asynchronous=False)
         assert writer.finish() is None, writer.error
     return folder.of(step)

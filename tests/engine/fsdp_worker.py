@@ -32,13 +32,13 @@ Parts = tuple[str, str]
 
 
 def strategy(**options: Any) -> FSDP2Strategy:
-    return FSDP2Strategy(**{"timeout": timedelta(seconds=60)} | options)
+    return FSDP2Strategy(**{"timeout": timedelta(minutes=10)} | options)
 
 
 def zero_strategy() -> Any:
     from lit_vlm.engine.deepspeed import ZeroStrategy
 
-    return ZeroStrategy(3, persistent=0, timeout=timedelta(seconds=60), bucket=100_000)
+    return ZeroStrategy(3, persistent=0, timeout=timedelta(minutes=10), bucket=100_000)
 
 
 def trained(parts: Parts, out: Path, shard_size: int | None = None, **case: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 
 
 def run_ranks(
-    worker: Path, words: list[str], checks: Iterable[str], out: Path, world: int, limit: int
+    worker: Path, words: list[str], checks: Iterable[str], out: Path, world: int, limit: float
 ) -> list[dict[str, dict]]:
     """What each check found on each rank: the worker leaves it in `out/<check>.<rank>.pt`. A hang ends at the limit, in
     seconds. What it printed is in `out/terminal`."""

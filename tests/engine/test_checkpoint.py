@@ -14,6 +14,7 @@ import torch
 from checkpoint_cases import DAMAGES, SHAPES, Sliced, all_slices, index_of, save, tensors_in
 from safetensors.torch import load_file
 from torch import nn
+from waiting import PATIENCE
 
 from lit_vlm.engine.checkpoint import Belongs, Damaged, Folder, Index, Writer, load, read_index
 from lit_vlm.engine.checkpoint import write as writing
@@ -195,7 +196,7 @@ def test_a_rank_that_cannot_write_ends_the_wait_of_the_first(tmp_path, monkeypat
 
     monkeypatch.setattr(writing, "write_pieces", full)
     folder, shards = Folder(tmp_path), all_slices(2)
-    writers = [Writer(folder, rank=rank, ranks=(0, 1), timeout_seconds=60) for rank in (0, 1)]
+    writers = [Writer(folder, rank=rank, ranks=(0, 1), timeout_seconds=PATIENCE) for rank in (0, 1)]
     for writer, held in zip(writers, shards, strict=True):
         writer.start(index_of(2), list(held.pieces()), asynchronous=True)
     errors = [writer.finish() for writer in writers]
@@ -226,7 +227,7 @@ def test_values_that_change_while_they_are_written_are_those_of_the_save(tmp_pat
     held, real, copied = Sliced(), writing.write_pieces, threading.Event()
 
     def slow(*arguments):
-        copied.wait(5)
+        copied.wait(PATIENCE)
         return real(*arguments)
 
     monkeypatch.setattr(writing, "write_pieces", slow)

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import torch.multiprocessing as mp
+from waiting import PATIENCE
 
 from lit_vlm.config.schema import RunConfig, Strategy
 from lit_vlm.engine.agreement import require_same, settings_of
@@ -42,7 +43,7 @@ def on_two_ranks(work, folder, *arguments):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(PATIENCE)
         assert process.exitcode == 0
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 from rank_cases import STAGE_CASES, Answers, Case, Keep, assembled, fit, validate
 from rank_runs import require_equal, run_ranks
+from waiting import PATIENCE
 
 from lit_vlm.config.schema import Strategy, TrainerConfig
 from lit_vlm.engine.strategy import make_strategy
 
+pytestmark = pytest.mark.xdist_group("zero")  # one start of the ranks serves the whole file
 WORKER = Path(__file__).with_name("zero_worker.py")
 TRAINED = {
     "trained name=zero2": Case(),
@@ -30,7 +32,7 @@ OTHERS = ["shared_out", "masters name=zero2", "masters name=zero3", "built", "lo
 
 
 def run(
-    checks: list[str], parts: tuple[str, str], out: Path, world: int = 2, limit: int = 200
+    checks: list[str], parts: tuple[str, str], out: Path, world: int = 2, limit: float = PATIENCE
 ) -> list[dict[str, dict]]:
     """What each check found on each rank. A hang ends at the limit, in seconds."""
     return run_ranks(WORKER, [*parts, str(out), *checks], checks, out, world, limit)
@@ -150,7 +152,7 @@ def test_strategies_come_with_the_time_limit_and_one_device_needs_none():
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(4 * PATIENCE)
 @pytest.mark.parametrize(
     ("name", "tables"),
     [("zero2", "small_parts"), ("zero3", "small_parts"), ("zero3_offload", "small_parts"), ("zero3", "parts")],
@@ -163,7 +165,7 @@ def test_every_stage_under_every_zero(request, tmp_path, name, tables):
         cases[f"trained name={name},stage={stage}"] = Case(stage)
         cases[f"trained name={name},stage={stage},clip=None"] = Case(stage, clip=None)
         cases[f"trained name={name},stage={stage},sgd=False"] = Case(stage, sgd=False)
-    several = run(list(cases), models, tmp_path, limit=1000)
+    several = run(list(cases), models, tmp_path, limit=3 * PATIENCE)
     for check, case in cases.items():
         require_equal(several[0][check], fit(case, models, "auto"), case.steps)
 

@@ -13,6 +13,7 @@ import torch
 from rank_cases import STAGE_CASES, Answers, Case, Keep, assembled, fit, validate
 from rank_runs import require_equal, run_ranks
 from transformers import AutoModelForImageTextToText
+from waiting import PATIENCE
 
 from callbacks.export import Export
 from lit_vlm.config.schema import Strategy, TrainerConfig
@@ -20,6 +21,7 @@ from lit_vlm.engine.fsdp import FSDP2Strategy
 from lit_vlm.engine.strategy import make_strategy
 from lit_vlm.types import UserError
 
+pytestmark = pytest.mark.xdist_group("fsdp")  # one start of the ranks serves the whole file
 WORKER = Path(__file__).with_name("fsdp_worker.py")
 ONE_ROW = {"options": {"parts": {"language_model": {"lora": {"rank": 1}}}}}  # the second rank holds nothing of it
 TRAINED: dict[str, dict[str, Any]] = {
@@ -43,7 +45,9 @@ OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def run(checks: dict[str, Any], parts: tuple[str, str], out: Path, world: int = 2, limit: int = 300) -> list[dict]:
+def run(
+    checks: dict[str, Any], parts: tuple[str, str], out: Path, world: int = 2, limit: float = PATIENCE
+) -> list[dict]:
     """What each check found on each rank. A hang ends at the limit, in seconds."""
     return run_ranks(WORKER, [*parts, str(out), json.dumps(checks)], checks, out, world, limit)
 
@@ -209,7 +213,7 @@ def test_four_ranks_under_fsdp2_and_hsdp_train_as_one_process_does(small_parts, 
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(2 * PATIENCE)
 @pytest.mark.parametrize("stage", STAGE_CASES)
 @pytest.mark.parametrize(
     ("world", "shard_size", "tables"),

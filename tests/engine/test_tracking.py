@@ -19,7 +19,7 @@ from tracking_cases import (
     samples,
     started,
 )
-from waiting import until
+from waiting import PATIENCE, until
 
 from lit_vlm.config.schema import LoggerConfig
 from lit_vlm.engine.tracking import MetricsCsv, Tracking, connection, facts
@@ -60,6 +60,9 @@ def server(session):
         session(loopback.url, loopback.environment()["WANDB_API_KEY"])
         yield loopback
         assert loopback.unknown == []
+
+
+ONE_WAIT = 30  # seconds: five times what is seen, and less than the minutes that wandb waits by itself
 
 
 @pytest.fixture
@@ -226,7 +229,9 @@ def test_an_offline_run_left_and_continued_is_one_whole_run_after_wandb_sync(ser
 
 def sync(*words: str | Path) -> None:
     command = [sys.executable, "-m", "wandb", "sync", *map(str, words)]
-    done = subprocess.run(command, cwd=os.environ["HOME"], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=os.environ["HOME"], capture_output=True, text=True, timeout=PATIENCE, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -282,10 +287,10 @@ def test_a_dead_server_is_waited_for_once_and_the_run_goes_on_offline(session, s
         folder, said = run_folder(tmp_path), []
         began = time.monotonic()
         tracker = started(folder, said)
-        assert time.monotonic() - began < 8 and tracker.offline
+        assert time.monotonic() - began < ONE_WAIT and tracker.offline
         log(tracker, range(3))
         tracker.close("finished", {})
-        assert time.monotonic() - began < 12
+        assert time.monotonic() - began < ONE_WAIT
     assert "did not answer within" in said[0] and "tries the server anew" in said[0] and "wandb sync" in said[1]
     assert list(folder.path.glob("wandb/offline-run-*/run-*.wandb"))
 
@@ -298,7 +303,7 @@ def test_a_server_that_fails_for_a_while_gets_every_row(server, tmp_path):
     server.fail(500)
     began = time.monotonic()
     log(tracker, range(2, 40))
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < ONE_WAIT
     time.sleep(2.5)
     server.recover()
     tracker.close("finished", {})
@@ -317,7 +322,7 @@ def test_a_server_that_does_not_come_back_holds_no_end_and_gets_the_rest_by_the_
         log(tracking.wandb, range(3, 6))
         began = time.monotonic()
         tracking.finish(folder)
-        assert time.monotonic() - began < 12
+        assert time.monotonic() - began < ONE_WAIT
     assert "not everything could be uploaded" in said[-1] and "the same command sends what is missing" in said[-1]
     assert len(the(server, folder).history) == 2 and folder.manifest["tracking"]["wandb"]["behind"]
     server.recover()

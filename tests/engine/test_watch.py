@@ -13,6 +13,7 @@ from threading import Thread
 from types import SimpleNamespace
 
 import pytest
+from waiting import PATIENCE, until
 
 from callbacks import Heartbeat
 from lit_vlm.engine import watch_thread
@@ -92,10 +93,10 @@ def test_only_the_process_that_wrote_the_heartbeat_is_killed():
         _kill(beat(**own | other))
     assert process.poll() is None
     _kill(beat(**own))
-    assert process.wait(10) == -signal.SIGKILL
+    assert process.wait(PATIENCE) == -signal.SIGKILL
 
 
-def watched(tmp_path, pulse, world=1, limit=0.4, **options):
+def watched(tmp_path, pulse, world=1, limit=1.0, **options):
     class Told(Watch):
         notes = []
 
@@ -114,11 +115,11 @@ def test_a_main_thread_that_gets_on_is_left_alone_and_one_that_does_not_is_ended
     pulse.turn_to(Doing.forward)
     watch = watched(tmp_path, pulse)
     watch.start()
-    for _ in range(10):
-        time.sleep(0.1)
+    for _ in range(40):  # twice the limit
+        time.sleep(0.05)
         pulse.tick()
     assert not watch.notes
-    watch.join(5)
+    watch.join(PATIENCE)
     assert [note.code for note in watch.notes] == [STUCK]
     watch.end()
 
@@ -127,7 +128,7 @@ def test_nothing_is_expected_of_a_start(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdin", None)
     watch = watched(tmp_path, Pulse())
     watch.start()
-    time.sleep(1.0)
+    time.sleep(2.0)
     watch.end()
     assert not watch.notes
     assert read_beat(tmp_path, 0).state == "left"
@@ -139,13 +140,13 @@ def test_a_neighbour_that_left_is_no_frozen_one(tmp_path, monkeypatch):
     write_beat(tmp_path, replace(beat(1), state="left"))
     watch = watched(tmp_path, pulse, world=2)
     watch.start()
-    time.sleep(1.0)
+    time.sleep(2.0)
     watch.end()
     assert not watch.notes
     write_beat(tmp_path, beat(1))
     watch = watched(tmp_path, pulse, world=2)
     watch.start()
-    watch.join(5)
+    watch.join(PATIENCE)
     assert "rank 1" in watch.notes[0].message
     watch.end()
 
@@ -164,15 +165,14 @@ def test_a_file_system_that_stumbles_and_a_note_that_is_half_written_end_nothing
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_text", stale)
         watch.start()
-        time.sleep(0.5)
-    assert "Stale file handle" in capsys.readouterr().err
+        until(lambda: "Stale file handle" in capsys.readouterr().err)
     (tmp_path / "stuck").mkdir()
     (tmp_path / "stuck" / "leave.json").touch()
     time.sleep(0.3)
     assert watch.is_alive() and not watch.notes
     (tmp_path / "stuck" / "leave.json").unlink()
     Note(STUCK, "whole", []).announce(tmp_path)
-    watch.join(5)
+    watch.join(PATIENCE)
     assert [note.message for note in watch.notes] == ["whole"]
     watch.end()
 
@@ -214,14 +214,14 @@ def test_a_rank_that_is_ending_with_an_exception_is_not_cut_short_but_for_stuck_
     for failing, limit, left in ((True, 60.0, False), (True, 0.5, True), (False, 60.0, True)):
         watch = watched(tmp_path, Pulse(), limit=limit, failing=lambda failing=failing: failing)
         watch.start()
-        watch.join(1.5)
+        watch.join(PATIENCE if left else 1.5)
         assert bool(watch.notes) is left
         watch.end()
     (tmp_path / "stuck" / "leave.json").unlink()
     Note(STUCK, "stuck", []).announce(tmp_path)
     watch = watched(tmp_path, Pulse(), limit=60.0, failing=lambda: True)
     watch.start()
-    watch.join(5)
+    watch.join(PATIENCE)
     assert [note.code for note in watch.notes] == [STUCK]
     watch.end()
 

@@ -30,7 +30,7 @@ Parts = tuple[str, str]
 def strategy(name: str, persistent: int = 0) -> ZeroStrategy:
     """`persistent=0`: every weight is shared out, however small."""
     stage = {"zero2": 2, "zero3": 3, "zero3_offload": 3}[name]
-    limit = timedelta(seconds=60)
+    limit = timedelta(minutes=10)
     return ZeroStrategy(stage, offload=name.endswith("offload"), persistent=persistent, timeout=limit, bucket=100_000)
 
 

@@ -18,6 +18,8 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+from waiting import PATIENCE
+
 COMMANDS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin"
 MISSING = [name for name in COMMANDS if shutil.which(name, path=PATH) is None]
@@ -147,7 +149,7 @@ class MiniSlurm:
         said = self.run("scontrol", "--oneliner", "show", "job", number, check=False)
         return dict(word.split("=", 1) for word in said.split() if "=" in word)
 
-    def wait(self, number: str, states: tuple[str, ...] = ENDED, limit: float = 120) -> dict[str, str]:
+    def wait(self, number: str, states: tuple[str, ...] = ENDED, limit: float = PATIENCE) -> dict[str, str]:
         """Until the job is in one of the states. TimeoutError says where it was."""
         end, job = time.monotonic() + limit, {}
         while time.monotonic() < end:
@@ -205,7 +207,7 @@ class MiniSlurm:
                 start_new_session=True,
             )
 
-    def _until_idle(self, limit: float = 30) -> None:
+    def _until_idle(self, limit: float = PATIENCE) -> None:
         end, states = time.monotonic() + limit, []
         while time.monotonic() < end:
             states = self.run("sinfo", "--noheader", "--Node", "--partition=low", "--format=%T", check=False).split()
@@ -218,7 +220,7 @@ class MiniSlurm:
     def _end(self) -> None:
         with suppress(subprocess.SubprocessError):
             self.run("scancel", "--full", f"--user={os.geteuid()}", check=False)
-        end = time.monotonic() + 15
+        end = time.monotonic() + PATIENCE
         while time.monotonic() < end and self.run("squeue", "--noheader", check=False).strip():
             time.sleep(0.1)
         for number, grace in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
@@ -229,7 +231,7 @@ class MiniSlurm:
             while self._descendants() and time.monotonic() < end:
                 time.sleep(0.05)
         for daemon in self.daemons.values():
-            daemon.wait(timeout=10)
+            daemon.wait(timeout=PATIENCE)
 
     def _descendants(self) -> list[int]:
         """Processes below this one that belong to this Slurm; the dead among them are reaped."""

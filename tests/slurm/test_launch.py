@@ -7,6 +7,7 @@ import sys
 import pytest
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from waiting import PATIENCE
 
 from lit_vlm.engine.ranks import cluster_environment, global_rank, srun_tasks
 from lit_vlm.types import UserError
@@ -79,12 +80,13 @@ def test_several_nodes_without_a_launcher_are_refused_not_waited_for(environment
         cluster_environment(devices=1, num_nodes=2)
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.slow
 def test_a_plain_run_in_a_batch_script_trains_alone_and_says_nothing_of_srun(repository, tmp_path):
     words = "task=train model=tiny model.grid=2 trainer=tiny data.num_workers=0 data.global_batch_size=4 trainer.max_steps=1"
     own = {"OMP_NUM_THREADS": "1", **JOB, "SLURM_JOB_NAME": "job.sh"}
     command = [sys.executable, str(repository / "run.py"), *words.split(), "callbacks=[throughput,guard]", "run_name=a"]
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **own}, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, **own}, capture_output=True, text=True, timeout=PATIENCE
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "on 1 rank" in done.stdout and "srun" not in done.stdout + done.stderr

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fakes import calls, fake_slurm, with_path
+from waiting import PATIENCE
 
 from lit_vlm.config import parse
 from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED
@@ -50,12 +51,11 @@ def check_chain(seen: dict, folder: Path, signals: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_signals_at_random_moments_save_at_a_step_and_requeue_once(small_parts, tmp_path, ranks):
-    seen = work(small_parts, tmp_path / "chain", 5, 40, ranks, limit=150)
+    seen = work(small_parts, tmp_path / "chain", 5, 40, ranks)
     check_chain(seen, tmp_path / "chain", 5)
-    work(small_parts, tmp_path / "whole", 0, 40, ranks, limit=100)
+    work(small_parts, tmp_path / "whole", 0, 40, ranks)
     one, other = (torch.load(tmp_path / name / "weights.pt", weights_only=True) for name in ("chain", "whole"))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
@@ -98,7 +98,7 @@ class Started:
     def said(self) -> str:
         return self.log.read_text()
 
-    def until_it_trains(self, limit: float = 90) -> None:
+    def until_it_trains(self, limit: float = PATIENCE) -> None:
         end, known = time.monotonic() + limit, self._rows()
         while self._rows() <= known:
             assert self.process.poll() is None and time.monotonic() < end, self.said[-3000:]
@@ -107,7 +107,7 @@ class Started:
     def _rows(self) -> int:
         return len(self.metrics.read_text().splitlines()) if self.metrics.exists() else 0
 
-    def ended(self, limit: float = 60) -> int:
+    def ended(self, limit: float = PATIENCE) -> int:
         try:
             return self.process.wait(limit)
         finally:
@@ -116,7 +116,6 @@ class Started:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(200)
 def test_a_term_saves_and_leaves_with_a_code_to_start_again_and_ctrl_c_with_its_own(tmp_path):
     run = Started(tmp_path, "data.num_workers=1")
     run.until_it_trains()
@@ -132,7 +131,6 @@ def test_a_term_saves_and_leaves_with_a_code_to_start_again_and_ctrl_c_with_its_
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_term_to_torchrun_reaches_its_ranks_which_save(tmp_path):
     run = Started(tmp_path, "data.num_workers=0", ranks=2)
     run.until_it_trains()
@@ -147,7 +145,6 @@ def test_a_term_to_torchrun_reaches_its_ranks_which_save(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_a_term_to_a_pipeline_reaches_its_stage_and_the_next_start_goes_on(tmp_path):
     (name,) = {parse(["experiment=tiny/1_align", "trainer.max_steps=3000"]).name}
     for said in ("saved at step", "goes on at step"):
@@ -159,7 +156,6 @@ def test_a_term_to_a_pipeline_reaches_its_stage_and_the_next_start_goes_on(tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_loader_workers_outlast_a_signal_to_all_processes(tmp_path):
     run = Started(tmp_path, "data.num_workers=2")
     run.until_it_trains()
@@ -170,11 +166,10 @@ def test_loader_workers_outlast_a_signal_to_all_processes(tmp_path):
     assert "saved at step" in run.said and "unexpectedly" not in run.said
 
 
-@pytest.mark.timeout(120)
 def test_asked_before_the_first_step_it_leaves_at_once_and_requeues(tmp_path):
     folder = fake_slurm(tmp_path / "bin")
     run = Started(tmp_path, PATH=with_path(folder), SLURM_JOB_ID="5", SLURM_ARRAY_JOB_ID="4", SLURM_ARRAY_TASK_ID="2")
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENCE
     while not (tmp_path / "runs").exists():  # the first thing that it makes
         assert run.process.poll() is None and time.monotonic() < end, run.said
         time.sleep(0.01)
@@ -233,7 +228,7 @@ def test_where_no_step_is_under_way_each_process_leaves_by_itself(
     own = {"PATH": with_path(folder), "RANK": rank, "SLURM_JOB_ID": job}
     environment = {**os.environ, **{name: value for name, value in own.items() if value}}
     words = [sys.executable, "-c", LEAVES, number]
-    done = subprocess.run(words, cwd=repository, env=environment, capture_output=True, text=True, timeout=30)
+    done = subprocess.run(words, cwd=repository, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == code, done.stderr
     assert (["requeue", "5"] in calls(folder, "scontrol")) is requeued
 
@@ -265,7 +260,7 @@ def test_a_stage_that_fails_after_a_signal_has_failed_where_its_status_is_its_ow
     )
 
     def ask():
-        end = time.monotonic() + 30
+        end = time.monotonic() + PATIENCE
         while not (tmp_path / "ready").exists() and time.monotonic() < end:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)

@@ -14,10 +14,11 @@ import pytest
 import torch
 from mini_slurm import MISSING, MiniSlurm
 from safetensors.torch import load_file
+from waiting import PATIENCE
 
 RUN = Path(__file__).resolve().parents[2] / "run.py"
 pytestmark = [
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(3 * PATIENCE),
     pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)} here (Debian: apt-get install slurm-wlm)"),
 ]
 slow, long = pytest.mark.slow, pytest.mark.long
@@ -55,7 +56,12 @@ def undisturbed(tmp_path_factory):
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
             environment = MiniSlurm(folder).environment | {"OMP_NUM_THREADS": "1"}
             done = subprocess.run(
-                [*launcher, str(RUN), *local], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+                [*launcher, str(RUN), *local],
+                cwd=folder,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=PATIENCE,
             )
             assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
             known[case] = load_file(folder / "runs/run/hf/model.safetensors")
@@ -71,7 +77,7 @@ class Submitted:
     def __init__(self, slurm: MiniSlurm, place: Path, *words: str) -> None:
         self.slurm, self.folder = slurm, place / "runs/run"
         line = [sys.executable, str(RUN), "task=submit", *command(*words, "run_name=run", "submit.partition=low")]
-        slurm.run(*line, cwd=place, timeout=120)
+        slurm.run(*line, cwd=place, timeout=PATIENCE)
         self.number = json.loads((self.folder / "slurm.json").read_text())["job"]
 
     @property
@@ -79,7 +85,7 @@ class Submitted:
         found = list(self.folder.glob("slurm-*.log"))
         return found[0].read_text(errors="replace") if found else ""
 
-    def until_step(self, least: int, limit: float = 150) -> None:
+    def until_step(self, least: int, limit: float = PATIENCE) -> None:
         end = time.monotonic() + limit
         while self._last_step() < least:
             assert time.monotonic() < end and self.slurm.job(self.number)["JobState"] != "FAILED", self.log[-3000:]
@@ -90,7 +96,7 @@ class Submitted:
         rows = metrics.read_text().splitlines()[1:] if metrics.exists() else []
         return sum("," in row for row in rows)
 
-    def finished(self, limit: float = 300) -> dict[str, str]:
+    def finished(self, limit: float = PATIENCE) -> dict[str, str]:
         job = self.slurm.wait(self.number, limit=limit)
         assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), self.log[-4000:]
         assert json.loads((self.folder / "manifest.json").read_text())["status"] == "finished"
@@ -150,12 +156,12 @@ def test_a_node_that_dies_costs_the_steps_since_the_last_checkpoint_and_nothing_
 @slow
 def test_a_run_that_fails_is_a_failed_job_and_ends_those_that_wait_for_it(slurm, tmp_path):
     run = Submitted(slurm, tmp_path, *CASES["align-ddp"], "data.max_length=1")
-    job = slurm.wait(run.number, limit=120)
+    job = slurm.wait(run.number)
     # 1, or 143 of a rank that srun ended because the other had failed
     assert job["JobState"] == "FAILED" and job["ExitCode"] in ("1:0", "143:0") and job["Restarts"] == "0", run.log
     assert "No usable sample" in run.log and "Traceback" not in run.log
     after = slurm.sbatch(f"--dependency=afterok:{run.number}", "--kill-on-invalid-dep=yes", "--wrap=true")
-    assert slurm.wait(after, limit=60)["JobState"] == "CANCELLED"
+    assert slurm.wait(after)["JobState"] == "CANCELLED"
 
 
 @long
@@ -171,12 +177,12 @@ def test_a_grid_goes_through_the_launcher_and_outlasts_a_requeue(slurm, tmp_path
     }
     launcher = subprocess.Popen([sys.executable, str(RUN), "-m", "task=train", *words, *grid], **options)
     try:
-        end = time.monotonic() + 150
+        end = time.monotonic() + PATIENCE
         while not any(len(path.read_text().splitlines()) > 4 for path in tmp_path.glob("runs/train/*/metrics.csv")):
             assert time.monotonic() < end and launcher.poll() is None, launcher.stdout.read()[-3000:]
             time.sleep(0.1)
         slurm.run("scancel", "--signal=USR1", "--state=RUNNING", "--user=root")
-        assert launcher.wait(300) == 0, launcher.stdout.read()[-3000:]
+        assert launcher.wait(PATIENCE) == 0, launcher.stdout.read()[-3000:]
     finally:
         if launcher.poll() is None:
             launcher.kill()
@@ -190,5 +196,5 @@ def test_a_grid_goes_through_the_launcher_and_outlasts_a_requeue(slurm, tmp_path
 def test_nothing_of_slurm_is_left_running(tmp_path):
     with MiniSlurm(tmp_path / "slurm") as running:
         number = running.sbatch("--nodes=2", "--ntasks-per-node=1", "--output=/dev/null", "--wrap=srun sleep 100")
-        running.wait(number, ("RUNNING",), limit=20)
+        running.wait(number, ("RUNNING",))
     assert running._descendants() == []

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from mini_slurm import MISSING, MiniSlurm
+from waiting import PATIENCE
 
 from lit_vlm.sweep.file import read_sweep
 from lit_vlm.sweep.search import Search, Trial
@@ -15,7 +16,7 @@ from lit_vlm.sweep.search import Search, Trial
 RUN = Path(__file__).resolve().parents[2] / "run.py"
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(3 * PATIENCE),
     pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)} here (Debian: apt-get install slurm-wlm)"),
 ]
 FILE = """
@@ -54,10 +55,10 @@ class Submitted:
             f"run_name=sweeps/{name}",
             *words,
         ]
-        slurm.run(*line, cwd=place, timeout=120)
+        slurm.run(*line, cwd=place, timeout=PATIENCE)
         self.number = json.loads((self.folder / "slurm.json").read_text())["job"]
 
-    def finished(self, workers: int, limit: float = 300) -> list[dict[str, str]]:
+    def finished(self, workers: int, limit: float = PATIENCE) -> list[dict[str, str]]:
         jobs = [self.slurm.wait(f"{self.number}_{worker}", limit=limit) for worker in range(workers)]
         assert [(job["JobState"], job["ExitCode"]) for job in jobs] == [("COMPLETED", "0:0")] * workers, self.log
         return jobs
@@ -71,7 +72,7 @@ class Submitted:
     def trials(self) -> list[Trial]:
         return Search(read_sweep(self.place / "mine.yaml"), self.folder / "journal.log").trials()
 
-    def until_rows(self, number: int, least: int, limit: float = 150) -> None:
+    def until_rows(self, number: int, least: int, limit: float = PATIENCE) -> None:
         table, end = self.folder / str(number) / "metrics.csv", time.monotonic() + limit
         while not table.exists() or len(table.read_text().splitlines()) <= least:
             assert time.monotonic() < end, self.log

@@ -10,6 +10,7 @@ import pytest
 from fakes import calls, fake_slurm, with_path
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
+from waiting import PATIENCE
 
 from lit_vlm.config import ConfigError, parse
 from lit_vlm.config.compose import CONF, VERSION_BASE
@@ -66,7 +67,7 @@ def test_bash_hands_every_word_to_run_py_as_it_was_given(slurm, tmp_path):
     path = tmp_path / "job.sh"
     path.write_text(script_of(job), encoding="utf-8")
     subprocess.run(["bash", "-n", path], check=True)
-    subprocess.run(["bash", path], check=True, cwd="/", timeout=60)
+    subprocess.run(["bash", path], check=True, cwd="/", timeout=PATIENCE)
     (words,) = calls(slurm, "srun")
     start = next(place for place, word in enumerate(words) if word.endswith("run.py"))
     assert words[start - 1] == sys.executable
@@ -88,7 +89,7 @@ def test_nodes_stay_offline_unless_told_otherwise_and_no_foreign_rendezvous_leak
     monkeypatch.setenv("MASTER_ADDR", "elsewhere")
     path = tmp_path / "job.sh"
     path.write_text(script("submit.env.WANDB_MODE=online", "submit.env.NCCL_IB_HCA='mlx5_0,mlx5_1'"))
-    subprocess.run(["bash", path], check=True, timeout=60)
+    subprocess.run(["bash", path], check=True, timeout=PATIENCE)
     seen = json.loads((slurm / "environment.json").read_text())
     assert (seen["HF_HUB_OFFLINE"], seen["WANDB_MODE"], seen["NCCL_IB_HCA"]) == ("1", "online", "mlx5_0,mlx5_1")
     assert "MASTER_ADDR" not in seen
@@ -132,16 +133,16 @@ def test_an_index_elsewhere_is_there_before_a_container_is_to_see_it(slurm, tmp_
 def test_set_up_lines_may_use_variables_that_are_not_set_and_ours_may_not(slurm, tmp_path):
     path = tmp_path / "job.sh"
     path.write_text(script("submit.setup=['echo found:$NOT_SET_AT_ALL:']") + "echo $NOT_SET_AT_ALL\n")
-    done = subprocess.run(["bash", path], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(["bash", path], capture_output=True, text=True, timeout=PATIENCE)
     assert "found::" in done.stdout and done.returncode == 0 and len(calls(slurm, "srun")) == 1
     path.write_text(path.read_text().replace("exec srun", "echo $NOT_SET_AT_ALL; exec srun"))
-    assert subprocess.run(["bash", path], capture_output=True, timeout=60).returncode == 1
+    assert subprocess.run(["bash", path], capture_output=True, timeout=PATIENCE).returncode == 1
 
 
 def test_a_failing_set_up_line_fails_the_job_before_the_start(slurm, tmp_path):
     path = tmp_path / "job.sh"
     path.write_text(script("submit.setup=[module_that_is_not_there]"))
-    assert subprocess.run(["bash", path], capture_output=True, timeout=60).returncode == 127
+    assert subprocess.run(["bash", path], capture_output=True, timeout=PATIENCE).returncode == 127
     assert not calls(slurm, "srun")
 
 
@@ -210,7 +211,7 @@ def test_data_are_copied_once_per_node_and_named_as_before(slurm, tmp_path):
     text = script(*words, "submit.stage_to=/scratch/$USER")
     path = tmp_path / "job.sh"
     path.write_text(text)
-    subprocess.run(["bash", path], check=True, timeout=60)
+    subprocess.run(["bash", path], check=True, timeout=PATIENCE)
     staging, start = calls(slurm, "srun")
     assert staging[-2:] == ["/scratch/$USER", str(data)] and "--ntasks-per-node=1" in staging
     assert json.loads((slurm / "environment.json").read_text())["LIT_VLM_STAGED"] == "/scratch/$USER"
@@ -285,7 +286,7 @@ def test_a_folder_that_cannot_be_made_is_told_before_a_job_is_submitted(slurm, t
 def run_py(repository, tmp_path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(repository / "run.py"), *words]
     own = {**os.environ, **environment}
-    return subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, cwd=tmp_path, env=own, capture_output=True, text=True, timeout=PATIENCE)
 
 
 GRID = ("-m", "hydra/launcher=submitit_slurm", "experiment=tiny/2_sft", "seed=0,1")

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 from mini_slurm import MISSING, MiniSlurm
-from waiting import until
+from waiting import PATIENCE, until
 
 from lit_vlm.sweep.loopback import Loopback
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(3 * PATIENCE),
     pytest.mark.skipif(bool(MISSING), reason=f"no {', '.join(MISSING)} here (Debian: apt-get install slurm-wlm)"),
 ]
 STEPS = 400
@@ -84,7 +84,7 @@ def said(tmp_path) -> str:
 
 def test_an_agent_in_a_job_runs_its_trials_on_all_nodes_of_the_allocation(server, submit, tmp_path):
     slurm, job, sweep = submit()
-    slurm.wait(job, limit=300)
+    slurm.wait(job)
     runs = server.state.runs_of(sweep.name)
     assert [run.state for run in runs] == ["finished"] * 2, said(tmp_path)
     assert [run.settings["run"]["plan"]["world_size"] for run in runs] == [2, 2]
@@ -99,7 +99,7 @@ def test_an_agent_at_its_time_limit_hands_its_trial_on_and_comes_back(server, su
     )
     slurm.run("scancel", "--batch", "--signal=TERM", job)  # what Slurm sends before the limit
     until(lambda: run.state == "preempted" or run.starts > 1, said=seen)
-    until(lambda: sweep.state == "finished", seconds=300, said=seen)
+    until(lambda: sweep.state == "finished", said=seen)
     runs = server.state.runs_of(sweep.name)
     assert [one.state for one in runs] == ["finished"] * 2, said(tmp_path)
     assert run.starts == 2 and int(slurm.job(job).get("Restarts", 0)) == 1

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from waiting import PATIENCE
 
 WORKER = Path(__file__).with_name("rank_worker.py")
 
@@ -15,7 +16,7 @@ def train(world: int, parts: tuple[str, str], out: Path, *, tokens: int, batch: 
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
     command = [sys.executable, *launcher, str(WORKER), *parts, str(out), str(tokens), str(batch), level]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return torch.load(out, weights_only=True)
 

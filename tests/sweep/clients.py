@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from waiting import PATIENCE
 
 from lit_vlm.sweep.loopback import Loopback
 
@@ -38,7 +39,7 @@ class Client:
             text=True,
         )
 
-    def run(self, *words: str, timeout: float = 240, **environment: str) -> str:
+    def run(self, *words: str, timeout: float = PATIENCE, **environment: str) -> str:
         """What it printed; it must have ended well."""
         process = self.start(*words, **environment)
         text, _ = process.communicate(timeout=timeout)

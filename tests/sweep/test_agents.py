@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from clients import ROOT
-from waiting import until
+from waiting import PATIENCE, until
 
 COMMAND = ["bash", "sweeps/launch.sh", "${args_json}"]
 TINY = {
@@ -99,7 +99,7 @@ def test_an_agent_that_goes_down_hands_its_trial_to_the_next_which_resumes_it(se
     agent = client.start("agent", "--forward-signals", server.path(sweep))
     (run,) = until(lambda: [run for run in server.state.runs_of(sweep) if len(run.history) > 3])
     agent.send_signal(signal.SIGTERM)
-    said, _ = agent.communicate(timeout=120)
+    said, _ = agent.communicate(timeout=PATIENCE)
     assert run.state == "preempted" and run.exit_code == 75 and 3 < len(run.values("train/loss")) < 120, said
     said += client.agent(sweep)
     assert (run.state, run.starts) == ("finished", 2), said
@@ -138,7 +138,7 @@ def test_an_agent_killed_in_mid_run_leaves_a_run_that_goes_on_as_the_same(server
         env=client.environment(**again),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert run.state == "finished" and run.exit_code == 0

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from waiting import PATIENCE
+
 from lit_vlm.sweep.loopback import Loopback
 
 LOG = """
@@ -31,7 +33,7 @@ def python(client, text, **environment):
         cwd=client.folder,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=PATIENCE,
     )
 
 
@@ -72,7 +74,7 @@ def test_rows_survive_a_server_that_fails_for_a_while(server, client):
     while "logged" not in process.stdout.readline():
         pass
     server.fail(500, count=4)
-    process.communicate("\n", timeout=120)
+    process.communicate("\n", timeout=PATIENCE)
     assert process.returncode == 0 and server.runs["one"].state == "finished"
     assert [row["_step"] for row in server.runs["one"].history] == [0, 1, 2]
 

@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE
 
 from benchmarks.stopped_trials import LESSONS, replay
 from lit_vlm.sweep.file import read_sweep, sweep_from
@@ -98,9 +99,9 @@ def test_processes_share_a_journal_and_no_trial_is_given_twice(tmp_path):
     workers = [context.Process(target=_ask_all, args=(tmp_path / "j.log", numbers)) for _ in range(3)]
     for worker in workers:
         worker.start()
-    found = sorted(numbers.get(timeout=60) for _ in range(24))
+    found = sorted(numbers.get(timeout=PATIENCE) for _ in range(24))
     for worker in workers:
-        worker.join(60)
+        worker.join(PATIENCE)
     assert found == list(range(24)) and numbers.empty()
 
 

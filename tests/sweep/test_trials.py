@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from pathlib import Path
 
 import pytest
+from waiting import PATIENCE, until
 
 from lit_vlm.sweep.file import sweep_from
 from lit_vlm.sweep.process import TrialProcess
@@ -148,19 +148,17 @@ import sys
 sys.path[:0] = [{tests!r}, {root!r}]
 from pathlib import Path
 from test_trials import Ran, sweep
-ran = Ran(Path({folder!r}), sweep([{{"value": float(n), "steps": 400, "sleep": 0.05}} for n in range(3)]), places=((), ()))
+ran = Ran(Path({folder!r}), sweep([{{"value": float(n), "steps": 40, "sleep": 5}} for n in range(3)]), places=((), ()))
 print("asked", [str(ask) for ask in ran.run().trials.asked], flush=True)
 """
 
 
 def started(folder: Path) -> subprocess.Popen:
-    """A sweep of three trials of twenty seconds, two at a time, in a process of its own."""
+    """A sweep of three trials of some minutes, two at a time, in a process of its own."""
     code = textwrap.dedent(SCRIPT.format(tests=str(Path(__file__).parent), root=str(ROOT), folder=str(folder)))
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    until = time.monotonic() + 60
-    while not (folder / "1/metrics.csv").exists():
-        assert time.monotonic() < until and process.poll() is None
-        time.sleep(0.05)
+    until(lambda: (folder / "1/metrics.csv").exists() or process.poll() is not None)
+    assert process.poll() is None
     return process
 
 
@@ -172,28 +170,28 @@ def rows(folder: Path, number: int) -> int:
 def test_a_sweep_that_is_asked_to_leave_lets_its_trials_save_and_goes_on_later(tmp_path, monkeypatch, ask):
     process = started(tmp_path)
     process.send_signal(ask)
-    said, _ = process.communicate(timeout=60)
+    said, _ = process.communicate(timeout=PATIENCE)
     word = {signal.SIGINT: "interrupt", signal.SIGTERM: "leave"}[ask]
     assert f"asked ['{word}']" in said
     assert all((tmp_path / str(n) / "trial.log").read_text().endswith("saved\n") for n in (0, 1))
     done = [rows(tmp_path, n) for n in (0, 1)]
-    assert all(0 < n < 400 for n in done)
+    assert all(0 < n < 40 for n in done)
     monkeypatch.setenv("PACE", "0.001")  # as fast as may be to their end
     ran = Ran(
-        tmp_path, sweep([{"value": float(n), "steps": 400, "sleep": 0.05} for n in range(3)]), places=((), ())
+        tmp_path, sweep([{"value": float(n), "steps": 40, "sleep": 5} for n in range(3)]), places=((), ())
     ).run()
-    assert ran.states == ["finished"] * 3 and rows(tmp_path, 0) == 400
+    assert ran.states == ["finished"] * 3 and rows(tmp_path, 0) == 40
 
 
 def test_a_sweep_that_was_killed_goes_on_and_its_trials_are_not_run_twice_at_once(tmp_path, monkeypatch):
     process = started(tmp_path)
     process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     alive = int((tmp_path / "0/trial.pid").read_text())
     os.kill(alive, 0)  # the trial lives on
     monkeypatch.setenv("PACE", "0.001")  # as fast as may be to their end
     ran = Ran(
-        tmp_path, sweep([{"value": float(n), "steps": 400, "sleep": 0.05} for n in range(3)]), places=((), ())
+        tmp_path, sweep([{"value": float(n), "steps": 40, "sleep": 5} for n in range(3)]), places=((), ())
     ).run()
-    assert ran.states == ["finished"] * 3 and [rows(tmp_path, n) for n in range(3)] == [400] * 3
+    assert ran.states == ["finished"] * 3 and [rows(tmp_path, n) for n in range(3)] == [40] * 3
     assert "saved" in (tmp_path / "0/trial.log").read_text()  # it was asked to leave before it was begun again

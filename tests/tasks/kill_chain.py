@@ -20,6 +20,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), 
 
 from resume_cases import Start, last_state, rows, run_dir, same_state, start, strays, whole_run, words_of
 from run_helpers import TWO
+from waiting import PATIENCE
 
 from lit_vlm.engine.checkpoint import Folder, read_index
 from lit_vlm.engine.checkpoint.read import check_files
@@ -40,7 +41,6 @@ CHAINS = [
     ("dpo", 0, 2),
 ]
 STEPS, KILLS_A_RUN = 18, 6
-LIMIT = 180.0  # seconds of one start
 HEADING = "stage    workers ranks  runs kills  in a save  before a step  identical"
 
 
@@ -99,7 +99,7 @@ def undisturbed(chain: Chain, folder: Path, words: list[str]) -> float:
     begun = start([*words, f"run_name={name}"], folder, chain.ranks)
     wait_for_training(begun)
     began = time.monotonic()
-    assert set(begun.wait(LIMIT)) == {0}, begun.said()
+    assert set(begun.wait(PATIENCE)) == {0}, begun.said()
     return time.monotonic() - began
 
 
@@ -110,7 +110,7 @@ def attempt(chain: Chain, folder: Path, words: list[str], name: str, kills: int,
     while True:
         begun = start(words, folder, chain.ranks)
         spare = chain.kills >= kills
-        codes = begun.wait(LIMIT) if spare else kill(begun, checkpoints, seconds, dice)
+        codes = begun.wait(PATIENCE) if spare else kill(begun, checkpoints, seconds, dice)
         went_on = re.search(r"goes on at step (\d+)", begun.said())
         if went_on and int(went_on[1]) != newest:
             chain.faults.append(f"{name}: went on at {went_on[1]} and not at {newest}")
@@ -138,12 +138,12 @@ def kill(begun: Start, checkpoints: Folder, seconds: float, dice: Random) -> lis
         time.sleep(0.001)
     everybody = range(len(begun.pids))
     begun.kill(*dice.choice([*([rank] for rank in everybody), [*everybody]]))
-    return begun.wait(LIMIT)
+    return begun.wait(PATIENCE)
 
 
 def wait_for_training(begun: Start) -> None:
     """Until what will be trained was said, which is the last thing before the first step."""
-    end = time.monotonic() + LIMIT
+    end = time.monotonic() + PATIENCE
     while "samples," not in begun.said() and time.monotonic() < end:
         if os.waitid(os.P_PID, begun.pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
             return

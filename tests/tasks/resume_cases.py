@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 
 from run_helpers import TINY, Ran, own_choice
+from waiting import PATIENCE
 
 from lit_vlm.config import Run, parse
 from lit_vlm.engine.checkpoint import Folder, Index, read_index
@@ -89,7 +90,7 @@ class Start:
         for rank in ranks or range(len(self.pids)):
             os.kill(self.pids[rank], signal.SIGKILL)
 
-    def wait(self, limit: float = 120.0) -> list[int]:
+    def wait(self, limit: float = PATIENCE) -> list[int]:
         """Exit codes; negative ones are signals. All are killed when one ends otherwise than with 0, as torchrun does."""
         codes: dict[int, int] = {}
         end = time.monotonic() + limit

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from PIL import Image
+from waiting import PATIENCE
 
 from lit_vlm.config import parse
 from lit_vlm.tasks.train import train
@@ -133,7 +134,7 @@ def run(*words: str) -> Ran:
 
 
 def process(
-    *words: str, cwd: Path, ranks: int | None = None, limit: float = 120, base: list[str] = TINY
+    *words: str, cwd: Path, ranks: int | None = None, limit: float = PATIENCE, base: list[str] = TINY
 ) -> subprocess.CompletedProcess:
     """`python run.py <TINY> <words>` as a process, under torchrun with `ranks`. Ends with an error after `limit` seconds."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []

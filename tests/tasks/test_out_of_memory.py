@@ -104,7 +104,7 @@ def test_several_ranks_leave_to_start_again_with_half_the_budget(tmp_path):
         tmp_path, "sft", *EXACT, *TWO, "data.global_batch_size=12", "trainer.timeout_minutes=2", "run_name=low"
     )
     begun = start(words, tmp_path, 2, both(out_of_memory_at(3, 0, "forward", rank=1), noting(tmp_path)))
-    assert begun.wait(limit=60)[1] == RESTART
+    assert begun.wait()[1] == RESTART
     assert begun.said().count("Rank 1 ran out of memory, in the forward pass of step 4") == 1
     budget = json.loads((tmp_path / "runs" / "low" / "budget.json").read_text())
     assert (budget["tokens"], budget["of_tokens"], budget["halved"]) == (150, 300, 1)
@@ -121,7 +121,7 @@ def test_of_ranks_that_run_out_together_one_puts_the_slurm_job_back_into_the_que
     words += ["guard.max_oom_retries=1", "trainer.timeout_minutes=2"]
     together = [out_of_memory_at(3, 0, "forward", rank=rank) for rank in (0, 1)]
     begun = start(words, tmp_path, 2, both(in_a_job(tmp_path), *together))
-    assert RESTART in begun.wait(limit=60), begun.said()
+    assert RESTART in begun.wait(), begun.said()
     assert (tmp_path / "scontrol.txt").read_text() == "requeue 77\n"
     assert begun.said().count("ran out of memory") == 1 and "Job 77 is requeued." in begun.said()
     assert json.loads((tmp_path / "runs" / "low" / "budget.json").read_text())["halved"] == 1

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from mixture_cases import SIZES, job_of, lines_of, make_files, prepared, sources_of
 from run_helpers import TINY, own_choice, process, run
+from waiting import PATIENCE
 
 from lit_vlm.data.images import EncodedImage
 from lit_vlm.data.processor import Processor
@@ -104,7 +105,7 @@ def test_three_at_once_on_an_empty_store_end_with_the_same_lock(words, tmp_path)
     for job in jobs:
         job.start()
     for job in jobs:
-        job.join(120)
+        job.join(PATIENCE)
         assert job.exitcode == 0
     locks = {(tmp_path / "runs" / "at_once" / str(number) / "mixture.lock").read_bytes() for number in range(3)}
     alone = prepared(*words, "data.index_dir=other", "run_name=alone")

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from mixture_cases import datamodule_of, make_files, prepared, sources_of
 from run_helpers import own_choice, run
+from waiting import PATIENCE
 
 from lit_vlm.data.index import shards
 from lit_vlm.types import UserError
@@ -70,7 +71,7 @@ def test_killed_between_writing_and_moving_it_ends_as_if_never_killed(words, tmp
     for number in (1, 3, 8, 8, 8, 8):
         job = FORK.Process(target=die_at_the_replacement, args=(number, [*words, "run_name=cut"]))
         job.start()
-        job.join(60)
+        job.join(PATIENCE)
         killed += job.exitcode == -signal.SIGKILL
     assert killed >= 4 and strays(tmp_path / "runs" / "index")
     assert outcome([*words, "run_name=cut"]) == whole
@@ -87,7 +88,7 @@ def test_killed_at_any_moment_it_ends_as_if_never_killed(words, tmp_path):
         job.start()
         time.sleep(dice.uniform(0, takes / 2))
         job.kill()
-        job.join(60)
+        job.join(PATIENCE)
         killed += job.exitcode == -signal.SIGKILL
     assert killed > 10
     assert outcome([*words, "run_name=cut"]) == whole
@@ -111,7 +112,7 @@ def within(limit: int, words: list[str]) -> str:
     job = FORK.Process(target=cramped, args=(limit, words, said))
     job.start()
     text = said.get()
-    job.join(60)
+    job.join(PATIENCE)
     return text
 
 

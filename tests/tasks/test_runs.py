@@ -199,14 +199,14 @@ def test_the_pipeline_runs_as_processes_and_goes_on_where_it_stopped(tmp_path):
     third = parse([f"run_dir={runs}", *FEW, "experiment=tiny/3_highres"]).dir
     third.parent.mkdir(parents=True)
     third.write_text("in the way")
-    first = process(f"run_dir={runs}", *FEW, cwd=tmp_path, base=[], limit=280)
+    first = process(f"run_dir={runs}", *FEW, cwd=tmp_path, base=[])
     assert first.returncode == 1 and finished(runs) == STAGES[:2]
     assert (
         first.stderr.rstrip().endswith("`python run.py` goes on with it when that is mended.")
         and "Traceback" not in first.stderr
     )
     third.unlink()
-    second = process(f"run_dir={runs}", *FEW, cwd=tmp_path, base=[], limit=280)
+    second = process(f"run_dir={runs}", *FEW, cwd=tmp_path, base=[])
     assert second.returncode == 0, second.stderr
     whole(runs, second.stdout)
     assert second.stdout.count("finished already") == 2
@@ -270,7 +270,7 @@ def test_two_ranks_train_what_one_does(place):
     text, blank, k = text_only_ranks(words)
     assert text > 0 and blank > 0 and k > 1, (text, blank, k)
     one = run(*words, "run_name=ranks_1")
-    ended = process(*words, *TWO, "run_name=ranks_2", cwd=place, ranks=2, limit=120)
+    ended = process(*words, *TWO, "run_name=ranks_2", cwd=place, ranks=2)
     assert ended.returncode == 0, ended.stderr[-3000:]
     two = Ran(place / "runs" / "ranks_2")
     assert two.manifest["status"] == "finished" and two.manifest["plan"]["world_size"] == 2
@@ -303,7 +303,7 @@ def test_two_ranks_optimise_preferences_as_one_does(place):
         "data.tiling=base",
     ]
     one = run(*words, "run_name=dpo_1")
-    ended = process(*words, *TWO, "run_name=dpo_2", cwd=place, ranks=2, limit=120)
+    ended = process(*words, *TWO, "run_name=dpo_2", cwd=place, ranks=2)
     assert ended.returncode == 0, ended.stderr[-3000:]
     same(one, Ran(place / "runs" / "dpo_2"))
 
@@ -318,6 +318,6 @@ def test_a_run_finished_on_one_rank_is_finished_on_two(place):
 @pytest.mark.slow
 def test_two_devices_without_torchrun_start_their_second_process(place):
     one = run(*words_of("direct_1", *EXACT))
-    ended = process(*words_of("direct_2", *EXACT), "trainer.devices=2", "trainer.strategy=ddp", cwd=place, limit=120)
+    ended = process(*words_of("direct_2", *EXACT), "trainer.devices=2", "trainer.strategy=ddp", cwd=place)
     assert ended.returncode == 0, ended.stderr[-3000:]
     same(one, Ran(place / "runs" / "direct_2"))

@@ -87,7 +87,7 @@ def test_a_rank_that_waits_for_data_for_ever_is_named_and_leaves_its_stack(tmp_p
 def test_a_long_export_of_one_rank_is_waited_for(tmp_path):
     words = words_of(tmp_path, "sft", *TWO, *QUICK, "trainer.max_steps=2", "run_name=held")
     begun = start(words, tmp_path, 2, _export_long)
-    assert begun.wait(limit=90) == [0, 0], begun.said()
+    assert begun.wait() == [0, 0], begun.said()
     assert not (tmp_path / "runs" / "held" / "stuck").exists()
 
 
@@ -97,7 +97,7 @@ def test_a_slow_disk_is_waited_for_though_the_whole_export_takes_longer_than_any
         tmp_path, "sft", *TWO, *QUICK, "trainer.max_steps=2", "callbacks=[]", "export=true", "run_name=held"
     )
     begun = start(words, tmp_path, 2, _slow_disk)
-    assert begun.wait(limit=90) == [0, 0], begun.said()
+    assert begun.wait() == [0, 0], begun.said()
     assert (tmp_path / "runs" / "held" / "hf").is_dir() and not (tmp_path / "runs" / "held" / "stuck").exists()
 
 
@@ -105,7 +105,7 @@ def test_a_slow_disk_is_waited_for_though_the_whole_export_takes_longer_than_any
 def test_ranks_with_other_code_end_before_the_first_step_with_one_message(tmp_path):
     words = words_of(tmp_path, "sft", *TWO, *SMALL, "run_name=held")
     begun = start(words, tmp_path, 2, _other_code)
-    assert begun.wait(limit=60) == [1, 1]
+    assert begun.wait() == [1, 1]
     assert begun.said().count("The ranks were not started alike") == 1
     assert f"rank 1 on {os.uname().nodename} in its code." in begun.said()
 
@@ -117,7 +117,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_its_cause(tmp_path):
     run = tmp_path / "runs" / "held"
     until(lambda: (beat := read_beat(run, 0)) is not None and beat.step >= 1)
     os.kill(_children(begun.pids[0])[0], signal.SIGKILL)
-    assert begun.wait(limit=60) == [1]
+    assert begun.wait() == [1]
     assert "DataLoader worker" in begun.said() and "killed by signal" in begun.said()
 
 
@@ -133,7 +133,7 @@ def test_a_save_under_way_is_finished_and_the_one_message_shown_when_all_ranks_s
 def test_a_rank_that_is_asked_to_leave_after_the_last_step_waits_for_nobody(tmp_path):
     words = words_of(tmp_path, "sft", *TWO, *SMALL, "trainer.max_steps=1", "run_name=held")
     begun = start(words, tmp_path, 2, _asked_at_the_end)
-    assert begun.wait(limit=60)[0] == TERMINATED, begun.said()
+    assert begun.wait()[0] == TERMINATED, begun.said()
     assert begun.said().count("no step is under way") == 1
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from run_helpers import RUN, process
+from waiting import PATIENCE
 
 from lit_vlm.config import ConfigError, parse
 from lit_vlm.config.schema import RunConfig, TrainerConfig
@@ -160,7 +161,7 @@ def test_one_process_runs_a_sweep_at_a_time(place):
     assert other.stdout.readline() == b"in\n"
     with pytest.raises(UserError, match="runs already, in another process"), alone(Path("s")):
         pass
-    other.communicate(timeout=60)
+    other.communicate(timeout=PATIENCE)
     with alone(Path("s")):
         pass
 
@@ -209,7 +210,9 @@ def test_workers_are_one_array_whose_script_hands_the_signals_to_them(place, cap
     script = said[said.index("#!/bin/bash") : said.index("\nsbatch ")]
     Path("job.sh").write_text(re.sub("exec .*", "exec printf '%s\\\\0' \\\\", script, count=1))
     environment = os.environ | {"SLURM_ARRAY_TASK_ID": "2"}
-    ran = subprocess.run(["bash", "job.sh"], capture_output=True, text=True, check=True, env=environment, timeout=60)
+    ran = subprocess.run(
+        ["bash", "job.sh"], capture_output=True, text=True, check=True, env=environment, timeout=PATIENCE
+    )
     run = parse(ran.stdout.split("\0")[:-1])
     assert (run.config.trials.worker, run.config.trials.slurm, run.name, run.config.trials.dry_run) == (
         2,
@@ -233,7 +236,7 @@ def test_a_job_that_cannot_be_is_told_before_it_is_submitted(place):
 # Real trials
 
 
-def run_sweep(place: Path, *words: str, limit: float = 240) -> subprocess.CompletedProcess:
+def run_sweep(place: Path, *words: str, limit: float = PATIENCE) -> subprocess.CompletedProcess:
     return process(*words, cwd=place, limit=limit, base=["task=sweep", "sweep=mine.yaml"])
 
 
@@ -268,7 +271,7 @@ def started(place: Path, *words: str) -> subprocess.Popen:
     )
 
 
-def until_rows(place: Path, number: int, rows: int, limit: float = 120) -> None:
+def until_rows(place: Path, number: int, rows: int, limit: float = PATIENCE) -> None:
     table, end = place / f"runs/sweeps/mine/{number}/metrics.csv", time.monotonic() + limit
     while not table.exists() or len(table.read_text().splitlines()) <= rows:
         assert time.monotonic() < end
@@ -293,7 +296,7 @@ def test_a_sweep_that_is_cut_short_goes_on_where_it_was(place, how):
     sweeping = started(place, *LONG)
     until_rows(place, 0, 12)
     sweeping.send_signal(signal.SIGKILL if how == "kill" else signal.SIGINT)
-    said, _ = sweeping.communicate(timeout=120)
+    said, _ = sweeping.communicate(timeout=PATIENCE)
     if how == "kill":
         alive_and_killed(place)
     else:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from run_helpers import RUN, TINY, Ran, conversations, save_photos, write
+from waiting import PATIENCE
 
 from lit_vlm.sweep.loopback import Loopback
 
@@ -45,7 +46,7 @@ def begin(server, place: Path, *words: str, **environment: str) -> subprocess.Po
     return subprocess.Popen(command, cwd=place, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def ended(process: subprocess.Popen, limit: float = 120) -> tuple[int, str]:
+def ended(process: subprocess.Popen, limit: float = PATIENCE) -> tuple[int, str]:
     said, _ = process.communicate(timeout=limit)
     return process.returncode, said
 
