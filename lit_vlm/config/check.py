@@ -9,6 +9,7 @@ from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
+from lit_vlm.config.check_idle import mistakes_in_idle_settings
 from lit_vlm.config.check_logger import mistakes_in_logger
 from lit_vlm.config.check_prefer import mistakes_in_prefer
 from lit_vlm.config.check_submit import mistakes_in_submit
@@ -169,6 +170,7 @@ def _data(data: DataConfig) -> Iterator[str]:
     for table, sources in (("data.sources", data.sources), ("data.validation.sources", data.validation.sources)):
         for name, source in sources.items():
             yield from _source(f"{table}.{name}", source)
+    yield from mistakes_in_idle_settings(data)
     yield from _weights(data)
     yield from _shares(data.share)
     for name in (
