@@ -127,7 +127,7 @@ def _read(source: Source, processor: Processor, span: Span) -> Shard:
         except RecordError as error:
             bad.append(Bad.of(position, error))
     values = zip(*rows, strict=True) if rows else [()] * len(STORED)
-    columns = {name: np.array(v, STORED[name]) for name, v in zip(STORED, values, strict=True)}
+    columns: dict[str, np.ndarray] = {name: np.array(v, STORED[name]) for name, v in zip(STORED, values, strict=True)}
     return Shard(columns, bad, dict(unread))
 
 

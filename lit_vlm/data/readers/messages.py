@@ -24,6 +24,7 @@ from lit_vlm.types import (
     ImageSlot,
     ImageSource,
     Message,
+    RecordError,
     Role,
     Sample,
     counted,
@@ -82,8 +83,13 @@ def _resolve_images(
     if has_parts and column and None not in images:
         reason = f"{counted(len(column), 'image')} in 'images', and each image part already names its own"
         raise place.fault(f"{reason}; leave one of the two out", Fault.placeholders)
-    marker = {"marker": "image part without a path"} if has_parts or not images else {}
-    check_slots(images.count(None), len(column), place, **marker)
+    if has_parts or not images:
+        check_slots(images.count(None), len(column), place, "image part without a path")
+    elif len(images) != len(column):
+        slots = counted(len(images), "image placeholder")
+        reason = f"{slots} but {counted(len(column), 'image')}; each '<image>' needs one"
+        remedy = f"Fix the record, or say data.sources.{place.settings.source}.marks=text where '<image>' is text"
+        raise RecordError(place.origin, reason, remedy, Fault.placeholders)
     waiting = iter(column)
     return tuple(next(waiting) if image is None else image for image in images if not isinstance(image, int))
 
@@ -94,8 +100,8 @@ def _check_numbers(numbers: Sequence[int], num_without: int, num_images: int, pl
         raise place.fault(f"{reason}; give all of them one", Fault.placeholders)
     for number in numbers:
         if not 0 <= number < num_images:
-            reason = f"an image part has the index {number}, and there {counted(num_images, 'is image', 'are images')}"
-            raise place.fault(f"{reason} in 'images', counted from 0", Fault.placeholders)
+            reason = f"an image part has the index {number}, and 'images' holds {counted(num_images, 'image')}"
+            raise place.fault(f"{reason}, counted from 0", Fault.placeholders)
     unshown = sorted(set(range(num_images)) - set(numbers))
     if unshown:
         reason = f"no image part has the index {unshown[0]}, so that this one of 'images' would be shown nowhere"

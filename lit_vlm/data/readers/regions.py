@@ -108,11 +108,11 @@ def _frame(scope: Scope, mapping: MappingConfig, image: ImageSource) -> Frame:
         found = f"the label says {labelled[0]:g} x {labelled[1]:g} pixels, and the picture has {width:,} x {height:,}"
         turned = f", turned by EXIF from {stored[0]:,} x {stored[1]:,}" if orientation != 1 else ""
         raise scope.place.fault(f"{found}{turned}: its boxes are of another picture")
+    turned_by = orientation if frame is BoxFrame.stored else 1
     if mapping.box_unit is BoxUnit.fractions:
-        size = (1.0, 1.0)
-    else:
-        size = labelled or (stored if frame is BoxFrame.stored else (width, height))
-    return Frame(float(size[0]), float(size[1]), orientation if frame is BoxFrame.stored else 1)
+        return Frame(1.0, 1.0, turned_by)
+    size = labelled or (stored if frame is BoxFrame.stored else (width, height))
+    return Frame(float(size[0]), float(size[1]), turned_by)
 
 
 def _alike(one: Sequence[float], other: Sequence[float]) -> bool:

@@ -70,7 +70,9 @@ def choose_split(setting: str, paths: Iterable[str], splits: Iterable[str | None
             raise UserError(f"{setting} holds several splits: {shown}{rest}. Say which is meant: {source}.split=train.")
         return [True] * len(found)
     alike = [split for split in named if split and canonical_split(split) == canonical_split(wanted)]
-    chosen = [wanted] if wanted in named else alike
+    chosen: list[str | None] = [wanted] if wanted in named else [*alike]
+    if not chosen and canonical_split(wanted) == "train" and None in named and len(named) > 1:
+        chosen = [None]  # data.jsonl beside data_test.jsonl
     if len(chosen) != 1:
         there = (
             f"several names say it: {', '.join(map(str, chosen))}"
