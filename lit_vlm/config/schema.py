@@ -85,7 +85,7 @@ class Marks(Enum):
 
 class OnBadRecord(Enum):
     quarantine = "quarantine"  # set aside in quarantine.jsonl, up to data.max_quarantined of them
-    stop = "stop"  # end after the pass that finds them all and lists them there
+    stop = "stop"  # end after the pass that finds them all; bad_records.jsonl in the run's folder lists them
 
 
 class OnOverlong(Enum):

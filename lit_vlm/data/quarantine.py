@@ -1,4 +1,4 @@
-"""What becomes of the records that cannot be used: all are listed in quarantine.jsonl; set aside, or the end of the run."""
+"""What becomes of the records that cannot be used: set aside in quarantine.jsonl, or the end of the run. A file lists all."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lit_vlm.data.whole_files import written
 from lit_vlm.types import Fault, RecordError, UserError
 
 NUM_SHOWN = 10  # faults that a message lists; the file holds all
+STOPPED = "bad_records.jsonl"
 
 
 class Quarantine:
@@ -43,21 +44,24 @@ class Quarantine:
         """Write the faults to `path`, or end the run. For one process; on several ranks, the first.
 
         Args:
-            policy: `stop` ends at any fault, after the file is written.
+            policy: `stop` ends at any fault; all are then listed in STOPPED beside `path`, which is left as it is: it may be of
+                a finished run.
             max_share: the largest share of a source's records that may be set aside, 0 to 1.
             totals: records of each source, the bad ones included.
-            path: quarantine.jsonl; replaced at once and as a whole. Without a fault it is empty, and `stop` makes none.
+            path: quarantine.jsonl; replaced at once and as a whole. Without a fault it is an empty file.
 
         Raises:
             UserError: a fault under `stop`; a share above `max_share`, after the file is written.
         """
-        stops = policy is OnBadRecord.stop
-        if self._errors or not stops or path.exists():
-            _write(path, [line for source, faults in self._errors.items() for line in _lines(source, faults)])
-        if stops and self._errors:
-            raise UserError(self._stopped(path))
-        if stops:
+        lines = [line for source, faults in self._errors.items() for line in _lines(source, faults)]
+        stopped = path.with_name(STOPPED)
+        if policy is OnBadRecord.stop and lines:
+            _write(stopped, lines)
+            raise UserError(self._stopped(stopped))
+        stopped.unlink(missing_ok=True)  # of an earlier start, before the records were mended
+        if policy is OnBadRecord.stop:
             return
+        _write(path, lines)
         counts = self.counts()
         exceeded = [source for source, count in counts.items() if count > max_share * totals[source]]
         if exceeded:

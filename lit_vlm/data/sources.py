@@ -22,7 +22,7 @@ from lit_vlm.data.readers.place import Place, Settings
 from lit_vlm.data.readers.rows import Rows
 from lit_vlm.data.readers.rows.base import identity
 from lit_vlm.data.staging import original
-from lit_vlm.types import Kind, Language, Record, Source, UserError, counted
+from lit_vlm.types import IMAGE_TOKEN, Kind, Language, Record, Source, UserError, counted
 
 # By the names of config's Format, and those that `auto` finds besides.
 READERS: dict[str, Reader] = {**FORMATS, "sharegpt": FORMATS["llava"], "webdataset": read_by_keys}
@@ -174,7 +174,7 @@ def _settings(
         kind=kind,
         markup=config.markup is Markup.on or (config.markup is Markup.auto and kind in _MARKUP_KINDS),
         max_tiles=config.max_tiles,
-        prompts=_prompts(name, config.prompts),
+        prompts=_prompts(name, config.prompts, config.marks is Marks.text),
         split=split,
         marks_are_text=config.marks is Marks.text,
     )
@@ -227,9 +227,9 @@ def _kind(name: str, kind: str | None) -> Kind | None:
     return Kind(kind)
 
 
-def _prompts(name: str, prompts: Sequence[str]) -> tuple[str, ...]:
+def _prompts(name: str, prompts: Sequence[str], marks_are_text: bool) -> tuple[str, ...]:
     for prompt in prompts:
-        mark = find_mark(prompt)
+        mark = (IMAGE_TOKEN,) if IMAGE_TOKEN in prompt else None if marks_are_text else find_mark(prompt)
         if mark or not prompt.strip():
             what = f"holds {mark[0]!r}; the image is put before it" if mark else "is empty"
             raise UserError(f"data.sources.{name}.prompts: {prompt!r} {what}. Give the question alone.")

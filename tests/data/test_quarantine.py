@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lit_vlm.config.schema import OnBadRecord
-from lit_vlm.data.quarantine import Quarantine
+from lit_vlm.data.quarantine import STOPPED, Quarantine
 from lit_vlm.types import Fault, RecordError, UserError
 
 
@@ -84,15 +84,17 @@ def test_stop_lists_ten_counts_all_and_names_the_file_that_has_all(tmp_path):
     assert "(1,234 of mine: 1,234 missing)" in message and "... and 1,224 more" in message
     assert message.count("train.jsonl:") == 10
     assert "data.on_bad_record=quarantine" in message
-    rows = [json.loads(line) for line in (tmp_path / "q").read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / STOPPED).read_text("utf-8").splitlines()]
     assert [row["origin"] for row in rows] == [f"train.jsonl:{line}" for line in range(1, 1235)]
-    assert f"All are listed in {tmp_path / 'q'}." in message
+    assert f"All are listed in {tmp_path / STOPPED}." in message
+    assert not (tmp_path / "q").exists()  # that of a finished run stays as it is
+    Quarantine().settle(OnBadRecord.stop, 1.0, {"mine": 9999}, tmp_path / "q")
+    assert not list(tmp_path.iterdir())  # mended
 
 
 def test_without_faults_nothing_stops_and_the_file_is_empty(tmp_path):
     (tmp_path / "q").write_text("of an earlier run\n")
     Quarantine().settle(OnBadRecord.stop, 0.0, {"mine": 5}, tmp_path / "q")
-    assert (tmp_path / "q").read_text() == ""
     Quarantine().settle(OnBadRecord.quarantine, 0.0, {"mine": 5}, tmp_path / "q")
     assert (tmp_path / "q").read_text() == ""
 
