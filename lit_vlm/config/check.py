@@ -9,7 +9,7 @@ from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
-from lit_vlm.config.check_idle import mistakes_in_idle_settings
+from lit_vlm.config.check_idle import mistakes_in_idle_settings, mistakes_in_idle_stage
 from lit_vlm.config.check_logger import mistakes_in_logger
 from lit_vlm.config.check_prefer import mistakes_in_prefer
 from lit_vlm.config.check_submit import mistakes_in_submit
@@ -87,6 +87,7 @@ def check(config: RunConfig) -> list[str]:
         *_data(config.data),
         *_pairs(config),
         *_trainer(config.trainer),
+        *mistakes_in_idle_stage(config),
         *_callbacks(config.callbacks),
         *mistakes_in_logger(config.logger),
         *_checkpoint(config),

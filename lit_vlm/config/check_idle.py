@@ -1,4 +1,4 @@
-"""Settings of a source that nothing would come of: they are refused, since whoever sets one means something by it."""
+"""Settings that nothing would come of, those of sources above all: they are refused, for whoever sets one means something."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import fields
 
 from lit_vlm.anyres import Tiling
 from lit_vlm.config.mapping import RegionTask
-from lit_vlm.config.schema import DataConfig, Format, SourceConfig
+from lit_vlm.config.schema import DataConfig, DPOStageConfig, Format, RunConfig, SourceConfig, Strategy
 
 _MADE = (Format.builtin, Format.digits)
 _DEFAULTS = SourceConfig()
@@ -43,6 +43,19 @@ def mistakes_in_idle_settings(data: DataConfig) -> Iterator[str]:
     default = DataConfig()
     if data.validation.sources and data.validation.fraction not in (0, default.validation.fraction):
         yield _refusal("data.validation.fraction", "data.validation.sources are held out, and nothing else")
+
+
+def mistakes_in_idle_stage(config: RunConfig) -> Iterator[str]:
+    """Name each setting of the loss and of the strategy that another setting makes mean nothing."""
+    stage, trainer, default = config.stage, config.trainer, DPOStageConfig()
+    if isinstance(stage, DPOStageConfig):
+        if stage.discopop_tau != default.discopop_tau and "discopop" not in stage.loss_type:
+            yield _refusal("stage.discopop_tau", "stage.loss_type names no discopop")
+        diverges = stage.f_divergence_type == "alpha_divergence"
+        if stage.f_alpha_divergence_coef != default.f_alpha_divergence_coef and not diverges:
+            yield _refusal("stage.f_alpha_divergence_coef", "stage.f_divergence_type is not alpha_divergence")
+    if trainer.shard_size is not None and trainer.strategy not in (Strategy.hsdp, Strategy.auto):
+        yield _refusal("trainer.shard_size", f"trainer.strategy={trainer.strategy.value} has no groups; hsdp has")
 
 
 def _idle_in_source(key: str, source: SourceConfig, data: DataConfig) -> Iterator[str]:

@@ -120,6 +120,8 @@ def test_a_pipe_or_a_device_is_no_source(tmp_path):
 
 MINE = ["data=messages", "data.sources.mine.path=x"]
 IDLE = [
+    (["stage=dpo", "data=preference", "data.sources.mine.path=x", "stage.discopop_tau=1"], "stage.discopop_tau"),
+    (["trainer.strategy=ddp", "trainer.shard_size=2"], "trainer.shard_size"),
     (["data.sources.word_ko.kind=ocr"], "data.sources.word_ko.kind"),
     (["data.sources.word_ko.split=test"], "data.sources.word_ko.split"),
     (["data.sources.word_ko.markup=\"on\""], "data.sources.word_ko.markup"),
