@@ -16,7 +16,7 @@ from lit_vlm.engine.consensus import Word, consensus_of, is_last_micro_step
 from lit_vlm.engine.exits import RollBack
 from lit_vlm.engine.gradients import discard, square_sum
 from lit_vlm.engine.skipped import NAME, add_skipped, read_skipped
-from lit_vlm.types import Batch, UserError
+from lit_vlm.types import Batch, UserError, escape_controls
 
 NUM_NAMED = 40  # samples that a message lists
 
@@ -175,4 +175,4 @@ def _listing(names: list[str]) -> str:
 
 def _say(trainer: L.Trainer, text: str) -> None:
     if trainer.is_global_zero:
-        print(text, flush=True)
+        print(escape_controls(text), flush=True)

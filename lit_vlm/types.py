@@ -6,6 +6,7 @@ structure (`ImageSlot`, `Control`), so `<image>` or `<|im_end|>` written in some
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -25,11 +26,24 @@ SPECIAL_TOKENS = ("<gro>", "<ocr>", "<char>", "</char>", "<obj>", "</obj>", "<bb
 IMAGE_TOKEN = "<image>"
 
 
+# C0 (but tab and line break), delete and C1, what turns the direction of writing, line separators, half surrogates
+_UNPRINTABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def escape_controls(text: str) -> str:
+    """Write what a terminal obeys, and what no file can hold, as its escape: names and texts of data sets come from others."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
 class UserError(ValueError):
     """A user's mistake: shown as its message alone, without a traceback, exit status 1.
 
-    The message says where, what was found, what was needed and what to do.
+    The message says where, what was found, what was needed and what to do. Control characters in it are escaped here,
+    once for all places that show it.
     """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(escape_controls(message))
 
 
 def counted(number: int, what: str, many: str | None = None) -> str:
@@ -62,6 +76,7 @@ class RecordError(UserError):
     def __init__(
         self, origin: str, reason: str, remedy: str = "Fix the record", fault: Fault = Fault.malformed
     ) -> None:
+        origin, reason = escape_controls(origin), escape_controls(reason)
         super().__init__(f"{origin}: {reason}. {remedy}.")
         self.origin, self.reason, self.remedy, self.fault = origin, reason, remedy, fault
 
@@ -134,6 +149,7 @@ Content = str | Control | ImageSlot
 class Message:
     role: Role
     content: tuple[Content, ...]
+    trained: bool = True  # of an answer: False leaves it out of the loss
 
     @property
     def text(self) -> str:
@@ -171,7 +187,7 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One conversation. The loss covers every assistant message.
+    """One conversation. The loss covers every assistant message that is `trained`; the last one is.
 
     `origin` is where a person finds it ("train.jsonl:1041"); `id` names it for good, within its source.
     """
@@ -185,6 +201,7 @@ class Sample:
     images: tuple[ImageSource, ...] = ()
     max_tiles: int | None = None  # most tiles of an image beside its base view; None: as the model's grid says
     normalised: bool = False  # Unicode's NFC changed its text
+    unread: tuple[str, ...] = ()  # keys of the record that nothing is read from
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +224,7 @@ class PreferencePair:
     max_tiles: int | None = None
     normalised: bool = False
     rejected_images: bool = False
+    unread: tuple[str, ...] = ()
 
     @property
     def num_shown(self) -> int:

@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 
 from lit_vlm.config.callbacks import mistakes_in_callbacks
+from lit_vlm.config.check_idle import mistakes_in_idle_settings, mistakes_in_idle_stage
 from lit_vlm.config.check_logger import mistakes_in_logger
 from lit_vlm.config.check_prefer import mistakes_in_prefer
 from lit_vlm.config.check_submit import mistakes_in_submit
@@ -86,6 +87,7 @@ def check(config: RunConfig) -> list[str]:
         *_pairs(config),
         *_trainer(config.trainer),
         *mistakes_in_callbacks(config.callbacks),
+        *mistakes_in_idle_stage(config),
         *mistakes_in_logger(config.logger),
         *_checkpoint(config),
         *(mistakes_in_submit(config) if config.task is Task.submit else []),
@@ -168,6 +170,7 @@ def _data(data: DataConfig) -> Iterator[str]:
     for table, sources in (("data.sources", data.sources), ("data.validation.sources", data.validation.sources)):
         for name, source in sources.items():
             yield from _source(f"{table}.{name}", source)
+    yield from mistakes_in_idle_settings(data)
     yield from _weights(data)
     yield from _shares(data.share)
     for name in (

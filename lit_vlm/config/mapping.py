@@ -26,6 +26,14 @@ class BoxUnit(Enum):
     fractions = "fractions"  # of the picture's width and height, 0 to 1
 
 
+class BoxFrame(Enum):
+    """What boxes are measured on where EXIF turns a picture."""
+
+    auto = "auto"  # what `size` tells; where it cannot tell, the record is refused
+    upright = "upright"  # the picture as it is shown
+    stored = "stored"  # the pixels as the file has them, before they are turned
+
+
 class RegionTask(Enum):
     ocr = "ocr"  # asked with <ocr>, answered with every text and its box, a line each (VARCO-VISION)
     grounding = "grounding"  # asked with <gro>, the answer points: <obj>phrase</obj> with its boxes
@@ -52,6 +60,7 @@ class MappingConfig:
     box: list[str] = field(default_factory=list)  # path of a region's box, or paths of its four numbers
     box_format: BoxFormat = BoxFormat.xyxy
     box_unit: BoxUnit = BoxUnit.pixels
+    box_frame: BoxFrame = BoxFrame.auto
     size: list[str] = field(default_factory=list)  # paths of the picture's width and height; empty: by its header
     keep: list[str] = field(default_factory=list)  # path=value, e.g. attributes.class=word: other regions are left out
     skip: list[str] = field(default_factory=list)  # path=value: these regions are left out

@@ -77,9 +77,16 @@ class Markup(Enum):
     off = "off"  # they stay text
 
 
+class Marks(Enum):
+    """What `<image>`, `<video>`, `<bbox>` and their like mean in a text of a form whose own they are not."""
+
+    place = "place"  # <image> is where a picture stands, if there are as many as pictures; all else is refused by name
+    text = "text"  # text, as any other: for data that speak of HTML or of data formats
+
+
 class OnBadRecord(Enum):
     quarantine = "quarantine"  # set aside in quarantine.jsonl, up to data.max_quarantined of them
-    stop = "stop"  # end after the pass that finds them all
+    stop = "stop"  # end after the pass that finds them all; bad_records.jsonl in the run's folder lists them
 
 
 class OnOverlong(Enum):
@@ -171,7 +178,7 @@ class SourceConfig:
     )
     hub: str | None = None  # instead of path: a dataset's id on the Hugging Face hub, owner/name
     hub_config: str | None = None  # of a hub dataset that has several
-    split: str = "train"  # of a hub dataset
+    split: str | None = None  # train, validation, test, by the names of a folder's files; null: of a hub dataset train
     revision: str | None = None  # of a hub dataset: commit, tag or branch
     format: Format = Format.auto
     mapping: MappingConfig | None = None  # format=mapped: which fields are picture, question and answer
@@ -186,6 +193,7 @@ class SourceConfig:
     language: Language = Language.auto  # auto: by the text, any Hangul makes it Korean
     kind: str | None = None  # a name of types.Kind; null: found from the record
     markup: Markup = Markup.auto
+    marks: Marks = Marks.place  # other forms' marks in its texts
     num_samples: int | None = None  # use this many; for format=builtin, make this many
     hard: bool = False  # format=builtin: larger pictures and smaller text, for high resolution
     licence: str | None = None  # of a named set, shown by task=preflight

@@ -67,10 +67,18 @@ def parsed(stream: BinaryIO, what: str, origin: str, max_pixels: int) -> Iterato
         raise RecordError(origin, f"{what} {finding}", REMEDY, fault) from error
 
 
+def orientation(image: Image.Image) -> int:
+    """EXIF's, 1 to 8; 1 where it says none."""
+    # The plain method: PNG's own decodes the picture to look for EXIF behind the pixels. `size` and `load` must
+    # agree, so both go by what the header holds.
+    found = Image.Image.getexif(image).get(_ORIENTATION, 1)
+    return found if found in _UPRIGHT else 1
+
+
 def upright_size(image: Image.Image) -> tuple[int, int]:
     """(height, width) in pixels after EXIF rotation, by the header alone."""
     width, height = image.size
-    return (width, height) if _orientation(image) in _LYING else (height, width)
+    return (width, height) if orientation(image) in _LYING else (height, width)
 
 
 def upright_picture(image: Image.Image, stream: BinaryIO, at_least: tuple[int, int] | None = None) -> Image.Image:
@@ -80,14 +88,14 @@ def upright_picture(image: Image.Image, stream: BinaryIO, at_least: tuple[int, i
         stream: where `image` is read from.
         at_least: (height, width); a JPEG is then decoded at the smallest of 1/1, 1/2, 1/4, 1/8 that is as large.
     """
-    orientation = _orientation(image)  # before decoding, which may add to the EXIF
+    turned = orientation(image)  # before decoding, which may add to the EXIF
     if at_least is not None:
-        height, width = at_least if orientation not in _LYING else at_least[::-1]
+        height, width = at_least if turned not in _LYING else at_least[::-1]
         image.draft(None, (width, height))  # other formats than JPEG have nothing to save and ignore it
     image.load()
     _check_whole(stream)
     rgb = _to_rgb(image)
-    return rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb
+    return rgb.transpose(_UPRIGHT[turned]) if turned in _UPRIGHT else rgb
 
 
 def cause(error: Exception) -> str:
@@ -198,12 +206,6 @@ def _damage_of_webp(data: bytes) -> str | None:
             return f"its pixels end in more than {_ZERO_TAIL} zeros"
         at = end + end % 2
     return None
-
-
-def _orientation(image: Image.Image) -> int:
-    # The plain method: PNG's own decodes the picture to look for EXIF behind the pixels. `size` and `load` must
-    # agree, so both go by what the header holds.
-    return Image.Image.getexif(image).get(_ORIENTATION, 1)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

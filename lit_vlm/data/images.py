@@ -22,7 +22,7 @@ import numpy as np
 from PIL import Image
 
 from lit_vlm.data.content import digest_of_pixels, digest_of_stream
-from lit_vlm.data.decoding import FORMATS, REMEDY, cause, parsed, upright_picture, upright_size
+from lit_vlm.data.decoding import FORMATS, REMEDY, cause, orientation, parsed, upright_picture, upright_size
 from lit_vlm.types import Fault, RecordError
 
 __all__ = ["FORMATS", "REMEDY", "ArrayImage", "BytesImage", "FileImage", "locate", "refuse_url", "shown"]
@@ -33,18 +33,27 @@ _URL = re.compile(r"\s*(?:[a-z][a-z0-9+.\-]*://|(?:https?|ftp|data|file):)", re.
 class EncodedImage:
     """An image that is decoded when it is asked for; subclasses say what `_opened` opens.
 
-    `size` reads the header once in the life of the object; `load` and `load_at_least` read the file anew each time.
+    `size` and `orientation` read the header once in the life of the object; `load` and `load_at_least` read the file anew each time.
     """
 
     origin: str
     max_pixels: int
     _what = "its image"
 
-    @cached_property
+    @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels, after EXIF rotation. RecordError by what the header tells."""
+        return self._header[0]
+
+    @property
+    def orientation(self) -> int:
+        """EXIF's, 1 to 8: how the pixels of the file are turned to stand upright. RecordError as `size`."""
+        return self._header[1]
+
+    @cached_property
+    def _header(self) -> tuple[tuple[int, int], int]:
         with self._parsed() as (image, _):
-            return upright_size(image)
+            return upright_size(image), orientation(image)
 
     def load(self) -> Image.Image:
         """The whole picture as RGB, upright. RecordError when it cannot be decoded whole."""
@@ -144,8 +153,16 @@ def refuse_url(path: str, origin: str) -> None:
         remedy = "Download the image beforehand and give its path inside the image root"
         reason = f"image {shown(path)} is an URL; URLs are never fetched while training"
         raise RecordError(origin, reason, remedy, Fault.url)
-    if not path or "\0" in path:
+    if not path or "\0" in path or not _is_encodable(path):
         raise RecordError(origin, f"image {shown(path)} is no file name", REMEDY, Fault.missing)
+
+
+def _is_encodable(path: str) -> bool:
+    try:
+        os.fsencode(path)  # half of a surrogate pair is no name
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def locate(path: str, root: Path, origin: str) -> Path:

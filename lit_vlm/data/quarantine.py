@@ -1,4 +1,4 @@
-"""What became of the records that cannot be used: set aside in quarantine.jsonl, or the end of the run."""
+"""What becomes of the records that cannot be used: set aside in quarantine.jsonl, or the end of the run. A file lists all."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lit_vlm.files import written
 from lit_vlm.types import Fault, RecordError, UserError
 
 NUM_SHOWN = 10  # faults that a message lists; the file holds all
+STOPPED = "bad_records.jsonl"
 
 
 class Quarantine:
@@ -43,7 +44,8 @@ class Quarantine:
         """Write the faults to `path`, or end the run. For one process; on several ranks, the first.
 
         Args:
-            policy: `stop` ends at any fault and writes nothing.
+            policy: `stop` ends at any fault; all are then listed in STOPPED beside `path`, which is left as it is: it may be of
+                a finished run.
             max_share: the largest share of a source's records that may be set aside, 0 to 1.
             totals: records of each source, the bad ones included.
             path: quarantine.jsonl; replaced at once and as a whole. Without a fault it is an empty file.
@@ -51,25 +53,30 @@ class Quarantine:
         Raises:
             UserError: a fault under `stop`; a share above `max_share`, after the file is written.
         """
+        lines = [line for source, faults in self._errors.items() for line in _lines(source, faults)]
+        stopped = path.with_name(STOPPED)
+        if policy is OnBadRecord.stop and lines:
+            _write(stopped, lines)
+            raise UserError(self._stopped(stopped))
+        stopped.unlink(missing_ok=True)  # of an earlier start, before the records were mended
         if policy is OnBadRecord.stop:
-            if self._errors:
-                raise UserError(self._stopped())
             return
-        _write(path, [line for source, faults in self._errors.items() for line in _lines(source, faults)])
+        _write(path, lines)
         counts = self.counts()
         exceeded = [source for source, count in counts.items() if count > max_share * totals[source]]
         if exceeded:
             raise UserError(self._exceeded(exceeded, max_share, totals, path))
 
-    def _stopped(self) -> str:
+    def _stopped(self, path: Path) -> str:
         found = [error for faults in self._errors.values() for error in faults.values()]
         lines = [f"  {error.origin}: {error.reason}" for error in found[:NUM_SHOWN]]
         if len(found) > NUM_SHOWN:
             lines.append(f"  ... and {len(found) - NUM_SHOWN:,} more")
+        remedy = "Fix them, or set such records aside with data.on_bad_record=quarantine."
         table, counts = self.table(), self.counts()
         per_source = "; ".join(f"{counts[source]:,} of {source}: {_listed(table[source])}" for source in table)
         head = f"Records that cannot be used ({per_source}):"
-        return "\n".join([head, *lines, "Fix them, or set such records aside with data.on_bad_record=quarantine."])
+        return "\n".join([head, *lines, f"All are listed in {path}. {remedy}"])
 
     def _exceeded(self, sources: list[str], max_share: float, totals: Mapping[str, int], path: Path) -> str:
         lines = [f"More records are bad than data.max_quarantined={max_share:g} allows:"]
@@ -81,6 +88,12 @@ class Quarantine:
             lines.append(f"  {source}: {share}: {_listed(table[source])}; the first {first.origin}: {first.reason}")
         lines.append(f"All are listed in {path}. Fix them, or allow more with data.max_quarantined=<share>.")
         return "\n".join(lines)
+
+
+def list_unread(name: str, unread: Mapping[str, int]) -> str:
+    """Say which keys of a source's records nothing is read from, the most frequent first."""
+    keys = ", ".join(f"{key} ({count:,})" for key, count in unread.items())
+    return f"{name}: nothing is read from {keys}"
 
 
 def _by_fault(errors: Mapping[tuple[str, str], RecordError]) -> Counter[Fault]:

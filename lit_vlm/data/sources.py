@@ -13,10 +13,11 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_vlm.config.schema import Format, Markup, SourceConfig
+from lit_vlm.config.schema import Format, Marks, Markup, SourceConfig
 from lit_vlm.data.readers.by_keys import FORMATS, Reader, read_by_keys
 from lit_vlm.data.readers.chosen import Chosen, FewerTiles
-from lit_vlm.data.readers.files import existing, files_of, found_format, hub_rows, nearest, rows_of
+from lit_vlm.data.readers.dialects import find_mark
+from lit_vlm.data.readers.files import existing, find_files, found_format, hub_rows, nearest, rows_of
 from lit_vlm.data.readers.place import Place, Settings
 from lit_vlm.data.readers.rows import Rows
 from lit_vlm.data.readers.rows.base import identity
@@ -26,7 +27,7 @@ from lit_vlm.types import IMAGE_TOKEN, Kind, Language, Record, Source, UserError
 # By the names of config's Format, and those that `auto` finds besides.
 READERS: dict[str, Reader] = {**FORMATS, "sharegpt": FORMATS["llava"], "webdataset": read_by_keys}
 _MARKUP_KINDS = (Kind.ocr, Kind.grounding, Kind.referring)
-_READING = 2  # raise it when the same files are read differently; it is part of the digests
+_READING = 3  # raise it when the same files are read differently; it is part of the digests
 
 
 class FileSource:
@@ -88,12 +89,13 @@ def open_source(
     if config.fraction is not None and not 0 < config.fraction <= 1:
         raise UserError(f"data.sources.{name}.fraction={config.fraction}: above 0 and at most 1, or null for all.")
     kind = _kind(name, config.kind)
+    split = config.split or (None if held_out else "train")  # what records may say they are of
     if config.format in (Format.builtin, Format.digits):
         source = _made(name, config, kind, seed, held_out)
     elif config.format is Format.mapped:
-        source = _open_mapped(name, config, kind, max_image_pixels)
+        source = _open_mapped(name, config, kind, max_image_pixels, split)
     else:
-        source = _open_files(name, config, kind, max_image_pixels, cache)
+        source = _open_files(name, config, kind, max_image_pixels, split, cache)
     if config.fraction is None:
         return source
     share = Chosen(source, config.fraction, config.num_samples)
@@ -104,7 +106,7 @@ def open_source(
 
 
 def _open_files(
-    name: str, config: SourceConfig, kind: Kind | None, max_image_pixels: int, cache: Path | None
+    name: str, config: SourceConfig, kind: Kind | None, max_image_pixels: int, split: str | None, cache: Path | None
 ) -> FileSource:
     rows, files, root = _opened(name, config, cache)
     if not len(rows):
@@ -113,11 +115,15 @@ def _open_files(
     archive = files[0].suffix.lower() == ".tar"
     if config.format is Format.webdataset and not archive:
         raise UserError(f"data.sources.{name}.format=webdataset reads .tar files; found {files[0].name}.")
+    if archive and config.image_root is not None:
+        raise UserError(
+            f"data.sources.{name}.image_root has no effect: the pictures are those of {files[0].name}. Take it away."
+        )
     if config.format is not Format.auto:
         source_format = config.format.name
     else:
         source_format = "webdataset" if archive else found_format(name, rows)
-    settings = _settings(name, config, kind, max_image_pixels, source_format, root)
+    settings = _settings(name, config, kind, max_image_pixels, source_format, root, split)
     limit = config.num_samples if config.fraction is None else None  # else of those that the fraction chooses
     return FileSource(name, rows, READERS[source_format], settings, limit, _digest(files, settings, limit))
 
@@ -130,24 +136,32 @@ def _opened(name: str, config: SourceConfig, cache: Path | None) -> tuple[Rows, 
         rows, files = hub_rows(name, config)
         local = Path(config.hub).expanduser()
         return rows, files, local if local.is_dir() else (files or [local])[0].parent
-    path = existing(name, "path", config.path, config)
-    files = files_of(name, path)
+    path, files = find_files(name, existing(name, "path", config.path, config), config.split)
     return rows_of(name, path, files, cache), files, path if path.is_dir() else path.parent
 
 
-def _open_mapped(name: str, config: SourceConfig, kind: Kind | None, max_image_pixels: int) -> Source:
+def _open_mapped(
+    name: str, config: SourceConfig, kind: Kind | None, max_image_pixels: int, split: str | None
+) -> Source:
     from lit_vlm.data.readers.mapped import MappedSource
 
     if config.mapping is None:
         raise UserError(f"data.sources.{name}: format=mapped needs mapping, which fields are picture and answer.")
     path = existing(name, "path", config.path, config)
-    settings = _settings(name, config, kind, max_image_pixels, "mapped", path if path.is_dir() else path.parent)
+    root = path if path.is_dir() else path.parent
+    settings = _settings(name, config, kind, max_image_pixels, "mapped", root, split)
     limit = config.num_samples if config.fraction is None else None
-    return MappedSource(path, config.mapping, settings, limit)
+    return MappedSource(path, config.mapping, settings, limit, split=config.split)
 
 
 def _settings(
-    name: str, config: SourceConfig, kind: Kind | None, max_image_pixels: int, source_format: str, root: Path
+    name: str,
+    config: SourceConfig,
+    kind: Kind | None,
+    max_image_pixels: int,
+    source_format: str,
+    root: Path,
+    split: str | None,
 ) -> Settings:
     """Args: root: where image paths start unless image_root says otherwise."""
     own_root = config.image_root
@@ -160,7 +174,9 @@ def _settings(
         kind=kind,
         markup=config.markup is Markup.on or (config.markup is Markup.auto and kind in _MARKUP_KINDS),
         max_tiles=config.max_tiles,
-        prompts=_prompts(name, config.prompts),
+        prompts=_prompts(name, config.prompts, config.marks is Marks.text),
+        split=split,
+        marks_are_text=config.marks is Marks.text,
     )
 
 
@@ -211,10 +227,11 @@ def _kind(name: str, kind: str | None) -> Kind | None:
     return Kind(kind)
 
 
-def _prompts(name: str, prompts: Sequence[str]) -> tuple[str, ...]:
+def _prompts(name: str, prompts: Sequence[str], marks_are_text: bool) -> tuple[str, ...]:
     for prompt in prompts:
-        if IMAGE_TOKEN in prompt or not prompt.strip():
-            what = f"holds '{IMAGE_TOKEN}'; the image is put before it" if prompt.strip() else "is empty"
+        mark = (IMAGE_TOKEN,) if IMAGE_TOKEN in prompt else None if marks_are_text else find_mark(prompt)
+        if mark or not prompt.strip():
+            what = f"holds {mark[0]!r}; the image is put before it" if mark else "is empty"
             raise UserError(f"data.sources.{name}.prompts: {prompt!r} {what}. Give the question alone.")
     return tuple(unicodedata.normalize("NFC", prompt) for prompt in prompts)
 

@@ -124,6 +124,7 @@ class Template:
         ids: list[int] = []
         mask: list[bool] = []
         images = iter(image_tokens)
+        trained = iter([message.trained for message in messages if message.role is Role.assistant])
         supervised, pending = False, ""
 
         def put(new: list[int] | tuple[int, ...]) -> None:
@@ -151,7 +152,7 @@ class Template:
                 put([piece.token_id] * (next(images) if piece.token_id == self.image_token_id else 1))
             else:
                 flush()
-                supervised = piece.on
+                supervised = piece.on and next(trained)
         flush()
         return Encoded(np.array(ids, dtype=np.int32), np.array(mask, dtype=bool))
 

@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from lit_vlm.files import write_atomically
-from lit_vlm.types import counted
+from lit_vlm.types import counted, escape_controls
 
 HERE = Path(__file__).parent  # of templates and style sheets, those of a kind of page in its folder
 STYLE = "report.css"  # of every page
@@ -51,5 +51,5 @@ def write_page(path: Path, page: str) -> None:
 
 
 def sayable(text: str) -> str:
-    """Without lone surrogates, which data may hold and no file can."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    """The text with what a terminal or a browser obeys, and what no file can hold, written as escapes."""
+    return escape_controls(text)

@@ -133,6 +133,7 @@ def _stage(record: RunRecord, shown: int) -> dict[str, Any]:
         "languages": _languages(mixture),
         "groups": _sample_groups(record, shown),
         "quarantined": _quarantined(record),
+        "unread": record.data.get("unread") or {},
         "settings": record.settings,
     }
 

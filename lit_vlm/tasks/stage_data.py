@@ -18,7 +18,7 @@ from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.plan.lock import DAY, LOCK, find_lock
 from lit_vlm.data.plan.mixture import Amount, MixtureSettings
 from lit_vlm.data.processor import Processor, check_vocabulary
-from lit_vlm.data.quarantine import Quarantine
+from lit_vlm.data.quarantine import Quarantine, list_unread
 from lit_vlm.data.sources import open_source
 from lit_vlm.data.template_date import parse_day
 from lit_vlm.engine.run_folder import find_manifest, is_rank_zero, require_writable
@@ -187,6 +187,8 @@ def settle(data: StageData) -> dict[str, int]:
         quarantine.settle(config.on_bad_record, config.max_quarantined, totals, run.dir / "quarantine.jsonl")
     for line in fitted_of(data.datamodule):
         say(line)
+    for name, unread in unread_keys(data.datamodule).items():
+        say(list_unread(name, unread))
     ledger = data.datamodule.ledger
     if ledger:
         say(f"{len(ledger):,} that turned bad while training left out, see {ledger.path}")
@@ -204,6 +206,15 @@ def fitted_of(datamodule: DataModule) -> list[str]:
     parts = (datamodule.index, *([datamodule.held_out] if datamodule.has_own_validation else []))
     done = [(name, action, count) for part in parts for (name, action), count in sorted(part.fitted.items())]
     return [f"{name}: {count:,} {words[action]} (data.on_overlong)" for name, action, count in done]
+
+
+def unread_keys(datamodule: DataModule) -> dict[str, dict[str, int]]:
+    """Keys of each source's records that nothing is read from, and how many records have them."""
+    assert datamodule.index is not None and datamodule.held_out is not None
+    found = dict(datamodule.index.unread)
+    if datamodule.has_own_validation:
+        found |= {f"{name} (validation)": unread for name, unread in datamodule.held_out.unread.items()}
+    return found
 
 
 def quarantine_of(datamodule: DataModule) -> tuple[Quarantine, dict[str, int]]:

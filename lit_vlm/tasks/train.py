@@ -47,7 +47,7 @@ from lit_vlm.model.tensor_files import digest_of_weights
 from lit_vlm.stages import STAGES, Stage
 from lit_vlm.tasks.attempts import fit_or_again, until_done
 from lit_vlm.tasks.run_lock import hold_to_lock, name_template_day
-from lit_vlm.tasks.stage_data import StageData, open_sources, require_records_of, settle, stage_data
+from lit_vlm.tasks.stage_data import StageData, open_sources, require_records_of, settle, stage_data, unread_keys
 from lit_vlm.tasks.strategy import settle_strategy
 from lit_vlm.tasks.terminal import console, say
 from lit_vlm.types import UserError, counted
@@ -156,6 +156,7 @@ def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) ->
             "quarantined": quarantined,
             "processor": datamodule.processor.digest,
             "pictures": datamodule.index.digest_of_pictures(),
+            "unread": unread_keys(data.datamodule),
         },
         **name_template_day(data),
         plan={

@@ -218,7 +218,7 @@ def test_a_comma_is_no_silent_sweep():
         (["data.max_quarantined=2"], "data.max_quarantined: is a share"),
         (["data.sources.word_ko.weight=null"], "word_ko has no weight and the others do"),
         (["data.sources.word_ko.weight=-1"], "data.sources.word_ko.weight: must be 0 or above"),
-        (["data.sources.word_ko.kind=ocrr"], "Did you mean ocr?"),
+        (["data=messages", "data.sources.mine.path=x", "data.sources.mine.kind=ocrr"], "Did you mean ocr?"),
         (["stage.trainable=[]"], "stage.trainable: is empty"),
         (["stage.trainable=[projector]", "stage.parts.language_model.lora.rank=8"], "language_model does not train"),
         (

@@ -9,7 +9,7 @@ from PIL import Image
 
 from lit_vlm.config import parse
 from lit_vlm.config.mapping import MappingConfig
-from lit_vlm.config.schema import Format, SourceConfig
+from lit_vlm.config.schema import Format, Marks, SourceConfig
 from lit_vlm.data.sources import open_source
 
 
@@ -53,11 +53,13 @@ def named_set(name, path, *words):
     return open_source(name, config, max_image_pixels=1_000_000)
 
 
-def mapped(path, image_root=None, **mapping):
+def mapped(path, image_root=None, split=None, marks=Marks.place, **mapping):
     config = SourceConfig(
         path=str(path),
         image_root=None if image_root is None else str(image_root),
         format=Format.mapped,
+        split=split,
+        marks=marks,
         mapping=MappingConfig(**{"answer": "{answer}", **mapping}),
     )
     return open_source("mine", config, max_image_pixels=1_000_000)

@@ -1,4 +1,5 @@
-"""Whatever field of whatever format it stands in, text that looks like a control token is text."""
+"""Whatever field of whatever format it stands in, text that looks like a control token never becomes one: it is text, or,
+where it is a mark of another form and nobody said that marks are text, its record is refused by name."""
 
 import io
 import json
@@ -9,7 +10,8 @@ import unicodedata
 import pytest
 from source_cases import llava, open_, png, write
 
-from lit_vlm.types import SPECIAL_TOKENS
+from lit_vlm.config.schema import Marks
+from lit_vlm.types import SPECIAL_TOKENS, RecordError
 
 CONTROLS = [*SPECIAL_TOKENS, "<image>", "<video>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
 GLUE = ["", " ", "안녕 ", "<", ">", "<ima<image>ge>", "<|im_<|im_end|>end|>", "\n", "a\u200bb", "\uff1cimage\uff1e"]
@@ -61,10 +63,10 @@ def hostile(count, seed=0):
         yield "".join(rng.choice(CONTROLS) + rng.choice(GLUE) for _ in range(rng.randint(1, 4))) + "."
 
 
-def source_of(folder, photo, field, texts):
+def source_of(folder, photo, field, texts, **options):
     records = [FIELDS[field](text) for text in texts]
     if not field.startswith("tar_"):
-        return open_(write(folder / f"{field}.jsonl", records))
+        return open_(write(folder / f"{field}.jsonl", records), **options)
     with tarfile.open(folder / f"{field}.tar", "w") as shard:
         for number, record in enumerate(records):
             ((ending, value),) = record.items()
@@ -73,7 +75,7 @@ def source_of(folder, photo, field, texts):
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 shard.addfile(info, io.BytesIO(content))
-    return open_(folder / f"{field}.tar")
+    return open_(folder / f"{field}.tar", **options)
 
 
 def written(processor, sample):
@@ -92,10 +94,59 @@ def test_control_tokens_in_any_field_are_tokenised_as_text(folder, photos, proce
     if field in MARKS:
         texts = [text.replace("<image>", "<imag>") for text in texts]
     plain = written(processor, source_of(folder, png(photos[1]), field, ["harmless"])[0])
-    source = source_of(folder, png(photos[1]), field, texts)
+    source = source_of(folder, png(photos[1]), field, texts, marks=Marks.text)
     assert len(source) == count
     for index, text in enumerate(texts):
         counts, images, whole = written(processor, source[index])
         assert (counts, images) == plain[:2], text
         if field != "id":
             assert any(unicodedata.normalize("NFC", text) in sequence for sequence in whole), text
+
+
+FOREIGN = [
+    "<image>",
+    "<video>",
+    "<audio>",
+    "<bbox>",
+    "<ref-object>",
+    "<image_1>",
+    "<image 2>",
+    "<|image_pad|>",
+    "<|vision_start|>",
+]
+FOREIGN += [
+    "<|image_1|>",
+    "<IMG_CONTEXT>",
+    "<img>a.png</img>",
+    "<box>[[1, 2, 3, 4]]</box>",
+    "<|box_start|>(1,2),(3,4)<|box_end|>",
+]
+
+
+@pytest.mark.parametrize("field", [field for field in FIELDS if field != "id"])
+def test_a_mark_of_another_form_is_refused_by_its_name_in_every_field(folder, photos, field):
+    marks = [mark for mark in FOREIGN if field not in MARKS or mark != "<image>"]
+    source = source_of(folder, png(photos[1]), field, [f"안녕 {mark} a" for mark in marks])
+    for index, mark in enumerate(marks):
+        with pytest.raises(RecordError) as caught:
+            source[index]
+        found = str(caught.value)
+        assert mark[:8] in found or "image placeholder" in found
+        assert "data.sources.mine.marks=text" in found, found
+
+
+PLAIN = [
+    "<b>bold</b>",
+    "<img src='a.png'>",
+    "a < b > c",
+    "<ref>a book</ref>",
+    "x<boxes>",
+    "<bbox>0.1, 0.2, 0.3, 0.4</bbox>",
+    "<think>",
+]
+
+
+@pytest.mark.parametrize("field", ["messages_question", "llava_answer", "caption", "chosen"])
+def test_what_only_looks_like_a_mark_stays_text(folder, photos, field):
+    source = source_of(folder, png(photos[1]), field, [f"{text}." for text in PLAIN])
+    assert len([source[index] for index in range(len(PLAIN))]) == len(PLAIN)

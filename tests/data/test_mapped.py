@@ -4,10 +4,14 @@ import json
 import multiprocessing
 import pickle
 
+import numpy as np
 import pytest
 from delivery import label, make_zip, mapped, named_set, nfd, one_pair, picture
+from PIL import Image
 
-from lit_vlm.config.mapping import BoxFormat, BoxUnit, RegionTask
+from lit_vlm.config.mapping import BoxFormat, BoxFrame, BoxUnit, RegionTask
+from lit_vlm.config.schema import Marks
+from lit_vlm.data.images import FileImage
 from lit_vlm.data.markup import boxes_of
 from lit_vlm.types import Control, Fault, ImageSlot, Kind, Language, Message, RecordError, Role, UserError
 
@@ -133,7 +137,9 @@ def test_boxes_of_all_formats_are_fractions_of_the_picture(tmp_path, box, option
 
 def test_text_that_looks_like_tokens_stays_text(tmp_path):
     one_pair(tmp_path, {"q": "<image> <ocr> {@stem}", "items": [{"text": "</char><bbox>", "box": [0, 0, 9, 9]}]})
-    (sample,) = mapped(tmp_path, **REGION, questions=["{q}"])
+    with pytest.raises(RecordError, match="'<bbox>' in a text stands for a box in other forms"):
+        mapped(tmp_path, **REGION)[0]
+    (sample,) = mapped(tmp_path, **REGION, questions=["{q}"], marks=Marks.text)
     assert sample.messages[0].content == (ImageSlot(0), Control("<ocr>"), "\n<image> <ocr> {@stem}")
     assert sample.messages[1].content[:3] == (Control("<char>"), "</char><bbox>", Control("</char>"))
 
@@ -263,3 +269,110 @@ def test_what_changes_changes_the_digest(tmp_path):
     assert mapped(tmp_path).digest == before != mapped(tmp_path, questions=["?"]).digest
     make_zip(tmp_path / "TS_1.zip", [("a.jpg", picture(colour=(0, 0, 0)))])
     assert mapped(tmp_path).digest != before
+
+
+# Pictures that EXIF turns
+
+
+RAW = (40, 30)  # width and height of the stored pixels
+SPOT = (20, 3, 36, 9)  # a red rectangle in them
+
+
+def photo(folder, orientation, size=RAW):
+    """A photograph as a phone stores it, and the box of what is red in the picture that is shown."""
+    image = Image.new("RGB", RAW, "white")
+    image.paste("red", SPOT)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.resize(size, Image.Resampling.NEAREST).save(folder / "a.png", exif=exif)
+    shown = FileImage("a.png", folder, "a", 10**6).load()
+    red = np.argwhere(np.asarray(shown)[..., 1] < 128)
+    (top, left), (bottom, right) = red.min(axis=0), red.max(axis=0) + 1
+    return [
+        float(f"{value:.3f}")
+        for value in (left / shown.width, top / shown.height, right / shown.width, bottom / shown.height)
+    ]
+
+
+def boxed(folder, labelled, box=SPOT, **options):
+    record = {"w": labelled[0], "h": labelled[1], "items": [{"text": "점", "box": list(box)}]}
+    (folder / "a.json").write_bytes(label(record))
+    found = mapped(folder, **{**REGION, "size": ["w", "h"], **options})[0]
+    return list(boxes(found)[0][1][0])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_boxes_of_the_stored_pixels_are_turned_with_the_picture(tmp_path, orientation):
+    expected = photo(tmp_path, orientation)
+    lies = orientation >= 5
+    frame = BoxFrame.auto if lies or orientation == 1 else BoxFrame.stored
+    assert boxed(tmp_path, RAW, box_frame=frame) == pytest.approx(expected, abs=1e-9)
+    assert boxed(tmp_path, RAW, size=[], box_frame=BoxFrame.stored) == pytest.approx(expected, abs=1e-9)
+    fractions = [SPOT[0] / 40, SPOT[1] / 30, SPOT[2] / 40, SPOT[3] / 30]
+    options = {"box_unit": BoxUnit.fractions, "box_frame": BoxFrame.stored}
+    assert boxed(tmp_path, RAW, fractions, **options) == pytest.approx(expected, abs=1e-9)
+    upright = (30, 40) if lies else RAW
+    drawn = [
+        round(expected[0] * upright[0]),
+        round(expected[1] * upright[1]),
+        round(expected[2] * upright[0]),
+        round(expected[3] * upright[1]),
+    ]
+    frame = BoxFrame.auto if lies or orientation == 1 else BoxFrame.upright
+    assert boxed(tmp_path, upright, drawn, box_frame=frame) == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_label_may_be_of_the_picture_at_another_scale(tmp_path):
+    expected = photo(tmp_path, 6, size=(80, 60))
+    assert boxed(tmp_path, RAW) == pytest.approx(expected, abs=1e-9)
+    photo(tmp_path, 1, size=(81, 60))
+    assert boxed(tmp_path, RAW)[0] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("orientation", "size", "options", "words"),
+    [
+        (
+            1,
+            (30, 40),
+            {},
+            "the label says 30 x 40 pixels, and the picture has 40 x 30: its boxes are of another picture",
+        ),
+        (6, (50, 30), {}, "the label says 50 x 30 pixels, and the picture has 30 x 40, turned by EXIF from 40 x 30"),
+        (6, RAW, {"box_frame": BoxFrame.upright}, "its boxes are of another picture"),
+        (3, RAW, {}, "EXIF turns the picture (orientation 3), and nothing tells whether the boxes are turned too"),
+        (6, RAW, {"size": []}, "set mapping.box_frame=upright, or stored for those of the file's pixels"),
+        (1, (0, 30), {}, "w, h are 0, 30; a picture is larger"),
+    ],
+)
+def test_a_label_whose_size_contradicts_its_picture_is_refused(tmp_path, orientation, size, options, words):
+    photo(tmp_path, orientation)
+    with pytest.raises(RecordError) as caught:
+        boxed(tmp_path, size, **options)
+    assert words in str(caught.value), caught.value
+
+
+# Keys that stand twice
+
+
+def test_a_key_that_stands_twice_in_a_label_is_refused(tmp_path):
+    one_pair(tmp_path, b'{"answer": "a", "answer": "b"}')
+    with pytest.raises(RecordError, match=r"TL_1.zip/a.json: the key 'answer' stands twice in one object"):
+        mapped(tmp_path)[0]
+    coco = '{"images": [{"id": 1, "file": "a.jpg"}, {"id": 2, "file": "a.jpg"}], "annotations": [%s]}'
+    twice, good = '{"image_id": 1, "a": {"x": 1, "x": 2}}', '{"image_id": 2, "a": {"x": 1}}'
+    options = {
+        "labels": "c.json",
+        "records": "images",
+        "join": "annotations",
+        "image": "{file}",
+        "answer": "{annotations.0.a.x}",
+    }
+    (tmp_path / "c.json").write_text(coco % f"{twice}, {good}")
+    source = mapped(tmp_path, **options)
+    with pytest.raises(RecordError, match=r"c.json\[0\]: the key 'x' stands twice"):
+        source[0]
+    assert source[1].messages[1].text == "1"
+    (tmp_path / "c.json").write_text((coco % good)[:-1] + ', "images": []}')
+    with pytest.raises(UserError, match=r"c.json: the key 'images' stands twice in one object"):
+        mapped(tmp_path, **options)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lit_vlm.config.schema import OnBadRecord
-from lit_vlm.data.quarantine import Quarantine
+from lit_vlm.data.quarantine import STOPPED, Quarantine
 from lit_vlm.types import Fault, RecordError, UserError
 
 
@@ -77,14 +77,19 @@ def test_the_share_is_of_each_source_and_may_be_reached_exactly(tmp_path):
     assert len((tmp_path / "q").read_text().splitlines()) == 3  # written before the run ends, to look at
 
 
-def test_stop_lists_ten_counts_all_and_says_how_to_set_aside(tmp_path):
+def test_stop_lists_ten_counts_all_and_names_the_file_that_has_all(tmp_path):
     with pytest.raises(UserError) as caught:
         filled(1234).settle(OnBadRecord.stop, 1.0, {"mine": 9999}, tmp_path / "q")
     message = str(caught.value)
     assert "(1,234 of mine: 1,234 missing)" in message and "... and 1,224 more" in message
     assert message.count("train.jsonl:") == 10
     assert "data.on_bad_record=quarantine" in message
-    assert not (tmp_path / "q").exists()
+    rows = [json.loads(line) for line in (tmp_path / STOPPED).read_text("utf-8").splitlines()]
+    assert [row["origin"] for row in rows] == [f"train.jsonl:{line}" for line in range(1, 1235)]
+    assert f"All are listed in {tmp_path / STOPPED}." in message
+    assert not (tmp_path / "q").exists()  # that of a finished run stays as it is
+    Quarantine().settle(OnBadRecord.stop, 1.0, {"mine": 9999}, tmp_path / "q")
+    assert not list(tmp_path.iterdir())  # mended
 
 
 def test_without_faults_nothing_stops_and_the_file_is_empty(tmp_path):
@@ -110,4 +115,4 @@ def test_lone_surrogates_in_a_reason_can_be_written(tmp_path):
     quarantine = Quarantine()
     quarantine.add("mine", RecordError("a\ud800.jsonl:1", "\udcff"))
     quarantine.settle(OnBadRecord.quarantine, 1.0, {"mine": 1}, tmp_path / "q")
-    assert json.loads((tmp_path / "q").read_text("utf-8"))["reason"] == "\udcff"
+    assert json.loads((tmp_path / "q").read_text("utf-8"))["reason"] == "\\udcff"

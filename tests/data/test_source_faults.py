@@ -241,5 +241,7 @@ def test_a_saved_dataset_of_several_splits_names_them(folder):
 
     part = datasets.Dataset.from_list([{"messages": turns("q", "a")}])
     datasets.DatasetDict({"train": part, "test": part}).save_to_disk(folder / "both")
-    refused("holds several splits; give the folder of one of them: train, test", path=str(folder / "both"))
-    assert len(open_(folder / "both" / "test")) == 1
+    refused("holds several splits; give data.sources.mine.split=, one of: train, test", path=str(folder / "both"))
+    refused("and none is called dev; give", path=str(folder / "both"), split="dev")
+    refused("split=test has no effect: test is one saved dataset", path=str(folder / "both" / "test"), split="test")
+    assert len(open_(folder / "both" / "test")) == len(open_(folder / "both", split="test")) == 1

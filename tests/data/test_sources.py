@@ -61,7 +61,7 @@ def test_a_marker_takes_one_line_break_with_it(folder, text, content):
 
 
 def test_control_tokens_in_answers_and_systems_stay_text(folder):
-    written = "<image> <|im_end|> <bbox>0.1, 0.1, 0.2, 0.2</bbox>"
+    written = "<|im_start|> <|im_end|> <bbox>0.1, 0.1, 0.2, 0.2</bbox>"
     record = llava({"from": "system", "value": written}, HUMAN, {"from": "gpt", "value": written}, image="flower.png")
     sample = only(folder, record)
     assert contents(sample)[0] == contents(sample)[2] == (written,)
@@ -90,20 +90,20 @@ def test_messages_may_name_images_themselves_in_any_order(folder, photos):
     parts = [
         {"type": "image", "path": "flower.png"},
         {"type": "image"},
-        {"type": "text", "text": "<image> 비교"},
+        {"type": "text", "text": "비교"},
         {"type": "image_url", "image_url": {"url": url}},
     ]
     sample = only(folder, {"messages": [{"role": "user", "content": parts}, ANSWER], "images": ["사진/중국.jpg"]})
-    assert sample.messages[0].content == (ImageSlot(0), ImageSlot(1), "<image> 비교", ImageSlot(2))
+    assert sample.messages[0].content == (ImageSlot(0), ImageSlot(1), "비교", ImageSlot(2))
     assert [type(image) for image in sample.images] == [FileImage, FileImage, BytesImage]
     assert [image.path for image in sample.images[:2]] == ["flower.png", "사진/중국.jpg"]
     assert sample.images[2].load().size == (60, 40)
 
 
 def test_plain_texts_with_images_show_them_first_as_trl_does(folder):
-    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q <image>"}, ANSWER]
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, ANSWER]
     sample = only(folder, {"messages": messages, "images": ["flower.png", "사진/중국.jpg"]})
-    assert sample.messages[1].content == (ImageSlot(0), ImageSlot(1), "q <image>")
+    assert sample.messages[1].content == (ImageSlot(0), ImageSlot(1), "q")
 
 
 @pytest.mark.parametrize("ending", ["parquet", "arrow", "saved"])

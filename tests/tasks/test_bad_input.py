@@ -76,9 +76,13 @@ def message(*words: str) -> str:
 
 
 def untouched(ran: Ran, *words: str) -> str:
-    """The message of a mistake made with run_name=kept overwrite=true: the finished run must survive it whole."""
+    """The message of a mistake made with run_name=kept overwrite=true: the finished run must survive it whole.
+
+    A list of bad records may come to lie beside it.
+    """
     before = ran.snapshot()
     text = message(*words, "run_name=kept", "overwrite=true")
+    (ran.dir / "bad_records.jsonl").unlink(missing_ok=True)
     assert ran.snapshot() == before
     assert ran.manifest["status"] == "finished"
     return text
@@ -201,6 +205,7 @@ def test_one_pass_finds_every_bad_record_and_stops_before_anything_is_trained(do
     for number, (_, said) in enumerate(RECORDS.values()):
         assert number >= 10 or (line(number) in text and said in text), (line(number) + said, text)
     assert "... and 3 more" in text and "data.on_bad_record=quarantine" in text
+    assert "All are listed in " in text and "bad_records.jsonl" in text
 
 
 @pytest.mark.parametrize("name", RECORDS)
@@ -209,7 +214,8 @@ def test_each_bad_record_is_named_with_its_line_and_cause(place, name):
     write(place / "one.jsonl", [llava("Hi", "Hello"), record])
     text = message(*LLAVA, *CAPS, "data.sources.mine.path=one.jsonl", "run_name=never")
     assert "one.jsonl:2: " in text and said in text, text
-    assert not (place / "runs" / "never").exists()
+    (listed,) = (place / "runs" / "never").iterdir()  # and nothing else of a run
+    assert [json.loads(row)["origin"] for row in listed.read_text("utf-8").splitlines()] == ["one.jsonl:2"]
 
 
 def test_a_file_of_bad_records_alone_names_them(place):

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from lit_vlm.cost import Flops
-from lit_vlm.types import ImageSlot, Kind, Language, Record, RecordError, Sample, Source, UserError
+from lit_vlm.data.readers.record import first_turns
+from lit_vlm.types import Kind, Language, Record, RecordError, Sample, Source, UserError
 
 KINDS = tuple(Kind)  # codes of the column `kind`
 LANGUAGES = tuple(Language)  # codes of the column `language`
@@ -56,6 +57,9 @@ class Index:
     columns: dict[str, np.ndarray]  # those of COLUMNS and FITTED, [samples] each
     errors: list[tuple[str, RecordError]] = field(default_factory=list)  # (source name, what is wrong)
     fitted: Counter[tuple[str, str]] = field(default_factory=Counter)  # over-long ones of (source name, what was done)
+    unread: dict[str, dict[str, int]] = field(
+        default_factory=dict
+    )  # source name -> key that nothing is read from -> records
 
     def __len__(self) -> int:
         return len(self.source_of)
@@ -91,7 +95,7 @@ class Index:
 
     def subset(self, samples: np.ndarray) -> Index:
         columns = {name: column[samples] for name, column in self.columns.items()}
-        return Index(self.sources, self.source_of[samples], columns)
+        return Index(self.sources, self.source_of[samples], columns, unread=self.unread)
 
     def keys(self, samples: Any) -> np.ndarray:
         """[samples] uint64, of what they say, which pictures they have, and as how many tokens and tiles."""
@@ -139,18 +143,6 @@ def split(index: Index, fraction: float, most: int = 200) -> tuple[Index, Index]
     training = index.subset(np.flatnonzero(~held))
     training.errors, training.fitted = index.errors, index.fitted
     return training, index.subset(np.flatnonzero(held))
-
-
-def first_turns(sample: Sample, count: int) -> Sample:
-    """The sample's first `count` messages and the images that stand in them."""
-    messages = sample.messages[:count]
-    kept = sorted({piece.index for message in messages for piece in message.content if isinstance(piece, ImageSlot)})
-    number = {old: ImageSlot(new) for new, old in enumerate(kept)}
-    shorter = tuple(
-        replace(m, content=tuple(number[p.index] if isinstance(p, ImageSlot) else p for p in m.content))
-        for m in messages
-    )
-    return replace(sample, messages=shorter, images=tuple(sample.images[old] for old in kept))
 
 
 def require_samples(index: Index, what: str) -> None:

@@ -65,6 +65,8 @@ def _file_status(image: FileImage) -> os.stat_result:
 
 def _words(message: Message) -> Iterable[bytes]:
     yield message.role.encode()
+    if not message.trained:
+        yield b"untrained"
     for piece in message.content:
         match piece:
             case str():

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from lit_vlm.config.schema import OnOverlong
-from lit_vlm.data.index.columns import Index, first_turns
+from lit_vlm.data.index.columns import Index
 from lit_vlm.data.index.shards import origin_of
 from lit_vlm.data.processor import Processor
+from lit_vlm.data.readers.record import first_turns
 from lit_vlm.types import Fault, RecordError, Role, Sample
 
 Change = dict[str, Any]  # column -> what the shortened sample has in it
@@ -112,7 +113,11 @@ def _with_fewer_turns(index: Index, sample: int, processor: Processor, caps: Cap
     record = index.record(sample)
     if not isinstance(record, Sample):
         return None
-    answers = [number for number, message in enumerate(record.messages, 1) if message.role is Role.assistant]
+    answers = [
+        number
+        for number, message in enumerate(record.messages, 1)
+        if message.role is Role.assistant and message.trained
+    ]
 
     def too_long(turns: int) -> bool:
         cost = processor.cost(first_turns(record, turns))

@@ -11,7 +11,7 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from lit_vlm.files import locked, written
 from lit_vlm.types import Fault, RecordError, Source
 
 SHARD_RECORDS = 8192
-_LAYOUT = 1  # raise it when shards are cut or written differently
+_LAYOUT = 2  # raise it when shards are cut or written differently
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +61,7 @@ class Shard:
 
     columns: dict[str, np.ndarray]
     bad: list[Bad]
+    unread: dict[str, int] = field(default_factory=dict)  # keys that nothing is read from -> records that have them
 
 
 class Shelf:
@@ -159,7 +160,7 @@ def _content(source: Source, start: int, stop: int) -> str:
 
 
 def _to_table(shard: Shard, key: str) -> pa.Table:
-    bad = json.dumps([astuple(record) for record in shard.bad])
+    bad = json.dumps([[astuple(record) for record in shard.bad], shard.unread])
     metadata = {"key": key, "bad": bad, "checksum": str(_checksum(shard.columns.values(), bad))}
     return pa.table(shard.columns).replace_schema_metadata(metadata)
 
@@ -170,10 +171,9 @@ def _from_table(table: pa.Table, key: str) -> Shard:
     columns = {name: table[name].to_numpy() for name in table.column_names}
     if metadata["key"] != key or int(metadata["checksum"]) != _checksum(columns.values(), metadata["bad"]):
         raise ValueError("not the shard of that key")
-    bad = [
-        Bad(position, Fault(fault), reason, remedy) for position, fault, reason, remedy in json.loads(metadata["bad"])
-    ]
-    return Shard(columns, bad)
+    found, unread = json.loads(metadata["bad"])
+    bad = [Bad(position, Fault(fault), reason, remedy) for position, fault, reason, remedy in found]
+    return Shard(columns, bad, unread)
 
 
 def _checksum(columns: Iterable[np.ndarray], bad: str) -> int:

@@ -6,6 +6,7 @@ and the image settings; a grown file has new shards only at its end.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -117,14 +118,16 @@ def _changes(
 def _read(source: Source, processor: Processor, span: Span) -> Shard:
     rows: list[tuple[int, ...]] = []
     bad: list[Bad] = []
+    unread: Counter[str] = Counter()
     for position in range(len(span)):
         try:
             record = source[span.start + position]
             rows.append(_row(position, record, processor))
+            unread.update(record.unread)
         except RecordError as error:
             bad.append(Bad.of(position, error))
     values = zip(*rows, strict=True) if rows else [()] * len(COLUMNS)
-    return Shard({name: np.array(v, COLUMNS[name]) for name, v in zip(COLUMNS, values, strict=True)}, bad)
+    return Shard({name: np.array(v, COLUMNS[name]) for name, v in zip(COLUMNS, values, strict=True)}, bad, dict(unread))
 
 
 def _row(position: int, record: Record, processor: Processor) -> tuple[int, ...]:
@@ -157,6 +160,7 @@ def _load(sources: Sequence[Source], processor: Processor, shelf: Shelf, spans: 
     columns = {name: np.empty(most, dtype) for name, dtype in COLUMNS.items()}
     source_of = np.empty(most, np.int16)
     errors: list[tuple[str, RecordError]] = []
+    unread: dict[str, Counter[str]] = {source.name: Counter() for source in sources}
     filled = 0
     for span in spans:
         shard = _usable(shelf, processor, span)
@@ -166,11 +170,13 @@ def _load(sources: Sequence[Source], processor: Processor, shelf: Shelf, spans: 
         columns["position"][filled:to] += np.uint32(span.start)
         source_of[filled:to] = span.source
         source = sources[span.source]
+        unread[source.name].update(shard.unread)
         errors += [(source.name, bad.error(source, span.start)) for bad in shard.bad]
         filled = to
     used = {name: column[:filled] for name, column in columns.items()}
     fitted = {name: np.full(filled, -1, dtype) for name, dtype in FITTED.items()}
-    return Index(sources, source_of[:filled], {**used, **fitted}, errors)
+    counts = {name: dict(keys.most_common()) for name, keys in unread.items() if keys}
+    return Index(sources, source_of[:filled], {**used, **fitted}, errors, unread=counts)
 
 
 def _usable(shelf: Shelf, processor: Processor, span: Span) -> Shard:
@@ -186,4 +192,4 @@ def _usable(shelf: Shelf, processor: Processor, span: Span) -> Shard:
     leaving = set(position[broken].tolist())
     bad = [*shard.bad, *(record for record in verified.bad if record.position in leaving)]
     columns = {name: column[~broken] for name, column in shard.columns.items()}
-    return Shard(columns, sorted(bad, key=lambda record: record.position))
+    return Shard(columns, sorted(bad, key=lambda record: record.position), shard.unread)

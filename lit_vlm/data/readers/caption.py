@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from lit_vlm.data.readers.dialects import SYSTEM, check_record
 from lit_vlm.data.readers.place import Place
 from lit_vlm.data.readers.record import make_sample
 from lit_vlm.types import Fault, ImageSlot, Message, Role, Sample
@@ -15,6 +16,7 @@ def read_caption(row: Mapping[str, Any], place: Place) -> Sample:
     key = "caption" if row.get("caption") is not None else "text"
     if row.get(key) is None:
         place.need(row, "caption")
+    check_record(row, place, ("id", "image", "images", key, *SYSTEM))
     images = place.images(row)
     if not images:
         raise place.fault(f"{key!r} has no image beside it", Fault.placeholders)

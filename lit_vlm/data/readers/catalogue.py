@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import hashlib
+import itertools
 import os
 import re
 import stat
@@ -21,6 +22,7 @@ import numpy as np
 
 from lit_vlm.data.images import FileImage, shown
 from lit_vlm.data.readers.archives import members_of
+from lit_vlm.data.readers.splits import choose_split, split_of_path
 from lit_vlm.data.readers.zips import Flaw, Member, ZipImage
 from lit_vlm.types import Fault, ImageSource, RecordError, UserError, counted
 
@@ -64,7 +66,12 @@ class Catalogue:
         self._names, self._ends = bytearray(), array("q")  # one after the other, and where each ends
         self._sorted: dict[Callable[[str], str], tuple[np.ndarray, np.ndarray]] = {}  # part -> hashes, files
         for path in _files(root):
-            self._add_zip(path) if path.suffix.lower() == ".zip" else self._add_file(path)
+            if path.suffix.lower() != ".zip":
+                self._add_file(path)
+            elif path.is_file():
+                self._add_zip(path)
+            else:  # reading a pipe would wait for ever
+                raise UserError(f"{path}: is no regular file. Take it out of the folder.")
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -134,6 +141,28 @@ class Catalogue:
         for name in ("size", "crc", "flaw", "stamp"):
             hasher.update(self._columns[name][start:stop].tobytes())
         return hasher.hexdigest()
+
+    def keep_split(self, setting: str, split: str | None, are_pictures: bool) -> None:
+        """Leave out the files of other splits, as their folders, zips and names say; the names of pictures say nothing.
+
+        Raises:
+            UserError: several splits and none is asked for; or none of them is the one that is asked for.
+        """
+        paths = [self._path_from_root(file) for file in range(len(self))]
+        splits = [split_of_path(path, folders_only=are_pictures) for path in paths]
+        chosen = choose_split(setting, paths, splits, split)
+        if all(chosen):
+            return
+        files = [file for file, is_chosen in enumerate(chosen) if is_chosen]
+        names = [self._raw(file) for file in files]
+        for name, column in self._columns.items():
+            self._columns[name] = array("q", [column[file] for file in files])
+        self._names, self._ends = bytearray(b"".join(names)), array("q", itertools.accumulate(map(len, names)))
+
+    def _path_from_root(self, file: int) -> str:
+        archive = self.archive(file)
+        path = self.path(file)
+        return path if archive is None else f"{archive.relative_to(self.root)}/{path}"
 
     def _of_pair(self, found: list[int], near: Path | None) -> list[int]:
         same = [file for file in found if (archive := self.archive(file)) and near and _pair(archive) == _pair(near)]

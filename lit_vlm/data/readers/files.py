@@ -11,6 +11,7 @@ from pathlib import Path
 from lit_vlm.config.schema import Format, SourceConfig
 from lit_vlm.data.readers.by_keys import NEEDED, format_of, keys_of
 from lit_vlm.data.readers.rows import JoinedRows, Rows, json_files, tables, tars
+from lit_vlm.data.readers.splits import choose_split, split_of_path
 from lit_vlm.data.staging import staged
 from lit_vlm.types import RecordError, UserError
 
@@ -20,6 +21,7 @@ OPENERS: dict[str, Callable[[Path, Path | None], Rows]] = {
     ".json": json_files.json_list,
     ".tar": tars.tar_file,
 }
+_ABOUT = ("dataset_info.json", "dataset_infos.json")  # what a repository of the hub says about itself
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 
 
@@ -38,6 +40,10 @@ def existing(name: str, setting: str, value: str | None, config: SourceConfig | 
         how = [part.rstrip(".") for part in (config.obtain, config.homepage) if part] if config else []
         get = f" How to get it: {', '.join(how)}." if how else ""
         raise UserError(f"data.sources.{name}.{setting}={value}: no such file or folder{beside}.{get}")
+    if not path.is_dir() and not path.is_file():  # reading a pipe or a terminal would wait for ever
+        raise UserError(
+            f"data.sources.{name}.{setting}={value} is a pipe, a device or a socket; give a regular file or a folder."
+        )
     if setting == "image_root" and not path.is_dir():
         raise UserError(
             f"data.sources.{name}.image_root={value} is a file; give the folder that image paths start from."
@@ -45,34 +51,78 @@ def existing(name: str, setting: str, value: str | None, config: SourceConfig | 
     return path
 
 
-def files_of(name: str, path: Path) -> list[Path]:
-    """The file itself, or the folder's files with records in them, which must all be of one ending."""
+def find_files(name: str, path: Path, split: str | None) -> tuple[Path, list[Path]]:
+    """The file itself, or the folder's files with records in them, which must all be of one ending; and their folder.
+
+    Args:
+        split: of several that the files' names say, the one that is meant; None: there must be no others.
+    """
+    setting = f"data.sources.{name}.path={path}"
     if path.is_file():
-        if path.name.lower().endswith(_COMPRESSED):
+        if split is not None:
             raise UserError(
-                f"data.sources.{name}.path={path}: is compressed, so its members cannot be reached one by one. "
-                f"Unpack it to a plain .tar once; pictures hardly shrink."
+                f"data.sources.{name}.split={split} has no effect: {path.name} is one file. Take it away, or give the folder."
             )
-        if path.suffix.lower() not in ENDINGS:
-            raise UserError(
-                f"data.sources.{name}.path={path}: cannot tell the format; endings are {', '.join(ENDINGS)}."
-            )
-        return [path]
+        return path, [_readable_file(setting, path)]
     if (path / "dataset_dict.json").exists():
-        splits = ", ".join(json.loads((path / "dataset_dict.json").read_text())["splits"])
+        splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        if split not in splits:
+            asked = "" if split is None else f", and none is called {split}"
+            raise UserError(
+                f"{setting} holds several splits{asked}; give data.sources.{name}.split=, one of: {', '.join(splits)}."
+            )
+        path = path / split
+    elif (path / "state.json").exists() and split is not None:
         raise UserError(
-            f"data.sources.{name}.path={path} holds several splits; give the folder of one of them: {splits}."
+            f"data.sources.{name}.split={split} has no effect: {path.name} is one saved dataset. Take it away."
         )
     if (path / "state.json").exists():  # Dataset.save_to_disk; its JSON files are no records
-        return sorted(path.glob("*.arrow"))
-    files = sorted(file for file in path.iterdir() if file.suffix.lower() in ENDINGS and file.is_file())
+        return path, sorted(path.glob("*.arrow"))
+    files = _files_with_records(setting, path)
+    names = [str(file.relative_to(path)) for file in files]
+    chosen = choose_split(setting, names, [split_of_path(file) for file in names], split)
+    files = [file for file, is_chosen in zip(files, chosen, strict=True) if is_chosen]
     endings = sorted({file.suffix.lower() for file in files})
     if len(endings) != 1:
         found = (
             f"files of several endings ({', '.join(endings)})" if endings else f"no file ending in {', '.join(ENDINGS)}"
         )
-        raise UserError(f"data.sources.{name}.path={path}: the folder has {found}. Give the file to read.")
-    return files
+        raise UserError(f"{setting}: the folder has {found}. Give the file to read.")
+    return path, files
+
+
+def _readable_file(setting: str, path: Path) -> Path:
+    if path.name.lower().endswith(_COMPRESSED):
+        raise UserError(
+            f"{setting}: is compressed, so its members cannot be reached one by one. "
+            f"Unpack it to a plain .tar once; pictures hardly shrink."
+        )
+    if path.suffix.lower() not in ENDINGS:
+        raise UserError(f"{setting}: cannot tell the format; endings are {', '.join(ENDINGS)}.")
+    return path
+
+
+def _files_with_records(setting: str, folder: Path) -> list[Path]:
+    """Those of the folder itself, else those of its folders: a cloned repository of the hub has data/ or train/ and test/."""
+    found = _with_endings(setting, folder.iterdir())
+    if not found:
+        inner = (Path(place, file) for place, _, files in os.walk(folder) for file in files)
+        found = _with_endings(setting, (file for file in inner if not _is_hidden(file.relative_to(folder))))
+    return sorted(found)
+
+
+def _with_endings(setting: str, paths: Iterable[Path]) -> list[Path]:
+    found = [path for path in paths if path.suffix.lower() in ENDINGS and path.name not in _ABOUT and not path.is_dir()]
+    for path in found:
+        if not path.is_file():  # reading a pipe would wait for ever
+            raise UserError(
+                f"{setting}: {path.name} is no regular file. Take it out of the folder, or give the file to read."
+            )
+    return found
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def rows_of(name: str, path: Path, files: list[Path], cache: Path | None) -> Rows:
@@ -99,7 +149,10 @@ def rows_of(name: str, path: Path, files: list[Path], cache: Path | None) -> Row
 
 def hub_rows(name: str, config: SourceConfig) -> tuple[Rows, list[Path]]:
     """Rows of a hub dataset, and the files in which they lie here."""
-    rows = tables.hub_dataset(f"data.sources.{name}.hub", config.hub, config.hub_config, config.split, config.revision)
+    if config.revision is not None and Path(config.hub or "").expanduser().is_dir():
+        raise UserError(f"data.sources.{name}.revision has no effect: hub={config.hub} is a folder here. Take it away.")
+    split = config.split or "train"
+    rows = tables.hub_dataset(f"data.sources.{name}.hub", config.hub, config.hub_config, split, config.revision)
     return rows, rows.files
 
 

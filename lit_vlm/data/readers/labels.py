@@ -21,6 +21,7 @@ from lit_vlm.data.decoding import REMEDY
 from lit_vlm.data.images import shown
 from lit_vlm.data.readers.catalogue import Catalogue
 from lit_vlm.data.readers.place import type_name
+from lit_vlm.data.readers.rows.base import KeyTwice, unique_keys
 from lit_vlm.types import Fault, RecordError, UserError
 
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -96,19 +97,26 @@ class Labels:
         # JSON's own signs inside of a letter.
         text = data.decode("latin-1")
         assert mapping.records is not None
-        spans = _spans(text, mapping.records, name)
+        values: dict[int, dict[str, int]] = {}
+        spans = _spans(text, mapping.records, name, values)
         if mapping.join is None:
             return ItemList(spans, spans[:0], np.zeros(len(spans), np.int64))
-        return _joined(text, spans, _spans(text, mapping.join, name), mapping, name)
+        return _joined(text, spans, _spans(text, mapping.join, name, values), mapping, name)
 
 
-def parse_json(data: bytes, origin: str) -> Any:
-    """JSON in UTF-8, with a byte order mark or without, or in CP949. RecordError with the place of the fault."""
+def parse_json(data: bytes, origin: str, *, keys_twice: bool = False) -> Any:
+    """JSON in UTF-8, with a byte order mark or without, or in CP949. RecordError with the place of the fault.
+
+    Args:
+        keys_twice: let the last value of a key count, for a look at items that are read again.
+    """
     for encoding in ("utf-8-sig", "cp949"):
         try:
-            return json.loads(data.decode(encoding))
+            return json.loads(data.decode(encoding), object_pairs_hook=None if keys_twice else unique_keys)
         except UnicodeDecodeError:
             continue
+        except KeyTwice as error:
+            raise RecordError(origin, str(error), REMEDY) from None
         except json.JSONDecodeError as error:
             reason = f"not JSON at line {error.lineno}, column {error.colno}: {error.msg}"
             raise RecordError(origin, reason, REMEDY) from None
@@ -124,12 +132,22 @@ def _record(data: bytes, origin: str) -> dict[str, Any]:
     return record
 
 
-def _spans(text: str, path: str, name: str) -> np.ndarray:
-    """[items, 2] where the items of the list at `path` begin and end."""
+def _spans(text: str, path: str, name: str, values: dict[int, dict[str, int]]) -> np.ndarray:
+    """[items, 2] where the items of the list at `path` begin and end.
+
+    Args:
+        values: what `_values_of` found of the objects that begin somewhere; objects that are looked at come to it.
+    """
     try:
         at = _after_space(text, len(_BOM) if text.startswith(_BOM.decode("latin-1")) else 0)
         for word in path.split(".") if path != "." else ():
-            at = _value_of(text, at, word, name, path)
+            if at not in values:
+                values[at] = _values_of(text, at, name)
+            if word not in values[at]:
+                keys = ", ".join(shown(key, 40) for key in values[at]) or "none"
+                reason = f"{name}: there is no {word!r} of {path!r} (mapping.records, mapping.join)"
+                raise UserError(f"{reason}; the keys are {keys}.")
+            at = values[at][word]
         if text[at : at + 1] != "[":
             raise UserError(f"{name}: {path!r} (mapping.records, mapping.join) is no list. Name the list of records.")
         spans = array("q")
@@ -142,25 +160,29 @@ def _spans(text: str, path: str, name: str) -> np.ndarray:
     return np.frombuffer(spans, np.int64).reshape(-1, 2)
 
 
-def _value_of(text: str, at: int, word: str, name: str, path: str) -> int:
-    """Where the value of a key begins. What comes before it is passed over, a list item by item."""
-    found = []
-    if text[at : at + 1] == "{":
-        at = _after_space(text, at + 1)
-        while text[at : at + 1] != "}":
-            key, at = _DECODER.raw_decode(text, at)
-            at = _expect(text, at, ":")
-            key = parse_json(json.dumps(key, ensure_ascii=False).encode("latin-1"), name)
-            if key == word:
-                return at
-            found.append(key)
-            at = _after_value(text, at)
-            if text[at : at + 1] == ",":
-                at = _after_space(text, at + 1)
-            elif text[at : at + 1] != "}":
-                raise json.JSONDecodeError("Expecting ',' or '}'", text, at)
-    keys = ", ".join(shown(key, 40) for key in found) or "none"
-    raise UserError(f"{name}: there is no {word!r} of {path!r} (mapping.records, mapping.join); the keys are {keys}.")
+def _values_of(text: str, at: int, name: str) -> dict[str, int]:
+    """Where the value of each key of an object begins. Values are passed over, a list item by item.
+
+    Raises:
+        UserError: a key stands twice.
+    """
+    found: dict[str, int] = {}
+    if text[at : at + 1] != "{":
+        return found
+    at = _after_space(text, at + 1)
+    while text[at : at + 1] != "}":
+        key, at = _DECODER.raw_decode(text, at)
+        at = _expect(text, at, ":")
+        key = parse_json(json.dumps(key, ensure_ascii=False).encode("latin-1"), name)
+        if key in found:
+            raise UserError(f"{name}: the key {shown(key, 40)} stands twice in one object. Take one of the two away.")
+        found[key] = at
+        at = _after_value(text, at)
+        if text[at : at + 1] == ",":
+            at = _after_space(text, at + 1)
+        elif text[at : at + 1] != "}":
+            raise json.JSONDecodeError("Expecting ',' or '}'", text, at)
+    return found
 
 
 def _after_value(text: str, at: int) -> int:
@@ -200,7 +222,7 @@ def _joined(text: str, records: np.ndarray, items: np.ndarray, mapping: MappingC
     def keys(spans: np.ndarray, key: str, setting: str) -> list[str]:
         found = []
         for start, end in spans.tolist():
-            value = parse_json(text[start:end].encode("latin-1"), name)
+            value = parse_json(text[start:end].encode("latin-1"), name, keys_twice=True)
             if not isinstance(value, dict) or not isinstance(value.get(key), str | int):
                 raise UserError(f"{name}: an item without {key!r}, which mapping.{setting} needs, at byte {start}.")
             found.append(str(value[key]))

@@ -2,8 +2,7 @@
 
 LLaVA: {id, image, conversations: [{from: human, value}, {from: gpt, value}]}, docs/Finetune_Custom_Data.md of
 haotian-liu/LLaVA. ShareGPT as LLaMA-Factory has it (its data/README.md): a column `system`, a list `images`, also `user`
-and `assistant`. '<image>' in a human's text is where the image stands; elsewhere it is text. Calls of tools, video and
-audio are refused by name.
+and `assistant`. '<image>' in a human's text is where the image stands. What other keys mean is in `dialects.py`.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lit_vlm.data.images import shown
+from lit_vlm.data.readers.dialects import SYSTEM, check_record, check_turn
 from lit_vlm.data.readers.place import Place, new_slots, type_name
 from lit_vlm.data.readers.record import check_slots, make_sample, slots_in
 from lit_vlm.types import Message, Role, Sample
@@ -24,22 +24,15 @@ _ROLES = {
     "assistant": Role.assistant,
 }
 _TOOLS = ("function_call", "function_response", "observation", "function", "tool", "tool_call")
-_UNREAD = {
-    "tools": "calls of tools are",
-    "videos": "video is",
-    "video": "video is",
-    "audios": "sound is",
-    "audio": "sound is",
-}
+_READ = ("id", "image", "images", "conversations", *SYSTEM)
 
 
 def read_llava(row: Mapping[str, Any], place: Place) -> Sample:
     place.need(row, "conversations")
-    _refuse_what_is_not_read(row, place)
+    check_record(row, place, _READ)
     slots = new_slots()
     turns = place.items(row["conversations"], "conversations")
     messages = [_message(turn, f"conversations[{number}]", slots, place) for number, turn in enumerate(turns)]
-    messages = [*_system(row, messages, place), *messages]
     images = place.images(row)
     check_slots(slots_in(messages), len(images), place)
     return make_sample(row, messages, images, place)
@@ -48,6 +41,10 @@ def read_llava(row: Mapping[str, Any], place: Place) -> Sample:
 def _message(turn: Any, where: str, slots: Iterator[int], place: Place) -> Message:
     if not isinstance(turn, Mapping):
         raise place.fault(f"{where} is {type_name(turn)}; it must be an object with 'from' and 'value'")
+    if "role" in turn and "from" not in turn:
+        raise place.fault(
+            f"{where} has 'role' and 'content', and conversations 'from' and 'value'; call them 'messages'"
+        )
     speaker = place.text(turn.get("from"), f"{where}.from")
     role = _ROLES.get(speaker)
     if role is None:
@@ -56,19 +53,5 @@ def _message(turn: Any, where: str, slots: Iterator[int], place: Place) -> Messa
             raise place.fault(f"{found}: calls of tools are not read")
         raise place.fault(f"{found}; it must be 'human', 'gpt' or 'system' ('user' and 'assistant' do too)")
     text = place.text(turn.get("value"), f"{where}.value")
-    return Message(role, place.marked(text, slots) if role is Role.user else place.pieces(text))
-
-
-def _system(row: Mapping[str, Any], messages: list[Message], place: Place) -> list[Message]:
-    """ShareGPT's column, as a message."""
-    if row.get("system") is None or row["system"] == "":
-        return []
-    if messages[0].role is Role.system:
-        raise place.fault("both a 'system' column and a system turn are given; one of them must go")
-    return [Message(Role.system, place.pieces(place.text(row["system"], "system")))]
-
-
-def _refuse_what_is_not_read(row: Mapping[str, Any], place: Place) -> None:
-    for key, what in _UNREAD.items():
-        if row.get(key) not in (None, "", "[]", []):
-            raise place.fault(f"it has {key!r}: {what} not read")
+    trained = check_turn(turn, role, place, where, ("from", "value"))
+    return Message(role, place.marked(text, slots) if role is Role.user else place.pieces(text), trained)

@@ -31,11 +31,20 @@ class MappedSource:
     found out once in each process that reads: it pickles as its settings.
     """
 
-    def __init__(self, path: Path, mapping: MappingConfig, settings: Settings, limit: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        mapping: MappingConfig,
+        settings: Settings,
+        limit: int | None = None,
+        *,
+        split: str | None = None,
+    ) -> None:
         """
         Args:
             path: folder, zip or file of the labels; of the pictures where mapping.labels is null.
             limit: use this many records only.
+            split: of several that names of files and folders say, the one that is meant.
 
         Raises:
             UserError: a mapping that cannot work, a zip or a list of records that cannot be read, nothing found.
@@ -43,7 +52,7 @@ class MappedSource:
         if mistakes := list(mistakes_in_mapping(f"data.sources.{settings.source}.mapping", mapping)):
             raise UserError(mistakes[0] if len(mistakes) == 1 else "\n".join(f"- {mistake}" for mistake in mistakes))
         self.name, self._path, self._mapping, self._limit = settings.source, path, mapping, limit
-        self._settings = dataclasses.replace(settings, markup=False)
+        self._settings, self._split = dataclasses.replace(settings, markup=False), split
         self._answer = self._template("answer") or [("", REGIONS)]
         self._questions = [template(text, "mapping.questions") for text in mapping.questions]
         what = "pictures" if mapping.labels is None else f"label files {mapping.labels}"
@@ -88,7 +97,9 @@ class MappedSource:
     @cached_property
     def _labels(self) -> Labels:
         patterns = PICTURES if self._mapping.labels is None else (self._mapping.labels,)
-        return Labels(Catalogue(self._path, patterns), self._mapping)
+        catalogue = Catalogue(self._path, patterns)
+        catalogue.keep_split(f"data.sources.{self.name}.path={self._path}", self._split, self._mapping.labels is None)
+        return Labels(catalogue, self._mapping)
 
     @cached_property
     def _pictures(self) -> Catalogue:

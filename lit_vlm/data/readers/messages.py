@@ -1,29 +1,48 @@
 """Hugging Face's messages: {messages: [{role, content}], images}, a content being text or a list of parts.
 
 An image part `{"type": "image"}` stands for the next of the row's `images`, unless it names an image itself (`image`,
-`path`, `url`, or OpenAI's `image_url`). OpenAI's newer spellings `input_text`, `output_text` and `input_image` mean the
-same. A literal '<image>' in a text is text. A part `{"type": "control", "token": "<gro>"}` is a control token, whatever
-the source's markup: structure says it, and no text can (`task=prefer` writes them).
+`path`, `url`, or OpenAI's `image_url`) or says which of them it is (`index`). OpenAI's newer spellings `input_text`,
+`output_text` and `input_image` mean the same. Without image parts, '<image>' in a user's text is where an image stands,
+as in ms-swift and LLaMA-Factory. A part `{"type": "control", "token": "<gro>"}` is a control token, whatever the
+source's markup: structure says it, and no text can (`task=prefer` writes them).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from lit_vlm.data.images import shown
+from lit_vlm.data.readers.dialects import SYSTEM, check_part, check_record, check_turn
 from lit_vlm.data.readers.place import Place, type_name
 from lit_vlm.data.readers.record import check_slots, make_sample
-from lit_vlm.types import SPECIAL_TOKENS, Content, Control, ImageSlot, ImageSource, Message, Role, Sample
+from lit_vlm.types import (
+    SPECIAL_TOKENS,
+    Content,
+    Control,
+    Fault,
+    ImageSlot,
+    ImageSource,
+    Message,
+    RecordError,
+    Role,
+    Sample,
+    counted,
+)
 
 _TEXTS = ("text", "input_text", "output_text")
 _IMAGES = ("image", "image_url", "input_image")
 _CONTROL = "control"
 _PART_TYPES = "'text', 'image', 'image_url' or 'control'"
+_NAMES = ("image", "path", "url")  # of a picture, in a part of type image
+_READ = ("id", "image", "images", "messages", *SYSTEM)
+
+Named = ImageSource | int | None  # a picture of its own, the number of one in the column, or the next one there
 
 
 def read_messages(row: Mapping[str, Any], place: Place) -> Sample:
     place.need(row, "messages")
+    check_record(row, place, _READ)
     messages, images = read_turns(row["messages"], place.images(row), place, "messages")
     return make_sample(row, messages, images, place)
 
@@ -33,50 +52,107 @@ def read_turns(
 ) -> tuple[tuple[Message, ...], tuple[ImageSource, ...]]:
     """The messages, and the record's images in the order of their slots.
 
-    Where all contents are plain text, the images go before the first user message, as in TRL's
-    `prepare_multimodal_messages`.
+    Where no image part and no '<image>' says where they stand, images go before the first user message of plain texts,
+    as in TRL's `prepare_multimodal_messages`.
     """
-    images: list[ImageSource | None] = []  # None: the next of the column
-    messages = [
-        _message(turn, images, place, f"{where}[{number}]") for number, turn in enumerate(place.items(turns, where))
-    ]
-    if column and all(isinstance(turn["content"], str) for turn in turns):
+    turns = place.items(turns, where)
+    has_parts = any(map(_shows_images, turns))
+    marked = not has_parts and not place.settings.marks_are_text
+    images: list[Named] = []
+    messages = [_message(turn, images, marked, place, f"{where}[{number}]") for number, turn in enumerate(turns)]
+    if column and not images and all(isinstance(turn["content"], str) for turn in turns):
         messages, images = _images_first(messages, len(column)), [None] * len(column)
-    check_slots(images.count(None), len(column), place, "image part without a path")
+    return tuple(messages), _resolve_images(images, column, place, has_parts)
+
+
+def _shows_images(turn: Any) -> bool:
+    content = turn.get("content") if isinstance(turn, Mapping) else None
+    return isinstance(content, list) and any(
+        isinstance(part, Mapping) and part.get("type") in _IMAGES for part in content
+    )
+
+
+def _resolve_images(
+    images: Sequence[Named], column: Sequence[ImageSource], place: Place, has_parts: bool
+) -> tuple[ImageSource, ...]:
+    """The image of each slot. RecordError unless the slots show each image of the column, those without a number once."""
+    numbers = [image for image in images if isinstance(image, int)]
+    if numbers:
+        _check_numbers(numbers, images.count(None), len(column), place)
+        return tuple(column[image] if isinstance(image, int) else image for image in images if image is not None)
+    if has_parts and column and None not in images:
+        reason = f"{counted(len(column), 'image')} in 'images', and each image part already names its own"
+        raise place.fault(f"{reason}; leave one of the two out", Fault.placeholders)
+    if has_parts or not images:
+        check_slots(images.count(None), len(column), place, "image part without a path")
+    elif len(images) != len(column):
+        slots = counted(len(images), "image placeholder")
+        reason = f"{slots} but {counted(len(column), 'image')}; each '<image>' needs one"
+        remedy = f"Fix the record, or say data.sources.{place.settings.source}.marks=text where '<image>' is text"
+        raise RecordError(place.origin, reason, remedy, Fault.placeholders)
     waiting = iter(column)
-    return tuple(messages), tuple(next(waiting) if image is None else image for image in images)
+    return tuple(next(waiting) if image is None else image for image in images if not isinstance(image, int))
 
 
-def _message(turn: Any, images: list[ImageSource | None], place: Place, where: str) -> Message:
+def _check_numbers(numbers: Sequence[int], num_without: int, num_images: int, place: Place) -> None:
+    if num_without:
+        reason = f"{counted(len(numbers), 'image part has', 'image parts have')} an index and {num_without} without a path has none"
+        raise place.fault(f"{reason}; give all of them one", Fault.placeholders)
+    for number in numbers:
+        if not 0 <= number < num_images:
+            reason = f"an image part has the index {number}, and 'images' holds {counted(num_images, 'image')}"
+            raise place.fault(f"{reason}, counted from 0", Fault.placeholders)
+    unshown = sorted(set(range(num_images)) - set(numbers))
+    if unshown:
+        reason = f"no image part has the index {unshown[0]}, so that this one of 'images' would be shown nowhere"
+        raise place.fault(reason, Fault.placeholders)
+
+
+def _message(turn: Any, images: list[Named], marked: bool, place: Place, where: str) -> Message:
     if not isinstance(turn, Mapping):
         raise place.fault(f"{where} is {type_name(turn)}; it must be an object with 'role' and 'content'")
-    role = place.text(turn.get("role"), f"{where}.role")
-    if role not in Role.__members__:
-        raise place.fault(f"{where}.role is {shown(role)}; it must be 'system', 'user' or 'assistant'")
+    name = place.text(turn.get("role"), f"{where}.role")
+    if name not in Role.__members__:
+        raise place.fault(f"{where}.role is {shown(name)}; it must be 'system', 'user' or 'assistant'")
+    role = Role(name)
+    trained = check_turn(turn, role, place, where, ("role", "content"))
+    slots = _next_slots(images) if marked and role is Role.user else None
     content, where = turn.get("content"), f"{where}.content"
     if not isinstance(content, list):
-        return Message(Role(role), place.pieces(place.text(content, where)))
+        return Message(role, _words(place.text(content, where), slots, place), trained)
     pieces: tuple[Content, ...] = ()
     for number, part in enumerate(content):
-        pieces += _part(part, Role(role), images, place, f"{where}[{number}]")
-    return Message(Role(role), pieces)
+        pieces += _part(part, role, images, slots, place, f"{where}[{number}]")
+    return Message(role, pieces, trained)
 
 
-def _part(part: Any, role: Role, images: list[ImageSource | None], place: Place, where: str) -> tuple[Content, ...]:
+def _words(text: str, slots: Iterator[int] | None, place: Place) -> tuple[Content, ...]:
+    return place.pieces(text) if slots is None else place.marked(text, slots)
+
+
+def _next_slots(images: list[Named]) -> Iterator[int]:
+    """Numbers for the images of the column, each entered where it stands."""
+    while True:
+        images.append(None)
+        yield len(images) - 1
+
+
+def _part(
+    part: Any, role: Role, images: list[Named], slots: Iterator[int] | None, place: Place, where: str
+) -> tuple[Content, ...]:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind in _TEXTS:
-        return place.pieces(place.text(part.get("text"), f"{where}.text"))
+        check_part(part, place, where, ("type", "text"))
+        return _words(place.text(part.get("text"), f"{where}.text"), slots, place)
     if kind == _CONTROL:
+        check_part(part, place, where, ("type", "token"))
         return (_control(part.get("token"), place, where),)
     if kind not in _IMAGES:
         found = f"of type {shown(kind, 40)}" if isinstance(part, Mapping) else type_name(part)
         raise place.fault(f"{where} is {found}; a part is an object of type {_PART_TYPES}")
     if role is not Role.user:
         raise place.fault(f"{where} is an image in the {role}'s message; images belong to the user's")
-    value = _own_image(part)
-    if value is None and kind != "image":
-        raise place.fault(f"{where} has no image_url.url")
-    images.append(None if value is None else place.image(value))
+    images.append(_named_image(part, place, where))
     return (ImageSlot(len(images) - 1),)
 
 
@@ -86,12 +162,27 @@ def _control(token: Any, place: Place, where: str) -> Control:
     return Control(token)
 
 
-def _own_image(part: Mapping[str, Any]) -> Any:
+def _named_image(part: Mapping[str, Any], place: Place, where: str) -> Named:
+    """In columns the keys that other parts use are there as nulls."""
     if part["type"] != "image":
+        check_part(part, place, where, ("type", "image_url", "detail"))
         value = part.get("image_url")
-        return value.get("url") if isinstance(value, Mapping) else value
-    # In columns the keys that other parts use are there as nulls.
-    return next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)
+        value = value.get("url") if isinstance(value, Mapping) else value
+        if value is None:
+            raise place.fault(f"{where} has no image_url.url")
+        return place.image(value)
+    check_part(part, place, where, ("type", "index", *_NAMES))
+    given = [key for key in (*_NAMES, "index") if part.get(key) is not None]
+    if len(given) > 1:
+        raise place.fault(f"{where} has both {given[0]!r} and {given[1]!r}; one of them must go")
+    if not given:
+        return None
+    value = part[given[0]]
+    if given[0] != "index":
+        return place.image(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise place.fault(f"{where}.index is {shown(value, 40)}; it must be the number of one of 'images', from 0")
+    return value
 
 
 def _images_first(messages: list[Message], num_images: int) -> list[Message]:
@@ -99,5 +190,5 @@ def _images_first(messages: list[Message], num_images: int) -> list[Message]:
     if first is None:  # the roles are refused later, by their own message
         return messages
     slots = tuple(ImageSlot(index) for index in range(num_images))
-    with_images = Message(Role.user, slots + messages[first].content)
+    with_images = Message(Role.user, slots + messages[first].content, messages[first].trained)
     return [*messages[:first], with_images, *messages[first + 1 :]]

@@ -8,11 +8,12 @@ import itertools
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lit_vlm.data.images import REMEDY, BytesImage, FileImage, refuse_url, shown
+from lit_vlm.data.readers.dialects import find_mark
 from lit_vlm.types import IMAGE_TOKEN, Content, Fault, ImageSlot, ImageSource, Kind, Language, RecordError
 
 _MARKER = re.compile(rf"\r?\n{IMAGE_TOKEN}|{IMAGE_TOKEN}(?:\r?\n)?")  # one line break beside it belongs to the marker
@@ -32,6 +33,8 @@ class Settings:
     markup: bool
     max_tiles: int | None = None
     prompts: tuple[str, ...] = ()  # questions for images without one
+    split: str | None = None  # that its records may say they are of; None: any
+    marks_are_text: bool = False  # marks of other forms in its texts are text, and no record is refused for them
 
 
 class Embedded:
@@ -50,6 +53,7 @@ class Place:
     origin: str
     settings: Settings
     normalised: bool = False  # NFC changed one of the texts read so far
+    unread: dict[str, None] = field(default_factory=dict)  # keys that nothing is read from, in their order
 
     def fault(self, reason: str, fault: Fault = Fault.malformed) -> RecordError:
         return RecordError(self.origin, reason, REMEDY, fault)
@@ -83,7 +87,19 @@ class Place:
         return value
 
     def pieces(self, text: str) -> tuple[Content, ...]:
-        """Text in NFC, so that one word has one spelling; with markup on, its control tokens apart."""
+        """Text in NFC, so that one word has one spelling; with markup on, its control tokens apart.
+
+        Raises:
+            RecordError: a mark of another form stands in it, and nobody said that such marks are text.
+        """
+        if not self.settings.marks_are_text and (mark := find_mark(text)):
+            word, what = mark
+            raise RecordError(
+                self.origin,
+                f"{shown(word, 40)} in a text stands for {what} in other forms, and nothing stands there in this one",
+                f"Take it out, or say data.sources.{self.settings.source}.marks=text where such words are text",
+                Fault.placeholders,
+            )
         if not unicodedata.is_normalized("NFC", text):
             text, self.normalised = unicodedata.normalize("NFC", text), True
         if not self.settings.markup:

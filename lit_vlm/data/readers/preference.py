@@ -14,19 +14,35 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lit_vlm.data.readers.dialects import SYSTEM, check_record
 from lit_vlm.data.readers.messages import read_turns
 from lit_vlm.data.readers.place import Place, new_slots, type_name
-from lit_vlm.data.readers.record import check_slots, check_turns, found_language, record_id, slots_in, with_questions
-from lit_vlm.types import ImageSlot, ImageSource, Kind, Message, PreferencePair, Role, counted
+from lit_vlm.data.readers.record import (
+    check_slots,
+    check_turns,
+    found_language,
+    record_id,
+    slots_in,
+    with_questions,
+    with_system,
+)
+from lit_vlm.types import Fault, ImageSlot, ImageSource, Kind, Message, PreferencePair, Role, counted
+
+_READ = ("id", "image", "images", "rejected_image", "rejected_images", "prompt", "chosen", "rejected", "kind", *SYSTEM)
 
 
 def read_preference(row: Mapping[str, Any], place: Place) -> PreferencePair:
     place.need(row, "chosen", "rejected")
+    check_record(row, place, _READ)
+    for key in ("chosen", "rejected"):
+        if isinstance(row[key], Mapping):
+            reason = f"{key} is an object with the keys {', '.join(map(repr, row[key]))}"
+            raise place.fault(f"{reason}; it must be text or a list of messages")
     column = place.images(row)
     if row.get("prompt") is None:
         row = _with_prompt(row, place)
     prompt, images = _prompt(row["prompt"], column, place)
-    prompt = tuple(with_questions(row, prompt, images, place))
+    prompt = tuple(with_questions(row, with_system(row, prompt, place), images, place))
     chosen, rejected = _answer(row["chosen"], "chosen", place), _answer(row["rejected"], "rejected", place)
     for answer in (chosen, rejected):
         check_turns((*prompt, answer), place)
@@ -50,6 +66,7 @@ def read_preference(row: Mapping[str, Any], place: Place) -> PreferencePair:
         max_tiles=place.settings.max_tiles,
         normalised=place.normalised,
         rejected_images=bool(others),
+        unread=tuple(place.unread),
     )
 
 
@@ -98,4 +115,7 @@ def _answer(value: Any, key: str, place: Place) -> Message:
         raise place.fault(f"{key} is {type_name(value)}; it must be text or a list of messages")
     if len(value) != 1:
         raise place.fault(f"{key} has {len(value)} messages after the prompt; it must be one answer")
-    return read_turns(value, (), place, key)[0][0]
+    answer = read_turns(value, (), place, key)[0][0]
+    if not answer.trained:
+        raise place.fault(f"{key} says that it is not trained on, and a pair trains on both answers", Fault.no_answer)
+    return answer

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from lit_vlm.data.images import FileImage
+from lit_vlm.data.readers.dialects import read_system
 from lit_vlm.data.readers.place import Place, Settings, new_slots, type_name
 from lit_vlm.types import (
     IMAGE_TOKEN,
@@ -33,7 +34,9 @@ def make_sample(
     row: Mapping[str, Any], messages: Sequence[Message], images: Sequence[ImageSource], place: Place
 ) -> Sample:
     """A checked conversation as a sample; its image slots are already known to match the images."""
+    messages = with_system(row, messages, place)
     check_turns(messages, place)
+    messages, images = keep_turns(messages, images, count_trained_turns(messages, place))
     asked = with_questions(row, messages, images, place)
     return Sample(
         id=record_id(row, place),
@@ -45,7 +48,53 @@ def make_sample(
         images=tuple(images),
         max_tiles=place.settings.max_tiles,
         normalised=place.normalised,
+        unread=tuple(place.unread),
     )
+
+
+def with_system(row: Mapping[str, Any], messages: Sequence[Message], place: Place) -> Sequence[Message]:
+    """The messages behind the system message of the record's column, if it has one."""
+    text = read_system(row, place)
+    if text is None:
+        return messages
+    if messages[0].role is Role.system:
+        raise place.fault("both a 'system' column and a system turn are given; one of them must go")
+    return [Message(Role.system, place.pieces(text)), *messages]
+
+
+def count_trained_turns(messages: Sequence[Message], place: Place) -> int:
+    """Messages up to the last one that is trained on: those behind it have no part in the loss, and are counted as unread.
+
+    Raises:
+        RecordError: no answer is trained on.
+    """
+    answers = [number for number, message in enumerate(messages, 1) if message.role is Role.assistant]
+    trained = [number for number in answers if messages[number - 1].trained]
+    if not trained:
+        raise place.fault("every answer says that it is not trained on; nothing is left for the loss", Fault.no_answer)
+    if trained[-1] < answers[-1]:
+        place.unread["turns behind the last answer that is trained on"] = None
+    return trained[-1]
+
+
+def first_turns(sample: Sample, count: int) -> Sample:
+    """The sample's first `count` messages and the images that stand in them."""
+    messages, images = keep_turns(sample.messages, sample.images, count)
+    return replace(sample, messages=messages, images=images)
+
+
+def keep_turns(
+    messages: Sequence[Message], images: Sequence[ImageSource], count: int
+) -> tuple[tuple[Message, ...], tuple[ImageSource, ...]]:
+    """The first `count` messages and the images that stand in them."""
+    messages = messages[:count]
+    kept = sorted({piece.index for message in messages for piece in message.content if isinstance(piece, ImageSlot)})
+    number = {old: ImageSlot(new) for new, old in enumerate(kept)}
+    shorter = tuple(
+        replace(m, content=tuple(number[p.index] if isinstance(p, ImageSlot) else p for p in m.content))
+        for m in messages
+    )
+    return shorter, tuple(images[old] for old in kept)
 
 
 def record_id(row: Mapping[str, Any], place: Place) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from lit_vlm.config.mapping import BoxFormat, BoxUnit, MappingConfig, RegionTask
+from lit_vlm.config.mapping import BoxFormat, BoxFrame, BoxUnit, MappingConfig, RegionTask
 from lit_vlm.data.markup import char, obj
 from lit_vlm.data.readers.fields import Scope, Template, number
 from lit_vlm.types import Box, Content, Fault, ImageSource
@@ -25,8 +26,8 @@ def read_regions(scope: Scope, mapping: MappingConfig, text: Template, image: Im
     if not chosen:
         left = "is left after mapping.keep and mapping.skip" if every else "is there"
         raise scope.place.fault(f"no item of {mapping.regions} {left}, so nothing would be answered", Fault.no_answer)
-    size = _size(scope, mapping, image)
-    found = [(_phrase(item, text), _box(item, mapping, size)) for item in chosen]
+    frame = _frame(scope, mapping, image)
+    found = [(_phrase(item, text), _box(item, mapping, frame)) for item in chosen]
     if mapping.task is RegionTask.ocr:
         lines = [char(phrase, box) for phrase, box in found]
         return tuple(piece for number, line in enumerate(lines) for piece in (*(("\n",) if number else ()), *line))
@@ -56,22 +57,74 @@ def _phrase(item: Scope, text: Template) -> str:
     return "".join(piece for piece in pieces if isinstance(piece, str))
 
 
-def _size(scope: Scope, mapping: MappingConfig, image: ImageSource) -> tuple[float, float]:
-    """(width, height) that boxes are measured in."""
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What boxes are measured on: its width and height, and EXIF's orientation where those are of the stored pixels."""
+
+    width: float
+    height: float
+    orientation: int = 1
+
+    def turn(self, box: Box) -> Box:
+        """The box, in fractions of this frame, in fractions of the picture that stands upright."""
+        turned = _TURNED[self.orientation]
+        (x1, y1), (x2, y2) = turned(box.x1, box.y1), turned(box.x2, box.y2)
+        return Box(min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+
+
+# EXIF's orientation -> where the point (x, y) of the stored pixels, as fractions, lies in the upright picture.
+_TURNED: dict[int, Callable[[float, float], tuple[float, float]]] = {
+    1: lambda x, y: (x, y),
+    2: lambda x, y: (1 - x, y),
+    3: lambda x, y: (1 - x, 1 - y),
+    4: lambda x, y: (x, 1 - y),
+    5: lambda x, y: (y, x),
+    6: lambda x, y: (1 - y, x),
+    7: lambda x, y: (1 - y, 1 - x),
+    8: lambda x, y: (y, 1 - x),
+}
+
+
+def _frame(scope: Scope, mapping: MappingConfig, image: ImageSource) -> Frame:
+    """RecordError where the label's size is of another picture, or nothing tells whether boxes are of the turned one."""
+    height, width = image.size
+    orientation = int(getattr(image, "orientation", 1))
+    lies = orientation in (5, 6, 7, 8)
+    stored = (height, width) if lies else (width, height)
+    labelled = tuple(scope.number(path) for path in mapping.size)
+    if labelled and min(labelled) <= 0:
+        raise scope.place.fault(f"{', '.join(mapping.size)} are {labelled[0]:g}, {labelled[1]:g}; a picture is larger")
+    fits = {BoxFrame.upright: not labelled or _alike(labelled, (width, height))}
+    fits[BoxFrame.stored] = not labelled or _alike(labelled, stored)
+    frame = mapping.box_frame
+    if frame is BoxFrame.auto:
+        frame = BoxFrame.upright if orientation == 1 or not fits[BoxFrame.stored] else BoxFrame.stored
+        if orientation != 1 and all(fits.values()):
+            reason = f"EXIF turns the picture (orientation {orientation}), and nothing tells whether the boxes are turned too"
+            raise scope.place.fault(
+                f"{reason}; set mapping.box_frame=upright, or stored for those of the file's pixels"
+            )
+    if not fits[frame]:
+        found = f"the label says {labelled[0]:g} x {labelled[1]:g} pixels, and the picture has {width:,} x {height:,}"
+        turned = f", turned by EXIF from {stored[0]:,} x {stored[1]:,}" if orientation != 1 else ""
+        raise scope.place.fault(f"{found}{turned}: its boxes are of another picture")
+    turned_by = orientation if frame is BoxFrame.stored else 1
     if mapping.box_unit is BoxUnit.fractions:
-        return 1.0, 1.0
-    if not mapping.size:
-        pixels = image.size
-        return float(pixels[1]), float(pixels[0])
-    width, height = (scope.number(path) for path in mapping.size)
-    if width <= 0 or height <= 0:
-        raise scope.place.fault(f"{', '.join(mapping.size)} are {width:g}, {height:g}; a picture is larger")
-    return width, height
+        return Frame(1.0, 1.0, turned_by)
+    size = labelled or (stored if frame is BoxFrame.stored else (width, height))
+    return Frame(float(size[0]), float(size[1]), turned_by)
 
 
-def _box(item: Scope, mapping: MappingConfig, size: tuple[float, float]) -> Box:
+def _alike(one: Sequence[float], other: Sequence[float]) -> bool:
+    """Whether a size is the other, or the other's at another scale, to a pixel of the smaller one."""
+    small, large = sorted((one, other), key=lambda size: size[0] * size[1])
+    scale = max(small[0] / large[0], small[1] / large[1])
+    return all(abs(side - scale * whole) <= 1.0 for side, whole in zip(small, large, strict=True))
+
+
+def _box(item: Scope, mapping: MappingConfig, frame: Frame) -> Box:
     x1, y1, x2, y2 = corners = _corners(item, mapping)
-    width, height = size
+    width, height = frame.width, frame.height
     left, right, top, bottom = min(x1, x2), max(x1, x2), min(y1, y2), max(y1, y2)
     inside = Box(max(left, 0) / width, max(top, 0) / height, min(right, width) / width, min(bottom, height) / height)
     area = (inside.x2 - inside.x1) * width * (inside.y2 - inside.y1) * height if inside.x2 > inside.x1 else 0.0
@@ -79,7 +132,7 @@ def _box(item: Scope, mapping: MappingConfig, size: tuple[float, float]) -> Box:
         found = ", ".join(f"{value:g}" for value in corners)
         reason = f"{item.name} has the corners {found}, which are no box inside of {width:g} x {height:g}"
         raise item.place.fault(reason)
-    return inside
+    return frame.turn(inside)
 
 
 def _corners(item: Scope, mapping: MappingConfig) -> tuple[float, float, float, float]:

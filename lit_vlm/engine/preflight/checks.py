@@ -12,6 +12,7 @@ from lit_vlm.config.schema import (
     OnOverlong,
     RunConfig,
 )
+from lit_vlm.data.quarantine import list_unread
 from lit_vlm.engine.preflight.facts import Facts, Finding, Level, MemoryFacts, SourceRow
 from lit_vlm.engine.preflight.page import gigabytes, percent
 from lit_vlm.losses.preference import SORTS_THE_BATCH
@@ -57,6 +58,12 @@ def _seen(row: SourceRow) -> str:
 def _of_source(row: SourceRow, config: RunConfig) -> Iterator[Finding]:
     yield from of_bad_records(row, config.data)
     yield from _of_length(row, _seen(row), config.data.on_overlong)
+    if row.unread:
+        yield Finding(
+            Level.advice,
+            f"{list_unread(row.name, row.unread)}.",
+            "Keys that change what is trained are refused by name.",
+        )
     if row.expected is not None and row.expected != row.records:
         what = (
             f"{row.name}: {counted(row.records, 'record')} on disk where {counted(row.expected, 'is', 'are')} expected."

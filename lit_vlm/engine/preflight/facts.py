@@ -43,6 +43,7 @@ class SourceRow:
     tiles: int = 0
     images: int = 0
     normalised: int = 0  # records whose text Unicode's NFC changed
+    unread: dict[str, int] = field(default_factory=dict)  # keys that nothing is read from, and records that have them
     duplicates: int = 0  # records that say what another one says, with the same images
     fewer_tiles: int = 0  # records that the length policy cut into fewer tiles
     fewer_turns: int = 0  # records that it cut at a turn

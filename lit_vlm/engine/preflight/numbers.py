@@ -38,6 +38,7 @@ def fill_source_rows(
         row.fewer_tiles = int((index.most_tiles[training] >= 0).sum())
         row.fewer_turns = int((index.turns[training] >= 0).sum())
         row.quarantined = _faults(row.name, errors)
+        row.unread = index.unread.get(row.name, {})
 
 
 def duplicates_between(index: Index) -> int:

@@ -45,8 +45,7 @@ def _say(console: Console, *lines: str) -> None:
 
 
 def _plain(text: str) -> str:
-    """A file's name may hold what a terminal obeys."""
-    return sayable(text).replace("\x1b", "\ufffd")
+    return sayable(text)
 
 
 def _sources(facts: Facts) -> Table:

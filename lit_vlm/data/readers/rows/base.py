@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from lit_vlm.data.images import shown
 from lit_vlm.data.staging import original
 
 
@@ -53,6 +54,20 @@ class JoinedRows:
     def _find(self, index: int) -> tuple[Rows, int]:
         part = bisect.bisect_right(self._ends, index)
         return self._parts[part], index - (self._ends[part - 1] if part else 0)
+
+
+class KeyTwice(Exception):
+    """An object of JSON names a key twice, and which of the two is meant nobody knows."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs: json's `object_pairs_hook`. Raises KeyTwice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [key for key, _ in pairs]
+        key = next(key for key in names if names.count(key) > 1)
+        raise KeyTwice(f"the key {shown(key, 40)} stands twice in one object; only one of them can be meant")
+    return found
 
 
 def split_at(ends: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:

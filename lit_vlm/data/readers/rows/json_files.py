@@ -13,7 +13,7 @@ import numpy as np
 
 from lit_vlm.data.images import REMEDY
 from lit_vlm.data.readers.place import type_name
-from lit_vlm.data.readers.rows.base import Hasher
+from lit_vlm.data.readers.rows.base import Hasher, KeyTwice, unique_keys
 from lit_vlm.data.readers.rows.json_list import BOM, MAX_ROW_BYTES, elements
 from lit_vlm.data.readers.rows.stored import StoredArray, stored
 from lit_vlm.types import Fault, RecordError
@@ -68,7 +68,10 @@ def json_list(path: Path, cache: Path | None = None) -> JsonRows:
 def parse(data: bytes, origin: str) -> dict[str, Any]:
     """The object that the bytes are. RecordError saying what else they are."""
     try:
-        row = json.loads(data.decode("utf-8").rstrip())  # behind the line's end, columns would count from 1 again
+        text = data.decode("utf-8").rstrip()  # behind the line's end, columns would count from 1 again
+        row = json.loads(text, object_pairs_hook=unique_keys)
+    except KeyTwice as error:
+        raise RecordError(origin, str(error), REMEDY) from None
     except UnicodeDecodeError as error:
         raise RecordError(origin, f"not UTF-8 at byte {error.start + 1}: {data[error.start]:#04x}", REMEDY) from None
     except json.JSONDecodeError as error:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_vlm.data.readers.rows.base import Hasher, JoinedRows, Rows, identity, split_at
-from lit_vlm.types import UserError
+from lit_vlm.data.images import REMEDY
+from lit_vlm.data.readers.rows.base import Hasher, JoinedRows, KeyTwice, Rows, identity, split_at
+from lit_vlm.types import RecordError, UserError
 
 
 class ArrowRows:
@@ -40,7 +41,10 @@ class ArrowRows:
         return f"{self._names[part]}[{index - (self._ends[part - 1] if part else 0)}]"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._features.decode_example(self._dataset[index].to_pylist()[0])
+        try:
+            return self._features.decode_example(self._dataset[index].to_pylist()[0])
+        except KeyTwice as error:
+            raise RecordError(self.origin(index), str(error), REMEDY) from None
 
     def update(self, hasher: Hasher, start: int, stop: int) -> None:
         """A file that is as it was holds what it held: its rows by number stand for their content."""
@@ -126,7 +130,11 @@ def _undecoded(feature: Any) -> Any:
         return {key: _undecoded(inner) for key, inner in feature.items()}
     if hasattr(feature, "feature"):
         return dataclasses.replace(feature, feature=_undecoded(feature.feature))
-    is_media = getattr(feature, "decode", False) and type(feature).__name__ != "Json"
+    if type(feature).__name__ == "Json":
+        from lit_vlm.data.readers.rows.json_columns import StrictJson
+
+        return StrictJson()
+    is_media = getattr(feature, "decode", False)
     return dataclasses.replace(feature, decode=False) if is_media else feature
 
 

@@ -1,0 +1,86 @@
+"""Settings that nothing would come of, those of sources above all: they are refused, for whoever sets one means something."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+from lit_vlm.anyres import Tiling
+from lit_vlm.config.mapping import RegionTask
+from lit_vlm.config.schema import DataConfig, DPOStageConfig, Format, RunConfig, SourceConfig, Strategy
+
+_MADE = (Format.builtin, Format.digits)
+_DEFAULTS = SourceConfig()
+# Setting -> formats that it means nothing to, and why. What a source says about itself (licence, ...) is only shown.
+_IDLE: dict[str, tuple[tuple[Format, ...], str]] = {
+    "path": ((Format.digits,), "its pictures are scikit-learn's"),
+    "image_root": ((*_MADE, Format.webdataset), "its pictures do not lie in files of their own"),
+    "hub": ((*_MADE, Format.mapped, Format.webdataset), "it is read from path"),
+    "hub_config": (_MADE, "its records are made"),
+    "split": (_MADE, "it holds out records of its own"),
+    "revision": (_MADE, "its records are made"),
+    "prompts": (_MADE, "its records ask already"),
+    "kind": ((Format.builtin,), "path says the kind"),
+    "markup": (_MADE, "its control tokens are none of its text"),
+    "marks": (_MADE, "its texts are made"),
+    "hard": (
+        tuple(one for one in Format if one is not Format.builtin),
+        "pictures are made larger for format=builtin alone",
+    ),
+}
+
+
+def mistakes_in_idle_settings(data: DataConfig) -> Iterator[str]:
+    """Name each setting of the data that would have no effect, with the reason."""
+    for table, sources in (("data.sources", data.sources), ("data.validation.sources", data.validation.sources)):
+        for name, source in sources.items():
+            yield from _idle_in_source(f"{table}.{name}", source, data)
+    for name, source in data.validation.sources.items():
+        for setting in ("weight", "repeat", "count"):
+            if getattr(source, setting) is not None:
+                reason = "each of its records is read once, whatever the others hold"
+                yield _refusal(f"data.validation.sources.{name}.{setting}", reason)
+    default = DataConfig()
+    if data.validation.sources and data.validation.fraction not in (0, default.validation.fraction):
+        yield _refusal("data.validation.fraction", "data.validation.sources are held out, and nothing else")
+
+
+def mistakes_in_idle_stage(config: RunConfig) -> Iterator[str]:
+    """Name each setting of the loss and of the strategy that another setting makes mean nothing."""
+    stage, trainer, default = config.stage, config.trainer, DPOStageConfig()
+    if isinstance(stage, DPOStageConfig):
+        if stage.discopop_tau != default.discopop_tau and "discopop" not in stage.loss_type:
+            yield _refusal("stage.discopop_tau", "stage.loss_type names no discopop")
+        diverges = stage.f_divergence_type == "alpha_divergence"
+        if stage.f_alpha_divergence_coef != default.f_alpha_divergence_coef and not diverges:
+            yield _refusal("stage.f_alpha_divergence_coef", "stage.f_divergence_type is not alpha_divergence")
+    if trainer.shard_size is not None and trainer.strategy not in (Strategy.hsdp, Strategy.auto):
+        yield _refusal("trainer.shard_size", f"trainer.strategy={trainer.strategy.value} has no groups; hsdp has")
+
+
+def _idle_in_source(key: str, source: SourceConfig, data: DataConfig) -> Iterator[str]:
+    is_set = {field.name for field in fields(source) if getattr(source, field.name) != getattr(_DEFAULTS, field.name)}
+    for setting, (formats, reason) in _IDLE.items():
+        if setting in is_set and source.format in formats:
+            yield _refusal(f"{key}.{setting}", f"format={source.format.value}: {reason}")
+    if source.hub is None and source.format not in _MADE:
+        for setting in sorted({"hub_config", "revision"} & is_set):
+            yield _refusal(f"{key}.{setting}", "it is of a dataset of the hub, and hub is not set")
+    if "max_tiles" in is_set and data.tiling is Tiling.base:
+        yield _refusal(f"{key}.max_tiles", "data.tiling=base cuts no picture into tiles")
+    mapping = source.mapping if source.format is Format.mapped else None
+    if mapping is None:
+        return
+    if mapping.labels is None and "image_root" in is_set:
+        yield _refusal(f"{key}.image_root", "with mapping.labels=null the pictures are the records and lie in path")
+    asks = mapping.questions or (mapping.regions is not None and mapping.task is not RegionTask.referring)
+    if asks and "prompts" in is_set:
+        yield _refusal(f"{key}.prompts", "mapping asks a question of each record already")
+    if mapping.regions is None:
+        for setting in ("text", "box", "size", "keep", "skip"):
+            if getattr(mapping, setting):
+                yield _refusal(f"{key}.mapping.{setting}", "it is of regions, and mapping.regions is not set")
+
+
+def _refusal(key: str, reason: str) -> str:
+    return f"{key}: has no effect here ({reason}). Take it away."

@@ -1,0 +1,160 @@
+"""Words of other trainers' forms that change what is trained: keys of records, and marks in texts.
+
+Read in ms-swift, LLaMA-Factory, axolotl, TRL, OpenAI's fine-tuning, and in the data of LLaVA, Qwen-VL, InternVL and
+MiniCPM-V. A reader honours such a key, or the record is refused by its name; all other keys that nothing is read from
+are counted (`Place.unread`). docs/formats.md has the table.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any
+
+from lit_vlm.data.images import shown
+from lit_vlm.data.readers.splits import canonical_split
+from lit_vlm.types import Role
+
+if TYPE_CHECKING:
+    from lit_vlm.data.readers.place import Place
+
+_TOOLS = "calls of tools are not read"
+_PAIRS = "it makes the record a preference pair, which is read from prompt, chosen and rejected (format=preference)"
+_THOUGHTS = "thoughts beside an answer are not read; write them into the answer, or take them out"
+_TOKENS = "the tokens to train on are chosen by the chat template; masks and token ids are not read"
+_PICTURES = "pictures are read from the record's 'images' and from image parts of the content"
+
+# Keys of a record that other trainers train on otherwise -> why the record is refused when they hold something.
+_OF_RECORDS = {
+    **dict.fromkeys(("tools", "functions", "function_call", "function_calls", "tool_calls"), _TOOLS),
+    **dict.fromkeys(("videos", "video"), "video is not read"),
+    **dict.fromkeys(("audios", "audio"), "sound is not read"),
+    "objects": "its boxes (ms-swift) are not read; write them as <obj> and <bbox>, or use format=mapped",
+    **dict.fromkeys(("rejected_response", "rejected_messages", "rejected_answer"), _PAIRS),
+    **dict.fromkeys(("chosen", "rejected", "chosen_response"), _PAIRS),
+    **dict.fromkeys(("rejected_images", "rejected_image"), _PAIRS),
+    **dict.fromkeys(("positive_messages", "negative_messages"), "lists of other conversations are not read"),
+    "history": "earlier turns are read from the conversation itself; put them there",
+    "reasoning_content": _THOUGHTS,
+    "chat_template_kwargs": "settings of the chat template are not read from records",
+    **dict.fromkeys(("input_ids", "attention_mask", "loss_mask", "assistant_masks", "completion_mask"), _TOKENS),
+}
+# Of a turn, beside its role and its words.
+_OF_TURNS = {
+    **dict.fromkeys(("tool_calls", "tool_call", "function_call", "tool_call_id", "tools"), _TOOLS),
+    **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _THOUGHTS),
+    **dict.fromkeys(("images", "image", "image_url"), _PICTURES),
+    **dict.fromkeys(("videos", "video"), "video is not read"),
+    **dict.fromkeys(("audios", "audio"), "sound is not read"),
+    "objects": _OF_RECORDS["objects"],
+    **dict.fromkeys(("train_detail", "training_detail", "mask", "loss_mask", "input_ids", "labels"), _TOKENS),
+    "prefix": "an answer that is begun for the model is not read",
+}
+# Whether a turn is trained on: ms-swift's `loss`, OpenAI's `weight`, axolotl's `train` and `training`.
+_LOSSES = ("loss", "weight", "train", "training", "loss_scale", "loss_weight")
+# What would be a second content of a part, beside the one that its type names.
+_CONTENTS = ("text", "image", "path", "url", "image_url", "bytes", "data", "base64", "source", "file_id")
+SYSTEM = ("system", "system_prompt")
+
+# Marks in a text that stand for something else in other forms -> what for.
+_MARKS = {
+    r"<image>|<image[ _]?\d+>|<\|image(?:_\d+)?\|>|<image_placeholder>|<ImageHere>|<start_of_image>": "a picture",
+    r"<\|(?:image|vision|media)_(?:pad|start|end|bos|eos|soft_token)\|>|<image_soft_token>|<IMG_CONTEXT>": "a picture",
+    r"<\|(?:begin|end)_of_image\|>|<im_patch>|<fake_token_around_image>|<img>[^<>\n]*</img>": "a picture",
+    r"<video>|<video[ _]?\d+>|<\|video(?:_\w+)?\|>|<VID_CONTEXT>": "a video",
+    r"<audio>|<audio[ _]?\d+>|<\|audio(?:_\w+)?\|>|<\|AUDIO\|>|<\|audio_(?:bos|eos)\|>": "a sound",
+    r"<ref-object>|<\|object_ref_(?:start|end)\|>": "an object",
+    r"<bbox>(?!\s*-?[\d.])|<\|(?:box|quad|point)_(?:start|end)\|>|<(?:box|quad)>\s*[\[(<]*\s*\d|<loc_?\d+>": "a box",
+}
+_MARK = re.compile("|".join(f"({marks})" for marks in _MARKS))
+
+
+def find_mark(text: str) -> tuple[str, str] | None:
+    """The first mark of another form in a text, and what it stands for there."""
+    found = _MARK.search(text)
+    return None if found is None else (found[0], list(_MARKS.values())[found.lastindex - 1])  # type: ignore[operator]
+
+
+def check_record(row: Mapping[str, Any], place: Place, read: Collection[str]) -> None:
+    """Refuse a record whose other keys change what is trained; count those that change nothing.
+
+    Args:
+        read: the keys that the reader honours.
+
+    Raises:
+        RecordError: by the key's name.
+    """
+    for key in [key for key in row if key not in read and not _is_empty(row[key])]:
+        value = row[key]
+        if key in _OF_RECORDS and value is not False:
+            raise place.fault(f"it has {key!r}: {_OF_RECORDS[key]}")
+        if key in _LOSSES and not _is_one(value):
+            raise place.fault(f"{key!r} is {shown(value, 40)}: a record counts once; repeat it, or take the key out")
+        if key in ("label", "kto_tag") and isinstance(value, bool):
+            raise place.fault(f"{key!r} is {value}: answers that are judged one by one (KTO) are not read")
+        if key == "split":
+            _check_split(value, place)
+        place.unread[key] = None
+
+
+def check_turn(turn: Mapping[str, Any], role: Role, place: Place, where: str, read: Collection[str]) -> bool:
+    """Whether the turn counts in the loss, as far as its keys say. RecordError as `check_record`."""
+    trained = True
+    for key in [key for key in turn if key not in read and not _is_empty(turn[key])]:
+        value = turn[key]
+        if key in _LOSSES:
+            trained = _read_flag(value, role, place, f"{where}.{key}") and trained
+        elif key in _OF_TURNS and value is not False:
+            raise place.fault(f"{where} has {key!r}: {_OF_TURNS[key]}")
+        else:
+            place.unread[f"{where.partition('[')[0]}[].{key}"] = None
+    return trained
+
+
+def check_part(part: Mapping[str, Any], place: Place, where: str, read: Collection[str]) -> None:
+    """RecordError for a part of a content that says more than is read of it, in words that change what is trained."""
+    for key in [key for key in part if key not in read and not _is_empty(part[key])]:
+        value = part[key]
+        if key in _CONTENTS:
+            raise place.fault(f"{where} has {key!r}, which a part of type {shown(part.get('type'), 40)} has not")
+        if key in _OF_TURNS and value is not False:
+            raise place.fault(f"{where} has {key!r}: {_OF_TURNS[key]}")
+        if key in _LOSSES and not _is_one(value):
+            raise place.fault(f"{where}.{key} is {shown(value, 40)}: a turn is trained on as a whole")
+        place.unread[f"{where.partition('[')[0]}[].content[].{key}"] = None
+
+
+def read_system(row: Mapping[str, Any], place: Place) -> str | None:
+    """The record's column `system`, as ShareGPT and ms-swift have it."""
+    given = [key for key in SYSTEM if not (row.get(key) is None or row[key] == "")]
+    if len(given) > 1:
+        raise place.fault(f"both {given[0]!r} and {given[1]!r} are given; one of them must go")
+    return place.text(row[given[0]], given[0]) if given else None
+
+
+def _check_split(value: Any, place: Place) -> None:
+    found, wanted = canonical_split(str(value)), place.settings.split
+    if found and wanted and found != canonical_split(wanted):
+        reason = f"its 'split' is {shown(value, 40)}, and the source is read for {wanted!r}"
+        raise place.fault(f"{reason}; put the records of other splits into a file of their own")
+
+
+def _read_flag(value: Any, role: Role, place: Place, where: str) -> bool:
+    if not isinstance(value, bool | int | float) or value not in (0, 1):
+        raise place.fault(f"{where} is {shown(value, 40)}; a turn is trained on (1, true) or not (0, false)")
+    if value and role is not Role.assistant and where.rpartition(".")[2] != "weight":
+        raise place.fault(f"{where} is {value} in the {role}'s message; only the assistant's are trained on")
+    return bool(value)
+
+
+def _is_empty(value: Any) -> bool:
+    """In columns the keys of other records are there as nulls, also inside of objects and lists."""
+    if isinstance(value, Mapping):
+        return all(map(_is_empty, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_empty, value))
+    return value is None or (isinstance(value, str) and value in ("", "[]", "{}", "null"))
+
+
+def _is_one(value: Any) -> bool:
+    return isinstance(value, bool | int | float) and value == 1

@@ -1,0 +1,153 @@
+"""Claims about which files of a folder are read, and about settings that would have no effect."""
+
+import os
+import tarfile
+
+import pytest
+from delivery import label, make_zip, mapped, picture
+from source_cases import open_, write
+
+from lit_vlm.config import parse
+from lit_vlm.config.schema import SourceConfig
+from lit_vlm.data.readers.splits import canonical_split, split_of_path
+from lit_vlm.data.sources import open_source
+from lit_vlm.types import UserError
+
+ROW = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+
+
+def refused(words, path, **options):
+    with pytest.raises(UserError) as caught:
+        open_(path, **options)
+    assert words in str(caught.value), caught.value
+
+
+def filled(folder, files):
+    """The folder with files of so many records."""
+    for name, count in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write(folder / name, [ROW] * count)
+    return folder
+
+
+LAYOUTS = {
+    "beside": {"train.jsonl": 3, "test.jsonl": 2},
+    "words": {"chat_train.jsonl": 3, "chat.test.jsonl": 2},
+    "shards": {"train-00000-of-00002.jsonl": 2, "train-00001-of-00002.jsonl": 1, "test-00000-of-00001.jsonl": 2},
+    "clone": {"data/train-00000-of-00001.jsonl": 3, "data/test-00000-of-00001.jsonl": 2, "dataset_infos.json": 1},
+    "folders": {"train/a.jsonl": 3, "test/b.jsonl": 2, ".git/c.json": 1},
+    "deeper": {"data/Training/x/a.jsonl": 3, "data/Evaluation/x/a.jsonl": 2},
+    "unnamed": {"chat.jsonl": 3, "chat_test.jsonl": 2},
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_of_several_splits_in_a_folder_one_must_be_chosen(tmp_path, layout):
+    folder = filled(tmp_path, LAYOUTS[layout])
+    refused("holds several splits: ", folder)
+    refused("data.sources.mine.split=train", folder)
+    assert (len(open_(folder, split="train")), len(open_(folder, split="test"))) == (3, 2)
+    refused("data.sources.mine.split=validation: there is ", folder, split="validation")
+
+
+def test_validation_has_several_names(tmp_path):
+    for number, word in enumerate(("validation", "valid", "val", "dev")):
+        folder = filled(tmp_path / str(number), {"train.jsonl": 1, f"{word}.jsonl": 2})
+        assert len(open_(folder, split="validation")) == len(open_(folder, split=word)) == 2
+
+
+def test_splits_of_the_hub_with_names_of_their_own_are_told_apart(tmp_path):
+    names = ("train_sft", "train_gen", "test_sft")
+    folder = filled(tmp_path, {f"{name}-00000-of-00001.jsonl": number for number, name in enumerate(names, 1)})
+    refused("holds several splits: test_sft ", folder)
+    refused("split=train: several names say it: train_gen, train_sft", folder, split="train")
+    assert [len(open_(folder, split=name)) for name in names] == [1, 2, 3]
+    assert len(open_(folder, split="test")) == 3
+
+
+def test_folders_of_one_split_are_read_whole(tmp_path):
+    words = {"latest.jsonl": 1, "contest.jsonl": 2, "trainee.jsonl": 3, "a_train.jsonl": 1}
+    assert len(open_(filled(tmp_path / "a", words))) == 7
+    assert len(open_(filled(tmp_path / "b", {"test.jsonl": 2}))) == 2
+    assert len(open_(filled(tmp_path / "c", {"x/a.jsonl": 2, "x/b.jsonl": 1}))) == 3
+
+
+def test_a_split_that_names_say_nothing_of_is_refused(tmp_path):
+    folder = filled(tmp_path, {"a.jsonl": 1, "b.jsonl": 1})
+    refused("split=test: there is none in the names", folder, split="test")
+    refused("split=train has no effect: a.jsonl is one file", folder / "a.jsonl", split="train")
+
+
+@pytest.mark.parametrize(
+    ("path", "split"),
+    [
+        ("1.Training/라벨/a.json", "train"), ("2.Validation/a.json", "validation"), ("TL_1.zip/a.json", "train"),
+        ("VL_1.zip/a.json", "validation"), ("test/train.json", "test"), ("evaluation.json", "test"), ("a/b.json", None),
+        ("a-dev-2.parquet", "validation"), ("detrain.json", None), ("TLS.json", None),
+    ],
+)  # fmt: skip
+def test_the_words_are_those_of_datasets_and_of_aihub(path, split):
+    assert split_of_path(path) == split
+    assert canonical_split("restval") is None
+
+
+def test_mapped_labels_of_training_and_validation_are_not_mixed(tmp_path):
+    for part, names in (("T", "ab"), ("V", "c")):
+        make_zip(tmp_path / f"{part}L_1.zip", [(f"{name}.json", label({"answer": name})) for name in names])
+        make_zip(tmp_path / f"{part}S_1.zip", [(f"{name}.jpg", picture()) for name in names])
+    with pytest.raises(
+        UserError, match=r"holds several splits: train \(TL_1.zip/a.json, .*\), validation \(VL_1.zip/c.json\)"
+    ):
+        mapped(tmp_path)
+    assert [sample.messages[1].text for sample in mapped(tmp_path, split="validation")] == ["c"]
+    assert [sample.messages[1].text for sample in mapped(tmp_path, split="train")] == ["a", "b"]
+
+
+def test_a_pipe_or_a_device_is_no_source(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    for path in (tmp_path / "pipe.jsonl", "/dev/zero", "/dev/null"):
+        refused("is a pipe, a device or a socket; give a regular file or a folder", path)
+    refused("pipe.jsonl is no regular file. Take it out of the folder", filled(tmp_path, {"a.jsonl": 1}))
+    refused("image_root=/dev/null is a pipe, a device", tmp_path / "a.jsonl", image_root="/dev/null")
+    (tmp_path / "zips").mkdir()
+    os.mkfifo(tmp_path / "zips" / "labels.zip")
+    with pytest.raises(UserError, match=r"labels\.zip: is no regular file"):
+        mapped(tmp_path / "zips")
+
+
+# Settings without an effect
+
+
+MINE = ["data=messages", "data.sources.mine.path=x"]
+IDLE = [
+    (["stage=dpo", "data=preference", "data.sources.mine.path=x", "stage.discopop_tau=1"], "stage.discopop_tau"),
+    (["trainer.strategy=ddp", "trainer.shard_size=2"], "trainer.shard_size"),
+    (["data.sources.word_ko.kind=ocr"], "data.sources.word_ko.kind"),
+    (["data.sources.word_ko.split=test"], "data.sources.word_ko.split"),
+    (["data.sources.word_ko.markup=\"on\""], "data.sources.word_ko.markup"),
+    (["data.sources.word_ko.marks=text"], "data.sources.word_ko.marks"),
+    (["data.sources.word_ko.image_root=x"], "data.sources.word_ko.image_root"),
+    (["data.sources.word_ko.prompts=[q]"], "data.sources.word_ko.prompts"),
+    (["data.validation.sources.word_ko.weight=2"], "data.validation.sources.word_ko.weight"),
+    (["data.validation.fraction=0.2"], "data.validation.fraction"),
+    ([*MINE, "data.sources.mine.hard=true"], "data.sources.mine.hard"),
+    ([*MINE, "data.sources.mine.hub_config=x"], "data.sources.mine.hub_config"),
+    ([*MINE, "data.sources.mine.revision=x"], "data.sources.mine.revision"),
+    ([*MINE, "data.tiling=base", "data.sources.mine.max_tiles=2"], "data.sources.mine.max_tiles"),
+    ([*MINE, "data.sources.mine.format=webdataset", "data.sources.mine.image_root=x"], "data.sources.mine.image_root"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "key"), IDLE, ids=[key.rpartition("sources.")[2] for _, key in IDLE])
+def test_a_setting_without_effect_is_refused(words, key):
+    with pytest.raises(UserError) as caught:
+        parse(["experiment=tiny/2_sft", *words])
+    assert f"{key}: has no effect here (" in str(caught.value), caught.value
+
+
+def test_a_hub_folder_has_no_revision_and_a_tar_no_image_root(tmp_path):
+    with pytest.raises(UserError, match="revision has no effect: hub=.* is a folder here"):
+        open_source("mine", SourceConfig(hub=str(tmp_path), revision="main"), max_image_pixels=10**6)
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        shard.addfile(tarfile.TarInfo("0.txt"))
+    refused("image_root has no effect: the pictures are those of a.tar", tmp_path / "a.tar", image_root=str(tmp_path))
