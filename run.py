@@ -36,11 +36,10 @@ from lit_vlm.types import UserError
 
 def main() -> None:
     """Run what the command line says; a user's mistake is told without a traceback, exit status 1."""
-    signals = handle_signals()
+    handle_signals()
     try:
         start(sys.argv[1:])
         sys.stdout.flush()
-        signals.settled = 0
     except UserError as error:
         sys.exit(redacted_text(str(error)) or 1)  # without words on a rank for which another one speaks
     except BrokenPipeError:  # --help | head
@@ -112,3 +111,4 @@ def one_job(_: object) -> None:
 
 if __name__ == "__main__":
     main()
+    handle_signals().settled = 0

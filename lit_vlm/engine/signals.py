@@ -69,6 +69,7 @@ class Signals:
         settled: the exit status of a process that has done all it had to; a signal changes it no more.
         interrupted: when Ctrl-C came first, in seconds of the monotonic clock.
         before_leaving: called with the exit status when the process leaves at once; returns the one to leave with.
+        process: whose signals they are. A child that is forked has none.
     """
 
     def __init__(self, owner: bool = False) -> None:
@@ -79,7 +80,7 @@ class Signals:
         self.settled: int | None = None
         self.interrupted: float | None = None
         self.before_leaving: Callable[[int], int] | None = None
-        self._process = os.getpid()
+        self.process = os.getpid()
 
     def tell(self, ask: Ask) -> None:
         """From another thread. Where no step is under way it waits for the first one."""
@@ -95,7 +96,7 @@ class Signals:
             listener(self.waiting.pop())
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a worker that was forked; its parent got the signal, too
+        if os.getpid() != self.process:  # a worker that was forked; its parent got the signal, too
             if number == signal.SIGTERM:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
@@ -167,7 +168,7 @@ def handle_signals() -> Signals:
     for number in ASKS:
         signal.signal(number, _current.handle)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKS)  # run.py held them back
-    atexit.register(_ignore_signals)  # the first to be registered is the last to be called
+    atexit.register(_end_interpreter, _current)  # the first to be registered is the last to be called
     return _current
 
 
@@ -214,10 +215,13 @@ def _tell_user(ask: Ask, job: str | None) -> None:
     _say(f"Asked to {ask}: no step is under way, so nothing is to be saved; {done}. The same command goes on.")
 
 
-def _ignore_signals() -> None:
-    """The interpreter ends, and would fall back to what signals do by default: a status of their own."""
+def _end_interpreter(signals: Signals) -> None:
+    """Nothing is left but to take all modules apart, which takes seconds, and in which signals would do what they do by
+    default: end the process with a status of their own."""
     for number in ASKS:
         signal.signal(number, signal.SIG_IGN)
+    if signals.settled is not None and os.getpid() == signals.process:
+        _exit(signals.settled)
 
 
 def _exit(code: int) -> NoReturn:
