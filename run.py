@@ -7,6 +7,16 @@ python run.py --help                   choices, settings, examples
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":  # held back until somebody listens: by default they end a process with a status of their own
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
+
+from lit_vlm.engine.signals import handle_signals
+
+if __name__ == "__main__":
+    handle_signals()
+
 import os
 import sys
 import traceback
@@ -26,6 +36,7 @@ from lit_vlm.types import UserError
 
 def main() -> None:
     """Run what the command line says; a user's mistake is told without a traceback, exit status 1."""
+    handle_signals()
     try:
         start(sys.argv[1:])
         sys.stdout.flush()
@@ -84,6 +95,7 @@ def grid(words: list[str], submits: bool) -> None:
 @hydra.main(version_base=VERSION_BASE, config_path=str(CONF), config_name="config")
 def one_job(_: object) -> None:
     """A job of -m: its overrides are parsed as if they stood alone on a command line."""
+    handle_signals()  # in a job of submitit's, run.py is not what was started
     try:
         words = HydraConfig.get().overrides
         run = parse([*words.task, *(word for word in words.hydra if word.startswith("hydra.searchpath="))])
@@ -99,3 +111,4 @@ def one_job(_: object) -> None:
 
 if __name__ == "__main__":
     main()
+    handle_signals().settled = 0

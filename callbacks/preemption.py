@@ -12,7 +12,7 @@ import torch
 from lit_vlm.engine.consensus import Word, consensus_of, is_last_micro_step
 from lit_vlm.engine.exits import INTERRUPTED, RESTART, LeftTogether, StoppedEarly
 from lit_vlm.engine.ranks import in_sweep
-from lit_vlm.engine.signals import Ask, Signals, current, listening
+from lit_vlm.engine.signals import Ask, Signals, listening
 from lit_vlm.engine.slurm import is_preempted, own_job, requeue
 
 # Where ranks were asked differently: what a sweep has seen enough of needs no new start, a time limit is everybody's, and a
@@ -32,7 +32,9 @@ class Preemption(L.Callback):
 
     Handlers only tell; the ranks exchange what they were told once per optimizer step. After the step all save, the first
     one requeues the Slurm job where that was asked, and all leave by `LeftTogether`: RESTART (75), INTERRUPTED (130) after
-    Ctrl-C, 0 when a sweep wants no more of this run. In validation they look after each batch.
+    Ctrl-C, 0 when a sweep wants no more of this run. In validation they look after each batch, and once more when training has
+    ended: what was told after the last step's exchange is not lost. To come behind the checkpoint callback, so that the last
+    state is on the disk by then.
     """
 
     def __init__(self) -> None:
@@ -41,13 +43,11 @@ class Preemption(L.Callback):
         self._asked: list[Ask] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._stack.enter_context(listening())
-        self._signals, self._asked = current(), []
+        self._asked = []
         _silence(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._signals is not None:
-            self._signals.listen(_teller(trainer, self._asked))
+        self._signals = self._stack.enter_context(listening(_teller(trainer, self._asked)))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -67,22 +67,30 @@ class Preemption(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """The state is that of the step before; the rest of this validation is not made up for."""
-        if self._signals is not None and self._signals.listener is not None:
+        if self._signals is not None:
             self._act(trainer, pl_module, _asked_of_any(trainer, self._asked))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._signals is not None:
-            self._signals.listener = None  # what follows is done again by the next start, when this one is ended
+        signals = self._signals
+        if signals is None:
+            return
+        known = len(self._asked)
+        asks = _asked_of_any(trainer, self._asked)
+        self._act(trainer, pl_module, [ask for ask in asks if ask is not Ask.stop])  # a sweep's run is done
+        self._let_go()  # what follows is done again by the next start, when this one is ended
+        for ask in self._asked[known:]:
+            if ask is not Ask.stop:
+                signals.heed(ask)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._let_go()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if self._signals is not None and not self._signals.leaving:
+            self._signals.waiting += self._asked  # for the start that follows in this process, as after a rollback
         self._let_go()
 
     def _let_go(self) -> None:
-        if self._signals is not None:
-            self._signals.listener = None
         self._signals = None
         self._stack.close()
 

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "sweep": {*BELOW_MODEL, "model", "data", "evaluation", "curation", "stages", "engine"},
     "callbacks": {*BELOW_MODEL, "model", "data", "evaluation", "stages", "engine"},
     "tasks": {*BELOW_MODEL, "model", "data", "evaluation", "curation", "stages", "engine", "sweep", "callbacks"},
-    "run": {"config", "tasks", "types"},
+    "run": {"config", "engine", "tasks", "types"},
 }
 FILES = sorted([*ROOT.glob("lit_vlm/**/*.py"), *ROOT.glob("callbacks/*.py"), ROOT / "run.py"])
 HYDRAS_FRIENDS = {"config", "run"}

@@ -33,7 +33,7 @@ from lit_vlm.data.plan.ledger import Ledger
 from lit_vlm.data.plan.mixture import Mixture, MixtureSettings
 from lit_vlm.data.plan.plan import Plan, validation_packs
 from lit_vlm.data.processor import Processor
-from lit_vlm.data.worker_signals import end_workers_at_exit, outlast_signals
+from lit_vlm.data.worker_signals import end_workers_at_exit, holding_signals_back, outlast_signals
 from lit_vlm.types import Source, UserError
 
 DEFAULT_FLOPS = Flops(per_token=1.0, per_square=1e-4, per_tile=256.0, per_supervised=0.25)
@@ -276,7 +276,7 @@ class DataModule(L.LightningDataModule):
         workers = min(self.num_workers, len(batches))  # type: ignore[arg-type]
         if workers:
             end_workers_at_exit()
-        return DataLoader(
+        return Loader(
             batches,
             batch_size=None,
             sampler=sampler,
@@ -287,6 +287,14 @@ class DataModule(L.LightningDataModule):
             pin_memory=self.pin_memory,
             worker_init_fn=outlast_signals,
         )
+
+
+class Loader(DataLoader):
+    """No worker of it is ended by a signal that comes while it starts."""
+
+    def __iter__(self) -> Any:
+        with holding_signals_back():
+            return super().__iter__()
 
 
 class Onwards(Sampler[int]):

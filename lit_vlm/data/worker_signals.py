@@ -9,8 +9,22 @@ from __future__ import annotations
 import atexit
 import multiprocessing
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import FrameType
+
+MEANT_FOR_THE_RUN = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+@contextmanager
+def holding_signals_back() -> Iterator[None]:
+    """While workers are started: they begin with signals held back, until `outlast_signals` says what to do with them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, MEANT_FOR_THE_RUN)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def outlast_signals(_: int = 0) -> None:
@@ -19,6 +33,7 @@ def outlast_signals(_: int = 0) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _first_term)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, MEANT_FOR_THE_RUN)
 
 
 @cache

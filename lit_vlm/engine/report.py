@@ -125,7 +125,9 @@ def _stage(record: RunRecord, shown: int) -> dict[str, Any]:
     return {
         "name": record.name,
         "stage": record.stage,
-        "unfinished": bool(record.manifest) and record.manifest.get("status") != "finished",
+        "unfinished": bool(record.manifest)
+        and record.manifest.get("status") != "finished"
+        and not record.manifest.get("finished"),
         "facts": _facts(record),
         "charts": _charts(record),
         "scores": _scores(record),

@@ -106,5 +106,12 @@ def is_preempted(job: str) -> bool:
 
 def _call(words: list[str], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        words, env=environment, capture_output=True, text=True, errors="replace", timeout=ANSWER_SECONDS, check=False
+        words,
+        env=environment,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=ANSWER_SECONDS,
+        check=False,
+        start_new_session=True,  # a Ctrl-C in the terminal would leave unknown whether Slurm was told
     )

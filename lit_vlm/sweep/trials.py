@@ -18,7 +18,7 @@ from lit_vlm.config.settings import did_you_mean, nearest
 from lit_vlm.engine.exits import RESTART
 from lit_vlm.engine.report_data import read_metrics
 from lit_vlm.engine.run_folder import find_manifest
-from lit_vlm.engine.signals import ASKS, TOGETHER_SECONDS, Ask
+from lit_vlm.engine.signals import ASKS, TOGETHER_SECONDS, Ask, current
 from lit_vlm.sweep.file import Goal
 from lit_vlm.sweep.process import LOG, TrialProcess, end_left_behind, is_finished, last_lines, values_in
 from lit_vlm.sweep.records import TrialRecord
@@ -174,6 +174,8 @@ class Trials:
         try:
             yield
         finally:
+            if self.asked and (signals := current()) is not None:
+                signals.leaving = True  # the job that it is to requeue is not yet
             for number, handler in before.items():
                 signal.signal(number, handler)
 

@@ -15,6 +15,7 @@ from lit_vlm.config import Run
 from lit_vlm.data.images import FORMATS, FileImage
 from lit_vlm.data.markup import parse_markup
 from lit_vlm.data.processor import Processor
+from lit_vlm.engine.signals import STATUS, Ask, listening
 from lit_vlm.evaluation.answers import ask
 from lit_vlm.evaluation.drawing import PREDICTED, draw_boxes, marks_of
 from lit_vlm.tasks.finished import open_finished
@@ -153,8 +154,15 @@ def lines() -> Iterator[str]:
     prompt = "> " if sys.stdin.isatty() else ""
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
-            if line := input(prompt).strip():
+            with listening(stop_typing):
+                line = input(prompt).strip()
+            if line:
                 yield line
+
+
+def stop_typing(ask: Ask) -> None:
+    """Raise, so that the terminal is given back as it was. Ctrl-C ends the conversation as the end of the input does."""
+    raise KeyboardInterrupt if ask is Ask.interrupt else SystemExit(STATUS[ask])
 
 
 def printable(text: str) -> str:

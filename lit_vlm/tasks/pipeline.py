@@ -14,11 +14,12 @@ from lit_vlm.engine.budget import NAME as BUDGET
 from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED
 from lit_vlm.engine.report import scores_table, summary_table, write_report
 from lit_vlm.engine.run_folder import read_manifest
-from lit_vlm.engine.signals import ASKS, Ask
+from lit_vlm.engine.signals import ASKS, STATUS, Ask
 from lit_vlm.tasks.terminal import console
 from lit_vlm.types import UserError
 
 SAVING_SECONDS = 300  # that torchrun gives its ranks after a signal
+PROC = Path("/proc")
 RUN = Path(__file__).resolve().parents[2] / "run.py"
 
 
@@ -86,21 +87,55 @@ def _budget(folder: Path) -> str:
 
 
 def followed(words: list[str]) -> tuple[int, list[Ask]]:
-    """Run a process to its end, handing on the signals that this one gets; returns its exit status and what was asked."""
-    asked: list[Ask] = []
-    process = subprocess.Popen(words)
+    """Run a process to its end, handing on the signals that this one gets; returns its exit status and what was asked.
+
+    A process that does not listen yet has begun nothing, and is ended. One that came to its end all the same is the last:
+    then this process leaves.
+    """
+    asked: list[int] = []
+    process: subprocess.Popen[bytes] | None = None
 
     def hand_on(number: int, frame: FrameType | None) -> None:
-        asked.append(ASKS[signal.Signals(number)])
-        process.send_signal(number)
+        asked.append(number)
+        if process is not None:
+            _send(process, number)
 
     before = {number: signal.signal(number, hand_on) for number in ASKS}
     try:
+        # a Ctrl-C reaches it from the terminal as well, and would find a Python that is not set up
+        process = subprocess.Popen(words, preexec_fn=_begin_deaf if PROC.is_dir() else None)
+        for number in asked:  # before there was a process
+            _send(process, number)
         status = process.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    return status, asked
+    if asked and status == 0:
+        signal.raise_signal(asked[0])
+    asks = [ASKS[signal.Signals(number)] for number in asked]
+    return STATUS[asks[0]] if asked and status == -signal.SIGKILL else status, asks
+
+
+def _begin_deaf() -> None:
+    for number in ASKS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _send(process: subprocess.Popen[bytes], number: int) -> None:
+    if _is_heard(process.pid, number):
+        process.send_signal(number)
+    else:
+        process.kill()
+
+
+def _is_heard(pid: int, number: int) -> bool:
+    """Whether the process has a handler for this signal; a system without /proc does not say."""
+    try:
+        lines = (PROC / str(pid) / "status").read_text().splitlines()
+    except OSError:
+        return True
+    caught = next((line.split()[1] for line in lines if line.startswith("SigCgt:")), "0")
+    return bool(int(caught, 16) >> (number - 1) & 1)
 
 
 def command(stage: Run, words: list[str]) -> list[str]:

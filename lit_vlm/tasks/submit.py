@@ -13,6 +13,7 @@ from lit_vlm.config import Run, is_ladder, parse, pipeline_overrides, stages_of
 from lit_vlm.config.overrides import key_of
 from lit_vlm.config.schema import DataConfig, Format
 from lit_vlm.engine.run_folder import find_manifest, require_writable
+from lit_vlm.engine.signals import postponing
 from lit_vlm.engine.slurm import require_slurm, sbatch, sbatch_words, state_of
 from lit_vlm.engine.slurm_script import Job, one_line, script_of
 from lit_vlm.files import writable, write_atomically
@@ -86,8 +87,9 @@ def _submit_one(stage: Run, after: str | None) -> str:
         print(text)
         say(shlex.join(sbatch_words(job.script, after)))
         return f"<job of {stage.name}>"
-    number = sbatch(job.script, after)
-    write_atomically(job.folder / "slurm.json", json.dumps({"job": number}) + "\n")
+    with postponing():
+        number = sbatch(job.script, after)
+        write_atomically(job.folder / "slurm.json", json.dumps({"job": number}) + "\n")
     say(f"{stage.name}: job {number}{f', after {after}' if after else ''}. Script: {job.script}")
     return number
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lit_vlm.config import ConfigError, Run, parse
 from lit_vlm.config.overrides import key_of
+from lit_vlm.engine.signals import postponing
 from lit_vlm.engine.slurm import require_slurm, sbatch, sbatch_words, state_of
 from lit_vlm.engine.slurm_script import Job, script_of
 from lit_vlm.files import write_atomically
@@ -38,8 +39,9 @@ def submit_workers(run: Run, trial: list[str], settle: Callable[[], None]) -> No
     require_slurm("trials.slurm", "leave trials.slurm out to run the trials here", "sbatch")
     settle()
     write_atomically(job.script, script_of(job))
-    number = sbatch(job.script)
-    write_atomically(run.dir / KEPT, json.dumps({"job": number}) + "\n")
+    with postponing():
+        number = sbatch(job.script)
+        write_atomically(run.dir / KEPT, json.dumps({"job": number}) + "\n")
     say(f"{run.name}: {trials.slurm} workers, job {number}. Script: {job.script}")
     say(f"Follow:  squeue --me;  tail -F {shlex.quote(str(run.dir))}/slurm-*.log")
     say(f"Stop:    scancel --batch --signal=TERM {number}  (trials save first). The same command goes on where it was.")

@@ -36,7 +36,6 @@ from lit_vlm.engine.run_folder import (
     require_parent,
     to_plain,
 )
-from lit_vlm.engine.signals import listening
 from lit_vlm.engine.skipped import NAME as SKIPPED
 from lit_vlm.engine.tracking import Tracking
 from lit_vlm.engine.trainer import FEW_STEPS, leave_process_group, make_trainer
@@ -53,7 +52,6 @@ from lit_vlm.tasks.terminal import console, say
 from lit_vlm.types import UserError, counted
 
 
-@listening()
 def train(run: Run) -> None:
     """Train one stage. A finished run says so and stays as it is; an interrupted one goes on from its last checkpoint."""
     requeued = started_again()  # its words may say resume_from=none, which was meant for the first start
@@ -193,10 +191,11 @@ def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) ->
         tracking.require_metric(figures)
         weights = digest_of_weights(folder.hf) if folder.hf.is_dir() else ""
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        folder.update(status="finished", finished=now, figures=figures, weights_digest=weights)
+        folder.update(finished=now, figures=figures, weights_digest=weights)
+        write_report(run.dir / "report.html", [run.dir], run.name)
+        folder.update(status="finished")  # ended before this, the next start goes on from the last checkpoint
         if folder.hf.is_dir():  # the model is there; without it (export=false) the last state stays
             checkpoints.remove(but_best=True)
-        write_report(run.dir / "report.html", [run.dir], run.name)
         tracking.finish(folder)
         model = f"Model: {folder.hf}   " if folder.hf.is_dir() else tell_how_to_export(folder)
         say(f"{run.name}: done. {model}Report: {run.dir / 'report.html'}")

@@ -15,6 +15,7 @@ from lit_vlm.config.settings import did_you_mean, nearest
 from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED, LeftTogether, StoppedEarly
 from lit_vlm.engine.ranks import in_sweep
 from lit_vlm.engine.run_folder import RunFolder, is_rank_zero
+from lit_vlm.engine.signals import current
 from lit_vlm.engine.tracking import connection, facts
 from lit_vlm.engine.tracking.metrics_csv import MetricsCsv
 from lit_vlm.engine.tracking.tensorboard import make_tensorboard
@@ -86,6 +87,8 @@ class Tracking:
         """The run is done, and its manifest says so."""
         if self.wandb is None:
             return
+        if not self.wandb.offline:
+            self._note(folder, behind=True)  # until the server has all of it
         names = self.wandb.close("finished", facts.summary_of(folder.manifest, "finished"), uploads=True)
         self._note(folder, behind=self.wandb.behind, **({"artifacts": names} if names else {}))
 
@@ -107,16 +110,28 @@ class Tracking:
     # ---- a run that does not come to its end
 
     def __enter__(self) -> Tracking:
+        if (signals := current()) is not None:
+            signals.before_leaving = lambda code: self._exit_status(SystemExit(code))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if (signals := current()) is not None:
+            signals.before_leaving = None
         if error is None or self.wandb is None or self._folder is None:
             return
-        code = EXIT_CODES[self.leave(error)]
-        if isinstance(error, SystemExit) and error.code in (RESTART, TERMINATED) and in_sweep() and error.code != code:
+        code = self._exit_status(error)
+        if isinstance(error, SystemExit) and error.code != code:
             raise SystemExit(code) from error
+
+    def _exit_status(self, error: BaseException) -> Any:
+        """End the run of W&B; returns the status that the process is to end with, which inside an agent W&B decides."""
+        code = getattr(error, "code", None)
+        if self.wandb is None or self._folder is None:
+            return code
+        ended = EXIT_CODES[self.leave(error)]
+        return ended if code in (RESTART, TERMINATED) and in_sweep() else code
 
     def leave(self, error: BaseException) -> str:
         """Say how the run ended, and end its run of W&B. Where ranks leave together the others wait for this: the first that
