@@ -21,7 +21,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from lit_vlm.data.template_date import CLOCK, make_clock, refuse_chance, writes_day
+from lit_vlm.data.template_date import fix_day, refuse_chance, writes_day
 from lit_vlm.types import IMAGE_TOKEN, Control, ImageSlot, Message, Role, UserError, counted
 
 OPEN, CLOSE = "\ue000", "\ue001"  # private use: they stand around a text's number while the template is rendered
@@ -99,7 +99,7 @@ class Template:
         self.origin = tokenizer.name_or_path or "the language model"
         refuse_chance(tokenizer.chat_template, self.origin)
         self.writes_day = writes_day(tokenizer.chat_template)
-        self._clock = {CLOCK: make_clock(self.day)} if self.writes_day else {}
+        self._text = fix_day(tokenizer.chat_template, self.day) if self.writes_day else tokenizer.chat_template
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.control_ids = tokenizer.get_added_vocab()
@@ -191,12 +191,12 @@ class Template:
         Raises:
             UserError: the template has a slip, or refuses these roles.
         """
-        options = {"tokenize": False, "add_generation_prompt": prompt, **self._clock}
+        options = {"chat_template": self._text, "tokenize": False, "add_generation_prompt": prompt}
         try:
             return self.tokenizer.apply_chat_template(messages, **options)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(
-                f"The chat template of {self.origin} is not well-formed, line {error.lineno}: {error.message}. Mend it, or give "
+                f"The chat template of {self.origin} is not well-formed, line {error.lineno - self.writes_day}: {error.message}. Mend it, or give "
                 f"another: {REMEDY}."
             ) from error
         except Exception as error:  # Jinja raises what the template tells it to

@@ -6,6 +6,7 @@ rendering to the next is refused.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from datetime import date, datetime
 
@@ -14,6 +15,8 @@ import jinja2
 from lit_vlm.types import UserError
 
 CLOCK = "strftime_now"  # transformers' function for the day
+DIRECTIVES = "aAbBcdDeFgGhHIjklmMnprRSTuUVwWxXyYzZ"  # of strftime
+PERCENT = "\ue002"  # stands for a sign of per cent while the others are looked for
 CHANCE = ("lipsum", "random")  # a function and a filter of Jinja's
 
 
@@ -40,13 +43,20 @@ def refuse_chance(template: str, origin: str) -> None:
             )
 
 
-def make_clock(day: date):  # type: ignore[no-untyped-def]
-    """Make a `strftime_now` that stands still at the beginning of a day."""
+def fix_day(template: str, day: date) -> str:
+    """Give the template a `strftime_now` of its own, which stands still at the beginning of a day.
 
-    def strftime_now(format: str) -> str:
-        return datetime(day.year, day.month, day.day).strftime(format)
-
-    return strftime_now
+    It is a macro, for transformers hands no functions to a template, in a line in front of it, which Jinja takes away.
+    """
+    moment = datetime(day.year, day.month, day.day)
+    steps = [("%%", PERCENT)]
+    for flag in ("", "-", "_"):
+        steps += [(f"%{flag}{letter}", moment.strftime(f"%{flag}{letter}")) for letter in DIRECTIVES]
+    filters = "".join(
+        f" | replace({json.dumps(sign)}, {json.dumps(value, ensure_ascii=False)})"
+        for sign, value in [*steps, (PERCENT, "%")]
+    )
+    return f"{{%- macro {CLOCK}(format) -%}}{{{{ format{filters} }}}}{{%- endmacro %}}\n{template}"
 
 
 def _names_in(template: str) -> Iterator[tuple[str, bool]]:

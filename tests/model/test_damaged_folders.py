@@ -1,0 +1,138 @@
+"""Model folders with a file that is cut, emptied or of another kind: a sentence that names the folder, or the model."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+
+from lit_vlm.config.schema import ModelConfig
+from lit_vlm.data.processor import Processor, check_vocabulary
+from lit_vlm.model.build import build, draw_up, read_tiling
+from lit_vlm.model.export import export_model
+from lit_vlm.model.skeleton import weights_later
+from lit_vlm.types import UserError
+
+
+@pytest.fixture(scope="module")
+def whole(small_parts, tmp_path_factory):
+    from support import blueprint_of
+
+    blueprint = blueprint_of(small_parts)
+    folder = tmp_path_factory.mktemp("whole") / "hf"
+    export_model(build(blueprint), blueprint.tokenizer, blueprint.images, folder)
+    return folder
+
+
+@pytest.fixture
+def copy(whole, tmp_path):
+    return shutil.copytree(whole, tmp_path / "copy")
+
+
+def opened(folder, shared: bool = False):
+    """What a run does with a folder that it starts from."""
+    blueprint = draw_up(ModelConfig(vision_tower="-", language_model="-"), str(folder), read_tiling(str(folder)))
+    check_vocabulary(Processor(blueprint.tokenizer, blueprint.images))
+    if not shared:
+        return build(blueprint)
+    with weights_later():
+        return build(blueprint)
+
+
+def refused(folder) -> str:
+    with pytest.raises(UserError) as caught:
+        opened(folder)
+    assert str(folder) in str(caught.value), caught.value
+    return str(caught.value)
+
+
+class Marks:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_pickled_weights_that_hold_code_are_refused_and_nothing_of_them_runs(copy, tmp_path):
+    (copy / "model.safetensors").unlink()
+    torch.save({"a": Marks(tmp_path / "ran")}, copy / "pytorch_model.bin")
+    refused(copy)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("part", ["text_config", "vision_config"])
+@pytest.mark.parametrize("value", [-1, 0, "32", 1.5, None, [], True])
+def test_a_size_that_no_model_has_is_told(copy, part, value):
+    config = json.loads((copy / "config.json").read_text())
+    config[part]["hidden_size"] = value
+    (copy / "config.json").write_text(json.dumps(config))
+    refused(copy)
+
+
+@pytest.mark.parametrize("key", ["image_mean", "image_std"])
+@pytest.mark.parametrize("value", [[0.5], "abc", [0.5, 0.5, "a"], 0.5, [0.5, 0.5, float("inf")], {"a": 1}])
+def test_a_mean_that_is_none_is_told(copy, key, value):
+    path = copy / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    assert key in refused(copy)
+
+
+FILES = [
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "lit_vlm.json",
+    "model.safetensors",
+]
+DAMAGE = {
+    "empty": lambda data: b"",
+    "zeros": lambda data: bytes(len(data)),
+    "half": lambda data: data[: len(data) // 2],
+    "no object": lambda data: b"[]",
+    "null": lambda data: b"null",
+    "empty object": lambda data: b"{}",
+    "no text": lambda data: b"\xff\xfe\x00" + data[:64],
+    "garbage": lambda data: random.Random(0).randbytes(256),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_file_ends_in_a_sentence_that_names_the_folder_or_is_none(copy, name, damage):
+    """Some files can be done without: the model is then whole."""
+    path = copy / name
+    assert path.is_file()
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    for shared in (False, True):
+        try:
+            opened(copy, shared)
+        except UserError as error:
+            assert str(copy) in str(error), error
+            assert len(str(error)) < 1000
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe{{", b"   \n"])
+def test_a_template_file_that_is_no_text_is_told_by_its_name(whole, tmp_path, content):
+    file = tmp_path / "t.jinja"
+    file.write_bytes(content)
+    model = ModelConfig(vision_tower="-", language_model="-", chat_template=str(file))
+    with pytest.raises(UserError, match=rf"model.chat_template={file}: "):
+        draw_up(model, str(whole))
+
+
+def test_of_several_templates_the_default_one_is_taken(copy):
+    template = (copy / "chat_template.jinja").read_text()
+    (copy / "chat_template.jinja").unlink()
+    path = copy / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config["chat_template"] = [{"name": "default", "template": template}, {"name": "tools", "template": "x"}]
+    path.write_text(json.dumps(config))
+    assert opened(copy) is not None

@@ -1,0 +1,81 @@
+"""Files of ours: there whole, on the disk, and told by their name when they are not."""
+
+import os
+
+import pytest
+
+from lit_vlm.files import DamagedFile, append_line, move_into_place, read_json, write_atomically, written
+
+
+@pytest.fixture
+def synced(monkeypatch) -> list[str]:
+    """Names of what is seen onto the disk, in their order."""
+    names, fsync = [], os.fsync
+
+    def noted(handle):
+        names.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    return names
+
+
+def test_a_file_and_the_name_that_it_gets_are_seen_onto_the_disk_in_that_order(tmp_path, synced):
+    write_atomically(tmp_path / "a", "1")
+    with written(tmp_path / "b") as draft:
+        draft.write_text("2")
+    append_line(tmp_path / "c", b"3")
+    folders = [name for name in synced if name == tmp_path.name]
+    assert len(folders) == 3 and synced[0].startswith(".a.") and synced[1] == tmp_path.name
+    assert synced[2].startswith(".b.") and synced[4:] == ["c", tmp_path.name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
+
+
+def test_all_files_of_a_folder_are_on_the_disk_before_it_has_its_name(tmp_path, synced):
+    (tmp_path / "draft").mkdir()
+    for name in ("x", "y"):
+        (tmp_path / "draft" / name).write_text(name)
+    move_into_place(tmp_path / "draft", tmp_path / "hf")
+    assert {"x", "y", "draft"} == set(synced[:3]) and synced[3] == tmp_path.name
+
+
+def test_what_is_of_no_use_later_waits_for_no_disk(tmp_path, synced):
+    write_atomically(tmp_path / "beat", "1", durable=False)
+    assert synced == [] and (tmp_path / "beat").read_text() == "1"
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_draft(tmp_path, monkeypatch):
+    write_atomically(tmp_path / "a", "old")
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(tmp_path / "a", "new")
+    assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "it is empty"),
+        (b"\0" * 64, "it is empty"),
+        (b'{"a": 1', "no JSON, or cut off"),
+        (b"\xff\xfe", "no JSON, or cut off"),
+        (b"[1]", "it holds list"),
+        (b"null", "it holds NoneType"),
+        (b"[" * 100_000, "no JSON, or cut off"),
+    ],
+)
+def test_a_damaged_file_is_told_by_its_name_with_what_to_do(tmp_path, content, said):
+    (tmp_path / "m.json").write_bytes(content)
+    with pytest.raises(DamagedFile, match=said) as caught:
+        read_json(tmp_path / "m.json", "Do this.")
+    assert str(caught.value).startswith(f"{tmp_path / 'm.json'} is damaged: ") and str(caught.value).endswith(
+        "Do this."
+    )
+
+
+def test_a_file_that_is_not_there_is_none(tmp_path):
+    assert read_json(tmp_path / "m.json", "") is None
