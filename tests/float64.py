@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 
@@ -20,10 +21,11 @@ class Float64(TorchFunctionMode):
         kwargs = {name: _widen(value) for name, value in (kwargs or {}).items()}
         if func is Tensor.float:
             return args[0].double()
-        if func is Tensor.backward:  # runs the backward passes of our own functions, which must find this mode as well
+        if (
+            func is Tensor.backward
+        ):  # an edge, not a tensor: the mode stays on, for backward passes and what is computed again
             with self:
-                kwargs["grad_tensors"] = kwargs.pop("gradient", None)
-                return torch.autograd.backward(*args, **kwargs)
+                return torch.autograd.backward(get_gradient_edge(args[0]), kwargs.pop("gradient", None), **kwargs)
         return func(*map(_widen, args), **kwargs)
 
 

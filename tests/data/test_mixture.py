@@ -54,7 +54,7 @@ class TestDraws:
     def test_weights_are_shares_of_the_samples_and_every_prefix_keeps_them(self, index):
         drawn = mixed(index, by_weight(a=5, b=3, c=1, d=1, e=0)).draws(640, seed=0)
         for upto in (64, 320, 640):
-            np.testing.assert_allclose(shares(index, drawn[:upto]), [0.5, 0.3, 0.1, 0.1, 0.0], atol=1.5 / upto)
+            assert np.abs(shares(index, drawn[:upto]) - [0.5, 0.3, 0.1, 0.1, 0.0]).max() <= 1.5 / upto
 
     def test_every_prefix_keeps_each_cells_share_to_within_two_samples(self, varied):
         mixture = mixed(varied, share_ko=0.41, share_kinds={Kind.ocr: 0.27})

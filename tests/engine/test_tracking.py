@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -67,10 +68,17 @@ ONE_WAIT = 30  # seconds: five times what is seen, and less than the minutes tha
 
 @pytest.fixture
 def soon(monkeypatch):
-    """An outage is given two seconds instead of ten."""
-    monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "2")
-    monkeypatch.setattr(connection, "ANSWER_SECONDS", 2)
-    monkeypatch.setattr(connection, "FINISH_SECONDS", 3)
+    """`with soon():` an outage is given two seconds instead of ten. A server that is there has the usual time."""
+
+    @contextmanager
+    def short():
+        with monkeypatch.context() as patch:
+            patch.setenv("WANDB_HTTP_TIMEOUT", "2")
+            patch.setattr(connection, "ANSWER_SECONDS", 2)
+            patch.setattr(connection, "FINISH_SECONDS", 3)
+            yield
+
+    return short
 
 
 def the(server, folder):
@@ -282,7 +290,7 @@ def test_a_login_that_the_server_refuses_ends_a_new_run_and_takes_an_old_one_off
 
 @pytest.mark.parametrize("dead", [port_that_refuses, port_that_hangs])
 def test_a_dead_server_is_waited_for_once_and_the_run_goes_on_offline(session, soon, tmp_path, dead):
-    with dead() as url:
+    with dead() as url, soon():
         session(url, "a" * 40)
         folder, said = run_folder(tmp_path), []
         began = time.monotonic()
@@ -311,13 +319,18 @@ def test_a_server_that_fails_for_a_while_gets_every_row(server, tmp_path):
     assert [row["_step"] for row in history(run)] == list(range(40)) and run.state == "finished"
 
 
-def test_a_server_that_does_not_come_back_holds_no_end_and_gets_the_rest_by_the_same_command(server, soon, tmp_path):
+def test_a_server_that_does_not_come_back_holds_no_end_and_gets_the_rest_by_the_same_command(
+    server, monkeypatch, tmp_path
+):
     folder, said, table = run_folder(tmp_path), [], MetricsCsv(tmp_path)
     for values in kept(range(6)):
         table.log_metrics({key: value for key, value in values.items() if key != "step"}, values["step"])
-    with tracking_of(folder, said) as tracking:
+    with monkeypatch.context() as patch:  # read when the run is opened
+        patch.setattr(connection, "FINISH_SECONDS", 3)
+        opened = tracking_of(folder, said)
+    with opened as tracking:
         log(tracking.wandb, range(3))
-        until(lambda: the(server, folder).history)
+        until(lambda: len(the(server, folder).history) == 2)
         server.fail(500)
         log(tracking.wandb, range(3, 6))
         began = time.monotonic()
@@ -349,7 +362,7 @@ def test_where_a_part_arrived_nothing_is_written_offline(server, session, soon, 
     tracker = started(folder, said)
     log(tracker, range(3))
     tracker.close("preempted", {})
-    with port_that_refuses() as url:
+    with port_that_refuses() as url, soon():
         session(url, "a" * 40)
         tracker = started(folder, said, before=True)
         tracker.replay(kept(range(3)))

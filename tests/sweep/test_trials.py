@@ -177,9 +177,7 @@ def test_a_sweep_that_is_asked_to_leave_lets_its_trials_save_and_goes_on_later(t
     done = [rows(tmp_path, n) for n in (0, 1)]
     assert all(0 < n < 40 for n in done)
     monkeypatch.setenv("PACE", "0.001")  # as fast as may be to their end
-    ran = Ran(
-        tmp_path, sweep([{"value": float(n), "steps": 40, "sleep": 5} for n in range(3)]), places=((), ())
-    ).run()
+    ran = Ran(tmp_path, sweep([{"value": float(n), "steps": 40, "sleep": 5} for n in range(3)]), places=((), ())).run()
     assert ran.states == ["finished"] * 3 and rows(tmp_path, 0) == 40
 
 
@@ -190,8 +188,6 @@ def test_a_sweep_that_was_killed_goes_on_and_its_trials_are_not_run_twice_at_onc
     alive = int((tmp_path / "0/trial.pid").read_text())
     os.kill(alive, 0)  # the trial lives on
     monkeypatch.setenv("PACE", "0.001")  # as fast as may be to their end
-    ran = Ran(
-        tmp_path, sweep([{"value": float(n), "steps": 40, "sleep": 5} for n in range(3)]), places=((), ())
-    ).run()
+    ran = Ran(tmp_path, sweep([{"value": float(n), "steps": 40, "sleep": 5} for n in range(3)]), places=((), ())).run()
     assert ran.states == ["finished"] * 3 and [rows(tmp_path, n) for n in range(3)] == [40] * 3
     assert "saved" in (tmp_path / "0/trial.log").read_text()  # it was asked to leave before it was begun again
