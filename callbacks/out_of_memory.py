@@ -34,7 +34,7 @@ class OutOfMemory(L.Callback):
         where = pulse_of(trainer).work
         if trainer.world_size == 1:
             if where.doing not in (Doing.starting, Doing.optimizer):  # else the weights may be half updated
-                _save(trainer, pl_module)
+                save_step_before(trainer, pl_module)
             return
         try:
             half = halve_budget(self.run_dir, datamodule, self.max_oom_retries)
@@ -48,7 +48,8 @@ class OutOfMemory(L.Callback):
         Note(RESTART, message, []).leave_together(self.run_dir, own_job())
 
 
-def _save(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+def save_step_before(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    """Save the state that a step found which will not be finished."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
         if hasattr(callback, "save_now"):

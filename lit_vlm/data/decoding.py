@@ -1,24 +1,28 @@
 """Bytes become one upright RGB picture, or a RecordError that says what is wrong with them: never half a picture.
 
-The header decides about format and size before a pixel is decoded. After decoding, what the decoders let pass is looked
-for: PNG's checksums, JPEG's end marker, zeros where WebP has its pixels. JPEG, WebP, GIF and BMP carry no checksum, so
-a flipped bit among their pixels that still decodes cannot be told from a picture by any reader.
+The header decides about format and size before a pixel is decoded. What decodes fully is a picture, whatever it looks
+like. Pillow passes over two signs of a half one, so they are looked for: the warnings of libjpeg that pixels are missing,
+and a PNG's checksums and the length of its pixel stream. Its decoders of WebP, GIF, BMP and AVIF tell by themselves.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
+import simplejpeg
+from PIL import AvifImagePlugin, Image, features
 
 from lit_vlm.types import Fault, RecordError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # Pillow knows fifty more, each with a parser to attack
+# Pillow knows fifty more, each with a parser to attack; AVIF is left out of some builds of it
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", *(("AVIF",) if features.check("avif") else ()))
 MAX_FILE_BYTES = 200_000_000
 REMEDY = "Fix the record, or set such records aside with data.on_bad_record=quarantine"
 
@@ -33,7 +37,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _LYING = (5, 6, 7, 8)  # orientations that swap height and width
-_OURS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")  # how files of FORMATS begin; WEBP, BMP: below
+# how files of FORMATS begin; the others: below
+_OURS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
 _OTHERS = {  # what is found instead, most often
     b"<!doctype html": "a web page",
     b"<html": "a web page",
@@ -47,7 +52,19 @@ _OTHERS = {  # what is found instead, most often
     b"8bps": "a Photoshop picture",
     b"version https://git-lfs": "a Git LFS pointer; run `git lfs pull`",
 }
-_ZERO_TAIL = 64  # bytes; compressed pixels do not end in so many zeros
+# A marker of JPEG with its fill bytes. Among pixels FF is followed by 00 or by a restart marker (D0 to D7).
+_JPEG_MARKER = re.compile(rb"\xff+([\x02-\xcf\xd8-\xfe])")
+_JPEG_SCAN = 0xDA
+_JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+# Those warnings of libjpeg that mean lost pixels. Others are said of whole pictures: odd markers, bytes between two parts
+_JPEG_LOSSES = ("premature end", "bad Huffman code", "bad arithmetic code", "found marker 0xd9 instead of RST")
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
+_ADAM7 = ((0, 8, 0, 8), (4, 8, 0, 8), (0, 4, 4, 8), (2, 4, 0, 4), (0, 2, 2, 4), (1, 2, 0, 2), (0, 1, 1, 2))
+_PIECE = 1 << 20  # bytes that are inflated at once
+
+# The size is judged here, by data.max_image_pixels, and a picture above it is named as a record.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a loader has a process for each core already
 
 
 @contextmanager
@@ -93,7 +110,7 @@ def upright_picture(image: Image.Image, stream: BinaryIO, at_least: tuple[int, i
         height, width = at_least if turned not in _LYING else at_least[::-1]
         image.draft(None, (width, height))  # other formats than JPEG have nothing to save and ignore it
     image.load()
-    _check_whole(stream)
+    _check_whole(image, stream)
     rgb = _to_rgb(image)
     return rgb.transpose(_UPRIGHT[turned]) if turned in _UPRIGHT else rgb
 
@@ -132,6 +149,8 @@ def _is_ours(first: bytes) -> bool:
         return b"WEBP".startswith(first[8:12])
     if first.startswith(b"BM"):
         return first[6:10] == bytes(4)[: len(first[6:10])]  # reserved; a text that begins so has letters there
+    if first[4:8] == b"ftyp":  # then the brand, the version, and more brands; HEIC is such a file, too
+        return "AVIF" in FORMATS and (first[8:12] in (b"avif", b"avis") or b"avif" in first[16:])
     return any(first.startswith(start) or start.startswith(first) for start in _OURS)
 
 
@@ -162,50 +181,82 @@ def _check_pixels(image: Image.Image, max_pixels: int) -> None:
         raise _Refused(f"is {width} x {height} pixels", Fault.broken)
 
 
-def _check_whole(stream: BinaryIO) -> None:
-    """Damage that Pillow's decoders fill with grey or noise and say nothing of."""
+def _check_whole(image: Image.Image, stream: BinaryIO) -> None:
+    """Refuse half a picture of those formats whose decoders in Pillow return it without a word."""
     stream.seek(0)
     data = stream.read()
     if data.startswith(b"\xff\xd8"):
-        damage = _damage_of_jpeg(data)
-    elif data.startswith(b"\x89PNG"):
-        damage = _damage_of_png(data)
+        damage = _find_jpeg_damage(data)
     else:
-        damage = _damage_of_webp(data) if data.startswith(b"RIFF") else None
+        damage = _find_png_damage(data, image) if data.startswith(b"\x89PNG") else None
     if damage:
         raise _Refused(f"cannot be decoded: {damage}", Fault.broken)
 
 
-def _damage_of_jpeg(data: bytes) -> str | None:
-    """Decoders take zeros behind a torn end for pixels; a whole file has an end marker behind its first scan."""
+def _find_jpeg_damage(data: bytes) -> str | None:
+    """Lost pixels. libjpeg fills them with grey and warns; Pillow drops the warning."""
+    scanned, components, first_scan = set[int](), set[int](), len(data)
     at = 2
-    while data[at : at + 1] == b"\xff" and data[at + 1] != 0xDA:  # to the scan: a thumbnail before it has its own end
-        at += 2 + int.from_bytes(data[at + 2 : at + 4])
-    return None if data.find(b"\xff\xd9", at) >= 0 else "the end marker is missing, its end is torn off or overwritten"
+    while found := _JPEG_MARKER.search(data, at):
+        marker, at = found[1][0], found.end()
+        if marker == 0xD9:  # of a thumbnail it would lie within a segment
+            break
+        if marker == _JPEG_SCAN:
+            first_scan = min(first_scan, at)
+            scanned.update(data[at + 3 : at + 3 + 2 * data[at + 2] : 2])
+        elif marker in _JPEG_FRAMES:
+            components.update(data[at + 8 : at + 8 + 3 * data[at + 7] : 3])
+        at += max(2, int.from_bytes(data[at : at + 2]))
+    if data.find(b"\xff\xd9", first_scan) < 0:  # where there are zeros behind a torn end they pass for pixels
+        return "the end marker is missing, its end is torn off or overwritten"
+    if missing := components - scanned:
+        return f"{len(missing)} of its {len(components)} colour components have no data"
+    try:  # at an eighth of its size: all data are read, few pixels are computed
+        simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1, strict=True)
+    except ValueError as error:
+        if any(loss in str(error) for loss in _JPEG_LOSSES):
+            return str(error)
+    return None
 
 
-def _damage_of_png(data: bytes) -> str | None:
-    """The checksums of the chunks that make the picture; Pillow skips those of the pixels."""
-    at, view = 8, memoryview(data)
+def _find_png_damage(data: bytes, image: Image.Image) -> str | None:
+    """A wrong checksum of a chunk that makes the picture, or a stream of pixels that ends early."""
+    at, view, pixels = 8, memoryview(data), list[memoryview]()
     while at + 12 <= len(data):
         end = at + 8 + int.from_bytes(view[at : at + 4])
         name = bytes(view[at + 4 : at + 8])
         if name[:1].isupper() and zlib.crc32(view[at + 4 : end]) != int.from_bytes(view[end : end + 4]):
             return f"the checksum of its {name.decode('ascii', 'replace')} chunk is wrong"
+        if name == b"IDAT":
+            pixels.append(view[at + 8 : end])
         if name == b"IEND":
-            return None
+            return _find_short_stream(pixels, data[16:29], image)
         at = end + 4
     return "the end chunk is missing"
 
 
-def _damage_of_webp(data: bytes) -> str | None:
-    at = 12
-    while at + 8 <= len(data):
-        end = at + 8 + int.from_bytes(data[at + 4 : at + 8], "little")
-        if data[at : at + 4] in (b"VP8 ", b"VP8L", b"ANMF") and data[at + 8 : end].endswith(bytes(_ZERO_TAIL)):
-            return f"its pixels end in more than {_ZERO_TAIL} zeros"
-        at = end + end % 2
-    return None
+def _find_short_stream(pixels: list[memoryview], header: bytes, image: Image.Image) -> str | None:
+    """Say whether the inflated stream is shorter than the header promises."""
+    width, height = image.size
+    interlaced, bits = header[12] == 1, header[8] * _PNG_CHANNELS[header[9]]
+    # Pillow leaves lines that it has no data for at zero: where the last one is not, the inflating can be saved
+    if not interlaced and image.crop((0, height - 1, width, height)).getbbox(alpha_only=False):
+        return None
+    promised = 0
+    for left, step_x, top, step_y in _ADAM7 if interlaced else ((0, 1, 0, 1),):
+        columns, rows = -(-(width - left) // step_x), -(-(height - top) // step_y)
+        if columns > 0 and rows > 0:
+            promised += rows * (1 + (columns * bits + 7) // 8)  # a line begins with its filter
+    found, inflater = 0, zlib.decompressobj()
+    for piece in pixels:
+        rest: bytes | memoryview = piece
+        while len(rest) and found < promised and not inflater.eof:
+            # no further than needed: what stands behind the pixels is no part of the picture
+            found += len(inflater.decompress(rest, min(_PIECE, promised - found)))
+            rest = inflater.unconsumed_tail
+    if found < promised:
+        found += len(inflater.flush())
+    return f"its pixels end after {found:,} of {promised:,} bytes" if found < promised else None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,7 +26,19 @@ WAITS = (0.2, 1.0)  # seconds before a record is tried again: network file syste
 
 
 class Entered(UserError):
-    """A record turned bad and is in the ledger now: the next start goes on without it."""
+    """A record turned bad and is in the ledger now: the next start goes on without it.
+
+    Args:
+        finding: which record, and what is wrong with it.
+        ledger: the file.
+    """
+
+    def __init__(self, finding: str, ledger: Path) -> None:
+        self.finding, self.ledger = finding, ledger
+        super().__init__(
+            f"{finding} It is entered in {ledger}: the same command again goes on without it. To look for more of them: "
+            "task=prepare."
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +58,11 @@ class TurnedBad:
         ):  # another record is no bad one, to be left out in silence
             return self.error
         ledger.add(self.source, self.position, self.error, held_out=self.held_out)
-        return Entered(
+        finding = (
             f"{self.error.origin}: {self.error.reason}. It could be read when the index was built, and {len(WAITS) + 1} "
-            f"tries failed now. It is entered in {ledger.path}: the same command again goes on without it. To look for "
-            "more of them: task=prepare."
+            "tries failed now."
         )
+        return Entered(finding, ledger.path)
 
 
 class TrainMicroBatches(Dataset):

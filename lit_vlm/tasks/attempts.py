@@ -5,13 +5,14 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from itertools import count
-from pathlib import Path
 
 import lightning as L
 import torch
 
 from callbacks import Heartbeat
+from callbacks.out_of_memory import save_step_before
 from lit_vlm.config import Run
+from lit_vlm.config.schema import OnBadRecord
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.micro_batches import Entered
 from lit_vlm.data.plan.ledger import Ledger
@@ -19,10 +20,11 @@ from lit_vlm.engine.agreement import Agreement
 from lit_vlm.engine.budget import halve_budget, is_out_of_memory
 from lit_vlm.engine.exits import RESTART, RollBack
 from lit_vlm.engine.slurm import own_job
+from lit_vlm.engine.watch import Doing, pulse_of
 from lit_vlm.engine.watch_thread import Note
 from lit_vlm.stages import Stage
 from lit_vlm.tasks.terminal import say
-from lit_vlm.types import counted
+from lit_vlm.types import UserError, counted
 
 MOST_ENTERED = 20  # records that turned bad, for each of which a job starts again; more is a disk that fails
 
@@ -32,22 +34,33 @@ class Again(Exception):
 
 
 class GoOnWithout(L.Callback):
-    """After a record turned bad while training, the job of Slurm goes back into the queue: the next start leaves it out.
+    """After a record turned bad while training, go on without it.
 
-    Args:
-        max_share: of the training records; more that turned bad are for a person to look at.
+    One process under data.on_bad_record=quarantine saves the state of the step before, and `fit_or_again` starts again. Any
+    other job of Slurm goes back into the queue; the next start leaves the record out.
     """
 
-    def __init__(self, run_dir: Path, datamodule: DataModule, max_share: float) -> None:
-        self.run_dir, self.datamodule, self.max_share = run_dir, datamodule, max_share
+    def __init__(self, run: Run, datamodule: DataModule) -> None:
+        self.run, self.datamodule = run, datamodule
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        job, index, ledger = own_job(), self.datamodule.index, self.datamodule.ledger
-        if job is None or not isinstance(exception, Entered) or index is None or ledger is None:
+        if not isinstance(exception, Entered):
             return
-        entered = len(Ledger.read(ledger.path))  # by all ranks
-        if entered <= min(MOST_ENTERED, max(1, self.max_share * len(index))):
-            Note(RESTART, str(exception), []).leave_together(self.run_dir, job)
+        job, (entered, most) = own_job(), self.count_entered()
+        if self.resumes_alone(trainer):
+            if entered <= most and pulse_of(trainer).work.doing not in (Doing.starting, Doing.optimizer):
+                save_step_before(trainer, pl_module)
+        elif job is not None and entered <= min(MOST_ENTERED, most):
+            Note(RESTART, str(exception), []).leave_together(self.run.dir, job)
+
+    def resumes_alone(self, trainer: L.Trainer) -> bool:
+        return trainer.world_size == 1 and self.run.config.data.on_bad_record is OnBadRecord.quarantine
+
+    def count_entered(self) -> tuple[int, float]:
+        """Records that turned bad, found by all ranks, and how many may; more are for a person to look at."""
+        index, ledger = self.datamodule.index, self.datamodule.ledger
+        assert index is not None and ledger is not None  # something was entered
+        return len(Ledger.read(ledger.path)), max(1, self.run.config.data.max_quarantined * len(index))
 
 
 def until_done(attempt: Callable[[bool], None]) -> None:
@@ -63,18 +76,31 @@ def until_done(attempt: Callable[[bool], None]) -> None:
 
 
 def fit_or_again(trainer: L.Trainer, stage: Stage, datamodule: DataModule, run: Run) -> None:
-    """Train. `Again` after a rollback, on all ranks, and when the only device ran out of memory.
+    """Train. `Again` after a rollback, on all ranks; and where there is one alone, when its device ran out of memory or a
+    record turned bad that may be set aside.
 
     Raises:
-        UserError: half the micro-batch budget would not help.
+        UserError: half the micro-batch budget would not help; more records turned bad than may be set aside.
     """
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     callbacks.insert(0, Agreement(run.config, datamodule))
     # what was begun is saved by then, and the other ranks have not heard of a failure
     place = next((place for place, found in enumerate(callbacks) if isinstance(found, Heartbeat)), len(callbacks))
-    callbacks.insert(place, GoOnWithout(run.dir, datamodule, run.config.data.max_quarantined))
+    go_on_without = GoOnWithout(run, datamodule)
+    callbacks.insert(place, go_on_without)
     try:
         trainer.fit(stage, datamodule)
+    except Entered as error:
+        if not go_on_without.resumes_alone(trainer):
+            raise
+        entered, most = go_on_without.count_entered()
+        if entered > most:
+            raise UserError(
+                f"{error} They are {entered:,} by now, more than data.max_quarantined="
+                f"{run.config.data.max_quarantined:g} of the training records."
+            ) from None
+        say(f"{run.name}: {error.finding} It is entered in {error.ledger}, and the run goes on without it.")
+        raise Again from None
     except RollBack as back:
         say(f"{run.name}: {back}")
         raise Again from None

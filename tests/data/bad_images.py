@@ -159,7 +159,7 @@ def web_pages(corpus: Corpus) -> None:
 
 def other_formats(corpus: Corpus) -> None:
     image, brand = photo(7), b"\0\0\0\x18ftyp%s\0\0\0\0mif1%s"
-    files = [brand % (name, name) for name in (b"heic", b"heix", b"mif1", b"avif", b"mp42", b"qt  ", b"crx ")]
+    files = [brand % (name, name) for name in (b"heic", b"heix", b"mif1", b"hevc", b"mp42", b"qt  ", b"crx ")]
     files += [encoded(image, name) for name in ("TIFF", "PPM", "TGA", "ICO", "PCX", "SGI", "PDF", "EPS")]
     files += [b"8BPS\0\1" + bytes(30), b"\xff\x0a" + bytes(30), b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(9), b"%PDF-1.7\n"]
     files += [b"PK\3\4" + bytes(40), b"\x1f\x8b\x08" + bytes(20), b"7z\xbc\xaf\x27\x1c", b"RIFF\x24\0\0\0WAVEfmt "]
@@ -274,7 +274,10 @@ def damaged(corpus: Corpus) -> None:
         "a.gif": encoded(photo(121), "GIF"),
     }
     files |= {"a.jpg": encoded(photo(122), "JPEG"), "late.jpg": encoded(photo(122, (300, 200)), "JPEG", quality=60)}
-    files |= {"a.webp": encoded(photo(123), "WEBP"), "exact.webp": encoded(photo(123), "WEBP", lossless=True)}
+    files |= {
+        "palette.png": encoded(photo(123).quantize(9), "PNG"),
+        "grey.png": encoded(photo(123).convert("L"), "PNG"),
+    }
     for name, data in files.items():
         for share in (0.4, 0.8):
             length = min(int(len(data) * share), len(data) - 80)
@@ -289,7 +292,8 @@ def damaged(corpus: Corpus) -> None:
     header[19] ^= 2  # the width; its checksum tells
     corpus.put("header.png", bytes(header), Fault.broken)
     corpus.put("length.png", whole[: start - 8] + b"\0\0\0\x09" + whole[start - 4 :], Fault.broken)
-    corpus.put("sizes.webp", files["a.webp"][:16] + b"\xff\xff\xff\x7f" + files["a.webp"][20:], Fault.broken)
+    data = encoded(photo(123), "WEBP")
+    corpus.put("sizes.webp", data[:16] + b"\xff\xff\xff\x7f" + data[20:], Fault.broken)
 
 
 CLASSES = (

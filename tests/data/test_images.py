@@ -17,7 +17,7 @@ from PIL import Image, ImageFile, ImageOps
 
 from lit_vlm.anyres import ImageSettings, Tiling, grid_pinpoints
 from lit_vlm.data.collate import collate
-from lit_vlm.data.images import ArrayImage, BytesImage, FileImage
+from lit_vlm.data.images import FORMATS, ArrayImage, BytesImage, FileImage
 from lit_vlm.data.tiles import pixels_needed, tiles_from, tiles_of
 from lit_vlm.types import Fault, ImageSlot, ImageSource, Kind, Language, Message, RecordError, Role, Sample
 
@@ -93,7 +93,7 @@ def fails(image, *words):
         assert all(word in str(caught.value) for word in words), str(caught.value)
 
 
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF"])
 def test_each_format_gives_the_photograph(root, photos, image_format):
     for number, photo in enumerate(photos):
         (root / f"{number}").write_bytes(encoded(photo, image_format))
@@ -119,7 +119,7 @@ def test_images_cross_process_borders(root, photos):
         assert np.array_equal(np.asarray(again.load()), np.asarray(photos[0]))
 
 
-@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "AVIF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_rotation_is_applied_to_size_and_pixels(root, photos, image_format, orientation):
     exif = Image.Exif()
@@ -135,9 +135,9 @@ def test_size_decodes_nothing(root, photos, monkeypatch):
     def refuse(*_):
         raise AssertionError("decoded")
 
-    sources = [BytesImage(encoded(photos[0], name), "x", MAX_PIXELS) for name in ("JPEG", "PNG", "GIF", "BMP", "WEBP")]
+    sources = [BytesImage(encoded(photos[0], name), "x", MAX_PIXELS) for name in FORMATS]
     monkeypatch.setattr(ImageFile.ImageFile, "load", refuse)
-    assert [source.size for source in sources] == [(80, 120)] * 5
+    assert len(FORMATS) == 6 and [source.size for source in sources] == [(80, 120)] * 6
 
 
 def test_cmyk_is_converted(root, photos):
@@ -207,8 +207,8 @@ def test_a_truncated_file_is_named_and_never_half_a_picture(root, photos, image_
     [
         (b"", "is empty: 0 bytes"),
         (b"<!DOCTYPE html><html>", "it starts with b'<!DOCTYPE html><'"),
-        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is no JPEG, PNG, WEBP, GIF, BMP file"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "is no JPEG"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is no JPEG, PNG, WEBP, GIF, BMP, AVIF file"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC media"),
         (b"II*\0\x08\0\0\0", "is no JPEG"),
         (b"\xff\xd8\xff\xe0" + bytes(50), "image 'a.jpg'"),
     ],

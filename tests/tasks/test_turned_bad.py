@@ -4,6 +4,7 @@ command goes on without it, every other sample in its place."""
 import shutil
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from mixture_cases import damage, datamodule_of, lines_of, names_of
 from PIL import Image
@@ -93,6 +94,47 @@ def test_each_of_several_costs_one_start(words, tmp_path, monkeypatch):
         damage(tmp_path / "images" / f"{number}.jpg")
     assert len({stopped(*words).split(":")[1] for _ in range(3)}) == 3
     assert trained(monkeypatch, *words) == without(whole, "mine/2", "mine/7", "mine/11")
+
+
+SET_ASIDE = ("data.on_bad_record=quarantine", "data.max_quarantined=0.2")
+
+
+PACKS = pytest.param(["data.global_batch_size=8", "data.tokens_per_micro_batch=200"], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("more", [[], PACKS])
+def test_in_quarantine_one_process_goes_on_by_itself_as_if_they_had_been_left_out_from_the_start(
+    words, tmp_path, monkeypatch, capsys, more
+):
+    words = [*words, *more, *SET_ASIDE]
+    whole = trained(monkeypatch, *words, "run_name=whole")
+    for number in (2, 7, 11):
+        damage(tmp_path / "images" / f"{number}.jpg")
+    capsys.readouterr()
+    steps = trained(monkeypatch, *words)  # it is finished
+    said = " ".join(capsys.readouterr().out.split())
+    ledger = tmp_path / "runs" / "bad" / "ledger.jsonl"
+    assert {entry["position"] for entry in lines_of(ledger)} == {2, 7, 11}
+    assert said.count("3 tries failed now. It is entered in") == 3 == said.count("and the run goes on without it.")
+    assert "train.jsonl:8: image '7.jpg' cannot be decoded" in said and "goes on at step" in said
+
+    (tmp_path / "runs" / "given").mkdir()
+    shutil.copy(ledger, tmp_path / "runs" / "given" / "ledger.jsonl")
+    given = trained(monkeypatch, *words, "run_name=given")
+    assert given == without(whole, "mine/2", "mine/7", "mine/11") == [sorted(set(step)) for step in steps]
+    assert weights_of("bad") == weights_of("given") != weights_of("whole")
+    tables = [pd.read_csv(tmp_path / "runs" / name / "metrics.csv") for name in ("bad", "given")]
+    columns = [name for name in tables[0].columns if "loss" in name or name == "step"]
+    assert len(columns) > 1 and tables[0][columns].equals(tables[1][columns])
+
+
+def test_more_than_may_be_set_aside_end_the_run(words, tmp_path):
+    run(*words, "run_name=first")
+    for number in range(6):
+        damage(tmp_path / "images" / f"{number}.jpg")
+    said = stopped(*words, *SET_ASIDE)
+    assert "They are 5 by now, more than data.max_quarantined=0.2 of the training records" in said
+    assert len(lines_of(tmp_path / "runs" / "bad" / "ledger.jsonl")) == 5
 
 
 def test_what_is_left_out_is_said_at_the_next_start(words, tmp_path, capsys):

@@ -26,7 +26,7 @@ from lit_vlm.data.readers.splits import choose_split, split_of_path
 from lit_vlm.data.readers.zips import Flaw, Member, ZipImage
 from lit_vlm.types import Fault, ImageSource, RecordError, UserError, counted
 
-PICTURES = ("*.jpg", "*.jpeg", "*.png", "*.webp", "*.gif", "*.bmp")
+PICTURES = ("*.jpg", "*.jpeg", "*.png", "*.webp", "*.gif", "*.bmp", "*.avif")
 _NUMBERS = ("container", "offset", "packed", "size", "crc", "flaw", "stamp")
 _FOLDER = -1  # container of a file that is in no zip
 _REMEDY = "Set data.sources.<name>.image_root=... to the folder of the pictures or their zip files, or fix the record"

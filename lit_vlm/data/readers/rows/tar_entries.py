@@ -16,7 +16,7 @@ from lit_vlm.data.decoding import MAX_FILE_BYTES
 from lit_vlm.types import Fault
 
 BLOCK = tarfile.BLOCKSIZE  # bytes
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "avif")
 TEXTS = ("txt", "json")
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE)
 _EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)

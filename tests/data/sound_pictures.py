@@ -1,0 +1,481 @@
+"""Sound pictures by the encoders of others, and half pictures made of them.
+
+`make_pictures` writes files of JPEG, PNG, WebP, GIF, BMP and AVIF with those encoders that are installed: Pillow; libvips,
+ImageMagick, cwebp, gif2webp, libjpeg-turbo's cjpeg and jpegtran, jpegoptim, gifsicle and MozJPEG where they are found.
+Nothing may refuse one of them. `cut_picture` cuts one, in the ways in which files are cut. As a program it prints a table:
+
+    python tests/data/sound_pictures.py 2400 [seed]
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageDraw, features
+
+WORDS = "문서 page 2024 계약서 total 1,204.50 표 figure 한국어 text 가나다 lorem ipsum 사진 1/3"
+
+
+@dataclass(frozen=True)
+class Picture:
+    format: str
+    encoder: str
+    options: str
+    data: bytes
+
+
+class Missing(Exception):
+    """The encoder, or the way it is asked for, is not there."""
+
+
+# ---- what is drawn
+
+
+def draw_picture(rng: Random) -> Image.Image:
+    kind = rng.choice(
+        ["photo", "page", "page", "short page", "flat", "white", "black below", "grey", "scan", "chart", "clear"]
+    )
+    side = rng.choice([8, 60, 200, 320])
+    width, height = rng.randint(1, side), rng.randint(1, side)
+    noise = np.random.default_rng(rng.getrandbits(32))
+    if kind in ("photo", "scan", "black below", "clear"):
+        small = Image.fromarray(noise.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+        smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int64)
+        values = (smooth + noise.integers(-9, 10, (height, width, 3))).clip(0, 255).astype(np.uint8)
+        if kind == "scan":
+            values = np.where(values < 90, values, 255).astype(np.uint8)
+        if kind == "black below":
+            values[height // 2 :] = 0
+        image = Image.fromarray(values)
+        if kind == "clear":
+            image.putalpha(Image.fromarray(noise.integers(0, 256, (height, width), dtype=np.uint8)))
+        return image
+    colours = {"white": (255, 255, 255), "grey": (128, 128, 128), "flat": tuple(rng.randrange(256) for _ in range(3))}
+    image = Image.new("RGB", (width, height), colours.get(kind, "white"))
+    pen = ImageDraw.Draw(image)
+    if kind.endswith("page"):  # the lower part stays white
+        for top in range(4, height * (1 if kind == "page" else rng.choice([1, 3])) // 4, 14):
+            pen.text((4, top), " ".join(rng.sample(WORDS.split(), 5)), fill=rng.choice(["black", "#333", "navy"]))
+    if kind == "chart":
+        for _ in range(6):
+            ends = [rng.randint(0, side) for _ in range(4)]
+            pen.line(ends, fill=tuple(rng.randrange(256) for _ in range(3)), width=rng.randint(1, 4))
+    return image
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    if image.mode != "RGBA":
+        return image
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+# ---- encoders: (picture, rng, folder) -> (format, options, data)
+
+Encoded = tuple[str, str, bytes]
+
+
+def save(image: Image.Image, image_format: str, **options) -> Encoded:
+    image.save(stream := io.BytesIO(), image_format, **options)
+    return image_format, f"{image.mode} {options}", stream.getvalue()
+
+
+def pillow_jpeg(image: Image.Image, rng: Random, folder: Path) -> Encoded:
+    image = on_white(image).convert(rng.choice(["RGB", "RGB", "RGB", "L", "CMYK"]))
+    options: dict = {"quality": rng.choice([1, 30, 75, 90, 95, 100]), "progressive": rng.random() < 0.4}
+    options |= {"optimize": rng.random() < 0.5, "subsampling": rng.choice([0, 1, 2])}
+    options |= rng.choice([{}, {}, {"restart_marker_rows": 1}, {"restart_marker_blocks": rng.randint(1, 9)}])
+    return save(image, "JPEG", **options)
+
+
+def filled_jpeg(image: Image.Image, rng: Random, folder: Path) -> Encoded:
+    """Fill bytes before each marker, bytes behind the end, and a thumbnail with an end of its own in front."""
+    _, options, data = pillow_jpeg(image, rng, folder)
+    thumbnail = save(Image.new("L", (8, 8)), "JPEG")[2]
+    segment = b"\xff\xe1" + struct.pack(">H", 2 + len(thumbnail)) + thumbnail
+    whole, at, fill = data[:2] + b"\xff" * rng.randint(0, 3) + segment, 2, b"\xff" * rng.randint(1, 5)
+    while data[at + 1] != 0xDA:
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4])
+        whole, at = whole + fill + data[at:end], end
+    return (
+        "JPEG",
+        f"{options} fill={len(fill)}",
+        whole + fill + data[at:-2] + fill + data[-2:] + bytes(rng.choice([0, 3])),
+    )
+
+
+def pillow_png(image: Image.Image, rng: Random, folder: Path) -> Encoded:
+    mode = rng.choice(["RGB", "RGBA", "L", "LA", "P", "1", "I;16"])
+    image = image if image.mode == mode else on_white(image)
+    image = (
+        Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+        if mode == "I;16"
+        else image.convert(mode)
+    )
+    options: dict = {"compress_level": rng.choice([0, 1, 6, 9]), "optimize": rng.random() < 0.3}
+    return save(image, "PNG", **options)
+
+
+def pillow_webp(image: Image.Image, rng: Random, folder: Path) -> Encoded:
+    options: dict = {
+        "lossless": rng.random() < 0.3,
+        "quality": rng.choice([1, 40, 80, 100]),
+        "method": rng.randint(0, 6),
+    }
+    if rng.random() < 0.2:
+        options |= {"save_all": True, "append_images": [image.rotate(180), image.rotate(1)]}
+    return save(image, "WEBP", **options)
+
+
+def pillow_gif(image: Image.Image, rng: Random, folder: Path) -> Encoded:
+    image = on_white(image).quantize(rng.choice([2, 3, 16, 100, 256])) if rng.random() < 0.7 else image
+    options: dict = {"interlace": rng.randint(0, 1)}
+    options |= rng.choice([{}, {}, {"transparency": 0}]) if image.mode == "P" else {}
+    if rng.random() < 0.3:
+        options |= {"save_all": True, "append_images": [image.rotate(180)]}
+    return save(image, "GIF", **options)
+
+
+def pillow_bmp(image: Image.Image, rng: Random, folder: Path) -> Encoded:
+    mode = rng.choice(["RGB", "RGBA", "L", "1", "P"])
+    return save(image.convert(mode) if image.mode == mode else on_white(image).convert(mode), "BMP")
+
+
+def pillow_avif(image: Image.Image, rng: Random, folder: Path) -> Encoded:
+    if not features.check("avif"):
+        raise Missing
+    more = {"save_all": True, "append_images": [image.rotate(180)]} if rng.random() < 0.2 else {}
+    sampling = {"subsampling": rng.choice(["4:2:0", "4:4:4"])}
+    return save(image, "AVIF", quality=rng.choice([10, 60, 95]), speed=10, **sampling, **more)
+
+
+def hand_bmp(image: Image.Image, rng: Random, folder: Path) -> Encoded:
+    """16 bits in two layouts, 24 and 32 from the top down."""
+    rgb, bits = np.asarray(on_white(image).convert("RGB")), rng.choice([15, 16, 24, 32])
+    height, width, _ = rgb.shape
+    masks, red, green, blue = b"", *(rgb[..., number].astype(np.uint16) for number in range(3))
+    if bits == 15:
+        rows = (red >> 3 << 10 | green >> 3 << 5 | blue >> 3).astype("<u2")[::-1]
+    elif bits == 16:
+        rows = (red >> 3 << 11 | green >> 2 << 5 | blue >> 3).astype("<u2")[::-1]
+        masks = struct.pack("<III", 0xF800, 0x07E0, 0x001F)
+    else:
+        rows = np.dstack([rgb[..., ::-1], np.full((height, width, 1), 255, np.uint8)])[..., : bits // 8]
+    pixels = b"".join(row.tobytes() + bytes(-len(row.tobytes()) % 4) for row in rows)
+    depth, tall = (16, height) if bits < 24 else (bits, -height)
+    header = struct.pack("<IiiHHIIiiII", 40, width, tall, 1, depth, 3 if masks else 0, len(pixels), 0, 0, 0, 0) + masks
+    start = 14 + len(header)
+    return "BMP", f"{bits} bits", b"BM" + struct.pack("<IHHI", start + len(pixels), 0, 0, start) + header + pixels
+
+
+@cache
+def program(name: str) -> str:
+    """The path of a program. Of two that are called convert the one that is ImageMagick."""
+    places = [shutil.which(name), f"/usr/bin/{name}"]
+    for place in filter(None, places):
+        if Path(place).exists() and (
+            name != "convert" or b"ImageMagick" in subprocess.run([place, "-version"], capture_output=True).stdout[:40]
+        ):
+            return place
+    raise Missing
+
+
+def run(name: str, *words: object, input_bytes: bytes | None = None) -> bytes:
+    done = subprocess.run([program(name), *map(str, words)], input=input_bytes, capture_output=True)
+    if done.returncode:
+        raise Missing(done.stderr[:200])
+    return done.stdout
+
+
+def cjpeg(image: Image.Image, rng: Random, folder: Path) -> Encoded:
+    words = ["-quality", str(rng.choice([5, 50, 85, 100]))]
+    words += rng.choice(
+        [[], ["-grayscale"], ["-rgb"], ["-sample", "1x1"], ["-sample", "2x1"], ["-sample", "1x2"], ["-sample", "4x1"]]
+    )
+    words += rng.choice([[], ["-progressive"], ["-optimize"], ["-arithmetic"]])
+    words += rng.choice([[], [], ["-restart", "1"], ["-restart", f"{rng.randint(1, 7)}B"]])
+    if rng.random() < 0.2 and "-progressive" not in words:  # each colour in a scan of its own
+        (folder / "scans").write_text("0;\n" if "-grayscale" in words else "0;\n1;\n2;\n")
+        words += ["-scans", str(folder / "scans")]
+    ppm = save(on_white(image).convert("RGB"), "PPM")[2]
+    return "JPEG", " ".join(words[:-1] if "-scans" in words else words), run("cjpeg", *words, input_bytes=ppm)
+
+
+def jpegtran(image: Image.Image, rng: Random, folder: Path) -> Encoded:
+    words = rng.choice([["-rotate", "180"], ["-transpose"], ["-flip", "vertical"], ["-grayscale"], ["-optimize"]])
+    words = words + rng.choice([[], ["-progressive"], ["-restart", "1"], ["-arithmetic"]])
+    return (
+        "JPEG",
+        " ".join(words),
+        run("jpegtran", *words, input_bytes=pillow_jpeg(image.convert("RGB"), rng, folder)[2]),
+    )
+
+
+def jpegoptim(image: Image.Image, rng: Random, folder: Path) -> Encoded:
+    words = rng.choice([["--all-progressive"], ["--all-normal"]]) + rng.choice([[], ["-m60"], ["--strip-all"]])
+    (folder / "in.jpg").write_bytes(pillow_jpeg(image, rng, folder)[2])
+    run("jpegoptim", "-q", "-f", *words, folder / "in.jpg")
+    return "JPEG", " ".join(words), (folder / "in.jpg").read_bytes()
+
+
+def mozjpeg(image: Image.Image, rng: Random, folder: Path) -> Encoded:
+    try:
+        import mozjpeg_lossless_optimization
+    except ImportError:
+        raise Missing from None
+    return "JPEG", "lossless", mozjpeg_lossless_optimization.optimize(pillow_jpeg(image.convert("RGB"), rng, folder)[2])
+
+
+def cwebp(image: Image.Image, rng: Random, folder: Path) -> Encoded:
+    words = rng.choice([["-q", rng.choice([0, 30, 75, 100])], ["-lossless"], ["-near_lossless", 40], ["-size", 300]])
+    words = words + ["-m", rng.randint(0, 6), "-segments", rng.randint(1, 4)]
+    words += rng.choice([[], ["-alpha_q", 20], ["-exact"], ["-af"], ["-sharp_yuv"], ["-preset", "text"]])
+    image.save(folder / "in.png")
+    return "WEBP", " ".join(map(str, words)), run("cwebp", "-quiet", *words, folder / "in.png", "-o", "-")
+
+
+def gif2webp(image: Image.Image, rng: Random, folder: Path) -> Encoded:
+    words = rng.choice([[], ["-lossy", "-q", 40], ["-mixed"]])
+    image.save(folder / "in.gif", save_all=True, append_images=[image.rotate(180), image.rotate(5)])
+    return "WEBP", f"animated {words}", run("gif2webp", "-quiet", *words, folder / "in.gif", "-o", "-")
+
+
+def gifsicle(image: Image.Image, rng: Random, folder: Path) -> Encoded:
+    words = rng.choice([["--interlace"], ["--no-interlace"]]) + rng.choice([["-O1"], ["-O3"], ["--no-conserve-memory"]])
+    return "GIF", " ".join(words), run("gifsicle", *words, input_bytes=pillow_gif(image, rng, folder)[2])
+
+
+VIPS = {
+    "JPEG": ("jpg", ["Q=40", "Q=95,interlace", "optimize_coding", "subsample_mode=off", "Q=80,restart_interval=2"]),
+    "PNG": ("png", ["compression=1", "interlace", "palette", "bitdepth=8,filter=all", "interlace,compression=9"]),
+    "WEBP": ("webp", ["Q=30", "lossless", "near_lossless", "Q=90,smart_subsample", "alpha_q=10"]),
+    "GIF": ("gif", ["dither=0", "interlace", "bitdepth=4"]),
+}
+
+
+def vips(image: Image.Image, rng: Random, folder: Path) -> Encoded:
+    image_format = rng.choice(sorted(VIPS))
+    ending, options = VIPS[image_format]
+    chosen = rng.choice(options)
+    image.save(folder / "in.png")
+    run("vips", "copy", folder / "in.png", f"{folder}/out.{ending}[{chosen}]")
+    return image_format, chosen, (folder / f"out.{ending}").read_bytes()
+
+
+MAGICK = {
+    "JPEG": [["-interlace", "JPEG"], ["-quality", "30"], ["-sampling-factor", "4:4:4"], ["-colorspace", "CMYK"], ["-type", "Grayscale"]],
+    "PNG": [["-interlace", "PNG"], ["-depth", "16"], ["-colors", "7"], ["-type", "Bilevel"], ["-define", "png:color-type=6"]],
+    "WEBP": [["-quality", "60"], ["-define", "webp:lossless=true"], ["-define", "webp:method=6"]],
+    "GIF": [["-interlace", "GIF"], ["-colors", "9"], ["-transparent", "white"], ["-dither", "None"]],
+    "BMP": [["-compress", "RLE", "-type", "Palette"], ["-compress", "RLE", "-colors", "12"], ["-type", "Bilevel"], ["-type", "TrueColor"]],
+}  # fmt: skip
+
+
+def imagemagick(image: Image.Image, rng: Random, folder: Path) -> Encoded:
+    image_format = rng.choice(sorted(MAGICK))
+    words = rng.choice(MAGICK[image_format])
+    target = rng.choice(["BMP3", "BMP"]) if image_format == "BMP" else image_format
+    on_white(image).save(folder / "in.png")
+    data = run("convert", folder / "in.png", *words, f"{target}:-")
+    return image_format, f"{target} {' '.join(words)}", data
+
+
+Encoder = Callable[[Image.Image, Random, Path], Encoded]
+OWN: list[Encoder] = [pillow_jpeg, filled_jpeg, pillow_png, pillow_webp, pillow_gif, pillow_bmp, hand_bmp, pillow_avif]
+OTHERS: list[Encoder] = [cjpeg, jpegtran, jpegoptim, mozjpeg, cwebp, gif2webp, gifsicle, vips, imagemagick]
+
+
+def make_pictures(number: int, seed: int, encoders: list[Encoder], missing: Counter | None = None) -> Iterator[Picture]:
+    """So many tries, the encoders by turns. Counts in `missing` what an encoder did not write."""
+    rng = Random(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(number):
+            image, encode = draw_picture(rng), encoders[turn % len(encoders)]
+            try:
+                image_format, options, data = encode(image, rng, Path(folder))
+            except Missing:
+                if missing is not None:
+                    missing[encode.__name__] += 1
+                continue
+            yield Picture(image_format, encode.__name__, options, data)
+
+
+# ---- halves
+
+
+@dataclass(frozen=True)
+class Half:
+    picture: Picture
+    way: str
+    data: bytes
+
+
+def cut_picture(picture: Picture, rng: Random) -> Iterator[Half]:
+    """The picture's file cut within its pixels, and what else leaves half of them in a file of that format.
+
+    Left out is what no decoder tells: an end given to a JPEG that is coded arithmetically, ends between two progressive
+    scans, or has a layout of colours that TurboJPEG does not read; and the last bytes of a lossy WebP of the right length.
+    """
+    for way, data in CUTS[picture.format](picture.data, rng):
+        yield Half(picture, way, data)
+
+
+Cut = tuple[str, bytes]
+
+
+def cut_jpeg(data: bytes, rng: Random) -> Iterator[Cut]:
+    scans, at = [], 2
+    while at < len(data) and data[at + 1] != 0xD9:  # markers, with fill bytes; FF 00 and FF D0 to D7 are within a scan
+        if data[at] != 0xFF or data[at + 1] in (0, 0xFF, *range(0xD0, 0xD8)):
+            at += 1 if data[at + 1] else 2
+            continue
+        begin = at + 2 + int.from_bytes(data[at + 2 : at + 4])
+        if data[at + 1] == 0xDA:
+            end = begin
+            while data[end] != 0xFF or data[end + 1] in (0, *range(0xD0, 0xD8)):
+                end += 1
+            scans += [(begin, end)] if end > begin else []  # arithmetic coding leaves zeros out
+            begin = end
+        at = begin
+    if not scans:
+        return
+    begin, end = rng.choice(scans)
+    place = rng.choice([rng.randrange(begin, end), end - 1])
+    yield "cut", data[:place]
+    if not is_beyond_turbojpeg(data) and not any(bytes([0xFF, frame]) in data[: scans[0][0]] for frame in (0xC9, 0xCA)):
+        yield "cut, given an end", data[:place] + b"\xff\xd9"
+
+
+def is_beyond_turbojpeg(data: bytes) -> bool:
+    try:
+        simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return True
+    return False
+
+
+def cut_png(data: bytes, rng: Random) -> Iterator[Cut]:
+    chunks, at = [], 8
+    while at < len(data):
+        end = at + 8 + int.from_bytes(data[at : at + 4])
+        chunks.append((data[at + 4 : at + 8], data[at + 8 : end]))
+        at = end + 4
+    yield "cut", data[: rng.randrange(data.index(b"IDAT"), len(data) - 16)]
+    packed = b"".join(body for name, body in chunks if name == b"IDAT")
+    pixels = zlib.decompress(packed)
+    torn = packed[: rng.randrange(len(packed))]
+    parts = {"stream ended early": zlib.compress(pixels[: rng.choice([rng.randrange(len(pixels)), len(pixels) - 1])])}
+    if len(zlib.decompressobj().decompress(torn)) < len(pixels):
+        parts["stream torn"] = torn
+    for way, part in parts.items():
+        names = [(name, body) for name, body in chunks if name != b"IDAT"]
+        names.insert(len(names) - 1, (b"IDAT", part))
+        written = (
+            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+            for name, body in names
+        )
+        yield f"{way}, right checksums", data[:8] + b"".join(written)
+
+
+def riff(chunks: list[Cut]) -> bytes:
+    return b"".join(name.encode() + struct.pack("<I", len(body)) + body + bytes(len(body) % 2) for name, body in chunks)
+
+
+def parts_of_riff(data: bytes) -> list[Cut]:
+    parts, at = [], 0
+    while at + 8 <= len(data):
+        size = int.from_bytes(data[at + 4 : at + 8], "little")
+        parts.append((data[at : at + 4].decode(), data[at + 8 : at + 8 + size]))
+        at += 8 + size + size % 2
+    return parts
+
+
+def cut_webp(data: bytes, rng: Random) -> Iterator[Cut]:
+    yield "cut", data[: rng.randrange(20, len(data) - 1)]
+    share = rng.uniform(0.1, 0.95)
+
+    def shorten(parts: list[Cut]) -> list[Cut]:
+        done = []
+        for name, body in parts:
+            if name == "ANMF":
+                body = body[:16] + riff(shorten(parts_of_riff(body[16:])))
+            done.append((name, body[: int(len(body) * share)] if name in ("VP8 ", "VP8L") else body))
+        return done
+
+    body = b"WEBP" + riff(shorten(parts_of_riff(data[12:])))
+    if len(body) + 16 < len(data):
+        yield "pixels shortened, right sizes", b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def cut_gif(data: bytes, rng: Random) -> Iterator[Cut]:
+    with Image.open(io.BytesIO(data)) as image:
+        start = image.tile[0].offset
+    blocks, at = b"", start
+    while data[at]:
+        blocks += data[at + 1 : at + 1 + data[at]]
+        at += 1 + data[at]
+    yield "cut", data[: rng.randrange(start, at - 2)]
+    short = blocks[: rng.randrange(max(1, len(blocks) - 4))]
+    packed = b"".join(bytes([len(short[at : at + 255])]) + short[at : at + 255] for at in range(0, len(short), 255))
+    yield "blocks ended early", data[:start] + packed + b"\0;"
+
+
+def cut_plain(data: bytes, rng: Random) -> Iterator[Cut]:
+    """BMP, whose lines are filled up with three bytes at most, and AVIF, which has the pixels at its end."""
+    start = int.from_bytes(data[10:14], "little") if data.startswith(b"BM") else len(data) // 2
+    yield "cut", data[: rng.randrange(min(start, len(data) - 4), len(data) - 3)]
+
+
+CUTS = {"JPEG": cut_jpeg, "PNG": cut_png, "WEBP": cut_webp, "GIF": cut_gif, "BMP": cut_plain, "AVIF": cut_plain}
+
+
+def main(number: int, seed: int) -> int:
+    """Print files, false alarms, halves and unseen halves of each format and encoder. 1 if there is one to be ashamed of."""
+    sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
+    from lit_vlm.data.images import BytesImage
+    from lit_vlm.types import RecordError
+
+    def refusal(data: bytes) -> str:
+        try:
+            BytesImage(data, "it", 64_000_000).load()
+        except RecordError as error:
+            return str(error)
+        return ""
+
+    missing, table, told, rng = Counter[str](), dict[tuple[str, str], Counter[str]](), list[str](), Random(seed)
+    for picture in make_pictures(number, seed, [*OWN, *OTHERS], missing):
+        row = table.setdefault((picture.format, picture.encoder), Counter())
+        row["files"] += 1
+        if said := refusal(picture.data):
+            row["refused"] += 1
+            told.append(f"refused: {picture.encoder} {picture.format} {picture.options}: {said}")
+        for half in cut_picture(picture, rng):
+            row["halves"] += 1
+            if not refusal(half.data):
+                row["unseen"] += 1
+                told.append(f"unseen: {picture.encoder} {picture.format} {picture.options}: {half.way}")
+    heads = ("files", "refused", "halves", "unseen")
+    print(f"{'format':8}{'encoder':16}" + "".join(f"{head:>10}" for head in heads) + f"    seed {seed}")
+    rows = [*sorted(table.items()), (("all", ""), sum(table.values(), Counter[str]()))]
+    for (image_format, encoder), row in rows:
+        print(f"{image_format:8}{encoder:16}" + "".join(f"{row[head]:10,}" for head in heads))
+    print("not written:", ", ".join(f"{name} {count}" for name, count in sorted(missing.items())) or "none")
+    print("\n".join(told))
+    return 1 if told else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*map(int, [*sys.argv[1:], "2400", "0"][:2])))
