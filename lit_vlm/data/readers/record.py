@@ -73,7 +73,7 @@ def count_trained_turns(messages: Sequence[Message], place: Place) -> int:
     if not trained:
         raise place.fault("every answer says that it is not trained on; nothing is left for the loss", Fault.no_answer)
     if trained[-1] < answers[-1]:
-        place.unread["turns behind the last answer that is trained on"] = None
+        place.note_unread("turns behind the last answer that is trained on")
     return trained[-1]
 
 
