@@ -71,8 +71,13 @@ _MARK = re.compile("|".join(f"({marks})" for marks in _MARKS))
 
 def find_mark(text: str) -> tuple[str, str] | None:
     """The first mark of another form in a text, and what it stands for there."""
-    found = _MARK.search(text)
-    return None if found is None else (found[0], list(_MARKS.values())[found.lastindex - 1])  # type: ignore[operator]
+    at = text.find("<")  # every mark begins with it: so a text without costs nothing
+    while at >= 0:
+        found = _MARK.match(text, at)
+        if found is not None and found.lastindex is not None:
+            return found[0], list(_MARKS.values())[found.lastindex - 1]
+        at = text.find("<", at + 1)
+    return None
 
 
 def check_record(row: Mapping[str, Any], place: Place, read: Collection[str]) -> None:

@@ -87,6 +87,8 @@ def keep_turns(
     messages: Sequence[Message], images: Sequence[ImageSource], count: int
 ) -> tuple[tuple[Message, ...], tuple[ImageSource, ...]]:
     """The first `count` messages and the images that stand in them."""
+    if count == len(messages):
+        return tuple(messages), tuple(images)
     messages = messages[:count]
     kept = sorted({piece.index for message in messages for piece in message.content if isinstance(piece, ImageSlot)})
     number = {old: ImageSlot(new) for new, old in enumerate(kept)}
