@@ -26,8 +26,8 @@ SPECIAL_TOKENS = ("<gro>", "<ocr>", "<char>", "</char>", "<obj>", "</obj>", "<bb
 IMAGE_TOKEN = "<image>"
 
 
-# C0 (but tab and line break), delete and C1, what turns the direction of writing, line separators, half surrogates
-_UNPRINTABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# C0 (but tab and line break), delete and C1, what turns the direction of writing, halves of surrogate pairs
+_UNPRINTABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def escape_controls(text: str) -> str:

@@ -176,6 +176,7 @@ def _settings(
         max_tiles=config.max_tiles,
         prompts=_prompts(name, config.prompts, config.marks is Marks.text),
         split=split,
+        counts_markup=config.markup is Markup.auto,
         marks_are_text=config.marks is Marks.text,
     )
 

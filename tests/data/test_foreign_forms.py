@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from source_cases import contents, only, open_, write
 
-from lit_vlm.config.schema import Format, Marks, SourceConfig
+from lit_vlm.config.schema import Format, Marks, Markup, SourceConfig
 from lit_vlm.data.index.store import build_index
 from lit_vlm.data.sources import open_source
 from lit_vlm.types import ImageSlot, RecordError, Role
@@ -242,6 +242,19 @@ def test_other_keys_are_counted_once_a_source(folder, processor):
     for _ in range(2):  # read, and out of the store
         index = build_index([open_(write(folder / "train.jsonl", rows))], processor, store=store)
         assert index.unread == {"mine": {"model": 10, "messages[].name": 10, "score": 3}}
+
+
+def test_keys_that_each_record_has_for_itself_are_counted_together(folder, processor):
+    rows = [messages(user("q"), answer(f"a{n}"), **{f"key {n:03}\x1b": 1, "model": "m"}) for n in range(40)]
+    (counts,) = build_index([open_(write(folder / "train.jsonl", rows))], processor).unread.values()
+    assert len(counts) == 31 and counts["model"] == 40 and counts["11 other keys"] == 11
+    assert r"key 000\x1b" in counts
+
+
+def test_boxes_in_texts_are_counted_where_nobody_said_whether_they_are_markup(folder):
+    row = conversation(human(), gpt("<obj>꽃</obj><bbox>0.1, 0.2, 0.5, 0.6</bbox>"))
+    assert only(folder, row).unread == ("boxes written in texts, which markup=on would read",)
+    assert only(folder, row, markup=Markup.off).unread == only(folder, row, markup=Markup.on).unread == ()
 
 
 # Other shapes are told what they are

@@ -50,6 +50,10 @@ def test_of_several_splits_in_a_folder_one_must_be_chosen(tmp_path, layout):
     refused("data.sources.mine.split=validation: there is ", folder, split="validation")
 
 
+def test_dots_in_a_path_are_none_of_the_setting(tmp_path):
+    refused("Say which is meant: data.sources.mine.split=train.", filled(tmp_path / "a.b/c.d", LAYOUTS["beside"]))
+
+
 def test_validation_has_several_names(tmp_path):
     for number, word in enumerate(("validation", "valid", "val", "dev")):
         folder = filled(tmp_path / str(number), {"train.jsonl": 1, f"{word}.jsonl": 2})

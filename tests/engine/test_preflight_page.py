@@ -128,9 +128,10 @@ def test_the_terminal_says_how_many_faults_it_leaves_out_and_where_they_are(fact
 
 def test_one_is_one():
     assert [counted(number, "record") for number in (0, 1, 2000)] == ["0 records", "1 record", "2,000 records"]
-    row = SourceRow("mine", 1, 1, quarantined={Fault.overlong: 1}, expected=2)
+    row = SourceRow("mine", 1, 1, quarantined={Fault.overlong: 1}, expected=2, unread={"model": 1, "turns[].x": 1})
     config = parse(["task=preflight", "experiment=tiny/2_sft"]).config
     found = " ".join(each.what for each in findings(Facts("x", "sft", "", "", sources=[row]), config))
+    assert "mine: nothing is read from model (1), turns[].x (1)." in found
     assert "mine: 1 record is too long" in found and "mine: 1 record on disk where 2 are expected" in found
 
 

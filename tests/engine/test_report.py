@@ -41,6 +41,7 @@ def folder(tmp_path):
                 | {"asked": None, "asked_in": None, "samples": 0.26, "tokens": 0.3},
             ],
             "quarantined": {"b": 2},
+            "unread": {"b": {f"model {EVIL}": 1200, "messages[].name": 3}},
         },
         "trained": [
             {"part": "vision_tower", "parameters": 10, "trainable": 0, "how": "frozen"},
@@ -113,6 +114,11 @@ def test_what_a_model_or_a_dataset_says_is_escaped(folder):
     assert (
         page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 7
     )  # title, command, source, prompt, prediction, reason, settings
+
+
+def test_keys_that_nothing_is_read_from_are_listed_with_their_counts(folder):
+    page = page_of(folder)
+    assert "b: nothing is read from model &lt;script&gt;" in page and "messages[].name (3)" in page
 
 
 def test_pictures_outside_the_run_stay_outside(folder):

@@ -23,6 +23,7 @@ from lit_vlm.types import Fault, Record, RecordError, Source, UserError
 
 OnProgress = Callable[[str, int, int], None]  # source name, records done, records in all
 
+MOST_KEYS = 30  # of a source that nothing is read from, named with their counts
 INDEX_VERSION = 2  # raise it when a record is indexed differently
 # Of the record's text alone, which the shard's key covers; all others may be mended without it
 OF_TEXT = (Fault.malformed, Fault.placeholders, Fault.no_answer, Fault.overlong, Fault.url)
@@ -175,8 +176,16 @@ def _load(sources: Sequence[Source], processor: Processor, shelf: Shelf, spans: 
         filled = to
     used = {name: column[:filled] for name, column in columns.items()}
     fitted = {name: np.full(filled, -1, dtype) for name, dtype in FITTED.items()}
-    counts = {name: dict(keys.most_common()) for name, keys in unread.items() if keys}
+    counts = {name: _most_frequent(keys) for name, keys in unread.items() if keys}
     return Index(sources, source_of[:filled], {**used, **fitted}, errors, unread=counts)
+
+
+def _most_frequent(keys: Counter[str]) -> dict[str, int]:
+    """Some data sets have keys that each record has for itself."""
+    found = dict(keys.most_common(MOST_KEYS))
+    if len(keys) > MOST_KEYS:
+        found[f"{len(keys) - MOST_KEYS:,} other keys"] = keys.total() - sum(found.values())
+    return found
 
 
 def _usable(shelf: Shelf, processor: Processor, span: Span) -> Shard:

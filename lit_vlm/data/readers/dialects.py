@@ -63,16 +63,21 @@ _MARKS = {
     r"<\|(?:begin|end)_of_image\|>|<im_patch>|<fake_token_around_image>|<img>[^<>\n]*</img>": "a picture",
     r"<video>|<video[ _]?\d+>|<\|video(?:_\w+)?\|>|<VID_CONTEXT>": "a video",
     r"<audio>|<audio[ _]?\d+>|<\|audio(?:_\w+)?\|>|<\|AUDIO\|>|<\|audio_(?:bos|eos)\|>": "a sound",
-    r"<ref-object>|<\|object_ref_(?:start|end)\|>": "an object",
-    r"<bbox>(?!\s*-?[\d.])|<\|(?:box|quad|point)_(?:start|end)\|>|<(?:box|quad)>\s*[\[(<]*\s*\d|<loc_?\d+>": "a box",
+    r"<ref-object>|<\|object_ref_(?:start|end)\|>|<\|/?(?:ref|grounding)\|>": "an object",
+    r"<bbox>(?!\s*-?[\d.])|<\|(?:box|quad|point)_(?:start|end)\|>|<(?:box|quad)>\s*[\[(<]*\s*\d|<loc_?\d+>|<\|/?det\|>": "a box",
 }
 _MARK = re.compile("|".join(f"({marks})" for marks in _MARKS))
 
 
 def find_mark(text: str) -> tuple[str, str] | None:
     """The first mark of another form in a text, and what it stands for there."""
-    found = _MARK.search(text)
-    return None if found is None else (found[0], list(_MARKS.values())[found.lastindex - 1])  # type: ignore[operator]
+    at = text.find("<")  # every mark begins with it: so a text without costs nothing
+    while at >= 0:
+        found = _MARK.match(text, at)
+        if found is not None and found.lastindex is not None:
+            return found[0], list(_MARKS.values())[found.lastindex - 1]
+        at = text.find("<", at + 1)
+    return None
 
 
 def check_record(row: Mapping[str, Any], place: Place, read: Collection[str]) -> None:
@@ -94,7 +99,7 @@ def check_record(row: Mapping[str, Any], place: Place, read: Collection[str]) ->
             raise place.fault(f"{key!r} is {value}: answers that are judged one by one (KTO) are not read")
         if key == "split":
             _check_split(value, place)
-        place.unread[key] = None
+        place.note_unread(key)
 
 
 def check_turn(turn: Mapping[str, Any], role: Role, place: Place, where: str, read: Collection[str]) -> bool:
@@ -107,7 +112,7 @@ def check_turn(turn: Mapping[str, Any], role: Role, place: Place, where: str, re
         elif key in _OF_TURNS and value is not False:
             raise place.fault(f"{where} has {key!r}: {_OF_TURNS[key]}")
         else:
-            place.unread[f"{where.partition('[')[0]}[].{key}"] = None
+            place.note_unread(f"{where.partition('[')[0]}[].{key}")
     return trained
 
 
@@ -121,7 +126,7 @@ def check_part(part: Mapping[str, Any], place: Place, where: str, read: Collecti
             raise place.fault(f"{where} has {key!r}: {_OF_TURNS[key]}")
         if key in _LOSSES and not _is_one(value):
             raise place.fault(f"{where}.{key} is {shown(value, 40)}: a turn is trained on as a whole")
-        place.unread[f"{where.partition('[')[0]}[].content[].{key}"] = None
+        place.note_unread(f"{where.partition('[')[0]}[].content[].{key}")
 
 
 def read_system(row: Mapping[str, Any], place: Place) -> str | None:

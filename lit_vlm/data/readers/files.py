@@ -66,6 +66,7 @@ def find_files(name: str, path: Path, split: str | None) -> tuple[Path, list[Pat
         return path, [_readable_file(setting, path)]
     if (path / "dataset_dict.json").exists():
         splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
+        split = splits[0] if split is None and len(splits) == 1 else split
         if split not in splits:
             asked = "" if split is None else f", and none is called {split}"
             raise UserError(

@@ -52,7 +52,7 @@ class MappedSource:
         if mistakes := list(mistakes_in_mapping(f"data.sources.{settings.source}.mapping", mapping)):
             raise UserError(mistakes[0] if len(mistakes) == 1 else "\n".join(f"- {mistake}" for mistake in mistakes))
         self.name, self._path, self._mapping, self._limit = settings.source, path, mapping, limit
-        self._settings, self._split = dataclasses.replace(settings, markup=False), split
+        self._settings, self._split = dataclasses.replace(settings, markup=False, counts_markup=False), split
         self._answer = self._template("answer") or [("", REGIONS)]
         self._questions = [template(text, "mapping.questions") for text in mapping.questions]
         what = "pictures" if mapping.labels is None else f"label files {mapping.labels}"

@@ -14,8 +14,19 @@ from typing import Any
 
 from lit_vlm.data.images import REMEDY, BytesImage, FileImage, refuse_url, shown
 from lit_vlm.data.readers.dialects import find_mark
-from lit_vlm.types import IMAGE_TOKEN, Content, Fault, ImageSlot, ImageSource, Kind, Language, RecordError
+from lit_vlm.types import (
+    IMAGE_TOKEN,
+    Content,
+    Fault,
+    ImageSlot,
+    ImageSource,
+    Kind,
+    Language,
+    RecordError,
+    escape_controls,
+)
 
+_LONGEST_NAME = 60  # characters of a key that is counted
 _MARKER = re.compile(rf"\r?\n{IMAGE_TOKEN}|{IMAGE_TOKEN}(?:\r?\n)?")  # one line break beside it belongs to the marker
 _TYPE_NAMES = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
 
@@ -34,6 +45,7 @@ class Settings:
     max_tiles: int | None = None
     prompts: tuple[str, ...] = ()  # questions for images without one
     split: str | None = None  # that its records may say they are of; None: any
+    counts_markup: bool = False  # nobody said whether markup in its texts is markup
     marks_are_text: bool = False  # marks of other forms in its texts are text, and no record is refused for them
 
 
@@ -54,6 +66,11 @@ class Place:
     settings: Settings
     normalised: bool = False  # NFC changed one of the texts read so far
     unread: dict[str, None] = field(default_factory=dict)  # keys that nothing is read from, in their order
+
+    def note_unread(self, what: str) -> None:
+        """Count something that nothing is read from; it changes nothing that is trained."""
+        what = escape_controls(what)
+        self.unread[what if len(what) <= _LONGEST_NAME else f"{what[:_LONGEST_NAME]}..."] = None
 
     def fault(self, reason: str, fault: Fault = Fault.malformed) -> RecordError:
         return RecordError(self.origin, reason, REMEDY, fault)
@@ -103,6 +120,8 @@ class Place:
         if not unicodedata.is_normalized("NFC", text):
             text, self.normalised = unicodedata.normalize("NFC", text), True
         if not self.settings.markup:
+            if self.settings.counts_markup and "</bbox>" in text:
+                self.note_unread("boxes written in texts, which markup=on would read")
             return (text,) if text else ()
         from lit_vlm.data.markup import parse_markup
 

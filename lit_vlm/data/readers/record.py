@@ -73,7 +73,7 @@ def count_trained_turns(messages: Sequence[Message], place: Place) -> int:
     if not trained:
         raise place.fault("every answer says that it is not trained on; nothing is left for the loss", Fault.no_answer)
     if trained[-1] < answers[-1]:
-        place.unread["turns behind the last answer that is trained on"] = None
+        place.note_unread("turns behind the last answer that is trained on")
     return trained[-1]
 
 
@@ -87,6 +87,8 @@ def keep_turns(
     messages: Sequence[Message], images: Sequence[ImageSource], count: int
 ) -> tuple[tuple[Message, ...], tuple[ImageSource, ...]]:
     """The first `count` messages and the images that stand in them."""
+    if count == len(messages):
+        return tuple(messages), tuple(images)
     messages = messages[:count]
     kept = sorted({piece.index for message in messages for piece in message.content if isinstance(piece, ImageSlot)})
     number = {old: ImageSlot(new) for new, old in enumerate(kept)}

@@ -62,7 +62,7 @@ def choose_split(setting: str, paths: Iterable[str], splits: Iterable[str | None
     for path, split in zip(paths, found, strict=True):
         named.setdefault(split, []).append(path)
     shown = ", ".join(f"{split} ({_some(files)})" for split, files in named.items() if split)
-    source = setting.rpartition(".")[0].partition("=")[0]
+    source = setting.partition("=")[0].removesuffix(".path")
     if wanted is None:
         others = [split for split in named if split and canonical_split(split) != "train"]
         if len(named) - (None in named) > 1 or (others and None in named):
