@@ -32,11 +32,11 @@ from lit_vlm.model import families
 from lit_vlm.model.export import OURS
 from lit_vlm.model.forward import use_flat_forward
 from lit_vlm.model.hub import first_line, quiet_transformers, told_by_folder
-from lit_vlm.model.parts import UNUSED
 from lit_vlm.model.skeleton import are_weights_later, draw_projector, make_skeleton, share_config
 from lit_vlm.model.skeleton import build_on_meta as build_on_meta
+from lit_vlm.model.ties import follow_files
 from lit_vlm.model.vocabulary import CHATML, VIDEO_TOKEN, accept_parts, add_special_tokens, closing_token, grow
-from lit_vlm.model.weights import half_a_model
+from lit_vlm.model.weights import require_all
 from lit_vlm.types import IMAGE_TOKEN, SPECIAL_TOKENS, UserError
 
 SIZES = (
@@ -67,6 +67,7 @@ class Blueprint:
     language_model: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    remarks: list[str] = field(default_factory=list)  # found while the weights were read; for the user
 
     @property
     def source(self) -> dict[str, Any]:
@@ -147,6 +148,7 @@ def _whole(model: ModelConfig, init_from: str, source: dict[str, Any]) -> Bluepr
         )
     _keep_layers(config.vision_config, config.vision_feature_layer)
     config.vision_feature_layer = -1
+    config.text_config.tie_word_embeddings = config.tie_word_embeddings  # the one rules here, the other in vLLM
     if model.grid:
         pinpoints = grid_pinpoints(config.vision_config.image_size, model.grid)
         config.image_grid_pinpoints = [list(pair) for pair in pinpoints]
@@ -198,6 +200,7 @@ def _with_weights(blueprint: Blueprint, dtype: torch.dtype, seed: int) -> LlavaO
             model = _load(
                 LlavaOnevisionForConditionalGeneration, blueprint.whole, blueprint.config, dtype, blueprint.source
             )
+            follow_files(model, model, blueprint, blueprint.whole)
         else:
             model = _assemble(blueprint, dtype, seed)
         grow(model, blueprint.tokenizer, blueprint.new_tokens)
@@ -212,6 +215,7 @@ def _assemble(blueprint: Blueprint, dtype: torch.dtype, seed: int) -> LlavaOnevi
     share_config(tower, blueprint.config.vision_config)
     share_config(language.model, blueprint.config.text_config)
     model.model.vision_tower, model.model.language_model, model.lm_head = tower, language.model, language.lm_head
+    follow_files(model, language, blueprint, blueprint.language_model)
     families.fold_logit_scale(model)
     model.model.multi_modal_projector, newline = draw_projector(config, dtype, seed)
     model.model.image_newline = nn.Parameter(newline)
@@ -233,12 +237,7 @@ def _load(kind: Any, name: str, config: Any, dtype: torch.dtype, source: dict[st
             model, report = kind.from_pretrained(name, config=config, **options, **source)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{name}: its weights could not be loaded: {first_line(error)}") from None
-    absent = [
-        key for key in report["missing_keys"] if not UNUSED.match(f"model.vision_tower.{key}") and not UNUSED.match(key)
-    ]
-    absent += [entry[0] for entry in report["mismatched_keys"]]
-    if absent:
-        raise UserError(half_a_model(name, absent))
+    require_all(name, report["missing_keys"], [entry[0] for entry in report["mismatched_keys"]], config)
     return model
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import LlavaOnevisionForConditionalGeneration
 
+from lit_vlm.model.ties import untie_tables
 from lit_vlm.types import UserError
 
 # How a family turns `config.<name>` into a factor on its logits.
@@ -52,8 +53,8 @@ def fold_logit_scale(model: LlavaOnevisionForConditionalGeneration) -> None:
     factor = logit_factor(text)
     if factor == 1.0:
         return
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone() * factor)
+    untie_tables(model)
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() * factor)
     for name in ("logits_scaling", "logit_scale"):
         if hasattr(text, name):
             setattr(text, name, 1.0)
-    text.tie_word_embeddings = model.config.tie_word_embeddings = False

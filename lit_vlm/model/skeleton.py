@@ -25,6 +25,7 @@ from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOn
 from lit_vlm.model import families
 from lit_vlm.model.hub import quiet_transformers
 from lit_vlm.model.lora import draw_adapter
+from lit_vlm.model.ties import follow_files
 from lit_vlm.model.vocabulary import grow
 from lit_vlm.model.weights import Weights, places_of
 from lit_vlm.types import UserError, counted
@@ -69,6 +70,7 @@ def make_skeleton(blueprint: Blueprint, dtype: torch.dtype, seed: int) -> LlavaO
         if blueprint.whole:
             weights.places = places_of(model, blueprint.whole, blueprint.revision)
             _read_generation_config(model, blueprint.whole, blueprint.revision)
+            follow_files(model, model, blueprint, blueprint.whole)
         else:
             _take_parts(model, weights, blueprint)
         families.fold_logit_scale(model)
@@ -152,6 +154,7 @@ def _take_parts(model: LlavaOnevisionForConditionalGeneration, weights: Weights,
         language = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=blueprint.trust_remote_code)
     in_tower = places_of(tower, blueprint.vision_tower, revision)
     in_language = places_of(language, blueprint.language_model, revision)
+    follow_files(model, language, blueprint, blueprint.language_model)
     _read_generation_config(language, blueprint.language_model, revision)
     model.generation_config = language.generation_config
     share_config(tower, config.vision_config)

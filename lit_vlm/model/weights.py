@@ -23,6 +23,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.utils import cached_file
 
 from lit_vlm.model.parts import UNUSED
+from lit_vlm.model.ties import describe_missing_table
 from lit_vlm.types import UserError, counted
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -117,25 +118,28 @@ def places_of(model: PreTrainedModel, name: str, revision: str | None = None) ->
     """
     found = _renamed(model, name, _listed(name, _files(name, revision)))
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    _mend_ties(model, name, found)
-    absent = [
-        key
-        for key, shape in expected.items()
-        if (key not in found or found[key].shape != shape)
-        and not UNUSED.match(f"model.vision_tower.{key}")
-        and not UNUSED.match(key)
-    ]
-    if absent:
-        raise UserError(half_a_model(name, absent))
+    _mend_ties(model, found)
+    mismatched = [key for key, shape in expected.items() if key in found and found[key].shape != shape]
+    require_all(name, [key for key in expected if key not in found], mismatched, model.config)
     return {key: place for key, place in found.items() if place.shape == expected.get(key)}
 
 
-def half_a_model(name: str, absent: Iterable[str]) -> str:
-    absent = sorted(absent)
-    return (
-        f"{name}: {counted(len(absent), 'weight is', 'weights are')} missing or of another shape there, {', '.join(absent[:3])} among them. "
-        "The folder holds another model than its config.json says, or half of one."
-    )
+def require_all(name: str, missing: Iterable[str], mismatched: Iterable[str], config: Any) -> None:
+    """Refuse a folder that lacks weights which somebody reads.
+
+    Raises:
+        UserError: it does, or holds some in another shape.
+    """
+    missing = [key for key in missing if not UNUSED.match(f"model.vision_tower.{key}") and not UNUSED.match(key)]
+    absent = sorted([*missing, *mismatched])
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    if len(missing) == len(absent) and (said := describe_missing_table(name, missing, tied)):
+        raise UserError(said)
+    if absent:
+        raise UserError(
+            f"{name}: {counted(len(absent), 'weight is', 'weights are')} missing or of another shape there, "
+            f"{', '.join(absent[:3])} among them. The folder holds another model than its config.json says, or half of one."
+        )
 
 
 def _files(name: str, revision: str | None) -> list[str]:
@@ -202,14 +206,11 @@ def _renamed(model: PreTrainedModel, name: str, listed: dict[str, Place]) -> dic
     return found
 
 
-def _mend_ties(model: PreTrainedModel, name: str, found: dict[str, Place]) -> None:
-    """One table for embeddings and head may be stored under either name, or under both."""
-    for target, source in model.all_tied_weights_keys.items():
+def _mend_ties(model: PreTrainedModel, found: dict[str, Place]) -> None:
+    """One table for embeddings and head may be stored under either name, or under both; two that differ are no pair."""
+    for target, source in list(model.all_tied_weights_keys.items()):
         if target in found and source in found and not _equal(found[target], found[source]):
-            raise UserError(
-                f"{name}: its config.json ties {target} to {source}, and the files hold two different tables. Set "
-                "tie_word_embeddings to false in its config.json."
-            )
+            del model.all_tied_weights_keys[target]  # as transformers does; see `follow_files`
         for one, other in ((target, source), (source, target)):
             if one not in found and other in found:
                 found[one] = found[other]

@@ -261,6 +261,8 @@ def show_start(data: StageData, stage: Stage) -> None:
     plan, index = datamodule.plan, datamodule.index
     if run.init_from:
         say(f"starts from {run.init_from}")
+    for remark in data.blueprint.remarks:
+        say(remark)
     say(
         f"{counted(len(index), 'sample')}, {len(datamodule.held_out):,} held out; {counted(plan.num_steps, 'step')} of "
         f"{plan.batch} in {counted(plan.k, 'micro-batch', 'micro-batches')} on "

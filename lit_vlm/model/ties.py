@@ -1,0 +1,60 @@
+"""Embeddings and head, one table or two: what a checkpoint's files hold counts, whatever its config.json says."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
+from torch import nn
+from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedModel
+
+if TYPE_CHECKING:
+    from lit_vlm.model.build import Blueprint
+
+HEAD = "lm_head.weight"
+TABLES = (HEAD, "embed_tokens.weight")
+
+
+def follow_files(
+    model: LlavaOnevisionForConditionalGeneration, loaded: PreTrainedModel, blueprint: Blueprint, name: str
+) -> None:
+    """Untie the tables of a model when the files it was loaded from hold two different ones; the blueprint remarks it.
+
+    peft writes such folders: `modules_to_save=["lm_head"]` on a tied model, merged and saved, leaves two tables and a
+    `text_config` that ties them.
+
+    Args:
+        loaded: what was read from `name`: the model itself, or the language model that became a part of it. Loading
+            takes a pair of different tables out of its `all_tied_weights_keys`.
+    """
+    tied_by_config = getattr(loaded.config, "tie_word_embeddings", False)
+    if not tied_by_config or HEAD not in (loaded._tied_weights_keys or {}) or HEAD in loaded.all_tied_weights_keys:
+        return
+    untie_tables(model)
+    blueprint.config.tie_word_embeddings = blueprint.config.text_config.tie_word_embeddings = False
+    blueprint.remarks.append(
+        f"{name}: its config.json ties head and embeddings, and its files hold two different tables. Both are kept; "
+        "what is exported says tie_word_embeddings=false."
+    )
+
+
+def untie_tables(model: LlavaOnevisionForConditionalGeneration) -> None:
+    """Make embeddings and head two tables, in memory and for all that might tie them again."""
+    if model.lm_head.weight is model.get_input_embeddings().weight:
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+    model.all_tied_weights_keys.pop(HEAD, None)  # resizing the tables goes by these
+
+
+def describe_missing_table(name: str, missing: Collection[str], tied: bool) -> str | None:
+    """Say what is wrong with files that lack a table; None when they lack other weights."""
+    if not missing or not all(key.endswith(TABLES) for key in missing):
+        return None
+    if tied:
+        return f"{name}: its files hold neither embeddings nor head ({', '.join(sorted(missing))}): half of a model."
+    lacked = "head" if any(key.endswith(HEAD) for key in missing) else "embeddings"
+    return (
+        f"{name}: its files hold no {lacked} ({', '.join(sorted(missing))}), and its config.json does not tie head and "
+        "embeddings. If they are one table, set tie_word_embeddings to true in its config.json (in text_config, too, where "
+        "it has one); else the folder holds half of a model."
+    )
