@@ -55,6 +55,7 @@ EXAMPLES = (
         "python run.py task=prefer init_from=runs/tiny/3_highres/hf data=llava_json data.sources.mine.path=my.json",
         "preference pairs from a model's own answers, for stage=dpo (docs/preferences.md)",
     ),
+    ("python run.py task=export init_from=runs/mine", "the model's folder from a run's checkpoint"),
     ("python run.py task=chat init_from=runs/tiny/4_dpo/hf image=cat.jpg", "talk to the result"),
 )
 MORE = (

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lit_vlm.data.plan.lock import DAY
 from lit_vlm.files import DamagedFile, append_line, read_json, writable, written
 from lit_vlm.types import UserError
 
@@ -101,6 +102,16 @@ class Journal:
 
 def folder_of(output: Path) -> Path:
     return output.with_name(f"{output.stem}_files")
+
+
+def find_day(output: Path) -> str | None:
+    """Find the day that the chat template wrote when the output was begun; None where it wrote none, or nothing is begun."""
+    try:
+        known = _read_manifest(folder_of(output)) or {}
+    except DamagedFile:
+        return None
+    day = known.get("question", {}).get(DAY)
+    return day if isinstance(day, str) else None
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:

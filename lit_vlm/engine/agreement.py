@@ -49,6 +49,7 @@ def facts_of(
         "code": code_digest(),
         "packages": versions(),
         "data": index.digest(),
+        "tokenizer, chat template or day that it writes": datamodule.processor.digest,
         "plan": [plan_digest(plan), plan.k, plan.world_size],
         "ledger and caps of micro-batches": [plan.left_out.tolist(), *datamodule.budget],
     }

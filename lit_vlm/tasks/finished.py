@@ -10,6 +10,7 @@ from transformers.utils import logging as transformers_logging
 
 from lit_vlm.config import RunConfig
 from lit_vlm.data.processor import Processor
+from lit_vlm.data.template_date import parse_day
 from lit_vlm.engine.trainer import quiet
 from lit_vlm.model.build import Blueprint, build, draw_up, read_tiling
 
@@ -30,11 +31,18 @@ class Finished:
         return model.to("cuda" if self.on_gpu else "cpu").eval()
 
 
-def open_finished(init_from: str, config: RunConfig) -> Finished:
-    """With its own tokens, grid and tiling, whatever the settings say of those. Reads no weights."""
+def open_finished(init_from: str, config: RunConfig, day: str | None = None) -> Finished:
+    """With its own tokens, grid and tiling, whatever the settings say of those. Reads no weights.
+
+    Args:
+        day: YYYY-MM-DD, for a chat template that writes today's date; None: the settings', or this day.
+    """
     quiet()
     transformers_logging.disable_progress_bar()
     own = replace(config.model, special_tokens=[], grid=None, max_tiles=None)
     blueprint = draw_up(own, init_from, read_tiling(init_from))
     on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    return Finished(init_from, blueprint, Processor(blueprint.tokenizer, blueprint.images), on_gpu, config.seed)
+    day = config.model.template_date or day
+    planned = parse_day(day, "model.template_date") if day else None
+    processor = Processor(blueprint.tokenizer, blueprint.images, day=planned)
+    return Finished(init_from, blueprint, processor, on_gpu, config.seed)

@@ -12,11 +12,12 @@ from rich.table import Table
 
 from lit_vlm.config import Run, RunConfig
 from lit_vlm.config.schema import ScorerName
-from lit_vlm.curation.journal import IMAGES, Journal, folder_of
+from lit_vlm.curation.journal import IMAGES, Journal, find_day, folder_of
 from lit_vlm.curation.maker import PAIR, PairMaker, key_of, summary_of
 from lit_vlm.curation.records import Pictures, image_root
 from lit_vlm.curation.scorers import Exact, ModelJudge, Scorer, own_scorer
 from lit_vlm.data.datamodule import DataModule
+from lit_vlm.data.plan.lock import DAY
 from lit_vlm.engine.exits import INTERRUPTED
 from lit_vlm.engine.run_folder import digest_of_sources, parent_of, require_parent, to_plain
 from lit_vlm.tasks.finished import Finished, open_finished
@@ -36,7 +37,7 @@ def prefer(run: Run) -> None:
     config, output = run.config, Path(run.config.prefer.output)
     require_one_process()
     require_parent(run.init_from)
-    finished = open_finished(run.init_from, config)
+    finished = open_finished(run.init_from, config, find_day(output))
     scorer = Scoring(config)
     data = samples_of(run, finished)
     journal = Journal.open(output, question_of(run, data.datamodule, scorer), overwrite=config.overwrite)
@@ -132,6 +133,7 @@ def question_of(run: Run, data: DataModule, scorer: Scoring) -> dict[str, Any]:
         "the data": [digest_of_sources(data.sources), data.index.digest()],
         "prefer.judge": scorer.identity(),
         "seed": run.config.seed,
+        **({DAY: template.day.isoformat()} if (template := data.processor.template).writes_day else {}),
         **{f"prefer.{name}": value for name, value in settings.items()},
     }
 

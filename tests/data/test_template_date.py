@@ -121,7 +121,10 @@ SLIPS = {
         "writes the words of a assistant 2 times",
     ),
     "a picture too many": (accept_parts(CHATML) + "{{ '<image>' }}", "writes <image> 2 times for 1 picture"),
-    "no picture": (accept_parts(CHATML).replace("+ '<image>\\n'", "+ ''"), "writes <image> 0 times for 1 picture"),
+    "no picture": (
+        "{# <image> #}" + accept_parts(CHATML).replace("+ '<image>\\n'", "+ ''"),
+        "writes <image> 0 times for 1 picture",
+    ),
 }
 
 

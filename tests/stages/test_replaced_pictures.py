@@ -103,7 +103,7 @@ def test_a_picture_that_is_replaced_while_the_run_trains_ends_it(case, folder):
             draw(folder, number, seed=100 + number)
 
     stage.prepare = then_replaced
-    with pytest.raises(UserError, match=r"mine/\d+: its pictures hold something else .* Start again, .*=false"):
+    with pytest.raises(UserError, match=r"image '\d+.bmp' holds something else than when it was indexed"):
         case(folder, stage=stage)
     assert news(case(folder)) == [
         "9 are new, 9 with other pictures than before",

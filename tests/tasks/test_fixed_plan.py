@@ -60,8 +60,8 @@ def dated(tmp_path_factory) -> tuple[Path, list[str]]:
 
 def test_a_run_that_goes_on_in_another_month_reads_the_day_on_which_it_began(dated):
     place, words = dated
-    words = [*words, "run_name=killed"]
-    assert -signal.SIGKILL in start(words, place, 1, also(on("2026-04-30"), kill_at(4))).wait()
+    words, k = [*words, "run_name=killed"], Ran(place / "runs" / "whole").manifest["plan"]["k"]
+    assert -signal.SIGKILL in start(words, place, 1, also(on("2026-04-30"), kill_at(2 * k))).wait()
     code, said = ended(words, place, 1, on("2026-09-23"))
     assert code == 0 and "goes on at step" in said, said
     assert "the chat template writes today's date; in all that this run reads it is 2026-04-30, as when it was" in said
@@ -75,8 +75,8 @@ def test_a_run_that_goes_on_in_another_month_reads_the_day_on_which_it_began(dat
 
 def test_another_template_in_the_same_file_is_refused_when_a_run_goes_on(dated):
     place, words = dated
-    words = [*words, "run_name=edited"]
-    assert -signal.SIGKILL in start(words, place, 1, kill_at(4)).wait()
+    words, k = [*words, "run_name=edited"], Ran(place / "runs" / "whole").manifest["plan"]["k"]
+    assert -signal.SIGKILL in start(words, place, 1, kill_at(2 * k)).wait()
     before = (place / "t.jinja").read_text()
     (place / "t.jinja").write_text(before.replace("Today", "Again"))
     code, said = ended(words, place)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from mixture_cases import damage, datamodule_of, lines_of, names_of
+from mixture_cases import damage, datamodule_of, lines_of, names_of, prepared
 from PIL import Image
 from run_helpers import PHOTOS, TWO, Ran, conversations, llava, own_choice, process, run, save_photos, write
 
@@ -162,18 +162,23 @@ def gone(path: Path) -> None:
     path.unlink()
 
 
-@pytest.mark.parametrize(
-    ("change", "said", "fault"),
-    [(another_size, "tokens now and had", "changed"), (gone, "image '5.jpg' not found in", "missing")],
-)
-def test_what_became_another_after_the_index_was_read_is_told(words, tmp_path, monkeypatch, change, said, fault):
+def test_what_is_gone_after_the_index_was_read_is_told_and_left_out(words, tmp_path, monkeypatch):
     run(*words, "run_name=first")
-    change(tmp_path / "images" / "5.jpg")
-    text = stopped(*words)
-    assert text.startswith("train.jsonl:6: ") and said in text
+    gone(tmp_path / "images" / "5.jpg")
+    assert stopped(*words).startswith("train.jsonl:6: image '5.jpg' not found in")
     (entry,) = lines_of(tmp_path / "runs" / "bad" / "ledger.jsonl")
-    assert (entry["position"], entry["fault"]) == (5, fault)
+    assert (entry["position"], entry["fault"]) == (5, "missing")
     assert sum(map(len, trained(monkeypatch, *words))) == COUNT - 1
+
+
+def test_what_became_another_after_the_index_was_read_is_told_and_is_no_bad_record(words, tmp_path, monkeypatch):
+    run(*words, "run_name=first")
+    another_size(tmp_path / "images" / "5.jpg")
+    text = stopped(*words)
+    assert text.startswith("train.jsonl:6: ") and "tokens now and had" in text and "task=prepare" in text
+    assert not (tmp_path / "runs" / "bad" / "ledger.jsonl").exists()
+    prepared(*words)
+    assert sum(map(len, trained(monkeypatch, *words))) == COUNT
 
 
 def stumbling(monkeypatch, times: int) -> list[str]:
