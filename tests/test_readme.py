@@ -220,3 +220,11 @@ def test_the_readme_begins_with_what_decides():
     first = READMES[0].read_text(encoding="utf-8").splitlines()[:40]
     text = "\n".join(first)
     assert "make quickstart" in text and "`align`" in text and "`dpo`" in text
+
+
+def test_the_makefile_takes_the_versions_of_python_that_the_package_takes(repository):
+    package = (repository / "pyproject.toml").read_text(encoding="utf-8")
+    least, most = re.search(r'requires-python = ">=3\.(\d+),<3\.(\d+)"', package).groups()
+    makefile = (repository / "Makefile").read_text(encoding="utf-8")
+    assert f"(3, {least}) <= sys.version_info < (3, {most})" in makefile
+    assert f"Python 3.{least} to 3.{int(most) - 1} is needed" in makefile

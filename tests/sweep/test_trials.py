@@ -145,7 +145,7 @@ def test_a_worker_takes_up_its_own_trials_alone(tmp_path):
 
 SCRIPT = """
 import sys
-sys.path[:0] = [{tests!r}, {root!r}]
+sys.path[:0] = [{tests!r}, {root!r} + "/tests", {root!r}]
 from pathlib import Path
 from test_trials import Ran, sweep
 ran = Ran(Path({folder!r}), sweep([{{"value": float(n), "steps": 40, "sleep": 5}} for n in range(3)]), places=((), ()))
