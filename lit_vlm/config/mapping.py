@@ -60,7 +60,7 @@ class MappingConfig:
     box: list[str] = field(default_factory=list)  # path of a region's box, or paths of its four numbers
     box_format: BoxFormat = BoxFormat.xyxy
     box_unit: BoxUnit = BoxUnit.pixels
-    box_frame: BoxFrame = BoxFrame.auto
+    box_frame: BoxFrame = BoxFrame.auto  # what boxes are measured on where EXIF turns a picture
     size: list[str] = field(default_factory=list)  # paths of the picture's width and height; empty: by its header
     keep: list[str] = field(default_factory=list)  # path=value, e.g. attributes.class=word: other regions are left out
     skip: list[str] = field(default_factory=list)  # path=value: these regions are left out

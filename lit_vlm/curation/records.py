@@ -39,6 +39,7 @@ def pair_row(sample: Sample, pair: Pair, of: str, pictures: Pictures) -> dict[st
         "scores": {"chosen": chosen.score, "rejected": rejected.score},
         "answers": {"chosen": chosen.origin.value, "rejected": rejected.origin.value},
         "origin": sample.origin,
+        "marks": "text",  # what stands for something is a part of its own
     }
 
 

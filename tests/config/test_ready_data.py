@@ -125,12 +125,12 @@ def test_mistakes_in_a_mapping_are_named(words, mistake):
 def test_a_mapping_is_written_in_a_file_of_ones_own_and_on_the_command_line(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "own.yaml").write_text(
-        "sources:\n  own:\n    path: x\n    format: mapped\n    mapping: {answer: '{a.b}', keep: [kind=word]}\n",
+        "sources:\n  own:\n    path: x\n    format: mapped\n    mapping: {answer: '{a.b}', image: '{f}'}\n",
         "utf-8",
     )
     words = ["task=train", f"--config-dir={tmp_path}", "data=own", "data.sources.own.mapping.questions=['{q}','뭐?']"]
     mapping = parse(words).config.data.sources["own"].mapping
-    assert mapping == MappingConfig(answer="{a.b}", keep=["kind=word"], questions=["{q}", "뭐?"])
+    assert mapping == MappingConfig(answer="{a.b}", image="{f}", questions=["{q}", "뭐?"])
     (tmp_path / "data" / "own.yaml").write_text(
         "sources:\n  own:\n    path: x\n    format: mapped\n    mapping:\n      labls: '*.json'\n      answer: a\n",
         "utf-8",

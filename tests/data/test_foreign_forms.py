@@ -75,6 +75,12 @@ def test_other_numbers_of_marks_than_of_pictures_are_refused_and_marks_may_be_sa
     assert contents(only(folder, two, marks=Marks.text))[0] == (ImageSlot(0), ImageSlot(1), "q <image>")
 
 
+def test_a_record_may_say_itself_that_marks_are_text(folder):
+    sample = only(folder, messages(user("<image> <video>"), answer("<bbox>"), marks="text"))
+    assert contents(sample) == [("<image> <video>",), ("<bbox>",)] and sample.unread == ()
+    refused(folder, messages(user("<video>"), answer(), marks=5), "'<video>' in a text")
+
+
 def test_marks_beside_image_parts_are_refused(folder):
     parts = user([{"type": "image"}, {"type": "text", "text": "<image>q"}])
     refused(

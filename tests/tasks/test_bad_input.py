@@ -214,7 +214,9 @@ def test_each_bad_record_is_named_with_its_line_and_cause(place, name):
     write(place / "one.jsonl", [llava("Hi", "Hello"), record])
     text = message(*LLAVA, *CAPS, "data.sources.mine.path=one.jsonl", "run_name=never")
     assert "one.jsonl:2: " in text and said in text, text
-    (listed,) = (place / "runs" / "never").iterdir()  # and nothing else of a run
+    left = {path.name: path for path in (place / "runs" / "never").iterdir()}
+    assert left.keys() - {"held.lock"} == {"bad_records.jsonl"}  # and nothing of a run
+    listed = left["bad_records.jsonl"]
     assert [json.loads(row)["origin"] for row in listed.read_text("utf-8").splitlines()] == ["one.jsonl:2"]
 
 
@@ -396,6 +398,7 @@ def test_control_tokens_written_in_the_data_stay_text_in_every_batch(place, monk
             *TINY,
             *LLAVA,
             "data.sources.mine.path=control.jsonl",
+            "data.sources.mine.marks=text",
             "data.global_batch_size=8",
             "trainer.max_steps=1",
             "data.tiling=base",

@@ -81,5 +81,6 @@ def test_to_stop_names_them_with_the_counts_and_sets_nothing_aside(words, corpus
     assert text.startswith(f"Records that cannot be used ({len(expected):,} of mine: ")
     assert all(f"\n  {origin}: image " in text for origin in first) and f"... and {len(expected) - 10:,} more" in text
     assert all(f"{number:,} {fault}" in text for fault, number in Counter(expected.values()).items())
-    assert not any(Path(tmp_path / "runs" / "bad").glob("*"))
+    (listed,) = Path(tmp_path / "runs" / "bad").glob("*")
+    assert listed.name == "bad_records.jsonl" and {row["origin"] for row in lines_of(listed)} == set(expected)
     assert json.dumps(text)  # whatever their names hold

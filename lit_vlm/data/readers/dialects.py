@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lit_vlm.data.images import shown
@@ -83,12 +84,16 @@ def find_mark(text: str) -> tuple[str, str] | None:
 def check_record(row: Mapping[str, Any], place: Place, read: Collection[str]) -> None:
     """Refuse a record whose other keys change what is trained; count those that change nothing.
 
+    A record may say itself that marks in its texts are text, `"marks": "text"`, as those of `task=prefer` do.
+
     Args:
         read: the keys that the reader honours.
 
     Raises:
         RecordError: by the key's name.
     """
+    if row.get("marks") == "text":
+        place.settings, read = replace(place.settings, marks_are_text=True), (*read, "marks")
     for key in [key for key in row if key not in read and not _is_empty(row[key])]:
         value = row[key]
         if key in _OF_RECORDS and value is not False:
