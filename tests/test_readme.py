@@ -1,5 +1,6 @@
 """The documents are true: tree, commands, errors, links, names and examples; both languages show the same blocks."""
 
+import json
 import os
 import re
 import shlex
@@ -8,14 +9,19 @@ import sys
 from pathlib import Path
 
 import pytest
+from support import blueprint_of, picture
 from waiting import PATIENCE
 
+from benchmarks.quickstart import BLOCK as BLOCK_OF_QUICKSTART
+from benchmarks.quickstart import RESULT, render_tables
 from lit_vlm.config.compose import composed
 from lit_vlm.config.multirun import check_multirun
 from lit_vlm.config.overrides import ConfigError, read_arguments, split_flags, with_implied
 from lit_vlm.config.parse import parse, wrong_words
 from lit_vlm.config.schema import SourceConfig
 from lit_vlm.data.sources import open_source
+from lit_vlm.model.build import build
+from lit_vlm.model.export import export_model
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = [ROOT / "README.md", ROOT / "README.ko.md"]
@@ -214,6 +220,62 @@ def test_the_examples_of_the_library_page_run(number, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout
+
+
+TORCHVISION = Path(sys.prefix) / "torchvision"  # make test puts it there
+WITHOUT_CUDA = ROOT / "tests/outside/without_cuda"
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "beside",
+    [
+        "nothing",
+        pytest.param(
+            "torchvision",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(not TORCHVISION.is_dir(), reason="no .venv/torchvision; make test puts it there"),
+            ],
+        ),
+    ],
+)
+def test_the_code_that_uses_the_result_runs_as_it_stands_with_plain_transformers(small_parts, tmp_path, beside):
+    """The block of both READMEs, in the environment that `make setup` makes, and beside torchvision."""
+    programs = {block for path in READMES for block in blocks(path, "python") if "from_pretrained" in block}
+    (program,) = programs
+    blueprint = blueprint_of(small_parts)
+    folder = tmp_path / "runs/tiny/4_dpo/hf"
+    folder.parent.mkdir(parents=True)
+    export_model(build(blueprint), blueprint.tokenizer, blueprint.images, folder)
+    (tmp_path / "my").mkdir()
+    picture(56, 84).load().save(tmp_path / "my/red.png")
+    ours = 'import sys\nassert not {name.split(".")[0] for name in sys.modules} & {"lit_vlm", "callbacks"}\n'
+    seen = 'print("torchvision" in sys.modules)\n'
+    (tmp_path / "block.py").write_text(program + ours + seen, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "block.py"], cwd=tmp_path, env=environment_beside(beside), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    answer, _, loaded = done.stdout.rstrip().rpartition("\n")
+    assert answer and loaded == str(beside == "torchvision")
+
+
+def environment_beside(what: str) -> dict[str, str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    if what == "nothing":
+        return environment
+    environment["PYTHONPATH"] = str(TORCHVISION)
+    if subprocess.run([sys.executable, "-c", "import torchvision"], env=environment, capture_output=True).returncode:
+        environment["PYTHONPATH"] += f"{os.pathsep}{WITHOUT_CUDA}"
+    return environment
+
+
+@pytest.mark.parametrize("path", READMES, ids=lambda path: path.name)
+def test_the_quickstarts_tables_are_those_of_the_measured_figures(path):
+    (block,) = BLOCK_OF_QUICKSTART.findall(path.read_text(encoding="utf-8"))
+    assert block == render_tables(json.loads(RESULT.read_text(encoding="utf-8")))
 
 
 def test_the_readme_begins_with_what_decides():

@@ -1,0 +1,131 @@
+"""The quickstart from several seeds: what it comes to, and how far that spreads.
+
+    python -m benchmarks.quickstart --runs runs/seeds [--seeds 0,1,2,3,4] [--readme]
+
+Each seed is a run of all four stages in a folder of its own; one that is finished there is only read. The result goes to
+benchmarks/results/quickstart.json with versions; `--readme` puts its tables into both READMEs. Another processor rounds
+differently, which has the effect of another seed: what is shown is a mean and a standard deviation over seeds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from lit_vlm.engine.report_data import RunRecord, read_run, short
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "benchmarks/results/quickstart.json"
+READMES = [ROOT / "README.md", ROOT / "README.ko.md"]
+STAGES = ("1_align", "2_sft", "3_highres", "4_dpo")
+BLOCK = re.compile(r"(?<=<!-- quickstart-table -->\n).*?(?=<!-- /quickstart-table -->)", re.DOTALL)
+LEARNT = {
+    "caption": "captions",
+    "word": "rendered words",
+    "number": "two-digit numbers",
+    "grounding": "boxes right to a tenth",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, required=True)
+    parser.add_argument("--seeds", default="0,1,2,3,4")
+    parser.add_argument("--readme", action="store_true")
+    arguments = parser.parse_args()
+    seeds = [int(seed) for seed in arguments.seeds.split(",")]
+    for seed in seeds:
+        command = [sys.executable, str(ROOT / "run.py"), f"run_dir={arguments.runs / str(seed)}"]
+        subprocess.run(command + ([f"seed={seed}"] if seed else []), check=True)
+    result = collect_result([arguments.runs / str(seed) for seed in seeds], seeds)
+    RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(render_tables(result))
+    if arguments.readme:
+        for path in READMES:
+            text = path.read_text(encoding="utf-8")
+            path.write_text(BLOCK.sub(lambda _: render_tables(result), text), encoding="utf-8")
+
+
+def read_stage(run_dir: Path, stage: str) -> RunRecord:
+    """A stage of a recipe's run, whatever its settings put behind its name."""
+    (folder,) = [path for path in (run_dir / "tiny").iterdir() if re.fullmatch(rf"{stage}(-\w+)?", path.name)]
+    return read_run(folder)
+
+
+def collect_result(run_dirs: list[Path], seeds: list[int]) -> dict[str, Any]:
+    """The figures of each stage, a list over seeds each."""
+    stages = {stage: [read_stage(run_dir, stage) for run_dir in run_dirs] for stage in STAGES}
+    first = stages["1_align"][0].manifest
+    return {
+        "seeds": seeds,
+        "versions": first["versions"],
+        "processor": _name_processor(),
+        "stages": {stage: _figures(records) for stage, records in stages.items()},
+    }
+
+
+def _name_processor() -> str:
+    known = Path("/proc/cpuinfo")
+    named = re.search(r"model name\s*: (.+)", known.read_text()) if known.is_file() else None
+    return named[1] if named else platform.machine()
+
+
+def _figures(records: list[RunRecord]) -> dict[str, Any]:
+    names = ("seconds", "samples", "tokens", "loss_first", "loss_last", "peak_memory_bytes", "val/rewards/accuracies")
+    figures = {name: [record.figures[name] for record in records] for name in names if name in records[0].figures}
+    scores = {
+        phase: {kind: [record.scores(phase)[kind] for record in records] for kind in records[0].scores(phase)}
+        for phase in ("before", "after")
+    }
+    means = {phase: [record.mean_score(phase) for record in records] for phase in ("before", "after")}
+    trained = [f"{part['part']} {short(part['trainable'])} ({part['how']})" for part in records[0].trained]
+    return {"trained": trained, **figures, "mean_score": means, "scores": scores}
+
+
+def find_bar(figures: dict[str, Any], kind: str) -> float:
+    """What another machine must reach in a kind of questions: three standard deviations below the mean.
+
+    Over seeds and both languages, for a few seeds alone say little of a deviation.
+    """
+    values = [value for language in ("ko", "en") for value in figures["scores"]["after"][f"{kind}_{language}"]]
+    return statistics.mean(values) - 3 * statistics.stdev(values)
+
+
+def render_tables(result: dict[str, Any]) -> str:
+    """Both tables of README, as Markdown."""
+    lines = ["| stage | trained | samples | tokens | loss | held-out score |", "|---|---|---|---|---|---|"]
+    for stage, figures in result["stages"].items():
+        scores = figures["mean_score"]
+        learnt = f"{statistics.mean(scores['before']):.2f} → {_spread(scores['after'])}"
+        if rewards := figures.get("val/rewards/accuracies"):
+            learnt = f"reward accuracy {_spread(rewards)}"
+        cells = (
+            f"tiny/{stage}",
+            ", ".join(figures["trained"]).replace(" (all)", ""),
+            short(statistics.mean(figures["samples"])),
+            short(statistics.mean(figures["tokens"])),
+            f"{statistics.mean(figures['loss_first']):.2f} → {_spread(figures['loss_last'])}",
+            learnt,
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    after = result["stages"]["2_sft"]["scores"]["after"]
+    lines += ["", "| after `sft` | Korean | English |", "|---|---|---|"]
+    lines += [
+        f"| {name} | {_spread(after[f'{kind}_ko'])} | {_spread(after[f'{kind}_en'])} |" for kind, name in LEARNT.items()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""The exported folder in vLLM: the answers of plain transformers, pictures and boxes included. `make test-outside` runs this."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import builtin
+from transformers import AutoTokenizer
+
+from lit_vlm.types import ImageSlot, Language
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHON = ROOT / ".venv-outside/vllm/bin/python"
+WITHOUT_CUDA = Path(__file__).parent / "without_cuda"  # torchvision beside a torch for CPUs
+TIE = 1e-4  # logits so close are ranked by rounding
+# Ten samples of each: text alone, one picture, several tiles, boxes, two pictures; half of them Korean
+ASKED = [("text", False), ("caption", False), ("word", True), ("grounding", True), ("multi_image", False)]
+
+pytestmark = [
+    pytest.mark.outside,
+    pytest.mark.timeout(3600),
+    pytest.mark.skipif(not PYTHON.is_file(), reason=f"no vLLM in {PYTHON.parents[1]}; make test-outside puts it there"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What a short run of the second stage leaves: enough to answer in the forms of each kind."""
+    runs = tmp_path_factory.mktemp("runs")
+    words = ["experiment=tiny/2_sft", "init_from=null", "model.grid=2", "model.max_tiles=4", "run_name=short"]
+    words += [f"run_dir={runs}", "trainer.max_steps=300", "data.validation.fraction=0.001"]
+    done = subprocess.run([sys.executable, str(ROOT / "run.py"), *words], capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return runs / "short/hf"
+
+
+@pytest.fixture(scope="module")
+def answers(folder, tmp_path_factory) -> dict[str, list[dict]]:
+    """Of vLLM and of transformers, to the same questions."""
+    place = tmp_path_factory.mktemp("answers")
+    (place / "questions.json").write_text(json.dumps(make_questions(folder, place)), encoding="utf-8")
+    return {way: ask(way, folder, place) for way in ("transformers", "vllm")}
+
+
+def make_questions(folder: Path, place: Path) -> list[dict]:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    questions = []
+    for kind, hard in ASKED:
+        for language in (Language.ko, Language.en):
+            (source,) = builtin(kind, language=language, hard=hard, held_out=True)
+            questions += [make_question(source[i], tokenizer, place / f"{kind}-{language}-{i}") for i in range(4)]
+    return questions
+
+
+def make_question(record, tokenizer, stem: Path) -> dict:
+    parts = [
+        {"type": "image"} if isinstance(part, ImageSlot) else {"type": "text", "text": getattr(part, "token", part)}
+        for part in record.messages[0].content
+    ]
+    paths = [f"{stem}-{number}.png" for number in range(len(record.images))]
+    for image, path in zip(record.images, paths, strict=True):
+        image.load().save(path)
+    messages = [{"role": "user", "content": parts}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return {"prompt": prompt, "images": paths}
+
+
+def ask(way: str, folder: Path, place: Path) -> list[dict]:
+    works = subprocess.run([PYTHON, "-c", "import torchvision"], capture_output=True).returncode == 0
+    environment = os.environ | ({} if works else {"PYTHONPATH": str(WITHOUT_CUDA)})
+    command = [
+        PYTHON,
+        Path(__file__).with_name("answers.py"),
+        way,
+        folder,
+        place / "questions.json",
+        place / f"{way}.json",
+    ]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, cwd=place)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return json.loads((place / f"{way}.json").read_text(encoding="utf-8"))
+
+
+def test_vllm_gives_the_forty_greedy_answers_of_plain_transformers(answers):
+    """An answer may leave transformers' where its two best tokens are level, and one of forty for no such reason."""
+    theirs, ours = answers["transformers"], answers["vllm"]
+    assert len(theirs) == len(ours) == 40
+    ties, different = [], []
+    for number, (a, b) in enumerate(zip(theirs, ours, strict=True)):
+        if a["ids"] == b["ids"]:
+            continue
+        place = next(i for i, pair in enumerate(zip(a["ids"], b["ids"], strict=False)) if pair[0] != pair[1])
+        level = a["gaps"][place] < TIE
+        (ties if level else different).append((number, place, a["gaps"][place], a["text"], b["text"]))
+    print(f"{40 - len(ties) - len(different)} of 40 equal; ties: {ties}; different: {different}")
+    assert len(different) <= 1, different
+
+
+def test_vllm_keeps_the_control_tokens_of_boxes(answers):
+    boxes = [answer["text"] for answer in answers["vllm"] if "<bbox>" in answer["text"]]
+    assert len(boxes) >= 6 and all("</bbox>" in text for text in boxes)
+    assert any("가" <= letter <= "힣" for answer in answers["vllm"] for letter in answer["text"])
