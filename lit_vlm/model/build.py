@@ -7,6 +7,7 @@ here downloads code: `trust_remote_code` is off unless asked for.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -284,11 +285,47 @@ def _image_settings(name: str, config: LlavaOnevisionConfig, source: dict[str, A
         patch_size=vision.patch_size,
         grid_pinpoints=tuple(tuple(pair) for pair in config.image_grid_pinpoints),
         max_tiles=int(config.vision_aspect_ratio.removeprefix("anyres_max_")),
-        mean=tuple(own.get("image_mean") or ((0.5,) * 3 if siglip else clip_mean)),
-        std=tuple(own.get("image_std") or ((0.5,) * 3 if siglip else clip_std)),
-        resample=own.get("resample", 3),
+        mean=_read_channels(name, own, "image_mean", (0.5,) * 3 if siglip else clip_mean),
+        std=_read_channels(name, own, "image_std", (0.5,) * 3 if siglip else clip_std),
+        resample=_read_resample(name, own),
         select=config.vision_feature_select_strategy,
     )
+
+
+def _read_channels(name: str, own: dict[str, Any], key: str, default: tuple[float, ...]) -> tuple[float, float, float]:
+    """Read a number for each of the three colours; one alone is meant for all, as transformers means it.
+
+    Raises:
+        UserError: it is something else, a deviation of 0, or no number.
+    """
+    found = own.get(key)
+    values = default if found is None else [found] * 3 if is_number(found) else found
+    sound = isinstance(values, list | tuple) and len(values) == 3 and all(map(is_number, values))
+    if not sound or (key == "image_std" and min(values) <= 0):
+        above = " above 0" if key == "image_std" else ""
+        raise UserError(
+            f"{name}: its image settings have {key}={found!r}; three numbers{above} are needed, for red, green and blue."
+            " Correct preprocessor_config.json (or processor_config.json) of that folder."
+        )
+    red, green, blue = map(float, values)
+    return red, green, blue
+
+
+def _read_resample(name: str, own: dict[str, Any]) -> int:
+    found = own.get("resample")
+    if found is None:
+        return 3
+    if isinstance(found, bool) or found not in range(6):
+        raise UserError(
+            f"{name}: its image settings have resample={found!r}; Pillow's filters are 0 to 5, bicubic is 3."
+            " Correct preprocessor_config.json (or processor_config.json) of that folder."
+        )
+    return int(found)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _chat_template(choice: str | None, tokenizer: PreTrainedTokenizerFast) -> str | None:
