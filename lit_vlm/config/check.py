@@ -10,18 +10,20 @@ from functools import cache
 from pathlib import Path
 
 from lit_vlm.config.callbacks import mistakes_in_callbacks
+from lit_vlm.config.check_dpo import mistakes_in_preference_loss
 from lit_vlm.config.check_idle import mistakes_in_idle_settings, mistakes_in_idle_stage
 from lit_vlm.config.check_logger import mistakes_in_logger
+from lit_vlm.config.check_names import mistakes_in_names
 from lit_vlm.config.check_prefer import mistakes_in_prefer
 from lit_vlm.config.check_submit import mistakes_in_submit
 from lit_vlm.config.mapping import mistakes_in_mapping
+from lit_vlm.config.ranges import mistakes_in_ranges
 from lit_vlm.config.schema import (
     DataConfig,
     DPOStageConfig,
     Format,
     Markup,
     PartConfig,
-    PreflightConfig,
     RunConfig,
     ShareConfig,
     SourceConfig,
@@ -43,13 +45,6 @@ SHARED_PRECISIONS = (
 )  # float16's scale of the loss is watched in whole copies alone
 SHARING = tuple(one for one in Strategy if one.value.startswith(("deepspeed", "fsdp", "hsdp")))
 SHORT_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
-
-# trl.DPOConfig.loss_type, TRL 1.16
-LOSS_TYPES = tuple(
-    "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft"
-    " sigmoid_norm".split()
-)
-DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 
 # Arguments of lightning.Trainer that the program sets itself -> what to say instead.
 OWNED = {
@@ -74,14 +69,15 @@ STAGE_TASKS = (Task.train, Task.prepare, Task.preflight, Task.submit)  # what lo
 
 def check(config: RunConfig) -> list[str]:
     """All mistakes of a config whose keys and types are right; empty when it can run."""
+    found = [*mistakes_in_ranges(config), *mistakes_in_names(config)]
     if config.task is Task.prefer:
-        return [*mistakes_in_prefer(config), *_data(config.data), *_no_pairs(config.data)]
+        return [*found, *mistakes_in_prefer(config), *_data(config.data), *_no_pairs(config.data)]
     if config.task is Task.sweep:
-        return [*mistakes_in_trials(config)]
+        return [*found, *mistakes_in_trials(config)]
     if config.task not in STAGE_TASKS:
-        return [*_positive("max_new_tokens", config.max_new_tokens)]
+        return found
     return [
-        *_preflight(config.preflight),
+        *found,
         *_stage(config),
         *_data(config.data),
         *_pairs(config),
@@ -94,31 +90,10 @@ def check(config: RunConfig) -> list[str]:
     ]
 
 
-def _positive(key: str, value: float | None) -> Iterator[str]:
-    if value is not None and not value > 0:  # also NaN
-        yield f"{key}: must be above 0, found {value}."
-
-
-def _at_least_0(key: str, value: float | None) -> Iterator[str]:
-    if value is not None and not value >= 0:
-        yield f"{key}: must be 0 or above, found {value}."
-
-
-def _share(key: str, value: float | None) -> Iterator[str]:
-    if value is not None and not 0 <= value <= 1:
-        yield f"{key}: is a share and must be within 0 and 1, found {value}."
-
-
 def _stage(config: RunConfig) -> Iterator[str]:
     stage = config.stage
-    yield from _positive("stage.learning_rate", stage.learning_rate)
-    yield from _at_least_0("stage.weight_decay", stage.weight_decay)
-    yield from _at_least_0("stage.warmup", stage.warmup)
-    yield from _share("stage.min_learning_rate", stage.min_learning_rate)
-    yield from _positive("stage.adam_eps", stage.adam_eps)
-    betas = stage.adam_betas
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        yield f"stage.adam_betas: must be two numbers from 0 up to below 1, found {list(betas)}."
+    if len(stage.adam_betas) != 2:
+        yield f"stage.adam_betas: must be two numbers, found {list(stage.adam_betas)}."
     if not stage.trainable:
         yield f"stage.trainable: is empty, so nothing would train; name some of {', '.join(Part)}."
     if len(set(stage.trainable)) != len(stage.trainable):
@@ -127,41 +102,18 @@ def _stage(config: RunConfig) -> Iterator[str]:
     for field in fields(stage.parts):
         yield from _part(field.name, getattr(stage.parts, field.name), field.name in trainable)
     if isinstance(stage, DPOStageConfig):
-        yield from _dpo(stage)
+        yield from mistakes_in_preference_loss(stage)
 
 
 def _part(name: str, part: PartConfig, trains: bool) -> Iterator[str]:
     key = f"stage.parts.{name}"
-    yield from _positive(f"{key}.learning_rate", part.learning_rate)
-    yield from _at_least_0(f"{key}.weight_decay", part.weight_decay)
-    yield from _at_least_0(f"{key}.warmup", part.warmup)
-    yield from _at_least_0(f"{key}.lora.rank", part.lora.rank)
-    if not 0 <= part.lora.dropout < 1:
-        yield f"{key}.lora.dropout: must be from 0 up to below 1, found {part.lora.dropout}."
+    if "lm_head" in part.lora.targets:
+        yield (
+            f"{key}.lora.targets: lm_head cannot have an adapter, which would never train: scores are computed from the head's"
+            " weight directly. Take it out."
+        )
     if part.lora.rank > 0 and not trains:
         yield f"{key}.lora.rank: is {part.lora.rank}, but {name} does not train; add it to stage.trainable or set 0."
-    if part.lora.rank > 0:
-        yield from _positive(f"{key}.lora.alpha", part.lora.alpha)
-
-
-def _dpo(stage: DPOStageConfig) -> Iterator[str]:
-    yield from _positive("stage.beta", stage.beta)
-    if not 0 <= stage.label_smoothing < 0.5:
-        yield f"stage.label_smoothing: must be from 0 up to below 0.5, found {stage.label_smoothing}."
-    yield from _share("stage.ld_alpha", stage.ld_alpha)
-    if not stage.loss_type:
-        yield "stage.loss_type: is empty; name a loss, e.g. [sigmoid]."
-    for name in stage.loss_type:
-        if name not in LOSS_TYPES:
-            found = did_you_mean(nearest(name, LOSS_TYPES))
-            yield f"stage.loss_type: there is no loss {name}; there are {', '.join(LOSS_TYPES)}.{found}"
-    if stage.f_divergence_type not in DIVERGENCES:
-        found = did_you_mean(nearest(stage.f_divergence_type, DIVERGENCES))
-        there = ", ".join(DIVERGENCES)
-        yield f"stage.f_divergence_type: expected one of {there}, found {stage.f_divergence_type}.{found}"
-    weights = stage.loss_weights
-    if weights is not None and len(weights) != len(stage.loss_type):
-        yield f"stage.loss_weights: {len(weights)} for {len(stage.loss_type)} losses; give one for each of loss_type."
 
 
 def _data(data: DataConfig) -> Iterator[str]:
@@ -173,24 +125,6 @@ def _data(data: DataConfig) -> Iterator[str]:
     yield from mistakes_in_idle_settings(data)
     yield from _weights(data)
     yield from _shares(data.share)
-    for name in (
-        "global_batch_size",
-        "global_batch_tokens",
-        "tokens_per_micro_batch",
-        "tiles_per_micro_batch",
-        "max_image_pixels",
-        "max_length",
-        "temperature",
-        "index_workers",
-        "prefetch_factor",
-    ):
-        yield from _positive(f"data.{name}", getattr(data, name))
-    yield from _share("data.max_quarantined", data.max_quarantined)
-    yield from _at_least_0("data.num_workers", data.num_workers)
-    yield from _positive("data.validation.every_steps", data.validation.every_steps)
-    yield from _at_least_0("data.validation.max_samples", data.validation.max_samples)
-    if not 0 <= data.validation.fraction < 1:
-        yield f"data.validation.fraction: must be from 0 up to below 1, found {data.validation.fraction}."
 
 
 def _source(key: str, source: SourceConfig) -> Iterator[str]:
@@ -206,12 +140,6 @@ def _source(key: str, source: SourceConfig) -> Iterator[str]:
         yield from mistakes_in_mapping(f"{key}.mapping", source.mapping)
         if source.markup is Markup.on:
             yield f"{key}.markup: format=mapped takes control tokens from mapping.regions, never from text; set auto."
-    yield from _at_least_0(f"{key}.weight", source.weight)
-    yield from _at_least_0(f"{key}.max_tiles", source.max_tiles)
-    for name in ("num_samples", "repeat", "count", "fraction", "expected_records"):
-        yield from _positive(f"{key}.{name}", getattr(source, name))
-    if source.fraction is not None and source.fraction > 1:
-        yield f"{key}.fraction: is a share of its records and at most 1, found {source.fraction}."
     if source.repeat is not None and source.count is not None:
         yield f"{key}: both repeat and count are given; one of them must go."
     if source.kind is not None and source.kind not in list(Kind):
@@ -240,22 +168,12 @@ def _weights(data: DataConfig) -> Iterator[str]:
 
 
 def _shares(share: ShareConfig) -> Iterator[str]:
-    yield from _share("data.share.ko", share.ko)
-    yield from _share("data.share.text_only", share.text_only)
-    for name, value in share.kinds.items():
-        yield from _share(f"data.share.kinds.{name}", value)
+    for name in share.kinds:
         if name not in list(Kind):
             found = did_you_mean(nearest(name, list(Kind)))
             yield f"data.share.kinds: there is no kind {name}; there are {', '.join(Kind)}.{found}"
     if sum(share.kinds.values()) > 1 + 1e-9:
         yield f"data.share.kinds: the shares add up to {sum(share.kinds.values()):g}, more than 1."
-
-
-def _preflight(preflight: PreflightConfig) -> Iterator[str]:
-    for name in ("max_samples", "world_size", "utilisation", "network"):
-        yield from _positive(f"preflight.{name}", getattr(preflight, name))
-    yield from _at_least_0("preflight.num_shown", preflight.num_shown)
-    yield from _share("preflight.utilisation", preflight.utilisation)
 
 
 def holds_pairs(source: SourceConfig) -> bool | None:
@@ -285,16 +203,14 @@ def _no_pairs(data: DataConfig) -> Iterator[str]:
 
 
 def _trainer(trainer: TrainerConfig) -> Iterator[str]:
-    for name in ("max_steps", "max_epochs", "devices", "num_nodes", "log_every_n_steps", "num_threads"):
-        yield from _positive(f"trainer.{name}", getattr(trainer, name))
-    yield from _at_least_0("trainer.gradient_clip_val", trainer.gradient_clip_val)
-    yield from _at_least_0("trainer.limit_val_batches", trainer.limit_val_batches)
+    batches = trainer.limit_val_batches
+    if batches is not None and batches > 1 and batches % 1:
+        yield f"trainer.limit_val_batches: above 1 it is a number of batches and must be whole, found {batches}."
     if trainer.precision not in PRECISIONS:
         found = SHORT_PRECISIONS.get(trainer.precision) or nearest(trainer.precision, PRECISIONS)
         there = ", ".join(PRECISIONS)
         yield f"trainer.precision: expected one of {there}, found {trainer.precision}.{did_you_mean(found)}"
     world, size = trainer.devices * trainer.num_nodes, trainer.shard_size
-    yield from _positive("trainer.shard_size", size)
     if trainer.strategy is Strategy.hsdp and size and size > 0 and world % size:
         there = ", ".join(str(number) for number in range(2, world) if world % number == 0) or "none but all of them"
         yield f"trainer.shard_size: {world} devices cannot be divided into groups of {size}; groups may be of {there}."
@@ -326,8 +242,6 @@ def trainer_arguments() -> tuple[str, ...]:
 
 
 def _checkpoint(config: RunConfig) -> Iterator[str]:
-    for name in ("every_steps", "every_minutes", "keep_last"):
-        yield from _positive(f"checkpoint.{name}", getattr(config.checkpoint, name))
     given = config.resume_from
     if given not in ("auto", "none") and not Path(given).expanduser().is_dir():
         yield (

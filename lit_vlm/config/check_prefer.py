@@ -15,13 +15,6 @@ def mistakes_in_prefer(config: RunConfig) -> Iterator[str]:
         yield f"prefer.output: must end in .jsonl, found {prefer.output}."
     if not prefer.kinds:
         yield "prefer.kinds: is empty; name response, control or both."
-    for name in ("num_samples", "max_new_tokens", "temperature"):
-        if not getattr(prefer, name) > 0:  # also NaN
-            yield f"prefer.{name}: must be above 0, found {getattr(prefer, name)}."
-    if not 0 < prefer.top_p <= 1:
-        yield f"prefer.top_p: must be above 0 and at most 1, found {prefer.top_p}."
-    if not 0 <= prefer.min_margin <= 1:
-        yield f"prefer.min_margin: scores lie in 0 to 1, so must it; found {prefer.min_margin}."
     judged = prefer.scorer is ScorerName.judge
     if judged and prefer.judge is None:
         yield "prefer.judge is not set: scorer=judge needs a finished model's folder, or the import path of your own class."

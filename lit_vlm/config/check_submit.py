@@ -46,10 +46,6 @@ def mistakes_in_submit(config: RunConfig) -> Iterator[str]:
     """Mistakes in `submit`, alone and with the trainer's settings."""
     submit = config.submit
     yield from _gpus(config)
-    for name in ("cpus_per_task", "signal_seconds"):
-        value = getattr(submit, name)
-        if value is not None and value < 1:
-            yield f"submit.{name}: must be above 0, found {value}."
     yield from _time(submit)
     for name in ("partition", "account", "qos", "constraint", "memory", "container", "stage_to"):
         value = getattr(submit, name)
@@ -104,9 +100,7 @@ def _gpus(config: RunConfig) -> Iterator[str]:
     gpus, trainer = config.submit.gpus_per_node, config.trainer
     if gpus is None:
         return
-    if gpus < 0:
-        yield f"submit.gpus_per_node: must be 0 or above, found {gpus}."
-    elif gpus and trainer.accelerator == "cpu":
+    if gpus and trainer.accelerator == "cpu":
         yield f"submit.gpus_per_node: {counted(gpus, 'GPU')}, which trainer.accelerator=cpu would leave idle; choose trainer=ddp, ... or 0."
     elif trainer.accelerator in GPU and gpus < trainer.devices:
         if gpus == 0 and any(map(_asks_for_gpus, config.submit.extra)):

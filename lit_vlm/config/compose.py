@@ -19,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from lit_vlm.config.overrides import key_of, parsed
 from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig
+from lit_vlm.config.yaml_text import register_source
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 VERSION_BASE = "1.3"  # said outright: without it Hydra changes into a folder of its own
@@ -26,7 +27,8 @@ VERSION_BASE = "1.3"  # said outright: without it Hydra changes into a folder of
 
 @cache
 def register() -> None:
-    """Tell Hydra the schema, in a group of its own so that it never shows up as a choice of `stage=`."""
+    """Tell Hydra the schema, in a group of its own so that it never shows up as a choice of `stage=`, and how to read files."""
+    register_source()
     store = ConfigStore.instance()
     store.store(group="schema", name="run", node=RunConfig)
     store.store(group="schema/stage", name="base", node=StageConfig)

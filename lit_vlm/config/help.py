@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import textwrap
+from dataclasses import replace
 from enum import Enum
 from typing import Any, get_args
 
@@ -118,7 +119,8 @@ def _row(row: Setting) -> str:
     default = "must be set" if row.default == "???" else f"default {written(row.default)}"
     if row.key.startswith("stage.") and row.default == "???":
         default = "set by stage="
-    return f"  {row.key}   {describe(row.type)}; {default}" + (
+    within = f" ({row.range})" if row.range else ""
+    return f"  {row.key}   {describe(row.type)}{within}; {default}" + (
         f"\n{_wrapped(_meaning(row), 6)}" if _meaning(row) else ""
     )
 
@@ -161,7 +163,7 @@ def _all_settings() -> str:
         key = key.replace("data.validation.sources.", "data.sources.")
         if key not in seen:
             seen.add(key)
-            lines.append(_row(Setting(key, row.type, row.default, row.comment, row.group)))
+            lines.append(_row(replace(row, key=key)))
     notes = (
         "<name> is the name of a source; data.validation.sources.<name> has the same settings.\n"
         f"<part> is one of {', '.join(schema.Part.__members__)}."

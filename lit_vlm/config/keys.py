@@ -22,31 +22,19 @@ from lit_vlm.config.settings import (
     dataclass_of,
     describe,
     did_you_mean,
+    hint_of,
     members,
     nearest,
     nearest_key,
     settings,
     value_type,
 )
+from lit_vlm.config.yaml_text import read_settings
 
 NEW_SOURCE = (
     "A source is added by a file (conf/data/<name>.yaml, or your own folder with --config-dir)"
     " or from the ready ones: 'data/source@data.sources=[...]'"
 )
-
-
-def hint_of(key: str, stage: type[StageConfig]) -> Any:
-    """The type of a setting; None when there is no such setting."""
-    hint: Any = RunConfig
-    for word in key.split("."):
-        if hint is Any:
-            return Any
-        group = dataclass_of(hint)
-        hint = members(cast(type, group)).get(word) if group is not None else value_type(hint)
-        if hint is None:
-            return None
-        hint = stage if hint is StageConfig else hint
-    return hint
 
 
 def mistakes_in(key: str, value: Any, stage: type[StageConfig]) -> Iterator[str]:
@@ -113,10 +101,8 @@ def _nearest_member(hint: Any, value: Any) -> str:
     options = [option for option in (get_args(hint) or (hint,)) if inspect.isclass(option) and issubclass(option, Enum)]
     if not options:
         return ""
-    if isinstance(value, bool) and {"on", "off"} & set(options[0].__members__):
-        return " In a YAML file, put 'on' and 'off' in quotes."
-    if hint is ActivationCheckpointing and isinstance(value, bool):
-        return f" What was {shown(value)} is {CHECKPOINTING[shown(value)]} now."
+    if hint is ActivationCheckpointing and str(value).lower() in CHECKPOINTING:
+        return f" What was {shown(value)} is {CHECKPOINTING[str(value).lower()]} now."
     values = value if isinstance(value, list) else [value]
     wrong = [str(item) for item in values if str(item) not in options[0].__members__]
     return did_you_mean(nearest(wrong[0], list(options[0].__members__))) if wrong else ""
@@ -200,7 +186,7 @@ def mistakes_in_file(default: ResultDefault, stage: type[StageConfig], overrides
     if package.startswith("experiment"):
         yield f"{_short(path)}: the first line must be '# @package _global_', or nothing in the file counts."
         return
-    content: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False) or {}
+    content: Any = OmegaConf.to_container(OmegaConf.create(read_settings(path, package) or {}), resolve=False)
     for name, value in content.items():
         if name == "defaults" or (name == "hydra" and not package):
             continue

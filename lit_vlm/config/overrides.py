@@ -16,6 +16,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from lit_vlm.config.yaml_text import quote_text
 from lit_vlm.types import UserError
 
 SOURCES = "data/source@data.sources"
@@ -74,7 +75,7 @@ def with_implied(overrides: list[str]) -> list[str]:
     An `experiment=` is one stage, so the task is to train it; ready sources stand alone unless `data=` says with what,
     and `data=` takes the place of an experiment's ready sources; `trainer.extra.*`, `data.share.kinds` and
     `submit.env` hold words that the schema does not name; `image=photo.jpg` is a list of one; a level of activation
-    checkpointing may still be said as true or false.
+    checkpointing may still be said as true or false; what the schema calls text is quoted where Hydra would read a number.
     """
     keys = {key_of(override) for override in overrides}
     implied = []
@@ -84,7 +85,7 @@ def with_implied(overrides: list[str]) -> list[str]:
         implied.append("data=ready")
     if "data" in keys and SOURCES not in keys:
         implied.append(f"{SOURCES}=[]")  # instead of an experiment's sources, not beside them
-    return implied + [_spelled_out(word) for word in overrides]
+    return implied + [quote_text(_spelled_out(word)) for word in overrides]
 
 
 def _spelled_out(word: str) -> str:

@@ -13,9 +13,10 @@ from dataclasses import Field, dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from lit_vlm.config import mapping, schema
+from lit_vlm.config.ranges import Range
 from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig
 
 # What people type out of habit -> our word.
@@ -44,6 +45,7 @@ class Setting:
     default: Any
     comment: str
     group: str = ""  # dataclass it stands in
+    range: Range | None = None  # of a number, or of each number of a list
 
 
 def stage_class(name: str | None) -> type[StageConfig]:
@@ -75,7 +77,14 @@ def _rows(owner: type, prefix: str, stage: type[StageConfig]) -> Iterator[Settin
             yield from _rows(value_type(hint), f"{key}.<name>.", stage)
         else:
             place = next(base for base in owner.__mro__ if field.name in base.__dict__.get("__annotations__", {}))
-            yield Setting(key, hint, default_of(field), comments.get((place.__name__, field.name), ""), owner.__name__)
+            yield Setting(
+                key,
+                hint,
+                default_of(field),
+                comments.get((place.__name__, field.name), ""),
+                owner.__name__,
+                field.metadata.get("range"),
+            )
 
 
 def default_of(field: Field) -> Any:
@@ -87,6 +96,20 @@ def dataclass_of(hint: Any) -> Any:
     """X of X and of X | None, where X is a dataclass; None for anything else."""
     options = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
     return next((option for option in options if is_dataclass(option)), None)
+
+
+def hint_of(key: str, stage: type[StageConfig]) -> Any:
+    """The type of a setting; None when there is no such setting."""
+    hint: Any = RunConfig
+    for word in key.split("."):
+        if hint is Any:
+            return Any
+        group = dataclass_of(hint)
+        hint = members(cast(type, group)).get(word) if group is not None else value_type(hint)
+        if hint is None:
+            return None
+        hint = stage if hint is StageConfig else hint
+    return hint
 
 
 def value_type(hint: Any) -> Any:

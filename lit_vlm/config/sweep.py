@@ -33,10 +33,6 @@ def mistakes_in_trials(config: RunConfig) -> Iterator[str]:
     trials = config.trials
     if config.sweep is None:
         yield "sweep is not set: task=sweep runs the trials of a sweep file, sweep=sweeps/<name>.yaml."
-    for name in ("count", "parallel", "slurm"):
-        value = getattr(trials, name)
-        if value is not None and value < 1:
-            yield f"trials.{name}: must be above 0, found {value}."
     if trials.slurm and trials.parallel:
         yield "trials.parallel: with trials.slurm every worker runs one trial at a time; take one of the two away."
     if trials.carry_to is not None and trials.carry_to not in choices("experiment"):

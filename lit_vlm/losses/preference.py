@@ -20,31 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_vlm.config.check_dpo import LOSSES, SORTS_THE_BATCH, mistakes_in_preference_loss
+from lit_vlm.config.ranges import mistakes_in_ranges
+from lit_vlm.config.schema import DPOStageConfig
 from lit_vlm.types import UserError
 
-# Shapes: P pairs, 2P answers (all chosen ones, then all rejected ones), A longest answer in tokens, R supervised rows.
+__all__ = ["LOSSES", "SORTS_THE_BATCH", "AnswerScores", "Judged", "PreferenceLoss", "answer_mask", "score_answers"]
 
-LOSSES = (
-    "sigmoid",
-    "hinge",
-    "ipo",
-    "exo_pair",
-    "nca_pair",
-    "robust",
-    "bco_pair",
-    "sppo_hard",
-    "aot",
-    "aot_unpaired",
-    "apo_zero",
-    "apo_down",
-    "discopop",
-    "sft",
-    "sigmoid_norm",
-)
-SORTS_THE_BATCH = ("aot", "aot_unpaired")
-SMOOTHS = ("exo_pair", "robust", "aot", "aot_unpaired")  # those that look at label_smoothing
-DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
-OF_THE_DIFFERENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
+# Shapes: P pairs, 2P answers (all chosen ones, then all rejected ones), A longest answer in tokens, R supervised rows.
 
 
 @dataclass(slots=True)
@@ -98,7 +81,7 @@ class PreferenceLoss:
         loss_weights: one per loss type; None: 1 each.
 
     Raises:
-        UserError: a name TRL lacks, numbers that its formulas cannot take.
+        UserError: what TRL's own trainer refuses, a name that it lacks, numbers that its formulas cannot take.
     """
 
     def __init__(
@@ -115,11 +98,7 @@ class PreferenceLoss:
         use_weighting: bool = False,
     ) -> None:
         weights = loss_weights or [1.0] * len(loss_type)
-        _check(loss_type, weights, beta, label_smoothing)
-        _check_options(loss_type, label_smoothing, f_divergence_type, ld_alpha, use_weighting)
-        self.beta, self.loss_type, self.label_smoothing = beta, list(loss_type), label_smoothing
-        self.use_weighting = use_weighting
-        options = {
+        options: dict[str, Any] = {
             "beta": beta,
             "label_smoothing": label_smoothing,
             "f_divergence_type": f_divergence_type,
@@ -127,6 +106,13 @@ class PreferenceLoss:
             "ld_alpha": ld_alpha,
             "use_weighting": use_weighting,
         }
+        stage = DPOStageConfig(
+            loss_type=list(loss_type), loss_weights=loss_weights, discopop_tau=discopop_tau, **options
+        )
+        for mistake in (*mistakes_in_ranges(stage, "stage."), *mistakes_in_preference_loss(stage)):
+            raise UserError(mistake)
+        self.beta, self.loss_type, self.label_smoothing = beta, list(loss_type), label_smoothing
+        self.use_weighting = use_weighting
         pairs = [(name, weight) for name, weight in zip(loss_type, weights, strict=True) if name != "sft"]
         tokens = [(name, weight) for name, weight in zip(loss_type, weights, strict=True) if name == "sft"]
         # `sft` is a mean over tokens and the others are means over pairs: each goes through TRL by itself, so that
@@ -249,47 +235,3 @@ def _trainer(losses: list[tuple[str, float]], discopop_tau: float, options: dict
         _total_train_tokens=0,
         _tp_size=1,
     )
-
-
-def _check(names: list[str], weights: list[float], beta: float, label_smoothing: float) -> None:
-    unknown = [name for name in names if name not in LOSSES]
-    if unknown or not names:
-        raise UserError(f"stage.loss_type={names}: {', '.join(unknown) or 'empty'}; TRL knows {', '.join(LOSSES)}.")
-    if len(weights) != len(names):
-        raise UserError(
-            f"stage.loss_weights has {len(weights)} numbers for {len(names)} loss types; give one for each."
-        )
-    if beta <= 0:
-        raise UserError(f"stage.beta={beta} must be above 0.")
-    if "exo_pair" in names and not 0 < label_smoothing < 0.5:
-        raise UserError(
-            f"stage.loss_type=exo_pair needs stage.label_smoothing between 0 and 0.5, got {label_smoothing}."
-        )
-
-
-def _check_options(
-    names: list[str], label_smoothing: float, divergence: str, ld_alpha: float | None, weighting: bool
-) -> None:
-    """What TRL would ignore, or stumble over in mid-run, is refused before."""
-    if not 0 <= label_smoothing < 0.5:
-        raise UserError(f"stage.label_smoothing={label_smoothing} must be at least 0 and below 0.5.")
-    if label_smoothing and not set(names) & set(SMOOTHS):
-        raise UserError(
-            f"stage.label_smoothing={label_smoothing} has no effect on stage.loss_type={names}; in this TRL {', '.join(SMOOTHS)} look at it. "
-            "For a DPO loss with flipped labels take loss_type=[robust]."
-        )
-    if divergence not in DIVERGENCES:
-        raise UserError(f"stage.f_divergence_type={divergence}: TRL knows {', '.join(DIVERGENCES)}.")
-    others = [name for name in names if name not in OF_THE_DIFFERENCE]
-    if divergence != "reverse_kl" and others:
-        raise UserError(
-            f"stage.f_divergence_type={divergence} is defined for {', '.join(OF_THE_DIFFERENCE)}, not for {', '.join(others)}. "
-            "Leave it at reverse_kl, or take other losses."
-        )
-    if ld_alpha is not None and not 0 <= ld_alpha <= 1:
-        raise UserError(f"stage.ld_alpha={ld_alpha} must be between 0 and 1; null does without length desensitising.")
-    if weighting and "sft" in names:
-        raise UserError(
-            "stage.use_weighting=true (WPO) weights pairs, and the loss type sft has none: TRL cannot compute the two together. "
-            "Leave one of them out."
-        )

@@ -317,29 +317,53 @@ def _image_settings(name: str, config: LlavaOnevisionConfig, source: dict[str, A
     whole = read_json(name, "processor_config.json", **source) or {}
     own = read_json(name, "preprocessor_config.json", **source) or whole.get("image_processor") or {}
     siglip = vision.model_type == "siglip_vision_model"
-    for key in ("image_mean", "image_std"):
-        _require_colours(name, key, own.get(key))
     clip_mean, clip_std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     return ImageSettings(
         tile_size=vision.image_size,
         patch_size=vision.patch_size,
         grid_pinpoints=tuple(tuple(pair) for pair in config.image_grid_pinpoints),
         max_tiles=int(config.vision_aspect_ratio.removeprefix("anyres_max_")),
-        mean=tuple(own.get("image_mean") or ((0.5,) * 3 if siglip else clip_mean)),
-        std=tuple(own.get("image_std") or ((0.5,) * 3 if siglip else clip_std)),
-        resample=own.get("resample", 3),
+        mean=_read_channels(name, own, "image_mean", (0.5,) * 3 if siglip else clip_mean),
+        std=_read_channels(name, own, "image_std", (0.5,) * 3 if siglip else clip_std),
+        resample=_read_resample(name, own),
         select=config.vision_feature_select_strategy,
     )
 
 
-def _require_colours(name: str, key: str, value: Any) -> None:
-    """Raise UserError for what is no mean or deviation of three colours."""
-    numbers = isinstance(value, list | tuple) and all(type(one) in (int, float) and math.isfinite(one) for one in value)
-    if value and not (numbers and len(value) == 3 and (key == "image_mean" or min(value) > 0)):
+def _read_channels(name: str, own: dict[str, Any], key: str, default: tuple[float, ...]) -> tuple[float, float, float]:
+    """Read a number for each of the three colours; one alone is meant for all, as transformers means it.
+
+    Raises:
+        UserError: it is something else, a deviation of 0, or no number.
+    """
+    found = own.get(key)
+    values = default if found is None else [found] * 3 if is_number(found) else found
+    sound = isinstance(values, list | tuple) and len(values) == 3 and all(map(is_number, values))
+    if not sound or (key == "image_std" and min(values) <= 0):
         above = " above 0" if key == "image_std" else ""
         raise UserError(
-            f"{name}: its preprocessor_config.json has {key}={value!r}; three numbers{above} are needed, one for each colour."
+            f"{name}: its image settings have {key}={found!r}; three numbers{above} are needed, for red, green and blue."
+            " Correct preprocessor_config.json (or processor_config.json) of that folder."
         )
+    red, green, blue = map(float, values)
+    return red, green, blue
+
+
+def _read_resample(name: str, own: dict[str, Any]) -> int:
+    found = own.get("resample")
+    if found is None:
+        return 3
+    if isinstance(found, bool) or found not in range(6):
+        raise UserError(
+            f"{name}: its image settings have resample={found!r}; Pillow's filters are 0 to 5, bicubic is 3."
+            " Correct preprocessor_config.json (or processor_config.json) of that folder."
+        )
+    return int(found)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a JSON file is a finite number."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _chat_template(choice: str | None, tokenizer: PreTrainedTokenizerFast) -> str | None:

@@ -6,7 +6,6 @@ values are settings of this program is asked in `lit_vlm/sweep/mistakes.py`.
 
 from __future__ import annotations
 
-import math
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +17,8 @@ import yaml
 
 from lit_vlm.config import ConfigError
 from lit_vlm.config.settings import did_you_mean, nearest
-from lit_vlm.sweep.parameter import Parameter, parameters_from
+from lit_vlm.config.yaml_text import Keys, read_yaml, wants_text
+from lit_vlm.sweep.parameter import Parameter, is_number, parameters_from
 
 KEYS = (
     "program command method metric parameters early_terminate run_cap name description project entity".split()
@@ -134,10 +134,19 @@ def look_at(path: str | Path) -> tuple[SweepFile, list[str]]:
             ]
         )
     try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+        plain = read_yaml(path.read_text(encoding="utf-8"), _wants_text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: is no YAML: {' '.join(str(error).split())}. Correct the file."]) from None
     return draft(plain, str(path))
+
+
+def _wants_text(keys: Keys) -> bool:
+    """Whether a sweep file means text there: in its own words, and in values of settings that are text."""
+    if keys[:1] != ("parameters",):
+        return keys[-1:] in (("name",), ("program",), ("command",), ("description",), ("project",), ("entity",))
+    if keys[-1] not in ("value", "values"):
+        return False
+    return wants_text(".".join(key for key in keys[1:-1] if key != "parameters"))
 
 
 def draft(plain: Any, place: str) -> tuple[SweepFile, list[str]]:
@@ -217,7 +226,7 @@ def _metric(plain: Any, wrong: list[str]) -> Metric | None:
             f"metric.goal: expected minimize or maximize, found {goal!r}.{did_you_mean(nearest(str(goal), list(Goal)))}"
         )
         goal = "minimize"
-    if target is not None and (isinstance(target, bool) or not isinstance(target, int | float)):
+    if target is not None and not is_number(target):
         wrong.append(f"metric.target: expected a number, found {target!r}.")
         target = None
     return Metric(plain["name"], Goal(goal), target)
@@ -236,7 +245,7 @@ def _hyperband(plain: Any, wrong: list[str]) -> Hyperband | None:
         _count(plain.get(name), f"early_terminate.{name}", wrong) for name in ("min_iter", "max_iter", "s")
     )
     eta = plain.get("eta", 3)
-    if isinstance(eta, bool) or not isinstance(eta, int | float) or not 1 < eta < math.inf:
+    if not is_number(eta) or not eta > 1:
         wrong.append(f"early_terminate.eta: expected a number above 1, found {eta!r}.")
         return None
     if (first is None) == (most is None):

@@ -214,7 +214,7 @@ def _wrong_values(entry: dict[str, Any]) -> Iterator[str]:
     if not isinstance(values, list) or not values:
         yield f".values: expected a list with something in it, found {values!r}."
     elif shares is not None:
-        numbers = isinstance(shares, list) and all(_is_number(share) and share >= 0 for share in shares)
+        numbers = isinstance(shares, list) and all(is_number(share) and share >= 0 for share in shares)
         if not numbers or len(shares) != len(values) or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
             yield f".probabilities: expected {len(values)} numbers that add up to 1, one for each value, found {shares!r}."
 
@@ -222,7 +222,7 @@ def _wrong_values(entry: dict[str, Any]) -> Iterator[str]:
 def _wrong_numbers(entry: dict[str, Any], name: str) -> Iterator[str]:
     wrong = False
     for key in (*RANGE, "q", *BELL, *BETA):
-        if key in entry and not _is_number(entry[key]):
+        if key in entry and not is_number(entry[key]):
             wrong = True
             yield f".{key}: expected a number, found {entry[key]!r}.{_yaml_hint(entry[key])}"
         elif key in ("q", "sigma", "a", "b") and key in entry and not entry[key] > 0:
@@ -248,7 +248,8 @@ def _exp(value: float) -> str:
     return f"{math.exp(value):.3g}" if value < LARGEST else "beyond any number"
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value of the file is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

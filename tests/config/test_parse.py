@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lit_vlm.config import ConfigError, parse, pipeline_overrides, stages_of
-from lit_vlm.config.check import LOSS_TYPES, trainer_arguments
+from lit_vlm.config.check import trainer_arguments
+from lit_vlm.config.check_dpo import LOSSES
 from lit_vlm.config.overrides import parsed, quote
 from lit_vlm.config.schema import DPOStageConfig, StageName, Task
 from lit_vlm.types import UserError
@@ -215,7 +216,7 @@ def test_a_comma_is_no_silent_sweep():
         (["data=ready"], "data.sources: is empty"),
         (["stage.learning_rate=0"], "stage.learning_rate: must be above 0"),
         (["stage.warmup=-1"], "stage.warmup: must be 0 or above"),
-        (["data.max_quarantined=2"], "data.max_quarantined: is a share"),
+        (["data.max_quarantined=2"], "data.max_quarantined: must be within 0 and 1, found 2"),
         (["data.sources.word_ko.weight=null"], "word_ko has no weight and the others do"),
         (["data.sources.word_ko.weight=-1"], "data.sources.word_ko.weight: must be 0 or above"),
         (["data=messages", "data.sources.mine.path=x", "data.sources.mine.kind=ocrr"], "Did you mean ocr?"),
@@ -272,7 +273,7 @@ def test_the_losses_are_trls():
         encoding="utf-8"
     )
     document = next(ast.get_docstring(node) for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
-    assert [name for name in LOSS_TYPES if f"'{name}'" not in document] == []
+    assert [name for name in LOSSES if f"'{name}'" not in document] == []
 
 
 # Names

@@ -83,17 +83,26 @@ def test_scores_are_spread_over_the_answers_they_belong_to():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"loss_type": ["sigmoide"]}, "TRL knows sigmoid"),
+        ({"loss_type": ["sigmoide"]}, "there is no loss sigmoide; there are sigmoid, .*Did you mean sigmoid"),
         ({"loss_type": []}, "empty"),
         ({"loss_type": ["sigmoid"], "beta": 0.0}, "above 0"),
-        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "1 numbers for 2 loss types"),
-        ({"loss_type": ["exo_pair"]}, "label_smoothing between"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "1 for 2 losses"),
+        ({"loss_type": ["exo_pair"]}, "label_smoothing: must be above 0 for loss_type=exo_pair"),
         ({"loss_type": ["sigmoid"], "label_smoothing": 0.1}, "has no effect"),
         ({"loss_type": ["robust"], "label_smoothing": 0.5}, "below 0.5"),
-        ({"loss_type": ["sigmoid"], "f_divergence_type": "js"}, "TRL knows reverse_kl"),
+        ({"loss_type": ["sigmoid"], "f_divergence_type": "js"}, "expected one of reverse_kl"),
         ({"loss_type": ["sigmoid", "nca_pair"], "f_divergence_type": "js_divergence"}, "not for nca_pair"),
-        ({"loss_type": ["sigmoid"], "ld_alpha": 1.5}, "between 0 and 1"),
+        ({"loss_type": ["sigmoid"], "ld_alpha": 1.5}, "must be within 0 and 1, found 1.5"),
         ({"loss_type": ["sigmoid", "sft"], "use_weighting": True}, "cannot compute the two together"),
+        ({"loss_type": ["aot"], "use_weighting": True}, "WPO weights pairs, and aot sorts"),
+        (
+            {"loss_type": ["sigmoid", "aot_unpaired"], "use_weighting": True},
+            "WPO weights pairs, and aot_unpaired sorts",
+        ),
+        ({"loss_type": ["sigmoid", "sigmoid"]}, "names sigmoid twice"),
+        ({"loss_type": ["sigmoid"], "loss_weights": [0.0]}, "every weight is 0"),
+        ({"loss_type": ["sigmoid"], "beta": math.nan}, "stage.beta: must be above 0, found nan"),
+        ({"loss_type": ["discopop"], "discopop_tau": 0.0}, "stage.discopop_tau: must be above 0"),
     ],
 )
 def test_wrong_settings_are_refused_with_the_reason(arguments, message):

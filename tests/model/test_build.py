@@ -310,3 +310,32 @@ def test_varco_vision_14b_builds_at_full_size_with_the_published_counts(tmp_path
     )  # no head, no 27th layer
     assert (blueprint.images.side, blueprint.images.max_tiles, len(blueprint.images.grid_pinpoints)) == (27, 9, 36)
     assert AutoConfig.from_pretrained(tmp_path / "tower").num_hidden_layers == 27  # the user's folder is left as it was
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"image_mean": [0.5]}, r"image_mean=\[0.5\]; three numbers are needed, for red, green and blue"),
+        ({"image_mean": [0.5, 0.5, None]}, "three numbers are needed"),
+        ({"image_mean": "0.5"}, "three numbers are needed"),
+        ({"image_std": [0.5, 0.0, 0.5]}, "three numbers above 0 are needed"),
+        ({"image_std": [0.5, float("nan"), 0.5]}, "three numbers above 0 are needed"),
+        ({"resample": 9}, "resample=9; Pillow's filters are 0 to 5"),
+    ],
+)
+def test_image_settings_that_no_picture_could_take_are_refused(small_parts, tmp_path, settings, said):
+    tower = tmp_path / "tower"
+    shutil.copytree(small_parts[0], tower)
+    path = tower / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | settings), encoding="utf-8")
+    with pytest.raises(UserError, match=said):
+        draw_up(ModelConfig(vision_tower=str(tower), language_model=small_parts[1]))
+
+
+def test_one_mean_is_meant_for_all_three_colours(small_parts, tmp_path):
+    tower = tmp_path / "tower"
+    shutil.copytree(small_parts[0], tower)
+    path = tower / "preprocessor_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"image_mean": 0.25}), encoding="utf-8")
+    images = draw_up(ModelConfig(vision_tower=str(tower), language_model=small_parts[1])).images
+    assert images.mean == (0.25, 0.25, 0.25)

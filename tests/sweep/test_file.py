@@ -238,6 +238,20 @@ def test_keys_values_and_metric_are_held_against_the_schema_all_at_once():
     assert len(found) == 7 and "Did you mean val/loss_ko?" in found[-1]
 
 
+@pytest.mark.parametrize(
+    ("key", "ends", "said"),
+    [
+        ("stage.warmup", {"min": -0.5, "max": 0.5}, "stage.warmup: must be 0 or above, found -0.5."),
+        ("data.validation.fraction", {"min": 0.0, "max": 1.5}, "must be from 0 up to below 1, found 1.5."),
+        ("seed", {"values": [0, 2**32]}, "seed: must be from 0 up to 4294967295, found 4294967296."),
+        ("stage.weight_decay", {"mu": 0.0, "sigma": 1.0}, "stage.weight_decay: must be 0 or above, found -3.09"),
+    ],
+)
+def test_a_range_that_leaves_the_settings_own_is_refused(key, ends, said):
+    (found,) = wrong({**ALIGN, key: ends})
+    assert said in found and found.endswith(")") and f"(as with {key}=" in found
+
+
 def test_a_contradiction_names_the_values_that_bring_it_about():
     (said,) = wrong({**ALIGN, "stage.parts.vision_tower.lora.rank": {"values": [0, 8]}})
     assert "vision_tower does not train" in said and said.endswith("(as with stage.parts.vision_tower.lora.rank=8)")

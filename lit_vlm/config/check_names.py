@@ -1,0 +1,43 @@
+"""Names and paths of a run that would lead out of its folders, or that a file system or a terminal would stumble over."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import PurePosixPath, PureWindowsPath
+
+from lit_vlm.config.schema import RunConfig
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+MOST_BYTES = 255  # of a folder's name
+RESERVED = ("index",)  # folders of run_dir that belong to no run
+
+
+def mistakes_in_names(config: RunConfig) -> Iterator[str]:
+    """Find names that no folder of a run can have."""
+    if config.run_name is not None:
+        for reason in _wrong_in_name(config.run_name):
+            yield f"run_name: {reason}, found {config.run_name!r}; name a folder below run_dir, e.g. run_name=first/try."
+    for key, path in (("run_dir", config.run_dir), ("data.index_dir", config.data.index_dir)):
+        if path is not None and CONTROL.search(path):
+            yield f"{key}: has a control character in it, found {path!r}."
+
+
+def _wrong_in_name(name: str) -> Iterator[str]:
+    parts = name.split("/")
+    if not name.strip():
+        yield "is empty"
+    elif CONTROL.search(name):
+        yield "has a control character in it"
+    elif PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or name.startswith("~"):
+        yield "must not begin at another folder than run_dir"
+    elif any(part in ("", ".", "..") for part in parts):
+        yield "must not have empty parts, . or .. in it"
+    elif any(part != part.strip() or "\\" in part for part in parts):
+        yield "must have no backslash, and no part that begins or ends with a space"
+    elif any(len(part.encode(errors="surrogatepass")) > MOST_BYTES for part in parts):
+        yield f"has a part of more than {MOST_BYTES} bytes"
+    elif any(0xD800 <= ord(letter) <= 0xDFFF for letter in name):
+        yield "is no Unicode text"
+    elif parts[0] in RESERVED:
+        yield f"must not begin with {parts[0]}, where indexes and plans are kept"

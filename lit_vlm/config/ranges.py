@@ -1,0 +1,94 @@
+"""The range of each number: it stands beside its default in the schema, and is held against every config here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+LARGEST_COUNT = 2**53  # that JSON keeps to the unit
+YEAR_MINUTES, DAY_SECONDS = 366 * 24 * 60.0, 24 * 3600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """From `low` to `high`, each of them a part of it but where it is open. An end at infinity is never a part of it.
+
+    Attributes:
+        text: as messages and help say it, behind "must be".
+    """
+
+    low: float
+    high: float = math.inf
+    low_open: bool = False
+    high_open: bool = False
+    text: str = ""
+
+    def holds(self, value: float) -> bool:
+        """Whether a number lies within; one that is no number or infinite never does."""
+        above = value > self.low if self.low_open else value >= self.low
+        below = value < self.high if self.high_open else value <= self.high
+        return math.isfinite(value) and above and below
+
+    def __str__(self) -> str:
+        if self.text:
+            return self.text
+        low = f"above {self.low:g}" if self.low_open else f"{self.low:g} or above"
+        if self.high in (math.inf, LARGEST_COUNT):
+            return low
+        high = f"below {self.high:g}" if self.high_open else f"at most {_shown(self.high)}"
+        return (
+            f"above {self.low:g} and {high}"
+            if self.low_open
+            else f"from {_shown(self.low)} up to {high.removeprefix('at most ')}"
+        )
+
+
+COUNT = Range(0, LARGEST_COUNT, low_open=True)
+COUNT_OR_NONE = Range(0, LARGEST_COUNT)
+ABOVE_0 = Range(0, low_open=True)
+AT_LEAST_0 = Range(0)
+SHARE = Range(0, 1, text="within 0 and 1")
+SHARE_ABOVE_0 = Range(0, 1, low_open=True)
+SHARE_BELOW_1 = Range(0, 1, high_open=True)
+SHARE_BELOW_HALF = Range(0, 0.5, high_open=True)
+HEARTBEAT_SECONDS = Range(0, DAY_SECONDS, low_open=True)
+MINUTES = Range(0, YEAR_MINUTES, low_open=True)
+PROCESSES = Range(0, 4096, low_open=True)  # on one machine
+NODES = Range(0, 65536, low_open=True)
+PROCESSES_OR_NONE = Range(0, 4096)
+GRID = Range(0, 64, low_open=True)  # its square is the number of ways to cut a picture
+LAYER = Range(-1000, 1000)
+SIGNAL_SECONDS = Range(0, 65535, low_open=True)  # what sbatch takes
+SEED = Range(0, 2**32 - 1)  # what NumPy takes
+
+
+def ranged(default: Any, range_: Range) -> Any:
+    """A field of the schema that is a number, or a list or table of numbers, each within the range."""
+    if callable(default):
+        return field(default_factory=default, metadata={"range": range_})
+    return field(default=default, metadata={"range": range_})
+
+
+def mistakes_in_ranges(config: Any, key: str = "") -> Iterator[str]:
+    """Find the numbers of a config, down to its groups, that lie outside their ranges."""
+    for one in fields(config):
+        yield from _mistakes(f"{key}{one.name}", getattr(config, one.name), one.metadata.get("range"))
+
+
+def _mistakes(key: str, value: Any, range_: Range | None) -> Iterator[str]:
+    if is_dataclass(value):
+        yield from mistakes_in_ranges(value, f"{key}.")
+    elif isinstance(value, dict):
+        for name, item in value.items():
+            yield from _mistakes(f"{key}.{name}", item, range_)
+    elif isinstance(value, list | tuple):
+        for place, item in enumerate(value):
+            yield from _mistakes(f"{key}[{place}]", item, range_)
+    elif range_ is not None and isinstance(value, int | float) and not range_.holds(value):
+        yield f"{key}: must be {range_}, found {value}."
+
+
+def _shown(value: float) -> str:
+    return f"{value:g}" if value < 1e6 else f"{int(value)}"

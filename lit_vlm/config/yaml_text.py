@@ -1,0 +1,168 @@
+"""Reads YAML so that what the schema calls text stays as it is written.
+
+YAML 1.1 makes a number of `1:30:00` (5400), `1_000` and `0x1F`, a truth value of `on` and `no`, a number of `1e3`. Where a
+setting is text, or one of some words, that is never meant. Hydra's command line does the same with fewer of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from inspect import isclass
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import yaml
+from antlr4 import InputStream, Token
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.sources_registry import SourcesRegistry
+from hydra.core.plugins import Plugins
+from hydra.grammar.gen.OverrideLexer import OverrideLexer
+from hydra.plugins.config_source import ConfigResult
+from omegaconf import DictConfig, OmegaConf
+from omegaconf._utils import get_yaml_loader
+
+from lit_vlm.config.schema import DPOStageConfig
+from lit_vlm.config.settings import hint_of
+
+Keys = tuple[str, ...]  # that lead to a value, lists left out
+CONVERTED = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "timestamp"))
+TEXT, MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+READ_AS: dict[int, Callable[[str], Any]] = {
+    OverrideLexer.INT: int,
+    OverrideLexer.FLOAT: float,
+    OverrideLexer.BOOL: lambda text: text.lower() == "true",
+}
+OPENING = (OverrideLexer.BRACKET_OPEN, OverrideLexer.BRACE_OPEN)
+CLOSING = (OverrideLexer.BRACKET_CLOSE, OverrideLexer.BRACE_CLOSE)
+
+
+def read_yaml(text: str, wants_text: Callable[[Keys], bool], loader: type = yaml.SafeLoader) -> Any:
+    """Read a document; keys are always text, and so are values where `wants_text` says so of their keys.
+
+    Raises:
+        yaml.YAMLError: it is no YAML.
+    """
+    reader = loader(text)
+    try:
+        node = reader.get_single_node()
+        return None if node is None else reader.construct_document(_keep_text(node, (), wants_text, ()))
+    finally:
+        reader.dispose()
+
+
+def _keep_text(node: yaml.Node, keys: Keys, wants_text: Callable[[Keys], bool], above: tuple[int, ...]) -> yaml.Node:
+    """Copy a node, with the tag of text on the plain scalars that are meant as text."""
+    if id(node) in above:
+        raise yaml.constructor.ConstructorError(None, None, "an alias leads back into itself", node.start_mark)
+    above = (*above, id(node))
+    if isinstance(node, yaml.ScalarNode):
+        tag = TEXT if node.tag in CONVERTED and node.style is None and wants_text(keys) else node.tag
+        return yaml.ScalarNode(tag, node.value, node.start_mark, node.end_mark, node.style)
+    if isinstance(node, yaml.SequenceNode):
+        items = [_keep_text(item, keys, wants_text, above) for item in node.value]
+        return yaml.SequenceNode(node.tag, items, node.start_mark, node.end_mark, node.flow_style)
+    assert isinstance(node, yaml.MappingNode)
+    pairs = []
+    for key, value in node.value:
+        if key.tag == MERGE:
+            pairs.append((key, _keep_text(value, keys, wants_text, above)))
+            continue
+        name = _keep_text(key, (), lambda _: True, above)
+        pairs.append((name, _keep_text(value, (*keys, str(key.value)), wants_text, above)))
+    return yaml.MappingNode(node.tag, pairs, node.start_mark, node.end_mark, node.flow_style)
+
+
+def is_text(hint: Any) -> bool:
+    """Whether values of this type, or the members of this list, are text or one of some words."""
+    if get_origin(hint) in (UnionType, Union, list):
+        return any(map(is_text, get_args(hint)))
+    return isclass(hint) and issubclass(hint, str | Enum)
+
+
+def wants_text(key: str) -> bool:
+    """Whether a setting, of any stage, is text."""
+    return is_text(hint_of(key, DPOStageConfig))
+
+
+def read_settings(path: Path, package: str) -> Any:
+    """Read a file of settings that stand below `package`; None for an empty one."""
+
+    def wanted(keys: Keys) -> bool:
+        return keys[:1] not in (("defaults",), ("hydra",)) and wants_text(".".join(filter(None, (package, *keys))))
+
+    return read_yaml(path.read_text(encoding="utf-8"), wanted, get_yaml_loader())
+
+
+class TextKeepingSource(FileConfigSource):
+    """Hydra's files, read by the types of the schema."""
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        result = super().load_config(config_path)
+        path = Path(self.path) / self._normalize_file_name(config_path)
+        if isinstance(result.config, DictConfig) and result.config:
+            result.config = OmegaConf.create(read_settings(path, _package_of(config_path, result.header)))
+        return result
+
+
+def _package_of(config_path: str, header: dict[str, str | None]) -> str:
+    """Find where the settings of a file will stand: by its first line, else by its group."""
+    package = header.get("package")
+    if package and package != "_group_":
+        return "" if package == "_global_" else package
+    group = config_path.rpartition("/")[0]
+    return (
+        "data.sources" if group == "data/source" else "" if group.startswith("experiment") else group.replace("/", ".")
+    )
+
+
+def register_source() -> None:
+    """Let Hydra read its files through `TextKeepingSource`."""
+    Plugins.instance()  # has registered its own by then
+    SourcesRegistry.instance().types[FileConfigSource.scheme()] = TextKeepingSource
+
+
+def quote_text(override: str) -> str:
+    """Quote each element that Hydra would read as a number or a truth value where the setting is text.
+
+    `run_name=1e3` would become 1000.0, and `submit.setup=[true]` True. Elements of lists, of groups in braces and of
+    comma lists are looked at one by one, each with its own key.
+    """
+    key, _, value = override.partition("=")
+    lexer = OverrideLexer(InputStream(value))
+    lexer.removeErrorListeners()
+    lexer.mode(OverrideLexer.VALUE_MODE)
+    tokens = lexer.getAllTokens()
+    if not value or any(token.type == OverrideLexer.POPEN for token in tokens):  # choice(...), range(...): a sweep's
+        return override
+    written, element = [f"{key}="], list[Token]()
+    above = [key.lstrip("+~")]  # one key for each open bracket, empty for a list
+    names_key = False  # the element is a key in braces
+    for token in tokens:
+        ends_key = names_key and token.type == OverrideLexer.COLON
+        if not ends_key and token.type not in (OverrideLexer.COMMA, *OPENING, *CLOSING):
+            element.append(token)
+            continue
+        text = "".join(token.text for token in element)
+        if ends_key:
+            above[-1] = text.strip()
+        written += [text if ends_key else _quoted(element, above), token.text]
+        element = []
+        if token.type in OPENING:
+            above.append("{" if token.type == OverrideLexer.BRACE_OPEN else "")
+        elif token.type in CLOSING and len(above) > 1:
+            above.pop()
+        names_key = not ends_key and token.type not in CLOSING and above[-1] != "" and len(above) > 1
+    return "".join([*written, _quoted(element, above)])
+
+
+def _quoted(element: list[Token], above: list[str]) -> str:
+    """Write an element, in quotes where it is one token that stands for something else than text, and text is wanted."""
+    text = "".join(token.text for token in element)
+    tokens = [token for token in element if token.type != OverrideLexer.WS]
+    if len(tokens) != 1 or tokens[0].type not in READ_AS:
+        return text
+    word = tokens[0].text
+    changes = str(READ_AS[tokens[0].type](word)) != word
+    return text.replace(word, f"'{word}'") if changes and wants_text(".".join(filter(None, above))) else text

@@ -1,0 +1,189 @@
+"""Each number of the schema has its range beside it, checked once, for all tasks."""
+
+import copy
+import math
+import typing
+from dataclasses import fields, is_dataclass
+
+import pytest
+
+from lit_vlm.config import ConfigError, parse
+from lit_vlm.config.check import check
+from lit_vlm.config.help import help_text
+from lit_vlm.config.ranges import LARGEST_COUNT, Range, mistakes_in_ranges
+from lit_vlm.config.settings import settings
+
+NUMBERS = (int, float)
+
+
+def mistakes(*words):
+    with pytest.raises(ConfigError) as error:
+        parse(list(words))
+    return error.value.mistakes
+
+
+def leaves(hint):
+    """The types that a setting may hold, those within lists and tables among them."""
+    found = [leaf for part in typing.get_args(hint) for leaf in leaves(part)]
+    return found or [hint]
+
+
+def numbers():
+    return [row for row in settings() if {int, float} & set(leaves(row.type))]
+
+
+@pytest.fixture(scope="module")
+def config():
+    return parse(["experiment=tiny/4_dpo", "task=prepare"]).config
+
+
+def with_value(config, row, value):
+    """The config with this value in this setting, and the key under which it is found."""
+    config = copy.deepcopy(config)
+    group, key = config, []
+    *path, last = row.key.split(".")
+    if row.key.startswith("data.validation.sources"):
+        config.data.validation.sources = copy.deepcopy(config.data.sources)
+    for word in path:
+        word = next(iter(group)) if word == "<name>" else word
+        group = group[word] if isinstance(group, dict) else getattr(group, word)
+        key.append(word)
+    origin = typing.get_origin(next((one for one in typing.get_args(row.type) if typing.get_origin(one)), row.type))
+    inside = {list: [value], tuple: (value, 0.5), dict: {"ocr": value}}.get(origin, value)
+    setattr(group, last, inside)
+    return config, ".".join([*key, last]) + {list: "[0]", tuple: "[0]", dict: ".ocr"}.get(origin, "")
+
+
+def beyond(row):
+    """The nearest values outside the range, and what is no number at all."""
+    r, whole = row.range, int in leaves(row.type)
+    if whole:
+        yield int(r.low) if r.low_open else int(r.low) - 1
+        yield int(r.high) + 1
+        return
+    yield r.low if r.low_open else math.nextafter(r.low, -math.inf)
+    if math.isfinite(r.high):
+        yield r.high if r.high_open else math.nextafter(r.high, math.inf)
+    yield from (math.nan, math.inf, -math.inf)
+
+
+def within(row):
+    r, whole = row.range, int in leaves(row.type)
+    if whole:
+        yield from (int(r.low) + r.low_open, int(r.high))
+        return
+    yield math.nextafter(r.low, math.inf) if r.low_open else r.low
+    if math.isfinite(r.high):
+        yield math.nextafter(r.high, -math.inf) if r.high_open else r.high
+
+
+def test_every_number_of_the_schema_has_a_range_and_nothing_else_has():
+    assert len(numbers()) > 60
+    assert [row.key for row in settings() if (row.range is not None) != (row in numbers())] == []
+
+
+@pytest.mark.parametrize("row", numbers(), ids=lambda row: row.key)
+def test_a_value_beyond_its_range_is_refused_with_key_value_and_range(row, config):
+    for value in beyond(row):
+        changed, key = with_value(config, row, value)
+        assert f"{key}: must be {row.range}, found {value}." in check(changed)
+
+
+@pytest.mark.parametrize("row", numbers(), ids=lambda row: row.key)
+def test_the_ends_of_a_range_are_taken(row, config):
+    for value in within(row):
+        assert list(mistakes_in_ranges(with_value(config, row, value)[0])) == []
+
+
+def test_every_default_lies_within_its_range():
+    def walk(owner):
+        for one in fields(owner):
+            value = getattr(owner, one.name)
+            if is_dataclass(value):
+                yield from walk(value)
+            elif (r := one.metadata.get("range")) and isinstance(value, NUMBERS):
+                yield one.name, r.holds(value)
+
+    assert all(holds for _, holds in walk(parse(["experiment=tiny/4_dpo"]).config))
+
+
+def test_help_shows_the_range_behind_the_type():
+    text = help_text(["settings"])
+    assert "  trainer.timeout_minutes   a number (above 0 and at most 527040); default 30.0" in text
+    assert "  stage.beta   a number (above 0); default 0.1" in text
+    assert "  data.validation.fraction   a number (from 0 up to below 1); default 0.01" in text
+
+
+@pytest.mark.parametrize(
+    ("range_", "text"),
+    [
+        (Range(0, LARGEST_COUNT, low_open=True), "above 0"),
+        (Range(0), "0 or above"),
+        (Range(0, 2**32 - 1), "from 0 up to 4294967295"),
+        (Range(0, 1, low_open=True), "above 0 and at most 1"),
+        (Range(0, 0.5, high_open=True), "from 0 up to below 0.5"),
+        (Range(0, 3, True, True), "above 0 and below 3"),
+    ],
+)
+def test_a_range_reads_as_a_sentence(range_, text):
+    assert str(range_) == text
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "trainer.timeout_minutes=0",
+        "guard.heartbeat_seconds=nan",
+        "stage.learning_rate=inf",
+        "seed=-1",
+        "seed=4294967296",
+        "stage.adam_betas=[0.9,1.0]",
+        "data.num_workers=-1",
+        "checkpoint.every_minutes=1e12",
+    ],
+)
+def test_what_no_run_could_work_with_is_refused_on_the_command_line(word):
+    (found,) = mistakes("experiment=tiny/2_sft", word)
+    assert found.startswith(word.partition("=")[0]) and "must be" in found and "found" in found
+
+
+@pytest.mark.parametrize("task", ["prefer", "chat", "train", "submit"])
+def test_ranges_hold_for_every_task(task):
+    words = ["init_from=x"] if task in ("prefer", "chat") else ["experiment=tiny/2_sft"]
+    assert any("seed: must be" in found for found in mistakes(f"task={task}", *words, "seed=-1"))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../../x",
+        "/x",
+        "",
+        " ",
+        "a//b",
+        "a/",
+        "./a",
+        "a/../b",
+        "~/x",
+        "C:\\x",
+        "\\\\host\\x",
+        "a\nb",
+        "a\x1b[31m",
+        "a\u202eb",
+    ]
+    + ["x" * 256, "a /b", "index", "index/x"],
+)
+def test_a_run_name_that_leads_elsewhere_or_is_no_folder_is_refused(name, config):
+    changed = copy.deepcopy(config)
+    changed.run_name = name
+    (found,) = check(changed)
+    assert found.startswith("run_name: ") and repr(name) in found and "below run_dir" in found
+
+
+@pytest.mark.parametrize(
+    "name", ["a", "tiny/2_sft", "sweeps/tiny/3", "실험-1", "a b", "v1.0", "..a", "a..b", "1:30:00", "on", "x" * 255]
+)
+def test_ordinary_run_names_are_taken(name, config):
+    changed = copy.deepcopy(config)
+    changed.run_name = name
+    assert check(changed) == []
