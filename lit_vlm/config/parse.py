@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
@@ -22,6 +22,7 @@ from lit_vlm.config.overrides import ConfigError, key_of, parsed, read_arguments
 from lit_vlm.config.pipeline import pipeline_overrides, wrong_for_pipeline
 from lit_vlm.config.recipe import SOURCE_TABLES, experiment_of, is_ladder, stages_of
 from lit_vlm.config.schema import DPOStageConfig, Format, RunConfig, SourceConfig, StageConfig, Task
+from lit_vlm.config.secrets import mistakes_of_secrets, mistakes_of_typed_secrets
 from lit_vlm.config.settings import settings
 from lit_vlm.config.sweep import is_sweep, own_words
 from lit_vlm.types import UserError
@@ -48,6 +49,7 @@ def parse(arguments: list[str]) -> Run:
     Raises:
         ConfigError: with every mistake in the overrides, in the files they choose, and between settings.
     """
+    refuse_typed_secrets(arguments)
     given = read_arguments(arguments)
     overrides = with_implied(given)
     if is_sweep(overrides):
@@ -65,9 +67,15 @@ def parse(arguments: list[str]) -> Run:
         _check_stages(stages_of(config.recipe, given), given, config.task)
     else:
         config = _plain(_compose(overrides))
-        if mistakes := check(config):
+        if mistakes := mistakes_of_secrets(asdict(config)) or check(config):
             raise ConfigError(mistakes)
     return _run(config, overrides, given)
+
+
+def refuse_typed_secrets(arguments: list[str]) -> None:
+    """ConfigError naming the settings that hold a secret, before anything shows or writes what was typed."""
+    if mistakes := mistakes_of_typed_secrets(arguments):
+        raise ConfigError(mistakes)
 
 
 def wrong_words(overrides: list[str], *, sweep: bool = False) -> dict[str, list[str]]:

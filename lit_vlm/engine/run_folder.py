@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_vlm.config.elsewhere import is_elsewhere
-from lit_vlm.config.secrets import agrees, redacted, redacted_words
+from lit_vlm.config.secrets import agrees, redacted, redacted_text, redacted_words
 from lit_vlm.data.whole_files import writable
 from lit_vlm.engine.ranks import global_rank
 from lit_vlm.model.tensor_files import digest_of_weights
@@ -217,9 +217,10 @@ def is_rank_zero() -> bool:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Beside, then moved: a reader finds the old file or the new one. Several processes, and threads, may at once."""
+    """Beside, then moved, without secrets: a reader finds the old file or the new one. Several processes, and threads, may at
+    once."""
     draft = draft_of(path)
-    draft.write_text(text, encoding="utf-8")
+    draft.write_text(redacted_text(text), encoding="utf-8")
     os.replace(draft, path)
     host = f".{path.name}.{socket.gethostname()}."
     for stray in path.parent.glob(f"{host}*"):  # of a process that was killed here

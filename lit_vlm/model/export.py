@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,6 +18,8 @@ from lit_vlm.model.hub import quiet_transformers
 from lit_vlm.model.merged import Merged
 from lit_vlm.model.tensor_files import LARGEST_FILE, planned_files, write_index
 
+_NAMES_A_PLACE = re.compile(r"(^|_)(name_or_path|file|path|dir|folder)$")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 OURS = "lit_vlm.json"  # what transformers has no field for; nothing but `tiling` is read back
 
 
@@ -94,6 +97,23 @@ def _write_settings(
     _write(folder / "preprocessor_config.json", _image_processor_config(images))
     (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
     _write(folder / OURS, {"tiling": images.tiling.value})
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        path = folder / name
+        _write(path, without_local_paths(json.loads(path.read_text(encoding="utf-8"))))
+
+
+def without_local_paths(settings: Any) -> Any:
+    """Settings, nested ones as well, without the folders that a part was read from: who publishes a model does not publish
+    the names of the users and machines that made it. Ids of the hub stay."""
+    if isinstance(settings, list):
+        return [without_local_paths(item) for item in settings]
+    if not isinstance(settings, dict):
+        return settings
+    return {
+        key: without_local_paths(value)
+        for key, value in settings.items()
+        if not (isinstance(value, str) and _NAMES_A_PLACE.search(key) and not _HUB_ID.fullmatch(value))
+    }
 
 
 def _processor_config(tokenizer: PreTrainedTokenizerFast, images: ImageSettings) -> dict[str, Any]:

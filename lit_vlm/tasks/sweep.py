@@ -17,6 +17,7 @@ from lit_vlm.config import ConfigError, Run, RunConfig, parse
 from lit_vlm.config.job import GPU
 from lit_vlm.config.overrides import quote, with_implied
 from lit_vlm.config.parse import wrong_words
+from lit_vlm.config.secrets import mistakes_of_secrets
 from lit_vlm.config.sweep import trial_overrides
 from lit_vlm.engine.exits import INTERRUPTED, RESTART
 from lit_vlm.engine.run_folder import require_writable, write_atomically
@@ -91,6 +92,8 @@ def sweep(run: Run) -> None:
 def read(run: Run) -> Sweep:
     """The sweep file, held against the schema; every mistake at once."""
     file, wrong = look_at(Path(run.config.sweep).expanduser())
+    if held := mistakes_of_secrets(file.plain):
+        raise ConfigError([f"{file.place}: {mistake}" for mistake in held])
     given = trial_overrides(run.overrides)
     wrong += mistakes_in_sweep(file, given)
     if file.metric is None and not any("metric" in mistake for mistake in wrong):

@@ -236,7 +236,7 @@ def test_data_are_copied_once_per_node_and_named_as_before(slurm, tmp_path):
         (["trainer=ddp", "submit.extra=['--gres=gpu:h100:8']"], "add submit.gpus_per_node=0"),
         (["trainer=ddp", "submit.gpus_per_node=0", "submit.extra=['--gres=nvme:1']"], "0 GPUs for trainer.devices=8"),
         (["submit.extra=[exclusive]"], "is an option of sbatch"),
-        (["submit.env.WANDB_API_KEY=abc"], "for all to read"),
+        (["submit.env.WANDB_API_KEY=abcdefgh"], "holds a secret"),
         (["submit.partitoin=x"], "Did you mean submit.partition?"),
     ],
 )

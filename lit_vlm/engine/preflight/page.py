@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from lit_vlm.config.secrets import redacted, redacted_text
+from lit_vlm.config.secrets import redacted
 from lit_vlm.engine.pages import Page, sayable, write_page
 from lit_vlm.engine.preflight.charts import histogram_svg, legend
 from lit_vlm.engine.preflight.facts import Facts, Level, MemoryFacts, SourceRow, StrategyFacts
@@ -23,7 +23,7 @@ def write_preflight(folder: Path, facts: Facts) -> Path:
     values = json.dumps(redacted(to_plain(facts.as_dict())), indent=1, ensure_ascii=False)
     write_atomically(folder / "preflight.json", sayable(values) + "\n")
     page = folder / "preflight.html"
-    write_page(page, redacted_text(render(facts)))
+    write_page(page, render(facts))
     return page
 
 

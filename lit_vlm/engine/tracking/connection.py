@@ -87,9 +87,7 @@ def begin(
     place = {} if in_sweep() else {"project": logger.project, "entity": logger.entity, "id": known["id"]}
     set_aside(run_dir)
     return wandb.init(
-        **place,
-        **about,
-        tags=redacted(logger.tags),
+        **redacted({**place, **about, "tags": logger.tags}),
         dir=str(run_dir),
         mode="offline" if offline else "online",
         resume=None if offline else "allow",
