@@ -285,9 +285,7 @@ def _log(text: str) -> None:
 
 
 def _warn(text: str) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.warn(text, stacklevel=1)
+    sys.stderr.write(warnings.formatwarning(text, UserWarning, "module.py", 1, line=text))
 
 
 SINKS: dict[str, Callable[[Path, str], str]] = {

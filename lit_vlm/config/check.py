@@ -78,6 +78,8 @@ def check(config: RunConfig) -> list[str]:
         return [*mistakes_in_prefer(config), *_data(config.data), *_no_pairs(config.data)]
     if config.task is Task.sweep:
         return [*mistakes_in_trials(config)]
+    if config.task is Task.sync:
+        return [] if config.sync else ["sync is not set: task=sync sends the runs of these folders, sync=runs/<name>."]
     if config.task not in STAGE_TASKS:
         return [*_positive("max_new_tokens", config.max_new_tokens)]
     return [

@@ -29,6 +29,7 @@ ELSEWHERE = (
     "overwrite",
     "task",
     "recipe",
+    "sync",
     "image",
     "prompt",
     "max_new_tokens",

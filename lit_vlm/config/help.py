@@ -55,6 +55,7 @@ EXAMPLES = (
         "python run.py task=prefer init_from=runs/tiny/3_highres/hf data=llava_json data.sources.mine.path=my.json",
         "preference pairs from a model's own answers, for stage=dpo (docs/preferences.md)",
     ),
+    ("python run.py task=sync sync=runs/tiny/2_sft", "send a run that was written offline to Weights & Biases"),
     ("python run.py task=chat init_from=runs/tiny/4_dpo/hf image=cat.jpg", "talk to the result"),
 )
 MORE = (

@@ -186,6 +186,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     config.run_dir = _absolute(config.run_dir)
     config.init_from = local_or_hub(config.init_from)
     config.image = [path if "://" in path else _absolute(path) for path in config.image]
+    config.sync = [_absolute(path) for path in config.sync]
     config.prefer.output = _absolute(config.prefer.output)
     config.prefer.judge = local_or_hub(config.prefer.judge)
     if isinstance(config.stage, DPOStageConfig):
@@ -248,7 +249,7 @@ def _run(config: RunConfig, overrides: list[str], given: list[str]) -> Run:
     if config.task is Task.sweep:
         name = config.run_name or f"sweeps/{Path(config.sweep or 'sweep').stem}"
         return Run(config, None, name, Path(config.run_dir) / name, given, None)
-    name = config.task.value if config.task in (Task.chat, Task.prefer) else run_name(overrides)
+    name = config.task.value if config.task in (Task.chat, Task.prefer, Task.sync) else run_name(overrides)
     init_from = config.init_from
     if init_from == "previous":
         try:

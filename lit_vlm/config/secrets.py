@@ -66,7 +66,8 @@ _NAME = r"(?<!\w)(?P<name>[A-Za-z_][\w.-]{0,80})"
 # headers have it, where the value looks like no word.
 _OPENS = r"(?![\s,\]}:;)]|\Z)"  # behind a quote that begins a text; else it ends the one around the name
 _OF_A_SHELL = re.compile(
-    rf"""('"'"'|'\\''|\\["'])[^\n]*?\1|"[^"\n]*"|'[^'\n]*'|(?:"{_OPENS}(?:\\.|[^"\\])*"|'{_OPENS}[^']*'|\\[^"']|[^\s"'\\&;|])+"""
+    r"""\$\([^)\n]*\)|`[^`\n]*`|<[^<>\n]*>|('"'"'|'\\''|\\["'])[^\n]*?\1|"[^"\n]*"|'[^'\n]*'"""
+    rf"""|(?:"{_OPENS}(?:\\.|[^"\\])*"|'{_OPENS}[^']*'|\\[^"']|[^\s"'\\&;|])+"""
 )
 _JSON = re.compile(r"""\\?["'](?P<name>[A-Za-z_][\w.-]{0,80})\\?["']\s?:\s?""")
 _HEADER = re.compile(rf"(?<!\.){_NAME}:\s?")

@@ -27,5 +27,6 @@ TASKS: dict[Task, Callable[[Run], None]] = {
     Task.sweep: _late("lit_vlm.tasks.sweep:sweep"),
     Task.submit: _late("lit_vlm.tasks.submit:submit"),
     Task.prefer: _late("lit_vlm.tasks.prefer:prefer"),
+    Task.sync: _late("lit_vlm.tasks.sync:sync"),
     Task.chat: _late("lit_vlm.tasks.chat:chat"),
 }
