@@ -98,8 +98,9 @@ def _write_settings(
     (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
     _write(folder / OURS, {"tiling": images.tiling.value})
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
-        path = folder / name
-        _write(path, without_local_paths(json.loads(path.read_text(encoding="utf-8"))))
+        settings = json.loads((folder / name).read_text(encoding="utf-8"))
+        if (kept := without_local_paths(settings)) != settings:
+            _write(folder / name, kept)
 
 
 def without_local_paths(settings: Any) -> Any:
@@ -112,8 +113,12 @@ def without_local_paths(settings: Any) -> Any:
     return {
         key: without_local_paths(value)
         for key, value in settings.items()
-        if not (isinstance(value, str) and _NAMES_A_PLACE.search(key) and not _HUB_ID.fullmatch(value))
+        if not (isinstance(value, str) and _NAMES_A_PLACE.search(key) and _is_local(value))
     }
+
+
+def _is_local(path: str) -> bool:
+    return not _HUB_ID.fullmatch(path) or os.path.exists(path)
 
 
 def _processor_config(tokenizer: PreTrainedTokenizerFast, images: ImageSettings) -> dict[str, Any]:

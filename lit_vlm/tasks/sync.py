@@ -70,7 +70,7 @@ def send(path: Path) -> None:
         if tracking.wandb.offline:
             raise UserError(f"{path}: nothing was sent. Start it again once the server can be reached.")
         folder.update(tracking=tracking.known(folder))
-        tracking.send_whole(folder)
+        tracking.send_whole(folder, finished=folder.finished)
         if tracking.wandb.behind:
             raise UserError(f"{path}: not everything was sent. The same command sends what is missing.")
     say(f"{path}: sent{'' if folder.finished else '; the run is not finished, and the same command sends what comes'}.")

@@ -161,7 +161,7 @@ def test_a_submitted_run_says_its_job_and_how_to_follow_it(slurm, capsys):
     said = capsys.readouterr().out
     assert "job 101" in said and "squeue --me" in said and f"{run.dir}/slurm-*.log" in said
     assert "scancel --signal=TERM 101 " in said
-    assert f"wandb sync {run.dir}/wandb/offline-run-*" in said
+    assert f"python run.py task=sync sync={run.dir}" in said
     assert calls(slurm, "sbatch") == [["--parsable", str(run.dir / "submit.sh")]]
 
 

@@ -104,14 +104,14 @@ class Tracking:
             return
         self.wandb.log_in(begun_before=True)
         if not self.wandb.offline:
-            self.send_whole(folder)
+            self.send_whole(folder, finished=True)
 
-    def send_whole(self, folder: RunFolder) -> None:
+    def send_whole(self, folder: RunFolder, *, finished: bool) -> None:
         """Send what the server lacks of a run that no process trains, from its files."""
         assert self.wandb is not None
         self.open(folder)
         self.wandb.replay_whole()
-        if folder.finished:
+        if finished:
             self.finish(folder)
             return
         status = "stopped early" if folder.manifest.get("status") == "stopped" else "preempted"
