@@ -7,9 +7,10 @@ from collections.abc import Callable
 
 REDACTED = "<redacted>"
 HEX_DIGEST = re.compile(r"[0-9a-f]{40}")  # a key of W&B, until 2025; and what git and SHA-1 call everything
-# Before it a digest is meant: commit=..., "revision": "...", git checkout ..., .../snapshots/..., package@...
+# Before it a digest is meant: commit=..., "revision": "...", git checkout ..., .../snapshots/..., package@...; and what has an
+# ending behind it is a file.
 NO_DIGEST_BEFORE = re.compile(
-    r"""(commit|revision|digest|sha-?1|sha|rev|ref|tree|oid|hash)["']?\s*[=:\s]\s*["']?$|\bgit\s[^;&|\n]*\s$|[/@]$""",
+    r"""(commit|revision|digest|sha-?1|sha|rev|ref|tree|oid|hash|\bid|image|file)["']?\s*[=:\s]\s*["']?$|\bgit\s[^;&|\n]*\s$|[/@]$""",
     re.I,
 )
 _BEFORE = 60  # characters before a digest that are looked at
@@ -18,7 +19,8 @@ _BEFORE = 60  # characters before a digest that are looked at
 _REFERENCE = re.compile(
     r"\$\w+|\$\{[^}]*\}|\$\([^)]*\)|`[^`]*`|<[^<>]*>|\*+|\.{3}|…|null|none|true|false|yes|no|on|off|\d{1,3}|~", re.I
 )
-_PATH = re.compile(r"(~|\.{1,2})?/[^/\s]+(/[^/\s]+)*")
+_PATH = re.compile(r"(~|\.{1,2})?(/[\w.@-]+)+")
+_DRAWN = re.compile(r"(?=[^/]*\d)(?=[^/]*[a-z])(?=[^/]*[A-Z])[^/]{8,}")  # at random: no name of a folder
 _PLAIN_PATH = re.compile(r"[a-z\d_.-]+(/[a-z\d_.-]+)+")
 
 _START = r"(?<![A-Za-z0-9])"
@@ -62,8 +64,8 @@ def is_reference(value: str) -> bool:
 
 
 def is_path(value: str) -> bool:
-    """Whether a value is the path of a file, as that of a key."""
-    return _PATH.fullmatch(value.strip()) is not None
+    """Whether a value is the path of a file, as that of a key; base64 has slashes, too."""
+    return _PATH.fullmatch(value.strip()) is not None and _DRAWN.search(value) is None
 
 
 def looks_secret(value: str) -> bool:
@@ -99,7 +101,7 @@ FORMS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] 
         REDACTED,
     ),
     (re.compile(_START + "(?:" + "|".join(_PREFIXED) + ")"), REDACTED),
-    (re.compile(r"(?<![0-9A-Za-z])(?:local-)?[0-9a-f]{40}(?![0-9A-Za-z])"), _digestless),
+    (re.compile(r"(?<![0-9A-Za-z])(?:local-)?[0-9a-f]{40}(?![0-9A-Za-z]|\.[a-z]{2,5}\b)"), _digestless),
     (re.compile(r"((?:\bBearer|\bBasic)\s+)([A-Za-z0-9._~+/=-]{8,})", re.I), _keep_name_where_weak),
     # Authorization: token ..., also as JSON
     (

@@ -59,6 +59,7 @@ _OF_A_VOCABULARY = frozenset(
     "added audio bbox boi bos box class cls decoder delim end eoi eos eot first forced image mask max new next num pad per"
     " prefix prompt sep special start stop suffix text unk video vision".split()
 )
+_ANY = object()
 _FOLDERS = ("PWD", "OLDPWD")  # of a shell
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _NAME = r"(?<!\w)(?P<name>[A-Za-z_][\w.-]{0,80})"
@@ -80,7 +81,7 @@ _ASSIGNED = (
 )
 
 
-def is_secret_name(name: str, value: Any = REDACTED * 2) -> bool:
+def is_secret_name(name: str, value: Any = _ANY) -> bool:
     """Whether what has this name (a setting, a variable, a header) is a secret.
 
     Whole words count, of the last part of a dotted name: `submit.env.HF_TOKEN` is one, `special_tokens`, `pad_token`,
@@ -90,7 +91,7 @@ def is_secret_name(name: str, value: Any = REDACTED * 2) -> bool:
         value: what it holds, if that is known: `token=ko` is no secret, `HF_HUB_DISABLE_IMPLICIT_TOKEN=1` neither.
     """
     strength = _strength(name.rpartition(".")[2])
-    if not strength or value == REDACTED * 2:
+    if not strength or value is _ANY:
         return strength > 0
     text = str(value)
     if is_reference(text) or (is_path(text) and "pass" not in name.lower()):
@@ -276,8 +277,9 @@ def _inside_quotes(value: str, start: int) -> tuple[int, int]:
 
 def _values_of_environment() -> tuple[str, ...]:
     """Values of the variables whose names say that they are secret, the longest first."""
-    values = {value for name, value in os.environ.items() if len(value) >= SHORTEST and is_secret_name(name)}
-    words = (value for value in values if not _WORD_OR_NUMBER.fullmatch(value) and not is_reference(value))
+    named = {name: os.environ.get(name, "") for name in os.environ if is_secret_name(name)}
+    values = {value for name, value in named.items() if len(value) >= SHORTEST and is_secret_name(name, value)}
+    words = (value for value in values if not _WORD_OR_NUMBER.fullmatch(value))
     return tuple(
         sorted((value for value in words if not os.path.exists(value)), key=lambda value: (-len(value), value))
     )

@@ -82,7 +82,7 @@ ORDINARY = [
     *"HF_TOKEN=${HF_TOKEN} WANDB_API_KEY=$WANDB_API_KEY GOOGLE_APPLICATION_CREDENTIALS=/home/mina/gcp.json".split(),
     *"HF_HUB_DISABLE_IMPLICIT_TOKEN=1 USE_AUTH_TOKEN=true TOKENIZERS_PARALLELISM=false SSH_AUTH_SOCK=/run/ssh".split(),
     *"--export=ALL,WANDB_API_KEY --export=ALL --env=HF_TOKEN -e=HF_TOKEN --gres=gpu:h100:8 --exclusive".split(),
-    *f"revision={HEX} commit={HEX} sha={HEX} sha256={SHA256} digest={SHA256} model@{HEX} weights-{SHA256}".split(),
+    *f"revision={HEX} commit={HEX} sha={HEX} sha256={SHA256} digest={SHA256} model@{HEX} weights-{SHA256} {HEX}.jpg id={HEX}".split(),
     *f"/hub/models--a--b/snapshots/{HEX} sha256:{SHA256} docker://pytorch/pytorch:2.13@sha256:{SHA256}".split(),
     *"nvcr.io/nvidia/pytorch:25.10-py3 git@github.com:aiku/lit_vlm.git ssh://git@example.com/a.git".split(),
     *"https://example.com:8443/a?page=2&lang=ko https://example.com/a?token=ko&key=image http://localhost:8080/v1".split(),
