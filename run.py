@@ -26,10 +26,10 @@ from hydra.core.hydra_config import HydraConfig
 
 from lit_vlm.config.compose import CONF, VERSION_BASE, register
 from lit_vlm.config.help import help_text
-from lit_vlm.config.multirun import check_multirun, launcher_in, refuse_launcher
+from lit_vlm.config.multirun import check_multirun, launcher_in, refuse_launcher, refuse_secrets
 from lit_vlm.config.overrides import ConfigError, read_arguments, split_flags, with_implied
-from lit_vlm.config.parse import parse, wrong_words
-from lit_vlm.config.secrets import redacted_text
+from lit_vlm.config.parse import parse, refuse_typed_secrets, wrong_words
+from lit_vlm.secrets import redact_terminal
 from lit_vlm.tasks import TASKS
 from lit_vlm.types import UserError
 
@@ -37,11 +37,12 @@ from lit_vlm.types import UserError
 def main() -> None:
     """Run what the command line says; a user's mistake is told without a traceback, exit status 1."""
     handle_signals()
+    redact_terminal()
     try:
         start(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
-        sys.exit(redacted_text(str(error)) or 1)  # without words on a rank for which another one speaks
+        sys.exit(str(error) or 1)  # without words on a rank for which another one speaks
     except BrokenPipeError:  # --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -64,13 +65,16 @@ def through_hydra(flags: list[str], words: list[str]) -> None:
     names = {flag.partition("=")[0] for flag in flags}
     multirun, completing = bool({"-m", "--multirun"} & names), bool({"-sc", "--shell-completion"} & names)
     if not completing:
+        refuse_typed_secrets([*flags, *words])
         words = with_implied(read_arguments(words))
         if wrong := wrong_words(words, sweep=multirun):
             raise ConfigError([mistake for mistakes in wrong.values() for mistake in mistakes])
         if multirun:
             check_multirun(words)
-        elif not {"--cfg", "-c", "--info", "-i"} & names:
-            refuse_launcher(words)
+        else:
+            refuse_secrets(words)
+            if not {"--cfg", "-c", "--info", "-i"} & names:
+                refuse_launcher(words)
     register()
     sys.argv = [sys.argv[0], *flags, *words]
     if launcher_in(words) == "submitit_slurm" and not completing:
@@ -96,12 +100,13 @@ def grid(words: list[str], submits: bool) -> None:
 def one_job(_: object) -> None:
     """A job of -m: its overrides are parsed as if they stood alone on a command line."""
     handle_signals()  # in a job of submitit's, run.py is not what was started
+    redact_terminal()  # submitit starts a job without `main`
     try:
         words = HydraConfig.get().overrides
         run = parse([*words.task, *(word for word in words.hydra if word.startswith("hydra.searchpath="))])
         TASKS[run.config.task](run)
     except UserError as error:
-        sys.exit(redacted_text(str(error)) or 1)  # an exception would be shown with Hydra's traceback
+        sys.exit(str(error) or 1)  # an exception would be shown with Hydra's traceback
     except Exception:
         if "SUBMITIT_EXECUTOR" not in os.environ:
             raise

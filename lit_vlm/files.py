@@ -17,6 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from lit_vlm.secrets import redacted_text
 from lit_vlm.types import UserError
 
 
@@ -50,7 +51,8 @@ def written(path: Path, what: str = "The index", setting: str = "data.index_dir"
 
 
 def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
-    """Beside, then moved: a reader finds the old file or the new one. Several processes, and threads, may at once.
+    """Beside, then moved, without secrets: a reader finds the old file or the new one. Several processes, and threads, may at
+    once.
 
     Args:
         durable: see it onto the disk. Not for what is of no use once its process is gone: a slow disk would hold it up.
@@ -60,7 +62,7 @@ def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
     """
     draft = draft_of(path)
     try:
-        draft.write_text(text, encoding="utf-8")
+        draft.write_text(redacted_text(text), encoding="utf-8")
         move_into_place(draft, path) if durable else os.replace(draft, path)
     except OSError:
         draft.unlink(missing_ok=True)

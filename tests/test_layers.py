@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-BELOW_MODEL = {"types", "anyres", "files", "config", "cost", "losses"}
+BELOW_MODEL = {"types", "anyres", "secrets", "files", "config", "cost", "losses"}
 MAY_IMPORT = {
     "types": {"anyres"},
     "anyres": set(),
-    "files": {"types"},
-    "config": {"types", "anyres"},
+    "secrets": {"secret_forms"},
+    "secret_forms": set(),
+    "files": {"types", "secrets"},
+    "config": {"types", "anyres", "secrets"},
     "cost": {"types", "config"},
     "losses": {"types", "config"},
     "model": BELOW_MODEL,
@@ -23,7 +25,7 @@ MAY_IMPORT = {
     "sweep": {*BELOW_MODEL, "model", "data", "evaluation", "curation", "stages", "engine"},
     "callbacks": {*BELOW_MODEL, "model", "data", "evaluation", "stages", "engine"},
     "tasks": {*BELOW_MODEL, "model", "data", "evaluation", "curation", "stages", "engine", "sweep", "callbacks"},
-    "run": {"config", "engine", "tasks", "types"},
+    "run": {"config", "engine", "secrets", "tasks", "types"},
 }
 FILES = sorted([*ROOT.glob("lit_vlm/**/*.py"), *ROOT.glob("callbacks/*.py"), ROOT / "run.py"])
 HYDRAS_FRIENDS = {"config", "run"}

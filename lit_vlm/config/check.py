@@ -74,6 +74,9 @@ def check(config: RunConfig) -> list[str]:
         return [*found, *mistakes_in_prefer(config), *_data(config.data), *_no_pairs(config.data)]
     if config.task is Task.sweep:
         return [*found, *mistakes_in_trials(config)]
+    if config.task is Task.sync:
+        missing = "sync is not set: task=sync sends the runs of these folders, sync=runs/<name>."
+        return found if config.sync else [*found, missing]
     if config.task not in STAGE_TASKS:
         return found
     return [

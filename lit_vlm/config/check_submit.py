@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import asdict
-from typing import Any
-
-from omegaconf import OmegaConf
 
 from lit_vlm.config.job import GPU, num_gpus
 from lit_vlm.config.schema import RunConfig, SubmitConfig
-from lit_vlm.config.secrets import places_of_secrets
 from lit_vlm.types import counted
 
 _TIME = re.compile(
@@ -56,11 +51,6 @@ def mistakes_in_submit(config: RunConfig) -> Iterator[str]:
     if submit.container_mounts and submit.container is None:
         yield "submit.container_mounts: there is no submit.container that something could be mounted into."
     yield from _env(submit)
-    for name in places_of_secrets(_plain(config)):
-        yield (
-            f"{name}: holds a secret, which would stand in the script for all to read. Export it in your shell: sbatch hands"
-            " the shell's environment on."
-        )
     yield from _extra(config)
 
 
@@ -135,11 +125,6 @@ def seconds_of(time: str) -> int | None:
         days = 0
         hours, minutes, seconds = parts if len(parts) == 3 else (0, *parts) if len(parts) == 2 else (0, parts[0], 0)
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
-def _plain(config: RunConfig) -> Any:
-    """A grid's jobs are checked as Hydra composes them."""
-    return OmegaConf.to_container(config) if OmegaConf.is_config(config) else asdict(config)
 
 
 def _env(submit: SubmitConfig) -> Iterator[str]:

@@ -30,6 +30,7 @@ ELSEWHERE = (
     "overwrite",
     "task",
     "recipe",
+    "sync",
     "image",
     "prompt",
     "max_new_tokens",

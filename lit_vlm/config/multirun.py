@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
 from lit_vlm.config.compose import composed
 from lit_vlm.config.overrides import ConfigError, key_of, parsed
+from lit_vlm.secrets import mistakes_of_secrets
 
 
 def values_of(override: str) -> list[str]:
@@ -21,7 +28,7 @@ def check_multirun(overrides: list[str]) -> None:
     list by itself, out of step with the others. A launcher that starts every job as a program of its own is fine.
 
     Raises:
-        ConfigError: a job of the list asks for several devices.
+        ConfigError: a job of the list asks for several devices, or holds a secret.
     """
     if any(value.endswith("task=submit") for text in overrides for value in values_of(text)):
         raise ConfigError(
@@ -30,10 +37,10 @@ def check_multirun(overrides: list[str]) -> None:
                 " or submit the runs one by one."
             ]
         )
-    if (launcher_in(overrides) or "").startswith("submitit"):
-        return
+    alone = not (launcher_in(overrides) or "").startswith("submitit")
     for job in samples(overrides):
-        devices = composed(job).trainer.devices
+        refuse_secrets(job)
+        devices = composed(job).trainer.devices if alone else 1
         if devices > 1:
             raise ConfigError(
                 [
@@ -42,6 +49,16 @@ def check_multirun(overrides: list[str]) -> None:
                     " hydra/launcher=submitit_slurm."
                 ]
             )
+
+
+def refuse_secrets(overrides: list[str]) -> None:
+    """ConfigError where a setting holds a secret, a file of the user's or a variable that it names among them: Hydra shows
+    and writes what it composes."""
+    words = [text for text in overrides if not key_of(text).startswith(("hydra.launcher", "hydra/launcher"))]
+    with suppress(HydraException, OmegaConfBaseException):  # another mistake, which is told by whoever meets it
+        config = composed(words)
+        if mistakes := mistakes_of_secrets(OmegaConf.to_container(config, resolve=True)):
+            raise ConfigError(mistakes)
 
 
 def launcher_in(overrides: list[str]) -> str | None:

@@ -74,8 +74,9 @@ def with_implied(overrides: list[str]) -> list[str]:
 
     An `experiment=` is one stage, so the task is to train it; ready sources stand alone unless `data=` says with what,
     and `data=` takes the place of an experiment's ready sources; `trainer.extra.*`, `data.share.kinds` and
-    `submit.env` hold words that the schema does not name; `image=photo.jpg` is a list of one; a level of activation
-    checkpointing may still be said as true or false; what the schema calls text is quoted where Hydra would read a number.
+    `submit.env` hold words that the schema does not name; `image=photo.jpg` and `sync=runs/a` are lists of one; a level of
+    activation checkpointing may still be said as true or false; what the schema calls text is quoted where Hydra would read
+    a number.
     """
     keys = {key_of(override) for override in overrides}
     implied = []
@@ -94,7 +95,9 @@ def _spelled_out(word: str) -> str:
     key, _, value = word.partition("=")
     if key == "stage.activation_checkpointing" and value.lower() in CHECKPOINTING:
         return f"{key}={CHECKPOINTING[value.lower()]}"
-    return f"image=[{value}]" if key == "image" and value and value[0] != "[" else word  # one picture is a list of one
+    return (
+        f"{key}=[{value}]" if key in ("image", "sync") and value and value[0] != "[" else word
+    )  # one is a list of one
 
 
 def from_json(text: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
@@ -24,6 +24,7 @@ from lit_vlm.config.recipe import SOURCE_TABLES, experiment_of, is_ladder, stage
 from lit_vlm.config.schema import DPOStageConfig, Format, RunConfig, SourceConfig, StageConfig, Task
 from lit_vlm.config.settings import settings
 from lit_vlm.config.sweep import is_sweep, own_words
+from lit_vlm.secrets import mistakes_of_secrets, mistakes_of_typed_secrets
 from lit_vlm.types import UserError
 
 
@@ -48,6 +49,7 @@ def parse(arguments: list[str]) -> Run:
     Raises:
         ConfigError: with every mistake in the overrides, in the files they choose, and between settings.
     """
+    refuse_typed_secrets(arguments)
     given = read_arguments(arguments)
     overrides = with_implied(given)
     if is_sweep(overrides):
@@ -65,9 +67,15 @@ def parse(arguments: list[str]) -> Run:
         _check_stages(stages_of(config.recipe, given), given, config.task)
     else:
         config = _plain(_compose(overrides))
-        if mistakes := check(config):
+        if mistakes := mistakes_of_secrets(asdict(config)) or check(config):
             raise ConfigError(mistakes)
     return _run(config, overrides, given)
+
+
+def refuse_typed_secrets(arguments: list[str]) -> None:
+    """ConfigError naming the settings that hold a secret, before anything shows or writes what was typed."""
+    if mistakes := mistakes_of_typed_secrets(arguments):
+        raise ConfigError(mistakes)
 
 
 def wrong_words(overrides: list[str], *, sweep: bool = False) -> dict[str, list[str]]:
@@ -178,6 +186,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     config.run_dir = _absolute(config.run_dir)
     config.init_from = local_or_hub(config.init_from)
     config.image = [path if "://" in path else _absolute(path) for path in config.image]
+    config.sync = [_absolute(path) for path in config.sync]
     config.prefer.output = _absolute(config.prefer.output)
     config.prefer.judge = local_or_hub(config.prefer.judge)
     if isinstance(config.stage, DPOStageConfig):
@@ -240,7 +249,7 @@ def _run(config: RunConfig, overrides: list[str], given: list[str]) -> Run:
     if config.task is Task.sweep:
         name = config.run_name or f"sweeps/{Path(config.sweep or 'sweep').stem}"
         return Run(config, None, name, Path(config.run_dir) / name, given, None)
-    name = config.task.value if config.task in (Task.chat, Task.prefer) else run_name(overrides)
+    name = config.task.value if config.task in (Task.chat, Task.prefer, Task.sync) else run_name(overrides)
     init_from = config.init_from
     if init_from == "previous":
         try:

@@ -49,6 +49,7 @@ class Task(Enum):
     submit = "submit"  # train or the whole recipe, as Slurm jobs
     prefer = "prefer"  # make preference pairs from a finished model's own answers
     export = "export"  # make the model's folder from a run's checkpoint
+    sync = "sync"  # send runs that were written offline to Weights & Biases, or what it lacks of them
     chat = "chat"  # talk to a finished model
 
 
@@ -438,7 +439,7 @@ class LoggerConfig:
     project: str = "lit_vlm"  # of Weights & Biases, like what follows
     entity: str | None = None  # user or team; null: the key's own
     group: str | None = None  # runs that belong together; null: the stages of a chain
-    offline: bool = False  # write to the run's folder, upload later with `wandb sync`
+    offline: bool = False  # write to the run's folder, upload later with task=sync
     tags: list[str] = field(default_factory=list)  # words to find a run by
     artifacts: list[str] = field(
         default_factory=list
@@ -526,6 +527,7 @@ class RunConfig:
     prefer: PreferConfig = field(default_factory=PreferConfig)
     sweep: str | None = None  # task=sweep: a sweep file in W&B's format, e.g. sweeps/align.yaml
     trials: TrialsConfig = field(default_factory=TrialsConfig)
+    sync: list[str] = field(default_factory=list)  # task=sync: run folders, also ones that were copied from elsewhere
     image: list[str] = field(default_factory=list)  # task=chat: pictures to talk about
     prompt: str | None = None  # task=chat: ask this once and leave; null: a conversation
     max_new_tokens: int = ranged(256, COUNT)  # task=chat: most tokens of an answer

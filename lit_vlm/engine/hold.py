@@ -21,6 +21,7 @@ from lit_vlm.files import write_atomically
 from lit_vlm.types import UserError
 
 LOCK, HOLDER = "held.lock", "held.json"
+OTHERWISE = "Wait for it or end that process; or give this run a name of its own with run_name=..."
 ORPHANS_SECONDS = 10.0  # loader processes of a run that was killed hold its lock until they notice, after 5 s
 
 
@@ -29,10 +30,11 @@ class Hold:
 
     Args:
         folder: of the run. It is made by `take`, no sooner.
+        remedy: what to do where another process has it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, remedy: str = OTHERWISE) -> None:
+        self.folder, self.remedy = Path(folder), remedy
         self._lock: FileLock | None = None
 
     def take(self) -> bool:
@@ -48,7 +50,7 @@ class Hold:
         try:
             _acquire(lock, self.folder)
         except Timeout:
-            raise UserError(_held(self.folder)) from None
+            raise UserError(f"{_held(self.folder)} {self.remedy}") from None
         self._lock = lock
         holder = {"host": socket.gethostname(), "process": os.getpid(), "since": datetime.now(UTC).isoformat()}
         write_atomically(self.folder / HOLDER, json.dumps(holder) + "\n", durable=False)
@@ -96,7 +98,4 @@ def _held(folder: Path) -> str:
     holder = _holder(folder)
     since = str(holder.get("since", ""))[:19].replace("T", " ")
     who = f"process {holder['process']} on {holder['host']}, since {since} UTC" if holder else "another process"
-    return (
-        f"{folder}: this run is under way already, in {who}. Wait for it or end that process; or give this run a name of its"
-        " own with run_name=..."
-    )
+    return f"{folder}: this run is under way already, in {who}."

@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from lit_vlm.files import write_atomically
+from lit_vlm.secrets import redacted_text
 from lit_vlm.types import counted, escape_controls
 
 HERE = Path(__file__).parent  # of templates and style sheets, those of a kind of page in its folder
@@ -37,12 +38,18 @@ class Page:
             undefined=StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
+            finalize=without_secrets,
         )
         self._environment.filters.update(counted=counted, **filters)
 
     def render(self, **values: Any) -> str:
         style = Markup("\n".join(path.read_text(encoding="utf-8") for path in self._styles))
         return sayable(self._environment.get_template(self._template).render(style=style, **values))
+
+
+def without_secrets(value: Any) -> Any:
+    """What a page shows of a value, before it is written as HTML, in which a secret would be spelled otherwise."""
+    return redacted_text(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def write_page(path: Path, page: str) -> None:

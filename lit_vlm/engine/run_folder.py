@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from lit_vlm.config.elsewhere import is_elsewhere
-from lit_vlm.config.secrets import agrees, redacted, redacted_words
 from lit_vlm.engine.ranks import global_rank
 from lit_vlm.files import DamagedFile, read_json, writable, write_atomically
 from lit_vlm.model.tensor_files import digest_of_weights
+from lit_vlm.secrets import agrees, redacted, redacted_words
 from lit_vlm.types import Source, UserError
 
 MANIFEST = "manifest.json"

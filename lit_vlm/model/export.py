@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,6 +19,8 @@ from lit_vlm.model.hub import quiet_transformers
 from lit_vlm.model.merged import Merged
 from lit_vlm.model.tensor_files import LARGEST_FILE, planned_files, write_index
 
+_NAMES_A_PLACE = re.compile(r"(^|_)(name_or_path|file|path|dir|folder)$")
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 OURS = "lit_vlm.json"  # what transformers has no field for; nothing but `tiling` is read back
 
 
@@ -94,6 +98,28 @@ def _write_settings(
     _write(folder / "preprocessor_config.json", _image_processor_config(images))
     (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
     _write(folder / OURS, {"tiling": images.tiling.value})
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        settings = json.loads((folder / name).read_text(encoding="utf-8"))
+        if (kept := without_local_paths(settings)) != settings:
+            _write(folder / name, kept)
+
+
+def without_local_paths(settings: Any) -> Any:
+    """Settings, nested ones as well, without the folders that a part was read from: who publishes a model does not publish
+    the names of the users and machines that made it. Ids of the hub stay."""
+    if isinstance(settings, list):
+        return [without_local_paths(item) for item in settings]
+    if not isinstance(settings, dict):
+        return settings
+    return {
+        key: without_local_paths(value)
+        for key, value in settings.items()
+        if not (isinstance(value, str) and _NAMES_A_PLACE.search(key) and _is_local(value))
+    }
+
+
+def _is_local(path: str) -> bool:
+    return not _HUB_ID.fullmatch(path) or os.path.exists(path)
 
 
 def _processor_config(tokenizer: PreTrainedTokenizerFast, images: ImageSettings) -> dict[str, Any]:

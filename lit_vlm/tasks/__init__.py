@@ -28,5 +28,6 @@ TASKS: dict[Task, Callable[[Run], None]] = {
     Task.submit: _late("lit_vlm.tasks.submit:submit"),
     Task.prefer: _late("lit_vlm.tasks.prefer:prefer"),
     Task.export: _late("lit_vlm.tasks.export:export"),
+    Task.sync: _late("lit_vlm.tasks.sync:sync"),
     Task.chat: _late("lit_vlm.tasks.chat:chat"),
 }

@@ -6,9 +6,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lit_vlm.config.secrets import redacted
 from lit_vlm.data.plan.lock import DAY, LOCK, differences, read_lock, source_facts, write_lock
 from lit_vlm.engine.run_folder import find_manifest, is_rank_zero, versions
+from lit_vlm.secrets import redacted
 from lit_vlm.tasks.stage_data import StageData
 from lit_vlm.tasks.terminal import say
 from lit_vlm.types import UserError

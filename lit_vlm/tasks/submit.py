@@ -133,5 +133,5 @@ def _say_how_to_follow(stages: list[Run], jobs: list[str]) -> None:
     if config.logger.wandb and config.submit.env.get("WANDB_MODE", "offline") == "offline":
         for stage in stages:
             say(
-                f"W&B:     wandb sync {shlex.quote(one_line(str(stage.dir)))}/wandb/offline-run-*  (here, whenever you like)"
+                f"W&B:     python run.py task=sync sync={shlex.quote(one_line(str(stage.dir)))}  (here, once the run has ended)"
             )

@@ -24,6 +24,7 @@ from lit_vlm.engine.signals import Ask
 from lit_vlm.engine.slurm import is_preempted, outside_of_job, own_job, requeue
 from lit_vlm.engine.slurm_script import step_command
 from lit_vlm.files import DamagedFile, read_json, write_atomically
+from lit_vlm.secrets import mistakes_of_secrets
 from lit_vlm.sweep.file import Method, SweepFile, look_at
 from lit_vlm.sweep.mistakes import mistakes_in_sweep
 from lit_vlm.sweep.process import TrialProcess
@@ -92,6 +93,8 @@ def sweep(run: Run) -> None:
 def read(run: Run) -> Sweep:
     """The sweep file, held against the schema; every mistake at once."""
     file, wrong = look_at(Path(run.config.sweep).expanduser())
+    if held := mistakes_of_secrets(file.plain):
+        raise ConfigError([f"{file.place}: {mistake}" for mistake in held])
     given = trial_overrides(run.overrides)
     wrong += mistakes_in_sweep(file, given)
     if file.metric is None and not any("metric" in mistake for mistake in wrong):

@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from lit_vlm.config.secrets import redacted_text
 from lit_vlm.engine.run_folder import is_rank_zero
 from lit_vlm.types import escape_controls
 
@@ -22,7 +21,7 @@ OnProgress = Callable[[str, int, int], None]
 
 def say(text: str) -> None:
     if is_rank_zero():
-        console.print(escape_controls(redacted_text(text)), soft_wrap=True, markup=False)  # brackets are a path's
+        console.print(escape_controls(text), soft_wrap=True, markup=False)  # brackets in a path are a path's
 
 
 @contextmanager

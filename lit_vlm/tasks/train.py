@@ -16,7 +16,6 @@ from callbacks import make_callbacks
 from lit_vlm.config import Run
 from lit_vlm.config.callbacks import choose_callbacks
 from lit_vlm.config.schema import ActivationCheckpointing, Debug, RunConfig
-from lit_vlm.config.secrets import redacted
 from lit_vlm.engine.budget import NAME as BUDGET
 from lit_vlm.engine.budget import Budget
 from lit_vlm.engine.checkpoint import Belongs, Folder
@@ -43,6 +42,7 @@ from lit_vlm.files import writable, write_atomically
 from lit_vlm.model.build import Blueprint
 from lit_vlm.model.skeleton import weights_later
 from lit_vlm.model.tensor_files import digest_of_weights
+from lit_vlm.secrets import redacted
 from lit_vlm.stages import STAGES, Stage
 from lit_vlm.tasks.attempts import fit_or_again, until_done
 from lit_vlm.tasks.run_lock import hold_to_lock, name_template_day

@@ -82,6 +82,21 @@ def test_an_exported_folder_is_a_stages_beginning(small_parts, tmp_path):
     assert again.tokenizer.chat_template == blueprint.tokenizer.chat_template
 
 
+def test_no_file_of_an_exported_folder_names_a_folder_of_the_machine_that_made_it(small_parts, tmp_path):
+    blueprint = blueprint_of(small_parts, Tiling.base)
+    model, place = build(blueprint), "/home/mina/models/base"
+    for config in (model.config, model.config.text_config, model.config.vision_config, model.generation_config):
+        config._name_or_path = place
+    model.config.text_config.base_model_name_or_path = place
+    model.config.vision_config.teacher_name_or_path = "google/siglip2-so400m-patch14-384"  # of the hub: stays
+    blueprint.tokenizer.init_kwargs |= {"name_or_path": place, "vocab_file": f"{place}/vocab.json"}
+    blueprint.tokenizer.name_or_path = place
+    files = [path for path in exported(model, blueprint, tmp_path).iterdir() if path.suffix != ".safetensors"]
+    texts = {path.name: path.read_text(encoding="utf-8") for path in files}
+    assert [name for name, text in texts.items() if place in text or str(small_parts) in text or "mina" in text] == []
+    assert "google/siglip2-so400m-patch14-384" in texts["config.json"] and len(files) >= 8
+
+
 def test_plain_transformers_answers_from_the_folder_in_a_process_without_our_code(small_parts, tmp_path):
     blueprint = blueprint_of(small_parts)
     folder = exported(build(blueprint), blueprint, tmp_path)

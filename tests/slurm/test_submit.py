@@ -162,7 +162,7 @@ def test_a_submitted_run_says_its_job_and_how_to_follow_it(slurm, capsys):
     said = capsys.readouterr().out
     assert "job 101" in said and "squeue --me" in said and f"{run.dir}/slurm-*.log" in said
     assert "scancel --signal=TERM 101 " in said
-    assert f"wandb sync {run.dir}/wandb/offline-run-*" in said
+    assert f"python run.py task=sync sync={run.dir}" in said
     assert calls(slurm, "sbatch") == [["--parsable", str(run.dir / "submit.sh")]]
 
 
@@ -237,7 +237,7 @@ def test_data_are_copied_once_per_node_and_named_as_before(slurm, tmp_path):
         (["trainer=ddp", "submit.extra=['--gres=gpu:h100:8']"], "add submit.gpus_per_node=0"),
         (["trainer=ddp", "submit.gpus_per_node=0", "submit.extra=['--gres=nvme:1']"], "0 GPUs for trainer.devices=8"),
         (["submit.extra=[exclusive]"], "is an option of sbatch"),
-        (["submit.env.WANDB_API_KEY=abc"], "for all to read"),
+        (["submit.env.WANDB_API_KEY=abcdefgh"], "holds a secret"),
         (["submit.partitoin=x"], "Did you mean submit.partition?"),
     ],
 )

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lit_vlm.config.secrets import agrees
 from lit_vlm.data.plan.plan import Plan
+from lit_vlm.secrets import agrees
 
 BLOCK = 1 << 20  # samples that are hashed at a time
 WORDS = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -15,18 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from lit_vlm.config.schema import LoggerConfig
-from lit_vlm.config.secrets import redacted, redacted_text
 from lit_vlm.engine.ranks import in_sweep
+from lit_vlm.secrets import redacted, redacted_text
 from lit_vlm.types import UserError
 
 ANSWER_SECONDS = 10  # that the server is given at the start; a run waits no longer for it
 FINISH_SECONDS = 60  # that what is left is given at the end
 FINISH_IN_SWEEP_SECONDS = 20  # an agent kills what has not ended 30 s after it was told to
 FINISH_WITH_MODEL_SECONDS = 3600  # a model of 28 GB at 8 MB/s
+UNFINISHED, EARLIER, STAGED = "wandb/unfinished", "wandb/earlier", "wandb/staged"  # in a run's folder
 OFFLINE, DISABLED = ("offline", "dryrun"), ("disabled",)
 NO_LOGIN = (
     "logger.wandb=true: there is no login for Weights & Biases on this machine. Run `wandb login`, set WANDB_API_KEY, or set"
-    " logger.offline=true and upload later with `wandb sync`."
+    " logger.offline=true and upload later with task=sync."
 )
 
 
@@ -69,13 +71,21 @@ class Refused(Exception):
 
 
 def begin(
-    logger: LoggerConfig, run_dir: Path, known: dict[str, Any], stop: Callable[[], None], *, offline: bool, **about: Any
+    logger: LoggerConfig,
+    run_dir: Path,
+    known: dict[str, Any],
+    stop: Callable[[], None],
+    *,
+    offline: bool,
+    finish_seconds: float | None = None,
+    **about: Any,
 ) -> Any:
     """Begin or continue the run of W&B. Returns the client's run.
 
     Args:
         known: `id` of the run, as the manifest keeps it.
         stop: called from a thread of the client's when the server wants the run to stop.
+        finish_seconds: that what is left is given at the end; None: as long as a run that trains waits.
         about: further arguments of `wandb.init`: name, group, job_type, config.
 
     Raises:
@@ -86,19 +96,21 @@ def begin(
     # an agent has said where the run belongs, and the client warns when that is said again
     place = {} if in_sweep() else {"project": logger.project, "entity": logger.entity, "id": known["id"]}
     set_aside(run_dir)
+    place_of_client = run_dir / UNFINISHED if offline else run_dir
+    place_of_client.mkdir(parents=True, exist_ok=True)  # else the client takes a temporary folder
+    # the client copies the pictures of tables: not into the home folder, which another machine does not have
+    os.environ["WANDB_DATA_DIR"] = str(run_dir / STAGED)
     return wandb.init(
-        **place,
-        **about,
-        tags=redacted(logger.tags),
-        dir=str(run_dir),
+        **redacted({**place, **about, "tags": logger.tags}),
+        dir=str(place_of_client),
         mode="offline" if offline else "online",
         resume=None if offline else "allow",
         reinit="finish_previous",
-        settings=_settings(logger, stop),
+        settings=_settings(logger, stop, finish_seconds),
     )
 
 
-def _settings(logger: LoggerConfig, stop: Callable[[], None]) -> Any:
+def _settings(logger: LoggerConfig, stop: Callable[[], None], finish_seconds: float | None) -> Any:
     import wandb
 
     seconds = FINISH_IN_SWEEP_SECONDS if in_sweep() else FINISH_SECONDS
@@ -110,7 +122,7 @@ def _settings(logger: LoggerConfig, stop: Callable[[], None]) -> Any:
         save_code=False,
         x_disable_meta=True,
         init_timeout=ANSWER_SECONDS,
-        finish_timeout=FINISH_WITH_MODEL_SECONDS if "model" in logger.artifacts else seconds,
+        finish_timeout=finish_seconds or (FINISH_WITH_MODEL_SECONDS if "model" in logger.artifacts else seconds),
         finish_timeout_raises=True,
         stop_fn=stop,
     )
@@ -118,10 +130,25 @@ def _settings(logger: LoggerConfig, stop: Callable[[], None]) -> Any:
 
 def set_aside(run_dir: Path) -> None:
     """What earlier starts wrote offline goes to `wandb/earlier/`: the newest holds all of it once more."""
-    earlier = run_dir / "wandb" / "earlier"
-    for folder in sorted(run_dir.glob("wandb/offline-run-*")):
-        earlier.mkdir(exist_ok=True)
-        folder.rename(earlier / folder.name)
+    _move([*run_dir.glob("wandb/offline-run-*"), *run_dir.glob(f"{UNFINISHED}/wandb/offline-run-*")], run_dir / EARLIER)
+
+
+def set_out(run_dir: Path) -> None:
+    """What the client has closed goes where `wandb sync` looks. It must not see a run that is under way: it would send half
+    of it, and the same rows once more at the end."""
+    _move([*run_dir.glob(f"{UNFINISHED}/wandb/offline-run-*")], run_dir / "wandb")
+    shutil.rmtree(run_dir / UNFINISHED, ignore_errors=True)
+
+
+def _move(folders: list[Path], place: Path) -> None:
+    for folder in sorted(folders):
+        place.mkdir(exist_ok=True)
+        folder.rename(place / folder.name)
+
+
+def forget_staged(run_dir: Path) -> None:
+    """The client's copies of what has arrived."""
+    shutil.rmtree(run_dir / STAGED, ignore_errors=True)
 
 
 def was_synced(run_dir: Path) -> bool:
@@ -131,7 +158,7 @@ def was_synced(run_dir: Path) -> bool:
 
 def sync_command(run_dir: Path) -> str:
     """The command that uploads what was written offline."""
-    return f"wandb sync {shlex.quote(str(run_dir))}/wandb/offline-run-*"
+    return f"python run.py task=sync sync={shlex.quote(str(run_dir))}"
 
 
 def is_asked_to_stop(entity: str, project: str, run_id: str) -> bool:

@@ -11,8 +11,8 @@ from typing import Any
 import yaml
 
 from lit_vlm.config.schema import LoggerConfig
-from lit_vlm.config.secrets import redacted, redacted_text
 from lit_vlm.engine.run_folder import RunFolder, find_manifest
+from lit_vlm.secrets import redacted, redacted_text
 from lit_vlm.types import UserError
 
 ID_LETTERS = string.ascii_lowercase + string.digits  # and eight of them, as the client's own ids

@@ -35,12 +35,22 @@ def written(run: Any, name: str, table: Any, step: int) -> Any:
     return val_to_json(run, name, table, namespace=step)
 
 
+def files_of_samples(run_dir: Path) -> list[str]:
+    """The pictures that the tables show, relative to the run's folder, each once."""
+    rows = [row for phase in ("before", "after") for row in read_samples(run_dir, phase)]
+    return list(dict.fromkeys(path for row in rows for path in _shown(row)[:MOST_PICTURES]))
+
+
+def _shown(row: dict[str, Any]) -> list[str]:
+    """Where there are boxes, the picture without them: W&B draws them itself, to be switched."""
+    return [row["plain"]] if row.get("plain") else list(row["images"])
+
+
 def _pictures(run_dir: Path, row: dict[str, Any], number: int) -> list[Any]:
-    """One cell per column. Where there are boxes, the picture without them: W&B draws them itself, to be switched."""
+    """One cell per column."""
     import wandb
 
-    paths = [row["plain"]] if row.get("plain") else row["images"]
-    found = [str(run_dir / path) if (run_dir / path).is_file() else None for path in paths[:number]]
+    found = [str(run_dir / path) if (run_dir / path).is_file() else None for path in _shown(row)[:number]]
     overlay = boxes_of(row.get("boxes") or [])
     images = [wandb.Image(path, boxes=overlay or None) if path else None for path in found]
     return images + [None] * (number - len(images))

@@ -10,7 +10,6 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 
 from lit_vlm.config.schema import LoggerConfig
-from lit_vlm.config.secrets import redacted_text
 from lit_vlm.config.settings import did_you_mean, nearest
 from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED, LeftTogether, StoppedEarly
 from lit_vlm.engine.ranks import in_sweep
@@ -20,6 +19,7 @@ from lit_vlm.engine.tracking import connection, facts
 from lit_vlm.engine.tracking.metrics_csv import MetricsCsv
 from lit_vlm.engine.tracking.tensorboard import make_tensorboard
 from lit_vlm.engine.tracking.wandb_run import EXIT_CODES, WandbRun
+from lit_vlm.secrets import redacted_text
 from lit_vlm.types import UserError
 
 
@@ -31,12 +31,20 @@ class Tracking:
         run_dir: the run's folder.
         experiment: of the command line, for the name of its group.
         say: takes what the user should know.
+        patience: of `WandbRun`.
     """
 
-    def __init__(self, logger: LoggerConfig, run_dir: Path, experiment: str | None, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        logger: LoggerConfig,
+        run_dir: Path,
+        experiment: str | None,
+        say: Callable[[str], None],
+        patience: float | None = None,
+    ) -> None:
         self.logger, self.run_dir, self.experiment = logger, run_dir, experiment
         wanted = connection.is_wanted(logger) and is_rank_zero()
-        self.wandb = WandbRun(logger, run_dir, say) if wanted else None
+        self.wandb = WandbRun(logger, run_dir, say, patience) if wanted else None
         self._folder: RunFolder | None = None
 
     def check(self, folder: RunFolder) -> None:
@@ -99,9 +107,19 @@ class Tracking:
             return
         self.wandb.log_in(begun_before=True)
         if not self.wandb.offline:
-            self._note(folder, **self.wandb.open(folder, known))
-            self.wandb.replay_whole()
+            self.send_whole(folder, finished=True)
+
+    def send_whole(self, folder: RunFolder, *, finished: bool) -> None:
+        """Send what the server lacks of a run that no process trains, from its files."""
+        assert self.wandb is not None
+        self.open(folder)
+        self.wandb.replay_whole()
+        if finished:
             self.finish(folder)
+            return
+        status = "stopped early" if folder.manifest.get("status") == "stopped" else "preempted"
+        self.wandb.close(status, facts.summary_of(folder.manifest, status))
+        self._note(folder, behind=True)  # its end is still to come
 
     def _note(self, folder: RunFolder, **known: Any) -> None:
         tracking = folder.manifest["tracking"]

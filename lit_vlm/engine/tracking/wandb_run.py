@@ -3,9 +3,9 @@
 Training does not depend on it. Its client is waited for at the start and at the end, each for a bounded time; between them
 it only takes rows, in a thread of ours, which its own process writes to the disk and sends when the server answers. What fails is said once.
 
-A run that never reached the server is whole in its newest offline folder, for `wandb sync`. That command adds to what the
-server has, row for row, so where a part arrived, nothing is written offline: `metrics.csv` has all rows, and the next start
-that reaches the server sends those that it lacks (of a finished run, the same command does no more than that).
+What the server lacks is sent from the run's own files, `metrics.csv` and `samples.jsonl`, by the next start that reaches it,
+by the same command where the run is finished, and by task=sync. The client's own `wandb sync` adds to what the server has,
+row for row; so where a part arrived, nothing is written offline.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lit_vlm.config.schema import LoggerConfig
-from lit_vlm.config.secrets import redacted_text
 from lit_vlm.engine.run_folder import RunFolder
 from lit_vlm.engine.signals import Ask, current
 from lit_vlm.engine.tracking import artifacts, connection, facts
@@ -29,6 +28,7 @@ from lit_vlm.engine.tracking.history import History
 from lit_vlm.engine.tracking.metrics_csv import MetricsCsv
 from lit_vlm.engine.tracking.sender import Sender
 from lit_vlm.engine.tracking.tables import read_samples, table_of, written
+from lit_vlm.secrets import redacted_text
 from lit_vlm.types import UserError
 
 GRACE_SECONDS = 10  # for the client itself, beyond the time that it was given
@@ -54,10 +54,14 @@ class WandbRun(Logger):
         logger: the settings.
         run_dir: the run's folder; the client writes to `wandb/` in it.
         say: takes what the user should know.
+        patience: seconds that the client is given to take rows and to send them; None: as training waits for it.
     """
 
-    def __init__(self, logger: LoggerConfig, run_dir: Path, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, logger: LoggerConfig, run_dir: Path, say: Callable[[str], None], patience: float | None = None
+    ) -> None:
         super().__init__()
+        self.patience = patience
         self.logger, self.run_dir, self.say = logger, Path(run_dir), say
         self.offline = connection.is_offline(logger)
         self.behind = self.stop_asked = False
@@ -132,7 +136,8 @@ class WandbRun(Logger):
         place = self.logger, self.run_dir, known, lambda: self._asked_to_stop()
         try:
             config = facts.config_of(folder)
-            self._run = connection.begin(*place, offline=self.offline, config=config, **about)
+            about |= {"config": config, "finish_seconds": self.patience}
+            self._run = connection.begin(*place, offline=self.offline, **about)
         except Exception as error:  # the client's errors are of many kinds, and none of them is worth the run
             if self.offline:
                 self._lose(error)
@@ -159,7 +164,7 @@ class WandbRun(Logger):
     def _where(self) -> str:
         if not self.offline:
             return f"W&B: {self._run.url}"
-        return f"W&B: written to the run's folder; upload it later with `{connection.sync_command(self.run_dir)}`"
+        return f"W&B: written to the run's folder; once it has ended, send it with `{connection.sync_command(self.run_dir)}`"
 
     # ---- rows
 
@@ -181,7 +186,7 @@ class WandbRun(Logger):
             return
         try:
             table = within(
-                connection.ANSWER_SECONDS,
+                self.patience or connection.ANSWER_SECONDS,
                 lambda: self._late.setdefault(name, written(run, name, table_of(self.run_dir, rows), step)),
             )
         except TimeoutError:
@@ -239,7 +244,7 @@ class WandbRun(Logger):
         if self._run is None:
             return {}
         self._history.flush()
-        if not self._sender.drain(connection.ANSWER_SECONDS):
+        if not self._sender.drain(self.patience or connection.ANSWER_SECONDS):
             self._lose(TimeoutError("it takes no rows"))
         names: dict[str, str] = {}
         self._guarded(lambda: self._run.summary.update(summary))
@@ -256,6 +261,7 @@ class WandbRun(Logger):
             return
         try:
             within(run.settings.finish_timeout + GRACE_SECONDS, lambda: run.finish(exit_code=exit_code))
+            (connection.set_out if self.offline else connection.forget_staged)(self.run_dir)
         except Exception as error:
             self.behind = True
             self.say(

@@ -1,0 +1,339 @@
+"""Throw made-up secrets of many shapes at every place where one can be typed and every place where something is written.
+
+    python -m benchmarks.secret_sinks --shapes 500 --seed 0
+
+Each shape must be refused in every setting, by a message that does not hold it, and must be in nothing that is written. No
+secret here is real; each is put together when the program runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import html
+import io
+import json
+import logging
+import os
+import random
+import shlex
+import string
+import sys
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from lit_vlm.config.overrides import ConfigError, quote
+from lit_vlm.config.parse import refuse_typed_secrets
+from lit_vlm.engine.pages import Page, write_page
+from lit_vlm.engine.run_folder import RunFolder, write_atomically
+from lit_vlm.engine.tracking import facts
+from lit_vlm.secrets import RedactedStream, mistakes_of_secrets
+
+LETTERS, HEX = string.ascii_letters + string.digits, "0123456789abcdef"
+NAMES = """HF_TOKEN WANDB_API_KEY OPENAI_KEY OPENAI_API_KEY ANTHROPIC_API_KEY DB_PASS DB_PASSWORD PGPASSWORD JWT MY_JWT
+    AWS_SECRET_ACCESS_KEY GITHUB_TOKEN CI_JOB_TOKEN SMTP_PASS REDIS_PASSWORD api_key apiKey password passwd passphrase
+    client_secret access_token auth_token refresh_token private_key encryption_key AccountKey secret MYSQL_ROOT_PASSWORD
+    HUGGING_FACE_HUB_TOKEN SLACK_TOKEN azure_key x-api-key hf_token ssh_passphrase""".split()
+PLACES = """logger.group logger.project logger.entity run_name run_dir data.index_dir data.sources.mine.path init_from
+    data.sources.mine.obtain submit.env.ANYTHING submit.account submit.container prefer.judge hydra.job.name +mine.own
+    model.vision_tower trainer.extra.note""".split()
+LISTS = "logger.tags submit.setup submit.extra callbacks".split()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A text as people write it, and the secret in it. `variable`: only the environment says that it is one."""
+
+    family: str
+    text: str
+    secret: str
+    variable: str = ""
+
+
+def make_shapes(count: int, seed: int) -> list[Shape]:
+    """Shapes of all families in turn."""
+    draw = random.Random(seed)
+    families = [_prefixed, _assigned, _address, _header, _signed, _key_file, _digest, _variable]
+    return [families[number % len(families)](draw) for number in range(count)]
+
+
+def _body(draw: random.Random, length: int, letters: str = LETTERS) -> str:
+    """Letters with a capital and a digit among them, as keys have them."""
+    text = [draw.choice(letters) for _ in range(length)]
+    if letters is LETTERS:
+        text[1], text[4] = draw.choice(string.ascii_uppercase), draw.choice(string.digits)
+    return "".join(text)
+
+
+def _wrapped(draw: random.Random, text: str) -> str:
+    return draw.choice(["{}", "see {} there", "a,{}", "[{}]", '"{}"', "x={}", "한국어 {} 입니다"]).format(text)
+
+
+def _prefixed(draw: random.Random) -> Shape:
+    starts = "hf_ sk- sk-proj- sk-ant-api03- ghp_ gho_ github_pat_ glpat- xoxb- xapp- AIza npm_ nvapi- r8_ gsk_ hvs. dckr_pat_"
+    aws = "AK" + "IA" + _body(draw, 16, string.ascii_uppercase + string.digits)
+    token = ".".join(["ey" + "J" + _body(draw, 20), "ey" + "J" + _body(draw, 30), _body(draw, 40)])
+    secret = draw.choice([*(start + _body(draw, draw.randint(36, 44)) for start in starts.split()), aws, token])
+    return Shape("prefix", _wrapped(draw, secret), secret)
+
+
+def _assigned(draw: random.Random) -> Shape:
+    name, secret = draw.choice(NAMES), _body(draw, draw.randint(8, 40)) + draw.choice(["", "!", ",x", "/a+b="])
+    forms = [
+        "{n}={s}",
+        "export {n}='{s}'",
+        'export {n}="{s}"',
+        "-e {n}={s}",
+        "docker run --env={n}={s} image",
+        "a;{n}={s}",
+    ]
+    forms += [
+        "--export=ALL,{n}={s}",
+        "-o username=bob,{n}={s}",
+        '{{"{n}": "{s}"}}',
+        "--{n} {s}",
+        "--{n}={s}",
+        "{n}: {s}",
+    ]
+    return Shape("name", draw.choice(forms).format(n=name, s=secret), secret)
+
+
+def _address(draw: random.Random) -> Shape:
+    secret = _body(draw, draw.randint(8, 24))
+    forms = [
+        "https://bob:{}@example.com/a",
+        "postgresql+psycopg2://bob:{}@db:5432/x",
+        "git clone https://oauth2:{}@host/r.git",
+    ]
+    forms += ["redis://:{}@cache:6379/0", "rsync bob:{}@data.example.com:/x .", "curl -u bob:{} https://example.com"]
+    return Shape("address", draw.choice(forms).format(secret), secret)
+
+
+def _header(draw: random.Random) -> Shape:
+    secret = _body(draw, draw.randint(10, 40))
+    forms = [
+        "Authorization: token {}",
+        "Authorization: Bearer {}",
+        "authorization: Basic {}",
+        "X-Api-Key: {}",
+        "Bearer {}",
+    ]
+    forms += [
+        "curl -H 'Authorization: token {}' x",
+        '{{"Authorization": "ApiKey {}"}}',
+        "X-Auth-Token: {}",
+        "Authorization: {}",
+    ]
+    return Shape("header", draw.choice(forms).format(secret), secret)
+
+
+def _signed(draw: random.Random) -> Shape:
+    name = draw.choice(
+        "X-Amz-Signature sig access_token api_key token Signature X-Goog-Signature client_secret".split()
+    )
+    secret = _body(draw, draw.randint(16, 64))
+    return Shape("signed", f"https://s3.example.com/a?part=1&{name}={secret}&b=2", secret)
+
+
+def _key_file(draw: random.Random) -> Shape:
+    kind, lines = draw.choice(["", "RSA ", "EC ", "OPENSSH "]), [_body(draw, 64) for _ in range(draw.randint(2, 5))]
+    text = "\n".join([f"-----BEGIN {kind}PRIVATE " + "KEY-----", *lines, f"-----END {kind}PRIVATE " + "KEY-----"])
+    return Shape("key file", text, lines[draw.randrange(len(lines))])
+
+
+def _digest(draw: random.Random) -> Shape:
+    secret = draw.choice(["", "local-"]) + _body(draw, 40, HEX)
+    return Shape("W&B", draw.choice(["{}", "wandb login {}", "key {}", "[{}]"]).format(secret), secret)
+
+
+def _variable(draw: random.Random) -> Shape:
+    words = [_body(draw, draw.randint(5, 9)) for _ in range(draw.randint(2, 4))]
+    secret = draw.choice([" ", "-", "'", '"', "&", "#", "/", "\\", "한"]).join(words)
+    return Shape(
+        "environment", draw.choice(["{}", "x_{}", "of {} and"]).format(secret), secret, draw.choice(NAMES[:12])
+    )
+
+
+def spellings(secret: str) -> set[str]:
+    """A secret as it is, and as JSON, HTML, YAML and a shell write it."""
+    return {
+        secret,
+        json.dumps(secret)[1:-1],
+        html.escape(secret),
+        shlex.quote(secret).strip("'"),
+        secret.replace("'", "''"),
+    }
+
+
+def is_in(secret: str, written: str) -> bool:
+    return any(text in written for text in spellings(secret))
+
+
+@contextlib.contextmanager
+def environment(shape: Shape) -> Iterator[None]:
+    """The variable that a shape is the value of."""
+    before = os.environ.get(shape.variable)
+    if shape.variable:
+        os.environ[shape.variable] = shape.secret
+    try:
+        yield
+    finally:
+        if shape.variable:
+            os.environ.pop(shape.variable)
+            if before is not None:
+                os.environ[shape.variable] = before
+
+
+# ---- where a secret may be typed
+
+
+def typed(shape: Shape) -> Iterator[tuple[str, list[str]]]:
+    """Arguments of a command line that hold it, by the place that a message must name."""
+    for key in PLACES:
+        yield key.lstrip("+"), [f"{key}={shape.text}"]
+        yield key.lstrip("+"), [f"{key}={quote(shape.text)}"]
+    for key in LISTS:
+        yield key, [f"{key}={quote(['one', shape.text])}"]
+        yield key, [json.dumps({key: ["one", shape.text]}, ensure_ascii=False)]
+    yield "logger.group", ["-m", f"logger.group=one,{quote(shape.text)}"]
+    yield "logger.group", [json.dumps({"logger": {"group": shape.text}})]
+
+
+def not_refused(shape: Shape) -> Iterator[str]:
+    """Places that take it, or whose message shows it or does not name them."""
+    for key, arguments in typed(shape):
+        try:
+            refuse_typed_secrets(arguments)
+            yield f"typed in {key}: taken: {arguments}"
+        except ConfigError as error:
+            if is_in(shape.secret, str(error)) or key not in str(error):
+                yield f"typed in {key}: {error}"
+    settings = {"a": {"b": [shape.text]}, "c": shape.text, "file": {shape.text: 1}}
+    mistakes = mistakes_of_secrets(settings)  # of a YAML file, or of a sweep's
+    if len(mistakes) != 3 or any(is_in(shape.secret, mistake) for mistake in mistakes):
+        yield f"a file of settings: {mistakes}"
+
+
+# ---- where something is written
+
+
+def _write(folder: Path, text: str) -> str:
+    write_atomically(folder / "file", text)
+    return (folder / "file").read_text(encoding="utf-8")
+
+
+def _manifest(folder: Path, text: str) -> str:
+    manifest = {"config": {"tags": [text], "note": text}, "command": f"python run.py logger.group={text}", text: 1}
+    RunFolder(folder, manifest).update(status="running")
+    written = (folder / "manifest.json").read_text(encoding="utf-8")
+    try:
+        json.loads(written)
+    except ValueError as error:
+        return f"no JSON any more ({error}): {written} {text}"
+    return written
+
+
+def _page(folder: Path, text: str) -> str:
+    (folder / "page.html").write_text("<td title='{{ text }}'>{{ text }}</td>")
+    write_page(folder / "written.html", Page("page.html", folder=folder).render(text=text))
+    return (folder / "written.html").read_text(encoding="utf-8")
+
+
+def _told_to_wandb(folder: Path, text: str) -> str:
+    manifest = {
+        "name": text,
+        "command": text,
+        "git": {},
+        "versions": {},
+        "data": {"digest": "d"},
+        "parent": {"path": "x", "note": text},
+    }
+    manifest |= {"config": {"logger": {"group": text, "tags": [text]}}, "plan": None, "tracking": {}}
+    summary = facts.summary_of({"figures": {"note": text}, "plan": {}}, "failed")
+    return str([facts.config_of(RunFolder(folder, manifest)), summary])
+
+
+def _terminal(say: Callable[[Any], None]) -> Callable[[Path, str], str]:
+    def sink(_: Path, text: str) -> str:
+        caught = io.StringIO()
+        stream: Any = RedactedStream(caught)
+        with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
+            say(text)
+        return caught.getvalue()
+
+    return sink
+
+
+def _raise(text: str) -> None:
+    try:
+        raise RuntimeError(text)
+    except RuntimeError:
+        traceback.print_exc()
+
+
+def _log(text: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.emit(logging.LogRecord("hydra", logging.WARNING, "", 0, "job %s", (text,), None))
+
+
+def _warn(text: str) -> None:
+    sys.stderr.write(warnings.formatwarning(text, UserWarning, "module.py", 1, line=text))
+
+
+SINKS: dict[str, Callable[[Path, str], str]] = {
+    "submit.sh": lambda folder, text: _write(folder, f"#!/bin/bash\nexec srun python run.py {shlex.quote(text)}\n"),
+    "config.yaml": lambda folder, text: _write(folder, yaml.safe_dump({"a": [text], "b": text}, allow_unicode=True)),
+    "sweep.json": lambda folder, text: _write(folder, json.dumps({"overrides": [f"logger.group={text}"]}, indent=2)),
+    "a page": _page,
+    "manifest.json": _manifest,
+    "W&B": _told_to_wandb,
+    "print": _terminal(print),
+    "rich": _terminal(lambda text: Console(width=400).print(text, soft_wrap=True, markup=False)),
+    "a traceback": _terminal(_raise),
+    "Hydra's log": _terminal(_log),
+    "a warning": _terminal(_warn),
+}
+
+
+def found_in(shape: Shape, folder: Path) -> Iterator[str]:
+    """Sinks that hold it after all."""
+    for name, sink in SINKS.items():
+        if is_in(shape.secret, written := sink(folder, shape.text)):
+            yield f"{name}: {written[:300]!r}"
+
+
+def look_at(shape: Shape, folder: Path) -> list[str]:
+    """All places that take or show one shape."""
+    with environment(shape):
+        return [*not_refused(shape), *found_in(shape, folder)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args()
+    wrong = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for shape in make_shapes(asked.shapes, asked.seed):
+            for leak in look_at(shape, Path(folder)):
+                wrong += 1
+                print(f"{shape.family}: {shape.text!r}: {leak}")
+    places = len(list(typed(Shape("", "", "")))) + 3
+    print(
+        f"{asked.shapes} shapes (seed {asked.seed}) x {places} places to type them and {len(SINKS)} to write them:"
+        f" {wrong} taken or shown"
+    )
+    sys.exit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

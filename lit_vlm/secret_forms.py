@@ -1,0 +1,124 @@
+"""The forms of secrets, by which they are known wherever they stand. Prefixes are their issuers' own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+REDACTED = "<redacted>"
+HEX_DIGEST = re.compile(r"[0-9a-f]{40}")  # a key of W&B, until 2025; and what git and SHA-1 call everything
+# Before it a digest is meant: commit=..., "revision": "...", git checkout ..., .../snapshots/..., package@...; and what has an
+# ending behind it is a file.
+NO_DIGEST_BEFORE = re.compile(
+    r"""(commit|revision|digest|sha-?1|sha|rev|ref|tree|oid|hash|\bid|image|file)["']?\s*[=:\s]\s*["']?$|\bgit\s[^;&|\n]*\s$|[/@]$""",
+    re.I,
+)
+_BEFORE = 60  # characters before a digest that are looked at
+
+# A variable, a command, a place to be filled in, or no value at all: not the secret itself
+_REFERENCE = re.compile(
+    r"\$\w+|\$\{[^}]*\}|\$\([^)]*\)|`[^`]*`|<[^<>]*>|\*+|\.{3}|…|null|none|true|false|yes|no|on|off|\d{1,3}|~", re.I
+)
+_PATH = re.compile(r"(~|\.{1,2})?(/[\w.@-]+)+")
+_DRAWN = re.compile(r"(?=[^/]*\d)(?=[^/]*[a-z])(?=[^/]*[A-Z])[^/]{8,}")  # at random: no name of a folder
+_PLAIN_PATH = re.compile(r"[a-z\d_.-]+(/[a-z\d_.-]+)+")
+
+_START = r"(?<![A-Za-z0-9])"
+_PREFIXED = (
+    r"hf_[A-Za-z0-9]{20,}",  # Hugging Face, a user's
+    r"api_org_[A-Za-z0-9]{20,}",  # and an organisation's
+    r"wandb_v\d+_\w{16,}",  # Weights & Biases
+    r"sk-(?=[A-Za-z_-]*\d|[A-Za-z]{20})[A-Za-z0-9_-]{16,}",  # OpenAI, Anthropic and others
+    r"(?:sk|rk)_(?:live|test)_[A-Za-z0-9]{16,}",  # Stripe
+    r"gsk_[A-Za-z0-9]{20,}",  # Groq
+    r"(?:xai|pplx)-[A-Za-z0-9]{20,}",
+    r"gh[pousr]_[A-Za-z0-9]{16,}",  # GitHub
+    r"github_pat_\w{16,}",
+    r"gl(?:pat|rt|dt|ptt|oas|soat|cbt)-[\w-]{16,}",  # GitLab
+    r"(?:AKIA|ASIA)[0-9A-Z]{16}(?![A-Z0-9])",  # AWS
+    r"AIza[\w-]{30,}",  # Google
+    r"ya29\.[\w-]{20,}",
+    r"GOCSPX-[\w-]{20,}",
+    r"xox[a-z]-[\w-]{10,}",  # Slack
+    r"xapp-[\w-]{10,}",
+    r"npm_[A-Za-z0-9]{30,}",
+    r"pypi-[\w-]{40,}",
+    r"nvapi-[\w-]{20,}",  # NVIDIA
+    r"r8_[A-Za-z0-9]{30,}",  # Replicate
+    r"dckr_pat_[\w-]{20,}",  # Docker
+    r"hvs\.[\w-]{20,}",  # Vault
+    r"SG\.[\w-]{16,}\.[\w-]{16,}",  # SendGrid
+    r"AGE-SECRET-KEY-1[0-9A-Z]{20,}",
+    r"(?<![\w-])eyJ[\w-]{6,}\.[\w-]{6,}\.[\w-]*",  # a JSON web token: header, payload, signature
+)
+_SIGNED = (
+    "x-amz-signature x-amz-credential x-amz-security-token x-goog-signature x-goog-credential awsaccesskeyid signature sig"
+    " access_token api_key apikey client_secret"
+).split()
+_SIGNED_WEAKLY = "token auth key secret password".split()
+
+
+def is_reference(value: str) -> bool:
+    """Whether a value names where the secret is, or is none: `$HF_TOKEN`, `<your key>`, `null`."""
+    return not value.strip() or _REFERENCE.fullmatch(value.strip()) is not None
+
+
+def is_path(value: str) -> bool:
+    """Whether a value is the path of a file, as that of a key; base64 has slashes, too."""
+    return _PATH.fullmatch(value.strip()) is not None and _DRAWN.search(value) is None
+
+
+def looks_secret(value: str) -> bool:
+    """Whether a value is more like a password than like a word, a number or a path."""
+    value = value.strip("\"' ")
+    if len(value) < 8 or is_reference(value) or is_path(value) or _PLAIN_PATH.fullmatch(value):
+        return False
+    letters, digits = bool(re.search("[A-Za-z]", value)), bool(re.search(r"\d", value))
+    mixed = bool(re.search("[a-z][A-Z]|[A-Z]{2}[a-z]", value))
+    symbols = bool(re.search(r"[!#%^&*+=?$~]", value))
+    return letters and (digits or mixed or symbols or re.fullmatch("[A-Za-z]{20,}", value) is not None)
+
+
+def _digestless(match: re.Match[str]) -> str:
+    """A run of 40 hexadecimal digits is left where a digest is meant."""
+    before = match.string[max(0, match.start() - _BEFORE) : match.start()]
+    return match[0] if NO_DIGEST_BEFORE.search(before) else REDACTED
+
+
+def _keep_name(match: re.Match[str]) -> str:
+    return match[0] if is_reference(match[2].strip("\"'")) else match[1] + REDACTED
+
+
+def _keep_name_where_weak(match: re.Match[str]) -> str:
+    return match[1] + REDACTED if looks_secret(match[2]) else match[0]
+
+
+FORMS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
+    (
+        re.compile(
+            r"-----BEGIN ([A-Z ]{0,40})PRIVATE KEY-----(?:[A-Za-z0-9+/=\s:,-]|\\[nr])*?(?:-----END \1PRIVATE KEY-----|(?=[^A-Za-z0-9+/=\s:,\\-]|\Z))"
+        ),
+        REDACTED,
+    ),
+    (re.compile(_START + "(?:" + "|".join(_PREFIXED) + ")"), REDACTED),
+    (re.compile(r"(?<![0-9A-Za-z])(?:local-)?[0-9a-f]{40}(?![0-9A-Za-z]|\.[a-z]{2,5}\b)"), _digestless),
+    (re.compile(r"((?:\bBearer|\bBasic)\s+)([A-Za-z0-9._~+/=-]{8,})", re.I), _keep_name_where_weak),
+    # Authorization: token ..., also as JSON
+    (
+        re.compile(r"""(\bauthorization\\?["']?\s*[:=]\s*\\?["']?(?:[A-Za-z-]+\s+)?)([^\s'",;}\\]{6,})""", re.I),
+        _keep_name,
+    ),
+    (
+        re.compile(r"""(\b(?:curl|wget)\b[^\n;|]{0,200}?\s(?:-u|--user)[ =]?["']?[^\s:'"]{1,80}:)([^\s'"]+)"""),
+        _keep_name,
+    ),
+    # user:password@host; with one slash where an address was taken for a path; an image's digest is none
+    (re.compile(r"(:/{1,2})([^/\s@'\"]{0,200}:[^/\s'\"]{0,200})(?=@(?!sha\d+:))"), _keep_name),
+    (re.compile(r"(://)([^/\s@:'\"]{20,200})(?=@)"), _keep_name),  # token@host
+    (
+        re.compile(r"((?<![\w/:.])[\w.+-]{1,40}:)([^\s/@:'\"]{8,200})(?=@[\w-]+(?:\.[\w-]+)*[:/])"),
+        _keep_name_where_weak,
+    ),
+    (re.compile(rf"([?&](?:{'|'.join(_SIGNED)})=)([^&\s#'\"]+)", re.I), _keep_name),
+    (re.compile(rf"([?&](?:{'|'.join(_SIGNED_WEAKLY)})=)([^&\s#'\"]+)", re.I), _keep_name_where_weak),
+)

@@ -1,0 +1,109 @@
+"""task=sync: send runs to Weights & Biases from their own folders. Read top to bottom.
+
+The client's `wandb sync` reads a file that names the pictures of tables by the paths they had where the run was written, says
+"Finished" without them, and counts rows anew that have arrived. Here everything comes from the files of the run
+(`manifest.json`, `metrics.csv`, `samples.jsonl` and its pictures), so a folder may be copied to another machine, and what the
+server has is not sent again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from lit_vlm.config import Run
+from lit_vlm.config.schema import LoggerConfig
+from lit_vlm.engine.hold import Hold
+from lit_vlm.engine.run_folder import RunFolder, read_manifest, require_writable
+from lit_vlm.engine.tracking import Tracking, connection
+from lit_vlm.engine.tracking.artifacts import FILES
+from lit_vlm.engine.tracking.tables import files_of_samples
+from lit_vlm.tasks.terminal import say
+from lit_vlm.types import UserError, counted
+
+REMEDY = "It is sent once it has ended; the same command then sends all of it, and nothing twice."
+
+
+def sync(run: Run) -> None:
+    """Send each run; what is wrong with one does not hold the others up.
+
+    Raises:
+        UserError: naming each folder that was not sent, or not whole.
+    """
+    wrong = []
+    for path in map(Path, run.config.sync):
+        try:
+            send(path)
+        except UserError as error:
+            wrong.append(str(error))
+    if wrong:
+        raise UserError("\n".join(wrong))
+
+
+def send(path: Path) -> None:
+    """Send what the server lacks of the run in this folder.
+
+    Raises:
+        UserError: no run, one that is under way, files that are missing, or a server that did not take everything.
+    """
+    manifest = read_manifest(path)
+    if manifest is None:
+        raise UserError(f"{path}: holds no run: there is no manifest.json. Name the folder of a run, sync=runs/<name>.")
+    require_writable(path)
+    with Hold(path, REMEDY) as hold:
+        hold.take()
+        manifest = {"tracking": {}, **(read_manifest(path) or manifest)}
+        folder = RunFolder(path, manifest, goes_on=True)
+        require_files(folder)
+        known = manifest["tracking"].get("wandb") or {}
+        if folder.finished and known.get("online") and not known.get("behind"):
+            say(f"{path}: was sent already, all of it: {known.get('url')}")
+            return
+        tracking = Tracking(logger_of(manifest, known), path, None, say, connection.FINISH_WITH_MODEL_SECONDS)
+        if tracking.wandb is None or tracking.wandb.offline:
+            raise UserError(
+                f"{path}: nothing is sent, for WANDB_MODE says so. Take that variable out of the environment."
+            )
+        tracking.wandb.log_in(begun_before=False)
+        if tracking.wandb.offline:
+            raise UserError(f"{path}: nothing was sent. Start it again once the server can be reached.")
+        folder.update(tracking=tracking.known(folder))
+        tracking.send_whole(folder, finished=folder.finished)
+        if tracking.wandb.behind:
+            raise UserError(f"{path}: not everything was sent. The same command sends what is missing.")
+    say(f"{path}: sent{'' if folder.finished else '; the run is not finished, and the same command sends what comes'}.")
+
+
+def logger_of(manifest: dict[str, Any], known: dict[str, Any]) -> LoggerConfig:
+    """The run's own settings of its logger, for a server that is there."""
+    given = (manifest.get("config") or {}).get("logger") or {}
+    kept = {one.name: given[one.name] for one in fields(LoggerConfig) if one.name in given}
+    place = {key: known[key] for key in ("project", "entity") if known.get(key)}
+    return LoggerConfig(**{**kept, **place, "wandb": True, "offline": False, "tensorboard": False})
+
+
+def require_files(folder: RunFolder) -> None:
+    """All that would be sent is there. A row is sent once, so one without its pictures could not be mended later.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    missing = list(missing_files(folder))
+    if missing:
+        more = f" and {counted(len(missing) - 3, 'other file')}" if len(missing) > 3 else ""
+        raise UserError(
+            f"{folder.path}: {', '.join(missing[:3])}{more} {'is' if len(missing) == 1 else 'are'} missing, so nothing is"
+            " sent. Copy the whole folder; of pictures that are gone for good, take their rows out of samples.jsonl."
+        )
+
+
+def missing_files(folder: RunFolder) -> Iterator[str]:
+    """Files that the run would be sent from, relative to its folder."""
+    if not (folder.path / "metrics.csv").is_file():
+        yield "metrics.csv"
+    yield from (name for name in files_of_samples(folder.path) if not (folder.path / name).is_file())
+    asked = ((folder.manifest.get("config") or {}).get("logger") or {}).get("artifacts") or []
+    if folder.finished:
+        yield from (FILES[what] for what in asked if not (folder.path / FILES[what]).exists())

@@ -1,0 +1,37 @@
+"""W&B's own client of this process, in front of a server on the loopback interface."""
+
+import os
+
+import pytest
+import wandb
+
+from lit_vlm.sweep.loopback import Loopback
+
+
+@pytest.fixture
+def session(tmp_path, monkeypatch):
+    """A function that points the client of this process to a server; nothing of the user's is read or written."""
+
+    def to(url: str, key: str | None = None) -> None:
+        wandb.teardown()
+        for name in [name for name in os.environ if name.startswith("WANDB_") and name != "WANDB_HTTP_TIMEOUT"]:
+            monkeypatch.delenv(name)
+        own = {"WANDB_BASE_URL": url, "HOME": str(tmp_path / "home"), "NETRC": str(tmp_path / "home" / "netrc")}
+        own |= {"WANDB_ERROR_REPORTING": "false", "NO_PROXY": "127.0.0.1", "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1"}
+        own |= {"WANDB_API_KEY": key} if key else {}
+        for name, value in own.items():
+            monkeypatch.setenv(name, value)
+
+    (tmp_path / "home").mkdir()
+    yield to
+    if wandb.run is not None:
+        wandb.finish()
+    wandb.teardown()
+
+
+@pytest.fixture
+def server(session):
+    with Loopback() as loopback:
+        session(loopback.url, loopback.environment()["WANDB_API_KEY"])
+        yield loopback
+        assert loopback.unknown == []
