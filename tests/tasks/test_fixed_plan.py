@@ -91,6 +91,7 @@ def test_what_is_prepared_on_one_day_is_trained_on_with_that_day(tmp_path, monke
     write(tmp_path / "a.jsonl", [llava(f"question {n}", f"answer {n}") for n in range(8)])
     words = ["stage=sft", "data=llava_json", "data.sources.mine.path=a.jsonl", "model.chat_template=t.jinja"]
     words += ["run_name=a", "data.validation.fraction=0", "trainer.max_steps=1", "callbacks=[]", "export=false"]
+    words += ["stage.trainable=[language_model]"]
     today = stage_data.date
     monkeypatch.setattr(stage_data, "date", type("Day", (date,), {"today": classmethod(lambda cls: date(2026, 4, 30))}))
     prepared(*words)
