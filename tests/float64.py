@@ -21,10 +21,8 @@ class Float64(TorchFunctionMode):
         kwargs = {name: _widen(value) for name, value in (kwargs or {}).items()}
         if func is Tensor.float:
             return args[0].double()
-        if (
-            func is Tensor.backward
-        ):  # an edge, not a tensor: the mode stays on, for backward passes and what is computed again
-            with self:
+        if func is Tensor.backward:
+            with self:  # an edge, no tensor: the mode stays on in backward passes and in what is computed again
                 return torch.autograd.backward(get_gradient_edge(args[0]), kwargs.pop("gradient", None), **kwargs)
         return func(*map(_widen, args), **kwargs)
 
