@@ -101,8 +101,8 @@ def _nearest_member(hint: Any, value: Any) -> str:
     options = [option for option in (get_args(hint) or (hint,)) if inspect.isclass(option) and issubclass(option, Enum)]
     if not options:
         return ""
-    if hint is ActivationCheckpointing and str(value).lower() in CHECKPOINTING:
-        return f" What was {shown(value)} is {CHECKPOINTING[str(value).lower()]} now."
+    if hint is ActivationCheckpointing and isinstance(value, bool):
+        return f" What was {shown(value)} is {CHECKPOINTING[shown(value)]} now."
     values = value if isinstance(value, list) else [value]
     wrong = [str(item) for item in values if str(item) not in options[0].__members__]
     return did_you_mean(nearest(wrong[0], list(options[0].__members__))) if wrong else ""

@@ -27,6 +27,7 @@ from lit_vlm.config.schema import DPOStageConfig
 from lit_vlm.config.settings import hint_of
 
 Keys = tuple[str, ...]  # that lead to a value, lists left out
+WantsText = Callable[[Keys, str], bool]  # whether a value as it is written, below these keys, is text
 CONVERTED = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "timestamp"))
 TEXT, MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 READ_AS: dict[int, Callable[[str], Any]] = {
@@ -38,8 +39,8 @@ OPENING = (OverrideLexer.BRACKET_OPEN, OverrideLexer.BRACE_OPEN)
 CLOSING = (OverrideLexer.BRACKET_CLOSE, OverrideLexer.BRACE_CLOSE)
 
 
-def read_yaml(text: str, wants_text: Callable[[Keys], bool], loader: type = yaml.SafeLoader) -> Any:
-    """Read a document; keys are always text, and so are values where `wants_text` says so of their keys.
+def read_yaml(text: str, wants_text: WantsText, loader: type = yaml.SafeLoader) -> Any:
+    """Read a document; keys are always text, and so are values where `wants_text` says so.
 
     Raises:
         yaml.YAMLError: it is no YAML.
@@ -52,13 +53,13 @@ def read_yaml(text: str, wants_text: Callable[[Keys], bool], loader: type = yaml
         reader.dispose()
 
 
-def _keep_text(node: yaml.Node, keys: Keys, wants_text: Callable[[Keys], bool], above: tuple[int, ...]) -> yaml.Node:
+def _keep_text(node: yaml.Node, keys: Keys, wants_text: WantsText, above: tuple[int, ...]) -> yaml.Node:
     """Copy a node, with the tag of text on the plain scalars that are meant as text."""
     if id(node) in above:
         raise yaml.constructor.ConstructorError(None, None, "an alias leads back into itself", node.start_mark)
     above = (*above, id(node))
     if isinstance(node, yaml.ScalarNode):
-        tag = TEXT if node.tag in CONVERTED and node.style is None and wants_text(keys) else node.tag
+        tag = TEXT if node.tag in CONVERTED and node.style is None and wants_text(keys, node.value) else node.tag
         return yaml.ScalarNode(tag, node.value, node.start_mark, node.end_mark, node.style)
     if isinstance(node, yaml.SequenceNode):
         items = [_keep_text(item, keys, wants_text, above) for item in node.value]
@@ -69,28 +70,32 @@ def _keep_text(node: yaml.Node, keys: Keys, wants_text: Callable[[Keys], bool], 
         if key.tag == MERGE:
             pairs.append((key, _keep_text(value, keys, wants_text, above)))
             continue
-        name = _keep_text(key, (), lambda _: True, above)
+        name = _keep_text(key, (), lambda *_: True, above)
         pairs.append((name, _keep_text(value, (*keys, str(key.value)), wants_text, above)))
     return yaml.MappingNode(node.tag, pairs, node.start_mark, node.end_mark, node.flow_style)
 
 
-def is_text(hint: Any) -> bool:
-    """Whether values of this type, or the members of this list, are text or one of some words."""
+def is_text(hint: Any, written: str) -> bool:
+    """Whether a value of this type, or a member of a list of this type, is text, or one of some words and this is one."""
     if get_origin(hint) in (UnionType, Union, list):
-        return any(map(is_text, get_args(hint)))
-    return isclass(hint) and issubclass(hint, str | Enum)
+        return any(is_text(option, written) for option in get_args(hint))
+    if isclass(hint) and issubclass(hint, Enum):
+        return written in hint.__members__
+    return hint is str
 
 
-def wants_text(key: str) -> bool:
-    """Whether a setting, of any stage, is text."""
-    return is_text(hint_of(key, DPOStageConfig))
+def wants_text(key: str, written: str) -> bool:
+    """Whether a setting, of any stage, is text as it is written."""
+    return is_text(hint_of(key, DPOStageConfig), written)
 
 
 def read_settings(path: Path, package: str) -> Any:
     """Read a file of settings that stand below `package`; None for an empty one."""
 
-    def wanted(keys: Keys) -> bool:
-        return keys[:1] not in (("defaults",), ("hydra",)) and wants_text(".".join(filter(None, (package, *keys))))
+    def wanted(keys: Keys, written: str) -> bool:
+        return keys[:1] not in (("defaults",), ("hydra",)) and wants_text(
+            ".".join(filter(None, (package, *keys))), written
+        )
 
     return read_yaml(path.read_text(encoding="utf-8"), wanted, get_yaml_loader())
 
@@ -165,4 +170,4 @@ def _quoted(element: list[Token], above: list[str]) -> str:
         return text
     word = tokens[0].text
     changes = str(READ_AS[tokens[0].type](word)) != word
-    return text.replace(word, f"'{word}'") if changes and wants_text(".".join(filter(None, above))) else text
+    return text.replace(word, f"'{word}'") if changes and wants_text(".".join(filter(None, above)), word) else text

@@ -140,13 +140,13 @@ def look_at(path: str | Path) -> tuple[SweepFile, list[str]]:
     return draft(plain, str(path))
 
 
-def _wants_text(keys: Keys) -> bool:
+def _wants_text(keys: Keys, written: str) -> bool:
     """Whether a sweep file means text there: in its own words, and in values of settings that are text."""
     if keys[:1] != ("parameters",):
         return keys[-1:] in (("name",), ("program",), ("command",), ("description",), ("project",), ("entity",))
     if keys[-1] not in ("value", "values"):
         return False
-    return wants_text(".".join(key for key in keys[1:-1] if key != "parameters"))
+    return wants_text(".".join(key for key in keys[1:-1] if key != "parameters"), written)
 
 
 def draft(plain: Any, place: str) -> tuple[SweepFile, list[str]]:

@@ -91,7 +91,7 @@ def _trials(sweep: SweepFile, given: list[str], bad: set[str], runs: list[Run]) 
     """Contradictions between settings, in trials that have each value once. The runs that are sound are added to `runs`."""
     columns = {key: one.samples() for key, one in sweep.swept.items() if key not in bad}
     num_rows = max((len(values) for values in columns.values()), default=1)
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[tuple[str, dict[str, Any]]]] = {}  # by what is said, whatever value was found
     for row in range(num_rows):
         values = {key: column[row % len(column)] for key, column in columns.items()}
         words = [word for word in trial_words(sweep, {**sweep.fixed, **values}, given) if key_of(word) not in bad]
@@ -100,10 +100,15 @@ def _trials(sweep: SweepFile, given: list[str], bad: set[str], runs: list[Run]) 
         except ConfigError as error:
             for mistake in error.mistakes:
                 if not (bad and "is not set" in mistake):  # it may be what a wrong word meant
-                    found.setdefault(mistake, []).append(values)
-    for mistake, rows in found.items():
-        pairs = ", ".join(f"{key}={value}" for key, value in rows[0].items())
-        yield mistake if len(rows) == num_rows else f"{mistake} (as with {pairs})"
+                    found.setdefault(mistake.partition(", found ")[0], []).append((mistake, values))
+    for rows in found.values():
+        mistake, values = rows[0]
+        pairs = ", ".join(f"{key}={value}" for key, value in values.items())
+        yield (
+            mistake
+            if {said for said, _ in rows} == {mistake} and len(rows) == num_rows
+            else f"{mistake} (as with {pairs})"
+        )
 
 
 def _metric(sweep: SweepFile, config: RunConfig | None) -> Iterator[str]:

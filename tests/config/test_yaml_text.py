@@ -80,10 +80,10 @@ def test_anchors_and_merged_tables_are_text_where_text_is_wanted(tmp_path):
     )
     config = config_of(tmp_path, text)
     assert (config.submit.env, config.submit.account, config.logger.tags) == ({"A": "1e3", "B": "on"}, "1e3", ["1e3"])
-    merged = read_yaml("a: &x {t: on}\nb: {<<: *x, u: 1e3}\n", lambda keys: keys[-1] == "t")
+    merged = read_yaml("a: &x {t: on}\nb: {<<: *x, u: 1e3}\n", lambda keys, _: keys[-1] == "t")
     assert merged == {"a": {"t": "on"}, "b": {"t": "on", "u": "1e3"}}
     with pytest.raises(yaml.YAMLError, match="leads back into itself"):
-        read_yaml("a: &x [*x]\n", lambda keys: True)
+        read_yaml("a: &x [*x]\n", lambda *_: True)
 
 
 def test_text_on_the_command_line_stays_as_it_is_typed():
