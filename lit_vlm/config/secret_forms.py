@@ -55,9 +55,9 @@ _PREFIXED = (
 )
 _SIGNED = (
     "x-amz-signature x-amz-credential x-amz-security-token x-goog-signature x-goog-credential awsaccesskeyid signature sig"
-    " access_token api_key apikey client_secret"
+    " access_token api_key apikey client_secret secret password"
 ).split()
-_SIGNED_WEAKLY = "token auth key secret password".split()
+_SIGNED_WEAKLY = "token auth key".split()
 
 
 def is_reference(value: str) -> bool:

@@ -38,7 +38,6 @@ _ALONE = frozenset(
 )
 _GLUED = tuple("password passwd passphrase apikey secretkey accesskey privatekey clientsecret".split())  # PGPASSWORD
 _GLUED += tuple("accesstoken authtoken apitoken bearertoken hftoken".split())
-_WEAK = frozenset("token auth pass pwd".split())  # alone they are words as well: it is the value that tells
 _OF_A_KEY = frozenset(
     "access account anthropic api app application auth aws azure bot client cohere consumer credential database db deepseek"
     " deploy encryption gcp gemini github gitlab google groq hf host hub huggingface license master mistral openai"
@@ -114,9 +113,10 @@ def _strength(name: str) -> int:
     if last in ("key", "keys") or words[-2:] == ["key", "id"]:
         kinds = set(words) - {"key", "keys", "id"}
         return 2 if kinds & _OF_A_KEY or (capitals and kinds and not kinds & _OF_NO_KEY) else 0
-    kinds = {"token": _OF_A_TOKEN, "pass": _OF_A_PASS, "pwd": _OF_A_PASS}.get(last, frozenset())
-    if last in ("token", "pass", "pwd") and before and (capitals or before & kinds):
+    telling = _OF_A_TOKEN if last == "token" else _OF_A_PASS
+    if last in ("token", "pass", "pwd") and before and (capitals or before & telling):
         return 2
+    # alone they are words as well
     return 1 if last in ("token", "pwd") or words in (["pass"], ["auth"]) else 0
 
 
