@@ -114,6 +114,7 @@ def _address(draw: random.Random) -> Shape:
         "git clone https://oauth2:{}@host/r.git",
     ]
     forms += ["redis://:{}@cache:6379/0", "rsync bob:{}@data.example.com:/x .", "curl -u bob:{} https://example.com"]
+    forms += ["docker login -u bob -p {} host", "sshpass -p '{}' ssh host", "machine host login bob password {}"]
     return Shape("address", draw.choice(forms).format(secret), secret)
 
 

@@ -48,14 +48,16 @@ _PREFIXED = (
     r"dckr_pat_[\w-]{20,}",  # Docker
     r"hvs\.[\w-]{20,}",  # Vault
     r"SG\.[\w-]{16,}\.[\w-]{16,}",  # SendGrid
+    r"SK[0-9a-f]{32}(?![0-9A-Za-z])",  # Twilio
+    r"\d{8,10}:AA[\w-]{32,}",  # a bot of Telegram
     r"AGE-SECRET-KEY-1[0-9A-Z]{20,}",
     r"(?<![\w-])eyJ[\w-]{6,}\.[\w-]{6,}\.[\w-]*",  # a JSON web token: header, payload, signature
 )
 _SIGNED = (
     "x-amz-signature x-amz-credential x-amz-security-token x-goog-signature x-goog-credential awsaccesskeyid signature sig"
-    " access_token api_key apikey client_secret"
+    " access_token api_key apikey client_secret secret password"
 ).split()
-_SIGNED_WEAKLY = "token auth key secret password".split()
+_SIGNED_WEAKLY = "token auth key".split()
 
 
 def is_reference(value: str) -> bool:
@@ -96,7 +98,8 @@ def _keep_name_where_weak(match: re.Match[str]) -> str:
 FORMS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
     (
         re.compile(
-            r"-----BEGIN ([A-Z ]{0,40})PRIVATE KEY-----(?:[A-Za-z0-9+/=\s:,-]|\\[nr])*?(?:-----END \1PRIVATE KEY-----|(?=[^A-Za-z0-9+/=\s:,\\-]|\Z))"
+            r"-----BEGIN ([A-Z ]{0,40})PRIVATE KEY(?: BLOCK)?-----(?:[A-Za-z0-9+/=\s:,-]|\\[nr])*?"
+            r"(?:-----END \1PRIVATE KEY(?: BLOCK)?-----|(?=[^A-Za-z0-9+/=\s:,\\-]|\Z))"
         ),
         REDACTED,
     ),
@@ -112,6 +115,12 @@ FORMS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] 
         re.compile(r"""(\b(?:curl|wget)\b[^\n;|]{0,200}?\s(?:-u|--user)[ =]?["']?[^\s:'"]{1,80}:)([^\s'"]+)"""),
         _keep_name,
     ),
+    (
+        re.compile(r"""(\b(?:sshpass|mysql\w*|docker login)\b[^\n;|]{0,200}?\s-p[ =]?['"]{0,5})([^\s'"]+)"""),
+        _keep_name,
+    ),
+    (re.compile(r"(\bmachine\s+\S{1,200}\s+login\s+\S{1,200}\s+password\s+)([^\s'\"\\]+)"), _keep_name),  # ~/.netrc
+    (re.compile(r"(\bhooks\.slack\.com/services/|\bdiscord(?:app)?\.com/api/webhooks/)([^\s'\"]+)"), _keep_name),
     # user:password@host; with one slash where an address was taken for a path; an image's digest is none
     (re.compile(r"(:/{1,2})([^/\s@'\"]{0,200}:[^/\s'\"]{0,200})(?=@(?!sha\d+:))"), _keep_name),
     (re.compile(r"(://)([^/\s@:'\"]{20,200})(?=@)"), _keep_name),  # token@host

@@ -38,7 +38,6 @@ _ALONE = frozenset(
 )
 _GLUED = tuple("password passwd passphrase apikey secretkey accesskey privatekey clientsecret".split())  # PGPASSWORD
 _GLUED += tuple("accesstoken authtoken apitoken bearertoken hftoken".split())
-_WEAK = frozenset("token auth pass pwd".split())  # alone they are words as well: it is the value that tells
 _OF_A_KEY = frozenset(
     "access account anthropic api app application auth aws azure bot client cohere consumer credential database db deepseek"
     " deploy encryption gcp gemini github gitlab google groq hf host hub huggingface license master mistral openai"
@@ -62,7 +61,7 @@ _OF_A_VOCABULARY = frozenset(
 _ANY = object()
 _FOLDERS = ("PWD", "OLDPWD")  # of a shell
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-_NAME = r"(?<!\w)(?P<name>[A-Za-z_][\w.-]{0,80})"
+_NAME = r"(?<!\w)(?P<name>[A-Za-z_][\w.-]{0,80}+)"
 # A name, and the value behind it: NAME=value, --name value, "name": "value", ${oc.env:NAME,value}; and name: value, as
 # headers have it, where the value looks like no word.
 _OPENS = r"(?![\s,\]}:;)]|\Z)"  # behind a quote that begins a text; else it ends the one around the name
@@ -70,11 +69,12 @@ _OF_A_SHELL = re.compile(
     r"""\$\([^)\n]*\)|`[^`\n]*`|<[^<>\n]*>|('"'"'|'\\''|\\["'])[^\n]*?\1|"[^"\n]*"|'[^'\n]*'"""
     rf"""|(?:"{_OPENS}(?:\\.|[^"\\])*"|'{_OPENS}[^']*'|\\[^"']|[^\s"'\\&;|])+"""
 )
-_JSON = re.compile(r"""\\?["'](?P<name>[A-Za-z_][\w.-]{0,80})\\?["']\s?:\s?""")
-_HEADER = re.compile(rf"(?<!\.){_NAME}:\s?")
+_JSON = re.compile(r"""\\?["'](?P<name>[A-Za-z_][\w.-]{0,80}+)\\?["']\s{0,4}:\s{0,4}""")
+_HEADER = re.compile(rf"(?<!\.){_NAME}:[ \t]{{0,4}}")
 _ASSIGNED = (
-    (re.compile(rf"""{_NAME}["']?\s?=\s?"""), _OF_A_SHELL),
-    (re.compile(r"(?<![\w-])--?(?P<name>[A-Za-z][\w.-]{0,80})\s{1,8}(?!-)"), _OF_A_SHELL),
+    (re.compile(rf"""{_NAME}["']?[ \t]{{0,4}}(?:=>|:=|={{1,2}})[ \t]{{0,4}}"""), _OF_A_SHELL),
+    (re.compile(r"\b(?:setenv|set -g?x|ENV|ARG)[ \t]{1,4}(?P<name>[A-Za-z]\w{0,80})[ \t]{1,4}"), _OF_A_SHELL),
+    (re.compile(r"(?<![\w-])--?(?P<name>[A-Za-z][\w.-]{0,80}+)\s{1,8}(?!-)"), _OF_A_SHELL),
     (_JSON, re.compile(r"""\\?"(?:\\[^"]|[^"\\])*\\?"|'[^']*'|[^\s"',}\]\\{\[]+""")),
     (re.compile(r"\$\{oc\.env:(?P<name>\w{1,80}),"), re.compile(r"[^}]+")),
     (_HEADER, re.compile(r"""[^\s"',;]{6,}""")),
@@ -113,9 +113,10 @@ def _strength(name: str) -> int:
     if last in ("key", "keys") or words[-2:] == ["key", "id"]:
         kinds = set(words) - {"key", "keys", "id"}
         return 2 if kinds & _OF_A_KEY or (capitals and kinds and not kinds & _OF_NO_KEY) else 0
-    kinds = {"token": _OF_A_TOKEN, "pass": _OF_A_PASS}.get(last, frozenset())
-    if last in ("token", "pass") and before and (capitals or before & kinds):
+    telling = _OF_A_TOKEN if last == "token" else _OF_A_PASS
+    if last in ("token", "pass", "pwd") and before and (capitals or before & telling):
         return 2
+    # alone they are words as well
     return 1 if last in ("token", "pwd") or words in (["pass"], ["auth"]) else 0
 
 

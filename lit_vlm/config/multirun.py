@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any, cast
 
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -57,7 +58,8 @@ def refuse_secrets(overrides: list[str]) -> None:
     words = [text for text in overrides if not key_of(text).startswith(("hydra.launcher", "hydra/launcher"))]
     with suppress(HydraException, OmegaConfBaseException):  # another mistake, which is told by whoever meets it
         config = composed(words)
-        if mistakes := mistakes_of_secrets(OmegaConf.to_container(config, resolve=True)):
+        plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
+        if mistakes := mistakes_of_secrets(plain):
             raise ConfigError(mistakes)
 
 
