@@ -221,4 +221,6 @@ def _equal(one: Place, other: Place, rows: int = 4096) -> bool:
         return False
     with safe_open(one.file, framework="pt") as a, safe_open(other.file, framework="pt") as b:
         left, right = a.get_slice(one.key), b.get_slice(other.key)
-        return all(torch.equal(left[i : i + rows], right[i : i + rows]) for i in range(0, one.shape[0], rows))
+        return all(
+            torch.equal(left[i : i + rows].float(), right[i : i + rows].float()) for i in range(0, one.shape[0], rows)
+        )
