@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from lit_vlm.data.plan.lock import DAY
+from lit_vlm.data.quarantine import STOPPED
 from lit_vlm.files import DamagedFile, append_line, read_json, writable, written
 from lit_vlm.types import UserError
 
 MANIFEST, ANSWERS, IMAGES = "manifest.json", "answers.jsonl", "images"
-OWN = (MANIFEST, ANSWERS, IMAGES, "quarantine.jsonl")  # the last is written by those who read the data
+OWN = (MANIFEST, ANSWERS, IMAGES, "quarantine.jsonl", STOPPED)  # the last two are written by those who read the data
 
 
 class Journal:

@@ -250,4 +250,4 @@ def test_records_that_cannot_be_asked_are_told(make, folder, tmp_path, monkeypat
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="one process"):
         make()
-    assert not (tmp_path / "pairs_files").exists()
+    assert [path.name for path in (tmp_path / "pairs_files").iterdir()] == ["bad_records.jsonl"]  # of open.jsonl
