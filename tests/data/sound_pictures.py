@@ -434,9 +434,9 @@ def cut_gif(data: bytes, rng: Random) -> Iterator[Cut]:
 
 
 def cut_plain(data: bytes, rng: Random) -> Iterator[Cut]:
-    """BMP, whose lines are filled up with three bytes at most, and AVIF, which has the pixels at its end."""
+    """BMP, which ends in three bytes that fill a line up or in two marks of two bytes, and AVIF, which ends in pixels."""
     start = int.from_bytes(data[10:14], "little") if data.startswith(b"BM") else len(data) // 2
-    yield "cut", data[: rng.randrange(min(start, len(data) - 4), len(data) - 3)]
+    yield "cut", data[: rng.randrange(min(start, len(data) - 5), len(data) - 4)]
 
 
 CUTS = {"JPEG": cut_jpeg, "PNG": cut_png, "WEBP": cut_webp, "GIF": cut_gif, "BMP": cut_plain, "AVIF": cut_plain}
