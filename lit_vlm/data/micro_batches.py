@@ -54,9 +54,8 @@ class TurnedBad:
         """The error that ends the run, after the record is entered in the ledger."""
         if ledger is None:
             return self.error
-        if not Ledger.read(ledger.path).has(
-            self.source, self.position, self.held_out
-        ):  # a worker may have looked ahead
+        found = Ledger.read(ledger.path).has(self.source, self.position, self.held_out)
+        if not found:  # by a worker that looked ahead
             ledger.add(self.source, self.position, self.error, held_out=self.held_out)
         finding = (
             f"{self.error.origin}: {self.error.reason}. It could be read when the index was built, and {len(WAITS) + 1} "

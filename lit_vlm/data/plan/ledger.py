@@ -57,6 +57,7 @@ class Ledger:
         return len(self.entries)
 
     def has(self, source: str, position: int, held_out: bool = False) -> bool:
+        """Tell whether the record is entered."""
         return any((e.source, e.position, e.held_out) == (source, position, held_out) for e in self.entries)
 
     def add(
