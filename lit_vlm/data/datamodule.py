@@ -21,6 +21,7 @@ from lit_vlm.data.index.columns import Index, require_samples, split
 from lit_vlm.data.index.lengths import fit
 from lit_vlm.data.index.store import build_index
 from lit_vlm.data.index.unchanged import require_as_indexed
+from lit_vlm.data.look_ahead import LookAhead
 from lit_vlm.data.micro_batches import (
     Contents,
     Result,
@@ -55,6 +56,7 @@ class DataModule(L.LightningDataModule):
         store: folder where indexes and plans are kept for the next start; None: in memory.
         index_workers: processes that build an index.
         ledger: file of the samples that turned bad while training; they are left out, and new ones are entered.
+        look_ahead: enter those, too, that idle workers find in steps to come.
 
     `index`, `held_out`, `mixture` and `plan` are there after `setup()`.
     """
@@ -83,6 +85,7 @@ class DataModule(L.LightningDataModule):
         store: Path | None = None,
         index_workers: int = 1,
         ledger: Path | None = None,
+        look_ahead: bool = False,
     ) -> None:
         super().__init__()
         self.processor, self.sources, self.validation = processor, list(sources), validation
@@ -95,6 +98,7 @@ class DataModule(L.LightningDataModule):
         self.flops, self.overfit = flops, overfit
         self.store, self.index_workers = store, index_workers
         self.ledger = Ledger.read(ledger) if ledger else None
+        self.look_ahead = look_ahead
         self.index: Index | None = None
         self.held_out: Index | None = None
         self.mixture: Mixture | None = None
@@ -212,7 +216,9 @@ class DataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         plan = self.make_plan(self.trainer.world_size if self.trainer else 1)
         rank = self.trainer.global_rank if self.trainer else 0
-        options = {"pixels": self.pixels, "contents": self.contents}
+        options: dict[str, Any] = {"pixels": self.pixels, "contents": self.contents}
+        if self.look_ahead and self.ledger is not None and self.pixels:
+            options["look_ahead"] = LookAhead(plan, self.ledger, rank)
         batches = TrainMicroBatches(self.processor, plan, rank, self.left_out, **options)
         return self._loader(batches, Onwards(self.start_step * plan.k, len(batches)))
 

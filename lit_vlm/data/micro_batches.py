@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Container, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,14 +16,13 @@ from lit_vlm.data.collate import collate
 from lit_vlm.data.content import content_of
 from lit_vlm.data.index.columns import Index
 from lit_vlm.data.index.unchanged import require_as_indexed
+from lit_vlm.data.look_ahead import WAITS, LookAhead
 from lit_vlm.data.plan.ledger import Ledger
 from lit_vlm.data.plan.plan import Pack, Plan
 from lit_vlm.data.processor import Processor
 from lit_vlm.types import Batch, Fault, Record, RecordError, UserError
 
 Result = TypeVar("Result")
-
-WAITS = (0.2, 1.0)  # seconds before a record is tried again: network file systems stumble
 
 
 class Entered(UserError):
@@ -57,7 +57,9 @@ class TurnedBad:
             ledger is None or self.error.fault is Fault.changed
         ):  # another record is no bad one, to be left out in silence
             return self.error
-        ledger.add(self.source, self.position, self.error, held_out=self.held_out)
+        found = Ledger.read(ledger.path).has(self.source, self.position, self.held_out)
+        if not found:  # by a worker that looked ahead
+            ledger.add(self.source, self.position, self.error, held_out=self.held_out)
         finding = (
             f"{self.error.origin}: {self.error.reason}. It could be read when the index was built, and {len(WAITS) + 1} "
             "tries failed now."
@@ -72,6 +74,7 @@ class TrainMicroBatches(Dataset):
         left_out: steps for which nothing is read: their micro-batches are blank.
         pixels: see `collate`.
         contents: say what the records' pictures hold.
+        look_ahead: verifies pictures while a worker waits.
     """
 
     def __init__(
@@ -83,8 +86,10 @@ class TrainMicroBatches(Dataset):
         *,
         pixels: bool = True,
         contents: bool = False,
+        look_ahead: LookAhead | None = None,
     ) -> None:
         self.processor, self.plan, self.rank, self.left_out = processor, plan, rank, left_out
+        self.look_ahead = look_ahead
         self.options = {"pixels": pixels, "contents": contents}
 
     def __len__(self) -> int:
@@ -94,6 +99,10 @@ class TrainMicroBatches(Dataset):
         if number >= len(self):
             raise IndexError(number)
         index, micro = divmod(number, self.plan.k)
+        with self.look_ahead.reading(index) if self.look_ahead else nullcontext():
+            return self._read(index, micro)
+
+    def _read(self, index: int, micro: int) -> Batch | TurnedBad:
         if index in self.left_out:
             return read(self.processor, self.plan.index, (), step=index, step_supervised_tokens=0)
         step = self.plan.step(index)

@@ -12,7 +12,16 @@ from typing import Any
 import torch
 
 from lit_vlm.config import Run
-from lit_vlm.config.schema import DataConfig, Debug, ModelConfig, RunConfig, SourceConfig, StageConfig, StageName
+from lit_vlm.config.schema import (
+    DataConfig,
+    Debug,
+    ModelConfig,
+    OnBadRecord,
+    RunConfig,
+    SourceConfig,
+    StageConfig,
+    StageName,
+)
 from lit_vlm.cost import Flops
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.plan.lock import DAY, LOCK, find_lock
@@ -137,6 +146,7 @@ def make_datamodule(
         store=store_of(config),
         index_workers=data.index_workers or os.cpu_count() or 1,
         ledger=run.dir / "ledger.jsonl",
+        look_ahead=data.on_bad_record is OnBadRecord.quarantine,
     )
 
 

@@ -2,9 +2,7 @@
 
 `make_pictures` writes files of JPEG, PNG, WebP, GIF, BMP and AVIF with those encoders that are installed: Pillow; libvips,
 ImageMagick, cwebp, gif2webp, libjpeg-turbo's cjpeg and jpegtran, jpegoptim, gifsicle and MozJPEG where they are found.
-Nothing may refuse one of them. `cut_picture` cuts one, in the ways in which files are cut. As a program it prints a table:
-
-    python tests/data/sound_pictures.py 2400 [seed]
+Nothing may refuse one of them; `half_pictures.py` cuts them.
 """
 
 from __future__ import annotations
@@ -13,9 +11,7 @@ import io
 import shutil
 import struct
 import subprocess
-import sys
 import tempfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -24,7 +20,6 @@ from pathlib import Path
 from random import Random
 
 import numpy as np
-import simplejpeg
 from PIL import Image, ImageDraw, features
 
 WORDS = "문서 page 2024 계약서 total 1,204.50 표 figure 한국어 text 가나다 lorem ipsum 사진 1/3"
@@ -311,171 +306,3 @@ def make_pictures(number: int, seed: int, encoders: list[Encoder], missing: Coun
                     missing[encode.__name__] += 1
                 continue
             yield Picture(image_format, encode.__name__, options, data)
-
-
-# ---- halves
-
-
-@dataclass(frozen=True)
-class Half:
-    picture: Picture
-    way: str
-    data: bytes
-
-
-def cut_picture(picture: Picture, rng: Random) -> Iterator[Half]:
-    """The picture's file cut within its pixels, and what else leaves half of them in a file of that format.
-
-    Left out is what no decoder tells: an end given to a JPEG that is coded arithmetically, ends between two progressive
-    scans, or has a layout of colours that TurboJPEG does not read; and the last bytes of a lossy WebP of the right length.
-    """
-    for way, data in CUTS[picture.format](picture.data, rng):
-        yield Half(picture, way, data)
-
-
-Cut = tuple[str, bytes]
-
-
-def cut_jpeg(data: bytes, rng: Random) -> Iterator[Cut]:
-    scans, at = [], 2
-    while at < len(data) and data[at + 1] != 0xD9:  # markers, with fill bytes; FF 00 and FF D0 to D7 are within a scan
-        if data[at] != 0xFF or data[at + 1] in (0, 0xFF, *range(0xD0, 0xD8)):
-            at += 1 if data[at + 1] else 2
-            continue
-        begin = at + 2 + int.from_bytes(data[at + 2 : at + 4])
-        if data[at + 1] == 0xDA:
-            end = begin
-            while data[end] != 0xFF or data[end + 1] in (0, *range(0xD0, 0xD8)):
-                end += 1
-            scans += [(begin, end)] if end > begin else []  # arithmetic coding leaves zeros out
-            begin = end
-        at = begin
-    if not scans:
-        return
-    begin, end = rng.choice(scans)
-    place = rng.choice([rng.randrange(begin, end), end - 1])
-    yield "cut", data[:place]
-    if not is_beyond_turbojpeg(data) and not any(bytes([0xFF, frame]) in data[: scans[0][0]] for frame in (0xC9, 0xCA)):
-        yield "cut, given an end", data[:place] + b"\xff\xd9"
-
-
-def is_beyond_turbojpeg(data: bytes) -> bool:
-    try:
-        simplejpeg.decode_jpeg_header(data)
-    except ValueError:
-        return True
-    return False
-
-
-def cut_png(data: bytes, rng: Random) -> Iterator[Cut]:
-    chunks, at = [], 8
-    while at < len(data):
-        end = at + 8 + int.from_bytes(data[at : at + 4])
-        chunks.append((data[at + 4 : at + 8], data[at + 8 : end]))
-        at = end + 4
-    yield "cut", data[: rng.randrange(data.index(b"IDAT"), len(data) - 16)]
-    packed = b"".join(body for name, body in chunks if name == b"IDAT")
-    pixels = zlib.decompress(packed)
-    torn = packed[: rng.randrange(len(packed))]
-    parts = {"stream ended early": zlib.compress(pixels[: rng.choice([rng.randrange(len(pixels)), len(pixels) - 1])])}
-    if len(zlib.decompressobj().decompress(torn)) < len(pixels):
-        parts["stream torn"] = torn
-    for way, part in parts.items():
-        names = [(name, body) for name, body in chunks if name != b"IDAT"]
-        names.insert(len(names) - 1, (b"IDAT", part))
-        written = (
-            struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-            for name, body in names
-        )
-        yield f"{way}, right checksums", data[:8] + b"".join(written)
-
-
-def riff(chunks: list[Cut]) -> bytes:
-    return b"".join(name.encode() + struct.pack("<I", len(body)) + body + bytes(len(body) % 2) for name, body in chunks)
-
-
-def parts_of_riff(data: bytes) -> list[Cut]:
-    parts, at = [], 0
-    while at + 8 <= len(data):
-        size = int.from_bytes(data[at + 4 : at + 8], "little")
-        parts.append((data[at : at + 4].decode(), data[at + 8 : at + 8 + size]))
-        at += 8 + size + size % 2
-    return parts
-
-
-def cut_webp(data: bytes, rng: Random) -> Iterator[Cut]:
-    yield "cut", data[: rng.randrange(20, len(data) - 1)]
-    share = rng.uniform(0.1, 0.95)
-
-    def shorten(parts: list[Cut]) -> list[Cut]:
-        done = []
-        for name, body in parts:
-            if name == "ANMF":
-                body = body[:16] + riff(shorten(parts_of_riff(body[16:])))
-            done.append((name, body[: int(len(body) * share)] if name in ("VP8 ", "VP8L") else body))
-        return done
-
-    body = b"WEBP" + riff(shorten(parts_of_riff(data[12:])))
-    if len(body) + 16 < len(data):
-        yield "pixels shortened, right sizes", b"RIFF" + struct.pack("<I", len(body)) + body
-
-
-def cut_gif(data: bytes, rng: Random) -> Iterator[Cut]:
-    with Image.open(io.BytesIO(data)) as image:
-        start = image.tile[0].offset
-    blocks, at = b"", start
-    while data[at]:
-        blocks += data[at + 1 : at + 1 + data[at]]
-        at += 1 + data[at]
-    yield "cut", data[: rng.randrange(start, at - 2)]
-    short = blocks[: rng.randrange(max(1, len(blocks) - 4))]
-    packed = b"".join(bytes([len(short[at : at + 255])]) + short[at : at + 255] for at in range(0, len(short), 255))
-    yield "blocks ended early", data[:start] + packed + b"\0;"
-
-
-def cut_plain(data: bytes, rng: Random) -> Iterator[Cut]:
-    """BMP, whose lines are filled up with three bytes at most, and AVIF, which has the pixels at its end."""
-    start = int.from_bytes(data[10:14], "little") if data.startswith(b"BM") else len(data) // 2
-    yield "cut", data[: rng.randrange(min(start, len(data) - 4), len(data) - 3)]
-
-
-CUTS = {"JPEG": cut_jpeg, "PNG": cut_png, "WEBP": cut_webp, "GIF": cut_gif, "BMP": cut_plain, "AVIF": cut_plain}
-
-
-def main(number: int, seed: int) -> int:
-    """Print files, false alarms, halves and unseen halves of each format and encoder. 1 if there is one to be ashamed of."""
-    sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
-    from lit_vlm.data.images import BytesImage
-    from lit_vlm.types import RecordError
-
-    def refusal(data: bytes) -> str:
-        try:
-            BytesImage(data, "it", 64_000_000).load()
-        except RecordError as error:
-            return str(error)
-        return ""
-
-    missing, table, told, rng = Counter[str](), dict[tuple[str, str], Counter[str]](), list[str](), Random(seed)
-    for picture in make_pictures(number, seed, [*OWN, *OTHERS], missing):
-        row = table.setdefault((picture.format, picture.encoder), Counter())
-        row["files"] += 1
-        if said := refusal(picture.data):
-            row["refused"] += 1
-            told.append(f"refused: {picture.encoder} {picture.format} {picture.options}: {said}")
-        for half in cut_picture(picture, rng):
-            row["halves"] += 1
-            if not refusal(half.data):
-                row["unseen"] += 1
-                told.append(f"unseen: {picture.encoder} {picture.format} {picture.options}: {half.way}")
-    heads = ("files", "refused", "halves", "unseen")
-    print(f"{'format':8}{'encoder':16}" + "".join(f"{head:>10}" for head in heads) + f"    seed {seed}")
-    rows = [*sorted(table.items()), (("all", ""), sum(table.values(), Counter[str]()))]
-    for (image_format, encoder), row in rows:
-        print(f"{image_format:8}{encoder:16}" + "".join(f"{row[head]:10,}" for head in heads))
-    print("not written:", ", ".join(f"{name} {count}" for name, count in sorted(missing.items())) or "none")
-    print("\n".join(told))
-    return 1 if told else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(*map(int, [*sys.argv[1:], "2400", "0"][:2])))

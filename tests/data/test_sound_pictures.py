@@ -12,9 +12,10 @@ from random import Random
 
 import numpy as np
 import pytest
+from half_pictures import cut_jpeg, cut_picture
 from image_bytes import encoded, photo, png, webp
 from PIL import Image, ImageDraw
-from sound_pictures import OTHERS, OWN, Picture, cut_jpeg, cut_picture, make_pictures, save
+from sound_pictures import OTHERS, OWN, Picture, make_pictures, save
 
 from lit_vlm.data.images import BytesImage
 from lit_vlm.types import Fault, RecordError

@@ -9,8 +9,9 @@ import pytest
 from mixture_cases import damage, datamodule_of, lines_of, names_of, prepared
 from PIL import Image
 from run_helpers import PHOTOS, TWO, Ran, conversations, llava, own_choice, process, run, save_photos, write
+from waiting import until
 
-from lit_vlm.data import micro_batches
+from lit_vlm.data import look_ahead, micro_batches
 from lit_vlm.data.images import FileImage
 from lit_vlm.stages.base import Stage
 from lit_vlm.types import Fault, RecordError, UserError
@@ -126,6 +127,27 @@ def test_in_quarantine_one_process_goes_on_by_itself_as_if_they_had_been_left_ou
     tables = [pd.read_csv(tmp_path / "runs" / name / "metrics.csv") for name in ("bad", "given")]
     columns = [name for name in tables[0].columns if "loss" in name or name == "step"]
     assert len(columns) > 1 and tables[0][columns].equals(tables[1][columns])
+
+
+def test_idle_workers_enter_what_turned_bad_before_its_step_comes(words, tmp_path, monkeypatch):
+    monkeypatch.setattr(look_ahead, "WAITS", (0.01, 0.02))
+    words = [*words, *SET_ASIDE, "data.num_workers=2", "data.prefetch_factor=1"]
+    datamodule = datamodule_of(*words, "data.global_batch_size=2", "trainer.max_steps=12")
+    plan = datamodule.make_plan()
+    bad = {int(datamodule.index.position[sample]) for sample in plan.samples(11)}
+    for number in bad:
+        damage(tmp_path / "images" / f"{number}.jpg")
+    ledger, loader = tmp_path / "runs" / "bad" / "ledger.jsonl", iter(datamodule.train_dataloader())
+    ledger.parent.mkdir(parents=True, exist_ok=True)
+    first = next(loader)  # and no more: the workers are idle from here on
+    assert first.sample_ids and not isinstance(first, micro_batches.TurnedBad)
+    until(lambda: ledger.exists() and len(lines_of(ledger)) == len(bad) == 2)
+    assert {entry["position"] for entry in lines_of(ledger)} == bad
+    rest = list(loader)
+    found = [batch for batch in rest if isinstance(batch, micro_batches.TurnedBad)]
+    assert isinstance(found[0].enter(datamodule.ledger), micro_batches.Entered)
+    assert len(lines_of(ledger)) == 2  # it is there already
+    assert not datamodule_of(*words, "data.on_bad_record=stop").look_ahead
 
 
 def test_more_than_may_be_set_aside_end_the_run(words, tmp_path):

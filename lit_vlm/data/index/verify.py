@@ -66,13 +66,14 @@ def _verified(sources: Sequence[Source], shelf: Shelf, span: Span) -> Shard:
         stamps[position] = stamp(record)
         if before and before.columns["stamp"][position] == stamps[position] and position not in suspects:
             continue
-        fault = _fault_of(record, seen)
+        fault = find_fault(record, seen)
         if fault is not None:
             bad.append(Bad.of(position, fault))
     return Shard({"stamp": stamps}, bad)
 
 
-def _fault_of(record: Record, seen: dict[bytes, RecordError | None]) -> RecordError | None:
+def find_fault(record: Record, seen: dict[bytes, RecordError | None]) -> RecordError | None:
+    """Decode the record's pictures, but those that were `seen`; the first that cannot be decoded whole."""
     for number, image in enumerate(record.images):
         name = picture_name(record, number)
         if name not in seen:

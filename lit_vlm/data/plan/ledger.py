@@ -56,6 +56,10 @@ class Ledger:
     def __len__(self) -> int:
         return len(self.entries)
 
+    def has(self, source: str, position: int, held_out: bool = False) -> bool:
+        """Tell whether the record is entered."""
+        return any((e.source, e.position, e.held_out) == (source, position, held_out) for e in self.entries)
+
     def add(
         self, source: str, position: int, error: RecordError, record_id: str = "", *, held_out: bool = False
     ) -> Entry:
