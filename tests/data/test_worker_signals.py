@@ -1,9 +1,15 @@
 """A loader's workers outlast signals that are meant for the run, and never the run itself."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from lit_vlm.data.datamodule import Loader
+from lit_vlm.data.worker_signals import outlast_signals
 
 SCRIPT = """
 from torch.utils.data import DataLoader, Dataset
@@ -27,3 +33,12 @@ def test_an_error_of_a_worker_ends_the_process(tmp_path):
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and "MemoryError" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_worker_outlasts_a_signal_that_comes_before_it_has_begun(number):
+    def begin(worker: int) -> None:
+        os.kill(os.getpid(), number)
+        outlast_signals(worker)
+
+    assert [*Loader([1, 2, 3], batch_size=None, num_workers=1, worker_init_fn=begin)] == [1, 2, 3]
