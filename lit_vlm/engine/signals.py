@@ -160,16 +160,13 @@ def handle_signals() -> Signals:
     Python hands signals to the main thread alone; in another one nothing is heard.
     """
     global _current
-    if _current is not None:
-        return _current
-    if threading.current_thread() is not threading.main_thread():
-        return Signals()
-    _current = Signals(owner=True)
-    for number in ASKS:
-        signal.signal(number, _current.handle)
+    if _current is None and threading.current_thread() is threading.main_thread():
+        _current = Signals(owner=True)
+        for number in ASKS:
+            signal.signal(number, _current.handle)
+        atexit.register(_end_interpreter, _current)  # the first to be registered is the last to be called
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKS)  # run.py held them back
-    atexit.register(_end_interpreter, _current)  # the first to be registered is the last to be called
-    return _current
+    return _current or Signals()
 
 
 @contextmanager

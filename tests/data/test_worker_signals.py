@@ -1,11 +1,16 @@
 """A loader's workers outlast signals that are meant for the run, and never the run itself."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from waiting import PATIENCE
+
+from lit_vlm.data.datamodule import Loader
+from lit_vlm.data.worker_signals import outlast_signals
 
 SCRIPT = """
 from torch.utils.data import DataLoader, Dataset
@@ -31,3 +36,12 @@ def test_an_error_of_a_worker_ends_the_process(tmp_path):
         [sys.executable, "-c", SCRIPT], env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 1 and "MemoryError" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_worker_outlasts_a_signal_that_comes_before_it_has_begun(number):
+    def begin(worker: int) -> None:
+        os.kill(os.getpid(), number)
+        outlast_signals(worker)
+
+    assert [*Loader([1, 2, 3], batch_size=None, num_workers=1, worker_init_fn=begin)] == [1, 2, 3]

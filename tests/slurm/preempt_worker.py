@@ -73,7 +73,7 @@ def start(stage, data, folder: Path, shot: Shot) -> dict:
         enable_model_summary=False,
         num_sanity_val_steps=0,
         limit_val_batches=0,
-        callbacks=[shot, Exchange(), Checkpoint(folder, every_minutes=None, say=lambda text: None), Preemption()],
+        callbacks=[Exchange(), Checkpoint(folder, every_minutes=None, say=lambda text: None), Preemption(), shot],
     )
     code = None
     try:

@@ -344,5 +344,6 @@ def table(moments: list[Moment]) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # the run under way is ended, too
     where, of_each, seed = (*sys.argv[1:], *("", "200", "0")[len(sys.argv) - 1 :])
     sys.exit(any(one.faults for one in run_moments(Path(where), int(of_each), int(seed))))

@@ -1,0 +1,86 @@
+"""A signal at each import of a run: `python tests/tasks/signal_imports.py RESULT run.py WORD... [-- WORD...]...`, one run after the other.
+
+At each point the handler does all that it does, but for ending the process, so that one process passes all points. At every
+hundredth, and where libraries are known to catch what an import raises, a fork is ended in earnest, with everything caught
+around the import. RESULT gets what was seen, as JSON.
+"""
+
+import contextlib
+import json
+import os
+import runpy
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from lit_vlm.engine import signals
+from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED
+
+STATUS = {signal.SIGTERM: TERMINATED, signal.SIGINT: INTERRUPTED, signal.SIGUSR1: RESTART}
+IN_EARNEST = (
+    "pandas",
+    "pandas.core",
+    "pyarrow",
+    "torch",
+    "transformers",
+    "lightning",
+    "hydra",
+    "numpy",
+    "peft",
+    "wandb",
+)
+end = signals._exit
+codes: list[int] = []
+seen = {"points": 0, "while training": 0, "in earnest": [], "faults": []}
+
+
+class Points:
+    """In front of all finders."""
+
+    def find_spec(self, name, path=None, target=None):
+        current = signals.current()
+        if current is None or os.getpid() != current.process:
+            return None
+        if current.listener is not None:  # told, and acted on at the end of the step
+            seen["while training"] += 1
+            return None
+        number = list(STATUS)[seen["points"] % len(STATUS)]
+        if name in IN_EARNEST or seen["points"] % 100 == 0:
+            self.end_fork(name, number)
+        os.kill(os.getpid(), number)
+        if codes != [STATUS[number]]:
+            seen["faults"].append([name, number.name, codes[:]])
+        codes.clear()
+        current.leaving, current.interrupted = False, None
+        seen["points"] += 1
+        return None
+
+    def end_fork(self, name, number):
+        pid = os.fork()
+        if pid == 0:
+            signals.current().process, signals._exit = os.getpid(), end
+            with contextlib.suppress(BaseException):
+                os.kill(os.getpid(), number)
+            os._exit(99)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        seen["in earnest"].append(name)
+        if status != STATUS[number]:
+            seen["faults"].append([name, number.name, status])
+
+
+def main(result: str, script: str, *words: str) -> None:
+    signals._exit = codes.append
+    sys.meta_path.insert(0, Points())
+    while words:
+        place = words.index("--") if "--" in words else len(words)
+        sys.argv = [script, *words[:place]]
+        runpy.run_path(script, run_name="__main__")
+        signals.current().settled = None
+        words = words[place + 1 :]
+    Path(result).write_text(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,232 @@
+"""Signals at any moment of any process of ours: a documented status, nothing lost, no traceback. What is asked of a run while it
+trains is in `tests/slurm/test_preemption.py`; `signal_moments.py` draws the moments of a whole run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+
+import pytest
+from resume_cases import last_state, rows, same_state, start, strays, whole_run, words_of
+from run_helpers import RUN, TINY, own_choice
+from signal_moments import AT_ONCE, ENVIRONMENT, SAVED, SIGNALS, run_moments
+from waiting import until
+
+from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED
+from lit_vlm.engine.signals import current, handle_signals, postponing
+from lit_vlm.tasks import pipeline
+from lit_vlm.tasks.chat import lines
+
+SEED = 5
+
+
+def forked(work: Callable[[], object]) -> int:
+    """The pid of a process of ours that does this, and ends with 0 or what it is ended with."""
+    pid = os.fork()
+    if pid == 0:
+        code = 98
+        try:
+            handle_signals()
+            work()
+            code = 0
+        except SystemExit as left:
+            code = left.code
+        finally:
+            os._exit(code)
+    return pid
+
+
+def status_of(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_a_signal_at_every_import_of_a_run_ends_it_there(tmp_path):
+    """Preparing the data and training on them: an index that is there is read by other libraries than one that is made."""
+    builtin = {"format": "builtin", "path": "caption", "language": "en", "num_samples": 4}
+    words = [*TINY, "stage=sft", *own_choice(tmp_path, sources={"a": builtin}), "run_name=a", "trainer.max_steps=1"]
+    words = [*words, "task=prepare", "--", *words]
+    script = Path(__file__).with_name("signal_imports.py")
+    command = [sys.executable, str(script), str(tmp_path / "seen.json"), str(RUN), *words]
+    environment = os.environ | ENVIRONMENT
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0 and "done. Model" in done.stdout, done.stderr[-3000:]
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen["faults"] == [] and seen["points"] > 1000, seen
+    assert {"pandas", "torch", "transformers", "lightning"} <= {*seen["in earnest"]}
+    assert "KeyboardInterrupt" not in done.stderr and "Traceback" not in done.stderr
+
+
+def test_one_signal_of_each_at_a_random_moment_of_a_run_loses_nothing(tmp_path):
+    """Each start is a fork, which has imported all; its moment is a share of what the processor does for a whole one."""
+    words, dice = words_of(tmp_path, "sft"), Random(SEED)
+    whole_run([*words, "run_name=whole"], tmp_path)
+    life = ended_at(start([*words, "run_name=again"], tmp_path, patch=handle_signals), None)
+    for number in SIGNALS:
+        begun = start([*words, "run_name=asked"], tmp_path, patch=handle_signals)
+        ended_at(begun, number, dice.random() * life)
+        said, status = begun.said(), begun.wait()[0]
+        wanted = {"saved at step": SAVED[number], "nothing is to be saved": AT_ONCE[number]}
+        assert status == next((code for text, code in wanted.items() if text in said), 0), said
+        assert "Traceback" not in said and "KeyboardInterrupt" not in said
+        assert status or "done" in said
+    assert start([*words, "run_name=asked"], tmp_path).wait() == [0]
+    assert same_state(last_state(tmp_path, "whole"), last_state(tmp_path, "asked"))
+    assert rows(tmp_path, "whole") == rows(tmp_path, "asked") and strays(tmp_path, "asked") == []
+
+
+def ended_at(begun, number: int | None, after: float = 0.0) -> float:
+    """Send the signal once the process has used so many seconds of the processor; returns how many it used at its end."""
+    (pid,), life = begun.pids, 0.0
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        life = time.clock_gettime(((~pid) << 3) | 2)
+        if number is not None and life >= after and handles(pid):
+            os.kill(pid, number)
+            number = None
+        time.sleep(0.002)
+    return life
+
+
+def handles(pid: int) -> bool:
+    return pipeline._is_heard(pid, signal.SIGUSR1)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_process_that_does_not_listen_yet_is_ended_by_the_pipeline_with_the_status_of_what_was_asked(
+    tmp_path, number
+):
+    """As while Python itself starts, where a Ctrl-C would leave a traceback."""
+    deaf = f"import pathlib, time; pathlib.Path({str(tmp_path / 'up')!r}).touch(); time.sleep(100)"
+
+    def ask():
+        until((tmp_path / "up").exists)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=ask, daemon=True).start()
+    status, asked = pipeline.followed([sys.executable, "-c", deaf])
+    assert status == AT_ONCE[number] and len(asked) == 1
+
+
+def test_a_stage_that_ends_well_after_a_signal_is_the_last_of_its_pipeline(tmp_path, monkeypatch):
+    own = "import pathlib, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
+    own += f"pathlib.Path({str(tmp_path / 'up')!r}).touch()\ntime.sleep(100)"
+    began = []
+
+    def work():
+        stages = SimpleNamespace(config=SimpleNamespace(recipe="tiny", run_dir="runs"), overrides=["recipe=tiny"])
+        monkeypatch.setattr(
+            pipeline, "command", lambda stage, words: began.append(words) or [sys.executable, "-c", own]
+        )
+        pipeline.pipeline(stages)
+        os._exit(97)  # all stages
+
+    pid = forked(work)
+    until((tmp_path / "up").exists)
+    os.kill(pid, signal.SIGTERM)
+    assert status_of(pid) == TERMINATED
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, TERMINATED), (signal.SIGUSR1, RESTART), (signal.SIGINT, 0)]
+)
+def test_a_signal_ends_a_chat_that_waits_for_a_line_and_ctrl_c_as_the_end_of_the_input_does(tmp_path, number, status):
+    asked, answer = os.pipe()
+
+    def work():
+        os.dup2(asked, 0)
+        sys.stdin = os.fdopen(0)
+        for _ in lines():
+            (tmp_path / "up").touch()
+
+    pid = forked(work)
+    os.write(answer, b"hello\n")
+    until((tmp_path / "up").exists)
+    until(lambda: waits(pid))
+    os.kill(pid, number)
+    assert status_of(pid) == status
+
+
+def waits(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_job_that_is_submitted_and_its_number_are_not_cut_in_two(tmp_path, number):
+    def work():
+        with postponing():
+            os.kill(os.getpid(), number)
+            (tmp_path / "written").touch()
+        (tmp_path / "more").touch()
+
+    assert status_of(forked(work)) == AT_ONCE[number]
+    assert (tmp_path / "written").exists() and not (tmp_path / "more").exists()
+
+
+def test_a_second_ctrl_c_ends_a_process_whose_last_words_take_long(tmp_path):
+    """As W&B's client with a server that does not answer. The interrupted line holds a lock that they need."""
+    lock = threading.Lock()
+
+    def work():
+        current().before_leaving = lambda code: lock.acquire() and code
+        with lock:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    pid = forked(work)
+    time.sleep(2.5)
+    assert os.waitpid(pid, os.WNOHANG) == (0, 0)
+    os.kill(pid, signal.SIGINT)
+    assert status_of(pid) == INTERRUPTED
+
+
+def test_a_signal_changes_the_status_of_a_process_that_is_done_no_more():
+    def work():
+        handle_signals().settled = 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        os._exit(97)
+
+    assert status_of(forked(work)) == 0
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3000)
+def test_ten_signals_of_each_at_random_moments_lose_nothing(tmp_path):
+    moments = run_moments(tmp_path, 10, SEED)
+    assert [one.faults for one in moments] == [[]] * 30
+    assert {"left", "saved"} <= {one.answer for one in moments}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3000)
+def test_signals_at_random_moments_of_two_ranks_lose_nothing(tmp_path):
+    moments = run_moments(tmp_path, 3, SEED, ranks=2)
+    assert [one.faults for one in moments] == [[]] * 9
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("words", ["task=prepare", "recipe=tiny trainer.max_steps=2", "task=sweep sweep=sweep.yaml"])
+def test_a_process_that_trains_nothing_itself_leaves_with_the_documented_status(tmp_path, words, number):
+    """While it imports, while a stage or a trial of its own imports, and later."""
+    trials = {"method": "grid", "metric": {"name": "val/loss"}, "parameters": {"seed": {"values": [1, 2]}}}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(trials))
+    dice, allowed = Random(SEED + number), {AT_ONCE[number], SAVED[number], 0}
+    words = [*([] if "recipe" in words else TINY), *words.split()]
+    for seconds in (dice.uniform(0, 2), dice.uniform(2, 6), dice.uniform(6, 15)):
+        log = (tmp_path / "log").open("w+")
+        command = [sys.executable, str(RUN), *words, "run_dir=runs"]
+        process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | ENVIRONMENT, stdout=log, stderr=log)
+        until(lambda pid=process.pid: handles(pid))
+        time.sleep(seconds)
+        if process.poll() is None:
+            process.send_signal(number)
+        status = process.wait(300)
+        said = (tmp_path / "log").read_text()
+        assert status in allowed | ({RESTART} if "sweep" in words else set()), said
+        assert "Traceback" not in said and "KeyboardInterrupt" not in said, said
