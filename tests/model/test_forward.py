@@ -73,6 +73,7 @@ def test_a_packed_batch_gives_the_loss_and_gradients_of_its_samples_one_by_one(m
     torch.testing.assert_close(together, grads(model), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.usefixtures("in_float64")
 def test_no_token_sees_another_segment(model, processor, mixed):
     with torch.no_grad():
         before = model.model(batch=collate(processor, mixed))
