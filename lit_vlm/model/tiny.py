@@ -23,9 +23,7 @@ from lit_vlm.model.vocabulary import CHATML
 
 CORPUS = Path(__file__).with_name("tiny_corpus.txt")
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-# Heads of 32, as kernels have them everywhere: vLLM's attention for CPUs has none of 24.
-TOWER_HEADS = {"num_attention_heads": 3}
-LANGUAGE_HEADS = {"num_attention_heads": 3, "num_key_value_heads": 3}
+HEADS = 3  # of width 32, as kernels have them everywhere: vLLM's attention for CPUs has none of 24
 VERSION = "2"  # part of the folder's name: raise it when what is made changes
 
 
@@ -36,8 +34,8 @@ def tiny_parts(folder: Path, seed: int = 0) -> tuple[str, str]:
         OSError: they cannot be written.
     """
     tower, language = folder / f"tiny_siglip-v{VERSION}-seed{seed}", folder / f"tiny_qwen2-v{VERSION}-seed{seed}"
-    _once(tower, lambda path: make_vision_tower(path, seed, **TOWER_HEADS))
-    _once(language, lambda path: make_language_model(path, seed, **LANGUAGE_HEADS))
+    _once(tower, lambda path: make_vision_tower(path, seed, num_attention_heads=HEADS))
+    _once(language, lambda path: make_language_model(path, seed, num_attention_heads=HEADS, num_key_value_heads=HEADS))
     return str(tower), str(language)
 
 
