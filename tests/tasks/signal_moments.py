@@ -40,6 +40,7 @@ SAVED = AT_ONCE | {signal.SIGTERM: RESTART}
 CHAIN = 24  # moments of one run
 STEPS = 12
 LIMIT = 600.0  # seconds of one start
+ATTEMPTS = 8  # to meet a run before it is over
 KINDS = ([], ["data.num_workers=1"], [], ["logger.wandb=true", "logger.offline=true"])  # of chains, in turn
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1", "WANDB_SILENT": "true"}
 NO_FAULT_OF_OURS = (
@@ -217,25 +218,28 @@ def run_moments(folder: Path, of_each: int, seed: int = 0, ranks: int = 1) -> li
 
 
 def follow(place: Place, moment: Moment) -> None:
-    """Send one signal to the run of the moment's chain, which is begun, and at its end let finish."""
-    name, more = f"chain-{moment.number // CHAIN}", KINDS[moment.kind]
-    first = moment.number % CHAIN == 0
-    if first and moment.half:
-        _ = place.half
+    """Send one signal to the run of the moment's chain, which is begun where it is not there, and at its end let finish."""
+    name, more, number = f"chain-{moment.number // CHAIN}", KINDS[moment.kind], signal.Signals[moment.signal]
+    behind_imports = moment.number // len(SIGNALS) % 2 == 1
+    if moment.number % CHAIN == 0:
         shutil.rmtree(place.dir(name), ignore_errors=True)
-        shutil.copytree(place.dir("half"), place.dir(name))
-    whole = place.half if moment.half else place.whole
-    spoke = whole.spoke if moment.number // len(SIGNALS) % 2 else 0.0  # every other one behind the imports
-    before = checkpoints(place, name, moment)
-    number = signal.Signals[moment.signal]
-    after = spoke + moment.share * (whole.life - spoke)
-    ended = place.start(name, more, number, lambda life: life >= after)
-    moment.seconds = round(ended.seconds, 2)
-    check_start(place, name, moment, ended, before, number)
-    last = moment.number % CHAIN == CHAIN - 1
-    if moment.answer == "done" or last or not ended.sent:
-        check_end(place, name, more, moment)
-        shutil.rmtree(place.dir(name), ignore_errors=True)
+    measured = place.half if moment.half else place.whole
+    for _ in range(ATTEMPTS):
+        if moment.half and not place.dir(name).exists():
+            shutil.copytree(place.dir("half"), place.dir(name))
+        spoke = measured.spoke if behind_imports else 0.0
+        after = spoke + moment.share * (measured.life - spoke)
+        before = checkpoints(place, name, moment)
+        ended = place.start(name, more, number, lambda life, after=after: life >= after)
+        moment.seconds = round(ended.seconds, 2)
+        check_start(place, name, moment, ended, before, number)
+        last = moment.number % CHAIN == CHAIN - 1
+        if moment.answer == "done" or last or not ended.sent:
+            check_end(place, name, more, moment)
+            shutil.rmtree(place.dir(name), ignore_errors=True)
+        if ended.sent or moment.faults:
+            return
+        measured = ended  # it was over sooner than the one that was measured
 
 
 def check_start(place: Place, name: str, moment: Moment, ended: Ended, before: list[int], number: int) -> None:

@@ -69,16 +69,17 @@ def test_one_signal_of_each_at_a_random_moment_of_a_run_loses_nothing(tmp_path):
     whole_run([*words, "run_name=whole"], tmp_path)
     life = ended_at(start([*words, "run_name=again"], tmp_path, patch=handle_signals), None)
     for number in SIGNALS:
-        begun = start([*words, "run_name=asked"], tmp_path, patch=handle_signals)
-        ended_at(begun, number, dice.random() * life)
+        asked = [*words, f"run_name={number.name}"]
+        begun = start(asked, tmp_path, patch=handle_signals)
+        ended_at(begun, number, dice.uniform(0, 0.9) * life)
         said, status = begun.said(), begun.wait()[0]
         wanted = {"saved at step": SAVED[number], "nothing is to be saved": AT_ONCE[number]}
         assert status == next((code for text, code in wanted.items() if text in said), 0), said
         assert "Traceback" not in said and "KeyboardInterrupt" not in said
         assert status or "done" in said
-    assert start([*words, "run_name=asked"], tmp_path).wait() == [0]
-    assert same_state(last_state(tmp_path, "whole"), last_state(tmp_path, "asked"))
-    assert rows(tmp_path, "whole") == rows(tmp_path, "asked") and strays(tmp_path, "asked") == []
+        assert start(asked, tmp_path).wait() == [0]
+        assert same_state(last_state(tmp_path, "whole"), last_state(tmp_path, number.name))
+        assert rows(tmp_path, "whole") == rows(tmp_path, number.name) and strays(tmp_path, number.name) == []
 
 
 def ended_at(begun, number: int | None, after: float = 0.0) -> float:
