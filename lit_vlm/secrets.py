@@ -160,7 +160,10 @@ def places_of_secrets(value: Any, name: str = "") -> Iterator[str]:
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from places_of_secrets(item, f"{name}.{key}" if name else str(key))
-    elif redacted(value, name) != (list(value) if isinstance(value, tuple) else value) or redacted_text(name) != name:
+        return
+    plain = list(value) if isinstance(value, tuple) else value
+    is_nan = isinstance(value, float) and value != value  # equal to nothing, itself included
+    if (redacted(value, name) != plain and not is_nan) or redacted_text(name) != name:
         yield redacted_text(name)
 
 

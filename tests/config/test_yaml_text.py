@@ -52,7 +52,7 @@ def test_names_in_a_table_are_text(tmp_path):
 
 
 def test_words_of_a_list_of_words_need_no_quotes(tmp_path):
-    text = HEAD + "data:\n  sources:\n    a: {format: builtin, path: caption, weight: 1.0, markup: on}\n"
+    text = HEAD + "data:\n  sources:\n    a: {format: llava, path: a.json, weight: 1.0, markup: on}\n"
     assert config_of(tmp_path, text).data.sources["a"].markup.value == "on"
 
 

@@ -74,7 +74,7 @@ def test_a_size_that_no_model_has_is_told(copy, part, value):
 
 
 @pytest.mark.parametrize("key", ["image_mean", "image_std"])
-@pytest.mark.parametrize("value", [[0.5], "abc", [0.5, 0.5, "a"], 0.5, [0.5, 0.5, float("inf")], {"a": 1}])
+@pytest.mark.parametrize("value", [[0.5], "abc", [0.5, 0.5, "a"], [0.5, 0.5, float("inf")], {"a": 1}])
 def test_a_mean_that_is_none_is_told(copy, key, value):
     path = copy / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))

@@ -242,7 +242,7 @@ def test_keys_values_and_metric_are_held_against_the_schema_all_at_once():
     ("key", "ends", "said"),
     [
         ("stage.warmup", {"min": -0.5, "max": 0.5}, "stage.warmup: must be 0 or above, found -0.5."),
-        ("data.validation.fraction", {"min": 0.0, "max": 1.5}, "must be from 0 up to below 1, found 1.5."),
+        ("data.max_quarantined", {"min": 0.0, "max": 1.5}, "must be within 0 and 1, found 1.5."),
         ("seed", {"values": [0, 2**32]}, "seed: must be from 0 up to 4294967295, found 4294967296."),
         ("stage.weight_decay", {"mu": 0.0, "sigma": 1.0}, "stage.weight_decay: must be 0 or above, found -3.09"),
     ],
