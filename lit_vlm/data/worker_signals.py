@@ -44,6 +44,7 @@ def end_workers_at_exit() -> None:
 
 
 def _end_workers() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for a worker that was killed
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()

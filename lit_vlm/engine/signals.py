@@ -234,6 +234,7 @@ def _exit(code: int) -> NoReturn:
 def _end_children() -> None:
     """Loader and index workers would notice only seconds later, and hold the run's folder until then."""
     with suppress(Exception):  # half imported, perhaps
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for a worker that was killed
         for child in sys.modules["multiprocessing.process"].active_children():
             child.kill()
 

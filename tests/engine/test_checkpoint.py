@@ -374,3 +374,14 @@ def test_an_index_that_leaves_out_or_repeats_elements_is_damaged_even_if_it_says
         (folder / "index.json").write_text(index.to_text())
         with pytest.raises(Damaged, match="is not there exactly once"):
             read_index(folder)
+
+
+@pytest.mark.parametrize("but_best", [False, True])
+def test_the_next_start_removes_what_a_removal_that_was_killed_left(tmp_path, but_best):
+    checkpoints = Folder(tmp_path / "checkpoints")
+    for left in (tmp_path / ".gone-checkpoints-1/step-00000002", checkpoints.path / ".gone-step-00000001-2"):
+        left.mkdir(parents=True)
+        (left / "index.json").write_text("{}")
+    (tmp_path / "hf").mkdir()
+    checkpoints.remove(but_best=but_best)
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]

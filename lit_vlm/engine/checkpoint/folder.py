@@ -91,7 +91,9 @@ class Folder:
             (self.path / LATEST).unlink(missing_ok=True)
 
     def remove(self, *, but_best: bool = False) -> None:
-        """Everything, once the run is finished and its model is saved."""
+        """Everything, once the run is finished and its model is saved, and what a removal that was killed left."""
+        for stray in (*self.path.glob(".*"), *self.path.parent.glob(f".gone-{self.path.name}-*")):
+            shutil.rmtree(stray, ignore_errors=True) if stray.is_dir() else stray.unlink(missing_ok=True)
         best = self.best() if but_best else None
         if best is None:
             if self.path.is_dir():
