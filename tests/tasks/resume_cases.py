@@ -211,8 +211,10 @@ def _child(job: Run, folder: Path, log: Path, patch: Callable[[], None] | None, 
         sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1, closefd=False)
         os.environ.update(env)
         os.chdir(folder)
+        from lit_vlm.engine.signals import handle_signals
         from lit_vlm.tasks import terminal
 
+        handle_signals()  # as run.py does
         terminal.console.file = sys.stdout
         if patch is not None:
             patch()

@@ -221,7 +221,7 @@ def test_a_model_that_gives_no_grades_is_counted_out(make, folder, capsys):
         (["prefer.num_samples=0"], "prefer.num_samples: must be above 0"),
         (["prefer.temperature=nan"], "prefer.temperature: must be above 0"),
         (["prefer.top_p=1.5"], "prefer.top_p: must be above 0 and at most 1"),
-        (["prefer.min_margin=2"], "prefer.min_margin: scores lie in 0 to 1"),
+        (["prefer.min_margin=2"], "prefer.min_margin: must be within 0 and 1, found 2.0."),
         (["prefer.scorer=judge"], "prefer.judge is not set"),
         (["prefer.judge=a.B"], "is asked with prefer.scorer=judge only"),
         (["data.sources.mine.kind=preference"], "preference pairs already"),

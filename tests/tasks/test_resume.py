@@ -369,7 +369,7 @@ def test_a_checkpoint_of_another_run_or_stage_is_refused(place):
 def test_settings_that_no_run_could_use_are_told_before_anything_is_loaded(place):
     wrong = {
         "checkpoint.every_steps=0": "checkpoint.every_steps: must be above 0, found 0.",
-        "checkpoint.every_minutes=-1": "checkpoint.every_minutes: must be above 0, found -1.0.",
+        "checkpoint.every_minutes=-1": "checkpoint.every_minutes: must be above 0 and at most 527040, found -1.0.",
         "checkpoint.keep_last=0": "checkpoint.keep_last: must be above 0, found 0.",
         "resume_from=nowhere": "resume_from: there is no folder nowhere; name a checkpoint's",
     }

@@ -6,6 +6,7 @@ list of the program's arguments. What it should know of them is in the config th
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import shutil
@@ -143,7 +144,9 @@ def set_out(run_dir: Path) -> None:
 def _move(folders: list[Path], place: Path) -> None:
     for folder in sorted(folders):
         place.mkdir(exist_ok=True)
-        folder.rename(place / folder.name)
+        free = (f"{folder.name}{f'-{number}' if number else ''}" for number in itertools.count())
+        # two starts of one second have one name
+        folder.rename(next(place / name for name in free if not (place / name).exists()))
 
 
 def forget_staged(run_dir: Path) -> None:
