@@ -20,6 +20,7 @@ from lit_vlm.evaluation.answers import alike, ask, readable_prompt, reference_le
 from lit_vlm.evaluation.drawing import ASKED, PREDICTED, REFERENCE, Mark, draw_boxes, marks_of, readable
 from lit_vlm.evaluation.scoring import score
 from lit_vlm.files import write_atomically
+from lit_vlm.secrets import redacted
 from lit_vlm.types import ImageSource, PreferencePair, Record, Sample
 
 TILES = 4  # times the training cap: nothing of the tower is kept for a backward pass
@@ -194,10 +195,9 @@ def _rewrite(path: Path, phase: str, rows: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     kept: list[str] = []
     if path.is_file() and phase != "before":  # what a `before` finds is left from an earlier run
-        lines = path.read_text(encoding="utf-8", errors="replace").split(
-            "\n"
-        )  # not splitlines(): answers may hold U+2028
+        # not splitlines(): answers may hold U+2028
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         kept = [line for line in lines if _phase_in(line) not in (None, phase)]
-    lines = [*kept, *(json.dumps(row, ensure_ascii=False) for row in rows)]
+    lines = [*kept, *(json.dumps(redacted(row), ensure_ascii=False) for row in rows)]
     text = "".join(line + "\n" for line in lines)
-    write_atomically(path, text.encode("utf-8", "replace").decode("utf-8"))
+    write_atomically(path, text.encode("utf-8", "replace").decode("utf-8"), redact=False)

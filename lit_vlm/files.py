@@ -17,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from lit_vlm.secrets import redacted_text
+from lit_vlm.secrets import redacted, redacted_text
 from lit_vlm.types import UserError
 
 
@@ -50,19 +50,21 @@ def written(path: Path, what: str = "The index", setting: str = "data.index_dir"
             stray.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
+def write_atomically(path: Path, text: str, *, durable: bool = True, redact: bool = True) -> None:
     """Beside, then moved, without secrets: a reader finds the old file or the new one. Several processes, and threads, may at
     once.
 
     Args:
         durable: see it onto the disk. Not for what is of no use once its process is gone: a slow disk would hold it up.
+        redact: False for what programs read again and whose values are without secrets already. A text as a whole cannot be
+            redacted without breaking its syntax.
 
     Raises:
         OSError: there is no room or no right to write.
     """
     draft = draft_of(path)
     try:
-        draft.write_text(redacted_text(text), encoding="utf-8")
+        draft.write_text(redacted_text(text) if redact else text, encoding="utf-8")
         move_into_place(draft, path) if durable else os.replace(draft, path)
     except OSError:
         draft.unlink(missing_ok=True)
@@ -72,6 +74,13 @@ def write_atomically(path: Path, text: str, *, durable: bool = True) -> None:
         number = stray.name.removeprefix(host).partition("-")[0]
         if number.isdigit() and not _is_alive(int(number)):
             stray.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any, *, indent: int | None = None, durable: bool = True) -> None:
+    """Write plain data as JSON, as `write_atomically` does. Secrets are taken out value by value, so that it stays JSON."""
+    text = json.dumps(redacted(value), indent=indent, ensure_ascii=False)
+    text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair has no bytes
+    write_atomically(path, text + "\n", durable=durable, redact=False)
 
 
 def draft_of(path: Path) -> Path:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lit_vlm.files import write_atomically
+from lit_vlm.files import write_json
 from lit_vlm.types import UserError, counted
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Budget:
     def write(self, run_dir: Path) -> None:
         """Whole or not at all. Several ranks may; they write the same."""
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(run_dir / NAME, json.dumps(asdict(self)) + "\n")
+        write_json(run_dir / NAME, asdict(self))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -17,7 +17,7 @@ from types import TracebackType
 from filelock import FileLock, Timeout
 
 from lit_vlm.engine.run_folder import is_rank_zero
-from lit_vlm.files import write_atomically
+from lit_vlm.files import write_json
 from lit_vlm.types import UserError
 
 LOCK, HOLDER = "held.lock", "held.json"
@@ -53,7 +53,7 @@ class Hold:
             raise UserError(f"{_held(self.folder)} {self.remedy}") from None
         self._lock = lock
         holder = {"host": socket.gethostname(), "process": os.getpid(), "since": datetime.now(UTC).isoformat()}
-        write_atomically(self.folder / HOLDER, json.dumps(holder) + "\n", durable=False)
+        write_json(self.folder / HOLDER, holder, durable=False)
         return True
 
     def __enter__(self) -> Hold:

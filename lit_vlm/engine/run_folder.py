@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from typing import Any
 
 from lit_vlm.config.elsewhere import is_elsewhere
 from lit_vlm.engine.ranks import global_rank
-from lit_vlm.files import DamagedFile, read_json, writable, write_atomically
+from lit_vlm.files import DamagedFile, read_json, writable, write_json
 from lit_vlm.model.tensor_files import digest_of_weights
 from lit_vlm.secrets import agrees, redacted, redacted_words
 from lit_vlm.types import Source, UserError
@@ -58,8 +57,7 @@ class RunFolder:
         if is_rank_zero():
             with writable(self.path, MANIFEST, "run_dir"):
                 self.path.mkdir(parents=True, exist_ok=True)
-                text = json.dumps(redacted(self.manifest), indent=2, ensure_ascii=False) + "\n"
-                write_atomically(self.path / MANIFEST, text)
+                write_json(self.path / MANIFEST, self.manifest, indent=2)
 
 
 def open_run_folder(

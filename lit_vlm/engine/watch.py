@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 import lightning as L
 
-from lit_vlm.files import write_atomically
+from lit_vlm.files import write_json
 
 Item = TypeVar("Item")
 
@@ -135,9 +135,7 @@ def write_beat(run_dir: Path, beat: Beat) -> None:
     """Whole or not at all."""
     folder = run_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(
-        folder / f"rank-{beat.rank}.json", json.dumps(asdict(beat), ensure_ascii=False) + "\n", durable=False
-    )
+    write_json(folder / f"rank-{beat.rank}.json", asdict(beat), durable=False)
 
 
 def read_beat(run_dir: Path, rank: int) -> Beat | None:

@@ -16,7 +16,7 @@ from lit_vlm.engine.run_folder import find_manifest, require_writable
 from lit_vlm.engine.signals import postponing
 from lit_vlm.engine.slurm import require_slurm, sbatch, sbatch_words, state_of
 from lit_vlm.engine.slurm_script import Job, one_line, script_of
-from lit_vlm.files import writable, write_atomically
+from lit_vlm.files import writable, write_atomically, write_json
 from lit_vlm.tasks.terminal import console, say
 from lit_vlm.types import UserError
 
@@ -89,7 +89,7 @@ def _submit_one(stage: Run, after: str | None) -> str:
         return f"<job of {stage.name}>"
     with postponing():
         number = sbatch(job.script, after)
-        write_atomically(job.folder / "slurm.json", json.dumps({"job": number}) + "\n")
+        write_json(job.folder / "slurm.json", {"job": number})
     say(f"{stage.name}: job {number}{f', after {after}' if after else ''}. Script: {job.script}")
     return number
 

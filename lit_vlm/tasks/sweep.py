@@ -23,7 +23,7 @@ from lit_vlm.engine.run_folder import require_writable
 from lit_vlm.engine.signals import Ask
 from lit_vlm.engine.slurm import is_preempted, outside_of_job, own_job, requeue
 from lit_vlm.engine.slurm_script import step_command
-from lit_vlm.files import DamagedFile, read_json, write_atomically
+from lit_vlm.files import DamagedFile, read_json, write_json
 from lit_vlm.secrets import mistakes_of_secrets
 from lit_vlm.sweep.file import Method, SweepFile, look_at
 from lit_vlm.sweep.mistakes import mistakes_in_sweep
@@ -225,7 +225,7 @@ def settle_folder(job: Sweep) -> None:
             " run_name=sweeps/<name>, or replace the old one and its trials with overwrite=true."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, json.dumps(mine, indent=2, ensure_ascii=False) + "\n")
+    write_json(path, mine, indent=2)
 
 
 def read_settings(path: Path, mine: dict[str, Any]) -> dict[str, Any] | None:

@@ -12,7 +12,7 @@ from lit_vlm.config.overrides import key_of
 from lit_vlm.engine.signals import postponing
 from lit_vlm.engine.slurm import require_slurm, sbatch, sbatch_words, state_of
 from lit_vlm.engine.slurm_script import Job, script_of
-from lit_vlm.files import write_atomically
+from lit_vlm.files import write_atomically, write_json
 from lit_vlm.tasks.submit import files_to_stage
 from lit_vlm.tasks.terminal import console, say
 
@@ -41,7 +41,7 @@ def submit_workers(run: Run, trial: list[str], settle: Callable[[], None]) -> No
     write_atomically(job.script, script_of(job))
     with postponing():
         number = sbatch(job.script)
-        write_atomically(run.dir / KEPT, json.dumps({"job": number}) + "\n")
+        write_json(run.dir / KEPT, {"job": number})
     say(f"{run.name}: {trials.slurm} workers, job {number}. Script: {job.script}")
     say(f"Follow:  squeue --me;  tail -F {shlex.quote(str(run.dir))}/slurm-*.log")
     say(f"Stop:    scancel --batch --signal=TERM {number}  (trials save first). The same command goes on where it was.")

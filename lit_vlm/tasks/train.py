@@ -169,7 +169,7 @@ def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) ->
     if is_rank_zero():
         text = yaml.safe_dump(redacted(to_plain(asdict(config))), allow_unicode=True, sort_keys=False)
         with writable(run.dir, "config.yaml", "run_dir"):
-            write_atomically(run.dir / "config.yaml", text)
+            write_atomically(run.dir / "config.yaml", text, redact=False)
     tracking.open(folder)
 
     try:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lit_vlm.engine.checkpoint.durable import remove_folder
-from lit_vlm.files import sync, write_atomically
+from lit_vlm.files import sync, write_atomically, write_json
 
 LATEST, BEST = "latest", "best"
 NAME = re.compile(r"step-(\d{8,})")
@@ -52,7 +52,7 @@ class Folder:
         return int(found[1]) if found else None
 
     def point_to_best(self, step: int, loss: float) -> None:
-        write_atomically(self.path / BEST, json.dumps({"checkpoint": self.of(step).name, "val_loss": loss}) + "\n")
+        write_json(self.path / BEST, {"checkpoint": self.of(step).name, "val_loss": loss})
 
     def best(self) -> tuple[int, float] | None:
         """Step and val/loss of the best one that is still there."""

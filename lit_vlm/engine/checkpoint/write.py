@@ -99,9 +99,8 @@ class Writer:
                 draft.mkdir(parents=True, exist_ok=True)
                 intervals, files = write_pieces(draft, self.rank, pieces)
                 if self.rank:
-                    write_atomically(
-                        draft / _part(self.rank), json.dumps([list(map(asdict, intervals)), list(map(asdict, files))])
-                    )
+                    part = json.dumps([list(map(asdict, intervals)), list(map(asdict, files))])
+                    write_atomically(draft / _part(self.rank), part, redact=False)
             if self.rank == 0:
                 self._complete(draft, index, intervals if 0 in self.ranks else [], files if 0 in self.ranks else [])
         except BaseException as error:  # handed to the main thread, whatever it is
@@ -116,7 +115,10 @@ class Writer:
             intervals = intervals + [Interval(**{**one, "shape": tuple(one["shape"])}) for one in theirs]
             files = files + [StoredFile(**one) for one in stored]
             (draft / _part(rank)).unlink()
-        write_atomically(draft / INDEX, replace(index, intervals=intervals, files=files).to_text())
+        text = replace(index, intervals=intervals, files=files).to_text()
+        write_atomically(draft / INDEX, text, redact=False)  # its settings are those of the manifest, without secrets
+        # one that cannot be read again is found now, while the state is still in memory
+        Index.from_text((draft / INDEX).read_text(encoding="utf-8"), draft / INDEX)
         self.folder.place(index.step)
         self.folder.prune(self.keep_last)
 

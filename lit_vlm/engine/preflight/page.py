@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from lit_vlm.engine.pages import Page, sayable, write_page
+from lit_vlm.engine.pages import Page, write_page
 from lit_vlm.engine.preflight.charts import histogram_svg, legend
 from lit_vlm.engine.preflight.facts import Facts, Level, MemoryFacts, SourceRow, StrategyFacts
 from lit_vlm.engine.report_data import short
 from lit_vlm.engine.run_folder import to_plain
-from lit_vlm.files import write_atomically
-from lit_vlm.secrets import redacted
+from lit_vlm.files import write_json
 from lit_vlm.types import counted
 
 
 def write_preflight(folder: Path, facts: Facts) -> Path:
     """`preflight.html` and `preflight.json`; returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
-    values = json.dumps(redacted(to_plain(facts.as_dict())), indent=1, ensure_ascii=False)
-    write_atomically(folder / "preflight.json", sayable(values) + "\n")
+    write_json(folder / "preflight.json", to_plain(facts.as_dict()), indent=1)
     page = folder / "preflight.html"
     write_page(page, render(facts))
     return page

@@ -76,7 +76,7 @@ class MetricsCsv(Logger):
     def _rewrite(self, rows: list[dict[str, Any]], columns: list[str]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         header = _text([dict(zip(columns, columns, strict=True))], columns)
-        write_atomically(self.path, header + _text(rows, columns))
+        write_atomically(self.path, header + _text(rows, columns), redact=False)
         self._columns = columns
 
 

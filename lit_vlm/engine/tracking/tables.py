@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ MOST_PICTURES = 4  # columns; further pictures of a sample are left to samples.j
 
 
 def read_samples(run_dir: Path, phase: str) -> list[dict[str, Any]]:
-    """The rows of `samples.jsonl` that one phase wrote."""
-    file = run_dir / "samples.jsonl"
-    lines = file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else []
-    rows = [json.loads(line) for line in lines if line.strip()]  # not splitlines(): answers may hold U+2028
-    return [row for row in rows if row["phase"] == phase]
+    """Read the rows of `samples.jsonl` that one phase wrote. A line that was cut is left out, as it is where they are written."""
+    file, rows = run_dir / "samples.jsonl", []
+    # not splitlines(): answers may hold U+2028
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else []:
+        with suppress(ValueError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and row.get("phase") == phase]
 
 
 def table_of(run_dir: Path, rows: list[dict[str, Any]]) -> Any:
