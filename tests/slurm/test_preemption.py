@@ -27,7 +27,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 TINY = "task=train model=tiny model.grid=2 model.max_tiles=4 trainer=tiny data.global_batch_size=4 trainer.max_steps=4000 run_name=a"
 
 
-def work(parts, folder: Path, signals: int, steps: int, ranks: int, limit: float, seed: int = 0) -> dict:
+def work(parts, folder: Path, signals: int, steps: int, ranks: int, limit: float = PATIENCE, seed: int = 0) -> dict:
     folder.mkdir(parents=True)
     command = [*TORCHRUN, f"--nproc-per-node={ranks}"] if ranks > 1 else [sys.executable]
     words = [str(WORKER), *parts, str(folder), str(signals), str(steps), str(seed)]

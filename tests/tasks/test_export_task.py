@@ -134,11 +134,11 @@ def test_another_template_than_was_trained_with_is_refused(pair, place):
 
 @pytest.mark.slow
 def test_checkpoints_of_two_ranks_are_as_good(pair, place):
+    pair("align")
     words = [*words_of(place, "align"), *TWO, "run_name=two"]
     assert start(words, place, 2).wait() == [0, 0]
     exported(f"init_from={place / 'runs' / 'two'}")
     one, other = (load_file(place / "runs" / name / "hf" / "model.safetensors") for name in ("two", "align_own"))
-    pair("align")
     assert all(torch.allclose(one[key], other[key], rtol=1e-3, atol=1e-3) for key in other)
 
 
