@@ -23,10 +23,20 @@ def choose_callbacks(names: Sequence[str], *, export: bool, profile: bool) -> li
 
 
 def mistakes_in_callbacks(names: Sequence[str]) -> Iterator[str]:
-    """Yield a sentence for each name that is none of ours and no import path."""
+    """Yield a sentence for each name that is none of ours and no import path, and for those that are repeated."""
     known = [*DEFAULT, *BY_SETTING, *ALWAYS, ONLY]
-    for name in names:
-        if name not in known and "." not in name:
+    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+        yield f"callbacks: {', '.join(map(repr, repeated))} stands there more than once; name each callback once."
+    for name in dict.fromkeys(names):
+        if name in known:
+            continue
+        if not name or ("." in name and not all(part.isidentifier() for part in name.split("."))):
+            found = repr(name) if name else "an empty name"
+            yield (
+                f"callbacks: found {found}; name one of {', '.join(known)}, or the import path of your own class, names"
+                " with dots between them (my_package.MyCallback)."
+            )
+        elif "." not in name:
             found = did_you_mean(nearest(name, known))
             yield (
                 f"callbacks: there is no callback {name}; there are {', '.join(known)},"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from lit_vlm.config.schema import DPOStageConfig
 from lit_vlm.config.settings import did_you_mean, nearest
+from lit_vlm.types import counted
 
 # trl.DPOConfig.loss_type, TRL 1.16
 LOSSES = tuple(
@@ -31,7 +32,8 @@ def mistakes_in_preference_loss(stage: DPOStageConfig) -> Iterator[str]:
         yield f"stage.loss_type: names {', '.join(repeated)} twice; give it one weight in loss_weights."
     weights = stage.loss_weights
     if weights is not None and len(weights) != len(names):
-        yield f"stage.loss_weights: {len(weights)} for {len(names)} losses; give one for each of loss_type."
+        found = f"{counted(len(weights), 'weight')} for {counted(len(names), 'loss', 'losses')}"
+        yield f"stage.loss_weights: {found}; give one for each of loss_type."
     elif weights and not any(weights):
         yield "stage.loss_weights: every weight is 0, so nothing would be learnt."
     if "exo_pair" in names and stage.label_smoothing == 0:

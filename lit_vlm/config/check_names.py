@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import PurePosixPath, PureWindowsPath
 
 from lit_vlm.config.schema import RunConfig
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 MOST_BYTES = 255  # of a folder's name
 RESERVED = ("index",)  # folders of run_dir that belong to no run
+WITHIN = ("checkpoints", "hf", "samples", "wandb")  # folders of a run, in which no other run may lie
+ROOT = re.compile(r"[/\\~]|[A-Za-z]:[/\\]")
 
 
 def mistakes_in_names(config: RunConfig) -> Iterator[str]:
@@ -29,7 +30,7 @@ def _wrong_in_name(name: str) -> Iterator[str]:
         yield "is empty"
     elif CONTROL.search(name):
         yield "has a control character in it"
-    elif PurePosixPath(name).is_absolute() or PureWindowsPath(name).anchor or name.startswith("~"):
+    elif ROOT.match(name):
         yield "must not begin at another folder than run_dir"
     elif any(part in ("", ".", "..") for part in parts):
         yield "must not have empty parts, . or .. in it"
@@ -41,3 +42,5 @@ def _wrong_in_name(name: str) -> Iterator[str]:
         yield "is no Unicode text"
     elif parts[0] in RESERVED:
         yield f"must not begin with {parts[0]}, where indexes and plans are kept"
+    elif inner := next((part for part in parts[1:] if part in WITHIN), None):
+        yield f"must not have {inner} behind another folder, where a run keeps files of its own"

@@ -41,7 +41,7 @@ class Range:
         return (
             f"above {self.low:g} and {high}"
             if self.low_open
-            else f"from {_shown(self.low)} up to {high.removeprefix('at most ')}"
+            else f"from {_shown(self.low)} {high.replace('below', 'to below').replace('at most', 'up to')}"
         )
 
 
@@ -53,7 +53,8 @@ SHARE = Range(0, 1, text="within 0 and 1")
 SHARE_ABOVE_0 = Range(0, 1, low_open=True)
 SHARE_BELOW_1 = Range(0, 1, high_open=True)
 SHARE_BELOW_HALF = Range(0, 0.5, high_open=True)
-HEARTBEAT_SECONDS = Range(0, DAY_SECONDS, low_open=True)
+LEARNING_RATE = Range(0, 1000, low_open=True)
+HEARTBEAT_SECONDS = Range(0.1, DAY_SECONDS)  # each is a file that is written
 MINUTES = Range(0, YEAR_MINUTES, low_open=True)
 PROCESSES = Range(0, 4096, low_open=True)  # on one machine
 NODES = Range(0, 65536, low_open=True)

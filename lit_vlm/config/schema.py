@@ -23,6 +23,7 @@ from lit_vlm.config.ranges import (
     GRID,
     HEARTBEAT_SECONDS,
     LAYER,
+    LEARNING_RATE,
     MINUTES,
     NODES,
     PROCESSES,
@@ -301,7 +302,7 @@ class LoraConfig:
 class PartConfig:
     """What differs for one part; null takes the stage's value."""
 
-    learning_rate: float | None = ranged(None, ABOVE_0)  # peak of this part; null: the stage's
+    learning_rate: float | None = ranged(None, LEARNING_RATE)  # peak of this part; null: the stage's
     weight_decay: float | None = ranged(None, AT_LEAST_0)  # null: the stage's
     warmup: float | None = ranged(None, AT_LEAST_0)  # null: the stage's
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -320,7 +321,7 @@ class StageConfig:
 
     name: StageName = MISSING  # set by the group's files
     trainable: list[Part] = MISSING  # parts whose weights change; every other part is frozen
-    learning_rate: float = ranged(MISSING, ABOVE_0)  # peak, of every part that names none of its own
+    learning_rate: float = ranged(MISSING, LEARNING_RATE)  # peak, of every part that names none of its own
     weight_decay: float = ranged(0.0, AT_LEAST_0)  # LLaVA and LLaVA-OneVision train without
     warmup: float = ranged(0.03, AT_LEAST_0)  # below 1 a share of the steps, else a number of steps; LLaVA's 0.03
     schedule: Schedule = Schedule.cosine  # of the learning rate after the warm-up, down to min_learning_rate

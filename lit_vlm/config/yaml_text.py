@@ -19,7 +19,7 @@ from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.plugins import Plugins
 from hydra.grammar.gen.OverrideLexer import OverrideLexer
-from hydra.plugins.config_source import ConfigResult
+from hydra.plugins.config_source import ConfigResult, ConfigSource
 from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 
@@ -29,7 +29,8 @@ from lit_vlm.config.settings import hint_of
 Keys = tuple[str, ...]  # that lead to a value, lists left out
 WantsText = Callable[[Keys, str], bool]  # whether a value as it is written, below these keys, is text
 CONVERTED = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "timestamp"))
-TEXT, MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+TEXT = "tag:yaml.org,2002:str"
+DEFAULT, MERGE = "tag:yaml.org,2002:value", "tag:yaml.org,2002:merge"  # of = and <<; as values no type has them
 READ_AS: dict[int, Callable[[str], Any]] = {
     OverrideLexer.INT: int,
     OverrideLexer.FLOAT: float,
@@ -59,7 +60,8 @@ def _keep_text(node: yaml.Node, keys: Keys, wants_text: WantsText, above: tuple[
         raise yaml.constructor.ConstructorError(None, None, "an alias leads back into itself", node.start_mark)
     above = (*above, id(node))
     if isinstance(node, yaml.ScalarNode):
-        tag = TEXT if node.tag in CONVERTED and node.style is None and wants_text(keys, node.value) else node.tag
+        converted = node.tag in CONVERTED and wants_text(keys, node.value)
+        tag = TEXT if node.style is None and (converted or node.tag in (DEFAULT, MERGE)) else node.tag
         return yaml.ScalarNode(tag, node.value, node.start_mark, node.end_mark, node.style)
     if isinstance(node, yaml.SequenceNode):
         items = [_keep_text(item, keys, wants_text, above) for item in node.value]
@@ -104,8 +106,13 @@ class TextKeepingSource(FileConfigSource):
     """Hydra's files, read by the types of the schema."""
 
     def load_config(self, config_path: str) -> ConfigResult:
-        result = super().load_config(config_path)
         path = Path(self.path) / self._normalize_file_name(config_path)
+        try:
+            result = super().load_config(config_path)
+        except yaml.constructor.ConstructorError:  # of a plain = or <<, too, which is text here
+            header = ConfigSource._get_header_dict(path.read_text(encoding="utf-8")[:512])
+            config = OmegaConf.create(read_settings(path, _package_of(config_path, header)))
+            return ConfigResult(self.provider, f"{self.scheme()}://{self.path}", config, header)
         if isinstance(result.config, DictConfig) and result.config:
             result.config = OmegaConf.create(read_settings(path, _package_of(config_path, result.header)))
         return result

@@ -13,6 +13,7 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -41,19 +42,26 @@ class Hold:
         """Take it, unless this process has it. Whether it was taken now.
 
         Raises:
-            UserError: another process has it; who, where, since when.
+            UserError: another process has it: who, where, since when; or its files cannot be used.
         """
         if self._lock is not None or not is_rank_zero():
             return False
-        self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / LOCK, timeout=0)
+        holder = {"host": socket.gethostname(), "process": os.getpid(), "since": datetime.now(UTC).isoformat()}
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             _acquire(lock, self.folder)
+            write_json(self.folder / HOLDER, holder, durable=False)
         except Timeout:
             raise UserError(f"{_held(self.folder)} {self.remedy}") from None
+        except OSError as error:
+            path = self.folder / (HOLDER if lock.is_locked else LOCK)
+            lock.release()
+            remedy = "Remove it" if path.is_dir() else "Make room or change its rights"
+            raise UserError(
+                f"{path} cannot be used: {error.strerror or error}. {remedy}, and start the run again."
+            ) from error
         self._lock = lock
-        holder = {"host": socket.gethostname(), "process": os.getpid(), "since": datetime.now(UTC).isoformat()}
-        write_json(self.folder / HOLDER, holder, durable=False)
         return True
 
     def __enter__(self) -> Hold:
@@ -63,7 +71,8 @@ class Hold:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._lock is not None:
-            (self.folder / HOLDER).unlink(missing_ok=True)
+            with suppress(OSError):  # the lock alone decides; what is left here is no error of the run
+                (self.folder / HOLDER).unlink(missing_ok=True)
             self._lock.release()
             self._lock = None
 
@@ -81,13 +90,16 @@ def _acquire(lock: FileLock, folder: Path) -> None:
         time.sleep(0.2)
 
 
-def _holder(folder: Path) -> dict[str, str]:
-    with suppress(OSError, ValueError):
-        return dict(json.loads((folder / HOLDER).read_text(encoding="utf-8")))
+def _holder(folder: Path) -> dict[str, Any]:
+    """Read who holds the folder; {} where that is not known, as of a damaged file."""
+    with suppress(OSError, ValueError, RecursionError):
+        found = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
+        if isinstance(found, dict) and type(found.get("process")) is int and isinstance(found.get("host"), str):
+            return found
     return {}
 
 
-def _is_alive(holder: dict[str, str]) -> bool:
+def _is_alive(holder: dict[str, Any]) -> bool:
     """Whether the process is there; one of another machine is taken to be."""
     if not holder or holder.get("host") != socket.gethostname():
         return True

@@ -6,7 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from enum import Enum
@@ -24,6 +24,18 @@ from lit_vlm.types import Source, UserError
 MANIFEST = "manifest.json"
 MADE_AGAIN = "Start that run again with its own command: it is made again from what lies beside it."
 SPREAD_BLOCKS = 256  # of 64 KiB, that stand for a file of weights
+# The shape of a manifest, of what in it is read again
+TABLES = ("config", "data", "parent", "tracking", "plan", "figures", "git", "versions")
+INNER: tuple[tuple[str, str, type], ...] = (
+    ("config", "stage", dict),
+    ("config", "model", dict),
+    ("config", "data", dict),
+    ("data", "digest", str),
+    ("parent", "path", str),
+    ("parent", "digest", str),
+    ("tracking", "wandb", dict),
+)
+TEXTS = ("status", "name", "stage", "started", "command", "weights_digest")
 PACKAGES = ("torch", "lightning", "transformers", "peft", "trl", "tokenizers", "torchmetrics", "hydra-core")
 
 
@@ -120,7 +132,24 @@ def require_writable(path: Path) -> None:
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
     """Read the manifest of a run's folder; None where there is none. DamagedFile where it is not as it was written."""
-    return read_json(path / MANIFEST, MADE_AGAIN)
+    found = read_json(path / MANIFEST, MADE_AGAIN)
+    for key, kind in _find_misshaped(found or {}):
+        raise DamagedFile(f"{path / MANIFEST} is damaged: its {key} is {kind}. {MADE_AGAIN}")
+    return found
+
+
+def _find_misshaped(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Find the entries that have another type than those that are written, and the type that they have."""
+    for key in TABLES:
+        if not isinstance(manifest.get(key), dict | None):
+            yield key, type(manifest[key]).__name__
+    for key, inner, kind in INNER:
+        value = (manifest.get(key) or {}).get(inner)
+        if not isinstance(value, kind | None):
+            yield f"{key}.{inner}", type(value).__name__
+    for key in TEXTS:
+        if not isinstance(manifest.get(key), str | None):
+            yield key, type(manifest[key]).__name__
 
 
 def find_manifest(path: Path) -> dict[str, Any]:
@@ -152,9 +181,8 @@ def parent_of(init_from: str | None) -> dict[str, str] | None:
     folder = Path(init_from)
     if not folder.is_dir():
         return {"path": init_from, "digest": ""}
-    digest = find_manifest(folder.parent).get(
-        "weights_digest"
-    )  # where it is lost, the weights themselves say which they are
+    digest = find_manifest(folder.parent).get("weights_digest")
+    # where it is lost, the weights themselves say which they are
     return {"path": init_from, "digest": digest or digest_of_weights(folder)}
 
 

@@ -7,11 +7,13 @@ which nothing is read and nothing changes.
 from __future__ import annotations
 
 import json
+import warnings
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 from lit_vlm.files import append_line
+from lit_vlm.types import UserError
 
 NAME = "skipped.jsonl"
 
@@ -27,16 +29,40 @@ class SkippedStep:
 
 
 def read_skipped(run_dir: Path) -> dict[int, SkippedStep]:
-    """By step. A last line that was cut short is not counted."""
+    """Read them, by step. A damaged line, such as one that was cut short, is not counted, and is named.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     file, found = run_dir / NAME, {}
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    for line in lines:
-        try:
-            row = SkippedStep(**json.loads(line))
-        except (ValueError, TypeError):
-            continue
-        found[row.step] = row
+    try:
+        text = file.read_bytes().decode("utf-8", "replace")
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise UserError(
+            f"{file} cannot be read: {error.strerror or error}. The steps that this run leaves out are listed there: "
+            "mend it, or remove it, and these steps are computed again."
+        ) from error
+    for number, line in enumerate(text.split("\n"), 1):  # not at every line separator of Unicode
+        row = _read_row(line)
+        if row is not None:
+            found[row.step] = row
+        elif line.strip():
+            warnings.warn(
+                f"{file}:{number}: this line is damaged and says of no step that it is left out: {line[:80]!r}",
+                stacklevel=2,
+            )
     return found
+
+
+def _read_row(line: str) -> SkippedStep | None:
+    """Read a line; None where it is none of ours."""
+    try:
+        row = SkippedStep(**json.loads(line))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return row if type(row.step) is int and row.step >= 0 else None
 
 
 def add_skipped(run_dir: Path, step: int, reason: str, samples: list[str]) -> None:

@@ -19,6 +19,18 @@ def test_every_callback_of_ours_is_known_and_the_schema_has_the_default_ones():
     assert "there is no callback thruput" in mistake
 
 
+@pytest.mark.parametrize("name", ["", ".x", "a.", "my..x", "my.1x", "my. x"])
+def test_a_callback_that_is_no_import_path_is_refused_with_what_one_is(name):
+    (mistake,) = mistakes_in_callbacks([name])
+    assert (repr(name) if name else "an empty name") in mistake and "my_package.MyCallback" in mistake
+
+
+@pytest.mark.parametrize("name", ["report", "my.Own"])
+def test_a_callback_that_is_named_twice_is_refused(name):
+    (mistake,) = mistakes_in_callbacks([name, "guard", name])
+    assert f"'{name}' stands there more than once" in mistake
+
+
 @pytest.mark.parametrize(
     ("names", "found"),
     [

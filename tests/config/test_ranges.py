@@ -111,7 +111,7 @@ def test_help_shows_the_range_behind_the_type():
     text = help_text(["settings"])
     assert "  trainer.timeout_minutes   a number (above 0 and at most 527040); default 30.0" in text
     assert "  stage.beta   a number (above 0); default 0.1" in text
-    assert "  data.validation.fraction   a number (from 0 up to below 1); default 0.01" in text
+    assert "  data.validation.fraction   a number (from 0 to below 1); default 0.01" in text
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_help_shows_the_range_behind_the_type():
         (Range(0), "0 or above"),
         (Range(0, 2**32 - 1), "from 0 up to 4294967295"),
         (Range(0, 1, low_open=True), "above 0 and at most 1"),
-        (Range(0, 0.5, high_open=True), "from 0 up to below 0.5"),
+        (Range(0, 0.5, high_open=True), "from 0 to below 0.5"),
         (Range(0, 3, True, True), "above 0 and below 3"),
     ],
 )
@@ -134,6 +134,8 @@ def test_a_range_reads_as_a_sentence(range_, text):
     [
         "trainer.timeout_minutes=0",
         "guard.heartbeat_seconds=nan",
+        "guard.heartbeat_seconds=1e-4",
+        "stage.learning_rate=1e300",
         "stage.learning_rate=inf",
         "seed=-1",
         "seed=4294967296",
@@ -171,7 +173,7 @@ def test_ranges_hold_for_every_task(task):
         "a\x1b[31m",
         "a\u202eb",
     ]
-    + ["x" * 256, "a /b", "index", "index/x"],
+    + ["x" * 256, "a /b", "index", "index/x", "c:/x", "tiny/1_align/hf", "b/checkpoints", "a/wandb/b", "a/samples"],
 )
 def test_a_run_name_that_leads_elsewhere_or_is_no_folder_is_refused(name, config):
     changed = copy.deepcopy(config)
@@ -181,7 +183,9 @@ def test_a_run_name_that_leads_elsewhere_or_is_no_folder_is_refused(name, config
 
 
 @pytest.mark.parametrize(
-    "name", ["a", "tiny/2_sft", "sweeps/tiny/3", "실험-1", "a b", "v1.0", "..a", "a..b", "1:30:00", "on", "x" * 255]
+    "name",
+    ["a", "tiny/2_sft", "sweeps/tiny/3", "실험-1", "a b", "v1.0", "..a", "a..b", "1:30:00", "on", "x" * 255]
+    + ["a:b", "hf", "samples/a", "a/hf2"],
 )
 def test_ordinary_run_names_are_taken(name, config):
     changed = copy.deepcopy(config)

@@ -42,6 +42,13 @@ def test_text_of_a_source_and_its_mapping_stays_as_it_is_written(word, tmp_path)
     assert (source.prompts, source.mapping.answer, source.mapping.labels) == ([word], word, word)
 
 
+def test_a_plain_equals_sign_and_a_merge_sign_are_text_as_values(tmp_path):
+    text = HEAD + "logger: {tags: [=, <<]}\nsubmit:\n  env: {L: =, M: <<, =: a}\n"
+    config = config_of(tmp_path, text)
+    assert config.logger.tags == ["=", "<<"] and config.submit.env == {"L": "=", "M": "<<", "=": "a"}
+    assert read_yaml("a: &x {t: =}\nb: {<<: *x}\n", lambda *_: False)["b"] == {"t": "="}
+
+
 def test_names_in_a_table_are_text(tmp_path):
     text = (
         HEAD

@@ -1,11 +1,14 @@
 """A run folder is one process's at a time, and nobody has to clear up after one that was killed."""
 
+import json
 import os
 import signal
 import socket
 import time
 
-from lit_vlm.engine.hold import HOLDER, Hold
+import pytest
+
+from lit_vlm.engine.hold import HOLDER, LOCK, Hold
 from lit_vlm.types import UserError
 
 
@@ -59,6 +62,39 @@ def test_a_lock_left_by_a_killed_process_holds_nobody_up_nor_do_its_orphans(tmp_
     assert in_child(killed) == -signal.SIGKILL and (tmp_path / HOLDER).is_file()
     take(tmp_path)
     assert not (tmp_path / HOLDER).exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[1]", "5", "null", "{}", '{"config": {}}', json.dumps({"host": socket.gethostname()}), '{"process": 1}', "\0"],
+)
+def test_a_damaged_note_of_the_holder_names_nobody_and_hides_no_lock(content, tmp_path, monkeypatch):
+    monkeypatch.setattr("lit_vlm.engine.hold.ORPHANS_SECONDS", 0.0)
+    with Hold(tmp_path) as hold:
+        hold.take()
+        (tmp_path / HOLDER).write_text(content)
+        with pytest.raises(UserError, match="under way already, in another process"):
+            take(tmp_path)
+    (tmp_path / HOLDER).write_text(content)
+    take(tmp_path)
+
+
+@pytest.mark.parametrize("name", [HOLDER, LOCK])
+def test_a_folder_in_the_place_of_a_file_of_the_lock_is_told(name, tmp_path):
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match=f"{name} cannot be used: .*Remove it"):
+        take(tmp_path)
+    (tmp_path / name).rmdir()
+    take(tmp_path)
+
+
+def test_a_holder_that_turns_into_a_folder_does_not_keep_the_lock(tmp_path):
+    with Hold(tmp_path) as hold:
+        hold.take()
+        (tmp_path / HOLDER).unlink()
+        (tmp_path / HOLDER).mkdir()
+    (tmp_path / HOLDER).rmdir()
+    take(tmp_path)
 
 
 def test_only_the_first_rank_takes_it_and_no_folder_is_made_before(tmp_path, monkeypatch):

@@ -86,7 +86,7 @@ def test_scores_are_spread_over_the_answers_they_belong_to():
         ({"loss_type": ["sigmoide"]}, "there is no loss sigmoide; there are sigmoid, .*Did you mean sigmoid"),
         ({"loss_type": []}, "empty"),
         ({"loss_type": ["sigmoid"], "beta": 0.0}, "above 0"),
-        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "1 for 2 losses"),
+        ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "1 weight for 2 losses"),
         ({"loss_type": ["exo_pair"]}, "label_smoothing: must be above 0 for loss_type=exo_pair"),
         ({"loss_type": ["sigmoid"], "label_smoothing": 0.1}, "has no effect"),
         ({"loss_type": ["robust"], "label_smoothing": 0.5}, "below 0.5"),

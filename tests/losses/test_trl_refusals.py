@@ -24,7 +24,7 @@ OURS = {
     ),
     "The `label_smoothing` parameter should lie in [0.0, 0.5)": (
         ["stage.loss_type=[robust]", "stage.label_smoothing=0.5"],
-        "stage.label_smoothing: must be from 0 up to below 0.5, found 0.5.",
+        "stage.label_smoothing: must be from 0 to below 0.5, found 0.5.",
     ),
     "Label smoothing must be greater than 0.0 when using 'exo": (
         ["stage.loss_type=[exo_pair]"],
@@ -36,7 +36,7 @@ OURS = {
     ),
     "`loss_weights` must have the same length as `loss_type`": (
         ["stage.loss_type=[sigmoid,sft]", "stage.loss_weights=[1.0]"],
-        "stage.loss_weights: 1 for 2 losses",
+        "stage.loss_weights: 1 weight for 2 losses",
     ),
 }
 NOT_HERE = {

@@ -87,7 +87,7 @@ def test_a_trial_that_fails_is_marked_failed_and_the_agent_goes_on(server, clien
     assert states[1e-3, "val/loss_ko"].state == "finished", said
     assert states[-1.0, "val/loss_ko"].state == states[-1.0, "val/los_ko"].state == "failed"
     assert states[1e-3, "val/los_ko"].state == "failed" and states[1e-3, "val/los_ko"].exit_code == 1
-    assert "stage.learning_rate: must be above 0, found -1.0." in said
+    assert "stage.learning_rate: must be above 0 and at most 1000, found -1.0." in said
     assert "val/los_ko" in said and "Did you mean val/loss_ko?" in said
     assert "Traceback" not in said
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from lit_vlm.data.index.columns import Index
 from lit_vlm.files import append_line
-from lit_vlm.types import RecordError
+from lit_vlm.types import RecordError, UserError
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +44,20 @@ class Ledger:
         """What is there; nothing where there is no file.
 
         A line that was torn by the end of its process is left out: its record is met, and entered, once more.
+
+        Raises:
+            UserError: the file cannot be read.
         """
         path = Path(path)
         try:
             text = path.read_bytes().decode("utf-8", "replace")
         except FileNotFoundError:
             text = ""
+        except OSError as error:
+            raise UserError(
+                f"{path} cannot be read: {error.strerror or error}. The samples that this run leaves out are listed there: "
+                "mend it, or remove it, and a sample that is still bad is met and entered again."
+            ) from error
         found = (_entry(line) for line in text.split("\n"))  # not at every line separator of Unicode
         return cls(path, [entry for entry in found if entry is not None])
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from lit_vlm.engine.checkpoint.durable import remove_folder
 from lit_vlm.files import sync, write_atomically, write_json
+from lit_vlm.types import UserError
 
 LATEST, BEST = "latest", "best"
 NAME = re.compile(r"step-(\d{8,})")
@@ -73,7 +74,20 @@ class Folder:
                     remove_folder(self.of(step))
 
     def sweep(self, step: int) -> None:
-        """Before a run writes here: what killed writers left goes, and so do checkpoints beyond the step that it goes on from."""
+        """Before a run writes here: what killed writers left goes, and so do checkpoints beyond the step that it goes on from.
+
+        Raises:
+            UserError: a folder stands where a file of the checkpoints is kept, or a file where their folder is.
+        """
+        for pointer in (self.path / LATEST, self.path / BEST):
+            if pointer.is_dir():
+                raise UserError(
+                    f"{pointer} is a folder, and a file that names a checkpoint is kept there. Remove it, and start the run again."
+                )
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(
+                f"{self.path} is no folder, and checkpoints are kept there. Remove it, and start the run again."
+            )
         if not self.path.is_dir():
             return
         for entry in self.path.iterdir():
