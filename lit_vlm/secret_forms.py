@@ -168,6 +168,7 @@ FORMS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] 
     (re.compile(r"""(\b(?:un)?zip\b[^\n;|]{0,200}?\s-P\s{0,4}['"]{0,5})([^\s'"]+)"""), _keep_name),
     (re.compile(r"""(\b(?:7z[azr]?|(?:un)?rar)\b[^\n;|]{0,200}?\s['"]{0,5}-h?p['"]{0,5})([^\s'"]+)"""), _keep_name),
     # mount -o user=bob,pass=...
+    (re.compile(r"""(\bmount\b[^\n;|]{0,200}?[\s,'"]pass=)([^\s,;'"]+)"""), _keep_name),
     (re.compile(r"""(\buser(?:name)?=[^\s,;'"]{1,80},(?:[^\s;'"]{0,200},)?pass=)([^\s,;'"]+)"""), _keep_name),
     (re.compile(r"(\bmachine\s+\S{1,200}\s+login\s+\S{1,200}\s+password\s+)([^\s'\"\\]+)"), _keep_name),  # ~/.netrc
     (re.compile(r"(\bhooks\.slack\.com/services/|\bdiscord(?:app)?\.com/api/webhooks/)([^\s'\"]+)"), _keep_name),

@@ -153,6 +153,7 @@ PROSE = [
 COMMANDS = [
     ("mount -o user=bob,pass=hunter2", "hunter2"),
     ("mount -t cifs -o username=bob,uid=3,pass=hunter2,ro //nas/a /b", "hunter2"),
+    ("mount -o pass=hunter2,user=bob //nas/a /b", "hunter2"),
     ("aihubshell -mode d -aihubid mina -aihubpw hunter2abc", "hunter2abc"),
     ("aws configure set aws_secret_access_key wJalrXUtnFEMI", "wJalrXUtnFEMI"),
     ("aws configure set lab.aws_secret_access_key wJalrXUtnFEMI", "wJalrXUtnFEMI"),
