@@ -151,8 +151,11 @@ def _key_file(draw: random.Random) -> Shape:
 
 
 def _digest(draw: random.Random) -> Shape:
-    secret = draw.choice(["", "local-"]) + _body(draw, 40, HEX)
-    return Shape("W&B", draw.choice(["{}", "wandb login {}", "key {}", "[{}]"]).format(secret), secret)
+    """Keys of W&B. Forty digits alone may be a commit in a name or a tag; in a text, or with "local-", they are a key."""
+    start = draw.choice(["", "local-"])
+    secret = start + _body(draw, 40, HEX)
+    forms = ["wandb login {}", "key {}", "see {} there", "api-{}", *(["{}", "[{}]"] if start else [])]
+    return Shape("W&B", draw.choice(forms).format(secret), secret)
 
 
 def _variable(draw: random.Random) -> Shape:
@@ -268,6 +271,7 @@ def _terminal(say: Callable[[Any], None]) -> Callable[[Path, str], str]:
         stream: Any = RedactedStream(caught)
         with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):
             say(text)
+        stream.flush()
         return caught.getvalue()
 
     return sink
@@ -297,6 +301,7 @@ SINKS: dict[str, Callable[[Path, str], str]] = {
     "manifest.json": _manifest,
     "W&B": _told_to_wandb,
     "print": _terminal(print),
+    "print in pieces": _terminal(lambda text: print(*(text[at : at + 3] for at in range(0, len(text), 3)), sep="")),
     "rich": _terminal(lambda text: Console(width=400).print(text, soft_wrap=True, markup=False)),
     "a traceback": _terminal(_raise),
     "Hydra's log": _terminal(_log),

@@ -10,9 +10,13 @@ HEX_DIGEST = re.compile(r"[0-9a-f]{40}")  # a key of W&B, until 2025; and what g
 # Before it a digest is meant: commit=..., "revision": "...", git checkout ..., .../snapshots/..., package@...; and what has an
 # ending behind it is a file.
 NO_DIGEST_BEFORE = re.compile(
-    r"""(commit|revision|digest|sha-?1|sha|rev|ref|tree|oid|hash|\bid|image|file)["']?\s*[=:\s]\s*["']?$|\bgit\s[^;&|\n]*\s$|[/@]$""",
+    r"""(commit|revision|digest|sha-?1|sha|rev|ref|tree|oid|hash|\bid|image|file|version|(?<![a-z])(?:run_?name|group|tags?|name))"""
+    r"""["']?\s*[=:\s]\s*(?:\[(?:[^\[\]]*,)?\s*|(?:-\s[^\n]*\n\s*)*-\s+)?["']?$|\bgit\s[^;&|\n]*\s$|[/@]$""",
     re.I,
 )
+_NAMED_BEFORE = re.compile(r"\w[-_.]$")  # sft-<digest>
+_NAMED_BEHIND = re.compile(r"[-_/][A-Za-z0-9]")  # <digest>-sft
+_KEY_BEFORE = re.compile(r"(login|key|api|token|secret|passw?o?r?d?|auth)[-_.]?$", re.I)
 _BEFORE = 60  # characters before a digest that are looked at
 
 # A variable, a command, a place to be filled in, or no value at all: not the secret itself
@@ -24,11 +28,13 @@ _DRAWN = re.compile(r"(?=[^/]*\d)(?=[^/]*[a-z])(?=[^/]*[A-Z])[^/]{8,}")  # at ra
 _PLAIN_PATH = re.compile(r"[a-z\d_.-]+(/[a-z\d_.-]+)+")
 
 _START = r"(?<![A-Za-z0-9])"
+_RUN = r"(?:(?=[A-Za-z]*\d)(?=\d*[A-Za-z])[A-Za-z0-9]{16}|[A-Za-z]{32})"
 _PREFIXED = (
     r"hf_[A-Za-z0-9]{20,}",  # Hugging Face, a user's
     r"api_org_[A-Za-z0-9]{20,}",  # and an organisation's
     r"wandb_v\d+_\w{16,}",  # Weights & Biases
-    r"sk-(?=[A-Za-z_-]*\d|[A-Za-z]{20})[A-Za-z0-9_-]{16,}",  # OpenAI, Anthropic and others
+    # OpenAI, Anthropic and others: a long run somewhere, for names have short words, dates and commits
+    rf"sk-(?={_RUN}|(?:[A-Za-z0-9]*[-_]){{1,12}}?(?![0-9a-f]{{40}}(?![A-Za-z0-9])){_RUN})[A-Za-z0-9_-]{{16,}}",
     r"(?:sk|rk)_(?:live|test)_[A-Za-z0-9]{16,}",  # Stripe
     r"gsk_[A-Za-z0-9]{20,}",  # Groq
     r"(?:xai|pplx)-[A-Za-z0-9]{20,}",
@@ -58,6 +64,36 @@ _SIGNED = (
     " access_token api_key apikey client_secret secret password"
 ).split()
 _SIGNED_WEAKLY = "token auth key".split()
+_NAME = r"(?<!\w)(?P<name>[^\W\d][\w.-]{0,80}+)"
+# A name, and the value behind it: NAME=value, --name value, "name": "value", ${oc.env:NAME,value}; and name: value, as
+# headers have it, where the value looks like no word.
+_OPENS = r"(?![\s,\]}:;)]|\Z)"  # behind a quote that begins a text; else it ends the one around the name
+_STAYS_OPEN = r"(?!\s*[,\]}:;)]|\s*\Z|[ \t]*\n)"  # the same on one line, where a password may begin with a blank
+_OF_A_SHELL = re.compile(
+    rf"""\$\([^)\n]*\)|`[^`\n]*`|<[^<>\n]*>|('"'"'|'\\''|\\["']){_STAYS_OPEN}[^\n]*?\1"""
+    rf"""|"{_STAYS_OPEN}[^"\n]*"|'{_STAYS_OPEN}[^'\n]*'"""
+    rf"""|(?:"{_OPENS}(?:\\.|[^"\\])*"|'{_OPENS}[^']*'|\\[^"']|[^\s"'\\&;|])+"""
+)
+JSON_KEY = re.compile(r"""\\?["'](?P<name>[A-Za-z_][\w.-]{0,80}+)\\?["']\s{0,4}:\s{0,4}""")
+HEADER = re.compile(rf"(?<!\.){_NAME}:[ \t]{{0,4}}")
+ASSIGNED = (
+    (re.compile(rf"""{_NAME}["']?[ \t]{{0,4}}(?:=>|:=|={{1,2}})[ \t]{{0,4}}"""), _OF_A_SHELL),
+    (
+        re.compile(
+            r"\b(?:setenv|set -g?x|ENV|ARG|configure set|printf -v)[ \t]{1,4}(?P<name>[A-Za-z_][\w.]{0,80}+)[ \t]{1,4}"
+            r"""(?:["']?%[sbq](?:\\n)?["']?[ \t]{1,4})?"""
+        ),
+        _OF_A_SHELL,
+    ),
+    (
+        re.compile(r"\bread[ \t]{1,4}(?:-\w{1,8}[ \t]{1,4}){0,4}(?P<name>[A-Za-z_]\w{0,80}+)[ \t]{0,4}<<<[ \t]{0,4}"),
+        _OF_A_SHELL,
+    ),
+    (re.compile(r"(?<![\w-])--?(?P<name>[A-Za-z][\w.-]{0,80}+)\s{1,8}(?!-)"), _OF_A_SHELL),
+    (JSON_KEY, re.compile(r"""\\?"(?:\\[^"]|[^"\\])*\\?"|'[^']*'|[^\s"',}\]\\{\[]+""")),
+    (re.compile(r"\$\{oc\.env:(?P<name>\w{1,80}),"), re.compile(r"[^}]+")),
+    (HEADER, re.compile(r"""[^\s"',;]{6,}""")),
+)
 
 
 def is_reference(value: str) -> bool:
@@ -81,10 +117,19 @@ def looks_secret(value: str) -> bool:
     return letters and (digits or mixed or symbols or re.fullmatch("[A-Za-z]{20,}", value) is not None)
 
 
-def _digestless(match: re.Match[str]) -> str:
-    """A run of 40 hexadecimal digits is left where a digest is meant."""
-    before = match.string[max(0, match.start() - _BEFORE) : match.start()]
-    return match[0] if NO_DIGEST_BEFORE.search(before) else REDACTED
+def redact_digest(match: re.Match[str], name: str = "") -> str:
+    """Redact a run of 40 hexadecimal digits, except where a digest is meant or it is part of a name or a path.
+
+    Args:
+        name: of the setting that holds the text.
+    """
+    if match[0].startswith("local-"):  # so only W&B writes it
+        return REDACTED
+    before = (f"{name}=" if name else "") + match.string[max(0, match.start() - _BEFORE) : match.start()]
+    if NO_DIGEST_BEFORE.search(before):
+        return match[0]
+    is_named = _NAMED_BEFORE.search(before) or _NAMED_BEHIND.match(match.string, match.end())
+    return match[0] if is_named and not _KEY_BEFORE.search(before) else REDACTED
 
 
 def _keep_name(match: re.Match[str]) -> str:
@@ -104,7 +149,7 @@ FORMS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] 
         REDACTED,
     ),
     (re.compile(_START + "(?:" + "|".join(_PREFIXED) + ")"), REDACTED),
-    (re.compile(r"(?<![0-9A-Za-z])(?:local-)?[0-9a-f]{40}(?![0-9A-Za-z]|\.[a-z]{2,5}\b)"), _digestless),
+    (re.compile(r"(?<![0-9A-Za-z])(?:local-)?[0-9a-f]{40}(?![0-9A-Za-z]|\.[a-z]{2,5}\b)"), redact_digest),
     (re.compile(r"((?:\bBearer|\bBasic)\s+)([A-Za-z0-9._~+/=-]{8,})", re.I), _keep_name_where_weak),
     # Authorization: token ..., also as JSON
     (
@@ -119,6 +164,12 @@ FORMS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] 
         re.compile(r"""(\b(?:sshpass|mysql\w*|docker login)\b[^\n;|]{0,200}?\s-p[ =]?['"]{0,5})([^\s'"]+)"""),
         _keep_name,
     ),
+    (re.compile(r"""(\bredis-cli\b[^\n;|]{0,200}?\s(?:-a|--pass)[ =]\s{0,4}['"]{0,5})([^\s'"]+)"""), _keep_name),
+    (re.compile(r"""(\b(?:un)?zip\b[^\n;|]{0,200}?\s-P\s{0,4}['"]{0,5})([^\s'"]+)"""), _keep_name),
+    (re.compile(r"""(\b(?:7z[azr]?|(?:un)?rar)\b[^\n;|]{0,200}?\s['"]{0,5}-h?p['"]{0,5})([^\s'"]+)"""), _keep_name),
+    # mount -o user=bob,pass=...
+    (re.compile(r"""(\bmount\b[^\n;|]{0,200}?[\s,'"]pass=)([^\s,;'"]+)"""), _keep_name),
+    (re.compile(r"""(\buser(?:name)?=[^\s,;'"]{1,80},(?:[^\s;'"]{0,200},)?pass=)([^\s,;'"]+)"""), _keep_name),
     (re.compile(r"(\bmachine\s+\S{1,200}\s+login\s+\S{1,200}\s+password\s+)([^\s'\"\\]+)"), _keep_name),  # ~/.netrc
     (re.compile(r"(\bhooks\.slack\.com/services/|\bdiscord(?:app)?\.com/api/webhooks/)([^\s'\"]+)"), _keep_name),
     # user:password@host; with one slash where an address was taken for a path; an image's digest is none
@@ -131,3 +182,4 @@ FORMS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] 
     (re.compile(rf"([?&](?:{'|'.join(_SIGNED)})=)([^&\s#'\"]+)", re.I), _keep_name),
     (re.compile(rf"([?&](?:{'|'.join(_SIGNED_WEAKLY)})=)([^&\s#'\"]+)", re.I), _keep_name_where_weak),
 )
+PROSE_FORMS = FORMS[:2]  # private keys and tokens by their prefixes: no sentence holds them by chance

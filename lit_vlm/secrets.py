@@ -9,33 +9,42 @@ one of three places on its way out, and each of them calls `redacted` or `redact
 
 from __future__ import annotations
 
+import atexit
 import html
 import json
 import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
-from functools import cache, lru_cache
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache, lru_cache, partial
 from typing import Any, TextIO
 from urllib.parse import quote
 
 from lit_vlm.secret_forms import (
+    ASSIGNED,
     FORMS,
-    HEX_DIGEST,
-    NO_DIGEST_BEFORE,
+    HEADER,
+    JSON_KEY,
+    PROSE_FORMS,
     REDACTED,
     is_path,
     is_reference,
     looks_secret,
+    redact_digest,
 )
 
+LONGEST_LINE = 4096  # characters of an unfinished line that are kept; a private key has fewer
+_OPEN_KEY = re.compile(r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY(?: BLOCK)?-----(?:(?!-----END )[A-Za-z0-9+/=\s:,-])*\Z")
 SHORTEST = 6  # characters of a variable's value that are looked for in other text; shorter ones are words
 _WORD_OR_NUMBER = re.compile(r"[a-z]{1,8}|\d{1,5}")  # as a variable's value: found in any text
 
 _ALONE = frozenset(
-    "password passwd passphrase passcode secret secrets credential credentials authorization apikey jwt".split()
+    "password passwd passphrase passcode secret secrets credential credentials cred creds authorization apikey jwt".split()
 )
+_ALSO_A_WORD = frozenset("secret secrets credential credentials cred".split())  # SECRET_SAUCE, CREDENTIAL_HELPER
+_KOREAN = re.compile(r"(비밀번호|패스워드|비밀키|인증키|접근키)|(암호|비번|토큰)")
 _GLUED = tuple("password passwd passphrase apikey secretkey accesskey privatekey clientsecret".split())  # PGPASSWORD
 _GLUED += tuple("accesstoken authtoken apitoken bearertoken hftoken".split())
 _OF_A_KEY = frozenset(
@@ -44,13 +53,19 @@ _OF_A_KEY = frozenset(
     " openrouter private replicate secret server service session shared signing slack ssh ssl storage stripe tls together"
     " user wandb webhook".split()
 )
-_OF_NO_KEY = frozenset("cache foreign group image index join map partition primary public sort text".split())
+_OF_NO_KEY = frozenset("cache foreign group hash image index join map partition primary public sort text".split())
 _OF_A_TOKEN = frozenset(
     "access api auth bearer bot csrf deploy git github gitlab hf hub id job personal refresh registry session slack user"
     " wandb".split()
 )
 _OF_A_PASS = frozenset(
     "admin db email ftp http login mail mongo mysql pg postgres proxy redis root smtp ssh sudo user".split()
+)
+_OF_A_PAT = frozenset("access ado azure bitbucket devops docker gh git github gitlab hf".split())
+_SHORTENED = tuple(  # DBPASS, -aihubpw
+    word + end
+    for word in sorted(_OF_A_PASS | set("aihub api app docker git hub my nas netrc registry svn vpn web wifi".split()))
+    for end in ("pass", "pwd", "pw")
 )
 # Ends that make a name a place, a size or a sort of the secret and not the secret itself.
 _ABOUT = frozenset("file path dir directory url uri endpoint name type id ids count length size limit ttl".split())
@@ -59,26 +74,11 @@ _OF_A_VOCABULARY = frozenset(
     " prefix prompt sep special start stop suffix text unk video vision".split()
 )
 _ANY = object()
+_LETTERS_AND_DIGITS = re.compile(r"(?=\D*\d)(?=[^A-Za-z]*[A-Za-z])\S{6}")
 _FOLDERS = ("PWD", "OLDPWD")  # of a shell
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-_NAME = r"(?<!\w)(?P<name>[A-Za-z_][\w.-]{0,80}+)"
-# A name, and the value behind it: NAME=value, --name value, "name": "value", ${oc.env:NAME,value}; and name: value, as
-# headers have it, where the value looks like no word.
-_OPENS = r"(?![\s,\]}:;)]|\Z)"  # behind a quote that begins a text; else it ends the one around the name
-_OF_A_SHELL = re.compile(
-    r"""\$\([^)\n]*\)|`[^`\n]*`|<[^<>\n]*>|('"'"'|'\\''|\\["'])[^\n]*?\1|"[^"\n]*"|'[^'\n]*'"""
-    rf"""|(?:"{_OPENS}(?:\\.|[^"\\])*"|'{_OPENS}[^']*'|\\[^"']|[^\s"'\\&;|])+"""
-)
-_JSON = re.compile(r"""\\?["'](?P<name>[A-Za-z_][\w.-]{0,80}+)\\?["']\s{0,4}:\s{0,4}""")
-_HEADER = re.compile(rf"(?<!\.){_NAME}:[ \t]{{0,4}}")
-_ASSIGNED = (
-    (re.compile(rf"""{_NAME}["']?[ \t]{{0,4}}(?:=>|:=|={{1,2}})[ \t]{{0,4}}"""), _OF_A_SHELL),
-    (re.compile(r"\b(?:setenv|set -g?x|ENV|ARG)[ \t]{1,4}(?P<name>[A-Za-z]\w{0,80})[ \t]{1,4}"), _OF_A_SHELL),
-    (re.compile(r"(?<![\w-])--?(?P<name>[A-Za-z][\w.-]{0,80}+)\s{1,8}(?!-)"), _OF_A_SHELL),
-    (_JSON, re.compile(r"""\\?"(?:\\[^"]|[^"\\])*\\?"|'[^']*'|[^\s"',}\]\\{\[]+""")),
-    (re.compile(r"\$\{oc\.env:(?P<name>\w{1,80}),"), re.compile(r"[^}]+")),
-    (_HEADER, re.compile(r"""[^\s"',;]{6,}""")),
-)
+# Settings in which people write sentences: they ask about passwords without telling one.
+_PROSE = re.compile(r"(?:^|\.)(?:prompts?|licence|mapping\.(?:\w+\.)*(?:questions|answer|text))$")
 
 
 def is_secret_name(name: str, value: Any = _ANY) -> bool:
@@ -90,63 +90,82 @@ def is_secret_name(name: str, value: Any = _ANY) -> bool:
     Args:
         value: what it holds, if that is known: `token=ko` is no secret, `HF_HUB_DISABLE_IMPLICIT_TOKEN=1` neither.
     """
-    strength = _strength(name.rpartition(".")[2])
+    name = name.rpartition(".")[2]
+    strength = _strength(name)
     if not strength or value is _ANY:
         return strength > 0
     text = str(value)
     if is_reference(text) or (is_path(text) and "pass" not in name.lower()):
         return False
-    return strength == 2 or looks_secret(text)
+    return strength == 2 or looks_secret(text) or (name == "PASS" and _LETTERS_AND_DIGITS.match(text) is not None)
 
 
 @cache
 def _strength(name: str) -> int:
     """2: whatever it holds is a secret; 1: where its value looks like one; 0: no name of a secret."""
+    if korean := _KOREAN.search(name):
+        return 2 if korean[1] else int(name.endswith(korean[2]))
     words = [word.lower() for word in _WORD.findall(name)]
     if not words or name in _FOLDERS or (words[-1] in _ABOUT and words[-2:] != ["key", "id"]):
         return 0
     last, before, capitals = words[-1], set(words[:-1]), name.isupper()
     if last == "token" and before & _OF_A_VOCABULARY:
         return 0
-    if set(words) & _ALONE or any(word.endswith(_GLUED) for word in words):
+    if (set(words) & _ALONE) - _ALSO_A_WORD or last in _ALONE or any(word.endswith(_GLUED) for word in words):
         return 2
-    if last in ("key", "keys") or words[-2:] == ["key", "id"]:
-        kinds = set(words) - {"key", "keys", "id"}
-        return 2 if kinds & _OF_A_KEY or (capitals and kinds and not kinds & _OF_NO_KEY) else 0
-    telling = _OF_A_TOKEN if last == "token" else _OF_A_PASS
-    if last in ("token", "pass", "pwd") and before and (capitals or before & telling):
-        return 2
-    # alone they are words as well
-    return 1 if last in ("token", "pwd") or words in (["pass"], ["auth"]) else 0
+    is_key = last in ("key", "keys") or words[-2:] == ["key", "id"]
+    strength = _strength_of_key(words, capitals) if is_key else _strength_of_short(last, before, capitals)
+    return strength or int(bool(set(words) & _ALONE))
+
+
+def _strength_of_key(words: list[str], capitals: bool) -> int:
+    kinds = set(words) - {"key", "keys", "id"}
+    if kinds & _OF_A_KEY:
+        return 1 if kinds & _OF_NO_KEY else 2
+    return int(capitals and bool(kinds) and not kinds & _OF_NO_KEY)
+
+
+def _strength_of_short(last: str, before: set[str], capitals: bool) -> int:
+    """The strength of names that end with token, pass, pwd, pw or pat."""
+    if last == "token":  # alone it is a word as well
+        return 2 if before & _OF_A_TOKEN else 1
+    if last == "pat":
+        return 2 if before & _OF_A_PAT else int(capitals)
+    if last in ("pass", "pwd", "pw"):
+        return 2 if before and (capitals or before & _OF_A_PASS) else int(last != "pass" or not before)
+    return 2 if last in _SHORTENED else int(last == "auth" and not before)
 
 
 def redacted(value: Any, name: str = "") -> Any:
     """A copy of plain data (dictionaries, lists, texts, numbers) without secrets. What holds none comes back equal.
 
     Args:
-        name: what the value is called; inside a dictionary the key.
+        name: what the value is called; inside a dictionary the dotted name.
     """
     if isinstance(value, Mapping):
-        return {_text(key): redacted(item, str(key)) for key, item in value.items()}
+        return {_text(key): redacted(item, f"{name}.{key}" if name else str(key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [redacted(item, name) for item in value]
     if value is None or isinstance(value, bool):
         return value
     if is_secret_name(name, value):
         return REDACTED
-    if isinstance(value, str):
-        return value if HEX_DIGEST.fullmatch(value) and NO_DIGEST_BEFORE.search(f"{name}=") else redacted_text(value)
-    return value
+    return redacted_text(value, name) if isinstance(value, str) else value
 
 
-def redacted_text(text: str) -> str:
-    """A text (a message, a command, a line of shell, an address, a file of JSON or YAML) without secrets."""
+def redacted_text(text: str, name: str = "") -> str:
+    """A text (a message, a command, a line of shell, an address, a file of JSON or YAML) without secrets.
+
+    Args:
+        name: of the setting that holds it, if one does: in a prompt only tokens of a known form are looked for.
+    """
     for secret in _spellings(_values_of_environment()):
         text = text.replace(secret, REDACTED)
-    for named, valued in _ASSIGNED:
+    is_prose = _PROSE.search(name) is not None
+    for named, valued in () if is_prose else ASSIGNED:
         text = _without_values(text, named, valued)
-    for pattern, replacement in FORMS:
-        text = pattern.sub(replacement, text)
+    for pattern, replacement in PROSE_FORMS if is_prose else FORMS:
+        text = pattern.sub(partial(redact_digest, name=name) if replacement is redact_digest else replacement, text)
     return text
 
 
@@ -209,25 +228,70 @@ def redact_terminal() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, RedactedStream):
-            setattr(sys, name, RedactedStream(stream))
+            clean = RedactedStream(stream)
+            atexit.register(clean.pass_on)
+            os.register_at_fork(after_in_child=clean.forget)
+            setattr(sys, name, clean)
 
 
 class RedactedStream:
-    """A text stream in front of another one, which gets everything without secrets."""
+    """A text stream in front of another one, which gets everything without secrets.
+
+    A secret may come in several writes, as `print("HF_TOKEN=", value)` has them. So an unfinished line is kept until it ends,
+    until `flush`, or until it is longer than `LONGEST_LINE`.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+        self._kept = ""
+        self._lock = threading.RLock()  # a handler of a signal may write in the middle of a write
 
     def write(self, text: str) -> int:
-        self._stream.write(redacted_text(text) if len(text) >= SHORTEST else text)
+        with self._lock:
+            self._kept += text
+            if end := _find_end_of_lines(self._kept):
+                lines, self._kept = self._kept[:end], self._kept[end:]
+                self._stream.write(redacted_text(lines))
         return len(text)
 
-    def writelines(self, lines: list[str]) -> None:
+    def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.write(line)
 
+    def flush(self) -> None:
+        self.pass_on()
+        self._stream.flush()
+
+    def close(self) -> None:
+        self.pass_on()
+        self._stream.close()
+
+    def forget(self) -> None:
+        """Leave an unfinished line to the parent process."""
+        self._kept, self._lock = "", threading.RLock()
+
+    def pass_on(self) -> None:
+        """Pass on an unfinished line as it is."""
+        with self._lock:
+            line, self._kept = self._kept, ""
+            if line and not getattr(self._stream, "closed", False):
+                self._stream.write(redacted_text(line))
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def _find_end_of_lines(text: str) -> int:
+    """Find up to where a text can be passed on: behind its last finished line, but not within a secret of several lines."""
+    if len(text) > LONGEST_LINE and "\n" not in text and "\r" not in text:
+        end = text.rfind(" ", 0, len(text) - LONGEST_LINE // 4) + 1 or len(text)
+    else:
+        end = max(text.rfind("\n"), text.rfind("\r")) + 1
+    if (opened := _OPEN_KEY.search(text)) and len(text) - opened.start() <= LONGEST_LINE:
+        end = min(end, opened.start())
+    if 0 < end < len(text) and redacted_text(text) != redacted_text(text[:end]) + redacted_text(text[end:]):
+        end = len(text) if len(text) > LONGEST_LINE else 0
+    return end
 
 
 def _fits(hidden: Any, value: Any) -> bool:
@@ -263,9 +327,13 @@ def _without_values(text: str, named: re.Pattern[str], valued: re.Pattern[str]) 
             continue
         begin, end = _inside_quotes(value[0], start)
         bare = re.split(r"['\"]", text[begin:end], maxsplit=1)[0] or text[begin:end]
-        if not is_secret_name(found["name"], bare) or (named is _HEADER and not looks_secret(bare)):
+        # in a list the value ends before its bracket and before the next NAME=
+        item = re.split(r",(?=[\w.+-]+=)", bare, maxsplit=1)[0].rstrip(")]}")
+        if not all(is_secret_name(found["name"], one) for one in (bare, item)) or (
+            named is HEADER and not looks_secret(bare)
+        ):
             continue
-        is_number = named is _JSON and begin == start  # which only quotes make a text
+        is_number = named is JSON_KEY and begin == start  # which only quotes make a text
         pieces += [text[kept:begin], f'"{REDACTED}"' if is_number else REDACTED]
         kept = start = end
     return "".join([*pieces, text[kept:]])
@@ -282,11 +350,17 @@ def _inside_quotes(value: str, start: int) -> tuple[int, int]:
 def _values_of_environment() -> tuple[str, ...]:
     """Values of the variables whose names say that they are secret, the longest first."""
     named = {name: os.environ.get(name, "") for name in os.environ if is_secret_name(name)}
-    values = {value for name, value in named.items() if len(value) >= SHORTEST and is_secret_name(name, value)}
+    values = {value for name, value in named.items() if len(value) >= SHORTEST and _is_exported_secret(name, value)}
     words = (value for value in values if not _WORD_OR_NUMBER.fullmatch(value))
     return tuple(
         sorted((value for value in words if not os.path.exists(value)), key=lambda value: (-len(value), value))
     )
+
+
+def _is_exported_secret(name: str, value: str) -> bool:
+    """Whether a variable holds a secret. One that is exported as *_TOKEN or *_KEY may hold words."""
+    is_text = not is_reference(value) and not is_path(value)
+    return is_secret_name(name, value) or (name.isupper() and "_" in name and is_text)
 
 
 @lru_cache(maxsize=8)

@@ -43,6 +43,21 @@ NAMED = {  # in a dictionary of settings, or NAME=value as a word of a command l
     "Authorization": "Digest x",
     "ssh_private_key": "lines",
     "submit.env.MY_SECRET": "dotted",
+    "DB_PW": "hunter2",
+    "ADMIN_PW": "hunter2",
+    "AIHUB_PW": "hunter2",
+    "NETRC_PW": "hunter2",
+    "DBPASS": "hunter2",
+    "USERPASS": "hunter2",
+    "REDISPASS": "hunter2",
+    "GITHUB_PAT": "hunter2",
+    "GH_PAT": "hunter2",
+    "CREDS": "bob:hunter2abc",
+    "PASS": "hunter2",
+    "DATA_KEY": "k3y-of-the-data",  # looks like a key
+    "LANG_TOKEN": "t0k3n-of-it",
+    "비밀번호": "hunter2abc",
+    "submit.env.관리자_비밀번호": "hunter2abc",
 }
 INNOCENT = {
     "special_tokens": ["<obj>", "</obj>"],
@@ -114,3 +129,42 @@ ORDINARY = [
 ]
 KEYS = """logger.group logger.project run_name data.sources.mine.path data.sources.mine.obtain submit.account submit.env.NAME
     init_from""".split()
+SETTINGS = [  # each a setting that holds no secret
+    *f"run_name=sft-{HEX} run_name={HEX} run_name={HEX}-sft run_name=sft_{HEX} logger.group={HEX}".split(),
+    *f"logger.tags=[{HEX}] logger.tags=[a,{HEX}] logger.tags=['{HEX}',b] submit.env.CODE_VERSION={HEX}".split(),
+    *f"model.language_model=org/m-{HEX} init_from=/runs/exp-{HEX}/hf init_from=runs/{HEX}/hf hydra.job.name={HEX}".split(),
+    *f"run_name=sk-learn-{HEX} run_name=sk-learn-baseline-2024-run run_name=sk-baseline-learning-rate-0001".split(),
+    *"run_name=sk-2026-11-28-internationalization run_name=sk-learn_20261128_163844 license_key=none".split(),
+    *"data.sources.x.mapping.skip=[license_key=none] data.sources.x.mapping.skip=[api_key=null,lang=ko]".split(),
+    *"submit.env.DATA_KEY=img submit.env.CAPTION_KEY=txt submit.env.TF_KEY=model submit.env.WANDB_HASH_KEY=sha1".split(),
+    *"submit.env.LANG_TOKEN=ko submit.env.TOKENIZER_TOKEN=x submit.env.CREDENTIAL_HELPER=store".split(),
+    *"submit.env.SECRET_SAUCE=lora submit.env.BYPASS=abc12345 submit.env.PAT=cat run_name=암호화-2차".split(),
+]
+PROSE_KEYS = """prompt data.sources.x.prompts data.sources.x.mapping.questions data.sources.x.mapping.answer
+    data.sources.x.mapping.regions.text data.sources.x.licence""".split()
+PROSE = [
+    "password: abc12345",
+    "What is the password: hunter2go?",
+    "Why does Authorization: Bearer token fail?",
+    "What is api_key=YOUR_KEY in this screenshot?",
+    "비밀번호=hunter2abc 는 어디에 있나요?",
+    "PASSWORD=",
+]
+COMMANDS = [
+    ("mount -o user=bob,pass=hunter2", "hunter2"),
+    ("mount -t cifs -o username=bob,uid=3,pass=hunter2,ro //nas/a /b", "hunter2"),
+    ("mount -o pass=hunter2,user=bob //nas/a /b", "hunter2"),
+    ("aihubshell -mode d -aihubid mina -aihubpw hunter2abc", "hunter2abc"),
+    ("aws configure set aws_secret_access_key wJalrXUtnFEMI", "wJalrXUtnFEMI"),
+    ("aws configure set lab.aws_secret_access_key wJalrXUtnFEMI", "wJalrXUtnFEMI"),
+    ("printf -v HF_TOKEN wJalrXUtnFEMI", "wJalrXUtnFEMI"),
+    ("printf -v HF_TOKEN '%s' wJalrXUtnFEMI", "wJalrXUtnFEMI"),
+    ("read HF_TOKEN <<< wJalrXUtnFEMI", "wJalrXUtnFEMI"),
+    ("read -r HF_TOKEN <<< 'wJalrXUtnFEMI'", "wJalrXUtnFEMI"),
+    ("redis-cli -a wJalrXUtnFEMI ping", "wJalrXUtnFEMI"),
+    ("redis-cli -h cache --pass wJalrXUtnFEMI", "wJalrXUtnFEMI"),
+    ("unzip -P wJalrXUtnFEMI a.zip", "wJalrXUtnFEMI"),
+    ("7z x -pwJalrXUtnFEMI a.7z", "wJalrXUtnFEMI"),
+    ("7z -pwJalrXUtnFEMI", "wJalrXUtnFEMI"),
+    ("export 비밀번호=hunter2abc", "hunter2abc"),
+]

@@ -1,19 +1,39 @@
 """What must not leave a run is known by its name, by its form and by the environment; what only looks like it stays."""
 
+import io
 import json
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from secret_cases import FORMS, INNOCENT, INSIDE, KEYS, LETTERS, NAMED, ORDINARY
+from rich.console import Console
+from rich.progress import Progress
+from secret_cases import (
+    COMMANDS,
+    FORMS,
+    HEX,
+    INNOCENT,
+    INSIDE,
+    KEYS,
+    LETTERS,
+    NAMED,
+    ORDINARY,
+    PROSE,
+    PROSE_KEYS,
+    SETTINGS,
+)
 
 from benchmarks import secret_sinks
 from lit_vlm.config.multirun import check_multirun, refuse_secrets
 from lit_vlm.config.overrides import ConfigError, quote
 from lit_vlm.config.parse import parse
 from lit_vlm.secrets import (
+    LONGEST_LINE,
     REDACTED,
+    RedactedStream,
     agrees,
     is_secret_name,
     mistakes_of_typed_secrets,
@@ -36,9 +56,9 @@ def _quiet_environment(monkeypatch):
 
 @pytest.mark.parametrize("secret", FORMS.values(), ids=FORMS)
 def test_a_secret_is_known_by_its_form_wherever_it_stands(secret):
-    for text in (secret, f"said {secret}, then", f"logger.tags=[a,{secret}]", f'{{"note": "{secret}"}}'):
+    for text in (secret, f"said {secret}, then", f"submit.extra=[a,{secret}]", f'{{"note": "{secret}"}}'):
         assert secret not in redacted_text(text) and REDACTED in redacted_text(text)
-    nested = {"tags": ["a", secret], "more": {"deep": (secret,)}, secret: "as a key"}
+    nested = {"words": ["a", secret], "more": {"deep": (secret,)}, secret: "as a key"}
     assert secret not in str(redacted(nested)) and secret[:30] not in json.dumps(redacted(nested))
 
 
@@ -93,7 +113,7 @@ def test_two_settings_agree_where_one_lacks_its_secret_and_differ_where_more_dif
 def test_a_secret_of_any_shape_is_refused_where_it_is_typed_and_is_in_nothing_that_is_written(tmp_path):
     shapes = secret_sinks.make_shapes(64, seed=2)
     assert {leak for shape in shapes for leak in secret_sinks.look_at(shape, tmp_path)} == set()
-    assert len({shape.family for shape in shapes}) == 8 and len(secret_sinks.SINKS) == 11
+    assert len({shape.family for shape in shapes}) == 8 and len(secret_sinks.SINKS) == 12
 
 
 @pytest.mark.slow
@@ -134,6 +154,129 @@ def test_nothing_in_conf_sweeps_and_the_commands_of_the_documents_is_taken_for_a
     assert len(commands) > 60
     for line in commands:
         assert mistakes_of_typed_secrets(shlex.split(line, comments=True)) == [] and redacted_text(line) == line
+
+
+@pytest.mark.parametrize("word", SETTINGS)
+def test_commits_names_of_columns_and_names_with_dates_are_no_secrets(word):
+    assert mistakes_of_typed_secrets([word]) == [] and redacted_words([word]) == [word]
+    name, _, value = word.partition("=")
+    assert list(places_of_secrets({name: value})) == []
+
+
+@pytest.mark.parametrize("before", ["wandb login ", "key ", "api-key-", "API_KEY=", "login: ", "see ", ""])
+def test_a_key_of_40_digits_is_refused_behind_names_of_keys_and_in_free_text(before):
+    assert HEX not in redacted_text(f"{before}{HEX}") and HEX not in redacted_text(f"{before}{HEX}, then")
+    assert mistakes_of_typed_secrets([f"submit.account={before}{HEX}"])
+
+
+def test_a_list_of_tags_may_hold_a_commit_and_no_key():
+    assert redacted({"tags": ["a", HEX]}) == {"tags": ["a", HEX]}
+    text = json.dumps({"tags": ["a", HEX]}, indent=2)
+    assert redacted_text(text) == text
+    assert mistakes_of_typed_secrets([f"logger.tags=[a,'wandb login {HEX}']"])
+
+
+@pytest.mark.parametrize("key", PROSE_KEYS)
+def test_a_sentence_in_a_setting_of_prose_may_speak_of_passwords(key):
+    for text in PROSE:
+        for word in (f"{key}={text}", f"{key}={quote(text)}", f"{key}={quote([text])}", json.dumps({key: [text]})):
+            assert mistakes_of_typed_secrets([word]) == [], word
+        tree = text
+        for part in reversed(key.split(".")):
+            tree = {part: tree}
+        assert list(places_of_secrets(tree)) == [] and redacted(tree) == tree
+
+
+@pytest.mark.parametrize("key", PROSE_KEYS)
+def test_a_setting_of_prose_takes_no_token_and_no_secret_of_the_environment(key, monkeypatch):
+    monkeypatch.setenv("MY_PASSWORD", "h3ron-lake")
+    tokens = [FORMS[name] for name in ("hugging_face", "openai", "github", "pem")]
+    for secret in (*tokens, "h3ron-lake"):
+        word = f"{key}={quote(f'What is {secret}?')}"
+        assert mistakes_of_typed_secrets([word]) and secret not in redacted_words([word])[0]
+
+
+@pytest.mark.parametrize(("command", "secret"), COMMANDS)
+def test_a_secret_in_the_words_of_a_command_is_known(command, secret):
+    assert secret not in redacted_text(command) and REDACTED in redacted_text(command)
+    assert mistakes_of_typed_secrets([f"submit.setup={quote([command])}"])
+
+
+@pytest.mark.parametrize(
+    "value", ["PASSWORD=", "export HF_TOKEN='", 'export HF_TOKEN="', "HF_TOKEN=x9y8z7w6, PASSWORD="]
+)
+@pytest.mark.parametrize("layout", [{}, {"indent": 2}, {"separators": (",", ":")}], ids=["line", "lines", "compact"])
+def test_json_stays_json_where_a_text_ends_with_a_name_of_a_secret(value, layout):
+    nested = {"a": json.dumps({"b": value.strip("\"'"), "c": 1})}
+    for plain in ({"licence": value, "b": "next"}, {"a": [value, "next"]}, nested):
+        clean = json.loads(redacted_text(json.dumps(plain, **layout)))
+        assert clean.keys() == plain.keys() and "x9y8z7w6" not in str(clean)
+        assert "x9y8z7w6" in value or clean == plain
+    assert "in blank" not in redacted_text('PASSWORD=" in blank"')
+
+
+# The terminal
+
+
+def test_a_secret_that_is_printed_in_pieces_does_not_reach_the_terminal():
+    caught = io.StringIO()
+    stream = RedactedStream(caught)
+    print("first ", "HF_TOKEN=", LETTERS, " last", sep="", file=stream)
+    print("two\nPASSWORD=", "hunter2abc", sep="", end="\r", file=stream)
+    for letter in FORMS["hugging_face"]:
+        stream.write(letter)
+    assert caught.getvalue() == f"first HF_TOKEN={REDACTED} last\ntwo\nPASSWORD={REDACTED}\r"
+    stream.flush()
+    assert caught.getvalue().endswith(f"\r{REDACTED}")
+
+
+def test_a_private_key_that_is_written_line_by_line_does_not_reach_the_terminal():
+    caught = io.StringIO()
+    stream = RedactedStream(caught)
+    stream.writelines(f"{line}\n" for line in ["before", *FORMS["pem"].split("\n"), "after"])
+    assert caught.getvalue() == f"before\n{REDACTED}\nafter\n"
+
+
+def test_the_terminal_loses_no_character_of_a_long_line():
+    caught = io.StringIO()
+    stream = RedactedStream(caught)
+    text = "word " * LONGEST_LINE + "x" * (3 * LONGEST_LINE)
+    for start in range(0, len(text), 1000):
+        stream.write(text[start : start + 1000])
+        assert start + 1000 - len(caught.getvalue()) <= LONGEST_LINE + 1000
+    assert len(caught.getvalue()) >= len(text) - LONGEST_LINE
+    stream.flush()
+    assert caught.getvalue() == text
+
+
+PROGRAM = """
+import sys
+from lit_vlm.secrets import redact_terminal
+redact_terminal()
+print("password=", "hunter2abc", sep="")
+print("asked:", input("your name? "))
+sys.stderr.write("an unfinished error")
+print("an unfinished", "line", end="")
+"""
+
+
+def test_a_prompt_of_input_and_an_unfinished_line_at_the_end_are_shown():
+    done = subprocess.run([sys.executable, "-c", PROGRAM], input="mina\n", capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == f"password={REDACTED}\nyour name? asked: mina\nan unfinished line"
+    assert done.stderr == "an unfinished error" and done.returncode == 0
+
+
+def test_a_progress_bar_is_drawn_through_the_redacted_terminal():
+    plain, caught = io.StringIO(), io.StringIO()
+    for stream in (plain, RedactedStream(caught)):
+        console = Console(file=stream, force_terminal=True, width=80, color_system=None, legacy_windows=False)
+        with Progress("{task.description} {task.completed}", console=console, auto_refresh=False) as progress:
+            task = progress.add_task("step", total=3)
+            for _ in range(3):
+                progress.advance(task)
+                progress.refresh()
+                assert stream is plain or "step" in caught.getvalue()
+    assert caught.getvalue() == plain.getvalue() and "step 3" in plain.getvalue()
 
 
 # Where it is typed
