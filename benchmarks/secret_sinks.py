@@ -33,8 +33,9 @@ from rich.console import Console
 from lit_vlm.config.overrides import ConfigError, quote
 from lit_vlm.config.parse import refuse_typed_secrets
 from lit_vlm.engine.pages import Page, write_page
-from lit_vlm.engine.run_folder import RunFolder, write_atomically
+from lit_vlm.engine.run_folder import RunFolder
 from lit_vlm.engine.tracking import facts
+from lit_vlm.files import write_atomically
 from lit_vlm.secrets import RedactedStream, mistakes_of_secrets
 
 LETTERS, HEX = string.ascii_letters + string.digits, "0123456789abcdef"
