@@ -49,7 +49,11 @@ class FileSource:
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < self._length:
             raise IndexError(index)
-        return self._read(self._rows[index], Place(self._rows.origin(index), self._settings))
+        place = Place(self._rows.origin(index), self._settings)
+        try:
+            return self._read(self._rows[index], place)
+        except RecursionError:
+            raise place.fault("it is nested too deeply to be read") from None
 
     def origin(self, index: int) -> str:
         """Where a person finds the record, be it readable or not."""
