@@ -9,7 +9,9 @@ from delivery import label, make_zip, mapped, picture
 from source_cases import open_, write
 
 from lit_vlm.config import parse
-from lit_vlm.config.schema import SourceConfig
+from lit_vlm.config.check_idle import mistakes_in_idle_settings
+from lit_vlm.config.mapping import BoxFormat, BoxFrame, BoxUnit, MappingConfig, RegionTask
+from lit_vlm.config.schema import DataConfig, Format, SourceConfig
 from lit_vlm.data.readers.splits import canonical_split, split_of_path
 from lit_vlm.data.sources import open_source
 from lit_vlm.types import UserError
@@ -180,6 +182,24 @@ def test_a_setting_without_effect_is_refused(where):
     for setting in settings:
         key = setting.partition("=")[0]
         assert f"{key}: has no effect here (" in str(caught.value) or key.endswith(".format"), (key, caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"box_frame": BoxFrame.stored}, {"box_unit": BoxUnit.fractions}, {"box_format": BoxFormat.xywh},
+        {"task": RegionTask.grounding}, {"size": ["w", "h"]}, {"join_record": "name"}, {"join_item": "image"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_of_regions_and_of_join_without_them_are_refused(settings):
+    def named(**more):
+        source = SourceConfig(path="x", format=Format.mapped, mapping=MappingConfig(answer="{a}", **settings, **more))
+        return "".join(mistakes_in_idle_settings(DataConfig(sources={"mine": source})))
+
+    (setting,) = settings
+    assert f"data.sources.mine.mapping.{setting}: has no effect here" in named()
+    assert not named(regions="r", join="j")
 
 
 def test_a_hub_folder_has_no_revision_and_a_tar_no_image_root(tmp_path):
