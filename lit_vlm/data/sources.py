@@ -17,7 +17,15 @@ from lit_vlm.config.schema import Format, Marks, Markup, SourceConfig
 from lit_vlm.data.readers.by_keys import FORMATS, Reader, read_by_keys
 from lit_vlm.data.readers.chosen import Chosen, FewerTiles
 from lit_vlm.data.readers.dialects import find_mark
-from lit_vlm.data.readers.files import existing, find_files, found_format, hub_rows, nearest, rows_of
+from lit_vlm.data.readers.files import (
+    check_split_of_file,
+    existing,
+    find_files,
+    found_format,
+    hub_rows,
+    nearest,
+    rows_of,
+)
 from lit_vlm.data.readers.place import Place, Settings
 from lit_vlm.data.readers.rows import Rows
 from lit_vlm.data.readers.rows.base import identity
@@ -141,7 +149,10 @@ def _opened(name: str, config: SourceConfig, cache: Path | None) -> tuple[Rows, 
         local = Path(config.hub).expanduser()
         return rows, files, local if local.is_dir() else (files or [local])[0].parent
     path, files = find_files(name, existing(name, "path", config.path, config), config.split)
-    return rows_of(name, path, files, cache), files, path if path.is_dir() else path.parent
+    rows = rows_of(name, path, files, cache)
+    if config.split is not None and path.is_file():
+        check_split_of_file(name, rows, path, config.split)
+    return rows, files, path if path.is_dir() else path.parent
 
 
 def _open_mapped(

@@ -260,6 +260,17 @@ def test_a_split_is_known_by_any_spelling_of_its_key(folder, keys):
     assert only(folder, messages(user("q"), answer(), phase="pretrained", Split="훈련")).unread == ("phase", "Split")
 
 
+def test_split_beside_one_file_names_what_its_records_must_say(folder):
+    rows = [messages(user("q"), answer(), split=split) for split in ("val", "train")]
+    path = write(folder / "val.jsonl", rows)
+    with pytest.raises(RecordError, match=r"data\.sources\.mine\.split=val"):
+        open_(path)[0]
+    source = open_(path, split="val")
+    assert source[0].unread == ("split",)
+    with pytest.raises(RecordError, match="its 'split' is 'train', and the source is read for 'val'"):
+        source[1]
+
+
 MASKS = [{key: [0, 1, 1.0]} for key in ("labels", "mask", "loss_mask", "loss_weights", "prompt_mask", "token_weights")]
 
 
