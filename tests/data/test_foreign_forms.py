@@ -271,6 +271,12 @@ def test_split_beside_one_file_names_what_its_records_must_say(folder):
         source[1]
 
 
+def test_names_of_objects_and_a_word_about_history_are_only_counted(folder):
+    plain = {"objects": ["dog", "cat"], "history": "old"}
+    for row in ({"image": "a.png", "caption": "c"}, messages(user("q"), answer())):
+        assert only(folder, row | plain).unread == ("objects", "history")
+
+
 MASKS = [{key: [0, 1, 1.0]} for key in ("labels", "mask", "loss_mask", "loss_weights", "prompt_mask", "token_weights")]
 
 

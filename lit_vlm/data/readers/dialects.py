@@ -98,7 +98,7 @@ def check_record(row: Mapping[str, Any], place: Place, read: Collection[str]) ->
         place.settings, read = replace(place.settings, marks_are_text=True), (*read, "marks")
     for key in [key for key in row if key not in read and not _is_empty(row[key])]:
         value = row[key]
-        if key in _OF_RECORDS and value is not False:
+        if key in _OF_RECORDS and value is not False and not _is_plain(key, value):
             raise place.fault(f"it has {key!r}: {_OF_RECORDS[key]}")
         if key in _MASKS and _is_numbers(value):
             raise place.fault(f"it has {key!r}, a list of numbers: {_TOKENS}")
@@ -185,6 +185,13 @@ def _is_empty(value: Any) -> bool:
 
 def _is_one(value: Any) -> bool:
     return isinstance(value, bool | int | float) and value == 1
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    """Tell names of objects and a word about history from boxes and earlier turns."""
+    if key == "history":
+        return not isinstance(value, list)
+    return key == "objects" and isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _is_numbers(value: Any) -> bool:
