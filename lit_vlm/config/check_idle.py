@@ -6,11 +6,17 @@ from collections.abc import Iterator
 from dataclasses import fields
 
 from lit_vlm.anyres import Tiling
-from lit_vlm.config.mapping import RegionTask
+from lit_vlm.config.mapping import MappingConfig, RegionTask
 from lit_vlm.config.schema import DataConfig, DPOStageConfig, Format, RunConfig, SourceConfig, Strategy
 
 _MADE = (Format.builtin, Format.digits)
 _DEFAULTS = SourceConfig()
+_MAPPING = MappingConfig()
+# Setting of a mapping -> those that mean nothing without it.
+_OWNED = {
+    "regions": ("text", "box", "size", "keep", "skip", "task", "box_format", "box_unit", "box_frame"),
+    "join": ("join_item", "join_record"),
+}
 # Setting -> formats that it means nothing to, and why. What a source says about itself (licence, ...) is only shown.
 _IDLE: dict[str, tuple[tuple[Format, ...], str]] = {
     "path": ((Format.digits,), "its pictures are scikit-learn's"),
@@ -76,10 +82,11 @@ def _idle_in_source(key: str, source: SourceConfig, data: DataConfig) -> Iterato
     asks = mapping.questions or (mapping.regions is not None and mapping.task is not RegionTask.referring)
     if asks and "prompts" in is_set:
         yield _refusal(f"{key}.prompts", "mapping asks a question of each record already")
-    if mapping.regions is None:
-        for setting in ("text", "box", "size", "keep", "skip"):
-            if getattr(mapping, setting):
-                yield _refusal(f"{key}.mapping.{setting}", "it is of regions, and mapping.regions is not set")
+    for owner, settings in _OWNED.items():
+        if getattr(mapping, owner) is None:
+            for setting in settings:
+                if getattr(mapping, setting) != getattr(_MAPPING, setting):
+                    yield _refusal(f"{key}.mapping.{setting}", f"it is of {owner}, and mapping.{owner} is not set")
 
 
 def _refusal(key: str, reason: str) -> str:

@@ -17,7 +17,15 @@ from lit_vlm.config.schema import Format, Marks, Markup, SourceConfig
 from lit_vlm.data.readers.by_keys import FORMATS, Reader, read_by_keys
 from lit_vlm.data.readers.chosen import Chosen, FewerTiles
 from lit_vlm.data.readers.dialects import find_mark
-from lit_vlm.data.readers.files import existing, find_files, found_format, hub_rows, nearest, rows_of
+from lit_vlm.data.readers.files import (
+    check_split_of_file,
+    existing,
+    find_files,
+    found_format,
+    hub_rows,
+    nearest,
+    rows_of,
+)
 from lit_vlm.data.readers.place import Place, Settings
 from lit_vlm.data.readers.rows import Rows
 from lit_vlm.data.readers.rows.base import identity
@@ -49,7 +57,11 @@ class FileSource:
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < self._length:
             raise IndexError(index)
-        return self._read(self._rows[index], Place(self._rows.origin(index), self._settings))
+        place = Place(self._rows.origin(index), self._settings)
+        try:
+            return self._read(self._rows[index], place)
+        except RecursionError:
+            raise place.fault("it is nested too deeply to be read") from None
 
     def origin(self, index: int) -> str:
         """Where a person finds the record, be it readable or not."""
@@ -137,7 +149,10 @@ def _opened(name: str, config: SourceConfig, cache: Path | None) -> tuple[Rows, 
         local = Path(config.hub).expanduser()
         return rows, files, local if local.is_dir() else (files or [local])[0].parent
     path, files = find_files(name, existing(name, "path", config.path, config), config.split)
-    return rows_of(name, path, files, cache), files, path if path.is_dir() else path.parent
+    rows = rows_of(name, path, files, cache)
+    if config.split is not None and path.is_file():
+        check_split_of_file(name, rows, path, config.split)
+    return rows, files, path if path.is_dir() else path.parent
 
 
 def _open_mapped(

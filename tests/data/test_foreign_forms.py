@@ -239,6 +239,56 @@ def test_records_of_another_split_than_the_sources_are_refused(folder):
     assert held_out[1].unread == ("split",)
 
 
+@pytest.mark.parametrize("depth", [600, 900, 5000])
+def test_a_deeply_nested_record_is_read_or_is_the_records_own_fault(folder, depth):
+    good = json.dumps(messages(user("q"), answer()))
+    source = open_(write(folder / "train.jsonl", [good, good[:-1] + f', "m": {"[" * depth + "]" * depth}}}']))
+    try:
+        assert source[1].unread == ()
+    except RecordError as error:
+        assert depth > 900 or "nested" in str(error)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"Split": "VAL"}, {"SPLIT": "검증"}, {"split": "testA"}, {"phase": "test"}, {"split": ["train"]}, {"split": "held-out"}],
+    ids=str,
+)  # fmt: skip
+def test_a_split_is_known_by_any_spelling_of_its_key(folder, keys):
+    (key,) = keys
+    refused(folder, messages(user("q"), answer(), **keys), f"'{key}' is ")
+    assert only(folder, messages(user("q"), answer(), phase="pretrained", Split="훈련")).unread == ("phase", "Split")
+
+
+def test_split_beside_one_file_names_what_its_records_must_say(folder):
+    rows = [messages(user("q"), answer(), split=split) for split in ("val", "train")]
+    path = write(folder / "val.jsonl", rows)
+    with pytest.raises(RecordError, match=r"data\.sources\.mine\.split=val"):
+        open_(path)[0]
+    source = open_(path, split="val")
+    assert source[0].unread == ("split",)
+    with pytest.raises(RecordError, match="its 'split' is 'train', and the source is read for 'val'"):
+        source[1]
+
+
+def test_names_of_objects_and_a_word_about_history_are_only_counted(folder):
+    plain = {"objects": ["dog", "cat"], "history": "old"}
+    for row in ({"image": "a.png", "caption": "c"}, messages(user("q"), answer())):
+        assert only(folder, row | plain).unread == ("objects", "history")
+
+
+MASKS = [{key: [0, 1, 1.0]} for key in ("labels", "mask", "loss_mask", "loss_weights", "prompt_mask", "token_weights")]
+
+
+@pytest.mark.parametrize(
+    "keys", [*MASKS, {"kto_tag": 0}, {"kto_tag": "false"}, {"Loss": False}, {"WEIGHT": 0.5}], ids=str
+)
+def test_masks_and_flags_of_the_loss_are_refused_by_their_names(folder, keys):
+    refused(folder, messages(user("q"), answer(), **keys), f"'{next(iter(keys))}'")
+    assert only(folder, messages(user("q"), answer(), labels="flower", label=3)).unread == ("labels", "label")
+    assert not only(folder, messages(user("q"), answer(Loss=False), user("r"), answer())).messages[1].trained
+
+
 def test_other_keys_are_counted_once_a_source(folder, processor):
     rows = [
         messages(user("q"), answer(f"a{n}", name="bob"), model="m", **({"score": n} if n > 6 else {}))

@@ -2,13 +2,16 @@
 
 import os
 import tarfile
+import unicodedata
 
 import pytest
 from delivery import label, make_zip, mapped, picture
 from source_cases import open_, write
 
 from lit_vlm.config import parse
-from lit_vlm.config.schema import SourceConfig
+from lit_vlm.config.check_idle import mistakes_in_idle_settings
+from lit_vlm.config.mapping import BoxFormat, BoxFrame, BoxUnit, MappingConfig, RegionTask
+from lit_vlm.config.schema import DataConfig, Format, SourceConfig
 from lit_vlm.data.readers.splits import canonical_split, split_of_path
 from lit_vlm.data.sources import open_source
 from lit_vlm.types import UserError
@@ -86,13 +89,45 @@ def test_a_split_that_names_say_nothing_of_is_refused(tmp_path):
     ("path", "split"),
     [
         ("1.Training/라벨/a.json", "train"), ("2.Validation/a.json", "validation"), ("TL_1.zip/a.json", "train"),
-        ("VL_1.zip/a.json", "validation"), ("test/train.json", "test"), ("evaluation.json", "test"), ("a/b.json", None),
-        ("a-dev-2.parquet", "validation"), ("detrain.json", None), ("TLS.json", None),
+        ("VL_1.zip/a.json", "validation"), ("test/train.json", "train"), ("evaluation.json", "test"), ("a/b.json", None),
+        ("a-dev-2.parquet", "validation"),
+        ("train_test_split/train.jsonl", "train"), ("test_data/val.jsonl", "validation"), ("test_data/a.jsonl", "test"),
+        ("train_test_split/a.jsonl", None), ("학습 데이터/Validation/a.jsonl", "validation"), ("학습.jsonl", "train"),
+        ("훈련용/a.jsonl", "train"), ("검증데이터.jsonl", "validation"), ("평가.json", "test"), ("시험_1.json", "test"),
+        (unicodedata.normalize("NFD", "테스트.json"), "test"), ("refcoco_testA.json", "testA"), ("testB.json", "testB"),
+        ("test-dev.json", "test-dev"), ("devtest.json", "devtest"), ("minival.json", "minival"), ("hold-out.json", "test"),
+        ("held_out.json", "test"), ("holdout.json", "test"), ("trainData.json", "train"), ("testData.json", "test"),
+        ("traindata.json", "train"), ("testdata/a.json", "test"), ("valAnnotations.json", "validation"),
+        ("protest.json", None), ("latestNews.json", None), ("학습용어.json", None), ("detrain.json", None), ("TLS.json", None),
     ],
 )  # fmt: skip
 def test_the_words_are_those_of_datasets_and_of_aihub(path, split):
     assert split_of_path(path) == split
     assert canonical_split("restval") is None
+
+
+def test_a_folder_with_a_splits_word_hides_no_split_of_its_files(tmp_path):
+    for number, (parent, other) in enumerate((("train_test_split", "test"), ("test_data", "val"))):
+        folder = filled(tmp_path / str(number), {f"{parent}/train.jsonl": 3, f"{parent}/{other}.jsonl": 2})
+        refused("holds several splits: ", folder)
+        assert (len(open_(folder, split="train")), len(open_(folder, split=other))) == (3, 2)
+
+
+@pytest.mark.parametrize("path", ["test_data/chat_train.jsonl", "train/chat_test.jsonl", "val/train/a.jsonl"])
+def test_a_path_that_says_two_splits_is_refused_by_its_name(tmp_path, path):
+    refused(f"{path}: its names say several splits (", filled(tmp_path, {path: 1}))
+    if "chat" in path:  # of labels there are many, and their folder says it
+        assert split_of_path("Training/test_0001.json", is_label=True) == "train"
+
+
+def test_parts_of_a_split_are_told_apart(tmp_path):
+    folder = filled(tmp_path, {"testA.jsonl": 1, "testB.jsonl": 2})
+    refused("holds several splits: testA ", folder)
+    refused("split=test: several names say it: testA, testB", folder, split="test")
+    assert [len(open_(folder, split=name)) for name in ("testA", "testB")] == [1, 2]
+    (folder / "testB.jsonl").unlink()
+    refused("split=testB: there is testA", folder, split="testB")
+    assert len(open_(folder, split="test")) == 1
 
 
 def test_mapped_labels_of_training_and_validation_are_not_mixed(tmp_path):
@@ -147,6 +182,24 @@ def test_a_setting_without_effect_is_refused(where):
     for setting in settings:
         key = setting.partition("=")[0]
         assert f"{key}: has no effect here (" in str(caught.value) or key.endswith(".format"), (key, caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"box_frame": BoxFrame.stored}, {"box_unit": BoxUnit.fractions}, {"box_format": BoxFormat.xywh},
+        {"task": RegionTask.grounding}, {"size": ["w", "h"]}, {"join_record": "name"}, {"join_item": "image"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_settings_of_regions_and_of_join_without_them_are_refused(settings):
+    def named(**more):
+        source = SourceConfig(path="x", format=Format.mapped, mapping=MappingConfig(answer="{a}", **settings, **more))
+        return "".join(mistakes_in_idle_settings(DataConfig(sources={"mine": source})))
+
+    (setting,) = settings
+    assert f"data.sources.mine.mapping.{setting}: has no effect here" in named()
+    assert not named(regions="r", join="j")
 
 
 def test_a_hub_folder_has_no_revision_and_a_tar_no_image_root(tmp_path):

@@ -149,7 +149,7 @@ class Catalogue:
             UserError: several splits and none is asked for; or none of them is the one that is asked for.
         """
         paths = [self._path_from_root(file) for file in range(len(self))]
-        splits = [split_of_path(path, folders_only=are_pictures) for path in paths]
+        splits = [split_of_path(path, folders_only=are_pictures, is_label=True) for path in paths]
         chosen = choose_split(setting, paths, splits, split)
         if all(chosen):
             return

@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from lit_vlm.data.images import shown
-from lit_vlm.data.readers.splits import canonical_split
-from lit_vlm.types import Role
+from lit_vlm.data.readers.splits import canonical_split, is_split
+from lit_vlm.types import RecordError, Role
 
 if TYPE_CHECKING:
     from lit_vlm.data.readers.place import Place
@@ -53,6 +53,8 @@ _OF_TURNS = {
 }
 # Whether a turn is trained on: ms-swift's `loss`, OpenAI's `weight`, axolotl's `train` and `training`.
 _LOSSES = ("loss", "weight", "train", "training", "loss_scale", "loss_weight")
+# Lists of numbers under these names say of each token whether it counts.
+_MASKS = ("labels", "mask", "loss_mask", "loss_weights", "prompt_mask", "token_weights")
 # What would be a second content of a part, beside the one that its type names.
 _CONTENTS = ("text", "image", "path", "url", "image_url", "bytes", "data", "base64", "source", "file_id")
 SYSTEM = ("system", "system_prompt")
@@ -96,14 +98,16 @@ def check_record(row: Mapping[str, Any], place: Place, read: Collection[str]) ->
         place.settings, read = replace(place.settings, marks_are_text=True), (*read, "marks")
     for key in [key for key in row if key not in read and not _is_empty(row[key])]:
         value = row[key]
-        if key in _OF_RECORDS and value is not False:
+        if key in _OF_RECORDS and value is not False and not _is_plain(key, value):
             raise place.fault(f"it has {key!r}: {_OF_RECORDS[key]}")
-        if key in _LOSSES and not _is_one(value):
+        if key in _MASKS and _is_numbers(value):
+            raise place.fault(f"it has {key!r}, a list of numbers: {_TOKENS}")
+        if key.lower() in _LOSSES and not _is_one(value):
             raise place.fault(f"{key!r} is {shown(value, 40)}: a record counts once; repeat it, or take the key out")
-        if key in ("label", "kto_tag") and isinstance(value, bool):
-            raise place.fault(f"{key!r} is {value}: answers that are judged one by one (KTO) are not read")
-        if key == "split":
-            _check_split(value, place)
+        if key == "kto_tag" or (key == "label" and isinstance(value, bool)):
+            raise place.fault(f"{key!r} is {shown(value, 40)}: answers that are judged one by one (KTO) are not read")
+        if key.lower() == "split" or (key.lower() == "phase" and isinstance(value, str)):
+            _check_split(key, value, place)
         place.note_unread(key)
 
 
@@ -112,7 +116,7 @@ def check_turn(turn: Mapping[str, Any], role: Role, place: Place, where: str, re
     trained = True
     for key in [key for key in turn if key not in read and not _is_empty(turn[key])]:
         value = turn[key]
-        if key in _LOSSES:
+        if key.lower() in _LOSSES:
             trained = _read_flag(value, role, place, f"{where}.{key}") and trained
         elif key in _OF_TURNS and value is not False:
             raise place.fault(f"{where} has {key!r}: {_OF_TURNS[key]}")
@@ -129,7 +133,7 @@ def check_part(part: Mapping[str, Any], place: Place, where: str, read: Collecti
             raise place.fault(f"{where} has {key!r}, which a part of type {shown(part.get('type'), 40)} has not")
         if key in _OF_TURNS and value is not False:
             raise place.fault(f"{where} has {key!r}: {_OF_TURNS[key]}")
-        if key in _LOSSES and not _is_one(value):
+        if key.lower() in _LOSSES and not _is_one(value):
             raise place.fault(f"{where}.{key} is {shown(value, 40)}: a turn is trained on as a whole")
         place.note_unread(f"{where.partition('[')[0]}[].content[].{key}")
 
@@ -142,11 +146,19 @@ def read_system(row: Mapping[str, Any], place: Place) -> str | None:
     return place.text(row[given[0]], given[0]) if given else None
 
 
-def _check_split(value: Any, place: Place) -> None:
-    found, wanted = canonical_split(str(value)), place.settings.split
-    if found and wanted and found != canonical_split(wanted):
-        reason = f"its 'split' is {shown(value, 40)}, and the source is read for {wanted!r}"
-        raise place.fault(f"{reason}; put the records of other splits into a file of their own")
+def _check_split(key: str, value: Any, place: Place) -> None:
+    wanted = place.settings.split
+    if wanted is None:
+        return
+    if not isinstance(value, str):
+        raise place.fault(f"{key!r} is {shown(value, 40)}; the name of its split must be text")
+    if canonical_split(value) and not is_split(value, wanted):
+        raise RecordError(
+            place.origin,
+            f"its {key!r} is {shown(value, 40)}, and the source is read for {wanted!r}",
+            f"Put the records of other splits into a file of their own, or say which are meant: "
+            f"data.sources.{place.settings.source}.split={value}",
+        )
 
 
 def _read_flag(value: Any, role: Role, place: Place, where: str) -> bool:
@@ -159,12 +171,28 @@ def _read_flag(value: Any, role: Role, place: Place, where: str) -> bool:
 
 def _is_empty(value: Any) -> bool:
     """In columns the keys of other records are there as nulls, also inside of objects and lists."""
-    if isinstance(value, Mapping):
-        return all(map(_is_empty, value.values()))
-    if isinstance(value, list):
-        return all(map(_is_empty, value))
-    return value is None or (isinstance(value, str) and value in ("", "[]", "{}", "null"))
+    left = [value]  # no recursion: a record may be nested deeper than Python's stack
+    while left:
+        value = left.pop()
+        if isinstance(value, Mapping):
+            left.extend(value.values())
+        elif isinstance(value, list):
+            left.extend(value)
+        elif not (value is None or (isinstance(value, str) and value in ("", "[]", "{}", "null"))):
+            return False
+    return True
 
 
 def _is_one(value: Any) -> bool:
     return isinstance(value, bool | int | float) and value == 1
+
+
+def _is_plain(key: str, value: Any) -> bool:
+    """Tell names of objects and a word about history from boxes and earlier turns."""
+    if key == "history":
+        return not isinstance(value, list)
+    return key == "objects" and isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, bool | int | float) for item in value)

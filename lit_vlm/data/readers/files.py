@@ -59,10 +59,6 @@ def find_files(name: str, path: Path, split: str | None) -> tuple[Path, list[Pat
     """
     setting = f"data.sources.{name}.path={path}"
     if path.is_file():
-        if split is not None:
-            raise UserError(
-                f"data.sources.{name}.split={split} has no effect: {path.name} is one file. Take it away, or give the folder."
-            )
         return path, [_readable_file(setting, path)]
     if (path / "dataset_dict.json").exists():
         splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
@@ -155,6 +151,21 @@ def hub_rows(name: str, config: SourceConfig) -> tuple[Rows, list[Path]]:
     split = config.split or "train"
     rows = tables.hub_dataset(f"data.sources.{name}.hub", config.hub, config.hub_config, split, config.revision)
     return rows, rows.files
+
+
+def check_split_of_file(name: str, rows: Rows, file: Path, split: str) -> None:
+    """UserError unless one of the file's first records says a split, which is what the setting is compared with."""
+    for index in range(min(len(rows), 100)):
+        try:
+            row = rows[index]
+        except RecordError:
+            continue
+        if any(key.lower() in ("split", "phase") and value is not None for key, value in row.items()):
+            return
+    raise UserError(
+        f"data.sources.{name}.split={split} has no effect: {file.name} is one file, and its records say no split. "
+        f"Take it away, or give the folder."
+    )
 
 
 def found_format(name: str, rows: Rows) -> str:

@@ -1,54 +1,97 @@
 """Splits that the names of files and folders say: `train-00000-of-00002.parquet`, `test/a.jsonl`, `TL_1.zip`.
 
-The words are those of Hugging Face `datasets`, so that a cloned repository of the hub falls apart as there; and AIHub's
-names of training and validation zips.
+The words are those of Hugging Face `datasets`, so that a cloned repository of the hub falls apart as there; those of Korean
+data and of benchmarks (RefCOCO's testA, COCO's minival); and AIHub's names of training and validation zips.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
 from lit_vlm.types import UserError
 
 _WORDS = {
-    "train": ("train", "training"),
-    "validation": ("validation", "valid", "dev", "val"),
-    "test": ("test", "testing", "eval", "evaluation"),
+    "train": ("train", "training", "trainval", "학습", "훈련"),
+    "validation": ("validation", "valid", "dev", "val", "minival", "검증"),
+    "test": ("test", "testing", "eval", "evaluation", "testa", "testb", "testdev", "devtest", "holdout", "heldout")
+    + ("평가", "시험", "테스트"),
 }
 _SPLIT_OF = {word: split for split, words in _WORDS.items() for word in words}
-_WORD = re.compile(
-    rf"(?:^|[-._ 0-9])({'|'.join(sorted(_SPLIT_OF, key=len, reverse=True))})(?=[-._ 0-9]|$)", re.IGNORECASE
-)
+_PARTS = ("minival", "testa", "testb", "testdev", "devtest")  # of a split; data have several of them side by side
+_JOINTS = {
+    "testdev": "test[-_ ]?dev",
+    "devtest": "dev[-_ ]?test",
+    "holdout": "hold[-_ ]?out",
+    "heldout": "held[-_ ]?out",
+}
+_ANY = "|".join(_JOINTS.get(word, word) for word in sorted(_SPLIT_OF, key=len, reverse=True))
+_CORE = rf"(?i:({_ANY})(?:용)?(?:[ _]?(?:data|set|데이터|셋|세트))?)"
+_WORD = re.compile(rf"(?:^|[-._ 0-9()\[\]]|(?<=[a-z])(?=[A-Z])){_CORE}(?=[-._ 0-9()\[\]]|$|(?<=[a-z])[A-Z])")
+_NUMBERED = re.compile(rf"[-._ 0-9]*(?i:{_ANY})[-._ 0-9]*")
 _SHARD = re.compile(r"(?P<split>\w[\w.]*?)-\d{5}-of-\d{5}")
 _AIHUB = re.compile(r"(?P<part>[TV])[SL](?=[_.\d])")
 
 
 def canonical_split(name: str) -> str | None:
     """train, validation or test, if the name says one; the last word counts."""
-    words = _WORD.findall(name)
-    return _SPLIT_OF[words[-1].lower()] if words else None
+    word = _find_word(name)
+    return _SPLIT_OF[_squeeze(word)] if word else None
 
 
-def split_of_path(path: str, *, folders_only: bool = False) -> str | None:
-    """The split that a path below its source's folder says: its folders before its name, as in `datasets`.
+def is_split(name: str, wanted: str) -> bool:
+    """Compare two names of splits: testA is of test, and testB is not testA."""
+    part = _squeeze(wanted)
+    return canonical_split(name) == canonical_split(wanted) and (part not in _PARTS or _squeeze(name) == part)
 
-    A shard of the hub says its whole split: `train_sft` of `train_sft-00000-of-00003.parquet`.
+
+def split_of_path(path: str, *, folders_only: bool = False, is_label: bool = False) -> str | None:
+    """The split that a path below its source's folder says, by its folders and its name.
+
+    A name that is a split's word and no more decides, as does a shard's of the hub, which says its whole split:
+    `train_sft` of `train_sft-00000-of-00003.parquet`. A folder that names several, `train_test_split`, says nothing.
 
     Args:
         folders_only: what the file itself is called says nothing.
+        is_label: the file is one of many labels, whose name says something only where no folder does.
+
+    Raises:
+        UserError: the folders and the name say several.
     """
     parts = PurePosixPath(path)
-    for folder in parts.parts[:-1]:
-        if split := canonical_split(folder) or _aihub_split(folder):
-            return split
-    if folders_only:
-        return None
-    shard = _SHARD.match(parts.name)
-    if shard and canonical_split(shard["split"]):
-        return shard["split"]
-    return _aihub_split(parts.name) or canonical_split(parts.name.removesuffix(parts.suffix))
+    folders = _splits_of_folders(parts.parts[:-1])
+    own = None
+    if not folders_only:
+        shard, stem = _SHARD.match(parts.name), parts.name.removesuffix(parts.suffix)
+        if shard and canonical_split(shard["split"]):
+            return shard["split"]
+        own = _aihub_split(parts.name) or _find_split(stem)
+        if _squeeze(stem) in _SPLIT_OF:
+            return own
+    said = [*folders.items()]
+    if own and not (is_label and folders):
+        said.append((parts.name, own))
+    if len({split for _, split in said}) > 1:
+        found = ", ".join(f"{part!r} says {split}" for part, split in said)
+        raise UserError(
+            f"{path}: its names say several splits ({found}). Name the file for its split alone, e.g. train{parts.suffix}."
+        )
+    return said[0][1] if said else None
+
+
+def _splits_of_folders(folders: Iterable[str]) -> dict[str, str]:
+    """Folder -> the split it says. Those called nothing else than a split come before all others: `1.Training`."""
+    exact: dict[str, str] = {}
+    loose: dict[str, str] = {}
+    for folder in folders:
+        words = {_SPLIT_OF[_squeeze(word)] for word in _WORD.findall(unicodedata.normalize("NFC", folder))}
+        split = _find_split(folder) if len(words) == 1 else None if words else _aihub_split(folder)
+        if split:
+            is_exact = not words or _NUMBERED.fullmatch(unicodedata.normalize("NFC", folder))
+            (exact if is_exact else loose)[folder] = split
+    return exact or loose
 
 
 def choose_split(setting: str, paths: Iterable[str], splits: Iterable[str | None], wanted: str | None) -> list[bool]:
@@ -69,7 +112,7 @@ def choose_split(setting: str, paths: Iterable[str], splits: Iterable[str | None
             rest = f", and {_some(named[None])}" if None in named else ""
             raise UserError(f"{setting} holds several splits: {shown}{rest}. Say which is meant: {source}.split=train.")
         return [True] * len(found)
-    alike = [split for split in named if split and canonical_split(split) == canonical_split(wanted)]
+    alike = [split for split in named if split and is_split(split, wanted)]
     chosen: list[str | None] = [wanted] if wanted in named else [*alike]
     if not chosen and canonical_split(wanted) == "train" and None in named and len(named) > 1:
         chosen = [None]  # data.jsonl beside data_test.jsonl
@@ -93,3 +136,18 @@ def _aihub_split(name: str) -> str | None:
     """TL_1.zip and TS_1.zip are for training, VL_1.zip and VS_1.zip for validation."""
     found = _AIHUB.match(name)
     return None if found is None else {"T": "train", "V": "validation"}[found["part"]]
+
+
+def _find_word(name: str) -> str | None:
+    words = _WORD.findall(unicodedata.normalize("NFC", name))
+    return words[-1] if words else None
+
+
+def _find_split(name: str) -> str | None:
+    """The split, or the part of it that the name says: testA."""
+    word = _find_word(name)
+    return word if word and _squeeze(word) in _PARTS else canonical_split(name)
+
+
+def _squeeze(word: str) -> str:
+    return re.sub("[-_ ]", "", unicodedata.normalize("NFC", word)).lower()
