@@ -35,7 +35,7 @@ from lit_vlm.types import IMAGE_TOKEN, Kind, Language, Record, Source, UserError
 # By the names of config's Format, and those that `auto` finds besides.
 READERS: dict[str, Reader] = {**FORMATS, "sharegpt": FORMATS["llava"], "webdataset": read_by_keys}
 _MARKUP_KINDS = (Kind.ocr, Kind.grounding, Kind.referring)
-_READING = 3  # raise it when the same files are read differently; it is part of the digests
+_READING = 4  # raise it when the same files are read differently; it is part of the digests
 
 
 class FileSource:
