@@ -56,6 +56,7 @@ _OTHERS = {  # what is found instead, most often
 _JPEG_MARKER = re.compile(rb"\xff+([\x02-\xcf\xd8-\xfe])")
 _JPEG_SCAN = 0xDA
 _JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+_JPEG_UNNEEDED = {*range(0xE0, 0xF0), 0xFE} - {0xEE}  # comments and what programs write; Adobe's (EE) tells the colours
 # Those warnings of libjpeg that mean lost pixels. Others are said of whole pictures: odd markers, bytes between two parts
 _JPEG_LOSSES = ("premature end", "bad Huffman code", "bad arithmetic code", "found marker 0xd9 instead of RST")
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
@@ -196,23 +197,30 @@ def _check_whole(image: Image.Image, stream: BinaryIO) -> None:
 def _find_jpeg_damage(data: bytes) -> str | None:
     """Lost pixels. libjpeg fills them with grey and warns; Pillow drops the warning."""
     scanned, components, first_scan = set[int](), set[int](), len(data)
+    # One warning alone is reported, the first. So what is not needed for the pixels, and might bring a harmless one, is left out.
+    needed = bytearray(b"\xff\xd8")
     at = 2
     while found := _JPEG_MARKER.search(data, at):
         marker, at = found[1][0], found.end()
         if marker == 0xD9:  # of a thumbnail it would lie within a segment
             break
+        end = at + max(2, int.from_bytes(data[at : at + 2]))
         if marker == _JPEG_SCAN:
             first_scan = min(first_scan, at)
             scanned.update(data[at + 3 : at + 3 + 2 * data[at + 2] : 2])
+            following = _JPEG_MARKER.search(data, end)
+            end = following.start() if following else len(data)
         elif marker in _JPEG_FRAMES:
             components.update(data[at + 8 : at + 8 + 3 * data[at + 7] : 3])
-        at += max(2, int.from_bytes(data[at : at + 2]))
+        if marker not in _JPEG_UNNEEDED:
+            needed += b"\xff" + bytes([marker]) + data[at:end]
+        at = end
     if data.find(b"\xff\xd9", first_scan) < 0:  # where there are zeros behind a torn end they pass for pixels
         return "the end marker is missing, its end is torn off or overwritten"
     if missing := components - scanned:
         return f"{len(missing)} of its {len(components)} colour components have no data"
     try:  # at an eighth of its size: all data are read, few pixels are computed
-        simplejpeg.decode_jpeg(data, "GRAY", min_height=1, min_width=1, strict=True)
+        simplejpeg.decode_jpeg(bytes(needed) + b"\xff\xd9", "GRAY", min_height=1, min_width=1, strict=True)
     except ValueError as error:
         if any(loss in str(error) for loss in _JPEG_LOSSES):
             return str(error)

@@ -104,6 +104,19 @@ def test_a_jpeg_that_was_cut_and_given_an_end_is_refused_with_libjpegs_words(pro
             load(cut)
 
 
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"restart_marker_rows": 1}], ids=str)
+@pytest.mark.parametrize("odd", ["version", "stray bytes"])
+def test_a_half_jpeg_is_found_behind_a_harmless_oddity_of_its_header(options, odd):
+    """libjpeg's reader tells one warning alone, and that of the oddity comes first."""
+    plain = encoded(photo(3, (400, 300)), "JPEG", quality=90, **options)
+    changed = {
+        "version": plain.replace(b"JFIF\0\x01\x01", b"JFIF\0\x02\x01", 1),
+        "stray bytes": plain[:2] + b"\xff\xe5\0\x02\0\0\0" + plain[2:],
+    }[odd]
+    assert changed != plain and np.array_equal(np.asarray(load(changed)), np.asarray(load(plain)))
+    assert is_refused(changed[: len(changed) // 2] + b"\xff\xd9")
+
+
 def test_a_jpeg_without_one_of_its_colours_is_refused(tmp_path):
     """Each colour in a scan of its own, and the last two scans are gone."""
     whole = encoded(photo(4), "JPEG", subsampling=0)
