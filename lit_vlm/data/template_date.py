@@ -70,6 +70,6 @@ def _names_in(template: str) -> Iterator[tuple[str, bool]]:
     for place, (_, kind, value) in enumerate(tokens):
         before = words[place - 1] if place else ""
         if kind == "name" and before != ".":
-            yield value, before == "|"
-        elif kind == "string" and before == "(" and words[max(0, place - 2)] == "map":
+            yield value, before in ("|", "filter")
+        elif kind == "string" and "map" in words:  # map takes the name of a filter, also by a variable
             yield value[1:-1], True

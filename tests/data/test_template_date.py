@@ -86,7 +86,14 @@ def test_a_day_that_is_only_spoken_of_is_none(words):
 
 
 @pytest.mark.parametrize(
-    "words", ["['a', 'b']|random", "['a', 'b'] | random", "lipsum(1)", "[['a', 'b']]|map('random')|join"]
+    "words",
+    [
+        "['a', 'b']|random",
+        "['a', 'b'] | random",
+        "lipsum(1)",
+        "[['a', 'b']]|map('random')|join",
+        "[['a', 'b']]|map(f)|join if 'random' else ''",
+    ],
 )
 def test_what_is_drawn_by_chance_is_refused(make, words):
     with pytest.raises(UserError, match="draws by chance"):
