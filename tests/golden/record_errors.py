@@ -1,0 +1,38 @@
+"""A plugin of pytest that writes the texts of all `UserError`s to the file that RECORDED_ERRORS names, test by test."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from lit_vlm.types import UserError
+
+FOUND: dict[str, list[str]] = {}
+PLACE = re.compile(r"/\S*?/pytest-of-\w+/pytest-\d+(/popen-\w+)?")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    made: list[str] = []
+    init = UserError.__init__
+
+    def recorded(self, *args):
+        init(self, *args)
+        made.append(str(self))
+
+    UserError.__init__ = recorded
+    try:
+        return (yield)
+    finally:
+        UserError.__init__ = init
+        texts = sorted({PLACE.sub("TMP", text) for text in made})
+        if texts:
+            FOUND[item.nodeid] = texts
+
+
+def pytest_sessionfinish():
+    Path(os.environ["RECORDED_ERRORS"]).write_text(json.dumps(FOUND, ensure_ascii=False), encoding="utf-8")

@@ -1,0 +1,70 @@
+"""What the files of this folder recorded is measured again and equal; `net.py` says what is recorded and writes it anew."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent))
+
+import net
+
+pytestmark = pytest.mark.long
+
+LOSS_BOUND = 1e-5  # of SGD on another processor, relative: the bound of packed against single samples
+ADAM_BOUND = 1e-3  # Adam divides by the root of tiny squares, so the order of a sum shows sooner
+
+
+def recorded(part: str) -> dict:
+    file = net.HERE / f"{part}.json"
+    if not file.is_file():
+        pytest.skip(f"not recorded: python tests/golden/net.py {part}")
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def as_json(value):
+    return json.loads(json.dumps(value))
+
+
+def test_a_plan_gives_every_rank_the_same_samples_as_before():
+    assert as_json(net.measure_plans()) == recorded("plans")
+
+
+def test_every_form_gives_the_same_token_ids_masks_and_tiles_as_before():
+    assert as_json(net.measure_forms()) == recorded("forms")
+
+
+def test_every_command_of_the_documents_names_the_same_run_with_the_same_settings_as_before():
+    before = recorded("commands")
+    assert net.measure_commands() == before
+
+
+def test_a_run_leaves_the_same_files_and_keys_as_before():
+    assert net.measure_keys() == recorded("keys")
+
+
+def test_a_user_error_reads_as_before():
+    before = recorded("errors")
+    assert net.measure_errors() == before
+
+
+def test_losses_and_weights_after_eight_steps_of_each_stage_are_those_of_before():
+    compare_runs(net.measure_runs(), recorded("runs"))
+
+
+def compare_runs(after: dict, before: dict) -> None:
+    """Equal to the bit on the processor that made the files, within a bound on another one."""
+    same = after.pop("processor") == before.pop("processor")
+    assert after.keys() == before.keys()
+    for name, now in after.items():
+        then = before[name]
+        assert now["figures"] == then["figures"], name
+        if same:
+            assert (now["losses"], now["weights"]) == (then["losses"], then["weights"]), name
+        bound = LOSS_BOUND if name.endswith("SGD") else ADAM_BOUND
+        assert all(math.isclose(a, b, rel_tol=bound) for a, b in zip(now["losses"], then["losses"], strict=True)), name
+        assert now["norms"].keys() == then["norms"].keys(), name
+        for key, norm in now["norms"].items():
+            assert math.isclose(norm, then["norms"][key], rel_tol=bound, abs_tol=bound), (name, key)
