@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="offline", WANDB_SILENT="true")
 
@@ -26,7 +27,9 @@ torch.set_num_threads(1)  # two threads on a busy machine are slower than one at
 
 @pytest.fixture(autouse=True)
 def _clean():
+    streams = sys.stdout, sys.stderr
     yield
+    sys.stdout, sys.stderr = streams  # run.py's main puts redacting ones in their place
     GlobalHydra.instance().clear()
     torch.set_default_dtype(torch.float32)
     if torch.distributed.is_initialized():
