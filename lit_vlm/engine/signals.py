@@ -160,7 +160,8 @@ def handle_signals() -> Signals:
     Python hands signals to the main thread alone; in another one nothing is heard.
     """
     global _current
-    if _current is None and threading.current_thread() is threading.main_thread():
+    inherited = _current is not None and _current.process != os.getpid()  # by a fork
+    if (_current is None or inherited) and threading.current_thread() is threading.main_thread():
         _current = Signals(owner=True)
         for number in ASKS:
             signal.signal(number, _current.handle)
