@@ -28,8 +28,8 @@ def content_of(record: Record) -> int:
 def digest_of_stream(stream: BinaryIO) -> bytes:
     """Of its length and of blocks spread over it, the first and the last bytes among them.
 
-    Compressed pictures that differ in one place differ in all that follows it, and PNG ends with a checksum of its pixels.
-    BMP is not compressed, so all of it counts.
+    Pictures that were encoded anew differ in their length or nearly everywhere, and PNG ends with a checksum of its pixels. What
+    is not seen: some bytes in the middle of a longer file, changed in place. BMP is not compressed, so all of it counts.
     """
     size = stream.seek(0, os.SEEK_END)
     hasher = hashlib.blake2b(size.to_bytes(8, "big"), digest_size=16)

@@ -58,7 +58,9 @@ _JPEG_SCAN = 0xDA
 _JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 _JPEG_UNNEEDED = {*range(0xE0, 0xF0), 0xFE} - {0xEE}  # comments and what programs write; Adobe's (EE) tells the colours
 # Those warnings of libjpeg that mean lost pixels. Others are said of whole pictures: odd markers, bytes between two parts
-_JPEG_LOSSES = ("premature end", "bad Huffman code", "bad arithmetic code", "found marker 0xd9 instead of RST")
+_JPEG_LOSS = re.compile(
+    "premature end|bad Huffman code|bad arithmetic code|instead of RST|extraneous bytes before marker 0xd[0-7]"
+)
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 _ADAM7 = ((0, 8, 0, 8), (4, 8, 0, 8), (0, 4, 4, 8), (2, 4, 0, 4), (0, 2, 2, 4), (1, 2, 0, 2), (0, 1, 1, 2))
 _PIECE = 1 << 20  # bytes that are inflated at once
@@ -222,7 +224,7 @@ def _find_jpeg_damage(data: bytes) -> str | None:
     try:  # at an eighth of its size: all data are read, few pixels are computed
         simplejpeg.decode_jpeg(bytes(needed) + b"\xff\xd9", "GRAY", min_height=1, min_width=1, strict=True)
     except ValueError as error:
-        if any(loss in str(error) for loss in _JPEG_LOSSES):
+        if _JPEG_LOSS.search(str(error)):
             return str(error)
     return None
 

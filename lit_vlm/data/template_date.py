@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from datetime import date, datetime
+from datetime import UTC, date, datetime
 
 import jinja2
 
 from lit_vlm.types import UserError
 
 CLOCK = "strftime_now"  # transformers' function for the day
-DIRECTIVES = "aAbBcdDeFgGhHIjklmMnprRSTuUVwWxXyYzZ"  # of strftime
+DIRECTIVES = "aAbBcCdDefFgGhHIjklmMnpPrRSTuUVwWxXyYzZ"  # of strftime, Python's %f among them
+FLAGS = ("", "-", "_", "0", "^", "#", "E", "O")  # in front of a directive, as the C library has them
 PERCENT = "\ue002"  # stands for a sign of per cent while the others are looked for
 CHANCE = ("lipsum", "random")  # a function and a filter of Jinja's
 
@@ -50,13 +51,15 @@ def fix_day(template: str, day: date) -> str:
     """
     moment = datetime(day.year, day.month, day.day)
     steps = [("%%", PERCENT)]
-    for flag in ("", "-", "_"):
+    steps.append(("%s", str(int(moment.replace(tzinfo=UTC).timestamp()))))  # of no machine's own time zone
+    for flag in FLAGS:
         steps += [(f"%{flag}{letter}", moment.strftime(f"%{flag}{letter}")) for letter in DIRECTIVES]
-    filters = "".join(
-        f" | replace({json.dumps(sign)}, {json.dumps(value, ensure_ascii=False)})"
-        for sign, value in [*steps, (PERCENT, "%")]
+    pairs = json.dumps([*steps, (PERCENT, "%")], ensure_ascii=False)
+    return (
+        f"{{%- macro {CLOCK}(format) -%}}{{%- set written = namespace(text=format) -%}}"
+        f"{{%- for sign, value in {pairs} -%}}{{%- set written.text = written.text | replace(sign, value) -%}}{{%- endfor -%}}"
+        f"{{{{ written.text }}}}{{%- endmacro %}}\n{template}"
     )
-    return f"{{%- macro {CLOCK}(format) -%}}{{{{ format{filters} }}}}{{%- endmacro %}}\n{template}"
 
 
 def _names_in(template: str) -> Iterator[tuple[str, bool]]:
@@ -67,9 +70,12 @@ def _names_in(template: str) -> Iterator[tuple[str, bool]]:
     except jinja2.TemplateSyntaxError:
         return
     words = [value for _, _, value in tokens]
+    arguments = [tokens[place + 2] for place in range(len(tokens) - 2) if words[place : place + 2] == ["map", "("]]
+    # by `map(f)`, not by `map('upper')` or `map(attribute='text')`: then any text may be the name
+    maps_by_variable = any(kind == "name" and value not in ("attribute", "default") for _, kind, value in arguments)
     for place, (_, kind, value) in enumerate(tokens):
         before = words[place - 1] if place else ""
         if kind == "name" and before != ".":
             yield value, before in ("|", "filter")
-        elif kind == "string" and "map" in words:  # map takes the name of a filter, also by a variable
-            yield value[1:-1], True
+        elif kind == "string" and ((before == "(" and words[max(0, place - 2)] == "map") or maps_by_variable):
+            yield value[1:-1], True  # map takes the name of a filter

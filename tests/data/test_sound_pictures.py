@@ -117,6 +117,17 @@ def test_a_half_jpeg_is_found_behind_a_harmless_oddity_of_its_header(options, od
     assert is_refused(changed[: len(changed) // 2] + b"\xff\xd9")
 
 
+def test_a_stretch_that_is_lost_between_two_restart_markers_is_found():
+    """Bytes that are left over before a restart marker, or another marker than was due. Where the stretch is lost so that what follows
+    decodes to its end, no decoder knows."""
+    data, rng, used = encoded(photo(3, (400, 300)), "JPEG", quality=90, restart_marker_rows=1), Random(5), 0
+    begin = data.index(b"\xff\xda") + 20
+    for _ in range(100):
+        place, length = rng.randrange(begin, len(data) - 600), rng.randrange(20, 500)
+        used += not is_refused(data[:place] + data[place + length :])
+    assert used <= 12
+
+
 def test_a_jpeg_without_one_of_its_colours_is_refused(tmp_path):
     """Each colour in a scan of its own, and the last two scans are gone."""
     whole = encoded(photo(4), "JPEG", subsampling=0)

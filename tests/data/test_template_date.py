@@ -55,7 +55,20 @@ def test_the_day_stands_still_whatever_the_clock_says(make, monkeypatch, head):
 
 
 @pytest.mark.parametrize(
-    "form", ["%d %B %Y", "%A", "%-d.%m.%y", "%H:%M:%S", "%Y-%m-%d", "%d%%d %j", "%F %b %%", "no day"]
+    "form",
+    [
+        "%d %B %Y",
+        "%A",
+        "%-d.%m.%y",
+        "%H:%M:%S",
+        "%Y-%m-%d",
+        "%d%%d %j",
+        "%F %b %%",
+        "%P %C %f",
+        "%^a %#b",
+        "%0d %Ey %Od",
+        "no day",
+    ],
 )
 def test_every_form_of_a_day_is_what_the_clock_of_that_day_would_write(form):
     import datetime
@@ -100,7 +113,31 @@ def test_what_is_drawn_by_chance_is_refused(make, words):
         make("{{ " + words + " }}" + CHATML)
 
 
-@pytest.mark.parametrize("words", ["'a random word, lipsum'", "{'random': 'a'}.random", "{'lipsum': 'a'}['lipsum']"])
+def test_chance_in_a_block_of_a_filter_is_refused(make):
+    with pytest.raises(UserError, match="draws by chance"):
+        make("{% filter random %}abc{% endfilter %}" + CHATML)
+
+
+def test_seconds_of_a_fixed_day_are_those_of_no_machines_time_zone(monkeypatch):
+    import time
+
+    for zone in ("Asia/Seoul", "UTC"):
+        monkeypatch.setenv("TZ", zone)
+        time.tzset()
+        assert "1777593600" in fix_day("{{ strftime_now('%s') }}", SPRING)
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "'random' ~ (['a']|map('upper')|join)",
+        "'a random word, lipsum'",
+        "{'random': 'a'}.random",
+        "{'lipsum': 'a'}['lipsum']",
+    ],
+)
 def test_a_word_for_chance_is_no_chance(make, words):
     assert "answer" in text(make("{{ " + words + " }}" + CHATML))
 
