@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-LARGEST_COUNT = 2**53  # that JSON keeps to the unit
+LARGEST_COUNT = 2**53  # the largest whole number up to which JSON keeps each exactly
 YEAR_MINUTES, DAY_SECONDS = 366 * 24 * 60.0, 24 * 3600.0
 
 
