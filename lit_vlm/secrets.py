@@ -3,9 +3,9 @@
 A secret is known by the name of what holds it (`HF_TOKEN`, `password`, `X-Api-Key`), by its own form (`hf_...`, a private
 key, the password in an address), or because a variable of the environment with such a name holds the same text. No setting
 needs one, so a setting that holds one is refused. What libraries say and what a program is told by its environment passes
-these
-places on its way out, and each of them calls `redacted` or `redacted_text`: the terminal (`redact_terminal`), `write_atomically`
-and `write_json` of `files.py`, a page's values before they become HTML (`engine/pages.py`), and the beginning of a run of W&B.
+one of these places on its way out, and each calls `redacted` or `redacted_text`: the terminal (`redact_terminal`),
+`write_atomically` and `write_json` of `files.py`, a page's values before they become HTML (`engine/pages.py`), and the
+beginning of a run of W&B.
 """
 
 from __future__ import annotations
