@@ -171,7 +171,8 @@ def test_secrets_of_the_environment_are_in_no_file_on_no_terminal_and_not_at_the
     server.answer = lambda method, path, key, body: bodies.append(body) or real(method, path, key, body)
     secrets = {**PASSWORDS, "OPENAI_KEY": FORMS["openai"], "HF_TOKEN": FORMS["hugging_face"], "JWT": FORMS["jwt"]}
     common = ["logger=wandb", "run_name=secret", "callbacks=[throughput,guard,samples,report]"]
-    tracked = [*common, "logger.tensorboard=true", "logger.artifacts=[lock,report]", "checkpoint.every_steps=1"]
+    tracked = [*common, "logger.tensorboard=true", "logger.artifacts=[lock,report]"]
+    tracked += ["checkpoint.every_steps=1", "checkpoint.keep_best=true", "data.validation.every_steps=1"]
     outputs = [ended(begin(server, place, *tracked, **secrets))]
     outputs.append(ended(begin(server, place, *common, "logger.offline=true", "run_name=offline", **secrets)))
     outputs.append(ended(begin(server, place, *common, "task=preflight", "run_name=before", **secrets)))
@@ -179,7 +180,7 @@ def test_secrets_of_the_environment_are_in_no_file_on_no_terminal_and_not_at_the
     sinks = {str(path): path.read_bytes() for path in place.rglob("*") if path.is_file()}
     sinks |= {f"request {number}": unpacked(body) for number, body in enumerate(bodies)}
     sinks |= {f"terminal {number}": said.encode() for number, (_, said) in enumerate(outputs)}
-    for names in ("manifest.json", "config.yaml", "report.html", "mixture.lock", ".wandb", "tfevents", "index.json"):
+    for names in ("manifest.json", "config.yaml", "report.html", "mixture.lock", ".wandb", "tfevents", "/index.json"):
         assert any(names in path for path in sinks), names
     found = {
         (secret, path)
