@@ -1,7 +1,7 @@
 """Records what renaming, moving and folding code must not change, as JSON files beside this one.
 
     python tests/golden/net.py              writes every part anew
-    python tests/golden/net.py plans runs   writes these
+    python tests/golden/net.py plans runs   writes these (`begun`: the run folders that are resumed)
 
 `test_golden.py` measures again and compares. Numbers that hang on the processor are compared to the bit where the same
 processor made them, and within a bound elsewhere.
@@ -309,13 +309,31 @@ BEGUN = [
 KILLED_AT = 4
 
 
-def make_begun(target: Path) -> None:
+PLACE = Path("/tmp/lit_vlm-golden")  # digests of a checkpoint hold absolute paths, so the run is always resumed here
+
+
+@contextmanager
+def fixed_place() -> Iterator[None]:
+    """The one folder in which these runs are made and resumed, empty, as current folder; for one process at a time."""
+    from filelock import FileLock
+
+    with FileLock(f"{PLACE}.lock"):
+        shutil.rmtree(PLACE, ignore_errors=True)
+        PLACE.mkdir()
+        try:
+            with chdir(PLACE):
+                yield
+        finally:
+            shutil.rmtree(PLACE, ignore_errors=True)
+
+
+def make_begun(target: Path = HERE) -> None:
     """Write `begun/`, the folder of a run that was killed at step 4, and `finished/`, the same when it has ended."""
     from lit_vlm.model.tiny import make_language_model, make_vision_tower
 
     for name in ("begun", "finished"):
         shutil.rmtree(target / name, ignore_errors=True)
-    with tempfile.TemporaryDirectory() as name, chdir(name):
+    with fixed_place():
         make_vision_tower(Path("parts/tower"), hidden_size=32, intermediate_size=32, num_attention_heads=1)
         make_language_model(
             Path("parts/language"),
@@ -329,24 +347,43 @@ def make_begun(target: Path) -> None:
         sources = {kind: {"format": "builtin", "path": kind, "language": "ko", "num_samples": 30} for kind in kinds}
         write_choice(Path("conf/data/begun.yaml"), {"sources": sources})
         run_begun(kill_at=KILLED_AT)
-        keep_begun(Path(name), target / "begun")
+        keep_begun(target / "begun")
         run_begun()
-        keep_begun(Path(name), target / "finished")
+        keep_begun(target / "finished")
 
 
-def keep_begun(place: Path, copy: Path) -> None:
-    """Copy the folder with the parts, a run and its settings."""
-    shutil.copytree(place, copy, ignore=shutil.ignore_patterns("index"))  # the index of the data is built again
+def keep_begun(copy: Path) -> None:
+    """Copy the folder with the parts, a run and its settings; the index of the data is built again."""
+    shutil.copytree(PLACE, copy, ignore=shutil.ignore_patterns("index", "*.html", "heartbeat", "*.lock.held"))
 
 
-def run_begun(kill_at: int | None = None) -> None:
+def resume_begun(name: str) -> tuple[dict[str, Any], str]:
+    """Start a committed run again in its place.
+
+    Returns:
+        Its losses, weights and norms as it ends, and what was printed.
+    """
+    with fixed_place():
+        shutil.copytree(HERE / name, PLACE, dirs_exist_ok=True)
+        output = run_begun()
+        return {"processor": describe_processor(), name: measure_run(PLACE / "runs" / "begun")}, output
+
+
+def measure_finished() -> dict[str, Any]:
+    """Losses, weights and norms of the committed run that has ended."""
+    return {"processor": describe_processor(), "begun": measure_run(HERE / "finished" / "runs" / "begun")}
+
+
+def run_begun(kill_at: int | None = None) -> str:
     """Start it in a process of its own, in the current folder; `kill_at`: SIGKILL in the step after that one."""
     import subprocess
 
     code = f"import net; net.start_begun({kill_at})"
     path = os.pathsep.join([str(HERE), str(ROOT), str(ROOT / "tests")])
-    ended = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=False)
-    assert ended.returncode == (-9 if kill_at else 0), ended
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run([sys.executable, "-c", code], env=env, check=False, capture_output=True, text=True)
+    assert ended.returncode == (-9 if kill_at else 0), ended.stdout + ended.stderr
+    return ended.stdout
 
 
 def start_begun(kill_at: int | None) -> None:
@@ -397,8 +434,12 @@ PARTS = {
 
 def main(parts: list[str]) -> None:
     torch.set_num_threads(1)
-    for part in parts or PARTS:
-        found = PARTS[part]()
+    for part in parts or [*PARTS, "begun"]:
+        if part == "begun":
+            make_begun()
+            found = measure_finished()
+        else:
+            found = PARTS[part]()
         text = json.dumps(found, indent=1, ensure_ascii=False, sort_keys=True)
         (HERE / f"{part}.json").write_text(text + "\n", encoding="utf-8")
         print(f"{part}: written")

@@ -54,6 +54,19 @@ def test_losses_and_weights_after_eight_steps_of_each_stage_are_those_of_before(
     compare_runs(net.measure_runs(), recorded("runs"))
 
 
+def test_a_run_that_was_killed_at_step_4_before_resumes_and_ends_as_it_did():
+    after, output = net.resume_begun("begun")
+    compare_runs(after, recorded("begun"))
+    assert "step 4" in output, output
+
+
+def test_a_run_that_was_finished_before_says_so_and_stays_as_it_is():
+    after, output = net.resume_begun("finished")
+    after["begun"] = after.pop("finished")
+    compare_runs(after, recorded("begun"))
+    assert "finished already" in output, output
+
+
 def compare_runs(after: dict, before: dict) -> None:
     """Equal to the bit on the processor that made the files, within a bound on another one."""
     same = after.pop("processor") == before.pop("processor")
