@@ -354,7 +354,7 @@ def make_begun(target: Path = HERE) -> None:
 
 def keep_begun(copy: Path) -> None:
     """Copy the folder with the parts, a run and its settings; the index of the data is built again."""
-    shutil.copytree(PLACE, copy, ignore=shutil.ignore_patterns("index", "*.html", "heartbeat", "*.lock.held"))
+    shutil.copytree(PLACE, copy, ignore=shutil.ignore_patterns("index"))
 
 
 def resume_begun(name: str) -> tuple[dict[str, Any], str]:
