@@ -1,4 +1,4 @@
-"""Which callbacks a run has, from the names that `callbacks=` gives."""
+"""Selection of the callbacks of a run from the names in `callbacks=`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ from collections.abc import Iterator, Sequence
 
 from lit_vlm.config.settings import did_you_mean, nearest
 
-ONLY = "only"  # in front of others: nothing but these
+ONLY = "only"  # before other names: only these callbacks
 DEFAULT = ("throughput", "language_loss", "guard", "samples", "report")
-ALWAYS = ("metric", "out_of_memory", "checkpoint", "preemption", "heartbeat")  # of every run, named or not
-BY_SETTING = {"export": "export", "profile": "trainer.profile"}  # name -> the setting that it follows
+ALWAYS = ("metric", "out_of_memory", "checkpoint", "preemption", "heartbeat")  # part of every run, named or not
+BY_SETTING = {"export": "export", "profile": "trainer.profile"}  # name -> setting that enables it
 
 
 def choose_callbacks(names: Sequence[str], *, export: bool, profile: bool) -> list[str]:
-    """List the callbacks of a run. Classes of the user's own, and `profile`, come to the default ones; of these, those that are
-    named are taken alone, or with `only` none that is not named. Whether the model is exported is no matter of this list."""
+    """Choose the callbacks of a run.
+
+    User classes and `profile` are added to the default callbacks. If default callbacks are named, only these are used; with
+    `only`, no unnamed one is added. The names do not decide whether the model is exported.
+    """
     chosen = [name for name in DEFAULT if name in names]
     own = [name for name in names if name not in (*DEFAULT, *BY_SETTING, ONLY)]
     adds = bool(own or "profile" in names) and not chosen and ONLY not in names
@@ -23,7 +26,7 @@ def choose_callbacks(names: Sequence[str], *, export: bool, profile: bool) -> li
 
 
 def mistakes_in_callbacks(names: Sequence[str]) -> Iterator[str]:
-    """Yield a sentence for each name that is none of ours and no import path, and for those that are repeated."""
+    """Yield an error message for each unknown name that is not an import path, and for repeated names."""
     known = [*DEFAULT, *BY_SETTING, *ALWAYS, ONLY]
     if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         yield f"callbacks: {', '.join(map(repr, repeated))} stands there more than once; name each callback once."

@@ -1,4 +1,4 @@
-"""What a type cannot say: settings that contradict each other or that no run could use."""
+"""Cross-field validation of a config: settings that contradict each other or that no run can use."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ SHARED_PRECISIONS = (
     "32-true",
     "bf16-mixed",
     "bf16-true",
-)  # float16's scale of the loss is watched in whole copies alone
+)  # float16 needs a loss scaler, which is supported without sharding only
 SHARING = tuple(one for one in Strategy if one.value.startswith(("deepspeed", "fsdp", "hsdp")))
 SHORT_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
 
-# Arguments of lightning.Trainer that the program sets itself -> what to say instead.
+# Arguments of lightning.Trainer that the program sets itself -> text that names the alternative.
 OWNED = {
     "callbacks": "name them with callbacks=[...]",
     "logger": "choose logger=csv, logger=wandb or logger=tensorboard",
@@ -64,11 +64,11 @@ OWNED = {
 }
 
 
-STAGE_TASKS = (Task.train, Task.prepare, Task.preflight, Task.submit)  # what looks at one stage and its data
+STAGE_TASKS = (Task.train, Task.prepare, Task.preflight, Task.submit)  # tasks that use one stage and its data
 
 
 def check(config: RunConfig) -> list[str]:
-    """All mistakes of a config whose keys and types are right; empty when it can run."""
+    """Return all errors of a config whose keys and types are valid; an empty list if it can run."""
     found = [*mistakes_in_ranges(config), *mistakes_in_names(config)]
     if config.task is Task.prefer:
         return [*found, *mistakes_in_prefer(config), *_data(config.data), *_no_pairs(config.data)]
@@ -180,7 +180,7 @@ def _shares(share: ShareConfig) -> Iterator[str]:
 
 
 def holds_pairs(source: SourceConfig) -> bool | None:
-    """Whether a source holds preference pairs; None when only the file can tell."""
+    """Return True if a source contains preference pairs; None if only the file can tell."""
     if source.format is Format.preference or source.kind == Kind.preference:
         return True
     if source.format is Format.builtin:
@@ -236,7 +236,10 @@ def _extra(name: str) -> Iterator[str]:
 
 @cache
 def trainer_arguments() -> tuple[str, ...]:
-    """The arguments of lightning.Trainer, read from its source: importing it takes seconds, and an error should not."""
+    """List the arguments of lightning.Trainer, read from its source.
+
+    Importing Lightning takes seconds, and an error message should not wait for it.
+    """
     package = Path(importlib.util.find_spec("lightning").origin).parent
     tree = ast.parse((package / "pytorch/trainer/trainer.py").read_text(encoding="utf-8"))
     trainer = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Trainer")

@@ -1,4 +1,4 @@
-"""Settings of stage=dpo that its losses cannot be computed with: what TRL refuses, and what it would ignore or stumble over."""
+"""Validation of stage=dpo: settings that TRL's preference losses reject, ignore or fail on."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ LOSSES = tuple(
     " sigmoid_norm".split()
 )
 SORTS_THE_BATCH = ("aot", "aot_unpaired")
-SMOOTHS = ("exo_pair", "robust", "aot", "aot_unpaired")  # those that look at label_smoothing
+SMOOTHS = ("exo_pair", "robust", "aot", "aot_unpaired")  # losses that use label_smoothing
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 OF_THE_DIFFERENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 
 
 def mistakes_in_preference_loss(stage: DPOStageConfig) -> Iterator[str]:
-    """Find the settings whose losses TRL could not compute, or not as meant."""
+    """Yield an error message for each setting with which TRL cannot compute the loss as intended."""
     names = stage.loss_type
     if not names:
         yield "stage.loss_type: is empty; name a loss, e.g. [sigmoid]."

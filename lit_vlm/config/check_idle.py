@@ -1,4 +1,7 @@
-"""Settings that nothing would come of, those of sources above all: they are refused, for whoever sets one means something."""
+"""Validation of settings that have no effect, mainly those of sources.
+
+They are errors, because a user who sets one expects an effect.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,13 @@ from lit_vlm.config.schema import DataConfig, DPOStageConfig, Format, RunConfig,
 _MADE = (Format.builtin, Format.digits)
 _DEFAULTS = SourceConfig()
 _MAPPING = MappingConfig()
-# Setting of a mapping -> those that mean nothing without it.
+# Setting of a mapping -> settings that have no effect without it.
 _OWNED = {
     "regions": ("text", "box", "size", "keep", "skip", "task", "box_format", "box_unit", "box_frame"),
     "join": ("join_item", "join_record"),
 }
-# Setting -> formats that it means nothing to, and why. What a source says about itself (licence, ...) is only shown.
+# Setting -> formats for which it has no effect, and the reason. Descriptive settings of a source (licence, ...) are only
+# shown and never checked.
 _IDLE: dict[str, tuple[tuple[Format, ...], str]] = {
     "path": ((Format.digits,), "its pictures are scikit-learn's"),
     "image_root": ((*_MADE, Format.webdataset), "its pictures do not lie in files of their own"),
@@ -37,7 +41,7 @@ _IDLE: dict[str, tuple[tuple[Format, ...], str]] = {
 
 
 def mistakes_in_idle_settings(data: DataConfig) -> Iterator[str]:
-    """Name each setting of the data that would have no effect, with the reason."""
+    """Yield an error message for each data setting that has no effect, with the reason."""
     for table, sources in (("data.sources", data.sources), ("data.validation.sources", data.validation.sources)):
         for name, source in sources.items():
             yield from _idle_in_source(f"{table}.{name}", source, data)
@@ -52,7 +56,7 @@ def mistakes_in_idle_settings(data: DataConfig) -> Iterator[str]:
 
 
 def mistakes_in_idle_stage(config: RunConfig) -> Iterator[str]:
-    """Name each setting of the loss and of the strategy that another setting makes mean nothing."""
+    """Yield an error message for each setting of the loss and the strategy that has no effect because of another setting."""
     stage, trainer, default = config.stage, config.trainer, DPOStageConfig()
     if isinstance(stage, DPOStageConfig):
         if stage.discopop_tau != default.discopop_tau and "discopop" not in stage.loss_type:

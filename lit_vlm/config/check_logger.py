@@ -1,4 +1,4 @@
-"""What no tracker could do."""
+"""Validation of the `logger` settings."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ ARTIFACTS = ("model", "lock", "report")
 
 
 def mistakes_in_logger(logger: LoggerConfig) -> Iterator[str]:
+    """Yield an error message for each unknown artifact, and for artifacts without W&B."""
     for name in logger.artifacts:
         if name not in ARTIFACTS:
             found = did_you_mean(nearest(name, ARTIFACTS))

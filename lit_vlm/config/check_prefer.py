@@ -1,4 +1,4 @@
-"""What task=prefer needs, and settings of its that no run could use."""
+"""Validation of the settings of task=prefer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from lit_vlm.config.schema import RunConfig, ScorerName
 
 
 def mistakes_in_prefer(config: RunConfig) -> Iterator[str]:
+    """Yield an error message for each missing or unusable setting of task=prefer."""
     prefer = config.prefer
     if config.init_from is None:
         yield "init_from is not set: task=prefer asks a finished model, init_from=runs/<name>/hf or a hub id."

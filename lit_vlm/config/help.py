@@ -1,4 +1,4 @@
-"""The text of `python run.py --help`: choices are read from conf/ and settings from the schema."""
+"""Text of `python run.py --help`. Choices are read from conf/, settings from the schema."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lit_vlm.config.compose import CONF, choices
 from lit_vlm.config.recipe import recipes
 from lit_vlm.config.settings import Setting, describe, field_comments, settings
 
-# What people change most, in the order in which they meet it.
+# Settings that are changed most often, in the order in which a user needs them.
 FIRST = (
     "data.sources.<name>.path",
     "init_from",
@@ -71,7 +71,7 @@ WIDTH = 110
 
 
 def help_text(words: list[str]) -> str:
-    """The first page, or with the word `settings` the table of everything."""
+    """Format the overview, or with the argument `settings` the table of all settings."""
     return _all_settings() if "settings" in words else _first_page()
 
 
@@ -144,7 +144,7 @@ def _wrapped(text: str, indent: int) -> str:
 
 
 def written(value: Any) -> str:
-    """A default as it would be typed."""
+    """Format a default as on the command line."""
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, list | tuple):
@@ -155,7 +155,7 @@ def written(value: Any) -> str:
 
 
 def _all_settings() -> str:
-    """Each setting once: the three parts share their rows, so do training and validation sources."""
+    """Format each setting once: the three model parts share their rows, and so do training and validation sources."""
     lines, seen = [], set()
     for row in settings():
         key = row.key

@@ -1,4 +1,4 @@
-"""Keys, types and choices: every mistake in overrides and files, each named with the nearest right word."""
+"""Validation of keys, types and choices in overrides and files. Each error suggests the nearest valid name."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NEW_SOURCE = (
 
 
 def mistakes_in(key: str, value: Any, stage: type[StageConfig]) -> Iterator[str]:
-    """What is wrong with this value for this key, down to the leaves of a value that holds others."""
+    """Yield the errors of a value for a key, down to the leaves of a nested value."""
     hint = hint_of(key, stage)
     if hint is None:
         yield _unknown(key, stage)
@@ -55,13 +55,13 @@ def _unknown(key: str, stage: type[StageConfig]) -> str:
     words = key.split(".")
     place = 2 if key.startswith("data.sources.") else 3
     name = words[place] if len(words) > place and "sources" in words else "mine"
-    rows = settings(cast(Hashable, stage))  # a class is; mypy takes the word of its instances, which are not
+    rows = settings(cast(Hashable, stage))  # a class is hashable; mypy checks its instances, which are not
     found = nearest_key(key, [*members(RunConfig), *(row.key.replace("<name>", name) for row in rows)])
     return f"unknown setting {key}.{did_you_mean(found)}" + ("" if found else " See python run.py --help settings.")
 
 
 def fits(hint: Any, value: Any) -> bool:
-    """Whether OmegaConf will take the value and mean what its writer meant; it takes 2 or 'yes' for a bool."""
+    """Return True if OmegaConf accepts the value with the intended meaning. OmegaConf also accepts 2 or 'yes' for a bool."""
     if hint is Any or (isinstance(value, str) and ("${" in value or value == "???")):
         return True
     if get_origin(hint) in (UnionType, Union):
@@ -91,7 +91,7 @@ def _converts(hint: type, value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value as it is written in YAML and on the command line."""
+    """Format a value as in YAML and on the command line."""
     if isinstance(value, bool) or value is None:
         return "null" if value is None else str(value).lower()
     return repr(value)
@@ -109,7 +109,7 @@ def _nearest_member(hint: Any, value: Any) -> str:
 
 
 def mistakes_in_choice(override: Override, overrides: list[str]) -> Iterator[str]:
-    """A group or a choice that does not exist."""
+    """Yield an error message for a group or a choice that does not exist."""
     group, value = override.key_or_group, override.value()
     if group not in groups(overrides):
         yield f"{override.input_line}: there is no group {group}.{did_you_mean(nearest(group, groups(overrides)))}"
@@ -129,13 +129,13 @@ def mistakes_in_choice(override: Override, overrides: list[str]) -> Iterator[str
 def mistakes_in_override(
     text: str, stage: type[StageConfig], sources: dict[str, set[str]] | None, null: Set[str] = frozenset()
 ) -> Iterator[str]:
-    """What is wrong with one override that sets a value.
+    """Yield the errors of one override that sets a value.
 
     Args:
         text: the override.
-        stage: the schema of the chosen stage.
-        sources: names by the key of their table (data.sources, data.validation.sources); None when they are not known.
-        null: keys of groups that no file begins, e.g. data.sources.mine.mapping.
+        stage: the schema of the selected stage.
+        sources: source names by the key of their table (data.sources, data.validation.sources); None if they are unknown.
+        null_groups: keys of groups that no file sets, e.g. data.sources.mine.mapping.
     """
     override = parsed(text)
     key = override.key_or_group
@@ -156,7 +156,7 @@ def mistakes_in_override(
 
 
 def _wrong_sources(override: Override, sources: dict[str, set[str]]) -> Iterator[str]:
-    """Sources that are not there: the schema of a table of sources lets files add to it, and nobody else."""
+    """Yield an error message for each unknown source. Only files may add sources, although the schema allows any."""
     key = override.key_or_group
     table, name = _source_of(key)
     if table and name not in sources[table]:
@@ -168,7 +168,7 @@ def _wrong_sources(override: Override, sources: dict[str, set[str]]) -> Iterator
 
 
 def _source_of(key: str) -> tuple[str, str]:
-    """("data.sources", "mine") of data.sources.mine.path; empty for any other key."""
+    """Split data.sources.mine.path into ("data.sources", "mine"); return empty strings for any other key."""
     for table in ("data.sources", "data.validation.sources"):
         if key.startswith(f"{table}."):
             return table, key.removeprefix(f"{table}.").partition(".")[0]
@@ -176,12 +176,12 @@ def _source_of(key: str) -> tuple[str, str]:
 
 
 def mistakes_in_file(default: ResultDefault, stage: type[StageConfig], overrides: list[str]) -> Iterator[str]:
-    """What is wrong with the settings of one file of conf/, each with its line."""
+    """Yield the errors in the settings of one file of conf/, each with its line number."""
     path = next(
         (file for folder in config_dirs(overrides) if (file := folder / f"{default.config_path}.yaml").is_file()), None
     )
     if path is None or str(default.config_path).startswith("hydra/"):
-        return  # a schema, or a file of Hydra's
+        return  # a schema, or a file of Hydra
     package = default.package or ""
     if package.startswith("experiment"):
         yield f"{_short(path)}: the first line must be '# @package _global_', or nothing in the file counts."
@@ -207,7 +207,7 @@ def _leaves(key: str, value: Any, stage: type[StageConfig]) -> Iterator[tuple[st
 
 
 def _line(path: Path, words: list[str]) -> int:
-    """The line where a key stands, counted from 1."""
+    """Find the line number of a key, counted from 1."""
     node, line = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), 1
     for word in words:
         for key, value in getattr(node, "value", []):
@@ -218,5 +218,5 @@ def _line(path: Path, words: list[str]) -> int:
 
 
 def _short(path: Path) -> str:
-    """The path from here where it lies below, else whole."""
+    """Return the path relative to the current folder if it is inside it, else the whole path."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

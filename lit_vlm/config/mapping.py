@@ -1,9 +1,9 @@
-"""How labels of another structure become conversations: the settings of `format=mapped`.
+"""Settings of `format=mapped`, which convert labels of another structure to conversations.
 
 A *path* leads into a record: `image.identifier`, `regions.0.class`. A *template* is text with paths in braces:
-`{@folder}/{image.identifier}`. Words with @ are about the label file itself: {@name} (a.json), {@stem} (a), {@folder}
-(the folder it is in) and {@path} (from the zip's or the source's root). Within turns and regions a path starts at the
-item and, where that has no such key, at the record. `conf/data/source/aihub_*.yaml` show mappings.
+`{@folder}/{image.identifier}`. Variables with @ describe the label file: {@name} (a.json), {@stem} (a), {@folder} (its folder)
+and {@path} (from the root of the zip file or the source). Inside turns and regions a path is resolved in the item first; if
+the item has no such key, in the record. Examples are in `conf/data/source/aihub_*.yaml`.
 """
 
 from __future__ import annotations
@@ -16,54 +16,54 @@ from string import Formatter
 
 
 class BoxFormat(Enum):
-    xyxy = "xyxy"  # left, top, right, bottom; corners that are swapped are put in order
+    xyxy = "xyxy"  # left, top, right, bottom; swapped corners are sorted
     xywh = "xywh"  # left, top, width, height
-    polygon = "polygon"  # [[x, y], ...], [{x, y}, ...] or [x, y, x, y, ...]; two paths: all x and all y
+    polygon = "polygon"  # [[x, y], ...], [{x, y}, ...] or [x, y, x, y, ...]; or two paths, to all x and to all y
 
 
 class BoxUnit(Enum):
-    pixels = "pixels"  # of the picture that `size` or its header tells
-    fractions = "fractions"  # of the picture's width and height, 0 to 1
+    pixels = "pixels"  # pixels of the image, whose size comes from `size` or its header
+    fractions = "fractions"  # fractions of the image's width and height, 0 to 1
 
 
 class BoxFrame(Enum):
-    """What boxes are measured on where EXIF turns a picture."""
+    """Orientation in which boxes are measured if EXIF rotates an image."""
 
-    auto = "auto"  # what `size` tells; where it cannot tell, the record is refused
-    upright = "upright"  # the picture as it is shown
-    stored = "stored"  # the pixels as the file has them, before they are turned
+    auto = "auto"  # derived from `size`; the record is rejected if that is ambiguous
+    upright = "upright"  # the image after rotation, as it is displayed
+    stored = "stored"  # the pixels in the file, before rotation
 
 
 class RegionTask(Enum):
-    ocr = "ocr"  # asked with <ocr>, answered with every text and its box, a line each (VARCO-VISION)
-    grounding = "grounding"  # asked with <gro>, the answer points: <obj>phrase</obj> with its boxes
-    referring = "referring"  # the question points, the answer is text
+    ocr = "ocr"  # the question has <ocr>, the answer every text with its box, one per line (VARCO-VISION)
+    grounding = "grounding"  # the question has <gro>, the answer has boxes: <obj>phrase</obj> with its boxes
+    referring = "referring"  # the question has boxes, the answer is text
 
 
 @dataclass(kw_only=True, slots=True)
 class MappingConfig:
-    """Where records, pictures, questions, answers and boxes are in a label file."""
+    """Location of records, images, questions, answers and boxes in a label file."""
 
-    labels: str | None = "*.json"  # names of the label files, in folders or zips; null: none, each picture is a record
-    records: str | None = None  # path of a label file's list of records, "." where it is the list; null: it is one
-    join: str | None = None  # path of a second list (COCO's annotations); each record gets the items that name it
-    join_item: str = "image_id"  # key of those items that names a record ...
-    join_record: str = "id"  # ... by this key of it
-    id: str | None = None  # template of the record's id; null: its place
-    image: str | None = None  # template of the picture's path or name; null: the label file's, with a picture's ending
-    turns: str | None = None  # path of the list of questions and answers; null: one of each
-    questions: list[str] = field(default_factory=list)  # templates, one is taken by digest; empty: the source's prompts
-    answer: str | None = None  # template; {@regions} stands for the regions
+    labels: str | None = "*.json"  # name pattern of label files, in folders or zips; null: each image is a record
+    records: str | None = None  # path of the list of records in a label file, "." if it is a list; null: one record
+    join: str | None = None  # path of a second list (COCO's annotations); its items are joined to their records
+    join_item: str = "image_id"  # key of an item that refers to its record
+    join_record: str = "id"  # key of the record that join_item refers to
+    id: str | None = None  # template of the record's id; null: its position
+    image: str | None = None  # template of the image's path or name; null: the label file's, with an image extension
+    turns: str | None = None  # path of the list of questions and answers; null: one question and one answer
+    questions: list[str] = field(default_factory=list)  # templates; one is chosen by digest; empty: source prompts
+    answer: str | None = None  # template; {@regions} is replaced by the regions
     regions: str | None = None  # path of the list of boxes
-    task: RegionTask = RegionTask.ocr  # what the regions are for
+    task: RegionTask = RegionTask.ocr  # use of the regions
     text: str | None = None  # template of a region's text or phrase
     box: list[str] = field(default_factory=list)  # path of a region's box, or paths of its four numbers
     box_format: BoxFormat = BoxFormat.xyxy
     box_unit: BoxUnit = BoxUnit.pixels
-    box_frame: BoxFrame = BoxFrame.auto  # what boxes are measured on where EXIF turns a picture
-    size: list[str] = field(default_factory=list)  # paths of the picture's width and height; empty: by its header
-    keep: list[str] = field(default_factory=list)  # path=value, e.g. attributes.class=word: other regions are left out
-    skip: list[str] = field(default_factory=list)  # path=value: these regions are left out
+    box_frame: BoxFrame = BoxFrame.auto  # orientation in which boxes are measured if EXIF rotates an image
+    size: list[str] = field(default_factory=list)  # paths of the image's width and height; empty: from its header
+    keep: list[str] = field(default_factory=list)  # path=value, e.g. attributes.class=word: keep only these regions
+    skip: list[str] = field(default_factory=list)  # path=value: leave out these regions
 
 
 FILE_WORDS = ("@path", "@name", "@stem", "@folder")
@@ -71,7 +71,11 @@ REGIONS = "@regions"
 
 
 def parts_of(template: str) -> list[tuple[str, str | None]]:
-    """A template as (text, path behind it or None). ValueError for an open brace or an unknown word with @."""
+    """Parse a template into pairs (text, path after the text or None).
+
+    Raises:
+        ValueError: an open brace, or an unknown variable with @.
+    """
     parts = []
     for text, path, how, conversion in Formatter().parse(template):
         if how or conversion or path == "":
@@ -85,7 +89,11 @@ def parts_of(template: str) -> list[tuple[str, str | None]]:
 
 
 def mistakes_in_mapping(key: str, mapping: MappingConfig) -> Iterator[str]:
-    """What no label file could make right, each with its setting. `key` is that of the mapping."""
+    """Yield the errors of a mapping that no label file can satisfy, each with its setting.
+
+    Args:
+        key: key of the mapping.
+    """
     singles = {name: getattr(mapping, name) for name in ("id", "image", "answer", "text")}
     templates = {**singles, **{f"questions[{number}]": text for number, text in enumerate(mapping.questions)}}
     pointing = []

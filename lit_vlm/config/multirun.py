@@ -1,4 +1,4 @@
-"""What -m may do: several jobs one after the other in this process, each on one device."""
+"""Validation of -m: several jobs one after the other in this process, each on one device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lit_vlm.secrets import mistakes_of_secrets
 
 
 def values_of(override: str) -> list[str]:
-    """One override per value of a comma list; any other override as it is."""
+    """Split an override with a comma list into one override per value; return any other override unchanged."""
     word = parsed(override)
     if not word.is_choice_sweep():
         return [override]
@@ -23,13 +23,13 @@ def values_of(override: str) -> list[str]:
 
 
 def check_multirun(overrides: list[str]) -> None:
-    """Refuse -m with several local devices.
+    """Reject -m with several local devices.
 
-    Lightning starts one process per device by running the command line again, -m included: each would walk the whole
-    list by itself, out of step with the others. A launcher that starts every job as a program of its own is fine.
+    Lightning starts one process per device by running the command line again, including -m. Each process would run the whole
+    list by itself, out of step with the others. A launcher that starts every job as its own program has no such problem.
 
     Raises:
-        ConfigError: a job of the list asks for several devices, or holds a secret.
+        ConfigError: a job of the list uses several devices, or contains a secret.
     """
     if any(value.endswith("task=submit") for text in overrides for value in values_of(text)):
         raise ConfigError(
@@ -53,10 +53,12 @@ def check_multirun(overrides: list[str]) -> None:
 
 
 def refuse_secrets(overrides: list[str]) -> None:
-    """ConfigError where a setting holds a secret, a file of the user's or a variable that it names among them: Hydra shows
-    and writes what it composes."""
+    """Raise ConfigError if a setting contains a secret, because Hydra prints and writes the composed config.
+
+    The user's own files, and environment variables that the settings refer to, are included.
+    """
     words = [text for text in overrides if not key_of(text).startswith(("hydra.launcher", "hydra/launcher"))]
-    with suppress(HydraException, OmegaConfBaseException):  # another mistake, which is told by whoever meets it
+    with suppress(HydraException, OmegaConfBaseException):  # another error, which is reported elsewhere
         config = composed(words)
         plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
         if mistakes := mistakes_of_secrets(plain):
@@ -64,12 +66,12 @@ def refuse_secrets(overrides: list[str]) -> None:
 
 
 def launcher_in(overrides: list[str]) -> str | None:
-    """The launcher that is chosen, the last one where there are several."""
+    """Return the selected launcher, the last one if there are several; None without one."""
     return next((text.partition("=")[2] for text in reversed(overrides) if key_of(text) == "hydra/launcher"), None)
 
 
 def refuse_launcher(overrides: list[str]) -> None:
-    """ConfigError where a launcher is chosen and Hydra would not ask it: the run would start here instead."""
+    """Raise ConfigError if a launcher is selected without -m: Hydra would not use it, and the run would start here."""
     if launcher := launcher_in(overrides):
         raise ConfigError(
             [
@@ -80,7 +82,7 @@ def refuse_launcher(overrides: list[str]) -> None:
 
 
 def samples(overrides: list[str]) -> list[list[str]]:
-    """Jobs in which each value of each list is seen once; their product could be thousands."""
+    """List jobs in which each value of each comma list occurs once. The full product could have thousands of jobs."""
     lists = [values_of(text) for text in overrides]
     first = [values[0] for values in lists if not parsed(values[0]).is_sweep_override()]
     others = [[value if text == values[0] else text for text in first] for values in lists for value in values[1:]]

@@ -1,7 +1,7 @@
-"""From the words of a command line to Hydra's overrides.
+"""Conversion of command-line arguments to Hydra overrides.
 
-Values arrive from shells and from W&B, so what Hydra's grammar cannot read but a person can (Hangul, a JSON object) is
-quoted here.
+Values come from shells and from W&B. Values that are clear to a person but that Hydra's grammar cannot parse (Hangul, a JSON
+object) are quoted here.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from lit_vlm.config.yaml_text import quote_text
 from lit_vlm.types import UserError
 
 SOURCES = "data/source@data.sources"
-CHECKPOINTING = {"true": "full", "false": "none"}  # what was said before there were levels
+CHECKPOINTING = {"true": "full", "false": "none"}  # former values -> levels
 _BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*\Z")
 _WORDS = {"null", "true", "false", "inf", "nan", "none"}
 _FLAG_WITH_VALUE = re.compile(r"--(cfg|info|package|config-(dir|name|path)|experimental-rerun)=")
 
 
 class ConfigError(UserError):
-    """Everything that is wrong with a configuration, in one message, each mistake once."""
+    """Error with all faults of a configuration in one message, each fault once."""
 
     def __init__(self, mistakes: list[str]) -> None:
         self.mistakes = list(dict.fromkeys(mistakes))
@@ -40,13 +40,13 @@ class ConfigError(UserError):
 
 
 def read_arguments(arguments: list[str]) -> list[str]:
-    """Command-line arguments as overrides that Hydra can parse.
+    """Parse command-line arguments to overrides that Hydra can parse.
 
-    A JSON object (what `${args_json}` of a W&B sweep hands over) becomes one override per key; a folder given with
-    `--config-dir` becomes a search path; a value that only lacks quotes gets them.
+    A JSON object (from `${args_json}` of a W&B sweep) becomes one override per key; a folder given with `--config-dir` becomes
+    a search path; a value that only lacks quotes is quoted.
 
     Raises:
-        ConfigError: with every argument that is no override.
+        ConfigError: lists every argument that is not an override.
     """
     words, mistakes = [], []
     for argument in _config_dir_as_search_path(arguments):
@@ -60,23 +60,24 @@ def read_arguments(arguments: list[str]) -> list[str]:
 
 
 def parsed(override: str) -> Override:
-    """Hydra's reading of one override."""
+    """Parse one override with Hydra's parser."""
     return OverridesParser.create().parse_override(override)
 
 
 def key_of(override: str) -> str:
-    """`stage.learning_rate` of `++stage.learning_rate=1`."""
+    """Return the key of an override: `stage.learning_rate` of `++stage.learning_rate=1`."""
     return override.lstrip("+~").partition("=")[0]
 
 
 def with_implied(overrides: list[str]) -> list[str]:
-    """The overrides and what naming them implies, first so that a later word wins.
+    """Add the overrides that the given ones imply, first, so that an explicit override wins.
 
-    An `experiment=` is one stage, so the task is to train it; ready sources stand alone unless `data=` says with what,
-    and `data=` takes the place of an experiment's ready sources; `trainer.extra.*`, `data.share.kinds` and
-    `submit.env` hold words that the schema does not name; `image=photo.jpg` and `sync=runs/a` are lists of one; a level of
-    activation checkpointing may still be said as true or false; what the schema calls text is quoted where Hydra would read
-    a number.
+    - `experiment=` selects one stage, so the task is train.
+    - Ready sources are used alone unless `data=` is given. `data=` replaces the ready sources of an experiment.
+    - `trainer.extra.*`, `data.share.kinds` and `submit.env` have keys that the schema does not list, so they get `++`.
+    - `image=photo.jpg` and `sync=runs/a` are lists with one item.
+    - Activation checkpointing may still be true or false instead of a level.
+    - A value of a text setting is quoted if Hydra would parse it as a number.
     """
     keys = {key_of(override) for override in overrides}
     implied = []

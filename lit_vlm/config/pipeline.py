@@ -1,4 +1,4 @@
-"""A pipeline runs one process per stage; here is what each is told of the pipeline's own overrides."""
+"""Overrides of the stages of a pipeline, which runs each stage in its own process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lit_vlm.config.settings import did_you_mean, nearest
 
 
 def wrong_for_pipeline(overrides: list[str]) -> list[str]:
-    """Mistakes: an unknown recipe, and overrides that mean one stage and would be given to all."""
+    """Return the errors of pipeline overrides: an unknown recipe, and overrides of one stage that would apply to all."""
     stage = [text for text in overrides if key_of(text) == "stage" or key_of(text).startswith("stage.")]
     mistakes = []
     if stage:
@@ -33,14 +33,14 @@ def wrong_for_pipeline(overrides: list[str]) -> list[str]:
 
 
 def pipeline_overrides(overrides: list[str], experiment: str) -> list[str]:
-    """The overrides with which a pipeline starts one of its stages: `python run.py experiment=<experiment> <these>`.
+    """Build the overrides with which a pipeline starts a stage: `python run.py experiment=<experiment> <overrides>`.
 
-    `init_from=` is for the first stage. A later one that starts from `previous` is told the folder outright where its
-    own overrides would not lead there (dpo does not see the data of the stages before it; trials of a sweep carry
-    their run id).
+    `init_from=` applies to the first stage. A later stage that starts from `previous` gets the folder explicitly if its own
+    overrides would resolve to another one (dpo does not have the data overrides of earlier stages; trials of a sweep have
+    a run id in their names).
 
     Raises:
-        ConfigError: an override that belongs to one stage alone.
+        ConfigError: an override that belongs to a single stage.
     """
     if mistakes := wrong_for_pipeline(overrides):
         raise ConfigError(mistakes)

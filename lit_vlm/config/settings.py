@@ -1,4 +1,4 @@
-"""The schema as a table: each setting's key, type, default and comment, and the nearest right key to a wrong one."""
+"""Table of all settings: key, type, default and help text of each, and the nearest valid key to an invalid one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lit_vlm.config import mapping, schema
 from lit_vlm.config.ranges import Range
 from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig
 
-# What people type out of habit -> our word.
+# Names from other programs -> key of this schema.
 HABITS = {
     "lr": "stage.learning_rate",
     "batch_size": "data.global_batch_size",
@@ -38,31 +38,31 @@ HABITS = {
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One row of the table. `<name>` in a key stands for the name of a source."""
+    """A row of the table. `<name>` in a key is a placeholder for the name of a source."""
 
     key: str
     type: Any
     default: Any
     comment: str
-    group: str = ""  # dataclass it stands in
-    range: Range | None = None  # of a number, or of each number of a list
+    group: str = ""  # name of the dataclass that contains the setting
+    range: Range | None = None  # range of a number, or of each number in a list
 
 
 def stage_class(name: str | None) -> type[StageConfig]:
-    """The schema of a stage; each name but dpo has the plain one."""
+    """Return the config dataclass of a stage; every stage except dpo has the plain one."""
     return DPOStageConfig if name == schema.StageName.dpo.value else StageConfig
 
 
 @cache
 def members(owner: type) -> dict[str, Any]:
-    """Field name -> type of a dataclass of the schema."""
+    """Return the types of a config dataclass by field name."""
     hints = get_type_hints(owner)
     return {field.name: hints[field.name] for field in fields(owner)}
 
 
 @cache
 def settings(stage: type[StageConfig] = DPOStageConfig) -> tuple[Setting, ...]:
-    """Every setting, in the order of the schema."""
+    """List all settings in the order of the schema."""
     return tuple(_rows(RunConfig, "", stage))
 
 
@@ -88,18 +88,18 @@ def _rows(owner: type, prefix: str, stage: type[StageConfig]) -> Iterator[Settin
 
 
 def default_of(field: Field) -> Any:
-    """The default that a field has when nothing is said; "???" where something must be said."""
+    """Return the default of a field; "???" for a required setting."""
     return field.default_factory() if field.default_factory is not REQUIRED else field.default
 
 
 def dataclass_of(hint: Any) -> Any:
-    """X of X and of X | None, where X is a dataclass; None for anything else."""
+    """Extract the dataclass X from the type X or X | None; None for any other type."""
     options = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
     return next((option for option in options if is_dataclass(option)), None)
 
 
 def hint_of(key: str, stage: type[StageConfig]) -> Any:
-    """The type of a setting; None when there is no such setting."""
+    """Return the type of a setting; None if the setting does not exist."""
     hint: Any = RunConfig
     for word in key.split("."):
         if hint is Any:
@@ -113,13 +113,13 @@ def hint_of(key: str, stage: type[StageConfig]) -> Any:
 
 
 def value_type(hint: Any) -> Any:
-    """X of dict[str, X]; None for anything else."""
+    """Return X of dict[str, X]; None for any other type."""
     return get_args(hint)[1] if get_origin(hint) is dict else None
 
 
 @cache
 def field_comments() -> dict[tuple[str, str], str]:
-    """(class, field) -> the comment behind the field (or behind the bracket that closes it) in schema.py, mapping.py."""
+    """Read the help texts in schema.py and mapping.py: (class, field) -> trailing comment of the field or its closing bracket."""
     found: dict[tuple[str, str], str] = {}
     owner = name = ""
     depth = 0
@@ -137,7 +137,7 @@ def field_comments() -> dict[tuple[str, str], str]:
 
 
 def describe(hint: Any) -> str:
-    """A type in a reader's words: "a number", "one of align, sft, highres, dpo", ..."""
+    """Describe a type for users: "a number", "one of align, sft, highres, dpo", ..."""
     if get_origin(hint) in (UnionType, Union):
         return " or ".join(describe(option) for option in get_args(hint))
     if get_origin(hint) is list:
@@ -158,13 +158,13 @@ def describe(hint: Any) -> str:
 
 
 def nearest(word: str, choices: Iterator[str] | list[str] | tuple[str, ...]) -> str | None:
-    """The choice that looks most like the word; None when none does."""
+    """Find the choice that is most similar to a word; None if none is similar."""
     found = difflib.get_close_matches(word.lower(), list(choices), n=1, cutoff=0.6)
     return found[0] if found else None
 
 
 def nearest_key(key: str, keys: list[str]) -> str | None:
-    """The setting that was probably meant: by habit, by its last word alone, or by its looks."""
+    """Find the setting that was probably meant: by a known alias, by the last part of the key, or by similarity."""
     last = key.rpartition(".")[2]
     if key in HABITS or last in HABITS:
         return HABITS.get(key) or HABITS[last]
@@ -179,5 +179,5 @@ def nearest_key(key: str, keys: list[str]) -> str | None:
 
 
 def did_you_mean(found: str | None) -> str:
-    """The end of a message that has a suggestion."""
+    """Format a suggestion for the end of a message; empty without one."""
     return f" Did you mean {found}?" if found else ""

@@ -1,4 +1,4 @@
-"""Settings as a run's folder holds them become settings again."""
+"""Reading of the settings that a run folder stores."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from lit_vlm.config.schema import RunConfig
 from lit_vlm.config.settings import stage_class
 from lit_vlm.types import UserError
 
-OF_THE_MODEL = ("model", "stage", "seed", "run_dir")  # besides these, single ones of `data` and `trainer`
+OF_THE_MODEL = ("model", "stage", "seed", "run_dir")  # read as a whole; of `data` and `trainer` only single settings
 
 
 def read_model_settings(plain: dict[str, Any], where: str) -> RunConfig:
-    """Read from a run's settings those that say what its model is and what of it trained; all others have their defaults.
+    """Read the settings of a stored run that define its model and its trained parts; all others have their defaults.
 
     Args:
-        plain: as a manifest, config.yaml or a checkpoint holds them.
-        where: for the message.
+        settings: settings from a manifest, config.yaml or checkpoint.
+        origin: where the settings are stored, for the message.
 
     Raises:
-        UserError: they are not those of this version.
+        UserError: the settings do not match this version.
     """
     chosen = {key: plain[key] for key in OF_THE_MODEL if key in plain}
     for group, names in {"data": ("tiling", "lock"), "trainer": ("precision",)}.items():

@@ -1,4 +1,4 @@
-"""task=sweep: which words of its command line are its own, and which go to every trial; what its own settings cannot be."""
+"""Overrides of task=sweep, divided into those of the sweep and those of every trial; validation of the sweep settings."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from lit_vlm.config.schema import RunConfig, Task
 from lit_vlm.config.settings import did_you_mean, nearest
 
 OWN = ("task", "sweep", "trials", "submit", "run_name", "overwrite")
-SHARED = ("run_dir", "seed", "hydra.searchpath")  # the sweep's and its trials'
+SHARED = ("run_dir", "seed", "hydra.searchpath")  # used by the sweep and by its trials
 
 
 def is_sweep(overrides: list[str]) -> bool:
-    """Whether these overrides mean a sweep."""
+    """Return True if these overrides run a sweep."""
     return [str(parsed(text).value()) for text in overrides if key_of(text) == "task"][-1:] == [Task.sweep.value]
 
 
 def own_words(overrides: list[str]) -> list[str]:
-    """What the sweep itself is told. The rest means a trial, and only with the sweep file's choices is it right or wrong."""
+    """Return the overrides of the sweep itself.
+
+    The others belong to the trials and can be validated only together with the choices of the sweep file.
+    """
     return [text for text in overrides if key_of(text).partition(".")[0] in OWN or key_of(text) in SHARED]
 
 
 def trial_overrides(overrides: list[str]) -> list[str]:
-    """What every trial is told."""
+    """Return the overrides of every trial."""
     return [text for text in overrides if key_of(text).partition(".")[0] not in OWN]
 
 
 def mistakes_in_trials(config: RunConfig) -> Iterator[str]:
-    """Mistakes in `sweep` and `trials`."""
+    """Yield the errors in `sweep` and `trials`."""
     trials = config.trials
     if config.sweep is None:
         yield "sweep is not set: task=sweep runs the trials of a sweep file, sweep=sweeps/<name>.yaml."
