@@ -49,27 +49,27 @@ def main() -> None:
 
 def start(arguments: list[str]) -> None:
     """Run one job in this process, or the command that a flag asks for."""
-    flags, words = split_flags(arguments)
+    flags, overrides = split_flags(arguments)
     if {"--help", "-h"} & set(flags):
-        print(help_text([*flags, *words]))
+        print(help_text([*flags, *overrides]))
     elif flags:
-        through_hydra(flags, words)
+        through_hydra(flags, overrides)
     else:
-        refuse_launcher(read_arguments(words))
-        run = parse(words)
+        refuse_launcher(read_arguments(overrides))
+        run = parse(overrides)
         TASKS[run.config.task](run)
 
 
 def through_hydra(flags: list[str], words: list[str]) -> None:
     """Run with Hydra's own flags: --cfg job, -m, shell completion. All errors are reported before Hydra stops at the first."""
     names = {flag.partition("=")[0] for flag in flags}
-    multirun, completing = bool({"-m", "--multirun"} & names), bool({"-sc", "--shell-completion"} & names)
-    if not completing:
+    is_multirun, is_completing = bool({"-m", "--multirun"} & names), bool({"-sc", "--shell-completion"} & names)
+    if not is_completing:
         refuse_typed_secrets([*flags, *words])
         words = with_implied(read_arguments(words))
-        if wrong := wrong_words(words, sweep=multirun):
-            raise ConfigError([mistake for mistakes in wrong.values() for mistake in mistakes])
-        if multirun:
+        if errors := wrong_words(words, sweep=is_multirun):
+            raise ConfigError([error for group in errors.values() for error in group])
+        if is_multirun:
             check_multirun(words)
         else:
             refuse_secrets(words)
@@ -77,8 +77,8 @@ def through_hydra(flags: list[str], words: list[str]) -> None:
                 refuse_launcher(words)
     register()
     sys.argv = [sys.argv[0], *flags, *words]
-    if launcher_in(words) == "submitit_slurm" and not completing:
-        grid(words, submits=multirun)
+    if launcher_in(words) == "submitit_slurm" and not is_completing:
+        grid(words, submits=is_multirun)
     else:
         one_job()
 
@@ -89,8 +89,8 @@ def grid(words: list[str], submits: bool) -> None:
     from lit_vlm.tasks.submit import require_slurm
 
     if submits:
-        here = "leave it out, and -m runs the jobs here one by one"
-        require_slurm("hydra/launcher=submitit_slurm", here, "sbatch", "srun")
+        remedy = "leave it out, and -m runs the jobs here one by one"
+        require_slurm("hydra/launcher=submitit_slurm", remedy, "sbatch", "srun")
     register_launcher(words)
     with errors_told():
         one_job()
@@ -102,8 +102,10 @@ def one_job(_: object) -> None:
     handle_signals()  # a submitit job does not start run.py
     redact_terminal()  # a submitit job starts without `main`
     try:
-        words = HydraConfig.get().overrides
-        run = parse([*words.task, *(word for word in words.hydra if word.startswith("hydra.searchpath="))])
+        overrides = HydraConfig.get().overrides
+        run = parse(
+            [*overrides.task, *(override for override in overrides.hydra if override.startswith("hydra.searchpath="))]
+        )
         TASKS[run.config.task](run)
     except UserError as error:
         sys.exit(str(error) or 1)  # an exception would be shown with Hydra's traceback

@@ -41,16 +41,16 @@ def written(path: Path, what: str = "The index", setting: str = "data.index_dir"
     Raises:
         UserError: the disk is full or the folder is not writable.
     """
-    draft = draft_of(path)
+    temporary = draft_of(path)
     with writable(path.parent, what, setting):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            yield draft
-            move_into_place(draft, path)
+            yield temporary
+            move_into_place(temporary, path)
         finally:
-            draft.unlink(missing_ok=True)
-        for stray in path.parent.glob(f".{path.name}.*"):
-            stray.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
+        for leftover in path.parent.glob(f".{path.name}.*"):
+            leftover.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, text: str, *, durable: bool = True, redact: bool = True) -> None:
@@ -66,18 +66,18 @@ def write_atomically(path: Path, text: str, *, durable: bool = True, redact: boo
     Raises:
         OSError: the disk is full or the folder is not writable.
     """
-    draft = draft_of(path)
+    temporary = draft_of(path)
     try:
-        draft.write_text(redacted_text(text) if redact else text, encoding="utf-8")
-        move_into_place(draft, path) if durable else os.replace(draft, path)
+        temporary.write_text(redacted_text(text) if redact else text, encoding="utf-8")
+        move_into_place(temporary, path) if durable else os.replace(temporary, path)
     except OSError:
-        draft.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     host = f".{path.name}.{socket.gethostname()}."
-    for stray in path.parent.glob(f"{host}*"):  # left by a killed process of this host
-        number = stray.name.removeprefix(host).partition("-")[0]
-        if number.isdigit() and not _is_alive(int(number)):
-            stray.unlink(missing_ok=True)
+    for leftover in path.parent.glob(f"{host}*"):  # left by a killed process of this host
+        pid = leftover.name.removeprefix(host).partition("-")[0]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            leftover.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = None, durable: bool = True) -> None:
@@ -115,11 +115,11 @@ def move_into_place(draft: Path, path: Path) -> None:
 
 def sync(path: Path) -> None:
     """Flush a file's content, or a folder's entries, to the disk (fsync)."""
-    handle = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any] | None:
@@ -140,8 +140,8 @@ def read_json(path: Path, remedy: str) -> dict[str, Any] | None:
     try:
         value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        found = "it is empty" if not data.strip(b" \r\n\t\0") else f"it is no JSON, or cut off ({error})"
-        raise DamagedFile(f"{path} is damaged: {found}. {remedy}") from None
+        fault = "it is empty" if not data.strip(b" \r\n\t\0") else f"it is no JSON, or cut off ({error})"
+        raise DamagedFile(f"{path} is damaged: {fault}. {remedy}") from None
     if not isinstance(value, dict):
         raise DamagedFile(f"{path} is damaged: it holds {type(value).__name__} and no JSON object. {remedy}")
     return value
@@ -154,12 +154,12 @@ def append_line(path: Path, line: bytes) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
-    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(handle, (b"" if _ends_a_line(handle) else b"\n") + line + b"\n")  # one write: lines never mix
-        os.fsync(handle)
+        os.write(descriptor, (b"" if _ends_a_line(descriptor) else b"\n") + line + b"\n")  # one write: lines never mix
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
     if is_new:
         sync(path.parent)
 

@@ -112,13 +112,15 @@ def _strength(name: str) -> int:
     words = [word.lower() for word in _WORD.findall(name)]
     if not words or name in _FOLDERS or (words[-1] in _ABOUT and words[-2:] != ["key", "id"]):
         return 0
-    last, before, capitals = words[-1], set(words[:-1]), name.isupper()
-    if last == "token" and before & _OF_A_VOCABULARY:
+    last_word, previous_words, is_uppercase = words[-1], set(words[:-1]), name.isupper()
+    if last_word == "token" and previous_words & _OF_A_VOCABULARY:
         return 0
-    if (set(words) & _ALONE) - _ALSO_A_WORD or last in _ALONE or any(word.endswith(_GLUED) for word in words):
+    if (set(words) & _ALONE) - _ALSO_A_WORD or last_word in _ALONE or any(word.endswith(_GLUED) for word in words):
         return 2
-    is_key = last in ("key", "keys") or words[-2:] == ["key", "id"]
-    strength = _strength_of_key(words, capitals) if is_key else _strength_of_short(last, before, capitals)
+    is_key = last_word in ("key", "keys") or words[-2:] == ["key", "id"]
+    strength = (
+        _strength_of_key(words, is_uppercase) if is_key else _strength_of_short(last_word, previous_words, is_uppercase)
+    )
     return strength or int(bool(set(words) & _ALONE))
 
 
@@ -167,8 +169,8 @@ def redacted_text(text: str, name: str = "") -> str:
     for secret in _spellings(_values_of_environment()):
         text = text.replace(secret, REDACTED)
     is_prose = _PROSE.search(name) is not None
-    for named, valued in () if is_prose else ASSIGNED:
-        text = _without_values(text, named, valued)
+    for name_pattern, value_pattern in () if is_prose else ASSIGNED:
+        text = _without_values(text, name_pattern, value_pattern)
     for pattern, replacement in PROSE_FORMS if is_prose else FORMS:
         text = pattern.sub(partial(redact_digest, name=name) if replacement is redact_digest else replacement, text)
     return text
@@ -203,20 +205,20 @@ def mistakes_of_secrets(settings: Mapping[str, Any]) -> list[str]:
 
 def mistakes_of_typed_secrets(words: list[str]) -> list[str]:
     """Return an error message for each command-line argument that contains a secret, before the arguments are parsed."""
-    found: dict[str, Any] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if word.lstrip().startswith("{"):
+    suspects: dict[str, Any] = {}
+    for argument in words:
+        key, equals, value = argument.partition("=")
+        if argument.lstrip().startswith("{"):
             try:
-                found |= json.loads(word)
+                suspects |= json.loads(argument)
                 continue
             except ValueError:
                 pass
         if equals and not set(" \n{") & set(key):
-            found |= {key.lstrip("+~-"): value} if redacted(value, key) != value or redacted_text(key) != key else {}
-        elif redacted_text(word) != word:
-            found["an argument of the command line"] = word
-    return mistakes_of_secrets(found)
+            suspects |= {key.lstrip("+~-"): value} if redacted(value, key) != value or redacted_text(key) != key else {}
+        elif redacted_text(argument) != argument:
+            suspects["an argument of the command line"] = argument
+    return mistakes_of_secrets(suspects)
 
 
 def agrees(one: Any, other: Any) -> bool:
@@ -236,10 +238,10 @@ def redact_terminal() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, RedactedStream):
-            clean = RedactedStream(stream)
-            atexit.register(clean.pass_on)
-            os.register_at_fork(after_in_child=clean.forget)
-            setattr(sys, name, clean)
+            redacted_stream = RedactedStream(stream)
+            atexit.register(redacted_stream.pass_on)
+            os.register_at_fork(after_in_child=redacted_stream.forget)
+            setattr(sys, name, redacted_stream)
 
 
 class RedactedStream:
@@ -295,8 +297,8 @@ def _find_end_of_lines(text: str) -> int:
         end = text.rfind(" ", 0, len(text) - LONGEST_LINE // 4) + 1 or len(text)
     else:
         end = max(text.rfind("\n"), text.rfind("\r")) + 1
-    if (opened := _OPEN_KEY.search(text)) and len(text) - opened.start() <= LONGEST_LINE:
-        end = min(end, opened.start())
+    if (open_key := _OPEN_KEY.search(text)) and len(text) - open_key.start() <= LONGEST_LINE:
+        end = min(end, open_key.start())
     if 0 < end < len(text) and redacted_text(text) != redacted_text(text[:end]) + redacted_text(text[end:]):
         end = len(text) if len(text) > LONGEST_LINE else 0
     return end
@@ -306,8 +308,8 @@ def _fits(hidden: Any, value: Any) -> bool:
     """Return True if a value matches a text in which secrets were redacted."""
     if not isinstance(hidden, str) or REDACTED not in hidden:
         return False
-    kept = ".*".join(map(re.escape, hidden.split(REDACTED)))
-    return re.fullmatch(kept, str(value), re.DOTALL) is not None
+    pattern = ".*".join(map(re.escape, hidden.split(REDACTED)))
+    return re.fullmatch(pattern, str(value), re.DOTALL) is not None
 
 
 def _redacted_word(word: str) -> str:
@@ -330,24 +332,24 @@ def _text(key: Any) -> Any:
 
 def _without_values(text: str, named: re.Pattern[str], valued: re.Pattern[str]) -> str:
     """Remove the values of secret names from a text. Other values are searched as well: `--env=HF_TOKEN=...`."""
-    pieces, kept, start = [], 0, 0
-    while found := named.search(text, start):
-        start = found.end()
-        value = valued.match(text, start) if is_secret_name(found["name"]) else None
+    pieces, copied, start = [], 0, 0
+    while match := named.search(text, start):
+        start = match.end()
+        value = valued.match(text, start) if is_secret_name(match["name"]) else None
         if value is None:
             continue
         begin, end = _inside_quotes(value[0], start)
         bare = re.split(r"['\"]", text[begin:end], maxsplit=1)[0] or text[begin:end]
         # in a list the value ends before the closing bracket and before the next NAME=
         item = re.split(r",(?=[\w.+-]+=)", bare, maxsplit=1)[0].rstrip(")]}")
-        if not all(is_secret_name(found["name"], one) for one in (bare, item)) or (
+        if not all(is_secret_name(match["name"], candidate) for candidate in (bare, item)) or (
             named is HEADER and not looks_secret(bare)
         ):
             continue
         is_number = named is JSON_KEY and begin == start  # its replacement needs quotes
-        pieces += [text[kept:begin], f'"{REDACTED}"' if is_number else REDACTED]
-        kept = start = end
-    return "".join([*pieces, text[kept:]])
+        pieces += [text[copied:begin], f'"{REDACTED}"' if is_number else REDACTED]
+        copied = start = end
+    return "".join([*pieces, text[copied:]])
 
 
 def _inside_quotes(value: str, start: int) -> tuple[int, int]:
@@ -360,11 +362,11 @@ def _inside_quotes(value: str, start: int) -> tuple[int, int]:
 
 def _values_of_environment() -> tuple[str, ...]:
     """Return the values of environment variables with secret names, the longest first."""
-    named = {name: os.environ.get(name, "") for name in os.environ if is_secret_name(name)}
-    values = {value for name, value in named.items() if len(value) >= SHORTEST and _is_exported_secret(name, value)}
-    words = (value for value in values if not _WORD_OR_NUMBER.fullmatch(value))
+    variables = {name: os.environ.get(name, "") for name in os.environ if is_secret_name(name)}
+    values = {value for name, value in variables.items() if len(value) >= SHORTEST and _is_exported_secret(name, value)}
+    secrets = (value for value in values if not _WORD_OR_NUMBER.fullmatch(value))
     return tuple(
-        sorted((value for value in words if not os.path.exists(value)), key=lambda value: (-len(value), value))
+        sorted((value for value in secrets if not os.path.exists(value)), key=lambda value: (-len(value), value))
     )
 
 
@@ -377,12 +379,12 @@ def _is_exported_secret(name: str, value: str) -> bool:
 @lru_cache(maxsize=8)
 def _spellings(values: tuple[str, ...]) -> tuple[str, ...]:
     """Return values as shells, JSON, HTML and URLs write them, and the single lines of values of several lines."""
-    found = dict.fromkeys(values)
+    spellings = dict.fromkeys(values)
     for value in values:
-        found |= dict.fromkeys(line.strip() for line in value.splitlines() if len(line.strip()) >= 2 * SHORTEST)
+        spellings |= dict.fromkeys(line.strip() for line in value.splitlines() if len(line.strip()) >= 2 * SHORTEST)
         for text in (json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1]):
-            found |= {text: None, html.escape(text): None}
-        found |= dict.fromkeys(
+            spellings |= {text: None, html.escape(text): None}
+        spellings |= dict.fromkeys(
             (
                 html.escape(value),
                 quote(value),
@@ -391,5 +393,5 @@ def _spellings(values: tuple[str, ...]) -> tuple[str, ...]:
                 value.replace("'", "\\'"),
             )
         )
-        found |= dict.fromkeys((shlex.quote(value).removeprefix("'").removesuffix("'"),))
-    return tuple(sorted(found, key=len, reverse=True))
+        spellings |= dict.fromkeys((shlex.quote(value).removeprefix("'").removesuffix("'"),))
+    return tuple(sorted(spellings, key=len, reverse=True))

@@ -36,7 +36,7 @@ def escape_controls(text: str) -> str:
 
     Names and texts of data sets come from others, and a terminal executes control characters.
     """
-    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class UserError(ValueError):

@@ -19,10 +19,15 @@ def choose_callbacks(names: Sequence[str], *, export: bool, profile: bool) -> li
     `only`, no unnamed one is added. The names do not decide whether the model is exported.
     """
     chosen = [name for name in DEFAULT if name in names]
-    own = [name for name in names if name not in (*DEFAULT, *BY_SETTING, ONLY)]
-    adds = bool(own or "profile" in names) and not chosen and ONLY not in names
+    user_classes = [name for name in names if name not in (*DEFAULT, *BY_SETTING, ONLY)]
+    adds_defaults = bool(user_classes or "profile" in names) and not chosen and ONLY not in names
     by_setting = {"export": export, "profile": profile or "profile" in names}
-    return [*(DEFAULT if adds else chosen), *own, *ALWAYS, *(name for name, wanted in by_setting.items() if wanted)]
+    return [
+        *(DEFAULT if adds_defaults else chosen),
+        *user_classes,
+        *ALWAYS,
+        *(name for name, wanted in by_setting.items() if wanted),
+    ]
 
 
 def mistakes_in_callbacks(names: Sequence[str]) -> Iterator[str]:
@@ -34,14 +39,14 @@ def mistakes_in_callbacks(names: Sequence[str]) -> Iterator[str]:
         if name in known:
             continue
         if not name or ("." in name and not all(part.isidentifier() for part in name.split("."))):
-            found = repr(name) if name else "an empty name"
+            detail = repr(name) if name else "an empty name"
             yield (
-                f"callbacks: found {found}; name one of {', '.join(known)}, or the import path of your own class, names"
+                f"callbacks: found {detail}; name one of {', '.join(known)}, or the import path of your own class, names"
                 " with dots between them (my_package.MyCallback)."
             )
         elif "." not in name:
-            found = did_you_mean(nearest(name, known))
+            detail = did_you_mean(nearest(name, known))
             yield (
                 f"callbacks: there is no callback {name}; there are {', '.join(known)},"
-                f" or the import path of your own class (my_package.MyCallback).{found}"
+                f" or the import path of your own class (my_package.MyCallback).{detail}"
             )

@@ -61,30 +61,30 @@ def mistakes_in_idle_stage(config: RunConfig) -> Iterator[str]:
     if isinstance(stage, DPOStageConfig):
         if stage.discopop_tau != default.discopop_tau and "discopop" not in stage.loss_type:
             yield _refusal("stage.discopop_tau", "stage.loss_type names no discopop")
-        diverges = stage.f_divergence_type == "alpha_divergence"
-        if stage.f_alpha_divergence_coef != default.f_alpha_divergence_coef and not diverges:
+        uses_alpha_divergence = stage.f_divergence_type == "alpha_divergence"
+        if stage.f_alpha_divergence_coef != default.f_alpha_divergence_coef and not uses_alpha_divergence:
             yield _refusal("stage.f_alpha_divergence_coef", "stage.f_divergence_type is not alpha_divergence")
     if trainer.shard_size is not None and trainer.strategy not in (Strategy.hsdp, Strategy.auto):
         yield _refusal("trainer.shard_size", f"trainer.strategy={trainer.strategy.value} has no groups; hsdp has")
 
 
 def _idle_in_source(key: str, source: SourceConfig, data: DataConfig) -> Iterator[str]:
-    is_set = {field.name for field in fields(source) if getattr(source, field.name) != getattr(_DEFAULTS, field.name)}
+    changed = {field.name for field in fields(source) if getattr(source, field.name) != getattr(_DEFAULTS, field.name)}
     for setting, (formats, reason) in _IDLE.items():
-        if setting in is_set and source.format in formats:
+        if setting in changed and source.format in formats:
             yield _refusal(f"{key}.{setting}", f"format={source.format.value}: {reason}")
     if source.hub is None and source.format not in _MADE:
-        for setting in sorted({"hub_config", "revision"} & is_set):
+        for setting in sorted({"hub_config", "revision"} & changed):
             yield _refusal(f"{key}.{setting}", "it is of a dataset of the hub, and hub is not set")
-    if "max_tiles" in is_set and data.tiling is Tiling.base:
+    if "max_tiles" in changed and data.tiling is Tiling.base:
         yield _refusal(f"{key}.max_tiles", "data.tiling=base cuts no picture into tiles")
     mapping = source.mapping if source.format is Format.mapped else None
     if mapping is None:
         return
-    if mapping.labels is None and "image_root" in is_set:
+    if mapping.labels is None and "image_root" in changed:
         yield _refusal(f"{key}.image_root", "with mapping.labels=null the pictures are the records and lie in path")
-    asks = mapping.questions or (mapping.regions is not None and mapping.task is not RegionTask.referring)
-    if asks and "prompts" in is_set:
+    has_question = mapping.questions or (mapping.regions is not None and mapping.task is not RegionTask.referring)
+    if has_question and "prompts" in changed:
         yield _refusal(f"{key}.prompts", "mapping asks a question of each record already")
     for owner, settings in _OWNED.items():
         if getattr(mapping, owner) is None:

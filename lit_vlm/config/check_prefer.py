@@ -16,8 +16,8 @@ def mistakes_in_prefer(config: RunConfig) -> Iterator[str]:
         yield f"prefer.output: must end in .jsonl, found {prefer.output}."
     if not prefer.kinds:
         yield "prefer.kinds: is empty; name response, control or both."
-    judged = prefer.scorer is ScorerName.judge
-    if judged and prefer.judge is None:
+    uses_judge = prefer.scorer is ScorerName.judge
+    if uses_judge and prefer.judge is None:
         yield "prefer.judge is not set: scorer=judge needs a finished model's folder, or the import path of your own class."
-    if not judged and prefer.judge is not None:
+    if not uses_judge and prefer.judge is not None:
         yield f"prefer.judge: is asked with prefer.scorer=judge only, and the scorer is {prefer.scorer.value}."

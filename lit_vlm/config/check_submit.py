@@ -75,10 +75,10 @@ def option_of(line: str) -> tuple[str, str]:
 
     Both are empty if the line is not an option.
     """
-    found = _OPTION.match(line)
-    if found is None or (found["short"] and found["short"] not in _LONG):
+    match = _OPTION.match(line)
+    if match is None or (match["short"] and match["short"] not in _LONG):
         return "", ""
-    return found["long"] or f"--{_LONG[found['short']]}", found["value"]
+    return match["long"] or f"--{_LONG[match['short']]}", match["value"]
 
 
 def _asks_for_gpus(line: str) -> bool:
@@ -115,11 +115,11 @@ def _time(submit: SubmitConfig) -> Iterator[str]:
 
 def seconds_of(time: str) -> int | None:
     """Parse a time limit of sbatch to seconds: minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s. Return None if it is invalid."""
-    found = _TIME.match(time)
-    if found is None:
+    match = _TIME.match(time)
+    if match is None:
         return None
-    if found["days"]:
-        days, hours, minutes, seconds = (int(found[name] or 0) for name in ("days", "dhours", "dminutes", "dseconds"))
+    if match["days"]:
+        days, hours, minutes, seconds = (int(match[name] or 0) for name in ("days", "dhours", "dminutes", "dseconds"))
     else:
         parts = [int(part) for part in time.split(":")]
         days = 0

@@ -75,8 +75,8 @@ def config_dirs(overrides: list[str] | tuple[str, ...] = ()) -> list[Path]:
     folders = [CONF]
     for override in overrides:
         if key_of(override) == "hydra.searchpath":
-            places: Any = parsed(override).value()  # a list; the type of an override's value is wider
-            folders += [Path(urlparse(str(place)).path) for place in places]
+            urls: Any = parsed(override).value()  # a list; the type of an override's value is wider
+            folders += [Path(urlparse(str(url)).path) for url in urls]
     return folders
 
 
@@ -94,9 +94,9 @@ def choices(group: str, overrides: list[str] | tuple[str, ...] = ()) -> list[str
 
 def groups(overrides: list[str] | tuple[str, ...] = ()) -> list[str]:
     """List the config groups of the command line, from the folders: data, data/source, experiment, ..."""
-    found = {
+    folders = {
         path.parent.relative_to(folder).as_posix()
         for folder in config_dirs(overrides)
         for path in folder.glob("**/*.yaml")
     }
-    return sorted({"experiment" if group.startswith("experiment/") else group for group in found} - {"."})
+    return sorted({"experiment" if group.startswith("experiment/") else group for group in folders} - {"."})

@@ -23,14 +23,14 @@ def made_from(setting: str, path: str, fits: Callable[[type], bool], needed: str
     """
     module, _, name = path.rpartition(".")
     try:
-        found = getattr(import_module(module), name)
+        target = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         reason = f"{setting}: {path} cannot be imported ({error})"
         raise UserError(f"{reason}. Give the path of a class that Python can import from here.") from error
-    if not (inspect.isclass(found) and fits(found)):
+    if not (inspect.isclass(target) and fits(target)):
         raise UserError(f"{setting}: {path} is not {needed}. {remedy}.")
     try:
-        return found()
+        return target()
     except TypeError as error:
         reason = f"{setting}: {path} cannot be made without arguments ({error})"
         raise UserError(f"{reason}. Give its arguments defaults.") from error

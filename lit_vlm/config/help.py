@@ -83,7 +83,7 @@ def _first_page() -> str:
         "RECIPES   recipe=<folder> for all its stages, experiment=<folder>/<stage> for one\n" + _recipes(),
         "CHOICES   <group>=<name>; a file each in conf/\n" + _choices(),
         "SETTINGS   what people change first\n"
-        + "\n".join(_row(row) for key in FIRST for row in settings() if row.key == key),
+        + "\n".join(_row(setting) for key in FIRST for setting in settings() if setting.key == key),
         "EXAMPLES\n" + _commands(EXAMPLES),
         "MORE\n" + _commands(MORE),
     ]
@@ -99,7 +99,7 @@ def _recipes() -> str:
     stages = {
         recipe: [name.rpartition("/")[2] for name in names if name.rpartition("/")[0] == recipe] for recipe in recipes()
     }
-    return "\n".join(f"  {recipe:<20}{', '.join(found)}" for recipe, found in stages.items())
+    return "\n".join(f"  {recipe:<20}{', '.join(stage_names)}" for recipe, stage_names in stages.items())
 
 
 def _choices() -> str:
@@ -120,8 +120,8 @@ def _row(row: Setting) -> str:
     default = "must be set" if row.default == "???" else f"default {written(row.default)}"
     if row.key.startswith("stage.") and row.default == "???":
         default = "set by stage="
-    within = f" ({row.range})" if row.range else ""
-    return f"  {row.key}   {describe(row.type)}{within}; {default}" + (
+    range_text = f" ({row.range})" if row.range else ""
+    return f"  {row.key}   {describe(row.type)}{range_text}; {default}" + (
         f"\n{_wrapped(_meaning(row), 6)}" if _meaning(row) else ""
     )
 
@@ -129,8 +129,14 @@ def _row(row: Setting) -> str:
 def _meaning(row: Setting) -> str:
     if row.comment:
         return row.comment
-    kinds = [kind for kind in (get_args(row.type) or (row.type,)) if inspect.isclass(kind) and issubclass(kind, Enum)]
-    return "; ".join(f"{name}: {text}" for kind in kinds for name, text in _meanings(kind).items() if text)
+    enum_classes = [
+        enum_class
+        for enum_class in (get_args(row.type) or (row.type,))
+        if inspect.isclass(enum_class) and issubclass(enum_class, Enum)
+    ]
+    return "; ".join(
+        f"{name}: {text}" for enum_class in enum_classes for name, text in _meanings(enum_class).items() if text
+    )
 
 
 def _meanings(kind: type[Enum]) -> dict[str, str]:
@@ -157,14 +163,14 @@ def written(value: Any) -> str:
 def _all_settings() -> str:
     """Format each setting once: the three model parts share their rows, and so do training and validation sources."""
     lines, seen = [], set()
-    for row in settings():
-        key = row.key
+    for setting in settings():
+        key = setting.key
         for part in schema.Part.__members__:
             key = key.replace(f"stage.parts.{part}.", "stage.parts.<part>.")
         key = key.replace("data.validation.sources.", "data.sources.")
         if key not in seen:
             seen.add(key)
-            lines.append(_row(replace(row, key=key)))
+            lines.append(_row(replace(setting, key=key)))
     notes = (
         "<name> is the name of a source; data.validation.sources.<name> has the same settings.\n"
         f"<part> is one of {', '.join(schema.Part.__members__)}."

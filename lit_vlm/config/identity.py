@@ -26,10 +26,10 @@ def run_name(overrides: list[str]) -> str:
 
     A name from run_name= is used unchanged, except in a sweep, where all trials would share it.
     """
-    given, run_id = composed(overrides).run_name, os.environ.get("WANDB_RUN_ID")
-    if given and not os.environ.get("WANDB_SWEEP_ID"):
-        return given
-    name = given or name_by_choices(overrides)
+    explicit_name, run_id = composed(overrides).run_name, os.environ.get("WANDB_RUN_ID")
+    if explicit_name and not os.environ.get("WANDB_SWEEP_ID"):
+        return explicit_name
+    name = explicit_name or name_by_choices(overrides)
     return f"{name}-{run_id}" if run_id else name
 
 
@@ -37,10 +37,12 @@ def name_by_choices(overrides: list[str]) -> str:
     """Compute a run name: experiment or train/<stage>, and 8 hex digits of the SHA-256 of the settings that differ from it."""
     config, experiment = composed(overrides), experiment_of(overrides)
     base = "experiment" if experiment else "stage"
-    plain = composed([text for text in overrides if key_of(text) in (base, "hydra.searchpath")])
-    mine, theirs = _flat(config), _flat(plain)
+    default_config = composed([text for text in overrides if key_of(text) in (base, "hydra.searchpath")])
+    current, default = _flat(config), _flat(default_config)
     changed = {
-        key: mine.get(key, "(taken away)") for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)
+        key: current.get(key, "(taken away)")
+        for key in current.keys() | default.keys()
+        if current.get(key) != default.get(key)
     }
     changed = {key: value for key, value in changed.items() if not is_elsewhere(key)}
     if _starts_from_previous(overrides):
@@ -68,17 +70,17 @@ def previous_folder(overrides: list[str]) -> str:
         UserError: the stage is the first one.
     """
     experiment = experiment_of(overrides)
-    before = stage_before(experiment, overrides) if experiment and "/" in experiment else None
-    if before is None:
-        here = f"experiment={experiment} is the first stage" if experiment else "no experiment= is named"
-        raise UserError(f"init_from=previous: {here}, so there is no stage before. Name a folder or a hub id.")
+    previous = stage_before(experiment, overrides) if experiment and "/" in experiment else None
+    if previous is None:
+        reason = f"experiment={experiment} is the first stage" if experiment else "no experiment= is named"
+        raise UserError(f"init_from=previous: {reason}, so there is no stage before. Name a folder or a hub id.")
     shared = [
-        text
-        for text in overrides
-        if key_of(text) not in ("stage", "run_name") and not key_of(text).startswith("stage.")
+        override
+        for override in overrides
+        if key_of(override) not in ("stage", "run_name") and not key_of(override).startswith("stage.")
     ]
-    words = with_implied([f"experiment={before}", *overrides_for(shared, before)])
-    return str(Path(composed(words).run_dir) / name_by_choices(words) / "hf")
+    previous_overrides = with_implied([f"experiment={previous}", *overrides_for(shared, previous)])
+    return str(Path(composed(previous_overrides).run_dir) / name_by_choices(previous_overrides) / "hf")
 
 
 def same_folder(one: str, other: str) -> bool:
@@ -98,8 +100,8 @@ def _starts_from_previous(overrides: list[str]) -> bool:
 
 def _below(path: str, run_dir: str) -> str:
     """Make a path inside run_dir relative to it, so that a run name does not depend on the location of run_dir."""
-    inside, outside = Path(path).expanduser().absolute(), Path(run_dir).expanduser().absolute()
-    return inside.relative_to(outside).as_posix() if inside.is_relative_to(outside) else path
+    absolute, root = Path(path).expanduser().absolute(), Path(run_dir).expanduser().absolute()
+    return absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else path
 
 
 def _flat(config: DictConfig) -> dict[str, Any]:

@@ -52,12 +52,16 @@ def mistakes_in(key: str, value: Any, stage: type[StageConfig]) -> Iterator[str]
 def _unknown(key: str, stage: type[StageConfig]) -> str:
     if hint_of(key, DPOStageConfig) is not None:
         return f"{key} is a setting of stage=dpo, and this is another stage."
-    words = key.split(".")
-    place = 2 if key.startswith("data.sources.") else 3
-    name = words[place] if len(words) > place and "sources" in words else "mine"
-    rows = settings(cast(Hashable, stage))  # a class is hashable; mypy checks its instances, which are not
-    found = nearest_key(key, [*members(RunConfig), *(row.key.replace("<name>", name) for row in rows)])
-    return f"unknown setting {key}.{did_you_mean(found)}" + ("" if found else " See python run.py --help settings.")
+    parts = key.split(".")
+    position = 2 if key.startswith("data.sources.") else 3
+    name = parts[position] if len(parts) > position and "sources" in parts else "mine"
+    known_settings = settings(cast(Hashable, stage))  # a class is hashable; mypy checks its instances, which are not
+    nearest_name = nearest_key(
+        key, [*members(RunConfig), *(setting.key.replace("<name>", name) for setting in known_settings)]
+    )
+    return f"unknown setting {key}.{did_you_mean(nearest_name)}" + (
+        "" if nearest_name else " See python run.py --help settings."
+    )
 
 
 def fits(hint: Any, value: Any) -> bool:
@@ -104,8 +108,8 @@ def _nearest_member(hint: Any, value: Any) -> str:
     if hint is ActivationCheckpointing and isinstance(value, bool):
         return f" What was {shown(value)} is {CHECKPOINTING[shown(value)]} now."
     values = value if isinstance(value, list) else [value]
-    wrong = [str(item) for item in values if str(item) not in options[0].__members__]
-    return did_you_mean(nearest(wrong[0], list(options[0].__members__))) if wrong else ""
+    invalid = [str(item) for item in values if str(item) not in options[0].__members__]
+    return did_you_mean(nearest(invalid[0], list(options[0].__members__))) if invalid else ""
 
 
 def mistakes_in_choice(override: Override, overrides: list[str]) -> Iterator[str]:
@@ -118,12 +122,12 @@ def mistakes_in_choice(override: Override, overrides: list[str]) -> Iterator[str
     for name in value if isinstance(value, list) else [value]:
         if name is None or name in offered:
             continue
-        inside = [choice for choice in offered if choice.startswith(f"{name}/")]
-        if inside:
-            yield f"{group}={name} is a recipe: name a stage of it ({', '.join(inside)}), or all with recipe={name}."
+        stages = [choice for choice in offered if choice.startswith(f"{name}/")]
+        if stages:
+            yield f"{group}={name} is a recipe: name a stage of it ({', '.join(stages)}), or all with recipe={name}."
         else:
-            found = did_you_mean(nearest(str(name), offered))
-            yield f"{group}={name}: there is no such choice; there are {', '.join(offered)}.{found}"
+            suggestion = did_you_mean(nearest(str(name), offered))
+            yield f"{group}={name}: there is no such choice; there are {', '.join(offered)}.{suggestion}"
 
 
 def mistakes_in_override(
@@ -141,11 +145,13 @@ def mistakes_in_override(
     key = override.key_or_group
     if override.is_sweep_override():
         yield f"{text}: a comma makes a sweep, which needs -m; a text with a comma needs quotes: {key}=\"'...'\"."
-    elif sources is not None and (wrong := list(_wrong_sources(override, sources))):
-        yield from wrong
-    elif unbegun := [group for group in null if f"{key}.".startswith(f"{group}.") and override.value() is not None]:
+    elif sources is not None and (source_errors := list(_wrong_sources(override, sources))):
+        yield from source_errors
+    elif unset_groups := [
+        group for group in null if f"{key}.".startswith(f"{group}.") and override.value() is not None
+    ]:
         yield from mistakes_in(key, override.value(), stage)
-        yield f"{key}: {unbegun[0]} is null, and a command line cannot begin it. Begin it in a file, or use data=mapped."
+        yield f"{key}: {unset_groups[0]} is null, and a command line cannot begin it. Begin it in a file, or use data=mapped."
     elif override.is_delete():
         if not (_source_of(key)[0] or key.startswith("trainer.extra.")):
             yield f"{text}: only a source or an entry of trainer.extra can be taken away."
@@ -160,11 +166,11 @@ def _wrong_sources(override: Override, sources: dict[str, set[str]]) -> Iterator
     key = override.key_or_group
     table, name = _source_of(key)
     if table and name not in sources[table]:
-        there = ", ".join(sorted(sources[table])) or "none"
-        found = did_you_mean(nearest(name, sorted(sources[table])))
-        yield f"{key}: there is no source {name} here ({there}).{found} {NEW_SOURCE}."
-    elif key in sources and isinstance(value := override.value(), dict) and (new := set(value) - sources[key]):
-        yield f"{key}: {', '.join(sorted(new))} cannot be added here. {NEW_SOURCE}."
+        known = ", ".join(sorted(sources[table])) or "none"
+        suggestion = did_you_mean(nearest(name, sorted(sources[table])))
+        yield f"{key}: there is no source {name} here ({known}).{suggestion} {NEW_SOURCE}."
+    elif key in sources and isinstance(value := override.value(), dict) and (added := set(value) - sources[key]):
+        yield f"{key}: {', '.join(sorted(added))} cannot be added here. {NEW_SOURCE}."
 
 
 def _source_of(key: str) -> tuple[str, str]:
@@ -192,9 +198,9 @@ def mistakes_in_file(default: ResultDefault, stage: type[StageConfig], overrides
             continue
         key = f"{package}.{name}".strip(".")
         for leaf, item in _leaves(key, value, stage):
-            for mistake in mistakes_in(leaf, item, stage):
+            for error in mistakes_in(leaf, item, stage):
                 line = _line(path, leaf.removeprefix(package).strip(".").split("."))
-                yield f"{_short(path)}:{line}: {mistake}"
+                yield f"{_short(path)}:{line}: {error}"
 
 
 def _leaves(key: str, value: Any, stage: type[StageConfig]) -> Iterator[tuple[str, Any]]:
@@ -209,9 +215,9 @@ def _leaves(key: str, value: Any, stage: type[StageConfig]) -> Iterator[tuple[st
 def _line(path: Path, words: list[str]) -> int:
     """Find the line number of a key, counted from 1."""
     node, line = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), 1
-    for word in words:
+    for name in words:
         for key, value in getattr(node, "value", []):
-            if key.value == word:
+            if key.value == name:
                 node, line = value, key.start_mark.line + 1
                 break
     return line

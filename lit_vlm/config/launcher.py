@@ -47,11 +47,11 @@ def register_launcher(words: list[str]) -> None:
     Raises:
         ConfigError: a job has invalid Slurm settings, or the jobs need different ones.
     """
-    own = [text for text in words if not key_of(text).startswith(("hydra.launcher", "hydra/launcher"))]
+    run_overrides = [text for text in words if not key_of(text).startswith(("hydra.launcher", "hydra/launcher"))]
     try:
-        jobs = [cast(RunConfig, composed(job)) for job in samples(own)]
-        if mistakes := [mistake for job in jobs for mistake in mistakes_in_grid(job)]:
-            raise ConfigError(mistakes)
+        jobs = [cast(RunConfig, composed(job)) for job in samples(run_overrides)]
+        if grid_errors := [grid_error for job in jobs for grid_error in mistakes_in_grid(job)]:
+            raise ConfigError(grid_errors)
         node = _of_all([launcher_of(job) for job in jobs])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([str(error)]) from error
@@ -61,9 +61,9 @@ def register_launcher(words: list[str]) -> None:
 def _of_all(launchers: list[SlurmLauncherConfig]) -> SlurmLauncherConfig:
     first = launchers[0]
     differing = [
-        one.name
-        for one in fields(first)
-        if any(getattr(own, one.name) != getattr(first, one.name) for own in launchers)
+        setting.name
+        for setting in fields(first)
+        if any(getattr(launcher, setting.name) != getattr(first, setting.name) for launcher in launchers)
     ]
     if differing:
         raise ConfigError(
@@ -134,7 +134,7 @@ def errors_told() -> Iterator[None]:
     try:
         yield
     except (UncompletedJobError, FailedSubmissionError) as error:
-        others = "Jobs that were submitted go on; `squeue --me` lists them."
-        raise UserError(f"hydra/launcher=submitit_slurm: {error}\n{others}") from error
+        hint = "Jobs that were submitted go on; `squeue --me` lists them."
+        raise UserError(f"hydra/launcher=submitit_slurm: {error}\n{hint}") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(str(error)) from error

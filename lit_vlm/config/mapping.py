@@ -77,12 +77,12 @@ def parts_of(template: str) -> list[tuple[str, str | None]]:
         ValueError: an open brace, or an unknown variable with @.
     """
     parts = []
-    for text, path, how, conversion in Formatter().parse(template):
-        if how or conversion or path == "":
+    for text, path, format_spec, conversion in Formatter().parse(template):
+        if format_spec or conversion or path == "":
             raise ValueError("a path alone belongs between braces; braces of the text are doubled: {{ }}")
         if path is not None and path.startswith("@") and path not in (*FILE_WORDS, REGIONS):
-            close = difflib.get_close_matches(path, [*FILE_WORDS, REGIONS], n=1)
-            hint = f"; did you mean {{{close[0]}}}?" if close else ""
+            matches = difflib.get_close_matches(path, [*FILE_WORDS, REGIONS], n=1)
+            hint = f"; did you mean {{{matches[0]}}}?" if matches else ""
             raise ValueError(f"there is no {{{path}}}{hint} There are {', '.join((*FILE_WORDS, REGIONS))}")
         parts.append((text, path))
     return parts
@@ -94,21 +94,21 @@ def mistakes_in_mapping(key: str, mapping: MappingConfig) -> Iterator[str]:
     Args:
         key: key of the mapping.
     """
-    singles = {name: getattr(mapping, name) for name in ("id", "image", "answer", "text")}
-    templates = {**singles, **{f"questions[{number}]": text for number, text in enumerate(mapping.questions)}}
-    pointing = []
+    single_templates = {name: getattr(mapping, name) for name in ("id", "image", "answer", "text")}
+    templates = {**single_templates, **{f"questions[{number}]": text for number, text in enumerate(mapping.questions)}}
+    names_with_regions = []
     for name, template in templates.items():
         try:
-            found = [path for _, path in parts_of(template or "")]
+            paths = [path for _, path in parts_of(template or "")]
         except ValueError as error:
             yield f"{key}.{name}: {error}."
             continue
-        if REGIONS in found:
-            pointing.append(name.partition("[")[0])
+        if REGIONS in paths:
+            names_with_regions.append(name.partition("[")[0])
             if name in ("id", "image", "text"):
                 yield f"{key}.{name}: {{{REGIONS}}} stands in questions and answer only."
-    if pointing and mapping.regions is None:
-        yield f"{key}.regions is not set, and {pointing[0]} has {{{REGIONS}}}: give the path of the list of boxes."
+    if names_with_regions and mapping.regions is None:
+        yield f"{key}.regions is not set, and {names_with_regions[0]} has {{{REGIONS}}}: give the path of the list of boxes."
     if mapping.answer is None and (mapping.regions is None or mapping.task is RegionTask.referring):
         yield f"{key}.answer is not set: give its template, e.g. '{{answer}}'."
     if mapping.labels is None and (mapping.records is not None or mapping.image is not None):
@@ -118,22 +118,22 @@ def mistakes_in_mapping(key: str, mapping: MappingConfig) -> Iterator[str]:
     if len(mapping.size) not in (0, 2):
         yield f"{key}.size: two paths are needed, of width and height, or none; found {len(mapping.size)}."
     if mapping.regions is not None:
-        yield from _mistakes_in_regions(key, mapping, pointing)
+        yield from _mistakes_in_regions(key, mapping, names_with_regions)
 
 
 def _mistakes_in_regions(key: str, mapping: MappingConfig, pointing: list[str]) -> Iterator[str]:
-    numbers = (1, 2) if mapping.box_format is BoxFormat.polygon else (1, 4)
-    if len(mapping.box) not in numbers:
-        found = f"{numbers[0]} or {numbers[1]} paths are needed for box_format={mapping.box_format.value}"
-        yield f"{key}.box: {found}, found {len(mapping.box)}."
+    allowed = (1, 2) if mapping.box_format is BoxFormat.polygon else (1, 4)
+    if len(mapping.box) not in allowed:
+        needed = f"{allowed[0]} or {allowed[1]} paths are needed for box_format={mapping.box_format.value}"
+        yield f"{key}.box: {needed}, found {len(mapping.box)}."
     for name in ("keep", "skip"):
         for condition in getattr(mapping, name):
             if not all(condition.partition("=")[::2]):
                 yield f"{key}.{name}: {condition!r} is no path=value, e.g. attributes.class=word."
     if mapping.text is None:
         yield f"{key}.text is not set: give the template of a region's text, e.g. '{{text}}'."
-    place = "questions" if mapping.task is RegionTask.referring else "answer"
-    if place not in pointing and getattr(mapping, place):
-        yield f"{key}.{place}: with task={mapping.task.value} {{{REGIONS}}} must stand in it, where the regions go."
+    template_name = "questions" if mapping.task is RegionTask.referring else "answer"
+    if template_name not in pointing and getattr(mapping, template_name):
+        yield f"{key}.{template_name}: with task={mapping.task.value} {{{REGIONS}}} must stand in it, where the regions go."
     if mapping.task is RegionTask.referring and not mapping.questions:
         yield f"{key}.questions is not set: task=referring needs questions with {{{REGIONS}}}."

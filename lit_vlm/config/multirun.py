@@ -16,10 +16,10 @@ from lit_vlm.secrets import mistakes_of_secrets
 
 def values_of(override: str) -> list[str]:
     """Split an override with a comma list into one override per value; return any other override unchanged."""
-    word = parsed(override)
-    if not word.is_choice_sweep():
+    parsed_sweep = parsed(override)
+    if not parsed_sweep.is_choice_sweep():
         return [override]
-    return [f"{override.partition('=')[0]}={value}" for value in word.sweep_string_iterator()]
+    return [f"{override.partition('=')[0]}={value}" for value in parsed_sweep.sweep_string_iterator()]
 
 
 def check_multirun(overrides: list[str]) -> None:
@@ -38,10 +38,10 @@ def check_multirun(overrides: list[str]) -> None:
                 " or submit the runs one by one."
             ]
         )
-    alone = not (launcher_in(overrides) or "").startswith("submitit")
+    is_local = not (launcher_in(overrides) or "").startswith("submitit")
     for job in samples(overrides):
         refuse_secrets(job)
-        devices = composed(job).trainer.devices if alone else 1
+        devices = composed(job).trainer.devices if is_local else 1
         if devices > 1:
             raise ConfigError(
                 [
@@ -57,12 +57,12 @@ def refuse_secrets(overrides: list[str]) -> None:
 
     The user's own files, and environment variables that the settings refer to, are included.
     """
-    words = [text for text in overrides if not key_of(text).startswith(("hydra.launcher", "hydra/launcher"))]
+    run_overrides = [text for text in overrides if not key_of(text).startswith(("hydra.launcher", "hydra/launcher"))]
     with suppress(HydraException, OmegaConfBaseException):  # another error, which is reported elsewhere
-        config = composed(words)
+        config = composed(run_overrides)
         plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-        if mistakes := mistakes_of_secrets(plain):
-            raise ConfigError(mistakes)
+        if errors := mistakes_of_secrets(plain):
+            raise ConfigError(errors)
 
 
 def launcher_in(overrides: list[str]) -> str | None:
@@ -83,7 +83,11 @@ def refuse_launcher(overrides: list[str]) -> None:
 
 def samples(overrides: list[str]) -> list[list[str]]:
     """List jobs in which each value of each comma list occurs once. The full product could have thousands of jobs."""
-    lists = [values_of(text) for text in overrides]
-    first = [values[0] for values in lists if not parsed(values[0]).is_sweep_override()]
-    others = [[value if text == values[0] else text for text in first] for values in lists for value in values[1:]]
-    return [first, *others]
+    values_by_override = [values_of(text) for text in overrides]
+    first_job = [values[0] for values in values_by_override if not parsed(values[0]).is_sweep_override()]
+    other_jobs = [
+        [value if text == values[0] else text for text in first_job]
+        for values in values_by_override
+        for value in values[1:]
+    ]
+    return [first_job, *other_jobs]

@@ -31,9 +31,9 @@ class ConfigError(UserError):
 
     def __init__(self, mistakes: list[str]) -> None:
         self.mistakes = list(dict.fromkeys(mistakes))
-        lines = "\n".join(f"- {mistake}" for mistake in self.mistakes)
-        many = f"{len(self.mistakes)} mistakes in the configuration:\n{lines}"
-        super().__init__(self.mistakes[0] if len(self.mistakes) == 1 else many)
+        lines = "\n".join(f"- {error}" for error in self.mistakes)
+        summary = f"{len(self.mistakes)} mistakes in the configuration:\n{lines}"
+        super().__init__(self.mistakes[0] if len(self.mistakes) == 1 else summary)
 
     def __reduce__(self):
         return type(self), (self.mistakes,)
@@ -48,15 +48,15 @@ def read_arguments(arguments: list[str]) -> list[str]:
     Raises:
         ConfigError: lists every argument that is not an override.
     """
-    words, mistakes = [], []
+    overrides, errors = [], []
     for argument in _config_dir_as_search_path(arguments):
         try:
-            words += from_json(argument) if argument.lstrip().startswith("{") else [_readable(argument)]
+            overrides += from_json(argument) if argument.lstrip().startswith("{") else [_readable(argument)]
         except UserError as error:
-            mistakes.append(str(error))
-    if mistakes:
-        raise ConfigError(mistakes)
-    return words
+            errors.append(str(error))
+    if errors:
+        raise ConfigError(errors)
+    return overrides
 
 
 def parsed(override: str) -> Override:
@@ -87,7 +87,7 @@ def with_implied(overrides: list[str]) -> list[str]:
         implied.append("data=ready")
     if "data" in keys and SOURCES not in keys:
         implied.append(f"{SOURCES}=[]")  # instead of an experiment's sources, not beside them
-    return implied + [quote_text(_spelled_out(word)) for word in overrides]
+    return implied + [quote_text(_spelled_out(text)) for text in overrides]
 
 
 def _spelled_out(word: str) -> str:
@@ -164,31 +164,33 @@ def _readable(argument: str) -> str:
 
 def _config_dir_as_search_path(arguments: list[str]) -> list[str]:
     """`--config-dir FOLDER` of Hydra, in the form that also works without Hydra's own entry."""
-    words, folders, rest = [], [], iter(arguments)
-    for word in rest:
-        flag, equals, value = word.partition("=")
+    others, folders, remaining = [], [], iter(arguments)
+    for argument in remaining:
+        flag, equals, value = argument.partition("=")
         if flag in ("--config-dir", "-cd"):
-            folder = Path(value if equals else next(rest, "")).expanduser().resolve()
+            folder = Path(value if equals else next(remaining, "")).expanduser().resolve()
             if not folder.is_dir():
                 raise UserError(f"--config-dir: there is no folder {folder}.")
             folders.append(f"file://{folder}")
         else:
-            words.append(word)
-    return words + ([f"hydra.searchpath={quote(folders)}"] if folders else [])
+            others.append(argument)
+    return others + ([f"hydra.searchpath={quote(folders)}"] if folders else [])
 
 
 def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Hydra's own flags (`--cfg job`, `-m`, `-sc`, ...) with their values, and the settings."""
     flags: list[str] = []
-    words: list[str] = []
-    rest = iter(arguments)
-    for word in rest:
-        if word in ("--config-dir", "-cd"):
-            words += [word, next(rest, "")]
-        elif word.startswith("-") and (not word.startswith("--") or "=" not in word or _FLAG_WITH_VALUE.match(word)):
-            (words if word.startswith("--config-dir=") else flags).append(word)
-        elif "=" in word or word.startswith(("~", "{", "--")) or not flags:
-            words.append(word)
+    overrides: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument in ("--config-dir", "-cd"):
+            overrides += [argument, next(remaining, "")]
+        elif argument.startswith("-") and (
+            not argument.startswith("--") or "=" not in argument or _FLAG_WITH_VALUE.match(argument)
+        ):
+            (overrides if argument.startswith("--config-dir=") else flags).append(argument)
+        elif "=" in argument or argument.startswith(("~", "{", "--")) or not flags:
+            overrides.append(argument)
         else:
-            flags.append(word)  # the value of the flag before it
-    return flags, words
+            flags.append(argument)  # the value of the flag before it
+    return flags, overrides

@@ -54,12 +54,15 @@ def parse(arguments: list[str]) -> Run:
     overrides = with_implied(given)
     if is_sweep(overrides):
         overrides = own_words(overrides)
-    wrong = wrong_words(overrides)
+    override_errors = wrong_words(overrides)
     if is_ladder(overrides):
-        wrong |= {f"pipeline {place}": [mistake] for place, mistake in enumerate(wrong_for_pipeline(given))}
-    if wrong:
+        override_errors |= {f"pipeline {position}": [error] for position, error in enumerate(wrong_for_pipeline(given))}
+    if override_errors:
         raise ConfigError(
-            [*(mistake for mistakes in wrong.values() for mistake in mistakes), *_also_wrong(overrides, wrong)]
+            [
+                *(error for errors in override_errors.values() for error in errors),
+                *_also_wrong(overrides, override_errors),
+            ]
         )
     if is_ladder(overrides):
         # Each source belongs to some of the stages, and every stage is checked separately.
@@ -67,15 +70,15 @@ def parse(arguments: list[str]) -> Run:
         _check_stages(stages_of(config.recipe, given), given, config.task)
     else:
         config = _plain(_compose(overrides))
-        if mistakes := mistakes_of_secrets(asdict(config)) or check(config):
-            raise ConfigError(mistakes)
+        if errors := mistakes_of_secrets(asdict(config)) or check(config):
+            raise ConfigError(errors)
     return _run(config, overrides, given)
 
 
 def refuse_typed_secrets(arguments: list[str]) -> None:
     """Raise ConfigError for arguments that contain a secret, before anything prints or writes them."""
-    if mistakes := mistakes_of_typed_secrets(arguments):
-        raise ConfigError(mistakes)
+    if errors := mistakes_of_typed_secrets(arguments):
+        raise ConfigError(errors)
 
 
 def wrong_words(overrides: list[str], *, sweep: bool = False) -> dict[str, list[str]]:
@@ -92,20 +95,22 @@ def wrong_words(overrides: list[str], *, sweep: bool = False) -> dict[str, list[
         values = [value for text in overrides for value in values_of(text)]
         overrides = [text for text in values if not parsed(text).is_sweep_override()]  # Hydra expands ranges
     own_groups = groups(overrides)
-    choosing = [text for text in overrides if _is_choice(text, own_groups)]
-    wrong = {text: list(mistakes_in_choice(parsed(text), overrides)) for text in choosing}
+    choices = [text for text in overrides if _is_choice(text, own_groups)]
+    found = {text: list(mistakes_in_choice(parsed(text), overrides)) for text in choices}
     folders = [text for text in overrides if key_of(text) == "hydra.searchpath"]
     # After an invalid choice the selected files are unknown; the other overrides are checked without them.
-    unsure = any(wrong.values())
-    chosen = folders + ([] if unsure else _last_of_each(choosing))
-    stage, wrong["files"] = _wrong_files(chosen)
-    known, null = None, set[str]()
-    if not (unsure or wrong["files"] or is_ladder(overrides)):
-        known, null = _source_names(chosen)
+    has_wrong_choice = any(found.values())
+    selected = folders + ([] if has_wrong_choice else _last_of_each(choices))
+    stage, found["files"] = _wrong_files(selected)
+    source_names, null_groups = None, set[str]()
+    if not (has_wrong_choice or found["files"] or is_ladder(overrides)):
+        source_names, null_groups = _source_names(selected)
     for text in overrides:
-        if text not in choosing and not key_of(text).startswith(("hydra.", "hydra/")):
-            wrong[text] = list(mistakes_in_override(text, DPOStageConfig if unsure else stage, known, null))
-    return {text: mistakes for text, mistakes in wrong.items() if mistakes}
+        if text not in choices and not key_of(text).startswith(("hydra.", "hydra/")):
+            found[text] = list(
+                mistakes_in_override(text, DPOStageConfig if has_wrong_choice else stage, source_names, null_groups)
+            )
+    return {text: errors for text, errors in found.items() if errors}
 
 
 def _also_wrong(overrides: list[str], wrong: dict[str, list[str]]) -> list[str]:
@@ -114,7 +119,7 @@ def _also_wrong(overrides: list[str], wrong: dict[str, list[str]]) -> list[str]:
         config = _plain(_compose([text for text in overrides if text not in wrong]))
     except ConfigError:
         return []
-    return [mistake for mistake in check(config) if "is not set" not in mistake]
+    return [error for error in check(config) if "is not set" not in error]
 
 
 def _is_choice(override: str, own_groups: list[str]) -> bool:
@@ -132,7 +137,7 @@ def _wrong_files(chosen: list[str]) -> tuple[type[StageConfig], list[str]]:
     try:
         files: list[ResultDefault] = defaults_list(chosen)
         stage = DPOStageConfig if any(file.config_path == "schema/stage/dpo" for file in files) else StageConfig
-        return stage, [mistake for file in files for mistake in mistakes_in_file(file, stage, chosen)]
+        return stage, [file_error for file in files for file_error in mistakes_in_file(file, stage, chosen)]
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         return DPOStageConfig, [_one_line(error)]
 
@@ -165,17 +170,19 @@ def _plain(config: DictConfig) -> RunConfig:
     """Convert the composed config to typed objects: every value is set and folders are absolute."""
     try:
         missing = sorted(OmegaConf.missing_keys(config))
-        plain = None if missing else OmegaConf.to_object(config)
+        run_config = None if missing else OmegaConf.to_object(config)
     except OmegaConfBaseException as error:  # an interpolation of a missing key
         raise ConfigError([_one_line(error)]) from error
     if missing:
-        about = {row.key: row.comment or "it has no default" for row in settings()}
+        help_texts = {row.key: row.comment or "it has no default" for row in settings()}
         raise ConfigError(
-            [f"{key} is not set: {about.get(key, 'it has no default')}. Set {key}=..." for key in missing]
+            [f"{key} is not set: {help_texts.get(key, 'it has no default')}. Set {key}=..." for key in missing]
         )
-    assert isinstance(plain, RunConfig)
-    plain.stage.adam_betas = cast(tuple[float, float], tuple(plain.stage.adam_betas))  # its length is checked later
-    return with_absolute_paths(plain)
+    assert isinstance(run_config, RunConfig)
+    run_config.stage.adam_betas = cast(
+        tuple[float, float], tuple(run_config.stage.adam_betas)
+    )  # its length is checked later
+    return with_absolute_paths(run_config)
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -218,10 +225,12 @@ def _existing_previous(overrides: list[str]) -> str:
     This is the previous stage with the same overrides. If that was not run, it is the previous stage of the plain recipe, if
     that was run: `experiment=tiny/2_sft trainer.max_steps=50` works after a plain `python run.py`.
     """
-    same = Path(_absolute(previous_folder(overrides)))
-    kept = [text for text in overrides if key_of(text) in ("experiment", "task", "run_dir", "hydra.searchpath")]
-    plain = Path(_absolute(previous_folder(kept)))
-    return str(plain if plain.is_dir() and not same.is_dir() else same)
+    with_overrides = Path(_absolute(previous_folder(overrides)))
+    plain_overrides = [
+        text for text in overrides if key_of(text) in ("experiment", "task", "run_dir", "hydra.searchpath")
+    ]
+    plain = Path(_absolute(previous_folder(plain_overrides)))
+    return str(plain if plain.is_dir() and not with_overrides.is_dir() else with_overrides)
 
 
 def _absolute(path: str) -> str:
@@ -230,22 +239,31 @@ def _absolute(path: str) -> str:
 
 def _check_stages(stages: list[str], given: list[str], task: Task) -> None:
     """Parse every stage before the first one starts: an error in the last stage would otherwise appear hours later."""
-    found: dict[str, list[str]] = {}
+    stages_by_error: dict[str, list[str]] = {}
     used: set[str] = set()
     for stage in stages:
         try:
-            words = pipeline_overrides(given, stage)
-            used.update(words)
-            parse([f"task={(Task.submit if task is Task.submit else Task.train).value}", f"experiment={stage}", *words])
+            overrides = pipeline_overrides(given, stage)
+            used.update(overrides)
+            parse(
+                [
+                    f"task={(Task.submit if task is Task.submit else Task.train).value}",
+                    f"experiment={stage}",
+                    *overrides,
+                ]
+            )
         except ConfigError as error:
-            for mistake in error.mistakes:
-                found.setdefault(mistake, []).append(stage)
+            for message in error.mistakes:
+                stages_by_error.setdefault(message, []).append(stage)
     unused = [text for text in given if text not in used and key_of(text).startswith(("data.", "data/"))]
-    if unused and not found:
-        found = {f"{text}: no stage of this recipe has such a source.": stages for text in unused}
-    if found:
+    if unused and not stages_by_error:
+        stages_by_error = {f"{text}: no stage of this recipe has such a source.": stages for text in unused}
+    if stages_by_error:
         raise ConfigError(
-            [mistake if where == stages else f"{', '.join(where)}: {mistake}" for mistake, where in found.items()]
+            [
+                message if failed_stages == stages else f"{', '.join(failed_stages)}: {message}"
+                for message, failed_stages in stages_by_error.items()
+            ]
         )
 
 

@@ -74,8 +74,10 @@ def ranged(default: Any, range_: Range) -> Any:
 
 def mistakes_in_ranges(config: Any, key: str = "") -> Iterator[str]:
     """Yield an error message for each number of a config, including nested groups, that is outside its range."""
-    for one in fields(config):
-        yield from _mistakes(f"{key}{one.name}", getattr(config, one.name), one.metadata.get("range"))
+    for config_field in fields(config):
+        yield from _mistakes(
+            f"{key}{config_field.name}", getattr(config, config_field.name), config_field.metadata.get("range")
+        )
 
 
 def _mistakes(key: str, value: Any, range_: Range | None) -> Iterator[str]:
@@ -85,8 +87,8 @@ def _mistakes(key: str, value: Any, range_: Range | None) -> Iterator[str]:
         for name, item in value.items():
             yield from _mistakes(f"{key}.{name}", item, range_)
     elif isinstance(value, list | tuple):
-        for place, item in enumerate(value):
-            yield from _mistakes(f"{key}[{place}]", item, range_)
+        for position, item in enumerate(value):
+            yield from _mistakes(f"{key}[{position}]", item, range_)
     elif range_ is not None and isinstance(value, int | float) and not range_.holds(value):
         yield f"{key}: must be {range_}, found {value}."
 

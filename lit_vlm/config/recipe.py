@@ -21,8 +21,8 @@ def is_ladder(overrides: list[str]) -> bool:
 
     That is task=pipeline (the default), or task=submit without `experiment=` and `stage=`.
     """
-    task = [str(parsed(text).value()) for text in overrides if key_of(text) == "task"]
-    name = task[-1] if task else Task.pipeline.value
+    tasks = [str(parsed(text).value()) for text in overrides if key_of(text) == "task"]
+    name = tasks[-1] if tasks else Task.pipeline.value
     one_stage = any(key_of(text) in ("experiment", "stage") for text in overrides)
     return name == Task.pipeline.value or (name == Task.submit.value and not one_stage)
 
@@ -41,8 +41,8 @@ def stages_of(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> list[
     stages = [name for name in choices("experiment", overrides) if name.rpartition("/")[0] == recipe]
     if not stages:
         offered = recipes(overrides)
-        found = did_you_mean(nearest(recipe, offered))
-        raise ConfigError([f"recipe={recipe}: there is no such recipe; there are {', '.join(offered)}.{found}"])
+        suggestion = did_you_mean(nearest(recipe, offered))
+        raise ConfigError([f"recipe={recipe}: there is no such recipe; there are {', '.join(offered)}.{suggestion}"])
     return stages
 
 
@@ -55,8 +55,8 @@ def experiment_of(overrides: list[str]) -> str | None:
 def stage_before(experiment: str, overrides: list[str] | tuple[str, ...] = ()) -> str | None:
     """Return the previous stage of the same recipe; None for the first stage."""
     stages = stages_of(experiment.rpartition("/")[0], overrides)
-    place = stages.index(experiment)
-    return stages[place - 1] if place else None
+    position = stages.index(experiment)
+    return stages[position - 1] if position else None
 
 
 def is_preference(source: DictConfig) -> bool:
@@ -71,13 +71,13 @@ def overrides_for(overrides: list[str], experiment: str) -> list[str]:
     Ready sources and data groups apply to the stages that can use them: preference pairs to dpo, all others to the other
     stages. An override of one source applies to the stages that have this source.
     """
-    kept = [text for text in overrides if key_of(text) not in (*_PICK_THE_STAGE, "init_from")]
-    chosen = [text for text in kept if key_of(text) in ("data", SOURCES)]
-    sources = [text for text in kept if key_of(text).startswith(SOURCE_TABLES)]
-    if chosen and not _usable(experiment, chosen, sources, kept):
-        return [text for text in kept if text not in chosen and text not in sources]
-    config = _with_data(experiment, chosen, kept)
-    return [text for text in kept if text not in sources or _names_source_of(config, text)]
+    shared = [text for text in overrides if key_of(text) not in (*_PICK_THE_STAGE, "init_from")]
+    data_choices = [text for text in shared if key_of(text) in ("data", SOURCES)]
+    source_overrides = [text for text in shared if key_of(text).startswith(SOURCE_TABLES)]
+    if data_choices and not _usable(experiment, data_choices, source_overrides, shared):
+        return [text for text in shared if text not in data_choices and text not in source_overrides]
+    config = _with_data(experiment, data_choices, shared)
+    return [text for text in shared if text not in source_overrides or _names_source_of(config, text)]
 
 
 def _with_data(experiment: str, data: list[str], overrides: list[str]) -> DictConfig:
@@ -87,8 +87,8 @@ def _with_data(experiment: str, data: list[str], overrides: list[str]) -> DictCo
 
 def _names_source_of(config: DictConfig, override: str) -> bool:
     table = next(table for table in SOURCE_TABLES if key_of(override).startswith(table))
-    there = config.data.sources if table == "data.sources." else config.data.validation.sources
-    return key_of(override).removeprefix(table).partition(".")[0] in there
+    source_names = config.data.sources if table == "data.sources." else config.data.validation.sources
+    return key_of(override).removeprefix(table).partition(".")[0] in source_names
 
 
 def _usable(experiment: str, chosen: list[str], sources: list[str], overrides: list[str]) -> bool:

@@ -76,12 +76,14 @@ def _rows(owner: type, prefix: str, stage: type[StageConfig]) -> Iterator[Settin
         elif is_dataclass(value_type(hint)):
             yield from _rows(value_type(hint), f"{key}.<name>.", stage)
         else:
-            place = next(base for base in owner.__mro__ if field.name in base.__dict__.get("__annotations__", {}))
+            defining_class = next(
+                base for base in owner.__mro__ if field.name in base.__dict__.get("__annotations__", {})
+            )
             yield Setting(
                 key,
                 hint,
                 default_of(field),
-                comments.get((place.__name__, field.name), ""),
+                comments.get((defining_class.__name__, field.name), ""),
                 owner.__name__,
                 field.metadata.get("range"),
             )
@@ -120,7 +122,7 @@ def value_type(hint: Any) -> Any:
 @cache
 def field_comments() -> dict[tuple[str, str], str]:
     """Read the help texts in schema.py and mapping.py: (class, field) -> trailing comment of the field or its closing bracket."""
-    found: dict[tuple[str, str], str] = {}
+    comments: dict[tuple[str, str], str] = {}
     owner = name = ""
     depth = 0
     source = "\n".join(inspect.getsource(module) for module in (schema, mapping))
@@ -131,9 +133,9 @@ def field_comments() -> dict[tuple[str, str], str]:
         elif token.type == tokenize.NAME and following.string in (":", "=") and token.start[1] == 4 and depth == 0:
             name = token.string
         elif token.type == tokenize.COMMENT and owner and name and token.start[1] > 4:
-            found.setdefault((owner, name), token.string.lstrip("# "))
+            comments.setdefault((owner, name), token.string.lstrip("# "))
         depth += (token.string in ("(", "[", "{")) - (token.string in (")", "]", "}"))
-    return found
+    return comments
 
 
 def describe(hint: Any) -> str:
@@ -146,7 +148,7 @@ def describe(hint: Any) -> str:
         return f"a list of {len(get_args(hint))} numbers"
     if inspect.isclass(hint) and issubclass(hint, Enum):
         return "one of " + ", ".join(hint.__members__)
-    words = {
+    names = {
         str: "text",
         int: "a whole number",
         float: "a number",
@@ -154,13 +156,13 @@ def describe(hint: Any) -> str:
         NoneType: "null",
         Any: "anything",
     }
-    return words.get(hint, "keys and values")
+    return names.get(hint, "keys and values")
 
 
 def nearest(word: str, choices: Iterator[str] | list[str] | tuple[str, ...]) -> str | None:
     """Find the choice that is most similar to a word; None if none is similar."""
-    found = difflib.get_close_matches(word.lower(), list(choices), n=1, cutoff=0.6)
-    return found[0] if found else None
+    matches = difflib.get_close_matches(word.lower(), list(choices), n=1, cutoff=0.6)
+    return matches[0] if matches else None
 
 
 def nearest_key(key: str, keys: list[str]) -> str | None:
@@ -168,14 +170,14 @@ def nearest_key(key: str, keys: list[str]) -> str | None:
     last = key.rpartition(".")[2]
     if key in HABITS or last in HABITS:
         return HABITS.get(key) or HABITS[last]
-    same = [candidate for candidate in keys if candidate.rpartition(".")[2] == last]
-    if same:
-        return nearest(key, same) or min(same, key=len)
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.8)
-    if close:
-        return close[0]
-    word = nearest(last, sorted({candidate.rpartition(".")[2] for candidate in keys}))
-    return nearest_key(f"{key.rpartition('.')[0]}.{word}", keys) if word else nearest(key, keys)
+    same_name = [candidate for candidate in keys if candidate.rpartition(".")[2] == last]
+    if same_name:
+        return nearest(key, same_name) or min(same_name, key=len)
+    matches = difflib.get_close_matches(key, keys, n=1, cutoff=0.8)
+    if matches:
+        return matches[0]
+    nearest_name = nearest(last, sorted({candidate.rpartition(".")[2] for candidate in keys}))
+    return nearest_key(f"{key.rpartition('.')[0]}.{nearest_name}", keys) if nearest_name else nearest(key, keys)
 
 
 def did_you_mean(found: str | None) -> str:

@@ -24,16 +24,16 @@ def read_model_settings(plain: dict[str, Any], where: str) -> RunConfig:
     Raises:
         UserError: the settings do not match this version.
     """
-    chosen = {key: plain[key] for key in OF_THE_MODEL if key in plain}
+    selected = {key: plain[key] for key in OF_THE_MODEL if key in plain}
     for group, names in {"data": ("tiling", "lock"), "trainer": ("precision",)}.items():
-        given = plain.get(group) or {}
-        chosen[group] = {name: given[name] for name in names if name in given}
+        section = plain.get(group) or {}
+        selected[group] = {name: section[name] for name in names if name in section}
     try:
         schema = OmegaConf.structured(RunConfig)
         schema.stage = OmegaConf.structured(stage_class((plain.get("stage") or {}).get("name")))
-        config = OmegaConf.to_object(OmegaConf.merge(schema, chosen))
+        config = OmegaConf.to_object(OmegaConf.merge(schema, selected))
     except (OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{where}: its settings are not those of this version ({first}).") from None
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{where}: its settings are not those of this version ({reason}).") from None
     assert isinstance(config, RunConfig)
     return config

@@ -39,5 +39,5 @@ def mistakes_in_trials(config: RunConfig) -> Iterator[str]:
     if trials.slurm and trials.parallel:
         yield "trials.parallel: with trials.slurm every worker runs one trial at a time; take one of the two away."
     if trials.carry_to is not None and trials.carry_to not in choices("experiment"):
-        found = did_you_mean(nearest(trials.carry_to, choices("experiment")))
-        yield f"trials.carry_to: there is no experiment {trials.carry_to}; name one of {', '.join(choices('experiment'))}.{found}"
+        suggestion = did_you_mean(nearest(trials.carry_to, choices("experiment")))
+        yield f"trials.carry_to: there is no experiment {trials.carry_to}; name one of {', '.join(choices('experiment'))}.{suggestion}"

@@ -148,8 +148,8 @@ def quote_text(override: str) -> str:
     tokens = lexer.getAllTokens()
     if not value or any(token.type == OverrideLexer.POPEN for token in tokens):  # choice(...), range(...): a sweep
         return override
-    written, element = [f"{key}="], list[Token]()
-    above = [key.lstrip("+~")]  # a key for each open bracket, empty for a list
+    pieces, element = [f"{key}="], list[Token]()
+    key_path = [key.lstrip("+~")]  # a key for each open bracket, empty for a list
     names_key = False  # the element is a key in braces
     for token in tokens:
         ends_key = names_key and token.type == OverrideLexer.COLON
@@ -158,15 +158,15 @@ def quote_text(override: str) -> str:
             continue
         text = "".join(token.text for token in element)
         if ends_key:
-            above[-1] = text.strip()
-        written += [text if ends_key else _quoted(element, above), token.text]
+            key_path[-1] = text.strip()
+        pieces += [text if ends_key else _quoted(element, key_path), token.text]
         element = []
         if token.type in OPENING:
-            above.append("{" if token.type == OverrideLexer.BRACE_OPEN else "")
-        elif token.type in CLOSING and len(above) > 1:
-            above.pop()
-        names_key = not ends_key and token.type not in CLOSING and above[-1] != "" and len(above) > 1
-    return "".join([*written, _quoted(element, above)])
+            key_path.append("{" if token.type == OverrideLexer.BRACE_OPEN else "")
+        elif token.type in CLOSING and len(key_path) > 1:
+            key_path.pop()
+        names_key = not ends_key and token.type not in CLOSING and key_path[-1] != "" and len(key_path) > 1
+    return "".join([*pieces, _quoted(element, key_path)])
 
 
 def _quoted(element: list[Token], above: list[str]) -> str:
@@ -175,6 +175,10 @@ def _quoted(element: list[Token], above: list[str]) -> str:
     tokens = [token for token in element if token.type != OverrideLexer.WS]
     if len(tokens) != 1 or tokens[0].type not in READ_AS:
         return text
-    word = tokens[0].text
-    changes = str(READ_AS[tokens[0].type](word)) != word
-    return text.replace(word, f"'{word}'") if changes and wants_text(".".join(filter(None, above)), word) else text
+    raw_value = tokens[0].text
+    changes = str(READ_AS[tokens[0].type](raw_value)) != raw_value
+    return (
+        text.replace(raw_value, f"'{raw_value}'")
+        if changes and wants_text(".".join(filter(None, above)), raw_value)
+        else text
+    )
