@@ -71,7 +71,7 @@ REGIONS = "@regions"
 
 
 def parts_of(template: str) -> list[tuple[str, str | None]]:
-    """Parse a template into pairs (text, path after the text or None).
+    """Split a template into pairs (text, path after the text or None).
 
     Raises:
         ValueError: an open brace, or an unknown variable with @.
