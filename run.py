@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import signal
 
-if __name__ == "__main__":  # held back until somebody listens: by default they end a process with a status of their own
+if __name__ == "__main__":  # blocked until handlers are installed: by default these signals end the process
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2})
 
 from lit_vlm.engine.signals import handle_signals
@@ -35,41 +35,41 @@ from lit_vlm.types import UserError
 
 
 def main() -> None:
-    """Run what the command line says; a user's mistake is told without a traceback, exit status 1."""
+    """Run the command line. A UserError is shown without a traceback, exit status 1."""
     handle_signals()
     redact_terminal()
     try:
         start(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
-        sys.exit(str(error) or 1)  # without words on a rank for which another one speaks
+        sys.exit(str(error) or 1)  # an empty message on a rank whose error another rank reports
     except BrokenPipeError:  # --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def start(arguments: list[str]) -> None:
-    """One job in this process, or what a flag asks for."""
-    flags, words = split_flags(arguments)
+    """Run one job in this process, or the command that a flag asks for."""
+    flags, overrides = split_flags(arguments)
     if {"--help", "-h"} & set(flags):
-        print(help_text([*flags, *words]))
+        print(help_text([*flags, *overrides]))
     elif flags:
-        through_hydra(flags, words)
+        through_hydra(flags, overrides)
     else:
-        refuse_launcher(read_arguments(words))
-        run = parse(words)
+        refuse_launcher(read_arguments(overrides))
+        run = parse(overrides)
         TASKS[run.config.task](run)
 
 
 def through_hydra(flags: list[str], words: list[str]) -> None:
-    """Hydra's own flags: --cfg job, -m, shell completion. Mistakes are found before Hydra stops at the first."""
+    """Run with Hydra's own flags: --cfg job, -m, shell completion. All errors are reported before Hydra stops at the first."""
     names = {flag.partition("=")[0] for flag in flags}
-    multirun, completing = bool({"-m", "--multirun"} & names), bool({"-sc", "--shell-completion"} & names)
-    if not completing:
+    is_multirun, is_completing = bool({"-m", "--multirun"} & names), bool({"-sc", "--shell-completion"} & names)
+    if not is_completing:
         refuse_typed_secrets([*flags, *words])
         words = with_implied(read_arguments(words))
-        if wrong := wrong_words(words, sweep=multirun):
-            raise ConfigError([mistake for mistakes in wrong.values() for mistake in mistakes])
-        if multirun:
+        if errors := wrong_words(words, sweep=is_multirun):
+            raise ConfigError([error for group in errors.values() for error in group])
+        if is_multirun:
             check_multirun(words)
         else:
             refuse_secrets(words)
@@ -77,20 +77,20 @@ def through_hydra(flags: list[str], words: list[str]) -> None:
                 refuse_launcher(words)
     register()
     sys.argv = [sys.argv[0], *flags, *words]
-    if launcher_in(words) == "submitit_slurm" and not completing:
-        grid(words, submits=multirun)
+    if launcher_in(words) == "submitit_slurm" and not is_completing:
+        grid(words, submits=is_multirun)
     else:
         one_job()
 
 
 def grid(words: list[str], submits: bool) -> None:
-    """The jobs of -m as an array of Slurm's, or what `--cfg hydra` shows of it."""
+    """Submit the jobs of -m as a Slurm job array, or show its config for `--cfg hydra`."""
     from lit_vlm.config.launcher import errors_told, register_launcher
     from lit_vlm.tasks.submit import require_slurm
 
     if submits:
-        here = "leave it out, and -m runs the jobs here one by one"
-        require_slurm("hydra/launcher=submitit_slurm", here, "sbatch", "srun")
+        remedy = "leave it out, and -m runs the jobs here one by one"
+        require_slurm("hydra/launcher=submitit_slurm", remedy, "sbatch", "srun")
     register_launcher(words)
     with errors_told():
         one_job()
@@ -98,19 +98,21 @@ def grid(words: list[str], submits: bool) -> None:
 
 @hydra.main(version_base=VERSION_BASE, config_path=str(CONF), config_name="config")
 def one_job(_: object) -> None:
-    """A job of -m: its overrides are parsed as if they stood alone on a command line."""
-    handle_signals()  # in a job of submitit's, run.py is not what was started
-    redact_terminal()  # submitit starts a job without `main`
+    """Run a job of -m. Its overrides are parsed as if they were given alone on a command line."""
+    handle_signals()  # a submitit job does not start run.py
+    redact_terminal()  # a submitit job starts without `main`
     try:
-        words = HydraConfig.get().overrides
-        run = parse([*words.task, *(word for word in words.hydra if word.startswith("hydra.searchpath="))])
+        overrides = HydraConfig.get().overrides
+        run = parse(
+            [*overrides.task, *(override for override in overrides.hydra if override.startswith("hydra.searchpath="))]
+        )
         TASKS[run.config.task](run)
     except UserError as error:
         sys.exit(str(error) or 1)  # an exception would be shown with Hydra's traceback
     except Exception:
         if "SUBMITIT_EXECUTOR" not in os.environ:
             raise
-        traceback.print_exc()  # Hydra would hand it to submitit as a result, and Slurm would see a job that went well
+        traceback.print_exc()  # Hydra would return it to submitit as a result, and Slurm would see a successful job
         sys.exit(1)
 
 

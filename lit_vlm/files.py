@@ -1,7 +1,8 @@
-"""Files and lines that are there whole or not at all, and on the disk when a function returns, whoever is killed while they
-are written, whoever writes at the same time, and whether the power goes: all files of ours are written here.
+"""Atomic and durable file writing for the whole package.
 
-Reading them again is here as well: one that is cut, empty or something else is told by its name.
+Files and lines are either complete or absent, and they are on the disk when a function returns. This holds when a process is
+killed during a write, when several processes write at the same time, and after a power failure. The reading functions
+report a truncated, empty or invalid file by its name.
 """
 
 from __future__ import annotations
@@ -22,79 +23,88 @@ from lit_vlm.types import UserError
 
 
 class DamagedFile(UserError):
-    """A file of ours that is not as it was written. Its text names the file and what is wrong with it."""
+    """Error for a file of this package whose content is corrupt. The message names the file and the fault."""
 
 
 @contextmanager
 def written(path: Path, what: str = "The index", setting: str = "data.index_dir") -> Iterator[Path]:
-    """A path beside `path` to write to; moved there, and on the disk, when it is complete.
+    """Write a file atomically: yield a temporary path beside `path`, then move it to `path` and sync it to the disk.
 
-    Drafts that a killed process left of the same file are removed. Of two that write it at once each may find its draft
-    gone by that, and then the other's in its place, which says the same: names say what is in a file.
+    Temporary files that a killed process left for the same file are removed. Of two processes that write the same file at once,
+    each may find its temporary file removed in this way. The file of the other process is then in place with the same
+    content, because file names here include a digest of the content.
 
     Args:
-        what: for the message, which tells of `setting` as the way out.
+        description: subject of the error message, e.g. "The index".
+        setting: setting that the message recommends to change.
 
     Raises:
-        UserError: there is no room or no right to write.
+        UserError: the disk is full or the folder is not writable.
     """
-    draft = draft_of(path)
+    temporary = draft_of(path)
     with writable(path.parent, what, setting):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            yield draft
-            move_into_place(draft, path)
+            yield temporary
+            move_into_place(temporary, path)
         finally:
-            draft.unlink(missing_ok=True)
-        for stray in path.parent.glob(f".{path.name}.*"):
-            stray.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
+        for leftover in path.parent.glob(f".{path.name}.*"):
+            leftover.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, text: str, *, durable: bool = True, redact: bool = True) -> None:
-    """Beside, then moved, without secrets: a reader finds the old file or the new one. Several processes, and threads, may at
-    once.
+    """Write a text file atomically, without secrets: a reader sees the old file or the new one.
+
+    Several processes and threads may call this at once for the same path.
 
     Args:
-        durable: see it onto the disk. Not for what is of no use once its process is gone: a slow disk would hold it up.
-        redact: False for what programs read again and whose values are without secrets already. A text as a whole cannot be
-            redacted without breaking its syntax.
+        durable: sync to the disk. False for files that are useless after their process ends: a slow disk would delay them.
+        remove_secrets: False for files that programs read again and whose values are redacted already. Redacting a whole
+            text may break its syntax.
 
     Raises:
-        OSError: there is no room or no right to write.
+        OSError: the disk is full or the folder is not writable.
     """
-    draft = draft_of(path)
+    temporary = draft_of(path)
     try:
-        draft.write_text(redacted_text(text) if redact else text, encoding="utf-8")
-        move_into_place(draft, path) if durable else os.replace(draft, path)
+        temporary.write_text(redacted_text(text) if redact else text, encoding="utf-8")
+        move_into_place(temporary, path) if durable else os.replace(temporary, path)
     except OSError:
-        draft.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     host = f".{path.name}.{socket.gethostname()}."
-    for stray in path.parent.glob(f"{host}*"):  # of a process that was killed here
-        number = stray.name.removeprefix(host).partition("-")[0]
-        if number.isdigit() and not _is_alive(int(number)):
-            stray.unlink(missing_ok=True)
+    for leftover in path.parent.glob(f"{host}*"):  # left by a killed process of this host
+        pid = leftover.name.removeprefix(host).partition("-")[0]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            leftover.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any, *, indent: int | None = None, durable: bool = True) -> None:
-    """Write plain data as JSON, as `write_atomically` does. Secrets are taken out value by value, so that it stays JSON."""
+    """Write plain data as JSON, as `write_text_atomically` does.
+
+    Secrets are redacted value by value, so that the result stays valid JSON.
+    """
     text = json.dumps(redacted(value), indent=indent, ensure_ascii=False)
     text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair has no bytes
     write_atomically(path, text + "\n", durable=durable, redact=False)
 
 
 def draft_of(path: Path) -> Path:
-    """A name beside `path` that is this thread's alone: nodes share folders, and each has its own process numbers."""
+    """Return a temporary path beside `path` that only this thread uses.
+
+    It contains the host name: nodes share folders, and each node has its own process ids.
+    """
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}-{threading.get_ident()}")
 
 
 def move_into_place(draft: Path, path: Path) -> None:
-    """Rename a file or a folder of files; what it holds, and its name, are on the disk when this returns.
+    """Rename a temporary file, or a folder of files, to `path`. Its content and its name are on the disk on return.
 
-    A draft that is gone is no error where another process has put its own there.
+    A missing temporary file is no error if another process has put its own file there.
     """
     try:
-        for entry in (*draft.rglob("*"), draft):  # of a file: itself alone
+        for entry in (*draft.rglob("*"), draft):  # for a file: only itself
             sync(entry)
         os.replace(draft, path)
     except FileNotFoundError:
@@ -104,22 +114,22 @@ def move_into_place(draft: Path, path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """See a file's content, or a folder's names, onto the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Flush a file's content, or a folder's entries, to the disk (fsync)."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def read_json(path: Path, remedy: str) -> dict[str, Any] | None:
-    """Read the JSON object that a file of ours holds; None where there is no file.
+    """Read the JSON object in a file of this package; return None if the file does not exist.
 
     Args:
-        remedy: a sentence for the message: what to do.
+        remedy: sentence of the error message that says what to do.
 
     Raises:
-        DamagedFile: it is empty, cut, no JSON, or no object; or it cannot be read.
+        CorruptFileError: the file is empty, truncated, not JSON or not an object, or it cannot be read.
     """
     try:
         data = path.read_bytes()
@@ -130,39 +140,46 @@ def read_json(path: Path, remedy: str) -> dict[str, Any] | None:
     try:
         value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        found = "it is empty" if not data.strip(b" \r\n\t\0") else f"it is no JSON, or cut off ({error})"
-        raise DamagedFile(f"{path} is damaged: {found}. {remedy}") from None
+        fault = "it is empty" if not data.strip(b" \r\n\t\0") else f"it is no JSON, or cut off ({error})"
+        raise DamagedFile(f"{path} is damaged: {fault}. {remedy}") from None
     if not isinstance(value, dict):
         raise DamagedFile(f"{path} is damaged: it holds {type(value).__name__} and no JSON object. {remedy}")
     return value
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """One more line at the file's end, on the disk when this returns; several processes may do so at once.
+    """Append a line to a file; it is on the disk on return. Several processes may do this at once.
 
-    What a killed process left of a line stays a line of its own: a reader passes over it.
+    The unfinished line of a killed process stays a line of its own, and a reader skips it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
-    handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(handle, (b"" if _ends_a_line(handle) else b"\n") + line + b"\n")  # one write: lines never mingle
-        os.fsync(handle)
+        os.write(descriptor, (b"" if _ends_a_line(descriptor) else b"\n") + line + b"\n")  # one write: lines never mix
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
     if is_new:
         sync(path.parent)
 
 
 def _ends_a_line(handle: int) -> bool:
-    """Also of a file that has no byte yet."""
+    """Return True if the file ends with a line break or is empty."""
     size = os.fstat(handle).st_size
     return size == 0 or os.pread(handle, 1, size - 1) == b"\n"
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time; `path` is the lock's. UserError as `written`."""
+    """Hold a lock file for the duration of a block, so that one process runs it at a time.
+
+    Args:
+        path: path of the lock file.
+
+    Raises:
+        UserError: as `atomic_write`.
+    """
     with writable(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
@@ -175,6 +192,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def writable(folder: Path, what: str = "The index", setting: str = "data.index_dir") -> Iterator[None]:
+    """Convert an OSError of the block to a UserError that names the folder and the setting to change."""
     try:
         yield
     except OSError as error:
@@ -185,7 +203,7 @@ def writable(folder: Path, what: str = "The index", setting: str = "data.index_d
 
 
 def _is_alive(pid: int) -> bool:
-    """A process of this host, whoever's it is."""
+    """Return True if a process with this id runs on this host, under any user."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

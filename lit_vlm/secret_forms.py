@@ -1,4 +1,4 @@
-"""The forms of secrets, by which they are known wherever they stand. Prefixes are their issuers' own."""
+"""Patterns of secrets: known token formats and `NAME=value` assignments. The token prefixes are those of their issuers."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import re
 from collections.abc import Callable
 
 REDACTED = "<redacted>"
-HEX_DIGEST = re.compile(r"[0-9a-f]{40}")  # a key of W&B, until 2025; and what git and SHA-1 call everything
-# Before it a digest is meant: commit=..., "revision": "...", git checkout ..., .../snapshots/..., package@...; and what has an
-# ending behind it is a file.
+HEX_DIGEST = re.compile(r"[0-9a-f]{40}")  # a W&B key until 2025, and also any git commit or SHA-1 digest
+# Text before a digest that is not a secret: commit=..., "revision": "...", git checkout ..., .../snapshots/..., package@...
+# A digest with a file extension is the name of a file.
 NO_DIGEST_BEFORE = re.compile(
     r"""(commit|revision|digest|sha-?1|sha|rev|ref|tree|oid|hash|\bid|image|file|version|(?<![a-z])(?:run_?name|group|tags?|name))"""
     r"""["']?\s*[=:\s]\s*(?:\[(?:[^\[\]]*,)?\s*|(?:-\s[^\n]*\n\s*)*-\s+)?["']?$|\bgit\s[^;&|\n]*\s$|[/@]$""",
@@ -17,23 +17,23 @@ NO_DIGEST_BEFORE = re.compile(
 _NAMED_BEFORE = re.compile(r"\w[-_.]$")  # sft-<digest>
 _NAMED_BEHIND = re.compile(r"[-_/][A-Za-z0-9]")  # <digest>-sft
 _KEY_BEFORE = re.compile(r"(login|key|api|token|secret|passw?o?r?d?|auth)[-_.]?$", re.I)
-_BEFORE = 60  # characters before a digest that are looked at
+_BEFORE = 60  # characters before a digest that are searched
 
-# A variable, a command, a place to be filled in, or no value at all: not the secret itself
+# A variable, a command, a placeholder, or no value: not the secret itself
 _REFERENCE = re.compile(
     r"\$\w+|\$\{[^}]*\}|\$\([^)]*\)|`[^`]*`|<[^<>]*>|\*+|\.{3}|…|null|none|true|false|yes|no|on|off|\d{1,3}|~", re.I
 )
 _PATH = re.compile(r"(~|\.{1,2})?(/[\w.@-]+)+")
-_DRAWN = re.compile(r"(?=[^/]*\d)(?=[^/]*[a-z])(?=[^/]*[A-Z])[^/]{8,}")  # at random: no name of a folder
+_DRAWN = re.compile(r"(?=[^/]*\d)(?=[^/]*[a-z])(?=[^/]*[A-Z])[^/]{8,}")  # random characters, not a folder name
 _PLAIN_PATH = re.compile(r"[a-z\d_.-]+(/[a-z\d_.-]+)+")
 
 _START = r"(?<![A-Za-z0-9])"
 _RUN = r"(?:(?=[A-Za-z]*\d)(?=\d*[A-Za-z])[A-Za-z0-9]{16}|[A-Za-z]{32})"
 _PREFIXED = (
-    r"hf_[A-Za-z0-9]{20,}",  # Hugging Face, a user's
-    r"api_org_[A-Za-z0-9]{20,}",  # and an organisation's
+    r"hf_[A-Za-z0-9]{20,}",  # Hugging Face, user
+    r"api_org_[A-Za-z0-9]{20,}",  # Hugging Face, organisation
     r"wandb_v\d+_\w{16,}",  # Weights & Biases
-    # OpenAI, Anthropic and others: a long run somewhere, for names have short words, dates and commits
+    # OpenAI, Anthropic and others; needs one long random run, because names have short words, dates and commits
     rf"sk-(?={_RUN}|(?:[A-Za-z0-9]*[-_]){{1,12}}?(?![0-9a-f]{{40}}(?![A-Za-z0-9])){_RUN})[A-Za-z0-9_-]{{16,}}",
     r"(?:sk|rk)_(?:live|test)_[A-Za-z0-9]{16,}",  # Stripe
     r"gsk_[A-Za-z0-9]{20,}",  # Groq
@@ -55,9 +55,9 @@ _PREFIXED = (
     r"hvs\.[\w-]{20,}",  # Vault
     r"SG\.[\w-]{16,}\.[\w-]{16,}",  # SendGrid
     r"SK[0-9a-f]{32}(?![0-9A-Za-z])",  # Twilio
-    r"\d{8,10}:AA[\w-]{32,}",  # a bot of Telegram
+    r"\d{8,10}:AA[\w-]{32,}",  # Telegram bot
     r"AGE-SECRET-KEY-1[0-9A-Z]{20,}",
-    r"(?<![\w-])eyJ[\w-]{6,}\.[\w-]{6,}\.[\w-]*",  # a JSON web token: header, payload, signature
+    r"(?<![\w-])eyJ[\w-]{6,}\.[\w-]{6,}\.[\w-]*",  # JSON web token: header, payload, signature
 )
 _SIGNED = (
     "x-amz-signature x-amz-credential x-amz-security-token x-goog-signature x-goog-credential awsaccesskeyid signature sig"
@@ -65,10 +65,10 @@ _SIGNED = (
 ).split()
 _SIGNED_WEAKLY = "token auth key".split()
 _NAME = r"(?<!\w)(?P<name>[^\W\d][\w.-]{0,80}+)"
-# A name, and the value behind it: NAME=value, --name value, "name": "value", ${oc.env:NAME,value}; and name: value, as
-# headers have it, where the value looks like no word.
-_OPENS = r"(?![\s,\]}:;)]|\Z)"  # behind a quote that begins a text; else it ends the one around the name
-_STAYS_OPEN = r"(?!\s*[,\]}:;)]|\s*\Z|[ \t]*\n)"  # the same on one line, where a password may begin with a blank
+# A name and its value: NAME=value, --name value, "name": "value", ${oc.env:NAME,value}; and name: value, as in headers,
+# where the value is likely a secret.
+_OPENS = r"(?![\s,\]}:;)]|\Z)"  # after a quote that opens a text; otherwise the quote closes the text around the name
+_STAYS_OPEN = r"(?!\s*[,\]}:;)]|\s*\Z|[ \t]*\n)"  # the same on one line, where a password may begin with a space
 _OF_A_SHELL = re.compile(
     rf"""\$\([^)\n]*\)|`[^`\n]*`|<[^<>\n]*>|('"'"'|'\\''|\\["']){_STAYS_OPEN}[^\n]*?\1"""
     rf"""|"{_STAYS_OPEN}[^"\n]*"|'{_STAYS_OPEN}[^'\n]*'"""
@@ -97,17 +97,17 @@ ASSIGNED = (
 
 
 def is_reference(value: str) -> bool:
-    """Whether a value names where the secret is, or is none: `$HF_TOKEN`, `<your key>`, `null`."""
+    """Return True if a value refers to a secret or is empty: `$HF_TOKEN`, `<your key>`, `null`."""
     return not value.strip() or _REFERENCE.fullmatch(value.strip()) is not None
 
 
 def is_path(value: str) -> bool:
-    """Whether a value is the path of a file, as that of a key; base64 has slashes, too."""
+    """Return True if a value is a file path, such as the path of a key file. Base64 text also contains slashes."""
     return _PATH.fullmatch(value.strip()) is not None and _DRAWN.search(value) is None
 
 
 def looks_secret(value: str) -> bool:
-    """Whether a value is more like a password than like a word, a number or a path."""
+    """Return True if a value looks like a password and not like a word, a number or a path."""
     value = value.strip("\"' ")
     if len(value) < 8 or is_reference(value) or is_path(value) or _PLAIN_PATH.fullmatch(value):
         return False
@@ -118,12 +118,12 @@ def looks_secret(value: str) -> bool:
 
 
 def redact_digest(match: re.Match[str], name: str = "") -> str:
-    """Redact a run of 40 hexadecimal digits, except where a digest is meant or it is part of a name or a path.
+    """Redact 40 hexadecimal digits, except where they are a digest or part of a name or a path.
 
     Args:
-        name: of the setting that holds the text.
+        name: name of the setting that contains the text.
     """
-    if match[0].startswith("local-"):  # so only W&B writes it
+    if match[0].startswith("local-"):  # only W&B writes this form
         return REDACTED
     before = (f"{name}=" if name else "") + match.string[max(0, match.start() - _BEFORE) : match.start()]
     if NO_DIGEST_BEFORE.search(before):
@@ -133,10 +133,12 @@ def redact_digest(match: re.Match[str], name: str = "") -> str:
 
 
 def _keep_name(match: re.Match[str]) -> str:
+    """Redact the value of a match and keep its name; keep a value that is only a reference."""
     return match[0] if is_reference(match[2].strip("\"'")) else match[1] + REDACTED
 
 
 def _keep_name_where_weak(match: re.Match[str]) -> str:
+    """Redact the value of a match only if it is likely a secret."""
     return match[1] + REDACTED if looks_secret(match[2]) else match[0]
 
 
@@ -151,7 +153,7 @@ FORMS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] 
     (re.compile(_START + "(?:" + "|".join(_PREFIXED) + ")"), REDACTED),
     (re.compile(r"(?<![0-9A-Za-z])(?:local-)?[0-9a-f]{40}(?![0-9A-Za-z]|\.[a-z]{2,5}\b)"), redact_digest),
     (re.compile(r"((?:\bBearer|\bBasic)\s+)([A-Za-z0-9._~+/=-]{8,})", re.I), _keep_name_where_weak),
-    # Authorization: token ..., also as JSON
+    # Authorization: token ..., also in JSON
     (
         re.compile(r"""(\bauthorization\\?["']?\s*[:=]\s*\\?["']?(?:[A-Za-z-]+\s+)?)([^\s'",;}\\]{6,})""", re.I),
         _keep_name,
@@ -172,7 +174,7 @@ FORMS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] 
     (re.compile(r"""(\buser(?:name)?=[^\s,;'"]{1,80},(?:[^\s;'"]{0,200},)?pass=)([^\s,;'"]+)"""), _keep_name),
     (re.compile(r"(\bmachine\s+\S{1,200}\s+login\s+\S{1,200}\s+password\s+)([^\s'\"\\]+)"), _keep_name),  # ~/.netrc
     (re.compile(r"(\bhooks\.slack\.com/services/|\bdiscord(?:app)?\.com/api/webhooks/)([^\s'\"]+)"), _keep_name),
-    # user:password@host; with one slash where an address was taken for a path; an image's digest is none
+    # user:password@host; one slash where a URL was treated as a path; the digest of a container image is no password
     (re.compile(r"(:/{1,2})([^/\s@'\"]{0,200}:[^/\s'\"]{0,200})(?=@(?!sha\d+:))"), _keep_name),
     (re.compile(r"(://)([^/\s@:'\"]{20,200})(?=@)"), _keep_name),  # token@host
     (
@@ -182,4 +184,4 @@ FORMS: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] 
     (re.compile(rf"([?&](?:{'|'.join(_SIGNED)})=)([^&\s#'\"]+)", re.I), _keep_name),
     (re.compile(rf"([?&](?:{'|'.join(_SIGNED_WEAKLY)})=)([^&\s#'\"]+)", re.I), _keep_name_where_weak),
 )
-PROSE_FORMS = FORMS[:2]  # private keys and tokens by their prefixes: no sentence holds them by chance
+PROSE_FORMS = FORMS[:2]  # private keys and prefixed tokens: no sentence contains them by chance

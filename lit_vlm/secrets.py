@@ -1,11 +1,11 @@
-"""Take keys, tokens and passwords out of whatever is written, shown or sent, and refuse them where they are typed.
+"""Redact keys, tokens and passwords in everything that is written, shown or sent, and reject them in settings.
 
-A secret is known by the name of what holds it (`HF_TOKEN`, `password`, `X-Api-Key`), by its own form (`hf_...`, a private
-key, the password in an address), or because a variable of the environment with such a name holds the same text. No setting
-needs one, so a setting that holds one is refused. What libraries say and what a program is told by its environment passes
-one of these places on its way out, and each calls `redacted` or `redacted_text`: the terminal (`redact_terminal`),
-`write_atomically` and `write_json` of `files.py`, a page's values before they become HTML (`engine/pages.py`), and the
-beginning of a run of W&B.
+A secret is detected in three ways: by the name of its setting or variable (`HF_TOKEN`, `password`, `X-Api-Key`), by its own
+form (`hf_...`, a private key, the password in a URL), or because an environment variable with such a name has the same value.
+No setting needs a secret, so a setting that contains one is an error. Messages of libraries, and values from the environment,
+pass one of these places on their way out, and each calls `redact` or `redact_text`: the terminal (`redact_terminal`),
+`write_text_atomically` and `write_json` of `files.py`, the values of a page before they become HTML (`engine/pages.py`), and
+the start of a W&B run.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from lit_vlm.secret_forms import (
     redact_digest,
 )
 
-LONGEST_LINE = 4096  # characters of an unfinished line that are kept; a private key has fewer
+LONGEST_LINE = 4096  # maximum characters of an unfinished line in the buffer; a private key has fewer
 _OPEN_KEY = re.compile(r"-----BEGIN [A-Z ]{0,40}PRIVATE KEY(?: BLOCK)?-----(?:(?!-----END )[A-Za-z0-9+/=\s:,-])*\Z")
-SHORTEST = 6  # characters of a variable's value that are looked for in other text; shorter ones are words
-_WORD_OR_NUMBER = re.compile(r"[a-z]{1,8}|\d{1,5}")  # as a variable's value: found in any text
+SHORTEST = 6  # minimum characters of a variable's value to be searched in other text; shorter values are words
+_WORD_OR_NUMBER = re.compile(r"[a-z]{1,8}|\d{1,5}")  # such a value of a variable would match in any text
 
 _ALONE = frozenset(
     "password passwd passphrase passcode secret secrets credential credentials cred creds authorization apikey jwt".split()
@@ -68,7 +68,7 @@ _SHORTENED = tuple(  # DBPASS, -aihubpw
     for word in sorted(_OF_A_PASS | set("aihub api app docker git hub my nas netrc registry svn vpn web wifi".split()))
     for end in ("pass", "pwd", "pw")
 )
-# Ends that make a name a place, a size or a sort of the secret and not the secret itself.
+# Last words of names that hold a path, a size or a type of the secret and not the secret itself.
 _ABOUT = frozenset("file path dir directory url uri endpoint name type id ids count length size limit ttl".split())
 _OF_A_VOCABULARY = frozenset(
     "added audio bbox boi bos box class cls decoder delim end eoi eos eot first forced image mask max new next num pad per"
@@ -76,20 +76,20 @@ _OF_A_VOCABULARY = frozenset(
 )
 _ANY = object()
 _LETTERS_AND_DIGITS = re.compile(r"(?=\D*\d)(?=[^A-Za-z]*[A-Za-z])\S{6}")
-_FOLDERS = ("PWD", "OLDPWD")  # of a shell
+_FOLDERS = ("PWD", "OLDPWD")  # set by a shell
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-# Settings in which people write sentences: they ask about passwords without telling one.
+# Settings that contain sentences: these may mention passwords without containing one.
 _PROSE = re.compile(r"(?:^|\.)(?:prompts?|licence|mapping\.(?:\w+\.)*(?:questions|answer|text))$")
 
 
 def is_secret_name(name: str, value: Any = _ANY) -> bool:
-    """Whether what has this name (a setting, a variable, a header) is a secret.
+    """Return True if a name (of a setting, a variable or a header) marks its value as a secret.
 
-    Whole words count, of the last part of a dotted name: `submit.env.HF_TOKEN` is one, `special_tokens`, `pad_token`,
-    `max_new_tokens` and `SSH_KEY_PATH` are none.
+    Whole words of the last part of a dotted name are compared: `submit.env.HF_TOKEN` is secret; `special_tokens`, `pad_token`,
+    `max_new_tokens` and `SSH_KEY_PATH` are not.
 
     Args:
-        value: what it holds, if that is known: `token=ko` is no secret, `HF_HUB_DISABLE_IMPLICIT_TOKEN=1` neither.
+        value: the value, if known: `token=ko` and `HF_HUB_DISABLE_IMPLICIT_TOKEN=1` are not secret.
     """
     name = name.rpartition(".")[2]
     strength = _strength(name)
@@ -103,23 +103,29 @@ def is_secret_name(name: str, value: Any = _ANY) -> bool:
 
 @cache
 def _strength(name: str) -> int:
-    """2: whatever it holds is a secret; 1: where its value looks like one; 0: no name of a secret."""
+    """Return how strongly a name indicates a secret.
+
+    2: any value is a secret; 1: a value that is likely a secret; 0: not the name of a secret.
+    """
     if korean := _KOREAN.search(name):
         return 2 if korean[1] else int(name.endswith(korean[2]))
     words = [word.lower() for word in _WORD.findall(name)]
     if not words or name in _FOLDERS or (words[-1] in _ABOUT and words[-2:] != ["key", "id"]):
         return 0
-    last, before, capitals = words[-1], set(words[:-1]), name.isupper()
-    if last == "token" and before & _OF_A_VOCABULARY:
+    last_word, previous_words, is_uppercase = words[-1], set(words[:-1]), name.isupper()
+    if last_word == "token" and previous_words & _OF_A_VOCABULARY:
         return 0
-    if (set(words) & _ALONE) - _ALSO_A_WORD or last in _ALONE or any(word.endswith(_GLUED) for word in words):
+    if (set(words) & _ALONE) - _ALSO_A_WORD or last_word in _ALONE or any(word.endswith(_GLUED) for word in words):
         return 2
-    is_key = last in ("key", "keys") or words[-2:] == ["key", "id"]
-    strength = _strength_of_key(words, capitals) if is_key else _strength_of_short(last, before, capitals)
+    is_key = last_word in ("key", "keys") or words[-2:] == ["key", "id"]
+    strength = (
+        _strength_of_key(words, is_uppercase) if is_key else _strength_of_short(last_word, previous_words, is_uppercase)
+    )
     return strength or int(bool(set(words) & _ALONE))
 
 
 def _strength_of_key(words: list[str], capitals: bool) -> int:
+    """Return the strength of a name that ends with key, keys or key id."""
     kinds = set(words) - {"key", "keys", "id"}
     if kinds & _OF_A_KEY:
         return 1 if kinds & _OF_NO_KEY else 2
@@ -127,8 +133,8 @@ def _strength_of_key(words: list[str], capitals: bool) -> int:
 
 
 def _strength_of_short(last: str, before: set[str], capitals: bool) -> int:
-    """The strength of names that end with token, pass, pwd, pw or pat."""
-    if last == "token":  # alone it is a word as well
+    """Return the strength of a name that ends with token, pass, pwd, pw or pat."""
+    if last == "token":  # alone it is also an ordinary word
         return 2 if before & _OF_A_TOKEN else 1
     if last == "pat":
         return 2 if before & _OF_A_PAT else int(capitals)
@@ -138,10 +144,10 @@ def _strength_of_short(last: str, before: set[str], capitals: bool) -> int:
 
 
 def redacted(value: Any, name: str = "") -> Any:
-    """A copy of plain data (dictionaries, lists, texts, numbers) without secrets. What holds none comes back equal.
+    """Copy plain data (dictionaries, lists, texts, numbers) without secrets. Data without secrets is returned equal.
 
     Args:
-        name: what the value is called; inside a dictionary the dotted name.
+        name: name of the value; inside a dictionary the dotted name.
     """
     if isinstance(value, Mapping):
         return {_text(key): redacted(item, f"{name}.{key}" if name else str(key)) for key, item in value.items()}
@@ -155,40 +161,40 @@ def redacted(value: Any, name: str = "") -> Any:
 
 
 def redacted_text(text: str, name: str = "") -> str:
-    """A text (a message, a command, a line of shell, an address, a file of JSON or YAML) without secrets.
+    """Redact the secrets in a text (a message, a command, a shell line, a URL, a JSON or YAML file).
 
     Args:
-        name: of the setting that holds it, if one does: in a prompt only tokens of a known form are looked for.
+        name: name of the setting that contains the text, if any: in a prompt only tokens of a known form are redacted.
     """
     for secret in _spellings(_values_of_environment()):
         text = text.replace(secret, REDACTED)
     is_prose = _PROSE.search(name) is not None
-    for named, valued in () if is_prose else ASSIGNED:
-        text = _without_values(text, named, valued)
+    for name_pattern, value_pattern in () if is_prose else ASSIGNED:
+        text = _without_values(text, name_pattern, value_pattern)
     for pattern, replacement in PROSE_FORMS if is_prose else FORMS:
         text = pattern.sub(partial(redact_digest, name=name) if replacement is redact_digest else replacement, text)
     return text
 
 
 def redacted_words(words: list[str]) -> list[str]:
-    """Of a command line: settings by their names, JSON objects of settings by theirs."""
+    """Redact command-line arguments: settings by their names, JSON objects of settings by their keys."""
     return [_redacted_word(word) for word in words]
 
 
 def places_of_secrets(value: Any, name: str = "") -> Iterator[str]:
-    """Dotted names of the values in plain data that `redacted` would change."""
+    """Yield the dotted names of the values in plain data that `redact` would change."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield from places_of_secrets(item, f"{name}.{key}" if name else str(key))
         return
     plain = list(value) if isinstance(value, tuple) else value
-    is_nan = isinstance(value, float) and value != value  # equal to nothing, itself included
+    is_nan = isinstance(value, float) and value != value  # NaN is not equal to itself
     if (redacted(value, name) != plain and not is_nan) or redacted_text(name) != name:
         yield redacted_text(name)
 
 
 def mistakes_of_secrets(settings: Mapping[str, Any]) -> list[str]:
-    """A sentence for each setting that holds a secret; the secret is not in it."""
+    """Return an error message for each setting that contains a secret. The message does not contain the secret."""
     return [
         f"{name}: holds a secret, and settings are written down (config.yaml, manifest.json, submit.sh, the report). Take it"
         " out and export it in your shell as a variable (HF_TOKEN, WANDB_API_KEY, or one that your own code reads); the run"
@@ -198,25 +204,28 @@ def mistakes_of_secrets(settings: Mapping[str, Any]) -> list[str]:
 
 
 def mistakes_of_typed_secrets(words: list[str]) -> list[str]:
-    """The same for words of a command line, before anything reads them."""
-    found: dict[str, Any] = {}
-    for word in words:
-        key, equals, value = word.partition("=")
-        if word.lstrip().startswith("{"):
+    """Return an error message for each command-line argument that contains a secret, before the arguments are parsed."""
+    suspects: dict[str, Any] = {}
+    for argument in words:
+        key, equals, value = argument.partition("=")
+        if argument.lstrip().startswith("{"):
             try:
-                found |= json.loads(word)
+                suspects |= json.loads(argument)
                 continue
             except ValueError:
                 pass
         if equals and not set(" \n{") & set(key):
-            found |= {key.lstrip("+~-"): value} if redacted(value, key) != value or redacted_text(key) != key else {}
-        elif redacted_text(word) != word:
-            found["an argument of the command line"] = word
-    return mistakes_of_secrets(found)
+            suspects |= {key.lstrip("+~-"): value} if redacted(value, key) != value or redacted_text(key) != key else {}
+        elif redacted_text(argument) != argument:
+            suspects["an argument of the command line"] = argument
+    return mistakes_of_secrets(suspects)
 
 
 def agrees(one: Any, other: Any) -> bool:
-    """Whether two values may be the same one, where secrets were taken out of either. Another secret is no other value."""
+    """Return True if two values may be equal where secrets were redacted in either.
+
+    A different secret is not a different value.
+    """
     if isinstance(one, Mapping) and isinstance(other, Mapping):
         return one.keys() == other.keys() and all(agrees(one[key], other[key]) for key in one)
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
@@ -225,27 +234,27 @@ def agrees(one: Any, other: Any) -> bool:
 
 
 def redact_terminal() -> None:
-    """From now on what this process says, tracebacks of others among it, passes `redacted_text`."""
+    """Redact everything that this process writes to stdout and stderr from now on, including tracebacks of libraries."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, RedactedStream):
-            clean = RedactedStream(stream)
-            atexit.register(clean.pass_on)
-            os.register_at_fork(after_in_child=clean.forget)
-            setattr(sys, name, clean)
+            redacted_stream = RedactedStream(stream)
+            atexit.register(redacted_stream.pass_on)
+            os.register_at_fork(after_in_child=redacted_stream.forget)
+            setattr(sys, name, redacted_stream)
 
 
 class RedactedStream:
-    """A text stream in front of another one, which gets everything without secrets.
+    """Text stream that redacts secrets before it writes to another stream.
 
-    A secret may come in several writes, as `print("HF_TOKEN=", value)` has them. So an unfinished line is kept until it ends,
-    until `flush`, or until it is longer than `LONGEST_LINE`.
+    A secret may arrive in several writes, as in `print("HF_TOKEN=", value)`. An unfinished line is therefore buffered until it
+    ends, until `flush`, or until it is longer than `MAX_PENDING_CHARACTERS`.
     """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._kept = ""
-        self._lock = threading.RLock()  # a handler of a signal may write in the middle of a write
+        self._lock = threading.RLock()  # re-entrant: a signal handler may write during a write
 
     def write(self, text: str) -> int:
         with self._lock:
@@ -268,11 +277,11 @@ class RedactedStream:
         self._stream.close()
 
     def forget(self) -> None:
-        """Leave an unfinished line to the parent process."""
+        """Drop the unfinished line in a forked child; the parent process writes it."""
         self._kept, self._lock = "", threading.RLock()
 
     def pass_on(self) -> None:
-        """Pass on an unfinished line as it is."""
+        """Redact and write the unfinished line."""
         with self._lock:
             line, self._kept = self._kept, ""
             if line and not getattr(self._stream, "closed", False):
@@ -283,26 +292,28 @@ class RedactedStream:
 
 
 def _find_end_of_lines(text: str) -> int:
-    """Find up to where a text can be passed on: behind its last finished line, but not within a secret of several lines."""
+    """Find the end of the text that can be written now: after the last complete line, but not inside a multi-line secret."""
     if len(text) > LONGEST_LINE and "\n" not in text and "\r" not in text:
         end = text.rfind(" ", 0, len(text) - LONGEST_LINE // 4) + 1 or len(text)
     else:
         end = max(text.rfind("\n"), text.rfind("\r")) + 1
-    if (opened := _OPEN_KEY.search(text)) and len(text) - opened.start() <= LONGEST_LINE:
-        end = min(end, opened.start())
+    if (open_key := _OPEN_KEY.search(text)) and len(text) - open_key.start() <= LONGEST_LINE:
+        end = min(end, open_key.start())
     if 0 < end < len(text) and redacted_text(text) != redacted_text(text[:end]) + redacted_text(text[end:]):
         end = len(text) if len(text) > LONGEST_LINE else 0
     return end
 
 
 def _fits(hidden: Any, value: Any) -> bool:
+    """Return True if a value matches a text in which secrets were redacted."""
     if not isinstance(hidden, str) or REDACTED not in hidden:
         return False
-    kept = ".*".join(map(re.escape, hidden.split(REDACTED)))
-    return re.fullmatch(kept, str(value), re.DOTALL) is not None
+    pattern = ".*".join(map(re.escape, hidden.split(REDACTED)))
+    return re.fullmatch(pattern, str(value), re.DOTALL) is not None
 
 
 def _redacted_word(word: str) -> str:
+    """Redact a command-line argument."""
     if word.lstrip().startswith("{"):
         try:
             return json.dumps(redacted(json.loads(word)), ensure_ascii=False)
@@ -315,33 +326,34 @@ def _redacted_word(word: str) -> str:
 
 
 def _text(key: Any) -> Any:
+    """Redact the key of a dictionary if it is text."""
     return redacted_text(key) if isinstance(key, str) else key
 
 
 def _without_values(text: str, named: re.Pattern[str], valued: re.Pattern[str]) -> str:
-    """The text without the values of secret names. Other values are looked into: `--env=HF_TOKEN=...`."""
-    pieces, kept, start = [], 0, 0
-    while found := named.search(text, start):
-        start = found.end()
-        value = valued.match(text, start) if is_secret_name(found["name"]) else None
+    """Remove the values of secret names from a text. Other values are searched as well: `--env=HF_TOKEN=...`."""
+    pieces, copied, start = [], 0, 0
+    while match := named.search(text, start):
+        start = match.end()
+        value = valued.match(text, start) if is_secret_name(match["name"]) else None
         if value is None:
             continue
         begin, end = _inside_quotes(value[0], start)
         bare = re.split(r"['\"]", text[begin:end], maxsplit=1)[0] or text[begin:end]
-        # in a list the value ends before its bracket and before the next NAME=
+        # in a list the value ends before the closing bracket and before the next NAME=
         item = re.split(r",(?=[\w.+-]+=)", bare, maxsplit=1)[0].rstrip(")]}")
-        if not all(is_secret_name(found["name"], one) for one in (bare, item)) or (
+        if not all(is_secret_name(match["name"], candidate) for candidate in (bare, item)) or (
             named is HEADER and not looks_secret(bare)
         ):
             continue
-        is_number = named is JSON_KEY and begin == start  # which only quotes make a text
-        pieces += [text[kept:begin], f'"{REDACTED}"' if is_number else REDACTED]
-        kept = start = end
-    return "".join([*pieces, text[kept:]])
+        is_number = named is JSON_KEY and begin == start  # its replacement needs quotes
+        pieces += [text[copied:begin], f'"{REDACTED}"' if is_number else REDACTED]
+        copied = start = end
+    return "".join([*pieces, text[copied:]])
 
 
 def _inside_quotes(value: str, start: int) -> tuple[int, int]:
-    """Where a value begins and ends without the quotes around it; those of JSON within a text are escaped."""
+    """Find the start and the end of a value without its quotes. Quotes of JSON inside a text are escaped."""
     quotes = re.match(r"""('"'"'|'\\''|\\?["'])(.*?)(\1)?\Z""", value, re.DOTALL)
     if quotes is None or quotes[1] in quotes[2]:
         return start, start + len(value)
@@ -349,30 +361,30 @@ def _inside_quotes(value: str, start: int) -> tuple[int, int]:
 
 
 def _values_of_environment() -> tuple[str, ...]:
-    """Values of the variables whose names say that they are secret, the longest first."""
-    named = {name: os.environ.get(name, "") for name in os.environ if is_secret_name(name)}
-    values = {value for name, value in named.items() if len(value) >= SHORTEST and _is_exported_secret(name, value)}
-    words = (value for value in values if not _WORD_OR_NUMBER.fullmatch(value))
+    """Return the values of environment variables with secret names, the longest first."""
+    variables = {name: os.environ.get(name, "") for name in os.environ if is_secret_name(name)}
+    values = {value for name, value in variables.items() if len(value) >= SHORTEST and _is_exported_secret(name, value)}
+    secrets = (value for value in values if not _WORD_OR_NUMBER.fullmatch(value))
     return tuple(
-        sorted((value for value in words if not os.path.exists(value)), key=lambda value: (-len(value), value))
+        sorted((value for value in secrets if not os.path.exists(value)), key=lambda value: (-len(value), value))
     )
 
 
 def _is_exported_secret(name: str, value: str) -> bool:
-    """Whether a variable holds a secret. One that is exported as *_TOKEN or *_KEY may hold words."""
+    """Return True if an environment variable holds a secret. A variable named *_TOKEN or *_KEY may hold ordinary words."""
     is_text = not is_reference(value) and not is_path(value)
     return is_secret_name(name, value) or (name.isupper() and "_" in name and is_text)
 
 
 @lru_cache(maxsize=8)
 def _spellings(values: tuple[str, ...]) -> tuple[str, ...]:
-    """Values as a shell, JSON, HTML and an address write them, and the lines of those that have several."""
-    found = dict.fromkeys(values)
+    """Return values as shells, JSON, HTML and URLs write them, and the single lines of values of several lines."""
+    spellings = dict.fromkeys(values)
     for value in values:
-        found |= dict.fromkeys(line.strip() for line in value.splitlines() if len(line.strip()) >= 2 * SHORTEST)
+        spellings |= dict.fromkeys(line.strip() for line in value.splitlines() if len(line.strip()) >= 2 * SHORTEST)
         for text in (json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1]):
-            found |= {text: None, html.escape(text): None}
-        found |= dict.fromkeys(
+            spellings |= {text: None, html.escape(text): None}
+        spellings |= dict.fromkeys(
             (
                 html.escape(value),
                 quote(value),
@@ -381,5 +393,5 @@ def _spellings(values: tuple[str, ...]) -> tuple[str, ...]:
                 value.replace("'", "\\'"),
             )
         )
-        found |= dict.fromkeys((shlex.quote(value).removeprefix("'").removesuffix("'"),))
-    return tuple(sorted(found, key=len, reverse=True))
+        spellings |= dict.fromkeys((shlex.quote(value).removeprefix("'").removesuffix("'"),))
+    return tuple(sorted(spellings, key=len, reverse=True))

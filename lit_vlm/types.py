@@ -1,7 +1,8 @@
-"""The words that every room shares. Of ours it imports the arithmetic of tiles alone.
+"""Shared types of the whole package: samples, preference pairs, micro-batches and user errors.
 
-Text in a sample is data and never control: where an image stands and where a special token stands is said by the
-structure (`ImageSlot`, `Control`), so `<image>` or `<|im_end|>` written in somebody's caption stays text.
+From this package the module imports only `lit_vlm.anyres` (tile layouts). Text in a sample is data and never control: the
+structure says where images and special tokens are (`ImagePlaceholder`, `ControlToken`). A caption that contains `<image>` or
+`<|im_end|>` therefore stays text.
 """
 
 from __future__ import annotations
@@ -18,28 +19,31 @@ if TYPE_CHECKING:
 
     from lit_vlm.anyres import Layout
 
-HEAD_ROWS = 2048  # supervised tokens whose logits exist at a time
-IGNORE_INDEX = -100  # label of a position that the loss leaves out; the field's value
+HEAD_ROWS = 2048  # supervised tokens of one chunk of logits; bounds the memory of the cross-entropy
+IGNORE_INDEX = -100  # label of a position that the loss ignores; PyTorch's default
 
-# VARCO-VISION's nine, in the order of its release (special_tokens_map.json of NCSOFT/VARCO-VISION-14B)
+# The nine special tokens of VARCO-VISION, in the order of its release (special_tokens_map.json of NCSOFT/VARCO-VISION-14B)
 SPECIAL_TOKENS = ("<gro>", "<ocr>", "<char>", "</char>", "<obj>", "</obj>", "<bbox>", "</bbox>", "<delim>")
 IMAGE_TOKEN = "<image>"
 
 
-# C0 (but tab and line break), delete and C1, what turns the direction of writing, halves of surrogate pairs
+# C0 without tab and line break, delete, C1, marks of the writing direction, halves of surrogate pairs
 _UNPRINTABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def escape_controls(text: str) -> str:
-    """Write what a terminal obeys, and what no file can hold, as its escape: names and texts of data sets come from others."""
-    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """Replace control characters, and characters that no file can hold, by their escapes.
+
+    Names and texts of data sets come from others, and a terminal executes control characters.
+    """
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class UserError(ValueError):
-    """A user's mistake: shown as its message alone, without a traceback, exit status 1.
+    """Error that a user can correct: shown as its message without a traceback, exit status 1.
 
     The message says where, what was found, what was needed and what to do. Control characters in it are escaped here,
-    once for all places that show it.
+    once for all outputs.
     """
 
     def __init__(self, message: str = "") -> None:
@@ -47,31 +51,35 @@ class UserError(ValueError):
 
 
 def counted(number: int, what: str, many: str | None = None) -> str:
-    """ "1 record", "2,000 records"; `many` where the plural does not end in s alone."""
+    """Format a count with its noun: "1 record", "2,000 records".
+
+    Args:
+        plural: the plural of `noun`, where it is not `noun` + "s".
+    """
     return f"{number:,} {what if number == 1 else many or what + 's'}"
 
 
 class Fault(StrEnum):
-    """What is wrong with a record, in a word; quarantined records are counted by it."""
+    """Reason for which a record is rejected; quarantined records are counted by it."""
 
     malformed = "malformed"  # not JSON, keys missing or of the wrong type, turns out of order
-    placeholders = "placeholders"  # other numbers of image placeholders and images
-    no_answer = "no_answer"  # nothing in it would be supervised
+    placeholders = "placeholders"  # the numbers of image placeholders and of images differ
+    no_answer = "no_answer"  # the record has no supervised token
     overlong = "overlong"  # more tokens or tiles than a micro-batch may hold
-    url = "url"  # an image that would have to be fetched
-    outside = "outside"  # a path that leads out of the image root
-    missing = "missing"  # no such file or member
-    unreadable = "unreadable"  # no permission, a link loop, no regular file, an input/output error
-    empty = "empty"  # a file of no bytes
-    not_an_image = "not_an_image"  # another format than those that are read
-    too_large = "too_large"  # more pixels or bytes than are allowed
-    broken = "broken"  # a header, but not the pixels: truncated or damaged
-    hostile = "hostile"  # an archive member that is refused: a link, a device, a name that leads elsewhere
-    changed = "changed"  # not what it was when it was indexed
+    url = "url"  # the image is a URL, and nothing is downloaded
+    outside = "outside"  # the path leads out of the image root
+    missing = "missing"  # the file or archive member does not exist
+    unreadable = "unreadable"  # no permission, a loop of links, not a regular file, or an input/output error
+    empty = "empty"  # the file has no bytes
+    not_an_image = "not_an_image"  # the format is not supported
+    too_large = "too_large"  # more pixels or bytes than the limit
+    broken = "broken"  # the header is valid but the pixels are not: truncated or damaged
+    hostile = "hostile"  # an unsafe archive member: a link, a device, or a name that leads out of the archive
+    changed = "changed"  # the record differs from its state at indexing
 
 
 class RecordError(UserError):
-    """One record cannot be used. Collected by the index, then handled by `data.on_bad_record`."""
+    """Error of one record. The index collects these errors and applies `data.on_bad_record` to them."""
 
     def __init__(
         self, origin: str, reason: str, remedy: str = "Fix the record", fault: Fault = Fault.malformed
@@ -80,12 +88,12 @@ class RecordError(UserError):
         super().__init__(f"{origin}: {reason}. {remedy}.")
         self.origin, self.reason, self.remedy, self.fault = origin, reason, remedy, fault
 
-    def __reduce__(self):  # crosses the border of a loader's worker process
+    def __reduce__(self):  # pickled when it leaves a loader's worker process
         return type(self), (self.origin, self.reason, self.remedy, self.fault)
 
 
 class Language(StrEnum):
-    """ISO 639-1. `auto` asks the text: any Hangul makes it Korean."""
+    """ISO 639-1 code of a sample. `auto` detects it from the text: any Hangul makes it Korean."""
 
     ko = "ko"
     en = "en"
@@ -93,21 +101,21 @@ class Language(StrEnum):
 
 
 class Kind(StrEnum):
-    """What a sample trains; losses and scores are reported apart by kind."""
+    """Kind of task that a sample trains; losses and scores are reported per kind."""
 
     caption = "caption"
     instruction = "instruction"
-    word = "word"  # read one rendered word, answer without boxes
+    word = "word"  # read one rendered word; the answer has no boxes
     number = "number"  # read one rendered number
-    ocr = "ocr"  # VARCO's <ocr>: every text with its box
-    grounding = "grounding"  # VARCO's <gro>: an answer that points
-    referring = "referring"  # a question that points
+    ocr = "ocr"  # VARCO's <ocr>: the answer is every text with its box
+    grounding = "grounding"  # VARCO's <gro>: the answer contains boxes
+    referring = "referring"  # the question contains boxes
     document = "document"
     table = "table"
     chart = "chart"
     arithmetic = "arithmetic"
     text = "text"  # no image
-    image_only = "image_only"  # an image and no question; the answer is a caption
+    image_only = "image_only"  # an image without a question; the answer is a caption
     multi_image = "multi_image"
     digit = "digit"  # a handwritten digit (data=digits)
     preference = "preference"
@@ -115,7 +123,7 @@ class Kind(StrEnum):
 
 
 class Part(StrEnum):
-    """The parts of a model; each parameter belongs to exactly one."""
+    """Part of a vision-language model; each parameter belongs to exactly one part."""
 
     vision_tower = "vision_tower"
     projector = "projector"
@@ -123,6 +131,8 @@ class Part(StrEnum):
 
 
 class Role(StrEnum):
+    """Role of a message in a conversation."""
+
     system = "system"
     user = "user"
     assistant = "assistant"
@@ -130,14 +140,14 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """One control token, e.g. `Control("<bbox>")`."""
+    """A single control token, e.g. `ControlToken("<bbox>")`."""
 
     token: str
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSlot:
-    """Here stands `sample.images[index]`."""
+    """Placeholder in a message for `sample.images[index]`."""
 
     index: int
 
@@ -147,13 +157,15 @@ Content = str | Control | ImageSlot
 
 @dataclass(frozen=True, slots=True)
 class Message:
+    """A turn of a conversation: text, control tokens and image placeholders, in order."""
+
     role: Role
     content: tuple[Content, ...]
-    trained: bool = True  # of an answer: False leaves it out of the loss
+    trained: bool = True  # of an answer; False excludes it from the loss
 
     @property
     def text(self) -> str:
-        """The content as a person writes it: control tokens spelled out, images left out."""
+        """The content as plain text: control tokens spelled out, images left out."""
         return "".join(
             piece if isinstance(piece, str) else piece.token
             for piece in self.content
@@ -163,21 +175,25 @@ class Message:
 
 @runtime_checkable
 class ImageSource(Protocol):
-    """An image that is opened late: its size is known from the header, its pixels when they are needed."""
+    """An image that is decoded lazily: the size comes from the header, the pixels are read on demand."""
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) in pixels, after EXIF rotation, read without decoding."""
+        """(height, width) in pixels after EXIF rotation, read without decoding."""
         ...
 
     def load(self) -> Image:
-        """The whole picture as RGB, EXIF rotation applied. RecordError when it cannot be decoded."""
+        """Decode the whole image as RGB with EXIF rotation applied.
+
+        Raises:
+            RecordError: the image cannot be decoded.
+        """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """Corners as fractions of the original image's width and height."""
+    """A bounding box; its corners are fractions of the width and height of the original image."""
 
     x1: float
     y1: float
@@ -187,9 +203,11 @@ class Box:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One conversation. The loss covers every assistant message that is `trained`; the last one is.
+    """A conversation. The loss covers every assistant message with `supervised=True`; the last message is one.
 
-    `origin` is where a person finds it ("train.jsonl:1041"); `id` names it for good, within its source.
+    Attributes:
+        id: identifies the sample within its source, independent of its position.
+        origin: where a person finds the sample, e.g. "train.jsonl:1041".
     """
 
     id: str
@@ -199,17 +217,17 @@ class Sample:
     language: Language
     messages: tuple[Message, ...]
     images: tuple[ImageSource, ...] = ()
-    max_tiles: int | None = None  # most tiles of an image beside its base view; None: as the model's grid says
-    normalised: bool = False  # Unicode's NFC changed its text
-    unread: tuple[str, ...] = ()  # keys of the record that nothing is read from
+    max_tiles: int | None = None  # maximum tiles of an image besides its base view; None: limited by the model's grid
+    normalised: bool = False  # NFC normalisation changed the text
+    unread: tuple[str, ...] = ()  # keys of the record that the reader does not use
 
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:
-    """A prompt with two answers, the first preferred. `prompt` ends with a user message.
+    """A prompt with a chosen and a rejected answer. `prompt` ends with a user message.
 
-    With `rejected_images` the rejected answer was given to other pictures: the first half of `images` stands in the
-    prompt of the chosen answer, the second half in that of the rejected one. The two answers may then be equal.
+    With `has_rejected_images` the rejected answer belongs to other images: the first half of `images` is in the prompt of the
+    chosen answer, the second half in the prompt of the rejected answer. The two answers may then be equal.
     """
 
     id: str
@@ -228,7 +246,7 @@ class PreferencePair:
 
     @property
     def num_shown(self) -> int:
-        """Pictures that stand in one prompt."""
+        """Number of images in one prompt."""
         return len(self.images) // 2 if self.rejected_images else len(self.images)
 
 
@@ -236,11 +254,11 @@ Record = Sample | PreferencePair
 
 
 class Source(Protocol):
-    """A dataset by position. `source[i]` raises RecordError for a record that cannot be used.
+    """A data set with random access by position. `source[i]` raises RecordError for a record that cannot be used.
 
-    A source may also have `origin(index) -> str`, where a person finds a record that cannot be read, and
-    `digest_of(start, stop) -> str` over what records start to stop - 1 hold and how they are read: then an index of a
-    grown file reads only what is new. Without them name and position, and `digest`, stand in.
+    A source may also have two optional methods. `origin(index) -> str` says where a person finds a record that cannot be
+    read. `digest_of(start, stop) -> str` is a digest of the content of records start to stop - 1 and of how they are read;
+    with it, the index of a grown file reads only the new records. Without them, name and position, and `digest`, are used.
     """
 
     name: str
@@ -251,49 +269,49 @@ class Source(Protocol):
 
     @property
     def digest(self) -> str:
-        """Changes when what the source holds changes (path, size, mtime; or a generator's settings)."""
+        """Digest that changes when the source changes (path, size, mtime; or the settings of a generator)."""
         ...
 
 
-# Shapes: T tokens of the micro-batch, B segments (sequences), S supervised tokens, N tiles, M distinct images, R image
-# runs in the token row.
+# Shapes: T tokens of the micro-batch, B segments (sequences), S supervised tokens, N tiles, M distinct images,
+# R runs of image placeholder tokens.
 @dataclass(slots=True)
 class Batch:
-    """A flat micro-batch: one row of tokens without padding, one stack of tiles.
+    """A packed micro-batch: one flat sequence of tokens without padding, and one stack of image tiles.
 
-    Segment b is `input_ids[cu_seqlens[b]:cu_seqlens[b + 1]]`. Its tokens see themselves, and before them segment
-    `prefixes[b]` if that is not -1; nothing else. A preference pair is its prompt without the last token, once, and two
-    answers that continue it, each with the prompt's last token before it, so that in every segment a token is predicted
-    from the one before it. Each image is encoded once: run r of placeholder tokens takes the features of image
-    `image_index[r]`.
+    Segment b is `input_ids[cu_seqlens[b]:cu_seqlens[b + 1]]`. Its tokens attend to their own segment and, if
+    `prefix_segments[b]` is not -1, to that segment before it; to nothing else. A preference pair is stored as its prompt
+    without the last token, once, and two answers that continue it. Each answer starts with the prompt's last token, so that in
+    every segment a token is predicted from the one before it. Each image is encoded once: run r of placeholder tokens takes the
+    features of image `image_index[r]`.
     """
 
-    input_ids: Tensor  # [T] int64; image_token_id where image features go
-    labels: Tensor  # [T] int64, not shifted; IGNORE_INDEX where unsupervised
-    rows: Tensor  # [S] int64, the positions that predict a supervised token: each the one before it
-    position_ids: Tensor  # [T] int64, restart at each segment, behind its prefix
+    input_ids: Tensor  # [T] int64; image_token_id at the positions of image features
+    labels: Tensor  # [T] int64, not shifted; IGNORE_INDEX at unsupervised positions
+    rows: Tensor  # [S] int64, positions whose logits predict a supervised token: the position before each one
+    position_ids: Tensor  # [T] int64, restart at each segment, continuing its prefix segment
     cu_seqlens: Tensor  # [B + 1] int32
-    lengths: list[int]  # B tokens of each segment; cu_seqlens on the host, so that nothing waits for the device
-    prefixes: list[int]  # B; the segment that this one continues, or -1
-    supervised: list[int]  # B supervised tokens of each segment; they sum to S
-    tails: list[int]  # B tokens of each segment from its first row on; 0 without one
-    owners: list[int]  # B; which record each segment is of
+    lengths: list[int]  # B; tokens of each segment: cu_seqlens on the host, which avoids a device synchronisation
+    prefixes: list[int]  # B; index of the segment that each one continues, or -1
+    supervised: list[int]  # B; supervised tokens of each segment, S in total
+    tails: list[int]  # B; tokens of each segment from its first loss position to its end, 0 without a loss position
+    owners: list[int]  # B; index of the record that each segment belongs to, within the micro-batch
     tiles: Tensor  # [N, 3, H, W] uint8; the model normalises them on its device
-    layouts: list[Layout]  # M; how each image's tiles become tokens. Their tiles sum to N
-    tiles_of_records: list[int]  # tiles of each record; they sum to N
-    image_index: list[int]  # R
-    step_supervised_tokens: int  # in the whole optimizer step, over all ranks and micro-batches: the loss's divisor
-    step_tiles: int = 0  # image tiles in the whole optimizer step
+    layouts: list[Layout]  # M; layout that maps the tiles of each image to tokens, N tiles in total
+    tiles_of_records: list[int]  # tiles of each record, N in total
+    image_index: list[int]  # R; index of the image whose features fill each run of placeholders
+    step_supervised_tokens: int  # of all ranks and micro-batches of the optimizer step: divisor of the loss
+    step_tiles: int = 0  # image tiles of the whole optimizer step
     step: int = 0  # optimizer step
-    sample_ids: list[str] = field(default_factory=list)  # B for sft, one per pair for preferences
+    sample_ids: list[str] = field(default_factory=list)  # B for sft, one for each pair for preferences
     kinds: list[Kind] = field(default_factory=list)
     languages: list[Language] = field(default_factory=list)
-    num_pairs: int = 0  # preference batches: the last segments are the pairs' chosen answers, then their rejected ones
-    step_pairs: int = 0  # in the whole optimizer step
+    num_pairs: int = 0  # preference pairs; the last segments are all chosen answers, then all rejected answers
+    step_pairs: int = 0  # preference pairs of the whole optimizer step
     step_chosen_tokens: int = 0
-    keys: list[int] = field(default_factory=list)  # of each record: what it says, and as how many tokens and tiles
-    contents: list[int] = field(default_factory=list)  # of each record's pictures; for what is kept of them, else empty
-    blank: bool = False  # nothing to learn here; it keeps the ranks in step
+    keys: list[int] = field(default_factory=list)  # hash of each record's content and size
+    contents: list[int] = field(default_factory=list)  # hash of each record's images, for caches
+    blank: bool = False  # True: no loss; the rank only takes part in the collective operations
 
     @property
     def num_tokens(self) -> int:
@@ -301,7 +319,7 @@ class Batch:
 
     @property
     def num_supervised_tokens(self) -> int:
-        """Of this micro-batch; a segment's first token is never predicted."""
+        """Supervised tokens of this micro-batch; the first token of a segment is never predicted."""
         return sum(self.supervised)
 
     @property
@@ -309,10 +327,11 @@ class Batch:
         return int(self.tiles.shape[0])
 
     def to(self, device: Any, **kwargs: Any) -> Batch:
-        """The same batch with its tensors on `device`; Lightning calls this."""
+        """Return the same batch with its tensors on `device`. Lightning calls this method."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
+        """Return the same batch with its tensors in pinned memory."""
         return self._map(lambda tensor: tensor.pin_memory())
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:

@@ -1,6 +1,6 @@
-"""Settings: the schema, and the way from a command line to a typed Run.
+"""Configuration: the schema, and the steps from a command line to a typed Run.
 
-Only this room and run.py know Hydra and OmegaConf.
+Only this package and run.py depend on Hydra and OmegaConf.
 """
 
 from lit_vlm.config.overrides import ConfigError

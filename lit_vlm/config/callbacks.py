@@ -1,4 +1,4 @@
-"""Which callbacks a run has, from the names that `callbacks=` gives."""
+"""Selection of the callbacks of a run from the names in `callbacks=`."""
 
 from __future__ import annotations
 
@@ -6,24 +6,32 @@ from collections.abc import Iterator, Sequence
 
 from lit_vlm.config.settings import did_you_mean, nearest
 
-ONLY = "only"  # in front of others: nothing but these
+ONLY = "only"  # before other names: only these callbacks
 DEFAULT = ("throughput", "language_loss", "guard", "samples", "report")
-ALWAYS = ("metric", "out_of_memory", "checkpoint", "preemption", "heartbeat")  # of every run, named or not
-BY_SETTING = {"export": "export", "profile": "trainer.profile"}  # name -> the setting that it follows
+ALWAYS = ("metric", "out_of_memory", "checkpoint", "preemption", "heartbeat")  # part of every run, named or not
+BY_SETTING = {"export": "export", "profile": "trainer.profile"}  # name -> setting that enables it
 
 
 def choose_callbacks(names: Sequence[str], *, export: bool, profile: bool) -> list[str]:
-    """List the callbacks of a run. Classes of the user's own, and `profile`, come to the default ones; of these, those that are
-    named are taken alone, or with `only` none that is not named. Whether the model is exported is no matter of this list."""
+    """Choose the callbacks of a run.
+
+    User classes and `profile` are added to the default callbacks. If default callbacks are named, only these are used; with
+    `only`, no unnamed one is added. The names do not decide whether the model is exported.
+    """
     chosen = [name for name in DEFAULT if name in names]
-    own = [name for name in names if name not in (*DEFAULT, *BY_SETTING, ONLY)]
-    adds = bool(own or "profile" in names) and not chosen and ONLY not in names
+    user_classes = [name for name in names if name not in (*DEFAULT, *BY_SETTING, ONLY)]
+    adds_defaults = bool(user_classes or "profile" in names) and not chosen and ONLY not in names
     by_setting = {"export": export, "profile": profile or "profile" in names}
-    return [*(DEFAULT if adds else chosen), *own, *ALWAYS, *(name for name, wanted in by_setting.items() if wanted)]
+    return [
+        *(DEFAULT if adds_defaults else chosen),
+        *user_classes,
+        *ALWAYS,
+        *(name for name, wanted in by_setting.items() if wanted),
+    ]
 
 
 def mistakes_in_callbacks(names: Sequence[str]) -> Iterator[str]:
-    """Yield a sentence for each name that is none of ours and no import path, and for those that are repeated."""
+    """Yield an error message for each unknown name that is not an import path, and for repeated names."""
     known = [*DEFAULT, *BY_SETTING, *ALWAYS, ONLY]
     if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         yield f"callbacks: {', '.join(map(repr, repeated))} stands there more than once; name each callback once."
@@ -31,14 +39,14 @@ def mistakes_in_callbacks(names: Sequence[str]) -> Iterator[str]:
         if name in known:
             continue
         if not name or ("." in name and not all(part.isidentifier() for part in name.split("."))):
-            found = repr(name) if name else "an empty name"
+            detail = repr(name) if name else "an empty name"
             yield (
-                f"callbacks: found {found}; name one of {', '.join(known)}, or the import path of your own class, names"
+                f"callbacks: found {detail}; name one of {', '.join(known)}, or the import path of your own class, names"
                 " with dots between them (my_package.MyCallback)."
             )
         elif "." not in name:
-            found = did_you_mean(nearest(name, known))
+            detail = did_you_mean(nearest(name, known))
             yield (
                 f"callbacks: there is no callback {name}; there are {', '.join(known)},"
-                f" or the import path of your own class (my_package.MyCallback).{found}"
+                f" or the import path of your own class (my_package.MyCallback).{detail}"
             )

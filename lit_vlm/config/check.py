@@ -1,4 +1,4 @@
-"""What a type cannot say: settings that contradict each other or that no run could use."""
+"""Cross-field validation of a config: settings that contradict each other or that no run can use."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ SHARED_PRECISIONS = (
     "32-true",
     "bf16-mixed",
     "bf16-true",
-)  # float16's scale of the loss is watched in whole copies alone
+)  # float16 needs a loss scaler, which is supported without sharding only
 SHARING = tuple(one for one in Strategy if one.value.startswith(("deepspeed", "fsdp", "hsdp")))
 SHORT_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
 
-# Arguments of lightning.Trainer that the program sets itself -> what to say instead.
+# Arguments of lightning.Trainer that the program sets itself -> text that names the alternative.
 OWNED = {
     "callbacks": "name them with callbacks=[...]",
     "logger": "choose logger=csv, logger=wandb or logger=tensorboard",
@@ -64,23 +64,23 @@ OWNED = {
 }
 
 
-STAGE_TASKS = (Task.train, Task.prepare, Task.preflight, Task.submit)  # what looks at one stage and its data
+STAGE_TASKS = (Task.train, Task.prepare, Task.preflight, Task.submit)  # tasks that use one stage and its data
 
 
 def check(config: RunConfig) -> list[str]:
-    """All mistakes of a config whose keys and types are right; empty when it can run."""
-    found = [*mistakes_in_ranges(config), *mistakes_in_names(config)]
+    """Return all errors of a config whose keys and types are valid; an empty list if it can run."""
+    errors = [*mistakes_in_ranges(config), *mistakes_in_names(config)]
     if config.task is Task.prefer:
-        return [*found, *mistakes_in_prefer(config), *_data(config.data), *_no_pairs(config.data)]
+        return [*errors, *mistakes_in_prefer(config), *_data(config.data), *_no_pairs(config.data)]
     if config.task is Task.sweep:
-        return [*found, *mistakes_in_trials(config)]
+        return [*errors, *mistakes_in_trials(config)]
     if config.task is Task.sync:
-        missing = "sync is not set: task=sync sends the runs of these folders, sync=runs/<name>."
-        return found if config.sync else [*found, missing]
+        missing_sync = "sync is not set: task=sync sends the runs of these folders, sync=runs/<name>."
+        return errors if config.sync else [*errors, missing_sync]
     if config.task not in STAGE_TASKS:
-        return found
+        return errors
     return [
-        *found,
+        *errors,
         *_stage(config),
         *_data(config.data),
         *_pairs(config),
@@ -146,41 +146,43 @@ def _source(key: str, source: SourceConfig) -> Iterator[str]:
     if source.repeat is not None and source.count is not None:
         yield f"{key}: both repeat and count are given; one of them must go."
     if source.kind is not None and source.kind not in list(Kind):
-        found = did_you_mean(nearest(source.kind, list(Kind)))
-        yield f"{key}.kind: there is no kind {source.kind}; there are {', '.join(Kind)}.{found}"
+        suggestion = did_you_mean(nearest(source.kind, list(Kind)))
+        yield f"{key}.kind: there is no kind {source.kind}; there are {', '.join(Kind)}.{suggestion}"
 
 
 def _weights(data: DataConfig) -> Iterator[str]:
     sources = data.sources
     weights = {name: source.weight for name, source in sources.items()}
-    counted = [name for name, source in sources.items() if source.repeat is not None or source.count is not None]
-    if counted and any(weight is not None for weight in weights.values()):
-        yield f"data.sources: {', '.join(counted)}: repeat and count say how much an epoch reads, weights say shares; use one way."
+    counted_sources = [
+        name for name, source in sources.items() if source.repeat is not None or source.count is not None
+    ]
+    if counted_sources and any(weight is not None for weight in weights.values()):
+        yield f"data.sources: {', '.join(counted_sources)}: repeat and count say how much an epoch reads, weights say shares; use one way."
     if data.temperature != 1.0 and any(weight is not None for weight in weights.values()):
         yield "data.temperature: tempers the sizes of sources without weights; take the weights away, or set it to 1."
     if data.weights_in is WeightsIn.tokens and all(weight is None for weight in weights.values()):
         yield "data.weights_in=tokens: no source has a weight; give every source one."
-    without = [name for name, weight in weights.items() if weight is None]
-    if without and len(without) < len(weights):
+    unweighted = [name for name, weight in weights.items() if weight is None]
+    if unweighted and len(unweighted) < len(weights):
         yield (
-            f"data.sources: {', '.join(without)} {'has' if len(without) == 1 else 'have'} no weight and the others do;"
+            f"data.sources: {', '.join(unweighted)} {'has' if len(unweighted) == 1 else 'have'} no weight and the others do;"
             " give every source a weight, or none (then their sizes count)."
         )
-    elif weights and not without and not any(weights.values()):
+    elif weights and not unweighted and not any(weights.values()):
         yield "data.sources: every weight is 0, so there is nothing to draw from."
 
 
 def _shares(share: ShareConfig) -> Iterator[str]:
     for name in share.kinds:
         if name not in list(Kind):
-            found = did_you_mean(nearest(name, list(Kind)))
-            yield f"data.share.kinds: there is no kind {name}; there are {', '.join(Kind)}.{found}"
+            suggestion = did_you_mean(nearest(name, list(Kind)))
+            yield f"data.share.kinds: there is no kind {name}; there are {', '.join(Kind)}.{suggestion}"
     if sum(share.kinds.values()) > 1 + 1e-9:
         yield f"data.share.kinds: the shares add up to {sum(share.kinds.values()):g}, more than 1."
 
 
 def holds_pairs(source: SourceConfig) -> bool | None:
-    """Whether a source holds preference pairs; None when only the file can tell."""
+    """Return True if a source contains preference pairs; None if only the file can tell."""
     if source.format is Format.preference or source.kind == Kind.preference:
         return True
     if source.format is Format.builtin:
@@ -189,13 +191,13 @@ def holds_pairs(source: SourceConfig) -> bool | None:
 
 
 def _pairs(config: RunConfig) -> Iterator[str]:
-    dpo, stage = config.stage.name is StageName.dpo, config.stage.name.value
-    wrong = [name for name, source in config.data.sources.items() if holds_pairs(source) is not None]
-    wrong = [name for name in wrong if holds_pairs(config.data.sources[name]) is not dpo]
-    names = ", ".join(wrong)
-    if wrong and dpo:
+    is_dpo, stage = config.stage.name is StageName.dpo, config.stage.name.value
+    mismatched = [name for name, source in config.data.sources.items() if holds_pairs(source) is not None]
+    mismatched = [name for name in mismatched if holds_pairs(config.data.sources[name]) is not is_dpo]
+    names = ", ".join(mismatched)
+    if mismatched and is_dpo:
         yield f"data.sources: {names}: no preference pairs, and stage=dpo needs them; choose data=preference."
-    elif wrong:
+    elif mismatched:
         yield f"data.sources: {names}: preference pairs, which stage={stage} cannot use; choose other data or dpo."
 
 
@@ -210,16 +212,16 @@ def _trainer(trainer: TrainerConfig) -> Iterator[str]:
     if batches is not None and batches > 1 and batches % 1:
         yield f"trainer.limit_val_batches: above 1 it is a number of batches and must be whole, found {batches}."
     if trainer.precision not in PRECISIONS:
-        found = SHORT_PRECISIONS.get(trainer.precision) or nearest(trainer.precision, PRECISIONS)
-        there = ", ".join(PRECISIONS)
-        yield f"trainer.precision: expected one of {there}, found {trainer.precision}.{did_you_mean(found)}"
+        nearest_precision = SHORT_PRECISIONS.get(trainer.precision) or nearest(trainer.precision, PRECISIONS)
+        offered = ", ".join(PRECISIONS)
+        yield f"trainer.precision: expected one of {offered}, found {trainer.precision}.{did_you_mean(nearest_precision)}"
     world, size = trainer.devices * trainer.num_nodes, trainer.shard_size
     if trainer.strategy is Strategy.hsdp and size and size > 0 and world % size:
-        there = ", ".join(str(number) for number in range(2, world) if world % number == 0) or "none but all of them"
-        yield f"trainer.shard_size: {world} devices cannot be divided into groups of {size}; groups may be of {there}."
+        offered = ", ".join(str(number) for number in range(2, world) if world % number == 0) or "none but all of them"
+        yield f"trainer.shard_size: {world} devices cannot be divided into groups of {size}; groups may be of {offered}."
     if trainer.strategy in SHARING and trainer.precision in PRECISIONS and trainer.precision not in SHARED_PRECISIONS:
-        there = ", ".join(SHARED_PRECISIONS)
-        yield f"trainer.precision: {trainer.strategy} computes in {there}, found {trainer.precision}; choose bf16-mixed."
+        offered = ", ".join(SHARED_PRECISIONS)
+        yield f"trainer.precision: {trainer.strategy} computes in {offered}, found {trainer.precision}; choose bf16-mixed."
     for name in trainer.extra:
         yield from _extra(name)
 
@@ -236,7 +238,10 @@ def _extra(name: str) -> Iterator[str]:
 
 @cache
 def trainer_arguments() -> tuple[str, ...]:
-    """The arguments of lightning.Trainer, read from its source: importing it takes seconds, and an error should not."""
+    """List the arguments of lightning.Trainer, read from its source.
+
+    Importing Lightning takes seconds, and an error message should not wait for it.
+    """
     package = Path(importlib.util.find_spec("lightning").origin).parent
     tree = ast.parse((package / "pytorch/trainer/trainer.py").read_text(encoding="utf-8"))
     trainer = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Trainer")
@@ -245,9 +250,9 @@ def trainer_arguments() -> tuple[str, ...]:
 
 
 def _checkpoint(config: RunConfig) -> Iterator[str]:
-    given = config.resume_from
-    if given not in ("auto", "none") and not Path(given).expanduser().is_dir():
+    resume_from = config.resume_from
+    if resume_from not in ("auto", "none") and not Path(resume_from).expanduser().is_dir():
         yield (
-            f"resume_from: there is no folder {given}; name a checkpoint's (runs/.../checkpoints/step-...), auto for the"
+            f"resume_from: there is no folder {resume_from}; name a checkpoint's (runs/.../checkpoints/step-...), auto for the"
             " run's own newest, or none to start from the beginning."
         )

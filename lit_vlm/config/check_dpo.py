@@ -1,4 +1,4 @@
-"""Settings of stage=dpo that its losses cannot be computed with: what TRL refuses, and what it would ignore or stumble over."""
+"""Validation of stage=dpo: settings that TRL's preference losses reject, ignore or fail on."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ LOSSES = tuple(
     " sigmoid_norm".split()
 )
 SORTS_THE_BATCH = ("aot", "aot_unpaired")
-SMOOTHS = ("exo_pair", "robust", "aot", "aot_unpaired")  # those that look at label_smoothing
+SMOOTHS = ("exo_pair", "robust", "aot", "aot_unpaired")  # losses that use label_smoothing
 DIVERGENCES = ("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
 OF_THE_DIFFERENCE = ("sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft")
 
 
 def mistakes_in_preference_loss(stage: DPOStageConfig) -> Iterator[str]:
-    """Find the settings whose losses TRL could not compute, or not as meant."""
+    """Yield an error message for each setting with which TRL cannot compute the loss as intended."""
     names = stage.loss_type
     if not names:
         yield "stage.loss_type: is empty; name a loss, e.g. [sigmoid]."
     for name in names:
         if name not in LOSSES:
-            found = did_you_mean(nearest(name, LOSSES))
-            yield f"stage.loss_type: there is no loss {name}; there are {', '.join(LOSSES)}.{found}"
+            detail = did_you_mean(nearest(name, LOSSES))
+            yield f"stage.loss_type: there is no loss {name}; there are {', '.join(LOSSES)}.{detail}"
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         yield f"stage.loss_type: names {', '.join(repeated)} twice; give it one weight in loss_weights."
     weights = stage.loss_weights
     if weights is not None and len(weights) != len(names):
-        found = f"{counted(len(weights), 'weight')} for {counted(len(names), 'loss', 'losses')}"
-        yield f"stage.loss_weights: {found}; give one for each of loss_type."
+        detail = f"{counted(len(weights), 'weight')} for {counted(len(names), 'loss', 'losses')}"
+        yield f"stage.loss_weights: {detail}; give one for each of loss_type."
     elif weights and not any(weights):
         yield "stage.loss_weights: every weight is 0, so nothing would be learnt."
     if "exo_pair" in names and stage.label_smoothing == 0:
@@ -50,13 +50,13 @@ def mistakes_in_preference_loss(stage: DPOStageConfig) -> Iterator[str]:
 def _divergence(stage: DPOStageConfig) -> Iterator[str]:
     divergence = stage.f_divergence_type
     if divergence not in DIVERGENCES:
-        found = did_you_mean(nearest(divergence, DIVERGENCES))
-        yield f"stage.f_divergence_type: expected one of {', '.join(DIVERGENCES)}, found {divergence}.{found}"
+        suggestion = did_you_mean(nearest(divergence, DIVERGENCES))
+        yield f"stage.f_divergence_type: expected one of {', '.join(DIVERGENCES)}, found {divergence}.{suggestion}"
         return
-    others = [name for name in stage.loss_type if name in LOSSES and name not in OF_THE_DIFFERENCE]
-    if divergence != "reverse_kl" and others:
+    unsupported = [name for name in stage.loss_type if name in LOSSES and name not in OF_THE_DIFFERENCE]
+    if divergence != "reverse_kl" and unsupported:
         yield (
-            f"stage.f_divergence_type: {divergence} is defined for {', '.join(OF_THE_DIFFERENCE)}, not for {', '.join(others)}."
+            f"stage.f_divergence_type: {divergence} is defined for {', '.join(OF_THE_DIFFERENCE)}, not for {', '.join(unsupported)}."
             " Leave it at reverse_kl, or take other losses."
         )
 

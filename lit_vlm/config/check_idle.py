@@ -1,4 +1,7 @@
-"""Settings that nothing would come of, those of sources above all: they are refused, for whoever sets one means something."""
+"""Validation of settings that have no effect, mainly those of sources.
+
+They are errors, because a user who sets one expects an effect.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,13 @@ from lit_vlm.config.schema import DataConfig, DPOStageConfig, Format, RunConfig,
 _MADE = (Format.builtin, Format.digits)
 _DEFAULTS = SourceConfig()
 _MAPPING = MappingConfig()
-# Setting of a mapping -> those that mean nothing without it.
+# Setting of a mapping -> settings that have no effect without it.
 _OWNED = {
     "regions": ("text", "box", "size", "keep", "skip", "task", "box_format", "box_unit", "box_frame"),
     "join": ("join_item", "join_record"),
 }
-# Setting -> formats that it means nothing to, and why. What a source says about itself (licence, ...) is only shown.
+# Setting -> formats for which it has no effect, and the reason. Descriptive settings of a source (licence, ...) are only
+# shown and never checked.
 _IDLE: dict[str, tuple[tuple[Format, ...], str]] = {
     "path": ((Format.digits,), "its pictures are scikit-learn's"),
     "image_root": ((*_MADE, Format.webdataset), "its pictures do not lie in files of their own"),
@@ -37,7 +41,7 @@ _IDLE: dict[str, tuple[tuple[Format, ...], str]] = {
 
 
 def mistakes_in_idle_settings(data: DataConfig) -> Iterator[str]:
-    """Name each setting of the data that would have no effect, with the reason."""
+    """Yield an error message for each data setting that has no effect, with the reason."""
     for table, sources in (("data.sources", data.sources), ("data.validation.sources", data.validation.sources)):
         for name, source in sources.items():
             yield from _idle_in_source(f"{table}.{name}", source, data)
@@ -52,35 +56,35 @@ def mistakes_in_idle_settings(data: DataConfig) -> Iterator[str]:
 
 
 def mistakes_in_idle_stage(config: RunConfig) -> Iterator[str]:
-    """Name each setting of the loss and of the strategy that another setting makes mean nothing."""
+    """Yield an error message for each setting of the loss and the strategy that has no effect because of another setting."""
     stage, trainer, default = config.stage, config.trainer, DPOStageConfig()
     if isinstance(stage, DPOStageConfig):
         if stage.discopop_tau != default.discopop_tau and "discopop" not in stage.loss_type:
             yield _refusal("stage.discopop_tau", "stage.loss_type names no discopop")
-        diverges = stage.f_divergence_type == "alpha_divergence"
-        if stage.f_alpha_divergence_coef != default.f_alpha_divergence_coef and not diverges:
+        uses_alpha_divergence = stage.f_divergence_type == "alpha_divergence"
+        if stage.f_alpha_divergence_coef != default.f_alpha_divergence_coef and not uses_alpha_divergence:
             yield _refusal("stage.f_alpha_divergence_coef", "stage.f_divergence_type is not alpha_divergence")
     if trainer.shard_size is not None and trainer.strategy not in (Strategy.hsdp, Strategy.auto):
         yield _refusal("trainer.shard_size", f"trainer.strategy={trainer.strategy.value} has no groups; hsdp has")
 
 
 def _idle_in_source(key: str, source: SourceConfig, data: DataConfig) -> Iterator[str]:
-    is_set = {field.name for field in fields(source) if getattr(source, field.name) != getattr(_DEFAULTS, field.name)}
+    changed = {field.name for field in fields(source) if getattr(source, field.name) != getattr(_DEFAULTS, field.name)}
     for setting, (formats, reason) in _IDLE.items():
-        if setting in is_set and source.format in formats:
+        if setting in changed and source.format in formats:
             yield _refusal(f"{key}.{setting}", f"format={source.format.value}: {reason}")
     if source.hub is None and source.format not in _MADE:
-        for setting in sorted({"hub_config", "revision"} & is_set):
+        for setting in sorted({"hub_config", "revision"} & changed):
             yield _refusal(f"{key}.{setting}", "it is of a dataset of the hub, and hub is not set")
-    if "max_tiles" in is_set and data.tiling is Tiling.base:
+    if "max_tiles" in changed and data.tiling is Tiling.base:
         yield _refusal(f"{key}.max_tiles", "data.tiling=base cuts no picture into tiles")
     mapping = source.mapping if source.format is Format.mapped else None
     if mapping is None:
         return
-    if mapping.labels is None and "image_root" in is_set:
+    if mapping.labels is None and "image_root" in changed:
         yield _refusal(f"{key}.image_root", "with mapping.labels=null the pictures are the records and lie in path")
-    asks = mapping.questions or (mapping.regions is not None and mapping.task is not RegionTask.referring)
-    if asks and "prompts" in is_set:
+    has_question = mapping.questions or (mapping.regions is not None and mapping.task is not RegionTask.referring)
+    if has_question and "prompts" in changed:
         yield _refusal(f"{key}.prompts", "mapping asks a question of each record already")
     for owner, settings in _OWNED.items():
         if getattr(mapping, owner) is None:

@@ -1,4 +1,4 @@
-"""Names and paths of a run that would lead out of its folders, or that a file system or a terminal would stumble over."""
+"""Validation of run names and paths: they must stay inside run_dir and be valid for file systems and terminals."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from lit_vlm.config.schema import RunConfig
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
-MOST_BYTES = 255  # of a folder's name
+MOST_BYTES = 255  # maximum bytes of a folder name
 RESERVED = ("index",)  # folders of run_dir that belong to no run
-WITHIN = ("checkpoints", "hf", "samples", "wandb")  # folders of a run, in which no other run may lie
+WITHIN = ("checkpoints", "hf", "samples", "wandb")  # subfolders of a run, which must not contain another run
 ROOT = re.compile(r"[/\\~]|[A-Za-z]:[/\\]")
 
 
 def mistakes_in_names(config: RunConfig) -> Iterator[str]:
-    """Find names that no folder of a run can have."""
+    """Yield an error message for each name or path that cannot be used for the folder of a run."""
     if config.run_name is not None:
         for reason in _wrong_in_name(config.run_name):
             yield f"run_name: {reason}, found {config.run_name!r}; name a folder below run_dir, e.g. run_name=first/try."

@@ -1,4 +1,4 @@
-"""What task=prefer needs, and settings of its that no run could use."""
+"""Validation of the settings of task=prefer."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from lit_vlm.config.schema import RunConfig, ScorerName
 
 
 def mistakes_in_prefer(config: RunConfig) -> Iterator[str]:
+    """Yield an error message for each missing or unusable setting of task=prefer."""
     prefer = config.prefer
     if config.init_from is None:
         yield "init_from is not set: task=prefer asks a finished model, init_from=runs/<name>/hf or a hub id."
@@ -15,8 +16,8 @@ def mistakes_in_prefer(config: RunConfig) -> Iterator[str]:
         yield f"prefer.output: must end in .jsonl, found {prefer.output}."
     if not prefer.kinds:
         yield "prefer.kinds: is empty; name response, control or both."
-    judged = prefer.scorer is ScorerName.judge
-    if judged and prefer.judge is None:
+    uses_judge = prefer.scorer is ScorerName.judge
+    if uses_judge and prefer.judge is None:
         yield "prefer.judge is not set: scorer=judge needs a finished model's folder, or the import path of your own class."
-    if not judged and prefer.judge is not None:
+    if not uses_judge and prefer.judge is not None:
         yield f"prefer.judge: is asked with prefer.scorer=judge only, and the scorer is {prefer.scorer.value}."

@@ -1,4 +1,4 @@
-"""What would make a bad Slurm job, found before anything is written or submitted."""
+"""Validation of the Slurm settings, before anything is written or submitted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHORT = """A=account a=array b=begin C=constraint c=cpus-per-task D=chdir d=dep
     J=job-name k=no-kill L=licenses M=clusters m=distribution N=nodes n=ntasks O=overcommit o=output p=partition Q=quiet
     q=qos S=core-spec s=oversubscribe t=time v=verbose W=wait w=nodelist x=exclude"""
 _LONG = dict(pair.split("=") for pair in _SHORT.split())
-# Options of sbatch that follow from other settings.
+# Options of sbatch -> settings from which the program derives them.
 OWNED = {
     "--nodes": "trainer.num_nodes",
     "--ntasks": "trainer.devices and trainer.num_nodes",
@@ -38,7 +38,7 @@ OWNED = {
 
 
 def mistakes_in_submit(config: RunConfig) -> Iterator[str]:
-    """Mistakes in `submit`, alone and with the trainer's settings."""
+    """Yield an error message for each unusable setting of `submit`, alone and with the trainer's settings."""
     submit = config.submit
     yield from _gpus(config)
     yield from _time(submit)
@@ -71,14 +71,14 @@ def _extra(config: RunConfig) -> Iterator[str]:
 
 
 def option_of(line: str) -> tuple[str, str]:
-    """Name in its long form and value of an option of sbatch: (--nodes, 3) of --nodes=3, `--nodes 3`, -N3, `-N 3`.
+    """Parse an option of sbatch to its long name and its value: --nodes=3, `--nodes 3`, -N3 and `-N 3` give (--nodes, 3).
 
-    Both are empty where the line is none.
+    Both are empty if the line is not an option.
     """
-    found = _OPTION.match(line)
-    if found is None or (found["short"] and found["short"] not in _LONG):
+    match = _OPTION.match(line)
+    if match is None or (match["short"] and match["short"] not in _LONG):
         return "", ""
-    return found["long"] or f"--{_LONG[found['short']]}", found["value"]
+    return match["long"] or f"--{_LONG[match['short']]}", match["value"]
 
 
 def _asks_for_gpus(line: str) -> bool:
@@ -94,7 +94,7 @@ def _gpus(config: RunConfig) -> Iterator[str]:
         yield f"submit.gpus_per_node: {counted(gpus, 'GPU')}, which trainer.accelerator=cpu would leave idle; choose trainer=ddp, ... or 0."
     elif trainer.accelerator in GPU and gpus < trainer.devices:
         if gpus == 0 and any(map(_asks_for_gpus, config.submit.extra)):
-            return  # clusters that want a type of GPU, or another option for it
+            return  # some clusters need a GPU type or another option for GPUs
         yield (
             f"submit.gpus_per_node: {counted(gpus, 'GPU')} for trainer.devices={trainer.devices} processes of a node; each needs one."
         )
@@ -106,7 +106,7 @@ def _time(submit: SubmitConfig) -> Iterator[str]:
     seconds = seconds_of(submit.time)
     if seconds is None:
         yield f"submit.time: expected minutes, hours:minutes:seconds or days-hours:minutes:seconds, found {submit.time!r}."
-    elif 0 < seconds <= submit.signal_seconds:  # 0 is Slurm's word for no limit
+    elif 0 < seconds <= submit.signal_seconds:  # Slurm reads 0 as no limit
         yield (
             f"submit.time: {submit.time} is {seconds} s, and the run would be told to save and leave"
             f" submit.signal_seconds={submit.signal_seconds} s before its end, so at once."
@@ -114,12 +114,12 @@ def _time(submit: SubmitConfig) -> Iterator[str]:
 
 
 def seconds_of(time: str) -> int | None:
-    """Of a time limit as sbatch reads it: minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s. None when it is none."""
-    found = _TIME.match(time)
-    if found is None:
+    """Parse a time limit of sbatch to seconds: minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s. Return None if it is invalid."""
+    match = _TIME.match(time)
+    if match is None:
         return None
-    if found["days"]:
-        days, hours, minutes, seconds = (int(found[name] or 0) for name in ("days", "dhours", "dminutes", "dseconds"))
+    if match["days"]:
+        days, hours, minutes, seconds = (int(match[name] or 0) for name in ("days", "dhours", "dminutes", "dseconds"))
     else:
         parts = [int(part) for part in time.split(":")]
         days = 0

@@ -1,4 +1,4 @@
-"""Hydra, in one place: where the files are, which choices they offer, and what they compose to."""
+"""Hydra access: the config folders, the choices that they offer, and the composed config."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig
 from lit_vlm.config.yaml_text import register_source
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-VERSION_BASE = "1.3"  # said outright: without it Hydra changes into a folder of its own
+VERSION_BASE = "1.3"  # explicit: without it Hydra changes the working directory
 
 
 @cache
 def register() -> None:
-    """Tell Hydra the schema, in a group of its own so that it never shows up as a choice of `stage=`, and how to read files."""
+    """Register the schema and the YAML reader with Hydra.
+
+    The schema is in a group of its own, so that it is never offered as a choice of `stage=`.
+    """
     register_source()
     store = ConfigStore.instance()
     store.store(group="schema", name="run", node=RunConfig)
@@ -37,7 +40,7 @@ def register() -> None:
 
 @contextmanager
 def _hydra() -> Iterator[ConfigLoader]:
-    """Hydra's loader on conf/, also inside a job that Hydra itself runs."""
+    """Initialise Hydra with conf/ and yield its config loader. This also works inside a job that Hydra runs."""
     register()
     outer, state = GlobalHydra.instance().hydra, GlobalHydra.instance()
     state.clear()
@@ -57,28 +60,28 @@ def _composed(overrides: tuple[str, ...]) -> DictConfig:
 
 
 def composed(overrides: list[str]) -> DictConfig:
-    """The whole config, typed by the schema, read-only."""
+    """Compose the whole config, typed by the schema and read-only."""
     return _composed(tuple(overrides))
 
 
 def defaults_list(overrides: list[str]) -> list[ResultDefault]:
-    """The files that these choices select, in the order in which they are merged."""
+    """Compute the list of files that these overrides select, in merge order."""
     with _hydra() as loader:
         return list(loader.compute_defaults_list("config", list(overrides), RunMode.RUN).defaults)
 
 
 def config_dirs(overrides: list[str] | tuple[str, ...] = ()) -> list[Path]:
-    """conf/ and the user's own folders of the same shape (`--config-dir`)."""
+    """List conf/ and the user's own config folders of the same structure (`--config-dir`)."""
     folders = [CONF]
     for override in overrides:
         if key_of(override) == "hydra.searchpath":
-            places: Any = parsed(override).value()  # a list, though an override may hold anything
-            folders += [Path(urlparse(str(place)).path) for place in places]
+            urls: Any = parsed(override).value()  # a list; the type of an override's value is wider
+            folders += [Path(urlparse(str(url)).path) for url in urls]
     return folders
 
 
 def choices(group: str, overrides: list[str] | tuple[str, ...] = ()) -> list[str]:
-    """The names that a group offers: `tiny/1_align` for experiment, `align` for stage."""
+    """List the choices of a group: `tiny/1_align` for experiment, `align` for stage."""
     pattern = "**/*.yaml" if group == "experiment" else "*.yaml"
     return sorted(
         {
@@ -90,10 +93,10 @@ def choices(group: str, overrides: list[str] | tuple[str, ...] = ()) -> list[str
 
 
 def groups(overrides: list[str] | tuple[str, ...] = ()) -> list[str]:
-    """The groups of the command line, from the folders: data, data/source, experiment, ..."""
-    found = {
+    """List the config groups of the command line, from the folders: data, data/source, experiment, ..."""
+    folders = {
         path.parent.relative_to(folder).as_posix()
         for folder in config_dirs(overrides)
         for path in folder.glob("**/*.yaml")
     }
-    return sorted({"experiment" if group.startswith("experiment/") else group for group in found} - {"."})
+    return sorted({"experiment" if group.startswith("experiment/") else group for group in folders} - {"."})

@@ -1,4 +1,4 @@
-"""A class of the user's own, named on the command line by its import path: naming it is the permission to run it."""
+"""Instantiation of a user's own class by its import path. Naming the class on the command line is the permission to run it."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from lit_vlm.types import UserError
 
 
 def made_from(setting: str, path: str, fits: Callable[[type], bool], needed: str, remedy: str) -> Any:
-    """An object of the class at `package.module.Class`, made without arguments.
+    """Instantiate the class at `package.module.Class` without arguments.
 
     Args:
-        setting: for messages.
-        fits: whether a class is of the kind that is needed.
-        needed, remedy: what it must be and how to get there, as ends of sentences.
+        setting: key of the setting, for messages.
+        is_valid: returns True if a class is of the required type.
+        expected, remedy: what the class must be and how to correct the setting, as ends of sentences.
 
     Raises:
-        UserError: nothing there, not such a class, or one that needs arguments.
+        UserError: the class does not exist, is of another type, or needs arguments.
     """
     module, _, name = path.rpartition(".")
     try:
-        found = getattr(import_module(module), name)
+        target = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         reason = f"{setting}: {path} cannot be imported ({error})"
         raise UserError(f"{reason}. Give the path of a class that Python can import from here.") from error
-    if not (inspect.isclass(found) and fits(found)):
+    if not (inspect.isclass(target) and fits(target)):
         raise UserError(f"{setting}: {path} is not {needed}. {remedy}.")
     try:
-        return found()
+        return target()
     except TypeError as error:
         reason = f"{setting}: {path} cannot be made without arguments ({error})"
         raise UserError(f"{reason}. Give its arguments defaults.") from error

@@ -1,4 +1,7 @@
-"""Settings that say where and how fast a run computes, not what: the same run on other machines keeps its name and its folder."""
+"""Settings excluded from the identity of a run.
+
+They say where and how fast a run computes, not what it computes: the same run on other machines keeps its name and its folder.
+"""
 
 from __future__ import annotations
 
@@ -45,5 +48,5 @@ ELSEWHERE = (
 
 
 def is_elsewhere(key: str) -> bool:
-    """Whether a setting, by its dotted name, is one of them or inside one."""
+    """Return True if a dotted key is one of these settings or inside one."""
     return any(key == name or key.startswith(f"{name}.") for name in ELSEWHERE)

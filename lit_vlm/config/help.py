@@ -1,4 +1,4 @@
-"""The text of `python run.py --help`: choices are read from conf/ and settings from the schema."""
+"""Text of `python run.py --help`. Choices are read from conf/, settings from the schema."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lit_vlm.config.compose import CONF, choices
 from lit_vlm.config.recipe import recipes
 from lit_vlm.config.settings import Setting, describe, field_comments, settings
 
-# What people change most, in the order in which they meet it.
+# Settings that are changed most often, in the order in which a user needs them.
 FIRST = (
     "data.sources.<name>.path",
     "init_from",
@@ -71,7 +71,7 @@ WIDTH = 110
 
 
 def help_text(words: list[str]) -> str:
-    """The first page, or with the word `settings` the table of everything."""
+    """Format the overview, or with the argument `settings` the table of all settings."""
     return _all_settings() if "settings" in words else _first_page()
 
 
@@ -83,7 +83,7 @@ def _first_page() -> str:
         "RECIPES   recipe=<folder> for all its stages, experiment=<folder>/<stage> for one\n" + _recipes(),
         "CHOICES   <group>=<name>; a file each in conf/\n" + _choices(),
         "SETTINGS   what people change first\n"
-        + "\n".join(_row(row) for key in FIRST for row in settings() if row.key == key),
+        + "\n".join(_row(setting) for key in FIRST for setting in settings() if setting.key == key),
         "EXAMPLES\n" + _commands(EXAMPLES),
         "MORE\n" + _commands(MORE),
     ]
@@ -99,7 +99,7 @@ def _recipes() -> str:
     stages = {
         recipe: [name.rpartition("/")[2] for name in names if name.rpartition("/")[0] == recipe] for recipe in recipes()
     }
-    return "\n".join(f"  {recipe:<20}{', '.join(found)}" for recipe, found in stages.items())
+    return "\n".join(f"  {recipe:<20}{', '.join(stage_names)}" for recipe, stage_names in stages.items())
 
 
 def _choices() -> str:
@@ -120,8 +120,8 @@ def _row(row: Setting) -> str:
     default = "must be set" if row.default == "???" else f"default {written(row.default)}"
     if row.key.startswith("stage.") and row.default == "???":
         default = "set by stage="
-    within = f" ({row.range})" if row.range else ""
-    return f"  {row.key}   {describe(row.type)}{within}; {default}" + (
+    range_text = f" ({row.range})" if row.range else ""
+    return f"  {row.key}   {describe(row.type)}{range_text}; {default}" + (
         f"\n{_wrapped(_meaning(row), 6)}" if _meaning(row) else ""
     )
 
@@ -129,8 +129,14 @@ def _row(row: Setting) -> str:
 def _meaning(row: Setting) -> str:
     if row.comment:
         return row.comment
-    kinds = [kind for kind in (get_args(row.type) or (row.type,)) if inspect.isclass(kind) and issubclass(kind, Enum)]
-    return "; ".join(f"{name}: {text}" for kind in kinds for name, text in _meanings(kind).items() if text)
+    enum_classes = [
+        enum_class
+        for enum_class in (get_args(row.type) or (row.type,))
+        if inspect.isclass(enum_class) and issubclass(enum_class, Enum)
+    ]
+    return "; ".join(
+        f"{name}: {text}" for enum_class in enum_classes for name, text in _meanings(enum_class).items() if text
+    )
 
 
 def _meanings(kind: type[Enum]) -> dict[str, str]:
@@ -144,7 +150,7 @@ def _wrapped(text: str, indent: int) -> str:
 
 
 def written(value: Any) -> str:
-    """A default as it would be typed."""
+    """Format a default as on the command line."""
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, list | tuple):
@@ -155,16 +161,16 @@ def written(value: Any) -> str:
 
 
 def _all_settings() -> str:
-    """Each setting once: the three parts share their rows, so do training and validation sources."""
+    """Format each setting once: the three model parts share their rows, and so do training and validation sources."""
     lines, seen = [], set()
-    for row in settings():
-        key = row.key
+    for setting in settings():
+        key = setting.key
         for part in schema.Part.__members__:
             key = key.replace(f"stage.parts.{part}.", "stage.parts.<part>.")
         key = key.replace("data.validation.sources.", "data.sources.")
         if key not in seen:
             seen.add(key)
-            lines.append(_row(replace(row, key=key)))
+            lines.append(_row(replace(setting, key=key)))
     notes = (
         "<name> is the name of a source; data.validation.sources.<name> has the same settings.\n"
         f"<part> is one of {', '.join(schema.Part.__members__)}."

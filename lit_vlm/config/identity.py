@@ -1,5 +1,6 @@
-"""A run's name is what was chosen: the experiment, and a short hash of what differs from it. The clock has no
-part in it, so a job that is started again finds its own folder, on a laptop and on eight GPUs alike.
+"""Run names. A name is the experiment and a short hash of the settings that differ from it.
+
+The time is no part of the name. A job that is started again therefore finds its own folder, on a laptop and on eight GPUs.
 """
 
 from __future__ import annotations
@@ -21,25 +22,27 @@ from lit_vlm.types import UserError
 
 
 def run_name(overrides: list[str]) -> str:
-    """The folder of a run below run_dir: `tiny/2_sft`, `tiny/2_sft-3fa2b1c0`, in a sweep `tiny/2_sft-<run id>`.
+    """Return the folder of a run below run_dir: `tiny/2_sft`, `tiny/2_sft-3fa2b1c0`, in a sweep `tiny/2_sft-<run id>`.
 
-    A name given with run_name= stands as it is, but in a sweep, where all trials would share it.
+    A name from run_name= is used unchanged, except in a sweep, where all trials would share it.
     """
-    given, run_id = composed(overrides).run_name, os.environ.get("WANDB_RUN_ID")
-    if given and not os.environ.get("WANDB_SWEEP_ID"):
-        return given
-    name = given or name_by_choices(overrides)
+    explicit_name, run_id = composed(overrides).run_name, os.environ.get("WANDB_RUN_ID")
+    if explicit_name and not os.environ.get("WANDB_SWEEP_ID"):
+        return explicit_name
+    name = explicit_name or name_by_choices(overrides)
     return f"{name}-{run_id}" if run_id else name
 
 
 def name_by_choices(overrides: list[str]) -> str:
-    """The experiment, or train/<stage>, and 8 hex digits of the SHA-256 of the settings that differ from its own."""
+    """Compute a run name: experiment or train/<stage>, and 8 hex digits of the SHA-256 of the settings that differ from it."""
     config, experiment = composed(overrides), experiment_of(overrides)
     base = "experiment" if experiment else "stage"
-    plain = composed([text for text in overrides if key_of(text) in (base, "hydra.searchpath")])
-    mine, theirs = _flat(config), _flat(plain)
+    default_config = composed([text for text in overrides if key_of(text) in (base, "hydra.searchpath")])
+    current, default = _flat(config), _flat(default_config)
     changed = {
-        key: mine.get(key, "(taken away)") for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)
+        key: current.get(key, "(taken away)")
+        for key in current.keys() | default.keys()
+        if current.get(key) != default.get(key)
     }
     changed = {key: value for key, value in changed.items() if not is_elsewhere(key)}
     if _starts_from_previous(overrides):
@@ -54,35 +57,34 @@ def name_by_choices(overrides: list[str]) -> str:
 
 
 def hf_folder(overrides: list[str]) -> str:
-    """Where the run of these overrides leaves its finished model."""
+    """Return the folder of the exported model of the run with these overrides."""
     return str(Path(composed(overrides).run_dir) / run_name(overrides) / "hf")
 
 
 def previous_folder(overrides: list[str]) -> str:
-    """What init_from=previous means: the finished model of the same recipe's stage before, run with the same overrides.
+    """Return the folder that init_from=previous means: the exported model of the recipe's previous stage, same overrides.
 
-    Without stage.*, init_from and run_name, which are each stage's own, and without a sweep's run id, which is each
-    trial's own.
+    Settings of a single stage (stage.*, init_from, run_name) and the run id of a trial in a sweep are excluded.
 
     Raises:
-        UserError: there is no stage before.
+        UserError: the stage is the first one.
     """
     experiment = experiment_of(overrides)
-    before = stage_before(experiment, overrides) if experiment and "/" in experiment else None
-    if before is None:
-        here = f"experiment={experiment} is the first stage" if experiment else "no experiment= is named"
-        raise UserError(f"init_from=previous: {here}, so there is no stage before. Name a folder or a hub id.")
+    previous = stage_before(experiment, overrides) if experiment and "/" in experiment else None
+    if previous is None:
+        reason = f"experiment={experiment} is the first stage" if experiment else "no experiment= is named"
+        raise UserError(f"init_from=previous: {reason}, so there is no stage before. Name a folder or a hub id.")
     shared = [
-        text
-        for text in overrides
-        if key_of(text) not in ("stage", "run_name") and not key_of(text).startswith("stage.")
+        override
+        for override in overrides
+        if key_of(override) not in ("stage", "run_name") and not key_of(override).startswith("stage.")
     ]
-    words = with_implied([f"experiment={before}", *overrides_for(shared, before)])
-    return str(Path(composed(words).run_dir) / name_by_choices(words) / "hf")
+    previous_overrides = with_implied([f"experiment={previous}", *overrides_for(shared, previous)])
+    return str(Path(composed(previous_overrides).run_dir) / name_by_choices(previous_overrides) / "hf")
 
 
 def same_folder(one: str, other: str) -> bool:
-    """Whether two paths, from the current folder, are one."""
+    """Return True if two paths, relative to the current folder, are the same."""
     return Path(one).expanduser().absolute() == Path(other).expanduser().absolute()
 
 
@@ -97,9 +99,9 @@ def _starts_from_previous(overrides: list[str]) -> bool:
 
 
 def _below(path: str, run_dir: str) -> str:
-    """A path inside run_dir relative to it, so that a name does not depend on where the runs are kept."""
-    inside, outside = Path(path).expanduser().absolute(), Path(run_dir).expanduser().absolute()
-    return inside.relative_to(outside).as_posix() if inside.is_relative_to(outside) else path
+    """Make a path inside run_dir relative to it, so that a run name does not depend on the location of run_dir."""
+    absolute, root = Path(path).expanduser().absolute(), Path(run_dir).expanduser().absolute()
+    return absolute.relative_to(root).as_posix() if absolute.is_relative_to(root) else path
 
 
 def _flat(config: DictConfig) -> dict[str, Any]:

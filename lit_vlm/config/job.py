@@ -1,4 +1,4 @@
-"""What a Slurm job of a run asks for and finds in its environment: the same for task=submit and for a grid."""
+"""Resources and environment of a Slurm job: the same for task=submit and for a grid."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from collections.abc import Iterator
 from lit_vlm.config.schema import RunConfig
 
 GPU = ("gpu", "cuda")
-# Nodes may have no way out; what they need is in the caches of the login node, what they log is synced from there.
+# Nodes may have no internet access: models and data are in the caches of the login node, and logs are synced from there.
 OFFLINE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
 
 
 def num_gpus(config: RunConfig) -> int:
-    """GPUs of a node that the job asks for."""
+    """Return the number of GPUs that the job requests for each node."""
     if config.submit.gpus_per_node is not None:
         return config.submit.gpus_per_node
     return config.trainer.devices if config.trainer.accelerator in GPU else 0
 
 
 def num_cpus(config: RunConfig) -> int:
-    """CPU cores of a process."""
+    """Return the number of CPU cores for each process."""
     return config.submit.cpus_per_task or 1 + config.data.num_workers
 
 
 def environment(config: RunConfig) -> Iterator[str]:
-    """Lines of the job's script that set up what every rank finds."""
+    """Render the lines of the job script that set up the environment of all ranks."""
     yield "# Ranks find each other by Slurm's words: the first node's name, and a port made of the job's id."
     yield "unset MASTER_ADDR MASTER_PORT RANK LOCAL_RANK NODE_RANK WORLD_SIZE"
     threads = config.trainer.num_threads or num_cpus(config)

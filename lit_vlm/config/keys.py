@@ -1,4 +1,4 @@
-"""Keys, types and choices: every mistake in overrides and files, each named with the nearest right word."""
+"""Validation of keys, types and choices in overrides and files. Each error suggests the nearest valid name."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NEW_SOURCE = (
 
 
 def mistakes_in(key: str, value: Any, stage: type[StageConfig]) -> Iterator[str]:
-    """What is wrong with this value for this key, down to the leaves of a value that holds others."""
+    """Yield the errors of a value for a key, down to the leaves of a nested value."""
     hint = hint_of(key, stage)
     if hint is None:
         yield _unknown(key, stage)
@@ -52,16 +52,20 @@ def mistakes_in(key: str, value: Any, stage: type[StageConfig]) -> Iterator[str]
 def _unknown(key: str, stage: type[StageConfig]) -> str:
     if hint_of(key, DPOStageConfig) is not None:
         return f"{key} is a setting of stage=dpo, and this is another stage."
-    words = key.split(".")
-    place = 2 if key.startswith("data.sources.") else 3
-    name = words[place] if len(words) > place and "sources" in words else "mine"
-    rows = settings(cast(Hashable, stage))  # a class is; mypy takes the word of its instances, which are not
-    found = nearest_key(key, [*members(RunConfig), *(row.key.replace("<name>", name) for row in rows)])
-    return f"unknown setting {key}.{did_you_mean(found)}" + ("" if found else " See python run.py --help settings.")
+    parts = key.split(".")
+    position = 2 if key.startswith("data.sources.") else 3
+    name = parts[position] if len(parts) > position and "sources" in parts else "mine"
+    known_settings = settings(cast(Hashable, stage))  # a class is hashable; mypy checks its instances, which are not
+    nearest_name = nearest_key(
+        key, [*members(RunConfig), *(setting.key.replace("<name>", name) for setting in known_settings)]
+    )
+    return f"unknown setting {key}.{did_you_mean(nearest_name)}" + (
+        "" if nearest_name else " See python run.py --help settings."
+    )
 
 
 def fits(hint: Any, value: Any) -> bool:
-    """Whether OmegaConf will take the value and mean what its writer meant; it takes 2 or 'yes' for a bool."""
+    """Return True if OmegaConf accepts the value with the intended meaning. OmegaConf also accepts 2 or 'yes' for a bool."""
     if hint is Any or (isinstance(value, str) and ("${" in value or value == "???")):
         return True
     if get_origin(hint) in (UnionType, Union):
@@ -91,7 +95,7 @@ def _converts(hint: type, value: Any) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value as it is written in YAML and on the command line."""
+    """Format a value as in YAML and on the command line."""
     if isinstance(value, bool) or value is None:
         return "null" if value is None else str(value).lower()
     return repr(value)
@@ -104,12 +108,12 @@ def _nearest_member(hint: Any, value: Any) -> str:
     if hint is ActivationCheckpointing and isinstance(value, bool):
         return f" What was {shown(value)} is {CHECKPOINTING[shown(value)]} now."
     values = value if isinstance(value, list) else [value]
-    wrong = [str(item) for item in values if str(item) not in options[0].__members__]
-    return did_you_mean(nearest(wrong[0], list(options[0].__members__))) if wrong else ""
+    invalid = [str(item) for item in values if str(item) not in options[0].__members__]
+    return did_you_mean(nearest(invalid[0], list(options[0].__members__))) if invalid else ""
 
 
 def mistakes_in_choice(override: Override, overrides: list[str]) -> Iterator[str]:
-    """A group or a choice that does not exist."""
+    """Yield an error message for a group or a choice that does not exist."""
     group, value = override.key_or_group, override.value()
     if group not in groups(overrides):
         yield f"{override.input_line}: there is no group {group}.{did_you_mean(nearest(group, groups(overrides)))}"
@@ -118,34 +122,36 @@ def mistakes_in_choice(override: Override, overrides: list[str]) -> Iterator[str
     for name in value if isinstance(value, list) else [value]:
         if name is None or name in offered:
             continue
-        inside = [choice for choice in offered if choice.startswith(f"{name}/")]
-        if inside:
-            yield f"{group}={name} is a recipe: name a stage of it ({', '.join(inside)}), or all with recipe={name}."
+        stages = [choice for choice in offered if choice.startswith(f"{name}/")]
+        if stages:
+            yield f"{group}={name} is a recipe: name a stage of it ({', '.join(stages)}), or all with recipe={name}."
         else:
-            found = did_you_mean(nearest(str(name), offered))
-            yield f"{group}={name}: there is no such choice; there are {', '.join(offered)}.{found}"
+            suggestion = did_you_mean(nearest(str(name), offered))
+            yield f"{group}={name}: there is no such choice; there are {', '.join(offered)}.{suggestion}"
 
 
 def mistakes_in_override(
     text: str, stage: type[StageConfig], sources: dict[str, set[str]] | None, null: Set[str] = frozenset()
 ) -> Iterator[str]:
-    """What is wrong with one override that sets a value.
+    """Yield the errors of one override that sets a value.
 
     Args:
         text: the override.
-        stage: the schema of the chosen stage.
-        sources: names by the key of their table (data.sources, data.validation.sources); None when they are not known.
-        null: keys of groups that no file begins, e.g. data.sources.mine.mapping.
+        stage: the schema of the selected stage.
+        sources: source names by the key of their table (data.sources, data.validation.sources); None if they are unknown.
+        null_groups: keys of groups that no file sets, e.g. data.sources.mine.mapping.
     """
     override = parsed(text)
     key = override.key_or_group
     if override.is_sweep_override():
         yield f"{text}: a comma makes a sweep, which needs -m; a text with a comma needs quotes: {key}=\"'...'\"."
-    elif sources is not None and (wrong := list(_wrong_sources(override, sources))):
-        yield from wrong
-    elif unbegun := [group for group in null if f"{key}.".startswith(f"{group}.") and override.value() is not None]:
+    elif sources is not None and (source_errors := list(_wrong_sources(override, sources))):
+        yield from source_errors
+    elif unset_groups := [
+        group for group in null if f"{key}.".startswith(f"{group}.") and override.value() is not None
+    ]:
         yield from mistakes_in(key, override.value(), stage)
-        yield f"{key}: {unbegun[0]} is null, and a command line cannot begin it. Begin it in a file, or use data=mapped."
+        yield f"{key}: {unset_groups[0]} is null, and a command line cannot begin it. Begin it in a file, or use data=mapped."
     elif override.is_delete():
         if not (_source_of(key)[0] or key.startswith("trainer.extra.")):
             yield f"{text}: only a source or an entry of trainer.extra can be taken away."
@@ -156,19 +162,19 @@ def mistakes_in_override(
 
 
 def _wrong_sources(override: Override, sources: dict[str, set[str]]) -> Iterator[str]:
-    """Sources that are not there: the schema of a table of sources lets files add to it, and nobody else."""
+    """Yield an error message for each unknown source. Only files may add sources, although the schema allows any."""
     key = override.key_or_group
     table, name = _source_of(key)
     if table and name not in sources[table]:
-        there = ", ".join(sorted(sources[table])) or "none"
-        found = did_you_mean(nearest(name, sorted(sources[table])))
-        yield f"{key}: there is no source {name} here ({there}).{found} {NEW_SOURCE}."
-    elif key in sources and isinstance(value := override.value(), dict) and (new := set(value) - sources[key]):
-        yield f"{key}: {', '.join(sorted(new))} cannot be added here. {NEW_SOURCE}."
+        known = ", ".join(sorted(sources[table])) or "none"
+        suggestion = did_you_mean(nearest(name, sorted(sources[table])))
+        yield f"{key}: there is no source {name} here ({known}).{suggestion} {NEW_SOURCE}."
+    elif key in sources and isinstance(value := override.value(), dict) and (added := set(value) - sources[key]):
+        yield f"{key}: {', '.join(sorted(added))} cannot be added here. {NEW_SOURCE}."
 
 
 def _source_of(key: str) -> tuple[str, str]:
-    """("data.sources", "mine") of data.sources.mine.path; empty for any other key."""
+    """Split data.sources.mine.path into ("data.sources", "mine"); return empty strings for any other key."""
     for table in ("data.sources", "data.validation.sources"):
         if key.startswith(f"{table}."):
             return table, key.removeprefix(f"{table}.").partition(".")[0]
@@ -176,12 +182,12 @@ def _source_of(key: str) -> tuple[str, str]:
 
 
 def mistakes_in_file(default: ResultDefault, stage: type[StageConfig], overrides: list[str]) -> Iterator[str]:
-    """What is wrong with the settings of one file of conf/, each with its line."""
+    """Yield the errors in the settings of one file of conf/, each with its line number."""
     path = next(
         (file for folder in config_dirs(overrides) if (file := folder / f"{default.config_path}.yaml").is_file()), None
     )
     if path is None or str(default.config_path).startswith("hydra/"):
-        return  # a schema, or a file of Hydra's
+        return  # a schema, or a file of Hydra
     package = default.package or ""
     if package.startswith("experiment"):
         yield f"{_short(path)}: the first line must be '# @package _global_', or nothing in the file counts."
@@ -192,9 +198,9 @@ def mistakes_in_file(default: ResultDefault, stage: type[StageConfig], overrides
             continue
         key = f"{package}.{name}".strip(".")
         for leaf, item in _leaves(key, value, stage):
-            for mistake in mistakes_in(leaf, item, stage):
+            for error in mistakes_in(leaf, item, stage):
                 line = _line(path, leaf.removeprefix(package).strip(".").split("."))
-                yield f"{_short(path)}:{line}: {mistake}"
+                yield f"{_short(path)}:{line}: {error}"
 
 
 def _leaves(key: str, value: Any, stage: type[StageConfig]) -> Iterator[tuple[str, Any]]:
@@ -207,16 +213,16 @@ def _leaves(key: str, value: Any, stage: type[StageConfig]) -> Iterator[tuple[st
 
 
 def _line(path: Path, words: list[str]) -> int:
-    """The line where a key stands, counted from 1."""
+    """Find the line number of a key, counted from 1."""
     node, line = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader), 1
-    for word in words:
+    for name in words:
         for key, value in getattr(node, "value", []):
-            if key.value == word:
+            if key.value == name:
                 node, line = value, key.start_mark.line + 1
                 break
     return line
 
 
 def _short(path: Path) -> str:
-    """The path from here where it lies below, else whole."""
+    """Return the path relative to the current folder if it is inside it, else the whole path."""
     return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

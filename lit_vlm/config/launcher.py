@@ -1,6 +1,6 @@
-"""`-m hydra/launcher=submitit_slurm`: the plugin's launcher with values under which a run survives its time limit.
+"""Slurm launcher for `-m hydra/launcher=submitit_slurm`, with defaults under which a run survives its time limit.
 
-What a job asks for follows from trainer.* and submit.*, as with task=submit; all of it is a setting of `hydra.launcher`.
+The resources of a job follow from trainer.* and submit.*, as with task=submit; each is also a setting of `hydra.launcher`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lit_vlm.config.overrides import ConfigError, key_of
 from lit_vlm.config.schema import RunConfig, SubmitConfig
 from lit_vlm.types import UserError
 
-NOT_HERE = ("container", "stage_to", "dry_run")  # submitit writes and starts the script, and knows nothing of them
+NOT_HERE = ("container", "stage_to", "dry_run")  # submitit writes and starts the script and does not support them
 DAY = 24 * 60  # minutes
 
 
@@ -33,25 +33,25 @@ DAY = 24 * 60  # minutes
 class SlurmLauncherConfig(SlurmQueueConf):
     submitit_folder: str = "${hydra.sweep.dir}/.submitit/%j"
     name: str = "lit_vlm"
-    timeout_min: int = DAY  # of one job; a requeued one gets it anew
+    timeout_min: int = DAY  # of one job; a requeued job gets it again
     stderr_to_stdout: bool = True
     srun_args: list[str] = field(default_factory=list)
 
 
 def register_launcher(words: list[str]) -> None:
-    """In place of the plugin's choice of the same name.
+    """Register the launcher in place of the plugin's choice of the same name.
 
     Args:
-        words: overrides of the grid, lists in them.
+        overrides: overrides of the grid, including comma lists.
 
     Raises:
-        ConfigError: what Slurm could not be asked for, or not for all jobs alike.
+        ConfigError: a job has invalid Slurm settings, or the jobs need different ones.
     """
-    own = [text for text in words if not key_of(text).startswith(("hydra.launcher", "hydra/launcher"))]
+    run_overrides = [text for text in words if not key_of(text).startswith(("hydra.launcher", "hydra/launcher"))]
     try:
-        jobs = [cast(RunConfig, composed(job)) for job in samples(own)]
-        if mistakes := [mistake for job in jobs for mistake in mistakes_in_grid(job)]:
-            raise ConfigError(mistakes)
+        jobs = [cast(RunConfig, composed(job)) for job in samples(run_overrides)]
+        if grid_errors := [grid_error for job in jobs for grid_error in mistakes_in_grid(job)]:
+            raise ConfigError(grid_errors)
         node = _of_all([launcher_of(job) for job in jobs])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([str(error)]) from error
@@ -61,9 +61,9 @@ def register_launcher(words: list[str]) -> None:
 def _of_all(launchers: list[SlurmLauncherConfig]) -> SlurmLauncherConfig:
     first = launchers[0]
     differing = [
-        one.name
-        for one in fields(first)
-        if any(getattr(own, one.name) != getattr(first, one.name) for own in launchers)
+        setting.name
+        for setting in fields(first)
+        if any(getattr(launcher, setting.name) != getattr(first, setting.name) for launcher in launchers)
     ]
     if differing:
         raise ConfigError(
@@ -76,19 +76,19 @@ def _of_all(launchers: list[SlurmLauncherConfig]) -> SlurmLauncherConfig:
 
 
 def mistakes_in_grid(config: RunConfig) -> Iterator[str]:
-    """Mistakes in `submit` of a job that this launcher would start."""
+    """Yield the errors in `submit` of a job that this launcher would start."""
     yield from mistakes_in_submit(config)
     for name in NOT_HERE:
         if getattr(config.submit, name):
             yield f"submit.{name}: a grid cannot do that; submit the runs one by one with task=submit."
     for name, lines in {"setup": config.submit.setup, "env": config.submit.env.values()}.items():
         for line in lines:
-            if "${" in line:  # Hydra would fill it in, and it would do so more than once
+            if "${" in line:  # Hydra would interpolate it, more than once
                 yield f"submit.{name}: {line}: in a grid ${{...}} would be Hydra's and not the shell's; write $NAME."
 
 
 def launcher_of(config: RunConfig) -> SlurmLauncherConfig:
-    """What one job asks for."""
+    """Make the launcher config of one job."""
     submit, trainer = config.submit, config.trainer
     return SlurmLauncherConfig(
         nodes=trainer.num_nodes,
@@ -102,20 +102,23 @@ def launcher_of(config: RunConfig) -> SlurmLauncherConfig:
         constraint=submit.constraint,
         setup=["set -eo pipefail", *environment(config), *submit.setup],
         additional_parameters=_options(submit),
-        # one rank that fails ends all; srun does not take over the cores that sbatch was asked for
+        # a failed rank ends all ranks; srun does not inherit --cpus-per-task from sbatch
         srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={num_cpus(config)}"],
     )
 
 
 def _minutes(time: str | None) -> int:
-    """0 is Slurm's word for no limit."""
+    """Convert a time limit to minutes. Slurm reads 0 as no limit."""
     if time is None:
         return DAY
     return -(-(seconds_of(time) or 0) // 60)
 
 
 def _options(submit: SubmitConfig) -> dict[str, Any]:
-    """In place of submitit's own signal, which ends the job's first process without a checkpoint; and the rest."""
+    """Make the further options of sbatch.
+
+    They replace submitit's own signal, which ends the first process of the job without a checkpoint.
+    """
     options: dict[str, Any] = {"signal": f"USR1@{submit.signal_seconds}", "requeue": True}
     if submit.memory is not None:
         options["mem"] = submit.memory
@@ -126,12 +129,12 @@ def _options(submit: SubmitConfig) -> dict[str, Any]:
 
 @contextmanager
 def errors_told() -> Iterator[None]:
-    """What Slurm said, or how a job failed, as a UserError."""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands an exception on only then; else it prints a traceback and exits
+    """Convert errors of Slurm, of a job or of Hydra in the block to a UserError."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints a traceback and exits instead of raising
     try:
         yield
     except (UncompletedJobError, FailedSubmissionError) as error:
-        others = "Jobs that were submitted go on; `squeue --me` lists them."
-        raise UserError(f"hydra/launcher=submitit_slurm: {error}\n{others}") from error
+        hint = "Jobs that were submitted go on; `squeue --me` lists them."
+        raise UserError(f"hydra/launcher=submitit_slurm: {error}\n{hint}") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UserError(str(error)) from error

@@ -1,4 +1,4 @@
-"""What -m may do: several jobs one after the other in this process, each on one device."""
+"""Validation of -m: several jobs one after the other in this process, each on one device."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from lit_vlm.secrets import mistakes_of_secrets
 
 
 def values_of(override: str) -> list[str]:
-    """One override per value of a comma list; any other override as it is."""
-    word = parsed(override)
-    if not word.is_choice_sweep():
+    """Split an override with a comma list into one override per value; return any other override unchanged."""
+    parsed_sweep = parsed(override)
+    if not parsed_sweep.is_choice_sweep():
         return [override]
-    return [f"{override.partition('=')[0]}={value}" for value in word.sweep_string_iterator()]
+    return [f"{override.partition('=')[0]}={value}" for value in parsed_sweep.sweep_string_iterator()]
 
 
 def check_multirun(overrides: list[str]) -> None:
-    """Refuse -m with several local devices.
+    """Reject -m with several local devices.
 
-    Lightning starts one process per device by running the command line again, -m included: each would walk the whole
-    list by itself, out of step with the others. A launcher that starts every job as a program of its own is fine.
+    Lightning starts one process per device by running the command line again, including -m. Each process would run the whole
+    list by itself, out of step with the others. A launcher that starts every job as its own program has no such problem.
 
     Raises:
-        ConfigError: a job of the list asks for several devices, or holds a secret.
+        ConfigError: a job of the list uses several devices, or contains a secret.
     """
     if any(value.endswith("task=submit") for text in overrides for value in values_of(text)):
         raise ConfigError(
@@ -38,10 +38,10 @@ def check_multirun(overrides: list[str]) -> None:
                 " or submit the runs one by one."
             ]
         )
-    alone = not (launcher_in(overrides) or "").startswith("submitit")
+    is_local = not (launcher_in(overrides) or "").startswith("submitit")
     for job in samples(overrides):
         refuse_secrets(job)
-        devices = composed(job).trainer.devices if alone else 1
+        devices = composed(job).trainer.devices if is_local else 1
         if devices > 1:
             raise ConfigError(
                 [
@@ -53,23 +53,25 @@ def check_multirun(overrides: list[str]) -> None:
 
 
 def refuse_secrets(overrides: list[str]) -> None:
-    """ConfigError where a setting holds a secret, a file of the user's or a variable that it names among them: Hydra shows
-    and writes what it composes."""
-    words = [text for text in overrides if not key_of(text).startswith(("hydra.launcher", "hydra/launcher"))]
-    with suppress(HydraException, OmegaConfBaseException):  # another mistake, which is told by whoever meets it
-        config = composed(words)
+    """Raise ConfigError if a setting contains a secret, because Hydra prints and writes the composed config.
+
+    The user's own files, and environment variables that the settings refer to, are included.
+    """
+    run_overrides = [text for text in overrides if not key_of(text).startswith(("hydra.launcher", "hydra/launcher"))]
+    with suppress(HydraException, OmegaConfBaseException):  # another error, which is reported elsewhere
+        config = composed(run_overrides)
         plain = cast(dict[str, Any], OmegaConf.to_container(config, resolve=True))
-        if mistakes := mistakes_of_secrets(plain):
-            raise ConfigError(mistakes)
+        if errors := mistakes_of_secrets(plain):
+            raise ConfigError(errors)
 
 
 def launcher_in(overrides: list[str]) -> str | None:
-    """The launcher that is chosen, the last one where there are several."""
+    """Return the selected launcher, the last one if there are several; None without one."""
     return next((text.partition("=")[2] for text in reversed(overrides) if key_of(text) == "hydra/launcher"), None)
 
 
 def refuse_launcher(overrides: list[str]) -> None:
-    """ConfigError where a launcher is chosen and Hydra would not ask it: the run would start here instead."""
+    """Raise ConfigError if a launcher is selected without -m: Hydra would not use it, and the run would start here."""
     if launcher := launcher_in(overrides):
         raise ConfigError(
             [
@@ -80,8 +82,12 @@ def refuse_launcher(overrides: list[str]) -> None:
 
 
 def samples(overrides: list[str]) -> list[list[str]]:
-    """Jobs in which each value of each list is seen once; their product could be thousands."""
-    lists = [values_of(text) for text in overrides]
-    first = [values[0] for values in lists if not parsed(values[0]).is_sweep_override()]
-    others = [[value if text == values[0] else text for text in first] for values in lists for value in values[1:]]
-    return [first, *others]
+    """List jobs in which each value of each comma list occurs once. The full product could have thousands of jobs."""
+    values_by_override = [values_of(text) for text in overrides]
+    first_job = [values[0] for values in values_by_override if not parsed(values[0]).is_sweep_override()]
+    other_jobs = [
+        [value if text == values[0] else text for text in first_job]
+        for values in values_by_override
+        for value in values[1:]
+    ]
+    return [first_job, *other_jobs]

@@ -1,7 +1,7 @@
-"""From the words of a command line to Hydra's overrides.
+"""Conversion of command-line arguments to Hydra overrides.
 
-Values arrive from shells and from W&B, so what Hydra's grammar cannot read but a person can (Hangul, a JSON object) is
-quoted here.
+Values come from shells and from W&B. Values that are clear to a person but that Hydra's grammar cannot parse (Hangul, a JSON
+object) are quoted here.
 """
 
 from __future__ import annotations
@@ -20,63 +20,64 @@ from lit_vlm.config.yaml_text import quote_text
 from lit_vlm.types import UserError
 
 SOURCES = "data/source@data.sources"
-CHECKPOINTING = {"true": "full", "false": "none"}  # what was said before there were levels
+CHECKPOINTING = {"true": "full", "false": "none"}  # former values -> levels
 _BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*\Z")
 _WORDS = {"null", "true", "false", "inf", "nan", "none"}
 _FLAG_WITH_VALUE = re.compile(r"--(cfg|info|package|config-(dir|name|path)|experimental-rerun)=")
 
 
 class ConfigError(UserError):
-    """Everything that is wrong with a configuration, in one message, each mistake once."""
+    """Error with all faults of a configuration in one message, each fault once."""
 
     def __init__(self, mistakes: list[str]) -> None:
         self.mistakes = list(dict.fromkeys(mistakes))
-        lines = "\n".join(f"- {mistake}" for mistake in self.mistakes)
-        many = f"{len(self.mistakes)} mistakes in the configuration:\n{lines}"
-        super().__init__(self.mistakes[0] if len(self.mistakes) == 1 else many)
+        lines = "\n".join(f"- {error}" for error in self.mistakes)
+        summary = f"{len(self.mistakes)} mistakes in the configuration:\n{lines}"
+        super().__init__(self.mistakes[0] if len(self.mistakes) == 1 else summary)
 
     def __reduce__(self):
         return type(self), (self.mistakes,)
 
 
 def read_arguments(arguments: list[str]) -> list[str]:
-    """Command-line arguments as overrides that Hydra can parse.
+    """Parse command-line arguments to overrides that Hydra can parse.
 
-    A JSON object (what `${args_json}` of a W&B sweep hands over) becomes one override per key; a folder given with
-    `--config-dir` becomes a search path; a value that only lacks quotes gets them.
+    A JSON object (from `${args_json}` of a W&B sweep) becomes one override per key; a folder given with `--config-dir` becomes
+    a search path; a value that only lacks quotes is quoted.
 
     Raises:
-        ConfigError: with every argument that is no override.
+        ConfigError: lists every argument that is not an override.
     """
-    words, mistakes = [], []
+    overrides, errors = [], []
     for argument in _config_dir_as_search_path(arguments):
         try:
-            words += from_json(argument) if argument.lstrip().startswith("{") else [_readable(argument)]
+            overrides += from_json(argument) if argument.lstrip().startswith("{") else [_readable(argument)]
         except UserError as error:
-            mistakes.append(str(error))
-    if mistakes:
-        raise ConfigError(mistakes)
-    return words
+            errors.append(str(error))
+    if errors:
+        raise ConfigError(errors)
+    return overrides
 
 
 def parsed(override: str) -> Override:
-    """Hydra's reading of one override."""
+    """Parse one override with Hydra's parser."""
     return OverridesParser.create().parse_override(override)
 
 
 def key_of(override: str) -> str:
-    """`stage.learning_rate` of `++stage.learning_rate=1`."""
+    """Return the key of an override: `stage.learning_rate` of `++stage.learning_rate=1`."""
     return override.lstrip("+~").partition("=")[0]
 
 
 def with_implied(overrides: list[str]) -> list[str]:
-    """The overrides and what naming them implies, first so that a later word wins.
+    """Add the overrides that the given ones imply, first, so that an explicit override wins.
 
-    An `experiment=` is one stage, so the task is to train it; ready sources stand alone unless `data=` says with what,
-    and `data=` takes the place of an experiment's ready sources; `trainer.extra.*`, `data.share.kinds` and
-    `submit.env` hold words that the schema does not name; `image=photo.jpg` and `sync=runs/a` are lists of one; a level of
-    activation checkpointing may still be said as true or false; what the schema calls text is quoted where Hydra would read
-    a number.
+    - `experiment=` selects one stage, so the task is train.
+    - Ready sources are used alone unless `data=` is given. `data=` replaces the ready sources of an experiment.
+    - `trainer.extra.*`, `data.share.kinds` and `submit.env` have keys that the schema does not list, so they get `++`.
+    - `image=photo.jpg` and `sync=runs/a` are lists with one item.
+    - Activation checkpointing may still be true or false instead of a level.
+    - A value of a text setting is quoted if Hydra would parse it as a number.
     """
     keys = {key_of(override) for override in overrides}
     implied = []
@@ -86,7 +87,7 @@ def with_implied(overrides: list[str]) -> list[str]:
         implied.append("data=ready")
     if "data" in keys and SOURCES not in keys:
         implied.append(f"{SOURCES}=[]")  # instead of an experiment's sources, not beside them
-    return implied + [quote_text(_spelled_out(word)) for word in overrides]
+    return implied + [quote_text(_spelled_out(text)) for text in overrides]
 
 
 def _spelled_out(word: str) -> str:
@@ -163,31 +164,33 @@ def _readable(argument: str) -> str:
 
 def _config_dir_as_search_path(arguments: list[str]) -> list[str]:
     """`--config-dir FOLDER` of Hydra, in the form that also works without Hydra's own entry."""
-    words, folders, rest = [], [], iter(arguments)
-    for word in rest:
-        flag, equals, value = word.partition("=")
+    others, folders, remaining = [], [], iter(arguments)
+    for argument in remaining:
+        flag, equals, value = argument.partition("=")
         if flag in ("--config-dir", "-cd"):
-            folder = Path(value if equals else next(rest, "")).expanduser().resolve()
+            folder = Path(value if equals else next(remaining, "")).expanduser().resolve()
             if not folder.is_dir():
                 raise UserError(f"--config-dir: there is no folder {folder}.")
             folders.append(f"file://{folder}")
         else:
-            words.append(word)
-    return words + ([f"hydra.searchpath={quote(folders)}"] if folders else [])
+            others.append(argument)
+    return others + ([f"hydra.searchpath={quote(folders)}"] if folders else [])
 
 
 def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:
     """Hydra's own flags (`--cfg job`, `-m`, `-sc`, ...) with their values, and the settings."""
     flags: list[str] = []
-    words: list[str] = []
-    rest = iter(arguments)
-    for word in rest:
-        if word in ("--config-dir", "-cd"):
-            words += [word, next(rest, "")]
-        elif word.startswith("-") and (not word.startswith("--") or "=" not in word or _FLAG_WITH_VALUE.match(word)):
-            (words if word.startswith("--config-dir=") else flags).append(word)
-        elif "=" in word or word.startswith(("~", "{", "--")) or not flags:
-            words.append(word)
+    overrides: list[str] = []
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument in ("--config-dir", "-cd"):
+            overrides += [argument, next(remaining, "")]
+        elif argument.startswith("-") and (
+            not argument.startswith("--") or "=" not in argument or _FLAG_WITH_VALUE.match(argument)
+        ):
+            (overrides if argument.startswith("--config-dir=") else flags).append(argument)
+        elif "=" in argument or argument.startswith(("~", "{", "--")) or not flags:
+            overrides.append(argument)
         else:
-            flags.append(word)  # the value of the flag before it
-    return flags, words
+            flags.append(argument)  # the value of the flag before it
+    return flags, overrides

@@ -1,4 +1,4 @@
-"""From overrides to a Run: a typed plain config, its name, its folder; or every mistake, at once and by name."""
+"""Parsing of overrides to a Run: a typed plain config, its name and its folder; or all errors at once."""
 
 from __future__ import annotations
 
@@ -30,88 +30,96 @@ from lit_vlm.types import UserError
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One job: what to do, under which name, in which folder."""
+    """A job: its config, its name and its folder."""
 
     config: RunConfig
     experiment: str | None  # e.g. tiny/2_sft
     name: str  # e.g. tiny/2_sft or tiny/2_sft-3fa2b1c0
     dir: Path  # run_dir/name, absolute
-    overrides: list[str]  # as given; each can be given again
-    init_from: str | None  # a folder or a hub id; `previous` is resolved
+    overrides: list[str]  # as given, and valid as overrides of another run
+    init_from: str | None  # a folder or a hub id; "previous" is resolved
 
 
 def parse(arguments: list[str]) -> Run:
-    """The run that these overrides describe. Nothing heavy is imported and no folder is made.
+    """Parse overrides to a Run. This imports no heavy library and creates no folder.
 
     Args:
         arguments: overrides as on the command line, or one JSON object.
 
     Raises:
-        ConfigError: with every mistake in the overrides, in the files they choose, and between settings.
+        ConfigError: lists every error in the overrides, in the selected files, and between settings.
     """
     refuse_typed_secrets(arguments)
     given = read_arguments(arguments)
     overrides = with_implied(given)
     if is_sweep(overrides):
         overrides = own_words(overrides)
-    wrong = wrong_words(overrides)
+    override_errors = wrong_words(overrides)
     if is_ladder(overrides):
-        wrong |= {f"pipeline {place}": [mistake] for place, mistake in enumerate(wrong_for_pipeline(given))}
-    if wrong:
+        override_errors |= {f"pipeline {position}": [error] for position, error in enumerate(wrong_for_pipeline(given))}
+    if override_errors:
         raise ConfigError(
-            [*(mistake for mistakes in wrong.values() for mistake in mistakes), *_also_wrong(overrides, wrong)]
+            [
+                *(error for errors in override_errors.values() for error in errors),
+                *_also_wrong(overrides, override_errors),
+            ]
         )
     if is_ladder(overrides):
-        # A source is a source of some stages, and each of them is looked at by itself.
+        # Each source belongs to some of the stages, and every stage is checked separately.
         config = _plain(_compose([text for text in overrides if not key_of(text).startswith(SOURCE_TABLES)]))
         _check_stages(stages_of(config.recipe, given), given, config.task)
     else:
         config = _plain(_compose(overrides))
-        if mistakes := mistakes_of_secrets(asdict(config)) or check(config):
-            raise ConfigError(mistakes)
+        if errors := mistakes_of_secrets(asdict(config)) or check(config):
+            raise ConfigError(errors)
     return _run(config, overrides, given)
 
 
 def refuse_typed_secrets(arguments: list[str]) -> None:
-    """ConfigError naming the settings that hold a secret, before anything shows or writes what was typed."""
-    if mistakes := mistakes_of_typed_secrets(arguments):
-        raise ConfigError(mistakes)
+    """Raise ConfigError for arguments that contain a secret, before anything prints or writes them."""
+    if errors := mistakes_of_typed_secrets(arguments):
+        raise ConfigError(errors)
 
 
 def wrong_words(overrides: list[str], *, sweep: bool = False) -> dict[str, list[str]]:
-    """Override -> its mistakes in key, type or choice; under "files" those of the files that the overrides choose.
+    """Collect the errors of overrides in key, type or choice.
 
     Args:
-        overrides: what `with_implied` returns.
-        sweep: take each value of a comma list by itself, as -m does.
+        overrides: overrides as `add_implied_overrides` returns them.
+        is_multirun: check each value of a comma list separately, as -m runs them.
+
+    Returns:
+        Errors by override; those of the selected files under "files".
     """
     if sweep:
         values = [value for text in overrides for value in values_of(text)]
-        overrides = [text for text in values if not parsed(text).is_sweep_override()]  # a range is Hydra's to read
+        overrides = [text for text in values if not parsed(text).is_sweep_override()]  # Hydra expands ranges
     own_groups = groups(overrides)
-    choosing = [text for text in overrides if _is_choice(text, own_groups)]
-    wrong = {text: list(mistakes_in_choice(parsed(text), overrides)) for text in choosing}
+    choices = [text for text in overrides if _is_choice(text, own_groups)]
+    found = {text: list(mistakes_in_choice(parsed(text), overrides)) for text in choices}
     folders = [text for text in overrides if key_of(text) == "hydra.searchpath"]
-    # With a wrong choice nobody knows which files count; the rest is then held against what is sure.
-    unsure = any(wrong.values())
-    chosen = folders + ([] if unsure else _last_of_each(choosing))
-    stage, wrong["files"] = _wrong_files(chosen)
-    known, null = None, set[str]()
-    if not (unsure or wrong["files"] or is_ladder(overrides)):
-        known, null = _source_names(chosen)
+    # After an invalid choice the selected files are unknown; the other overrides are checked without them.
+    has_wrong_choice = any(found.values())
+    selected = folders + ([] if has_wrong_choice else _last_of_each(choices))
+    stage, found["files"] = _wrong_files(selected)
+    source_names, null_groups = None, set[str]()
+    if not (has_wrong_choice or found["files"] or is_ladder(overrides)):
+        source_names, null_groups = _source_names(selected)
     for text in overrides:
-        if text not in choosing and not key_of(text).startswith(("hydra.", "hydra/")):
-            wrong[text] = list(mistakes_in_override(text, DPOStageConfig if unsure else stage, known, null))
-    return {text: mistakes for text, mistakes in wrong.items() if mistakes}
+        if text not in choices and not key_of(text).startswith(("hydra.", "hydra/")):
+            found[text] = list(
+                mistakes_in_override(text, DPOStageConfig if has_wrong_choice else stage, source_names, null_groups)
+            )
+    return {text: errors for text, errors in found.items() if errors}
 
 
 def _also_wrong(overrides: list[str], wrong: dict[str, list[str]]) -> list[str]:
-    """Contradictions between the settings that were said right; what is not set may be what a wrong word meant."""
+    """Find contradictions between the valid settings. A setting that is not set may be the intent of an invalid override."""
     try:
         config = _plain(_compose([text for text in overrides if text not in wrong]))
     except ConfigError:
         return []
-    return [mistake for mistake in check(config) if "is not set" not in mistake]
+    return [error for error in check(config) if "is not set" not in error]
 
 
 def _is_choice(override: str, own_groups: list[str]) -> bool:
@@ -129,13 +137,13 @@ def _wrong_files(chosen: list[str]) -> tuple[type[StageConfig], list[str]]:
     try:
         files: list[ResultDefault] = defaults_list(chosen)
         stage = DPOStageConfig if any(file.config_path == "schema/stage/dpo" for file in files) else StageConfig
-        return stage, [mistake for file in files for mistake in mistakes_in_file(file, stage, chosen)]
+        return stage, [file_error for file in files for file_error in mistakes_in_file(file, stage, chosen)]
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
         return DPOStageConfig, [_one_line(error)]
 
 
 def _source_names(chosen: list[str]) -> tuple[dict[str, set[str]], set[str]]:
-    """Names by the key of their table, and the keys of their mappings that are null."""
+    """Return the source names by the key of their table, and the keys of mappings that are null."""
     data = _compose(chosen).data
     tables = {"data.sources": data.sources, "data.validation.sources": data.validation.sources}
     null = {f"{key}.{name}.mapping" for key, table in tables.items() for name in table if table[name].mapping is None}
@@ -150,7 +158,7 @@ def _compose(overrides: list[str]) -> DictConfig:
 
 
 def _one_line(error: Exception) -> str:
-    """Hydra's or YAML's own words without their stack of object types."""
+    """Format an error of Hydra or YAML in one line, without the list of object types."""
     text = str(error.__cause__ or error) if "Error merging" in str(error) else str(error)
     lines = [
         line.strip() for line in text.splitlines() if not re.match(r"\s*(object_type|full_key|reference_type)", line)
@@ -159,24 +167,26 @@ def _one_line(error: Exception) -> str:
 
 
 def _plain(config: DictConfig) -> RunConfig:
-    """The typed objects, every value set, folders absolute."""
+    """Convert the composed config to typed objects: every value is set and folders are absolute."""
     try:
         missing = sorted(OmegaConf.missing_keys(config))
-        plain = None if missing else OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        run_config = None if missing else OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:  # an interpolation of a missing key
         raise ConfigError([_one_line(error)]) from error
     if missing:
-        about = {row.key: row.comment or "it has no default" for row in settings()}
+        help_texts = {row.key: row.comment or "it has no default" for row in settings()}
         raise ConfigError(
-            [f"{key} is not set: {about.get(key, 'it has no default')}. Set {key}=..." for key in missing]
+            [f"{key} is not set: {help_texts.get(key, 'it has no default')}. Set {key}=..." for key in missing]
         )
-    assert isinstance(plain, RunConfig)
-    plain.stage.adam_betas = cast(tuple[float, float], tuple(plain.stage.adam_betas))  # check() counts them
-    return with_absolute_paths(plain)
+    assert isinstance(run_config, RunConfig)
+    run_config.stage.adam_betas = cast(
+        tuple[float, float], tuple(run_config.stage.adam_betas)
+    )  # its length is checked later
+    return with_absolute_paths(run_config)
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Paths relative to the current folder become absolute, so that no later change of folder matters."""
+    """Make paths relative to the current folder absolute, so that a later change of the working directory has no effect."""
     for source in [*config.data.sources.values(), *config.data.validation.sources.values()]:
         _source_paths(source)
     model = config.model
@@ -202,7 +212,7 @@ def _source_paths(source: SourceConfig) -> None:
 
 
 def local_or_hub(name: str | None) -> str | None:
-    """A folder as an absolute path, a hub id (`owner/model`), "tiny" or "previous" as it stands."""
+    """Resolve a model name: a folder to its absolute path; a hub id (`owner/model`), "tiny" or "previous" unchanged."""
     if name is None or name in ("tiny", "previous"):
         return name
     local = name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).is_dir()
@@ -210,12 +220,17 @@ def local_or_hub(name: str | None) -> str | None:
 
 
 def _existing_previous(overrides: list[str]) -> str:
-    """The stage before with the same overrides; where nobody ran that, the stage before as its recipe has it, if that was
-    run: `experiment=tiny/2_sft trainer.max_steps=50` works after a plain `python run.py`."""
-    same = Path(_absolute(previous_folder(overrides)))
-    kept = [text for text in overrides if key_of(text) in ("experiment", "task", "run_dir", "hydra.searchpath")]
-    plain = Path(_absolute(previous_folder(kept)))
-    return str(plain if plain.is_dir() and not same.is_dir() else same)
+    """Resolve init_from=previous to an existing folder.
+
+    This is the previous stage with the same overrides. If that was not run, it is the previous stage of the plain recipe, if
+    that was run: `experiment=tiny/2_sft trainer.max_steps=50` works after a plain `python run.py`.
+    """
+    with_overrides = Path(_absolute(previous_folder(overrides)))
+    plain_overrides = [
+        text for text in overrides if key_of(text) in ("experiment", "task", "run_dir", "hydra.searchpath")
+    ]
+    plain = Path(_absolute(previous_folder(plain_overrides)))
+    return str(plain if plain.is_dir() and not with_overrides.is_dir() else with_overrides)
 
 
 def _absolute(path: str) -> str:
@@ -223,23 +238,32 @@ def _absolute(path: str) -> str:
 
 
 def _check_stages(stages: list[str], given: list[str], task: Task) -> None:
-    """Every stage is parsed before the first one starts; a mistake in the last would come hours too late."""
-    found: dict[str, list[str]] = {}
+    """Parse every stage before the first one starts: an error in the last stage would otherwise appear hours later."""
+    stages_by_error: dict[str, list[str]] = {}
     used: set[str] = set()
     for stage in stages:
         try:
-            words = pipeline_overrides(given, stage)
-            used.update(words)
-            parse([f"task={(Task.submit if task is Task.submit else Task.train).value}", f"experiment={stage}", *words])
+            overrides = pipeline_overrides(given, stage)
+            used.update(overrides)
+            parse(
+                [
+                    f"task={(Task.submit if task is Task.submit else Task.train).value}",
+                    f"experiment={stage}",
+                    *overrides,
+                ]
+            )
         except ConfigError as error:
-            for mistake in error.mistakes:
-                found.setdefault(mistake, []).append(stage)
+            for message in error.mistakes:
+                stages_by_error.setdefault(message, []).append(stage)
     unused = [text for text in given if text not in used and key_of(text).startswith(("data.", "data/"))]
-    if unused and not found:
-        found = {f"{text}: no stage of this recipe has such a source.": stages for text in unused}
-    if found:
+    if unused and not stages_by_error:
+        stages_by_error = {f"{text}: no stage of this recipe has such a source.": stages for text in unused}
+    if stages_by_error:
         raise ConfigError(
-            [mistake if where == stages else f"{', '.join(where)}: {mistake}" for mistake, where in found.items()]
+            [
+                message if failed_stages == stages else f"{', '.join(failed_stages)}: {message}"
+                for message, failed_stages in stages_by_error.items()
+            ]
         )
 
 

@@ -1,4 +1,4 @@
-"""The range of each number: it stands beside its default in the schema, and is held against every config here."""
+"""Ranges of the numeric settings: declared beside the defaults in the schema, and validated here."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
-LARGEST_COUNT = 2**53  # the largest whole number up to which JSON keeps each exactly
+LARGEST_COUNT = 2**53  # largest integer up to which JSON stores all integers exactly
 YEAR_MINUTES, DAY_SECONDS = 366 * 24 * 60.0, 24 * 3600.0
 
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """From `low` to `high`, each of them a part of it but where it is open. An end at infinity is never a part of it.
+    """Interval from `low` to `high`. Each end is included unless it is open; infinity is never included.
 
     Attributes:
-        text: as messages and help say it, behind "must be".
+        text: description for messages and help, after "must be".
     """
 
     low: float
@@ -26,7 +26,7 @@ class Range:
     text: str = ""
 
     def holds(self, value: float) -> bool:
-        """Whether a number lies within; one that is no number or infinite never does."""
+        """Return True if a number is in the range; NaN and infinity never are."""
         above = value > self.low if self.low_open else value >= self.low
         below = value < self.high if self.high_open else value <= self.high
         return math.isfinite(value) and above and below
@@ -54,28 +54,30 @@ SHARE_ABOVE_0 = Range(0, 1, low_open=True)
 SHARE_BELOW_1 = Range(0, 1, high_open=True)
 SHARE_BELOW_HALF = Range(0, 0.5, high_open=True)
 LEARNING_RATE = Range(0, 1000, low_open=True)
-HEARTBEAT_SECONDS = Range(0.1, DAY_SECONDS)  # each is a file that is written
+HEARTBEAT_SECONDS = Range(0.1, DAY_SECONDS)  # each heartbeat writes a file
 MINUTES = Range(0, YEAR_MINUTES, low_open=True)
 PROCESSES = Range(0, 4096, low_open=True)  # on one machine
 NODES = Range(0, 65536, low_open=True)
 PROCESSES_OR_NONE = Range(0, 4096)
-GRID = Range(0, 64, low_open=True)  # its square is the number of ways to cut a picture
+GRID = Range(0, 64, low_open=True)  # its square is the number of possible tile grids
 LAYER = Range(-1000, 1000)
-SIGNAL_SECONDS = Range(0, 65535, low_open=True)  # what sbatch takes
-SEED = Range(0, 2**32 - 1)  # what NumPy takes
+SIGNAL_SECONDS = Range(0, 65535, low_open=True)  # the limit of sbatch
+SEED = Range(0, 2**32 - 1)  # the limit of NumPy
 
 
 def ranged(default: Any, range_: Range) -> Any:
-    """A field of the schema that is a number, or a list or table of numbers, each within the range."""
+    """Create a dataclass field for a number, or a list or dict of numbers, with a range."""
     if callable(default):
         return field(default_factory=default, metadata={"range": range_})
     return field(default=default, metadata={"range": range_})
 
 
 def mistakes_in_ranges(config: Any, key: str = "") -> Iterator[str]:
-    """Find the numbers of a config, down to its groups, that lie outside their ranges."""
-    for one in fields(config):
-        yield from _mistakes(f"{key}{one.name}", getattr(config, one.name), one.metadata.get("range"))
+    """Yield an error message for each number of a config, including nested groups, that is outside its range."""
+    for config_field in fields(config):
+        yield from _mistakes(
+            f"{key}{config_field.name}", getattr(config, config_field.name), config_field.metadata.get("range")
+        )
 
 
 def _mistakes(key: str, value: Any, range_: Range | None) -> Iterator[str]:
@@ -85,8 +87,8 @@ def _mistakes(key: str, value: Any, range_: Range | None) -> Iterator[str]:
         for name, item in value.items():
             yield from _mistakes(f"{key}.{name}", item, range_)
     elif isinstance(value, list | tuple):
-        for place, item in enumerate(value):
-            yield from _mistakes(f"{key}[{place}]", item, range_)
+        for position, item in enumerate(value):
+            yield from _mistakes(f"{key}[{position}]", item, range_)
     elif range_ is not None and isinstance(value, int | float) and not range_.holds(value):
         yield f"{key}: must be {range_}, found {value}."
 

@@ -1,4 +1,4 @@
-"""Recipes: the stages of a folder of conf/experiment/, in order, and which overrides reach which stage."""
+"""Recipes: the ordered stages of a folder of conf/experiment/, and the overrides that apply to each stage."""
 
 from __future__ import annotations
 
@@ -17,64 +17,67 @@ SOURCE_TABLES = ("data.sources.", "data.validation.sources.")
 
 
 def is_ladder(overrides: list[str]) -> bool:
-    """Whether these overrides mean all stages of a recipe: task=pipeline, the default, or task=submit of no one stage."""
-    task = [str(parsed(text).value()) for text in overrides if key_of(text) == "task"]
-    name = task[-1] if task else Task.pipeline.value
+    """Return True if these overrides run a pipeline, i.e. all stages of a recipe.
+
+    That is task=pipeline (the default), or task=submit without `experiment=` and `stage=`.
+    """
+    tasks = [str(parsed(text).value()) for text in overrides if key_of(text) == "task"]
+    name = tasks[-1] if tasks else Task.pipeline.value
     one_stage = any(key_of(text) in ("experiment", "stage") for text in overrides)
     return name == Task.pipeline.value or (name == Task.submit.value and not one_stage)
 
 
 def recipes(overrides: list[str] | tuple[str, ...] = ()) -> list[str]:
-    """The folders of conf/experiment/."""
+    """List the folders of conf/experiment/."""
     return sorted({name.rpartition("/")[0] for name in choices("experiment", overrides) if "/" in name})
 
 
 def stages_of(recipe: str, overrides: list[str] | tuple[str, ...] = ()) -> list[str]:
-    """The stages of a recipe in the order of their file names: tiny/1_align, tiny/2_sft, ...
+    """List the stages of a recipe in the order of their file names: tiny/1_align, tiny/2_sft, ...
 
     Raises:
-        ConfigError: no recipe of this name.
+        ConfigError: the recipe does not exist.
     """
     stages = [name for name in choices("experiment", overrides) if name.rpartition("/")[0] == recipe]
     if not stages:
         offered = recipes(overrides)
-        found = did_you_mean(nearest(recipe, offered))
-        raise ConfigError([f"recipe={recipe}: there is no such recipe; there are {', '.join(offered)}.{found}"])
+        suggestion = did_you_mean(nearest(recipe, offered))
+        raise ConfigError([f"recipe={recipe}: there is no such recipe; there are {', '.join(offered)}.{suggestion}"])
     return stages
 
 
 def experiment_of(overrides: list[str]) -> str | None:
-    """The experiment that these overrides name."""
+    """Return the experiment in these overrides, or None."""
     named: list[Any] = [parsed(override).value() for override in overrides if key_of(override) == "experiment"]
     return named[-1] if named else None
 
 
 def stage_before(experiment: str, overrides: list[str] | tuple[str, ...] = ()) -> str | None:
-    """The same recipe's stage before this one; None for the first."""
+    """Return the previous stage of the same recipe; None for the first stage."""
     stages = stages_of(experiment.rpartition("/")[0], overrides)
-    place = stages.index(experiment)
-    return stages[place - 1] if place else None
+    position = stages.index(experiment)
+    return stages[position - 1] if position else None
 
 
 def is_preference(source: DictConfig) -> bool:
-    """Whether a source is known to hold preference pairs."""
+    """Return True if a source is known to contain preference pairs."""
     builtin = source.format is Format.builtin and source.path == Kind.preference.value
     return source.format is Format.preference or source.kind == Kind.preference.value or builtin
 
 
 def overrides_for(overrides: list[str], experiment: str) -> list[str]:
-    """The overrides of a pipeline that concern one of its stages, without init_from and what picks the stage.
+    """Filter the overrides of a pipeline for one stage, without init_from and the keys that select the stage.
 
-    Ready sources and data groups go to the stages that can use them: preference pairs to dpo, all else to the others.
-    An override of one source goes where that source is.
+    Ready sources and data groups apply to the stages that can use them: preference pairs to dpo, all others to the other
+    stages. An override of one source applies to the stages that have this source.
     """
-    kept = [text for text in overrides if key_of(text) not in (*_PICK_THE_STAGE, "init_from")]
-    chosen = [text for text in kept if key_of(text) in ("data", SOURCES)]
-    sources = [text for text in kept if key_of(text).startswith(SOURCE_TABLES)]
-    if chosen and not _usable(experiment, chosen, sources, kept):
-        return [text for text in kept if text not in chosen and text not in sources]
-    config = _with_data(experiment, chosen, kept)
-    return [text for text in kept if text not in sources or _names_source_of(config, text)]
+    shared = [text for text in overrides if key_of(text) not in (*_PICK_THE_STAGE, "init_from")]
+    data_choices = [text for text in shared if key_of(text) in ("data", SOURCES)]
+    source_overrides = [text for text in shared if key_of(text).startswith(SOURCE_TABLES)]
+    if data_choices and not _usable(experiment, data_choices, source_overrides, shared):
+        return [text for text in shared if text not in data_choices and text not in source_overrides]
+    config = _with_data(experiment, data_choices, shared)
+    return [text for text in shared if text not in source_overrides or _names_source_of(config, text)]
 
 
 def _with_data(experiment: str, data: list[str], overrides: list[str]) -> DictConfig:
@@ -84,8 +87,8 @@ def _with_data(experiment: str, data: list[str], overrides: list[str]) -> DictCo
 
 def _names_source_of(config: DictConfig, override: str) -> bool:
     table = next(table for table in SOURCE_TABLES if key_of(override).startswith(table))
-    there = config.data.sources if table == "data.sources." else config.data.validation.sources
-    return key_of(override).removeprefix(table).partition(".")[0] in there
+    source_names = config.data.sources if table == "data.sources." else config.data.validation.sources
+    return key_of(override).removeprefix(table).partition(".")[0] in source_names
 
 
 def _usable(experiment: str, chosen: list[str], sources: list[str], overrides: list[str]) -> bool:

@@ -1,8 +1,8 @@
-"""Every setting: its type, default, unit and source. YAML under conf/ holds named choices and restates none of these.
+"""Config schema: type, default, unit and source of every setting. YAML files in conf/ are named choices and repeat no default.
 
-One dataclass per group of the command line. `slots=True` and `kw_only=True` make an unknown key an error when the
-config becomes an object, also one that was smuggled in with `+key=`. The comment behind a field is its help text, and each
-number has its range beside it (`lit_vlm/config/ranges.py`).
+One dataclass per config group. `slots=True` and `kw_only=True` make an unknown key an error when the config becomes an
+object, also if it was added with `+key=`. The trailing comment of a field is its help text, and each number has its range
+beside it (`lit_vlm/config/ranges.py`).
 """
 
 from __future__ import annotations
@@ -38,28 +38,32 @@ from lit_vlm.config.ranges import (
 )
 from lit_vlm.types import Language, Part
 
-# OmegaConf writes an enum by its member's name, so names and values agree throughout.
+# OmegaConf writes an enum by the name of its member, so every name equals its value.
 
 
 class Task(Enum):
     pipeline = "pipeline"  # all stages of a recipe, in order
     train = "train"  # one stage
-    prepare = "prepare"  # index and verify the data of a stage, build its plan; needs no GPU
-    preflight = "preflight"  # what would be trained on, and whether it would run; seconds, no GPU, no weights
-    sweep = "sweep"  # runs of one stage that a sweep file describes, and a page about them
-    submit = "submit"  # train or the whole recipe, as Slurm jobs
-    prefer = "prefer"  # make preference pairs from a finished model's own answers
-    export = "export"  # make the model's folder from a run's checkpoint
-    sync = "sync"  # send runs that were written offline to Weights & Biases, or what it lacks of them
-    chat = "chat"  # talk to a finished model
+    prepare = "prepare"  # index and verify the data of a stage and build its plan; needs no GPU
+    preflight = "preflight"  # check the data, the memory and the settings of a stage; seconds, no GPU, no weights
+    sweep = "sweep"  # run the trials of a sweep file and write a page with the results
+    submit = "submit"  # submit one stage or the whole recipe as Slurm jobs
+    prefer = "prefer"  # make preference pairs from the answers of a finished model
+    export = "export"  # export the model folder from a run's checkpoint
+    sync = "sync"  # upload offline runs, or the missing part of a run, to Weights & Biases
+    chat = "chat"  # chat with a finished model
 
 
 class Projector(Enum):
+    """Architecture of the projector between the vision tower and the language model."""
+
     mlp2x_gelu = "mlp2x_gelu"  # LLaVA-1.5, LLaVA-OneVision, VARCO-VISION: Linear, GELU, Linear
     linear = "linear"  # LLaVA
 
 
 class StageName(Enum):
+    """Training stage."""
+
     align = "align"
     sft = "sft"
     highres = "highres"
@@ -67,63 +71,79 @@ class StageName(Enum):
 
 
 class Schedule(Enum):
+    """Learning-rate schedule after the warm-up."""
+
     cosine = "cosine"
     linear = "linear"
     constant = "constant"
 
 
 class ActivationCheckpointing(Enum):
-    auto = "auto"  # the first of the others with which the stage fits on the device by its memory estimate
-    none = "none"  # keep all that the backward pass needs
-    selective = "selective"  # keep results of matrix products and attention, compute the rest of a layer again
-    full = "full"  # keep each layer's input, compute the layer again: a third more time, least memory
+    """Level of activation checkpointing."""
+
+    auto = "auto"  # the first level below with which the estimated memory fits on the device
+    none = "none"  # keep all activations for the backward pass
+    selective = "selective"  # keep the results of matrix products and attention, recompute the rest of a layer
+    full = "full"  # keep only the input of each layer and recompute the layer: a third more time, least memory
 
 
 class Format(Enum):
-    auto = "auto"  # by file ending and the first record's keys
+    """Format of the records of a source."""
+
+    auto = "auto"  # detected from the file extension and the keys of the first record
     llava = "llava"  # LLaVA JSON or JSONL: id, image, conversations
-    sharegpt = "sharegpt"  # ShareGPT: conversations of human and gpt, images beside them, a system column
+    sharegpt = "sharegpt"  # ShareGPT: conversations of human and gpt, an images column, a system column
     messages = (
         "messages"  # Hugging Face messages or OpenAI content lists: JSONL, parquet, Arrow; images as paths or bytes
     )
     preference = "preference"  # prompt, chosen, rejected (TRL's columns or LLaVA-NeXT's keys)
-    caption = "caption"  # a picture and its caption or text, in two columns; the question comes from prompts
-    webdataset = "webdataset"  # tar files: pictures with a caption (.txt) or a record (.json) of the same key
-    mapped = "mapped"  # labels of another structure, read by data.sources.<name>.mapping (AIHub)
-    builtin = "builtin"  # made on the spot
-    digits = "digits"  # scikit-learn's handwritten digits
+    caption = "caption"  # an image and its caption or text, in two columns; the question comes from prompts
+    webdataset = "webdataset"  # tar files: images with a caption (.txt) or a record (.json) of the same key
+    mapped = "mapped"  # labels of another structure, converted by data.sources.<name>.mapping (AIHub)
+    builtin = "builtin"  # synthetic samples, generated on demand
+    digits = "digits"  # handwritten digits of scikit-learn
 
 
 class Markup(Enum):
+    """Conversion of markup in texts to control tokens."""
+
     auto = "auto"  # on for sources of kind ocr, grounding and referring
-    on = "on"  # well-formed <obj>, <char>, <bbox>, <gro>, <ocr> in the text become control tokens
-    off = "off"  # they stay text
+    on = "on"  # convert well-formed <obj>, <char>, <bbox>, <gro>, <ocr> in the text to control tokens
+    off = "off"  # keep them as text
 
 
 class Marks(Enum):
-    """What `<image>`, `<video>`, `<bbox>` and their like mean in a text of a form whose own they are not."""
+    """Meaning of `<image>`, `<video>`, `<bbox>` and similar markers in a text whose format does not define them."""
 
-    place = "place"  # <image> is where a picture stands, if there are as many as pictures; all else is refused by name
-    text = "text"  # text, as any other: for data that speak of HTML or of data formats
+    place = "place"  # <image> is an image placeholder if the counts match; a record with any other marker is an error
+    text = "text"  # ordinary text, for data about HTML or data formats
 
 
 class OnBadRecord(Enum):
-    quarantine = "quarantine"  # set aside in quarantine.jsonl, up to data.max_quarantined of them
-    stop = "stop"  # end after the pass that finds them all; bad_records.jsonl in the run's folder lists them
+    """Action for a bad record."""
+
+    quarantine = "quarantine"  # exclude it and list it in quarantine.jsonl, up to data.max_quarantined
+    stop = "stop"  # stop after all records were checked; bad_records.jsonl in the run folder lists them
 
 
 class OnOverlong(Enum):
-    quarantine = "quarantine"  # a bad record, handled by data.on_bad_record
-    fewer_tiles = "fewer_tiles"  # its images are cut into fewer tiles until it fits; if that is not enough, quarantine
-    cut_turn = "cut_turn"  # its last turns are left out until it fits, at least one answer stays; else quarantine
+    """Action for a sample that is longer than the limits."""
+
+    quarantine = "quarantine"  # treat it as a bad record, see data.on_bad_record
+    fewer_tiles = "fewer_tiles"  # use fewer tiles for its images until it fits; else quarantine
+    cut_turn = "cut_turn"  # remove its last turns until it fits, but keep at least one answer; else quarantine
 
 
 class WeightsIn(Enum):
-    samples = "samples"  # a weight is a share of the samples drawn
-    tokens = "tokens"  # a weight is a share of the tokens drawn
+    """Unit of the mixture weights."""
+
+    samples = "samples"  # a weight is a share of the sampled samples
+    tokens = "tokens"  # a weight is a share of the sampled tokens
 
 
 class DeviceName(Enum):
+    """Accelerator whose memory and speed preflight assumes."""
+
     h200 = "h200"
     h100 = "h100"
     a100_80gb = "a100_80gb"
@@ -133,47 +153,53 @@ class DeviceName(Enum):
 
 
 class Strategy(Enum):
-    """How the devices share the work."""
+    """Distributed training strategy."""
 
-    auto = "auto"  # one device: single; several: what task=preflight would choose, and says why
+    auto = "auto"  # one device: single; several: the choice of task=preflight, reported with its reason
     single = "single"
-    ddp = "ddp"  # a whole copy on each, gradients are averaged
-    deepspeed_zero2 = "deepspeed_zero2"  # optimizer and gradients are shared out
-    deepspeed_zero3 = "deepspeed_zero3"  # weights as well
-    deepspeed_zero3_offload = "deepspeed_zero3_offload"  # and what is not computed with lies in the host's memory
-    fsdp2 = "fsdp2"  # weights, gradients and optimizer shared out by PyTorch's fully_shard
-    hsdp = "hsdp"  # fsdp2 within a group of devices, copies between the groups
+    ddp = "ddp"  # a full copy on each device, gradients are averaged
+    deepspeed_zero2 = "deepspeed_zero2"  # optimizer states and gradients are sharded
+    deepspeed_zero3 = "deepspeed_zero3"  # weights are sharded as well
+    deepspeed_zero3_offload = "deepspeed_zero3_offload"  # ZeRO-3 with idle shards in host memory
+    fsdp2 = "fsdp2"  # weights, gradients and optimizer states are sharded by PyTorch's fully_shard
+    hsdp = "hsdp"  # fsdp2 inside a group of devices, replicas between the groups
 
 
 class OnNonfinite(Enum):
-    stop = "stop"  # end before the step changes the weights
-    skip = "skip"  # leave the step out, weights and optimizer stay as they were
-    rollback = "rollback"  # go back to the last checkpoint, and leave the step out from there
+    """Action for a loss or a gradient that is not finite."""
+
+    stop = "stop"  # stop before the step changes the weights
+    skip = "skip"  # skip the step; weights and optimizer stay unchanged
+    rollback = "rollback"  # return to the last checkpoint and skip the step from there
 
 
 class PairKind(Enum):
-    """What a pair made by task=prefer teaches."""
+    """Kind of preference pair that task=prefer makes."""
 
-    response = "response"  # the better of the model's answers before the worse one
-    control = "control"  # an answer with boxes before one that ignores <gro> or <ocr>
+    response = "response"  # the better answer of the model is chosen, the worse one rejected
+    control = "control"  # an answer with boxes is chosen, one that ignores <gro> or <ocr> rejected
 
 
 class ScorerName(Enum):
-    exact = "exact"  # against the known answer, by the measure of its kind: boxes, text lines, else the same text
-    judge = "judge"  # by prefer.judge
+    """Scorer of the answers in task=prefer."""
+
+    exact = "exact"  # compare with the reference answer by the metric of its kind: boxes, text lines, else exact match
+    judge = "judge"  # score with prefer.judge
 
 
 class Debug(Enum):
-    fast = "fast"  # a few steps of everything
-    overfit = "overfit"  # one batch, again and again
-    profile = "profile"  # trainer.profile=true, in a run of no more steps than that needs
+    """Debug mode of a run."""
+
+    fast = "fast"  # a few steps of every phase
+    overfit = "overfit"  # train on the same batch in every step
+    profile = "profile"  # trainer.profile=true in a run of only the steps that it needs
 
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """The parts: hub ids or local folders; `tiny` is made on the spot.
+    """Parts of the model: hub ids or local folders; `tiny` is generated on demand.
 
-    The two parts and the projector are not read when init_from names a whole model.
+    If init_from names a whole model, the two parts and the projector are not read.
     """
 
     vision_tower: str = MISSING  # SigLIP, SigLIP 2 or CLIP: hub id, local folder, or "tiny"
@@ -181,135 +207,141 @@ class ModelConfig:
     projector: Projector = Projector.mlp2x_gelu
     vision_feature_layer: int | None = ranged(
         None, LAYER
-    )  # feeds the projector; null: the last but one, later ones are removed
+    )  # layer whose output goes to the projector; null: second to last; later layers are removed
     grid: int | None = ranged(
         None, GRID
-    )  # most tiles along a side; null: init_from's, or LLaVA-OneVision's 6: (1x1),...,(6x6)
+    )  # maximum tiles per side; null: as in init_from, else 6 as in LLaVA-OneVision: (1x1),...,(6x6)
     max_tiles: int | None = ranged(
         None, COUNT
-    )  # N of anyres_max_N, above it features are pooled; null: init_from's, or 9
+    )  # N of anyres_max_N; features of more tiles are downsampled; null: as in init_from, else 9
     special_tokens: list[str] = field(
         default_factory=lambda: "<gro> <ocr> <char> </char> <obj> </obj> <bbox> </bbox> <delim>".split()
-    )  # one id each, added to the vocabulary; the default is VARCO-VISION's nine
-    chat_template: str | None = None  # path of a Jinja file, or "chatml"; null: the language model's own
-    template_date: str | None = None  # YYYY-MM-DD, for a template that writes today's date; null: when first prepared
-    revision: str | None = None  # hub revision of parts and of init_from
-    trust_remote_code: bool = False  # run code that comes with a hub repository; never needed by the shipped recipes
+    )  # tokens added to the vocabulary, one id each; default: the nine of VARCO-VISION
+    chat_template: str | None = None  # path of a Jinja file, or "chatml"; null: of the language model
+    template_date: str | None = None  # YYYY-MM-DD for templates that print today's date; null: when first prepared
+    revision: str | None = None  # hub revision of the parts and of init_from
+    trust_remote_code: bool = False  # run code of a hub repository; the included recipes never need it
 
 
 @dataclass(kw_only=True, slots=True)
 class SourceConfig:
-    """One dataset."""
+    """A data set."""
 
-    path: str | None = None  # file or folder; for format=builtin the kind of picture, e.g. "caption"
+    path: str | None = None  # file or folder; for format=builtin the kind of sample, e.g. "caption"
     image_root: str | None = (
-        None  # images are read inside this folder or zip files of it only; null: the folder of `path`
+        None  # folder that must contain all images, also in its zip files; null: the folder of `path`
     )
-    hub: str | None = None  # instead of path: a dataset's id on the Hugging Face hub, owner/name
-    hub_config: str | None = None  # of a hub dataset that has several
-    split: str | None = None  # train, validation, test, by the names of a folder's files; null: of a hub dataset train
-    revision: str | None = None  # of a hub dataset: commit, tag or branch
+    hub: str | None = None  # instead of path: id of a dataset on the Hugging Face hub, owner/name
+    hub_config: str | None = None  # configuration of a hub dataset that has several
+    split: str | None = None  # train, validation or test, from file names in a folder; null: train for a hub dataset
+    revision: str | None = None  # commit, tag or branch of a hub dataset
     format: Format = Format.auto
-    mapping: MappingConfig | None = None  # format=mapped: which fields are picture, question and answer
-    prompts: list[str] = field(default_factory=list)  # questions for records without one; each takes one by its digest
+    mapping: MappingConfig | None = None  # format=mapped: location of image, question and answer in a record
+    prompts: list[str] = field(default_factory=list)  # questions for records without one; one is chosen by digest
     weight: float | None = ranged(
         None, AT_LEAST_0
-    )  # share drawn, relative to the others, see data.weights_in; null for all: by their sizes
+    )  # sampling weight relative to the other sources, see data.weights_in; null for all: by size
     repeat: float | None = ranged(
         None, ABOVE_0
-    )  # without weights: how often an epoch reads each of its records; null: once
-    count: int | None = ranged(
-        None, COUNT
-    )  # without weights: how many of its records an epoch reads, instead of repeat
+    )  # without weights: number of times that an epoch reads each record; null: once
+    count: int | None = ranged(None, COUNT)  # without weights: number of records that an epoch reads, instead of repeat
     fraction: float | None = ranged(
         None, SHARE_ABOVE_0
-    )  # use this share of its records only, chosen by digest; null: all
+    )  # use only this share of the records, chosen by digest; null: all
     max_tiles: int | None = ranged(
         None, COUNT_OR_NONE
-    )  # most tiles of an image beside its base view; 0: base view alone; null: the model's
-    language: Language = Language.auto  # auto: by the text, any Hangul makes it Korean
-    kind: str | None = None  # a name of types.Kind; null: found from the record
+    )  # maximum tiles of an image besides its base view; 0: only the base view; null: the model's maximum
+    language: Language = Language.auto  # auto: detected from the text, any Hangul makes it Korean
+    kind: str | None = None  # kind of sample, a name of types.SampleKind; null: detected from the record
     markup: Markup = Markup.auto
-    marks: Marks = Marks.place  # other forms' marks in its texts
-    num_samples: int | None = ranged(None, COUNT)  # use this many; for format=builtin, make this many
-    hard: bool = False  # format=builtin: larger pictures and smaller text, for high resolution
-    licence: str | None = None  # of a named set, shown by task=preflight
-    homepage: str | None = None  # where a named set comes from
-    obtain: str | None = None  # how to get a named set; shown when its files are missing
+    marks: Marks = Marks.place  # meaning of markers of other formats in its texts
+    num_samples: int | None = ranged(None, COUNT)  # number of samples to use; for format=builtin, to generate
+    hard: bool = False  # format=builtin: larger images and smaller text, for high resolution
+    licence: str | None = None  # licence of a named set, shown by task=preflight
+    homepage: str | None = None  # web page of a named set
+    obtain: str | None = None  # download instructions of a named set, shown when its files are missing
     expected_records: int | None = ranged(
         None, COUNT
-    )  # of a named set; task=prepare and preflight say when the disk holds another number
+    )  # number of records in a named set; task=prepare and preflight report a difference
 
 
 @dataclass(kw_only=True, slots=True)
 class ValidationConfig:
-    sources: dict[str, SourceConfig] = field(default_factory=dict)  # held-out sources; empty: a fraction of each
-    fraction: float = ranged(0.01, SHARE_BELOW_1)  # held out of each source by digest of the sample, at most 200 of it
-    every_steps: int | None = ranged(None, COUNT)  # optimizer steps between validations; null: at the end only
+    """Held-out data and the validation interval."""
+
+    sources: dict[str, SourceConfig] = field(default_factory=dict)  # held-out sources; empty: a fraction of each source
+    fraction: float = ranged(0.01, SHARE_BELOW_1)  # held-out share of each source, by digest, at most 200 samples
+    every_steps: int | None = ranged(None, COUNT)  # optimizer steps between validations; null: only at the end
     max_samples: int = ranged(
         200, COUNT_OR_NONE
-    )  # most samples that the generated answers are scored on, per kind and language
+    )  # maximum samples whose generated answers are scored, per kind and language
 
 
 @dataclass(kw_only=True, slots=True)
 class ShareConfig:
-    """Shares of all samples drawn, whatever source they come from; null: as the sources' weights bring it."""
+    """Shares of all sampled samples, over all sources; null: the result of the sources' weights."""
 
-    ko: float | None = ranged(None, SHARE)  # of Korean samples; the rest is English
-    text_only: float | None = ranged(None, SHARE)  # of samples without an image
-    kinds: dict[str, float] = ranged(dict, SHARE)  # name of types.Kind -> its share, e.g. {ocr: 0.2}
+    ko: float | None = ranged(None, SHARE)  # share of Korean samples; the rest is English
+    text_only: float | None = ranged(None, SHARE)  # share of samples without an image
+    kinds: dict[str, float] = ranged(dict, SHARE)  # share of each kind of sample (types.SampleKind), e.g. {ocr: 0.2}
 
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
+    """Data sources, mixture, and limits of a micro-batch."""
+
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     weights_in: WeightsIn = WeightsIn.samples
     temperature: float = ranged(
         1.0, ABOVE_0
-    )  # without weights: sources count by size^(1/temperature); 1: by size, large: all alike
+    )  # without weights: sources are weighted by size^(1/temperature); 1: by size; large: equally
     share: ShareConfig = field(default_factory=ShareConfig)
-    lock: str | None = None  # a mixture.lock; the run stops and says what changed when the data are not those
-    index_dir: str | None = None  # where indexes and plans are kept; null: run_dir/index
+    lock: str | None = None  # a mixture.lock; if the data differ from it, the run stops and reports the differences
+    index_dir: str | None = None  # folder of indexes and plans; null: run_dir/index
     index_workers: int | None = ranged(None, PROCESSES)  # processes that build an index; null: one per CPU
     verify: bool = True  # task=prepare: decode every image once
     global_batch_size: int = ranged(128, COUNT)  # samples per optimizer step, over all devices
-    global_batch_tokens: int | None = ranged(None, COUNT)  # instead: tokens per optimizer step, to within a sample
+    global_batch_tokens: int | None = ranged(None, COUNT)  # instead: tokens per optimizer step, in whole samples
     max_length: int | None = ranged(
         None, COUNT
-    )  # most tokens of a sample; null: what the language model and a micro-batch hold
+    )  # maximum tokens of a sample; null: the limit of the language model and of a micro-batch
     on_overlong: OnOverlong = OnOverlong.quarantine
-    tokens_per_micro_batch: int = ranged(16384, COUNT)  # memory cap of one forward pass
-    tiles_per_micro_batch: int = ranged(64, COUNT)  # memory cap of one tower pass
+    tokens_per_micro_batch: int = ranged(16384, COUNT)  # token limit of a micro-batch: memory of one forward pass
+    tiles_per_micro_batch: int = ranged(64, COUNT)  # tile limit of a micro-batch: memory of one vision tower pass
     tiling: Tiling = Tiling.anyres  # base: the whole image once; anyres: the image and its tiles (LLaVA-OneVision)
     on_bad_record: OnBadRecord = OnBadRecord.stop
-    max_quarantined: float = ranged(0.01, SHARE)  # share of a source; more than this stops the run
+    max_quarantined: float = ranged(0.01, SHARE)  # maximum share of a source; above it the run stops
     max_image_pixels: int = ranged(64_000_000, COUNT)  # larger images are bad records (decompression bombs)
-    scaled_decode: bool = False  # decode large JPEGs at 1/2, 1/4 or 1/8 where that is enough; pixels differ slightly
+    scaled_decode: bool = False  # decode large JPEGs at 1/2, 1/4 or 1/8 if that is enough; pixels differ slightly
     num_workers: int = ranged(2, PROCESSES_OR_NONE)  # loader processes per device
-    prefetch_factor: int = ranged(4, PROCESSES)  # micro-batches that each of them holds ready
+    prefetch_factor: int = ranged(4, PROCESSES)  # micro-batches that each loader process prefetches
 
 
 @dataclass(kw_only=True, slots=True)
 class LoraConfig:
-    rank: int = ranged(0, COUNT_OR_NONE)  # 0: no LoRA, the part's own weights train
-    alpha: float = ranged(16.0, ABOVE_0)  # the update is scaled by alpha / rank
-    dropout: float = ranged(0.0, SHARE_BELOW_1)  # on the input of the low-rank update
-    targets: list[str] = field(default_factory=list)  # module names; empty: every linear layer of the part
+    """LoRA adapter of a model part."""
+
+    rank: int = ranged(0, COUNT_OR_NONE)  # rank of the LoRA update; 0: no LoRA, the weights of the part train
+    alpha: float = ranged(16.0, ABOVE_0)  # LoRA alpha: the update is scaled by alpha / rank
+    dropout: float = ranged(0.0, SHARE_BELOW_1)  # dropout on the input of the LoRA update
+    targets: list[str] = field(default_factory=list)  # LoRA targets: module names; empty: every linear layer
 
 
 @dataclass(kw_only=True, slots=True)
 class PartConfig:
-    """What differs for one part; null takes the stage's value."""
+    """Settings of one model part that differ from the stage; null: the stage's value."""
 
-    learning_rate: float | None = ranged(None, LEARNING_RATE)  # peak of this part; null: the stage's
-    weight_decay: float | None = ranged(None, AT_LEAST_0)  # null: the stage's
-    warmup: float | None = ranged(None, AT_LEAST_0)  # null: the stage's
+    learning_rate: float | None = ranged(None, LEARNING_RATE)  # peak learning rate of this part; null: the stage's
+    weight_decay: float | None = ranged(None, AT_LEAST_0)  # weight decay of this part; null: the stage's
+    warmup: float | None = ranged(None, AT_LEAST_0)  # warm-up of this part; null: the stage's
     lora: LoraConfig = field(default_factory=LoraConfig)
 
 
 @dataclass(kw_only=True, slots=True)
 class PartsConfig:
+    """Settings of each model part."""
+
     vision_tower: PartConfig = field(default_factory=PartConfig)
     projector: PartConfig = field(default_factory=PartConfig)
     language_model: PartConfig = field(default_factory=PartConfig)
@@ -317,190 +349,194 @@ class PartsConfig:
 
 @dataclass(kw_only=True, slots=True)
 class StageConfig:
-    """What trains, on which loss, how fast."""
+    """Settings of a training stage: trained parts, loss, optimizer and learning-rate schedule."""
 
     name: StageName = MISSING  # set by the group's files
-    trainable: list[Part] = MISSING  # parts whose weights change; every other part is frozen
-    learning_rate: float = ranged(MISSING, LEARNING_RATE)  # peak, of every part that names none of its own
-    weight_decay: float = ranged(0.0, AT_LEAST_0)  # LLaVA and LLaVA-OneVision train without
-    warmup: float = ranged(0.03, AT_LEAST_0)  # below 1 a share of the steps, else a number of steps; LLaVA's 0.03
-    schedule: Schedule = Schedule.cosine  # of the learning rate after the warm-up, down to min_learning_rate
-    min_learning_rate: float = ranged(0.0, SHARE)  # floor of the schedule, as a share of the peak
-    adam_betas: tuple[float, float] = ranged((0.9, 0.999), SHARE_BELOW_1)  # AdamW's, PyTorch's default
-    adam_eps: float = ranged(1e-8, ABOVE_0)  # AdamW's, PyTorch's default
+    trainable: list[Part] = MISSING  # parts that train; all other parts are frozen
+    learning_rate: float = ranged(MISSING, LEARNING_RATE)  # peak learning rate of every part without its own
+    weight_decay: float = ranged(0.0, AT_LEAST_0)  # weight decay of AdamW; LLaVA and LLaVA-OneVision use 0
+    warmup: float = ranged(0.03, AT_LEAST_0)  # below 1 a share of the steps, else a number of steps; LLaVA uses 0.03
+    schedule: Schedule = Schedule.cosine  # decay after the warm-up, down to min_learning_rate
+    min_learning_rate: float = ranged(0.0, SHARE)  # minimum learning rate, as a share of the peak
+    adam_betas: tuple[float, float] = ranged((0.9, 0.999), SHARE_BELOW_1)  # betas of AdamW; PyTorch's default
+    adam_eps: float = ranged(1e-8, ABOVE_0)  # epsilon of AdamW; PyTorch's default
     activation_checkpointing: ActivationCheckpointing = (
         ActivationCheckpointing.auto
-    )  # what of the layers is computed again in the backward pass, for less memory
-    cache_features: bool = False  # what a frozen tower sees, in one pass before training, kept in data.index_dir; large
+    )  # activations to recompute in the backward pass, to save memory
+    cache_features: bool = False  # compute a frozen tower's features once before training, in data.index_dir; large
     parts: PartsConfig = field(default_factory=PartsConfig)
 
 
 @dataclass(kw_only=True, slots=True)
 class DPOStageConfig(StageConfig):
-    """Preference optimisation; names and losses are TRL's."""
+    """Settings of preference optimisation; names and losses are those of TRL."""
 
-    beta: float = ranged(0.1, ABOVE_0)  # VARCO's is not published; LLaVA-NeXT's dpo_ov7b.sh
-    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])  # several are summed by loss_weights
-    loss_weights: list[float] | None = ranged(None, AT_LEAST_0)  # one per loss type; null: 1 each
-    label_smoothing: float = ranged(0.0, SHARE_BELOW_HALF)  # share of pairs assumed to be labelled the wrong way round
-    f_divergence_type: str = "reverse_kl"  # or forward_kl, js_divergence, alpha_divergence
-    f_alpha_divergence_coef: float = ranged(0.5, ABOVE_0)  # for f_divergence_type=alpha_divergence
+    beta: float = ranged(0.1, ABOVE_0)  # beta of DPO; from LLaVA-NeXT's dpo_ov7b.sh, VARCO's is not published
+    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])  # losses; several are summed with loss_weights
+    loss_weights: list[float] | None = ranged(None, AT_LEAST_0)  # weight of each loss type; null: 1 each
+    label_smoothing: float = ranged(0.0, SHARE_BELOW_HALF)  # assumed share of pairs with swapped labels
+    f_divergence_type: str = "reverse_kl"  # reverse_kl, forward_kl, js_divergence or alpha_divergence
+    f_alpha_divergence_coef: float = ranged(0.5, ABOVE_0)  # coefficient of f_divergence_type=alpha_divergence
     discopop_tau: float = ranged(0.05, ABOVE_0)  # temperature of loss_type=discopop
     ld_alpha: float | None = ranged(
         None, SHARE
-    )  # weight of tokens beyond the shorter answer's length (LD-DPO); null: 1
-    use_weighting: bool = False  # WPO
+    )  # weight of tokens beyond the length of the shorter answer (LD-DPO); null: 1
+    use_weighting: bool = False  # weight the pairs as in WPO
     reference: str | None = None  # folder of the reference model; null: init_from
     cache_reference: bool = (
-        False  # its log-probabilities in one pass before training, kept in data.index_dir for other runs
+        False  # compute the reference log-probabilities once before training, in data.index_dir for other runs
     )
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainerConfig:
-    """Lightning's Trainer in its own words; what is not named here goes through `extra`."""
+    """Settings of Lightning's Trainer under its own names; arguments that are not listed go through `extra`."""
 
     max_steps: int | None = ranged(None, COUNT)  # optimizer steps; null: from max_epochs
-    max_epochs: float = ranged(1.0, ABOVE_0)  # passes over the mixture; turned into steps by the plan
-    accelerator: str = "auto"  # cpu, gpu, or auto: what is there
-    devices: int = ranged(1, PROCESSES)  # processes on this machine, one device each
-    num_nodes: int = ranged(1, NODES)  # machines
-    strategy: Strategy = Strategy.auto  # how the devices share the work
+    max_epochs: float = ranged(1.0, ABOVE_0)  # passes over the mixture; the plan converts them to steps
+    accelerator: str = "auto"  # cpu, gpu, or auto: whichever is available
+    devices: int = ranged(1, PROCESSES)  # processes per machine, one device each
+    num_nodes: int = ranged(1, NODES)  # number of machines
+    strategy: Strategy = Strategy.auto  # distributed training strategy
     shard_size: int | None = ranged(
         None, COUNT
-    )  # strategy=hsdp: devices that share one copy of the model; null: those of a machine
+    )  # strategy=hsdp: devices over which one copy of the model is sharded; null: those of a machine
     timeout_minutes: float = ranged(
         30.0, MINUTES
-    )  # ranks wait for each other no longer; then all leave, with their stacks in the run's folder
+    )  # maximum time that ranks wait for each other; then all exit and write their stacks to the run folder
     precision: str = "bf16-mixed"  # 32-true, bf16-mixed, bf16-true, 16-mixed, ...
-    gradient_clip_val: float | None = ranged(1.0, AT_LEAST_0)  # largest gradient norm; null: no clipping
-    log_every_n_steps: int = ranged(10, COUNT)  # optimizer steps between two rows of the metrics
-    limit_val_batches: float | None = ranged(None, AT_LEAST_0)  # validation batches; a share if not whole; null: all
-    deterministic: bool = False  # refuse operations whose result differs from run to run
-    enable_progress_bar: bool = True  # the bar on the terminal
+    gradient_clip_val: float | None = ranged(1.0, AT_LEAST_0)  # maximum gradient norm; null: no clipping
+    log_every_n_steps: int = ranged(10, COUNT)  # optimizer steps between two rows of metrics
+    limit_val_batches: float | None = ranged(None, AT_LEAST_0)  # validation batches; a fraction is a share; null: all
+    deterministic: bool = False  # raise an error for operations whose result differs between runs
+    enable_progress_bar: bool = True  # show a progress bar on the terminal
     profile: bool = (
-        False  # look at some steps under PyTorch's profiler; profile.html in the run's folder says what takes the time
+        False  # run some steps under PyTorch's profiler and write profile.html with the times to the run folder
     )
-    num_threads: int | None = ranged(None, PROCESSES)  # CPU threads of one process; null: torch's choice
-    extra: dict[str, Any] = field(default_factory=dict)  # lightning.Trainer's other arguments, checked by name
+    num_threads: int | None = ranged(None, PROCESSES)  # CPU threads per process; null: torch's choice
+    extra: dict[str, Any] = field(default_factory=dict)  # other arguments of lightning.Trainer, checked by name
 
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
-    """The state of an unfinished run: weights that train, optimizer, step. One layout for every strategy."""
+    """Checkpoints, the state of an unfinished run: trained weights, optimizer and step. All strategies use the same layout."""
 
-    every_steps: int | None = ranged(None, COUNT)  # optimizer steps between two; null: by every_minutes alone
-    every_minutes: float | None = ranged(15.0, MINUTES)  # and after so much time; null: by every_steps alone
-    keep_last: int = ranged(2, COUNT)  # older ones are deleted; two, so that one may turn out damaged
-    keep_best: bool = False  # keep the one of the lowest val/loss as well
-    asynchronous: bool = True  # write while training goes on; the copy in memory takes as much room as the state
+    every_steps: int | None = ranged(None, COUNT)  # optimizer steps between checkpoints; null: only by every_minutes
+    every_minutes: float | None = ranged(15.0, MINUTES)  # minutes between checkpoints; null: only by every_steps
+    keep_last: int = ranged(2, COUNT)  # checkpoints to keep; 2, so that one may be corrupt
+    keep_best: bool = False  # also keep the checkpoint with the lowest val/loss
+    asynchronous: bool = True  # write during training; the copy in host memory is as large as the state
 
 
 @dataclass(kw_only=True, slots=True)
 class GuardConfig:
-    on_nonfinite: OnNonfinite = OnNonfinite.stop  # when the loss or a gradient is not a number, on any rank
-    max_skipped: int = ranged(10, COUNT_OR_NONE)  # steps in a row; more stop the run
-    heartbeat_seconds: float = ranged(10.0, HEARTBEAT_SECONDS)  # each rank says in the run's folder where it is
+    """Handling of faults during training."""
+
+    on_nonfinite: OnNonfinite = OnNonfinite.stop  # action when the loss or a gradient is not finite on any rank
+    max_skipped: int = ranged(10, COUNT_OR_NONE)  # maximum consecutive skipped steps; above it the run stops
+    heartbeat_seconds: float = ranged(10.0, HEARTBEAT_SECONDS)  # interval of each rank's heartbeat in the run folder
     max_oom_retries: int = ranged(
         3, COUNT_OR_NONE
-    )  # times that the micro-batch budget is halved after a device ran out of memory
+    )  # maximum times that the micro-batch limits are halved after a device ran out of memory
 
 
 @dataclass(kw_only=True, slots=True)
 class SubmitConfig:
-    """task=submit: the job that Slurm gets, in Slurm's words. null leaves it to the cluster."""
+    """Slurm job of task=submit, in Slurm's terms; null: the cluster's default."""
 
     dry_run: bool = False  # write and print the script, submit nothing
-    partition: str | None = None  # queue
-    account: str | None = None  # whom the hours are charged to
+    partition: str | None = None  # partition (queue)
+    account: str | None = None  # account that is charged
     qos: str | None = None  # quality of service
-    time: str | None = None  # limit of one job, days-hours:minutes:seconds; a requeued job gets it anew
-    constraint: str | None = None  # features that nodes must have, e.g. h100
+    time: str | None = None  # time limit of a job, days-hours:minutes:seconds; a requeued job gets it again
+    constraint: str | None = None  # required node features, e.g. h100
     gpus_per_node: int | None = ranged(
         None, COUNT_OR_NONE
-    )  # null: trainer.devices where those are GPUs; 0: submit.extra asks for them
-    cpus_per_task: int | None = ranged(None, COUNT)  # null: 1 + data.num_workers
-    memory: str | None = None  # of a node, e.g. 0 for all of it
+    )  # GPUs per node; null: trainer.devices if these are GPUs; 0: submit.extra requests them
+    cpus_per_task: int | None = ranged(None, COUNT)  # CPU cores per process; null: 1 + data.num_workers
+    memory: str | None = None  # memory per node, e.g. 0 for all
     container: str | None = None  # image for srun --container-image (pyxis and enroot)
-    container_mounts: list[str] = field(default_factory=list)  # host:inside
-    setup: list[str] = field(default_factory=list)  # shell lines before the start: modules, environment, staging
-    env: dict[str, str] = field(default_factory=dict)  # exported to all ranks
-    stage_to: str | None = None  # folder on each node's own disk that data files are copied to before the start
-    signal_seconds: int = ranged(120, SIGNAL_SECONDS)  # before the time limit, to save and requeue
-    extra: list[str] = field(default_factory=list)  # further lines for #SBATCH, e.g. --exclusive
+    container_mounts: list[str] = field(default_factory=list)  # mounts, host_path:container_path
+    setup: list[str] = field(default_factory=list)  # shell lines to run before the start: modules, environment, staging
+    env: dict[str, str] = field(default_factory=dict)  # environment variables of all ranks
+    stage_to: str | None = None  # folder on each node's local disk to which data files are copied before the start
+    signal_seconds: int = ranged(120, SIGNAL_SECONDS)  # seconds before the time limit, to save and requeue
+    extra: list[str] = field(default_factory=list)  # further #SBATCH options, e.g. --exclusive
 
 
 @dataclass(kw_only=True, slots=True)
 class LoggerConfig:
-    """CSV is always written."""
+    """Experiment trackers. The CSV file is always written."""
 
     wandb: bool = False  # log to Weights & Biases as well; the key stays in WANDB_API_KEY
-    tensorboard: bool = False  # write TensorBoard's files as well; needs pip install '.[tensorboard]'
-    metric: str | None = None  # must be among what the run logs, as a sweep optimises it; a mistyped one ends the run
-    project: str = "lit_vlm"  # of Weights & Biases, like what follows
-    entity: str | None = None  # user or team; null: the key's own
-    group: str | None = None  # runs that belong together; null: the stages of a chain
-    offline: bool = False  # write to the run's folder, upload later with task=sync
-    tags: list[str] = field(default_factory=list)  # words to find a run by
+    tensorboard: bool = False  # write TensorBoard files as well; needs pip install '.[tensorboard]'
+    metric: str | None = None  # metric that a sweep optimises; a name that the run does not log ends the run
+    project: str = "lit_vlm"  # project in Weights & Biases
+    entity: str | None = None  # user or team in Weights & Biases; null: the default of the key
+    group: str | None = None  # group of runs in Weights & Biases; null: the stages of a chain
+    offline: bool = False  # write to the run folder and upload later with task=sync
+    tags: list[str] = field(default_factory=list)  # tags of the run in Weights & Biases
     artifacts: list[str] = field(
         default_factory=list
-    )  # what is uploaded at the end: model, lock (mixture.lock), report
+    )  # artifacts to upload at the end: model, lock (mixture.lock), report
 
 
 @dataclass(kw_only=True, slots=True)
 class PreflightConfig:
-    """task=preflight."""
+    """Settings of task=preflight."""
 
-    max_samples: int = ranged(2000, COUNT)  # records read of each source that has no index yet; the page says so
+    max_samples: int = ranged(2000, COUNT)  # records to read of each source without an index; noted on the page
     num_shown: int = ranged(6, COUNT_OR_NONE)  # samples whose prompt, loss mask, tiles and boxes are shown
     world_size: int | None = ranged(None, COUNT)  # devices to plan for; null: trainer.devices * trainer.num_nodes
-    device: DeviceName = DeviceName.h200  # whose memory and speed are assumed
-    utilisation: float = ranged(0.4, SHARE_ABOVE_0)  # share of the device's peak that training is assumed to reach
+    device: DeviceName = DeviceName.h200  # device whose memory and speed are assumed
+    utilisation: float = ranged(0.4, SHARE_ABOVE_0)  # assumed share of the device's peak FLOP/s (MFU)
     network: float = ranged(
         400.0, ABOVE_0
-    )  # Gb/s into a node from the others, all its ports together; assumed where a strategy is chosen
+    )  # network bandwidth into a node in Gb/s, all ports together; assumed for the choice of a strategy
 
 
 @dataclass(kw_only=True, slots=True)
 class PreferConfig:
-    """task=prefer: pairs from the answers of the model at init_from to the prompts of data.sources."""
+    """Settings of task=prefer: preference pairs from the answers of the model at init_from to the prompts of data.sources."""
 
-    output: str = "pairs.jsonl"  # the pairs; answers, pictures and state lie beside it in <name>_files/
+    output: str = "pairs.jsonl"  # file of the pairs; answers, images and state are in <name>_files/ next to it
     kinds: list[PairKind] = field(default_factory=lambda: [PairKind.response])  # response, control, or both
-    num_samples: int = ranged(4, COUNT)  # answers drawn to each prompt
-    temperature: float = ranged(1.0, ABOVE_0)  # of the draw; 1: as the model's probabilities say
+    num_samples: int = ranged(4, COUNT)  # answers to sample for each prompt
+    temperature: float = ranged(1.0, ABOVE_0)  # sampling temperature; 1: the model's own probabilities
     top_p: float = ranged(
         1.0, SHARE_ABOVE_0
-    )  # draw among the likeliest tokens that have this probability together; 1: among all
-    max_new_tokens: int = ranged(256, COUNT)  # of an answer; one that is cut by it is never used
-    scorer: ScorerName = ScorerName.exact  # what tells the better answer
+    )  # nucleus sampling: sample from the most likely tokens with this total probability; 1: from all
+    max_new_tokens: int = ranged(256, COUNT)  # maximum tokens of an answer; a truncated answer is never used
+    scorer: ScorerName = ScorerName.exact  # scorer that decides which answer is better
     judge: str | None = None  # scorer=judge: a finished model's folder or hub id, or the import path of your own class
     min_margin: float = ranged(
         0.0, SHARE
-    )  # least difference of the two scores, which lie in 0 to 1; equal ones never make a pair
-    reference_as_chosen: bool = False  # the known answer is chosen where no sample is as good
+    )  # minimum difference of the two scores (0 to 1); equal scores never make a pair
+    reference_as_chosen: bool = False  # use the reference answer as chosen if no sampled answer is as good
 
 
 @dataclass(kw_only=True, slots=True)
 class TrialsConfig:
-    """task=sweep: how the runs of a sweep file are carried out."""
+    """Execution of the trials of task=sweep."""
 
-    count: int | None = ranged(None, COUNT)  # trials altogether; null: the file's run_cap, or 20; a grid ends by itself
+    count: int | None = ranged(None, COUNT)  # total trials; null: run_cap of the file, or 20; a grid ends by itself
     parallel: int | None = ranged(
         None, PROCESSES
-    )  # trials at a time; null: as many as the local devices allow, on a CPU 1
+    )  # parallel trials; null: as many as the local devices allow, 1 on a CPU
     slurm: int | None = ranged(
         None, NODES
-    )  # workers of a Slurm array, one trial at a time each, with submit.*; null: on this machine
-    worker: int | None = ranged(None, COUNT_OR_NONE)  # which of them this process is; the array's script says it
-    carry_to: str | None = None  # experiment that the best values are printed for, e.g. varco_vision_14b/1_align
+    )  # workers of a Slurm array, each runs one trial at a time, with submit.*; null: on this machine
+    worker: int | None = ranged(None, COUNT_OR_NONE)  # index of this worker, set by the script of the array
+    carry_to: str | None = None  # experiment for which the best values are printed, e.g. varco_vision_14b/1_align
     dry_run: bool = False  # show the parameters and the first commands, run nothing
 
 
 @dataclass(kw_only=True, slots=True)
 class RunConfig:
+    """All settings of a run; the groups of the command line are its fields."""
+
     task: Task = Task.pipeline
-    recipe: str = "tiny"  # for the pipeline: a folder of conf/experiment/
+    recipe: str = "tiny"  # task=pipeline: a folder of conf/experiment/
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     stage: StageConfig = field(default_factory=StageConfig)
@@ -511,32 +547,32 @@ class RunConfig:
     submit: SubmitConfig = field(default_factory=SubmitConfig)
     callbacks: list[str] = field(
         default_factory=lambda: ["throughput", "language_loss", "guard", "samples", "report"]
-    )  # import paths of your own classes, which come to these; or names of these, which leave the others out
+    )  # import paths of your own classes, added to the default; or default names, which exclude the others
     export: bool = (
-        True  # leave the model in hf/; false: in the last checkpoint, from which task=export makes the folder
+        True  # export the model to hf/; false: keep only the last checkpoint, from which task=export makes hf/
     )
-    init_from: str | None = None  # weights: folder or hub id of a whole model, or "previous": the recipe's stage before
+    init_from: str | None = None  # weights: folder or hub id of a model, or "previous": the recipe's previous stage
     resume_from: str = (
-        "auto"  # auto: an unfinished run goes on where it was; none: from its start; or a checkpoint's folder
+        "auto"  # auto: resume an unfinished run; none: start from the beginning; or the folder of a checkpoint
     )
-    run_dir: str = "runs"  # where runs are kept
-    run_name: str | None = None  # folder below run_dir; null: the experiment and a hash of what was changed
-    overwrite: bool = False  # let a run replace a finished one, or another one, of the same name
-    seed: int = ranged(0, SEED)  # of the weights that start at random, the order of the data, and dropout
+    run_dir: str = "runs"  # folder of all runs
+    run_name: str | None = None  # folder below run_dir; null: the experiment and a hash of the changed settings
+    overwrite: bool = False  # replace a finished run, or a different run, of the same name
+    seed: int = ranged(0, SEED)  # seed of randomly initialised weights, data order and dropout
     debug: Debug | None = None
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     prefer: PreferConfig = field(default_factory=PreferConfig)
     sweep: str | None = None  # task=sweep: a sweep file in W&B's format, e.g. sweeps/align.yaml
     trials: TrialsConfig = field(default_factory=TrialsConfig)
-    sync: list[str] = field(default_factory=list)  # task=sync: run folders, also ones that were copied from elsewhere
-    image: list[str] = field(default_factory=list)  # task=chat: pictures to talk about
-    prompt: str | None = None  # task=chat: ask this once and leave; null: a conversation
-    max_new_tokens: int = ranged(256, COUNT)  # task=chat: most tokens of an answer
+    sync: list[str] = field(default_factory=list)  # task=sync: run folders, which may be copies from other machines
+    image: list[str] = field(default_factory=list)  # task=chat: images of the conversation
+    prompt: str | None = None  # task=chat: answer this prompt and exit; null: a conversation
+    max_new_tokens: int = ranged(256, COUNT)  # task=chat: maximum tokens of an answer
 
 
 @dataclass(kw_only=True, slots=True)
 class RunIdentity:
-    """Where a run lives; computed by parse, not a setting."""
+    """Name and experiment of a run; computed by parse, not a setting."""
 
     name: str  # e.g. tiny/2_sft or tiny/2_sft-3fa2b1c0
     experiment: str | None

@@ -1,4 +1,4 @@
-"""The schema as a table: each setting's key, type, default and comment, and the nearest right key to a wrong one."""
+"""Table of all settings: key, type, default and help text of each, and the nearest valid key to an invalid one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lit_vlm.config import mapping, schema
 from lit_vlm.config.ranges import Range
 from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig
 
-# What people type out of habit -> our word.
+# Names from other programs -> key of this schema.
 HABITS = {
     "lr": "stage.learning_rate",
     "batch_size": "data.global_batch_size",
@@ -38,31 +38,31 @@ HABITS = {
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """One row of the table. `<name>` in a key stands for the name of a source."""
+    """A row of the table. `<name>` in a key is a placeholder for the name of a source."""
 
     key: str
     type: Any
     default: Any
     comment: str
-    group: str = ""  # dataclass it stands in
-    range: Range | None = None  # of a number, or of each number of a list
+    group: str = ""  # name of the dataclass that contains the setting
+    range: Range | None = None  # range of a number, or of each number in a list
 
 
 def stage_class(name: str | None) -> type[StageConfig]:
-    """The schema of a stage; each name but dpo has the plain one."""
+    """Return the config dataclass of a stage; every stage except dpo has the plain one."""
     return DPOStageConfig if name == schema.StageName.dpo.value else StageConfig
 
 
 @cache
 def members(owner: type) -> dict[str, Any]:
-    """Field name -> type of a dataclass of the schema."""
+    """Return the types of a config dataclass by field name."""
     hints = get_type_hints(owner)
     return {field.name: hints[field.name] for field in fields(owner)}
 
 
 @cache
 def settings(stage: type[StageConfig] = DPOStageConfig) -> tuple[Setting, ...]:
-    """Every setting, in the order of the schema."""
+    """List all settings in the order of the schema."""
     return tuple(_rows(RunConfig, "", stage))
 
 
@@ -76,30 +76,32 @@ def _rows(owner: type, prefix: str, stage: type[StageConfig]) -> Iterator[Settin
         elif is_dataclass(value_type(hint)):
             yield from _rows(value_type(hint), f"{key}.<name>.", stage)
         else:
-            place = next(base for base in owner.__mro__ if field.name in base.__dict__.get("__annotations__", {}))
+            defining_class = next(
+                base for base in owner.__mro__ if field.name in base.__dict__.get("__annotations__", {})
+            )
             yield Setting(
                 key,
                 hint,
                 default_of(field),
-                comments.get((place.__name__, field.name), ""),
+                comments.get((defining_class.__name__, field.name), ""),
                 owner.__name__,
                 field.metadata.get("range"),
             )
 
 
 def default_of(field: Field) -> Any:
-    """The default that a field has when nothing is said; "???" where something must be said."""
+    """Return the default of a field; "???" for a required setting."""
     return field.default_factory() if field.default_factory is not REQUIRED else field.default
 
 
 def dataclass_of(hint: Any) -> Any:
-    """X of X and of X | None, where X is a dataclass; None for anything else."""
+    """Extract the dataclass X from the type X or X | None; None for any other type."""
     options = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
     return next((option for option in options if is_dataclass(option)), None)
 
 
 def hint_of(key: str, stage: type[StageConfig]) -> Any:
-    """The type of a setting; None when there is no such setting."""
+    """Return the type of a setting; None if the setting does not exist."""
     hint: Any = RunConfig
     for word in key.split("."):
         if hint is Any:
@@ -113,14 +115,14 @@ def hint_of(key: str, stage: type[StageConfig]) -> Any:
 
 
 def value_type(hint: Any) -> Any:
-    """X of dict[str, X]; None for anything else."""
+    """Return X of dict[str, X]; None for any other type."""
     return get_args(hint)[1] if get_origin(hint) is dict else None
 
 
 @cache
 def field_comments() -> dict[tuple[str, str], str]:
-    """(class, field) -> the comment behind the field (or behind the bracket that closes it) in schema.py, mapping.py."""
-    found: dict[tuple[str, str], str] = {}
+    """Read the help texts in schema.py and mapping.py: (class, field) -> trailing comment of the field or its closing bracket."""
+    comments: dict[tuple[str, str], str] = {}
     owner = name = ""
     depth = 0
     source = "\n".join(inspect.getsource(module) for module in (schema, mapping))
@@ -131,13 +133,13 @@ def field_comments() -> dict[tuple[str, str], str]:
         elif token.type == tokenize.NAME and following.string in (":", "=") and token.start[1] == 4 and depth == 0:
             name = token.string
         elif token.type == tokenize.COMMENT and owner and name and token.start[1] > 4:
-            found.setdefault((owner, name), token.string.lstrip("# "))
+            comments.setdefault((owner, name), token.string.lstrip("# "))
         depth += (token.string in ("(", "[", "{")) - (token.string in (")", "]", "}"))
-    return found
+    return comments
 
 
 def describe(hint: Any) -> str:
-    """A type in a reader's words: "a number", "one of align, sft, highres, dpo", ..."""
+    """Describe a type for users: "a number", "one of align, sft, highres, dpo", ..."""
     if get_origin(hint) in (UnionType, Union):
         return " or ".join(describe(option) for option in get_args(hint))
     if get_origin(hint) is list:
@@ -146,7 +148,7 @@ def describe(hint: Any) -> str:
         return f"a list of {len(get_args(hint))} numbers"
     if inspect.isclass(hint) and issubclass(hint, Enum):
         return "one of " + ", ".join(hint.__members__)
-    words = {
+    names = {
         str: "text",
         int: "a whole number",
         float: "a number",
@@ -154,30 +156,30 @@ def describe(hint: Any) -> str:
         NoneType: "null",
         Any: "anything",
     }
-    return words.get(hint, "keys and values")
+    return names.get(hint, "keys and values")
 
 
 def nearest(word: str, choices: Iterator[str] | list[str] | tuple[str, ...]) -> str | None:
-    """The choice that looks most like the word; None when none does."""
-    found = difflib.get_close_matches(word.lower(), list(choices), n=1, cutoff=0.6)
-    return found[0] if found else None
+    """Find the choice that is most similar to a word; None if none is similar."""
+    matches = difflib.get_close_matches(word.lower(), list(choices), n=1, cutoff=0.6)
+    return matches[0] if matches else None
 
 
 def nearest_key(key: str, keys: list[str]) -> str | None:
-    """The setting that was probably meant: by habit, by its last word alone, or by its looks."""
+    """Find the setting that was probably meant: by a known alias, by the last part of the key, or by similarity."""
     last = key.rpartition(".")[2]
     if key in HABITS or last in HABITS:
         return HABITS.get(key) or HABITS[last]
-    same = [candidate for candidate in keys if candidate.rpartition(".")[2] == last]
-    if same:
-        return nearest(key, same) or min(same, key=len)
-    close = difflib.get_close_matches(key, keys, n=1, cutoff=0.8)
-    if close:
-        return close[0]
-    word = nearest(last, sorted({candidate.rpartition(".")[2] for candidate in keys}))
-    return nearest_key(f"{key.rpartition('.')[0]}.{word}", keys) if word else nearest(key, keys)
+    same_name = [candidate for candidate in keys if candidate.rpartition(".")[2] == last]
+    if same_name:
+        return nearest(key, same_name) or min(same_name, key=len)
+    matches = difflib.get_close_matches(key, keys, n=1, cutoff=0.8)
+    if matches:
+        return matches[0]
+    nearest_name = nearest(last, sorted({candidate.rpartition(".")[2] for candidate in keys}))
+    return nearest_key(f"{key.rpartition('.')[0]}.{nearest_name}", keys) if nearest_name else nearest(key, keys)
 
 
 def did_you_mean(found: str | None) -> str:
-    """The end of a message that has a suggestion."""
+    """Format a suggestion for the end of a message; empty without one."""
     return f" Did you mean {found}?" if found else ""

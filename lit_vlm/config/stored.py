@@ -1,4 +1,4 @@
-"""Settings as a run's folder holds them become settings again."""
+"""Reading of the settings that a run folder stores."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from lit_vlm.config.schema import RunConfig
 from lit_vlm.config.settings import stage_class
 from lit_vlm.types import UserError
 
-OF_THE_MODEL = ("model", "stage", "seed", "run_dir")  # besides these, single ones of `data` and `trainer`
+OF_THE_MODEL = ("model", "stage", "seed", "run_dir")  # read as a whole; of `data` and `trainer` only single settings
 
 
 def read_model_settings(plain: dict[str, Any], where: str) -> RunConfig:
-    """Read from a run's settings those that say what its model is and what of it trained; all others have their defaults.
+    """Read the settings of a stored run that define its model and its trained parts; all others have their defaults.
 
     Args:
-        plain: as a manifest, config.yaml or a checkpoint holds them.
-        where: for the message.
+        settings: settings from a manifest, config.yaml or checkpoint.
+        origin: where the settings are stored, for the message.
 
     Raises:
-        UserError: they are not those of this version.
+        UserError: the settings do not match this version.
     """
-    chosen = {key: plain[key] for key in OF_THE_MODEL if key in plain}
+    selected = {key: plain[key] for key in OF_THE_MODEL if key in plain}
     for group, names in {"data": ("tiling", "lock"), "trainer": ("precision",)}.items():
-        given = plain.get(group) or {}
-        chosen[group] = {name: given[name] for name in names if name in given}
+        section = plain.get(group) or {}
+        selected[group] = {name: section[name] for name in names if name in section}
     try:
         schema = OmegaConf.structured(RunConfig)
         schema.stage = OmegaConf.structured(stage_class((plain.get("stage") or {}).get("name")))
-        config = OmegaConf.to_object(OmegaConf.merge(schema, chosen))
+        config = OmegaConf.to_object(OmegaConf.merge(schema, selected))
     except (OmegaConfBaseException, ValueError, TypeError, AttributeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{where}: its settings are not those of this version ({first}).") from None
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{where}: its settings are not those of this version ({reason}).") from None
     assert isinstance(config, RunConfig)
     return config

@@ -1,7 +1,7 @@
-"""Reads YAML so that what the schema calls text stays as it is written.
+"""YAML reading that keeps the text of text settings unchanged.
 
-YAML 1.1 makes a number of `1:30:00` (5400), `1_000` and `0x1F`, a truth value of `on` and `no`, a number of `1e3`. Where a
-setting is text, or one of some words, that is never meant. Hydra's command line does the same with fewer of them.
+YAML 1.1 reads `1:30:00` (as 5400), `1_000`, `0x1F` and `1e3` as numbers, and `on` and `no` as booleans. For a setting that is
+text or an enum this is never intended. Hydra's command line converts fewer forms in the same way.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from omegaconf._utils import get_yaml_loader
 from lit_vlm.config.schema import DPOStageConfig
 from lit_vlm.config.settings import hint_of
 
-Keys = tuple[str, ...]  # that lead to a value, lists left out
-WantsText = Callable[[Keys, str], bool]  # whether a value as it is written, below these keys, is text
+Keys = tuple[str, ...]  # keys on the way to a value, without positions in lists
+WantsText = Callable[[Keys, str], bool]  # True if the raw value at this key path is text
 CONVERTED = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "timestamp"))
 TEXT = "tag:yaml.org,2002:str"
-DEFAULT, MERGE = "tag:yaml.org,2002:value", "tag:yaml.org,2002:merge"  # of = and <<; as values no type has them
+DEFAULT, MERGE = "tag:yaml.org,2002:value", "tag:yaml.org,2002:merge"  # tags of = and <<, values of no setting
 READ_AS: dict[int, Callable[[str], Any]] = {
     OverrideLexer.INT: int,
     OverrideLexer.FLOAT: float,
@@ -41,10 +41,10 @@ CLOSING = (OverrideLexer.BRACKET_CLOSE, OverrideLexer.BRACE_CLOSE)
 
 
 def read_yaml(text: str, wants_text: WantsText, loader: type = yaml.SafeLoader) -> Any:
-    """Read a document; keys are always text, and so are values where `wants_text` says so.
+    """Read a YAML document. Keys are always text, and so are values for which `keeps_text` returns True.
 
     Raises:
-        yaml.YAMLError: it is no YAML.
+        yaml.YAMLError: the text is not valid YAML.
     """
     reader = loader(text)
     try:
@@ -55,7 +55,7 @@ def read_yaml(text: str, wants_text: WantsText, loader: type = yaml.SafeLoader) 
 
 
 def _keep_text(node: yaml.Node, keys: Keys, wants_text: WantsText, above: tuple[int, ...]) -> yaml.Node:
-    """Copy a node, with the tag of text on the plain scalars that are meant as text."""
+    """Copy a YAML node and tag the plain scalars that are meant as text."""
     if id(node) in above:
         raise yaml.constructor.ConstructorError(None, None, "an alias leads back into itself", node.start_mark)
     above = (*above, id(node))
@@ -78,7 +78,7 @@ def _keep_text(node: yaml.Node, keys: Keys, wants_text: WantsText, above: tuple[
 
 
 def is_text(hint: Any, written: str) -> bool:
-    """Whether a value of this type, or a member of a list of this type, is text, or one of some words and this is one."""
+    """Return True if a value of this type, or an item of a list of this type, is text or this member of an enum."""
     if get_origin(hint) in (UnionType, Union, list):
         return any(is_text(option, written) for option in get_args(hint))
     if isclass(hint) and issubclass(hint, Enum):
@@ -87,12 +87,12 @@ def is_text(hint: Any, written: str) -> bool:
 
 
 def wants_text(key: str, written: str) -> bool:
-    """Whether a setting, of any stage, is text as it is written."""
+    """Return True if a setting, of any stage, keeps its raw value as text."""
     return is_text(hint_of(key, DPOStageConfig), written)
 
 
 def read_settings(path: Path, package: str) -> Any:
-    """Read a file of settings that stand below `package`; None for an empty one."""
+    """Read a file of settings that belong to `package`; None for an empty file."""
 
     def wanted(keys: Keys, written: str) -> bool:
         return keys[:1] not in (("defaults",), ("hydra",)) and wants_text(
@@ -103,13 +103,13 @@ def read_settings(path: Path, package: str) -> Any:
 
 
 class TextKeepingSource(FileConfigSource):
-    """Hydra's files, read by the types of the schema."""
+    """Config source for Hydra that reads YAML files by the types of the schema."""
 
     def load_config(self, config_path: str) -> ConfigResult:
         path = Path(self.path) / self._normalize_file_name(config_path)
         try:
             result = super().load_config(config_path)
-        except yaml.constructor.ConstructorError:  # of a plain = or <<, too, which is text here
+        except yaml.constructor.ConstructorError:  # also raised by a plain = or <<, which is text here
             header = ConfigSource._get_header_dict(path.read_text(encoding="utf-8")[:512])
             config = OmegaConf.create(read_settings(path, _package_of(config_path, header)))
             return ConfigResult(self.provider, f"{self.scheme()}://{self.path}", config, header)
@@ -119,7 +119,7 @@ class TextKeepingSource(FileConfigSource):
 
 
 def _package_of(config_path: str, header: dict[str, str | None]) -> str:
-    """Find where the settings of a file will stand: by its first line, else by its group."""
+    """Find the package of a file's settings: from its first line, else from its group."""
     package = header.get("package")
     if package and package != "_group_":
         return "" if package == "_global_" else package
@@ -130,26 +130,26 @@ def _package_of(config_path: str, header: dict[str, str | None]) -> str:
 
 
 def register_source() -> None:
-    """Let Hydra read its files through `TextKeepingSource`."""
-    Plugins.instance()  # has registered its own by then
+    """Make Hydra read its files through `TextKeepingConfigSource`."""
+    Plugins.instance()  # registers Hydra's own sources first
     SourcesRegistry.instance().types[FileConfigSource.scheme()] = TextKeepingSource
 
 
 def quote_text(override: str) -> str:
-    """Quote each element that Hydra would read as a number or a truth value where the setting is text.
+    """Quote each element that Hydra would parse as a number or a boolean where the setting is text.
 
-    `run_name=1e3` would become 1000.0, and `submit.setup=[true]` True. Elements of lists, of groups in braces and of
-    comma lists are looked at one by one, each with its own key.
+    `run_name=1e3` would become 1000.0, and `submit.setup=[true]` would become True. Elements of lists, of groups in braces
+    and of comma lists are checked separately, each with its own key.
     """
     key, _, value = override.partition("=")
     lexer = OverrideLexer(InputStream(value))
     lexer.removeErrorListeners()
     lexer.mode(OverrideLexer.VALUE_MODE)
     tokens = lexer.getAllTokens()
-    if not value or any(token.type == OverrideLexer.POPEN for token in tokens):  # choice(...), range(...): a sweep's
+    if not value or any(token.type == OverrideLexer.POPEN for token in tokens):  # choice(...), range(...): a sweep
         return override
-    written, element = [f"{key}="], list[Token]()
-    above = [key.lstrip("+~")]  # one key for each open bracket, empty for a list
+    pieces, element = [f"{key}="], list[Token]()
+    key_path = [key.lstrip("+~")]  # a key for each open bracket, empty for a list
     names_key = False  # the element is a key in braces
     for token in tokens:
         ends_key = names_key and token.type == OverrideLexer.COLON
@@ -158,23 +158,27 @@ def quote_text(override: str) -> str:
             continue
         text = "".join(token.text for token in element)
         if ends_key:
-            above[-1] = text.strip()
-        written += [text if ends_key else _quoted(element, above), token.text]
+            key_path[-1] = text.strip()
+        pieces += [text if ends_key else _quoted(element, key_path), token.text]
         element = []
         if token.type in OPENING:
-            above.append("{" if token.type == OverrideLexer.BRACE_OPEN else "")
-        elif token.type in CLOSING and len(above) > 1:
-            above.pop()
-        names_key = not ends_key and token.type not in CLOSING and above[-1] != "" and len(above) > 1
-    return "".join([*written, _quoted(element, above)])
+            key_path.append("{" if token.type == OverrideLexer.BRACE_OPEN else "")
+        elif token.type in CLOSING and len(key_path) > 1:
+            key_path.pop()
+        names_key = not ends_key and token.type not in CLOSING and key_path[-1] != "" and len(key_path) > 1
+    return "".join([*pieces, _quoted(element, key_path)])
 
 
 def _quoted(element: list[Token], above: list[str]) -> str:
-    """Write an element, in quotes where it is one token that stands for something else than text, and text is wanted."""
+    """Quote an element if it is a single token that Hydra would convert although the setting is text."""
     text = "".join(token.text for token in element)
     tokens = [token for token in element if token.type != OverrideLexer.WS]
     if len(tokens) != 1 or tokens[0].type not in READ_AS:
         return text
-    word = tokens[0].text
-    changes = str(READ_AS[tokens[0].type](word)) != word
-    return text.replace(word, f"'{word}'") if changes and wants_text(".".join(filter(None, above)), word) else text
+    raw_value = tokens[0].text
+    changes = str(READ_AS[tokens[0].type](raw_value)) != raw_value
+    return (
+        text.replace(raw_value, f"'{raw_value}'")
+        if changes and wants_text(".".join(filter(None, above)), raw_value)
+        else text
+    )
