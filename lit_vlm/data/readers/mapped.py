@@ -1,4 +1,4 @@
-"""`format=mapped`: a delivery of label files and pictures, read through a mapping (`config/mapping.py`)."""
+"""Source for `format=mapped`: a dataset of label files and images, read through a mapping (`config/mapping.py`)."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _ASKING = {RegionTask.ocr: (Control("<ocr>"),), RegionTask.grounding: (Control("
 
 
 class MappedSource:
-    """A dataset of label files and pictures, in folders and zip files.
+    """Source of label files and images, in folders and zip files.
 
-    Its text is never read as markup: control tokens come from the mapping's regions alone. Where everything lies is
-    found out once in each process that reads: it pickles as its settings.
+    Its text is never read as markup: control tokens come from the mapping's regions alone. It pickles as its settings,
+    so each process that reads lists the files once for itself.
     """
 
     def __init__(
@@ -42,12 +42,12 @@ class MappedSource:
     ) -> None:
         """
         Args:
-            path: folder, zip or file of the labels; of the pictures where mapping.labels is null.
-            limit: use this many records only.
-            split: of several that names of files and folders say, the one that is meant.
+            path: folder, zip or file of the labels; of the images if mapping.labels is null.
+            limit: maximum number of records; the first ones are used.
+            split: the split to read if names of files and folders give several.
 
         Raises:
-            UserError: a mapping that cannot work, a zip or a list of records that cannot be read, nothing found.
+            UserError: the mapping is invalid, a zip or a list of records cannot be read, or no records are found.
         """
         if mistakes := list(mistakes_in_mapping(f"data.sources.{settings.source}.mapping", mapping)):
             raise UserError(mistakes[0] if len(mistakes) == 1 else "\n".join(f"- {mistake}" for mistake in mistakes))
@@ -86,8 +86,10 @@ class MappedSource:
         return self.digest_of(0, len(self))
 
     def digest_of(self, start: int, stop: int) -> str:
-        """Over the labels of records start to stop - 1, all pictures (one that comes to them may make a name ambiguous)
-        and the settings."""
+        """Compute the digest of the labels of records start to stop - 1, of all images and of the settings.
+
+        All images count, because an added one may make a name ambiguous.
+        """
         labels = self._labels
         first, last = labels.file(start), labels.file(max(start, stop - 1))
         found = (start - int(labels.ends[first - 1] if first else 0), stop - start)
@@ -122,7 +124,7 @@ class MappedSource:
         place, wanted = scope.place, self._template("image")
         if self._mapping.labels is None:
             return self._pictures.image(file, place.origin, self._settings.max_pixels)
-        # Without a template the picture has the label file's name, and an ending of its own.
+        # Without a template the image has the label file's name with another suffix.
         path = scope.file.path.removesuffix(Path(scope.file.name).suffix) if wanted is None else scope.text(wanted)
         found = self._pictures.find(path, place.origin, near=self._labels.catalogue.archive(file))
         return self._pictures.image(found, place.origin, self._settings.max_pixels)
@@ -146,7 +148,7 @@ class MappedSource:
         seed = f"{turn.place.origin}\0{number}".encode("utf-8", "surrogatepass")
         digest = int.from_bytes(hashlib.blake2b(seed, digest_size=8).digest(), "big")
         question = self._questions[digest % len(self._questions)]
-        if asked:  # as the card of VARCO-VISION-14B writes it: the task's token, a line break, the question
+        if asked:  # as in the model card of VARCO-VISION-14B: the task's token, a line break, the question
             (literal, path), *rest = question
             question = [("\n" + literal, path), *rest]
         return (*asked, *turn.content(question, regions))

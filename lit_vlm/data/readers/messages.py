@@ -1,10 +1,11 @@
-"""Hugging Face's messages: {messages: [{role, content}], images}, a content being text or a list of parts.
+"""Reader of Hugging Face messages: {messages: [{role, content}], images}. A content is text or a list of parts.
 
-An image part `{"type": "image"}` stands for the next of the row's `images`, unless it names an image itself (`image`,
-`path`, `url`, or OpenAI's `image_url`) or says which of them it is (`index`). OpenAI's newer spellings `input_text`,
-`output_text` and `input_image` mean the same. Without image parts, '<image>' in a user's text is where an image stands,
-as in ms-swift and LLaMA-Factory. A part `{"type": "control", "token": "<gro>"}` is a control token, whatever the
-source's markup: structure says it, and no text can (`task=prefer` writes them).
+An image part `{"type": "image"}` stands for the next of the row's `images`, unless it names its own image (`image`,
+`path`, `url`, or OpenAI's `image_url`) or gives the number of one of them (`index`). OpenAI's newer spellings
+`input_text`, `output_text` and `input_image` mean the same. Without image parts, '<image>' in a user's text marks the
+position of an image, as in ms-swift and LLaMA-Factory. A part `{"type": "control", "token": "<gro>"}` is a control
+token, whatever the source's markup setting: it comes from the structure, never from text (`task=prefer` writes such
+parts).
 """
 
 from __future__ import annotations
@@ -34,13 +35,15 @@ _TEXTS = ("text", "input_text", "output_text")
 _IMAGES = ("image", "image_url", "input_image")
 _CONTROL = "control"
 _PART_TYPES = "'text', 'image', 'image_url' or 'control'"
-_NAMES = ("image", "path", "url")  # of a picture, in a part of type image
+_NAMES = ("image", "path", "url")  # keys that name the image in a part of type image
 _READ = ("id", "image", "images", "messages", *SYSTEM)
 
-Named = ImageSource | int | None  # a picture of its own, the number of one in the column, or the next one there
+# an image that the part names itself, the index of one of the column `images`, or None: the next one of that column
+Named = ImageSource | int | None
 
 
 def read_messages(row: Mapping[str, Any], place: Place) -> Sample:
+    """Read a record of messages; raise a RecordError if it cannot be used."""
     place.need(row, "messages")
     check_record(row, place, _READ)
     messages, images = read_turns(row["messages"], place.images(row), place, "messages")
@@ -50,10 +53,14 @@ def read_messages(row: Mapping[str, Any], place: Place) -> Sample:
 def read_turns(
     turns: Any, column: Sequence[ImageSource], place: Place, where: str
 ) -> tuple[tuple[Message, ...], tuple[ImageSource, ...]]:
-    """The messages, and the record's images in the order of their slots.
+    """Read the turns as messages, and the record's images in the order of their slots.
 
-    Where no image part and no '<image>' says where they stand, images go before the first user message of plain texts,
-    as in TRL's `prepare_multimodal_messages`.
+    If no image part and no '<image>' gives the position, the images go before the text of the first user message, as in
+    TRL's `prepare_multimodal_messages`. This holds for plain texts only.
+
+    Args:
+        image_column: the images of the row's own column.
+        location: path of the turns within the record, for error messages.
     """
     turns = place.items(turns, where)
     has_parts = any(map(_shows_images, turns))
@@ -75,7 +82,11 @@ def _shows_images(turn: Any) -> bool:
 def _resolve_images(
     images: Sequence[Named], column: Sequence[ImageSource], place: Place, has_parts: bool
 ) -> tuple[ImageSource, ...]:
-    """The image of each slot. RecordError unless the slots show each image of the column, those without a number once."""
+    """Return the image of each slot.
+
+    Raises:
+        RecordError: an image of the column is not shown, or slots and images without an index differ in number.
+    """
     numbers = [image for image in images if isinstance(image, int)]
     if numbers:
         _check_numbers(numbers, images.count(None), len(column), place)
@@ -131,7 +142,7 @@ def _words(text: str, slots: Iterator[int] | None, place: Place) -> tuple[Conten
 
 
 def _next_slots(images: list[Named]) -> Iterator[int]:
-    """Numbers for the images of the column, each entered where it stands."""
+    """Append an unnamed slot to `images` on each step, and yield its index."""
     while True:
         images.append(None)
         yield len(images) - 1
@@ -163,7 +174,7 @@ def _control(token: Any, place: Place, where: str) -> Control:
 
 
 def _named_image(part: Mapping[str, Any], place: Place, where: str) -> Named:
-    """In columns the keys that other parts use are there as nulls."""
+    """Read which image a part names. In columnar files the keys that other parts use are nulls."""
     if part["type"] != "image":
         check_part(part, place, where, ("type", "image_url", "detail"))
         value = part.get("image_url")
@@ -187,7 +198,7 @@ def _named_image(part: Mapping[str, Any], place: Place, where: str) -> Named:
 
 def _images_first(messages: list[Message], num_images: int) -> list[Message]:
     first = next((number for number, message in enumerate(messages) if message.role is Role.user), None)
-    if first is None:  # the roles are refused later, by their own message
+    if first is None:  # `check_turns` refuses the roles later, with its own message
         return messages
     slots = tuple(ImageSlot(index) for index in range(num_images))
     with_images = Message(Role.user, slots + messages[first].content, messages[first].trained)

@@ -1,11 +1,11 @@
-"""Preference pairs: TRL's columns prompt, chosen, rejected, images, or LLaVA-NeXT's keys, which say image.
+"""Reader of preference pairs: TRL's columns prompt, chosen, rejected, images, or LLaVA-NeXT's keys (`image`).
 
-A row may bring pictures of its own for the rejected answer, `rejected_images` or `rejected_image`, as many as its prompt
-shows: the same question about another picture, and often the same answer, which is wrong there.
+A row may have its own images for the rejected answer, `rejected_images` or `rejected_image`, as many as its prompt
+shows. The question is then the same and the image another; often the answer is the same too, and wrong for that image.
 
-TRL: "Dataset formats and types" of its documentation, each of the three as text or as messages; without a prompt,
-chosen and rejected are conversations that begin alike. LLaVA-NeXT: `_get_item` in llava/train/train_dpo.py, whose
-`answer` takes no part in the loss. A column `kind` with a name of ours (types.Kind) says the kind of each pair.
+TRL: "Dataset formats and types" of its documentation. Each of the three is text or messages; without a prompt, chosen
+and rejected are conversations with a common beginning. LLaVA-NeXT: `_get_item` in llava/train/train_dpo.py, whose
+`answer` takes no part in the loss. A column `kind` with a name of `types.Kind` gives the kind of each pair.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ _READ = ("id", "image", "images", "rejected_image", "rejected_images", "prompt",
 
 
 def read_preference(row: Mapping[str, Any], place: Place) -> PreferencePair:
+    """Read a preference pair; raise a RecordError if it cannot be used."""
     place.need(row, "chosen", "rejected")
     check_record(row, place, _READ)
     for key in ("chosen", "rejected"):
@@ -76,7 +77,7 @@ def _names(row: Mapping[str, Any], of: str) -> list[Any]:
 
 
 def _kind(row: Mapping[str, Any], place: Place) -> Kind:
-    """The row's own, where the source says no more than that it holds pairs."""
+    """Return the row's own kind, unless the source's settings give one other than `preference`."""
     if place.settings.kind not in (None, Kind.preference):
         return place.settings.kind
     own = row.get("kind")
@@ -84,12 +85,13 @@ def _kind(row: Mapping[str, Any], place: Place) -> Kind:
 
 
 def _with_prompt(row: Mapping[str, Any], place: Place) -> dict[str, Any]:
-    """The row with its implicit prompt, the common beginning of the two conversations, made explicit."""
+    """Extract the implicit prompt, the common beginning of the two conversations, into a key of its own."""
     if isinstance(row["chosen"], str):
         place.need(row, "prompt", "chosen", "rejected")
     chosen, rejected = place.items(row["chosen"], "chosen"), place.items(row["rejected"], "rejected")
     alike = list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
-    num_alike = min(len(alike), len(chosen) - 1, len(rejected) - 1)  # equal conversations keep an answer, to be told so
+    # Of equal conversations one answer stays outside of the prompt; the later check then reports that they are equal.
+    num_alike = min(len(alike), len(chosen) - 1, len(rejected) - 1)
     if num_alike == 0:
         raise place.fault("missing 'prompt', and chosen and rejected begin with different messages")
     return {**row, "prompt": chosen[:num_alike], "chosen": chosen[num_alike:], "rejected": rejected[num_alike:]}

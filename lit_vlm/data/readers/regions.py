@@ -1,4 +1,4 @@
-"""Regions of a label: a text or phrase each, with its box as fractions of the picture."""
+"""Reader of a label's regions: each is a text or phrase with its bounding box, as fractions of the image."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from lit_vlm.data.markup import char, obj
 from lit_vlm.data.readers.fields import Scope, Template, number
 from lit_vlm.types import Box, Content, Fault, ImageSource
 
-_LEAST_INSIDE = 0.5  # share of a box that must lie in the picture; what runs over an edge is cut off there
+_LEAST_INSIDE = 0.5  # share of a box's area that must lie inside the image; the part outside is clipped
 
 
 def read_regions(scope: Scope, mapping: MappingConfig, text: Template, image: ImageSource) -> tuple[Content, ...]:
-    """The regions as an answer writes them: for ocr every text a line, else the phrases with their boxes.
+    """Read the regions as content pieces of an answer: for ocr one text a line, else the phrases with their boxes.
 
     Raises:
-        RecordError: no region is left, one has no text, or its box is none or lies outside of the picture.
+        RecordError: no region is left, one has no text, or its box is empty or lies outside of the image.
     """
     assert mapping.regions is not None
     every = [] if scope.value(mapping.regions) == [] else scope.items(mapping.regions)
@@ -39,7 +39,10 @@ def read_regions(scope: Scope, mapping: MappingConfig, text: Template, image: Im
 
 
 def _wanted(item: Scope, mapping: MappingConfig) -> bool:
-    """A path of `keep` has one of the values that it is named with, and none of `skip` has its own."""
+    """Return True if the item matches `mapping.keep` and no condition of `mapping.skip`.
+
+    For each path in `keep`, the item must have one of the values given for it.
+    """
     kept: dict[str, set[str]] = {}
     for condition in mapping.keep:
         path, _, value = condition.partition("=")
@@ -59,20 +62,20 @@ def _phrase(item: Scope, text: Template) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What boxes are measured on: its width and height, and EXIF's orientation where those are of the stored pixels."""
+    """Coordinate frame of the boxes: width and height, and the EXIF orientation if boxes refer to the stored pixels."""
 
     width: float
     height: float
     orientation: int = 1
 
     def turn(self, box: Box) -> Box:
-        """The box, in fractions of this frame, in fractions of the picture that stands upright."""
+        """Convert a box from fractions of this frame to fractions of the upright image."""
         turned = _TURNED[self.orientation]
         (x1, y1), (x2, y2) = turned(box.x1, box.y1), turned(box.x2, box.y2)
         return Box(min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
 
 
-# EXIF's orientation -> where the point (x, y) of the stored pixels, as fractions, lies in the upright picture.
+# EXIF orientation -> function from a point (x, y) of the stored pixels to the upright image, both as fractions.
 _TURNED: dict[int, Callable[[float, float], tuple[float, float]]] = {
     1: lambda x, y: (x, y),
     2: lambda x, y: (1 - x, y),
@@ -86,7 +89,12 @@ _TURNED: dict[int, Callable[[float, float], tuple[float, float]]] = {
 
 
 def _frame(scope: Scope, mapping: MappingConfig, image: ImageSource) -> Frame:
-    """RecordError where the label's size is of another picture, or nothing tells whether boxes are of the turned one."""
+    """Resolve the frame in which the boxes are measured.
+
+    Raises:
+        RecordError: the label's size does not fit the image, or EXIF rotates the image and nothing shows whether the
+            boxes are rotated too.
+    """
     height, width = image.size
     orientation = int(getattr(image, "orientation", 1))
     lies = orientation in (5, 6, 7, 8)
@@ -116,7 +124,7 @@ def _frame(scope: Scope, mapping: MappingConfig, image: ImageSource) -> Frame:
 
 
 def _alike(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether a size is the other, or the other's at another scale, to a pixel of the smaller one."""
+    """Return True if two sizes are equal up to a scale factor, within one pixel of the smaller one."""
     small, large = sorted((one, other), key=lambda size: size[0] * size[1])
     scale = max(small[0] / large[0], small[1] / large[1])
     return all(abs(side - scale * whole) <= 1.0 for side, whole in zip(small, large, strict=True))
@@ -149,7 +157,7 @@ def _corners(item: Scope, mapping: MappingConfig) -> tuple[float, float, float, 
 
 
 def _points(item: Scope, paths: Sequence[str]) -> tuple[list[float], list[float]]:
-    """x and y of each corner."""
+    """Read the polygon's corners as a list of x and a list of y."""
     if len(paths) == 2:
         xs, ys = (_numbers(item.value(path), path, item) for path in paths)
     else:

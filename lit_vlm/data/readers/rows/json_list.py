@@ -1,4 +1,4 @@
-"""Where the elements of a JSON list stand in its file, found through a window: memory is that of one element."""
+"""Byte offsets of the elements of a JSON list, found through a sliding window: memory is that of one element."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lit_vlm.types import UserError
 BOM = b"\xef\xbb\xbf"
 MAX_ROW_BYTES = 1 << 30
 _WINDOW = 1 << 22  # bytes
-_LONGEST_LINE = 1 << 22  # bytes of one whose characters are counted; beyond, columns are bytes
+_LONGEST_LINE = 1 << 22  # bytes in which a column counts characters; beyond, it counts bytes
 _SPACE = re.compile(r"[ \t\r\n]*")
-_NEAR_THE_END = 16  # characters: a literal, a number or an escape that the window cuts in two shows this close to it
+_NEAR_THE_END = 16  # characters; the parser reports a literal, number or escape that the window's end cuts at most this far before it
 
 
 def elements(path: Path) -> Iterator[tuple[int, int]]:
-    """(from, to) in bytes of each element; each is parsed to find that out, and let go.
+    """Iterate over the elements of a JSON list as byte spans (from, to). Each element is parsed and then dropped.
 
     Raises:
-        UserError: with line and column, when the file is no JSON list.
+        UserError: with line and column, if the file is no JSON list.
     """
     with open(path, "rb") as stream:
         window = _Window(stream, len(BOM) if stream.read(len(BOM)) == BOM else 0)
@@ -37,17 +37,22 @@ def elements(path: Path) -> Iterator[tuple[int, int]]:
 
 
 class _NotAList(Exception):
+    """The file is no JSON list: the reason and the byte offset."""
+
     def __init__(self, reason: str, at: int) -> None:
         self.reason, self.at = reason, at
 
 
 class _Window:
-    """A stretch of the file as Latin-1, which maps each byte to one character and leaves JSON's own signs alone: so
-    positions in the text are positions in the file. All positions are the file's."""
+    """Window of the file as Latin-1 text.
+
+    Latin-1 maps each byte to one character and keeps JSON's own characters, so offsets in the text are offsets in the
+    file. All offsets that go in and out are those of the file.
+    """
 
     def __init__(self, stream: BinaryIO, start: int) -> None:
         self._stream, self._start, self._text = stream, start, ""
-        # What numbers mean is of no interest here, and one of thousands of digits would stop Python's own reading.
+        # The values of numbers are not needed here, and Python's int refuses a number of thousands of digits.
         self._decoder = json.JSONDecoder(parse_int=len, parse_float=len)
         stream.seek(start)
 
@@ -56,14 +61,14 @@ class _Window:
         return self._start + len(self._text)
 
     def sign(self, at: int) -> tuple[str, int]:
-        """The next character that is no space ("" at the file's end), and where it stands."""
+        """Return the next character that is no white space ("" at the file's end), and its offset."""
         while True:
             at = self._start + _SPACE.match(self._text, at - self._start).end()  # type: ignore[union-attr]
             if at < self.end or not self._grow(at):
                 return self._text[at - self._start : at - self._start + 1], at
 
     def element(self, at: int) -> int:
-        """The end of the value that begins here."""
+        """Find the end of the value that begins at an offset; raise `_JsonListError` if it is no valid JSON."""
         while True:
             fault: _NotAList | None = None
             try:
@@ -80,7 +85,10 @@ class _Window:
             return end
 
     def _grow(self, at: int) -> bool:
-        """Forget what stands before `at` and read on, twice as much for what is still unfinished. False at the end."""
+        """Drop the text before `offset` and read more; return False at the file's end.
+
+        The read is at least as long as the unfinished element, so the window doubles.
+        """
         if self.end - at > MAX_ROW_BYTES:
             raise _NotAList(f"an element of more than {MAX_ROW_BYTES:,} bytes", at)
         data = self._stream.read(max(_WINDOW, self.end - at))
@@ -109,7 +117,7 @@ def _elements(window: _Window) -> Iterator[tuple[int, int]]:
 
 
 def _line_and_column(stream: BinaryIO, at: int) -> tuple[int, int]:
-    """From 1, of a byte; columns count characters."""
+    """Find the line and column of a byte, both counted from 1; columns count characters."""
     stream.seek(0)
     line, begin, done = 1, 0, 0
     while done < at and (data := stream.read(min(_WINDOW, at - done))):

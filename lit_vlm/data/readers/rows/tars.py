@@ -1,7 +1,7 @@
-"""WebDataset's tar shards by random access: a sample's members share a key, and are read where they lie.
+"""Random access to WebDataset tar shards: a sample's members share a key, and are read in place.
 
-One pass over the headers finds where the entries of each key begin (they need not be neighbours); that table is all that
-is kept. A read goes through the headers again, so a refused member is named when its sample is asked for.
+One pass over the headers finds the offsets of the entries of each key (they need not be adjacent). Only that table is
+stored. A read parses the headers again, so a refused member is named when its sample is read.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"
 
 
 class MemberStream(io.RawIOBase):
-    """Some bytes of a file as a stream of their own."""
+    """Stream of a byte range of a file."""
 
     def __init__(self, path: Path, offset: int, size: int) -> None:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with the stream
@@ -66,7 +66,7 @@ class MemberStream(io.RawIOBase):
 
 @dataclass(frozen=True)
 class Member(Embedded):
-    """A picture of a tar file, as a row carries it."""
+    """Image member of a tar file, as a row carries it."""
 
     archive: Path
     name: str
@@ -79,7 +79,7 @@ class Member(Embedded):
 
 @dataclass(frozen=True)
 class TarImage(EncodedImage):
-    """A picture in a tar file. It passes the same checks as a file's."""
+    """Image in a tar file. It passes the same checks as an image file."""
 
     member: Member
     origin: str
@@ -87,7 +87,7 @@ class TarImage(EncodedImage):
 
     @property
     def name(self) -> str:
-        """What tells it from the other pictures of its source."""
+        """Name that is unique among the images of its source."""
         return f"{self.member.archive.name}/{self.member.name}"
 
     @property
@@ -104,15 +104,16 @@ class TarImage(EncodedImage):
 
 
 class TarRows:
-    """The samples of one tar file, in the order in which their keys first appear.
+    """Rows of one tar file: a row for each sample, in the order in which their keys first appear.
 
     Args:
-        table: [1 + (S + 1) + M, 1]: the number of samples S, where the entries of each begin, then the M entries' bytes.
+        table: [1 + (S + 1) + M, 1]: the number of samples S, the start of each sample's entries (S + 1 bounds), then the
+            byte offsets of the M entries.
     """
 
     def __init__(self, path: Path, table: StoredArray) -> None:
         self.path, self._table = path, table
-        self._last = (-1, "")  # the row read last, and its origin, which is asked for together with it
+        self._last = (-1, "")  # the last read row and its origin, which the caller needs together
 
     def __len__(self) -> int:
         return int(self._table.array[0, 0])
@@ -145,7 +146,7 @@ class TarRows:
         return f"{self.path.name}/{first.key or first.name}" if named else f"{self.path.name} at byte {first.start}"
 
     def _entries(self, stream: BinaryIO, index: int) -> list[Entry]:
-        """At most MAX_MEMBERS + 1 of them; never none."""
+        """Read the headers of a sample's entries: at least 1, at most MAX_MEMBERS_PER_KEY + 1."""
         table, size = self._table.array[:, 0], stream.seek(0, io.SEEK_END)
         first, last = table[1 + index : 3 + index].tolist()
         starts = table[len(self) + 2 :][first : min(last, first + MAX_MEMBERS + 1)]
@@ -159,7 +160,10 @@ class TarRows:
 
 
 def tar_file(path: Path, cache: Path | None = None) -> TarRows:
-    """UserError for what is no tar file at all; a damaged or hostile member is its sample's fault."""
+    """Open a tar file; raise a UserError if it is none or is compressed.
+
+    A damaged or hostile member is an error of its own sample, not of the file.
+    """
     with open(path, "rb") as stream:
         begin = stream.read(8)
         for magic, tool in _COMPRESSED.items():
@@ -187,7 +191,8 @@ def _table(path: Path) -> Iterator[np.ndarray]:
 
 
 def _number(entry: Entry) -> int:
-    key = entry.key.encode("utf-8", "surrogateescape") or str(entry.start).encode() + b"/"  # none: on its own
+    # An entry without a key is a sample of its own.
+    key = entry.key.encode("utf-8", "surrogateescape") or str(entry.start).encode() + b"/"
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
@@ -210,7 +215,7 @@ def _row(path: Path, entries: Sequence[Entry], origin: str, stream: BinaryIO) ->
     row: dict[str, Any] = {}
     if texts["json"]:
         row = parse(_bytes(stream, texts["json"][0]), origin)
-    if texts["txt"] and format_of(row) in (None, "caption"):  # a .json of the downloader's beside it
+    if texts["txt"] and format_of(row) in (None, "caption"):  # the .json next to it is metadata of the downloader
         row = {"id": row.get("id"), "caption": _decoded(_bytes(stream, texts["txt"][0]), texts["txt"][0], origin)}
     if not texts["txt"] and not texts["json"]:
         raise RecordError(origin, "a picture without a .txt or .json of its key", _REPACK, Fault.no_answer)
@@ -221,7 +226,7 @@ def _row(path: Path, entries: Sequence[Entry], origin: str, stream: BinaryIO) ->
 
 
 def _refuse(entries: Sequence[Entry], origin: str) -> None:
-    """RecordError for a sample with a member that is refused, or with too many of them."""
+    """Raise a RecordError for a sample with a refused member, a duplicate one, or too many members."""
     for entry in entries:
         if entry.flaw:
             what = f"member {shown(entry.name)} {entry.flaw.reason}" if entry.name else entry.flaw.reason
