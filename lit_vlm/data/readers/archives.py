@@ -34,14 +34,14 @@ def members_of(archive: Path) -> Iterator[Member]:
         reason = f"{archive}: cannot be opened as a zip file: {cause(error)}"
         raise UserError(f"{reason}. It may be cut off; download it again, or take it away.") from error
     names = [_name_of(entry) for entry in entries]
-    times = Counter(names)
-    if inner := sorted(name for name in times if name.lower().endswith(".zip")):
-        found = ", ".join(inner[:3]) + (", ..." if len(inner) > 3 else "")
+    counts = Counter(names)
+    if nested_zips := sorted(name for name in counts if name.lower().endswith(".zip")):
+        found = ", ".join(nested_zips[:3]) + (", ..." if len(nested_zips) > 3 else "")
         raise UserError(
             f"{archive}: holds zip files itself ({found}). Unpack it once; zips inside zips are not opened."
         )
     for entry, name in zip(entries, names, strict=True):
-        flaw = Flaw.duplicate if times[name] > 1 else _flaw(entry, name)
+        flaw = Flaw.duplicate if counts[name] > 1 else _flaw(entry, name)
         yield Member(archive, name, entry.header_offset, entry.compress_size, entry.file_size, entry.CRC, flaw)
 
 

@@ -49,7 +49,7 @@ def keys_of(row: Mapping[str, Any]) -> str:
 
 def read_by_keys(row: Mapping[str, Any], place: Place) -> Record:
     """Read a record in the format that its keys show. Used for archives, whose records may differ in format."""
-    found = format_of(row)
-    if found is None:
+    record_format = format_of(row)
+    if record_format is None:
         raise place.fault(f"cannot tell the format from the keys {keys_of(row)}. {NEEDED}")
-    return FORMATS[found](row, place)
+    return FORMATS[record_format](row, place)

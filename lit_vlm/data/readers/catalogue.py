@@ -128,13 +128,13 @@ class Catalogue:
         path = unicodedata.normalize("NFC", path.replace("\\", "/")).removeprefix("./")
         name = PurePosixPath(path).name
         for part, wanted in ((_whole, path), (_whole_but_ending, path), (_name, name), (_stem, name)):
-            found = [file for file in self._candidates(part, wanted) if part(self.path(file)) == wanted]
-            found = self._of_pair(found, near) if len(found) > 1 else found
-            if len(found) > 1:
-                both = " and ".join(shown(self.shown(file)) for file in found[:2])
-                raise RecordError(origin, f"image {shown(path)} may be {both}", "Give its whole path", Fault.missing)
-            if found:
-                return found[0]
+            candidates = [file for file in self._candidates(part, wanted) if part(self.path(file)) == wanted]
+            candidates = self._of_pair(candidates, near) if len(candidates) > 1 else candidates
+            if len(candidates) > 1:
+                names = " and ".join(shown(self.shown(file)) for file in candidates[:2])
+                raise RecordError(origin, f"image {shown(path)} may be {names}", "Give its whole path", Fault.missing)
+            if candidates:
+                return candidates[0]
         reason = f"image {shown(path)} not found in {self.root}, which has {counted(len(self), 'picture')}, zip files included"
         raise RecordError(origin, reason, _REMEDY, Fault.missing)
 
@@ -174,8 +174,8 @@ class Catalogue:
         return path if archive is None else f"{archive.relative_to(self.root)}/{path}"
 
     def _of_pair(self, found: list[int], near: Path | None) -> list[int]:
-        same = [file for file in found if (archive := self.archive(file)) and near and _pair(archive) == _pair(near)]
-        return same or found
+        paired = [file for file in found if (archive := self.archive(file)) and near and _pair(archive) == _pair(near)]
+        return paired or found
 
     def _raw(self, file: int) -> bytes:
         return bytes(self._names[self._ends[file - 1] if file else 0 : self._ends[file]])
@@ -214,8 +214,10 @@ class Catalogue:
             files = np.argsort(hashes, kind="stable").astype(np.uint32)
             self._sorted[part] = hashes[files], files
         hashes, files = self._sorted[part]
-        hashed = np.uint64(_hash(wanted))
-        return files[np.searchsorted(hashes, hashed, "left") : np.searchsorted(hashes, hashed, "right")].tolist()
+        wanted_hash = np.uint64(_hash(wanted))
+        return files[
+            np.searchsorted(hashes, wanted_hash, "left") : np.searchsorted(hashes, wanted_hash, "right")
+        ].tolist()
 
 
 def _whole(path: str) -> str:

@@ -70,12 +70,12 @@ def chosen(name: str, num_records: int, fraction: float) -> np.ndarray:
         [n] uint32, ascending.
     """
     seed = np.uint64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
-    most = np.uint64(min(int(fraction * 2**64), 2**64 - 1))
-    found = [np.empty(0, np.uint32)]
+    threshold = np.uint64(min(int(fraction * 2**64), 2**64 - 1))
+    parts = [np.empty(0, np.uint32)]
     for start in range(0, num_records, 1 << 20):
         positions = np.arange(start, min(start + (1 << 20), num_records), dtype=np.uint64)
-        found.append(positions[_mixed(positions ^ seed) <= most].astype(np.uint32))
-    return np.concatenate(found)
+        parts.append(positions[_mixed(positions ^ seed) <= threshold].astype(np.uint32))
+    return np.concatenate(parts)
 
 
 def runs(positions: np.ndarray) -> list[tuple[int, int]]:

@@ -78,12 +78,12 @@ def find_mark(text: str) -> tuple[str, str] | None:
     Returns:
         The mark and the thing it stands for, e.g. ("<|image|>", "a picture"); None if there is no mark.
     """
-    at = text.find("<")  # every mark begins with it, so a text without one costs nothing
-    while at >= 0:
-        found = _MARK.match(text, at)
-        if found is not None and found.lastindex is not None:
-            return found[0], list(_MARKS.values())[found.lastindex - 1]
-        at = text.find("<", at + 1)
+    position = text.find("<")  # every mark begins with it, so a text without one costs nothing
+    while position >= 0:
+        match = _MARK.match(text, position)
+        if match is not None and match.lastindex is not None:
+            return match[0], list(_MARKS.values())[match.lastindex - 1]
+        position = text.find("<", position + 1)
     return None
 
 
@@ -175,13 +175,13 @@ def _read_flag(value: Any, role: Role, place: Place, where: str) -> bool:
 
 def _is_empty(value: Any) -> bool:
     """Return True if the value holds nothing. In columnar files the keys of other records are nulls, nested ones too."""
-    left = [value]  # no recursion: a record may be nested deeper than Python's stack
-    while left:
-        value = left.pop()
+    stack = [value]  # no recursion: a record may be nested deeper than Python's stack
+    while stack:
+        value = stack.pop()
         if isinstance(value, Mapping):
-            left.extend(value.values())
+            stack.extend(value.values())
         elif isinstance(value, list):
-            left.extend(value)
+            stack.extend(value)
         elif not (value is None or (isinstance(value, str) and value in ("", "[]", "{}", "null"))):
             return False
     return True

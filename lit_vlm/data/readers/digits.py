@@ -32,10 +32,10 @@ class DigitsSource:
     ) -> None:
         pictures, answers = _load()
         num_training = len(answers) - NUM_HELD_OUT
-        chosen = slice(num_training, None) if held_out else slice(0, num_training)
+        selected = slice(num_training, None) if held_out else slice(0, num_training)
         self.name, self._language, self._kind = name, language, kind
-        self._first = chosen.start
-        self._pictures, self._answers = pictures[chosen][:limit], answers[chosen][:limit]
+        self._first = selected.start
+        self._pictures, self._answers = pictures[selected][:limit], answers[selected][:limit]
         settings = ("digits", SIDE, str(language), str(kind), self._first, len(self))
         self.digest = hashlib.sha256(repr(settings).encode()).hexdigest()
 

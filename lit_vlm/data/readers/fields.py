@@ -56,14 +56,14 @@ class Scope:
         """
         if path.startswith("@"):
             return getattr(self.file, path[1:])
-        value, words = self.values, path.split(".")
-        for number, word in enumerate(words):
-            key = _key(value, word)
+        value, parts = self.values, path.split(".")
+        for number, part in enumerate(parts):
+            key = _key(value, part)
             if key is None:
                 if number == 0 and self.record is not None:
                     return self.record.value(path)
-                where = ".".join(words[:number]) or self.name
-                raise self.place.fault(f"there is no {path!r}: {where} {_found(value)}")
+                parent_path = ".".join(parts[:number]) or self.name
+                raise self.place.fault(f"there is no {path!r}: {parent_path} {_found(value)}")
             value = value[key]
         return value
 
@@ -98,12 +98,12 @@ class Scope:
 def number(value: Any, path: str, place: Place) -> float:
     """Parse a finite number, or raise a RecordError. Some labels write numbers as text."""
     try:
-        found = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
+        parsed = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
     except ValueError:
-        found = None
-    if found is None or found - found != 0:  # infinity and nan
+        parsed = None
+    if parsed is None or parsed - parsed != 0:  # infinity and nan
         raise place.fault(f"{path} is {shown(value, 40)}; it must be a number")
-    return found
+    return parsed
 
 
 def _key(value: Any, word: str) -> str | int | None:

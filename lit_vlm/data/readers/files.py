@@ -41,10 +41,10 @@ def existing(name: str, setting: str, value: str | None, config: SourceConfig | 
     path = staged(Path(value).expanduser())
     if not path.exists():
         folder = path.parent
-        beside = nearest(path.name, os.listdir(folder)) if folder.is_dir() else f"; nor is there a folder {folder}"
-        how = [part.rstrip(".") for part in (config.obtain, config.homepage) if part] if config else []
-        get = f" How to get it: {', '.join(how)}." if how else ""
-        raise UserError(f"data.sources.{name}.{setting}={value}: no such file or folder{beside}.{get}")
+        hint = nearest(path.name, os.listdir(folder)) if folder.is_dir() else f"; nor is there a folder {folder}"
+        instructions = [part.rstrip(".") for part in (config.obtain, config.homepage) if part] if config else []
+        how_to_get = f" How to get it: {', '.join(instructions)}." if instructions else ""
+        raise UserError(f"data.sources.{name}.{setting}={value}: no such file or folder{hint}.{how_to_get}")
     if not path.is_dir() and not path.is_file():  # reading a pipe or a terminal would block for ever
         raise UserError(
             f"data.sources.{name}.{setting}={value} is a pipe, a device or a socket; give a regular file or a folder."
@@ -75,9 +75,9 @@ def find_files(name: str, path: Path, split: str | None) -> tuple[Path, list[Pat
         splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
         split = splits[0] if split is None and len(splits) == 1 else split
         if split not in splits:
-            asked = "" if split is None else f", and none is called {split}"
+            wanted_hint = "" if split is None else f", and none is called {split}"
             raise UserError(
-                f"{setting} holds several splits{asked}; give data.sources.{name}.split=, one of: {', '.join(splits)}."
+                f"{setting} holds several splits{wanted_hint}; give data.sources.{name}.split=, one of: {', '.join(splits)}."
             )
         path = path / split
     elif (path / "state.json").exists() and split is not None:
@@ -90,10 +90,12 @@ def find_files(name: str, path: Path, split: str | None) -> tuple[Path, list[Pat
     names = [str(file.relative_to(path)) for file in files]
     chosen = choose_split(setting, names, [split_of_path(file) for file in names], split)
     files = [file for file, is_chosen in zip(files, chosen, strict=True) if is_chosen]
-    endings = sorted({file.suffix.lower() for file in files})
-    if len(endings) != 1:
+    suffixes = sorted({file.suffix.lower() for file in files})
+    if len(suffixes) != 1:
         found = (
-            f"files of several endings ({', '.join(endings)})" if endings else f"no file ending in {', '.join(ENDINGS)}"
+            f"files of several endings ({', '.join(suffixes)})"
+            if suffixes
+            else f"no file ending in {', '.join(ENDINGS)}"
         )
         raise UserError(f"{setting}: the folder has {found}. Give the file to read.")
     return path, files
@@ -117,8 +119,8 @@ def _files_with_records(setting: str, folder: Path) -> list[Path]:
     """
     found = _with_endings(setting, folder.iterdir())
     if not found:
-        inner = (Path(place, file) for place, _, files in os.walk(folder) for file in files)
-        found = _with_endings(setting, (file for file in inner if not _is_hidden(file.relative_to(folder))))
+        nested = (Path(parent, file) for parent, _, files in os.walk(folder) for file in files)
+        found = _with_endings(setting, (file for file in nested if not _is_hidden(file.relative_to(folder))))
     return sorted(found)
 
 
@@ -142,15 +144,15 @@ def rows_of(name: str, path: Path, files: list[Path], cache: Path | None) -> Row
     Args:
         cache_dir: folder in which the offsets of JSON and tar files are stored.
     """
-    ending = files[0].suffix.lower() if files else ".arrow"
+    suffix = files[0].suffix.lower() if files else ".arrow"
     try:
         if path.is_dir() and (path / "state.json").exists():
             return tables.saved_dataset(path)
-        if ending == ".parquet":
+        if suffix == ".parquet":
             return tables.parquet(files)
-        if ending == ".arrow":
+        if suffix == ".arrow":
             return tables.arrow(files)
-        parts = [OPENERS[ending](file, cache) for file in files]
+        parts = [OPENERS[suffix](file, cache) for file in files]
     except PermissionError as error:
         raise UserError(
             f"data.sources.{name}.path={path}: {error.filename} may not be read. Change its rights."
@@ -189,22 +191,22 @@ def found_format(name: str, rows: Rows) -> str:
         UserError: none of these records can be read, or the keys fit no format.
     """
     setting, choices = f"data.sources.{name}.format", ", ".join(choice.name for choice in Format)
-    fault: RecordError | None = None
+    first_error: RecordError | None = None
     for index in range(min(len(rows), 100)):
         try:
             row = rows[index]
         except RecordError as error:
-            fault = fault or error
+            first_error = first_error or error
             continue
-        found = format_of(row)
-        if found is None:
+        record_format = format_of(row)
+        if record_format is None:
             raise UserError(
                 f"{rows.origin(index)}: cannot tell the format from the keys {keys_of(row)}. {NEEDED}. "
                 f"Say it with {setting}=<one of {choices}>, or convert the file."
             )
-        return found
+        return record_format
     raise UserError(
-        f"No record can be read, the first fault: {fault} Say the format with {setting}=<one of {choices}>."
+        f"No record can be read, the first fault: {first_error} Say the format with {setting}=<one of {choices}>."
     )
 
 

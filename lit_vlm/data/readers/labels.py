@@ -45,7 +45,7 @@ class Labels:
         self.catalogue, self._mapping = catalogue, mapping
         self._lists = [self._list(file) for file in range(len(catalogue))] if mapping.records is not None else None
         counts = [1] * len(catalogue) if self._lists is None else [len(items.spans) for items in self._lists]
-        self.ends = np.cumsum(counts, dtype=np.int64)  # [files]
+        self.ends = np.cumsum(counts, dtype=np.int64)  # [files] cumulative number of records
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
@@ -65,11 +65,11 @@ class Labels:
             return {}  # the image is the record
         if self._lists is None:
             return _record(self.catalogue.read(file, origin), origin)
-        items, number = self._lists[file], self._number(index, file)
-        record = _record(self._slice(file, items.spans[number], origin), origin)
+        offsets, number = self._lists[file], self._number(index, file)
+        record = _record(self._slice(file, offsets.spans[number], origin), origin)
         if self._mapping.join is not None:
-            start = items.ends[number - 1] if number else 0
-            joined = (self._slice(file, span, origin) for span in items.joined[start : items.ends[number]])
+            start = offsets.ends[number - 1] if number else 0
+            joined = (self._slice(file, span, origin) for span in offsets.joined[start : offsets.ends[number]])
             record[self._mapping.join.rpartition(".")[2]] = [_record(data, origin) for data in joined]
         return record
 
@@ -143,19 +143,19 @@ def _spans(text: str, path: str, name: str, values: dict[int, dict[str, int]]) -
         known_offsets: results of `_find_value_offsets` by the offset of the object; new results are added to it.
     """
     try:
-        at = _after_space(text, len(_BOM) if text.startswith(_BOM.decode("latin-1")) else 0)
-        for word in path.split(".") if path != "." else ():
-            if at not in values:
-                values[at] = _values_of(text, at, name)
-            if word not in values[at]:
-                keys = ", ".join(shown(key, 40) for key in values[at]) or "none"
-                reason = f"{name}: there is no {word!r} of {path!r} (mapping.records, mapping.join)"
+        offset = _after_space(text, len(_BOM) if text.startswith(_BOM.decode("latin-1")) else 0)
+        for part in path.split(".") if path != "." else ():
+            if offset not in values:
+                values[offset] = _values_of(text, offset, name)
+            if part not in values[offset]:
+                keys = ", ".join(shown(key, 40) for key in values[offset]) or "none"
+                reason = f"{name}: there is no {part!r} of {path!r} (mapping.records, mapping.join)"
                 raise UserError(f"{reason}; the keys are {keys}.")
-            at = values[at][word]
-        if text[at : at + 1] != "[":
+            offset = values[offset][part]
+        if text[offset : offset + 1] != "[":
             raise UserError(f"{name}: {path!r} (mapping.records, mapping.join) is no list. Name the list of records.")
         spans = array("q")
-        for start, end in _items(text, at):
+        for start, end in _items(text, offset):
             spans.extend((start, end))
     except (json.JSONDecodeError, RecursionError) as error:
         reason = getattr(error, "msg", "it is nested too deeply")
@@ -170,23 +170,23 @@ def _values_of(text: str, at: int, name: str) -> dict[str, int]:
     Raises:
         UserError: the object has a duplicate key.
     """
-    found: dict[str, int] = {}
+    value_offsets: dict[str, int] = {}
     if text[at : at + 1] != "{":
-        return found
+        return value_offsets
     at = _after_space(text, at + 1)
     while text[at : at + 1] != "}":
         key, at = _DECODER.raw_decode(text, at)
         at = _expect(text, at, ":")
         key = parse_json(json.dumps(key, ensure_ascii=False).encode("latin-1"), name)
-        if key in found:
+        if key in value_offsets:
             raise UserError(f"{name}: the key {shown(key, 40)} stands twice in one object. Take one of the two away.")
-        found[key] = at
+        value_offsets[key] = at
         at = _after_value(text, at)
         if text[at : at + 1] == ",":
             at = _after_space(text, at + 1)
         elif text[at : at + 1] != "}":
             raise json.JSONDecodeError("Expecting ',' or '}'", text, at)
-    return found
+    return value_offsets
 
 
 def _after_value(text: str, at: int) -> int:
@@ -236,13 +236,13 @@ def _joined(text: str, records: np.ndarray, items: np.ndarray, mapping: MappingC
             found.append(str(value[key]))
         return found
 
-    number_of = {key: number for number, key in enumerate(keys(records, mapping.join_record, "join_record"))}
-    if len(number_of) < len(records):
+    number_by_key = {key: number for number, key in enumerate(keys(records, mapping.join_record, "join_record"))}
+    if len(number_by_key) < len(records):
         raise UserError(f"{name}: two records have the same {mapping.join_record!r} (mapping.join_record).")
-    named = keys(items, mapping.join_item, "join_item")
-    numbers = np.fromiter((number_of.get(key, -1) for key in named), np.int64, len(named))
+    named_keys = keys(items, mapping.join_item, "join_item")
+    numbers = np.fromiter((number_by_key.get(key, -1) for key in named_keys), np.int64, len(named_keys))
     if len(numbers) and not (numbers >= 0).any():
-        found = f"{mapping.join_item}={shown(named[0])}"
+        found = f"{mapping.join_item}={shown(named_keys[0])}"
         reason = f"{name}: no item of {mapping.join!r} names a record, the first says {found}"
         raise UserError(f"{reason}. Check mapping.join_item and mapping.join_record.")
     order = np.argsort(numbers, kind="stable")[(numbers < 0).sum() :]

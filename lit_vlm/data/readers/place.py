@@ -118,10 +118,10 @@ class Place:
             RecordError: the text holds a placeholder mark of another format, and `marks_are_text` is off.
         """
         if not self.settings.marks_are_text and (mark := find_mark(text)):
-            word, what = mark
+            mark_text, meaning = mark
             raise RecordError(
                 self.origin,
-                f"{shown(word, 40)} in a text stands for {what} in other forms, and nothing stands there in this one",
+                f"{shown(mark_text, 40)} in a text stands for {meaning} in other forms, and nothing stands there in this one",
                 f"Take it out, or say data.sources.{self.settings.source}.marks=text where such words are text",
                 Fault.placeholders,
             )
@@ -149,18 +149,18 @@ class Place:
         The value is a path, a data URL, encoded bytes, the {bytes, path} of a Hugging Face image column, or an
         `EmbeddedImage` of an archive. Nothing is decoded yet.
         """
-        cap = self.settings.max_pixels
+        max_pixels = self.settings.max_pixels
         if isinstance(value, Mapping):
             value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
         if isinstance(value, bytes):
-            return BytesImage(value, self.origin, cap)
+            return BytesImage(value, self.origin, max_pixels)
         if isinstance(value, str):
             if value.startswith("data:"):
-                return BytesImage(self._data_url(value), self.origin, cap)
+                return BytesImage(self._data_url(value), self.origin, max_pixels)
             refuse_url(value, self.origin)
-            return FileImage(value, self.settings.image_root, self.origin, cap)
+            return FileImage(value, self.settings.image_root, self.origin, max_pixels)
         if isinstance(value, Embedded):
-            return value.image(self.origin, cap)
+            return value.image(self.origin, max_pixels)
         raise self.fault(f"an image is {type_name(value)}; it must be a path, encoded bytes or {{bytes, path}}")
 
     def images(self, row: Mapping[str, Any], of: str = "") -> tuple[ImageSource, ...]:

@@ -39,20 +39,20 @@ def read_preference(row: Mapping[str, Any], place: Place) -> PreferencePair:
         if isinstance(row[key], Mapping):
             reason = f"{key} is an object with the keys {', '.join(map(repr, row[key]))}"
             raise place.fault(f"{reason}; it must be text or a list of messages")
-    column = place.images(row)
+    image_column = place.images(row)
     if row.get("prompt") is None:
         row = _with_prompt(row, place)
-    prompt, images = _prompt(row["prompt"], column, place)
+    prompt, images = _prompt(row["prompt"], image_column, place)
     prompt = tuple(with_questions(row, with_system(row, prompt, place), images, place))
     chosen, rejected = _answer(row["chosen"], "chosen", place), _answer(row["rejected"], "rejected", place)
     for answer in (chosen, rejected):
         check_turns((*prompt, answer), place)
-    others = place.images(row, "rejected_")
-    if others and len(others) != len(images):
+    rejected_images = place.images(row, "rejected_")
+    if rejected_images and len(rejected_images) != len(images):
         raise place.fault(
-            f"{counted(len(others), 'rejected image')} beside {counted(len(images), 'image')}; the prompt shows as many of each"
+            f"{counted(len(rejected_images), 'rejected image')} beside {counted(len(images), 'image')}; the prompt shows as many of each"
         )
-    if chosen == rejected and (not others or _names(row, "") == _names(row, "rejected_")):
+    if chosen == rejected and (not rejected_images or _names(row, "") == _names(row, "rejected_")):
         raise place.fault("chosen and rejected are equal; there is nothing to prefer")
     return PreferencePair(
         id=record_id(row, place),
@@ -63,10 +63,10 @@ def read_preference(row: Mapping[str, Any], place: Place) -> PreferencePair:
         prompt=prompt,
         chosen=chosen,
         rejected=rejected,
-        images=(*images, *others),
+        images=(*images, *rejected_images),
         max_tiles=place.settings.max_tiles,
         normalised=place.normalised,
-        rejected_images=bool(others),
+        rejected_images=bool(rejected_images),
         unread=tuple(place.unread),
     )
 
@@ -80,8 +80,8 @@ def _kind(row: Mapping[str, Any], place: Place) -> Kind:
     """Return the row's own kind, unless the source's settings give one other than `preference`."""
     if place.settings.kind not in (None, Kind.preference):
         return place.settings.kind
-    own = row.get("kind")
-    return Kind(own) if isinstance(own, str) and own in Kind.__members__ else Kind.preference
+    row_kind = row.get("kind")
+    return Kind(row_kind) if isinstance(row_kind, str) and row_kind in Kind.__members__ else Kind.preference
 
 
 def _with_prompt(row: Mapping[str, Any], place: Place) -> dict[str, Any]:
@@ -89,12 +89,12 @@ def _with_prompt(row: Mapping[str, Any], place: Place) -> dict[str, Any]:
     if isinstance(row["chosen"], str):
         place.need(row, "prompt", "chosen", "rejected")
     chosen, rejected = place.items(row["chosen"], "chosen"), place.items(row["rejected"], "rejected")
-    alike = list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+    common = list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
     # Of equal conversations one answer stays outside of the prompt; the later check then reports that they are equal.
-    num_alike = min(len(alike), len(chosen) - 1, len(rejected) - 1)
-    if num_alike == 0:
+    num_common = min(len(common), len(chosen) - 1, len(rejected) - 1)
+    if num_common == 0:
         raise place.fault("missing 'prompt', and chosen and rejected begin with different messages")
-    return {**row, "prompt": chosen[:num_alike], "chosen": chosen[num_alike:], "rejected": rejected[num_alike:]}
+    return {**row, "prompt": chosen[:num_common], "chosen": chosen[num_common:], "rejected": rejected[num_common:]}
 
 
 def _prompt(

@@ -43,14 +43,14 @@ def make_sample(
     messages = with_system(row, messages, place)
     check_turns(messages, place)
     messages, images = keep_turns(messages, images, count_trained_turns(messages, place))
-    asked = with_questions(row, messages, images, place)
+    completed = with_questions(row, messages, images, place)
     return Sample(
         id=record_id(row, place),
         source=place.settings.source,
         origin=place.origin,
-        kind=_kind(asked is not messages, asked, len(images), place.settings),
-        language=found_language(asked, place.settings),
-        messages=tuple(asked),
+        kind=_kind(completed is not messages, completed, len(images), place.settings),
+        language=found_language(completed, place.settings),
+        messages=tuple(completed),
         images=tuple(images),
         max_tiles=place.settings.max_tiles,
         normalised=place.normalised,
@@ -98,21 +98,23 @@ def keep_turns(
     if count == len(messages):
         return tuple(messages), tuple(images)
     messages = messages[:count]
-    kept = sorted({piece.index for message in messages for piece in message.content if isinstance(piece, ImageSlot)})
-    number = {old: ImageSlot(new) for new, old in enumerate(kept)}
-    shorter = tuple(
-        replace(m, content=tuple(number[p.index] if isinstance(p, ImageSlot) else p for p in m.content))
+    image_indices = sorted(
+        {piece.index for message in messages for piece in message.content if isinstance(piece, ImageSlot)}
+    )
+    new_slot = {old: ImageSlot(new) for new, old in enumerate(image_indices)}
+    kept_messages = tuple(
+        replace(m, content=tuple(new_slot[p.index] if isinstance(p, ImageSlot) else p for p in m.content))
         for m in messages
     )
-    return shorter, tuple(images[old] for old in kept)
+    return kept_messages, tuple(images[old] for old in image_indices)
 
 
 def record_id(row: Mapping[str, Any], place: Place) -> str:
     """Return the record's own id, or its position if it has none."""
-    own = row.get("id")
-    if own is None or own == "":
+    value = row.get("id")
+    if value is None or value == "":
         return place.origin
-    return place.text(str(own) if isinstance(own, int | float) else own, "id")
+    return place.text(str(value) if isinstance(value, int | float) else value, "id")
 
 
 def check_turns(messages: Sequence[Message], place: Place) -> None:
@@ -123,8 +125,8 @@ def check_turns(messages: Sequence[Message], place: Place) -> None:
     """
     first = 1 if messages[0].role is Role.system else 0
     for number, message in enumerate(messages[first:], first):
-        needed = (Role.user, Role.assistant)[(number - first) % 2]
-        if message.role is not needed:
+        expected_role = (Role.user, Role.assistant)[(number - first) % 2]
+        if message.role is not expected_role:
             raise place.fault(
                 f"message {number + 1} is the {message.role}'s; user and assistant must take turns, user first"
             )
@@ -159,19 +161,19 @@ def with_questions(
     prompts = place.settings.prompts
     if not prompts or not images:
         return messages
-    silent = [number for number, message in enumerate(messages) if _asks_nothing(message)]
-    if not silent:
+    without_question = [number for number, message in enumerate(messages) if _asks_nothing(message)]
+    if not without_question:
         return messages
-    names = [image.path for image in images if isinstance(image, FileImage)]
-    told = [message.text for message in messages if message.role is Role.assistant]
-    seed = repr(row["id"] if row.get("id") is not None else (names, told))
+    image_paths = [image.path for image in images if isinstance(image, FileImage)]
+    answers = [message.text for message in messages if message.role is Role.assistant]
+    seed = repr(row["id"] if row.get("id") is not None else (image_paths, answers))
     digest = hashlib.blake2b(seed.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     question = place.pieces(prompts[int.from_bytes(digest, "big") % len(prompts)])
-    asked = list(messages)
-    for number in silent:
-        slots = tuple(piece for piece in asked[number].content if isinstance(piece, ImageSlot))
-        asked[number] = replace(asked[number], content=(*slots, *question))
-    return asked
+    completed = list(messages)
+    for number in without_question:
+        slots = tuple(piece for piece in completed[number].content if isinstance(piece, ImageSlot))
+        completed[number] = replace(completed[number], content=(*slots, *question))
+    return completed
 
 
 def found_language(messages: Sequence[Message], settings: Settings) -> Language:
@@ -183,8 +185,8 @@ def found_language(messages: Sequence[Message], settings: Settings) -> Language:
 
 def found_kind(messages: Sequence[Message], num_images: int, settings: Settings) -> Kind:
     """Return the source's kind; if it has none, infer it from the number of images and the question."""
-    asked = [message for message in messages if message.role is Role.user]
-    tokens = {piece.token for message in asked for piece in message.content if isinstance(piece, Control)}
+    user_messages = [message for message in messages if message.role is Role.user]
+    tokens = {piece.token for message in user_messages for piece in message.content if isinstance(piece, Control)}
     by_token = {"<ocr>": Kind.ocr, "<gro>": Kind.grounding, "<bbox>": Kind.referring}
     if settings.kind is not None:
         return settings.kind
@@ -192,7 +194,7 @@ def found_kind(messages: Sequence[Message], num_images: int, settings: Settings)
         return Kind.text
     if num_images > 1:
         return Kind.multi_image
-    if not any(message.text.strip() for message in asked):
+    if not any(message.text.strip() for message in user_messages):
         return Kind.image_only
     return next((kind for token, kind in by_token.items() if token in tokens), Kind.instruction)
 
@@ -204,5 +206,5 @@ def _kind(prompted: bool, messages: Sequence[Message], num_images: int, settings
 
 
 def _asks_nothing(message: Message) -> bool:
-    shows = any(isinstance(piece, ImageSlot) for piece in message.content)
-    return message.role is Role.user and shows and not message.text.strip()
+    has_image = any(isinstance(piece, ImageSlot) for piece in message.content)
+    return message.role is Role.user and has_image and not message.text.strip()

@@ -43,8 +43,10 @@ def canonical_split(name: str) -> str | None:
 
 def is_split(name: str, wanted: str) -> bool:
     """Return True if a split's name fits the wanted one: testA belongs to test, but testB is not testA."""
-    part = _squeeze(wanted)
-    return canonical_split(name) == canonical_split(wanted) and (part not in _PARTS or _squeeze(name) == part)
+    wanted_word = _squeeze(wanted)
+    return canonical_split(name) == canonical_split(wanted) and (
+        wanted_word not in _PARTS or _squeeze(name) == wanted_word
+    )
 
 
 def split_of_path(path: str, *, folders_only: bool = False, is_label: bool = False) -> str | None:
@@ -65,23 +67,23 @@ def split_of_path(path: str, *, folders_only: bool = False, is_label: bool = Fal
     """
     parts = PurePosixPath(path)
     folders = _splits_of_folders(parts.parts[:-1])
-    own = None
+    own_split = None
     if not folders_only:
         shard, stem = _SHARD.match(parts.name), parts.name.removesuffix(parts.suffix)
         if shard and canonical_split(shard["split"]):
             return shard["split"]
-        own = _aihub_split(parts.name) or _find_split(stem)
+        own_split = _aihub_split(parts.name) or _find_split(stem)
         if _squeeze(stem) in _SPLIT_OF:
-            return own
-    said = [*folders.items()]
-    if own and not (is_label and folders):
-        said.append((parts.name, own))
-    if len({split for _, split in said}) > 1:
-        found = ", ".join(f"{part!r} says {split}" for part, split in said)
+            return own_split
+    named_splits = [*folders.items()]
+    if own_split and not (is_label and folders):
+        named_splits.append((parts.name, own_split))
+    if len({split for _, split in named_splits}) > 1:
+        found = ", ".join(f"{part!r} says {split}" for part, split in named_splits)
         raise UserError(
             f"{path}: its names say several splits ({found}). Name the file for its split alone, e.g. train{parts.suffix}."
         )
-    return said[0][1] if said else None
+    return named_splits[0][1] if named_splits else None
 
 
 def _splits_of_folders(folders: Iterable[str]) -> dict[str, str]:
@@ -110,30 +112,32 @@ def choose_split(setting: str, paths: Iterable[str], splits: Iterable[str | None
     Raises:
         UserError: there are several splits and none is wanted; or one is wanted and no name gives it, or several do.
     """
-    named: dict[str | None, list[str]] = {}
+    paths_by_split: dict[str | None, list[str]] = {}
     found = list(splits)
     for path, split in zip(paths, found, strict=True):
-        named.setdefault(split, []).append(path)
-    shown = ", ".join(f"{split} ({_some(files)})" for split, files in named.items() if split)
+        paths_by_split.setdefault(split, []).append(path)
+    listing = ", ".join(f"{split} ({_some(files)})" for split, files in paths_by_split.items() if split)
     source = setting.partition("=")[0].removesuffix(".path")
     if wanted is None:
-        others = [split for split in named if split and canonical_split(split) != "train"]
-        if len(named) - (None in named) > 1 or (others and None in named):
-            rest = f", and {_some(named[None])}" if None in named else ""
-            raise UserError(f"{setting} holds several splits: {shown}{rest}. Say which is meant: {source}.split=train.")
+        others = [split for split in paths_by_split if split and canonical_split(split) != "train"]
+        if len(paths_by_split) - (None in paths_by_split) > 1 or (others and None in paths_by_split):
+            rest = f", and {_some(paths_by_split[None])}" if None in paths_by_split else ""
+            raise UserError(
+                f"{setting} holds several splits: {listing}{rest}. Say which is meant: {source}.split=train."
+            )
         return [True] * len(found)
-    alike = [split for split in named if split and is_split(split, wanted)]
-    chosen: list[str | None] = [wanted] if wanted in named else [*alike]
-    if not chosen and canonical_split(wanted) == "train" and None in named and len(named) > 1:
+    matching = [split for split in paths_by_split if split and is_split(split, wanted)]
+    chosen: list[str | None] = [wanted] if wanted in paths_by_split else [*matching]
+    if not chosen and canonical_split(wanted) == "train" and None in paths_by_split and len(paths_by_split) > 1:
         chosen = [None]  # e.g. data.jsonl next to data_test.jsonl
     if len(chosen) != 1:
-        there = (
+        finding = (
             f"several names say it: {', '.join(map(str, chosen))}"
             if chosen
-            else f"there is {shown or 'none in the names'}"
+            else f"there is {listing or 'none in the names'}"
         )
         raise UserError(
-            f"{source}.split={wanted}: {there}, in {setting.partition('=')[2]}. Give one of them, or take it away."
+            f"{source}.split={wanted}: {finding}, in {setting.partition('=')[2]}. Give one of them, or take it away."
         )
     return [split == chosen[0] for split in found]
 
@@ -144,8 +148,8 @@ def _some(paths: list[str]) -> str:
 
 def _aihub_split(name: str) -> str | None:
     """Parse AIHub's zip names: TL_1.zip and TS_1.zip are for training, VL_1.zip and VS_1.zip for validation."""
-    found = _AIHUB.match(name)
-    return None if found is None else {"T": "train", "V": "validation"}[found["part"]]
+    match = _AIHUB.match(name)
+    return None if match is None else {"T": "train", "V": "validation"}[match["part"]]
 
 
 def _find_word(name: str) -> str | None:

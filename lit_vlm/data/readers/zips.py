@@ -57,8 +57,8 @@ class Flaw(IntEnum):
     @property
     def fault(self) -> Fault:
         """The `Fault` under which the record is counted."""
-        kinds = {Flaw.encrypted: Fault.unreadable, Flaw.method: Fault.unreadable, Flaw.too_large: Fault.too_large}
-        return kinds.get(self, Fault.hostile)
+        faults = {Flaw.encrypted: Fault.unreadable, Flaw.method: Fault.unreadable, Flaw.too_large: Fault.too_large}
+        return faults.get(self, Fault.hostile)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +119,9 @@ class MemberStream(io.RawIOBase):
     def _enter(self) -> bool:
         """Seek to the compressed bytes, and return True if they are deflated."""
         self._file.seek(self._member.offset)
-        head = self._file.read(_LOCAL.size)
-        if len(head) == _LOCAL.size:
-            signature, flags, method, name_length, extra_length = _LOCAL.unpack(head)
+        header = self._file.read(_LOCAL.size)
+        if len(header) == _LOCAL.size:
+            signature, flags, method, name_length, extra_length = _LOCAL.unpack(header)
             name = decoded_name(self._file.read(name_length), flags)
             if signature == b"PK\x03\x04" and name == self._member.name:
                 self._file.seek(extra_length, io.SEEK_CUR)
@@ -145,14 +145,14 @@ class MemberStream(io.RawIOBase):
     def read(self, size: int | None = -1) -> bytes:
         end = self._member.size if size is None or size < 0 else self._at + size
         self._unpack_to(end)
-        found = bytes(self._data[self._at : end])
-        self._at += len(found)
-        return found
+        data = bytes(self._data[self._at : end])
+        self._at += len(data)
+        return data
 
     def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
-        found = self.read(len(buffer))
-        buffer[: len(found)] = found
-        return len(found)
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
     def close(self) -> None:
         self._file.close()
@@ -167,26 +167,26 @@ class MemberStream(io.RawIOBase):
 
     def _grow(self) -> bool:
         """Unpack one more chunk; return False if there is none."""
-        member, room = self._member, self._member.size + 1 - len(self._data)
+        member, max_bytes = self._member, self._member.size + 1 - len(self._data)
         try:
             if self._inflate is None:
-                piece = self._packed(min(_CHUNK, room))
+                chunk = self._packed(min(_CHUNK, max_bytes))
             else:
-                waiting = self._inflate.unconsumed_tail or self._packed(_CHUNK)
-                piece = self._inflate.decompress(waiting, max(1, room)) if waiting else self._inflate.flush()
-                if not piece and not self._inflate.eof and waiting:
+                pending = self._inflate.unconsumed_tail or self._packed(_CHUNK)
+                chunk = self._inflate.decompress(pending, max(1, max_bytes)) if pending else self._inflate.flush()
+                if not chunk and not self._inflate.eof and pending:
                     return True  # this chunk of input gave no output
         except zlib.error as error:
             raise self._fault(f"cannot be unpacked: {error}", Fault.broken) from None
-        self._data += piece
+        self._data += chunk
         if len(self._data) > member.size:
             raise self._fault(f"unpacks to more than the {member.size:,} bytes that it claims", Fault.hostile)
-        return bool(piece)
+        return bool(chunk)
 
     def _packed(self, most: int) -> bytes:
-        found = self._file.read(min(most, self._left))
-        self._left -= len(found)
-        return found
+        data = self._file.read(min(most, self._left))
+        self._left -= len(data)
+        return data
 
     def _check(self) -> None:
         if len(self._data) != self._member.size:

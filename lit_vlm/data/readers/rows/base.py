@@ -66,22 +66,22 @@ class KeyTwice(Exception):
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a dict of the pairs, as the `object_pairs_hook` of json; raise DuplicateKeyError for a duplicate key."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    result = dict(pairs)
+    if len(result) < len(pairs):
         names = [key for key, _ in pairs]
         key = next(key for key in names if names.count(key) > 1)
         raise KeyTwice(f"the key {shown(key, 40)} stands twice in one object; only one of them can be meant")
-    return found
+    return result
 
 
 def split_at(ends: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
     """Split the range start to stop - 1 at the ends of the parts, and yield (part, start, stop) relative to each part."""
-    for number in range(bisect.bisect_right(ends, start), len(ends)):
-        begin = ends[number - 1] if number else 0
-        if begin >= stop:
+    for part in range(bisect.bisect_right(ends, start), len(ends)):
+        part_start = ends[part - 1] if part else 0
+        if part_start >= stop:
             return
-        if ends[number] > begin:
-            yield number, max(start, begin) - begin, min(stop, ends[number]) - begin
+        if ends[part] > part_start:
+            yield part, max(start, part_start) - part_start, min(stop, ends[part]) - part_start
 
 
 def identity(path: Path) -> tuple[str, int, int]:

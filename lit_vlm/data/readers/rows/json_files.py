@@ -50,12 +50,12 @@ class JsonRows:
 
     def update(self, hasher: Hasher, start: int, stop: int) -> None:
         """Update the hasher with the bytes from the first row to the last. Their offset in the file does not count."""
-        at, end = int(self._spans.array[start, 0]), int(self._spans.array[stop - 1, 1])
+        offset, end = int(self._spans.array[start, 0]), int(self._spans.array[stop - 1, 1])
         with open(self.path, "rb") as stream:
-            stream.seek(at)
-            while at < end and (data := stream.read(min(_BLOCK, end - at))):
+            stream.seek(offset)
+            while offset < end and (data := stream.read(min(_BLOCK, end - offset))):
                 hasher.update(data)
-                at += len(data)
+                offset += len(data)
 
 
 def json_lines(path: Path, cache: Path | None = None) -> JsonRows:
@@ -91,11 +91,11 @@ def _read(path: Path, start: int, end: int, origin: str) -> bytes:
         reason = f"has {end - start:,} bytes, at most {MAX_ROW_BYTES:,} are read"
         raise RecordError(origin, reason, REMEDY, Fault.too_large)
     try:
-        file = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
-            data = os.pread(file, end - start, start)
+            data = os.pread(descriptor, end - start, start)
         finally:
-            os.close(file)
+            os.close(descriptor)
     except OSError as error:
         raise RecordError(origin, f"{path} cannot be read: {error.strerror}", REMEDY, Fault.unreadable) from error
     if len(data) != end - start:
@@ -116,24 +116,24 @@ def _list(path: Path) -> Iterator[np.ndarray]:
 
 def _lines(path: Path) -> Iterator[np.ndarray]:
     """Yield [n, 3] for the lines that are not blank: first byte, end (line break included), and line number."""
-    start, number, blank = 0, 1, True  # of the line that a block's end cuts: offset, line number, blank so far
+    start, number, is_blank = 0, 1, True  # of the line that a block's end cuts: offset, line number, blank so far
     with open(path, "rb") as stream:
-        at = start = len(BOM) if stream.read(len(BOM)) == BOM else 0
-        stream.seek(at)
+        offset = start = len(BOM) if stream.read(len(BOM)) == BOM else 0
+        stream.seek(offset)
         while data := stream.read(_BLOCK):
-            bytes_ = np.frombuffer(data, np.uint8)
-            breaks = np.flatnonzero(bytes_ == _NEWLINE)
+            values = np.frombuffer(data, np.uint8)
+            breaks = np.flatnonzero(values == _NEWLINE)
             starts = np.concatenate(([0], breaks + 1))  # the last one begins the line that the next block continues
-            blanks = _blank_lines(bytes_, starts)
-            blanks[0] &= blank
-            spans = np.stack((at + starts[:-1], at + starts[1:], number + np.arange(len(breaks))), axis=1)
+            blanks = _blank_lines(values, starts)
+            blanks[0] &= is_blank
+            spans = np.stack((offset + starts[:-1], offset + starts[1:], number + np.arange(len(breaks))), axis=1)
             if len(breaks):
                 spans[0, 0] = start
-                start = at + int(starts[-1])
+                start = offset + int(starts[-1])
             yield spans[~blanks[:-1]]
-            at, number, blank = at + len(data), number + len(breaks), bool(blanks[-1])
-    if not blank:
-        yield np.array([[start, at, number]])
+            offset, number, is_blank = offset + len(data), number + len(breaks), bool(blanks[-1])
+    if not is_blank:
+        yield np.array([[start, offset, number]])
 
 
 def _blank_lines(data: np.ndarray, starts: np.ndarray) -> np.ndarray:

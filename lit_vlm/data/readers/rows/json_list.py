@@ -15,7 +15,8 @@ MAX_ROW_BYTES = 1 << 30
 _WINDOW = 1 << 22  # bytes
 _LONGEST_LINE = 1 << 22  # bytes in which a column counts characters; beyond, it counts bytes
 _SPACE = re.compile(r"[ \t\r\n]*")
-_NEAR_THE_END = 16  # characters; the parser reports a literal, number or escape that the window's end cuts at most this far before it
+# Characters. If the window's end cuts a literal, a number or an escape, the parser stops at most this far before the end.
+_NEAR_THE_END = 16
 
 
 def elements(path: Path) -> Iterator[tuple[int, int]]:
@@ -70,18 +71,18 @@ class _Window:
     def element(self, at: int) -> int:
         """Find the end of the value that begins at an offset; raise `_JsonListError` if it is no valid JSON."""
         while True:
-            fault: _NotAList | None = None
+            failure: _NotAList | None = None
             try:
                 end = needed = self._start + self._decoder.raw_decode(self._text, at - self._start)[1]
             except json.JSONDecodeError as error:
-                fault = _NotAList(error.msg, self._start + error.pos)
-                needed = self.end if error.msg.startswith("Unterminated string") else fault.at
+                failure = _NotAList(error.msg, self._start + error.pos)
+                needed = self.end if error.msg.startswith("Unterminated string") else failure.at
             except RecursionError:
                 raise _NotAList("it is nested too deeply", at) from None
             if needed + _NEAR_THE_END >= self.end and self._grow(at):
                 continue
-            if fault:
-                raise fault
+            if failure:
+                raise failure
             return end
 
     def _grow(self, at: int) -> bool:
@@ -98,33 +99,33 @@ class _Window:
 
 
 def _elements(window: _Window) -> Iterator[tuple[int, int]]:
-    def expect(sign: str, at: int) -> int:
-        found, at = window.sign(at)
-        if found != sign:
-            raise _NotAList(f"Expecting '{sign}'", at)
-        return at + 1
+    def expect(character: str, offset: int) -> int:
+        found, offset = window.sign(offset)
+        if found != character:
+            raise _NotAList(f"Expecting '{character}'", offset)
+        return offset + 1
 
-    sign, at = window.sign(expect("[", window.end))
-    while sign != "]":
-        end = window.element(at)
-        yield at, end
-        sign, at = window.sign(end)
-        if sign != "]":
-            sign, at = "", window.sign(expect(",", at))[1]
-    sign, at = window.sign(at + 1)
-    if sign:
-        raise _NotAList("Extra data behind the list", at)
+    character, offset = window.sign(expect("[", window.end))
+    while character != "]":
+        end = window.element(offset)
+        yield offset, end
+        character, offset = window.sign(end)
+        if character != "]":
+            character, offset = "", window.sign(expect(",", offset))[1]
+    character, offset = window.sign(offset + 1)
+    if character:
+        raise _NotAList("Extra data behind the list", offset)
 
 
 def _line_and_column(stream: BinaryIO, at: int) -> tuple[int, int]:
     """Find the line and column of a byte, both counted from 1; columns count characters."""
     stream.seek(0)
-    line, begin, done = 1, 0, 0
-    while done < at and (data := stream.read(min(_WINDOW, at - done))):
+    line, line_start, num_read = 1, 0, 0
+    while num_read < at and (data := stream.read(min(_WINDOW, at - num_read))):
         line += data.count(b"\n")
-        last = data.rfind(b"\n")
-        begin = done + last + 1 if last >= 0 else begin
-        done += len(data)
-    stream.seek(begin)
-    head = stream.read(min(at - begin, _LONGEST_LINE))
-    return line, len(head.decode("utf-8", "replace")) + 1 + (at - begin - len(head))
+        last_break = data.rfind(b"\n")
+        line_start = num_read + last_break + 1 if last_break >= 0 else line_start
+        num_read += len(data)
+    stream.seek(line_start)
+    head = stream.read(min(at - line_start, _LONGEST_LINE))
+    return line, len(head.decode("utf-8", "replace")) + 1 + (at - line_start - len(head))

@@ -47,23 +47,23 @@ def stored(
         UserError: the file changed during the scan, or the cache cannot be written.
         PermissionError: the file may not be read.
     """
-    found = identity(path)
-    open(path, "rb").close()  # PermissionError, before anything is written
+    file_identity = identity(path)
+    open(path, "rb").close()  # raises PermissionError before anything is written
     if cache is None:
         array = np.concatenate([np.empty((0, columns), np.int64), *scan(path)])
-        _require_unchanged(path, found)
+        _require_unchanged(path, file_identity)
         return StoredArray(array)
-    name = hashlib.sha256(repr((_VERSION, kind, columns, found)).encode()).hexdigest()[:32]
+    name = hashlib.sha256(repr((_VERSION, kind, columns, file_identity)).encode()).hexdigest()[:32]
     file = cache / "offsets" / f"{name}.npy"
-    kept = _kept(file, columns)
-    if kept is None:
+    result = _kept(file, columns)
+    if result is None:
         with locked(file.with_suffix(".lock")):
-            kept = _kept(file, columns)
-            if kept is None:
-                _build(file, columns, _scanned(path, scan), lambda: _require_unchanged(path, found))
-                kept = _kept(file, columns)
-    assert kept is not None
-    return kept
+            result = _kept(file, columns)
+            if result is None:
+                _build(file, columns, _scanned(path, scan), lambda: _require_unchanged(path, file_identity))
+                result = _kept(file, columns)
+    assert result is not None
+    return result
 
 
 def _build(file: Path, columns: int, pieces: Iterator[np.ndarray], check: Callable[[], None]) -> None:
@@ -73,13 +73,13 @@ def _build(file: Path, columns: int, pieces: Iterator[np.ndarray], check: Callab
     """
     with written(file) as draft:
         with open(draft, "wb") as stream:
-            rows = 0
-            _write_header(stream, rows, columns)
-            for piece in pieces:
-                stream.write(np.ascontiguousarray(piece, np.int64).tobytes())
-                rows += len(piece)
+            num_rows = 0
+            _write_header(stream, num_rows, columns)
+            for chunk in pieces:
+                stream.write(np.ascontiguousarray(chunk, np.int64).tobytes())
+                num_rows += len(chunk)
             stream.seek(0)
-            _write_header(stream, rows, columns)
+            _write_header(stream, num_rows, columns)
         check()
 
 
@@ -99,11 +99,11 @@ def _write_header(stream: BinaryIO, rows: int, columns: int) -> None:
 def _kept(file: Path, columns: int) -> StoredArray | None:
     """Load a cache file, or return None if it is missing, truncated or invalid; the caller then scans again."""
     try:
-        stored = _mapped(file)
+        result = _mapped(file)
     except (OSError, ValueError, EOFError):
         return None
-    array = stored.array
-    return stored if array.dtype == np.int64 and array.ndim == 2 and array.shape[1] == columns else None
+    array = result.array
+    return result if array.dtype == np.int64 and array.ndim == 2 and array.shape[1] == columns else None
 
 
 def _mapped(file: Path) -> StoredArray:

@@ -113,7 +113,7 @@ def hub_dataset(setting: str, hub: str, config: str | None, split: str, revision
         dataset = datasets.load_dataset(hub, config, split=split, revision=revision)
     except MemoryError:
         raise
-    except Exception as error:  # `datasets` and the hub's client raise some thirty types, from several libraries
+    except Exception as error:  # `datasets` and the hub's client raise some 30 exception types, from several libraries
         raise UserError(
             f"{setting}={hub}: cannot be loaded: {_first_line(error)}. Where there is no network, download it beforehand "
             f"(`hf download {hub} --repo-type dataset --local-dir <folder>`) and set {setting}=<folder>, or path=<file>."

@@ -112,23 +112,23 @@ def read_entry(stream: BinaryIO, start: int, archive_size: int) -> Entry | None:
 
 
 def _entry(stream: BinaryIO, start: int, archive_size: int) -> Entry | None:
-    at, long_name, flaw = start, None, None
+    offset, long_name, flaw = start, None, None
     for _ in range(_MOST_HEADERS):
-        stream.seek(at)
+        stream.seek(offset)
         block = stream.read(BLOCK)
-        if at == start and block.count(0) == len(block):
+        if offset == start and block.count(0) == len(block):
             return _end(stream, len(block))
         header = _header(block)
-        at += BLOCK
+        offset += BLOCK
         if header.type not in _EXTENDED:
-            whole = Entry(start, header.text, at, header.size, at, flaw=flaw)
-            return _judged(header, whole, long_name, archive_size)
-        data = _payload(stream, header.size, archive_size - at)
-        at += _padded(header.size)
+            entry = Entry(start, header.text, offset, header.size, offset, flaw=flaw)
+            return _judged(header, entry, long_name, archive_size)
+        data = _payload(stream, header.size, archive_size - offset)
+        offset += _padded(header.size)
         if header.type == tarfile.XGLTYPE:
             if any(key not in _COMMENTS for key in _records(data)):
-                return Entry(start, header.text, at, 0, at, flaw=Flaw(_MEANINGS[header.type]))
-            start = at  # a comment
+                return Entry(start, header.text, offset, 0, offset, flaw=Flaw(_MEANINGS[header.type]))
+            start = offset  # this header is only a comment, so the entry begins after it
         elif header.type == tarfile.GNUTYPE_LONGNAME:
             long_name = data.rstrip(b"\0")
         elif header.type == tarfile.XHDTYPE:
@@ -148,12 +148,12 @@ def _header(block: bytes) -> _Header:
         raise _Broken("no member's header is there (wrong checksum or size); nothing behind it can be read")
     if size < 0:
         raise _Broken("its size is below zero; nothing behind it can be read", Fault.hostile)
-    name, _, behind = block[:100].partition(b"\0")
+    name, _, after_nul = block[:100].partition(b"\0")
     prefix = block[345:500].partition(b"\0")[0] if block[257:263] == b"ustar\0" else b""
-    kind = block[156:157]
-    if kind == tarfile.AREGTYPE and name.endswith(b"/"):  # old archives mark a folder by this, not by a type
-        kind = tarfile.DIRTYPE
-    return _Header(prefix + b"/" + name if prefix else name, kind, size, bool(behind.strip(b"\0")))
+    type_flag = block[156:157]
+    if type_flag == tarfile.AREGTYPE and name.endswith(b"/"):  # old archives mark a folder by this, not by a type
+        type_flag = tarfile.DIRTYPE
+    return _Header(prefix + b"/" + name if prefix else name, type_flag, size, bool(after_nul.strip(b"\0")))
 
 
 def _payload(stream: BinaryIO, size: int, left: int) -> bytes:
@@ -186,8 +186,8 @@ def _judged(header: _Header, entry: Entry, long_name: bytes | None, archive_size
     flaw = entry.flaw
     if long_name is not None:
         if not _agrees(header.name, long_name):
-            shown = long_name[:200].decode(errors="replace")
-            flaw = flaw or Flaw(f"is renamed by an extended header, to {shown!r}")
+            new_name = long_name[:200].decode(errors="replace")
+            flaw = flaw or Flaw(f"is renamed by an extended header, to {new_name!r}")
         entry = replace(entry, name=long_name.decode("utf-8", "surrogateescape"))
     if header.type == tarfile.DIRTYPE:
         return replace(entry, size=0, is_folder=True, flaw=flaw or _name_flaw(entry.name))

@@ -54,10 +54,10 @@ class MemberStream(io.RawIOBase):
 
     def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
         self._file.seek(self._offset + self._at)
-        found = self._file.read(max(0, min(len(buffer), self._size - self._at)))
-        buffer[: len(found)] = found
-        self._at += len(found)
-        return len(found)
+        data = self._file.read(max(0, min(len(buffer), self._size - self._at)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
     def close(self) -> None:
         self._file.close()
@@ -142,8 +142,8 @@ class TarRows:
 
     def _origin(self, entries: Sequence[Entry]) -> str:
         first = entries[0]
-        named = first.name and not (first.flaw and first.flaw.fault is Fault.broken)
-        return f"{self.path.name}/{first.key or first.name}" if named else f"{self.path.name} at byte {first.start}"
+        has_name = first.name and not (first.flaw and first.flaw.fault is Fault.broken)
+        return f"{self.path.name}/{first.key or first.name}" if has_name else f"{self.path.name} at byte {first.start}"
 
     def _entries(self, stream: BinaryIO, index: int) -> list[Entry]:
         """Read the headers of a sample's entries: at least 1, at most MAX_MEMBERS_PER_KEY + 1."""
@@ -165,9 +165,9 @@ def tar_file(path: Path, cache: Path | None = None) -> TarRows:
     A damaged or hostile member is an error of its own sample, not of the file.
     """
     with open(path, "rb") as stream:
-        begin = stream.read(8)
+        head = stream.read(8)
         for magic, tool in _COMPRESSED.items():
-            if begin.startswith(magic):
+            if head.startswith(magic):
                 raise UserError(
                     f"{path}: is compressed, so its members cannot be reached one by one. "
                     f"Unpack it to a plain .tar once (`{tool}`); pictures hardly shrink."
@@ -181,9 +181,9 @@ def tar_file(path: Path, cache: Path | None = None) -> TarRows:
 def _table(path: Path) -> Iterator[np.ndarray]:
     keys, starts = array("Q"), array("q")
     with open(path, "rb") as stream:
-        at, size = 0, stream.seek(0, io.SEEK_END)
-        while at >= 0 and (entry := read_entry(stream, at, size)) is not None:
-            at = entry.end
+        offset, size = 0, stream.seek(0, io.SEEK_END)
+        while offset >= 0 and (entry := read_entry(stream, offset, size)) is not None:
+            offset = entry.end
             if not entry.is_folder or entry.flaw:
                 keys.append(_number(entry))
                 starts.append(entry.start)
@@ -207,7 +207,7 @@ def _grouped(keys: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 def _row(path: Path, entries: Sequence[Entry], origin: str, stream: BinaryIO) -> dict[str, Any]:
     _refuse(entries, origin)
-    pictures = sorted((entry for entry in entries if entry.ending in PICTURES), key=lambda entry: entry.name)
+    images = sorted((entry for entry in entries if entry.ending in PICTURES), key=lambda entry: entry.name)
     texts = {ending: [entry for entry in entries if entry.ending == ending] for ending in ("txt", "json")}
     for ending, members in texts.items():
         if len(members) > 1:
@@ -219,24 +219,24 @@ def _row(path: Path, entries: Sequence[Entry], origin: str, stream: BinaryIO) ->
         row = {"id": row.get("id"), "caption": _decoded(_bytes(stream, texts["txt"][0]), texts["txt"][0], origin)}
     if not texts["txt"] and not texts["json"]:
         raise RecordError(origin, "a picture without a .txt or .json of its key", _REPACK, Fault.no_answer)
-    own = row.get("id")
-    named = {"id": f"{path.stem}/{entries[0].key}" if own is None or own == "" else own}
+    record_id = row.get("id")
+    identified = {"id": f"{path.stem}/{entries[0].key}" if record_id is None or record_id == "" else record_id}
     rest = {key: value for key, value in row.items() if key not in ("id", "image", "images")}
-    return {**named, **rest, "images": [Member(path, entry.name, entry.offset, entry.size) for entry in pictures]}
+    return {**identified, **rest, "images": [Member(path, entry.name, entry.offset, entry.size) for entry in images]}
 
 
 def _refuse(entries: Sequence[Entry], origin: str) -> None:
     """Raise a RecordError for a sample with a refused member, a duplicate one, or too many members."""
     for entry in entries:
         if entry.flaw:
-            what = f"member {shown(entry.name)} {entry.flaw.reason}" if entry.name else entry.flaw.reason
-            raise RecordError(origin, what, _REPACK, entry.flaw.fault)
+            reason = f"member {shown(entry.name)} {entry.flaw.reason}" if entry.name else entry.flaw.reason
+            raise RecordError(origin, reason, _REPACK, entry.flaw.fault)
     if len(entries) > MAX_MEMBERS:
         raise RecordError(origin, f"more than {MAX_MEMBERS} members of one key", _REPACK, Fault.hostile)
     names = [entry.name for entry in entries]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise RecordError(origin, f"member {shown(twice)} is in the archive twice", _REPACK, Fault.hostile)
+    duplicate = next((name for name in names if names.count(name) > 1), None)
+    if duplicate:
+        raise RecordError(origin, f"member {shown(duplicate)} is in the archive twice", _REPACK, Fault.hostile)
     if len({entry.key for entry in entries}) > 1:
         raise RecordError(origin, "is not what it was when it was opened", _REPACK, Fault.changed)
 
