@@ -41,6 +41,7 @@ class Chosen:
         return _origin(self._source, self._position(index))
 
     def digest_of(self, start: int, stop: int) -> str:
+        """Compute the digest of the selected records start to stop - 1."""
         return _digest_of(self._source, self._positions[start:stop].astype(np.int64))
 
     def _position(self, index: int) -> int:

@@ -56,6 +56,7 @@ class Embedded:
     __slots__ = ()
 
     def image(self, origin: str, max_pixels: int) -> ImageSource:
+        """Make the image source of this member; nothing is decoded yet."""
         raise NotImplementedError
 
 

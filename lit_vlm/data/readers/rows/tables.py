@@ -32,6 +32,7 @@ class ArrowRows:
 
     @property
     def files(self) -> list[Path]:
+        """The local files that hold the rows."""
         return self._files
 
     def __len__(self) -> int:

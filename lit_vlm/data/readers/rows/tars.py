@@ -138,6 +138,7 @@ class TarRows:
             raise RecordError(f"{self.path.name}[{index}]", reason, REMEDY, Fault.unreadable) from error
 
     def update(self, hasher: Hasher, start: int, stop: int) -> None:
+        """Update the hasher with the file's identity and the row numbers: an unchanged file has unchanged samples."""
         hasher.update(repr((identity(self.path), start, stop)).encode())
 
     def _origin(self, entries: Sequence[Entry]) -> str:
