@@ -1,1 +1,1 @@
-"""One file per format: a row of a dataset becomes a `Sample` or a `PreferencePair`."""
+"""Dataset readers, one file for each format: they convert a row of a dataset to a `Sample` or a `PreferencePair`."""

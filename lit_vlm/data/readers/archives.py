@@ -1,7 +1,7 @@
-"""The directory of a zip file: what is in it, and which members are refused.
+"""Directory of a zip file: its members, and the checks that refuse some of them.
 
-The standard library reads the directory; its objects are let go once their numbers are known. A name without the UTF-8
-flag is CP949, as Korean Windows writes it, unless it is UTF-8 all the same, as macOS does.
+The standard library reads the directory; its objects are released once their numbers are known. A name without the UTF-8
+flag is CP949, as Korean Windows writes it, unless it is valid UTF-8, as macOS writes it.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from lit_vlm.data.decoding import MAX_FILE_BYTES, cause
 from lit_vlm.data.readers.zips import UTF8_FLAG, Flaw, Member, decoded_name
 from lit_vlm.types import UserError
 
-MAX_RATIO = 1100  # deflate cannot do better than 1032 bytes out of one
+MAX_RATIO = 1100  # limit against zip bombs; deflate expands one byte to at most 1032
 _ENCRYPTED_FLAG = 0x1
 
 
 def members_of(archive: Path) -> Iterator[Member]:
-    """The files of an archive, in the order of its directory. UserError when it is no zip, or holds zips itself."""
+    """Iterate over the files of a zip, in the order of its directory.
+
+    Raises:
+        UserError: it is no zip, or holds zips itself.
+    """
     try:
         with zipfile.ZipFile(archive) as directory:
             entries = [entry for entry in directory.infolist() if not entry.is_dir()]
@@ -30,20 +34,20 @@ def members_of(archive: Path) -> Iterator[Member]:
         reason = f"{archive}: cannot be opened as a zip file: {cause(error)}"
         raise UserError(f"{reason}. It may be cut off; download it again, or take it away.") from error
     names = [_name_of(entry) for entry in entries]
-    times = Counter(names)
-    if inner := sorted(name for name in times if name.lower().endswith(".zip")):
-        found = ", ".join(inner[:3]) + (", ..." if len(inner) > 3 else "")
+    counts = Counter(names)
+    if nested_zips := sorted(name for name in counts if name.lower().endswith(".zip")):
+        found = ", ".join(nested_zips[:3]) + (", ..." if len(nested_zips) > 3 else "")
         raise UserError(
             f"{archive}: holds zip files itself ({found}). Unpack it once; zips inside zips are not opened."
         )
     for entry, name in zip(entries, names, strict=True):
-        flaw = Flaw.duplicate if times[name] > 1 else _flaw(entry, name)
+        flaw = Flaw.duplicate if counts[name] > 1 else _flaw(entry, name)
         yield Member(archive, name, entry.header_offset, entry.compress_size, entry.file_size, entry.CRC, flaw)
 
 
 def _name_of(entry: zipfile.ZipInfo) -> str:
-    # The library has read the name as CP437 where the UTF-8 flag is missing, which keeps every byte. Its own
-    # metadata_encoding holds for a whole archive, and fails all of it at the first name of another encoding.
+    # The library reads a name without the UTF-8 flag as CP437, which keeps every byte. Its own `metadata_encoding`
+    # applies to a whole archive, and fails at the first name of another encoding.
     raw = entry.orig_filename.encode("utf-8" if entry.flag_bits & UTF8_FLAG else "cp437")
     return decoded_name(raw, entry.flag_bits)
 

@@ -1,4 +1,4 @@
-"""Which format a record has, told by its keys."""
+"""Registry of record formats, and detection of a record's format by its keys."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ NEEDED = (
 
 
 def format_of(row: Mapping[str, Any]) -> str | None:
-    """A key of FORMATS; None when the row's keys tell none. In columns a missing key is a null."""
+    """Return the record's format as a key of FORMATS, or None if its keys fit none.
+
+    In columnar files a missing key is a null.
+    """
     keys = {key for key, value in row.items() if value is not None}
     if {"chosen", "rejected"} <= keys:
         return "preference"
@@ -40,12 +43,13 @@ def format_of(row: Mapping[str, Any]) -> str | None:
 
 
 def keys_of(row: Mapping[str, Any]) -> str:
+    """Format the row's first 12 keys for an error message."""
     return ", ".join(shown(key, 40) for key in list(row)[:12])
 
 
 def read_by_keys(row: Mapping[str, Any], place: Place) -> Record:
-    """For archives, whose records need not be of one format."""
-    found = format_of(row)
-    if found is None:
+    """Read a record in the format that its keys show. Used for archives, whose records may differ in format."""
+    record_format = format_of(row)
+    if record_format is None:
         raise place.fault(f"cannot tell the format from the keys {keys_of(row)}. {NEEDED}")
-    return FORMATS[found](row, place)
+    return FORMATS[record_format](row, place)

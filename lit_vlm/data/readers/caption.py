@@ -1,4 +1,4 @@
-"""Captions: a picture and a text beside it, in the column `caption` or `text`; no question is asked in it."""
+"""Reader of captions: an image and its text, in the column `caption` or `text`, without a question."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from lit_vlm.types import Fault, ImageSlot, Message, Role, Sample
 
 
 def read_caption(row: Mapping[str, Any], place: Place) -> Sample:
-    """The image alone is the question, unless the source has `prompts`; the caption is the answer."""
+    """Read a caption record as one turn: the caption is the answer.
+
+    The images alone are the question, unless the source has `prompts`.
+    """
     key = "caption" if row.get("caption") is not None else "text"
     if row.get(key) is None:
         place.need(row, "caption")

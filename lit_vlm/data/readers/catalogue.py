@@ -1,7 +1,7 @@
-"""The files of a dataset as it was delivered, in folders and in zip files, found by name.
+"""Catalogue of a dataset's files, in folders and in zip files, with look-up by name.
 
-Names are compared in Unicode's NFC. A file is one row of numbers and its name, no Python object, since a delivery has
-hundreds of thousands of them.
+Names are compared in Unicode NFC. A file is one row of numbers and its name, not a Python object, because a dataset may
+have hundreds of thousands of files.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from lit_vlm.types import Fault, ImageSource, RecordError, UserError, counted
 
 PICTURES = ("*.jpg", "*.jpeg", "*.png", "*.webp", "*.gif", "*.bmp", "*.avif")
 _NUMBERS = ("container", "offset", "packed", "size", "crc", "flaw", "stamp")
-_FOLDER = -1  # container of a file that is in no zip
+_FOLDER = -1  # the `container` of a file that is in no zip
 _REMEDY = "Set data.sources.<name>.image_root=... to the folder of the pictures or their zip files, or fix the record"
 
 
 @dataclass(frozen=True, slots=True)
 class FileName:
-    """The name of a file for templates, in NFC: {@path}, {@name}, {@stem}, {@folder}."""
+    """File name for templates, in NFC: {@path}, {@name}, {@stem}, {@folder}."""
 
     path: str
 
@@ -52,10 +52,10 @@ class FileName:
 
 
 class Catalogue:
-    """Files below a folder (or one file, or one zip) whose names match a pattern, in a lasting order.
+    """Catalogue of the files below a folder (or of one file, or one zip) whose names match a pattern, in a fixed order.
 
     Raises:
-        UserError: a zip that cannot be opened, or one that holds zips.
+        UserError: a zip cannot be opened, or holds zips itself.
     """
 
     def __init__(self, root: Path, patterns: Sequence[str]) -> None:
@@ -63,33 +63,36 @@ class Catalogue:
         self.archives: list[Path] = []
         self._match = re.compile("|".join(fnmatch.translate(pattern.lower()) for pattern in patterns)).match
         self._columns = {name: array("q") for name in _NUMBERS}
-        self._names, self._ends = bytearray(), array("q")  # one after the other, and where each ends
-        self._sorted: dict[Callable[[str], str], tuple[np.ndarray, np.ndarray]] = {}  # part -> hashes, files
+        self._names, self._ends = bytearray(), array("q")  # all names joined, and the end of each
+        # function of a path -> sorted hashes, files
+        self._sorted: dict[Callable[[str], str], tuple[np.ndarray, np.ndarray]] = {}
         for path in _files(root):
             if path.suffix.lower() != ".zip":
                 self._add_file(path)
             elif path.is_file():
                 self._add_zip(path)
-            else:  # reading a pipe would wait for ever
+            else:  # reading a pipe would block for ever
                 raise UserError(f"{path}: is no regular file. Take it out of the folder.")
 
     def __len__(self) -> int:
         return len(self._ends)
 
     def path(self, file: int) -> str:
-        """From the root or from the zip's own, in NFC."""
+        """Return the file's path in NFC, relative to the root or inside of its zip."""
         return unicodedata.normalize("NFC", os.fsdecode(self._raw(file)))
 
     def shown(self, file: int) -> str:
-        """With the zip's name before it, for people."""
+        """Format the file's path for messages, with the zip's name before it."""
         container = self._columns["container"][file]
         return self.path(file) if container == _FOLDER else f"{self.archives[container].name}/{self.path(file)}"
 
     def archive(self, file: int) -> Path | None:
+        """Return the zip that holds the file, or None."""
         container = self._columns["container"][file]
         return None if container == _FOLDER else self.archives[container]
 
     def read(self, file: int, origin: str) -> bytes:
+        """Read all bytes of a file or zip member; raise a RecordError if it is refused or cannot be read."""
         member = self._member(file)
         if member is not None:
             return member.read(origin)
@@ -103,39 +106,43 @@ class Catalogue:
             raise RecordError(origin, reason, fault=Fault.unreadable) from error
 
     def place(self, file: int) -> Path:
-        """Where a file that is in no zip lies."""
+        """Return the path on disk of a file that is in no zip."""
         return self.root / os.fsdecode(self._raw(file))
 
     def image(self, file: int, origin: str, max_pixels: int) -> ImageSource:
+        """Make the image source of a file; nothing is decoded yet."""
         member = self._member(file)
         if member is not None:
             return ZipImage(member, origin, max_pixels)
         return FileImage(os.fsdecode(self._raw(file)), self.root, origin, max_pixels)
 
     def find(self, path: str, origin: str, near: Path | None = None) -> int:
-        """The picture that a label means: by its whole path, else by its name alone; the ending may be left out.
+        """Find the image that a label names: by its whole path, else by its file name; the suffix may be missing.
 
         Args:
-            near: the label's own zip. Of several pictures of one name, the one in the zip that goes with it is meant.
+            near: the label's own zip. If several images have one name, the one in the zip paired with it is used.
 
         Raises:
-            RecordError: none of this name, or several.
+            RecordError: no image has this name, or several have it.
         """
         path = unicodedata.normalize("NFC", path.replace("\\", "/")).removeprefix("./")
         name = PurePosixPath(path).name
         for part, wanted in ((_whole, path), (_whole_but_ending, path), (_name, name), (_stem, name)):
-            found = [file for file in self._candidates(part, wanted) if part(self.path(file)) == wanted]
-            found = self._of_pair(found, near) if len(found) > 1 else found
-            if len(found) > 1:
-                both = " and ".join(shown(self.shown(file)) for file in found[:2])
-                raise RecordError(origin, f"image {shown(path)} may be {both}", "Give its whole path", Fault.missing)
-            if found:
-                return found[0]
+            candidates = [file for file in self._candidates(part, wanted) if part(self.path(file)) == wanted]
+            candidates = self._of_pair(candidates, near) if len(candidates) > 1 else candidates
+            if len(candidates) > 1:
+                names = " and ".join(shown(self.shown(file)) for file in candidates[:2])
+                raise RecordError(origin, f"image {shown(path)} may be {names}", "Give its whole path", Fault.missing)
+            if candidates:
+                return candidates[0]
         reason = f"image {shown(path)} not found in {self.root}, which has {counted(len(self), 'picture')}, zip files included"
         raise RecordError(origin, reason, _REMEDY, Fault.missing)
 
     def digest(self, start: int = 0, stop: int | None = None) -> str:
-        """Of names and contents: a zip's checksums, a file's size and time."""
+        """Compute the digest of names and contents of files start to stop - 1.
+
+        A zip member's content is given by its checksum, a file's by its size and modification time.
+        """
         stop = len(self) if stop is None else stop
         hasher = hashlib.sha256(bytes(self._names[self._ends[start - 1] if start else 0 : self._ends[stop - 1]]))
         for name in ("size", "crc", "flaw", "stamp"):
@@ -143,10 +150,12 @@ class Catalogue:
         return hasher.hexdigest()
 
     def keep_split(self, setting: str, split: str | None, are_pictures: bool) -> None:
-        """Leave out the files of other splits, as their folders, zips and names say; the names of pictures say nothing.
+        """Keep only the files of one split, inferred from the names of folders, zips and label files.
+
+        Names of image files are ignored.
 
         Raises:
-            UserError: several splits and none is asked for; or none of them is the one that is asked for.
+            UserError: there are several splits and none is wanted, or the wanted one is not among them.
         """
         paths = [self._path_from_root(file) for file in range(len(self))]
         splits = [split_of_path(path, folders_only=are_pictures, is_label=True) for path in paths]
@@ -165,8 +174,8 @@ class Catalogue:
         return path if archive is None else f"{archive.relative_to(self.root)}/{path}"
 
     def _of_pair(self, found: list[int], near: Path | None) -> list[int]:
-        same = [file for file in found if (archive := self.archive(file)) and near and _pair(archive) == _pair(near)]
-        return same or found
+        paired = [file for file in found if (archive := self.archive(file)) and near and _pair(archive) == _pair(near)]
+        return paired or found
 
     def _raw(self, file: int) -> bytes:
         return bytes(self._names[self._ends[file - 1] if file else 0 : self._ends[file]])
@@ -199,14 +208,16 @@ class Catalogue:
             self._columns[column].append(number)
 
     def _candidates(self, part: Callable[[str], str], wanted: str) -> list[int]:
-        """Files whose part of the path has the hash of the wanted one: a binary search in 12 bytes a file."""
+        """Find files by the hash of a part of their path, with a binary search over 12 bytes a file."""
         if part not in self._sorted:
             hashes = np.fromiter((_hash(part(self.path(file))) for file in range(len(self))), np.uint64, len(self))
             files = np.argsort(hashes, kind="stable").astype(np.uint32)
             self._sorted[part] = hashes[files], files
         hashes, files = self._sorted[part]
-        hashed = np.uint64(_hash(wanted))
-        return files[np.searchsorted(hashes, hashed, "left") : np.searchsorted(hashes, hashed, "right")].tolist()
+        wanted_hash = np.uint64(_hash(wanted))
+        return files[
+            np.searchsorted(hashes, wanted_hash, "left") : np.searchsorted(hashes, wanted_hash, "right")
+        ].tolist()
 
 
 def _whole(path: str) -> str:
@@ -230,13 +241,13 @@ def _hash(text: str) -> int:
 
 
 def _pair(archive: Path) -> str:
-    """What the names of a zip of pictures and of its zip of labels have in common: TS_1 and TL_1, [원천]1 and [라벨]1."""
+    """Return the common name of a zip of images and its zip of labels: TS_1 and TL_1, [원천]1 and [라벨]1."""
     name = unicodedata.normalize("NFC", archive.name)
     return re.sub(r"\[(?:원천|라벨)\]|원천데이터|라벨링데이터|(?<=^[TV])[SL](?=[_.\d])", "", name)
 
 
 def _files(root: Path) -> Iterator[Path]:
-    """Files in the order of their names; folders that are links are not entered."""
+    """Walk the files in the order of their names; folders that are symbolic links are skipped."""
     if root.is_file():
         yield root
         return
@@ -247,11 +258,12 @@ def _files(root: Path) -> Iterator[Path]:
 
 
 def halves_of(root: Path) -> list[str]:
-    """Parts that AIHub cuts large zips into; they are no zips until they are put together."""
+    """Find the parts into which AIHub splits large zips; they are no valid zips until they are joined."""
     return sorted(path.name for path in _files(root) if re.search(r"\.zip\.part\d+$", path.name))
 
 
 def refuse_empty(name: str, setting: str, root: Path, catalogue: Catalogue, what: str) -> None:
+    """Raise a UserError if the catalogue is empty, with a hint if the zips are still in parts."""
     if len(catalogue):
         return
     parts = halves_of(root)

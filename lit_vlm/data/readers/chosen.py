@@ -1,4 +1,4 @@
-"""Part of a source, whatever its format: a share of its records, or all of them with fewer tiles."""
+"""Subsets of a source of any format: a fraction of its records, or all records with a lower tile limit."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from lit_vlm.types import Record, Source
 
 
 class Chosen:
-    """A share of a source's records. Which, depends on the source's name and a record's position alone, so a record
-    that is chosen stays chosen when others come behind it.
+    """Subset of a source's records: a pseudo-random fraction.
+
+    The choice depends on the source's name and a record's position alone. So a selected record stays selected when
+    records are appended.
 
     Args:
         fraction: above 0, at most 1.
-        limit: the first so many of the chosen ones.
+        limit: maximum number of records; the first of the selected ones are used.
     """
 
     def __init__(self, source: Source, fraction: float, limit: int | None = None) -> None:
@@ -26,7 +28,7 @@ class Chosen:
         self.digest = hashlib.sha256(repr(parts).encode()).hexdigest()
         self._positions = chosen(source.name, len(source), fraction)[:limit]
 
-    def __reduce__(self):  # the positions are found again faster than sent to a worker
+    def __reduce__(self):  # computing the positions again is faster than sending them to a worker
         return Chosen, (self._source, self._fraction, self._limit)
 
     def __len__(self) -> int:
@@ -39,6 +41,7 @@ class Chosen:
         return _origin(self._source, self._position(index))
 
     def digest_of(self, start: int, stop: int) -> str:
+        """Compute the digest of the selected records start to stop - 1."""
         return _digest_of(self._source, self._positions[start:stop].astype(np.int64))
 
     def _position(self, index: int) -> int:
@@ -48,7 +51,7 @@ class Chosen:
 
 
 class FewerTiles:
-    """A source whose images get at most so many tiles beside their base view."""
+    """Source with a lower tile limit: its images get at most `max_tiles` tiles besides their base view."""
 
     def __init__(self, source: Source, max_tiles: int) -> None:
         self.name, self._source, self._max_tiles = source.name, source, max_tiles
@@ -62,25 +65,29 @@ class FewerTiles:
 
 
 def chosen(name: str, num_records: int, fraction: float) -> np.ndarray:
-    """[n] uint32, ascending: the positions of a share of a source."""
+    """Choose the positions of a fraction of a source's records.
+
+    Returns:
+        [n] uint32, ascending.
+    """
     seed = np.uint64(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
-    most = np.uint64(min(int(fraction * 2**64), 2**64 - 1))
-    found = [np.empty(0, np.uint32)]
+    threshold = np.uint64(min(int(fraction * 2**64), 2**64 - 1))
+    parts = [np.empty(0, np.uint32)]
     for start in range(0, num_records, 1 << 20):
         positions = np.arange(start, min(start + (1 << 20), num_records), dtype=np.uint64)
-        found.append(positions[_mixed(positions ^ seed) <= most].astype(np.uint32))
-    return np.concatenate(found)
+        parts.append(positions[_mixed(positions ^ seed) <= threshold].astype(np.uint32))
+    return np.concatenate(parts)
 
 
 def runs(positions: np.ndarray) -> list[tuple[int, int]]:
-    """[n] ascending -> (first, last) of each unbroken run."""
+    """Find the runs of consecutive numbers in [n] ascending positions: (first, last) of each."""
     starts = np.flatnonzero(np.diff(positions, prepend=positions[:1] - 2) != 1)
     ends = np.append(starts[1:], len(positions)) - 1
     return list(zip(positions[starts].tolist(), positions[ends].tolist(), strict=True))
 
 
 def _mixed(values: np.ndarray) -> np.ndarray:
-    """splitmix64: every bit of a number moves every bit of the result."""
+    """Hash each uint64 with splitmix64: every input bit affects every output bit."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -92,7 +99,7 @@ def _origin(source: Any, position: int) -> str:
 
 
 def _digest_of(source: Any, positions: np.ndarray) -> str:
-    if not hasattr(source, "digest_of"):  # the source as a whole stands for what its records hold
+    if not hasattr(source, "digest_of"):  # then the digest of the whole source stands for the content of its records
         return hashlib.sha256(source.digest.encode() + positions.tobytes()).hexdigest()
     digests = [source.digest_of(first, last + 1) for first, last in runs(positions)]
     return hashlib.sha256(repr(digests).encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""Words of other trainers' forms that change what is trained: keys of records, and marks in texts.
+"""Keys and placeholder marks of other trainers' formats that change what is trained.
 
-Read in ms-swift, LLaMA-Factory, axolotl, TRL, OpenAI's fine-tuning, and in the data of LLaVA, Qwen-VL, InternVL and
-MiniCPM-V. A reader honours such a key, or the record is refused by its name; all other keys that nothing is read from
-are counted (`Place.unread`). docs/formats.md has the table.
+They were collected from ms-swift, LLaMA-Factory, axolotl, TRL, OpenAI's fine-tuning, and from the data of LLaVA, Qwen-VL,
+InternVL and MiniCPM-V. A reader uses such a key, or the record is refused with an error that names the key. All other
+unused keys are counted (`RecordContext.unread`). docs/formats.md has the table.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _THOUGHTS = "thoughts beside an answer are not read; write them into the answer,
 _TOKENS = "the tokens to train on are chosen by the chat template; masks and token ids are not read"
 _PICTURES = "pictures are read from the record's 'images' and from image parts of the content"
 
-# Keys of a record that other trainers train on otherwise -> why the record is refused when they hold something.
+# Keys of a record with which other trainers train differently -> reason to refuse a record in which they are not empty.
 _OF_RECORDS = {
     **dict.fromkeys(("tools", "functions", "function_call", "function_calls", "tool_calls"), _TOOLS),
     **dict.fromkeys(("videos", "video"), "video is not read"),
@@ -40,7 +40,7 @@ _OF_RECORDS = {
     "chat_template_kwargs": "settings of the chat template are not read from records",
     **dict.fromkeys(("input_ids", "attention_mask", "loss_mask", "assistant_masks", "completion_mask"), _TOKENS),
 }
-# Of a turn, beside its role and its words.
+# The same for keys of a turn, apart from its role and its text.
 _OF_TURNS = {
     **dict.fromkeys(("tool_calls", "tool_call", "function_call", "tool_call_id", "tools"), _TOOLS),
     **dict.fromkeys(("reasoning_content", "reasoning", "thinking"), _THOUGHTS),
@@ -51,15 +51,15 @@ _OF_TURNS = {
     **dict.fromkeys(("train_detail", "training_detail", "mask", "loss_mask", "input_ids", "labels"), _TOKENS),
     "prefix": "an answer that is begun for the model is not read",
 }
-# Whether a turn is trained on: ms-swift's `loss`, OpenAI's `weight`, axolotl's `train` and `training`.
+# Keys that switch the loss of a turn on or off: ms-swift's `loss`, OpenAI's `weight`, axolotl's `train` and `training`.
 _LOSSES = ("loss", "weight", "train", "training", "loss_scale", "loss_weight")
-# Lists of numbers under these names say of each token whether it counts.
+# Keys of token masks: lists with a number for each token that switch its loss on or off.
 _MASKS = ("labels", "mask", "loss_mask", "loss_weights", "prompt_mask", "token_weights")
-# What would be a second content of a part, beside the one that its type names.
+# Keys that would give a part a second content, besides the one that its type names.
 _CONTENTS = ("text", "image", "path", "url", "image_url", "bytes", "data", "base64", "source", "file_id")
 SYSTEM = ("system", "system_prompt")
 
-# Marks in a text that stand for something else in other forms -> what for.
+# Placeholder marks that stand for something else in other formats -> the thing they stand for.
 _MARKS = {
     r"<image>|<image[ _]?\d+>|<\|image(?:_\d+)?\|>|<image_placeholder>|<ImageHere>|<start_of_image>": "a picture",
     r"<\|(?:image|vision|media)_(?:pad|start|end|bos|eos|soft_token)\|>|<image_soft_token>|<IMG_CONTEXT>": "a picture",
@@ -73,26 +73,30 @@ _MARK = re.compile("|".join(f"({marks})" for marks in _MARKS))
 
 
 def find_mark(text: str) -> tuple[str, str] | None:
-    """The first mark of another form in a text, and what it stands for there."""
-    at = text.find("<")  # every mark begins with it: so a text without costs nothing
-    while at >= 0:
-        found = _MARK.match(text, at)
-        if found is not None and found.lastindex is not None:
-            return found[0], list(_MARKS.values())[found.lastindex - 1]
-        at = text.find("<", at + 1)
+    """Find the first placeholder mark of another format in a text.
+
+    Returns:
+        The mark and the thing it stands for, e.g. ("<|image|>", "a picture"); None if there is no mark.
+    """
+    position = text.find("<")  # every mark begins with it, so a text without one costs nothing
+    while position >= 0:
+        match = _MARK.match(text, position)
+        if match is not None and match.lastindex is not None:
+            return match[0], list(_MARKS.values())[match.lastindex - 1]
+        position = text.find("<", position + 1)
     return None
 
 
 def check_record(row: Mapping[str, Any], place: Place, read: Collection[str]) -> None:
-    """Refuse a record whose other keys change what is trained; count those that change nothing.
+    """Check the keys that the reader does not use: refuse those that change what is trained, count all others.
 
-    A record may say itself that marks in its texts are text, `"marks": "text"`, as those of `task=prefer` do.
+    A record may declare itself that marks in its texts are text, with `"marks": "text"`, as those of `task=prefer` do.
 
     Args:
-        read: the keys that the reader honours.
+        read_keys: the keys that the reader uses.
 
     Raises:
-        RecordError: by the key's name.
+        RecordError: names the refused key.
     """
     if row.get("marks") == "text":
         place.settings, read = replace(place.settings, marks_are_text=True), (*read, "marks")
@@ -112,7 +116,7 @@ def check_record(row: Mapping[str, Any], place: Place, read: Collection[str]) ->
 
 
 def check_turn(turn: Mapping[str, Any], role: Role, place: Place, where: str, read: Collection[str]) -> bool:
-    """Whether the turn counts in the loss, as far as its keys say. RecordError as `check_record`."""
+    """Check a turn's keys as `check_record` does, and return whether they let the turn count in the loss."""
     trained = True
     for key in [key for key in turn if key not in read and not _is_empty(turn[key])]:
         value = turn[key]
@@ -126,7 +130,7 @@ def check_turn(turn: Mapping[str, Any], role: Role, place: Place, where: str, re
 
 
 def check_part(part: Mapping[str, Any], place: Place, where: str, read: Collection[str]) -> None:
-    """RecordError for a part of a content that says more than is read of it, in words that change what is trained."""
+    """Check the unused keys of a content part: raise a RecordError for those that change what is trained."""
     for key in [key for key in part if key not in read and not _is_empty(part[key])]:
         value = part[key]
         if key in _CONTENTS:
@@ -139,7 +143,7 @@ def check_part(part: Mapping[str, Any], place: Place, where: str, read: Collecti
 
 
 def read_system(row: Mapping[str, Any], place: Place) -> str | None:
-    """The record's column `system`, as ShareGPT and ms-swift have it."""
+    """Return the text of the record's column `system` or `system_prompt`, as in ShareGPT and ms-swift, or None."""
     given = [key for key in SYSTEM if not (row.get(key) is None or row[key] == "")]
     if len(given) > 1:
         raise place.fault(f"both {given[0]!r} and {given[1]!r} are given; one of them must go")
@@ -170,14 +174,14 @@ def _read_flag(value: Any, role: Role, place: Place, where: str) -> bool:
 
 
 def _is_empty(value: Any) -> bool:
-    """In columns the keys of other records are there as nulls, also inside of objects and lists."""
-    left = [value]  # no recursion: a record may be nested deeper than Python's stack
-    while left:
-        value = left.pop()
+    """Return True if the value holds nothing. In columnar files the keys of other records are nulls, nested ones too."""
+    stack = [value]  # no recursion: a record may be nested deeper than Python's stack
+    while stack:
+        value = stack.pop()
         if isinstance(value, Mapping):
-            left.extend(value.values())
+            stack.extend(value.values())
         elif isinstance(value, list):
-            left.extend(value)
+            stack.extend(value)
         elif not (value is None or (isinstance(value, str) and value in ("", "[]", "{}", "null"))):
             return False
     return True
@@ -188,7 +192,7 @@ def _is_one(value: Any) -> bool:
 
 
 def _is_plain(key: str, value: Any) -> bool:
-    """Tell names of objects and a word about history from boxes and earlier turns."""
+    """Return True for `objects` that are plain names (not boxes) and a `history` that is no list (not earlier turns)."""
     if key == "history":
         return not isinstance(value, list)
     return key == "objects" and isinstance(value, list) and all(isinstance(item, str) for item in value)

@@ -1,4 +1,4 @@
-"""scikit-learn's 1,797 handwritten digits: real pictures that are there without a download.
+"""Source of scikit-learn's 1,797 handwritten digits: real images that need no download.
 
 Source: https://doi.org/10.24432/C50P49 (CC BY 4.0), as bundled with scikit-learn.
 """
@@ -13,13 +13,13 @@ from PIL import Image
 from lit_vlm.data.images import ArrayImage
 from lit_vlm.types import ImageSlot, Kind, Language, Message, Role, Sample
 
-NUM_HELD_OUT = 297  # the last ones
-SIDE = 56  # pixels; seven times the original's eight
+NUM_HELD_OUT = 297  # the last digits are held out
+SIDE = 56  # pixels; 7 times the 8 of the original
 _QUESTION = {Language.ko: "이 숫자는 무엇인가요?", Language.en: "What digit is this?"}
 
 
 class DigitsSource:
-    """One question per digit. `Language.auto` asks in Korean and English by turns."""
+    """Source with one question for each digit. `Language.auto` alternates between Korean and English."""
 
     def __init__(
         self,
@@ -32,10 +32,10 @@ class DigitsSource:
     ) -> None:
         pictures, answers = _load()
         num_training = len(answers) - NUM_HELD_OUT
-        chosen = slice(num_training, None) if held_out else slice(0, num_training)
+        selected = slice(num_training, None) if held_out else slice(0, num_training)
         self.name, self._language, self._kind = name, language, kind
-        self._first = chosen.start
-        self._pictures, self._answers = pictures[chosen][:limit], answers[chosen][:limit]
+        self._first = selected.start
+        self._pictures, self._answers = pictures[selected][:limit], answers[selected][:limit]
         settings = ("digits", SIDE, str(language), str(kind), self._first, len(self))
         self.digest = hashlib.sha256(repr(settings).encode()).hexdigest()
 
@@ -57,7 +57,7 @@ class DigitsSource:
 
 
 def _load() -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.datasets import load_digits  # a second, which other formats need not wait for
+    from sklearn.datasets import load_digits  # takes a second, so other formats do not import it
 
     digits = load_digits()
     return digits.images, digits.target  # [1797, 8, 8] float, 0 to 16; [1797] int

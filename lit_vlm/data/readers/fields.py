@@ -1,4 +1,4 @@
-"""Paths and templates of a mapping, looked up in one record."""
+"""Look-up of a mapping's paths and templates in one record."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Template = Sequence[tuple[str, str | None]]
 
 
 def template(text: str, setting: str) -> Template:
-    """UserError, naming the setting, when it cannot be read."""
+    """Parse a template into (literal, path) pairs; raise a UserError that names the setting if it is malformed."""
     try:
         return parts_of(text)
     except ValueError as error:
@@ -26,7 +26,10 @@ def template(text: str, setting: str) -> Template:
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """What paths lead into: an item of a list, and behind it its record. All faults are RecordErrors of `place`."""
+    """Scope in which paths are looked up: an item of a list, then the record around it.
+
+    All errors are RecordErrors of `context`.
+    """
 
     values: Any
     file: FileName
@@ -35,34 +38,41 @@ class Scope:
     record: Scope | None = None
 
     def item(self, value: Any, name: str) -> Scope:
+        """Make the scope of one item, inside of this one."""
         return Scope(value, self.file, self.place, name, self)
 
     def items(self, path: str) -> list[Scope]:
-        """The items of a list, which must have some."""
+        """Return a scope for each item of the list at `path`, which must not be empty."""
         values = self.place.items(self.value(path), path)
         return [self.item(value, f"{path}[{number}]") for number, value in enumerate(values)]
 
     def value(self, path: str) -> Any:
-        """What a path leads to. The fault names the path, and the keys that were found instead."""
+        """Return the value at a path, e.g. `annotations.0.text`.
+
+        If the first key is missing here, the whole path is looked up in the record around this item.
+
+        Raises:
+            RecordError: names the path and the keys that were found instead.
+        """
         if path.startswith("@"):
             return getattr(self.file, path[1:])
-        value, words = self.values, path.split(".")
-        for number, word in enumerate(words):
-            key = _key(value, word)
+        value, parts = self.values, path.split(".")
+        for number, part in enumerate(parts):
+            key = _key(value, part)
             if key is None:
                 if number == 0 and self.record is not None:
                     return self.record.value(path)
-                where = ".".join(words[:number]) or self.name
-                raise self.place.fault(f"there is no {path!r}: {where} {_found(value)}")
+                parent_path = ".".join(parts[:number]) or self.name
+                raise self.place.fault(f"there is no {path!r}: {parent_path} {_found(value)}")
             value = value[key]
         return value
 
     def text(self, template: Template) -> str:
-        """The template filled in; numbers are written out."""
+        """Render the template as text; numbers are written as text."""
         return "".join(literal + ("" if path is None else self._written(path)) for literal, path in template)
 
     def content(self, template: Template, regions: Sequence[Content] = ()) -> tuple[Content, ...]:
-        """The template filled in, {@regions} by these pieces."""
+        """Render the template as content pieces, with `regions` in place of {@regions}."""
         content: tuple[Content, ...] = ()
         text = ""
         for literal, path in template:
@@ -75,6 +85,7 @@ class Scope:
         return content + self.place.pieces(text)
 
     def number(self, path: str) -> float:
+        """Return the finite number at a path."""
         return number(self.value(path), path, self.place)
 
     def _written(self, path: str) -> str:
@@ -85,18 +96,18 @@ class Scope:
 
 
 def number(value: Any, path: str, place: Place) -> float:
-    """A finite number; some labels write numbers as text."""
+    """Parse a finite number, or raise a RecordError. Some labels write numbers as text."""
     try:
-        found = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
+        parsed = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else None
     except ValueError:
-        found = None
-    if found is None or found - found != 0:  # infinity and nan
+        parsed = None
+    if parsed is None or parsed - parsed != 0:  # infinity and nan
         raise place.fault(f"{path} is {shown(value, 40)}; it must be a number")
-    return found
+    return parsed
 
 
 def _key(value: Any, word: str) -> str | int | None:
-    """The key or index that a word of a path means; keys of labels may be in another of Unicode's spellings."""
+    """Find the key or index that a path's part names. Keys of labels may be in another Unicode normal form."""
     if isinstance(value, Mapping):
         if word in value:
             return word

@@ -1,4 +1,4 @@
-"""What a source's settings name on the disk or the hub, found and opened as rows."""
+"""Find the files that a source's settings name, on disk or on the Hugging Face hub, and open them as rows."""
 
 from __future__ import annotations
 
@@ -21,26 +21,31 @@ OPENERS: dict[str, Callable[[Path, Path | None], Rows]] = {
     ".json": json_files.json_list,
     ".tar": tars.tar_file,
 }
-_ABOUT = ("dataset_info.json", "dataset_infos.json")  # what a repository of the hub says about itself
+_ABOUT = ("dataset_info.json", "dataset_infos.json")  # metadata of a hub repository, not records
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 
 
 def existing(name: str, setting: str, value: str | None, config: SourceConfig | None = None) -> Path:
-    """The path of a setting. It is the operator's own, so it may lie anywhere.
+    """Resolve the path of a setting to its staged copy or itself, and check that it exists.
+
+    The path comes from the operator, so it may lie anywhere.
 
     Args:
-        config: of a named set; says how to get what is missing.
+        config: of a named set; its `obtain` and `homepage` go into the error message.
+
+    Raises:
+        UserError: the setting is empty, the path is missing, or it is neither a regular file nor a folder.
     """
     if value is None:
         raise UserError(f"data.sources.{name}.{setting} is not set; give the dataset's file or folder.")
     path = staged(Path(value).expanduser())
     if not path.exists():
         folder = path.parent
-        beside = nearest(path.name, os.listdir(folder)) if folder.is_dir() else f"; nor is there a folder {folder}"
-        how = [part.rstrip(".") for part in (config.obtain, config.homepage) if part] if config else []
-        get = f" How to get it: {', '.join(how)}." if how else ""
-        raise UserError(f"data.sources.{name}.{setting}={value}: no such file or folder{beside}.{get}")
-    if not path.is_dir() and not path.is_file():  # reading a pipe or a terminal would wait for ever
+        hint = nearest(path.name, os.listdir(folder)) if folder.is_dir() else f"; nor is there a folder {folder}"
+        instructions = [part.rstrip(".") for part in (config.obtain, config.homepage) if part] if config else []
+        how_to_get = f" How to get it: {', '.join(instructions)}." if instructions else ""
+        raise UserError(f"data.sources.{name}.{setting}={value}: no such file or folder{hint}.{how_to_get}")
+    if not path.is_dir() and not path.is_file():  # reading a pipe or a terminal would block for ever
         raise UserError(
             f"data.sources.{name}.{setting}={value} is a pipe, a device or a socket; give a regular file or a folder."
         )
@@ -52,10 +57,16 @@ def existing(name: str, setting: str, value: str | None, config: SourceConfig | 
 
 
 def find_files(name: str, path: Path, split: str | None) -> tuple[Path, list[Path]]:
-    """The file itself, or the folder's files with records in them, which must all be of one ending; and their folder.
+    """Find the files with records at a path, which must all have one suffix.
 
     Args:
-        split: of several that the files' names say, the one that is meant; None: there must be no others.
+        split: the split to read if the files' names give several; None: only one split may be there.
+
+    Returns:
+        The file or folder that holds the records, and the list of files.
+
+    Raises:
+        UserError: names the setting: no such split, several splits, several suffixes or none.
     """
     setting = f"data.sources.{name}.path={path}"
     if path.is_file():
@@ -64,25 +75,27 @@ def find_files(name: str, path: Path, split: str | None) -> tuple[Path, list[Pat
         splits = json.loads((path / "dataset_dict.json").read_text())["splits"]
         split = splits[0] if split is None and len(splits) == 1 else split
         if split not in splits:
-            asked = "" if split is None else f", and none is called {split}"
+            wanted_hint = "" if split is None else f", and none is called {split}"
             raise UserError(
-                f"{setting} holds several splits{asked}; give data.sources.{name}.split=, one of: {', '.join(splits)}."
+                f"{setting} holds several splits{wanted_hint}; give data.sources.{name}.split=, one of: {', '.join(splits)}."
             )
         path = path / split
     elif (path / "state.json").exists() and split is not None:
         raise UserError(
             f"data.sources.{name}.split={split} has no effect: {path.name} is one saved dataset. Take it away."
         )
-    if (path / "state.json").exists():  # Dataset.save_to_disk; its JSON files are no records
+    if (path / "state.json").exists():  # made by Dataset.save_to_disk; its JSON files hold no records
         return path, sorted(path.glob("*.arrow"))
     files = _files_with_records(setting, path)
     names = [str(file.relative_to(path)) for file in files]
     chosen = choose_split(setting, names, [split_of_path(file) for file in names], split)
     files = [file for file, is_chosen in zip(files, chosen, strict=True) if is_chosen]
-    endings = sorted({file.suffix.lower() for file in files})
-    if len(endings) != 1:
+    suffixes = sorted({file.suffix.lower() for file in files})
+    if len(suffixes) != 1:
         found = (
-            f"files of several endings ({', '.join(endings)})" if endings else f"no file ending in {', '.join(ENDINGS)}"
+            f"files of several endings ({', '.join(suffixes)})"
+            if suffixes
+            else f"no file ending in {', '.join(ENDINGS)}"
         )
         raise UserError(f"{setting}: the folder has {found}. Give the file to read.")
     return path, files
@@ -100,18 +113,21 @@ def _readable_file(setting: str, path: Path) -> Path:
 
 
 def _files_with_records(setting: str, folder: Path) -> list[Path]:
-    """Those of the folder itself, else those of its folders: a cloned repository of the hub has data/ or train/ and test/."""
+    """List the record files of the folder itself, or, if it has none, those of its subfolders.
+
+    A cloned hub repository has its files in data/, or in train/ and test/.
+    """
     found = _with_endings(setting, folder.iterdir())
     if not found:
-        inner = (Path(place, file) for place, _, files in os.walk(folder) for file in files)
-        found = _with_endings(setting, (file for file in inner if not _is_hidden(file.relative_to(folder))))
+        nested = (Path(parent, file) for parent, _, files in os.walk(folder) for file in files)
+        found = _with_endings(setting, (file for file in nested if not _is_hidden(file.relative_to(folder))))
     return sorted(found)
 
 
 def _with_endings(setting: str, paths: Iterable[Path]) -> list[Path]:
     found = [path for path in paths if path.suffix.lower() in ENDINGS and path.name not in _ABOUT and not path.is_dir()]
     for path in found:
-        if not path.is_file():  # reading a pipe would wait for ever
+        if not path.is_file():  # reading a pipe would block for ever
             raise UserError(
                 f"{setting}: {path.name} is no regular file. Take it out of the folder, or give the file to read."
             )
@@ -123,20 +139,20 @@ def _is_hidden(path: Path) -> bool:
 
 
 def rows_of(name: str, path: Path, files: list[Path], cache: Path | None) -> Rows:
-    """The rows of the files.
+    """Open the rows of the files.
 
     Args:
-        cache: where the offsets of JSON and tar files are kept.
+        cache_dir: folder in which the offsets of JSON and tar files are stored.
     """
-    ending = files[0].suffix.lower() if files else ".arrow"
+    suffix = files[0].suffix.lower() if files else ".arrow"
     try:
         if path.is_dir() and (path / "state.json").exists():
             return tables.saved_dataset(path)
-        if ending == ".parquet":
+        if suffix == ".parquet":
             return tables.parquet(files)
-        if ending == ".arrow":
+        if suffix == ".arrow":
             return tables.arrow(files)
-        parts = [OPENERS[ending](file, cache) for file in files]
+        parts = [OPENERS[suffix](file, cache) for file in files]
     except PermissionError as error:
         raise UserError(
             f"data.sources.{name}.path={path}: {error.filename} may not be read. Change its rights."
@@ -145,7 +161,7 @@ def rows_of(name: str, path: Path, files: list[Path], cache: Path | None) -> Row
 
 
 def hub_rows(name: str, config: SourceConfig) -> tuple[Rows, list[Path]]:
-    """Rows of a hub dataset, and the files in which they lie here."""
+    """Load the rows of a hub dataset, and list the local files that hold them."""
     if config.revision is not None and Path(config.hub or "").expanduser().is_dir():
         raise UserError(f"data.sources.{name}.revision has no effect: hub={config.hub} is a folder here. Take it away.")
     split = config.split or "train"
@@ -154,7 +170,7 @@ def hub_rows(name: str, config: SourceConfig) -> tuple[Rows, list[Path]]:
 
 
 def check_split_of_file(name: str, rows: Rows, file: Path, split: str) -> None:
-    """UserError unless one of the file's first records says a split, which is what the setting is compared with."""
+    """Raise a UserError unless one of the first 100 records names a split: only then does the setting have an effect."""
     for index in range(min(len(rows), 100)):
         try:
             row = rows[index]
@@ -169,27 +185,32 @@ def check_split_of_file(name: str, rows: Rows, file: Path, split: str) -> None:
 
 
 def found_format(name: str, rows: Rows) -> str:
-    """By the keys of the first record that can be read at all."""
+    """Detect the format by the keys of the first readable record, among the first 100.
+
+    Raises:
+        UserError: none of these records can be read, or the keys fit no format.
+    """
     setting, choices = f"data.sources.{name}.format", ", ".join(choice.name for choice in Format)
-    fault: RecordError | None = None
+    first_error: RecordError | None = None
     for index in range(min(len(rows), 100)):
         try:
             row = rows[index]
         except RecordError as error:
-            fault = fault or error
+            first_error = first_error or error
             continue
-        found = format_of(row)
-        if found is None:
+        record_format = format_of(row)
+        if record_format is None:
             raise UserError(
                 f"{rows.origin(index)}: cannot tell the format from the keys {keys_of(row)}. {NEEDED}. "
                 f"Say it with {setting}=<one of {choices}>, or convert the file."
             )
-        return found
+        return record_format
     raise UserError(
-        f"No record can be read, the first fault: {fault} Say the format with {setting}=<one of {choices}>."
+        f"No record can be read, the first fault: {first_error} Say the format with {setting}=<one of {choices}>."
     )
 
 
 def nearest(word: str, words: Iterable[str]) -> str:
+    """Format a suggestion for an error message, "; did you mean caption?", or "" if no choice is similar."""
     close = difflib.get_close_matches(word, list(words), n=1)
     return f"; did you mean {close[0]}?" if close else ""

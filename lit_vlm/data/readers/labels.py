@@ -1,6 +1,6 @@
-"""Label files as rows: one JSON a record, or a list of records in one, or COCO's two lists joined.
+"""Label files as records: one JSON file a record, a list of records in one file, or COCO's two lists joined.
 
-Of a file with many records the places of its items are kept, 16 bytes each, and an item is read when it is asked for.
+For a file with many records only the byte offsets of its items are held, 16 bytes each. An item is read on access.
 """
 
 from __future__ import annotations
@@ -31,44 +31,45 @@ _DECODER = json.JSONDecoder()
 
 @dataclass(frozen=True, slots=True)
 class ItemList:
-    """The records of one label file: where they are, and where the items are that join them."""
+    """Byte offsets of one label file's records, and of the items that are joined to them."""
 
     spans: np.ndarray  # [records, 2] bytes from and to
-    joined: np.ndarray  # [items, 2], in the order of the records that they name
-    ends: np.ndarray  # [records] how many of `joined` belong to the records up to this one
+    joined: np.ndarray  # [items, 2] bytes from and to, in the order of the records that the items name
+    ends: np.ndarray  # [records] cumulative number of items up to and including this record
 
 
 class Labels:
-    """The records of all label files, by position. `labels[i]` is the record as JSON has it."""
+    """Records of all label files, by position. `labels[i]` is the parsed JSON object."""
 
     def __init__(self, catalogue: Catalogue, mapping: MappingConfig) -> None:
         self.catalogue, self._mapping = catalogue, mapping
         self._lists = [self._list(file) for file in range(len(catalogue))] if mapping.records is not None else None
         counts = [1] * len(catalogue) if self._lists is None else [len(items.spans) for items in self._lists]
-        self.ends = np.cumsum(counts, dtype=np.int64)  # [files]
+        self.ends = np.cumsum(counts, dtype=np.int64)  # [files] cumulative number of records
 
     def __len__(self) -> int:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def file(self, index: int) -> int:
-        """The label file that a record is in."""
+        """Find the number of the label file that holds a record."""
         return int(np.searchsorted(self.ends, index, "right"))
 
     def origin(self, index: int) -> str:
+        """Return the file and, in a list of records, the position of a record, for error messages."""
         file = self.file(index)
         return self.catalogue.shown(file) + ("" if self._lists is None else f"[{self._number(index, file)}]")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         file, origin = self.file(index), self.origin(index)
         if self._mapping.labels is None:
-            return {}  # the picture is the record
+            return {}  # the image is the record
         if self._lists is None:
             return _record(self.catalogue.read(file, origin), origin)
-        items, number = self._lists[file], self._number(index, file)
-        record = _record(self._slice(file, items.spans[number], origin), origin)
+        offsets, number = self._lists[file], self._number(index, file)
+        record = _record(self._slice(file, offsets.spans[number], origin), origin)
         if self._mapping.join is not None:
-            start = items.ends[number - 1] if number else 0
-            joined = (self._slice(file, span, origin) for span in items.joined[start : items.ends[number]])
+            start = offsets.ends[number - 1] if number else 0
+            joined = (self._slice(file, span, origin) for span in offsets.joined[start : offsets.ends[number]])
             record[self._mapping.join.rpartition(".")[2]] = [_record(data, origin) for data in joined]
         return record
 
@@ -87,14 +88,14 @@ class Labels:
             raise RecordError(origin, f"cannot be read: {error.strerror}", REMEDY, Fault.unreadable) from error
 
     def _list(self, file: int) -> ItemList:
-        """UserError for a file that is no JSON or has no such list."""
+        """Find the byte offsets of a label file's records; raise a UserError if it is no JSON or has no such list."""
         name, mapping = self.catalogue.shown(file), self._mapping
         try:
             data = self.catalogue.read(file, name)
         except RecordError as error:
             raise UserError(f"{error} A label file of many records must be whole; unpack a large one.") from error
-        # Latin-1 keeps one character a byte, so places in the text are places in the file. Neither UTF-8 nor CP949 has
-        # JSON's own signs inside of a letter.
+        # Latin-1 maps each byte to one character, so offsets in the text are offsets in the file. Neither UTF-8 nor
+        # CP949 has JSON's own characters inside of a multi-byte character.
         text = data.decode("latin-1")
         assert mapping.records is not None
         values: dict[int, dict[str, int]] = {}
@@ -105,10 +106,13 @@ class Labels:
 
 
 def parse_json(data: bytes, origin: str, *, keys_twice: bool = False) -> Any:
-    """JSON in UTF-8, with a byte order mark or without, or in CP949. RecordError with the place of the fault.
+    """Parse JSON in UTF-8, with or without a byte order mark, or in CP949.
 
     Args:
-        keys_twice: let the last value of a key count, for a look at items that are read again.
+        allow_duplicate_keys: use the last value of a duplicate key; for items that are parsed again later.
+
+    Raises:
+        RecordError: names the line and column of the error, or the duplicate key.
     """
     for encoding in ("utf-8-sig", "cp949"):
         try:
@@ -133,25 +137,25 @@ def _record(data: bytes, origin: str) -> dict[str, Any]:
 
 
 def _spans(text: str, path: str, name: str, values: dict[int, dict[str, int]]) -> np.ndarray:
-    """[items, 2] where the items of the list at `path` begin and end.
+    """Find the byte spans of the items of the list at `path`, as [items, 2].
 
     Args:
-        values: what `_values_of` found of the objects that begin somewhere; objects that are looked at come to it.
+        known_offsets: results of `_find_value_offsets` by the offset of the object; new results are added to it.
     """
     try:
-        at = _after_space(text, len(_BOM) if text.startswith(_BOM.decode("latin-1")) else 0)
-        for word in path.split(".") if path != "." else ():
-            if at not in values:
-                values[at] = _values_of(text, at, name)
-            if word not in values[at]:
-                keys = ", ".join(shown(key, 40) for key in values[at]) or "none"
-                reason = f"{name}: there is no {word!r} of {path!r} (mapping.records, mapping.join)"
+        offset = _after_space(text, len(_BOM) if text.startswith(_BOM.decode("latin-1")) else 0)
+        for part in path.split(".") if path != "." else ():
+            if offset not in values:
+                values[offset] = _values_of(text, offset, name)
+            if part not in values[offset]:
+                keys = ", ".join(shown(key, 40) for key in values[offset]) or "none"
+                reason = f"{name}: there is no {part!r} of {path!r} (mapping.records, mapping.join)"
                 raise UserError(f"{reason}; the keys are {keys}.")
-            at = values[at][word]
-        if text[at : at + 1] != "[":
+            offset = values[offset][part]
+        if text[offset : offset + 1] != "[":
             raise UserError(f"{name}: {path!r} (mapping.records, mapping.join) is no list. Name the list of records.")
         spans = array("q")
-        for start, end in _items(text, at):
+        for start, end in _items(text, offset):
             spans.extend((start, end))
     except (json.JSONDecodeError, RecursionError) as error:
         reason = getattr(error, "msg", "it is nested too deeply")
@@ -161,28 +165,28 @@ def _spans(text: str, path: str, name: str, values: dict[int, dict[str, int]]) -
 
 
 def _values_of(text: str, at: int, name: str) -> dict[str, int]:
-    """Where the value of each key of an object begins. Values are passed over, a list item by item.
+    """Find the offset of the value of each key of an object. Values are skipped, a list item by item.
 
     Raises:
-        UserError: a key stands twice.
+        UserError: the object has a duplicate key.
     """
-    found: dict[str, int] = {}
+    value_offsets: dict[str, int] = {}
     if text[at : at + 1] != "{":
-        return found
+        return value_offsets
     at = _after_space(text, at + 1)
     while text[at : at + 1] != "}":
         key, at = _DECODER.raw_decode(text, at)
         at = _expect(text, at, ":")
         key = parse_json(json.dumps(key, ensure_ascii=False).encode("latin-1"), name)
-        if key in found:
+        if key in value_offsets:
             raise UserError(f"{name}: the key {shown(key, 40)} stands twice in one object. Take one of the two away.")
-        found[key] = at
+        value_offsets[key] = at
         at = _after_value(text, at)
         if text[at : at + 1] == ",":
             at = _after_space(text, at + 1)
         elif text[at : at + 1] != "}":
             raise json.JSONDecodeError("Expecting ',' or '}'", text, at)
-    return found
+    return value_offsets
 
 
 def _after_value(text: str, at: int) -> int:
@@ -217,7 +221,11 @@ def _expect(text: str, at: int, sign: str) -> int:
 
 
 def _joined(text: str, records: np.ndarray, items: np.ndarray, mapping: MappingConfig, name: str) -> ItemList:
-    """Each record beside the items that name it; those that name none say nothing about any. UserError when all do."""
+    """Join each record with the items that name it. Items that name no record are dropped.
+
+    Raises:
+        UserError: two records have the same key, or no item at all names a record.
+    """
 
     def keys(spans: np.ndarray, key: str, setting: str) -> list[str]:
         found = []
@@ -228,13 +236,13 @@ def _joined(text: str, records: np.ndarray, items: np.ndarray, mapping: MappingC
             found.append(str(value[key]))
         return found
 
-    number_of = {key: number for number, key in enumerate(keys(records, mapping.join_record, "join_record"))}
-    if len(number_of) < len(records):
+    number_by_key = {key: number for number, key in enumerate(keys(records, mapping.join_record, "join_record"))}
+    if len(number_by_key) < len(records):
         raise UserError(f"{name}: two records have the same {mapping.join_record!r} (mapping.join_record).")
-    named = keys(items, mapping.join_item, "join_item")
-    numbers = np.fromiter((number_of.get(key, -1) for key in named), np.int64, len(named))
+    named_keys = keys(items, mapping.join_item, "join_item")
+    numbers = np.fromiter((number_by_key.get(key, -1) for key in named_keys), np.int64, len(named_keys))
     if len(numbers) and not (numbers >= 0).any():
-        found = f"{mapping.join_item}={shown(named[0])}"
+        found = f"{mapping.join_item}={shown(named_keys[0])}"
         reason = f"{name}: no item of {mapping.join!r} names a record, the first says {found}"
         raise UserError(f"{reason}. Check mapping.join_item and mapping.join_record.")
     order = np.argsort(numbers, kind="stable")[(numbers < 0).sum() :]
@@ -243,5 +251,5 @@ def _joined(text: str, records: np.ndarray, items: np.ndarray, mapping: MappingC
 
 @lru_cache(maxsize=2)
 def _unpacked(catalogue: Catalogue, file: int) -> bytes:
-    """A list of records in a zip, held by each process that reads it: there is no way into the middle of it."""
+    """Read and unpack a whole label file of a zip, cached in each process: a zip member has no random access."""
     return catalogue.read(file, catalogue.shown(file))

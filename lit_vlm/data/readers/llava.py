@@ -1,8 +1,9 @@
-"""Conversations of LLaVA and of ShareGPT, one shape with a few habits each.
+"""Reader of LLaVA and ShareGPT conversations, two variants of one format.
 
 LLaVA: {id, image, conversations: [{from: human, value}, {from: gpt, value}]}, docs/Finetune_Custom_Data.md of
-haotian-liu/LLaVA. ShareGPT as LLaMA-Factory has it (its data/README.md): a column `system`, a list `images`, also `user`
-and `assistant`. '<image>' in a human's text is where the image stands. What other keys mean is in `dialects.py`.
+haotian-liu/LLaVA. ShareGPT as LLaMA-Factory has it (its data/README.md): a column `system`, a list `images`, and the
+roles `user` and `assistant` too. '<image>' in a human's text marks the image's position. `dialects.py` handles other
+keys.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ _READ = ("id", "image", "images", "conversations", *SYSTEM)
 
 
 def read_llava(row: Mapping[str, Any], place: Place) -> Sample:
+    """Read a LLaVA or ShareGPT record; raise a RecordError if it cannot be used."""
     place.need(row, "conversations")
     check_record(row, place, _READ)
     slots = new_slots()

@@ -1,10 +1,11 @@
-"""Hugging Face's messages: {messages: [{role, content}], images}, a content being text or a list of parts.
+"""Reader of Hugging Face messages: {messages: [{role, content}], images}. A content is text or a list of parts.
 
-An image part `{"type": "image"}` stands for the next of the row's `images`, unless it names an image itself (`image`,
-`path`, `url`, or OpenAI's `image_url`) or says which of them it is (`index`). OpenAI's newer spellings `input_text`,
-`output_text` and `input_image` mean the same. Without image parts, '<image>' in a user's text is where an image stands,
-as in ms-swift and LLaMA-Factory. A part `{"type": "control", "token": "<gro>"}` is a control token, whatever the
-source's markup: structure says it, and no text can (`task=prefer` writes them).
+An image part `{"type": "image"}` stands for the next of the row's `images`, unless it names its own image (`image`,
+`path`, `url`, or OpenAI's `image_url`) or gives the number of one of them (`index`). OpenAI's newer spellings
+`input_text`, `output_text` and `input_image` mean the same. Without image parts, '<image>' in a user's text marks the
+position of an image, as in ms-swift and LLaMA-Factory. A part `{"type": "control", "token": "<gro>"}` is a control
+token, whatever the source's markup setting: it comes from the structure, never from text (`task=prefer` writes such
+parts).
 """
 
 from __future__ import annotations
@@ -34,13 +35,15 @@ _TEXTS = ("text", "input_text", "output_text")
 _IMAGES = ("image", "image_url", "input_image")
 _CONTROL = "control"
 _PART_TYPES = "'text', 'image', 'image_url' or 'control'"
-_NAMES = ("image", "path", "url")  # of a picture, in a part of type image
+_NAMES = ("image", "path", "url")  # keys that name the image in a part of type image
 _READ = ("id", "image", "images", "messages", *SYSTEM)
 
-Named = ImageSource | int | None  # a picture of its own, the number of one in the column, or the next one there
+# an image that the part names itself, the index of one of the column `images`, or None: the next one of that column
+Named = ImageSource | int | None
 
 
 def read_messages(row: Mapping[str, Any], place: Place) -> Sample:
+    """Read a record of messages; raise a RecordError if it cannot be used."""
     place.need(row, "messages")
     check_record(row, place, _READ)
     messages, images = read_turns(row["messages"], place.images(row), place, "messages")
@@ -50,16 +53,20 @@ def read_messages(row: Mapping[str, Any], place: Place) -> Sample:
 def read_turns(
     turns: Any, column: Sequence[ImageSource], place: Place, where: str
 ) -> tuple[tuple[Message, ...], tuple[ImageSource, ...]]:
-    """The messages, and the record's images in the order of their slots.
+    """Read the turns as messages, and the record's images in the order of their slots.
 
-    Where no image part and no '<image>' says where they stand, images go before the first user message of plain texts,
-    as in TRL's `prepare_multimodal_messages`.
+    If no image part and no '<image>' gives the position, the images go before the text of the first user message, as in
+    TRL's `prepare_multimodal_messages`. This holds for plain texts only.
+
+    Args:
+        image_column: the images of the row's own column.
+        location: path of the turns within the record, for error messages.
     """
     turns = place.items(turns, where)
     has_parts = any(map(_shows_images, turns))
-    marked = not has_parts and not place.settings.marks_are_text
+    has_markers = not has_parts and not place.settings.marks_are_text
     images: list[Named] = []
-    messages = [_message(turn, images, marked, place, f"{where}[{number}]") for number, turn in enumerate(turns)]
+    messages = [_message(turn, images, has_markers, place, f"{where}[{number}]") for number, turn in enumerate(turns)]
     if column and not images and all(isinstance(turn["content"], str) for turn in turns):
         messages, images = _images_first(messages, len(column)), [None] * len(column)
     return tuple(messages), _resolve_images(images, column, place, has_parts)
@@ -75,10 +82,14 @@ def _shows_images(turn: Any) -> bool:
 def _resolve_images(
     images: Sequence[Named], column: Sequence[ImageSource], place: Place, has_parts: bool
 ) -> tuple[ImageSource, ...]:
-    """The image of each slot. RecordError unless the slots show each image of the column, those without a number once."""
-    numbers = [image for image in images if isinstance(image, int)]
-    if numbers:
-        _check_numbers(numbers, images.count(None), len(column), place)
+    """Return the image of each slot.
+
+    Raises:
+        RecordError: an image of the column is not shown, or slots and images without an index differ in number.
+    """
+    indices = [image for image in images if isinstance(image, int)]
+    if indices:
+        _check_numbers(indices, images.count(None), len(column), place)
         return tuple(column[image] if isinstance(image, int) else image for image in images if image is not None)
     if has_parts and column and None not in images:
         reason = f"{counted(len(column), 'image')} in 'images', and each image part already names its own"
@@ -90,31 +101,31 @@ def _resolve_images(
         reason = f"{slots} but {counted(len(column), 'image')}; each '<image>' needs one"
         remedy = f"Fix the record, or say data.sources.{place.settings.source}.marks=text where '<image>' is text"
         raise RecordError(place.origin, reason, remedy, Fault.placeholders)
-    waiting = iter(column)
-    return tuple(next(waiting) if image is None else image for image in images if not isinstance(image, int))
+    remaining = iter(column)
+    return tuple(next(remaining) if image is None else image for image in images if not isinstance(image, int))
 
 
 def _check_numbers(numbers: Sequence[int], num_without: int, num_images: int, place: Place) -> None:
     if num_without:
         reason = f"{counted(len(numbers), 'image part has', 'image parts have')} an index and {num_without} without a path has none"
         raise place.fault(f"{reason}; give all of them one", Fault.placeholders)
-    for number in numbers:
-        if not 0 <= number < num_images:
-            reason = f"an image part has the index {number}, and 'images' holds {counted(num_images, 'image')}"
+    for index in numbers:
+        if not 0 <= index < num_images:
+            reason = f"an image part has the index {index}, and 'images' holds {counted(num_images, 'image')}"
             raise place.fault(f"{reason}, counted from 0", Fault.placeholders)
-    unshown = sorted(set(range(num_images)) - set(numbers))
-    if unshown:
-        reason = f"no image part has the index {unshown[0]}, so that this one of 'images' would be shown nowhere"
+    not_shown = sorted(set(range(num_images)) - set(numbers))
+    if not_shown:
+        reason = f"no image part has the index {not_shown[0]}, so that this one of 'images' would be shown nowhere"
         raise place.fault(reason, Fault.placeholders)
 
 
 def _message(turn: Any, images: list[Named], marked: bool, place: Place, where: str) -> Message:
     if not isinstance(turn, Mapping):
         raise place.fault(f"{where} is {type_name(turn)}; it must be an object with 'role' and 'content'")
-    name = place.text(turn.get("role"), f"{where}.role")
-    if name not in Role.__members__:
-        raise place.fault(f"{where}.role is {shown(name)}; it must be 'system', 'user' or 'assistant'")
-    role = Role(name)
+    role_name = place.text(turn.get("role"), f"{where}.role")
+    if role_name not in Role.__members__:
+        raise place.fault(f"{where}.role is {shown(role_name)}; it must be 'system', 'user' or 'assistant'")
+    role = Role(role_name)
     trained = check_turn(turn, role, place, where, ("role", "content"))
     slots = _next_slots(images) if marked and role is Role.user else None
     content, where = turn.get("content"), f"{where}.content"
@@ -131,7 +142,7 @@ def _words(text: str, slots: Iterator[int] | None, place: Place) -> tuple[Conten
 
 
 def _next_slots(images: list[Named]) -> Iterator[int]:
-    """Numbers for the images of the column, each entered where it stands."""
+    """Append an unnamed slot to `images` on each step, and yield its index."""
     while True:
         images.append(None)
         yield len(images) - 1
@@ -140,15 +151,15 @@ def _next_slots(images: list[Named]) -> Iterator[int]:
 def _part(
     part: Any, role: Role, images: list[Named], slots: Iterator[int] | None, place: Place, where: str
 ) -> tuple[Content, ...]:
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind in _TEXTS:
+    part_type = part.get("type") if isinstance(part, Mapping) else None
+    if part_type in _TEXTS:
         check_part(part, place, where, ("type", "text"))
         return _words(place.text(part.get("text"), f"{where}.text"), slots, place)
-    if kind == _CONTROL:
+    if part_type == _CONTROL:
         check_part(part, place, where, ("type", "token"))
         return (_control(part.get("token"), place, where),)
-    if kind not in _IMAGES:
-        found = f"of type {shown(kind, 40)}" if isinstance(part, Mapping) else type_name(part)
+    if part_type not in _IMAGES:
+        found = f"of type {shown(part_type, 40)}" if isinstance(part, Mapping) else type_name(part)
         raise place.fault(f"{where} is {found}; a part is an object of type {_PART_TYPES}")
     if role is not Role.user:
         raise place.fault(f"{where} is an image in the {role}'s message; images belong to the user's")
@@ -163,7 +174,7 @@ def _control(token: Any, place: Place, where: str) -> Control:
 
 
 def _named_image(part: Mapping[str, Any], place: Place, where: str) -> Named:
-    """In columns the keys that other parts use are there as nulls."""
+    """Read which image a part names. In columnar files the keys that other parts use are nulls."""
     if part["type"] != "image":
         check_part(part, place, where, ("type", "image_url", "detail"))
         value = part.get("image_url")
@@ -172,13 +183,13 @@ def _named_image(part: Mapping[str, Any], place: Place, where: str) -> Named:
             raise place.fault(f"{where} has no image_url.url")
         return place.image(value)
     check_part(part, place, where, ("type", "index", *_NAMES))
-    given = [key for key in (*_NAMES, "index") if part.get(key) is not None]
-    if len(given) > 1:
-        raise place.fault(f"{where} has both {given[0]!r} and {given[1]!r}; one of them must go")
-    if not given:
+    given_keys = [key for key in (*_NAMES, "index") if part.get(key) is not None]
+    if len(given_keys) > 1:
+        raise place.fault(f"{where} has both {given_keys[0]!r} and {given_keys[1]!r}; one of them must go")
+    if not given_keys:
         return None
-    value = part[given[0]]
-    if given[0] != "index":
+    value = part[given_keys[0]]
+    if given_keys[0] != "index":
         return place.image(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise place.fault(f"{where}.index is {shown(value, 40)}; it must be the number of one of 'images', from 0")
@@ -187,7 +198,7 @@ def _named_image(part: Mapping[str, Any], place: Place, where: str) -> Named:
 
 def _images_first(messages: list[Message], num_images: int) -> list[Message]:
     first = next((number for number, message in enumerate(messages) if message.role is Role.user), None)
-    if first is None:  # the roles are refused later, by their own message
+    if first is None:  # `check_turns` refuses the roles later, with its own message
         return messages
     slots = tuple(ImageSlot(index) for index in range(num_images))
     with_images = Message(Role.user, slots + messages[first].content, messages[first].trained)

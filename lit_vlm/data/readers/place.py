@@ -1,4 +1,4 @@
-"""One record's place, and how its texts and images are taken from there: what all formats share."""
+"""Context of one record (origin and reader settings), with the helpers for texts and images that all formats share."""
 
 from __future__ import annotations
 
@@ -26,57 +26,60 @@ from lit_vlm.types import (
     escape_controls,
 )
 
-_LONGEST_NAME = 60  # characters of a key that is counted
-_MARKER = re.compile(rf"\r?\n{IMAGE_TOKEN}|{IMAGE_TOKEN}(?:\r?\n)?")  # one line break beside it belongs to the marker
+_LONGEST_NAME = 60  # characters of a key in the counts of unread keys
+# One line break before or after the marker belongs to it.
+_MARKER = re.compile(rf"\r?\n{IMAGE_TOKEN}|{IMAGE_TOKEN}(?:\r?\n)?")
 _TYPE_NAMES = {dict: "an object", list: "a list", str: "text", bool: "a boolean", int: "a number", float: "a number"}
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How the records of one source are read."""
+    """Settings for reading the records of one source."""
 
     source: str
     format: str
     image_root: Path
     max_pixels: int
     language: Language
-    kind: Kind | None  # None: found from the record
+    kind: Kind | None  # None: inferred from the record
     markup: bool
     max_tiles: int | None = None
     prompts: tuple[str, ...] = ()  # questions for images without one
-    split: str | None = None  # that its records may say they are of; None: any
-    counts_markup: bool = False  # nobody said whether markup in its texts is markup
-    marks_are_text: bool = False  # marks of other forms in its texts are text, and no record is refused for them
+    split: str | None = None  # the split that its records may name; None: any
+    counts_markup: bool = False  # count texts that look like markup: the source's markup setting is auto
+    marks_are_text: bool = False  # placeholder marks of other formats are plain text; no record is refused for them
 
 
 class Embedded:
-    """A picture that a row carries as a part of some archive."""
+    """Base class of an image that is a part of an archive; a row carries it instead of a path."""
 
     __slots__ = ()
 
     def image(self, origin: str, max_pixels: int) -> ImageSource:
+        """Make the image source of this member; nothing is decoded yet."""
         raise NotImplementedError
 
 
 @dataclass(slots=True)
 class Place:
-    """One record: where a person finds it, and how its source is read."""
+    """Context of one record: its origin, for error messages, and the settings of its source."""
 
     origin: str
     settings: Settings
     normalised: bool = False  # NFC changed one of the texts read so far
-    unread: dict[str, None] = field(default_factory=dict)  # keys that nothing is read from, in their order
+    unread: dict[str, None] = field(default_factory=dict)  # keys that the reader does not use, in their order
 
     def note_unread(self, what: str) -> None:
-        """Count something that nothing is read from; it changes nothing that is trained."""
+        """Mark a key or a part of the record as unread. It does not change what is trained; it is counted."""
         what = escape_controls(what)
         self.unread[what if len(what) <= _LONGEST_NAME else f"{what[:_LONGEST_NAME]}..."] = None
 
     def fault(self, reason: str, fault: Fault = Fault.malformed) -> RecordError:
+        """Make the RecordError of this record, for the caller to raise."""
         return RecordError(self.origin, reason, REMEDY, fault)
 
     def need(self, row: Mapping[str, Any], *keys: str) -> None:
-        """RecordError unless the row has all keys; in columns a missing key is a null."""
+        """Raise a RecordError unless the row has all keys. In columnar files a missing key is a null."""
         missing = [key for key in keys if row.get(key) is None]
         if missing:
             found = [key for key, value in row.items() if value is not None]
@@ -86,6 +89,7 @@ class Place:
             )
 
     def items(self, value: Any, where: str) -> list[Any]:
+        """Return the value, which must be a list with at least one item, or raise a RecordError."""
         if not isinstance(value, list):
             raise self.fault(f"{where} is {type_name(value)}; it must be a list")
         if not value:
@@ -93,7 +97,10 @@ class Place:
         return value
 
     def text(self, value: Any, where: str) -> str:
-        """The value, which must be text that UTF-8 can write; a tokenizer would fail on a lone surrogate."""
+        """Return the value, which must be text that UTF-8 can encode, or raise a RecordError.
+
+        A tokenizer would fail on a lone surrogate.
+        """
         if not isinstance(value, str):
             raise self.fault(f"{where} is {type_name(value)}; it must be text")
         try:
@@ -104,16 +111,18 @@ class Place:
         return value
 
     def pieces(self, text: str) -> tuple[Content, ...]:
-        """Text in NFC, so that one word has one spelling; with markup on, its control tokens apart.
+        """Parse a text into content pieces: NFC text, and with `markup` also control tokens.
+
+        NFC gives each word one spelling.
 
         Raises:
-            RecordError: a mark of another form stands in it, and nobody said that such marks are text.
+            RecordError: the text holds a placeholder mark of another format, and `marks_are_text` is off.
         """
         if not self.settings.marks_are_text and (mark := find_mark(text)):
-            word, what = mark
+            mark_text, meaning = mark
             raise RecordError(
                 self.origin,
-                f"{shown(word, 40)} in a text stands for {what} in other forms, and nothing stands there in this one",
+                f"{shown(mark_text, 40)} in a text stands for {meaning} in other forms, and nothing stands there in this one",
                 f"Take it out, or say data.sources.{self.settings.source}.marks=text where such words are text",
                 Fault.placeholders,
             )
@@ -128,7 +137,7 @@ class Place:
         return parse_markup(text)
 
     def marked(self, text: str, slots: Iterator[int]) -> tuple[Content, ...]:
-        """Text in which each '<image>' is the next of the slots."""
+        """Parse a text in which each '<image>' becomes an `ImageSlot` with the next index of `slots`."""
         head, *rest = _MARKER.split(text)
         content = self.pieces(head)
         for piece in rest:
@@ -136,23 +145,31 @@ class Place:
         return content
 
     def image(self, value: Any) -> ImageSource:
-        """A path, a data URL, encoded bytes, the {bytes, path} of a Hugging Face image column, or a part of an archive."""
-        cap = self.settings.max_pixels
+        """Make an image source of a value of the record.
+
+        The value is a path, a data URL, encoded bytes, the {bytes, path} of a Hugging Face image column, or an
+        `EmbeddedImage` of an archive. Nothing is decoded yet.
+        """
+        max_pixels = self.settings.max_pixels
         if isinstance(value, Mapping):
             value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
         if isinstance(value, bytes):
-            return BytesImage(value, self.origin, cap)
+            return BytesImage(value, self.origin, max_pixels)
         if isinstance(value, str):
             if value.startswith("data:"):
-                return BytesImage(self._data_url(value), self.origin, cap)
+                return BytesImage(self._data_url(value), self.origin, max_pixels)
             refuse_url(value, self.origin)
-            return FileImage(value, self.settings.image_root, self.origin, cap)
+            return FileImage(value, self.settings.image_root, self.origin, max_pixels)
         if isinstance(value, Embedded):
-            return value.image(self.origin, cap)
+            return value.image(self.origin, max_pixels)
         raise self.fault(f"an image is {type_name(value)}; it must be a path, encoded bytes or {{bytes, path}}")
 
     def images(self, row: Mapping[str, Any], of: str = "") -> tuple[ImageSource, ...]:
-        """The column `images` or `image`, which may hold a list or one image; `of` goes before its name."""
+        """Return the images of the column `images` or `image`, which holds a list or one image.
+
+        Args:
+            prefix: goes before the column's name, e.g. `rejected_`.
+        """
         columns = [key for key in (f"{of}images", f"{of}image") if row.get(key) is not None]
         if len(columns) > 1:
             raise self.fault(f"both '{columns[0]}' and '{columns[1]}' are given; one of them must go")
@@ -172,11 +189,12 @@ class Place:
 
 
 def type_name(value: Any) -> str:
+    """Describe a value's type in the words of JSON: "an object", "a list", "null"."""
     return "null" if value is None else _TYPE_NAMES.get(type(value), f"of type {type(value).__name__}")
 
 
 def new_slots() -> Iterator[int]:
-    """Numbers for the image slots of one record, in the order of the text."""
+    """Return an iterator of indices for the image slots of one record, in the order of the text: 0, 1, 2, ..."""
     return itertools.count()
 
 

@@ -1,11 +1,11 @@
-"""Preference pairs: TRL's columns prompt, chosen, rejected, images, or LLaVA-NeXT's keys, which say image.
+"""Reader of preference pairs: TRL's columns prompt, chosen, rejected, images, or LLaVA-NeXT's keys (`image`).
 
-A row may bring pictures of its own for the rejected answer, `rejected_images` or `rejected_image`, as many as its prompt
-shows: the same question about another picture, and often the same answer, which is wrong there.
+A row may have its own images for the rejected answer, `rejected_images` or `rejected_image`, as many as its prompt
+shows. The question is then the same and the image another; often the answer is the same too, and wrong for that image.
 
-TRL: "Dataset formats and types" of its documentation, each of the three as text or as messages; without a prompt,
-chosen and rejected are conversations that begin alike. LLaVA-NeXT: `_get_item` in llava/train/train_dpo.py, whose
-`answer` takes no part in the loss. A column `kind` with a name of ours (types.Kind) says the kind of each pair.
+TRL: "Dataset formats and types" of its documentation. Each of the three is text or messages; without a prompt, chosen
+and rejected are conversations with a common beginning. LLaVA-NeXT: `_get_item` in llava/train/train_dpo.py, whose
+`answer` takes no part in the loss. A column `kind` with a name of `types.Kind` gives the kind of each pair.
 """
 
 from __future__ import annotations
@@ -32,26 +32,27 @@ _READ = ("id", "image", "images", "rejected_image", "rejected_images", "prompt",
 
 
 def read_preference(row: Mapping[str, Any], place: Place) -> PreferencePair:
+    """Read a preference pair; raise a RecordError if it cannot be used."""
     place.need(row, "chosen", "rejected")
     check_record(row, place, _READ)
     for key in ("chosen", "rejected"):
         if isinstance(row[key], Mapping):
             reason = f"{key} is an object with the keys {', '.join(map(repr, row[key]))}"
             raise place.fault(f"{reason}; it must be text or a list of messages")
-    column = place.images(row)
+    image_column = place.images(row)
     if row.get("prompt") is None:
         row = _with_prompt(row, place)
-    prompt, images = _prompt(row["prompt"], column, place)
+    prompt, images = _prompt(row["prompt"], image_column, place)
     prompt = tuple(with_questions(row, with_system(row, prompt, place), images, place))
     chosen, rejected = _answer(row["chosen"], "chosen", place), _answer(row["rejected"], "rejected", place)
     for answer in (chosen, rejected):
         check_turns((*prompt, answer), place)
-    others = place.images(row, "rejected_")
-    if others and len(others) != len(images):
+    rejected_images = place.images(row, "rejected_")
+    if rejected_images and len(rejected_images) != len(images):
         raise place.fault(
-            f"{counted(len(others), 'rejected image')} beside {counted(len(images), 'image')}; the prompt shows as many of each"
+            f"{counted(len(rejected_images), 'rejected image')} beside {counted(len(images), 'image')}; the prompt shows as many of each"
         )
-    if chosen == rejected and (not others or _names(row, "") == _names(row, "rejected_")):
+    if chosen == rejected and (not rejected_images or _names(row, "") == _names(row, "rejected_")):
         raise place.fault("chosen and rejected are equal; there is nothing to prefer")
     return PreferencePair(
         id=record_id(row, place),
@@ -62,10 +63,10 @@ def read_preference(row: Mapping[str, Any], place: Place) -> PreferencePair:
         prompt=prompt,
         chosen=chosen,
         rejected=rejected,
-        images=(*images, *others),
+        images=(*images, *rejected_images),
         max_tiles=place.settings.max_tiles,
         normalised=place.normalised,
-        rejected_images=bool(others),
+        rejected_images=bool(rejected_images),
         unread=tuple(place.unread),
     )
 
@@ -76,23 +77,24 @@ def _names(row: Mapping[str, Any], of: str) -> list[Any]:
 
 
 def _kind(row: Mapping[str, Any], place: Place) -> Kind:
-    """The row's own, where the source says no more than that it holds pairs."""
+    """Return the row's own kind, unless the source's settings give one other than `preference`."""
     if place.settings.kind not in (None, Kind.preference):
         return place.settings.kind
-    own = row.get("kind")
-    return Kind(own) if isinstance(own, str) and own in Kind.__members__ else Kind.preference
+    row_kind = row.get("kind")
+    return Kind(row_kind) if isinstance(row_kind, str) and row_kind in Kind.__members__ else Kind.preference
 
 
 def _with_prompt(row: Mapping[str, Any], place: Place) -> dict[str, Any]:
-    """The row with its implicit prompt, the common beginning of the two conversations, made explicit."""
+    """Extract the implicit prompt, the common beginning of the two conversations, into a key of its own."""
     if isinstance(row["chosen"], str):
         place.need(row, "prompt", "chosen", "rejected")
     chosen, rejected = place.items(row["chosen"], "chosen"), place.items(row["rejected"], "rejected")
-    alike = list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
-    num_alike = min(len(alike), len(chosen) - 1, len(rejected) - 1)  # equal conversations keep an answer, to be told so
-    if num_alike == 0:
+    common = list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+    # Of equal conversations one answer stays outside of the prompt; the later check then reports that they are equal.
+    num_common = min(len(common), len(chosen) - 1, len(rejected) - 1)
+    if num_common == 0:
         raise place.fault("missing 'prompt', and chosen and rejected begin with different messages")
-    return {**row, "prompt": chosen[:num_alike], "chosen": chosen[num_alike:], "rejected": rejected[num_alike:]}
+    return {**row, "prompt": chosen[:num_common], "chosen": chosen[num_common:], "rejected": rejected[num_common:]}
 
 
 def _prompt(

@@ -1,4 +1,4 @@
-"""The checks that every conversation must pass, and what is found out about it: kind, language, the missing question."""
+"""Checks that every conversation must pass, and its inferred properties: kind, language, the missing question."""
 
 from __future__ import annotations
 
@@ -33,18 +33,24 @@ _HANGUL = re.compile(r"[\u1100-\u11ff\u3130-\u318f\ua960-\ua97f\uac00-\ud7ff]")
 def make_sample(
     row: Mapping[str, Any], messages: Sequence[Message], images: Sequence[ImageSource], place: Place
 ) -> Sample:
-    """A checked conversation as a sample; its image slots are already known to match the images."""
+    """Check a conversation and make a `Sample` of it.
+
+    The caller has already checked that the image slots match the images.
+
+    Raises:
+        RecordError: the turns are out of order, or no answer is trained on.
+    """
     messages = with_system(row, messages, place)
     check_turns(messages, place)
     messages, images = keep_turns(messages, images, count_trained_turns(messages, place))
-    asked = with_questions(row, messages, images, place)
+    completed = with_questions(row, messages, images, place)
     return Sample(
         id=record_id(row, place),
         source=place.settings.source,
         origin=place.origin,
-        kind=_kind(asked is not messages, asked, len(images), place.settings),
-        language=found_language(asked, place.settings),
-        messages=tuple(asked),
+        kind=_kind(completed is not messages, completed, len(images), place.settings),
+        language=found_language(completed, place.settings),
+        messages=tuple(completed),
         images=tuple(images),
         max_tiles=place.settings.max_tiles,
         normalised=place.normalised,
@@ -53,7 +59,7 @@ def make_sample(
 
 
 def with_system(row: Mapping[str, Any], messages: Sequence[Message], place: Place) -> Sequence[Message]:
-    """The messages behind the system message of the record's column, if it has one."""
+    """Return the messages with the text of the record's system column before them, if it has one."""
     text = read_system(row, place)
     if text is None:
         return messages
@@ -63,7 +69,9 @@ def with_system(row: Mapping[str, Any], messages: Sequence[Message], place: Plac
 
 
 def count_trained_turns(messages: Sequence[Message], place: Place) -> int:
-    """Messages up to the last one that is trained on: those behind it have no part in the loss, and are counted as unread.
+    """Return the number of messages up to the last answer that is trained on.
+
+    The messages after it have no part in the loss. They are counted as unread.
 
     Raises:
         RecordError: no answer is trained on.
@@ -78,7 +86,7 @@ def count_trained_turns(messages: Sequence[Message], place: Place) -> int:
 
 
 def first_turns(sample: Sample, count: int) -> Sample:
-    """The sample's first `count` messages and the images that stand in them."""
+    """Return the sample with its first `num_messages` messages and the images that these show."""
     messages, images = keep_turns(sample.messages, sample.images, count)
     return replace(sample, messages=messages, images=images)
 
@@ -86,33 +94,39 @@ def first_turns(sample: Sample, count: int) -> Sample:
 def keep_turns(
     messages: Sequence[Message], images: Sequence[ImageSource], count: int
 ) -> tuple[tuple[Message, ...], tuple[ImageSource, ...]]:
-    """The first `count` messages and the images that stand in them."""
+    """Return the first `num_messages` messages and the images that these show, with image slots renumbered."""
     if count == len(messages):
         return tuple(messages), tuple(images)
     messages = messages[:count]
-    kept = sorted({piece.index for message in messages for piece in message.content if isinstance(piece, ImageSlot)})
-    number = {old: ImageSlot(new) for new, old in enumerate(kept)}
-    shorter = tuple(
-        replace(m, content=tuple(number[p.index] if isinstance(p, ImageSlot) else p for p in m.content))
+    image_indices = sorted(
+        {piece.index for message in messages for piece in message.content if isinstance(piece, ImageSlot)}
+    )
+    new_slot = {old: ImageSlot(new) for new, old in enumerate(image_indices)}
+    kept_messages = tuple(
+        replace(m, content=tuple(new_slot[p.index] if isinstance(p, ImageSlot) else p for p in m.content))
         for m in messages
     )
-    return shorter, tuple(images[old] for old in kept)
+    return kept_messages, tuple(images[old] for old in image_indices)
 
 
 def record_id(row: Mapping[str, Any], place: Place) -> str:
-    """The record's own id, else its position."""
-    own = row.get("id")
-    if own is None or own == "":
+    """Return the record's own id, or its position if it has none."""
+    value = row.get("id")
+    if value is None or value == "":
         return place.origin
-    return place.text(str(own) if isinstance(own, int | float) else own, "id")
+    return place.text(str(value) if isinstance(value, int | float) else value, "id")
 
 
 def check_turns(messages: Sequence[Message], place: Place) -> None:
-    """RecordError unless user and assistant take turns, a system message before them or not, and no answer is empty."""
+    """Check that user and assistant take turns and that no answer is empty; a system message may come first.
+
+    Raises:
+        RecordError: the first message that breaks this.
+    """
     first = 1 if messages[0].role is Role.system else 0
     for number, message in enumerate(messages[first:], first):
-        needed = (Role.user, Role.assistant)[(number - first) % 2]
-        if message.role is not needed:
+        expected_role = (Role.user, Role.assistant)[(number - first) % 2]
+        if message.role is not expected_role:
             raise place.fault(
                 f"message {number + 1} is the {message.role}'s; user and assistant must take turns, user first"
             )
@@ -125,50 +139,54 @@ def check_turns(messages: Sequence[Message], place: Place) -> None:
 
 
 def check_slots(num_slots: int, num_images: int, place: Place, marker: str = f"'{IMAGE_TOKEN}'") -> None:
+    """Raise a RecordError unless there are as many image placeholders as images."""
     if num_slots != num_images:
         slots, images = counted(num_slots, "image placeholder"), counted(num_images, "image")
         raise place.fault(f"{slots} but {images}; each {marker} needs one", Fault.placeholders)
 
 
 def slots_in(messages: Sequence[Message]) -> int:
+    """Return the number of image placeholders in the messages."""
     return sum(isinstance(piece, ImageSlot) for message in messages for piece in message.content)
 
 
 def with_questions(
     row: Mapping[str, Any], messages: Sequence[Message], images: Sequence[ImageSource], place: Place
 ) -> Sequence[Message]:
-    """Where a user shows an image and asks nothing, one of the source's `prompts` is asked. Else the same messages.
+    """Add one of the source's `prompts` to each user message that shows an image and asks nothing.
 
-    Which one is a digest of the record's own id, or of what it says: so it stays when the record moves in its file.
+    The prompt is chosen by a digest of the record's own id, or of its images and answers. So it stays the same when the
+    record moves in its file. Returns the same object if nothing is missing.
     """
     prompts = place.settings.prompts
     if not prompts or not images:
         return messages
-    silent = [number for number, message in enumerate(messages) if _asks_nothing(message)]
-    if not silent:
+    without_question = [number for number, message in enumerate(messages) if _asks_nothing(message)]
+    if not without_question:
         return messages
-    names = [image.path for image in images if isinstance(image, FileImage)]
-    told = [message.text for message in messages if message.role is Role.assistant]
-    seed = repr(row["id"] if row.get("id") is not None else (names, told))
+    image_paths = [image.path for image in images if isinstance(image, FileImage)]
+    answers = [message.text for message in messages if message.role is Role.assistant]
+    seed = repr(row["id"] if row.get("id") is not None else (image_paths, answers))
     digest = hashlib.blake2b(seed.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     question = place.pieces(prompts[int.from_bytes(digest, "big") % len(prompts)])
-    asked = list(messages)
-    for number in silent:
-        slots = tuple(piece for piece in asked[number].content if isinstance(piece, ImageSlot))
-        asked[number] = replace(asked[number], content=(*slots, *question))
-    return asked
+    completed = list(messages)
+    for number in without_question:
+        slots = tuple(piece for piece in completed[number].content if isinstance(piece, ImageSlot))
+        completed[number] = replace(completed[number], content=(*slots, *question))
+    return completed
 
 
 def found_language(messages: Sequence[Message], settings: Settings) -> Language:
+    """Return the source's language; for `auto`, Korean if any message holds Hangul, else English."""
     if settings.language is not Language.auto:
         return settings.language
     return Language.ko if any(_HANGUL.search(message.text) for message in messages) else Language.en
 
 
 def found_kind(messages: Sequence[Message], num_images: int, settings: Settings) -> Kind:
-    """The source's kind, or what images and question tell."""
-    asked = [message for message in messages if message.role is Role.user]
-    tokens = {piece.token for message in asked for piece in message.content if isinstance(piece, Control)}
+    """Return the source's kind; if it has none, infer it from the number of images and the question."""
+    user_messages = [message for message in messages if message.role is Role.user]
+    tokens = {piece.token for message in user_messages for piece in message.content if isinstance(piece, Control)}
     by_token = {"<ocr>": Kind.ocr, "<gro>": Kind.grounding, "<bbox>": Kind.referring}
     if settings.kind is not None:
         return settings.kind
@@ -176,16 +194,17 @@ def found_kind(messages: Sequence[Message], num_images: int, settings: Settings)
         return Kind.text
     if num_images > 1:
         return Kind.multi_image
-    if not any(message.text.strip() for message in asked):
+    if not any(message.text.strip() for message in user_messages):
         return Kind.image_only
     return next((kind for token, kind in by_token.items() if token in tokens), Kind.instruction)
 
 
 def _kind(prompted: bool, messages: Sequence[Message], num_images: int, settings: Settings) -> Kind:
+    """Infer the kind; a record whose question came from the source's prompts is a caption."""
     kind = found_kind(messages, num_images, settings)
     return Kind.caption if prompted and settings.kind is None and kind is Kind.instruction else kind
 
 
 def _asks_nothing(message: Message) -> bool:
-    shows = any(isinstance(piece, ImageSlot) for piece in message.content)
-    return message.role is Role.user and shows and not message.text.strip()
+    has_image = any(isinstance(piece, ImageSlot) for piece in message.content)
+    return message.role is Role.user and has_image and not message.text.strip()

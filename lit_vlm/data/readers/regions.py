@@ -1,4 +1,4 @@
-"""Regions of a label: a text or phrase each, with its box as fractions of the picture."""
+"""Reader of a label's regions: each is a text or phrase with its bounding box, as fractions of the image."""
 
 from __future__ import annotations
 
@@ -11,43 +11,46 @@ from lit_vlm.data.markup import char, obj
 from lit_vlm.data.readers.fields import Scope, Template, number
 from lit_vlm.types import Box, Content, Fault, ImageSource
 
-_LEAST_INSIDE = 0.5  # share of a box that must lie in the picture; what runs over an edge is cut off there
+_LEAST_INSIDE = 0.5  # share of a box's area that must lie inside the image; the part outside is clipped
 
 
 def read_regions(scope: Scope, mapping: MappingConfig, text: Template, image: ImageSource) -> tuple[Content, ...]:
-    """The regions as an answer writes them: for ocr every text a line, else the phrases with their boxes.
+    """Read the regions as content pieces of an answer: for ocr one text a line, else the phrases with their boxes.
 
     Raises:
-        RecordError: no region is left, one has no text, or its box is none or lies outside of the picture.
+        RecordError: no region is left, one has no text, or its box is empty or lies outside of the image.
     """
     assert mapping.regions is not None
-    every = [] if scope.value(mapping.regions) == [] else scope.items(mapping.regions)
-    chosen = [item for item in every if _wanted(item, mapping)]
-    if not chosen:
-        left = "is left after mapping.keep and mapping.skip" if every else "is there"
-        raise scope.place.fault(f"no item of {mapping.regions} {left}, so nothing would be answered", Fault.no_answer)
+    all_items = [] if scope.value(mapping.regions) == [] else scope.items(mapping.regions)
+    items = [item for item in all_items if _wanted(item, mapping)]
+    if not items:
+        state = "is left after mapping.keep and mapping.skip" if all_items else "is there"
+        raise scope.place.fault(f"no item of {mapping.regions} {state}, so nothing would be answered", Fault.no_answer)
     frame = _frame(scope, mapping, image)
-    found = [(_phrase(item, text), _box(item, mapping, frame)) for item in chosen]
+    regions = [(_phrase(item, text), _box(item, mapping, frame)) for item in items]
     if mapping.task is RegionTask.ocr:
-        lines = [char(phrase, box) for phrase, box in found]
+        lines = [char(phrase, box) for phrase, box in regions]
         return tuple(piece for number, line in enumerate(lines) for piece in (*(("\n",) if number else ()), *line))
     boxes: dict[str, list[Box]] = {}
-    for phrase, box in found:
+    for phrase, box in regions:
         boxes.setdefault(phrase, []).append(box)
-    mentions = [obj(phrase, places) for phrase, places in boxes.items()]
+    mentions = [obj(phrase, phrase_boxes) for phrase, phrase_boxes in boxes.items()]
     return tuple(piece for number, line in enumerate(mentions) for piece in (*((", ",) if number else ()), *line))
 
 
 def _wanted(item: Scope, mapping: MappingConfig) -> bool:
-    """A path of `keep` has one of the values that it is named with, and none of `skip` has its own."""
-    kept: dict[str, set[str]] = {}
+    """Return True if the item matches `mapping.keep` and no condition of `mapping.skip`.
+
+    For each path in `keep`, the item must have one of the values given for it.
+    """
+    allowed: dict[str, set[str]] = {}
     for condition in mapping.keep:
         path, _, value = condition.partition("=")
-        kept.setdefault(path, set()).add(value)
-    skipped = [condition.partition("=")[::2] for condition in mapping.skip]
-    if any(str(item.value(path)) == value for path, value in skipped):
+        allowed.setdefault(path, set()).add(value)
+    excluded = [condition.partition("=")[::2] for condition in mapping.skip]
+    if any(str(item.value(path)) == value for path, value in excluded):
         return False
-    return all(str(item.value(path)) in values for path, values in kept.items())
+    return all(str(item.value(path)) in values for path, values in allowed.items())
 
 
 def _phrase(item: Scope, text: Template) -> str:
@@ -59,20 +62,20 @@ def _phrase(item: Scope, text: Template) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """What boxes are measured on: its width and height, and EXIF's orientation where those are of the stored pixels."""
+    """Coordinate frame of the boxes: width and height, and the EXIF orientation if boxes refer to the stored pixels."""
 
     width: float
     height: float
     orientation: int = 1
 
     def turn(self, box: Box) -> Box:
-        """The box, in fractions of this frame, in fractions of the picture that stands upright."""
-        turned = _TURNED[self.orientation]
-        (x1, y1), (x2, y2) = turned(box.x1, box.y1), turned(box.x2, box.y2)
+        """Convert a box from fractions of this frame to fractions of the upright image."""
+        transform = _TURNED[self.orientation]
+        (x1, y1), (x2, y2) = transform(box.x1, box.y1), transform(box.x2, box.y2)
         return Box(min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
 
 
-# EXIF's orientation -> where the point (x, y) of the stored pixels, as fractions, lies in the upright picture.
+# EXIF orientation -> function from a point (x, y) of the stored pixels to the upright image, both as fractions.
 _TURNED: dict[int, Callable[[float, float], tuple[float, float]]] = {
     1: lambda x, y: (x, y),
     2: lambda x, y: (1 - x, y),
@@ -86,16 +89,23 @@ _TURNED: dict[int, Callable[[float, float], tuple[float, float]]] = {
 
 
 def _frame(scope: Scope, mapping: MappingConfig, image: ImageSource) -> Frame:
-    """RecordError where the label's size is of another picture, or nothing tells whether boxes are of the turned one."""
+    """Resolve the frame in which the boxes are measured.
+
+    Raises:
+        RecordError: the label's size does not fit the image, or EXIF rotates the image and nothing shows whether the
+            boxes are rotated too.
+    """
     height, width = image.size
     orientation = int(getattr(image, "orientation", 1))
-    lies = orientation in (5, 6, 7, 8)
-    stored = (height, width) if lies else (width, height)
-    labelled = tuple(scope.number(path) for path in mapping.size)
-    if labelled and min(labelled) <= 0:
-        raise scope.place.fault(f"{', '.join(mapping.size)} are {labelled[0]:g}, {labelled[1]:g}; a picture is larger")
-    fits = {BoxFrame.upright: not labelled or _alike(labelled, (width, height))}
-    fits[BoxFrame.stored] = not labelled or _alike(labelled, stored)
+    is_rotated = orientation in (5, 6, 7, 8)
+    stored = (height, width) if is_rotated else (width, height)
+    label_size = tuple(scope.number(path) for path in mapping.size)
+    if label_size and min(label_size) <= 0:
+        raise scope.place.fault(
+            f"{', '.join(mapping.size)} are {label_size[0]:g}, {label_size[1]:g}; a picture is larger"
+        )
+    fits = {BoxFrame.upright: not label_size or _alike(label_size, (width, height))}
+    fits[BoxFrame.stored] = not label_size or _alike(label_size, stored)
     frame = mapping.box_frame
     if frame is BoxFrame.auto:
         frame = BoxFrame.upright if orientation == 1 or not fits[BoxFrame.stored] else BoxFrame.stored
@@ -105,21 +115,23 @@ def _frame(scope: Scope, mapping: MappingConfig, image: ImageSource) -> Frame:
                 f"{reason}; set mapping.box_frame=upright, or stored for those of the file's pixels"
             )
     if not fits[frame]:
-        found = f"the label says {labelled[0]:g} x {labelled[1]:g} pixels, and the picture has {width:,} x {height:,}"
-        turned = f", turned by EXIF from {stored[0]:,} x {stored[1]:,}" if orientation != 1 else ""
-        raise scope.place.fault(f"{found}{turned}: its boxes are of another picture")
-    turned_by = orientation if frame is BoxFrame.stored else 1
+        found = (
+            f"the label says {label_size[0]:g} x {label_size[1]:g} pixels, and the picture has {width:,} x {height:,}"
+        )
+        exif_note = f", turned by EXIF from {stored[0]:,} x {stored[1]:,}" if orientation != 1 else ""
+        raise scope.place.fault(f"{found}{exif_note}: its boxes are of another picture")
+    frame_orientation = orientation if frame is BoxFrame.stored else 1
     if mapping.box_unit is BoxUnit.fractions:
-        return Frame(1.0, 1.0, turned_by)
-    size = labelled or (stored if frame is BoxFrame.stored else (width, height))
-    return Frame(float(size[0]), float(size[1]), turned_by)
+        return Frame(1.0, 1.0, frame_orientation)
+    size = label_size or (stored if frame is BoxFrame.stored else (width, height))
+    return Frame(float(size[0]), float(size[1]), frame_orientation)
 
 
 def _alike(one: Sequence[float], other: Sequence[float]) -> bool:
-    """Whether a size is the other, or the other's at another scale, to a pixel of the smaller one."""
+    """Return True if two sizes are equal up to a scale factor, within one pixel of the smaller one."""
     small, large = sorted((one, other), key=lambda size: size[0] * size[1])
     scale = max(small[0] / large[0], small[1] / large[1])
-    return all(abs(side - scale * whole) <= 1.0 for side, whole in zip(small, large, strict=True))
+    return all(abs(side - scale * reference) <= 1.0 for side, reference in zip(small, large, strict=True))
 
 
 def _box(item: Scope, mapping: MappingConfig, frame: Frame) -> Box:
@@ -136,7 +148,7 @@ def _box(item: Scope, mapping: MappingConfig, frame: Frame) -> Box:
 
 
 def _corners(item: Scope, mapping: MappingConfig) -> tuple[float, float, float, float]:
-    path, place = ", ".join(mapping.box), item.place
+    path, context = ", ".join(mapping.box), item.place
     if mapping.box_format is BoxFormat.polygon:
         xs, ys = _points(item, mapping.box)
         return min(xs), min(ys), max(xs), max(ys)
@@ -145,11 +157,11 @@ def _corners(item: Scope, mapping: MappingConfig) -> tuple[float, float, float, 
     if len(numbers) == 4:
         x, y, a, b = numbers
         return (x, y, x + a, y + b) if mapping.box_format is BoxFormat.xywh else (x, y, a, b)
-    raise place.fault(f"{path} of {item.name} has {len(numbers)} numbers; a box has 4", Fault.malformed)
+    raise context.fault(f"{path} of {item.name} has {len(numbers)} numbers; a box has 4", Fault.malformed)
 
 
 def _points(item: Scope, paths: Sequence[str]) -> tuple[list[float], list[float]]:
-    """x and y of each corner."""
+    """Read the polygon's corners as a list of x and a list of y."""
     if len(paths) == 2:
         xs, ys = (_numbers(item.value(path), path, item) for path in paths)
     else:

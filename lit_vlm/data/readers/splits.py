@@ -1,6 +1,6 @@
-"""Splits that the names of files and folders say: `train-00000-of-00002.parquet`, `test/a.jsonl`, `TL_1.zip`.
+"""Inference of splits from names of files and folders: `train-00000-of-00002.parquet`, `test/a.jsonl`, `TL_1.zip`.
 
-The words are those of Hugging Face `datasets`, so that a cloned repository of the hub falls apart as there; those of Korean
+The words are those of Hugging Face `datasets`, so that a cloned hub repository is split as it is there; those of Korean
 data and of benchmarks (RefCOCO's testA, COCO's minival); and AIHub's names of training and validation zips.
 """
 
@@ -20,7 +20,7 @@ _WORDS = {
     + ("평가", "시험", "테스트"),
 }
 _SPLIT_OF = {word: split for split, words in _WORDS.items() for word in words}
-_PARTS = ("minival", "testa", "testb", "testdev", "devtest")  # of a split; data have several of them side by side
+_PARTS = ("minival", "testa", "testb", "testdev", "devtest")  # subsets of a split; a dataset may have several of them
 _JOINTS = {
     "testdev": "test[-_ ]?dev",
     "devtest": "dev[-_ ]?test",
@@ -36,53 +36,58 @@ _AIHUB = re.compile(r"(?P<part>[TV])[SL](?=[_.\d])")
 
 
 def canonical_split(name: str) -> str | None:
-    """train, validation or test, if the name says one; the last word counts."""
+    """Return train, validation or test if the name holds a word for one, else None. The last such word counts."""
     word = _find_word(name)
     return _SPLIT_OF[_squeeze(word)] if word else None
 
 
 def is_split(name: str, wanted: str) -> bool:
-    """Compare two names of splits: testA is of test, and testB is not testA."""
-    part = _squeeze(wanted)
-    return canonical_split(name) == canonical_split(wanted) and (part not in _PARTS or _squeeze(name) == part)
+    """Return True if a split's name fits the wanted one: testA belongs to test, but testB is not testA."""
+    wanted_word = _squeeze(wanted)
+    return canonical_split(name) == canonical_split(wanted) and (
+        wanted_word not in _PARTS or _squeeze(name) == wanted_word
+    )
 
 
 def split_of_path(path: str, *, folders_only: bool = False, is_label: bool = False) -> str | None:
-    """The split that a path below its source's folder says, by its folders and its name.
+    """Infer the split of a path below its source's folder, from its folders and its file name.
 
-    A name that is a split's word and no more decides, as does a shard's of the hub, which says its whole split:
-    `train_sft` of `train_sft-00000-of-00003.parquet`. A folder that names several, `train_test_split`, says nothing.
+    A file name that is only a split's word decides alone. So does a hub shard's name, which holds the whole split:
+    `train_sft` of `train_sft-00000-of-00003.parquet`. A folder that names several splits (`train_test_split`) is ignored.
 
     Args:
-        folders_only: what the file itself is called says nothing.
-        is_label: the file is one of many labels, whose name says something only where no folder does.
+        folders_only: ignore the file's own name.
+        is_label_file: the file is one of many label files, whose own name counts only if no folder names a split.
+
+    Returns:
+        The split, or None if no name gives one.
 
     Raises:
-        UserError: the folders and the name say several.
+        UserError: the folders and the name give several splits.
     """
     parts = PurePosixPath(path)
     folders = _splits_of_folders(parts.parts[:-1])
-    own = None
+    own_split = None
     if not folders_only:
         shard, stem = _SHARD.match(parts.name), parts.name.removesuffix(parts.suffix)
         if shard and canonical_split(shard["split"]):
             return shard["split"]
-        own = _aihub_split(parts.name) or _find_split(stem)
+        own_split = _aihub_split(parts.name) or _find_split(stem)
         if _squeeze(stem) in _SPLIT_OF:
-            return own
-    said = [*folders.items()]
-    if own and not (is_label and folders):
-        said.append((parts.name, own))
-    if len({split for _, split in said}) > 1:
-        found = ", ".join(f"{part!r} says {split}" for part, split in said)
+            return own_split
+    named_splits = [*folders.items()]
+    if own_split and not (is_label and folders):
+        named_splits.append((parts.name, own_split))
+    if len({split for _, split in named_splits}) > 1:
+        found = ", ".join(f"{part!r} says {split}" for part, split in named_splits)
         raise UserError(
             f"{path}: its names say several splits ({found}). Name the file for its split alone, e.g. train{parts.suffix}."
         )
-    return said[0][1] if said else None
+    return named_splits[0][1] if named_splits else None
 
 
 def _splits_of_folders(folders: Iterable[str]) -> dict[str, str]:
-    """Folder -> the split it says. Those called nothing else than a split come before all others: `1.Training`."""
+    """Map each folder to the split that it names. Folders named only by a split (`1.Training`) override all others."""
     exact: dict[str, str] = {}
     loose: dict[str, str] = {}
     for folder in folders:
@@ -95,35 +100,44 @@ def _splits_of_folders(folders: Iterable[str]) -> dict[str, str]:
 
 
 def choose_split(setting: str, paths: Iterable[str], splits: Iterable[str | None], wanted: str | None) -> list[bool]:
-    """Which of the paths are read.
+    """Select the paths of the wanted split.
+
+    Args:
+        splits: the inferred split of each path; None: its name gives none.
+        wanted: the split to read; None: only one split may be there.
+
+    Returns:
+        For each path, whether it is read.
 
     Raises:
-        UserError: several splits and none is asked for; one is asked for, and no name says it, or several do.
+        UserError: there are several splits and none is wanted; or one is wanted and no name gives it, or several do.
     """
-    named: dict[str | None, list[str]] = {}
+    paths_by_split: dict[str | None, list[str]] = {}
     found = list(splits)
     for path, split in zip(paths, found, strict=True):
-        named.setdefault(split, []).append(path)
-    shown = ", ".join(f"{split} ({_some(files)})" for split, files in named.items() if split)
+        paths_by_split.setdefault(split, []).append(path)
+    listing = ", ".join(f"{split} ({_some(files)})" for split, files in paths_by_split.items() if split)
     source = setting.partition("=")[0].removesuffix(".path")
     if wanted is None:
-        others = [split for split in named if split and canonical_split(split) != "train"]
-        if len(named) - (None in named) > 1 or (others and None in named):
-            rest = f", and {_some(named[None])}" if None in named else ""
-            raise UserError(f"{setting} holds several splits: {shown}{rest}. Say which is meant: {source}.split=train.")
+        others = [split for split in paths_by_split if split and canonical_split(split) != "train"]
+        if len(paths_by_split) - (None in paths_by_split) > 1 or (others and None in paths_by_split):
+            rest = f", and {_some(paths_by_split[None])}" if None in paths_by_split else ""
+            raise UserError(
+                f"{setting} holds several splits: {listing}{rest}. Say which is meant: {source}.split=train."
+            )
         return [True] * len(found)
-    alike = [split for split in named if split and is_split(split, wanted)]
-    chosen: list[str | None] = [wanted] if wanted in named else [*alike]
-    if not chosen and canonical_split(wanted) == "train" and None in named and len(named) > 1:
-        chosen = [None]  # data.jsonl beside data_test.jsonl
+    matching = [split for split in paths_by_split if split and is_split(split, wanted)]
+    chosen: list[str | None] = [wanted] if wanted in paths_by_split else [*matching]
+    if not chosen and canonical_split(wanted) == "train" and None in paths_by_split and len(paths_by_split) > 1:
+        chosen = [None]  # e.g. data.jsonl next to data_test.jsonl
     if len(chosen) != 1:
-        there = (
+        finding = (
             f"several names say it: {', '.join(map(str, chosen))}"
             if chosen
-            else f"there is {shown or 'none in the names'}"
+            else f"there is {listing or 'none in the names'}"
         )
         raise UserError(
-            f"{source}.split={wanted}: {there}, in {setting.partition('=')[2]}. Give one of them, or take it away."
+            f"{source}.split={wanted}: {finding}, in {setting.partition('=')[2]}. Give one of them, or take it away."
         )
     return [split == chosen[0] for split in found]
 
@@ -133,9 +147,9 @@ def _some(paths: list[str]) -> str:
 
 
 def _aihub_split(name: str) -> str | None:
-    """TL_1.zip and TS_1.zip are for training, VL_1.zip and VS_1.zip for validation."""
-    found = _AIHUB.match(name)
-    return None if found is None else {"T": "train", "V": "validation"}[found["part"]]
+    """Parse AIHub's zip names: TL_1.zip and TS_1.zip are for training, VL_1.zip and VS_1.zip for validation."""
+    match = _AIHUB.match(name)
+    return None if match is None else {"T": "train", "V": "validation"}[match["part"]]
 
 
 def _find_word(name: str) -> str | None:
@@ -144,7 +158,7 @@ def _find_word(name: str) -> str | None:
 
 
 def _find_split(name: str) -> str | None:
-    """The split, or the part of it that the name says: testA."""
+    """Find the split in a name, or the subset of a split: testA."""
     word = _find_word(name)
     return word if word and _squeeze(word) in _PARTS else canonical_split(name)
 

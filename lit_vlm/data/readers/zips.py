@@ -1,6 +1,6 @@
-"""Members of zip files by random access: nothing is unpacked, no file stays open, and no size is believed.
+"""Random access to members of zip files: nothing is unpacked to disk, no file stays open, and no stated size is trusted.
 
-A member is a place in its file (`archives.py` finds it), so that hundreds of thousands of them cost a row of numbers
+A member is an offset in its file (`archives.py` finds it). So hundreds of thousands of members cost one row of numbers
 each, and processes share no file position.
 """
 
@@ -30,12 +30,12 @@ _CHUNK = 1 << 16
 
 
 class Flaw(IntEnum):
-    """Why a member is refused."""
+    """Reason to refuse a zip member. The values are stored in digests."""
 
     none = 0
     encrypted = 1
     link = 2  # a symbolic link, a device, ...
-    elsewhere = 3  # an absolute name, or one with '..'
+    elsewhere = 3  # an absolute name, or a name with '..'
     method = 4
     too_large = 5
     ratio = 6
@@ -43,6 +43,7 @@ class Flaw(IntEnum):
 
     @property
     def meaning(self) -> str:
+        """The reason in words, to go after the member's name in an error message."""
         return {
             Flaw.encrypted: "is encrypted",
             Flaw.link: "is a link or a device, no regular file",
@@ -55,19 +56,20 @@ class Flaw(IntEnum):
 
     @property
     def fault(self) -> Fault:
-        kinds = {Flaw.encrypted: Fault.unreadable, Flaw.method: Fault.unreadable, Flaw.too_large: Fault.too_large}
-        return kinds.get(self, Fault.hostile)
+        """The `Fault` under which the record is counted."""
+        faults = {Flaw.encrypted: Fault.unreadable, Flaw.method: Fault.unreadable, Flaw.too_large: Fault.too_large}
+        return faults.get(self, Fault.hostile)
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One file of an archive. `name` is in NFC."""
+    """Member of a zip file. `name` is in NFC."""
 
     archive: Path
     name: str
     offset: int  # of its local header
     packed: int  # bytes
-    size: int  # bytes once unpacked, as the directory claims
+    size: int  # bytes after unpacking, as stated in the directory
     crc: int
     flaw: Flaw = Flaw.none
 
@@ -76,7 +78,11 @@ class Member:
         return f"{self.archive.name}/{self.name}"
 
     def open(self, origin: str) -> MemberStream:
-        """The unpacked bytes. RecordError for a member that is refused or is not where the directory says."""
+        """Open a stream of the unpacked bytes.
+
+        Raises:
+            RecordError: the member is refused, or is not at the offset that the directory states.
+        """
         if self.flaw:
             remedy = "Fix the archive, or set such records aside with data.on_bad_record=quarantine"
             raise RecordError(origin, f"{shown(self.shown)} {self.flaw.meaning}", remedy, self.flaw.fault)
@@ -87,20 +93,22 @@ class Member:
             raise RecordError(origin, reason, REMEDY, Fault.unreadable) from error
 
     def read(self, origin: str) -> bytes:
+        """Read all unpacked bytes."""
         with self.open(origin) as stream:
             return stream.read()
 
 
 class MemberStream(io.RawIOBase):
-    """A member's bytes, unpacked as far as they are asked for: a picture's header costs a few kilobytes.
+    """Stream of a zip member's bytes, unpacked only as far as they are read: an image's header costs a few kilobytes.
 
-    More bytes than claimed, fewer, or another checksum are a RecordError.
+    More or fewer bytes than the directory states, or another checksum, raise a RecordError.
     """
 
     def __init__(self, member: Member, origin: str) -> None:
         self._member, self._origin = member, origin
         self._left, self._data, self._at, self._whole = member.packed, bytearray(), 0, False
-        self.fault: RecordError | None = None  # what was wrong; a decoder that reads may hide it in its own words
+        # Kept here, because a decoder that reads this stream may replace the error by its own.
+        self.fault: RecordError | None = None
         self._file = open(member.archive, "rb")  # noqa: SIM115 - closed with the stream
         try:
             self._inflate = zlib.decompressobj(-zlib.MAX_WBITS) if self._enter() else None
@@ -109,11 +117,11 @@ class MemberStream(io.RawIOBase):
             raise
 
     def _enter(self) -> bool:
-        """Goes to the packed bytes; whether they are deflated."""
+        """Seek to the compressed bytes, and return True if they are deflated."""
         self._file.seek(self._member.offset)
-        head = self._file.read(_LOCAL.size)
-        if len(head) == _LOCAL.size:
-            signature, flags, method, name_length, extra_length = _LOCAL.unpack(head)
+        header = self._file.read(_LOCAL.size)
+        if len(header) == _LOCAL.size:
+            signature, flags, method, name_length, extra_length = _LOCAL.unpack(header)
             name = decoded_name(self._file.read(name_length), flags)
             if signature == b"PK\x03\x04" and name == self._member.name:
                 self._file.seek(extra_length, io.SEEK_CUR)
@@ -137,14 +145,14 @@ class MemberStream(io.RawIOBase):
     def read(self, size: int | None = -1) -> bytes:
         end = self._member.size if size is None or size < 0 else self._at + size
         self._unpack_to(end)
-        found = bytes(self._data[self._at : end])
-        self._at += len(found)
-        return found
+        data = bytes(self._data[self._at : end])
+        self._at += len(data)
+        return data
 
     def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
-        found = self.read(len(buffer))
-        buffer[: len(found)] = found
-        return len(found)
+        data = self.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
     def close(self) -> None:
         self._file.close()
@@ -158,27 +166,27 @@ class MemberStream(io.RawIOBase):
                 self._check()
 
     def _grow(self) -> bool:
-        """One more piece; False when there is none."""
-        member, room = self._member, self._member.size + 1 - len(self._data)
+        """Unpack one more chunk; return False if there is none."""
+        member, max_bytes = self._member, self._member.size + 1 - len(self._data)
         try:
             if self._inflate is None:
-                piece = self._packed(min(_CHUNK, room))
+                chunk = self._packed(min(_CHUNK, max_bytes))
             else:
-                waiting = self._inflate.unconsumed_tail or self._packed(_CHUNK)
-                piece = self._inflate.decompress(waiting, max(1, room)) if waiting else self._inflate.flush()
-                if not piece and not self._inflate.eof and waiting:
-                    return True  # a piece of input without output
+                pending = self._inflate.unconsumed_tail or self._packed(_CHUNK)
+                chunk = self._inflate.decompress(pending, max(1, max_bytes)) if pending else self._inflate.flush()
+                if not chunk and not self._inflate.eof and pending:
+                    return True  # this chunk of input gave no output
         except zlib.error as error:
             raise self._fault(f"cannot be unpacked: {error}", Fault.broken) from None
-        self._data += piece
+        self._data += chunk
         if len(self._data) > member.size:
             raise self._fault(f"unpacks to more than the {member.size:,} bytes that it claims", Fault.hostile)
-        return bool(piece)
+        return bool(chunk)
 
     def _packed(self, most: int) -> bytes:
-        found = self._file.read(min(most, self._left))
-        self._left -= len(found)
-        return found
+        data = self._file.read(min(most, self._left))
+        self._left -= len(data)
+        return data
 
     def _check(self) -> None:
         if len(self._data) != self._member.size:
@@ -194,7 +202,7 @@ class MemberStream(io.RawIOBase):
 
 @dataclass(frozen=True)
 class ZipImage(EncodedImage):
-    """A picture in a zip file. It passes the same checks as a file's."""
+    """Image in a zip file. It passes the same checks as an image file."""
 
     member: Member
     origin: str
@@ -202,7 +210,7 @@ class ZipImage(EncodedImage):
 
     @property
     def name(self) -> str:
-        """What tells it from the other pictures of its source."""
+        """Name that is unique among the images of its source."""
         return self.member.shown
 
     @property
@@ -210,7 +218,7 @@ class ZipImage(EncodedImage):
         return f"image {shown(self.member.shown)}"
 
     def content(self) -> bytes:
-        """The archive's directory has a checksum of all bytes; that they have it is looked at when they are read."""
+        """Return size and checksum from the archive's directory as the content digest. Reading verifies them."""
         return struct.pack("<QL", self.member.size, self.member.crc)
 
     @contextmanager
@@ -225,13 +233,13 @@ class ZipImage(EncodedImage):
 
 
 def decoded_name(raw: bytes, flags: int) -> str:
-    """A member's name in NFC, with slashes. Decided name by name: one archive may mix encodings."""
+    """Decode a member's name to NFC, with slashes. Each name is decoded by itself: one archive may mix encodings."""
     for encoding in ("utf-8",) if flags & UTF8_FLAG else ("utf-8", "cp949"):
         try:
             return _tidy(raw.decode(encoding))
         except UnicodeDecodeError:
             continue
-    return _tidy(raw.decode("cp437"))  # what the format prescribes; it reads any bytes
+    return _tidy(raw.decode("cp437"))  # the encoding that the format prescribes; it accepts any bytes
 
 
 def _tidy(name: str) -> str:

@@ -1,7 +1,7 @@
-"""Rows by position, out of files that do not fit into memory.
+"""Random access to rows of files that do not fit into memory.
 
-JSON is read by byte offsets, tar files by the offsets of their members, parquet and Arrow are memory-mapped. The
-offsets are found in one pass and, given a folder to keep them in, in one pass for good (`stored`).
+JSON is read by byte offsets, tar files by the offsets of their members; parquet and Arrow are memory-mapped. One pass
+over a file finds the offsets. With a cache folder they are stored, so no later run repeats this pass (`stored`).
 """
 
 from lit_vlm.data.readers.rows.base import JoinedRows, Rows

@@ -1,4 +1,4 @@
-"""What rows of every kind of file have in common, and several files as one."""
+"""Protocol of rows for every kind of file, and rows of several files joined into one."""
 
 from __future__ import annotations
 
@@ -13,25 +13,29 @@ from lit_vlm.data.staging import original
 
 
 class Hasher(Protocol):
+    """A hash object of hashlib."""
+
     def update(self, data: bytes, /) -> None: ...
 
 
 class Rows(Protocol):
-    """`origin` names a row for people; `rows[i]` raises RecordError for a row that is no object."""
+    """Rows by position. `rows[i]` raises RecordError for a row that is no JSON object or cannot be read."""
 
     def __len__(self) -> int: ...
 
-    def origin(self, index: int) -> str: ...
+    def origin(self, index: int) -> str:
+        """Return the row's file and position, for error messages."""
+        ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
     def update(self, hasher: Hasher, start: int, stop: int) -> None:
-        """Feed the hasher with what rows start to stop - 1 hold."""
+        """Update the hasher with the content of rows start to stop - 1."""
         ...
 
 
 class JoinedRows:
-    """The rows of several files, one after the other."""
+    """Rows of several files, one file after the other."""
 
     def __init__(self, parts: Sequence[Rows]) -> None:
         self._parts, self._ends = list(parts), list(itertools.accumulate(map(len, parts)))
@@ -57,30 +61,33 @@ class JoinedRows:
 
 
 class KeyTwice(Exception):
-    """An object of JSON names a key twice, and which of the two is meant nobody knows."""
+    """A JSON object has a duplicate key, so its value is ambiguous."""
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of these pairs: json's `object_pairs_hook`. Raises KeyTwice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    """Build a dict of the pairs, as the `object_pairs_hook` of json; raise DuplicateKeyError for a duplicate key."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
         names = [key for key, _ in pairs]
         key = next(key for key in names if names.count(key) > 1)
         raise KeyTwice(f"the key {shown(key, 40)} stands twice in one object; only one of them can be meant")
-    return found
+    return result
 
 
 def split_at(ends: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """(part, start, stop within it) of a stretch that may cross parts, which end at `ends`."""
-    for number in range(bisect.bisect_right(ends, start), len(ends)):
-        begin = ends[number - 1] if number else 0
-        if begin >= stop:
+    """Split the range start to stop - 1 at the ends of the parts, and yield (part, start, stop) relative to each part."""
+    for part in range(bisect.bisect_right(ends, start), len(ends)):
+        part_start = ends[part - 1] if part else 0
+        if part_start >= stop:
             return
-        if ends[number] > begin:
-            yield number, max(start, begin) - begin, min(stop, ends[number]) - begin
+        if ends[part] > part_start:
+            yield part, max(start, part_start) - part_start, min(stop, ends[part]) - part_start
 
 
 def identity(path: Path) -> tuple[str, int, int]:
-    """A file as it is now: path, bytes, and nanoseconds of its last change. A staged copy is its original."""
+    """Return a file's identity: path, size in bytes, modification time in nanoseconds.
+
+    A staged copy has the path of its original.
+    """
     status = path.stat()
     return str(original(path.resolve())), status.st_size, status.st_mtime_ns

@@ -1,4 +1,4 @@
-"""Columns of JSON in Hugging Face `datasets`, read as the JSON of files is. Apart, since `datasets` is slow to import."""
+"""JSON columns of Hugging Face `datasets`, parsed like JSON files. A module of its own: `datasets` is slow to import."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lit_vlm.data.readers.rows.base import unique_keys
 
 
 class StrictJson(datasets.Json):
-    """`datasets` lets the last value of a key that stands twice count; here that is KeyTwice."""
+    """JSON feature that raises DuplicateKeyError for a duplicate key; `datasets` would use its last value."""
 
     def decode_example(self, value: str | None, token_per_repo_id: Any = None) -> Any:
         return None if value is None else json.loads(value, object_pairs_hook=unique_keys)

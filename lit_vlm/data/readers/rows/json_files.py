@@ -1,4 +1,7 @@
-"""JSON and JSONL by byte offsets: a file of any size is scanned once, then each row is one read."""
+"""Random access to rows of JSON and JSONL files by byte offsets.
+
+A file of any size is scanned once; then each row is one read.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +21,14 @@ from lit_vlm.data.readers.rows.json_list import BOM, MAX_ROW_BYTES, elements
 from lit_vlm.data.readers.rows.stored import StoredArray, stored
 from lit_vlm.types import Fault, RecordError
 
-_BLOCK = 1 << 22  # bytes read at once while scanning and hashing
+_BLOCK = 1 << 22  # bytes of one read while scanning and hashing
 _NEWLINE = 10
 _BLANK = np.zeros(256, bool)
 _BLANK[list(b" \t\n\r\x0b\x0c")] = True
 
 
 class JsonRows:
-    """The rows of one JSON or JSONL file. Opened per row, so forks share nothing.
+    """Rows of one JSON or JSONL file. The file is opened for each row, so forked processes share nothing.
 
     Args:
         spans: [rows, 2] bytes from and to, or [rows, 3] with line numbers.
@@ -46,29 +49,29 @@ class JsonRows:
         return parse(_read(self.path, start, end, self.origin(index)), self.origin(index))
 
     def update(self, hasher: Hasher, start: int, stop: int) -> None:
-        """With the bytes from the first row to the last, wherever in the file they stand."""
-        at, end = int(self._spans.array[start, 0]), int(self._spans.array[stop - 1, 1])
+        """Update the hasher with the bytes from the first row to the last. Their offset in the file does not count."""
+        offset, end = int(self._spans.array[start, 0]), int(self._spans.array[stop - 1, 1])
         with open(self.path, "rb") as stream:
-            stream.seek(at)
-            while at < end and (data := stream.read(min(_BLOCK, end - at))):
+            stream.seek(offset)
+            while offset < end and (data := stream.read(min(_BLOCK, end - offset))):
                 hasher.update(data)
-                at += len(data)
+                offset += len(data)
 
 
 def json_lines(path: Path, cache: Path | None = None) -> JsonRows:
-    """One record a line; blank lines are no records, yet count as lines."""
+    """Open a JSONL file with one record a line. Blank lines are no records, but they count as lines."""
     return JsonRows(path, stored(path, cache, "lines", 3, _lines))
 
 
 def json_list(path: Path, cache: Path | None = None) -> JsonRows:
-    """A file that is one JSON list. UserError with line and column when it does not parse."""
+    """Open a file that is one JSON list; raise a UserError with line and column if it cannot be parsed."""
     return JsonRows(path, stored(path, cache, "list", 2, _list))
 
 
 def parse(data: bytes, origin: str) -> dict[str, Any]:
-    """The object that the bytes are. RecordError saying what else they are."""
+    """Parse the bytes of one record as a JSON object; raise a RecordError if they are anything else."""
     try:
-        text = data.decode("utf-8").rstrip()  # behind the line's end, columns would count from 1 again
+        text = data.decode("utf-8").rstrip()  # after a line break json would count columns from 1 again
         row = json.loads(text, object_pairs_hook=unique_keys)
     except KeyTwice as error:
         raise RecordError(origin, str(error), REMEDY) from None
@@ -88,11 +91,11 @@ def _read(path: Path, start: int, end: int, origin: str) -> bytes:
         reason = f"has {end - start:,} bytes, at most {MAX_ROW_BYTES:,} are read"
         raise RecordError(origin, reason, REMEDY, Fault.too_large)
     try:
-        file = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY)
         try:
-            data = os.pread(file, end - start, start)
+            data = os.pread(descriptor, end - start, start)
         finally:
-            os.close(file)
+            os.close(descriptor)
     except OSError as error:
         raise RecordError(origin, f"{path} cannot be read: {error.strerror}", REMEDY, Fault.unreadable) from error
     if len(data) != end - start:
@@ -112,29 +115,32 @@ def _list(path: Path) -> Iterator[np.ndarray]:
 
 
 def _lines(path: Path) -> Iterator[np.ndarray]:
-    """[n, 3]: from, to (its line break included) and number of each line that is not blank."""
-    start, number, blank = 0, 1, True  # of the line that a block ends in: where, which, and nothing in it so far
+    """Yield [n, 3] for the lines that are not blank: first byte, end (line break included), and line number."""
+    start, number, is_blank = 0, 1, True  # of the line that a block's end cuts: offset, line number, blank so far
     with open(path, "rb") as stream:
-        at = start = len(BOM) if stream.read(len(BOM)) == BOM else 0
-        stream.seek(at)
+        offset = start = len(BOM) if stream.read(len(BOM)) == BOM else 0
+        stream.seek(offset)
         while data := stream.read(_BLOCK):
-            bytes_ = np.frombuffer(data, np.uint8)
-            breaks = np.flatnonzero(bytes_ == _NEWLINE)
-            starts = np.concatenate(([0], breaks + 1))  # the last one is of the line that goes on
-            blanks = _blank_lines(bytes_, starts)
-            blanks[0] &= blank
-            spans = np.stack((at + starts[:-1], at + starts[1:], number + np.arange(len(breaks))), axis=1)
+            values = np.frombuffer(data, np.uint8)
+            breaks = np.flatnonzero(values == _NEWLINE)
+            starts = np.concatenate(([0], breaks + 1))  # the last one begins the line that the next block continues
+            blanks = _blank_lines(values, starts)
+            blanks[0] &= is_blank
+            spans = np.stack((offset + starts[:-1], offset + starts[1:], number + np.arange(len(breaks))), axis=1)
             if len(breaks):
                 spans[0, 0] = start
-                start = at + int(starts[-1])
+                start = offset + int(starts[-1])
             yield spans[~blanks[:-1]]
-            at, number, blank = at + len(data), number + len(breaks), bool(blanks[-1])
-    if not blank:
-        yield np.array([[start, at, number]])
+            offset, number, is_blank = offset + len(data), number + len(breaks), bool(blanks[-1])
+    if not is_blank:
+        yield np.array([[start, offset, number]])
 
 
 def _blank_lines(data: np.ndarray, starts: np.ndarray) -> np.ndarray:
-    """[lines] bool. Nearly every line's first byte tells; the few others are looked at whole."""
+    """Find the blank lines of a block, as [lines] bool.
+
+    For nearly every line the first byte decides; the few others are checked whole.
+    """
     ends = np.append(starts[1:], len(data))
     blanks = np.ones(len(starts), bool)
     filled = starts < ends

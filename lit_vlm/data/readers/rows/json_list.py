@@ -1,4 +1,4 @@
-"""Where the elements of a JSON list stand in its file, found through a window: memory is that of one element."""
+"""Byte offsets of the elements of a JSON list, found through a sliding window: memory is that of one element."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from lit_vlm.types import UserError
 BOM = b"\xef\xbb\xbf"
 MAX_ROW_BYTES = 1 << 30
 _WINDOW = 1 << 22  # bytes
-_LONGEST_LINE = 1 << 22  # bytes of one whose characters are counted; beyond, columns are bytes
+_LONGEST_LINE = 1 << 22  # bytes in which a column counts characters; beyond, it counts bytes
 _SPACE = re.compile(r"[ \t\r\n]*")
-_NEAR_THE_END = 16  # characters: a literal, a number or an escape that the window cuts in two shows this close to it
+# Characters. If the window's end cuts a literal, a number or an escape, the parser stops at most this far before the end.
+_NEAR_THE_END = 16
 
 
 def elements(path: Path) -> Iterator[tuple[int, int]]:
-    """(from, to) in bytes of each element; each is parsed to find that out, and let go.
+    """Iterate over the elements of a JSON list as byte spans (from, to). Each element is parsed and then dropped.
 
     Raises:
-        UserError: with line and column, when the file is no JSON list.
+        UserError: with line and column, if the file is no JSON list.
     """
     with open(path, "rb") as stream:
         window = _Window(stream, len(BOM) if stream.read(len(BOM)) == BOM else 0)
@@ -37,17 +38,22 @@ def elements(path: Path) -> Iterator[tuple[int, int]]:
 
 
 class _NotAList(Exception):
+    """The file is no JSON list: the reason and the byte offset."""
+
     def __init__(self, reason: str, at: int) -> None:
         self.reason, self.at = reason, at
 
 
 class _Window:
-    """A stretch of the file as Latin-1, which maps each byte to one character and leaves JSON's own signs alone: so
-    positions in the text are positions in the file. All positions are the file's."""
+    """Window of the file as Latin-1 text.
+
+    Latin-1 maps each byte to one character and keeps JSON's own characters, so offsets in the text are offsets in the
+    file. All offsets that go in and out are those of the file.
+    """
 
     def __init__(self, stream: BinaryIO, start: int) -> None:
         self._stream, self._start, self._text = stream, start, ""
-        # What numbers mean is of no interest here, and one of thousands of digits would stop Python's own reading.
+        # The values of numbers are not needed here, and Python's int refuses a number of thousands of digits.
         self._decoder = json.JSONDecoder(parse_int=len, parse_float=len)
         stream.seek(start)
 
@@ -56,31 +62,34 @@ class _Window:
         return self._start + len(self._text)
 
     def sign(self, at: int) -> tuple[str, int]:
-        """The next character that is no space ("" at the file's end), and where it stands."""
+        """Return the next character that is no white space ("" at the file's end), and its offset."""
         while True:
             at = self._start + _SPACE.match(self._text, at - self._start).end()  # type: ignore[union-attr]
             if at < self.end or not self._grow(at):
                 return self._text[at - self._start : at - self._start + 1], at
 
     def element(self, at: int) -> int:
-        """The end of the value that begins here."""
+        """Find the end of the value that begins at an offset; raise `_JsonListError` if it is no valid JSON."""
         while True:
-            fault: _NotAList | None = None
+            failure: _NotAList | None = None
             try:
                 end = needed = self._start + self._decoder.raw_decode(self._text, at - self._start)[1]
             except json.JSONDecodeError as error:
-                fault = _NotAList(error.msg, self._start + error.pos)
-                needed = self.end if error.msg.startswith("Unterminated string") else fault.at
+                failure = _NotAList(error.msg, self._start + error.pos)
+                needed = self.end if error.msg.startswith("Unterminated string") else failure.at
             except RecursionError:
                 raise _NotAList("it is nested too deeply", at) from None
             if needed + _NEAR_THE_END >= self.end and self._grow(at):
                 continue
-            if fault:
-                raise fault
+            if failure:
+                raise failure
             return end
 
     def _grow(self, at: int) -> bool:
-        """Forget what stands before `at` and read on, twice as much for what is still unfinished. False at the end."""
+        """Drop the text before `offset` and read more; return False at the file's end.
+
+        The read is at least as long as the unfinished element, so the window doubles.
+        """
         if self.end - at > MAX_ROW_BYTES:
             raise _NotAList(f"an element of more than {MAX_ROW_BYTES:,} bytes", at)
         data = self._stream.read(max(_WINDOW, self.end - at))
@@ -90,33 +99,33 @@ class _Window:
 
 
 def _elements(window: _Window) -> Iterator[tuple[int, int]]:
-    def expect(sign: str, at: int) -> int:
-        found, at = window.sign(at)
-        if found != sign:
-            raise _NotAList(f"Expecting '{sign}'", at)
-        return at + 1
+    def expect(character: str, offset: int) -> int:
+        found, offset = window.sign(offset)
+        if found != character:
+            raise _NotAList(f"Expecting '{character}'", offset)
+        return offset + 1
 
-    sign, at = window.sign(expect("[", window.end))
-    while sign != "]":
-        end = window.element(at)
-        yield at, end
-        sign, at = window.sign(end)
-        if sign != "]":
-            sign, at = "", window.sign(expect(",", at))[1]
-    sign, at = window.sign(at + 1)
-    if sign:
-        raise _NotAList("Extra data behind the list", at)
+    character, offset = window.sign(expect("[", window.end))
+    while character != "]":
+        end = window.element(offset)
+        yield offset, end
+        character, offset = window.sign(end)
+        if character != "]":
+            character, offset = "", window.sign(expect(",", offset))[1]
+    character, offset = window.sign(offset + 1)
+    if character:
+        raise _NotAList("Extra data behind the list", offset)
 
 
 def _line_and_column(stream: BinaryIO, at: int) -> tuple[int, int]:
-    """From 1, of a byte; columns count characters."""
+    """Find the line and column of a byte, both counted from 1; columns count characters."""
     stream.seek(0)
-    line, begin, done = 1, 0, 0
-    while done < at and (data := stream.read(min(_WINDOW, at - done))):
+    line, line_start, num_read = 1, 0, 0
+    while num_read < at and (data := stream.read(min(_WINDOW, at - num_read))):
         line += data.count(b"\n")
-        last = data.rfind(b"\n")
-        begin = done + last + 1 if last >= 0 else begin
-        done += len(data)
-    stream.seek(begin)
-    head = stream.read(min(at - begin, _LONGEST_LINE))
-    return line, len(head.decode("utf-8", "replace")) + 1 + (at - begin - len(head))
+        last_break = data.rfind(b"\n")
+        line_start = num_read + last_break + 1 if last_break >= 0 else line_start
+        num_read += len(data)
+    stream.seek(line_start)
+    head = stream.read(min(at - line_start, _LONGEST_LINE))
+    return line, len(head.decode("utf-8", "replace")) + 1 + (at - line_start - len(head))

@@ -1,7 +1,7 @@
-"""Integers about a large file, found in one pass over it and kept beside the indexes, memory-mapped.
+"""Disk cache of integer arrays (byte offsets) that one scan over a large file computes. They are memory-mapped.
 
-The name of what is kept is a digest of the file's path, size and time of change, so it is found again only for the
-file that it was made from.
+The name of a cache file is a digest of the source file's path, size and modification time. So a changed file is scanned
+again.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from lit_vlm.data.readers.rows.base import identity
 from lit_vlm.files import locked, written
 from lit_vlm.types import UserError
 
-_VERSION = 1  # raise it when the arrays mean something else
+_VERSION = 1  # increase it when the meaning of the arrays changes
 
 
 class StoredArray:
-    """int64 [rows, columns], in memory or mapped from a file. Mapped, it pickles as the file's name."""
+    """Array of int64 [rows, columns], in memory or memory-mapped from a file. A mapped array pickles as the file's name."""
 
     def __init__(self, array: np.ndarray, file: Path | None = None) -> None:
         self.array, self._file = array, file
@@ -34,52 +34,57 @@ class StoredArray:
 def stored(
     path: Path, cache: Path | None, kind: str, columns: int, scan: Callable[[Path], Iterator[np.ndarray]]
 ) -> StoredArray:
-    """What `scan` finds in a file, out of `cache` when it was found before.
+    """Load the array of a file from the cache, or scan the file and store the result.
+
+    Several processes may call this at the same time: one scans, the others wait.
 
     Args:
-        cache: a folder, in whose `offsets` it is kept; None: in memory alone. Several processes may ask at once: one scans, the others wait.
-        kind: of scan; part of the name.
-        scan: yields int64 [n, columns], piece by piece.
+        cache_dir: the array is stored in its folder `offsets`; None: keep it in memory only.
+        kind: name of the scan; part of the digest.
+        scan: yields int64 [n, columns] in chunks.
 
     Raises:
-        UserError: the file changed while it was scanned, or the cache cannot be written.
+        UserError: the file changed during the scan, or the cache cannot be written.
         PermissionError: the file may not be read.
     """
-    found = identity(path)
-    open(path, "rb").close()  # PermissionError, before anything is written
+    file_identity = identity(path)
+    open(path, "rb").close()  # raises PermissionError before anything is written
     if cache is None:
         array = np.concatenate([np.empty((0, columns), np.int64), *scan(path)])
-        _require_unchanged(path, found)
+        _require_unchanged(path, file_identity)
         return StoredArray(array)
-    name = hashlib.sha256(repr((_VERSION, kind, columns, found)).encode()).hexdigest()[:32]
+    name = hashlib.sha256(repr((_VERSION, kind, columns, file_identity)).encode()).hexdigest()[:32]
     file = cache / "offsets" / f"{name}.npy"
-    kept = _kept(file, columns)
-    if kept is None:
+    result = _kept(file, columns)
+    if result is None:
         with locked(file.with_suffix(".lock")):
-            kept = _kept(file, columns)
-            if kept is None:
-                _build(file, columns, _scanned(path, scan), lambda: _require_unchanged(path, found))
-                kept = _kept(file, columns)
-    assert kept is not None
-    return kept
+            result = _kept(file, columns)
+            if result is None:
+                _build(file, columns, _scanned(path, scan), lambda: _require_unchanged(path, file_identity))
+                result = _kept(file, columns)
+    assert result is not None
+    return result
 
 
 def _build(file: Path, columns: int, pieces: Iterator[np.ndarray], check: Callable[[], None]) -> None:
-    """Written beside and moved, so that nobody reads a half. The header's room does for any number of rows."""
+    """Write the array to a temporary file and move it into place, so no process reads a partial file.
+
+    The header is padded, so the final number of rows fits in its place.
+    """
     with written(file) as draft:
         with open(draft, "wb") as stream:
-            rows = 0
-            _write_header(stream, rows, columns)
-            for piece in pieces:
-                stream.write(np.ascontiguousarray(piece, np.int64).tobytes())
-                rows += len(piece)
+            num_rows = 0
+            _write_header(stream, num_rows, columns)
+            for chunk in pieces:
+                stream.write(np.ascontiguousarray(chunk, np.int64).tobytes())
+                num_rows += len(chunk)
             stream.seek(0)
-            _write_header(stream, rows, columns)
+            _write_header(stream, num_rows, columns)
         check()
 
 
 def _scanned(path: Path, scan: Callable[[Path], Iterator[np.ndarray]]) -> Iterator[np.ndarray]:
-    """A file that cannot be read is told as that, and not as a cache that cannot be written."""
+    """Run the scan, and report a read error of the file as such, not as a write error of the cache."""
     try:
         yield from scan(path)
     except OSError as error:
@@ -92,13 +97,13 @@ def _write_header(stream: BinaryIO, rows: int, columns: int) -> None:
 
 
 def _kept(file: Path, columns: int) -> StoredArray | None:
-    """What the file holds, or None where it is missing, torn or something else: then it is made again."""
+    """Load a cache file, or return None if it is missing, truncated or invalid; the caller then scans again."""
     try:
-        stored = _mapped(file)
+        result = _mapped(file)
     except (OSError, ValueError, EOFError):
         return None
-    array = stored.array
-    return stored if array.dtype == np.int64 and array.ndim == 2 and array.shape[1] == columns else None
+    array = result.array
+    return result if array.dtype == np.int64 and array.ndim == 2 and array.shape[1] == columns else None
 
 
 def _mapped(file: Path) -> StoredArray:
@@ -111,7 +116,7 @@ def _mapped(file: Path) -> StoredArray:
     if size != offset + int(np.prod(shape)) * dtype.itemsize:
         raise ValueError(f"{file}: {size} bytes are not those of {shape}")
     array = np.empty(shape, dtype) if 0 in shape else np.memmap(file, dtype, "r", offset, shape)
-    return StoredArray(np.asarray(array), file)  # a plain view of the map: taking a row of it is five times as fast
+    return StoredArray(np.asarray(array), file)  # a plain view of the memmap: indexing a row of it is 5 times as fast
 
 
 def _require_unchanged(path: Path, found: tuple[str, int, int]) -> None:

@@ -1,4 +1,4 @@
-"""Parquet, Arrow, saved datasets and datasets of the hub, through Hugging Face `datasets`, memory-mapped."""
+"""Memory-mapped rows of parquet, Arrow, saved datasets and hub datasets, through Hugging Face `datasets`."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from lit_vlm.types import RecordError, UserError
 
 
 class ArrowRows:
-    """The rows of a `datasets.Dataset`, images left encoded.
+    """Rows of a `datasets.Dataset`, with images left encoded.
 
     Args:
-        files: what the rows come from, in their order; empty: what `datasets` mapped.
-        names, counts: of each file as people know it, and its rows.
+        names: name of each file, for error messages.
+        counts: number of rows of each file.
+        files: files of the rows, in the order of the rows; empty: the cache files that `datasets` mapped.
     """
 
     def __init__(self, dataset: Any, names: Sequence[str], counts: Sequence[int], files: Sequence[Path] = ()) -> None:
@@ -31,6 +32,7 @@ class ArrowRows:
 
     @property
     def files(self) -> list[Path]:
+        """The local files that hold the rows."""
         return self._files
 
     def __len__(self) -> int:
@@ -47,8 +49,8 @@ class ArrowRows:
             raise RecordError(self.origin(index), str(error), REMEDY) from None
 
     def update(self, hasher: Hasher, start: int, stop: int) -> None:
-        """A file that is as it was holds what it held: its rows by number stand for their content."""
-        if len(self._files) != len(self._ends):  # files in which `datasets` keeps them, cut as it likes
+        """Update the hasher with file identities and row numbers: an unchanged file has unchanged rows."""
+        if len(self._files) != len(self._ends):  # cache files of `datasets`, which cuts them by its own rule
             hasher.update(repr(([identity(file) for file in self._files], start, stop)).encode())
             return
         for number, first, last in split_at(self._ends, start, stop):
@@ -56,7 +58,7 @@ class ArrowRows:
 
 
 def parquet(paths: Sequence[Path]) -> Rows:
-    """Parquet has no cheap access by row; `datasets` writes it once into its cache as Arrow, which has."""
+    """Open parquet files. `datasets` converts them once to Arrow in its cache: parquet has no cheap access by row."""
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -77,6 +79,7 @@ def parquet(paths: Sequence[Path]) -> Rows:
 
 
 def arrow(paths: Sequence[Path]) -> ArrowRows:
+    """Open Arrow files; raise a UserError if one cannot be read."""
     import datasets
     import pyarrow as pa
 
@@ -89,7 +92,7 @@ def arrow(paths: Sequence[Path]) -> ArrowRows:
 
 
 def saved_dataset(folder: Path) -> ArrowRows:
-    """A folder of `Dataset.save_to_disk`."""
+    """Open a folder that `Dataset.save_to_disk` wrote."""
     import datasets
 
     try:
@@ -100,10 +103,10 @@ def saved_dataset(folder: Path) -> ArrowRows:
 
 
 def hub_dataset(setting: str, hub: str, config: str | None, split: str, revision: str | None) -> ArrowRows:
-    """A dataset of the Hugging Face hub, out of the local cache when it is there; or a local folder of its layout.
+    """Load a dataset of the Hugging Face hub, from the local cache if it is there; or a local folder of the same layout.
 
     Raises:
-        UserError: naming the setting: no network, no such dataset, split or revision.
+        UserError: names the setting: no network, no such dataset, split or revision.
     """
     import datasets
 
@@ -111,7 +114,7 @@ def hub_dataset(setting: str, hub: str, config: str | None, split: str, revision
         dataset = datasets.load_dataset(hub, config, split=split, revision=revision)
     except MemoryError:
         raise
-    except Exception as error:  # `datasets` and the hub's client raise some thirty types, from several libraries
+    except Exception as error:  # `datasets` and the hub's client raise some 30 exception types, from several libraries
         raise UserError(
             f"{setting}={hub}: cannot be loaded: {_first_line(error)}. Where there is no network, download it beforehand "
             f"(`hf download {hub} --repo-type dataset --local-dir <folder>`) and set {setting}=<folder>, or path=<file>."
@@ -125,7 +128,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _undecoded(feature: Any) -> Any:
-    """The feature with its media left as {bytes, path}; Json columns are still parsed."""
+    """Disable decoding of media in a feature, so that they stay {bytes, path}. JSON columns are still parsed."""
     if isinstance(feature, dict):
         return {key: _undecoded(inner) for key, inner in feature.items()}
     if hasattr(feature, "feature"):

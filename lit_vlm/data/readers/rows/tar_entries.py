@@ -1,6 +1,6 @@
-"""One entry of a tar file, read from its header and judged; nothing is extracted, no member is trusted.
+"""Parser of tar entries: it reads a member's headers and checks them. Nothing is extracted, no member is trusted.
 
-Headers are read here and not by `tarfile`, which takes a damaged one for the archive's end, renames members as their
+Headers are parsed here and not by `tarfile`, which takes a damaged header for the archive's end, renames members as their
 extended headers say, and follows links. Format: "pax Interchange Format" of POSIX.1-2017, and GNU tar's manual, "Basic Tar
 Format".
 """
@@ -30,16 +30,17 @@ _MEANINGS = {
     tarfile.XGLTYPE: "is an extended header that would rename or resize all members after it",
 }
 _NO_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE)
-_MOST_EXTENDED = 1 << 16  # bytes of an extended header
-_MOST_HEADERS = 16  # of one member
+_MOST_EXTENDED = 1 << 16  # bytes of one extended header
+_MOST_HEADERS = 16  # headers of one member
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*:")  # C:, pipe:, http:
-_COMMENTS = (b"comment", b"mtime", b"atime", b"ctime", b"uname", b"gname", b"uid", b"gid")  # of pax; they move nothing
+# Keys of pax headers that change neither name nor data.
+_COMMENTS = (b"comment", b"mtime", b"atime", b"ctime", b"uname", b"gname", b"uid", b"gid")
 
 
 @dataclass(frozen=True, slots=True)
 class Flaw:
-    """What is wrong with an entry, to be completed with its name."""
+    """Reason to refuse an entry; it goes after the entry's name in an error message."""
 
     reason: str
     fault: Fault = Fault.hostile
@@ -47,39 +48,43 @@ class Flaw:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A member, from its first header to the next entry's. `name` may be anything where there is a flaw."""
+    """Entry of a tar file, from its first header to the start of the next entry.
+
+    `name` may hold anything if there is a flaw.
+    """
 
     start: int
     name: str
-    offset: int  # of its bytes
-    size: int
-    end: int  # where the next entry begins; -1: nobody knows
+    offset: int  # of its data
+    size: int  # bytes
+    end: int  # offset of the next entry; -1: unknown
     is_folder: bool = False
     flaw: Flaw | None = None
 
     @property
     def key(self) -> str:
-        """WebDataset's: the path up to the first dot of its last component."""
+        """The key in WebDataset's sense: the path up to the first dot of its last component."""
         folder, slash, last = self.name.rpartition("/")
         return f"{folder}{slash}{last.partition('.')[0]}"
 
     @property
     def extension(self) -> str:
-        """What follows the key's dot: `jpg`, `0.png`."""
+        """The part after the key's dot, in lower case: `jpg`, `0.png`."""
         return self.name.rpartition("/")[2].partition(".")[2].lower()
 
     @property
     def ending(self) -> str:
+        """The part after the last dot of the extension: `png` of `0.png`."""
         return self.extension.rpartition(".")[2]
 
 
 class _Header(NamedTuple):
-    """What one block says, as far as it matters here."""
+    """The fields of one header block that are needed here."""
 
     name: bytes
     type: bytes
     size: int
-    has_nul: bool  # within its name
+    has_nul: bool  # its name holds a NUL byte
 
     @property
     def text(self) -> str:
@@ -87,14 +92,18 @@ class _Header(NamedTuple):
 
 
 class _Broken(Exception):
-    """The archive cannot be followed beyond this place."""
+    """The archive cannot be read beyond this offset."""
 
     def __init__(self, reason: str, fault: Fault = Fault.malformed) -> None:
         self.flaw = Flaw(reason, fault)
 
 
 def read_entry(stream: BinaryIO, start: int, archive_size: int) -> Entry | None:
-    """The entry whose headers begin at a byte; None for the archive's end. What is wrong is in its `flaw`."""
+    """Read the entry whose headers begin at the byte `start`.
+
+    Returns:
+        The entry, with the reason to refuse it in `flaw`; None at the archive's end.
+    """
     stream.seek(start)
     try:
         return _entry(stream, start, archive_size)
@@ -103,23 +112,23 @@ def read_entry(stream: BinaryIO, start: int, archive_size: int) -> Entry | None:
 
 
 def _entry(stream: BinaryIO, start: int, archive_size: int) -> Entry | None:
-    at, long_name, flaw = start, None, None
+    offset, long_name, flaw = start, None, None
     for _ in range(_MOST_HEADERS):
-        stream.seek(at)
+        stream.seek(offset)
         block = stream.read(BLOCK)
-        if at == start and block.count(0) == len(block):
+        if offset == start and block.count(0) == len(block):
             return _end(stream, len(block))
         header = _header(block)
-        at += BLOCK
+        offset += BLOCK
         if header.type not in _EXTENDED:
-            whole = Entry(start, header.text, at, header.size, at, flaw=flaw)
-            return _judged(header, whole, long_name, archive_size)
-        data = _payload(stream, header.size, archive_size - at)
-        at += _padded(header.size)
+            entry = Entry(start, header.text, offset, header.size, offset, flaw=flaw)
+            return _judged(header, entry, long_name, archive_size)
+        data = _payload(stream, header.size, archive_size - offset)
+        offset += _padded(header.size)
         if header.type == tarfile.XGLTYPE:
             if any(key not in _COMMENTS for key in _records(data)):
-                return Entry(start, header.text, at, 0, at, flaw=Flaw(_MEANINGS[header.type]))
-            start = at  # a comment
+                return Entry(start, header.text, offset, 0, offset, flaw=Flaw(_MEANINGS[header.type]))
+            start = offset  # this header is only a comment, so the entry begins after it
         elif header.type == tarfile.GNUTYPE_LONGNAME:
             long_name = data.rstrip(b"\0")
         elif header.type == tarfile.XHDTYPE:
@@ -139,12 +148,12 @@ def _header(block: bytes) -> _Header:
         raise _Broken("no member's header is there (wrong checksum or size); nothing behind it can be read")
     if size < 0:
         raise _Broken("its size is below zero; nothing behind it can be read", Fault.hostile)
-    name, _, behind = block[:100].partition(b"\0")
+    name, _, after_nul = block[:100].partition(b"\0")
     prefix = block[345:500].partition(b"\0")[0] if block[257:263] == b"ustar\0" else b""
-    kind = block[156:157]
-    if kind == tarfile.AREGTYPE and name.endswith(b"/"):  # how folders were written before there were types
-        kind = tarfile.DIRTYPE
-    return _Header(prefix + b"/" + name if prefix else name, kind, size, bool(behind.strip(b"\0")))
+    type_flag = block[156:157]
+    if type_flag == tarfile.AREGTYPE and name.endswith(b"/"):  # old archives mark a folder by this, not by a type
+        type_flag = tarfile.DIRTYPE
+    return _Header(prefix + b"/" + name if prefix else name, type_flag, size, bool(after_nul.strip(b"\0")))
 
 
 def _payload(stream: BinaryIO, size: int, left: int) -> bytes:
@@ -154,7 +163,7 @@ def _payload(stream: BinaryIO, size: int, left: int) -> bytes:
 
 
 def _records(data: bytes) -> dict[bytes, bytes]:
-    """Of a pax header: `length key=value`, length in bytes over all of it."""
+    """Parse the records of a pax header: `length key=value`, where length counts the bytes of the whole record."""
     records = {}
     while data.strip(b"\0"):
         length, space, _ = data.partition(b" ")
@@ -177,8 +186,8 @@ def _judged(header: _Header, entry: Entry, long_name: bytes | None, archive_size
     flaw = entry.flaw
     if long_name is not None:
         if not _agrees(header.name, long_name):
-            shown = long_name[:200].decode(errors="replace")
-            flaw = flaw or Flaw(f"is renamed by an extended header, to {shown!r}")
+            new_name = long_name[:200].decode(errors="replace")
+            flaw = flaw or Flaw(f"is renamed by an extended header, to {new_name!r}")
         entry = replace(entry, name=long_name.decode("utf-8", "surrogateescape"))
     if header.type == tarfile.DIRTYPE:
         return replace(entry, size=0, is_folder=True, flaw=flaw or _name_flaw(entry.name))
@@ -196,8 +205,8 @@ def _judged(header: _Header, entry: Entry, long_name: bytes | None, archive_size
 
 
 def _agrees(short: bytes, long_name: bytes) -> bool:
-    """Whether a header's own name is the beginning of the longer one, as writers of tar files leave it there."""
-    plain = long_name.decode("utf-8", "replace").encode("ascii", "replace")  # Python's, for names that are not ASCII
+    """Return True if a header's own name is the truncated long name, as writers of tar files leave it there."""
+    plain = long_name.decode("utf-8", "replace").encode("ascii", "replace")  # Python's form of names that are not ASCII
     return short == long_name or short in (long_name[:100], long_name[:99], plain[:100])
 
 
@@ -226,7 +235,7 @@ def _file_flaw(entry: Entry) -> Flaw | None:
 
 
 def _end(stream: BinaryIO, num_bytes: int) -> Entry | None:
-    """Zeros close an archive, and nothing but zeros follows."""
+    """Check that the archive ends with a block of zeros and that only zeros follow."""
     if num_bytes < BLOCK:
         raise _Broken("the archive ends without its end mark; it may be cut off", Fault.broken)
     while rest := stream.read(1 << 20):

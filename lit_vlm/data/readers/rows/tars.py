@@ -1,7 +1,7 @@
-"""WebDataset's tar shards by random access: a sample's members share a key, and are read where they lie.
+"""Random access to WebDataset tar shards: a sample's members share a key, and are read in place.
 
-One pass over the headers finds where the entries of each key begin (they need not be neighbours); that table is all that
-is kept. A read goes through the headers again, so a refused member is named when its sample is asked for.
+One pass over the headers finds the offsets of the entries of each key (they need not be adjacent). Only that table is
+stored. A read parses the headers again, so a refused member is named when its sample is read.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _COMPRESSED = {b"\x1f\x8b": "gunzip", b"BZh": "bunzip2", b"\xfd7zXZ": "unxz", b"
 
 
 class MemberStream(io.RawIOBase):
-    """Some bytes of a file as a stream of their own."""
+    """Stream of a byte range of a file."""
 
     def __init__(self, path: Path, offset: int, size: int) -> None:
         self._file = open(path, "rb", buffering=0)  # noqa: SIM115 - closed with the stream
@@ -54,10 +54,10 @@ class MemberStream(io.RawIOBase):
 
     def readinto(self, buffer) -> int:  # type: ignore[no-untyped-def]
         self._file.seek(self._offset + self._at)
-        found = self._file.read(max(0, min(len(buffer), self._size - self._at)))
-        buffer[: len(found)] = found
-        self._at += len(found)
-        return len(found)
+        data = self._file.read(max(0, min(len(buffer), self._size - self._at)))
+        buffer[: len(data)] = data
+        self._at += len(data)
+        return len(data)
 
     def close(self) -> None:
         self._file.close()
@@ -66,7 +66,7 @@ class MemberStream(io.RawIOBase):
 
 @dataclass(frozen=True)
 class Member(Embedded):
-    """A picture of a tar file, as a row carries it."""
+    """Image member of a tar file, as a row carries it."""
 
     archive: Path
     name: str
@@ -79,7 +79,7 @@ class Member(Embedded):
 
 @dataclass(frozen=True)
 class TarImage(EncodedImage):
-    """A picture in a tar file. It passes the same checks as a file's."""
+    """Image in a tar file. It passes the same checks as an image file."""
 
     member: Member
     origin: str
@@ -87,7 +87,7 @@ class TarImage(EncodedImage):
 
     @property
     def name(self) -> str:
-        """What tells it from the other pictures of its source."""
+        """Name that is unique among the images of its source."""
         return f"{self.member.archive.name}/{self.member.name}"
 
     @property
@@ -104,15 +104,16 @@ class TarImage(EncodedImage):
 
 
 class TarRows:
-    """The samples of one tar file, in the order in which their keys first appear.
+    """Rows of one tar file: a row for each sample, in the order in which their keys first appear.
 
     Args:
-        table: [1 + (S + 1) + M, 1]: the number of samples S, where the entries of each begin, then the M entries' bytes.
+        table: [1 + (S + 1) + M, 1]: the number of samples S, the start of each sample's entries (S + 1 bounds), then the
+            byte offsets of the M entries.
     """
 
     def __init__(self, path: Path, table: StoredArray) -> None:
         self.path, self._table = path, table
-        self._last = (-1, "")  # the row read last, and its origin, which is asked for together with it
+        self._last = (-1, "")  # the last read row and its origin, which the caller needs together
 
     def __len__(self) -> int:
         return int(self._table.array[0, 0])
@@ -137,15 +138,16 @@ class TarRows:
             raise RecordError(f"{self.path.name}[{index}]", reason, REMEDY, Fault.unreadable) from error
 
     def update(self, hasher: Hasher, start: int, stop: int) -> None:
+        """Update the hasher with the file's identity and the row numbers: an unchanged file has unchanged samples."""
         hasher.update(repr((identity(self.path), start, stop)).encode())
 
     def _origin(self, entries: Sequence[Entry]) -> str:
         first = entries[0]
-        named = first.name and not (first.flaw and first.flaw.fault is Fault.broken)
-        return f"{self.path.name}/{first.key or first.name}" if named else f"{self.path.name} at byte {first.start}"
+        has_name = first.name and not (first.flaw and first.flaw.fault is Fault.broken)
+        return f"{self.path.name}/{first.key or first.name}" if has_name else f"{self.path.name} at byte {first.start}"
 
     def _entries(self, stream: BinaryIO, index: int) -> list[Entry]:
-        """At most MAX_MEMBERS + 1 of them; never none."""
+        """Read the headers of a sample's entries: at least 1, at most MAX_MEMBERS_PER_KEY + 1."""
         table, size = self._table.array[:, 0], stream.seek(0, io.SEEK_END)
         first, last = table[1 + index : 3 + index].tolist()
         starts = table[len(self) + 2 :][first : min(last, first + MAX_MEMBERS + 1)]
@@ -159,11 +161,14 @@ class TarRows:
 
 
 def tar_file(path: Path, cache: Path | None = None) -> TarRows:
-    """UserError for what is no tar file at all; a damaged or hostile member is its sample's fault."""
+    """Open a tar file; raise a UserError if it is none or is compressed.
+
+    A damaged or hostile member is an error of its own sample, not of the file.
+    """
     with open(path, "rb") as stream:
-        begin = stream.read(8)
+        head = stream.read(8)
         for magic, tool in _COMPRESSED.items():
-            if begin.startswith(magic):
+            if head.startswith(magic):
                 raise UserError(
                     f"{path}: is compressed, so its members cannot be reached one by one. "
                     f"Unpack it to a plain .tar once (`{tool}`); pictures hardly shrink."
@@ -177,9 +182,9 @@ def tar_file(path: Path, cache: Path | None = None) -> TarRows:
 def _table(path: Path) -> Iterator[np.ndarray]:
     keys, starts = array("Q"), array("q")
     with open(path, "rb") as stream:
-        at, size = 0, stream.seek(0, io.SEEK_END)
-        while at >= 0 and (entry := read_entry(stream, at, size)) is not None:
-            at = entry.end
+        offset, size = 0, stream.seek(0, io.SEEK_END)
+        while offset >= 0 and (entry := read_entry(stream, offset, size)) is not None:
+            offset = entry.end
             if not entry.is_folder or entry.flaw:
                 keys.append(_number(entry))
                 starts.append(entry.start)
@@ -187,7 +192,8 @@ def _table(path: Path) -> Iterator[np.ndarray]:
 
 
 def _number(entry: Entry) -> int:
-    key = entry.key.encode("utf-8", "surrogateescape") or str(entry.start).encode() + b"/"  # none: on its own
+    # An entry without a key is a sample of its own.
+    key = entry.key.encode("utf-8", "surrogateescape") or str(entry.start).encode() + b"/"
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
@@ -202,7 +208,7 @@ def _grouped(keys: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
 def _row(path: Path, entries: Sequence[Entry], origin: str, stream: BinaryIO) -> dict[str, Any]:
     _refuse(entries, origin)
-    pictures = sorted((entry for entry in entries if entry.ending in PICTURES), key=lambda entry: entry.name)
+    images = sorted((entry for entry in entries if entry.ending in PICTURES), key=lambda entry: entry.name)
     texts = {ending: [entry for entry in entries if entry.ending == ending] for ending in ("txt", "json")}
     for ending, members in texts.items():
         if len(members) > 1:
@@ -210,28 +216,28 @@ def _row(path: Path, entries: Sequence[Entry], origin: str, stream: BinaryIO) ->
     row: dict[str, Any] = {}
     if texts["json"]:
         row = parse(_bytes(stream, texts["json"][0]), origin)
-    if texts["txt"] and format_of(row) in (None, "caption"):  # a .json of the downloader's beside it
+    if texts["txt"] and format_of(row) in (None, "caption"):  # the .json next to it is metadata of the downloader
         row = {"id": row.get("id"), "caption": _decoded(_bytes(stream, texts["txt"][0]), texts["txt"][0], origin)}
     if not texts["txt"] and not texts["json"]:
         raise RecordError(origin, "a picture without a .txt or .json of its key", _REPACK, Fault.no_answer)
-    own = row.get("id")
-    named = {"id": f"{path.stem}/{entries[0].key}" if own is None or own == "" else own}
+    record_id = row.get("id")
+    identified = {"id": f"{path.stem}/{entries[0].key}" if record_id is None or record_id == "" else record_id}
     rest = {key: value for key, value in row.items() if key not in ("id", "image", "images")}
-    return {**named, **rest, "images": [Member(path, entry.name, entry.offset, entry.size) for entry in pictures]}
+    return {**identified, **rest, "images": [Member(path, entry.name, entry.offset, entry.size) for entry in images]}
 
 
 def _refuse(entries: Sequence[Entry], origin: str) -> None:
-    """RecordError for a sample with a member that is refused, or with too many of them."""
+    """Raise a RecordError for a sample with a refused member, a duplicate one, or too many members."""
     for entry in entries:
         if entry.flaw:
-            what = f"member {shown(entry.name)} {entry.flaw.reason}" if entry.name else entry.flaw.reason
-            raise RecordError(origin, what, _REPACK, entry.flaw.fault)
+            reason = f"member {shown(entry.name)} {entry.flaw.reason}" if entry.name else entry.flaw.reason
+            raise RecordError(origin, reason, _REPACK, entry.flaw.fault)
     if len(entries) > MAX_MEMBERS:
         raise RecordError(origin, f"more than {MAX_MEMBERS} members of one key", _REPACK, Fault.hostile)
     names = [entry.name for entry in entries]
-    twice = next((name for name in names if names.count(name) > 1), None)
-    if twice:
-        raise RecordError(origin, f"member {shown(twice)} is in the archive twice", _REPACK, Fault.hostile)
+    duplicate = next((name for name in names if names.count(name) > 1), None)
+    if duplicate:
+        raise RecordError(origin, f"member {shown(duplicate)} is in the archive twice", _REPACK, Fault.hostile)
     if len({entry.key for entry in entries}) > 1:
         raise RecordError(origin, "is not what it was when it was opened", _REPACK, Fault.changed)
 
