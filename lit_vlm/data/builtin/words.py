@@ -1,4 +1,4 @@
-"""What the built-in pictures show, and how Korean and English say it."""
+"""Vocabulary of the synthetic data, in Korean and English: colours, shapes, words, names, and Korean particles."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SHAPES = (
     Shape("cross", "cross", "십자가"),
 )
 
-# The first eight are those of kind `word`; pictures with more text use all.
+# The first eight are used by kind `word`; images with more text use all.
 WORDS_KO = tuple("사과 나무 바다 학교 기차 우유 구름 하늘 시장 노래 여름 겨울 친구 가방 편지 시계".split())
 WORDS_EN = tuple("tree book fish milk sun car bird hand lamp door rain snow ship game food ring".split())
 NUM_WORDS = 8
@@ -65,7 +65,7 @@ _PARTICLES = {
 
 
 def has_final(word: str) -> bool:
-    """Whether a Korean word, or a number as Koreans read it, ends in a consonant."""
+    """Return True if a Korean word, or a number in its Korean reading, ends in a consonant."""
     last = word[-1]
     if "가" <= last <= "힣":
         return (ord(last) - ord("가")) % 28 != 0
@@ -73,7 +73,7 @@ def has_final(word: str) -> bool:
 
 
 def particle(word: str, form: str) -> str:
-    """The form of a particle that follows `word`; `form` is the one used after a consonant (a key of `_PARTICLES`)."""
+    """Get the form of a particle after `word`; `form` is the one used after a consonant (a key of `_PARTICLES`)."""
     after_consonant, after_vowel = _PARTICLES[form]
     return after_consonant if has_final(word) else after_vowel
 
@@ -83,7 +83,7 @@ def with_particle(word: str, form: str) -> str:
 
 
 def phrase(colour: Colour, shape: Shape, language: Language) -> str:
-    """ "red circle", without an article."""
+    """Format a coloured shape without an article, such as "red circle"."""
     return f"{colour.ko} {shape.ko}" if language == "ko" else f"{colour.en} {shape.en}"
 
 
@@ -92,7 +92,7 @@ def with_article(noun: str) -> str:
 
 
 def caption_of(things: list[tuple[Colour, Shape]], language: Language) -> str:
-    """One or two things, from left to right."""
+    """Format a caption of one or two shapes, from left to right."""
     phrases = [phrase(colour, shape, language) for colour, shape in things]
     if language == "en":
         return " and ".join(map(with_article, phrases))
