@@ -235,7 +235,7 @@ class DataModule(L.LightningDataModule):
         return self._loader(self._once(index.subset(samples), own=index is self.held_out and self.has_own_validation))
 
     def contents_of(self, index: Index, samples: np.ndarray) -> np.ndarray:
-        """Compute content hashes [samples] uint64, see `compute_content_hash`; also 0 if images cannot be read now."""
+        """Compute content hashes [samples] uint64, see `compute_image_hash`; also 0 if images cannot be read now."""
         hashes = np.zeros(len(samples), np.uint64)
         with_images = np.flatnonzero(index.images[samples])
         parts = self._loader(Contents(index, samples[with_images].tolist()))
@@ -259,7 +259,7 @@ class DataModule(L.LightningDataModule):
         return batch
 
     def read_held_out(self, samples: Sequence[int], work: Callable[[], Result]) -> Result:
-        """Run `work` over these held-out samples; a corrupt one ends the run with the same error as in a loader."""
+        """Run `function` over these held-out samples; a corrupt one ends the run with the same error as in a loader."""
         held_out = self.held_out
         assert held_out is not None
 

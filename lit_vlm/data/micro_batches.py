@@ -77,7 +77,7 @@ class TrainMicroBatches(Dataset):
     Args:
         skipped_steps: steps for which no data is read; their micro-batches are dummy batches.
         with_pixels: see `collate`.
-        with_content_hashes: add content hashes of the records' images.
+        with_image_hashes: add content hashes of the records' images.
         look_ahead: verifies images while a worker is idle.
     """
 
@@ -130,7 +130,7 @@ class ValidationMicroBatches(Dataset):
 
     Args:
         separate_sources: the samples are from separate validation sources.
-        with_pixels, with_content_hashes: see `TrainMicroBatches`.
+        with_pixels, with_image_hashes: see `TrainMicroBatches`.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ def read(processor: Processor, index: Index, pack: Pack, **step: Any) -> Batch |
 def steadily(
     work: Callable[[], Result], processor: Processor, index: Index, samples: Sequence[int]
 ) -> Result | TurnedBad:
-    """Run `work` over the samples, with retries; return its result, or the sample that stays corrupt."""
+    """Run `function` over the samples, with retries; return its result, or the sample that stays corrupt."""
     for wait in WAITS:
         try:
             return work()

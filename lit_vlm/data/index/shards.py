@@ -179,9 +179,9 @@ def _from_table(table: pa.Table, key: str) -> Shard:
     columns = {name: table[name].to_numpy() for name in table.column_names}
     if metadata["key"] != key or int(metadata["checksum"]) != _checksum(columns.values(), metadata["bad"]):
         raise ValueError("not the shard of that key")
-    found, unread = json.loads(metadata["bad"])
-    bad = [Bad(position, Fault(fault), reason, remedy) for position, fault, reason, remedy in found]
-    return Shard(columns, bad, unread)
+    values, unused_keys = json.loads(metadata["bad"])
+    bad_records = [Bad(position, Fault(fault), reason, remedy) for position, fault, reason, remedy in values]
+    return Shard(columns, bad_records, unused_keys)
 
 
 def _checksum(columns: Iterable[np.ndarray], bad: str) -> int:

@@ -23,7 +23,7 @@ from lit_vlm.types import Fault, Record, RecordError, Source, UserError
 
 OnProgress = Callable[[str, int, int], None]  # source name, processed records, total records
 
-MOST_KEYS = 30  # unread keys of a source that are listed with their counts
+MOST_KEYS = 30  # unused keys of a source that are listed with their counts
 INDEX_VERSION = 2  # increase it when a record is indexed differently
 # Faults of the record's text, which the shard's key covers; all others can be repaired without changing the key
 OF_TEXT = (Fault.malformed, Fault.placeholders, Fault.no_answer, Fault.overlong, Fault.url)
@@ -124,16 +124,16 @@ def _read(source: Source, processor: Processor, span: Span) -> Shard:
     """Read the records of a shard and compute their columns."""
     rows: list[tuple[int, ...]] = []
     bad: list[Bad] = []
-    unread: Counter[str] = Counter()
+    unused_keys: Counter[str] = Counter()
     for position in range(len(span)):
         try:
             record = source[span.start + position]
             rows.append(_row(position, record, processor))
-            unread.update(record.unread)
+            unused_keys.update(record.unread)
         except RecordError as error:
             bad.append(Bad.of(position, error))
     values = zip(*rows, strict=True) if rows else [()] * len(COLUMNS)
-    return Shard({name: np.array(v, COLUMNS[name]) for name, v in zip(COLUMNS, values, strict=True)}, bad, dict(unread))
+    return Shard({name: np.array(v, COLUMNS[name]) for name, v in zip(COLUMNS, values, strict=True)}, bad, dict(unused_keys))
 
 
 def _row(position: int, record: Record, processor: Processor) -> tuple[int, ...]:
@@ -164,9 +164,9 @@ def _load(sources: Sequence[Source], processor: Processor, shelf: Shelf, spans: 
     """Load all shards into one array for each column."""
     max_samples = sum(map(len, spans))  # upper limit; memory pages without records are never touched
     columns = {name: np.empty(max_samples, dtype) for name, dtype in COLUMNS.items()}
-    source_of = np.empty(max_samples, np.int16)
+    source_ids = np.empty(max_samples, np.int16)
     errors: list[tuple[str, RecordError]] = []
-    unread: dict[str, Counter[str]] = {source.name: Counter() for source in sources}
+    unused_keys: dict[str, Counter[str]] = {source.name: Counter() for source in sources}
     filled = 0
     for shard_range in spans:
         shard = _usable(shelf, processor, shard_range)
@@ -174,15 +174,15 @@ def _load(sources: Sequence[Source], processor: Processor, shelf: Shelf, spans: 
         for name, column in columns.items():
             column[filled:stop] = shard.columns[name]
         columns["position"][filled:stop] += np.uint32(shard_range.start)
-        source_of[filled:stop] = shard_range.source
+        source_ids[filled:stop] = shard_range.source
         source = sources[shard_range.source]
-        unread[source.name].update(shard.unread)
+        unused_keys[source.name].update(shard.unread)
         errors += [(source.name, bad.error(source, shard_range.start)) for bad in shard.bad]
         filled = stop
     used = {name: column[:filled] for name, column in columns.items()}
     fitted = {name: np.full(filled, -1, dtype) for name, dtype in FITTED.items()}
-    counts = {name: _most_frequent(keys) for name, keys in unread.items() if keys}
-    return Index(sources, source_of[:filled], {**used, **fitted}, errors, unread=counts)
+    counts = {name: _most_frequent(keys) for name, keys in unused_keys.items() if keys}
+    return Index(sources, source_ids[:filled], {**used, **fitted}, errors, unread=counts)
 
 
 def _most_frequent(keys: Counter[str]) -> dict[str, int]:
