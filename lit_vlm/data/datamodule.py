@@ -205,6 +205,7 @@ class DataModule(L.LightningDataModule):
         )
 
     def setup(self, stage: str) -> None:
+        """Build indexes and plan, and set gradient accumulation and the number of steps on the trainer."""
         self.build()
         if stage == "fit" and self.trainer is not None:
             self._refuse_foreign_sampler()
@@ -222,6 +223,7 @@ class DataModule(L.LightningDataModule):
             )
 
     def train_dataloader(self) -> DataLoader:
+        """Make the loader of this rank's training micro-batches, from `start_step` on."""
         plan = self.make_plan(self.trainer.world_size if self.trainer else 1)
         rank = self.trainer.global_rank if self.trainer else 0
         options: dict[str, Any] = {"pixels": self.pixels, "contents": self.contents}

@@ -86,6 +86,7 @@ class EncodedImage:
             yield image, stream
 
     def _opened(self) -> BinaryIO:
+        """Open the encoded bytes. Raises RecordError."""
         raise NotImplementedError
 
 

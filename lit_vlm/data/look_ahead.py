@@ -83,6 +83,7 @@ class LookAhead:
                 self._check(sample)
 
     def _check(self, sample: int) -> None:
+        """Decode the images of a sample, with retries; add the record to the ledger if it stays corrupt."""
         index = self.plan.index
         if not index.images[sample]:
             return

@@ -82,6 +82,7 @@ def boxes_of(text: str) -> list[tuple[str, str, list[Box]]]:
 
 
 def _mention(tag: str, phrase: str, boxes: list[str]) -> tuple[Content, ...]:
+    """Build `<tag>phrase</tag><bbox>boxes</bbox>` from control tokens and text."""
     pieces: list[Content] = [_CONTROL[f"<{tag}>"], phrase, _CONTROL[f"</{tag}>"], _CONTROL["<bbox>"]]
     for position, box in enumerate(boxes):
         pieces += [_CONTROL["<delim>"], box] if position else [box]

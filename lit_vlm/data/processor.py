@@ -168,6 +168,7 @@ class Processor:
         return text.strip()
 
     def _answer(self, pair: PreferencePair, answer: Message, layouts: list[Layout]) -> Encoded:
+        """Encode the prompt and one answer of a pair; only the answer is supervised."""
         prompt = self._encode(pair, pair.prompt, layouts, prompt=True).num_tokens
         encoded = self._encode(pair, (*pair.prompt, answer), layouts)
         encoded.supervised[:prompt] = False  # earlier answers are part of the prompt
@@ -191,6 +192,7 @@ class Processor:
 
 
 def _num_shown(record: Record) -> int:
+    """Count the images of one prompt."""
     return record.num_shown if isinstance(record, PreferencePair) else len(record.images)
 
 

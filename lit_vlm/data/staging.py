@@ -128,6 +128,7 @@ def _same(file: Path, copy: Path) -> bool:
 
 
 def _copy(file: Path, copy: Path) -> None:
+    """Copy a file or symbolic link through a temporary name, with its modification time."""
     temporary = copy.with_name(f".{copy.name}.{os.getpid()}")
     copy.parent.mkdir(parents=True, exist_ok=True)
     try:

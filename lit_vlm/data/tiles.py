@@ -98,6 +98,7 @@ def _resolution(
 
 
 def _padded_to_square(image: Image.Image, settings: ImageSettings) -> Image.Image:
+    """Pad an image to a square with the mean colour."""
     if image.width == image.height:
         return image
     side = max(image.size)

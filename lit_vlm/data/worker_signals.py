@@ -49,6 +49,7 @@ def end_workers_at_exit() -> None:
 
 
 def _end_workers() -> None:
+    """Kill the workers that still run."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a killed worker
     for child in multiprocessing.active_children():
         if child.daemon:
@@ -56,4 +57,5 @@ def _end_workers() -> None:
 
 
 def _first_term(number: int, frame: FrameType | None) -> None:
+    """Ignore the first SIGTERM; the next one has its default effect."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

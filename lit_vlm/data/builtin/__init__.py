@@ -97,6 +97,7 @@ class BuiltinSource:
 
     @property
     def digest(self) -> str:
+        """Digest of the settings and the generator version."""
         settings = (GENERATOR_VERSION, self.path, self.language, self.num_samples, self.hard, self.seed, self.held_out)
         return hashlib.blake2b("|".join(map(str, settings)).encode(), digest_size=16).hexdigest()
 

@@ -33,6 +33,7 @@ def font_path() -> Path:
 
 @lru_cache(maxsize=256)
 def font(size: int) -> ImageFont.FreeTypeFont:
+    """Load the font at a size in pixels."""
     # The basic layout suffices for precomposed syllables and takes a third of the time of raqm.
     return ImageFont.truetype(font_path(), size, layout_engine=ImageFont.Layout.BASIC)
 

@@ -127,6 +127,7 @@ class Thing(NamedTuple):
     pixels: PixelBox
 
     def phrase(self, language: Language) -> str:
+        """Describe it in words, such as "red circle"."""
         return words.phrase(self.colour, self.shape, language)
 
 

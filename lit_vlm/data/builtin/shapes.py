@@ -87,6 +87,7 @@ def multi_image(dice: Dice) -> Scene:
 
 
 def _about_one(dice: Dice) -> tuple[Picture, list[tuple[str, str]]]:
+    """Make an image with one shape, and (question, answer) pairs about it."""
     left = dice.random() < 0.5
     # Away from the centre, so that "left" and "right" are unambiguous.
     picture, (thing,) = _alone(dice, area=(0, 0, 30, 56) if left else (26, 0, 56, 56))
@@ -103,6 +104,7 @@ def _about_one(dice: Dice) -> tuple[Picture, list[tuple[str, str]]]:
 
 
 def _about_many(dice: Dice) -> tuple[Picture, list[tuple[str, str]]]:
+    """Make an image with two or three shapes, and (question, answer) pairs about them."""
     num = dice.between(2, 3)
     picture, things = _scatter(dice, num)
     colour, shape = things[0].colour.name(dice.language), things[-1].shape.name(dice.language)

@@ -8,6 +8,8 @@ from lit_vlm.types import Language
 
 
 class Colour(NamedTuple):
+    """Colour with its English and Korean names."""
+
     rgb: tuple[int, int, int]
     en: str
     ko: str  # before a noun
@@ -18,6 +20,8 @@ class Colour(NamedTuple):
 
 
 class Shape(NamedTuple):
+    """Shape with its English and Korean names."""
+
     key: str
     en: str
     ko: str
@@ -79,6 +83,7 @@ def particle(word: str, form: str) -> str:
 
 
 def with_particle(word: str, form: str) -> str:
+    """Add a Korean particle to a word, in the form that fits; see `get_particle`."""
     return word + particle(word, form)
 
 
@@ -88,6 +93,7 @@ def phrase(colour: Colour, shape: Shape, language: Language) -> str:
 
 
 def with_article(noun: str) -> str:
+    """Add the English indefinite article."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 

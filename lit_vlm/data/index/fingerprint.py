@@ -64,6 +64,7 @@ def _file_status(image: FileImage) -> os.stat_result:
 
 
 def _words(message: Message) -> Iterable[bytes]:
+    """Yield the parts of a message for hashing."""
     yield message.role.encode()
     if not message.trained:
         yield b"untrained"

@@ -146,6 +146,7 @@ def alone(source: Source, store: Path | None, task: str) -> Iterator[None]:
 
 
 def _about(source: Source, store: Path | None, ending: str) -> Path | None:
+    """Get the path of a file about a source in the store; None without a store."""
     key = key_of(_LAYOUT, SHARD_RECORDS, source.name, source.digest)
     return store and store / "sources" / f"{key}.{ending}"
 

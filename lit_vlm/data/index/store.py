@@ -133,7 +133,9 @@ def _read(source: Source, processor: Processor, span: Span) -> Shard:
         except RecordError as error:
             bad.append(Bad.of(position, error))
     values = zip(*rows, strict=True) if rows else [()] * len(COLUMNS)
-    return Shard({name: np.array(v, COLUMNS[name]) for name, v in zip(COLUMNS, values, strict=True)}, bad, dict(unused_keys))
+    return Shard(
+        {name: np.array(v, COLUMNS[name]) for name, v in zip(COLUMNS, values, strict=True)}, bad, dict(unused_keys)
+    )
 
 
 def _row(position: int, record: Record, processor: Processor) -> tuple[int, ...]:

@@ -49,6 +49,7 @@ def parallel(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int
 
 
 def _attempt(work: Callable[[Task], Result], tasks: list[Task], workers: int) -> Iterator[tuple[Task, Result]]:
+    """Run a process pool over the tasks; raises BrokenProcessPool if a worker dies."""
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_start, initargs=(work,))
     running: dict[Future[Result], Task] = {}
@@ -65,6 +66,7 @@ def _attempt(work: Callable[[Task], Result], tasks: list[Task], workers: int) ->
 
 
 def _start(work: Callable[[Any], Any]) -> None:
+    """Initialise a worker process."""
     global _work
     _work = work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and stops its workers

@@ -88,6 +88,7 @@ def deal_all(
 
 
 def _require_room(index: Index, caps: Caps) -> None:
+    """Raise UserError if a single sample exceeds a limit."""
     for column, limit, key in ((index.tokens, caps.tokens, "tokens"), (index.tiles, caps.tiles, "tiles")):
         too_large = np.flatnonzero(column > limit)
         if len(too_large):

@@ -85,6 +85,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _told(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Describe the differences of two dictionaries of facts."""
     changes = []
     for key in [*old, *(key for key in new if key not in old)]:
         before, now = old.get(key), new.get(key)

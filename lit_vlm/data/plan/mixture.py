@@ -170,6 +170,7 @@ class Mixture:
         return rows
 
     def _asked_of_sources(self) -> dict[str, float | None]:
+        """Return the requested share of each source, in the unit of its weight."""
         weights = [amount.weight for amount in amounts_of(self.settings, self.names)]
         if all(weight is None for weight in weights):
             return dict(zip(self.names, self.source_shares.tolist(), strict=True))

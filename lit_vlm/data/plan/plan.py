@@ -163,6 +163,7 @@ class Plan:
         }
 
     def _step(self, step: int) -> Step:
+        """Build a step: group its samples by pack, without excluded samples."""
         samples_in_step, pack_ids = self._drawn(step)
         is_excluded = np.isin(samples_in_step, self.left_out)
         excluded, samples_in_step, pack_ids = (

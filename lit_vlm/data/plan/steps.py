@@ -47,6 +47,7 @@ def draw_steps(index: Index, mixture: Mixture, length: Length, seed: int) -> dic
 
 
 def _by_size(mixture: Mixture, length: Length, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sample steps with a fixed number of samples; return (samples, step ends)."""
     assert length.batch_size is not None
     num_steps = length.max_steps or max(1, math.ceil(_draws_of(mixture, length) / length.batch_size - 1e-9))
     ends = np.arange(1, num_steps + 1, dtype=np.int64) * length.batch_size
@@ -54,6 +55,7 @@ def _by_size(mixture: Mixture, length: Length, seed: int) -> tuple[np.ndarray, n
 
 
 def _by_tokens(index: Index, mixture: Mixture, length: Length, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sample steps with a minimum number of tokens; return (samples, step ends)."""
     assert length.batch_tokens is not None
     min_samples = 0 if length.max_steps else math.ceil(_draws_of(mixture, length) - 1e-9)
     samples_per_step = math.ceil(length.batch_tokens / index.tokens.mean())
