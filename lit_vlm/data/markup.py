@@ -1,6 +1,6 @@
 """VARCO-VISION markup: a grounded answer contains `<obj>phrase</obj><bbox>x1, y1, x2, y2</bbox>`.
 
-Markup is written as structure: from `Control` tokens, or parsed from a string that the data's owner declared to be
+Markup is written as structure: from `ControlToken` tokens, or parsed from a string that the data's owner declared to be
 markup. The output of a model is parsed as text, since a model may write anything. Format: model card of
 NCSOFT/VARCO-VISION-14B-HF.
 """
@@ -47,7 +47,7 @@ def char(text: str, box: Box) -> tuple[Content, ...]:
 
 
 def parse_markup(text: str) -> tuple[Content, ...]:
-    """Parse well-formed markup into `Control` tokens; the rest stays text. The joined pieces equal the input text.
+    """Parse well-formed markup into `ControlToken` tokens; the rest stays text. The joined pieces equal the input text.
 
     Well-formed are `<gro>` or `<ocr>` at the start (whitespace may precede it), and a non-empty phrase with boxes of
     four numbers between 0 and 1, upper left corner first. Call it only if the owner of the data declared markup.

@@ -2,7 +2,7 @@
 
 The template is rendered once for each *shape* of a conversation (its roles, and the positions of images and texts), with
 sentinels in place of the texts. The texts are then tokenized as plain text and inserted at the sentinels. So a control
-token comes only from the template or from a `Control` of the sample, never from a text of the data. The template needs
+token comes only from the template or from a `ControlToken` of the sample, never from a text of the data. The template needs
 no `{% generation %}` marks: the supervised span of an assistant turn begins where the generation prompt ends, and ends
 with the end token of the turn.
 """

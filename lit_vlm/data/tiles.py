@@ -50,7 +50,7 @@ def tiles_of(
     Args:
         image: RGB.
         single_image: False if the sample has several images; each is then one square view, padded with the mean colour.
-        max_tiles: maximum number of tiles in addition to the base view, as in `ImageSettings.layout`.
+        max_tiles: maximum number of tiles in addition to the base view, as in `ImageSettings.compute_layout`.
         size: true (height, width) of an image that was decoded at a smaller scale; it determines the tiling.
 
     Returns:

@@ -90,7 +90,7 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """Synthetic image, an ImageSource that is rendered when it is loaded."""
+    """Synthetic image, a LazyImage that is rendered when it is loaded."""
 
     height: int
     width: int
