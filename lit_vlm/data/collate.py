@@ -1,4 +1,4 @@
-"""Records become one flat micro-batch: a row of tokens without padding and a stack of tiles."""
+"""Collate records into a flat batch: one micro-batch as a row of tokens without padding and a stack of tiles."""
 
 from __future__ import annotations
 
@@ -27,35 +27,49 @@ def collate(
     step_chosen_tokens: int = 0,
     pixels: bool = True,
 ) -> Batch:
-    """One micro-batch; a blank one when there are no records, which teaches nothing and keeps the ranks in step.
+    """Collate records into one flat micro-batch.
 
-    Samples give one segment each. Pairs give first their prompts, each once, then the chosen answers, then the rejected
-    ones (see `Processor.segments`); each image is encoded once.
+    Each sample is one segment. Preference pairs give first their prompts, each once, then the chosen answers, then the
+    rejected ones (see `Processor.encode_segments`). Each image is encoded once. Without records it is a dummy batch: it
+    has no loss, and keeps the number of micro-batches equal on all ranks.
 
     Args:
-        pixels: False: tiles [N, 3, 0, 0], for somebody who knows already what is seen in them; no image is decoded.
+        records: all samples or all pairs.
+        step_supervised_tokens: of the whole optimizer step, over all ranks and micro-batches: the divisor of the loss.
+        with_pixels: False: no image is decoded and tiles are [N, 3, 0, 0]; for callers that have the vision features.
+
+    Raises:
+        RecordError: an image cannot be read, or has changed between its header and its pixels.
     """
     layouts = [processor.layouts(record) for record in records]
-    laid = [processor.segments(record, layouts[i]) for i, record in enumerate(records)]
-    pairs = sum(isinstance(record, PreferencePair) for record in records)
-    assert pairs in (0, len(records)), "samples and pairs in one micro-batch"
-    order = _order(laid, answers=2 if pairs else 1)
+    segments_per_record = [processor.segments(record, layouts[i]) for i, record in enumerate(records)]
+    num_pair_records = sum(isinstance(record, PreferencePair) for record in records)
+    assert num_pair_records in (0, len(records)), "samples and pairs in one micro-batch"
+    segment_order = _order(segments_per_record, answers=2 if num_pair_records else 1)
     first_image = np.cumsum([0, *(len(record.images) for record in records)])
-    images = [int(first_image[i]) + n for i, j in order for n in _images_in(records[i], len(laid[i]), j)]
+    image_index = [
+        int(first_image[i]) + image
+        for i, j in segment_order
+        for image in _images_in(records[i], len(segments_per_record[i]), j)
+    ]
     return Batch(
-        **_row([laid[i][j] for i, j in order], _prefixes(laid, order), processor),
-        owners=[i for i, _ in order] or [0],
+        **_row(
+            [segments_per_record[i][j] for i, j in segment_order],
+            _prefixes(segments_per_record, segment_order),
+            processor,
+        ),
+        owners=[i for i, _ in segment_order] or [0],
         tiles=_tiles(processor, records, layouts) if pixels else _empty(sum(map(_count, layouts)), 3, 0, 0),
-        layouts=[layout for of_record in layouts for layout in of_record],
-        tiles_of_records=[_count(of_record) for of_record in layouts],
-        image_index=images,
+        layouts=[layout for record_layouts in layouts for layout in record_layouts],
+        tiles_of_records=[_count(record_layouts) for record_layouts in layouts],
+        image_index=image_index,
         step_supervised_tokens=step_supervised_tokens,
         step_tiles=step_tiles,
         step=step,
         sample_ids=[f"{record.source}/{record.id}" for record in records],
         kinds=[record.kind for record in records],
         languages=[record.language for record in records],
-        num_pairs=pairs,
+        num_pairs=num_pair_records,
         step_pairs=step_pairs,
         step_chosen_tokens=step_chosen_tokens,
         blank=not records,
@@ -63,19 +77,21 @@ def collate(
 
 
 def _order(laid: list[list[Encoded]], answers: int) -> list[tuple[int, int]]:
-    """(record, its segment) along the row: what is shared first, then the first answers, then the second ones."""
+    """Sort the segments of all records as (record, segment): shared prompts first, then first answers, then second ones."""
     shared = [(i, 0) for i, segments in enumerate(laid) if len(segments) > answers]
-    return shared + [(i, len(segments) - answers + k) for k in range(answers) for i, segments in enumerate(laid)]
+    return shared + [
+        (i, len(segments) - answers + answer) for answer in range(answers) for i, segments in enumerate(laid)
+    ]
 
 
 def _prefixes(laid: list[list[Encoded]], order: list[tuple[int, int]]) -> list[int]:
-    """The place along the row of the segment that each one continues; -1: none."""
-    place = {segment: number for number, segment in enumerate(order)}
-    return [place[i, 0] if j and len(laid[i]) == 3 else -1 for i, j in order] or [-1]
+    """Find for each segment the position of the segment that it continues; -1: none."""
+    positions = {segment: position for position, segment in enumerate(order)}
+    return [positions[i, 0] if j and len(laid[i]) == 3 else -1 for i, j in order] or [-1]
 
 
 def _images_in(record: Record, num_segments: int, segment: int) -> list[int]:
-    """Numbers of the record's images that stand in one of its segments, in the order of the text."""
+    """List the indices of the record's images in one of its segments, in the order of the text."""
     if num_segments == 3 and segment > 0:
         return []  # in its prompt
     if isinstance(record, Sample):
@@ -87,38 +103,41 @@ def _images_in(record: Record, num_segments: int, segment: int) -> list[int]:
 
 
 def _row(segments: list[Encoded], prefixes: list[int], processor: Processor) -> dict[str, Any]:
-    if not segments:  # one token that predicts nothing
+    """Build the token fields of a `Batch`: segments concatenated without padding, with `cu_seqlens` and loss positions."""
+    if not segments:  # dummy batch: one token that predicts nothing
         pad = processor.tokenizer.pad_token_id or 0
         segments = [Encoded(np.array([pad], dtype=np.int32), np.array([False]))]
     lengths = [segment.num_tokens for segment in segments]
     starts = np.cumsum([0, *lengths])
     input_ids = torch.from_numpy(np.concatenate([segment.input_ids for segment in segments]).astype(np.int64))
     supervised = np.concatenate([segment.supervised for segment in segments])
-    supervised[starts[:-1]] = False  # nothing stands before a segment's first token to predict it from
-    before = [lengths[prefix] if prefix >= 0 else 0 for prefix in prefixes]
-    rows = np.flatnonzero(supervised) - 1
-    bounds = np.searchsorted(rows, starts)
-    firsts = [
-        int(rows[first]) if first < last else int(stop)
+    supervised[starts[:-1]] = False  # the first token of a segment has no token before it that could predict it
+    first_positions = [lengths[prefix] if prefix >= 0 else 0 for prefix in prefixes]
+    loss_positions = np.flatnonzero(supervised) - 1
+    bounds = np.searchsorted(loss_positions, starts)
+    first_loss_positions = [
+        int(loss_positions[first]) if first < last else int(stop)
         for first, last, stop in zip(bounds[:-1], bounds[1:], starts[1:], strict=True)
     ]
     return {
         "input_ids": input_ids,
         "labels": torch.where(torch.from_numpy(supervised), input_ids, IGNORE_INDEX),
-        "rows": torch.from_numpy(rows),
+        "rows": torch.from_numpy(loss_positions),
         "position_ids": torch.from_numpy(
-            np.concatenate([np.arange(first, first + n) for first, n in zip(before, lengths, strict=True)])
+            np.concatenate([np.arange(first, first + n) for first, n in zip(first_positions, lengths, strict=True)])
         ),
         "cu_seqlens": torch.from_numpy(starts.astype(np.int32)),
         "lengths": lengths,
         "prefixes": prefixes,
         "supervised": np.diff(bounds).tolist(),
-        "tails": [int(stop) - first for first, stop in zip(firsts, starts[1:], strict=True)],
+        "tails": [int(stop) - first for first, stop in zip(first_loss_positions, starts[1:], strict=True)],
     }
 
 
 def _tiles(processor: Processor, records: list[Record], layouts: list[list[Layout]]) -> torch.Tensor:
-    """[N, 3, H, W] uint8, filled record by record: beside the micro-batch only one record's tiles are ever held.
+    """Load all tiles: [N, 3, H, W] uint8.
+
+    They are filled record by record, so that memory holds the tiles of only one record in addition to the batch.
 
     Raises:
         RecordError: an image has changed between its header and its pixels.
@@ -142,7 +161,7 @@ def _count(layouts: list[Layout]) -> int:
 
 
 def _empty(*shape: int) -> torch.Tensor:
-    """uint8, in a loader's worker in the memory that it shares with the trainer, which saves a copy of the batch."""
+    """Allocate a uint8 tensor; in a DataLoader worker in memory shared with the trainer, which saves a copy of the batch."""
     if get_worker_info() is None or not math.prod(shape):
         return torch.empty(shape, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's default_collate does

@@ -1,4 +1,4 @@
-"""What pictures hold, as numbers that go by their bytes alone: a copy has the same ones, whatever its name and times."""
+"""Content hashes of images, computed from their bytes alone: independent of file name and modification time."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 
 from lit_vlm.types import ImageSource, Record
 
-BLOCKS, BLOCK_BYTES = 4, 1 << 14  # files no longer than all blocks are read whole
+BLOCKS, BLOCK_BYTES = 4, 1 << 14  # files that are no longer than all blocks together are read completely
 
 
 def content_of(record: Record) -> int:
-    """64 bits of what the record's pictures hold; 0 without pictures.
+    """Compute a 64-bit content hash of the record's images; 0 without images.
 
     Raises:
-        RecordError: a picture cannot be read.
+        RecordError: an image cannot be read.
     """
     if not record.images:
         return 0
@@ -26,10 +26,11 @@ def content_of(record: Record) -> int:
 
 
 def digest_of_stream(stream: BinaryIO) -> bytes:
-    """Of its length and of blocks spread over it, the first and the last bytes among them.
+    """Hash a file by its length and by blocks spread over it, which include the first and the last bytes.
 
-    Pictures that were encoded anew differ in their length or nearly everywhere, and PNG ends with a checksum of its pixels. What
-    is not seen: some bytes in the middle of a longer file, changed in place. BMP is not compressed, so all of it counts.
+    Images that were encoded again differ in length or nearly everywhere, and a PNG ends with a checksum of its pixels.
+    Not detected: a few bytes in the middle of a longer file that were changed in place. BMP is not compressed, so it is
+    hashed completely.
     """
     size = stream.seek(0, os.SEEK_END)
     hasher = hashlib.blake2b(size.to_bytes(8, "big"), digest_size=16)
@@ -46,10 +47,11 @@ def digest_of_stream(stream: BinaryIO) -> bytes:
 
 
 def digest_of_pixels(pixels: np.ndarray) -> bytes:
+    """Hash decoded pixels and their shape: 16 bytes."""
     return hashlib.blake2b(f"{pixels.shape}".encode() + pixels.tobytes(), digest_size=16).digest()
 
 
 def _content(image: ImageSource) -> bytes:
-    """An image of a source of one's own may bring `content`, its bytes' digest; else it is decoded for it."""
+    """Hash one image; an image of a custom source may have a method `content` (digest of its bytes), else it is decoded."""
     content = getattr(image, "content", None)
     return content() if content else digest_of_pixels(np.asarray(image.load()))

@@ -1,7 +1,8 @@
-"""Lightning's side of the data: index, mixture, plan and loaders.
+"""Lightning data module: builds index, mixture and training plan, and creates the data loaders.
 
-The loader is a list of micro-batches by number, so that step k is read without reading the steps before it, and its
-order needs no sampler state. `accumulate_grad_batches` follows from the plan and is set on the trainer.
+The loader reads micro-batches by number. So a resumed run reads a step without reading the steps before it, and needs no
+sampler state. The number of gradient accumulation steps (`accumulate_grad_batches`) follows from the plan and is set on
+the trainer.
 """
 
 from __future__ import annotations
@@ -41,24 +42,26 @@ DEFAULT_FLOPS = Flops(per_token=1.0, per_square=1e-4, per_tile=256.0, per_superv
 
 
 class DataModule(L.LightningDataModule):
-    """Sources, mixed and dealt into flat micro-batches.
+    """Lightning data module: mixes sources and packs them into flat micro-batches.
 
     Args:
         processor: tokenizer and image settings of the model.
         sources: training data.
-        validation: held-out sources, or the fraction to hold out of each training source.
+        validation: separate validation sources, or the fraction to hold out of each training source.
         global_batch_size: samples of an optimizer step, over all devices.
-        global_batch_tokens: instead, its tokens, to within a sample.
-        max_length: most tokens of a sample, or of one answer of a pair with its prompt; None: what a micro-batch holds.
+        global_batch_tokens: alternatively: tokens of an optimizer step; the last sample may exceed it.
+        max_length: maximum tokens of a sample, or of one answer of a pair with its prompt; None: the token limit of a
+            micro-batch.
         mixture: weights, repeats and shares; None: each source by its size.
-        flops: cost model of the model; deals equal packs. A coarse default serves small experiments.
-        overfit: train on the samples of the first step again and again.
-        store: folder where indexes and plans are kept for the next start; None: in memory.
+        flops: cost model of the model, by which packs are balanced. The coarse default suffices for small experiments.
+        overfit: train on the samples of the first step only, repeatedly.
+        store: cache folder of indexes and plans for the next start; None: in memory.
         index_workers: processes that build an index.
-        ledger: file of the samples that turned bad while training; they are left out, and new ones are entered.
-        look_ahead: enter those, too, that idle workers find in steps to come.
+        ledger: quarantine ledger: file of the samples that became corrupt during training. They are excluded, and new
+            ones are added.
+        look_ahead: also add corrupt samples that idle workers find in later steps.
 
-    `index`, `held_out`, `mixture` and `plan` are there after `setup()`.
+    `index`, `held_out`, `mixture` and `plan` are set by `setup()`.
     """
 
     def __init__(
@@ -103,69 +106,74 @@ class DataModule(L.LightningDataModule):
         self.held_out: Index | None = None
         self.mixture: Mixture | None = None
         self.plan: Plan | None = None
-        self.start_step = 0  # optimizer steps that were taken by an earlier start of the run
-        self.left_out: frozenset[int] = frozenset()  # steps that the run passes over; nothing is read for them
+        self.start_step = 0  # optimizer steps that an earlier start of the run completed
+        self.left_out: frozenset[int] = frozenset()  # steps that the run skips; no data is read for them
         self.budget = (self.most_tokens, self.most_tiles)
-        self.pixels = True  # False: training and validation know already what is seen in the pictures
-        self.contents = False  # True: batches say what their pictures hold, for what is kept of them
+        self.pixels = True  # False: training and validation use cached vision features
+        self.contents = False  # True: batches have content hashes of their images, as keys of caches
 
     def build(self, *, recheck: bool = False, on_progress: Callable[[str, int, int], None] | None = None) -> None:
-        """Read every record once, or what an earlier pass left in the store: `index` and `held_out`.
+        """Build `index` and `held_out`: read every record once, or load the cached result of an earlier pass.
 
         Bad records are in their `errors`.
 
         Args:
-            recheck: look whether picture files changed since.
-            on_progress: called with source, records done, records in all.
+            recheck: check whether image files have changed since then.
+            on_progress: called with source, processed records, total records.
         """
         if self.index is not None and not recheck:
             return
         options: dict[str, Any] = {"recheck": recheck, "on_progress": on_progress}
-        whole = self._fitted(self.sources, **options)
+        full_index = self._fitted(self.sources, **options)
         if isinstance(self.validation, float | int):
-            self.index, self.held_out = split(whole, float(self.validation))
+            self.index, self.held_out = split(full_index, float(self.validation))
         else:
-            self.index, self.held_out = whole, self._fitted(self.validation, **options)
+            self.index, self.held_out = full_index, self._fitted(self.validation, **options)
         self.held_out = self._without_ledger(self.held_out)
         self.mixture = self.plan = None
 
     @property
     def has_own_validation(self) -> bool:
-        """Validation sources of their own, whose names may be those of training sources."""
+        """True if there are separate validation sources; their names may equal those of training sources."""
         return not isinstance(self.validation, float | int)
 
     def rebuild(self) -> None:
-        """Look at the store again: verification may have found records that cannot be used."""
+        """Rebuild the indexes from the cache: verification may have found unusable records."""
         self.index = self.held_out = None
         self.build()
 
     def _fitted(self, sources: Sequence[Source], **options: Any) -> Index:
+        """Build an index and apply the length policy."""
         index = build_index(sources, self.processor, store=self.store, workers=self.index_workers, **options)
-        caps = {"most_tokens": self.most_tokens, "most_tiles": self.most_tiles}
-        return fit(index, self.processor, policy=self.on_overlong, max_length=self.max_length, **caps)
+        limits = {"most_tokens": self.most_tokens, "most_tiles": self.most_tiles}
+        return fit(index, self.processor, policy=self.on_overlong, max_length=self.max_length, **limits)
 
     def _without_ledger(self, held_out: Index) -> Index:
-        """Of the training samples the plan leaves them out, so that the others stay where they are."""
+        """Drop the ledger's samples from the held-out index; training samples are excluded by the plan instead."""
         if not self.ledger:
             return held_out
-        entered = self.ledger.samples(held_out, held_out=self.has_own_validation)
-        smaller = held_out.subset(np.delete(np.arange(len(held_out)), entered))
+        corrupt = self.ledger.samples(held_out, held_out=self.has_own_validation)
+        smaller = held_out.subset(np.delete(np.arange(len(held_out)), corrupt))
         smaller.errors, smaller.fitted = held_out.errors, held_out.fitted
         return smaller
 
     def lower_budget(self, tokens: int, tiles: int) -> None:
-        """Deal smaller micro-batches than the settings allow, because a device ran out of memory. Which samples there are
-        still follows the settings, and each step has the same ones. A cap goes no lower than the largest sample."""
-        lowest = self.smallest_budget()
-        self.budget, self.plan = (max(tokens, lowest[0]), max(tiles, lowest[1])), None
+        """Reduce the micro-batch limits below the settings, because a device ran out of memory.
+
+        The settings still define the samples, and each step keeps its samples. A limit is not reduced below the size of
+        the largest sample.
+        """
+        smallest = self.smallest_budget()
+        self.budget, self.plan = (max(tokens, smallest[0]), max(tiles, smallest[1])), None
 
     def smallest_budget(self) -> tuple[int, int]:
-        """Tokens and tiles of the largest samples: a micro-batch holds one whole."""
+        """Return the tokens and tiles of the largest samples: a micro-batch must hold any single sample."""
         self.build()
-        known = [index for index in (self.index, self.held_out) if index is not None and len(index)]
-        return max(int(index.tokens.max()) for index in known), max(int(index.tiles.max()) for index in known)
+        indexes = [index for index in (self.index, self.held_out) if index is not None and len(index)]
+        return max(int(index.tokens.max()) for index in indexes), max(int(index.tiles.max()) for index in indexes)
 
     def make_plan(self, world_size: int = 1) -> Plan:
+        """Make the training plan for this number of ranks, or return the existing one."""
         self.build()
         assert self.index is not None
         require_samples(self.index, "training")
@@ -197,6 +205,7 @@ class DataModule(L.LightningDataModule):
         )
 
     def setup(self, stage: str) -> None:
+        """Build indexes and plan, and set gradient accumulation and the number of steps on the trainer."""
         self.build()
         if stage == "fit" and self.trainer is not None:
             self._refuse_foreign_sampler()
@@ -207,13 +216,14 @@ class DataModule(L.LightningDataModule):
             self.trainer.fit_loop.epoch_loop.max_steps = plan.num_steps
 
     def _refuse_foreign_sampler(self) -> None:
-        """Lightning's default would deal the plan's micro-batches to the ranks once more, and train on half of them."""
+        """Refuse Lightning's distributed sampler: it would split the plan's micro-batches over the ranks a second time."""
         if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
             raise UserError(
                 "On several devices give the Trainer use_distributed_sampler=False: the plan deals to the ranks."
             )
 
     def train_dataloader(self) -> DataLoader:
+        """Make the loader of this rank's training micro-batches, from `start_step` on."""
         plan = self.make_plan(self.trainer.world_size if self.trainer else 1)
         rank = self.trainer.global_rank if self.trainer else 0
         options: dict[str, Any] = {"pixels": self.pixels, "contents": self.contents}
@@ -223,16 +233,18 @@ class DataModule(L.LightningDataModule):
         return self._loader(batches, Onwards(self.start_step * plan.k, len(batches)))
 
     def pass_over(self, index: Index, samples: np.ndarray) -> DataLoader:
-        """This rank's share of these samples, each once; as many micro-batches on every rank."""
+        """Make a loader over this rank's share of these samples, each once; all ranks have the same number of micro-batches."""
         return self._loader(self._once(index.subset(samples), own=index is self.held_out and self.has_own_validation))
 
     def contents_of(self, index: Index, samples: np.ndarray) -> np.ndarray:
-        """[samples] uint64, see `content_of`; 0 also where pictures cannot be read now."""
-        found = np.zeros(len(samples), np.uint64)
-        seeing = np.flatnonzero(index.images[samples])
-        parts = self._loader(Contents(index, samples[seeing].tolist()))
-        found[seeing] = np.fromiter((content for part in parts for content in part), np.uint64, len(seeing))
-        return found
+        """Compute content hashes [samples] uint64, see `compute_image_hash`; also 0 if images cannot be read now."""
+        hashes = np.zeros(len(samples), np.uint64)
+        with_images = np.flatnonzero(index.images[samples])
+        parts = self._loader(Contents(index, samples[with_images].tolist()))
+        hashes[with_images] = np.fromiter(
+            (content_hash for part in parts for content_hash in part), np.uint64, len(with_images)
+        )
+        return hashes
 
     def val_dataloader(self) -> DataLoader:
         return self._loader(self._validation_batches(pixels=self.pixels))
@@ -244,12 +256,12 @@ class DataModule(L.LightningDataModule):
         return self._loader(self._validation_batches())
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        if isinstance(batch, TurnedBad):  # a worker's error, raised where its message is shown
+        if isinstance(batch, TurnedBad):  # of a worker; raised in the main process, where it is shown
             raise batch.enter(self.ledger)
         return batch
 
     def read_held_out(self, samples: Sequence[int], work: Callable[[], Result]) -> Result:
-        """What `work` makes of these held-out samples; one that turned bad ends the run as it does in a loader."""
+        """Run `function` over these held-out samples; a corrupt one ends the run with the same error as in a loader."""
         held_out = self.held_out
         assert held_out is not None
 
@@ -264,7 +276,7 @@ class DataModule(L.LightningDataModule):
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        return {}  # step k is a function of (seed, k): nothing to remember
+        return {}  # a step is a function of the seed and its number: there is no state
 
     def _validation_batches(self, *, pixels: bool = True) -> ValidationMicroBatches:
         self.build()
@@ -272,11 +284,11 @@ class DataModule(L.LightningDataModule):
         return self._once(self.held_out, own=self.has_own_validation, pixels=pixels)
 
     def _once(self, index: Index, *, own: bool, pixels: bool = True) -> ValidationMicroBatches:
-        world, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        caps = dict(zip(("most_tokens", "most_tiles"), self.budget, strict=True))
-        packs = validation_packs(index, flops=self.flops, world_size=world, **caps)
+        world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        limits = dict(zip(("most_tokens", "most_tiles"), self.budget, strict=True))
+        packs = validation_packs(index, flops=self.flops, world_size=world_size, **limits)
         options = {"pixels": pixels, "contents": self.contents}
-        return ValidationMicroBatches(self.processor, index, packs[rank::world], own=own, **options)
+        return ValidationMicroBatches(self.processor, index, packs[rank::world_size], own=own, **options)
 
     def _loader(self, batches: Dataset, sampler: Sampler[int] | None = None) -> DataLoader:
         workers = min(self.num_workers, len(batches))  # type: ignore[arg-type]
@@ -296,7 +308,7 @@ class DataModule(L.LightningDataModule):
 
 
 class Loader(DataLoader):
-    """No worker of it is ended by a signal that comes while it starts."""
+    """DataLoader whose workers are not killed by a signal that arrives while they start."""
 
     def __iter__(self) -> Any:
         with holding_signals_back():
@@ -304,7 +316,10 @@ class Loader(DataLoader):
 
 
 class Onwards(Sampler[int]):
-    """The numbers from `start` on. It is as long as all of them: Lightning counts the ones before as read."""
+    """Sampler to resume a run: yields the numbers from `start` on.
+
+    Its length is the total number, because Lightning counts those before `start` as read.
+    """
 
     def __init__(self, start: int, end: int) -> None:
         self.start, self.end = start, end

@@ -1,7 +1,7 @@
-"""Images, opened late and read safely.
+"""Lazy images: opened when they are needed, and read safely.
 
-A dataset's paths and bytes come from others. A path is read inside its source's image root only, nothing is ever
-fetched, and what cannot be read whole is a `RecordError` with its `Fault` (`decoding.py` judges the bytes).
+Paths and bytes of a dataset are untrusted. A path is only read inside the image root of its source, nothing is ever
+downloaded, and an image that cannot be read completely is a `RecordError` with its `Fault` (`decoding.py` decodes it).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _URL = re.compile(r"\s*(?:[a-z][a-z0-9+.\-]*://|(?:https?|ftp|data|file):)", re.
 
 
 class EncodedImage:
-    """An image that is decoded when it is asked for; subclasses say what `_opened` opens.
+    """Encoded image that is decoded on request; subclasses implement `_open`.
 
-    `size` and `orientation` read the header once in the life of the object; `load` and `load_at_least` read the file anew each time.
+    `size` and `orientation` read the header once per object; `load` and `load_at_least` read the file on each call.
     """
 
     origin: str
@@ -42,12 +42,12 @@ class EncodedImage:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) in pixels, after EXIF rotation. RecordError by what the header tells."""
+        """(height, width) in pixels after EXIF rotation. Raises RecordError if the header is unusable."""
         return self._header[0]
 
     @property
     def orientation(self) -> int:
-        """EXIF's, 1 to 8: how the pixels of the file are turned to stand upright. RecordError as `size`."""
+        """EXIF orientation, 1 to 8: how to turn the pixels of the file upright. Raises RecordError as `size`."""
         return self._header[1]
 
     @cached_property
@@ -56,23 +56,23 @@ class EncodedImage:
             return upright_size(image), orientation(image)
 
     def load(self) -> Image.Image:
-        """The whole picture as RGB, upright. RecordError when it cannot be decoded whole."""
+        """Load the image as upright RGB. Raises RecordError if it cannot be decoded completely."""
         with self._parsed() as (image, stream):
             return upright_picture(image, stream)
 
     def load_at_least(self, height: int, width: int) -> Image.Image:
-        """As `load`, but a JPEG at the smallest of 1/1, 1/2, 1/4, 1/8 that has at least these pixels."""
+        """Load as `load`, but a JPEG at the smallest scale of 1/1, 1/2, 1/4, 1/8 that has at least this size in pixels."""
         with self._parsed() as (image, stream):
             return upright_picture(image, stream, (height, width))
 
     def encoded(self) -> tuple[bytes, str]:
-        """The bytes as they are, and the format that they are in ("jpeg", "png"). RecordError as `size`."""
+        """Read the encoded bytes and their format ("jpeg", "png"). Raises RecordError as `size`."""
         with self._parsed() as (image, stream):
             stream.seek(0)
             return stream.read(), str(image.format).lower()
 
     def content(self) -> bytes:
-        """A digest that goes by the bytes alone, for `content.py`. RecordError when they cannot be read."""
+        """Hash the encoded bytes, for `content.py`. Raises RecordError if they cannot be read."""
         with self._opened() as stream:
             try:
                 return digest_of_stream(stream)
@@ -86,12 +86,13 @@ class EncodedImage:
             yield image, stream
 
     def _opened(self) -> BinaryIO:
+        """Open the encoded bytes. Raises RecordError."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class FileImage(EncodedImage):
-    """An image file inside `root`; `path` is as the dataset writes it, `origin` the record that names it."""
+    """Image file inside `root`; `path` is as the dataset writes it, `origin` is the record that names it."""
 
     path: str
     root: Path
@@ -113,7 +114,7 @@ class FileImage(EncodedImage):
 
 @dataclass(frozen=True)
 class BytesImage(EncodedImage):
-    """An encoded image that the record itself carries, as parquet files do."""
+    """Encoded image inside the record itself, as in Parquet files."""
 
     data: bytes = field(repr=False)
     origin: str
@@ -123,9 +124,9 @@ class BytesImage(EncodedImage):
         return io.BytesIO(self.data)
 
 
-@dataclass(frozen=True, slots=True, eq=False)  # comparing arrays has no single answer
+@dataclass(frozen=True, slots=True, eq=False)  # comparing arrays gives no single boolean
 class ArrayImage:
-    """Pixels in memory: [H, W] or [H, W, 3], uint8."""
+    """Image as pixels in memory: [H, W] or [H, W, 3], uint8."""
 
     array: np.ndarray = field(repr=False)
     origin: str
@@ -142,13 +143,13 @@ class ArrayImage:
 
 
 def shown(value: object, limit: int = 120) -> str:
-    """A foreign value for a message: quoted, control characters escaped, cut."""
+    """Format an untrusted value for a message: quoted, control characters escaped, truncated to `max_chars` characters."""
     text = repr(value)
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 
 def refuse_url(path: str, origin: str) -> None:
-    """RecordError for an URL, and for a name that no file can have."""
+    """Validate an image path: raise RecordError for an URL, and for a name that no file can have."""
     if _URL.match(path):
         remedy = "Download the image beforehand and give its path inside the image root"
         reason = f"image {shown(path)} is an URL; URLs are never fetched while training"
@@ -159,25 +160,25 @@ def refuse_url(path: str, origin: str) -> None:
 
 def _is_encodable(path: str) -> bool:
     try:
-        os.fsencode(path)  # half of a surrogate pair is no name
+        os.fsencode(path)  # half of a surrogate pair cannot be encoded
     except UnicodeEncodeError:
         return False
     return True
 
 
 def locate(path: str, root: Path, origin: str) -> Path:
-    """The regular file that `path` means inside `root`, symbolic links followed.
+    """Resolve an image path to the regular file inside `root`; symbolic links are followed.
 
-    A name that is missing as written is tried in Unicode's other spellings: macOS stores Hangul decomposed (NFD),
+    If a name does not exist as written, other Unicode normal forms are tried: macOS stores Hangul decomposed (NFD),
     datasets write it composed (NFC), and on Linux these are different names.
 
     Raises:
-        RecordError: an URL, a path that leads out of the root, nothing there, or something that is no file.
+        RecordError: an URL, a path that leads out of the root, a missing file, or not a regular file.
     """
     refuse_url(path, origin)
     try:
         real_root = root.resolve()
-        # Judged before anything is looked up, so that a refusal does not tell whether an outside file exists.
+        # Checked before any lookup, so that the error does not reveal whether a file outside of the root exists.
         found = _inside(real_root / path, real_root, path, origin)
         if not found.exists():
             found = _inside(_other_spelling(real_root, path), real_root, path, origin)
@@ -185,17 +186,18 @@ def locate(path: str, root: Path, origin: str) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         remedy = "Set data.sources.<name>.image_root=... to the folder that the paths start from, or fix the record"
         raise RecordError(origin, f"image {shown(path)} not found in {root}", remedy, Fault.missing) from None
-    except (OSError, RuntimeError, ValueError) as error:  # link loops, names too long, lone surrogates, no permission
+    except (OSError, RuntimeError, ValueError) as error:  # link loops, long names, lone surrogates, no permission
         if isinstance(error, RecordError):
             raise
         reason = f"image {shown(path)} cannot be reached: {cause(error)}"
         raise RecordError(origin, reason, REMEDY, Fault.unreadable) from error
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait for ever
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would block for ever
         raise RecordError(origin, f"image {shown(path)} is not a regular file", REMEDY, Fault.unreadable)
     return found
 
 
 def _inside(candidate: Path, root: Path, path: str, origin: str) -> Path:
+    """Resolve symbolic links; raise RecordError if the result is outside of `root`."""
     resolved = candidate.resolve()
     if not resolved.is_relative_to(root):
         remedy = (
@@ -206,9 +208,11 @@ def _inside(candidate: Path, root: Path, path: str, origin: str) -> Path:
 
 
 def _other_spelling(root: Path, path: str) -> Path:
-    """`path` with each part in the spelling that exists; a copied tree may mix them."""
-    place = root
+    """Find `path` with each part in the Unicode form that exists; a copied tree may mix the forms."""
+    current = root
     for part in Path(path).parts:
         spellings = (part, unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
-        place = next((place / spelling for spelling in spellings if os.path.lexists(place / spelling)), place / part)
-    return place
+        current = next(
+            (current / spelling for spelling in spellings if os.path.lexists(current / spelling)), current / part
+        )
+    return current

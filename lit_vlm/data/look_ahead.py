@@ -1,7 +1,7 @@
-"""Verifies pictures ahead of the plan, in a loader's worker while it has nothing to read.
+"""Look-ahead verification: idle loader workers decode images of later steps and quarantine corrupt ones.
 
-A picture that turned bad costs a single process a new start when its step comes. Those that were found and entered in the
-ledger before are left out by the same start.
+A corrupt image ends the run at its step, and the run must be restarted. Images that were found earlier and added to the
+ledger are excluded by the same restart.
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ from lit_vlm.data.plan.ledger import Ledger
 from lit_vlm.data.plan.plan import Plan
 from lit_vlm.types import RecordError, UserError
 
-WAITS = (0.2, 1.0)  # seconds before a record is tried again: network file systems stumble
-MOST_STEPS = 1000  # ahead of what is read; further would ask more of a network file system than training does
-PAUSE = 0.5  # seconds until it looks whether the plan got on
+WAITS = (0.2, 1.0)  # seconds before a record is read again: network file systems have temporary errors
+MOST_STEPS = 1000  # ahead of the current step; a larger value would load a network file system more than training does
+PAUSE = 0.5  # seconds between two checks of the current step
 
 
 class LookAhead:
-    """Decodes the samples of the steps to come, in the plan's order; a bad one is entered in the ledger.
+    """Verifier that decodes the samples of later steps in the plan's order, and adds corrupt ones to the ledger.
 
     Args:
-        rank: the workers of all ranks share the samples out.
+        plan: training plan.
+        ledger: quarantine ledger of the run.
+        rank: of this process; the samples are divided among the workers of all ranks.
     """
 
     def __init__(self, plan: Plan, ledger: Ledger, rank: int) -> None:
@@ -37,15 +39,18 @@ class LookAhead:
 
     @contextmanager
     def reading(self, step: int) -> Iterator[None]:
-        """Keep the sources for the reader alone: what reads archives is not made for two at once."""
+        """Lock the sources while a micro-batch is read: archive readers are not thread-safe.
+
+        In a worker, the first call starts the verifying thread.
+        """
         worker = get_worker_info()
         if worker is None:
             yield
             return
         if self._thread is None:
             self._step, self._idle, self._sources = step, threading.Event(), threading.Lock()
-            share = (self.rank * worker.num_workers + worker.id, self.plan.world_size * worker.num_workers)
-            self._thread = threading.Thread(target=self._verify, args=share, name="look ahead", daemon=True)
+            verifier_numbers = (self.rank * worker.num_workers + worker.id, self.plan.world_size * worker.num_workers)
+            self._thread = threading.Thread(target=self._verify, args=verifier_numbers, name="look ahead", daemon=True)
             self._thread.start()
         self._step = step
         self._idle.clear()
@@ -56,25 +61,29 @@ class LookAhead:
             self._idle.set()
 
     def _verify(self, number: int, of: int) -> None:
-        draws, ends = self.plan.draws(), self.plan.ends
+        """Verify every `num_verifiers`-th sample of the sequence, at most MAX_STEPS_AHEAD steps ahead."""
+        sample_sequence, step_ends = self.plan.draws(), self.plan.ends
         checked = np.zeros(len(self.plan.index), dtype=bool)
         checked[self.plan.left_out] = True
-        draw = number
-        while draw < len(draws):
-            read = int(ends[self._step])  # draws of the steps that are read or being read
-            if draw < read:
-                draw += -(-(read - draw) // of) * of
+        position = number
+        while position < len(sample_sequence):
+            num_read = int(step_ends[self._step])  # samples of the steps that are read or being read
+            if position < num_read:
+                position += -(-(num_read - position) // of) * of
                 continue
-            if draw >= ends[min(self._step + MOST_STEPS, len(ends) - 1)] and self._step + MOST_STEPS < len(ends):
+            if position >= step_ends[
+                min(self._step + MOST_STEPS, len(step_ends) - 1)
+            ] and self._step + MOST_STEPS < len(step_ends):
                 time.sleep(PAUSE)
                 continue
-            sample = int(draws[draw])
-            draw += of
+            sample = int(sample_sequence[position])
+            position += of
             if not checked[sample]:
                 checked[sample] = True
                 self._check(sample)
 
     def _check(self, sample: int) -> None:
+        """Decode the images of a sample, with retries; add the record to the ledger if it stays corrupt."""
         index = self.plan.index
         if not index.images[sample]:
             return
@@ -85,7 +94,7 @@ class LookAhead:
             if wait is not None:
                 time.sleep(wait)
         source, position = index.sources[index.source_of[sample]].name, int(index.position[sample])
-        with suppress(OSError, UserError):  # no room in the run's folder: whoever reads the record tells
+        with suppress(OSError, UserError):  # the run folder is full: the reader of the record reports the error
             if not Ledger.read(self.ledger.path).has(source, position):
                 self.ledger.add(source, position, fault)
 

@@ -1,7 +1,7 @@
-"""VARCO-VISION's markup: an answer that points writes `<obj>phrase</obj><bbox>x1, y1, x2, y2</bbox>`.
+"""VARCO-VISION markup: a grounded answer contains `<obj>phrase</obj><bbox>x1, y1, x2, y2</bbox>`.
 
-Writing is structural: pieces are built from `Control` tokens, or read from a string that its owner declared to be
-markup. Reading a model's output is textual, since a model may write anything. Format: the card of
+Markup is written as structure: from `ControlToken` tokens, or parsed from a string that the data's owner declared to be
+markup. The output of a model is parsed as text, since a model may write anything. Format: model card of
 NCSOFT/VARCO-VISION-14B-HF.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 from lit_vlm.types import SPECIAL_TOKENS, Box, Content, Control
 
-BOX_DECIMALS = 3  # what the release writes
+BOX_DECIMALS = 3  # as in the release
 
 _CONTROL = {token: Control(token) for token in SPECIAL_TOKENS}
 _ANY_TOKEN = "|".join(re.escape(token) for token in SPECIAL_TOKENS)
@@ -27,51 +27,51 @@ _TASK = re.compile(r"(?P<space>\s*)(?P<task><gro>|<ocr>)")
 
 
 def format_box(box: Box, decimals: int = BOX_DECIMALS) -> str:
-    """`x1, y1, x2, y2` as Python's `str(round(v, decimals))` writes them: `0.51`, not `0.510`.
+    """Format a box as `x1, y1, x2, y2`, each as `str(round(v, decimals))`: `0.51`, not `0.510`.
 
-    The release shows no box at the very edge; here 0 and 1 follow the same rule and become `0.0` and `1.0`.
+    The release has no example of a box at the very edge; here 0 and 1 follow the same rule and become `0.0` and `1.0`.
     """
-    assert 0 < decimals <= 4  # beyond four, str() of a small number turns to 1e-05
+    assert 0 < decimals <= 4  # with more than four, str() of a small number gives 1e-05
     # Adding zero turns -0.0 into 0.0.
     return ", ".join([str(round(float(value), decimals) + 0.0) for value in (box.x1, box.y1, box.x2, box.y2)])
 
 
 def obj(phrase: str, boxes: Box | Iterable[Box]) -> tuple[Content, ...]:
-    """The mention of an object; several boxes of one phrase share a `<bbox>`."""
+    """Build the mention of an object; several boxes of one phrase share one `<bbox>`."""
     return _mention("obj", phrase, [format_box(box) for box in ((boxes,) if isinstance(boxes, Box) else boxes)])
 
 
 def char(text: str, box: Box) -> tuple[Content, ...]:
-    """The mention of a piece of written text."""
+    """Build the mention of a piece of written text."""
     return _mention("char", text, [format_box(box)])
 
 
 def parse_markup(text: str) -> tuple[Content, ...]:
-    """Well-formed markup becomes `Control` tokens, all else stays text; joined, the pieces are the text again.
+    """Parse well-formed markup into `ControlToken` tokens; the rest stays text. The joined pieces equal the input text.
 
-    Well-formed is `<gro>` or `<ocr>` at the start (white space may precede it), and a non-empty phrase with boxes of
-    four numbers between 0 and 1, upper left corner first. Call it only where the owner of the data asked for markup.
+    Well-formed are `<gro>` or `<ocr>` at the start (whitespace may precede it), and a non-empty phrase with boxes of
+    four numbers between 0 and 1, upper left corner first. Call it only if the owner of the data declared markup.
     """
     pieces: list[Content] = []
-    at = 0
+    position = 0
     if task := _TASK.match(text):
         pieces += [task["space"], _CONTROL[task["task"]]]
-        at = task.end()
-    for found in _STRICT.finditer(text, at):
+        position = task.end()
+    for found in _STRICT.finditer(text, position):
         boxes = found["boxes"].split("<delim>")
         if all(_numbers(box) for box in boxes):
-            pieces.append(text[at : found.start()])
+            pieces.append(text[position : found.start()])
             pieces += _mention(found["tag"], found["phrase"], boxes)
-            at = found.end()
-    pieces.append(text[at:])
+            position = found.end()
+    pieces.append(text[position:])
     return tuple(piece for piece in pieces if piece != "")
 
 
 def boxes_of(text: str) -> list[tuple[str, str, list[Box]]]:
-    """The mentions in a model's output, in order: ("obj" or "char", phrase, boxes).
+    """Parse the mentions in a model's output, in order: ("obj" or "char", phrase, boxes).
 
-    Decode with `skip_special_tokens=False`. Spaces are free and numbers may leave 0..1, but a mention with any box that
-    is not four finite numbers, upper left corner first, is not returned.
+    The output must be decoded with `skip_special_tokens=False`. Spaces are optional and numbers may be outside of 0..1. A
+    mention is not returned if one of its boxes is not four finite numbers with the upper left corner first.
     """
     mentions = []
     for found in _LENIENT.finditer(text):
@@ -82,6 +82,7 @@ def boxes_of(text: str) -> list[tuple[str, str, list[Box]]]:
 
 
 def _mention(tag: str, phrase: str, boxes: list[str]) -> tuple[Content, ...]:
+    """Build `<tag>phrase</tag><bbox>boxes</bbox>` from control tokens and text."""
     pieces: list[Content] = [_CONTROL[f"<{tag}>"], phrase, _CONTROL[f"</{tag}>"], _CONTROL["<bbox>"]]
     for position, box in enumerate(boxes):
         pieces += [_CONTROL["<delim>"], box] if position else [box]
@@ -90,7 +91,7 @@ def _mention(tag: str, phrase: str, boxes: list[str]) -> tuple[Content, ...]:
 
 
 def _numbers(box: str) -> tuple[float, ...]:
-    """Four ordered finite numbers, or nothing."""
+    """Parse a box: four finite numbers, upper left corner first; () if it is none."""
     try:
         values = tuple(float(value) for value in box.split(","))
     except ValueError:

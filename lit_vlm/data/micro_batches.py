@@ -1,4 +1,4 @@
-"""Micro-batches by number, as a loader's workers read them."""
+"""Datasets of micro-batches by number, read by the workers of a data loader; corrupt records are retried, then reported."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Result = TypeVar("Result")
 
 
 class Entered(UserError):
-    """A record turned bad and is in the ledger now: the next start goes on without it.
+    """Error of a corrupt record that was added to the quarantine ledger; the next start resumes without it.
 
     Args:
-        finding: which record, and what is wrong with it.
-        ledger: the file.
+        finding: the record and its error.
+        ledger: path of the ledger file.
     """
 
     def __init__(self, finding: str, ledger: Path) -> None:
@@ -43,22 +43,24 @@ class Entered(UserError):
 
 @dataclass(frozen=True, slots=True)
 class TurnedBad:
-    """A record that was usable when it was indexed and is not now. Handed over as data: a worker's exception would
-    reach the user with the worker's traceback."""
+    """Corrupt record: it was usable when it was indexed, but is not now.
+
+    It is returned as data, because an exception of a worker would be shown with the worker's traceback.
+    """
 
     source: str
     position: int
     error: RecordError
-    held_out: bool = False  # of a validation source of its own
+    held_out: bool = False  # from a separate validation source
 
     def enter(self, ledger: Ledger | None) -> UserError:
-        """The error that ends the run, after the record is entered in the ledger; one that became another is not entered."""
+        """Add the record to the ledger and return the error that ends the run; a changed record is not added."""
         if (
             ledger is None or self.error.fault is Fault.changed
-        ):  # another record is no bad one, to be left out in silence
+        ):  # a changed record is not corrupt, and must not be excluded silently
             return self.error
-        found = Ledger.read(ledger.path).has(self.source, self.position, self.held_out)
-        if not found:  # by a worker that looked ahead
+        is_known = Ledger.read(ledger.path).has(self.source, self.position, self.held_out)
+        if not is_known:  # else a look-ahead verifier has added it
             ledger.add(self.source, self.position, self.error, held_out=self.held_out)
         finding = (
             f"{self.error.origin}: {self.error.reason}. It could be read when the index was built, and {len(WAITS) + 1} "
@@ -68,13 +70,15 @@ class TurnedBad:
 
 
 class TrainMicroBatches(Dataset):
-    """Micro-batch m of this rank: `plan.step(m // k)`, pack `m % k`.
+    """Training micro-batches of this rank.
+
+    With gradient accumulation over k micro-batches, number m is micro-batch `m % k` of `plan.get_step(m // k)`.
 
     Args:
-        left_out: steps for which nothing is read: their micro-batches are blank.
-        pixels: see `collate`.
-        contents: say what the records' pictures hold.
-        look_ahead: verifies pictures while a worker waits.
+        skipped_steps: steps for which no data is read; their micro-batches are dummy batches.
+        with_pixels: see `collate`.
+        with_image_hashes: add content hashes of the records' images.
+        look_ahead: verifies images while a worker is idle.
     """
 
     def __init__(
@@ -98,9 +102,9 @@ class TrainMicroBatches(Dataset):
     def __getitem__(self, number: int) -> Batch | TurnedBad:
         if number >= len(self):
             raise IndexError(number)
-        index, micro = divmod(number, self.plan.k)
-        with self.look_ahead.reading(index) if self.look_ahead else nullcontext():
-            return self._read(index, micro)
+        step, micro_batch = divmod(number, self.plan.k)
+        with self.look_ahead.reading(step) if self.look_ahead else nullcontext():
+            return self._read(step, micro_batch)
 
     def _read(self, index: int, micro: int) -> Batch | TurnedBad:
         if index in self.left_out:
@@ -122,11 +126,11 @@ class TrainMicroBatches(Dataset):
 
 
 class ValidationMicroBatches(Dataset):
-    """The held-out samples of this rank.
+    """Validation micro-batches: the held-out samples of this rank, each once.
 
     Args:
-        own: they are from sources of their own.
-        pixels, contents: see `TrainMicroBatches`.
+        separate_sources: the samples are from separate validation sources.
+        with_pixels, with_image_hashes: see `TrainMicroBatches`.
     """
 
     def __init__(
@@ -160,8 +164,10 @@ class ValidationMicroBatches(Dataset):
 
 
 class Contents(Dataset):
-    """What the pictures of these samples hold, `at_once` samples at a time; 0 of those that cannot be read now, which
-    whoever needs their pixels tells."""
+    """Content hashes of the images of these samples, `batch_size` samples at a time.
+
+    The hash is 0 if an image cannot be read now; the error is reported when its pixels are read.
+    """
 
     def __init__(self, index: Index, samples: Sequence[int], at_once: int = 256) -> None:
         self.index, self.samples, self.at_once = index, samples, at_once
@@ -180,14 +186,14 @@ class Contents(Dataset):
 
 
 def read(processor: Processor, index: Index, pack: Pack, **step: Any) -> Batch | TurnedBad:
-    """The micro-batch of a pack; tried again before a record is given up."""
+    """Read the micro-batch of a pack, with retries before a record is reported as corrupt."""
     return steadily(lambda: _read_once(processor, index, pack, **step), processor, index, pack)
 
 
 def steadily(
     work: Callable[[], Result], processor: Processor, index: Index, samples: Sequence[int]
 ) -> Result | TurnedBad:
-    """What `work` makes of the samples, tried again before one of them is given up."""
+    """Run `function` over the samples, with retries; return its result, or the sample that stays corrupt."""
     for wait in WAITS:
         try:
             return work()
@@ -196,16 +202,16 @@ def steadily(
     try:
         return work()
     except RecordError:
-        for sample in samples:  # whoever raises alone is at fault, whatever the error calls itself
+        for sample in samples:  # the corrupt sample is the one that fails alone, whichever record the error names
             try:
                 _read_once(processor, index, (sample,))
             except RecordError as error:
                 return TurnedBad(index.sources[index.source_of[sample]].name, int(index.position[sample]), error)
-        return work()  # healed meanwhile
+        return work()  # readable again
 
 
 def _read_once(processor: Processor, index: Index, pack: Pack, *, contents: bool = False, **step: Any) -> Batch:
-    """Raises RecordError."""
+    """Read and collate the records of a pack, and verify that they are as indexed. Raises RecordError."""
     records = [index.record(sample) for sample in pack]
     batch = collate(processor, records, **step)
     _require_unchanged(batch, records, index, pack)
@@ -216,17 +222,17 @@ def _read_once(processor: Processor, index: Index, pack: Pack, *, contents: bool
 
 
 def _require_unchanged(batch: Batch, records: list[Record], index: Index, pack: Pack) -> None:
-    """The packs' sizes and the loss's divisor come from the index: a record that has become another must not pass."""
+    """Verify that tokens and supervised tokens equal the index, from which pack sizes and the divisor of the loss come."""
     if not records:
         return
     found = {"tokens": batch.lengths, "supervised": batch.supervised}
     for name, counts in found.items():
-        now, promised = np.bincount(batch.owners, counts).astype(np.int64), getattr(index, name)[list(pack)]
-        for number in np.flatnonzero(now != promised):
+        now, indexed = np.bincount(batch.owners, counts).astype(np.int64), getattr(index, name)[list(pack)]
+        for number in np.flatnonzero(now != indexed):
             what = "tokens" if name == "tokens" else "supervised tokens"
             raise RecordError(
                 records[number].origin,
-                f"has {now[number]} {what} now and had {promised[number]} when it was indexed",
+                f"has {now[number]} {what} now and had {indexed[number]} when it was indexed",
                 "Run task=prepare to index what changed",
                 Fault.changed,
             )

@@ -1,4 +1,7 @@
-"""What stands between records and batches: a tokenizer with its template, and the image settings. Needs no weights."""
+"""Processor: turns records into token ids and image tiles, with a tokenizer, its chat template and image settings.
+
+It needs no model weights.
+"""
 
 from __future__ import annotations
 
@@ -27,20 +30,20 @@ from lit_vlm.types import (
     counted,
 )
 
-_COUNTING = 2  # raise it when the same records come to other counts; it is part of the digest
+_COUNTING = 2  # increase it when the same records get other counts; it is part of the digest
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one record costs, known without decoding a pixel. For a pair, both answers and their prompt together."""
+    """Cost of one record in tokens and tiles, computed without decoding pixels. For a pair: prompt and both answers."""
 
     lengths: tuple[int, ...]  # tokens of each segment
     num_supervised: int
-    squares: int  # attention's work: twice the number of (token, token that it sees or is)
-    longest: int  # most tokens that one segment sees, its prefix with it
+    squares: int  # attention cost: twice the number of pairs (token, token that it attends to), itself included
+    longest: int  # maximum tokens that one segment attends to, its prefix included
     num_tiles: int
     num_images: int = 0
-    num_image_tokens: int = 0  # placeholders, in all segments
+    num_image_tokens: int = 0  # image placeholders in all segments
     num_chosen: int = 0  # supervised tokens of a pair's chosen answer
     size: tuple[int, int] = (0, 0)  # (height, width) of the first image in pixels
 
@@ -50,14 +53,14 @@ class Cost:
 
 
 class Processor:
-    """Turns records into token ids and tiles.
+    """Processor of records: token ids, supervision mask, and image tiles.
 
     Args:
         tokenizer: with a chat template that writes one placeholder per image.
-        images: tile size, grid, normalisation; from the model's folder.
-        scaled_decode: decode JPEGs no larger than their tiles need; pixels then differ slightly.
-        share_prompts: a pair's prompt stands once in the row; False: before each of its answers, to compare the two.
-        day: that a chat template which writes today's is given; None: this one's. It stays the same from then on.
+        images: tile size, grid and normalisation, from the model's folder.
+        scaled_decode: decode JPEGs no larger than their tiles require; pixels then differ slightly.
+        share_prompts: the prompt of a pair is in the batch once; False: before each of its answers, for comparison.
+        day: date for a date-dependent chat template; None: today. It stays the same for the life of the object.
     """
 
     def __init__(
@@ -76,7 +79,7 @@ class Processor:
 
     @cached_property
     def digest(self) -> str:
-        """Changes when the tokenizer, its template or the image settings change what a record costs."""
+        """Digest of all that determines a record's cost: tokenizer, chat template and image settings."""
         tokenizer = self.tokenizer
         text = [self.template.ordinary.to_str(), tokenizer.chat_template, self.template.control_ids]
         state = [
@@ -91,10 +94,10 @@ class Processor:
         return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()
 
     def sequences(self, record: Record, layouts: list[Layout] | None = None) -> list[Encoded]:
-        """One sequence for a sample; the chosen and the rejected one for a pair.
+        """Encode a record: one sequence for a sample, the chosen and the rejected one for a pair.
 
         Args:
-            layouts: the record's, where they are known; else its images' headers are read.
+            layouts: layouts of the record's images, if known; else the image headers are read.
         """
         layouts = self.layouts(record) if layouts is None else layouts
         if isinstance(record, Sample):
@@ -103,17 +106,20 @@ class Processor:
         return [self._answer(record, *each) for each in zip((record.chosen, record.rejected), shown, strict=True)]
 
     def segments(self, record: Record, layouts: list[Layout] | None = None) -> list[Encoded]:
-        """How the record lies in the row: a sample as one segment; a pair as its prompt without the last token, and two
-        answers that begin with that token. Where its answers were given to different pictures, as its two sequences."""
+        """Encode a record as segments of the flat batch.
+
+        A sample is one segment. A pair is its prompt without the last token, and two answers that begin with that token.
+        A pair whose answers belong to different images is its two sequences.
+        """
         sequences = self.sequences(record, layouts)
         shared = 0
-        # of different pictures the placeholders are alike, and what stands in their places is not
+        # prompts with different images have equal placeholders but different image features
         if isinstance(record, PreferencePair) and self.share_prompts and not record.rejected_images:
             shared = _shared(*sequences)
         return [sequences[0].part(0, shared), *(each.part(shared) for each in sequences)] if shared else sequences
 
     def prompt(self, record: Record) -> Encoded:
-        """The conversation up to the last answer, with the generation prompt: what the model is asked."""
+        """Encode the prompt: the conversation before the last answer, with the generation prompt."""
         messages = record.prompt if isinstance(record, PreferencePair) else record.messages[:-1]
         shown = self.layouts(record)
         if isinstance(record, PreferencePair):
@@ -121,7 +127,7 @@ class Processor:
         return self._encode(record, messages, shown, prompt=True)
 
     def cost(self, record: Record) -> Cost:
-        """Raises RecordError when an image's header cannot be read, or nothing in the record is supervised."""
+        """Compute the cost. Raises RecordError if an image header cannot be read, or no token is supervised."""
         sizes = [image.size for image in record.images]  # each header is read once
         layouts = self._layouts(record, sizes)
         segments = self.segments(record, layouts)
@@ -130,12 +136,14 @@ class Processor:
             reason = "no supervised token: its answer is empty"
             raise RecordError(record.origin, reason, "Give it an answer", Fault.no_answer)
         lengths = [segment.num_tokens for segment in segments]
-        before = [0, *lengths[:1] * 2] if len(segments) == 3 else [0] * len(segments)
+        prefix_lengths = [0, *lengths[:1] * 2] if len(segments) == 3 else [0] * len(segments)
         return Cost(
             lengths=tuple(lengths),
             num_supervised=sum(segment.num_supervised for segment in segments),
-            squares=sum(own * own + 2 * own * prefix for own, prefix in zip(lengths, before, strict=True)),
-            longest=max(map(sum, zip(lengths, before, strict=True))),
+            squares=sum(
+                length * length + 2 * length * prefix for length, prefix in zip(lengths, prefix_lengths, strict=True)
+            ),
+            longest=max(map(sum, zip(lengths, prefix_lengths, strict=True))),
             num_tiles=sum(layout.num_tiles for layout in layouts),
             num_images=len(layouts),
             num_image_tokens=sum(int((segment.input_ids == self.image_token_id).sum()) for segment in segments),
@@ -144,25 +152,26 @@ class Processor:
         )
 
     def layouts(self, record: Record) -> list[Layout]:
-        """Of each image, from its header alone."""
+        """Compute the layout of each image from its header alone."""
         return self._layouts(record, [image.size for image in record.images])
 
     def tiles(self, record: Record) -> list[np.ndarray]:
-        """[N, 3, H, W] uint8 for each image of the record."""
+        """Load the tiles of each image of the record: [N, 3, H, W] uint8."""
         options = {"alone": _num_shown(record) == 1, "scaled_decode": self.scaled_decode}
         return [tiles_from(image, self.images, most_tiles=record.max_tiles, **options) for image in record.images]
 
     def decode(self, ids: list[int]) -> str:
-        """Text with its control tokens spelled out, the end of turn and padding left out."""
+        """Decode token ids to text with control tokens, without end-of-turn and padding tokens."""
         text = self.tokenizer.decode(ids, skip_special_tokens=False)
         for token in (self.tokenizer.eos_token, self.tokenizer.pad_token):
             text = text.replace(token, "") if token else text
         return text.strip()
 
     def _answer(self, pair: PreferencePair, answer: Message, layouts: list[Layout]) -> Encoded:
+        """Encode the prompt and one answer of a pair; only the answer is supervised."""
         prompt = self._encode(pair, pair.prompt, layouts, prompt=True).num_tokens
         encoded = self._encode(pair, (*pair.prompt, answer), layouts)
-        encoded.supervised[:prompt] = False  # earlier answers belong to the prompt
+        encoded.supervised[:prompt] = False  # earlier answers are part of the prompt
         return encoded
 
     def _layouts(self, record: Record, sizes: list[tuple[int, int]]) -> list[Layout]:
@@ -183,33 +192,39 @@ class Processor:
 
 
 def _num_shown(record: Record) -> int:
+    """Count the images of one prompt."""
     return record.num_shown if isinstance(record, PreferencePair) else len(record.images)
 
 
 def _shared(chosen: Encoded, rejected: Encoded) -> int:
-    """Tokens that both sequences begin with and neither is supervised on, the last of them left out: it predicts the
-    answers' first tokens, and a segment's first token is predicted by none."""
-    before = min(int(np.argmax(each.supervised)) for each in (chosen, rejected))
+    """Count the unsupervised tokens with which both sequences begin, without the last one.
+
+    The last one predicts the first tokens of the answers, so it must be in the segments of the answers: the first token
+    of a segment is never predicted.
+    """
+    before = min(int(np.argmax(sequence.supervised)) for sequence in (chosen, rejected))
     differ = chosen.input_ids[:before] != rejected.input_ids[:before]
-    alike = int(np.argmax(differ)) if differ.any() else before
-    return max(0, alike - 1)
+    num_equal = int(np.argmax(differ)) if differ.any() else before
+    return max(0, num_equal - 1)
 
 
 def check_vocabulary(processor: Processor) -> None:
-    """The pieces must tokenise to what the whole tokenises to, else answers are learnt in tokens that nobody will generate.
+    """Check that a text in pieces gives the same tokens as the whole text.
+
+    Otherwise the model would learn answers in tokens that it never generates.
 
     Raises:
-        UserError: for tokenizers that put a space before every piece (old SentencePiece conversions).
+        UserError: for tokenizers that add a space before every piece (old SentencePiece conversions).
     """
     messages = (
         Message(Role.user, ("What is this? \uc774\uac83\uc740 \ubb34\uc5c7\uc778\uac00\uc694?",)),
         Message(Role.assistant, ("A red circle. \ube68\uac04 \uc6d0\uc785\ub2c8\ub2e4.",)),
     )
-    ours = processor.template.encode(messages, [])
+    pieces = processor.template.encode(messages, [])
     plain = [{"role": message.role.value, "content": [{"type": "text", "text": message.text}]} for message in messages]
     text = processor.template.render(plain)
-    theirs = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-    if list(ours.input_ids) != list(theirs):
+    whole = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+    if list(pieces.input_ids) != list(whole):
         raise UserError(
             f"The tokenizer of {processor.tokenizer.name_or_path or 'the language model'} gives other tokens for a text in pieces than for "
             "the whole, so its answers cannot be told from its questions exactly. Choose a model with a byte-level tokenizer "

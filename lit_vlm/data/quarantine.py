@@ -1,4 +1,4 @@
-"""What becomes of the records that cannot be used: set aside in quarantine.jsonl, or the end of the run. A file lists all."""
+"""Quarantine of unusable records: list them in `quarantine.jsonl` and continue without them, or end the run."""
 
 from __future__ import annotations
 
@@ -12,53 +12,53 @@ from lit_vlm.config.schema import OnBadRecord
 from lit_vlm.files import written
 from lit_vlm.types import Fault, RecordError, UserError
 
-NUM_SHOWN = 10  # faults that a message lists; the file holds all
+NUM_SHOWN = 10  # errors that a message lists; the file lists all
 STOPPED = "bad_records.jsonl"
 
 
 class Quarantine:
-    """Collects the faults of a pass over the data, then settles them at once, so that a user sees all in one go.
+    """Quarantine: collects the errors of a pass over the data, then handles all at once, so that the user sees all of them.
 
-    Those that turned bad while training are in the run's ledger.
+    Records that became corrupt during training are in the run's ledger instead.
     """
 
     def __init__(self) -> None:
         self._errors: dict[str, dict[tuple[str, str], RecordError]] = {}
 
     def add(self, source: str, error: RecordError) -> None:
-        """The same fault of the same record counts once, however many passes find it."""
+        """Add an error; the same error of the same record counts once, however many passes find it."""
         self._errors.setdefault(source, {}).setdefault((error.origin, error.reason), error)
 
     def __len__(self) -> int:
         return sum(map(len, self._errors.values()))
 
     def counts(self) -> dict[str, int]:
-        """Records set aside, by source. A record with two faults is one record."""
+        """Count the quarantined records by source; a record with two faults is one record."""
         return {source: sum(faults.values()) for source, faults in self.table().items()}
 
     def table(self) -> dict[str, dict[Fault, int]]:
-        """Records set aside, by source and by the first fault that was found in them, the most frequent first."""
+        """Count the quarantined records by source and first fault, the most frequent fault first."""
         return {source: dict(_by_fault(faults).most_common()) for source, faults in self._errors.items()}
 
     def settle(self, policy: OnBadRecord, max_share: float, totals: Mapping[str, int], path: Path) -> None:
-        """Write the faults to `path`, or end the run. For one process; on several ranks, the first.
+        """Apply the quarantine policy: write the errors to `path`, or end the run. Only for rank 0.
 
         Args:
-            policy: `stop` ends at any fault; all are then listed in STOPPED beside `path`, which is left as it is: it may be of
-                a finished run.
-            max_share: the largest share of a source's records that may be set aside, 0 to 1.
-            totals: records of each source, the bad ones included.
-            path: quarantine.jsonl; replaced at once and as a whole. Without a fault it is an empty file.
+            policy: `stop` ends the run at any error. All errors are then listed in BAD_RECORDS_FILE in the same folder;
+                `path` is not changed, since it may belong to a finished run.
+            max_share: maximum share of a source's records that may be quarantined, 0 to 1.
+            totals: records of each source, including bad ones.
+            path: quarantine.jsonl; replaced atomically. Without errors it is an empty file.
 
         Raises:
-            UserError: a fault under `stop`; a share above `max_share`, after the file is written.
+            UserError: an error under `stop`; or a share above `max_share`, after the file was written.
         """
         lines = [line for source, faults in self._errors.items() for line in _lines(source, faults)]
         stopped = path.with_name(STOPPED)
         if policy is OnBadRecord.stop and lines:
             _write(stopped, lines)
             raise UserError(self._stopped(stopped))
-        stopped.unlink(missing_ok=True)  # of an earlier start, before the records were mended
+        stopped.unlink(missing_ok=True)  # of an earlier start, before the records were repaired
         if policy is OnBadRecord.stop:
             return
         _write(path, lines)
@@ -91,12 +91,13 @@ class Quarantine:
 
 
 def list_unread(name: str, unread: Mapping[str, int]) -> str:
-    """Say which keys of a source's records nothing is read from, the most frequent first."""
+    """Format the keys of a source's records that are not read, the most frequent first."""
     keys = ", ".join(f"{key} ({count:,})" for key, count in unread.items())
     return f"{name}: nothing is read from {keys}"
 
 
 def _by_fault(errors: Mapping[tuple[str, str], RecordError]) -> Counter[Fault]:
+    """Count records by their first fault."""
     first: dict[str, Fault] = {}
     for (origin, _), error in errors.items():
         first.setdefault(origin, error.fault)

@@ -1,7 +1,7 @@
-"""`open_source`: a dataset as its owner has it, one record at a time.
+"""Data sources: `open_source` opens a dataset in its original format and reads it record by record.
 
-The formats are in `readers/`. A file that cannot be read at all is the run's end (`UserError`); one record that
-cannot be used is a `RecordError` of `source[index]`, and the others stay usable.
+The formats are in `readers/`. A file that cannot be read at all ends the run (`UserError`). A single record that cannot
+be used is a `RecordError` of `source[index]`; the other records stay usable.
 """
 
 from __future__ import annotations
@@ -32,18 +32,22 @@ from lit_vlm.data.readers.rows.base import identity
 from lit_vlm.data.staging import original
 from lit_vlm.types import IMAGE_TOKEN, Kind, Language, Record, Source, UserError, counted
 
-# By the names of config's Format, and those that `auto` finds besides.
+# By the names of config's Format, and formats that only `auto` finds.
 READERS: dict[str, Reader] = {**FORMATS, "sharegpt": FORMATS["llava"], "webdataset": read_by_keys}
 _MARKUP_KINDS = (Kind.ocr, Kind.grounding, Kind.referring)
-_READING = 4  # raise it when the same files are read differently; it is part of the digests
+_READING = 4  # increase it when the same files are read differently; it is part of the digests
 
 
 class FileSource:
-    """A dataset in files. Pickles small, for the loader's workers.
+    """Dataset in files. Its pickle is small, for the workers of a data loader.
 
     Args:
-        limit: the first so many of its rows.
-        digest: of the files and how they are read.
+        name: name of the source in the configuration.
+        rows: rows of the files, by number.
+        read: reader function of the format.
+        settings: reader settings.
+        limit: read only the first `limit` rows; None: all.
+        digest: of the files and the reader settings.
     """
 
     def __init__(self, name: str, rows: Rows, read: Reader, settings: Settings, limit: int | None, digest: str) -> None:
@@ -64,11 +68,11 @@ class FileSource:
             raise place.fault("it is nested too deeply to be read") from None
 
     def origin(self, index: int) -> str:
-        """Where a person finds the record, be it readable or not."""
+        """Return the location of the record for the user, even if it cannot be read."""
         return self._rows.origin(index)
 
     def digest_of(self, start: int, stop: int) -> str:
-        """Of what records start to stop - 1 hold and how they are read; of JSON wherever in the file they stand."""
+        """Hash the content of records start to stop - 1 and the reader settings; for JSON independent of their position."""
         if not 0 <= start < stop <= self._length:
             raise IndexError((start, stop))
         hasher = hashlib.sha256(_reading(self._settings).encode())
@@ -85,23 +89,24 @@ def open_source(
     held_out: bool = False,
     cache: Path | None = None,
 ) -> Source:
-    """The source `data.sources.<name>`, its files found and its first record recognised.
+    """Open the source `data.sources.<name>`: find its files and detect its format.
 
     Args:
-        seed: of the pictures that format=builtin makes.
-        held_out: of sources that make or bundle their data (builtin, digits), the part that training never sees. For
-            files the caller splits.
-        cache: a folder in which the places of records in their files are kept, so that they are searched only once.
+        max_image_pixels: limit of an image's height times width.
+        seed: of the images that format=builtin generates.
+        held_out: for sources that generate or bundle their data (builtin, digits): open the held-out part. For files,
+            the caller splits.
+        cache: folder for the offsets of records in their files, so that they are searched only once.
 
     Raises:
-        UserError: naming the setting: nothing at the path, no records, an unknown format or kind.
+        UserError: names the setting: nothing at the path, no records, an unknown format or kind.
     """
     if config.num_samples is not None and config.num_samples < 1:
         raise UserError(f"data.sources.{name}.num_samples={config.num_samples}: at least 1 is needed, or null for all.")
     if config.fraction is not None and not 0 < config.fraction <= 1:
         raise UserError(f"data.sources.{name}.fraction={config.fraction}: above 0 and at most 1, or null for all.")
     kind = _kind(name, config.kind)
-    split = config.split or (None if held_out else "train")  # what records may say they are of
+    split = config.split or (None if held_out else "train")  # the split that records may name
     if config.format in (Format.builtin, Format.digits):
         source = _made(name, config, kind, seed, held_out)
     elif config.format is Format.mapped:
@@ -136,12 +141,12 @@ def _open_files(
     else:
         source_format = "webdataset" if archive else found_format(name, rows)
     settings = _settings(name, config, kind, max_image_pixels, source_format, root, split)
-    limit = config.num_samples if config.fraction is None else None  # else of those that the fraction chooses
+    limit = config.num_samples if config.fraction is None else None  # else it limits the selected records
     return FileSource(name, rows, READERS[source_format], settings, limit, _digest(files, settings, limit))
 
 
 def _opened(name: str, config: SourceConfig, cache: Path | None) -> tuple[Rows, list[Path], Path]:
-    """The rows, the files that they come from, and the folder that image paths start from unless told otherwise."""
+    """Open the rows; return them with their files and the default folder of relative image paths."""
     if config.hub is not None:
         if config.path is not None:
             raise UserError(f"data.sources.{name}: both path and hub are given; one of them must go.")
@@ -178,7 +183,11 @@ def _settings(
     root: Path,
     split: str | None,
 ) -> Settings:
-    """Args: root: where image paths start unless image_root says otherwise."""
+    """Build the reader settings.
+
+    Args:
+        root: folder of relative image paths, unless image_root is set.
+    """
     own_root = config.image_root
     return Settings(
         source=name,
@@ -197,11 +206,11 @@ def _settings(
 
 
 def _made(name: str, config: SourceConfig, kind: Kind | None, seed: int, held_out: bool) -> Source:
-    """Made here, or bundled with a library."""
+    """Make a source of generated data (builtin) or of data bundled with a library (digits)."""
     if config.prompts:
         raise UserError(f"data.sources.{name}.prompts: not for format={config.format.name}, whose records ask already.")
-    open_ = _digits if config.format is Format.digits else _builtin
-    source = open_(name, config, Language[config.language.name], kind, seed, held_out)
+    make = _digits if config.format is Format.digits else _builtin
+    source = make(name, config, Language[config.language.name], kind, seed, held_out)
     return source if config.max_tiles is None else FewerTiles(source, config.max_tiles)
 
 
@@ -253,7 +262,7 @@ def _prompts(name: str, prompts: Sequence[str], marks_are_text: bool) -> tuple[s
 
 
 def _reading(settings: Settings) -> str:
-    """All that decides how a row is read, and no more: the source's name does not."""
+    """Dump the settings that determine how a row is read; the source's name does not."""
     fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     del fields["source"]
     fields["image_root"] = original(settings.image_root)

@@ -1,10 +1,10 @@
-"""Data on a node's own disk: copied there once before a run starts, and read from there under the names that they have.
+"""Data staging: copy data to a node's local disk before a run starts, and read it there under its original paths.
 
-`LIT_VLM_STAGED` names the folder on the node. A file at /data/a.jsonl is then looked for at $LIT_VLM_STAGED/data/a.jsonl
-first. Settings, digests and index keys are those of the original, so the run keeps its name and its index: copies have
-the size and the time of their originals, to the nanosecond.
+`LIT_VLM_STAGED` is the folder on the node. A file /data/a.jsonl is then first looked up at $LIT_VLM_STAGED/data/a.jsonl.
+Settings, digests and index keys use the original paths, so the run keeps its name and its index. Copies have the size
+and the modification time of their originals, to the nanosecond.
 
-    python -m lit_vlm.data.staging FOLDER PATH...     copy what is not there yet
+    python -m lit_vlm.data.staging FOLDER PATH...     copy files that have no copy yet
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from pathlib import Path
 from lit_vlm.types import UserError, counted
 
 VARIABLE = "LIT_VLM_STAGED"
-COPIES = 8  # at once; small pictures wait for the server more than for the disk
-SPARE_BYTES = 1 << 30  # left free on the disk
+COPIES = 8  # parallel copies; for small images the latency of the server dominates
+SPARE_BYTES = 1 << 30  # kept free on the disk
 _DRAFT = re.compile(r"\.(.+)\.\d+\Z")
 
 
 def staged(path: Path) -> Path:
-    """Where the file or folder is to be read on this node: its copy where there is one, else itself."""
+    """Resolve a path to its copy on this node, or to itself if there is no copy."""
     folder = staging_folder()
     if folder is None:
         return path
@@ -38,23 +38,23 @@ def staged(path: Path) -> Path:
 
 
 def original(path: Path) -> Path:
-    """The path by which everybody else knows what lies here."""
+    """Resolve a staged path to the original path, which is used in settings and digests."""
     folder = staging_folder()
     return Path("/") / path.relative_to(folder) if folder and path.is_relative_to(folder) else path
 
 
 def staging_folder() -> Path | None:
-    """Of this node; variables in it, as of /scratch/$SLURM_JOB_ID, are the node's.
+    """Get the staging folder of this node; None without staging. Environment variables in it are those of the node.
 
     Raises:
-        UserError: a variable in it is not set here.
+        UserError: a variable in it is not set on this node.
     """
     named = os.environ.get(VARIABLE)
     return folder_of(named) if named else None
 
 
 def folder_of(named: str) -> Path:
-    """The folder that a name with variables in it means on this node; UserError where it means none."""
+    """Expand the variables of a setting to a folder of this node. Raises UserError if the result is no absolute path."""
     folder = os.path.expandvars(named)
     if "$" in folder or not os.path.isabs(folder):
         raise UserError(
@@ -65,17 +65,18 @@ def folder_of(named: str) -> Path:
 
 
 def place_of(path: Path, folder: Path) -> Path:
+    """Get the path of the copy of `path` below `folder`."""
     return folder / path.resolve().relative_to("/")
 
 
 def stage(paths: Iterable[Path], folder: Path) -> tuple[int, int]:
-    """Copy files and folders; what is there with the same size and time stays, and what a folder no longer holds goes from
-    its copy. Returns (files copied, bytes copied).
+    """Copy files and folders to the node; return (copied files, copied bytes).
 
-    Can be stopped at any moment: a copy has its name once it is whole.
+    A copy with the same size and modification time is kept. Files that were removed from a folder are removed from its
+    copy. It can be interrupted at any time: a copy gets its final name only when it is complete.
 
     Raises:
-        UserError: something is missing, or the disk is too small.
+        UserError: a path is missing, or the disk is too small.
     """
     folder, paths = folder.resolve(), list(paths)
     for path in paths:
@@ -90,7 +91,7 @@ def stage(paths: Iterable[Path], folder: Path) -> tuple[int, int]:
 
 
 def _missing(path: Path, folder: Path) -> Iterator[tuple[Path, Path]]:
-    """Files that have no copy yet, and where it goes."""
+    """Find the files without a current copy; yield (file, path of its copy)."""
     if not path.exists():
         raise UserError(f"{path}: to be copied to {folder} of {socket.gethostname()}, but it is not there.")
     path = path.resolve()
@@ -101,21 +102,21 @@ def _missing(path: Path, folder: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _remove_stale(root: Path, folder: Path) -> None:
-    """A shard that was taken out of a folder must not be read from its copy."""
+    """Remove copies of files that no longer exist: a shard removed from a folder must not be read from the copy."""
     copies = place_of(root, folder)
-    if not root.is_dir() or copies.resolve() != copies:  # a link could lead out of the copy
+    if not root.is_dir() or copies.resolve() != copies:  # a link could lead out of the copies
         return
     for copy in _files(copies):
         file = root / copy.relative_to(copies)
-        draft = _DRAFT.match(file.name)  # another job of this node may be copying just now
-        if not os.path.lexists(file) and not (draft and os.path.lexists(file.with_name(draft[1]))):
+        temporary = _DRAFT.match(file.name)  # another job of this node may be copying it now
+        if not os.path.lexists(file) and not (temporary and os.path.lexists(file.with_name(temporary[1]))):
             copy.unlink(missing_ok=True)
 
 
 def _files(root: Path) -> Iterator[Path]:
-    for place, folders, names in os.walk(root):
-        links = [name for name in folders if Path(place, name).is_symlink()]
-        yield from (Path(place, name) for name in sorted([*names, *links]))
+    for parent, folders, names in os.walk(root):
+        links = [name for name in folders if Path(parent, name).is_symlink()]
+        yield from (Path(parent, name) for name in sorted([*names, *links]))
 
 
 def _same(file: Path, copy: Path) -> bool:
@@ -127,20 +128,21 @@ def _same(file: Path, copy: Path) -> bool:
 
 
 def _copy(file: Path, copy: Path) -> None:
-    draft = copy.with_name(f".{copy.name}.{os.getpid()}")
+    """Copy a file or symbolic link through a temporary name, with its modification time."""
+    temporary = copy.with_name(f".{copy.name}.{os.getpid()}")
     copy.parent.mkdir(parents=True, exist_ok=True)
     try:
         if file.is_symlink():
-            draft.symlink_to(os.readlink(file))
+            temporary.symlink_to(os.readlink(file))
         elif file.is_file():
-            shutil.copyfile(file, draft)
+            shutil.copyfile(file, temporary)
             status = file.stat()
-            os.utime(draft, ns=(status.st_atime_ns, status.st_mtime_ns))
+            os.utime(temporary, ns=(status.st_atime_ns, status.st_mtime_ns))
         else:
-            return  # a pipe or a socket is no data
-        os.replace(draft, copy)
+            return  # pipes and sockets are not copied
+        os.replace(temporary, copy)
     except OSError as error:
-        draft.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         what = f"{file} cannot be copied to {copy.parent} of {socket.gethostname()}: {error.strerror}"
         raise UserError(f"{what}. Choose another submit.stage_to, or none.") from error
 
@@ -160,7 +162,7 @@ def _require_room(folder: Path, size: int) -> None:
 
 
 def main(words: list[str]) -> None:
-    for number in (signal.SIGUSR1, signal.SIGUSR2):  # that the time is short is for the run to know
+    for number in (signal.SIGUSR1, signal.SIGUSR2):  # the scheduler's warning signals are for the run
         signal.signal(number, signal.SIG_IGN)
     began = time.monotonic()
     try:

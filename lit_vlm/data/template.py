@@ -1,10 +1,10 @@
-"""A conversation becomes token ids and a mask of what is supervised, by the model's own chat template.
+"""Chat template: encode a conversation to token ids and a supervision mask, with the model's own chat template.
 
-The template is rendered once per *shape* of conversation (roles, and where images and texts stand) with stand-ins for
-the texts; the texts are then tokenised as ordinary text and put in their places. So a control token can come from the
-template or from a `Control` of the sample, never from what somebody wrote; and the template needs no `{% generation %}`
-marks: the supervised span of an assistant turn begins where the generation prompt ends and closes with the turn's own
-end token.
+The template is rendered once for each *shape* of a conversation (its roles, and the positions of images and texts), with
+sentinels in place of the texts. The texts are then tokenized as plain text and inserted at the sentinels. So a control
+token comes only from the template or from a `ControlToken` of the sample, never from a text of the data. The template needs
+no `{% generation %}` marks: the supervised span of an assistant turn begins where the generation prompt ends, and ends
+with the end token of the turn.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from transformers import PreTrainedTokenizerFast
 from lit_vlm.data.template_date import fix_day, refuse_chance, writes_day
 from lit_vlm.types import IMAGE_TOKEN, Control, ImageSlot, Message, Role, UserError, counted
 
-OPEN, CLOSE = "\ue000", "\ue001"  # private use: they stand around a text's number while the template is rendered
+OPEN, CLOSE = "\ue000", "\ue001"  # Unicode private use; they enclose the number of a text in a rendering
 STAND_IN = re.compile(f"{OPEN}(\\d+){CLOSE}")
 IMAGE, TEXT = "image", "text"
-TURNS = 8  # answers whose beginnings are found one by one
+TURNS = 8  # the starts of the first answers are found by rendering, one by one
 REMEDY = "model.chat_template=chatml, or a Jinja file"
-HEADER = 24  # characters before an answer by which its header is known again: some "<|im_start|>assistant\n"
+HEADER = 24  # characters before an answer that identify its header, such as "<|im_start|>assistant\n"
 
 Shape = tuple[tuple[str, tuple[str, ...]], ...]  # ((role, (part, ...)), ...)
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids [S] int32 and their mask [S] bool: True where the loss looks. Images are runs of the placeholder."""
+    """Token ids [S] int32 and supervision mask [S] bool, True for tokens of the loss. Images are runs of placeholders."""
 
     input_ids: np.ndarray
     supervised: np.ndarray
@@ -47,25 +47,32 @@ class Encoded:
 
     @property
     def num_supervised(self) -> int:
-        """Tokens that are predicted: the first of a sequence has nothing before it."""
+        """Number of supervised tokens; the first token of a sequence is not predicted, so it does not count."""
         return int(self.supervised[1:].sum())
 
     def part(self, start: int, stop: int | None = None) -> Encoded:
+        """Slice the sequence: tokens `start` to `stop - 1`."""
         return Encoded(self.input_ids[start:stop], self.supervised[start:stop])
 
 
 @dataclass(frozen=True, slots=True)
 class Special:
+    """Special token of the template; the image placeholder is one."""
+
     token_id: int
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    number: int  # the number-th text of the conversation
+    """Place of a text of the conversation."""
+
+    number: int  # of the text, counted over the conversation
 
 
 @dataclass(frozen=True, slots=True)
 class Supervise:
+    """Mark where a supervised answer begins (`on`) or ends."""
+
     on: bool
 
 
@@ -73,18 +80,19 @@ Piece = str | Special | Slot | Supervise
 
 
 class Template:
-    """The chat template of one tokenizer.
+    """Chat template of one tokenizer, for training.
 
     Args:
         tokenizer: with `chat_template`; its added tokens are the control tokens.
-        image_token: the placeholder that the template writes for an image; one token of the vocabulary.
-        day: that a template which writes today's is given; None: this one's.
+        image_token: placeholder that the template writes for an image; one token of the vocabulary.
+        day: date for a date-dependent template; None: today.
 
     Attributes:
-        writes_day: whether the day is in what it renders.
+        is_date_dependent: True if the date is part of the rendered text.
 
     Raises:
-        UserError: no chat template, or one that cannot be used for training; the message says which and what to do.
+        UserError: no chat template, or one that cannot be used for training; the message names the template and the
+            remedy.
     """
 
     def __init__(
@@ -110,21 +118,21 @@ class Template:
         self.layout = lru_cache(maxsize=4096)(self._layout)
         self.ordinary_ids = lru_cache(maxsize=8192)(self._ordinary_ids)
 
-    def __reduce__(self):  # the caches stay behind when a loader's worker is spawned
+    def __reduce__(self):  # pickled for a spawned loader worker, without the caches
         return type(self), (self.tokenizer, self.image_token, self.day)
 
     def encode(self, messages: tuple[Message, ...], image_tokens: list[int], *, prompt: bool = False) -> Encoded:
-        """Token ids and supervision of a conversation.
+        """Encode a conversation to token ids and a supervision mask.
 
         Args:
             messages: the conversation; with `prompt`, it ends with a user message and the generation prompt is added.
-            image_tokens: number of placeholders of each image, in the order in which the images stand in the text.
+            image_tokens: number of placeholders of each image, in the order of the images in the text.
         """
         shape, texts = _shape_of(messages)
         ids: list[int] = []
         mask: list[bool] = []
         images = iter(image_tokens)
-        trained = iter([message.trained for message in messages if message.role is Role.assistant])
+        is_trained = iter([message.trained for message in messages if message.role is Role.assistant])
         supervised, pending = False, ""
 
         def put(new: list[int] | tuple[int, ...]) -> None:
@@ -152,7 +160,7 @@ class Template:
                 put([piece.token_id] * (next(images) if piece.token_id == self.image_token_id else 1))
             else:
                 flush()
-                supervised = piece.on and next(trained)
+                supervised = piece.on and next(is_trained)
         flush()
         return Encoded(np.array(ids, dtype=np.int32), np.array(mask, dtype=bool))
 
@@ -169,7 +177,7 @@ class Template:
         return tuple(self.ordinary.encode(text, add_special_tokens=False).ids)
 
     def _trimmed(self, role: Role, parts: tuple[str | Control, ...]) -> tuple[str | Control, ...]:
-        """The parts as the template would leave them: some templates strip the whitespace around a message."""
+        """Strip the parts as the template would: some templates strip the whitespace around a message."""
         if not self._trims.get(role) or not parts:
             return parts
         trimmed = list(parts)
@@ -180,16 +188,17 @@ class Template:
         return tuple(trimmed)
 
     def _strips_whitespace(self, role: Role) -> bool:
+        """Return True if the template strips the whitespace around a message of this role."""
         padded = f" {OPEN}0{CLOSE} "
         turns = [("user", "q"), ("assistant", padded)] if role is Role.assistant else [("user", padded)]
         rendered = self.render([{"role": r, "content": [{"type": TEXT, "text": t}]} for r, t in turns])
         return f" {OPEN}0{CLOSE}" not in rendered
 
     def render(self, messages: list[dict], prompt: bool = False) -> str:
-        """Render messages in transformers' form, on this template's day.
+        """Render messages in transformers' format, with the date of this template.
 
         Raises:
-            UserError: the template has a slip, or refuses these roles.
+            UserError: the template has a syntax error, or refuses these roles.
         """
         options = {"chat_template": self._text, "tokenize": False, "add_generation_prompt": prompt}
         try:
@@ -199,7 +208,7 @@ class Template:
                 f"The chat template of {self.origin} is not well-formed, line {error.lineno - self.writes_day}: {error.message}. Mend it, or give "
                 f"another: {REMEDY}."
             ) from error
-        except Exception as error:  # Jinja raises what the template tells it to
+        except Exception as error:  # a template can raise any exception
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(
                 f"The chat template of {self.origin} refuses a conversation of roles [{roles}]: {_in_a_line(error)}. Change the "
@@ -207,7 +216,7 @@ class Template:
             ) from error
 
     def _layout(self, shape: Shape, prompt: bool) -> tuple[Piece, ...]:
-        """The pieces of a conversation of this shape, supervision marks included."""
+        """Build the pieces of a conversation of this shape, including supervision marks."""
         messages = _stand_ins(shape)
         rendered = self.render(messages, prompt)
         self._require_all_said(messages, rendered)
@@ -215,7 +224,7 @@ class Template:
         return tuple(self._pieces(rendered, starts))
 
     def _require_all_said(self, messages: list[dict], rendered: str) -> None:
-        """Raise UserError where the template leaves out a text or a picture of the conversation, or writes an answer twice."""
+        """Validate a rendering: raise UserError if it lacks a text or an image of the conversation, or repeats an answer."""
         counts = Counter(int(match[1]) for match in STAND_IN.finditer(rendered))
         number = -1
         for message in messages:
@@ -241,11 +250,11 @@ class Template:
             )
 
     def _answer_starts(self, messages: list[dict], rendered: str) -> list[int]:
-        """Offsets in `rendered` at which each assistant turn becomes the model's own words.
+        """Find the offset in `rendered` at which each answer of the assistant begins.
 
-        Each of the first `TURNS` answers and the last one is found by rendering the conversation up to it. Between them
-        an answer whose text stands behind the same header as the last one's begins where that header ends; rendering up
-        to every one of hundreds of turns would take the square of their number.
+        The first `NUM_RENDERED_TURNS` answers and the last one are found by rendering the conversation up to each of
+        them. An answer between them that follows the same header as the last answer begins where that header ends.
+        Rendering up to each of hundreds of turns would take quadratic time.
         """
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         starts = {i: self._answer_start(messages, rendered, i) for i in {*answers[:TURNS], *answers[-1:]}}
@@ -261,6 +270,7 @@ class Template:
         return [starts[i] if i in starts else self._answer_start(messages, rendered, i) for i in answers]
 
     def _answer_start(self, messages: list[dict], rendered: str, i: int) -> int:
+        """Find the offset of one answer by rendering the conversation with and without it."""
         turn = self.render(messages[: i + 1])
         if not rendered.startswith(turn.rstrip()):
             raise UserError(
@@ -268,32 +278,38 @@ class Template:
                 "differently once another follows), so a conversation of several turns cannot be trained in one pass. Give a template "
                 "that leaves them alone: model.chat_template=chatml, or a Jinja file of your own."
             )
-        opening = self.render(messages[:i], prompt=True) if i else ""
-        slot = STAND_IN.search(rendered, len(self.render(messages[:i]).rstrip()) if i else 0)
-        # llava-hf's template writes another header than its generation prompt: there the words begin at the text itself
-        return len(opening) if i and turn.startswith(opening) else slot.start() if slot else len(turn)
+        generation_prompt = self.render(messages[:i], prompt=True) if i else ""
+        sentinel = STAND_IN.search(rendered, len(self.render(messages[:i]).rstrip()) if i else 0)
+        # llava-hf's template has a header that differs from its generation prompt: there the answer begins at its text
+        return (
+            len(generation_prompt)
+            if i and turn.startswith(generation_prompt)
+            else sentinel.start()
+            if sentinel
+            else len(turn)
+        )
 
     def _pieces(self, rendered: str, starts: list[int]):
-        """Split at stand-ins, control tokens and answer starts; close each answer with the first control token after its text."""
+        """Split at sentinels, control tokens and answer starts; an answer ends with the first control token after its text."""
         marks = sorted(
             [(m.start(), m.end(), Slot(int(m[1]))) for m in STAND_IN.finditer(rendered)]
             + [(m.start(), m.end(), Special(self.control_ids[m[0]])) for m in self._literal.finditer(rendered)]
             + [(start, start, Supervise(True)) for start in starts],
             key=lambda mark: mark[:2],
         )
-        position, answering, spoken = 0, False, False
+        position, in_answer, has_text = 0, False, False
         for start, end, piece in marks:
             if start > position:
                 yield rendered[position:start]
             yield piece
             position = max(position, end)
-            answering, spoken = (
-                (True, False) if isinstance(piece, Supervise) else (answering, spoken or isinstance(piece, Slot))
+            in_answer, has_text = (
+                (True, False) if isinstance(piece, Supervise) else (in_answer, has_text or isinstance(piece, Slot))
             )
-            if answering and spoken and isinstance(piece, Special):
+            if in_answer and has_text and isinstance(piece, Special):
                 yield Supervise(False)
-                answering = False
-        if answering:
+                in_answer = False
+        if in_answer:
             raise UserError(
                 f"The chat template of {self.origin} closes an answer without a control token, so "
                 "the model would never learn to stop. Give one that does: model.chat_template=chatml, or a Jinja file."
@@ -308,7 +324,7 @@ def _in_a_line(error: Exception) -> str:
 
 
 def _shape_of(messages: tuple[Message, ...]) -> tuple[Shape, list[tuple[Role, tuple[str | Control, ...]]]]:
-    """The shape of a conversation and its texts; neighbouring words and control tokens make one text."""
+    """Extract the shape of a conversation and its texts; adjacent strings and control tokens form one text."""
     shape, texts = [], []
     for message in messages:
         parts: list[str] = []
@@ -328,12 +344,13 @@ def _shape_of(messages: tuple[Message, ...]) -> tuple[Shape, list[tuple[Role, tu
 
 
 def _number_of(message: dict) -> int:
-    """Of the first stand-in for text in a message; -1 without one."""
+    """Find the number of the first text sentinel in a message; -1 without one."""
     texts = (STAND_IN.fullmatch(part["text"]) for part in message["content"] if part["type"] == TEXT)
     return next((int(match[1]) for match in texts if match), -1)
 
 
 def _stand_ins(shape: Shape) -> list[dict]:
+    """Build messages in transformers' format, with a numbered sentinel for each text."""
     number = -1
     messages = []
     for role, parts in shape:
@@ -347,9 +364,9 @@ def _stand_ins(shape: Shape) -> list[dict]:
 
 
 def _without_added_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
-    """The same model, normaliser and pre-tokeniser, to which `<|im_end|>` is eight ordinary characters."""
+    """Copy the tokenizer without its added tokens: it splits `<|im_end|>` like any other text."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["added_tokens"] = []
-    state["post_processor"] = None  # it would add begin tokens, which the chat template writes itself
+    state["post_processor"] = None  # it would add BOS tokens, which the chat template writes itself
     state["truncation"] = state["padding"] = None
     return Tokenizer.from_str(json.dumps(state))

@@ -1,7 +1,7 @@
-"""What a chat template makes of the day and of chance: a run reads the same tokens on whatever day it goes on.
+"""Deterministic chat templates: freeze the date and refuse randomness, so that a resumed run reads the same tokens.
 
-Templates may write the day (`strftime_now`, as Llama 3's does). The day is fixed once for a run; what would differ from one
-rendering to the next is refused.
+Templates may write the date (`strftime_now`, as Llama 3's does). The date is fixed once for a run. A template whose
+renderings may differ is refused.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import jinja2
 
 from lit_vlm.types import UserError
 
-CLOCK = "strftime_now"  # transformers' function for the day
+CLOCK = "strftime_now"  # transformers' function for the date
 DIRECTIVES = "aAbBcCdDefFgGhHIjklmMnpPrRSTuUVwWxXyYzZ"  # of strftime, Python's %f among them
-FLAGS = ("", "-", "_", "0", "^", "#", "E", "O")  # in front of a directive, as the C library has them
-PERCENT = "\ue002"  # stands for a sign of per cent while the others are looked for
-CHANCE = ("lipsum", "random")  # a function and a filter of Jinja's
+FLAGS = ("", "-", "_", "0", "^", "#", "E", "O")  # of the C library, before the directive
+PERCENT = "\ue002"  # replaces %% while the directives are replaced
+CHANCE = ("lipsum", "random")  # a function and a filter of Jinja
 
 
 def parse_day(text: str, setting: str) -> date:
-    """Read a day, YYYY-MM-DD. UserError naming the setting that it stands in."""
+    """Parse a date, YYYY-MM-DD. Raises UserError with the name of the setting."""
     try:
         return date.fromisoformat(text)
     except ValueError:
@@ -30,12 +30,12 @@ def parse_day(text: str, setting: str) -> date:
 
 
 def writes_day(template: str) -> bool:
-    """Tell whether what the template renders hangs on the day."""
+    """Return True if the rendered text depends on the date."""
     return any(name == CLOCK for name, _ in _names_in(template))
 
 
 def refuse_chance(template: str, origin: str) -> None:
-    """Raise UserError where two renderings of one conversation may differ."""
+    """Validate that the template is deterministic: raise UserError if two renderings of one conversation may differ."""
     for name, is_filter in _names_in(template):
         if name in CHANCE and is_filter is (name == "random"):
             raise UserError(
@@ -45,16 +45,16 @@ def refuse_chance(template: str, origin: str) -> None:
 
 
 def fix_day(template: str, day: date) -> str:
-    """Give the template a `strftime_now` of its own, which stands still at the beginning of a day.
+    """Freeze the date: return the template with its own `strftime_now`, fixed at the beginning of the day.
 
-    It is a macro, for transformers hands no functions to a template, in a line in front of it, which Jinja takes away.
+    It is a macro, because transformers passes no functions to a template. Jinja removes the line that contains it.
     """
     moment = datetime(day.year, day.month, day.day)
-    steps = [("%%", PERCENT)]
-    steps.append(("%s", str(int(moment.replace(tzinfo=UTC).timestamp()))))  # of no machine's own time zone
+    replacements = [("%%", PERCENT)]
+    replacements.append(("%s", str(int(moment.replace(tzinfo=UTC).timestamp()))))  # in UTC on every machine
     for flag in FLAGS:
-        steps += [(f"%{flag}{letter}", moment.strftime(f"%{flag}{letter}")) for letter in DIRECTIVES]
-    pairs = json.dumps([*steps, (PERCENT, "%")], ensure_ascii=False)
+        replacements += [(f"%{flag}{letter}", moment.strftime(f"%{flag}{letter}")) for letter in DIRECTIVES]
+    pairs = json.dumps([*replacements, (PERCENT, "%")], ensure_ascii=False)
     return (
         f"{{%- macro {CLOCK}(format) -%}}{{%- set written = namespace(text=format) -%}}"
         f"{{%- for sign, value in {pairs} -%}}{{%- set written.text = written.text | replace(sign, value) -%}}{{%- endfor -%}}"
@@ -63,19 +63,23 @@ def fix_day(template: str, day: date) -> str:
 
 
 def _names_in(template: str) -> Iterator[tuple[str, bool]]:
-    """Yield the names that the template looks up, each with whether it is a filter; none of what does not parse, which the
-    first rendering tells."""
+    """Yield the names that the template uses, as (name, is filter).
+
+    A template with a syntax error yields none; its first rendering reports the error.
+    """
     try:
         tokens = [token for token in jinja2.Environment().lex(template) if token[1] != "whitespace"]
     except jinja2.TemplateSyntaxError:
         return
-    words = [value for _, _, value in tokens]
-    arguments = [tokens[place + 2] for place in range(len(tokens) - 2) if words[place : place + 2] == ["map", "("]]
-    # by `map(f)`, not by `map('upper')` or `map(attribute='text')`: then any text may be the name
+    values = [value for _, _, value in tokens]
+    arguments = [
+        tokens[position + 2] for position in range(len(tokens) - 2) if values[position : position + 2] == ["map", "("]
+    ]
+    # `map(f)`, not `map('upper')` or `map(attribute='text')`: then any string may be the name of the filter
     maps_by_variable = any(kind == "name" and value not in ("attribute", "default") for _, kind, value in arguments)
-    for place, (_, kind, value) in enumerate(tokens):
-        before = words[place - 1] if place else ""
+    for position, (_, kind, value) in enumerate(tokens):
+        before = values[position - 1] if position else ""
         if kind == "name" and before != ".":
             yield value, before in ("|", "filter")
-        elif kind == "string" and ((before == "(" and words[max(0, place - 2)] == "map") or maps_by_variable):
-            yield value[1:-1], True  # map takes the name of a filter
+        elif kind == "string" and ((before == "(" and values[max(0, position - 2)] == "map") or maps_by_variable):
+            yield value[1:-1], True  # the argument of map is the name of a filter

@@ -1,4 +1,4 @@
-"""Pixels: one image becomes a base view and its tiles, uint8, exactly as transformers' OneVision image processor cuts them."""
+"""Tiling: split an image into a base view and its tiles, uint8, exactly as transformers' OneVision image processor (anyres)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ def tiles_from(
     most_tiles: int | None = None,
     scaled_decode: bool = False,
 ) -> np.ndarray:
-    """Decode and cut, as `tiles_of`.
+    """Decode an image and split it into tiles, as `split_into_tiles`: [N, 3, H, W] uint8.
 
     Args:
-        scaled_decode: decode a JPEG no larger than its tiles need. The tiles are those of the true size, their pixels
-            differ slightly. Sources without `load_at_least` are decoded whole.
+        scaled_decode: decode a JPEG no larger than its tiles require. The tiling is that of the true size, the pixels
+            differ slightly. Sources without `load_at_least` are decoded at full size.
+
+    Raises:
+        RecordError: the image cannot be decoded.
     """
     load = getattr(source, "load_at_least", None) if scaled_decode else None
     if load is None:
@@ -42,13 +45,13 @@ def tiles_of(
     most_tiles: int | None = None,
     size: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """The base view first, then the tiles row by row.
+    """Split an image into tiles: the base view first, then the tiles row by row.
 
     Args:
         image: RGB.
-        alone: False when the sample holds several images; each is then one square view, padded with the mean colour.
-        most_tiles: beside the base view, as in `ImageSettings.layout`.
-        size: the true size of an image that was decoded smaller; it decides about the tiles.
+        single_image: False if the sample has several images; each is then one square view, padded with the mean colour.
+        max_tiles: maximum number of tiles in addition to the base view, as in `ImageSettings.compute_layout`.
+        size: true (height, width) of an image that was decoded at a smaller scale; it determines the tiling.
 
     Returns:
         [N, 3, H, W] uint8, not normalised, contiguous.
@@ -62,7 +65,7 @@ def tiles_of(
         (height, width), fitted = resolution
         view = image.resize((fitted[1], fitted[0]), resample)
         left, top = (width - fitted[1]) // 2, (height - fitted[0]) // 2
-        if fitted != (height, width):  # what a crop finds outside is black, as transformers pads
+        if fitted != (height, width):  # pixels outside of the image are black, as in transformers' padding
             view = view.crop((-left, -top, width - left, height - top))
         views.append(view)
     return _cut(views, side)
@@ -71,7 +74,7 @@ def tiles_of(
 def pixels_needed(
     height: int, width: int, settings: ImageSettings, *, alone: bool = True, most_tiles: int | None = None
 ) -> tuple[int, int]:
-    """The least size to decode an image of this size at: then no view is enlarged that would not be anyway."""
+    """Compute the minimum (height, width) at which to decode an image, so that scaled decoding does not enlarge any view."""
     side = settings.tile_size
     if not alone:
         longest = max(height, width)
@@ -84,17 +87,18 @@ def pixels_needed(
 def _resolution(
     height: int, width: int, settings: ImageSettings, alone: bool, most_tiles: int | None
 ) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """The grid of tiles in pixels, and the size at which the image lies in its middle. None: the base view alone."""
+    """Select the tile grid: its size in pixels, and the size of the image centred in it. None: base view only."""
     if settings.tiling is Tiling.base or not alone or most_tiles == 0:
         return None
     grid_height, grid_width = best_resolution(height, width, settings.pinpoints(most_tiles))
-    across, down = grid_width / width, grid_height / height
-    if across < down:
-        return (grid_height, grid_width), (min(math.ceil(height * across), grid_height), grid_width)
-    return (grid_height, grid_width), (grid_height, min(math.ceil(width * down), grid_width))
+    scale_x, scale_y = grid_width / width, grid_height / height
+    if scale_x < scale_y:
+        return (grid_height, grid_width), (min(math.ceil(height * scale_x), grid_height), grid_width)
+    return (grid_height, grid_width), (grid_height, min(math.ceil(width * scale_y), grid_width))
 
 
 def _padded_to_square(image: Image.Image, settings: ImageSettings) -> Image.Image:
+    """Pad an image to a square with the mean colour."""
     if image.width == image.height:
         return image
     side = max(image.size)
@@ -104,7 +108,7 @@ def _padded_to_square(image: Image.Image, settings: ImageSettings) -> Image.Imag
 
 
 def _cut(views: list[Image.Image], side: int) -> np.ndarray:
-    """Pictures of whole tiles, one after the other, band by band: Pillow's bands are planes already."""
+    """Stack the tiles of all views: [N, 3, H, W] uint8. It copies band by band, because Pillow's bands are planes already."""
     grids = [(view.height // side, view.width // side) for view in views]
     tiles = np.empty((sum(rows * columns for rows, columns in grids), 3, side, side), np.uint8)
     start = 0

@@ -1,7 +1,7 @@
-"""What a loader's workers do with signals that are meant for the run: nothing, so that its last step is read to its end.
+"""Signal handling in data loader workers: ignore signals that are meant for the run, so that it can finish its step.
 
-A scheduler signals every process of a job. A worker that died of it would end the training step with an error, and the
-state that the signal asked to save would be lost.
+A scheduler sends signals to every process of a job. A worker that is killed by one would end the training step with an
+error, and the checkpoint that the signal requests would be lost.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MEANT_FOR_THE_RUN = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUS
 
 @contextmanager
 def holding_signals_back() -> Iterator[None]:
-    """While workers are started: they begin with signals held back, until `outlast_signals` says what to do with them."""
+    """Block signals while workers are started; in a worker they stay blocked until `setup_worker_signals`."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, MEANT_FOR_THE_RUN)
     try:
         yield
@@ -28,8 +28,10 @@ def holding_signals_back() -> Iterator[None]:
 
 
 def outlast_signals(_: int = 0) -> None:
-    """For `DataLoader(worker_init_fn=...)`. The loader itself ends its workers without signals; its last resort is a
-    SIGTERM, so the second one counts."""
+    """Set up the signals of a worker, for `DataLoader(worker_init_fn=...)`.
+
+    The loader stops its workers without signals; as a last resort it sends SIGTERM, so the second SIGTERM is obeyed.
+    """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _first_term)
@@ -38,17 +40,22 @@ def outlast_signals(_: int = 0) -> None:
 
 @cache
 def end_workers_at_exit() -> None:
-    """For the process that has the loader: an error of a worker keeps the loader alive to the end, where Python sends each
-    worker one SIGTERM and waits for it without a limit."""
-    atexit.register(_end_workers)  # later than multiprocessing's own, so called before it
+    """Register the cleanup of workers at exit, in the process of the loader.
+
+    An error of a worker keeps the loader alive until exit. There Python sends each worker one SIGTERM and waits for it
+    without a time limit.
+    """
+    atexit.register(_end_workers)  # registered after multiprocessing's handler, so it is called before it
 
 
 def _end_workers() -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for a worker that was killed
+    """Kill the workers that still run."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a killed worker
     for child in multiprocessing.active_children():
         if child.daemon:
             child.kill()
 
 
 def _first_term(number: int, frame: FrameType | None) -> None:
+    """Ignore the first SIGTERM; the next one has its default effect."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,7 +1,7 @@
-"""The built-in data: pictures with exact ground truth, made on the spot, without limit, in Korean and English.
+"""Built-in synthetic data: generated images with exact ground truth, unlimited, in Korean and English.
 
-What a sample holds is a pure function of the source's settings and its index, so workers, ranks and resumed runs agree
-without a file on disk.
+A sample is a pure function of the settings of the source and its index. So workers, ranks and resumed runs get the same
+samples without files on disk.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ _SLOTS = (ImageSlot(0), ImageSlot(1))
 
 
 class BuiltinSource:
-    """A types.Source of samples of one kind, or of preference pairs.
+    """Source of synthetic samples of one kind, or of preference pairs (see types.Source).
 
     Args:
         path: one of `PATHS`.
         language: of every sample; `auto` alternates between Korean and English.
-        num_samples: how many the source says it has; sample i is the same whatever this is.
-        hard: pictures of several tiles, with smaller text or more things.
+        num_samples: length of the source; sample i does not depend on it.
+        hard: images of several tiles, with smaller text or more shapes.
         seed: not negative; another seed gives other samples.
-        held_out: draws from dice that no training source throws; texts without a picture come from a part of their
-            closed world that training never sees.
+        held_out: use seeds that no training source uses; texts without an image come from a part of their closed world
+            that is never used in training.
     """
 
     def __init__(
@@ -92,11 +92,12 @@ class BuiltinSource:
         language = self.language
         if language is Language.auto:
             language = Language.en if index % 2 else Language.ko
-        dice = Dice(self._key(index, language), language, self.hard, self.held_out)
-        return self._pair(index, dice) if self.path is Kind.preference else self._sample(index, dice)
+        rng = Dice(self._key(index, language), language, self.hard, self.held_out)
+        return self._pair(index, rng) if self.path is Kind.preference else self._sample(index, rng)
 
     @property
     def digest(self) -> str:
+        """Digest of the settings and the generator version."""
         settings = (GENERATOR_VERSION, self.path, self.language, self.num_samples, self.hard, self.seed, self.held_out)
         return hashlib.blake2b("|".join(map(str, settings)).encode(), digest_size=16).hexdigest()
 
@@ -131,7 +132,7 @@ class BuiltinSource:
         )
 
     def _key(self, index: int, language: Language) -> int:
-        """One number per sample of all the built-in data: every part has bits of its own."""
+        """Compute a seed that is unique over all built-in samples: each part has its own bits."""
         assert index < 1 << 48
         task = _NUMBER[self.path] << 2 | (language is Language.en) << 1 | self.hard
         return ((self.seed << 1 | self.held_out) << 48 | index) << 8 | task
@@ -145,9 +146,9 @@ class BuiltinSource:
 
 
 def corpus(seed: int = 0, per_task: int = 40) -> Iterator[str]:
-    """The texts of all tasks in both languages, for training a tokenizer: one string per piece of text.
+    """Generate the texts of all tasks in both languages, to train a tokenizer: one string for each piece of text.
 
-    Images and control tokens are left out: control tokens get ids of their own and must not shape the merges.
+    Images and control tokens are left out: control tokens have their own ids and must not influence the merges.
     """
     for path in PATHS:
         for language in (Language.ko, Language.en):
@@ -159,7 +160,7 @@ def corpus(seed: int = 0, per_task: int = 40) -> Iterator[str]:
 
 
 def _asked(scene: Scene, question: tuple[Content, ...], *, first: bool) -> Message:
-    """The user's turn; the pictures stand before the first one."""
+    """Build the turn of the user; the first one begins with the images."""
     return Message(Role.user, (*_SLOTS[: len(scene.pictures)], *question) if first else question)
 
 

@@ -1,4 +1,4 @@
-"""The task without a picture: short sums, colour and shape words in the other language, greetings."""
+"""Synthetic task without an image: short sums, translation of colour and shape words, greetings."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ _GREETINGS = {
 
 
 def text(dice: Dice) -> Scene:
-    """A question and its answer; `facts` is one wrong answer. Held-out questions are never training questions."""
+    """Make a question and its answer; `facts` is one wrong answer. Held-out questions are never training questions."""
     chance = dice.random()
     question, answer, wrong = _sum(dice) if chance < 0.5 else _translation(dice) if chance < 0.8 else _greeting(dice)
     return Scene((), [((question,), (answer,))], (wrong,))
 
 
 def _sum(dice: Dice) -> tuple[str, str, str]:
+    """Make a sum or difference: (question, answer, wrong answer)."""
     a, b = dice.from_world(_HARD_SUMS if dice.hard else _SUMS)
     off = dice.between(1, 3)
     if a >= b and dice.random() < 0.5:
@@ -33,7 +34,7 @@ def _sum(dice: Dice) -> tuple[str, str, str]:
 
 
 def _translation(dice: Dice) -> tuple[str, str, str]:
-    """Into the language of the sample."""
+    """Make a translation into the language of the sample: (question, answer, wrong answer)."""
     colour, shape = dice.from_world(_THINGS)
     other: Colour = dice.pick([choice for choice in COLOURS if choice is not colour])
     question = dice.say(
@@ -44,6 +45,7 @@ def _translation(dice: Dice) -> tuple[str, str, str]:
 
 
 def _greeting(dice: Dice) -> tuple[str, str, str]:
+    """Make a greeting: (question, answer, wrong answer)."""
     name, form = dice.from_world(_GREETINGS[dice.language])
     other = dice.pick([choice for choice in names(dice.language) if choice != name])
     question = dice.say(f"{form}, 저는 {with_particle(name, '이에요')}.", f"{form}, I am {name}.")

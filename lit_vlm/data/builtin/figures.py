@@ -1,4 +1,4 @@
-"""Tasks about tables and charts."""
+"""Synthetic tasks about tables and charts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _HEADER: Rgb = (30, 30, 30)
 
 
 def table(dice: Dice) -> Scene:
-    """A cell of 2x2 digits; hard: of 3x3 two-digit numbers under column letters."""
+    """Make a question about a cell of 2x2 digits; hard: of 3x3 two-digit numbers under column letters."""
     height, width = dice.canvas()
     num = 3 if dice.hard else 2
     low, high = (10, 99) if dice.hard else (1, 9)
@@ -33,11 +33,11 @@ def table(dice: Dice) -> Scene:
 
 
 def chart(dice: Dice) -> Scene:
-    """Three bars on a grid of units: the tallest one's colour or a value; hard: five bars under small values."""
+    """Make a question about a bar chart: colour of the tallest of three bars, or a value; hard: five bars with values."""
     height, width = dice.canvas()
-    num, most = (5, 9) if dice.hard else (3, 4)
+    num, max_value = (5, 9) if dice.hard else (3, 4)
     colours = dice.some(COLOURS, num)
-    values = dice.some(range(1, most + 1), num)
+    values = dice.some(range(1, max_value + 1), num)
     if dice.random() < 0.5:
         tallest = colours[values.index(max(values))]
         question = dice.say("가장 큰 막대는 무슨 색인가요?", "What color is the tallest bar?")
@@ -47,7 +47,7 @@ def chart(dice: Dice) -> Scene:
         colour = colours[which]
         question = dice.say(f"{colour.ko} 막대의 값은 얼마인가요?", f"What is the value of the {colour.en} bar?")
         answer = str(values[which])
-    marks = _bars(dice, colours, values, most, height, width)
+    marks = _bars(dice, colours, values, max_value, height, width)
     return Scene((Picture(height, width, dice.paper(), tuple(marks)),), [((question,), (answer,))], values)
 
 
@@ -73,7 +73,7 @@ def _cells(dice: Dice, rows: Sequence[Sequence[int | str]], height: int, width: 
 
 
 def _bars(dice: Dice, colours: list, values: list[int], most: int, height: int, width: int) -> list[Figure | Text]:
-    head = 14 if dice.hard else 4  # room for the values above the bars
+    head = 14 if dice.hard else 4  # space for the values above the bars
     unit = (height - head - 4) // most
     floor = height - 3 - dice.between(0, 2)
     marks: list[Figure | Text] = [

@@ -1,6 +1,6 @@
-"""NanumGothic at any size.
+"""Font of the synthetic images: NanumGothic at any size.
 
-Pillow's own default font draws every Hangul syllable as the same empty box, so it is never used.
+Pillow's default font renders every Hangul syllable as the same empty box, so it is never used.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _FILE = "fonts/NanumGothic.ttf"
 
 @lru_cache(maxsize=1)
 def font_path() -> Path:
-    """NanumGothic.ttf inside its package, which is not imported: it would import matplotlib."""
+    """Find NanumGothic.ttf inside its package, which is not imported because it would import matplotlib."""
     spec = importlib.util.find_spec(_PACKAGE)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         path = Path(folder) / _FILE
@@ -33,14 +33,15 @@ def font_path() -> Path:
 
 @lru_cache(maxsize=256)
 def font(size: int) -> ImageFont.FreeTypeFont:
-    # The basic layout suffices for whole syllables and costs a third of raqm's.
+    """Load the font at a size in pixels."""
+    # The basic layout suffices for precomposed syllables and takes a third of the time of raqm.
     return ImageFont.truetype(font_path(), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 @lru_cache(maxsize=65536)
 def ink(text: str, size: int) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of the pixels that `text` drawn at the origin covers."""
-    # Not getbbox(): it counts the pen's advance, which reaches beyond the last letter.
+    """Measure the ink box of `text` rendered at the origin: (left, top, right, bottom) in pixels."""
+    # Not getbbox(): it includes the advance width, which extends beyond the last letter.
     mask, (x, y) = font(size).getmask2(text)
     left, top, right, bottom = mask.getbbox()
     return x + left, y + top, x + right, y + bottom

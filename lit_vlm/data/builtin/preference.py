@@ -1,4 +1,4 @@
-"""Preference pairs whose rejected answer is wrong in a known way."""
+"""Synthetic preference pairs: the rejected answer has a known error."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lit_vlm.types import Box, Content, Kind
 
 
 def pair(dice: Dice) -> tuple[Kind, Scene, tuple[Content, ...]]:
-    """The kind, the scene with its right answer, and the wrong answer."""
-    kind, task, mistake = dice.pick(_KINDS)
+    """Make a pair: the kind, the scene with the right answer, and the wrong answer."""
+    kind, task, make_wrong = dice.pick(_KINDS)
     scene = task(dice)
-    return kind, scene, mistake(dice, scene)
+    return kind, scene, make_wrong(dice, scene)
 
 
 def _wrong_thing(dice: Dice, scene: Scene) -> tuple[Content, ...]:
-    """Another colour, or another shape, of one of the things."""
+    """Make a caption with a wrong colour or a wrong shape of one object."""
     things = [thing[:2] for thing in scene.facts]
     which = dice.between(0, len(things) - 1)
     colour, shape = things[which]
@@ -35,7 +35,7 @@ def _wrong_word(dice: Dice, scene: Scene) -> tuple[Content, ...]:
 
 
 def _wrong_number(dice: Dice, scene: Scene) -> tuple[Content, ...]:
-    """One digit is another one."""
+    """Make a number with one wrong digit."""
     (right,) = scene.facts
     place = dice.between(0, len(right) - 1)
     digit = _other(dice, "123456789", right[place])
@@ -43,7 +43,7 @@ def _wrong_number(dice: Dice, scene: Scene) -> tuple[Content, ...]:
 
 
 def _wrong_grounding(dice: Dice, scene: Scene) -> tuple[Content, ...]:
-    """The box is elsewhere, or is missing although <gro> asked for one."""
+    """Make an answer with a wrong box, or without a box although <gro> asks for one."""
     thing: Thing = scene.facts[0]
     name = thing.phrase(dice.language)
     return (name,) if dice.random() < 0.5 else obj(name, _elsewhere(dice, thing.box))
@@ -54,7 +54,7 @@ def _wrong_text(dice: Dice, scene: Scene) -> tuple[Content, ...]:
 
 
 def _elsewhere(dice: Dice, box: Box) -> Box:
-    """A box of the same size, at least a tenth off."""
+    """Move a box by at least a tenth; its size stays."""
     x, y = round(10 * box.x1), round(10 * box.y1)
     width, height = round(10 * box.x2) - x, round(10 * box.y2) - y
     while True:

@@ -1,4 +1,4 @@
-"""Tasks about written text: word, number, ocr, document, arithmetic."""
+"""Synthetic tasks about written text: word, number, ocr, document, arithmetic."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ _ZEROS = str.maketrans("123456789", "000000000")
 
 
 def word(dice: Dice) -> Scene:
-    """One of eight words, large; hard: one of sixteen, small."""
+    """Make a word to read: one of eight, large; hard: one of sixteen, small."""
     text = dice.pick(words(dice.language, 2 * NUM_WORDS if dice.hard else NUM_WORDS))
     question = dice.pick(dice.say(("단어를 읽어 주세요.", "무슨 단어인가요?"), ("Read the word.", "What does it say?")))
     return _line(dice, text, text, question, size=dice.between(22, 25), jitter=3)
 
 
 def number(dice: Dice) -> Scene:
-    """10 to 99."""
+    """Make a number to read, 10 to 99."""
     text = str(dice.between(10, 99))
     question = dice.pick(dice.say(("수를 읽어 주세요.", "몇인가요?"), ("Read the number.", "What number is it?")))
     return _line(dice, text, text, question, size=dice.between(38, 41), jitter=4)
 
 
 def arithmetic(dice: Dice) -> Scene:
-    """A written sum or difference."""
+    """Make a written sum or difference."""
     low, high = (10, 49) if dice.hard else (1, 9)
     a, b = dice.between(low, high), dice.between(low, high)
     if dice.random() < 0.5:
@@ -40,7 +40,7 @@ def arithmetic(dice: Dice) -> Scene:
 
 
 def ocr(dice: Dice) -> Scene:
-    """Every text with the box of its ink: one or two lines, hard three or four."""
+    """Make an OCR task: every text with its ink box; one or two lines, hard: three or four."""
     height, width = dice.canvas()
     num = dice.between(3, 4) if dice.hard else dice.between(1, 2)
     choices = (*words(dice.language), *(str(dice.between(10, 99)) for _ in range(4)))
@@ -58,7 +58,7 @@ def ocr(dice: Dice) -> Scene:
 
 
 def document(dice: Dice) -> Scene:
-    """A form of a name and a date; hard: of two more fields, in full."""
+    """Make a question about a form with a name and a date; hard: with two more fields and full labels."""
     height, width = dice.canvas()
     fields = _fields(dice)
     texts = [f"{label}{': ' if dice.hard else ' '}{value}" for label, value, _ in fields]
@@ -71,8 +71,8 @@ def document(dice: Dice) -> Scene:
 
 
 def _fitting(texts: list[str], size: int, width: int) -> int:
-    """The largest size, at most `size`, at which all texts fit."""
-    # All digits are equally wide; as zeros, the many dates are measured once. One pixel for the digit's own ink.
+    """Find the largest font size, at most `size`, at which all texts fit into `width` pixels."""
+    # All digits have the same width; with zeros instead, the many dates are measured once. One pixel for the digit's own ink.
     texts = [text.translate(_ZEROS) for text in texts]
     while size > 6 and max(ink(text, size)[2] + 1 for text in texts) > width:
         size -= 1
@@ -80,7 +80,7 @@ def _fitting(texts: list[str], size: int, width: int) -> int:
 
 
 def _fields(dice: Dice) -> list[tuple[str, str, str]]:
-    """(label, value, question) of each line."""
+    """Make the fields of a form: (label, value, question) of each line."""
     month, day = dice.between(1, 12), dice.between(1, 28)
     date = f"{dice.between(2020, 2029)}-{month:02}-{day:02}" if dice.hard else f"{month}/{day}"
     name = dice.pick(names(dice.language))
@@ -98,7 +98,7 @@ def _fields(dice: Dice) -> list[tuple[str, str, str]]:
 
 
 def _line(dice: Dice, text: str, answer: str, question: str, size: int, jitter: int) -> Scene:
-    """One line of text. Hard: small and anywhere; the view of the whole picture blurs it and the tiles show it."""
+    """Make a scene with one line of text. Hard: small and anywhere; it is blurred in the base view and sharp in the tiles."""
     height, width = dice.canvas()
     area = (1, 1, width - 1, height - 1)
     line: Text = (

@@ -1,7 +1,8 @@
-"""Pictures as lists of marks, decided at once and drawn late, and the dice that decide them.
+"""Scenes of synthetic data: images as lists of marks that are rendered lazily, and their random generator.
 
-Lengths are pixels unless they are called tenths. A box is (left, top, right, bottom); right and bottom are the first
-pixels outside.
+Lengths are in pixels, or in tenths of the image size where they are called tenths. A box is (left, top, right, bottom);
+right and bottom are the first pixels outside. The names of `Picture`, `Figure`, `Text` and their fields are part of
+content hashes (`Picture.content`).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from lit_vlm.data.builtin import words
 from lit_vlm.data.builtin.fonts import font, ink
 from lit_vlm.types import Box, Content, Language
 
-GENERATOR_VERSION = 1  # raise it with every change of what a sample holds: indexes and finished runs then know
+GENERATOR_VERSION = 1  # increase it with every change of the samples; indexes and runs depend on it
 
 T = TypeVar("T")
 Rgb = tuple[int, int, int]
@@ -38,7 +39,7 @@ def _star() -> tuple[tuple[float, float], ...]:
     return tuple(((x - min(xs)) / (max(xs) - min(xs)), (y - min(ys)) / (max(ys) - min(ys))) for x, y in points)
 
 
-# Corners in the unit square; each outline touches all four sides, so its box is exact.
+# Corners in the unit square; each outline touches all four sides, so its bounding box is exact.
 _OUTLINES: dict[str, tuple[tuple[float, float], ...]] = {
     "square": ((0, 0), (1, 0), (1, 1), (0, 1)),
     "triangle": ((0.5, 0), (1, 1), (0, 1)),
@@ -51,7 +52,7 @@ _OUTLINES: dict[str, tuple[tuple[float, float], ...]] = {
 
 
 class Figure(NamedTuple):
-    """A filled shape; `shape` is "circle" or a key of `_OUTLINES`."""
+    """Filled shape; `shape` is "circle" or a key of `_OUTLINES`."""
 
     shape: str
     box: PixelBox
@@ -69,7 +70,7 @@ class Figure(NamedTuple):
 
 
 class Text(NamedTuple):
-    """A line of text, written from x, y: lines of the same x and evenly spaced y stand as on a page."""
+    """Line of text at x, y; lines with equal x and evenly spaced y are laid out as on a page."""
 
     text: str
     size: int
@@ -79,7 +80,7 @@ class Text(NamedTuple):
 
     @property
     def box(self) -> PixelBox:
-        """The box of its ink."""
+        """Bounding box of its ink."""
         left, top, right, bottom = ink(self.text, self.size)
         return self.x + left, self.y + top, self.x + right, self.y + bottom
 
@@ -89,7 +90,7 @@ class Text(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """An ImageSource that draws itself when it is loaded."""
+    """Synthetic image, a LazyImage that is rendered when it is loaded."""
 
     height: int
     width: int
@@ -108,16 +109,17 @@ class Picture:
         return image
 
     def content(self) -> bytes:
-        """Of what is drawn: the pixels follow from it."""
+        """Hash the marks, which determine the pixels: 16 bytes."""
         return hashlib.blake2b(f"{GENERATOR_VERSION}{self}".encode(), digest_size=16).digest()
 
     def fractions(self, box: PixelBox) -> Box:
+        """Convert a box from pixels to fractions of the image size."""
         left, top, right, bottom = box
         return Box(left / self.width, top / self.height, right / self.width, bottom / self.height)
 
 
 class Thing(NamedTuple):
-    """A coloured shape in a picture, and where. `box` is what is said of it, `pixels` what is drawn."""
+    """Coloured shape in an image; `box` is its box in the answer (fractions), `pixels` its rendered box."""
 
     colour: words.Colour
     shape: words.Shape
@@ -125,14 +127,15 @@ class Thing(NamedTuple):
     pixels: PixelBox
 
     def phrase(self, language: Language) -> str:
+        """Describe it in words, such as "red circle"."""
         return words.phrase(self.colour, self.shape, language)
 
 
 @dataclass(slots=True)
 class Scene:
-    """What a task makes: pictures, and questions with their answers about them.
+    """Scene of a task: images, and questions about them with their answers.
 
-    `facts` is what the answer rests on; preference pairs make their wrong answers from it.
+    `facts` are the facts behind the answer; preference pairs derive their wrong answers from them.
     """
 
     pictures: tuple[Picture, ...]
@@ -141,32 +144,34 @@ class Scene:
 
 
 class Dice:
-    """Every choice of one sample. The key holds all that tells samples apart, so no two samples share a seed."""
+    """Random generator of one sample. The key is unique to the sample, so no two samples share a seed."""
 
     __slots__ = ("hard", "held_out", "language", "random")
 
     def __init__(self, key: int, language: Language, hard: bool, held_out: bool) -> None:
-        # Random seeds itself with all the bits of an int, however long.
+        # Random uses all bits of an int of any length as its seed.
         self.random = Random(key).random
         self.language, self.hard, self.held_out = language, hard, held_out
 
     def between(self, low: int, high: int) -> int:
-        """Both ends included."""
+        """Sample an integer from low to high, both included."""
         return low + int(self.random() * (high - low + 1))
 
     def pick(self, choices: Sequence[T]) -> T:
+        """Choose one element."""
         return choices[int(self.random() * len(choices))]
 
     def some(self, choices: Sequence[T], num: int) -> list[T]:
-        """`num` different ones, in random order."""
+        """Choose `num` distinct elements, in random order."""
         rest = list(choices)
         return [rest.pop(int(self.random() * len(rest))) for _ in range(num)]
 
     def say(self, ko: T, en: T) -> T:
+        """Select the value for the language of the sample."""
         return ko if self.language == "ko" else en
 
     def from_world(self, world: Sequence[T]) -> T:
-        """One of a closed world of texts, of which every fifth is kept for held-out samples."""
+        """Choose from a closed world of texts, of which every fifth is reserved for held-out samples."""
         num = len(world)
         if self.held_out:
             return world[5 * self.between(0, (num - 1) // 5)]
@@ -174,25 +179,25 @@ class Dice:
         return world[rank + rank // 4 + 1]
 
     def canvas(self) -> tuple[int, int]:
-        """(height, width) of a picture."""
+        """Choose the (height, width) of an image."""
         return self.pick(HARD_SIZES) if self.hard else EASY_SIZE
 
     def paper(self) -> Rgb:
-        """A light background."""
+        """Sample a light background colour."""
         level = self.between(222, 246)
         return level + self.between(-6, 6), level + self.between(-6, 6), level + self.between(-6, 6)
 
     def dark(self) -> Rgb:
-        """A colour for text that any paper sets off."""
+        """Sample a dark text colour that is readable on any background."""
         return self.between(0, 90), self.between(0, 70), self.between(0, 110)
 
     def shade(self, colour: words.Colour) -> Rgb:
-        """The colour, a little off."""
+        """Sample a slight variation of the colour."""
         red, green, blue = (max(0, min(255, channel + self.between(-9, 9))) for channel in colour.rgb)
         return red, green, blue
 
     def write(self, text: str, size: int, area: PixelBox, rgb: Rgb | None = None, jitter: int = 1000) -> Text:
-        """Text somewhere in `area`, at most `jitter` pixels off its middle. The size shrinks until the text fits."""
+        """Make a text inside `area`, at most `jitter` pixels from its centre. The font size shrinks until the text fits."""
         left, top, right, bottom = area
         while True:
             ink_left, ink_top, ink_right, ink_bottom = ink(text, size)
@@ -206,5 +211,5 @@ class Dice:
         return Text(text, size, x, y, rgb or self.dark())
 
     def near_middle(self, spare: int, jitter: int) -> int:
-        """An offset that leaves about half of `spare` on either side, give or take `jitter`."""
+        """Sample an offset that leaves about half of `spare` on each side, plus or minus `jitter`."""
         return self.between(max(0, spare // 2 - jitter), max(0, min(spare, spare // 2 + jitter)))

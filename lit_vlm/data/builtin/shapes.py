@@ -1,4 +1,4 @@
-"""Tasks about coloured shapes: caption, image_only, grounding, referring, instruction, multi_image."""
+"""Synthetic tasks about coloured shapes: caption, image_only, grounding, referring, instruction, multi_image."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _HARD_SIDE = 33.6  # pixels: 3 tenths of 112 and 2 of 168, so that shapes stay s
 
 
 def caption(dice: Dice) -> Scene:
-    """A lone shape; hard: two, named from left to right."""
+    """Make a caption of a single shape; hard: of two, from left to right."""
     question = dice.pick(
         dice.say(
             ("무엇이 보이나요?", "그림을 설명해 주세요.", "그림에 무엇이 있나요?"),
@@ -25,6 +25,7 @@ def caption(dice: Dice) -> Scene:
 
 
 def image_only(dice: Dice) -> Scene:
+    """Make a caption without a question."""
     scene = caption(dice)
     ((_, answer),) = scene.turns
     scene.turns = [((), answer)]
@@ -32,7 +33,7 @@ def image_only(dice: Dice) -> Scene:
 
 
 def grounding(dice: Dice) -> Scene:
-    """A lone shape and where it is, on tenths; hard: one of three, which the question names."""
+    """Make a grounding task: a single shape with its box on tenths; hard: one of three, named in the question."""
     picture, things = _scatter(dice, 3) if dice.hard else _alone_on_tenths(dice)
     thing = dice.pick(things)
     name = thing.phrase(dice.language)
@@ -44,7 +45,7 @@ def grounding(dice: Dice) -> Scene:
 
 
 def referring(dice: Dice) -> Scene:
-    """The colour of what the question points at."""
+    """Make a question about the colour of the shape in the given box."""
     picture, things = _scatter(dice, 3 if dice.hard else 2)
     thing = dice.pick(things)
     noun = dice.pick(dice.say(("이 도형", "이 물체"), ("this shape", "this object")))
@@ -57,7 +58,7 @@ def referring(dice: Dice) -> Scene:
 
 
 def instruction(dice: Dice) -> Scene:
-    """Two or three turns about the same picture."""
+    """Make two or three turns about the same image."""
     turns = _about_many(dice) if dice.hard else _about_one(dice)
     picture, questions = turns
     chosen = dice.some(questions, dice.between(2, 3))
@@ -65,7 +66,7 @@ def instruction(dice: Dice) -> Scene:
 
 
 def multi_image(dice: Dice) -> Scene:
-    """Two pictures: which of them has a thing, or whether both show the same shape."""
+    """Make a question about two images: which one has a shape, or do both have the same shape."""
     colours = dice.some(COLOURS, 2)
     same = dice.random() < 0.5
     shapes = [dice.pick(SHAPES)] * 2 if same else dice.some(SHAPES, 2)
@@ -86,8 +87,9 @@ def multi_image(dice: Dice) -> Scene:
 
 
 def _about_one(dice: Dice) -> tuple[Picture, list[tuple[str, str]]]:
+    """Make an image with one shape, and (question, answer) pairs about it."""
     left = dice.random() < 0.5
-    # Clear of the middle, so that "left" and "right" are never in doubt.
+    # Away from the centre, so that "left" and "right" are unambiguous.
     picture, (thing,) = _alone(dice, area=(0, 0, 30, 56) if left else (26, 0, 56, 56))
     colour, shape = thing.colour.name(dice.language), thing.shape.name(dice.language)
     side = dice.say("왼쪽", "left") if left else dice.say("오른쪽", "right")
@@ -102,6 +104,7 @@ def _about_one(dice: Dice) -> tuple[Picture, list[tuple[str, str]]]:
 
 
 def _about_many(dice: Dice) -> tuple[Picture, list[tuple[str, str]]]:
+    """Make an image with two or three shapes, and (question, answer) pairs about them."""
     num = dice.between(2, 3)
     picture, things = _scatter(dice, num)
     colour, shape = things[0].colour.name(dice.language), things[-1].shape.name(dice.language)
@@ -119,7 +122,7 @@ def _about_many(dice: Dice) -> tuple[Picture, list[tuple[str, str]]]:
 
 
 def _alone(dice: Dice, kind: tuple | None = None, area: PixelBox | None = None) -> tuple[Picture, list[Thing]]:
-    """One large shape near the middle of its area; `kind` is its colour and shape."""
+    """Make an image with one large shape near the centre of its area; `kind` is its colour and shape."""
     height, width = dice.canvas()
     left, top, right, bottom = area if area and not dice.hard else (0, 0, width, height)
     side = dice.between(22, 28) if area else dice.between(34, 46) * min(height, width) // 56
@@ -131,7 +134,7 @@ def _alone(dice: Dice, kind: tuple | None = None, area: PixelBox | None = None) 
 
 
 def _alone_on_tenths(dice: Dice) -> tuple[Picture, list[Thing]]:
-    """One shape clear of the border: every corner is then 0.1 to 0.9, one form of number for a small model to learn."""
+    """Make an image with one shape away from the border: all corners are 0.1 to 0.9, one number format for a small model."""
     height, width = dice.canvas()
     side = dice.between(3, 5)
     x, y = dice.between(1, 9 - side), dice.between(1, 9 - side)
@@ -141,7 +144,7 @@ def _alone_on_tenths(dice: Dice) -> tuple[Picture, list[Thing]]:
 
 
 def _scatter(dice: Dice, num: int) -> tuple[Picture, list[Thing]]:
-    """Shapes of different colours from left to right, none above another, corners on tenths."""
+    """Scatter shapes of different colours from left to right, without horizontal overlap, with corners on tenths."""
     height, width = dice.canvas()
     across, down = (round(10 * _HARD_SIDE / width), round(10 * _HARD_SIDE / height)) if dice.hard else (4, 4)
     gaps = sorted(dice.between(0, 10 - num * across) for _ in range(num))

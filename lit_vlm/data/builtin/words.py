@@ -1,4 +1,4 @@
-"""What the built-in pictures show, and how Korean and English say it."""
+"""Vocabulary of the synthetic data, in Korean and English: colours, shapes, words, names, and Korean particles."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from lit_vlm.types import Language
 
 
 class Colour(NamedTuple):
+    """Colour with its English and Korean names."""
+
     rgb: tuple[int, int, int]
     en: str
     ko: str  # before a noun
@@ -18,6 +20,8 @@ class Colour(NamedTuple):
 
 
 class Shape(NamedTuple):
+    """Shape with its English and Korean names."""
+
     key: str
     en: str
     ko: str
@@ -43,7 +47,7 @@ SHAPES = (
     Shape("cross", "cross", "십자가"),
 )
 
-# The first eight are those of kind `word`; pictures with more text use all.
+# The first eight are used by kind `word`; images with more text use all.
 WORDS_KO = tuple("사과 나무 바다 학교 기차 우유 구름 하늘 시장 노래 여름 겨울 친구 가방 편지 시계".split())
 WORDS_EN = tuple("tree book fish milk sun car bird hand lamp door rain snow ship game food ring".split())
 NUM_WORDS = 8
@@ -65,7 +69,7 @@ _PARTICLES = {
 
 
 def has_final(word: str) -> bool:
-    """Whether a Korean word, or a number as Koreans read it, ends in a consonant."""
+    """Return True if a Korean word, or a number in its Korean reading, ends in a consonant."""
     last = word[-1]
     if "가" <= last <= "힣":
         return (ord(last) - ord("가")) % 28 != 0
@@ -73,26 +77,28 @@ def has_final(word: str) -> bool:
 
 
 def particle(word: str, form: str) -> str:
-    """The form of a particle that follows `word`; `form` is the one used after a consonant (a key of `_PARTICLES`)."""
+    """Get the form of a particle after `word`; `form` is the one used after a consonant (a key of `_PARTICLES`)."""
     after_consonant, after_vowel = _PARTICLES[form]
     return after_consonant if has_final(word) else after_vowel
 
 
 def with_particle(word: str, form: str) -> str:
+    """Add a Korean particle to a word, in the form that fits; see `get_particle`."""
     return word + particle(word, form)
 
 
 def phrase(colour: Colour, shape: Shape, language: Language) -> str:
-    """ "red circle", without an article."""
+    """Format a coloured shape without an article, such as "red circle"."""
     return f"{colour.ko} {shape.ko}" if language == "ko" else f"{colour.en} {shape.en}"
 
 
 def with_article(noun: str) -> str:
+    """Add the English indefinite article."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def caption_of(things: list[tuple[Colour, Shape]], language: Language) -> str:
-    """One or two things, from left to right."""
+    """Format a caption of one or two shapes, from left to right."""
     phrases = [phrase(colour, shape, language) for colour, shape in things]
     if language == "en":
         return " and ".join(map(with_article, phrases))

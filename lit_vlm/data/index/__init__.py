@@ -1,1 +1,1 @@
-"""What every record costs: read once, kept in shards that are never stale, shortened by the length policy, verified."""
+"""Sample index: cost of each record, read once and cached in shards, with the length policy and image verification."""

@@ -1,7 +1,7 @@
-"""What every sample costs, as columns: what the mixture, the plan and preflight look at instead of the data.
+"""Sample index: the cost of each sample as columns, used by mixture, plan and preflight instead of the data.
 
-`index_store` makes them in one pass over the sources, no pixel decoded. The plan then deals only with records that can
-be used, and knows the number of supervised tokens of each optimizer step before its first backward.
+`build_index` computes them in one pass over the sources, without decoding pixels. So the plan contains only usable
+records, and knows the number of supervised tokens of each optimizer step before its first backward pass.
 """
 
 from __future__ import annotations
@@ -21,45 +21,45 @@ from lit_vlm.types import Kind, Language, Record, RecordError, Sample, Source, U
 KINDS = tuple(Kind)  # codes of the column `kind`
 LANGUAGES = tuple(Language)  # codes of the column `language`
 
-# A row per usable record. Tokens are counted over all segments: those of a pair are its prompt and its two answers.
+# One row for each usable record. Tokens are counted over all segments; a pair has its prompt and two answers.
 COLUMNS: dict[str, type[np.generic]] = {
     "position": np.uint32,  # in its source
     "tokens": np.int32,
     "image_tokens": np.int32,
     "supervised": np.int32,
     "chosen": np.int32,  # supervised tokens of a pair's chosen answer; 0 for samples
-    "squares": np.int64,  # twice the pairs of tokens that attention looks at: of a segment alone, its length squared
-    "longest": np.int32,  # most tokens that a segment sees, its prefix with it
-    "tiles": np.int32,  # tower inputs, base views included
+    "squares": np.int64,  # twice the token pairs of causal attention; of a single segment its squared length
+    "longest": np.int32,  # maximum tokens that a segment attends to, its prefix included
+    "tiles": np.int32,  # inputs of the vision tower, base views included
     "images": np.int16,
     "height": np.int32,  # of the first image, in pixels after EXIF rotation; 0 without one
     "width": np.int32,
     "kind": np.uint8,
     "language": np.uint8,
-    "normalised": np.bool_,  # Unicode's NFC changed its text
-    "digest": np.uint64,  # of what the record says and of the names (or bytes) of its images
-    "group": np.uint64,  # of its images alone, else of its text: records of one group are held out together
-    "content": np.uint64,  # of the bytes of its picture files, see `content.py`; 0 where nothing lies in files
-    "stamp": np.uint64,  # of the size and time of these files, see `fingerprint.stamp`
+    "normalised": np.bool_,  # Unicode NFC normalisation changed its text
+    "digest": np.uint64,  # of the record's text and the names (or bytes) of its images
+    "group": np.uint64,  # of its images, or without images of its text; records of one group are held out together
+    "content": np.uint64,  # of the bytes of its image files, see `content.py`; 0 without files
+    "stamp": np.uint64,  # of the size and modification time of these files, see `compute_stamp`
 }
-# Other stamps are no other data: a copy has its own.
+# Stamps are not part of the content: a copy of a file may have another one.
 OF_CONTENT = tuple(sorted(name for name in COLUMNS if name != "stamp"))
-# How a record that is too long was made to fit (`lengths.py`); -1: as it is.
+# How the length policy shortened an overlong record (`lengths.py`); -1: unchanged.
 FITTED: dict[str, type[np.generic]] = {"most_tiles": np.int16, "turns": np.int16}
 
 
 @dataclass(slots=True)
 class Index:
-    """Columns over the usable records of several sources; sample i is `sources[source_of[i]][position[i]]`."""
+    """Index of the usable samples of several sources, as columns; sample i is `sources[source_ids[i]][position[i]]`."""
 
     sources: Sequence[Source]
     source_of: np.ndarray  # [samples] int16
     columns: dict[str, np.ndarray]  # those of COLUMNS and FITTED, [samples] each
-    errors: list[tuple[str, RecordError]] = field(default_factory=list)  # (source name, what is wrong)
-    fitted: Counter[tuple[str, str]] = field(default_factory=Counter)  # over-long ones of (source name, what was done)
+    errors: list[tuple[str, RecordError]] = field(default_factory=list)  # (source name, error)
+    fitted: Counter[tuple[str, str]] = field(default_factory=Counter)  # overlong samples by (source, action)
     unread: dict[str, dict[str, int]] = field(
         default_factory=dict
-    )  # source name -> key that nothing is read from -> records
+    )  # source name -> key that is not read -> number of records
 
     def __len__(self) -> int:
         return len(self.source_of)
@@ -70,7 +70,7 @@ class Index:
         raise AttributeError(name)
 
     def record(self, sample: int) -> Record:
-        """The record as it is trained on: with the tiles and turns that the length policy left it."""
+        """Read the record as it is used in training: with the tiles and turns that the length policy keeps."""
         record = self.sources[self.source_of[sample]][int(self.position[sample])]
         most_tiles, turns = int(self.most_tiles[sample]), int(self.turns[sample])
         if most_tiles >= 0:
@@ -86,27 +86,28 @@ class Index:
         return LANGUAGES[self.language[sample]]
 
     def of_source(self, number: int) -> np.ndarray:
-        """Samples of one source."""
+        """Find the samples of one source."""
         return np.flatnonzero(self.source_of == number)
 
     def flops(self, flops: Flops) -> np.ndarray:
-        """[samples] float64."""
+        """Compute the FLOPs of each sample: [samples] float64."""
         return flops.of(self.tokens, self.squares, self.tiles, self.supervised)
 
     def subset(self, samples: np.ndarray) -> Index:
+        """Select samples into a new index, without its `errors`."""
         columns = {name: column[samples] for name, column in self.columns.items()}
         return Index(self.sources, self.source_of[samples], columns, unread=self.unread)
 
     def keys(self, samples: Any) -> np.ndarray:
-        """[samples] uint64, of what they say, which pictures they have, and as how many tokens and tiles."""
+        """Compute cache keys [samples] uint64 from text, image names, and numbers of tokens and tiles."""
         lengths = [self.columns[name][samples].astype(np.uint64) for name in ("tokens", "supervised", "tiles")]
         key = self.columns["digest"][samples]
-        for number, column in enumerate(lengths, 1):  # sums of odd multiples wrap around and stay apart
+        for number, column in enumerate(lengths, 1):  # sums of odd multiples wrap around and stay distinct
             key = key + column * np.uint64(0x9E3779B97F4A7C15) * np.uint64(2 * number + 1)
         return key
 
     def digest(self) -> str:
-        """Changes when the data, the template, the tokenizer or the image settings change what is trained on."""
+        """Compute a digest of the training data; it also depends on chat template, tokenizer and image settings."""
         hasher = hashlib.sha256()
         for source in self.sources:
             hasher.update(f"{source.name}\0".encode())
@@ -115,37 +116,42 @@ class Index:
         return hasher.hexdigest()
 
     def digest_of_pictures(self) -> str:
-        """Changes when a picture's file holds something else."""
+        """Compute a digest of the contents of all image files."""
         return hashlib.sha256(np.ascontiguousarray(self.columns["content"]).tobytes()).hexdigest()
 
 
 def groups_of(index: Index) -> list[Language | Kind]:
-    """The languages and kinds that it holds."""
+    """List the languages and kinds of the samples."""
     languages, kinds = np.unique(index.language).tolist(), np.unique(index.kind).tolist()
     return [*(LANGUAGES[code] for code in languages), *(KINDS[code] for code in kinds)]
 
 
 def split(index: Index, fraction: float, most: int = 200) -> tuple[Index, Index]:
-    """Training and held-out samples: of each source min(fraction, most), chosen by digest, so that neither order nor
-    size matters. Records of one image stay together, so that no held-out picture is trained on; only where each image
-    has more records than are held out, which would leave none, they are parted."""
-    held = np.zeros(len(index), dtype=bool)
+    """Split an index into training and held-out samples.
+
+    Of each source min(fraction, `max_per_source`) samples are held out. They are selected by digest, so that neither the
+    order nor the size of the source matters. Records with the same image stay together, so that no held-out image is
+    used in training. They are separated only if each image has more records than are to be held out, which would leave
+    none.
+    """
+    is_held_out = np.zeros(len(index), dtype=bool)
     for number in range(len(index.sources)):
         samples = index.of_source(number)
         count = min(most, int(len(samples) * fraction))
         groups, sizes = np.unique(index.group[samples], return_counts=True)
         groups, sizes = groups[sizes <= count], sizes[sizes <= count]
-        few = groups[np.cumsum(sizes) <= count]  # digests are even, so the lowest are as good as any
-        if len(few):
-            held[samples[np.isin(index.group[samples], few)]] = True
+        selected = groups[np.cumsum(sizes) <= count]  # digests are uniform, so the lowest are a random choice
+        if len(selected):
+            is_held_out[samples[np.isin(index.group[samples], selected)]] = True
         else:
-            held[samples[np.argsort(index.columns["digest"][samples], kind="stable")[:count]]] = True
-    training = index.subset(np.flatnonzero(~held))
+            is_held_out[samples[np.argsort(index.columns["digest"][samples], kind="stable")[:count]]] = True
+    training = index.subset(np.flatnonzero(~is_held_out))
     training.errors, training.fitted = index.errors, index.fitted
-    return training, index.subset(np.flatnonzero(held))
+    return training, index.subset(np.flatnonzero(is_held_out))
 
 
 def require_samples(index: Index, what: str) -> None:
+    """Raise UserError if the index has no sample."""
     if not len(index):
         names = ", ".join(source.name for source in index.sources) or "none"
         raise UserError(f"No usable sample for {what} in the sources: {names}. Check data.sources.<name>.path.")

@@ -1,4 +1,4 @@
-"""What a record says, which pictures it has, and whether their files are the ones that were read: as 64-bit numbers."""
+"""Fingerprints of records: 64-bit hashes of text, image names, and size and modification time of image files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lit_vlm.types import Control, ImageSlot, ImageSource, Message, PreferencePa
 
 
 def digests(record: Record) -> tuple[int, int]:
-    """(digest, group): of messages and pictures; and of the pictures alone, where there are some, else the same."""
+    """Compute (digest, group): hash of messages and images, and hash of the images alone (without images: the digest)."""
     pictures = [picture_name(record, number) for number in range(len(record.images))]
     if isinstance(record, PreferencePair):
         messages = (*record.prompt, record.chosen, record.rejected)
@@ -23,7 +23,7 @@ def digests(record: Record) -> tuple[int, int]:
 
 
 def picture_name(record: Record, number: int) -> bytes:
-    """What tells a record's picture from others of its source: its path, or its content."""
+    """Get the key of an image within its source: its path, or its content."""
     image = record.images[number]
     match image:
         case FileImage():
@@ -32,12 +32,12 @@ def picture_name(record: Record, number: int) -> bytes:
             return hashlib.blake2b(image.data, digest_size=16).digest()
         case ArrayImage():
             return digest_of_pixels(image.array)
-    name = getattr(image, "name", f"{record.source}/{record.id}#{number}")  # of an archive's member
+    name = getattr(image, "name", f"{record.source}/{record.id}#{number}")  # name of an archive member
     return name.encode(errors="surrogatepass")
 
 
 def stamp(record: Record) -> int:
-    """Another one when a picture's file is another: by size and time of change. 0 where nothing lies in files."""
+    """Compute a stamp of the size and modification time of the record's image files; 0 without files."""
     stats = [part for image in record.images for part in _status(image)]
     return _number([repr(stats).encode()]) if any(stats) else 0
 
@@ -51,7 +51,7 @@ def _status(image: ImageSource) -> tuple[int, int]:
             status = os.stat(member.archive)
         else:
             return 0, 0
-    except (OSError, RecordError):  # whoever reads it says why
+    except (OSError, RecordError):  # reading the image reports the error
         return 0, 0
     return status.st_size, status.st_mtime_ns
 
@@ -59,11 +59,12 @@ def _status(image: ImageSource) -> tuple[int, int]:
 def _file_status(image: FileImage) -> os.stat_result:
     try:
         return os.stat(f"{image.root}/{image.path}")
-    except (OSError, ValueError):  # under another spelling of its name, or not at all
+    except (OSError, ValueError):  # the name has another Unicode form, or does not exist
         return locate(image.path, image.root, image.origin).stat()
 
 
 def _words(message: Message) -> Iterable[bytes]:
+    """Yield the parts of a message for hashing."""
     yield message.role.encode()
     if not message.trained:
         yield b"untrained"

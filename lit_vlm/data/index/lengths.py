@@ -1,4 +1,4 @@
-"""The length policy: what becomes of a sample that is longer than a micro-batch may hold. Image tokens are never cut."""
+"""Length policy: shorten or quarantine samples that exceed the limits of a micro-batch. Image tokens are never cut."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from lit_vlm.data.processor import Processor
 from lit_vlm.data.readers.record import first_turns
 from lit_vlm.types import Fault, RecordError, Role, Sample
 
-Change = dict[str, Any]  # column -> what the shortened sample has in it
+Change = dict[str, Any]  # column -> value of the shortened sample
 
 
 @dataclass(frozen=True, slots=True)
 class Caps:
+    """Limits of a sample."""
+
     most_tokens: int  # of all segments together
     most_tiles: int
-    max_length: int  # of what one segment sees
+    max_length: int  # of the tokens that one segment attends to
 
     def hold(self, tokens: Any, longest: Any, tiles: Any) -> Any:
-        """Of numbers, or of columns."""
+        """Return True if the values, numbers or columns, are within the limits."""
         return (tokens <= self.most_tokens) & (longest <= self.max_length) & (tiles <= self.most_tiles)
 
 
@@ -38,18 +40,20 @@ def fit(
     most_tiles: int,
     max_length: int | None = None,
 ) -> Index:
-    """The index with every sample under the caps; its columns say what is then trained on.
+    """Apply the length policy: return an index in which every sample is within the limits.
 
-    What can be shortened by the policy is; the rest goes to `errors`. `fitted` counts both, by source and action.
+    Its columns describe the shortened samples. Samples that the policy cannot shorten enough go to `errors`.
+    `length_policy_counts` counts both, by source and action.
 
     Args:
+        index: all usable samples.
         policy: `data.on_overlong`.
-        most_tokens: of a sample, of a pair's prompt and both answers together.
-        most_tiles: of a sample.
-        max_length: most tokens of a sample, or of one answer of a pair with the prompt; None: no other limit.
+        max_tokens: of a sample; of a pair with its prompt and both answers.
+        max_tiles: of a sample.
+        max_length: maximum tokens of a sample, or of one answer of a pair with the prompt; None: no additional limit.
     """
-    caps = Caps(most_tokens, most_tiles, max_length or most_tokens)
-    overlong = np.flatnonzero(~caps.hold(index.tokens, index.longest, index.tiles))
+    limits = Caps(most_tokens, most_tiles, max_length or most_tokens)
+    overlong = np.flatnonzero(~limits.hold(index.tokens, index.longest, index.tiles))
     if not len(overlong):
         return index
     errors, fitted = list(index.errors), index.fitted.copy()
@@ -57,25 +61,25 @@ def fit(
     for sample in overlong.tolist():
         name = index.sources[index.source_of[sample]].name
         try:
-            changes[sample] = _shortened(index, sample, processor, policy, caps)
+            changes[sample] = _shortened(index, sample, processor, policy, limits)
             fitted[name, policy.value] += 1
         except RecordError as error:
             errors.append((name, error))
             fitted[name, OnOverlong.quarantine.value] += 1
-    stays = np.ones(len(index), dtype=bool)
-    stays[overlong] = False
-    stays[list(changes)] = True
-    kept = np.flatnonzero(stays)
-    result = index.subset(kept)
+    is_kept = np.ones(len(index), dtype=bool)
+    is_kept[overlong] = False
+    is_kept[list(changes)] = True
+    selected = np.flatnonzero(is_kept)
+    result = index.subset(selected)
     result.errors, result.fitted = errors, fitted
-    for place, change in zip(np.searchsorted(kept, list(changes)).tolist(), changes.values(), strict=True):
+    for row, change in zip(np.searchsorted(selected, list(changes)).tolist(), changes.values(), strict=True):
         for column, value in change.items():
-            result.columns[column][place] = value
+            result.columns[column][row] = value
     return result
 
 
 def _shortened(index: Index, sample: int, processor: Processor, policy: OnOverlong, caps: Caps) -> Change:
-    """RecordError when the policy cannot make it fit."""
+    """Apply the policy to one sample. Raises RecordError if it still exceeds the limits."""
     change = None
     if policy is OnOverlong.fewer_tiles:
         change = _with_fewer_tiles(index, sample, processor, caps)
@@ -87,21 +91,26 @@ def _shortened(index: Index, sample: int, processor: Processor, policy: OnOverlo
 
 
 def _with_fewer_tiles(index: Index, sample: int, processor: Processor, caps: Caps) -> Change | None:
-    """By arithmetic alone: the index knows the image's size. Several images have their base views only already."""
+    """Drop tiles until the sample fits; None if it does not.
+
+    It needs only the image size in the index. With several images, each has only its base view already.
+    """
     if index.images[sample] != 1 or (index.chosen[sample] and not processor.share_prompts):
         return None
     row = {name: int(index.columns[name][sample]) for name in ("tokens", "image_tokens", "squares", "longest", "tiles")}
     size = int(index.height[sample]), int(index.width[sample])
-    for most in range(row["tiles"] - 2, -1, -1):  # the base view is one of the tiles
-        layout = processor.images.layout(*size, most_tiles=most)
-        more = layout.num_tokens - row["image_tokens"]  # mostly below zero
-        tokens, longest = row["tokens"] + more, row["longest"] + more
+    for max_tiles in range(row["tiles"] - 2, -1, -1):  # the base view is one of the tiles
+        layout = processor.images.layout(*size, most_tiles=max_tiles)
+        added_tokens = layout.num_tokens - row["image_tokens"]  # usually negative
+        tokens, longest = row["tokens"] + added_tokens, row["longest"] + added_tokens
         if caps.hold(tokens, longest, layout.num_tiles):
             return {
-                "most_tiles": most,
+                "most_tiles": max_tiles,
                 "tokens": tokens,
                 "image_tokens": layout.num_tokens,
-                "squares": row["squares"] + 2 * more * row["tokens"] + more * more,  # every token sees the image
+                "squares": row["squares"]
+                + 2 * added_tokens * row["tokens"]
+                + added_tokens * added_tokens,  # all tokens attend to it
                 "longest": longest,
                 "tiles": layout.num_tiles,
             }
@@ -109,7 +118,7 @@ def _with_fewer_tiles(index: Index, sample: int, processor: Processor, caps: Cap
 
 
 def _with_fewer_turns(index: Index, sample: int, processor: Processor, caps: Caps) -> Change | None:
-    """The record is read again; its last turns go, each with its question and its images."""
+    """Drop the last turns until the sample fits, each with its question and images; None if it does not. Reads the record."""
     record = index.record(sample)
     if not isinstance(record, Sample):
         return None
@@ -123,10 +132,10 @@ def _with_fewer_turns(index: Index, sample: int, processor: Processor, caps: Cap
         cost = processor.cost(first_turns(record, turns))
         return not caps.hold(cost.num_tokens, cost.num_tokens, cost.num_tiles)
 
-    fitting = bisect_left(answers[:-1], True, key=too_long)  # every turn adds tokens
-    if not fitting:
+    num_fitting = bisect_left(answers[:-1], True, key=too_long)  # every turn adds tokens
+    if not num_fitting:
         return None
-    turns = answers[fitting - 1]
+    turns = answers[num_fitting - 1]
     cost = processor.cost(first_turns(record, turns))
     return {
         "turns": turns,
@@ -143,6 +152,7 @@ def _with_fewer_turns(index: Index, sample: int, processor: Processor, caps: Cap
 
 
 def _too_long(index: Index, sample: int, policy: OnOverlong, caps: Caps) -> RecordError:
+    """Build the error of an overlong sample, with the exceeded limits and the remedies."""
     tokens, tiles, images = (int(index.columns[name][sample]) for name in ("tokens", "tiles", "image_tokens"))
     needs, remedies = [], []
     longest = int(index.longest[sample])

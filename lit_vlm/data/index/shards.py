@@ -1,7 +1,7 @@
-"""Where what was read of the sources is kept: in shards of so many records, each a file named by what went into it.
+"""Cache of the sample index in shards: each shard covers a fixed number of records and is one file.
 
-A shard's name is a hash over the records' content and all that decides what is counted, so it can be found again but
-never be stale; a file that is torn or not what its name says is no shard.
+The file name of a shard is a hash of the content of its records and of all settings that influence the index. So a shard
+is found again, but never outdated. A file that is incomplete, or has other content than its name says, is ignored.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from lit_vlm.files import locked, written
 from lit_vlm.types import Fault, RecordError, Source
 
 SHARD_RECORDS = 8192
-_LAYOUT = 2  # raise it when shards are cut or written differently
+_LAYOUT = 2  # increase it when shards are divided or written differently
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Records start to stop - 1 of a source; `content` is a key to what they hold and how they are read."""
+    """Range of records of a shard: start to stop - 1 of a source; `content_key` hashes their content and reader settings."""
 
-    source: int  # its number
+    source: int  # number of the source
     start: int
     stop: int
     content: str
@@ -39,43 +39,47 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Bad:
-    """A record that cannot be used."""
+    """Unusable record, as it is stored in a shard."""
 
-    position: int  # in its shard
+    position: int  # within its shard
     fault: Fault
     reason: str
     remedy: str
 
     @classmethod
     def of(cls, position: int, error: RecordError) -> Bad:
+        """Create it from the error of the record."""
         return cls(position, error.fault, error.reason, error.remedy)
 
     def error(self, source: Source, start: int) -> RecordError:
+        """Restore the error; `start` is the first record of the shard."""
         return RecordError(origin_of(source, start + self.position), self.reason, self.remedy, self.fault)
 
 
 @dataclass(slots=True)
 class Shard:
-    """Columns of one length, and the bad records. Positions count from the shard's first record, so that the same
-    records make the same shard wherever they stand."""
+    """Shard of the index: columns of equal length, and the bad records.
+
+    Positions are relative to the first record of the shard, so that equal records give an equal shard anywhere.
+    """
 
     columns: dict[str, np.ndarray]
     bad: list[Bad]
-    unread: dict[str, int] = field(default_factory=dict)  # keys that nothing is read from -> records that have them
+    unread: dict[str, int] = field(default_factory=dict)  # keys that are not read -> number of records
 
 
 class Shelf:
-    """Shards by key: files of a folder, or without one in memory.
+    """Cache of shards by key: files in a folder, or in memory without a folder.
 
     Raises:
-        UserError: the folder cannot be written to.
+        UserError: the folder is not writable.
     """
 
     def __init__(self, folder: Path | None) -> None:
         self._folder, self._memory = folder, dict[str, Shard]()
 
     def get(self, key: str) -> Shard | None:
-        """None where there is no such shard, or what is there is torn or something else."""
+        """Get a shard; None if it is missing, incomplete, or not the shard of this key."""
         if self._folder is None:
             return self._memory.get(key)
         try:
@@ -85,11 +89,12 @@ class Shelf:
             return None
 
     def put(self, key: str, shard: Shard) -> None:
+        """Write a shard atomically."""
         if self._folder is None:
             self._memory[key] = shard
             return
         table = _to_table(shard, key)
-        with written(self._path(key)) as beside, pa.ipc.new_file(str(beside), table.schema) as writer:
+        with written(self._path(key)) as temporary, pa.ipc.new_file(str(temporary), table.schema) as writer:
             writer.write_table(table)
 
     def _path(self, key: str) -> Path:
@@ -98,29 +103,31 @@ class Shelf:
 
 
 def shelf_of(store: Path | None) -> Shelf:
+    """Open the shard cache of a store; None: in memory."""
     return Shelf(store and store / "shards")
 
 
 def key_of(*parts: object) -> str:
+    """Hash plain values into a cache key of 64 hex digits."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def origin_of(source: Source, position: int) -> str:
-    """Where a person finds the record."""
+    """Get the location of a record for the user, such as file and line."""
     origin = getattr(source, "origin", None)
     return origin(position) if origin else f"{source.name}[{position}]"
 
 
 def spans_of(number: int, source: Source, store: Path | None) -> list[Span]:
-    """The source in shards. What their records hold is hashed once and remembered under the source's digest."""
+    """List the shard ranges of a source. Their content keys are computed once, then cached by the source's digest."""
     path = _about(source, store, "json")
     starts = range(0, len(source), SHARD_RECORDS)
     contents = _remembered(path, len(starts)) if path else None
     if contents is None:
         contents = [_content(source, start, min(start + SHARD_RECORDS, len(source))) for start in starts]
         if path:
-            with written(path) as beside:
-                beside.write_text(json.dumps(contents))
+            with written(path) as temporary:
+                temporary.write_text(json.dumps(contents))
     return [
         Span(number, start, min(start + SHARD_RECORDS, len(source)), content)
         for start, content in zip(starts, contents, strict=True)
@@ -129,7 +136,7 @@ def spans_of(number: int, source: Source, store: Path | None) -> list[Span]:
 
 @contextmanager
 def alone(source: Source, store: Path | None, task: str) -> Iterator[None]:
-    """Of several processes, one at a time does the task over the source; those behind it find it done."""
+    """Lock a source for a task, with a lock file: one process works, the others wait and then find the result."""
     path = _about(source, store, f"{task}.lock")
     if path is None:
         yield
@@ -139,6 +146,7 @@ def alone(source: Source, store: Path | None, task: str) -> Iterator[None]:
 
 
 def _about(source: Source, store: Path | None, ending: str) -> Path | None:
+    """Get the path of a file about a source in the store; None without a store."""
     key = key_of(_LAYOUT, SHARD_RECORDS, source.name, source.digest)
     return store and store / "sources" / f"{key}.{ending}"
 
@@ -148,11 +156,12 @@ def _remembered(path: Path, count: int) -> list[str] | None:
         contents = json.loads(path.read_text())
     except (OSError, ValueError):
         return None
-    good = isinstance(contents, list) and len(contents) == count and all(isinstance(key, str) for key in contents)
-    return contents if good else None
+    is_valid = isinstance(contents, list) and len(contents) == count and all(isinstance(key, str) for key in contents)
+    return contents if is_valid else None
 
 
 def _content(source: Source, start: int, stop: int) -> str:
+    """Compute the content key of records start to stop - 1."""
     digest_of = getattr(source, "digest_of", None)
     if digest_of:
         return key_of(_LAYOUT, stop - start, digest_of(start, stop))
@@ -166,14 +175,14 @@ def _to_table(shard: Shard, key: str) -> pa.Table:
 
 
 def _from_table(table: pa.Table, key: str) -> Shard:
-    """ValueError or KeyError where it is not the shard of that key."""
+    """Restore a shard. Raises ValueError or KeyError if it is not the shard of this key."""
     metadata = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
     columns = {name: table[name].to_numpy() for name in table.column_names}
     if metadata["key"] != key or int(metadata["checksum"]) != _checksum(columns.values(), metadata["bad"]):
         raise ValueError("not the shard of that key")
-    found, unread = json.loads(metadata["bad"])
-    bad = [Bad(position, Fault(fault), reason, remedy) for position, fault, reason, remedy in found]
-    return Shard(columns, bad, unread)
+    values, unused_keys = json.loads(metadata["bad"])
+    bad_records = [Bad(position, Fault(fault), reason, remedy) for position, fault, reason, remedy in values]
+    return Shard(columns, bad_records, unused_keys)
 
 
 def _checksum(columns: Iterable[np.ndarray], bad: str) -> int:

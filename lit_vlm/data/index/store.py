@@ -1,7 +1,7 @@
-"""`build_index`: one pass over the sources, no pixel decoded, kept so that no record is ever read twice.
+"""Build the sample index: one pass over the sources without decoding pixels, cached so that no record is read twice.
 
-The pass is cut into shards (`shards.py`). What is kept of a shard hangs on its records, the tokenizer, the template
-and the image settings; a grown file has new shards only at its end.
+The pass is divided into shards (`shards.py`). The cache key of a shard depends on its records, the tokenizer, the chat
+template and the image settings. A file that has grown has new shards only at its end.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from lit_vlm.data.index.workers import parallel
 from lit_vlm.data.processor import Processor
 from lit_vlm.types import Fault, Record, RecordError, Source, UserError
 
-OnProgress = Callable[[str, int, int], None]  # source name, records done, records in all
+OnProgress = Callable[[str, int, int], None]  # source name, processed records, total records
 
-MOST_KEYS = 30  # of a source that nothing is read from, named with their counts
-INDEX_VERSION = 2  # raise it when a record is indexed differently
-# Of the record's text alone, which the shard's key covers; all others may be mended without it
+MOST_KEYS = 30  # unused keys of a source that are listed with their counts
+INDEX_VERSION = 2  # increase it when a record is indexed differently
+# Faults of the record's text, which the shard's key covers; all others can be repaired without changing the key
 OF_TEXT = (Fault.malformed, Fault.placeholders, Fault.no_answer, Fault.overlong, Fault.url)
 
 
@@ -38,46 +38,50 @@ def build_index(
     recheck: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Index:
-    """What every record costs; those that cannot be used are in the index's `errors`.
+    """Build the index with the cost of every record; unusable records are in its `errors`.
 
-    A bad record whose picture is at fault is looked at again each time, for it may have been mended.
+    A record with a bad image is read again each time, since the image may have been repaired.
 
     Args:
-        store: folder where it is kept for the next start, shared by several processes; None: nothing is kept.
+        store: cache folder, shared by several processes; None: no cache.
         workers: processes that read.
-        recheck: look at the time and size of every picture file, and read again what changed.
+        recheck: check the time and size of every image file, and read changed ones again.
+        on_progress: called after each shard.
 
     Raises:
-        UserError: the store cannot be written to, workers keep dying, or a template refuses the conversations.
+        UserError: the store is not writable, workers die repeatedly, or a chat template refuses a conversation.
     """
-    shelf, spans = shelf_of(store), list[Span]()
-    work = partial(_refreshed, sources, processor, shelf, recheck)
-    for number, source in enumerate(sources):
+    cache, shard_ranges = shelf_of(store), list[Span]()
+    function = partial(_refreshed, sources, processor, cache, recheck)
+    for source_id, source in enumerate(sources):
         with alone(source, store, "index"):
-            own = spans_of(number, source, store)
-            waiting = [span for span in own if recheck or _is_due(shelf, processor, span)]
-            done = len(source) - sum(map(len, waiting))
-            for span, shard in parallel(work, waiting, workers):
+            source_ranges = spans_of(source_id, source, store)
+            due_ranges = [
+                shard_range for shard_range in source_ranges if recheck or _is_due(cache, processor, shard_range)
+            ]
+            done = len(source) - sum(map(len, due_ranges))
+            for shard_range, shard in parallel(function, due_ranges, workers):
                 if shard is not None:
-                    shelf.put(index_key(processor, span), shard)
-                done += len(span)
+                    cache.put(index_key(processor, shard_range), shard)
+                done += len(shard_range)
                 if on_progress:
                     on_progress(source.name, done, len(source))
-            spans += own
-    return _load(sources, processor, shelf, spans)
+            shard_ranges += source_ranges
+    return _load(sources, processor, cache, shard_ranges)
 
 
 def index_key(processor: Processor, span: Span) -> str:
+    """Compute the key of a shard of the index."""
     return key_of("index", INDEX_VERSION, KINDS, LANGUAGES, list(COLUMNS), processor.digest, span.content)
 
 
 def verified_key(span: Span) -> str:
-    """Of the shard in which `verify` keeps what it found: the stamp of each record, and the bad ones."""
+    """Compute the key of the shard in which `verify_images` stores its result: stamps of all records, and bad records."""
     return key_of("verified", INDEX_VERSION, span.content)
 
 
 def _is_due(shelf: Shelf, processor: Processor, span: Span) -> bool:
-    """Whether the span must be read, or at least some of its records be looked at."""
+    """Return True if the shard must be read, or some of its records must be checked."""
     shard, verified = shelf.get(index_key(processor, span)), shelf.get(verified_key(span))
     if shard is None or any(bad.fault not in OF_TEXT for bad in shard.bad):
         return True
@@ -87,7 +91,7 @@ def _is_due(shelf: Shelf, processor: Processor, span: Span) -> bool:
 def _refreshed(
     sources: Sequence[Source], processor: Processor, shelf: Shelf, recheck: bool, span: Span
 ) -> Shard | None:
-    """The span's shard, read anew; None where the one on the shelf still holds."""
+    """Read the shard again if it changed; None if the cached one is still valid."""
     shard, verified = shelf.get(index_key(processor, span)), shelf.get(verified_key(span))
     source = sources[span.source]
     if shard is not None:
@@ -100,7 +104,7 @@ def _refreshed(
 def _changes(
     source: Source, processor: Processor, span: Span, shard: Shard, suspects: set[int], recheck: bool
 ) -> Iterator[bool]:
-    """For each record that is looked at again, whether it is another."""
+    """Check records again; yield for each of them whether it changed."""
     for bad in shard.bad:
         if recheck or bad.fault not in OF_TEXT:
             try:
@@ -117,23 +121,26 @@ def _changes(
 
 
 def _read(source: Source, processor: Processor, span: Span) -> Shard:
+    """Read the records of a shard and compute their columns."""
     rows: list[tuple[int, ...]] = []
     bad: list[Bad] = []
-    unread: Counter[str] = Counter()
+    unused_keys: Counter[str] = Counter()
     for position in range(len(span)):
         try:
             record = source[span.start + position]
             rows.append(_row(position, record, processor))
-            unread.update(record.unread)
+            unused_keys.update(record.unread)
         except RecordError as error:
             bad.append(Bad.of(position, error))
     values = zip(*rows, strict=True) if rows else [()] * len(COLUMNS)
-    return Shard({name: np.array(v, COLUMNS[name]) for name, v in zip(COLUMNS, values, strict=True)}, bad, dict(unread))
+    return Shard(
+        {name: np.array(v, COLUMNS[name]) for name, v in zip(COLUMNS, values, strict=True)}, bad, dict(unused_keys)
+    )
 
 
 def _row(position: int, record: Record, processor: Processor) -> tuple[int, ...]:
-    """In the order of COLUMNS."""
-    before = stamp(record)  # a file that changes under our hands is then found changed
+    """Build the row of one record, in the order of COLUMNS."""
+    files_stamp = stamp(record)  # taken first: a file that changes during reading is then detected as changed
     cost = processor.cost(record)
     return (
         position,
@@ -150,38 +157,38 @@ def _row(position: int, record: Record, processor: Processor) -> tuple[int, ...]
         LANGUAGES.index(record.language),
         record.normalised,
         *digests(record),
-        content_of(record) if before else 0,
-        before,
+        content_of(record) if files_stamp else 0,
+        files_stamp,
     )
 
 
 def _load(sources: Sequence[Source], processor: Processor, shelf: Shelf, spans: list[Span]) -> Index:
-    """All shards in one array per column."""
-    most = sum(map(len, spans))  # pages that no record fills are never touched
-    columns = {name: np.empty(most, dtype) for name, dtype in COLUMNS.items()}
-    source_of = np.empty(most, np.int16)
+    """Load all shards into one array for each column."""
+    max_samples = sum(map(len, spans))  # upper limit; memory pages without records are never touched
+    columns = {name: np.empty(max_samples, dtype) for name, dtype in COLUMNS.items()}
+    source_ids = np.empty(max_samples, np.int16)
     errors: list[tuple[str, RecordError]] = []
-    unread: dict[str, Counter[str]] = {source.name: Counter() for source in sources}
+    unused_keys: dict[str, Counter[str]] = {source.name: Counter() for source in sources}
     filled = 0
-    for span in spans:
-        shard = _usable(shelf, processor, span)
-        to = filled + len(shard.columns["position"])
+    for shard_range in spans:
+        shard = _usable(shelf, processor, shard_range)
+        stop = filled + len(shard.columns["position"])
         for name, column in columns.items():
-            column[filled:to] = shard.columns[name]
-        columns["position"][filled:to] += np.uint32(span.start)
-        source_of[filled:to] = span.source
-        source = sources[span.source]
-        unread[source.name].update(shard.unread)
-        errors += [(source.name, bad.error(source, span.start)) for bad in shard.bad]
-        filled = to
+            column[filled:stop] = shard.columns[name]
+        columns["position"][filled:stop] += np.uint32(shard_range.start)
+        source_ids[filled:stop] = shard_range.source
+        source = sources[shard_range.source]
+        unused_keys[source.name].update(shard.unread)
+        errors += [(source.name, bad.error(source, shard_range.start)) for bad in shard.bad]
+        filled = stop
     used = {name: column[:filled] for name, column in columns.items()}
     fitted = {name: np.full(filled, -1, dtype) for name, dtype in FITTED.items()}
-    counts = {name: _most_frequent(keys) for name, keys in unread.items() if keys}
-    return Index(sources, source_of[:filled], {**used, **fitted}, errors, unread=counts)
+    counts = {name: _most_frequent(keys) for name, keys in unused_keys.items() if keys}
+    return Index(sources, source_ids[:filled], {**used, **fitted}, errors, unread=counts)
 
 
 def _most_frequent(keys: Counter[str]) -> dict[str, int]:
-    """Some data sets have keys that each record has for itself."""
+    """Select the most frequent keys; some data sets have keys that occur in one record only."""
     found = dict(keys.most_common(MOST_KEYS))
     if len(keys) > MOST_KEYS:
         found[f"{len(keys) - MOST_KEYS:,} other keys"] = keys.total() - sum(found.values())
@@ -189,16 +196,16 @@ def _most_frequent(keys: Counter[str]) -> dict[str, int]:
 
 
 def _usable(shelf: Shelf, processor: Processor, span: Span) -> Shard:
-    """The span's shard without the records whose pictures, as they are now, were found broken by `verify`."""
+    """Load a shard without the records whose images, in their current state, `verify_images` found broken."""
     shard, verified = shelf.get(index_key(processor, span)), shelf.get(verified_key(span))
     if shard is None:
         raise UserError("The index was removed or damaged while it was being read. Start again.")
     if verified is None or not verified.bad:
         return shard
-    position, known = shard.columns["position"], shard.columns["stamp"]
-    same = verified.columns["stamp"][position] == known
-    broken = same & np.isin(position, [bad.position for bad in verified.bad])
-    leaving = set(position[broken].tolist())
-    bad = [*shard.bad, *(record for record in verified.bad if record.position in leaving)]
-    columns = {name: column[~broken] for name, column in shard.columns.items()}
+    position, stamps = shard.columns["position"], shard.columns["stamp"]
+    is_unchanged = verified.columns["stamp"][position] == stamps
+    is_broken = is_unchanged & np.isin(position, [bad.position for bad in verified.bad])
+    broken_positions = set(position[is_broken].tolist())
+    bad = [*shard.bad, *(record for record in verified.bad if record.position in broken_positions)]
+    columns = {name: column[~is_broken] for name, column in shard.columns.items()}
     return Shard(columns, sorted(bad, key=lambda record: record.position), shard.unread)

@@ -1,4 +1,4 @@
-"""A record that is read must be the one that was indexed: with the same words, and with pictures that hold the same bytes."""
+"""Change detection: verify that a record still has the text and the image bytes with which it was indexed."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ REMEDY = (
 
 
 def require_as_indexed(index: Index, samples: Sequence[int], records: Sequence[Record] | None = None) -> None:
-    """Raise RecordError for a record whose words or picture files are others than when the index was built.
+    """Verify records against the index: raise RecordError if the text or an image file has changed.
 
-    Costs a look at the size and time of each picture; where these are others, its content is compared, so that copies and
-    touched files pass. To be called once the pictures are decoded: a file that is replaced before is then found.
+    It reads size and modification time of each image file. If they differ, the contents are compared, so that copied and
+    touched files pass. Call it after decoding, to detect also files that were replaced during decoding.
 
     Args:
-        records: of the samples, as `Index.record` gives them; None: they are read.
+        records: of the samples, as `SampleIndex.get_record` returns them; None: they are read.
     """
-    for place, sample in enumerate(samples):
+    for i, sample in enumerate(samples):
         source = index.sources[index.source_of[sample]]
-        record = records[place] if records is not None and index.turns[sample] < 0 else None
-        if record is None:  # of one that was shortened, the whole was indexed
+        record = records[i] if records is not None and index.turns[sample] < 0 else None
+        if record is None:  # a shortened record was indexed before it was shortened
             record = source[int(index.position[sample])]
         if hasattr(source, "digest_of") and digests(record)[0] != index.columns["digest"][sample]:
             raise _changed(record, "says something else, or names another picture,")

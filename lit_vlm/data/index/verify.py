@@ -1,7 +1,7 @@
-"""`verify`: decode every picture once, before training meets one that cannot be decoded.
+"""Image verification: decode every image once, before training, to find images that cannot be decoded.
 
-Apart from the index, since it reads all bytes and takes hours where the index takes minutes. What it finds is kept
-beside the index, and `build_index` leaves those records out from then on.
+It is separate from the index, because it reads all bytes: it takes hours where the index takes minutes. Its result is
+stored next to the index, and `build_index` then excludes the bad records.
 """
 
 from __future__ import annotations
@@ -23,57 +23,58 @@ from lit_vlm.types import Fault, ImageSource, Record, RecordError, Source
 def verify(
     data: Index | Sequence[Source], store: Path | None, *, workers: int = 1, on_progress: OnProgress | None = None
 ) -> list[tuple[str, RecordError]]:
-    """Decode each picture that was not decoded yet, or has another size or time since.
+    """Verify images: decode each image that was not decoded yet, or whose size or modification time changed since.
 
-    Interrupted, it goes on with the shard where it stopped.
+    After an interruption it resumes with the shard at which it stopped.
 
     Args:
         data: an index, or its sources.
-        store: where the index is kept; None: nothing is remembered.
+        store: cache folder of the index; None: the result is not stored.
         workers: processes that decode.
+        on_progress: called after each shard.
 
     Returns:
-        (source name, what is wrong) of the records with pictures that cannot be decoded whole.
+        (source name, error) of the records with images that cannot be decoded completely.
     """
     sources = data.sources if isinstance(data, Index) else data
-    shelf, found = shelf_of(store), list[tuple[str, RecordError]]()
-    work = partial(_verified, sources, shelf)
-    for number, source in enumerate(sources):
+    cache, errors = shelf_of(store), list[tuple[str, RecordError]]()
+    function = partial(_verified, sources, cache)
+    for source_id, source in enumerate(sources):
         with alone(source, store, "verify"):
-            spans, done = spans_of(number, source, store), 0
-            bad: dict[int, list[Bad]] = {}  # by the span's start; they come in any order
-            for span, shard in parallel(work, spans, workers):
-                shelf.put(verified_key(span), shard)
-                bad[span.start] = shard.bad
-                done += len(span)
+            shard_ranges, done = spans_of(source_id, source, store), 0
+            bad: dict[int, list[Bad]] = {}  # by the start of the shard; shards finish in any order
+            for shard_range, shard in parallel(function, shard_ranges, workers):
+                cache.put(verified_key(shard_range), shard)
+                bad[shard_range.start] = shard.bad
+                done += len(shard_range)
                 if on_progress:
                     on_progress(source.name, done, len(source))
-        found += [(source.name, record.error(source, start)) for start in sorted(bad) for record in bad[start]]
-    return found
+        errors += [(source.name, record.error(source, start)) for start in sorted(bad) for record in bad[start]]
+    return errors
 
 
 def _verified(sources: Sequence[Source], shelf: Shelf, span: Span) -> Shard:
-    """The stamp of each record's pictures, and the records with a bad one. Those found good before are not decoded."""
-    source, before = sources[span.source], shelf.get(verified_key(span))
+    """Verify a shard: stamp of each record, and records with a bad image. Images known to be good are not decoded."""
+    source, previous = sources[span.source], shelf.get(verified_key(span))
     stamps, bad = np.zeros(len(span), np.uint64), list[Bad]()
-    suspects = {record.position for record in before.bad} if before else set()
-    seen: dict[bytes, RecordError | None] = {}  # by picture
+    suspects = {record.position for record in previous.bad} if previous else set()
+    known_faults: dict[bytes, RecordError | None] = {}  # by image
     for position in range(len(span)):
         try:
             record = source[span.start + position]
-        except RecordError:  # the index says so
+        except RecordError:  # the index has this error
             continue
         stamps[position] = stamp(record)
-        if before and before.columns["stamp"][position] == stamps[position] and position not in suspects:
+        if previous and previous.columns["stamp"][position] == stamps[position] and position not in suspects:
             continue
-        fault = find_fault(record, seen)
+        fault = find_fault(record, known_faults)
         if fault is not None:
             bad.append(Bad.of(position, fault))
     return Shard({"stamp": stamps}, bad)
 
 
 def find_fault(record: Record, seen: dict[bytes, RecordError | None]) -> RecordError | None:
-    """Decode the record's pictures, but those that were `seen`; the first that cannot be decoded whole."""
+    """Decode the record's images, except those in `known_faults`; return the first error, or None."""
     for number, image in enumerate(record.images):
         name = picture_name(record, number)
         if name not in seen:
@@ -84,7 +85,7 @@ def find_fault(record: Record, seen: dict[bytes, RecordError | None]) -> RecordE
 
 
 def _decoded(image: ImageSource, origin: str) -> RecordError | None:
-    """What is wrong with the picture."""
+    """Decode an image; return the error, or None."""
     try:
         height, width = image.size
         picture = image.load()

@@ -1,4 +1,4 @@
-"""Work over many processes that outlives the death of one of them."""
+"""Parallel map over worker processes that survives the death of a worker."""
 
 from __future__ import annotations
 
@@ -16,38 +16,40 @@ from lit_vlm.types import UserError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-PATIENCE = 3  # deaths in a row without a task done
-_work: Callable[[Any], Any]  # a worker process's own
+PATIENCE = 3  # deaths in a row without a completed task
+_work: Callable[[Any], Any]  # of this worker process
 
 
 def parallel(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, Result]]:
-    """Each task with its result, in the order in which they are done; at most two results a worker are waiting.
+    """Map a function over tasks in parallel; yield (task, result) in the order of completion.
 
-    The processes are forked where the system can, so that neither `work` nor what it holds needs to pickle.
+    At most two tasks for each worker are submitted at a time. Processes are forked if the system supports it, so neither
+    `function` nor its data need to be picklable.
 
     Raises:
-        UserError: workers keep dying.
+        UserError: workers died MAX_WORKER_DEATHS times in a row.
     """
-    left, deaths = list(tasks), 0
-    while left:
-        if min(workers, len(left)) <= 1 and not deaths:
-            yield from ((task, work(task)) for task in left)
+    remaining, deaths = list(tasks), 0
+    while remaining:
+        if min(workers, len(remaining)) <= 1 and not deaths:
+            yield from ((task, work(task)) for task in remaining)
             return
         try:
-            for task, result in _attempt(work, left[:], workers):
-                left.remove(task)
+            for task, result in _attempt(work, remaining[:], workers):
+                remaining.remove(task)
                 deaths = 0
                 yield task, result
         except BrokenProcessPool:
             deaths += 1
             if deaths == PATIENCE:
                 raise UserError(
-                    f"Worker processes died {PATIENCE} times in a row over {left[0]} and what follows it, killed from outside or by "
+                    f"Worker processes died {PATIENCE} times in a row over {remaining[0]} and what follows it, killed from outside or by "
                     "their memory. Set data.index_workers lower, and look into the system's log."
                 ) from None
 
 
 def _attempt(work: Callable[[Task], Result], tasks: list[Task], workers: int) -> Iterator[tuple[Task, Result]]:
+    """Run a process pool over the tasks; raises BrokenProcessPool if a worker dies."""
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_start, initargs=(work,))
     running: dict[Future[Result], Task] = {}
@@ -64,14 +66,15 @@ def _attempt(work: Callable[[Task], Result], tasks: list[Task], workers: int) ->
 
 
 def _start(work: Callable[[Any], Any]) -> None:
+    """Initialise a worker process."""
     global _work
     _work = work
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and stops its workers
     threading.Thread(target=_follow_parent, daemon=True).start()
 
 
 def _follow_parent() -> None:
-    """A parent that is killed cannot end its workers, which would hold its locks for ever."""
+    """Exit when the parent ends: a killed parent cannot stop its workers, and they would hold its locks for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

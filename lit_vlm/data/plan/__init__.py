@@ -1,1 +1,1 @@
-"""From an index to optimizer steps: mixture, draws, packs; the ledger of samples that turned bad, the lock of a run."""
+"""Training plan: mixture sampling, optimizer steps, packing into micro-batches, quarantine ledger, mixture lock file."""

@@ -1,4 +1,4 @@
-"""Packs that were dealt greedily are made more equal by exchanging single samples, many packs at once."""
+"""Rebalancing of packed steps: exchange single samples between micro-batches until their FLOPs are nearly equal."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ if TYPE_CHECKING:
 
 GOOD = 0.995
 ROUNDS = 8
-CANDIDATES = 16  # samples of a pack that are looked at; packs of more are even already
-ELEMENTS = 1 << 20  # exchanges that are weighed at once
+CANDIDATES = 16  # samples of a pack that are considered; packs with more samples are balanced already
+ELEMENTS = 1 << 20  # exchanges that are evaluated at once
 
 
 def even_out(hand: Hand, pack: np.ndarray, caps: Caps, num_packs: int, good: float = GOOD) -> None:
-    """Change `pack` in place: [steps, samples] int32, kept under the caps.
+    """Rebalance packs in place: change `pack_ids` [steps, samples] int32, within the limits.
 
-    In each round the heaviest pack meets the lightest, the second heaviest the second lightest, and so on; each two
-    exchange the samples (or move the one) that bring them closest.
+    Each round pairs the heaviest pack with the lightest, the second heaviest with the second lightest, and so on. Each
+    pair exchanges two samples, or moves one, so that the difference of its FLOPs becomes as small as possible.
 
     Args:
-        good: mean over max work at which a step is left alone.
+        target_balance: mean over maximum FLOPs of a step's packs; a step that reaches it is not changed further.
     """
     if num_packs == 1:
         return
-    size = min(CANDIDATES, int(_counts(pack, hand.there, num_packs).max())) + 1
-    height = max(1, ELEMENTS // (num_packs // 2 * size**2))
-    for start in range(0, len(pack), height):
-        rows = np.arange(start, min(start + height, len(pack)))
-        table = _Table(hand.rows(rows), pack[rows], num_packs, size)
+    list_size = min(CANDIDATES, int(_counts(pack, hand.there, num_packs).max())) + 1
+    steps_per_block = max(1, ELEMENTS // (num_packs // 2 * list_size**2))
+    for start in range(0, len(pack), steps_per_block):
+        rows = np.arange(start, min(start + steps_per_block, len(pack)))
+        table = _Table(hand.rows(rows), pack[rows], num_packs, list_size)
         for _ in range(ROUNDS):
             if not table.exchange(caps, good):
                 break
@@ -38,62 +38,65 @@ def even_out(hand: Hand, pack: np.ndarray, caps: Caps, num_packs: int, good: flo
 
 
 class _Table:
-    """Packs of some steps as lists of samples, a null sample behind them; sums[3] are work, tokens and tiles."""
+    """Table of the packs of some steps: sample lists that end with a null sample; `sums` are FLOPs, tokens and tiles."""
 
     def __init__(self, hand: Hand, pack: np.ndarray, num_packs: int, size: int) -> None:
         steps, width = pack.shape
         self.dealt, self.rows = pack, np.arange(steps)[:, None]
-        null = np.zeros((steps, 1))
-        self.weights = [np.hstack([column, null]) for column in (hand.work, hand.tokens, hand.tiles)]
-        places = pack + self.rows * num_packs
+        null_sample = np.zeros((steps, 1))
+        self.weights = [np.hstack([column, null_sample]) for column in (hand.work, hand.tokens, hand.tiles)]
+        flat_ids = pack + self.rows * num_packs
         self.sums = [
-            np.bincount(places.ravel(), column.ravel(), steps * num_packs).reshape(steps, num_packs)
+            np.bincount(flat_ids.ravel(), column.ravel(), steps * num_packs).reshape(steps, num_packs)
             for column in (hand.work, hand.tokens, hand.tiles)
         ]
-        order = np.argsort(np.where(hand.there, pack, num_packs), axis=1, kind="stable")  # fillers last
+        order = np.argsort(np.where(hand.there, pack, num_packs), axis=1, kind="stable")  # padding last
         sorted_pack = np.take_along_axis(pack, order, 1)
         counts = _counts(pack, hand.there, num_packs)
         starts = np.cumsum(counts, axis=1) - counts
-        seat = np.arange(width) - np.take_along_axis(starts, sorted_pack, 1)
-        held = np.take_along_axis(hand.there, order, 1) & (seat < size - 1)
+        slot = np.arange(width) - np.take_along_axis(starts, sorted_pack, 1)
+        is_member = np.take_along_axis(hand.there, order, 1) & (slot < size - 1)
         self.members = np.full((steps, num_packs, size), width)  # width: the null sample
-        step, column = np.nonzero(held)
-        self.members[step, sorted_pack[held], seat[held]] = order[step, column]
+        step, column = np.nonzero(is_member)
+        self.members[step, sorted_pack[is_member], slot[is_member]] = order[step, column]
 
     def exchange(self, caps: Caps, good: float) -> bool:
-        """One round; whether anything changed."""
+        """Run one round of exchanges; return True if anything changed."""
         work = self.sums[0]
-        todo = np.flatnonzero(work.mean(axis=1) < good * work.max(axis=1))
-        if not len(todo):
+        unbalanced = np.flatnonzero(work.mean(axis=1) < good * work.max(axis=1))
+        if not len(unbalanced):
             return False
         half = work.shape[1] // 2
-        order = np.argsort(work[todo], axis=1, kind="stable")
-        rows, light, heavy = todo[:, None], order[:, :half], order[:, ::-1][:, :half]
-        ours, theirs = self.members[rows, heavy], self.members[rows, light]
-        moved = [w[rows[..., None], ours][..., None] - w[rows[..., None], theirs][..., None, :] for w in self.weights]
+        order = np.argsort(work[unbalanced], axis=1, kind="stable")
+        rows, light, heavy = unbalanced[:, None], order[:, :half], order[:, ::-1][:, :half]
+        heavy_samples, light_samples = self.members[rows, heavy], self.members[rows, light]
+        differences = [
+            w[rows[..., None], heavy_samples][..., None] - w[rows[..., None], light_samples][..., None, :]
+            for w in self.weights
+        ]
         gap = (work[rows, heavy] - work[rows, light])[..., None, None]
-        allowed = (moved[0] > 0) & (moved[0] < gap)
-        for sums, more, most in zip(self.sums[1:], moved[1:], (caps.tokens, caps.tiles), strict=True):
-            allowed &= (more <= (most - sums[rows, light])[..., None, None]) & (
-                -more <= (most - sums[rows, heavy])[..., None, None]
+        allowed = (differences[0] > 0) & (differences[0] < gap)
+        for sums, difference, limit in zip(self.sums[1:], differences[1:], (caps.tokens, caps.tiles), strict=True):
+            allowed &= (difference <= (limit - sums[rows, light])[..., None, None]) & (
+                -difference <= (limit - sums[rows, heavy])[..., None, None]
             )
-        distance = np.where(allowed, np.abs(moved[0] - gap / 2), np.inf).reshape(*heavy.shape, -1)
+        distance = np.where(allowed, np.abs(differences[0] - gap / 2), np.inf).reshape(*heavy.shape, -1)
         best = distance.argmin(axis=-1)
         row, pair = np.nonzero(np.isfinite(np.take_along_axis(distance, best[..., None], -1)[..., 0]))
-        self._apply(todo[row], heavy[row, pair], light[row, pair], best[row, pair])
+        self._apply(unbalanced[row], heavy[row, pair], light[row, pair], best[row, pair])
         return len(row) > 0
 
     def _apply(self, steps: np.ndarray, heavy: np.ndarray, light: np.ndarray, best: np.ndarray) -> None:
-        mine, other = np.divmod(best, self.members.shape[2])
-        given, taken = self.members[steps, heavy, mine], self.members[steps, light, other]
-        self.members[steps, heavy, mine], self.members[steps, light, other] = taken, given
+        heavy_slot, light_slot = np.divmod(best, self.members.shape[2])
+        moved_out, moved_in = self.members[steps, heavy, heavy_slot], self.members[steps, light, light_slot]
+        self.members[steps, heavy, heavy_slot], self.members[steps, light, light_slot] = moved_in, moved_out
         for sums, weights in zip(self.sums, self.weights, strict=True):
-            more = weights[steps, given] - weights[steps, taken]
-            sums[steps, heavy] -= more
-            sums[steps, light] += more
+            difference = weights[steps, moved_out] - weights[steps, moved_in]
+            sums[steps, heavy] -= difference
+            sums[steps, light] += difference
 
     def pack(self) -> np.ndarray:
-        """[steps, samples] int32, the packs as they are now."""
+        """Return the current pack ids, [steps, samples] int32."""
         steps, width = self.dealt.shape
         changed = np.hstack([self.dealt, np.zeros((steps, 1), dtype=self.dealt.dtype)])
         number = np.broadcast_to(np.arange(self.members.shape[1])[:, None], self.members.shape[1:])
@@ -102,6 +105,6 @@ class _Table:
 
 
 def _counts(pack: np.ndarray, there: np.ndarray, num_packs: int) -> np.ndarray:
-    """[steps, packs] samples of each."""
-    places = (pack + np.arange(len(pack))[:, None] * num_packs)[there]
-    return np.bincount(places, minlength=len(pack) * num_packs).reshape(len(pack), num_packs)
+    """Count the samples of each pack: [steps, packs]."""
+    flat_ids = (pack + np.arange(len(pack))[:, None] * num_packs)[there]
+    return np.bincount(flat_ids, minlength=len(pack) * num_packs).reshape(len(pack), num_packs)

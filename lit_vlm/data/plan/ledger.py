@@ -1,7 +1,7 @@
-"""The ledger: samples that were usable when they were indexed and turned bad while training.
+"""Quarantine ledger (`ledger.jsonl`): samples that were indexed as usable and became corrupt during training.
 
-A run that meets one enters it and stops. The next start reads the ledger before it trains and leaves its samples out,
-on every rank alike, so that nothing is swapped or skipped behind anybody's back.
+A run that finds such a sample adds it to the ledger and stops. The next start reads the ledger before training and
+excludes its samples on all ranks, so that no sample is replaced or skipped without a record of it.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from lit_vlm.types import RecordError, UserError
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One line of ledger.jsonl."""
+    """One line of `ledger.jsonl`: a corrupt record and the reason."""
 
     source: str
     position: int  # in its source
-    origin: str  # where a person finds it
-    fault: str  # a name of types.Fault
+    origin: str  # location for the user, such as file and line
+    fault: str  # name of a types.Fault
     reason: str
-    id: str = ""  # the record's, where it is known
+    id: str = ""  # of the record, if known
     time: str = ""  # UTC, ISO 8601
-    held_out: bool = False  # of a validation source of its own, which may have the name of a training source
+    held_out: bool = False  # from a separate validation source, which may have the name of a training source
 
 
 class Ledger:
-    """`<run folder>/ledger.jsonl`. A record that is mended comes back when its line is taken out."""
+    """Quarantine ledger of a run, `<run folder>/ledger.jsonl`. To use a repaired record again, delete its line."""
 
     def __init__(self, path: Path, entries: list[Entry]) -> None:
         self.path, self.entries = path, entries
 
     @classmethod
     def read(cls, path: str | Path) -> Ledger:
-        """What is there; nothing where there is no file.
+        """Read the ledger; without a file it is empty.
 
-        A line that was torn by the end of its process is left out: its record is met, and entered, once more.
+        An incomplete line of a process that was killed is ignored: its record will be found and added again.
 
         Raises:
             UserError: the file cannot be read.
@@ -58,20 +58,21 @@ class Ledger:
                 f"{path} cannot be read: {error.strerror or error}. The samples that this run leaves out are listed there: "
                 "mend it, or remove it, and a sample that is still bad is met and entered again."
             ) from error
-        found = (_entry(line) for line in text.split("\n"))  # not at every line separator of Unicode
+        # splitlines() would also split at other Unicode line separators
+        found = (_entry(line) for line in text.split("\n"))
         return cls(path, [entry for entry in found if entry is not None])
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def has(self, source: str, position: int, held_out: bool = False) -> bool:
-        """Tell whether the record is entered."""
+        """Return True if the ledger contains the record."""
         return any((e.source, e.position, e.held_out) == (source, position, held_out) for e in self.entries)
 
     def add(
         self, source: str, position: int, error: RecordError, record_id: str = "", *, held_out: bool = False
     ) -> Entry:
-        """Append one line and see it onto the disk; several processes may do so at once."""
+        """Append one line and flush it to disk; safe for several processes at once."""
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         entry = Entry(source, position, error.origin, error.fault.value, error.reason, record_id, now, held_out)
         line = json.dumps(asdict(entry), ensure_ascii=False).encode("utf-8", "backslashreplace")
@@ -80,20 +81,22 @@ class Ledger:
         return entry
 
     def samples(self, index: Index, *, held_out: bool = False) -> np.ndarray:
-        """[left out] int64, sorted: the samples of the index that are entered.
+        """Find the samples of the index that the ledger lists: [excluded samples] int64, sorted.
+
+        Entries whose record is not in the index (held out, or found bad since) are ignored. Warns if the source of an
+        entry is not a source of the index.
 
         Args:
-            held_out: the index is of validation sources of their own.
-
-        Those that the index lacks anyway (held out, or found bad since) need nothing. Warns of entries whose source is
-        not among the index's.
+            held_out: the index belongs to separate validation sources.
         """
         names = [source.name for source in index.sources]
         entries = [entry for entry in self.entries if entry.held_out is held_out]
-        strange = sorted({entry.source for entry in entries} - set(names))
-        if strange:
+        unknown_sources = sorted({entry.source for entry in entries} - set(names))
+        if unknown_sources:
             use = "validated" if held_out else "trained"
-            warnings.warn(f"{self.path} names sources that are not {use} on: {', '.join(strange)}", stacklevel=2)
+            warnings.warn(
+                f"{self.path} names sources that are not {use} on: {', '.join(unknown_sources)}", stacklevel=2
+            )
         found = [np.empty(0, dtype=np.int64)]
         for number, name in enumerate(names):
             positions = [entry.position for entry in entries if entry.source == name]
@@ -104,6 +107,7 @@ class Ledger:
 
 
 def _entry(line: str) -> Entry | None:
+    """Parse a line; return None if it is incomplete or malformed."""
     try:
         values = json.loads(line)
         return Entry(**{item.name: values[item.name] for item in fields(Entry)})

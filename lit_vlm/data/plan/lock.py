@@ -1,7 +1,7 @@
-"""mixture.lock: what a run was trained on, readable and comparable, so that the same can be had again.
+"""Mixture lock file (`mixture.lock`): a readable and comparable record of a run's training data, to reproduce it.
 
-A lock is plain values: facts of the run, and below `sources` the facts of each source by its name. Facts with a name
-in `WORDS` are told apart in words, all others by their names.
+A lock is a dictionary of plain values: facts of the run, and under `sources` the facts of each source by its name.
+Differences in facts of `FACT_LABELS` are reported with that label, all others with the key itself.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from lit_vlm.data.index.columns import Index
 from lit_vlm.files import written
 from lit_vlm.types import UserError
 
-LOCK, LOCK_VERSION = "mixture.lock", 1  # its name in a run's folder
-DAY = "template_date"  # the day that a chat template which writes today's was given, YYYY-MM-DD
+LOCK, LOCK_VERSION = "mixture.lock", 1  # file name in the run folder
+DAY = "template_date"  # date that a date-dependent chat template renders, YYYY-MM-DD
 WORDS = {
     "processor": "the tokenizer, the chat template or the image settings",
     "digest": "what its records say",
@@ -28,18 +28,18 @@ WORDS = {
     "global_batch_size": "data.global_batch_size",
     "global_batch_tokens": "data.global_batch_tokens",
 }
-COUNTS = ("records", "usable", "tokens")  # facts that are numbers of something
+COUNTS = ("records", "usable", "tokens")  # facts that are counts
 
 
 def source_facts(index: Index, number: int) -> dict[str, Any]:
-    """What the index knows of one source: usable records, their tokens, and a digest of what they say, in their order."""
+    """Describe one source of the index: number of usable records, their tokens, and a digest of their content in order."""
     samples = index.of_source(number)
     digest = hashlib.sha256(np.ascontiguousarray(index.columns["digest"][samples]).tobytes()).hexdigest()
     return {"usable": len(samples), "tokens": int(index.tokens[samples].sum()), "digest": digest}
 
 
 def write_lock(path: str | Path, lock: Mapping[str, Any]) -> None:
-    """As JSON in the order that the lock has; replaced as a whole."""
+    """Write the lock as JSON, in the order of its keys; the file is replaced atomically."""
     path = Path(path)
     text = json.dumps({"version": LOCK_VERSION, **lock}, indent=2, ensure_ascii=False, allow_nan=False)
     with written(path, path.name, "run_dir") as draft:
@@ -47,7 +47,7 @@ def write_lock(path: str | Path, lock: Mapping[str, Any]) -> None:
 
 
 def read_lock(path: str | Path) -> dict[str, Any]:
-    """Raises UserError: not there, or no lock of this version."""
+    """Read a lock. Raises UserError if the file is missing or is not a lock of this version."""
     path = Path(path)
     try:
         lock = json.loads(path.read_text(encoding="utf-8"))
@@ -64,7 +64,7 @@ def read_lock(path: str | Path) -> dict[str, Any]:
 
 
 def find_lock(path: str | Path) -> dict[str, Any]:
-    """Read a lock for what can do without it; {} where there is none, and of a damaged one."""
+    """Read a lock for callers to which it is optional; return {} if it is missing or damaged."""
     try:
         return read_lock(path)
     except UserError:
@@ -72,33 +72,35 @@ def find_lock(path: str | Path) -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What changed between two locks, a sentence each; empty when they say the same."""
-    before, now = (json.loads(json.dumps(lock)) for lock in (old, new))  # tuples and lists, enums and names are alike
+    """Compare two locks; return one sentence for each difference, [] if they are equal."""
+    # JSON makes tuples equal to lists, and enums equal to their names
+    before, now = (json.loads(json.dumps(lock)) for lock in (old, new))
     sources = before.pop("sources", {}), now.pop("sources", {})
-    found = [f"{name}: it was trained on then, and is not now" for name in sources[0] if name not in sources[1]]
-    found += [f"{name}: it is trained on now, and was not then" for name in sources[1] if name not in sources[0]]
+    changes = [f"{name}: it was trained on then, and is not now" for name in sources[0] if name not in sources[1]]
+    changes += [f"{name}: it is trained on now, and was not then" for name in sources[1] if name not in sources[0]]
     for name in sources[0]:
         if name in sources[1]:
-            found += [f"{name}: {text}" for text in _told(sources[0][name], sources[1][name])]
-    return found + _told(before, now)
+            changes += [f"{name}: {text}" for text in _told(sources[0][name], sources[1][name])]
+    return changes + _told(before, now)
 
 
 def _told(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    found = []
+    """Describe the differences of two dictionaries of facts."""
+    changes = []
     for key in [*old, *(key for key in new if key not in old)]:
         before, now = old.get(key), new.get(key)
         if before == now:
             continue
         name = prefix + WORDS.get(key, key)
         if isinstance(before, dict) and isinstance(now, dict):
-            found += _told(before, now, f"{name}.")
+            changes += _told(before, now, f"{name}.")
         elif key in ("processor", "digest"):
-            found.append(f"{name} changed")
+            changes.append(f"{name} changed")
         elif key in COUNTS and isinstance(before, int) and isinstance(now, int):
-            found.append(f"{before:,} {_noun(key)} then, {now:,} now")
+            changes.append(f"{before:,} {_noun(key)} then, {now:,} now")
         else:
-            found.append(f"{name} was {_shown(before)}, is {_shown(now)}")
-    return found
+            changes.append(f"{name} was {_shown(before)}, is {_shown(now)}")
+    return changes
 
 
 def _noun(key: str) -> str:

@@ -1,7 +1,7 @@
-"""Which samples are drawn, and how often: sources by weight or by size, then the shares of Korean, text and kinds.
+"""Data mixture: sample sources by weight or size, and meet the shares of Korean, text-only and each kind.
 
-Samples of one source, language and kind, with or without an image, form a cell. Each cell has a share; cells are
-interleaved by their shares, each read pass after pass, each pass in an order of its own.
+A cell is the set of samples with the same source, language and kind, all with or all without an image. Each cell has a
+share of the samples. Cells are interleaved by their shares. Each cell is read in passes, and shuffled in each pass.
 """
 
 from __future__ import annotations
@@ -21,29 +21,30 @@ from lit_vlm.types import Kind, Language, UserError
 
 __all__ = ["Amount", "Cell", "Mixture", "MixtureSettings"]
 
-WINDOWS = 1 << 10, 1 << 20  # draws sorted at once, the first time and at most
-BLOCK = 4096  # passes over a small cell are made together, about so many draws at once
+WINDOWS = 1 << 10, 1 << 20  # samples that are sorted at once: first window, and maximum
+BLOCK = 4096  # passes over a small cell are shuffled together, about this many samples at once
 IMAGES = ("text only", "with image")
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """Samples that are alike for the mixture."""
+    """Samples that the mixture treats alike: same source, language, kind, and with or without an image."""
 
     source: int
     language: Language
     has_image: bool
     kind: Kind
-    members: np.ndarray  # [samples] uint32, of the index
+    members: np.ndarray  # [samples] uint32, rows in the index
 
 
 class Mixture:
-    """Shares of the cells, and the endless sequence of draws.
+    """Data mixture: shares of the cells, and the endless sample sequence that they define.
 
-    The shares of Korean, text-only and kinds are met exactly. Cells start from their source's share in the composition
-    that it has and move as little as that asks, so a source's share is kept as nearly as the others allow.
+    The shares of Korean, text-only and kinds are met exactly. The initial share of a cell is the share of its source,
+    divided among the cells of the source by their sizes. It changes as little as the requested shares require, so the
+    shares of the sources stay as close to their targets as possible.
 
-    Nothing of the index is read before it is needed.
+    Columns of the index are read only when they are needed.
     """
 
     def __init__(self, index: Index, settings: MixtureSettings | None = None) -> None:
@@ -52,21 +53,22 @@ class Mixture:
 
     @cached_property
     def sizes(self) -> np.ndarray:
-        """[sources] int64, usable samples."""
+        """Usable samples of each source, [sources] int64."""
         return np.bincount(self.index.source_of, minlength=len(self.names))
 
     @cached_property
     def source_shares(self) -> np.ndarray:
-        """[sources] share of the samples drawn that each starts from. UserError: the settings cannot be met."""
+        """Initial share of the samples for each source, [sources]. Raises UserError if the settings cannot be met."""
         tokens = np.bincount(self.index.source_of, self.index.tokens, minlength=len(self.names))
         return source_shares(self.settings, self.names, self.sizes, tokens)
 
     @cached_property
     def cells(self) -> list[Cell]:
-        """Those that hold a sample, in a fixed order."""
+        """Non-empty cells, in a fixed order."""
         index = self.index
         shape = (len(self.names), len(LANGUAGES), 2, len(KINDS))
-        codes = index.source_of.astype(np.uint16 if math.prod(shape) < 1 << 16 else np.uint32)  # 16 bits sort fast
+        # 16-bit integers sort faster
+        codes = index.source_of.astype(np.uint16 if math.prod(shape) < 1 << 16 else np.uint32)
         for size, column in zip(shape[1:], (index.language, index.images > 0, index.kind), strict=True):
             codes = codes * size + column
         order = np.argsort(codes, kind="stable").astype(np.uint32)
@@ -81,49 +83,53 @@ class Mixture:
 
     @cached_property
     def shares(self) -> np.ndarray:
-        """[cells] share of the samples drawn. UserError: the shares asked cannot be met with the samples there are."""
-        of = np.array([cell.source for cell in self.cells], dtype=np.int64)
+        """Share of the samples for each cell, [cells]. Raises UserError if the requested shares cannot be met."""
+        sources = np.array([cell.source for cell in self.cells], dtype=np.int64)
         sizes = np.array([len(cell.members) for cell in self.cells])
-        return meet(self.source_shares[of] * sizes / self.sizes[of], self._margins())
+        return meet(self.source_shares[sources] * sizes / self.sizes[sources], self._margins())
 
     @cached_property
     def epoch_length(self) -> int:
-        """Draws of one pass over the mixture: the counts of its sources, or with weights their sizes."""
+        """Samples of one epoch (pass over the mixture): the sum of the sources' counts, or with weights of their sizes."""
         amounts = amounts_of(self.settings, self.names)
         if any(amount.weight is not None for amount in amounts):
             return int(self.sizes[self.source_shares > 0].sum())
         return max(1, round(float(counts_of(amounts, self.sizes).sum())))
 
     def draws(self, count: int, seed: int) -> np.ndarray:
-        """[count] uint32, the first samples of the endless mixture; the same for any world size.
+        """Sample the first `count` index rows of the endless sequence: [count] uint32, the same for any world size.
 
-        A cell of share s is drawn at the times (j + 1/2) / s; sorting all times interleaves the cells as evenly as can
-        be, so that every prefix holds each cell's share to within a sample or two.
+        A cell with share s is sampled at the times (j + 1/2) / s. Sorting all times interleaves the cells as evenly as
+        possible: in every prefix, each cell has its share to within one or two samples.
         """
         cells = [
             (share, _Passes(cell.members, f"{seed}\0{self._name_of(cell)}"))
             for share, cell in zip(self.shares.tolist(), self.cells, strict=True)
             if share > 0
         ]
-        drawn, filled = np.empty(count, dtype=np.uint32), 0
+        result, filled = np.empty(count, dtype=np.uint32), 0
         for begin, end in _windows():
             if filled == count:
                 break
             times, samples = [], []
-            for share, passes in cells:
+            for share, sampler in cells:
                 first, last = (max(0, math.ceil(time * share - 0.5)) for time in (begin, end))
                 times.append((np.arange(first, last) + 0.5) / share)
-                samples.append(passes.take(first, last))
+                samples.append(sampler.take(first, last))
             order = np.argsort(np.concatenate(times), kind="stable")[: count - filled]
-            drawn[filled : filled + len(order)] = np.concatenate(samples)[order]
+            result[filled : filled + len(order)] = np.concatenate(samples)[order]
             filled += len(order)
-        return drawn
+        return result
 
     def rows(self, drawn: np.ndarray) -> list[dict[str, Any]]:
-        """What was asked beside what these draws hold: a row per source, language, text-only or not, and kind.
+        """Summarize requested and actual shares: one row for each source, language, text-only or not, and kind.
 
-        `size` and `size_tokens` are what there is; `asked` is a share, None where nothing was asked, and `asked_in` of
-        what; `drawn` counts samples, `samples` and `tokens` are the shares drawn; `repeats` is how often a sample is drawn on average.
+        Keys of a row: `size` and `size_tokens` are the available samples and tokens; `asked` is the requested share or
+        None, and `asked_in` its unit; `drawn` is the number of samples in the sequence; `samples` and `tokens` are the
+        actual shares; `repeats` is the average number of times that a sample is used.
+
+        Args:
+            sample_sequence: [count] index rows.
         """
         index, settings = self.index, self.settings
         times = np.bincount(drawn, minlength=len(index))
@@ -150,24 +156,29 @@ class Mixture:
         sums = np.array([np.bincount(codes, column, minlength=len(names)) for column in columns])
         shares = sums[2:] / np.maximum(sums[2:].sum(axis=1, keepdims=True), 1)
         for number, name in enumerate(names):
-            size, size_tokens, drawn = (int(value) for value in sums[:3, number])
+            size, size_tokens, num_sampled = (int(value) for value in sums[:3, number])
             if not size and group != "source":
                 continue
             share = asked.get(name)
             row = {"group": group, "name": str(name), "size": size, "size_tokens": size_tokens, "asked": share}
-            row |= {"asked_in": None if share is None else asked_in, "drawn": drawn, "repeats": drawn / max(size, 1)}
+            row |= {
+                "asked_in": None if share is None else asked_in,
+                "drawn": num_sampled,
+                "repeats": num_sampled / max(size, 1),
+            }
             rows.append(row | {"samples": float(shares[0, number]), "tokens": float(shares[1, number])})
         return rows
 
     def _asked_of_sources(self) -> dict[str, float | None]:
+        """Return the requested share of each source, in the unit of its weight."""
         weights = [amount.weight for amount in amounts_of(self.settings, self.names)]
         if all(weight is None for weight in weights):
             return dict(zip(self.names, self.source_shares.tolist(), strict=True))
-        whole = sum(weight or 0.0 for weight in weights)
-        return {name: (weight or 0.0) / whole for name, weight in zip(self.names, weights, strict=True)}
+        total = sum(weight or 0.0 for weight in weights)
+        return {name: (weight or 0.0) / total for name, weight in zip(self.names, weights, strict=True)}
 
     def _margins(self) -> list[Margin]:
-        """The shares asked, each with its rest."""
+        """Build the requested shares, each with its complement."""
         settings = self.settings
         korean = np.array([cell.language is Language.ko for cell in self.cells])
         text_only = np.array([not cell.has_image for cell in self.cells])
@@ -186,18 +197,19 @@ class Mixture:
 
 
 class _Passes:
-    """The endless sequence of one cell's draws: pass after pass, each in an order of its own.
+    """Endless sample sequence of one cell: pass after pass, each shuffled with a seed of its own.
 
-    The order sorts a bit generator's raw numbers, which numpy promises to keep for good, unlike its permutations.
+    A pass is shuffled by sorting the raw numbers of a bit generator: numpy guarantees that these never change, but it
+    does not guarantee this for its permutations.
     """
 
     def __init__(self, members: np.ndarray, name: str) -> None:
         self.members, self.name = members, name
-        self.passes = max(1, BLOCK // len(members))  # of a block
+        self.passes = max(1, BLOCK // len(members))  # passes that are shuffled together
         self.number, self.block = -1, members
 
     def take(self, first: int, last: int) -> np.ndarray:
-        """[last - first] uint32, the draws from `first` on."""
+        """Return the samples `first` to `last - 1` of the sequence: [last - first] uint32."""
         length, parts = self.passes * len(self.members), [self.members[:0]]
         while first < last:
             number, offset = divmod(first, length)
@@ -215,25 +227,26 @@ class _Passes:
 
 
 def _windows() -> Iterator[tuple[int, int]]:
-    """Stretches of time, always the same ones, so that a prefix does not depend on how much is drawn."""
-    length, most = WINDOWS
+    """Yield time windows; they are always the same, so that a prefix does not depend on the number of samples."""
+    length, max_length = WINDOWS
     begin = 0
     while True:
         yield begin, begin + length
-        begin, length = begin + length, min(2 * length, most)
+        begin, length = begin + length, min(2 * length, max_length)
 
 
 def _partition(parts: list[tuple[str, float | None, np.ndarray]]) -> list[Margin]:
-    """The shares asked of parts that do not overlap, and the rest, which all other cells make up."""
-    asked = [Margin(f"{name}={share:g}", share, cells) for name, share, cells in parts if share is not None]
-    if not asked:
+    """Build the target shares of groups of cells that do not overlap, and of the remaining cells."""
+    targets = [Margin(f"{name}={share:g}", share, cells) for name, share, cells in parts if share is not None]
+    if not targets:
         return []
-    names, whole = " and ".join(margin.name for margin in asked), sum(margin.share for margin in asked)
-    if not all(0 <= margin.share <= 1 for margin in asked) or whole > 1 + 1e-9:
-        raise UserError(f"{names}: each must be a share from 0 to 1, and together at most 1; they sum to {whole:g}.")
-    rest = ~np.any([margin.cells for margin in asked], axis=0)
-    return [*asked, Margin(f"the rest beside {names}, {1 - whole:g},", max(0.0, 1 - whole), rest)]
+    names, total = " and ".join(margin.name for margin in targets), sum(margin.share for margin in targets)
+    if not all(0 <= margin.share <= 1 for margin in targets) or total > 1 + 1e-9:
+        raise UserError(f"{names}: each must be a share from 0 to 1, and together at most 1; they sum to {total:g}.")
+    rest = ~np.any([margin.cells for margin in targets], axis=0)
+    return [*targets, Margin(f"the rest beside {names}, {1 - total:g},", max(0.0, 1 - total), rest)]
 
 
 def _rest(share: float | None) -> float | None:
+    """Return the complement of a share; None if no share is requested."""
     return None if share is None else 1 - share

@@ -1,8 +1,9 @@
-"""The plan: what each rank reads at each optimizer step, a pure function of (index, mixture, seed, step, world size).
+"""Training plan: the micro-batches of each rank at each optimizer step, by packing.
 
-Every step draws its samples from the mixture, the same ones whatever the world size, and deals them into
-`k * world_size` packs of equal FLOPs, each under a token and a tile cap. `k` is one number for the whole stage: the
-smallest with which every step keeps the caps. It becomes Lightning's `accumulate_grad_batches`.
+The plan is a pure function of (index, mixture, seed, step, world size). The samples of a step come from the mixture and
+do not depend on the world size. They are packed into `accumulate_grad_batches * world_size` packs (micro-batches) of
+equal FLOPs, each within a token and a tile limit. The number of gradient accumulation steps is the same for the whole
+stage: the smallest with which every step is within the limits. It becomes Lightning's `accumulate_grad_batches`.
 """
 
 from __future__ import annotations
@@ -23,43 +24,44 @@ from lit_vlm.data.plan.steps import Length, draw_steps
 from lit_vlm.data.plan.store import Arrays, kept, key_of
 from lit_vlm.types import counted
 
-PLAN_VERSION = 2  # raise it when the same settings draw or deal differently
-BLOCK = 1 << 16  # held-out samples that are dealt together, and entries of a matrix in work
+PLAN_VERSION = 2  # increase it when the same settings give other samples or packs
+BLOCK = 1 << 16  # held-out samples that are packed together, and entries of an intermediate matrix
 
-Pack = tuple[int, ...]  # samples of the index that share one forward pass
+Pack = tuple[int, ...]  # index rows of the samples of one micro-batch
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One optimizer step. `packs[micro * world_size + rank]`; an empty pack is a blank one."""
+    """One optimizer step: `packs[micro_batch * world_size + rank]`; an empty pack becomes a dummy micro-batch."""
 
     packs: tuple[Pack, ...]
-    num_supervised: int  # over all ranks and micro-batches: the divisor of the loss; 0 when all samples were left out
+    num_supervised: int  # over all ranks and micro-batches: divisor of the loss; 0 if all samples are excluded
     num_samples: int
     num_tiles: int
-    num_chosen: int  # preference: supervised tokens of the chosen answers
+    num_chosen: int  # preference pairs: supervised tokens of the chosen answers
 
 
 class Plan:
-    """All optimizer steps of a stage, by number.
+    """Training plan: all optimizer steps of a stage, by number, packed into micro-batches.
 
     Args:
-        index: what is trained on.
-        mixture: of that index; None: each source by its size.
-        flops: cost model that makes packs equal.
-        most_tokens: cap of a pack; a preference pair counts with both its answers.
-        most_tiles: cap of a pack.
+        index: training samples.
+        mixture: mixture over that index; None: each source by its size.
+        flops: cost model by which packs are balanced.
+        max_tokens: token limit of a pack; a preference pair counts with both its answers.
+        max_tiles: tile limit of a pack.
         global_batch_size: samples of a step.
-        global_batch_tokens: instead of them: a step ends with the sample that brings it to so many tokens.
-        max_steps: optimizer steps; None: as many as `max_epochs` passes over the mixture fill.
-        ledger: samples that turned bad while training. They are left out of the steps that drew them, which have fewer
-            samples then; every other sample stays where it was. A step whose samples are all gone is blank.
-        store: folder where the plan is kept; None: in memory. With another world size or other caps it is only dealt
-            anew.
-        digest: of the index; None: worked out, which reads all of it.
+        global_batch_tokens: alternatively: a step ends with the sample that brings it to this number of tokens.
+        max_steps: optimizer steps; None: as many as `max_epochs` passes over the mixture require.
+        ledger: samples that became corrupt during training. They are excluded from their steps, which then have fewer
+            samples; all other samples keep their places. A step without remaining samples consists of dummy
+            micro-batches.
+        store: cache folder of the plan; None: in memory. If only the world size or the limits change, the cached steps
+            are used and only the packing is repeated.
+        digest: digest of the index; None: computed, which reads the whole index.
 
     Raises:
-        UserError: a sample alone is above a cap, or the mixture cannot be had.
+        UserError: a single sample exceeds a limit, or the mixture cannot be met.
     """
 
     def __init__(
@@ -90,77 +92,91 @@ class Plan:
             facts |= {"settings": asdict(self.mixture.settings), "index": digest or index.digest()}
         self._steps = kept(store, "steps", key_of(facts), lambda: draw_steps(index, self.mixture, length, seed))
         facts |= {"caps": [most_tokens, most_tiles], "flops": asdict(flops), "world_size": world_size}
-        dealt = kept(store, "packs", key_of(facts), self._deal)
-        self._pack, self.k = dealt["pack"], int(dealt["k"][0])
+        packed = kept(store, "packs", key_of(facts), self._deal)
+        self._pack, self.k = packed["pack"], int(packed["k"][0])
         self.num_steps = len(self._steps["ends"])
         self.left_out = np.empty(0, dtype=np.int64) if ledger is None else ledger.samples(index)
-        self._last: tuple[int, Step] | None = None  # micro-steps of one step follow each other
+        self._last: tuple[int, Step] | None = None  # the micro-batches of one step are read one after another
 
     def samples(self, step: int) -> np.ndarray:
-        """The samples of an optimizer step as they are drawn, whatever the world size, without those left out."""
-        drawn, _ = self._drawn(step)
-        return drawn[~np.isin(drawn, self.left_out)]
+        """Return the samples of a step in the order of the mixture, without excluded ones; independent of the world size."""
+        samples, _ = self._drawn(step)
+        return samples[~np.isin(samples, self.left_out)]
 
     def step(self, step: int) -> Step:
+        """Return an optimizer step with its packs."""
         if self._last is None or self._last[0] != step:
             self._last = step, self._step(step)
         return self._last[1]
 
     def draws(self) -> np.ndarray:
-        """All samples that are drawn, step after step, for `Mixture.rows`; the ledger's are among them."""
+        """Return the samples of all steps, step after step, for `Mixture.summarize`; it includes those of the ledger."""
         return self._steps["samples"]
 
     @property
     def batch(self) -> str:
-        """What a step holds, in words."""
+        """Size of a step as text, such as "128 samples"."""
         if self.global_batch_size is None:
             return counted(self.global_batch_tokens, "token")
         return counted(self.global_batch_size, "sample")
 
     @property
     def ends(self) -> np.ndarray:
-        """[steps]: step i's draws are `draws()[ends[i - 1]:ends[i]]`, from 0 on for the first."""
+        """End of each step in `get_sample_sequence()`, [steps]. Step i begins at `step_ends[i - 1]`, the first at 0."""
         return self._steps["ends"]
 
     def balance(self) -> dict[str, Any]:
-        """How equal the packs are, and how large.
+        """Measure the balance and the sizes of the packs.
 
-        `micro_steps` is the share of the time that ranks compute when each micro-step waits for its slowest rank (FSDP,
-        ZeRO-3), `ranks` when only the step's end waits (DDP): mean over largest FLOPs, the mean over the steps and the
-        worst step. `tokens` and `tiles` are those of a pack.
+        `micro_steps` is the share of the time in which ranks compute, if each micro-batch waits for its slowest rank
+        (FSDP, ZeRO-3); `ranks` is that share if ranks wait only at the end of a step (DDP). Both are mean over maximum
+        FLOPs, given as the mean over the steps and as the worst step. `tokens` and `tiles` are the sizes of the packs.
         """
-        num_packs, micro, ranks, sizes = self.k * self.world_size, [], [], []
-        height = max(1, BLOCK // max(num_packs, len(self._pack) // self.num_steps))
-        for start in range(0, self.num_steps, height):
-            hand, pack = self._hand(np.arange(start, min(start + height, self.num_steps)))
-            work = loads(pack, hand.work, num_packs).reshape(len(pack), self.k, self.world_size)
-            mean = work.sum(axis=(1, 2)) / self.world_size
-            micro.append(mean / work.max(axis=2).sum(axis=1))
-            ranks.append(mean / work.sum(axis=1).max(axis=1))
-            sizes.append(np.stack([loads(pack, c, num_packs).ravel() for c in (hand.there, hand.tokens, hand.tiles)]))
+        num_packs, micro_batch_balance, rank_balance, sizes = self.k * self.world_size, [], [], []
+        steps_per_block = max(1, BLOCK // max(num_packs, len(self._pack) // self.num_steps))
+        for start in range(0, self.num_steps, steps_per_block):
+            step_samples, pack_ids = self._hand(np.arange(start, min(start + steps_per_block, self.num_steps)))
+            pack_flops = loads(pack_ids, step_samples.work, num_packs).reshape(len(pack_ids), self.k, self.world_size)
+            mean_flops = pack_flops.sum(axis=(1, 2)) / self.world_size
+            micro_batch_balance.append(mean_flops / pack_flops.max(axis=2).sum(axis=1))
+            rank_balance.append(mean_flops / pack_flops.sum(axis=1).max(axis=1))
+            sizes.append(
+                np.stack(
+                    [
+                        loads(pack_ids, c, num_packs).ravel()
+                        for c in (step_samples.there, step_samples.tokens, step_samples.tiles)
+                    ]
+                )
+            )
         samples, tokens, tiles = np.concatenate(sizes, axis=1, dtype=np.float32)
         return {
             "k": self.k,
             "world_size": self.world_size,
             "samples_per_rank_and_step": len(self._pack) / self.num_steps / self.world_size,
-            "micro_steps": _of_steps(np.concatenate(micro)),
-            "ranks": _of_steps(np.concatenate(ranks)),
+            "micro_steps": _of_steps(np.concatenate(micro_batch_balance)),
+            "ranks": _of_steps(np.concatenate(rank_balance)),
             "tokens": _of_packs(tokens, self.most_tokens),
             "tiles": _of_packs(tiles, self.most_tiles),
             "blank_packs": int((samples == 0).sum()),
             "num_packs": len(samples),
-            "padding": 0.0,  # a flat batch has none
+            "padding": 0.0,  # a flat batch has no padding
         }
 
     def _step(self, step: int) -> Step:
-        drawn, pack = self._drawn(step)
-        gone = np.isin(drawn, self.left_out)
-        lost, drawn, pack = drawn[gone], drawn[~gone], pack[~gone]
-        order = np.argsort(pack, kind="stable")
-        samples = drawn[order].tolist()
-        bounds = np.searchsorted(pack[order], np.arange(self.k * self.world_size + 1)).tolist()
+        """Build a step: group its samples by pack, without excluded samples."""
+        samples_in_step, pack_ids = self._drawn(step)
+        is_excluded = np.isin(samples_in_step, self.left_out)
+        excluded, samples_in_step, pack_ids = (
+            samples_in_step[is_excluded],
+            samples_in_step[~is_excluded],
+            pack_ids[~is_excluded],
+        )
+        order = np.argsort(pack_ids, kind="stable")
+        samples = samples_in_step[order].tolist()
+        bounds = np.searchsorted(pack_ids[order], np.arange(self.k * self.world_size + 1)).tolist()
         totals = {
-            name: int(self._steps[name][step]) - (int(getattr(self.index, name)[lost].sum()) if len(lost) else 0)
+            name: int(self._steps[name][step])
+            - (int(getattr(self.index, name)[excluded].sum()) if len(excluded) else 0)
             for name in ("supervised", "tiles", "chosen")
         }
         return Step(
@@ -172,36 +188,39 @@ class Plan:
         )
 
     def _drawn(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """A step's samples and their packs."""
+        """Return the samples of a step and their pack ids."""
         if not 0 <= step < self.num_steps:
             raise IndexError(f"step {step} of {self.num_steps}")
         ends = self._steps["ends"]
-        part = slice(int(ends[step - 1]) if step else 0, int(ends[step]))
-        return self._steps["samples"][part], self._pack[part]
+        step_slice = slice(int(ends[step - 1]) if step else 0, int(ends[step]))
+        return self._steps["samples"][step_slice], self._pack[step_slice]
 
     def _deal(self) -> Arrays:
-        caps = Caps(self.most_tokens, self.most_tiles)
+        """Pack all steps; the arrays that are cached."""
+        limits = Caps(self.most_tokens, self.most_tiles)
         samples, ends = self._steps["samples"], self._steps["ends"]
-        k, pack = deal_all(self.index, self.flops, samples, ends, caps, self.world_size)
-        return {"pack": pack, "k": np.array([k])}
+        accumulate_grad_batches, pack_ids = deal_all(self.index, self.flops, samples, ends, limits, self.world_size)
+        return {"pack": pack_ids, "k": np.array([accumulate_grad_batches])}
 
     def _hand(self, steps: np.ndarray) -> tuple[Hand, np.ndarray]:
-        hand = hand_of(self.index, self.flops, self._steps["samples"], self._steps["ends"], steps)
-        return hand, self._pack[np.where(hand.there, hand.places, 0)].astype(np.int64)
+        """Gather the samples of some steps, and their pack ids [steps, samples]."""
+        step_samples = hand_of(self.index, self.flops, self._steps["samples"], self._steps["ends"], steps)
+        return step_samples, self._pack[np.where(step_samples.there, step_samples.places, 0)].astype(np.int64)
 
 
 def validation_packs(index: Index, *, most_tokens: int, most_tiles: int, world_size: int, flops: Flops) -> list[Pack]:
-    """All samples once, in the fewest packs of equal work that keep the caps, as many for each rank; empty ones are blank.
+    """Pack all validation samples, each once, into the fewest packs of equal FLOPs within the limits.
 
-    Pack `i` belongs to rank `i % world_size`. More than 65,536 samples are dealt in parts.
+    Each rank has the same number of packs; pack `i` belongs to rank `i % world_size`. An empty pack becomes a dummy
+    micro-batch. More than 65,536 samples are packed in blocks.
     """
     packs: list[Pack] = []
     for start in range(0, len(index), BLOCK):
         samples = np.arange(start, min(start + BLOCK, len(index)))
-        caps, ends = Caps(most_tokens, most_tiles), np.array([len(samples)])
-        k, pack = deal_all(index, flops, samples, ends, caps, world_size)
-        order = np.argsort(pack, kind="stable")
-        bounds = np.searchsorted(pack[order], np.arange(k * world_size + 1))
+        limits, ends = Caps(most_tokens, most_tiles), np.array([len(samples)])
+        num_micro_batches, pack_ids = deal_all(index, flops, samples, ends, limits, world_size)
+        order = np.argsort(pack_ids, kind="stable")
+        bounds = np.searchsorted(pack_ids[order], np.arange(num_micro_batches * world_size + 1))
         packs += [tuple(samples[order[begin:end]].tolist()) for begin, end in pairwise(bounds)]
     return packs
 

@@ -1,4 +1,4 @@
-"""What share of the draws each source and each cell of the mixture has: the settings, and how they are met."""
+"""Mixture shares: settings of the data mixture, and the share of the samples for each source and each cell."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ import numpy as np
 
 from lit_vlm.types import Kind, UserError
 
-EXACT = 1e-9  # of a share, far below one sample in ten million
-ROUNDS, PATIENCE = 5000, 500  # of proportional fitting; so many rounds between two looks for cells that vanish
-VANISHING = 0.02  # a cell below this part of where it started, still falling
+EXACT = 1e-9  # tolerance of a share: far below one sample in ten million
+ROUNDS, PATIENCE = 5000, 500  # of proportional fitting; number of rounds between two checks for vanishing cells
+VANISHING = 0.02  # a cell below this fraction of its initial share, and still decreasing, is set to zero
 
 
 @dataclass(frozen=True, slots=True)
 class Amount:
-    """How much of one source is drawn."""
+    """Amount of one source in the mixture: a weight, or a number of passes, or a number of samples."""
 
     weight: float | None = None  # share relative to the other sources
-    repeat: float | None = None  # passes over it in an epoch, where no source has a weight
-    count: int | None = None  # or samples of it in an epoch
+    repeat: float | None = None  # passes over it in an epoch, if no source has a weight
+    count: int | None = None  # alternatively: samples of it in an epoch
 
 
 @dataclass(frozen=True, slots=True)
 class MixtureSettings:
-    """As under `data` in the configuration, in plain values."""
+    """Mixture settings: those under `data` in the configuration, as plain values."""
 
-    sources: Mapping[str, Amount] = field(default_factory=dict)  # by name; one that is missing is drawn by its size
+    sources: Mapping[str, Amount] = field(default_factory=dict)  # by name; a missing source: by its size
     weights_in: Literal["samples", "tokens"] = "samples"
-    temperature: float = 1.0  # without weights: sources count by size^(1/temperature)
-    share_ko: float | None = None  # of the samples drawn
+    temperature: float = 1.0  # without weights: a source is weighted by size^(1/temperature)
+    share_ko: float | None = None  # share of the samples
     share_text_only: float | None = None
     share_kinds: Mapping[Kind, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Margin:
-    """A share that was asked for, and the cells that make it up."""
+    """Requested share of a group of cells."""
 
     name: str  # e.g. "data.share.ko=0.7"
     share: float
@@ -47,32 +47,32 @@ class Margin:
 
 
 def amounts_of(settings: MixtureSettings, names: Sequence[str]) -> list[Amount]:
-    """One for each source.
+    """Resolve the amount of each source.
 
     Raises:
-        UserError: a source that is not there, or amounts that contradict each other.
+        UserError: the mixture names an unknown source, or amounts contradict each other.
     """
     for name in settings.sources:
         if name not in names:
             raise UserError(f"The mixture names the source {name}, but there are only: {', '.join(names)}.")
     amounts = [settings.sources.get(name, Amount()) for name in names]
-    weighted = any(amount.weight is not None for amount in amounts)
+    has_weights = any(amount.weight is not None for amount in amounts)
     for name, amount in zip(names, amounts, strict=True):
         given = {key: getattr(amount, key) for key in ("weight", "repeat", "count")}
         given = {key: value for key, value in given.items() if value is not None}
-        if weighted and amount.weight is None:
+        if has_weights and amount.weight is None:
             raise UserError(f"data.sources.{name}.weight is missing: other sources have one. Give it; 0 leaves it out.")
         if len(given) > 1:
             raise UserError(f"data.sources.{name} has {' and '.join(given)}. Keep one of them.")
         for key, value in given.items():
             if not 0 <= value < math.inf:
                 raise UserError(f"data.sources.{name}.{key}={value:g} must be a number from 0.")
-    if weighted and settings.temperature != 1:
+    if has_weights and settings.temperature != 1:
         raise UserError(
             f"data.temperature={settings.temperature:g} tempers the sizes of sources, but they have weights. "
             "Leave out data.temperature, or every data.sources.<name>.weight."
         )
-    if not weighted and settings.weights_in == "tokens":
+    if not has_weights and settings.weights_in == "tokens":
         raise UserError("data.weights_in=tokens, but no source has a weight. Give data.sources.<name>.weight.")
     if not 0 < settings.temperature < math.inf:
         raise UserError(f"data.temperature={settings.temperature:g} must be above 0.")
@@ -80,7 +80,7 @@ def amounts_of(settings: MixtureSettings, names: Sequence[str]) -> list[Amount]:
 
 
 def counts_of(amounts: Sequence[Amount], sizes: np.ndarray) -> np.ndarray:
-    """[sources] float64, samples of each in an epoch, where no source has a weight."""
+    """Compute the samples of each source in an epoch, if no source has a weight: [sources] float64."""
     counts = sizes.astype(np.float64)
     for number, amount in enumerate(amounts):
         if amount.repeat is not None:
@@ -91,14 +91,14 @@ def counts_of(amounts: Sequence[Amount], sizes: np.ndarray) -> np.ndarray:
 
 
 def source_shares(settings: MixtureSettings, names: Sequence[str], sizes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """[sources] share of the samples drawn: by weights, else by tempered counts.
+    """Compute the share of the samples for each source, [sources]: by weights, else by counts with temperature.
 
     Args:
         sizes: [sources] usable samples.
-        tokens: [sources] of all of them; a weight in tokens is divided by a source's mean sample.
+        tokens: [sources] their tokens; a weight in tokens is divided by the mean tokens of a sample of the source.
 
     Raises:
-        UserError: as `amounts_of`; a source that is asked for is empty, or none is drawn.
+        UserError: see `resolve_amounts`; or a requested source is empty, or the mixture is empty.
     """
     amounts = amounts_of(settings, names)
     if any(amount.weight is not None for amount in amounts):
@@ -119,12 +119,20 @@ def source_shares(settings: MixtureSettings, names: Sequence[str], sizes: np.nda
 
 
 def meet(start: np.ndarray, margins: Sequence[Margin]) -> np.ndarray:
-    """[cells] the shares nearest to `start` (in relative entropy) that meet every margin: proportional fitting.
+    """Compute the cell shares that meet every target share, by iterative proportional fitting.
 
-    Where cells have to vanish for it, fitting alone takes forever to get there; they are set to zero on the way.
+    Of all solutions it is the one closest to `initial_shares` in relative entropy. If cells must vanish, fitting alone
+    converges too slowly to zero; such cells are set to zero during the fitting.
+
+    Args:
+        initial_shares: [cells], they sum to 1.
+        target_shares: requested shares of groups of cells.
+
+    Returns:
+        [cells] shares that sum to 1.
 
     Raises:
-        UserError: a margin has no sample, or the margins contradict each other.
+        UserError: a target share has no sample, or the target shares contradict each other.
     """
     for margin in margins:
         if margin.share > EXACT and not start[margin.cells].sum() > 0:
@@ -133,14 +141,14 @@ def meet(start: np.ndarray, margins: Sequence[Margin]) -> np.ndarray:
                 "Change the share, or add a source that has them."
             )
     shares = start.copy()
-    for number in range(1, ROUNDS + 1):
+    for round_number in range(1, ROUNDS + 1):
         for margin in margins:
-            there = shares[margin.cells].sum()
-            if there > 0:
-                shares[margin.cells] *= margin.share / there
+            current = shares[margin.cells].sum()
+            if current > 0:
+                shares[margin.cells] *= margin.share / current
         if all(abs(shares[margin.cells].sum() - margin.share) < EXACT for margin in margins):
             return shares / shares.sum()
-        if number % PATIENCE == 0:
+        if round_number % PATIENCE == 0:
             shares[shares < VANISHING * start] = 0.0
     reached = ", ".join(f"{margin.name} (reached {shares[margin.cells].sum():.3f})" for margin in margins)
     raise UserError(

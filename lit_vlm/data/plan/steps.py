@@ -1,4 +1,4 @@
-"""Optimizer steps over the draws of a mixture; nothing here knows how many devices there are."""
+"""Optimizer steps over the sample sequence of a mixture, independent of the number of devices."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from lit_vlm.data.index.columns import Index
 from lit_vlm.data.plan.mixture import Mixture
 from lit_vlm.types import UserError
 
-TOTALS = ("supervised", "tiles", "chosen")  # columns of the index that a step's sums are kept of
+TOTALS = ("supervised", "tiles", "chosen")  # columns of the index that are summed for each step
 
 
 @dataclass(frozen=True, slots=True)
 class Length:
-    """How long the steps and the stage are."""
+    """Length of an optimizer step and of the training stage."""
 
-    batch_size: int | None  # samples of a step
-    batch_tokens: int | None  # instead: a step ends with the sample that brings it to so many tokens
+    batch_size: int | None  # samples per optimizer step
+    batch_tokens: int | None  # alternatively: a step ends with the sample that brings it to this number of tokens
     max_steps: int | None
-    max_epochs: float  # where max_steps is None: at least so many passes over the mixture
+    max_epochs: float  # if max_steps is None: minimum number of passes over the mixture
 
     def __post_init__(self) -> None:
         if self.batch_tokens is None and self.batch_size is None:
@@ -34,11 +34,11 @@ class Length:
 
 
 def draw_steps(index: Index, mixture: Mixture, length: Length, seed: int) -> dict[str, np.ndarray]:
-    """All steps of a stage.
+    """Sample all optimizer steps of a stage from the mixture.
 
     Returns:
-        `samples` [draws] uint32, step after step; `ends` [steps] int64, where each step ends in them; and the sums of
-        TOTALS, [steps] int64.
+        `samples` [total samples] uint32, index rows, step after step; `ends` [steps] int64, end of each step in
+        `samples`; and for each column of SUMMED_COLUMNS its sum in each step, [steps] int64.
     """
     samples, ends = _by_tokens(index, mixture, length, seed) if length.batch_tokens else _by_size(mixture, length, seed)
     begins = np.concatenate([[0], ends[:-1]])
@@ -47,6 +47,7 @@ def draw_steps(index: Index, mixture: Mixture, length: Length, seed: int) -> dic
 
 
 def _by_size(mixture: Mixture, length: Length, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sample steps with a fixed number of samples; return (samples, step ends)."""
     assert length.batch_size is not None
     num_steps = length.max_steps or max(1, math.ceil(_draws_of(mixture, length) / length.batch_size - 1e-9))
     ends = np.arange(1, num_steps + 1, dtype=np.int64) * length.batch_size
@@ -54,24 +55,31 @@ def _by_size(mixture: Mixture, length: Length, seed: int) -> tuple[np.ndarray, n
 
 
 def _by_tokens(index: Index, mixture: Mixture, length: Length, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sample steps with a minimum number of tokens; return (samples, step ends)."""
     assert length.batch_tokens is not None
-    least = 0 if length.max_steps else math.ceil(_draws_of(mixture, length) - 1e-9)
-    of_step = math.ceil(length.batch_tokens / index.tokens.mean())
-    count = math.ceil(1.02 * (length.max_steps * of_step if length.max_steps else least)) + 2 * of_step
-    while True:  # how much has to be drawn for so many tokens is not known before
+    min_samples = 0 if length.max_steps else math.ceil(_draws_of(mixture, length) - 1e-9)
+    samples_per_step = math.ceil(length.batch_tokens / index.tokens.mean())
+    count = (
+        math.ceil(1.02 * (length.max_steps * samples_per_step if length.max_steps else min_samples))
+        + 2 * samples_per_step
+    )
+    while True:  # the number of samples needed for these tokens is not known in advance
         samples = mixture.draws(count, seed)
-        ends = _ends(np.cumsum(index.tokens[samples], dtype=np.int64), length.batch_tokens, length.max_steps, least)
+        ends = _ends(
+            np.cumsum(index.tokens[samples], dtype=np.int64), length.batch_tokens, length.max_steps, min_samples
+        )
         if ends is not None:
             return samples[: ends[-1]], ends
         count += count // 2
 
 
 def _ends(tokens: np.ndarray, target: int, max_steps: int | None, least: int) -> np.ndarray | None:
-    """[steps] int64; None when the draws do not suffice.
+    """Find the end of each step, [steps] int64; None if there are too few samples.
 
     Args:
-        tokens: [draws] int64, running sum.
-        least: draws that the steps cover at least, where max_steps is None.
+        cumulative_tokens: [samples] int64, running sum of the tokens.
+        tokens_per_step: a step ends with the sample that reaches this number of tokens.
+        min_samples: number of samples that the steps must cover, if max_steps is None.
     """
     ends: list[int] = []
     reached = 0

@@ -1,4 +1,4 @@
-"""Arrays that are built once and then mapped into memory by every process: one Arrow file for each key."""
+"""Cache of arrays: built once, then memory-mapped by every process; one Arrow file for each key."""
 
 from __future__ import annotations
 
@@ -17,14 +17,19 @@ Arrays = dict[str, np.ndarray]
 
 
 def key_of(facts: Mapping[str, Any]) -> str:
-    """64 hex digits, of plain values."""
+    """Hash a dictionary of plain values into a cache key of 64 hex digits."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
 def kept(folder: Path | None, name: str, key: str, build: Callable[[], Arrays]) -> Arrays:
-    """The arrays of this key: mapped from the folder, or built and put there. None: built, in memory alone.
+    """Load the arrays of this key from the folder, or build and save them.
 
-    Of several processes the first builds and the others wait. A file that is torn or of another key is built again.
+    One process builds, the others wait. A file that is incomplete or has another key is built again.
+
+    Args:
+        folder: cache folder; None: build in memory and save nothing.
+        name: prefix of the file name.
+        key: see `hash_facts`.
     """
     if folder is None:
         return build()
@@ -41,7 +46,7 @@ def kept(folder: Path | None, name: str, key: str, build: Callable[[], Arrays]) 
 
 
 def _read(path: Path, key: str) -> Arrays | None:
-    """Read-only views of the file; None when it is not there, torn, or of another key."""
+    """Read a cache file as read-only views; None if it is missing, incomplete, or has another key."""
     try:
         with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
             if (reader.schema.metadata or {}).get(b"key") != key.encode():
@@ -53,7 +58,7 @@ def _read(path: Path, key: str) -> Arrays | None:
 
 
 def _write(path: Path, key: str, arrays: Arrays) -> None:
-    """One row, with a list for each array; moved into place when all of it is on the disk."""
+    """Write one row with a list for each array, atomically: the file is renamed after all bytes are on disk."""
     offsets = {name: pa.array([0, len(array)], pa.int64()) for name, array in arrays.items()}
     lists = [pa.LargeListArray.from_arrays(offsets[name], pa.array(array)) for name, array in arrays.items()]
     batch = pa.RecordBatch.from_arrays(lists, names=list(arrays)).replace_schema_metadata({"key": key})
