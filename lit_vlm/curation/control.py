@@ -1,4 +1,4 @@
-"""Prompts without their control token: what a model answers to them ignores `<gro>` or `<ocr>`."""
+"""Prompts without their control token: answers to them serve as rejected answers, which ignore `<gro>` or `<ocr>`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ ASKS_FOR_BOXES = (Control("<gro>"), Control("<ocr>"))
 
 
 def without_control(sample: Sample) -> Sample | None:
-    """The same conversation, its last question without `<gro>` or `<ocr>` and the line break behind it.
+    """Remove `<gro>` or `<ocr>`, and the line break after it, from the last question of a conversation.
 
-    None where the last question has neither.
+    Returns:
+        The changed sample; None if the last question has neither token.
     """
     at = next((n for n in reversed(range(len(sample.messages))) if sample.messages[n].role is Role.user), None)
     if at is None or not any(piece in ASKS_FOR_BOXES for piece in sample.messages[at].content):

@@ -1,4 +1,4 @@
-"""Preference pairs from a model's own answers: drawn, graded, chosen, written."""
+"""Generation of preference pairs from a model's own answers: sample, grade, choose, format."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from lit_vlm.evaluation.answers import Said, alike, draw
 from lit_vlm.model.generate import Sampling
 from lit_vlm.types import Sample
 
-PAIR = "pair"  # the outcome of a prompt that gave one
+PAIR = "pair"  # outcome of a prompt that yields a pair
 CHOOSE = {PairKind.response: response_pair, PairKind.control: control_pair}
-ROOM = 4  # times the caps of training: nothing is kept for a backward pass
+ROOM = 4  # times the micro-batch limits of training: no activations are stored for a backward pass
 
 
 class PairMaker:
-    """Asks the model about samples and makes a line for each: its answers, what became of them, and its pairs.
+    """Generator of preference pairs: one line for each sample with its answers, their states, and its pairs.
 
     Args:
-        pictures: where the pictures of pairs are named and saved.
-        seed: every answer's dice hang on it, the sample's id and the answer's number alone.
+        scorer: grades the answers.
+        images: resolves and saves the images of pairs.
+        seed: each answer's sampling depends on it, the sample's id and the answer's number alone.
     """
 
     def __init__(
@@ -49,10 +50,11 @@ class PairMaker:
     def lines(
         self, index: Index, numbers: Sequence[int], *, most_tokens: int, most_tiles: int
     ) -> Iterator[dict[str, Any]]:
-        """The lines of these samples of the index, in an order of like lengths.
+        """Generate the lines of samples of the index, ordered by similar length.
 
         Args:
-            most_tokens, most_tiles: of a micro-batch in training. A prompt counts once for each of its answers.
+            numbers: samples of the index.
+            max_tokens, max_tiles: limits of a micro-batch in training. A prompt counts once for each of its answers.
         """
         caps = {"most_tokens": ROOM * most_tokens // self.settings.num_samples, "most_tiles": ROOM * most_tiles}
         for batch in alike(index, numbers, **caps, new_tokens=self.settings.max_new_tokens):
@@ -61,7 +63,7 @@ class PairMaker:
                 yield {"key": key_of(index, number)} | self._line(sample, answers)
 
     def _graded(self, samples: list[Sample]) -> list[list[Answer]]:
-        """All answers of each sample, the reference among them where it may be chosen."""
+        """Sample and grade all answers of each sample, with the reference if it may be chosen."""
         answers = self._drawn(samples)
         if self.settings.reference_as_chosen:
             for sample, own in zip(samples, answers, strict=True):
@@ -88,7 +90,7 @@ class PairMaker:
         return answers
 
     def _line(self, sample: Sample, answers: list[Answer]) -> dict[str, Any]:
-        """For the journal. Control pairs are made of samples whose question has a control token alone."""
+        """Make the log line of a sample. Only samples whose question has a control token get control pairs."""
         outcome: dict[str, str] = {}
         pairs = []
         for kind in self.settings.kinds:
@@ -107,12 +109,12 @@ class PairMaker:
 
 
 def key_of(index: Index, number: int) -> str:
-    """What names a sample among all sources."""
+    """Return the key of a sample: source/position, unique among all sources."""
     return f"{index.sources[index.source_of[number]].name}/{int(index.position[number])}"
 
 
 def summary_of(lines: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """What became of the model's answers, by `State`, and of the prompts, by kind of pair: pairs, or `Reason`."""
+    """Count the model's answers by `AnswerState`, and the prompts of each pair kind by outcome: pair, or `NoPairReason`."""
     answers: Counter[str] = Counter()
     prompts: dict[str, Counter[str]] = {}
     for line in lines:
@@ -137,6 +139,6 @@ def _with_grade(answer: Answer, grades: Iterator[float | None]) -> Answer:
 
 
 def _seed(*place: object) -> int:
-    """64 bits of their SHA-256."""
+    """Compute a seed: the first 64 bits of the SHA-256 of the parts."""
     text = repr([str(part) for part in place])
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "little")

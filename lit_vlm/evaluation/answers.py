@@ -1,4 +1,4 @@
-"""What a model says to a sample: for the held-out samples of a run, a conversation, and pairs of answers."""
+"""Generation of answers: for the held-out samples of a run, for chat, and for preference pairs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from lit_vlm.data.processor import Processor
 from lit_vlm.model.generate import Sampling, generate
 from lit_vlm.types import SPECIAL_TOKENS, Content, Control, ImageSlot, Message, Role, Sample
 
-MOST_PROMPTS = 256  # of one generation
+MOST_PROMPTS = 256  # in one generation batch
 
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """An answer as the model gave it: its control tokens apart from text that looks like them.
+    """One generated answer. Its control tokens are separate from text that looks like them.
 
-    `ended`: it closed itself; else the limit cut it.
+    Attributes:
+        content: text and control tokens, in order.
+        is_complete: the model generated the end token; else the length limit cut the answer.
     """
 
     content: tuple[Content, ...]
@@ -31,16 +33,16 @@ class Said:
 
     @property
     def text(self) -> str:
-        """Control tokens spelled out."""
+        """The answer as text, with control tokens spelled out."""
         return Message(Role.assistant, self.content).text
 
 
 def ask(
     model: LlavaOnevisionForConditionalGeneration, processor: Processor, samples: Sequence[Sample], max_new_tokens: int
 ) -> list[str]:
-    """The model's own last answer of each conversation, greedily, control tokens spelled out.
+    """Generate the last answer of each conversation with greedy decoding. Returns texts with control tokens spelled out.
 
-    The samples are one generation: the caller keeps them within the memory. What their last messages say is not read.
+    All samples are one generation batch: the caller keeps it within the memory. The samples' own last messages are not read.
     """
     batch = collate(processor, list(samples)).to(next(model.parameters()).device)
     stop = end_of_answer(processor)
@@ -55,7 +57,11 @@ def draw(
     max_new_tokens: int,
     sampling: Sampling,
 ) -> list[list[Said]]:
-    """Several answers of the model's own to each conversation, in place of its last one. One generation, as `ask`."""
+    """Sample several last answers for each conversation. All are one generation batch, as in `generate_answers`.
+
+    Returns:
+        For each sample a list of completions, one for each of its seeds.
+    """
     batch = collate(processor, list(samples)).to(next(model.parameters()).device)
     stop = end_of_answer(processor)
     outputs = generate(model, batch, max_new_tokens, eos_token_id=stop, sampling=sampling)
@@ -65,7 +71,7 @@ def draw(
 
 
 def _content(processor: Processor, ids: list[int], stop: int) -> tuple[Content, ...]:
-    """The nine control tokens as such and all else as text, in NFC, without white space around it."""
+    """Decode token ids into control tokens (nine are known) and text, in NFC, without surrounding white space."""
     tokenizer, vocabulary = processor.tokenizer, processor.template.control_ids
     known = {vocabulary[token]: Control(token) for token in SPECIAL_TOKENS if token in vocabulary}
     silent = (stop, tokenizer.eos_token_id, tokenizer.pad_token_id)
@@ -82,18 +88,23 @@ def _content(processor: Processor, ids: list[int], stop: int) -> tuple[Content, 
 
 
 def reference_lengths(index: Index) -> np.ndarray:
-    """Tokens of each reference; of several answers, all together."""
+    """Return the number of reference tokens of each sample, [samples]; of several answers, their sum."""
     return np.where(index.chosen > 0, index.chosen, index.supervised)
 
 
 def alike(
     index: Index, numbers: Sequence[int], *, most_tokens: int, most_tiles: int, new_tokens: int = 0
 ) -> Iterator[list[int]]:
-    """Samples that are generated together: references, then prompts, of like length, so that little is padded and no
-    answer waits for a long one.
+    """Group samples of similar length into generation batches, under a token limit and a tile limit.
+
+    Samples are sorted by the length of the reference, then of the prompt. So there is little padding, and no short answer
+    waits for a long one.
 
     Args:
-        new_tokens: room for so many beside each sample's own tokens.
+        numbers: samples of the index.
+        max_tokens: limit of batch size x longest sequence; a single longer sample is a batch of its own.
+        max_tiles: limit of the tiles in a batch.
+        new_tokens: reserved for generation, on top of each sample's own tokens.
     """
     references = reference_lengths(index)
     batch: list[int] = []
@@ -111,13 +122,13 @@ def alike(
 
 
 def end_of_answer(processor: Processor) -> int:
-    """The token that closes an answer in this template: what training teaches, whatever the tokenizer calls its end."""
+    """Return the id of the token that closes an answer in this template: training teaches this one, also where the tokenizer's EOS differs."""
     turn = processor.template.encode((Message(Role.user, ("?",)), Message(Role.assistant, ("!",))), [])
     return int(turn.input_ids[turn.supervised][-1])
 
 
 def readable_prompt(messages: Sequence[Message]) -> str:
-    """What the model is asked, as a person reads it; of several turns, each with its role."""
+    """Format a prompt as readable text; several turns get one line each, with the role."""
     texts = ["".join(_spelled(piece) for piece in message.content).strip() for message in messages]
     if len(texts) == 1:
         return texts[0]

@@ -1,4 +1,4 @@
-"""What the facts mean: what would end the run, what would make it another than was meant, and advice."""
+"""Checks of the preflight facts: failures that would stop the run, warnings, and advice."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from lit_vlm.engine.preflight.page import gigabytes, percent
 from lit_vlm.losses.preference import SORTS_THE_BATCH
 from lit_vlm.types import Fault, Part, counted
 
-FEW_PER_RANK = 8  # samples of a step that a rank needs for packs to come out equal
-UNEVEN = 0.97  # balance below which ranks wait noticeably
+FEW_PER_RANK = 8  # samples of a step that a rank needs, so that packing can balance the work
+UNEVEN = 0.97  # below this balance ranks wait noticeably
 MANY_PASSES = 4.0  # "Scaling data-constrained language models", arXiv 2305.16264: beyond, repeats teach little
-NEARLY_FULL = 0.9  # of a device's memory
-ACTIVATIONS = ("activations of text", "activations of images", "logits")  # what a smaller micro-batch lessens
+NEARLY_FULL = 0.9  # share of a device's memory
+ACTIVATIONS = ("activations of text", "activations of images", "logits")  # parts that shrink with the micro-batch
 QUARANTINE = "Fix them, or set such records aside with data.on_bad_record=quarantine."
 
 
 def findings(facts: Facts, config: RunConfig) -> Iterator[Finding]:
-    """In the order in which a reader wants them: data, mixture, plan, machine."""
+    """Collect all findings in reading order: data, mixture, plan, machine."""
     for row in facts.sources:
         yield from _of_source(row, config)
     yield from _of_sources(facts.sources)
@@ -37,7 +37,7 @@ def findings(facts: Facts, config: RunConfig) -> Iterator[Finding]:
 
 
 def of_bad_records(row: SourceRow, data: DataConfig) -> Iterator[Finding]:
-    """What becomes of a source with records that cannot be used."""
+    """Check the share of bad records of a source: they stop the run or go into quarantine."""
     if not row.set_aside:
         return
     what = f"{row.name}: {row.set_aside:,}{_seen(row)} cannot be used ({_listed(row.quarantined)})"
@@ -72,7 +72,7 @@ def _of_source(row: SourceRow, config: RunConfig) -> Iterator[Finding]:
 
 
 def _of_sources(rows: list[SourceRow]) -> Iterator[Finding]:
-    """What several sources may have in common: one finding for all of them."""
+    """Check problems that several sources may share; each yields one finding for all of them."""
     repeated = [f"{row.duplicates:,}{_seen(row)} in {row.name}" for row in rows if row.duplicates]
     if repeated:
         what = f"Records that repeat another one of their source word for word, with the same images: {', '.join(repeated)}."
@@ -155,7 +155,7 @@ def _of_plan(facts: Facts, config: RunConfig) -> Iterator[Finding]:
 
 def _of_machine(facts: Facts, config: RunConfig) -> Iterator[Finding]:
     yield from _of_memory(facts, config)
-    free: dict[float, float] = {}  # folders with as much free are taken for one disk
+    free: dict[float, float] = {}  # folders with equal free space count as one disk
     for disk in facts.disk:
         free[disk.free] = free.get(disk.free, 0.0) + disk.bytes
     for there, needed in free.items():
@@ -183,7 +183,9 @@ def _of_memory(facts: Facts, config: RunConfig) -> Iterator[Finding]:
 
 
 def _ways_out(facts: Facts, memory: MemoryFacts, config: RunConfig, stays: float) -> str:
-    """What makes it fit: another strategy, less in a micro-batch where that is enough, else less that stays."""
+    """Format the remedies for too little memory: another strategy, smaller micro-batches if that is enough, or a smaller
+    fixed part (weights, gradients, optimizer states).
+    """
     strategy, ways = facts.strategy, list[str]()
     if strategy and strategy.advised_fits and strategy.advised != strategy.name:
         ways.append(f"use trainer.strategy={strategy.advised} ({strategy.reason})")

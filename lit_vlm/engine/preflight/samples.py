@@ -1,4 +1,4 @@
-"""A few samples as the model will get them: tokens in colour, pictures as they are cut, boxes where they point."""
+"""Rendering of some samples as the model gets them: tokens by kind, image tiles, and boxes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lit_vlm.engine.preflight.facts import BadExample, Picture, Piece, ShownSamp
 from lit_vlm.evaluation.drawing import ASKED, REFERENCE, draw_boxes, marks_of
 from lit_vlm.types import Message, PreferencePair, Record, RecordError, Role, counted
 
-PICTURE_PX = 520  # longest side of a picture on the page
+PICTURE_PX = 520  # longest side of an image on the page
 MOST_PICTURES = 4  # of one sample
-LINE = "#e5484d"  # where a picture is cut
-MOST_PNG = 60_000  # bytes; a larger picture goes into the page as JPEG
+LINE = "#e5484d"  # lines between tiles
+MOST_PNG = 60_000  # a larger image is embedded as JPEG
 
 
 def show_samples(index: Index, processor: Processor, count: int) -> list[ShownSample]:
-    """Samples spread over the sources, and over the lengths within each. One that turned bad meanwhile is left out."""
+    """Prepare samples for the page, spread over the sources and over the lengths in each. A sample that became unreadable is skipped."""
     shown = []
     for sample in _chosen(index, count):
         try:
@@ -34,7 +34,11 @@ def show_samples(index: Index, processor: Processor, count: int) -> list[ShownSa
 
 
 def show(record: Record, processor: Processor) -> ShownSample:
-    """RecordError: one of its pictures cannot be read any more."""
+    """Prepare one sample for the page.
+
+    Raises:
+        RecordError: one of its images cannot be read any more.
+    """
     sequences = processor.sequences(record)
     titles = ("chosen", "rejected") if len(sequences) == 2 else ("",)
     boxed, marked = _boxed(record)
@@ -53,9 +57,9 @@ def show(record: Record, processor: Processor) -> ShownSample:
 
 
 def pieces_of(encoded: Encoded, processor: Processor) -> list[Piece]:
-    """The tokens in stretches of one kind. Their texts, put together, are what the tokens decode to.
+    """Split a token sequence into pieces of one kind. Their joined texts equal the decoded sequence.
 
-    A stretch never ends inside a character: the template encodes what is supervised and what is not apart.
+    A piece never ends inside a character: the template encodes supervised and unsupervised text separately.
     """
     controls = set(processor.template.control_ids.values())
 
@@ -67,13 +71,13 @@ def pieces_of(encoded: Encoded, processor: Processor) -> list[Piece]:
     pieces: list[Piece] = []
     for (kind, supervised), places in groupby(range(encoded.num_tokens), key=kind_of):
         ids = [int(encoded.input_ids[place]) for place in places]
-        runs = [[token] for token in ids] if kind == "control" else [ids]  # a chip for each control token
+        runs = [[token] for token in ids] if kind == "control" else [ids]  # one piece for each control token
         pieces += [Piece(_decoded(run, processor), kind, supervised, len(run)) for run in runs]
     return pieces
 
 
 def bad_examples(errors: list[tuple[str, RecordError]]) -> list[BadExample]:
-    """The first record of each fault and source, with how many there are."""
+    """Collect the first record of each fault and source, with the number of such records."""
     first: dict[tuple[str, str], RecordError] = {}
     origins: dict[tuple[str, str], set[str]] = {}
     for source, error in errors:
@@ -87,7 +91,7 @@ def bad_examples(errors: list[tuple[str, RecordError]]) -> list[BadExample]:
 
 
 def _chosen(index: Index, count: int) -> list[int]:
-    """The sources in turn; of each, samples spread over its lengths, from the middle outwards."""
+    """Select samples from the sources in turn, spread over the lengths of each, median first."""
     by_source = []
     for number in range(len(index.sources)):
         samples = index.of_source(number)
@@ -95,7 +99,7 @@ def _chosen(index: Index, count: int) -> list[int]:
             order = samples[np.argsort(index.tokens[samples], kind="stable")]
             places = dict.fromkeys(int(share * (len(order) - 1)) for share in (0.5, 0.95, 0.2, 0.8, 0.05, 1.0, 0.0))
             by_source.append([int(order[place]) for place in places])
-    if len(by_source) > count > 0:  # more sources than room: spread over them
+    if len(by_source) > count > 0:  # more sources than samples: spread over the sources
         by_source = [by_source[place] for place in np.linspace(0, len(by_source) - 1, count).astype(int)]
     turns = [samples[turn] for turn in range(7) for samples in by_source if turn < len(samples)]
     return turns[:count]
@@ -111,7 +115,7 @@ def _messages(record: Record) -> tuple[Message, ...]:
 
 
 def _boxed(record: Record) -> tuple[list[Picture], bool]:
-    """The first picture with the boxes that questions and answers name; none where nothing points."""
+    """Draw the first image with all boxes of questions and answers. Returns the images, none if there is no box, and whether there is one."""
     marks = [
         mark
         for message in _messages(record)
@@ -124,7 +128,7 @@ def _boxed(record: Record) -> tuple[list[Picture], bool]:
 
 
 def _cut(record: Record, processor: Processor) -> list[Picture]:
-    """Each picture as the tower gets it: the base view, and the grid as it is cut."""
+    """Draw each image as the vision tower gets it: the base view, and the grid of tiles."""
     pictures = []
     layouts, stacks = processor.layouts(record), processor.tiles(record)
     shown = record.num_shown if isinstance(record, PreferencePair) else len(record.images)
@@ -145,7 +149,7 @@ def _cut(record: Record, processor: Processor) -> list[Picture]:
 
 
 def _grid(tiles: np.ndarray, rows: int, columns: int) -> Image.Image:
-    """[N, 3, H, W] as one picture, with lines where it is cut."""
+    """Draw tiles, [N, 3, H, W], as one image with lines between them."""
     side = tiles.shape[2]
     canvas = Image.new("RGB", (columns * side, rows * side))
     for number, tile in enumerate(tiles):
@@ -163,7 +167,7 @@ def _grid(tiles: np.ndarray, rows: int, columns: int) -> Image.Image:
 
 
 def _fitted(picture: Image.Image) -> Image.Image:
-    """A copy whose longest side is about `PICTURE_PX`; small ones grow by whole factors, so that they stay sharp."""
+    """Resize to a longest side of about `IMAGE_PX`; small images grow by integer factors, so that they stay sharp."""
     longest = max(picture.size)
     if longest > PICTURE_PX:
         picture = picture.copy()
@@ -174,7 +178,7 @@ def _fitted(picture: Image.Image) -> Image.Image:
 
 
 def inline(picture: Image.Image) -> str:
-    """A data: address."""
+    """Encode an image as a data: URL, PNG or, above `MAX_PNG_BYTES`, JPEG."""
     picture, kind, stream = _fitted(picture.convert("RGB")), "png", io.BytesIO()
     picture.save(stream, "PNG")
     if stream.tell() > MOST_PNG:
