@@ -56,7 +56,7 @@ class Answer:
 
     @property
     def has_marks(self) -> bool:
-        """Whether the answer has control tokens of box markup, valid or not. Text that looks like them does not count."""
+        """True if the answer has control tokens of box markup, valid or not. Text that looks like them does not count."""
         return any(piece.token in CONTROLS for piece in self.content if isinstance(piece, Control))
 
     @property
@@ -92,13 +92,13 @@ def control_pair(answers: Sequence[Answer], min_margin: float) -> Pair | Reason:
     uncontrolled = [answer for answer in usable if answer.origin is Origin.uncontrolled]
     if not uncontrolled:
         return Reason.too_few
-    ignoring = [answer for answer in uncontrolled if not answer.has_marks]
-    if not ignoring:
+    without_markup = [answer for answer in uncontrolled if not answer.has_marks]
+    if not without_markup:
         return Reason.boxes
-    pointing = [answer for answer in usable if answer.origin is not Origin.uncontrolled and answer.has_boxes]
-    if not pointing:
+    with_boxes = [answer for answer in usable if answer.origin is not Origin.uncontrolled and answer.has_boxes]
+    if not with_boxes:
         return Reason.no_boxes
-    return _judged(_best(pointing), ignoring[0], [], min_margin)
+    return _judged(_best(with_boxes), without_markup[0], [], min_margin)
 
 
 def _judged(chosen: Answer, rejected: Answer, samples: list[Answer], min_margin: float) -> Pair | Reason:

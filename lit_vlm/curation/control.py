@@ -15,16 +15,16 @@ def without_control(sample: Sample) -> Sample | None:
     Returns:
         The changed sample; None if the last question has neither token.
     """
-    at = next((n for n in reversed(range(len(sample.messages))) if sample.messages[n].role is Role.user), None)
-    if at is None or not any(piece in ASKS_FOR_BOXES for piece in sample.messages[at].content):
+    position = next((n for n in reversed(range(len(sample.messages))) if sample.messages[n].role is Role.user), None)
+    if position is None or not any(piece in ASKS_FOR_BOXES for piece in sample.messages[position].content):
         return None
-    kept: list[Content] = []
-    behind = False
-    for piece in sample.messages[at].content:
+    content: list[Content] = []
+    after_control = False
+    for piece in sample.messages[position].content:
         if piece in ASKS_FOR_BOXES:
-            behind = True
+            after_control = True
             continue
-        kept += [piece.lstrip("\n")] if behind and isinstance(piece, str) else [piece]
-        behind = False
-    asked = replace(sample.messages[at], content=tuple(piece for piece in kept if piece != ""))
-    return replace(sample, messages=(*sample.messages[:at], asked, *sample.messages[at + 1 :]))
+        content += [piece.lstrip("\n")] if after_control and isinstance(piece, str) else [piece]
+        after_control = False
+    question = replace(sample.messages[position], content=tuple(piece for piece in content if piece != ""))
+    return replace(sample, messages=(*sample.messages[:position], question, *sample.messages[position + 1 :]))

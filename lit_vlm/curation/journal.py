@@ -48,26 +48,26 @@ class Journal:
         Raises:
             UserError: the output or its folder exists and belongs to something else.
         """
-        journal = cls(output, json.loads(json.dumps(question)))  # in the form in which it is read back
+        log = cls(output, json.loads(json.dumps(question)))  # in the form in which it is read back
         try:
-            known = _read_manifest(journal.folder)
+            manifest = _read_manifest(log.folder)
         except DamagedFile:
             if not overwrite:
                 raise
-            known = {"question": {}, "status": "damaged"}
-        different = _different(known["question"], journal.question) if known else []
-        finished = bool(known) and known["status"] == "finished" and output.exists()
-        if known is None and (output.exists() or journal.folder.exists()):
-            journal._refuse_foreign(overwrite)
-        elif different and not overwrite:
+            manifest = {"question": {}, "status": "damaged"}
+        differences = _different(manifest["question"], log.question) if manifest else []
+        is_finished = bool(manifest) and manifest["status"] == "finished" and output.exists()
+        if manifest is None and (output.exists() or log.folder.exists()):
+            log._refuse_foreign(overwrite)
+        elif differences and not overwrite:
             raise UserError(
-                f"{output} holds pairs of another question: they differ in {', '.join(different)}. "
+                f"{output} holds pairs of another question: they differ in {', '.join(differences)}. "
                 "Name another file with prefer.output=..., or replace this one with overwrite=true."
             )
-        journal.replaces = overwrite and bool(known) and (bool(different) or finished)
-        if known and not journal.replaces:
-            journal.lines, journal.finished = {line["key"]: line for line in _read(journal.folder)}, finished
-        return journal
+        log.replaces = overwrite and bool(manifest) and (bool(differences) or is_finished)
+        if manifest and not log.replaces:
+            log.lines, log.finished = {line["key"]: line for line in _read(log.folder)}, is_finished
+        return log
 
     def start(self) -> None:
         """Claim the folder for this request: delete replaced files and write the manifest."""
@@ -114,19 +114,19 @@ def folder_of(output: Path) -> Path:
 def find_day(output: Path) -> str | None:
     """Find the date that the chat template wrote when the log was started; None if it wrote none or there is no log."""
     try:
-        known = _read_manifest(folder_of(output)) or {}
+        manifest = _read_manifest(folder_of(output)) or {}
     except DamagedFile:
         return None
-    day = known.get("question", {}).get(DAY)
+    day = manifest.get("question", {}).get(DAY)
     return day if isinstance(day, str) else None
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
     remedy = f"Replace what is in {folder} with overwrite=true, or name another file with prefer.output=..."
-    found = read_json(folder / MANIFEST, remedy)
-    if found is not None and not (isinstance(found.get("question"), dict) and "status" in found):
+    manifest = read_json(folder / MANIFEST, remedy)
+    if manifest is not None and not (isinstance(manifest.get("question"), dict) and "status" in manifest):
         raise DamagedFile(f"{folder / MANIFEST} is damaged: it lacks what every one has. {remedy}")
-    return found
+    return manifest
 
 
 def _read(folder: Path) -> Iterator[dict[str, Any]]:
@@ -135,11 +135,11 @@ def _read(folder: Path) -> Iterator[dict[str, Any]]:
     text = file.read_bytes().decode("utf-8", "replace") if file.is_file() else ""
     for line in text.split("\n"):  # not splitlines(): answers may hold Unicode line separators
         try:
-            found = json.loads(line)
+            record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(found, dict) and "key" in found:
-            yield found
+        if isinstance(record, dict) and "key" in record:
+            yield record
 
 
 def _different(known: dict[str, Any], asked: dict[str, Any]) -> list[str]:

@@ -73,10 +73,10 @@ class Pictures:
     def path_of(self, image: ImageSource, origin: str) -> str:
         """Return the path of an image, relative to `root` where possible. An image without a file is saved first."""
         if isinstance(image, FileImage):
-            found = original(locate(image.path, image.root, origin))
-            if found.is_relative_to(self.root):
-                return found.relative_to(self.root).as_posix()
-            return found.as_posix()
+            location = original(locate(image.path, image.root, origin))
+            if location.is_relative_to(self.root):
+                return location.relative_to(self.root).as_posix()
+            return location.as_posix()
         data, ending = _encoded(image)
         path = self.folder / f"{hashlib.sha256(data).hexdigest()[:24]}.{ending}"
         if not path.is_file():

@@ -71,10 +71,10 @@ class ModelJudge:
 
     def grade(self, asked: Sequence[Asked]) -> list[float | None]:
         samples = [judged(sample, answer) for sample, answer in asked]
-        said = [
+        replies = [
             text for group in self._groups(samples) for text in ask(self.model, self.processor, group, MOST_NEW_TOKENS)
         ]
-        return [parse_grade(text) for text in said]
+        return [parse_grade(text) for text in replies]
 
     def _groups(self, samples: list[Sample]) -> Iterator[list[Sample]]:
         """Group neighbouring samples within the limits; a single larger sample is a group of its own."""
@@ -125,20 +125,22 @@ def grades_of(scorer: Scorer, asked: Sequence[Asked]) -> list[float | None]:
     Raises:
         UserError: the scorer returned an invalid grade or a wrong number of grades.
     """
-    distinct = list({(id(sample), answer): (sample, answer) for sample, answer in asked}.values())
-    found = list(scorer.grade(distinct)) if distinct else []
-    wrong = [grade for grade in found if grade is not None and not _is_share(grade)]
-    if len(found) != len(distinct) or wrong:
-        what = (
-            f"{counted(len(found), 'grade')} for {counted(len(distinct), 'answer')}"
-            if len(found) != len(distinct)
-            else repr(wrong[0])
+    distinct_requests = list({(id(sample), answer): (sample, answer) for sample, answer in asked}.values())
+    grades = list(scorer.grade(distinct_requests)) if distinct_requests else []
+    invalid = [grade for grade in grades if grade is not None and not _is_share(grade)]
+    if len(grades) != len(distinct_requests) or invalid:
+        problem = (
+            f"{counted(len(grades), 'grade')} for {counted(len(distinct_requests), 'answer')}"
+            if len(grades) != len(distinct_requests)
+            else repr(invalid[0])
         )
         raise UserError(
-            f"prefer.judge: {type(scorer).__name__}.grade gave {what}; it must give a number from 0 to 1, or None, for each."
+            f"prefer.judge: {type(scorer).__name__}.grade gave {problem}; it must give a number from 0 to 1, or None, for each."
         )
-    known = {(id(sample), answer): grade for (sample, answer), grade in zip(distinct, found, strict=True)}
-    return [known[id(sample), answer] for sample, answer in asked]
+    grade_by_request = {
+        (id(sample), answer): grade for (sample, answer), grade in zip(distinct_requests, grades, strict=True)
+    }
+    return [grade_by_request[id(sample), answer] for sample, answer in asked]
 
 
 def _is_share(grade: object) -> bool:

@@ -269,15 +269,15 @@ def _card(folder: Path, phases: list[dict[str, Any]]) -> Card:
     for row in phases:
         for path in row.get("images") or []:
             pictures.setdefault(path, str(row.get("phase")))
-    both = len(set(pictures.values())) > 1
-    shown = [{"source": _inline(folder, path), "phase": phase if both else ""} for path, phase in pictures.items()]
+    differs = len(set(pictures.values())) > 1
+    images = [{"source": _inline(folder, path), "phase": phase if differs else ""} for path, phase in pictures.items()]
     return Card(
         prompt=_pieces(PLACE.sub("", str(first.get("prompt") or ""))),
         kind=str(first.get("kind") or "").replace("_", " "),
         language=str(first.get("language") or ""),
         reference=_pieces(first.get("reference")),
         answers=answers,
-        pictures=[picture for picture in shown if picture["source"]],
+        pictures=[picture for picture in images if picture["source"]],
         marked=any(Path(path).stem.endswith(f"_{phase}") for path, phase in pictures.items()),
     )
 

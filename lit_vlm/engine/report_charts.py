@@ -72,12 +72,14 @@ def line_chart(
 
 def smoothed(points: Points, share: float = 0.04) -> Points:
     """Smooth with a centred mean over about this share of the points; it does not lag behind a falling curve."""
-    reach = int(share * len(points) / 2)
+    max_half_width = int(share * len(points) / 2)
     totals = [0.0, *accumulate(value for _, value in points)]
     result = []
     for i, (step, _) in enumerate(points):
-        near = min(reach, i, len(points) - 1 - i)  # the same number of points on the left and on the right
-        result.append((step, (totals[i + near + 1] - totals[i - near]) / (2 * near + 1)))
+        half_width = min(
+            max_half_width, i, len(points) - 1 - i
+        )  # the same number of points on the left and on the right
+        result.append((step, (totals[i + half_width + 1] - totals[i - half_width]) / (2 * half_width + 1)))
     return result
 
 
@@ -112,9 +114,9 @@ def log_ticks(low: float, high: float) -> list[float]:
 def _axes(x: Scale, y: Scale) -> str:
     parts = []
     for value in log_ticks(y.low, y.high) if y.log else ticks(y.low, y.high):
-        place = y(value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{place}" y2="{place}"/>')
-        parts.append(f'<text class="tick end" x="{LEFT - 6}" y="{place + 4}">{value:g}</text>')
+        position = y(value)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{position}" y2="{position}"/>')
+        parts.append(f'<text class="tick end" x="{LEFT - 6}" y="{position + 4}">{value:g}</text>')
     floor = HEIGHT - BOTTOM
     for value in ticks(x.low, x.high):
         if x(value) < WIDTH - RIGHT - 90:  # the corner is reserved for the last step
@@ -126,14 +128,14 @@ def _axes(x: Scale, y: Scale) -> str:
 
 
 def _drawn(line: Line, x: Callable[[float], float], y: Callable[[float], float]) -> str:
-    places = [(x(step + 1), y(value)) for step, value in line.points]  # loggers count steps from 0
-    path = " ".join(f"{left},{top}" for left, top in places)
-    drawn = f'<polyline class="{line.style}" points="{path}"/>' if len(places) > 1 else ""
-    if line.dots or len(places) == 1:
-        for (left, top), (step, value) in zip(places, line.points, strict=True):
+    positions = [(x(step + 1), y(value)) for step, value in line.points]  # loggers count steps from 0
+    path = " ".join(f"{left},{top}" for left, top in positions)
+    svg = f'<polyline class="{line.style}" points="{path}"/>' if len(positions) > 1 else ""
+    if line.dots or len(positions) == 1:
+        for (left, top), (step, value) in zip(positions, line.points, strict=True):
             title = f"<title>{escape(line.name)}, step {step + 1}: {value:.4g}</title>"
-            drawn += f'<circle class="{line.style}" cx="{left}" cy="{top}" r="4">{title}</circle>'
-    return drawn
+            svg += f'<circle class="{line.style}" cx="{left}" cy="{top}" r="4">{title}</circle>'
+    return svg
 
 
 def _thousands(value: float) -> str:

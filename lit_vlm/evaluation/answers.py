@@ -45,9 +45,9 @@ def ask(
     All samples are one generation batch: the caller keeps it within the memory. The samples' own last messages are not read.
     """
     batch = collate(processor, list(samples)).to(next(model.parameters()).device)
-    stop = end_of_answer(processor)
-    outputs = generate(model, batch, max_new_tokens, eos_token_id=stop)
-    return [processor.decode([token for token in ids if token != stop]) for ids in outputs]
+    stop_id = end_of_answer(processor)
+    outputs = generate(model, batch, max_new_tokens, eos_token_id=stop_id)
+    return [processor.decode([token for token in ids if token != stop_id]) for ids in outputs]
 
 
 def draw(
@@ -63,21 +63,21 @@ def draw(
         For each sample a list of completions, one for each of its seeds.
     """
     batch = collate(processor, list(samples)).to(next(model.parameters()).device)
-    stop = end_of_answer(processor)
-    outputs = generate(model, batch, max_new_tokens, eos_token_id=stop, sampling=sampling)
-    said = [Said(_content(processor, ids, stop), ids[-1:] == [stop]) for ids in outputs]
-    count = len(sampling.seeds[0])
-    return [said[start : start + count] for start in range(0, len(said), count)]
+    stop_id = end_of_answer(processor)
+    outputs = generate(model, batch, max_new_tokens, eos_token_id=stop_id, sampling=sampling)
+    completions = [Said(_content(processor, ids, stop_id), ids[-1:] == [stop_id]) for ids in outputs]
+    num_seeds = len(sampling.seeds[0])
+    return [completions[start : start + num_seeds] for start in range(0, len(completions), num_seeds)]
 
 
 def _content(processor: Processor, ids: list[int], stop: int) -> tuple[Content, ...]:
     """Decode token ids into control tokens (nine are known) and text, in NFC, without surrounding white space."""
     tokenizer, vocabulary = processor.tokenizer, processor.template.control_ids
-    known = {vocabulary[token]: Control(token) for token in SPECIAL_TOKENS if token in vocabulary}
-    silent = (stop, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    control_by_id = {vocabulary[token]: Control(token) for token in SPECIAL_TOKENS if token in vocabulary}
+    skipped_ids = (stop, tokenizer.eos_token_id, tokenizer.pad_token_id)
     pieces: list[Content] = []
-    for control, run in groupby((token for token in ids if token not in silent), known.get):
-        tokens = list(run)
+    for control, group in groupby((token for token in ids if token not in skipped_ids), control_by_id.get):
+        tokens = list(group)
         text = unicodedata.normalize("NFC", tokenizer.decode(tokens, skip_special_tokens=False))
         pieces += [control] * len(tokens) if control else [text]
     if pieces and isinstance(pieces[0], str):
@@ -110,12 +110,12 @@ def alike(
     batch: list[int] = []
     longest = tiles = 0
     for number in sorted(numbers, key=lambda i: (int(references[i]), int(index.tokens[i]))):
-        length, more = int(index.tokens[number]) + new_tokens, int(index.tiles[number])
-        longest, tiles = max(longest, length), tiles + more
-        full = len(batch) == MOST_PROMPTS or longest * (len(batch) + 1) > most_tokens or tiles > most_tiles
-        if batch and full:
+        length, num_tiles = int(index.tokens[number]) + new_tokens, int(index.tiles[number])
+        longest, tiles = max(longest, length), tiles + num_tiles
+        is_full = len(batch) == MOST_PROMPTS or longest * (len(batch) + 1) > most_tokens or tiles > most_tiles
+        if batch and is_full:
             yield batch
-            batch, longest, tiles = [], length, more
+            batch, longest, tiles = [], length, num_tiles
         batch.append(number)
     if batch:
         yield batch

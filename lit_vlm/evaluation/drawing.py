@@ -45,15 +45,15 @@ def marks_of(text: str, colour: str, *, below: bool = False, label_chars: bool =
 
 def draw_boxes(picture: Image.Image, marks: Sequence[Mark], *, label: bool = True) -> Image.Image:
     """Draw boxes on a copy of the image at a readable size. Boxes are clipped at the image's edges."""
-    drawn = readable(picture)
-    pen = ImageDraw.Draw(drawn)
+    canvas = readable(picture)
+    pen = ImageDraw.Draw(canvas)
     for mark in marks:
-        corners = _pixels(mark.box, drawn.size)
+        corners = _pixels(mark.box, canvas.size)
         pen.rectangle(corners, outline=mark.colour, width=2)
     if label:
         for mark in marks:  # after all boxes, so that no box crosses a label
-            _write_label(pen, mark, _pixels(mark.box, drawn.size), drawn.size)
-    return drawn
+            _write_label(pen, mark, _pixels(mark.box, canvas.size), canvas.size)
+    return canvas
 
 
 def readable(picture: Image.Image) -> Image.Image:

@@ -50,21 +50,21 @@ def boxes_match(prediction: str, reference: str) -> float:
 
 def text_line_f1(prediction: str, reference: str) -> float:
     """Compute F1 over text lines (`<char>` mentions): lines match one to one, with equal text and IoU >= 0.5."""
-    found, wanted = _text_lines(prediction), _text_lines(reference)
+    predicted, expected = _text_lines(prediction), _text_lines(reference)
     overlaps = [
         (iou(box, true_box), i, j)
-        for i, (phrase, box) in enumerate(found)
-        for j, (true_phrase, true_box) in enumerate(wanted)
+        for i, (phrase, box) in enumerate(predicted)
+        for j, (true_phrase, true_box) in enumerate(expected)
         if phrase == true_phrase
     ]
     # Best overlaps first, so that two equal words match their own boxes.
-    used_found: set[int] = set()
-    used_wanted: set[int] = set()
+    matched_predicted: set[int] = set()
+    matched_expected: set[int] = set()
     for overlap, i, j in sorted(overlaps, key=lambda pair: -pair[0]):
-        if overlap >= MIN_IOU and i not in used_found and j not in used_wanted:
-            used_found.add(i)
-            used_wanted.add(j)
-    return 2 * len(used_found) / (len(found) + len(wanted)) if found or wanted else 0.0
+        if overlap >= MIN_IOU and i not in matched_predicted and j not in matched_expected:
+            matched_predicted.add(i)
+            matched_expected.add(j)
+    return 2 * len(matched_predicted) / (len(predicted) + len(expected)) if predicted or expected else 0.0
 
 
 def iou(a: Box, b: Box) -> float:

@@ -298,12 +298,12 @@ class Facts:
 
     @property
     def would_run(self) -> bool:
-        """Whether there is no failure."""
+        """True if there is no failure."""
         return not self.of_level(Level.failure)
 
     @property
     def estimated(self) -> bool:
-        """Whether some source was read in part only."""
+        """True if some source was read in part only."""
         return any(row.estimated for row in self.sources)
 
     def as_dict(self) -> dict[str, Any]:

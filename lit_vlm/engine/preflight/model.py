@@ -58,14 +58,14 @@ def parameters_of(stage: Stage, config: StageConfig) -> Parameters:
     """Count the parameters for the memory estimate: all, trainable, cast by autocast, frozen matrices, reference model."""
     model = stage.model
     assert model is not None
-    crossed = [part for part in Part if part is not Part.vision_tower or part in config.trainable]
+    autocast_parts = [part for part in Part if part is not Part.vision_tower or part in config.trainable]
     linear = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and part_of(f"{name}.") in crossed
+        if isinstance(module, nn.Linear | nn.Conv2d) and part_of(f"{name}.") in autocast_parts
     ]
     cast = {id(p): p for _, module in linear for p in module.parameters(recurse=False)}
-    held = frozen_matrices(model)
+    frozen = frozen_matrices(model)
     reference = _reference_of(stage, config)
     layers: Any = model.model.language_model.layers
     return Parameters(
@@ -73,8 +73,8 @@ def parameters_of(stage: Stage, config: StageConfig) -> Parameters:
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         cast=sum(p.numel() for p in cast.values()),
         cast_frozen=sum(p.numel() for p in cast.values() if not p.requires_grad),
-        held=sum(p.numel() for p in held),
-        held_cast=sum(p.numel() for p in held if id(p) in cast),
+        held=sum(p.numel() for p in frozen),
+        held_cast=sum(p.numel() for p in frozen if id(p) in cast),
         reference=sum(p.numel() for p in reference.parameters()) if reference else 0,
         reference_matrices=sum(p.numel() for p in matrices(reference)) if reference else 0,
         largest_layer=max(sum(p.numel() for p in layers[0].parameters()), model.lm_head.weight.numel()),
@@ -112,15 +112,15 @@ def memory_facts(config: RunConfig, of: Situation, used: Strategy, plan: PlanFac
         setup: with the checkpointing level of this run.
         used: the strategy of this run.
     """
-    own, rows = of.training.checkpointing, []
-    for level in sorted(LEVELS, key=lambda level: level is not own):
-        named = f", activation checkpointing {level.value}"
-        rows.append(_row(of.at(level), used, chosen=level is own, more=named))
+    own_level, rows = of.training.checkpointing, []
+    for level in sorted(LEVELS, key=lambda level: level is not own_level):
+        suffix = f", activation checkpointing {level.value}"
+        rows.append(_row(of.at(level), used, chosen=level is own_level, more=suffix))
     rows += [_row(of, strategy) for strategy in ways(of) if strategy is not used]
-    caps = Load(
+    full_micro_batch = Load(
         plan.most_tokens, plan.most_tiles, round(plan.most_tokens * of.load.supervised / max(of.load.tokens, 1))
     )
-    at_caps = replace(of, load=caps).memory(used).total
+    at_caps = replace(of, load=full_micro_batch).memory(used).total
     device = of.device or DEVICES[config.preflight.device]
     load, compared = of.load, of.device is not None
     return MemoryFacts(device.name, device.memory, compared, load.tokens, load.tiles, load.supervised, at_caps, rows)

@@ -62,12 +62,14 @@ def histograms(index: Index, scales: np.ndarray, caps: Mapping[str, int]) -> lis
         ("Tiles of a sample", "tiles", index.tiles, None, caps["tiles"]),
         ("Size of the first picture, root of height \u00d7 width", "pixels", sides, pictures, None),
     ]
-    found = []
+    result = []
     for title, unit, values, mask, cap in columns:
-        chosen = slice(None) if mask is None else mask
-        if len(values[chosen]):
-            found.append(_histogram(title, unit, values[chosen], index.language[chosen], weights[chosen], cap))
-    return found
+        selection = slice(None) if mask is None else mask
+        if len(values[selection]):
+            result.append(
+                _histogram(title, unit, values[selection], index.language[selection], weights[selection], cap)
+            )
+    return result
 
 
 def spread(values: np.ndarray) -> Spread:
@@ -122,8 +124,8 @@ def _pack_spread(sizes: Mapping[str, float]) -> Spread:
 
 def _most_supervised(plan: Plan) -> int:
     """Find the maximum number of supervised tokens in a micro-batch, over at most `MAX_STEPS_SEEN` steps."""
-    seen = np.unique(np.linspace(0, plan.num_steps - 1, STEPS_SEEN).astype(int)).tolist()
-    packs = [np.array(pack, dtype=np.int64) for number in seen for pack in plan.step(number).packs]
+    step_numbers = np.unique(np.linspace(0, plan.num_steps - 1, STEPS_SEEN).astype(int)).tolist()
+    packs = [np.array(pack, dtype=np.int64) for number in step_numbers for pack in plan.step(number).packs]
     return max(int(plan.index.supervised[pack].sum()) for pack in packs)
 
 
@@ -172,8 +174,8 @@ def _histogram(
         if language is not Language.auto and mask.any():
             counts, _ = np.histogram(values[mask], edges, weights=weights[mask])
             series[str(language)] = [round(count) for count in counts.tolist()]
-    near = cap if cap is not None and cap <= 4 * values.max() else None
-    return Histogram(title, unit, edges.tolist(), series, spread(values), log, near)
+    shown_cap = cap if cap is not None and cap <= 4 * values.max() else None
+    return Histogram(title, unit, edges.tolist(), series, spread(values), log, shown_cap)
 
 
 def _edges(values: np.ndarray, log: bool) -> np.ndarray:

@@ -151,18 +151,18 @@ def _groups(facts: Facts) -> list[tuple[str, list[Any]]]:
 
 def _memory(memory: MemoryFacts) -> dict[str, Any]:
     """Prepare the memory bars: widths in percent of the largest bar, and a colour number for each name."""
-    widest = max([row.total for row in memory.rows] + ([memory.capacity] if memory.compared else []))
-    names = dict.fromkeys(name for row in memory.rows for name, size in row.parts.items() if size > 0.002 * widest)
+    max_bytes = max([row.total for row in memory.rows] + ([memory.capacity] if memory.compared else []))
+    names = dict.fromkeys(name for row in memory.rows for name, size in row.parts.items() if size > 0.002 * max_bytes)
     colours = {name: number for number, name in enumerate(names)}
     rows = []
     for row in memory.rows:
         parts = [
-            {"name": name, "colour": colours[name], "width": 100 * size / widest, "bytes": size}
+            {"name": name, "colour": colours[name], "width": 100 * size / max_bytes, "bytes": size}
             for name, size in row.parts.items()
             if name in colours and size > 0
         ]
         rows.append({"row": row, "parts": parts, "fits": row.total <= memory.capacity})
-    return {"of": memory, "rows": rows, "colours": colours, "capacity": 100 * memory.capacity / widest}
+    return {"of": memory, "rows": rows, "colours": colours, "capacity": 100 * memory.capacity / max_bytes}
 
 
 _PAGE = Page(

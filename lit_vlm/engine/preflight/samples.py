@@ -41,7 +41,7 @@ def show(record: Record, processor: Processor) -> ShownSample:
     """
     sequences = processor.sequences(record)
     titles = ("chosen", "rejected") if len(sequences) == 2 else ("",)
-    boxed, marked = _boxed(record)
+    boxed_images, marked = _boxed(record)
     return ShownSample(
         source=record.source,
         origin=record.origin,
@@ -51,7 +51,7 @@ def show(record: Record, processor: Processor) -> ShownSample:
         supervised=sum(sequence.num_supervised for sequence in sequences),
         tiles=sum(layout.num_tiles for layout in processor.layouts(record)),
         segments=[(title, pieces_of(s, processor)) for title, s in zip(titles, sequences, strict=True)],
-        pictures=[*boxed, *_cut(record, processor)],
+        pictures=[*boxed_images, *_cut(record, processor)],
         marked=marked,
     )
 
@@ -101,8 +101,10 @@ def _chosen(index: Index, count: int) -> list[int]:
             by_source.append([int(order[place]) for place in places])
     if len(by_source) > count > 0:  # more sources than samples: spread over the sources
         by_source = [by_source[place] for place in np.linspace(0, len(by_source) - 1, count).astype(int)]
-    turns = [samples[turn] for turn in range(7) for samples in by_source if turn < len(samples)]
-    return turns[:count]
+    ordered = [
+        samples[round_number] for round_number in range(7) for samples in by_source if round_number < len(samples)
+    ]
+    return ordered[:count]
 
 
 def _decoded(ids: list[int], processor: Processor) -> str:
@@ -131,20 +133,20 @@ def _cut(record: Record, processor: Processor) -> list[Picture]:
     """Draw each image as the vision tower gets it: the base view, and the grid of tiles."""
     pictures = []
     layouts, stacks = processor.layouts(record), processor.tiles(record)
-    shown = record.num_shown if isinstance(record, PreferencePair) else len(record.images)
-    every = zip(range(len(stacks)), record.images, layouts, stacks, strict=True)
-    for number, image, layout, tiles in list(every)[:MOST_PICTURES]:
+    num_shared = record.num_shown if isinstance(record, PreferencePair) else len(record.images)
+    items = zip(range(len(stacks)), record.images, layouts, stacks, strict=True)
+    for number, image, layout, tiles in list(items)[:MOST_PICTURES]:
         height, width = image.size
-        whose = "of the rejected answer: " if number >= shown else ""
-        about = f"{whose}{width:,} \u00d7 {height:,} pixels, {layout.num_tokens:,} tokens"
+        prefix = "of the rejected answer: " if number >= num_shared else ""
+        description = f"{prefix}{width:,} \u00d7 {height:,} pixels, {layout.num_tokens:,} tokens"
         base = Image.fromarray(tiles[0].transpose(1, 2, 0))
         if not layout.rows:
-            pictures.append(Picture(f"base view of {about}", inline(base)))
+            pictures.append(Picture(f"base view of {description}", inline(base)))
             continue
         grid = _grid(tiles[1:], layout.rows, layout.columns)
         shape = f"{layout.columns} \u00d7 {layout.rows} tile{'s' if layout.rows * layout.columns > 1 else ''}"
         pictures.append(Picture("base view", inline(base)))
-        pictures.append(Picture(f"{shape} of {about}", inline(grid)))
+        pictures.append(Picture(f"{shape} of {description}", inline(grid)))
     return pictures
 
 

@@ -96,37 +96,37 @@ def per_node(config: RunConfig, world_size: int) -> int:
 
 def strategy_facts(config: RunConfig, situation: Situation, plan: PlanFacts) -> StrategyFacts:
     """Summarize the strategy of the run, its activation checkpointing, its communication, and the choice of `auto`."""
-    found = decided(config, situation)
-    best, used = found.advised, found.strategy
-    likely = replace(
-        situation.at(found.level),
+    decision = decided(config, situation)
+    advised, strategy = decision.advised, decision.strategy
+    mean_setup = replace(
+        situation.at(decision.level),
         load=Load(round(plan.pack_tokens.mean), round(plan.pack_tiles.mean), max(1, plan.supervised // _packs(plan))),
     )
-    timing = likely.timing(used)
+    timing = mean_setup.timing(strategy)
     return StrategyFacts(
-        name=used.value,
-        title=NAMES[used],
+        name=strategy.value,
+        title=NAMES[strategy],
         asked=config.trainer.strategy is not Strategy.auto,
-        advised=best.strategy.value,
-        reason=best.reason,
-        advised_fits=best.fits,
+        advised=advised.strategy.value,
+        reason=advised.reason,
+        advised_fits=advised.fits,
         network=situation.fabric.name if situation.nodes > 1 else "one node",
         step=timing.total if timing else 0.0,
         communication=timing.communication if timing else 0.0,
         exposed=timing.exposed if timing else 0.0,
         inside=timing.traffic.inside if timing else 0.0,
         outside=timing.traffic.outside if timing else 0.0,
-        level=found.level.value,
+        level=decision.level.value,
         level_asked=config.stage.activation_checkpointing is not ActivationCheckpointing.auto,
-        level_reason=found.level_reason,
+        level_reason=decision.level_reason,
     )
 
 
 def decided(config: RunConfig, situation: Situation) -> Decision:
     """Select strategy and activation checkpointing level: as set, or chosen where the setting is `auto`."""
-    best, asked = choose(situation), config.trainer.strategy
-    strategy = best.strategy if asked is Strategy.auto else asked
-    level = best.level if asked is Strategy.auto else level_for(situation, strategy)
+    best, requested = choose(situation), config.trainer.strategy
+    strategy = best.strategy if requested is Strategy.auto else requested
+    level = best.level if requested is Strategy.auto else level_for(situation, strategy)
     return Decision(strategy, best.reason, level, why_level(situation, strategy, level), best)
 
 
@@ -134,9 +134,9 @@ def on_a_cpu(config: RunConfig) -> Decision:
     """Select the strategy on a CPU: full copies of the model without activation checkpointing, since memory is not compared."""
     strategy = Strategy.ddp if config.trainer.devices * config.trainer.num_nodes > 1 else Strategy.single
     best = Choice(strategy, "the trainer is on a CPU")
-    asked, level = config.trainer.strategy, config.stage.activation_checkpointing
+    requested, level = config.trainer.strategy, config.stage.activation_checkpointing
     return Decision(
-        strategy if asked is Strategy.auto else asked,
+        strategy if requested is Strategy.auto else requested,
         best.reason,
         best.level if level is ActivationCheckpointing.auto else level,
         ON_CPU,
@@ -158,15 +158,15 @@ def ways(situation: Situation) -> list[Strategy]:
 
 def of_strategy(situation: Situation, facts: StrategyFacts) -> Iterator[Finding]:
     """Check a named strategy: report one that is slow or that another one would beat."""
-    used, world = Strategy(facts.name), situation.world_size
+    used, world_size = Strategy(facts.name), situation.world_size
     if used is Strategy.deepspeed_zero3_offload and facts.advised == used.value and facts.advised_fits:
         what = f"Weights and optimizer move between the host's memory and the device: {facts.reason}."
         yield Finding(Level.warning, what, "More devices, LoRA, or fewer parts that train would be faster.")
-    if not facts.asked or world == 1 or not situation.fits(used):
+    if not facts.asked or world_size == 1 or not situation.fits(used):
         return
     frozen = situation.parameters.trainable < MOSTLY_FROZEN * situation.parameters.total
-    shares = used not in (Strategy.ddp, Strategy.deepspeed_zero2, Strategy.single)
-    if shares and frozen and situation.fits(Strategy.ddp):
+    shards_weights = used not in (Strategy.ddp, Strategy.deepspeed_zero2, Strategy.single)
+    if shards_weights and frozen and situation.fits(Strategy.ddp):
         what = f"{facts.title} sends all weights several times in each micro-batch, and nearly all of them are frozen."
         yield Finding(Level.warning, what, "A whole copy fits on each device: trainer=ddp sends what trains alone.")
     elif used is Strategy.deepspeed_zero3_offload and facts.advised != used.value:

@@ -113,8 +113,8 @@ def _machine(facts: Facts) -> list[str]:
     lines = ["", *(said_of(facts.strategy) if facts.strategy else [])]
     if facts.memory:
         memory = facts.memory
-        apart = "" if memory.compared else ", not compared: the trainer is on a CPU"
-        lines.append(f"memory of one device, an upper estimate ({memory.device}: {gigabytes(memory.capacity)}{apart})")
+        caveat = "" if memory.compared else ", not compared: the trainer is on a CPU"
+        lines.append(f"memory of one device, an upper estimate ({memory.device}: {gigabytes(memory.capacity)}{caveat})")
         width = max(len(row.name) for row in memory.rows)
         for row in memory.rows:
             notes = ["this run"] if row.chosen else []

@@ -69,10 +69,10 @@ def facts_of(trace: Trace, num_steps: int, **about: Any) -> ProfileFacts:
         num_steps: optimizer steps in the trace.
         other_fields: the other fields of `ProfileFacts`.
     """
-    rooms = Rooms(trace)
+    classifier = Rooms(trace)
     on_gpu = bool(trace.launched)
-    busy, idle = _on_gpu(trace, rooms) if on_gpu else _on_cpu(trace, rooms)
-    total = sum(span.duration for span in rooms.phases.spans)
+    busy, idle = _on_gpu(trace, classifier) if on_gpu else _on_cpu(trace, classifier)
+    total = sum(span.duration for span in classifier.phases.spans)
     scale = 1e-3 / num_steps
     rows = [
         Row(phase, part, busy.get((phase, part), 0.0) * scale, idle.get((phase, part), 0.0) * scale)
@@ -80,7 +80,7 @@ def facts_of(trace: Trace, num_steps: int, **about: Any) -> ProfileFacts:
         for part in ("", *PARTS)
         if (phase, part) in busy or (phase, part) in idle
     ]
-    products, others = products_of(trace, rooms, num_steps)
+    products, others = products_of(trace, classifier, num_steps)
     return ProfileFacts(
         on_gpu=on_gpu,
         num_steps=num_steps,
@@ -95,19 +95,19 @@ def facts_of(trace: Trace, num_steps: int, **about: Any) -> ProfileFacts:
 def _on_cpu(trace: Trace, rooms: Rooms) -> tuple[dict[ROW, float], dict[ROW, float]]:
     """Sum the time in operations, and the rest of each phase and part: Python code between operations."""
     busy: dict[ROW, float] = defaultdict(float)
-    whole: dict[ROW, float] = defaultdict(float)
+    elapsed: dict[ROW, float] = defaultdict(float)
     for span in outermost(trace.ops):
         if row := rooms.of(span):
             busy[row] += span.duration
     for span in rooms.phases.spans:
-        whole[span.name, REST if span.name in ("forward", "backward") else ""] += span.duration
+        elapsed[span.name, REST if span.name in ("forward", "backward") else ""] += span.duration
     for span in rooms.parts.spans:
         if (row := rooms.of(span)) and row[0] == "forward":
-            whole[row] += span.duration
-            whole[row[0], REST] -= span.duration
+            elapsed[row] += span.duration
+            elapsed[row[0], REST] -= span.duration
     backward = sum(time for row, time in busy.items() if row[0] == "backward" and row[1] != REST)
-    whole["backward", REST] -= backward  # in backward, parts have no time except that of their operations
-    return dict(busy), {row: max(time - busy.get(row, 0.0), 0.0) for row, time in whole.items()}
+    elapsed["backward", REST] -= backward  # in backward, parts have no time except that of their operations
+    return dict(busy), {row: max(time - busy.get(row, 0.0), 0.0) for row, time in elapsed.items()}
 
 
 def _on_gpu(trace: Trace, rooms: Rooms) -> tuple[dict[ROW, float], dict[ROW, float]]:
@@ -117,16 +117,16 @@ def _on_gpu(trace: Trace, rooms: Rooms) -> tuple[dict[ROW, float], dict[ROW, flo
     """
     busy: dict[ROW, float] = defaultdict(float)
     idle: dict[ROW, float] = defaultdict(float)
-    now = rooms.phases.spans[0].start
+    covered_until = rooms.phases.spans[0].start
     row: ROW | None = None
     for call, work in trace.launched:
         row = rooms.of(call)
-        if row is None or work.end <= now:
+        if row is None or work.end <= covered_until:
             continue
-        idle[row] += max(work.start - now, 0.0)
-        busy[row] += work.end - max(work.start, now)
-        now = work.end
+        idle[row] += max(work.start - covered_until, 0.0)
+        busy[row] += work.end - max(work.start, covered_until)
+        covered_until = work.end
     end = rooms.phases.spans[-1].end
     if row is not None:
-        idle[row] += max(end - now, 0.0)
+        idle[row] += max(end - covered_until, 0.0)
     return dict(busy), dict(idle)

@@ -39,9 +39,9 @@ def render(facts: ProfileFacts) -> str:
 def findings_of(facts: ProfileFacts) -> list[tuple[str, str, str]]:
     """Collect findings as (level, text, remedy): float32 products, waiting for data, an idle GPU."""
     found = []
-    if wrong := facts.wrong_types:
-        time, calls = sum(one.milliseconds for one in wrong), sum(one.calls for one in wrong)
-        first = wrong[0]
+    if float32_products := facts.wrong_types:
+        time, calls = sum(one.milliseconds for one in float32_products), sum(one.calls for one in float32_products)
+        first = float32_products[0]
         found.append(
             (
                 "warning",

@@ -45,7 +45,7 @@ class Product:
 
     @property
     def is_outer(self) -> bool:
-        """Whether it is an outer product: the summed dimension has size 1."""
+        """True for an outer product: the summed dimension has size 1."""
         return len(self.shape) == 3 and self.shape[INNER] == 1
 
     @property
@@ -79,21 +79,21 @@ def products_of(trace: Trace, rooms: Rooms, num_steps: int) -> tuple[list[Produc
 
     All numbers are per step; the most expensive come first.
     """
-    own, scale = _own_time(trace), 1e-3 / num_steps
-    found: list[Product] = []
+    self_times, scale = _own_time(trace), 1e-3 / num_steps
+    products: list[Product] = []
     others: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    inside: dict[Any, tuple[float, Product]] = {}  # thread -> end of the current product, and the product
+    current: dict[Any, tuple[float, Product]] = {}  # thread -> end of the current product, and the product
     for span in trace.ops:
         row = rooms.of(span)
         if row is None:
             continue
-        time = own[id(span)] * scale
-        end, product = inside.get(span.thread, (float("-inf"), None))
+        time = self_times[id(span)] * scale
+        end, product = current.get(span.thread, (float("-inf"), None))
         if span.start >= end and span.name in PRODUCTS:
             product = _product(span, 1 / num_steps)
             product.turns = {rooms.turn(span)}
-            inside[span.thread] = span.end, product
-            found.append(product)
+            current[span.thread] = span.end, product
+            products.append(product)
         elif span.start >= end:
             others[span.name][0] += 1 / num_steps
             others[span.name][1] += time
@@ -101,22 +101,22 @@ def products_of(trace: Trace, rooms: Rooms, num_steps: int) -> tuple[list[Produc
         assert product is not None
         product.milliseconds += time
         product.where[row] += time
-    rest = [(name, calls, time) for name, (calls, time) in others.items() if time > 0]
-    merged = sorted(_merged(found), key=lambda one: -one.milliseconds)
-    return merged, sorted(rest, key=lambda one: -one[2])
+    other_operations = [(name, calls, time) for name, (calls, time) in others.items() if time > 0]
+    merged = sorted(_merged(products), key=lambda one: -one.milliseconds)
+    return merged, sorted(other_operations, key=lambda one: -one[2])
 
 
 def _merged(products: list[Product]) -> list[Product]:
     """Merge products of equal shape. Also merge shapes that differ in one dimension only, if that joins more micro-batches:
     then the dimension is the number of tokens, the only one that varies between micro-batches.
     """
-    turns: dict[Any, set[int]] = defaultdict(set)
+    micro_batches: dict[Any, set[int]] = defaultdict(set)
     for product in products:
         for key in _keys(product):
-            turns[key] |= product.turns
+            micro_batches[key] |= product.turns
     merged: dict[Any, Product] = {}
     for product in products:
-        key = max(_keys(product), key=lambda key: len(turns[key]))  # at a tie the first key: the exact shape
+        key = max(_keys(product), key=lambda key: len(micro_batches[key]))  # at a tie the first key: the exact shape
         if key in merged:
             merged[key].add(product)
         else:
@@ -126,30 +126,32 @@ def _merged(products: list[Product]) -> list[Product]:
 
 def _keys(product: Product) -> list[Any]:
     """Return the keys by which products may merge: the exact shape, or the shape without the dimension of the tokens (rows or summed)."""
-    about = (product.name, product.dtype, product.batch, product.place)
-    less = [(*about, place, *product.shape[:place], *product.shape[place + 1 :]) for place in (ROWS, INNER)]
-    return [(*about, product.text, product.shape), *(less if product.shape else [])]
+    identity = (product.name, product.dtype, product.batch, product.place)
+    without_tokens = [
+        (*identity, place, *product.shape[:place], *product.shape[place + 1 :]) for place in (ROWS, INNER)
+    ]
+    return [(*identity, product.text, product.shape), *(without_tokens if product.shape else [])]
 
 
 def _own_time(trace: Trace) -> dict[int, float]:
     """Compute the self time of each operation in microseconds, by its id(): device time if there is a device, else host time."""
-    own = {id(span): 0.0 if trace.launched else span.duration for span in trace.ops}
+    self_times = {id(span): 0.0 if trace.launched else span.duration for span in trace.ops}
     calls = [(call.start, 1, call, work.duration) for call, work in trace.launched]
-    open_: dict[Any, list[Span]] = defaultdict(list)
+    stacks: dict[Any, list[Span]] = defaultdict(list)
     for start, is_call, span, duration in sorted(
         [*((op.start, 0, op, 0.0) for op in trace.ops), *calls], key=_in_order
     ):
-        stack = open_[span.thread]
+        stack = stacks[span.thread]
         while stack and stack[-1].end <= start:
             stack.pop()
         if is_call:
             if stack:
-                own[id(stack[-1])] += duration
+                self_times[id(stack[-1])] += duration
             continue
         if stack and not trace.launched:
-            own[id(stack[-1])] -= span.duration
+            self_times[id(stack[-1])] -= span.duration
         stack.append(span)
-    return own
+    return self_times
 
 
 def _in_order(entry: tuple[float, int, Span, float]) -> tuple[float, int, float]:

@@ -21,17 +21,17 @@ def upload(run: Any, run_dir: Path, asked: list[str]) -> dict[str, str]:
     import wandb
 
     names = {}
-    for what in asked:
-        path = run_dir / FILES[what]
+    for kind in asked:
+        path = run_dir / FILES[kind]
         if not path.exists():
             continue
-        artifact = wandb.Artifact(f"{what}-{run.id}", type=what)
+        artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind)
         if path.is_dir():
             artifact.add_dir(str(path), policy="immutable", skip_cache=True)
         else:
             artifact.add_file(str(path), policy="immutable", skip_cache=True)
         run.log_artifact(artifact)
-        names[what] = artifact.name.partition(":")[0]
+        names[kind] = artifact.name.partition(":")[0]
     return names
 
 
@@ -44,6 +44,6 @@ def use_parent(run: Any, parent: dict[str, Any]) -> bool:
     name = (parent.get("artifacts") or {}).get(MODEL)
     if not name:
         return False
-    place = "/".join(filter(None, (parent.get("entity"), parent.get("project"))))
-    run.use_artifact(f"{place}/{name}:latest" if place else f"{name}:latest")
+    project_path = "/".join(filter(None, (parent.get("entity"), parent.get("project"))))
+    run.use_artifact(f"{project_path}/{name}:latest" if project_path else f"{name}:latest")
     return True

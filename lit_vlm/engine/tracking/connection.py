@@ -54,16 +54,16 @@ def log_in() -> str:
     from wandb.errors import AuthenticationError
 
     wandb.setup(wandb.Settings(silent=True))
-    began = time.monotonic()
+    start_time = time.monotonic()
     try:
         # an active run in this process (of a notebook) is logged in already
-        known = wandb.run is not None or wandb.login(prompt=False, verify=True)
+        logged_in = wandb.run is not None or wandb.login(prompt=False, verify=True)
     except AuthenticationError as error:
         # the client retries temporary errors until the timeout; only a refusal comes at once
-        if time.monotonic() - began < 0.9 * wandb.env.get_http_timeout(ANSWER_SECONDS):
+        if time.monotonic() - start_time < 0.9 * wandb.env.get_http_timeout(ANSWER_SECONDS):
             raise Refused(redacted_text(str(error))) from None
         return f"the server at {wandb.setup().settings.base_url} did not answer within {ANSWER_SECONDS} s"
-    if not known:
+    if not logged_in:
         raise UserError(NO_LOGIN)
     return ""
 
@@ -96,15 +96,15 @@ def begin(
     import wandb
 
     # the agent has set project and id already, and the client warns when they are set twice
-    place = {} if in_sweep() else {"project": logger.project, "entity": logger.entity, "id": known["id"]}
+    destination = {} if in_sweep() else {"project": logger.project, "entity": logger.entity, "id": known["id"]}
     set_aside(run_dir)
-    place_of_client = run_dir / UNFINISHED if offline else run_dir
-    place_of_client.mkdir(parents=True, exist_ok=True)  # else the client uses a temporary folder
+    client_dir = run_dir / UNFINISHED if offline else run_dir
+    client_dir.mkdir(parents=True, exist_ok=True)  # else the client uses a temporary folder
     # the client copies the images of tables; the home folder would be wrong, another machine does not have it
     os.environ["WANDB_DATA_DIR"] = str(run_dir / STAGED)
     return wandb.init(
-        **redacted({**place, **about, "tags": logger.tags}),
-        dir=str(place_of_client),
+        **redacted({**destination, **about, "tags": logger.tags}),
+        dir=str(client_dir),
         mode="offline" if offline else "online",
         resume=None if offline else "allow",
         reinit="finish_previous",
@@ -145,9 +145,9 @@ def set_out(run_dir: Path) -> None:
 def _move(folders: list[Path], place: Path) -> None:
     for folder in sorted(folders):
         place.mkdir(exist_ok=True)
-        free = (f"{folder.name}{f'-{number}' if number else ''}" for number in itertools.count())
+        candidates = (f"{folder.name}{f'-{number}' if number else ''}" for number in itertools.count())
         # two starts of one second have one name
-        folder.rename(next(place / name for name in free if not (place / name).exists()))
+        folder.rename(next(place / name for name in candidates if not (place / name).exists()))
 
 
 def forget_staged(run_dir: Path) -> None:

@@ -21,10 +21,10 @@ ID_LETTERS = string.ascii_lowercase + string.digits  # eight of them make an id,
 def known_run(folder: RunFolder, logger: LoggerConfig, experiment: str | None) -> dict[str, Any]:
     """Return the W&B entry of the manifest: id, project, entity and group, created once for each run folder. Inside a sweep
     agent the id is that of the agent."""
-    known = folder.manifest["tracking"].get("wandb") or {}
-    run_id = os.environ.get("WANDB_RUN_ID") or known.get("id") or _new_id()
-    if known.get("id") == run_id:
-        return known
+    record = folder.manifest["tracking"].get("wandb") or {}
+    run_id = os.environ.get("WANDB_RUN_ID") or record.get("id") or _new_id()
+    if record.get("id") == run_id:
+        return record
     return {
         "id": run_id,
         "project": os.environ.get("WANDB_PROJECT") or logger.project,
@@ -39,8 +39,8 @@ def _new_id() -> str:
 
 def _group(folder: RunFolder, logger: LoggerConfig, experiment: str | None, run_id: str) -> str:
     """Return the group of the run. All stages of a pipeline share one group, which the first stage creates."""
-    opened = f"{(experiment or folder.manifest['name']).split('/')[0]}-{run_id}"
-    return redacted_text(logger.group or "") or parent_run(folder).get("group") or opened
+    new_group = f"{(experiment or folder.manifest['name']).split('/')[0]}-{run_id}"
+    return redacted_text(logger.group or "") or parent_run(folder).get("group") or new_group
 
 
 def parent_run(folder: RunFolder) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def config_of(folder: RunFolder) -> dict[str, Any]:
     manifest = folder.manifest
     data = {key: value for key, value in manifest["data"].items() if key != "mixture"}
     parent = {**(manifest["parent"] or {}), **{key: parent_run(folder).get(key) for key in ("id", "url")}}
-    about = {
+    details = {
         "folder": str(folder.path),
         "command": manifest["command"],
         "code": manifest["git"],
@@ -67,7 +67,7 @@ def config_of(folder: RunFolder) -> dict[str, Any]:
     }
     # values that the sweep agent has set are in the W&B config already, locked
     settings = {key: value for key, value in manifest["config"].items() if key not in sweep_values()}
-    return redacted({**settings, "run": about})
+    return redacted({**settings, "run": details})
 
 
 def summary_of(manifest: dict[str, Any], status: str) -> dict[str, Any]:
@@ -99,16 +99,16 @@ def require_sweep_values(config: dict[str, Any]) -> None:
     Raises:
         UserError: lists the settings that differ.
     """
-    different = []
-    for key, wanted in sweep_values().items():
-        found: Any = config
-        for word in key.split("."):
-            found = found.get(word) if isinstance(found, dict) else None
-        if found is not None and not isinstance(found, dict) and not _same(wanted, found):
-            different.append(f"{key} is {wanted!r} in the sweep and {found!r} in this run")
-    if different:
+    differences = []
+    for key, expected in sweep_values().items():
+        actual: Any = config
+        for part in key.split("."):
+            actual = actual.get(part) if isinstance(actual, dict) else None
+        if actual is not None and not isinstance(actual, dict) and not _same(expected, actual):
+            differences.append(f"{key} is {expected!r} in the sweep and {actual!r} in this run")
+    if differences:
         raise UserError(
-            f"This run was not started with the values that the sweep gave its agent: {'; '.join(different)}. The sweep's"
+            f"This run was not started with the values that the sweep gave its agent: {'; '.join(differences)}. The sweep's"
             " `command` must end with ${args_json} (or ${args_no_hyphens}) and set none of these keys itself."
         )
 

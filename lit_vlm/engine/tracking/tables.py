@@ -25,9 +25,9 @@ def table_of(run_dir: Path, rows: list[dict[str, Any]]) -> Any:
     """Build a `wandb.Table` with one row for each sample."""
     import wandb
 
-    pictures = min(MOST_PICTURES, max((len(row["images"]) for row in rows), default=0))
-    names = [f"picture{f'_{number + 1}' if number else ''}" for number in range(pictures)]
-    cells = [[row[name] for name in COLUMNS] + _pictures(run_dir, row, pictures) for row in rows]
+    num_images = min(MOST_PICTURES, max((len(row["images"]) for row in rows), default=0))
+    names = [f"picture{f'_{number + 1}' if number else ''}" for number in range(num_images)]
+    cells = [[row[name] for name in COLUMNS] + _pictures(run_dir, row, num_images) for row in rows]
     return wandb.Table(columns=[*COLUMNS, *names], data=cells)
 
 

@@ -103,16 +103,16 @@ class WandbRun(Logger):
         if self.offline or self._run is not None:
             return
         try:
-            trouble = connection.log_in()
+            problem = connection.log_in()
         except Refused as error:
             if not begun_before:
                 raise UserError(
                     f"logger.wandb=true: Weights & Biases refuses the login: {error}. Log in anew with `wandb login --relogin`,"
                     " set another WANDB_API_KEY, or set logger.offline=true."
                 ) from None
-            trouble = f"it refuses the login ({error})"
-        if trouble:
-            self._go_offline(trouble)
+            problem = f"it refuses the login ({error})"
+        if problem:
+            self._go_offline(problem)
 
     def open(self, folder: RunFolder, known: dict[str, Any]) -> dict[str, Any]:
         """Start the W&B run or resume it. Returns its new entry for the manifest.
@@ -129,7 +129,7 @@ class WandbRun(Logger):
 
     def _begin(self, folder: RunFolder, known: dict[str, Any]) -> None:
         manifest = folder.manifest
-        about = {"name": manifest["name"], "group": known["group"], "job_type": manifest["stage"]}
+        init_kwargs = {"name": manifest["name"], "group": known["group"], "job_type": manifest["stage"]}
         if self.offline and (known.get("online") or connection.was_synced(self.run_dir)):
             self.behind = True
             self.say(
@@ -138,11 +138,11 @@ class WandbRun(Logger):
             )
             return
         # a lambda: the client deep-copies its settings, and a bound method would copy this object, too
-        place = self.logger, self.run_dir, known, lambda: self._asked_to_stop()
+        init_args = self.logger, self.run_dir, known, lambda: self._asked_to_stop()
         try:
             config = facts.config_of(folder)
-            about |= {"config": config, "finish_seconds": self.patience}
-            self._run = connection.begin(*place, offline=self.offline, **about)
+            init_kwargs |= {"config": config, "finish_seconds": self.patience}
+            self._run = connection.begin(*init_args, offline=self.offline, **init_kwargs)
         except Exception as error:  # the client raises many kinds of errors, and none of them may stop the training
             if self.offline:
                 self._lose(error)
