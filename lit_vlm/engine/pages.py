@@ -43,6 +43,7 @@ class Page:
         self._environment.filters.update(counted=counted, **filters)
 
     def render(self, **values: Any) -> str:
+        """Render the template with these values and the style sheets. Returns HTML without secrets and control characters."""
         style = Markup("\n".join(path.read_text(encoding="utf-8") for path in self._styles))
         return sayable(self._environment.get_template(self._template).render(style=style, **values))
 

@@ -30,8 +30,8 @@ class SourceRow:
 
     name: str
     records: int  # on disk
-    looked_at: int
-    usable: int = 0  # of those looked at, held-out ones included
+    looked_at: int  # records that were read
+    usable: int = 0  # of the records that were read, held-out ones included
     held_out: int = 0
     expected: int | None = None
     licence: str | None = None

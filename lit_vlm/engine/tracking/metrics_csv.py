@@ -42,6 +42,7 @@ class MetricsCsv(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append one row at once. A new metric adds a column, which rewrites the table."""
         row = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
         row["step"] = self.num_rows if step is None else step
         if self._columns is None:

@@ -179,6 +179,7 @@ class WandbRun(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Add metrics to the row of a step, counted from 0; the row is sent when the next step begins."""
         values = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
         self._history.add(self._history.first if step is None else step, values)
 
