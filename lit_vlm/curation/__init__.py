@@ -1,1 +1,1 @@
-"""Training data made and chosen with a model."""
+"""Curation of training data with a model: preference pairs."""

@@ -1,4 +1,4 @@
-"""Which two of a prompt's answers make a pair, and why none do."""
+"""Choice of a preference pair among the answers to a prompt, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ CONTROLS = tuple(token for token in SPECIAL_TOKENS if token not in ("<gro>", "<o
 
 
 class Origin(StrEnum):
-    """Whose answer it is."""
+    """Origin of an answer."""
 
-    sample = "sample"  # the model's, to the prompt
-    reference = "reference"  # the record's
-    uncontrolled = "uncontrolled"  # the model's, to the prompt without its control token
+    sample = "sample"  # by the model, to the prompt
+    reference = "reference"  # of the record
+    uncontrolled = "uncontrolled"  # by the model, to the prompt without its control token
 
 
 class State(StrEnum):
-    """What became of an answer; only graded ones are used."""
+    """State of an answer; only graded answers are used."""
 
     graded = "graded"
     cut = "cut"  # by the length limit
     empty = "empty"
-    ungraded = "ungraded"  # the judge gave no grade that can be read
+    ungraded = "ungraded"  # the judge gave no valid grade
 
 
 class Reason(StrEnum):
-    """Why a prompt gave no pair."""
+    """Reason why a prompt yields no pair."""
 
-    too_few = "too few answers"  # that are whole, not empty and graded
+    too_few = "too few answers"  # that are complete, not empty and graded
     equal = "equal answers"
     tie = "tie"
     margin = "margin too small"
-    boxes = "boxes unasked"  # without the control token, too, the model answered with boxes or pieces of them
-    no_boxes = "no answer with boxes"  # to the prompt with it
+    boxes = "boxes unasked"  # the model answered with box markup, complete or not, without the control token, too
+    no_boxes = "no answer with boxes"  # to the prompt with the control token
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One answer, and the score of a graded one, 0 to 1."""
+    """One answer to a prompt; `score`, 0 to 1, if it is graded."""
 
     content: tuple[Content, ...]
     origin: Origin
@@ -56,7 +56,7 @@ class Answer:
 
     @property
     def has_marks(self) -> bool:
-        """Control tokens of boxes, well-formed or not. Text that looks like them is none."""
+        """True if the answer has control tokens of box markup, valid or not. Text that looks like them does not count."""
         return any(piece.token in CONTROLS for piece in self.content if isinstance(piece, Control))
 
     @property
@@ -66,16 +66,18 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
+    """Chosen and rejected answer of one prompt."""
+
     chosen: Answer
     rejected: Answer
 
 
 def response_pair(answers: Sequence[Answer], min_margin: float) -> Pair | Reason:
-    """The best answer before the worst one; of equally good ones the first.
+    """Choose the best answer as chosen and the worst one as rejected; of equally good ones the first.
 
     Args:
-        answers: to one prompt. The reference, where it may be chosen, is so only if it is better than all samples.
-        min_margin: the least difference of their scores.
+        answers: all answers to one prompt. A reference among them is chosen only if it is better than all samples.
+        min_margin: minimum difference of the two scores.
     """
     usable = _usable(answers)
     samples = [answer for answer in usable if answer.origin is Origin.sample]
@@ -85,18 +87,18 @@ def response_pair(answers: Sequence[Answer], min_margin: float) -> Pair | Reason
 
 
 def control_pair(answers: Sequence[Answer], min_margin: float) -> Pair | Reason:
-    """The best answer with boxes before one that ignores the control token that asked for them."""
+    """Choose the best answer with boxes, and reject an answer that ignores the control token, i.e. has no box markup."""
     usable = _usable(answers)
     uncontrolled = [answer for answer in usable if answer.origin is Origin.uncontrolled]
     if not uncontrolled:
         return Reason.too_few
-    ignoring = [answer for answer in uncontrolled if not answer.has_marks]
-    if not ignoring:
+    without_markup = [answer for answer in uncontrolled if not answer.has_marks]
+    if not without_markup:
         return Reason.boxes
-    pointing = [answer for answer in usable if answer.origin is not Origin.uncontrolled and answer.has_boxes]
-    if not pointing:
+    with_boxes = [answer for answer in usable if answer.origin is not Origin.uncontrolled and answer.has_boxes]
+    if not with_boxes:
         return Reason.no_boxes
-    return _judged(_best(pointing), ignoring[0], [], min_margin)
+    return _judged(_best(with_boxes), without_markup[0], [], min_margin)
 
 
 def _judged(chosen: Answer, rejected: Answer, samples: list[Answer], min_margin: float) -> Pair | Reason:
@@ -114,7 +116,7 @@ def _usable(answers: Sequence[Answer]) -> list[Answer]:
 
 
 def _best(answers: Sequence[Answer]) -> Answer:
-    """Of equally good ones a sample, which the model can say, before the reference; then the first."""
+    """Select the best answer; of equally good ones a sample, which the model can generate, before the reference, then the first."""
     return max(answers, key=lambda answer: (_score(answer), answer.origin is Origin.sample))
 
 

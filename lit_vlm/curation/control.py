@@ -1,4 +1,4 @@
-"""Prompts without their control token: what a model answers to them ignores `<gro>` or `<ocr>`."""
+"""Prompts without their control token: answers to them serve as rejected answers, which ignore `<gro>` or `<ocr>`."""
 
 from __future__ import annotations
 
@@ -10,20 +10,21 @@ ASKS_FOR_BOXES = (Control("<gro>"), Control("<ocr>"))
 
 
 def without_control(sample: Sample) -> Sample | None:
-    """The same conversation, its last question without `<gro>` or `<ocr>` and the line break behind it.
+    """Remove `<gro>` or `<ocr>`, and the line break after it, from the last question of a conversation.
 
-    None where the last question has neither.
+    Returns:
+        The changed sample; None if the last question has neither token.
     """
-    at = next((n for n in reversed(range(len(sample.messages))) if sample.messages[n].role is Role.user), None)
-    if at is None or not any(piece in ASKS_FOR_BOXES for piece in sample.messages[at].content):
+    position = next((n for n in reversed(range(len(sample.messages))) if sample.messages[n].role is Role.user), None)
+    if position is None or not any(piece in ASKS_FOR_BOXES for piece in sample.messages[position].content):
         return None
-    kept: list[Content] = []
-    behind = False
-    for piece in sample.messages[at].content:
+    content: list[Content] = []
+    after_control = False
+    for piece in sample.messages[position].content:
         if piece in ASKS_FOR_BOXES:
-            behind = True
+            after_control = True
             continue
-        kept += [piece.lstrip("\n")] if behind and isinstance(piece, str) else [piece]
-        behind = False
-    asked = replace(sample.messages[at], content=tuple(piece for piece in kept if piece != ""))
-    return replace(sample, messages=(*sample.messages[:at], asked, *sample.messages[at + 1 :]))
+        content += [piece.lstrip("\n")] if after_control and isinstance(piece, str) else [piece]
+        after_control = False
+    question = replace(sample.messages[position], content=tuple(piece for piece in content if piece != ""))
+    return replace(sample, messages=(*sample.messages[:position], question, *sample.messages[position + 1 :]))

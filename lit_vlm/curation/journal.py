@@ -1,4 +1,4 @@
-"""What was asked of a model and what came of it, line by line on the disk: an interrupted run goes on behind it."""
+"""Log of generated answers on disk, one line for each prompt, so that an interrupted task resumes after the last line."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from lit_vlm.files import DamagedFile, append_line, read_json, writable, written
 from lit_vlm.types import UserError
 
 MANIFEST, ANSWERS, IMAGES = "manifest.json", "answers.jsonl", "images"
-OWN = (MANIFEST, ANSWERS, IMAGES, "quarantine.jsonl", STOPPED)  # the last two are written by those who read the data
+OWN = (MANIFEST, ANSWERS, IMAGES, "quarantine.jsonl", STOPPED)  # the code that reads the data writes the last two
 
 
 class Journal:
-    """The folder beside an output file: `pairs.jsonl` has `pairs_files/`.
+    """Log folder of an output file: `pairs.jsonl` has `pairs_files/`.
 
-    `manifest.json` says what was asked for (the question) and whether all of it is done, `answers.jsonl` has a line for each
-    prompt, `images/` the pictures that have no file of their own. The output is written at the end, whole.
+    `manifest.json` holds the request (all settings that decide the pairs) and the status, `answers.jsonl` one line for each
+    prompt, `images/` the images that have no file of their own. The output file is written once, at the end.
 
     Attributes:
-        lines: of the prompts that are done, by their keys.
-        finished: all of them are, and the output is there.
+        lines: lines of the finished prompts, by their keys.
+        is_finished: all prompts are finished and the output file exists.
+        replaces_existing: `start` deletes the files of an earlier request.
     """
 
     def __init__(self, output: Path, question: dict[str, Any]) -> None:
@@ -37,36 +38,39 @@ class Journal:
 
     @classmethod
     def open(cls, output: Path, question: dict[str, Any], *, overwrite: bool) -> Journal:
-        """New, interrupted (it goes on) or finished. Nothing is written before `start`.
+        """Open the log of an output file: new, interrupted (it resumes) or finished. Nothing is written before `start`.
 
-        With `overwrite`, what is finished or was another question is replaced; what was interrupted goes on.
+        Args:
+            output: the file of pairs.
+            request: all settings that decide the pairs, as JSON values.
+            overwrite: replace a finished log or one of another request; an interrupted one resumes.
 
         Raises:
-            UserError: the output or its folder is there and belongs to something else.
+            UserError: the output or its folder exists and belongs to something else.
         """
-        journal = cls(output, json.loads(json.dumps(question)))  # as it will be read again
+        log = cls(output, json.loads(json.dumps(question)))  # in the form in which it is read back
         try:
-            known = _read_manifest(journal.folder)
+            manifest = _read_manifest(log.folder)
         except DamagedFile:
             if not overwrite:
                 raise
-            known = {"question": {}, "status": "damaged"}
-        different = _different(known["question"], journal.question) if known else []
-        finished = bool(known) and known["status"] == "finished" and output.exists()
-        if known is None and (output.exists() or journal.folder.exists()):
-            journal._refuse_foreign(overwrite)
-        elif different and not overwrite:
+            manifest = {"question": {}, "status": "damaged"}
+        differences = _different(manifest["question"], log.question) if manifest else []
+        is_finished = bool(manifest) and manifest["status"] == "finished" and output.exists()
+        if manifest is None and (output.exists() or log.folder.exists()):
+            log._refuse_foreign(overwrite)
+        elif differences and not overwrite:
             raise UserError(
-                f"{output} holds pairs of another question: they differ in {', '.join(different)}. "
+                f"{output} holds pairs of another question: they differ in {', '.join(differences)}. "
                 "Name another file with prefer.output=..., or replace this one with overwrite=true."
             )
-        journal.replaces = overwrite and bool(known) and (bool(different) or finished)
-        if known and not journal.replaces:
-            journal.lines, journal.finished = {line["key"]: line for line in _read(journal.folder)}, finished
-        return journal
+        log.replaces = overwrite and bool(manifest) and (bool(differences) or is_finished)
+        if manifest and not log.replaces:
+            log.lines, log.finished = {line["key"]: line for line in _read(log.folder)}, is_finished
+        return log
 
     def start(self) -> None:
-        """From here on it is this question's."""
+        """Claim the folder for this request: delete replaced files and write the manifest."""
         if self.replaces:
             for old in (self.output, self.folder / MANIFEST, self.folder / ANSWERS):
                 old.unlink(missing_ok=True)
@@ -74,12 +78,13 @@ class Journal:
         self._write_manifest("running")
 
     def add(self, line: dict[str, Any]) -> None:
-        """A prompt is done: its line is on the disk when this returns."""
+        """Append the line of a finished prompt. It is on disk when this returns."""
         with writable(self.folder, "The answers", "prefer.output"):
             append_line(self.folder / ANSWERS, json.dumps(line, ensure_ascii=False).encode("utf-8", "backslashreplace"))
         self.lines[line["key"]] = line
 
     def finish(self, rows: list[dict[str, Any]], summary: dict[str, Any]) -> None:
+        """Write the output file and mark the log as finished."""
         with written(self.output, "The pairs", "prefer.output") as draft, draft.open("w", encoding="utf-8") as stream:
             stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         self._write_manifest("finished", summary=summary)
@@ -91,7 +96,7 @@ class Journal:
             draft.write_text(text + "\n", encoding="utf-8")
 
     def _refuse_foreign(self, overwrite: bool) -> None:
-        """A folder that is not ours stays, whatever is asked; a file may be replaced."""
+        """Require that existing files are of this task. A folder of something else is never replaced, a file is with overwrite."""
         if self.folder.exists() and (not self.folder.is_dir() or set(os.listdir(self.folder)) - {*OWN}):
             raise UserError(f"{self.folder} is in the way and not of this task. Name another file: prefer.output=...")
         if self.output.is_dir() or (self.output.exists() and not overwrite):
@@ -102,38 +107,39 @@ class Journal:
 
 
 def folder_of(output: Path) -> Path:
+    """Return the log folder of an output file."""
     return output.with_name(f"{output.stem}_files")
 
 
 def find_day(output: Path) -> str | None:
-    """Find the day that the chat template wrote when the output was begun; None where it wrote none, or nothing is begun."""
+    """Find the date that the chat template wrote when the log was started; None if it wrote none or there is no log."""
     try:
-        known = _read_manifest(folder_of(output)) or {}
+        manifest = _read_manifest(folder_of(output)) or {}
     except DamagedFile:
         return None
-    day = known.get("question", {}).get(DAY)
+    day = manifest.get("question", {}).get(DAY)
     return day if isinstance(day, str) else None
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
     remedy = f"Replace what is in {folder} with overwrite=true, or name another file with prefer.output=..."
-    found = read_json(folder / MANIFEST, remedy)
-    if found is not None and not (isinstance(found.get("question"), dict) and "status" in found):
+    manifest = read_json(folder / MANIFEST, remedy)
+    if manifest is not None and not (isinstance(manifest.get("question"), dict) and "status" in manifest):
         raise DamagedFile(f"{folder / MANIFEST} is damaged: it lacks what every one has. {remedy}")
-    return found
+    return manifest
 
 
 def _read(folder: Path) -> Iterator[dict[str, Any]]:
-    """Lines that are whole; one that was torn by the end of its process is asked for again."""
+    """Read the complete lines; the prompt of an incomplete line, cut by the end of its process, is processed again."""
     file = folder / ANSWERS
     text = file.read_bytes().decode("utf-8", "replace") if file.is_file() else ""
-    for line in text.split("\n"):  # not at every line separator of Unicode
+    for line in text.split("\n"):  # not splitlines(): answers may hold Unicode line separators
         try:
-            found = json.loads(line)
+            record = json.loads(line)
         except ValueError:
             continue
-        if isinstance(found, dict) and "key" in found:
-            yield found
+        if isinstance(record, dict) and "key" in record:
+            yield record
 
 
 def _different(known: dict[str, Any], asked: dict[str, Any]) -> list[str]:

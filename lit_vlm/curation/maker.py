@@ -1,4 +1,4 @@
-"""Preference pairs from a model's own answers: drawn, graded, chosen, written."""
+"""Generation of preference pairs from a model's own answers: sample, grade, choose, format."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ from lit_vlm.evaluation.answers import Said, alike, draw
 from lit_vlm.model.generate import Sampling
 from lit_vlm.types import Sample
 
-PAIR = "pair"  # the outcome of a prompt that gave one
+PAIR = "pair"  # outcome of a prompt that yields a pair
 CHOOSE = {PairKind.response: response_pair, PairKind.control: control_pair}
-ROOM = 4  # times the caps of training: nothing is kept for a backward pass
+ROOM = 4  # times the micro-batch limits of training: no activations are stored for a backward pass
 
 
 class PairMaker:
-    """Asks the model about samples and makes a line for each: its answers, what became of them, and its pairs.
+    """Generator of preference pairs: one line for each sample with its answers, their states, and its pairs.
 
     Args:
-        pictures: where the pictures of pairs are named and saved.
-        seed: every answer's dice hang on it, the sample's id and the answer's number alone.
+        scorer: grades the answers.
+        images: resolves and saves the images of pairs.
+        seed: each answer's sampling depends on it, the sample's id and the answer's number alone.
     """
 
     def __init__(
@@ -49,77 +50,87 @@ class PairMaker:
     def lines(
         self, index: Index, numbers: Sequence[int], *, most_tokens: int, most_tiles: int
     ) -> Iterator[dict[str, Any]]:
-        """The lines of these samples of the index, in an order of like lengths.
+        """Generate the lines of samples of the index, ordered by similar length.
 
         Args:
-            most_tokens, most_tiles: of a micro-batch in training. A prompt counts once for each of its answers.
+            numbers: samples of the index.
+            max_tokens, max_tiles: limits of a micro-batch in training. A prompt counts once for each of its answers.
         """
-        caps = {"most_tokens": ROOM * most_tokens // self.settings.num_samples, "most_tiles": ROOM * most_tiles}
-        for batch in alike(index, numbers, **caps, new_tokens=self.settings.max_new_tokens):
+        limits = {"most_tokens": ROOM * most_tokens // self.settings.num_samples, "most_tiles": ROOM * most_tiles}
+        for batch in alike(index, numbers, **limits, new_tokens=self.settings.max_new_tokens):
             samples = [record for number in batch if isinstance(record := index.record(number), Sample)]
             for number, sample, answers in zip(batch, samples, self._graded(samples), strict=True):
                 yield {"key": key_of(index, number)} | self._line(sample, answers)
 
     def _graded(self, samples: list[Sample]) -> list[list[Answer]]:
-        """All answers of each sample, the reference among them where it may be chosen."""
+        """Sample and grade all answers of each sample, with the reference if it may be chosen."""
         answers = self._drawn(samples)
         if self.settings.reference_as_chosen:
-            for sample, own in zip(samples, answers, strict=True):
-                own.append(Answer(sample.messages[-1].content, Origin.reference, State.graded))
-        flat = [(sample, answer) for sample, own in zip(samples, answers, strict=True) for answer in own]
-        asked = [(sample, answer.text) for sample, answer in flat if answer.state is State.graded]
-        grades = iter(grades_of(self.scorer, asked))
-        return [[_with_grade(answer, grades) for answer in own] for own in answers]
+            for sample, candidates in zip(samples, answers, strict=True):
+                candidates.append(Answer(sample.messages[-1].content, Origin.reference, State.graded))
+        flat = [(sample, answer) for sample, candidates in zip(samples, answers, strict=True) for answer in candidates]
+        requests = [(sample, answer.text) for sample, answer in flat if answer.state is State.graded]
+        grades = iter(grades_of(self.scorer, requests))
+        return [[_with_grade(answer, grades) for answer in candidates] for candidates in answers]
 
     def _drawn(self, samples: list[Sample]) -> list[list[Answer]]:
         answers: list[list[Answer]] = [[] for _ in samples]
-        bare = [without_control(sample) if PairKind.control in self.settings.kinds else None for sample in samples]
-        plain = [n for n in range(len(samples)) if PairKind.response in self.settings.kinds or bare[n]]
-        for numbers, asked, origin, count in (
-            (plain, [samples[n] for n in plain], Origin.sample, self.settings.num_samples),
-            ([n for n, one in enumerate(bare) if one], [one for one in bare if one], Origin.uncontrolled, 1),
+        uncontrolled = [
+            without_control(sample) if PairKind.control in self.settings.kinds else None for sample in samples
+        ]
+        controlled = [n for n in range(len(samples)) if PairKind.response in self.settings.kinds or uncontrolled[n]]
+        for indices, prompts, origin, count in (
+            (controlled, [samples[n] for n in controlled], Origin.sample, self.settings.num_samples),
+            (
+                [n for n, one in enumerate(uncontrolled) if one],
+                [one for one in uncontrolled if one],
+                Origin.uncontrolled,
+                1,
+            ),
         ):
-            if asked:
-                seeds = [[_seed(self.seed, sample.id, origin, n) for n in range(count)] for sample in asked]
+            if prompts:
+                seeds = [[_seed(self.seed, sample.id, origin, n) for n in range(count)] for sample in prompts]
                 sampling = Sampling(seeds, self.settings.temperature, self.settings.top_p)
-                said = draw(self.model, self.processor, asked, self.settings.max_new_tokens, sampling)
-                for n, own in zip(numbers, said, strict=True):
-                    answers[n] += [Answer(one.content, origin, _state(one)) for one in own]
+                completions = draw(self.model, self.processor, prompts, self.settings.max_new_tokens, sampling)
+                for n, completed in zip(indices, completions, strict=True):
+                    answers[n] += [Answer(one.content, origin, _state(one)) for one in completed]
         return answers
 
     def _line(self, sample: Sample, answers: list[Answer]) -> dict[str, Any]:
-        """For the journal. Control pairs are made of samples whose question has a control token alone."""
+        """Make the log line of a sample. Only samples whose question has a control token get control pairs."""
         outcome: dict[str, str] = {}
         pairs = []
         for kind in self.settings.kinds:
             if kind is PairKind.control and without_control(sample) is None:
                 continue
-            found = CHOOSE[kind](answers, self.settings.min_margin)
-            outcome[kind.value] = PAIR if isinstance(found, Pair) else found.value
-            if isinstance(found, Pair):
-                pairs.append(pair_row(sample, found, kind.value, self.pictures))
-        about = {"id": sample.id, "kind": sample.kind.value, "language": sample.language.value}
+            choice = CHOOSE[kind](answers, self.settings.min_margin)
+            outcome[kind.value] = PAIR if isinstance(choice, Pair) else choice.value
+            if isinstance(choice, Pair):
+                pairs.append(pair_row(sample, choice, kind.value, self.pictures))
+        metadata = {"id": sample.id, "kind": sample.kind.value, "language": sample.language.value}
         rows = [
-            {"origin": one.origin.value, "state": one.state.value, "score": one.score, "text": one.text}
-            for one in answers
+            {"origin": answer.origin.value, "state": answer.state.value, "score": answer.score, "text": answer.text}
+            for answer in answers
         ]
-        return about | {"answers": rows, "outcome": outcome, "pairs": pairs}
+        return metadata | {"answers": rows, "outcome": outcome, "pairs": pairs}
 
 
 def key_of(index: Index, number: int) -> str:
-    """What names a sample among all sources."""
+    """Return the key of a sample: source/position, unique among all sources."""
     return f"{index.sources[index.source_of[number]].name}/{int(index.position[number])}"
 
 
 def summary_of(lines: Iterable[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """What became of the model's answers, by `State`, and of the prompts, by kind of pair: pairs, or `Reason`."""
+    """Count the model's answers by `AnswerState`, and the prompts of each pair kind by outcome: pair, or `NoPairReason`."""
     answers: Counter[str] = Counter()
     prompts: dict[str, Counter[str]] = {}
     for line in lines:
         answers.update(row["state"] for row in line["answers"] if row["origin"] != Origin.reference)
         for kind, outcome in line["outcome"].items():
             prompts.setdefault(kind, Counter())[outcome] += 1
-    ordered = {kind: {name: found[name] for name in (PAIR, *Reason) if found[name]} for kind, found in prompts.items()}
+    ordered = {
+        kind: {name: counts[name] for name in (PAIR, *Reason) if counts[name]} for kind, counts in prompts.items()
+    }
     return {"answers": {state.value: answers[state] for state in State}} | ordered
 
 
@@ -137,6 +148,6 @@ def _with_grade(answer: Answer, grades: Iterator[float | None]) -> Answer:
 
 
 def _seed(*place: object) -> int:
-    """64 bits of their SHA-256."""
+    """Compute a seed: the first 64 bits of the SHA-256 of the parts."""
     text = repr([str(part) for part in place])
     return int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()[:8], "little")

@@ -1,4 +1,4 @@
-"""Pairs as lines of a JSONL file that `data=preference` reads, and the pictures that they name."""
+"""Preference pairs as JSONL rows that `data=preference` reads, and the files of their images."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from lit_vlm.types import Content, Control, ImageSlot, ImageSource, Message, Rol
 
 
 def pair_row(sample: Sample, pair: Pair, of: str, pictures: Pictures) -> dict[str, Any]:
-    """The line of a pair. Its pictures are on the disk when this returns.
+    """Build the JSONL row of a pair. Its images are on disk when this returns.
 
-    Control tokens are parts of their own, so that no text can be taken for one when the line is read.
+    Control tokens are separate parts of the content, so that a reader cannot take text for a control token.
 
     Args:
-        of: the kind of pair, "response" or "control".
+        pair_kind: "response" or "control".
+        images: resolves and saves the images.
     """
     prompt = sample.messages[:-1]
     slots = [piece.index for message in prompt for piece in message.content if isinstance(piece, ImageSlot)]
@@ -39,12 +40,12 @@ def pair_row(sample: Sample, pair: Pair, of: str, pictures: Pictures) -> dict[st
         "scores": {"chosen": chosen.score, "rejected": rejected.score},
         "answers": {"chosen": chosen.origin.value, "rejected": rejected.origin.value},
         "origin": sample.origin,
-        "marks": "text",  # what stands for something is a part of its own
+        "marks": "text",  # control tokens and images are separate parts
     }
 
 
 def _message(message: Message) -> dict[str, Any]:
-    """Text alone as text, else as parts."""
+    """Convert a message: text alone becomes a string, other content a list of parts."""
     content = message.content
     if all(isinstance(piece, str) for piece in content):
         return {"role": message.role.value, "content": message.text}
@@ -58,23 +59,24 @@ def _part(piece: Content) -> dict[str, str]:
 
 
 class Pictures:
-    """Names of pictures, from the folder of the pairs: a file by its path, anything else saved in `folder` first.
+    """Paths of images, relative to the folder of the pairs. An image without a file of its own is saved in `folder` first.
 
     Args:
-        root: where the file of pairs lies, and its relative paths start.
-        folder: below it; made when something is saved.
+        root: folder of the file of pairs, base of its relative paths.
+        folder: folder below `root` for saved images; made when needed.
     """
 
     def __init__(self, root: Path, folder: Path) -> None:
         self.root, self.folder = root.resolve(), folder
-        self.outside: set[str] = set()  # folders of files that do not lie below `root`
+        self.outside: set[str] = set()  # folders of files that are not below `root`
 
     def path_of(self, image: ImageSource, origin: str) -> str:
+        """Return the path of an image, relative to `root` where possible. An image without a file is saved first."""
         if isinstance(image, FileImage):
-            found = original(locate(image.path, image.root, origin))
-            if found.is_relative_to(self.root):
-                return found.relative_to(self.root).as_posix()
-            return found.as_posix()
+            location = original(locate(image.path, image.root, origin))
+            if location.is_relative_to(self.root):
+                return location.relative_to(self.root).as_posix()
+            return location.as_posix()
         data, ending = _encoded(image)
         path = self.folder / f"{hashlib.sha256(data).hexdigest()[:24]}.{ending}"
         if not path.is_file():
@@ -84,13 +86,13 @@ class Pictures:
 
 
 def image_root(paths: Sequence[str]) -> str | None:
-    """The folder that holds all pictures that lie elsewhere than below the pairs; None where there are none."""
+    """Find the common folder of all images outside the folder of the pairs; None if there are none."""
     outside = [os.path.dirname(path) for path in paths if os.path.isabs(path)]
     return os.path.commonpath(outside) if outside else None
 
 
 def _encoded(image: ImageSource) -> tuple[bytes, str]:
-    """As it is encoded; pixels that are not, as PNG."""
+    """Return the encoded bytes of an image and its file ending; raw pixels are encoded as PNG."""
     if isinstance(image, EncodedImage):
         return image.encoded()
     stream = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What an answer is worth, 0 to 1: by exact ground truth, by a model that judges, or by a class of the user's own."""
+"""Scorers that grade an answer from 0 to 1: by ground truth, by a judge model, or by a class of the user."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lit_vlm.evaluation.answers import ask, readable_prompt
 from lit_vlm.evaluation.scoring import score
 from lit_vlm.types import Content, ImageSlot, Language, Message, Role, Sample, UserError, counted
 
-Asked = tuple[Sample, str]  # a sample, whose last message is the known answer, and an answer to its prompt
+Asked = tuple[Sample, str]  # a sample, whose last message is the reference answer, and the answer to grade
 
 HIGHEST = 10
-MOST_NEW_TOKENS = 8  # of a grade; what is longer is none
+MOST_NEW_TOKENS = 8  # of a grade; a longer text is no grade
 
-# The three places are filled with plain text: control tokens and image placeholders in it stay text to the judge.
+# The three fields are filled with plain text: control tokens and image placeholders in it stay text for the judge.
 JUDGE_PROMPT = """\
 You grade an answer to a question. If there are pictures above, the question is about them.
 
@@ -40,27 +40,27 @@ Reply with one whole number from 0 to 10 and nothing else."""
 
 
 class Scorer(Protocol):
-    """Grades answers. A class of the user's own needs this one method, and no arguments."""
+    """Interface of a class that grades answers. A class of the user needs this method and a constructor without arguments."""
 
     def grade(self, asked: Sequence[Asked]) -> Sequence[float | None]:
-        """For each answer its worth, 0 to 1, or None where none can be told."""
+        """Grade each answer from 0 to 1, or None if it cannot be graded."""
         ...
 
 
 class Exact:
-    """Against the sample's own answer, by the measure of its kind; see `evaluation.scoring.score`."""
+    """Scorer that compares with the reference answer, by the metric of the kind; see `evaluation.scoring.compute_score`."""
 
     def grade(self, asked: Sequence[Asked]) -> list[float | None]:
         return [score(sample.kind, answer, sample.messages[-1].text) for sample, answer in asked]
 
 
 class ModelJudge:
-    """A finished model that is asked for a grade with `JUDGE_PROMPT`, greedily.
+    """Judge model that grades with `JUDGE_PROMPT` and greedy decoding.
 
-    What it says is read strictly: a whole number from 0 to 10 alone. Anything else is no grade.
+    Its reply is parsed strictly: a whole number from 0 to 10 and nothing else. Any other reply is no grade.
 
     Args:
-        most_tokens, most_tiles: of one generation.
+        max_tokens, max_tiles: limits of one generation batch.
     """
 
     def __init__(
@@ -71,13 +71,13 @@ class ModelJudge:
 
     def grade(self, asked: Sequence[Asked]) -> list[float | None]:
         samples = [judged(sample, answer) for sample, answer in asked]
-        said = [
+        replies = [
             text for group in self._groups(samples) for text in ask(self.model, self.processor, group, MOST_NEW_TOKENS)
         ]
-        return [parse_grade(text) for text in said]
+        return [parse_grade(text) for text in replies]
 
     def _groups(self, samples: list[Sample]) -> Iterator[list[Sample]]:
-        """Neighbours, within the caps or alone."""
+        """Group neighbouring samples within the limits; a single larger sample is a group of its own."""
         group: list[Sample] = []
         longest = tiles = 0
         for sample in samples:
@@ -92,7 +92,7 @@ class ModelJudge:
 
 
 def judged(sample: Sample, answer: str) -> Sample:
-    """The question to a judge: the sample's pictures, then `JUDGE_PROMPT` as plain text."""
+    """Build the judge's prompt as a sample: the images, then `JUDGE_PROMPT` as plain text."""
     slots: list[Content] = [ImageSlot(number) for number in range(len(sample.images))]
     text = JUDGE_PROMPT.format(
         question=readable_prompt(sample.messages[:-1]), reference=sample.messages[-1].text, answer=answer
@@ -104,33 +104,43 @@ def judged(sample: Sample, answer: str) -> Sample:
 
 
 def parse_grade(said: str) -> float | None:
-    """0 to 1 of a whole number from 0 to 10 that stands alone, else None."""
+    """Parse a reply that is a whole number from 0 to 10 into a grade from 0 to 1, else None."""
     found = re.fullmatch(r"10|[0-9]", said.strip())
     return int(found[0]) / HIGHEST if found else None
 
 
 def own_scorer(path: str) -> Scorer:
-    """The class at an import path. UserError when it is none, or has no `grade`."""
+    """Load a scorer of the user from an import path.
+
+    Raises:
+        UserError: it is no class, or it has no method `grade`.
+    """
     needed, remedy = "a class with a method grade", "Give it one, see docs/preferences.md"
     return made_from("prefer.judge", path, lambda found: callable(getattr(found, "grade", None)), needed, remedy)
 
 
 def grades_of(scorer: Scorer, asked: Sequence[Asked]) -> list[float | None]:
-    """What the scorer says, each answer asked about once. UserError for grades that are none."""
-    distinct = list({(id(sample), answer): (sample, answer) for sample, answer in asked}.values())
-    found = list(scorer.grade(distinct)) if distinct else []
-    wrong = [grade for grade in found if grade is not None and not _is_share(grade)]
-    if len(found) != len(distinct) or wrong:
-        what = (
-            f"{counted(len(found), 'grade')} for {counted(len(distinct), 'answer')}"
-            if len(found) != len(distinct)
-            else repr(wrong[0])
+    """Compute the grades of all requests; equal answers to one sample are graded once.
+
+    Raises:
+        UserError: the scorer returned an invalid grade or a wrong number of grades.
+    """
+    distinct_requests = list({(id(sample), answer): (sample, answer) for sample, answer in asked}.values())
+    grades = list(scorer.grade(distinct_requests)) if distinct_requests else []
+    invalid = [grade for grade in grades if grade is not None and not _is_share(grade)]
+    if len(grades) != len(distinct_requests) or invalid:
+        problem = (
+            f"{counted(len(grades), 'grade')} for {counted(len(distinct_requests), 'answer')}"
+            if len(grades) != len(distinct_requests)
+            else repr(invalid[0])
         )
         raise UserError(
-            f"prefer.judge: {type(scorer).__name__}.grade gave {what}; it must give a number from 0 to 1, or None, for each."
+            f"prefer.judge: {type(scorer).__name__}.grade gave {problem}; it must give a number from 0 to 1, or None, for each."
         )
-    known = {(id(sample), answer): grade for (sample, answer), grade in zip(distinct, found, strict=True)}
-    return [known[id(sample), answer] for sample, answer in asked]
+    grade_by_request = {
+        (id(sample), answer): grade for (sample, answer), grade in zip(distinct_requests, grades, strict=True)
+    }
+    return [grade_by_request[id(sample), answer] for sample, answer in asked]
 
 
 def _is_share(grade: object) -> bool:

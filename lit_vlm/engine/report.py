@@ -1,4 +1,4 @@
-"""One page about one run or a ladder of stages, fit for a phone and for paper."""
+"""Report page of one run or of a pipeline of stages, readable on a phone and on paper."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from lit_vlm.engine.report_data import RunRecord, arrow, duration, read_run, sho
 from lit_vlm.types import SPECIAL_TOKENS, counted
 
 HEADINGS = ("stage", "trained", "samples", "tokens", "tokens/s", "loss", "held-out score")
-MOST_INLINE_BYTES = 60_000  # of a PNG; a larger one goes into the page as JPEG
-SHOWN_ALONE, SHOWN_TOGETHER = 4, 1  # samples per kind and language, in a report of one run and of several
-PLACE = re.compile(r"<image>\s?")  # the pictures stand above
-MOST_DOTS = 60  # of a curve; a denser one is a line
+MOST_INLINE_BYTES = 60_000  # of a PNG; a larger one is embedded as JPEG
+SHOWN_ALONE, SHOWN_TOGETHER = 4, 1  # samples for each kind and language
+PLACE = re.compile(r"<image>\s?")  # removed, since the images are shown above the prompt
+MOST_DOTS = 60  # of a curve; with more points it has no dots
 CONTROL = re.compile("(" + "|".join(map(re.escape, SPECIAL_TOKENS)) + ")")
 _PAGE = Page("report_page.html", short=short, percent=lambda share: f"{100 * share:.1f} %")
 
 
 def write_report(path: Path, runs: list[Path], title: str) -> None:
-    """Write the page. Run folders may lack any of their files; the page then shows what there is."""
+    """Write the report page. Run folders may lack any of their files; the page then shows the rest."""
     records = [read_run(run) for run in runs]
     page = _PAGE.render(
         title=title,
@@ -44,7 +44,7 @@ def write_report(path: Path, runs: list[Path], title: str) -> None:
 
 
 def summary_table(runs: list[Path]) -> Table:
-    """The page's first table, for the terminal."""
+    """Make the first table of the page, for the terminal."""
     table = Table()
     for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading in HEADINGS[:2] else "right")
@@ -54,7 +54,7 @@ def summary_table(runs: list[Path]) -> Table:
 
 
 def summary_row(record: RunRecord) -> list[list[str]]:
-    """A stage in the columns of `HEADINGS`; each cell as lines."""
+    """Make the cells of a stage in the columns of `HEADINGS`; each cell is a list of lines."""
     figures = record.figures
     parts = [f"{part.get('part')} {short(part.get('trainable'))} ({part.get('how')})" for part in record.trained]
     return [
@@ -69,7 +69,7 @@ def summary_row(record: RunRecord) -> list[list[str]]:
 
 
 def scores_table(runs: list[Path]) -> Table:
-    """Held-out score of each kind and language after each stage, for the terminal."""
+    """Make a table of held-out scores by kind and language after each stage, for the terminal."""
     records = [record for record in map(read_run, runs) if record.scores("after")]
     ladder = _ladder(records)
     table = Table(title="Held-out score after each stage", title_justify="left")
@@ -84,13 +84,13 @@ def scores_table(runs: list[Path]) -> Table:
 
 
 def _preferred(record: RunRecord) -> list[str]:
-    """Of a preference stage: the share of held-out pairs whose chosen answer is rewarded more."""
+    """Format the reward accuracy of a preference stage: the share of held-out pairs with the higher reward for the chosen answer."""
     accuracy = record.figures.get("val/rewards/accuracies")
     return [] if accuracy is None else [f"reward accuracy {accuracy:.2f}"]
 
 
 def _lead(records: list[RunRecord]) -> str:
-    """The page in one line: how much of everything."""
+    """Format the totals in one line: stages, samples, tokens and time."""
 
     def total(name: str) -> float:
         return sum(record.figures.get(name) or 0 for record in records)
@@ -103,7 +103,7 @@ def _lead(records: list[RunRecord]) -> str:
 
 
 def _origin(records: list[RunRecord]) -> dict[str, Any]:
-    """Where the page comes from: the last run that says so."""
+    """Collect commit, times, versions and commands of the page, from the last run with a manifest."""
     manifest = next((record.manifest for record in reversed(records) if record.manifest), {})
     git = manifest.get("git") or {}
     starts = [record.manifest["started"] for record in records if record.manifest.get("started")]
@@ -182,7 +182,7 @@ def _charts(record: RunRecord) -> list[dict[str, Any]]:
 
 
 def _legend(lines: list[Line]) -> list[tuple[str, str]]:
-    """The raw line belongs to its smoothed one and needs no entry."""
+    """Make the legend. A raw curve shares the entry of its smoothed curve."""
     return [(line.style, line.name.removesuffix(", smoothed")) for line in lines if line.points and line.style != "raw"]
 
 
@@ -195,7 +195,7 @@ def _loss_note(record: RunRecord) -> str:
 
 
 def _scores(record: RunRecord) -> list[dict[str, Any]]:
-    """One row per kind, with a before and an after for each language."""
+    """Collect the scores: one row for each kind, with before and after for each language."""
     before, after = record.scores("before"), record.scores("after")
     counts = record.figures.get("num_scored") or {}
     kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -209,7 +209,7 @@ def _scores(record: RunRecord) -> list[dict[str, Any]]:
 
 
 def _ladder(records: list[RunRecord]) -> dict[str, Any]:
-    """The score of each kind after each stage, by language: what is learnt, and what is forgotten."""
+    """Collect the scores of each kind after each stage, by language: they show learning and forgetting."""
     groups = dict.fromkeys(split_group(group) for record in records for group in record.scores("after"))
     kinds, languages = dict.fromkeys(kind for kind, _ in groups), sorted({language for _, language in groups})[::-1]
     rows = [
@@ -220,7 +220,7 @@ def _ladder(records: list[RunRecord]) -> dict[str, Any]:
 
 
 def _mixture(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The sources, then languages, text alone and kinds: the share asked beside the share drawn. Wide is the largest."""
+    """Prepare the rows of the mixture: sources, languages, text alone, kinds. `width` is in percent of the largest share."""
     most = max((row["samples"] for row in rows), default=0.0) or 1.0
     return [row | {"width": 100 * row["samples"] / most} for row in rows]
 
@@ -238,7 +238,7 @@ def _quarantined(record: RunRecord) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Card:
-    """One held-out sample: what was asked, what is right, and what each phase answered."""
+    """Held-out sample with prompt, reference, and the answer of each phase."""
 
     prompt: list[tuple[str, bool]]
     kind: str
@@ -246,11 +246,11 @@ class Card:
     reference: list[tuple[str, bool]]
     answers: list[dict[str, Any]]
     pictures: list[dict[str, str]]
-    marked: bool  # there are boxes on the pictures
+    marked: bool  # the images have boxes
 
 
 def _sample_groups(record: RunRecord, shown: int) -> list[tuple[str, list[Card]]]:
-    """The first samples of each kind and language, by kind."""
+    """Group the first samples of each kind and language by kind."""
     rows: dict[tuple[str, str], dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     for row in record.samples:
         rows[str(row.get("kind")), str(row.get("language"))][f"{row.get('source')}/{row.get('id')}"].append(row)
@@ -265,30 +265,30 @@ def _card(folder: Path, phases: list[dict[str, Any]]) -> Card:
     first = phases[0]
     keys = ("phase", "score")
     answers = [{key: row.get(key) for key in keys} | {"pieces": _pieces(row.get("prediction"))} for row in phases]
-    pictures: dict[str, str] = {}  # a picture without boxes is the same in both phases
+    pictures: dict[str, str] = {}  # an image without boxes is the same in both phases
     for row in phases:
         for path in row.get("images") or []:
             pictures.setdefault(path, str(row.get("phase")))
-    both = len(set(pictures.values())) > 1
-    shown = [{"source": _inline(folder, path), "phase": phase if both else ""} for path, phase in pictures.items()]
+    differs = len(set(pictures.values())) > 1
+    images = [{"source": _inline(folder, path), "phase": phase if differs else ""} for path, phase in pictures.items()]
     return Card(
         prompt=_pieces(PLACE.sub("", str(first.get("prompt") or ""))),
         kind=str(first.get("kind") or "").replace("_", " "),
         language=str(first.get("language") or ""),
         reference=_pieces(first.get("reference")),
         answers=answers,
-        pictures=[picture for picture in shown if picture["source"]],
+        pictures=[picture for picture in images if picture["source"]],
         marked=any(Path(path).stem.endswith(f"_{phase}") for path, phase in pictures.items()),
     )
 
 
 def _pieces(text: Any) -> list[tuple[str, bool]]:
-    """The text in pieces, and whether each is a control token."""
+    """Split a text at control tokens. Returns pieces, and whether each is a control token."""
     return [(piece, bool(CONTROL.fullmatch(piece))) for piece in CONTROL.split(str(text or "")) if piece]
 
 
 def _inline(folder: Path, name: str) -> str:
-    """A picture of the run's folder as a data: address; "" when it is not there."""
+    """Encode an image of the run folder as a data: URL; "" if the file is missing."""
     path = (folder / name).resolve()
     if not path.is_relative_to(folder.resolve()) or not path.is_file():
         return ""

@@ -1,4 +1,4 @@
-"""Line charts as SVG, by hand: colours come from the page's style sheet, so that they follow its light and dark."""
+"""Line charts as SVG, written by hand: the page's style sheet sets the colours, so they follow its light and dark mode."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lit_vlm.engine.report_data import Points
 
 WIDTH, HEIGHT = 480, 250  # of the drawing; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 44, 14, 12, 30
-MOST_POINTS = 400  # of one line; more are averaged in groups
-LOG_SPAN = 12  # from this ratio of largest to smallest on, the scale is logarithmic
+MOST_POINTS = 400  # of one line; more points are averaged in groups
+LOG_SPAN = 12  # from this ratio of largest to smallest value on, the scale is logarithmic
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One series. `style` is a class of the style sheet; `dots` marks each point, for few of them."""
+    """One series of a chart. `style` is a class of the style sheet; `dots` marks each point, if there are few."""
 
     name: str
     points: Points
@@ -28,7 +28,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """From values to pixels."""
+    """Mapping from values to pixels, linear or logarithmic."""
 
     low: float
     high: float
@@ -48,12 +48,12 @@ class Scale:
 def line_chart(
     lines: Sequence[Line], *, label: str, low: float | None = None, high: float | None = None, may_log: bool = False
 ) -> str:
-    """An <svg>; "" when there is nothing to draw.
+    """Draw a line chart as an <svg>; "" if there are no points.
 
     Args:
-        label: what is drawn, for those who hear the page.
+        label: description for screen readers.
         low, high: ends of the scale; None: those of the values.
-        may_log: use a logarithmic scale where the values span more than `LOG_SPAN`.
+        allow_log: use a logarithmic scale if the ratio of the values exceeds `MIN_LOG_RATIO`.
     """
     lines = [Line(line.name, thinned(line.points), line.style, line.dots) for line in lines]
     points = [point for line in lines for point in line.points]
@@ -71,18 +71,20 @@ def line_chart(
 
 
 def smoothed(points: Points, share: float = 0.04) -> Points:
-    """Means over about this share of the points around each one; it does not lag behind a falling curve."""
-    reach = int(share * len(points) / 2)
+    """Smooth with a centred mean over about this share of the points; it does not lag behind a falling curve."""
+    max_half_width = int(share * len(points) / 2)
     totals = [0.0, *accumulate(value for _, value in points)]
     result = []
     for i, (step, _) in enumerate(points):
-        near = min(reach, i, len(points) - 1 - i)  # as much on the left as on the right
-        result.append((step, (totals[i + near + 1] - totals[i - near]) / (2 * near + 1)))
+        half_width = min(
+            max_half_width, i, len(points) - 1 - i
+        )  # the same number of points on the left and on the right
+        result.append((step, (totals[i + half_width + 1] - totals[i - half_width]) / (2 * half_width + 1)))
     return result
 
 
 def thinned(points: Points, most: int = MOST_POINTS) -> Points:
-    """At most so many finite points: means of neighbours."""
+    """Reduce the finite points to at most `max_points`, by means of neighbours."""
     points = [(step, value) for step, value in points if math.isfinite(value)]
     if len(points) <= most:
         return points
@@ -92,7 +94,7 @@ def thinned(points: Points, most: int = MOST_POINTS) -> Points:
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round values between the ends, at most about `most`."""
+    """Compute round tick values between the ends, about `max_ticks` at most."""
     if high <= low:
         return [low]
     raw = (high - low) / most
@@ -103,7 +105,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2 and 5 times the powers of ten; only the powers where that is many."""
+    """Compute tick values 1, 2 and 5 times the powers of ten; the powers alone if these are too many."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     found = [size * 10.0**power for power in powers for size in (1, 2, 5) if low <= size * 10.0**power <= high]
     return found if len(found) <= 7 else [value for value in found if math.log10(value).is_integer()]
@@ -112,12 +114,12 @@ def log_ticks(low: float, high: float) -> list[float]:
 def _axes(x: Scale, y: Scale) -> str:
     parts = []
     for value in log_ticks(y.low, y.high) if y.log else ticks(y.low, y.high):
-        place = y(value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{place}" y2="{place}"/>')
-        parts.append(f'<text class="tick end" x="{LEFT - 6}" y="{place + 4}">{value:g}</text>')
+        position = y(value)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{position}" y2="{position}"/>')
+        parts.append(f'<text class="tick end" x="{LEFT - 6}" y="{position + 4}">{value:g}</text>')
     floor = HEIGHT - BOTTOM
     for value in ticks(x.low, x.high):
-        if x(value) < WIDTH - RIGHT - 90:  # the corner belongs to the last step
+        if x(value) < WIDTH - RIGHT - 90:  # the corner is reserved for the last step
             parts.append(f'<text class="tick middle" x="{x(value)}" y="{floor + 17}">{_thousands(value)}</text>')
     corner = f'x="{WIDTH - RIGHT}" y="{floor + 17}"'
     parts.append(f'<text class="tick end" {corner}>{_thousands(x.high)} steps</text>')
@@ -126,14 +128,14 @@ def _axes(x: Scale, y: Scale) -> str:
 
 
 def _drawn(line: Line, x: Callable[[float], float], y: Callable[[float], float]) -> str:
-    places = [(x(step + 1), y(value)) for step, value in line.points]  # loggers count steps from 0
-    path = " ".join(f"{left},{top}" for left, top in places)
-    drawn = f'<polyline class="{line.style}" points="{path}"/>' if len(places) > 1 else ""
-    if line.dots or len(places) == 1:
-        for (left, top), (step, value) in zip(places, line.points, strict=True):
+    positions = [(x(step + 1), y(value)) for step, value in line.points]  # loggers count steps from 0
+    path = " ".join(f"{left},{top}" for left, top in positions)
+    svg = f'<polyline class="{line.style}" points="{path}"/>' if len(positions) > 1 else ""
+    if line.dots or len(positions) == 1:
+        for (left, top), (step, value) in zip(positions, line.points, strict=True):
             title = f"<title>{escape(line.name)}, step {step + 1}: {value:.4g}</title>"
-            drawn += f'<circle class="{line.style}" cx="{left}" cy="{top}" r="4">{title}</circle>'
-    return drawn
+            svg += f'<circle class="{line.style}" cx="{left}" cy="{top}" r="4">{title}</circle>'
+    return svg
 
 
 def _thousands(value: float) -> str:

@@ -1,4 +1,4 @@
-"""What a run's folder holds, read for people. What is missing is left out: half a run has a report too."""
+"""Reader of run folders for reports, and number formats. Missing files are skipped, so an unfinished run has a report, too."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Points = list[tuple[int, float]]  # (optimizer step, value)
 
 @dataclass(frozen=True, slots=True)
 class RunRecord:
-    """One stage's folder."""
+    """Content of one stage's run folder."""
 
     path: Path
     manifest: dict[str, Any]
@@ -40,22 +40,22 @@ class RunRecord:
         return self.manifest.get("data") or {}
 
     def scores(self, phase: str) -> dict[str, float]:
-        """Score of each "<kind>_<language>"."""
+        """Return the score of each "<kind>_<language>" in a phase, "before" or "after"."""
         return (self.figures.get("scores") or {}).get(phase) or {}
 
     def mean_score(self, phase: str) -> float | None:
-        """Over kinds and languages, each counting once."""
+        """Compute the mean score over kinds and languages, with equal weights; None if there are none."""
         values = list(self.scores(phase).values())
         return sum(values) / len(values) if values else None
 
     @property
     def trained(self) -> list[dict[str, Any]]:
-        """The parts that train, with their numbers of trainable parameters."""
+        """Trained parts of the model, with their numbers of trainable parameters."""
         return [part for part in self.manifest.get("trained") or [] if part.get("trainable")]
 
 
 def read_run(path: Path) -> RunRecord:
-    """The folder as it is; nothing in it is required."""
+    """Read a run folder; none of its files is required."""
     return RunRecord(
         path=path,
         manifest=_json(_text(path / "manifest.json")) or {},
@@ -67,13 +67,13 @@ def read_run(path: Path) -> RunRecord:
 
 
 def split_group(group: str) -> tuple[str, str]:
-    """Kind and language of a score's name: "multi_image_ko" is ("multi_image", "ko")."""
+    """Split the name of a score into kind and language: "multi_image_ko" is ("multi_image", "ko")."""
     kind, _, language = group.rpartition("_")
     return (kind, language) if kind else (group, "")
 
 
 def short(number: float | None) -> str:
-    """A count for a table: 9,999, 12.3 k, 4.56 M, 789 G."""
+    """Format a count for a table: 9,999, 12.3 k, 4.56 M, 789 G."""
     if number is None:
         return ""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -84,12 +84,13 @@ def short(number: float | None) -> str:
 
 
 def arrow(before: float | None, after: float | None, form: str = ".2f") -> str:
-    """`before -> after` with the arrow that people read; what is unknown is left out."""
+    """Format a change as "before \u2192 after"; an unknown value is left out."""
     known = [format(value, form) for value in (before, after) if value is not None]
     return " \u2192 ".join(known)
 
 
 def duration(seconds: float | None) -> str:
+    """Format a duration: "2 h 5 min", "3 min 10 s" or "4.2 s"."""
     if seconds is None:
         return ""
     minutes, rest = divmod(round(seconds), 60)
@@ -104,7 +105,7 @@ def _text(path: Path) -> str:
 def _json(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:  # a run that was killed while it wrote
+    except ValueError:  # the run was killed during a write
         return None
 
 
@@ -114,7 +115,7 @@ def _rows(text: str) -> list[dict[str, Any]]:
 
 
 def read_metrics(path: Path) -> dict[str, Points]:
-    """The columns of a metrics.csv, also of one that is being written: half a row is none."""
+    """Read the columns of a metrics.csv, also while it is written: an incomplete last row is skipped."""
     columns: dict[str, Points] = {}
     lines = _text(path).splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):

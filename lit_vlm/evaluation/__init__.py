@@ -1,1 +1,1 @@
-"""How good the answers are."""
+"""Generation of answers, their scores, and images with their boxes."""

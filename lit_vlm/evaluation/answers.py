@@ -1,4 +1,4 @@
-"""What a model says to a sample: for the held-out samples of a run, a conversation, and pairs of answers."""
+"""Generation of answers: for the held-out samples of a run, for chat, and for preference pairs."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from lit_vlm.data.processor import Processor
 from lit_vlm.model.generate import Sampling, generate
 from lit_vlm.types import SPECIAL_TOKENS, Content, Control, ImageSlot, Message, Role, Sample
 
-MOST_PROMPTS = 256  # of one generation
+MOST_PROMPTS = 256  # in one generation batch
 
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """An answer as the model gave it: its control tokens apart from text that looks like them.
+    """One generated answer. Its control tokens are separate from text that looks like them.
 
-    `ended`: it closed itself; else the limit cut it.
+    Attributes:
+        content: text and control tokens, in order.
+        is_complete: the model generated the end token; else the length limit cut the answer.
     """
 
     content: tuple[Content, ...]
@@ -31,21 +33,21 @@ class Said:
 
     @property
     def text(self) -> str:
-        """Control tokens spelled out."""
+        """The answer as text, with control tokens spelled out."""
         return Message(Role.assistant, self.content).text
 
 
 def ask(
     model: LlavaOnevisionForConditionalGeneration, processor: Processor, samples: Sequence[Sample], max_new_tokens: int
 ) -> list[str]:
-    """The model's own last answer of each conversation, greedily, control tokens spelled out.
+    """Generate the last answer of each conversation with greedy decoding. Returns texts with control tokens spelled out.
 
-    The samples are one generation: the caller keeps them within the memory. What their last messages say is not read.
+    All samples are one generation batch: the caller keeps it within the memory. The samples' own last messages are not read.
     """
     batch = collate(processor, list(samples)).to(next(model.parameters()).device)
-    stop = end_of_answer(processor)
-    outputs = generate(model, batch, max_new_tokens, eos_token_id=stop)
-    return [processor.decode([token for token in ids if token != stop]) for ids in outputs]
+    stop_id = end_of_answer(processor)
+    outputs = generate(model, batch, max_new_tokens, eos_token_id=stop_id)
+    return [processor.decode([token for token in ids if token != stop_id]) for ids in outputs]
 
 
 def draw(
@@ -55,23 +57,27 @@ def draw(
     max_new_tokens: int,
     sampling: Sampling,
 ) -> list[list[Said]]:
-    """Several answers of the model's own to each conversation, in place of its last one. One generation, as `ask`."""
+    """Sample several last answers for each conversation. All are one generation batch, as in `generate_answers`.
+
+    Returns:
+        For each sample a list of completions, one for each of its seeds.
+    """
     batch = collate(processor, list(samples)).to(next(model.parameters()).device)
-    stop = end_of_answer(processor)
-    outputs = generate(model, batch, max_new_tokens, eos_token_id=stop, sampling=sampling)
-    said = [Said(_content(processor, ids, stop), ids[-1:] == [stop]) for ids in outputs]
-    count = len(sampling.seeds[0])
-    return [said[start : start + count] for start in range(0, len(said), count)]
+    stop_id = end_of_answer(processor)
+    outputs = generate(model, batch, max_new_tokens, eos_token_id=stop_id, sampling=sampling)
+    completions = [Said(_content(processor, ids, stop_id), ids[-1:] == [stop_id]) for ids in outputs]
+    num_seeds = len(sampling.seeds[0])
+    return [completions[start : start + num_seeds] for start in range(0, len(completions), num_seeds)]
 
 
 def _content(processor: Processor, ids: list[int], stop: int) -> tuple[Content, ...]:
-    """The nine control tokens as such and all else as text, in NFC, without white space around it."""
+    """Decode token ids into control tokens (nine are known) and text, in NFC, without surrounding white space."""
     tokenizer, vocabulary = processor.tokenizer, processor.template.control_ids
-    known = {vocabulary[token]: Control(token) for token in SPECIAL_TOKENS if token in vocabulary}
-    silent = (stop, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    control_by_id = {vocabulary[token]: Control(token) for token in SPECIAL_TOKENS if token in vocabulary}
+    skipped_ids = (stop, tokenizer.eos_token_id, tokenizer.pad_token_id)
     pieces: list[Content] = []
-    for control, run in groupby((token for token in ids if token not in silent), known.get):
-        tokens = list(run)
+    for control, group in groupby((token for token in ids if token not in skipped_ids), control_by_id.get):
+        tokens = list(group)
         text = unicodedata.normalize("NFC", tokenizer.decode(tokens, skip_special_tokens=False))
         pieces += [control] * len(tokens) if control else [text]
     if pieces and isinstance(pieces[0], str):
@@ -82,42 +88,47 @@ def _content(processor: Processor, ids: list[int], stop: int) -> tuple[Content, 
 
 
 def reference_lengths(index: Index) -> np.ndarray:
-    """Tokens of each reference; of several answers, all together."""
+    """Return the number of reference tokens of each sample, [samples]; of several answers, their sum."""
     return np.where(index.chosen > 0, index.chosen, index.supervised)
 
 
 def alike(
     index: Index, numbers: Sequence[int], *, most_tokens: int, most_tiles: int, new_tokens: int = 0
 ) -> Iterator[list[int]]:
-    """Samples that are generated together: references, then prompts, of like length, so that little is padded and no
-    answer waits for a long one.
+    """Group samples of similar length into generation batches, under a token limit and a tile limit.
+
+    Samples are sorted by the length of the reference, then of the prompt. So there is little padding, and no short answer
+    waits for a long one.
 
     Args:
-        new_tokens: room for so many beside each sample's own tokens.
+        numbers: samples of the index.
+        max_tokens: limit of batch size x longest sequence; a single longer sample is a batch of its own.
+        max_tiles: limit of the tiles in a batch.
+        new_tokens: reserved for generation, on top of each sample's own tokens.
     """
     references = reference_lengths(index)
     batch: list[int] = []
     longest = tiles = 0
     for number in sorted(numbers, key=lambda i: (int(references[i]), int(index.tokens[i]))):
-        length, more = int(index.tokens[number]) + new_tokens, int(index.tiles[number])
-        longest, tiles = max(longest, length), tiles + more
-        full = len(batch) == MOST_PROMPTS or longest * (len(batch) + 1) > most_tokens or tiles > most_tiles
-        if batch and full:
+        length, num_tiles = int(index.tokens[number]) + new_tokens, int(index.tiles[number])
+        longest, tiles = max(longest, length), tiles + num_tiles
+        is_full = len(batch) == MOST_PROMPTS or longest * (len(batch) + 1) > most_tokens or tiles > most_tiles
+        if batch and is_full:
             yield batch
-            batch, longest, tiles = [], length, more
+            batch, longest, tiles = [], length, num_tiles
         batch.append(number)
     if batch:
         yield batch
 
 
 def end_of_answer(processor: Processor) -> int:
-    """The token that closes an answer in this template: what training teaches, whatever the tokenizer calls its end."""
+    """Return the id of the token that closes an answer in this template: training teaches this one, also where the tokenizer's EOS differs."""
     turn = processor.template.encode((Message(Role.user, ("?",)), Message(Role.assistant, ("!",))), [])
     return int(turn.input_ids[turn.supervised][-1])
 
 
 def readable_prompt(messages: Sequence[Message]) -> str:
-    """What the model is asked, as a person reads it; of several turns, each with its role."""
+    """Format a prompt as readable text; several turns get one line each, with the role."""
     texts = ["".join(_spelled(piece) for piece in message.content).strip() for message in messages]
     if len(texts) == 1:
         return texts[0]

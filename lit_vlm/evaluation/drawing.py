@@ -1,4 +1,4 @@
-"""Boxes drawn on a picture, with their phrases, so that a person sees what an answer points at."""
+"""Drawing of boxes and their phrases on an image, to show what an answer points at."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lit_vlm.data.markup import boxes_of
 from lit_vlm.types import Box, UserError
 
 REFERENCE, PREDICTED, ASKED = "#12a150", "#e5484d", "#2f6fed"  # green, red, blue
-SMALLEST, LARGEST = 224, 768  # sides in pixels: below nothing can be read, above a page of pictures grows heavy
+SMALLEST, LARGEST = 224, 768  # sides in pixels: a smaller image cannot be read, a larger one makes pages heavy
 LABEL_PX = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """One box to draw. `below` puts its label at the lower edge, so that two marks of one thing stay readable."""
+    """Box to draw, with its label. `label_below` puts the label at the lower edge, so that two boxes of one object stay readable."""
 
     label: str
     box: Box
@@ -29,10 +29,12 @@ class Mark:
 
 
 def marks_of(text: str, colour: str, *, below: bool = False, label_chars: bool = True) -> list[Mark]:
-    """A mark for each box that an answer's markup names.
+    """Parse the markup of an answer. Returns one mark for each of its boxes.
 
     Args:
-        label_chars: write beside read text (`<char>`) what it says; False where the picture says it.
+        text: the answer, with control tokens spelled out.
+        label_below: see `BoxMark`.
+        label_chars: label text lines (`<char>`) with their text; False where the image shows it anyway.
     """
     return [
         Mark(phrase if tag == "obj" or label_chars else "", box, colour, below)
@@ -42,33 +44,33 @@ def marks_of(text: str, colour: str, *, below: bool = False, label_chars: bool =
 
 
 def draw_boxes(picture: Image.Image, marks: Sequence[Mark], *, label: bool = True) -> Image.Image:
-    """A copy of the picture at a readable size with the marks on it. Boxes are cut at the picture's edges."""
-    drawn = readable(picture)
-    pen = ImageDraw.Draw(drawn)
+    """Draw boxes on a copy of the image at a readable size. Boxes are clipped at the image's edges."""
+    canvas = readable(picture)
+    pen = ImageDraw.Draw(canvas)
     for mark in marks:
-        corners = _pixels(mark.box, drawn.size)
+        corners = _pixels(mark.box, canvas.size)
         pen.rectangle(corners, outline=mark.colour, width=2)
     if label:
-        for mark in marks:  # after all the boxes, so that none crosses a label
-            _write_label(pen, mark, _pixels(mark.box, drawn.size), drawn.size)
-    return drawn
+        for mark in marks:  # after all boxes, so that no box crosses a label
+            _write_label(pen, mark, _pixels(mark.box, canvas.size), canvas.size)
+    return canvas
 
 
 def readable(picture: Image.Image) -> Image.Image:
-    """An RGB copy with a shorter side of at least `SMALLEST` and a longer one of about `LARGEST` at most."""
+    """Resize an image to an RGB copy: shorter side at least `MIN_SIDE_PX`, longer side at most about `MAX_SIDE_PX`."""
     picture = picture.convert("RGB")
     width, height = picture.size
     if max(width, height) > LARGEST:
         picture = picture.copy()
         picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
         return picture
-    # Whole factors keep every pixel of a small picture square and sharp.
+    # Integer factors keep each pixel of a small image square and sharp.
     factor = max(1, min(math.ceil(SMALLEST / min(width, height)), LARGEST // max(width, height)))
     return picture.resize((width * factor, height * factor), Image.Resampling.NEAREST)
 
 
 def _pixels(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Corners in pixels, inside the picture, upper left first."""
+    """Convert a box to pixel corners (x1, y1, x2, y2) inside the image, upper left first."""
     width, height = size
     xs = sorted(min(max(value, 0.0), 1.0) * (width - 1) for value in (box.x1, box.x2))
     ys = sorted(min(max(value, 0.0), 1.0) * (height - 1) for value in (box.y1, box.y2))
@@ -92,7 +94,7 @@ def _write_label(
 
 @lru_cache(maxsize=8)
 def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    """One with Hangul; without the font package Pillow's own, which shows Hangul as empty boxes."""
+    """Load a font with Hangul; without the font package use Pillow's own, which shows Hangul as empty boxes."""
     try:
         return font(size)
     except (UserError, OSError):

@@ -1,4 +1,4 @@
-"""One answer against its reference, by kind. Scores lie in 0..1; a mean over samples is the metric."""
+"""Scores of an answer against its reference, by kind of sample, from 0 to 1. The metric is the mean over samples."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ import unicodedata
 from lit_vlm.data.markup import boxes_of
 from lit_vlm.types import Box, Kind
 
-MIN_IOU = 0.5  # a text line is found when its box overlaps the true one at least so much
+MIN_IOU = 0.5  # minimum overlap with the true box for a text line to count as found
 
 _END = re.compile(r"(?:\s|<\|im_end\|>)+$")
 
 
 def score(kind: Kind, prediction: str, reference: str) -> float:
-    """How right an answer is, by the measure of its kind.
+    """Compute the score of an answer, 0 to 1, with the metric of its kind.
 
-    - `grounding`: `boxes_match`, 0 or 1.
-    - `ocr`: `text_line_f1`, between 0 and 1.
+    - `grounding`: `compute_boxes_match`, 0 or 1.
+    - `ocr`: `compute_text_line_f1`, between 0 and 1.
     - all others: exact match, 0 or 1.
 
     Both texts are NFC-normalised and lose surrounding white space and a trailing `<|im_end|>`; upper and lower case
-    differ. A prediction whose markup cannot be read scores 0. A reference without readable markup, whatever its kind,
-    asks for an exact match.
+    differ. A prediction whose markup cannot be parsed scores 0. A reference without valid markup needs an exact match, for
+    every kind.
     """
     prediction, reference = normalise(prediction), normalise(reference)
     if kind is Kind.grounding and boxes_of(reference):
@@ -34,40 +34,41 @@ def score(kind: Kind, prediction: str, reference: str) -> float:
 
 
 def normalise(text: str) -> str:
-    """NFC, without surrounding white space and trailing `<|im_end|>`."""
+    """Normalise a text to NFC, without surrounding white space and trailing `<|im_end|>`."""
     return _END.sub("", unicodedata.normalize("NFC", text)).strip()
 
 
 def boxes_match(prediction: str, reference: str) -> float:
-    """Boxes to a tenth: 1 if the same phrases are mentioned, each with boxes equal after rounding to tenths, else 0.
+    """Compute an exact match of phrases and boxes: 1 if both texts have the same phrases with boxes that are equal after
+    rounding to tenths, else 0.
 
-    The words around the mentions, the order of the mentions and of one phrase's boxes are free. A missing or a further
-    mention is wrong.
+    The words around the mentions, the order of the mentions and the order of one phrase's boxes do not matter. A missing
+    or an additional mention is wrong.
     """
     return float(_mentions_in_tenths(prediction) == _mentions_in_tenths(reference))
 
 
 def text_line_f1(prediction: str, reference: str) -> float:
-    """F1 over the text lines (`<char>` mentions): found, one to one, when texts are equal and IoU is >= 0.5."""
-    found, wanted = _text_lines(prediction), _text_lines(reference)
+    """Compute F1 over text lines (`<char>` mentions): lines match one to one, with equal text and IoU >= 0.5."""
+    predicted, expected = _text_lines(prediction), _text_lines(reference)
     overlaps = [
         (iou(box, true_box), i, j)
-        for i, (phrase, box) in enumerate(found)
-        for j, (true_phrase, true_box) in enumerate(wanted)
+        for i, (phrase, box) in enumerate(predicted)
+        for j, (true_phrase, true_box) in enumerate(expected)
         if phrase == true_phrase
     ]
-    # Best overlaps first: of two equal words, each takes its own place.
-    used_found: set[int] = set()
-    used_wanted: set[int] = set()
+    # Best overlaps first, so that two equal words match their own boxes.
+    matched_predicted: set[int] = set()
+    matched_expected: set[int] = set()
     for overlap, i, j in sorted(overlaps, key=lambda pair: -pair[0]):
-        if overlap >= MIN_IOU and i not in used_found and j not in used_wanted:
-            used_found.add(i)
-            used_wanted.add(j)
-    return 2 * len(used_found) / (len(found) + len(wanted)) if found or wanted else 0.0
+        if overlap >= MIN_IOU and i not in matched_predicted and j not in matched_expected:
+            matched_predicted.add(i)
+            matched_expected.add(j)
+    return 2 * len(matched_predicted) / (len(predicted) + len(expected)) if predicted or expected else 0.0
 
 
 def iou(a: Box, b: Box) -> float:
-    """Intersection over union; 1 for equal boxes, also those without an area."""
+    """Compute intersection over union; 1 for equal boxes, also for boxes without area."""
     if a == b:
         return 1.0
     width = min(a.x2, b.x2) - max(a.x1, b.x1)
@@ -90,5 +91,5 @@ def _mentions_in_tenths(text: str) -> list[tuple[str, str, list[tuple[int, ...]]
 
 
 def _tenths(box: Box) -> tuple[int, ...]:
-    # Halves go up; Python's own round() goes to the even neighbour.
+    # Halves round up; Python's own round() rounds them to the even neighbour.
     return tuple(math.floor(10 * value + 0.5) for value in (box.x1, box.y1, box.x2, box.y2))

@@ -1,1 +1,1 @@
-"""What task=preflight finds out, and how it is shown: facts, checks, terminal, page."""
+"""Report of task=preflight: facts, checks, terminal output and page."""

@@ -1,4 +1,4 @@
-"""Histograms as SVG, by hand like the report's curves: colours come from the page's style sheet."""
+"""Histograms as SVG, written by hand like the report's curves: the page's style sheet sets the colours."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STYLES = ("main", "second", "third")  # classes of the style sheet, one for each
 
 
 def histogram_svg(histogram: Histogram) -> str:
-    """Stacked bars, a mark at the median and at the cap of a micro-batch."""
+    """Draw a histogram as an <svg>: stacked bars, a mark at the median and one at the micro-batch limit."""
     edges, cap = histogram.edges, histogram.cap
     high = max(edges[-1], cap or 0)
     low = max(edges[0], 1e-9) if histogram.log else edges[0]
@@ -33,7 +33,7 @@ def histogram_svg(histogram: Histogram) -> str:
 
 
 def legend(histogram: Histogram) -> list[tuple[str, str]]:
-    """(style, name) of each series; nothing to tell apart where there is one."""
+    """Make the legend: (style, name) of each series; empty if there is only one."""
     return list(zip(STYLES, histogram.series, strict=False)) if len(histogram.series) > 1 else []
 
 

@@ -1,4 +1,4 @@
-"""What the facts mean: what would end the run, what would make it another than was meant, and advice."""
+"""Checks of the preflight facts: failures that would stop the run, warnings, and advice."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from lit_vlm.engine.preflight.page import gigabytes, percent
 from lit_vlm.losses.preference import SORTS_THE_BATCH
 from lit_vlm.types import Fault, Part, counted
 
-FEW_PER_RANK = 8  # samples of a step that a rank needs for packs to come out equal
-UNEVEN = 0.97  # balance below which ranks wait noticeably
+FEW_PER_RANK = 8  # samples of a step that a rank needs, so that packing can balance the work
+UNEVEN = 0.97  # below this balance ranks wait noticeably
 MANY_PASSES = 4.0  # "Scaling data-constrained language models", arXiv 2305.16264: beyond, repeats teach little
-NEARLY_FULL = 0.9  # of a device's memory
-ACTIVATIONS = ("activations of text", "activations of images", "logits")  # what a smaller micro-batch lessens
+NEARLY_FULL = 0.9  # share of a device's memory
+ACTIVATIONS = ("activations of text", "activations of images", "logits")  # parts that shrink with the micro-batch
 QUARANTINE = "Fix them, or set such records aside with data.on_bad_record=quarantine."
 
 
 def findings(facts: Facts, config: RunConfig) -> Iterator[Finding]:
-    """In the order in which a reader wants them: data, mixture, plan, machine."""
+    """Collect all findings in reading order: data, mixture, plan, machine."""
     for row in facts.sources:
         yield from _of_source(row, config)
     yield from _of_sources(facts.sources)
@@ -37,7 +37,7 @@ def findings(facts: Facts, config: RunConfig) -> Iterator[Finding]:
 
 
 def of_bad_records(row: SourceRow, data: DataConfig) -> Iterator[Finding]:
-    """What becomes of a source with records that cannot be used."""
+    """Check the share of bad records of a source: they stop the run or go into quarantine."""
     if not row.set_aside:
         return
     what = f"{row.name}: {row.set_aside:,}{_seen(row)} cannot be used ({_listed(row.quarantined)})"
@@ -72,14 +72,14 @@ def _of_source(row: SourceRow, config: RunConfig) -> Iterator[Finding]:
 
 
 def _of_sources(rows: list[SourceRow]) -> Iterator[Finding]:
-    """What several sources may have in common: one finding for all of them."""
+    """Check problems that several sources may share; each yields one finding for all of them."""
     repeated = [f"{row.duplicates:,}{_seen(row)} in {row.name}" for row in rows if row.duplicates]
     if repeated:
         what = f"Records that repeat another one of their source word for word, with the same images: {', '.join(repeated)}."
         yield Finding(Level.warning, what, "They are read as often as all others.")
-    often = [f"{row.name} {row.passes:.1f} times" for row in rows if row.passes > MANY_PASSES]
-    if often:
-        what = f"A sample is read more than {MANY_PASSES:g} times: {', '.join(often)}."
+    oversampled = [f"{row.name} {row.passes:.1f} times" for row in rows if row.passes > MANY_PASSES]
+    if oversampled:
+        what = f"A sample is read more than {MANY_PASSES:g} times: {', '.join(oversampled)}."
         yield Finding(Level.warning, what, "Lower its weight or its repeat, or train for fewer steps.")
     changed = [
         f"{row.normalised:,} ({row.normalised / max(row.usable, 1):.1%}) in {row.name}"
@@ -114,11 +114,11 @@ def _of_data(facts: Facts, config: RunConfig) -> Iterator[Finding]:
             "No sample is held out, so nothing will say whether the model learns more than its training data.",
             "Raise data.validation.fraction, or name data.validation.sources.",
         )
-    seeing = [part.value for part in config.stage.trainable if part is not Part.language_model]
-    if usable and seeing and not any(row.images for row in facts.sources):
+    vision_parts = [part.value for part in config.stage.trainable if part is not Part.language_model]
+    if usable and vision_parts and not any(row.images for row in facts.sources):
         yield Finding(
             Level.failure,
-            f"No sample has an image, and the stage trains {', '.join(seeing)}, which would learn nothing.",
+            f"No sample has an image, and the stage trains {', '.join(vision_parts)}, which would learn nothing.",
             "Add a source with images, or set stage.trainable=[language_model].",
         )
 
@@ -144,24 +144,24 @@ def _of_plan(facts: Facts, config: RunConfig) -> Iterator[Finding]:
         what = f"{percent(plan.blank)} of the micro-batches are blank: some ranks have nothing to do in some steps."
         yield Finding(Level.warning, what, "Raise data.global_batch_size, or use fewer devices.")
     if isinstance(config.stage, DPOStageConfig):
-        sorting = [name for name in config.stage.loss_type if name in SORTS_THE_BATCH]
-        if sorting and plan.k * plan.world_size > 1:
+        sorting_losses = [name for name in config.stage.loss_type if name in SORTS_THE_BATCH]
+        if sorting_losses and plan.k * plan.world_size > 1:
             yield Finding(
                 Level.failure,
-                f"stage.loss_type={sorting[0]} sorts the whole batch, and it is dealt into {plan.k * plan.world_size} micro-batches.",
+                f"stage.loss_type={sorting_losses[0]} sorts the whole batch, and it is dealt into {plan.k * plan.world_size} micro-batches.",
                 "Lower data.global_batch_size, or raise data.tokens_per_micro_batch and data.tiles_per_micro_batch, on one device.",
             )
 
 
 def _of_machine(facts: Facts, config: RunConfig) -> Iterator[Finding]:
     yield from _of_memory(facts, config)
-    free: dict[float, float] = {}  # folders with as much free are taken for one disk
+    needed_by_free_space: dict[float, float] = {}  # folders with equal free space count as one disk
     for disk in facts.disk:
-        free[disk.free] = free.get(disk.free, 0.0) + disk.bytes
-    for there, needed in free.items():
-        if needed > there:
-            folders = ", ".join(sorted({disk.folder for disk in facts.disk if disk.free == there}))
-            what = f"The disk is too small: {gigabytes(needed)} are needed in {folders}, {gigabytes(there)} are free."
+        needed_by_free_space[disk.free] = needed_by_free_space.get(disk.free, 0.0) + disk.bytes
+    for free_bytes, needed_bytes in needed_by_free_space.items():
+        if needed_bytes > free_bytes:
+            folders = ", ".join(sorted({disk.folder for disk in facts.disk if disk.free == free_bytes}))
+            what = f"The disk is too small: {gigabytes(needed_bytes)} are needed in {folders}, {gigabytes(free_bytes)} are free."
             yield Finding(Level.failure, what, "Make room, or set run_dir=... and data.index_dir=... elsewhere.")
 
 
@@ -172,31 +172,33 @@ def _of_memory(facts: Facts, config: RunConfig) -> Iterator[Finding]:
         return
     if chosen.total > memory.capacity:
         what = f"About {gigabytes(chosen.total)} of memory are needed on each device, and {memory.device} has {gigabytes(memory.capacity)}"
-        stays = sum(size for name, size in chosen.parts.items() if name not in ACTIVATIONS)
-        if stays > memory.capacity:
-            what += f"; weights, gradients and optimizer alone need {gigabytes(stays)}"
-        yield Finding(Level.failure, f"{what}.", _ways_out(facts, memory, config, stays))
+        fixed_bytes = sum(size for name, size in chosen.parts.items() if name not in ACTIVATIONS)
+        if fixed_bytes > memory.capacity:
+            what += f"; weights, gradients and optimizer alone need {gigabytes(fixed_bytes)}"
+        yield Finding(Level.failure, f"{what}.", _ways_out(facts, memory, config, fixed_bytes))
     elif chosen.total > NEARLY_FULL * memory.capacity:
         what = f"About {gigabytes(chosen.total)} of the {gigabytes(memory.capacity)} of {memory.device} are needed; that is tight."
-        less = "" if _saves_most(facts) else ", or set stage.activation_checkpointing to the next level"
-        yield Finding(Level.warning, what, f"Lower data.tokens_per_micro_batch a little{less}.")
+        remedy = "" if _saves_most(facts) else ", or set stage.activation_checkpointing to the next level"
+        yield Finding(Level.warning, what, f"Lower data.tokens_per_micro_batch a little{remedy}.")
 
 
 def _ways_out(facts: Facts, memory: MemoryFacts, config: RunConfig, stays: float) -> str:
-    """What makes it fit: another strategy, less in a micro-batch where that is enough, else less that stays."""
-    strategy, ways = facts.strategy, list[str]()
+    """Format the remedies for too little memory: another strategy, smaller micro-batches if that is enough, or a smaller
+    fixed part (weights, gradients, optimizer states).
+    """
+    strategy, remedies = facts.strategy, list[str]()
     if strategy and strategy.advised_fits and strategy.advised != strategy.name:
-        ways.append(f"use trainer.strategy={strategy.advised} ({strategy.reason})")
+        remedies.append(f"use trainer.strategy={strategy.advised} ({strategy.reason})")
     if stays < memory.capacity:
-        ways.append("lower data.tokens_per_micro_batch and data.tiles_per_micro_batch")
+        remedies.append("lower data.tokens_per_micro_batch and data.tiles_per_micro_batch")
         if not _saves_most(facts):
-            ways.append("set stage.activation_checkpointing=full")
+            remedies.append("set stage.activation_checkpointing=full")
     if config.trainer.precision != "bf16-true":
-        ways.append("set trainer.precision=bf16-true (moments in bfloat16 too)")
-    ways.append("train fewer parts (stage.trainable), or with LoRA (stage.parts.<part>.lora.rank)")
-    text = ", or ".join(ways)
-    beyond = f" {_sentence(strategy.reason)}" if strategy and not strategy.advised_fits else ""
-    return f"{_sentence(text)}{beyond}"
+        remedies.append("set trainer.precision=bf16-true (moments in bfloat16 too)")
+    remedies.append("train fewer parts (stage.trainable), or with LoRA (stage.parts.<part>.lora.rank)")
+    text = ", or ".join(remedies)
+    reason = f" {_sentence(strategy.reason)}" if strategy and not strategy.advised_fits else ""
+    return f"{_sentence(text)}{reason}"
 
 
 def _saves_most(facts: Facts) -> bool:

@@ -1,4 +1,4 @@
-"""What preflight found, as plain data: collected once, shown on the terminal and on a page, written as JSON."""
+"""Facts that preflight collects, as plain data: printed on the terminal, rendered as a page and written as JSON."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import Any
 
 
 class Level(StrEnum):
-    failure = "failure"  # the run would end with this
-    warning = "warning"  # it would run, and probably not as meant
+    """Severity of a finding."""
+
+    failure = "failure"  # the run would stop with this error
+    warning = "warning"  # it would run, but probably not as intended
     advice = "advice"
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """Something the reader should act on."""
+    """Problem or advice that the reader should act on."""
 
     level: Level
     what: str
@@ -24,12 +26,12 @@ class Finding:
 
 @dataclass(slots=True)
 class SourceRow:
-    """One training source. Counts are of the records that were looked at; `scale` makes them the whole source's."""
+    """Statistics of one training source. Counts are of the records that were read; `scale` extrapolates them to all records."""
 
     name: str
     records: int  # on disk
-    looked_at: int
-    usable: int = 0  # of those looked at, held-out ones included
+    looked_at: int  # records that were read
+    usable: int = 0  # of the records that were read, held-out ones included
     held_out: int = 0
     expected: int | None = None
     licence: str | None = None
@@ -43,18 +45,19 @@ class SourceRow:
     tiles: int = 0
     images: int = 0
     normalised: int = 0  # records whose text Unicode's NFC changed
-    unread: dict[str, int] = field(default_factory=dict)  # keys that nothing is read from, and records that have them
-    duplicates: int = 0  # records that say what another one says, with the same images
-    fewer_tiles: int = 0  # records that the length policy cut into fewer tiles
-    fewer_turns: int = 0  # records that it cut at a turn
-    asked: float | None = None  # share of what is drawn, 0 to 1
-    asked_in: str | None = None  # of samples or of tokens
-    share_samples: float = 0.0  # as drawn
+    unread: dict[str, int] = field(default_factory=dict)  # unread keys, with the number of records that have them
+    duplicates: int = 0  # records with the same text and images as another one
+    fewer_tiles: int = 0  # records that get fewer tiles by the overlong policy
+    fewer_turns: int = 0  # records that it truncates at a turn
+    asked: float | None = None  # requested share of the mixture, 0 to 1
+    asked_in: str | None = None  # unit of `asked`: samples or tokens
+    share_samples: float = 0.0  # actual share of the sampled mixture
     share_tokens: float = 0.0
-    passes: float = 0.0  # how often a sample is drawn, on average
+    passes: float = 0.0  # epochs over the source, on average
 
     @property
     def scale(self) -> float:
+        """Records of the whole source for each record that was read."""
         return self.records / self.looked_at if self.looked_at else 1.0
 
     @property
@@ -68,11 +71,11 @@ class SourceRow:
 
 @dataclass(frozen=True, slots=True)
 class ShareRow:
-    """What was asked of the mixture beside what the draws hold: of languages, of text alone, of kinds."""
+    """Requested and actual share of one group of the mixture: a language, text alone, or a kind."""
 
     group: str
     name: str
-    size: int  # samples looked at
+    size: int  # number of samples that were read
     asked: float | None
     samples: float
     tokens: float
@@ -80,7 +83,7 @@ class ShareRow:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Of a number that each sample or pack has."""
+    """Summary statistics of a number that each sample or pack has."""
 
     least: float
     mean: float
@@ -91,7 +94,7 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """Counts between edges: len(edges) - 1 for each series."""
+    """Histogram with len(edges) - 1 counts for each series."""
 
     title: str
     unit: str
@@ -99,38 +102,38 @@ class Histogram:
     series: dict[str, list[int]]  # by language
     spread: Spread
     log: bool = False
-    cap: float | None = None  # what a micro-batch holds, where that is within reach
+    cap: float | None = None  # limit of a micro-batch, if it is near the values
 
 
 @dataclass(frozen=True, slots=True)
 class PlanFacts:
-    """What is read when. Packs and balance are those of the first `steps_seen` steps."""
+    """Statistics of the plan. Packs and balance are those of the first `steps_seen` steps."""
 
     steps: int
     steps_seen: int
     samples_per_step: float
     k: int
     world_size: int
-    samples: int  # drawn in all steps; the next four too
+    samples: int  # in all steps; so are the next three
     tokens: int
     supervised: int
     tiles: int
-    pack_tokens: Spread  # `least` is what all but 5 % of the packs reach
+    pack_tokens: Spread  # `least` is the 5th percentile
     pack_tiles: Spread
     pack_samples: float  # on average
-    most_tokens: int  # cap
-    most_tiles: int
-    most_supervised: int  # of a pack
+    most_tokens: int  # token limit of a micro-batch
+    most_tiles: int  # tile limit of a micro-batch
+    most_supervised: int  # maximum of a pack
     blank: float  # share of packs without a sample
     balance_ranks: float  # mean over largest FLOPs of the ranks, over all micro-steps of a step
-    balance_micro: float  # of the packs that run side by side
-    padding: dict[str, float]  # share of token slots that hold nothing, by how batches are made
+    balance_micro: float  # the same over the packs that run at the same time
+    padding: dict[str, float]  # share of token slots that are padding, for each way to make batches
     padding_batch: int  # samples of the padded batches
 
 
 @dataclass(frozen=True, slots=True)
 class PartRow:
-    """One part of the model."""
+    """Parameters and training of one part of the model."""
 
     part: str
     parameters: int
@@ -141,10 +144,10 @@ class PartRow:
 
 @dataclass(frozen=True, slots=True)
 class MemoryRow:
-    """The estimate of one device for one way to train."""
+    """Memory estimate of one device for one strategy."""
 
     name: str
-    strategy: str  # of trainer.strategy
+    strategy: str  # value of trainer.strategy
     world_size: int
     parts: dict[str, float]  # bytes
     chosen: bool
@@ -157,57 +160,63 @@ class MemoryRow:
 
 @dataclass(frozen=True, slots=True)
 class MemoryFacts:
+    """Memory estimates of one device, for the run and its alternatives."""
+
     device: str
     capacity: float  # bytes
-    compared: bool  # whether the run is meant for that device
+    compared: bool  # whether the run trains on that device
     tokens: int  # of the largest micro-batch
     tiles: int
     supervised: int
-    at_caps: float  # bytes, if one filled both caps
+    at_caps: float  # bytes, for a micro-batch that reaches both limits
     rows: list[MemoryRow]
 
 
 @dataclass(frozen=True, slots=True)
 class StrategyFacts:
-    """How the devices share the work. Seconds and bytes are simulated, of an optimizer step."""
+    """Strategy of the run and its communication. Seconds and bytes are simulated, of one optimizer step."""
 
-    name: str  # of trainer.strategy
+    name: str  # value of trainer.strategy
     title: str
-    asked: bool  # by trainer.strategy; else chosen
-    advised: str  # what trainer.strategy=auto comes to
-    reason: str  # why
+    asked: bool  # set by trainer.strategy; else chosen
+    advised: str  # choice of trainer.strategy=auto
+    reason: str  # for `advised`
     advised_fits: bool
     network: str
     step: float  # seconds
-    communication: float  # seconds that the busier of the links is in use
-    exposed: float  # seconds of it that no computing hides
+    communication: float  # seconds that the busier link is in use
+    exposed: float  # seconds of it that do not overlap with compute
     inside: float  # bytes into a device from its own node
     outside: float  # bytes into a node from others
-    level: str  # of stage.activation_checkpointing
-    level_asked: bool  # by the settings; else chosen
-    level_reason: str  # why
+    level: str  # value of stage.activation_checkpointing
+    level_asked: bool  # set by the settings; else chosen
+    level_reason: str  # for `level`
 
     @property
     def share(self) -> float:
-        """Of the speed that the devices would have if nothing had to be sent."""
+        """Share of the speed that the devices would have without communication."""
         return 1 - self.exposed / self.step if self.step else 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class TimeFacts:
-    flops: float  # of the whole plan, recomputing and reference included
+    """Estimate of the training time."""
+
+    flops: float  # of the whole plan, with recomputation and reference model
     devices: int
     device: str
     peak: float  # FLOP/s
     utilisation: float
     balance: float
-    network: float  # share of the speed that is left while the network is waited for
+    network: float  # share of the speed that is left after waiting for the network
     seconds: float
     device_hours: float
 
 
 @dataclass(frozen=True, slots=True)
 class DiskRow:
+    """Estimate of the disk space that one kind of file takes."""
+
     what: str
     bytes: float
     folder: str
@@ -216,7 +225,7 @@ class DiskRow:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A stretch of a prompt. `kind`: text, control or image; an image's placeholders are one piece."""
+    """Piece of a rendered prompt. `kind`: text, control or image; all placeholders of an image are one piece."""
 
     text: str
     kind: str
@@ -226,12 +235,16 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Picture:
+    """Image on the page, with its caption."""
+
     caption: str
-    source: str  # data: address
+    source: str  # data: URL
 
 
 @dataclass(frozen=True, slots=True)
 class ShownSample:
+    """Sample as the page shows it: its prompt in pieces, and its images."""
+
     source: str
     origin: str
     kind: str
@@ -239,14 +252,14 @@ class ShownSample:
     tokens: int
     supervised: int
     tiles: int
-    segments: list[tuple[str, list[Piece]]]  # one; for a pair "chosen" and "rejected"
+    segments: list[tuple[str, list[Piece]]]  # one; for a preference pair "chosen" and "rejected"
     pictures: list[Picture]
-    marked: bool  # there are boxes on a picture
+    marked: bool  # an image has boxes
 
 
 @dataclass(frozen=True, slots=True)
 class BadExample:
-    """The first record of a source with this fault."""
+    """First record of a source with this fault."""
 
     source: str
     fault: str
@@ -257,7 +270,7 @@ class BadExample:
 
 @dataclass(slots=True)
 class Facts:
-    """The whole of it. What could not be found out is None or empty, and `findings` says why."""
+    """All facts of a preflight. A fact that could not be determined is None or empty, and `findings` gives the reason."""
 
     name: str
     stage: str
@@ -277,22 +290,24 @@ class Facts:
     disk: list[DiskRow] = field(default_factory=list)
     samples: list[ShownSample] = field(default_factory=list)
     bad: list[BadExample] = field(default_factory=list)
-    seconds: float = 0.0  # that looking took
+    seconds: float = 0.0  # duration of the preflight itself
 
     def of_level(self, level: Level) -> list[Finding]:
+        """Return the findings of one severity."""
         return [finding for finding in self.findings if finding.level is level]
 
     @property
     def would_run(self) -> bool:
+        """True if there is no failure."""
         return not self.of_level(Level.failure)
 
     @property
     def estimated(self) -> bool:
-        """Whether some source was looked at in part."""
+        """True if some source was read in part only."""
         return any(row.estimated for row in self.sources)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, without the pictures."""
+        """Convert to plain values for JSON, without the images."""
         values = asdict(self)
         for sample in values["samples"]:
             sample["pictures"] = [picture["caption"] for picture in sample["pictures"]]

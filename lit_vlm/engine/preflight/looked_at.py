@@ -1,4 +1,4 @@
-"""A stated part of a source that has no index yet, spread evenly over it."""
+"""Subset of a source without an index, with records that are spread evenly over it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lit_vlm.types import Record, Source
 
 
 class EvenSample:
-    """`most` records of a source."""
+    """Subset of at most `max_records` records of a source, evenly spaced."""
 
     def __init__(self, source: Source, most: int) -> None:
         self.name, self.whole = source.name, source
@@ -35,12 +35,12 @@ class EvenSample:
 
 
 def is_indexed(source: Source, processor: Processor, store: Path) -> bool:
-    """Whether every shard of the source is on the shelf."""
+    """Return whether every shard of the source is in the index cache."""
     shelf = shelf_of(store)
     return all(shelf.get(index_key(processor, span)) is not None for span in spans_of(0, source, store))
 
 
 def looked_at(source: Source, processor: Processor, store: Path, most: int) -> Source:
-    """The source itself where it is small or has an index, else a sample of it."""
+    """Return the source itself if it is small or indexed, else an evenly spaced subset of `max_records` records."""
     small = len(source) <= most
     return source if small or is_indexed(source, processor, store) else EvenSample(source, most)

@@ -1,4 +1,4 @@
-"""What of preflight follows from the model's config: what trains, memory, time, disk. No weight is read."""
+"""Preflight estimates from the model's config: trainable parts, memory, time, disk. No weights are read."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from lit_vlm.model.parts import part_of
 from lit_vlm.stages import Stage
 from lit_vlm.types import Part, counted
 
-REPORT_BYTES = 5e6  # a report with its pictures, samples and metrics; about what the shipped recipes leave
+REPORT_BYTES = 5e6  # a report with its images, samples and metrics; about the size in the shipped recipes
 
 
 def outline(stage: Stage, blueprint: Blueprint) -> Stage:
-    """The stage with its model on torch's `meta` device: shapes, adapters and what is frozen, but no memory.
+    """Prepare a stage with its model on torch's `meta` device: shapes, adapters and frozen parameters, without memory.
 
-    Without a reference from another folder: it is as large as the model itself, and nothing else is asked of it.
+    A reference model from another folder is not loaded: it is as large as the model itself, and only its size matters.
     """
     if stage.hparams.get("reference"):
         stage.hparams["reference"] = None
@@ -40,12 +40,13 @@ def outline(stage: Stage, blueprint: Blueprint) -> Stage:
     stage.model = build_on_meta(config)
     ids = blueprint.tokenizer.convert_tokens_to_ids
     stage._new_ids, stage._special_ids = ids(blueprint.new_tokens), ids(blueprint.special_tokens)
-    with warnings.catch_warnings(action="ignore"):  # transformers' about names of its own
+    with warnings.catch_warnings(action="ignore"):  # transformers' warnings about its own names
         stage._prepare_training()
     return stage
 
 
 def part_rows(stage: Stage) -> list[PartRow]:
+    """List the parts of the model with parameters, trainable parameters and learning rate."""
     rows = []
     for row in stage.part_summary:
         rate = stage.options.of(Part(row.part), "learning_rate") if row.trainable else None
@@ -54,17 +55,17 @@ def part_rows(stage: Stage) -> list[PartRow]:
 
 
 def parameters_of(stage: Stage, config: StageConfig) -> Parameters:
-    """Numbers for the memory estimate."""
+    """Count the parameters for the memory estimate: all, trainable, cast by autocast, frozen matrices, reference model."""
     model = stage.model
     assert model is not None
-    crossed = [part for part in Part if part is not Part.vision_tower or part in config.trainable]
+    autocast_parts = [part for part in Part if part is not Part.vision_tower or part in config.trainable]
     linear = [
         (name, module)
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d) and part_of(f"{name}.") in crossed
+        if isinstance(module, nn.Linear | nn.Conv2d) and part_of(f"{name}.") in autocast_parts
     ]
     cast = {id(p): p for _, module in linear for p in module.parameters(recurse=False)}
-    held = frozen_matrices(model)
+    frozen = frozen_matrices(model)
     reference = _reference_of(stage, config)
     layers: Any = model.model.language_model.layers
     return Parameters(
@@ -72,8 +73,8 @@ def parameters_of(stage: Stage, config: StageConfig) -> Parameters:
         trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
         cast=sum(p.numel() for p in cast.values()),
         cast_frozen=sum(p.numel() for p in cast.values() if not p.requires_grad),
-        held=sum(p.numel() for p in held),
-        held_cast=sum(p.numel() for p in held if id(p) in cast),
+        held=sum(p.numel() for p in frozen),
+        held_cast=sum(p.numel() for p in frozen if id(p) in cast),
         reference=sum(p.numel() for p in reference.parameters()) if reference else 0,
         reference_matrices=sum(p.numel() for p in matrices(reference)) if reference else 0,
         largest_layer=max(sum(p.numel() for p in layers[0].parameters()), model.lm_head.weight.numel()),
@@ -81,15 +82,18 @@ def parameters_of(stage: Stage, config: StageConfig) -> Parameters:
 
 
 def _reference_of(stage: Stage, config: StageConfig) -> nn.Module | None:
-    """Of a preference stage, what is held beside the model: a copy without its tower where that serves both; another
-    folder's model, which is as large as this one; nothing under LoRA, or where its log-probabilities are kept."""
+    """Find the reference model of a preference stage that is held in memory in addition to the model.
+
+    It is a copy without the vision tower, if both models share that; or the model of another folder, which is as large as
+    this one. It is None under LoRA, or if the reference log-probabilities are cached.
+    """
     if not isinstance(config, DPOStageConfig) or config.cache_reference:
         return None
     return stage.model if config.reference else getattr(stage, "reference", None)
 
 
 def training_of(config: RunConfig, parameters: Parameters) -> Training:
-    """`auto` counts as no activation checkpointing: the situation that it is a part of knows what may be chosen."""
+    """Describe the training for the cost model. `auto` counts as no activation checkpointing: the setup lists the levels to choose from."""
     stage, level = config.stage, config.stage.activation_checkpointing
     return Training(
         Precision.named(config.trainer.precision),
@@ -102,20 +106,21 @@ def training_of(config: RunConfig, parameters: Parameters) -> Training:
 
 
 def memory_facts(config: RunConfig, of: Situation, used: Strategy, plan: PlanFacts) -> MemoryFacts:
-    """The way of this run first, then with the other levels of activation checkpointing, then the other ways.
+    """Estimate the memory of one device: for this run, for its other levels of activation checkpointing, for other strategies.
 
     Args:
-        of: with this run's level.
+        setup: with the checkpointing level of this run.
+        used: the strategy of this run.
     """
-    own, rows = of.training.checkpointing, []
-    for level in sorted(LEVELS, key=lambda level: level is not own):
-        named = f", activation checkpointing {level.value}"
-        rows.append(_row(of.at(level), used, chosen=level is own, more=named))
+    own_level, rows = of.training.checkpointing, []
+    for level in sorted(LEVELS, key=lambda level: level is not own_level):
+        suffix = f", activation checkpointing {level.value}"
+        rows.append(_row(of.at(level), used, chosen=level is own_level, more=suffix))
     rows += [_row(of, strategy) for strategy in ways(of) if strategy is not used]
-    caps = Load(
+    full_micro_batch = Load(
         plan.most_tokens, plan.most_tiles, round(plan.most_tokens * of.load.supervised / max(of.load.tokens, 1))
     )
-    at_caps = replace(of, load=caps).memory(used).total
+    at_caps = replace(of, load=full_micro_batch).memory(used).total
     device = of.device or DEVICES[config.preflight.device]
     load, compared = of.load, of.device is not None
     return MemoryFacts(device.name, device.memory, compared, load.tokens, load.tiles, load.supervised, at_caps, rows)
@@ -134,7 +139,12 @@ def _row(of: Situation, strategy: Strategy, *, chosen: bool = False, more: str =
 
 
 def time_facts(config: RunConfig, flops: float, plan: PlanFacts, network: float) -> TimeFacts:
-    """`network`: share of the devices' speed that is left while the network is waited for."""
+    """Estimate the training time.
+
+    Args:
+        flops: of the whole plan.
+        network: share of the devices' speed that is left after waiting for the network.
+    """
     device, share = DEVICES[config.preflight.device], config.preflight.utilisation
     balance = plan.balance_ranks
     seconds = device.seconds(flops, devices=plan.world_size, utilisation=share, balance=balance) / network
@@ -152,7 +162,7 @@ def time_facts(config: RunConfig, flops: float, plan: PlanFacts, network: float)
 
 
 def work_of(model_config: dict[str, Any], config: RunConfig, training: Training) -> Flops:
-    """All that the device does, recomputing and a reference included."""
+    """Compute the FLOPs model of the run, with recomputation and the reference model."""
     return Flops.from_config(
         model_config,
         trains_tower=training.trains_tower,
@@ -165,15 +175,15 @@ def work_of(model_config: dict[str, Any], config: RunConfig, training: Training)
 def disk_rows(
     config: RunConfig, run_dir: Path, store: Path, parameters: Parameters, index_bytes: float
 ) -> list[DiskRow]:
-    """What the run will write, at its peak: model, checkpoints, report, index and plan.
+    """Estimate the peak disk space of the run: model, checkpoints, report, index and plan.
 
-    The model is there once: it is written beside its place, and an older one that it replaces is on the disk already.
-    Checkpoints go when it is there. Each has what trains and AdamW's two moments, under ZeRO in float32 whatever the
-    precision.
+    The model counts once: it is written to a temporary folder, and an older one that it replaces is on disk already.
+    Checkpoints are deleted after the model is written. Each holds the trainable parameters and AdamW's two moments, under
+    ZeRO in float32 for any precision.
     """
     precision, kept = Precision.named(config.trainer.precision), config.checkpoint
     model = float(parameters.total) * precision.weight
-    number = kept.keep_last + 1 + kept.keep_best  # the one that is being written; the best
+    number = kept.keep_last + 1 + kept.keep_best  # + 1: the one that is being written; keep_best: the best
     checkpoints = float(parameters.trainable) * (1 + ADAM) * max(4, precision.weight) * number
     return [
         DiskRow("the model in transformers' layout", model, str(run_dir / "hf"), _free(run_dir)),
@@ -184,6 +194,7 @@ def disk_rows(
 
 
 def bytes_in(folder: Path) -> int:
+    """Sum the sizes of all files below a folder, in bytes."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
 
 

@@ -1,4 +1,4 @@
-"""Numbers of preflight that follow from the index and the plan alone."""
+"""Preflight statistics that need the index and the plan only."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from lit_vlm.engine.preflight.facts import Histogram, PlanFacts, SourceRow, Spre
 from lit_vlm.types import Fault, Language, RecordError
 
 BINS = 30
-LOG_SPAN = 16  # from this ratio of largest to smallest on, bins grow by a factor
-STEPS_SEEN = 200  # of a plan, where its packs are looked into one by one
-MOST_PADDED = 1 << 18  # draws that the padding of other loaders is worked out for
-GROUP = 50  # batches that a length-grouped loader sorts at once: transformers' own number
+LOG_SPAN = 16  # from this ratio of largest to smallest value on, bins are logarithmic
+STEPS_SEEN = 200  # of a plan, when its packs are read one by one
+MOST_PADDED = 1 << 18  # samples for which the padding of other loaders is computed
+GROUP = 50  # batches that a length-grouped loader sorts at once: the number in transformers
 
 
 def fill_source_rows(
     rows: Sequence[SourceRow], index: Index, held_out: Index, errors: Sequence[tuple[str, RecordError]]
 ) -> None:
-    """The counts of each source, in the order of `index.sources`. Held-out records of the same source count as usable."""
+    """Fill in the counts of each source, in the order of `index.sources`. Held-out records of the same source count as usable."""
     shared = held_out.sources is index.sources
     for number, row in enumerate(rows):
         training = index.of_source(number)
@@ -42,17 +42,17 @@ def fill_source_rows(
 
 
 def duplicates_between(index: Index) -> int:
-    """Records that say what a record of another source says."""
+    """Count records that equal a record of another source, in text and images."""
     each = [np.unique(index.columns["digest"][index.of_source(number)]) for number in range(len(index.sources))]
     return sum(map(len, each)) - len(np.unique(np.concatenate(each)))
 
 
 def histograms(index: Index, scales: np.ndarray, caps: Mapping[str, int]) -> list[Histogram]:
-    """Of the training records as they are, not as they are drawn.
+    """Build histograms of the training records, each counted once, not as often as the mixture samples it.
 
     Args:
-        scales: [sources] records of the whole source for each one that was looked at.
-        caps: `tokens` and `tiles` of a micro-batch.
+        scales: [sources] records of the whole source for each record that was read.
+        caps: limits of `tokens` and `tiles` of a micro-batch.
     """
     weights, pictures = scales[index.source_of], index.height > 0
     sides = np.sqrt(index.height.astype(np.float64) * index.width).round().astype(np.int64)
@@ -62,15 +62,18 @@ def histograms(index: Index, scales: np.ndarray, caps: Mapping[str, int]) -> lis
         ("Tiles of a sample", "tiles", index.tiles, None, caps["tiles"]),
         ("Size of the first picture, root of height \u00d7 width", "pixels", sides, pictures, None),
     ]
-    found = []
+    result = []
     for title, unit, values, mask, cap in columns:
-        chosen = slice(None) if mask is None else mask
-        if len(values[chosen]):
-            found.append(_histogram(title, unit, values[chosen], index.language[chosen], weights[chosen], cap))
-    return found
+        selection = slice(None) if mask is None else mask
+        if len(values[selection]):
+            result.append(
+                _histogram(title, unit, values[selection], index.language[selection], weights[selection], cap)
+            )
+    return result
 
 
 def spread(values: np.ndarray) -> Spread:
+    """Compute minimum, mean, median, 95th percentile and maximum; zeros for no values."""
     if not len(values):
         return Spread(0, 0, 0, 0, 0)
     median, p95 = np.percentile(values, [50, 95])
@@ -78,10 +81,10 @@ def spread(values: np.ndarray) -> Spread:
 
 
 def plan_facts(plan: Plan, steps: int) -> PlanFacts:
-    """What the plan holds.
+    """Summarize the plan: sums, pack sizes, balance and padding.
 
     Args:
-        steps: of the whole run; more than the plan's where only its beginning was made, and the sums are scaled up then.
+        steps: optimizer steps of the whole run. If the plan has only the first of them, sums are scaled up.
     """
     index, draws, balance = plan.index, plan.draws().astype(np.int64), plan.balance()
     share, packs = steps / plan.num_steps, balance["num_packs"] - balance["blank_packs"]
@@ -120,18 +123,19 @@ def _pack_spread(sizes: Mapping[str, float]) -> Spread:
 
 
 def _most_supervised(plan: Plan) -> int:
-    """Supervised tokens of the micro-batch that has most, of some steps."""
-    seen = np.unique(np.linspace(0, plan.num_steps - 1, STEPS_SEEN).astype(int)).tolist()
-    packs = [np.array(pack, dtype=np.int64) for number in seen for pack in plan.step(number).packs]
+    """Find the maximum number of supervised tokens in a micro-batch, over at most `MAX_STEPS_SEEN` steps."""
+    step_numbers = np.unique(np.linspace(0, plan.num_steps - 1, STEPS_SEEN).astype(int)).tolist()
+    packs = [np.array(pack, dtype=np.int64) for number in step_numbers for pack in plan.step(number).packs]
     return max(int(plan.index.supervised[pack].sum()) for pack in packs)
 
 
 def padding(lengths: np.ndarray, batch: int, *, grouped: bool = False) -> float:
-    """Share of token slots that hold nothing when batches of so many samples are padded to their longest.
+    """Compute the share of padding tokens when each batch is padded to its longest sample.
 
     Args:
-        lengths: in the order in which they are drawn.
-        grouped: sort stretches of `GROUP` batches by length first.
+        lengths: [samples] tokens, in the order in which the samples are read.
+        batch_size: samples of a batch.
+        grouped: first sort chunks of `LENGTH_GROUP_BATCHES` batches by length.
     """
     usable = len(lengths) - len(lengths) % batch
     if not usable:
@@ -150,7 +154,7 @@ def _counted(codes: np.ndarray, names: Sequence[str]) -> dict[str, int]:
 
 
 def _faults(source: str, errors: Sequence[tuple[str, RecordError]]) -> dict[str, int]:
-    """Records of a source by their first fault."""
+    """Count the records of a source by their first fault."""
     first: dict[str, Fault] = {}
     for name, error in errors:
         if name == source:
@@ -170,13 +174,13 @@ def _histogram(
         if language is not Language.auto and mask.any():
             counts, _ = np.histogram(values[mask], edges, weights=weights[mask])
             series[str(language)] = [round(count) for count in counts.tolist()]
-    near = cap if cap is not None and cap <= 4 * values.max() else None
-    return Histogram(title, unit, edges.tolist(), series, spread(values), log, near)
+    shown_cap = cap if cap is not None and cap <= 4 * values.max() else None
+    return Histogram(title, unit, edges.tolist(), series, spread(values), log, shown_cap)
 
 
 def _edges(values: np.ndarray, log: bool) -> np.ndarray:
     least, most = float(values.min()), float(values.max())
-    if most - least < BINS + 10:  # a bar for each whole number
+    if most - least < BINS + 10:  # one bar for each integer
         return np.arange(least, most + 2) - 0.5
     edges = np.geomspace(least, most + 1, BINS + 1) if log else np.linspace(least, most + 1, BINS + 1)
     return np.unique(np.round(edges)) - 0.5

@@ -1,4 +1,4 @@
-"""The page of preflight, and the words that its terminal shares with it."""
+"""Preflight page as HTML, and the texts that it shares with the terminal output."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lit_vlm.types import counted
 
 
 def write_preflight(folder: Path, facts: Facts) -> Path:
-    """`preflight.html` and `preflight.json`; returns the page's path."""
+    """Write `preflight.html` and `preflight.json`. Returns the path of the page."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "preflight.json", to_plain(facts.as_dict()), indent=1)
     page = folder / "preflight.html"
@@ -26,6 +26,7 @@ def write_preflight(folder: Path, facts: Facts) -> Path:
 
 
 def render(facts: Facts) -> str:
+    """Render the page as HTML."""
     return _PAGE.render(
         facts=facts,
         verdict=verdict_of(facts),
@@ -44,6 +45,7 @@ def render(facts: Facts) -> str:
 
 
 def verdict_of(facts: Facts) -> str:
+    """Format the verdict: would run or would fail, with the number of findings."""
     failures = len(facts.of_level(Level.failure))
     if failures:
         return f"would fail: {counted(failures, 'problem')}"
@@ -52,7 +54,7 @@ def verdict_of(facts: Facts) -> str:
 
 
 def lead_of(facts: Facts) -> str:
-    """The run in one line."""
+    """Format a summary of the run in one line."""
     parts = []
     if facts.plan:
         plan = facts.plan
@@ -69,7 +71,7 @@ def lead_of(facts: Facts) -> str:
 
 
 def said_of(strategy: StrategyFacts) -> list[str]:
-    """How the devices share the work, why, and what that sends."""
+    """Describe the strategy, the reason for it, and its communication. Returns lines."""
     if strategy.asked:
         lines = [f"strategy: {strategy.name}, as trainer.strategy says"]
         if strategy.advised != strategy.name:
@@ -82,7 +84,7 @@ def said_of(strategy: StrategyFacts) -> list[str]:
 
 
 def sent_of(strategy: StrategyFacts) -> str:
-    """What a step sends, simulated."""
+    """Describe the simulated communication of one step."""
     outside = f", {gigabytes(strategy.outside)} into each node" if strategy.outside else ""
     waits = f"{strategy.communication:.2g} s of sending beside {strategy.step - strategy.exposed:.2g} s of computing"
     return (
@@ -92,7 +94,7 @@ def sent_of(strategy: StrategyFacts) -> str:
 
 
 def gigabytes(number: float) -> str:
-    """10^9 bytes, as data sheets count."""
+    """Format a number of bytes with decimal units (1 GB = 10^9 bytes), as in data sheets."""
     for size, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if abs(number) >= size:
             value = number / size
@@ -101,6 +103,7 @@ def gigabytes(number: float) -> str:
 
 
 def hours(seconds: float) -> str:
+    """Format an estimated time in one unit: days, hours, minutes or seconds."""
     if seconds >= 48 * 3600:
         return f"{seconds / 86400:.1f} days"
     if seconds >= 3600:
@@ -109,7 +112,7 @@ def hours(seconds: float) -> str:
 
 
 def count(number: float, estimated: bool = False) -> str:
-    """With thousands separators; an estimate is rounded and marked."""
+    """Format a count with thousands separators; an estimate is rounded and marked with ~."""
     if not estimated:
         return f"{number:,.0f}"
     digits = max(0, len(str(int(number))) - 3)
@@ -117,6 +120,7 @@ def count(number: float, estimated: bool = False) -> str:
 
 
 def percent(share: float | None) -> str:
+    """Format a share, 0 to 1, as a percentage; "" for None."""
     if share is None:
         return ""
     if 0 < share < 0.0005:
@@ -146,19 +150,19 @@ def _groups(facts: Facts) -> list[tuple[str, list[Any]]]:
 
 
 def _memory(memory: MemoryFacts) -> dict[str, Any]:
-    """Rows as shares of the widest thing to show, and the names in the order of their colours."""
-    widest = max([row.total for row in memory.rows] + ([memory.capacity] if memory.compared else []))
-    names = dict.fromkeys(name for row in memory.rows for name, size in row.parts.items() if size > 0.002 * widest)
+    """Prepare the memory bars: widths in percent of the largest bar, and a colour number for each name."""
+    max_bytes = max([row.total for row in memory.rows] + ([memory.capacity] if memory.compared else []))
+    names = dict.fromkeys(name for row in memory.rows for name, size in row.parts.items() if size > 0.002 * max_bytes)
     colours = {name: number for number, name in enumerate(names)}
     rows = []
     for row in memory.rows:
         parts = [
-            {"name": name, "colour": colours[name], "width": 100 * size / widest, "bytes": size}
+            {"name": name, "colour": colours[name], "width": 100 * size / max_bytes, "bytes": size}
             for name, size in row.parts.items()
             if name in colours and size > 0
         ]
         rows.append({"row": row, "parts": parts, "fits": row.total <= memory.capacity})
-    return {"of": memory, "rows": rows, "colours": colours, "capacity": 100 * memory.capacity / widest}
+    return {"of": memory, "rows": rows, "colours": colours, "capacity": 100 * memory.capacity / max_bytes}
 
 
 _PAGE = Page(

@@ -1,4 +1,4 @@
-"""A few samples as the model will get them: tokens in colour, pictures as they are cut, boxes where they point."""
+"""Rendering of some samples as the model gets them: tokens by kind, image tiles, and boxes."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lit_vlm.engine.preflight.facts import BadExample, Picture, Piece, ShownSamp
 from lit_vlm.evaluation.drawing import ASKED, REFERENCE, draw_boxes, marks_of
 from lit_vlm.types import Message, PreferencePair, Record, RecordError, Role, counted
 
-PICTURE_PX = 520  # longest side of a picture on the page
+PICTURE_PX = 520  # longest side of an image on the page
 MOST_PICTURES = 4  # of one sample
-LINE = "#e5484d"  # where a picture is cut
-MOST_PNG = 60_000  # bytes; a larger picture goes into the page as JPEG
+LINE = "#e5484d"  # lines between tiles
+MOST_PNG = 60_000  # a larger image is embedded as JPEG
 
 
 def show_samples(index: Index, processor: Processor, count: int) -> list[ShownSample]:
-    """Samples spread over the sources, and over the lengths within each. One that turned bad meanwhile is left out."""
+    """Prepare samples for the page, spread over the sources and over the lengths in each. A sample that became unreadable is skipped."""
     shown = []
     for sample in _chosen(index, count):
         try:
@@ -34,10 +34,14 @@ def show_samples(index: Index, processor: Processor, count: int) -> list[ShownSa
 
 
 def show(record: Record, processor: Processor) -> ShownSample:
-    """RecordError: one of its pictures cannot be read any more."""
+    """Prepare one sample for the page.
+
+    Raises:
+        RecordError: one of its images cannot be read any more.
+    """
     sequences = processor.sequences(record)
     titles = ("chosen", "rejected") if len(sequences) == 2 else ("",)
-    boxed, marked = _boxed(record)
+    boxed_images, marked = _boxed(record)
     return ShownSample(
         source=record.source,
         origin=record.origin,
@@ -47,15 +51,15 @@ def show(record: Record, processor: Processor) -> ShownSample:
         supervised=sum(sequence.num_supervised for sequence in sequences),
         tiles=sum(layout.num_tiles for layout in processor.layouts(record)),
         segments=[(title, pieces_of(s, processor)) for title, s in zip(titles, sequences, strict=True)],
-        pictures=[*boxed, *_cut(record, processor)],
+        pictures=[*boxed_images, *_cut(record, processor)],
         marked=marked,
     )
 
 
 def pieces_of(encoded: Encoded, processor: Processor) -> list[Piece]:
-    """The tokens in stretches of one kind. Their texts, put together, are what the tokens decode to.
+    """Split a token sequence into pieces of one kind. Their joined texts equal the decoded sequence.
 
-    A stretch never ends inside a character: the template encodes what is supervised and what is not apart.
+    A piece never ends inside a character: the template encodes supervised and unsupervised text separately.
     """
     controls = set(processor.template.control_ids.values())
 
@@ -67,13 +71,13 @@ def pieces_of(encoded: Encoded, processor: Processor) -> list[Piece]:
     pieces: list[Piece] = []
     for (kind, supervised), places in groupby(range(encoded.num_tokens), key=kind_of):
         ids = [int(encoded.input_ids[place]) for place in places]
-        runs = [[token] for token in ids] if kind == "control" else [ids]  # a chip for each control token
+        runs = [[token] for token in ids] if kind == "control" else [ids]  # one piece for each control token
         pieces += [Piece(_decoded(run, processor), kind, supervised, len(run)) for run in runs]
     return pieces
 
 
 def bad_examples(errors: list[tuple[str, RecordError]]) -> list[BadExample]:
-    """The first record of each fault and source, with how many there are."""
+    """Collect the first record of each fault and source, with the number of such records."""
     first: dict[tuple[str, str], RecordError] = {}
     origins: dict[tuple[str, str], set[str]] = {}
     for source, error in errors:
@@ -87,7 +91,7 @@ def bad_examples(errors: list[tuple[str, RecordError]]) -> list[BadExample]:
 
 
 def _chosen(index: Index, count: int) -> list[int]:
-    """The sources in turn; of each, samples spread over its lengths, from the middle outwards."""
+    """Select samples from the sources in turn, spread over the lengths of each, median first."""
     by_source = []
     for number in range(len(index.sources)):
         samples = index.of_source(number)
@@ -95,10 +99,12 @@ def _chosen(index: Index, count: int) -> list[int]:
             order = samples[np.argsort(index.tokens[samples], kind="stable")]
             places = dict.fromkeys(int(share * (len(order) - 1)) for share in (0.5, 0.95, 0.2, 0.8, 0.05, 1.0, 0.0))
             by_source.append([int(order[place]) for place in places])
-    if len(by_source) > count > 0:  # more sources than room: spread over them
+    if len(by_source) > count > 0:  # more sources than samples: spread over the sources
         by_source = [by_source[place] for place in np.linspace(0, len(by_source) - 1, count).astype(int)]
-    turns = [samples[turn] for turn in range(7) for samples in by_source if turn < len(samples)]
-    return turns[:count]
+    ordered = [
+        samples[round_number] for round_number in range(7) for samples in by_source if round_number < len(samples)
+    ]
+    return ordered[:count]
 
 
 def _decoded(ids: list[int], processor: Processor) -> str:
@@ -111,7 +117,7 @@ def _messages(record: Record) -> tuple[Message, ...]:
 
 
 def _boxed(record: Record) -> tuple[list[Picture], bool]:
-    """The first picture with the boxes that questions and answers name; none where nothing points."""
+    """Draw the first image with all boxes of questions and answers. Returns the images, none if there is no box, and whether there is one."""
     marks = [
         mark
         for message in _messages(record)
@@ -124,28 +130,28 @@ def _boxed(record: Record) -> tuple[list[Picture], bool]:
 
 
 def _cut(record: Record, processor: Processor) -> list[Picture]:
-    """Each picture as the tower gets it: the base view, and the grid as it is cut."""
+    """Draw each image as the vision tower gets it: the base view, and the grid of tiles."""
     pictures = []
     layouts, stacks = processor.layouts(record), processor.tiles(record)
-    shown = record.num_shown if isinstance(record, PreferencePair) else len(record.images)
-    every = zip(range(len(stacks)), record.images, layouts, stacks, strict=True)
-    for number, image, layout, tiles in list(every)[:MOST_PICTURES]:
+    num_shared = record.num_shown if isinstance(record, PreferencePair) else len(record.images)
+    items = zip(range(len(stacks)), record.images, layouts, stacks, strict=True)
+    for number, image, layout, tiles in list(items)[:MOST_PICTURES]:
         height, width = image.size
-        whose = "of the rejected answer: " if number >= shown else ""
-        about = f"{whose}{width:,} \u00d7 {height:,} pixels, {layout.num_tokens:,} tokens"
+        prefix = "of the rejected answer: " if number >= num_shared else ""
+        description = f"{prefix}{width:,} \u00d7 {height:,} pixels, {layout.num_tokens:,} tokens"
         base = Image.fromarray(tiles[0].transpose(1, 2, 0))
         if not layout.rows:
-            pictures.append(Picture(f"base view of {about}", inline(base)))
+            pictures.append(Picture(f"base view of {description}", inline(base)))
             continue
         grid = _grid(tiles[1:], layout.rows, layout.columns)
         shape = f"{layout.columns} \u00d7 {layout.rows} tile{'s' if layout.rows * layout.columns > 1 else ''}"
         pictures.append(Picture("base view", inline(base)))
-        pictures.append(Picture(f"{shape} of {about}", inline(grid)))
+        pictures.append(Picture(f"{shape} of {description}", inline(grid)))
     return pictures
 
 
 def _grid(tiles: np.ndarray, rows: int, columns: int) -> Image.Image:
-    """[N, 3, H, W] as one picture, with lines where it is cut."""
+    """Draw tiles, [N, 3, H, W], as one image with lines between them."""
     side = tiles.shape[2]
     canvas = Image.new("RGB", (columns * side, rows * side))
     for number, tile in enumerate(tiles):
@@ -163,7 +169,7 @@ def _grid(tiles: np.ndarray, rows: int, columns: int) -> Image.Image:
 
 
 def _fitted(picture: Image.Image) -> Image.Image:
-    """A copy whose longest side is about `PICTURE_PX`; small ones grow by whole factors, so that they stay sharp."""
+    """Resize to a longest side of about `IMAGE_PX`; small images grow by integer factors, so that they stay sharp."""
     longest = max(picture.size)
     if longest > PICTURE_PX:
         picture = picture.copy()
@@ -174,7 +180,7 @@ def _fitted(picture: Image.Image) -> Image.Image:
 
 
 def inline(picture: Image.Image) -> str:
-    """A data: address."""
+    """Encode an image as a data: URL, PNG or, above `MAX_PNG_BYTES`, JPEG."""
     picture, kind, stream = _fitted(picture.convert("RGB")), "png", io.BytesIO()
     picture.save(stream, "PNG")
     if stream.tell() > MOST_PNG:

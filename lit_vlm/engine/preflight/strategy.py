@@ -1,4 +1,4 @@
-"""How the devices share the work: what `trainer.strategy` comes to, why, and what the other ways would need and send."""
+"""Choice of the distributed strategy: the value of `trainer.strategy`, its reason, and the cost of the alternatives."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from lit_vlm.cost.choice import MOSTLY_FROZEN, ON_CPU
 from lit_vlm.cost.situation import SHARDINGS
 from lit_vlm.engine.preflight.facts import Finding, Level, PlanFacts, StrategyFacts
 
-NODE = 8  # devices of a node, where the run itself has one device and preflight.world_size more
-SLOW = 0.9  # below this share of the devices' speed the network is worth a word
+NODE = 8  # devices of a node, if the run has one device and preflight.world_size is larger
+SLOW = 0.9  # below this share of the devices' speed, report the network
 
 LEVELS = (
     ActivationCheckpointing.none,
     ActivationCheckpointing.selective,
     ActivationCheckpointing.full,
-)  # what `auto` chooses from, the fastest first
+)  # choices of `auto`, the fastest first
 
 NAMES = {
     Strategy.single: "one device",
@@ -46,10 +46,10 @@ NAMES = {
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """How a run trains: its strategy and level of activation checkpointing, why, and what would be chosen."""
+    """Strategy and activation checkpointing level of a run, with reasons, and the choice of `auto`."""
 
     strategy: Strategy
-    reason: str  # for what would be chosen
+    reason: str  # for the choice of `auto`
     level: ActivationCheckpointing
     level_reason: str
     advised: Choice
@@ -63,9 +63,12 @@ def situation_of(
     plan: PlanFacts,
     device: Device | None = None,
 ) -> Situation:
-    """What a strategy is chosen by. `device`: what is really there; None: what `preflight.device` names.
+    """Make the setup that decides the strategy.
 
-    A trainer on a CPU has memory that nothing is compared with: there every strategy fits.
+    A trainer on a CPU has no memory limit: there every strategy fits.
+
+    Args:
+        device: the actual device; None: the one that `preflight.device` names.
     """
     if device is None and config.trainer.accelerator in ("gpu", "cuda"):
         device = DEVICES[config.preflight.device]
@@ -86,54 +89,54 @@ def situation_of(
 
 
 def per_node(config: RunConfig, world_size: int) -> int:
-    """Devices of a node: the run's own, and `NODE` where the run has one device and a world is only planned for."""
+    """Return the devices of a node: those of the run, or `DEVICES_PER_NODE` if the run has one device and plans for more."""
     alone = config.trainer.devices * config.trainer.num_nodes == 1
     return min(world_size, NODE if alone else config.trainer.devices)
 
 
 def strategy_facts(config: RunConfig, situation: Situation, plan: PlanFacts) -> StrategyFacts:
-    """The strategy of the run and its level of activation checkpointing, what it sends, and what would be chosen."""
-    found = decided(config, situation)
-    best, used = found.advised, found.strategy
-    likely = replace(
-        situation.at(found.level),
+    """Summarize the strategy of the run, its activation checkpointing, its communication, and the choice of `auto`."""
+    decision = decided(config, situation)
+    advised, strategy = decision.advised, decision.strategy
+    mean_setup = replace(
+        situation.at(decision.level),
         load=Load(round(plan.pack_tokens.mean), round(plan.pack_tiles.mean), max(1, plan.supervised // _packs(plan))),
     )
-    timing = likely.timing(used)
+    timing = mean_setup.timing(strategy)
     return StrategyFacts(
-        name=used.value,
-        title=NAMES[used],
+        name=strategy.value,
+        title=NAMES[strategy],
         asked=config.trainer.strategy is not Strategy.auto,
-        advised=best.strategy.value,
-        reason=best.reason,
-        advised_fits=best.fits,
+        advised=advised.strategy.value,
+        reason=advised.reason,
+        advised_fits=advised.fits,
         network=situation.fabric.name if situation.nodes > 1 else "one node",
         step=timing.total if timing else 0.0,
         communication=timing.communication if timing else 0.0,
         exposed=timing.exposed if timing else 0.0,
         inside=timing.traffic.inside if timing else 0.0,
         outside=timing.traffic.outside if timing else 0.0,
-        level=found.level.value,
+        level=decision.level.value,
         level_asked=config.stage.activation_checkpointing is not ActivationCheckpointing.auto,
-        level_reason=found.level_reason,
+        level_reason=decision.level_reason,
     )
 
 
 def decided(config: RunConfig, situation: Situation) -> Decision:
-    """What the settings name, and what is chosen where they say `auto`."""
-    best, asked = choose(situation), config.trainer.strategy
-    strategy = best.strategy if asked is Strategy.auto else asked
-    level = best.level if asked is Strategy.auto else level_for(situation, strategy)
+    """Select strategy and activation checkpointing level: as set, or chosen where the setting is `auto`."""
+    best, requested = choose(situation), config.trainer.strategy
+    strategy = best.strategy if requested is Strategy.auto else requested
+    level = best.level if requested is Strategy.auto else level_for(situation, strategy)
     return Decision(strategy, best.reason, level, why_level(situation, strategy, level), best)
 
 
 def on_a_cpu(config: RunConfig) -> Decision:
-    """It has memory that nothing is compared with: copies of the whole model, all of them kept, and nothing to count."""
+    """Select the strategy on a CPU: full copies of the model without activation checkpointing, since memory is not compared."""
     strategy = Strategy.ddp if config.trainer.devices * config.trainer.num_nodes > 1 else Strategy.single
     best = Choice(strategy, "the trainer is on a CPU")
-    asked, level = config.trainer.strategy, config.stage.activation_checkpointing
+    requested, level = config.trainer.strategy, config.stage.activation_checkpointing
     return Decision(
-        strategy if asked is Strategy.auto else asked,
+        strategy if requested is Strategy.auto else requested,
         best.reason,
         best.level if level is ActivationCheckpointing.auto else level,
         ON_CPU,
@@ -146,7 +149,7 @@ def _packs(plan: PlanFacts) -> int:
 
 
 def ways(situation: Situation) -> list[Strategy]:
-    """What is shown: one device alone, or every way to share."""
+    """List the strategies to show: those of a single device, or all distributed ones."""
     if situation.world_size == 1:
         return [Strategy.single, Strategy.deepspeed_zero3_offload]
     left_out = {Strategy.single, *([Strategy.hsdp] if situation.nodes == 1 else [])}
@@ -154,16 +157,16 @@ def ways(situation: Situation) -> list[Strategy]:
 
 
 def of_strategy(situation: Situation, facts: StrategyFacts) -> Iterator[Finding]:
-    """A named strategy that cannot work, or that another one would beat."""
-    used, world = Strategy(facts.name), situation.world_size
+    """Check a named strategy: report one that is slow or that another one would beat."""
+    used, world_size = Strategy(facts.name), situation.world_size
     if used is Strategy.deepspeed_zero3_offload and facts.advised == used.value and facts.advised_fits:
         what = f"Weights and optimizer move between the host's memory and the device: {facts.reason}."
         yield Finding(Level.warning, what, "More devices, LoRA, or fewer parts that train would be faster.")
-    if not facts.asked or world == 1 or not situation.fits(used):
+    if not facts.asked or world_size == 1 or not situation.fits(used):
         return
     frozen = situation.parameters.trainable < MOSTLY_FROZEN * situation.parameters.total
-    shares = used not in (Strategy.ddp, Strategy.deepspeed_zero2, Strategy.single)
-    if shares and frozen and situation.fits(Strategy.ddp):
+    shards_weights = used not in (Strategy.ddp, Strategy.deepspeed_zero2, Strategy.single)
+    if shards_weights and frozen and situation.fits(Strategy.ddp):
         what = f"{facts.title} sends all weights several times in each micro-batch, and nearly all of them are frozen."
         yield Finding(Level.warning, what, "A whole copy fits on each device: trainer=ddp sends what trains alone.")
     elif used is Strategy.deepspeed_zero3_offload and facts.advised != used.value:

@@ -1,4 +1,4 @@
-"""Preflight on the terminal: the page's verdict and tables, in a hundred columns."""
+"""Preflight report for the terminal: verdict and tables of the page, in 100 columns."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lit_vlm.engine.report_data import short
 from lit_vlm.types import counted
 
 STYLES = {Level.failure: "bold red", Level.warning: "yellow", Level.advice: "cyan"}
-MOST_SOURCES = 16  # of a long list, those that are drawn most; the page has all
+MOST_SOURCES = 16  # of a long list, those with the largest shares; the page has all
 MOST_FAULTS = 2  # of a source
 
 
 def show(facts: Facts, page: Path, console: Console) -> None:
-    """Verdict last as well as first: on a terminal the end is what one sees."""
+    """Print the report. The verdict comes last: on a terminal the end is what one sees."""
     console.rule(f"preflight: {facts.name}", align="left", style="dim")
     if facts.sources:
         console.print(_sources(facts))
@@ -113,8 +113,8 @@ def _machine(facts: Facts) -> list[str]:
     lines = ["", *(said_of(facts.strategy) if facts.strategy else [])]
     if facts.memory:
         memory = facts.memory
-        apart = "" if memory.compared else ", not compared: the trainer is on a CPU"
-        lines.append(f"memory of one device, an upper estimate ({memory.device}: {gigabytes(memory.capacity)}{apart})")
+        caveat = "" if memory.compared else ", not compared: the trainer is on a CPU"
+        lines.append(f"memory of one device, an upper estimate ({memory.device}: {gigabytes(memory.capacity)}{caveat})")
         width = max(len(row.name) for row in memory.rows)
         for row in memory.rows:
             notes = ["this run"] if row.chosen else []

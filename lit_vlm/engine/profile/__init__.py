@@ -1,1 +1,1 @@
-"""Where a step's time goes: a trace of some steps, summed up and shown."""
+"""Profile of a training step: summary of a profiler trace, and its page."""

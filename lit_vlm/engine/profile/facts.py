@@ -1,4 +1,4 @@
-"""A trace summed up: time of a step by part, its idle share, and its matrix products by shape and type."""
+"""Summary of a profiler trace: time of a step by phase and part, idle time, and matrix products by shape and dtype."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PARTS = ("vision tower", "projector", "language model", "head", "reference", RES
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Milliseconds of a step. `idle`: nothing ran, and it was neither data nor anything else that was waited for."""
+    """Milliseconds of one phase and part in a step. `idle`: time in which no operation runs."""
 
     phase: str
     part: str
@@ -26,49 +26,53 @@ class Row:
 
 @dataclass(slots=True)
 class ProfileFacts:
+    """Summary of a profiled training step."""
+
     name: str
     device: str
     precision: str
     on_gpu: bool
     num_steps: int
-    tokens: float  # per step, like all that follow
+    tokens: float  # per step, like all fields below
     tiles: float
     milliseconds: float
     rows: list[Row]
-    products: list[Product]  # the costliest first
-    others: list[tuple[str, float, float]]  # operation, calls, milliseconds: the costliest that are no products
+    products: list[Product]  # the most expensive first
+    others: list[tuple[str, float, float]]  # operation, calls, milliseconds: other operations, the most expensive first
 
     @property
     def data(self) -> float:
+        """Milliseconds of waiting for data."""
         return sum(row.busy + row.idle for row in self.rows if row.phase == DATA)
 
     @property
     def idle(self) -> float:
+        """Idle milliseconds, without waiting for data."""
         return sum(row.idle for row in self.rows if row.phase != DATA)
 
     @property
     def product_time(self) -> float:
+        """Milliseconds in matrix products."""
         return sum(product.milliseconds for product in self.products)
 
     @property
     def wrong_types(self) -> list[Product]:
-        """float32 products of a run in half precision. Outer products (rotary angles, in float32 on purpose) sum over
-        nothing and are none."""
+        """float32 products of a half-precision run. Outer products (rotary angles, in float32 on purpose) do not count."""
         half = self.precision.startswith(("bf16", "16"))
         return [one for one in self.products if half and "fp32" in one.dtype and not one.is_outer]
 
 
 def facts_of(trace: Trace, num_steps: int, **about: Any) -> ProfileFacts:
-    """The trace as milliseconds per step.
+    """Summarize a trace as milliseconds per optimizer step.
 
     Args:
-        num_steps: optimizer steps in it.
-        about: the other fields of `ProfileFacts`.
+        num_steps: optimizer steps in the trace.
+        other_fields: the other fields of `ProfileFacts`.
     """
-    rooms = Rooms(trace)
+    classifier = Rooms(trace)
     on_gpu = bool(trace.launched)
-    busy, idle = _on_gpu(trace, rooms) if on_gpu else _on_cpu(trace, rooms)
-    total = sum(span.duration for span in rooms.phases.spans)
+    busy, idle = _on_gpu(trace, classifier) if on_gpu else _on_cpu(trace, classifier)
+    total = sum(span.duration for span in classifier.phases.spans)
     scale = 1e-3 / num_steps
     rows = [
         Row(phase, part, busy.get((phase, part), 0.0) * scale, idle.get((phase, part), 0.0) * scale)
@@ -76,7 +80,7 @@ def facts_of(trace: Trace, num_steps: int, **about: Any) -> ProfileFacts:
         for part in ("", *PARTS)
         if (phase, part) in busy or (phase, part) in idle
     ]
-    products, others = products_of(trace, rooms, num_steps)
+    products, others = products_of(trace, classifier, num_steps)
     return ProfileFacts(
         on_gpu=on_gpu,
         num_steps=num_steps,
@@ -89,38 +93,40 @@ def facts_of(trace: Trace, num_steps: int, **about: Any) -> ProfileFacts:
 
 
 def _on_cpu(trace: Trace, rooms: Rooms) -> tuple[dict[ROW, float], dict[ROW, float]]:
-    """Time in operations, and what is left of each phase and part: the program between them."""
+    """Sum the time in operations, and the rest of each phase and part: Python code between operations."""
     busy: dict[ROW, float] = defaultdict(float)
-    whole: dict[ROW, float] = defaultdict(float)
+    elapsed: dict[ROW, float] = defaultdict(float)
     for span in outermost(trace.ops):
         if row := rooms.of(span):
             busy[row] += span.duration
     for span in rooms.phases.spans:
-        whole[span.name, REST if span.name in ("forward", "backward") else ""] += span.duration
+        elapsed[span.name, REST if span.name in ("forward", "backward") else ""] += span.duration
     for span in rooms.parts.spans:
         if (row := rooms.of(span)) and row[0] == "forward":
-            whole[row] += span.duration
-            whole[row[0], REST] -= span.duration
+            elapsed[row] += span.duration
+            elapsed[row[0], REST] -= span.duration
     backward = sum(time for row, time in busy.items() if row[0] == "backward" and row[1] != REST)
-    whole["backward", REST] -= backward  # whose parts have no time but that of their operations
-    return dict(busy), {row: max(time - busy.get(row, 0.0), 0.0) for row, time in whole.items()}
+    elapsed["backward", REST] -= backward  # in backward, parts have no time except that of their operations
+    return dict(busy), {row: max(time - busy.get(row, 0.0), 0.0) for row, time in elapsed.items()}
 
 
 def _on_gpu(trace: Trace, rooms: Rooms) -> tuple[dict[ROW, float], dict[ROW, float]]:
-    """Time in which the device works, by who launched the work, and the gaps, by what the device waits for. What several
-    streams do at once counts once."""
+    """Sum the busy time of the device, by the part that launched the work, and the gaps, by the part that the device waits for.
+
+    Work that overlaps on several streams counts once.
+    """
     busy: dict[ROW, float] = defaultdict(float)
     idle: dict[ROW, float] = defaultdict(float)
-    now = rooms.phases.spans[0].start
+    covered_until = rooms.phases.spans[0].start
     row: ROW | None = None
     for call, work in trace.launched:
         row = rooms.of(call)
-        if row is None or work.end <= now:
+        if row is None or work.end <= covered_until:
             continue
-        idle[row] += max(work.start - now, 0.0)
-        busy[row] += work.end - max(work.start, now)
-        now = work.end
+        idle[row] += max(work.start - covered_until, 0.0)
+        busy[row] += work.end - max(work.start, covered_until)
+        covered_until = work.end
     end = rooms.phases.spans[-1].end
     if row is not None:
-        idle[row] += max(end - now, 0.0)
+        idle[row] += max(end - covered_until, 0.0)
     return dict(busy), dict(idle)

@@ -1,4 +1,4 @@
-"""The page of a profile."""
+"""Profile page as HTML."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from lit_vlm.engine.profile.rooms import DATA, REST
 from lit_vlm.types import counted
 
 MOST_PRODUCTS, MOST_OTHERS = 10, 10
-COLOURS = 11  # of the style sheet
-NARROW = 0.002  # of a step: what is less has no piece of the bar
+COLOURS = 11  # number of colours in the style sheet
+NARROW = 0.002  # of a step; smaller times get no piece of the bar
 
 
 def write_profile(path: Path, facts: ProfileFacts) -> None:
+    """Write the profile page."""
     write_page(path, render(facts))
 
 
 def render(facts: ProfileFacts) -> str:
+    """Render the profile page as HTML."""
     shown = facts.products[:MOST_PRODUCTS]
     return _PAGE.render(
         facts=facts,
@@ -35,11 +37,11 @@ def render(facts: ProfileFacts) -> str:
 
 
 def findings_of(facts: ProfileFacts) -> list[tuple[str, str, str]]:
-    """(level, what, remedy) of what a person should know before the tables."""
+    """Collect findings as (level, text, remedy): float32 products, waiting for data, an idle GPU."""
     found = []
-    if wrong := facts.wrong_types:
-        time, calls = sum(one.milliseconds for one in wrong), sum(one.calls for one in wrong)
-        first = wrong[0]
+    if float32_products := facts.wrong_types:
+        time, calls = sum(one.milliseconds for one in float32_products), sum(one.calls for one in float32_products)
+        first = float32_products[0]
         found.append(
             (
                 "warning",
@@ -61,13 +63,14 @@ def findings_of(facts: ProfileFacts) -> list[tuple[str, str, str]]:
 
 
 def title(phase: str, part: str) -> str:
+    """Format phase and part of the model as one name."""
     if not part:
         return phase
     return f"{phase}: {'what is in no part' if part == REST else part}"
 
 
 def _pieces(facts: ProfileFacts) -> list[dict[str, Any]]:
-    """Of the bar: each row's work, all of data, and at the end what is idle."""
+    """Make the pieces of the bar: busy time of each row, with waiting for data, and all idle time at the end."""
 
     def size(row: Row) -> float:
         return row.busy + (row.idle if row.phase == DATA else 0.0)
@@ -81,6 +84,7 @@ def _pieces(facts: ProfileFacts) -> list[dict[str, Any]]:
 
 
 def milliseconds(time: float) -> str:
+    """Format milliseconds with about three significant digits."""
     if not time:
         return "-"
     digits = 0 if time >= 100 else 1 if time >= 10 else 2 if time >= 0.095 else 3
@@ -88,6 +92,7 @@ def milliseconds(time: float) -> str:
 
 
 def rate(product: Product) -> str:
+    """Format the rate of a matrix product in TFLOP/s or GFLOP/s; "" if it is unknown."""
     if product.rate is None:
         return ""
     size, unit = (1e12, "T") if product.rate >= 1e12 else (1e9, "G")
@@ -95,7 +100,7 @@ def rate(product: Product) -> str:
 
 
 def calls(number: float) -> str:
-    """Of a step, on average."""
+    """Format the mean number of calls in a step."""
     return f"{number:,.0f}" if abs(number - round(number)) < 0.05 else f"{number:,.1f}"
 
 

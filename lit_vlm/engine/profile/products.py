@@ -1,4 +1,4 @@
-"""The matrix products of a trace, by shape and type, and what else costs time."""
+"""Matrix products of a profiler trace, by shape and dtype, and the other operations by time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lit_vlm.engine.profile.rooms import ROW, Rooms
 from lit_vlm.engine.profile.trace import Span, Trace
 
 TYPES = {"float": "fp32", "double": "fp64", "c10::BFloat16": "bf16", "c10::Half": "fp16"}
-# Operation -> where its two matrices stand among its inputs. Convolutions are shown with them: they are products, too.
+# Operation -> positions of its two matrices among its inputs. Convolutions are included: they are products, too.
 PRODUCTS = {
     "aten::mm": (0, 1),
     "aten::addmm": (1, 2),
@@ -20,16 +20,16 @@ PRODUCTS = {
     "aten::convolution": (0, 1),
     "aten::convolution_backward": (1, 2),
 }
-ROWS, INNER = 0, 1  # places in a shape that hold a micro-batch's tokens, forward and for the gradient of weights
-Size = int | tuple[int, int]  # of a dimension; least and most, where calls differ in it
+ROWS, INNER = 0, 1  # dimensions of a shape that hold a micro-batch's tokens, in forward and in weight gradients
+Size = int | tuple[int, int]  # of a dimension; (minimum, maximum) if calls differ in it
 
 
 @dataclass(slots=True)
 class Product:
-    """A matrix product of one shape and type, over all its calls in a step.
+    """Statistics of a matrix product of one shape and dtype, over all its calls in a step.
 
-    `shape` is (rows, summed over, columns), `batch` how many of them a call does; a convolution has neither, and its
-    inputs' shapes in `text`.
+    `shape` is (rows, summed over, columns), `batch` the number of products in a call. A convolution has neither; `text`
+    holds the shapes of its inputs.
     """
 
     name: str
@@ -37,15 +37,15 @@ class Product:
     shape: tuple[Size, ...] = ()
     batch: int = 1
     text: str = ""
-    calls: float = 0.0  # per step, like all that follow
+    calls: float = 0.0  # per step, like all fields below
     flops: float = 0.0
     milliseconds: float = 0.0
     where: dict[ROW, float] = field(default_factory=lambda: defaultdict(float))  # milliseconds
-    turns: set[int] = field(default_factory=set)  # micro-batches that it is called in
+    turns: set[int] = field(default_factory=set)  # micro-batches with a call
 
     @property
     def is_outer(self) -> bool:
-        """It sums over nothing."""
+        """True for an outer product: the summed dimension has size 1."""
         return len(self.shape) == 3 and self.shape[INNER] == 1
 
     @property
@@ -55,16 +55,17 @@ class Product:
 
     @property
     def place(self) -> ROW:
-        """Where most of its time went."""
+        """Phase and part with most of its time."""
         return max(self.where, key=self.where.__getitem__)
 
     @property
     def written(self) -> str:
+        """The shape as text."""
         many = f"{self.batch:,} of " if self.batch > 1 else ""
         return self.text or many + " × ".join(map(_written, self.shape))
 
     def add(self, other: Product) -> None:
-        """More calls of the same, or of one that differs in the number of tokens alone."""
+        """Add the calls of an equal product, or of one that differs in the number of tokens only."""
         self.calls, self.flops = self.calls + other.calls, self.flops + other.flops
         self.milliseconds += other.milliseconds
         self.turns |= other.turns
@@ -74,23 +75,25 @@ class Product:
 
 
 def products_of(trace: Trace, rooms: Rooms, num_steps: int) -> tuple[list[Product], list[tuple[str, float, float]]]:
-    """Products with all that is done inside of them, and (name, calls, milliseconds) of the other operations; the costliest
-    first, all per step."""
-    own, scale = _own_time(trace), 1e-3 / num_steps
-    found: list[Product] = []
+    """Collect the matrix products, with the operations inside them, and (name, calls, milliseconds) of all other operations.
+
+    All numbers are per step; the most expensive come first.
+    """
+    self_times, scale = _own_time(trace), 1e-3 / num_steps
+    products: list[Product] = []
     others: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    inside: dict[Any, tuple[float, Product]] = {}  # thread -> the product that is under way, and when it ends
+    current: dict[Any, tuple[float, Product]] = {}  # thread -> end of the current product, and the product
     for span in trace.ops:
         row = rooms.of(span)
         if row is None:
             continue
-        time = own[id(span)] * scale
-        end, product = inside.get(span.thread, (float("-inf"), None))
+        time = self_times[id(span)] * scale
+        end, product = current.get(span.thread, (float("-inf"), None))
         if span.start >= end and span.name in PRODUCTS:
             product = _product(span, 1 / num_steps)
             product.turns = {rooms.turn(span)}
-            inside[span.thread] = span.end, product
-            found.append(product)
+            current[span.thread] = span.end, product
+            products.append(product)
         elif span.start >= end:
             others[span.name][0] += 1 / num_steps
             others[span.name][1] += time
@@ -98,21 +101,22 @@ def products_of(trace: Trace, rooms: Rooms, num_steps: int) -> tuple[list[Produc
         assert product is not None
         product.milliseconds += time
         product.where[row] += time
-    rest = [(name, calls, time) for name, (calls, time) in others.items() if time > 0]
-    merged = sorted(_merged(found), key=lambda one: -one.milliseconds)
-    return merged, sorted(rest, key=lambda one: -one[2])
+    other_operations = [(name, calls, time) for name, (calls, time) in others.items() if time > 0]
+    merged = sorted(_merged(products), key=lambda one: -one.milliseconds)
+    return merged, sorted(other_operations, key=lambda one: -one[2])
 
 
 def _merged(products: list[Product]) -> list[Product]:
-    """One for each shape; and of shapes that differ in one place alone one, where that brings more micro-batches together:
-    they differ in their tokens, and nothing else does from one to the next."""
-    turns: dict[Any, set[int]] = defaultdict(set)
+    """Merge products of equal shape. Also merge shapes that differ in one dimension only, if that joins more micro-batches:
+    then the dimension is the number of tokens, the only one that varies between micro-batches.
+    """
+    micro_batches: dict[Any, set[int]] = defaultdict(set)
     for product in products:
         for key in _keys(product):
-            turns[key] |= product.turns
+            micro_batches[key] |= product.turns
     merged: dict[Any, Product] = {}
     for product in products:
-        key = max(_keys(product), key=lambda key: len(turns[key]))  # of equals the first: the shape as it is
+        key = max(_keys(product), key=lambda key: len(micro_batches[key]))  # at a tie the first key: the exact shape
         if key in merged:
             merged[key].add(product)
         else:
@@ -121,40 +125,42 @@ def _merged(products: list[Product]) -> list[Product]:
 
 
 def _keys(product: Product) -> list[Any]:
-    """What it may have in common with others: its shape, or all of it but the tokens, which are rows or summed over."""
-    about = (product.name, product.dtype, product.batch, product.place)
-    less = [(*about, place, *product.shape[:place], *product.shape[place + 1 :]) for place in (ROWS, INNER)]
-    return [(*about, product.text, product.shape), *(less if product.shape else [])]
+    """Return the keys by which products may merge: the exact shape, or the shape without the dimension of the tokens (rows or summed)."""
+    identity = (product.name, product.dtype, product.batch, product.place)
+    without_tokens = [
+        (*identity, place, *product.shape[:place], *product.shape[place + 1 :]) for place in (ROWS, INNER)
+    ]
+    return [(*identity, product.text, product.shape), *(without_tokens if product.shape else [])]
 
 
 def _own_time(trace: Trace) -> dict[int, float]:
-    """id of an operation -> microseconds without those inside of it: of the device, where there is one, else of the host."""
-    own = {id(span): 0.0 if trace.launched else span.duration for span in trace.ops}
+    """Compute the self time of each operation in microseconds, by its id(): device time if there is a device, else host time."""
+    self_times = {id(span): 0.0 if trace.launched else span.duration for span in trace.ops}
     calls = [(call.start, 1, call, work.duration) for call, work in trace.launched]
-    open_: dict[Any, list[Span]] = defaultdict(list)
+    stacks: dict[Any, list[Span]] = defaultdict(list)
     for start, is_call, span, duration in sorted(
         [*((op.start, 0, op, 0.0) for op in trace.ops), *calls], key=_in_order
     ):
-        stack = open_[span.thread]
+        stack = stacks[span.thread]
         while stack and stack[-1].end <= start:
             stack.pop()
         if is_call:
             if stack:
-                own[id(stack[-1])] += duration
+                self_times[id(stack[-1])] += duration
             continue
         if stack and not trace.launched:
-            own[id(stack[-1])] -= span.duration
+            self_times[id(stack[-1])] -= span.duration
         stack.append(span)
-    return own
+    return self_times
 
 
 def _in_order(entry: tuple[float, int, Span, float]) -> tuple[float, int, float]:
     start, is_call, span, _ = entry
-    return start, is_call, -span.end  # of two that start at once the longer one holds the other
+    return start, is_call, -span.end  # of two that start at once, the longer one contains the other
 
 
 def _product(span: Span, calls: float) -> Product:
-    """Args: calls: for how many a step it counts."""
+    """Make a product from one operation. `calls`: its weight, in calls per step."""
     shapes, types = span.args.get("Input Dims") or [], span.args.get("Input type") or []
     left, right = PRODUCTS[span.name]
     name = span.name.removeprefix("aten::")

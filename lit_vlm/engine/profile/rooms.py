@@ -1,4 +1,4 @@
-"""To which phase of a step and which part of the model something in a trace belongs."""
+"""Classification of trace spans by phase of the step and part of the model."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from bisect import bisect_right
 from lit_vlm.engine.profile.trace import BACKWARD_NODE, Ranges, Span, Trace
 
 DATA, VALIDATION, REST = "data", "validation", "rest"
-ROW = tuple[str, str]  # phase and part; the part is empty where there is none
+ROW = tuple[str, str]  # (phase, part); the part is empty where there is none
 
 
 class Rooms:
-    """To which phase and part a moment on the host belongs; what is done backward, to the part that did it forward."""
+    """Classifier of host times by phase and part. Backward work belongs to the part that did the forward work."""
 
     def __init__(self, trace: Trace) -> None:
         self.phases = Ranges(span for span in trace.phases if span.name != VALIDATION)
@@ -23,14 +23,14 @@ class Rooms:
         }
         self._part_of: dict[
             int, str
-        ] = {}  # number of an autograd node -> part; the last operation with it made the node
+        ] = {}  # sequence number of an autograd node -> part; the last operation with it made the node
         for span in trace.ops:
             number = span.args.get("Sequence number")
             if number is not None and self._phase(span.start) == "forward":
                 self._part_of[number] = self._part(span.start)
 
     def of(self, span: Span) -> ROW | None:
-        """None outside of the steps."""
+        """Return phase and part of a span; None outside the steps."""
         phase = self._phase(span.start)
         if phase == "backward":
             node = self._nodes[span.thread].at(span.start) if span.thread in self._nodes else None
@@ -39,7 +39,7 @@ class Rooms:
         return (phase, self._part(span.start) if phase == "forward" else "") if phase else None
 
     def turn(self, span: Span) -> int:
-        """Number of the micro-batch that was the last to begin."""
+        """Return the number of the last micro-batch that began before the span."""
         return bisect_right(self._forwards, span.start)
 
     def _phase(self, time: float) -> str | None:

@@ -1,4 +1,4 @@
-"""What a trace of PyTorch's profiler says, as plain spans: host operations, what they ran on a device, and our marks.
+"""Reader of PyTorch profiler traces, as plain spans: host operations, the device work they launch, and our own marks.
 
 The trace is Chrome's format ("Trace Event Format"), which `torch.profiler` exports; times in it are microseconds.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PHASE, PART = "phase:", "part:"  # beginnings of our marks' names, see callbacks/profile.py
+PHASE, PART = "phase:", "part:"  # prefixes of our marks' names, see callbacks/profile.py
 DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 LAUNCH = ("cuda_runtime", "cuda_driver")
 BACKWARD_NODE = "autograd::engine::evaluate_function"
@@ -22,7 +22,7 @@ BACKWARD_NODE = "autograd::engine::evaluate_function"
 
 @dataclass(slots=True)
 class Span:
-    """Something that ran from `start` to `end`, microseconds."""
+    """Event of a trace, from `start` to `end` in microseconds."""
 
     name: str
     start: float
@@ -37,7 +37,7 @@ class Span:
 
 @dataclass(slots=True)
 class Trace:
-    """Each list by start. `launched`: host span and device span, of each thing that a device did."""
+    """Spans of a trace, each list sorted by start. `launches`: (host span, device span) of each piece of device work."""
 
     ops: list[Span]
     phases: list[Span]
@@ -46,19 +46,20 @@ class Trace:
 
 
 class Ranges:
-    """Spans that do not overlap, to be found by time."""
+    """Lookup by time of spans that do not overlap."""
 
     def __init__(self, spans: Iterable[Span]) -> None:
         self.spans = sorted(spans, key=lambda span: span.start)
         self._starts = [span.start for span in self.spans]
 
     def at(self, time: float) -> Span | None:
+        """Find the span that contains a time; None if there is none."""
         place = bisect_right(self._starts, time) - 1
         return self.spans[place] if place >= 0 and time < self.spans[place].end else None
 
 
 def read_trace(path: Path) -> Trace:
-    """Args: path: .json or .json.gz."""
+    """Read a Chrome trace, .json or .json.gz."""
     with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as stream:
         events = json.load(stream)["traceEvents"]
     kinds: dict[str, list[Span]] = defaultdict(list)
@@ -77,7 +78,7 @@ def read_trace(path: Path) -> Trace:
 
 
 def outermost(ops: Iterable[Span]) -> list[Span]:
-    """Of each thread, the operations that are in no other one."""
+    """Find the operations of each thread that are inside no other operation."""
     ends: dict[Any, float] = {}
     found = []
     for span in ops:

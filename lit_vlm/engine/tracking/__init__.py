@@ -1,4 +1,4 @@
-"""What a run tells others about itself while it trains: `metrics.csv` always, Weights & Biases and TensorBoard when asked."""
+"""Loggers of a run: `metrics.csv` always, Weights & Biases and TensorBoard on request."""
 
 from lit_vlm.engine.tracking.metrics_csv import MetricsCsv
 from lit_vlm.engine.tracking.tracking import Tracking

@@ -1,4 +1,4 @@
-"""A run's results as artifacts of W&B, and which of them a stage was made from."""
+"""W&B artifacts: upload of a run's results, and the link to the model that a stage starts from."""
 
 from __future__ import annotations
 
@@ -10,36 +10,40 @@ FILES = {MODEL: "hf", LOCK: "mixture.lock", REPORT: "report.html"}
 
 
 def upload(run: Any, run_dir: Path, asked: list[str]) -> dict[str, str]:
-    """Hand over what is asked for and is there. Returns the artifacts' names, by what they are.
+    """Upload the requested results that exist as artifacts. Returns the artifact name of each kind.
 
-    The client reads the files where they lie: a model takes no room on the disk a second time.
+    The client reads the files in place, so a model takes no disk space a second time.
+
+    Args:
+        run: the client's run.
+        kinds: keys of `ARTIFACT_PATHS`.
     """
     import wandb
 
     names = {}
-    for what in asked:
-        path = run_dir / FILES[what]
+    for kind in asked:
+        path = run_dir / FILES[kind]
         if not path.exists():
             continue
-        artifact = wandb.Artifact(f"{what}-{run.id}", type=what)
+        artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind)
         if path.is_dir():
             artifact.add_dir(str(path), policy="immutable", skip_cache=True)
         else:
             artifact.add_file(str(path), policy="immutable", skip_cache=True)
         run.log_artifact(artifact)
-        names[what] = artifact.name.partition(":")[0]
+        names[kind] = artifact.name.partition(":")[0]
     return names
 
 
 def use_parent(run: Any, parent: dict[str, Any]) -> bool:
-    """Note that this run starts from the model of another. False when that model is no artifact.
+    """Link this run to the model artifact of the run that it starts from. Returns False when that model is no artifact.
 
     Raises:
-        Exception: the client's, when the server does not know it.
+        Exception: an error of the client, when the server does not know the artifact.
     """
     name = (parent.get("artifacts") or {}).get(MODEL)
     if not name:
         return False
-    place = "/".join(filter(None, (parent.get("entity"), parent.get("project"))))
-    run.use_artifact(f"{place}/{name}:latest" if place else f"{name}:latest")
+    project_path = "/".join(filter(None, (parent.get("entity"), parent.get("project"))))
+    run.use_artifact(f"{project_path}/{name}:latest" if project_path else f"{name}:latest")
     return True

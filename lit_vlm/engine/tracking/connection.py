@@ -1,7 +1,7 @@
-"""Reaching the server of Weights & Biases, in bounded time, and how a run of its client is set up.
+"""Connection to the Weights & Biases server with timeouts, and the settings of its client.
 
-The client is told to keep its hands off what may hold a key: it captures no terminal, reads no git remote, and writes no
-list of the program's arguments. What it should know of them is in the config that it is given, without secrets.
+The client must not read anything that may hold a key. So it captures no terminal output, reads no git remote and does not
+write the program's arguments. It gets what it should know of them in the config, without secrets.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from lit_vlm.engine.ranks import in_sweep
 from lit_vlm.secrets import redacted, redacted_text
 from lit_vlm.types import UserError
 
-ANSWER_SECONDS = 10  # that the server is given at the start; a run waits no longer for it
-FINISH_SECONDS = 60  # that what is left is given at the end
-FINISH_IN_SWEEP_SECONDS = 20  # an agent kills what has not ended 30 s after it was told to
+ANSWER_SECONDS = 10  # timeout of the server at the start; a run waits no longer
+FINISH_SECONDS = 60  # timeout of the last uploads at the end
+FINISH_IN_SWEEP_SECONDS = 20  # an agent kills a run that has not ended 30 s after its stop signal
 FINISH_WITH_MODEL_SECONDS = 3600  # a model of 28 GB at 8 MB/s
 UNFINISHED, EARLIER, STAGED = "wandb/unfinished", "wandb/earlier", "wandb/staged"  # in a run's folder
 OFFLINE, DISABLED = ("offline", "dryrun"), ("disabled",)
@@ -34,41 +34,42 @@ NO_LOGIN = (
 
 
 def is_offline(logger: LoggerConfig) -> bool:
+    """Return whether the run logs to W&B without a network connection."""
     return logger.offline or os.environ.get("WANDB_MODE") in OFFLINE
 
 
 def is_wanted(logger: LoggerConfig) -> bool:
-    """Whether anything goes to W&B at all; WANDB_MODE=disabled is its own word for no."""
+    """Return whether the run logs to W&B at all. WANDB_MODE=disabled is W&B's own setting for no."""
     return logger.wandb and os.environ.get("WANDB_MODE") not in DISABLED
 
 
 def log_in() -> str:
-    """Ask the server whether it knows us. "": it does; else why it could not be asked.
+    """Verify the login at the server. Returns "" on success, else the reason why the server could not be reached.
 
     Raises:
         UserError: no login on this machine.
-        Refused: the server does not know the key.
+        LoginRefusedError: the server does not know the key.
     """
     import wandb
     from wandb.errors import AuthenticationError
 
     wandb.setup(wandb.Settings(silent=True))
-    began = time.monotonic()
+    start_time = time.monotonic()
     try:
-        # a run that is under way in this process, a notebook's, has its login
-        known = wandb.run is not None or wandb.login(prompt=False, verify=True)
+        # an active run in this process (of a notebook) is logged in already
+        logged_in = wandb.run is not None or wandb.login(prompt=False, verify=True)
     except AuthenticationError as error:
-        # what may pass is tried again until the time is up; only a refusal comes at once
-        if time.monotonic() - began < 0.9 * wandb.env.get_http_timeout(ANSWER_SECONDS):
+        # the client retries temporary errors until the timeout; only a refusal comes at once
+        if time.monotonic() - start_time < 0.9 * wandb.env.get_http_timeout(ANSWER_SECONDS):
             raise Refused(redacted_text(str(error))) from None
         return f"the server at {wandb.setup().settings.base_url} did not answer within {ANSWER_SECONDS} s"
-    if not known:
+    if not logged_in:
         raise UserError(NO_LOGIN)
     return ""
 
 
 class Refused(Exception):
-    """The server answers, and does not know the key."""
+    """Error: the server answers and does not know the key."""
 
 
 def begin(
@@ -81,29 +82,29 @@ def begin(
     finish_seconds: float | None = None,
     **about: Any,
 ) -> Any:
-    """Begin or continue the run of W&B. Returns the client's run.
+    """Start or resume the W&B run. Returns the client's run.
 
     Args:
-        known: `id` of the run, as the manifest keeps it.
-        stop: called from a thread of the client's when the server wants the run to stop.
-        finish_seconds: that what is left is given at the end; None: as long as a run that trains waits.
-        about: further arguments of `wandb.init`: name, group, job_type, config.
+        run_record: `id` of the run, as stored in the manifest.
+        stop: called from a thread of the client when the server requests a stop.
+        finish_seconds: timeout of the last uploads at the end; None: the timeout of a training run.
+        init_kwargs: further arguments of `wandb.init`: name, group, job_type, config.
 
     Raises:
-        wandb.Error: the server did not take it within `ANSWER_SECONDS`.
+        wandb.Error: the server did not accept the run within `ANSWER_SECONDS`.
     """
     import wandb
 
-    # an agent has said where the run belongs, and the client warns when that is said again
-    place = {} if in_sweep() else {"project": logger.project, "entity": logger.entity, "id": known["id"]}
+    # the agent has set project and id already, and the client warns when they are set twice
+    destination = {} if in_sweep() else {"project": logger.project, "entity": logger.entity, "id": known["id"]}
     set_aside(run_dir)
-    place_of_client = run_dir / UNFINISHED if offline else run_dir
-    place_of_client.mkdir(parents=True, exist_ok=True)  # else the client takes a temporary folder
-    # the client copies the pictures of tables: not into the home folder, which another machine does not have
+    client_dir = run_dir / UNFINISHED if offline else run_dir
+    client_dir.mkdir(parents=True, exist_ok=True)  # else the client uses a temporary folder
+    # the client copies the images of tables; the home folder would be wrong, another machine does not have it
     os.environ["WANDB_DATA_DIR"] = str(run_dir / STAGED)
     return wandb.init(
-        **redacted({**place, **about, "tags": logger.tags}),
-        dir=str(place_of_client),
+        **redacted({**destination, **about, "tags": logger.tags}),
+        dir=str(client_dir),
         mode="offline" if offline else "online",
         resume=None if offline else "allow",
         reinit="finish_previous",
@@ -130,13 +131,13 @@ def _settings(logger: LoggerConfig, stop: Callable[[], None], finish_seconds: fl
 
 
 def set_aside(run_dir: Path) -> None:
-    """What earlier starts wrote offline goes to `wandb/earlier/`: the newest holds all of it once more."""
+    """Move the offline runs of earlier starts to `wandb/earlier/`: the newest offline run contains all of their rows again."""
     _move([*run_dir.glob("wandb/offline-run-*"), *run_dir.glob(f"{UNFINISHED}/wandb/offline-run-*")], run_dir / EARLIER)
 
 
 def set_out(run_dir: Path) -> None:
-    """What the client has closed goes where `wandb sync` looks. It must not see a run that is under way: it would send half
-    of it, and the same rows once more at the end."""
+    """Move closed offline runs to the folder that `wandb sync` reads. It must not see a run that is still open: it would
+    upload half of it now, and the same rows again at the end."""
     _move([*run_dir.glob(f"{UNFINISHED}/wandb/offline-run-*")], run_dir / "wandb")
     shutil.rmtree(run_dir / UNFINISHED, ignore_errors=True)
 
@@ -144,29 +145,29 @@ def set_out(run_dir: Path) -> None:
 def _move(folders: list[Path], place: Path) -> None:
     for folder in sorted(folders):
         place.mkdir(exist_ok=True)
-        free = (f"{folder.name}{f'-{number}' if number else ''}" for number in itertools.count())
+        candidates = (f"{folder.name}{f'-{number}' if number else ''}" for number in itertools.count())
         # two starts of one second have one name
-        folder.rename(next(place / name for name in free if not (place / name).exists()))
+        folder.rename(next(place / name for name in candidates if not (place / name).exists()))
 
 
 def forget_staged(run_dir: Path) -> None:
-    """The client's copies of what has arrived."""
+    """Delete the client's copies of files that the server has."""
     shutil.rmtree(run_dir / STAGED, ignore_errors=True)
 
 
 def was_synced(run_dir: Path) -> bool:
-    """Whether somebody uploaded what a start wrote offline; the client leaves a mark."""
+    """Return whether an offline run of this folder was uploaded; the client leaves a marker file."""
     return any(run_dir.glob("wandb/**/*.wandb.synced"))
 
 
 def sync_command(run_dir: Path) -> str:
-    """The command that uploads what was written offline."""
+    """Format the command that uploads the offline runs of a run folder."""
     return f"python run.py task=sync sync={shlex.quote(str(run_dir))}"
 
 
 def is_asked_to_stop(entity: str, project: str, run_id: str) -> bool:
-    """Whether the server wants this run to stop, asked directly: the client hears of it with the next rows only. False
-    when it does not answer."""
+    """Ask the server directly whether this run should stop: the client learns it with the next rows only. Returns False
+    when the server does not answer."""
     import wandb
 
     query = (
@@ -178,16 +179,16 @@ def is_asked_to_stop(entity: str, project: str, run_id: str) -> bool:
         api = wandb.Api(timeout=ANSWER_SECONDS)
         data: Any = api._service_api.execute_graphql(query, variables=variables, timeout=ANSWER_SECONDS)
         return bool(data["project"]["run"]["stopped"])
-    except Exception:  # a client of another version, a server without an answer: then nobody has asked
+    except Exception:  # another version of the client, or no answer: no stop was requested
         return False
 
 
 def within(seconds: float, call: Callable[[], Any]) -> Any:
-    """The result of a call that may hang.
+    """Call a function that may hang, with a timeout. Returns its result.
 
     Raises:
-        TimeoutError: it goes on in a thread of its own, which does not hold the process.
-        Exception: whatever the call raised.
+        TimeoutError: the timeout passed; the call continues in a daemon thread, which does not block the end of the process.
+        Exception: any error that the call raised.
     """
     outcome: list[tuple[Any, BaseException | None]] = []
 

@@ -1,4 +1,4 @@
-"""What W&B is told of a run beside its metrics: where it belongs, what it was started with, what came of it."""
+"""Metadata of a run for W&B: its id and group, its config and its summary."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lit_vlm.engine.run_folder import RunFolder, find_manifest
 from lit_vlm.secrets import redacted, redacted_text
 from lit_vlm.types import UserError
 
-ID_LETTERS = string.ascii_lowercase + string.digits  # and eight of them, as the client's own ids
+ID_LETTERS = string.ascii_lowercase + string.digits  # eight of them make an id, as in the client's own ids
 
 
 def known_run(folder: RunFolder, logger: LoggerConfig, experiment: str | None) -> dict[str, Any]:
-    """What the manifest keeps of the run of W&B: id, project and group, made once for a folder. Inside an agent the id is
-    the one that the agent was given."""
-    known = folder.manifest["tracking"].get("wandb") or {}
-    run_id = os.environ.get("WANDB_RUN_ID") or known.get("id") or _new_id()
-    if known.get("id") == run_id:
-        return known
+    """Return the W&B entry of the manifest: id, project, entity and group, created once for each run folder. Inside a sweep
+    agent the id is that of the agent."""
+    record = folder.manifest["tracking"].get("wandb") or {}
+    run_id = os.environ.get("WANDB_RUN_ID") or record.get("id") or _new_id()
+    if record.get("id") == run_id:
+        return record
     return {
         "id": run_id,
         "project": os.environ.get("WANDB_PROJECT") or logger.project,
@@ -38,13 +38,13 @@ def _new_id() -> str:
 
 
 def _group(folder: RunFolder, logger: LoggerConfig, experiment: str | None, run_id: str) -> str:
-    """The stages of a chain are one group, which the first of them opens."""
-    opened = f"{(experiment or folder.manifest['name']).split('/')[0]}-{run_id}"
-    return redacted_text(logger.group or "") or parent_run(folder).get("group") or opened
+    """Return the group of the run. All stages of a pipeline share one group, which the first stage creates."""
+    new_group = f"{(experiment or folder.manifest['name']).split('/')[0]}-{run_id}"
+    return redacted_text(logger.group or "") or parent_run(folder).get("group") or new_group
 
 
 def parent_run(folder: RunFolder) -> dict[str, Any]:
-    """What W&B knows of the run that this one starts from; empty when it knows none."""
+    """Return the W&B entry of the parent run, from its manifest; empty when it has none."""
     parent = folder.manifest["parent"] or {}
     path = Path(parent.get("path", ""))
     manifest = find_manifest(path.parent) if path.is_dir() else {}
@@ -52,11 +52,11 @@ def parent_run(folder: RunFolder) -> dict[str, Any]:
 
 
 def config_of(folder: RunFolder) -> dict[str, Any]:
-    """The settings as they are typed, and under `run` what else decides a run: code, versions, data, plan, parent."""
+    """Build the W&B config: the settings by their names, and under `run` code, versions, data, plan and parent."""
     manifest = folder.manifest
     data = {key: value for key, value in manifest["data"].items() if key != "mixture"}
     parent = {**(manifest["parent"] or {}), **{key: parent_run(folder).get(key) for key in ("id", "url")}}
-    about = {
+    details = {
         "folder": str(folder.path),
         "command": manifest["command"],
         "code": manifest["git"],
@@ -65,13 +65,13 @@ def config_of(folder: RunFolder) -> dict[str, Any]:
         "plan": manifest.get("plan"),
         "parent": parent if manifest["parent"] else None,
     }
-    # what the agent of a sweep has set stands in the config already, locked
+    # values that the sweep agent has set are in the W&B config already, locked
     settings = {key: value for key, value in manifest["config"].items() if key not in sweep_values()}
-    return redacted({**settings, "run": about})
+    return redacted({**settings, "run": details})
 
 
 def summary_of(manifest: dict[str, Any], status: str) -> dict[str, Any]:
-    """The figures of the manifest by flat names: `scores/after/ocr_ko`, `tokens_per_second`, ..."""
+    """Build the W&B summary: the figures of the manifest with flat names, `scores/after/ocr_ko`, `tokens_per_second`, ..."""
     plan = manifest.get("plan") or {}
     digest = {"weights_digest": manifest["weights_digest"]} if manifest.get("weights_digest") else {}
     figures = {"steps": plan.get("steps"), **(manifest.get("figures") or {}), **digest, "status": status}
@@ -85,7 +85,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def sweep_values() -> dict[str, Any]:
-    """What the agent of a sweep has set for this run, by the sweep's own keys."""
+    """Read the values that a sweep agent has set for this run, with the keys of the sweep."""
     path = Path(os.environ.get("WANDB_SWEEP_PARAM_PATH") or "")
     if not os.environ.get("WANDB_SWEEP_ID") or not path.is_file():
         return {}
@@ -94,27 +94,27 @@ def sweep_values() -> dict[str, Any]:
 
 
 def require_sweep_values(config: dict[str, Any]) -> None:
-    """What the agent has set is what this run was started with; else the sweep would learn from other values than it gave.
+    """Require that the run uses the values of the sweep agent; else the sweep would learn from wrong values.
 
     Raises:
-        UserError: naming the settings that differ.
+        UserError: lists the settings that differ.
     """
-    different = []
-    for key, wanted in sweep_values().items():
-        found: Any = config
-        for word in key.split("."):
-            found = found.get(word) if isinstance(found, dict) else None
-        if found is not None and not isinstance(found, dict) and not _same(wanted, found):
-            different.append(f"{key} is {wanted!r} in the sweep and {found!r} in this run")
-    if different:
+    differences = []
+    for key, expected in sweep_values().items():
+        actual: Any = config
+        for part in key.split("."):
+            actual = actual.get(part) if isinstance(actual, dict) else None
+        if actual is not None and not isinstance(actual, dict) and not _same(expected, actual):
+            differences.append(f"{key} is {expected!r} in the sweep and {actual!r} in this run")
+    if differences:
         raise UserError(
-            f"This run was not started with the values that the sweep gave its agent: {'; '.join(different)}. The sweep's"
+            f"This run was not started with the values that the sweep gave its agent: {'; '.join(differences)}. The sweep's"
             " `command` must end with ${args_json} (or ${args_no_hyphens}) and set none of these keys itself."
         )
 
 
 def _same(wanted: Any, found: Any) -> bool:
-    """Lists by their members, paths by their end: those of a run are absolute."""
+    """Compare two values. Lists are compared by their members, paths by their end, because paths of a run are absolute."""
     if isinstance(wanted, list) and isinstance(found, list):
         return len(wanted) == len(found) and all(map(_same, wanted, found))
     if isinstance(wanted, str) and isinstance(found, str):

@@ -1,7 +1,7 @@
-"""Rows by optimizer step: what is logged of one step, by whomever, becomes one row, which is sent once and whole.
+"""Buffer of log rows: all values of one optimizer step become one row, which is sent once and complete.
 
-W&B takes a step no second time. A row that was sent while its second half was still to come (the held-out loss after the
-training loss) would lose that half to a kill in between. So a row is kept until the next step begins.
+W&B accepts each step only once. A row that is sent before its second half is logged (the held-out loss after the training
+loss) would lose that half if the process is killed in between. So a row is buffered until the next step begins.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 
 
 class History:
-    """Collects rows and hands each on when it is whole.
+    """Buffer that merges logged values into one row for each optimizer step and sends complete rows.
 
     Args:
-        send: takes an optimizer step, counted from 0, and all that was logged of it.
-        first: steps before it were sent by an earlier start.
+        send: called with an optimizer step, counted from 0, and all values logged for it.
+        first_step: earlier steps were sent by an earlier start.
     """
 
     def __init__(self, send: Callable[[int, dict[str, Any]], None], first: int = 0) -> None:
@@ -23,7 +23,7 @@ class History:
         self._step, self._row = first, dict[str, Any]()
 
     def add(self, step: int, values: dict[str, Any]) -> None:
-        """Steps come in order; what belongs to one that was sent already is left out."""
+        """Add values to the row of a step. Steps come in order; values of a step that was sent already are ignored."""
         if step < self.first:
             return
         if step > self._step:
@@ -32,12 +32,12 @@ class History:
         self._row |= values
 
     def flush(self) -> None:
-        """Send what is kept."""
+        """Send the buffered row."""
         if self._row:
             row, self._row = self._row, {}
             self.first = self._step + 1
             self._send(self._step, row)
 
     def forget(self) -> None:
-        """What is kept is logged again by the start that goes on."""
+        """Drop the buffered row: the start that resumes logs it again."""
         self._row = {}

@@ -1,4 +1,4 @@
-"""`metrics.csv`: every row on the disk as soon as it is logged, and one table whether a run was interrupted or not."""
+"""Logger that writes `metrics.csv`: each row at once, and one table also for a run that was interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from lit_vlm.files import write_atomically
 
 
 class MetricsCsv(Logger):
-    """A row per call of `log_metrics`; a table of before is replaced, unless `go_on` says how much of it counts."""
+    """CSV logger with one row for each call of `log_metrics`. An old table is replaced, unless `go_on` keeps its first rows."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
         self.num_rows = 0
-        self._columns: list[str] | None = None  # None: nothing was written by this process
+        self._columns: list[str] | None = None  # None: this process has written nothing yet
 
     @property
     def name(self) -> str:
@@ -38,10 +38,11 @@ class MetricsCsv(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """The run's config.yaml has them."""
+        """Do nothing: the hyperparameters are in the run's config.yaml."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Append one row at once. A new metric adds a column, which rewrites the table."""
         row = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
         row["step"] = self.num_rows if step is None else step
         if self._columns is None:
@@ -53,8 +54,15 @@ class MetricsCsv(Logger):
         self.num_rows += 1
 
     def go_on(self, num_rows: int, row: dict[str, Any] | None = None) -> list[dict[str, Any]]:
-        """Keep so many rows of the table that is there, and add one that was due when they were counted. Returns them, as
-        they were logged; on other ranks than the first there are none."""
+        """Resume the existing table: keep its first `num_rows` rows.
+
+        Args:
+            num_rows: number of rows at the time of the checkpoint.
+            row: a row that was due at that time and is added.
+
+        Returns:
+            The kept rows with the values as logged; an empty list on ranks other than 0.
+        """
         if rank_zero_only.rank:
             return []
         rows = _read(self.path)[:num_rows] + ([row] if row else [])
@@ -65,12 +73,12 @@ class MetricsCsv(Logger):
         return [{name: _number(value) for name, value in one.items() if value != ""} for one in rows]
 
     def rows(self) -> list[dict[str, Any]]:
-        """All that is in the table, as it was logged."""
+        """Read all rows of the table, with the values as logged."""
         rows = _read(self.path)
         return [{name: _number(value) for name, value in one.items() if value != ""} for one in rows]
 
     def logged(self) -> set[str]:
-        """Names of all metrics in the table."""
+        """Read the names of all metrics in the table."""
         return {name for row in _read(self.path) for name in row} - {"step", "epoch"}
 
     def _rewrite(self, rows: list[dict[str, Any]], columns: list[str]) -> None:
@@ -81,7 +89,7 @@ class MetricsCsv(Logger):
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    """Whole rows; the last may have been torn."""
+    """Read the complete rows; an incomplete last row is skipped."""
     if not path.is_file():
         return []
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -91,7 +99,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
 
 
 def _number(value: Any) -> Any:
-    """A cell as it was before it was written: the texts of Python's numbers are exact."""
+    """Parse a cell into the number that was logged: the text form of Python's numbers is exact."""
     if not isinstance(value, str):
         return value
     return int(value) if value.lstrip("-").isdigit() else float(value)

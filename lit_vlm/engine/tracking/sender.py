@@ -1,4 +1,4 @@
-"""Calls of a client in a thread of their own, in order: the training step hands them over and does not wait."""
+"""Background thread for calls of a client, in order: the training step submits them and does not wait."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from queue import SimpleQueue
 
 
 class Sender:
-    """The thread begins with the first call and ends with the process.
+    """Queue of calls that a daemon thread runs in order. The thread starts with the first call and ends with the process.
 
     Args:
-        failed: called with what a call raised, in the thread; the calls behind it are made all the same.
+        on_error: called in the thread with the error of a call; the next calls run all the same.
     """
 
     def __init__(self, failed: Callable[[Exception], None]) -> None:
@@ -20,13 +20,14 @@ class Sender:
         self._thread: threading.Thread | None = None
 
     def hand_over(self, call: Callable[[], object]) -> None:
+        """Add a call to the queue."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="tracking", daemon=True)
             self._thread.start()
         self._calls.put(call)
 
     def drain(self, seconds: float) -> bool:
-        """Wait until all calls so far were made, no longer than this. Whether they were."""
+        """Wait until all calls submitted so far have run, at most `seconds`. Returns whether they have."""
         done = threading.Event()
         self.hand_over(done.set)
         return done.wait(seconds)

@@ -1,4 +1,4 @@
-"""Held-out samples as a table of W&B: question, reference, the model's answer, and the picture under its boxes."""
+"""W&B tables of held-out samples: question, reference, the model's answer, and the image with its boxes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 COLUMNS = ("id", "source", "kind", "language", "prompt", "reference", "prediction", "score")
-MOST_PICTURES = 4  # columns; further pictures of a sample are left to samples.jsonl
+MOST_PICTURES = 4  # image columns; further images of a sample are in samples.jsonl only
 
 
 def read_samples(run_dir: Path, phase: str) -> list[dict[str, Any]]:
-    """Read the rows of `samples.jsonl` that one phase wrote. A line that was cut is left out, as it is where they are written."""
+    """Read the rows of one phase from `samples.jsonl`. Incomplete lines are skipped, as in the code that writes them."""
     file, rows = run_dir / "samples.jsonl", []
     # not splitlines(): answers may hold U+2028
     for line in file.read_text(encoding="utf-8", errors="replace").split("\n") if file.is_file() else []:
@@ -22,35 +22,35 @@ def read_samples(run_dir: Path, phase: str) -> list[dict[str, Any]]:
 
 
 def table_of(run_dir: Path, rows: list[dict[str, Any]]) -> Any:
-    """A `wandb.Table` with a row for each sample."""
+    """Build a `wandb.Table` with one row for each sample."""
     import wandb
 
-    pictures = min(MOST_PICTURES, max((len(row["images"]) for row in rows), default=0))
-    names = [f"picture{f'_{number + 1}' if number else ''}" for number in range(pictures)]
-    cells = [[row[name] for name in COLUMNS] + _pictures(run_dir, row, pictures) for row in rows]
+    num_images = min(MOST_PICTURES, max((len(row["images"]) for row in rows), default=0))
+    names = [f"picture{f'_{number + 1}' if number else ''}" for number in range(num_images)]
+    cells = [[row[name] for name in COLUMNS] + _pictures(run_dir, row, num_images) for row in rows]
     return wandb.Table(columns=[*COLUMNS, *names], data=cells)
 
 
 def written(run: Any, name: str, table: Any, step: int) -> Any:
-    """What a row of the history holds of a table: its files lie in the run's folder then, and are on their way."""
+    """Encode a table as the value of a history row. This copies its files to the run folder and starts their upload."""
     from wandb.sdk.data_types.utils import val_to_json
 
     return val_to_json(run, name, table, namespace=step)
 
 
 def files_of_samples(run_dir: Path) -> list[str]:
-    """The pictures that the tables show, relative to the run's folder, each once."""
+    """List the image files of the tables, relative to the run folder, without duplicates."""
     rows = [row for phase in ("before", "after") for row in read_samples(run_dir, phase)]
     return list(dict.fromkeys(path for row in rows for path in _shown(row)[:MOST_PICTURES]))
 
 
 def _shown(row: dict[str, Any]) -> list[str]:
-    """Where there are boxes, the picture without them: W&B draws them itself, to be switched."""
+    """Return the image paths of a sample. If it has boxes, use the image without them: W&B draws boxes that can be switched off."""
     return [row["plain"]] if row.get("plain") else list(row["images"])
 
 
 def _pictures(run_dir: Path, row: dict[str, Any], number: int) -> list[Any]:
-    """One cell per column."""
+    """Make the image cells of one row, one for each image column."""
     import wandb
 
     found = [str(run_dir / path) if (run_dir / path).is_file() else None for path in _shown(row)[:number]]
@@ -60,10 +60,10 @@ def _pictures(run_dir: Path, row: dict[str, Any], number: int) -> list[Any]:
 
 
 def boxes_of(boxes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Box overlays as `wandb.Image` takes them, a layer for each of asked, reference and prediction.
+    """Build the box overlays of a `wandb.Image`, one layer each for asked, reference and prediction.
 
     Args:
-        boxes: rows of `layer`, `label` and `box`, (x1, y1, x2, y2) as shares of the picture's sides.
+        boxes: rows of `layer`, `label` and `box`, (x1, y1, x2, y2) as fractions of the image's sides.
     """
     labels = {label: number for number, label in enumerate(dict.fromkeys(box["label"] or "text" for box in boxes))}
     layers: dict[str, Any] = {}

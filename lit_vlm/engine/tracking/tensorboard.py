@@ -1,4 +1,4 @@
-"""TensorBoard's files, in `tensorboard/` of the run's folder. A run that goes on appends to them, and no step is there twice."""
+"""TensorBoard logger, in `tensorboard/` of the run folder. A resumed run appends to its files, without duplicate steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FOLDER = "tensorboard"
 
 
 def make_tensorboard(run_dir: Path) -> Logger:
-    """Lightning's logger, which continues a table of rows.
+    """Make Lightning's TensorBoard logger, extended by `replay` for resumed runs.
 
     Raises:
         UserError: the package is not installed.
@@ -28,15 +28,15 @@ def make_tensorboard(run_dir: Path) -> Logger:
 
     class Continued(TensorBoardLogger):
         def replay(self, rows: list[dict[str, Any]]) -> None:
-            """What is after the last kept step is logged again, so a reader is told to forget it (`purge_step`)."""
+            """Mark all events after the last kept step as purged (`purge_step`), because they are logged again."""
             steps = [int(row["step"]) for row in rows]
             if not steps:
-                for file in Path(self.log_dir).glob("events.out.tfevents.*"):  # of a run that was here
+                for file in Path(self.log_dir).glob("events.out.tfevents.*"):  # of an earlier run in this folder
                     file.unlink()
                 return
             self._kwargs["purge_step"] = max(steps)
             for row in rows:
-                if int(row["step"]) == max(steps):  # another half of this step may come
+                if int(row["step"]) == max(steps):  # more values of this step may follow
                     self.log_metrics({key: value for key, value in row.items() if key != "step"}, step=max(steps))
 
     return Continued(save_dir=run_dir, name="", version=FOLDER)

@@ -1,4 +1,4 @@
-"""The trackers of a run from its first start in this process to its end, whichever way it ends."""
+"""Lifecycle of a run's loggers, from its first start in this process to its end, also after an error."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from lit_vlm.types import UserError
 
 
 class Tracking:
-    """A context around all starts of a run in one process: `loggers` for each, and one end.
+    """Context manager around all starts of a run in one process. It makes the loggers of each start and closes them once.
 
     Args:
-        logger: the settings.
-        run_dir: the run's folder.
-        experiment: of the command line, for the name of its group.
-        say: takes what the user should know.
-        patience: of `WandbRun`.
+        logger: the logger settings.
+        run_dir: the run folder.
+        experiment: name of the experiment on the command line, for the name of the W&B group.
+        say: called with each message for the user.
+        timeout_seconds: see `WandbRun`.
     """
 
     def __init__(
@@ -48,10 +48,10 @@ class Tracking:
         self._folder: RunFolder | None = None
 
     def check(self, folder: RunFolder) -> None:
-        """Before anything is built.
+        """Check the loggers before anything is built.
 
         Raises:
-            UserError: no login, one that the server refuses, a package that is missing, other values than the sweep's.
+            UserError: no login, a refused login, a missing package, or values other than those of the sweep.
         """
         if not is_rank_zero():
             return
@@ -62,29 +62,29 @@ class Tracking:
             self.wandb.log_in(begun_before=folder.goes_on)
 
     def loggers(self) -> list[Logger]:
-        """Of one start: the table first, which tells the others what of it counts."""
+        """Make the loggers of one start. The CSV logger comes first: the others replay the rows that it keeps."""
         table: list[Logger] = [MetricsCsv(self.run_dir)]
         table += [make_tensorboard(self.run_dir)] if self.logger.tensorboard else []
         return table + ([self.wandb] if self.wandb is not None else [])
 
     def known(self, folder: RunFolder) -> dict[str, Any]:
-        """What the manifest keeps for the trackers."""
+        """Return the tracking entry for the manifest."""
         tracking = folder.manifest["tracking"]
         if self.wandb is None:
             return tracking
         return tracking | {"wandb": facts.known_run(folder, self.logger, self.experiment)}
 
     def open(self, folder: RunFolder) -> None:
-        """Once the manifest says what will be run."""
+        """Open the W&B run, once the manifest is complete."""
         self._folder = folder
         if self.wandb is not None:
             self._note(folder, **self.wandb.open(folder, folder.manifest["tracking"]["wandb"]))
 
     def require_metric(self, figures: dict[str, Any]) -> None:
-        """`logger.metric` was logged, or is among the figures.
+        """Require that `logger.metric` was logged or is among the figures.
 
         Raises:
-            UserError: naming what was logged that comes nearest.
+            UserError: names the nearest metric that was logged.
         """
         if self.logger.metric and is_rank_zero():
             require_logged(
@@ -92,16 +92,16 @@ class Tracking:
             )
 
     def finish(self, folder: RunFolder) -> None:
-        """The run is done, and its manifest says so."""
+        """Upload the results and close the W&B run of a finished run, after its manifest was updated."""
         if self.wandb is None:
             return
         if not self.wandb.offline:
-            self._note(folder, behind=True)  # until the server has all of it
+            self._note(folder, behind=True)  # until the server has everything
         names = self.wandb.close("finished", facts.summary_of(folder.manifest, "finished"), uploads=True)
         self._note(folder, behind=self.wandb.behind, **({"artifacts": names} if names else {}))
 
     def catch_up(self, folder: RunFolder) -> None:
-        """Send what the server lacks of a run that is finished."""
+        """Send the rows and files of a finished run that the server lacks."""
         known = (folder.manifest.get("tracking") or {}).get("wandb") or {}
         if self.wandb is None or not known.get("behind"):
             return
@@ -110,7 +110,7 @@ class Tracking:
             self.send_whole(folder, finished=True)
 
     def send_whole(self, folder: RunFolder, *, finished: bool) -> None:
-        """Send what the server lacks of a run that no process trains, from its files."""
+        """Send everything that the server lacks of a run that is not training, from the files of its run folder."""
         assert self.wandb is not None
         self.open(folder)
         self.wandb.replay_whole()
@@ -119,13 +119,13 @@ class Tracking:
             return
         status = "stopped early" if folder.manifest.get("status") == "stopped" else "preempted"
         self.wandb.close(status, facts.summary_of(folder.manifest, status))
-        self._note(folder, behind=True)  # its end is still to come
+        self._note(folder, behind=True)  # the run has not finished yet
 
     def _note(self, folder: RunFolder, **known: Any) -> None:
         tracking = folder.manifest["tracking"]
         folder.update(tracking=tracking | {"wandb": tracking["wandb"] | known})
 
-    # ---- a run that does not come to its end
+    # ---- a run that ends with an error or a signal
 
     def __enter__(self) -> Tracking:
         if (signals := current()) is not None:
@@ -144,7 +144,7 @@ class Tracking:
             raise SystemExit(code) from error
 
     def _exit_status(self, error: BaseException) -> Any:
-        """End the run of W&B; returns the status that the process is to end with, which inside an agent W&B decides."""
+        """Close the W&B run. Returns the exit code of the process; inside a sweep agent W&B decides it."""
         code = getattr(error, "code", None)
         if self.wandb is None or self._folder is None:
             return code
@@ -152,8 +152,11 @@ class Tracking:
         return ended if code in (RESTART, TERMINATED) and in_sweep() else code
 
     def leave(self, error: BaseException) -> str:
-        """Say how the run ended, and end its run of W&B. Where ranks leave together the others wait for this: the first that
-        is gone ends a step of Slurm, and the client with it."""
+        """Close the W&B run with the status that belongs to an error. Returns the status.
+
+        In a coordinated exit the other ranks wait for this: the first rank that ends also ends the Slurm step, and the
+        client with it.
+        """
         status = self._status(error)
         if self.wandb is None or self._folder is None:
             return status
@@ -166,8 +169,11 @@ class Tracking:
         return status
 
     def _status(self, error: BaseException) -> str:
-        """How a run ended. Inside an agent a signal is the sweep's wish, or the end of the agent itself: then another agent
-        gets the run. Where a step was under way, the ranks have asked already (`callbacks/preemption.py`)."""
+        """Return how a run ended: a key of `EXIT_CODES`.
+
+        Inside a sweep agent a signal means that the sweep stops the run, or that the agent itself ends; then another agent
+        gets the run. After a signal during a step the ranks have asked the server already (`callbacks/preemption.py`).
+        """
         if isinstance(error, StoppedEarly):
             return "stopped early"
         if isinstance(error, KeyboardInterrupt) or getattr(error, "code", None) == INTERRUPTED:
@@ -179,7 +185,11 @@ class Tracking:
 
 
 def require_logged(metric: str, names: set[str]) -> None:
-    """UserError when a metric is none of these, with the nearest of them."""
+    """Require that a metric is one of the logged names.
+
+    Raises:
+        UserError: suggests the nearest name.
+    """
     if metric in names:
         return
     found = did_you_mean(nearest(metric, sorted(names)))

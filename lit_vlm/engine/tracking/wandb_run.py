@@ -1,11 +1,12 @@
-"""A run of Weights & Biases: one for each run folder, whatever becomes of the process.
+"""Weights & Biases logger with one W&B run for each run folder, also across restarts.
 
-Training does not depend on it. Its client is waited for at the start and at the end, each for a bounded time; between them
-it only takes rows, in a thread of ours, which its own process writes to the disk and sends when the server answers. What fails is said once.
+Training does not depend on W&B. The run waits for the client at the start and at the end only, each time with a timeout.
+In between a background thread passes rows to the client; the client's own process writes them to disk and sends them when
+the server answers. Each failure is reported once.
 
-What the server lacks is sent from the run's own files, `metrics.csv` and `samples.jsonl`, by the next start that reaches it,
-by the same command where the run is finished, and by task=sync. The client's own `wandb sync` adds to what the server has,
-row for row; so where a part arrived, nothing is written offline.
+Rows that the server lacks are sent from the run's own files, `metrics.csv` and `samples.jsonl`: by the next start that
+reaches the server, by the same command if the run is finished, and by task=sync. The client's own `wandb sync` appends all
+of its rows to those of the server. So once the server has a part of the run, nothing is written offline.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from lit_vlm.engine.tracking.tables import read_samples, table_of, written
 from lit_vlm.secrets import redacted_text
 from lit_vlm.types import UserError
 
-GRACE_SECONDS = 10  # for the client itself, beyond the time that it was given
+GRACE_SECONDS = 10  # for the client itself, on top of its own timeout
 EXIT_CODES = {
     "finished": 0,
     "stopped early": 0,
@@ -42,19 +43,20 @@ EXIT_CODES = {
 
 
 class WandbRun(Logger):
-    """Logs to W&B from rank 0. Rows go by optimizer step; those that the server has are left out.
+    """Logger that sends rows to W&B from rank 0, one row for each optimizer step. Steps that the server has are skipped.
 
-    It outlives a start that is given up within the process: the next one goes on with the same object.
+    The object survives a restart within the process: the next start uses the same object.
 
     Attributes:
-        offline: nothing is sent by this process.
-        behind: the server lacks something that it should have.
+        offline: this process sends nothing.
+        behind: the server lacks rows or files of this run.
+        stop_requested: the server requests that the run stops.
 
     Args:
-        logger: the settings.
-        run_dir: the run's folder; the client writes to `wandb/` in it.
-        say: takes what the user should know.
-        patience: seconds that the client is given to take rows and to send them; None: as training waits for it.
+        logger: the logger settings.
+        run_dir: the run folder; the client writes to `wandb/` in it.
+        say: called with each message for the user.
+        timeout_seconds: timeout of the client for accepting and for sending rows; None: the timeouts of a training run.
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class WandbRun(Logger):
         self._run: Any = None
         self._history = History(self._send)
         self._sender = Sender(self._lose)
-        self._late: dict[str, Any] = {}  # tables that were not ready for their own row
+        self._late: dict[str, Any] = {}  # tables that were not ready in time for their own row
 
     @property
     def name(self) -> str:
@@ -84,36 +86,39 @@ class WandbRun(Logger):
 
     @property
     def experiment(self) -> Any:
-        """The client's own run; None before `open`, on other ranks, and when the client gave up."""
+        """The client's own run; None before `open`, on other ranks, and after a failure of the client."""
         return self._run
 
     # ---- the start
 
     def log_in(self, *, begun_before: bool) -> None:
-        """Before anything is built: is there a login, and does the server take it?
+        """Verify the login, before anything is built.
+
+        Args:
+            has_earlier_run: there is a run to resume; then a refused login only switches to offline.
 
         Raises:
-            UserError: no login; or, where nothing was begun that could go on, one that the server refuses.
+            UserError: no login; or a refused login, if there is no run to resume.
         """
         if self.offline or self._run is not None:
             return
         try:
-            trouble = connection.log_in()
+            problem = connection.log_in()
         except Refused as error:
             if not begun_before:
                 raise UserError(
                     f"logger.wandb=true: Weights & Biases refuses the login: {error}. Log in anew with `wandb login --relogin`,"
                     " set another WANDB_API_KEY, or set logger.offline=true."
                 ) from None
-            trouble = f"it refuses the login ({error})"
-        if trouble:
-            self._go_offline(trouble)
+            problem = f"it refuses the login ({error})"
+        if problem:
+            self._go_offline(problem)
 
     def open(self, folder: RunFolder, known: dict[str, Any]) -> dict[str, Any]:
-        """Begin the run of W&B, or continue it. Returns what the manifest is to keep of it.
+        """Start the W&B run or resume it. Returns its new entry for the manifest.
 
         Args:
-            known: what the manifest kept of it, with `id` and `group`.
+            run_record: its entry in the manifest, with `id` and `group`.
         """
         if self._run is None:
             self._begin(folder, known)
@@ -124,7 +129,7 @@ class WandbRun(Logger):
 
     def _begin(self, folder: RunFolder, known: dict[str, Any]) -> None:
         manifest = folder.manifest
-        about = {"name": manifest["name"], "group": known["group"], "job_type": manifest["stage"]}
+        init_kwargs = {"name": manifest["name"], "group": known["group"], "job_type": manifest["stage"]}
         if self.offline and (known.get("online") or connection.was_synced(self.run_dir)):
             self.behind = True
             self.say(
@@ -132,13 +137,13 @@ class WandbRun(Logger):
                 " command sends what is missing, once the server can be reached."
             )
             return
-        # a plain function: the client copies its settings deeply, and a method would bring this object along
-        place = self.logger, self.run_dir, known, lambda: self._asked_to_stop()
+        # a lambda: the client deep-copies its settings, and a bound method would copy this object, too
+        init_args = self.logger, self.run_dir, known, lambda: self._asked_to_stop()
         try:
             config = facts.config_of(folder)
-            about |= {"config": config, "finish_seconds": self.patience}
-            self._run = connection.begin(*place, offline=self.offline, **about)
-        except Exception as error:  # the client's errors are of many kinds, and none of them is worth the run
+            init_kwargs |= {"config": config, "finish_seconds": self.patience}
+            self._run = connection.begin(*init_args, offline=self.offline, **init_kwargs)
+        except Exception as error:  # the client raises many kinds of errors, and none of them may stop the training
             if self.offline:
                 self._lose(error)
                 return
@@ -170,17 +175,21 @@ class WandbRun(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """The run's config was sent at its start."""
+        """Do nothing: the config was sent at the start of the run."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Add metrics to the row of a step, counted from 0; the row is sent when the next step begins."""
         values = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
         self._history.add(self._history.first if step is None else step, values)
 
     @rank_zero_only
     def log_samples(self, phase: str, rows: list[dict[str, Any]], step: int) -> None:
-        """A table of held-out samples, as `samples.jsonl` has them. Of all that is logged, for a table alone the client asks
-        the server something first: it is waited for, no longer than at the start, and else joins a later row."""
+        """Log a table of held-out samples, with the rows of `samples.jsonl`.
+
+        Only for a table does the client send a request to the server first. This waits for it, at most as long as at the
+        start; a table that is not ready by then joins a later row.
+        """
         run, name = self._run, f"samples/{phase}"
         if run is None or not rows or step < self._history.first:
             return
@@ -199,7 +208,7 @@ class WandbRun(Logger):
 
     @rank_zero_only
     def replay(self, rows: list[dict[str, Any]]) -> None:
-        """Begin with the rows that an earlier start logged and that count; what the server has of them is left out."""
+        """Log the kept rows of an earlier start again, after a resume; steps that the server has are skipped."""
         self._history.forget()
         if rows:
             self.log_samples("before", read_samples(self.run_dir, "before"), step=0)
@@ -207,7 +216,7 @@ class WandbRun(Logger):
             self.log_metrics({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
 
     def replay_whole(self) -> None:
-        """All rows of a finished run, from its files."""
+        """Log all rows of a finished run again, from its files."""
         rows = MetricsCsv(self.run_dir).rows()
         self.replay(rows)
         last = max((int(row["step"]) for row in rows), default=0)
@@ -221,25 +230,25 @@ class WandbRun(Logger):
     # ---- the end
 
     def _asked_to_stop(self) -> None:
-        """Called by a thread of the client's: a sweep, or a person at the web page, wants no more of this run."""
+        """Handle a stop request, from a sweep or from the web page. The client calls this in a thread of its own."""
         self.stop_asked = True
         if (signals := current()) is not None:
             signals.tell(Ask.stop)
 
     def is_asked_to_stop(self) -> bool:
-        """Whether the server wants the run to stop; asks it. For the first rank, where a signal does not say who sent it."""
+        """Ask the server whether it requests a stop. Rank 0 uses this after a signal, because a signal does not name its sender."""
         if self._run is not None and not self.offline and not self.stop_asked:
             run = self._run
             self.stop_asked = connection.is_asked_to_stop(run.entity, run.project, run.id)
         return self.stop_asked
 
     def close(self, status: str, summary: dict[str, Any], *, uploads: bool = False) -> dict[str, str]:
-        """End the run of W&B, in bounded time. Returns the names of the artifacts that were handed over.
+        """Close the W&B run, with timeouts. Returns the names of the uploaded artifacts.
 
         Args:
-            status: of `EXIT_CODES`.
-            summary: fields that the run is found and compared by.
-            uploads: hand over what `logger.artifacts` asks for.
+            status: a key of `EXIT_CODES`.
+            summary: fields for search and comparison of runs.
+            upload: upload the artifacts that `logger.artifacts` lists.
         """
         if self._run is None:
             return {}
@@ -274,7 +283,7 @@ class WandbRun(Logger):
             return
         try:
             call()
-        except Exception as error:  # a client that broke is no reason to lose the training
+        except Exception as error:  # a failure of the client must not stop the training
             self._lose(error)
 
     def _lose(self, error: Exception) -> None:
@@ -284,7 +293,7 @@ class WandbRun(Logger):
             " command sends what is missing."
         )
         if run is not None:
-            with suppress(Exception):  # it is lost already
+            with suppress(Exception):  # the client has failed already
                 within(GRACE_SECONDS, lambda: run.finish(exit_code=1))
 
 
