@@ -1,6 +1,7 @@
-"""A sweep's two drawings as SVG: parallel coordinates, and the metric trial by trial.
+"""Charts of a sweep as SVG: parallel coordinates, and the metric of each trial.
 
-Colours come from the page's style sheet, so that they follow its light and dark; a line says by `--rank` how good it is.
+Colours come from the report's style sheet, so they follow its light and dark mode. The CSS variable `--rank` of a line holds the
+relative rank of its trial in percent.
 """
 
 from __future__ import annotations
@@ -21,27 +22,34 @@ from lit_vlm.sweep.records import TrialRecord, best_of, varied
 WIDTH, HEIGHT = 1040, 380
 LEFT, RIGHT, TOP, BOTTOM = 92, 46, 58, 18
 FAR = 5.0
-LOG_SPAN = 30  # values whose largest is so many times the smallest stand on a logarithmic axis
-MOST_LETTERS = 16  # of a category or of a name above its axis
-SECOND = (480, 250, 44, 14, 12, 36)  # width, height and margins of the metric's drawing
+LOG_SPAN = 30  # from this ratio of the largest to the smallest value on, the axis is logarithmic
+MOST_LETTERS = 16  # of a category, or of a name above its axis
+SECOND = (480, 250, 44, 14, 12, 36)  # width, height and margins (left, right, top, bottom) of the metric's chart
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One upright line: where each value stands on it, and the marks beside it."""
+    """Vertical axis of the parallel coordinates: position of each value, and the ticks.
+
+    Attributes:
+        scale: of numbers; None: the axis has categories.
+        categories: from the bottom to the top.
+    """
 
     key: str
     x: float
-    scale: Scale | None  # of numbers
-    names: tuple[str, ...] = ()  # of categories, from the bottom
+    scale: Scale | None
+    names: tuple[str, ...] = ()
     log: bool = False
 
     def place(self, value: Any) -> float:
+        """Return the y position of a value, in SVG units."""
         if self.scale is not None:
             return self.scale(float(value))
         return self._row(self.names.index(name_of(value)))
 
     def marks(self) -> list[tuple[float, str]]:
+        """List the ticks: y position and label."""
         if self.scale is None:
             return [(self._row(row), short_name(name)) for row, name in enumerate(self.names)]
         low, high = self.scale.low, self.scale.high
@@ -56,8 +64,10 @@ class Axis:
 
 
 def parallel_coordinates(records: Sequence[TrialRecord], sweep: SweepFile) -> str:
-    """An <svg>: an axis for each parameter that varied and one for the metric, its better end on top; a line for each trial.
-    "" where nothing varied."""
+    """Draw parallel coordinates as <svg>: one axis for each varying parameter and one for the metric, one line for each trial.
+
+    The better end of the metric is on top. Returns "" if no parameter varied.
+    """
     keys = [key for key in varied(records) if all(key in record.parameters for record in records)]
     valued = [record for record in records if _is_drawn(record)]
     if not keys or not valued:
@@ -76,7 +86,7 @@ def parallel_coordinates(records: Sequence[TrialRecord], sweep: SweepFile) -> st
 
 
 def metric_by_trial(records: Sequence[TrialRecord], goal: Goal, name: str) -> str:
-    """An <svg>: each trial's value in the order of their numbers, and the best one so far. "" without values."""
+    """Draw the metric of each trial in the order of their numbers as <svg>, with the best value so far. "" without values."""
     valued = [record for record in records if _is_drawn(record)]
     if not valued:
         return ""
@@ -111,7 +121,7 @@ def metric_by_trial(records: Sequence[TrialRecord], goal: Goal, name: str) -> st
 
 
 def goodness(records: Sequence[TrialRecord], goal: Goal) -> dict[int, float]:
-    """Of each trial's number: 0 for the worst value and 1 for the best, by rank."""
+    """Compute relative ranks by trial number: 0 for the worst value, 1 for the best."""
     sign = -1 if goal is Goal.minimize else 1
     ranks = ranked([sign * record.value for record in records])
     most = max(1, len(records) - 1)
@@ -119,8 +129,11 @@ def goodness(records: Sequence[TrialRecord], goal: Goal) -> dict[int, float]:
 
 
 def shown_range(values: Sequence[float], goal: Goal) -> tuple[float, float]:
-    """Ends of the metric's axis. Values far worse than the middle one (`FAR` times as far from it as the best) stand at
-    its end: one trial that diverged would press all others together."""
+    """Compute the ends of the metric's axis.
+
+    Values far worse than the median (`OUTLIER_FACTOR` times as far from it as the best) are drawn at the end of the axis.
+    Otherwise one diverged trial would squeeze all other trials together.
+    """
     low, high, middle = min(values), max(values), statistics.median(values)
     if goal is Goal.minimize:
         return low, min(high, middle + FAR * (middle - low)) if middle > low else high
@@ -128,11 +141,12 @@ def shown_range(values: Sequence[float], goal: Goal) -> tuple[float, float]:
 
 
 def name_of(value: Any) -> str:
-    """A value as a category: as it is written on the command line, text without quotes."""
+    """Format a value as a category: as on the command line, but text without quotes."""
     return value if isinstance(value, str) else quote(value)
 
 
 def short_name(text: str) -> str:
+    """Clip a label to `MAX_LABEL_LETTERS` letters."""
     return text if len(text) <= MOST_LETTERS else f"{text[: MOST_LETTERS - 1]}…"
 
 
@@ -145,7 +159,7 @@ def _is_log(values: Sequence[float]) -> bool:
 
 
 def _widened(values: Sequence[float], log: bool = False) -> tuple[float, float]:
-    """Ends of an axis: those of the values; around a single one, some room."""
+    """Return the ends of an axis with some padding; a single value gets padding on both sides."""
     low, high = float(min(values)), float(max(values))
     if low < high:
         room = 0.0 if log else 0.04 * (high - low)
@@ -177,7 +191,7 @@ def _metric_axis(values: list[float], goal: Goal, sweep: SweepFile) -> Axis:
 
 
 def _line(record: TrialRecord, axes: list[Axis], last: Axis, share: float | None, best: bool) -> str:
-    """A trial without a value ends at its last parameter."""
+    """Draw the line of a trial. Without a value it ends at its last parameter."""
     points = [(axis.x, axis.place(record.parameters[axis.key])) for axis in axes]
     if share is not None:
         points.append((last.x, last.place(record.value)))
@@ -210,7 +224,7 @@ def _level(y: float, text: str, left: float, right: float) -> str:
 
 
 def _best_so_far(records: Sequence[TrialRecord], goal: Goal, x: Scale, y: Scale) -> str:
-    """Steps through the finished trials."""
+    """Compute the points of the best value so far, as steps over the finished trials."""
     points: list[str] = []
     best: float | None = None
     for record in records:

@@ -1,4 +1,4 @@
-"""What would make a sweep's trials fail, found before the first one: keys, values and metric against the schema."""
+"""Validation of a sweep before its first trial: keys, values and metric against the schema."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ LOSSES = ("train/loss", "val/loss", *(f"val/loss_{group}" for group in GROUPS))
 REWARDS = tuple(f"rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected"))
 SCORES = tuple(f"score/{kind.value}_{language}" for kind in Kind for language in ("ko", "en"))
 RATES = tuple(f"throughput/{name}" for name in ("tokens_per_second", "samples_per_second", "data_wait"))
-FAMILIES = ("train/rewards/", "val/rewards/", "throughput/")  # with more members than are listed here
+FAMILIES = ("train/rewards/", "val/rewards/", "throughput/")  # families with more members than are listed here
 
 
 def mistakes_in_sweep(sweep: SweepFile, overrides: list[str]) -> list[str]:
-    """Every mistake in the file's keys, values and metric; every value is composed as a trial's would be.
+    """Find all errors in the file's keys, values and metric. Every value is composed as in a trial.
 
     Args:
-        overrides: what the command line gives to every trial.
+        overrides: of the command line, for every trial.
+
+    Returns:
+        The error messages; [] for a valid sweep.
     """
     try:
         given = read_arguments(overrides)
@@ -46,6 +49,7 @@ def mistakes_in_sweep(sweep: SweepFile, overrides: list[str]) -> list[str]:
 
 
 def _keys(sweep: SweepFile, given: list[str]) -> Iterator[str]:
+    """Find keys that a trial may not vary, and keys that the command line sets as well."""
     for key in sweep.parameters:
         if key.lstrip("+~").partition(".")[0] in EACH_TRIALS_OWN:
             yield f"parameters.{key}: is not a trial's to vary; each trial gets a folder of its own and trains one stage."
@@ -58,7 +62,11 @@ def _keys(sweep: SweepFile, given: list[str]) -> Iterator[str]:
 
 
 def _values(sweep: SweepFile, given: list[str]) -> tuple[set[str], list[str]]:
-    """Keys that no trial can be started with, and what is wrong with keys, choices and types, each value by itself."""
+    """Find errors of keys, choices and types; each value is checked alone.
+
+    Returns:
+        The keys that no trial can use, and the error messages.
+    """
     words = trial_words(sweep, sweep.fixed, given)
     known = {word: key_of(word) for word in words}
     for one in sweep.swept.values():
@@ -73,25 +81,29 @@ def _values(sweep: SweepFile, given: list[str]) -> tuple[set[str], list[str]]:
 
 
 def _once_per_key(wrong: list[str]) -> list[str]:
-    """A range of the wrong type is wrong at both ends; once is enough."""
+    """Drop repeated errors: a range of the wrong type gives the same error at both ends."""
     return list({mistake.partition(", found ")[0]: mistake for mistake in reversed(wrong)}.values())[::-1]
 
 
 def _wrong(words: list[str]) -> dict[str, list[str]]:
+    """Find the errors of each override: override -> error messages."""
     return wrong_words(with_implied(words))
 
 
 def _whole(one: Parameter | None, mistake: str) -> str:
+    """Return a hint for a range that must hold whole numbers; "" for other errors."""
     if one is None or not one.is_range or "a whole number" not in mistake:
         return ""
     return " Give the range whole ends (distribution: int_uniform), or q_uniform with a whole q."
 
 
 def _trials(sweep: SweepFile, given: list[str], bad: set[str], runs: list[Run]) -> Iterator[str]:
-    """Contradictions between settings, in trials that have each value once. The runs that are sound are added to `runs`."""
+    """Find contradictions between settings, in trials that use each value once. The valid runs are appended to `runs`."""
     columns = {key: one.samples() for key, one in sweep.swept.items() if key not in bad}
     num_rows = max((len(values) for values in columns.values()), default=1)
-    found: dict[str, list[tuple[str, dict[str, Any]]]] = {}  # by what is said, whatever value was found
+    found: dict[
+        str, list[tuple[str, dict[str, Any]]]
+    ] = {}  # error message without its value -> (message, values of the trial)
     for row in range(num_rows):
         values = {key: column[row % len(column)] for key, column in columns.items()}
         words = [word for word in trial_words(sweep, {**sweep.fixed, **values}, given) if key_of(word) not in bad]
@@ -99,7 +111,7 @@ def _trials(sweep: SweepFile, given: list[str], bad: set[str], runs: list[Run]) 
             runs.append(parse([*words, "run_name=trial"]))
         except ConfigError as error:
             for mistake in error.mistakes:
-                if not (bad and "is not set" in mistake):  # it may be what a wrong word meant
+                if not (bad and "is not set" in mistake):  # a wrong override may have meant this setting
                     found.setdefault(mistake.partition(", found ")[0], []).append((mistake, values))
     for rows in found.values():
         mistake, values = rows[0]
@@ -112,7 +124,7 @@ def _trials(sweep: SweepFile, given: list[str], bad: set[str], runs: list[Run]) 
 
 
 def _metric(sweep: SweepFile, config: RunConfig | None) -> Iterator[str]:
-    """A metric that no run of this stage logs, or too seldom for the trials to be compared early."""
+    """Find errors of the objective: no run of this stage logs the metric, or too rarely for early stopping."""
     if sweep.metric is None:
         return
     name = sweep.metric.name
@@ -134,6 +146,11 @@ def _metric(sweep: SweepFile, config: RunConfig | None) -> Iterator[str]:
 
 
 def _too_seldom(name: str, first: int, config: RunConfig) -> Iterator[str]:
+    """Find reasons why early stopping would never compare the trials.
+
+    Args:
+        min_values: number of logged values before the first comparison.
+    """
     if name.startswith("score/"):
         yield f"early_terminate: {name} is logged once, at the end, so nothing can be stopped early by it; take val/loss."
         return
@@ -150,6 +167,6 @@ def _too_seldom(name: str, first: int, config: RunConfig) -> Iterator[str]:
 
 
 def metric_names() -> list[str]:
-    """What runs log; of rewards and rates the ones that are asked for most."""
+    """List the metrics that runs log; of rewards and throughput only the most common ones."""
     rewards = [f"{split}/{name}" for split in ("train", "val") for name in REWARDS]
     return [*LOSSES, *rewards, *SCORES, *RATES]

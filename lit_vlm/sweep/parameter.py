@@ -1,4 +1,4 @@
-"""One parameter of a sweep: its distribution by W&B's names, its values, and the points that a grid takes of it."""
+"""Parameter of a search space: its distribution by W&B's names, its values, and its grid points."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from lit_vlm.config.settings import did_you_mean, nearest
 
 RANGE, BELL, BETA = ("min", "max"), ("mu", "sigma"), ("a", "b")
-# Distribution -> keys that it needs. A q before the name rounds to multiples of q; log_ takes exponents of e,
-# log_..._values the values themselves.
+# Distribution -> required keys. The prefix q_ rounds to multiples of q. The ends of log_... are exponents of e; the ends of
+# log_..._values are the values themselves.
 NEEDS: dict[str, tuple[str, ...]] = {
     "constant": ("value",),
     "categorical": ("values",),
@@ -34,21 +34,23 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "q_beta": BETA,
 }
 KEYS = ("value", "values", "probabilities", "distribution", "parameters", *RANGE, "q", *BELL, *BETA)
-TAIL = 0.001  # of a bell: beyond this share on either side nothing is tried
-LARGEST = 700  # exponent of e that is a number still
+TAIL = 0.001  # on either side of a normal or beta distribution; values beyond it are not sampled
+LARGEST = 700  # maximum exponent of e that gives a finite number
 MOST_POINTS = 10_000  # of a range in a grid
-DIGITS = 6  # of a value that is drawn: more would only lengthen the command line
+DIGITS = 6  # of a sampled value; more would only make the command line longer
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """What may be tried for one setting.
+    """Parameter of the search space: the values of one setting.
 
     Attributes:
-        values: those listed; of a constant, the one.
-        min, max: ends of a range, in values (also where the file gives exponents).
-        q: step that values are rounded to; None: none.
-        mu, sigma, a, b: of bells and of the beta distribution.
+        key: dotted key of the setting.
+        values: the listed values; one value for a constant.
+        min, max: ends of a range, as values (also if the file gives exponents).
+        q: values are rounded to multiples of q; None: no rounding.
+        mu, sigma: of a normal distribution.
+        a, b: of a beta distribution.
     """
 
     key: str
@@ -73,12 +75,12 @@ class Parameter:
 
     @property
     def is_range(self) -> bool:
-        """Between `min` and `max`; else listed, or a bell that is drawn by its quantile."""
+        """True if values lie between `min` and `max`; otherwise they are listed, or sampled by a quantile of the distribution."""
         return not self.values and "uniform" in self.distribution
 
     @property
     def points(self) -> tuple[Any, ...] | None:
-        """What a grid takes: all values, in order. None: there is no end to them."""
+        """All values in order, for a grid; None if their number is not finite or above `MAX_GRID_POINTS`."""
         if self.values:
             return self.values
         step = 1.0 if self.distribution == "int_uniform" else self.q if self.distribution == "q_uniform" else None
@@ -90,7 +92,11 @@ class Parameter:
         )
 
     def value(self, raw: float) -> Any:
-        """The value that is tried: of a raw number between `min` and `max`, or of a quantile where there is no range."""
+        """Convert a raw number to a value of the setting.
+
+        Args:
+            raw: a number between `min` and `max`; without a range, a probability from 0 to 1.
+        """
         if self.is_range:
             return self._rounded(min(max(raw, self.min), self.max))
         if self.probabilities:
@@ -98,7 +104,7 @@ class Parameter:
         return self._rounded(self._quantile(raw))
 
     def shown(self) -> str:
-        """The range for a table."""
+        """Format the values or the range for a table."""
         if self.is_fixed:
             return str(self.values[0])
         if self.values:
@@ -110,11 +116,13 @@ class Parameter:
         return f"{self.distribution}, {around}"
 
     def samples(self) -> tuple[Any, ...]:
-        """Values that stand for all of them: the ends, and one between."""
+        """List values that represent all of them: the listed values, or both ends of the range and a value between."""
         if self.values:
             return self.values
         low, high = (self.min, self.max) if self.is_range else (TAIL, 1 - TAIL)
-        middle = math.sqrt(low * high) if self.is_log else low + 0.382 * (high - low)  # rarely a round number
+        middle = (
+            math.sqrt(low * high) if self.is_log else low + 0.382 * (high - low)
+        )  # this point is rarely a round number
         return tuple(dict.fromkeys(self.value(raw) for raw in (low, middle, high)))
 
     def _place(self, quantile: float) -> int:
@@ -127,7 +135,7 @@ class Parameter:
 
     def _quantile(self, raw: float) -> float:
         if "beta" in self.distribution:
-            from scipy.stats import beta  # seconds to import, and seldom asked for
+            from scipy.stats import beta  # the import takes seconds and is rarely needed
 
             return float(beta.ppf(raw, self.a, self.b))
         found = NormalDist(self.mu, self.sigma).inv_cdf(raw)
@@ -144,7 +152,14 @@ class Parameter:
 
 
 def parameters_from(plain: Any, wrong: list[str]) -> dict[str, Parameter]:
-    """By dotted key. What is wrong is added to `wrong`; what is wrong beyond use is left out."""
+    """Parse the `parameters` of a sweep file.
+
+    Args:
+        errors: errors are appended to this list; a parameter with an error is omitted.
+
+    Returns:
+        The parameters by dotted key.
+    """
     if not isinstance(plain, dict) or not plain:
         wrong.append(
             "parameters: is missing or empty; name what is tried, parameters: {stage.learning_rate: {values: [...]}}."
@@ -198,7 +213,7 @@ def _mistakes(entry: dict[str, Any]) -> Iterator[str]:
 
 
 def _distribution(entry: dict[str, Any]) -> str:
-    """As W&B infers it where it is not named."""
+    """Return the distribution; if the file does not name it, infer it as W&B does."""
     if "distribution" in entry:
         return str(entry["distribution"])
     if "value" in entry:
@@ -249,12 +264,12 @@ def _exp(value: float) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of the file is a finite number."""
+    """Return whether a value of the file is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _yaml_hint(value: Any) -> str:
-    """YAML 1.1 wants a point in a number with an exponent, and reads `1e-5` as text."""
+    """Return a hint for a number that YAML reads as text. YAML 1.1 needs a point in a number with an exponent, unlike `1e-5`."""
     try:
         number = float(value) if isinstance(value, str) else None
     except ValueError:

@@ -1,4 +1,4 @@
-"""The comments of a sweep file: why each range is what it is."""
+"""Comments of a sweep file: the reason for each range."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ _COMMENT = re.compile(r"(?:^|\s)#\s?(.*)$")
 
 
 def reasons_in(path: Path) -> dict[str, str]:
-    """By dotted key: the comments above a parameter, behind its name and inside it, as one text. {} of what is no file."""
+    """Read the comments of each parameter (above it, after its name, and inside it) as one text, by dotted key.
+
+    Returns {} if there is no such file.
+    """
     if not path.is_file():
         return {}
     text = path.read_text(encoding="utf-8")
@@ -31,13 +34,13 @@ def _reasons(node: yaml.Node | None, lines: list[str], prefix: str) -> dict[str,
             continue
         first, last = key.start_mark.line, value.end_mark.line
         if isinstance(value, yaml.CollectionNode) and not value.flow_style:
-            last -= 1  # a block ends where the next one begins
+            last -= 1  # the end mark of a block is the first line of the next one
         above = first
         while above and lines[above - 1].strip().startswith("#"):
             above -= 1
         inside = lines[above : last + 1]
         while len(inside) > first - above + 1 and (not inside[-1].strip() or inside[-1].strip().startswith("#")):
-            inside.pop()  # those are the next one's
+            inside.pop()  # these comments belong to the next parameter
         texts = [match[1].strip() for line in inside if (match := _COMMENT.search(line))]
         found[name] = " ".join(texts)
     return found

@@ -1,4 +1,4 @@
-"""A sweep on the terminal: what will be tried, and what came of it."""
+"""Tables of a sweep for the terminal: its search space and its trials."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MOST_ROWS = 20
 
 
 def parameter_table(sweep: SweepFile) -> Table:
-    """Each parameter, what is tried for it, and the file's own comment on why."""
+    """Make the table of parameters: values, and the file's comment as the reason."""
     reasons = reasons_in(Path(sweep.place))
     table = Table(title=f"{sweep.name}: what is tried", title_justify="left")
     for heading in ("parameter", "values", "why"):
@@ -28,7 +28,7 @@ def parameter_table(sweep: SweepFile) -> Table:
 
 
 def trial_table(page: Page) -> Table:
-    """The trials, the best on top, and below what decided."""
+    """Make the table of trials, the best first; the caption holds the parameter importance."""
     table = Table(title=f"{page.sweep.name}: {counts(page)}", title_justify="left", caption_justify="left")
     table.add_column("trial", justify="right")
     table.add_column("state")
@@ -53,6 +53,7 @@ def trial_table(page: Page) -> Table:
 
 
 def _decided(page: Page) -> list[str]:
+    """List the lines below the table: hidden rows, importance of each parameter, best values at the end of a range."""
     hidden = len(page.records) - MOST_ROWS
     lines = [f"and {hidden} more"] if hidden > 0 else []
     lines += [

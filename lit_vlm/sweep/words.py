@@ -1,4 +1,4 @@
-"""From a trial's values to the words of its command line."""
+"""Overrides and command lines of trials, built from their values."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _VARIABLE = re.compile(r"\$\{envvar:(\w+)\}")
 
 
 def trial_words(sweep: SweepFile, parameters: dict[str, Any], given: list[str]) -> list[str]:
-    """Overrides behind `python run.py` for one trial, without its name.
+    """Build the overrides of one trial for `python run.py`, without its run name.
 
-    The words of the file's command come first, then the values, as `${args_json}` would bring them, then what the command
-    line gives to every trial; a later one takes the place of an earlier one of the same key.
+    The order is: overrides of the file's command, the values (as `${args_json}` gives them), overrides of the command line.
+    A later override replaces an earlier one of the same key.
     """
     own = [_VARIABLE.sub(lambda found: os.environ.get(found[1], ""), word) for word in sweep.words]
     together = {key_of(word): word for word in ["task=train", *own, *value_words(parameters), *given]}
@@ -27,17 +27,17 @@ def trial_words(sweep: SweepFile, parameters: dict[str, Any], given: list[str]) 
 
 
 def value_words(parameters: dict[str, Any]) -> list[str]:
-    """Overrides of some values, by the way that `${args_json}` takes."""
+    """Build the overrides of some values in the same way as `${args_json}`."""
     return from_json(json.dumps(parameters, ensure_ascii=False))
 
 
 def command_of(sweep: SweepFile, parameters: dict[str, Any], given: list[str]) -> str:
-    """What to paste into a shell to run a trial's values once more, in a folder of its own, with the model at its end."""
+    """Format the shell command that runs a trial's values again, in its own folder, with the model exported at the end."""
     words = [word for word in trial_words(sweep, parameters, given) if key_of(word) != "export"]
-    named = any(key_of(word) == "experiment" for word in words)  # which implies the task
+    named = any(key_of(word) == "experiment" for word in words)  # an experiment implies the task
     return command_line(word for word in words if not (named and word == "task=train"))
 
 
 def command_line(words: Iterable[str]) -> str:
-    """What to paste into a shell."""
+    """Format overrides as a shell command."""
     return f"python run.py {shlex.join(words)}"

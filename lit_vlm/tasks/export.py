@@ -1,4 +1,4 @@
-"""task=export: the model's folder from a run's checkpoint, as the run itself leaves it at its end. Read top to bottom."""
+"""task=export: exports a run's checkpoint to a model folder, the same that the run writes at its end. Read top to bottom."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ AUTO = "auto"
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A checkpoint that is whole, and what its run was."""
+    """Complete checkpoint, with the settings of its run."""
 
     path: Path
     index: Index
-    config: RunConfig  # what says which model it is, and what of it trained
+    config: RunConfig  # the settings that define the model and its trainable parts
     init_from: str | None
 
 
 def export(run: Run) -> None:
-    """Write `hf/` of a finished run, or `hf-step-N/` of one that is not, from its newest whole checkpoint.
+    """Export the newest complete checkpoint to `hf/` of a finished run, or to `hf-step-N/` of an unfinished one.
 
     The run is the folder at `init_from`, or the one of these settings; `resume_from` names another checkpoint of it.
 
     Raises:
-        UserError: there is no such run or no whole checkpoint; what the model starts from is not what it was.
+        UserError: there is no such run or no complete checkpoint, or the model that the run started from has changed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("task=export is one process. Start it with python run.py, not with torchrun.")
@@ -70,7 +70,7 @@ def export(run: Run) -> None:
 
 
 def find_run(run: Run) -> Path:
-    """Find the run's folder: init_from names it, or its model's; else it is the one of these settings."""
+    """Find the run folder: init_from names it or its model folder; otherwise it is the folder of these settings."""
     given = Path(run.init_from) if run.init_from else None
     folders = [given, given.parent] if given else []
     for folder in (*folders, run.dir):
@@ -86,7 +86,7 @@ def find_run(run: Run) -> Path:
 
 
 def open_state(folder: Path, run: Run) -> State:
-    """Find the checkpoint, and read what its run was."""
+    """Find the checkpoint and read the settings of its run."""
     path, index = find_checkpoint(folder, run.config.resume_from)
     try:
         manifest = read_manifest(folder) or {}
@@ -106,7 +106,7 @@ def open_state(folder: Path, run: Run) -> State:
 
 
 def find_checkpoint(folder: Path, resume_from: str) -> tuple[Path, Index]:
-    """Find the newest checkpoint that is whole, or the one that is named; every byte of it is verified."""
+    """Find the newest complete checkpoint, or the one that `resume_from` names. Every byte of it is verified."""
     checkpoints = Folder(folder / "checkpoints")
     named = resume_from != AUTO
     places = [Path(resume_from).expanduser().resolve()] if named else list(map(checkpoints.of, checkpoints.steps()))
@@ -125,7 +125,7 @@ def find_checkpoint(folder: Path, resume_from: str) -> tuple[Path, Index]:
 
 
 def write_model(state: State, folder: Path, target: Path) -> None:
-    """Build the model as the run did, put the checkpoint's weights into it, and write it."""
+    """Build the model as the run did, load the checkpoint's weights into it, and export it to `target`."""
     config, index = state.config, state.index
     blueprint = draw_up(with_parts(config), state.init_from, config.data.tiling)
     require_same_start(state, blueprint, folder)
@@ -146,7 +146,7 @@ def write_model(state: State, folder: Path, target: Path) -> None:
 
 
 def build_stage(blueprint: Blueprint, config: RunConfig) -> Stage:
-    """Build what trained, without what only training needs: nothing is kept of pictures, and no reference is held."""
+    """Build the stage without what only training needs: no feature cache, and no reference model."""
     stage_config: Any = replace(config.stage, cache_features=False)
     if isinstance(stage_config, DPOStageConfig):
         stage_config = replace(stage_config, reference=None, cache_reference=True)
@@ -156,7 +156,7 @@ def build_stage(blueprint: Blueprint, config: RunConfig) -> Stage:
 
 
 def require_same_start(state: State, blueprint: Blueprint, folder: Path) -> None:
-    """Raise UserError where frozen weights, tokenizer or template are not those that the checkpoint was trained with."""
+    """Raise UserError if frozen weights, tokenizer or chat template are not those that the checkpoint was trained with."""
     day, _ = planned_day(Run(state.config, None, folder.name, folder, [], state.init_from))
     now = {
         "processor": Processor(blueprint.tokenizer, blueprint.images, day=day).digest,

@@ -1,4 +1,4 @@
-"""task=prefer: preference pairs from a finished model's own answers. Read top to bottom."""
+"""task=prefer: generate preference pairs (chosen, rejected) from a model's own answers. Read top to bottom."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ LINE_SECONDS = 30.0
 
 
 def prefer(run: Run) -> None:
-    """Ask the model, grade, choose, write. Interrupted, it goes on where it stopped; finished, it says so.
+    """Generate answers, score them, choose pairs, write the preference pairs.
+
+    An interrupted run resumes where it stopped. A finished run is reported and stays unchanged.
 
     Raises:
-        UserError: a setting that is missing, an output of another question, or not one pair came of it.
+        UserError: a setting is missing, the output was made with other settings, or no pair was found.
     """
     config, output = run.config, Path(run.config.prefer.output)
     require_one_process()
@@ -62,7 +64,7 @@ def prefer(run: Run) -> None:
 
 
 def ask_all(maker: PairMaker, journal: Journal, data: DataModule, waiting: list[int]) -> None:
-    """Each prompt is on the disk before the next ones are asked."""
+    """Generate the pairs of all pending prompts. The result of a prompt is on the disk before the next prompts start."""
     began = told = time.monotonic()
     tokens, tiles = data.most_tokens, data.most_tiles
     try:
@@ -78,12 +80,17 @@ def ask_all(maker: PairMaker, journal: Journal, data: DataModule, waiting: list[
 
 
 def require_one_process() -> None:
+    """Raise UserError under torchrun with several ranks."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("task=prefer is one process on one device. Start it with python run.py, not with torchrun.")
 
 
 def samples_of(run: Run, finished: Finished) -> StageData:
-    """The training samples, indexed for the model that is asked; what a stage holds out is held out here as well."""
+    """Index the training samples as prompts for the model. Samples that a stage holds out are held out here as well.
+
+    Raises:
+        UserError: a source holds preference pairs.
+    """
     data, files = run.config.data, folder_of(Path(run.config.prefer.output))
     own = bool(data.validation.sources)
     validation = replace(data.validation, sources={}, fraction=0.0 if own else data.validation.fraction)
@@ -101,7 +108,7 @@ def samples_of(run: Run, finished: Finished) -> StageData:
 
 
 class Scoring:
-    """What grades the answers; a judge's weights are read when there is something to grade.
+    """Scorer of the answers. The weights of a judge model are read by `load`, when there is an answer to score.
 
     Raises:
         UserError: prefer.judge is neither a model nor a class.
@@ -116,16 +123,18 @@ class Scoring:
         self.caps = (config.data.tokens_per_micro_batch, config.data.tiles_per_micro_batch)
 
     def load(self) -> Scorer:
+        """Return the scorer: exact match, a class of the user, or a judge model with its weights loaded."""
         if self.exact:
             return Exact()
         return self.own or ModelJudge(self.model.load(), self.model.processor, *self.caps)
 
     def identity(self) -> Any:
+        """Return the name of the judge, or the digest of its weights."""
         return self.judge if self.model is None else parent_of(self.judge)["digest"] or self.judge
 
 
 def question_of(run: Run, data: DataModule, scorer: Scoring) -> dict[str, Any]:
-    """All that the pairs hang on. Where files lie and how much is asked at once is no part of it."""
+    """Collect all settings that change the pairs. Paths of files and batch sizes are no part of them."""
     settings = to_plain(asdict(run.config.prefer))
     del settings["output"], settings["judge"]
     return {
@@ -139,10 +148,10 @@ def question_of(run: Run, data: DataModule, scorer: Scoring) -> dict[str, Any]:
 
 
 def show(journal: Journal, rows: list[dict[str, Any]]) -> None:
-    """What became of answers and prompts, and how to train on the pairs.
+    """Show the counts of answers and prompts by result, and the command that trains on the pairs.
 
     Raises:
-        UserError: there are none.
+        UserError: there are no pairs.
     """
     table = Table(title=f"{journal.output.name}: what became of it", title_justify="left")
     for heading in ("of", "what", "count"):

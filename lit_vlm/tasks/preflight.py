@@ -1,7 +1,7 @@
-"""task=preflight: what would be trained on, whether it would run, and what it would take. Read top to bottom.
+"""task=preflight: checks data, settings, memory, time and disk of a run before it starts. Read top to bottom.
 
-Nothing is decoded but the few pictures that are shown, no weight is read, no GPU is needed. A problem does not end the
-look: it becomes a finding, and what does not depend on it is still found out.
+Only the few images that are shown are decoded. No weights are read, and no GPU is needed. A problem does not end the checks:
+it becomes a finding, and all checks that do not depend on it still run.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ from lit_vlm.tasks.terminal import console
 from lit_vlm.tasks.train import make_stage
 from lit_vlm.types import Source, UserError
 
-ROW_BYTES = 110  # of a record in the index, and of its draws in the plan, about
+ROW_BYTES = 110  # approximate size of a record in the index and of its samples in the plan
 
 
 def preflight(run: Run) -> None:
-    """Look, show, and leave `preflight.html` and `preflight.json` in the run's folder.
+    """Collect the facts, show them, and write `preflight.html` and `preflight.json` into the run folder.
 
     Raises:
-        UserError: the run would fail; what and why is shown before.
+        UserError: the run would fail; the findings are shown before.
     """
     require_writable(run.dir)  # the page goes there
     began = time.monotonic()
@@ -72,7 +72,7 @@ def preflight(run: Run) -> None:
 
 
 def collect(run: Run, facts: Facts) -> None:
-    """Data, mixture, plan, model, machine: each step as far as the ones before it came."""
+    """Collect facts about data, mixture, plan, model and machine. Each step uses the results of the earlier steps, if any."""
     config = run.config
     sources, held_out = opened_sources(config, facts)
     data = None
@@ -93,7 +93,7 @@ def collect(run: Run, facts: Facts) -> None:
 
 
 def _start(run: Run, facts: Facts) -> str | None:
-    """The model that the stage starts from; where the stage before has not left it yet, the parts that the settings name."""
+    """Return the model that the stage starts from. None, with a finding, if the previous stage has not written it yet."""
     try:
         require_parent(run.init_from)
     except UserError as error:
@@ -110,7 +110,7 @@ def _start(run: Run, facts: Facts) -> str | None:
 
 
 def _model(run: Run, data: StageData, plan: Plan | None, facts: Facts) -> None:
-    """What trains, and what it takes; the last two need a plan."""
+    """Estimate parameters, disk, strategy, memory and time. Strategy, memory and time need a plan."""
     config, store = run.config, store_of(run.config)
     stage = outline(make_stage(data.blueprint, config), data.blueprint)
     assert stage.model is not None
@@ -132,7 +132,7 @@ def _model(run: Run, data: StageData, plan: Plan | None, facts: Facts) -> None:
 
 
 def _meet_run_folder(run: Run, sources: list[Source], facts: Facts) -> None:
-    """What task=train will say to a folder that is there already."""
+    """Check the run folder as task=train would: an existing folder may hold another run, or a finished one."""
     if len(sources) < len(run.config.data.sources) + len(run.config.data.validation.sources):
         return
     folder = open_run_folder(
@@ -141,7 +141,9 @@ def _meet_run_folder(run: Run, sources: list[Source], facts: Facts) -> None:
         name=run.name,
         overwrite=run.config.overwrite,
         data_digest=digest_of_sources(sources),
-        parent=parent_of(run.init_from) if find_manifest(run.dir) else None,  # else nobody asks, and it takes long
+        parent=parent_of(run.init_from)
+        if find_manifest(run.dir)
+        else None,  # without a manifest it is not compared, and it takes long to compute
     )
     if folder.finished:
         what = f"{run.name} is finished already, in {run.dir}: task=train would leave it as it is."

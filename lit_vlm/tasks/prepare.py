@@ -1,4 +1,4 @@
-"""task=prepare: everything about a stage's data that can be done before a GPU is booked. Read top to bottom."""
+"""task=prepare: all data preparation of a stage that needs no GPU. Read top to bottom."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from lit_vlm.types import counted
 
 
 def prepare(run: Run) -> None:
-    """Index what is new, decode every image once, set aside what cannot be used, build the plan, write mixture.lock.
+    """Index new records, decode every image once, put unusable records into quarantine, build the plan, write mixture.lock.
 
-    Interrupted, it goes on where it stopped; run again, it looks at what changed.
+    After an interruption it resumes where it stopped. A second run looks only at changes.
     """
     config = run.config
     sources, held_out = open_sources(run)
@@ -42,7 +42,7 @@ def prepare(run: Run) -> None:
         with progress_over("decode") as on_progress:
             workers = datamodule.index_workers
             verify([*sources, *held_out], store_of(config), workers=workers, on_progress=on_progress)
-        datamodule.rebuild()  # without the records whose pictures do not decode
+        datamodule.rebuild()  # without the records whose images do not decode
         say(f"every picture decoded in {time.monotonic() - began:.1f} s")
     show_sources(data)
     settle(data)
@@ -59,7 +59,7 @@ def prepare(run: Run) -> None:
 
 
 def show_sources(data: StageData) -> None:
-    """What each source holds, what of it can be used, and why the rest cannot."""
+    """Show a table of the sources: records, usable records, and the faults of the others."""
     index, held_out = data.datamodule.index, data.datamodule.held_out
     assert index is not None and held_out is not None
     parts = [index, held_out] if held_out.sources is index.sources else [index]

@@ -1,5 +1,7 @@
-"""trainer.strategy=auto and stage.activation_checkpointing=auto, before training: the choice that task=preflight makes, by
-the memory of the device that is there."""
+"""Resolves trainer.strategy=auto and stage.activation_checkpointing=auto before training.
+
+The choice is that of task=preflight, with the memory of the device of this machine.
+"""
 
 from __future__ import annotations
 
@@ -22,11 +24,10 @@ GB = 10**9
 
 
 def settle_strategy(data: StageData, make_stage: Callable[[], Stage]) -> RunConfig:
-    """The settings with a strategy and a level of activation checkpointing in place of `auto`. A line of each says which and
-    why.
+    """Return the config with a strategy and an activation checkpointing level in place of `auto`; report each with its reason.
 
     Args:
-        make_stage: gives a stage whose model can be drawn on torch's `meta` device, for its sizes.
+        make_stage: returns a stage whose model can be built on torch's `meta` device; only its sizes are used.
     """
     config = data.run.config
     open_strategy = config.trainer.strategy is Strategy.auto
@@ -57,8 +58,11 @@ def _by_sizes(config: RunConfig, data: StageData, make_stage: Callable[[], Stage
 
 
 def device_here(config: RunConfig) -> Device | None:
-    """The memory that is there, at the speed of `preflight.device`; None on a CPU. In whole GB, for devices of one kind may
-    differ by some MB, and all ranks must come to the same choice (`engine/agreement.py` compares it)."""
+    """Return this machine's device: its own memory, and the speed of `preflight.device`; None on a CPU.
+
+    Memory is rounded down to whole GB: devices of one kind may differ by some MB, and all ranks must make the same choice
+    (`engine/agreement.py` compares it).
+    """
     if config.trainer.accelerator == "cpu" or not torch.cuda.is_available():
         return None
     there = torch.cuda.get_device_properties(0)

@@ -1,4 +1,4 @@
-"""task=sweep: the trials of a sweep file, each an ordinary run in a process of its own. Read top to bottom."""
+"""task=sweep: runs the trials of a sweep file, each as an ordinary run in its own process. Read top to bottom."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ from lit_vlm.tasks.sweep_slurm import queued_workers, submit_workers
 from lit_vlm.tasks.terminal import console, say
 from lit_vlm.types import UserError
 
-COUNT = 20  # trials, where nobody says how many
+COUNT = 20  # if neither the settings nor the file give a number
 JOURNAL, SETTINGS, PAGE = "journal.log", "sweep.json", "sweep.html"
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """What is to be tried, and where."""
+    """Sweep: the file with its search space, the run with its folder, and the overrides of every trial."""
 
     run: Run
     file: SweepFile
-    given: list[str]  # overrides for every trial
+    given: list[str]  # for every trial
 
     @property
     def metric(self) -> str:
@@ -58,22 +58,24 @@ class Sweep:
 
     @property
     def count(self) -> int | None:
-        """Trials altogether; None: as many as the grid has."""
+        """Total number of trials; None: the size of the grid."""
         count = self.run.config.trials.count or self.file.run_cap
         return count if count or self.file.method is Method.grid else COUNT
 
     def words(self, number: int, parameters: dict[str, Any]) -> list[str]:
+        """Build the overrides of a trial, with its run name."""
         return [*trial_words(self.file, parameters, self.given), f"run_name={quote(f'{self.run.name}/{number}')}"]
 
     def search(self, journal: Path | None) -> Search:
+        """Create the search; with a journal file it resumes what the file holds."""
         return Search(self.file, journal, seed=self.run.config.seed, most=self.count)
 
 
 def sweep(run: Run) -> None:
-    """Try values until all trials are told; then the page, and the best command. Started again, it goes on.
+    """Run all trials; then write the report and print the best command. The same command resumes an interrupted sweep.
 
     Raises:
-        UserError: the file has mistakes, the folder holds another sweep, or the first trials all failed.
+        UserError: the file has errors, the folder holds another sweep, or the first trials all failed.
     """
     trials = run.config.trials
     job = read(run)
@@ -91,7 +93,7 @@ def sweep(run: Run) -> None:
 
 
 def read(run: Run) -> Sweep:
-    """The sweep file, held against the schema; every mistake at once."""
+    """Load the sweep file and validate it against the schema; all errors are raised at once."""
     file, wrong = look_at(Path(run.config.sweep).expanduser())
     if held := mistakes_of_secrets(file.plain):
         raise ConfigError([f"{file.place}: {mistake}" for mistake in held])
@@ -107,13 +109,14 @@ def read(run: Run) -> Sweep:
 
 
 def _not_carried(file: SweepFile, experiment: str) -> list[str]:
+    """Find the parameters of the search space that the experiment of trials.carry_to refuses."""
     words = value_words({key: one.samples()[0] for key, one in file.swept.items()})
     found = wrong_words(with_implied([f"experiment={experiment}", *words]))
     return [f"trials.carry_to={experiment}: {mistake}" for mistakes in found.values() for mistake in mistakes]
 
 
 def carry_out(job: Sweep) -> None:
-    """Run trials here until none is left, or until this process is asked to leave."""
+    """Run trials in this process's children until none is left or a stop signal arrives."""
     run, trials = job.run, job.run.config.trials
     in_slurm = trials.worker is not None
     search = job.search(run.dir / JOURNAL)
@@ -141,12 +144,13 @@ def carry_out(job: Sweep) -> None:
 
 
 def _begins(search: Search, known: int) -> str:
+    """Format the first line: a new sweep, or one that resumes after `num_known` trials."""
     most = f"{search.most:,}" if search.most is not None else "all"
     return f"goes on behind {known:,} of {most} trials" if known else f"{most} trials"
 
 
 def make_process(job: Sweep, number: int, parameters: dict[str, Any]) -> TrialProcess:
-    """One process, one per device under torchrun, or in a Slurm job of several nodes a step of it."""
+    """Make the process of a trial: a single process, torchrun with one per device, or a step of a Slurm job of several nodes."""
     words = job.words(number, parameters)
     stage = parse(words)
     in_step = job.run.config.trials.worker is not None and stage.config.trainer.num_nodes > 1
@@ -156,7 +160,15 @@ def make_process(job: Sweep, number: int, parameters: dict[str, Any]) -> TrialPr
 
 
 def places_of(config: RunConfig, parallel: int | None) -> list[Place]:
-    """Devices for each trial that runs at a time; `config` is some trial's. UserError where it needs more than there are."""
+    """Assign a group of devices to each of the trials that run in parallel.
+
+    Args:
+        config: of one trial.
+        parallel: number of trials at a time; None: as many as the devices allow.
+
+    Raises:
+        UserError: a trial needs more devices than this machine has, or several machines.
+    """
     if config.trainer.num_nodes > 1:
         raise UserError(
             f"A trial of {config.trainer.num_nodes} machines (trainer.num_nodes) needs a cluster: trials.slurm=<workers>."
@@ -172,7 +184,7 @@ def places_of(config: RunConfig, parallel: int | None) -> list[Place]:
 
 
 def visible_devices() -> list[str]:
-    """CUDA's, by the names that CUDA_VISIBLE_DEVICES takes."""
+    """List the CUDA devices by the names that CUDA_VISIBLE_DEVICES takes."""
     import torch
 
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -181,13 +193,13 @@ def visible_devices() -> list[str]:
 
 
 def first_words(job: Sweep) -> list[str]:
-    """Of some trial: which devices it needs does not depend on its values."""
+    """Return the overrides of one example trial. The devices that a trial needs do not depend on its values."""
     return job.words(0, {**job.file.fixed, **{key: one.samples()[0] for key, one in job.file.swept.items()}})
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """UserError where another process of this machine runs the sweep of this folder."""
+    """Hold the lock of the sweep's folder. UserError if another process of this machine runs the sweep."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
@@ -204,10 +216,10 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def settle_folder(job: Sweep) -> None:
-    """The folder is this sweep's: new, begun before, or with overwrite=true emptied of another or a finished one.
+    """Prepare the folder: create it, resume the sweep in it, or with overwrite=true delete another or a finished sweep.
 
     Raises:
-        UserError: it holds another sweep, or workers of this one are in Slurm's queue.
+        UserError: the folder holds another sweep, or workers of this one are in the Slurm queue.
     """
     path, folder = job.run.dir / SETTINGS, job.run.dir
     if number := queued_workers(folder):
@@ -229,8 +241,11 @@ def settle_folder(job: Sweep) -> None:
 
 
 def read_settings(path: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
-    """Read the file and the words that a folder's sweep was begun with. Of a damaged file ours stand in, and are said to:
-    they are written anew, and the journal goes on."""
+    """Read the sweep file and the overrides that the folder's sweep was started with; None if there is none.
+
+    If the file is damaged, this is reported and `current` takes its place: it is written again, and the search resumes from
+    its journal.
+    """
     try:
         known = read_json(path, "")
         if known is None or {"file", "overrides"} <= known.keys():
@@ -243,13 +258,13 @@ def read_settings(path: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def is_complete(job: Sweep) -> bool:
-    """Whether all trials of the folder's sweep were told."""
+    """Return whether all trials of the folder's sweep have an outcome."""
     search = job.search(job.run.dir / JOURNAL)
     return not search.unfinished() and len(search.trials()) == search.most
 
 
 def empty(folder: Path) -> None:
-    """Take a sweep's trials and its journal away."""
+    """Delete the trials and the journal of a sweep."""
     for trial in folder.iterdir():
         if trial.is_dir() and trial.name.isdigit():
             shutil.rmtree(trial)
@@ -258,7 +273,7 @@ def empty(folder: Path) -> None:
 
 
 def leave(job: Sweep, asked: list[Ask]) -> None:
-    """The trials have saved and left; say how to go on, and leave as well."""
+    """Stop after the trials have saved: requeue the Slurm job if that was requested, report how to resume, and exit."""
     number = own_job() if job.run.config.trials.worker is not None else None
     if number and Ask.interrupt not in asked:
         again = Ask.requeue in asked or is_preempted(number)
@@ -269,7 +284,7 @@ def leave(job: Sweep, asked: list[Ask]) -> None:
 
 
 def page_of(job: Sweep, search: Search) -> Page:
-    """What the page shows."""
+    """Make the report of the trials so far."""
     records = records_of(search, job.run.dir, job.metric)
     best = best_of(records, job.file.metric.goal)
     return Page(
@@ -282,7 +297,7 @@ def page_of(job: Sweep, search: Search) -> Page:
 
 
 def try_page(job: Sweep, search: Search) -> None:
-    """The page between trials: hours of training do not end because it could not be written."""
+    """Write the report between trials. An error is only reported: it must not end hours of training."""
     try:
         write_sweep_report(job.run.dir / PAGE, page_of(job, search))
     except Exception as error:
@@ -290,14 +305,18 @@ def try_page(job: Sweep, search: Search) -> None:
 
 
 def carried_command(job: Sweep, best: TrialRecord) -> str:
-    """The best values of what was swept, in another experiment."""
+    """Format the command that uses the best values of the search space in another experiment; "" without trials.carry_to."""
     experiment = job.run.config.trials.carry_to
     values = {key: value for key, value in best.parameters.items() if key in job.file.swept}
     return command_line([f"experiment={experiment}", *value_words(values)]) if experiment else ""
 
 
 def finish(job: Sweep, search: Search) -> None:
-    """The page, the table, and what to do with the best."""
+    """Write the report, show the table of trials, and print the command of the best trial.
+
+    Raises:
+        UserError: no trial finished.
+    """
     page = page_of(job, search)
     write_sweep_report(job.run.dir / PAGE, page)
     console.print(trial_table(page))
@@ -312,7 +331,7 @@ def finish(job: Sweep, search: Search) -> None:
 
 
 def show_plan(job: Sweep) -> None:
-    """The parameters with their ranges and reasons, and the first commands; nothing is run or written."""
+    """Show the search space with ranges and comments, and the first commands. Nothing is run or written."""
     search = job.search(None)
     console.print(parameter_table(job.file))
     most = f"{search.most:,} trials" if search.most is not None else "trials without end"

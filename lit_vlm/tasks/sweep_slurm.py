@@ -1,4 +1,4 @@
-"""A sweep's workers as a Slurm array: each takes trials from the journal that they share, until none is left."""
+"""Sweep workers as a Slurm job array: each worker takes trials from the shared journal until none is left."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ KEPT = "slurm.json"
 
 
 def submit_workers(run: Run, trial: list[str], settle: Callable[[], None]) -> None:
-    """Write the array's script and submit it; in a dry run, show it.
+    """Write the script of the job array and submit it; in a dry run, show it.
 
     Args:
-        trial: words of some trial, whose devices and nodes a worker asks for.
-        settle: makes the folder this sweep's.
+        trial_overrides: overrides of one trial; a worker requests the devices and nodes of this trial.
+        prepare_folder: prepares the sweep's folder.
 
     Raises:
-        UserError: no Slurm here, workers that are in the queue already, or what sbatch said when it refused.
+        UserError: there is no Slurm here, the workers are in the queue already, or sbatch refused (with its message).
     """
     trials = run.config.trials
     job = worker_job(run, trial)
@@ -48,7 +48,11 @@ def submit_workers(run: Run, trial: list[str], settle: Callable[[], None]) -> No
 
 
 def worker_job(run: Run, trial: list[str]) -> Job:
-    """ConfigError where `submit` cannot be right for such a trial."""
+    """Make the Slurm job of the workers.
+
+    Raises:
+        ConfigError: the `submit` settings do not fit such a trial.
+    """
     submit = [text for text in run.overrides if key_of(text).startswith("submit.")]
     config = parse(["task=submit", *(word for word in trial if key_of(word) != "task"), *submit]).config
     if config.submit.container is not None:
@@ -60,7 +64,7 @@ def worker_job(run: Run, trial: list[str]) -> Job:
 
 
 def queued_workers(folder: Path) -> str | None:
-    """The array that was submitted for this folder and has not ended."""
+    """Find the job array that was submitted for this folder and has not ended; None if there is none."""
     try:
         number = str(json.loads((folder / KEPT).read_text(encoding="utf-8"))["job"])
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""The operations of `wandb sweep` and `wandb agent`: one agent at a time asks what to do, and is told by its heartbeat."""
+"""GraphQL operations of `wandb sweep` and `wandb agent`: an agent gets its commands as the answer to its heartbeat."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ OVER = (FINISHED, CANCELED, CRASHED)
 
 
 class Agents:
+    """Operations about sweeps and agents."""
+
     def __init__(self, state: State) -> None:
         self.state = state
 
@@ -76,11 +78,12 @@ class Agents:
             if run.name in alive:
                 run.heard = time.monotonic()
             elif run.agent == agent and run.state == PENDING:
-                run.state = FAILED  # its process ended before it said a word
+                run.state = FAILED  # its process ended before its first message
         commands = list(self._commands(sweep, agent, alive))
         return {"agentHeartbeat": {"agent": {"id": agent}, "commands": json.dumps(commands)}}
 
     def _commands(self, sweep: SweepState, agent: str, alive: list[str]) -> Iterator[Variables]:
+        """Iterate over the commands for an agent: stop its runs, or start the next one if none of its runs is alive."""
         self._settle(sweep)
         for name in alive:
             run = self.state.run(name)
@@ -91,7 +94,7 @@ class Agents:
             yield from self._next(sweep, agent)
 
     def _settle(self, sweep: SweepState) -> None:
-        """Tell the search what came of runs that ended since."""
+        """Tell the search the outcomes of runs that ended since the last heartbeat."""
         list(self.state.crashed())
         for run in self.state.runs_of(sweep.name):
             if run.state in ENDED and run.name not in sweep.told and run.number is not None:
@@ -102,6 +105,7 @@ class Agents:
                 sweep.search.tell(run.number, value, Outcome.failed if failed else outcome)
 
     def _falls_behind(self, sweep: SweepState, run: RunState) -> bool:
+        """Return whether early stopping ends this run."""
         metric = sweep.file.metric
         return bool(
             run.state == RUNNING
@@ -111,7 +115,7 @@ class Agents:
         )
 
     def _next(self, sweep: SweepState, agent: str) -> Iterator[Variables]:
-        """A run that was preempted goes on before a new one begins; none left: the agent may go."""
+        """Yield the next command: resume a preempted run, start a new run, or exit if none remains."""
         if sweep.state in OVER:
             yield {"type": "exit"}
             return
@@ -127,6 +131,7 @@ class Agents:
             yield {"type": "exit"}
 
     def _suggested(self, sweep: SweepState) -> RunState | None:
+        """Create the run of the search's next suggestion; None if there is none."""
         suggestion = sweep.search.ask()
         if suggestion is None:
             return None
