@@ -101,12 +101,12 @@ class SweepFile:
     @property
     def fixed(self) -> dict[str, Any]:
         """Parameters with a single value: key -> value."""
-        return {key: one.values[0] for key, one in self.parameters.items() if one.is_fixed}
+        return {key: parameter.values[0] for key, parameter in self.parameters.items() if parameter.is_fixed}
 
     @property
     def swept(self) -> dict[str, Parameter]:
         """Search space: the parameters with several values or a range."""
-        return {key: one for key, one in self.parameters.items() if not one.is_fixed}
+        return {key: parameter for key, parameter in self.parameters.items() if not parameter.is_fixed}
 
     @property
     def words(self) -> list[str]:
@@ -149,17 +149,17 @@ def look_at(path: str | Path) -> tuple[SweepFile, list[str]]:
     """
     path = Path(path)
     if not path.is_file():
-        there = sorted(str(file) for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        candidates = sorted(str(file) for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ConfigError(
             [
-                f"sweep={path}: there is no such file.{did_you_mean(nearest(str(path), there))} Name a sweep file, sweep=sweeps/<name>.yaml."
+                f"sweep={path}: there is no such file.{did_you_mean(nearest(str(path), candidates))} Name a sweep file, sweep=sweeps/<name>.yaml."
             ]
         )
     try:
-        plain = read_yaml(path.read_text(encoding="utf-8"), _wants_text)
+        raw = read_yaml(path.read_text(encoding="utf-8"), _wants_text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: is no YAML: {' '.join(str(error).split())}. Correct the file."]) from None
-    return draft(plain, str(path))
+    return draft(raw, str(path))
 
 
 def _wants_text(keys: Keys, written: str) -> bool:
@@ -175,27 +175,27 @@ def draft(plain: Any, place: str) -> tuple[SweepFile, list[str]]:
     """Parse the content of a sweep file as far as possible; return the sweep and the errors of its structure."""
     if not isinstance(plain, dict):
         raise ConfigError([f"{place}: a sweep file is keys and values (method, metric, parameters), found {plain!r}."])
-    wrong: list[str] = []
-    method = _word(plain, "method", Method, wrong)
-    parameters = parameters_from(plain.get("parameters"), wrong)
+    errors: list[str] = []
+    method = _word(plain, "method", Method, errors)
+    parsed = parameters_from(plain.get("parameters"), errors)
     sweep = SweepFile(
         place=place,
         name=str(plain.get("name") or Path(place).stem),
         method=method or Method.random,
-        parameters=parameters,
-        metric=_metric(plain.get("metric"), wrong),
-        early_terminate=_hyperband(plain.get("early_terminate"), wrong),
-        run_cap=_count(plain.get("run_cap"), "run_cap", wrong),
+        parameters=parsed,
+        metric=_metric(plain.get("metric"), errors),
+        early_terminate=_hyperband(plain.get("early_terminate"), errors),
+        run_cap=_count(plain.get("run_cap"), "run_cap", errors),
         program=plain.get("program"),
-        command=_command(plain.get("command"), wrong),
+        command=_command(plain.get("command"), errors),
         description=plain.get("description"),
         project=plain.get("project"),
         entity=plain.get("entity"),
         plain=plain,
     )
-    wrong += [f"there is no key {key}.{did_you_mean(nearest(str(key), KEYS))}" for key in plain if key not in KEYS]
-    wrong += _together(sweep, method)
-    return sweep, [f"{place}: {mistake}" for mistake in wrong]
+    errors += [f"there is no key {key}.{did_you_mean(nearest(str(key), KEYS))}" for key in plain if key not in KEYS]
+    errors += _together(sweep, method)
+    return sweep, [f"{place}: {error}" for error in errors]
 
 
 def _sound(sweep: SweepFile, wrong: list[str]) -> SweepFile:
@@ -211,25 +211,25 @@ def _together(sweep: SweepFile, method: Method | None) -> Iterator[str]:
         yield "metric: method bayes learns from it; say metric: {name: val/loss, goal: minimize}."
     if sweep.early_terminate and sweep.metric is None:
         yield "metric: early_terminate compares trials by it; say metric: {name: val/loss, goal: minimize}."
-    for key, one in sweep.parameters.items():
-        if method is Method.grid and one.points is None:
+    for key, parameter in sweep.parameters.items():
+        if method is Method.grid and parameter.points is None:
             yield (
-                f"parameters.{key}: a grid needs values, and {one.distribution} is a range without steps;"
+                f"parameters.{key}: a grid needs values, and {parameter.distribution} is a range without steps;"
                 " list values, or take method random or bayes."
             )
-        if method is not Method.grid and one.points == ():
+        if method is not Method.grid and parameter.points == ():
             yield f"parameters.{key}: its range holds no value."
 
 
 def _word(plain: dict[str, Any], key: str, kind: type[Method], wrong: list[str]) -> Method | None:
-    found = plain.get(key)
-    if found in list(kind):
-        return kind(found)
-    hint = did_you_mean(nearest(str(found), list(kind)))
+    value = plain.get(key)
+    if value in list(kind):
+        return kind(value)
+    hint = did_you_mean(nearest(str(value), list(kind)))
     wrong.append(
         f"{key}: is missing; one of {', '.join(kind)}."
-        if found is None
-        else f"{key}: expected one of {', '.join(kind)}, found {found!r}.{hint}"
+        if value is None
+        else f"{key}: expected one of {', '.join(kind)}, found {value!r}.{hint}"
     )
     return None
 
@@ -264,25 +264,25 @@ def _hyperband(plain: Any, wrong: list[str]) -> Hyperband | None:
     for key in plain:
         if key not in HYPERBAND:
             wrong.append(f"early_terminate: there is no key {key}.{did_you_mean(nearest(str(key), HYPERBAND))}")
-    first, most, times = (
+    min_iter, max_iter, num_rungs = (
         _count(plain.get(name), f"early_terminate.{name}", wrong) for name in ("min_iter", "max_iter", "s")
     )
     eta = plain.get("eta", 3)
     if not is_number(eta) or not eta > 1:
         wrong.append(f"early_terminate.eta: expected a number above 1, found {eta!r}.")
         return None
-    if (first is None) == (most is None):
+    if (min_iter is None) == (max_iter is None):
         wrong.append(
             "early_terminate: needs min_iter (values before the first comparison), or max_iter and s; one of them."
         )
         return None
-    if first is None and times is None:
+    if min_iter is None and num_rungs is None:
         wrong.append("early_terminate.s: is missing; with max_iter it says how often trials are compared.")
         return None
-    rungs = _rungs_from(first, eta) if first is not None else _rungs_below(most, times, eta)
+    rungs = _rungs_from(min_iter, eta) if min_iter is not None else _rungs_below(max_iter, num_rungs, eta)
     if not rungs:
         wrong.append(
-            f"early_terminate: max_iter {most} divided by eta {eta} is below 1, so trials would never be compared."
+            f"early_terminate: max_iter {max_iter} divided by eta {eta} is below 1, so trials would never be compared."
         )
         return None
     return Hyperband(rungs, eta)

@@ -53,8 +53,8 @@ def importance_of(records: Sequence[TrialRecord], sweep: SweepFile) -> list[Impo
         return []
     goal = sweep.metric.goal if sweep.metric else Goal.minimize
     shares = _shares({key: [record.parameters[key] for record in finished] for key in keys}, ranks, sweep)
-    found = [_importance(key, shares[key], finished, ranks, goal) for key in keys]
-    return sorted(found, key=lambda one: -one.share)
+    importances = [_importance(key, shares[key], finished, ranks, goal) for key in keys]
+    return sorted(importances, key=lambda importance: -importance.share)
 
 
 def remark(records: Sequence[TrialRecord]) -> str:
@@ -69,25 +69,27 @@ def remark(records: Sequence[TrialRecord]) -> str:
 
 def at_an_end(records: Sequence[TrialRecord], sweep: SweepFile) -> list[str]:
     """List warnings for parameters whose best value is at an end of the range; a better value may lie outside."""
-    best, said = best_of(records, sweep.metric.goal if sweep.metric else Goal.minimize), []
-    for key, one in sweep.swept.items():
-        if best is None or not one.is_range or key not in best.parameters:
+    best, messages = best_of(records, sweep.metric.goal if sweep.metric else Goal.minimize), []
+    for key, parameter in sweep.swept.items():
+        if best is None or not parameter.is_range or key not in best.parameters:
             continue
-        low, high, value = (math.log(end) if one.is_log else end for end in (one.min, one.max, best.parameters[key]))
-        share = (value - low) / (high - low)
-        if not END < share < 1 - END:
-            end = "lower" if share < 0.5 else "upper"
-            said.append(
+        low, high, value = (
+            math.log(end) if parameter.is_log else end for end in (parameter.min, parameter.max, best.parameters[key])
+        )
+        position = (value - low) / (high - low)
+        if not END < position < 1 - END:
+            end = "lower" if position < 0.5 else "upper"
+            messages.append(
                 f"{key}: the best value, {best.parameters[key]:g}, is at the {end} end of its range; try a wider one."
             )
-    return said
+    return messages
 
 
 def ranked(values: Sequence[float]) -> list[float]:
     """Compute ranks: 1 for the smallest value; equal values share the mean of their ranks."""
     ordered = sorted(values)
-    first = {value: ordered.index(value) for value in set(values)}
-    return [first[value] + (ordered.count(value) + 1) / 2 for value in values]
+    first_index = {value: ordered.index(value) for value in set(values)}
+    return [first_index[value] + (ordered.count(value) + 1) / 2 for value in values]
 
 
 def is_number(value: Any) -> bool:
@@ -103,18 +105,18 @@ def _shares(columns: dict[str, list[Any]], ranks: list[float], sweep: SweepFile)
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     encoded = {key: _encoded(values, key, sweep) for key, values in columns.items()}
     study = optuna.create_study()
-    for place, rank in enumerate(ranks):
+    for index, rank in enumerate(ranks):
         study.add_trial(
             optuna.create_trial(
-                params={key: values[place] for key, (values, _) in encoded.items()},
+                params={key: values[index] for key, (values, _) in encoded.items()},
                 distributions={key: distribution for key, (_, distribution) in encoded.items()},
                 value=rank,
             )
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0), params=list(columns))
-    return {key: float(share) for key, share in found.items()}
+        importances = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0), params=list(columns))
+    return {key: float(share) for key, share in importances.items()}
 
 
 def _encoded(values: list[Any], key: str, sweep: SweepFile) -> tuple[list[Any], Any]:

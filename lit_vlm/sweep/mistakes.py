@@ -35,17 +35,19 @@ def mistakes_in_sweep(sweep: SweepFile, overrides: list[str]) -> list[str]:
         The error messages; [] for a valid sweep.
     """
     try:
-        given = read_arguments(overrides)
+        parsed = read_arguments(overrides)
     except ConfigError as error:
         return error.mistakes
-    wrong = list(_keys(sweep, given))
-    bad, from_values = _values(sweep, given)
-    wrong += from_values
+    errors = list(_keys(sweep, parsed))
+    bad_keys, value_errors = _values(sweep, parsed)
+    errors += value_errors
     runs: list[Run] = []
-    wrong += _trials(sweep, given, bad, runs)
-    wrong += _metric(sweep, runs[0].config if runs and not bad else None)
-    mine = {mistake for mistakes in _wrong(given).values() for mistake in mistakes} if from_values else set()
-    return [one if one in mine else f"{sweep.place}: {one}" for one in dict.fromkeys(wrong)]
+    errors += _trials(sweep, parsed, bad_keys, runs)
+    errors += _metric(sweep, runs[0].config if runs and not bad_keys else None)
+    override_errors = (
+        {mistake for mistakes in _wrong(parsed).values() for mistake in mistakes} if value_errors else set()
+    )
+    return [message if message in override_errors else f"{sweep.place}: {message}" for message in dict.fromkeys(errors)]
 
 
 def _keys(sweep: SweepFile, given: list[str]) -> Iterator[str]:
@@ -53,10 +55,10 @@ def _keys(sweep: SweepFile, given: list[str]) -> Iterator[str]:
     for key in sweep.parameters:
         if key.lstrip("+~").partition(".")[0] in EACH_TRIALS_OWN:
             yield f"parameters.{key}: is not a trial's to vary; each trial gets a folder of its own and trains one stage."
-    for word in given:
-        if key_of(word) in sweep.swept:
+    for override in given:
+        if key_of(override) in sweep.swept:
             yield (
-                f"parameters.{key_of(word)}: is swept, and the command line sets it to {word.partition('=')[2]}."
+                f"parameters.{key_of(override)}: is swept, and the command line sets it to {override.partition('=')[2]}."
                 " Take one of the two away."
             )
 
@@ -67,17 +69,17 @@ def _values(sweep: SweepFile, given: list[str]) -> tuple[set[str], list[str]]:
     Returns:
         The keys that no trial can use, and the error messages.
     """
-    words = trial_words(sweep, sweep.fixed, given)
-    known = {word: key_of(word) for word in words}
-    for one in sweep.swept.values():
-        for value in one.samples():
-            known |= dict.fromkeys(value_words({one.key: value}), one.key)
-    bad, wrong = set[str](), list[str]()
-    for word, mistakes in _wrong(list(known)).items():
-        key = known.get(word, "")
-        bad.add(key)
-        wrong += [mistake + _whole(sweep.parameters.get(key), mistake) for mistake in mistakes]
-    return bad, _once_per_key(wrong)
+    trial_overrides = trial_words(sweep, sweep.fixed, given)
+    key_by_override = {override: key_of(override) for override in trial_overrides}
+    for parameter in sweep.swept.values():
+        for value in parameter.samples():
+            key_by_override |= dict.fromkeys(value_words({parameter.key: value}), parameter.key)
+    bad_keys, errors = set[str](), list[str]()
+    for override, mistakes in _wrong(list(key_by_override)).items():
+        key = key_by_override.get(override, "")
+        bad_keys.add(key)
+        errors += [mistake + _whole(sweep.parameters.get(key), mistake) for mistake in mistakes]
+    return bad_keys, _once_per_key(errors)
 
 
 def _once_per_key(wrong: list[str]) -> list[str]:
@@ -99,26 +101,28 @@ def _whole(one: Parameter | None, mistake: str) -> str:
 
 def _trials(sweep: SweepFile, given: list[str], bad: set[str], runs: list[Run]) -> Iterator[str]:
     """Find contradictions between settings, in trials that use each value once. The valid runs are appended to `runs`."""
-    columns = {key: one.samples() for key, one in sweep.swept.items() if key not in bad}
+    columns = {key: parameter.samples() for key, parameter in sweep.swept.items() if key not in bad}
     num_rows = max((len(values) for values in columns.values()), default=1)
-    found: dict[
+    errors: dict[
         str, list[tuple[str, dict[str, Any]]]
     ] = {}  # error message without its value -> (message, values of the trial)
     for row in range(num_rows):
         values = {key: column[row % len(column)] for key, column in columns.items()}
-        words = [word for word in trial_words(sweep, {**sweep.fixed, **values}, given) if key_of(word) not in bad]
+        trial_overrides = [
+            override for override in trial_words(sweep, {**sweep.fixed, **values}, given) if key_of(override) not in bad
+        ]
         try:
-            runs.append(parse([*words, "run_name=trial"]))
+            runs.append(parse([*trial_overrides, "run_name=trial"]))
         except ConfigError as error:
             for mistake in error.mistakes:
                 if not (bad and "is not set" in mistake):  # a wrong override may have meant this setting
-                    found.setdefault(mistake.partition(", found ")[0], []).append((mistake, values))
-    for rows in found.values():
+                    errors.setdefault(mistake.partition(", found ")[0], []).append((mistake, values))
+    for rows in errors.values():
         mistake, values = rows[0]
         pairs = ", ".join(f"{key}={value}" for key, value in values.items())
         yield (
             mistake
-            if {said for said, _ in rows} == {mistake} and len(rows) == num_rows
+            if {message for message, _ in rows} == {mistake} and len(rows) == num_rows
             else f"{mistake} (as with {pairs})"
         )
 
@@ -129,10 +133,10 @@ def _metric(sweep: SweepFile, config: RunConfig | None) -> Iterator[str]:
         return
     name = sweep.metric.name
     if name not in metric_names() and not name.startswith(FAMILIES):
-        found = did_you_mean(nearest(name, metric_names()))
+        hint = did_you_mean(nearest(name, metric_names()))
         yield (
             f"metric.name: no run logs {name}; they log train/loss, val/loss, val/loss_ko, val/loss_en, val/rewards/*,"
-            f" score/<kind>_<language>, throughput/*.{found}"
+            f" score/<kind>_<language>, throughput/*.{hint}"
         )
         return
     if config is None:
@@ -154,9 +158,9 @@ def _too_seldom(name: str, first: int, config: RunConfig) -> Iterator[str]:
     if name.startswith("score/"):
         yield f"early_terminate: {name} is logged once, at the end, so nothing can be stopped early by it; take val/loss."
         return
-    held_out = name.startswith("val/")
-    key = "data.validation.every_steps" if held_out else "trainer.log_every_n_steps"
-    every = config.data.validation.every_steps if held_out else config.trainer.log_every_n_steps
+    is_validation = name.startswith("val/")
+    key = "data.validation.every_steps" if is_validation else "trainer.log_every_n_steps"
+    every = config.data.validation.every_steps if is_validation else config.trainer.log_every_n_steps
     if every is None:
         yield f"early_terminate: {key} is not set, so {name} is logged once, at the end; set it, e.g. {key}=100."
     elif config.trainer.max_steps and config.trainer.max_steps // every < first:

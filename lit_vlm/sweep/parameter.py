@@ -86,9 +86,11 @@ class Parameter:
         step = 1.0 if self.distribution == "int_uniform" else self.q if self.distribution == "q_uniform" else None
         if step is None:
             return None
-        low, high = math.ceil(self.min / step - 1e-9), math.floor(self.max / step + 1e-9)
+        first, last = math.ceil(self.min / step - 1e-9), math.floor(self.max / step + 1e-9)
         return (
-            tuple(self._rounded(number * step) for number in range(low, high + 1)) if high - low < MOST_POINTS else None
+            tuple(self._rounded(number * step) for number in range(first, last + 1))
+            if last - first < MOST_POINTS
+            else None
         )
 
     def value(self, raw: float) -> Any:
@@ -112,25 +114,25 @@ class Parameter:
         if self.is_range:
             step = f", steps of {self.q:g}" if self.q else ""
             return f"{self.min:g} to {self.max:g}{', logarithmic' if self.is_log else ''}{step}"
-        around = f"a {self.a:g}, b {self.b:g}" if "beta" in self.distribution else f"{self.mu:g} ± {self.sigma:g}"
-        return f"{self.distribution}, {around}"
+        shape = f"a {self.a:g}, b {self.b:g}" if "beta" in self.distribution else f"{self.mu:g} ± {self.sigma:g}"
+        return f"{self.distribution}, {shape}"
 
     def samples(self) -> tuple[Any, ...]:
         """List values that represent all of them: the listed values, or both ends of the range and a value between."""
         if self.values:
             return self.values
         low, high = (self.min, self.max) if self.is_range else (TAIL, 1 - TAIL)
-        middle = (
+        inner = (
             math.sqrt(low * high) if self.is_log else low + 0.382 * (high - low)
         )  # this point is rarely a round number
-        return tuple(dict.fromkeys(self.value(raw) for raw in (low, middle, high)))
+        return tuple(dict.fromkeys(self.value(raw) for raw in (low, inner, high)))
 
     def _place(self, quantile: float) -> int:
         total = 0.0
-        for place, share in enumerate(self.probabilities):
-            total += share
+        for index, probability in enumerate(self.probabilities):
+            total += probability
             if quantile < total:
-                return place
+                return index
         return len(self.values) - 1
 
     def _quantile(self, raw: float) -> float:
@@ -165,15 +167,15 @@ def parameters_from(plain: Any, wrong: list[str]) -> dict[str, Parameter]:
             "parameters: is missing or empty; name what is tried, parameters: {stage.learning_rate: {values: [...]}}."
         )
         return {}
-    found: dict[str, Parameter] = {}
+    parameters: dict[str, Parameter] = {}
     for key, entry in _leaves(plain, "", wrong):
-        if key in found:
+        if key in parameters:
             wrong.append(f"parameters.{key}: is there twice, dotted and nested.")
-        mistakes = list(_mistakes(entry))
-        wrong += [f"parameters.{key}{mistake}" for mistake in mistakes]
-        if not mistakes:
-            found[key] = _parameter(key, entry)
-    return found
+        entry_errors = list(_mistakes(entry))
+        wrong += [f"parameters.{key}{error}" for error in entry_errors]
+        if not entry_errors:
+            parameters[key] = _parameter(key, entry)
+    return parameters
 
 
 def _leaves(plain: dict[Any, Any], prefix: str, wrong: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -193,23 +195,23 @@ def _mistakes(entry: dict[str, Any]) -> Iterator[str]:
     for key in entry:
         if key not in KEYS:
             yield f": there is no key {key}.{did_you_mean(nearest(str(key), KEYS))}"
-    name = _distribution(entry)
-    if name not in NEEDS:
-        yield f".distribution: there is no {name}; there are {', '.join(NEEDS)}.{did_you_mean(nearest(str(name), list(NEEDS)))}"
+    distribution = _distribution(entry)
+    if distribution not in NEEDS:
+        yield f".distribution: there is no {distribution}; there are {', '.join(NEEDS)}.{did_you_mean(nearest(str(distribution), list(NEEDS)))}"
         return
-    missing = [key for key in NEEDS[name] if key not in entry]
+    missing = [key for key in NEEDS[distribution] if key not in entry]
     if missing:
         needed = (
-            f"{name} needs {' and '.join(missing)}"
+            f"{distribution} needs {' and '.join(missing)}"
             if "distribution" in entry
             else "needs value, values, or min and max"
         )
         yield f": {needed}; found {entry}."
         return
-    if name.startswith("categorical"):
+    if distribution.startswith("categorical"):
         yield from _wrong_values(entry)
-    elif name != "constant":
-        yield from _wrong_numbers(entry, name)
+    elif distribution != "constant":
+        yield from _wrong_numbers(entry, distribution)
 
 
 def _distribution(entry: dict[str, Any]) -> str:
@@ -225,25 +227,31 @@ def _distribution(entry: dict[str, Any]) -> str:
 
 
 def _wrong_values(entry: dict[str, Any]) -> Iterator[str]:
-    values, shares = entry["values"], entry.get("probabilities")
+    values, probabilities = entry["values"], entry.get("probabilities")
     if not isinstance(values, list) or not values:
         yield f".values: expected a list with something in it, found {values!r}."
-    elif shares is not None:
-        numbers = isinstance(shares, list) and all(is_number(share) and share >= 0 for share in shares)
-        if not numbers or len(shares) != len(values) or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
-            yield f".probabilities: expected {len(values)} numbers that add up to 1, one for each value, found {shares!r}."
+    elif probabilities is not None:
+        are_valid = isinstance(probabilities, list) and all(
+            is_number(probability) and probability >= 0 for probability in probabilities
+        )
+        if (
+            not are_valid
+            or len(probabilities) != len(values)
+            or not math.isclose(sum(probabilities), 1.0, abs_tol=1e-6)
+        ):
+            yield f".probabilities: expected {len(values)} numbers that add up to 1, one for each value, found {probabilities!r}."
 
 
 def _wrong_numbers(entry: dict[str, Any], name: str) -> Iterator[str]:
-    wrong = False
+    has_errors = False
     for key in (*RANGE, "q", *BELL, *BETA):
         if key in entry and not is_number(entry[key]):
-            wrong = True
+            has_errors = True
             yield f".{key}: expected a number, found {entry[key]!r}.{_yaml_hint(entry[key])}"
         elif key in ("q", "sigma", "a", "b") and key in entry and not entry[key] > 0:
-            wrong = True
+            has_errors = True
             yield f".{key}: must be above 0, found {entry[key]!r}."
-    if wrong or "uniform" not in name:
+    if has_errors or "uniform" not in name:
         return
     low, high = entry["min"], entry["max"]
     if name == "int_uniform" and not (isinstance(low, int) and isinstance(high, int)):
@@ -283,17 +291,17 @@ def _yaml_hint(value: Any) -> str:
 
 
 def _parameter(key: str, entry: dict[str, Any]) -> Parameter:
-    name = _distribution(entry)
-    if name in ("constant", "categorical", "categorical_w_probabilities"):
-        values = (entry["value"],) if name == "constant" else tuple(entry["values"])
-        return Parameter(key, name, values, tuple(entry.get("probabilities") or ()))
+    distribution = _distribution(entry)
+    if distribution in ("constant", "categorical", "categorical_w_probabilities"):
+        values = (entry["value"],) if distribution == "constant" else tuple(entry["values"])
+        return Parameter(key, distribution, values, tuple(entry.get("probabilities") or ()))
     numbers = {word: entry[word] for word in (*BELL, *BETA) if word in entry}
-    q = entry.get("q", 1) if name.startswith("q_") else None
-    if "uniform" not in name:
-        return Parameter(key, name, q=q, **numbers)
+    q = entry.get("q", 1) if distribution.startswith("q_") else None
+    if "uniform" not in distribution:
+        return Parameter(key, distribution, q=q, **numbers)
     low, high = entry["min"], entry["max"]
-    if name in ("log_uniform", "q_log_uniform"):
+    if distribution in ("log_uniform", "q_log_uniform"):
         low, high = math.exp(low), math.exp(high)
-    elif name == "inv_log_uniform":  # log(1/x) is uniform
+    elif distribution == "inv_log_uniform":  # log(1/x) is uniform
         low, high = math.exp(-high), math.exp(-low)
-    return Parameter(key, name, min=low, max=high, q=q)
+    return Parameter(key, distribution, min=low, max=high, q=q)

@@ -86,12 +86,12 @@ class TrialProcess:
     def values(self, metric: str) -> list[float] | None:
         """Read all values of the metric so far; None if nothing was written since the last call."""
         try:
-            found = (self.folder / "metrics.csv").stat()
+            stat = (self.folder / "metrics.csv").stat()
         except FileNotFoundError:
             return None
-        if (found.st_mtime_ns, found.st_size) == self._read:
+        if (stat.st_mtime_ns, stat.st_size) == self._read:
             return None
-        self._read = (found.st_mtime_ns, found.st_size)
+        self._read = (stat.st_mtime_ns, stat.st_size)
         self._values = values_in(self.folder, metric)
         return self._values
 
@@ -122,25 +122,25 @@ def end_left_behind(folder: Path) -> None:
     Call it before the trial is started again.
     """
     try:
-        number = int((folder / NUMBER).read_text())
+        pid = int((folder / NUMBER).read_text())
     except (OSError, ValueError):
         return
-    until = time.monotonic() + SAVING_SECONDS
-    if not _is_trial(number, folder):
+    deadline = time.monotonic() + SAVING_SECONDS
+    if not _is_trial(pid, folder):
         return
-    os.kill(number, signal.SIGTERM)
-    while _is_trial(number, folder) and time.monotonic() < until:
+    os.kill(pid, signal.SIGTERM)
+    while _is_trial(pid, folder) and time.monotonic() < deadline:
         time.sleep(0.1)
 
 
 def _is_trial(number: int, folder: Path) -> bool:
     """Return whether this process of this machine runs the trial of this folder. The system may reuse a process id."""
     try:
-        words = Path(f"/proc/{number}/cmdline").read_bytes().split(b"\0")
+        arguments = Path(f"/proc/{number}/cmdline").read_bytes().split(b"\0")
     except OSError:  # the process is gone, or the system has no /proc
         return False
     name = f"/{folder.parent.name}/{folder.name}".encode()
-    return any(word.startswith(b"run_name=") and word.rstrip(b"'").endswith(name) for word in words)
+    return any(argument.startswith(b"run_name=") and argument.rstrip(b"'").endswith(name) for argument in arguments)
 
 
 def _started(command: list[str], environment: dict[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:

@@ -25,12 +25,14 @@ def reasons_in(path: Path) -> dict[str, str]:
 
 
 def _reasons(node: yaml.Node | None, lines: list[str], prefix: str) -> dict[str, str]:
-    found: dict[str, str] = {}
+    comments: dict[str, str] = {}
     for key, value in getattr(node, "value", []):
         name = f"{prefix}{key.value}"
-        nested = next((inner for word, inner in getattr(value, "value", []) if _word(word) == "parameters"), None)
+        nested = next(
+            (inner for inner_key, inner in getattr(value, "value", []) if _word(inner_key) == "parameters"), None
+        )
         if nested is not None:
-            found |= _reasons(nested, lines, f"{name}.")
+            comments |= _reasons(nested, lines, f"{name}.")
             continue
         first, last = key.start_mark.line, value.end_mark.line
         if isinstance(value, yaml.CollectionNode) and not value.flow_style:
@@ -38,12 +40,14 @@ def _reasons(node: yaml.Node | None, lines: list[str], prefix: str) -> dict[str,
         above = first
         while above and lines[above - 1].strip().startswith("#"):
             above -= 1
-        inside = lines[above : last + 1]
-        while len(inside) > first - above + 1 and (not inside[-1].strip() or inside[-1].strip().startswith("#")):
-            inside.pop()  # these comments belong to the next parameter
-        texts = [match[1].strip() for line in inside if (match := _COMMENT.search(line))]
-        found[name] = " ".join(texts)
-    return found
+        own_lines = lines[above : last + 1]
+        while len(own_lines) > first - above + 1 and (
+            not own_lines[-1].strip() or own_lines[-1].strip().startswith("#")
+        ):
+            own_lines.pop()  # these comments belong to the next parameter
+        texts = [match[1].strip() for line in own_lines if (match := _COMMENT.search(line))]
+        comments[name] = " ".join(texts)
+    return comments
 
 
 def _word(node: object) -> str:

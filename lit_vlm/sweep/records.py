@@ -43,8 +43,8 @@ def best_of(records: Iterable[TrialRecord], goal: Goal | str) -> TrialRecord | N
 
 def varied(records: Iterable[TrialRecord]) -> list[str]:
     """Find the keys whose values differ between trials, in their order in the records."""
-    seen: dict[str, set[str]] = {}
+    values_by_key: dict[str, set[str]] = {}
     for record in records:
         for key, value in record.parameters.items():
-            seen.setdefault(key, set()).add(repr(value))
-    return [key for key, values in seen.items() if len(values) > 1]
+            values_by_key.setdefault(key, set()).add(repr(value))
+    return [key for key, values in values_by_key.items() if len(values) > 1]

@@ -73,9 +73,9 @@ def ordered(page: Page) -> list[TrialRecord]:
 
 def counts(page: Page) -> str:
     """Format the counts, e.g. `12 of 12 trials: 9 finished, 2 stopped early, 1 failed`."""
-    found = Counter(record.state for record in page.records)
-    words = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "running": "under way"}
-    states = ", ".join(f"{found[state]} {word}" for state, word in words.items() if found[state])
+    by_state = Counter(record.state for record in page.records)
+    labels = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "running": "under way"}
+    states = ", ".join(f"{by_state[state]} {label}" for state, label in labels.items() if by_state[state])
     total = f" of {page.total}" if page.total else ""
     return f"{len(page.records)}{total} trials: {states or 'none yet'}"
 
@@ -119,19 +119,21 @@ def _far(page: Page) -> float | None:
     if not values:
         return None
     low, high = shown_range(values, page.goal)
-    beyond, end = (max(values) > high, high) if page.goal is Goal.minimize else (min(values) < low, low)
-    return end if beyond else None
+    is_clipped, limit = (max(values) > high, high) if page.goal is Goal.minimize else (min(values) < low, low)
+    return limit if is_clipped else None
 
 
 def _facts(page: Page) -> list[tuple[str, str]]:
-    band = page.sweep.early_terminate
+    hyperband = page.sweep.early_terminate
     seconds = [record.seconds for record in page.records if record.seconds]
     facts = [
         ("method", page.sweep.method.value),
         ("metric", f"{page.metric}, {'lower' if page.goal is Goal.minimize else 'higher'} is better"),
         (
             "stopped early",
-            f"by hyperband: first after {band.rungs[0] + 1} values, the best 1/{band.eta:g} go on" if band else "never",
+            f"by hyperband: first after {hyperband.rungs[0] + 1} values, the best 1/{hyperband.eta:g} go on"
+            if hyperband
+            else "never",
         ),
         ("time of all trials", duration(sum(seconds)) if seconds else ""),
         ("file", page.sweep.place),

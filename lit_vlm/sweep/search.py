@@ -84,8 +84,8 @@ class Search:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.sweep, self.seed = sweep, seed
         self.grid = list(_grid(sweep)) if sweep.method is Method.grid else None
-        caps = [most or sweep.run_cap, len(self.grid) if self.grid is not None else None]
-        self.most = min((cap for cap in caps if cap is not None), default=None)
+        limits = [most or sweep.run_cap, len(self.grid) if self.grid is not None else None]
+        self.most = min((limit for limit in limits if limit is not None), default=None)
         self._journal = journal
         self._storage = _storage(journal)
         goal = sweep.metric.goal if sweep.metric else Goal.minimize
@@ -106,16 +106,20 @@ class Search:
             worker: number of the worker that runs the trial, so that the same worker finds it after an interruption.
         """
         with _quiet(), self._alone():  # counting and taking a trial must be atomic across processes
-            given = len(self.trials())
-            if self.most is not None and given >= self.most:
+            num_given = len(self.trials())
+            if self.most is not None and num_given >= self.most:
                 return None
             self._drop_half_made()
-            space = {key: _distribution(one) for key, one in self.sweep.swept.items()} if self.grid is None else {}
-            self._study.sampler = self._sampler(given, len(space))
-            trial = self._study.ask(space)
-            drawn = self.grid[given] if self.grid is not None else self._values(trial.params)
-            together = {**self.sweep.fixed, **drawn}
-            parameters = {key: together[key] for key in self.sweep.parameters}
+            distributions = (
+                {key: _distribution(parameter) for key, parameter in self.sweep.swept.items()}
+                if self.grid is None
+                else {}
+            )
+            self._study.sampler = self._sampler(num_given, len(distributions))
+            trial = self._study.ask(distributions)
+            sampled = self.grid[num_given] if self.grid is not None else self._values(trial.params)
+            values = {**self.sweep.fixed, **sampled}
+            parameters = {key: values[key] for key in self.sweep.parameters}
             trial.set_user_attr(WORKER, worker)
             trial.set_user_attr(
                 PARAMETERS, json.dumps(parameters, ensure_ascii=False)
@@ -131,13 +135,13 @@ class Search:
         Returns:
             Whether to stop the trial.
         """
-        trial, band = self._frozen()[number], self.sweep.early_terminate
-        seen = len(trial.intermediate_values)
-        if len(values) <= seen:  # other trials may have become better meanwhile
-            return band is not None and self._falls_behind(number, band)
-        for place in range(seen, len(values)):
-            self._storage.set_trial_intermediate_value(trial._trial_id, place + 1, values[place])
-            if band is not None and self._falls_behind(number, band):
+        trial, hyperband = self._frozen()[number], self.sweep.early_terminate
+        num_reported = len(trial.intermediate_values)
+        if len(values) <= num_reported:  # other trials may have become better meanwhile
+            return hyperband is not None and self._falls_behind(number, hyperband)
+        for step in range(num_reported, len(values)):
+            self._storage.set_trial_intermediate_value(trial._trial_id, step + 1, values[step])
+            if hyperband is not None and self._falls_behind(number, hyperband):
                 return True
         return False
 
@@ -167,12 +171,12 @@ class Search:
             trial.number: [sign * value for value in trial.intermediate_values.values() if math.isfinite(value)]
             for trial in self._frozen()
         }
-        mine = curves[number]
-        passed = [rung for rung in band.rungs if rung < len(mine)]
+        own_values = curves[number]
+        passed = [rung for rung in band.rungs if rung < len(own_values)]
         if not passed:
             return False
-        there = sorted(curve[passed[-1]] for curve in curves.values() if len(curve) > passed[-1])
-        return min(mine) > there[int(1.0 / band.eta * len(there))]
+        values_at_rung = sorted(curve[passed[-1]] for curve in curves.values() if len(curve) > passed[-1])
+        return min(own_values) > values_at_rung[int(1.0 / band.eta * len(values_at_rung))]
 
     def trials(self) -> list[Trial]:
         """List all trials that were given so far, in the order of their numbers."""
@@ -200,15 +204,18 @@ class Search:
         seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
         if self.sweep.method is not Method.bayes or not dimensions:
             return RandomSampler(seed=seed)
-        first = max(FIRST_RANDOM, dimensions + 1)
+        num_random = max(FIRST_RANDOM, dimensions + 1)
         if self.most is not None:
-            first = min(first, max(2, self.most // 3))
-        return GPSampler(seed=seed, n_startup_trials=first)
+            num_random = min(num_random, max(2, self.most // 3))
+        return GPSampler(seed=seed, n_startup_trials=num_random)
 
     def _values(self, raw: dict[str, Any]) -> dict[str, Any]:
         """Decode Optuna's raw parameters into the values of the trial."""
-        swept = self.sweep.swept
-        return {key: json.loads(one) if isinstance(one, str) else swept[key].value(one) for key, one in raw.items()}
+        search_space = self.sweep.swept
+        return {
+            key: json.loads(value) if isinstance(value, str) else search_space[key].value(value)
+            for key, value in raw.items()
+        }
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -247,9 +254,9 @@ def _distribution(one: Parameter) -> BaseDistribution:
 
 def _grid(sweep: SweepFile) -> Iterator[dict[str, Any]]:
     """Iterate over all combinations of the grid; the last parameter of the file changes fastest."""
-    swept = sweep.swept
-    for values in product(*(_unique(one.points or ()) for one in swept.values())):
-        yield dict(zip(swept, values, strict=True))
+    search_space = sweep.swept
+    for values in product(*(_unique(parameter.points or ()) for parameter in search_space.values())):
+        yield dict(zip(search_space, values, strict=True))
 
 
 def _unique(values: tuple[Any, ...]) -> list[Any]:
@@ -257,14 +264,14 @@ def _unique(values: tuple[Any, ...]) -> list[Any]:
 
 
 def _trial(frozen: FrozenTrial) -> Trial:
-    noted = frozen.user_attrs
-    outcome = noted[OUTCOME] if frozen.state.is_finished() else None
+    attributes = frozen.user_attrs
+    outcome = attributes[OUTCOME] if frozen.state.is_finished() else None
     return Trial(
         number=frozen.number,
-        parameters=json.loads(noted[PARAMETERS]),
+        parameters=json.loads(attributes[PARAMETERS]),
         outcome=Outcome(outcome) if outcome else None,
-        value=noted.get(VALUE),
-        worker=noted[WORKER],
+        value=attributes.get(VALUE),
+        worker=attributes[WORKER],
         seen=len(frozen.intermediate_values),
         seconds=frozen.duration.total_seconds() if frozen.duration else None,
     )

@@ -22,8 +22,10 @@ def parameter_table(sweep: SweepFile) -> Table:
     table = Table(title=f"{sweep.name}: what is tried", title_justify="left")
     for heading in ("parameter", "values", "why"):
         table.add_column(heading, overflow="fold")
-    for key, one in sweep.parameters.items():
-        table.add_row(Text(key), Text(one.shown() + (" (fixed)" if one.is_fixed else "")), Text(reasons.get(key, "")))
+    for key, parameter in sweep.parameters.items():
+        table.add_row(
+            Text(key), Text(parameter.shown() + (" (fixed)" if parameter.is_fixed else "")), Text(reasons.get(key, ""))
+        )
     return table
 
 
@@ -37,7 +39,7 @@ def trial_table(page: Page) -> Table:
         table.add_column(Text(key), overflow="fold")
     table.add_column("time", justify="right")
     for record in ordered(page)[:MOST_ROWS]:
-        best = page.best is not None and record.number == page.best.number
+        is_best = page.best is not None and record.number == page.best.number
         values = [Text(cell(record.parameters[key])) if key in record.parameters else "-" for key in page.keys]
         value = "-" if record.value is None else f"{record.value:.5g}"
         table.add_row(
@@ -46,7 +48,7 @@ def trial_table(page: Page) -> Table:
             value,
             *values,
             duration(record.seconds),
-            style="bold green" if best else None,
+            style="bold green" if is_best else None,
         )
     table.caption = Text("\n".join(_decided(page)), justify="left")
     return table
@@ -54,9 +56,10 @@ def trial_table(page: Page) -> Table:
 
 def _decided(page: Page) -> list[str]:
     """List the lines below the table: hidden rows, importance of each parameter, best values at the end of a range."""
-    hidden = len(page.records) - MOST_ROWS
-    lines = [f"and {hidden} more"] if hidden > 0 else []
+    num_hidden = len(page.records) - MOST_ROWS
+    lines = [f"and {num_hidden} more"] if num_hidden > 0 else []
     lines += [
-        f"{one.key}: {one.share:.0%} of the order, {one.direction}" for one in importance_of(page.records, page.sweep)
+        f"{importance.key}: {importance.share:.0%} of the order, {importance.direction}"
+        for importance in importance_of(page.records, page.sweep)
     ]
     return [*lines, remark(page.records), *at_an_end(page.records, page.sweep)]

@@ -76,10 +76,10 @@ class Trials:
         Raises:
             UserError: the first trials all failed.
         """
-        waiting = [trial for trial in self.search.unfinished() if trial.worker % self.num_workers == self.worker]
+        unfinished = [trial for trial in self.search.unfinished() if trial.worker % self.num_workers == self.worker]
         try:
             with self._listening():
-                while self._begin(waiting) or self._running:
+                while self._begin(unfinished) or self._running:
                     time.sleep(POLL_SECONDS)
                     self._look()
         finally:
@@ -92,7 +92,7 @@ class Trials:
 
         Unfinished trials of an earlier start come first, then new ones of the search.
         """
-        begun = False
+        has_started = False
         while self._free and not self.asked and not self._reached():
             trial = waiting.pop(0) if waiting else self.search.ask(self.worker)
             if trial is None:
@@ -107,8 +107,8 @@ class Trials:
             process.start()
             self._running.append(process)
             self.say(f"trial {trial.number}: {shown(trial.parameters, self.search)}")
-            begun = True
-        return begun
+            has_started = True
+        return has_started
 
     def _look(self) -> None:
         """Check the running trials: forward stop signals, read new values, apply early stopping, handle exits."""
@@ -146,12 +146,12 @@ class Trials:
         if outcome is Outcome.finished and value is None:
             outcome = Outcome.failed
         self.search.tell(trial.number, value, outcome)
-        told = self.search.outcome_of(trial.number) or outcome
-        self._told[told] += 1
-        if told is Outcome.failed:
+        stored_outcome = self.search.outcome_of(trial.number) or outcome
+        self._told[stored_outcome] += 1
+        if stored_outcome is Outcome.failed:
             self.say(f"trial {trial.number}: failed: {why_failed(trial.folder, self.metric)} Log: {trial.folder / LOG}")
             self._give_up(trial)
-        elif told is Outcome.finished:
+        elif stored_outcome is Outcome.finished:
             self.say(f"trial {trial.number}: {self.metric} {value:.5g}")
         self.on_change()
 
@@ -159,35 +159,35 @@ class Trials:
         """Raise UserError if the first `MAX_INITIAL_FAILURES` trials all failed."""
         if self._told[Outcome.failed] == FAILURES and not self._told[Outcome.finished] + self._told[Outcome.stopped]:
             self.on_change()
-            finished = is_finished(trial.folder)
-            said = why_failed(trial.folder, self.metric) if finished else last_lines(trial.folder, ERROR_LINES)
+            run_is_finished = is_finished(trial.folder)
+            log = why_failed(trial.folder, self.metric) if run_is_finished else last_lines(trial.folder, ERROR_LINES)
             raise UserError(
-                f"The first {FAILURES} trials failed. The last one's log, {trial.folder / LOG}, ends with:\n{said}\n"
+                f"The first {FAILURES} trials failed. The last one's log, {trial.folder / LOG}, ends with:\n{log}\n"
                 "When that is mended, the same command goes on with the trials that are left."
             )
 
     def _reached(self) -> bool:
         """Return whether a finished trial reached the objective's target; then no further trial is started."""
-        metric = self.search.sweep.metric
-        if metric is None or metric.target is None:
+        objective = self.search.sweep.metric
+        if objective is None or objective.target is None:
             return False
-        better = (
-            (lambda value: value <= metric.target)
-            if metric.goal is Goal.minimize
-            else (lambda value: value >= metric.target)
+        reaches_target = (
+            (lambda value: value <= objective.target)
+            if objective.goal is Goal.minimize
+            else (lambda value: value >= objective.target)
         )
-        return any(trial.outcome is Outcome.finished and better(trial.value) for trial in self.search.trials())
+        return any(trial.outcome is Outcome.finished and reaches_target(trial.value) for trial in self.search.trials())
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
         """Handle stop signals inside the block, then restore the old handlers."""
-        before = {number: signal.signal(number, self._handle) for number in ASKS}
+        old_handlers = {number: signal.signal(number, self._handle) for number in ASKS}
         try:
             yield
         finally:
             if self.asked and (signals := current()) is not None:
                 signals.leaving = True  # the Slurm job is not requeued yet
-            for number, handler in before.items():
+            for number, handler in old_handlers.items():
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -226,11 +226,11 @@ def why_failed(folder: Path, metric: str) -> str:
     """Return in one line why a trial failed."""
     if not is_finished(folder):
         return last_lines(folder)
-    logged = read_metrics(folder / "metrics.csv")
-    if metric in logged:
-        return f"{metric} is {logged[metric][-1][1]}."
-    found = did_you_mean(nearest(metric, list(logged)))
-    return f"it never logged {metric}; it logged {', '.join(sorted(logged)) or 'nothing'}.{found}"
+    metrics = read_metrics(folder / "metrics.csv")
+    if metric in metrics:
+        return f"{metric} is {metrics[metric][-1][1]}."
+    hint = did_you_mean(nearest(metric, list(metrics)))
+    return f"it never logged {metric}; it logged {', '.join(sorted(metrics)) or 'nothing'}.{hint}"
 
 
 def shown(parameters: dict[str, Any], search: Search) -> str:

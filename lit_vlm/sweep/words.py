@@ -21,9 +21,13 @@ def trial_words(sweep: SweepFile, parameters: dict[str, Any], given: list[str]) 
     The order is: overrides of the file's command, the values (as `${args_json}` gives them), overrides of the command line.
     A later override replaces an earlier one of the same key.
     """
-    own = [_VARIABLE.sub(lambda found: os.environ.get(found[1], ""), word) for word in sweep.words]
-    together = {key_of(word): word for word in ["task=train", *own, *value_words(parameters), *given]}
-    return list(together.values())
+    command_overrides = [
+        _VARIABLE.sub(lambda match: os.environ.get(match[1], ""), override) for override in sweep.words
+    ]
+    by_key = {
+        key_of(override): override for override in ["task=train", *command_overrides, *value_words(parameters), *given]
+    }
+    return list(by_key.values())
 
 
 def value_words(parameters: dict[str, Any]) -> list[str]:
@@ -33,9 +37,11 @@ def value_words(parameters: dict[str, Any]) -> list[str]:
 
 def command_of(sweep: SweepFile, parameters: dict[str, Any], given: list[str]) -> str:
     """Format the shell command that runs a trial's values again, in its own folder, with the model exported at the end."""
-    words = [word for word in trial_words(sweep, parameters, given) if key_of(word) != "export"]
-    named = any(key_of(word) == "experiment" for word in words)  # an experiment implies the task
-    return command_line(word for word in words if not (named and word == "task=train"))
+    trial_overrides = [override for override in trial_words(sweep, parameters, given) if key_of(override) != "export"]
+    has_experiment = any(
+        key_of(override) == "experiment" for override in trial_overrides
+    )  # an experiment implies the task
+    return command_line(override for override in trial_overrides if not (has_experiment and override == "task=train"))
 
 
 def command_line(words: Iterable[str]) -> str:

@@ -46,11 +46,11 @@ class GoOnWithout(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, Entered):
             return
-        job, (entered, most) = own_job(), self.count_entered()
+        job, (num_corrupt, max_corrupt) = own_job(), self.count_entered()
         if self.resumes_alone(trainer):
-            if entered <= most and pulse_of(trainer).work.doing not in (Doing.starting, Doing.optimizer):
+            if num_corrupt <= max_corrupt and pulse_of(trainer).work.doing not in (Doing.starting, Doing.optimizer):
                 save_step_before(trainer, pl_module)
-        elif job is not None and entered <= min(MOST_ENTERED, most):
+        elif job is not None and num_corrupt <= min(MOST_ENTERED, max_corrupt):
             Note(RESTART, str(exception), []).leave_together(self.run.dir, job)
 
     def resumes_alone(self, trainer: L.Trainer) -> bool:
@@ -95,18 +95,20 @@ def fit_or_again(trainer: L.Trainer, stage: Stage, datamodule: DataModule, run: 
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     callbacks.insert(0, Agreement(run.config, datamodule))
     # at this place the state is already saved, and the other ranks have not been notified of a failure yet
-    place = next((place for place, found in enumerate(callbacks) if isinstance(found, Heartbeat)), len(callbacks))
-    go_on_without = GoOnWithout(run, datamodule)
-    callbacks.insert(place, go_on_without)
+    position = next(
+        (position for position, callback in enumerate(callbacks) if isinstance(callback, Heartbeat)), len(callbacks)
+    )
+    skip_bad_record = GoOnWithout(run, datamodule)
+    callbacks.insert(position, skip_bad_record)
     try:
         trainer.fit(stage, datamodule)
     except Entered as error:
-        if not go_on_without.resumes_alone(trainer):
+        if not skip_bad_record.resumes_alone(trainer):
             raise
-        entered, most = go_on_without.count_entered()
-        if entered > most:
+        num_corrupt, max_corrupt = skip_bad_record.count_entered()
+        if num_corrupt > max_corrupt:
             raise UserError(
-                f"{error} They are {entered:,} by now, more than data.max_quarantined="
+                f"{error} They are {num_corrupt:,} by now, more than data.max_quarantined="
                 f"{run.config.data.max_quarantined:g} of the training records."
             ) from None
         say(f"{run.name}: {error.finding} It is entered in {error.ledger}, and the run goes on without it.")
@@ -117,9 +119,9 @@ def fit_or_again(trainer: L.Trainer, stage: Stage, datamodule: DataModule, run: 
     except RuntimeError as error:
         if trainer.world_size > 1 or not is_out_of_memory(error):
             raise
-        half = halve_budget(run.dir, datamodule, run.config.guard.max_oom_retries)
+        budget = halve_budget(run.dir, datamodule, run.config.guard.max_oom_retries)
         say(
-            f"{run.name}: out of memory; goes on with at most {half.tokens:,} tokens and {counted(half.tiles, 'tile')} in a "
+            f"{run.name}: out of memory; goes on with at most {budget.tokens:,} tokens and {counted(budget.tiles, 'tile')} in a "
             "micro-batch, and the same samples in each step"
         )
         raise Again from None

@@ -39,16 +39,16 @@ def chat(run: Run) -> None:
     if run.init_from is None:
         raise UserError("task=chat needs a model: init_from=runs/<name>/hf, or a LLaVA-OneVision-class model's hub id.")
     config = run.config
-    finished = open_finished(run.init_from, config)
-    most = config.max_new_tokens
-    conversation = Conversation(finished.load(), finished.processor, most, config.data.max_image_pixels)
+    model = open_finished(run.init_from, config)
+    max_new_tokens = config.max_new_tokens
+    conversation = Conversation(model.load(), model.processor, max_new_tokens, config.data.max_image_pixels)
     for path in config.image:
         conversation.attach(path)
     if config.prompt is not None:
         answer = conversation.ask(config.prompt)
         print(printable(answer))
-        if drawing := conversation.draw(answer):
-            print(f"boxes: {drawing}", file=sys.stderr)  # the standard output holds only the answer
+        if image_path := conversation.draw(answer):
+            print(f"boxes: {image_path}", file=sys.stderr)  # the standard output holds only the answer
         return
     talk(conversation)
 
@@ -76,8 +76,8 @@ class Conversation:
 
     def attach(self, path: str) -> None:
         """Add an image before the next question. UserError if it cannot be read."""
-        place = Path(path).expanduser().resolve()
-        image = FileImage(place.name, place.parent, path, self.max_pixels)
+        file = Path(path).expanduser().resolve()
+        image = FileImage(file.name, file.parent, path, self.max_pixels)
         try:
             image.load()  # now, not in the middle of an answer
         except RecordError as error:
@@ -89,11 +89,11 @@ class Conversation:
         """Generate the model's answer and add it to the conversation. After an error the conversation is unchanged."""
         images = self.images + self.waiting
         slots = tuple(ImageSlot(number) for number in range(len(self.images), len(images)))
-        asked = (*self.messages, Message(Role.user, (*slots, *self._pieces(TASK.sub(r"\1\n", text)))))
+        messages = (*self.messages, Message(Role.user, (*slots, *self._pieces(TASK.sub(r"\1\n", text)))))
         # The sample needs an answer at the place where the model generates; its text is not read.
-        sample = Sample("", "chat", "chat", Kind.other, Language.auto, (*asked, self._said("")), images)
+        sample = Sample("", "chat", "chat", Kind.other, Language.auto, (*messages, self._said("")), images)
         answer = ask(self.model, self.processor, [sample], self.max_new_tokens)[0]
-        self.messages, self.images, self.waiting = (*asked, self._said(answer)), images, ()
+        self.messages, self.images, self.waiting = (*messages, self._said(answer)), images, ()
         return answer
 
     def draw(self, answer: str) -> Path | None:
@@ -110,10 +110,12 @@ class Conversation:
 
     def _pieces(self, text: str) -> tuple[Content, ...]:
         """Parse markup in the text into control tokens; return plain text for a model that does not have these tokens."""
-        pieces = parse_markup(text)
-        known = self.processor.template.control_ids
-        lacks = any(isinstance(piece, Control) and piece.token not in known for piece in pieces)
-        return (text,) if lacks else pieces
+        contents = parse_markup(text)
+        control_ids = self.processor.template.control_ids
+        has_unknown_tokens = any(
+            isinstance(content, Control) and content.token not in control_ids for content in contents
+        )
+        return (text,) if has_unknown_tokens else contents
 
 
 def talk(conversation: Conversation) -> None:
@@ -128,8 +130,8 @@ def talk(conversation: Conversation) -> None:
                 continue
             answer = conversation.ask(line)
             print(printable(answer), flush=True)
-            if drawing := conversation.draw(answer):
-                print(f"boxes: {drawing}", flush=True)
+            if image_path := conversation.draw(answer):
+                print(f"boxes: {image_path}", flush=True)
         except UserError as error:
             print(error, flush=True)
 
@@ -168,4 +170,4 @@ def stop_typing(ask: Ask) -> None:
 
 def printable(text: str) -> str:
     """Remove control characters from the text: a model may have learnt sequences that a terminal executes."""
-    return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
+    return "".join(character for character in text if character.isprintable() or character in "\n\t")

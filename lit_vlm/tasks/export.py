@@ -53,20 +53,24 @@ def export(run: Run) -> None:
         raise UserError("task=export is one process. Start it with python run.py, not with torchrun.")
     quiet()
     folder = find_run(run)
-    with Hold(folder) as hold:
-        hold.take()
-        state = open_state(folder, run)
+    with Hold(folder) as run_lock:
+        run_lock.take()
+        checkpoint = open_state(folder, run)
         manifest = find_manifest(folder)
-        is_last = state.index.step == (manifest.get("plan") or {}).get("steps")
-        finished = manifest.get("status") == "finished" and is_last
-        target = folder / ("hf" if finished else f"hf-{state.path.name}")
+        is_last = checkpoint.index.step == (manifest.get("plan") or {}).get("steps")
+        is_finished = manifest.get("status") == "finished" and is_last
+        target = folder / ("hf" if is_finished else f"hf-{checkpoint.path.name}")
         if target.is_dir() and not run.config.overwrite:
             raise UserError(f"{target} is there already. Use it, or make it anew with overwrite=true.")
-        write_model(state, folder, target)
-        if finished:
+        write_model(checkpoint, folder, target)
+        if is_finished:
             RunFolder(folder, manifest).update(weights_digest=digest_of_weights(target))
-    what = "" if finished else f" The run is not finished: this is its model after {counted(state.index.step, 'step')}."
-    say(f"Model: {target}   From: {state.path}{what}")
+    note = (
+        ""
+        if is_finished
+        else f" The run is not finished: this is its model after {counted(checkpoint.index.step, 'step')}."
+    )
+    say(f"Model: {target}   From: {checkpoint.path}{note}")
 
 
 def find_run(run: Run) -> Path:
@@ -76,11 +80,11 @@ def find_run(run: Run) -> Path:
     for folder in (*folders, run.dir):
         if (folder / "checkpoints").is_dir():
             return folder
-    looked = given or run.dir
-    model = next((place / "hf" for place in (looked, run.dir) if (place / "hf").is_dir()), None)
-    found = f"its model is in {model} already" if model else "it holds no checkpoints/"
+    searched = given or run.dir
+    model = next((place / "hf" for place in (searched, run.dir) if (place / "hf").is_dir()), None)
+    description = f"its model is in {model} already" if model else "it holds no checkpoints/"
     raise UserError(
-        f"{looked}: {found}. Name the folder of a run that has checkpoints: task=export init_from=runs/<name>, or the words "
+        f"{searched}: {description}. Name the folder of a run that has checkpoints: task=export init_from=runs/<name>, or the words "
         "that the run was started with, with task=export beside them."
     )
 
@@ -93,10 +97,10 @@ def open_state(folder: Path, run: Run) -> State:
     except DamagedFile as error:
         say(f"{str(error).partition(' Start')[0]} The settings are read from what lies beside it.")
         manifest = {}
-    plain = manifest.get("config") or read_settings(folder) or index.belongs.get("settings") or {}
-    config = read_model_settings(plain, str(folder))
-    config.run_dir = str(plain.get("run_dir") or run.config.run_dir)
-    init_from = (manifest.get("parent") or {}).get("path") if manifest else plain.get("init_from")
+    settings = manifest.get("config") or read_settings(folder) or index.belongs.get("settings") or {}
+    config = read_model_settings(settings, str(folder))
+    config.run_dir = str(settings.get("run_dir") or run.config.run_dir)
+    init_from = (manifest.get("parent") or {}).get("path") if manifest else settings.get("init_from")
     if init_from == "previous":
         raise UserError(
             f"{folder}: its manifest is lost, and with it the name of the model that it started from. Start the run again with "
@@ -108,41 +112,45 @@ def open_state(folder: Path, run: Run) -> State:
 def find_checkpoint(folder: Path, resume_from: str) -> tuple[Path, Index]:
     """Find the newest complete checkpoint, or the one that `resume_from` names. Every byte of it is verified."""
     checkpoints = Folder(folder / "checkpoints")
-    named = resume_from != AUTO
-    places = [Path(resume_from).expanduser().resolve()] if named else list(map(checkpoints.of, checkpoints.steps()))
-    damage: list[str] = []
-    for path in places:
+    is_named = resume_from != AUTO
+    candidates = (
+        [Path(resume_from).expanduser().resolve()] if is_named else list(map(checkpoints.of, checkpoints.steps()))
+    )
+    errors: list[str] = []
+    for path in candidates:
         try:
             index = read_index(path)
             check_files(path, index)
-            for problem in damage:
+            for problem in errors:
                 say(f"{problem}. Takes the one before, {path.name}.")
             return path, index
         except Damaged as error:
-            damage.append(str(error))
-    found = "; ".join(damage) or "there is none"
+            errors.append(str(error))
+    found = "; ".join(errors) or "there is none"
     raise UserError(f"No checkpoint of {checkpoints.path} can be used: {found}. Start the run again to make one.")
 
 
 def write_model(state: State, folder: Path, target: Path) -> None:
     """Build the model as the run did, load the checkpoint's weights into it, and export it to `target`."""
     config, index = state.config, state.index
-    blueprint = draw_up(with_parts(config), state.init_from, config.data.tiling)
-    require_same_start(state, blueprint, folder)
-    stage = build_stage(blueprint, config)
+    spec = draw_up(with_parts(config), state.init_from, config.data.tiling)
+    require_same_start(state, spec, folder)
+    stage = build_stage(spec, config)
     model = stage.model
     assert model is not None
-    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    if found := misfits(index, {name: tuple(value.shape) for name, value in trained.items()}):
-        raise UserError(f"{state.path} is of another model: {'; '.join(found[:3])}.")
-    pieces = [Piece(name, Kind.weight, tuple(one.shape), 0, one.detach().view(-1)) for name, one in trained.items()]
+    trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    if mismatches := misfits(index, {name: tuple(value.shape) for name, value in trainable.items()}):
+        raise UserError(f"{state.path} is of another model: {'; '.join(mismatches[:3])}.")
+    pieces = [Piece(name, Kind.weight, tuple(one.shape), 0, one.detach().view(-1)) for name, one in trainable.items()]
     load(state.path, index, pieces)
     try:
         with os_errors():
-            export_model(model, blueprint.tokenizer, blueprint.images, target)
+            export_model(model, spec.tokenizer, spec.images, target)
     except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"The model cannot be written to {target}: {why}. Make room or change its rights.") from error
+        reason = error.strerror or error
+        raise UserError(
+            f"The model cannot be written to {target}: {reason}. Make room or change its rights."
+        ) from error
 
 
 def build_stage(blueprint: Blueprint, config: RunConfig) -> Stage:
@@ -157,18 +165,18 @@ def build_stage(blueprint: Blueprint, config: RunConfig) -> Stage:
 
 def require_same_start(state: State, blueprint: Blueprint, folder: Path) -> None:
     """Raise UserError if frozen weights, tokenizer or chat template are not those that the checkpoint was trained with."""
-    day, _ = planned_day(Run(state.config, None, folder.name, folder, [], state.init_from))
-    now = {
-        "processor": Processor(blueprint.tokenizer, blueprint.images, day=day).digest,
+    template_date, _ = planned_day(Run(state.config, None, folder.name, folder, [], state.init_from))
+    current = {
+        "processor": Processor(blueprint.tokenizer, blueprint.images, day=template_date).digest,
         "parent": (parent_of(state.init_from) or {}).get("digest")
         or digest_of_parts(blueprint.whole, blueprint.vision_tower, blueprint.language_model),
     }
-    words = {"processor": "tokenizer, chat template or image settings", "parent": "weights"}
-    start = state.init_from or f"{blueprint.vision_tower} and {blueprint.language_model}"
-    for key, what in words.items():
+    descriptions = {"processor": "tokenizer, chat template or image settings", "parent": "weights"}
+    parent = state.init_from or f"{blueprint.vision_tower} and {blueprint.language_model}"
+    for key, description in descriptions.items():
         known = state.index.belongs.get(key)
-        if known and known != now[key]:
+        if known and known != current[key]:
             raise UserError(
-                f"{start}: the run started from there, and the {what} are others now. Bring them back: what did not train is read "
+                f"{parent}: the run started from there, and the {description} are others now. Bring them back: what did not train is read "
                 "from there."
             )

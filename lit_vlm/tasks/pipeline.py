@@ -30,13 +30,13 @@ def pipeline(run: Run) -> None:
         UserError: a stage failed. It has printed its own error; the next start resumes with this stage.
     """
     stages = stages_of(run.config.recipe, run.overrides)
-    began = time.monotonic()
+    started = time.monotonic()
     folders = []
     for number, experiment in enumerate(stages, 1):
-        words = [f"experiment={experiment}", *pipeline_overrides(run.overrides, experiment)]
-        stage = parse(words)
+        overrides = [f"experiment={experiment}", *pipeline_overrides(run.overrides, experiment)]
+        stage = parse(overrides)
         console.rule(f"{number}/{len(stages)}  {experiment}", align="left")
-        exit_code = run_stage(stage, words)
+        exit_code = run_stage(stage, overrides)
         if exit_code in (RESTART, INTERRUPTED, TERMINATED):  # the stage has reported the reason
             raise SystemExit(exit_code)
         if exit_code:
@@ -50,7 +50,7 @@ def pipeline(run: Run) -> None:
     write_report(report, folders, run.config.recipe)
     console.print(summary_table(folders))
     console.print(scores_table(folders))
-    console.print(f"{time.monotonic() - began:.0f} s in all. Report: {report}", soft_wrap=True)
+    console.print(f"{time.monotonic() - started:.0f} s in all. Report: {report}", soft_wrap=True)
     if not (folders[-1] / "hf").is_dir():
         console.print(
             f"No model (export=false); python run.py task=export init_from={folders[-1]} makes it.", soft_wrap=True
@@ -70,13 +70,13 @@ def run_stage(stage: Run, words: list[str]) -> int:
     guard.max_oom_retries times.
     """
     for _ in range(1 + stage.config.guard.max_oom_retries):
-        known = _budget(stage.dir)
-        status, asked = followed(command(stage, words))
+        budget = _budget(stage.dir)
+        status, stop_signals = followed(command(stage, words))
         if not status or stage.config.trainer.devices == 1:
             break
-        if asked:
-            return INTERRUPTED if Ask.interrupt in asked else RESTART
-        if _budget(stage.dir) in ("", known):
+        if stop_signals:
+            return INTERRUPTED if Ask.interrupt in stop_signals else RESTART
+        if _budget(stage.dir) in ("", budget):
             break
     return status
 
@@ -96,28 +96,28 @@ def followed(words: list[str]) -> tuple[int, list[Ask]]:
     Returns:
         The exit status, and the stop signals that were received.
     """
-    asked: list[int] = []
+    received: list[int] = []
     process: subprocess.Popen[bytes] | None = None
 
     def hand_on(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
+        received.append(number)
         if process is not None:
             _send(process, number)
 
-    before = {number: signal.signal(number, hand_on) for number in ASKS}
+    old_handlers = {number: signal.signal(number, hand_on) for number in ASKS}
     try:
         # the terminal sends Ctrl-C to the child as well, perhaps before its Python is set up
         process = subprocess.Popen(words, preexec_fn=_begin_deaf if PROC.is_dir() else None)
-        for number in asked:  # received before the process existed
+        for number in received:  # received before the process existed
             _send(process, number)
         status = process.wait()
     finally:
-        for number, handler in before.items():
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
-    if asked and status == 0:
-        signal.raise_signal(asked[0])
-    asks = [ASKS[signal.Signals(number)] for number in asked]
-    return STATUS[asks[0]] if asked and status == -signal.SIGKILL else status, asks
+    if received and status == 0:
+        signal.raise_signal(received[0])
+    stop_signals = [ASKS[signal.Signals(number)] for number in received]
+    return STATUS[stop_signals[0]] if received and status == -signal.SIGKILL else status, stop_signals
 
 
 def _begin_deaf() -> None:

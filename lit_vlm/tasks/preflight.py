@@ -55,7 +55,7 @@ def preflight(run: Run) -> None:
         UserError: the run would fail; the findings are shown before.
     """
     require_writable(run.dir)  # the page goes there
-    began = time.monotonic()
+    started = time.monotonic()
     facts = Facts(
         name=run.name,
         stage=run.config.stage.name.value,
@@ -63,12 +63,12 @@ def preflight(run: Run) -> None:
         moment=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     collect(run, facts)
-    facts.seconds = time.monotonic() - began
-    page = write_preflight(run.dir, facts)
-    show(facts, page, console)
+    facts.seconds = time.monotonic() - started
+    report_path = write_preflight(run.dir, facts)
+    show(facts, report_path, console)
     failures = facts.of_level(Level.failure)
     if failures:
-        raise UserError(f"{run.name} would fail; what to do is said above and in {page}.")
+        raise UserError(f"{run.name} would fail; what to do is said above and in {report_path}.")
 
 
 def collect(run: Run, facts: Facts) -> None:
@@ -99,8 +99,8 @@ def _start(run: Run, facts: Facts) -> str | None:
     except UserError as error:
         if run.config.init_from != "previous":
             raise
-        what = f"{error} Until then everything here is counted from the parts in model.*."
-        facts.findings.append(Finding(Level.advice, what))
+        message = f"{error} Until then everything here is counted from the parts in model.*."
+        facts.findings.append(Finding(Level.advice, message))
         model = run.config.model
         facts.starts_from = f"{model.vision_tower} and {model.language_model}, until the stage before is there"
         return None
@@ -111,14 +111,14 @@ def _start(run: Run, facts: Facts) -> str | None:
 
 def _model(run: Run, data: StageData, plan: Plan | None, facts: Facts) -> None:
     """Estimate parameters, disk, strategy, memory and time. Strategy, memory and time need a plan."""
-    config, store = run.config, store_of(run.config)
+    config, index_dir = run.config, store_of(run.config)
     stage = outline(make_stage(data.blueprint, config), data.blueprint)
     assert stage.model is not None
     facts.parts = part_rows(stage)
     parameters = parameters_of(stage, config.stage)
     training = training_of(config, parameters)
-    index_bytes = max(0.0, ROW_BYTES * sum(row.records for row in facts.sources) - bytes_in(store))
-    facts.disk = disk_rows(config, run.dir, store, parameters, index_bytes)
+    index_bytes = max(0.0, ROW_BYTES * sum(row.records for row in facts.sources) - bytes_in(index_dir))
+    facts.disk = disk_rows(config, run.dir, index_dir, parameters, index_bytes)
     if plan is None or facts.plan is None:
         return
     shape = stage.model.config.to_dict()
@@ -127,8 +127,8 @@ def _model(run: Run, data: StageData, plan: Plan | None, facts: Facts) -> None:
     situation = situation.at(ActivationCheckpointing[facts.strategy.level])
     facts.findings += of_strategy(situation, facts.strategy)
     facts.memory = memory_facts(config, situation, Strategy(facts.strategy.name), facts.plan)
-    work = float(plan.index.flops(work_of(shape, config, situation.training))[plan.draws()].sum())
-    facts.time = time_facts(config, work * facts.plan.steps / plan.num_steps, facts.plan, facts.strategy.share)
+    total_flops = float(plan.index.flops(work_of(shape, config, situation.training))[plan.draws()].sum())
+    facts.time = time_facts(config, total_flops * facts.plan.steps / plan.num_steps, facts.plan, facts.strategy.share)
 
 
 def _meet_run_folder(run: Run, sources: list[Source], facts: Facts) -> None:
@@ -146,5 +146,5 @@ def _meet_run_folder(run: Run, sources: list[Source], facts: Facts) -> None:
         else None,  # without a manifest it is not compared, and it takes long to compute
     )
     if folder.finished:
-        what = f"{run.name} is finished already, in {run.dir}: task=train would leave it as it is."
-        facts.findings.append(Finding(Level.warning, what, "Start it anew with overwrite=true."))
+        message = f"{run.name} is finished already, in {run.dir}: task=train would leave it as it is."
+        facts.findings.append(Finding(Level.warning, message, "Start it anew with overwrite=true."))

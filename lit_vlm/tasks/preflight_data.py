@@ -35,10 +35,10 @@ def opened_sources(config: RunConfig, facts: Facts) -> tuple[dict[str, Source], 
     """Open the training and validation sources, by name. A source that cannot be opened becomes a finding."""
 
     def opened(table: dict[str, SourceConfig], held_out: bool) -> dict[str, Source]:
-        found = {}
+        sources = {}
         for name, source in table.items():
             with noted(facts):
-                found[name] = open_source(
+                sources[name] = open_source(
                     name,
                     source,
                     max_image_pixels=config.data.max_image_pixels,
@@ -46,20 +46,22 @@ def opened_sources(config: RunConfig, facts: Facts) -> tuple[dict[str, Source], 
                     held_out=held_out,
                     cache=store_of(config),
                 )
-        return found
+        return sources
 
     return opened(config.data.sources, False), opened(config.data.validation.sources, True)
 
 
 def look(run: Run, data: StageData, sources: dict[str, Source], facts: Facts) -> None:
     """Index small sources completely, and a sample of large sources that have no index yet. Fill the facts about the data."""
-    config, datamodule, store = run.config, data.datamodule, store_of(run.config)
+    config, datamodule, index_dir = run.config, data.datamodule, store_of(run.config)
     with noted(facts):
-        most = config.preflight.max_samples
+        max_samples = config.preflight.max_samples
         processor = datamodule.processor
-        datamodule.sources = [looked_at(source, processor, store, most) for source in datamodule.sources]
+        datamodule.sources = [looked_at(source, processor, index_dir, max_samples) for source in datamodule.sources]
         if not isinstance(datamodule.validation, float | int):
-            datamodule.validation = [looked_at(source, processor, store, most) for source in datamodule.validation]
+            datamodule.validation = [
+                looked_at(source, processor, index_dir, max_samples) for source in datamodule.validation
+            ]
         with progress_over("look at") as on_progress:
             datamodule.build(on_progress=on_progress)
         assert datamodule.index is not None and datamodule.held_out is not None
@@ -77,10 +79,10 @@ def look(run: Run, data: StageData, sources: dict[str, Source], facts: Facts) ->
     if len(index):
         caps = {"tokens": config.data.tokens_per_micro_batch, "tiles": config.data.tiles_per_micro_batch}
         facts.histograms = histograms(index, scales, caps)
-        repeated = duplicates_between(index)
-        if repeated:
-            what = f"{counted(repeated, 'record says', 'records say')}, with the same images, what a record of another source says."
-            facts.findings.append(Finding(Level.warning, what))
+        num_duplicates = duplicates_between(index)
+        if num_duplicates:
+            message = f"{counted(num_duplicates, 'record says', 'records say')}, with the same images, what a record of another source says."
+            facts.findings.append(Finding(Level.warning, message))
     with noted(facts):
         require_records_of(config.stage, datamodule)
 
@@ -169,15 +171,15 @@ def _meet_lock(run: Run, data: StageData, facts: Facts) -> None:
     if not lock or len(data.sources) < len(run.config.data.sources):
         return
     if facts.estimated:
-        what = f"The data are not compared with data.lock={lock}: not all records were looked at."
-        facts.findings.append(Finding(Level.advice, what, "task=prepare reads all of them."))
+        message = f"The data are not compared with data.lock={lock}: not all records were looked at."
+        facts.findings.append(Finding(Level.advice, message, "task=prepare reads all of them."))
         return
     with noted(facts):
         changes = "".join(f"\n  {change}" for change in differences(read_lock(lock), lock_of(data)))
         if changes:
-            what = f"The data are not those of data.lock={lock}:{changes}"
+            message = f"The data are not those of data.lock={lock}:{changes}"
             facts.findings.append(
-                Finding(Level.failure, what, "\nBring them back, or take data.lock away to train on what is there.")
+                Finding(Level.failure, message, "\nBring them back, or take data.lock away to train on what is there.")
             )
 
 

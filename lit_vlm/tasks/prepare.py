@@ -47,10 +47,10 @@ def prepare(run: Run) -> None:
     show_sources(data)
     settle(data)
     require_records_of(config.stage, datamodule)
-    devices = config.trainer.devices * config.trainer.num_nodes
-    plan = datamodule.make_plan(devices)
-    balance = f"; their work is balanced to {plan.balance()['micro_steps']['mean']:.1%}" if devices > 1 else ""
-    say(f"{counted(plan.num_steps, 'step')}; k = {plan.k} on {counted(devices, 'device')}{balance}")
+    num_devices = config.trainer.devices * config.trainer.num_nodes
+    plan = datamodule.make_plan(num_devices)
+    balance = f"; their work is balanced to {plan.balance()['micro_steps']['mean']:.1%}" if num_devices > 1 else ""
+    say(f"{counted(plan.num_steps, 'step')}; k = {plan.k} on {counted(num_devices, 'device')}{balance}")
     hold_to_lock(data)
     aside = (
         f" Set aside: {run.dir / 'quarantine.jsonl'}  " if config.data.on_bad_record is OnBadRecord.quarantine else ""
@@ -64,18 +64,18 @@ def show_sources(data: StageData) -> None:
     assert index is not None and held_out is not None
     parts = [index, held_out] if held_out.sources is index.sources else [index]
     quarantine, totals = quarantine_of(data.datamodule)
-    faults = quarantine.table()
+    fault_counts = quarantine.table()
     table = Table(title=f"{data.run.name}: sources", title_justify="left")
     for heading in ("source", "records", "usable", "set aside", "NFC changed", "tokens", "tiles"):
         table.add_column(heading, justify="left" if heading in ("source", "set aside") else "right")
     for number, (name, config, source) in enumerate(data.configs):
         expected = None if config.fraction or config.num_samples else config.expected_records
         records = f"{len(source):,}" if expected in (None, len(source)) else f"{len(source):,} of {expected:,}"
-        aside = ", ".join(f"{count:,} {fault}" for fault, count in faults.get(name, {}).items()) or "none"
+        quarantined = ", ".join(f"{count:,} {fault}" for fault, count in fault_counts.get(name, {}).items()) or "none"
         usable = totals[name] - quarantine.counts().get(name, 0)
         columns = ("normalised", "tokens", "tiles")
-        figures = [
+        column_sums = [
             sum(int(getattr(part, column)[part.of_source(number)].sum()) for part in parts) for column in columns
         ]
-        table.add_row(name, records, f"{usable:,}", aside, *(f"{figure:,}" for figure in figures))
+        table.add_row(name, records, f"{usable:,}", quarantined, *(f"{column_sum:,}" for column_sum in column_sums))
     console.print(table)

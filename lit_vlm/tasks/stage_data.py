@@ -82,14 +82,14 @@ def stage_data(run: Run, sources: list[Source], held_out: list[Source], init_fro
         init_from: folder or hub id of a whole model; None: the parts that the settings name.
     """
     config = run.config
-    blueprint = draw_up(with_parts(config), init_from, config.data.tiling)
-    day, why = planned_day(run)
-    processor = Processor(blueprint.tokenizer, blueprint.images, scaled_decode=config.data.scaled_decode, day=day)
+    spec = draw_up(with_parts(config), init_from, config.data.tiling)
+    template_date, reason = planned_day(run)
+    processor = Processor(spec.tokenizer, spec.images, scaled_decode=config.data.scaled_decode, day=template_date)
     if processor.template.writes_day:
-        say(f"the chat template writes today's date; in all that this run reads it is {day}, {why}")
+        say(f"the chat template writes today's date; in all that this run reads it is {template_date}, {reason}")
     check_vocabulary(processor)
-    datamodule = make_datamodule(run, processor, sources, held_out, blueprint)
-    return StageData(run, sources, held_out, blueprint, datamodule)
+    datamodule = make_datamodule(run, processor, sources, held_out, spec)
+    return StageData(run, sources, held_out, spec, datamodule)
 
 
 def planned_day(run: Run) -> tuple[date, str]:
@@ -100,15 +100,15 @@ def planned_day(run: Run) -> tuple[date, str]:
     Returns:
         The date, and the reason as text for the user.
     """
-    config, why = run.config, "as when it was first prepared (model.template_date=... sets another)"
+    config, reason = run.config, "as when it was first prepared (model.template_date=... sets another)"
     if config.model.template_date:
         return parse_day(config.model.template_date, "model.template_date"), "by model.template_date"
-    places = [(find_manifest(run.dir), why), (find_lock(run.dir / LOCK), why)]
+    manifests = [(find_manifest(run.dir), reason), (find_lock(run.dir / LOCK), reason)]
     if config.data.lock:
-        places.insert(0, (find_lock(config.data.lock), "as in data.lock"))
-    for known, why in places:
-        if DAY in known:
-            return parse_day(str(known[DAY]), DAY), why
+        manifests.insert(0, (find_lock(config.data.lock), "as in data.lock"))
+    for manifest, reason in manifests:
+        if DAY in manifest:
+            return parse_day(str(manifest[DAY]), DAY), reason
     return date.today(), "whatever the day on which it goes on (model.template_date=... sets another)"
 
 
@@ -118,9 +118,9 @@ def with_parts(config: RunConfig) -> ModelConfig:
     if "tiny" in (model.vision_tower, model.language_model):
         folder = Path(config.run_dir) / "parts"
         with writable(folder, "The tiny model's parts", "run_dir"):
-            tower, language = tiny_parts(folder, config.seed)
-        model.vision_tower = tower if model.vision_tower == "tiny" else model.vision_tower
-        model.language_model = language if model.language_model == "tiny" else model.language_model
+            vision_tower, language_model = tiny_parts(folder, config.seed)
+        model.vision_tower = vision_tower if model.vision_tower == "tiny" else model.vision_tower
+        model.language_model = language_model if model.language_model == "tiny" else model.language_model
     return model
 
 
@@ -220,23 +220,23 @@ def settle(data: StageData) -> dict[str, int]:
 def fitted_of(datamodule: DataModule) -> list[str]:
     """List what data.on_overlong did to samples above the token limit: one line for each source and action."""
     assert datamodule.index is not None and datamodule.held_out is not None
-    words = {
+    descriptions = {
         "quarantine": "too long, set aside",
         "fewer_tiles": "too long, cut into fewer tiles",
         "cut_turn": "too long, without their last turns",
     }
     parts = (datamodule.index, *([datamodule.held_out] if datamodule.has_own_validation else []))
-    done = [(name, action, count) for part in parts for (name, action), count in sorted(part.fitted.items())]
-    return [f"{name}: {count:,} {words[action]} (data.on_overlong)" for name, action, count in done]
+    actions = [(name, action, count) for part in parts for (name, action), count in sorted(part.fitted.items())]
+    return [f"{name}: {count:,} {descriptions[action]} (data.on_overlong)" for name, action, count in actions]
 
 
 def unread_keys(datamodule: DataModule) -> dict[str, dict[str, int]]:
     """Count the records of each source that have keys which are not read: source -> key -> records."""
     assert datamodule.index is not None and datamodule.held_out is not None
-    found = dict(datamodule.index.unread)
+    counts = dict(datamodule.index.unread)
     if datamodule.has_own_validation:
-        found |= {f"{name} (validation)": unread for name, unread in datamodule.held_out.unread.items()}
-    return found
+        counts |= {f"{name} (validation)": unread for name, unread in datamodule.held_out.unread.items()}
+    return counts
 
 
 def quarantine_of(datamodule: DataModule) -> tuple[Quarantine, dict[str, int]]:
@@ -266,15 +266,17 @@ def require_records_of(stage: StageConfig, datamodule: DataModule) -> None:
         UserError: with the sources that hold the wrong type.
     """
     assert datamodule.index is not None and datamodule.held_out is not None
-    dpo, wrong = stage.name is StageName.dpo, set()
+    is_dpo, wrong_sources = stage.name is StageName.dpo, set()
     for index in (datamodule.index, datamodule.held_out):
-        wrong |= {index.sources[number].name for number in set(index.source_of[(index.chosen > 0) != dpo].tolist())}
-    names = ", ".join(sorted(wrong))
-    if wrong and dpo:
+        wrong_sources |= {
+            index.sources[number].name for number in set(index.source_of[(index.chosen > 0) != is_dpo].tolist())
+        }
+    names = ", ".join(sorted(wrong_sources))
+    if wrong_sources and is_dpo:
         raise UserError(
             f"data.sources: {names}: no preference pairs, and stage=dpo needs them; choose data=preference."
         )
-    if wrong:
+    if wrong_sources:
         raise UserError(
             f"data.sources: {names}: preference pairs, which stage={stage.name.value} cannot use; choose other data or dpo."
         )

@@ -63,7 +63,10 @@ def _stages(run: Run) -> list[Run]:
     if not is_ladder(run.overrides):
         return [run]
     stages = stages_of(run.config.recipe, run.overrides)
-    return [parse(["task=submit", f"experiment={s}", *pipeline_overrides(run.overrides, s)]) for s in stages]
+    return [
+        parse(["task=submit", f"experiment={experiment}", *pipeline_overrides(run.overrides, experiment)])
+        for experiment in stages
+    ]
 
 
 def _is_finished(stage: Run) -> bool:
@@ -104,22 +107,22 @@ def _submit_one(stage: Run, after: str | None) -> str:
 def job_of(stage: Run) -> Job:
     """Make the Slurm job of a stage: its task=train command, and the files to copy to the node."""
     config = stage.config
-    words = [text for text in stage.overrides if key_of(text) != "task" and not key_of(text).startswith("submit.")]
-    data = files_to_stage(config.data) if config.submit.stage_to else []
-    return Job(stage.name, stage.dir, config, ["task=train", *words], Path.cwd(), data)
+    overrides = [text for text in stage.overrides if key_of(text) != "task" and not key_of(text).startswith("submit.")]
+    staged_files = files_to_stage(config.data) if config.submit.stage_to else []
+    return Job(stage.name, stage.dir, config, ["task=train", *overrides], Path.cwd(), staged_files)
 
 
 def files_to_stage(data: DataConfig) -> list[Path]:
     """List what the sources read: their files, and the folders of their images."""
-    found: list[Path] = []
+    paths: list[Path] = []
     for source in [*data.sources.values(), *data.validation.sources.values()]:
         if source.path is None or source.format in (Format.builtin, Format.digits):
             continue
         path = Path(source.path)
-        beside = path.is_file() and source.image_root is None and path.suffix.lower() not in OWN_PICTURES
-        found += [path.parent if beside else path, *([Path(source.image_root)] if source.image_root else [])]
-    found = list(dict.fromkeys(found))
-    return [path for path in found if not any(path != other and path.is_relative_to(other) for other in found)]
+        has_images_beside = path.is_file() and source.image_root is None and path.suffix.lower() not in OWN_PICTURES
+        paths += [path.parent if has_images_beside else path, *([Path(source.image_root)] if source.image_root else [])]
+    paths = list(dict.fromkeys(paths))
+    return [path for path in paths if not any(path != other and path.is_relative_to(other) for other in paths)]
 
 
 def _queued(job: Job) -> str | None:

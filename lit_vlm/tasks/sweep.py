@@ -78,41 +78,43 @@ def sweep(run: Run) -> None:
         UserError: the file has errors, the folder holds another sweep, or the first trials all failed.
     """
     trials = run.config.trials
-    job = read(run)
+    sweep = read(run)
     if trials.dry_run:
-        show_plan(job)
+        show_plan(sweep)
     require_writable(run.dir)
     if trials.worker is not None:
-        carry_out(job)
+        carry_out(sweep)
     elif trials.slurm:
-        submit_workers(run, first_words(job), lambda: settle_folder(job))
+        submit_workers(run, first_words(sweep), lambda: settle_folder(sweep))
     elif not trials.dry_run:
         with alone(run.dir):
-            settle_folder(job)
-            carry_out(job)
+            settle_folder(sweep)
+            carry_out(sweep)
 
 
 def read(run: Run) -> Sweep:
     """Load the sweep file and validate it against the schema; all errors are raised at once."""
-    file, wrong = look_at(Path(run.config.sweep).expanduser())
-    if held := mistakes_of_secrets(file.plain):
-        raise ConfigError([f"{file.place}: {mistake}" for mistake in held])
-    given = trial_overrides(run.overrides)
-    wrong += mistakes_in_sweep(file, given)
-    if file.metric is None and not any("metric" in mistake for mistake in wrong):
-        wrong.append(f"{file.place}: metric: is missing; say by what trials are compared, metric: {{name: val/loss}}.")
-    if run.config.trials.carry_to and not wrong:
-        wrong += _not_carried(file, run.config.trials.carry_to)
-    if wrong:
-        raise ConfigError(wrong)
-    return Sweep(run, file, given)
+    file, errors = look_at(Path(run.config.sweep).expanduser())
+    if secret_errors := mistakes_of_secrets(file.plain):
+        raise ConfigError([f"{file.place}: {error}" for error in secret_errors])
+    overrides = trial_overrides(run.overrides)
+    errors += mistakes_in_sweep(file, overrides)
+    if file.metric is None and not any("metric" in error for error in errors):
+        errors.append(f"{file.place}: metric: is missing; say by what trials are compared, metric: {{name: val/loss}}.")
+    if run.config.trials.carry_to and not errors:
+        errors += _not_carried(file, run.config.trials.carry_to)
+    if errors:
+        raise ConfigError(errors)
+    return Sweep(run, file, overrides)
 
 
 def _not_carried(file: SweepFile, experiment: str) -> list[str]:
     """Find the parameters of the search space that the experiment of trials.carry_to refuses."""
-    words = value_words({key: one.samples()[0] for key, one in file.swept.items()})
-    found = wrong_words(with_implied([f"experiment={experiment}", *words]))
-    return [f"trials.carry_to={experiment}: {mistake}" for mistakes in found.values() for mistake in mistakes]
+    overrides = value_words({key: one.samples()[0] for key, one in file.swept.items()})
+    errors_by_override = wrong_words(with_implied([f"experiment={experiment}", *overrides]))
+    return [
+        f"trials.carry_to={experiment}: {mistake}" for mistakes in errors_by_override.values() for mistake in mistakes
+    ]
 
 
 def carry_out(job: Sweep) -> None:
@@ -120,8 +122,8 @@ def carry_out(job: Sweep) -> None:
     run, trials = job.run, job.run.config.trials
     in_slurm = trials.worker is not None
     search = job.search(run.dir / JOURNAL)
-    known = search.trials()
-    say(f"{run.name}: {_begins(search, len(known))}. Folder: {run.dir}")
+    known_trials = search.trials()
+    say(f"{run.name}: {_begins(search, len(known_trials))}. Folder: {run.dir}")
     runner = Trials(
         search,
         job.metric,
@@ -133,9 +135,9 @@ def carry_out(job: Sweep) -> None:
         say=say,
         on_change=lambda: try_page(job, search),
     )
-    asked = runner.run()
-    if asked:
-        leave(job, asked)
+    stop_signals = runner.run()
+    if stop_signals:
+        leave(job, stop_signals)
     if in_slurm and search.unfinished():
         try_page(job, search)
         say(f"{run.name}: nothing is left to begin; other workers have trials under way.")
@@ -145,18 +147,18 @@ def carry_out(job: Sweep) -> None:
 
 def _begins(search: Search, known: int) -> str:
     """Format the first line: a new sweep, or one that resumes after `num_known` trials."""
-    most = f"{search.most:,}" if search.most is not None else "all"
-    return f"goes on behind {known:,} of {most} trials" if known else f"{most} trials"
+    total = f"{search.most:,}" if search.most is not None else "all"
+    return f"goes on behind {known:,} of {total} trials" if known else f"{total} trials"
 
 
 def make_process(job: Sweep, number: int, parameters: dict[str, Any]) -> TrialProcess:
     """Make the process of a trial: a single process, torchrun with one per device, or a step of a Slurm job of several nodes."""
-    words = job.words(number, parameters)
-    stage = parse(words)
-    in_step = job.run.config.trials.worker is not None and stage.config.trainer.num_nodes > 1
+    overrides = job.words(number, parameters)
+    trial_run = parse(overrides)
+    in_step = job.run.config.trials.worker is not None and trial_run.config.trainer.num_nodes > 1
     environment = dict(os.environ) if in_step else outside_of_job()
-    line = step_command(stage.config, words) if in_step else command(stage, words)
-    return TrialProcess(number, parameters, stage.dir, line, environment, in_step=in_step)
+    trial_command = step_command(trial_run.config, overrides) if in_step else command(trial_run, overrides)
+    return TrialProcess(number, parameters, trial_run.dir, trial_command, environment, in_step=in_step)
 
 
 def places_of(config: RunConfig, parallel: int | None) -> list[Place]:
@@ -176,11 +178,15 @@ def places_of(config: RunConfig, parallel: int | None) -> list[Place]:
     devices = visible_devices() if config.trainer.accelerator in (*GPU, "auto") else []
     if not devices:
         return [()] * (parallel or 1)
-    each = config.trainer.devices
-    groups = [tuple(devices[start : start + each]) for start in range(0, len(devices) - each + 1, each)]
+    num_devices = config.trainer.devices
+    groups = [
+        tuple(devices[start : start + num_devices]) for start in range(0, len(devices) - num_devices + 1, num_devices)
+    ]
     if not groups:
-        raise UserError(f"A trial needs {each} devices (trainer.devices), and this machine shows {len(devices)}.")
-    return [groups[place % len(groups)] for place in range(parallel or len(groups))]
+        raise UserError(
+            f"A trial needs {num_devices} devices (trainer.devices), and this machine shows {len(devices)}."
+        )
+    return [groups[index % len(groups)] for index in range(parallel or len(groups))]
 
 
 def visible_devices() -> list[str]:
@@ -226,18 +232,18 @@ def settle_folder(job: Sweep) -> None:
         raise UserError(
             f"{job.run.name}: its workers are in the queue already, as job {number}. `scancel {number}` ends them."
         )
-    mine = json.loads(json.dumps({"file": job.file.plain, "overrides": job.given}))
-    known = read_settings(path, mine)
-    if known is not None and job.run.config.overwrite and (known != mine or is_complete(job)):
+    current = json.loads(json.dumps({"file": job.file.plain, "overrides": job.given}))
+    known = read_settings(path, current)
+    if known is not None and job.run.config.overwrite and (known != current or is_complete(job)):
         empty(folder)
-    elif known is not None and known != mine:
-        what = "the sweep file" if known["file"] != mine["file"] else "the overrides for its trials"
+    elif known is not None and known != current:
+        difference = "the sweep file" if known["file"] != current["file"] else "the overrides for its trials"
         raise UserError(
-            f"{folder} holds a sweep that differs from this one in {what}. Give this one a folder of its own with"
+            f"{folder} holds a sweep that differs from this one in {difference}. Give this one a folder of its own with"
             " run_name=sweeps/<name>, or replace the old one and its trials with overwrite=true."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, mine, indent=2)
+    write_json(path, current, indent=2)
 
 
 def read_settings(path: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
@@ -276,9 +282,9 @@ def leave(job: Sweep, asked: list[Ask]) -> None:
     """Stop after the trials have saved: requeue the Slurm job if that was requested, report how to resume, and exit."""
     number = own_job() if job.run.config.trials.worker is not None else None
     if number and Ask.interrupt not in asked:
-        again = Ask.requeue in asked or is_preempted(number)
-        refused = requeue(number) if again else "it was asked to leave"
-        say(f"{job.run.name}: saved; job {number} is {f'not requeued ({refused})' if refused else 'requeued'}.")
+        should_requeue = Ask.requeue in asked or is_preempted(number)
+        reason = requeue(number) if should_requeue else "it was asked to leave"
+        say(f"{job.run.name}: saved; job {number} is {f'not requeued ({reason})' if reason else 'requeued'}.")
     say(f"{job.run.name}: stopped, its trials are saved. The same command goes on.")
     raise SystemExit(INTERRUPTED if Ask.interrupt in asked else RESTART)
 
@@ -317,16 +323,16 @@ def finish(job: Sweep, search: Search) -> None:
     Raises:
         UserError: no trial finished.
     """
-    page = page_of(job, search)
-    write_sweep_report(job.run.dir / PAGE, page)
-    console.print(trial_table(page))
-    best = best_of(page.records, job.file.metric.goal)
+    report = page_of(job, search)
+    write_sweep_report(job.run.dir / PAGE, report)
+    console.print(trial_table(report))
+    best = best_of(report.records, job.file.metric.goal)
     if best is None:
         raise UserError(f"No trial of {job.run.name} finished, so there is no best one. Page: {job.run.dir / PAGE}")
     say(f"Best: trial {best.number}, {job.metric} {best.value:.5g}, in {best.folder}")
-    say(f"  {page.command}")
-    if page.carried:
-        say(f"Carried over:\n  {page.carried}")
+    say(f"  {report.command}")
+    if report.carried:
+        say(f"Carried over:\n  {report.carried}")
     say(f"Page: {job.run.dir / PAGE}")
 
 
@@ -334,8 +340,8 @@ def show_plan(job: Sweep) -> None:
     """Show the search space with ranges and comments, and the first commands. Nothing is run or written."""
     search = job.search(None)
     console.print(parameter_table(job.file))
-    most = f"{search.most:,} trials" if search.most is not None else "trials without end"
-    say(f"{job.file.method.value}, {most}, by {job.metric} ({job.file.metric.goal.value}). The first ones:")
+    total = f"{search.most:,} trials" if search.most is not None else "trials without end"
+    say(f"{job.file.method.value}, {total}, by {job.metric} ({job.file.metric.goal.value}). The first ones:")
     for _ in range(3):
         if (trial := search.ask()) is not None:
             say(f"  {command_line(job.words(trial.number, trial.parameters))}")

@@ -53,14 +53,14 @@ def worker_job(run: Run, trial: list[str]) -> Job:
     Raises:
         ConfigError: the `submit` settings do not fit such a trial.
     """
-    submit = [text for text in run.overrides if key_of(text).startswith("submit.")]
-    config = parse(["task=submit", *(word for word in trial if key_of(word) != "task"), *submit]).config
+    submit_overrides = [text for text in run.overrides if key_of(text).startswith("submit.")]
+    config = parse(["task=submit", *(word for word in trial if key_of(word) != "task"), *submit_overrides]).config
     if config.submit.container is not None:
         raise ConfigError(["submit.container: workers of a sweep start their trials on the node itself; leave it out."])
-    left_out = ("trials.dry_run", "trials.worker", "overwrite")
-    words = [text for text in run.overrides if key_of(text) not in left_out and text not in submit]
-    data = files_to_stage(config.data) if config.submit.stage_to else []
-    return Job(run.name, run.dir, config, words, Path.cwd(), data, workers=run.config.trials.slurm)
+    dropped_keys = ("trials.dry_run", "trials.worker", "overwrite")
+    overrides = [text for text in run.overrides if key_of(text) not in dropped_keys and text not in submit_overrides]
+    staged_files = files_to_stage(config.data) if config.submit.stage_to else []
+    return Job(run.name, run.dir, config, overrides, Path.cwd(), staged_files, workers=run.config.trials.slurm)
 
 
 def queued_workers(folder: Path) -> str | None:

@@ -32,14 +32,14 @@ def sync(run: Run) -> None:
     Raises:
         UserError: with every folder that was not sent, or not completely.
     """
-    wrong = []
+    errors = []
     for path in map(Path, run.config.sync):
         try:
             send(path)
         except UserError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise UserError("\n".join(wrong))
+            errors.append(str(error))
+    if errors:
+        raise UserError("\n".join(errors))
 
 
 def send(path: Path) -> None:
@@ -80,9 +80,9 @@ def send(path: Path) -> None:
 def logger_of(manifest: dict[str, Any], known: dict[str, Any]) -> LoggerConfig:
     """Make the logger config from the run's own settings, with W&B online."""
     given = (manifest.get("config") or {}).get("logger") or {}
-    kept = {one.name: given[one.name] for one in fields(LoggerConfig) if one.name in given}
-    place = {key: known[key] for key in ("project", "entity") if known.get(key)}
-    return LoggerConfig(**{**kept, **place, "wandb": True, "offline": False, "tensorboard": False})
+    run_settings = {one.name: given[one.name] for one in fields(LoggerConfig) if one.name in given}
+    run_location = {key: known[key] for key in ("project", "entity") if known.get(key)}
+    return LoggerConfig(**{**run_settings, **run_location, "wandb": True, "offline": False, "tensorboard": False})
 
 
 def require_files(folder: RunFolder) -> None:
@@ -105,6 +105,6 @@ def missing_files(folder: RunFolder) -> Iterator[str]:
     if not (folder.path / "metrics.csv").is_file():
         yield "metrics.csv"
     yield from (name for name in files_of_samples(folder.path) if not (folder.path / name).is_file())
-    asked = ((folder.manifest.get("config") or {}).get("logger") or {}).get("artifacts") or []
+    artifacts = ((folder.manifest.get("config") or {}).get("logger") or {}).get("artifacts") or []
     if folder.finished:
-        yield from (FILES[what] for what in asked if not (folder.path / FILES[what]).exists())
+        yield from (FILES[artifact] for artifact in artifacts if not (folder.path / FILES[artifact]).exists())

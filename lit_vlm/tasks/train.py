@@ -54,11 +54,11 @@ from lit_vlm.types import UserError, counted
 
 def train(run: Run) -> None:
     """Train one stage. An interrupted run resumes from its last checkpoint; a finished run is reported and stays unchanged."""
-    requeued = started_again()  # its overrides may hold resume_from=none, which was meant for the first start
+    is_requeued = started_again()  # its overrides may hold resume_from=none, which was meant for the first start
     tracking = Tracking(run.config.logger, run.dir, run.experiment, say=lambda text: say(f"{run.name}: {text}"))
-    with Hold(run.dir) as hold, tracking:
+    with Hold(run.dir) as run_lock, tracking:
         # each start needs its own copy: it writes the paths of the tiny parts into the config
-        until_done(lambda again: train_once(copy.deepcopy(run), hold, tracking, again or requeued))
+        until_done(lambda again: train_once(copy.deepcopy(run), run_lock, tracking, again or is_requeued))
 
 
 def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) -> None:
@@ -72,7 +72,7 @@ def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) ->
     config = run.config
     require_parent(run.init_from)
     sources, held_out = open_sources(run)
-    opened = partial(
+    open_folder = partial(
         open_run_folder,
         run.dir,
         config,
@@ -81,9 +81,9 @@ def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) ->
         data_digest=digest_of_sources([*sources, *held_out]),
         parent=parent_of(run.init_from),
     )
-    folder = opened()
+    folder = open_folder()
     if not folder.finished and run.dir.is_dir() and hold.take():
-        folder = opened()  # another process may have trained this run until it released the lock
+        folder = open_folder()  # another process may have trained this run until it released the lock
     checkpoints = Folder(run.dir / "checkpoints")
     if folder.rebuilt:
         say(f"{run.name}: {folder.rebuilt}")
@@ -112,8 +112,8 @@ def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) ->
     quarantined = settle(data)
     require_records_of(config.stage, datamodule)
 
-    fresh = folder.replaces or (config.resume_from == "none" and not again)
-    if not fresh:
+    is_fresh_start = folder.replaces or (config.resume_from == "none" and not again)
+    if not is_fresh_start:
         Budget.read(run.dir, datamodule).apply(datamodule)
     callbacks = make_callbacks(
         choose_callbacks(config.callbacks, export=config.export, profile=profiles(config)),
@@ -127,10 +127,10 @@ def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) ->
         metric=config.logger.metric,
         say=lambda text: say(f"{run.name}: {text}"),
     )
-    settled = settle_strategy(data, lambda: make_stage(data.blueprint, config))
-    stage = make_stage(data.blueprint, settled)
+    resolved_config = settle_strategy(data, lambda: make_stage(data.blueprint, config))
+    stage = make_stage(data.blueprint, resolved_config)
     stage.say = lambda text: say(f"{run.name}: {text}")
-    trainer = make_trainer(settled, tracking.loggers(), callbacks)
+    trainer = make_trainer(resolved_config, tracking.loggers(), callbacks)
     plan = datamodule.make_plan(trainer.world_size)
     if config.data.validation.every_steps:
         trainer.val_check_interval = config.data.validation.every_steps * plan.k  # Lightning counts micro-batches
@@ -146,7 +146,7 @@ def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) ->
         )
     if folder.replaces and is_rank_zero():
         checkpoints.remove()
-    if fresh and is_rank_zero():
+    if is_fresh_start and is_rank_zero():
         for name in (SKIPPED, BUDGET):  # of the previous run in this folder
             (run.dir / name).unlink(missing_ok=True)
     folder.update(

@@ -36,14 +36,14 @@ class Agents:
         self.state = state
 
     def op_UpsertSweep(self, variables: Variables) -> dict[str, Any]:
-        known = self.state.sweeps.get(variables.get("id") or "")
-        if known is not None:
-            known.state = str(variables.get("state") or known.state).lower()
+        state = self.state.sweeps.get(variables.get("id") or "")
+        if state is not None:
+            state.state = str(variables.get("state") or state.state).lower()
         else:
             text = variables["config"]
-            known = self.state.add_sweep(variables.get("projectName") or "uncategorized", text, yaml.safe_load(text))
-        project = {"id": known.project, "name": known.project, "entity": {"id": ENTITY, "name": ENTITY}}
-        sweep = {"name": known.name, "project": project}
+            state = self.state.add_sweep(variables.get("projectName") or "uncategorized", text, yaml.safe_load(text))
+        project = {"id": state.project, "name": state.project, "entity": {"id": ENTITY, "name": ENTITY}}
+        sweep = {"name": state.name, "project": project}
         return {"upsertSweep": {"sweep": sweep, "configValidationWarnings": []}}
 
     def op_SweepWithRuns(self, variables: Variables) -> dict[str, Any]:
@@ -51,8 +51,10 @@ class Agents:
         if sweep is None:
             return {"project": {"sweep": None}}
         runs = [{"node": _node(run)} for run in self.state.runs_of(sweep.name)]
-        none = dict.fromkeys("description createdAt heartbeatAt updatedAt bestLoss controller scheduler".split())
-        found = {
+        empty_fields = dict.fromkeys(
+            "description createdAt heartbeatAt updatedAt bestLoss controller scheduler".split()
+        )
+        fields = {
             "id": sweep.name,
             "name": sweep.name,
             "method": sweep.file.method,
@@ -61,7 +63,7 @@ class Agents:
             "earlyStopJobRunning": False,
             "runs": {"edges": runs},
         }
-        return {"project": {"sweep": none | found}}
+        return {"project": {"sweep": empty_fields | fields}}
 
     def op_CreateAgent(self, variables: Variables) -> dict[str, Any]:
         agent = self.state.next_id("agent")
@@ -101,8 +103,8 @@ class Agents:
                 sweep.told.add(run.name)
                 value = run.summary.get(sweep.file.metric.name) if sweep.file.metric else None
                 outcome = Outcome.stopped if run.stop else Outcome.finished
-                failed = run.state != FINISHED or (value is None and sweep.file.metric is not None)
-                sweep.search.tell(run.number, value, Outcome.failed if failed else outcome)
+                has_failed = run.state != FINISHED or (value is None and sweep.file.metric is not None)
+                sweep.search.tell(run.number, value, Outcome.failed if has_failed else outcome)
 
     def _falls_behind(self, sweep: SweepState, run: RunState) -> bool:
         """Return whether early stopping ends this run."""
@@ -119,10 +121,10 @@ class Agents:
         if sweep.state in OVER:
             yield {"type": "exit"}
             return
-        waiting = [run for run in self.state.runs_of(sweep.name) if run.state == PREEMPTED]
-        run = waiting[0] if waiting else self._suggested(sweep)
+        preempted = [run for run in self.state.runs_of(sweep.name) if run.state == PREEMPTED]
+        run = preempted[0] if preempted else self._suggested(sweep)
         if run is not None:
-            kind, run.agent, run.state = "resume" if waiting else "run", agent, PENDING
+            kind, run.agent, run.state = "resume" if preempted else "run", agent, PENDING
             run.heard = time.monotonic()
             arguments = {name: {"value": value} for name, value in run.parameters.items()}
             yield {"type": kind, "run_id": run.name, "program": sweep.file.program, "args": arguments}

@@ -19,14 +19,14 @@ class Artifacts:
     def op_CreateArtifact(self, variables: Variables) -> Variables:
         given = variables["input"]
         name, kind = given["artifactCollectionName"], given["artifactTypeName"]
-        same = [one for one in self.state.artifacts.values() if one.name == name]
-        number = self.state.next_id("artifact")
-        artifact = Artifact(name, kind, "PENDING", given.get("runName") or "", given.get("digest") or "", len(same))
-        self.state.artifacts[number] = artifact
+        versions = [one for one in self.state.artifacts.values() if one.name == name]
+        artifact_id = self.state.next_id("artifact")
+        artifact = Artifact(name, kind, "PENDING", given.get("runName") or "", given.get("digest") or "", len(versions))
+        self.state.artifacts[artifact_id] = artifact
         if artifact.run:
             self.state.run(artifact.run).logged.append(artifact.path)
         sequence = {"latestArtifact": None}
-        return {"createArtifact": {"artifact": {"id": number, "state": "PENDING", "artifactSequence": sequence}}}
+        return {"createArtifact": {"artifact": {"id": artifact_id, "state": "PENDING", "artifactSequence": sequence}}}
 
     def op_CreateArtifactManifest(self, variables: Variables) -> Variables:
         manifest = f"manifest-{variables['artifactID']}"
@@ -95,10 +95,13 @@ class Artifacts:
     def _named(self, name: str) -> str | None:
         """Find the id of the artifact "name:v0" or "name:latest"; None if there is none."""
         name, _, version = name.partition(":")
-        versions = [number for number, one in self.state.artifacts.items() if one.name == name]
+        versions = [artifact_id for artifact_id, one in self.state.artifacts.items() if one.name == name]
         if not version or version == "latest":
             return versions[-1] if versions else None
-        return next((number for number in versions if f"v{self.state.artifacts[number].version}" == version), None)
+        return next(
+            (artifact_id for artifact_id in versions if f"v{self.state.artifacts[artifact_id].version}" == version),
+            None,
+        )
 
     def _whole(self, number: str) -> Variables:
         artifact = self.state.artifacts[number]

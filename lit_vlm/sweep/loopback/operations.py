@@ -23,7 +23,7 @@ class Operations:
 
     def find(self, name: str) -> Operation | None:
         """Find the operation of this name; None if the server does not have it."""
-        return next((getattr(room, f"op_{name}") for room in self._rooms if hasattr(room, f"op_{name}")), None)
+        return next((getattr(handler, f"op_{name}") for handler in self._rooms if hasattr(handler, f"op_{name}")), None)
 
     def store(self, address: str, body: bytes) -> None:
         """Store an uploaded file."""
@@ -74,8 +74,8 @@ class Operations:
         run.project = variables.get("project") or run.project
         for text, into in ((variables.get("config"), run.config), (variables.get("summaryMetrics"), run.summary)):
             into.update(json.loads(text) if text else {})
-        given = {"group": "groupName", "job_type": "jobType", "display_name": "displayName"}
-        for attribute, variable in given.items() | {("tags", "tags"), ("sweep", "sweep")}:
+        renamed_fields = {"group": "groupName", "job_type": "jobType", "display_name": "displayName"}
+        for attribute, variable in renamed_fields.items() | {("tags", "tags"), ("sweep", "sweep")}:
             if variables.get(variable):
                 setattr(run, attribute, variables[variable])
         bucket = {

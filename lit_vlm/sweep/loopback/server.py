@@ -64,8 +64,8 @@ class Loopback:
 
     def environment(self, **more: str) -> dict[str, str]:
         """Return the environment for a client's process: this server and its key, no telemetry, no W&B settings of the user."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-        own = {
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+        settings = {
             "WANDB_BASE_URL": self.url,
             "WANDB_API_KEY": KEY,
             "WANDB_ENTITY": ENTITY,
@@ -73,7 +73,7 @@ class Loopback:
             "NO_PROXY": "127.0.0.1",
             "no_proxy": "127.0.0.1",
         }
-        return kept | own | more
+        return inherited | settings | more
 
     def fail(self, status: int = 500, count: int = 1 << 60) -> None:
         """Answer the next `count` requests with an error."""
@@ -94,16 +94,16 @@ class Loopback:
                 return 200, {}
             if key != KEY:
                 return 401, {"error": "user is not logged in"}
-            if found := STREAM.fullmatch(path):
-                return 200, self._operations.stream(unquote(found[3]), json.loads(body or b"{}"))
+            if match := STREAM.fullmatch(path):
+                return 200, self._operations.stream(unquote(match[3]), json.loads(body or b"{}"))
             if path == "/graphql":
                 return 200, self._graphql(json.loads(body))
             self.unknown.append(f"{method} {path}")
             return 404, {}
 
     def _graphql(self, request: dict[str, Any]) -> dict[str, Any]:
-        named = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])
-        name = request.get("operationName") or (named[1] if named else "?")
+        match = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])
+        name = request.get("operationName") or (match[1] if match else "?")
         self.requests.append(name)
         operation = self._operations.find(name)
         if operation is None:

@@ -85,8 +85,8 @@ class RunState:
         self.preempting = message.get("preempting", self.preempting)
         if message.get("complete"):
             self.exit_code = message.get("exitcode", 0)
-            ended_well = FINISHED if self.exit_code == 0 else FAILED
-            self.state = PREEMPTED if self.exit_code and self.preempting else ended_well
+            final_state = FINISHED if self.exit_code == 0 else FAILED
+            self.state = PREEMPTED if self.exit_code and self.preempting else final_state
 
 
 @dataclass(slots=True)
