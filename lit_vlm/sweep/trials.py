@@ -71,7 +71,7 @@ class Trials:
         """Run until all trials have an outcome or a stop signal arrives.
 
         Returns:
-            The stop signals that were received.
+            The stop requests that were received.
 
         Raises:
             UserError: the first trials all failed.

@@ -71,11 +71,11 @@ def run_stage(stage: Run, words: list[str]) -> int:
     """
     for _ in range(1 + stage.config.guard.max_oom_retries):
         budget = _budget(stage.dir)
-        status, stop_signals = followed(command(stage, words))
+        status, stop_requests = followed(command(stage, words))
         if not status or stage.config.trainer.devices == 1:
             break
-        if stop_signals:
-            return INTERRUPTED if Ask.interrupt in stop_signals else RESTART
+        if stop_requests:
+            return INTERRUPTED if Ask.interrupt in stop_requests else RESTART
         if _budget(stage.dir) in ("", budget):
             break
     return status
@@ -94,7 +94,7 @@ def followed(words: list[str]) -> tuple[int, list[Ask]]:
     although a signal came, this process then ends by that signal.
 
     Returns:
-        The exit status, and the stop signals that were received.
+        The exit status, and the stop requests that were received.
     """
     received: list[int] = []
     process: subprocess.Popen[bytes] | None = None
@@ -116,8 +116,8 @@ def followed(words: list[str]) -> tuple[int, list[Ask]]:
             signal.signal(number, handler)
     if received and status == 0:
         signal.raise_signal(received[0])
-    stop_signals = [ASKS[signal.Signals(number)] for number in received]
-    return STATUS[stop_signals[0]] if received and status == -signal.SIGKILL else status, stop_signals
+    stop_requests = [ASKS[signal.Signals(number)] for number in received]
+    return STATUS[stop_requests[0]] if received and status == -signal.SIGKILL else status, stop_requests
 
 
 def _begin_deaf() -> None:

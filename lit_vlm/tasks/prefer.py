@@ -42,25 +42,25 @@ def prefer(run: Run) -> None:
     model = open_finished(run.init_from, config, find_day(output))
     scorer = Scoring(config)
     stage_data = samples_of(run, model)
-    answer_store = Journal.open(output, question_of(run, stage_data.datamodule, scorer), overwrite=config.overwrite)
-    if answer_store.finished:
+    answer_log = Journal.open(output, question_of(run, stage_data.datamodule, scorer), overwrite=config.overwrite)
+    if answer_log.finished:
         say(f"{output}: finished already. Start it anew with overwrite=true.")
         return
     settle(stage_data)
-    answer_store.start()
+    answer_log.start()
     index = stage_data.datamodule.index
-    pending = [number for number in range(len(index)) if key_of(index, number) not in answer_store.lines]
+    pending = [number for number in range(len(index)) if key_of(index, number) not in answer_log.lines]
     say(
         f"{counted(len(index), 'prompt')}, {len(index) - len(pending):,} of them asked before; the model is {run.init_from}"
     )
     if pending:
-        pictures = Pictures(output.parent, answer_store.folder / IMAGES)
+        pictures = Pictures(output.parent, answer_log.folder / IMAGES)
         maker = PairMaker(model.load(), model.processor, scorer.load(), config.prefer, pictures, config.seed)
-        ask_all(maker, answer_store, stage_data.datamodule, pending)
-    ordered_lines = [answer_store.lines[key_of(index, number)] for number in range(len(index))]
+        ask_all(maker, answer_log, stage_data.datamodule, pending)
+    ordered_lines = [answer_log.lines[key_of(index, number)] for number in range(len(index))]
     rows = [row for line in ordered_lines for row in line["pairs"]]
-    answer_store.finish(rows, summary_of(ordered_lines))
-    show(answer_store, rows)
+    answer_log.finish(rows, summary_of(ordered_lines))
+    show(answer_log, rows)
 
 
 def ask_all(maker: PairMaker, journal: Journal, data: DataModule, waiting: list[int]) -> None:
@@ -138,7 +138,7 @@ class Scoring:
 
 
 def question_of(run: Run, data: DataModule, scorer: Scoring) -> dict[str, Any]:
-    """Collect all settings that change the pairs. Paths of files and batch sizes are no part of them."""
+    """Build the request: all settings that change the pairs. Paths of files and batch sizes are no part of them."""
     settings = to_plain(asdict(run.config.prefer))
     del settings["output"], settings["judge"]
     return {

@@ -135,9 +135,9 @@ def carry_out(job: Sweep) -> None:
         say=say,
         on_change=lambda: try_page(job, search),
     )
-    stop_signals = runner.run()
-    if stop_signals:
-        leave(job, stop_signals)
+    stop_requests = runner.run()
+    if stop_requests:
+        leave(job, stop_requests)
     if in_slurm and search.unfinished():
         try_page(job, search)
         say(f"{run.name}: nothing is left to begin; other workers have trials under way.")
