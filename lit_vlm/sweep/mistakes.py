@@ -44,9 +44,7 @@ def mistakes_in_sweep(sweep: SweepFile, overrides: list[str]) -> list[str]:
     runs: list[Run] = []
     errors += _trials(sweep, parsed, bad_keys, runs)
     errors += _metric(sweep, runs[0].config if runs and not bad_keys else None)
-    override_errors = (
-        {mistake for mistakes in _wrong(parsed).values() for mistake in mistakes} if value_errors else set()
-    )
+    override_errors = {text for texts in _wrong(parsed).values() for text in texts} if value_errors else set()
     return [message if message in override_errors else f"{sweep.place}: {message}" for message in dict.fromkeys(errors)]
 
 
@@ -75,10 +73,10 @@ def _values(sweep: SweepFile, given: list[str]) -> tuple[set[str], list[str]]:
         for value in parameter.samples():
             key_by_override |= dict.fromkeys(value_words({parameter.key: value}), parameter.key)
     bad_keys, errors = set[str](), list[str]()
-    for override, mistakes in _wrong(list(key_by_override)).items():
+    for override, messages in _wrong(list(key_by_override)).items():
         key = key_by_override.get(override, "")
         bad_keys.add(key)
-        errors += [mistake + _whole(sweep.parameters.get(key), mistake) for mistake in mistakes]
+        errors += [message + _whole(sweep.parameters.get(key), message) for message in messages]
     return bad_keys, _once_per_key(errors)
 
 
@@ -103,9 +101,8 @@ def _trials(sweep: SweepFile, given: list[str], bad: set[str], runs: list[Run]) 
     """Find contradictions between settings, in trials that use each value once. The valid runs are appended to `runs`."""
     columns = {key: parameter.samples() for key, parameter in sweep.swept.items() if key not in bad}
     num_rows = max((len(values) for values in columns.values()), default=1)
-    errors: dict[
-        str, list[tuple[str, dict[str, Any]]]
-    ] = {}  # error message without its value -> (message, values of the trial)
+    # error message without the value that was found -> (message, values of the trial)
+    errors: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for row in range(num_rows):
         values = {key: column[row % len(column)] for key, column in columns.items()}
         trial_overrides = [
@@ -114,16 +111,16 @@ def _trials(sweep: SweepFile, given: list[str], bad: set[str], runs: list[Run]) 
         try:
             runs.append(parse([*trial_overrides, "run_name=trial"]))
         except ConfigError as error:
-            for mistake in error.mistakes:
-                if not (bad and "is not set" in mistake):  # a wrong override may have meant this setting
-                    errors.setdefault(mistake.partition(", found ")[0], []).append((mistake, values))
+            for problem in error.mistakes:
+                if not (bad and "is not set" in problem):  # a wrong override may have meant this setting
+                    errors.setdefault(problem.partition(", found ")[0], []).append((problem, values))
     for rows in errors.values():
-        mistake, values = rows[0]
+        problem, values = rows[0]
         pairs = ", ".join(f"{key}={value}" for key, value in values.items())
         yield (
-            mistake
-            if {message for message, _ in rows} == {mistake} and len(rows) == num_rows
-            else f"{mistake} (as with {pairs})"
+            problem
+            if {message for message, _ in rows} == {problem} and len(rows) == num_rows
+            else f"{problem} (as with {pairs})"
         )
 
 

@@ -34,7 +34,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "q_beta": BETA,
 }
 KEYS = ("value", "values", "probabilities", "distribution", "parameters", *RANGE, "q", *BELL, *BETA)
-TAIL = 0.001  # on either side of a normal or beta distribution; values beyond it are not sampled
+TAIL = 0.001  # probability on either side of a normal or beta distribution that is never sampled
 LARGEST = 700  # maximum exponent of e that gives a finite number
 MOST_POINTS = 10_000  # of a range in a grid
 DIGITS = 6  # of a sampled value; more would only make the command line longer
@@ -122,9 +122,8 @@ class Parameter:
         if self.values:
             return self.values
         low, high = (self.min, self.max) if self.is_range else (TAIL, 1 - TAIL)
-        inner = (
-            math.sqrt(low * high) if self.is_log else low + 0.382 * (high - low)
-        )  # this point is rarely a round number
+        # a point that is rarely a round number
+        inner = math.sqrt(low * high) if self.is_log else low + 0.382 * (high - low)
         return tuple(dict.fromkeys(self.value(raw) for raw in (low, inner, high)))
 
     def _place(self, quantile: float) -> int:

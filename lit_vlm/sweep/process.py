@@ -117,9 +117,9 @@ def last_lines(folder: Path, count: int = 1) -> str:
 
 
 def end_left_behind(folder: Path) -> None:
-    """Stop the trial process of a killed sweep in this folder, and wait until it has saved a checkpoint.
+    """Stop the trial process of a killed sweep in this folder, and wait until it has saved a checkpoint and exited.
 
-    Call it before the trial is started again.
+    It waits at most `SAVE_TIMEOUT_SECONDS`. Call it before the trial is started again.
     """
     try:
         pid = int((folder / NUMBER).read_text())

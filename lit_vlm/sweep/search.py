@@ -31,9 +31,7 @@ from lit_vlm.sweep.parameter import TAIL, Parameter
 
 STUDY = "sweep"
 PARAMETERS, WORKER, OUTCOME, VALUE = "parameters", "worker", "outcome", "value"  # user attributes of an Optuna trial
-FIRST_RANDOM = (
-    4  # minimum number of random trials before the Gaussian process samples; at least one more than the parameters
-)
+FIRST_RANDOM = 4  # random trials before the Gaussian process samples; with d > 3 parameters there are d + 1
 
 
 class Outcome(StrEnum):
@@ -121,9 +119,8 @@ class Search:
             values = {**self.sweep.fixed, **sampled}
             parameters = {key: values[key] for key in self.sweep.parameters}
             trial.set_user_attr(WORKER, worker)
-            trial.set_user_attr(
-                PARAMETERS, json.dumps(parameters, ensure_ascii=False)
-            )  # from here on the trial counts as given
+            # the next line makes the trial count as given
+            trial.set_user_attr(PARAMETERS, json.dumps(parameters, ensure_ascii=False))
             return Suggestion(trial.number, parameters)
 
     def observe(self, number: int, values: list[float]) -> bool:

@@ -38,9 +38,8 @@ def value_words(parameters: dict[str, Any]) -> list[str]:
 def command_of(sweep: SweepFile, parameters: dict[str, Any], given: list[str]) -> str:
     """Format the shell command that runs a trial's values again, in its own folder, with the model exported at the end."""
     trial_overrides = [override for override in trial_words(sweep, parameters, given) if key_of(override) != "export"]
-    has_experiment = any(
-        key_of(override) == "experiment" for override in trial_overrides
-    )  # an experiment implies the task
+    # an experiment implies the task
+    has_experiment = any(key_of(override) == "experiment" for override in trial_overrides)
     return command_line(override for override in trial_overrides if not (has_experiment and override == "task=train"))
 
 

@@ -112,9 +112,7 @@ def _not_carried(file: SweepFile, experiment: str) -> list[str]:
     """Find the parameters of the search space that the experiment of trials.carry_to refuses."""
     overrides = value_words({key: one.samples()[0] for key, one in file.swept.items()})
     errors_by_override = wrong_words(with_implied([f"experiment={experiment}", *overrides]))
-    return [
-        f"trials.carry_to={experiment}: {mistake}" for mistakes in errors_by_override.values() for mistake in mistakes
-    ]
+    return [f"trials.carry_to={experiment}: {error}" for errors in errors_by_override.values() for error in errors]
 
 
 def carry_out(job: Sweep) -> None:
