@@ -141,9 +141,8 @@ def _meet_run_folder(run: Run, sources: list[Source], facts: Facts) -> None:
         name=run.name,
         overwrite=run.config.overwrite,
         data_digest=digest_of_sources(sources),
-        parent=parent_of(run.init_from)
-        if find_manifest(run.dir)
-        else None,  # without a manifest it is not compared, and it takes long to compute
+        # the digest takes long to compute; without a manifest it is not compared
+        parent=parent_of(run.init_from) if find_manifest(run.dir) else None,
     )
     if folder.finished:
         message = f"{run.name} is finished already, in {run.dir}: task=train would leave it as it is."

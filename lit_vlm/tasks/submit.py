@@ -21,11 +21,7 @@ from lit_vlm.files import writable, write_atomically, write_json
 from lit_vlm.tasks.terminal import console, say
 from lit_vlm.types import UserError
 
-OWN_PICTURES = (
-    ".parquet",
-    ".arrow",
-    ".tar",
-)  # these files contain their images, so no other file of the folder is read
+OWN_PICTURES = (".parquet", ".arrow", ".tar")  # they contain their images, so no other file of the folder is read
 
 
 def submit(run: Run) -> None:
@@ -45,9 +41,8 @@ def submit(run: Run) -> None:
         return
     for stage in waiting:
         require_writable(stage.dir)
-        if (
-            stage.config.submit.container and stage.config.data.index_dir
-        ):  # a container can mount only a folder that exists
+        # a container can mount only a folder that exists
+        if stage.config.submit.container and stage.config.data.index_dir:
             index = Path(stage.config.data.index_dir)
             with writable(index):
                 index.mkdir(parents=True, exist_ok=True)
