@@ -45,9 +45,9 @@ def open_finished(init_from: str, config: RunConfig, day: str | None = None) -> 
     quiet()
     transformers_logging.disable_progress_bar()
     model_config = replace(config.model, special_tokens=[], grid=None, max_tiles=None)
-    blueprint = draw_up(model_config, init_from, read_tiling(init_from))
+    spec = draw_up(model_config, init_from, read_tiling(init_from))
     on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
     day = config.model.template_date or day
     parsed_date = parse_day(day, "model.template_date") if day else None
-    processor = Processor(blueprint.tokenizer, blueprint.images, day=parsed_date)
-    return Finished(init_from, blueprint, processor, on_gpu, config.seed)
+    processor = Processor(spec.tokenizer, spec.images, day=parsed_date)
+    return Finished(init_from, spec, processor, on_gpu, config.seed)

@@ -226,10 +226,10 @@ def most_scored(config: RunConfig) -> int:
 
 def belongs_of(folder: RunFolder, data: StageData) -> Belongs:
     """Make the fingerprint that ties a checkpoint to this run: stage, settings, data, parent weights, processor, images."""
-    manifest, blueprint, index = folder.manifest, data.blueprint, data.datamodule.index
+    manifest, spec, index = folder.manifest, data.blueprint, data.datamodule.index
     assert index is not None
     parent = (manifest["parent"] or {}).get("digest") or digest_of_parts(
-        blueprint.whole, blueprint.vision_tower, blueprint.language_model
+        spec.whole, spec.vision_tower, spec.language_model
     )
     return Belongs(
         stage=manifest["stage"],
@@ -244,15 +244,14 @@ def belongs_of(folder: RunFolder, data: StageData) -> Belongs:
 def make_stage(blueprint: Blueprint, config: RunConfig) -> Stage:
     """Make the stage of these settings: its class, options, precision of trainable and frozen weights. Reads no weights."""
     options = to_plain(asdict(config.stage))
-    if (
-        options["activation_checkpointing"] == ActivationCheckpointing.auto.value
-    ):  # not resolved yet: such a stage is used for its sizes only
+    # `auto` is not resolved yet: such a stage is used for its sizes only
+    if options["activation_checkpointing"] == ActivationCheckpointing.auto.value:
         options["activation_checkpointing"] = ActivationCheckpointing.none.value
     precision = config.trainer.precision
     dtype = "bfloat16" if precision == "bf16-true" else "float32"
-    frozen = "bfloat16" if precision == "bf16-mixed" else None
+    frozen_dtype = "bfloat16" if precision == "bf16-mixed" else None
     return STAGES[options.pop("name")](
-        blueprint, **options, tiling=config.data.tiling.value, dtype=dtype, frozen_dtype=frozen, seed=config.seed
+        blueprint, **options, tiling=config.data.tiling.value, dtype=dtype, frozen_dtype=frozen_dtype, seed=config.seed
     )
 
 
