@@ -1,1 +1,1 @@
-"""Sweeps without a server: W&B's sweep files, the search for values, the trials as processes, the page about them."""
+"""Hyperparameter sweeps without a server: W&B sweep files, search by Optuna, trials as processes, the report."""

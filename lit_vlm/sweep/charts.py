@@ -1,6 +1,7 @@
-"""A sweep's two drawings as SVG: parallel coordinates, and the metric trial by trial.
+"""Charts of a sweep as SVG: parallel coordinates, and the metric of each trial.
 
-Colours come from the page's style sheet, so that they follow its light and dark; a line says by `--rank` how good it is.
+Colours come from the report's style sheet, so they follow its light and dark mode. The CSS variable `--rank` of a line holds the
+relative rank of its trial in percent.
 """
 
 from __future__ import annotations
@@ -21,34 +22,41 @@ from lit_vlm.sweep.records import TrialRecord, best_of, varied
 WIDTH, HEIGHT = 1040, 380
 LEFT, RIGHT, TOP, BOTTOM = 92, 46, 58, 18
 FAR = 5.0
-LOG_SPAN = 30  # values whose largest is so many times the smallest stand on a logarithmic axis
-MOST_LETTERS = 16  # of a category or of a name above its axis
-SECOND = (480, 250, 44, 14, 12, 36)  # width, height and margins of the metric's drawing
+LOG_SPAN = 30  # from this ratio of the largest to the smallest value on, the axis is logarithmic
+MOST_LETTERS = 16  # of a category, or of a name above its axis
+SECOND = (480, 250, 44, 14, 12, 36)  # width, height and margins (left, right, top, bottom) of the metric's chart
 
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One upright line: where each value stands on it, and the marks beside it."""
+    """Vertical axis of the parallel coordinates: position of each value, and the ticks.
+
+    Attributes:
+        scale: of numbers; None: the axis has categories.
+        categories: from the bottom to the top.
+    """
 
     key: str
     x: float
-    scale: Scale | None  # of numbers
-    names: tuple[str, ...] = ()  # of categories, from the bottom
+    scale: Scale | None
+    names: tuple[str, ...] = ()
     log: bool = False
 
     def place(self, value: Any) -> float:
+        """Return the y position of a value, in SVG units."""
         if self.scale is not None:
             return self.scale(float(value))
         return self._row(self.names.index(name_of(value)))
 
     def marks(self) -> list[tuple[float, str]]:
+        """List the ticks: y position and label."""
         if self.scale is None:
             return [(self._row(row), short_name(name)) for row, name in enumerate(self.names)]
         low, high = self.scale.low, self.scale.high
-        found = log_ticks(low, high) if self.log else ticks(low, high)
-        if len(found) < 2:
-            found = [low, high]
-        return [(self.scale(value), f"{value:.4g}") for value in found]
+        values = log_ticks(low, high) if self.log else ticks(low, high)
+        if len(values) < 2:
+            values = [low, high]
+        return [(self.scale(value), f"{value:.4g}") for value in values]
 
     def _row(self, row: int) -> float:
         share = (row + 0.5) / len(self.names)
@@ -56,47 +64,51 @@ class Axis:
 
 
 def parallel_coordinates(records: Sequence[TrialRecord], sweep: SweepFile) -> str:
-    """An <svg>: an axis for each parameter that varied and one for the metric, its better end on top; a line for each trial.
-    "" where nothing varied."""
+    """Draw parallel coordinates as <svg>: one axis for each varying parameter and one for the metric, one line for each trial.
+
+    The better end of the metric is on top. Returns "" if no parameter varied.
+    """
     keys = [key for key in varied(records) if all(key in record.parameters for record in records)]
-    valued = [record for record in records if _is_drawn(record)]
-    if not keys or not valued:
+    plottable = [record for record in records if _is_drawn(record)]
+    if not keys or not plottable:
         return ""
     goal = sweep.metric.goal if sweep.metric else Goal.minimize
     step = (WIDTH - LEFT - RIGHT) / len(keys)
     axes = [_axis(key, records, sweep, round(LEFT + number * step, 1)) for number, key in enumerate(keys)]
-    last = _metric_axis([record.value for record in valued], goal, sweep)
-    shares = goodness(valued, goal)
+    metric_axis = _metric_axis([record.value for record in plottable], goal, sweep)
+    relative_ranks = goodness(plottable, goal)
     best = best_of(records, goal)
-    order = sorted(records, key=lambda record: (record is best, shares.get(record.number, -1.0)))
-    lines = "".join(_line(record, axes, last, shares.get(record.number), record is best) for record in order)
-    label = f"{len(records)} trials by {', '.join(keys)} and {last.key}"
+    order = sorted(records, key=lambda record: (record is best, relative_ranks.get(record.number, -1.0)))
+    lines = "".join(
+        _line(record, axes, metric_axis, relative_ranks.get(record.number), record is best) for record in order
+    )
+    label = f"{len(records)} trials by {', '.join(keys)} and {metric_axis.key}"
     head = f'<svg class="parallel" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label, quote=True)}">'
-    return f"{head}{lines}{''.join(map(_drawn, [*axes, last]))}</svg>"
+    return f"{head}{lines}{''.join(map(_drawn, [*axes, metric_axis]))}</svg>"
 
 
 def metric_by_trial(records: Sequence[TrialRecord], goal: Goal, name: str) -> str:
-    """An <svg>: each trial's value in the order of their numbers, and the best one so far. "" without values."""
-    valued = [record for record in records if _is_drawn(record)]
-    if not valued:
+    """Draw the metric of each trial in the order of their numbers as <svg>, with the best value so far. "" without values."""
+    plottable = [record for record in records if _is_drawn(record)]
+    if not plottable:
         return ""
     width, height, left, right, top, bottom = SECOND
-    values = [record.value for record in valued]
+    values = [record.value for record in plottable]
     ends = shown_range(values, goal)
-    log = _is_log(ends)
-    low, high = _widened(ends, log)
-    y = Scale(low, high, height - bottom, top, log)
+    is_log = _is_log(ends)
+    low, high = _widened(ends, is_log)
+    y = Scale(low, high, height - bottom, top, is_log)
     x = Scale(0, max(1, records[-1].number), left + 10, width - right - 6)
     parts = [
         _level(y(value), f"{value:.4g}", left, width - right)
-        for value in (log_ticks(low, high) if log else ticks(low, high))
+        for value in (log_ticks(low, high) if is_log else ticks(low, high))
     ]
     parts += [
         f'<text class="middle" x="{x(n)}" y="{height - 18}">{n:g}</text>' for n in ticks(0, x.high) if n == int(n)
     ]
     parts.append(f'<text class="end" x="{width - right}" y="{height - 3}">trial</text>')
-    parts.append(f'<polyline class="main" points="{_best_so_far(valued, goal, x, y)}"/>')
-    for record in valued:
+    parts.append(f'<polyline class="main" points="{_best_so_far(plottable, goal, x, y)}"/>')
+    for record in plottable:
         title = f"<title>{escape(f'trial {record.number}: {name} {record.value:.5g}, {record.state}')}</title>"
         parts.append(
             f'<circle class="{record.state}" cx="{x(record.number)}" cy="{y(record.value)}" r="4">{title}</circle>'
@@ -111,28 +123,32 @@ def metric_by_trial(records: Sequence[TrialRecord], goal: Goal, name: str) -> st
 
 
 def goodness(records: Sequence[TrialRecord], goal: Goal) -> dict[int, float]:
-    """Of each trial's number: 0 for the worst value and 1 for the best, by rank."""
+    """Compute relative ranks by trial number: 0 for the worst value, 1 for the best."""
     sign = -1 if goal is Goal.minimize else 1
     ranks = ranked([sign * record.value for record in records])
-    most = max(1, len(records) - 1)
-    return {record.number: (rank - 1) / most for record, rank in zip(records, ranks, strict=True)}
+    max_rank = max(1, len(records) - 1)
+    return {record.number: (rank - 1) / max_rank for record, rank in zip(records, ranks, strict=True)}
 
 
 def shown_range(values: Sequence[float], goal: Goal) -> tuple[float, float]:
-    """Ends of the metric's axis. Values far worse than the middle one (`FAR` times as far from it as the best) stand at
-    its end: one trial that diverged would press all others together."""
-    low, high, middle = min(values), max(values), statistics.median(values)
+    """Compute the ends of the metric's axis.
+
+    Values far worse than the median (`OUTLIER_FACTOR` times as far from it as the best) are drawn at the end of the axis.
+    Otherwise one diverged trial would squeeze all other trials together.
+    """
+    low, high, median = min(values), max(values), statistics.median(values)
     if goal is Goal.minimize:
-        return low, min(high, middle + FAR * (middle - low)) if middle > low else high
-    return max(low, middle - FAR * (high - middle)) if high > middle else low, high
+        return low, min(high, median + FAR * (median - low)) if median > low else high
+    return max(low, median - FAR * (high - median)) if high > median else low, high
 
 
 def name_of(value: Any) -> str:
-    """A value as a category: as it is written on the command line, text without quotes."""
+    """Format a value as a category: as on the command line, but text without quotes."""
     return value if isinstance(value, str) else quote(value)
 
 
 def short_name(text: str) -> str:
+    """Clip a label to `MAX_LABEL_LETTERS` letters."""
     return text if len(text) <= MOST_LETTERS else f"{text[: MOST_LETTERS - 1]}…"
 
 
@@ -145,45 +161,47 @@ def _is_log(values: Sequence[float]) -> bool:
 
 
 def _widened(values: Sequence[float], log: bool = False) -> tuple[float, float]:
-    """Ends of an axis: those of the values; around a single one, some room."""
+    """Return the ends of an axis with some padding; a single value gets padding on both sides."""
     low, high = float(min(values)), float(max(values))
     if low < high:
-        room = 0.0 if log else 0.04 * (high - low)
-        return low - room, high + room
+        padding = 0.0 if log else 0.04 * (high - low)
+        return low - padding, high + padding
     return low - (abs(low) or 1.0) * 0.1, high + (abs(high) or 1.0) * 0.1
 
 
 def _axis(key: str, records: Sequence[TrialRecord], sweep: SweepFile, x: float) -> Axis:
-    values, known = [record.parameters[key] for record in records], sweep.parameters.get(key)
-    if not all(map(is_number, values)) or (known is not None and known.values and len(known.values) <= 8):
-        listed = known.values if known is not None and known.values else ()
-        return Axis(key, x, None, tuple(dict.fromkeys(map(name_of, [*listed, *values]))))
-    log = known.is_log if known is not None else _is_log(values)
-    ends = (known.min, known.max) if known is not None and known.is_range else (min(values), max(values))
+    values, parameter = [record.parameters[key] for record in records], sweep.parameters.get(key)
+    if not all(map(is_number, values)) or (parameter is not None and parameter.values and len(parameter.values) <= 8):
+        listed_values = parameter.values if parameter is not None and parameter.values else ()
+        return Axis(key, x, None, tuple(dict.fromkeys(map(name_of, [*listed_values, *values]))))
+    is_log = parameter.is_log if parameter is not None else _is_log(values)
+    ends = (
+        (parameter.min, parameter.max) if parameter is not None and parameter.is_range else (min(values), max(values))
+    )
     ends = (min(*ends, *values), max(*ends, *values))
-    log = log and ends[0] > 0
+    is_log = is_log and ends[0] > 0
     low, high = ends if ends[0] < ends[1] else _widened(values)
-    return Axis(key, x, Scale(low, high, HEIGHT - BOTTOM, TOP, log), log=log)
+    return Axis(key, x, Scale(low, high, HEIGHT - BOTTOM, TOP, is_log), log=is_log)
 
 
 def _metric_axis(values: list[float], goal: Goal, sweep: SweepFile) -> Axis:
     low, high = shown_range(values, goal)
-    log = _is_log((low, high))
+    is_log = _is_log((low, high))
     if low == high:
         low, high = _widened(values)
     ends = (TOP, HEIGHT - BOTTOM) if goal is Goal.minimize else (HEIGHT - BOTTOM, TOP)
     name = sweep.metric.name if sweep.metric else "metric"
-    return Axis(name, WIDTH - RIGHT, Scale(low, high, *ends, log), log=log)
+    return Axis(name, WIDTH - RIGHT, Scale(low, high, *ends, is_log), log=is_log)
 
 
 def _line(record: TrialRecord, axes: list[Axis], last: Axis, share: float | None, best: bool) -> str:
-    """A trial without a value ends at its last parameter."""
+    """Draw the line of a trial. Without a value it ends at its last parameter."""
     points = [(axis.x, axis.place(record.parameters[axis.key])) for axis in axes]
     if share is not None:
         points.append((last.x, last.place(record.value)))
     value = f"{last.key} {record.value:.5g}, " if record.value is not None else ""
-    shown = ", ".join(f"{axis.key}={name_of(record.parameters[axis.key])}" for axis in axes)
-    title = f"<title>{escape(f'trial {record.number}, {record.state}: {value}{shown}')}</title>"
+    parameters = ", ".join(f"{axis.key}={name_of(record.parameters[axis.key])}" for axis in axes)
+    title = f"<title>{escape(f'trial {record.number}, {record.state}: {value}{parameters}')}</title>"
     style = f' style="--rank:{100 * share:.0f}%"' if share is not None else ""
     path = " ".join(f"{x},{y}" for x, y in points)
     kind = "best" if best else record.state
@@ -210,7 +228,7 @@ def _level(y: float, text: str, left: float, right: float) -> str:
 
 
 def _best_so_far(records: Sequence[TrialRecord], goal: Goal, x: Scale, y: Scale) -> str:
-    """Steps through the finished trials."""
+    """Compute the points of the best value so far, as steps over the finished trials."""
     points: list[str] = []
     best: float | None = None
     for record in records:

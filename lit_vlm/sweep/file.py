@@ -1,7 +1,8 @@
-"""A sweep file in W&B's own format: the same file goes to `wandb sweep` and to `task=sweep`.
+"""Sweep files in W&B's format: search space, objective, search method, early stopping.
 
-Format and words are those of W&B's documentation (docs.wandb.ai/models/sweeps/sweep-config-keys). Whether its keys and
-values are settings of this program is asked in `lit_vlm/sweep/mistakes.py`.
+The same file works with `wandb sweep` and with `task=sweep`. Format and keys are those of W&B's documentation
+(docs.wandb.ai/models/sweeps/sweep-config-keys). `lit_vlm/sweep/mistakes.py` checks that its keys and values are settings of
+this program.
 """
 
 from __future__ import annotations
@@ -22,26 +23,34 @@ from lit_vlm.sweep.parameter import Parameter, is_number, parameters_from
 
 KEYS = (
     "program command method metric parameters early_terminate run_cap name description project entity".split()
-    + "controller parent_sweep imageuri job".split()  # of W&B's launcher and its own scheduler; nothing to do with values
+    + "controller parent_sweep imageuri job".split()  # of W&B's launcher and scheduler; they do not change the values
 )
-MOST_VALUES = 10**9  # that any run logs
+MOST_VALUES = 10**9  # more than any run logs
 HYPERBAND = ("type", "min_iter", "max_iter", "s", "eta", "strict")
 
 
 class Method(StrEnum):
+    """Method that chooses the values of the next trial."""
+
     grid = "grid"
     random = "random"
     bayes = "bayes"
 
 
 class Goal(StrEnum):
+    """Direction of the objective."""
+
     minimize = "minimize"
     maximize = "maximize"
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """What trials are compared by. `target`: a trial that reaches it ends the sweep."""
+    """Objective of the sweep: the metric that compares trials.
+
+    Attributes:
+        target: a finished trial that reaches this value ends the sweep; None: no target.
+    """
 
     name: str
     goal: Goal = Goal.minimize
@@ -50,11 +59,13 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class Hyperband:
-    """`early_terminate`, as W&B's public `sweeps` 0.2.0 computes it. An iteration is one logged value of the metric.
+    """Early stopping by hyperband (`early_terminate`), as W&B's public `sweeps` 0.2.0 computes it.
+
+    An iteration is one logged value of the metric.
 
     Attributes:
-        rungs: values behind which trials are compared: with a rung at 2 a trial is compared from its third value on.
-        eta: the best 1/eta of the values at a rung are the bar.
+        rungs: numbers of values after which trials are compared: with a rung at 2, a trial is compared from its third value.
+        eta: a trial must be among the best 1/eta of the values at a rung.
     """
 
     rungs: tuple[int, ...]
@@ -63,12 +74,14 @@ class Hyperband:
 
 @dataclass(frozen=True, slots=True)
 class SweepFile:
-    """What a sweep file says.
+    """Parsed sweep file.
 
     Attributes:
-        place: the file, as messages name it.
-        parameters: by dotted key, in the order of the file; those with one value alone are `fixed`.
-        command: W&B's list; None is `${env} ${interpreter} ${program} ${args_json}` here.
+        location: the file, as messages name it.
+        parameters: by dotted key, in the order of the file; those with a single value are `fixed`, the others are the
+            `search_space`.
+        command: W&B's list; None means `${env} ${interpreter} ${program} ${args_json}`.
+        raw: the file as it was read.
     """
 
     place: str
@@ -83,65 +96,74 @@ class SweepFile:
     description: str | None = None
     project: str | None = None
     entity: str | None = None
-    plain: dict[str, Any] = field(default_factory=dict, compare=False)  # the file as it was read
+    plain: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def fixed(self) -> dict[str, Any]:
-        return {key: one.values[0] for key, one in self.parameters.items() if one.is_fixed}
+        """Parameters with a single value: key -> value."""
+        return {key: parameter.values[0] for key, parameter in self.parameters.items() if parameter.is_fixed}
 
     @property
     def swept(self) -> dict[str, Parameter]:
-        return {key: one for key, one in self.parameters.items() if not one.is_fixed}
+        """Search space: the parameters with several values or a range."""
+        return {key: parameter for key, parameter in self.parameters.items() if not parameter.is_fixed}
 
     @property
     def words(self) -> list[str]:
-        """Overrides that the command itself names, behind the program: the same for every trial."""
+        """Overrides that the file's command names after the program; they are the same for every trial."""
         command = self.command or []
         start = command.index("${program}") + 1 if "${program}" in command else 0
         return [word for word in command[start:] if "=" in word and not word.startswith("$")]
 
 
 def read_sweep(path: str | Path) -> SweepFile:
-    """The sweep that a file describes.
+    """Read a sweep file.
 
     Raises:
-        ConfigError: there is no such file, it is no YAML, or with everything that is wrong with its structure.
+        ConfigError: there is no such file, it is no YAML, or its structure has errors (all are listed).
     """
     return _sound(*look_at(path))
 
 
 def sweep_from(plain: Any, place: str) -> SweepFile:
-    """The sweep that a read file describes; `place` names it in messages.
+    """Parse the content of a sweep file.
+
+    Args:
+        raw: content of the YAML file.
+        location: name of the file in messages.
 
     Raises:
-        ConfigError: with everything that is wrong with its structure.
+        ConfigError: the structure has errors (all are listed).
     """
     return _sound(*draft(plain, place))
 
 
 def look_at(path: str | Path) -> tuple[SweepFile, list[str]]:
-    """The sweep as far as the file can be understood, and what is wrong with it.
+    """Read a sweep file as far as possible.
+
+    Returns:
+        The sweep, and the errors of its structure.
 
     Raises:
         ConfigError: there is no such file, or it is no YAML.
     """
     path = Path(path)
     if not path.is_file():
-        there = sorted(str(file) for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        candidates = sorted(str(file) for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ConfigError(
             [
-                f"sweep={path}: there is no such file.{did_you_mean(nearest(str(path), there))} Name a sweep file, sweep=sweeps/<name>.yaml."
+                f"sweep={path}: there is no such file.{did_you_mean(nearest(str(path), candidates))} Name a sweep file, sweep=sweeps/<name>.yaml."
             ]
         )
     try:
-        plain = read_yaml(path.read_text(encoding="utf-8"), _wants_text)
+        raw = read_yaml(path.read_text(encoding="utf-8"), _wants_text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: is no YAML: {' '.join(str(error).split())}. Correct the file."]) from None
-    return draft(plain, str(path))
+    return draft(raw, str(path))
 
 
 def _wants_text(keys: Keys, written: str) -> bool:
-    """Whether a sweep file means text there: in its own words, and in values of settings that are text."""
+    """Return whether a YAML value must stay text: names and commands of the sweep, and values of settings that are text."""
     if keys[:1] != ("parameters",):
         return keys[-1:] in (("name",), ("program",), ("command",), ("description",), ("project",), ("entity",))
     if keys[-1] not in ("value", "values"):
@@ -150,63 +172,64 @@ def _wants_text(keys: Keys, written: str) -> bool:
 
 
 def draft(plain: Any, place: str) -> tuple[SweepFile, list[str]]:
-    """The sweep as far as it can be understood, and what is wrong with the structure of the file."""
+    """Parse the content of a sweep file as far as possible; return the sweep and the errors of its structure."""
     if not isinstance(plain, dict):
         raise ConfigError([f"{place}: a sweep file is keys and values (method, metric, parameters), found {plain!r}."])
-    wrong: list[str] = []
-    method = _word(plain, "method", Method, wrong)
-    parameters = parameters_from(plain.get("parameters"), wrong)
+    errors: list[str] = []
+    method = _word(plain, "method", Method, errors)
+    parsed = parameters_from(plain.get("parameters"), errors)
     sweep = SweepFile(
         place=place,
         name=str(plain.get("name") or Path(place).stem),
         method=method or Method.random,
-        parameters=parameters,
-        metric=_metric(plain.get("metric"), wrong),
-        early_terminate=_hyperband(plain.get("early_terminate"), wrong),
-        run_cap=_count(plain.get("run_cap"), "run_cap", wrong),
+        parameters=parsed,
+        metric=_metric(plain.get("metric"), errors),
+        early_terminate=_hyperband(plain.get("early_terminate"), errors),
+        run_cap=_count(plain.get("run_cap"), "run_cap", errors),
         program=plain.get("program"),
-        command=_command(plain.get("command"), wrong),
+        command=_command(plain.get("command"), errors),
         description=plain.get("description"),
         project=plain.get("project"),
         entity=plain.get("entity"),
         plain=plain,
     )
-    wrong += [f"there is no key {key}.{did_you_mean(nearest(str(key), KEYS))}" for key in plain if key not in KEYS]
-    wrong += _together(sweep, method)
-    return sweep, [f"{place}: {mistake}" for mistake in wrong]
+    errors += [f"there is no key {key}.{did_you_mean(nearest(str(key), KEYS))}" for key in plain if key not in KEYS]
+    errors += _together(sweep, method)
+    return sweep, [f"{place}: {error}" for error in errors]
 
 
 def _sound(sweep: SweepFile, wrong: list[str]) -> SweepFile:
+    """Return the sweep if there are no errors; raise ConfigError otherwise."""
     if wrong:
         raise ConfigError(wrong)
     return sweep
 
 
 def _together(sweep: SweepFile, method: Method | None) -> Iterator[str]:
-    """Keys that are right alone and not with each other."""
+    """Find keys that are valid alone and contradict each other."""
     if method is Method.bayes and sweep.metric is None:
         yield "metric: method bayes learns from it; say metric: {name: val/loss, goal: minimize}."
     if sweep.early_terminate and sweep.metric is None:
         yield "metric: early_terminate compares trials by it; say metric: {name: val/loss, goal: minimize}."
-    for key, one in sweep.parameters.items():
-        if method is Method.grid and one.points is None:
+    for key, parameter in sweep.parameters.items():
+        if method is Method.grid and parameter.points is None:
             yield (
-                f"parameters.{key}: a grid needs values, and {one.distribution} is a range without steps;"
+                f"parameters.{key}: a grid needs values, and {parameter.distribution} is a range without steps;"
                 " list values, or take method random or bayes."
             )
-        if method is not Method.grid and one.points == ():
+        if method is not Method.grid and parameter.points == ():
             yield f"parameters.{key}: its range holds no value."
 
 
 def _word(plain: dict[str, Any], key: str, kind: type[Method], wrong: list[str]) -> Method | None:
-    found = plain.get(key)
-    if found in list(kind):
-        return kind(found)
-    hint = did_you_mean(nearest(str(found), list(kind)))
+    value = plain.get(key)
+    if value in list(kind):
+        return kind(value)
+    hint = did_you_mean(nearest(str(value), list(kind)))
     wrong.append(
         f"{key}: is missing; one of {', '.join(kind)}."
-        if found is None
-        else f"{key}: expected one of {', '.join(kind)}, found {found!r}.{hint}"
+        if value is None
+        else f"{key}: expected one of {', '.join(kind)}, found {value!r}.{hint}"
     )
     return None
 
@@ -241,32 +264,32 @@ def _hyperband(plain: Any, wrong: list[str]) -> Hyperband | None:
     for key in plain:
         if key not in HYPERBAND:
             wrong.append(f"early_terminate: there is no key {key}.{did_you_mean(nearest(str(key), HYPERBAND))}")
-    first, most, times = (
+    min_iter, max_iter, num_rungs = (
         _count(plain.get(name), f"early_terminate.{name}", wrong) for name in ("min_iter", "max_iter", "s")
     )
     eta = plain.get("eta", 3)
     if not is_number(eta) or not eta > 1:
         wrong.append(f"early_terminate.eta: expected a number above 1, found {eta!r}.")
         return None
-    if (first is None) == (most is None):
+    if (min_iter is None) == (max_iter is None):
         wrong.append(
             "early_terminate: needs min_iter (values before the first comparison), or max_iter and s; one of them."
         )
         return None
-    if first is None and times is None:
+    if min_iter is None and num_rungs is None:
         wrong.append("early_terminate.s: is missing; with max_iter it says how often trials are compared.")
         return None
-    rungs = _rungs_from(first, eta) if first is not None else _rungs_below(most, times, eta)
+    rungs = _rungs_from(min_iter, eta) if min_iter is not None else _rungs_below(max_iter, num_rungs, eta)
     if not rungs:
         wrong.append(
-            f"early_terminate: max_iter {most} divided by eta {eta} is below 1, so trials would never be compared."
+            f"early_terminate: max_iter {max_iter} divided by eta {eta} is below 1, so trials would never be compared."
         )
         return None
     return Hyperband(rungs, eta)
 
 
 def _rungs_from(first: int, eta: float) -> tuple[int, ...]:
-    """Compute the rungs of `min_iter`: a hundred, each eta times the one before, cut to whole numbers."""
+    """Compute the rungs of `min_iter`: a hundred rungs, each eta times the previous one, rounded down."""
     rungs, rung = set[int](), float(first)
     for _ in range(100):
         rungs.add(int(min(rung, MOST_VALUES)))
@@ -275,7 +298,7 @@ def _rungs_from(first: int, eta: float) -> tuple[int, ...]:
 
 
 def _rungs_below(most: int, times: int, eta: float) -> tuple[int, ...]:
-    """Compute the rungs of `max_iter` and `s`: s of them, each an eta-th of the one after it; max_iter itself is none."""
+    """Compute the rungs of `max_iter` and `s`: s rungs, each 1/eta of the next one; max_iter itself is no rung."""
     rungs, rung = set[int](), float(most)
     for _ in range(times):
         rung /= eta

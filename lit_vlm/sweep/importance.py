@@ -1,4 +1,4 @@
-"""How much each parameter decided, and which way: from the finished trials alone, whoever ran them."""
+"""Parameter importance and direction of effect, computed from the finished trials only."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from lit_vlm.config.overrides import quote
 from lit_vlm.sweep.file import Goal, SweepFile
 from lit_vlm.sweep.records import TrialRecord, best_of, varied
 
-FEWEST = 4  # finished trials; below, there is nothing to say
-FEW = 30  # below, shares move with every further trial
-END = 0.03  # of a range
-CLEAR = 0.3  # rank correlation, from which a direction is named
+FEWEST = 4  # finished trials; with fewer, no importance is computed
+FEW = 30  # finished trials; with fewer, shares change with every further trial
+END = 0.03  # share of a range that counts as its end
+CLEAR = 0.3  # absolute rank correlation from which a direction is named
 NUMBERS = (int, float)
 
 
 @dataclass(frozen=True, slots=True)
 class Importance:
-    """Of one parameter.
+    """Importance of one parameter.
 
     Attributes:
-        share: of the variance of the trials' ranks that it explains by itself and with others, 0 to 1 (fANOVA, Hutter et
+        share: of the variance of the trials' ranks that it explains alone and together with others, 0 to 1 (fANOVA, Hutter et
             al. 2014); all parameters add up to 1.
-        correlation: Spearman's, of its value and the metric, -1 to 1; None where its values have no order.
-        direction: what that means, in words.
+        correlation: Spearman correlation of its value and the metric, -1 to 1; None if its values have no order.
+        direction: meaning of the correlation, as text.
     """
 
     key: str
@@ -39,9 +39,12 @@ class Importance:
 
 
 def importance_of(records: Sequence[TrialRecord], sweep: SweepFile) -> list[Importance]:
-    """The most important first; [] where fewer than `FEWEST` trials finished, nothing varied or all came out alike.
+    """Compute the importance of each varying parameter, the most important first.
 
-    Ranks stand for the values: one trial that diverged would explain everything by its value.
+    The metric's values are replaced by their ranks, because the value of one diverged trial would explain everything.
+
+    Returns:
+        [] if fewer than `MIN_TRIALS` trials finished, no parameter varied, or all values are equal.
     """
     finished = [record for record in records if record.state == "finished" and record.value is not None]
     keys = [key for key in varied(finished) if all(key in record.parameters for record in finished)]
@@ -50,12 +53,12 @@ def importance_of(records: Sequence[TrialRecord], sweep: SweepFile) -> list[Impo
         return []
     goal = sweep.metric.goal if sweep.metric else Goal.minimize
     shares = _shares({key: [record.parameters[key] for record in finished] for key in keys}, ranks, sweep)
-    found = [_importance(key, shares[key], finished, ranks, goal) for key in keys]
-    return sorted(found, key=lambda one: -one.share)
+    importances = [_importance(key, shares[key], finished, ranks, goal) for key in keys]
+    return sorted(importances, key=lambda importance: -importance.share)
 
 
 def remark(records: Sequence[TrialRecord]) -> str:
-    """How far the shares can be trusted."""
+    """Return a note on how reliable the shares are, from the number of finished trials."""
     count = sum(record.state == "finished" for record in records)
     if count < FEWEST:
         return f"{count} finished trials say nothing about which parameter matters."
@@ -65,54 +68,59 @@ def remark(records: Sequence[TrialRecord]) -> str:
 
 
 def at_an_end(records: Sequence[TrialRecord], sweep: SweepFile) -> list[str]:
-    """What to say of parameters whose best value is at an end of its range: beyond, there may be a better one."""
-    best, said = best_of(records, sweep.metric.goal if sweep.metric else Goal.minimize), []
-    for key, one in sweep.swept.items():
-        if best is None or not one.is_range or key not in best.parameters:
+    """List warnings for parameters whose best value is at an end of the range; a better value may lie outside."""
+    best, messages = best_of(records, sweep.metric.goal if sweep.metric else Goal.minimize), []
+    for key, parameter in sweep.swept.items():
+        if best is None or not parameter.is_range or key not in best.parameters:
             continue
-        low, high, value = (math.log(end) if one.is_log else end for end in (one.min, one.max, best.parameters[key]))
-        share = (value - low) / (high - low)
-        if not END < share < 1 - END:
-            end = "lower" if share < 0.5 else "upper"
-            said.append(
+        low, high, value = (
+            math.log(end) if parameter.is_log else end for end in (parameter.min, parameter.max, best.parameters[key])
+        )
+        position = (value - low) / (high - low)
+        if not END < position < 1 - END:
+            end = "lower" if position < 0.5 else "upper"
+            messages.append(
                 f"{key}: the best value, {best.parameters[key]:g}, is at the {end} end of its range; try a wider one."
             )
-    return said
+    return messages
 
 
 def ranked(values: Sequence[float]) -> list[float]:
-    """1 for the smallest; equal ones share the mean of their ranks."""
+    """Compute ranks: 1 for the smallest value; equal values share the mean of their ranks."""
     ordered = sorted(values)
-    first = {value: ordered.index(value) for value in set(values)}
-    return [first[value] + (ordered.count(value) + 1) / 2 for value in values]
+    first_index = {value: ordered.index(value) for value in set(values)}
+    return [first_index[value] + (ordered.count(value) + 1) / 2 for value in values]
 
 
 def is_number(value: Any) -> bool:
+    """Return whether a value is a number and no boolean."""
     return isinstance(value, NUMBERS) and not isinstance(value, bool)
 
 
 def _shares(columns: dict[str, list[Any]], ranks: list[float], sweep: SweepFile) -> dict[str, float]:
+    """Compute the fANOVA share of each parameter with Optuna."""
     import optuna
     from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     encoded = {key: _encoded(values, key, sweep) for key, values in columns.items()}
     study = optuna.create_study()
-    for place, rank in enumerate(ranks):
+    for index, rank in enumerate(ranks):
         study.add_trial(
             optuna.create_trial(
-                params={key: values[place] for key, (values, _) in encoded.items()},
+                params={key: values[index] for key, (values, _) in encoded.items()},
                 distributions={key: distribution for key, (_, distribution) in encoded.items()},
                 value=rank,
             )
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0), params=list(columns))
-    return {key: float(share) for key, share in found.items()}
+        importances = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=0), params=list(columns))
+    return {key: float(share) for key, share in importances.items()}
 
 
 def _encoded(values: list[Any], key: str, sweep: SweepFile) -> tuple[list[Any], Any]:
+    """Encode values for Optuna: numbers as floats, others as JSON text; return them with their distribution."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     if all(map(is_number, values)):

@@ -1,4 +1,4 @@
-"""What would make a sweep's trials fail, found before the first one: keys, values and metric against the schema."""
+"""Validation of a sweep before its first trial: keys, values and metric against the schema."""
 
 from __future__ import annotations
 
@@ -22,105 +22,118 @@ LOSSES = ("train/loss", "val/loss", *(f"val/loss_{group}" for group in GROUPS))
 REWARDS = tuple(f"rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected"))
 SCORES = tuple(f"score/{kind.value}_{language}" for kind in Kind for language in ("ko", "en"))
 RATES = tuple(f"throughput/{name}" for name in ("tokens_per_second", "samples_per_second", "data_wait"))
-FAMILIES = ("train/rewards/", "val/rewards/", "throughput/")  # with more members than are listed here
+FAMILIES = ("train/rewards/", "val/rewards/", "throughput/")  # families with more members than are listed here
 
 
 def mistakes_in_sweep(sweep: SweepFile, overrides: list[str]) -> list[str]:
-    """Every mistake in the file's keys, values and metric; every value is composed as a trial's would be.
+    """Find all errors in the file's keys, values and metric. Every value is composed as in a trial.
 
     Args:
-        overrides: what the command line gives to every trial.
+        overrides: of the command line, for every trial.
+
+    Returns:
+        The error messages; [] for a valid sweep.
     """
     try:
-        given = read_arguments(overrides)
+        parsed = read_arguments(overrides)
     except ConfigError as error:
         return error.mistakes
-    wrong = list(_keys(sweep, given))
-    bad, from_values = _values(sweep, given)
-    wrong += from_values
+    errors = list(_keys(sweep, parsed))
+    bad_keys, value_errors = _values(sweep, parsed)
+    errors += value_errors
     runs: list[Run] = []
-    wrong += _trials(sweep, given, bad, runs)
-    wrong += _metric(sweep, runs[0].config if runs and not bad else None)
-    mine = {mistake for mistakes in _wrong(given).values() for mistake in mistakes} if from_values else set()
-    return [one if one in mine else f"{sweep.place}: {one}" for one in dict.fromkeys(wrong)]
+    errors += _trials(sweep, parsed, bad_keys, runs)
+    errors += _metric(sweep, runs[0].config if runs and not bad_keys else None)
+    override_errors = {text for texts in _wrong(parsed).values() for text in texts} if value_errors else set()
+    return [message if message in override_errors else f"{sweep.place}: {message}" for message in dict.fromkeys(errors)]
 
 
 def _keys(sweep: SweepFile, given: list[str]) -> Iterator[str]:
+    """Find keys that a trial may not vary, and keys that the command line sets as well."""
     for key in sweep.parameters:
         if key.lstrip("+~").partition(".")[0] in EACH_TRIALS_OWN:
             yield f"parameters.{key}: is not a trial's to vary; each trial gets a folder of its own and trains one stage."
-    for word in given:
-        if key_of(word) in sweep.swept:
+    for override in given:
+        if key_of(override) in sweep.swept:
             yield (
-                f"parameters.{key_of(word)}: is swept, and the command line sets it to {word.partition('=')[2]}."
+                f"parameters.{key_of(override)}: is swept, and the command line sets it to {override.partition('=')[2]}."
                 " Take one of the two away."
             )
 
 
 def _values(sweep: SweepFile, given: list[str]) -> tuple[set[str], list[str]]:
-    """Keys that no trial can be started with, and what is wrong with keys, choices and types, each value by itself."""
-    words = trial_words(sweep, sweep.fixed, given)
-    known = {word: key_of(word) for word in words}
-    for one in sweep.swept.values():
-        for value in one.samples():
-            known |= dict.fromkeys(value_words({one.key: value}), one.key)
-    bad, wrong = set[str](), list[str]()
-    for word, mistakes in _wrong(list(known)).items():
-        key = known.get(word, "")
-        bad.add(key)
-        wrong += [mistake + _whole(sweep.parameters.get(key), mistake) for mistake in mistakes]
-    return bad, _once_per_key(wrong)
+    """Find errors of keys, choices and types; each value is checked alone.
+
+    Returns:
+        The keys that no trial can use, and the error messages.
+    """
+    trial_overrides = trial_words(sweep, sweep.fixed, given)
+    key_by_override = {override: key_of(override) for override in trial_overrides}
+    for parameter in sweep.swept.values():
+        for value in parameter.samples():
+            key_by_override |= dict.fromkeys(value_words({parameter.key: value}), parameter.key)
+    bad_keys, errors = set[str](), list[str]()
+    for override, messages in _wrong(list(key_by_override)).items():
+        key = key_by_override.get(override, "")
+        bad_keys.add(key)
+        errors += [message + _whole(sweep.parameters.get(key), message) for message in messages]
+    return bad_keys, _once_per_key(errors)
 
 
 def _once_per_key(wrong: list[str]) -> list[str]:
-    """A range of the wrong type is wrong at both ends; once is enough."""
+    """Drop repeated errors: a range of the wrong type gives the same error at both ends."""
     return list({mistake.partition(", found ")[0]: mistake for mistake in reversed(wrong)}.values())[::-1]
 
 
 def _wrong(words: list[str]) -> dict[str, list[str]]:
+    """Find the errors of each override: override -> error messages."""
     return wrong_words(with_implied(words))
 
 
 def _whole(one: Parameter | None, mistake: str) -> str:
+    """Return a hint for a range that must hold whole numbers; "" for other errors."""
     if one is None or not one.is_range or "a whole number" not in mistake:
         return ""
     return " Give the range whole ends (distribution: int_uniform), or q_uniform with a whole q."
 
 
 def _trials(sweep: SweepFile, given: list[str], bad: set[str], runs: list[Run]) -> Iterator[str]:
-    """Contradictions between settings, in trials that have each value once. The runs that are sound are added to `runs`."""
-    columns = {key: one.samples() for key, one in sweep.swept.items() if key not in bad}
+    """Find contradictions between settings, in trials that use each value once. The valid runs are appended to `runs`."""
+    columns = {key: parameter.samples() for key, parameter in sweep.swept.items() if key not in bad}
     num_rows = max((len(values) for values in columns.values()), default=1)
-    found: dict[str, list[tuple[str, dict[str, Any]]]] = {}  # by what is said, whatever value was found
+    # error message without the value that was found -> (message, values of the trial)
+    errors: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for row in range(num_rows):
         values = {key: column[row % len(column)] for key, column in columns.items()}
-        words = [word for word in trial_words(sweep, {**sweep.fixed, **values}, given) if key_of(word) not in bad]
+        trial_overrides = [
+            override for override in trial_words(sweep, {**sweep.fixed, **values}, given) if key_of(override) not in bad
+        ]
         try:
-            runs.append(parse([*words, "run_name=trial"]))
+            runs.append(parse([*trial_overrides, "run_name=trial"]))
         except ConfigError as error:
-            for mistake in error.mistakes:
-                if not (bad and "is not set" in mistake):  # it may be what a wrong word meant
-                    found.setdefault(mistake.partition(", found ")[0], []).append((mistake, values))
-    for rows in found.values():
-        mistake, values = rows[0]
+            for problem in error.mistakes:
+                if not (bad and "is not set" in problem):  # a wrong override may have meant this setting
+                    errors.setdefault(problem.partition(", found ")[0], []).append((problem, values))
+    for rows in errors.values():
+        problem, values = rows[0]
         pairs = ", ".join(f"{key}={value}" for key, value in values.items())
         yield (
-            mistake
-            if {said for said, _ in rows} == {mistake} and len(rows) == num_rows
-            else f"{mistake} (as with {pairs})"
+            problem
+            if {message for message, _ in rows} == {problem} and len(rows) == num_rows
+            else f"{problem} (as with {pairs})"
         )
 
 
 def _metric(sweep: SweepFile, config: RunConfig | None) -> Iterator[str]:
-    """A metric that no run of this stage logs, or too seldom for the trials to be compared early."""
+    """Find errors of the objective: no run of this stage logs the metric, or too rarely for early stopping."""
     if sweep.metric is None:
         return
     name = sweep.metric.name
     if name not in metric_names() and not name.startswith(FAMILIES):
-        found = did_you_mean(nearest(name, metric_names()))
+        hint = did_you_mean(nearest(name, metric_names()))
         yield (
             f"metric.name: no run logs {name}; they log train/loss, val/loss, val/loss_ko, val/loss_en, val/rewards/*,"
-            f" score/<kind>_<language>, throughput/*.{found}"
+            f" score/<kind>_<language>, throughput/*.{hint}"
         )
         return
     if config is None:
@@ -134,12 +147,17 @@ def _metric(sweep: SweepFile, config: RunConfig | None) -> Iterator[str]:
 
 
 def _too_seldom(name: str, first: int, config: RunConfig) -> Iterator[str]:
+    """Find reasons why early stopping would never compare the trials.
+
+    Args:
+        min_values: number of logged values before the first comparison.
+    """
     if name.startswith("score/"):
         yield f"early_terminate: {name} is logged once, at the end, so nothing can be stopped early by it; take val/loss."
         return
-    held_out = name.startswith("val/")
-    key = "data.validation.every_steps" if held_out else "trainer.log_every_n_steps"
-    every = config.data.validation.every_steps if held_out else config.trainer.log_every_n_steps
+    is_validation = name.startswith("val/")
+    key = "data.validation.every_steps" if is_validation else "trainer.log_every_n_steps"
+    every = config.data.validation.every_steps if is_validation else config.trainer.log_every_n_steps
     if every is None:
         yield f"early_terminate: {key} is not set, so {name} is logged once, at the end; set it, e.g. {key}=100."
     elif config.trainer.max_steps and config.trainer.max_steps // every < first:
@@ -150,6 +168,6 @@ def _too_seldom(name: str, first: int, config: RunConfig) -> Iterator[str]:
 
 
 def metric_names() -> list[str]:
-    """What runs log; of rewards and rates the ones that are asked for most."""
+    """List the metrics that runs log; of rewards and throughput only the most common ones."""
     rewards = [f"{split}/{name}" for split in ("train", "val") for name in REWARDS]
     return [*LOSSES, *rewards, *SCORES, *RATES]

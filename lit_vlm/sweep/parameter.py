@@ -1,4 +1,4 @@
-"""One parameter of a sweep: its distribution by W&B's names, its values, and the points that a grid takes of it."""
+"""Parameter of a search space: its distribution by W&B's names, its values, and its grid points."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from lit_vlm.config.settings import did_you_mean, nearest
 
 RANGE, BELL, BETA = ("min", "max"), ("mu", "sigma"), ("a", "b")
-# Distribution -> keys that it needs. A q before the name rounds to multiples of q; log_ takes exponents of e,
-# log_..._values the values themselves.
+# Distribution -> required keys. The prefix q_ rounds to multiples of q. The ends of log_... are exponents of e; the ends of
+# log_..._values are the values themselves.
 NEEDS: dict[str, tuple[str, ...]] = {
     "constant": ("value",),
     "categorical": ("values",),
@@ -34,21 +34,23 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "q_beta": BETA,
 }
 KEYS = ("value", "values", "probabilities", "distribution", "parameters", *RANGE, "q", *BELL, *BETA)
-TAIL = 0.001  # of a bell: beyond this share on either side nothing is tried
-LARGEST = 700  # exponent of e that is a number still
+TAIL = 0.001  # probability on either side of a normal or beta distribution that is never sampled
+LARGEST = 700  # maximum exponent of e that gives a finite number
 MOST_POINTS = 10_000  # of a range in a grid
-DIGITS = 6  # of a value that is drawn: more would only lengthen the command line
+DIGITS = 6  # of a sampled value; more would only make the command line longer
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """What may be tried for one setting.
+    """Parameter of the search space: the values of one setting.
 
     Attributes:
-        values: those listed; of a constant, the one.
-        min, max: ends of a range, in values (also where the file gives exponents).
-        q: step that values are rounded to; None: none.
-        mu, sigma, a, b: of bells and of the beta distribution.
+        key: dotted key of the setting.
+        values: the listed values; one value for a constant.
+        min, max: ends of a range, as values (also if the file gives exponents).
+        q: values are rounded to multiples of q; None: no rounding.
+        mu, sigma: of a normal distribution.
+        a, b: of a beta distribution.
     """
 
     key: str
@@ -73,24 +75,30 @@ class Parameter:
 
     @property
     def is_range(self) -> bool:
-        """Between `min` and `max`; else listed, or a bell that is drawn by its quantile."""
+        """True if values lie between `min` and `max`; otherwise they are listed, or sampled by a quantile of the distribution."""
         return not self.values and "uniform" in self.distribution
 
     @property
     def points(self) -> tuple[Any, ...] | None:
-        """What a grid takes: all values, in order. None: there is no end to them."""
+        """All values in order, for a grid; None if their number is not finite or above `MAX_GRID_POINTS`."""
         if self.values:
             return self.values
         step = 1.0 if self.distribution == "int_uniform" else self.q if self.distribution == "q_uniform" else None
         if step is None:
             return None
-        low, high = math.ceil(self.min / step - 1e-9), math.floor(self.max / step + 1e-9)
+        first, last = math.ceil(self.min / step - 1e-9), math.floor(self.max / step + 1e-9)
         return (
-            tuple(self._rounded(number * step) for number in range(low, high + 1)) if high - low < MOST_POINTS else None
+            tuple(self._rounded(number * step) for number in range(first, last + 1))
+            if last - first < MOST_POINTS
+            else None
         )
 
     def value(self, raw: float) -> Any:
-        """The value that is tried: of a raw number between `min` and `max`, or of a quantile where there is no range."""
+        """Convert a raw number to a value of the setting.
+
+        Args:
+            raw: a number between `min` and `max`; without a range, a probability from 0 to 1.
+        """
         if self.is_range:
             return self._rounded(min(max(raw, self.min), self.max))
         if self.probabilities:
@@ -98,7 +106,7 @@ class Parameter:
         return self._rounded(self._quantile(raw))
 
     def shown(self) -> str:
-        """The range for a table."""
+        """Format the values or the range for a table."""
         if self.is_fixed:
             return str(self.values[0])
         if self.values:
@@ -106,28 +114,29 @@ class Parameter:
         if self.is_range:
             step = f", steps of {self.q:g}" if self.q else ""
             return f"{self.min:g} to {self.max:g}{', logarithmic' if self.is_log else ''}{step}"
-        around = f"a {self.a:g}, b {self.b:g}" if "beta" in self.distribution else f"{self.mu:g} ± {self.sigma:g}"
-        return f"{self.distribution}, {around}"
+        shape = f"a {self.a:g}, b {self.b:g}" if "beta" in self.distribution else f"{self.mu:g} ± {self.sigma:g}"
+        return f"{self.distribution}, {shape}"
 
     def samples(self) -> tuple[Any, ...]:
-        """Values that stand for all of them: the ends, and one between."""
+        """List values that represent all of them: the listed values, or both ends of the range and a value between."""
         if self.values:
             return self.values
         low, high = (self.min, self.max) if self.is_range else (TAIL, 1 - TAIL)
-        middle = math.sqrt(low * high) if self.is_log else low + 0.382 * (high - low)  # rarely a round number
-        return tuple(dict.fromkeys(self.value(raw) for raw in (low, middle, high)))
+        # a point that is rarely a round number
+        inner = math.sqrt(low * high) if self.is_log else low + 0.382 * (high - low)
+        return tuple(dict.fromkeys(self.value(raw) for raw in (low, inner, high)))
 
     def _place(self, quantile: float) -> int:
         total = 0.0
-        for place, share in enumerate(self.probabilities):
-            total += share
+        for index, probability in enumerate(self.probabilities):
+            total += probability
             if quantile < total:
-                return place
+                return index
         return len(self.values) - 1
 
     def _quantile(self, raw: float) -> float:
         if "beta" in self.distribution:
-            from scipy.stats import beta  # seconds to import, and seldom asked for
+            from scipy.stats import beta  # the import takes seconds and is rarely needed
 
             return float(beta.ppf(raw, self.a, self.b))
         found = NormalDist(self.mu, self.sigma).inv_cdf(raw)
@@ -144,21 +153,28 @@ class Parameter:
 
 
 def parameters_from(plain: Any, wrong: list[str]) -> dict[str, Parameter]:
-    """By dotted key. What is wrong is added to `wrong`; what is wrong beyond use is left out."""
+    """Parse the `parameters` of a sweep file.
+
+    Args:
+        errors: errors are appended to this list; a parameter with an error is omitted.
+
+    Returns:
+        The parameters by dotted key.
+    """
     if not isinstance(plain, dict) or not plain:
         wrong.append(
             "parameters: is missing or empty; name what is tried, parameters: {stage.learning_rate: {values: [...]}}."
         )
         return {}
-    found: dict[str, Parameter] = {}
+    parameters: dict[str, Parameter] = {}
     for key, entry in _leaves(plain, "", wrong):
-        if key in found:
+        if key in parameters:
             wrong.append(f"parameters.{key}: is there twice, dotted and nested.")
-        mistakes = list(_mistakes(entry))
-        wrong += [f"parameters.{key}{mistake}" for mistake in mistakes]
-        if not mistakes:
-            found[key] = _parameter(key, entry)
-    return found
+        entry_errors = list(_mistakes(entry))
+        wrong += [f"parameters.{key}{error}" for error in entry_errors]
+        if not entry_errors:
+            parameters[key] = _parameter(key, entry)
+    return parameters
 
 
 def _leaves(plain: dict[Any, Any], prefix: str, wrong: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -178,27 +194,27 @@ def _mistakes(entry: dict[str, Any]) -> Iterator[str]:
     for key in entry:
         if key not in KEYS:
             yield f": there is no key {key}.{did_you_mean(nearest(str(key), KEYS))}"
-    name = _distribution(entry)
-    if name not in NEEDS:
-        yield f".distribution: there is no {name}; there are {', '.join(NEEDS)}.{did_you_mean(nearest(str(name), list(NEEDS)))}"
+    distribution = _distribution(entry)
+    if distribution not in NEEDS:
+        yield f".distribution: there is no {distribution}; there are {', '.join(NEEDS)}.{did_you_mean(nearest(str(distribution), list(NEEDS)))}"
         return
-    missing = [key for key in NEEDS[name] if key not in entry]
+    missing = [key for key in NEEDS[distribution] if key not in entry]
     if missing:
         needed = (
-            f"{name} needs {' and '.join(missing)}"
+            f"{distribution} needs {' and '.join(missing)}"
             if "distribution" in entry
             else "needs value, values, or min and max"
         )
         yield f": {needed}; found {entry}."
         return
-    if name.startswith("categorical"):
+    if distribution.startswith("categorical"):
         yield from _wrong_values(entry)
-    elif name != "constant":
-        yield from _wrong_numbers(entry, name)
+    elif distribution != "constant":
+        yield from _wrong_numbers(entry, distribution)
 
 
 def _distribution(entry: dict[str, Any]) -> str:
-    """As W&B infers it where it is not named."""
+    """Return the distribution; if the file does not name it, infer it as W&B does."""
     if "distribution" in entry:
         return str(entry["distribution"])
     if "value" in entry:
@@ -210,25 +226,31 @@ def _distribution(entry: dict[str, Any]) -> str:
 
 
 def _wrong_values(entry: dict[str, Any]) -> Iterator[str]:
-    values, shares = entry["values"], entry.get("probabilities")
+    values, probabilities = entry["values"], entry.get("probabilities")
     if not isinstance(values, list) or not values:
         yield f".values: expected a list with something in it, found {values!r}."
-    elif shares is not None:
-        numbers = isinstance(shares, list) and all(is_number(share) and share >= 0 for share in shares)
-        if not numbers or len(shares) != len(values) or not math.isclose(sum(shares), 1.0, abs_tol=1e-6):
-            yield f".probabilities: expected {len(values)} numbers that add up to 1, one for each value, found {shares!r}."
+    elif probabilities is not None:
+        are_valid = isinstance(probabilities, list) and all(
+            is_number(probability) and probability >= 0 for probability in probabilities
+        )
+        if (
+            not are_valid
+            or len(probabilities) != len(values)
+            or not math.isclose(sum(probabilities), 1.0, abs_tol=1e-6)
+        ):
+            yield f".probabilities: expected {len(values)} numbers that add up to 1, one for each value, found {probabilities!r}."
 
 
 def _wrong_numbers(entry: dict[str, Any], name: str) -> Iterator[str]:
-    wrong = False
+    has_errors = False
     for key in (*RANGE, "q", *BELL, *BETA):
         if key in entry and not is_number(entry[key]):
-            wrong = True
+            has_errors = True
             yield f".{key}: expected a number, found {entry[key]!r}.{_yaml_hint(entry[key])}"
         elif key in ("q", "sigma", "a", "b") and key in entry and not entry[key] > 0:
-            wrong = True
+            has_errors = True
             yield f".{key}: must be above 0, found {entry[key]!r}."
-    if wrong or "uniform" not in name:
+    if has_errors or "uniform" not in name:
         return
     low, high = entry["min"], entry["max"]
     if name == "int_uniform" and not (isinstance(low, int) and isinstance(high, int)):
@@ -249,12 +271,12 @@ def _exp(value: float) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of the file is a finite number."""
+    """Return whether a value of the file is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _yaml_hint(value: Any) -> str:
-    """YAML 1.1 wants a point in a number with an exponent, and reads `1e-5` as text."""
+    """Return a hint for a number that YAML reads as text. YAML 1.1 needs a point in a number with an exponent, unlike `1e-5`."""
     try:
         number = float(value) if isinstance(value, str) else None
     except ValueError:
@@ -268,17 +290,17 @@ def _yaml_hint(value: Any) -> str:
 
 
 def _parameter(key: str, entry: dict[str, Any]) -> Parameter:
-    name = _distribution(entry)
-    if name in ("constant", "categorical", "categorical_w_probabilities"):
-        values = (entry["value"],) if name == "constant" else tuple(entry["values"])
-        return Parameter(key, name, values, tuple(entry.get("probabilities") or ()))
+    distribution = _distribution(entry)
+    if distribution in ("constant", "categorical", "categorical_w_probabilities"):
+        values = (entry["value"],) if distribution == "constant" else tuple(entry["values"])
+        return Parameter(key, distribution, values, tuple(entry.get("probabilities") or ()))
     numbers = {word: entry[word] for word in (*BELL, *BETA) if word in entry}
-    q = entry.get("q", 1) if name.startswith("q_") else None
-    if "uniform" not in name:
-        return Parameter(key, name, q=q, **numbers)
+    q = entry.get("q", 1) if distribution.startswith("q_") else None
+    if "uniform" not in distribution:
+        return Parameter(key, distribution, q=q, **numbers)
     low, high = entry["min"], entry["max"]
-    if name in ("log_uniform", "q_log_uniform"):
+    if distribution in ("log_uniform", "q_log_uniform"):
         low, high = math.exp(low), math.exp(high)
-    elif name == "inv_log_uniform":  # log(1/x) is uniform
+    elif distribution == "inv_log_uniform":  # log(1/x) is uniform
         low, high = math.exp(-high), math.exp(-low)
-    return Parameter(key, name, min=low, max=high, q=q)
+    return Parameter(key, distribution, min=low, max=high, q=q)

@@ -1,4 +1,4 @@
-"""One trial as a process: started in its folder, asked to save and leave, its metric read as it grows."""
+"""Process of one trial: start it in its folder, stop it after it saved a checkpoint, read its metric while it runs."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from lit_vlm.engine.slurm import own_job, signal_steps
 from lit_vlm.files import write_atomically
 
 LOG, NUMBER = "trial.log", "trial.pid"
-SAVING_SECONDS = 300.0  # that a trial of an earlier start is given to save and leave
+SAVING_SECONDS = 300.0  # for a trial of an earlier start to save and exit
 AGAIN_SECONDS = 20.0
-_SWEEPS_OWN = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")  # a trial of ours is nobody else's
+_SWEEPS_OWN = ("WANDB_RUN_ID", "WANDB_SWEEP_ID", "WANDB_SWEEP_PARAM_PATH")  # our trials must not belong to a W&B sweep
 
 
 @dataclass(slots=True)
 class TrialProcess:
-    """A trial that runs.
+    """Process of a trial.
 
     Attributes:
-        devices: CUDA devices that it sees; empty: it is not told.
-        in_step: it was started by srun, through which it is asked to leave.
-        stopping: others are better, so it was asked to leave.
-        leaving: it was asked to leave, for whatever reason.
-        starts: how often it was started here.
+        devices: CUDA devices that it sees; empty: CUDA_VISIBLE_DEVICES is not changed.
+        is_slurm_step: it was started by srun; its stop signal is sent through Slurm.
+        is_early_stopped: early stopping ended it.
+        is_stopping: a stop signal was sent, for any reason.
+        num_starts: number of starts in this process.
     """
 
     number: int
@@ -45,11 +45,11 @@ class TrialProcess:
     starts: int = 0
     _asked: float = 0.0
     _process: subprocess.Popen[bytes] | None = None
-    _read: tuple[int, int] = (0, 0)  # time and size of the table when it was read
+    _read: tuple[int, int] = (0, 0)  # time and size of metrics.csv when it was read
     _values: list[float] = field(default_factory=list)
 
     def start(self) -> None:
-        """Start it, its output behind what is in its log already. It gets no Ctrl-C from the terminal: that is passed on."""
+        """Start the process and append its output to its log. Ctrl-C of the terminal does not reach it; signals are forwarded."""
         self.folder.mkdir(parents=True, exist_ok=True)
         environment = {name: value for name, value in self.environment.items() if name not in _SWEEPS_OWN}
         if self.devices:
@@ -60,12 +60,15 @@ class TrialProcess:
         write_atomically(self.folder / NUMBER, f"{self._process.pid}\n", durable=False)
 
     def ended(self) -> int | None:
-        """Its exit status; None while it runs."""
+        """Return the exit status; None while the process runs."""
         assert self._process is not None
         return self._process.poll()
 
     def ask_to_leave(self) -> None:
-        """It saves and leaves: docs/resume.md. A step is asked again after a while: it may not have begun."""
+        """Send the stop signal: the trial saves a checkpoint and exits (docs/resume.md).
+
+        A Slurm step gets the signal again after `SIGNAL_RETRY_SECONDS`, for it may not have started before.
+        """
         if self.leaving and not (self.in_step and time.monotonic() - self._asked > AGAIN_SECONDS):
             return
         self.leaving, self._asked = True, time.monotonic()
@@ -76,34 +79,35 @@ class TrialProcess:
             self._process.send_signal(signal.SIGTERM)
 
     def kill(self) -> None:
-        """End it and all that it started, at once."""
+        """Kill the process and all its children at once."""
         if self._process is not None and self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def values(self, metric: str) -> list[float] | None:
-        """All values of the metric so far; None while nothing was written since the last call."""
+        """Read all values of the metric so far; None if nothing was written since the last call."""
         try:
-            found = (self.folder / "metrics.csv").stat()
+            stat = (self.folder / "metrics.csv").stat()
         except FileNotFoundError:
             return None
-        if (found.st_mtime_ns, found.st_size) == self._read:
+        if (stat.st_mtime_ns, stat.st_size) == self._read:
             return None
-        self._read = (found.st_mtime_ns, found.st_size)
+        self._read = (stat.st_mtime_ns, stat.st_size)
         self._values = values_in(self.folder, metric)
         return self._values
 
 
 def values_in(folder: Path, metric: str) -> list[float]:
-    """All values of a metric that the run in this folder has logged."""
+    """Read all values of a metric that the run in this folder has logged, oldest first."""
     return [value for _, value in read_metrics(folder / "metrics.csv").get(metric, [])]
 
 
 def is_finished(folder: Path) -> bool:
+    """Return whether the run in this folder is finished."""
     return find_manifest(folder).get("status") == "finished"
 
 
 def last_lines(folder: Path, count: int = 1) -> str:
-    """The last words of a trial's log, where an error stands."""
+    """Read the last lines of a trial's log, where an error is printed."""
     try:
         text = (folder / LOG).read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -113,27 +117,30 @@ def last_lines(folder: Path, count: int = 1) -> str:
 
 
 def end_left_behind(folder: Path) -> None:
-    """Where an earlier sweep was killed its trials live on: the one of this folder saves and leaves before it is begun anew."""
+    """Stop the trial process of a killed sweep in this folder, and wait until it has saved a checkpoint and exited.
+
+    It waits at most `SAVE_TIMEOUT_SECONDS`. Call it before the trial is started again.
+    """
     try:
-        number = int((folder / NUMBER).read_text())
+        pid = int((folder / NUMBER).read_text())
     except (OSError, ValueError):
         return
-    until = time.monotonic() + SAVING_SECONDS
-    if not _is_trial(number, folder):
+    deadline = time.monotonic() + SAVING_SECONDS
+    if not _is_trial(pid, folder):
         return
-    os.kill(number, signal.SIGTERM)
-    while _is_trial(number, folder) and time.monotonic() < until:
+    os.kill(pid, signal.SIGTERM)
+    while _is_trial(pid, folder) and time.monotonic() < deadline:
         time.sleep(0.1)
 
 
 def _is_trial(number: int, folder: Path) -> bool:
-    """Whether this process, of this machine, runs the trial of this folder; numbers are used again."""
+    """Return whether this process of this machine runs the trial of this folder. The system may reuse a process id."""
     try:
-        words = Path(f"/proc/{number}/cmdline").read_bytes().split(b"\0")
-    except OSError:  # gone, or a system without /proc
+        arguments = Path(f"/proc/{number}/cmdline").read_bytes().split(b"\0")
+    except OSError:  # the process is gone, or the system has no /proc
         return False
     name = f"/{folder.parent.name}/{folder.name}".encode()
-    return any(word.startswith(b"run_name=") and word.rstrip(b"'").endswith(name) for word in words)
+    return any(argument.startswith(b"run_name=") and argument.rstrip(b"'").endswith(name) for argument in arguments)
 
 
 def _started(command: list[str], environment: dict[str, str], log: IO[bytes]) -> subprocess.Popen[bytes]:

@@ -1,4 +1,4 @@
-"""The comments of a sweep file: why each range is what it is."""
+"""Comments of a sweep file: the reason for each range."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ _COMMENT = re.compile(r"(?:^|\s)#\s?(.*)$")
 
 
 def reasons_in(path: Path) -> dict[str, str]:
-    """By dotted key: the comments above a parameter, behind its name and inside it, as one text. {} of what is no file."""
+    """Read the comments of each parameter (above it, after its name, and inside it) as one text, by dotted key.
+
+    Returns {} if there is no such file.
+    """
     if not path.is_file():
         return {}
     text = path.read_text(encoding="utf-8")
@@ -22,25 +25,29 @@ def reasons_in(path: Path) -> dict[str, str]:
 
 
 def _reasons(node: yaml.Node | None, lines: list[str], prefix: str) -> dict[str, str]:
-    found: dict[str, str] = {}
+    comments: dict[str, str] = {}
     for key, value in getattr(node, "value", []):
         name = f"{prefix}{key.value}"
-        nested = next((inner for word, inner in getattr(value, "value", []) if _word(word) == "parameters"), None)
+        nested = next(
+            (inner for inner_key, inner in getattr(value, "value", []) if _word(inner_key) == "parameters"), None
+        )
         if nested is not None:
-            found |= _reasons(nested, lines, f"{name}.")
+            comments |= _reasons(nested, lines, f"{name}.")
             continue
         first, last = key.start_mark.line, value.end_mark.line
         if isinstance(value, yaml.CollectionNode) and not value.flow_style:
-            last -= 1  # a block ends where the next one begins
+            last -= 1  # the end mark of a block is the first line of the next one
         above = first
         while above and lines[above - 1].strip().startswith("#"):
             above -= 1
-        inside = lines[above : last + 1]
-        while len(inside) > first - above + 1 and (not inside[-1].strip() or inside[-1].strip().startswith("#")):
-            inside.pop()  # those are the next one's
-        texts = [match[1].strip() for line in inside if (match := _COMMENT.search(line))]
-        found[name] = " ".join(texts)
-    return found
+        own_lines = lines[above : last + 1]
+        while len(own_lines) > first - above + 1 and (
+            not own_lines[-1].strip() or own_lines[-1].strip().startswith("#")
+        ):
+            own_lines.pop()  # these comments belong to the next parameter
+        texts = [match[1].strip() for line in own_lines if (match := _COMMENT.search(line))]
+        comments[name] = " ".join(texts)
+    return comments
 
 
 def _word(node: object) -> str:

@@ -1,4 +1,4 @@
-"""What a sweep left, trial by trial: what its page and its table are made of, whoever ran the trials."""
+"""Records of a sweep's trials, for its report and its table. They do not depend on who ran the trials."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ STATES = ("finished", "stopped", "failed", "running")
 
 @dataclass(frozen=True, slots=True)
 class TrialRecord:
-    """One trial.
+    """Record of one trial.
 
     Attributes:
-        parameters: values by dotted key, fixed ones among them.
-        value: of the metric, the last one logged; None: none.
-        state: one of `STATES`.
-        folder: of its run.
-        seconds: that it took; None: not known.
+        parameters: values by dotted key, including the fixed ones.
+        value: the last logged value of the metric; None: none was logged.
+        state: one of `TRIAL_STATES`.
+        folder: run folder of the trial.
+        seconds: duration; None: not known.
         note: why it failed.
     """
 
@@ -35,16 +35,16 @@ class TrialRecord:
 
 
 def best_of(records: Iterable[TrialRecord], goal: Goal | str) -> TrialRecord | None:
-    """The finished trial with the best value; of equal ones the first. A trial that was stopped early is never the best."""
+    """Find the finished trial with the best value, the first of equal ones. A trial ended by early stopping is never the best."""
     finished = [record for record in records if record.state == "finished" and record.value is not None]
     sign = 1 if Goal(goal) is Goal.minimize else -1
     return min(finished, key=lambda record: (sign * record.value, record.number), default=None)
 
 
 def varied(records: Iterable[TrialRecord]) -> list[str]:
-    """Keys whose value is not the same in all trials, in the order in which they stand."""
-    seen: dict[str, set[str]] = {}
+    """Find the keys whose values differ between trials, in their order in the records."""
+    values_by_key: dict[str, set[str]] = {}
     for record in records:
         for key, value in record.parameters.items():
-            seen.setdefault(key, set()).add(repr(value))
-    return [key for key, values in seen.items() if len(values) > 1]
+            values_by_key.setdefault(key, set()).add(repr(value))
+    return [key for key, values in values_by_key.items() if len(values) > 1]

@@ -1,6 +1,6 @@
-"""sweep.html: one page about a sweep, in the look of a run's report; self-contained, without scripts.
+"""Report of a sweep (sweep.html), in the style of a run's report; self-contained, without scripts.
 
-Values and names come from files: the template escapes everything that is not `Markup`, and only drawings made here are.
+Values and names come from files. The template escapes everything that is not `Markup`; only the charts made here are `Markup`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from lit_vlm.sweep.records import STATES, TrialRecord, best_of, varied
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """What the page is made of.
+    """Content of the report.
 
     Attributes:
-        total: trials that the sweep is to have; None: not known.
-        command: the best trial's command line; carried: the same values in another experiment; "" for none.
+        total: planned number of trials; None: not known.
+        command: command line of the best trial; "" for none.
+        carried: command line with the same values in another experiment; "" for none.
     """
 
     sweep: SweepFile
@@ -50,17 +51,17 @@ class Page:
 
     @property
     def keys(self) -> list[str]:
-        """Of the parameters that varied, or else are swept."""
+        """Keys of the parameters that varied; without any, those of the search space."""
         return varied(self.records) or list(self.sweep.swept)
 
 
 def write_sweep_report(path: Path, page: Page) -> None:
-    """Write the page: a reader finds the old one or the new one."""
+    """Write the report atomically: a reader finds the old file or the new one."""
     pages.write_page(path, _PAGE.render(**_context(page)))
 
 
 def ordered(page: Page) -> list[TrialRecord]:
-    """Finished ones first, the best on top; then those that were stopped, run or failed."""
+    """Sort the records: finished trials first, the best on top; then stopped, failed and running ones."""
     sign = 1 if page.goal is Goal.minimize else -1
 
     def place(record: TrialRecord) -> tuple[int, float, int]:
@@ -71,20 +72,21 @@ def ordered(page: Page) -> list[TrialRecord]:
 
 
 def counts(page: Page) -> str:
-    """`12 of 12 trials: 9 finished, 2 stopped early, 1 failed`."""
-    found = Counter(record.state for record in page.records)
-    words = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "running": "under way"}
-    states = ", ".join(f"{found[state]} {word}" for state, word in words.items() if found[state])
+    """Format the counts, e.g. `12 of 12 trials: 9 finished, 2 stopped early, 1 failed`."""
+    by_state = Counter(record.state for record in page.records)
+    labels = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "running": "under way"}
+    states = ", ".join(f"{by_state[state]} {label}" for state, label in labels.items() if by_state[state])
     total = f" of {page.total}" if page.total else ""
     return f"{len(page.records)}{total} trials: {states or 'none yet'}"
 
 
 def cell(value: Any) -> str:
+    """Format a parameter's value for a table cell."""
     return f"{value:g}" if isinstance(value, float) else name_of(value)
 
 
 def dotted(key: str) -> Markup:
-    """A key that may be broken behind its dots."""
+    """Format a dotted key so that the browser may break the line after a dot."""
     return Markup(".<wbr>").join(key.split("."))
 
 
@@ -112,24 +114,26 @@ def _context(page: Page) -> dict[str, Any]:
 
 
 def _far(page: Page) -> float | None:
-    """Values worse than this stand at the end of their axis; None: there are none."""
+    """Return the end of the metric's axis if some values lie beyond it; None otherwise."""
     values = [record.value for record in page.records if record.value is not None and record.state != "failed"]
     if not values:
         return None
     low, high = shown_range(values, page.goal)
-    beyond, end = (max(values) > high, high) if page.goal is Goal.minimize else (min(values) < low, low)
-    return end if beyond else None
+    is_clipped, limit = (max(values) > high, high) if page.goal is Goal.minimize else (min(values) < low, low)
+    return limit if is_clipped else None
 
 
 def _facts(page: Page) -> list[tuple[str, str]]:
-    band = page.sweep.early_terminate
+    hyperband = page.sweep.early_terminate
     seconds = [record.seconds for record in page.records if record.seconds]
     facts = [
         ("method", page.sweep.method.value),
         ("metric", f"{page.metric}, {'lower' if page.goal is Goal.minimize else 'higher'} is better"),
         (
             "stopped early",
-            f"by hyperband: first after {band.rungs[0] + 1} values, the best 1/{band.eta:g} go on" if band else "never",
+            f"by hyperband: first after {hyperband.rungs[0] + 1} values, the best 1/{hyperband.eta:g} go on"
+            if hyperband
+            else "never",
         ),
         ("time of all trials", duration(sum(seconds)) if seconds else ""),
         ("file", page.sweep.place),

@@ -1,7 +1,7 @@
-"""Which values to try next, and which trials to stop: Optuna behind W&B's words.
+"""Search with Optuna: the sampler chooses the values of the next trial, and early stopping prunes trials.
 
-With a journal (a file) several processes on several hosts share one search, and one that was killed goes on: whatever a
-process knows is read from the file. A trial's number is given once.
+The settings are those of a W&B sweep file. With a journal file (Optuna's `JournalStorage`) several processes on several hosts
+share one search, and a killed process resumes: all state is read from the file. A trial number is given only once.
 """
 
 from __future__ import annotations
@@ -30,19 +30,21 @@ from lit_vlm.sweep.file import Goal, Hyperband, Method, SweepFile
 from lit_vlm.sweep.parameter import TAIL, Parameter
 
 STUDY = "sweep"
-PARAMETERS, WORKER, OUTCOME, VALUE = "parameters", "worker", "outcome", "value"  # what we note of a trial
-FIRST_RANDOM = 4  # at least, before a model of what was seen chooses; one more for each parameter beyond
+PARAMETERS, WORKER, OUTCOME, VALUE = "parameters", "worker", "outcome", "value"  # user attributes of an Optuna trial
+FIRST_RANDOM = 4  # random trials before the Gaussian process samples; with d > 3 parameters there are d + 1
 
 
 class Outcome(StrEnum):
+    """Outcome of a trial."""
+
     finished = "finished"
-    stopped = "stopped"  # early
+    stopped = "stopped"  # by early stopping
     failed = "failed"
 
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """Values to try: plain Python, by dotted key, the file's fixed ones with them."""
+    """Suggested values of a trial: plain Python values by dotted key, with the fixed parameters of the file."""
 
     number: int  # of the trial, from 0
     parameters: dict[str, Any]
@@ -50,32 +52,38 @@ class Suggestion:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """A trial as the search knows it. `outcome` None: it is under way, or whoever ran it is gone."""
+    """Trial as the search knows it.
+
+    Attributes:
+        outcome: None if the trial is running, or if the process that ran it is gone.
+        num_values: number of values of the metric that were reported.
+        seconds: time from `ask` to `tell`.
+    """
 
     number: int
     parameters: dict[str, Any]
     outcome: Outcome | None
     value: float | None
     worker: int
-    seen: int  # values of the metric that were observed
-    seconds: float | None  # from when it was given to when it was told
+    seen: int
+    seconds: float | None
 
 
 class Search:
-    """One sweep's search.
+    """Search of one sweep, with Optuna's ask-and-tell interface.
 
     Args:
-        journal: a file that is shared and kept; None: in memory.
-        seed: of what is drawn. Trial n of the same trials before it gets the same values, also after an interruption.
-        most: trials altogether; None: the file's run_cap, or no end.
+        journal_path: shared journal file; None: in memory.
+        seed: of the sampler. After the same earlier trials, trial n gets the same values, also after an interruption.
+        max_trials: total number of trials; None: the file's run_cap, or no limit.
     """
 
     def __init__(self, sweep: SweepFile, journal: Path | None = None, seed: int = 0, most: int | None = None) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         self.sweep, self.seed = sweep, seed
         self.grid = list(_grid(sweep)) if sweep.method is Method.grid else None
-        caps = [most or sweep.run_cap, len(self.grid) if self.grid is not None else None]
-        self.most = min((cap for cap in caps if cap is not None), default=None)
+        limits = [most or sweep.run_cap, len(self.grid) if self.grid is not None else None]
+        self.most = min((limit for limit in limits if limit is not None), default=None)
         self._journal = journal
         self._storage = _storage(journal)
         goal = sweep.metric.goal if sweep.metric else Goal.minimize
@@ -90,47 +98,55 @@ class Search:
         self._id = self._storage.get_study_id_from_name(STUDY)
 
     def ask(self, worker: int = 0) -> Suggestion | None:
-        """The next trial; None when the grid is used up or all trials were given.
+        """Sample the values of the next trial; None if the grid is used up or all trials were given.
 
         Args:
-            worker: who runs it, so that the same one finds it again after an interruption.
+            worker: number of the worker that runs the trial, so that the same worker finds it after an interruption.
         """
-        with _quiet(), self._alone():  # counting and taking are one act, for every process
-            given = len(self.trials())
-            if self.most is not None and given >= self.most:
+        with _quiet(), self._alone():  # counting and taking a trial must be atomic across processes
+            num_given = len(self.trials())
+            if self.most is not None and num_given >= self.most:
                 return None
             self._drop_half_made()
-            space = {key: _distribution(one) for key, one in self.sweep.swept.items()} if self.grid is None else {}
-            self._study.sampler = self._sampler(given, len(space))
-            trial = self._study.ask(space)
-            drawn = self.grid[given] if self.grid is not None else self._values(trial.params)
-            together = {**self.sweep.fixed, **drawn}
-            parameters = {key: together[key] for key in self.sweep.parameters}
+            distributions = (
+                {key: _distribution(parameter) for key, parameter in self.sweep.swept.items()}
+                if self.grid is None
+                else {}
+            )
+            self._study.sampler = self._sampler(num_given, len(distributions))
+            trial = self._study.ask(distributions)
+            sampled = self.grid[num_given] if self.grid is not None else self._values(trial.params)
+            values = {**self.sweep.fixed, **sampled}
+            parameters = {key: values[key] for key in self.sweep.parameters}
             trial.set_user_attr(WORKER, worker)
-            trial.set_user_attr(PARAMETERS, json.dumps(parameters, ensure_ascii=False))  # now it is given
+            # the next line makes the trial count as given
+            trial.set_user_attr(PARAMETERS, json.dumps(parameters, ensure_ascii=False))
             return Suggestion(trial.number, parameters)
 
     def observe(self, number: int, values: list[float]) -> bool:
-        """Tell all values of the metric that a trial has logged so far, oldest first.
+        """Report the metric's values to the search and check early stopping (W&B's hyperband rule).
+
+        Args:
+            values: all values that the trial has logged so far, oldest first.
 
         Returns:
-            Whether to stop it, by the rule of W&B's hyperband.
+            Whether to stop the trial.
         """
-        trial, band = self._frozen()[number], self.sweep.early_terminate
-        seen = len(trial.intermediate_values)
-        if len(values) <= seen:  # others may have raised the bar meanwhile
-            return band is not None and self._falls_behind(number, band)
-        for place in range(seen, len(values)):
-            self._storage.set_trial_intermediate_value(trial._trial_id, place + 1, values[place])
-            if band is not None and self._falls_behind(number, band):
+        trial, hyperband = self._frozen()[number], self.sweep.early_terminate
+        num_reported = len(trial.intermediate_values)
+        if len(values) <= num_reported:  # other trials may have become better meanwhile
+            return hyperband is not None and self._falls_behind(number, hyperband)
+        for step in range(num_reported, len(values)):
+            self._storage.set_trial_intermediate_value(trial._trial_id, step + 1, values[step])
+            if hyperband is not None and self._falls_behind(number, hyperband):
                 return True
         return False
 
     def tell(self, number: int, value: float | None, outcome: Outcome | str) -> None:
-        """Tell what came of a trial. A value that is no number is a failure; a trial that was told already stays as it is.
+        """Tell the search the outcome of a trial. A value that is not finite is a failure. A second outcome is ignored.
 
-        A stopped trial is told to the model like a finished one, with the value that it had reached: Optuna's models of
-        this kind learn nothing from what Optuna calls pruned.
+        A trial ended by early stopping is told like a finished one, with its last value: Optuna's Gaussian process sampler
+        learns nothing from trials in the state `PRUNED`.
         """
         outcome = Outcome(outcome)
         if value is not None and not math.isfinite(value):
@@ -140,63 +156,67 @@ class Search:
             return
         self._storage.set_trial_user_attr(trial._trial_id, OUTCOME, outcome.value)
         self._storage.set_trial_user_attr(trial._trial_id, VALUE, value)
-        if outcome is Outcome.failed or value is None:  # nothing that could be learnt from
+        if outcome is Outcome.failed or value is None:  # the sampler cannot learn from it
             self._study.tell(number, state=TrialState.FAIL)
         else:
             self._study.tell(number, value)
 
     def _falls_behind(self, number: int, band: Hyperband) -> bool:
-        """Compare a trial's best value with those of all trials at the last rung that it has passed."""
+        """Return whether a trial's best value is worse than the best 1/eta of all trials at the last rung that it passed."""
         sign = -1 if self.sweep.metric and self.sweep.metric.goal is Goal.maximize else 1
         curves = {
             trial.number: [sign * value for value in trial.intermediate_values.values() if math.isfinite(value)]
             for trial in self._frozen()
         }
-        mine = curves[number]
-        passed = [rung for rung in band.rungs if rung < len(mine)]
+        own_values = curves[number]
+        passed = [rung for rung in band.rungs if rung < len(own_values)]
         if not passed:
             return False
-        there = sorted(curve[passed[-1]] for curve in curves.values() if len(curve) > passed[-1])
-        return min(mine) > there[int(1.0 / band.eta * len(there))]
+        values_at_rung = sorted(curve[passed[-1]] for curve in curves.values() if len(curve) > passed[-1])
+        return min(own_values) > values_at_rung[int(1.0 / band.eta * len(values_at_rung))]
 
     def trials(self) -> list[Trial]:
-        """All trials that were given so far, by number."""
+        """List all trials that were given so far, in the order of their numbers."""
         return [_trial(frozen) for frozen in self._frozen() if PARAMETERS in frozen.user_attrs]
 
     def outcome_of(self, number: int) -> Outcome | None:
-        """What was told of a trial; a value that is no number was a failure."""
+        """Return the outcome of a trial; None without one. A value that is not finite was a failure."""
         return next((trial.outcome for trial in self.trials() if trial.number == number), None)
 
     def unfinished(self) -> list[Trial]:
-        """Trials that were given and of which nothing was told."""
+        """List the trials that were given and have no outcome."""
         return [trial for trial in self.trials() if trial.outcome is None]
 
     def _frozen(self) -> list[FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
 
     def _drop_half_made(self) -> None:
-        """Trials of a process that was killed while it asked; nobody runs them, and they do not count."""
+        """Drop trials of a process that was killed inside `ask`. No process runs them, and they do not count."""
         for frozen in self._frozen():
             if PARAMETERS not in frozen.user_attrs and not frozen.state.is_finished():
                 self._study.tell(frozen.number, state=TrialState.FAIL)
 
     def _sampler(self, number: int, dimensions: int) -> BaseSampler:
-        """Seeded by the trial's number, so that a search that goes on draws what it would have drawn."""
+        """Make the sampler, seeded by the trial's number, so that a resumed search samples the same values."""
         seed = int(np.random.SeedSequence([self.seed, number]).generate_state(1)[0])
         if self.sweep.method is not Method.bayes or not dimensions:
             return RandomSampler(seed=seed)
-        first = max(FIRST_RANDOM, dimensions + 1)
+        num_random = max(FIRST_RANDOM, dimensions + 1)
         if self.most is not None:
-            first = min(first, max(2, self.most // 3))
-        return GPSampler(seed=seed, n_startup_trials=first)
+            num_random = min(num_random, max(2, self.most // 3))
+        return GPSampler(seed=seed, n_startup_trials=num_random)
 
     def _values(self, raw: dict[str, Any]) -> dict[str, Any]:
-        swept = self.sweep.swept
-        return {key: json.loads(one) if isinstance(one, str) else swept[key].value(one) for key, one in raw.items()}
+        """Decode Optuna's raw parameters into the values of the trial."""
+        search_space = self.sweep.swept
+        return {
+            key: json.loads(value) if isinstance(value, str) else search_space[key].value(value)
+            for key, value in raw.items()
+        }
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """No other process asks meanwhile; one that was killed in here is passed by after half a minute."""
+        """Lock `ask` against other processes. The lock of a killed process expires after half a minute."""
         if self._journal is None:
             yield
             return
@@ -209,16 +229,17 @@ class Search:
 
 
 def _storage(journal: Path | None) -> BaseStorage:
+    """Open Optuna's storage: the journal file, or memory."""
     if journal is None:
         return InMemoryStorage()
     journal.parent.mkdir(parents=True, exist_ok=True)
-    journal.touch()  # what its lock is a link to
+    journal.touch()  # the lock is a symbolic link to this file
     with _quiet():
         return JournalStorage(JournalFileBackend(str(journal)))
 
 
 def _distribution(one: Parameter) -> BaseDistribution:
-    """Where Optuna draws: the range itself, a list's values as JSON, of anything else a quantile."""
+    """Make Optuna's distribution: a range as it is, listed values as JSON, everything else by a quantile."""
     if one.values and not one.probabilities:
         return CategoricalDistribution([json.dumps(value, ensure_ascii=False) for value in one.values])
     if one.distribution == "int_uniform":
@@ -229,10 +250,10 @@ def _distribution(one: Parameter) -> BaseDistribution:
 
 
 def _grid(sweep: SweepFile) -> Iterator[dict[str, Any]]:
-    """Every combination once, the last parameter of the file changing first."""
-    swept = sweep.swept
-    for values in product(*(_unique(one.points or ()) for one in swept.values())):
-        yield dict(zip(swept, values, strict=True))
+    """Iterate over all combinations of the grid; the last parameter of the file changes fastest."""
+    search_space = sweep.swept
+    for values in product(*(_unique(parameter.points or ()) for parameter in search_space.values())):
+        yield dict(zip(search_space, values, strict=True))
 
 
 def _unique(values: tuple[Any, ...]) -> list[Any]:
@@ -240,14 +261,14 @@ def _unique(values: tuple[Any, ...]) -> list[Any]:
 
 
 def _trial(frozen: FrozenTrial) -> Trial:
-    noted = frozen.user_attrs
-    outcome = noted[OUTCOME] if frozen.state.is_finished() else None
+    attributes = frozen.user_attrs
+    outcome = attributes[OUTCOME] if frozen.state.is_finished() else None
     return Trial(
         number=frozen.number,
-        parameters=json.loads(noted[PARAMETERS]),
+        parameters=json.loads(attributes[PARAMETERS]),
         outcome=Outcome(outcome) if outcome else None,
-        value=noted.get(VALUE),
-        worker=noted[WORKER],
+        value=attributes.get(VALUE),
+        worker=attributes[WORKER],
         seen=len(frozen.intermediate_values),
         seconds=frozen.duration.total_seconds() if frozen.duration else None,
     )
@@ -255,7 +276,7 @@ def _trial(frozen: FrozenTrial) -> Trial:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without Optuna's notes on what is experimental."""
+    """Suppress Optuna's warnings about experimental features."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
         warnings.filterwarnings("ignore", module="optuna.*")

@@ -1,7 +1,7 @@
-"""The trials of a sweep, several at a time: asked for, started, watched, told.
+"""Runner of a sweep's trials: runs them in parallel processes, stops them early, reports their outcomes to the search.
 
-What is known stands in the search's journal and in the trials' own folders, so whatever ends this process, the next one
-goes on: a trial of which nothing was told is begun again in its folder, and its run resumes by itself.
+All state is in the search's journal and in the folders of the trials. So after this process ends for any reason, the next one
+resumes: a trial without an outcome is started again in its folder, and its run resumes from its checkpoint.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from lit_vlm.sweep.search import Outcome, Search, Trial
 from lit_vlm.types import UserError
 
 POLL_SECONDS = 0.5
-FAILURES = 3  # in a row, before any trial went well: it is not the values
-ERROR_LINES = 8  # of a log, that hold a run's error
-MOST_STARTS = 4  # of a trial that leaves to be started again, as after a device ran out of memory
+FAILURES = 3  # failed trials before any success: then the values are not the cause
+ERROR_LINES = 8  # last lines of a log, which hold the error of the run
+MOST_STARTS = 4  # of a trial that exits to be restarted, e.g. after out of memory
 
 Place = tuple[str, ...]  # CUDA devices of one trial
 
 
 class Trials:
-    """Runs a search's trials in this process's children.
+    """Runner of a search's trials in child processes.
 
     Args:
-        metric: what is compared.
-        folder: of the sweep; a trial's is below it, by its number.
-        make: the process of a trial, from its number and its values.
-        places: devices for each trial that runs at a time.
-        worker, num_workers: which share of an interrupted sweep's trials this process takes up.
-        say: told what happens.
+        metric: name of the metric that is compared.
+        folder: of the sweep; the folder of a trial is below it, named by its number.
+        make_process: makes the process of a trial from its number and its values.
+        device_groups: the devices of each trial that runs at the same time.
+        worker, num_workers: select the unfinished trials that this process resumes.
+        say: reports a line to the user.
         on_change: called after each trial.
     """
 
@@ -68,15 +68,18 @@ class Trials:
         self._asked_at = 0.0
 
     def run(self) -> list[Ask]:
-        """Until all trials are told, or this process is asked to leave; returns what was asked.
+        """Run until all trials have an outcome or a stop signal arrives.
+
+        Returns:
+            The stop requests that were received.
 
         Raises:
             UserError: the first trials all failed.
         """
-        waiting = [trial for trial in self.search.unfinished() if trial.worker % self.num_workers == self.worker]
+        unfinished = [trial for trial in self.search.unfinished() if trial.worker % self.num_workers == self.worker]
         try:
             with self._listening():
-                while self._begin(waiting) or self._running:
+                while self._begin(unfinished) or self._running:
                     time.sleep(POLL_SECONDS)
                     self._look()
         finally:
@@ -85,8 +88,11 @@ class Trials:
         return self.asked
 
     def _begin(self, waiting: list[Trial]) -> bool:
-        """Start what there is place for; whether something was started."""
-        begun = False
+        """Start a trial for each free group of devices; return whether any trial was started.
+
+        Unfinished trials of an earlier start come first, then new ones of the search.
+        """
+        has_started = False
         while self._free and not self.asked and not self._reached():
             trial = waiting.pop(0) if waiting else self.search.ask(self.worker)
             if trial is None:
@@ -101,14 +107,15 @@ class Trials:
             process.start()
             self._running.append(process)
             self.say(f"trial {trial.number}: {shown(trial.parameters, self.search)}")
-            begun = True
-        return begun
+            has_started = True
+        return has_started
 
     def _look(self) -> None:
+        """Check the running trials: forward stop signals, read new values, apply early stopping, handle exits."""
         for trial in list(self._running):
             if self.asked or trial.leaving:
                 trial.ask_to_leave()
-            status = trial.ended()  # before its table is read, so that the last row is in it
+            status = trial.ended()  # before metrics.csv is read, so that the last row is included
             values = trial.values(self.metric)
             if values and not trial.leaving and self.search.observe(trial.number, values) and status is None:
                 self.say(
@@ -120,15 +127,17 @@ class Trials:
                 self._ended(trial, status)
 
     def _ended(self, trial: TrialProcess, status: int) -> None:
+        """Restart a trial that exited for a restart; otherwise free its devices and store its outcome."""
         if status == RESTART and not (self.asked or trial.stopping) and trial.starts < MOST_STARTS:
             trial.start()
             return
         self._running.remove(trial)
         self._free.append(trial.devices)
-        if not (self.asked and status):  # else it has saved, and goes on next time
+        if not (self.asked and status):  # otherwise it has saved a checkpoint, and the next start resumes it
             self._settle(trial, status)
 
     def _settle(self, trial: TrialProcess, status: int) -> None:
+        """Tell the search the outcome of a trial, and report it."""
         values = values_in(trial.folder, self.metric)
         value = values[-1] if values else None
         outcome = Outcome.failed if status else Outcome.finished
@@ -137,50 +146,52 @@ class Trials:
         if outcome is Outcome.finished and value is None:
             outcome = Outcome.failed
         self.search.tell(trial.number, value, outcome)
-        told = self.search.outcome_of(trial.number) or outcome
-        self._told[told] += 1
-        if told is Outcome.failed:
+        stored_outcome = self.search.outcome_of(trial.number) or outcome
+        self._told[stored_outcome] += 1
+        if stored_outcome is Outcome.failed:
             self.say(f"trial {trial.number}: failed: {why_failed(trial.folder, self.metric)} Log: {trial.folder / LOG}")
             self._give_up(trial)
-        elif told is Outcome.finished:
+        elif stored_outcome is Outcome.finished:
             self.say(f"trial {trial.number}: {self.metric} {value:.5g}")
         self.on_change()
 
     def _give_up(self, trial: TrialProcess) -> None:
+        """Raise UserError if the first `MAX_INITIAL_FAILURES` trials all failed."""
         if self._told[Outcome.failed] == FAILURES and not self._told[Outcome.finished] + self._told[Outcome.stopped]:
             self.on_change()
-            finished = is_finished(trial.folder)
-            said = why_failed(trial.folder, self.metric) if finished else last_lines(trial.folder, ERROR_LINES)
+            run_is_finished = is_finished(trial.folder)
+            log = why_failed(trial.folder, self.metric) if run_is_finished else last_lines(trial.folder, ERROR_LINES)
             raise UserError(
-                f"The first {FAILURES} trials failed. The last one's log, {trial.folder / LOG}, ends with:\n{said}\n"
+                f"The first {FAILURES} trials failed. The last one's log, {trial.folder / LOG}, ends with:\n{log}\n"
                 "When that is mended, the same command goes on with the trials that are left."
             )
 
     def _reached(self) -> bool:
-        """The file's target was reached, and nothing more is begun."""
-        metric = self.search.sweep.metric
-        if metric is None or metric.target is None:
+        """Return whether a finished trial reached the objective's target; then no further trial is started."""
+        objective = self.search.sweep.metric
+        if objective is None or objective.target is None:
             return False
-        better = (
-            (lambda value: value <= metric.target)
-            if metric.goal is Goal.minimize
-            else (lambda value: value >= metric.target)
+        reaches_target = (
+            (lambda value: value <= objective.target)
+            if objective.goal is Goal.minimize
+            else (lambda value: value >= objective.target)
         )
-        return any(trial.outcome is Outcome.finished and better(trial.value) for trial in self.search.trials())
+        return any(trial.outcome is Outcome.finished and reaches_target(trial.value) for trial in self.search.trials())
 
     @contextmanager
     def _listening(self) -> Iterator[None]:
-        before = {number: signal.signal(number, self._handle) for number in ASKS}
+        """Handle stop signals inside the block, then restore the old handlers."""
+        old_handlers = {number: signal.signal(number, self._handle) for number in ASKS}
         try:
             yield
         finally:
             if self.asked and (signals := current()) is not None:
-                signals.leaving = True  # the job that it is to requeue is not yet
-            for number, handler in before.items():
+                signals.leaving = True  # the Slurm job is not requeued yet
+            for number, handler in old_handlers.items():
                 signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """The trials are asked to save and leave; after a second Ctrl-C they are ended."""
+        """Note a stop signal, so that the trials save and exit; a second Ctrl-C kills them."""
         now, ask = time.monotonic(), ASKS[signal.Signals(number)]
         if ask is Ask.interrupt and Ask.interrupt in self.asked and now - self._asked_at > TOGETHER_SECONDS:
             for trial in self._running:
@@ -190,11 +201,12 @@ class Trials:
 
 
 def records_of(search: Search, folder: Path, metric: str) -> list[TrialRecord]:
-    """All trials so far."""
+    """Collect the records of all trials so far."""
     return [_record(trial, folder / str(trial.number), metric) for trial in search.trials()]
 
 
 def _record(trial: Trial, folder: Path, metric: str) -> TrialRecord:
+    """Make the record of a trial; a running trial has its last logged value."""
     figures = find_manifest(folder).get("figures") or {}
     value = trial.value
     if trial.outcome is None and (values := values_in(folder, metric)):
@@ -211,16 +223,16 @@ def _record(trial: Trial, folder: Path, metric: str) -> TrialRecord:
 
 
 def why_failed(folder: Path, metric: str) -> str:
-    """In a line."""
+    """Return in one line why a trial failed."""
     if not is_finished(folder):
         return last_lines(folder)
-    logged = read_metrics(folder / "metrics.csv")
-    if metric in logged:
-        return f"{metric} is {logged[metric][-1][1]}."
-    found = did_you_mean(nearest(metric, list(logged)))
-    return f"it never logged {metric}; it logged {', '.join(sorted(logged)) or 'nothing'}.{found}"
+    metrics = read_metrics(folder / "metrics.csv")
+    if metric in metrics:
+        return f"{metric} is {metrics[metric][-1][1]}."
+    hint = did_you_mean(nearest(metric, list(metrics)))
+    return f"it never logged {metric}; it logged {', '.join(sorted(metrics)) or 'nothing'}.{hint}"
 
 
 def shown(parameters: dict[str, Any], search: Search) -> str:
-    """The values that are tried, in a line."""
+    """Format the values of the search space in one line."""
     return ", ".join(f"{key}={value}" for key, value in parameters.items() if key in search.sweep.swept)

@@ -1,4 +1,4 @@
-"""From a trial's values to the words of its command line."""
+"""Overrides and command lines of trials, built from their values."""
 
 from __future__ import annotations
 
@@ -16,28 +16,33 @@ _VARIABLE = re.compile(r"\$\{envvar:(\w+)\}")
 
 
 def trial_words(sweep: SweepFile, parameters: dict[str, Any], given: list[str]) -> list[str]:
-    """Overrides behind `python run.py` for one trial, without its name.
+    """Build the overrides of one trial for `python run.py`, without its run name.
 
-    The words of the file's command come first, then the values, as `${args_json}` would bring them, then what the command
-    line gives to every trial; a later one takes the place of an earlier one of the same key.
+    The order is: overrides of the file's command, the values (as `${args_json}` gives them), overrides of the command line.
+    A later override replaces an earlier one of the same key.
     """
-    own = [_VARIABLE.sub(lambda found: os.environ.get(found[1], ""), word) for word in sweep.words]
-    together = {key_of(word): word for word in ["task=train", *own, *value_words(parameters), *given]}
-    return list(together.values())
+    command_overrides = [
+        _VARIABLE.sub(lambda match: os.environ.get(match[1], ""), override) for override in sweep.words
+    ]
+    by_key = {
+        key_of(override): override for override in ["task=train", *command_overrides, *value_words(parameters), *given]
+    }
+    return list(by_key.values())
 
 
 def value_words(parameters: dict[str, Any]) -> list[str]:
-    """Overrides of some values, by the way that `${args_json}` takes."""
+    """Build the overrides of some values in the same way as `${args_json}`."""
     return from_json(json.dumps(parameters, ensure_ascii=False))
 
 
 def command_of(sweep: SweepFile, parameters: dict[str, Any], given: list[str]) -> str:
-    """What to paste into a shell to run a trial's values once more, in a folder of its own, with the model at its end."""
-    words = [word for word in trial_words(sweep, parameters, given) if key_of(word) != "export"]
-    named = any(key_of(word) == "experiment" for word in words)  # which implies the task
-    return command_line(word for word in words if not (named and word == "task=train"))
+    """Format the shell command that runs a trial's values again, in its own folder, with the model exported at the end."""
+    trial_overrides = [override for override in trial_words(sweep, parameters, given) if key_of(override) != "export"]
+    # an experiment implies the task
+    has_experiment = any(key_of(override) == "experiment" for override in trial_overrides)
+    return command_line(override for override in trial_overrides if not (has_experiment and override == "task=train"))
 
 
 def command_line(words: Iterable[str]) -> str:
-    """What to paste into a shell."""
+    """Format overrides as a shell command."""
     return f"python run.py {shlex.join(words)}"

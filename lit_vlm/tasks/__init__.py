@@ -1,4 +1,4 @@
-"""What `task=` can name. A task is imported when it runs, so that help and errors wait for no torch."""
+"""Registry of the tasks that `task=` can name. A task is imported when it runs, so help and errors do not wait for torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lit_vlm.config.schema import Task
 
 
 def _late(place: str) -> Callable[[Run], None]:
-    """The function at "module:name", imported by its first call."""
+    """Return a function that imports "module:name" at its first call, then calls it."""
 
     def task(run: Run) -> None:
         module, name = place.split(":")

@@ -1,4 +1,4 @@
-"""Starting a stage again, in the same process or as a job of Slurm, where that mends what ended it."""
+"""Restarts of a stage after a rollback, out of memory or a corrupt record, in the same process or as a Slurm job."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from lit_vlm.stages import Stage
 from lit_vlm.tasks.terminal import say
 from lit_vlm.types import UserError, counted
 
-MOST_ENTERED = 20  # records that turned bad, for each of which a job starts again; more is a disk that fails
+MOST_ENTERED = 20  # each corrupt record restarts the job once; more of them means a failing disk
 
 
 class Again(Exception):
-    """Start again, from the last checkpoint."""
+    """Request to restart the stage from its last checkpoint."""
 
 
 class GoOnWithout(L.Callback):
-    """After a record turned bad while training, go on without it.
+    """Callback that skips a record which became corrupt during training.
 
-    One process under data.on_bad_record=quarantine saves the state of the step before, and `fit_or_again` starts again. Any
-    other job of Slurm goes back into the queue; the next start leaves the record out.
+    A single process with data.on_bad_record=quarantine saves the state of the previous step, and `run_fit` requests a
+    restart. Any other Slurm job is requeued. The next start skips the record.
     """
 
     def __init__(self, run: Run, datamodule: DataModule) -> None:
@@ -46,57 +46,69 @@ class GoOnWithout(L.Callback):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, Entered):
             return
-        job, (entered, most) = own_job(), self.count_entered()
+        job, (num_corrupt, max_corrupt) = own_job(), self.count_entered()
         if self.resumes_alone(trainer):
-            if entered <= most and pulse_of(trainer).work.doing not in (Doing.starting, Doing.optimizer):
+            if num_corrupt <= max_corrupt and pulse_of(trainer).work.doing not in (Doing.starting, Doing.optimizer):
                 save_step_before(trainer, pl_module)
-        elif job is not None and entered <= min(MOST_ENTERED, most):
+        elif job is not None and num_corrupt <= min(MOST_ENTERED, max_corrupt):
             Note(RESTART, str(exception), []).leave_together(self.run.dir, job)
 
     def resumes_alone(self, trainer: L.Trainer) -> bool:
+        """Return whether this process restarts the stage by itself: one rank, and quarantine is on."""
         return trainer.world_size == 1 and self.run.config.data.on_bad_record is OnBadRecord.quarantine
 
     def count_entered(self) -> tuple[int, float]:
-        """Records that turned bad, found by all ranks, and how many may; more are for a person to look at."""
+        """Count the corrupt records that all ranks found.
+
+        Returns:
+            Their number, and the maximum at which training still resumes. Above it, a person must look at the data.
+        """
         index, ledger = self.datamodule.index, self.datamodule.ledger
-        assert index is not None and ledger is not None  # something was entered
+        assert index is not None and ledger is not None  # a record was written to the ledger
         return len(Ledger.read(ledger.path)), max(1, self.run.config.data.max_quarantined * len(index))
 
 
 def until_done(attempt: Callable[[bool], None]) -> None:
-    """Call it until it does not say `Again`; it is told whether it did."""
+    """Call `attempt` until it returns without `Restart`.
+
+    Args:
+        attempt: one start; its argument is False at the first start and True at every restart.
+    """
     for number in count():
         try:
             return attempt(number > 0)
         except Again:
-            pass  # only once the exception is gone, and the frames that it holds, is their memory free
+            pass  # the memory is freed only after the exception and its frames are gone
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
 def fit_or_again(trainer: L.Trainer, stage: Stage, datamodule: DataModule, run: Run) -> None:
-    """Train. `Again` after a rollback, on all ranks; and where there is one alone, when its device ran out of memory or a
-    record turned bad that may be set aside.
+    """Run `trainer.fit`; request a restart where that repairs the failure.
 
     Raises:
-        UserError: half the micro-batch budget would not help; more records turned bad than may be set aside.
+        Restart: after a rollback, on all ranks. With one rank also after out of memory, and after a corrupt record that may
+            be put into quarantine.
+        UserError: half the micro-batch budget would not help, or more records are corrupt than the quarantine may hold.
     """
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     callbacks.insert(0, Agreement(run.config, datamodule))
-    # what was begun is saved by then, and the other ranks have not heard of a failure
-    place = next((place for place, found in enumerate(callbacks) if isinstance(found, Heartbeat)), len(callbacks))
-    go_on_without = GoOnWithout(run, datamodule)
-    callbacks.insert(place, go_on_without)
+    # at this place the state is already saved, and the other ranks have not been notified of a failure yet
+    position = next(
+        (position for position, callback in enumerate(callbacks) if isinstance(callback, Heartbeat)), len(callbacks)
+    )
+    skip_bad_record = GoOnWithout(run, datamodule)
+    callbacks.insert(position, skip_bad_record)
     try:
         trainer.fit(stage, datamodule)
     except Entered as error:
-        if not go_on_without.resumes_alone(trainer):
+        if not skip_bad_record.resumes_alone(trainer):
             raise
-        entered, most = go_on_without.count_entered()
-        if entered > most:
+        num_corrupt, max_corrupt = skip_bad_record.count_entered()
+        if num_corrupt > max_corrupt:
             raise UserError(
-                f"{error} They are {entered:,} by now, more than data.max_quarantined="
+                f"{error} They are {num_corrupt:,} by now, more than data.max_quarantined="
                 f"{run.config.data.max_quarantined:g} of the training records."
             ) from None
         say(f"{run.name}: {error.finding} It is entered in {error.ledger}, and the run goes on without it.")
@@ -107,9 +119,9 @@ def fit_or_again(trainer: L.Trainer, stage: Stage, datamodule: DataModule, run: 
     except RuntimeError as error:
         if trainer.world_size > 1 or not is_out_of_memory(error):
             raise
-        half = halve_budget(run.dir, datamodule, run.config.guard.max_oom_retries)
+        budget = halve_budget(run.dir, datamodule, run.config.guard.max_oom_retries)
         say(
-            f"{run.name}: out of memory; goes on with at most {half.tokens:,} tokens and {counted(half.tiles, 'tile')} in a "
+            f"{run.name}: out of memory; goes on with at most {budget.tokens:,} tokens and {counted(budget.tiles, 'tile')} in a "
             "micro-batch, and the same samples in each step"
         )
         raise Again from None

@@ -1,4 +1,4 @@
-"""Talk to a finished model in the terminal, about pictures or without."""
+"""task=chat: conversation with a model in the terminal, with or without images."""
 
 from __future__ import annotations
 
@@ -27,38 +27,38 @@ HELP = """\
 /help         this list
 /quit         leave (so does the end of the input)
 <gro> or <ocr> before a question asks for boxes; they are drawn into chat_<n>.png."""
-TASK = re.compile(r"^\s*(<gro>|<ocr>)\s*(?=\S)")  # in training, the question stands on the line below
+TASK = re.compile(r"^\s*(<gro>|<ocr>)\s*(?=\S)")  # in training, the question is on the next line
 
 
 def chat(run: Run) -> None:
-    """A conversation, line by line, or with `prompt` one answer on the standard output.
+    """Run a conversation line by line, or with `prompt` print one answer to the standard output.
 
     Raises:
-        UserError: no model, or a picture of `image` that cannot be read.
+        UserError: no model is given, or an image of `image` cannot be read.
     """
     if run.init_from is None:
         raise UserError("task=chat needs a model: init_from=runs/<name>/hf, or a LLaVA-OneVision-class model's hub id.")
     config = run.config
-    finished = open_finished(run.init_from, config)
-    most = config.max_new_tokens
-    conversation = Conversation(finished.load(), finished.processor, most, config.data.max_image_pixels)
+    model = open_finished(run.init_from, config)
+    max_new_tokens = config.max_new_tokens
+    conversation = Conversation(model.load(), model.processor, max_new_tokens, config.data.max_image_pixels)
     for path in config.image:
         conversation.attach(path)
     if config.prompt is not None:
         answer = conversation.ask(config.prompt)
         print(printable(answer))
-        if drawing := conversation.draw(answer):
-            print(f"boxes: {drawing}", file=sys.stderr)  # the standard output holds the answer alone
+        if image_path := conversation.draw(answer):
+            print(f"boxes: {image_path}", file=sys.stderr)  # the standard output holds only the answer
         return
     talk(conversation)
 
 
 class Conversation:
-    """What was said so far, and the pictures that it is about.
+    """Conversation with a model: the messages and images so far.
 
     Args:
-        max_new_tokens: most tokens of an answer.
-        max_pixels: larger pictures are refused.
+        max_new_tokens: maximum number of tokens of an answer.
+        max_pixels: larger images are refused.
     """
 
     def __init__(
@@ -69,14 +69,15 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
+        """Remove all messages and images."""
         self.messages: tuple[Message, ...] = ()
         self.images: tuple[FileImage, ...] = ()
-        self.waiting: tuple[FileImage, ...] = ()  # attached and not yet asked about
+        self.waiting: tuple[FileImage, ...] = ()  # added, but not part of a question yet
 
     def attach(self, path: str) -> None:
-        """Put a picture before the next question. UserError when it cannot be read."""
-        place = Path(path).expanduser().resolve()
-        image = FileImage(place.name, place.parent, path, self.max_pixels)
+        """Add an image before the next question. UserError if it cannot be read."""
+        file = Path(path).expanduser().resolve()
+        image = FileImage(file.name, file.parent, path, self.max_pixels)
         try:
             image.load()  # now, not in the middle of an answer
         except RecordError as error:
@@ -85,18 +86,18 @@ class Conversation:
         self.waiting += (image,)
 
     def ask(self, text: str) -> str:
-        """The model's answer, which then belongs to the conversation. On an error the conversation is as before."""
+        """Generate the model's answer and add it to the conversation. After an error the conversation is unchanged."""
         images = self.images + self.waiting
         slots = tuple(ImageSlot(number) for number in range(len(self.images), len(images)))
-        asked = (*self.messages, Message(Role.user, (*slots, *self._pieces(TASK.sub(r"\1\n", text)))))
-        # An answer must stand where the model's own goes; what this one says is not read.
-        sample = Sample("", "chat", "chat", Kind.other, Language.auto, (*asked, self._said("")), images)
+        messages = (*self.messages, Message(Role.user, (*slots, *self._pieces(TASK.sub(r"\1\n", text)))))
+        # The sample needs an answer at the place where the model generates; its text is not read.
+        sample = Sample("", "chat", "chat", Kind.other, Language.auto, (*messages, self._said("")), images)
         answer = ask(self.model, self.processor, [sample], self.max_new_tokens)[0]
-        self.messages, self.images, self.waiting = (*asked, self._said(answer)), images, ()
+        self.messages, self.images, self.waiting = (*messages, self._said(answer)), images, ()
         return answer
 
     def draw(self, answer: str) -> Path | None:
-        """A file in the current folder with the answer's boxes on the latest picture; None when there are none."""
+        """Save the latest image with the answer's boxes to a file in the current folder; None if there are no boxes."""
         marks = marks_of(answer, PREDICTED)
         if not marks or not self.images:
             return None
@@ -108,15 +109,17 @@ class Conversation:
         return Message(Role.assistant, self._pieces(text) or ("",))
 
     def _pieces(self, text: str) -> tuple[Content, ...]:
-        """The text with its markup as control tokens; as plain text for a model that lacks them."""
-        pieces = parse_markup(text)
-        known = self.processor.template.control_ids
-        lacks = any(isinstance(piece, Control) and piece.token not in known for piece in pieces)
-        return (text,) if lacks else pieces
+        """Parse markup in the text into control tokens; return plain text for a model that does not have these tokens."""
+        contents = parse_markup(text)
+        control_ids = self.processor.template.control_ids
+        has_unknown_tokens = any(
+            isinstance(content, Control) and content.token not in control_ids for content in contents
+        )
+        return (text,) if has_unknown_tokens else contents
 
 
 def talk(conversation: Conversation) -> None:
-    """Read lines and answer them until the input ends; a mistake is told and the conversation goes on."""
+    """Read lines and answer them until the input ends. An error is printed, and the conversation continues."""
     if sys.stdin.isatty():
         print(HELP, end="\n\n")
     for line in lines():
@@ -127,14 +130,14 @@ def talk(conversation: Conversation) -> None:
                 continue
             answer = conversation.ask(line)
             print(printable(answer), flush=True)
-            if drawing := conversation.draw(answer):
-                print(f"boxes: {drawing}", flush=True)
+            if image_path := conversation.draw(answer):
+                print(f"boxes: {image_path}", flush=True)
         except UserError as error:
             print(error, flush=True)
 
 
 def obey(conversation: Conversation, line: str) -> bool:
-    """Do what a command says; False when it says to leave."""
+    """Run a command that begins with "/"; return False if it ends the conversation."""
     command, _, rest = line.partition(" ")
     if command == "/quit":
         return False
@@ -148,8 +151,8 @@ def obey(conversation: Conversation, line: str) -> bool:
 
 
 def lines() -> Iterator[str]:
-    """The lines that are typed or piped in, without empty ones."""
-    with contextlib.suppress(ImportError):  # editing and history, where Python has it
+    """Read typed or piped lines, without empty ones."""
+    with contextlib.suppress(ImportError):  # line editing and history, if Python has it
         import readline  # noqa: F401
     prompt = "> " if sys.stdin.isatty() else ""
     with contextlib.suppress(EOFError, KeyboardInterrupt):
@@ -161,10 +164,10 @@ def lines() -> Iterator[str]:
 
 
 def stop_typing(ask: Ask) -> None:
-    """Raise, so that the terminal is given back as it was. Ctrl-C ends the conversation as the end of the input does."""
+    """Raise an exception, so that the terminal is restored. Ctrl-C ends the conversation like the end of the input."""
     raise KeyboardInterrupt if ask is Ask.interrupt else SystemExit(STATUS[ask])
 
 
 def printable(text: str) -> str:
-    """The text without control characters: a model may have learnt sequences that a terminal obeys."""
-    return "".join(letter for letter in text if letter.isprintable() or letter in "\n\t")
+    """Remove control characters from the text: a model may have learnt sequences that a terminal executes."""
+    return "".join(character for character in text if character.isprintable() or character in "\n\t")

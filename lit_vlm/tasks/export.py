@@ -1,4 +1,4 @@
-"""task=export: the model's folder from a run's checkpoint, as the run itself leaves it at its end. Read top to bottom."""
+"""task=export: exports a run's checkpoint to a model folder, the same that the run writes at its end. Read top to bottom."""
 
 from __future__ import annotations
 
@@ -33,70 +33,74 @@ AUTO = "auto"
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A checkpoint that is whole, and what its run was."""
+    """Complete checkpoint, with the settings of its run."""
 
     path: Path
     index: Index
-    config: RunConfig  # what says which model it is, and what of it trained
+    config: RunConfig  # the settings that define the model and its trainable parts
     init_from: str | None
 
 
 def export(run: Run) -> None:
-    """Write `hf/` of a finished run, or `hf-step-N/` of one that is not, from its newest whole checkpoint.
+    """Export the newest complete checkpoint to `hf/` of a finished run, or to `hf-step-N/` of an unfinished one.
 
     The run is the folder at `init_from`, or the one of these settings; `resume_from` names another checkpoint of it.
 
     Raises:
-        UserError: there is no such run or no whole checkpoint; what the model starts from is not what it was.
+        UserError: there is no such run or no complete checkpoint, or the model that the run started from has changed.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("task=export is one process. Start it with python run.py, not with torchrun.")
     quiet()
     folder = find_run(run)
-    with Hold(folder) as hold:
-        hold.take()
-        state = open_state(folder, run)
+    with Hold(folder) as run_lock:
+        run_lock.take()
+        checkpoint = open_state(folder, run)
         manifest = find_manifest(folder)
-        is_last = state.index.step == (manifest.get("plan") or {}).get("steps")
-        finished = manifest.get("status") == "finished" and is_last
-        target = folder / ("hf" if finished else f"hf-{state.path.name}")
+        is_last = checkpoint.index.step == (manifest.get("plan") or {}).get("steps")
+        is_finished = manifest.get("status") == "finished" and is_last
+        target = folder / ("hf" if is_finished else f"hf-{checkpoint.path.name}")
         if target.is_dir() and not run.config.overwrite:
             raise UserError(f"{target} is there already. Use it, or make it anew with overwrite=true.")
-        write_model(state, folder, target)
-        if finished:
+        write_model(checkpoint, folder, target)
+        if is_finished:
             RunFolder(folder, manifest).update(weights_digest=digest_of_weights(target))
-    what = "" if finished else f" The run is not finished: this is its model after {counted(state.index.step, 'step')}."
-    say(f"Model: {target}   From: {state.path}{what}")
+    note = (
+        ""
+        if is_finished
+        else f" The run is not finished: this is its model after {counted(checkpoint.index.step, 'step')}."
+    )
+    say(f"Model: {target}   From: {checkpoint.path}{note}")
 
 
 def find_run(run: Run) -> Path:
-    """Find the run's folder: init_from names it, or its model's; else it is the one of these settings."""
+    """Find the run folder: init_from names it or its model folder; otherwise it is the folder of these settings."""
     given = Path(run.init_from) if run.init_from else None
     folders = [given, given.parent] if given else []
     for folder in (*folders, run.dir):
         if (folder / "checkpoints").is_dir():
             return folder
-    looked = given or run.dir
-    model = next((place / "hf" for place in (looked, run.dir) if (place / "hf").is_dir()), None)
-    found = f"its model is in {model} already" if model else "it holds no checkpoints/"
+    searched = given or run.dir
+    model = next((place / "hf" for place in (searched, run.dir) if (place / "hf").is_dir()), None)
+    description = f"its model is in {model} already" if model else "it holds no checkpoints/"
     raise UserError(
-        f"{looked}: {found}. Name the folder of a run that has checkpoints: task=export init_from=runs/<name>, or the words "
+        f"{searched}: {description}. Name the folder of a run that has checkpoints: task=export init_from=runs/<name>, or the words "
         "that the run was started with, with task=export beside them."
     )
 
 
 def open_state(folder: Path, run: Run) -> State:
-    """Find the checkpoint, and read what its run was."""
+    """Find the checkpoint and read the settings of its run."""
     path, index = find_checkpoint(folder, run.config.resume_from)
     try:
         manifest = read_manifest(folder) or {}
     except DamagedFile as error:
         say(f"{str(error).partition(' Start')[0]} The settings are read from what lies beside it.")
         manifest = {}
-    plain = manifest.get("config") or read_settings(folder) or index.belongs.get("settings") or {}
-    config = read_model_settings(plain, str(folder))
-    config.run_dir = str(plain.get("run_dir") or run.config.run_dir)
-    init_from = (manifest.get("parent") or {}).get("path") if manifest else plain.get("init_from")
+    settings = manifest.get("config") or read_settings(folder) or index.belongs.get("settings") or {}
+    config = read_model_settings(settings, str(folder))
+    config.run_dir = str(settings.get("run_dir") or run.config.run_dir)
+    init_from = (manifest.get("parent") or {}).get("path") if manifest else settings.get("init_from")
     if init_from == "previous":
         raise UserError(
             f"{folder}: its manifest is lost, and with it the name of the model that it started from. Start the run again with "
@@ -106,47 +110,51 @@ def open_state(folder: Path, run: Run) -> State:
 
 
 def find_checkpoint(folder: Path, resume_from: str) -> tuple[Path, Index]:
-    """Find the newest checkpoint that is whole, or the one that is named; every byte of it is verified."""
+    """Find the newest complete checkpoint, or the one that `resume_from` names. Every byte of it is verified."""
     checkpoints = Folder(folder / "checkpoints")
-    named = resume_from != AUTO
-    places = [Path(resume_from).expanduser().resolve()] if named else list(map(checkpoints.of, checkpoints.steps()))
-    damage: list[str] = []
-    for path in places:
+    is_named = resume_from != AUTO
+    candidates = (
+        [Path(resume_from).expanduser().resolve()] if is_named else list(map(checkpoints.of, checkpoints.steps()))
+    )
+    errors: list[str] = []
+    for path in candidates:
         try:
             index = read_index(path)
             check_files(path, index)
-            for problem in damage:
+            for problem in errors:
                 say(f"{problem}. Takes the one before, {path.name}.")
             return path, index
         except Damaged as error:
-            damage.append(str(error))
-    found = "; ".join(damage) or "there is none"
+            errors.append(str(error))
+    found = "; ".join(errors) or "there is none"
     raise UserError(f"No checkpoint of {checkpoints.path} can be used: {found}. Start the run again to make one.")
 
 
 def write_model(state: State, folder: Path, target: Path) -> None:
-    """Build the model as the run did, put the checkpoint's weights into it, and write it."""
+    """Build the model as the run did, load the checkpoint's weights into it, and export it to `target`."""
     config, index = state.config, state.index
-    blueprint = draw_up(with_parts(config), state.init_from, config.data.tiling)
-    require_same_start(state, blueprint, folder)
-    stage = build_stage(blueprint, config)
+    spec = draw_up(with_parts(config), state.init_from, config.data.tiling)
+    require_same_start(state, spec, folder)
+    stage = build_stage(spec, config)
     model = stage.model
     assert model is not None
-    trained = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    if found := misfits(index, {name: tuple(value.shape) for name, value in trained.items()}):
-        raise UserError(f"{state.path} is of another model: {'; '.join(found[:3])}.")
-    pieces = [Piece(name, Kind.weight, tuple(one.shape), 0, one.detach().view(-1)) for name, one in trained.items()]
+    trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
+    if mismatches := misfits(index, {name: tuple(value.shape) for name, value in trainable.items()}):
+        raise UserError(f"{state.path} is of another model: {'; '.join(mismatches[:3])}.")
+    pieces = [Piece(name, Kind.weight, tuple(one.shape), 0, one.detach().view(-1)) for name, one in trainable.items()]
     load(state.path, index, pieces)
     try:
         with os_errors():
-            export_model(model, blueprint.tokenizer, blueprint.images, target)
+            export_model(model, spec.tokenizer, spec.images, target)
     except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"The model cannot be written to {target}: {why}. Make room or change its rights.") from error
+        reason = error.strerror or error
+        raise UserError(
+            f"The model cannot be written to {target}: {reason}. Make room or change its rights."
+        ) from error
 
 
 def build_stage(blueprint: Blueprint, config: RunConfig) -> Stage:
-    """Build what trained, without what only training needs: nothing is kept of pictures, and no reference is held."""
+    """Build the stage without what only training needs: no feature cache, and no reference model."""
     stage_config: Any = replace(config.stage, cache_features=False)
     if isinstance(stage_config, DPOStageConfig):
         stage_config = replace(stage_config, reference=None, cache_reference=True)
@@ -156,19 +164,19 @@ def build_stage(blueprint: Blueprint, config: RunConfig) -> Stage:
 
 
 def require_same_start(state: State, blueprint: Blueprint, folder: Path) -> None:
-    """Raise UserError where frozen weights, tokenizer or template are not those that the checkpoint was trained with."""
-    day, _ = planned_day(Run(state.config, None, folder.name, folder, [], state.init_from))
-    now = {
-        "processor": Processor(blueprint.tokenizer, blueprint.images, day=day).digest,
+    """Raise UserError if frozen weights, tokenizer or chat template are not those that the checkpoint was trained with."""
+    template_date, _ = planned_day(Run(state.config, None, folder.name, folder, [], state.init_from))
+    current = {
+        "processor": Processor(blueprint.tokenizer, blueprint.images, day=template_date).digest,
         "parent": (parent_of(state.init_from) or {}).get("digest")
         or digest_of_parts(blueprint.whole, blueprint.vision_tower, blueprint.language_model),
     }
-    words = {"processor": "tokenizer, chat template or image settings", "parent": "weights"}
-    start = state.init_from or f"{blueprint.vision_tower} and {blueprint.language_model}"
-    for key, what in words.items():
+    descriptions = {"processor": "tokenizer, chat template or image settings", "parent": "weights"}
+    parent = state.init_from or f"{blueprint.vision_tower} and {blueprint.language_model}"
+    for key, description in descriptions.items():
         known = state.index.belongs.get(key)
-        if known and known != now[key]:
+        if known and known != current[key]:
             raise UserError(
-                f"{start}: the run started from there, and the {what} are others now. Bring them back: what did not train is read "
+                f"{parent}: the run started from there, and the {description} are others now. Bring them back: what did not train is read "
                 "from there."
             )

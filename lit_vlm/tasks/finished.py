@@ -1,4 +1,4 @@
-"""A finished model, for the tasks that ask it."""
+"""Pretrained models for the tasks that generate answers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ from lit_vlm.model.build import Blueprint, build, draw_up, read_tiling
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A model folder or hub id: its processor, and its weights when they are asked for."""
+    """Model from a folder or hub id: its processor now, its weights when `load` is called.
+
+    Attributes:
+        name: the folder or hub id.
+    """
 
     name: str
     blueprint: Blueprint
@@ -26,23 +30,24 @@ class Finished:
     seed: int
 
     def load(self) -> LlavaOnevisionForConditionalGeneration:
-        """The model on its device, in bfloat16 on a GPU."""
+        """Load the model onto its device: bfloat16 on a GPU, float32 on a CPU."""
         model = build(self.blueprint, torch.bfloat16 if self.on_gpu else torch.float32, self.seed)
         return model.to("cuda" if self.on_gpu else "cpu").eval()
 
 
 def open_finished(init_from: str, config: RunConfig, day: str | None = None) -> Finished:
-    """With its own tokens, grid and tiling, whatever the settings say of those. Reads no weights.
+    """Open a model with its own special tokens, grid and tiling; the settings for these are ignored. Reads no weights.
 
     Args:
-        day: YYYY-MM-DD, for a chat template that writes today's date; None: the settings', or this day.
+        init_from: model folder or hub id.
+        template_date: YYYY-MM-DD, for a chat template that writes today's date; None: as set, else today.
     """
     quiet()
     transformers_logging.disable_progress_bar()
-    own = replace(config.model, special_tokens=[], grid=None, max_tiles=None)
-    blueprint = draw_up(own, init_from, read_tiling(init_from))
+    model_config = replace(config.model, special_tokens=[], grid=None, max_tiles=None)
+    spec = draw_up(model_config, init_from, read_tiling(init_from))
     on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
     day = config.model.template_date or day
-    planned = parse_day(day, "model.template_date") if day else None
-    processor = Processor(blueprint.tokenizer, blueprint.images, day=planned)
-    return Finished(init_from, blueprint, processor, on_gpu, config.seed)
+    parsed_date = parse_day(day, "model.template_date") if day else None
+    processor = Processor(spec.tokenizer, spec.images, day=parsed_date)
+    return Finished(init_from, spec, processor, on_gpu, config.seed)

@@ -1,4 +1,4 @@
-"""All stages of a recipe, in order. Each is an ordinary run in a process of its own; one that is finished is passed by."""
+"""Pipeline: runs all stages of a recipe in order, each as an ordinary run in its own process. Finished stages are skipped."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ from lit_vlm.engine.signals import ASKS, STATUS, Ask
 from lit_vlm.tasks.terminal import console
 from lit_vlm.types import UserError
 
-SAVING_SECONDS = 300  # that torchrun gives its ranks after a signal
+SAVING_SECONDS = 300  # that torchrun waits for its ranks after a signal
 PROC = Path("/proc")
 RUN = Path(__file__).resolve().parents[2] / "run.py"
 
 
 def pipeline(run: Run) -> None:
-    """Run the recipe; at the end print its table and write its report.
+    """Run all stages of the recipe; at the end print the summary table and write the report.
 
     Raises:
-        UserError: a stage failed. Its own message stands above; the next start goes on with that stage.
+        UserError: a stage failed. It has printed its own error; the next start resumes with this stage.
     """
     stages = stages_of(run.config.recipe, run.overrides)
-    began = time.monotonic()
+    started = time.monotonic()
     folders = []
     for number, experiment in enumerate(stages, 1):
-        words = [f"experiment={experiment}", *pipeline_overrides(run.overrides, experiment)]
-        stage = parse(words)
+        overrides = [f"experiment={experiment}", *pipeline_overrides(run.overrides, experiment)]
+        stage = parse(overrides)
         console.rule(f"{number}/{len(stages)}  {experiment}", align="left")
-        exit_code = run_stage(stage, words)
-        if exit_code in (RESTART, INTERRUPTED, TERMINATED):  # the stage has said why
+        exit_code = run_stage(stage, overrides)
+        if exit_code in (RESTART, INTERRUPTED, TERMINATED):  # the stage has reported the reason
             raise SystemExit(exit_code)
         if exit_code:
             raise UserError(
                 f"{experiment} ended with exit status {exit_code}; see above. `python run.py` goes on with it when that is mended."
             )
-        if (read_manifest(stage.dir) or {}).get("status") == "stopped":  # a sweep wants no more of this run
+        if (read_manifest(stage.dir) or {}).get("status") == "stopped":  # early stopping of a sweep ended this run
             return
         folders.append(stage.dir)
     report = Path(run.config.run_dir) / _report_name(run, folders)
     write_report(report, folders, run.config.recipe)
     console.print(summary_table(folders))
     console.print(scores_table(folders))
-    console.print(f"{time.monotonic() - began:.0f} s in all. Report: {report}", soft_wrap=True)
+    console.print(f"{time.monotonic() - started:.0f} s in all. Report: {report}", soft_wrap=True)
     if not (folders[-1] / "hf").is_dir():
         console.print(
             f"No model (export=false); python run.py task=export init_from={folders[-1]} makes it.", soft_wrap=True
@@ -63,65 +63,71 @@ def pipeline(run: Run) -> None:
 
 
 def run_stage(stage: Run, words: list[str]) -> int:
-    """Run a stage to its end; returns its exit status.
+    """Run a stage to its end and return its exit status.
 
-    torchrun ends with 1 whatever its ranks end with. After a signal the status is what theirs is; and where they ran out of
-    memory and left half the budget for the next start, that start comes at once, as often as it may be halved.
+    torchrun always exits with 1, whatever the exit status of its ranks is. So after a signal this function returns the status
+    that the ranks have. After out of memory the ranks halve the micro-batch budget; then the stage restarts at once, at most
+    guard.max_oom_retries times.
     """
     for _ in range(1 + stage.config.guard.max_oom_retries):
-        known = _budget(stage.dir)
-        status, asked = followed(command(stage, words))
+        budget = _budget(stage.dir)
+        status, stop_requests = followed(command(stage, words))
         if not status or stage.config.trainer.devices == 1:
             break
-        if asked:
-            return INTERRUPTED if Ask.interrupt in asked else RESTART
-        if _budget(stage.dir) in ("", known):
+        if stop_requests:
+            return INTERRUPTED if Ask.interrupt in stop_requests else RESTART
+        if _budget(stage.dir) in ("", budget):
             break
     return status
 
 
 def _budget(folder: Path) -> str:
-    """What ranks that ran out of memory left."""
+    """Read the micro-batch budget that ranks wrote after out of memory; "" if there is none."""
     file = folder / BUDGET
     return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
 def followed(words: list[str]) -> tuple[int, list[Ask]]:
-    """Run a process to its end, handing on the signals that this one gets; returns its exit status and what was asked.
+    """Run a process to its end and forward to it the signals that this process receives.
 
-    A process that does not listen yet has begun nothing, and is ended. One that came to its end all the same is the last:
-    then this process leaves.
+    A child without a signal handler has not started its work yet, so it is killed. If the child finishes successfully
+    although a signal came, this process then ends by that signal.
+
+    Returns:
+        The exit status, and the stop requests that were received.
     """
-    asked: list[int] = []
+    received: list[int] = []
     process: subprocess.Popen[bytes] | None = None
 
     def hand_on(number: int, frame: FrameType | None) -> None:
-        asked.append(number)
+        received.append(number)
         if process is not None:
             _send(process, number)
 
-    before = {number: signal.signal(number, hand_on) for number in ASKS}
+    old_handlers = {number: signal.signal(number, hand_on) for number in ASKS}
     try:
-        # a Ctrl-C reaches it from the terminal as well, and would find a Python that is not set up
+        # the terminal sends Ctrl-C to the child as well, perhaps before its Python is set up
         process = subprocess.Popen(words, preexec_fn=_begin_deaf if PROC.is_dir() else None)
-        for number in asked:  # before there was a process
+        for number in received:  # received before the process existed
             _send(process, number)
         status = process.wait()
     finally:
-        for number, handler in before.items():
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
-    if asked and status == 0:
-        signal.raise_signal(asked[0])
-    asks = [ASKS[signal.Signals(number)] for number in asked]
-    return STATUS[asks[0]] if asked and status == -signal.SIGKILL else status, asks
+    if received and status == 0:
+        signal.raise_signal(received[0])
+    stop_requests = [ASKS[signal.Signals(number)] for number in received]
+    return STATUS[stop_requests[0]] if received and status == -signal.SIGKILL else status, stop_requests
 
 
 def _begin_deaf() -> None:
+    """Ignore all stop signals until the child installs its own handlers."""
     for number in ASKS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _send(process: subprocess.Popen[bytes], number: int) -> None:
+    """Send a signal to a process that handles it; kill one that does not handle it yet."""
     if _is_heard(process.pid, number):
         process.send_signal(number)
     else:
@@ -129,7 +135,7 @@ def _send(process: subprocess.Popen[bytes], number: int) -> None:
 
 
 def _is_heard(pid: int, number: int) -> bool:
-    """Whether the process has a handler for this signal; a system without /proc does not say."""
+    """Return whether the process has a handler for this signal; True on a system without /proc."""
     try:
         lines = (PROC / str(pid) / "status").read_text().splitlines()
     except OSError:
@@ -139,7 +145,7 @@ def _is_heard(pid: int, number: int) -> bool:
 
 
 def command(stage: Run, words: list[str]) -> list[str]:
-    """One process, or one per device under torchrun."""
+    """Build the command line of a stage: one process, or one process per device with torchrun."""
     devices = stage.config.trainer.devices
     if devices == 1:
         return [sys.executable, str(RUN), *words]
@@ -157,7 +163,7 @@ def command(stage: Run, words: list[str]) -> list[str]:
 
 
 def _report_name(run: Run, folders: list[Path]) -> str:
-    """One report per set of runs: the recipe's, with the last run's hash when settings were changed."""
+    """Return the report's path below run_dir: the recipe's name, and the hash of the last run if settings were changed."""
     name = (read_manifest(folders[-1]) or {})["name"]
     suffix = name.removeprefix(run.config.recipe).split("-", 1)
     return f"{run.config.recipe}/report{'-' + suffix[1] if len(suffix) > 1 else ''}.html"

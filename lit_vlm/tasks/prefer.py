@@ -1,4 +1,4 @@
-"""task=prefer: preference pairs from a finished model's own answers. Read top to bottom."""
+"""task=prefer: generate preference pairs (chosen, rejected) from a model's own answers. Read top to bottom."""
 
 from __future__ import annotations
 
@@ -29,48 +29,50 @@ LINE_SECONDS = 30.0
 
 
 def prefer(run: Run) -> None:
-    """Ask the model, grade, choose, write. Interrupted, it goes on where it stopped; finished, it says so.
+    """Generate answers, score them, choose pairs, write the preference pairs.
+
+    An interrupted run resumes where it stopped. A finished run is reported and stays unchanged.
 
     Raises:
-        UserError: a setting that is missing, an output of another question, or not one pair came of it.
+        UserError: a setting is missing, the output was made with other settings, or no pair was found.
     """
     config, output = run.config, Path(run.config.prefer.output)
     require_one_process()
     require_parent(run.init_from)
-    finished = open_finished(run.init_from, config, find_day(output))
+    model = open_finished(run.init_from, config, find_day(output))
     scorer = Scoring(config)
-    data = samples_of(run, finished)
-    journal = Journal.open(output, question_of(run, data.datamodule, scorer), overwrite=config.overwrite)
-    if journal.finished:
+    stage_data = samples_of(run, model)
+    answer_log = Journal.open(output, question_of(run, stage_data.datamodule, scorer), overwrite=config.overwrite)
+    if answer_log.finished:
         say(f"{output}: finished already. Start it anew with overwrite=true.")
         return
-    settle(data)
-    journal.start()
-    index = data.datamodule.index
-    waiting = [number for number in range(len(index)) if key_of(index, number) not in journal.lines]
+    settle(stage_data)
+    answer_log.start()
+    index = stage_data.datamodule.index
+    pending = [number for number in range(len(index)) if key_of(index, number) not in answer_log.lines]
     say(
-        f"{counted(len(index), 'prompt')}, {len(index) - len(waiting):,} of them asked before; the model is {run.init_from}"
+        f"{counted(len(index), 'prompt')}, {len(index) - len(pending):,} of them asked before; the model is {run.init_from}"
     )
-    if waiting:
-        pictures = Pictures(output.parent, journal.folder / IMAGES)
-        maker = PairMaker(finished.load(), finished.processor, scorer.load(), config.prefer, pictures, config.seed)
-        ask_all(maker, journal, data.datamodule, waiting)
-    ordered = [journal.lines[key_of(index, number)] for number in range(len(index))]
-    rows = [row for line in ordered for row in line["pairs"]]
-    journal.finish(rows, summary_of(ordered))
-    show(journal, rows)
+    if pending:
+        pictures = Pictures(output.parent, answer_log.folder / IMAGES)
+        maker = PairMaker(model.load(), model.processor, scorer.load(), config.prefer, pictures, config.seed)
+        ask_all(maker, answer_log, stage_data.datamodule, pending)
+    ordered_lines = [answer_log.lines[key_of(index, number)] for number in range(len(index))]
+    rows = [row for line in ordered_lines for row in line["pairs"]]
+    answer_log.finish(rows, summary_of(ordered_lines))
+    show(answer_log, rows)
 
 
 def ask_all(maker: PairMaker, journal: Journal, data: DataModule, waiting: list[int]) -> None:
-    """Each prompt is on the disk before the next ones are asked."""
-    began = told = time.monotonic()
+    """Generate the pairs of all pending prompts. The result of a prompt is on the disk before the next prompts start."""
+    started = last_report = time.monotonic()
     tokens, tiles = data.most_tokens, data.most_tiles
     try:
         for count, line in enumerate(maker.lines(data.index, waiting, most_tokens=tokens, most_tiles=tiles), 1):
             journal.add(line)
-            if time.monotonic() - told > LINE_SECONDS:
-                told = time.monotonic()
-                left = (told - began) / count * (len(waiting) - count)
+            if time.monotonic() - last_report > LINE_SECONDS:
+                last_report = time.monotonic()
+                left = (last_report - started) / count * (len(waiting) - count)
                 say(f"{count:,} of {counted(len(waiting), 'prompt')}; {counted(round(left / 60), 'minute')} left")
     except KeyboardInterrupt:
         say(f"interrupted; the same command goes on behind {counted(len(journal.lines), 'prompt')}")
@@ -78,30 +80,39 @@ def ask_all(maker: PairMaker, journal: Journal, data: DataModule, waiting: list[
 
 
 def require_one_process() -> None:
+    """Raise UserError under torchrun with several ranks."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("task=prefer is one process on one device. Start it with python run.py, not with torchrun.")
 
 
 def samples_of(run: Run, finished: Finished) -> StageData:
-    """The training samples, indexed for the model that is asked; what a stage holds out is held out here as well."""
-    data, files = run.config.data, folder_of(Path(run.config.prefer.output))
-    own = bool(data.validation.sources)
-    validation = replace(data.validation, sources={}, fraction=0.0 if own else data.validation.fraction)
-    run = replace(run, config=replace(run.config, data=replace(data, validation=validation)), dir=files)
+    """Index the training samples as prompts for the model. Samples that a stage holds out are held out here as well.
+
+    Raises:
+        UserError: a source holds preference pairs.
+    """
+    data, folder = run.config.data, folder_of(Path(run.config.prefer.output))
+    has_validation_sources = bool(data.validation.sources)
+    validation = replace(
+        data.validation, sources={}, fraction=0.0 if has_validation_sources else data.validation.fraction
+    )
+    run = replace(run, config=replace(run.config, data=replace(data, validation=validation)), dir=folder)
     sources, _ = open_sources(run)
     datamodule = make_datamodule(run, finished.processor, sources, [], finished.blueprint)
     datamodule.build()
-    pairs = {datamodule.index.sources[n].name for n in set(datamodule.index.source_of[datamodule.index.chosen > 0])}
-    if pairs:
+    pair_sources = {
+        datamodule.index.sources[n].name for n in set(datamodule.index.source_of[datamodule.index.chosen > 0])
+    }
+    if pair_sources:
         raise UserError(
-            f"data.sources: {', '.join(sorted(pairs))}: preference pairs already; task=prefer makes them of conversations. "
+            f"data.sources: {', '.join(sorted(pair_sources))}: preference pairs already; task=prefer makes them of conversations. "
             "Choose other data."
         )
     return StageData(run, sources, [], finished.blueprint, datamodule)
 
 
 class Scoring:
-    """What grades the answers; a judge's weights are read when there is something to grade.
+    """Scorer of the answers. The weights of a judge model are read by `load`, when there is an answer to score.
 
     Raises:
         UserError: prefer.judge is neither a model nor a class.
@@ -116,16 +127,18 @@ class Scoring:
         self.caps = (config.data.tokens_per_micro_batch, config.data.tiles_per_micro_batch)
 
     def load(self) -> Scorer:
+        """Return the scorer: exact match, a class of the user, or a judge model with its weights loaded."""
         if self.exact:
             return Exact()
         return self.own or ModelJudge(self.model.load(), self.model.processor, *self.caps)
 
     def identity(self) -> Any:
+        """Return the name of the judge, or the digest of its weights."""
         return self.judge if self.model is None else parent_of(self.judge)["digest"] or self.judge
 
 
 def question_of(run: Run, data: DataModule, scorer: Scoring) -> dict[str, Any]:
-    """All that the pairs hang on. Where files lie and how much is asked at once is no part of it."""
+    """Build the request: all settings that change the pairs. Paths of files and batch sizes are no part of them."""
     settings = to_plain(asdict(run.config.prefer))
     del settings["output"], settings["judge"]
     return {
@@ -139,18 +152,18 @@ def question_of(run: Run, data: DataModule, scorer: Scoring) -> dict[str, Any]:
 
 
 def show(journal: Journal, rows: list[dict[str, Any]]) -> None:
-    """What became of answers and prompts, and how to train on the pairs.
+    """Show the counts of answers and prompts by result, and the command that trains on the pairs.
 
     Raises:
-        UserError: there are none.
+        UserError: there are no pairs.
     """
     table = Table(title=f"{journal.output.name}: what became of it", title_justify="left")
     for heading in ("of", "what", "count"):
         table.add_column(heading, justify="right" if heading == "count" else "left")
-    for of, counts in summary_of(journal.lines.values()).items():
-        title = "answers drawn" if of == "answers" else f"prompts for {of} pairs"
-        for number, (what, count) in enumerate(counts.items()):
-            table.add_row("" if number else title, what, f"{count:,}")
+    for group, counts in summary_of(journal.lines.values()).items():
+        title = "answers drawn" if group == "answers" else f"prompts for {group} pairs"
+        for number, (result, count) in enumerate(counts.items()):
+            table.add_row("" if number else title, result, f"{count:,}")
     console.print(table)
     if not rows:
         raise UserError(
@@ -159,6 +172,6 @@ def show(journal: Journal, rows: list[dict[str, Any]]) -> None:
             "(prefer.reference_as_chosen=true), or allow longer ones (prefer.max_new_tokens)."
         )
     root = image_root([path for row in rows for path in row["images"]])
-    elsewhere = f" data.sources.mine.image_root={root}" if root else ""
+    image_root_override = f" data.sources.mine.image_root={root}" if root else ""
     say(f"{counted(len(rows), 'pair')}: {journal.output}   Every answer: {journal.folder / 'answers.jsonl'}")
-    say(f"Train on them with: stage=dpo data=preference data.sources.mine.path={journal.output}{elsewhere}")
+    say(f"Train on them with: stage=dpo data=preference data.sources.mine.path={journal.output}{image_root_override}")

@@ -1,7 +1,7 @@
-"""task=preflight: what would be trained on, whether it would run, and what it would take. Read top to bottom.
+"""task=preflight: checks data, settings, memory, time and disk of a run before it starts. Read top to bottom.
 
-Nothing is decoded but the few pictures that are shown, no weight is read, no GPU is needed. A problem does not end the
-look: it becomes a finding, and what does not depend on it is still found out.
+Only the few images that are shown are decoded. No weights are read, and no GPU is needed. A problem does not end the checks:
+it becomes a finding, and all checks that do not depend on it still run.
 """
 
 from __future__ import annotations
@@ -45,17 +45,17 @@ from lit_vlm.tasks.terminal import console
 from lit_vlm.tasks.train import make_stage
 from lit_vlm.types import Source, UserError
 
-ROW_BYTES = 110  # of a record in the index, and of its draws in the plan, about
+ROW_BYTES = 110  # approximate size of a record in the index and of its samples in the plan
 
 
 def preflight(run: Run) -> None:
-    """Look, show, and leave `preflight.html` and `preflight.json` in the run's folder.
+    """Collect the facts, show them, and write `preflight.html` and `preflight.json` into the run folder.
 
     Raises:
-        UserError: the run would fail; what and why is shown before.
+        UserError: the run would fail; the findings are shown before.
     """
     require_writable(run.dir)  # the page goes there
-    began = time.monotonic()
+    started = time.monotonic()
     facts = Facts(
         name=run.name,
         stage=run.config.stage.name.value,
@@ -63,16 +63,16 @@ def preflight(run: Run) -> None:
         moment=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     )
     collect(run, facts)
-    facts.seconds = time.monotonic() - began
-    page = write_preflight(run.dir, facts)
-    show(facts, page, console)
+    facts.seconds = time.monotonic() - started
+    report_path = write_preflight(run.dir, facts)
+    show(facts, report_path, console)
     failures = facts.of_level(Level.failure)
     if failures:
-        raise UserError(f"{run.name} would fail; what to do is said above and in {page}.")
+        raise UserError(f"{run.name} would fail; what to do is said above and in {report_path}.")
 
 
 def collect(run: Run, facts: Facts) -> None:
-    """Data, mixture, plan, model, machine: each step as far as the ones before it came."""
+    """Collect facts about data, mixture, plan, model and machine. Each step uses the results of the earlier steps, if any."""
     config = run.config
     sources, held_out = opened_sources(config, facts)
     data = None
@@ -93,14 +93,14 @@ def collect(run: Run, facts: Facts) -> None:
 
 
 def _start(run: Run, facts: Facts) -> str | None:
-    """The model that the stage starts from; where the stage before has not left it yet, the parts that the settings name."""
+    """Return the model that the stage starts from. None, with a finding, if the previous stage has not written it yet."""
     try:
         require_parent(run.init_from)
     except UserError as error:
         if run.config.init_from != "previous":
             raise
-        what = f"{error} Until then everything here is counted from the parts in model.*."
-        facts.findings.append(Finding(Level.advice, what))
+        message = f"{error} Until then everything here is counted from the parts in model.*."
+        facts.findings.append(Finding(Level.advice, message))
         model = run.config.model
         facts.starts_from = f"{model.vision_tower} and {model.language_model}, until the stage before is there"
         return None
@@ -110,15 +110,15 @@ def _start(run: Run, facts: Facts) -> str | None:
 
 
 def _model(run: Run, data: StageData, plan: Plan | None, facts: Facts) -> None:
-    """What trains, and what it takes; the last two need a plan."""
-    config, store = run.config, store_of(run.config)
+    """Estimate parameters, disk, strategy, memory and time. Strategy, memory and time need a plan."""
+    config, index_dir = run.config, store_of(run.config)
     stage = outline(make_stage(data.blueprint, config), data.blueprint)
     assert stage.model is not None
     facts.parts = part_rows(stage)
     parameters = parameters_of(stage, config.stage)
     training = training_of(config, parameters)
-    index_bytes = max(0.0, ROW_BYTES * sum(row.records for row in facts.sources) - bytes_in(store))
-    facts.disk = disk_rows(config, run.dir, store, parameters, index_bytes)
+    index_bytes = max(0.0, ROW_BYTES * sum(row.records for row in facts.sources) - bytes_in(index_dir))
+    facts.disk = disk_rows(config, run.dir, index_dir, parameters, index_bytes)
     if plan is None or facts.plan is None:
         return
     shape = stage.model.config.to_dict()
@@ -127,12 +127,12 @@ def _model(run: Run, data: StageData, plan: Plan | None, facts: Facts) -> None:
     situation = situation.at(ActivationCheckpointing[facts.strategy.level])
     facts.findings += of_strategy(situation, facts.strategy)
     facts.memory = memory_facts(config, situation, Strategy(facts.strategy.name), facts.plan)
-    work = float(plan.index.flops(work_of(shape, config, situation.training))[plan.draws()].sum())
-    facts.time = time_facts(config, work * facts.plan.steps / plan.num_steps, facts.plan, facts.strategy.share)
+    total_flops = float(plan.index.flops(work_of(shape, config, situation.training))[plan.draws()].sum())
+    facts.time = time_facts(config, total_flops * facts.plan.steps / plan.num_steps, facts.plan, facts.strategy.share)
 
 
 def _meet_run_folder(run: Run, sources: list[Source], facts: Facts) -> None:
-    """What task=train will say to a folder that is there already."""
+    """Check the run folder as task=train would: an existing folder may hold another run, or a finished one."""
     if len(sources) < len(run.config.data.sources) + len(run.config.data.validation.sources):
         return
     folder = open_run_folder(
@@ -141,8 +141,9 @@ def _meet_run_folder(run: Run, sources: list[Source], facts: Facts) -> None:
         name=run.name,
         overwrite=run.config.overwrite,
         data_digest=digest_of_sources(sources),
-        parent=parent_of(run.init_from) if find_manifest(run.dir) else None,  # else nobody asks, and it takes long
+        # the digest takes long to compute; without a manifest it is not compared
+        parent=parent_of(run.init_from) if find_manifest(run.dir) else None,
     )
     if folder.finished:
-        what = f"{run.name} is finished already, in {run.dir}: task=train would leave it as it is."
-        facts.findings.append(Finding(Level.warning, what, "Start it anew with overwrite=true."))
+        message = f"{run.name} is finished already, in {run.dir}: task=train would leave it as it is."
+        facts.findings.append(Finding(Level.warning, message, "Start it anew with overwrite=true."))

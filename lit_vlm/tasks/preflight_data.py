@@ -1,4 +1,4 @@
-"""The data side of preflight: what is there of the sources, how it is mixed, and in which steps it is read."""
+"""Data side of preflight: checks the sources, the mixture and the plan of the steps."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from lit_vlm.tasks.stage_data import StageData, require_records_of, store_of
 from lit_vlm.tasks.terminal import progress_over
 from lit_vlm.types import RecordError, Source, UserError, counted
 
-STEPS_OF_A_SAMPLE = 300  # planned where the index is of a sample: its packs are like those of the whole
+STEPS_OF_A_SAMPLE = 300  # steps to plan if only a sample is indexed; its micro-batches are like those of all data
 
 
 def opened_sources(config: RunConfig, facts: Facts) -> tuple[dict[str, Source], dict[str, Source]]:
-    """The sources that can be opened, by name; what is wrong with the others is noted."""
+    """Open the training and validation sources, by name. A source that cannot be opened becomes a finding."""
 
     def opened(table: dict[str, SourceConfig], held_out: bool) -> dict[str, Source]:
-        found = {}
+        sources = {}
         for name, source in table.items():
             with noted(facts):
-                found[name] = open_source(
+                sources[name] = open_source(
                     name,
                     source,
                     max_image_pixels=config.data.max_image_pixels,
@@ -46,20 +46,22 @@ def opened_sources(config: RunConfig, facts: Facts) -> tuple[dict[str, Source], 
                     held_out=held_out,
                     cache=store_of(config),
                 )
-        return found
+        return sources
 
     return opened(config.data.sources, False), opened(config.data.validation.sources, True)
 
 
 def look(run: Run, data: StageData, sources: dict[str, Source], facts: Facts) -> None:
-    """Index what is small, a sample of what is large and not indexed yet, and count."""
-    config, datamodule, store = run.config, data.datamodule, store_of(run.config)
+    """Index small sources completely, and a sample of large sources that have no index yet. Fill the facts about the data."""
+    config, datamodule, index_dir = run.config, data.datamodule, store_of(run.config)
     with noted(facts):
-        most = config.preflight.max_samples
+        max_samples = config.preflight.max_samples
         processor = datamodule.processor
-        datamodule.sources = [looked_at(source, processor, store, most) for source in datamodule.sources]
+        datamodule.sources = [looked_at(source, processor, index_dir, max_samples) for source in datamodule.sources]
         if not isinstance(datamodule.validation, float | int):
-            datamodule.validation = [looked_at(source, processor, store, most) for source in datamodule.validation]
+            datamodule.validation = [
+                looked_at(source, processor, index_dir, max_samples) for source in datamodule.validation
+            ]
         with progress_over("look at") as on_progress:
             datamodule.build(on_progress=on_progress)
         assert datamodule.index is not None and datamodule.held_out is not None
@@ -77,10 +79,10 @@ def look(run: Run, data: StageData, sources: dict[str, Source], facts: Facts) ->
     if len(index):
         caps = {"tokens": config.data.tokens_per_micro_batch, "tiles": config.data.tiles_per_micro_batch}
         facts.histograms = histograms(index, scales, caps)
-        repeated = duplicates_between(index)
-        if repeated:
-            what = f"{counted(repeated, 'record says', 'records say')}, with the same images, what a record of another source says."
-            facts.findings.append(Finding(Level.warning, what))
+        num_duplicates = duplicates_between(index)
+        if num_duplicates:
+            message = f"{counted(num_duplicates, 'record says', 'records say')}, with the same images, what a record of another source says."
+            facts.findings.append(Finding(Level.warning, message))
     with noted(facts):
         require_records_of(config.stage, datamodule)
 
@@ -90,7 +92,7 @@ def _row(config: SourceConfig, source: Source, seen: Source) -> SourceRow:
         source.name,
         records=len(source),
         looked_at=len(seen),
-        # of a part of a source nobody knows how many there should be
+        # for a part of a source the expected number is unknown
         expected=None if config.fraction or config.num_samples else config.expected_records,
         licence=config.licence,
         homepage=config.homepage,
@@ -98,7 +100,7 @@ def _row(config: SourceConfig, source: Source, seen: Source) -> SourceRow:
 
 
 def _held_out_errors(config: RunConfig, index: Index, held_out: Index, facts: Facts) -> list[tuple[str, RecordError]]:
-    """Bad records of validation sources of their own. These have no row in the mixture, so findings tell of them."""
+    """Collect the unusable records of separate validation sources. They have no row in the mixture, so findings name them."""
     if held_out.sources is index.sources:
         return []
     rows = [SourceRow(f"{source.name} (validation)", len(source), len(source)) for source in held_out.sources]
@@ -109,7 +111,7 @@ def _held_out_errors(config: RunConfig, index: Index, held_out: Index, facts: Fa
 
 
 def make_plan(run: Run, data: StageData, facts: Facts) -> Plan | None:
-    """The plan of the whole run; of a sample, its first steps."""
+    """Make the plan of the whole run, or of its first steps if only a sample is indexed. None, with a finding, if it fails."""
     config, datamodule = run.config, data.datamodule
     world_size = config.preflight.world_size or config.trainer.devices * config.trainer.num_nodes
     if datamodule.index is None or not len(datamodule.index):
@@ -132,9 +134,12 @@ def make_plan(run: Run, data: StageData, facts: Facts) -> Plan | None:
 
 
 def _settings(datamodule: DataModule, facts: Facts) -> tuple[MixtureSettings, float]:
-    """What is asked of the sources that are there, in numbers of whole sources; and the samples of one pass.
+    """Resolve the mixture of the sources that could be opened, in sizes of the whole sources.
 
-    Of sources that were looked at in part, sizes are not what the index holds: they become counts.
+    For a source of which only a sample is indexed, the index does not hold the true size, so its amount becomes a count.
+
+    Returns:
+        The mixture settings, and the number of samples of one pass.
     """
     settings, names = datamodule.mixture_settings, [row.name for row in facts.sources]
     settings = replace(settings, sources={name: settings.sources.get(name, Amount()) for name in names})
@@ -152,7 +157,7 @@ def _settings(datamodule: DataModule, facts: Facts) -> tuple[MixtureSettings, fl
 
 
 def _steps_of(config: RunConfig, datamodule: DataModule, samples: float) -> int:
-    """Steps of `max_epochs` passes over so many samples."""
+    """Estimate the optimizer steps of `max_epochs` passes over `samples` samples."""
     samples *= config.trainer.max_epochs
     if config.data.global_batch_tokens:
         assert datamodule.index is not None
@@ -161,24 +166,25 @@ def _steps_of(config: RunConfig, datamodule: DataModule, samples: float) -> int:
 
 
 def _meet_lock(run: Run, data: StageData, facts: Facts) -> None:
-    """Whether the data are those of `data.lock`; a sample cannot tell."""
+    """Compare the data with `data.lock`; differences become a finding. A sample of the data is not compared."""
     lock = run.config.data.lock
     if not lock or len(data.sources) < len(run.config.data.sources):
         return
     if facts.estimated:
-        what = f"The data are not compared with data.lock={lock}: not all records were looked at."
-        facts.findings.append(Finding(Level.advice, what, "task=prepare reads all of them."))
+        message = f"The data are not compared with data.lock={lock}: not all records were looked at."
+        facts.findings.append(Finding(Level.advice, message, "task=prepare reads all of them."))
         return
     with noted(facts):
         changes = "".join(f"\n  {change}" for change in differences(read_lock(lock), lock_of(data)))
         if changes:
-            what = f"The data are not those of data.lock={lock}:{changes}"
+            message = f"The data are not those of data.lock={lock}:{changes}"
             facts.findings.append(
-                Finding(Level.failure, what, "\nBring them back, or take data.lock away to train on what is there.")
+                Finding(Level.failure, message, "\nBring them back, or take data.lock away to train on what is there.")
             )
 
 
 def _fill_shares(plan: Plan, facts: Facts) -> None:
+    """Fill the planned share of each source and group: samples, tokens, passes."""
     assert facts.plan is not None
     for row in plan.mixture.rows(plan.draws()):
         if row["group"] != "source":
@@ -194,7 +200,7 @@ def _fill_shares(plan: Plan, facts: Facts) -> None:
 
 @contextmanager
 def noted(facts: Facts) -> Iterator[None]:
-    """A user's mistake becomes a finding, and the look goes on behind the block."""
+    """Turn a UserError of the block into a finding; the checks continue after the block."""
     try:
         yield
     except UserError as error:

@@ -1,4 +1,4 @@
-"""task=prepare: everything about a stage's data that can be done before a GPU is booked. Read top to bottom."""
+"""task=prepare: all data preparation of a stage that needs no GPU. Read top to bottom."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from lit_vlm.types import counted
 
 
 def prepare(run: Run) -> None:
-    """Index what is new, decode every image once, set aside what cannot be used, build the plan, write mixture.lock.
+    """Index new records, decode every image once, put unusable records into quarantine, build the plan, write mixture.lock.
 
-    Interrupted, it goes on where it stopped; run again, it looks at what changed.
+    After an interruption it resumes where it stopped. A second run looks only at changes.
     """
     config = run.config
     sources, held_out = open_sources(run)
@@ -42,15 +42,15 @@ def prepare(run: Run) -> None:
         with progress_over("decode") as on_progress:
             workers = datamodule.index_workers
             verify([*sources, *held_out], store_of(config), workers=workers, on_progress=on_progress)
-        datamodule.rebuild()  # without the records whose pictures do not decode
+        datamodule.rebuild()  # without the records whose images do not decode
         say(f"every picture decoded in {time.monotonic() - began:.1f} s")
     show_sources(data)
     settle(data)
     require_records_of(config.stage, datamodule)
-    devices = config.trainer.devices * config.trainer.num_nodes
-    plan = datamodule.make_plan(devices)
-    balance = f"; their work is balanced to {plan.balance()['micro_steps']['mean']:.1%}" if devices > 1 else ""
-    say(f"{counted(plan.num_steps, 'step')}; k = {plan.k} on {counted(devices, 'device')}{balance}")
+    num_devices = config.trainer.devices * config.trainer.num_nodes
+    plan = datamodule.make_plan(num_devices)
+    balance = f"; their work is balanced to {plan.balance()['micro_steps']['mean']:.1%}" if num_devices > 1 else ""
+    say(f"{counted(plan.num_steps, 'step')}; k = {plan.k} on {counted(num_devices, 'device')}{balance}")
     hold_to_lock(data)
     aside = (
         f" Set aside: {run.dir / 'quarantine.jsonl'}  " if config.data.on_bad_record is OnBadRecord.quarantine else ""
@@ -59,23 +59,23 @@ def prepare(run: Run) -> None:
 
 
 def show_sources(data: StageData) -> None:
-    """What each source holds, what of it can be used, and why the rest cannot."""
+    """Show a table of the sources: records, usable records, and the faults of the others."""
     index, held_out = data.datamodule.index, data.datamodule.held_out
     assert index is not None and held_out is not None
     parts = [index, held_out] if held_out.sources is index.sources else [index]
     quarantine, totals = quarantine_of(data.datamodule)
-    faults = quarantine.table()
+    fault_counts = quarantine.table()
     table = Table(title=f"{data.run.name}: sources", title_justify="left")
     for heading in ("source", "records", "usable", "set aside", "NFC changed", "tokens", "tiles"):
         table.add_column(heading, justify="left" if heading in ("source", "set aside") else "right")
     for number, (name, config, source) in enumerate(data.configs):
         expected = None if config.fraction or config.num_samples else config.expected_records
         records = f"{len(source):,}" if expected in (None, len(source)) else f"{len(source):,} of {expected:,}"
-        aside = ", ".join(f"{count:,} {fault}" for fault, count in faults.get(name, {}).items()) or "none"
+        quarantined = ", ".join(f"{count:,} {fault}" for fault, count in fault_counts.get(name, {}).items()) or "none"
         usable = totals[name] - quarantine.counts().get(name, 0)
         columns = ("normalised", "tokens", "tiles")
-        figures = [
+        column_sums = [
             sum(int(getattr(part, column)[part.of_source(number)].sum()) for part in parts) for column in columns
         ]
-        table.add_row(name, records, f"{usable:,}", aside, *(f"{figure:,}" for figure in figures))
+        table.add_row(name, records, f"{usable:,}", quarantined, *(f"{column_sum:,}" for column_sum in column_sums))
     console.print(table)

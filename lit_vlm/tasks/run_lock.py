@@ -1,4 +1,4 @@
-"""mixture.lock of a run: written beside it, and held to when `data.lock` names one."""
+"""Mixture lock of a run: writes mixture.lock into the run folder and compares the data with `data.lock`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOCKED = "path hub split revision fraction num_samples max_tiles weight repeat c
 
 
 def lock_of(data: StageData) -> dict[str, Any]:
-    """What decides what is trained on: counts and digests of the data, and the settings that mix them."""
+    """Build the mixture lock: counts and digests of the data, and the settings of the mixture. It fixes the training data."""
     config, datamodule = data.run.config, data.datamodule
     assert datamodule.index is not None
     sources = {}
@@ -43,13 +43,13 @@ def lock_of(data: StageData) -> dict[str, Any]:
 
 
 def name_template_day(data: StageData) -> dict[str, str]:
-    """Name the day that the chat template writes; {} of one that writes none."""
+    """Return the date that the chat template writes, as an entry for the manifest; {} if it writes none."""
     template = data.datamodule.processor.template
     return {DAY: template.day.isoformat()} if template.writes_day else {}
 
 
 def read_own_lock(path: Path) -> dict[str, Any] | None:
-    """Read the lock that a run wrote into its own folder; None where there is none, and of a damaged one, which is said."""
+    """Read the lock that an earlier start wrote into the run folder. None if there is none, or if it is damaged (reported)."""
     try:
         return read_lock(path) if path.is_file() else None
     except UserError as error:
@@ -58,10 +58,12 @@ def read_own_lock(path: Path) -> dict[str, Any] | None:
 
 
 def hold_to_lock(data: StageData) -> None:
-    """Write the run's mixture.lock, and say what changed since it was written before.
+    """Compare the data with `data.lock`, report changes since the run's mixture.lock was written, and write it.
+
+    The lock of a finished run stays unchanged if the data differ.
 
     Raises:
-        UserError: `data.lock` names the lock of other data.
+        UserError: `data.lock` is the lock of different data.
     """
     run, lock = data.run, redacted(lock_of(data))
     if run.config.data.lock:

@@ -1,4 +1,4 @@
-"""What train, prepare and preflight share: the data side of one stage, from settings to index, mixture and plan."""
+"""Data side of one stage, shared by train, prepare and preflight: from the settings to index, mixture and plan."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from lit_vlm.types import Kind, Source, UserError
 
 @dataclass(slots=True)
 class StageData:
-    """The data of one stage, not yet read, and the drawing of the model it is counted for."""
+    """Data of one stage, not read yet, and the spec of the model that they are tokenized for."""
 
     run: Run
     sources: list[Source]
@@ -57,11 +57,12 @@ class StageData:
 
 
 def store_of(config: RunConfig) -> Path:
+    """Return the folder of the data index."""
     return Path(config.data.index_dir) if config.data.index_dir else Path(config.run_dir) / "index"
 
 
 def open_sources(run: Run) -> tuple[list[Source], list[Source]]:
-    """Training sources, and validation sources where there are own ones."""
+    """Open the training sources, and the validation sources if there are separate ones."""
     require_writable(run.dir)
     config, data = run.config, run.config.data
     options: dict[str, Any] = {
@@ -75,52 +76,58 @@ def open_sources(run: Run) -> tuple[list[Source], list[Source]]:
 
 
 def stage_data(run: Run, sources: list[Source], held_out: list[Source], init_from: str | None) -> StageData:
-    """Tokenizer, template and tiling of the model to be trained, around its data. Reads no weights.
+    """Build the processor (tokenizer, chat template, tiling) and the data module of a stage. Reads no weights.
 
     Args:
         init_from: folder or hub id of a whole model; None: the parts that the settings name.
     """
     config = run.config
-    blueprint = draw_up(with_parts(config), init_from, config.data.tiling)
-    day, why = planned_day(run)
-    processor = Processor(blueprint.tokenizer, blueprint.images, scaled_decode=config.data.scaled_decode, day=day)
+    spec = draw_up(with_parts(config), init_from, config.data.tiling)
+    template_date, reason = planned_day(run)
+    processor = Processor(spec.tokenizer, spec.images, scaled_decode=config.data.scaled_decode, day=template_date)
     if processor.template.writes_day:
-        say(f"the chat template writes today's date; in all that this run reads it is {day}, {why}")
+        say(f"the chat template writes today's date; in all that this run reads it is {template_date}, {reason}")
     check_vocabulary(processor)
-    datamodule = make_datamodule(run, processor, sources, held_out, blueprint)
-    return StageData(run, sources, held_out, blueprint, datamodule)
+    datamodule = make_datamodule(run, processor, sources, held_out, spec)
+    return StageData(run, sources, held_out, spec, datamodule)
 
 
 def planned_day(run: Run) -> tuple[date, str]:
-    """Find the day that a chat template which writes today's is given, and why it is this one: a run that goes on, is trained
-    after it was prepared, or must be as another one was, reads what was read then."""
-    config, why = run.config, "as when it was first prepared (model.template_date=... sets another)"
+    """Resolve the date for a chat template that writes today's date.
+
+    The date stays the same when a run resumes, when it is trained after task=prepare, and when `data.lock` fixes it.
+
+    Returns:
+        The date, and the reason as text for the user.
+    """
+    config, reason = run.config, "as when it was first prepared (model.template_date=... sets another)"
     if config.model.template_date:
         return parse_day(config.model.template_date, "model.template_date"), "by model.template_date"
-    places = [(find_manifest(run.dir), why), (find_lock(run.dir / LOCK), why)]
+    manifests = [(find_manifest(run.dir), reason), (find_lock(run.dir / LOCK), reason)]
     if config.data.lock:
-        places.insert(0, (find_lock(config.data.lock), "as in data.lock"))
-    for known, why in places:
-        if DAY in known:
-            return parse_day(str(known[DAY]), DAY), why
+        manifests.insert(0, (find_lock(config.data.lock), "as in data.lock"))
+    for manifest, reason in manifests:
+        if DAY in manifest:
+            return parse_day(str(manifest[DAY]), DAY), reason
     return date.today(), "whatever the day on which it goes on (model.template_date=... sets another)"
 
 
 def with_parts(config: RunConfig) -> ModelConfig:
-    """The model's settings with `tiny` parts made and named by their folders. UserError when they cannot be written."""
+    """Make the `tiny` parts and put their folders into the model's settings. UserError if they cannot be written."""
     model = config.model
     if "tiny" in (model.vision_tower, model.language_model):
         folder = Path(config.run_dir) / "parts"
         with writable(folder, "The tiny model's parts", "run_dir"):
-            tower, language = tiny_parts(folder, config.seed)
-        model.vision_tower = tower if model.vision_tower == "tiny" else model.vision_tower
-        model.language_model = language if model.language_model == "tiny" else model.language_model
+            vision_tower, language_model = tiny_parts(folder, config.seed)
+        model.vision_tower = vision_tower if model.vision_tower == "tiny" else model.vision_tower
+        model.language_model = language_model if model.language_model == "tiny" else model.language_model
     return model
 
 
 def make_datamodule(
     run: Run, processor: Processor, sources: list[Source], held_out: list[Source], blueprint: Blueprint
 ) -> DataModule:
+    """Make the data module of a stage from the settings and the sources."""
     config = run.config
     data, trainer = config.data, config.trainer
     positions = blueprint.config.text_config.max_position_embeddings
@@ -151,7 +158,7 @@ def make_datamodule(
 
 
 def max_steps_of(config: RunConfig) -> int | None:
-    """Optimizer steps; None: by trainer.max_epochs."""
+    """Return the maximum number of optimizer steps; None: trainer.max_epochs decides."""
     if config.debug is Debug.fast:
         return FEW_STEPS
     if config.debug is Debug.profile:
@@ -160,7 +167,7 @@ def max_steps_of(config: RunConfig) -> int | None:
 
 
 def mixture_settings(data: DataConfig) -> MixtureSettings:
-    """What the settings ask of the mixture."""
+    """Make the mixture settings: amount of each source, unit of the weights, temperature, target shares."""
     return MixtureSettings(
         {name: Amount(source.weight, source.repeat, source.count) for name, source in data.sources.items()},
         weights_in=data.weights_in.value,
@@ -172,6 +179,7 @@ def mixture_settings(data: DataConfig) -> MixtureSettings:
 
 
 def flops_of(blueprint: Blueprint, stage: StageConfig) -> Flops:
+    """Make the FLOPs estimate of a sample for this model and these trainable parts."""
     trainable = {part.value for part in stage.trainable}
     return Flops.from_config(
         blueprint.config.to_dict(),
@@ -181,7 +189,7 @@ def flops_of(blueprint: Blueprint, stage: StageConfig) -> Flops:
 
 
 def parent_or_parts(run: Run) -> str | None:
-    """The model to start from; None, and a word about it, when the stage before has not been run yet."""
+    """Return the model to start from. None, with a report, if the previous stage has not been run yet."""
     folder = run.init_from and Path(run.init_from)
     if folder and folder.is_absolute() and not folder.is_dir():
         say(f"init_from: {folder} is not there yet; counted for the model's parts instead.")
@@ -190,7 +198,11 @@ def parent_or_parts(run: Run) -> str | None:
 
 
 def settle(data: StageData) -> dict[str, int]:
-    """Act on the records that cannot be used, before anything is trained; returns their number per source."""
+    """Apply data.on_bad_record to the unusable records (quarantine or stop), and report length actions and unread keys.
+
+    Returns:
+        The number of unusable records of each source.
+    """
     config, run = data.run.config.data, data.run
     quarantine, totals = quarantine_of(data.datamodule)
     if is_rank_zero():
@@ -206,31 +218,34 @@ def settle(data: StageData) -> dict[str, int]:
 
 
 def fitted_of(datamodule: DataModule) -> list[str]:
-    """What the length policy did, in words."""
+    """List what data.on_overlong did to samples above the token limit: one line for each source and action."""
     assert datamodule.index is not None and datamodule.held_out is not None
-    words = {
+    descriptions = {
         "quarantine": "too long, set aside",
         "fewer_tiles": "too long, cut into fewer tiles",
         "cut_turn": "too long, without their last turns",
     }
     parts = (datamodule.index, *([datamodule.held_out] if datamodule.has_own_validation else []))
-    done = [(name, action, count) for part in parts for (name, action), count in sorted(part.fitted.items())]
-    return [f"{name}: {count:,} {words[action]} (data.on_overlong)" for name, action, count in done]
+    actions = [(name, action, count) for part in parts for (name, action), count in sorted(part.fitted.items())]
+    return [f"{name}: {count:,} {descriptions[action]} (data.on_overlong)" for name, action, count in actions]
 
 
 def unread_keys(datamodule: DataModule) -> dict[str, dict[str, int]]:
-    """Keys of each source's records that nothing is read from, and how many records have them."""
+    """Count the records of each source that have keys which are not read: source -> key -> records."""
     assert datamodule.index is not None and datamodule.held_out is not None
-    found = dict(datamodule.index.unread)
+    counts = dict(datamodule.index.unread)
     if datamodule.has_own_validation:
-        found |= {f"{name} (validation)": unread for name, unread in datamodule.held_out.unread.items()}
-    return found
+        counts |= {f"{name} (validation)": unread for name, unread in datamodule.held_out.unread.items()}
+    return counts
 
 
 def quarantine_of(datamodule: DataModule) -> tuple[Quarantine, dict[str, int]]:
-    """The records that cannot be used, and how many records each source has.
+    """Collect the unusable records.
 
-    A validation source of its own is told from a training source of the same name by its label.
+    The label " (validation)" separates a validation source from a training source of the same name.
+
+    Returns:
+        The quarantine, and the number of records of each source.
     """
     assert datamodule.index is not None and datamodule.held_out is not None
     parts = {"": datamodule.index}
@@ -245,21 +260,23 @@ def quarantine_of(datamodule: DataModule) -> tuple[Quarantine, dict[str, int]]:
 
 
 def require_records_of(stage: StageConfig, datamodule: DataModule) -> None:
-    """Pairs for dpo and conversations for the other stages; with format=auto only the files tell which they are.
+    """Require preference pairs for dpo and conversations for the other stages. With format=auto only the files show the type.
 
     Raises:
-        UserError: naming the sources that hold the other kind.
+        UserError: with the sources that hold the wrong type.
     """
     assert datamodule.index is not None and datamodule.held_out is not None
-    dpo, wrong = stage.name is StageName.dpo, set()
+    is_dpo, wrong_sources = stage.name is StageName.dpo, set()
     for index in (datamodule.index, datamodule.held_out):
-        wrong |= {index.sources[number].name for number in set(index.source_of[(index.chosen > 0) != dpo].tolist())}
-    names = ", ".join(sorted(wrong))
-    if wrong and dpo:
+        wrong_sources |= {
+            index.sources[number].name for number in set(index.source_of[(index.chosen > 0) != is_dpo].tolist())
+        }
+    names = ", ".join(sorted(wrong_sources))
+    if wrong_sources and is_dpo:
         raise UserError(
             f"data.sources: {names}: no preference pairs, and stage=dpo needs them; choose data=preference."
         )
-    if wrong:
+    if wrong_sources:
         raise UserError(
             f"data.sources: {names}: preference pairs, which stage={stage.name.value} cannot use; choose other data or dpo."
         )

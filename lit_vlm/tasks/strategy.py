@@ -1,5 +1,7 @@
-"""trainer.strategy=auto and stage.activation_checkpointing=auto, before training: the choice that task=preflight makes, by
-the memory of the device that is there."""
+"""Resolves trainer.strategy=auto and stage.activation_checkpointing=auto before training.
+
+The choice is that of task=preflight, with the memory of the device of this machine.
+"""
 
 from __future__ import annotations
 
@@ -22,44 +24,48 @@ GB = 10**9
 
 
 def settle_strategy(data: StageData, make_stage: Callable[[], Stage]) -> RunConfig:
-    """The settings with a strategy and a level of activation checkpointing in place of `auto`. A line of each says which and
-    why.
+    """Return the config with a strategy and an activation checkpointing level in place of `auto`; report each with its reason.
 
     Args:
-        make_stage: gives a stage whose model can be drawn on torch's `meta` device, for its sizes.
+        make_stage: returns a stage whose model can be built on torch's `meta` device; only its sizes are used.
     """
     config = data.run.config
-    open_strategy = config.trainer.strategy is Strategy.auto
-    open_level = config.stage.activation_checkpointing is Level.auto
-    if not open_strategy and not open_level:
+    is_auto_strategy = config.trainer.strategy is Strategy.auto
+    is_auto_level = config.stage.activation_checkpointing is Level.auto
+    if not is_auto_strategy and not is_auto_level:
         return config
     device = device_here(config)
-    found = on_a_cpu(config) if device is None else _by_sizes(config, data, make_stage, device)
-    if open_strategy and found.strategy is not Strategy.single:
-        say(f"strategy: {found.strategy.value}: {found.reason}")
-    if open_level:
-        say(f"activation checkpointing: {found.level.value}: {found.level_reason}")
+    decision = on_a_cpu(config) if device is None else _by_sizes(config, data, make_stage, device)
+    if is_auto_strategy and decision.strategy is not Strategy.single:
+        say(f"strategy: {decision.strategy.value}: {decision.reason}")
+    if is_auto_level:
+        say(f"activation checkpointing: {decision.level.value}: {decision.level_reason}")
     return replace(
         config,
-        trainer=replace(config.trainer, strategy=found.strategy),
-        stage=replace(config.stage, activation_checkpointing=found.level),
+        trainer=replace(config.trainer, strategy=decision.strategy),
+        stage=replace(config.stage, activation_checkpointing=decision.level),
     )
 
 
 def _by_sizes(config: RunConfig, data: StageData, make_stage: Callable[[], Stage], device: Device) -> Decision:
     plan = data.datamodule.make_plan(config.trainer.devices * config.trainer.num_nodes)
-    drawn = outline(make_stage(), data.blueprint)
-    assert drawn.model is not None
-    parameters = parameters_of(drawn, config.stage)
-    shape = Shape.from_config(drawn.model.config.to_dict())
+    meta_stage = outline(make_stage(), data.blueprint)
+    assert meta_stage.model is not None
+    parameters = parameters_of(meta_stage, config.stage)
+    shape = Shape.from_config(meta_stage.model.config.to_dict())
     facts = plan_facts(plan, plan.num_steps)
     return decided(config, situation_of(config, shape, parameters, training_of(config, parameters), facts, device))
 
 
 def device_here(config: RunConfig) -> Device | None:
-    """The memory that is there, at the speed of `preflight.device`; None on a CPU. In whole GB, for devices of one kind may
-    differ by some MB, and all ranks must come to the same choice (`engine/agreement.py` compares it)."""
+    """Return this machine's device: its own memory, and the speed of `preflight.device`; None on a CPU.
+
+    Memory is rounded down to whole GB: devices of one kind may differ by some MB, and all ranks must make the same choice
+    (`engine/agreement.py` compares it).
+    """
     if config.trainer.accelerator == "cpu" or not torch.cuda.is_available():
         return None
-    there = torch.cuda.get_device_properties(0)
-    return replace(DEVICES[config.preflight.device], name=there.name, memory=there.total_memory // GB * float(GB))
+    properties = torch.cuda.get_device_properties(0)
+    return replace(
+        DEVICES[config.preflight.device], name=properties.name, memory=properties.total_memory // GB * float(GB)
+    )

@@ -1,6 +1,7 @@
-"""task=submit: a run, or all stages of a recipe, as Slurm jobs. Read top to bottom.
+"""task=submit: submits a run, or all stages of a recipe, as Slurm jobs. Read top to bottom.
 
-The script starts the very command that would run here, so name and folder are the same and a requeued job finds itself.
+The script starts the same command that would run here. So run name and run folder are the same, and a requeued job resumes its
+own run.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from lit_vlm.files import writable, write_atomically, write_json
 from lit_vlm.tasks.terminal import console, say
 from lit_vlm.types import UserError
 
-OWN_PICTURES = (".parquet", ".arrow", ".tar")  # hold them, so nothing beside the file is read
+OWN_PICTURES = (".parquet", ".arrow", ".tar")  # they contain their images, so no other file of the folder is read
 
 
 def submit(run: Run) -> None:
-    """Write the scripts into the runs' folders and submit them; each stage of a recipe waits for the one before.
+    """Write the scripts into the run folders and submit them. Each stage of a recipe waits for the previous one.
 
-    What is finished is passed by, and what is in the queue already stays there.
+    Finished stages are skipped. Jobs that are in the queue already stay there.
 
     Raises:
-        UserError: no Slurm here, a folder that cannot be written, or what sbatch said when it refused.
+        UserError: there is no Slurm here, a folder cannot be written, or sbatch refused (with its message).
     """
     if not run.config.submit.dry_run:
         require_slurm("task=submit", "write and print the script alone with submit.dry_run=true", "sbatch")
@@ -40,7 +41,8 @@ def submit(run: Run) -> None:
         return
     for stage in waiting:
         require_writable(stage.dir)
-        if stage.config.submit.container and stage.config.data.index_dir:  # only what is there can be mounted
+        # a container can mount only a folder that exists
+        if stage.config.submit.container and stage.config.data.index_dir:
             index = Path(stage.config.data.index_dir)
             with writable(index):
                 index.mkdir(parents=True, exist_ok=True)
@@ -52,11 +54,14 @@ def submit(run: Run) -> None:
 
 
 def _stages(run: Run) -> list[Run]:
-    """The run itself, or a run for each stage of the recipe."""
+    """List the run itself, or one run for each stage of the recipe."""
     if not is_ladder(run.overrides):
         return [run]
     stages = stages_of(run.config.recipe, run.overrides)
-    return [parse(["task=submit", f"experiment={s}", *pipeline_overrides(run.overrides, s)]) for s in stages]
+    return [
+        parse(["task=submit", f"experiment={experiment}", *pipeline_overrides(run.overrides, experiment)])
+        for experiment in stages
+    ]
 
 
 def _is_finished(stage: Run) -> bool:
@@ -67,7 +72,7 @@ def _is_finished(stage: Run) -> bool:
 
 
 def _submit_one(stage: Run, after: str | None) -> str:
-    """The job's id; in a dry run the words that stand for it."""
+    """Submit one stage; return the id of its job, or in a dry run a placeholder for it."""
     job = job_of(stage)
     queued = None if stage.config.submit.dry_run else _queued(job)
     if queued:
@@ -95,27 +100,28 @@ def _submit_one(stage: Run, after: str | None) -> str:
 
 
 def job_of(stage: Run) -> Job:
+    """Make the Slurm job of a stage: its task=train command, and the files to copy to the node."""
     config = stage.config
-    words = [text for text in stage.overrides if key_of(text) != "task" and not key_of(text).startswith("submit.")]
-    data = files_to_stage(config.data) if config.submit.stage_to else []
-    return Job(stage.name, stage.dir, config, ["task=train", *words], Path.cwd(), data)
+    overrides = [text for text in stage.overrides if key_of(text) != "task" and not key_of(text).startswith("submit.")]
+    staged_files = files_to_stage(config.data) if config.submit.stage_to else []
+    return Job(stage.name, stage.dir, config, ["task=train", *overrides], Path.cwd(), staged_files)
 
 
 def files_to_stage(data: DataConfig) -> list[Path]:
-    """What the sources read: their files, and the folders in which their pictures lie."""
-    found: list[Path] = []
+    """List what the sources read: their files, and the folders of their images."""
+    paths: list[Path] = []
     for source in [*data.sources.values(), *data.validation.sources.values()]:
         if source.path is None or source.format in (Format.builtin, Format.digits):
             continue
         path = Path(source.path)
-        beside = path.is_file() and source.image_root is None and path.suffix.lower() not in OWN_PICTURES
-        found += [path.parent if beside else path, *([Path(source.image_root)] if source.image_root else [])]
-    found = list(dict.fromkeys(found))
-    return [path for path in found if not any(path != other and path.is_relative_to(other) for other in found)]
+        has_images_beside = path.is_file() and source.image_root is None and path.suffix.lower() not in OWN_PICTURES
+        paths += [path.parent if has_images_beside else path, *([Path(source.image_root)] if source.image_root else [])]
+    paths = list(dict.fromkeys(paths))
+    return [path for path in paths if not any(path != other and path.is_relative_to(other) for other in paths)]
 
 
 def _queued(job: Job) -> str | None:
-    """The job that was submitted for this folder and has not ended."""
+    """Find the job that was submitted for this folder and has not ended; None if there is none."""
     try:
         number = str(json.loads((job.folder / "slurm.json").read_text(encoding="utf-8"))["job"])
     except (OSError, ValueError, KeyError, TypeError):

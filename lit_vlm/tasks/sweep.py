@@ -1,4 +1,4 @@
-"""task=sweep: the trials of a sweep file, each an ordinary run in a process of its own. Read top to bottom."""
+"""task=sweep: runs the trials of a sweep file, each as an ordinary run in its own process. Read top to bottom."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ from lit_vlm.tasks.sweep_slurm import queued_workers, submit_workers
 from lit_vlm.tasks.terminal import console, say
 from lit_vlm.types import UserError
 
-COUNT = 20  # trials, where nobody says how many
+COUNT = 20  # if neither the settings nor the file give a number
 JOURNAL, SETTINGS, PAGE = "journal.log", "sweep.json", "sweep.html"
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """What is to be tried, and where."""
+    """Sweep: the file with its search space, the run with its folder, and the overrides of every trial."""
 
     run: Run
     file: SweepFile
-    given: list[str]  # overrides for every trial
+    given: list[str]  # for every trial
 
     @property
     def metric(self) -> str:
@@ -58,67 +58,70 @@ class Sweep:
 
     @property
     def count(self) -> int | None:
-        """Trials altogether; None: as many as the grid has."""
+        """Total number of trials; None: the size of the grid."""
         count = self.run.config.trials.count or self.file.run_cap
         return count if count or self.file.method is Method.grid else COUNT
 
     def words(self, number: int, parameters: dict[str, Any]) -> list[str]:
+        """Build the overrides of a trial, with its run name."""
         return [*trial_words(self.file, parameters, self.given), f"run_name={quote(f'{self.run.name}/{number}')}"]
 
     def search(self, journal: Path | None) -> Search:
+        """Create the search; with a journal file it resumes what the file holds."""
         return Search(self.file, journal, seed=self.run.config.seed, most=self.count)
 
 
 def sweep(run: Run) -> None:
-    """Try values until all trials are told; then the page, and the best command. Started again, it goes on.
+    """Run all trials; then write the report and print the best command. The same command resumes an interrupted sweep.
 
     Raises:
-        UserError: the file has mistakes, the folder holds another sweep, or the first trials all failed.
+        UserError: the file has errors, the folder holds another sweep, or the first trials all failed.
     """
     trials = run.config.trials
-    job = read(run)
+    sweep = read(run)
     if trials.dry_run:
-        show_plan(job)
+        show_plan(sweep)
     require_writable(run.dir)
     if trials.worker is not None:
-        carry_out(job)
+        carry_out(sweep)
     elif trials.slurm:
-        submit_workers(run, first_words(job), lambda: settle_folder(job))
+        submit_workers(run, first_words(sweep), lambda: settle_folder(sweep))
     elif not trials.dry_run:
         with alone(run.dir):
-            settle_folder(job)
-            carry_out(job)
+            settle_folder(sweep)
+            carry_out(sweep)
 
 
 def read(run: Run) -> Sweep:
-    """The sweep file, held against the schema; every mistake at once."""
-    file, wrong = look_at(Path(run.config.sweep).expanduser())
-    if held := mistakes_of_secrets(file.plain):
-        raise ConfigError([f"{file.place}: {mistake}" for mistake in held])
-    given = trial_overrides(run.overrides)
-    wrong += mistakes_in_sweep(file, given)
-    if file.metric is None and not any("metric" in mistake for mistake in wrong):
-        wrong.append(f"{file.place}: metric: is missing; say by what trials are compared, metric: {{name: val/loss}}.")
-    if run.config.trials.carry_to and not wrong:
-        wrong += _not_carried(file, run.config.trials.carry_to)
-    if wrong:
-        raise ConfigError(wrong)
-    return Sweep(run, file, given)
+    """Load the sweep file and validate it against the schema; all errors are raised at once."""
+    file, errors = look_at(Path(run.config.sweep).expanduser())
+    if secret_errors := mistakes_of_secrets(file.plain):
+        raise ConfigError([f"{file.place}: {error}" for error in secret_errors])
+    overrides = trial_overrides(run.overrides)
+    errors += mistakes_in_sweep(file, overrides)
+    if file.metric is None and not any("metric" in error for error in errors):
+        errors.append(f"{file.place}: metric: is missing; say by what trials are compared, metric: {{name: val/loss}}.")
+    if run.config.trials.carry_to and not errors:
+        errors += _not_carried(file, run.config.trials.carry_to)
+    if errors:
+        raise ConfigError(errors)
+    return Sweep(run, file, overrides)
 
 
 def _not_carried(file: SweepFile, experiment: str) -> list[str]:
-    words = value_words({key: one.samples()[0] for key, one in file.swept.items()})
-    found = wrong_words(with_implied([f"experiment={experiment}", *words]))
-    return [f"trials.carry_to={experiment}: {mistake}" for mistakes in found.values() for mistake in mistakes]
+    """Find the parameters of the search space that the experiment of trials.carry_to refuses."""
+    overrides = value_words({key: one.samples()[0] for key, one in file.swept.items()})
+    errors_by_override = wrong_words(with_implied([f"experiment={experiment}", *overrides]))
+    return [f"trials.carry_to={experiment}: {error}" for errors in errors_by_override.values() for error in errors]
 
 
 def carry_out(job: Sweep) -> None:
-    """Run trials here until none is left, or until this process is asked to leave."""
+    """Run trials in this process's children until none is left or a stop signal arrives."""
     run, trials = job.run, job.run.config.trials
     in_slurm = trials.worker is not None
     search = job.search(run.dir / JOURNAL)
-    known = search.trials()
-    say(f"{run.name}: {_begins(search, len(known))}. Folder: {run.dir}")
+    known_trials = search.trials()
+    say(f"{run.name}: {_begins(search, len(known_trials))}. Folder: {run.dir}")
     runner = Trials(
         search,
         job.metric,
@@ -130,9 +133,9 @@ def carry_out(job: Sweep) -> None:
         say=say,
         on_change=lambda: try_page(job, search),
     )
-    asked = runner.run()
-    if asked:
-        leave(job, asked)
+    stop_requests = runner.run()
+    if stop_requests:
+        leave(job, stop_requests)
     if in_slurm and search.unfinished():
         try_page(job, search)
         say(f"{run.name}: nothing is left to begin; other workers have trials under way.")
@@ -141,22 +144,31 @@ def carry_out(job: Sweep) -> None:
 
 
 def _begins(search: Search, known: int) -> str:
-    most = f"{search.most:,}" if search.most is not None else "all"
-    return f"goes on behind {known:,} of {most} trials" if known else f"{most} trials"
+    """Format the first line: a new sweep, or one that resumes after `num_known` trials."""
+    total = f"{search.most:,}" if search.most is not None else "all"
+    return f"goes on behind {known:,} of {total} trials" if known else f"{total} trials"
 
 
 def make_process(job: Sweep, number: int, parameters: dict[str, Any]) -> TrialProcess:
-    """One process, one per device under torchrun, or in a Slurm job of several nodes a step of it."""
-    words = job.words(number, parameters)
-    stage = parse(words)
-    in_step = job.run.config.trials.worker is not None and stage.config.trainer.num_nodes > 1
+    """Make the process of a trial: a single process, torchrun with one per device, or a step of a Slurm job of several nodes."""
+    overrides = job.words(number, parameters)
+    trial_run = parse(overrides)
+    in_step = job.run.config.trials.worker is not None and trial_run.config.trainer.num_nodes > 1
     environment = dict(os.environ) if in_step else outside_of_job()
-    line = step_command(stage.config, words) if in_step else command(stage, words)
-    return TrialProcess(number, parameters, stage.dir, line, environment, in_step=in_step)
+    trial_command = step_command(trial_run.config, overrides) if in_step else command(trial_run, overrides)
+    return TrialProcess(number, parameters, trial_run.dir, trial_command, environment, in_step=in_step)
 
 
 def places_of(config: RunConfig, parallel: int | None) -> list[Place]:
-    """Devices for each trial that runs at a time; `config` is some trial's. UserError where it needs more than there are."""
+    """Assign a group of devices to each of the trials that run in parallel.
+
+    Args:
+        config: of one trial.
+        parallel: number of trials at a time; None: as many as the devices allow.
+
+    Raises:
+        UserError: a trial needs more devices than this machine has, or several machines.
+    """
     if config.trainer.num_nodes > 1:
         raise UserError(
             f"A trial of {config.trainer.num_nodes} machines (trainer.num_nodes) needs a cluster: trials.slurm=<workers>."
@@ -164,15 +176,19 @@ def places_of(config: RunConfig, parallel: int | None) -> list[Place]:
     devices = visible_devices() if config.trainer.accelerator in (*GPU, "auto") else []
     if not devices:
         return [()] * (parallel or 1)
-    each = config.trainer.devices
-    groups = [tuple(devices[start : start + each]) for start in range(0, len(devices) - each + 1, each)]
+    num_devices = config.trainer.devices
+    groups = [
+        tuple(devices[start : start + num_devices]) for start in range(0, len(devices) - num_devices + 1, num_devices)
+    ]
     if not groups:
-        raise UserError(f"A trial needs {each} devices (trainer.devices), and this machine shows {len(devices)}.")
-    return [groups[place % len(groups)] for place in range(parallel or len(groups))]
+        raise UserError(
+            f"A trial needs {num_devices} devices (trainer.devices), and this machine shows {len(devices)}."
+        )
+    return [groups[index % len(groups)] for index in range(parallel or len(groups))]
 
 
 def visible_devices() -> list[str]:
-    """CUDA's, by the names that CUDA_VISIBLE_DEVICES takes."""
+    """List the CUDA devices by the names that CUDA_VISIBLE_DEVICES takes."""
     import torch
 
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -181,13 +197,13 @@ def visible_devices() -> list[str]:
 
 
 def first_words(job: Sweep) -> list[str]:
-    """Of some trial: which devices it needs does not depend on its values."""
+    """Return the overrides of one example trial. The devices that a trial needs do not depend on its values."""
     return job.words(0, {**job.file.fixed, **{key: one.samples()[0] for key, one in job.file.swept.items()}})
 
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """UserError where another process of this machine runs the sweep of this folder."""
+    """Hold the lock of the sweep's folder. UserError if another process of this machine runs the sweep."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
@@ -204,33 +220,36 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def settle_folder(job: Sweep) -> None:
-    """The folder is this sweep's: new, begun before, or with overwrite=true emptied of another or a finished one.
+    """Prepare the folder: create it, resume the sweep in it, or with overwrite=true delete another or a finished sweep.
 
     Raises:
-        UserError: it holds another sweep, or workers of this one are in Slurm's queue.
+        UserError: the folder holds another sweep, or workers of this one are in the Slurm queue.
     """
     path, folder = job.run.dir / SETTINGS, job.run.dir
     if number := queued_workers(folder):
         raise UserError(
             f"{job.run.name}: its workers are in the queue already, as job {number}. `scancel {number}` ends them."
         )
-    mine = json.loads(json.dumps({"file": job.file.plain, "overrides": job.given}))
-    known = read_settings(path, mine)
-    if known is not None and job.run.config.overwrite and (known != mine or is_complete(job)):
+    current = json.loads(json.dumps({"file": job.file.plain, "overrides": job.given}))
+    known = read_settings(path, current)
+    if known is not None and job.run.config.overwrite and (known != current or is_complete(job)):
         empty(folder)
-    elif known is not None and known != mine:
-        what = "the sweep file" if known["file"] != mine["file"] else "the overrides for its trials"
+    elif known is not None and known != current:
+        difference = "the sweep file" if known["file"] != current["file"] else "the overrides for its trials"
         raise UserError(
-            f"{folder} holds a sweep that differs from this one in {what}. Give this one a folder of its own with"
+            f"{folder} holds a sweep that differs from this one in {difference}. Give this one a folder of its own with"
             " run_name=sweeps/<name>, or replace the old one and its trials with overwrite=true."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(path, mine, indent=2)
+    write_json(path, current, indent=2)
 
 
 def read_settings(path: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
-    """Read the file and the words that a folder's sweep was begun with. Of a damaged file ours stand in, and are said to:
-    they are written anew, and the journal goes on."""
+    """Read the sweep file and the overrides that the folder's sweep was started with; None if there is none.
+
+    If the file is damaged, this is reported and `current` takes its place: it is written again, and the search resumes from
+    its journal.
+    """
     try:
         known = read_json(path, "")
         if known is None or {"file", "overrides"} <= known.keys():
@@ -243,13 +262,13 @@ def read_settings(path: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def is_complete(job: Sweep) -> bool:
-    """Whether all trials of the folder's sweep were told."""
+    """Return whether all trials of the folder's sweep have an outcome."""
     search = job.search(job.run.dir / JOURNAL)
     return not search.unfinished() and len(search.trials()) == search.most
 
 
 def empty(folder: Path) -> None:
-    """Take a sweep's trials and its journal away."""
+    """Delete the trials and the journal of a sweep."""
     for trial in folder.iterdir():
         if trial.is_dir() and trial.name.isdigit():
             shutil.rmtree(trial)
@@ -258,18 +277,18 @@ def empty(folder: Path) -> None:
 
 
 def leave(job: Sweep, asked: list[Ask]) -> None:
-    """The trials have saved and left; say how to go on, and leave as well."""
+    """Stop after the trials have saved: requeue the Slurm job if that was requested, report how to resume, and exit."""
     number = own_job() if job.run.config.trials.worker is not None else None
     if number and Ask.interrupt not in asked:
-        again = Ask.requeue in asked or is_preempted(number)
-        refused = requeue(number) if again else "it was asked to leave"
-        say(f"{job.run.name}: saved; job {number} is {f'not requeued ({refused})' if refused else 'requeued'}.")
+        should_requeue = Ask.requeue in asked or is_preempted(number)
+        reason = requeue(number) if should_requeue else "it was asked to leave"
+        say(f"{job.run.name}: saved; job {number} is {f'not requeued ({reason})' if reason else 'requeued'}.")
     say(f"{job.run.name}: stopped, its trials are saved. The same command goes on.")
     raise SystemExit(INTERRUPTED if Ask.interrupt in asked else RESTART)
 
 
 def page_of(job: Sweep, search: Search) -> Page:
-    """What the page shows."""
+    """Make the report of the trials so far."""
     records = records_of(search, job.run.dir, job.metric)
     best = best_of(records, job.file.metric.goal)
     return Page(
@@ -282,7 +301,7 @@ def page_of(job: Sweep, search: Search) -> Page:
 
 
 def try_page(job: Sweep, search: Search) -> None:
-    """The page between trials: hours of training do not end because it could not be written."""
+    """Write the report between trials. An error is only reported: it must not end hours of training."""
     try:
         write_sweep_report(job.run.dir / PAGE, page_of(job, search))
     except Exception as error:
@@ -290,33 +309,37 @@ def try_page(job: Sweep, search: Search) -> None:
 
 
 def carried_command(job: Sweep, best: TrialRecord) -> str:
-    """The best values of what was swept, in another experiment."""
+    """Format the command that uses the best values of the search space in another experiment; "" without trials.carry_to."""
     experiment = job.run.config.trials.carry_to
     values = {key: value for key, value in best.parameters.items() if key in job.file.swept}
     return command_line([f"experiment={experiment}", *value_words(values)]) if experiment else ""
 
 
 def finish(job: Sweep, search: Search) -> None:
-    """The page, the table, and what to do with the best."""
-    page = page_of(job, search)
-    write_sweep_report(job.run.dir / PAGE, page)
-    console.print(trial_table(page))
-    best = best_of(page.records, job.file.metric.goal)
+    """Write the report, show the table of trials, and print the command of the best trial.
+
+    Raises:
+        UserError: no trial finished.
+    """
+    report = page_of(job, search)
+    write_sweep_report(job.run.dir / PAGE, report)
+    console.print(trial_table(report))
+    best = best_of(report.records, job.file.metric.goal)
     if best is None:
         raise UserError(f"No trial of {job.run.name} finished, so there is no best one. Page: {job.run.dir / PAGE}")
     say(f"Best: trial {best.number}, {job.metric} {best.value:.5g}, in {best.folder}")
-    say(f"  {page.command}")
-    if page.carried:
-        say(f"Carried over:\n  {page.carried}")
+    say(f"  {report.command}")
+    if report.carried:
+        say(f"Carried over:\n  {report.carried}")
     say(f"Page: {job.run.dir / PAGE}")
 
 
 def show_plan(job: Sweep) -> None:
-    """The parameters with their ranges and reasons, and the first commands; nothing is run or written."""
+    """Show the search space with ranges and comments, and the first commands. Nothing is run or written."""
     search = job.search(None)
     console.print(parameter_table(job.file))
-    most = f"{search.most:,} trials" if search.most is not None else "trials without end"
-    say(f"{job.file.method.value}, {most}, by {job.metric} ({job.file.metric.goal.value}). The first ones:")
+    total = f"{search.most:,} trials" if search.most is not None else "trials without end"
+    say(f"{job.file.method.value}, {total}, by {job.metric} ({job.file.metric.goal.value}). The first ones:")
     for _ in range(3):
         if (trial := search.ask()) is not None:
             say(f"  {command_line(job.words(trial.number, trial.parameters))}")

@@ -1,4 +1,4 @@
-"""A sweep's workers as a Slurm array: each takes trials from the journal that they share, until none is left."""
+"""Sweep workers as a Slurm job array: each worker takes trials from the shared journal until none is left."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ KEPT = "slurm.json"
 
 
 def submit_workers(run: Run, trial: list[str], settle: Callable[[], None]) -> None:
-    """Write the array's script and submit it; in a dry run, show it.
+    """Write the script of the job array and submit it; in a dry run, show it.
 
     Args:
-        trial: words of some trial, whose devices and nodes a worker asks for.
-        settle: makes the folder this sweep's.
+        trial_overrides: overrides of one trial; a worker requests the devices and nodes of this trial.
+        prepare_folder: prepares the sweep's folder.
 
     Raises:
-        UserError: no Slurm here, workers that are in the queue already, or what sbatch said when it refused.
+        UserError: there is no Slurm here, the workers are in the queue already, or sbatch refused (with its message).
     """
     trials = run.config.trials
     job = worker_job(run, trial)
@@ -48,19 +48,23 @@ def submit_workers(run: Run, trial: list[str], settle: Callable[[], None]) -> No
 
 
 def worker_job(run: Run, trial: list[str]) -> Job:
-    """ConfigError where `submit` cannot be right for such a trial."""
-    submit = [text for text in run.overrides if key_of(text).startswith("submit.")]
-    config = parse(["task=submit", *(word for word in trial if key_of(word) != "task"), *submit]).config
+    """Make the Slurm job of the workers.
+
+    Raises:
+        ConfigError: the `submit` settings do not fit such a trial.
+    """
+    submit_overrides = [text for text in run.overrides if key_of(text).startswith("submit.")]
+    config = parse(["task=submit", *(word for word in trial if key_of(word) != "task"), *submit_overrides]).config
     if config.submit.container is not None:
         raise ConfigError(["submit.container: workers of a sweep start their trials on the node itself; leave it out."])
-    left_out = ("trials.dry_run", "trials.worker", "overwrite")
-    words = [text for text in run.overrides if key_of(text) not in left_out and text not in submit]
-    data = files_to_stage(config.data) if config.submit.stage_to else []
-    return Job(run.name, run.dir, config, words, Path.cwd(), data, workers=run.config.trials.slurm)
+    dropped_keys = ("trials.dry_run", "trials.worker", "overwrite")
+    overrides = [text for text in run.overrides if key_of(text) not in dropped_keys and text not in submit_overrides]
+    staged_files = files_to_stage(config.data) if config.submit.stage_to else []
+    return Job(run.name, run.dir, config, overrides, Path.cwd(), staged_files, workers=run.config.trials.slurm)
 
 
 def queued_workers(folder: Path) -> str | None:
-    """The array that was submitted for this folder and has not ended."""
+    """Find the job array that was submitted for this folder and has not ended; None if there is none."""
     try:
         number = str(json.loads((folder / KEPT).read_text(encoding="utf-8"))["job"])
     except (OSError, ValueError, KeyError, TypeError):

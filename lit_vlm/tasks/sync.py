@@ -1,9 +1,9 @@
-"""task=sync: send runs to Weights & Biases from their own folders. Read top to bottom.
+"""task=sync: upload runs to Weights & Biases from their run folders. Read top to bottom.
 
-The client's `wandb sync` reads a file that names the pictures of tables by the paths they had where the run was written, says
-"Finished" without them, and counts rows anew that have arrived. Here everything comes from the files of the run
-(`manifest.json`, `metrics.csv`, `samples.jsonl` and its pictures), so a folder may be copied to another machine, and what the
-server has is not sent again.
+The client's `wandb sync` reads a file that names the images of tables by their paths on the machine that wrote the run. It
+reports "Finished" although they are missing, and it sends rows a second time. Here everything is read from the run folder
+(`manifest.json`, `metrics.csv`, `samples.jsonl` and its images). So a folder may be copied to another machine, and nothing
+that the server already has is sent again.
 """
 
 from __future__ import annotations
@@ -27,26 +27,27 @@ REMEDY = "It is sent once it has ended; the same command then sends all of it, a
 
 
 def sync(run: Run) -> None:
-    """Send each run; what is wrong with one does not hold the others up.
+    """Send every run folder of `sync`. An error in one folder does not stop the others.
 
     Raises:
-        UserError: naming each folder that was not sent, or not whole.
+        UserError: with every folder that was not sent, or not completely.
     """
-    wrong = []
+    errors = []
     for path in map(Path, run.config.sync):
         try:
             send(path)
         except UserError as error:
-            wrong.append(str(error))
-    if wrong:
-        raise UserError("\n".join(wrong))
+            errors.append(str(error))
+    if errors:
+        raise UserError("\n".join(errors))
 
 
 def send(path: Path) -> None:
-    """Send what the server lacks of the run in this folder.
+    """Send the part of a run that the server does not have yet.
 
     Raises:
-        UserError: no run, one that is under way, files that are missing, or a server that did not take everything.
+        UserError: the folder holds no run, the run is still in progress, files are missing, or the server did not accept
+            everything.
     """
     manifest = read_manifest(path)
     if manifest is None:
@@ -77,18 +78,18 @@ def send(path: Path) -> None:
 
 
 def logger_of(manifest: dict[str, Any], known: dict[str, Any]) -> LoggerConfig:
-    """The run's own settings of its logger, for a server that is there."""
+    """Make the logger config from the run's own settings, with W&B online."""
     given = (manifest.get("config") or {}).get("logger") or {}
-    kept = {one.name: given[one.name] for one in fields(LoggerConfig) if one.name in given}
-    place = {key: known[key] for key in ("project", "entity") if known.get(key)}
-    return LoggerConfig(**{**kept, **place, "wandb": True, "offline": False, "tensorboard": False})
+    run_settings = {one.name: given[one.name] for one in fields(LoggerConfig) if one.name in given}
+    run_location = {key: known[key] for key in ("project", "entity") if known.get(key)}
+    return LoggerConfig(**{**run_settings, **run_location, "wandb": True, "offline": False, "tensorboard": False})
 
 
 def require_files(folder: RunFolder) -> None:
-    """All that would be sent is there. A row is sent once, so one without its pictures could not be mended later.
+    """Require every file that would be sent. A row is sent once, so a row without its images could not be repaired later.
 
     Raises:
-        UserError: naming what is missing.
+        UserError: with the missing files.
     """
     missing = list(missing_files(folder))
     if missing:
@@ -100,10 +101,10 @@ def require_files(folder: RunFolder) -> None:
 
 
 def missing_files(folder: RunFolder) -> Iterator[str]:
-    """Files that the run would be sent from, relative to its folder."""
+    """Find the missing files of a run folder, as paths relative to it."""
     if not (folder.path / "metrics.csv").is_file():
         yield "metrics.csv"
     yield from (name for name in files_of_samples(folder.path) if not (folder.path / name).is_file())
-    asked = ((folder.manifest.get("config") or {}).get("logger") or {}).get("artifacts") or []
+    artifacts = ((folder.manifest.get("config") or {}).get("logger") or {}).get("artifacts") or []
     if folder.finished:
-        yield from (FILES[what] for what in asked if not (folder.path / FILES[what]).exists())
+        yield from (FILES[artifact] for artifact in artifacts if not (folder.path / FILES[artifact]).exists())

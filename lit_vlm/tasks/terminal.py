@@ -1,4 +1,4 @@
-"""What a task says on the terminal; on several ranks, the first one's."""
+"""Terminal output of the tasks. With several ranks, only rank 0 prints."""
 
 from __future__ import annotations
 
@@ -13,20 +13,25 @@ from lit_vlm.types import escape_controls
 
 console = Console(highlight=False)
 if not console.is_terminal:
-    console = Console(highlight=False, width=max(console.width, 110))  # a log file is no narrower than its tables
-MANY = 20_000  # records: a pass over fewer is over before its bar is read
+    console = Console(highlight=False, width=max(console.width, 110))  # tables in a log file need at least this width
+MANY = 20_000  # a pass over fewer records ends before a progress bar can be read
 
 OnProgress = Callable[[str, int, int], None]
 
 
 def say(text: str) -> None:
+    """Print a line on rank 0, without colour markup and control characters."""
     if is_rank_zero():
-        console.print(escape_controls(text), soft_wrap=True, markup=False)  # brackets in a path are a path's
+        console.print(escape_controls(text), soft_wrap=True, markup=False)  # brackets in a path are not markup
 
 
 @contextmanager
 def progress_over(verb: str) -> Iterator[OnProgress]:
-    """A bar per source while records are gone through; gone at the end, and none where nobody watches."""
+    """Show a progress bar for each source. It disappears at the end; without a terminal there is none.
+
+    Args:
+        verb: label before the name of the source, e.g. "index".
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     bars: dict[str, TaskID] = {}
     with Progress(

@@ -1,4 +1,4 @@
-"""One stage, from settings to a folder that plain transformers loads. Read top to bottom."""
+"""Training of one stage: from the settings to a model folder that plain transformers loads. Read top to bottom."""
 
 from __future__ import annotations
 
@@ -53,20 +53,26 @@ from lit_vlm.types import UserError, counted
 
 
 def train(run: Run) -> None:
-    """Train one stage. A finished run says so and stays as it is; an interrupted one goes on from its last checkpoint."""
-    requeued = started_again()  # its words may say resume_from=none, which was meant for the first start
+    """Train one stage. An interrupted run resumes from its last checkpoint; a finished run is reported and stays unchanged."""
+    is_requeued = started_again()  # its overrides may hold resume_from=none, which was meant for the first start
     tracking = Tracking(run.config.logger, run.dir, run.experiment, say=lambda text: say(f"{run.name}: {text}"))
-    with Hold(run.dir) as hold, tracking:
-        # a start settles the parts' paths in its config
-        until_done(lambda again: train_once(copy.deepcopy(run), hold, tracking, again or requeued))
+    with Hold(run.dir) as run_lock, tracking:
+        # each start needs its own copy: it writes the paths of the tiny parts into the config
+        until_done(lambda again: train_once(copy.deepcopy(run), run_lock, tracking, again or is_requeued))
 
 
 def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) -> None:
-    """One start of it. `again`: it was begun by these words before, and goes on from its last checkpoint."""
+    """Run one start of the stage: read the data, build model and trainer, lock the run folder, fit, write the results.
+
+    Args:
+        run_lock: lock of the run folder.
+        tracking: the run's loggers.
+        is_restart: the same command started this run before, so it resumes from the last checkpoint.
+    """
     config = run.config
     require_parent(run.init_from)
     sources, held_out = open_sources(run)
-    opened = partial(
+    open_folder = partial(
         open_run_folder,
         run.dir,
         config,
@@ -75,9 +81,9 @@ def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) ->
         data_digest=digest_of_sources([*sources, *held_out]),
         parent=parent_of(run.init_from),
     )
-    folder = opened()
+    folder = open_folder()
     if not folder.finished and run.dir.is_dir() and hold.take():
-        folder = opened()  # another process may have got on with it before it let go
+        folder = open_folder()  # another process may have trained this run until it released the lock
     checkpoints = Folder(run.dir / "checkpoints")
     if folder.rebuilt:
         say(f"{run.name}: {folder.rebuilt}")
@@ -85,7 +91,7 @@ def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) ->
         if folder.rebuilt:
             folder.update()
         if is_rank_zero() and folder.hf.is_dir():
-            checkpoints.remove(but_best=True)  # a finish that was cut short
+            checkpoints.remove(but_best=True)  # an earlier start was interrupted while it finished
         say(
             f"{run.name}: finished already, in {folder.path}. {tell_how_to_export(folder)}Start it anew with overwrite=true."
         )
@@ -101,13 +107,13 @@ def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) ->
 
     data = stage_data(run, sources, held_out, run.init_from)
     datamodule = data.datamodule
-    make_stage(data.blueprint, config)  # a mistake in its settings comes before the data are read
+    make_stage(data.blueprint, config)  # an error in its settings must come before the data are read
     datamodule.build()
     quarantined = settle(data)
     require_records_of(config.stage, datamodule)
 
-    fresh = folder.replaces or (config.resume_from == "none" and not again)
-    if not fresh:
+    is_fresh_start = folder.replaces or (config.resume_from == "none" and not again)
+    if not is_fresh_start:
         Budget.read(run.dir, datamodule).apply(datamodule)
     callbacks = make_callbacks(
         choose_callbacks(config.callbacks, export=config.export, profile=profiles(config)),
@@ -121,27 +127,27 @@ def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) ->
         metric=config.logger.metric,
         say=lambda text: say(f"{run.name}: {text}"),
     )
-    settled = settle_strategy(data, lambda: make_stage(data.blueprint, config))
-    stage = make_stage(data.blueprint, settled)
+    resolved_config = settle_strategy(data, lambda: make_stage(data.blueprint, config))
+    stage = make_stage(data.blueprint, resolved_config)
     stage.say = lambda text: say(f"{run.name}: {text}")
-    trainer = make_trainer(settled, tracking.loggers(), callbacks)
+    trainer = make_trainer(resolved_config, tracking.loggers(), callbacks)
     plan = datamodule.make_plan(trainer.world_size)
     if config.data.validation.every_steps:
         trainer.val_check_interval = config.data.validation.every_steps * plan.k  # Lightning counts micro-batches
-    trainer.log_every_n_steps = min(trainer.log_every_n_steps, plan.num_steps)  # a short run leaves a row, too
+    trainer.log_every_n_steps = min(trainer.log_every_n_steps, plan.num_steps)  # a short run writes a row, too
     with weights_later() if getattr(trainer.strategy, "loads_in_shards", False) else nullcontext():
         stage.configure_model()
     show_start(data, stage)
     hold_to_lock(data)
-    # not earlier: a mistake in the data, the model or the trainer's settings leaves an older run as it is
+    # not earlier: an error in the data, the model or the trainer's settings must leave an older run unchanged
     if hold.take() and read_manifest(run.dir):
         raise UserError(
             f"{run.dir}: another process began this run meanwhile. Start it again to go on where that came to."
         )
     if folder.replaces and is_rank_zero():
         checkpoints.remove()
-    if fresh and is_rank_zero():
-        for name in (SKIPPED, BUDGET):  # of the run that was here
+    if is_fresh_start and is_rank_zero():
+        for name in (SKIPPED, BUDGET):  # of the previous run in this folder
             (run.dir / name).unlink(missing_ok=True)
     folder.update(
         trained=[row.as_dict() for row in stage.part_summary],
@@ -178,7 +184,7 @@ def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) ->
         tracking.leave(left)
         leave_process_group()
         raise
-    leave_process_group()  # what is left is rank 0's alone: nobody waits for it
+    leave_process_group()  # the rest is done by rank 0 alone; the other ranks do not wait
 
     if is_rank_zero():
         figures = {
@@ -193,8 +199,8 @@ def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) ->
         now = datetime.now(UTC).isoformat(timespec="seconds")
         folder.update(finished=now, figures=figures, weights_digest=weights)
         write_report(run.dir / "report.html", [run.dir], run.name)
-        folder.update(status="finished")  # ended before this, the next start goes on from the last checkpoint
-        if folder.hf.is_dir():  # the model is there; without it (export=false) the last state stays
+        folder.update(status="finished")  # if it ends before this line, the next start resumes from the last checkpoint
+        if folder.hf.is_dir():  # the model is exported; without it (export=false) the last checkpoint stays
             checkpoints.remove(but_best=True)
         tracking.finish(folder)
         model = f"Model: {folder.hf}   " if folder.hf.is_dir() else tell_how_to_export(folder)
@@ -202,26 +208,28 @@ def train_once(run: Run, hold: Hold, tracking: Tracking, again: bool = False) ->
 
 
 def tell_how_to_export(folder: RunFolder) -> str:
-    """Say how to make the model that a finished run did not leave; nothing where it is there."""
+    """Return the command that exports the model of a finished run; "" if the model is there already."""
     if folder.hf.is_dir():
         return ""
     return f"It left no model (export=false); python run.py task=export init_from={folder.path} makes it.   "
 
 
 def profiles(config: RunConfig) -> bool:
+    """Return whether the run profiles its steps."""
     return config.trainer.profile or config.debug is Debug.profile
 
 
 def most_scored(config: RunConfig) -> int:
+    """Return the maximum number of held-out samples that are scored with generated answers."""
     return FEW_STEPS if config.debug is Debug.fast else config.data.validation.max_samples
 
 
 def belongs_of(folder: RunFolder, data: StageData) -> Belongs:
-    """What a checkpoint of this run says that it is of."""
-    manifest, blueprint, index = folder.manifest, data.blueprint, data.datamodule.index
+    """Make the fingerprint that ties a checkpoint to this run: stage, settings, data, parent weights, processor, images."""
+    manifest, spec, index = folder.manifest, data.blueprint, data.datamodule.index
     assert index is not None
     parent = (manifest["parent"] or {}).get("digest") or digest_of_parts(
-        blueprint.whole, blueprint.vision_tower, blueprint.language_model
+        spec.whole, spec.vision_tower, spec.language_model
     )
     return Belongs(
         stage=manifest["stage"],
@@ -234,21 +242,21 @@ def belongs_of(folder: RunFolder, data: StageData) -> Belongs:
 
 
 def make_stage(blueprint: Blueprint, config: RunConfig) -> Stage:
+    """Make the stage of these settings: its class, options, precision of trainable and frozen weights. Reads no weights."""
     options = to_plain(asdict(config.stage))
-    if (
-        options["activation_checkpointing"] == ActivationCheckpointing.auto.value
-    ):  # not settled yet: for its sizes alone
+    # `auto` is not resolved yet: such a stage is used for its sizes only
+    if options["activation_checkpointing"] == ActivationCheckpointing.auto.value:
         options["activation_checkpointing"] = ActivationCheckpointing.none.value
     precision = config.trainer.precision
     dtype = "bfloat16" if precision == "bf16-true" else "float32"
-    frozen = "bfloat16" if precision == "bf16-mixed" else None
+    frozen_dtype = "bfloat16" if precision == "bf16-mixed" else None
     return STAGES[options.pop("name")](
-        blueprint, **options, tiling=config.data.tiling.value, dtype=dtype, frozen_dtype=frozen, seed=config.seed
+        blueprint, **options, tiling=config.data.tiling.value, dtype=dtype, frozen_dtype=frozen_dtype, seed=config.seed
     )
 
 
 def show_start(data: StageData, stage: Stage) -> None:
-    """What trains, on how much, in how many steps: the last look before time is spent."""
+    """Show what will be trained before training starts: parameters of each part, samples, optimizer steps, micro-batches, ranks."""
     if not is_rank_zero():
         return
     run, datamodule = data.run, data.datamodule

@@ -1,8 +1,8 @@
-"""A W&B server on the loopback interface: what `wandb sweep`, `wandb agent`, `wandb.init` and `wandb sync` need, and no more.
+"""W&B server on the loopback interface, with only what `wandb sweep`, `wandb agent`, `wandb.init` and `wandb sync` need.
 
-It exists so that the real client, agent and command line can be tried and tested without an account: `make sweep-demo`,
-`tests/sweep/`. Names of operations and fields are those that the client (0.31) sends; what it asks beyond them is kept in
-`Loopback.unknown`, so that a client that changed is noticed. Searches and early stopping are `lit_vlm.sweep.search`'s.
+It makes it possible to try and test the real client, agent and command line without an account: `make sweep-demo`,
+`tests/sweep/`. Names of operations and fields are those that the client (0.31) sends. Other requests are collected in
+`LoopbackServer.unknown`, so that a changed client is noticed. Search and early stopping are those of `lit_vlm.sweep.search`.
 """
 
 from lit_vlm.sweep.loopback.server import Loopback

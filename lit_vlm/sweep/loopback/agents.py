@@ -1,4 +1,4 @@
-"""The operations of `wandb sweep` and `wandb agent`: one agent at a time asks what to do, and is told by its heartbeat."""
+"""GraphQL operations of `wandb sweep` and `wandb agent`: an agent gets its commands as the answer to its heartbeat."""
 
 from __future__ import annotations
 
@@ -30,18 +30,20 @@ OVER = (FINISHED, CANCELED, CRASHED)
 
 
 class Agents:
+    """Operations about sweeps and agents."""
+
     def __init__(self, state: State) -> None:
         self.state = state
 
     def op_UpsertSweep(self, variables: Variables) -> dict[str, Any]:
-        known = self.state.sweeps.get(variables.get("id") or "")
-        if known is not None:
-            known.state = str(variables.get("state") or known.state).lower()
+        state = self.state.sweeps.get(variables.get("id") or "")
+        if state is not None:
+            state.state = str(variables.get("state") or state.state).lower()
         else:
             text = variables["config"]
-            known = self.state.add_sweep(variables.get("projectName") or "uncategorized", text, yaml.safe_load(text))
-        project = {"id": known.project, "name": known.project, "entity": {"id": ENTITY, "name": ENTITY}}
-        sweep = {"name": known.name, "project": project}
+            state = self.state.add_sweep(variables.get("projectName") or "uncategorized", text, yaml.safe_load(text))
+        project = {"id": state.project, "name": state.project, "entity": {"id": ENTITY, "name": ENTITY}}
+        sweep = {"name": state.name, "project": project}
         return {"upsertSweep": {"sweep": sweep, "configValidationWarnings": []}}
 
     def op_SweepWithRuns(self, variables: Variables) -> dict[str, Any]:
@@ -49,8 +51,10 @@ class Agents:
         if sweep is None:
             return {"project": {"sweep": None}}
         runs = [{"node": _node(run)} for run in self.state.runs_of(sweep.name)]
-        none = dict.fromkeys("description createdAt heartbeatAt updatedAt bestLoss controller scheduler".split())
-        found = {
+        empty_fields = dict.fromkeys(
+            "description createdAt heartbeatAt updatedAt bestLoss controller scheduler".split()
+        )
+        fields = {
             "id": sweep.name,
             "name": sweep.name,
             "method": sweep.file.method,
@@ -59,7 +63,7 @@ class Agents:
             "earlyStopJobRunning": False,
             "runs": {"edges": runs},
         }
-        return {"project": {"sweep": none | found}}
+        return {"project": {"sweep": empty_fields | fields}}
 
     def op_CreateAgent(self, variables: Variables) -> dict[str, Any]:
         agent = self.state.next_id("agent")
@@ -76,11 +80,12 @@ class Agents:
             if run.name in alive:
                 run.heard = time.monotonic()
             elif run.agent == agent and run.state == PENDING:
-                run.state = FAILED  # its process ended before it said a word
+                run.state = FAILED  # its process ended before its first message
         commands = list(self._commands(sweep, agent, alive))
         return {"agentHeartbeat": {"agent": {"id": agent}, "commands": json.dumps(commands)}}
 
     def _commands(self, sweep: SweepState, agent: str, alive: list[str]) -> Iterator[Variables]:
+        """Iterate over the commands for an agent: stop its runs, or start the next one if none of its runs is alive."""
         self._settle(sweep)
         for name in alive:
             run = self.state.run(name)
@@ -91,17 +96,18 @@ class Agents:
             yield from self._next(sweep, agent)
 
     def _settle(self, sweep: SweepState) -> None:
-        """Tell the search what came of runs that ended since."""
+        """Tell the search the outcomes of runs that ended since the last heartbeat."""
         list(self.state.crashed())
         for run in self.state.runs_of(sweep.name):
             if run.state in ENDED and run.name not in sweep.told and run.number is not None:
                 sweep.told.add(run.name)
                 value = run.summary.get(sweep.file.metric.name) if sweep.file.metric else None
                 outcome = Outcome.stopped if run.stop else Outcome.finished
-                failed = run.state != FINISHED or (value is None and sweep.file.metric is not None)
-                sweep.search.tell(run.number, value, Outcome.failed if failed else outcome)
+                has_failed = run.state != FINISHED or (value is None and sweep.file.metric is not None)
+                sweep.search.tell(run.number, value, Outcome.failed if has_failed else outcome)
 
     def _falls_behind(self, sweep: SweepState, run: RunState) -> bool:
+        """Return whether early stopping ends this run."""
         metric = sweep.file.metric
         return bool(
             run.state == RUNNING
@@ -111,14 +117,14 @@ class Agents:
         )
 
     def _next(self, sweep: SweepState, agent: str) -> Iterator[Variables]:
-        """A run that was preempted goes on before a new one begins; none left: the agent may go."""
+        """Yield the next command: resume a preempted run, start a new run, or exit if none remains."""
         if sweep.state in OVER:
             yield {"type": "exit"}
             return
-        waiting = [run for run in self.state.runs_of(sweep.name) if run.state == PREEMPTED]
-        run = waiting[0] if waiting else self._suggested(sweep)
+        preempted = [run for run in self.state.runs_of(sweep.name) if run.state == PREEMPTED]
+        run = preempted[0] if preempted else self._suggested(sweep)
         if run is not None:
-            kind, run.agent, run.state = "resume" if waiting else "run", agent, PENDING
+            kind, run.agent, run.state = "resume" if preempted else "run", agent, PENDING
             run.heard = time.monotonic()
             arguments = {name: {"value": value} for name, value in run.parameters.items()}
             yield {"type": kind, "run_id": run.name, "program": sweep.file.program, "args": arguments}
@@ -127,6 +133,7 @@ class Agents:
             yield {"type": "exit"}
 
     def _suggested(self, sweep: SweepState) -> RunState | None:
+        """Create the run of the search's next suggestion; None if there is none."""
         suggestion = sweep.search.ask()
         if suggestion is None:
             return None

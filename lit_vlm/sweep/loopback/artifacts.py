@@ -1,4 +1,4 @@
-"""The operations of artifacts: files with a manifest, logged by one run and used by others."""
+"""GraphQL operations about artifacts: files with a manifest, logged by one run and used by others."""
 
 from __future__ import annotations
 
@@ -7,24 +7,26 @@ from typing import Any
 from lit_vlm.sweep.loopback.state import ENTITY, Artifact, State
 
 Variables = dict[str, Any]
-MOMENT = "2026-01-01T00:00:00"  # the client wants one and does nothing with it
+MOMENT = "2026-01-01T00:00:00"  # the client requires a time and does not use it
 
 
 class Artifacts:
+    """Operations about artifacts."""
+
     def __init__(self, state: State, url: str) -> None:
         self.state, self.url = state, url
 
     def op_CreateArtifact(self, variables: Variables) -> Variables:
         given = variables["input"]
         name, kind = given["artifactCollectionName"], given["artifactTypeName"]
-        same = [one for one in self.state.artifacts.values() if one.name == name]
-        number = self.state.next_id("artifact")
-        artifact = Artifact(name, kind, "PENDING", given.get("runName") or "", given.get("digest") or "", len(same))
-        self.state.artifacts[number] = artifact
+        versions = [one for one in self.state.artifacts.values() if one.name == name]
+        artifact_id = self.state.next_id("artifact")
+        artifact = Artifact(name, kind, "PENDING", given.get("runName") or "", given.get("digest") or "", len(versions))
+        self.state.artifacts[artifact_id] = artifact
         if artifact.run:
             self.state.run(artifact.run).logged.append(artifact.path)
         sequence = {"latestArtifact": None}
-        return {"createArtifact": {"artifact": {"id": number, "state": "PENDING", "artifactSequence": sequence}}}
+        return {"createArtifact": {"artifact": {"id": artifact_id, "state": "PENDING", "artifactSequence": sequence}}}
 
     def op_CreateArtifactManifest(self, variables: Variables) -> Variables:
         manifest = f"manifest-{variables['artifactID']}"
@@ -53,7 +55,7 @@ class Artifacts:
         return {"commitArtifact": {"artifact": {"id": variables["artifactID"], "digest": artifact.digest}}}
 
     def op_UseArtifact(self, variables: Variables) -> Variables:
-        given = variables.get("input", variables)  # the client's core asks in one form, its Python side in the other
+        given = variables.get("input", variables)  # the client's core sends one form, its Python code the other
         self.state.run(given["runName"]).used.append(self.state.artifacts[given["artifactID"]].path)
         return {"useArtifact": {"artifact": {"id": given["artifactID"]}}}
 
@@ -91,12 +93,15 @@ class Artifacts:
         return {"clientIDMapping": {"serverID": variables["clientID"]}}
 
     def _named(self, name: str) -> str | None:
-        """The artifact that "name:v0" or "name:latest" means."""
+        """Find the id of the artifact "name:v0" or "name:latest"; None if there is none."""
         name, _, version = name.partition(":")
-        versions = [number for number, one in self.state.artifacts.items() if one.name == name]
+        versions = [artifact_id for artifact_id, one in self.state.artifacts.items() if one.name == name]
         if not version or version == "latest":
             return versions[-1] if versions else None
-        return next((number for number in versions if f"v{self.state.artifacts[number].version}" == version), None)
+        return next(
+            (artifact_id for artifact_id in versions if f"v{self.state.artifacts[artifact_id].version}" == version),
+            None,
+        )
 
     def _whole(self, number: str) -> Variables:
         artifact = self.state.artifacts[number]

@@ -1,4 +1,4 @@
-"""The operations by the name that the client gives them: account, runs, files. Answers hold the fields it asks for."""
+"""GraphQL operations about account, runs and files, by the client's names. Answers hold the fields that it asks for."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ Operation = Callable[[Variables], dict[str, Any]]
 
 
 class Operations:
-    """One method for each operation: variables in, the `data` of the answer out."""
+    """Operations of the server: one method each, from the variables of a request to the `data` of the answer."""
 
     def __init__(self, state: State, url: str) -> None:
         self.state, self.url = state, url
         self._rooms: list[Any] = [self, Agents(state), Artifacts(state, url)]
 
     def find(self, name: str) -> Operation | None:
-        return next((getattr(room, f"op_{name}") for room in self._rooms if hasattr(room, f"op_{name}")), None)
+        """Find the operation of this name; None if the server does not have it."""
+        return next((getattr(handler, f"op_{name}") for handler in self._rooms if hasattr(handler, f"op_{name}")), None)
 
     def store(self, address: str, body: bytes) -> None:
+        """Store an uploaded file."""
         self.state.files[address] = body
         run, _, name = address.partition("/")
         if run in self.state.runs:
             self.state.runs[run].files[name] = body
 
     def stream(self, run: str, message: Variables) -> dict[str, Any]:
-        """Rows of a run; the answer says whether it is to stop."""
+        """Append rows to a run; the answer tells the client whether the run must stop."""
         self.state.run(run).stream(message)
         return {"limits": {}, "stopped": self.state.run(run).stop}
 
@@ -66,14 +68,14 @@ class Operations:
         name = variables.get("name") or variables.get("id") or self.state.next_id("run")
         run = self.state.run(name)
         inserted = run.state == PENDING and not run.starts
-        if run.state != RUNNING:  # a start; the client comes back with the config and summary of one that runs
+        if run.state != RUNNING:  # a start; for a running one the client only sends config and summary again
             run.starts += 1
             run.state, run.exit_code, run.preempting = RUNNING, None, False
         run.project = variables.get("project") or run.project
         for text, into in ((variables.get("config"), run.config), (variables.get("summaryMetrics"), run.summary)):
             into.update(json.loads(text) if text else {})
-        given = {"group": "groupName", "job_type": "jobType", "display_name": "displayName"}
-        for attribute, variable in given.items() | {("tags", "tags"), ("sweep", "sweep")}:
+        renamed_fields = {"group": "groupName", "job_type": "jobType", "display_name": "displayName"}
+        for attribute, variable in renamed_fields.items() | {("tags", "tags"), ("sweep", "sweep")}:
             if variables.get(variable):
                 setattr(run, attribute, variables[variable])
         bucket = {

@@ -1,4 +1,4 @@
-"""HTTP around the operations: GraphQL, the stream of a run's rows, uploads."""
+"""HTTP server of the operations: GraphQL, the file stream of a run's rows, uploads."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from urllib.parse import unquote
 from lit_vlm.sweep.loopback.operations import Operations
 from lit_vlm.sweep.loopback.state import ENTITY, RunState, State, SweepState
 
-KEY = "0123456789abcdef" * 2 + "01234567"  # of nobody: the server takes it, and only it
+KEY = "0123456789abcdef" * 2 + "01234567"  # a fictitious key, the only one that the server accepts
 STREAM = re.compile(r"/files/([^/]+)/([^/]+)/([^/]+)/file_stream")
 
 
 class Loopback:
-    """The server, while its context is open.
+    """W&B server that runs while its context is open.
 
     Args:
-        port: 0 takes any that is free.
-        silent_seconds: see `State`.
+        port: 0 chooses a free port.
+        heartbeat_timeout: see `ServerState`.
 
     Attributes:
-        unknown: operations and addresses that were asked for and are not here.
-        requests: names of GraphQL operations, in order.
+        unknown: requested operations and paths that the server does not have.
+        requests: names of the requested GraphQL operations, in order.
     """
 
     def __init__(self, port: int = 0, silent_seconds: float = 300.0) -> None:
@@ -36,7 +36,7 @@ class Loopback:
         self.unknown: list[str] = []
         self.requests: list[str] = []
         self._lock = threading.RLock()
-        self._failing: list[int] = []  # [status, how many requests more]; empty: answers
+        self._failing: list[int] = []  # [status, number of requests that still fail]; empty: no request fails
         self._http = _Server(("127.0.0.1", port), _Handler)
         self._http.owner = self
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
@@ -59,13 +59,13 @@ class Loopback:
         return self.state.sweeps
 
     def path(self, sweep: str) -> str:
-        """What `wandb agent` is given."""
+        """Return the sweep's path, the argument of `wandb agent`."""
         return f"{ENTITY}/{self.sweeps[sweep].project}/{sweep}"
 
     def environment(self, **more: str) -> dict[str, str]:
-        """For a client's process: this server and key, no telemetry, nothing of the user's own W&B settings but the folders."""
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-        own = {
+        """Return the environment for a client's process: this server and its key, no telemetry, no W&B settings of the user."""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+        settings = {
             "WANDB_BASE_URL": self.url,
             "WANDB_API_KEY": KEY,
             "WANDB_ENTITY": ENTITY,
@@ -73,36 +73,37 @@ class Loopback:
             "NO_PROXY": "127.0.0.1",
             "no_proxy": "127.0.0.1",
         }
-        return kept | own | more
+        return inherited | settings | more
 
     def fail(self, status: int = 500, count: int = 1 << 60) -> None:
         """Answer the next `count` requests with an error."""
         self._failing = [status, count]
 
     def recover(self) -> None:
+        """Answer requests again after `fail`."""
         self._failing = []
 
     def answer(self, method: str, path: str, key: str | None, body: bytes) -> tuple[int, Any]:
-        """Status and JSON to a request."""
+        """Handle a request; return the status and the JSON answer."""
         with self._lock:
             if self._failing and self._failing[1] > 0:
                 self._failing[1] -= 1
                 return self._failing[0], {"error": "out of order"}
-            if path.startswith("/storage/"):  # uploads go by signed addresses, without the key
+            if path.startswith("/storage/"):  # uploads go to signed addresses, without the key
                 self._operations.store(path.removeprefix("/storage/"), body)
                 return 200, {}
             if key != KEY:
                 return 401, {"error": "user is not logged in"}
-            if found := STREAM.fullmatch(path):
-                return 200, self._operations.stream(unquote(found[3]), json.loads(body or b"{}"))
+            if match := STREAM.fullmatch(path):
+                return 200, self._operations.stream(unquote(match[3]), json.loads(body or b"{}"))
             if path == "/graphql":
                 return 200, self._graphql(json.loads(body))
             self.unknown.append(f"{method} {path}")
             return 404, {}
 
     def _graphql(self, request: dict[str, Any]) -> dict[str, Any]:
-        named = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])
-        name = request.get("operationName") or (named[1] if named else "?")
+        match = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])
+        name = request.get("operationName") or (match[1] if match else "?")
         self.requests.append(name)
         operation = self._operations.find(name)
         if operation is None:
@@ -110,20 +111,24 @@ class Loopback:
             return {"data": {}}
         try:
             return {"data": operation(request.get("variables") or {})}
-        except Exception as error:  # a fault of this server must show, and not be asked again for minutes
+        except Exception as error:  # a bug of this server must be visible; otherwise the client would retry for minutes
             self.unknown.append(f"{name}: {error!r}")
             return {"errors": [{"message": f"{name}: {error!r}"}]}
 
 
 class _Server(ThreadingHTTPServer):
+    """HTTP server with a thread for each connection."""
+
     daemon_threads = True
     owner: Loopback
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that drops an idle connection is no error."""
+        """Ignore the error of a client that drops an idle connection."""
 
 
 class _Handler(BaseHTTPRequestHandler):
+    """Handler that passes requests to `LoopbackServer.answer`."""
+
     protocol_version = "HTTP/1.1"
     server: _Server
 
@@ -143,11 +148,11 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = _answer
 
     def log_message(self, format: str, *values: Any) -> None:
-        """The terminal is the client's."""
+        """Print nothing: the terminal belongs to the client."""
 
 
 def _key_in(headers: Any) -> str | None:
-    """The key of `Authorization: Basic`, whose user is "api"."""
+    """Return the key of `Authorization: Basic`, whose user is "api"; None without it."""
     kind, _, text = (headers.get("Authorization") or "").partition(" ")
     if kind.lower() != "basic":
         return None

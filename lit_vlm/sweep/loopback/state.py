@@ -1,4 +1,4 @@
-"""What the server knows: runs, sweeps, agents, artifacts. In memory; it ends with the process."""
+"""State of the server: runs, sweeps, agents, artifacts. It is kept in memory and ends with the process."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ ENDED = (FINISHED, FAILED, CRASHED)
 
 @dataclass(slots=True)
 class RunState:
-    """One run.
+    """State of one run.
 
     Attributes:
         config: as the client sends it, `{"stage": {"value": ...}}`, with W&B's own `_wandb`.
-        history: rows in order; `_step` and the logged names.
+        history: rows in order, with `_step` and the logged metrics.
         events: rows of system metrics.
-        starts: how many processes have begun it; more than one where it was resumed.
+        starts: number of processes that started it; above one if it was resumed.
         stop: the server asked it to stop.
-        files: uploaded by name.
+        files: uploaded files by name.
         used, logged: names of artifacts, as in "name:v0".
-        heard: when a process of it was heard last, in seconds of the monotonic clock.
+        last_heartbeat: time of the last message from its processes, in seconds of the monotonic clock.
     """
 
     name: str
@@ -60,17 +60,17 @@ class RunState:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The config as people write it: names and values, without W&B's own."""
+        """Config as a user writes it: names and values, without W&B's own entry."""
         return {
             name: entry["value"] for name, entry in self.config.items() if name != "_wandb" and isinstance(entry, dict)
         }
 
     def values(self, metric: str) -> list[float]:
-        """All that was logged of a metric, in order."""
+        """Return all logged values of a metric, oldest first."""
         return [float(row[metric]) for row in self.history if isinstance(row.get(metric), int | float)]
 
     def stream(self, message: dict[str, Any]) -> None:
-        """Take in what a process reports: rows by their place in the file, the newest summary, how it ended."""
+        """Update the run with a message of its process: rows by their offset in the file, the newest summary, the exit code."""
         self.heard = time.monotonic()
         for name, chunk in (message.get("files") or {}).items():
             lines = chunk["content"]
@@ -85,13 +85,13 @@ class RunState:
         self.preempting = message.get("preempting", self.preempting)
         if message.get("complete"):
             self.exit_code = message.get("exitcode", 0)
-            ended_well = FINISHED if self.exit_code == 0 else FAILED
-            self.state = PREEMPTED if self.exit_code and self.preempting else ended_well
+            final_state = FINISHED if self.exit_code == 0 else FAILED
+            self.state = PREEMPTED if self.exit_code and self.preempting else final_state
 
 
 @dataclass(slots=True)
 class SweepState:
-    """One sweep and the search behind it."""
+    """State of one sweep, with its search."""
 
     name: str
     project: str
@@ -99,11 +99,13 @@ class SweepState:
     file: SweepFile
     search: Search
     state: str = PENDING
-    told: set[str] = field(default_factory=set)  # runs whose outcome the search knows
+    told: set[str] = field(default_factory=set)  # runs whose outcome was told to the search
 
 
 @dataclass(slots=True)
 class Artifact:
+    """Version of an artifact, logged by a run."""
+
     name: str
     type: str
     state: str
@@ -118,11 +120,11 @@ class Artifact:
 
 
 class State:
-    """All of it.
+    """State of the whole server.
 
     Attributes:
-        silent_seconds: a run whose agent and processes were not heard for so long has crashed; W&B waits some minutes.
-        files: bodies of uploads by their address.
+        heartbeat_timeout: seconds without a message from agent or processes after which a run has crashed; W&B waits minutes.
+        files: contents of uploads by path.
     """
 
     def __init__(self, silent_seconds: float = 300.0) -> None:
@@ -138,19 +140,27 @@ class State:
         return f"{kind}{next(self._numbers):03d}"
 
     def run(self, name: str) -> RunState:
+        """Return the run of this name; create it if it is new."""
         return self.runs.setdefault(name, RunState(name))
 
     def runs_of(self, sweep: str) -> list[RunState]:
+        """List the runs of a sweep."""
         return [run for run in self.runs.values() if run.sweep == sweep]
 
     def add_sweep(self, project: str, text: str, plain: dict[str, Any]) -> SweepState:
+        """Add a sweep with a new search.
+
+        Args:
+            text: the sweep file as YAML.
+            raw: its content.
+        """
         name = self.next_id("sweep")
         file = sweep_from(plain, name)
         self.sweeps[name] = SweepState(name, project, text, file, Search(file))
         return self.sweeps[name]
 
     def crashed(self) -> Iterator[RunState]:
-        """Runs that nobody has heard of for too long; they are marked."""
+        """Mark runs as crashed if they sent no heartbeat for too long; yield these runs."""
         for run in self.runs.values():
             if run.state == RUNNING and time.monotonic() - run.heard > self.silent_seconds:
                 run.state = CRASHED
