@@ -120,7 +120,8 @@ class Checkpoint(L.Callback):
             self.folder.sweep(self._saved)
             best = self.folder.best()
             self._best = best[1] if best else self._best
-        self._best = trainer.strategy.broadcast(self._best)  # also a barrier: no rank writes before the cleanup ends
+        # also a barrier: no rank writes before the cleanup ends
+        self._best = trainer.strategy.broadcast(self._best)
         seconds = 60 * self.timeout_minutes
         self._writer = Writer(
             self.folder, rank=trainer.global_rank, ranks=writers, keep_last=self.keep_last, timeout_seconds=seconds

@@ -69,7 +69,8 @@ class Guard(Exchange):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         listed = list(read_skipped(self.run_dir)) if self.run_dir else []
-        self._listed = set(trainer.strategy.broadcast(listed))  # another rank may see an older version of the file
+        # another rank may see an older version of the file
+        self._listed = set(trainer.strategy.broadcast(listed))
         self._ids, self._losses = [], []
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         if hasattr(datamodule, "left_out"):
@@ -90,7 +91,8 @@ class Guard(Exchange):
         losses = torch.stack(self._losses) if self._losses else torch.zeros(1)
         nonfinite = losses.isfinite().logical_not().sum()
         square_norm = square_sum(trainer, optimizer).to(losses.device)
-        num_bad, grad_square_norm = torch.stack([nonfinite.double(), square_norm]).tolist()  # one device sync
+        # one device sync
+        num_bad, grad_square_norm = torch.stack([nonfinite.double(), square_norm]).tolist()
         consensus = consensus_of(trainer)
         consensus.tell(Word.bad_loss, num_bad)
         consensus.tell(Word.gradient, grad_square_norm)

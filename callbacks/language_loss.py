@@ -52,7 +52,8 @@ class LanguageLoss(L.Callback):
             with warnings.catch_warnings():  # a rank without such a sample must still take part in the sync
                 warnings.filterwarnings("ignore", message=".*called before the ``update`` method.*")
                 value = metric.compute()  # reduced over all ranks
-            if not torch.isnan(value):  # NaN: no such sample in this validation. A diverged run shows in val/loss
+            # NaN: no such sample in this validation. A diverged run shows in val/loss
+            if not torch.isnan(value):
                 pl_module.log(f"val/loss_{name}", value, batch_size=1)
 
     def _update(self, names: list[str], total: Tensor, count: Tensor) -> None:

@@ -28,4 +28,5 @@ class Metric(L.Callback):
         try:
             require_logged(self.metric, names)
         except UserError as error:
-            raise UserError(str(error) if trainer.is_global_zero else "") from None  # only rank 0 shows the message
+            # only rank 0 shows the message
+            raise UserError(str(error) if trainer.is_global_zero else "") from None

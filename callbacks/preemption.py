@@ -76,6 +76,7 @@ class Preemption(L.Callback):
             return
         num_known = len(self._asked)
         requests = _asked_of_any(trainer, self._asked)
+        # a stop request of a sweep is void here: the run is already complete
         self._act(trainer, pl_module, [request for request in requests if request is not Ask.stop])
         self._let_go()  # if a signal ends this process from here on, the next start repeats the rest
         for request in self._asked[num_known:]:
@@ -155,7 +156,8 @@ def _requeued(ask: Ask) -> str:
     if ask is Ask.stop:
         return "the sweep wants no more of this run. Its state is kept."
     if in_sweep() and ask is not Ask.interrupt:
-        return "left. The next agent of the sweep goes on from there."  # the agent owns the job and requeues it
+        # the agent owns the job and requeues it
+        return "left. The next agent of the sweep goes on from there."
     job = own_job()
     if job is None or ask is Ask.interrupt or (ask is Ask.leave and not is_preempted(job)):
         return f"left. {AGAIN}"

@@ -24,7 +24,8 @@ from lit_vlm.secrets import redacted
 from lit_vlm.types import ImageSource, PreferencePair, Record, Sample
 
 TILES = 4  # factor on the training tile limit: generation keeps no activations for a backward pass
-LAYERS = {ASKED: "asked", REFERENCE: "reference", PREDICTED: "prediction"}  # colour of a box -> name of its layer
+# colour of a box -> name of its layer
+LAYERS = {ASKED: "asked", REFERENCE: "reference", PREDICTED: "prediction"}
 SLACK = 8  # tokens beyond the longest reference of the batch; a longer answer is wrong anyway
 
 

@@ -22,7 +22,8 @@ from lit_vlm.types import Batch
 
 COUNTS = ("tokens", "supervised_tokens", "samples", "images")
 LINE_SECONDS = 30.0
-LAST_SHARE, LAST_STEPS = 0.05, 10  # the last loss is the mean over this share of the steps, but at least so many
+# the last loss is the mean over this share of the steps, but at least so many
+LAST_SHARE, LAST_STEPS = 0.05, 10
 
 
 class Throughput(L.Callback):
@@ -39,7 +40,8 @@ class Throughput(L.Callback):
     def __init__(self) -> None:
         names = (*COUNTS, "busy", "wait")  # the last two in seconds
         self._now: dict[str, float] = dict.fromkeys(names, 0.0)  # since the last logging step, on this rank
-        self._sums: dict[str, float] = dict.fromkeys(names, 0.0)  # up to the last logging step, over all ranks
+        # up to the last logging step, over all ranks
+        self._sums: dict[str, float] = dict.fromkeys(names, 0.0)
         self._steps = 0
         self._first: Tensor | None = None
         self._last: deque[Tensor] = deque()
@@ -84,7 +86,8 @@ class Throughput(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         self._mark("communication")
-        if pl_module.device.type == "cuda" and not self._memory and self._steps:  # moments exist after step 1
+        # moments exist after step 1
+        if pl_module.device.type == "cuda" and not self._memory and self._steps:
             parts = memory_parts(trainer, pl_module)
             self._memory = {name: size / 2**30 for name, size in parts.items()}
 
@@ -147,7 +150,8 @@ class Throughput(L.Callback):
         self._steps += 1
         loss = trainer.callback_metrics.get("train/loss")
         if loss is not None:
-            loss = loss.detach().clone()  # kept on the device: reading it would make the host wait at each step
+            # kept on the device: reading it would make the host wait at each step
+            loss = loss.detach().clone()
             self._last.append(loss)
             self._first = loss if self._first is None else self._first
         every = trainer.log_every_n_steps
@@ -167,7 +171,7 @@ class Throughput(L.Callback):
         parts = [{part: rank[part] for part in PARTS} for rank in ranks]
         self._last_look = self._watchman.look(parts) if self._watchman is not None else {}
         averaged = {"busy", "wait", *PARTS}
-        window = {name: sum(counts[name] for counts in ranks) / (len(ranks) if name in averaged else 1) for name in window}
+        window = {name: sum(own[name] for own in ranks) / (len(ranks) if name in averaged else 1) for name in window}
         for name in self._now:
             self._sums[name] += window[name]
             self._now[name] = 0.0
@@ -233,4 +237,5 @@ def _peak_memory(device: torch.device) -> Tensor:
     if device.type == "cuda":
         return torch.tensor(float(torch.cuda.max_memory_allocated(device)), device=device)
     used = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return torch.tensor(float(used) * (1 if sys.platform == "darwin" else 1024))  # macOS counts bytes, Linux KiB
+    # macOS counts bytes, Linux KiB
+    return torch.tensor(float(used) * (1 if sys.platform == "darwin" else 1024))
