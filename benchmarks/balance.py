@@ -33,8 +33,10 @@ from lit_vlm.data.plan.plan import Plan
 from lit_vlm.types import Kind, Language
 
 SHAPES = ("lcs", "mix665k", "anyres")
-CAPS = {"lcs": (16384, 64), "mix665k": (16384, 64), "anyres": (32768, 96)}  # token and tile limits of a micro-batch
-TIGHT = {"lcs": (4096, 16), "mix665k": (8192, 32), "anyres": (16384, 48)}  # about four samples fill a micro-batch
+# token and tile limits of a micro-batch
+CAPS = {"lcs": (16384, 64), "mix665k": (16384, 64), "anyres": (32768, 96)}
+# about four samples fill a micro-batch
+TIGHT = {"lcs": (4096, 16), "mix665k": (8192, 32), "anyres": (16384, 48)}
 RANKS = (8, 64, 256)
 PER_RANK = (2, 4, 8, 16, 32)  # samples per rank and step
 GROUP = 50  # batches in a mega-batch of the length grouping of LLaVA and transformers
@@ -89,7 +91,11 @@ def balance(shape: str, model: str, most_steps: int) -> Iterator[dict[str, Any]]
     """
     flops = flops_of(model)
     for ranks in RANKS:
-        for per_rank, limits in [*((number, CAPS[shape]) for number in PER_RANK), (8, TIGHT[shape]), (16, TIGHT[shape])]:
+        for per_rank, limits in [
+            *((number, CAPS[shape]) for number in PER_RANK),
+            (8, TIGHT[shape]),
+            (16, TIGHT[shape]),
+        ]:
             batch = ranks * per_rank
             steps = max(8, min(most_steps, 200_000 // batch))
             index = index_of(shape, batch * steps)
@@ -303,7 +309,11 @@ def index_of(shape: str, count: int) -> Index:
         answer, anyres = lognormal(150, 0.8, 20, 1300), shape == "anyres"
         is_text = generator.random(count) < (0.15 if anyres else 0.06)
         has_one_tile = generator.random(count) < 0.15 / 0.85
-        extra = np.where(has_one_tile, 0, generator.choice(GRID, count)).astype(np.int32) if anyres else np.zeros(count, np.int32)
+        extra = (
+            np.where(has_one_tile, 0, generator.choice(GRID, count)).astype(np.int32)
+            if anyres
+            else np.zeros(count, np.int32)
+        )
         tiles = np.where(is_text, 0, 1 + extra).astype(np.int32)
         tokens = np.where(
             is_text, lognormal(700, 0.8, 40, 4096 if anyres else 2048), 729 * (1 + extra) + 27 * extra + answer

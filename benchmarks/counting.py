@@ -104,7 +104,9 @@ def states(trainer: L.Trainer, model: Any) -> dict[str, int]:
     else:
         partitioned = hasattr(zero_optimizer, "fp32_partitioned_groups_flat")
         sizes["float32 masters"] = _bytes(
-            zero_optimizer.fp32_partitioned_groups_flat if partitioned else zero_optimizer.single_partition_of_fp32_groups
+            zero_optimizer.fp32_partitioned_groups_flat
+            if partitioned
+            else zero_optimizer.single_partition_of_fp32_groups
         )
         sizes["gradients"] = sum(_bytes(group) for group in zero_optimizer.averaged_gradients.values() if group)
         adam = zero_optimizer.optimizer
@@ -159,7 +161,9 @@ def main(strategy: str, micro_steps: str, precision: str, out: str, tower: str, 
     dist.all_gather_object(rank_results, counted | {"states": step_counter.states})
     if trainer.is_global_zero:
         all_equal = all(rank_result["bytes"] == counted["bytes"] for rank_result in rank_results)
-        max_states = {name: max(rank_result["states"][name] for rank_result in rank_results) for name in step_counter.states}
+        max_states = {
+            name: max(rank_result["states"][name] for rank_result in rank_results) for name in step_counter.states
+        }
         result = {"strategy": strategy, "precision": precision, "ranks": world, "k": data.plan.k, "alike": all_equal}
         Path(out).write_text(json.dumps(result | sizes_of(stage.model) | counted | {"states": max_states}))
     leave_process_group()

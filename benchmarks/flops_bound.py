@@ -54,7 +54,9 @@ def step_flops(shape: Shape, recipe: Recipe, sizes: Sequence[Size]) -> float:
     """Compute the FLOPs of one optimizer step over these records: forward and backward, without the optimizer."""
     sorted_sizes = sorted(sizes, key=lambda size: max(size.lengths)) if recipe.micro_batches > 1 else list(sizes)
     records_per_batch = -(-len(sorted_sizes) // recipe.micro_batches)
-    micro_batches = [sorted_sizes[start : start + records_per_batch] for start in range(0, len(sorted_sizes), records_per_batch)]
+    micro_batches = [
+        sorted_sizes[start : start + records_per_batch] for start in range(0, len(sorted_sizes), records_per_batch)
+    ]
     return sum(_micro_batch(shape, recipe, part) for part in micro_batches)
 
 
@@ -94,7 +96,9 @@ def _language_model(shape: Shape, recipe: Recipe, sizes: Sequence[Size], passes:
     total = 2.0 * text.layers * text.layer * linear * passes + per_square * squares * attention_passes
     if recipe.prunes_last_layer:
         prunable = text.layer - 2 * text.hidden * text.key  # keys and values are needed for all rows
-        total -= 2.0 * prunable * pruned * passes + per_square / text.layers * squares * attention_passes * pruned / linear
+        total -= (
+            2.0 * prunable * pruned * passes + per_square / text.layers * squares * attention_passes * pruned / linear
+        )
     return total
 
 

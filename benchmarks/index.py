@@ -57,7 +57,8 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=300)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--memory", type=int, nargs="*", default=[100_000, 1_000_000, 10_000_000])
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)  # child process: measure the memory of one size in this folder
+    # child process: measure the memory of one size in this folder
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     quiet()
     if arguments.child:
@@ -138,7 +139,9 @@ def turns(draw: random.Random) -> list[dict[str, str]]:
     words = KOREAN if draw.random() < 0.5 else ENGLISH
     conversation = []
     for i in range(draw.choice(TURNS)):
-        question, answer = (" ".join(draw.choices(words, k=draw.randint(*length_range))) for length_range in ((5, 15), (10, 60)))
+        question, answer = (
+            " ".join(draw.choices(words, k=draw.randint(*length_range))) for length_range in ((5, 15), (10, 60))
+        )
         conversation.append({"from": "human", "value": ("<image>\n" if i == 0 else "") + question + "?"})
         conversation.append({"from": "gpt", "value": answer + "."})
     return conversation

@@ -30,7 +30,8 @@ warnings.filterwarnings("ignore")
 import torch
 
 if not find_spec("torchvision") and (Path(sys.prefix) / "torchvision").is_dir():  # installed there by make test
-    _library = torch.library.Library("torchvision", "DEF")  # operators that need CUDA libraries; they are never called
+    # operators that need CUDA libraries; they are never called
+    _library = torch.library.Library("torchvision", "DEF")
     for _name in ("nms", "qnms"):
         _library.define(_name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     sys.path.append(str(Path(sys.prefix) / "torchvision"))
@@ -102,9 +103,12 @@ def compare(folder: Path, images: int, repeats: int) -> dict:
             tiling = Tiling.base if tiling_name == "base tiling" else Tiling.anyres
             processor = Processor(tokenizer, ImageSettings(**REAL, mean=HALF, std=HALF, tiling=tiling))
             samples = samples_of(paths, per_sample)
-            runs = contenders(processor, samples, stock=tiling_name != "base tiling")  # transformers has no base tiling
+            # transformers has no base tiling
+            runs = contenders(processor, samples, stock=tiling_name != "base tiling")
             name = f"{width}x{height} {tiling_name}"
-            differences[name] = {contender: apart(runs["lit_vlm"](), runs[contender]()) for contender in runs if "TRL" in contender}
+            differences[name] = {
+                contender: apart(runs["lit_vlm"](), runs[contender]()) for contender in runs if "TRL" in contender
+            }
             if differences[name].get(PIL_NAME, 0.0) > 1e-5:
                 raise SystemExit(f"{name}: transformers' tiles differ: {differences[name]}. No rate is printed.")
             rates[name] = interleaved(runs, len(paths), repeats)

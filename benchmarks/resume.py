@@ -47,7 +47,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768, help="hidden size of a language model of ten layers")
     parser.add_argument("--steps", type=int, default=24)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=ROOT / "benchmarks") as folder:  # on disk: the default temporary folder may be in memory
+    # on disk: the default temporary folder may be in memory
+    with tempfile.TemporaryDirectory(dir=ROOT / "benchmarks") as folder:
         root = Path(folder)
         saves = {str(mode): save(root / str(mode), mode == "beside", arguments) for mode in ("beside", "waiting")}
         kills = killed(root / "kill")
@@ -100,7 +101,8 @@ def save(folder: Path, beside: bool, arguments: argparse.Namespace) -> dict[str,
     quiet_steps, busy = ([seconds for seconds, writing in steps if writing is is_busy] for is_busy in (False, True))
     return {
         "state_gb": size / 1e9,
-        "median_stall_seconds": statistics.median(saver.stalls[1:]),  # the first save allocates the host buffers
+        # the first save allocates the host buffers
+        "median_stall_seconds": statistics.median(saver.stalls[1:]),
         "first_stall_seconds": saver.stalls[0],
         "median_step_seconds": statistics.median(quiet_steps),
         "median_step_seconds_while_writing": statistics.median(busy) if busy else None,

@@ -112,12 +112,19 @@ def published() -> list[dict[str, Any]]:
         for (gpus, timing), published_value in zip(zero3[fabric.name].items(), seconds, strict=True):
             rows.append(
                 _row(
-                    f"{fabric.name}: seconds of ZeRO-3's communication, {gpus} GPUs", published_value, timing.communication, 0.04
+                    f"{fabric.name}: seconds of ZeRO-3's communication, {gpus} GPUs",
+                    published_value,
+                    timing.communication,
+                    0.04,
                 )
             )
     for fabric, published_value in zip(FABRICS, (1400, 4600, 9100, 74000), strict=True):
         tokens = break_even(zero3[fabric.name][64], 8192)
-        rows.append(_row(f"{fabric.name}: tokens from which on ZeRO-3's is hidden, 64 GPUs", published_value, round(tokens), 0.02))
+        rows.append(
+            _row(
+                f"{fabric.name}: tokens from which on ZeRO-3's is hidden, 64 GPUs", published_value, round(tokens), 0.02
+            )
+        )
     node, ethernet = FABRICS[2], FABRICS[3]
     for scheme, gpus, fabric, k, published_value, tolerance in (
         (Scheme.zero3, 128, node, 1, 84, 0.10),
@@ -274,7 +281,9 @@ def beside_formula(counted: dict[str, Any]) -> dict[str, Any]:
     group_share, replica_share = (group - 1) / group, (ranks // group - 1) / (ranks // group)
     sum_share = group_share if group == ranks else replica_share
     sent = counted["bytes"]
-    received = group_share * (sent.get("all-gather", 0) + sent.get("reduce-scatter", 0)) + 2 * sum_share * sent.get("all-reduce", 0)
+    received = group_share * (sent.get("all-gather", 0) + sent.get("reduce-scatter", 0)) + 2 * sum_share * sent.get(
+        "all-reduce", 0
+    )
     return counted | {
         "formula": round(formula),
         "came": round(received),

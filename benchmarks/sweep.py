@@ -57,9 +57,12 @@ def main() -> None:
         "default x 2": sweep.fixed | {"stage.learning_rate": 2 * rate},
         "default / 2": sweep.fixed | {"stage.learning_rate": rate / 2},
     }
-    losses_by_setting = {name: losses(folder, name, trial_words(sweep, values, [])) for name, values in settings.items()}
+    losses_by_setting = {
+        name: losses(folder, name, trial_words(sweep, values, [])) for name, values in settings.items()
+    }
     trials = [
-        {"number": record.number, "state": record.state, "value": record.value, "seconds": record.seconds} | swept(sweep, record)
+        {"number": record.number, "state": record.state, "value": record.value, "seconds": record.seconds}
+        | swept(sweep, record)
         for record in records
     ]
     result = {

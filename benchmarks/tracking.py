@@ -105,7 +105,12 @@ class Runner:
         command += [f"run_dir={self.folder / 'runs'}", f"run_name={self.name}"]
         log = (self.folder / f"{self.name}.log").open("w")
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env=self.environment | variables, pass_fds=(run_read, run_write), stdout=log, stderr=subprocess.STDOUT
+            command,
+            cwd=ROOT,
+            env=self.environment | variables,
+            pass_fds=(run_read, run_write),
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
         os.close(run_read)
         os.close(run_write)

@@ -34,7 +34,10 @@ def interleave(
     start = time.perf_counter()
     for i in range(most):
         if i >= repeats:
-            is_stable = max(spread([getattr(t, clock) for t in contender_times]) for contender_times in times.values()) <= SPREAD
+            is_stable = (
+                max(spread([getattr(t, clock) for t in contender_times]) for contender_times in times.values())
+                <= SPREAD
+            )
             if is_stable or time.perf_counter() - start > budget:
                 break
         for contender in contenders if i % 2 == 0 else contenders[::-1]:

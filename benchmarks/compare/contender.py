@@ -202,7 +202,8 @@ class Ours(Contender):
         return float(loss.detach())
 
     def loss(self, batch: Batch) -> Tensor:
-        if isinstance(self.stage, DPOStage):  # its step_loss logs and checks the first loss, which needs a Trainer
+        # its step_loss logs and checks the first loss, which needs a Trainer
+        if isinstance(self.stage, DPOStage):
             loss, output = self.stage._preference(batch, Tally(), training=True)
             self.metrics = output.metrics
             return loss

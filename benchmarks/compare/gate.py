@@ -96,7 +96,11 @@ def compare(ours: str, mine: Facts, name: str, theirs: Facts, tolerance: Toleran
     differences["logps"] = max(pairs, default=0.0)
     limits = asdict(tolerance)
     for quantity in ("loss", "logps", "gradients", "parameters"):
-        is_exceeded = differences[quantity] > limits[quantity] if quantity in ("loss", "logps") else not differences[quantity] >= limits[quantity]
+        is_exceeded = (
+            differences[quantity] > limits[quantity]
+            if quantity in ("loss", "logps")
+            else not differences[quantity] >= limits[quantity]
+        )
         if is_exceeded:
             kind = "differ by" if quantity in ("loss", "logps") else "have a cosine of"
             raise UserError(

@@ -36,7 +36,9 @@ def main(stage: str, size: str, tiles: int, name: str, folder: Path, batch: int,
     case, placement = smaller(make_case(stage, size, tiles), batch, steps), Place(folder)
     torch.set_num_threads(1)
     contender = (make_ours(case, placement) | make_peers(case, placement))[name]()
-    warm_up_records = sorted((record for step in case.batches for record in step if record.images), key=_length(case))[:4]
+    warm_up_records = sorted((record for step in case.batches for record in step if record.images), key=_length(case))[
+        :4
+    ]
     _once(contender, warm_up_records)  # warm-up: loads libraries and chooses kernels
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     start_kilobytes = _kilobytes("VmRSS")

@@ -70,7 +70,9 @@ def bar_chart(rows: list[tuple[str, float | None, float, float | None]], label: 
         parts.append(_row(x, TOP + ROW * i, name, value, bound, bar))
     has_goal = any(bar is not None for *_, bar in rows)
     legend = (
-        "black line: what arithmetic allows; red dashes: the bar" if has_goal else "black line: what arithmetic predicts"
+        "black line: what arithmetic allows; red dashes: the bar"
+        if has_goal
+        else "black line: what arithmetic predicts"
     )
     parts.append(f'<text class="faint" x="{LEFT}" y="{floor + 36}">{legend}</text>')
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label, quote=True)}">'
@@ -87,5 +89,7 @@ def _row(x: Scale, top: int, name: str, value: float | None, bound: float, bar: 
         parts.append(f'<text x="{WIDTH - RIGHT + 8}" y="{middle}">{value:.2f}</text>')
     for position, style in ((bound, "bound"), (bar, "asked")):
         if position is not None:
-            parts.append(f'<line class="{style}" x1="{x(position)}" x2="{x(position)}" y1="{top + 3}" y2="{top + ROW - 3}"/>')
+            parts.append(
+                f'<line class="{style}" x1="{x(position)}" x2="{x(position)}" y1="{top + 3}" y2="{top + ROW - 3}"/>'
+            )
     return "".join(parts)
