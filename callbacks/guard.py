@@ -93,9 +93,9 @@ class Guard(Exchange):
         square_norm = square_sum(trainer, optimizer).to(losses.device)
         # one device sync
         num_bad, grad_square_norm = torch.stack([nonfinite.double(), square_norm]).tolist()
-        consensus = consensus_of(trainer)
-        consensus.tell(Word.bad_loss, num_bad)
-        consensus.tell(Word.gradient, grad_square_norm)
+        flags = consensus_of(trainer)
+        flags.tell(Word.bad_loss, num_bad)
+        flags.tell(Word.gradient, grad_square_norm)
 
     def after_exchange(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer

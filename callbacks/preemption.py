@@ -54,8 +54,8 @@ class Preemption(L.Callback):
     ) -> None:
         if not is_last_micro_step(trainer):
             return
-        consensus = consensus_of(trainer)
-        self._act(trainer, pl_module, [request for request in BY_WEIGHT if consensus.heard(Word(request.value))])
+        flags = consensus_of(trainer)
+        self._act(trainer, pl_module, [request for request in BY_WEIGHT if flags.heard(Word(request.value))])
 
     def on_validation_batch_end(
         self,
@@ -111,11 +111,11 @@ class Preemption(L.Callback):
 
 
 def _teller(trainer: L.Trainer, asked: list[Ask]) -> Callable[[Ask], None]:
-    consensus = consensus_of(trainer)
+    flags = consensus_of(trainer)
 
     def tell(ask: Ask) -> None:
         asked.append(ask)
-        consensus.tell(Word(ask.value))
+        flags.tell(Word(ask.value))
 
     return tell
 
