@@ -242,15 +242,12 @@ def _create(path: Path, text: str) -> None:
 
 
 def verdict(beats: list[Beat], limit: float, run_dir: Path) -> Note:
-    """Find the ranks that block the others: those without recent heartbeats, else those with the least progress.
+    """Make the exit notice of a stuck run. It names the ranks without recent heartbeats, else those with the least progress.
 
     Args:
         heartbeats: last heartbeats of all ranks.
         timeout_seconds: seconds without progress, for the message and for the age of a stale heartbeat.
         run_dir: run folder, for the message.
-
-    Returns:
-        The exit notice, with status STUCK.
     """
     newest = max((other.beat for other in beats), default=0.0)
     alive = [other for other in beats if other.state == "alive"]
