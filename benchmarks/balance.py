@@ -287,6 +287,7 @@ def memory() -> int:
 
 
 def flops_of(model: str) -> Flops:
+    """Make the FLOP model of a Qwen2.5 size with SigLIP, both trained."""
     config = {"text_config": dict(zip(NAMES, TEXT[model], strict=True)), "vision_config": VISION}
     return Flops.from_config(config, trains_tower=True, trains_language_model=True)
 

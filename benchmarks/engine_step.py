@@ -66,6 +66,7 @@ def main() -> None:
 
 
 def one_rank(arguments: argparse.Namespace) -> None:
+    """Run the benchmark on this rank; rank 0 writes the result."""
     quiet()
     logging.getLogger("lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
@@ -106,6 +107,7 @@ class Alternate(L.Callback):
 
 
 def now() -> tuple[float, float]:
+    """Read the wall clock and the CPU clock in seconds."""
     return time.perf_counter(), time.process_time()
 
 
@@ -172,6 +174,7 @@ class Bare(ZeroStrategy):
         self.alternate.step = self.bare_loop()
 
     def bare_loop(self) -> Callable[[Batch], torch.Tensor]:
+        """Make the step function of the bare loop over its own DeepSpeed engine."""
         import deepspeed
 
         stage = make_stage(self.blueprint)
@@ -192,6 +195,7 @@ class Bare(ZeroStrategy):
 
 
 def micro_batches(blueprint: Blueprint, size: int, steps: int, rank: int, world: int) -> list[Batch]:
+    """Make the collated micro-batches of this rank, one per step."""
     processor = Processor(blueprint.tokenizer, blueprint.images)
     count = size * world * steps // len(KINDS) + 1
     sources = [BuiltinSource(kind, kind, language=Language.ko, num_samples=count) for kind in KINDS]

@@ -163,6 +163,7 @@ def timed(contender: Contender, inputs: Any, steps: int) -> list[float]:
 
 
 def case_of(row: Row, device: str, size: str | None) -> Case:
+    """Make the case of a row; with little device memory, dpo has one pair per batch."""
     batch = row.batch
     if row.stage == "dpo" and device == "cuda" and torch.cuda.get_device_properties(0).total_memory < ROOMY:
         batch = 1
@@ -177,6 +178,7 @@ def place_of(row: Row, name: str, device: str) -> Place:
 
 
 def maker(case: Case, place: Place, name: str) -> Callable[[], Contender]:
+    """Get the factory of a contender by name."""
     if name == OURS:
         return make_ours(case, place)[OURS]
     from benchmarks.compare.peers import make_peers
@@ -229,6 +231,7 @@ def best(function: Callable[[], Any], device: str, rounds: int = 5, inner: int =
 
 
 def free(device: str) -> None:
+    """Free cached device memory."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()

@@ -136,6 +136,7 @@ def photo(seed: int) -> Image.Image:
 
 
 def turns(draw: random.Random) -> list[dict[str, str]]:
+    """Make a random conversation in Korean or English."""
     words = KOREAN if draw.random() < 0.5 else ENGLISH
     conversation = []
     for i in range(draw.choice(TURNS)):
@@ -171,6 +172,7 @@ class Made:
 
 
 def in_a_process(records: int) -> dict[str, Any]:
+    """Run `measure_memory` in a subprocess."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.index", "--memory", str(records), "--child", folder]
         return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
@@ -235,6 +237,7 @@ def resident() -> float:
 
 
 def columns_of(index: Index) -> float:
+    """Measure the size of the index columns in MiB."""
     return (sum(column.nbytes for column in index.columns.values()) + index.source_of.nbytes) / 2**20
 
 
@@ -245,12 +248,14 @@ def processor_of(folder: Path) -> Processor:
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Measure the wall seconds of a call; return them with its result."""
     start = time.perf_counter()
     result = function()
     return time.perf_counter() - start, result
 
 
 def machine() -> dict[str, Any]:
+    """Describe the processor: model and number of cores."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -130,6 +130,7 @@ def photographs(folder: Path, width: int, height: int, count: int) -> list[Path]
 
 
 def samples_of(paths: list[Path], per_sample: int) -> list[Sample]:
+    """Make caption samples over image files."""
     samples = []
     for start in range(0, len(paths), per_sample):
         chosen = paths[start : start + per_sample]
@@ -143,6 +144,8 @@ def samples_of(paths: list[Path], per_sample: int) -> list[Sample]:
 
 
 def contenders(processor: Processor, samples: list[Sample], stock: bool) -> dict[str, Callable[[], Batch | Mapping]]:
+    """Make the contenders, by name, for one set of samples."""
+
     def ours() -> Batch:
         return collate(processor, fresh(samples))
 
@@ -217,6 +220,7 @@ def apart(ours: Batch | Mapping, theirs: Batch | Mapping) -> float:
 
 
 def interleaved(runs: dict[str, Callable], num_images: int, repeats: int) -> dict[str, list[float]]:
+    """Measure images per CPU second of all contenders in turn."""
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats):
         for name in list(runs) if repeat % 2 == 0 else list(runs)[::-1]:
@@ -227,6 +231,7 @@ def interleaved(runs: dict[str, Callable], num_images: int, repeats: int) -> dic
 
 
 def training_step(blueprint: Blueprint) -> Callable[[Batch], None]:
+    """Make the training step of the tiny sft stage."""
     stage = SFTStage(blueprint)
     stage.configure_model()
     optimizer = torch.optim.AdamW(stage.model.parameters(), lr=1e-3, fused=True)

@@ -53,6 +53,7 @@ def main() -> None:
 
 
 def compare(folder: Path, steps: int) -> dict:
+    """Compare loss and gradients of packed steps with those of single samples."""
     tower, language = tiny_parts(folder / "parts")
     blueprint = draw_up(ModelConfig(vision_tower=tower, language_model=language, grid=2, max_tiles=4))
     processor = Processor(blueprint.tokenizer, blueprint.images)

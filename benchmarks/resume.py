@@ -74,6 +74,7 @@ class Clock(L.Callback):
 
 
 def save(folder: Path, beside: bool, arguments: argparse.Namespace) -> dict[str, float | None]:
+    """Measure stall and step seconds of a training run that saves checkpoints."""
     quiet()
     torch.set_num_threads(1)
     tower, _ = tiny_parts(folder / "parts")
@@ -111,6 +112,7 @@ def save(folder: Path, beside: bool, arguments: argparse.Namespace) -> dict[str,
 
 
 def killed(folder: Path) -> dict[str, float]:
+    """Measure the seconds from the kill of a run until it trains again."""
     folder.mkdir(parents=True)
     table, seconds = folder / "runs/a/metrics.csv", []
     overrides = [*RUN.split(), "run_name=a", f"run_dir={folder}/runs", "checkpoint.every_steps=10"]
@@ -132,20 +134,24 @@ def killed(folder: Path) -> dict[str, float]:
 
 
 def start(words: list[str], folder: Path) -> subprocess.Popen[bytes]:
+    """Start a run in a subprocess."""
     with open(folder / "log", "a") as log:
         return subprocess.Popen([sys.executable, str(ROOT / "run.py"), *words], cwd=folder, stdout=log, stderr=log)
 
 
 def rows(table: Path) -> int:
+    """Count the rows of metrics.csv."""
     return len(table.read_text().splitlines()) if table.is_file() else 0
 
 
 def until(table: Path, least: int) -> None:
+    """Wait until the table has at least so many rows."""
     while rows(table) < least:
         time.sleep(0.01)
 
 
 def until_new(log: Path, known: int, words: str) -> None:
+    """Wait until a text appears in the log after an offset."""
     while words not in log.read_text()[known:]:
         time.sleep(0.01)
 

@@ -179,6 +179,7 @@ def spellings(secret: str) -> set[str]:
 
 
 def is_in(secret: str, written: str) -> bool:
+    """Return whether a text shows the secret in any spelling."""
     return any(spelling in written for spelling in spellings(secret))
 
 

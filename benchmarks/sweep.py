@@ -92,10 +92,12 @@ def losses(folder: Path, name: str, words: list[str]) -> list[float]:
 
 
 def swept(sweep: Any, record: Any) -> dict[str, Any]:
+    """Get the swept parameters of a trial."""
     return {key: record.parameters[key] for key in sweep.swept}
 
 
 def run_py(folder: Path, *words: str) -> None:
+    """Run `run.py` in a folder."""
     subprocess.run([sys.executable, str(ROOT / "run.py"), *words], cwd=folder, check=True)
 
 

@@ -98,6 +98,7 @@ class Runner:
     _ends: list[int] = field(default_factory=list)
 
     def start(self, steps: int) -> None:
+        """Start the run in a subprocess."""
         (own_read, run_write), (run_read, own_write) = os.pipe(), os.pipe()
         self._ends = [own_read, own_write]
         variables = {READING: str(run_read), WRITING: str(run_write), TIMES: str(self.folder / f"{self.name}.json")}
@@ -120,9 +121,11 @@ class Runner:
         self.running = os.read(self._ends[0], 1) == b"."
 
     def turn(self) -> None:
+        """Start a turn of steps."""
         os.write(self._ends[1], b".")
 
     def times(self) -> dict[str, list[float]]:
+        """Read the recorded seconds."""
         return json.loads((self.folder / f"{self.name}.json").read_text(encoding="utf-8"))
 
 
@@ -158,6 +161,7 @@ def main() -> None:
 
 
 def quiet(server: Loopback, place: str) -> dict[str, str]:
+    """Make the environment of a run with a W&B server on the loopback interface."""
     variables = {"HOME": place, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
     return server.environment(**variables, WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL="1")
 

@@ -88,6 +88,7 @@ class Guard(Exchange):
         self._losses.append(loss.detach().double())
 
     def before_exchange(self, trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> None:
+        """Set the flags of non-finite losses and of the squared gradient norm."""
         losses = torch.stack(self._losses) if self._losses else torch.zeros(1)
         nonfinite = losses.isfinite().logical_not().sum()
         square_norm = square_sum(trainer, optimizer).to(losses.device)
@@ -100,6 +101,7 @@ class Guard(Exchange):
     def after_exchange(
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
+        """Skip a listed step, and handle a non-finite loss or gradient."""
         flag_sum = consensus_of(trainer).heard
         has_scaler = getattr(trainer.precision_plugin, "scaler", None) is not None
         if self._step in self._listed:

@@ -152,6 +152,7 @@ def measure(case: Case, contenders: list[Contender], arguments: Arguments, say) 
 
 
 def case_recomputes(case: Case, name: str) -> bool:
+    """Return whether a contender should recompute activations."""
     return (SWITCHES[name].predicted(case) if name in SWITCHES else case.recipe(name)).recomputes
 
 

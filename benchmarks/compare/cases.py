@@ -170,6 +170,7 @@ def make_case(stage: str, size: str = "twin7b", tiles: int = 5) -> Case:
 
 
 def smaller(case: Case, batch: int, steps: int) -> Case:
+    """Return the case with another batch size and number of steps."""
     return replace(case, batch=batch, steps=steps)
 
 

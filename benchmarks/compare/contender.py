@@ -79,6 +79,7 @@ class Place:
         return torch.autocast(self.device, torch.bfloat16) if self.mixed else contextlib.nullcontext()
 
     def wait(self) -> None:
+        """Wait until the GPU has finished its work."""
         if self.device == "cuda":
             torch.cuda.synchronize()
 
@@ -119,11 +120,13 @@ class Contender:
         return {name: value for name, value in named if id(value) in self._learning}
 
     def optimize(self) -> None:
+        """Make the optimizer of the trained parameters."""
         parameters = [parameter for parameter in self.models[0].parameters() if parameter.requires_grad]
         self._learning = {id(parameter) for parameter in parameters}
         self.optimizer = torch.optim.AdamW(parameters, lr=RATE, eps=EPS, weight_decay=0.0, fused=True)
 
     def update(self) -> None:
+        """Clip the gradients, update the weights and clear the gradients."""
         torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
         self.optimizer.step()
         self.clear()
@@ -132,6 +135,7 @@ class Contender:
         self.models[0].zero_grad(set_to_none=True)
 
     def step(self, records: list[Record]) -> Times:
+        """Run one optimizer step and return its times."""
         start = _now()
         inputs = self.prepare(records)
         data_end = _now()
@@ -202,6 +206,7 @@ class Ours(Contender):
         return float(loss.detach())
 
     def loss(self, batch: Batch) -> Tensor:
+        """Compute the loss of a batch."""
         # its step_loss logs and checks the first loss, which needs a Trainer
         if isinstance(self.stage, DPOStage):
             loss, output = self.stage._preference(batch, Tally(), training=True)
@@ -229,6 +234,7 @@ class OursWithKeptReference(Ours):
             self._keep(self.prepare(records))
 
     def forget(self) -> None:
+        """Reset the reference cache."""
         self.stage.kept = ReferenceLogProbs(None)
 
     def loss(self, batch: Batch) -> Tensor:

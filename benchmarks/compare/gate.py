@@ -56,6 +56,7 @@ def check(
 
 
 def facts_of(contender: Contender, batches: list[list[Record]]) -> Facts:
+    """Run the steps with a contender and collect its results."""
     trained = contender.trained()
     names = sorted(trained)
     logps = [contender.logps(record) for record in batches[0]] if contender.case.prefers else []
@@ -127,6 +128,7 @@ def require_checkpointing(contender: Contender, wanted: bool) -> None:
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Flatten tensors into one float32 vector on the CPU."""
     return torch.cat([tensor.flatten().float().cpu() for tensor in tensors])
 
 

@@ -57,9 +57,11 @@ class Maker:
         self.number = 0
 
     def records(self, count: int) -> list[Record]:
+        """Generate a batch of records."""
         return [self.record() for _ in range(count)]
 
     def record(self) -> Record:
+        """Generate the next record."""
         self.number += 1
         if self.shape.startswith("pairs"):
             grid = (1, 1) if self.shape == "pairs_1" else (2, 2)

@@ -89,6 +89,7 @@ def ratio(rows: dict[str, Any], peer: str, ours: str, clock: str = "cpu") -> flo
 
 
 def ladder(case: Case, result: dict[str, Any], recipes: dict[str, Recipe]) -> list[dict[str, Any]]:
+    """Compare the measured slow-down of each ablation with its prediction."""
     rows, shape = result["contenders"], case.model_size.shape
     return [
         {
@@ -197,9 +198,11 @@ def _memory_table(result: dict[str, Any]) -> str:
 
 
 def times(value: float | None) -> str:
+    """Format a ratio for a table."""
     return "spread too wide" if value is None else f"{value:.2f}"
 
 
 def markdown(head: list[str], body: list[list[str]]) -> str:
+    """Render a Markdown table."""
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

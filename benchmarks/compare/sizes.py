@@ -57,6 +57,7 @@ class ModelSize:
     image_size: int
 
     def config(self, tokenizer: PreTrainedTokenizerFast) -> LlavaOnevisionConfig:
+        """Make the transformers config."""
         text = Qwen2Config(
             hidden_size=self.hidden,
             num_hidden_layers=self.layers,
@@ -91,6 +92,7 @@ class ModelSize:
         )
 
     def images(self, tiling: Tiling) -> ImageSettings:
+        """Make the image settings."""
         pinpoints = grid_pinpoints(self.image_size, GRID)
         return ImageSettings(self.image_size, 14, pinpoints, MAX_TILES, (0.5,) * 3, (0.5,) * 3, tiling=tiling)
 

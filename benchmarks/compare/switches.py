@@ -41,9 +41,11 @@ class Switch:
     batch: Callable[[Batch], Batch] = lambda batch: batch
 
     def contender(self, name: str, case: Case, place: Place) -> Ours:
+        """Make the contender with this optimisation off."""
         return Ours(case, place, name=name, options=self.options, alter=self.alter, batch=self.batch)
 
     def predicted(self, case: Case) -> Recipe:
+        """Make the recipe that predicts its FLOPs."""
         return replace(case.recipe(OURS), **self.recipe)
 
 
@@ -73,11 +75,13 @@ def head_on_all_rows(contender: Ours) -> None:
 
 
 def last_layer_on_all_rows(contender: Ours) -> None:
+    """Compute the last layer for all rows."""
     for model in contender.models:
         model.model.__class__ = LastLayerOnAllRows
 
 
 def a_prompt_for_each_answer(contender: Ours) -> None:
+    """Repeat the prompt for each response of a pair."""
     contender.processor = Processor(contender.processor.tokenizer, contender.processor.images, share_prompts=False)
 
 
@@ -88,6 +92,7 @@ class LooksAgain(DPOStage):
 
 
 def a_tower_for_the_reference(contender: Ours) -> None:
+    """Add a separate vision tower to the reference model."""
     contender.stage.__class__ = LooksAgain
     contender.stage.reference.model.vision_tower = copy.deepcopy(contender.stage.model.model.vision_tower)
 

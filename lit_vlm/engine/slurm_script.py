@@ -195,4 +195,5 @@ def _quoted(value: str) -> str:
 
 
 def one_line(text: str) -> str:
+    """Collapse all whitespace of a text to single spaces."""
     return " ".join(text.split())

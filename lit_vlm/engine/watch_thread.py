@@ -299,6 +299,7 @@ def _kill(beat: Beat) -> None:
 
 
 def say(text: str) -> None:
+    """Write a line to stderr without buffering and without locks."""
     os.write(2, f"{text}\n".encode())  # print() may need a lock that the main thread holds
 
 
