@@ -1,11 +1,12 @@
-"""How long ranks wait for each other: this plan's packs beside padding, length grouping, next-fit and best-fit packing.
+"""Benchmark of load balance: packing of this plan against padding, length grouping, next-fit and best-fit packing.
 
     python -m benchmarks.balance [--steps 200] [--plans 100000 1000000 10000000]
 
-Three shapes of data, two models, 8, 64 and 256 simulated ranks. Every contender gets the same samples and the same
-token and tile caps. Balance is mean over largest FLOPs: of each micro-step over the ranks (what FSDP and ZeRO-3 wait
-for), and of the ranks' sums in an optimizer step (what DDP waits for). Then the time and memory that a plan takes to
-build, one process and one thread each. The result goes to benchmarks/results/balance.json with versions.
+It uses three data shapes, three models, and 8, 64 and 256 simulated ranks. All contenders get the same samples and the
+same token and tile limits. Balance is the mean over the maximum of FLOPs. It is computed for each micro-step over the ranks
+(what FSDP and ZeRO-3 wait for), and for the sums of the ranks in an optimizer step (what DDP waits for). Then the time and
+memory to build a plan are measured, in one process with one thread each. The result goes to
+benchmarks/results/balance.json with versions.
 """
 
 from __future__ import annotations
@@ -32,16 +33,18 @@ from lit_vlm.data.plan.plan import Plan
 from lit_vlm.types import Kind, Language
 
 SHAPES = ("lcs", "mix665k", "anyres")
-CAPS = {"lcs": (16384, 64), "mix665k": (16384, 64), "anyres": (32768, 96)}  # tokens and tiles of a pack
-TIGHT = {"lcs": (4096, 16), "mix665k": (8192, 32), "anyres": (16384, 48)}  # some four samples fill a pack
+# token and tile limits of a micro-batch
+CAPS = {"lcs": (16384, 64), "mix665k": (16384, 64), "anyres": (32768, 96)}
+# about four samples fill a micro-batch
+TIGHT = {"lcs": (4096, 16), "mix665k": (8192, 32), "anyres": (16384, 48)}
 RANKS = (8, 64, 256)
-PER_RANK = (2, 4, 8, 16, 32)  # samples of a rank in a step
-GROUP = 50  # mega-batches of LLaVA's and transformers' length grouping hold so many batches
-WINDOW = 2048  # samples that best-fit looks ahead
+PER_RANK = (2, 4, 8, 16, 32)  # samples per rank and step
+GROUP = 50  # batches in a mega-batch of the length grouping of LLaVA and transformers
+WINDOW = 2048  # samples that best-fit packs at a time
 GRID = np.repeat(
     np.arange(1, 10), [2, 6, 3, 8, 1, 5, 1, 2, 4]
-)  # tiles beside the base view, as often as pictures have them
-VISION = {  # SigLIP so400m of 384 pixels; the last of its 27 layers is not run
+)  # tiles without the base view, repeated by their frequency
+VISION = {  # SigLIP so400m with 384 pixels; the last of its 27 layers is not run
     "hidden_size": 1152,
     "intermediate_size": 4304,
     "num_hidden_layers": 26,
@@ -68,7 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--plans", type=int, nargs="*", default=[10**5, 10**6, 10**7])
-    parser.add_argument("--build", type=int, help=argparse.SUPPRESS)  # in a process of its own
+    parser.add_argument("--build", type=int, help=argparse.SUPPRESS)  # in a separate process
     arguments = parser.parse_args()
     if arguments.build:
         print(json.dumps(built(arguments.build)))
@@ -76,127 +79,142 @@ def main() -> None:
     rows = [row for shape in SHAPES for model in TEXT for row in balance(shape, model, arguments.steps)]
     plans = [build(count) for count in arguments.plans]
     result = {"balance": rows, "plans": plans, "versions": versions()}
-    out = Path(__file__).parent / "results" / "balance.json"
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    path = Path(__file__).parent / "results" / "balance.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
     show(result)
 
 
 def balance(shape: str, model: str, most_steps: int) -> Iterator[dict[str, Any]]:
-    """Rows of one shape and model: every contender at each number of ranks, ours with few and many samples a rank and
-    with tight caps too."""
+    """Yield the rows of one data shape and model: all contenders at each number of ranks.
+
+    Our plan is also measured with few and many samples per rank, and with tight limits.
+    """
     flops = flops_of(model)
     for ranks in RANKS:
-        for per_rank, caps in [*((number, CAPS[shape]) for number in PER_RANK), (8, TIGHT[shape]), (16, TIGHT[shape])]:
+        for per_rank, limits in [
+            *((number, CAPS[shape]) for number in PER_RANK),
+            (8, TIGHT[shape]),
+            (16, TIGHT[shape]),
+        ]:
             batch = ranks * per_rank
             steps = max(8, min(most_steps, 200_000 // batch))
             index = index_of(shape, batch * steps)
-            options: dict[str, Any] = {
+            plan_options: dict[str, Any] = {
                 "flops": flops,
                 "global_batch_size": batch,
                 "world_size": ranks,
                 "max_steps": steps,
             }
-            plan = Plan(index, most_tokens=caps[0], most_tiles=caps[1], **options)
+            plan = Plan(index, most_tokens=limits[0], most_tiles=limits[1], **plan_options)
             base = {"shape": shape, "model": model, "ranks": ranks, "samples_per_rank": per_rank, "steps": steps}
-            base |= {"most_tokens": caps[0], "most_tiles": caps[1]}
+            base |= {"most_tokens": limits[0], "most_tiles": limits[1]}
             yield base | {"way": "lit_vlm"} | ours(plan)
-            if per_rank == 8 and caps == CAPS[shape]:
-                for way, batches in ways(index, plan, np.random.default_rng(0)).items():
-                    yield base | {"way": way} | theirs(index, flops, batches, plan, padded="padded" in way)
+            if per_rank == 8 and limits == CAPS[shape]:
+                for method, batches in ways(index, plan, np.random.default_rng(0)).items():
+                    yield base | {"way": method} | theirs(index, flops, batches, plan, padded="padded" in method)
 
 
 def ours(plan: Plan) -> dict[str, Any]:
-    found = plan.balance()
+    """Measure the balance of a plan."""
+    stats = plan.balance()
     return {
         "k": plan.k,
-        "micro_step": found["micro_steps"]["mean"],
-        "micro_step_worst": found["micro_steps"]["min"],
-        "rank": found["ranks"]["mean"],
-        "rank_worst": found["ranks"]["min"],
-        "padding": found["padding"],
+        "micro_step": stats["micro_steps"]["mean"],
+        "micro_step_worst": stats["micro_steps"]["min"],
+        "rank": stats["ranks"]["mean"],
+        "rank_worst": stats["ranks"]["min"],
+        "padding": stats["padding"],
         "above_a_cap": int(
-            found["tokens"]["largest"] > plan.most_tokens or found["tiles"]["largest"] > plan.most_tiles
+            stats["tokens"]["largest"] > plan.most_tokens or stats["tiles"]["largest"] > plan.most_tiles
         ),
-        "fill": found["tokens"]["mean"] / plan.most_tokens,
+        "fill": stats["tokens"]["mean"] / plan.most_tokens,
     }
 
 
 def ways(index: Index, plan: Plan, generator: np.random.Generator) -> dict[str, list[np.ndarray]]:
-    """What others feed their ranks: batches of samples, in the order in which the ranks take them.
+    """Make the baselines: for each method, the batches of samples in the order in which the ranks take them.
 
-    Batches of a fixed size hold as many samples as this plan's packs hold on average. Packers fill up to the token cap
-    and know of no tile cap.
+    Batches of fixed size hold as many samples as the micro-batches of this plan on average. The packing baselines fill up
+    to the token limit and have no tile limit.
     """
     draws = plan.draws().astype(np.int64)
     size = max(1, round(len(draws) / (plan.num_steps * plan.k * plan.world_size)))
     grouped = by_length(index, draws, size, plan.world_size, generator)
-    packers: dict[str, Callable[[np.ndarray, np.ndarray, int], list[np.ndarray]]] = {
+    packings: dict[str, Callable[[np.ndarray, np.ndarray, int], list[np.ndarray]]] = {
         "next-fit packing": next_fit,
         "best-fit packing": best_fit,
     }
-    found = {"random batches, padded": split(draws, size), "length-grouped, padded": split(grouped, size)}
-    for name, pack in packers.items():
+    baselines = {"random batches, padded": split(draws, size), "length-grouped, padded": split(grouped, size)}
+    for name, pack in packings.items():
         packs = pack(draws, index.tokens[draws].astype(np.int64), plan.most_tokens)
-        found[name] = [packs[i] for i in generator.permutation(len(packs))]
-    return found
+        baselines[name] = [packs[i] for i in generator.permutation(len(packs))]
+    return baselines
 
 
 def split(samples: np.ndarray, size: int) -> list[np.ndarray]:
+    """Split samples into batches of a fixed size, without the incomplete last one."""
     return list(samples[: len(samples) // size * size].reshape(-1, size))
 
 
 def by_length(index: Index, draws: np.ndarray, size: int, ranks: int, generator: np.random.Generator) -> np.ndarray:
-    """LLaVA's `group_by_modality_length`: samples with and without images apart, each in mega-batches sorted by length and
-    cut so that the ranks of a step get neighbours, mega-batches shuffled."""
-    step, stretches = size * ranks, []
+    """Group samples by length as LLaVA's `group_by_modality_length`.
+
+    Samples with and without images are kept separate. Each group is split into mega-batches sorted by length, so that the
+    ranks of a step get samples of similar length. Then the steps are shuffled.
+    """
+    step, step_batches = size * ranks, []
     for part in (draws[index.images[draws] > 0], draws[index.images[draws] == 0]):
         for start in range(0, len(part), step * GROUP):
-            stretch = part[start : start + step * GROUP]
-            stretch = stretch[np.argsort(-index.tokens[stretch], kind="stable")]
-            stretches += [stretch[i : i + step] for i in range(0, len(stretch) - step + 1, step)]
-    return np.concatenate([stretches[i] for i in generator.permutation(len(stretches))] or [draws[:0]])
+            mega_batch = part[start : start + step * GROUP]
+            mega_batch = mega_batch[np.argsort(-index.tokens[mega_batch], kind="stable")]
+            step_batches += [mega_batch[i : i + step] for i in range(0, len(mega_batch) - step + 1, step)]
+    return np.concatenate([step_batches[i] for i in generator.permutation(len(step_batches))] or [draws[:0]])
 
 
 def next_fit(samples: np.ndarray, tokens: np.ndarray, cap: int) -> list[np.ndarray]:
-    bounds, filled = [0], 0
-    for place, more in enumerate(tokens.tolist()):
-        if filled + more > cap:
-            bounds.append(place)
-            filled = 0
-        filled += more
+    """Pack samples in order by next-fit: open a new pack when the current one is full."""
+    bounds, num_tokens = [0], 0
+    for i, length in enumerate(tokens.tolist()):
+        if num_tokens + length > cap:
+            bounds.append(i)
+            num_tokens = 0
+        num_tokens += length
     return [samples[begin:end] for begin, end in zip(bounds, [*bounds[1:], len(samples)], strict=True)]
 
 
 def best_fit(samples: np.ndarray, tokens: np.ndarray, cap: int) -> list[np.ndarray]:
-    """Longest first, into the fullest pack that has room, within a window."""
+    """Pack samples by best-fit decreasing within a window: longest first, into the fullest pack with room."""
     packs = []
     for start in range(0, len(samples), WINDOW):
         part, lengths = samples[start : start + WINDOW], tokens[start : start + WINDOW]
-        room, opened = np.full(len(part), cap), [list[int]() for _ in part]
-        for place in np.argsort(-lengths, kind="stable").tolist():
-            fits = np.where(room >= lengths[place], room, cap + 1)
-            best = int(fits.argmin())  # an empty pack only where no other has room: it has most
-            opened[best].append(place)
-            room[best] -= lengths[place]
-        packs += [part[places] for places in opened if places]
+        room, pack_members = np.full(len(part), cap), [list[int]() for _ in part]
+        for i in np.argsort(-lengths, kind="stable").tolist():
+            fits = np.where(room >= lengths[i], room, cap + 1)
+            best = int(fits.argmin())  # an empty pack has the most room, so it is chosen last
+            pack_members[best].append(i)
+            room[best] -= lengths[i]
+        packs += [part[members] for members in pack_members if members]
     return packs
 
 
 def theirs(index: Index, flops: Flops, batches: list[np.ndarray], plan: Plan, *, padded: bool) -> dict[str, Any]:
-    """Batches go to the ranks in turn; ranks wait for each other in each micro-step, and after `k` of them."""
+    """Measure the balance of a baseline, whose batches go to the ranks in turn.
+
+    Ranks wait for each other in each micro-step, and after `k` micro-steps.
+    """
     ranks, k = plan.world_size, plan.k
     steps = len(batches) // (ranks * k)
     batches = batches[: steps * ranks * k]
     tokens = [index.tokens[batch].astype(np.int64) for batch in batches]
     slots = [np.full(len(t), t.max()) if padded else t for t in tokens]
-    work = [
+    batch_flops = [
         flops.of(t, t**2, index.tiles[batch], index.supervised[batch]).sum()
         for t, batch in zip(slots, batches, strict=True)
     ]
-    table = np.array(work).reshape(steps, k, ranks)
-    micro = table.sum(axis=(1, 2)) / ranks / table.max(axis=2).sum(axis=1)
-    rank = table.sum(axis=(1, 2)) / ranks / table.sum(axis=1).max(axis=1)
-    held, taken = sum(int(t.sum()) for t in tokens), sum(int(t.sum()) for t in slots)
+    flops_by_step = np.array(batch_flops).reshape(steps, k, ranks)
+    micro = flops_by_step.sum(axis=(1, 2)) / ranks / flops_by_step.max(axis=2).sum(axis=1)
+    rank = flops_by_step.sum(axis=(1, 2)) / ranks / flops_by_step.sum(axis=1).max(axis=1)
+    real_tokens, padded_tokens = sum(int(t.sum()) for t in tokens), sum(int(t.sum()) for t in slots)
     above = [
         s.sum() > plan.most_tokens or index.tiles[batch].sum() > plan.most_tiles
         for s, batch in zip(slots, batches, strict=True)
@@ -207,19 +225,20 @@ def theirs(index: Index, flops: Flops, batches: list[np.ndarray], plan: Plan, *,
         "micro_step_worst": float(micro.min()),
         "rank": float(rank.mean()),
         "rank_worst": float(rank.min()),
-        "padding": 1 - held / taken,
+        "padding": 1 - real_tokens / padded_tokens,
         "above_a_cap": float(np.mean(above)),
-        "fill": taken / len(batches) / plan.most_tokens,
+        "fill": padded_tokens / len(batches) / plan.most_tokens,
     }
 
 
 def build(count: int) -> dict[str, Any]:
-    """Run `built` in a process of its own, whose memory is the plan's and the index's alone."""
+    """Run `measure_build` in a subprocess, whose memory holds only the plan and the index."""
     command = [sys.executable, "-m", "benchmarks.balance", "--build", str(count)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def built(count: int) -> dict[str, Any]:
+    """Measure time and memory to build, re-pack, open and read a plan of `count` samples."""
     index = index_of("anyres", count)
     index.columns["digest"] = np.random.default_rng(0).integers(0, 1 << 63, count).astype(np.uint64)
     options: dict[str, Any] = {
@@ -230,13 +249,13 @@ def built(count: int) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder)
-        began = time.perf_counter()
+        start = time.perf_counter()
         Plan(index, world_size=64, store=store, **options)
-        first, began = time.perf_counter() - began, time.perf_counter()
+        build_seconds, start = time.perf_counter() - start, time.perf_counter()
         Plan(index, world_size=8, store=store, **options)
-        redealt, peak, began = time.perf_counter() - began, memory(), time.perf_counter()
+        repack_seconds, peak, start = time.perf_counter() - start, memory(), time.perf_counter()
         plan = Plan(index, world_size=64, store=store, digest=index.digest(), **options)
-        opened = time.perf_counter() - began
+        open_seconds = time.perf_counter() - start
         size = sum(path.stat().st_size for path in store.glob("*.arrow"))
         times = sorted(
             timed(plan, step) for step in np.random.default_rng(0).integers(0, plan.num_steps, 1000).tolist()
@@ -244,9 +263,9 @@ def built(count: int) -> dict[str, Any]:
     return {
         "samples": count,
         "steps": plan.num_steps,
-        "build_seconds": first,
-        "deal_again_seconds": redealt,
-        "open_seconds": opened,
+        "build_seconds": build_seconds,
+        "deal_again_seconds": repack_seconds,
+        "open_seconds": open_seconds,
         "index_gib": sum(column.nbytes for column in index.columns.values()) / 2**30,
         "peak_gib": peak / 2**30,
         "stored_mib": size / 2**20,
@@ -256,24 +275,29 @@ def built(count: int) -> dict[str, Any]:
 
 
 def timed(plan: Plan, step: int) -> float:
-    began = time.perf_counter()
+    """Measure the seconds to read one step of a plan."""
+    start = time.perf_counter()
     plan.step(step)
-    return time.perf_counter() - began
+    return time.perf_counter() - start
 
 
 def memory() -> int:
-    """Most bytes that this process has held."""
+    """Return the peak resident bytes of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def flops_of(model: str) -> Flops:
+    """Make the FLOP model of a Qwen2.5 size with SigLIP, both trained."""
     config = {"text_config": dict(zip(NAMES, TEXT[model], strict=True)), "vision_config": VISION}
     return Flops.from_config(config, trains_tower=True, trains_language_model=True)
 
 
 def index_of(shape: str, count: int) -> Index:
-    """Made samples in the shape of a data set: `lcs` one tile and a short caption; `mix665k` one tile and a dialogue, 6 %
-    text; `anyres` up to ten tiles, 15 % text."""
+    """Make an index of synthetic samples with the length distribution of a data set.
+
+    `lcs`: one tile and a short caption. `mix665k`: one tile and a dialogue, 6 % text only. `anyres`: up to ten tiles, 15 %
+    text only.
+    """
     generator = np.random.default_rng(0)
 
     def lognormal(median: float, sigma: float, low: int, high: int) -> np.ndarray:
@@ -284,29 +308,35 @@ def index_of(shape: str, count: int) -> Index:
         tokens = 735 + answer
     else:
         answer, anyres = lognormal(150, 0.8, 20, 1300), shape == "anyres"
-        text = generator.random(count) < (0.15 if anyres else 0.06)
-        few = generator.random(count) < 0.15 / 0.85
-        grid = np.where(few, 0, generator.choice(GRID, count)).astype(np.int32) if anyres else np.zeros(count, np.int32)
-        tiles = np.where(text, 0, 1 + grid).astype(np.int32)
-        tokens = np.where(
-            text, lognormal(700, 0.8, 40, 4096 if anyres else 2048), 729 * (1 + grid) + 27 * grid + answer
+        is_text = generator.random(count) < (0.15 if anyres else 0.06)
+        has_one_tile = generator.random(count) < 0.15 / 0.85
+        extra = (
+            np.where(has_one_tile, 0, generator.choice(GRID, count)).astype(np.int32)
+            if anyres
+            else np.zeros(count, np.int32)
         )
-    given = {"tokens": tokens, "tiles": tiles, "images": tiles > 0, "supervised": np.minimum(answer, tokens // 2)}
-    given |= {"squares": tokens.astype(np.int64) ** 2, "position": np.arange(count)}
-    plain = {
+        tiles = np.where(is_text, 0, 1 + extra).astype(np.int32)
+        tokens = np.where(
+            is_text, lognormal(700, 0.8, 40, 4096 if anyres else 2048), 729 * (1 + extra) + 27 * extra + answer
+        )
+    values = {"tokens": tokens, "tiles": tiles, "images": tiles > 0, "supervised": np.minimum(answer, tokens // 2)}
+    values |= {"squares": tokens.astype(np.int64) ** 2, "position": np.arange(count)}
+    defaults = {
         "kind": KINDS.index(Kind.instruction),
         "language": LANGUAGES.index(Language.en),
         "most_tiles": -1,
         "turns": -1,
     }
     columns = {
-        name: given[name].astype(dtype) if name in given else np.full(count, plain.get(name, 0), dtype)
+        name: values[name].astype(dtype) if name in values else np.full(count, defaults.get(name, 0), dtype)
         for name, dtype in {**COLUMNS, **FITTED}.items()
     }
     return Index([_Made(shape)], np.zeros(count, dtype=np.int16), columns)
 
 
 class _Made:
+    """Source of synthetic samples."""
+
     digest = ""
 
     def __init__(self, name: str) -> None:
@@ -320,7 +350,7 @@ def versions() -> dict[str, str]:
 
 
 def show(result: dict[str, Any]) -> None:
-    """The rows of the 7B model; the others are in the file."""
+    """Print the rows of the 7B model; the file holds all rows."""
     print("shape    ranks  per    cap  k  way                      micro   rank  worst  padding  > cap")
     for row in result["balance"]:
         if row["model"] == "7B":

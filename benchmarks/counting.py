@@ -1,7 +1,7 @@
-"""One rank of a training step whose messages and states are counted: `torchrun -m benchmarks.counting STRATEGY MICRO PRECISION OUT PARTS`.
+"""Count collective bytes and state bytes of a training step: `torchrun -m benchmarks.counting STRATEGY MICRO PRECISION OUT PARTS`.
 
-Started by benchmarks/scaling.py. Every call that reaches torch.distributed's process groups passes the counter, whichever
-engine makes it: DDP's reducer in C++, fully_shard, DeepSpeed.
+This is one rank; benchmarks/scaling.py starts it. Each call to a process group of torch.distributed passes the counter,
+from any engine: DDP's reducer in C++, fully_shard or DeepSpeed.
 """
 
 from __future__ import annotations
@@ -32,14 +32,13 @@ from lit_vlm.model.build import draw_up
 from lit_vlm.stages import SFTStage
 from lit_vlm.types import Language
 
-COUNTED_STEP = (
-    2  # by then engines have seen a whole step: DDP has ordered its buckets, DeepSpeed knows the order of layers
-)
-FEW = 64  # bytes; smaller messages are numbers for the log and norms for clipping
+# After two steps the engines are warm: DDP has ordered its buckets, and DeepSpeed knows the order of layers.
+COUNTED_STEP = 2
+FEW = 64  # bytes; such messages are values for logging and norms for gradient clipping
 
 
 class Collectives(TorchDispatchMode):
-    """Bytes of the whole tensor that each collective is about, by its kind; small ones apart."""
+    """Counter of the bytes of the full tensor in each collective, by kind. Small messages are counted separately."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,9 +59,9 @@ class Collectives(TorchDispatchMode):
         if name.startswith("allreduce"):
             return "all-reduce", _bytes(args[0])
         if name.startswith("allgather"):
-            return "all-gather", _bytes(args[0])  # what comes out is the whole
+            return "all-gather", _bytes(args[0])  # the output is the full tensor
         if name.startswith("reduce_scatter"):
-            return "reduce-scatter", _bytes(args[1])  # what goes in is
+            return "reduce-scatter", _bytes(args[1])  # the input is the full tensor
         return ("", 0) if name in ("barrier", "monitored_barrier") else (name, _bytes(args[0]))
 
 
@@ -73,7 +72,7 @@ def _bytes(tensors: Any) -> int:
 
 
 class CountOneStep(L.Callback):
-    """Counts from the first micro-step of a step to the end of its update."""
+    """Counts collectives from the first micro-step of a step to the end of its update."""
 
     def __init__(self) -> None:
         self.counter = Collectives()
@@ -95,26 +94,28 @@ class CountOneStep(L.Callback):
 
 
 def states(trainer: L.Trainer, model: Any) -> dict[str, int]:
-    """Bytes that this rank holds between a step's last backward pass and its update."""
-    zero = getattr(getattr(trainer.strategy, "deepspeed_engine", None), "optimizer", None)
+    """Measure the state bytes of this rank between the last backward pass of a step and its update."""
+    zero_optimizer = getattr(getattr(trainer.strategy, "deepspeed_engine", None), "optimizer", None)
     parameters = list(model.parameters())
-    held = {"weights": sum(_bytes(_local(p)) for p in parameters)}
-    if zero is None:
-        held["gradients"] = sum(_bytes(_local(p.grad)) for p in parameters if p.grad is not None)
+    sizes = {"weights": sum(_bytes(_local(p)) for p in parameters)}
+    if zero_optimizer is None:
+        sizes["gradients"] = sum(_bytes(_local(p.grad)) for p in parameters if p.grad is not None)
         adam = trainer.optimizers[0]
     else:
-        partitioned = hasattr(zero, "fp32_partitioned_groups_flat")
-        held["float32 masters"] = _bytes(
-            zero.fp32_partitioned_groups_flat if partitioned else zero.single_partition_of_fp32_groups
+        partitioned = hasattr(zero_optimizer, "fp32_partitioned_groups_flat")
+        sizes["float32 masters"] = _bytes(
+            zero_optimizer.fp32_partitioned_groups_flat
+            if partitioned
+            else zero_optimizer.single_partition_of_fp32_groups
         )
-        held["gradients"] = sum(_bytes(group) for group in zero.averaged_gradients.values() if group)
-        adam = zero.optimizer
+        sizes["gradients"] = sum(_bytes(group) for group in zero_optimizer.averaged_gradients.values() if group)
+        adam = zero_optimizer.optimizer
     moments = (_local(state[name]) for state in adam.state.values() for name in ("exp_avg", "exp_avg_sq"))
-    return held | {"AdamW's moments": sum(map(_bytes, moments))}
+    return sizes | {"AdamW's moments": sum(map(_bytes, moments))}
 
 
 def _local(tensor: Any) -> torch.Tensor:
-    if hasattr(tensor, "ds_tensor"):  # DeepSpeed's slice
+    if hasattr(tensor, "ds_tensor"):  # DeepSpeed's partition
         return tensor.ds_tensor
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
@@ -122,23 +123,23 @@ def _local(tensor: Any) -> torch.Tensor:
 def main(strategy: str, micro_steps: str, precision: str, out: str, tower: str, language: str) -> None:
     quiet()
     torch.set_num_threads(1)
-    world, k = int(os.environ["WORLD_SIZE"]), int(micro_steps)
+    world, accumulation_steps = int(os.environ["WORLD_SIZE"]), int(micro_steps)
     blueprint = draw_up(ModelConfig(vision_tower=tower, language_model=language, grid=2, max_tiles=4))
     stage = SFTStage(blueprint)
     settings = TrainerConfig(accelerator="cpu", devices=world, strategy=Strategy(strategy), precision=precision)
     settings.shard_size = max(1, world // 2) if settings.strategy is Strategy.hsdp else None
     source = BuiltinSource("caption_ko", "caption", language=Language.ko, num_samples=20 * world)
-    samples = 4 * world * k
+    samples = 4 * world * accumulation_steps
     data = DataModule(
         Processor(blueprint.tokenizer, blueprint.images),
         [source],
         0.0,
         global_batch_size=samples,
         max_steps=COUNTED_STEP + 2,
-        tokens_per_micro_batch=1 << 20 if k == 1 else 200,
+        tokens_per_micro_batch=1 << 20 if accumulation_steps == 1 else 200,
         num_workers=0,
     )
-    count = CountOneStep()
+    step_counter = CountOneStep()
     trainer = L.Trainer(
         accelerator="cpu",
         devices=world,
@@ -152,40 +153,46 @@ def main(strategy: str, micro_steps: str, precision: str, out: str, tower: str, 
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        callbacks=[count],
+        callbacks=[step_counter],
     )
     trainer.fit(stage, data)
-    counted = {"bytes": dict(count.counter.bytes), "calls": dict(count.counter.calls)}
-    everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, counted | {"states": count.states})
+    counted = {"bytes": dict(step_counter.counter.bytes), "calls": dict(step_counter.counter.calls)}
+    rank_results: list[Any] = [None] * world
+    dist.all_gather_object(rank_results, counted | {"states": step_counter.states})
     if trainer.is_global_zero:
-        alike = all(other["bytes"] == counted["bytes"] for other in everyone)
-        most = {name: max(other["states"][name] for other in everyone) for name in count.states}
-        result = {"strategy": strategy, "precision": precision, "ranks": world, "k": data.plan.k, "alike": alike}
-        Path(out).write_text(json.dumps(result | sizes_of(stage.model) | counted | {"states": most}))
+        all_equal = all(rank_result["bytes"] == counted["bytes"] for rank_result in rank_results)
+        max_states = {
+            name: max(rank_result["states"][name] for rank_result in rank_results) for name in step_counter.states
+        }
+        result = {"strategy": strategy, "precision": precision, "ranks": world, "k": data.plan.k, "alike": all_equal}
+        Path(out).write_text(json.dumps(result | sizes_of(stage.model) | counted | {"states": max_states}))
     leave_process_group()
 
 
 def sizes_of(model: Any) -> dict[str, int]:
-    """Numbers of parameters that the formulas ask for.
+    """Count the parameters that the communication formulas need.
 
-    `root`: outside of all layers, where FSDP2 gathers once and not twice. `table`: of embeddings that are the head too.
+    `root`: parameters outside of all layers, which FSDP2 gathers once instead of twice. `table`: parameters of embeddings
+    that are tied to the head.
     """
-    named = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
-    frozen = sum(named[name] for name, p in model.named_parameters() if not p.requires_grad)
+    counts = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
+    frozen = sum(counts[name] for name, p in model.named_parameters() if not p.requires_grad)
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    table = named["model.language_model.embed_tokens.weight"] if tied else 0
-    root = sum(number for name, number in named.items() if ".layers." not in name)
-    total = sum(named.values())
+    table = counts["model.language_model.embed_tokens.weight"] if tied else 0
+    root = sum(count for name, count in counts.items() if ".layers." not in name)
+    total = sum(counts.values())
     return {"total": total, "trainable": total - frozen, "root": root, "table": table}
 
 
 def _strategy(settings: TrainerConfig) -> Any:
-    """This project's own. ZeRO-3 would leave a model as tiny as this whole all the time; here it leaves nothing whole."""
+    """Make the strategy of this project, with ZeRO-3 set to partition all weights.
+
+    By default ZeRO-3 would keep a model of this size unpartitioned.
+    """
     strategy: Any = make_strategy(settings)
     if settings.strategy is Strategy.deepspeed_zero3:
         strategy.config["zero_optimization"] |= {
-            "stage3_param_persistence_threshold": 0,  # elements of a weight that stays whole
+            "stage3_param_persistence_threshold": 0,  # elements of a weight that stays unpartitioned
             "stage3_max_live_parameters": 0,
             "stage3_max_reuse_distance": 0,
             "stage3_prefetch_bucket_size": 0,

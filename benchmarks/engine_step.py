@@ -1,11 +1,11 @@
-"""An optimizer step of the tiny sft stage under Lightning and ZeRO beside a bare loop over the same DeepSpeed engine.
+"""Benchmark of the engine overhead: an optimizer step under Lightning and ZeRO against a bare loop over DeepSpeed.
 
     python -m benchmarks.engine_step [--ranks 2] [--stage 2] [--batch 16] [--steps 60]
 
-Both sides have the same model, micro-batches that are collated already, AdamW, clipping and DeepSpeed configuration, on
-CPU processes with gloo and one thread each. Steps alternate, so that a busy machine is busy for both; losses must be equal
-at each step. Our side runs the callbacks and the logger of a run. The median of the ratios goes to
-benchmarks/results/engine_step.json with versions.
+The stage is the tiny sft stage. Both sides use the same model, collated micro-batches, AdamW, gradient clipping and DeepSpeed
+configuration, on CPU processes with gloo and one thread each. Their steps alternate, so that load of the machine affects
+both; losses must be equal at each step. Our side runs the callbacks and the logger of a run. The median of the ratios goes
+to benchmarks/results/engine_step.json with versions.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ from lit_vlm.stages import SFTStage
 from lit_vlm.stages.optimizer import make_optimizer
 from lit_vlm.types import Batch, Language
 
-KINDS = ("caption", "grounding", "instruction", "multi_image")  # each pack has pictures
+KINDS = ("caption", "grounding", "instruction", "multi_image")  # each micro-batch has images
 CALLBACKS = ["throughput", "guard", "heartbeat"]
-WARM_UP = 5  # steps that are not counted
+WARM_UP = 5  # warm-up steps, not measured
 OUT = Path(__file__).parent / "results" / "engine_step.json"
 
 
@@ -66,6 +66,7 @@ def main() -> None:
 
 
 def one_rank(arguments: argparse.Namespace) -> None:
+    """Run the benchmark on this rank; rank 0 writes the result."""
     quiet()
     logging.getLogger("lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
@@ -82,35 +83,36 @@ def one_rank(arguments: argparse.Namespace) -> None:
 
 
 class Alternate(L.Callback):
-    """Behind each step of the trainer one of the bare loop; the seconds, of the clock and of this process, and the losses."""
+    """Runs a step of the bare loop after each step of the trainer, and records wall seconds, CPU seconds and losses."""
 
     def __init__(self, step: Callable[[Batch], torch.Tensor]) -> None:
         self.step = step
         self.ours: list[tuple[float, float]] = []
         self.bare: list[tuple[float, float]] = []
-        self.apart = 0.0  # largest relative difference of the losses
+        self.apart = 0.0  # maximum relative difference of the losses
         self.began = (0.0, 0.0)
 
     def on_train_start(self, trainer, pl_module):
         self.began = now()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        ended = now()
+        trainer_end = now()
         loss = self.step(batch)
-        after = now()
-        self.ours.append((ended[0] - self.began[0], ended[1] - self.began[1]))
-        self.bare.append((after[0] - ended[0], after[1] - ended[1]))
-        mine = float(pl_module._partial)
-        self.apart = max(self.apart, abs(float(loss) - mine) / mine)
+        bare_end = now()
+        self.ours.append((trainer_end[0] - self.began[0], trainer_end[1] - self.began[1]))
+        self.bare.append((bare_end[0] - trainer_end[0], bare_end[1] - trainer_end[1]))
+        trainer_loss = float(pl_module._partial)
+        self.apart = max(self.apart, abs(float(loss) - trainer_loss) / trainer_loss)
         self.began = now()
 
 
 def now() -> tuple[float, float]:
+    """Read the wall clock and the CPU clock in seconds."""
     return time.perf_counter(), time.process_time()
 
 
 def compare(folder: Path, arguments: argparse.Namespace) -> dict:
-    """Raises SystemExit where the losses differ: a ratio between different computations means nothing."""
+    """Measure the ratio of step times. Raise SystemExit if the losses differ: such a ratio would be meaningless."""
     tower, language = tiny_parts(folder / "parts")
     blueprint = draw_up(ModelConfig(vision_tower=tower, language_model=language, grid=2, max_tiles=4))
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -136,8 +138,8 @@ def compare(folder: Path, arguments: argparse.Namespace) -> dict:
     if alternate.apart > 1e-5:
         raise SystemExit(f"The losses differ by {alternate.apart:.1e}. No ratio is printed.")
     clocks = {}
-    for number, clock in enumerate(("wall", "cpu")):
-        ours, bare = ([pair[number] for pair in side[WARM_UP:]] for side in (alternate.ours, alternate.bare))
+    for i, clock in enumerate(("wall", "cpu")):
+        ours, bare = ([pair[i] for pair in seconds[WARM_UP:]] for seconds in (alternate.ours, alternate.bare))
         ratios = [mine / other for mine, other in zip(ours, bare, strict=True)]
         clocks[clock] = {
             "median_ratio": statistics.median(ratios),
@@ -161,7 +163,7 @@ def make_stage(blueprint: Blueprint) -> SFTStage:
 
 
 class Bare(ZeroStrategy):
-    """Makes the bare loop's engine beside its own, once the processes know each other."""
+    """ZeRO strategy that also creates the engine of the bare loop, after the process group is initialised."""
 
     def __init__(self, blueprint: Blueprint, alternate: Alternate, stage: int) -> None:
         super().__init__(stage)
@@ -172,6 +174,7 @@ class Bare(ZeroStrategy):
         self.alternate.step = self.bare_loop()
 
     def bare_loop(self) -> Callable[[Batch], torch.Tensor]:
+        """Make the step function of the bare loop over its own DeepSpeed engine."""
         import deepspeed
 
         stage = make_stage(self.blueprint)
@@ -192,21 +195,22 @@ class Bare(ZeroStrategy):
 
 
 def micro_batches(blueprint: Blueprint, size: int, steps: int, rank: int, world: int) -> list[Batch]:
+    """Make the collated micro-batches of this rank, one per step."""
     processor = Processor(blueprint.tokenizer, blueprint.images)
     count = size * world * steps // len(KINDS) + 1
     sources = [BuiltinSource(kind, kind, language=Language.ko, num_samples=count) for kind in KINDS]
-    found = []
+    own_batches = []
     for step in range(steps):
-        packs = []
-        for other in range(world):
-            first = (step * world + other) * size
+        rank_batches = []
+        for other_rank in range(world):
+            first = (step * world + other_rank) * size
             samples = [sources[i % len(sources)][i // len(sources)] for i in range(first, first + size)]
-            packs.append(collate(processor, samples))
-        mine = packs[rank]
-        mine.step_supervised_tokens = sum(pack.num_supervised_tokens for pack in packs)
-        mine.step_tiles = sum(pack.num_tiles for pack in packs)
-        found.append(mine)
-    return found
+            rank_batches.append(collate(processor, samples))
+        own_batch = rank_batches[rank]
+        own_batch.step_supervised_tokens = sum(other_batch.num_supervised_tokens for other_batch in rank_batches)
+        own_batch.step_tiles = sum(other_batch.num_tiles for other_batch in rank_batches)
+        own_batches.append(own_batch)
+    return own_batches
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""FLOPs of an optimizer step as arithmetic: what a trainer makes the device do, and the least that the step needs.
+"""Analytical FLOPs of an optimizer step: those that a trainer executes, and the minimum that the step needs.
 
-A multiply-add is two. A matrix of N weights costs 2N per token forward, 2N for the gradient that passes through it and
-2N for its own gradient. Causal attention over T tokens of width a costs 2 T^2 a per layer forward and twice that
-backward; under a dense mask twice as much of both. Two recipes over the same records give the speed-up that arithmetic
-alone allows, where both reach the same FLOP/s.
+A multiply-add counts as two FLOPs. A matrix of N weights costs 2N per token in the forward pass, 2N for the gradient of its
+input and 2N for the gradient of its weights. Causal attention over T tokens of width a costs 2 T^2 a per layer in the
+forward pass and twice that in the backward pass. A dense mask doubles both. The ratio of two recipes over the same records
+is the maximum speed-up if both reach the same FLOP/s.
 """
 
 from __future__ import annotations
@@ -16,50 +16,52 @@ from lit_vlm.cost.shape import Shape
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """One record: a sample has one answer, a pair has two."""
+    """Token counts of one record: a sample has one answer, a preference pair has two."""
 
-    prompt: int  # tokens before the (first) answer, those of its images included
-    answers: tuple[int, ...]  # tokens of each, what follows it in the row included
-    supervised: tuple[int, ...]  # of them supervised
+    prompt: int  # tokens before the (first) answer, image tokens included
+    answers: tuple[int, ...]  # tokens of each answer, including what follows it in the row
+    supervised: tuple[int, ...]  # supervised tokens of each answer
     tiles: int
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        """Tokens of each sequence when each carries the prompt itself."""
+        """Tokens of each sequence if each one includes the prompt."""
         return tuple(self.prompt + answer for answer in self.answers)
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How a trainer does a step. The defaults are the least that is exact, but for `prunes_last_layer`."""
+    """Description of the work in a training step. The defaults are the exact minimum, except for `prunes_last_layer`."""
 
     trains_tower: bool = False
     trains_projector: bool = True
     trains_language_model: bool = True
     recomputes: bool = False  # activation checkpointing of all layers
     head_on_all_rows: bool = False
-    head_recomputes: bool = False  # logits are made again in backward
-    frozen_weight_gradients: bool = False  # of a language model that is frozen and crossed
-    pads: bool = False  # to the longest of a micro-batch
-    dense_mask: bool = False  # attention over whole squares, which a mask then empties
-    micro_batches: int = 1  # sorted by length, of equal numbers of records
-    prunes_last_layer: bool = False  # its queries, output and MLP on supervised rows alone
-    # preferences
+    head_recomputes: bool = False  # logits are recomputed in the backward pass
+    frozen_weight_gradients: bool = False  # for a frozen language model that gradients pass through
+    pads: bool = False  # pad to the longest sequence of a micro-batch
+    dense_mask: bool = False  # compute full attention squares, then apply a mask
+    micro_batches: int = 1  # number of micro-batches, sorted by length, with equal numbers of records
+    prunes_last_layer: bool = False  # compute its queries, output and MLP only for supervised rows
+    # preference optimisation
     shares_prompt: bool = True
-    tower_passes: float = 1  # of each tile, policy and reference together
-    reference: float = 0.0  # forward passes of the reference in a step: 1 online, 1 / epochs when it is kept
+    tower_passes: float = 1  # passes per tile, policy plus reference
+    reference: float = 0.0  # reference-model forward passes per step: 1 online, 1 / epochs if cached
 
 
 def step_flops(shape: Shape, recipe: Recipe, sizes: Sequence[Size]) -> float:
-    """FLOPs of one optimizer step over these records, forward and backward, without the optimizer."""
-    ordered = sorted(sizes, key=lambda size: max(size.lengths)) if recipe.micro_batches > 1 else list(sizes)
-    each = -(-len(ordered) // recipe.micro_batches)
-    micro_batches = [ordered[start : start + each] for start in range(0, len(ordered), each)]
+    """Compute the FLOPs of one optimizer step over these records: forward and backward, without the optimizer."""
+    sorted_sizes = sorted(sizes, key=lambda size: max(size.lengths)) if recipe.micro_batches > 1 else list(sizes)
+    records_per_batch = -(-len(sorted_sizes) // recipe.micro_batches)
+    micro_batches = [
+        sorted_sizes[start : start + records_per_batch] for start in range(0, len(sorted_sizes), records_per_batch)
+    ]
     return sum(_micro_batch(shape, recipe, part) for part in micro_batches)
 
 
 def ratio_bound(shape: Shape, peer: Recipe, ours: Recipe, sizes: Sequence[Sequence[Size]]) -> float:
-    """How many times faster `ours` can be than `peer` over these steps, by arithmetic alone."""
+    """Compute the maximum speed-up of `ours` over `peer` for these steps, from FLOPs alone."""
     return sum(step_flops(shape, peer, step) for step in sizes) / sum(step_flops(shape, ours, step) for step in sizes)
 
 
@@ -74,7 +76,10 @@ def _micro_batch(shape: Shape, recipe: Recipe, sizes: Sequence[Size]) -> float:
 
 
 def _language_model(shape: Shape, recipe: Recipe, sizes: Sequence[Size], passes: int, attention_passes: int) -> float:
-    """Its layers: matrices `passes` times (forward, the two gradients, again), attention `attention_passes` times."""
+    """Compute the FLOPs of the language-model layers.
+
+    Matrix products count `passes` times (forward, two gradients, recomputation), attention `attention_passes` times.
+    """
     text = shape.text
     longest = max(length for size in sizes for length in size.lengths)
     linear = squares = pruned = 0.0
@@ -83,15 +88,17 @@ def _language_model(shape: Shape, recipe: Recipe, sizes: Sequence[Size], passes:
         lengths = [longest] * len(size.answers) if recipe.pads else list(size.lengths)
         rows = size.prompt + sum(size.answers) if shares else sum(lengths)
         linear += rows
-        # a pair's answers look at the prompt and at themselves; the prompt looks at itself once
-        looks = size.prompt**2 + sum(2 * answer * size.prompt + answer**2 for answer in size.answers)
-        squares += looks if shares else sum(length**2 for length in lengths)
+        # answers of a pair attend to the prompt and to themselves; the prompt attends to itself once
+        pair_squares = size.prompt**2 + sum(2 * answer * size.prompt + answer**2 for answer in size.answers)
+        squares += pair_squares if shares else sum(length**2 for length in lengths)
         pruned += rows - sum(size.supervised)
     per_square = (4.0 if recipe.dense_mask else 2.0) * text.query * text.layers
     total = 2.0 * text.layers * text.layer * linear * passes + per_square * squares * attention_passes
     if recipe.prunes_last_layer:
-        most = text.layer - 2 * text.hidden * text.key  # keys and values are needed of every row
-        total -= 2.0 * most * pruned * passes + per_square / text.layers * squares * attention_passes * pruned / linear
+        prunable = text.layer - 2 * text.hidden * text.key  # keys and values are needed for all rows
+        total -= (
+            2.0 * prunable * pruned * passes + per_square / text.layers * squares * attention_passes * pruned / linear
+        )
     return total
 
 
@@ -109,14 +116,14 @@ def _head(shape: Shape, recipe: Recipe, sizes: Sequence[Size], passes: int) -> f
 
 
 def _tile(shape: Shape, recipe: Recipe) -> float:
-    """Tower and projector over one tile."""
+    """Compute the FLOPs of vision tower and projector for one tile."""
     vision, patches = shape.vision, shape.vision.patches
-    pixels = 3 * vision.image_size**2 // patches  # of a patch, which the tower's first matrix reads
+    pixels = 3 * vision.image_size**2 // patches  # input values per patch of the first tower matrix
     tower = 2.0 * vision.layers * vision.layer * patches + 4.0 * patches**2 * vision.width * vision.layers
     tower += 2.0 * pixels * vision.width * patches
     first, second = 2.0 * patches * vision.width * shape.text.hidden, 2.0 * patches * shape.text.hidden**2
     passes = recipe.tower_passes + (2 + recipe.recomputes) * recipe.trains_tower
     if not recipe.trains_projector:
         return passes * tower + recipe.tower_passes * (first + second)
-    # the gradient for the first matrix's input goes nowhere when the tower is frozen
+    # with a frozen tower, the input gradient of the first matrix is not needed
     return passes * tower + 3 * second + (3 if recipe.trains_tower else 2) * first

@@ -1,13 +1,14 @@
-"""One GPU: samples per second and their share of what the same GPU was just seen to do, beside TRL and HF Trainer.
+"""Benchmark on one GPU: samples per second and share of the measured GEMM rate, against TRL and HF Trainer.
 
     python -m benchmarks.gpu [size=twin7b] [rows=align,sft,dpo] [minutes=10] [steps=10]
 
-First the ceilings: a product of large random matrices in bfloat16, and a copy within the device's memory. Then random
-weights at released shapes: align at 0.5B and 7B, sft at 1.5B, dpo of a 7B model under LoRA. Micro-batches are collated and
-on the device beforehand, as loaders do beside training; a step is forward, backward, clipping and AdamW. FLOPs are
-those of the least work (benchmarks/flops_bound.py), so that nobody is paid for padding. Peers whose packages are there
-run at the same weights and records, and a ratio needs an equal first loss. The result goes to benchmarks/results/gpu.json.
-Without a GPU the same lines run on the CPU in the size that is given, to see that they do, and nothing is written.
+First the upper limits are measured: a product of large random matrices in bfloat16, and a copy within device memory. Then
+models with random weights in released shapes: align at 0.5B and 7B, sft at 1.5B, dpo of a 7B model with LoRA. Micro-batches
+are collated and moved to the device beforehand, as loaders do during training. A step is forward, backward, gradient clipping
+and AdamW. FLOPs are those of the minimum work (benchmarks/flops_bound.py), so padding earns no FLOP/s. Peers whose
+packages are installed run with the same weights and records, and a ratio requires an equal first loss. The result goes to
+benchmarks/results/gpu.json. Without a GPU the same rows run on the CPU in the given size as a smoke test, and nothing is
+written.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from benchmarks.compare.gate import BFLOAT16
 from benchmarks.compare.report import markdown, times
 from benchmarks.flops_bound import Recipe, step_flops
 
-import torch  # isort: skip  # behind the package, which sets the environment
+import torch  # isort: skip  # after the package, which sets the environment
 from lit_vlm.engine.run_folder import versions
 from lit_vlm.engine.trainer import quiet
 from lit_vlm.model.lora import Lora
@@ -37,18 +38,18 @@ from lit_vlm.types import UserError
 
 OUT = Path(__file__).parent / "results" / "gpu.json"
 WARM_UP = 3
-LONGEST = 90.0  # seconds of one contender's timed steps
-ROOMY = 100e9  # bytes of device memory from which two unshared pairs of 7B fit
+LONGEST = 90.0  # maximum seconds for the measured steps of one contender
+ROOMY = 100e9  # device memory in bytes that fits two 7B pairs with unshared prompts
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of the table.
+    """Row of the result table.
 
     Attributes:
-        mixed: float32 weights under autocast; else weights in bfloat16.
-        goal: least share of the GEMM ceiling, or samples per second.
+        mixed: float32 weights under autocast; else bfloat16 weights.
+        goal: minimum share of the GEMM rate, or minimum samples per second.
     """
 
     name: str
@@ -73,44 +74,44 @@ ROWS = (
 def main(words: list[str]) -> dict[str, Any]:
     warnings.filterwarnings("ignore")
     quiet()
-    given = dict(word.partition("=")[::2] for word in words)
-    unknown = given.keys() - {"size", "rows", "minutes", "steps"}
+    options = dict(text.partition("=")[::2] for text in words)
+    unknown = options.keys() - {"size", "rows", "minutes", "steps"}
     if unknown:
         raise UserError(
             f"{', '.join(sorted(unknown))}: there is no such word; size, rows, minutes and steps are known."
         )
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and "size" not in given:
+    if device == "cpu" and "size" not in options:
         raise UserError("No GPU is here, and the released sizes need one. size=twin7b runs the same lines on the CPU.")
-    rows = [row for row in ROWS if row.stage in given.get("rows", "align,sft,dpo").split(",")]
-    deadline = time.perf_counter() + 60 * float(given.get("minutes", 10))
-    result = run(rows, device, given.get("size"), int(given.get("steps", 10)), deadline)
-    if device == "cuda" and "size" not in given:
+    rows = [row for row in ROWS if row.stage in options.get("rows", "align,sft,dpo").split(",")]
+    deadline = time.perf_counter() + 60 * float(options.get("minutes", 10))
+    result = run(rows, device, options.get("size"), int(options.get("steps", 10)), deadline)
+    if device == "cuda" and "size" not in options:
         OUT.write_text(json.dumps(result, indent=1) + "\n")
     print(table(result))
     return result
 
 
 def run(rows: list[Row], device: str, size: str | None, steps: int, deadline: float) -> dict[str, Any]:
-    """Ours in all rows first, then the peers, until the time is up."""
+    """Run all rows with this library first, then the peers, until the deadline."""
     ceilings = {"gemm_flops_per_second": gemm_rate(device), "copy_bytes_per_second": copy_rate(device)}
-    found: dict[str, dict[str, Any]] = {row.name: {} for row in rows}
-    left_out = []
-    turns = [(row, OURS) for row in rows] + [(row, peer) for row in rows for peer in row.peers]
-    for row, name in turns:
+    results: dict[str, dict[str, Any]] = {row.name: {} for row in rows}
+    skipped = []
+    jobs = [(row, OURS) for row in rows] + [(row, peer) for row in rows for peer in row.peers]
+    for row, name in jobs:
         if time.perf_counter() > deadline:
-            left_out.append(f"{row.name}, {name}: time was up")
+            skipped.append(f"{row.name}, {name}: time was up")
             continue
         try:
-            found[row.name][name] = measure(row, name, device, size, steps, ceilings)
+            results[row.name][name] = measure(row, name, device, size, steps, ceilings)
         except (ImportError, torch.OutOfMemoryError) as error:
-            left_out.append(f"{row.name}, {name}: {str(error).splitlines()[0]}")
+            skipped.append(f"{row.name}, {name}: {str(error).splitlines()[0]}")
         free(device)
     for row in rows:
-        compare(found[row.name])
+        compare(results[row.name])
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     goals = {row.name: row.goal for row in rows if row.goal}
-    return {"device": name, "ceilings": ceilings, "rows": found, "goals": goals, "left_out": left_out} | {
+    return {"device": name, "ceilings": ceilings, "rows": results, "goals": goals, "left_out": skipped} | {
         "versions": versions()
     }
 
@@ -118,12 +119,12 @@ def run(rows: list[Row], device: str, size: str | None, steps: int, deadline: fl
 def measure(
     row: Row, name: str, device: str, size: str | None, steps: int, ceilings: dict[str, float]
 ) -> dict[str, Any]:
-    """Build one contender, warm up, time its steps."""
+    """Build a contender, warm up and measure its steps."""
     case = case_of(row, device, size)
     contender = maker(case, place_of(row, name, device), name)()
-    began = time.perf_counter()
+    start = time.perf_counter()
     inputs = contender.prepare(case.batches[0])
-    prepared = time.perf_counter() - began
+    prepare_seconds = time.perf_counter() - start
     loss = contender.backward(inputs)
     contender.update()
     if device == "cuda":
@@ -131,7 +132,7 @@ def measure(
     seconds = timed(contender, inputs, steps)
     median = statistics.median(seconds)
     flops = step_flops(case.model_size.shape, recipe_of(row, case), case.sizes[0])
-    tokens = sum(sum(one.lengths) for one in case.sizes[0])
+    tokens = sum(sum(record_size.lengths) for record_size in case.sizes[0])
     return {
         "loss": loss,
         "step_seconds": seconds,
@@ -140,28 +141,29 @@ def measure(
         "model_flops_per_second": flops / median,
         "of_gemm": flops / median / ceilings["gemm_flops_per_second"],
         "peak_memory": torch.cuda.max_memory_allocated() if device == "cuda" else None,
-        "prepare_seconds_per_sample": prepared / case.batch,
+        "prepare_seconds_per_sample": prepare_seconds / case.batch,
         "batch": case.batch,
     }
 
 
 def timed(contender: Contender, inputs: Any, steps: int) -> list[float]:
-    """Seconds of each step behind the warm-up."""
+    """Measure the seconds of each step after the warm-up."""
     seconds: list[float] = []
-    for number in range(WARM_UP - 1 + steps):
+    for i in range(WARM_UP - 1 + steps):
         contender.place.wait()
-        began = time.perf_counter()
+        start = time.perf_counter()
         contender.backward(inputs)
         contender.update()
         contender.place.wait()
-        if number >= WARM_UP - 1:
-            seconds.append(time.perf_counter() - began)
+        if i >= WARM_UP - 1:
+            seconds.append(time.perf_counter() - start)
         if sum(seconds) > LONGEST:
             break
     return seconds
 
 
 def case_of(row: Row, device: str, size: str | None) -> Case:
+    """Make the case of a row; with little device memory, dpo has one pair per batch."""
     batch = row.batch
     if row.stage == "dpo" and device == "cuda" and torch.cuda.get_device_properties(0).total_memory < ROOMY:
         batch = 1
@@ -170,12 +172,13 @@ def case_of(row: Row, device: str, size: str | None) -> Case:
 
 
 def place_of(row: Row, name: str, device: str) -> Place:
-    """TRL as shipped keeps float32 weights under autocast; the others compute as ours do."""
+    """Make the placement of a contender. TRL as shipped keeps float32 weights under autocast; others compute as ours."""
     mixed = row.mixed or name == TRL_SHIPPED
     return Place(device=device, dtype=torch.float32 if mixed else torch.bfloat16, mixed=mixed, lora=row.lora)
 
 
 def maker(case: Case, place: Place, name: str) -> Callable[[], Contender]:
+    """Get the factory of a contender by name."""
     if name == OURS:
         return make_ours(case, place)[OURS]
     from benchmarks.compare.peers import make_peers
@@ -184,57 +187,58 @@ def maker(case: Case, place: Place, name: str) -> Callable[[], Contender]:
 
 
 def recipe_of(row: Row, case: Case) -> Recipe:
-    """Under LoRA the matrices are frozen and crossed; the adapters' own work, some percent, is left out."""
+    """Make the minimum-work recipe. With LoRA, gradients pass through frozen matrices; adapter FLOPs (a few %) are omitted."""
     return replace(case.ideal, trains_language_model=False) if row.lora else case.ideal
 
 
 def compare(found: dict[str, dict[str, Any]]) -> None:
-    """Puts into each peer how many times its time is ours; None where it computed something else."""
+    """Add to each peer the ratio of its time to ours; None if its loss differs."""
     if OURS not in found:
         return
-    mine = found[OURS]
+    own_row = found[OURS]
     for name, row in found.items():
         if name != OURS:
-            apart = abs(row["loss"] - mine["loss"]) / abs(mine["loss"])
-            ratio = statistics.median(row["step_seconds"]) / statistics.median(mine["step_seconds"])
-            row |= {"loss_apart": apart, "ratio": ratio if apart <= BFLOAT16.loss else None}
+            difference = abs(row["loss"] - own_row["loss"]) / abs(own_row["loss"])
+            ratio = statistics.median(row["step_seconds"]) / statistics.median(own_row["step_seconds"])
+            row |= {"loss_apart": difference, "ratio": ratio if difference <= BFLOAT16.loss else None}
 
 
 def gemm_rate(device: str) -> float:
-    """FLOP/s of the best of several products of square matrices; random, for a GPU is faster on zeros."""
+    """Measure the maximum FLOP/s over several products of square random matrices. A GPU would be faster on zeros."""
     side, kind = (8192, torch.bfloat16) if device == "cuda" else (512, torch.float32)
     a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
     return 2.0 * side**3 / best(lambda: a @ b, device)
 
 
 def copy_rate(device: str) -> float:
-    """Bytes per second, read and written."""
+    """Measure the bytes per second of a copy, reads plus writes."""
     source = torch.ones((2**31 if device == "cuda" else 2**26) // 4, device=device)
     target = torch.empty_like(source)
     return 2.0 * source.numel() * 4 / best(lambda: target.copy_(source), device)
 
 
 def best(function: Callable[[], Any], device: str, rounds: int = 5, inner: int = 10) -> float:
-    """Seconds of one call, the best of some rounds."""
-    found = []
+    """Measure the seconds of one call: the minimum over some rounds."""
+    seconds = []
     for _ in range(rounds):
         Place(device=device).wait()
-        began = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(inner):
             function()
         Place(device=device).wait()
-        found.append((time.perf_counter() - began) / inner)
-    return min(found)
+        seconds.append((time.perf_counter() - start) / inner)
+    return min(seconds)
 
 
 def free(device: str) -> None:
+    """Free cached device memory."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
 
 
 def table(result: dict[str, Any]) -> str:
-    """Markdown, as on the page."""
+    """Render the result as a Markdown table."""
     gemm, copy = (result["ceilings"][key] for key in ("gemm_flops_per_second", "copy_bytes_per_second"))
     head = [
         "",
@@ -260,8 +264,8 @@ def table(result: dict[str, Any]) -> str:
         for name, rows in result["rows"].items()
         for contender, row in rows.items()
     ]
-    told = f"{result['device']}: GEMM {gemm / 1e12:.3g} TFLOP/s, copy {copy / 1e12:.3g} TB/s"
-    return "\n".join([told, "", markdown(head, body), *result["left_out"]])
+    title = f"{result['device']}: GEMM {gemm / 1e12:.3g} TFLOP/s, copy {copy / 1e12:.3g} TB/s"
+    return "\n".join([title, "", markdown(head, body), *result["left_out"]])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""The index: samples/s on one core over LLaVA records with real JPEG files, and memory while it is built, by number of records.
+"""Benchmark of the index: samples/s per core over LLaVA records with JPEG files, and memory by number of records.
 
     python -m benchmarks.index [--records 100000] [--photos 300] [--workers 1] [--memory 100000 1000000 10000000]
 
-The speed is that of a LLaVA JSONL file in Korean and English with one 640 x 480 JPEG a record: `--photos` different
-ones under hard-linked names, one name a record. The tokenizer is the tiny one: byte-level BPE with few merges, hence
-some three times the tokens of Qwen's for the same text. The memory is that of a process that builds the index of
-text-only records, made as they are read, and then loads it; each number of records in a process of its own. The result
-goes to benchmarks/results/index.json with versions.
+Speed is measured on a LLaVA JSONL file in Korean and English with one 640 x 480 JPEG per record: `--photos` different
+files, hard-linked under one name per record. The tokenizer is the tiny one: byte-level BPE with few merges, so the same text
+has about three times the tokens of Qwen's tokenizer. Memory is that of a process that builds the index of text-only
+records, generated as they are read, and then loads it. Each number of records has a separate process. The result goes to
+benchmarks/results/index.json with versions.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ KOREAN = "사진 거리 사람 자동차 빨간 파란 건물 나무 하늘 가�
 ENGLISH = (
     "the a picture street people car red blue building tree sky shop front standing left right morning sign".split()
 )
-TURNS = (1, 1, 2, 3, 5)  # of a record, drawn evenly
-VERIFIED = 2000  # records of which the pictures are decoded
+TURNS = (1, 1, 2, 3, 5)  # number of turns of a record, sampled uniformly
+VERIFIED = 2000  # number of records whose images are decoded
 
 
 def main() -> None:
@@ -57,7 +57,8 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=300)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--memory", type=int, nargs="*", default=[100_000, 1_000_000, 10_000_000])
-    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)  # measures the memory of one size in this folder
+    # child process: measure the memory of one size in this folder
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     quiet()
     if arguments.child:
@@ -77,75 +78,78 @@ def main() -> None:
 
 
 def speed(folder: Path, records: int, photos: int, workers: int) -> dict[str, Any]:
-    """Samples/s and core of the first pass, of the next start, of a look at all files, and of decoding."""
+    """Measure samples/s per core: first pass, next start, recheck of all files, and decoding."""
     make_dataset(folder / "data", records, photos)
     processor, store = processor_of(folder), folder / "store"
 
     def opened(name: str = "llava"):
         return open_source(name, SourceConfig(path=str(folder / "data" / f"{name}.jsonl")), max_image_pixels=10**8)
 
-    opening, source = timed(opened)
-    first, index = timed(lambda: build_index([source], processor, store=store, workers=workers))
-    again, same = timed(lambda: build_index([source], processor, store=store, workers=workers))
-    recheck, _ = timed(lambda: build_index([source], processor, store=store, workers=workers, recheck=True))
-    assert len(index) == records and index.digest() == same.digest() and not index.errors
-    few = opened("few")
-    decoding, broken = timed(lambda: verify([few], store, workers=workers))
-    assert not broken
+    open_seconds, source = timed(opened)
+    build_seconds, index = timed(lambda: build_index([source], processor, store=store, workers=workers))
+    restart_seconds, same_index = timed(lambda: build_index([source], processor, store=store, workers=workers))
+    recheck_seconds, _ = timed(lambda: build_index([source], processor, store=store, workers=workers, recheck=True))
+    assert len(index) == records and index.digest() == same_index.digest() and not index.errors
+    few_source = opened("few")
+    decode_seconds, errors = timed(lambda: verify([few_source], store, workers=workers))
+    assert not errors
     return {
         "records": records,
         "different_photos": photos,
         "workers": workers,
         "mean_tokens": float(index.tokens.mean()),
         "mean_image_tokens": float(index.image_tokens.mean()),
-        "open_source_seconds": opening,
-        "index_samples_per_second_and_core": records / first / workers,
-        "recheck_samples_per_second_and_core": records / recheck / workers,
-        "verify_images_per_second_and_core": len(few) / decoding / workers,
-        "next_start_seconds": again,
+        "open_source_seconds": open_seconds,
+        "index_samples_per_second_and_core": records / build_seconds / workers,
+        "recheck_samples_per_second_and_core": records / recheck_seconds / workers,
+        "verify_images_per_second_and_core": len(few_source) / decode_seconds / workers,
+        "next_start_seconds": restart_seconds,
     }
 
 
 def make_dataset(folder: Path, records: int, photos: int) -> None:
-    """llava.jsonl and its pictures, and few.jsonl with its first records."""
+    """Write llava.jsonl with its images, and few.jsonl with its first records."""
     (folder / "originals").mkdir(parents=True)
-    for number in range(photos):
-        photo(number).save(folder / "originals" / f"{number}.jpg", quality=90)
-    draw = random.Random(0)
-    with open(folder / "llava.jsonl", "w", encoding="utf-8") as whole, open(folder / "few.jsonl", "w") as few:
-        for number in range(records):
-            name = f"images/{number // 1000:05}/{number:09}.jpg"
+    for i in range(photos):
+        photo(i).save(folder / "originals" / f"{i}.jpg", quality=90)
+    rng = random.Random(0)
+    with open(folder / "llava.jsonl", "w", encoding="utf-8") as all_file, open(folder / "few.jsonl", "w") as few_file:
+        for i in range(records):
+            name = f"images/{i // 1000:05}/{i:09}.jpg"
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            os.link(folder / "originals" / f"{number % photos}.jpg", folder / name)
-            line = json.dumps({"id": str(number), "image": name, "conversations": turns(draw)}, ensure_ascii=False)
-            print(line, file=whole)
-            if number < VERIFIED:
-                print(line, file=few)
+            os.link(folder / "originals" / f"{i % photos}.jpg", folder / name)
+            line = json.dumps({"id": str(i), "image": name, "conversations": turns(rng)}, ensure_ascii=False)
+            print(line, file=all_file)
+            if i < VERIFIED:
+                print(line, file=few_file)
 
 
 def photo(seed: int) -> Image.Image:
-    """Soft shapes under fine grain: about as many bytes as a photograph of its size."""
-    draw = np.random.default_rng(seed)
-    shapes = Image.fromarray(draw.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
+    """Make an image of soft shapes with fine grain, which has about as many bytes as a photograph of its size."""
+    rng = np.random.default_rng(seed)
+    shapes = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
         (640, 480), Image.Resampling.BICUBIC
     )
-    grain = draw.normal(0, 12, (480, 640, 1))
+    grain = rng.normal(0, 12, (480, 640, 1))
     pixels = np.clip(np.asarray(shapes) + grain, 0, 255).astype(np.uint8)
     return Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(0.7))
 
 
 def turns(draw: random.Random) -> list[dict[str, str]]:
+    """Make a random conversation in Korean or English."""
     words = KOREAN if draw.random() < 0.5 else ENGLISH
     conversation = []
-    for number in range(draw.choice(TURNS)):
-        question, answer = (" ".join(draw.choices(words, k=draw.randint(*most))) for most in ((5, 15), (10, 60)))
-        conversation.append({"from": "human", "value": ("<image>\n" if number == 0 else "") + question + "?"})
+    for i in range(draw.choice(TURNS)):
+        question, answer = (
+            " ".join(draw.choices(words, k=draw.randint(*length_range))) for length_range in ((5, 15), (10, 60))
+        )
+        conversation.append({"from": "human", "value": ("<image>\n" if i == 0 else "") + question + "?"})
         conversation.append({"from": "gpt", "value": answer + "."})
     return conversation
 
 
 class Made:
-    """Text-only records out of their numbers."""
+    """Source of synthetic text-only records, made from their index."""
 
     def __init__(self, count: int) -> None:
         self.name, self.digest, self._count = "made", f"made-{count}", count
@@ -168,15 +172,16 @@ class Made:
 
 
 def in_a_process(records: int) -> dict[str, Any]:
+    """Run `measure_memory` in a subprocess."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.index", "--memory", str(records), "--child", folder]
         return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 def memory_of(records: int, folder: Path) -> dict[str, Any]:
-    """Peaks of RssAnon + RssFile in MiB: before, while records are read, and while their index is loaded."""
+    """Measure the peak RssAnon + RssFile in MiB: before, while records are read, and while their index is loaded."""
     processor, source = processor_of(folder), Made(records)
-    build_index([Made(1)], processor)  # what is made once, like the template's layouts
+    build_index([Made(1)], processor)  # creates caches that are made once, e.g. the layouts of the template
     peak, before, building = Peak(), resident(), 0.0
 
     def on_progress(name: str, done: int, whole: int) -> None:
@@ -187,13 +192,13 @@ def memory_of(records: int, folder: Path) -> dict[str, Any]:
         seconds, index = timed(
             lambda: build_index([source], processor, store=folder / "store", on_progress=on_progress)
         )
-        in_all = peak.so_far
+        peak_loaded = peak.so_far
     assert len(index) == records
     return {
         "records": records,
         "mib_before": before,
         "mib_peak_building": building,
-        "mib_peak_with_index_loaded": in_all,
+        "mib_peak_with_index_loaded": peak_loaded,
         "mib_of_columns": columns_of(index),
         "samples_per_second": records / seconds,
         "next_start_seconds": timed(lambda: build_index([source], processor, store=folder / "store"))[0],
@@ -201,7 +206,7 @@ def memory_of(records: int, folder: Path) -> dict[str, Any]:
 
 
 class Peak:
-    """The most memory that was resident while it is entered, sampled twenty times a second."""
+    """Peak resident memory inside the context, sampled twenty times per second."""
 
     def __init__(self) -> None:
         self._most, self._over = 0.0, threading.Event()
@@ -226,12 +231,13 @@ class Peak:
 
 
 def resident() -> float:
-    """RssAnon + RssFile of this process in MiB (Linux)."""
+    """Read RssAnon + RssFile of this process in MiB (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssFile"))) / 1024
 
 
 def columns_of(index: Index) -> float:
+    """Measure the size of the index columns in MiB."""
     return (sum(column.nbytes for column in index.columns.values()) + index.source_of.nbytes) / 2**20
 
 
@@ -242,12 +248,14 @@ def processor_of(folder: Path) -> Processor:
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    began = time.perf_counter()
+    """Measure the wall seconds of a call; return them with its result."""
+    start = time.perf_counter()
     result = function()
-    return time.perf_counter() - began, result
+    return time.perf_counter() - start, result
 
 
 def machine() -> dict[str, Any]:
+    """Describe the processor: model and number of cores."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())

@@ -1,12 +1,12 @@
-"""Pictures per second and core: decode, tile and collate, beside transformers' image processors in TRL's collator.
+"""Benchmark of the data loader: images per second per core to decode, tile and collate, against TRL's collator.
 
     python -m benchmarks.loader [--images 4] [--repeats 7] [--steps 20]
 
-All read the same JPEG files in one process on one thread, with LLaVA-OneVision's real settings (tiles of 384 pixels, a
-grid up to 6x6, anyres_max_9) and a tiny vocabulary. First the outputs are held against each other; then the contenders
-run in turn, and medians over the processor's time are printed. Ours hands over uint8 tiles that are normalised on the
-device; in one row they are normalised here too. The last line is the share of a training step of the tiny model that is
-spent waiting for data. The result goes to benchmarks/results/loader.json with versions.
+TRL's collator uses the image processors of transformers. All contenders read the same JPEG files in one process on one
+thread, with the real settings of LLaVA-OneVision (tiles of 384 pixels, a grid up to 6x6, anyres_max_9) and a tiny vocabulary.
+First the outputs are compared. Then the contenders run in turn, and medians over CPU time are printed. Ours returns uint8
+tiles that are normalised on the device; in one row they are normalised here too. The last line is the share of training time
+of the tiny model that is spent waiting for data. The result goes to benchmarks/results/loader.json with versions.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ warnings.filterwarnings("ignore")
 
 import torch
 
-if not find_spec("torchvision") and (Path(sys.prefix) / "torchvision").is_dir():  # make test puts it there
-    _library = torch.library.Library("torchvision", "DEF")  # operators that want CUDA's libraries; nothing calls them
+if not find_spec("torchvision") and (Path(sys.prefix) / "torchvision").is_dir():  # installed there by make test
+    # operators that need CUDA libraries; they are never called
+    _library = torch.library.Library("torchvision", "DEF")
     for _name in ("nms", "qnms"):
         _library.define(_name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     sys.path.append(str(Path(sys.prefix) / "torchvision"))
@@ -77,17 +78,20 @@ def main() -> None:
     result["versions"] = versions() | {"pillow": PIL.__version__, "numpy": np.__version__}
     if TORCHVISION:
         result["versions"]["torchvision"] = __import__("torchvision").__version__
-    out = Path(__file__).parent / "results" / "loader.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    path = Path(__file__).parent / "results" / "loader.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(result, indent=2) + "\n")
     show(result)
 
 
 def compare(folder: Path, images: int, repeats: int) -> dict:
-    """Sizes and ways of tiling -> contenders -> pictures per second; and how far their outputs lie apart.
+    """Compare the contenders for each image size and tiling.
+
+    Returns:
+        Images per second by size, tiling and contender, and the largest difference of their tiles.
 
     Raises:
-        SystemExit: the tiles or tokens of transformers' Pillow processor are others than ours.
+        SystemExit: tiles or tokens of the Pillow processor of transformers differ from ours.
     """
     tower, language = tiny_parts(folder / "parts")
     tokenizer = draw_up(ModelConfig(vision_tower=tower, language_model=language)).tokenizer
@@ -95,13 +99,16 @@ def compare(folder: Path, images: int, repeats: int) -> dict:
     differences: dict[str, dict[str, float]] = {}
     for width, height in SIZES:
         paths = photographs(folder / f"{width}", width, height, images)
-        for way, per_sample in {"anyres": 1, "one view each": 2, "base tiling": 1}.items():
-            tiling = Tiling.base if way == "base tiling" else Tiling.anyres
+        for tiling_name, per_sample in {"anyres": 1, "one view each": 2, "base tiling": 1}.items():
+            tiling = Tiling.base if tiling_name == "base tiling" else Tiling.anyres
             processor = Processor(tokenizer, ImageSettings(**REAL, mean=HALF, std=HALF, tiling=tiling))
             samples = samples_of(paths, per_sample)
-            runs = contenders(processor, samples, stock=way != "base tiling")  # transformers has no such way
-            name = f"{width}x{height} {way}"
-            differences[name] = {other: apart(runs["lit_vlm"](), runs[other]()) for other in runs if "TRL" in other}
+            # transformers has no base tiling
+            runs = contenders(processor, samples, stock=tiling_name != "base tiling")
+            name = f"{width}x{height} {tiling_name}"
+            differences[name] = {
+                contender: apart(runs["lit_vlm"](), runs[contender]()) for contender in runs if "TRL" in contender
+            }
             if differences[name].get(PIL_NAME, 0.0) > 1e-5:
                 raise SystemExit(f"{name}: transformers' tiles differ: {differences[name]}. No rate is printed.")
             rates[name] = interleaved(runs, len(paths), repeats)
@@ -109,20 +116,21 @@ def compare(folder: Path, images: int, repeats: int) -> dict:
 
 
 def photographs(folder: Path, width: int, height: int, count: int) -> list[Path]:
-    """JPEG files with a camera's noise, so that decoding costs what it costs in life."""
+    """Write JPEG files with camera noise, so that decoding costs as much as for real photographs."""
     from skimage import data
 
     folder.mkdir()
     sources = [Image.fromarray(picture) for picture in (data.astronaut(), data.coffee(), data.chelsea(), data.rocket())]
-    for number in range(count):
-        picture = np.asarray(sources[number % 4].resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
-        noise = np.random.default_rng(number).normal(0, 4, picture.shape)
+    for i in range(count):
+        picture = np.asarray(sources[i % 4].resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
+        noise = np.random.default_rng(i).normal(0, 4, picture.shape)
         noisy = Image.fromarray((picture + noise).clip(0, 255).astype(np.uint8))
-        noisy.save(folder / f"{number}.jpg", quality=90)
-    return [folder / f"{number}.jpg" for number in range(count)]
+        noisy.save(folder / f"{i}.jpg", quality=90)
+    return [folder / f"{i}.jpg" for i in range(count)]
 
 
 def samples_of(paths: list[Path], per_sample: int) -> list[Sample]:
+    """Make caption samples over image files."""
     samples = []
     for start in range(0, len(paths), per_sample):
         chosen = paths[start : start + per_sample]
@@ -136,6 +144,8 @@ def samples_of(paths: list[Path], per_sample: int) -> list[Sample]:
 
 
 def contenders(processor: Processor, samples: list[Sample], stock: bool) -> dict[str, Callable[[], Batch | Mapping]]:
+    """Make the contenders, by name, for one set of samples."""
+
     def ours() -> Batch:
         return collate(processor, fresh(samples))
 
@@ -157,12 +167,12 @@ def contenders(processor: Processor, samples: list[Sample], stock: bool) -> dict
 
 
 def fresh(samples: list[Sample]) -> list[Sample]:
-    """As a source makes them anew for each micro-batch: no header has been read yet."""
+    """Copy the samples as a source creates them for each micro-batch: without image headers read yet."""
     return [replace(sample, images=tuple(replace(image) for image in sample.images)) for sample in samples]
 
 
 def trls(processor: Processor, samples: list[Sample], fast: bool) -> Callable[[], Mapping]:
-    """TRL's collator over rows whose pictures are decoded when they are asked for, as `datasets` does."""
+    """Make a call of TRL's collator over rows whose images are decoded lazily, as `datasets` does."""
     from transformers import LlavaOnevisionImageProcessor
     from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
@@ -196,30 +206,32 @@ def text(sample: Sample, number: int) -> dict[str, str]:
 
 
 def apart(ours: Batch | Mapping, theirs: Batch | Mapping) -> float:
-    """The largest difference of normalised pixels. SystemExit when tokens or numbers of tiles differ."""
+    """Return the largest difference of normalised pixels. Raise SystemExit if the tokens differ."""
     assert isinstance(ours, Batch)
     ids = theirs["input_ids"][theirs["attention_mask"].bool()]
     if not torch.equal(ids, ours.input_ids):
         raise SystemExit("The tokens differ. No rate is printed.")
     pixels, start, largest = theirs["pixel_values"], 0, 0.0
-    for number, layout in enumerate(ours.layouts):
+    for i, layout in enumerate(ours.layouts):
         stack = (ours.tiles[start : start + layout.num_tiles].float() / 255 - 0.5) / 0.5
-        largest = max(largest, float((stack - pixels[number][: layout.num_tiles].float()).abs().max()))
+        largest = max(largest, float((stack - pixels[i][: layout.num_tiles].float()).abs().max()))
         start += layout.num_tiles
     return largest
 
 
 def interleaved(runs: dict[str, Callable], num_images: int, repeats: int) -> dict[str, list[float]]:
+    """Measure images per CPU second of all contenders in turn."""
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats):
         for name in list(runs) if repeat % 2 == 0 else list(runs)[::-1]:
-            began = time.process_time()  # of the core, whatever else the machine does
+            start = time.process_time()  # CPU time, independent of other load
             runs[name]()
-            rates[name].append(num_images / (time.process_time() - began))
+            rates[name].append(num_images / (time.process_time() - start))
     return {name: sorted(values) for name, values in rates.items()}
 
 
 def training_step(blueprint: Blueprint) -> Callable[[Batch], None]:
+    """Make the training step of the tiny sft stage."""
     stage = SFTStage(blueprint)
     stage.configure_model()
     optimizer = torch.optim.AdamW(stage.model.parameters(), lr=1e-3, fused=True)
@@ -234,7 +246,7 @@ def training_step(blueprint: Blueprint) -> Callable[[Batch], None]:
 
 
 class MicroBatches:
-    """The same pictures again and again, as records of a source."""
+    """Dataset that collates the same samples for each micro-batch."""
 
     def __init__(self, processor: Processor, samples: list[Sample], count: int) -> None:
         self.processor, self.samples, self.count = processor, samples, count
@@ -249,7 +261,7 @@ class MicroBatches:
 
 
 def data_wait(folder: Path, workers: int, steps: int) -> float:
-    """Share of the time of the tiny model's training steps in which it waits for a micro-batch of 32 photographs."""
+    """Measure the share of training time that the tiny model waits for a micro-batch of 32 photographs."""
     tower, language = tiny_parts(folder / "parts")
     blueprint = draw_up(ModelConfig(vision_tower=tower, language_model=language, grid=2, max_tiles=4))
     paths = sorted((folder / "640").glob("*.jpg"))
@@ -257,15 +269,15 @@ def data_wait(folder: Path, workers: int, steps: int) -> float:
     processor = Processor(blueprint.tokenizer, blueprint.images)
     step = training_step(blueprint)
     loader = DataLoader(MicroBatches(processor, samples, steps + 2), batch_size=None, num_workers=workers)
-    waited, total, batches = 0.0, 0.0, iter(loader)
-    for number in range(steps + 2):
-        began = time.perf_counter()
+    wait_seconds, total_seconds, batches = 0.0, 0.0, iter(loader)
+    for i in range(steps + 2):
+        start = time.perf_counter()
         batch = next(batches)
-        ready = time.perf_counter()
+        batch_time = time.perf_counter()
         step(batch)
-        if number >= 2:  # the first start the workers
-            waited, total = waited + ready - began, total + time.perf_counter() - began
-    return waited / total
+        if i >= 2:  # the first two batches start the workers
+            wait_seconds, total_seconds = wait_seconds + batch_time - start, total_seconds + time.perf_counter() - start
+    return wait_seconds / total_seconds
 
 
 def show(result: dict) -> None:
@@ -274,8 +286,8 @@ def show(result: dict) -> None:
         print(name)
         for contender, median in medians.items():
             ratio = medians["lit_vlm"] / median
-            far = result["largest_tile_difference"][name].get(contender)
-            note = "" if far is None else f"   largest difference of a normalised pixel {far:.1e}"
+            difference = result["largest_tile_difference"][name].get(contender)
+            note = "" if difference is None else f"   largest difference of a normalised pixel {difference:.1e}"
             print(f"  {contender:34} {median:7.1f} images/s/core   lit_vlm / this = {ratio:.2f}{note}")
     print("waiting for data:", ", ".join(f"{k} {v:.0%}" for k, v in result["data_wait_share"].items()))
 

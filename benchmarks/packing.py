@@ -1,8 +1,9 @@
-"""Optimizer steps in the plan's packs beside the same samples one by one: how far loss and gradients differ.
+"""Exactness of packing: difference of loss and gradients between packed steps and the same samples one by one.
 
     python -m benchmarks.packing [--steps 20]
 
-The tiny model in float32, on a mixture with text alone, one picture in one to five tiles (anyres), and several pictures.
+It uses the tiny model in float32 on a mixture of text-only samples, samples with one image in one to five tiles (anyres),
+and samples with several images.
 The result goes to benchmarks/results/packing.json with versions.
 """
 
@@ -44,14 +45,15 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         result = compare(Path(folder), arguments.steps)
-    out = Path(__file__).parent / "results" / "packing.json"
-    out.write_text(json.dumps(result, indent=2) + "\n")
+    path = Path(__file__).parent / "results" / "packing.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
     print(f"{result['steps']} optimizer steps of {BATCH} samples in {result['packs_per_step']} packs: {result['held']}")
     print(f"largest relative difference of the loss: {result['largest_loss_difference']:.1e}")
     print(f"smallest cosine of the gradients:        {result['smallest_cosine']:.8f}")
 
 
 def compare(folder: Path, steps: int) -> dict:
+    """Compare loss and gradients of packed steps with those of single samples."""
     tower, language = tiny_parts(folder / "parts")
     blueprint = draw_up(ModelConfig(vision_tower=tower, language_model=language, grid=2, max_tiles=4))
     processor = Processor(blueprint.tokenizer, blueprint.images)
@@ -64,22 +66,22 @@ def compare(folder: Path, steps: int) -> dict:
     ]
     data = DataModule(processor, sources, 0.0, global_batch_size=BATCH, max_steps=steps, tokens_per_micro_batch=1024)
     plan = data.make_plan(RANKS)
-    differences, cosines, held = [], [], {"text only": 0, "tiled": 0, "several pictures": 0}
-    for number in range(steps):
-        step = plan.step(number)
+    differences, cosines, counts = [], [], {"text only": 0, "tiled": 0, "several pictures": 0}
+    for i in range(steps):
+        step = plan.step(i)
         packs = [[plan.index.record(sample) for sample in pack] for pack in step.packs]
         records = [record for pack in packs for record in pack]
-        held["text only"] += sum(not record.images for record in records)
-        held["several pictures"] += sum(len(record.images) > 1 for record in records)
-        held["tiled"] += sum(len(record.images) == 1 and processor.cost(record).num_tiles > 1 for record in records)
+        counts["text only"] += sum(not record.images for record in records)
+        counts["several pictures"] += sum(len(record.images) > 1 for record in records)
+        counts["tiled"] += sum(len(record.images) == 1 and processor.cost(record).num_tiles > 1 for record in records)
         loss, gradients = _of(stage, processor, packs, step.num_supervised)
-        alone, theirs = _of(stage, processor, [[record] for record in records], step.num_supervised)
-        differences.append(abs(loss - alone) / alone)
-        cosines.append(float(torch.cosine_similarity(gradients, theirs, dim=0)))
+        single_loss, single_gradients = _of(stage, processor, [[record] for record in records], step.num_supervised)
+        differences.append(abs(loss - single_loss) / single_loss)
+        cosines.append(float(torch.cosine_similarity(gradients, single_gradients, dim=0)))
     return {
         "steps": steps,
         "packs_per_step": plan.k * RANKS,
-        "held": held,
+        "held": counts,
         "largest_loss_difference": max(differences),
         "smallest_cosine": min(cosines),
         "versions": versions(),
@@ -87,7 +89,7 @@ def compare(folder: Path, steps: int) -> dict:
 
 
 def _of(stage: SFTStage, processor: Processor, packs: list[list[Record]], count: int) -> tuple[float, torch.Tensor]:
-    """Loss and gradients of an optimizer step whose samples lie in these packs."""
+    """Compute loss and gradients of an optimizer step whose samples are packed like this."""
     stage.model.zero_grad()
     total = 0.0
     for pack in packs:

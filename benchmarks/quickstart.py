@@ -1,10 +1,10 @@
-"""The quickstart from several seeds: what it comes to, and how far that spreads.
+"""Benchmark of the quickstart over several seeds: mean results and their spread.
 
     python -m benchmarks.quickstart --runs runs/seeds [--seeds 0,1,2,3,4] [--readme]
 
-Each seed is a run of all four stages in a folder of its own; one that is finished there is only read. The result goes to
-benchmarks/results/quickstart.json with versions; `--readme` puts its tables into both READMEs. Another processor rounds
-differently, which has the effect of another seed: what is shown is a mean and a standard deviation over seeds.
+Each seed is a run of all four stages in a separate folder; a finished one is only read. The result goes to
+benchmarks/results/quickstart.json with versions; `--readme` writes its tables into both READMEs. Another processor rounds
+differently, which has the same effect as another seed. So the tables show mean and standard deviation over seeds.
 """
 
 from __future__ import annotations
@@ -54,13 +54,13 @@ def main() -> None:
 
 
 def read_stage(run_dir: Path, stage: str) -> RunRecord:
-    """A stage of a recipe's run, whatever its settings put behind its name."""
+    """Read the record of a stage, whose folder name may have a suffix for its settings."""
     (folder,) = [path for path in (run_dir / "tiny").iterdir() if re.fullmatch(rf"{stage}(-\w+)?", path.name)]
     return read_run(folder)
 
 
 def collect_result(run_dirs: list[Path], seeds: list[int]) -> dict[str, Any]:
-    """The figures of each stage, a list over seeds each."""
+    """Collect the figures of each stage, each as a list over seeds."""
     stages = {stage: [read_stage(run_dir, stage) for run_dir in run_dirs] for stage in STAGES}
     first = stages["1_align"][0].manifest
     return {
@@ -72,9 +72,9 @@ def collect_result(run_dirs: list[Path], seeds: list[int]) -> dict[str, Any]:
 
 
 def _name_processor() -> str:
-    known = Path("/proc/cpuinfo")
-    named = re.search(r"model name\s*: (.+)", known.read_text()) if known.is_file() else None
-    return named[1] if named else platform.machine()
+    info = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
+    return match[1] if match else platform.machine()
 
 
 def _figures(records: list[RunRecord]) -> dict[str, Any]:
@@ -90,29 +90,29 @@ def _figures(records: list[RunRecord]) -> dict[str, Any]:
 
 
 def find_bar(figures: dict[str, Any], kind: str) -> float:
-    """What another machine must reach in a kind of questions: three standard deviations below the mean.
+    """Compute the minimum score of another machine for a kind of questions: three standard deviations below the mean.
 
-    Over seeds and both languages, for a few seeds alone say little of a deviation.
+    The deviation is over seeds and both languages, because a few seeds alone estimate it poorly.
     """
     values = [value for language in ("ko", "en") for value in figures["scores"]["after"][f"{kind}_{language}"]]
     return statistics.mean(values) - 3 * statistics.stdev(values)
 
 
 def render_tables(result: dict[str, Any]) -> str:
-    """Both tables of README, as Markdown."""
+    """Render both tables of the README as Markdown."""
     lines = ["| stage | trained | samples | tokens | loss | held-out score |", "|---|---|---|---|---|---|"]
     for stage, figures in result["stages"].items():
         scores = figures["mean_score"]
-        learnt = f"{statistics.mean(scores['before']):.2f} → {_spread(scores['after'])}"
+        score = f"{statistics.mean(scores['before']):.2f} → {_spread(scores['after'])}"
         if rewards := figures.get("val/rewards/accuracies"):
-            learnt = f"reward accuracy {_spread(rewards)}"
+            score = f"reward accuracy {_spread(rewards)}"
         cells = (
             f"tiny/{stage}",
             ", ".join(figures["trained"]).replace(" (all)", ""),
             short(statistics.mean(figures["samples"])),
             short(statistics.mean(figures["tokens"])),
             f"{statistics.mean(figures['loss_first']):.2f} → {_spread(figures['loss_last'])}",
-            learnt,
+            score,
         )
         lines.append(f"| {' | '.join(cells)} |")
     after = result["stages"]["2_sft"]["scores"]["after"]

@@ -1,12 +1,11 @@
-"""What a checkpoint costs while it is saved, and what a killed run costs until it trains again.
+"""Benchmark of checkpoints: stall while saving, and time from the kill of a run until it trains again.
 
     python -m benchmarks.resume [--width 768] [--steps 24]
 
-*Save*: an sft stage whose AdamW state has about a gigabyte, on one CPU thread; a checkpoint is due every third step, once
-written beside training and once with training waiting. The stall is what `save_now` takes; a step in which a checkpoint is
-being written is held against the median of the others. *Kill*: the command line on the tiny model is killed by SIGKILL
-and started again; from the kill to the first line of metrics.csv that is new. Figures go to
-benchmarks/results/resume.json.
+*Save*: an sft stage with about one gigabyte of AdamW state, on one CPU thread. A checkpoint is due every third step, once
+written asynchronously and once with training waiting. The stall is the time of `save_now`. A step during which a checkpoint
+is being written is compared with the median of the other steps. *Kill*: a run of the tiny model is killed by SIGKILL and
+started again. The time is from the kill to the first new line of metrics.csv. Results go to benchmarks/results/resume.json.
 """
 
 from __future__ import annotations
@@ -48,17 +47,18 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=768, help="hidden size of a language model of ten layers")
     parser.add_argument("--steps", type=int, default=24)
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory(dir=ROOT / "benchmarks") as folder:  # on a disk; a temp folder may be memory
-        place = Path(folder)
-        saves = {str(way): save(place / str(way), way == "beside", arguments) for way in ("beside", "waiting")}
-        kills = killed(place / "kill")
+    # on disk: the default temporary folder may be in memory
+    with tempfile.TemporaryDirectory(dir=ROOT / "benchmarks") as folder:
+        root = Path(folder)
+        saves = {str(mode): save(root / str(mode), mode == "beside", arguments) for mode in ("beside", "waiting")}
+        kills = killed(root / "kill")
     result = {"save": saves, "kill_to_training_seconds": kills, "load": os.getloadavg(), "versions": versions()}
     OUT.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps({key: result[key] for key in ("save", "kill_to_training_seconds")}, indent=2))
 
 
 class Clock(L.Callback):
-    """Seconds of each step without what the save itself takes."""
+    """Records the seconds of each step, without the save, and whether a checkpoint was being written."""
 
     def __init__(self, saver: Checkpoint) -> None:
         self.saver, self.seconds, self.writing, self.began = saver, list[float](), list[bool](), 0.0
@@ -69,11 +69,12 @@ class Clock(L.Callback):
         self.writing.append(thread is not None and thread.is_alive())
 
     def on_before_zero_grad(self, trainer, pl_module, optimizer):
-        """The update is over; saving comes later."""
+        """Stop the clock after the update, before the save."""
         self.seconds.append(time.perf_counter() - self.began)
 
 
 def save(folder: Path, beside: bool, arguments: argparse.Namespace) -> dict[str, float | None]:
+    """Measure stall and step seconds of a training run that saves checkpoints."""
     quiet()
     torch.set_num_threads(1)
     tower, _ = tiny_parts(folder / "parts")
@@ -97,11 +98,12 @@ def save(folder: Path, beside: bool, arguments: argparse.Namespace) -> dict[str,
     batches = micro_batches(blueprint, 4, arguments.steps, 0, 1)
     trainer.fit(stage, DataLoader(batches, batch_size=None, shuffle=False))  # type: ignore[arg-type]
     size = sum(file.stat().st_size for file in folder.glob("checkpoints/step-*/*")) / len(saver.folder.steps())
-    timed = list(zip(clock.seconds, clock.writing, strict=False))[WARM_UP:]
-    quiet_steps, busy = ([seconds for seconds, writing in timed if writing is wanted] for wanted in (False, True))
+    steps = list(zip(clock.seconds, clock.writing, strict=False))[WARM_UP:]
+    quiet_steps, busy = ([seconds for seconds, writing in steps if writing is is_busy] for is_busy in (False, True))
     return {
         "state_gb": size / 1e9,
-        "median_stall_seconds": statistics.median(saver.stalls[1:]),  # the first makes the buffers in the host's memory
+        # the first save allocates the host buffers
+        "median_stall_seconds": statistics.median(saver.stalls[1:]),
         "first_stall_seconds": saver.stalls[0],
         "median_step_seconds": statistics.median(quiet_steps),
         "median_step_seconds_while_writing": statistics.median(busy) if busy else None,
@@ -110,41 +112,46 @@ def save(folder: Path, beside: bool, arguments: argparse.Namespace) -> dict[str,
 
 
 def killed(folder: Path) -> dict[str, float]:
+    """Measure the seconds from the kill of a run until it trains again."""
     folder.mkdir(parents=True)
-    table, found = folder / "runs/a/metrics.csv", []
-    words = [*RUN.split(), "run_name=a", f"run_dir={folder}/runs", "checkpoint.every_steps=10"]
-    run = start(words, folder)
+    table, seconds = folder / "runs/a/metrics.csv", []
+    overrides = [*RUN.split(), "run_name=a", f"run_dir={folder}/runs", "checkpoint.every_steps=10"]
+    run = start(overrides, folder)
     for _ in range(KILLS):
         until(table, 20 + rows(table))
         run.send_signal(signal.SIGKILL)
         run.wait()
-        began, known = time.perf_counter(), rows(table)
-        run = start(words, folder)
-        # it first cuts the table back to its checkpoint, and trains the lost steps again
+        start_time, num_known = time.perf_counter(), rows(table)
+        run = start(overrides, folder)
+        # the run first truncates the table to its checkpoint, and repeats the lost steps
         until_new(folder / "log", len((folder / "log").read_text()), "goes on at step")
-        known = rows(table)
-        until(table, known + 1)
-        found.append(time.perf_counter() - began)
+        num_known = rows(table)
+        until(table, num_known + 1)
+        seconds.append(time.perf_counter() - start_time)
     run.kill()
     run.wait()
-    return {"median": statistics.median(found), "least": min(found), "most": max(found), "kills": KILLS}
+    return {"median": statistics.median(seconds), "least": min(seconds), "most": max(seconds), "kills": KILLS}
 
 
 def start(words: list[str], folder: Path) -> subprocess.Popen[bytes]:
+    """Start a run in a subprocess."""
     with open(folder / "log", "a") as log:
         return subprocess.Popen([sys.executable, str(ROOT / "run.py"), *words], cwd=folder, stdout=log, stderr=log)
 
 
 def rows(table: Path) -> int:
+    """Count the rows of metrics.csv."""
     return len(table.read_text().splitlines()) if table.is_file() else 0
 
 
 def until(table: Path, least: int) -> None:
+    """Wait until the table has at least so many rows."""
     while rows(table) < least:
         time.sleep(0.01)
 
 
 def until_new(log: Path, known: int, words: str) -> None:
+    """Wait until a text appears in the log after an offset."""
     while words not in log.read_text()[known:]:
         time.sleep(0.01)
 

@@ -1,11 +1,11 @@
-"""A training step's communication on paper, beside published rows, and in bytes that real processes send.
+"""Communication of a training step: simulated, compared with published numbers, and counted in real processes.
 
     python -m benchmarks.scaling [--no-ranks]
 
-Simulated: 0.5B to 72B (Qwen2.5's shapes under SigLIP so400m) on 8 to 512 GPUs and four fabrics, full fine-tuning under
-bf16-mixed with activation checkpointing, 8,192 tokens on a device in a micro-step (ten tiles), H200 at 40 % of its peak,
-and the strategy that `task=preflight` chooses there. Counted: what 2 to 8 gloo processes of the tiny model send in a step,
-beside the formulas. The result goes to benchmarks/results/scaling.json with versions, its tables to docs/scaling.md.
+Simulated: 0.5B to 72B (Qwen2.5 shapes with SigLIP so400m) on 8 to 512 GPUs and four fabrics: full fine-tuning in bf16-mixed
+with activation checkpointing, 8,192 tokens per device and micro-step (ten tiles), H200 at 40 % of its peak, and the
+strategy that `task=preflight` chooses. Counted: the bytes that 2 to 8 gloo processes of the tiny model send in a step,
+compared with the formulas. The result goes to benchmarks/results/scaling.json with versions, its tables to docs/scaling.md.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ COUNTED = [("ddp", 2), ("ddp", 4), ("ddp", 8), ("deepspeed_zero2", 2), ("deepspe
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """Qwen2.5's, from its config.json."""
+    """Shape of a Qwen2.5 language model, from its config.json."""
 
     hidden: int
     ffn: int
@@ -96,27 +96,37 @@ def main() -> None:
         print(f"\n{title}\n{table}")
 
 
-# ---- on paper
+# ---- simulated
 
 
 def published() -> list[dict[str, Any]]:
-    """Rows of an older estimate for Qwen2.5-14B alone: bfloat16 gradients, 8,192 tokens, 45 % of 989 TFLOP/s, samples of 4,096."""
+    """Compare with an older published estimate for Qwen2.5-14B without a tower.
+
+    It assumes bfloat16 gradients, 8,192 tokens, 45 % of 989 TFLOP/s and samples of 4,096 tokens.
+    """
     rows = []
     zero3 = {fabric.name: {gpus: _alone(Scheme.zero3, gpus, fabric) for gpus in (16, 64, 128)} for fabric in FABRICS}
     for fabric, seconds in zip(
         FABRICS, ((0.22, 0.25, 0.28), (0.45, 0.81, 0.90), (0.89, 1.59, 1.73), (7.4, 13, 14)), strict=True
     ):
-        for (gpus, timing), known in zip(zero3[fabric.name].items(), seconds, strict=True):
+        for (gpus, timing), published_value in zip(zero3[fabric.name].items(), seconds, strict=True):
             rows.append(
                 _row(
-                    f"{fabric.name}: seconds of ZeRO-3's communication, {gpus} GPUs", known, timing.communication, 0.04
+                    f"{fabric.name}: seconds of ZeRO-3's communication, {gpus} GPUs",
+                    published_value,
+                    timing.communication,
+                    0.04,
                 )
             )
-    for fabric, known in zip(FABRICS, (1400, 4600, 9100, 74000), strict=True):
-        found = break_even(zero3[fabric.name][64], 8192)
-        rows.append(_row(f"{fabric.name}: tokens from which on ZeRO-3's is hidden, 64 GPUs", known, round(found), 0.02))
+    for fabric, published_value in zip(FABRICS, (1400, 4600, 9100, 74000), strict=True):
+        tokens = break_even(zero3[fabric.name][64], 8192)
+        rows.append(
+            _row(
+                f"{fabric.name}: tokens from which on ZeRO-3's is hidden, 64 GPUs", published_value, round(tokens), 0.02
+            )
+        )
     node, ethernet = FABRICS[2], FABRICS[3]
-    for scheme, gpus, fabric, k, known, tolerance in (
+    for scheme, gpus, fabric, k, published_value, tolerance in (
         (Scheme.zero3, 128, node, 1, 84, 0.10),
         (Scheme.zero3, 512, node, 1, 72, 0.10),
         (Scheme.hsdp, 128, node, 1, 99, 0.06),
@@ -128,7 +138,7 @@ def published() -> list[dict[str, Any]]:
     ):  # fmt: skip
         share = _alone(scheme, gpus, fabric, k).share
         title = f"{fabric.name}: % of the devices' speed, {scheme}, {gpus} GPUs, k = {k}"
-        rows.append(_row(title, known, round(100 * share), tolerance))
+        rows.append(_row(title, published_value, round(100 * share), tolerance))
     rows.append(
         _row(
             "into each of 2 nodes, ZeRO-3: GB per micro-step (M = 29.5 GB; 3M, half from outside)",
@@ -147,7 +157,7 @@ def _row(what: str, known: float, found: float, tolerance: float) -> dict[str, A
 def language_layers(
     model: LanguageModel, tokens: int = 8192, segment: int = 4096, rate: float = 0.45 * 989e12
 ) -> list[Layer]:
-    """Without tower and projector, and without recomputing, as the published rows count."""
+    """Make the layers of the language model as the published rows count: no tower, no projector, no recomputation."""
     text, supervised = model.shape(0).text, 0.3 * tokens
     body = 2.0 * tokens * (text.layer + segment * text.query) / rate
     table, head = float(text.hidden * text.vocab), 2.0 * supervised * text.hidden * text.vocab / rate
@@ -164,7 +174,7 @@ def _outside() -> float:
 
 
 def situation(model: LanguageModel, gpus: int, fabric: Fabric, k: int = 1) -> Situation:
-    """Full fine-tuning of a model with its tower."""
+    """Make the setup for full fine-tuning of a model with its vision tower."""
     shape = model.shape()
     text = shape.text
     tables = text.hidden * text.vocab * (1 if model.tied else 2)
@@ -184,7 +194,7 @@ def situation(model: LanguageModel, gpus: int, fabric: Fabric, k: int = 1) -> Si
 
 
 def simulated() -> list[dict[str, Any]]:
-    """% of the devices' speed that is left, for every model, fabric, number of GPUs and strategy that fits."""
+    """Simulate the share of device speed that remains, for each model, fabric, number of GPUs and strategy that fits."""
     rows = []
     for k in (1, 8):
         for fabric in FABRICS:
@@ -194,48 +204,54 @@ def simulated() -> list[dict[str, Any]]:
 
 
 def _cell(name: str, model: LanguageModel, gpus: int, fabric: Fabric, k: int) -> dict[str, Any]:
-    of = situation(model, gpus, fabric, k)
-    layers = layers_of(of.shape, of.parameters, of.training, of.load, of.device.peak * of.utilisation)
-    found: dict[str, Any] = {}
+    setup = situation(model, gpus, fabric, k)
+    layers = layers_of(setup.shape, setup.parameters, setup.training, setup.load, setup.device.peak * setup.utilisation)
+    results: dict[str, Any] = {}
     for title, scheme in SCHEMES.items():
-        if not of.fits(FITS_AS[title]):
+        if not setup.fits(FITS_AS[title]):
             continue
         if gpus == 8 and scheme in (Scheme.hsdp, Scheme.zeropp):
-            continue  # of one node the same as ZeRO-3
+            continue  # equals ZeRO-3 within one node
         timing = simulate(scheme, layers, Cluster(gpus, fabric), k=k)
         inside, outside = (round(size / 1e9, 2) for size in (timing.traffic.inside, timing.traffic.outside))
-        found[title] = {
+        results[title] = {
             "share": round(timing.share, 4),
             "exposed": round(timing.exposed, 4),
             "inside_gb": inside,
             "outside_gb": outside,
         }
-    chosen = choose(of)
+    chosen = choose(setup)
     return {
         "model": name,
         "gpus": gpus,
         "fabric": fabric.name,
         "k": k,
         "chosen": chosen.strategy.value,
-        "schemes": found,
+        "schemes": results,
     }
 
 
-# ---- in bytes
+# ---- counted
 
 
 def count(strategy: str, ranks: int, micro: int = 1, precision: str = "32-true", limit: float = 600) -> dict[str, Any]:
-    """One step of the tiny model in so many gloo processes: what each sends and holds.
+    """Count the bytes that gloo processes send and hold in one step of the tiny model.
 
     Args:
-        micro: 1: a step is one micro-batch; more: it is several, their number is the plan's.
-        limit: seconds.
+        strategy: name of the strategy.
+        ranks: number of processes.
+        num_micro_batches: 1: a step is one micro-batch; more: a step has several, as many as the plan needs.
+        precision: precision of the trainer.
+        timeout_seconds: timeout in seconds.
+
+    Raises:
+        RuntimeError: the processes failed.
     """
     from lit_vlm.model.tiny import tiny_parts
 
     with tempfile.TemporaryDirectory() as folder:
-        out, parts = Path(folder) / "out.json", tiny_parts(Path(folder) / "parts")
-        words = [
+        path, parts = Path(folder) / "out.json", tiny_parts(Path(folder) / "parts")
+        arguments = [
             "-m",
             "torch.distributed.run",
             "--standalone",
@@ -243,56 +259,59 @@ def count(strategy: str, ranks: int, micro: int = 1, precision: str = "32-true",
             "-m",
             "benchmarks.counting",
         ]
-        words += [strategy, str(micro), precision, str(out), *map(str, parts)]
+        arguments += [strategy, str(micro), precision, str(path), *map(str, parts)]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(
-            [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit
+        process = subprocess.run(
+            [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=limit
         )
-        if done.returncode:
-            raise RuntimeError(f"{strategy} on {ranks} ranks: {done.stderr[-2000:]}")
-        return json.loads(out.read_text())
+        if process.returncode:
+            raise RuntimeError(f"{strategy} on {ranks} ranks: {process.stderr[-2000:]}")
+        return json.loads(path.read_text())
 
 
 def beside_formula(counted: dict[str, Any]) -> dict[str, Any]:
-    """What came to each rank, beside the formulas of `lit_vlm.cost.communication`, and what the formulas leave out."""
+    """Compare the bytes received by each rank with the formulas of `lit_vlm.cost.communication`, and with their omissions."""
     ranks, k, strategy = counted["ranks"], counted["k"], counted["strategy"]
     group = max(1, ranks // 2) if strategy == "hsdp" else ranks
     scheme = {"ddp": Scheme.ddp, "deepspeed_zero2": Scheme.zero2, "hsdp": Scheme.hsdp}.get(strategy, Scheme.zero3)
     size = 4.0 if counted["precision"] == "32-true" else 2.0
     layer = Layer(counted["total"], counted["trainable"], 1.0, 1.0)
-    moved = traffic(scheme, [layer], Cluster(ranks, FABRICS[0], group), k=k, widths=Widths(size, 4.0))
-    formula = moved.inside + moved.outside / group  # a rank's part of what comes into its node
-    within, between = (group - 1) / group, (ranks // group - 1) / (ranks // group)
-    sums = within if group == ranks else between
+    predicted = traffic(scheme, [layer], Cluster(ranks, FABRICS[0], group), k=k, widths=Widths(size, 4.0))
+    formula = predicted.inside + predicted.outside / group  # this rank's share of the traffic into its node
+    group_share, replica_share = (group - 1) / group, (ranks // group - 1) / (ranks // group)
+    sum_share = group_share if group == ranks else replica_share
     sent = counted["bytes"]
-    came = within * (sent.get("all-gather", 0) + sent.get("reduce-scatter", 0)) + 2 * sums * sent.get("all-reduce", 0)
+    received = group_share * (sent.get("all-gather", 0) + sent.get("reduce-scatter", 0)) + 2 * sum_share * sent.get(
+        "all-reduce", 0
+    )
     return counted | {
         "formula": round(formula),
-        "came": round(came),
-        "left_out": round(within * k * size * left_out(counted)),
+        "came": round(received),
+        "left_out": round(group_share * k * size * left_out(counted)),
     }
 
 
 def left_out(counted: dict[str, Any]) -> int:
-    """Elements that an engine gathers in a micro-step beyond twice the model, or less."""
+    """Count the elements that an engine gathers per micro-step beyond twice the model; negative if fewer."""
     if counted["strategy"] in ("fsdp2", "hsdp"):
-        return -counted["root"]  # gathered once: it stays from the forward to the backward pass
-    if counted["strategy"] == "deepspeed_zero3":  # tied tables are gathered as embeddings and as head; what is not
-        return 2 * counted["table"] - (counted["total"] - counted["trainable"])  # crossed, in the forward pass alone
+        return -counted["root"]  # gathered once, and kept from the forward to the backward pass
+    if counted["strategy"] == "deepspeed_zero3":
+        # tied tables are gathered as embeddings and as head; weights without a gradient only in the forward pass
+        return 2 * counted["table"] - (counted["total"] - counted["trainable"])
     return 0
 
 
-# ---- as tables
+# ---- tables
 
 
 def tables(result: dict[str, Any]) -> dict[str, str]:
-    """By name, in Markdown."""
-    found = {"published": _published_table(result["published"]), "counted": _counted_table(result["counted"])}
+    """Render the tables as Markdown, by name."""
+    tables_by_name = {"published": _published_table(result["published"]), "counted": _counted_table(result["counted"])}
     for k in (1, 8):
         for fabric in FABRICS:
             rows = [row for row in result["simulated"] if row["fabric"] == fabric.name and row["k"] == k]
-            found[f"{fabric.name}, k = {k}"] = _share_table(rows)
-    return found
+            tables_by_name[f"{fabric.name}, k = {k}"] = _share_table(rows)
+    return tables_by_name
 
 
 def _share_table(rows: list[dict[str, Any]]) -> str:
@@ -332,7 +351,7 @@ def _counted_table(rows: list[dict[str, Any]]) -> str:
 
 
 def write_page(result: dict[str, Any]) -> None:
-    """Puts the tables between the page's markers."""
+    """Write the tables between the markers of docs/scaling.md."""
     text = PAGE.read_text(encoding="utf-8")
     for name, table in tables(result).items():
         marker = f"<!-- figures of benchmarks/results/scaling.json: {name} -->"

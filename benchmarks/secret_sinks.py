@@ -1,9 +1,9 @@
-"""Throw made-up secrets of many shapes at every place where one can be typed and every place where something is written.
+"""Test of redaction: synthetic secrets of many shapes, in each setting and in each output file or stream.
 
     python -m benchmarks.secret_sinks --shapes 500 --seed 0
 
-Each shape must be refused in every setting, by a message that does not hold it, and must be in nothing that is written. No
-secret here is real; each is put together when the program runs.
+Each setting must refuse each shape with a message that does not contain the secret, and no output may contain it. No secret
+here is real; each one is generated when the program runs.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ LISTS = "logger.tags submit.setup submit.extra callbacks".split()
 
 @dataclass(frozen=True)
 class Shape:
-    """A text as people write it, and the secret in it. `variable`: only the environment says that it is one."""
+    """Text as people write it, with the secret in it. `variable`: environment variable that alone marks it as a secret."""
 
     family: str
     text: str
@@ -60,14 +60,14 @@ class Shape:
 
 
 def make_shapes(count: int, seed: int) -> list[Shape]:
-    """Shapes of all families in turn."""
-    draw = random.Random(seed)
+    """Make shapes of all families in turn."""
+    rng = random.Random(seed)
     families = [_prefixed, _assigned, _address, _header, _signed, _key_file, _digest, _variable]
-    return [families[number % len(families)](draw) for number in range(count)]
+    return [families[number % len(families)](rng) for number in range(count)]
 
 
 def _body(draw: random.Random, length: int, letters: str = LETTERS) -> str:
-    """Letters with a capital and a digit among them, as keys have them."""
+    """Sample random text with at least one capital letter and one digit, as in keys."""
     text = [draw.choice(letters) for _ in range(length)]
     if letters is LETTERS:
         text[1], text[4] = draw.choice(string.ascii_uppercase), draw.choice(string.digits)
@@ -152,7 +152,7 @@ def _key_file(draw: random.Random) -> Shape:
 
 
 def _digest(draw: random.Random) -> Shape:
-    """Keys of W&B. Forty digits alone may be a commit in a name or a tag; in a text, or with "local-", they are a key."""
+    """Make a W&B key. Forty hex digits alone in a name or a tag may be a commit; in a text, or with "local-", they are a key."""
     start = draw.choice(["", "local-"])
     secret = start + _body(draw, 40, HEX)
     forms = ["wandb login {}", "key {}", "see {} there", "api-{}", *(["{}", "[{}]"] if start else [])]
@@ -168,7 +168,7 @@ def _variable(draw: random.Random) -> Shape:
 
 
 def spellings(secret: str) -> set[str]:
-    """A secret as it is, and as JSON, HTML, YAML and a shell write it."""
+    """List the spellings of a secret: plain, and escaped for JSON, HTML, YAML and a shell."""
     return {
         secret,
         json.dumps(secret)[1:-1],
@@ -179,13 +179,14 @@ def spellings(secret: str) -> set[str]:
 
 
 def is_in(secret: str, written: str) -> bool:
-    return any(text in written for text in spellings(secret))
+    """Return whether a text shows the secret in any spelling."""
+    return any(spelling in written for spelling in spellings(secret))
 
 
 @contextlib.contextmanager
 def environment(shape: Shape) -> Iterator[None]:
-    """The variable that a shape is the value of."""
-    before = os.environ.get(shape.variable)
+    """Set the environment variable of a shape inside the context."""
+    previous = os.environ.get(shape.variable)
     if shape.variable:
         os.environ[shape.variable] = shape.secret
     try:
@@ -193,15 +194,15 @@ def environment(shape: Shape) -> Iterator[None]:
     finally:
         if shape.variable:
             os.environ.pop(shape.variable)
-            if before is not None:
-                os.environ[shape.variable] = before
+            if previous is not None:
+                os.environ[shape.variable] = previous
 
 
-# ---- where a secret may be typed
+# ---- inputs
 
 
 def typed(shape: Shape) -> Iterator[tuple[str, list[str]]]:
-    """Arguments of a command line that hold it, by the place that a message must name."""
+    """Iterate over command lines that contain the secret, each with the setting that the error must name."""
     for key in PLACES:
         yield key.lstrip("+"), [f"{key}={shape.text}"]
         yield key.lstrip("+"), [f"{key}={quote(shape.text)}"]
@@ -213,7 +214,7 @@ def typed(shape: Shape) -> Iterator[tuple[str, list[str]]]:
 
 
 def not_refused(shape: Shape) -> Iterator[str]:
-    """Places that take it, or whose message shows it or does not name them."""
+    """Find the settings that accept the secret, or whose error shows it or does not name the setting."""
     for key, arguments in typed(shape):
         try:
             refuse_typed_secrets(arguments)
@@ -222,12 +223,12 @@ def not_refused(shape: Shape) -> Iterator[str]:
             if is_in(shape.secret, str(error)) or key not in str(error):
                 yield f"typed in {key}: {error}"
     settings = {"a": {"b": [shape.text]}, "c": shape.text, "file": {shape.text: 1}}
-    mistakes = mistakes_of_secrets(settings)  # of a YAML file, or of a sweep's
-    if len(mistakes) != 3 or any(is_in(shape.secret, mistake) for mistake in mistakes):
-        yield f"a file of settings: {mistakes}"
+    errors = mistakes_of_secrets(settings)  # as from a YAML file or a sweep file
+    if len(errors) != 3 or any(is_in(shape.secret, message) for message in errors):
+        yield f"a file of settings: {errors}"
 
 
-# ---- where something is written
+# ---- outputs
 
 
 def _write(folder: Path, text: str) -> str:
@@ -311,14 +312,14 @@ SINKS: dict[str, Callable[[Path, str], str]] = {
 
 
 def found_in(shape: Shape, folder: Path) -> Iterator[str]:
-    """Sinks that hold it after all."""
+    """Find the outputs that show the secret."""
     for name, sink in SINKS.items():
         if is_in(shape.secret, written := sink(folder, shape.text)):
             yield f"{name}: {written[:300]!r}"
 
 
 def look_at(shape: Shape, folder: Path) -> list[str]:
-    """All places that take or show one shape."""
+    """Find all settings that accept a shape and all outputs that show it."""
     with environment(shape):
         return [*not_refused(shape), *found_in(shape, folder)]
 
@@ -327,19 +328,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    wrong = 0
+    arguments = parser.parse_args()
+    num_leaks = 0
     with tempfile.TemporaryDirectory() as folder:
-        for shape in make_shapes(asked.shapes, asked.seed):
+        for shape in make_shapes(arguments.shapes, arguments.seed):
             for leak in look_at(shape, Path(folder)):
-                wrong += 1
+                num_leaks += 1
                 print(f"{shape.family}: {shape.text!r}: {leak}")
-    places = len(list(typed(Shape("", "", "")))) + 3
+    num_inputs = len(list(typed(Shape("", "", "")))) + 3
     print(
-        f"{asked.shapes} shapes (seed {asked.seed}) x {places} places to type them and {len(SINKS)} to write them:"
-        f" {wrong} taken or shown"
+        f"{arguments.shapes} shapes (seed {arguments.seed}) x {num_inputs} places to type them and {len(SINKS)} to write them:"
+        f" {num_leaks} taken or shown"
     )
-    sys.exit(bool(wrong))
+    sys.exit(bool(num_leaks))
 
 
 if __name__ == "__main__":

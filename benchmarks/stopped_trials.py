@@ -1,11 +1,12 @@
-"""Which value of a stopped trial teaches the search most: a replay on curves like those of preference training.
+"""Benchmark of early stopping: compares values to report for a stopped trial, on synthetic preference-training curves.
 
     python -m benchmarks.stopped_trials [--seeds 20]
 
-`sweeps/dpo.yaml` as it stands, 30 trials, four at a time, each of up to 12 validations of a made model: its accuracy rises
-faster with a larger rate and falls apart with one that is too large. What a stopped trial teaches is one of: nothing
-(Optuna's own way with pruned trials), its last value, its best value, its value at the rung where it was compared. Beside them
-the same without stopping. Figures go to benchmarks/results/stopped_trials.json.
+It runs `sweeps/dpo.yaml` unchanged: 30 trials, four in parallel, each with up to 12 validations of a synthetic model. The
+accuracy of the model rises faster with a larger learning rate, and drops with one that is too large. The value reported to
+the search for a stopped trial is one of: none (Optuna's handling of pruned trials), its last value, its best value, or its
+value at the rung of the comparison. A search without early stopping is the baseline. Results go to
+benchmarks/results/stopped_trials.json.
 """
 
 from __future__ import annotations
@@ -29,28 +30,28 @@ from lit_vlm.sweep.search import Search
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path(__file__).parent / "results" / "stopped_trials.json"
-VALUES = 12  # that a trial logs which is not stopped
+VALUES = 12  # number of values that a complete trial logs
 LOSSES = {"sigmoid": 0.0, "ipo": -0.02, "hinge": -0.01}
 WEIGHTS = {(1.0, 0.0, 0.0): -0.015, (1.0, 0.0, 0.5): -0.005, (0.8, 0.2, 0.0): -0.01, (0.8, 0.2, 1.0): 0.0}
-BEST = 0.78  # of all settings, at the end
+BEST = 0.78  # best final accuracy over all settings
 
 
 def compute_accuracies(parameters: dict[str, Any]) -> list[float]:
-    """Compute what a trial would log, without noise."""
+    """Compute the accuracies that a trial would log without noise."""
     rate, beta = math.log10(parameters["stage.learning_rate"]), math.log10(parameters["stage.beta"])
     loss, weights = LOSSES[parameters["stage.loss_type"][0]], WEIGHTS[tuple(parameters["stage.loss_weights"])]
-    end = max(0.5, BEST - 0.10 * (rate + 5.9) ** 2 - 0.06 * (beta + 1) ** 2 + loss + weights)
+    final = max(0.5, BEST - 0.10 * (rate + 5.9) ** 2 - 0.06 * (beta + 1) ** 2 + loss + weights)
     slowness = 2.5 * 10 ** (-0.6 * (rate + 5.9))
-    whole = 1 - math.exp(-VALUES / slowness)
-    rise = [0.5 + (end - 0.5) * (1 - math.exp(-(place + 1) / slowness)) / whole for place in range(VALUES)]
-    falls = 0.25 * max(0.0, rate + 5.55)  # too large a rate: good at first, then worse
-    return [max(0.45, value - falls * place / VALUES) for place, value in enumerate(rise)]
+    final_rise = 1 - math.exp(-VALUES / slowness)
+    rise = [0.5 + (final - 0.5) * (1 - math.exp(-(i + 1) / slowness)) / final_rise for i in range(VALUES)]
+    drop = 0.25 * max(0.0, rate + 5.55)  # a rate that is too large: good at first, then worse
+    return [max(0.45, value - drop * i / VALUES) for i, value in enumerate(rise)]
 
 
 def observe_noise(parameters: dict[str, Any], number: int, seed: int) -> list[float]:
-    """Draw what a trial logs: its accuracies on some hundred held-out pairs."""
+    """Sample the accuracies that a trial logs, with the noise of some hundred held-out pairs."""
     noise = np.random.default_rng([seed, number]).normal(0, 0.006, VALUES)
-    return [value + float(draw) for value, draw in zip(compute_accuracies(parameters), noise, strict=True)]
+    return [value + float(error) for value, error in zip(compute_accuracies(parameters), noise, strict=True)]
 
 
 def choose_last(values: list[float], rungs: tuple[int, ...]) -> float:
@@ -79,38 +80,38 @@ LESSONS: dict[str, Lesson] = {
 
 
 def replay(sweep: SweepFile, lesson: Lesson, seed: int, at_a_time: int = 4) -> dict[str, float]:
-    """Run a whole search on made curves.
+    """Run a whole search on synthetic curves.
 
     Returns:
-        `regret` of the finished trial that a user would take, without noise; `by_model`: trials whose values the model
-        chose; `finished`: trials that were not stopped; `values`: what was logged in all.
+        `regret`: of the best finished trial, without noise; `by_model`: number of trials whose parameters the model chose;
+        `finished`: number of trials that were not stopped; `values`: number of logged values.
     """
     search = Search(sweep, seed=seed)
     logged: dict[int, list[float]] = {}
-    under_way: dict[int, list[float]] = {}
+    running: dict[int, list[float]] = {}
     best, regret, finished = -math.inf, math.inf, 0
     with CountedModel() as model:
         while True:
-            while len(under_way) < at_a_time and (given := search.ask()) is not None:
-                under_way[given.number] = observe_noise(given.parameters, given.number, seed)
-                logged[given.number] = []
-            if not under_way:
+            while len(running) < at_a_time and (trial := search.ask()) is not None:
+                running[trial.number] = observe_noise(trial.parameters, trial.number, seed)
+                logged[trial.number] = []
+            if not running:
                 break
-            for number, curve in list(under_way.items()):
+            for number, curve in list(running.items()):
                 values = logged[number]
                 values.append(curve[len(values)])
-                stops, ends = search.observe(number, values), len(values) == VALUES
-                if ends:
+                is_stopped, is_complete = search.observe(number, values), len(values) == VALUES
+                if is_complete:
                     search.tell(number, values[-1], "finished")
                     finished += 1
                     if values[-1] > best:
                         best = values[-1]
                         regret = BEST - compute_accuracies(search.trials()[number].parameters)[-1]
-                elif stops:
+                elif is_stopped:
                     rungs = sweep.early_terminate.rungs if sweep.early_terminate else ()
                     search.tell(number, lesson(values, rungs), "stopped")
-                if stops or ends:
-                    del under_way[number]
+                if is_stopped or is_complete:
+                    del running[number]
     return {
         "regret": regret,
         "by_model": model.count,
@@ -120,7 +121,7 @@ def replay(sweep: SweepFile, lesson: Lesson, seed: int, at_a_time: int = 4) -> d
 
 
 class CountedModel:
-    """Counts the trials whose values came from the Gaussian process and not by chance."""
+    """Counts the trials whose parameters were chosen by the Gaussian process, not at random."""
 
     def __enter__(self) -> CountedModel:
         self.count, self._before = 0, GPSampler.sample_relative
@@ -143,18 +144,18 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     seeds = range(parser.parse_args().seeds)
     sweep = read_sweep(ROOT / "sweeps" / "dpo.yaml")
-    ways = {name: (sweep, lesson) for name, lesson in LESSONS.items()}
-    ways["never stopped"] = (replace(sweep, early_terminate=None), choose_last)
+    methods = {name: (sweep, lesson) for name, lesson in LESSONS.items()}
+    methods["never stopped"] = (replace(sweep, early_terminate=None), choose_last)
     result: dict[str, Any] = {"seeds": len(seeds), "versions": {"optuna": version("optuna")}, "ways": {}}
-    for name, (file, lesson) in ways.items():
-        began = time.monotonic()
-        found = [replay(file, lesson, seed) for seed in seeds]
-        result["ways"][name] = found
-        middle = {key: statistics.median(one[key] for one in found) for key in found[0]}
-        mean = statistics.mean(one["regret"] for one in found)
+    for name, (file, lesson) in methods.items():
+        start = time.monotonic()
+        results = [replay(file, lesson, seed) for seed in seeds]
+        result["ways"][name] = results
+        medians = {key: statistics.median(row[key] for row in results) for key in results[0]}
+        mean = statistics.mean(row["regret"] for row in results)
         print(
-            f"{name:14} regret {middle['regret']:.4f} (mean {mean:.4f})  by the model {middle['by_model']:.0f} of 30"
-            f"  values {middle['values']:.0f}  {time.monotonic() - began:.0f} s",
+            f"{name:14} regret {medians['regret']:.4f} (mean {mean:.4f})  by the model {medians['by_model']:.0f} of 30"
+            f"  values {medians['values']:.0f}  {time.monotonic() - start:.0f} s",
             flush=True,
         )
     OUT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -1,11 +1,11 @@
-"""Whether a sweep of 12 tiny runs finds a better learning rate than the default and its neighbours.
+"""Benchmark of the sweep: the learning rate found in 12 tiny runs, against the default and its neighbours.
 
     python -m benchmarks.sweep [--folder FOLDER]
 
-`task=sweep sweep=sweeps/tiny.yaml`, then the recipe's own settings, and those with twice and half its learning rate, and
-with the rate that was found but the recipe's warm-up, for as many steps on the same data. Each is run again with other seeds
-(weights, order of the data), for a best of 12 is in part luck. Figures go to benchmarks/results/sweep.json. An interrupted one goes on in
-the same folder.
+It runs `task=sweep sweep=sweeps/tiny.yaml`. Then it runs the default settings of the recipe, the same with twice and half the
+learning rate, and with the found learning rate but the default warm-up, for the same number of steps on the same data. Each is
+repeated with other seeds (weights, order of the data), because the best of 12 is partly luck. Results go to
+benchmarks/results/sweep.json. An interrupted benchmark resumes in the same folder.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from lit_vlm.sweep.words import trial_words
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path(__file__).parent / "results" / "sweep.json"
 FILE = ROOT / "sweeps" / "tiny.yaml"
-SEEDS = (0, 1, 2)  # the sweep's own, and two that it has not seen
+SEEDS = (0, 1, 2)  # the seed of the sweep, and two new ones
 
 
 def main() -> None:
@@ -43,11 +43,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "benchmark_sweep")
     folder = parser.parse_args().folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    began = time.monotonic()
+    start = time.monotonic()
     run_py(folder, "task=sweep", f"sweep={FILE}")
-    sweep, seconds = read_sweep(FILE), time.monotonic() - began
-    place = folder / "runs" / "sweeps" / FILE.stem
-    records = records_of(Search(sweep, place / "journal.log"), place, sweep.metric.name)
+    sweep, seconds = read_sweep(FILE), time.monotonic() - start
+    sweep_folder = folder / "runs" / "sweeps" / FILE.stem
+    records = records_of(Search(sweep, sweep_folder / "journal.log"), sweep_folder, sweep.metric.name)
     best = best_of(records, sweep.metric.goal)
     rate = parse(["experiment=tiny/1_align"]).config.stage.learning_rate
     settings: dict[str, dict[str, Any]] = {
@@ -57,42 +57,47 @@ def main() -> None:
         "default x 2": sweep.fixed | {"stage.learning_rate": 2 * rate},
         "default / 2": sweep.fixed | {"stage.learning_rate": rate / 2},
     }
-    found = {name: losses(folder, name, trial_words(sweep, values, [])) for name, values in settings.items()}
+    losses_by_setting = {
+        name: losses(folder, name, trial_words(sweep, values, [])) for name, values in settings.items()
+    }
     trials = [
-        {"number": r.number, "state": r.state, "value": r.value, "seconds": r.seconds} | swept(sweep, r)
-        for r in records
+        {"number": record.number, "state": record.state, "value": record.value, "seconds": record.seconds}
+        | swept(sweep, record)
+        for record in records
     ]
     result = {
         "trials": trials,
         "best": best.number,
-        "val_loss_by_seed": found,
+        "val_loss_by_seed": losses_by_setting,
         "rates": {name: values.get("stage.learning_rate", rate) for name, values in settings.items()},
-        "importance": {one.key: [one.share, one.correlation] for one in importance_of(records, sweep)},
+        "importance": {row.key: [row.share, row.correlation] for row in importance_of(records, sweep)},
         "seconds_of_sweep": seconds,
         "versions": versions(),
     }
     OUT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    for name, values in found.items():
+    for name, values in losses_by_setting.items():
         print(
             f"{name:18} {result['rates'][name]:.4g}  {'  '.join(f'{v:.4f}' for v in values)}  {statistics.mean(values):.4f}"
         )
 
 
 def losses(folder: Path, name: str, words: list[str]) -> list[float]:
-    """Held-out loss at the end, by seed."""
-    found = []
+    """Measure the final held-out loss for each seed."""
+    final_losses = []
     for seed in SEEDS:
-        run = f"{name.replace(' ', '_').replace('/', 'by')}_{seed}"
-        run_py(folder, *words, f"seed={seed}", f"run_name={run}")
-        found.append(values_in(folder / "runs" / run, "val/loss")[-1])
-    return found
+        run_name = f"{name.replace(' ', '_').replace('/', 'by')}_{seed}"
+        run_py(folder, *words, f"seed={seed}", f"run_name={run_name}")
+        final_losses.append(values_in(folder / "runs" / run_name, "val/loss")[-1])
+    return final_losses
 
 
 def swept(sweep: Any, record: Any) -> dict[str, Any]:
+    """Get the swept parameters of a trial."""
     return {key: record.parameters[key] for key in sweep.swept}
 
 
 def run_py(folder: Path, *words: str) -> None:
+    """Run `run.py` in a folder."""
     subprocess.run([sys.executable, str(ROOT / "run.py"), *words], cwd=folder, check=True)
 
 

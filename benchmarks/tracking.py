@@ -1,13 +1,13 @@
-"""What tracking adds to an optimizer step of the tiny sft stage, with a row at every step.
+"""Benchmark of the loggers: time that a tracker adds to an optimizer step of the tiny sft stage, logging each step.
 
     python -m benchmarks.tracking [--steps 120]
 
-Runs of `run.py` in processes of their own, each with another tracker beside the table: W&B online (a server on the loopback
-interface), offline, and with a server that dies once training has begun: its port refuses, or takes connections and hangs.
-In each run the tracker is told of every second turn of five steps only, so its steps stand beside others of the same process
-without it; and the runs take their turns one after the other, so that a busy machine is busy for all. Each step
-is held against the same step of a run that has the table alone, for its samples are the same. The medians, and those of the time
-inside the logger, go to benchmarks/results/tracking.json with versions.
+Each run of `run.py` has a separate process and another tracker besides the CSV table: W&B online (a server on the loopback
+interface), W&B offline, and W&B with a server that fails after training has begun: its port refuses connections, or accepts
+them and hangs. In each run the tracker logs only every second turn of five steps, so steps with and without it are measured
+in the same process. The runs take turns, so that load of the machine affects all of them. Each step is compared with the same
+step of a run with the CSV table alone, which has the same samples. The medians, also of the time inside the logger, go to
+benchmarks/results/tracking.json with versions.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ READING, WRITING, TIMES = "LIT_VLM_PACE_READ", "LIT_VLM_PACE_WRITE", "LIT_VLM_PA
 
 
 class Paced(L.Callback):
-    """In a run: takes a turn of steps when it is told to, and keeps how long each took."""
+    """Callback of a measured run: waits for its turn of steps, and records the seconds of each step."""
 
     def __init__(self) -> None:
         self.steps: list[float] = []
@@ -72,23 +72,23 @@ class Paced(L.Callback):
 
     def _timed(self, log: Any) -> Any:
         def timed(*arguments: Any, **named: Any) -> None:
-            if not is_tracked(self._trainer.global_step - 1):  # Lightning logs a step once it is counted
+            if not is_tracked(self._trainer.global_step - 1):  # Lightning logs after it has counted the step
                 return
-            began = time.perf_counter()
+            start = time.perf_counter()
             log(*arguments, **named)
-            self.logging.append(time.perf_counter() - began)
+            self.logging.append(time.perf_counter() - start)
 
         return timed
 
 
 def is_tracked(step: int) -> bool:
-    """Every second turn."""
+    """Return whether the tracker logs this step: in every second turn."""
     return step // TURN % 2 == 1
 
 
 @dataclass
 class Runner:
-    """One run, from outside."""
+    """Run in a subprocess, controlled by pipes."""
 
     name: str
     words: list[str]
@@ -98,26 +98,34 @@ class Runner:
     _ends: list[int] = field(default_factory=list)
 
     def start(self, steps: int) -> None:
-        (mine, its), (reading, writing) = os.pipe(), os.pipe()
-        self._ends = [mine, writing]
-        own = {READING: str(reading), WRITING: str(its), TIMES: str(self.folder / f"{self.name}.json")}
+        """Start the run in a subprocess."""
+        (own_read, run_write), (run_read, own_write) = os.pipe(), os.pipe()
+        self._ends = [own_read, own_write]
+        variables = {READING: str(run_read), WRITING: str(run_write), TIMES: str(self.folder / f"{self.name}.json")}
         command = [sys.executable, "run.py", *WORDS, *self.words, f"trainer.max_steps={steps}"]
         command += [f"run_dir={self.folder / 'runs'}", f"run_name={self.name}"]
         log = (self.folder / f"{self.name}.log").open("w")
         self.process = subprocess.Popen(
-            command, cwd=ROOT, env=self.environment | own, pass_fds=(reading, its), stdout=log, stderr=subprocess.STDOUT
+            command,
+            cwd=ROOT,
+            env=self.environment | variables,
+            pass_fds=(run_read, run_write),
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
-        os.close(reading)
-        os.close(its)
+        os.close(run_read)
+        os.close(run_write)
 
     def wait(self) -> None:
-        """Until it asks for a turn, or has none left."""
+        """Wait until the run asks for a turn or has ended."""
         self.running = os.read(self._ends[0], 1) == b"."
 
     def turn(self) -> None:
+        """Start a turn of steps."""
         os.write(self._ends[1], b".")
 
     def times(self) -> dict[str, list[float]]:
+        """Read the recorded seconds."""
         return json.loads((self.folder / f"{self.name}.json").read_text(encoding="utf-8"))
 
 
@@ -125,13 +133,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=120)
     steps = parser.parse_args().steps + WARM_UP
-    with tempfile.TemporaryDirectory() as place, Loopback() as server, Loopback() as refusing, Loopback() as hanging:
+    with tempfile.TemporaryDirectory() as folder, Loopback() as server, Loopback() as refusing, Loopback() as hanging:
         runners = [
-            Runner("alone", [], quiet(server, place), Path(place)),
-            Runner("online", ["logger=wandb"], quiet(server, place), Path(place)),
-            Runner("offline", ["logger=wandb", "logger.offline=true"], quiet(server, place), Path(place)),
-            Runner("refuses", ["logger=wandb"], quiet(refusing, place), Path(place)),
-            Runner("hangs", ["logger=wandb"], quiet(hanging, place), Path(place)),
+            Runner("alone", [], quiet(server, folder), Path(folder)),
+            Runner("online", ["logger=wandb"], quiet(server, folder), Path(folder)),
+            Runner("offline", ["logger=wandb", "logger.offline=true"], quiet(server, folder), Path(folder)),
+            Runner("refuses", ["logger=wandb"], quiet(refusing, folder), Path(folder)),
+            Runner("hangs", ["logger=wandb"], quiet(hanging, folder), Path(folder)),
         ]
         for runner in runners:
             runner.start(steps)
@@ -147,36 +155,37 @@ def main() -> None:
             runner.process.wait()
         alone, *others = [runner.times() for runner in runners]
         rows = {runner.name: figures(times, alone) for runner, times in zip(runners[1:], others, strict=True)}
-    found = {"steps": steps - WARM_UP, "rows": rows, "versions": versions()}
-    OUT.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    result = {"steps": steps - WARM_UP, "rows": rows, "versions": versions()}
+    OUT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(rows, indent=2))
 
 
 def quiet(server: Loopback, place: str) -> dict[str, str]:
-    own = {"HOME": place, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
-    return server.environment(**own, WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL="1")
+    """Make the environment of a run with a W&B server on the loopback interface."""
+    variables = {"HOME": place, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
+    return server.environment(**variables, WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL="1")
 
 
 def figures(times: dict[str, list[float]], alone: dict[str, list[float]]) -> dict[str, float]:
-    """Milliseconds: a step with the table alone, what it takes longer with the tracker, and the time in the logger."""
-    apart = [mine - other for mine, other in zip(times["steps"], alone["steps"], strict=True)]
-    with_it = [seconds for step, seconds in enumerate(apart) if step >= WARM_UP and is_tracked(step)]
-    without = [seconds for step, seconds in enumerate(apart) if step >= WARM_UP and not is_tracked(step)]
-    added = statistics.median(with_it) - statistics.median(without)
+    """Compute milliseconds: a step with the table alone, the time that the tracker adds, and the time in the logger."""
+    differences = [mine - other for mine, other in zip(times["steps"], alone["steps"], strict=True)]
+    tracked = [seconds for step, seconds in enumerate(differences) if step >= WARM_UP and is_tracked(step)]
+    untracked = [seconds for step, seconds in enumerate(differences) if step >= WARM_UP and not is_tracked(step)]
+    added = statistics.median(tracked) - statistics.median(untracked)
     step = statistics.median(alone["steps"][WARM_UP:])
-    inside = times["logging"][TURN:]
+    logger_seconds = times["logging"][TURN:]
     return {
         "step_ms": 1e3 * step,
         "added_ms": 1e3 * added,
         "added_share": added / step,
-        "error_ms": 1e3 * math.hypot(error_of_median(with_it), error_of_median(without)),
-        "in_logger_ms": 1e3 * statistics.median(inside),
-        "in_logger_slowest_ms": 1e3 * max(inside),
+        "error_ms": 1e3 * math.hypot(error_of_median(tracked), error_of_median(untracked)),
+        "in_logger_ms": 1e3 * statistics.median(logger_seconds),
+        "in_logger_slowest_ms": 1e3 * max(logger_seconds),
     }
 
 
 def error_of_median(values: list[float]) -> float:
-    """Its standard error, by the spread of the middle half (1.349 standard deviations of a bell)."""
+    """Compute the standard error of the median from the interquartile range (1.349 standard deviations of a normal)."""
     low, _, high = statistics.quantiles(values, n=4)
     return 1.2533 * (high - low) / 1.349 / math.sqrt(len(values))
 

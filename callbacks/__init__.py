@@ -1,4 +1,4 @@
-"""What a run does beside training, in the order in which it is called. Each works in a notebook too."""
+"""Lightning callbacks of a training run, listed in their calling order. Each also works in a notebook."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ CALLBACKS: dict[str, type[L.Callback]] = {
     "report": Report,
     "heartbeat": Heartbeat,
 }
-# The guard's exchange with the other ranks comes before what is measured after it.
+# The guard exchanges flags between ranks. Callbacks that measure the time after this exchange must come later.
 FIRST = ("guard",)
-# The model is saved before held-out pictures are read once more; the report shows what all others left; the heartbeat says
-# what comes next once the others have done what they do in the same place.
+# Export saves the model before `samples` reads held-out images again. The report shows the files of all other callbacks.
+# The heartbeat is last: it sets the next activity after the other callbacks have finished the same hook.
 LAST = ("export", "samples", "report", "heartbeat")
 
 __all__ = [
@@ -63,19 +63,26 @@ __all__ = [
 
 
 def make_callbacks(names: list[str], run_dir: Path, **options: Any) -> list[L.Callback]:
-    """The callbacks of these names, in their order, but `FIRST` and `LAST`. Without the guard the ranks exchange all the same.
+    """Make the named callbacks in the given order, with `FIRST_CALLBACKS` first and `LAST_CALLBACKS` last.
+
+    Without the guard, a plain `Exchange` is added at the front, because signals and due checkpoints need the exchange.
 
     Args:
-        names: of `CALLBACKS`, or import paths of classes that are constructed without arguments.
-        options: arguments for those of ours that know them, as `max_samples` for `samples`.
+        names: keys of `CALLBACKS`, or import paths of classes whose constructors need no arguments.
+        run_dir: run folder.
+        options: constructor arguments. Each callback of `CALLBACKS` gets those that its signature names, e.g. `max_samples`
+            for `samples`.
+
+    Returns:
+        The callbacks, each name once.
 
     Raises:
-        UserError: an unknown name, or a path that leads to no callback.
+        UserError: a name is unknown, or an import path does not lead to a callback class.
     """
-    places = dict.fromkeys(FIRST, -2) | {name: place for place, name in enumerate(LAST)}
-    ordered = sorted(dict.fromkeys(names), key=lambda name: places.get(name, -1))
-    made = [_make(name, {"run_dir": Path(run_dir), **options}) for name in ordered]
-    return made if any(isinstance(callback, Exchange) for callback in made) else [Exchange(), *made]
+    order = dict.fromkeys(FIRST, -2) | {name: place for place, name in enumerate(LAST)}
+    ordered = sorted(dict.fromkeys(names), key=lambda name: order.get(name, -1))
+    callbacks = [_make(name, {"run_dir": Path(run_dir), **options}) for name in ordered]
+    return callbacks if any(isinstance(callback, Exchange) for callback in callbacks) else [Exchange(), *callbacks]
 
 
 def _make(name: str, options: dict[str, Any]) -> L.Callback:
@@ -86,8 +93,8 @@ def _make(name: str, options: dict[str, Any]) -> L.Callback:
             f"callbacks: there is no callback {name}; there are {', '.join(CALLBACKS)}, "
             "or the import path of your own class (my_package.MyCallback)."
         )
-    known = inspect.signature(CALLBACKS[name]).parameters
-    return CALLBACKS[name](**{key: value for key, value in options.items() if key in known})
+    parameters = inspect.signature(CALLBACKS[name]).parameters
+    return CALLBACKS[name](**{key: value for key, value in options.items() if key in parameters})
 
 
 def _imported(path: str) -> L.Callback:

@@ -1,4 +1,4 @@
-"""Saves an unfinished run's state, and brings it back at the next start."""
+"""Checkpoint callback: saves the state of an unfinished run, and resumes from it at the next start."""
 
 from __future__ import annotations
 
@@ -27,22 +27,24 @@ BEST_BY = "val/loss"
 
 
 class Checkpoint(L.Callback):
-    """Weights that train, optimizer and step, at ends of optimizer steps; at the next start, goes on from the newest good one.
+    """Saves trained weights, optimizer state and step at the end of optimizer steps, and resumes from the newest valid checkpoint.
 
-    Each rank writes what it holds, into `run_dir/checkpoints`, which all of them must see. Other callbacks' `state_dict()`
-    is kept as JSON: it is called on all ranks, and rank 0's goes on.
+    Each rank writes its own shards into `run_dir/checkpoints`, a folder that all ranks must be able to read. The
+    `state_dict()` of other callbacks is stored as JSON. It is called on all ranks, and the state of rank 0 is stored.
 
     Args:
-        run_dir: the run's folder.
-        every_steps: optimizer steps between two; None: by the clock alone. After the last step one is saved in any case.
-        every_minutes: by rank 0's clock; None: by the steps alone.
-        keep_last: older ones are removed.
-        keep_best: keep the one of the lowest val/loss as well.
-        asynchronous: copy to the host's memory, and write while training goes on.
-        resume_from: "auto": the newest good one of the run's folder; "none"; or a checkpoint's folder.
-        belongs: what must be the same for a state to go on; None: the model's tensors and the samples alone.
-        timeout_minutes: that rank 0 waits for the other ranks' files.
-        say: takes what the user should know.
+        run_dir: run folder.
+        every_steps: optimizer steps between two checkpoints. None: save by the clock alone. A checkpoint is always saved
+            after the last step.
+        every_minutes: minutes between two checkpoints, by the clock of rank 0. None: save by steps alone.
+        keep_last: number of newest checkpoints to keep. Older ones are removed.
+        keep_best: also keep the checkpoint with the lowest val/loss.
+        asynchronous: copy the state to host memory, and write it while training continues.
+        resume_from: "auto": the newest valid checkpoint of the run folder; "none": start from step 0; or the path of a
+            checkpoint folder.
+        belongs: fingerprint that a checkpoint must share with this run. None: only tensors and samples must match.
+        timeout_minutes: maximum minutes that rank 0 waits for the files of the other ranks.
+        say: called with each line for the user.
     """
 
     def __init__(
@@ -64,14 +66,14 @@ class Checkpoint(L.Callback):
         self.keep_last, self.keep_best, self.asynchronous = keep_last, keep_best, asynchronous
         self.resume_from, self.belongs, self.say = resume_from, belongs or Belongs(), say
         self.timeout_minutes = timeout_minutes
-        self.stalls: list[float] = []  # seconds that training stood still, of each save
+        self.stalls: list[float] = []  # seconds that each save stalled training
         self._writer: Writer | None = None
         self._shards: Shards | None = None
         self._consumed: Consumed | None = None
-        self._saved, self._best = 0, float("inf")  # the last saved step, the lowest val/loss
+        self._saved, self._best = 0, float("inf")  # last saved step, lowest val/loss
         self._clock = time.monotonic()
 
-    # ---- going on
+    # ---- resume
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if hasattr(pl_module, "prepare"):
@@ -109,16 +111,20 @@ class Checkpoint(L.Callback):
         _continue_logs(trainer, *state["log"])
 
     def _start_writer(self, trainer: L.Trainer) -> None:
-        """Only now is anything written or removed: a start that was refused leaves the folder as it was."""
-        ranks = [rank for rank, writes in enumerate(gathered(trainer, self._shards.writes)) if writes]
+        """Create the writer and clean up the checkpoint folder.
+
+        Nothing is written or removed before this call. A start that was refused leaves the folder unchanged.
+        """
+        writers = [rank for rank, writes in enumerate(gathered(trainer, self._shards.writes)) if writes]
         if trainer.is_global_zero:
             self.folder.sweep(self._saved)
             best = self.folder.best()
             self._best = best[1] if best else self._best
-        self._best = trainer.strategy.broadcast(self._best)  # and nobody writes before the sweep is over
+        # also a barrier: no rank writes before the cleanup ends
+        self._best = trainer.strategy.broadcast(self._best)
         seconds = 60 * self.timeout_minutes
         self._writer = Writer(
-            self.folder, rank=trainer.global_rank, ranks=ranks, keep_last=self.keep_last, timeout_seconds=seconds
+            self.folder, rank=trainer.global_rank, ranks=writers, keep_last=self.keep_last, timeout_seconds=seconds
         )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -142,20 +148,20 @@ class Checkpoint(L.Callback):
     ) -> None:
         if not is_last_micro_step(trainer):
             return
-        heard, step = consensus_of(trainer).heard, trainer.global_step
-        if heard(Word.unsaved):
+        flag_sum, step = consensus_of(trainer).heard, trainer.global_step
+        if flag_sum(Word.unsaved):
             self._settle(trainer)
         by_steps = self.every_steps and step % self.every_steps == 0
-        # what follows the last step takes long and may fail: validation, answers, export
+        # validation, generation and export follow the last step: they take long and may fail
         last = step == trainer.max_steps or batch_idx + 1 == trainer.num_training_batches
-        if by_steps or last or heard(Word.save):
+        if by_steps or last or flag_sum(Word.save):
             self.save_now(trainer, pl_module, wait=False)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         loss = trainer.callback_metrics.get(BEST_BY)
         if not self.keep_best or self._writer is None or trainer.sanity_checking or loss is None:
             return
-        if float(loss) < self._best:  # over all ranks, so all decide alike
+        if float(loss) < self._best:  # reduced over all ranks, so all ranks take the same decision
             self._best = float(loss)
             self.save_now(trainer, pl_module, wait=True)
             if trainer.is_global_zero:
@@ -165,15 +171,15 @@ class Checkpoint(L.Callback):
     # ---- saving
 
     def save_now(self, trainer: L.Trainer, pl_module: L.LightningModule, wait: bool = True) -> None:
-        """Save the state after the step that is ending. All ranks must call it at the same place.
+        """Save a checkpoint of the state after the current step. All ranks must call it at the same point.
 
         Args:
-            wait: return once it is on the disk, with its name.
+            wait: return only after the checkpoint is on disk under its final name.
 
         Raises:
-            UserError: it, or the one before, could not be written; on all ranks alike.
+            UserError: this checkpoint or the one before could not be written. All ranks raise it.
         """
-        began = time.perf_counter()
+        start = time.perf_counter()
         with pulse_of(trainer).during(Doing.saving):
             self._settle(trainer)
             if trainer.global_step > self._saved:
@@ -182,7 +188,7 @@ class Checkpoint(L.Callback):
                 self._saved, self._clock = trainer.global_step, time.monotonic()
             if wait or not self.asynchronous:
                 self._settle(trainer)
-        self.stalls.append(time.perf_counter() - began)
+        self.stalls.append(time.perf_counter() - start)
 
     def _index(self, trainer: L.Trainer) -> Index:
         csv = _csv_of(trainer)
@@ -204,45 +210,45 @@ class Checkpoint(L.Callback):
         )
 
     def _settle(self, trainer: L.Trainer) -> None:
-        """Wait for the save under way; UserError on all ranks when one of them could not write."""
+        """Wait for the current save. Raise UserError on all ranks if one rank could not write."""
         if message := self._finished(trainer):
-            raise UserError(message if trainer.is_global_zero else "")  # the first rank has the words
+            raise UserError(message if trainer.is_global_zero else "")  # only rank 0 shows the message
 
     def _finished(self, trainer: L.Trainer) -> str:
-        """What is to be said of the save under way once it has ended: nothing, if it is on the disk."""
-        # the first rank's writer waits for the others' files: no longer than there is hope
-        others = gathered(trainer, "" if trainer.is_global_zero else _in_words(self._writer.finish()))
-        told = gathered(trainer, _in_words(self._writer.finish(leaving=any(others))))
-        if not any(told):
+        """Wait for the current save and return its error message; "" if the checkpoint is on disk."""
+        # The writer of rank 0 waits for the files of the other ranks. It stops early if one of them failed.
+        other_errors = gathered(trainer, "" if trainer.is_global_zero else _in_words(self._writer.finish()))
+        errors = gathered(trainer, _in_words(self._writer.finish(leaving=any(other_errors))))
+        if not any(errors):
             return ""
         if trainer.is_global_zero:
             self._writer.give_up()
-        before = self.folder.steps()
-        kept = f"The one before, of step {before[0]:,}, is whole" if before else "There is none before"
+        steps = self.folder.steps()
+        kept = f"The one before, of step {steps[0]:,}, is whole" if steps else "There is none before"
         return (
-            f"The checkpoint of step {self._saved:,} could not be written to {self.folder.path}: {next(filter(None, told))}. "
+            f"The checkpoint of step {self._saved:,} could not be written to {self.folder.path}: {next(filter(None, errors))}. "
             f"{kept}. Make room, or write fewer (checkpoint.every_steps, checkpoint.keep_last); the same command goes on."
         )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if message := self._finished(trainer):  # no reason to lose the model, which is saved next
+        if message := self._finished(trainer):  # reported, not raised: the export comes next
             self._tell(trainer)(message)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self._writer is not None:
-            self._writer.finish(leaving=True)  # what was begun is not lost
+            self._writer.finish(leaving=True)  # complete a save that has begun
 
     def _tell(self, trainer: L.Trainer) -> Callable[[str], None]:
         return self.say if trainer.is_global_zero else lambda text: None
 
 
 def _csv_of(trainer: L.Trainer) -> Any:
-    """The logger that can go on with its table, if there is one."""
+    """Find the logger that can resume its CSV table; None if there is none."""
     return next((logger for logger in trainer.loggers if hasattr(logger, "go_on")), None)
 
 
 def _continue_logs(trainer: L.Trainer, num_rows: int, row: dict[str, Any] | None = None) -> None:
-    """The table keeps so many rows, and one that was due then; the other loggers are told what is kept."""
+    """Cut the CSV table to `num_rows` rows plus the pending row, and send the remaining rows to the other loggers."""
     csv = _csv_of(trainer)
     rows = csv.go_on(num_rows, row) if csv is not None else []
     for logger in trainer.loggers:
@@ -251,7 +257,7 @@ def _continue_logs(trainer: L.Trainer, num_rows: int, row: dict[str, Any] | None
 
 
 def _state_of(callback: L.Callback) -> tuple[str, dict[str, Any]]:
-    """A callback's state as JSON keeps it."""
+    """Return the state key and the JSON-serialisable state of a callback; {} with a warning if JSON cannot hold it."""
     state = callback.state_dict()
     try:
         return callback.state_key, json.loads(json.dumps(state, default=_listed))
@@ -267,15 +273,15 @@ def _listed(value: Any) -> Any:
 
 
 def _updates(trainer: L.Trainer) -> int:
-    """Steps that the optimizer counts; a step that was skipped is none."""
+    """Count the updates of the optimizer. Skipped steps do not count."""
     optimizer: Any = trainer.optimizers[0]
     states = (
         state
-        for one in (optimizer, getattr(optimizer, "optimizer", None))
-        for state in getattr(one, "state", {}).values()
+        for candidate in (optimizer, getattr(optimizer, "optimizer", None))
+        for state in getattr(candidate, "state", {}).values()
     )
-    counted = [int(state["step"]) for state in states if isinstance(state, dict) and "step" in state]
-    return counted[0] if counted else trainer.global_step
+    counts = [int(state["step"]) for state in states if isinstance(state, dict) and "step" in state]
+    return counts[0] if counts else trainer.global_step
 
 
 def _in_words(error: BaseException | None) -> str:

@@ -1,4 +1,4 @@
-"""Leaves the trained model in a folder that plain transformers loads."""
+"""Export callback: writes the trained model as a folder that plain transformers loads."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from lit_vlm.types import UserError
 
 
 class Export(L.Callback):
-    """Writes `run_dir/hf` when training has ended, while the model is still on its devices.
+    """Exports the model to `run_dir/hf` at the end of training, while the model is still on its devices.
 
-    Rank 0 writes, one weight at a time, and all ranks meet before each: so none waits longer for it than one weight takes,
-    however slow the disk is. Where ranks share weights out, they gather them there. UserError where it cannot be written.
+    Rank 0 writes one weight at a time, with a barrier before each weight. So no rank waits longer than the writing of one
+    weight takes, even on a slow disk. Sharded weights are gathered at this barrier. Raises UserError if the folder cannot
+    be written.
     """
 
     def __init__(self, run_dir: Path) -> None:

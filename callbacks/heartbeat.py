@@ -1,4 +1,4 @@
-"""Each rank says where it is, and no rank waits for another longer than the run's time limit."""
+"""Heartbeat and watchdog callback: each rank reports its activity, and no rank waits for another beyond the timeout."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ PATIENCE = 10.0  # seconds
 
 
 class Heartbeat(L.Callback):
-    """Writes `heartbeat/rank-N.json`; ends a stuck run with the stacks of all ranks in `stuck/` (docs/faults.md).
+    """Writes `heartbeat/rank-N.json`, and ends a stuck run with the stacks of all ranks in `stuck/` (docs/faults.md).
 
-    Another callback that takes long while ranks wait says so: `with pulse_of(trainer).during(Doing.exporting): ...`. To be
-    the last of the callbacks, so that what the others do at the same places is seen as theirs.
+    Another callback that takes long while ranks wait must report it:
+    `with get_progress(trainer).use_activity(Activity.exporting): ...`. This callback must be the last one, so that the time
+    of other callbacks in the same hook counts as their activity.
 
     Args:
-        heartbeat_seconds: between two heartbeats.
-        timeout_minutes: without anything going on, after which all ranks leave.
+        run_dir: run folder.
+        heartbeat_seconds: seconds between two heartbeats.
+        timeout_minutes: minutes without progress after which all ranks exit.
     """
 
     def __init__(self, run_dir: Path, heartbeat_seconds: float = 10.0, timeout_minutes: float = 30.0) -> None:
@@ -39,15 +41,15 @@ class Heartbeat(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if trainer.is_global_zero:  # what an earlier start left
+        if trainer.is_global_zero:  # remove the files of an earlier start
             for folder in (watch.FOLDER, watch_thread.FOLDER):
                 shutil.rmtree(self.run_dir / folder, ignore_errors=True)
         trainer.strategy.barrier("heartbeat")
-        pulse = pulse_of(trainer)
-        pulse.turn_to(Doing.starting)
+        progress = pulse_of(trainer)
+        progress.turn_to(Doing.starting)
         ranks = (trainer.global_rank, trainer.world_size)
         self._watch = Watch(
-            pulse, self.run_dir, *ranks, seconds=self.seconds, limit=self.limit, failing=lambda: trainer.interrupted
+            progress, self.run_dir, *ranks, seconds=self.seconds, limit=self.limit, failing=lambda: trainer.interrupted
         )
         self._watch.start()
 
@@ -55,22 +57,22 @@ class Heartbeat(L.Callback):
         self._end("left")
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Other ranks may wait for this one, and never hear of it."""
+        """Notify the other ranks, which may wait for this one in a collective."""
         if self._watch is None:
             return
-        with suppress(OSError):  # of the run's folder; the exception itself is what counts
+        with suppress(OSError):  # an error of the run folder must not hide the exception
             self._announce(self._watch, trainer, exception)
         self._end("failed")
 
     def _announce(self, watching: Watch, trainer: L.Trainer, exception: BaseException) -> None:
-        note = Note.read(self.run_dir)
-        if note is not None and note.code == STUCK:
-            watching.join(timeout=PATIENCE)  # it has read that, too, and ends this process with the right status
+        notice = Note.read(self.run_dir)
+        if notice is not None and notice.code == STUCK:
+            watching.join(timeout=PATIENCE)  # it has read the notice and exits with its status
         if _is_time_out(exception):
             watching.give_up()
-        alike = isinstance(exception, UserError) and not str(exception)  # on all ranks; the first one has the words
-        told = isinstance(exception, SystemExit | RollBack | KeyboardInterrupt) or alike
-        if trainer.world_size > 1 and not told:
+        is_shared_error = isinstance(exception, UserError) and not str(exception)  # on all ranks
+        is_known = isinstance(exception, SystemExit | RollBack | KeyboardInterrupt) or is_shared_error
+        if trainer.world_size > 1 and not is_known:
             Note(1, f"rank {trainer.global_rank} failed: {exception!r}", []).announce(self.run_dir)
 
     def _end(self, state: str) -> None:
@@ -78,7 +80,7 @@ class Heartbeat(L.Callback):
             self._watch.end(state)
             self._watch = None
 
-    # ---- where the main thread is
+    # ---- activity of the main thread
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         _pulse(trainer).turn_to(Doing.data)
@@ -86,12 +88,12 @@ class Heartbeat(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        known = isinstance(batch, Batch)
+        is_batch = isinstance(batch, Batch)
         _pulse(trainer).turn_to(
             Doing.forward,
-            step=batch.step if known else trainer.global_step,
+            step=batch.step if is_batch else trainer.global_step,
             micro_step=batch_idx % trainer.accumulate_grad_batches,
-            samples=tuple(batch.sample_ids) if known else (),
+            samples=tuple(batch.sample_ids) if is_batch else (),
         )
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
@@ -133,5 +135,5 @@ def _pulse(trainer: L.Trainer) -> Pulse:
 
 
 def _is_time_out(exception: BaseException) -> bool:
-    """A collective that waited as long as its process group allows."""
+    """Return whether a collective ran into the timeout of its process group."""
     return isinstance(exception, RuntimeError) and "timed out" in str(exception).lower()

@@ -1,4 +1,4 @@
-"""The held-out loss, apart by language and by kind."""
+"""Held-out loss by language and by kind."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from lit_vlm.types import Batch
 
 
 class LanguageLoss(L.Callback):
-    """Logs `val/loss_<language>` and `val/loss_<kind>`: means over supervised tokens, as `val/loss` is.
+    """Logs `val/loss_<language>` and `val/loss_<kind>`: means over supervised tokens, like `val/loss`.
 
-    Needs validation steps that return `loss_sum` and `num_tokens`, both [B]; other stages are left alone.
+    Needs validation steps that return `loss_sum` and `num_tokens`, both [B]. For other stages it does nothing.
     """
 
     def __init__(self) -> None:
         self._metrics: dict[str, MeanMetric] = {}
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # From the data and not from the batches: every rank must hold the same metrics, or their synchronisation hangs.
+        # The names come from the data, not from the batches: all ranks need the same metrics, or their sync hangs.
         held_out = getattr(getattr(trainer, "datamodule", None), "held_out", None)
         names = set(map(str, groups_of(held_out))) if held_out is not None else set()
         self._metrics = {name: MeanMetric().to(pl_module.device) for name in sorted(names)}
@@ -38,21 +38,22 @@ class LanguageLoss(L.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        known = isinstance(outputs, dict) and {"loss_sum", "num_tokens"} <= set(outputs)
-        if not known or not isinstance(batch, Batch):
+        has_sums = isinstance(outputs, dict) and {"loss_sum", "num_tokens"} <= set(outputs)
+        if not has_sums or not isinstance(batch, Batch):
             return
-        total, count = outputs["loss_sum"], outputs["num_tokens"]
-        repeats = 2 if batch.num_pairs else 1  # chosen answers, then rejected ones
+        loss_sum, num_tokens = outputs["loss_sum"], outputs["num_tokens"]
+        repeats = 2 if batch.num_pairs else 1  # chosen responses, then rejected ones
         for names in (batch.languages * repeats, batch.kinds * repeats):
-            if len(names) == len(total):
-                self._update([str(name) for name in names], total, count)
+            if len(names) == len(loss_sum):
+                self._update([str(name) for name in names], loss_sum, num_tokens)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for name, metric in self._metrics.items():
-            with warnings.catch_warnings():  # a rank may have seen no such sample and must take part all the same
+            with warnings.catch_warnings():  # a rank without such a sample must still take part in the sync
                 warnings.filterwarnings("ignore", message=".*called before the ``update`` method.*")
-                value = metric.compute()  # over all ranks
-            if not torch.isnan(value):  # no such sample in this validation; a diverged run shows in val/loss
+                value = metric.compute()  # reduced over all ranks
+            # NaN: no such sample in this validation. A diverged run shows in val/loss
+            if not torch.isnan(value):
                 pl_module.log(f"val/loss_{name}", value, batch_size=1)
 
     def _update(self, names: list[str], total: Tensor, count: Tensor) -> None:

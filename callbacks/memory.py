@@ -1,4 +1,4 @@
-"""What fills a device's memory, by part."""
+"""GPU memory by part: weights, gradients, optimizer state."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from lit_vlm.engine.gradients import gradients_of
 
 
 def memory_parts(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, int]:
-    """Bytes of weights, gradients and optimizer that this rank's device holds now; frozen weights count as weights.
+    """Measure the bytes of weights, gradients and optimizer state on this rank's device. Frozen weights count as weights.
 
-    To be called when a step's gradients are there. Offloaded parts are in the host's memory and count nothing.
+    Call it while the gradients of a step exist. Offloaded parts lie in host memory and do not count.
     """
     device = trainer.strategy.root_device
     return {
@@ -28,26 +28,26 @@ def memory_parts(trainer: L.Trainer, pl_module: L.LightningModule) -> dict[str, 
 def _weights(module: torch.nn.Module) -> Iterator[Tensor]:
     for parameter in module.parameters():
         value: Any = parameter
-        yield getattr(value, "ds_tensor", parameter)  # ZeRO-3's share of it
+        yield getattr(value, "ds_tensor", parameter)  # ZeRO-3: the local partition
     yield from module.buffers()
 
 
 def _states(trainer: L.Trainer) -> Iterator[Tensor]:
-    """Moments, and the float32 masters of DeepSpeed."""
+    """Yield the optimizer moments and the float32 master weights of DeepSpeed."""
     engine: Any = getattr(trainer.strategy.model, "optimizer", None)
-    for owner in (engine, getattr(engine, "optimizer", None), trainer.optimizers[0]):
-        for state in getattr(owner, "state", {}).values():
+    for optimizer in (engine, getattr(engine, "optimizer", None), trainer.optimizers[0]):
+        for state in getattr(optimizer, "state", {}).values():
             yield from (value for value in state.values() if isinstance(value, Tensor))
     for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups"):
         yield from getattr(engine, name, None) or ()
 
 
 def _bytes(tensors: Iterable[Tensor], device: torch.device) -> int:
-    """Each storage counts once, whoever looks into it."""
-    found: dict[int, int] = {}
+    """Return the bytes of the tensors on the device. Views of one storage count once."""
+    sizes: dict[int, int] = {}
     for tensor in tensors:
         local: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor
         if local.device.type == device.type and local.numel():
             storage = local.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
-    return sum(found.values())
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return sum(sizes.values())

@@ -1,4 +1,4 @@
-"""A sweep optimises a metric; a run that never logs it should not cost a whole trial to find out."""
+"""Check that the metric of a sweep is logged, after the first validation instead of at the end of the trial."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from lit_vlm.types import UserError
 
 
 class Metric(L.Callback):
-    """After the first validation: a held-out metric that it should have logged was logged.
+    """Checks after each validation that the requested held-out metric was logged.
 
     Args:
-        metric: `logger.metric`; None: nothing is asked for.
+        metric: name from `logger.metric`. None: no check.
+
+    Raises:
+        UserError: the metric begins with "val/" and was not logged. All ranks raise it.
     """
 
     def __init__(self, metric: str | None = None) -> None:
@@ -21,8 +24,9 @@ class Metric(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.metric is None or not self.metric.startswith("val/") or trainer.sanity_checking:
             return
-        names = {name for name in trainer.callback_metrics if name.startswith("val/")}  # the same on all ranks
+        names = {name for name in trainer.callback_metrics if name.startswith("val/")}  # equal on all ranks
         try:
             require_logged(self.metric, names)
         except UserError as error:
-            raise UserError(str(error) if trainer.is_global_zero else "") from None  # the first rank has the words
+            # only rank 0 shows the message
+            raise UserError(str(error) if trainer.is_global_zero else "") from None

@@ -1,4 +1,4 @@
-"""A device that runs out of memory: the run goes on with half the micro-batch budget, and the same samples per step."""
+"""Out-of-memory callback: the run resumes with half the micro-batch token limit and the same samples per step."""
 
 from __future__ import annotations
 
@@ -16,12 +16,16 @@ from lit_vlm.types import UserError, counted
 
 
 class OutOfMemory(L.Callback):
-    """What a rank does when it runs out of memory, before the exception goes on.
+    """Handles an out-of-memory error (OOM) of this rank before the exception propagates.
 
-    On one device the state of the step before is saved where the update has not begun, and `tasks/train.py` starts again
-    in the same process. With several, the other ranks wait in a collective that this one will never enter: it leaves
-    budget.json and a word that all are to leave with exit status RESTART; the next start goes on from the last checkpoint.
-    A Slurm job is requeued for it.
+    On one device, the state after the previous step is saved unless the update has begun, and `tasks/train.py` restarts
+    training in the same process. On several devices, the other ranks wait in a collective that this rank never enters. So
+    this rank writes budget.json and an exit notice, all ranks exit with status RESTART, and the next start resumes from the
+    last checkpoint. A Slurm job is requeued for this.
+
+    Args:
+        run_dir: run folder.
+        max_oom_retries: maximum number of times that the limit is halved.
     """
 
     def __init__(self, run_dir: Path, max_oom_retries: int = 3) -> None:
@@ -31,25 +35,25 @@ class OutOfMemory(L.Callback):
         if not is_out_of_memory(exception):
             return
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        where = pulse_of(trainer).work
+        state = pulse_of(trainer).work
         if trainer.world_size == 1:
-            if where.doing not in (Doing.starting, Doing.optimizer):  # else the weights may be half updated
+            if state.doing not in (Doing.starting, Doing.optimizer):  # else weights may be half updated
                 save_step_before(trainer, pl_module)
             return
         try:
-            half = halve_budget(self.run_dir, datamodule, self.max_oom_retries)
+            halved = halve_budget(self.run_dir, datamodule, self.max_oom_retries)
         except UserError as error:
             Note(1, str(error), []).leave_together(self.run_dir)
         message = (
-            f"Rank {trainer.global_rank} ran out of memory, {where.doing} of step {where.step + 1:,}. The next start goes on "
-            f"from the last checkpoint with at most {half.tokens:,} tokens and {counted(half.tiles, 'tile')} in a micro-batch; all "
+            f"Rank {trainer.global_rank} ran out of memory, {state.doing} of step {state.step + 1:,}. The next start goes on "
+            f"from the last checkpoint with at most {halved.tokens:,} tokens and {counted(halved.tiles, 'tile')} in a micro-batch; all "
             f"ranks leave with exit status {RESTART}."
         )
         Note(RESTART, message, []).leave_together(self.run_dir, own_job())
 
 
 def save_step_before(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-    """Save the state that a step found which will not be finished."""
+    """Save the state from before the current step, which will not be finished."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:
         if hasattr(callback, "save_now"):

@@ -1,4 +1,4 @@
-"""Where a step's time goes: some steps under PyTorch's profiler, as a page."""
+"""Profile callback: records some steps with the PyTorch profiler and renders them as an HTML page."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ TRACE, PAGE = "profile_trace.json.gz", "profile.html"
 
 
 class Profile(L.Callback):
-    """Writes `profile.html` and `profile_trace.json.gz` after the first steps of a fit, of the first rank.
+    """Writes `profile.html` and `profile_trace.json.gz` for the first steps of a fit, on rank 0.
 
-    `STEPS` optimizer steps are looked at, after `WARMUP` others; of a shorter fit the last ones. Data, forward, backward,
-    communication and optimizer are told apart as in `StepTime`, and forward by the model's parts.
+    `PROFILED_STEPS` optimizer steps are profiled after `WARMUP_STEPS` others; in a shorter fit, the last ones. The phases
+    data, forward, backward, communication and optimizer are those of `StepTimer`. Forward is split by the model's parts.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -35,22 +35,22 @@ class Profile(L.Callback):
         self._profiler: profile | None = None
         self._phase: record_function | None = None
         self._handles: list[RemovableHandle] = []
-        self._first = self._last = 0  # steps of this fit that are looked at
+        self._first = self._last = 0  # range of profiled steps, counted from the start of this fit
         self._step = 0
         self._tokens = self._tiles = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        left = trainer.fit_loop.epoch_loop.max_steps - trainer.global_step
-        if not trainer.is_global_zero or left == 0:
+        steps_left = trainer.fit_loop.epoch_loop.max_steps - trainer.global_step
+        if not trainer.is_global_zero or steps_left == 0:
             return
-        looked = min(STEPS, max(left - 1, 1)) if left > 0 else STEPS  # below 0: nobody knows how many there are
-        self._first = min(WARMUP, left - looked) if left > 0 else WARMUP
-        self._last, self._step = self._first + looked, 0
+        num_profiled = min(STEPS, max(steps_left - 1, 1)) if steps_left > 0 else STEPS  # < 0: unknown
+        self._first = min(WARMUP, steps_left - num_profiled) if steps_left > 0 else WARMUP
+        self._last, self._step = self._first + num_profiled, 0
         self._mark_parts(pl_module)
         self._profiler = profile(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if pl_module.device.type == "cuda" else [])],
             schedule=schedule(
-                skip_first=max(self._first - 1, 0), wait=0, warmup=min(self._first, 1), active=looked, repeat=1
+                skip_first=max(self._first - 1, 0), wait=0, warmup=min(self._first, 1), active=num_profiled, repeat=1
             ),
             record_shapes=True,
         )
@@ -100,7 +100,7 @@ class Profile(L.Callback):
         assert self._profiler is not None
         self._step += 1
         if self._step in (self._first, self._last) and pl_module.device.type == "cuda":
-            torch.cuda.synchronize(pl_module.device)  # what was launched in a step is of that step
+            torch.cuda.synchronize(pl_module.device)  # kernels count to the step that launched them
         self._leave()
         profiler = self._profiler
         profiler.step()
@@ -144,24 +144,24 @@ class Profile(L.Callback):
 
     def _mark_parts(self, pl_module: L.LightningModule) -> None:
         for name, module in _parts_of(pl_module).items():
-            open_: list[record_function] = []
-            before, after = partial(_begin, name, open_), partial(_end, open_)
+            open_ranges: list[record_function] = []
+            before, after = partial(_begin, name, open_ranges), partial(_end, open_ranges)
             self._handles.append(module.register_forward_pre_hook(before))
             self._handles.append(module.register_forward_hook(after, always_call=True))
 
 
 def _parts_of(pl_module: L.LightningModule) -> dict[str, nn.Module]:
-    """The modules whose forward passes are told apart; of a reference model the whole."""
+    """Return the modules whose forward passes are measured separately. A reference model counts as one module."""
     model: Any = getattr(pl_module, "model", None)
     inner = getattr(model, "model", None)
-    found = {
+    parts = {
         "vision tower": getattr(inner, "vision_tower", None),
         "projector": getattr(inner, "multi_modal_projector", None),
         "language model": getattr(inner, "language_model", None),
         "head": getattr(model, "lm_head", None),
         "reference": getattr(pl_module, "reference", None),
     }
-    return {name: module for name, module in found.items() if isinstance(module, nn.Module)}
+    return {name: module for name, module in parts.items() if isinstance(module, nn.Module)}
 
 
 def _begin(name: str, open_: list[record_function], module: nn.Module, inputs: Any) -> None:

@@ -1,4 +1,4 @@
-"""Leaves a page to look at."""
+"""Report callback: writes the HTML report of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from lit_vlm.engine.report import write_report
 
 
 class Report(L.Callback):
-    """Writes `run_dir/report.html` at the very end of a fit, from what the folder holds then."""
+    """Writes `run_dir/report.html` from the files in the run folder, at the very end of a fit."""
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = Path(run_dir)

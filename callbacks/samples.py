@@ -1,4 +1,4 @@
-"""The model's own answers to held-out samples, scored and shown, before training and after it."""
+"""Samples callback: generates answers to held-out samples before and after training, scores and stores them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,15 @@ from lit_vlm.files import write_atomically
 from lit_vlm.secrets import redacted
 from lit_vlm.types import ImageSource, PreferencePair, Record, Sample
 
-TILES = 4  # times the training cap: nothing of the tower is kept for a backward pass
-LAYERS = {ASKED: "asked", REFERENCE: "reference", PREDICTED: "prediction"}  # colour of a box -> what it is
-SLACK = 8  # tokens that an answer may be longer than the longest reference beside it; by then it is wrong
+TILES = 4  # factor on the training tile limit: generation keeps no activations for a backward pass
+# colour of a box -> name of its layer
+LAYERS = {ASKED: "asked", REFERENCE: "reference", PREDICTED: "prediction"}
+SLACK = 8  # tokens beyond the longest reference of the batch; a longer answer is wrong anyway
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A held-out sample (of a pair, the chosen answer) and what the model says to it."""
+    """A held-out sample with its reference and the prediction of the model. The reference of a pair is the chosen response."""
 
     sample: Sample
     reference: str
@@ -42,13 +43,14 @@ class Answer:
 
 
 class Samples(L.Callback):
-    """Writes `samples.jsonl` and `samples/*.png` for a few samples of each kind and language, and scores many.
+    """Scores held-out samples, and writes `samples.jsonl` and `samples/*.png` for a few of each kind and language.
 
     Args:
-        run_dir: where both are written, by rank 0; every rank generates all answers.
-        max_samples: scored per kind and language, the first ones of the held-out data.
-        shown: written per kind and language.
-        max_new_tokens: most tokens of an answer; `SLACK` more than the longest reference beside it at any rate.
+        run_dir: run folder. Rank 0 writes both there; every rank generates all answers.
+        max_samples: maximum number of scored samples per kind and language, the first ones of the held-out data.
+        shown: number of written samples per kind and language.
+        max_new_tokens: maximum number of tokens of an answer. It is at most `EXTRA_TOKENS` above the longest reference of
+            the same batch.
     """
 
     def __init__(self, run_dir: Path, max_samples: int = 200, shown: int = 4, max_new_tokens: int = 160) -> None:
@@ -58,11 +60,11 @@ class Samples(L.Callback):
         self.num_scored: dict[str, int] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if "before" not in self.scores:  # else this fit goes on from a checkpoint, and `before` is long past
+        if "before" not in self.scores:  # else this fit resumes from a checkpoint, after `before` was done
             self._phase("before", trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # Not in on_fit_end: by then Lightning has moved the model off its device.
+        # on_fit_end would be too late: Lightning has moved the model off its device by then.
         self._phase("after", trainer, pl_module)
         metrics = {f"score/{group}": value for group, value in self.scores.get("after", {}).items()}
         if trainer.is_global_zero and metrics:
@@ -70,7 +72,7 @@ class Samples(L.Callback):
                 logger.log_metrics(metrics, step=trainer.global_step)
 
     def figures(self) -> dict[str, Any]:
-        """For the manifest: mean score per phase, kind and language, and how many samples are behind each."""
+        """Return figures for the manifest: mean score per phase, kind and language, and the number of samples behind each."""
         return {"scores": self.scores, "num_scored": self.num_scored} if self.scores else {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -83,9 +85,9 @@ class Samples(L.Callback):
         datamodule = trainer.datamodule
         if datamodule is None or not datamodule.held_out:
             return
-        pulse = pulse_of(trainer)
-        with trainer.precision_plugin.forward_context(), pulse.during(Doing.generating):
-            answers = self._answers(pl_module, datamodule, pulse)
+        progress = pulse_of(trainer)
+        with trainer.precision_plugin.forward_context(), progress.during(Doing.generating):
+            answers = self._answers(pl_module, datamodule, progress)
         groups: dict[str, list[Answer]] = defaultdict(list)
         for answer in answers:
             groups[f"{answer.sample.kind}_{answer.sample.language}"].append(answer)
@@ -99,16 +101,16 @@ class Samples(L.Callback):
                     logger.log_samples(phase, rows, step=trainer.global_step)
 
     def _answers(self, pl_module: L.LightningModule, datamodule: DataModule, pulse: Pulse) -> list[Answer]:
-        """In the order of the index, though generated in an order of like lengths."""
+        """Generate the answers in batches of similar length, and return them in the order of the index."""
         index = datamodule.held_out
         lengths = reference_lengths(index)
         answers: dict[int, Answer] = {}
-        caps = {"most_tokens": datamodule.budget[0], "most_tiles": TILES * datamodule.budget[1]}
-        for numbers in pulse.along(alike(index, _chosen(index, self.max_samples), **caps)):
-            most = min(self.max_new_tokens, int(lengths[numbers].max()) + SLACK)
-            asked = partial(_asked, pl_module, datamodule, numbers, most)
-            answers |= zip(numbers, datamodule.read_held_out(numbers, asked), strict=True)
-        return [answers[number] for number in sorted(answers)]
+        limits = {"most_tokens": datamodule.budget[0], "most_tiles": TILES * datamodule.budget[1]}
+        for indices in pulse.along(alike(index, _chosen(index, self.max_samples), **limits)):
+            max_new_tokens = min(self.max_new_tokens, int(lengths[indices].max()) + SLACK)
+            generate = partial(_asked, pl_module, datamodule, indices, max_new_tokens)
+            answers |= zip(indices, datamodule.read_held_out(indices, generate), strict=True)
+        return [answers[i] for i in sorted(answers)]
 
     def _written(self, phase: str, group: str, answers: list[Answer]) -> Iterator[dict[str, Any]]:
         for number, answer in enumerate(answers):
@@ -127,29 +129,32 @@ class Samples(L.Callback):
             }
 
     def _pictures(self, name: str, phase: str, answer: Answer) -> dict[str, Any]:
-        """Paths within the run's folder. Boxes are drawn where there is one picture that they can mean; that one lies there
-        without them as well, and they beside it as numbers, for trackers that draw boxes themselves."""
+        """Save the images of an answer and return their paths, relative to the run folder, and the boxes.
+
+        Boxes are drawn only if the sample has exactly one image. That image is also saved without boxes, and the boxes are
+        returned as numbers, for loggers that draw boxes themselves.
+        """
         images = answer.sample.images
-        asked = marks_of(readable_prompt(answer.sample.messages[:-1]), ASKED)
-        answered = marks_of(answer.reference, REFERENCE, label_chars=False)
-        answered += marks_of(answer.prediction, PREDICTED, below=True)
-        alone, paths = len(images) == 1, []
+        prompt_boxes = marks_of(readable_prompt(answer.sample.messages[:-1]), ASKED)
+        answer_boxes = marks_of(answer.reference, REFERENCE, label_chars=False)
+        answer_boxes += marks_of(answer.prediction, PREDICTED, below=True)
+        has_one_image, paths = len(images) == 1, []
         for number, image in enumerate(images):
-            path = f"samples/{name}_{number}{'_' + phase if alone and answered else ''}.png"
-            _save(self.run_dir / path, image, asked + answered if alone else [])
+            path = f"samples/{name}_{number}{'_' + phase if has_one_image and answer_boxes else ''}.png"
+            _save(self.run_dir / path, image, prompt_boxes + answer_boxes if has_one_image else [])
             paths.append(path)
-        if not alone or not asked + answered:
+        if not has_one_image or not prompt_boxes + answer_boxes:
             return {"images": paths}
         plain = f"samples/{name}_plain.png"
         readable(images[0].load()).save(self.run_dir / plain)
-        return {"images": paths, "plain": plain, "boxes": [_row_of(mark) for mark in asked + answered]}
+        return {"images": paths, "plain": plain, "boxes": [_row_of(mark) for mark in prompt_boxes + answer_boxes]}
 
 
 def _asked(pl_module: L.LightningModule, datamodule: DataModule, numbers: list[int], most: int) -> list[Answer]:
-    """Of held-out samples, in one generation. RecordError when one cannot be read."""
-    samples = [_as_sample(datamodule.held_out.record(number)) for number in numbers]
-    said = ask(pl_module.model, datamodule.processor, samples, most)
-    return [Answer(sample, sample.messages[-1].text.strip(), text) for sample, text in zip(samples, said, strict=True)]
+    """Generate the answers to a batch of held-out samples. Raise RecordError if one cannot be read."""
+    samples = [_as_sample(datamodule.held_out.record(i)) for i in numbers]
+    texts = ask(pl_module.model, datamodule.processor, samples, most)
+    return [Answer(sample, sample.messages[-1].text.strip(), text) for sample, text in zip(samples, texts, strict=True)]
 
 
 def _as_sample(record: Record) -> Sample:
@@ -161,14 +166,14 @@ def _as_sample(record: Record) -> Sample:
 
 
 def _chosen(index: Index, most: int) -> list[int]:
-    """The first `most` of each kind and language."""
-    seen: Counter[tuple[int, int]] = Counter()
-    chosen = []
-    for number, group in enumerate(zip(index.kind.tolist(), index.language.tolist(), strict=True)):
-        if seen[group] < most:
-            seen[group] += 1
-            chosen.append(number)
-    return chosen
+    """Select the indices of the first `max_per_group` samples of each kind and language."""
+    counts: Counter[tuple[int, int]] = Counter()
+    selected = []
+    for i, group in enumerate(zip(index.kind.tolist(), index.language.tolist(), strict=True)):
+        if counts[group] < most:
+            counts[group] += 1
+            selected.append(i)
+    return selected
 
 
 def _save(path: Path, image: ImageSource, marks: list[Mark]) -> None:
@@ -177,13 +182,13 @@ def _save(path: Path, image: ImageSource, marks: list[Mark]) -> None:
 
 
 def _row_of(mark: Mark) -> dict[str, Any]:
-    """A box as `samples.jsonl` has it: corners as shares of the picture's sides, cut at its edges."""
+    """Make the entry of a box in `samples.jsonl`: corners as fractions of the image's width and height, clipped to [0, 1]."""
     corners = [min(max(value, 0.0), 1.0) for value in (mark.box.x1, mark.box.y1, mark.box.x2, mark.box.y2)]
     return {"layer": LAYERS[mark.colour], "label": mark.label, "box": corners}
 
 
 def _phase_in(line: str) -> str | None:
-    """Read the phase that a row is of; None of a line that was cut."""
+    """Read the phase of a row; None for a truncated line."""
     try:
         return str(json.loads(line)["phase"])
     except (ValueError, KeyError, TypeError):
@@ -191,11 +196,11 @@ def _phase_in(line: str) -> str | None:
 
 
 def _rewrite(path: Path, phase: str, rows: list[dict[str, Any]]) -> None:
-    """Put the rows of one phase behind those of the others: a phase that is run again replaces its rows."""
+    """Append the rows of one phase after those of the other phases. A repeated phase replaces its old rows."""
     path.parent.mkdir(parents=True, exist_ok=True)
     kept: list[str] = []
-    if path.is_file() and phase != "before":  # what a `before` finds is left from an earlier run
-        # not splitlines(): answers may hold U+2028
+    if path.is_file() and phase != "before":  # at `before`, existing rows are from an earlier run
+        # not splitlines(): answers may contain U+2028
         lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         kept = [line for line in lines if _phase_in(line) not in (None, phase)]
     lines = [*kept, *(json.dumps(redacted(row), ensure_ascii=False) for row in rows)]

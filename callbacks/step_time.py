@@ -1,4 +1,4 @@
-"""Where an optimizer step's time goes on this rank, and which rank the others wait for."""
+"""Step timing: seconds of an optimizer step by part on this rank, and detection of straggler ranks."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ import torch
 from torch import Tensor
 
 PARTS = ("data", "forward", "backward", "communication", "optimizer")
-OWN = ("data", "forward", "backward")  # in which no rank waits for another, under DDP
-SLOW, WINDOWS = 0.15, 3  # over the median in so many windows in a row: it is told
-WAITS = 0.10  # share of the time: it is told
-SETTLED = 30.0  # seconds, before which nothing is told: the first steps are slow for reasons of their own
+OWN = ("data", "forward", "backward")  # parts in which no rank waits for another, under DDP
+SLOW, WINDOWS = 0.15, 3  # a rank this much above the median in so many consecutive windows is reported
+WAITS = 0.10  # a larger share of the time spent waiting for data is reported
+SETTLED = 30.0  # seconds without reports at the start: the first steps are slow for other reasons
 
 Mark = float | torch.cuda.Event
 
 
 class StepTime:
-    """Time between marks, by part: of the GPU's own timeline by events, which make nobody wait, or of the host's clock.
+    """Timer of an optimizer step: seconds between marks, by part.
 
-    data: from the end of a micro-step until the next begins; on a GPU what is exposed of it, for the host runs ahead.
-    backward: until the last gradient of this rank is computed, with what is sent meanwhile.
-    communication: from there until all gradients are summed over the ranks, and the ranks' exchange before the update.
-        What DDP and FSDP2 send behind the computation is not in it; what ZeRO-3 and FSDP2 gather in front of a layer is
-        in forward and backward.
-    optimizer: clipping, update, logging.
+    On a GPU it records events on the GPU timeline, which block neither host nor device. On a CPU it uses the host clock.
+
+    data: from the end of a micro-step to the start of the next. On a GPU only the exposed part, because the host runs ahead.
+    backward: until the last gradient of this rank is computed, overlapped communication included.
+    communication: from there until all gradients are reduced over the ranks, plus the exchange of flags before the update.
+        Communication that DDP and FSDP2 overlap with computation is not included. All-gathers of ZeRO-3 and FSDP2 before a
+        layer count to forward and backward.
+    optimizer: gradient clipping, update, logging.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,19 +38,21 @@ class StepTime:
         self._spans: list[tuple[str, Mark, Mark]] = []
 
     def mark(self, part: str) -> None:
-        """What went on since the last mark was this part."""
+        """Assign the time since the last mark to a part."""
         now = self._now()
         if self._last is not None:
             self._spans.append((part, self._last, now))
         self._last = now
 
     def pause(self) -> None:
-        """What goes on until the next mark is none of them."""
+        """Ignore the time until the next mark."""
         self._last = None
 
     def mark_at_end_of(self, loss: Tensor, part: str) -> None:
-        """A mark once this rank's own gradients are there, before the engine waits for those of the other ranks: autograd
-        calls what is queued in the order in which it was, and the loss's hook is the first to queue."""
+        """Set a mark when this rank's own gradients are computed, before autograd waits for those of the other ranks.
+
+        Autograd calls queued callbacks in the order of queueing, and the hook of the loss is the first to queue one.
+        """
 
         def queue(gradient: Tensor) -> None:
             engine: Any = torch.autograd.Variable._execution_engine
@@ -58,7 +62,7 @@ class StepTime:
             loss.register_hook(queue)
 
     def collect(self) -> dict[str, float]:
-        """Seconds of each part since the last call. A GPU's marks that lie ahead of it are left for the next one."""
+        """Return the seconds of each part since the last call. GPU events that have not completed count in the next call."""
         done = [span for span in self._spans if not isinstance(span[2], torch.cuda.Event) or span[2].query()]
         self._spans = self._spans[len(done) :]
         seconds = dict.fromkeys(PARTS, 0.0)
@@ -83,24 +87,31 @@ def _between(begin: Mark, end: Mark) -> float:
 
 
 class Watchman:
-    """Tells once which rank holds the others up, and that the loader does. All ranks give it the same numbers."""
+    """Reports a straggler rank and a slow data loader, once each. All ranks pass the same numbers."""
 
     def __init__(self, say: Callable[[str], None], host_of: Callable[[int], str]) -> None:
         self.say, self.host_of = say, host_of
-        self._slow: list[int] = []  # the slowest rank of each window, while it is too slow
+        self._slow: list[int] = []  # slowest rank of each consecutive window above the limit
         self._told: set[str] = set()
-        self._seconds = {"data": 0.0, "all": 0.0}  # of the median rank so far
+        self._seconds = {"data": 0.0, "all": 0.0}  # of the median rank, summed over all windows
 
     def look(self, parts: list[dict[str, float]]) -> dict[str, float]:
-        """`parts` of each rank in this window. The slowest rank, and its excess over the median as a share."""
-        own = [sum(rank[part] for part in OWN) for rank in parts]
-        slowest, middle = max(range(len(own)), key=own.__getitem__), max(median(own), 1e-9)
-        excess = own[slowest] / middle - 1.0
+        """Add a window and report findings.
+
+        Args:
+            rank_seconds: for each rank, the seconds of each part in this window.
+
+        Returns:
+            `slowest_rank`, and `slowest_excess`: its excess over the median as a fraction. Empty for one rank.
+        """
+        seconds = [sum(rank[part] for part in OWN) for rank in parts]
+        slowest, middle = max(range(len(seconds)), key=seconds.__getitem__), max(median(seconds), 1e-9)
+        excess = seconds[slowest] / middle - 1.0
         self._slow = [*self._slow, slowest] if excess > SLOW and set(self._slow) <= {slowest} else []
         self._seconds["all"] += median(sum(rank.values()) for rank in parts)
         self._seconds["data"] += median(rank["data"] for rank in parts)
-        settled = self._seconds["all"] > SETTLED
-        if settled and len(self._slow) >= WINDOWS and "slow" not in self._told:
+        is_warm = self._seconds["all"] > SETTLED
+        if is_warm and len(self._slow) >= WINDOWS and "slow" not in self._told:
             self._told.add("slow")
             part = max(OWN, key=lambda name: parts[slowest][name] - median(rank[name] for rank in parts))
             self.say(
@@ -108,7 +119,7 @@ class Watchman:
                 f"{part}; all others wait for it."
             )
         share = self._seconds["data"] / max(self._seconds["all"], 1e-9)
-        if settled and share > WAITS and "data" not in self._told:
+        if is_warm and share > WAITS and "data" not in self._told:
             self._told.add("data")
             self.say(f"{share:.0%} of the time is spent waiting for data: raise data.num_workers.")
         return {"slowest_rank": float(slowest), "slowest_excess": excess} if len(parts) > 1 else {}

@@ -1,4 +1,4 @@
-"""How fast a run goes, where its time goes and what fills the memory; the counts are of the batches that were trained on."""
+"""Throughput callback: tokens per second, time by part and GPU memory. Only batches that were trained on count."""
 
 from __future__ import annotations
 
@@ -22,24 +22,26 @@ from lit_vlm.types import Batch
 
 COUNTS = ("tokens", "supervised_tokens", "samples", "images")
 LINE_SECONDS = 30.0
-LAST_SHARE, LAST_STEPS = 0.05, 10  # steps whose mean is the last loss
+# the last loss is the mean over this share of the steps, but at least so many
+LAST_SHARE, LAST_STEPS = 0.05, 10
 
 
 class Throughput(L.Callback):
-    """Logs `throughput/*` at every logging step, over all ranks.
+    """Logs `throughput/*` at each logging step, over all ranks.
 
-    Time counts from the first step on, without validation. `data_wait` is the share of it between the end of a batch
-    and the start of the next one: near 0 the loader keeps up, else raise data.num_workers. `time_*` are seconds of an
-    optimizer step by part, the mean over ranks (see `StepTime`); `slowest_rank` and `slowest_excess` say who is waited
-    for, and by what share it is over the median; `memory_*` are GiB of this rank's GPU. One gather per logging step.
+    Time counts from the first step on, without validation. `data_wait` is the fraction of time between the end of a batch
+    and the start of the next one. Near 0 the loader keeps up; otherwise raise data.num_workers. `time_*` are seconds of an
+    optimizer step by part, averaged over ranks (see `StepTimer`). `slowest_rank` is the straggler, and `slowest_excess` is
+    its excess over the median as a fraction. `memory_*` are GiB of this rank's GPU. One all-gather per logging step.
 
-    To come after the guard, whose exchange between the ranks counts as communication.
+    This callback must come after the guard, because the guard's exchange between ranks counts as communication.
     """
 
     def __init__(self) -> None:
         names = (*COUNTS, "busy", "wait")  # the last two in seconds
-        self._now: dict[str, float] = dict.fromkeys(names, 0.0)  # since the last logging step, this rank
-        self._sums: dict[str, float] = dict.fromkeys(names, 0.0)  # up to it, all ranks
+        self._now: dict[str, float] = dict.fromkeys(names, 0.0)  # since the last logging step, on this rank
+        # up to the last logging step, over all ranks
+        self._sums: dict[str, float] = dict.fromkeys(names, 0.0)
         self._steps = 0
         self._first: Tensor | None = None
         self._last: deque[Tensor] = deque()
@@ -50,16 +52,16 @@ class Throughput(L.Callback):
         self._parts: StepTime | None = None
         self._watchman: Watchman | None = None
         self._memory: dict[str, float] = {}  # GiB
-        self._line = 0.0  # when the last one was printed
+        self._line = 0.0  # host time of the last printed line
         self._trainer: L.Trainer | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._trainer = trainer
-        most = max(LAST_STEPS, math.ceil(LAST_SHARE * max(trainer.max_steps, 0)))
-        self._last = deque(self._last, maxlen=most)
+        num_losses = max(LAST_STEPS, math.ceil(LAST_SHARE * max(trainer.max_steps, 0)))
+        self._last = deque(self._last, maxlen=num_losses)
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
-        self._ended = time.perf_counter()  # the first batch is waited for as well
+        self._ended = time.perf_counter()  # waiting for the first batch counts as well
         self._line = self._ended
         self._parts = StepTime(pl_module.device)
         self._watchman = Watchman(_say(trainer), partial(_host_of, trainer))
@@ -84,7 +86,8 @@ class Throughput(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         self._mark("communication")
-        if pl_module.device.type == "cuda" and not self._memory and self._steps:  # there are moments from the first on
+        # moments exist after step 1
+        if pl_module.device.type == "cuda" and not self._memory and self._steps:
             parts = memory_parts(trainer, pl_module)
             self._memory = {name: size / 2**30 for name, size in parts.items()}
 
@@ -105,14 +108,14 @@ class Throughput(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self._parts is not None:
             self._parts.pause()
-        self._ended = None  # what passes until the next batch is neither training nor waiting for data
+        self._ended = None  # the time until the next batch is neither training nor waiting for data
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close_window(trainer)
         self._peak_memory = int(trainer.strategy.reduce(_peak_memory(pl_module.device), reduce_op="max"))
 
     def figures(self) -> dict[str, float]:
-        """For the manifest, after training: totals over all ranks, seconds, nats, bytes of the fullest rank."""
+        """Return figures for the manifest after training: totals over all ranks, seconds, losses in nats, maximum bytes of a rank."""
         if not self._steps:
             return {}
         counts = {name: int(self._sums[name]) for name in COUNTS}
@@ -131,7 +134,7 @@ class Throughput(L.Callback):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """For a checkpoint: totals over all ranks, which call it at the same place."""
+        """Return the totals over all ranks for a checkpoint. All ranks must call it at the same point."""
         if self._trainer is None:
             return {}
         self._close_window(self._trainer)
@@ -147,7 +150,8 @@ class Throughput(L.Callback):
         self._steps += 1
         loss = trainer.callback_metrics.get("train/loss")
         if loss is not None:
-            loss = loss.detach().clone()  # stays on the device: reading it would make the host wait at every step
+            # kept on the device: reading it would make the host wait at each step
+            loss = loss.detach().clone()
             self._last.append(loss)
             self._first = loss if self._first is None else self._first
         every = trainer.log_every_n_steps
@@ -158,7 +162,7 @@ class Throughput(L.Callback):
             self._print_line(trainer, rates)
 
     def _close_window(self, trainer: L.Trainer) -> dict[str, float]:
-        """What happened since the last call, over all ranks: counts add up, times are averaged."""
+        """Return the counts and seconds since the last call: counts summed, times averaged over all ranks."""
         window = self._now | (self._parts.collect() if self._parts is not None else dict.fromkeys(PARTS, 0.0))
         ranks = [window]
         if trainer.world_size > 1:
@@ -166,27 +170,30 @@ class Throughput(L.Callback):
             ranks = [dict(zip(window, row, strict=True)) for row in trainer.strategy.all_gather(values).tolist()]
         parts = [{part: rank[part] for part in PARTS} for rank in ranks]
         self._last_look = self._watchman.look(parts) if self._watchman is not None else {}
-        times = {"busy", "wait", *PARTS}
-        window = {name: sum(r[name] for r in ranks) / (len(ranks) if name in times else 1) for name in window}
+        averaged = {"busy", "wait", *PARTS}
+        window = {name: sum(own[name] for own in ranks) / (len(ranks) if name in averaged else 1) for name in window}
         for name in self._now:
             self._sums[name] += window[name]
             self._now[name] = 0.0
         return window
 
     def _memory_now(self, device: torch.device) -> dict[str, float]:
-        """Of a GPU. What the parts leave of the peak are activations, and what the strategy gathers for a while."""
+        """Measure the memory of a GPU in GiB; {} on other devices.
+
+        `memory_activations` is the peak minus the parts: activations, and weights that the strategy gathers temporarily.
+        """
         if device.type != "cuda":
             return {}
         peak, reserved = (
-            most(device) / 2**30 for most in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
+            measure(device) / 2**30 for measure in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
         )
-        found = {f"memory_{name}": size for name, size in self._memory.items()}
-        if found:
-            found["memory_activations"] = max(0.0, peak - sum(self._memory.values()))
-        return found | {"memory_peak": peak, "memory_reserved": reserved}
+        memory = {f"memory_{name}": size for name, size in self._memory.items()}
+        if memory:
+            memory["memory_activations"] = max(0.0, peak - sum(self._memory.values()))
+        return memory | {"memory_peak": peak, "memory_reserved": reserved}
 
     def _print_line(self, trainer: L.Trainer, rates: dict[str, float]) -> None:
-        """Where there is no bar that says it, now and then."""
+        """Print a progress line every `PRINT_INTERVAL_SECONDS`, if there is no progress bar."""
         now = time.perf_counter()
         if trainer.progress_bar_callback is not None or not trainer.is_global_zero or now - self._line < LINE_SECONDS:
             return
@@ -218,7 +225,7 @@ def _say(trainer: L.Trainer) -> Callable[[str], None]:
 
 
 def _host_of(trainer: L.Trainer, rank: int) -> str:
-    """Asked of all ranks at the same place."""
+    """Gather the host names and return that of one rank. All ranks must call it at the same point."""
     hosts = [socket.gethostname()] * trainer.world_size
     if trainer.world_size > 1:
         torch.distributed.all_gather_object(hosts, socket.gethostname())
@@ -226,8 +233,9 @@ def _host_of(trainer: L.Trainer, rank: int) -> str:
 
 
 def _peak_memory(device: torch.device) -> Tensor:
-    """Bytes: the GPU's allocator, or on a CPU this process and its largest child that has ended."""
+    """Measure the peak bytes: of the GPU allocator, or on a CPU of this process plus its largest finished child process."""
     if device.type == "cuda":
         return torch.tensor(float(torch.cuda.max_memory_allocated(device)), device=device)
     used = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return torch.tensor(float(used) * (1 if sys.platform == "darwin" else 1024))  # macOS counts bytes, Linux KiB
+    # macOS counts bytes, Linux KiB
+    return torch.tensor(float(used) * (1 if sys.platform == "darwin" else 1024))

@@ -1,4 +1,4 @@
-"""Optimizer steps of this library beside those of TRL and HF Trainer, on the same weights and samples."""
+"""Benchmark of optimizer steps against TRL and HF Trainer, on the same weights and samples."""
 
 import os
 
@@ -8,5 +8,5 @@ _WANTED = {
     "WANDB_MODE": "disabled",
     "TOKENIZERS_PARALLELISM": "false",
 }
-for _name, _value in _WANTED.items():  # before any module of this package imports what reads them
+for _name, _value in _WANTED.items():  # before a module of this package imports libraries that read them
     os.environ.setdefault(_name, _value)

@@ -1,11 +1,11 @@
-"""Optimizer steps of this library beside those of TRL and HF Trainer: equal results first, then ratios.
+"""Benchmark of optimizer steps against TRL and HF Trainer: check for equal results first, then ratios of time.
 
     python -m benchmarks.compare stage=align|sft|anyres|dpo|memory [size=twin7b|twin05b] [tiles=5|1] [peer=trl,hf]
                                  [ladder=true] [steps=N] [repeats=5] [most=15] [minutes=15] [peaks=false]
 
-Each contender takes the same records to one optimizer step: its own processing and collating, forward, backward,
-clipping, AdamW. On a CPU: one thread, float32. The result goes to benchmarks/results/compare_*.json, tables and plots to
-docs/compare.md. A GPU has `python -m benchmarks.gpu`.
+Each contender runs one optimizer step on the same records: its own processing and collating, forward, backward, gradient
+clipping, AdamW. On a CPU with one thread, in float32. The result goes to benchmarks/results/compare_*.json, tables and plots
+to docs/compare.md. For a GPU, use `python -m benchmarks.gpu`.
 """
 
 from __future__ import annotations
@@ -39,46 +39,48 @@ RESULTS = Path(__file__).parents[1] / "results"
 STAGES = ("align", "sft", "anyres", "dpo", "memory")
 CPU_SIZES = ("twin7b", "twin05b", "smallest", "wide")
 GATE_STEPS = 3
-ROOM = 14e9  # bytes that must be free for the large micro-batch
+ROOM = 14e9  # free bytes required for the large micro-batch
 
 
 @dataclass(frozen=True, slots=True)
 class Arguments:
+    """Command-line arguments."""
+
     stage: str
     size: str = "twin7b"
     tiles: int = 5
     peer: str = "trl,hf"
     ladder: bool = False
-    steps: int = 0  # of a repeat; 0: the case's own number
+    steps: int = 0  # steps per repeat; 0: the number of the case
     repeats: int = 5
     most: int = 15
     minutes: float = 15.0
-    peaks: bool = True  # peak memory, in a process for each contender
+    peaks: bool = True  # also measure peak memory, in a subprocess per contender
 
     @classmethod
     def read(cls, words: list[str]) -> Arguments:
-        """`key=value` words.
+        """Parse `key=value` arguments.
 
         Raises:
-            UserError: an unknown word or a value that it cannot have.
+            UserError: an unknown key or an invalid value.
         """
         kinds: dict[str, Any] = {"tiles": int, "steps": int, "repeats": int, "most": int, "minutes": float}
         names = [field.name for field in fields(cls)]
         values: dict[str, Any] = {}
-        for word in words:
-            key, _, value = word.partition("=")
+        for argument in words:
+            key, _, value = argument.partition("=")
             if key not in names:
-                near = difflib.get_close_matches(key, names, 1)
+                matches = difflib.get_close_matches(key, names, 1)
                 raise UserError(
-                    f"{word}: there is no {key!r}{f'; did you mean {near[0]}=?' if near else ''}. Words: {', '.join(names)}."
+                    f"{argument}: there is no {key!r}{f'; did you mean {matches[0]}=?' if matches else ''}. Words: {', '.join(names)}."
                 )
             values[key] = value.lower() == "true" if key in ("ladder", "peaks") else kinds.get(key, str)(value)
-        found = cls(**({"stage": ""} | values))
+        parsed = cls(**({"stage": ""} | values))
         for key, known in (("stage", STAGES), ("size", CPU_SIZES), ("tiles", (1, 5))):
-            if getattr(found, key) not in known:
+            if getattr(parsed, key) not in known:
                 hint = " Released sizes need a GPU: python -m benchmarks.gpu." if key == "size" else ""
-                raise UserError(f"{key}={getattr(found, key)}: give one of {', '.join(map(str, known))}.{hint}")
-        return found
+                raise UserError(f"{key}={getattr(parsed, key)}: give one of {', '.join(map(str, known))}.{hint}")
+        return parsed
 
 
 def main(words: list[str]) -> None:
@@ -89,40 +91,40 @@ def main(words: list[str]) -> None:
     case = replace(case, steps=arguments.steps or case.steps)
     steady()
     with tempfile.TemporaryDirectory() as folder:
-        place = Place(save_model(case.model_size, case.tiling, Path(folder) / "hf"))
+        placement = Place(save_model(case.model_size, case.tiling, Path(folder) / "hf"))
         if case.stage == "memory":
-            result = large_micro_batch(case, place)
+            result = large_micro_batch(case, placement)
         else:
-            result = (climb if arguments.ladder else compare)(case, place, arguments)
+            result = (climb if arguments.ladder else compare)(case, placement, arguments)
     print(report.text(result))
-    if case.size != "smallest":  # which is there to see that everything runs
+    if case.size != "smallest":  # a smoke test
         name = f"compare_{case.name}{'_ladder' if arguments.ladder else ''}.json"
         (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n")
         page.write(RESULTS)
 
 
 def compare(case: Case, place: Place, arguments: Arguments, say=print) -> dict[str, Any]:
-    """Ours beside the peers that are asked for.
+    """Compare this library with the requested peers.
 
     Raises:
-        UserError: they compute something else.
+        UserError: the contenders compute different results.
     """
-    asked = tuple(arguments.peer.lower().split(","))
-    names = [name for name in case.contenders if name.startswith(OURS) or name.lower().startswith(asked)]
-    made = make_ours(case, place) | make_peers(case, place)
-    contenders = [made[name]() for name in names]
-    began = time.perf_counter()
+    requested = tuple(arguments.peer.lower().split(","))
+    names = [name for name in case.contenders if name.startswith(OURS) or name.lower().startswith(requested)]
+    factories = make_ours(case, place) | make_peers(case, place)
+    contenders = [factories[name]() for name in names]
+    start = time.perf_counter()
     result = measure(case, contenders, arguments, say)
     for name in names:
         row = result["contenders"][name]
         if arguments.peaks:
             row["peak_memory"] = peak_of(case, name, place)
         row["arithmetic_flops"] = report.arithmetic(case, case.recipe(name))
-    return result | {"bars": report.bars(case, result), "seconds": time.perf_counter() - began}
+    return result | {"bars": report.bars(case, result), "seconds": time.perf_counter() - start}
 
 
 def climb(case: Case, place: Place, arguments: Arguments, say=print) -> dict[str, Any]:
-    """Ours beside itself with each trick off."""
+    """Measure the ablations: this library against itself with each optimisation off."""
     switches = {name: switch for name, switch in SWITCHES.items() if case.stage in switch.stages}
     contenders: list[Contender] = [make_ours(case, place)[OURS]()]
     contenders += [switch.contender(name, case, place) for name, switch in switches.items()]
@@ -131,8 +133,8 @@ def climb(case: Case, place: Place, arguments: Arguments, say=print) -> dict[str
 
 
 def measure(case: Case, contenders: list[Contender], arguments: Arguments, say) -> dict[str, Any]:
-    """Gate, counts and times."""
-    agreed = check(contenders, case.batches[:GATE_STEPS])
+    """Check for equal results, then count FLOPs and measure times."""
+    differences = check(contenders, case.batches[:GATE_STEPS])
     for contender in contenders:
         require_checkpointing(contender, case_recomputes(case, contender.name))
     say(f"{case.name}: losses, gradients and weights agree")
@@ -142,7 +144,7 @@ def measure(case: Case, contenders: list[Contender], arguments: Arguments, say) 
     return {
         "case": case.name,
         "data": report.data(case),
-        "gate": agreed,
+        "gate": differences,
         "contenders": {name: report.row(case, times[name], counts[name]) for name in times},
         "machine": {"load": os.getloadavg(), "cores": os.cpu_count()},
         "versions": versions(),
@@ -150,20 +152,21 @@ def measure(case: Case, contenders: list[Contender], arguments: Arguments, say) 
 
 
 def case_recomputes(case: Case, name: str) -> bool:
+    """Return whether a contender should recompute activations."""
     return (SWITCHES[name].predicted(case) if name in SWITCHES else case.recipe(name)).recomputes
 
 
 def peak_of(case: Case, name: str, place: Place) -> int:
-    """Of the plain contender, also for one that keeps its reference's scores."""
+    """Measure the peak memory of a contender in a subprocess, in bytes."""
     assert place.folder is not None
     return peak_memory(case.stage, case.size, case.tiles or 5, name, place.folder, case.batch, case.steps)
 
 
 def large_micro_batch(case: Case, place: Place) -> dict[str, Any]:
-    """Peak memory under a real vocabulary, ours beside HF Trainer.
+    """Compare the peak memory of a large micro-batch with a real vocabulary against HF Trainer.
 
     Raises:
-        UserError: there is too little room for it.
+        UserError: too little memory is free.
     """
     if available() < ROOM:
         raise UserError(
@@ -171,11 +174,11 @@ def large_micro_batch(case: Case, place: Place) -> dict[str, Any]:
         )
     small = replace(case, batch=2, steps=1)
     contenders = [(make_ours(small, place) | make_peers(small, place))[name]() for name in (OURS, HF_TUNED)]
-    agreed = check(contenders, small.batches)
+    differences = check(contenders, small.batches)
     del contenders
     peaks = {name: peak_of(case, name, place) for name in (OURS, HF_TUNED)}
     ratio = peaks[OURS] / peaks[HF_TUNED]
-    return {"case": case.name, "data": report.data(case), "gate": agreed, "peak_memory": peaks, "ratio": ratio} | {
+    return {"case": case.name, "data": report.data(case), "gate": differences, "peak_memory": peaks, "ratio": ratio} | {
         "versions": versions()
     }
 

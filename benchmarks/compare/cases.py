@@ -1,4 +1,4 @@
-"""The stages that are compared: what trains, on which records, against which bars."""
+"""Comparison cases: trained parts, records, contenders and goals of each stage."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EPOCHS = 3
 
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """`peer` must take at least so many times the time of `ours`. Of several peers the fastest stands for them."""
+    """Goal: minimum ratio of the time of a peer to the time of `ours`. Of several peers the fastest counts."""
 
     peers: tuple[str, ...]
     at_least: float
@@ -33,12 +33,12 @@ class Bar:
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison.
+    """Comparison case of one stage.
 
     Attributes:
-        batch: records of an optimizer step.
-        steps: of a repeat, each on records of its own.
-        bars: against peers, where a bound of arithmetic does not lower them.
+        batch: records per optimizer step.
+        steps: steps per repeat, each on different records.
+        goals: minimum ratios against peers, unless the analytical bound is lower.
     """
 
     stage: str
@@ -50,13 +50,13 @@ class Case:
     steps: int
     contenders: tuple[str, ...]
     bars: tuple[Bar, ...] = ()
-    tiles: int | None = None  # dpo: of a pair's picture
+    tiles: int | None = None  # dpo: tiles of the image of a pair
     seed: int = 0
-    options: dict = field(default_factory=dict)  # of the stage
+    options: dict = field(default_factory=dict)  # options of the stage
 
     @property
     def name(self) -> str:
-        """As in the names of result files."""
+        """Name as in the names of result files."""
         return f"{self.stage}{'' if self.tiles is None else f'_{self.tiles}tile'}_{self.size}"
 
     @property
@@ -86,12 +86,12 @@ class Case:
 
     @cached_property
     def length_of(self) -> dict[str, int]:
-        """By record id, as a data set's column of lengths would say it."""
+        """Longest sequence of each record in tokens, by record id, like a length column of a data set."""
         return {record.id: max(size.lengths) for record, size in self._pairs}
 
     @cached_property
     def tokens_of(self) -> dict[str, int]:
-        """By record id, of all its sequences."""
+        """Tokens of all sequences of each record, by record id."""
         return {record.id: sum(size.lengths) for record, size in self._pairs}
 
     @property
@@ -101,7 +101,7 @@ class Case:
 
     @property
     def ideal(self) -> Recipe:
-        """The least exact work of a step."""
+        """Recipe of the minimum exact work of a step."""
         return Recipe(
             trains_tower=Part.vision_tower in self.trainable,
             trains_projector=Part.projector in self.trainable,
@@ -111,14 +111,14 @@ class Case:
         )
 
     def goal(self, contender: str = OURS) -> Recipe:
-        """The least exact work of what a contender of this library does."""
+        """Make the recipe of the minimum exact work for a contender of this library."""
         return replace(self.ideal, reference=1 / EPOCHS) if contender == CACHED else self.ideal
 
     def recipe(self, contender: str) -> Recipe:
-        """What a contender does. TRL scores every position where there is no Triton, and makes logits twice."""
+        """Make the recipe of a contender. Without Triton, TRL scores all positions; it computes logits twice."""
         if contender == OURS:
             return self.goal(contender)
-        if contender == CACHED:  # the pass that keeps the scores looks at the pictures once more
+        if contender == CACHED:  # the pass that fills the cache encodes the images once more
             return replace(self.goal(contender), tower_passes=1 + 1 / EPOCHS)
         base = replace(
             self.ideal,
@@ -137,17 +137,17 @@ class Case:
 
 
 def on_a_gpu(recipe: Recipe, contender: str) -> Recipe:
-    """There TRL's head scores supervised rows alone; attention is counted as causal, mask or not."""
+    """Convert a recipe to a GPU. There TRL's head scores only supervised rows, and attention always counts as causal."""
     return replace(recipe, dense_mask=False, head_on_all_rows=recipe.head_on_all_rows and "TRL" not in contender)
 
 
 TRL = (TRL_SHIPPED, TRL_TUNED)
-LARGE = 12  # samples of about 350 tokens. With 16,384 the logits and their gradients would take 30 GB and more
+LARGE = 12  # samples of about 350 tokens. For 16,384 tokens, logits and their gradients would take over 30 GB
 FOR_SFT = (OURS, *TRL, HF_TUNED, HF_SORTED)
 
 
 def make_case(stage: str, size: str = "twin7b", tiles: int = 5) -> Case:
-    """The comparison of a stage; bars are those of the 7B twin. "memory" is one large micro-batch, for peak memory alone."""
+    """Make the case of a stage, with the goals of the 7B twin. "memory" is one large micro-batch, for peak memory only."""
     grouped = (HF_TUNED, HF_SORTED)
     if stage == "align":
         bars = Bar((TRL_SHIPPED,), 1.4), Bar((HF_TUNED,), 1.1)
@@ -170,11 +170,12 @@ def make_case(stage: str, size: str = "twin7b", tiles: int = 5) -> Case:
 
 
 def smaller(case: Case, batch: int, steps: int) -> Case:
+    """Return the case with another batch size and number of steps."""
     return replace(case, batch=batch, steps=steps)
 
 
 def lengths(sizes: Sequence[Sequence[Size]]) -> dict[str, float]:
-    """Of all steps: what the throughput columns divide."""
+    """Count records, tokens, supervised tokens and tiles of all steps, for the throughput columns."""
     flat = [size for step in sizes for size in step]
     return {
         "records": len(flat),

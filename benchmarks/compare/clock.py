@@ -1,4 +1,4 @@
-"""Repeats in turn, until their spread allows a ratio."""
+"""Repeated measurements in turn, until their spread is small enough for a ratio."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from benchmarks.compare.contender import Contender, Times
 from lit_vlm.types import Record
 
-SPREAD = 0.10  # largest interquartile range over median from which a ratio is still printed
+SPREAD = 0.10  # maximum interquartile range over median for which a ratio is printed
 
 
 def interleave(
@@ -22,30 +22,33 @@ def interleave(
     clock: str = "cpu",
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, list[Times]]:
-    """All contenders in turn, forwards and then backwards (A B B A), so that a drift of the machine is everybody's.
+    """Measure all contenders in turn, forwards and then backwards (A B B A), so that drift of the machine affects all.
 
     Args:
-        repeats: at least; more of them follow while a spread is above `SPREAD`.
-        most: repeats at most.
-        budget: seconds, after which no further repeat starts once there are `repeats`.
-        clock: "cpu" or "wall", whose spread decides.
+        repeats: minimum number of repeats. More follow while a spread is above `MAX_SPREAD`.
+        most: maximum number of repeats.
+        budget: seconds after which no further repeat starts, once `repeats` are done.
+        clock: "cpu" or "wall": the clock whose spread counts.
     """
     times: dict[str, list[Times]] = {contender.name: [] for contender in contenders}
-    began = time.perf_counter()
-    for number in range(most):
-        if number >= repeats:
-            settled = max(spread([getattr(t, clock) for t in taken]) for taken in times.values()) <= SPREAD
-            if settled or time.perf_counter() - began > budget:
+    start = time.perf_counter()
+    for i in range(most):
+        if i >= repeats:
+            is_stable = (
+                max(spread([getattr(t, clock) for t in contender_times]) for contender_times in times.values())
+                <= SPREAD
+            )
+            if is_stable or time.perf_counter() - start > budget:
                 break
-        for contender in contenders if number % 2 == 0 else contenders[::-1]:
+        for contender in contenders if i % 2 == 0 else contenders[::-1]:
             times[contender.name].append(contender.repeat(batches))
-        shown = ", ".join(f"{name} {taken[-1].cpu:.2f} s" for name, taken in times.items())
-        say(f"repeat {number + 1}: {shown}")
+        summary = ", ".join(f"{name} {contender_times[-1].cpu:.2f} s" for name, contender_times in times.items())
+        say(f"repeat {i + 1}: {summary}")
     return times
 
 
 def spread(values: Sequence[float]) -> float:
-    """Interquartile range over median."""
+    """Compute the interquartile range over the median."""
     if len(values) < 2:
         return float("inf")
     low, _, high = statistics.quantiles(values, n=4, method="inclusive")

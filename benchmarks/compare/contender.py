@@ -1,4 +1,4 @@
-"""What is compared: something that takes records and does an optimizer step. This library as one of them."""
+"""Contenders of the comparison: base class, and this library as a contender."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from lit_vlm.stages.reference import ReferenceLogProbs
 from lit_vlm.stages.tally import Tally
 from lit_vlm.types import Batch, Part, Record
 
-RATE = 1e-4  # constant, for all contenders alike; large enough that a few steps move the weights
+RATE = 1e-4  # constant, equal for all contenders; large enough to move the weights in a few steps
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
-EPS = 1e-6  # Adam's: below it gradients that are zero but for rounding would decide the direction
+EPS = 1e-6  # epsilon of Adam: a smaller one lets rounding of zero gradients decide the direction
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Seconds of the clock and of this process, threads included; and of them those that prepared the data."""
+    """Wall seconds and CPU seconds of this process, all threads included, and the part that prepared the data."""
 
     wall: float
     cpu: float
@@ -54,10 +54,10 @@ class Times:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the models of a comparison come from and lie.
+    """Placement of the models: source of the weights, device and dtype.
 
     Attributes:
-        folder: that all load from; None: each draws the same weights on the device.
+        folder: all contenders load from it. None: each one initialises the same random weights on the device.
         mixed: compute in bfloat16 under autocast (`bf16-mixed`).
     """
 
@@ -69,7 +69,7 @@ class Place:
     seed: int = 0
 
     def model(self, case: Case) -> LlavaOnevisionForConditionalGeneration:
-        """A fresh model with the weights that all contenders start from."""
+        """Load a new model with the initial weights that all contenders share."""
         if self.folder is None:
             return random_model(case.model_size, case.tiling, self.device, self.dtype, self.seed)
         with quiet_transformers():
@@ -79,15 +79,16 @@ class Place:
         return torch.autocast(self.device, torch.bfloat16) if self.mixed else contextlib.nullcontext()
 
     def wait(self) -> None:
+        """Wait until the GPU has finished its work."""
         if self.device == "cuda":
             torch.cuda.synchronize()
 
 
 class Contender:
-    """Takes records and does an optimizer step with them: AdamW, clipping to 1, a constant rate, for all alike.
+    """Contender: runs optimizer steps on records. AdamW, gradient clipping to 1 and a constant learning rate for all.
 
     Attributes:
-        models: that take part; the first one learns, a second one is the reference.
+        models: the first one is trained; a second one is the reference model.
     """
 
     name: str
@@ -98,32 +99,34 @@ class Contender:
         self.case, self.place = case, place
 
     def prepare(self, records: list[Record]) -> Any:
-        """Records to what the model takes, on its device."""
+        """Convert records to model inputs on the device."""
         raise NotImplementedError
 
     def backward(self, inputs: Any) -> float:
-        """Forward and backward; gradients lie in the parameters. Returns the loss of the step."""
+        """Run the forward and backward pass, which fills the gradients. Return the loss of the step."""
         raise NotImplementedError
 
     def rows(self, inputs: Any, records: list[Record]) -> tuple[int, int]:
-        """Tokens of a step's rows that are real, and all of them, padding included."""
+        """Count the tokens of the rows of a step: (real tokens, all tokens with padding)."""
         raise NotImplementedError
 
     def logps(self, record: Record) -> tuple[float, float]:
-        """Sum of the log-probabilities of a pair's chosen and rejected answer; leaves no gradient."""
+        """Compute the summed log-probabilities of the chosen and the rejected response of a pair, without gradients."""
         raise NotImplementedError
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The parameters that learn, by transformers' names."""
+        """Return the trained parameters by their names in transformers."""
         named = ((name.replace("base_model.model.", ""), value) for name, value in self.models[0].named_parameters())
         return {name: value for name, value in named if id(value) in self._learning}
 
     def optimize(self) -> None:
-        learning = [parameter for parameter in self.models[0].parameters() if parameter.requires_grad]
-        self._learning = {id(parameter) for parameter in learning}
-        self.optimizer = torch.optim.AdamW(learning, lr=RATE, eps=EPS, weight_decay=0.0, fused=True)
+        """Make the optimizer of the trained parameters."""
+        parameters = [parameter for parameter in self.models[0].parameters() if parameter.requires_grad]
+        self._learning = {id(parameter) for parameter in parameters}
+        self.optimizer = torch.optim.AdamW(parameters, lr=RATE, eps=EPS, weight_decay=0.0, fused=True)
 
     def update(self) -> None:
+        """Clip the gradients, update the weights and clear the gradients."""
         torch.nn.utils.clip_grad_norm_(self.optimizer.param_groups[0]["params"], 1.0)
         self.optimizer.step()
         self.clear()
@@ -132,21 +135,22 @@ class Contender:
         self.models[0].zero_grad(set_to_none=True)
 
     def step(self, records: list[Record]) -> Times:
-        began = _now()
+        """Run one optimizer step and return its times."""
+        start = _now()
         inputs = self.prepare(records)
-        prepared = _now()
+        data_end = _now()
         self.backward(inputs)
         self.update()
         self.place.wait()
-        ended = _now()
-        return Times(ended[0] - began[0], ended[1] - began[1], prepared[0] - began[0], prepared[1] - began[1])
+        end = _now()
+        return Times(end[0] - start[0], end[1] - start[1], data_end[0] - start[0], data_end[1] - start[1])
 
     def passes(self) -> Iterator[float]:
-        """A pass over the batches for each number that this yields, which is its weight."""
+        """Iterate over the passes over the batches; each item is the weight of a pass."""
         yield 1.0
 
     def repeat(self, batches: list[list[Record]]) -> Times:
-        """Optimizer steps over these batches, one after the other."""
+        """Run optimizer steps over the batches and return the weighted times."""
         total = Times(0.0, 0.0, 0.0, 0.0)
         for weight in self.passes():
             for records in batches:
@@ -155,13 +159,13 @@ class Contender:
 
 
 class Ours(Contender):
-    """A stage of this library: its collate and its loss, without Lightning's loop.
+    """Stage of this library as a contender: its collate and its loss, without Lightning's loop.
 
     Args:
-        name: in tables.
-        options: of the stage, beside those of the case.
-        alter: changes the stage before the optimizer is made (the switches of the ablation ladder).
-        batch: changes a micro-batch on its way to the model.
+        name: name in tables.
+        options: options of the stage, added to those of the case.
+        change_stage: changes the stage before the optimizer is created (for ablations).
+        change_batch: changes a micro-batch before it reaches the model.
     """
 
     def __init__(
@@ -202,15 +206,17 @@ class Ours(Contender):
         return float(loss.detach())
 
     def loss(self, batch: Batch) -> Tensor:
-        if isinstance(self.stage, DPOStage):  # its step_loss logs and checks the run's first loss: it wants a Trainer
-            loss, judged = self.stage._preference(batch, Tally(), training=True)
-            self.metrics = judged.metrics
+        """Compute the loss of a batch."""
+        # its step_loss logs and checks the first loss, which needs a Trainer
+        if isinstance(self.stage, DPOStage):
+            loss, output = self.stage._preference(batch, Tally(), training=True)
+            self.metrics = output.metrics
             return loss
         return self.stage.step_loss(batch)
 
     def rows(self, inputs: Batch, records: list[Record]) -> tuple[int, int]:
         real = sum(self.case.tokens_of[record.id] for record in records)
-        return min(real, inputs.num_tokens), inputs.num_tokens  # pairs that share their prompt have fewer
+        return min(real, inputs.num_tokens), inputs.num_tokens  # pairs with a shared prompt have fewer
 
     def logps(self, record: Record) -> tuple[float, float]:
         with torch.no_grad(), self.place.autocast():
@@ -219,15 +225,16 @@ class Ours(Contender):
 
 
 class OursWithKeptReference(Ours):
-    """The reference's scores are computed in the first of several epochs and looked up in the others."""
+    """This library with a reference cache: log-probabilities are computed in the first epoch and reused in the others."""
 
     def __init__(self, case: Case, place: Place) -> None:
         super().__init__(case, place, name=CACHED, options={"cache_reference": True})
         self.forget()
-        for records in case.batches:  # now the policy is the reference still
+        for records in case.batches:  # at this point the policy still equals the reference model
             self._keep(self.prepare(records))
 
     def forget(self) -> None:
+        """Reset the reference cache."""
         self.stage.kept = ReferenceLogProbs(None)
 
     def loss(self, batch: Batch) -> Tensor:
@@ -241,28 +248,30 @@ class OursWithKeptReference(Ours):
             self.stage.kept.read()
 
     def passes(self) -> Iterator[float]:
-        """One epoch that computes them and one that looks them up stand for `EPOCHS`, as the mean of one. What is computed
-        then is of weights that have learnt; it takes as long."""
+        """Iterate over one epoch that computes the reference and one that reuses it, weighted as the mean of `NUM_EPOCHS`.
+
+        The computed values are those of trained weights, which takes the same time.
+        """
         self.forget()
         yield 1 / EPOCHS
         yield 1 - 1 / EPOCHS
 
 
 def make_ours(case: Case, place: Place) -> dict[str, Callable[[], Contender]]:
-    """Of this library, by name."""
+    """Make factories for the contenders of this library, by name."""
     return {OURS: partial(Ours, case, place), CACHED: partial(OursWithKeptReference, case, place)}
 
 
 def steady() -> None:
-    """Make this process's seconds repeatable: one thread (two on a busy machine are slower at this size, and their seconds
-    cannot be told apart), no denormal numbers, and memory that stays with the process, as a GPU's allocator keeps it.
+    """Set up this process for repeatable times: one thread, no denormal numbers, and no memory returned to the system.
 
-    Without the last, glibc gives every large tensor back and the kernel clears its pages anew, so that keeping
-    activations costs more than computing them again.
+    On a busy machine two threads are slower at this size, and their times cannot be separated. A GPU allocator keeps its
+    memory too. Without that, glibc returns each large tensor and the kernel clears its pages again, so storing activations
+    costs more than recomputing them.
     """
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
-    with contextlib.suppress(OSError, AttributeError):  # mallopt(3) is glibc's
+    with contextlib.suppress(OSError, AttributeError):  # mallopt(3) exists only in glibc
         libc = ctypes.CDLL("libc.so.6")
         for parameter, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 2**28)):
             libc.mallopt(parameter, value)

@@ -1,4 +1,4 @@
-"""No ratio between different computations: loss, gradients and updates of all contenders must agree first."""
+"""Equality check: loss, gradients and updates of all contenders must agree before a ratio is printed."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from lit_vlm.types import Record, UserError
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    loss: float  # relative, of the first step
-    gradients: float  # least cosine
-    parameters: float  # least cosine after the steps
-    logps: float  # relative, of each answer
+    """Tolerances of the equality check."""
+
+    loss: float  # relative difference of the first loss
+    gradients: float  # minimum cosine
+    parameters: float  # minimum cosine after the steps
+    logps: float  # relative difference for each response
 
 
 FLOAT32 = Tolerance(loss=1e-5, gradients=0.9999, parameters=0.999, logps=1e-5)
@@ -26,62 +28,63 @@ BFLOAT16 = Tolerance(loss=2e-3, gradients=0.999, parameters=0.999, logps=2e-2)
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a contender computed."""
+    """Results of the first steps of a contender."""
 
     loss: float
-    losses: list[float]  # of the steps after the first
+    losses: list[float]  # losses of the later steps
     logps: list[tuple[float, float]]
-    gradients: Tensor  # [P] of all parameters that learn, in the order of their names
+    gradients: Tensor  # [P] of all trained parameters, sorted by name
     parameters: Tensor  # [P] after the steps
-    updates: Tensor  # [P] their way from the start
+    updates: Tensor  # [P] their change from the start
 
 
 def check(
     contenders: Sequence[Contender], batches: list[list[Record]], tolerance: Tolerance = FLOAT32
 ) -> dict[str, dict[str, float]]:
-    """Take the steps of these batches with each contender and hold the results against the first one's.
+    """Run the steps with each contender and compare the results with those of the first one.
 
     Returns:
-        of each contender the differences that were found.
+        The differences, by contender.
 
     Raises:
-        UserError: they compute something else. No ratio may be printed.
+        UserError: the results differ. No ratio may be printed.
     """
     first, *others = [(contender.name, facts_of(contender, batches)) for contender in contenders]
     return {first[0]: {"loss": first[1].loss}} | {
-        name: compare(*first, name, facts, tolerance) for name, facts in others
+        name: compare(*first, name, result, tolerance) for name, result in others
     }
 
 
 def facts_of(contender: Contender, batches: list[list[Record]]) -> Facts:
-    learning = contender.trained()
-    names = sorted(learning)
+    """Run the steps with a contender and collect its results."""
+    trained = contender.trained()
+    names = sorted(trained)
     logps = [contender.logps(record) for record in batches[0]] if contender.case.prefers else []
     contender.clear()
-    before = flat([learning[name].detach() for name in names])
+    before = flat([trained[name].detach() for name in names])
     loss = contender.backward(contender.prepare(batches[0]))
-    gradients = flat([_gradient(learning[name]) for name in names])
+    gradients = flat([_gradient(trained[name]) for name in names])
     contender.update()
     losses = []
     for records in batches[1:]:
         losses.append(contender.backward(contender.prepare(records)))
         contender.update()
-    after = flat([learning[name].detach() for name in names])
+    after = flat([trained[name].detach() for name in names])
     return Facts(loss, losses, logps, gradients, after, after - before)
 
 
 def compare(ours: str, mine: Facts, name: str, theirs: Facts, tolerance: Tolerance) -> dict[str, float]:
-    """The differences of one contender from another.
+    """Compute the differences between two contenders.
 
     Raises:
-        UserError: one of them is beyond its tolerance.
+        UserError: a difference exceeds its tolerance.
     """
     if len(mine.gradients) != len(theirs.gradients):
         raise UserError(
             f"{name} trains {len(theirs.gradients):,} parameters and {ours} {len(mine.gradients):,}. No ratio is printed; "
             "both must freeze the same parts."
         )
-    found = {
+    differences = {
         "loss": _apart(theirs.loss, mine.loss),
         "gradients": _cosine(theirs.gradients, mine.gradients),
         "parameters": _cosine(theirs.parameters, mine.parameters),
@@ -91,24 +94,30 @@ def compare(ours: str, mine: Facts, name: str, theirs: Facts, tolerance: Toleran
     pairs = [
         _apart(a, b) for one, two in zip(theirs.logps, mine.logps, strict=True) for a, b in zip(one, two, strict=True)
     ]
-    found["logps"] = max(pairs, default=0.0)
+    differences["logps"] = max(pairs, default=0.0)
     limits = asdict(tolerance)
-    for what in ("loss", "logps", "gradients", "parameters"):
-        beyond = found[what] > limits[what] if what in ("loss", "logps") else not found[what] >= limits[what]
-        if beyond:
-            kind = "differ by" if what in ("loss", "logps") else "have a cosine of"
+    for quantity in ("loss", "logps", "gradients", "parameters"):
+        is_exceeded = (
+            differences[quantity] > limits[quantity]
+            if quantity in ("loss", "logps")
+            else not differences[quantity] >= limits[quantity]
+        )
+        if is_exceeded:
+            kind = "differ by" if quantity in ("loss", "logps") else "have a cosine of"
             raise UserError(
-                f"{name} and {ours} compute different things: the {what} of the first steps {kind} {found[what]:.3g} "
-                f"(limit {limits[what]:g}; losses {theirs.loss:.7f} and {mine.loss:.7f}). No ratio is printed."
+                f"{name} and {ours} compute different things: the {quantity} of the first steps {kind} {differences[quantity]:.3g} "
+                f"(limit {limits[quantity]:g}; losses {theirs.loss:.7f} and {mine.loss:.7f}). No ratio is printed."
             )
-    return found
+    return differences
 
 
 def require_checkpointing(contender: Contender, wanted: bool) -> None:
-    """Flags alone do not say it: transformers skips the checkpointing of modules that are in eval.
+    """Require that activation checkpointing is on or off, as expected.
+
+    Flags alone are not enough: transformers skips the checkpointing of modules in eval mode.
 
     Raises:
-        UserError: activations are recomputed where they should not be, or the other way round.
+        UserError: activations are recomputed unexpectedly, or not recomputed as expected.
     """
     modules = list(contender.models[0].modules())
     active = any(getattr(module, "gradient_checkpointing", False) and module.training for module in modules)
@@ -119,6 +128,7 @@ def require_checkpointing(contender: Contender, wanted: bool) -> None:
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Flatten tensors into one float32 vector on the CPU."""
     return torch.cat([tensor.flatten().float().cpu() for tensor in tensors])
 
 

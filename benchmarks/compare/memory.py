@@ -1,4 +1,4 @@
-"""Peak memory of one contender's forward and backward, in a process of its own."""
+"""Peak memory of the forward and backward pass of one contender, in a subprocess."""
 
 from __future__ import annotations
 
@@ -13,14 +13,17 @@ ROOT = Path(__file__).parents[2]
 
 
 def peak_memory(stage: str, size: str, tiles: int, contender: str, folder: Path, batch: int, steps: int) -> int:
-    """Bytes above the loaded model, the largest of the steps. The optimizer's moments are not in it: it takes no step."""
-    words = [stage, size, str(tiles), contender, str(folder), str(batch), str(steps)]
-    command = [sys.executable, "-m", "benchmarks.compare.memory", *words]
+    """Measure the peak bytes above the loaded model over all steps.
+
+    Optimizer moments are not included, because there is no update.
+    """
+    arguments = [stage, size, str(tiles), contender, str(folder), str(batch), str(steps)]
+    command = [sys.executable, "-m", "benchmarks.compare.memory", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{contender} in a process of its own: {done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if process.returncode:
+        raise RuntimeError(f"{contender} in a process of its own: {process.stderr[-2000:]}")
+    return json.loads(process.stdout.splitlines()[-1])
 
 
 def main(stage: str, size: str, tiles: int, name: str, folder: Path, batch: int, steps: int) -> int:
@@ -30,21 +33,23 @@ def main(stage: str, size: str, tiles: int, name: str, folder: Path, batch: int,
     from benchmarks.compare.contender import Place, make_ours
     from benchmarks.compare.peers import make_peers
 
-    case, place = smaller(make_case(stage, size, tiles), batch, steps), Place(folder)
+    case, placement = smaller(make_case(stage, size, tiles), batch, steps), Place(folder)
     torch.set_num_threads(1)
-    contender = (make_ours(case, place) | make_peers(case, place))[name]()
-    few = sorted((record for step in case.batches for record in step if record.images), key=_length(case))[:4]
-    _once(contender, few)  # libraries load, kernels are chosen
+    contender = (make_ours(case, placement) | make_peers(case, placement))[name]()
+    warm_up_records = sorted((record for step in case.batches for record in step if record.images), key=_length(case))[
+        :4
+    ]
+    _once(contender, warm_up_records)  # warm-up: loads libraries and chooses kernels
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    before = _kilobytes("VmRSS")
+    start_kilobytes = _kilobytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark, proc(5)
     for records in case.batches:
         _once(contender, records)
-    return 1024 * (_kilobytes("VmHWM") - before)
+    return 1024 * (_kilobytes("VmHWM") - start_kilobytes)
 
 
 def available() -> int:
-    """Bytes of memory that processes may take."""
+    """Read the available memory of the machine in bytes."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 

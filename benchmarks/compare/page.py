@@ -1,4 +1,4 @@
-"""Tables and plots of the results go between the markers of docs/compare.md, and as SVG beside its pictures."""
+"""Result page: writes tables between the markers of docs/compare.md, and charts as SVG files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lit_vlm.engine.report_charts import Scale, ticks
 ROOT = Path(__file__).parents[2]
 PAGE, PICTURES = ROOT / "docs/compare.md", ROOT / "docs/images"
 WIDTH, LEFT, RIGHT, ROW, TOP, FOOT = 780, 310, 60, 34, 10, 46
-STYLE = (  # the page that shows it brings no style sheet
+STYLE = (  # inline, because the page that shows it has no style sheet
     "text{font:13px system-ui,sans-serif;fill:#1c1f23}.faint{fill:#6b7280;font-size:12px}.grid{stroke:#e3e4e0}"
     ".bar{fill:#2563eb}.short{fill:#d97706}.bound{stroke:#1c1f23;stroke-width:2}.asked{stroke:#c8343a;stroke-width:2;"
     "stroke-dasharray:4 3}"
@@ -24,7 +24,7 @@ STYLE = (  # the page that shows it brings no style sheet
 
 
 def write(results: Path, page: Path = PAGE, pictures: Path = PICTURES) -> None:
-    """Whatever of the results the page has markers for."""
+    """Write all results for which the page has markers."""
     text = page.read_text(encoding="utf-8")
     for name, result in read(results).items():
         for title, table in tables(result).items():
@@ -38,12 +38,12 @@ def write(results: Path, page: Path = PAGE, pictures: Path = PICTURES) -> None:
 
 
 def read(results: Path) -> dict[str, dict[str, Any]]:
-    """By file name without its ending."""
+    """Read the results, by file name without extension."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("compare_*.json"))}
 
 
 def draw(result: dict[str, Any]) -> str:
-    """Bars of the ratios with bound and bar, or of the ladder with what was predicted; "" for other results."""
+    """Draw a bar chart of the ratios with bound and goal, or of the ablations with their predictions; "" for others."""
     if "ladder" in result:
         rows = [(row["off"], row["measured"], row["predicted"], None) for row in result["ladder"]]
         return bar_chart(rows, f"{result['case']}: time with one trick off, over time with all")
@@ -57,22 +57,24 @@ def draw(result: dict[str, Any]) -> str:
 
 
 def bar_chart(rows: list[tuple[str, float | None, float, float | None]], label: str) -> str:
-    """Horizontal bars from zero: (name, value, what arithmetic says, what is asked)."""
+    """Draw horizontal bars from zero. A row is (name, value, analytical bound, goal)."""
     height = TOP + ROW * len(rows) + FOOT
-    most = max(max(value or 0, bound, bar or 0) for _, value, bound, bar in rows)
-    x = Scale(0, 1.08 * most, LEFT, WIDTH - RIGHT)
+    max_value = max(max(value or 0, bound, bar or 0) for _, value, bound, bar in rows)
+    x = Scale(0, 1.08 * max_value, LEFT, WIDTH - RIGHT)
     floor = TOP + ROW * len(rows)
     parts = []
-    for tick in ticks(0, 1.08 * most):
+    for tick in ticks(0, 1.08 * max_value):
         parts.append(f'<line class="grid" x1="{x(tick)}" x2="{x(tick)}" y1="{TOP}" y2="{floor}"/>')
         parts.append(f'<text class="faint" x="{x(tick)}" y="{floor + 16}" text-anchor="middle">{tick:g}</text>')
-    for number, (name, value, bound, bar) in enumerate(rows):
-        parts.append(_row(x, TOP + ROW * number, name, value, bound, bar))
-    asked = any(bar is not None for *_, bar in rows)
-    told = (
-        "black line: what arithmetic allows; red dashes: the bar" if asked else "black line: what arithmetic predicts"
+    for i, (name, value, bound, bar) in enumerate(rows):
+        parts.append(_row(x, TOP + ROW * i, name, value, bound, bar))
+    has_goal = any(bar is not None for *_, bar in rows)
+    legend = (
+        "black line: what arithmetic allows; red dashes: the bar"
+        if has_goal
+        else "black line: what arithmetic predicts"
     )
-    parts.append(f'<text class="faint" x="{LEFT}" y="{floor + 36}">{told}</text>')
+    parts.append(f'<text class="faint" x="{LEFT}" y="{floor + 36}">{legend}</text>')
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label, quote=True)}">'
     return f"{head}<style>{STYLE}</style>{''.join(parts)}</svg>\n"
 
@@ -85,7 +87,9 @@ def _row(x: Scale, top: int, name: str, value: float | None, bound: float, bar: 
         width = round(x(value) - x(0), 1)
         parts.append(f'<rect class="{style}" x="{x(0)}" y="{top + 7}" width="{width}" height="{ROW - 14}"/>')
         parts.append(f'<text x="{WIDTH - RIGHT + 8}" y="{middle}">{value:.2f}</text>')
-    for place, style in ((bound, "bound"), (bar, "asked")):
-        if place is not None:
-            parts.append(f'<line class="{style}" x1="{x(place)}" x2="{x(place)}" y1="{top + 3}" y2="{top + ROW - 3}"/>')
+    for position, style in ((bound, "bound"), (bar, "asked")):
+        if position is not None:
+            parts.append(
+                f'<line class="{style}" x1="{x(position)}" x2="{x(position)}" y1="{top + 3}" y2="{top + ROW - 3}"/>'
+            )
     return "".join(parts)

@@ -1,7 +1,7 @@
-"""TRL's and transformers' trainers as contenders: their collators and their `training_step`, an optimizer step behind it.
+"""Trainers of TRL and transformers as contenders: their collators and `training_step`, followed by an optimizer step.
 
-Each lends its model, dataset row and arguments as its documents say. What differs from its defaults is written where it
-is set. The loops around `training_step` are left out, as Lightning's is on our side.
+Model, dataset rows and arguments follow the documentation of each trainer. Deviations from defaults are commented where they
+are set. The loops around `training_step` are left out, like Lightning's loop on our side.
 """
 
 from __future__ import annotations
@@ -29,8 +29,11 @@ OPTIONS = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
 
 
 class BaseViews(LlavaOnevisionImageProcessorPil):
-    """One view of each picture, for stages that do not tile: transformers gives it to samples of several pictures only,
-    so a micro-batch's pictures are handed over as those of one sample. There must be two of them."""
+    """Image processor with one view per image, for stages without tiling.
+
+    transformers uses one view only for samples with several images. So the images of a micro-batch are passed as those of
+    one sample, and there must be at least two.
+    """
 
     def preprocess(self, images: list[list[Any]], **kwargs: Any) -> Any:
         flat = list(itertools.chain.from_iterable(images))
@@ -39,7 +42,7 @@ class BaseViews(LlavaOnevisionImageProcessorPil):
 
 
 def processor_of(case: Case) -> PlainProcessor:
-    """transformers' own, Pillow inside, whose pixels are ours exactly."""
+    """Make the Pillow-based processor of transformers, whose pixels equal ours exactly."""
     plain = plain_processor(copy.deepcopy(case.processor.tokenizer), case.processor.images)
     if case.tiling is Tiling.base:
         plain.image_processor = BaseViews(**plain.image_processor.to_dict())
@@ -47,11 +50,11 @@ def processor_of(case: Case) -> PlainProcessor:
 
 
 class Peer(Contender):
-    """What TRL's and transformers' trainers have in common.
+    """Base class for the trainers of TRL and transformers.
 
     Args:
-        checkpointing: of activations.
-        micro_batches: of an optimizer step, its records sorted by length.
+        checkpointing: whether activations are recomputed.
+        micro_batches: number of micro-batches per optimizer step, with records sorted by length.
     """
 
     def __init__(self, case: Case, place: Place, name: str, checkpointing: bool, micro_batches: int = 1) -> None:
@@ -61,28 +64,28 @@ class Peer(Contender):
         freeze(model, case.trainable)
         self.trainer = self.make_trainer(model, checkpointing)
         self.models = [self.trainer.model]
-        self.trainer.current_gradient_accumulation_steps = micro_batches  # as train() does
-        if checkpointing:  # likewise
-            given = self.trainer.args.gradient_checkpointing_kwargs
-            self.trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=given)
+        self.trainer.current_gradient_accumulation_steps = micro_batches  # train() sets it
+        if checkpointing:  # train() does the same
+            options = self.trainer.args.gradient_checkpointing_kwargs
+            self.trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
         self.optimize()
 
     def make_trainer(self, model: Any, checkpointing: bool) -> Any:
         raise NotImplementedError
 
     def arguments(self, kind: Any, **options: Any) -> Any:
-        """Where the place computes: TRL's default precision is `bf16`, ours on a CPU float32."""
+        """Make the training arguments for the device: TRL's default precision is `bf16`, ours on a CPU is float32."""
         folder = Path(gettempdir()) / "compare_trainer"
         precision = {"use_cpu": self.place.device == "cpu", "bf16": self.place.mixed}
         return kind(output_dir=str(folder), **OPTIONS, **precision, **options)
 
     def prepare(self, records: list[Record]) -> list[dict]:
-        each = -(-len(records) // self.micro_batches)
+        size = -(-len(records) // self.micro_batches)
         if self.micro_batches > 1:
             records = sorted(records, key=lambda record: self.case.length_of[record.id])
         rows = [row_of(record) for record in records]
-        found = [self.trainer.data_collator(rows[start : start + each]) for start in range(0, len(rows), each)]
-        return [self.trainer._prepare_inputs(dict(inputs)) for inputs in found]
+        collated = [self.trainer.data_collator(rows[start : start + size]) for start in range(0, len(rows), size)]
+        return [self.trainer._prepare_inputs(dict(inputs)) for inputs in collated]
 
     def rows(self, inputs: list[dict], records: list[Record]) -> tuple[int, int]:
         masks = [part["attention_mask"] for part in inputs]
@@ -91,18 +94,20 @@ class Peer(Contender):
     def backward(self, inputs: list[dict]) -> float:
         count = sum((part["labels"][:, 1:] != -100).sum() for part in inputs)
         model = self.trainer.model
-        # num_items_in_batch: a mean over the step's tokens, whatever the micro-batches
+        # num_items_in_batch: mean over the tokens of the step, for any number of micro-batches
         return float(sum(self.trainer.training_step(model, dict(part), num_items_in_batch=count) for part in inputs))
 
 
 class TrlSFT(Peer):
+    """TRL's SFTTrainer as a contender."""
+
     def make_trainer(self, model: Any, checkpointing: bool) -> Any:
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
         options = self.arguments(
             SFTConfig,
-            max_length=None,  # 1,024 by default, and pictures in tiles are longer
+            max_length=None,  # the default of 1,024 is too short for tiled images
             gradient_checkpointing=checkpointing,  # true by default
             assistant_only_loss=True,
         )
@@ -111,7 +116,7 @@ class TrlSFT(Peer):
 
 
 class HFTrainer(Peer):
-    """transformers has no collator for conversations with pictures; it gets TRL's."""
+    """HF Trainer as a contender, with TRL's collator: transformers has none for conversations with images."""
 
     def make_trainer(self, model: Any, checkpointing: bool) -> Any:
         from transformers import Trainer, TrainingArguments
@@ -123,7 +128,10 @@ class HFTrainer(Peer):
 
 
 class TrlDPO(Peer):
-    """The reference is a second model, computed at each step: TRL refuses to compute it beforehand for images."""
+    """TRL's DPOTrainer as a contender.
+
+    The reference model runs at each step, because TRL refuses to precompute it for images.
+    """
 
     def __init__(self, case: Case, place: Place, name: str, checkpointing: bool) -> None:
         super().__init__(case, place, name, checkpointing)
@@ -166,7 +174,7 @@ class TrlDPO(Peer):
 
 
 def make_peers(case: Case, place: Place) -> dict[str, Callable[[], Contender]]:
-    """By name, as TRL and transformers ship them and as well as they can be set up."""
+    """Make factories for the peers, by name: as shipped by TRL and transformers, and tuned as well as possible."""
     trl = TrlDPO if case.prefers else TrlSFT
     return {
         TRL_SHIPPED: partial(trl, case, place, TRL_SHIPPED, checkpointing=True),
@@ -177,7 +185,7 @@ def make_peers(case: Case, place: Place) -> dict[str, Callable[[], Contender]]:
 
 
 def row_of(record: Record) -> dict[str, Any]:
-    """A record as TRL takes it."""
+    """Make the dataset row of a record for TRL."""
     images = [image.load() for image in record.images]
     if isinstance(record, PreferencePair):
         turns = {"prompt": list(record.prompt), "chosen": [record.chosen], "rejected": [record.rejected]}

@@ -1,8 +1,8 @@
-"""Samples and pairs from seeds, in the lengths of the data sets that they stand for.
+"""Synthetic samples and preference pairs from seeds, with the length distributions of real data sets.
 
-Lengths are assumed, not counted: medians and spreads of LCS-558K's captions, of LLaVA's 665K mixture and of an anyres
-mixture, in tokens of Qwen2.5 beside 729 per tile, scaled by the tile's patches over 729. Pictures are drawn beforehand
-and held in memory at the size of their grid: no file is read or decoded in a step, by anybody.
+Lengths are assumed, not counted: medians and spreads of the captions of LCS-558K, of LLaVA's 665K mixture and of an anyres
+mixture. They are in Qwen2.5 text tokens, next to 729 tokens per tile, and are scaled by the tile's patches over 729. Images
+are generated beforehand and kept in memory at the size of their grid, so no contender reads or decodes a file in a step.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from lit_vlm.data.processor import Processor
 from lit_vlm.model.tiny import CORPUS
 from lit_vlm.types import ImageSlot, Kind, Language, Message, PreferencePair, Record, Role, Sample
 
-SUPERVISED = 0.48  # of a dialogue's text: 120 of 250 tokens
-# grids of an anyres mixture (rows, columns) and how often each comes; with the base view two to ten tiles
+SUPERVISED = 0.48  # supervised share of the text of a dialogue: 120 of 250 tokens
+# grids (rows, columns) of an anyres mixture and their frequencies; two to ten tiles with the base view
 GRIDS = {(1, 1): 2, (1, 2): 6, (3, 1): 3, (2, 2): 8, (1, 5): 1, (2, 3): 5, (4, 2): 2, (3, 3): 4}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Picture:
-    """A picture that is decoded already."""
+    """Image that is already decoded."""
 
     image: Image.Image = field(repr=False)
 
@@ -39,12 +39,13 @@ class Picture:
 
 
 class Maker:
-    """Records of one model size, drawn one after the other from a seed.
+    """Generator of synthetic records for one model size, from a seed.
 
     Args:
-        processor: counts tokens.
-        shape: name of the distribution: "captions", "mixture", "anyres", "pairs_1" or "pairs_5" (tiles of the picture), or
-            "even" for dialogues of one length.
+        processor: processor that counts tokens.
+        shape: name of the distribution: "captions", "mixture", "anyres", "pairs_1" or "pairs_5" (tiles of the image), or
+            "even" for dialogues of equal length.
+        seed: seed of the generator.
     """
 
     def __init__(self, processor: Processor, shape: str, seed: int = 0) -> None:
@@ -56,9 +57,11 @@ class Maker:
         self.number = 0
 
     def records(self, count: int) -> list[Record]:
+        """Generate a batch of records."""
         return [self.record() for _ in range(count)]
 
     def record(self) -> Record:
+        """Generate the next record."""
         self.number += 1
         if self.shape.startswith("pairs"):
             grid = (1, 1) if self.shape == "pairs_1" else (2, 2)
@@ -75,13 +78,13 @@ class Maker:
             return self._dialogue(self._length(700, 0.8, 40, 2048))
         if self.shape == "mixture":
             return self._dialogue(self._length(150, 0.8, 20, 1300), self._picture(1, 1))
-        # plain transformers cuts every picture that is alone, so the smallest is two tiles; 15 % are drawn for it
+        # plain transformers tiles each single image, so the minimum is two tiles: 15 % of the samples have that
         grid = (1, 1) if draw < 0.30 else self.rng.choices(list(GRIDS), list(GRIDS.values()))[0]
         return self._dialogue(self._length(180, 0.8, 20, 1500), self._picture(*grid))
 
     def _length(self, median: float, sigma: float, low: int, high: int) -> int:
-        drawn = median * math.exp(sigma * self.rng.gauss(0, 1))
-        return max(1, round(min(high, max(low, drawn)) * self.scale))
+        length = median * math.exp(sigma * self.rng.gauss(0, 1))
+        return max(1, round(min(high, max(low, length)) * self.scale))
 
     def _dialogue(self, tokens: int, *pictures: Picture) -> Sample:
         answer = max(1, round(SUPERVISED * tokens))
@@ -93,8 +96,8 @@ class Maker:
 
     def _pair(self, prompt: int, chosen: int, rejected: int, *pictures: Picture) -> PreferencePair:
         answers = (Message(Role.assistant, (self._text(length),)) for length in (chosen, rejected))
-        asked = (self._asked(prompt, pictures),)
-        return PreferencePair(*self._names, Kind.preference, Language.en, asked, *answers, pictures)
+        prompt_messages = (self._asked(prompt, pictures),)
+        return PreferencePair(*self._names, Kind.preference, Language.en, prompt_messages, *answers, pictures)
 
     @property
     def _names(self) -> tuple[str, str, str]:
@@ -105,7 +108,7 @@ class Maker:
         return Message(Role.user, (*(ImageSlot(i) for i in range(len(pictures))), *text))
 
     def _text(self, tokens: int) -> str:
-        """Words of about so many tokens together; never fewer."""
+        """Make a text of at least `tokens` tokens, and only slightly more."""
         words: list[str] = []
         count = 0
         while count < tokens:
@@ -114,7 +117,7 @@ class Maker:
         return " ".join(words)
 
     def _picture(self, rows: int, columns: int) -> Picture:
-        """Coarse noise, smoothed; as large as its grid of tiles, so that nobody resizes more than its base view."""
+        """Make an image of smoothed coarse noise. It has the size of its tile grid, so only the base view is resized."""
         seed = self.rng.getrandbits(32)
         coarse = np.random.default_rng(seed).integers(0, 256, (4 * rows, 4 * columns, 3), dtype=np.uint8)
         return Picture(
@@ -123,7 +126,7 @@ class Maker:
 
 
 def size_of(processor: Processor, record: Record) -> Size:
-    """What arithmetic needs to know of a record."""
+    """Measure the token counts of a record for the FLOP formulas."""
     layouts = processor.layouts(record)
     sequences = processor.sequences(record, layouts)
     prompt = int(np.argmax(sequences[0].supervised))

@@ -1,4 +1,4 @@
-"""What was measured, as numbers and as tables."""
+"""Report of the measurements: numbers and Markdown tables."""
 
 from __future__ import annotations
 
@@ -12,49 +12,49 @@ from benchmarks.compare.counts import Counts
 from benchmarks.flops_bound import Recipe, ratio_bound, step_flops
 
 CLOCKS = {"cpu": "cpu_seconds", "wall": "wall_seconds"}
-SHARE = 0.85  # of its bound, that a ratio must reach where the bound is below what is asked
+SHARE = 0.85  # share of the bound that a ratio must reach if the bound is below the goal
 
 
 def data(case: Case) -> dict[str, Any]:
-    """Of a repeat."""
+    """Describe the data of a repeat."""
     longest = [max(max(size.lengths) for size in step) for step in case.sizes]
     return lengths(case.sizes) | {"batch": case.batch, "steps": case.steps, "longest_of_each_step": longest}
 
 
 def arithmetic(case: Case, recipe: Recipe) -> float:
-    """FLOPs of a repeat."""
+    """Compute the FLOPs of a repeat."""
     return sum(step_flops(case.model_size.shape, recipe, step) for step in case.sizes)
 
 
 def row(case: Case, times: list[Times], counts: Counts) -> dict[str, Any]:
-    """Of one contender. Rates are of the CPU's seconds; a repeat is all steps."""
-    of = lengths(case.sizes)
-    walls, cpus = [time.wall for time in times], [time.cpu for time in times]
+    """Make the result row of a contender. Rates use CPU seconds; a repeat is all steps."""
+    totals = lengths(case.sizes)
+    walls, cpus = [repeat.wall for repeat in times], [repeat.cpu for repeat in times]
     seconds = statistics.median(cpus)
     return {
         "wall_seconds": walls,
         "cpu_seconds": cpus,
-        "cpu_seconds_without_data": [time.cpu - time.data_cpu for time in times],
+        "cpu_seconds_without_data": [repeat.cpu - repeat.data_cpu for repeat in times],
         "spread": {"cpu": spread(cpus), "wall": spread(walls)},
         "repeats": len(times),
-        "samples_per_second": of["records"] / seconds,
-        "samples_per_wall_second": of["records"] / statistics.median(walls),
-        "supervised_tokens_per_second": of["supervised"] / seconds,
-        "tokens_per_second": of["tokens"] / seconds,
+        "samples_per_second": totals["records"] / seconds,
+        "samples_per_wall_second": totals["records"] / statistics.median(walls),
+        "supervised_tokens_per_second": totals["supervised"] / seconds,
+        "tokens_per_second": totals["tokens"] / seconds,
         "slots_per_second": counts.slots / seconds,
         "padding": counts.padding,
-        "tower_passes_per_tile": counts.tiles / of["tiles"],
-        "flops_per_sample": counts.flops / of["records"],
+        "tower_passes_per_tile": counts.tiles / totals["tiles"],
+        "flops_per_sample": counts.flops / totals["records"],
         "executed_over_ideal": counts.flops / arithmetic(case, case.ideal),
         "flops_per_second": counts.flops / seconds,
-        "data_share": statistics.median(time.data_cpu / time.cpu for time in times),
-        "cpu_seconds_per_sample": seconds / of["records"],
+        "data_share": statistics.median(repeat.data_cpu / repeat.cpu for repeat in times),
+        "cpu_seconds_per_sample": seconds / totals["records"],
     }
 
 
 def bars(case: Case, result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Each bar, with what arithmetic allows. Of several peers the fastest counts."""
-    rows, found = result["contenders"], []
+    """Check each goal against the measured ratio and the analytical bound. Of several peers the fastest counts."""
+    rows, results = result["contenders"], []
     for bar in case.bars:
         peers = [peer for peer in bar.peers if peer in rows]
         if not peers or bar.ours not in rows:
@@ -62,33 +62,34 @@ def bars(case: Case, result: dict[str, Any]) -> list[dict[str, Any]]:
         peer = min(peers, key=lambda name: statistics.median(rows[name]["cpu_seconds"]))
         shape, goal, recipe = case.model_size.shape, case.goal(bar.ours), case.recipe(peer)
         bound = ratio_bound(shape, recipe, goal, case.sizes)
-        at_least = bar.at_least if bound >= bar.at_least else SHARE * bound
+        min_ratio = bar.at_least if bound >= bar.at_least else SHARE * bound
         ratios = {clock: ratio(rows, peer, bar.ours, clock) for clock in CLOCKS}
-        without = _median_ratio(rows, peer, bar.ours, "cpu_seconds_without_data")
-        found.append(
+        ratio_without_data = _median_ratio(rows, peer, bar.ours, "cpu_seconds_without_data")
+        results.append(
             {
                 "ours": bar.ours,
                 "peer": peer,
                 "asked": bar.at_least,
                 "bound": bound,
                 "bound_on_a_gpu": ratio_bound(shape, on_a_gpu(recipe, peer), goal, case.sizes),
-                "bar": at_least,
+                "bar": min_ratio,
                 **ratios,
-                "without_data": without if ratios["cpu"] else None,
-                "reached": bool(ratios["cpu"] and ratios["cpu"] >= at_least),
+                "without_data": ratio_without_data if ratios["cpu"] else None,
+                "reached": bool(ratios["cpu"] and ratios["cpu"] >= min_ratio),
             }
         )
-    return found
+    return results
 
 
 def ratio(rows: dict[str, Any], peer: str, ours: str, clock: str = "cpu") -> float | None:
-    """Median seconds of the peer over ours; None when one of them is too spread out to say."""
+    """Compute the ratio of median seconds, peer over ours; None if a spread is too large."""
     if max(rows[name]["spread"][clock] for name in (peer, ours)) > SPREAD:
         return None
     return _median_ratio(rows, peer, ours, CLOCKS[clock])
 
 
 def ladder(case: Case, result: dict[str, Any], recipes: dict[str, Recipe]) -> list[dict[str, Any]]:
+    """Compare the measured slow-down of each ablation with its prediction."""
     rows, shape = result["contenders"], case.model_size.shape
     return [
         {
@@ -108,7 +109,7 @@ def _median_ratio(rows: dict[str, Any], peer: str, ours: str, field: str) -> flo
 # ---- tables
 
 
-COLUMNS = {  # of the table of contenders: title, how a row's value is written
+COLUMNS = {  # columns of the contender table: title, and function that formats the value of a row
     "CPU ms a sample": lambda row: f"{1e3 * row['cpu_seconds_per_sample']:.1f}",
     "samples/s": lambda row: f"{row['samples_per_second']:.2f}",
     "of the clock": lambda row: f"{row['samples_per_wall_second']:.2f}",
@@ -128,24 +129,24 @@ COLUMNS = {  # of the table of contenders: title, how a row's value is written
 
 
 def text(result: dict[str, Any]) -> str:
-    """For the terminal: the same tables as on the page."""
+    """Render the result for the terminal, with the same tables as on the page."""
     parts = [result["case"], *tables(result).values(), f"versions: {result['versions']}"]
     return "\n\n".join(parts)
 
 
 def tables(result: dict[str, Any]) -> dict[str, str]:
-    """Markdown by name."""
-    found = {}
+    """Render the tables of a result as Markdown, by name."""
+    tables_by_name = {}
     if "bars" in result:
-        found["ratios"] = _bar_table(result["bars"])
+        tables_by_name["ratios"] = _bar_table(result["bars"])
     if "contenders" in result and "ladder" not in result:
-        found["contenders"] = _contender_table(result["contenders"])
-        found["gate"] = _gate_table(result["gate"])
+        tables_by_name["contenders"] = _contender_table(result["contenders"])
+        tables_by_name["gate"] = _gate_table(result["gate"])
     if "ladder" in result:
-        found["ladder"] = _ladder_table(result["ladder"])
+        tables_by_name["ladder"] = _ladder_table(result["ladder"])
     if "ratio" in result:
-        found["memory"] = _memory_table(result)
-    return found
+        tables_by_name["memory"] = _memory_table(result)
+    return tables_by_name
 
 
 def _contender_table(rows: dict[str, Any]) -> str:
@@ -176,10 +177,10 @@ def _bar_table(found: list[dict[str, Any]]) -> str:
 def _gate_table(agreed: dict[str, Any]) -> str:
     head = ["", "loss", "later losses", "answers' log-probabilities", "gradients", "weights", "their way"]
     body = []
-    for name, found in agreed.items():
-        if "gradients" in found:
-            apart = [f"{found[key]:.0e}" for key in ("loss", "later_losses", "logps")]
-            body.append([name, *apart, *(f"{found[key]:.8f}" for key in ("gradients", "parameters", "updates"))])
+    for name, differences in agreed.items():
+        if "gradients" in differences:
+            cells = [f"{differences[key]:.0e}" for key in ("loss", "later_losses", "logps")]
+            body.append([name, *cells, *(f"{differences[key]:.8f}" for key in ("gradients", "parameters", "updates"))])
     return markdown(head, body)
 
 
@@ -197,9 +198,11 @@ def _memory_table(result: dict[str, Any]) -> str:
 
 
 def times(value: float | None) -> str:
+    """Format a ratio for a table."""
     return "spread too wide" if value is None else f"{value:.2f}"
 
 
 def markdown(head: list[str], body: list[list[str]]) -> str:
+    """Render a Markdown table."""
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,9 +1,9 @@
-"""Models to compare on: released shapes for a GPU, and twins of them for a CPU that keep the proportions of the work.
+"""Model sizes of the comparison: released shapes for a GPU, and small twins for a CPU with the same proportions of work.
 
-A tiny model under a real vocabulary would spend nine tenths of its time in the head, and any trick there would look
-large. A twin keeps head to body, MLP to width, tower to language model and image to text tokens of its original, with
-a body of 4 million weights. Attention cannot be kept as well: its share grows with tokens over width, and is several
-times the original's.
+A tiny model with a real vocabulary would spend nine tenths of its time in the head, and any optimisation there would look
+large. A twin has a body of 4 million weights and keeps these ratios of its original: head to body, MLP to width, vision tower to
+language model, image tokens to text tokens. The share of attention cannot be kept: it grows with tokens over width, and is
+several times that of the original.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lit_vlm.model.vocabulary import add_special_tokens
 from lit_vlm.types import IMAGE_TOKEN
 
 GRID, MAX_TILES = 6, 9  # LLaVA-OneVision's (1x1),...,(6x6) and anyres_max_9
-TEMPLATE = (  # one for all: no role names, so that a caption stays short; TRL knows an answer by the marks around it
+TEMPLATE = (  # same for all: no role names, to keep captions short; TRL finds responses by the generation tags
     "{%- for message in messages -%}{{ '<|im_start|>' }}{%- for part in message['content'] -%}"
     "{%- if part['type'] == 'image' -%}{{ '<image>' }}{%- elif message['role'] == 'assistant' -%}"
     "{% generation %}{{ part['text'] + '<|im_end|>' }}{% endgeneration %}{%- else -%}{{ part['text'] }}{%- endif -%}"
@@ -41,7 +41,7 @@ TEMPLATE = (  # one for all: no role names, so that a caption stays short; TRL k
 
 @dataclass(frozen=True, slots=True)
 class ModelSize:
-    """Sizes of language model and tower. The tower's layers are those that run: the last one is left out as usual."""
+    """Sizes of language model and vision tower. `vision_layers` counts the layers that run, without the unused last one."""
 
     hidden: int
     layers: int
@@ -57,6 +57,7 @@ class ModelSize:
     image_size: int
 
     def config(self, tokenizer: PreTrainedTokenizerFast) -> LlavaOnevisionConfig:
+        """Make the transformers config."""
         text = Qwen2Config(
             hidden_size=self.hidden,
             num_hidden_layers=self.layers,
@@ -91,6 +92,7 @@ class ModelSize:
         )
 
     def images(self, tiling: Tiling) -> ImageSettings:
+        """Make the image settings."""
         pinpoints = grid_pinpoints(self.image_size, GRID)
         return ImageSettings(self.image_size, 14, pinpoints, MAX_TILES, (0.5,) * 3, (0.5,) * 3, tiling=tiling)
 
@@ -108,15 +110,15 @@ SIZES = {
     # 224-pixel tiles of 256 patches instead of 384 and 729
     "twin05b": ModelSize(192, 6, 1040, 6, 1, 8144, True, 176, 12, 656, 4, 224),
     "twin7b": ModelSize(192, 6, 1016, 6, 1, 1752, False, 64, 4, 240, 4, 224),
-    # no twin: what tests run in seconds
+    # not a twin: small enough for tests
     "smallest": ModelSize(32, 2, 48, 2, 1, 800, False, 16, 2, 24, 2, 56),
-    # a real vocabulary over the 7B twin's body, for memory
+    # body of the 7B twin with a real vocabulary, for peak memory
     "wide": ModelSize(192, 6, 1016, 6, 1, 151936, False, 64, 4, 240, 4, 224),
 }
 
 
 def make_chat_tokenizer() -> PreTrainedTokenizerFast:
-    """The tiny tokenizer; a model's tables may be larger, as Qwen2.5's are."""
+    """Make the tiny tokenizer with a chat template. The tables of a model may be larger, as in Qwen2.5."""
     tokenizer = make_tokenizer()
     add_special_tokens(tokenizer, [])
     tokenizer.chat_template = TEMPLATE
@@ -126,24 +128,24 @@ def make_chat_tokenizer() -> PreTrainedTokenizerFast:
 def random_model(
     size: ModelSize, tiling: Tiling, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> LlavaOnevisionForConditionalGeneration:
-    """transformers' model with weights drawn from a seed where they will lie, with the flat entrance.
+    """Make a transformers model with random weights, initialised from a seed on its device, with the flat forward pass.
 
-    On a GPU they are drawn in bfloat16 whatever they become, so that contenders of both precisions start alike.
+    On a GPU the weights are initialised in bfloat16 for any dtype, so contenders of both precisions start equal.
     """
-    before = torch.get_default_dtype()
+    previous = torch.get_default_dtype()
     torch.manual_seed(seed)
     try:
         torch.set_default_dtype(dtype if device == "cpu" else torch.bfloat16)
         with quiet_transformers(), torch.device(device):
             model = LlavaOnevisionForConditionalGeneration(size.config(make_chat_tokenizer()))
     finally:
-        torch.set_default_dtype(before)
+        torch.set_default_dtype(previous)
     use_flat_forward(model, size.images(tiling))
     return model.to(dtype)
 
 
 def save_model(size: ModelSize, tiling: Tiling, folder: Path, seed: int = 0) -> Path:
-    """A LLaVA-OneVision folder in transformers' layout, from which every contender loads."""
+    """Save a LLaVA-OneVision folder in the layout of transformers, from which all contenders load."""
     model = random_model(size, tiling, seed=seed)
     export_model(model, make_chat_tokenizer(), size.images(tiling), folder)
     return folder

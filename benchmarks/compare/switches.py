@@ -1,6 +1,6 @@
-"""The ablation ladder: tricks of this library, each switched off by itself, beside what arithmetic predicts for it.
+"""Ablations: optimisations of this library, each turned off alone, compared with the analytical prediction.
 
-A switch is an entry of `SWITCHES`. It lives here and not in the product: nobody wants to train like that.
+An ablation is an entry of `ABLATIONS`. It stands here and not in the product, because training needs none of them.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from lit_vlm.types import IGNORE_INDEX, Batch, Part
 
 @dataclass(frozen=True, slots=True)
 class Switch:
-    """One trick, off.
+    """Ablation: one optimisation turned off.
 
     Attributes:
-        stages: that have it.
-        recipe: what is done instead, in the words of `Recipe`.
-        options: of the stage.
-        alter: changes the contender once it is built.
-        batch: changes each micro-batch.
+        stages: stages with this optimisation.
+        recipe: changed fields of `Recipe`.
+        options: options of the stage.
+        change_stage: changes the contender after it is built.
+        change_batch: changes each micro-batch.
     """
 
     stages: tuple[str, ...]
@@ -41,14 +41,16 @@ class Switch:
     batch: Callable[[Batch], Batch] = lambda batch: batch
 
     def contender(self, name: str, case: Case, place: Place) -> Ours:
+        """Make the contender with this optimisation off."""
         return Ours(case, place, name=name, options=self.options, alter=self.alter, batch=self.batch)
 
     def predicted(self, case: Case) -> Recipe:
+        """Make the recipe that predicts its FLOPs."""
         return replace(case.recipe(OURS), **self.recipe)
 
 
 class HeadOnAllRows(FlatOnevision):
-    """Scores every row and then takes the supervised ones."""
+    """Model that computes the head for all rows and then selects the supervised ones."""
 
     def forward(self, *args: Any, batch: Batch | None = None, seen: torch.Tensor | None = None, **kwargs: Any) -> Any:
         if batch is None or kwargs.get("embeddings_only"):
@@ -61,44 +63,49 @@ class HeadOnAllRows(FlatOnevision):
 
 
 class LastLayerOnAllRows(FlatOnevisionModel):
+    """Model that computes the last layer for all rows."""
+
     prunes_last_layer = False
 
 
 def head_on_all_rows(contender: Ours) -> None:
-    """The last layer as well: the head reads what it leaves."""
+    """Compute head and last layer for all rows; the head needs the output of the last layer."""
     for model in contender.models:
         model.__class__ = HeadOnAllRows
 
 
 def last_layer_on_all_rows(contender: Ours) -> None:
+    """Compute the last layer for all rows."""
     for model in contender.models:
         model.model.__class__ = LastLayerOnAllRows
 
 
 def a_prompt_for_each_answer(contender: Ours) -> None:
+    """Repeat the prompt for each response of a pair."""
     contender.processor = Processor(contender.processor.tokenizer, contender.processor.images, share_prompts=False)
 
 
 class LooksAgain(DPOStage):
-    """The reference looks at the pictures through a tower of its own."""
+    """DPO stage whose reference model encodes the images with a separate vision tower."""
 
     shares_tower = False
 
 
 def a_tower_for_the_reference(contender: Ours) -> None:
+    """Add a separate vision tower to the reference model."""
     contender.stage.__class__ = LooksAgain
     contender.stage.reference.model.vision_tower = copy.deepcopy(contender.stage.model.model.vision_tower)
 
 
 def gradients_of_frozen_weights(contender: Ours) -> None:
-    """The language model's weights get gradients that nobody uses, as under adapters everywhere or flat parameters."""
+    """Enable unused gradients of the frozen language model, as with flat parameters or adapters on all layers."""
     assert Part.language_model not in contender.case.trainable
     contender.stage.model.model.language_model.requires_grad_(True)
     contender.stage.model.lm_head.requires_grad_(True)
 
 
 def padded(batch: Batch) -> Batch:
-    """Each segment as long as the longest; what is added is behind every real token and supervises nothing."""
+    """Pad each segment to the longest one. Padding follows the real tokens and is not supervised."""
 
     def stretch(row: torch.Tensor, value: int) -> torch.Tensor:
         return pad_sequence(list(row.split(batch.lengths)), batch_first=True, padding_value=value).flatten()
@@ -125,7 +132,7 @@ SWITCHES = {
     ),
     "last layer on all rows": Switch(EVERY, {"prunes_last_layer": False}, alter=last_layer_on_all_rows),
     "activation checkpointing": Switch(EVERY, {"recomputes": True}, options={"activation_checkpointing": "full"}),
-    # a padded row has no end from which on the last layer could be computed
+    # with padding, the last layer cannot be computed only from some row on
     "padded to the longest, last layer on all rows": Switch(
         ("align", "sft", "anyres"),
         {"pads": True, "prunes_last_layer": False},

@@ -1,6 +1,7 @@
-"""A run folder is one process's at a time. Two agents, or an impatient second start, would write over each other's state.
+"""Lock of a run folder: one process at a time. Two agents or a second start would overwrite each other's state.
 
-The lock is the system's (flock), so one of a process that was killed holds nobody up. Rank 0 takes it for all ranks.
+The lock is a lock file of the operating system (flock), so a killed process does not keep it. Rank 0 acquires it for all
+ranks.
 """
 
 from __future__ import annotations
@@ -23,15 +24,15 @@ from lit_vlm.types import UserError
 
 LOCK, HOLDER = "held.lock", "held.json"
 OTHERWISE = "Wait for it or end that process; or give this run a name of its own with run_name=..."
-ORPHANS_SECONDS = 10.0  # loader processes of a run that was killed hold its lock until they notice, after 5 s
+ORPHANS_SECONDS = 10.0  # loader workers of a killed run keep its lock until they notice, after 5 s
 
 
 class Hold:
-    """The lock of a run folder, from `take` to the end of the context.
+    """Lock of a run folder, held from `acquire` to the end of the context.
 
     Args:
-        folder: of the run. It is made by `take`, no sooner.
-        remedy: what to do where another process has it.
+        folder: run folder. `acquire` creates it.
+        remedy: advice in the error message if another process holds the lock.
     """
 
     def __init__(self, folder: Path, remedy: str = OTHERWISE) -> None:
@@ -39,10 +40,14 @@ class Hold:
         self._lock: FileLock | None = None
 
     def take(self) -> bool:
-        """Take it, unless this process has it. Whether it was taken now.
+        """Acquire the lock unless this process already holds it. Ranks other than 0 do nothing.
+
+        Returns:
+            Whether the lock was acquired by this call.
 
         Raises:
-            UserError: another process has it: who, where, since when; or its files cannot be used.
+            UserError: another process holds the lock (the message names process, host and time), or the lock files cannot
+                be used.
         """
         if self._lock is not None or not is_rank_zero():
             return False
@@ -71,27 +76,27 @@ class Hold:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._lock is not None:
-            with suppress(OSError):  # the lock alone decides; what is left here is no error of the run
+            with suppress(OSError):  # only the lock counts; a holder file that stays is harmless
                 (self.folder / HOLDER).unlink(missing_ok=True)
             self._lock.release()
             self._lock = None
 
 
 def _acquire(lock: FileLock, folder: Path) -> None:
-    """At once, or once the orphans of a process that is gone have gone, too. Timeout: someone has it."""
-    end = time.monotonic() + ORPHANS_SECONDS
+    """Acquire the lock at once, or after the orphaned workers of a dead process have exited. Raise Timeout if it is held."""
+    deadline = time.monotonic() + ORPHANS_SECONDS
     while True:
         try:
             lock.acquire()
             return
         except Timeout:
-            if _is_alive(_holder(folder)) or time.monotonic() > end:
+            if _is_alive(_holder(folder)) or time.monotonic() > deadline:
                 raise
         time.sleep(0.2)
 
 
 def _holder(folder: Path) -> dict[str, Any]:
-    """Read who holds the folder; {} where that is not known, as of a damaged file."""
+    """Read the holder of the lock; {} if it is unknown, e.g. because the file is damaged."""
     with suppress(OSError, ValueError, RecursionError):
         found = json.loads((folder / HOLDER).read_text(encoding="utf-8"))
         if isinstance(found, dict) and type(found.get("process")) is int and isinstance(found.get("host"), str):
@@ -100,7 +105,7 @@ def _holder(folder: Path) -> dict[str, Any]:
 
 
 def _is_alive(holder: dict[str, Any]) -> bool:
-    """Whether the process is there; one of another machine is taken to be."""
+    """Return whether the holder process exists. A process on another host is assumed to exist."""
     if not holder or holder.get("host") != socket.gethostname():
         return True
     return Path(f"/proc/{holder['process']}").exists() or not Path("/proc").is_dir()
@@ -109,5 +114,5 @@ def _is_alive(holder: dict[str, Any]) -> bool:
 def _held(folder: Path) -> str:
     holder = _holder(folder)
     since = str(holder.get("since", ""))[:19].replace("T", " ")
-    who = f"process {holder['process']} on {holder['host']}, since {since} UTC" if holder else "another process"
-    return f"{folder}: this run is under way already, in {who}."
+    owner = f"process {holder['process']} on {holder['host']}, since {since} UTC" if holder else "another process"
+    return f"{folder}: this run is under way already, in {owner}."

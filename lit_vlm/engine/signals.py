@@ -1,18 +1,18 @@
-"""What a scheduler or a person asks of a running process by signals.
+"""Signal handling: stop requests that a scheduler or a person sends to a running process.
 
-A handler runs at any moment: while a library is being imported, where an exception may be caught and vanish, or in the middle
-of a collective, where waiting for another rank would wait for ever. So it raises nothing. Between the first step and the
-last it does nothing but tell `listener`; all ranks act together at the end of a step (`callbacks/preemption.py`). Before and
-after there is nothing to save, and the process ends inside the handler: no rank may wait for another there. Every file of a run is
-whole at any moment, for a run may be killed as well.
+A signal handler may run at any moment. If it raised during the import of a library, the exception might be caught and lost.
+If it waited for another rank in the middle of a collective, it would deadlock. So it never raises. Between the first and
+the last step it only calls `listener`, and all ranks act together at the end of a step (`callbacks/preemption.py`). Before
+and after that, there is nothing to save, and the process exits inside the handler. No rank may wait for another one there.
+Each file of a run is valid at any moment, because a run may also be killed.
 
-    SIGUSR1, SIGUSR2   the time limit or another job is near: save, requeue, leave
-    SIGTERM            save and leave; where no step is under way, as a process that SIGTERM ended
-    SIGINT (Ctrl-C)    save and leave; a second one leaves at once
+    SIGUSR1, SIGUSR2   time limit or preemption is near: save, requeue, exit
+    SIGTERM            save and exit; outside of a step, exit with the status of a process ended by SIGTERM
+    SIGINT (Ctrl-C)    save and exit; a second one exits at once
 
-A sweep that wants a run to stop says so to W&B's client in this process, which has no signal for it: `Signals.tell`.
+A sweep stops a run through the W&B client in this process, without a signal: `SignalHandler.submit`.
 
-`run.py` imports this module before all others, so it imports little.
+`run.py` imports this module before all others, so it must import little.
 """
 
 from __future__ import annotations
@@ -35,13 +35,15 @@ from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED
 from lit_vlm.engine.ranks import global_rank, in_sweep
 from lit_vlm.engine.slurm import is_preempted, own_job, requeue
 
-TOGETHER_SECONDS = 1.0  # a Ctrl-C reaches a process twice, from the terminal and from torchrun
-FIRST_SECONDS = 10.0  # that the first rank is given to requeue the job, and Slurm to end its processes
+TOGETHER_SECONDS = 1.0  # one Ctrl-C reaches a process twice: from the terminal and from torchrun
+FIRST_SECONDS = 10.0  # time for rank 0 to requeue the job, and for Slurm to end its processes
 FLUSH_SECONDS = 1.0
-LAST_SECONDS = 120.0  # for `before_leaving`, whose own limits are shorter
+LAST_SECONDS = 120.0  # timeout of `before_exit`, whose own timeouts are shorter
 
 
 class Ask(StrEnum):
+    """Kind of stop request."""
+
     requeue = "requeue"
     leave = "leave"
     interrupt = "interrupt"
@@ -50,7 +52,7 @@ class Ask(StrEnum):
 
 ASKS = {
     signal.SIGUSR1: Ask.requeue,
-    signal.SIGUSR2: Ask.requeue,  # submitit's
+    signal.SIGUSR2: Ask.requeue,  # sent by submitit
     signal.SIGTERM: Ask.leave,
     signal.SIGINT: Ask.interrupt,
 }
@@ -58,18 +60,19 @@ STATUS = {Ask.requeue: RESTART, Ask.leave: TERMINATED, Ask.interrupt: INTERRUPTE
 
 
 class Signals:
-    """The signals of this process.
+    """Signal handler of this process.
 
     Attributes:
-        owner: the process is ours, and ends where nobody listens. Else its signals are ours only while somebody does.
-        listener: called in the handler with what is asked; None: there is nothing to save, the process leaves at once.
-        waiting: what was told by another thread while there was no listener.
-        leaving: all ranks are on their way out together; what else is asked, as by Slurm that ends a requeued job, is heeded
-            already, and one that left by itself would be missed by the others.
-        settled: the exit status of a process that has done all it had to; a signal changes it no more.
-        interrupted: when Ctrl-C came first, in seconds of the monotonic clock.
-        before_leaving: called with the exit status when the process leaves at once; returns the one to leave with.
-        process: whose signals they are. A child that is forked has none.
+        owns_process: this program is the whole process, which exits at once if there is no listener. False, e.g. in a
+            notebook: signals are handled only while there is a listener.
+        listener: called in the handler with the request. None: there is nothing to save, and the process exits at once.
+        pending: requests that another thread submitted while there was no listener.
+        is_exiting: all ranks are exiting together. Further requests, e.g. from Slurm ending a requeued job, are ignored,
+            because the others would wait for a rank that exits alone.
+        final_status: exit status of a process that has finished its work. A signal no longer changes it.
+        interrupted_at: time of the first Ctrl-C, in seconds of the monotonic clock.
+        before_exit: called with the exit status when the process exits at once; returns the status to use.
+        pid: process id that the handler belongs to. It does not act in a forked child.
     """
 
     def __init__(self, owner: bool = False) -> None:
@@ -83,65 +86,67 @@ class Signals:
         self.process = os.getpid()
 
     def tell(self, ask: Ask) -> None:
-        """From another thread. Where no step is under way it waits for the first one."""
+        """Submit a request from another thread. Without a listener, it stays pending until the first step."""
         if self.listener is None:
             self.waiting.append(ask)
         else:
             self.listener(ask)
 
     def listen(self, listener: Callable[[Ask], None]) -> None:
-        """From now on this is called with what is asked, and at once with what waited."""
+        """Set the listener, and call it at once with the pending requests."""
         self.listener = listener
         while self.waiting:
             listener(self.waiting.pop())
 
     def handle(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self.process:  # a worker that was forked; its parent got the signal, too
+        """Handle a signal: call the listener, exit, or keep the request pending."""
+        if os.getpid() != self.process:  # a forked worker; its parent got the signal too
             if number == signal.SIGTERM:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
         if self.settled is not None:
             _exit(self.settled)
-        ask, now = ASKS[signal.Signals(number)], time.monotonic()
-        if ask is Ask.interrupt:
+        request, now = ASKS[signal.Signals(number)], time.monotonic()
+        if request is Ask.interrupt:
             if self.interrupted is not None and now - self.interrupted > TOGETHER_SECONDS:
                 _say(
                     "Interrupted twice: left at once, without saving. The same command goes on from the last checkpoint."
                 )
-                _exit(INTERRUPTED)  # other ranks may hold this one in a collective, or a thread in its exit
+                _exit(INTERRUPTED)  # a collective or a thread may block a normal exit
             self.interrupted = self.interrupted or now
         if self.leaving:
             return
         if self.listener is not None:
-            self.listener(ask)
+            self.listener(request)
         elif self.owner:
-            self.leave(ask)
+            self.leave(request)
         else:
-            self.waiting.append(ask)
+            self.waiting.append(request)
 
     def heed(self, ask: Ask) -> None:
-        """Act on what `listener` was told too late: leave, or where the process is not ours, hand it to whoever's it is."""
+        """Handle a request that reached the listener too late: exit, or raise the signal again for the original handler."""
         if self.owner:
             self.leave(ask)
         signal.raise_signal(next(number for number, meant in ASKS.items() if meant is ask))
 
     def leave(self, ask: Ask) -> NoReturn:
-        """End this process now, wherever it is. An exception might be caught on its way out, or wait for other ranks."""
+        """Exit this process now, without an exception, which might be caught or might wait for other ranks."""
         self.leaving, code = True, STATUS[ask]
         try:
-            job = None if in_sweep() else own_job()  # the agent's job is the agent's to requeue
+            job = None if in_sweep() else own_job()  # the sweep agent requeues its own job
             if ask is Ask.leave and job is not None and is_preempted(job):
                 code = RESTART
             if global_rank():
                 if code == RESTART and job:
-                    time.sleep(FIRST_SECONDS)  # who leaves first ends the step, before Slurm was asked
-                    requeue(job)  # the first one may wait for this one in C++, where no signal reaches it
+                    # the first exit ends the job step, before rank 0 has called Slurm
+                    time.sleep(FIRST_SECONDS)
+                    requeue(job)  # rank 0 may be blocked in C++, where its handler cannot run
             else:
                 _tell_user(ask, job if code == RESTART else None)
                 if self.before_leaving is not None:
-                    found = _within(LAST_SECONDS, partial(self.before_leaving, code))
-                    code = code if found is None else found
+                    status = _within(LAST_SECONDS, partial(self.before_leaving, code))
+                    code = code if status is None else status
         finally:
             _exit(code)
 
@@ -150,72 +155,74 @@ _current: Signals | None = None
 
 
 def current() -> Signals | None:
-    """The signals that this process listens to."""
+    """Return the signal handler of this process, if one is registered."""
     return _current
 
 
 def handle_signals() -> Signals:
-    """Answer the signals of this process, which is ours, from now to its end. Called again it changes nothing.
+    """Register the signal handler for the rest of this process, which this program owns. A second call changes nothing.
 
-    Python hands signals to the main thread alone; in another one nothing is heard.
+    Python delivers signals only to the main thread. In another thread nothing is registered.
     """
     global _current
-    inherited = _current is not None and _current.process != os.getpid()  # by a fork
+    inherited = _current is not None and _current.process != os.getpid()  # after a fork
     if (_current is None or inherited) and threading.current_thread() is threading.main_thread():
         _current = Signals(owner=True)
         for number in ASKS:
             signal.signal(number, _current.handle)
-        atexit.register(_end_interpreter, _current)  # the first to be registered is the last to be called
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKS)  # run.py held them back
+        atexit.register(_end_interpreter, _current)  # registered first, so called last
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKS)  # run.py has blocked them
     return _current or Signals()
 
 
 @contextmanager
 def listening(listener: Callable[[Ask], None]) -> Iterator[Signals]:
-    """Tell `listener` what is asked. Afterwards the process leaves at once again, or its signals are whoever's they were."""
+    """Call `listener` with stop requests inside the context. Afterwards the original handling is restored."""
     global _current
-    signals, before = _current or Signals(), {}
+    signal_handler, previous = _current or Signals(), {}
     if _current is None and threading.current_thread() is threading.main_thread():
-        _current = signals
-        before = {number: signal.signal(number, signals.handle) for number in ASKS}
-    signals.listen(listener)
+        _current = signal_handler
+        previous = {number: signal.signal(number, signal_handler.handle) for number in ASKS}
+    signal_handler.listen(listener)
     try:
-        yield signals
+        yield signal_handler
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        signals.listener = None
-        if before:
+        signal_handler.listener = None
+        if previous:
             _current = None
 
 
 @contextmanager
 def postponing() -> Iterator[None]:
-    """Act on signals afterwards: for what must not be cut in two, as submitting a job and noting its number."""
-    asked: list[Ask] = []
+    """Postpone signals to the end of the context, for work that must not be interrupted, e.g. submitting a job and storing its id."""
+    requests: list[Ask] = []
     signals = _current
     if signals is None:
         yield
         return
-    signals.listener = asked.append
+    signals.listener = requests.append
     try:
         yield
     finally:
         signals.listener = None
-        if asked:
-            signals.heed(asked[0])
+        if requests:
+            signals.heed(requests[0])
 
 
 def _tell_user(ask: Ask, job: str | None) -> None:
-    """Requeue the job, if one is named, and say what becomes of the run."""
-    refused = requeue(job) if job else None
-    done = f"not requeued ({refused})" if refused else f"job {job} is requeued" if job else "left"
-    _say(f"Asked to {ask}: no step is under way, so nothing is to be saved; {done}. The same command goes on.")
+    """Requeue the job, if one is given, and report the exit to the user."""
+    refusal = requeue(job) if job else None
+    outcome = f"not requeued ({refusal})" if refusal else f"job {job} is requeued" if job else "left"
+    _say(f"Asked to {ask}: no step is under way, so nothing is to be saved; {outcome}. The same command goes on.")
 
 
 def _end_interpreter(signals: Signals) -> None:
-    """Nothing is left but to take all modules apart, which takes seconds, and in which signals would do what they do by
-    default: end the process with a status of their own."""
+    """Ignore signals at interpreter shutdown, and exit at once if the final status is known.
+
+    Shutdown takes seconds. During it, the default handlers would end the process with their own status.
+    """
     for number in ASKS:
         signal.signal(number, signal.SIG_IGN)
     if signals.settled is not None and os.getpid() == signals.process:
@@ -223,31 +230,35 @@ def _end_interpreter(signals: Signals) -> None:
 
 
 def _exit(code: int) -> NoReturn:
+    """End the process now: stop the children, flush the streams, skip the shutdown of the interpreter."""
     try:
         _end_children()
         _within(FLUSH_SECONDS, _flush)
         if os.isatty(1):
-            os.write(1, b"\x1b[?25h")  # a progress bar hides the cursor
+            os.write(1, b"\x1b[?25h")  # show the cursor, which a progress bar hides
     finally:
         os._exit(code)
 
 
 def _end_children() -> None:
-    """Loader and index workers would notice only seconds later, and hold the run's folder until then."""
-    with suppress(Exception):  # half imported, perhaps
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for a worker that was killed
+    """Kill loader and index workers, which would otherwise keep the lock of the run folder for seconds."""
+    with suppress(Exception):  # the module may be half imported
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for a killed worker
         for child in sys.modules["multiprocessing.process"].active_children():
             child.kill()
 
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):  # closed, or broken
+        with suppress(Exception):  # closed or broken stream
             stream.flush()
 
 
 def _within(seconds: float, call: Callable[[], Any]) -> Any:
-    """Return its result; None where it fails or takes longer, as when it needs a lock that the interrupted thread holds."""
+    """Call a function with a timeout. Return its result; None if it fails or times out.
+
+    It times out, e.g., if it needs a lock that the interrupted thread holds.
+    """
     results: list[Any] = []
     done = _thread.allocate_lock()
     done.acquire()
@@ -259,12 +270,12 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
         finally:
             done.release()
 
-    _thread.start_new_thread(work, ())  # threading's own start takes a lock that the interrupted thread may hold
+    _thread.start_new_thread(work, ())  # Thread.start() needs a lock that the interrupted thread may hold
     done.acquire(timeout=seconds)
     return results[0] if results else None
 
 
 def _say(text: str) -> None:
     with suppress(OSError):
-        # print() may be what was interrupted
+        # not print(), which the signal may have interrupted
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{text}\n".encode())

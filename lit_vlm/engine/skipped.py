@@ -1,7 +1,7 @@
-"""Steps of the plan that a run leaves out, because their loss or gradient was not a number: `skipped.jsonl`.
+"""List of skipped steps, whose loss or gradient was not finite: `skipped.jsonl`.
 
-A step that is listed is left out whenever the run passes it: after a rollback and after a resume it is a blank one, for
-which nothing is read and nothing changes.
+A listed step is skipped each time the run reaches it. After a rollback or a resume it is a dummy step: nothing is read and
+nothing changes.
 """
 
 from __future__ import annotations
@@ -20,21 +20,24 @@ NAME = "skipped.jsonl"
 
 @dataclass(frozen=True, slots=True)
 class SkippedStep:
-    """One of them. `step` counts from 0, as the plan does."""
+    """Row of `skipped.jsonl`. `step` counts from 0, as in the plan."""
 
     step: int
     reason: str  # what was not finite: "loss" or "gradient"
-    samples: list[str]  # of the micro-batches that it came from
+    samples: list[str]  # sample ids of the micro-batches concerned
     time: str
 
 
 def read_skipped(run_dir: Path) -> dict[int, SkippedStep]:
-    """Read them, by step. A damaged line, such as one that was cut short, is not counted, and is named.
+    """Read the skipped steps of a run, by step. A damaged line, e.g. a truncated one, is ignored with a warning.
+
+    Returns:
+        {step: its row}; {} if there is no file.
 
     Raises:
         UserError: the file cannot be read.
     """
-    file, found = run_dir / NAME, {}
+    file, rows = run_dir / NAME, {}
     try:
         text = file.read_bytes().decode("utf-8", "replace")
     except FileNotFoundError:
@@ -44,20 +47,21 @@ def read_skipped(run_dir: Path) -> dict[int, SkippedStep]:
             f"{file} cannot be read: {error.strerror or error}. The steps that this run leaves out are listed there: "
             "mend it, or remove it, and these steps are computed again."
         ) from error
-    for number, line in enumerate(text.split("\n"), 1):  # not at every line separator of Unicode
+    # not splitlines(), which also splits at Unicode separators
+    for number, line in enumerate(text.split("\n"), 1):
         row = _read_row(line)
         if row is not None:
-            found[row.step] = row
+            rows[row.step] = row
         elif line.strip():
             warnings.warn(
                 f"{file}:{number}: this line is damaged and says of no step that it is left out: {line[:80]!r}",
                 stacklevel=2,
             )
-    return found
+    return rows
 
 
 def _read_row(line: str) -> SkippedStep | None:
-    """Read a line; None where it is none of ours."""
+    """Parse a line; None if it is not a valid row."""
     try:
         row = SkippedStep(**json.loads(line))
     except (ValueError, TypeError, RecursionError):
@@ -66,6 +70,6 @@ def _read_row(line: str) -> SkippedStep | None:
 
 
 def add_skipped(run_dir: Path, step: int, reason: str, samples: list[str]) -> None:
-    """Rank 0 writes; on the disk when it returns."""
+    """Append a skipped step to the file, durable on return. Call it on rank 0 only."""
     row = SkippedStep(step, reason, samples, datetime.now(UTC).isoformat(timespec="seconds"))
     append_line(run_dir / NAME, json.dumps(asdict(row), ensure_ascii=False).encode("utf-8", "backslashreplace"))

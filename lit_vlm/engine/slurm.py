@@ -1,4 +1,4 @@
-"""Slurm's commands: submitting a job, asking after one, putting one's own back into the queue."""
+"""Slurm commands: submit a job, query its state, requeue the own job."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from pathlib import Path
 
 from lit_vlm.types import UserError
 
-ANSWER_SECONDS = 60.0  # a controller under load is slow; one that is gone should not hold the run
+ANSWER_SECONDS = 60.0  # a controller under load is slow; a dead one must not block the run
 _FROM_A_JOB = re.compile(r"SLURM_(?!CONF$|CLUSTERS$)|(MASTER_(ADDR|PORT)|(LOCAL_|NODE_|GROUP_)?RANK|WORLD_SIZE)$")
 
 
 def require_slurm(what: str, way_out: str, *commands: str) -> None:
-    """UserError where there is no Slurm to submit to.
+    """Require that Slurm commands are available on this machine.
 
     Args:
-        what: is to be submitted, e.g. "task=submit".
-        way_out: what can be done here instead.
-        commands: of Slurm, that are needed.
+        purpose: what needs them, e.g. "task=submit", for the message.
+        alternative: what the user can do here instead, for the message.
+        commands: required Slurm commands.
+
+    Raises:
+        UserError: a command is not on PATH.
     """
     if missing := [name for name in commands if shutil.which(name) is None]:
         raise UserError(
@@ -30,47 +33,50 @@ def require_slurm(what: str, way_out: str, *commands: str) -> None:
 
 
 def sbatch_words(script: Path, after: str | None) -> list[str]:
-    """The command that submits a script.
+    """Build the sbatch command that submits a script.
 
     Args:
-        after: id of the job that must have succeeded before this one starts; if it fails, this one leaves the queue.
+        script: path of the batch script.
+        dependency: id of a job that must succeed before this one starts. If it fails, this job leaves the queue.
     """
-    chain = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
-    return ["sbatch", "--parsable", *chain, str(script)]
+    options = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
+    return ["sbatch", "--parsable", *options, str(script)]
 
 
 def sbatch(script: Path, after: str | None = None) -> str:
-    """Submit the script; returns the job's id.
+    """Submit a batch script with sbatch and return the job id.
 
     Raises:
-        UserError: with what sbatch said.
+        UserError: sbatch failed or did not answer. The message holds its output.
     """
     try:
         done = _call(sbatch_words(script, after), outside_of_job())
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"sbatch did not answer: {error}. The script is written: {script}") from error
     if done.returncode:
-        said = (done.stderr or done.stdout).strip() or f"exit status {done.returncode}"
+        message = (done.stderr or done.stdout).strip() or f"exit status {done.returncode}"
         raise UserError(
-            f"Slurm refuses the job of {script}:\n{said}\nChange submit.* (partition, account, qos, time, constraint,"
+            f"Slurm refuses the job of {script}:\n{message}\nChange submit.* (partition, account, qos, time, constraint,"
             " gpus_per_node, memory); `sinfo` lists the partitions."
         )
-    return done.stdout.strip().partition(";")[0]  # id;cluster where there are several
+    return done.stdout.strip().partition(";")[0]  # "id;cluster" on a multi-cluster system
 
 
 def outside_of_job() -> dict[str, str]:
-    """The environment without the words of the job that this process is in: they are not another job's, nor those of a
-    program that should not take itself for one of the job's tasks."""
+    """Return the environment without the variables of the current Slurm job.
+
+    Another job must not inherit them. Nor must a program that would take itself for a task of this job.
+    """
     return {name: value for name, value in os.environ.items() if not _FROM_A_JOB.match(name)}
 
 
 def signal_steps(job: str, name: str) -> None:
-    """Send a signal to the tasks of the job's steps, and not to its script. srun itself would end them at once."""
+    """Send a signal to the tasks of a job's steps, but not to its script. A signal to srun would end the tasks at once."""
     _call(["scancel", f"--signal={name}", job])
 
 
 def state_of(job: str) -> str | None:
-    """PENDING, RUNNING, ... of a job that is in the queue; None of any other, and where nobody answers."""
+    """Return the state of a queued job (PENDING, RUNNING, ...); None if it is not in the queue or Slurm does not answer."""
     try:
         done = _call(["squeue", "--noheader", f"--jobs={job}", "--format=%T"])
     except (OSError, subprocess.TimeoutExpired):
@@ -79,13 +85,13 @@ def state_of(job: str) -> str | None:
 
 
 def own_job() -> str | None:
-    """The id of the job that this process is a part of, in the form that scontrol takes; None outside of a job."""
+    """Return the id of the job that this process belongs to, in the form that scontrol accepts; None outside of a job."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
 def requeue(job: str) -> str | None:
-    """Put the job back into the queue; it ends soon after. Returns what Slurm said if it would not, else None."""
+    """Requeue a job, which Slurm ends soon after. Return None on success, else the error message of Slurm."""
     try:
         done = _call(["scontrol", "requeue", job])
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -94,14 +100,15 @@ def requeue(job: str) -> str | None:
 
 
 def is_preempted(job: str) -> bool:
-    """Whether Slurm is taking the job's nodes for another job; SIGTERM alone does not tell this from scancel."""
+    """Return whether Slurm is preempting the job. SIGTERM alone does not distinguish this from scancel."""
     try:
         done = _call(["scontrol", "--oneliner", "show", "job", job])
     except (OSError, subprocess.TimeoutExpired):
         return False
-    words = dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
-    taken = words.get("PreemptTime", "None") not in ("None", "Unknown", "N/A", "(null)")
-    return taken and words.get("JobState") in ("RUNNING", "SIGNALING")  # not one that is cancelled meanwhile
+    fields = dict(field.split("=", 1) for field in done.stdout.split() if "=" in field)
+    preempted = fields.get("PreemptTime", "None") not in ("None", "Unknown", "N/A", "(null)")
+    # excludes a job that is being cancelled
+    return preempted and fields.get("JobState") in ("RUNNING", "SIGNALING")
 
 
 def _call(words: list[str], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -113,5 +120,5 @@ def _call(words: list[str], environment: dict[str, str] | None = None) -> subpro
         errors="replace",
         timeout=ANSWER_SECONDS,
         check=False,
-        start_new_session=True,  # a Ctrl-C in the terminal would leave unknown whether Slurm was told
+        start_new_session=True,  # else a Ctrl-C in the terminal could interrupt the command halfway
     )

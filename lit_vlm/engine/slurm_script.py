@@ -1,4 +1,4 @@
-"""The batch script of one run: readable, complete, and fit to be edited and submitted by hand."""
+"""Slurm batch script of one run: readable, complete, and editable for submission by hand."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ NETWORK = """\
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is to run, and where.
+    """Slurm job of a run, or of the workers of a sweep.
 
     Attributes:
-        name: of the run, as in "varco_vision_14b/2_sft".
-        folder: of the run; the script and the log go there.
-        words: overrides behind `python run.py`.
-        place: the folder that relative paths in them start from.
-        data: files and folders to copy to the nodes' own disks, when `submit.stage_to` names one.
-        workers: of a sweep, as an array of jobs; each starts its trials itself. None: the job is the run.
+        name: run name, e.g. "varco_vision_14b/2_sft".
+        folder: run folder, which gets the script and the log.
+        config: config of the run.
+        overrides: overrides after `python run.py`.
+        working_dir: folder that relative paths in the overrides start from.
+        staged_paths: files and folders to copy to the local disks of the nodes, if `submit.stage_to` is set.
+        num_workers: number of sweep workers, one element of a job array each; every worker starts its own trials. None: the
+            job is a single run.
     """
 
     name: str
@@ -50,12 +52,12 @@ class Job:
 
     @property
     def log(self) -> str:
-        """With %j where Slurm puts the job's id, and %A_%a where it puts those of an array."""
+        """Path of the log, with %j for the job id, or %A_%a for the ids of an array job and its task. Slurm fills them in."""
         return f"{self.folder}/slurm-{'%j' if self.workers is None else '%A_%a'}.log"
 
 
 def script_of(job: Job) -> str:
-    """The text of the script."""
+    """Render the batch script as text."""
     task = "submit" if job.workers is None else "sweep"
     parts = [
         f"#!/bin/bash\n# {one_line(job.name)}: written by task={task}. Edit it and `sbatch` it by hand if you like.",
@@ -66,7 +68,7 @@ def script_of(job: Job) -> str:
         NETWORK,
     ]
     if job.config.submit.setup:
-        # what others wrote, as conda and ~/.bashrc, uses variables that are not set
+        # third-party scripts, e.g. conda or ~/.bashrc, use unset variables
         parts.append("\n".join(["# submit.setup", "set +u", *job.config.submit.setup, "set -u"]))
     if job.data:
         parts.append("\n".join(_staging(job)))
@@ -78,22 +80,22 @@ def _options(job: Job) -> Iterator[str]:
     submit, trainer = job.config.submit, job.config.trainer
     yield f"--job-name={_quoted(job.name)}"
     yield f"--output={_quoted(job.log.replace(str(job.folder), str(job.folder).replace('%', '%%')))}"
-    yield "--open-mode=append"  # a requeued job goes on in the same log
+    yield "--open-mode=append"  # a requeued job appends to the same log
     yield f"--nodes={trainer.num_nodes}"
     yield f"--ntasks-per-node={trainer.devices}"
     yield f"--cpus-per-task={num_cpus(job.config)}"
     if num_gpus(job.config):
         yield f"--gpus-per-node={num_gpus(job.config)}"
-    words = {"partition": "partition", "account": "account", "qos": "qos", "time": "time", "constraint": "constraint"}
-    for setting, option in {**words, "memory": "mem"}.items():
+    options = {"partition": "partition", "account": "account", "qos": "qos", "time": "time", "constraint": "constraint"}
+    for setting, option in {**options, "memory": "mem"}.items():
         if getattr(submit, setting) is not None:
             yield f"--{option}={_quoted(str(getattr(submit, setting)))}"
     yield "--requeue"
     if job.workers is None:
-        yield f"--signal=USR1@{submit.signal_seconds}"  # to every rank: save, requeue, leave
+        yield f"--signal=USR1@{submit.signal_seconds}"  # to all ranks: save, requeue, exit
     else:
         yield f"--array=0-{job.workers - 1}"
-        yield f"--signal=B:USR1@{submit.signal_seconds}"  # to the worker alone, which asks its trial
+        yield f"--signal=B:USR1@{submit.signal_seconds}"  # only to the worker, which stops its trial
     yield from submit.extra
 
 
@@ -101,46 +103,49 @@ def _staging(job: Job) -> Iterator[str]:
     trainer, submit, folder = job.config.trainer, job.config.submit, shlex.quote(job.config.submit.stage_to or "")
     yield "# One task per node copies the data to the node's own disk; what is there already stays. Names, index and digests"
     yield "# remain those of the originals."
-    one_each = f"--ntasks={trainer.num_nodes} --ntasks-per-node=1"
-    srun = _continued(["srun --kill-on-bad-exit=1", one_each, *_container(job)])
+    task_flags = f"--ntasks={trainer.num_nodes} --ntasks-per-node=1"
+    srun = _continued(["srun --kill-on-bad-exit=1", task_flags, *_container(job)])
     files = [shlex.quote(str(path)) for path in job.data]
-    # the variables in it are the nodes', so nothing expands them here
+    # variables in the path expand on the nodes, so they are not quoted here
     yield f"{srun} \\\n  {_python(submit)} -m lit_vlm.data.staging {_continued([folder, *files])}"
     yield f"export {VARIABLE}={folder}"
 
 
 def _start(job: Job) -> str:
-    """srun takes the shell's place: its exit code is the job's, and one rank that fails ends them all.
+    """Render the srun command. It replaces the shell: its exit status is that of the job, and one failing rank ends all.
 
-    A signal that comes before Python listens would end the run, so the ranks begin deaf to those that ask to requeue.
+    A signal before Python has installed its handlers would end the run, so the ranks start with USR1 and USR2 ignored.
     """
     srun = ["exec srun --kill-on-bad-exit=1", f"--cpus-per-task={num_cpus(job.config)}", *_container(job)]
-    deaf = """bash -c 'trap "" USR1 USR2; exec "$0" "$@"'"""
-    command = [deaf, f"{_python(job.config.submit)} {shlex.quote(str(ROOT / 'run.py'))}", *map(shlex.quote, job.words)]
+    shell = """bash -c 'trap "" USR1 USR2; exec "$0" "$@"'"""
+    command = [shell, f"{_python(job.config.submit)} {shlex.quote(str(ROOT / 'run.py'))}", *map(shlex.quote, job.words)]
     return _continued([*srun, *command])
 
 
 def step_command(config: RunConfig, words: list[str]) -> list[str]:
-    """A run as a step of the job that this process is in: on all its nodes, deaf to signals until Python listens."""
+    """Build the srun command of a run as a step of the current job, on all its nodes.
+
+    USR1 and USR2 are ignored until Python has installed its handlers.
+    """
     srun = ["srun", "--kill-on-bad-exit=1", f"--cpus-per-task={num_cpus(config)}"]
-    deaf = ["bash", "-c", 'trap "" USR1 USR2; exec "$0" "$@"']
-    return [*srun, *deaf, sys.executable, str(ROOT / "run.py"), *words]
+    shell = ["bash", "-c", 'trap "" USR1 USR2; exec "$0" "$@"']
+    return [*srun, *shell, sys.executable, str(ROOT / "run.py"), *words]
 
 
 def _start_worker(job: Job) -> str:
-    """The worker takes the shell's place and gets its signals; the word that says which one it is is Slurm's."""
+    """Render the command of a sweep worker. It replaces the shell and gets its signals. Slurm sets its array index."""
     program = f"exec {_python(job.config.submit)} {shlex.quote(str(ROOT / 'run.py'))}"
-    words = [*map(shlex.quote, job.words), 'trials.worker="$SLURM_ARRAY_TASK_ID"']
-    return 'trap "" USR1 USR2  # until Python listens\n' + _continued([program, *words])
+    overrides = [*map(shlex.quote, job.words), 'trials.worker="$SLURM_ARRAY_TASK_ID"']
+    return 'trap "" USR1 USR2  # until Python listens\n' + _continued([program, *overrides])
 
 
 def _python(submit: SubmitConfig) -> str:
-    """This one; in a container the container's."""
+    """Return the Python executable: of this process, or of the container."""
     return "python" if submit.container else shlex.quote(sys.executable)
 
 
 def _container(job: Job) -> list[str]:
-    """Flags of pyxis. What the run needs of ours is mounted; data is the user's to mount."""
+    """Build the container flags of pyxis. Folders of the run are mounted here; the user mounts the data."""
     submit = job.config.submit
     if submit.container is None:
         return []
@@ -153,27 +158,27 @@ def _container(job: Job) -> list[str]:
 
 
 def _own_folders(job: Job) -> list[Path]:
-    """What the run reads and writes beside its data; none that lies in another one or is mounted by the user."""
+    """Find the folders that the run reads or writes besides its data, without nested folders and user mounts."""
     config, submit = job.config, job.config.submit
     models = [config.init_from, config.model.vision_tower, config.model.language_model, config.model.chat_template]
     if isinstance(config.stage, DPOStageConfig):
         models.append(config.stage.reference)
     cache = submit.env.get("HF_HOME", os.environ.get("HF_HOME"))
-    named = [
+    candidates = [
         str(ROOT),
         str(job.place),
         config.run_dir,
         config.data.index_dir,
-        # variables in it are the nodes', so nobody here knows the folder
+        # variables in it expand on the nodes, so the folder is unknown here
         submit.stage_to if "$" not in (submit.stage_to or "") else None,
         *(path for path in [*models, cache] if path and os.path.isabs(path) and os.path.exists(path)),
     ]
-    paths = list(dict.fromkeys(job.place / name for name in named if name))
-    hosts = [Path(mount.split(":")[0]) for mount in submit.container_mounts if len(set(mount.split(":")[:2])) == 1]
+    paths = list(dict.fromkeys(job.place / name for name in candidates if name))
+    mounted = [Path(mount.split(":")[0]) for mount in submit.container_mounts if len(set(mount.split(":")[:2])) == 1]
     return [
         path
         for path in paths
-        if not any(path.is_relative_to(other) for other in hosts)
+        if not any(path.is_relative_to(other) for other in mounted)
         and not any(path != other and path.is_relative_to(other) for other in paths)
     ]
 
@@ -183,11 +188,12 @@ def _continued(parts: list[str]) -> str:
 
 
 def _quoted(value: str) -> str:
-    """For a line of #SBATCH, which knows double quotes and backslashes and ends at a #."""
+    """Quote a value for a #SBATCH line, which supports double quotes and backslashes, and ends at a #."""
     if value and all(letter.isalnum() or letter in "%+,-./:=@_" for letter in value):
         return value
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def one_line(text: str) -> str:
+    """Collapse all whitespace of a text to single spaces."""
     return " ".join(text.split())

@@ -1,6 +1,6 @@
-"""What this rank is doing, and what the others say of themselves in the run's folder: `heartbeat/rank-N.json`.
+"""Progress of this rank, and heartbeats of all ranks in the run folder: `heartbeat/rank-N.json`.
 
-The main thread says what it turns to; a thread of its own (`watch_thread.py`) writes it down and looks at the clock.
+The main thread sets its activity. The watchdog thread (`watch_thread.py`) writes the heartbeat and checks the timeout.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FOLDER = "heartbeat"
 
 
 class Doing(StrEnum):
-    """In the order of a micro-step: of two ranks in the same one, the one that is less far holds the other up."""
+    """Activity of a rank, in the order of a micro-step. Of two ranks in the same micro-step, the earlier one blocks the other."""
 
     starting = "starting"
     data = "waiting for data"
@@ -43,13 +43,14 @@ class Doing(StrEnum):
 
 
 ORDER = list(Doing)
-UNLIMITED = (Doing.starting,)  # a model may load for long; what waits for others there has the process group's limit
-AWAITED = (Doing.saving, Doing.exporting, Doing.generating, Doing.finishing)  # others wait while one rank does these
+# loading may take long; collectives in it have the timeout of the process group
+UNLIMITED = (Doing.starting,)
+AWAITED = (Doing.saving, Doing.exporting, Doing.generating, Doing.finishing)  # others wait meanwhile
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a rank does now. `step` is that of the plan and counts from 0, `micro_step` from 0 within it."""
+    """Current state of a rank. `step` counts from 0 in the plan, `micro_step` from 0 within the step."""
 
     doing: Doing = Doing.starting
     step: int = -1
@@ -59,28 +60,32 @@ class Work:
 
 
 class Pulse:
-    """This rank's side: the main thread sets it, the watching thread reads it. Replaced whole, so there is no lock."""
+    """Progress of this rank: set by the main thread, read by the watchdog thread.
+
+    `state` is replaced as a whole, so no lock is needed.
+    """
 
     def __init__(self) -> None:
         self.work = Work()
-        self.moved = time.monotonic()  # when something went on
+        self.moved = time.monotonic()  # monotonic time of the last progress
 
     def turn_to(self, doing: Doing, **changes: object) -> None:
+        """Set the activity, and further fields of `RankState`. It counts as progress."""
         self.work = replace(self.work, doing=doing, since=time.time(), **changes)  # type: ignore[arg-type]
         self.moved = time.monotonic()
 
     def tick(self) -> None:
-        """The same work, and it goes on: a batch of validation, a file that was written."""
+        """Mark progress within the same activity, e.g. a validation batch or a written file."""
         self.moved = time.monotonic()
 
     def along(self, items: Iterable[Item]) -> Iterator[Item]:
-        """The same items; each that is taken is something that goes on."""
+        """Iterate over the items, and mark progress at each one."""
         for item in items:
             self.tick()
             yield item
 
     def with_each(self, call: Callable[..., Item]) -> Callable[..., Item]:
-        """The same function; each call of it is something that goes on."""
+        """Wrap a function so that each call marks progress."""
 
         def called(*arguments: Any) -> Item:
             self.tick()
@@ -90,55 +95,55 @@ class Pulse:
 
     @contextmanager
     def during(self, doing: Doing) -> Iterator[None]:
-        """While this lasts; say `tick()` in between when it may take longer than the ranks' time limit."""
-        before = self.work.doing
+        """Set the activity inside the context. Call `mark_progress()` if it may take longer than the timeout of the ranks."""
+        previous = self.work.doing
         self.turn_to(doing)
         try:
             yield
         finally:
-            self.turn_to(before)
+            self.turn_to(previous)
 
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """What a rank last wrote of itself."""
+    """Heartbeat of a rank: content of `heartbeat/rank-N.json`."""
 
     rank: int
     host: str
     pid: int
-    started: (
-        int  # of the process, in the kernel's ticks since boot; 0 where that is not known. Tells a number used again
-    )
-    state: str  # "alive", or how it ended: "left", "failed", "stuck"
+    started: int  # start time of the process in kernel ticks since boot, 0 if unknown; detects a reused pid
+    state: str  # "alive", or how the rank ended: "left", "failed", "stuck"
     doing: str
     step: int
     micro_step: int
-    since: float  # seconds since 1970, like the next two
-    moved: float  # when something last went on
-    beat: float  # when this was written
+    since: float  # start of the activity, in seconds since 1970, like the next two
+    moved: float  # time of the last progress
+    beat: float  # time at which this heartbeat was written
     samples: list[str]
 
     @property
     def place(self) -> tuple[int, int, int]:
-        """How far it is: sorts the ranks of a run."""
+        """Position of the rank in training: (step, micro-step, activity), for ordering ranks."""
         return self.step, self.micro_step, ORDER.index(Doing(self.doing))
 
 
 def beat_of(rank: int, pulse: Pulse, state: str = "alive") -> Beat:
-    work, now, pid = pulse.work, time.time(), os.getpid()
-    facts = asdict(work) | {"doing": str(work.doing), "samples": list(work.samples)}
-    facts |= {"moved": now - (time.monotonic() - pulse.moved), "beat": now}
-    return Beat(rank=rank, host=socket.gethostname(), pid=pid, started=started_at(pid), state=state, **facts)
+    """Make the heartbeat of this process from its progress."""
+    rank_state, now, pid = pulse.work, time.time(), os.getpid()
+    fields = asdict(rank_state) | {"doing": str(rank_state.doing), "samples": list(rank_state.samples)}
+    fields |= {"moved": now - (time.monotonic() - pulse.moved), "beat": now}
+    return Beat(rank=rank, host=socket.gethostname(), pid=pid, started=started_at(pid), state=state, **fields)
 
 
 def write_beat(run_dir: Path, beat: Beat) -> None:
-    """Whole or not at all."""
+    """Write the heartbeat file atomically."""
     folder = run_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / f"rank-{beat.rank}.json", asdict(beat), durable=False)
 
 
 def read_beat(run_dir: Path, rank: int) -> Beat | None:
+    """Read the heartbeat of a rank; None if there is none or it is damaged."""
     try:
         return Beat(**json.loads((run_dir / FOLDER / f"rank-{rank}.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -146,11 +151,12 @@ def read_beat(run_dir: Path, rank: int) -> Beat | None:
 
 
 def read_beats(run_dir: Path, ranks: Sequence[int]) -> list[Beat]:
-    return [beat for rank in ranks if (beat := read_beat(run_dir, rank)) is not None]
+    """Read the heartbeats of the given ranks, without missing ones."""
+    return [heartbeat for rank in ranks if (heartbeat := read_beat(run_dir, rank)) is not None]
 
 
 def started_at(pid: int) -> int:
-    """Field 22 of /proc/PID/stat; 0 where there is none."""
+    """Read the start time of a process in kernel ticks (field 22 of /proc/PID/stat); 0 if unknown."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, ValueError, IndexError):
@@ -161,5 +167,5 @@ _known: WeakKeyDictionary[L.Trainer, Pulse] = WeakKeyDictionary()
 
 
 def pulse_of(trainer: L.Trainer) -> Pulse:
-    """The one of this trainer, on this rank."""
+    """Return the progress of this trainer on this rank; create it at the first call."""
     return _known.setdefault(trainer, Pulse())

@@ -1,10 +1,11 @@
-"""The thread that notices when ranks no longer get on, and ends the process when its main thread cannot.
+"""Watchdog: thread that detects stuck ranks, and exits the process when its main thread cannot.
 
-A rank that hangs in a collective does so in C++, where no exception reaches it. So each rank has a thread that writes
-its heartbeat, and looks at three things: whether its own main thread got on within the time limit; whether the rank next
-to it still beats (a process that was stopped does not); and whether another rank has said that all are to leave.
-The first to notice writes `stuck/leave.json`, which only one rank can create, and tells it on stderr; every rank writes
-its stacks and the samples in work to `stuck/rank-N.txt` and leaves. All are gone within the limit and a few seconds.
+A rank that hangs in a collective hangs in C++, where no exception reaches it. So each rank has a watchdog thread. It is the
+heartbeat writer, and it checks three things: did its own main thread make progress within the timeout; does the next rank
+still write heartbeats (a stopped process does not); and has another rank created an exit notice.
+The first rank that detects a problem writes `stuck/leave.json`, which only one rank can create, and reports it on stderr.
+Each rank writes its stacks and its current samples to `stuck/rank-N.txt` and exits. All ranks have exited a few seconds
+after the timeout.
 """
 
 from __future__ import annotations
@@ -30,23 +31,23 @@ from lit_vlm.engine.watch import write_beat as write
 from lit_vlm.files import draft_of
 
 FOLDER, NOTE = "stuck", "leave.json"
-TICK = 2.0  # seconds between two looks
-GRACE = 5.0  # for a rank that is about to fail alike, and has something to say about it
-HELD_UP = 20.0  # and this much past a look that is due the interpreter itself hangs: C code holds its lock
-NUM_NAMED = 12  # samples in the message; the files have all
+TICK = 2.0  # seconds between two checks
+GRACE = 5.0  # seconds for a rank that fails for the same reason to report its own error
+HELD_UP = 20.0  # seconds past the timeout without a check: C code holds the GIL, so the interpreter hangs
+NUM_NAMED = 12  # maximum number of sample ids in the message; the files list all
 
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """Why all ranks leave, and with which code."""
+    """Notice that all ranks must exit: `stuck/leave.json`, with exit status and reason."""
 
     code: int
     message: str
-    frozen: list[Beat]  # ranks that cannot leave by themselves
+    frozen: list[Beat]  # ranks whose process is stopped and cannot exit by itself
 
     @classmethod
     def read(cls, run_dir: Path) -> Note | None:
-        """None where there is none, or where it is being written. OSError: the file system stumbles."""
+        """Read the exit notice; None if there is none or it is being written. Raise OSError on a file-system error."""
         file = run_dir / FOLDER / NOTE
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
@@ -56,11 +57,15 @@ class Note:
 
     @property
     def patience(self) -> float:
-        """Seconds that ranks who read it stay. Who leaves before Slurm has answered ends the job as a failed one."""
+        """Seconds that other ranks wait before they exit. An exit before Slurm has answered would end the job as failed."""
         return ANSWER_SECONDS + GRACE if self.code == RESTART and own_job() else GRACE
 
     def announce(self, run_dir: Path) -> bool:
-        """Put it there for all ranks. Whether this rank was the first; only that one tells the user."""
+        """Create the notice file for all ranks.
+
+        Returns:
+            Whether this rank was the first. Only the first rank reports to the user.
+        """
         folder = run_dir / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -70,18 +75,19 @@ class Note:
         return True
 
     def leave_together(self, run_dir: Path, job: str | None = None) -> NoReturn:
-        """This process ends here, and the others when their watches read the note.
+        """Create the notice and exit this process. The other ranks exit when their watchdogs read the notice.
 
         Args:
-            job: of Slurm, that the first one puts back into the queue.
+            run_dir: run folder.
+            job: Slurm job that the first rank requeues; None: no requeue.
         """
         if self.announce(run_dir):
             say(self.message)
             if job is not None:
-                refused = requeue(job)
+                refusal = requeue(job)
                 say(
-                    f"Job {job} could not be requeued ({refused}): submit it again."
-                    if refused
+                    f"Job {job} could not be requeued ({refusal}): submit it again."
+                    if refusal
                     else f"Job {job} is requeued."
                 )
         elif job is not None:
@@ -91,13 +97,17 @@ class Note:
 
 
 class Watch(threading.Thread):
-    """See the module. `start()` and `end()`.
+    """Watchdog thread of a rank (see the module). Use `start()` and `stop()`.
 
     Args:
-        seconds: between two heartbeats.
-        limit: seconds without anything going on, after which ranks are stuck.
-        failing: whether this rank's main thread is ending with an exception: it saves what was begun, and has something to
-            say. It is not cut short before the limit.
+        progress: progress of this rank, set by the main thread.
+        run_dir: run folder.
+        rank: global rank of this process.
+        world_size: number of ranks.
+        heartbeat_seconds: seconds between two heartbeats.
+        timeout_seconds: seconds without progress after which a rank is stuck.
+        failing: returns whether the main thread is ending with an exception. It then completes a save and reports the error,
+            so it is not interrupted before the timeout.
     """
 
     def __init__(
@@ -118,31 +128,34 @@ class Watch(threading.Thread):
         self.neighbour = (rank + 1) % world_size
         self._ended = threading.Event()
         self._last_beat = 0.0
-        self._told: float | None = None  # when this rank first read that all are to leave
-        self._seen: tuple[float, float] = (0.0, time.monotonic())  # the neighbour's last beat, and when it was new here
+        self._told: float | None = None  # when this rank first read the exit notice
+        # time of the neighbour's last heartbeat, and when it arrived
+        self._seen: tuple[float, float] = (0.0, time.monotonic())
 
     def run(self) -> None:
-        looked = time.monotonic()
+        """Write heartbeats and check the ranks until stopped."""
+        last_check = time.monotonic()
         while not self._ended.is_set():
-            faulthandler.dump_traceback_later(self.limit + HELD_UP, exit=True, file=2)  # a notebook's stderr is no file
+            # fd 2: the stderr of a notebook is not a file
+            faulthandler.dump_traceback_later(self.limit + HELD_UP, exit=True, file=2)
             now = time.monotonic()
-            if now - looked > 5 * self.tick + 1.0:  # this process itself was stopped for a while, and goes on
+            if now - last_check > 5 * self.tick + 1.0:  # this process itself was stopped for a while
                 self.pulse.tick()
                 self._seen = (self._seen[0], now)
-            looked = now
+            last_check = now
             try:
                 self._beat(now)
                 self._look(now)
-            except OSError as error:  # a file system that stumbles is no reason to end a run
+            except OSError as error:  # a file-system error must not end the run
                 print(f"heartbeat of rank {self.rank}: {error}", file=sys.stderr)
             self._ended.wait(self.tick)
 
     def end(self, state: str = "left") -> None:
-        """No more is watched. From the main thread."""
+        """Stop the watchdog. Called by the main thread."""
         self._ended.set()
         self.join(timeout=10.0)
         faulthandler.cancel_dump_traceback_later()
-        with contextlib.suppress(OSError):  # the run itself is what counts
+        with contextlib.suppress(OSError):  # a file-system error must not end the run
             write(self.run_dir, beat_of(self.rank, self.pulse, state))
 
     def _beat(self, now: float) -> None:
@@ -151,58 +164,60 @@ class Watch(threading.Thread):
             self._last_beat = now
 
     def _look(self, now: float) -> None:
-        if (note := Note.read(self.run_dir)) is not None:
+        if (notice := Note.read(self.run_dir)) is not None:
             self._told = self._told or now
-            patience = max(note.patience, self.limit if self.failing() else 0.0)
-            if note.code == STUCK or now - self._told > patience:
-                self.leave(note)
+            grace = max(notice.patience, self.limit if self.failing() else 0.0)
+            if notice.code == STUCK or now - self._told > grace:
+                self.leave(notice)
             return
-        quiet = self.pulse.work.doing not in UNLIMITED and now - self.pulse.moved > self.limit
-        frozen = self.world_size > 1 and self._neighbour_is_frozen(now)
-        if not (quiet or frozen) or (self.world_size == 1 and sys.stdin and sys.stdin.isatty()):  # a person debugs
+        is_stalled = self.pulse.work.doing not in UNLIMITED and now - self.pulse.moved > self.limit
+        is_frozen = self.world_size > 1 and self._neighbour_is_frozen(now)
+        # a debugger may be in use
+        if not (is_stalled or is_frozen) or (self.world_size == 1 and sys.stdin and sys.stdin.isatty()):
             return
-        beats = read_beats(self.run_dir, range(self.world_size))
-        if frozen or not any(beat.rank != self.rank and _goes_on(beat, self.limit) for beat in beats):
-            self.give_up(beats)
+        heartbeats = read_beats(self.run_dir, range(self.world_size))
+        if is_frozen or not any(other.rank != self.rank and _goes_on(other, self.limit) for other in heartbeats):
+            self.give_up(heartbeats)
 
     def give_up(self, beats: list[Beat] | None = None) -> None:
-        """The ranks are stuck: this process ends here. Also for a main thread whose collective ran into its time limit."""
+        """Report the stuck ranks and exit this process. The main thread calls it too, when a collective has timed out."""
         write(self.run_dir, beat_of(self.rank, self.pulse))
         beats = read_beats(self.run_dir, range(self.world_size)) if beats is None else beats
-        note = verdict(beats, self.limit, self.run_dir)
-        if note.announce(self.run_dir):
-            say(note.message)
-        self.leave(Note.read(self.run_dir) or note)
+        notice = verdict(beats, self.limit, self.run_dir)
+        if notice.announce(self.run_dir):
+            say(notice.message)
+        self.leave(Note.read(self.run_dir) or notice)
 
     def _neighbour_is_frozen(self, now: float) -> bool:
-        beat = read_beat(self.run_dir, self.neighbour)
-        if beat is None or beat.state != "alive" or beat.beat != self._seen[0]:
-            self._seen = (beat.beat if beat else 0.0, now)
+        heartbeat = read_beat(self.run_dir, self.neighbour)
+        if heartbeat is None or heartbeat.state != "alive" or heartbeat.beat != self._seen[0]:
+            self._seen = (heartbeat.beat if heartbeat else 0.0, now)
             return False
         return now - self._seen[1] > self.limit
 
     def leave(self, note: Note) -> None:
-        """This process ends here."""
+        """Exit this process with the status of the notice. If ranks are stuck, write the stacks first."""
         try:
             if note.code == STUCK:
                 self._dump()
             write(self.run_dir, beat_of(self.rank, self.pulse, "stuck" if note.code == STUCK else "left"))
             if note.code == STUCK and self.world_size > 1:
-                time.sleep(1.5 * self.tick)  # or the others find their connections broken, and their stacks are of that
-            for beat in note.frozen:
-                _kill(beat)
+                # an exit breaks connections: other ranks must dump their stacks before
+                time.sleep(1.5 * self.tick)
+            for heartbeat in note.frozen:
+                _kill(heartbeat)
             flush()
         finally:
             os._exit(note.code)
 
     def _dump(self) -> None:
-        work, folder = self.pulse.work, self.run_dir / FOLDER
+        state, folder = self.pulse.work, self.run_dir / FOLDER
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f"rank-{self.rank}.txt").open("w", encoding="utf-8") as file:
             file.write(
                 f"rank {self.rank}, host {socket.gethostname()}, pid {os.getpid()}\n{_where(beat_of(self.rank, self.pulse))}\n"
             )
-            file.write(f"samples: {', '.join(work.samples) or 'none'}\n\n")
+            file.write(f"samples: {', '.join(state.samples) or 'none'}\n\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
             file.flush()
@@ -210,15 +225,16 @@ class Watch(threading.Thread):
 
 
 def _create(path: Path, text: str) -> None:
-    """A file that is whole at once. FileExistsError where another process was first."""
+    """Create a file atomically. Raise FileExistsError if another process was first."""
     draft = draft_of(path)
     draft.write_text(text, encoding="utf-8")
     try:
         os.link(draft, path)
     except FileExistsError:
-        if draft.stat().st_nlink == 1:  # else it is ours: NFS asks twice where the first answer was lost
+        # 2 links: the file is ours, as NFS repeats a request after a lost answer
+        if draft.stat().st_nlink == 1:
             raise
-    except OSError:  # a file system without links
+    except OSError:  # file system without hard links
         with path.open("x", encoding="utf-8") as stream:
             stream.write(text)
     finally:
@@ -226,25 +242,31 @@ def _create(path: Path, text: str) -> None:
 
 
 def verdict(beats: list[Beat], limit: float, run_dir: Path) -> Note:
-    """Who holds the others up: ranks that no longer beat, else the one that is least far."""
-    newest = max((beat.beat for beat in beats), default=0.0)
-    alive = [beat for beat in beats if beat.state == "alive"]
-    frozen = [beat for beat in alive if newest - beat.beat > limit / 2]
-    behind = [beat for beat in alive if beat.place == min(other.place for other in alive)]
+    """Make the exit notice of a stuck run. It names the ranks without recent heartbeats, else those with the least progress.
+
+    Args:
+        heartbeats: last heartbeats of all ranks.
+        timeout_seconds: seconds without progress, for the message and for the age of a stale heartbeat.
+        run_dir: run folder, for the message.
+    """
+    newest = max((other.beat for other in beats), default=0.0)
+    alive = [other for other in beats if other.state == "alive"]
+    frozen = [other for other in alive if newest - other.beat > limit / 2]
+    behind = [other for other in alive if other.place == min(any_other.place for any_other in alive)]
     if frozen:
-        whose = "; ".join(
-            f"{_who(beat)} does not answer any more: it is stopped or dead. It was {_where(beat)}" for beat in frozen
+        finding = "; ".join(
+            f"{_who(other)} does not answer any more: it is stopped or dead. It was {_where(other)}" for other in frozen
         )
     elif len(alive) == 1 or len(behind) < len(alive):
-        whose = "; ".join(f"{_who(beat)} does not get on, {_where(beat)}" for beat in behind)
+        finding = "; ".join(f"{_who(other)} does not get on, {_where(other)}" for other in behind)
     else:
-        whose = (
+        finding = (
             f"all ranks are at the same place and wait for each other, {_where(behind[0])}"
             if behind
             else "no rank beats"
         )
     message = (
-        f"Stuck: {whose}. Nothing went on for {limit:,.0f} s (trainer.timeout_minutes), so all ranks leave with exit "
+        f"Stuck: {finding}. Nothing went on for {limit:,.0f} s (trainer.timeout_minutes), so all ranks leave with exit "
         f"status {STUCK}. Their stacks and samples are in {run_dir / FOLDER}. The same command goes on from the last "
         "checkpoint."
     )
@@ -252,7 +274,7 @@ def verdict(beats: list[Beat], limit: float, run_dir: Path) -> Note:
 
 
 def _goes_on(beat: Beat, limit: float) -> bool:
-    """A rank that the others rightly wait for: it saves or exports, and got on within the limit."""
+    """Return whether the others rightly wait for this rank: it saves, exports or generates, with recent progress."""
     recent = time.time() - beat.beat < limit / 2
     return beat.state == "alive" and recent and Doing(beat.doing) in AWAITED and time.time() - beat.moved < limit
 
@@ -270,18 +292,19 @@ def _where(beat: Beat) -> str:
 
 
 def _kill(beat: Beat) -> None:
-    """A stopped process cannot leave by itself. Only the one that wrote the heartbeat: same host, number and birth."""
+    """Kill a stopped process, which cannot exit by itself, if it wrote the heartbeat: same host, pid and start time."""
     here = beat.host == socket.gethostname() and beat.pid != os.getpid()
     if here and beat.started and started_at(beat.pid) == beat.started:
         os.kill(beat.pid, signal.SIGKILL)
 
 
 def say(text: str) -> None:
-    os.write(2, f"{text}\n".encode())  # print() may wait for a lock that the main thread holds
+    """Write a line to stderr without buffering and without locks."""
+    os.write(2, f"{text}\n".encode())  # print() may need a lock that the main thread holds
 
 
 def flush() -> None:
-    """What was printed is out, unless the main thread holds a stream's lock for ever."""
+    """Flush stdout and stderr, with a timeout in case the main thread holds the lock of a stream."""
 
     def both() -> None:
         sys.stdout.flush()
