@@ -1,12 +1,12 @@
-"""Next-token log-probabilities on the rows that are supervised, in chunks of rows.
+"""Next-token loss: cross-entropy as log-probabilities of the supervised tokens, computed in chunks of rows.
 
-Logits of 16 thousand rows over 152 thousand words take 10 GB in float32, their gradient as much again. Here no more than
-a chunk of them exists at a time: forward keeps one number per row, backward makes the chunk's logits again. Up to one
-chunk they are kept instead, and nothing is made twice. A chunk is large enough for the matrix product to run at full
-speed.
+Logits of 16 thousand rows over 152 thousand tokens take 10 GB in float32, and their gradient as much again. Here at
+most one chunk of them exists at a time: forward keeps one number per row, and backward recomputes the logits of a
+chunk. When all rows fit into one chunk, its logits are kept and nothing is recomputed. A chunk is large enough for the
+matrix product to run at full speed.
 
-Nothing is averaged: micro-batches and ranks hold different numbers of supervised tokens, so the stage divides the sum
-once, by the count over the whole optimizer step. A mean of means would overweight short answers.
+Nothing is averaged here. Micro-batches and ranks hold different numbers of supervised tokens, so the stage divides the
+sum once, by the count over the whole optimizer step. A mean of means would give short answers too much weight.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lit_vlm.types import HEAD_ROWS
 
-# Shapes: R rows, C rows of a chunk, D width, V words, n words with rows of their own.
+# Shapes: R rows (supervised positions), C rows of a chunk, D width, V vocabulary size, n tokens with rows of their own.
 
 Scores: TypeAlias = tuple[Tensor, ...]
 
@@ -34,24 +34,28 @@ def score_tokens(
     statistics: bool = False,
     chunk: int = HEAD_ROWS,
 ) -> Scores:
-    """Log-probability of each row's target, in float32; under autocast the matrices multiply in its type.
+    """Compute the log-probability of each row's target token, [R] float32: `-F.cross_entropy(..., reduction="none")`.
+
+    Under autocast the matrix products run in its type.
 
     Args:
         hidden: [R, D].
-        weight: [V, D].
-        targets: [R].
-        ids: [n] words whose rows are those of `own` [n, D] and not the matrix's.
-        statistics: more about each row, without gradients.
-        chunk: most rows whose logits exist at a time.
+        weight: [V, D], the head's matrix.
+        targets: [R] token ids.
+        token_ids: [n] tokens whose rows are those of `token_rows` [n, D] and not the matrix's.
+        statistics: return more about each row, without gradients.
+        chunk_size: maximum number of rows whose logits exist at a time.
 
     Returns:
         log-probabilities [R]; with `statistics` also the entropy in nats, the mean logit, whether the target is the
-        likeliest word, and the log of the sum of squared probabilities, [R] each.
+        most likely token, and the log of the sum of squared probabilities, [R] each.
     """
     return _Score.apply(hidden, weight, targets, ids, own, statistics, chunk)  # type: ignore[no-any-return]
 
 
 class _Score(torch.autograd.Function):
+    """Autograd function of the log-probabilities, with logits computed in chunks."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -89,7 +93,7 @@ class _Score(torch.autograd.Function):
         dtype, size = ctx.dtype, ctx.chunk
         matrix, rows = weight.to(dtype), None if own is None else own.to(dtype)
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        d_weight = d_own = None  # sums over chunks are taken in float32, whatever multiplies
+        d_weight = d_own = None  # sums over chunks are in float32, whatever type multiplies
         for start in range(0, len(hidden), size):
             part = slice(start, start + size)
             read = hidden[part].to(dtype)
@@ -123,12 +127,13 @@ def _sum(total: Tensor | None, part: Tensor) -> Tensor:
 
 
 def _logits(hidden: Tensor, matrix: Tensor, ids: Tensor | None, rows: Tensor | None) -> Tensor:
+    """Compute logits [C, V] of one chunk, with the logits of tokens that have rows of their own."""
     logits = F.linear(hidden, matrix)
     return logits if ids is None else logits.index_copy_(-1, ids, F.linear(hidden, rows))
 
 
 def _scores(logits: Tensor, targets: Tensor, norm: Tensor, statistics: bool) -> Scores:
-    """Of one chunk, [C] each."""
+    """Compute the scores of one chunk, [C] each."""
     log_probs = logits.gather(-1, targets[:, None]).squeeze(-1).float() - norm
     if not statistics:
         return (log_probs,)

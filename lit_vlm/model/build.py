@@ -1,7 +1,7 @@
-"""A vision tower, a projector and a language model become transformers' LlavaOnevisionForConditionalGeneration.
+"""Build LlavaOnevisionForConditionalGeneration from a vision tower, a projector and a language model.
 
 Parts and whole models come from local folders in the hub's layout, or from the hub where there is a network. Nothing
-here downloads code: `trust_remote_code` is off unless asked for.
+here downloads code: `trust_remote_code` is off unless the user asks for it.
 """
 
 from __future__ import annotations
@@ -55,34 +55,39 @@ GRID, MAX_TILES = 6, 9  # LLaVA-OneVision's (1x1),...,(6x6) and anyres_max_9
 
 @dataclass(slots=True)
 class Blueprint:
-    """Everything about a model but its weights: enough for the data side, the cost model and a build on `meta`."""
+    """Specification of a model without its weights: configs, tokenizer, image settings.
+
+    It is enough for the data side, the cost model and a build on `meta`.
+    """
 
     config: LlavaOnevisionConfig
     tokenizer: PreTrainedTokenizerFast
     images: ImageSettings
     new_tokens: list[str]  # added by this run; empty when the folder had them
-    special_tokens: list[str] = field(default_factory=list)  # control tokens of the data, new ones and old ones
-    whole: str | None = None  # folder or hub id of a whole model, else the parts below
+    special_tokens: list[str] = field(default_factory=list)  # control tokens of the data, both new and existing
+    whole: str | None = None  # folder or hub id of a whole model; None: the parts below
     vision_tower: str | None = None
     language_model: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
-    remarks: list[str] = field(default_factory=list)  # found while the weights were read; for the user
+    remarks: list[str] = field(default_factory=list)  # notes for the user, found while the weights were read
 
     @property
     def source(self) -> dict[str, Any]:
+        """Keyword arguments for `from_pretrained`: revision and trust_remote_code."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
 def draw_up(model: ModelConfig, init_from: str | None = None, tiling: Tiling = Tiling.anyres) -> Blueprint:
-    """Read configs and tokenizer, no weights.
+    """Load configs and tokenizer of a model, without weights.
 
     Args:
-        init_from: folder or hub id of a whole LLaVA-OneVision-class model; else the parts that `model` names are
-        assembled.
+        init_from: folder or hub id of a whole LLaVA-OneVision-class model; None: the parts named in `model` are
+            assembled.
 
     Raises:
-        UserError: a missing folder, a model of another class, a family whose logits this class would get wrong.
+        UserError: a missing folder, a model of another class, or a family whose logits this class would compute
+            wrongly.
     """
     source = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     where = init_from or f"{model.vision_tower} and {model.language_model}"
@@ -106,9 +111,9 @@ def _draw_up(model: ModelConfig, init_from: str | None, tiling: Tiling, source: 
 def build(
     blueprint: Blueprint, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> LlavaOnevisionForConditionalGeneration:
-    """The model with its weights, ready for the flat forward pass. New parameters are drawn from `seed`.
+    """Build the model with its weights, patched for the flat forward pass. New parameters are initialised from `seed`.
 
-    Inside `weights_later` it comes without them, see `skeleton.py`.
+    Inside `defer_weights` the model has no weights yet, see `skeleton.py`.
     """
     where = blueprint.whole or f"{blueprint.vision_tower} and {blueprint.language_model}"
     with told_by_folder(where, "its weights could not be loaded"):
@@ -121,14 +126,17 @@ def build(
 
 
 def read_tiling(name: str) -> Tiling:
-    """How a folder of ours was trained to see; plain transformers always tiles, and so does a folder that is not ours."""
+    """Read the tiling that a model folder was trained with.
+
+    Plain transformers always tiles (anyres), and so does a folder that this project did not write.
+    """
     with told_by_folder(name, f"its {OURS} could not be read"):
         ours = read_json(name, OURS) if Path(name).is_dir() else None
         return Tiling(ours["tiling"]) if ours else Tiling.anyres
 
 
 def read_json(name: str, filename: str, **source: Any) -> dict[str, Any] | None:
-    """A JSON file of a model folder or hub repository; None when it has none."""
+    """Read a JSON file of a model folder or hub repository; None when it does not exist."""
     options = {key: value for key, value in source.items() if key == "revision"}
     with told_by_folder(name, f"its {filename} could not be read"):
         path = cached_file(name, filename, _raise_exceptions_for_missing_entries=False, **options)
@@ -148,7 +156,7 @@ def _whole(model: ModelConfig, init_from: str, source: dict[str, Any]) -> Bluepr
         )
     _keep_layers(config.vision_config, config.vision_feature_layer)
     config.vision_feature_layer = -1
-    config.text_config.tie_word_embeddings = config.tie_word_embeddings  # the one rules here, the other in vLLM
+    config.text_config.tie_word_embeddings = config.tie_word_embeddings  # the latter is read here, the former in vLLM
     if model.grid:
         pinpoints = grid_pinpoints(config.vision_config.image_size, model.grid)
         config.image_grid_pinpoints = [list(pair) for pair in pinpoints]
@@ -161,7 +169,7 @@ def _whole(model: ModelConfig, init_from: str, source: dict[str, Any]) -> Bluepr
 
 def _assembled(model: ModelConfig, source: dict[str, Any]) -> Blueprint:
     vision = _config(model.vision_tower, "model.vision_tower", source)
-    vision = getattr(vision, "vision_config", vision)  # a SigLIP or CLIP checkpoint holds its text half too
+    vision = getattr(vision, "vision_config", vision)  # a SigLIP or CLIP checkpoint also holds its text model
     if vision.model_type not in ("siglip_vision_model", "clip_vision_model"):
         raise UserError(
             f"model.vision_tower={model.vision_tower} is a {vision.model_type!r}; SigLIP, SigLIP 2 (fixed resolution) and CLIP towers are known."
@@ -208,6 +216,7 @@ def _with_weights(blueprint: Blueprint, dtype: torch.dtype, seed: int) -> LlavaO
 
 
 def _assemble(blueprint: Blueprint, dtype: torch.dtype, seed: int) -> LlavaOnevisionForConditionalGeneration:
+    """Build the model from its parts; projector and newline are initialised from `seed`."""
     model = build_on_meta(blueprint.config)
     config, source = blueprint.config, blueprint.source
     tower = _load(type(model.model.vision_tower), blueprint.vision_tower, config.vision_config, dtype, source)
@@ -225,14 +234,16 @@ def _assemble(blueprint: Blueprint, dtype: torch.dtype, seed: int) -> LlavaOnevi
 
 
 def _load(kind: Any, name: str, config: Any, dtype: torch.dtype, source: dict[str, Any]) -> Any:
-    """from_pretrained, strict about what is missing and silent about what was left out on purpose (layers, heads, a text half).
+    """Load weights with from_pretrained, and raise for missing ones.
+
+    Weights that were left out on purpose (layers, heads, a text model) are not reported.
 
     Raises:
-        UserError: weights are missing, or of another shape; transformers would draw them at random.
+        UserError: weights are missing or have another shape; transformers would initialise them at random.
     """
     try:
         with quiet_transformers():
-            # sizes that do not match are reported, and refused below in words of ours
+            # mismatched sizes are reported, and raised below with our own message
             options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
             model, report = kind.from_pretrained(name, config=config, **options, **source)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -242,17 +253,17 @@ def _load(kind: Any, name: str, config: Any, dtype: torch.dtype, source: dict[st
 
 
 def _stops(model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Where generation ends: what the language model knew already, and the token that closes an answer here."""
+    """Collect the token ids that end generation: the language model's own, and the one that closes an answer here."""
     known = model.generation_config.eos_token_id
     known = known if isinstance(known, list) else [known]
     return sorted({token for token in (*known, closing_token(tokenizer), tokenizer.eos_token_id) if token is not None})
 
 
 def _keep_layers(vision: Any, layer: int | list[int]) -> None:
-    """Drop the tower's layers behind the one that feeds the projector, so that the last hidden state is the selected one.
+    """Drop the vision tower's layers behind the one that feeds the projector.
 
-    Works for SigLIP with 27 layers and layer -2 (Google's) as for 26 layers and layer -1 (LLaVA-OneVision's): both keep
-    26.
+    The last hidden state is then the selected one. Works for SigLIP with 27 layers and layer -2 (Google's) and for 26
+    layers and layer -1 (LLaVA-OneVision's): both keep 26.
     """
     if not isinstance(layer, int):
         raise UserError(f"vision_feature_layer={layer}: features of several layers are not supported; name one layer.")
@@ -269,7 +280,7 @@ def _config(name: str, setting: str, source: dict[str, Any]) -> Any:
     _require_folder(name, setting)
     try:
         return AutoConfig.from_pretrained(name, **source)
-    except Exception as error:  # transformers lets through whatever a wrong value leads to
+    except Exception as error:  # transformers raises any type of error for a wrong value
         first = first_line(error)
         raise UserError(
             f"{setting}={name}: no model configuration could be read there ({first}). Give a folder with a config.json."
@@ -277,7 +288,7 @@ def _config(name: str, setting: str, source: dict[str, Any]) -> Any:
 
 
 def _require_sizes(config: Any, name: str) -> None:
-    """Raise UserError for a size that no model can have."""
+    """Raise UserError for a size in the config that is no positive integer."""
     for part in (config, getattr(config, "text_config", None), getattr(config, "vision_config", None)):
         for key in SIZES:
             value = getattr(part, key, None)
@@ -300,7 +311,7 @@ def _require_folder(name: str, setting: str) -> None:
 def _tokenizer(name: str, source: dict[str, Any]) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
-    except Exception as error:  # tokenizers raises plain exceptions for a file that is damaged
+    except Exception as error:  # tokenizers raises plain exceptions for a damaged file
         first = first_line(error)
         raise UserError(
             f"{name}: no tokenizer could be read there ({first}). The folder needs a tokenizer.json."
@@ -331,10 +342,10 @@ def _image_settings(name: str, config: LlavaOnevisionConfig, source: dict[str, A
 
 
 def _read_channels(name: str, own: dict[str, Any], key: str, default: tuple[float, ...]) -> tuple[float, float, float]:
-    """Read a number for each of the three colours; one alone is meant for all, as transformers means it.
+    """Read one number for each of the three colours; a single number counts for all three, as in transformers.
 
     Raises:
-        UserError: it is something else, a deviation of 0, or no number.
+        UserError: it is something else, a standard deviation of 0, or no number.
     """
     found = own.get(key)
     values = default if found is None else [found] * 3 if is_number(found) else found
@@ -362,14 +373,15 @@ def _read_resample(name: str, own: dict[str, Any]) -> int:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a JSON file is a finite number."""
+    """Return True for a finite number of a JSON file."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _chat_template(choice: str | None, tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """Resolve the chat template to use: the tokenizer's own, ChatML, or a Jinja file."""
     if choice is None:
         own = tokenizer.chat_template
-        if isinstance(own, dict):  # several, by name
+        if isinstance(own, dict):  # several templates, by name
             own = own.get("default")
         if own is not None and not isinstance(own, str):
             name = tokenizer.name_or_path

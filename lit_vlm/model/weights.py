@@ -1,8 +1,8 @@
-"""The values that a model starts with, by the names they have in memory, read from safetensors when asked for.
+"""Initial weights of a model, by the names that they have in memory, read from safetensors on request.
 
-Nothing is read ahead and no tensor need be read whole: a process that holds an interval of a weight reads that interval.
-The parts may come from different folders, in the hub's layout or in memory's; transformers' own rules say which name in
-a file is which in memory.
+Nothing is read ahead, and no tensor has to be read whole: a process that holds an interval of a weight reads that
+interval. The parts may come from different folders, in the hub's layout or in memory's. transformers' own rules map
+names in a file to names in memory.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class NotInPieces(UserError):
-    """The weights of a folder can only be loaded all at once."""
+    """The weights of a folder can only be loaded whole, not by shards."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor lies."""
+    """Location of a tensor in a safetensors file."""
 
     file: str
     key: str
@@ -44,15 +44,15 @@ class Place:
 
 @dataclass(slots=True)
 class Weights:
-    """First values of a model's weights.
+    """Initial values of a model's weights.
 
     Args:
-        dtype: that values are handed out in.
-        seed: of values that are drawn.
-        places: of each name in memory that comes from a file.
-        drawn: small tensors that come from no file, by name in memory.
-        factors: of a name whose stored values are multiplied.
-        spelled: of a vocabulary's table, the rows that start as the mean of other rows.
+        dtype: type of the values that are returned.
+        seed: for values that are initialised at random.
+        locations: of each name in memory that comes from a file.
+        new_tensors: small tensors that come from no file, by name in memory.
+        scale_factors: by name, the factor on the stored values.
+        mean_rows: by name of a vocabulary table, the rows that start as the mean of other rows.
     """
 
     dtype: torch.dtype
@@ -66,10 +66,10 @@ class Weights:
         return name in self.places or name in self.drawn
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Weights:
-        return self  # a copy of the model starts with the same values
+        return self  # a copy of the model has the same initial values
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """[stop - start] on the CPU: elements `start` to `stop` of the flattened tensor of that name."""
+        """Read [stop - start] on the CPU: elements `start` to `stop` of the flattened tensor of that name."""
         if name in self.drawn:
             return self.drawn[name].flatten()[start:stop]
         place = self.places[name]
@@ -78,7 +78,7 @@ class Weights:
         return self.rows(name, first, -(-stop // width)).flatten()[start - first * width : stop - first * width]
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """[last - first, ...]: rows of a tensor from a file. A table that grew has more of them than the file."""
+        """Read [last - first, ...]: rows of a tensor from a file. An extended table has more rows than the file."""
         values = self._stored(name, first, min(last, self._num_stored(name)))
         new = {row: ids for row, ids in self.spelled.get(name, {}).items() if first <= row < last}
         if not new:
@@ -108,13 +108,13 @@ class Weights:
 
 
 def places_of(model: PreTrainedModel, name: str, revision: str | None = None) -> dict[str, Place]:
-    """Where a folder or hub repository keeps each weight of a model, by the model's own names.
+    """Find where a folder or hub repository keeps each weight of a model, by the model's own names.
 
     Args:
         model: of the class that the folder is for, on `meta`.
 
     Raises:
-        UserError: weights are missing or of another shape, a file is damaged, or there are no safetensors.
+        UserError: weights are missing or of another shape, a file is corrupt, or there are no safetensors.
     """
     found = _renamed(model, name, _listed(name, _files(name, revision)))
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -125,10 +125,10 @@ def places_of(model: PreTrainedModel, name: str, revision: str | None = None) ->
 
 
 def require_all(name: str, missing: Iterable[str], mismatched: Iterable[str], config: Any) -> None:
-    """Refuse a folder that lacks weights which somebody reads.
+    """Require all weights that the model uses.
 
     Raises:
-        UserError: it does, or holds some in another shape.
+        UserError: some are missing, or have another shape.
     """
     missing = [key for key in missing if not UNUSED.match(f"model.vision_tower.{key}") and not UNUSED.match(key)]
     absent = sorted([*missing, *mismatched])
@@ -143,6 +143,12 @@ def require_all(name: str, missing: Iterable[str], mismatched: Iterable[str], co
 
 
 def _files(name: str, revision: str | None) -> list[str]:
+    """Find the safetensors files of a folder or hub repository.
+
+    Raises:
+        UserError: a file is missing or the index cannot be read; NotShardLoadableError: there are no safetensors.
+    """
+
     def resolved(filename: str) -> str | None:
         return cached_file(name, filename, revision=revision, _raise_exceptions_for_missing_entries=False)
 
@@ -171,12 +177,12 @@ def _files(name: str, revision: str | None) -> list[str]:
 
 
 def _listed(name: str, files: list[str]) -> dict[str, Place]:
-    """By key in the files. Reads their headers, no values."""
+    """List the tensors in the files, by key. Reads the files' headers and no values."""
     listed = {}
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118, no dict
+                for key in file.keys():  # noqa: SIM118, not a dict
                     listed[key] = Place(path, key, tuple(file.get_slice(key).get_shape()))
         except (OSError, SafetensorError) as error:
             raise UserError(f"{name}: its weights could not be loaded: {str(error).strip().splitlines()[0]}") from None
@@ -184,8 +190,10 @@ def _listed(name: str, files: list[str]) -> dict[str, Place]:
 
 
 def _renamed(model: PreTrainedModel, name: str, listed: dict[str, Place]) -> dict[str, Place]:
-    """By name in memory, as transformers' `convert_and_load_state_dict_in_model` finds it. What the model lacks is left
-    out (a text half, layers that were cut off)."""
+    """Rename keys in the files to names in memory, as transformers' `convert_and_load_state_dict_in_model` does.
+
+    Tensors that the model does not have are left out (a text model, layers that were dropped).
+    """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -207,10 +215,10 @@ def _renamed(model: PreTrainedModel, name: str, listed: dict[str, Place]) -> dic
 
 
 def _mend_ties(model: PreTrainedModel, found: dict[str, Place]) -> None:
-    """One table for embeddings and head may be stored under either name, or under both; two that differ are no pair."""
+    """Resolve weight tying: one table may be stored under either name or both; two different tables are not tied."""
     for target, source in list(model.all_tied_weights_keys.items()):
         if target in found and source in found and not _equal(found[target], found[source]):
-            del model.all_tied_weights_keys[target]  # as transformers does; see `follow_files`
+            del model.all_tied_weights_keys[target]  # as transformers does; see `resolve_weight_tying`
         for one, other in ((target, source), (source, target)):
             if one not in found and other in found:
                 found[one] = found[other]

@@ -1,4 +1,4 @@
-"""Stage 4: preference optimisation of the language model, with TRL's losses."""
+"""Stage 4: DPO, preference optimisation of the language model, with TRL's losses and a frozen reference model."""
 
 from __future__ import annotations
 
@@ -25,26 +25,27 @@ from lit_vlm.stages.start import ModelLike
 from lit_vlm.stages.tally import NAMES, Tally, kl_of
 from lit_vlm.types import Batch, Part, UserError, counted
 
-COLLAPSE = -0.7  # nats per token: chosen answers' tokens are half as likely as under the reference
+COLLAPSE = -0.7  # nats per token: chosen answers' tokens are half as likely as under the reference model
 
 
 class DPOStage(Stage):
-    """Direct preference optimisation (arXiv 2305.18290) and its relatives; names and meanings are TRL's.
+    """Direct preference optimisation (arXiv 2305.18290) and related losses; names and meanings are TRL's.
 
-    The reference is the model that the stage starts from: a frozen copy, or, under LoRA, the model with its adapters
-    off. It comes from `reference` when that names another folder, and never from a name inside a config.
+    The reference model is the model that the stage starts from: a frozen copy, or, under LoRA, the model with its
+    adapters disabled. When `reference` is set it is loaded from that folder. It never comes from a name inside a
+    config.
 
     Args:
         model: the policy to start from; see `Stage`.
-        reference: folder of the reference model; None: what the policy starts as.
-        cache_reference: its log-probabilities of all pairs of the run are made in one pass before training and kept in
-            the data module's store, where other runs find them; no reference is held in memory then.
+        reference: folder of the reference model; None: the policy's initial weights.
+        cache_reference: compute the reference model's log-probabilities of all pairs in one pass before training and
+            keep them in the data module's store, where other runs find them; no reference model stays in memory then.
         loss_type, loss_weights, beta, ...: see `PreferenceLoss`.
     """
 
     default_trainable = (Part.language_model,)
     default_learning_rate = 5e-7
-    trains_special_rows = False  # under LoRA the reference is the model without its adapters, and these are none
+    trains_special_rows = False  # under LoRA the reference is the model without adapters; rows are no adapters
 
     def __init__(
         self,
@@ -86,10 +87,11 @@ class DPOStage(Stage):
 
     @property
     def shares_tower(self) -> bool:
-        """Whether the reference sees pictures as the policy does: then the tower runs once for both."""
+        """True when policy and reference model have the same vision tower; it then runs once for both."""
         return self.hparams["reference"] is None and Part.vision_tower not in self.trainable
 
     def _prepare_training(self) -> None:
+        """Make the reference model, then prepare the policy; dropout is disabled."""
         lora = any(getattr(options, "lora", None) for options in self.options.parts.values())
         if self.hparams["reference"]:
             blueprint = draw_up(ModelConfig(special_tokens=[]), self.hparams["reference"], self.tiling)
@@ -100,11 +102,16 @@ class DPOStage(Stage):
         super()._prepare_training()
         if self.reference is not None:
             self.reference.requires_grad_(False).eval()
-        for module in self.model.modules():  # the first loss is that of margin zero only when both see the same network
+        for module in self.model.modules():  # dropout off: only then policy and reference are equal at the first step
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
 
     def _require_same_words(self, other: Blueprint) -> None:
+        """Require that the reference model has the same vocabulary as the policy.
+
+        Raises:
+            UserError: the tokenizers differ.
+        """
         mine = getattr(self._given, "tokenizer", None)
         if mine is None or mine.get_vocab() == other.tokenizer.get_vocab():
             return
@@ -116,6 +123,7 @@ class DPOStage(Stage):
         )
 
     def prepare(self) -> None:
+        """Fill the cache of reference log-probabilities, if it is enabled, and release the reference model."""
         super().prepare()
         if not self.hparams["cache_reference"] or self.kept is not None:
             return
@@ -125,6 +133,7 @@ class DPOStage(Stage):
         self.reference = None
 
     def _keep(self, batch: Batch) -> None:
+        """Compute the reference model's log-probabilities of a batch and store them in the cache."""
         assert self.kept is not None
         with self._as_reference() as reference:
             log_probs, *_ = reference(batch=batch)
@@ -132,6 +141,7 @@ class DPOStage(Stage):
             self.kept.add_batch(batch, log_probs)
 
     def on_fit_start(self) -> None:
+        """Refuse losses that sort the whole batch when it is split into micro-batches."""
         super().on_fit_start()
         micro_batches = self.trainer.accumulate_grad_batches * self.trainer.world_size
         sorting = [name for name in self.hparams["loss_type"] if name in SORTS_THE_BATCH]
@@ -142,12 +152,14 @@ class DPOStage(Stage):
             )
 
     def set_modes(self) -> None:
+        """Set train and eval modes; the reference model is always in eval mode."""
         super().set_modes()
         if self.reference is not None:
             self.reference.eval()
 
     @contextlib.contextmanager
     def _as_reference(self) -> Iterator[LlavaOnevisionForConditionalGeneration]:
+        """Use the reference model inside: the frozen copy, or the policy with its adapters disabled."""
         if self.reference is not None:
             yield self.reference
         else:
@@ -155,7 +167,11 @@ class DPOStage(Stage):
                 yield self.model
 
     def _reference_scores(self, batch: Batch, seen: Tensor) -> Tensor:
-        """[R] log-probabilities; `seen`: what the policy's tower made of the tiles."""
+        """Compute (or get from the cache) the reference model's log-probabilities [R].
+
+        Args:
+            vision_features: output of the policy's vision tower for the batch's tiles.
+        """
         if self.kept is not None:
             return self.kept.of(batch) if not batch.blank else seen.new_zeros(1, dtype=torch.float32)
         with torch.no_grad(), self._as_reference() as reference:
@@ -164,6 +180,7 @@ class DPOStage(Stage):
     # ---- training
 
     def step_loss(self, batch: Batch) -> Tensor:
+        """Compute this micro-batch's part of the optimizer step's preference loss, [], and log metrics."""
         loss, judged = self._preference(batch, self.tally, training=True)
         if judged is not None:
             self._check_first_loss(judged)
@@ -171,20 +188,24 @@ class DPOStage(Stage):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """What is logged at the end of validation as `val/loss`, `val/rewards/accuracies` and so on is of all pairs."""
+        """Update the validation metrics.
+
+        At the end of validation, `val/loss`, `val/rewards/accuracies`, ... are means over all pairs.
+        """
         loss, _ = self._preference(batch, self.val_tally, training=False)
         if not batch.blank:
             self.val_tally.add_loss(loss, batch.num_pairs)
         return {}
 
     def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics."""
         means = self.val_tally.means(self._sum, self.device)
         for name, value in means.items():
             shown = name in ("loss", "rewards/accuracies")
             self.log(f"val/{name}", value, prog_bar=shown, batch_size=1)
 
     def _preference(self, batch: Batch, tally: Tally, training: bool) -> tuple[Tensor, Judged | None]:
-        """The micro-batch's part of the loss, and what it is made of; nothing of a blank one."""
+        """Compute the micro-batch's part of the preference loss, and the loss output (None for a dummy batch)."""
         *scores, seen = self.model(batch=batch, statistics=True, seen=self.seen(batch))
         frozen = self._reference_scores(batch, seen)
         if batch.blank:
@@ -204,7 +225,10 @@ class DPOStage(Stage):
         return judged.loss, judged
 
     def _log_metrics(self) -> None:
-        """At a step that is logged: over its pairs, on all ranks; each of them comes here, with a blank batch too."""
+        """Log the metrics of a step's pairs over all ranks, if the step is logged.
+
+        Every rank calls it, with a dummy batch too.
+        """
         trainer = self._trainer
         if trainer is None:
             return
@@ -218,7 +242,7 @@ class DPOStage(Stage):
         means = self.tally.means(self._sum, self.device)
         for name, value in means.items():
             self.log(f"train/{name}", value, batch_size=1)
-        for name in NAMES - means.keys():  # Lightning would log the value of an earlier step again
+        for name in NAMES - means.keys():  # else Lightning would log the value of an earlier step again
             trainer._results.pop(f"training_step.train/{name}", None)
         self._warn_of_collapse(means)
 
@@ -226,7 +250,10 @@ class DPOStage(Stage):
         return self.trainer.strategy.reduce(numbers, reduce_op="sum")
 
     def _warn_of_collapse(self, means: dict[str, float]) -> None:
-        """Preference losses look at differences: both answers may become unlikely, the chosen one less so."""
+        """Warn when chosen answers become unlikely.
+
+        Preference losses use differences: both answers may become unlikely, the chosen one less so.
+        """
         if means.get("drift", 0.0) < COLLAPSE and not self._warned:
             self._warned = True
             rank_zero_warn(
@@ -236,13 +263,19 @@ class DPOStage(Stage):
             )
 
     def _check_first_loss(self, judged: Judged) -> None:
-        """Policy and reference are one model at the first step, so its loss is known. Another one means another reference."""
+        """Check the first loss, which is known because policy and reference model are equal at the first step.
+
+        A different loss means a different reference model.
+
+        Raises:
+            UserError: the loss differs from its value at margin zero.
+        """
         expected = self.loss.at_margin_zero()
         if self.global_step or expected is None or judged.pair_loss is None or self.hparams["reference"]:
             return
         got = float(judged.pair_loss)
         exact = self.hparams["dtype"] == "float32" and not torch.is_autocast_enabled(self.device.type)
-        # what was kept was computed beside other pairs: long answers' sums are rounded differently
+        # cached values were computed with other pairs in the batch: sums over long answers are rounded differently
         tolerance = (1e-5 if exact else 2e-2) if self.kept is None else (1e-3 if exact else 1e-1)
         if abs(got - expected) > tolerance * max(1.0, abs(expected)):
             raise UserError(
@@ -251,15 +284,16 @@ class DPOStage(Stage):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave a reference model that has a folder of its own out of the checkpoint."""
         super().on_save_checkpoint(checkpoint)
-        if self.hparams["reference"]:  # it is read again from its folder
+        if self.hparams["reference"]:  # it is loaded again from its folder
             for name in [name for name in checkpoint["state_dict"] if name.startswith("reference.")]:
                 del checkpoint["state_dict"][name]
             self.strict_loading = False
 
 
 def _copy(model: LlavaOnevisionForConditionalGeneration, *, with_tower: bool) -> LlavaOnevisionForConditionalGeneration:
-    """Of the model as it is; without a tower where the original's serves both."""
+    """Copy the model; without the vision tower where policy and reference model share it."""
     tower = model.model.vision_tower
     if with_tower:
         return copy.deepcopy(model)
