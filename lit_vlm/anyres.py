@@ -97,8 +97,8 @@ def best_resolution(height: int, width: int, pinpoints: tuple[tuple[int, int], .
 
 @lru_cache(maxsize=256)
 def _up_to(pinpoints: tuple[tuple[int, int], ...], tile_size: int, most_tiles: int) -> tuple[tuple[int, int], ...]:
-    few = tuple(point for point in pinpoints if point[0] * point[1] <= most_tiles * tile_size**2)
-    return few or (min(pinpoints, key=lambda point: point[0] * point[1]),)
+    allowed = tuple(point for point in pinpoints if point[0] * point[1] <= most_tiles * tile_size**2)
+    return allowed or (min(pinpoints, key=lambda point: point[0] * point[1]),)
 
 
 @lru_cache(maxsize=65536)

@@ -110,16 +110,16 @@ class PreferenceLoss:
         stage = DPOStageConfig(
             loss_type=list(loss_type), loss_weights=loss_weights, discopop_tau=discopop_tau, **options
         )
-        for mistake in (*mistakes_in_ranges(stage, "stage."), *mistakes_in_preference_loss(stage)):
-            raise UserError(mistake)
+        for error in (*mistakes_in_ranges(stage, "stage."), *mistakes_in_preference_loss(stage)):
+            raise UserError(error)
         self.beta, self.loss_type, self.label_smoothing = beta, list(loss_type), label_smoothing
         self.use_weighting = use_weighting
-        pairs = [(name, weight) for name, weight in zip(loss_type, weights, strict=True) if name != "sft"]
-        tokens = [(name, weight) for name, weight in zip(loss_type, weights, strict=True) if name == "sft"]
+        pair_losses = [(name, weight) for name, weight in zip(loss_type, weights, strict=True) if name != "sft"]
+        token_losses = [(name, weight) for name, weight in zip(loss_type, weights, strict=True) if name == "sft"]
         # `sft` is a mean over tokens and the others are means over pairs: TRL computes the two apart, so that
         # several micro-batches add up to the loss of one batch
-        self._by_pairs = _trainer(pairs, discopop_tau, options) if pairs else None
-        self._by_tokens = _trainer(tokens, discopop_tau, options) if tokens else None
+        self._by_pairs = _trainer(pair_losses, discopop_tau, options) if pair_losses else None
+        self._by_tokens = _trainer(token_losses, discopop_tau, options) if token_losses else None
         self.weights = dict(zip(loss_type, weights, strict=True))
 
     def __call__(
@@ -143,14 +143,14 @@ class PreferenceLoss:
         """
         mask = answer_mask(lengths, policy.log_probs.device)
         inputs = _inputs(mask)
-        judged = None
+        output = None
         for trainer, share in ((self._by_tokens, token_share), (self._by_pairs, pair_share)):
             if trainer is not None:
                 part, rewards, metrics = _run(trainer, policy, reference, inputs, training)
-                loss = part * share if judged is None else judged.loss + part * share
-                judged = Judged(loss, part.detach() if trainer is self._by_pairs else None, rewards, metrics)
-        assert judged is not None  # there is at least one loss
-        return judged
+                loss = part * share if output is None else output.loss + part * share
+                output = Judged(loss, part.detach() if trainer is self._by_pairs else None, rewards, metrics)
+        assert output is not None  # there is at least one loss
+        return output
 
     def at_margin_zero(self) -> float | None:
         """Compute the `pair_loss` that the first step must have, while policy and reference model are equal.

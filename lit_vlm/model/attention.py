@@ -65,8 +65,8 @@ def flat_attention(
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     window = sliding_window if sliding_window and sliding_window < segments.longest else None
-    computes = query.dtype in (torch.bfloat16, torch.float16)  # types that FlashAttention supports
-    if query.is_cuda and computes and not dropout:
+    is_half = query.dtype in (torch.bfloat16, torch.float16)  # types that FlashAttention supports
+    if query.is_cuda and is_half and not dropout:
         return _varlen(query, key, value, segments, scaling, window), None
     return _grouped(query, key, value, segments, scaling, dropout, window), None
 
@@ -76,13 +76,13 @@ def _varlen(
 ) -> Tensor:
     """Run one variable-length FlashAttention call for each set of spans; return [1, Q, H, D]."""
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
-    place = None if len(segments.asked) == len(k) else _places(segments.asked, len(k))
+    index = None if len(segments.asked) == len(k) else _places(segments.asked, len(k))
     results = []
     for call in segments.calls:
-        queries = call.queries if call.queries is None or place is None else place[call.queries]
-        asked = q if queries is None or len(queries) == len(q) else q.index_select(0, queries)
-        seen = (k, v) if call.keys is None else (k.index_select(0, call.keys), v.index_select(0, call.keys))
-        results.append(kernel(asked, *seen, call, scaling, window))
+        queries = call.queries if call.queries is None or index is None else index[call.queries]
+        q_part = q if queries is None or len(queries) == len(q) else q.index_select(0, queries)
+        kv_part = (k, v) if call.keys is None else (k.index_select(0, call.keys), v.index_select(0, call.keys))
+        results.append(kernel(q_part, *kv_part, call, scaling, window))
     if segments.order is None:
         return results[0][None]
     return torch.cat(results).index_select(0, segments.order)[None]
@@ -90,9 +90,9 @@ def _varlen(
 
 def _places(asked: Tensor, length: int) -> Tensor:
     """Compute [T]: the index of each row position within `query_positions`."""
-    place = asked.new_zeros(length)
-    place[asked] = torch.arange(len(asked), device=asked.device)
-    return place
+    index = asked.new_zeros(length)
+    index[asked] = torch.arange(len(asked), device=asked.device)
+    return index
 
 
 def kernel(q: Tensor, k: Tensor, v: Tensor, call: Call, scaling: float | None, window: int | None) -> Tensor:
@@ -103,17 +103,17 @@ def kernel(q: Tensor, k: Tensor, v: Tensor, call: Call, scaling: float | None, w
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    words = signature(varlen_attn).parameters
+    parameters = signature(varlen_attn).parameters
     left = -1 if window is None else window - 1
-    options: dict[str, Any] = {"window_size": (left, 0)} if "window_size" in words else {"is_causal": True}
-    if window is not None and "window_size" not in words:
+    options: dict[str, Any] = {"window_size": (left, 0)} if "window_size" in parameters else {"is_causal": True}
+    if window is not None and "window_size" not in parameters:
         raise UserError("Sliding windows need a newer torch than this one: 2.12 has them for variable lengths.")
-    if "scale" in words:
+    if "scale" in parameters:
         options["scale"] = scaling
     elif scaling is not None:
         q = q * (scaling * q.shape[-1] ** 0.5)
     if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in words:
+        if "enable_gqa" in parameters:
             options["enable_gqa"] = True
         else:
             k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (k, v))
@@ -134,13 +134,13 @@ def _grouped(
     """Run one SDPA call for each padded group of spans; return [1, Q, H, D]."""
     gqa = query.shape[1] != key.shape[1]
     # [Q, heads * D]: the heads of a token are contiguous
-    asked, *seen = (tensor[0].transpose(0, 1).flatten(1) for tensor in (query, key, value))
-    place = None if len(asked) == len(seen[0]) else _places(segments.asked, len(seen[0]))
+    q_row, *kv_rows = (tensor[0].transpose(0, 1).flatten(1) for tensor in (query, key, value))
+    index = None if len(q_row) == len(kv_rows[0]) else _places(segments.asked, len(kv_rows[0]))
     results = []
     for group in segments.groups(window):
-        queries = group.queries if place is None else place[group.queries]
-        q = _heads(asked, queries, query.shape[-1])
-        k, v = (_heads(row, group.keys, query.shape[-1]) for row in seen)
+        queries = group.queries if index is None else index[group.queries]
+        q = _heads(q_row, queries, query.shape[-1])
+        k, v = (_heads(row, group.keys, query.shape[-1]) for row in kv_rows)
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -169,8 +169,8 @@ def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Te
     q_length = kwargs.get("q_length", args[1] if len(args) > 1 else None)
     kv_length = kwargs.get("kv_length", args[2] if len(args) > 2 else None)
     window = kwargs.get("local_size")
-    unbounded = window is None or (isinstance(kv_length, int) and kv_length <= window)
-    if attention_mask is None and unbounded and isinstance(q_length, int) and q_length > 1 and q_length == kv_length:
+    covers_all = window is None or (isinstance(kv_length, int) and kv_length <= window)
+    if attention_mask is None and covers_all and isinstance(q_length, int) and q_length > 1 and q_length == kv_length:
         return None
     return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 

@@ -89,23 +89,23 @@ def draw_up(model: ModelConfig, init_from: str | None = None, tiling: Tiling = T
         UserError: a missing folder, a model of another class, or a family whose logits this class would compute
             wrongly.
     """
-    source = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    where = init_from or f"{model.vision_tower} and {model.language_model}"
-    with told_by_folder(where, "no model could be made of what its files say"):
-        return _draw_up(model, init_from, tiling, source)
+    hub_options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    name = init_from or f"{model.vision_tower} and {model.language_model}"
+    with told_by_folder(name, "no model could be made of what its files say"):
+        return _draw_up(model, init_from, tiling, hub_options)
 
 
 def _draw_up(model: ModelConfig, init_from: str | None, tiling: Tiling, source: dict[str, Any]) -> Blueprint:
-    blueprint = _whole(model, init_from, source) if init_from else _assembled(model, source)
-    blueprint.images = replace(blueprint.images, tiling=tiling)
-    blueprint.new_tokens = add_special_tokens(blueprint.tokenizer, model.special_tokens)
-    known = blueprint.tokenizer.get_added_vocab()
-    wanted = dict.fromkeys((*model.special_tokens, *SPECIAL_TOKENS))
-    blueprint.special_tokens = [token for token in wanted if token in known]
-    blueprint.config.image_token_index = blueprint.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    blueprint.config.video_token_index = blueprint.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
-    blueprint.tokenizer.chat_template = _chat_template(model.chat_template, blueprint.tokenizer)
-    return blueprint
+    spec = _whole(model, init_from, source) if init_from else _assembled(model, source)
+    spec.images = replace(spec.images, tiling=tiling)
+    spec.new_tokens = add_special_tokens(spec.tokenizer, model.special_tokens)
+    added_vocab = spec.tokenizer.get_added_vocab()
+    candidates = dict.fromkeys((*model.special_tokens, *SPECIAL_TOKENS))
+    spec.special_tokens = [token for token in candidates if token in added_vocab]
+    spec.config.image_token_index = spec.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    spec.config.video_token_index = spec.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
+    spec.tokenizer.chat_template = _chat_template(model.chat_template, spec.tokenizer)
+    return spec
 
 
 def build(
@@ -115,8 +115,8 @@ def build(
 
     Inside `defer_weights` the model has no weights yet, see `skeleton.py`.
     """
-    where = blueprint.whole or f"{blueprint.vision_tower} and {blueprint.language_model}"
-    with told_by_folder(where, "its weights could not be loaded"):
+    name = blueprint.whole or f"{blueprint.vision_tower} and {blueprint.language_model}"
+    with told_by_folder(name, "its weights could not be loaded"):
         model = make_skeleton(blueprint, dtype, seed) if are_weights_later() else _with_weights(blueprint, dtype, seed)
     model.generation_config.eos_token_id = _stops(model, blueprint.tokenizer)
     model.config.dtype = dtype
@@ -131,8 +131,8 @@ def read_tiling(name: str) -> Tiling:
     Plain transformers always tiles (anyres), and so does a folder that this project did not write.
     """
     with told_by_folder(name, f"its {OURS} could not be read"):
-        ours = read_json(name, OURS) if Path(name).is_dir() else None
-        return Tiling(ours["tiling"]) if ours else Tiling.anyres
+        settings = read_json(name, OURS) if Path(name).is_dir() else None
+        return Tiling(settings["tiling"]) if settings else Tiling.anyres
 
 
 def read_json(name: str, filename: str, **source: Any) -> dict[str, Any] | None:
@@ -140,10 +140,10 @@ def read_json(name: str, filename: str, **source: Any) -> dict[str, Any] | None:
     options = {key: value for key, value in source.items() if key == "revision"}
     with told_by_folder(name, f"its {filename} could not be read"):
         path = cached_file(name, filename, _raise_exceptions_for_missing_entries=False, **options)
-        found = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
-        if found is not None and not isinstance(found, dict):
-            raise TypeError(f"it holds {type(found).__name__} and no JSON object")
-        return found
+        content = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+        if content is not None and not isinstance(content, dict):
+            raise TypeError(f"it holds {type(content).__name__} and no JSON object")
+        return content
 
 
 def _whole(model: ModelConfig, init_from: str, source: dict[str, Any]) -> Blueprint:
@@ -254,9 +254,9 @@ def _load(kind: Any, name: str, config: Any, dtype: torch.dtype, source: dict[st
 
 def _stops(model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Collect the token ids that end generation: the language model's own, and the one that closes an answer here."""
-    known = model.generation_config.eos_token_id
-    known = known if isinstance(known, list) else [known]
-    return sorted({token for token in (*known, closing_token(tokenizer), tokenizer.eos_token_id) if token is not None})
+    eos = model.generation_config.eos_token_id
+    eos = eos if isinstance(eos, list) else [eos]
+    return sorted({token for token in (*eos, closing_token(tokenizer), tokenizer.eos_token_id) if token is not None})
 
 
 def _keep_layers(vision: Any, layer: int | list[int]) -> None:
@@ -268,12 +268,12 @@ def _keep_layers(vision: Any, layer: int | list[int]) -> None:
     if not isinstance(layer, int):
         raise UserError(f"vision_feature_layer={layer}: features of several layers are not supported; name one layer.")
     total = vision.num_hidden_layers
-    kept = layer if layer >= 0 else total + 1 + layer
-    if not 1 <= kept <= total:
+    num_kept = layer if layer >= 0 else total + 1 + layer
+    if not 1 <= num_kept <= total:
         raise UserError(
             f"vision_feature_layer={layer} of a tower with {total} layers; name one from {-total} to -1, or 1 to {total}."
         )
-    vision.num_hidden_layers = kept
+    vision.num_hidden_layers = num_kept
 
 
 def _config(name: str, setting: str, source: dict[str, Any]) -> Any:
@@ -325,8 +325,8 @@ def _tokenizer(name: str, source: dict[str, Any]) -> PreTrainedTokenizerFast:
 
 def _image_settings(name: str, config: LlavaOnevisionConfig, source: dict[str, Any]) -> ImageSettings:
     vision = config.vision_config
-    whole = read_json(name, "processor_config.json", **source) or {}
-    own = read_json(name, "preprocessor_config.json", **source) or whole.get("image_processor") or {}
+    processor_config = read_json(name, "processor_config.json", **source) or {}
+    settings = read_json(name, "preprocessor_config.json", **source) or processor_config.get("image_processor") or {}
     siglip = vision.model_type == "siglip_vision_model"
     clip_mean, clip_std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     return ImageSettings(
@@ -334,9 +334,9 @@ def _image_settings(name: str, config: LlavaOnevisionConfig, source: dict[str, A
         patch_size=vision.patch_size,
         grid_pinpoints=tuple(tuple(pair) for pair in config.image_grid_pinpoints),
         max_tiles=int(config.vision_aspect_ratio.removeprefix("anyres_max_")),
-        mean=_read_channels(name, own, "image_mean", (0.5,) * 3 if siglip else clip_mean),
-        std=_read_channels(name, own, "image_std", (0.5,) * 3 if siglip else clip_std),
-        resample=_read_resample(name, own),
+        mean=_read_channels(name, settings, "image_mean", (0.5,) * 3 if siglip else clip_mean),
+        std=_read_channels(name, settings, "image_std", (0.5,) * 3 if siglip else clip_std),
+        resample=_read_resample(name, settings),
         select=config.vision_feature_select_strategy,
     )
 
@@ -347,13 +347,13 @@ def _read_channels(name: str, own: dict[str, Any], key: str, default: tuple[floa
     Raises:
         UserError: it is something else, a standard deviation of 0, or no number.
     """
-    found = own.get(key)
-    values = default if found is None else [found] * 3 if is_number(found) else found
-    sound = isinstance(values, list | tuple) and len(values) == 3 and all(map(is_number, values))
-    if not sound or (key == "image_std" and min(values) <= 0):
+    value = own.get(key)
+    values = default if value is None else [value] * 3 if is_number(value) else value
+    is_valid = isinstance(values, list | tuple) and len(values) == 3 and all(map(is_number, values))
+    if not is_valid or (key == "image_std" and min(values) <= 0):
         above = " above 0" if key == "image_std" else ""
         raise UserError(
-            f"{name}: its image settings have {key}={found!r}; three numbers{above} are needed, for red, green and blue."
+            f"{name}: its image settings have {key}={value!r}; three numbers{above} are needed, for red, green and blue."
             " Correct preprocessor_config.json (or processor_config.json) of that folder."
         )
     red, green, blue = map(float, values)
@@ -361,15 +361,15 @@ def _read_channels(name: str, own: dict[str, Any], key: str, default: tuple[floa
 
 
 def _read_resample(name: str, own: dict[str, Any]) -> int:
-    found = own.get("resample")
-    if found is None:
+    value = own.get("resample")
+    if value is None:
         return 3
-    if isinstance(found, bool) or found not in range(6):
+    if isinstance(value, bool) or value not in range(6):
         raise UserError(
-            f"{name}: its image settings have resample={found!r}; Pillow's filters are 0 to 5, bicubic is 3."
+            f"{name}: its image settings have resample={value!r}; Pillow's filters are 0 to 5, bicubic is 3."
             " Correct preprocessor_config.json (or processor_config.json) of that folder."
         )
-    return int(found)
+    return int(value)
 
 
 def is_number(value: Any) -> bool:
@@ -380,15 +380,15 @@ def is_number(value: Any) -> bool:
 def _chat_template(choice: str | None, tokenizer: PreTrainedTokenizerFast) -> str | None:
     """Resolve the chat template to use: the tokenizer's own, ChatML, or a Jinja file."""
     if choice is None:
-        own = tokenizer.chat_template
-        if isinstance(own, dict):  # several templates, by name
-            own = own.get("default")
-        if own is not None and not isinstance(own, str):
+        template = tokenizer.chat_template
+        if isinstance(template, dict):  # several templates, by name
+            template = template.get("default")
+        if template is not None and not isinstance(template, str):
             name = tokenizer.name_or_path
             raise UserError(
-                f"{name}: its chat template is {type(own).__name__} and no text. Give model.chat_template=..."
+                f"{name}: its chat template is {type(template).__name__} and no text. Give model.chat_template=..."
             )
-        return accept_parts(own)
+        return accept_parts(template)
     if choice == "chatml":
         missing = [token for token in ("<|im_start|>", "<|im_end|>") if token not in tokenizer.get_added_vocab()]
         if missing:

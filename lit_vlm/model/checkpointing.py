@@ -41,10 +41,10 @@ def level_of(value: str | bool) -> Level:
     Raises:
         UserError: there is no level of that name.
     """
-    named = {True: "full", False: "none"}.get(value, value) if isinstance(value, bool) else value
-    if named not in ("none", "selective", "full"):
+    level = {True: "full", False: "none"}.get(value, value) if isinstance(value, bool) else value
+    if level not in ("none", "selective", "full"):
         raise UserError(f"activation_checkpointing={value}: it is none, selective or full.")
-    return Level[named]
+    return Level[level]
 
 
 def checkpoint_layers(model: LlavaOnevisionForConditionalGeneration, level: Level) -> None:
@@ -70,8 +70,8 @@ def _contexts(part: PreTrainedModel, level: Level) -> dict[str, Any]:
 
 def _policy(width: int, context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Choose whether torch saves or recomputes the result of an operation in a layer of that width."""
-    keep = is_kept(width, operation, *args, **kwargs)
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    is_saved = is_kept(width, operation, *args, **kwargs)
+    return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def is_kept(width: int, operation: Any, *args: Any, **kwargs: Any) -> bool:

@@ -53,28 +53,28 @@ def export_model(
             may also be used to synchronise the other ranks with the writer.
         max_shard_size: weights are split into files of at most this size.
     """
-    merged = Merged(model, whole)
-    files = planned_files(merged.tensors, largest_file)
+    state_dict = Merged(model, whole)
+    files = planned_files(state_dict.tensors, largest_file)
     if not writes:
         for file in files:
             for name in _each(file.tensors, before_each):
-                merged.take_part(name)
+                state_dict.take_part(name)
         return
-    beside = folder.with_name(f".{folder.name}-unfinished")
-    if beside.exists():
-        shutil.rmtree(beside)
-    beside.mkdir(parents=True)
+    temporary = folder.with_name(f".{folder.name}-unfinished")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
     try:
         for file in files:
-            file.write(beside, map(merged.value, _each(file.tensors, before_each)))
-        write_index(beside, files, merged.num_parameters)
-        _write_settings(beside, model, merged, tokenizer, images)
+            file.write(temporary, map(state_dict.value, _each(file.tensors, before_each)))
+        write_index(temporary, files, state_dict.num_parameters)
+        _write_settings(temporary, model, state_dict, tokenizer, images)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     if folder.exists():
         shutil.rmtree(folder)
-    move_into_place(beside, folder)
+    move_into_place(temporary, folder)
 
 
 def _each(names: Iterable[str], before: Callable[[], object]) -> Iterator[str]:
@@ -101,8 +101,8 @@ def _write_settings(
     _write(folder / OURS, {"tiling": images.tiling.value})
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         settings = json.loads((folder / name).read_text(encoding="utf-8"))
-        if (kept := without_local_paths(settings)) != settings:
-            _write(folder / name, kept)
+        if (cleaned := without_local_paths(settings)) != settings:
+            _write(folder / name, cleaned)
 
 
 def without_local_paths(settings: Any) -> Any:

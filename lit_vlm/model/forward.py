@@ -58,11 +58,11 @@ class FlatOnevisionModel(LlavaOnevisionModel):
         if embeddings_only:
             return embeddings
         segments = Segments(batch.lengths, embeddings.device, batch.prefixes)
-        tails = batch.tails
+        query_lengths = batch.tails
         if rows is not None and not len(rows):
-            rows, tails = rows.new_zeros(1), [batch.lengths[0], *[0] * (len(batch.lengths) - 1)]
+            rows, query_lengths = rows.new_zeros(1), [batch.lengths[0], *[0] * (len(batch.lengths) - 1)]
         if rows is not None and self.prunes_last_layer:
-            segments.last = Segments(batch.lengths, embeddings.device, batch.prefixes, tails), rows
+            segments.last = Segments(batch.lengths, embeddings.device, batch.prefixes, query_lengths), rows
         output = self.language_model(
             inputs_embeds=embeddings[None],
             position_ids=batch.position_ids[None],
@@ -116,8 +116,8 @@ class FlatOnevisionModel(LlavaOnevisionModel):
         The vision tower runs exactly once, with any batch.
         """
         side = self.image_settings.tile_size
-        blank = batch.tiles.new_zeros((1, 3, side, side))
-        return self.tower_features(batch.tiles if batch.num_tiles else blank)
+        dummy = batch.tiles.new_zeros((1, 3, side, side))
+        return self.tower_features(batch.tiles if batch.num_tiles else dummy)
 
     def tower_features(self, tiles: Tensor) -> Tensor:
         """Encode tiles with the vision tower: [N, P, C] of the selected layer. A frozen tower runs without autograd."""

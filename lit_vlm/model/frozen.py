@@ -16,10 +16,10 @@ from lit_vlm.model.skeleton import first_values, move_buffers, replace_parameter
 
 def matrices(model: nn.Module) -> list[nn.Parameter]:
     """List the weights and biases that only linear layers and convolutions read."""
-    known = (nn.Linear, nn.Conv2d, ScoringHead)
-    read = [(type(module) in known, p) for module in model.modules() for p in module.parameters(recurse=False)]
-    others = {id(parameter) for is_matrix, parameter in read if not is_matrix}
-    return list({id(p): p for is_matrix, p in read if is_matrix and id(p) not in others}.values())
+    matmul_modules = (nn.Linear, nn.Conv2d, ScoringHead)
+    uses = [(type(module) in matmul_modules, p) for module in model.modules() for p in module.parameters(recurse=False)]
+    others = {id(parameter) for is_matrix, parameter in uses if not is_matrix}
+    return list({id(p): p for is_matrix, p in uses if is_matrix and id(p) not in others}.values())
 
 
 def frozen_matrices(model: nn.Module) -> list[nn.Parameter]:
@@ -34,10 +34,10 @@ def fill(model: nn.Module, held: torch.dtype) -> None:
     Args:
         frozen_dtype: type of frozen matrices; all other parameters have the skeleton's own.
     """
-    in_half = {id(parameter) for parameter in frozen_matrices(model)}
+    frozen = {id(parameter) for parameter in frozen_matrices(model)}
 
     def make(name: str, old: nn.Parameter) -> nn.Parameter:
-        new = torch.empty(old.shape, dtype=held if id(old) in in_half else old.dtype)
+        new = torch.empty(old.shape, dtype=held if id(old) in frozen else old.dtype)
         new.view(-1).copy_(first_values(model, name, old.shape, 0, old.numel()))
         return nn.Parameter(new, requires_grad=old.requires_grad)
 
@@ -47,6 +47,6 @@ def fill(model: nn.Module, held: torch.dtype) -> None:
 
 def exact_values(model: nn.Module) -> dict[str, Tensor]:
     """Read from the files the exact values of the parameters that `fill_skeleton` rounded, by name."""
-    in_half = {id(p) for p in frozen_matrices(model) if p.dtype != model.weights.dtype}
-    named = [(name, p.shape) for name, p in model.named_parameters() if id(p) in in_half]
+    rounded = {id(p) for p in frozen_matrices(model) if p.dtype != model.weights.dtype}
+    named = [(name, p.shape) for name, p in model.named_parameters() if id(p) in rounded]
     return {name: first_values(model, name, shape, 0, shape.numel()).view(shape) for name, shape in named}

@@ -55,20 +55,20 @@ def generate(
     try:
         embeddings = model(batch=batch, embeddings_only=True)
         prompts, mask = _left_padded(embeddings, _prompt_spans(batch))
-        drawing = None
+        processors = None
         if sampling is not None:
-            count, drawing = len(sampling.seeds[0]), _drawing(sampling, prompts.device)
+            count, processors = len(sampling.seeds[0]), _drawing(sampling, prompts.device)
             prompts, mask = prompts.repeat_interleave(count, dim=0), mask.repeat_interleave(count, dim=0)
         stop = eos_token_id if eos_token_id is not None else model.generation_config.eos_token_id
-        stops = {stop} if isinstance(stop, int) else set(stop or ())
+        stop_ids = {stop} if isinstance(stop, int) else set(stop or ())
         output = model.generate(
             inputs_embeds=prompts,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
             do_sample=False,  # sampling is done in the scores: transformers has one random generator for the whole batch
-            logits_processor=drawing,
-            eos_token_id=sorted(stops) or None,
-            pad_token_id=min(stops, default=0),
+            logits_processor=processors,
+            eos_token_id=sorted(stop_ids) or None,
+            pad_token_id=min(stop_ids, default=0),
             use_cache=True,
             # under ZeRO-3 all ranks generate until the last rank's answer ends; transformers detects FSDP2 itself
             synced_gpus=hasattr(next(model.parameters()), "ds_id") or None,
@@ -76,7 +76,7 @@ def generate(
     finally:
         for module in was_training:
             module.training = True
-    return [_up_to_stop(ids, stops) for ids in output.tolist()]
+    return [_up_to_stop(ids, stop_ids) for ids in output.tolist()]
 
 
 class Dice(LogitsProcessor):

@@ -80,8 +80,8 @@ def first_line(error: BaseException) -> str:
     """Return the first line of an error message, with the error's type where the message alone says little."""
     text = str(error).strip()
     first = text.splitlines()[0].rstrip(".") if text else ""
-    told = isinstance(error, OSError | ValueError | RuntimeError) and first
-    return first if told else f"{type(error).__name__}: {first}".rstrip(": ")
+    is_clear = isinstance(error, OSError | ValueError | RuntimeError) and first
+    return first if is_clear else f"{type(error).__name__}: {first}".rstrip(": ")
 
 
 def without_gpu_is_fine() -> None:

@@ -35,14 +35,14 @@ class LastLayer(nn.Module):
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         if segments.last is None:
             return super().forward(hidden_states, *args, segments=segments, **kwargs)  # type: ignore[misc]
-        asked, rows = segments.last
+        query_segments, positions = segments.last
         layer: Any = self
         factor = getattr(layer, "residual_multiplier", 1.0)
         normed = layer.input_layernorm(hidden_states)
-        attended = _attend(layer.self_attn, normed, asked, rows, *kwargs["position_embeddings"])
-        residual = hidden_states.index_select(1, rows) + _behind(layer, "post_norm1", attended) * factor
-        read = layer.mlp(layer.post_attention_layernorm(residual))
-        return residual + _behind(layer, "post_norm2", read) * factor
+        attended = _attend(layer.self_attn, normed, query_segments, positions, *kwargs["position_embeddings"])
+        residual = hidden_states.index_select(1, positions) + _behind(layer, "post_norm1", attended) * factor
+        mlp_out = layer.mlp(layer.post_attention_layernorm(residual))
+        return residual + _behind(layer, "post_norm2", mlp_out) * factor
 
 
 def _attend(attention: Any, normed: Tensor, asked: Segments, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -76,8 +76,8 @@ def _attend(attention: Any, normed: Tensor, asked: Segments, rows: Tensor, cos: 
         # Qwen's layers each have their own window, Mistral's use the one of the model's config
         sliding_window=getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None)),
     )
-    place = torch.searchsorted(queries, rows)
-    return attention.o_proj(out.index_select(1, place).flatten(2))
+    index = torch.searchsorted(queries, rows)
+    return attention.o_proj(out.index_select(1, index).flatten(2))
 
 
 def _behind(layer: Any, name: str, states: Tensor) -> Tensor:

@@ -42,20 +42,20 @@ class Merged:
         dtype = self.source.dtype if self.source else model.dtype
         if whole and not self.source:  # sharded weights may compute in another type than their master weights have
             dtype = model.config.dtype or dtype
-        frame = build_on_meta(copy.deepcopy(model.config)).to(dtype)
-        frame.tie_weights()
-        self.num_parameters, self.config = frame.num_parameters(), frame.config
+        meta_model = build_on_meta(copy.deepcopy(model.config)).to(dtype)
+        meta_model.tie_weights()
+        self.num_parameters, self.config = meta_model.num_parameters(), meta_model.config
         for config in (self.config, self.config.vision_config, self.config.text_config):
             config.dtype = str(dtype).removeprefix("torch.")
-        self.config.architectures = [type(frame).__name__]
-        use_released_names(frame)
-        in_memory = dict(frame.named_parameters())  # a tied table is listed as embeddings only
-        self.tensors: dict[str, Tensor] = revert_weight_conversion(frame, in_memory)
-        in_memory_of = {id(tensor): name for name, tensor in in_memory.items()}
+        self.config.architectures = [type(meta_model).__name__]
+        use_released_names(meta_model)
+        meta_tensors = dict(meta_model.named_parameters())  # a tied table is listed as embeddings only
+        self.tensors: dict[str, Tensor] = revert_weight_conversion(meta_model, meta_tensors)
+        names_by_id = {id(tensor): name for name, tensor in meta_tensors.items()}
         self._names = {
-            hub: in_memory_of[id(tensor)] for hub, tensor in self.tensors.items() if id(tensor) in in_memory_of
+            hub: names_by_id[id(tensor)] for hub, tensor in self.tensors.items() if id(tensor) in names_by_id
         }
-        self._frame, self._in_memory = frame, in_memory
+        self._frame, self._in_memory = meta_model, meta_tensors
         self._taken_apart: dict[str, Tensor] | None = None
 
     def value(self, name: str) -> Tensor:
@@ -63,14 +63,14 @@ class Merged:
         if name in self._names:
             return self._value(self._names[name])
         if self._taken_apart is None:
-            values = {own: self._value(own) for own in self._made_of(name)}
+            values = {memory_name: self._value(memory_name) for memory_name in self._made_of(name)}
             self._taken_apart = revert_weight_conversion(self._frame, values)
         return self._taken_apart.pop(name)
 
     def take_part(self, name: str) -> None:
         """Gather the same parameters as another rank that computes the weight of this name."""
-        for own in self._made_of(name):
-            for key in self._needs(own):
+        for memory_name in self._made_of(name):
+            for key in self._needs(memory_name):
                 if not self._is_in_source(key):
                     self._whole(key)
         if name not in self._names:
@@ -83,8 +83,8 @@ class Merged:
         """
         if name in self._names:
             return [self._names[name]]
-        whole = set(self._names.values())
-        return [own for own in self._in_memory if own not in whole] if self._taken_apart is None else []
+        plain = set(self._names.values())
+        return [key for key in self._in_memory if key not in plain] if self._taken_apart is None else []
 
     def _value(self, own: str) -> Tensor:
         target = self._in_memory[own]

@@ -55,9 +55,9 @@ def freeze(model: nn.Module, trainable: Iterable[Part]) -> None:
 
     Parameters that the forward pass never uses stay frozen.
     """
-    chosen = set(trainable)
+    trainable_parts = set(trainable)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in chosen and not UNUSED.match(name))
+        parameter.requires_grad_(part_of(name) in trainable_parts and not UNUSED.match(name))
     inner: Any = model.model  # transformers' class; nn.Module types an attribute only as tensor or module
     projector = inner.multi_modal_projector
     if getattr(model.config, "projector_hidden_act", "") == "linear":  # a linear projector is W then the identity
@@ -80,15 +80,15 @@ def set_modes(model: nn.Module, trainable: Iterable[Part], *, checkpointed: bool
     A frozen part that gradients pass through under activation checkpointing is in train mode with dropout 0:
     transformers skips activation checkpointing of a module in eval mode, silently.
     """
-    chosen = set(trainable)
+    trainable_parts = set(trainable)
     model.train()
     for part in Part:
-        crossed = checkpointed and part is Part.language_model
+        needs_train_mode = checkpointed and part is Part.language_model
         for module in module_of(model, part):
-            if part in chosen:
+            if part in trainable_parts:
                 continue
-            module.train(crossed)
-            if crossed:
+            module.train(needs_train_mode)
+            if needs_train_mode:
                 _without_dropout(module)
 
 
@@ -104,9 +104,9 @@ def summary(model: nn.Module, how: dict[Part, str]) -> list[PartSummary]:
     """Summarize the parameters of each part, [3] rows; `how` says how a part trains, where that is not "all"."""
     rows = []
     for part in Part:
-        owned = [parameter for _, parameter in parameters_of(model, part)]
-        total, trains = sum(map(size_of, owned)), sum(size_of(p) for p in owned if p.requires_grad)
-        rows.append(PartSummary(part.value, total, trains, how.get(part, "all") if trains else "frozen"))
+        parameters = [parameter for _, parameter in parameters_of(model, part)]
+        total, trainable = sum(map(size_of, parameters)), sum(size_of(p) for p in parameters if p.requires_grad)
+        rows.append(PartSummary(part.value, total, trainable, how.get(part, "all") if trainable else "frozen"))
     return rows
 
 

@@ -48,13 +48,13 @@ class Products(TorchDispatchMode):
     @property
     def in_float32(self) -> dict[str, int]:
         """Number of calls in float32, by operation."""
-        return {name: number for (name, dtype), number in self.seen.items() if dtype == torch.float32}
+        return {name: count for (name, dtype), count in self.seen.items() if dtype == torch.float32}
 
 
 def warn_of_float32(products: Products) -> None:
     """Warn when a forward pass in half precision computed some matrix products in float32."""
-    if found := products.in_float32:
-        named = ", ".join(f"{number} x {name}" for name, number in found.items())
+    if float32_counts := products.in_float32:
+        named = ", ".join(f"{count} x {name}" for name, count in float32_counts.items())
         warnings.warn(
             f"The first forward pass computed products in float32 under half precision ({named}), many times slower on a "
             "GPU. Something casts its inputs up, or leaves autocast.",

@@ -85,10 +85,10 @@ class Segments:
     def spans(self) -> list[Span]:
         """Attention spans, one for each segment that has queries."""
         starts = torch.tensor([0, *self.lengths]).cumsum(0).tolist()
-        own = list(zip(starts, starts[1:], strict=False))
+        ranges = list(zip(starts, starts[1:], strict=False))
         return [
-            Span(stop - tail, stop, ((start, stop),) if prefix < 0 else (own[prefix], (start, stop)))
-            for (start, stop), prefix, tail in zip(own, self._prefixes, self._tails, strict=True)
+            Span(stop - tail, stop, ((start, stop),) if prefix < 0 else (ranges[prefix], (start, stop)))
+            for (start, stop), prefix, tail in zip(ranges, self._prefixes, self._tails, strict=True)
             if tail
         ]
 
@@ -107,28 +107,28 @@ class Segments:
         if window not in self._made:
             spans = self.spans
             order = sorted(range(len(spans)), key=lambda i: (-spans[i].num_queries, -spans[i].num_keys))
-            made: list[Group] = []
+            groups: list[Group] = []
             members: list[Span] = []
             for span in (spans[i] for i in order):
                 if members and not _alike(span, members[0]):
-                    made.append(self._group(members, window))
+                    groups.append(self._group(members, window))
                     members = []
                 members.append(span)
-            made.append(self._group(members, window))
-            self._made[window] = made
+            groups.append(self._group(members, window))
+            self._made[window] = groups
         return self._made[window]
 
     @cached_property
     def back(self) -> Tensor:
         """[Q] index of each query in the concatenated results of the groups."""
-        place = torch.empty(sum(self.lengths), dtype=torch.int64)
+        index = torch.empty(sum(self.lengths), dtype=torch.int64)
         offset = 0
         for group in self.groups():
             flat = group.queries.flatten().cpu()
             # written in reverse order, so that the first copy of a repeated (padded) position wins
-            place[flat.flip(0)] = torch.arange(offset, offset + len(flat)).flip(0)
+            index[flat.flip(0)] = torch.arange(offset, offset + len(flat)).flip(0)
             offset += len(flat)
-        return place.to(self.device)[self.asked]
+        return index.to(self.device)[self.asked]
 
     @cached_property
     def calls(self) -> list[Call]:
@@ -137,11 +137,11 @@ class Segments:
         No call contains a key twice, so that the gradients of the keys are summed in one order.
         """
         rounds: list[list[Span]] = []
-        seen: dict[tuple[int, int], int] = {}
+        num_continuations: dict[tuple[int, int], int] = {}
         for span in self.spans:
             number = 0
             if len(span.keys) > 1:
-                number = seen[span.keys[0]] = seen.get(span.keys[0], 0) + 1
+                number = num_continuations[span.keys[0]] = num_continuations.get(span.keys[0], 0) + 1
             while len(rounds) <= number:
                 rounds.append([])
             rounds[number].append(span)
@@ -152,8 +152,8 @@ class Segments:
         """[Q] index of each query in the concatenated results of the calls; None: they are in order already."""
         if len(self.calls) == 1:
             return None
-        laid = torch.cat([call.queries for call in self.calls if call.queries is not None])
-        return laid.argsort()
+        positions = torch.cat([call.queries for call in self.calls if call.queries is not None])
+        return positions.argsort()
 
     def _group(self, members: list[Span], window: int | None) -> Group:
         queries = [torch.arange(span.start, span.stop) for span in members]
@@ -165,11 +165,11 @@ class Segments:
     def _call(self, spans: list[Span]) -> Call:
         queries = _positions([(span.start, span.stop) for span in spans], self.device)
         keys = _positions([part for span in spans for part in span.keys], self.device)
-        whole = sum(self.lengths)
-        one = len(spans) == len(self.lengths)  # then only positions that no span needs are left out
+        total = sum(self.lengths)
+        is_whole_row = len(spans) == len(self.lengths)  # then only positions that no span needs are left out
         return Call(
-            queries=None if one and len(queries) == whole else queries,
-            keys=None if one and len(keys) == whole else keys,
+            queries=None if is_whole_row and len(queries) == total else queries,
+            keys=None if is_whole_row and len(keys) == total else keys,
             cu_queries=self._ends([span.num_queries for span in spans]),
             cu_keys=self._ends([span.num_keys for span in spans]),
             most_queries=max(span.num_queries for span in spans),
@@ -202,6 +202,6 @@ def _padded(rows: list[Tensor]) -> Tensor:
 def _mask_of(members: list[Span], window: int | None) -> Tensor:
     """Make the [G, 1, L, M] bool mask: bottom-right causal, and at most `window` keys back, the own one included."""
     queries, keys = max(span.num_queries for span in members), max(span.num_keys for span in members)
-    before = torch.tensor([span.num_keys - span.num_queries for span in members])[:, None, None, None]
-    distance = before + torch.arange(queries)[:, None] - torch.arange(keys)
+    offset = torch.tensor([span.num_keys - span.num_queries for span in members])[:, None, None, None]
+    distance = offset + torch.arange(queries)[:, None] - torch.arange(keys)
     return (distance >= 0) & (distance < window) if window else distance >= 0

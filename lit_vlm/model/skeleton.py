@@ -107,13 +107,13 @@ def first_values(model: nn.Module, name: str, shape: torch.Size, start: int, sto
 @torch.no_grad()
 def replace_parameters(model: nn.Module, make: Callable[[str, nn.Parameter], nn.Parameter]) -> None:
     """Replace each parameter; one that stands in several places (tied tables) stays one."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for leaf, old in module._parameters.items():
             if old is not None:
-                if old not in made:
-                    made[old] = make(f"{prefix}.{leaf}" if prefix else leaf, old)
-                module._parameters[leaf] = made[old]
+                if old not in replaced:
+                    replaced[old] = make(f"{prefix}.{leaf}" if prefix else leaf, old)
+                module._parameters[leaf] = replaced[old]
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:
@@ -159,20 +159,20 @@ def _take_parts(model: LlavaOnevisionForConditionalGeneration, weights: Weights,
     tower: Any = model.model.vision_tower
     with torch.device("meta"):
         language = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=blueprint.trust_remote_code)
-    in_tower = places_of(tower, blueprint.vision_tower, revision)
-    in_language = places_of(language, blueprint.language_model, revision)
+    tower_locations = places_of(tower, blueprint.vision_tower, revision)
+    language_locations = places_of(language, blueprint.language_model, revision)
     follow_files(model, language, blueprint, blueprint.language_model)
     _read_generation_config(language, blueprint.language_model, revision)
     model.generation_config = language.generation_config
     share_config(tower, config.vision_config)
     share_config(model.model.language_model, config.text_config)
-    weights.places = {f"model.vision_tower.{name}": place for name, place in in_tower.items()}
+    weights.places = {f"model.vision_tower.{name}": place for name, place in tower_locations.items()}
     weights.places |= {
         f"model.language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name: place
-        for name, place in in_language.items()
+        for name, place in language_locations.items()
     }
     for name, parameter in tower.named_parameters():  # unused parameters may be missing
-        if name not in in_tower:
+        if name not in tower_locations:
             fill = torch.ones if name.endswith("weight") else torch.zeros
             weights.drawn[f"model.vision_tower.{name}"] = fill(parameter.shape, dtype=weights.dtype)
     factor = families.logit_factor(config.text_config)
@@ -191,14 +191,14 @@ def _grow(model: LlavaOnevisionForConditionalGeneration, weights: Weights, bluep
     Raises:
         UserError: the tokenizer has more tokens than the tables have rows, and not because of new tokens.
     """
-    stored = model.get_input_embeddings().num_embeddings
-    spelled = grow(model, blueprint.tokenizer, blueprint.new_tokens)
-    weights.spelled = {EMBEDDINGS: spelled, HEAD: spelled} if spelled else {}
-    strange = set(range(stored, model.get_input_embeddings().num_embeddings)) - set(spelled)
-    if strange:
+    num_stored = model.get_input_embeddings().num_embeddings
+    mean_rows = grow(model, blueprint.tokenizer, blueprint.new_tokens)
+    weights.spelled = {EMBEDDINGS: mean_rows, HEAD: mean_rows} if mean_rows else {}
+    unknown = set(range(num_stored, model.get_input_embeddings().num_embeddings)) - set(mean_rows)
+    if unknown:
         raise UserError(
-            f"The tokenizer has {len(blueprint.tokenizer):,} tokens and the model's table {stored:,} rows; "
-            f"{counted(len(strange), 'of its own tokens has', 'of its own tokens have')} none. Give the tokenizer that belongs to the model."
+            f"The tokenizer has {len(blueprint.tokenizer):,} tokens and the model's table {num_stored:,} rows; "
+            f"{counted(len(unknown), 'of its own tokens has', 'of its own tokens have')} none. Give the tokenizer that belongs to the model."
         )
 
 

@@ -52,9 +52,9 @@ def describe_missing_table(name: str, missing: Collection[str], tied: bool) -> s
         return None
     if tied:
         return f"{name}: its files hold neither embeddings nor head ({', '.join(sorted(missing))}): half of a model."
-    lacked = "head" if any(key.endswith(HEAD) for key in missing) else "embeddings"
+    missing_table = "head" if any(key.endswith(HEAD) for key in missing) else "embeddings"
     return (
-        f"{name}: its files hold no {lacked} ({', '.join(sorted(missing))}), and its config.json does not tie head and "
+        f"{name}: its files hold no {missing_table} ({', '.join(sorted(missing))}), and its config.json does not tie head and "
         "embeddings. If they are one table, set tie_word_embeddings to true in its config.json (in text_config, too, where "
         "it has one); else the folder holds half of a model."
     )

@@ -122,12 +122,12 @@ def _once(path: Path, make: Callable[[Path], None]) -> None:
     if path.is_dir():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         with os_errors():
-            make(beside)
-        move_into_place(beside, path)
+            make(temporary)
+        move_into_place(temporary, path)
     except OSError:
-        shutil.rmtree(beside)
+        shutil.rmtree(temporary)
         if not path.is_dir():  # else another process was faster
             raise

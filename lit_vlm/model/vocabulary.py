@@ -65,12 +65,12 @@ def closing_token(tokenizer: PreTrainedTokenizerFast) -> int | None:
     turns = [("user", "?"), ("assistant", "!!")]
     try:
         messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
-        behind = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("!!")[2]
+        suffix = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("!!")[2]
     except Exception:  # a template may raise any error; the data side reports it in full
         return None
     known = tokenizer.get_added_vocab()
-    found = {behind.find(token): known[token] for token in known if token in behind}
-    return found[min(found)] if found else None
+    positions = {suffix.find(token): known[token] for token in known if token in suffix}
+    return positions[min(positions)] if positions else None
 
 
 def grow(
@@ -90,12 +90,12 @@ def grow(
     if len(tokenizer) > embedding.num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
-    spelled = {tokenizer.convert_tokens_to_ids(token): _spelling(tokenizer, token) for token in new}
+    mean_rows = {tokenizer.convert_tokens_to_ids(token): _spelling(tokenizer, token) for token in new}
     with torch.no_grad():
         for table in tables:
-            for row, ids in spelled.items():
+            for row, ids in mean_rows.items():
                 table[row] = table[ids].float().mean(dim=0).to(table.dtype)
-    return spelled
+    return mean_rows
 
 
 def _spelling(tokenizer: PreTrainedTokenizerFast, token: str) -> list[int]:
@@ -166,8 +166,8 @@ class NewTokens(nn.Module):
 
     def _embed(self, ids: Tensor, output: Tensor) -> Tensor:
         rows = self.lookup[ids]
-        ours = nn.functional.embedding(rows.clamp(min=0), self.embedding).to(output.dtype)
-        return torch.where((rows >= 0)[..., None], ours, output)
+        replaced = nn.functional.embedding(rows.clamp(min=0), self.embedding).to(output.dtype)
+        return torch.where((rows >= 0)[..., None], replaced, output)
 
     def _logits(self, hidden: Tensor, output: Tensor) -> Tensor:
         rows = nn.functional.linear(hidden, self._head_rows.to(hidden.dtype))

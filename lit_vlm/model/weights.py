@@ -72,8 +72,8 @@ class Weights:
         """Read [stop - start] on the CPU: elements `start` to `stop` of the flattened tensor of that name."""
         if name in self.drawn:
             return self.drawn[name].flatten()[start:stop]
-        place = self.places[name]
-        width = math.prod(place.shape[1:])
+        location = self.places[name]
+        width = math.prod(location.shape[1:])
         first = start // width
         return self.rows(name, first, -(-stop // width)).flatten()[start - first * width : stop - first * width]
 
@@ -86,23 +86,23 @@ class Weights:
         missing = values.new_zeros((last - first - len(values), *values.shape[1:]))
         values = torch.cat([values, missing])
         for row, ids in new.items():
-            known = torch.cat([self._stored(name, i, i + 1) for i in ids])
-            values[row - first] = known.float().mean(dim=0).to(self.dtype)
+            source_rows = torch.cat([self._stored(name, i, i + 1) for i in ids])
+            values[row - first] = source_rows.float().mean(dim=0).to(self.dtype)
         return values
 
     def _num_stored(self, name: str) -> int:
         return (self.places[name].shape or (1,))[0]
 
     def _stored(self, name: str, first: int, last: int) -> Tensor:
-        place = self.places[name]
+        location = self.places[name]
         try:
-            with safe_open(place.file, framework="pt") as file:
-                if not place.shape:
-                    values = file.get_tensor(place.key)[None]
+            with safe_open(location.file, framework="pt") as file:
+                if not location.shape:
+                    values = file.get_tensor(location.key)[None]
                 else:
-                    values = file.get_slice(place.key)[min(first, last) : last]
+                    values = file.get_slice(location.key)[min(first, last) : last]
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{place.file}: {place.key} could not be read: {error}") from None
+            raise UserError(f"{location.file}: {location.key} could not be read: {error}") from None
         values = values.to(self.dtype)
         return values * self.factors[name] if name in self.factors else values
 
@@ -116,12 +116,12 @@ def places_of(model: PreTrainedModel, name: str, revision: str | None = None) ->
     Raises:
         UserError: weights are missing or of another shape, a file is corrupt, or there are no safetensors.
     """
-    found = _renamed(model, name, _listed(name, _files(name, revision)))
+    locations = _renamed(model, name, _listed(name, _files(name, revision)))
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    _mend_ties(model, found)
-    mismatched = [key for key, shape in expected.items() if key in found and found[key].shape != shape]
-    require_all(name, [key for key in expected if key not in found], mismatched, model.config)
-    return {key: place for key, place in found.items() if place.shape == expected.get(key)}
+    _mend_ties(model, locations)
+    mismatched = [key for key, shape in expected.items() if key in locations and locations[key].shape != shape]
+    require_all(name, [key for key in expected if key not in locations], mismatched, model.config)
+    return {key: place for key, place in locations.items() if place.shape == expected.get(key)}
 
 
 def require_all(name: str, missing: Iterable[str], mismatched: Iterable[str], config: Any) -> None:
@@ -133,8 +133,8 @@ def require_all(name: str, missing: Iterable[str], mismatched: Iterable[str], co
     missing = [key for key in missing if not UNUSED.match(f"model.vision_tower.{key}") and not UNUSED.match(key)]
     absent = sorted([*missing, *mismatched])
     tied = bool(getattr(config, "tie_word_embeddings", False))
-    if len(missing) == len(absent) and (said := describe_missing_table(name, missing, tied)):
-        raise UserError(said)
+    if len(missing) == len(absent) and (description := describe_missing_table(name, missing, tied)):
+        raise UserError(description)
     if absent:
         raise UserError(
             f"{name}: {counted(len(absent), 'weight is', 'weights are')} missing or of another shape there, "
@@ -156,37 +156,37 @@ def _files(name: str, revision: str | None) -> list[str]:
         index = resolved(INDEX)
         if index is None:
             single = resolved(SINGLE)
-            found = [single] if single else []
+            files = [single] if single else []
         else:
             shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-            found = [path for path in map(resolved, shards) if path]
-            if len(found) < len(shards):
+            files = [path for path in map(resolved, shards) if path]
+            if len(files) < len(shards):
                 missing = next(shard for shard in shards if resolved(shard) is None)
                 raise UserError(f"{name}: its weights could not be loaded: {missing} is missing.")
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{name}: its weights could not be loaded: {str(error).strip().splitlines()[0]}") from None
-    if not found:
+    if not files:
         raise NotInPieces(
             f"{name}: no {SINGLE} there. A strategy that shares the weights out reads them piece by piece, which other "
             f"files (pytorch_model.bin) do not allow. Convert the folder once: load it with transformers' from_pretrained "
             "and write it to a new folder with save_pretrained, then name that folder; or use trainer.strategy=ddp."
         )
-    return found
+    return files
 
 
 def _listed(name: str, files: list[str]) -> dict[str, Place]:
     """List the tensors in the files, by key. Reads the files' headers and no values."""
-    listed = {}
+    locations = {}
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118, not a dict
-                    listed[key] = Place(path, key, tuple(file.get_slice(key).get_shape()))
+                    locations[key] = Place(path, key, tuple(file.get_slice(key).get_shape()))
         except (OSError, SafetensorError) as error:
             raise UserError(f"{name}: its weights could not be loaded: {str(error).strip().splitlines()[0]}") from None
-    return listed
+    return locations
 
 
 def _renamed(model: PreTrainedModel, name: str, listed: dict[str, Place]) -> dict[str, Place]:
@@ -199,19 +199,19 @@ def _renamed(model: PreTrainedModel, name: str, listed: dict[str, Place]) -> dic
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     expected = model.state_dict()
     prefix = model.base_model_prefix
-    found = {}
-    for key, place in listed.items():
-        own, fused = rename_source_key(key, renamings, converters, prefix, expected)
-        if own not in expected and key in expected:
-            own, fused = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=expected)
-        if own in expected and fused is not None:
+    renamed = {}
+    for key, location in listed.items():
+        memory_name, fused = rename_source_key(key, renamings, converters, prefix, expected)
+        if memory_name not in expected and key in expected:
+            memory_name, fused = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=expected)
+        if memory_name in expected and fused is not None:
             raise NotInPieces(
-                f"{name}: transformers fuses weights of {model.config.model_type} when it loads them ({own}), which "
+                f"{name}: transformers fuses weights of {model.config.model_type} when it loads them ({memory_name}), which "
                 "cannot be read piece by piece. Use trainer.strategy=ddp."
             )
-        if own in expected:
-            found[own] = place
-    return found
+        if memory_name in expected:
+            renamed[memory_name] = location
+    return renamed
 
 
 def _mend_ties(model: PreTrainedModel, found: dict[str, Place]) -> None:

@@ -150,8 +150,8 @@ class Stage(L.LightningModule):
 
     def _make_model(self) -> None:
         self._given = drawn_up(self._given, self.tiling)
-        start = start_from(self._given, getattr(torch, self.hparams["dtype"]), self.hparams["seed"])
-        self.model, self._new_ids, self._special_ids = start.model, start.new_ids, start.special_ids
+        init = start_from(self._given, getattr(torch, self.hparams["dtype"]), self.hparams["seed"])
+        self.model, self._new_ids, self._special_ids = init.model, init.new_ids, init.special_ids
         self._prepare_training()
 
     def setup(self, stage: str) -> None:
@@ -169,11 +169,13 @@ class Stage(L.LightningModule):
             if lora is not None:
                 add_lora(model, part, lora, self.hparams["seed"])
                 self.how[part] = f"LoRA rank {lora.rank}"
-        rows = self._rows_to_train()
-        if rows:
-            model.new_tokens = NewTokens(model, rows)
-            known = self.how.get(Part.language_model)
-            self.how[Part.language_model] = f"{known + ', ' if known else ''}rows of {counted(len(rows), 'token')}"
+        token_ids = self._rows_to_train()
+        if token_ids:
+            model.new_tokens = NewTokens(model, token_ids)
+            lora_text = self.how.get(Part.language_model)
+            self.how[Part.language_model] = (
+                f"{lora_text + ', ' if lora_text else ''}rows of {counted(len(token_ids), 'token')}"
+            )
         checkpoint_layers(model, self.level)
         self.set_modes()
 
@@ -186,8 +188,8 @@ class Stage(L.LightningModule):
         assert self.model is not None
         if self.model.get_input_embeddings().weight.requires_grad:
             return []
-        adapted = getattr(self.options.parts.get(Part.language_model), "lora", None) is not None
-        if adapted:
+        has_lora = getattr(self.options.parts.get(Part.language_model), "lora", None) is not None
+        if has_lora:
             return self._special_ids if self.trains_special_rows else []
         return self._new_ids
 
@@ -249,10 +251,10 @@ class Stage(L.LightningModule):
     def _watched_loss(self, batch: Batch) -> Tensor:
         """Compute the first micro-batch's loss, and warn when a matrix product ran in float32 under half precision."""
         self._watched = True
-        with Products() as products:
+        with Products() as counter:
             loss = self.step_loss(batch)
         if "16" in self.trainer.precision_plugin.precision:
-            warn_of_float32(products)
+            warn_of_float32(counter)
         return loss
 
     def _divisor(self) -> int:
@@ -262,8 +264,12 @@ class Stage(L.LightningModule):
         averages gradients over ranks. Lightning's own DeepSpeedStrategy divides by the number of micro-batches once
         more.
         """
-        k, world = self.trainer.accumulate_grad_batches, self.trainer.world_size
-        return k * k * world if self.trainer.strategy.handles_gradient_accumulation else k * world
+        num_micro_batches, world_size = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        return (
+            num_micro_batches * num_micro_batches * world_size
+            if self.trainer.strategy.handles_gradient_accumulation
+            else num_micro_batches * world_size
+        )
 
     def step_loss(self, batch: Batch) -> Tensor:
         """Compute this micro-batch's part of the optimizer step's loss, [].
@@ -295,10 +301,10 @@ class Stage(L.LightningModule):
 
     def _log_step(self, loss: Tensor, batch: Batch) -> None:
         """Sum the loss over micro-batches and log it at the last one as `train/loss`."""
-        micro = self.trainer.fit_loop.epoch_loop.batch_idx % self.trainer.accumulate_grad_batches
-        self._partial = loss if micro == 0 else self._partial + loss
+        micro_batch = self.trainer.fit_loop.epoch_loop.batch_idx % self.trainer.accumulate_grad_batches
+        self._partial = loss if micro_batch == 0 else self._partial + loss
         self._step_tiles = batch.step_tiles
-        if micro == self.trainer.accumulate_grad_batches - 1:
+        if micro_batch == self.trainer.accumulate_grad_batches - 1:
             self.log("train/loss", self._partial, prog_bar=True, sync_dist=True, reduce_fx="sum", batch_size=1)
 
     def configure_optimizers(self) -> Any:
@@ -335,9 +341,9 @@ class Stage(L.LightningModule):
         if batch.blank:
             return {}
         count = torch.tensor(batch.supervised)
-        total = torch.stack([part.sum() for part in losses.split(batch.supervised)])
+        sums = torch.stack([part.sum() for part in losses.split(batch.supervised)])
         self.val_loss.update(losses.sum() / len(losses), weight=len(losses))
-        return {"loss_sum": total, "num_tokens": count}
+        return {"loss_sum": sums, "num_tokens": count}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
         """Generate an answer by greedy decoding in place of each sample's last one: `sample_id` and token ids."""

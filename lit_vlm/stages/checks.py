@@ -15,10 +15,10 @@ from lit_vlm.types import Part, UserError
 
 def require_images(index: Any, trainable: Sequence[Part]) -> None:
     """Raise UserError when the vision side trains and no sample of the index has an image. None: no check."""
-    seeing = [part.value for part in trainable if part is not Part.language_model]
-    if index is not None and seeing and not index.tiles.any():
+    vision_parts = [part.value for part in trainable if part is not Part.language_model]
+    if index is not None and vision_parts and not index.tiles.any():
         raise UserError(
-            f"No sample has an image, and the stage trains {', '.join(seeing)}, which would learn nothing. "
+            f"No sample has an image, and the stage trains {', '.join(vision_parts)}, which would learn nothing. "
             "Add a source with images, or set stage.trainable=[language_model]."
         )
 
@@ -67,12 +67,12 @@ def require_gradients(
     missing, unwanted = [n for n in trained if n not in sums], sorted(sums.keys() - set(trained))
     for name in trained:
         norms[part_of(name)] = norms.get(part_of(name), 0.0) + sums.get(name, 0.0)
-    judged = norms if with_images else {Part.language_model: norms.get(Part.language_model, 1.0)}
-    silent = [part.value for part, norm in judged.items() if norm == 0.0]
-    if missing or unwanted or silent:
+    checked = norms if with_images else {Part.language_model: norms.get(Part.language_model, 1.0)}
+    zero_parts = [part.value for part, norm in checked.items() if norm == 0.0]
+    if missing or unwanted or zero_parts:
         raise UserError(
             "The first step's gradients do not match what should train: "
-            f"without a gradient {missing[:5] or 'none'}, unwanted {unwanted[:5] or 'none'}, parts with zero gradient {silent or 'none'}. "
+            f"without a gradient {missing[:5] or 'none'}, unwanted {unwanted[:5] or 'none'}, parts with zero gradient {zero_parts or 'none'}. "
             "Check stage.trainable, and that the answers of this step depend on those parts."
         )
 

@@ -64,7 +64,7 @@ class DPOStage(Stage):
         cache_reference: bool = False,
         **stage: Any,
     ) -> None:
-        own: dict[str, Any] = {
+        loss_options: dict[str, Any] = {
             "beta": beta,
             "loss_type": list(loss_type),
             "loss_weights": list(loss_weights) if loss_weights else None,
@@ -75,9 +75,12 @@ class DPOStage(Stage):
             "ld_alpha": ld_alpha,
             "use_weighting": use_weighting,
         }
-        kept: dict[str, Any] = {"reference": str(reference) if reference else None, "cache_reference": cache_reference}
-        super().__init__(model, **stage, **own, **kept)
-        self.loss = PreferenceLoss(**own)
+        reference_options: dict[str, Any] = {
+            "reference": str(reference) if reference else None,
+            "cache_reference": cache_reference,
+        }
+        super().__init__(model, **stage, **loss_options, **reference_options)
+        self.loss = PreferenceLoss(**loss_options)
         self.reference: LlavaOnevisionForConditionalGeneration | None = None
         self.kept: ReferenceLogProbs | None = None
         self.tally, self.val_tally = Tally(), Tally()
@@ -92,12 +95,12 @@ class DPOStage(Stage):
 
     def _prepare_training(self) -> None:
         """Make the reference model, then prepare the policy; dropout is disabled."""
-        lora = any(getattr(options, "lora", None) for options in self.options.parts.values())
+        has_lora = any(getattr(options, "lora", None) for options in self.options.parts.values())
         if self.hparams["reference"]:
-            blueprint = draw_up(ModelConfig(special_tokens=[]), self.hparams["reference"], self.tiling)
-            self._require_same_words(blueprint)
-            self.reference = build(blueprint, getattr(torch, self.hparams["dtype"]))
-        elif not lora and not self.hparams["cache_reference"]:
+            spec = draw_up(ModelConfig(special_tokens=[]), self.hparams["reference"], self.tiling)
+            self._require_same_words(spec)
+            self.reference = build(spec, getattr(torch, self.hparams["dtype"]))
+        elif not has_lora and not self.hparams["cache_reference"]:
             self.reference = _copy(self.model, with_tower=not self.shares_tower)
         super()._prepare_training()
         if self.reference is not None:
@@ -112,13 +115,13 @@ class DPOStage(Stage):
         Raises:
             UserError: the tokenizers differ.
         """
-        mine = getattr(self._given, "tokenizer", None)
-        if mine is None or mine.get_vocab() == other.tokenizer.get_vocab():
+        tokenizer = getattr(self._given, "tokenizer", None)
+        if tokenizer is None or tokenizer.get_vocab() == other.tokenizer.get_vocab():
             return
-        words = mine.get_vocab().items() ^ other.tokenizer.get_vocab().items()
+        different = tokenizer.get_vocab().items() ^ other.tokenizer.get_vocab().items()
         raise UserError(
             f"stage.reference={self.hparams['reference']} has another tokenizer than the model that trains: "
-            f"{counted(len(words), 'entry differs', 'entries differ')}, as {sorted(words)[0][0]!r}. Its log-probabilities would be of "
+            f"{counted(len(different), 'entry differs', 'entries differ')}, as {sorted(different)[0][0]!r}. Its log-probabilities would be of "
             "other tokens. Name a model of the same vocabulary."
         )
 
@@ -144,10 +147,10 @@ class DPOStage(Stage):
         """Refuse losses that sort the whole batch when it is split into micro-batches."""
         super().on_fit_start()
         micro_batches = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        sorting = [name for name in self.hparams["loss_type"] if name in SORTS_THE_BATCH]
-        if sorting and micro_batches > 1:
+        sorting_losses = [name for name in self.hparams["loss_type"] if name in SORTS_THE_BATCH]
+        if sorting_losses and micro_batches > 1:
             raise UserError(
-                f"stage.loss_type={sorting[0]} sorts the whole batch, and this one is dealt into {micro_batches} micro-batches. "
+                f"stage.loss_type={sorting_losses[0]} sorts the whole batch, and this one is dealt into {micro_batches} micro-batches. "
                 "Lower data.global_batch_size, or raise data.tokens_per_micro_batch and data.tiles_per_micro_batch, on one device."
             )
 
@@ -181,9 +184,9 @@ class DPOStage(Stage):
 
     def step_loss(self, batch: Batch) -> Tensor:
         """Compute this micro-batch's part of the optimizer step's preference loss, [], and log metrics."""
-        loss, judged = self._preference(batch, self.tally, training=True)
-        if judged is not None:
-            self._check_first_loss(judged)
+        loss, output = self._preference(batch, self.tally, training=True)
+        if output is not None:
+            self._check_first_loss(output)
         self._log_metrics()
         return loss
 
@@ -206,23 +209,29 @@ class DPOStage(Stage):
 
     def _preference(self, batch: Batch, tally: Tally, training: bool) -> tuple[Tensor, Judged | None]:
         """Compute the micro-batch's part of the preference loss, and the loss output (None for a dummy batch)."""
-        *scores, seen = self.model(batch=batch, statistics=True, seen=self.seen(batch))
-        frozen = self._reference_scores(batch, seen)
+        *scores, vision_features = self.model(batch=batch, statistics=True, seen=self.seen(batch))
+        reference_log_probs = self._reference_scores(batch, vision_features)
         if batch.blank:
             return scores[0].sum() * 0.0, None
         lengths = batch.supervised[-2 * batch.num_pairs :]
-        chosen = sum(lengths[: batch.num_pairs])
-        judged = self.loss(
+        num_chosen_tokens = sum(lengths[: batch.num_pairs])
+        output = self.loss(
             score_answers(scores, lengths),
-            score_answers([frozen], lengths),
+            score_answers([reference_log_probs], lengths),
             lengths,
             pair_share=batch.num_pairs / max(1, batch.step_pairs),
-            token_share=chosen / max(1, batch.step_chosen_tokens),
+            token_share=num_chosen_tokens / max(1, batch.step_chosen_tokens),
             training=training,
         )
-        policy = scores[0].detach()
-        tally.add(batch, lengths, judged, kl_of(policy, frozen), (policy - frozen)[:chosen].sum())
-        return judged.loss, judged
+        policy_log_probs = scores[0].detach()
+        tally.add(
+            batch,
+            lengths,
+            output,
+            kl_of(policy_log_probs, reference_log_probs),
+            (policy_log_probs - reference_log_probs)[:num_chosen_tokens].sum(),
+        )
+        return output.loss, output
 
     def _log_metrics(self) -> None:
         """Log the metrics of a step's pairs over all ranks, if the step is logged.
@@ -232,8 +241,8 @@ class DPOStage(Stage):
         trainer = self._trainer
         if trainer is None:
             return
-        last = (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if not last:
+        is_last = (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not is_last:
             return
         step = self.global_step + 1
         if step % trainer.log_every_n_steps and step != self._num_steps():
@@ -273,13 +282,13 @@ class DPOStage(Stage):
         expected = self.loss.at_margin_zero()
         if self.global_step or expected is None or judged.pair_loss is None or self.hparams["reference"]:
             return
-        got = float(judged.pair_loss)
-        exact = self.hparams["dtype"] == "float32" and not torch.is_autocast_enabled(self.device.type)
+        actual = float(judged.pair_loss)
+        is_float32 = self.hparams["dtype"] == "float32" and not torch.is_autocast_enabled(self.device.type)
         # cached values were computed with other pairs in the batch: sums over long answers are rounded differently
-        tolerance = (1e-5 if exact else 2e-2) if self.kept is None else (1e-3 if exact else 1e-1)
-        if abs(got - expected) > tolerance * max(1.0, abs(expected)):
+        tolerance = (1e-5 if is_float32 else 2e-2) if self.kept is None else (1e-3 if is_float32 else 1e-1)
+        if abs(actual - expected) > tolerance * max(1.0, abs(expected)):
             raise UserError(
-                f"The first preference loss is {got:.6f}; policy and reference are the same model, so it must be {expected:.6f} "
+                f"The first preference loss is {actual:.6f}; policy and reference are the same model, so it must be {expected:.6f} "
                 f"({', '.join(self.hparams['loss_type'])} at margin zero). Something makes them differ: dropout, or a changed model."
             )
 

@@ -64,10 +64,10 @@ class Kept:
             np.concatenate([part[name].numpy().view(np.uint64) for part in parts]) for name in ("keys", "contents")
         )
         counts = [part["counts"].numpy() for part in parts]
-        where = [np.stack([np.full(len(c), n), np.cumsum([0, *c.sum(1)])[:-1]], 1) for n, c in enumerate(counts)]
+        locations = [np.stack([np.full(len(c), n), np.cumsum([0, *c.sum(1)])[:-1]], 1) for n, c in enumerate(counts)]
         self._keys = np.unique(keys)
-        self._records, first = np.unique(_records(keys, contents), return_index=True)
-        self._counts, self._where = np.concatenate(counts)[first], np.concatenate(where)[first]
+        self._records, indices = np.unique(_records(keys, contents), return_index=True)
+        self._counts, self._where = np.concatenate(counts)[indices], np.concatenate(locations)[indices]
         self._values = [part["values"] for part in parts]
 
     def knows(self, keys: np.ndarray) -> np.ndarray:
@@ -93,15 +93,15 @@ class Kept:
         """
         if self.folder is None or not self._new:
             return
-        with written(self.folder / f"part-{uuid4().hex}.safetensors", self.what.capitalize()) as beside, os_errors():
-            save_file(_packed(self._new), beside)
+        with written(self.folder / f"part-{uuid4().hex}.safetensors", self.what.capitalize()) as temporary, os_errors():
+            save_file(_packed(self._new), temporary)
         self._new, self._bytes = [], 0
 
     def exchange(self) -> None:
         """Gather the pending records of all ranks on every rank, for a cache in memory. All ranks call it together."""
-        everyone: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, self._new)
-        self._new = [record for one in everyone for record in one]
+        pending_by_rank: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(pending_by_rank, self._new)
+        self._new = [record for pending in pending_by_rank for record in pending]
 
     def rows(self, batch: Batch, record: int, counts: Sequence[int]) -> Tensor:
         """Get the rows of the record at this position of the batch.
@@ -110,9 +110,9 @@ class Kept:
             UserError: the record is not in the cache, or has other counts or other images now.
         """
         key, content = (np.array([column[record]], np.uint64) for column in (batch.keys, batch.contents))
-        (wanted,) = _records(key, content)
-        place = int(np.searchsorted(self._records, wanted))
-        known = place < len(self._records) and self._records[place] == wanted
+        (record_hash,) = _records(key, content)
+        place = int(np.searchsorted(self._records, record_hash))
+        known = place < len(self._records) and self._records[place] == record_hash
         if not known or self._counts[place].tolist() != list(counts):
             raise UserError(f"{batch.sample_ids[record]}: {self._lack(key, known)} or train with {self.setting}=false.")
         part, start = self._where[place].tolist()
@@ -120,11 +120,11 @@ class Kept:
 
     def _lack(self, key: np.ndarray, known: bool) -> str:
         """Describe why a record is not in the cache."""
-        where = f"{self.what} ({self.folder or 'in memory'})"
+        label = f"{self.what} ({self.folder or 'in memory'})"
         if known or not self.knows(key).all():
-            return f"{where} lack this record as it is now. Remove that folder,"
+            return f"{label} lack this record as it is now. Remove that folder,"
         return (
-            f"its pictures hold something else than when {where} were made of them: a file was replaced under the same name. "
+            f"its pictures hold something else than when {label} were made of them: a file was replaced under the same name. "
             "Start again, and this record is looked at anew,"
         )
 
@@ -151,12 +151,12 @@ def _opened(file: Path) -> dict[str, Any]:
     """Open a file of the cache and check that it is complete; values are not read yet."""
     try:
         part = safe_open(file, framework="pt")
-        opened = {name: part.get_tensor(name) for name in ("keys", "contents", "counts")}
-        opened["values"] = part.get_slice("values")
-        whole = int(opened["counts"].sum()) == opened["values"].get_shape()[0]
-        whole = whole and len(opened["keys"]) == len(opened["contents"]) == len(opened["counts"])
+        tensors = {name: part.get_tensor(name) for name in ("keys", "contents", "counts")}
+        tensors["values"] = part.get_slice("values")
+        is_complete = int(tensors["counts"].sum()) == tensors["values"].get_shape()[0]
+        is_complete = is_complete and len(tensors["keys"]) == len(tensors["contents"]) == len(tensors["counts"])
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: cannot be read ({error}). Remove it; what it held is made again.") from error
-    if not whole:
+    if not is_complete:
         raise UserError(f"{file}: is damaged. Remove it; what it held is made again.")
-    return opened
+    return tensors

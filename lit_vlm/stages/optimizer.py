@@ -53,8 +53,8 @@ def options_of(arguments: dict[str, Any]) -> OptimizerOptions:
     for name, values in (arguments["parts"] or {}).items():
         values = dict(values)
         lora = values.pop("lora", None)
-        chosen = Lora(**lora) if lora and lora.get("rank", 0) > 0 else None
-        parts[Part(name)] = replace(PartOptions(**values), lora=chosen)
+        lora_options = Lora(**lora) if lora and lora.get("rank", 0) > 0 else None
+        parts[Part(name)] = replace(PartOptions(**values), lora=lora_options)
     return OptimizerOptions(
         learning_rate=arguments["learning_rate"],
         weight_decay=arguments["weight_decay"],
@@ -100,8 +100,8 @@ def make_scheduler(
     optimizer: torch.optim.Optimizer, options: OptimizerOptions, num_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Make the learning-rate schedule (scheduler), with one curve for each parameter group."""
-    curves = [rate_curve(options, Part(group["part"]), num_steps) for group in optimizer.param_groups]
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, curves)
+    lr_lambdas = [rate_curve(options, Part(group["part"]), num_steps) for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambdas)
 
 
 def rate_curve(options: OptimizerOptions, part: Part, num_steps: int) -> Callable[[int], float]:
@@ -111,16 +111,16 @@ def rate_curve(options: OptimizerOptions, part: Part, num_steps: int) -> Callabl
         a function of the step that returns the fraction of the peak learning rate, as torch's LambdaLR needs it.
     """
     warmup = options.of(part, "warmup")
-    climb = math.ceil(warmup * num_steps) if warmup < 1 else int(warmup)
-    floor = options.min_learning_rate
+    warmup_steps = math.ceil(warmup * num_steps) if warmup < 1 else int(warmup)
+    minimum = options.min_learning_rate
 
     def share(step: int) -> float:
-        if step < climb:
-            return (step + 1) / (climb + 1)
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
         if options.schedule == "constant":
             return 1.0
-        done = min(1.0, (step - climb) / max(1, num_steps - climb))
-        left = 1.0 - done if options.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-        return floor + (1.0 - floor) * left
+        progress = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
+        decay = 1.0 - progress if options.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+        return minimum + (1.0 - minimum) * decay
 
     return share

@@ -42,15 +42,15 @@ def pass_over(
     """
     data = _data_of(trainer, kept.what)
     data.contents = True
-    drawn = np.unique(np.concatenate([data.plan.samples(step) for step in range(data.plan.num_steps)]))
-    for index, samples in ((data.index, drawn), (data.held_out, np.arange(len(data.held_out)))):
+    sampled = np.unique(np.concatenate([data.plan.samples(step) for step in range(data.plan.num_steps)]))
+    for index, samples in ((data.index, sampled), (data.held_out, np.arange(len(data.held_out)))):
         # one rank decides for all: they iterate over the same number of micro-batches
-        new, others = trainer.strategy.broadcast(_new(data, kept, index, samples) if trainer.is_global_zero else None)
+        new, changed = trainer.strategy.broadcast(_new(data, kept, index, samples) if trainer.is_global_zero else None)
         if len(samples):
             which = "drawn" if index is data.index else "held-out"
-            replaced = f", {others:,} with other pictures than before" if others else ""
-            found = f"of {counted(len(samples), f'{which} record')} {counted(len(new), 'is', 'are')} new{replaced}"
-            say(f"{kept.what}: {found}; {kept.folder or 'in memory'}")
+            replaced = f", {changed:,} with other pictures than before" if changed else ""
+            counts = f"of {counted(len(samples), f'{which} record')} {counted(len(new), 'is', 'are')} new{replaced}"
+            say(f"{kept.what}: {counts}; {kept.folder or 'in memory'}")
         for batch in data.pass_over(index, new) if len(new) else ():
             batch = data.on_before_batch_transfer(batch, 0).to(trainer.strategy.root_device)
             with trainer.precision_plugin.forward_context():
@@ -65,10 +65,10 @@ def pass_over(
 def _new(data: Any, kept: Kept, index: Index, samples: np.ndarray) -> tuple[np.ndarray, int]:
     """Find the samples that are not in the cache, and the number of them whose images alone have changed."""
     keys = index.keys(samples)
-    known, contents = kept.knows(keys), np.zeros(len(samples), np.uint64)
-    contents[known] = data.contents_of(index, samples[known])
+    has_key, contents = kept.knows(keys), np.zeros(len(samples), np.uint64)
+    contents[has_key] = data.contents_of(index, samples[has_key])
     missing = kept.missing(keys, contents)
-    return samples[missing], int(np.count_nonzero(missing & known))
+    return samples[missing], int(np.count_nonzero(missing & has_key))
 
 
 def _data_of(trainer: L.Trainer, what: str) -> Any:
@@ -112,13 +112,13 @@ def keep_features(
     From then on the data module decodes no images for training.
     """
     layer, width = model.config.vision_feature_layer, model.config.vision_config.hidden_size
-    blank = torch.zeros(1, model.model.image_settings.side**2, width, device=trainer.strategy.root_device)
-    features = Seen(folder_for(trainer, "features", weights, layer=layer, **what), blank)
+    dummy = torch.zeros(1, model.model.image_settings.side**2, width, device=trainer.strategy.root_device)
+    features = Seen(folder_for(trainer, "features", weights, layer=layer, **what), dummy)
 
     def look(batch: Batch) -> None:
-        seen = model(batch=batch, look_only=True)
+        vision_features = model(batch=batch, look_only=True)
         if not batch.blank:
-            features.add_batch(batch, seen)
+            features.add_batch(batch, vision_features)
 
     pass_over(trainer, features, look, say)
     _data_of(trainer, features.what).pixels = False

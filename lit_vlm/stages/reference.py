@@ -25,15 +25,15 @@ class ReferenceLogProbs(Kept):
         """Add log-probabilities [R] in the order of the batch's row."""
         answers = log_probs.float().split(batch.supervised[-2 * batch.num_pairs :])
         for number, record in enumerate(zip(batch.keys, batch.contents, strict=True)):
-            both = answers[number], answers[batch.num_pairs + number]
-            self.add(*record, list(map(len, both)), torch.cat(both))
+            pair = answers[number], answers[batch.num_pairs + number]
+            self.add(*record, list(map(len, pair)), torch.cat(pair))
 
     def of(self, batch: Batch) -> Tensor:
         """Get log-probabilities [R] in the order of the batch's row."""
         chosen, rejected = [], []
         for number in range(batch.num_pairs):
             counts = [batch.supervised[number - 2 * batch.num_pairs], batch.supervised[number - batch.num_pairs]]
-            good, bad = self.rows(batch, number, counts).split(counts)
-            chosen.append(good)
-            rejected.append(bad)
+            chosen_log_probs, rejected_log_probs = self.rows(batch, number, counts).split(counts)
+            chosen.append(chosen_log_probs)
+            rejected.append(rejected_log_probs)
         return torch.cat([*chosen, *rejected]).to(batch.input_ids.device)
