@@ -1,8 +1,8 @@
-"""LLaVA-OneVision's tiling, as arithmetic: how many tiles and tokens an image becomes.
+"""Compute LLaVA-OneVision's anyres tiling: the number of tiles and tokens that an image becomes.
 
-`data` counts with it, `model` arranges features with it, so the two cannot disagree. The rules are those of
+`data` counts tokens with it and `model` arranges features with it, so the two cannot disagree. The rules are those of
 transformers 5.23 (`models/llava_onevision/{image_processing,modeling,processing}_llava_onevision.py`), rounding
-included; a test compares both.
+included. A test compares both.
 """
 
 from __future__ import annotations
@@ -15,32 +15,32 @@ from typing import NamedTuple
 
 
 class Tiling(StrEnum):
-    """`base`: the whole image once, for alignment. `anyres`: the whole image and its tiles, as plain transformers does."""
+    """Tiling mode. `base`: the whole image once, for alignment. `anyres`: the whole image and its tiles (transformers')."""
 
     base = "base"
     anyres = "anyres"
 
 
 class Layout(NamedTuple):
-    """How the features of one image become tokens. Heights and widths of a grid are in patches."""
+    """Arrangement of one image's tile features as tokens. Heights and widths of a grid are in patches."""
 
-    num_tiles: int  # tower inputs, the base view first
-    num_tokens: int  # placeholders in the prompt
-    rows: int = 0  # tiles down and across; 0 = base view alone
+    num_tiles: int  # inputs of the vision tower, the base view first
+    num_tokens: int  # image placeholders in the prompt
+    rows: int = 0  # tiles down and across; 0: base view only
     columns: int = 0
-    # top, bottom, left, right of the stitched grid that belong to the image
+    # top, bottom, left, right: the part of the stitched grid that the image covers
     crop: tuple[int, int, int, int] = (0, 0, 0, 0)
-    pooled: tuple[int, int] | None = None  # bilinear target (height, width) when the cap is exceeded
+    pooled: tuple[int, int] | None = None  # bilinear target (height, width) when max_tiles is exceeded
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSettings:
-    """What turns an image into tiles and tokens; read from a model folder, the same for data, model and export."""
+    """Tiling and normalisation settings, read from a model folder; the same for data, model and export."""
 
     tile_size: int  # pixels, square
     patch_size: int
     grid_pinpoints: tuple[tuple[int, int], ...]  # (height, width) of the resolutions to choose from
-    max_tiles: int  # N of anyres_max_N: above 1.1 times this many tiles' patches, features are pooled
+    max_tiles: int  # N of anyres_max_N: features are pooled above 1.1 times the patches of N tiles
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     resample: int = 3  # PIL's bicubic
@@ -50,7 +50,7 @@ class ImageSettings:
 
     @property
     def side(self) -> int:
-        """Patches along a tile's side."""
+        """Patches along one side of a tile."""
         return self.tile_size // self.patch_size
 
     @property
@@ -58,11 +58,12 @@ class ImageSettings:
         return f"anyres_max_{self.max_tiles}"
 
     def layout(self, height: int, width: int, *, alone: bool = True, most_tiles: int | None = None) -> Layout:
-        """Tiles and tokens of an image of this size.
+        """Compute the tiles and tokens of an image of this size (pixels).
 
         Args:
-            alone: False when its sample holds several images; each is then its base view.
-            most_tiles: beside the base view; smaller grids of the model's are chosen from. 0: the base view alone.
+            single_image: False when the sample holds several images; each image is then its base view only.
+            max_tiles: maximum number of tiles in addition to the base view; a smaller grid of the model's is selected.
+                0: the base view only.
         """
         if most_tiles == 0:
             alone = False
@@ -70,20 +71,20 @@ class ImageSettings:
         return _layout(self.side, self.tile_size, pinpoints, self.max_tiles, self.tiling, height, width, alone)
 
     def pinpoints(self, most_tiles: int | None = None) -> tuple[tuple[int, int], ...]:
-        """The resolutions (height, width) to choose from that have at most so many tiles."""
+        """Select the resolutions (height, width) that have at most `max_tiles` tiles."""
         if most_tiles is None:
             return self.grid_pinpoints
         return _up_to(self.grid_pinpoints, self.tile_size, most_tiles)
 
 
 def grid_pinpoints(tile_size: int, most: int) -> tuple[tuple[int, int], ...]:
-    """All (height, width) from 1x1 to most x most tiles, as in LLaVA-OneVision's `(1x1),...,(6x6)`."""
+    """Make all (height, width) from 1x1 to grid_size x grid_size tiles, as in LLaVA-OneVision's `(1x1),...,(6x6)`."""
     sides = [tile_size * n for n in range(1, most + 1)]
     return tuple((height, width) for height in sides for width in sides)
 
 
 def best_resolution(height: int, width: int, pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """The pinpoint that keeps most of the image; of equals, the one that wastes least."""
+    """Select the pinpoint that keeps the most image pixels; of equals, the one that wastes the fewest."""
     best, most_kept, least_wasted = pinpoints[0], -1, math.inf
     for target_height, target_width in pinpoints:
         scale = min(target_width / width, target_height / height)
@@ -96,8 +97,8 @@ def best_resolution(height: int, width: int, pinpoints: tuple[tuple[int, int], .
 
 @lru_cache(maxsize=256)
 def _up_to(pinpoints: tuple[tuple[int, int], ...], tile_size: int, most_tiles: int) -> tuple[tuple[int, int], ...]:
-    few = tuple(point for point in pinpoints if point[0] * point[1] <= most_tiles * tile_size**2)
-    return few or (min(pinpoints, key=lambda point: point[0] * point[1]),)
+    allowed = tuple(point for point in pinpoints if point[0] * point[1] <= most_tiles * tile_size**2)
+    return allowed or (min(pinpoints, key=lambda point: point[0] * point[1]),)
 
 
 @lru_cache(maxsize=65536)

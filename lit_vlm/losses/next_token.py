@@ -1,12 +1,12 @@
-"""Next-token log-probabilities on the rows that are supervised, in chunks of rows.
+"""Next-token loss: cross-entropy as log-probabilities of the supervised tokens, computed in chunks of rows.
 
-Logits of 16 thousand rows over 152 thousand words take 10 GB in float32, their gradient as much again. Here no more than
-a chunk of them exists at a time: forward keeps one number per row, backward makes the chunk's logits again. Up to one
-chunk they are kept instead, and nothing is made twice. A chunk is large enough for the matrix product to run at full
-speed.
+Logits of 16 thousand rows over 152 thousand tokens take 10 GB in float32, and their gradient as much again. Here at
+most one chunk of them exists at a time: forward keeps one number per row, and backward recomputes the logits of a
+chunk. When all rows fit into one chunk, its logits are kept and nothing is recomputed. A chunk is large enough for the
+matrix product to run at full speed.
 
-Nothing is averaged: micro-batches and ranks hold different numbers of supervised tokens, so the stage divides the sum
-once, by the count over the whole optimizer step. A mean of means would overweight short answers.
+Nothing is averaged here. Micro-batches and ranks hold different numbers of supervised tokens, so the stage divides the
+sum once, by the count over the whole optimizer step. A mean of means would give short answers too much weight.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lit_vlm.types import HEAD_ROWS
 
-# Shapes: R rows, C rows of a chunk, D width, V words, n words with rows of their own.
+# Shapes: R rows (supervised positions), C rows of a chunk, D width, V vocabulary size, n tokens with rows of their own.
 
 Scores: TypeAlias = tuple[Tensor, ...]
 
@@ -34,24 +34,28 @@ def score_tokens(
     statistics: bool = False,
     chunk: int = HEAD_ROWS,
 ) -> Scores:
-    """Log-probability of each row's target, in float32; under autocast the matrices multiply in its type.
+    """Compute the log-probability of each row's target token, [R] float32: `-F.cross_entropy(..., reduction="none")`.
+
+    Under autocast the matrix products run in its type.
 
     Args:
         hidden: [R, D].
-        weight: [V, D].
-        targets: [R].
-        ids: [n] words whose rows are those of `own` [n, D] and not the matrix's.
-        statistics: more about each row, without gradients.
-        chunk: most rows whose logits exist at a time.
+        weight: [V, D], the head's matrix.
+        targets: [R] token ids.
+        token_ids: [n] tokens whose rows are those of `token_rows` [n, D] and not the matrix's.
+        statistics: return more about each row, without gradients.
+        chunk_size: maximum number of rows whose logits exist at a time.
 
     Returns:
         log-probabilities [R]; with `statistics` also the entropy in nats, the mean logit, whether the target is the
-        likeliest word, and the log of the sum of squared probabilities, [R] each.
+        most likely token, and the log of the sum of squared probabilities, [R] each.
     """
     return _Score.apply(hidden, weight, targets, ids, own, statistics, chunk)  # type: ignore[no-any-return]
 
 
 class _Score(torch.autograd.Function):
+    """Autograd function of the log-probabilities, with logits computed in chunks."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -66,53 +70,53 @@ class _Score(torch.autograd.Function):
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         with torch.autocast(device, enabled=False):
-            matrix, rows = weight.to(dtype), None if own is None else own.to(dtype)
-            parts, norms, kept = [], [], []
+            matrix, token_matrix = weight.to(dtype), None if own is None else own.to(dtype)
+            parts, log_normalizers, kept = [], [], []
             for start in range(0, len(hidden), chunk):
-                logits = _logits(hidden[start : start + chunk].to(dtype), matrix, ids, rows)
-                norm = logits.float().logsumexp(-1)
-                parts.append(_scores(logits, targets[start : start + chunk], norm, statistics))
-                norms.append(norm)
+                logits = _logits(hidden[start : start + chunk].to(dtype), matrix, ids, token_matrix)
+                log_normalizer = logits.float().logsumexp(-1)
+                parts.append(_scores(logits, targets[start : start + chunk], log_normalizer, statistics))
+                log_normalizers.append(log_normalizer)
                 kept.append(logits)
                 if len(hidden) > chunk:
                     kept.clear()
         scores = tuple(torch.cat(column) for column in zip(*parts, strict=True))
-        ctx.save_for_backward(hidden, weight, targets, ids, own, torch.cat(norms), *kept)
+        ctx.save_for_backward(hidden, weight, targets, ids, own, torch.cat(log_normalizers), *kept)
         ctx.dtype, ctx.chunk = dtype, chunk
         ctx.mark_non_differentiable(*scores[1:])
         return scores
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
-        hidden, weight, targets, ids, own, norms, *kept = ctx.saved_tensors
-        wants_hidden, wants_weight, wants_own = (ctx.needs_input_grad[i] for i in (0, 1, 4))
-        dtype, size = ctx.dtype, ctx.chunk
-        matrix, rows = weight.to(dtype), None if own is None else own.to(dtype)
+        hidden, weight, targets, token_ids, token_rows, log_normalizers, *kept = ctx.saved_tensors
+        wants_hidden, wants_weight, wants_token_rows = (ctx.needs_input_grad[i] for i in (0, 1, 4))
+        dtype, chunk_size = ctx.dtype, ctx.chunk
+        matrix, token_matrix = weight.to(dtype), None if token_rows is None else token_rows.to(dtype)
         d_hidden = torch.empty_like(hidden) if wants_hidden else None
-        d_weight = d_own = None  # sums over chunks are taken in float32, whatever multiplies
-        for start in range(0, len(hidden), size):
-            part = slice(start, start + size)
-            read = hidden[part].to(dtype)
-            logits = kept[0] if kept else _logits(read, matrix, ids, rows)
-            change = (logits.float() - norms[part, None]).exp_().neg_()
-            change[torch.arange(len(change), device=change.device), targets[part]] += 1
-            change = change.mul_(gradient[part, None]).to(dtype)
-            on_own = None
-            if ids is not None:
-                on_own = change[:, ids]
-                change.index_fill_(1, ids, 0.0)
+        d_weight = d_token_rows = None  # sums over chunks are in float32, whatever type multiplies
+        for start in range(0, len(hidden), chunk_size):
+            part = slice(start, start + chunk_size)
+            inputs = hidden[part].to(dtype)
+            logits = kept[0] if kept else _logits(inputs, matrix, token_ids, token_matrix)
+            d_logits = (logits.float() - log_normalizers[part, None]).exp_().neg_()
+            d_logits[torch.arange(len(d_logits), device=d_logits.device), targets[part]] += 1
+            d_logits = d_logits.mul_(gradient[part, None]).to(dtype)
+            d_new = None
+            if token_ids is not None:
+                d_new = d_logits[:, token_ids]
+                d_logits.index_fill_(1, token_ids, 0.0)
             if d_hidden is not None:
-                d_hidden[part] = change @ matrix if on_own is None else change @ matrix + on_own @ rows
+                d_hidden[part] = d_logits @ matrix if d_new is None else d_logits @ matrix + d_new @ token_matrix
             if wants_weight:
-                d_weight = _sum(d_weight, change.T @ read)
-            if wants_own:
-                d_own = _sum(d_own, on_own.T @ read)
+                d_weight = _sum(d_weight, d_logits.T @ inputs)
+            if wants_token_rows:
+                d_token_rows = _sum(d_token_rows, d_new.T @ inputs)
         return (
             d_hidden,
             None if d_weight is None else d_weight.to(weight.dtype),
             None,
             None,
-            None if d_own is None else d_own.to(own.dtype),
+            None if d_token_rows is None else d_token_rows.to(token_rows.dtype),
             None,
             None,
         )
@@ -123,21 +127,22 @@ def _sum(total: Tensor | None, part: Tensor) -> Tensor:
 
 
 def _logits(hidden: Tensor, matrix: Tensor, ids: Tensor | None, rows: Tensor | None) -> Tensor:
+    """Compute logits [C, V] of one chunk, with the logits of tokens that have rows of their own."""
     logits = F.linear(hidden, matrix)
     return logits if ids is None else logits.index_copy_(-1, ids, F.linear(hidden, rows))
 
 
 def _scores(logits: Tensor, targets: Tensor, norm: Tensor, statistics: bool) -> Scores:
-    """Of one chunk, [C] each."""
+    """Compute the scores of one chunk, [C] each."""
     log_probs = logits.gather(-1, targets[:, None]).squeeze(-1).float() - norm
     if not statistics:
         return (log_probs,)
     logits = logits.float()
-    every = logits - norm[:, None]
+    log_probs_all = logits - norm[:, None]
     return (
         log_probs,
-        -(every.exp() * every).sum(-1),
+        -(log_probs_all.exp() * log_probs_all).sum(-1),
         logits.mean(-1),
         logits.argmax(-1) == targets,
-        (2 * every).logsumexp(-1),
+        (2 * log_probs_all).logsumexp(-1),
     )

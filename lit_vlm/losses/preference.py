@@ -1,9 +1,9 @@
-"""Preference losses are TRL's own code, run on our forward pass.
+"""Preference loss (DPO and relatives): TRL's own code, run on our forward pass.
 
-TRL has no public loss function: all of it lives in `DPOTrainer._compute_loss` (trl 1.16). That method reads a dozen
-attributes of its trainer and calls the model once; `PreferenceLoss` supplies those attributes and a "model" that hands
-over the scores we computed ourselves, so an image is encoded once and no Trainer, process group or dataset of TRL's
-comes into being. trl is pinned, and a contract test holds this adapter against a real DPOTrainer, loss by loss.
+TRL has no public loss function: all of it is in `DPOTrainer._compute_loss` (trl 1.16). That method reads about twelve
+attributes of its trainer and calls the model once. `PreferenceLoss` supplies those attributes and a "model" that
+returns the scores that we computed, so that an image is encoded once and no Trainer, process group or dataset of TRL's
+is created. trl is pinned, and a contract test compares this adapter with a real DPOTrainer, loss by loss.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from lit_vlm.types import UserError
 
 __all__ = ["LOSSES", "SORTS_THE_BATCH", "AnswerScores", "Judged", "PreferenceLoss", "answer_mask", "score_answers"]
 
-# Shapes: P pairs, 2P answers (all chosen ones, then all rejected ones), A longest answer in tokens, R supervised rows.
+# Shapes: P pairs, 2P answers (all chosen ones, then all rejected ones), A longest answer in tokens, R supervised tokens.
 
 
 @dataclass(slots=True)
 class AnswerScores:
-    """What a forward pass says of each answer's tokens; all [2P, A], zero behind an answer's end."""
+    """Scores of each answer's tokens from one forward pass; all [2P, A], zero behind an answer's end."""
 
     log_probs: Tensor
     entropy: Tensor | None = None
     mean_logits: Tensor | None = None
     is_top1: Tensor | None = None
     log_sum_sq_probs: Tensor | None = None
-    aux_loss: Tensor | None = None  # of mixtures of experts, which these models are not
+    aux_loss: Tensor | None = None  # for mixtures of experts, which these models are not
 
 
 def score_answers(scores: Sequence[Tensor], lengths: list[int]) -> AnswerScores:
-    """Spread what is known of each row over the answers that the rows belong to.
+    """Pad scores [R] to [2P, A]: one row for each answer.
 
     Args:
-        scores: [R] each, as `next_token.score_tokens` returns them with statistics; or the log-probabilities alone, of a
-            reference: TRL asks it for nothing else.
+        scores: [R] each, as `next_token.compute_token_log_probs` returns them with statistics; or only the
+            log-probabilities, for a reference model: TRL needs no more of it.
         lengths: supervised tokens of each of the 2P answers; sums to R.
     """
     mask = answer_mask(lengths, scores[0].device)
@@ -59,18 +59,18 @@ def score_answers(scores: Sequence[Tensor], lengths: list[int]) -> AnswerScores:
 
 
 def answer_mask(lengths: list[int], device: torch.device) -> Tensor:
-    """[2P, A]: True on an answer's own tokens."""
+    """Make the [2P, A] mask that is True on an answer's own tokens."""
     return torch.arange(max(lengths), device=device)[None] < torch.tensor(lengths, device=device)[:, None]
 
 
 @dataclass(slots=True)
 class Judged:
-    """What the loss says of a micro-batch."""
+    """Output of the preference loss for one micro-batch."""
 
-    loss: Tensor  # [], this micro-batch's part of the step's loss
-    pair_loss: Tensor | None  # [], the mean over its pairs, without the `sft` term; None: there is nothing else
-    rewards: Tensor  # [2P], beta times how much likelier each answer has become
-    metrics: dict[str, float]  # TRL's, of this micro-batch
+    loss: Tensor  # [], this micro-batch's part of the optimizer step's loss
+    pair_loss: Tensor | None  # [], the mean over its pairs, without the `sft` term; None: `sft` is the only loss
+    rewards: Tensor  # [2P], beta times the log-probability ratio of policy to reference
+    metrics: dict[str, float]  # TRL's metrics of this micro-batch
 
 
 class PreferenceLoss:
@@ -81,7 +81,8 @@ class PreferenceLoss:
         loss_weights: one per loss type; None: 1 each.
 
     Raises:
-        UserError: what TRL's own trainer refuses, a name that it lacks, numbers that its formulas cannot take.
+        UserError: options that TRL's own trainer refuses, a loss that it does not have, numbers that its formulas
+            cannot use.
     """
 
     def __init__(
@@ -109,16 +110,16 @@ class PreferenceLoss:
         stage = DPOStageConfig(
             loss_type=list(loss_type), loss_weights=loss_weights, discopop_tau=discopop_tau, **options
         )
-        for mistake in (*mistakes_in_ranges(stage, "stage."), *mistakes_in_preference_loss(stage)):
-            raise UserError(mistake)
+        for error in (*mistakes_in_ranges(stage, "stage."), *mistakes_in_preference_loss(stage)):
+            raise UserError(error)
         self.beta, self.loss_type, self.label_smoothing = beta, list(loss_type), label_smoothing
         self.use_weighting = use_weighting
-        pairs = [(name, weight) for name, weight in zip(loss_type, weights, strict=True) if name != "sft"]
-        tokens = [(name, weight) for name, weight in zip(loss_type, weights, strict=True) if name == "sft"]
-        # `sft` is a mean over tokens and the others are means over pairs: each goes through TRL by itself, so that
-        # several micro-batches add up to what one batch would give
-        self._by_pairs = _trainer(pairs, discopop_tau, options) if pairs else None
-        self._by_tokens = _trainer(tokens, discopop_tau, options) if tokens else None
+        pair_losses = [(name, weight) for name, weight in zip(loss_type, weights, strict=True) if name != "sft"]
+        token_losses = [(name, weight) for name, weight in zip(loss_type, weights, strict=True) if name == "sft"]
+        # `sft` is a mean over tokens and the others are means over pairs: TRL computes the two apart, so that
+        # several micro-batches add up to the loss of one batch
+        self._by_pairs = _trainer(pair_losses, discopop_tau, options) if pair_losses else None
+        self._by_tokens = _trainer(token_losses, discopop_tau, options) if token_losses else None
         self.weights = dict(zip(loss_type, weights, strict=True))
 
     def __call__(
@@ -131,26 +132,31 @@ class PreferenceLoss:
         token_share: float = 1.0,
         training: bool = True,
     ) -> Judged:
-        """
+        """Compute the preference loss of one micro-batch.
+
         Args:
+            policy: scores of the 2P answers under the model that trains.
+            reference: log-probabilities under the reference model.
             lengths: supervised tokens of each of the 2P answers.
-            pair_share: this micro-batch's pairs as a share of the optimizer step's.
-            token_share: its chosen answers' tokens, likewise.
+            pair_share: fraction of the optimizer step's pairs that are in this micro-batch.
+            token_share: fraction of the optimizer step's tokens of chosen answers that are in this micro-batch.
         """
         mask = answer_mask(lengths, policy.log_probs.device)
         inputs = _inputs(mask)
-        judged = None
+        output = None
         for trainer, share in ((self._by_tokens, token_share), (self._by_pairs, pair_share)):
             if trainer is not None:
                 part, rewards, metrics = _run(trainer, policy, reference, inputs, training)
-                loss = part * share if judged is None else judged.loss + part * share
-                judged = Judged(loss, part.detach() if trainer is self._by_pairs else None, rewards, metrics)
-        assert judged is not None  # there is one loss at least
-        return judged
+                loss = part * share if output is None else output.loss + part * share
+                output = Judged(loss, part.detach() if trainer is self._by_pairs else None, rewards, metrics)
+        assert output is not None  # there is at least one loss
+        return output
 
     def at_margin_zero(self) -> float | None:
-        """What `Judged.pair_loss` must be at the first step: policy and reference are one model then. None where that depends
-        on the data."""
+        """Compute the `pair_loss` that the first step must have, while policy and reference model are equal.
+
+        None where that depends on the data.
+        """
         values = {
             "sigmoid": math.log(2),
             "sigmoid_norm": math.log(2),
@@ -177,7 +183,7 @@ class PreferenceLoss:
 def _run(
     trainer: Any, policy: AnswerScores, reference: AnswerScores, inputs: dict, training: bool
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
-    """Loss, rewards [2P] and metrics."""
+    """Run TRL's `_compute_loss`; return loss [], rewards [2P] and metrics."""
     from trl.trainer.dpo_trainer import DPOTrainer
 
     trainer.model.training = training
@@ -200,17 +206,17 @@ def _run(
     recorded = trainer._metrics["train" if training else "eval"]
     metrics = {name: values[-1] for name, values in recorded.items() if name != "num_tokens"}
     recorded.clear()
-    return loss, torch.cat(gathered[:2]), metrics  # it gathers the rewards of chosen and of rejected answers first
+    return loss, torch.cat(gathered[:2]), metrics  # TRL first gathers the rewards of chosen and rejected
 
 
 def _inputs(mask: Tensor) -> dict[str, Tensor]:
-    """TRL's batch, cut down to the answers: one position before each, for the token that predicts its first."""
+    """Make TRL's batch, reduced to the answers: one position before each, which predicts its first token."""
     completion = torch.cat([torch.zeros_like(mask[:, :1]), mask], dim=1).long()
     return {"input_ids": torch.zeros_like(completion), "attention_mask": completion, "completion_mask": completion}
 
 
 def _trainer(losses: list[tuple[str, float]], discopop_tau: float, options: dict[str, Any]) -> Any:
-    """The attributes that `DPOTrainer._compute_loss` of trl 1.16 reads from its trainer."""
+    """Make an object with the attributes that `DPOTrainer._compute_loss` of trl 1.16 reads from its trainer."""
     model: Any = nn.Module()
     model.is_gradient_checkpointing = False
     accelerator = SimpleNamespace(

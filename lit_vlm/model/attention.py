@@ -1,7 +1,7 @@
-"""Attention over a flat row of segments, registered with transformers under the name `flat`.
+"""Attention over packed segments of a flat row, registered with transformers under the name `flat`.
 
-A decoder layer of transformers calls it like any other implementation. When the keyword `segments` comes with the call,
-no token sees another segment; without it (generation, plain use) it is transformers' own SDPA, masks included.
+A decoder layer of transformers calls it like any other attention implementation. With the keyword `segments`, no token
+attends to another segment. Without it (generation, plain use) the call goes to transformers' own SDPA, masks included.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from lit_vlm.types import UserError
 
 NAME = "flat"
 
-# Shapes: T tokens in the row, H heads, K key-value heads, D head width, Q queries (T, or those that a layer asks for), G
-# members of one group, L its most queries.
+# Shapes: T tokens in the row, H heads, K key-value heads, D head width, Q queries (T, or those that a layer needs), G
+# spans of one group, L the maximum number of queries in it.
 
 
 def flat_attention(
@@ -37,14 +37,15 @@ def flat_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention inside each segment, and of a segment to its prefix.
+    """Compute causal attention inside each segment, and from a segment to its whole prefix.
 
     Args:
         query: [1, H, Q, D]; `key` and `value` [1, K, T, D].
-        sliding_window: a token sees no further back than so many, itself included.
+        segments: the packed segments of the row; None: transformers' SDPA.
+        sliding_window: a token attends to at most this many tokens, itself included.
 
     Returns:
-        [1, Q, H, D] and no weights.
+        [1, Q, H, D], and None for the attention weights.
     """
     if segments is None:
         return sdpa_attention_forward(
@@ -59,13 +60,13 @@ def flat_attention(
             **kwargs,
         )
     device = query.device.type
-    # rotary embeddings leave queries and keys in float32; autocast casts for SDPA only
+    # rotary embeddings leave queries and keys in float32; autocast casts only for SDPA
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     window = sliding_window if sliding_window and sliding_window < segments.longest else None
-    computes = query.dtype in (torch.bfloat16, torch.float16)  # what FlashAttention knows
-    if query.is_cuda and computes and not dropout:
+    is_half = query.dtype in (torch.bfloat16, torch.float16)  # types that FlashAttention supports
+    if query.is_cuda and is_half and not dropout:
         return _varlen(query, key, value, segments, scaling, window), None
     return _grouped(query, key, value, segments, scaling, dropout, window), None
 
@@ -73,44 +74,46 @@ def flat_attention(
 def _varlen(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, window: int | None
 ) -> Tensor:
+    """Run one variable-length FlashAttention call for each set of spans; return [1, Q, H, D]."""
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
-    place = None if len(segments.asked) == len(k) else _places(segments.asked, len(k))
+    index = None if len(segments.asked) == len(k) else _places(segments.asked, len(k))
     results = []
     for call in segments.calls:
-        queries = call.queries if call.queries is None or place is None else place[call.queries]
-        asked = q if queries is None or len(queries) == len(q) else q.index_select(0, queries)
-        seen = (k, v) if call.keys is None else (k.index_select(0, call.keys), v.index_select(0, call.keys))
-        results.append(kernel(asked, *seen, call, scaling, window))
+        queries = call.queries if call.queries is None or index is None else index[call.queries]
+        q_part = q if queries is None or len(queries) == len(q) else q.index_select(0, queries)
+        kv_part = (k, v) if call.keys is None else (k.index_select(0, call.keys), v.index_select(0, call.keys))
+        results.append(kernel(q_part, *kv_part, call, scaling, window))
     if segments.order is None:
         return results[0][None]
     return torch.cat(results).index_select(0, segments.order)[None]
 
 
 def _places(asked: Tensor, length: int) -> Tensor:
-    """[T]: where a position of the row stands among those that are asked for."""
-    place = asked.new_zeros(length)
-    place[asked] = torch.arange(len(asked), device=asked.device)
-    return place
+    """Compute [T]: the index of each row position within `query_positions`."""
+    index = asked.new_zeros(length)
+    index[asked] = torch.arange(len(asked), device=asked.device)
+    return index
 
 
 def kernel(q: Tensor, k: Tensor, v: Tensor, call: Call, scaling: float | None, window: int | None) -> Tensor:
-    """[queries, H, D]: FlashAttention through torch, in the words of its release.
+    """Run torch's variable-length FlashAttention; return [queries, H, D].
 
-    Causal is `is_causal` in torch 2.10 and `window_size` later; before `enable_gqa` key-value heads are repeated.
+    The arguments differ between torch releases. Causal attention is `is_causal` in torch 2.10 and `window_size` in
+    later releases. Without `enable_gqa`, key-value heads are repeated.
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    words = signature(varlen_attn).parameters
+    parameters = signature(varlen_attn).parameters
     left = -1 if window is None else window - 1
-    options: dict[str, Any] = {"window_size": (left, 0)} if "window_size" in words else {"is_causal": True}
-    if window is not None and "window_size" not in words:
+    options: dict[str, Any] = {"window_size": (left, 0)} if "window_size" in parameters else {"is_causal": True}
+    if window is not None and "window_size" not in parameters:
         raise UserError("Sliding windows need a newer torch than this one: 2.12 has them for variable lengths.")
-    if "scale" in words:
+    if "scale" in parameters:
         options["scale"] = scaling
     elif scaling is not None:
         q = q * (scaling * q.shape[-1] ** 0.5)
     if q.shape[1] != k.shape[1]:
-        if "enable_gqa" in words:
+        if "enable_gqa" in parameters:
             options["enable_gqa"] = True
         else:
             k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (k, v))
@@ -128,15 +131,16 @@ def _grouped(
     dropout: float,
     window: int | None,
 ) -> Tensor:
+    """Run one SDPA call for each padded group of spans; return [1, Q, H, D]."""
     gqa = query.shape[1] != key.shape[1]
-    # [Q, heads * D]: a token's heads lie together
-    asked, *seen = (tensor[0].transpose(0, 1).flatten(1) for tensor in (query, key, value))
-    place = None if len(asked) == len(seen[0]) else _places(segments.asked, len(seen[0]))
+    # [Q, heads * D]: the heads of a token are contiguous
+    q_row, *kv_rows = (tensor[0].transpose(0, 1).flatten(1) for tensor in (query, key, value))
+    index = None if len(q_row) == len(kv_rows[0]) else _places(segments.asked, len(kv_rows[0]))
     results = []
     for group in segments.groups(window):
-        queries = group.queries if place is None else place[group.queries]
-        q = _heads(asked, queries, query.shape[-1])
-        k, v = (_heads(row, group.keys, query.shape[-1]) for row in seen)
+        queries = group.queries if index is None else index[group.queries]
+        q = _heads(q_row, queries, query.shape[-1])
+        k, v = (_heads(row, group.keys, query.shape[-1]) for row in kv_rows)
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -152,20 +156,21 @@ def _grouped(
 
 
 def _heads(row: Tensor, positions: Tensor, width: int) -> Tensor:
-    """[G, heads, L, D] of the row's positions [G, L]."""
+    """Gather the row's positions [G, L] as [G, heads, L, D]."""
     return row.index_select(0, positions.flatten()).view(*positions.shape, -1, width).transpose(1, 2)
 
 
 def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """No dense mask for a row that brings its own segments; transformers' SDPA mask everywhere else.
+    """Return no dense mask for a row with its own segments; else transformers' SDPA mask.
 
-    transformers notices restarting positions and would build a [T, T] block mask; `flat_attention` needs none.
+    transformers notices that position ids restart and would build a [T, T] block mask. `flat_attention_forward` needs
+    none.
     """
     q_length = kwargs.get("q_length", args[1] if len(args) > 1 else None)
     kv_length = kwargs.get("kv_length", args[2] if len(args) > 2 else None)
     window = kwargs.get("local_size")
-    unbounded = window is None or (isinstance(kv_length, int) and kv_length <= window)
-    if attention_mask is None and unbounded and isinstance(q_length, int) and q_length > 1 and q_length == kv_length:
+    covers_all = window is None or (isinstance(kv_length, int) and kv_length <= window)
+    if attention_mask is None and covers_all and isinstance(q_length, int) and q_length > 1 and q_length == kv_length:
         return None
     return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 

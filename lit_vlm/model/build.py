@@ -1,7 +1,7 @@
-"""A vision tower, a projector and a language model become transformers' LlavaOnevisionForConditionalGeneration.
+"""Build LlavaOnevisionForConditionalGeneration from a vision tower, a projector and a language model.
 
 Parts and whole models come from local folders in the hub's layout, or from the hub where there is a network. Nothing
-here downloads code: `trust_remote_code` is off unless asked for.
+here downloads code: `trust_remote_code` is off unless the user asks for it.
 """
 
 from __future__ import annotations
@@ -55,63 +55,68 @@ GRID, MAX_TILES = 6, 9  # LLaVA-OneVision's (1x1),...,(6x6) and anyres_max_9
 
 @dataclass(slots=True)
 class Blueprint:
-    """Everything about a model but its weights: enough for the data side, the cost model and a build on `meta`."""
+    """Specification of a model without its weights: configs, tokenizer, image settings.
+
+    It is enough for the data side, the cost model and a build on `meta`.
+    """
 
     config: LlavaOnevisionConfig
     tokenizer: PreTrainedTokenizerFast
     images: ImageSettings
     new_tokens: list[str]  # added by this run; empty when the folder had them
-    special_tokens: list[str] = field(default_factory=list)  # control tokens of the data, new ones and old ones
-    whole: str | None = None  # folder or hub id of a whole model, else the parts below
+    special_tokens: list[str] = field(default_factory=list)  # control tokens of the data, both new and existing
+    whole: str | None = None  # folder or hub id of a whole model; None: the parts below
     vision_tower: str | None = None
     language_model: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
-    remarks: list[str] = field(default_factory=list)  # found while the weights were read; for the user
+    remarks: list[str] = field(default_factory=list)  # notes for the user, found while the weights were read
 
     @property
     def source(self) -> dict[str, Any]:
+        """Keyword arguments for `from_pretrained`: revision and trust_remote_code."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
 def draw_up(model: ModelConfig, init_from: str | None = None, tiling: Tiling = Tiling.anyres) -> Blueprint:
-    """Read configs and tokenizer, no weights.
+    """Load configs and tokenizer of a model, without weights.
 
     Args:
-        init_from: folder or hub id of a whole LLaVA-OneVision-class model; else the parts that `model` names are
-        assembled.
+        init_from: folder or hub id of a whole LLaVA-OneVision-class model; None: the parts named in `model` are
+            assembled.
 
     Raises:
-        UserError: a missing folder, a model of another class, a family whose logits this class would get wrong.
+        UserError: a missing folder, a model of another class, or a family whose logits this class would compute
+            wrongly.
     """
-    source = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
-    where = init_from or f"{model.vision_tower} and {model.language_model}"
-    with told_by_folder(where, "no model could be made of what its files say"):
-        return _draw_up(model, init_from, tiling, source)
+    hub_options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    name = init_from or f"{model.vision_tower} and {model.language_model}"
+    with told_by_folder(name, "no model could be made of what its files say"):
+        return _draw_up(model, init_from, tiling, hub_options)
 
 
 def _draw_up(model: ModelConfig, init_from: str | None, tiling: Tiling, source: dict[str, Any]) -> Blueprint:
-    blueprint = _whole(model, init_from, source) if init_from else _assembled(model, source)
-    blueprint.images = replace(blueprint.images, tiling=tiling)
-    blueprint.new_tokens = add_special_tokens(blueprint.tokenizer, model.special_tokens)
-    known = blueprint.tokenizer.get_added_vocab()
-    wanted = dict.fromkeys((*model.special_tokens, *SPECIAL_TOKENS))
-    blueprint.special_tokens = [token for token in wanted if token in known]
-    blueprint.config.image_token_index = blueprint.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    blueprint.config.video_token_index = blueprint.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
-    blueprint.tokenizer.chat_template = _chat_template(model.chat_template, blueprint.tokenizer)
-    return blueprint
+    spec = _whole(model, init_from, source) if init_from else _assembled(model, source)
+    spec.images = replace(spec.images, tiling=tiling)
+    spec.new_tokens = add_special_tokens(spec.tokenizer, model.special_tokens)
+    added_vocab = spec.tokenizer.get_added_vocab()
+    candidates = dict.fromkeys((*model.special_tokens, *SPECIAL_TOKENS))
+    spec.special_tokens = [token for token in candidates if token in added_vocab]
+    spec.config.image_token_index = spec.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    spec.config.video_token_index = spec.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
+    spec.tokenizer.chat_template = _chat_template(model.chat_template, spec.tokenizer)
+    return spec
 
 
 def build(
     blueprint: Blueprint, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> LlavaOnevisionForConditionalGeneration:
-    """The model with its weights, ready for the flat forward pass. New parameters are drawn from `seed`.
+    """Build the model with its weights, patched for the flat forward pass. New parameters are initialised from `seed`.
 
-    Inside `weights_later` it comes without them, see `skeleton.py`.
+    Inside `defer_weights` the model has no weights yet, see `skeleton.py`.
     """
-    where = blueprint.whole or f"{blueprint.vision_tower} and {blueprint.language_model}"
-    with told_by_folder(where, "its weights could not be loaded"):
+    name = blueprint.whole or f"{blueprint.vision_tower} and {blueprint.language_model}"
+    with told_by_folder(name, "its weights could not be loaded"):
         model = make_skeleton(blueprint, dtype, seed) if are_weights_later() else _with_weights(blueprint, dtype, seed)
     model.generation_config.eos_token_id = _stops(model, blueprint.tokenizer)
     model.config.dtype = dtype
@@ -121,21 +126,24 @@ def build(
 
 
 def read_tiling(name: str) -> Tiling:
-    """How a folder of ours was trained to see; plain transformers always tiles, and so does a folder that is not ours."""
+    """Read the tiling that a model folder was trained with.
+
+    Plain transformers always tiles (anyres), and so does a folder that this project did not write.
+    """
     with told_by_folder(name, f"its {OURS} could not be read"):
-        ours = read_json(name, OURS) if Path(name).is_dir() else None
-        return Tiling(ours["tiling"]) if ours else Tiling.anyres
+        settings = read_json(name, OURS) if Path(name).is_dir() else None
+        return Tiling(settings["tiling"]) if settings else Tiling.anyres
 
 
 def read_json(name: str, filename: str, **source: Any) -> dict[str, Any] | None:
-    """A JSON file of a model folder or hub repository; None when it has none."""
+    """Read a JSON file of a model folder or hub repository; None when it does not exist."""
     options = {key: value for key, value in source.items() if key == "revision"}
     with told_by_folder(name, f"its {filename} could not be read"):
         path = cached_file(name, filename, _raise_exceptions_for_missing_entries=False, **options)
-        found = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
-        if found is not None and not isinstance(found, dict):
-            raise TypeError(f"it holds {type(found).__name__} and no JSON object")
-        return found
+        content = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+        if content is not None and not isinstance(content, dict):
+            raise TypeError(f"it holds {type(content).__name__} and no JSON object")
+        return content
 
 
 def _whole(model: ModelConfig, init_from: str, source: dict[str, Any]) -> Blueprint:
@@ -148,7 +156,7 @@ def _whole(model: ModelConfig, init_from: str, source: dict[str, Any]) -> Bluepr
         )
     _keep_layers(config.vision_config, config.vision_feature_layer)
     config.vision_feature_layer = -1
-    config.text_config.tie_word_embeddings = config.tie_word_embeddings  # the one rules here, the other in vLLM
+    config.text_config.tie_word_embeddings = config.tie_word_embeddings  # the latter is read here, the former in vLLM
     if model.grid:
         pinpoints = grid_pinpoints(config.vision_config.image_size, model.grid)
         config.image_grid_pinpoints = [list(pair) for pair in pinpoints]
@@ -161,7 +169,7 @@ def _whole(model: ModelConfig, init_from: str, source: dict[str, Any]) -> Bluepr
 
 def _assembled(model: ModelConfig, source: dict[str, Any]) -> Blueprint:
     vision = _config(model.vision_tower, "model.vision_tower", source)
-    vision = getattr(vision, "vision_config", vision)  # a SigLIP or CLIP checkpoint holds its text half too
+    vision = getattr(vision, "vision_config", vision)  # a SigLIP or CLIP checkpoint also holds its text model
     if vision.model_type not in ("siglip_vision_model", "clip_vision_model"):
         raise UserError(
             f"model.vision_tower={model.vision_tower} is a {vision.model_type!r}; SigLIP, SigLIP 2 (fixed resolution) and CLIP towers are known."
@@ -208,6 +216,7 @@ def _with_weights(blueprint: Blueprint, dtype: torch.dtype, seed: int) -> LlavaO
 
 
 def _assemble(blueprint: Blueprint, dtype: torch.dtype, seed: int) -> LlavaOnevisionForConditionalGeneration:
+    """Build the model from its parts; projector and newline are initialised from `seed`."""
     model = build_on_meta(blueprint.config)
     config, source = blueprint.config, blueprint.source
     tower = _load(type(model.model.vision_tower), blueprint.vision_tower, config.vision_config, dtype, source)
@@ -225,14 +234,16 @@ def _assemble(blueprint: Blueprint, dtype: torch.dtype, seed: int) -> LlavaOnevi
 
 
 def _load(kind: Any, name: str, config: Any, dtype: torch.dtype, source: dict[str, Any]) -> Any:
-    """from_pretrained, strict about what is missing and silent about what was left out on purpose (layers, heads, a text half).
+    """Load weights with from_pretrained, and raise for missing ones.
+
+    Weights that were left out on purpose (layers, heads, a text model) are not reported.
 
     Raises:
-        UserError: weights are missing, or of another shape; transformers would draw them at random.
+        UserError: weights are missing or have another shape; transformers would initialise them at random.
     """
     try:
         with quiet_transformers():
-            # sizes that do not match are reported, and refused below in words of ours
+            # mismatched sizes are reported, and raised below with our own message
             options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
             model, report = kind.from_pretrained(name, config=config, **options, **source)
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -242,34 +253,34 @@ def _load(kind: Any, name: str, config: Any, dtype: torch.dtype, source: dict[st
 
 
 def _stops(model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> list[int]:
-    """Where generation ends: what the language model knew already, and the token that closes an answer here."""
-    known = model.generation_config.eos_token_id
-    known = known if isinstance(known, list) else [known]
-    return sorted({token for token in (*known, closing_token(tokenizer), tokenizer.eos_token_id) if token is not None})
+    """Collect the token ids that end generation: the language model's own, and the one that closes an answer here."""
+    eos = model.generation_config.eos_token_id
+    eos = eos if isinstance(eos, list) else [eos]
+    return sorted({token for token in (*eos, closing_token(tokenizer), tokenizer.eos_token_id) if token is not None})
 
 
 def _keep_layers(vision: Any, layer: int | list[int]) -> None:
-    """Drop the tower's layers behind the one that feeds the projector, so that the last hidden state is the selected one.
+    """Drop the vision tower's layers behind the one that feeds the projector.
 
-    Works for SigLIP with 27 layers and layer -2 (Google's) as for 26 layers and layer -1 (LLaVA-OneVision's): both keep
-    26.
+    The last hidden state is then the selected one. Works for SigLIP with 27 layers and layer -2 (Google's) and for 26
+    layers and layer -1 (LLaVA-OneVision's): both keep 26.
     """
     if not isinstance(layer, int):
         raise UserError(f"vision_feature_layer={layer}: features of several layers are not supported; name one layer.")
     total = vision.num_hidden_layers
-    kept = layer if layer >= 0 else total + 1 + layer
-    if not 1 <= kept <= total:
+    num_kept = layer if layer >= 0 else total + 1 + layer
+    if not 1 <= num_kept <= total:
         raise UserError(
             f"vision_feature_layer={layer} of a tower with {total} layers; name one from {-total} to -1, or 1 to {total}."
         )
-    vision.num_hidden_layers = kept
+    vision.num_hidden_layers = num_kept
 
 
 def _config(name: str, setting: str, source: dict[str, Any]) -> Any:
     _require_folder(name, setting)
     try:
         return AutoConfig.from_pretrained(name, **source)
-    except Exception as error:  # transformers lets through whatever a wrong value leads to
+    except Exception as error:  # transformers raises any type of error for a wrong value
         first = first_line(error)
         raise UserError(
             f"{setting}={name}: no model configuration could be read there ({first}). Give a folder with a config.json."
@@ -277,7 +288,7 @@ def _config(name: str, setting: str, source: dict[str, Any]) -> Any:
 
 
 def _require_sizes(config: Any, name: str) -> None:
-    """Raise UserError for a size that no model can have."""
+    """Raise UserError for a size in the config that is no positive integer."""
     for part in (config, getattr(config, "text_config", None), getattr(config, "vision_config", None)):
         for key in SIZES:
             value = getattr(part, key, None)
@@ -300,7 +311,7 @@ def _require_folder(name: str, setting: str) -> None:
 def _tokenizer(name: str, source: dict[str, Any]) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
-    except Exception as error:  # tokenizers raises plain exceptions for a file that is damaged
+    except Exception as error:  # tokenizers raises plain exceptions for a damaged file
         first = first_line(error)
         raise UserError(
             f"{name}: no tokenizer could be read there ({first}). The folder needs a tokenizer.json."
@@ -314,8 +325,8 @@ def _tokenizer(name: str, source: dict[str, Any]) -> PreTrainedTokenizerFast:
 
 def _image_settings(name: str, config: LlavaOnevisionConfig, source: dict[str, Any]) -> ImageSettings:
     vision = config.vision_config
-    whole = read_json(name, "processor_config.json", **source) or {}
-    own = read_json(name, "preprocessor_config.json", **source) or whole.get("image_processor") or {}
+    processor_config = read_json(name, "processor_config.json", **source) or {}
+    settings = read_json(name, "preprocessor_config.json", **source) or processor_config.get("image_processor") or {}
     siglip = vision.model_type == "siglip_vision_model"
     clip_mean, clip_std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     return ImageSettings(
@@ -323,26 +334,26 @@ def _image_settings(name: str, config: LlavaOnevisionConfig, source: dict[str, A
         patch_size=vision.patch_size,
         grid_pinpoints=tuple(tuple(pair) for pair in config.image_grid_pinpoints),
         max_tiles=int(config.vision_aspect_ratio.removeprefix("anyres_max_")),
-        mean=_read_channels(name, own, "image_mean", (0.5,) * 3 if siglip else clip_mean),
-        std=_read_channels(name, own, "image_std", (0.5,) * 3 if siglip else clip_std),
-        resample=_read_resample(name, own),
+        mean=_read_channels(name, settings, "image_mean", (0.5,) * 3 if siglip else clip_mean),
+        std=_read_channels(name, settings, "image_std", (0.5,) * 3 if siglip else clip_std),
+        resample=_read_resample(name, settings),
         select=config.vision_feature_select_strategy,
     )
 
 
 def _read_channels(name: str, own: dict[str, Any], key: str, default: tuple[float, ...]) -> tuple[float, float, float]:
-    """Read a number for each of the three colours; one alone is meant for all, as transformers means it.
+    """Read one number for each of the three colours; a single number counts for all three, as in transformers.
 
     Raises:
-        UserError: it is something else, a deviation of 0, or no number.
+        UserError: it is something else, a standard deviation of 0, or no number.
     """
-    found = own.get(key)
-    values = default if found is None else [found] * 3 if is_number(found) else found
-    sound = isinstance(values, list | tuple) and len(values) == 3 and all(map(is_number, values))
-    if not sound or (key == "image_std" and min(values) <= 0):
+    value = own.get(key)
+    values = default if value is None else [value] * 3 if is_number(value) else value
+    is_valid = isinstance(values, list | tuple) and len(values) == 3 and all(map(is_number, values))
+    if not is_valid or (key == "image_std" and min(values) <= 0):
         above = " above 0" if key == "image_std" else ""
         raise UserError(
-            f"{name}: its image settings have {key}={found!r}; three numbers{above} are needed, for red, green and blue."
+            f"{name}: its image settings have {key}={value!r}; three numbers{above} are needed, for red, green and blue."
             " Correct preprocessor_config.json (or processor_config.json) of that folder."
         )
     red, green, blue = map(float, values)
@@ -350,33 +361,34 @@ def _read_channels(name: str, own: dict[str, Any], key: str, default: tuple[floa
 
 
 def _read_resample(name: str, own: dict[str, Any]) -> int:
-    found = own.get("resample")
-    if found is None:
+    value = own.get("resample")
+    if value is None:
         return 3
-    if isinstance(found, bool) or found not in range(6):
+    if isinstance(value, bool) or value not in range(6):
         raise UserError(
-            f"{name}: its image settings have resample={found!r}; Pillow's filters are 0 to 5, bicubic is 3."
+            f"{name}: its image settings have resample={value!r}; Pillow's filters are 0 to 5, bicubic is 3."
             " Correct preprocessor_config.json (or processor_config.json) of that folder."
         )
-    return int(found)
+    return int(value)
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of a JSON file is a finite number."""
+    """Return True for a finite number of a JSON file."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _chat_template(choice: str | None, tokenizer: PreTrainedTokenizerFast) -> str | None:
+    """Resolve the chat template to use: the tokenizer's own, ChatML, or a Jinja file."""
     if choice is None:
-        own = tokenizer.chat_template
-        if isinstance(own, dict):  # several, by name
-            own = own.get("default")
-        if own is not None and not isinstance(own, str):
+        template = tokenizer.chat_template
+        if isinstance(template, dict):  # several templates, by name
+            template = template.get("default")
+        if template is not None and not isinstance(template, str):
             name = tokenizer.name_or_path
             raise UserError(
-                f"{name}: its chat template is {type(own).__name__} and no text. Give model.chat_template=..."
+                f"{name}: its chat template is {type(template).__name__} and no text. Give model.chat_template=..."
             )
-        return accept_parts(own)
+        return accept_parts(template)
     if choice == "chatml":
         missing = [token for token in ("<|im_start|>", "<|im_end|>") if token not in tokenizer.get_added_vocab()]
         if missing:

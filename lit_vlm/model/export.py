@@ -1,4 +1,4 @@
-"""What a run leaves: a folder in transformers' own layout that loads with no code of ours."""
+"""Export of a model to a folder in transformers' own layout, which loads without code of this project."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from lit_vlm.model.tensor_files import LARGEST_FILE, planned_files, write_index
 
 _NAMES_A_PLACE = re.compile(r"(^|_)(name_or_path|file|path|dir|folder)$")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-OURS = "lit_vlm.json"  # what transformers has no field for; nothing but `tiling` is read back
+OURS = "lit_vlm.json"  # settings that transformers has no field for; only `tiling` is read back
 
 
 def export_model(
@@ -35,45 +35,46 @@ def export_model(
     before_each: Callable[[], object] = lambda: None,
     largest_file: str | int = LARGEST_FILE,
 ) -> None:
-    """Write weights, configs, tokenizer, chat template and processor; adapters and new rows merged into the weights.
+    """Export a model to a folder: weights, configs, tokenizer, chat template and processor.
 
-    The folder is written beside its place and moved there when whole; what a killed export left there goes first. The
-    model goes on training as it was.
+    Adapters and new token rows are merged into the weights. The folder is written under a temporary name and moved into
+    place when it is complete. Leftovers of a killed export are removed first. The model itself is not changed, so that
+    training can continue.
 
-    Weight by weight: beside what the model takes already, this needs memory for its largest weight and a copy of it
-    (of what an adapter is merged into, two). What is frozen in a model that was loaded in shards is read from its
-    source and not gathered.
+    Weights are exported one at a time: in addition to the model, this needs memory for the largest weight and one copy
+    of it (for a weight with an adapter, two). A frozen weight of a model that was loaded in shards is read from its
+    source files and not gathered.
 
     Args:
-        whole: makes the weight of a name whole where ranks share weights out. Then every rank calls this function,
-            for all of them take part in it.
-        writes: on one rank.
-        before_each: called before each weight, on every rank that calls this function: something goes on. The others may
-            meet the one that writes there.
-        largest_file: weights are cut into files of at most this size.
+        gather_weight: gathers the full weight of a name where ranks share weights. All ranks must then call this
+            function, because all of them take part in it.
+        is_writer: True on the one rank that writes.
+        before_each_weight: called before each weight, on every rank that calls this function, to report progress. It
+            may also be used to synchronise the other ranks with the writer.
+        max_shard_size: weights are split into files of at most this size.
     """
-    merged = Merged(model, whole)
-    files = planned_files(merged.tensors, largest_file)
+    state_dict = Merged(model, whole)
+    files = planned_files(state_dict.tensors, largest_file)
     if not writes:
         for file in files:
             for name in _each(file.tensors, before_each):
-                merged.take_part(name)
+                state_dict.take_part(name)
         return
-    beside = folder.with_name(f".{folder.name}-unfinished")
-    if beside.exists():
-        shutil.rmtree(beside)
-    beside.mkdir(parents=True)
+    temporary = folder.with_name(f".{folder.name}-unfinished")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
     try:
         for file in files:
-            file.write(beside, map(merged.value, _each(file.tensors, before_each)))
-        write_index(beside, files, merged.num_parameters)
-        _write_settings(beside, model, merged, tokenizer, images)
+            file.write(temporary, map(state_dict.value, _each(file.tensors, before_each)))
+        write_index(temporary, files, state_dict.num_parameters)
+        _write_settings(temporary, model, state_dict, tokenizer, images)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     if folder.exists():
         shutil.rmtree(folder)
-    move_into_place(beside, folder)
+    move_into_place(temporary, folder)
 
 
 def _each(names: Iterable[str], before: Callable[[], object]) -> Iterator[str]:
@@ -100,13 +101,15 @@ def _write_settings(
     _write(folder / OURS, {"tiling": images.tiling.value})
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         settings = json.loads((folder / name).read_text(encoding="utf-8"))
-        if (kept := without_local_paths(settings)) != settings:
-            _write(folder / name, kept)
+        if (cleaned := without_local_paths(settings)) != settings:
+            _write(folder / name, cleaned)
 
 
 def without_local_paths(settings: Any) -> Any:
-    """Settings, nested ones as well, without the folders that a part was read from: who publishes a model does not publish
-    the names of the users and machines that made it. Ids of the hub stay."""
+    """Remove local paths that a part was read from out of settings, nested ones included.
+
+    A published model must not contain names of users and machines. Ids of the hub stay.
+    """
     if isinstance(settings, list):
         return [without_local_paths(item) for item in settings]
     if not isinstance(settings, dict):
@@ -131,7 +134,7 @@ def _processor_config(tokenizer: PreTrainedTokenizerFast, images: ImageSettings)
         "video_processor": {"video_processor_type": "LlavaOnevisionVideoProcessor", **video},
         "image_token": "<image>",
         "video_token": "<video>",
-        # with the class token of CLIP, which transformers counts and then takes off
+        # with the class token of CLIP, which transformers counts and then removes
         "num_image_tokens": images.side**2 + (1 if images.select == "default" else 0),
         "vision_feature_select_strategy": images.select,
         "vision_aspect_ratio": images.vision_aspect_ratio,

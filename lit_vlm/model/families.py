@@ -1,8 +1,8 @@
-"""Language-model families whose own `ForCausalLM` does more with its logits than the head's matrix.
+"""Language-model families whose own `ForCausalLM` does more with its logits than multiply by the head's matrix.
 
-transformers' LLaVA-OneVision class multiplies the last hidden state by the head and stops there. A family that scales
-its logits is folded into the head, once, at build; one that bends them (soft capping) cannot be, and is refused by
-name.
+transformers' LLaVA-OneVision class multiplies the last hidden state by the head and does no more. For a family that
+scales its logits, the factor is folded into the head once, at build. A family that transforms them non-linearly (soft
+capping) cannot be supported, and is refused by name.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers import LlavaOnevisionForConditionalGeneration
 from lit_vlm.model.ties import untie_tables
 from lit_vlm.types import UserError
 
-# How a family turns `config.<name>` into a factor on its logits.
+# The factor on a family's logits, from its config.
 LOGIT_FACTORS = {
     "hyperclovax": lambda config: config.logits_scaling,  # a multiplier, unlike Granite's
     "granite": lambda config: 1.0 / config.logits_scaling,
@@ -26,7 +26,11 @@ BENT = ("final_logit_softcapping", "attn_logit_softcapping")
 
 
 def check(text: Any, name: str) -> None:
-    """Refuse a language model whose text logits this class would get wrong."""
+    """Check that this class computes the text logits of a language model correctly.
+
+    Raises:
+        UserError: the family caps its logits, or scales them in an unknown way.
+    """
     for setting in BENT:
         if getattr(text, setting, None):
             raise UserError(
@@ -43,12 +47,13 @@ def check(text: Any, name: str) -> None:
 
 
 def logit_factor(text: Any) -> float:
+    """Return the factor on the family's logits; 1.0 for most families."""
     factor = LOGIT_FACTORS.get(text.model_type)
     return float(factor(text)) if factor else 1.0
 
 
 def fold_logit_scale(model: LlavaOnevisionForConditionalGeneration) -> None:
-    """Multiply the head by the family's factor, and tell the config, so that nothing scales twice. Unties head and embeddings."""
+    """Fold the family's logit factor into the head and reset it in the config. Unties head and embeddings."""
     text = model.config.text_config
     factor = logit_factor(text)
     if factor == 1.0:

@@ -1,9 +1,9 @@
-"""The flat forward pass: transformers' own modules over a flat micro-batch.
+"""Flat packed forward pass: transformers' own modules over one flat micro-batch without padding.
 
-`FlatOnevision` and the `FlatOnevisionModel` inside it are transformers' classes with one more entrance,
-`forward(batch=...)`. They replace the classes of a built model (`use_flat_forward`); weights, names and everything that
-is saved stay transformers'. The pass stays inside the modules' forward, head included, so that what shards or gathers
-parameters by hooks (ZeRO-3, FSDP2) sees it.
+`FlatOnevision` and the `FlatOnevisionModel` inside it are transformers' classes with one more way to call them,
+`forward(batch=...)`. They replace the classes of a built model (`use_flat_forward`). Weights, names and everything that
+is saved stay transformers'. The pass, head included, stays inside the modules' forward, so that hooks that shard or
+gather parameters (ZeRO-3, FSDP2) run.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from lit_vlm.model.last_layer import LastLayer, prune_last_layer
 from lit_vlm.model.segments import Segments
 from lit_vlm.types import Batch
 
-# Shapes: T tokens, N tiles, M images, P patches of a tile, C channels of the tower, D width of the language model, V words,
-# R supervised rows.
+# Shapes: T tokens, N tiles, M images, P patches of a tile, C channels of the tower, D width of the language model,
+# V vocabulary size, R supervised positions.
 
 
 class FlatOnevisionModel(LlavaOnevisionModel):
-    """LlavaOnevisionModel that also takes a flat micro-batch."""
+    """LlavaOnevisionModel that also takes a flat packed micro-batch."""
 
     image_settings: ImageSettings
 
@@ -43,12 +43,14 @@ class FlatOnevisionModel(LlavaOnevisionModel):
         seen: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers', or with `batch`: the last hidden states [T, D] of the language model, or what it is fed.
+        """Return transformers' output, or with `batch` the language model's last hidden states [T, D].
 
         Args:
-            rows: [R] positions whose hidden states alone are wanted: [R, D]. None of them: that of the first position, for
-                the same modules must run on every rank.
-            seen: [N, P, C] what the tower made of the batch's tiles, where another pass has it.
+            embeddings_only: return the input embeddings [T, D] of the language model instead.
+            positions: [R] positions whose hidden states are needed; returns [R, D]. When it is empty, the hidden state
+                of the first position is returned, because the same modules must run on every rank.
+            vision_features: [N, P, C] output of the vision tower for the batch's tiles, when another pass has computed
+                it.
         """
         if batch is None:
             return super().forward(*args, **kwargs)
@@ -56,11 +58,11 @@ class FlatOnevisionModel(LlavaOnevisionModel):
         if embeddings_only:
             return embeddings
         segments = Segments(batch.lengths, embeddings.device, batch.prefixes)
-        tails = batch.tails
+        query_lengths = batch.tails
         if rows is not None and not len(rows):
-            rows, tails = rows.new_zeros(1), [batch.lengths[0], *[0] * (len(batch.lengths) - 1)]
+            rows, query_lengths = rows.new_zeros(1), [batch.lengths[0], *[0] * (len(batch.lengths) - 1)]
         if rows is not None and self.prunes_last_layer:
-            segments.last = Segments(batch.lengths, embeddings.device, batch.prefixes, tails), rows
+            segments.last = Segments(batch.lengths, embeddings.device, batch.prefixes, query_lengths), rows
         output = self.language_model(
             inputs_embeds=embeddings[None],
             position_ids=batch.position_ids[None],
@@ -72,10 +74,10 @@ class FlatOnevisionModel(LlavaOnevisionModel):
         return hidden if rows is None or segments.last else hidden.index_select(0, rows)
 
     def flat_embeddings(self, batch: Batch, seen: Tensor) -> Tensor:
-        """[T, D]: word embeddings, image features in the places of their placeholders.
+        """Compute [T, D]: token embeddings, with image features at the positions of their placeholders.
 
-        A batch without images adds the blank tile's features, multiplied by zero, so that ranks with and without images
-        make the same collective calls in the same order.
+        A batch without images adds the features of the dummy tile, multiplied by zero, so that ranks with and without
+        images make the same collective calls in the same order.
         """
         embeddings = self.get_input_embeddings()(batch.input_ids)
         if not batch.num_tiles:
@@ -87,10 +89,10 @@ class FlatOnevisionModel(LlavaOnevisionModel):
         return embeddings.masked_scatter(mask[:, None], row.to(embeddings.dtype))
 
     def flat_features(self, seen: Tensor, layouts: list[Layout]) -> list[Tensor]:
-        """Features of each image, [tokens of it, D], after projector, unpadding, pooling and newlines.
+        """Compute the features of each image, [its tokens, D]: projector, unpadding, pooling and newlines.
 
         Args:
-            seen: [N, P, C] of the tower.
+            vision_features: [N, P, C] output of the vision tower.
             layouts: of each image, in the order of the tiles.
         """
         projected = self.multi_modal_projector(seen)  # [N, P, D]
@@ -99,7 +101,7 @@ class FlatOnevisionModel(LlavaOnevisionModel):
             by_layout[layout].append(number)
         starts = torch.tensor([0, *(layout.num_tiles for layout in layouts)]).cumsum(0).tolist()
         features: list[Tensor] = [projected] * len(layouts)
-        for layout, members in by_layout.items():  # images of one layout are arranged together
+        for layout, members in by_layout.items():  # images of one layout are merged together
             if len(by_layout) == 1:
                 stack = projected.unflatten(0, (len(members), layout.num_tiles))
             else:
@@ -109,13 +111,16 @@ class FlatOnevisionModel(LlavaOnevisionModel):
         return features
 
     def look_at(self, batch: Batch) -> Tensor:
-        """[N, P, C] of its tiles; without any, [1, P, C] of a blank one: the tower runs once, whatever the batch holds."""
+        """Encode the batch's images: [N, P, C] of its tiles, or [1, P, C] of a dummy tile when there are none.
+
+        The vision tower runs exactly once, with any batch.
+        """
         side = self.image_settings.tile_size
-        blank = batch.tiles.new_zeros((1, 3, side, side))
-        return self.tower_features(batch.tiles if batch.num_tiles else blank)
+        dummy = batch.tiles.new_zeros((1, 3, side, side))
+        return self.tower_features(batch.tiles if batch.num_tiles else dummy)
 
     def tower_features(self, tiles: Tensor) -> Tensor:
-        """[N, P, C] of the selected layer. Without autograd when nothing of the tower trains."""
+        """Encode tiles with the vision tower: [N, P, C] of the selected layer. A frozen tower runs without autograd."""
         settings = self.image_settings
         parameter = next(self.vision_tower.parameters())
         mean, std = (
@@ -130,14 +135,16 @@ class FlatOnevisionModel(LlavaOnevisionModel):
 
     @property
     def tower_trains(self) -> bool:
+        """True when some parameter of the vision tower trains."""
         return any(parameter.requires_grad for parameter in self.vision_tower.parameters())
 
     @property
     def prunes_last_layer(self) -> bool:
+        """True when the last layer is computed only at the positions that are read."""
         return isinstance(self.language_model.layers[-1], LastLayer)
 
     def _arranged(self, stack: Tensor, layout: Layout) -> Tensor:
-        """[M, tiles, P, D] to [M, tokens, D]: the base view, then the stitched grid with a newline behind each of its rows."""
+        """Merge [M, tiles, P, D] into [M, tokens, D]: base view, then the stitched grid with a newline after each row."""
         base, newline = stack[:, 0], self.image_newline.to(stack.dtype)
         if not layout.rows:
             return torch.cat([base, newline.expand(len(stack), 1, -1)], dim=1)
@@ -153,7 +160,7 @@ class FlatOnevisionModel(LlavaOnevisionModel):
 
 
 class FlatOnevision(LlavaOnevisionForConditionalGeneration):
-    """LlavaOnevisionForConditionalGeneration that also takes a flat micro-batch."""
+    """LlavaOnevisionForConditionalGeneration that also takes a flat packed micro-batch."""
 
     def forward(
         self,
@@ -165,20 +172,22 @@ class FlatOnevision(LlavaOnevisionForConditionalGeneration):
         seen: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As transformers', or with `batch`: the log-probability of each supervised token, in the order of the row.
+        """Return transformers' output, or with `batch` the log-probability of each supervised token, [R].
 
-        A micro-batch without supervised tokens gives one row, which must count nothing: the head runs on all ranks
-        alike. With `embeddings_only` as well: what the language model is fed, [T, D]; with `look_only`: what the tower
-        makes of the tiles, [N, P, C]. Both come this way, and not by a call of what is inside, so that hooks around the whole
-        model (FSDP2) see it.
+        They are in the order of the row. A micro-batch without supervised tokens returns one value, which the loss must
+        multiply by zero, because the head must run on all ranks. With `embeddings_only` as well: the input embeddings
+        of the language model, [T, D]. With `vision_only`: the output of the vision tower for the tiles, [N, P, C]. Both
+        go through this method and not through a call of an inner module, so that hooks around the whole model (FSDP2)
+        run.
 
         Args:
-            statistics: more of each row, see `losses.next_token.score_tokens`.
-            seen: [N, P, C] what a frozen tower made of the batch's tiles in another pass (`look_at`).
+            statistics: return more about each position, see `losses.next_token.compute_token_log_probs`.
+            vision_features: [N, P, C] output of a frozen vision tower for the batch's tiles, from another pass
+                (`encode_images`).
 
         Returns:
-            ([R] log-probabilities, and [R] of each statistic, ...), and behind them with `statistics` the [N, P, C] that
-            the tower made, to be handed to another pass.
+            ([R] log-probabilities, and with `statistics` [R] of each statistic, ..., and last the [N, P, C] output of
+            the vision tower, to be given to another pass).
         """
         if batch is None:
             return super().forward(*args, **kwargs)
@@ -193,7 +202,10 @@ class FlatOnevision(LlavaOnevisionForConditionalGeneration):
         return (*scores, seen.detach()) if statistics else scores
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Buffers keep their type, as with `from_pretrained(dtype=)`: rotary frequencies in bfloat16 are other positions."""
+        """Move the model, but keep the type of float buffers, as `from_pretrained(dtype=)` does.
+
+        Rotary frequencies in bfloat16 would be other positions.
+        """
         before = {name: buffer for name, buffer in self.named_buffers() if buffer.is_floating_point()}
         super()._apply(fn, recurse)
         for name, buffer in self.named_buffers():
@@ -202,15 +214,15 @@ class FlatOnevision(LlavaOnevisionForConditionalGeneration):
         return self
 
 
-# transformers' generation looks at the signature for what a forward pass can do (logits of the last position alone)
+# transformers' generation reads from the signature what a forward pass supports (logits of the last position only)
 FlatOnevision.forward.__signature__ = inspect.signature(LlavaOnevisionForConditionalGeneration.forward)  # type: ignore[attr-defined]
 
 
 def use_flat_forward(model: LlavaOnevisionForConditionalGeneration, settings: ImageSettings) -> None:
-    """Give a built model the flat entrance and the attention that goes with it."""
+    """Patch a built model with the flat packed forward pass and the attention that it needs."""
     model.__class__, model.model.__class__ = FlatOnevision, FlatOnevisionModel
     model.lm_head.__class__ = ScoringHead
     prune_last_layer(model)
     model.model.image_settings = settings
     model.set_attn_implementation({"text_config": attention.NAME, "vision_config": "sdpa"})
-    model.config.text_config.use_cache = True  # for generation; the flat pass asks for none
+    model.config.text_config.use_cache = True  # for generation; the flat forward pass uses no cache

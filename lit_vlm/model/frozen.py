@@ -1,8 +1,8 @@
-"""Frozen matrices in the type that computes: half the memory, and no cast in each forward pass.
+"""Frozen weights stored in the compute dtype (bfloat16): half the memory, and no cast in each forward pass.
 
-Under bf16-mixed autocast hands linear layers and convolutions their weights rounded to bfloat16. What does not train can be
-held that way: the numbers are the same, bit for bit. Embeddings, norms, and a table that is embeddings and head at once are
-read as they are, so they stay. The files keep the exact values; an export reads them there.
+Under bf16-mixed, autocast gives linear layers and convolutions their weights rounded to bfloat16. Frozen weights can be
+stored that way: the numbers are the same, bit for bit. Embeddings, norms, and a table that is embeddings and head at
+once are read without a cast, so they keep their type. The files keep the exact values; an export reads them there.
 """
 
 from __future__ import annotations
@@ -15,29 +15,29 @@ from lit_vlm.model.skeleton import first_values, move_buffers, replace_parameter
 
 
 def matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Weights and biases that linear layers and convolutions alone read."""
-    known = (nn.Linear, nn.Conv2d, ScoringHead)
-    read = [(type(module) in known, p) for module in model.modules() for p in module.parameters(recurse=False)]
-    others = {id(parameter) for is_matrix, parameter in read if not is_matrix}
-    return list({id(p): p for is_matrix, p in read if is_matrix and id(p) not in others}.values())
+    """List the weights and biases that only linear layers and convolutions read."""
+    matmul_modules = (nn.Linear, nn.Conv2d, ScoringHead)
+    uses = [(type(module) in matmul_modules, p) for module in model.modules() for p in module.parameters(recurse=False)]
+    others = {id(parameter) for is_matrix, parameter in uses if not is_matrix}
+    return list({id(p): p for is_matrix, p in uses if is_matrix and id(p) not in others}.values())
 
 
 def frozen_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """Of these, what does not train."""
+    """List the weights and biases of `list_matrices` that do not train."""
     return [parameter for parameter in matrices(model) if not parameter.requires_grad]
 
 
 @torch.no_grad()
 def fill(model: nn.Module, held: torch.dtype) -> None:
-    """Memory on the CPU and first values for a skeleton whose parameters are frozen or not already.
+    """Allocate CPU memory and fill in initial values for a skeleton whose trainable parameters are already marked.
 
     Args:
-        held: type of frozen matrices; all else has the skeleton's own.
+        frozen_dtype: type of frozen matrices; all other parameters have the skeleton's own.
     """
-    in_half = {id(parameter) for parameter in frozen_matrices(model)}
+    frozen = {id(parameter) for parameter in frozen_matrices(model)}
 
     def make(name: str, old: nn.Parameter) -> nn.Parameter:
-        new = torch.empty(old.shape, dtype=held if id(old) in in_half else old.dtype)
+        new = torch.empty(old.shape, dtype=held if id(old) in frozen else old.dtype)
         new.view(-1).copy_(first_values(model, name, old.shape, 0, old.numel()))
         return nn.Parameter(new, requires_grad=old.requires_grad)
 
@@ -46,7 +46,7 @@ def fill(model: nn.Module, held: torch.dtype) -> None:
 
 
 def exact_values(model: nn.Module) -> dict[str, Tensor]:
-    """By name what `fill` has rounded, as it is in the files."""
-    in_half = {id(p) for p in frozen_matrices(model) if p.dtype != model.weights.dtype}
-    named = [(name, p.shape) for name, p in model.named_parameters() if id(p) in in_half]
+    """Read from the files the exact values of the parameters that `fill_skeleton` rounded, by name."""
+    rounded = {id(p) for p in frozen_matrices(model) if p.dtype != model.weights.dtype}
+    named = [(name, p.shape) for name, p in model.named_parameters() if id(p) in rounded]
     return {name: first_values(model, name, shape, 0, shape.numel()).view(shape) for name, shape in named}

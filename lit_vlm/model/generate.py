@@ -1,4 +1,4 @@
-"""Answers from a flat micro-batch: each segment is cut before its last answer, and the model writes its own."""
+"""Generation from a flat micro-batch: each segment is cut before its last answer, and the model generates its own."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from transformers.generation import (
 
 from lit_vlm.types import IGNORE_INDEX, Batch
 
-# Shapes: B prompts, N answers of each, L longest prompt, D width of the language model, V words of the vocabulary.
+# Shapes: B prompts, N answers of each, L longest prompt, D width of the language model, V vocabulary size.
 
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """Answers drawn from the model's distribution, instead of the likeliest token at each place.
+    """Parameters for sampling answers from the model's distribution; without them decoding is greedy.
 
-    Each answer has dice of its own, so that it does not depend on what is generated beside it (but where rounding, which
-    does, decides between two tokens).
+    Each answer has its own random generator, so that it does not depend on the other answers of the batch (except where
+    rounding, which does depend on them, decides between two tokens).
     """
 
     seeds: Sequence[Sequence[int]]  # [B][N], 64 bits each
     temperature: float = 1.0  # above 0
-    top_p: float = 1.0  # the likeliest tokens that have this probability together (arXiv 1904.09751)
+    top_p: float = 1.0  # nucleus sampling: the likeliest tokens that together have this probability (arXiv 1904.09751)
 
 
 @torch.no_grad()
@@ -41,52 +41,55 @@ def generate(
     eos_token_id: int | None = None,
     sampling: Sampling | None = None,
 ) -> list[list[int]]:
-    """Token ids of each answer, the end token included when it came: of a pair's two segments that continue its prompt, one
-    each.
+    """Generate answers: the token ids of each, the end token included if it was generated.
+
+    The two answers of a preference pair share one prompt in the batch; each of the two gives one answer.
 
     Args:
-        batch: with or without answers; a segment without supervised tokens is a prompt as it stands.
-        sampling: N answers of the first segment, then of the next; each picture is encoded once. None: one answer of
-            each, greedily.
+        batch: with or without answers; a segment without supervised tokens is used as a prompt unchanged.
+        sampling: N answers of the first segment, then of the next; each image is encoded once. None: one answer each,
+            by greedy decoding.
     """
     was_training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         embeddings = model(batch=batch, embeddings_only=True)
         prompts, mask = _left_padded(embeddings, _prompt_spans(batch))
-        drawing = None
+        processors = None
         if sampling is not None:
-            count, drawing = len(sampling.seeds[0]), _drawing(sampling, prompts.device)
+            count, processors = len(sampling.seeds[0]), _drawing(sampling, prompts.device)
             prompts, mask = prompts.repeat_interleave(count, dim=0), mask.repeat_interleave(count, dim=0)
         stop = eos_token_id if eos_token_id is not None else model.generation_config.eos_token_id
-        stops = {stop} if isinstance(stop, int) else set(stop or ())
+        stop_ids = {stop} if isinstance(stop, int) else set(stop or ())
         output = model.generate(
             inputs_embeds=prompts,
             attention_mask=mask,
             max_new_tokens=max_new_tokens,
-            do_sample=False,  # the dice are in the scores: transformers' own are one for the whole batch
-            logits_processor=drawing,
-            eos_token_id=sorted(stops) or None,
-            pad_token_id=min(stops, default=0),
+            do_sample=False,  # sampling is done in the scores: transformers has one random generator for the whole batch
+            logits_processor=processors,
+            eos_token_id=sorted(stop_ids) or None,
+            pad_token_id=min(stop_ids, default=0),
             use_cache=True,
-            # under ZeRO-3 all ranks go on until the last one's answer ends; of FSDP2 transformers knows itself
+            # under ZeRO-3 all ranks generate until the last rank's answer ends; transformers detects FSDP2 itself
             synced_gpus=hasattr(next(model.parameters()), "ds_id") or None,
         )
     finally:
         for module in was_training:
             module.training = True
-    return [_up_to_stop(ids, stops) for ids in output.tolist()]
+    return [_up_to_stop(ids, stop_ids) for ids in output.tolist()]
 
 
 class Dice(LogitsProcessor):
-    """Makes the best score of each row a draw from its distribution: the largest of log-probability plus Gumbel noise
-    (arXiv 1411.0030). One generator per row."""
+    """Logits processor that samples by the Gumbel-max trick: the largest log-probability plus Gumbel noise is a sample.
+
+    One random generator per row (arXiv 1411.0030).
+    """
 
     def __init__(self, seeds: Sequence[int], device: torch.device) -> None:
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """[B * N, V] float32."""
+        """Add noise to scores [B * N, V]; returns float32."""
         noise = torch.empty(scores.shape, dtype=torch.float32, device=scores.device)
         for row, generator in zip(noise, self.generators, strict=True):
             row.exponential_(generator=generator)
@@ -101,8 +104,10 @@ def _drawing(sampling: Sampling, device: torch.device) -> LogitsProcessorList:
 
 
 def _prompt_spans(batch: Batch) -> list[list[int]]:
-    """Positions in the row of each prompt: up to the last run of supervised tokens, behind what the segment continues. A
-    segment that others continue is a part of theirs."""
+    """Find the row positions of each prompt: its prefix, then the segment up to its last run of supervised tokens.
+
+    A segment that others continue is a part of their prompts, and no prompt itself.
+    """
     supervised = (batch.labels != IGNORE_INDEX).tolist()
     spans: list[tuple[int, int]] = []
     start = 0
@@ -124,7 +129,7 @@ def _prompt_spans(batch: Batch) -> list[list[int]]:
 
 
 def _left_padded(embeddings: Tensor, spans: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """[B, L, D] prompts that end together, and their mask [B, L]."""
+    """Pad prompts on the left to [B, L, D], with their mask [B, L]."""
     longest = max(map(len, spans))
     prompts = embeddings.new_zeros(len(spans), longest, embeddings.shape[-1])
     mask = torch.zeros(len(spans), longest, dtype=torch.long, device=embeddings.device)
@@ -135,6 +140,7 @@ def _left_padded(embeddings: Tensor, spans: list[list[int]]) -> tuple[Tensor, Te
 
 
 def _up_to_stop(ids: list[int], stops: set[int]) -> list[int]:
+    """Crop token ids after the first stop token."""
     for position, token in enumerate(ids):
         if token in stops:
             return ids[: position + 1]

@@ -1,4 +1,4 @@
-"""The language-model head, which in training says how likely given tokens are instead of writing all logits down."""
+"""Language-model head that computes log-probabilities of given tokens in training, without writing down all logits."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from lit_vlm.losses.next_token import score_tokens
 if TYPE_CHECKING:
     from lit_vlm.model.vocabulary import NewTokens
 
-# Shapes: R rows, D width, V words.
+# Shapes: R positions, D width, V vocabulary size.
 
 
 class ScoringHead(nn.Linear):
-    """transformers' `lm_head` with one more way through: with `targets` it says how likely they are.
+    """`lm_head` of transformers that, called with `targets`, returns their log-probabilities (negative cross-entropy).
 
     Attributes:
-        new_tokens: rows that stand in for some of the matrix's; see `NewTokens`.
+        new_tokens: trainable rows that replace some rows of the matrix; see `TrainableTokens`.
     """
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None, statistics: bool = False) -> Any:
-        """Logits [..., V] of hidden [..., D], or with targets [R] what `score_tokens` returns for hidden [R, D]."""
+        """Return logits [..., V] of hidden [..., D], or with targets [R] the token log-probabilities.
+
+        Those are the result of `compute_token_log_probs` for hidden [R, D].
+        """
         if targets is None:
             return super().forward(hidden)
         new_tokens: NewTokens | None = getattr(self, "new_tokens", None)

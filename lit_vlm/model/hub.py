@@ -1,4 +1,4 @@
-"""transformers without its running commentary, and its processor without torchvision."""
+"""transformers without progress bars and warnings, and its processor without torchvision."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lit_vlm.types import UserError
 
 
 class PlainProcessor(LlavaOnevisionProcessor):
-    """transformers' own, without the video half that needs torchvision."""
+    """LlavaOnevisionProcessor without its video processor, which needs torchvision."""
 
     @classmethod
     def get_attributes(cls) -> list[str]:
@@ -24,7 +24,7 @@ class PlainProcessor(LlavaOnevisionProcessor):
 
 
 def plain_processor(tokenizer: PreTrainedTokenizerFast, images: ImageSettings) -> PlainProcessor:
-    """What plain transformers makes of texts and pictures; tests and benchmarks hold ours against it."""
+    """Make plain transformers' processor of texts and images; tests and benchmarks compare ours with it."""
     image_processor = LlavaOnevisionImageProcessorPil(
         size={"height": images.tile_size, "width": images.tile_size},
         image_grid_pinpoints=[list(pair) for pair in images.grid_pinpoints],
@@ -43,7 +43,7 @@ def plain_processor(tokenizer: PreTrainedTokenizerFast, images: ImageSettings) -
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No progress bars and no report of layers that were left out on purpose; what is really missing is checked by us."""
+    """Disable progress bars and reports of unused layers; missing weights are checked elsewhere."""
     without_gpu_is_fine()
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -58,7 +58,10 @@ def quiet_transformers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def told_by_folder(name: str, problem: str) -> Iterator[None]:
-    """Tell by its name a folder whose files lead a library to an error: any value in them may, in any place."""
+    """Raise a UserError that names the folder when its files cause an error in a library.
+
+    Any value in these files may cause an error, of any type and in any place.
+    """
     try:
         yield
     except (UserError, MemoryError, torch.OutOfMemoryError):
@@ -74,14 +77,17 @@ def told_by_folder(name: str, problem: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Shorten what an error says to its first line, with its kind where the words alone say little."""
+    """Return the first line of an error message, with the error's type where the message alone says little."""
     text = str(error).strip()
     first = text.splitlines()[0].rstrip(".") if text else ""
-    told = isinstance(error, OSError | ValueError | RuntimeError) and first
-    return first if told else f"{type(error).__name__}: {first}".rstrip(": ")
+    is_clear = isinstance(error, OSError | ValueError | RuntimeError) and first
+    return first if is_clear else f"{type(error).__name__}: {first}".rstrip(": ")
 
 
 def without_gpu_is_fine() -> None:
-    """transformers imports DeepSpeed when it saves, and DeepSpeed warns on the terminal where it finds no GPU."""
+    """Set DeepSpeed's accelerator to the CPU where there is no GPU.
+
+    transformers imports DeepSpeed when it saves, and DeepSpeed would print a warning.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -1,4 +1,4 @@
-"""LoRA through peft, injected in place: the model keeps transformers' class and its parameters keep their owners."""
+"""LoRA through peft, injected in place: the model keeps transformers' class and its parameters keep their names."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ PREFIX = {
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """Low-rank adapters of one part (arXiv 2106.09685).
+    """LoRA options of one part: low-rank adapters (arXiv 2106.09685).
 
     Attributes:
-        targets: names of linear modules, e.g. ["q_proj", "v_proj"]; empty: every linear layer of the part but the head.
+        targets: LoRA targets, the names of linear modules, e.g. ["q_proj", "v_proj"]; empty: all linear layers of the
+            part except the head.
     """
 
     rank: int
@@ -38,10 +39,10 @@ class Lora:
 
 
 def add_lora(model: nn.Module, part: Part, lora: Lora, seed: int = 0) -> None:
-    """Freeze the part and put adapters into its linear layers, drawn from `seed`.
+    """Add LoRA adapters to a part's linear layers, initialised from `seed`, and freeze the rest of the part.
 
     Raises:
-        UserError: no module of the part bears a target's name.
+        UserError: a LoRA target is no linear layer of the part.
     """
     linear = {
         name.rsplit(".", 1)[-1]
@@ -61,11 +62,11 @@ def add_lora(model: nn.Module, part: Part, lora: Lora, seed: int = 0) -> None:
     )
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     inject_adapter_in_model(config, model, adapter_name=str(part))
-    for layer in lora_layers(model).values():  # peft has switched those of an earlier part off
+    for layer in lora_layers(model).values():  # peft has disabled the adapters of an earlier part
         layer.set_adapter(list(layer.lora_A))
     for name, parameter in model.named_parameters():
         before = name.replace(".base_layer", "")
-        if before in frozen:  # peft freezes the whole model; the other parts are not its business
+        if before in frozen:  # peft freezes the whole model; restore the other parts
             parameter.requires_grad_(frozen[before])
     for name, parameter in parameters_of(model, part):
         parameter.requires_grad_("lora_" in name)
@@ -74,8 +75,10 @@ def add_lora(model: nn.Module, part: Part, lora: Lora, seed: int = 0) -> None:
 
 
 def draw_adapter(name: str, shape: Sequence[int], seed: int) -> Tensor:
-    """What an adapter's matrix starts with, float32: peft's own distributions, each matrix from a seed of its own, so
-    that a process can draw one without the others."""
+    """Initialise an adapter's matrix, float32, from peft's own distributions.
+
+    Each matrix has a seed of its own, so that a process can initialise one without the others.
+    """
     if "lora_B" in name:
         return torch.zeros(*shape, dtype=torch.float32)
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -85,7 +88,7 @@ def draw_adapter(name: str, shape: Sequence[int], seed: int) -> Tensor:
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The model as it was before LoRA."""
+    """Disable all adapters inside: the model as it was before LoRA."""
     layers = lora_layers(model)
     for layer in layers.values():
         layer.enable_adapters(False)
@@ -97,4 +100,5 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def lora_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
+    """Find the layers with LoRA adapters, by module name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}

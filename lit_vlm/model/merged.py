@@ -1,6 +1,7 @@
-"""A model's weights as plain transformers would have them: adapters and new rows merged in, one weight at a time.
+"""Weights of a model as plain transformers saves them: adapters and new token rows merged, one weight at a time.
 
-Only what transformers itself keeps fused in memory and apart in files (experts of some families) is made all at once.
+Only weights that transformers itself fuses in memory and splits in files (experts of some families) are made all at
+once.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from lit_vlm.model.skeleton import EMBEDDINGS, HEAD, build_on_meta, first_values
 
 
 class Merged:
-    """The weights of a model by their names on the hub.
+    """Merged state dict of a model for export, by the names that the files on the hub have.
 
     Args:
-        model: its weights may be shared out over ranks.
-        whole: makes the weight of a name in memory whole; every rank asks for the same names in the same order. None:
-            weights are whole.
+        model: its weights may be sharded over ranks.
+        gather_weight: gathers the full weight of a name in memory; every rank calls it with the same names in the same
+            order. None: weights are not sharded.
 
     Attributes:
-        tensors: of each name on the hub its shape and type, on `meta`.
-        config: to be saved with them.
+        tensors: shape and type by name in the files, on `meta`.
+        config: to be saved with the weights.
     """
 
     def __init__(
@@ -37,62 +38,65 @@ class Merged:
     ) -> None:
         self.model, self.layers, self.whole = model, lora_layers(model), whole
         self.parameters = dict(model.named_parameters())
-        self.source: Any = getattr(model, "weights", None)  # of a model that was loaded in shards
+        self.source: Any = getattr(model, "weights", None)  # of a model that was loaded in shards, else None
         dtype = self.source.dtype if self.source else model.dtype
-        if whole and not self.source:  # what is shared out may compute in another type than its masters have
+        if whole and not self.source:  # sharded weights may compute in another type than their master weights have
             dtype = model.config.dtype or dtype
-        frame = build_on_meta(copy.deepcopy(model.config)).to(dtype)
-        frame.tie_weights()
-        self.num_parameters, self.config = frame.num_parameters(), frame.config
+        meta_model = build_on_meta(copy.deepcopy(model.config)).to(dtype)
+        meta_model.tie_weights()
+        self.num_parameters, self.config = meta_model.num_parameters(), meta_model.config
         for config in (self.config, self.config.vision_config, self.config.text_config):
             config.dtype = str(dtype).removeprefix("torch.")
-        self.config.architectures = [type(frame).__name__]
-        use_released_names(frame)
-        in_memory = dict(frame.named_parameters())  # a shared table once, under the name of the embeddings
-        self.tensors: dict[str, Tensor] = revert_weight_conversion(frame, in_memory)
-        in_memory_of = {id(tensor): name for name, tensor in in_memory.items()}
+        self.config.architectures = [type(meta_model).__name__]
+        use_released_names(meta_model)
+        meta_tensors = dict(meta_model.named_parameters())  # a tied table is listed as embeddings only
+        self.tensors: dict[str, Tensor] = revert_weight_conversion(meta_model, meta_tensors)
+        names_by_id = {id(tensor): name for name, tensor in meta_tensors.items()}
         self._names = {
-            hub: in_memory_of[id(tensor)] for hub, tensor in self.tensors.items() if id(tensor) in in_memory_of
+            hub: names_by_id[id(tensor)] for hub, tensor in self.tensors.items() if id(tensor) in names_by_id
         }
-        self._frame, self._in_memory = frame, in_memory
+        self._frame, self._in_memory = meta_model, meta_tensors
         self._taken_apart: dict[str, Tensor] | None = None
 
     def value(self, name: str) -> Tensor:
-        """Of a name on the hub, on whatever device it is."""
+        """Compute the merged weight of a name in the files, on the device where its parameter is."""
         if name in self._names:
             return self._value(self._names[name])
         if self._taken_apart is None:
-            values = {own: self._value(own) for own in self._made_of(name)}
+            values = {memory_name: self._value(memory_name) for memory_name in self._made_of(name)}
             self._taken_apart = revert_weight_conversion(self._frame, values)
         return self._taken_apart.pop(name)
 
     def take_part(self, name: str) -> None:
-        """In gathering what another rank makes the value of."""
-        for own in self._made_of(name):
-            for key in self._needs(own):
+        """Gather the same parameters as another rank that computes the weight of this name."""
+        for memory_name in self._made_of(name):
+            for key in self._needs(memory_name):
                 if not self._is_in_source(key):
                     self._whole(key)
         if name not in self._names:
             self._taken_apart = {}
 
     def _made_of(self, name: str) -> list[str]:
-        """Names in memory; all that is fused with the first name that asks for some of it, and then no more."""
+        """List the names in memory that a name in the files is made of.
+
+        All fused weights belong to the first name that needs one of them; later names get an empty list.
+        """
         if name in self._names:
             return [self._names[name]]
-        whole = set(self._names.values())
-        return [own for own in self._in_memory if own not in whole] if self._taken_apart is None else []
+        plain = set(self._names.values())
+        return [key for key in self._in_memory if key not in plain] if self._taken_apart is None else []
 
     def _value(self, own: str) -> Tensor:
         target = self._in_memory[own]
-        value, *merged = [self._whole(key) for key in self._needs(own)]  # of a file and of a device
+        value, *merged = [self._whole(key) for key in self._needs(own)]  # from a file or from the device
         if own.rpartition(".")[0] in self.layers and merged:
             value = value + self._delta(own.rpartition(".")[0], *merged[:2]).to(value)
-        elif merged:  # rows of new tokens
+        elif merged:  # rows of new tokens (TrainableTokens)
             value = value.index_copy(0, self.model.new_tokens.ids.to(value.device), merged[0].to(value))
         return value.to(target.dtype)
 
     def _needs(self, own: str) -> list[str]:
-        """Names in memory: the weight itself, then what is merged into it."""
+        """List the names in memory that are needed: the weight itself, then what is merged into it."""
         module, _, leaf = own.rpartition(".")
         if module in self.layers:
             base = f"{module}.base_layer.{leaf}"
@@ -111,7 +115,7 @@ class Merged:
         return self.whole(name).detach() if self.whole else self.parameters[name].detach()
 
     def _delta(self, module: str, down: Tensor, up: Tensor) -> Tensor:
-        """What peft adds to a layer's weight when it merges an adapter, in the same arithmetic."""
+        """Compute what peft adds to a layer's weight when it merges an adapter, in the same arithmetic."""
         layer: Any = self.layers[module]
         dtype = up.dtype
         if up.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
@@ -120,10 +124,10 @@ class Merged:
 
 
 def use_released_names(model: LlavaOnevisionForConditionalGeneration) -> None:
-    """Make transformers write the names of the released checkpoints, whatever folder the model came from.
+    """Use the parameter names of the released checkpoints in exports, whatever folder the model came from.
 
     transformers 5.23 has no level `vision_model` in memory any more, and writes it only where it was read. The released
-    LLaVA-OneVision checkpoints have it, and servers (vLLM) know those names alone.
+    LLaVA-OneVision checkpoints have it, and servers (vLLM) support only those names.
     """
     rules = get_model_conversion_mapping(model, add_legacy=False)
     model._weight_conversions = [
@@ -132,5 +136,5 @@ def use_released_names(model: LlavaOnevisionForConditionalGeneration) -> None:
 
 
 def _adapters(layer: Any) -> list[str]:
-    """Of a layer: one, that of its part."""
+    """List a layer's adapters: one, that of its part."""
     return list(layer.lora_A)

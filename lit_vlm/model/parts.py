@@ -1,4 +1,4 @@
-"""Who owns which parameter: vision tower, projector, language model. Named once, here."""
+"""Parts of a model (vision tower, projector, language model) and the parameters that belong to each."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ OWNERS = {
     "model.image_newline": Part.projector,  # LLaVA-OneVision's learned row separator
     "model.language_model.": Part.language_model,
     "lm_head.": Part.language_model,
-    "new_tokens.": Part.language_model,  # rows of tokens that this run adds
+    "new_tokens.": Part.language_model,  # rows of tokens that this run adds (TrainableTokens)
 }
-# SigLIP and CLIP normalise what nobody reads here: the projector takes the encoder's output. They would stop DDP for
-# want of a gradient.
+# SigLIP's and CLIP's last norms and heads are unused here: the projector reads the encoder's output. As trainable
+# parameters they would stop DDP, because they get no gradient.
 UNUSED = re.compile(r"^model\.vision_tower\.(vision_model\.)?(post_layernorm|head)\.")
 
 
 @dataclass(frozen=True, slots=True)
 class PartSummary:
-    """One row of the table of what trains."""
+    """One row of the summary of trainable parameters."""
 
     part: str
     parameters: int
@@ -38,7 +38,7 @@ class PartSummary:
 
 
 def part_of(name: str) -> Part:
-    """The part that owns a parameter of LlavaOnevisionForConditionalGeneration, by its name in memory."""
+    """Return the part that owns a parameter of LlavaOnevisionForConditionalGeneration, by its name in memory."""
     for prefix, part in OWNERS.items():
         if name.startswith(prefix):
             return part
@@ -46,15 +46,19 @@ def part_of(name: str) -> Part:
 
 
 def parameters_of(model: nn.Module, part: Part) -> Iterator[tuple[str, nn.Parameter]]:
+    """Iterate over the named parameters of a part."""
     return ((name, parameter) for name, parameter in model.named_parameters() if part_of(name) is part)
 
 
 def freeze(model: nn.Module, trainable: Iterable[Part]) -> None:
-    """Only the parts named train; parameters that the forward pass never uses stay frozen."""
-    chosen = set(trainable)
+    """Freeze all parameters except those of the trainable parts.
+
+    Parameters that the forward pass never uses stay frozen.
+    """
+    trainable_parts = set(trainable)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in chosen and not UNUSED.match(name))
-    inner: Any = model.model  # transformers' class; nn.Module says of an attribute only that it is a tensor or module
+        parameter.requires_grad_(part_of(name) in trainable_parts and not UNUSED.match(name))
+    inner: Any = model.model  # transformers' class; nn.Module types an attribute only as tensor or module
     projector = inner.multi_modal_projector
     if getattr(model.config, "projector_hidden_act", "") == "linear":  # a linear projector is W then the identity
         projector.linear_2.requires_grad_(False)
@@ -71,39 +75,43 @@ def module_of(model: nn.Module, part: Part) -> list[nn.Module]:
 
 
 def set_modes(model: nn.Module, trainable: Iterable[Part], *, checkpointed: bool) -> None:
-    """Train mode for what trains, eval for what is frozen.
+    """Set train mode for parts that train, and eval mode for frozen ones.
 
-    A frozen part that gradients cross while activations are checkpointed is in train mode with dropout 0: transformers
-    skips the checkpointing of a module in eval, silently.
+    A frozen part that gradients pass through under activation checkpointing is in train mode with dropout 0:
+    transformers skips activation checkpointing of a module in eval mode, silently.
     """
-    chosen = set(trainable)
+    trainable_parts = set(trainable)
     model.train()
     for part in Part:
-        crossed = checkpointed and part is Part.language_model
+        needs_train_mode = checkpointed and part is Part.language_model
         for module in module_of(model, part):
-            if part in chosen:
+            if part in trainable_parts:
                 continue
-            module.train(crossed)
-            if crossed:
+            module.train(needs_train_mode)
+            if needs_train_mode:
                 _without_dropout(module)
 
 
 def size_of(parameter: nn.Parameter) -> int:
-    """Elements of the whole, also where ZeRO-3 has shared it out and left an empty tensor in its place."""
+    """Count the elements of the full parameter.
+
+    ZeRO-3 shards a parameter and leaves an empty tensor in its place, with the full size in `ds_numel`.
+    """
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def summary(model: nn.Module, how: dict[Part, str]) -> list[PartSummary]:
+    """Summarize the parameters of each part, [3] rows; `how` says how a part trains, where that is not "all"."""
     rows = []
     for part in Part:
-        owned = [parameter for _, parameter in parameters_of(model, part)]
-        total, trains = sum(map(size_of, owned)), sum(size_of(p) for p in owned if p.requires_grad)
-        rows.append(PartSummary(part.value, total, trains, how.get(part, "all") if trains else "frozen"))
+        parameters = [parameter for _, parameter in parameters_of(model, part)]
+        total, trainable = sum(map(size_of, parameters)), sum(size_of(p) for p in parameters if p.requires_grad)
+        rows.append(PartSummary(part.value, total, trainable, how.get(part, "all") if trainable else "frozen"))
     return rows
 
 
 def _without_dropout(module: nn.Module) -> None:
-    children: Iterable[Any] = module.modules()  # a float as an attribute is more than nn.Module's annotations know
+    children: Iterable[Any] = module.modules()  # nn.Module's annotations do not allow a float attribute
     for child in children:
         if isinstance(child, nn.Dropout):
             child.p = 0.0

@@ -1,4 +1,7 @@
-"""Which types matrix products, convolutions and attention compute in: a float32 one costs many times a bfloat16 one."""
+"""Matmul dtype check: warn when a matrix product, convolution or attention runs in float32 under mixed precision.
+
+In float32 it costs many times as much as in bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +27,10 @@ FAMILIES = (
 
 
 class Products(TorchDispatchMode):
-    """Counts the products that are computed inside, by operation and type; their backward passes too.
+    """Counter of matrix products by operation and dtype, backward passes included.
 
     Attributes:
-        seen: (operation, type of its factors) -> how often.
+        counts: (operation, dtype of its factors) -> number of calls.
     """
 
     def __init__(self) -> None:
@@ -37,20 +40,21 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name = function.overloadpacket.__name__
         if any(name == family or (len(family) > 8 and family in name) for family in FAMILIES):
-            # the first are the factors; behind them attention's backward pass takes float32 log-sums
+            # the first arguments are the factors; after them, attention's backward pass takes float32 log-sums
             factors = [value for value in args[:3] if isinstance(value, Tensor) and value.is_floating_point()]
             self.seen.update({(name, factor.dtype) for factor in factors})
         return function(*args, **(kwargs or {}))
 
     @property
     def in_float32(self) -> dict[str, int]:
-        return {name: number for (name, dtype), number in self.seen.items() if dtype == torch.float32}
+        """Number of calls in float32, by operation."""
+        return {name: count for (name, dtype), count in self.seen.items() if dtype == torch.float32}
 
 
 def warn_of_float32(products: Products) -> None:
-    """Of a forward pass that should compute in half precision."""
-    if found := products.in_float32:
-        named = ", ".join(f"{number} x {name}" for name, number in found.items())
+    """Warn when a forward pass in half precision computed some matrix products in float32."""
+    if float32_counts := products.in_float32:
+        named = ", ".join(f"{count} x {name}" for name, count in float32_counts.items())
         warnings.warn(
             f"The first forward pass computed products in float32 under half precision ({named}), many times slower on a "
             "GPU. Something casts its inputs up, or leaves autocast.",

@@ -1,4 +1,4 @@
-"""Where the segments of a flat row begin and end, what each token sees, and how kernels are told."""
+"""Segments of a flat packed row: boundaries, attention spans, and the arguments of attention kernels."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-# Shapes: T tokens in the row, B segments, Q queries (T, or those that a layer asks for), R rows that are scored, G members
-# of one group, L its most queries, M its most keys.
+# Shapes: T tokens in the row, B segments, Q queries (T, or those that a layer needs), R scored positions, G spans of one
+# group, L the maximum number of queries in it, M the maximum number of keys.
 
 
 @dataclass(frozen=True)
 class Span:
-    """One segment's part of the attention: its last queries, over all that it sees."""
+    """Attention of one segment: its last queries, over all keys that they may attend to."""
 
-    start: int  # of its queries in the row
+    start: int  # first query, position in the row
     stop: int
-    keys: tuple[tuple[int, int], ...]  # where they lie in the row: its prefix's, if it has one, and its own
+    keys: tuple[tuple[int, int], ...]  # ranges in the row: of the prefix, if any, and its own
 
     @property
     def num_queries(self) -> int:
@@ -31,16 +31,16 @@ class Span:
 
 @dataclass(frozen=True)
 class Group:
-    """Spans of like length, which share a kernel call. Behind a span's end its last position is repeated."""
+    """Padded batch of spans of similar length, for one SDPA call. Padding repeats the last position of a span."""
 
     queries: Tensor  # [G, L] positions in the row
     keys: Tensor  # [G, M]
-    mask: Tensor | None  # [G, 1, L, M] bool; None: query i sees the keys up to i, and there are as many
+    mask: Tensor | None  # [G, 1, L, M] bool; None: plain causal, as many keys as queries
 
 
 @dataclass(frozen=True)
 class Call:
-    """Spans whose keys do not overlap, as variable-length kernels take them. None: all of the row, as it lies."""
+    """Arguments of one variable-length kernel call, for spans without common keys. None: the whole row, in order."""
 
     queries: Tensor | None  # positions in the row
     keys: Tensor | None
@@ -51,19 +51,21 @@ class Call:
 
 
 class Segments:
-    """Where the segments of a flat row begin and end, and which of them continue another.
+    """Boundaries of the packed segments of a flat row, and the prefix that each of them continues.
 
-    A token sees its segment's tokens up to itself and, when the segment has a prefix, all of that one. The kernels agree
-    on one rule for it: of a span's keys, query i of n sees all but the last n - 1 - i (bottom-right causal).
+    A token attends to the tokens of its segment up to itself and, when the segment has a prefix, to the whole prefix.
+    The kernels share one rule for this: query i of n attends to all keys of the span except the last n - 1 - i
+    (bottom-right causal).
 
     Args:
-        lengths: B tokens of each segment.
+        lengths: tokens of each of the B segments.
         device: of the row.
-        prefixes: B; the segment that each one continues, or -1. None: none does.
-        tails: B; the last so many positions of each segment are asked for. None: all.
+        prefixes: index of the segment that each of the B segments continues, or -1. None: no segment has a prefix.
+        query_lengths: the last `query_lengths[b]` positions of segment b are queries. None: all positions are.
 
     Attributes:
-        last: what the model's last layer is asked for, and [R] the positions whose results anybody reads; None: all.
+        last_layer: segments with the queries that the model's last layer needs, and [R] the positions whose results are
+            read; None: all positions.
     """
 
     last: tuple[Segments, Tensor] | None = None
@@ -81,62 +83,65 @@ class Segments:
 
     @cached_property
     def spans(self) -> list[Span]:
+        """Attention spans, one for each segment that has queries."""
         starts = torch.tensor([0, *self.lengths]).cumsum(0).tolist()
-        own = list(zip(starts, starts[1:], strict=False))
+        ranges = list(zip(starts, starts[1:], strict=False))
         return [
-            Span(stop - tail, stop, ((start, stop),) if prefix < 0 else (own[prefix], (start, stop)))
-            for (start, stop), prefix, tail in zip(own, self._prefixes, self._tails, strict=True)
+            Span(stop - tail, stop, ((start, stop),) if prefix < 0 else (ranges[prefix], (start, stop)))
+            for (start, stop), prefix, tail in zip(ranges, self._prefixes, self._tails, strict=True)
             if tail
         ]
 
     @cached_property
     def asked(self) -> Tensor:
-        """[Q]: the positions that are asked for, in the order of the row."""
+        """[Q] positions of the queries, in the order of the row."""
         return _positions([(span.start, span.stop) for span in self.spans], self.device)
 
     @property
     def longest(self) -> int:
-        """Most keys that a query may see."""
+        """Maximum number of keys that a query may attend to."""
         return max(span.num_keys for span in self.spans)
 
     def groups(self, window: int | None = None) -> list[Group]:
-        """Spans of like length together, padded to the longest; `window` as in `flat_attention`."""
+        """Group spans of similar length, padded to the longest; `window` is the sliding window in tokens."""
         if window not in self._made:
             spans = self.spans
             order = sorted(range(len(spans)), key=lambda i: (-spans[i].num_queries, -spans[i].num_keys))
-            made: list[Group] = []
+            groups: list[Group] = []
             members: list[Span] = []
             for span in (spans[i] for i in order):
                 if members and not _alike(span, members[0]):
-                    made.append(self._group(members, window))
+                    groups.append(self._group(members, window))
                     members = []
                 members.append(span)
-            made.append(self._group(members, window))
-            self._made[window] = made
+            groups.append(self._group(members, window))
+            self._made[window] = groups
         return self._made[window]
 
     @cached_property
     def back(self) -> Tensor:
-        """[Q]: where each position that is asked for stands in the groups' results, laid end to end."""
-        place = torch.empty(sum(self.lengths), dtype=torch.int64)
+        """[Q] index of each query in the concatenated results of the groups."""
+        index = torch.empty(sum(self.lengths), dtype=torch.int64)
         offset = 0
         for group in self.groups():
             flat = group.queries.flatten().cpu()
-            # written backwards, so that the first of a repeated position wins
-            place[flat.flip(0)] = torch.arange(offset, offset + len(flat)).flip(0)
+            # written in reverse order, so that the first copy of a repeated (padded) position wins
+            index[flat.flip(0)] = torch.arange(offset, offset + len(flat)).flip(0)
             offset += len(flat)
-        return place.to(self.device)[self.asked]
+        return index.to(self.device)[self.asked]
 
     @cached_property
     def calls(self) -> list[Call]:
-        """First the spans without a prefix, then each prefix's first continuation, then the second ones: no call has a key
-        twice, so that the keys' gradients are summed in one order."""
+        """Kernel calls: spans without a prefix, then the first continuation of each prefix, then the second ones.
+
+        No call contains a key twice, so that the gradients of the keys are summed in one order.
+        """
         rounds: list[list[Span]] = []
-        seen: dict[tuple[int, int], int] = {}
+        num_continuations: dict[tuple[int, int], int] = {}
         for span in self.spans:
             number = 0
             if len(span.keys) > 1:
-                number = seen[span.keys[0]] = seen.get(span.keys[0], 0) + 1
+                number = num_continuations[span.keys[0]] = num_continuations.get(span.keys[0], 0) + 1
             while len(rounds) <= number:
                 rounds.append([])
             rounds[number].append(span)
@@ -144,27 +149,27 @@ class Segments:
 
     @cached_property
     def order(self) -> Tensor | None:
-        """[Q]: where each position that is asked for stands in the calls' results, laid end to end; None: as asked."""
+        """[Q] index of each query in the concatenated results of the calls; None: they are in order already."""
         if len(self.calls) == 1:
             return None
-        laid = torch.cat([call.queries for call in self.calls if call.queries is not None])
-        return laid.argsort()
+        positions = torch.cat([call.queries for call in self.calls if call.queries is not None])
+        return positions.argsort()
 
     def _group(self, members: list[Span], window: int | None) -> Group:
         queries = [torch.arange(span.start, span.stop) for span in members]
         keys = [torch.cat([torch.arange(*part) for part in span.keys]) for span in members]
-        square = all(span.num_queries == span.num_keys for span in members)  # padding behind is seen by no real query
+        square = all(span.num_queries == span.num_keys for span in members)  # no real query attends to padding
         mask = None if square and not window else _mask_of(members, window).to(self.device)
         return Group(_padded(queries).to(self.device), _padded(keys).to(self.device), mask)
 
     def _call(self, spans: list[Span]) -> Call:
         queries = _positions([(span.start, span.stop) for span in spans], self.device)
         keys = _positions([part for span in spans for part in span.keys], self.device)
-        whole = sum(self.lengths)
-        one = len(spans) == len(self.lengths)  # then nothing is left out but what no span asks for
+        total = sum(self.lengths)
+        is_whole_row = len(spans) == len(self.lengths)  # then only positions that no span needs are left out
         return Call(
-            queries=None if one and len(queries) == whole else queries,
-            keys=None if one and len(keys) == whole else keys,
+            queries=None if is_whole_row and len(queries) == total else queries,
+            keys=None if is_whole_row and len(keys) == total else keys,
             cu_queries=self._ends([span.num_queries for span in spans]),
             cu_keys=self._ends([span.num_keys for span in spans]),
             most_queries=max(span.num_queries for span in spans),
@@ -172,29 +177,31 @@ class Segments:
         )
 
     def _ends(self, lengths: list[int]) -> Tensor:
+        """Compute cumulative sequence lengths, [spans + 1] int32."""
         return torch.tensor([0, *lengths]).cumsum(0).to(self.device, torch.int32, non_blocking=True)
 
 
 def _alike(span: Span, longest: Span) -> bool:
-    """Whether padding it to the longest is cheaper than a kernel call of its own."""
+    """Return True when padding `span` to the longest is cheaper than a kernel call of its own."""
     queries, keys = span.num_queries * 4 >= longest.num_queries * 3, span.num_keys * 4 >= longest.num_keys * 3
     square = (span.num_queries == span.num_keys) == (longest.num_queries == longest.num_keys)
     return queries and keys and square
 
 
 def _positions(parts: list[tuple[int, int]], device: torch.device) -> Tensor:
+    """Concatenate the positions of all ranges (start, stop) into one tensor."""
     return torch.cat([torch.arange(*part) for part in parts]).to(device)
 
 
 def _padded(rows: list[Tensor]) -> Tensor:
-    """[G, longest]: each row's last number repeated behind its end."""
+    """Pad rows to [G, longest] by repeating the last number of each."""
     longest = max(map(len, rows))
     return torch.stack([torch.cat([row, row[-1:].expand(longest - len(row))]) for row in rows])
 
 
 def _mask_of(members: list[Span], window: int | None) -> Tensor:
-    """[G, 1, L, M] bool: bottom-right causal, and no further back than `window` tokens, the own one included."""
+    """Make the [G, 1, L, M] bool mask: bottom-right causal, and at most `window` keys back, the own one included."""
     queries, keys = max(span.num_queries for span in members), max(span.num_keys for span in members)
-    before = torch.tensor([span.num_keys - span.num_queries for span in members])[:, None, None, None]
-    distance = before + torch.arange(queries)[:, None] - torch.arange(keys)
+    offset = torch.tensor([span.num_keys - span.num_queries for span in members])[:, None, None, None]
+    distance = offset + torch.arange(queries)[:, None] - torch.arange(keys)
     return (distance >= 0) & (distance < window) if window else distance >= 0

@@ -1,7 +1,7 @@
-"""A model before its weights: all modules and names, parameters on `meta`, buffers real.
+"""Skeleton of a model without weights: all modules and names, parameters on `meta`, buffers real.
 
-What shares a model out over devices (FSDP2, ZeRO-3) builds inside `weights_later`, shares the skeleton out, and then
-fills what each process holds from `first_values`: no process ever holds the whole model.
+Strategies that shard a model over devices (FSDP2, ZeRO-3) build it inside `defer_weights`, shard the skeleton, and then
+fill the part that each process holds from `read_initial_values`. No process ever holds the whole model.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _later: ContextVar[bool] = ContextVar("weights_later", default=False)
 
 @contextlib.contextmanager
 def weights_later() -> Iterator[None]:
-    """`build` makes skeletons inside: models without weights, which know in `weights` where they are."""
+    """Defer weights inside: `build_model` makes skeletons, whose attribute `weights` says where the weights are."""
     token = _later.set(True)
     try:
         yield
@@ -49,20 +49,22 @@ def weights_later() -> Iterator[None]:
 
 
 def are_weights_later() -> bool:
+    """Return True inside `defer_weights`."""
     return _later.get()
 
 
 def build_on_meta(config: LlavaOnevisionConfig) -> LlavaOnevisionForConditionalGeneration:
-    """Shapes and counts at full size, without memory."""
+    """Build the model on `meta`: shapes and counts at full size, without memory."""
     with torch.device("meta"):
         return LlavaOnevisionForConditionalGeneration(config)
 
 
 def make_skeleton(blueprint: Blueprint, dtype: torch.dtype, seed: int) -> LlavaOnevisionForConditionalGeneration:
-    """What `build` makes, without weights. `model.weights` says what they are; errors of the sources come now.
+    """Make the model of `build_model` without weights; `model.weights` can read them.
 
     Raises:
-        UserError: weights are missing, of another shape, damaged, or in no safetensors.
+        UserError: weights are missing, of another shape, corrupt, or not in safetensors. It is raised now and not when
+            they are read.
     """
     model = build_on_meta(copy.deepcopy(blueprint.config) if blueprint.whole else blueprint.config)
     model.weights = weights = Weights(dtype, seed)
@@ -83,10 +85,10 @@ def make_skeleton(blueprint: Blueprint, dtype: torch.dtype, seed: int) -> LlavaO
 
 
 def first_values(model: nn.Module, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
-    """[stop - start] on the CPU: what a skeleton's parameter starts with, elements `start` to `stop` of it flattened.
+    """Read initial values of a skeleton's parameter on the CPU: [stop - start], elements `start` to `stop` flattened.
 
     Args:
-        name: as in `model.named_parameters()`, adapters and rows of new tokens included.
+        name: as in `model.named_parameters()`, adapters and new token rows included.
         shape: of the whole parameter.
     """
     weights: Any = model.weights
@@ -104,17 +106,18 @@ def first_values(model: nn.Module, name: str, shape: torch.Size, start: int, sto
 
 @torch.no_grad()
 def replace_parameters(model: nn.Module, make: Callable[[str, nn.Parameter], nn.Parameter]) -> None:
-    """Another parameter in the place of each; one that has several places (tied tables) stays one."""
-    made: dict[nn.Parameter, nn.Parameter] = {}
+    """Replace each parameter; one that stands in several places (tied tables) stays one."""
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
     for prefix, module in model.named_modules():
         for leaf, old in module._parameters.items():
             if old is not None:
-                if old not in made:
-                    made[old] = make(f"{prefix}.{leaf}" if prefix else leaf, old)
-                module._parameters[leaf] = made[old]
+                if old not in replaced:
+                    replaced[old] = make(f"{prefix}.{leaf}" if prefix else leaf, old)
+                module._parameters[leaf] = replaced[old]
 
 
 def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move all buffers to a device."""
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
@@ -124,7 +127,7 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
 def draw_projector(
     config: LlavaOnevisionConfig, dtype: torch.dtype, seed: int
 ) -> tuple[LlavaOnevisionMultiModalProjector, Tensor]:
-    """A new projector, and the newline's features [D] behind each row of tiles."""
+    """Initialise a new projector from `seed`, and the newline's features [D] that end each row of tiles."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         with torch.device("meta"):
@@ -140,32 +143,36 @@ def draw_projector(
 
 
 def share_config(part: nn.Module, config: Any) -> None:
-    """from_pretrained copies the config it is given; one object for all makes a change reach every layer."""
+    """Share one config object among all modules of a part, so that a change reaches every layer.
+
+    from_pretrained copies the config that it is given.
+    """
     for module in part.modules():
         if hasattr(module, "config"):
             module.config = config
 
 
 def _take_parts(model: LlavaOnevisionForConditionalGeneration, weights: Weights, blueprint: Blueprint) -> None:
+    """Collect where the weights of vision tower and language model are, and initialise the projector."""
     assert blueprint.vision_tower and blueprint.language_model
     config, revision = blueprint.config, blueprint.revision
     tower: Any = model.model.vision_tower
     with torch.device("meta"):
         language = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=blueprint.trust_remote_code)
-    in_tower = places_of(tower, blueprint.vision_tower, revision)
-    in_language = places_of(language, blueprint.language_model, revision)
+    tower_locations = places_of(tower, blueprint.vision_tower, revision)
+    language_locations = places_of(language, blueprint.language_model, revision)
     follow_files(model, language, blueprint, blueprint.language_model)
     _read_generation_config(language, blueprint.language_model, revision)
     model.generation_config = language.generation_config
     share_config(tower, config.vision_config)
     share_config(model.model.language_model, config.text_config)
-    weights.places = {f"model.vision_tower.{name}": place for name, place in in_tower.items()}
+    weights.places = {f"model.vision_tower.{name}": place for name, place in tower_locations.items()}
     weights.places |= {
         f"model.language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name: place
-        for name, place in in_language.items()
+        for name, place in language_locations.items()
     }
-    for name, parameter in tower.named_parameters():  # what nobody reads may be missing
-        if name not in in_tower:
+    for name, parameter in tower.named_parameters():  # unused parameters may be missing
+        if name not in tower_locations:
             fill = torch.ones if name.endswith("weight") else torch.zeros
             weights.drawn[f"model.vision_tower.{name}"] = fill(parameter.shape, dtype=weights.dtype)
     factor = families.logit_factor(config.text_config)
@@ -179,14 +186,19 @@ def _take_parts(model: LlavaOnevisionForConditionalGeneration, weights: Weights,
 
 
 def _grow(model: LlavaOnevisionForConditionalGeneration, weights: Weights, blueprint: Blueprint) -> None:
-    stored = model.get_input_embeddings().num_embeddings
-    spelled = grow(model, blueprint.tokenizer, blueprint.new_tokens)
-    weights.spelled = {EMBEDDINGS: spelled, HEAD: spelled} if spelled else {}
-    strange = set(range(stored, model.get_input_embeddings().num_embeddings)) - set(spelled)
-    if strange:
+    """Add rows for new tokens to the tables.
+
+    Raises:
+        UserError: the tokenizer has more tokens than the tables have rows, and not because of new tokens.
+    """
+    num_stored = model.get_input_embeddings().num_embeddings
+    mean_rows = grow(model, blueprint.tokenizer, blueprint.new_tokens)
+    weights.spelled = {EMBEDDINGS: mean_rows, HEAD: mean_rows} if mean_rows else {}
+    unknown = set(range(num_stored, model.get_input_embeddings().num_embeddings)) - set(mean_rows)
+    if unknown:
         raise UserError(
-            f"The tokenizer has {len(blueprint.tokenizer):,} tokens and the model's table {stored:,} rows; "
-            f"{counted(len(strange), 'of its own tokens has', 'of its own tokens have')} none. Give the tokenizer that belongs to the model."
+            f"The tokenizer has {len(blueprint.tokenizer):,} tokens and the model's table {num_stored:,} rows; "
+            f"{counted(len(unknown), 'of its own tokens has', 'of its own tokens have')} none. Give the tokenizer that belongs to the model."
         )
 
 
@@ -197,7 +209,7 @@ def _read_generation_config(model: Any, name: str, revision: str | None) -> None
 
 
 def _make_buffers(model: PreTrainedModel) -> None:
-    """Buffers that no file holds (rotary frequencies, position numbers), as `from_pretrained` makes them."""
+    """Make the buffers that no file holds (rotary frequencies, position ids), as `from_pretrained` does."""
     for name, buffer in model.named_non_persistent_buffers():
         parent, _, leaf = name.rpartition(".")
         model.get_submodule(parent)._buffers[leaf] = torch.empty_like(buffer, device="cpu")

@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor, so that no more than one of them is in memory."""
+"""Write safetensors files one tensor at a time, so that at most one of them is in memory."""
 
 from __future__ import annotations
 
@@ -17,21 +17,22 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
-LARGEST_FILE = "5GB"  # transformers' way of cutting a model
+LARGEST_FILE = "5GB"  # transformers' size for splitting a model into files
 INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
 class TensorFile:
-    """A file that is to be written: its tensors in their order, on `meta`."""
+    """Safetensors file to write: its tensors in order, on `meta`."""
 
     name: str
     tensors: dict[str, Tensor]
 
     def write(self, folder: Path, values: Iterable[Tensor]) -> None:
-        """
+        """Write the file to a folder.
+
         Args:
-            values: of the tensors, in the same order. One at a time is asked for and let go.
+            values: values of the tensors, in the same order. They are requested and released one at a time.
         """
         with (folder / self.name).open("wb") as stream:
             stream.write(self._header())
@@ -56,8 +57,10 @@ class TensorFile:
 
 @contextmanager
 def os_errors() -> Iterator[None]:
-    """What the system refuses safetensors and tokenizers is an OSError, as elsewhere: theirs have its number in their words
-    alone."""
+    """Raise OSError for what the operating system refuses safetensors and tokenizers.
+
+    Their own errors contain the system's error number only in the text.
+    """
     try:
         yield
     except Exception as error:
@@ -68,12 +71,12 @@ def os_errors() -> Iterator[None]:
 
 
 def planned_files(tensors: dict[str, Tensor], largest: str | int = LARGEST_FILE) -> list[TensorFile]:
-    """How `save_pretrained` would cut and order tensors of these names, shapes and types (on `meta`)."""
+    """Split tensors into files and order them as `save_pretrained` would, given names, shapes and types (on `meta`)."""
     split = split_torch_state_dict_into_shards(
         tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=largest
     )
 
-    def order(name: str) -> tuple[int, str]:  # safetensors' own: the widest type first
+    def order(name: str) -> tuple[int, str]:  # safetensors' own order: the widest type first
         return -tensors[name].element_size(), name
 
     return [
@@ -83,7 +86,7 @@ def planned_files(tensors: dict[str, Tensor], largest: str | int = LARGEST_FILE)
 
 
 def write_index(folder: Path, files: list[TensorFile], num_parameters: int) -> None:
-    """What tells a reader which of several files holds a tensor; one file needs none."""
+    """Write the index that tells which of several files holds a tensor; a single file needs none."""
     if len(files) == 1:
         return
     sizes: Iterator[int] = (
@@ -98,7 +101,7 @@ def write_index(folder: Path, files: list[TensorFile], num_parameters: int) -> N
 
 
 def digest_of_weights(folder: Path) -> str:
-    """sha256 over the names and contents of a model folder's weights."""
+    """Compute the sha256 of the names and contents of a model folder's weight files."""
     hasher = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         hasher.update(file.name.encode())

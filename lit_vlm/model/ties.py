@@ -1,4 +1,4 @@
-"""Embeddings and head, one table or two: what a checkpoint's files hold counts, whatever its config.json says."""
+"""Weight tying of embeddings and head: the checkpoint's files decide between one table and two, not its config.json."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ TABLES = (HEAD, "embed_tokens.weight")
 def follow_files(
     model: LlavaOnevisionForConditionalGeneration, loaded: PreTrainedModel, blueprint: Blueprint, name: str
 ) -> None:
-    """Untie the tables of a model when the files it was loaded from hold two different ones; the blueprint remarks it.
+    """Untie the tables of a model whose files hold two different ones, and add a note to the spec's remarks.
 
     peft writes such folders: `modules_to_save=["lm_head"]` on a tied model, merged and saved, leaves two tables and a
     `text_config` that ties them.
 
     Args:
-        loaded: what was read from `name`: the model itself, or the language model that became a part of it. Loading
-            takes a pair of different tables out of its `all_tied_weights_keys`.
+        loaded: the model that was read from `name`: the model itself, or the language model that became a part of it.
+            Loading removes a pair of different tables from its `all_tied_weights_keys`.
     """
     tied_by_config = getattr(loaded.config, "tie_word_embeddings", False)
     if not tied_by_config or HEAD not in (loaded._tied_weights_keys or {}) or HEAD in loaded.all_tied_weights_keys:
@@ -39,22 +39,22 @@ def follow_files(
 
 
 def untie_tables(model: LlavaOnevisionForConditionalGeneration) -> None:
-    """Make embeddings and head two tables, in memory and for all that might tie them again."""
+    """Untie embeddings and head: two tables in memory, and no later step ties them again."""
     if model.lm_head.weight is model.get_input_embeddings().weight:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
-    model.all_tied_weights_keys.pop(HEAD, None)  # resizing the tables goes by these
+    model.all_tied_weights_keys.pop(HEAD, None)  # resizing the tables reads these keys
 
 
 def describe_missing_table(name: str, missing: Collection[str], tied: bool) -> str | None:
-    """Say what is wrong with files that lack a table; None when they lack other weights."""
+    """Describe the error of files that lack a table; None when they lack other weights."""
     if not missing or not all(key.endswith(TABLES) for key in missing):
         return None
     if tied:
         return f"{name}: its files hold neither embeddings nor head ({', '.join(sorted(missing))}): half of a model."
-    lacked = "head" if any(key.endswith(HEAD) for key in missing) else "embeddings"
+    missing_table = "head" if any(key.endswith(HEAD) for key in missing) else "embeddings"
     return (
-        f"{name}: its files hold no {lacked} ({', '.join(sorted(missing))}), and its config.json does not tie head and "
+        f"{name}: its files hold no {missing_table} ({', '.join(sorted(missing))}), and its config.json does not tie head and "
         "embeddings. If they are one table, set tie_word_embeddings to true in its config.json (in text_config, too, where "
         "it has one); else the folder holds half of a model."
     )

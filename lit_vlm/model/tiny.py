@@ -1,6 +1,6 @@
-"""A tiny vision tower and language model in the hub's own layout, made on the spot, so that every path runs on a CPU in seconds.
+"""Tiny vision tower and language model in the hub's layout, made locally: every path runs on a CPU in seconds.
 
-They are ordinary folders: what reads Qwen2.5 and SigLIP from disk reads these.
+They are ordinary folders: the code that reads Qwen2.5 and SigLIP from disk reads these.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from lit_vlm.model.vocabulary import CHATML
 
 CORPUS = Path(__file__).with_name("tiny_corpus.txt")
 END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-HEADS = 3  # of width 32, as kernels have them everywhere: vLLM's attention for CPUs has none of 24
-VERSION = "2"  # part of the folder's name: raise it when what is made changes
+HEADS = 3  # of width 32, which all kernels support: vLLM's attention for CPUs does not support 24
+VERSION = "2"  # part of the folder's name: increase it when the content changes
 
 
 def tiny_parts(folder: Path, seed: int = 0) -> tuple[str, str]:
-    """Folders of a tower (56-pixel tiles of 16 patches) and a language model, made when they are not there yet.
+    """Make the folders of a vision tower (56-pixel tiles of 16 patches) and a language model, unless they exist.
 
     Raises:
         OSError: they cannot be written.
@@ -40,7 +40,7 @@ def tiny_parts(folder: Path, seed: int = 0) -> tuple[str, str]:
 
 
 def make_vision_tower(path: Path, seed: int = 0, **changes: int) -> None:
-    """Three layers, of which the last but one feeds the projector, as in the released towers."""
+    """Make a SigLIP tower with three layers; the last but one feeds the projector, as in the released towers."""
     shape = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = SiglipVisionConfig(**{**shape, "image_size": 56, "patch_size": 14, "vision_use_head": False, **changes})
     with quiet_transformers():
@@ -56,6 +56,7 @@ def make_vision_tower(path: Path, seed: int = 0, **changes: int) -> None:
 
 
 def make_language_model(path: Path, seed: int = 0, corpus: Iterable[str] | None = None, **changes: int | bool) -> None:
+    """Make a Qwen2 language model with three layers, and its tokenizer."""
     tokenizer = make_tokenizer(corpus)
     shape = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = Qwen2Config(
@@ -78,7 +79,7 @@ def make_language_model(path: Path, seed: int = 0, corpus: Iterable[str] | None 
 
 
 def make_tokenizer(corpus: Iterable[str] | None = None, vocab_size: int = 640) -> Qwen2Tokenizer:
-    """Byte-level BPE with Qwen2's own pre-tokeniser: any Korean or English text survives a round trip."""
+    """Make a byte-level BPE tokenizer with Qwen2's pre-tokenizer: any Korean or English text survives a round trip."""
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated", invert=False)
@@ -113,16 +114,20 @@ def _seeded(seed: int, make: Callable):
 
 
 def _once(path: Path, make: Callable[[Path], None]) -> None:
-    """Make a folder beside its place and move it there, so that a half-made one is never found. OSError: it cannot be."""
+    """Make a folder under a temporary name and move it into place, so that no process sees an incomplete one.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     if path.is_dir():
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         with os_errors():
-            make(beside)
-        move_into_place(beside, path)
+            make(temporary)
+        move_into_place(temporary, path)
     except OSError:
-        shutil.rmtree(beside)
+        shutil.rmtree(temporary)
         if not path.is_dir():  # else another process was faster
             raise

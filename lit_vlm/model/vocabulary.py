@@ -1,4 +1,4 @@
-"""Special tokens: one id each, rows that begin where their spelling lies, and that train when nothing else of the vocabulary does."""
+"""Special tokens: one id each, rows initialised from their spelling, trainable in a frozen vocabulary."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedToken
 from lit_vlm.losses.next_token import Scores, score_tokens
 from lit_vlm.types import IMAGE_TOKEN, UserError
 
-VIDEO_TOKEN = "<video>"  # transformers' class wants one; no sample of ours has it
+VIDEO_TOKEN = "<video>"  # transformers' class needs one; no sample of ours contains it
 
 CHATML = (
     "{%- for message in messages -%}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}"
     "{%- endfor -%}{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"
 )
 
-# Language models' own templates expect strings. This goes before one: contents given as parts become strings, an image
-# its placeholder.
+# Language models' own templates expect strings. This prefix turns contents given as parts into strings, and an image
+# into its placeholder.
 FLATTEN = (
     "{%- set parts = namespace(messages=[]) -%}{%- for message in messages -%}{%- set text = namespace(value='') -%}"
     "{%- if message['content'] is string -%}{%- set text.value = message['content'] -%}{%- else -%}"
@@ -32,7 +32,7 @@ FLATTEN = (
 
 
 def add_special_tokens(tokenizer: PreTrainedTokenizerFast, tokens: list[str]) -> list[str]:
-    """Add the image placeholder and the control tokens; returns those that were new.
+    """Add the image placeholder and the control tokens to the tokenizer; return the new ones.
 
     Raises:
         UserError: a token is not one id afterwards.
@@ -50,35 +50,39 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerFast, tokens: list[str]) ->
 
 
 def accept_parts(template: str | None) -> str | None:
-    """A chat template that takes contents as parts too, with `<image>` and a newline for an image."""
+    """Wrap a chat template so that it also takes contents as parts, with `<image>` and a newline for an image."""
     if template is None or IMAGE_TOKEN in template:
         return template
     return FLATTEN + template
 
 
 def closing_token(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The control token with which the chat template closes an answer: what training teaches, whatever the tokenizer
-    calls its end (a base model with `chatml` ends texts with another token). None when the template cannot say."""
+    """Find the id of the control token with which the chat template ends an assistant turn; None: it has none.
+
+    This is the token that training teaches. The tokenizer's end token may be another one (a base model with `chatml`
+    ends texts with another token).
+    """
     turns = [("user", "?"), ("assistant", "!!")]
     try:
         messages = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
-        behind = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("!!")[2]
-    except Exception:  # Jinja raises what the template tells it to; the data side says it in full
+        suffix = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("!!")[2]
+    except Exception:  # a template may raise any error; the data side reports it in full
         return None
     known = tokenizer.get_added_vocab()
-    found = {behind.find(token): known[token] for token in known if token in behind}
-    return found[min(found)] if found else None
+    positions = {suffix.find(token): known[token] for token in known if token in suffix}
+    return positions[min(positions)] if positions else None
 
 
 def grow(
     model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, new: list[str]
 ) -> dict[int, list[int]]:
-    """Rows for the new tokens, each the mean of the rows of its spelling ("<", "b", "box", ">"), in embeddings and head.
+    """Extend embeddings and head by the new tokens.
 
-    Tables that are padded beyond the tokenizer (Qwen2.5) keep their size.
+    Each new row is the mean of the rows of its spelling ("<", "b", "box", ">"). Tables that are padded beyond the
+    tokenizer (Qwen2.5) keep their size.
 
     Returns:
-        the rows of its spelling, by new row.
+        new row -> the rows of its spelling.
     """
     if not new:
         return {}
@@ -86,35 +90,37 @@ def grow(
     if len(tokenizer) > embedding.num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
-    spelled = {tokenizer.convert_tokens_to_ids(token): _spelling(tokenizer, token) for token in new}
+    mean_rows = {tokenizer.convert_tokens_to_ids(token): _spelling(tokenizer, token) for token in new}
     with torch.no_grad():
         for table in tables:
-            for row, ids in spelled.items():
+            for row, ids in mean_rows.items():
                 table[row] = table[ids].float().mean(dim=0).to(table.dtype)
-    return spelled
+    return mean_rows
 
 
 def _spelling(tokenizer: PreTrainedTokenizerFast, token: str) -> list[int]:
+    """Tokenize the spelling of a token: its ids as plain text."""
     from tokenizers import Tokenizer
 
-    plain = Tokenizer(tokenizer.backend_tokenizer.model)  # knows no added token
+    plain = Tokenizer(tokenizer.backend_tokenizer.model)  # without added tokens
     plain.pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
     return plain.encode(token, add_special_tokens=False).ids
 
 
 class NewTokens(nn.Module):
-    """Trainable rows for a few tokens of a frozen vocabulary.
+    """Trainable rows for a few tokens of a frozen vocabulary, as peft's trainable tokens.
 
-    The tables stay as they are; hooks put these rows in their places, in training and in generation. export merges
-    them. Costs 2 * n * D parameters where training the tables would cost 2 * V * D and their optimizer states.
+    The tables stay unchanged; hooks replace their rows, in training and in generation. An export merges the rows into
+    the tables. They cost 2 * n * D parameters, where training the tables would cost 2 * V * D and their optimizer
+    states.
 
     Args:
-        model: whose embeddings and head are frozen; the rows start as copies of theirs.
-        ids: the tokens.
+        model: its embeddings and head are frozen; the rows start as copies of theirs.
+        ids: of the n tokens.
     """
 
     ids: Tensor
-    lookup: Tensor  # [V]: which row is a token's; -1 for the tokens of the tables
+    lookup: Tensor  # [V]: row index of each token; -1 for tokens that use the tables
 
     def __init__(self, model: LlavaOnevisionForConditionalGeneration, ids: list[int]) -> None:
         super().__init__()
@@ -128,22 +134,24 @@ class NewTokens(nn.Module):
         self.register_buffer("lookup", lookup, persistent=False)
         embedding.register_forward_hook(self._behind_embedding)
         head.register_forward_hook(self._behind_head)
-        object.__setattr__(head, "new_tokens", self)  # known to the head, and no part of it
+        object.__setattr__(head, "new_tokens", self)  # an attribute of the head, but no submodule of it
 
     def forward(self, inputs: Tensor, output: Tensor, how: str = "embed", *more: Any) -> Any:
-        """What the table made of its input, with these rows in their places; a call of this module, so that what gathers
-        sharded parameters by hooks (ZeRO-3) gathers the rows.
+        """Replace the rows of these tokens in the output of a table.
+
+        It is a call of this module, so that hooks that gather sharded parameters (ZeRO-3) gather the rows.
 
         Args:
-            inputs: token ids of the embeddings, or the hidden states [..., D] that the head reads.
-            output: of "embed" [..., D], of "logits" [..., V]; of "score" the head's matrix [V, D].
+            inputs: token ids for the embeddings, or the hidden states [..., D] that the head reads.
+            output: for "embed" [..., D], for "logits" [..., V], for "score" the head's matrix [V, D].
+            mode: "embed", "logits" or "score".
         """
         if how == "score":
             return score_tokens(inputs, output, more[0], ids=self.ids, own=self._head_rows, statistics=more[1])
         return self._logits(inputs, output) if how == "logits" else self._embed(inputs, output)
 
     def score(self, hidden: Tensor, matrix: Tensor, targets: Tensor, statistics: bool) -> Scores:
-        """As `score_tokens`, of hidden [R, D] and the head's matrix [V, D]."""
+        """Compute token log-probabilities for hidden [R, D] and the head's matrix [V, D], with these rows replaced."""
         return self(hidden, matrix, "score", targets, statistics)
 
     def _behind_embedding(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -158,8 +166,8 @@ class NewTokens(nn.Module):
 
     def _embed(self, ids: Tensor, output: Tensor) -> Tensor:
         rows = self.lookup[ids]
-        ours = nn.functional.embedding(rows.clamp(min=0), self.embedding).to(output.dtype)
-        return torch.where((rows >= 0)[..., None], ours, output)
+        replaced = nn.functional.embedding(rows.clamp(min=0), self.embedding).to(output.dtype)
+        return torch.where((rows >= 0)[..., None], replaced, output)
 
     def _logits(self, hidden: Tensor, output: Tensor) -> Tensor:
         rows = nn.functional.linear(hidden, self._head_rows.to(hidden.dtype))

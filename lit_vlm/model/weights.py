@@ -1,8 +1,8 @@
-"""The values that a model starts with, by the names they have in memory, read from safetensors when asked for.
+"""Initial weights of a model, by the names that they have in memory, read from safetensors on request.
 
-Nothing is read ahead and no tensor need be read whole: a process that holds an interval of a weight reads that interval.
-The parts may come from different folders, in the hub's layout or in memory's; transformers' own rules say which name in
-a file is which in memory.
+Nothing is read ahead, and no tensor has to be read whole: a process that holds an interval of a weight reads that
+interval. The parts may come from different folders, in the hub's layout or in memory's. transformers' own rules map
+names in a file to names in memory.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 class NotInPieces(UserError):
-    """The weights of a folder can only be loaded all at once."""
+    """The weights of a folder can only be loaded whole, not by shards."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor lies."""
+    """Location of a tensor in a safetensors file."""
 
     file: str
     key: str
@@ -44,15 +44,15 @@ class Place:
 
 @dataclass(slots=True)
 class Weights:
-    """First values of a model's weights.
+    """Initial values of a model's weights.
 
     Args:
-        dtype: that values are handed out in.
-        seed: of values that are drawn.
-        places: of each name in memory that comes from a file.
-        drawn: small tensors that come from no file, by name in memory.
-        factors: of a name whose stored values are multiplied.
-        spelled: of a vocabulary's table, the rows that start as the mean of other rows.
+        dtype: type of the values that are returned.
+        seed: for values that are initialised at random.
+        locations: of each name in memory that comes from a file.
+        new_tensors: small tensors that come from no file, by name in memory.
+        scale_factors: by name, the factor on the stored values.
+        mean_rows: by name of a vocabulary table, the rows that start as the mean of other rows.
     """
 
     dtype: torch.dtype
@@ -66,19 +66,19 @@ class Weights:
         return name in self.places or name in self.drawn
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Weights:
-        return self  # a copy of the model starts with the same values
+        return self  # a copy of the model has the same initial values
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
-        """[stop - start] on the CPU: elements `start` to `stop` of the flattened tensor of that name."""
+        """Read [stop - start] on the CPU: elements `start` to `stop` of the flattened tensor of that name."""
         if name in self.drawn:
             return self.drawn[name].flatten()[start:stop]
-        place = self.places[name]
-        width = math.prod(place.shape[1:])
+        location = self.places[name]
+        width = math.prod(location.shape[1:])
         first = start // width
         return self.rows(name, first, -(-stop // width)).flatten()[start - first * width : stop - first * width]
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """[last - first, ...]: rows of a tensor from a file. A table that grew has more of them than the file."""
+        """Read [last - first, ...]: rows of a tensor from a file. An extended table has more rows than the file."""
         values = self._stored(name, first, min(last, self._num_stored(name)))
         new = {row: ids for row, ids in self.spelled.get(name, {}).items() if first <= row < last}
         if not new:
@@ -86,55 +86,55 @@ class Weights:
         missing = values.new_zeros((last - first - len(values), *values.shape[1:]))
         values = torch.cat([values, missing])
         for row, ids in new.items():
-            known = torch.cat([self._stored(name, i, i + 1) for i in ids])
-            values[row - first] = known.float().mean(dim=0).to(self.dtype)
+            source_rows = torch.cat([self._stored(name, i, i + 1) for i in ids])
+            values[row - first] = source_rows.float().mean(dim=0).to(self.dtype)
         return values
 
     def _num_stored(self, name: str) -> int:
         return (self.places[name].shape or (1,))[0]
 
     def _stored(self, name: str, first: int, last: int) -> Tensor:
-        place = self.places[name]
+        location = self.places[name]
         try:
-            with safe_open(place.file, framework="pt") as file:
-                if not place.shape:
-                    values = file.get_tensor(place.key)[None]
+            with safe_open(location.file, framework="pt") as file:
+                if not location.shape:
+                    values = file.get_tensor(location.key)[None]
                 else:
-                    values = file.get_slice(place.key)[min(first, last) : last]
+                    values = file.get_slice(location.key)[min(first, last) : last]
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{place.file}: {place.key} could not be read: {error}") from None
+            raise UserError(f"{location.file}: {location.key} could not be read: {error}") from None
         values = values.to(self.dtype)
         return values * self.factors[name] if name in self.factors else values
 
 
 def places_of(model: PreTrainedModel, name: str, revision: str | None = None) -> dict[str, Place]:
-    """Where a folder or hub repository keeps each weight of a model, by the model's own names.
+    """Find where a folder or hub repository keeps each weight of a model, by the model's own names.
 
     Args:
         model: of the class that the folder is for, on `meta`.
 
     Raises:
-        UserError: weights are missing or of another shape, a file is damaged, or there are no safetensors.
+        UserError: weights are missing or of another shape, a file is corrupt, or there are no safetensors.
     """
-    found = _renamed(model, name, _listed(name, _files(name, revision)))
+    locations = _renamed(model, name, _listed(name, _files(name, revision)))
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    _mend_ties(model, found)
-    mismatched = [key for key, shape in expected.items() if key in found and found[key].shape != shape]
-    require_all(name, [key for key in expected if key not in found], mismatched, model.config)
-    return {key: place for key, place in found.items() if place.shape == expected.get(key)}
+    _mend_ties(model, locations)
+    mismatched = [key for key, shape in expected.items() if key in locations and locations[key].shape != shape]
+    require_all(name, [key for key in expected if key not in locations], mismatched, model.config)
+    return {key: place for key, place in locations.items() if place.shape == expected.get(key)}
 
 
 def require_all(name: str, missing: Iterable[str], mismatched: Iterable[str], config: Any) -> None:
-    """Refuse a folder that lacks weights which somebody reads.
+    """Require all weights that the model uses.
 
     Raises:
-        UserError: it does, or holds some in another shape.
+        UserError: some are missing, or have another shape.
     """
     missing = [key for key in missing if not UNUSED.match(f"model.vision_tower.{key}") and not UNUSED.match(key)]
     absent = sorted([*missing, *mismatched])
     tied = bool(getattr(config, "tie_word_embeddings", False))
-    if len(missing) == len(absent) and (said := describe_missing_table(name, missing, tied)):
-        raise UserError(said)
+    if len(missing) == len(absent) and (description := describe_missing_table(name, missing, tied)):
+        raise UserError(description)
     if absent:
         raise UserError(
             f"{name}: {counted(len(absent), 'weight is', 'weights are')} missing or of another shape there, "
@@ -143,6 +143,12 @@ def require_all(name: str, missing: Iterable[str], mismatched: Iterable[str], co
 
 
 def _files(name: str, revision: str | None) -> list[str]:
+    """Find the safetensors files of a folder or hub repository.
+
+    Raises:
+        UserError: a file is missing or the index cannot be read; NotShardLoadableError: there are no safetensors.
+    """
+
     def resolved(filename: str) -> str | None:
         return cached_file(name, filename, revision=revision, _raise_exceptions_for_missing_entries=False)
 
@@ -150,67 +156,69 @@ def _files(name: str, revision: str | None) -> list[str]:
         index = resolved(INDEX)
         if index is None:
             single = resolved(SINGLE)
-            found = [single] if single else []
+            files = [single] if single else []
         else:
             shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-            found = [path for path in map(resolved, shards) if path]
-            if len(found) < len(shards):
+            files = [path for path in map(resolved, shards) if path]
+            if len(files) < len(shards):
                 missing = next(shard for shard in shards if resolved(shard) is None)
                 raise UserError(f"{name}: its weights could not be loaded: {missing} is missing.")
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{name}: its weights could not be loaded: {str(error).strip().splitlines()[0]}") from None
-    if not found:
+    if not files:
         raise NotInPieces(
             f"{name}: no {SINGLE} there. A strategy that shares the weights out reads them piece by piece, which other "
             f"files (pytorch_model.bin) do not allow. Convert the folder once: load it with transformers' from_pretrained "
             "and write it to a new folder with save_pretrained, then name that folder; or use trainer.strategy=ddp."
         )
-    return found
+    return files
 
 
 def _listed(name: str, files: list[str]) -> dict[str, Place]:
-    """By key in the files. Reads their headers, no values."""
-    listed = {}
+    """List the tensors in the files, by key. Reads the files' headers and no values."""
+    locations = {}
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118, no dict
-                    listed[key] = Place(path, key, tuple(file.get_slice(key).get_shape()))
+                for key in file.keys():  # noqa: SIM118, not a dict
+                    locations[key] = Place(path, key, tuple(file.get_slice(key).get_shape()))
         except (OSError, SafetensorError) as error:
             raise UserError(f"{name}: its weights could not be loaded: {str(error).strip().splitlines()[0]}") from None
-    return listed
+    return locations
 
 
 def _renamed(model: PreTrainedModel, name: str, listed: dict[str, Place]) -> dict[str, Place]:
-    """By name in memory, as transformers' `convert_and_load_state_dict_in_model` finds it. What the model lacks is left
-    out (a text half, layers that were cut off)."""
+    """Rename keys in the files to names in memory, as transformers' `convert_and_load_state_dict_in_model` does.
+
+    Tensors that the model does not have are left out (a text model, layers that were dropped).
+    """
     rules = get_model_conversion_mapping(model)
     renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     expected = model.state_dict()
     prefix = model.base_model_prefix
-    found = {}
-    for key, place in listed.items():
-        own, fused = rename_source_key(key, renamings, converters, prefix, expected)
-        if own not in expected and key in expected:
-            own, fused = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=expected)
-        if own in expected and fused is not None:
+    renamed = {}
+    for key, location in listed.items():
+        memory_name, fused = rename_source_key(key, renamings, converters, prefix, expected)
+        if memory_name not in expected and key in expected:
+            memory_name, fused = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=expected)
+        if memory_name in expected and fused is not None:
             raise NotInPieces(
-                f"{name}: transformers fuses weights of {model.config.model_type} when it loads them ({own}), which "
+                f"{name}: transformers fuses weights of {model.config.model_type} when it loads them ({memory_name}), which "
                 "cannot be read piece by piece. Use trainer.strategy=ddp."
             )
-        if own in expected:
-            found[own] = place
-    return found
+        if memory_name in expected:
+            renamed[memory_name] = location
+    return renamed
 
 
 def _mend_ties(model: PreTrainedModel, found: dict[str, Place]) -> None:
-    """One table for embeddings and head may be stored under either name, or under both; two that differ are no pair."""
+    """Resolve weight tying: one table may be stored under either name or both; two different tables are not tied."""
     for target, source in list(model.all_tied_weights_keys.items()):
         if target in found and source in found and not _equal(found[target], found[source]):
-            del model.all_tied_weights_keys[target]  # as transformers does; see `follow_files`
+            del model.all_tied_weights_keys[target]  # as transformers does; see `resolve_weight_tying`
         for one, other in ((target, source), (source, target)):
             if one not in found and other in found:
                 found[one] = found[other]

@@ -1,4 +1,4 @@
-"""The stages of training, by name."""
+"""Training stages by name."""
 
 from lit_vlm.stages.base import Stage
 from lit_vlm.stages.dpo import DPOStage

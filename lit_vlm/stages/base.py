@@ -1,4 +1,4 @@
-"""What all stages share: building the model, what trains, the optimizer, the exact scale of the loss.
+"""Base class of all stages: model, freezing, optimizer, loss with exact gradient accumulation, checkpoints.
 
 A stage is a LightningModule with plain constructor arguments: `L.Trainer().fit(SFTStage("folder"), datamodule)` needs
 no config.
@@ -44,30 +44,32 @@ from lit_vlm.types import Batch, Part, UserError, counted
 
 
 class Stage(L.LightningModule):
-    """A stage of training.
+    """Training stage.
 
     Args:
-        model: a folder or hub id of a LLaVA-OneVision-class model, a `Blueprint` of parts, or a model that is built
-            already; None only where `load_from_checkpoint` brings it.
+        model: a folder or hub id of a LLaVA-OneVision-class model, a `ModelSpec` of parts, or a built model; None only
+            where `load_from_checkpoint` restores it.
         trainable: parts that train; the others are frozen.
-        learning_rate: peak; parts may name their own in `parts`, as in `{"vision_tower": {"learning_rate": 2e-6}}`.
+        learning_rate: peak; parts may have their own in `parts`, as in `{"vision_tower": {"learning_rate": 2e-6}}`.
         weight_decay, warmup, schedule, min_learning_rate, adam_betas, adam_eps: see `OptimizerOptions`.
-        activation_checkpointing: "none", "selective" or "full": what of the layers is computed again in the backward pass
-            (`model/checkpointing.py`); True is "full".
-        cache_features: what a frozen tower sees is made in one pass before training and kept in the data module's store.
-        parts: per part `learning_rate`, `weight_decay`, `warmup`, and `lora` with `rank`, `alpha`, `dropout`, `targets`.
-        tiling: how images are tiled; must be the data's.
+        activation_checkpointing: "none", "selective" or "full": which activations of the layers are recomputed in the
+            backward pass (`model/checkpointing.py`); True is "full".
+        cache_features: compute the features of a frozen vision tower in one pass before training, and keep them in the
+            data module's store.
+        parts: per part `learning_rate`, `weight_decay`, `warmup`, and `lora` with `rank`, `alpha`, `dropout`,
+            `targets`.
+        tiling: how images are tiled; must be equal to the data's.
         dtype: of the weights, "float32" or "bfloat16".
-        frozen_dtype: "bfloat16" under bf16-mixed: of frozen matrices that are read from files (`model/frozen.py`); None: as
-            `dtype`.
-        seed: of parameters that are new.
+        frozen_dtype: "bfloat16" under bf16-mixed: of frozen matrices that are read from files (`model/frozen.py`);
+            None: the same as `dtype`.
+        seed: for new parameters and for dropout.
     """
 
     default_trainable: tuple[Part, ...] = tuple(Part)
     default_learning_rate = 1e-5
     trains_special_rows = True  # under LoRA
 
-    _partial: Tensor  # [], the loss of the step's micro-batches so far
+    _partial: Tensor  # [], sum of the losses of the step's micro-batches so far
 
     def __init__(
         self,
@@ -106,18 +108,21 @@ class Stage(L.LightningModule):
         self.how: dict[Part, str] = {}
         self.val_loss = MeanMetric()
         self.features: Seen | None = None
-        self.say: Callable[[str], None] = lambda text: None  # where a pass before training says what it does
+        self.say: Callable[[str], None] = lambda text: None  # reports the progress of a pass before training
         if cache_features:
             require_fixed_tower(self.trainable)
         self._audited, self._step_tiles = False, 0
-        self._watched = False  # the first forward pass is
-        self._held = False  # frozen matrices are in the type that computes
-        self.discarded = False  # a callback threw this step's gradients away: there is nothing to audit
+        self._watched = False  # True after the first forward pass
+        self._held = False  # frozen matrices are in the compute dtype
+        self.discarded = False  # a callback discarded this step's gradients: there is nothing to check
 
     # ---- the model
 
     def configure_model(self) -> None:
-        """Build the model, freeze, add adapters. Lightning calls it once the strategy stands; a second call does nothing."""
+        """Build the model, freeze parts, add LoRA adapters.
+
+        Lightning calls it after the strategy's setup; a second call does nothing.
+        """
         if self.model is not None or self._given is None:
             return
         if not self._holds_frozen():
@@ -126,7 +131,7 @@ class Stage(L.LightningModule):
         try:
             with weights_later():
                 self._make_model()
-        except NotInPieces:  # float32 throughout: nothing else has the exact values
+        except NotInPieces:  # load everything in float32: exact values cannot be read again by shards
             self._make_model()
             return
         for model in (self.model, getattr(self, "reference", None)):
@@ -135,22 +140,27 @@ class Stage(L.LightningModule):
         self._held = True
 
     def _holds_frozen(self) -> bool:
-        """Not of a model that was built already, or comes with a checkpoint: what is rounded must be read again to export
-        it. A strategy that shares weights out sees to its own."""
+        """Return True when frozen matrices are rounded to `frozen_dtype`.
+
+        Not for a model that was built already or comes with a checkpoint: the exact values of what is rounded must be
+        read again for an export. A strategy that shards weights handles its own.
+        """
         from_files = isinstance(self._given, str | Path | Blueprint)
         return self.hparams["frozen_dtype"] is not None and from_files and not are_weights_later()
 
     def _make_model(self) -> None:
         self._given = drawn_up(self._given, self.tiling)
-        start = start_from(self._given, getattr(torch, self.hparams["dtype"]), self.hparams["seed"])
-        self.model, self._new_ids, self._special_ids = start.model, start.new_ids, start.special_ids
+        init = start_from(self._given, getattr(torch, self.hparams["dtype"]), self.hparams["seed"])
+        self.model, self._new_ids, self._special_ids = init.model, init.new_ids, init.special_ids
         self._prepare_training()
 
     def setup(self, stage: str) -> None:
+        """Check the trainer's precision."""
         if self._held:
             require_bf16(self.trainer.precision_plugin.precision)
 
     def _prepare_training(self) -> None:
+        """Freeze parts, add LoRA adapters and trainable token rows, enable activation checkpointing."""
         model = self.model
         assert model is not None
         freeze(model, self.trainable)
@@ -159,42 +169,49 @@ class Stage(L.LightningModule):
             if lora is not None:
                 add_lora(model, part, lora, self.hparams["seed"])
                 self.how[part] = f"LoRA rank {lora.rank}"
-        rows = self._rows_to_train()
-        if rows:
-            model.new_tokens = NewTokens(model, rows)
-            known = self.how.get(Part.language_model)
-            self.how[Part.language_model] = f"{known + ', ' if known else ''}rows of {counted(len(rows), 'token')}"
+        token_ids = self._rows_to_train()
+        if token_ids:
+            model.new_tokens = NewTokens(model, token_ids)
+            lora_text = self.how.get(Part.language_model)
+            self.how[Part.language_model] = (
+                f"{lora_text + ', ' if lora_text else ''}rows of {counted(len(token_ids), 'token')}"
+            )
         checkpoint_layers(model, self.level)
         self.set_modes()
 
     def _rows_to_train(self) -> list[int]:
-        """Tokens whose rows train although the vocabulary's tables do not: those that this run adds, and under LoRA all
-        control tokens, for the data that uses them may come first now."""
+        """Get the tokens whose rows train although the vocabulary's tables are frozen.
+
+        These are the tokens that this run adds. Under LoRA they are all control tokens, because the data that uses them
+        may come now for the first time.
+        """
         assert self.model is not None
         if self.model.get_input_embeddings().weight.requires_grad:
             return []
-        adapted = getattr(self.options.parts.get(Part.language_model), "lora", None) is not None
-        if adapted:
+        has_lora = getattr(self.options.parts.get(Part.language_model), "lora", None) is not None
+        if has_lora:
             return self._special_ids if self.trains_special_rows else []
         return self._new_ids
 
     def set_modes(self) -> None:
+        """Set train mode for parts that train, and eval mode for frozen ones."""
         set_modes(self.model, self.trainable, checkpointed=self.level is not Level.none)
 
     @property
     def level(self) -> Level:
-        """Of activation checkpointing."""
+        """Level of activation checkpointing."""
         return level_of(self.hparams["activation_checkpointing"])
 
     @property
     def part_summary(self) -> list[PartSummary]:
-        """The table of what trains."""
+        """Summary of trainable parameters, one row for each part."""
         assert self.model is not None
         return summary(self.model, self.how)
 
     # ---- training
 
     def on_fit_start(self) -> None:
+        """Prepare caches and check the settings against data and model."""
         if self.model is None:
             raise UserError(f"{type(self).__name__} has no model; give it a folder, a Blueprint or a model.")
         self.set_modes()
@@ -203,64 +220,78 @@ class Stage(L.LightningModule):
         require_checkpointing(self.model, self.level)
 
     def prepare(self) -> None:
-        """What must see the weights as the run started, once; called before those of a checkpoint are loaded."""
+        """Compute, once, what needs the run's initial weights; called before the weights of a checkpoint are loaded."""
         if self.hparams["cache_features"] and self.features is None:
             weights = getattr(self._given, "whole", None) or getattr(self._given, "vision_tower", None)
             self.features = keep_features(self.trainer, self.model, weights, self.say, dtype=self.hparams["dtype"])
 
     def seen(self, batch: Batch) -> Tensor | None:
-        """[N, P, C] of the batch's tiles, where a pass before training has them."""
+        """Return cached vision features [N, P, C] of the batch's tiles; None when there is no cache."""
         return self.features.of(batch) if self.features is not None and not batch.tiles.numel() else None
 
     def on_train_epoch_start(self) -> None:
-        self.set_modes()  # generating samples puts the model in eval
+        self.set_modes()  # generating samples sets eval mode
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        # What is drawn in a step (dropout) is a function of where it is, so that a run that goes on draws the same
+        """Seed the random generators for this micro-batch."""
+        # The seed of a step's random numbers (dropout) depends on its position only: a resumed run samples the same ones
         self.discarded = False
         step, micro = divmod(batch_idx, self.trainer.accumulate_grad_batches)
         seed = seed_of(self.hparams["seed"], step, micro, self.global_rank)
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.6 ms where there is no GPU
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.6 ms without a GPU
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of one micro-batch, scaled for gradient accumulation."""
         loss = self.step_loss(batch) if self._watched else self._watched_loss(batch)
         self._log_step(loss.detach(), batch)
         return loss * self._divisor()
 
     def _watched_loss(self, batch: Batch) -> Tensor:
-        """The first one: under half precision a product in float32 is a mistake, and said."""
+        """Compute the first micro-batch's loss, and warn when a matrix product ran in float32 under half precision."""
         self._watched = True
-        with Products() as products:
+        with Products() as counter:
             loss = self.step_loss(batch)
         if "16" in self.trainer.precision_plugin.precision:
-            warn_of_float32(products)
+            warn_of_float32(counter)
         return loss
 
     def _divisor(self) -> int:
-        """What a micro-batch's loss will be divided by: Lightning divides by the number of micro-batches and the strategy
-        averages over ranks; Lightning's own DeepSpeedStrategy divides by the micro-batches once more."""
-        k, world = self.trainer.accumulate_grad_batches, self.trainer.world_size
-        return k * k * world if self.trainer.strategy.handles_gradient_accumulation else k * world
+        """Get the loss scale with which gradient accumulation sums over micro-batches and ranks.
+
+        It cancels the later divisions. Lightning divides the loss by the number of micro-batches, and the strategy
+        averages gradients over ranks. Lightning's own DeepSpeedStrategy divides by the number of micro-batches once
+        more.
+        """
+        num_micro_batches, world_size = self.trainer.accumulate_grad_batches, self.trainer.world_size
+        return (
+            num_micro_batches * num_micro_batches * world_size
+            if self.trainer.strategy.handles_gradient_accumulation
+            else num_micro_batches * world_size
+        )
 
     def step_loss(self, batch: Batch) -> Tensor:
-        """This micro-batch's part of the optimizer step's loss, []; the parts of all micro-batches and ranks add up to it."""
+        """Compute this micro-batch's part of the optimizer step's loss, [].
+
+        The parts of all micro-batches and ranks add up to the loss of the step.
+        """
         return self.token_losses(batch).sum() / max(1, batch.step_supervised_tokens)
 
     def token_losses(self, batch: Batch) -> Tensor:
-        """[R] nats, of each supervised token."""
+        """Compute the cross-entropy loss of each supervised token, [R] nats."""
         (log_probs,) = self.model(batch=batch, seen=self.seen(batch))
         return -log_probs if batch.num_supervised_tokens else log_probs * 0.0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Check the gradients of the first step with images."""
         if not self._audited and not self.discarded:
             self.audit_gradients(with_images=self._step_tiles > 0)
-            # until images came, the vision side has shown nothing
+            # a step without images does not check the vision side
             self._audited = self._step_tiles > 0 or self.trainable == [Part.language_model]
 
     def audit_gradients(self, with_images: bool = True) -> None:
-        """UserError where gradients and what should train do not match; see `require_gradients`."""
+        """Raise UserError when gradients and trainable parameters do not match; see `require_gradients`."""
         assert self.model is not None
         require_gradients(self.model, self.trainable, self._gradient_sums(), with_images=with_images)
 
@@ -269,13 +300,15 @@ class Stage(L.LightningModule):
         return gradient_sums(self.model, getattr(self._trainer, "strategy", None))
 
     def _log_step(self, loss: Tensor, batch: Batch) -> None:
-        micro = self.trainer.fit_loop.epoch_loop.batch_idx % self.trainer.accumulate_grad_batches
-        self._partial = loss if micro == 0 else self._partial + loss
+        """Sum the loss over micro-batches and log it at the last one as `train/loss`."""
+        micro_batch = self.trainer.fit_loop.epoch_loop.batch_idx % self.trainer.accumulate_grad_batches
+        self._partial = loss if micro_batch == 0 else self._partial + loss
         self._step_tiles = batch.step_tiles
-        if micro == self.trainer.accumulate_grad_batches - 1:
+        if micro_batch == self.trainer.accumulate_grad_batches - 1:
             self.log("train/loss", self._partial, prog_bar=True, sync_dist=True, reduce_fx="sum", batch_size=1)
 
     def configure_optimizers(self) -> Any:
+        """Make AdamW and the learning-rate schedule, which advances once per optimizer step."""
         optimizer = make_optimizer(self.model, self.options)
         return {
             "optimizer": optimizer,
@@ -286,7 +319,10 @@ class Stage(L.LightningModule):
         }
 
     def _num_steps(self) -> int:
-        """Optimizer steps of this fit. Lightning's own estimate starts the loader, before a run that goes on has said where."""
+        """Count the optimizer steps of this fit.
+
+        Lightning's own estimate would start the data loader before a resumed run has set its position.
+        """
         plan = getattr(getattr(self.trainer, "datamodule", None), "plan", None)
         if plan is not None and self.trainer.limit_train_batches == 1.0:
             return plan.num_steps
@@ -295,25 +331,29 @@ class Stage(L.LightningModule):
     # ---- validation and prediction
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Logs `val/loss`, the mean over all supervised tokens; hands each segment's sum and count to the callbacks."""
+        """Log `val/loss`, the mean over all supervised tokens; return each segment's loss sum and token count.
+
+        Callbacks read the returned values.
+        """
         losses = self.token_losses(batch)
-        # a rank with nothing but blank batches logs all the same: the others wait for it when the metric is gathered
+        # a rank with only dummy batches must log too: the others wait for it when the metric is gathered
         self.log("val/loss", self.val_loss, on_epoch=True, on_step=False, prog_bar=True, batch_size=1)
         if batch.blank:
             return {}
         count = torch.tensor(batch.supervised)
-        total = torch.stack([part.sum() for part in losses.split(batch.supervised)])
+        sums = torch.stack([part.sum() for part in losses.split(batch.supervised)])
         self.val_loss.update(losses.sum() / len(losses), weight=len(losses))
-        return {"loss_sum": total, "num_tokens": count}
+        return {"loss_sum": sums, "num_tokens": count}
 
     def predict_step(self, batch: Batch, batch_idx: int) -> list[dict[str, Any]]:
-        """The model's own answer, greedily, in place of each sample's last one: `sample_id` and token ids."""
-        answers = generate(self.model, batch)[: len(batch.sample_ids)]  # of a pair, the chosen answer's prompt
+        """Generate an answer by greedy decoding in place of each sample's last one: `sample_id` and token ids."""
+        answers = generate(self.model, batch)[: len(batch.sample_ids)]  # for a pair, the chosen answer's prompt
         return [{"sample_id": name, "ids": ids} for name, ids in zip(batch.sample_ids, answers, strict=True)]
 
     # ---- Lightning's checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the model's description and the exact values of rounded weights to a Lightning checkpoint."""
         assert self.model is not None
         checkpoint["lit_vlm"] = described(self.model, self._rows_to_train())
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = dict(self.hparams)
@@ -321,11 +361,12 @@ class Stage(L.LightningModule):
             checkpoint["state_dict"] |= {f"model.{name}": value for name, value in exact_values(self.model).items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Build the model from its description in a Lightning checkpoint."""
         if self.model is None:
             self._given = checkpoint["lit_vlm"]
             self.configure_model()
 
 
 def seed_of(*numbers: int) -> int:
-    """64 bits of their SHA-256: seeds of neighbours have nothing in common."""
+    """Compute a 64-bit seed from the numbers' SHA-256, so that seeds of neighbours are independent."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little")

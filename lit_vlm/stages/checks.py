@@ -1,4 +1,4 @@
-"""What must hold when a stage starts to train and at its first step; else the run would be another one than it says."""
+"""Checks when a stage starts to train and at its first step: the run must do what its settings say."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lit_vlm.types import Part, UserError
 
 
 def require_images(index: Any, trainable: Sequence[Part]) -> None:
-    """UserError when the vision side trains and no sample of the index has an image. None: nobody knows the samples."""
-    seeing = [part.value for part in trainable if part is not Part.language_model]
-    if index is not None and seeing and not index.tiles.any():
+    """Raise UserError when the vision side trains and no sample of the index has an image. None: no check."""
+    vision_parts = [part.value for part in trainable if part is not Part.language_model]
+    if index is not None and vision_parts and not index.tiles.any():
         raise UserError(
-            f"No sample has an image, and the stage trains {', '.join(seeing)}, which would learn nothing. "
+            f"No sample has an image, and the stage trains {', '.join(vision_parts)}, which would learn nothing. "
             "Add a source with images, or set stage.trainable=[language_model]."
         )
 
 
 def require_checkpointing(model: nn.Module | None, level: Level) -> None:
-    """UserError when layers were to be checkpointed and none is."""
+    """Raise UserError when activation checkpointing is set and no layer is checkpointed."""
     if level is not Level.none and not are_layers_checkpointed(model):
         raise UserError(
             f"stage.activation_checkpointing={level.value} has no effect on this model: transformers checkpoints none "
@@ -33,7 +33,7 @@ def require_checkpointing(model: nn.Module | None, level: Level) -> None:
 
 
 def require_bf16(precision: str) -> None:
-    """UserError unless autocast reads frozen matrices in bfloat16, as they are held."""
+    """Raise UserError unless autocast reads frozen matrices in bfloat16, the type in which they are stored."""
     if precision != "bf16-mixed":
         raise UserError(
             f"The stage holds frozen weights in bfloat16, and the trainer's precision is {precision}. Give the trainer "
@@ -42,7 +42,7 @@ def require_bf16(precision: str) -> None:
 
 
 def require_fixed_tower(trainable: Sequence[Part]) -> None:
-    """UserError when the tower, whose features are kept, trains."""
+    """Raise UserError when the vision tower trains although its features are cached."""
     if Part.vision_tower in trainable:
         raise UserError(
             "stage.cache_features=true keeps what the vision tower sees, and stage.trainable names it: it would see "
@@ -53,32 +53,35 @@ def require_fixed_tower(trainable: Sequence[Part]) -> None:
 def require_gradients(
     model: nn.Module, trainable: Sequence[Part], sums: dict[str, float], *, with_images: bool = True
 ) -> None:
-    """Every parameter that should train got a gradient, every part a non-zero one, and no other did.
+    """Check that every trainable parameter has a gradient, every trainable part a non-zero one, and no other parameter one.
 
     Args:
-        sums: as `gradient_sums` gives them.
-        with_images: False when no sample of the step has an image; the vision side's gradients are rightly zero then.
+        sums: as returned by `compute_gradient_sums`.
+        with_images: False when no sample of the step has an image; the vision side's gradients are correctly zero then.
 
     Raises:
-        UserError: naming the parameters; the run would train something else than it says.
+        UserError: with the names of the parameters; the run would train something else than its settings say.
     """
     norms = dict.fromkeys(trainable, 0.0)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     missing, unwanted = [n for n in trained if n not in sums], sorted(sums.keys() - set(trained))
     for name in trained:
         norms[part_of(name)] = norms.get(part_of(name), 0.0) + sums.get(name, 0.0)
-    judged = norms if with_images else {Part.language_model: norms.get(Part.language_model, 1.0)}
-    silent = [part.value for part, norm in judged.items() if norm == 0.0]
-    if missing or unwanted or silent:
+    checked = norms if with_images else {Part.language_model: norms.get(Part.language_model, 1.0)}
+    zero_parts = [part.value for part, norm in checked.items() if norm == 0.0]
+    if missing or unwanted or zero_parts:
         raise UserError(
             "The first step's gradients do not match what should train: "
-            f"without a gradient {missing[:5] or 'none'}, unwanted {unwanted[:5] or 'none'}, parts with zero gradient {silent or 'none'}. "
+            f"without a gradient {missing[:5] or 'none'}, unwanted {unwanted[:5] or 'none'}, parts with zero gradient {zero_parts or 'none'}. "
             "Check stage.trainable, and that the answers of this step depend on those parts."
         )
 
 
 def gradient_sums(model: nn.Module, strategy: Any) -> dict[str, float]:
-    """Sum of magnitudes of each gradient that is there; a strategy that shares gradients out knows its own."""
+    """Compute the sum of magnitudes of each existing gradient.
+
+    A strategy that shards gradients has its own method for it.
+    """
     if hasattr(strategy, "gradient_sums"):
         return strategy.gradient_sums(model)
     gradients = ((name, parameter.grad) for name, parameter in model.named_parameters())

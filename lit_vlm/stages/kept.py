@@ -1,9 +1,10 @@
-"""What a frozen model makes of each record, made once and kept in files that other runs find.
+"""Disk cache of frozen-model outputs, one entry for each record, in files that other runs reuse.
 
-One folder belongs to one combination of weights, template, image settings and precision; its name is their digest. Files are
-written whole, and one that a pass left behind when it was cut short counts.
+One folder belongs to one combination of weights, template, image settings and precision; its name is their digest.
+Files are written atomically, and the files of a pass that was interrupted are used.
 
-A record is known by its key and by what its pictures hold: another picture under the same name makes it another record.
+A record is identified by its key and by the content of its images: another image under the same name makes it another
+record.
 """
 
 from __future__ import annotations
@@ -25,36 +26,36 @@ from lit_vlm.files import written
 from lit_vlm.model.tensor_files import os_errors
 from lit_vlm.types import Batch, UserError
 
-VERSION = 2  # raise it when the same model and data come to other numbers
-PART_BYTES = 1 << 26  # of a file, at least; the last one of a pass has less
+VERSION = 2  # increase it when the same model and data give other numbers
+PART_BYTES = 1 << 26  # minimum size of a file; the last one of a pass is smaller
 
 
 def key_of(**what: Any) -> str:
-    """The name of the folder for what the numbers depend on."""
+    """Compute the folder name: a digest of everything that the numbers depend on."""
     text = json.dumps([VERSION, what], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 class Kept:
-    """Rows [n, ...] by record; each record's rows may be of several parts, whose numbers are known.
+    """Cache of rows [n, ...] by record; the rows of a record may have several parts, with known counts.
 
     Args:
-        folder: where they are kept; None: in memory alone.
-        what: what they are, for messages.
-        setting: the setting that asks for them.
+        folder: where the files are; None: in memory only.
+        label: name of the content, for messages.
+        setting: the setting that enables this cache.
     """
 
     def __init__(self, folder: Path | None, what: str, setting: str) -> None:
         self.folder, self.what, self.setting = folder, what, setting
         self._new: list[tuple[int, int, Sequence[int], Tensor]] = []
         self._bytes = 0
-        self._values: list[Any] = []  # of each file, read when it is asked for; in memory tensors
+        self._values: list[Any] = []  # of each file, read on request; in memory: tensors
         self._keys, self._records = np.empty(0, np.uint64), np.empty(0, np.uint64)
         self._where, self._counts = np.empty((0, 2), np.int64), np.empty((0, 0), np.int64)
         self.read()
 
     def read(self) -> None:
-        """What the folder holds, of all who wrote to it."""
+        """Read the index of all files in the folder, including those of other runs and ranks."""
         files = sorted(self.folder.glob("part-*.safetensors")) if self.folder else []
         parts = [_opened(file) for file in files] + ([_packed(self._new)] if self._new else [])
         if not parts:
@@ -63,68 +64,76 @@ class Kept:
             np.concatenate([part[name].numpy().view(np.uint64) for part in parts]) for name in ("keys", "contents")
         )
         counts = [part["counts"].numpy() for part in parts]
-        where = [np.stack([np.full(len(c), n), np.cumsum([0, *c.sum(1)])[:-1]], 1) for n, c in enumerate(counts)]
+        locations = [np.stack([np.full(len(c), n), np.cumsum([0, *c.sum(1)])[:-1]], 1) for n, c in enumerate(counts)]
         self._keys = np.unique(keys)
-        self._records, first = np.unique(_records(keys, contents), return_index=True)
-        self._counts, self._where = np.concatenate(counts)[first], np.concatenate(where)[first]
+        self._records, indices = np.unique(_records(keys, contents), return_index=True)
+        self._counts, self._where = np.concatenate(counts)[indices], np.concatenate(locations)[indices]
         self._values = [part["values"] for part in parts]
 
     def knows(self, keys: np.ndarray) -> np.ndarray:
-        """[keys] bool, whatever their pictures hold."""
+        """Return [keys] bool: True for keys in the cache, whatever the content of their images."""
         return np.isin(keys, self._keys)
 
     def missing(self, keys: np.ndarray, contents: np.ndarray) -> np.ndarray:
-        """[keys] bool."""
+        """Find the records that are not in the cache, [keys] bool."""
         return ~np.isin(_records(keys, contents), self._records)
 
     def add(self, key: int, content: int, counts: Sequence[int], rows: Tensor) -> None:
-        """A record's rows; `counts` sums to their number."""
+        """Add the rows of a record; `counts` sums to their number."""
         self._new.append((key, content, counts, rows.detach().cpu()))
         self._bytes += rows.numel() * rows.element_size()
         if self.folder is not None and self._bytes > PART_BYTES:
             self.write()
 
     def write(self) -> None:
-        """What is new becomes a file of its own, whole or not at all. UserError when there is no room or right."""
+        """Write the pending records to a new file, atomically.
+
+        Raises:
+            UserError: there is no space or no permission.
+        """
         if self.folder is None or not self._new:
             return
-        with written(self.folder / f"part-{uuid4().hex}.safetensors", self.what.capitalize()) as beside, os_errors():
-            save_file(_packed(self._new), beside)
+        with written(self.folder / f"part-{uuid4().hex}.safetensors", self.what.capitalize()) as temporary, os_errors():
+            save_file(_packed(self._new), temporary)
         self._new, self._bytes = [], 0
 
     def exchange(self) -> None:
-        """In memory each rank has what it made itself; afterwards all have all. All ranks call it together."""
-        everyone: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everyone, self._new)
-        self._new = [record for one in everyone for record in one]
+        """Gather the pending records of all ranks on every rank, for a cache in memory. All ranks call it together."""
+        pending_by_rank: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(pending_by_rank, self._new)
+        self._new = [record for pending in pending_by_rank for record in pending]
 
     def rows(self, batch: Batch, record: int, counts: Sequence[int]) -> Tensor:
-        """Of the record at this place of the batch.
+        """Get the rows of the record at this position of the batch.
 
         Raises:
-            UserError: it is not among them, has other counts now, or other pictures.
+            UserError: the record is not in the cache, or has other counts or other images now.
         """
         key, content = (np.array([column[record]], np.uint64) for column in (batch.keys, batch.contents))
-        (wanted,) = _records(key, content)
-        place = int(np.searchsorted(self._records, wanted))
-        known = place < len(self._records) and self._records[place] == wanted
+        (record_hash,) = _records(key, content)
+        place = int(np.searchsorted(self._records, record_hash))
+        known = place < len(self._records) and self._records[place] == record_hash
         if not known or self._counts[place].tolist() != list(counts):
             raise UserError(f"{batch.sample_ids[record]}: {self._lack(key, known)} or train with {self.setting}=false.")
         part, start = self._where[place].tolist()
         return self._values[part][start : start + sum(counts)]
 
     def _lack(self, key: np.ndarray, known: bool) -> str:
-        where = f"{self.what} ({self.folder or 'in memory'})"
+        """Describe why a record is not in the cache."""
+        label = f"{self.what} ({self.folder or 'in memory'})"
         if known or not self.knows(key).all():
-            return f"{where} lack this record as it is now. Remove that folder,"
+            return f"{label} lack this record as it is now. Remove that folder,"
         return (
-            f"its pictures hold something else than when {where} were made of them: a file was replaced under the same name. "
+            f"its pictures hold something else than when {label} were made of them: a file was replaced under the same name. "
             "Start again, and this record is looked at anew,"
         )
 
 
 def _records(keys: np.ndarray, contents: np.ndarray) -> np.ndarray:
-    """[keys] uint64, of each pair. An odd multiple wraps around, and no two contents have the same one."""
+    """Hash each (key, content) pair to a uint64, [keys].
+
+    Multiplication by an odd number modulo 2^64 is one-to-one, so different contents give different terms.
+    """
     return keys + contents * np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -139,14 +148,15 @@ def _packed(new: Sequence[tuple[int, int, Sequence[int], Tensor]]) -> dict[str, 
 
 
 def _opened(file: Path) -> dict[str, Any]:
+    """Open a file of the cache and check that it is complete; values are not read yet."""
     try:
         part = safe_open(file, framework="pt")
-        opened = {name: part.get_tensor(name) for name in ("keys", "contents", "counts")}
-        opened["values"] = part.get_slice("values")
-        whole = int(opened["counts"].sum()) == opened["values"].get_shape()[0]
-        whole = whole and len(opened["keys"]) == len(opened["contents"]) == len(opened["counts"])
+        tensors = {name: part.get_tensor(name) for name in ("keys", "contents", "counts")}
+        tensors["values"] = part.get_slice("values")
+        is_complete = int(tensors["counts"].sum()) == tensors["values"].get_shape()[0]
+        is_complete = is_complete and len(tensors["keys"]) == len(tensors["contents"]) == len(tensors["counts"])
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: cannot be read ({error}). Remove it; what it held is made again.") from error
-    if not whole:
+    if not is_complete:
         raise UserError(f"{file}: is damaged. Remove it; what it held is made again.")
-    return opened
+    return tensors

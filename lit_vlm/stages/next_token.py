@@ -1,4 +1,4 @@
-"""The three stages that learn from next tokens. They differ in what trains, and in what their data is."""
+"""Stages with next-token loss (cross-entropy): align, sft and highres. They differ in what trains and in their data."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from lit_vlm.types import Part
 
 
 class AlignStage(Stage):
-    """Stage 1: the projector learns to speak the language model's language; tower and language model are frozen."""
+    """Stage 1: the projector learns to map image features into the language model's input space; the rest is frozen."""
 
     default_trainable = (Part.projector,)
     default_learning_rate = 1e-3
 
 
 class SFTStage(Stage):
-    """Stage 2: everything trains, on captions, instructions, OCR, grounding, documents and text."""
+    """Stage 2: all parts train, on captions, instructions, OCR, grounding, documents and text."""
 
 
 class HighresStage(Stage):

@@ -1,4 +1,4 @@
-"""AdamW with a rate, a decay and a warm-up for each part."""
+"""AdamW and the learning-rate schedule, with learning rate, weight decay and warm-up for each part."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lit_vlm.types import Part
 
 @dataclass(frozen=True, slots=True)
 class PartOptions:
-    """What differs for one part; None takes the stage's value."""
+    """Optimizer options of one part that differ from the stage's; None uses the stage's value."""
 
     learning_rate: float | None = None
     weight_decay: float | None = None
@@ -27,30 +27,34 @@ class PartOptions:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerOptions:
-    """Rates are peaks. A warm-up below 1 is a share of the steps, otherwise a number of steps."""
+    """Optimizer options of a stage. Learning rates are peaks.
+
+    A warm-up below 1 is a fraction of the steps, else a number of steps.
+    """
 
     learning_rate: float
     weight_decay: float = 0.0
     warmup: float = 0.03
     schedule: str = "cosine"
-    min_learning_rate: float = 0.0  # as a share of the peak
+    min_learning_rate: float = 0.0  # as a fraction of the peak
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     parts: dict[Part, PartOptions] = field(default_factory=dict)
 
     def of(self, part: Part, name: str) -> Any:
+        """Get an option of a part: its own value, or the stage's."""
         own = getattr(self.parts.get(part), name, None)
         return getattr(self, name) if own is None else own
 
 
 def options_of(arguments: dict[str, Any]) -> OptimizerOptions:
-    """From a stage's arguments, plain values by name."""
+    """Make the optimizer options from a stage's arguments, plain values by name."""
     parts = {}
     for name, values in (arguments["parts"] or {}).items():
         values = dict(values)
         lora = values.pop("lora", None)
-        chosen = Lora(**lora) if lora and lora.get("rank", 0) > 0 else None
-        parts[Part(name)] = replace(PartOptions(**values), lora=chosen)
+        lora_options = Lora(**lora) if lora and lora.get("rank", 0) > 0 else None
+        parts[Part(name)] = replace(PartOptions(**values), lora=lora_options)
     return OptimizerOptions(
         learning_rate=arguments["learning_rate"],
         weight_decay=arguments["weight_decay"],
@@ -64,7 +68,10 @@ def options_of(arguments: dict[str, Any]) -> OptimizerOptions:
 
 
 def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.AdamW:
-    """One parameter group per part and decay; vectors (biases, norms) do not decay, as in the LLaVA family's trainers."""
+    """Make AdamW with one parameter group for each part and weight decay.
+
+    Vectors (biases, norms) do not decay, as in the LLaVA family's trainers.
+    """
     groups = []
     for part in Part:
         trainable = [parameter for _, parameter in parameters_of(model, part) if parameter.requires_grad]
@@ -75,37 +82,45 @@ def make_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.A
                 rate = options.of(part, "learning_rate")
                 groups.append({"params": members, "lr": rate, "weight_decay": decay, "part": part.value})
     optimizer = torch.optim.AdamW(groups, lr=options.learning_rate, betas=options.betas, eps=options.eps, fused=True)
-    # Lightning refuses to clip the gradients of an optimizer that unscales them itself, as the fused one offers to;
-    # under bf16-mixed there is no scale, and under 16-mixed the scaler then unscales before the clipping.
+    # Lightning refuses to clip the gradients of an optimizer that can unscale them itself, as the fused one can. Under
+    # bf16-mixed there is no scale, and under 16-mixed the scaler then unscales before clipping.
     optimizer._step_supports_amp_scaling = False
     return optimizer
 
 
 def num_dimensions(parameter: nn.Parameter) -> int:
-    """Of the whole, also where ZeRO-3 has shared it out and left an empty tensor in its place."""
+    """Count the dimensions of the full parameter.
+
+    ZeRO-3 shards a parameter and leaves an empty tensor in its place, with the full shape in `ds_shape`.
+    """
     return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def make_scheduler(
     optimizer: torch.optim.Optimizer, options: OptimizerOptions, num_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    curves = [rate_curve(options, Part(group["part"]), num_steps) for group in optimizer.param_groups]
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, curves)
+    """Make the learning-rate schedule (scheduler), with one curve for each parameter group."""
+    lr_lambdas = [rate_curve(options, Part(group["part"]), num_steps) for group in optimizer.param_groups]
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lr_lambdas)
 
 
 def rate_curve(options: OptimizerOptions, part: Part, num_steps: int) -> Callable[[int], float]:
-    """Share of the peak rate at each step: a linear climb, then the schedule down to its floor."""
+    """Make the learning-rate schedule of a part: a linear warm-up, then the decay to its minimum.
+
+    Returns:
+        a function of the step that returns the fraction of the peak learning rate, as torch's LambdaLR needs it.
+    """
     warmup = options.of(part, "warmup")
-    climb = math.ceil(warmup * num_steps) if warmup < 1 else int(warmup)
-    floor = options.min_learning_rate
+    warmup_steps = math.ceil(warmup * num_steps) if warmup < 1 else int(warmup)
+    minimum = options.min_learning_rate
 
     def share(step: int) -> float:
-        if step < climb:
-            return (step + 1) / (climb + 1)
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
         if options.schedule == "constant":
             return 1.0
-        done = min(1.0, (step - climb) / max(1, num_steps - climb))
-        left = 1.0 - done if options.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
-        return floor + (1.0 - floor) * left
+        progress = min(1.0, (step - warmup_steps) / max(1, num_steps - warmup_steps))
+        decay = 1.0 - progress if options.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+        return minimum + (1.0 - minimum) * decay
 
     return share

@@ -1,4 +1,4 @@
-"""One pass over all records of a run before it trains: what a frozen model makes of them, kept for this run and others."""
+"""One pass over all records of a run before training: fill a cache with the outputs of a frozen model."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from lit_vlm.types import Batch, UserError, counted
 
 
 def folder_for(trainer: L.Trainer, name: str, weights: str | Path | None, **what: Any) -> Path | None:
-    """Where a pass is kept. None, in memory, where the weights are in no folder: nothing then says that they are the same
-    the next time; or where the data module has no store."""
+    """Return the folder of a cache.
+
+    None (in memory) when the weights are in no folder, because they could not be identified the next time; or when the
+    data module has no store.
+    """
     data = _data_of(trainer, name)
     if data.store is None or weights is None or not Path(weights).is_dir():
         return None
@@ -32,19 +35,22 @@ def folder_for(trainer: L.Trainer, name: str, weights: str | Path | None, **what
 def pass_over(
     trainer: L.Trainer, kept: Kept, work: Callable[[Batch], None], say: Callable[[str], None] = lambda text: None
 ) -> None:
-    """`work` on micro-batches of all records that the run draws or holds out and that are not kept yet, shared by the ranks.
-    A pass that was cut short goes on. From then on batches say what their pictures hold."""
+    """Fill a cache: call `process_batch` on micro-batches of all records of the run that are not in it yet.
+
+    The ranks share the work. The records are those that the plan samples and the held-out ones. A pass that was
+    interrupted resumes. From then on batches contain the content hashes of their images.
+    """
     data = _data_of(trainer, kept.what)
     data.contents = True
-    drawn = np.unique(np.concatenate([data.plan.samples(step) for step in range(data.plan.num_steps)]))
-    for index, samples in ((data.index, drawn), (data.held_out, np.arange(len(data.held_out)))):
-        # one look for all ranks: they walk through the same number of micro-batches
-        new, others = trainer.strategy.broadcast(_new(data, kept, index, samples) if trainer.is_global_zero else None)
+    sampled = np.unique(np.concatenate([data.plan.samples(step) for step in range(data.plan.num_steps)]))
+    for index, samples in ((data.index, sampled), (data.held_out, np.arange(len(data.held_out)))):
+        # one rank decides for all: they iterate over the same number of micro-batches
+        new, changed = trainer.strategy.broadcast(_new(data, kept, index, samples) if trainer.is_global_zero else None)
         if len(samples):
             which = "drawn" if index is data.index else "held-out"
-            replaced = f", {others:,} with other pictures than before" if others else ""
-            found = f"of {counted(len(samples), f'{which} record')} {counted(len(new), 'is', 'are')} new{replaced}"
-            say(f"{kept.what}: {found}; {kept.folder or 'in memory'}")
+            replaced = f", {changed:,} with other pictures than before" if changed else ""
+            counts = f"of {counted(len(samples), f'{which} record')} {counted(len(new), 'is', 'are')} new{replaced}"
+            say(f"{kept.what}: {counts}; {kept.folder or 'in memory'}")
         for batch in data.pass_over(index, new) if len(new) else ():
             batch = data.on_before_batch_transfer(batch, 0).to(trainer.strategy.root_device)
             with trainer.precision_plugin.forward_context():
@@ -57,12 +63,12 @@ def pass_over(
 
 
 def _new(data: Any, kept: Kept, index: Index, samples: np.ndarray) -> tuple[np.ndarray, int]:
-    """Those of the samples that are not kept, and how many of them are for their pictures alone."""
+    """Find the samples that are not in the cache, and the number of them whose images alone have changed."""
     keys = index.keys(samples)
-    known, contents = kept.knows(keys), np.zeros(len(samples), np.uint64)
-    contents[known] = data.contents_of(index, samples[known])
+    has_key, contents = kept.knows(keys), np.zeros(len(samples), np.uint64)
+    contents[has_key] = data.contents_of(index, samples[has_key])
     missing = kept.missing(keys, contents)
-    return samples[missing], int(np.count_nonzero(missing & known))
+    return samples[missing], int(np.count_nonzero(missing & has_key))
 
 
 def _data_of(trainer: L.Trainer, what: str) -> Any:
@@ -75,10 +81,10 @@ def _data_of(trainer: L.Trainer, what: str) -> Any:
 
 
 class Seen(Kept):
-    """[tiles, P, C] of each record's pictures, as a frozen tower sees them.
+    """Disk cache of vision features: [tiles, P, C] of each record's images, from a frozen vision tower.
 
     Args:
-        blank: [1, P, C] of a batch without any; it is multiplied by zero.
+        dummy: [1, P, C] features of a batch without images; they are multiplied by zero.
     """
 
     def __init__(self, folder: Path | None, blank: Tensor) -> None:
@@ -86,12 +92,12 @@ class Seen(Kept):
         self.blank = blank
 
     def add_batch(self, batch: Batch, seen: Tensor) -> None:
-        """[N, P, C] of the batch's tiles; a record without pictures is kept as one without rows."""
+        """Add features [N, P, C] of the batch's tiles; a record without images is stored with zero rows."""
         for number, part in enumerate(seen[: batch.num_tiles].split(batch.tiles_of_records)):
             self.add(batch.keys[number], batch.contents[number], [len(part)], part)
 
     def of(self, batch: Batch) -> Tensor:
-        """[N, P, C]; [1, P, C] of a batch without pictures."""
+        """Get features [N, P, C] of the batch's tiles; [1, P, C] for a batch without images."""
         if not batch.num_tiles:
             return self.blank
         parts = [self.rows(batch, number, [count]) for number, count in enumerate(batch.tiles_of_records) if count]
@@ -101,15 +107,18 @@ class Seen(Kept):
 def keep_features(
     trainer: L.Trainer, model: Any, weights: str | Path | None, say: Callable[[str], None], **what: Any
 ) -> Seen:
-    """What the model's tower sees in all pictures of the run. From then on the data module decodes none for training."""
+    """Build the cache of vision features of all images of the run.
+
+    From then on the data module decodes no images for training.
+    """
     layer, width = model.config.vision_feature_layer, model.config.vision_config.hidden_size
-    blank = torch.zeros(1, model.model.image_settings.side**2, width, device=trainer.strategy.root_device)
-    features = Seen(folder_for(trainer, "features", weights, layer=layer, **what), blank)
+    dummy = torch.zeros(1, model.model.image_settings.side**2, width, device=trainer.strategy.root_device)
+    features = Seen(folder_for(trainer, "features", weights, layer=layer, **what), dummy)
 
     def look(batch: Batch) -> None:
-        seen = model(batch=batch, look_only=True)
+        vision_features = model(batch=batch, look_only=True)
         if not batch.blank:
-            features.add_batch(batch, seen)
+            features.add_batch(batch, vision_features)
 
     pass_over(trainer, features, look, say)
     _data_of(trainer, features.what).pixels = False

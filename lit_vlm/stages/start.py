@@ -1,4 +1,4 @@
-"""What a stage starts from, and the model that is made of it: parts, a whole model's folder, a checkpoint, or a model."""
+"""Model initialisation of a stage: from parts, a whole model's folder, a Lightning checkpoint, or a built model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ModelLike: TypeAlias = Drawn | str | Path
 
 @dataclass(slots=True)
 class Start:
-    """A model, and of its vocabulary the ids of tokens that this run adds and of all control tokens."""
+    """Initialised model, with the ids of tokens that this run adds and of all control tokens."""
 
     model: LlavaOnevisionForConditionalGeneration
     new_ids: list[int] = field(default_factory=list)
@@ -29,20 +29,20 @@ class Start:
 
 
 def drawn_up(given: ModelLike, tiling: Tiling) -> Drawn:
-    """The blueprint of a folder or hub id; anything else as it is."""
+    """Resolve a folder or hub id to its ModelSpec; return anything else unchanged."""
     return draw_up(ModelConfig(special_tokens=[]), str(given), tiling) if isinstance(given, str | Path) else given
 
 
 def start_from(given: Drawn, dtype: torch.dtype, seed: int) -> Start:
-    """The model, built where it is not yet.
+    """Initialise the model, unless it is built already.
 
     Args:
-        given: a dict is what `described` says, without weights.
+        source: a dict is the result of `describe_model`, without weights.
         dtype: of the weights.
-        seed: of parameters that are new.
+        seed: for new parameters.
 
     Raises:
-        UserError: a model that this project did not build.
+        UserError: the model was not built by this project.
     """
     if isinstance(given, Blueprint):
         ids = given.tokenizer.convert_tokens_to_ids
@@ -58,7 +58,7 @@ def start_from(given: Drawn, dtype: torch.dtype, seed: int) -> Start:
 
 
 def described(model: LlavaOnevisionForConditionalGeneration, row_ids: list[int]) -> dict[str, Any]:
-    """What a checkpoint of Lightning's says of the model beside its weights, in plain containers.
+    """Describe the model for a Lightning checkpoint, beside its weights, in plain containers.
 
     Args:
         row_ids: tokens whose rows train although the vocabulary's tables do not.

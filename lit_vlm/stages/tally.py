@@ -1,4 +1,4 @@
-"""What a preference step shows, summed over micro-batches and ranks: one all-reduce for all of it."""
+"""Preference metrics (rewards, margins, KL), summed over micro-batches and ranks with one all-reduce."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_vlm.losses.preference import Judged
 from lit_vlm.types import Batch, Kind, Language
 
-# What each of TRL's metrics is a mean over.
+# TRL's metrics, grouped by what each is a mean over.
 OF_PAIRS = (
     "rewards/chosen",
     "rewards/rejected",
@@ -39,14 +39,18 @@ NAMES = dict.fromkeys(
 
 
 class Tally:
-    """Sums and weights of the metrics. `kl` is an estimate in nats per token, from the pairs' own tokens; `drift` how much
-    likelier the chosen answers' tokens have become, in nats per token."""
+    """Preference metrics as sums and weights.
+
+    `kl` is an estimate in nats per token, from the pairs' own tokens. `drift` is the mean increase of the
+    log-probability of the chosen answers' tokens, in nats per token.
+    """
 
     def __init__(self) -> None:
         self._sums = dict.fromkeys(NAMES, (0.0, 0.0))
 
     def add(self, batch: Batch, lengths: Sequence[int], judged: Judged, kl: Tensor, drift: Tensor) -> None:
-        """
+        """Update the sums with one micro-batch.
+
         Args:
             lengths: supervised tokens of each of the 2P answers.
             kl: [], summed over the answers' tokens.
@@ -68,15 +72,18 @@ class Tally:
                 self._add(f"rewards/margins_{group}", margin, 1)
 
     def add_loss(self, loss: Tensor, pairs: int) -> None:
+        """Update the mean loss with a micro-batch of `num_pairs` pairs."""
         self._add("loss", float(loss) * pairs, pairs)
 
     def means(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
-        """The mean of each metric that anything is known of, over all ranks; starts anew. All ranks call it together.
+        """Compute the mean of each metric that has a weight, over all ranks, and reset the sums.
+
+        All ranks call it together.
 
         Args:
             reduce: sums a tensor over the ranks.
         """
-        # float32: some devices have no more, and no sum of a step needs it
+        # float32: some devices support no wider type, and no sum of a step needs one
         numbers = torch.tensor(list(self._sums.values()), dtype=torch.float32, device=device)
         self._sums = dict.fromkeys(NAMES, (0.0, 0.0))
         totals = reduce(numbers).tolist()
@@ -88,10 +95,11 @@ class Tally:
 
 
 def kl_of(policy: Tensor, reference: Tensor) -> Tensor:
-    """[], an estimate of the divergence of policy from reference, summed over rows: r - 1 - log r with r the ratio of the
-    reference's probability to the policy's. Never negative, zero while they are one (Schulman, "Approximating KL
-    Divergence", k3). The tokens are the data's and not drawn from the policy, so it says how far apart the two are on the
-    pairs and no more.
+    """Estimate the KL divergence of policy from reference model, [], summed over rows.
+
+    The estimator is r - 1 - log r, with r the ratio of the reference's probability to the policy's. It is never
+    negative, and zero while the two models are equal (Schulman, "Approximating KL Divergence", k3). The tokens are the
+    data's and not sampled from the policy, so it only measures how far apart the two models are on the pairs.
 
     Args:
         policy, reference: [R] log-probabilities of the same tokens.
