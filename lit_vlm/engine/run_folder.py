@@ -1,4 +1,4 @@
-"""One run, one folder. Its manifest says what was run, on what, from what, and what came of it."""
+"""Run folder and its manifest: the record of command, code, config, data, parent model and results of one run."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from lit_vlm.types import Source, UserError
 
 MANIFEST = "manifest.json"
 MADE_AGAIN = "Start that run again with its own command: it is made again from what lies beside it."
-SPREAD_BLOCKS = 256  # of 64 KiB, that stand for a file of weights
-# The shape of a manifest, of what in it is read again
+SPREAD_BLOCKS = 256  # blocks of 64 KiB that are hashed for each weight file
+# Types of the manifest's entries that are read again
 TABLES = ("config", "data", "parent", "tracking", "plan", "figures", "git", "versions")
 INNER: tuple[tuple[str, str, type], ...] = (
     ("config", "stage", dict),
@@ -41,12 +41,12 @@ PACKAGES = ("torch", "lightning", "transformers", "peft", "trl", "tokenizers", "
 
 @dataclass(slots=True)
 class RunFolder:
-    """The folder of one run and its manifest. Only rank 0 writes.
+    """Folder of one run and its manifest. Only rank 0 writes.
 
     Attributes:
-        replaces: it held another run, of which nothing may go on.
-        goes_on: it holds this run, begun before.
-        rebuilt: its manifest was damaged and is made again; what the user should know of that.
+        replaces_other_run: the folder held another run, which cannot be resumed.
+        is_resumed: the folder holds an interrupted start of this run.
+        rebuild_note: message to the user if the manifest was damaged and was rebuilt, else empty.
     """
 
     path: Path
@@ -57,14 +57,20 @@ class RunFolder:
 
     @property
     def hf(self) -> Path:
+        """Folder of the exported model, in transformers' layout."""
         return self.path / "hf"
 
     @property
     def finished(self) -> bool:
+        """True if the manifest says that the run is finished."""
         return self.manifest.get("status") == "finished"
 
     def update(self, **fields: Any) -> None:
-        """Put fields into the manifest and write it, whole or not at all. UserError where it cannot be written."""
+        """Update fields of the manifest and write it atomically.
+
+        Raises:
+            UserError: the manifest cannot be written.
+        """
         self.manifest.update(fields)
         if is_rank_zero():
             with writable(self.path, MANIFEST, "run_dir"):
@@ -75,13 +81,18 @@ class RunFolder:
 def open_run_folder(
     path: Path, config: Any, *, name: str, overwrite: bool, data_digest: str, parent: dict[str, str] | None
 ) -> RunFolder:
-    """The folder of a run: new, interrupted (it goes on) or finished. Nothing is written before its first `update`.
+    """Open the folder of a run, which is new, interrupted (it resumes) or finished. Nothing is written before the first `update`.
 
-    With `overwrite` a finished run or another one is replaced; an interrupted run of the same settings goes on all the same,
-    for a job that is requeued comes with the same words.
+    `overwrite` replaces a finished run or another run. An interrupted run with the same settings resumes nevertheless,
+    because a requeued job starts with the same overrides.
+
+    Args:
+        name: name of the run, for the manifest.
+        data_digest: digest of the data sources.
+        parent: path and digest of the starting model, see `describe_parent`.
 
     Raises:
-        UserError: the folder holds a run of another config, other data or another parent.
+        UserError: the folder holds a run with another config, other data or another parent.
     """
     plain = redacted(to_plain(asdict(config)))
     known, rebuilt = read_or_rebuild_manifest(path, name)
@@ -116,12 +127,16 @@ def open_run_folder(
 
 
 def command_line() -> str:
-    """What this process was started with, without secrets."""
+    """Return the command line of this process, with secrets redacted."""
     return " ".join(["python", Path(sys.argv[0]).name, *redacted_words(sys.argv[1:])])
 
 
 def require_writable(path: Path) -> None:
-    """Told now, not after the model was built; nothing is made yet. UserError naming what is in the way."""
+    """Require that the run folder can be created, before the model is built. Nothing is created yet.
+
+    Raises:
+        UserError: a file or a missing permission prevents it. The text names the path.
+    """
     place = next(place for place in (path, *path.parents) if os.path.lexists(place))
     if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
         found = "may not be written to" if place.is_dir() else "is no folder"
@@ -131,7 +146,11 @@ def require_writable(path: Path) -> None:
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """Read the manifest of a run's folder; None where there is none. DamagedFile where it is not as it was written."""
+    """Read the manifest of a run folder; None if there is none.
+
+    Raises:
+        DamagedFile: the manifest is not as it was written.
+    """
     found = read_json(path / MANIFEST, MADE_AGAIN)
     for key, kind in _find_misshaped(found or {}):
         raise DamagedFile(f"{path / MANIFEST} is damaged: its {key} is {kind}. {MADE_AGAIN}")
@@ -139,7 +158,7 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
 
 
 def _find_misshaped(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Find the entries that have another type than those that are written, and the type that they have."""
+    """Find manifest entries of a wrong type. Yields the key and the type that was found."""
     for key in TABLES:
         if not isinstance(manifest.get(key), dict | None):
             yield key, type(manifest[key]).__name__
@@ -153,7 +172,7 @@ def _find_misshaped(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def find_manifest(path: Path) -> dict[str, Any]:
-    """Read the manifest for what can do without it; {} where there is none, and of a damaged one."""
+    """Read the manifest for optional use; {} if it is missing or damaged."""
     try:
         return read_manifest(path) or {}
     except DamagedFile:
@@ -161,7 +180,7 @@ def find_manifest(path: Path) -> dict[str, Any]:
 
 
 def read_or_rebuild_manifest(path: Path, name: str) -> tuple[dict[str, Any] | None, str]:
-    """Read the manifest; a damaged one is made again from what lies beside it, with a sentence about that."""
+    """Read the manifest. Rebuild a damaged one from the other files of the folder, and return a message about that."""
     try:
         found = read_manifest(path)
         if found is not None and not (isinstance(found.get("config"), dict) and isinstance(found.get("data"), dict)):
@@ -175,22 +194,22 @@ def read_or_rebuild_manifest(path: Path, name: str) -> tuple[dict[str, Any] | No
 
 
 def parent_of(init_from: str | None) -> dict[str, str] | None:
-    """Path and digest of the model that a run starts from; hub ids have no digest of ours."""
+    """Return path and digest of the model that a run starts from; None without one. A hub id has an empty digest."""
     if init_from is None:
         return None
     folder = Path(init_from)
     if not folder.is_dir():
         return {"path": init_from, "digest": ""}
     digest = find_manifest(folder.parent).get("weights_digest")
-    # where it is lost, the weights themselves say which they are
+    # if the manifest is lost, hash the weights themselves
     return {"path": init_from, "digest": digest or digest_of_weights(folder)}
 
 
 def require_parent(init_from: str | None) -> None:
-    """A stage that starts from an earlier one needs it finished.
+    """Require that the model folder of the earlier stage exists, for a stage that starts from it.
 
     Raises:
-        UserError: its folder is not there; says what is there, and how to come by the model.
+        UserError: the folder does not exist. The text names the state of that run, and how to get the model.
     """
     if init_from is None:
         return
@@ -211,8 +230,11 @@ def require_parent(init_from: str | None) -> None:
 
 
 def digest_of_parts(*folders: str | None) -> str:
-    """Of the weights in local folders, from their names, sizes and blocks spread over them: frozen weights are read from
-    there, and another model shows in any block. Hub ids count by name."""
+    """Compute the SHA-256 of the model parts, for the frozen weights that are read from there.
+
+    Of weight files in local folders it hashes names, sizes and `NUM_HASHED_BLOCKS` blocks spread over each file: another
+    model differs in any block. A hub id is hashed by its name.
+    """
     hasher = hashlib.sha256()
     for folder in filter(None, folders):
         files = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
@@ -228,12 +250,12 @@ def digest_of_parts(*folders: str | None) -> str:
 
 
 def digest_of_sources(sources: Sequence[Source]) -> str:
-    """Of what the sources hold, without reading their records."""
+    """Compute the SHA-256 over names and digests of all sources, without reading their records."""
     return hashlib.sha256("\0".join(f"{source.name}={source.digest}" for source in sources).encode()).hexdigest()
 
 
 def to_plain(value: Any) -> Any:
-    """Enums by name, paths as text, tuples as lists: what JSON can hold."""
+    """Convert a value to plain JSON types: enums to their names, paths to text, tuples to lists."""
     if isinstance(value, dict):
         return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -244,8 +266,10 @@ def to_plain(value: Any) -> Any:
 
 
 def git_state() -> dict[str, Any]:
-    """Commit of the code, whether it was changed, in how many files, and the SHA-256 of what `git diff HEAD` says; empty
-    outside a checkout. The difference itself stays here: a line of it may hold a key."""
+    """Return the commit of the code, a flag for local changes, the number of changed files, and the SHA-256 of `git diff HEAD`.
+
+    Empty outside a checkout. The diff itself is not recorded: a line of it may contain a key.
+    """
     root = Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> str | None:
@@ -265,6 +289,7 @@ def git_state() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of Python and of the main packages."""
     found = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         try:
@@ -275,12 +300,15 @@ def versions() -> dict[str, str]:
 
 
 def is_rank_zero() -> bool:
+    """Return True on global rank 0."""
     return global_rank() == 0
 
 
 def identity_of(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings, as `to_plain` gives them, that say what a run computes; those of `elsewhere.py` are left out, and the
-    starting model, which has a digest."""
+    """Extract the settings that define what a run computes, from the output of `to_plain`.
+
+    Settings of `config/elsewhere.py` are left out, and so is the starting model, which has a digest.
+    """
 
     def kept(value: Any, prefix: str) -> Any:
         if not isinstance(value, dict):
@@ -298,7 +326,10 @@ def identity_of(config: dict[str, Any]) -> dict[str, Any]:
 def _differences(
     known: dict[str, Any], config: dict[str, Any], data_digest: str, parent: dict[str, str] | None
 ) -> list[str]:
-    """Of a manifest that was made again, what is not known any more is not compared."""
+    """Find differences between a manifest and this run: changed settings, data and parent model.
+
+    Fields that a rebuilt manifest has lost are not compared.
+    """
     ours, theirs = identity_of(config), identity_of(known["config"])
     different = _changed(theirs, ours) if theirs or not known.get("rebuilt") else []
     digest = known["data"].get("digest")

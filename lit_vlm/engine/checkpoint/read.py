@@ -1,4 +1,4 @@
-"""Checkpoints are verified in full before a number of them is used; then each rank reads the intervals that it holds."""
+"""Reading of checkpoints: verify all files first, then load on each rank the intervals that it holds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from lit_vlm.engine.shards import Piece
 
 
 def read_index(folder: Path) -> Index:
-    """Raises Damaged: there is none, it was changed, or it is another checkpoint's."""
+    """Read and verify the index of a checkpoint folder.
+
+    Raises:
+        CorruptCheckpointError: the index is missing, was changed, or belongs to another step.
+    """
     file = folder / INDEX
     try:
         text = file.read_bytes().decode("utf-8", "replace")
@@ -31,10 +35,10 @@ def read_index(folder: Path) -> Index:
 
 
 def check_files(folder: Path, index: Index, rank: int = 0, world_size: int = 1) -> None:
-    """Sizes of all files, and contents of every `world_size`th: together the ranks read everything once.
+    """Verify the sizes of all files, and the SHA-256 of every `world_size`-th file: together the ranks read each file once.
 
     Raises:
-        Damaged: naming the file.
+        CorruptCheckpointError: a file is missing, unreadable or changed. The text names it.
     """
     for stored in index.files:
         file = folder / stored.name
@@ -52,11 +56,11 @@ def check_files(folder: Path, index: Index, rank: int = 0, world_size: int = 1) 
 
 
 def misfits(index: Index, shapes: dict[str, tuple[int, ...]], pieces: Iterable[Piece] = ()) -> list[str]:
-    """How the tensors in it differ from what trains, in words.
+    """Find differences between the stored tensors and the trainable parameters. Returns one text for each.
 
     Args:
-        shapes: name -> shape of each parameter that trains.
-        pieces: what this rank will ask for.
+        shapes: name -> shape of each trainable parameter.
+        shards: shards that this rank will load.
     """
     stored, tensors = index.shapes(), index.tensors()
     absent = {piece.kind for piece in pieces if (str(piece.kind), piece.name) not in tensors and piece.name in stored}
@@ -69,7 +73,13 @@ def misfits(index: Index, shapes: dict[str, tuple[int, ...]], pieces: Iterable[P
 
 
 def load(folder: Path, index: Index, pieces: Iterable[Piece]) -> None:
-    """Copy into the pieces what they hold, whoever wrote it. Of a file, only these parts are read."""
+    """Load the stored values into the shards of this rank, in place. Any rank may have written them.
+
+    Only the needed parts of each file are read.
+
+    Args:
+        shards: values [n] of each are overwritten.
+    """
     tensors, opened = index.tensors(), dict[str, Any]()
     starts = {key: [part.start for part in parts] for key, parts in tensors.items()}
     with torch.no_grad():
@@ -85,7 +95,7 @@ def load(folder: Path, index: Index, pieces: Iterable[Piece]) -> None:
 
 
 def _copy(file: Any, part: Interval, piece: Piece) -> None:
-    """What an interval of the file and a piece share."""
+    """Copy the elements that a stored interval and a shard have in common."""
     begin, end = max(part.start, piece.start), min(part.stop, piece.start + len(piece.values))
     if begin < end:
         values = file.get_slice(part.key)[begin - part.start : end - part.start]

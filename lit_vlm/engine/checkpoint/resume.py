@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest one that is whole and its own. All ranks come to the same answer."""
+"""Finds the checkpoint that a run resumes from: the newest valid one of the same run. All ranks choose the same one."""
 
 from __future__ import annotations
 
@@ -26,16 +26,21 @@ Say = Callable[[str], None]
 def find(
     trainer: L.Trainer, shards: Shards, folder: Folder, resume_from: str, belongs: Belongs, say: Say
 ) -> Found | None:
-    """The checkpoint to go on from, verified in full; None: the run starts from its beginning.
+    """Find the checkpoint to resume from and verify it completely.
 
     All ranks must call it at the same place.
 
     Args:
-        resume_from: "auto", "none", or a checkpoint's folder.
-        say: takes the message about a damaged one that is passed over.
+        state: state of this rank, whose tensors the checkpoint must contain.
+        resume_from: "auto", "none", or the folder of a checkpoint.
+        fingerprint: what the checkpoint must share with this run.
+        say: receives the message about a corrupt checkpoint that is skipped.
+
+    Returns:
+        folder and index; None if the run starts from its beginning.
 
     Raises:
-        UserError: it is another run's, or none that is there can be used.
+        UserError: the checkpoint belongs to another run, or no existing checkpoint can be used.
     """
     candidates, gone, refused = trainer.strategy.broadcast(
         _candidates(folder, resume_from) if trainer.is_global_zero else None
@@ -56,7 +61,11 @@ def find(
 
 
 def _candidates(folder: Folder, resume_from: str) -> tuple[list[Path], str, str]:
-    """What may be gone on from, the newest first; what is missing, in words; why resume_from cannot be followed."""
+    """List the folders that the run may resume from.
+
+    Returns:
+        the folders, the newest first; text about a missing latest checkpoint; text why resume_from is invalid.
+    """
     if resume_from == NONE:
         return [], "", ""
     if resume_from != AUTO:
@@ -67,7 +76,7 @@ def _candidates(folder: Folder, resume_from: str) -> tuple[list[Path], str, str]
 
 
 def _named(path: Path) -> tuple[list[Path], str, str]:
-    """The folder of resume_from=<path>, without links and dots: its name says its step."""
+    """Resolve the folder of resume_from=<path>, without links and dots, because the folder's name contains the step."""
     resolved = path.expanduser().resolve()
     if (resolved / INDEX).is_file() or resolved.name.startswith("step-"):
         return [resolved], "", ""
@@ -77,7 +86,14 @@ def _named(path: Path) -> tuple[list[Path], str, str]:
 
 
 def _judged(trainer: L.Trainer, shards: Shards, path: Path, belongs: Belongs) -> str | None:
-    """None if it can be used; else its damage, in words. The ranks read the files in shares."""
+    """Check one candidate; the ranks share the reading of its files.
+
+    Returns:
+        None if it can be used, else text about the corruption.
+
+    Raises:
+        UserError: the checkpoint belongs to another run.
+    """
     refused, damaged = "", ""
     try:
         index = read_index(path)
@@ -97,7 +113,7 @@ def _judged(trainer: L.Trainer, shards: Shards, path: Path, belongs: Belongs) ->
 
 
 def _foreign(trainer: L.Trainer, shards: Shards, index: Index, belongs: Belongs) -> str:
-    """Why a sound checkpoint is not this run's; empty if it is."""
+    """Return why a valid checkpoint does not belong to this run; empty text if it does."""
     if different := belongs.differences(index.belongs):
         return f"it is of a run with another {'; '.join(different[:3])}"
     plan = getattr(getattr(trainer, "datamodule", None), "plan", None)
@@ -110,14 +126,14 @@ def _foreign(trainer: L.Trainer, shards: Shards, index: Index, belongs: Belongs)
 
 
 def shapes_of(trainer: L.Trainer) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of each parameter that trains, whole, under every strategy."""
+    """Return name -> full (unsharded) shape of each trainable parameter, under every strategy."""
     module: Any = trainer.lightning_module
     named = getattr(module, "model", module).named_parameters()
     return {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in named if p.requires_grad}
 
 
 def gathered(trainer: L.Trainer, mine: Any) -> list[Any]:
-    """What every rank says, in the order of the ranks."""
+    """Gather one object from every rank, in the order of the ranks."""
     if trainer.world_size == 1:
         return [mine]
     answers = [None] * trainer.world_size
@@ -126,7 +142,7 @@ def gathered(trainer: L.Trainer, mine: Any) -> list[Any]:
 
 
 def _told_by_first(trainer: L.Trainer, text: str) -> UserError:
-    """All ranks raise it, and one of them has the words."""
+    """Make the error that all ranks raise; only rank 0 has the message."""
     return UserError(text if trainer.is_global_zero else "")
 
 
