@@ -49,28 +49,28 @@ def choose(situation: Situation) -> Choice:
     """
     if choice := _fastest(situation):
         return choice
-    least = situation.at(situation.allowed[-1])
+    smallest = situation.at(situation.allowed[-1])
     for halved in range(1, HALVINGS):
-        smaller = _with_load(least, 0.5**halved)
+        smaller = _with_load(smallest, 0.5**halved)
         if choice := _fastest(smaller):
             sizes = (
                 f"micro-batches of {smaller.load.tokens:,} tokens would fit, those of {situation.load.tokens:,} do not"
             )
             return replace(choice, reason=f"{choice.reason}; {sizes}", fits=False)
-    need = least.memory(Strategy.deepspeed_zero3_offload).total
+    need = smallest.memory(Strategy.deepspeed_zero3_offload).total
     reason = f"nothing fits: a device needs {_size(need)} at the least"
     return Choice(Strategy.deepspeed_zero3_offload, reason, fits=False, level=situation.allowed[-1])
 
 
 def _fastest(of: Situation) -> Choice | None:
     """Choose the fastest strategy and level that fit; offload only if nothing else fits at any level. None if nothing fits."""
-    found = [
+    choices = [
         replace(choice, level=level)
         for level in of.allowed
         if (choice := next((choice for choice in _in_order(of.at(level)) if choice is not None), None))
     ]
-    on_devices = [choice for choice in found if choice.strategy is not Strategy.deepspeed_zero3_offload]
-    return min(on_devices or found, key=lambda choice: of.at(choice.level).seconds(choice.strategy), default=None)
+    on_devices = [choice for choice in choices if choice.strategy is not Strategy.deepspeed_zero3_offload]
+    return min(on_devices or choices, key=lambda choice: of.at(choice.level).seconds(choice.strategy), default=None)
 
 
 def level_for(of: Situation, strategy: Strategy) -> Level:
@@ -86,8 +86,8 @@ def why_level(of: Situation, strategy: Strategy, level: Level) -> str:
     text = f"a device needs about {_size(need)} of the {_size(of.device.memory)} of {name}"
     if level is of.allowed[0]:
         return text
-    before = of.allowed[of.allowed.index(level) - 1]
-    return f"{text}; with {before.value} it would need {_size(of.at(before).memory(strategy).total)}"
+    previous = of.allowed[of.allowed.index(level) - 1]
+    return f"{text}; with {previous.value} it would need {_size(of.at(previous).memory(strategy).total)}"
 
 
 def _with_load(of: Situation, share: float) -> Situation:
@@ -102,9 +102,9 @@ def _in_order(of: Situation) -> Iterator[Choice | None]:
         yield _if_fits(of, Strategy.ddp, _why_copies(of))
         yield _inside_a_node(of) if of.nodes == 1 else _over_nodes(of)
     devices = devices_that_would_do(of)
-    what = f"the states do not fit on {counted(of.world_size, 'device')}, so the host's memory holds them, slowly"
-    instead = f"; {devices} devices would do without" if devices else ""
-    offloaded = _if_fits(of, Strategy.deepspeed_zero3_offload, f"{what}{instead}")
+    reason = f"the states do not fit on {counted(of.world_size, 'device')}, so the host's memory holds them, slowly"
+    alternative = f"; {devices} devices would do without" if devices else ""
+    offloaded = _if_fits(of, Strategy.deepspeed_zero3_offload, f"{reason}{alternative}")
     yield replace(offloaded, devices=devices) if offloaded else None
 
 
@@ -129,26 +129,29 @@ def _over_nodes(of: Situation) -> Choice | None:
     HSDP is preferred if a copy fits in a node. ZeRO-3 wins if the all-reduce of HSDP's gradients, at the end of a step,
     waits longer for the network than the weight gathers of ZeRO-3, which are spread over the step.
     """
-    node, everywhere = (
+    within_node, across_nodes = (
         _if_fits(of, Strategy.hsdp, f"{_too_large(of)}, so the devices of each node share one; only gradients cross the network"),
         _if_fits(of, Strategy.deepspeed_zero3, f"{_too_large(of)}, so all {of.world_size} devices share one"),
     )  # fmt: skip
-    if node is None and everywhere is not None:
+    if within_node is None and across_nodes is not None:
         node_needs = _size(of.memory(Strategy.hsdp).total)
-        return replace(everywhere, reason=f"{everywhere.reason}, for within a node each would need {node_needs}")
-    if node is None or everywhere is None:
-        return node
-    shares = [timing.share for strategy in (Strategy.hsdp, Strategy.deepspeed_zero3) if (timing := of.timing(strategy))]
-    if not shares:
-        return node
-    even = f"ZeRO-3 hides its own from {break_even_of(of):,.0f} tokens per micro-batch on, here {of.load.tokens:,}"
-    waits = f"at {of.fabric.name} HSDP keeps {shares[0]:.0%} of the devices' speed and ZeRO-3 {shares[1]:.0%}; {even}"
+        return replace(across_nodes, reason=f"{across_nodes.reason}, for within a node each would need {node_needs}")
+    if within_node is None or across_nodes is None:
+        return within_node
+    efficiencies = [
+        timing.share for strategy in (Strategy.hsdp, Strategy.deepspeed_zero3) if (timing := of.timing(strategy))
+    ]
+    if not efficiencies:
+        return within_node
+    threshold = f"ZeRO-3 hides its own from {break_even_of(of):,.0f} tokens per micro-batch on, here {of.load.tokens:,}"
+    comparison = f"at {of.fabric.name} HSDP keeps {efficiencies[0]:.0%} of the devices' speed and ZeRO-3 {efficiencies[1]:.0%}; {threshold}"
     best = (
-        everywhere
-        if shares[1] > shares[0] + WORTH or (not of.fits(Strategy.hsdp, ROOM) and shares[1] > shares[0])
-        else node
+        across_nodes
+        if efficiencies[1] > efficiencies[0] + WORTH
+        or (not of.fits(Strategy.hsdp, ROOM) and efficiencies[1] > efficiencies[0])
+        else within_node
     )
-    return replace(best, reason=f"{best.reason} ({waits})")
+    return replace(best, reason=f"{best.reason} ({comparison})")
 
 
 def break_even_of(of: Situation) -> float | None:
@@ -163,9 +166,9 @@ def _too_large(of: Situation) -> str:
 
 def devices_that_would_do(of: Situation) -> int | None:
     """Find the smallest number of devices, in full nodes, on which ZeRO-3 fits; None if a micro-batch alone is too large."""
-    for world in range(of.devices_per_node, MOST_DEVICES + 1, of.devices_per_node):
-        if of.fits(Strategy.deepspeed_zero3, world_size=world):
-            return world
+    for num_devices in range(of.devices_per_node, MOST_DEVICES + 1, of.devices_per_node):
+        if of.fits(Strategy.deepspeed_zero3, world_size=num_devices):
+            return num_devices
     return None
 
 

@@ -190,31 +190,31 @@ class Widths:
 
 def operations(scheme: Scheme, widths: Widths = Widths()) -> tuple[Operation, ...]:
     """Get the collectives that a scheme runs on each layer."""
-    weight, full = widths.weight, widths.gradient
-    gather = Operation(Phase.forward, Scope.all, weight)
-    again = Operation(Phase.backward, Scope.all, weight)
-    scatter = Operation(Phase.gradients, Scope.all, full, trained=True)
+    weight_bytes, gradient_bytes = widths.weight, widths.gradient
+    gather = Operation(Phase.forward, Scope.all, weight_bytes)
+    gather_again = Operation(Phase.backward, Scope.all, weight_bytes)
+    scatter = Operation(Phase.gradients, Scope.all, gradient_bytes, trained=True)
     match scheme:
         case Scheme.ddp:
-            return (Operation(Phase.last, Scope.all, full, trained=True, passes=2),)
+            return (Operation(Phase.last, Scope.all, gradient_bytes, trained=True, passes=2),)
         case Scheme.zero2:  # DeepSpeed reduces full buckets and keeps a part: an all-reduce
-            summed = Operation(Phase.gradients, Scope.all, full, trained=True, passes=2)
-            return (summed, Operation(Phase.update, Scope.all, weight, trained=True))
+            all_reduce = Operation(Phase.gradients, Scope.all, gradient_bytes, trained=True, passes=2)
+            return (all_reduce, Operation(Phase.update, Scope.all, weight_bytes, trained=True))
         case Scheme.zero3:
-            return (gather, again, scatter)
+            return (gather, gather_again, scatter)
         case Scheme.hsdp:
             return (
-                Operation(Phase.forward, Scope.node, weight),
-                Operation(Phase.backward, Scope.node, weight),
-                Operation(Phase.gradients, Scope.node, full, trained=True),
-                Operation(Phase.last, Scope.between, full, trained=True, passes=2),
+                Operation(Phase.forward, Scope.node, weight_bytes),
+                Operation(Phase.backward, Scope.node, weight_bytes),
+                Operation(Phase.gradients, Scope.node, gradient_bytes, trained=True),
+                Operation(Phase.last, Scope.between, gradient_bytes, trained=True, passes=2),
             )
         case Scheme.hpz:
-            return (gather, Operation(Phase.backward, Scope.node, weight), scatter)
+            return (gather, Operation(Phase.backward, Scope.node, weight_bytes), scatter)
         case Scheme.zeropp:  # gradients are exchanged inside the node first, then between nodes, 4 bits each time
             return (
                 Operation(Phase.forward, Scope.all, 1.0),
-                Operation(Phase.backward, Scope.node, weight),
+                Operation(Phase.backward, Scope.node, weight_bytes),
                 Operation(Phase.gradients, Scope.node, 0.5, trained=True),
                 Operation(Phase.gradients, Scope.all, 0.5, trained=True),
             )
@@ -263,11 +263,11 @@ def traffic(
 ) -> Traffic:
     """Compute the bytes that an optimizer step of `num_micro_batches` micro-batches sends."""
     total = Traffic(0.0, 0.0)
-    for operation in operations(scheme, widths):
-        times = k if operation.phase in (Phase.forward, Phase.backward, Phase.gradients) else 1
+    for collective in operations(scheme, widths):
+        repeats = k if collective.phase in (Phase.forward, Phase.backward, Phase.gradients) else 1
         for layer in layers:
-            one = traffic_of(operation, layer, cluster)
-            total += Traffic(times * one.inside, times * one.outside)
+            layer_traffic = traffic_of(collective, layer, cluster)
+            total += Traffic(repeats * layer_traffic.inside, repeats * layer_traffic.outside)
     return total
 
 
@@ -324,9 +324,9 @@ class _Step:
         self._compute(layers, Phase.forward, [layer.forward for layer in layers], [])
 
     def backward(self, layers: Sequence[Layer], *, last: bool) -> None:
-        back = list(reversed(layers))
+        reversed_layers = list(reversed(layers))
         after = [Phase.gradients, Phase.last] if last else [Phase.gradients]
-        self._compute(back, Phase.backward, [layer.backward for layer in back], after)
+        self._compute(reversed_layers, Phase.backward, [layer.backward for layer in reversed_layers], after)
 
     def update(self, layers: Sequence[Layer]) -> None:
         begin = self.end
@@ -335,13 +335,13 @@ class _Step:
 
     def _compute(self, layers: Sequence[Layer], before: Phase, seconds: Sequence[float], after: list[Phase]) -> None:
         """Run the layers in order: gather ahead, compute, then run the collectives that follow each layer."""
-        begun = [self.computed]  # start times of the earlier layers
+        start_times = [self.computed]  # start times of the earlier layers
         ready: list[float] = []
         for number, layer in enumerate(layers):
             for ahead in range(len(ready), min(number + self.prefetch + 1, len(layers))):
-                ready.append(self._send(before, layers[ahead], begun[max(0, ahead - self.prefetch)]))
+                ready.append(self._send(before, layers[ahead], start_times[max(0, ahead - self.prefetch)]))
             start = max(self.computed, ready[number])
-            begun.append(start)
+            start_times.append(start)
             self.computed = start + seconds[number]
             done = self.computed
             for phase in after:
@@ -349,11 +349,11 @@ class _Step:
 
     def _send(self, phase: Phase, layer: Layer, ready: float) -> float:
         """Run the layer's collectives of this phase in sequence. Returns the time at which the last one is done."""
-        for operation in self._of(phase):
-            seconds = seconds_of(operation, layer, self.cluster)
+        for collective in self._of(phase):
+            seconds = seconds_of(collective, layer, self.cluster)
             if not seconds:
                 continue
-            links = self._links(operation.scope)
+            links = self._links(collective.scope)
             start = max(ready, *(self.free[link] for link in links))
             ready = start + seconds
             for link in links:
@@ -363,7 +363,7 @@ class _Step:
         return ready
 
     def _of(self, phase: Phase) -> Iterator[Operation]:
-        return (operation for operation in self.operations if operation.phase is phase)
+        return (collective for collective in self.operations if collective.phase is phase)
 
     def _links(self, scope: Scope) -> tuple[str, ...]:
         if scope is Scope.node or self.cluster.nodes == 1:

@@ -61,18 +61,19 @@ class Flops:
         """
         shape = Shape.from_config(config)
         text, vision = shape.text, shape.vision
-        again, frozen = recomputes, int(reference)
-        passes = (3 if trains_language_model else 2) + again + frozen
+        recomputed, reference_passes = recomputes, int(reference)
+        passes = (3 if trains_language_model else 2) + recomputed + reference_passes
         # in the last layer every token needs a key and a value, all else is computed for loss positions only; the
         # attention of these few positions is not counted
-        read_later = text.layer - 2 * text.hidden * text.key if text.pruned else 0
-        looking = text.layers - text.pruned
+        loss_position_weights = text.layer - 2 * text.hidden * text.key if text.pruned else 0
+        attention_layers = text.layers - text.pruned
         tower = 2 * vision.layers * vision.layer * vision.patches + 4 * vision.patches**2 * vision.width * vision.layers
         return cls(
-            per_token=2.0 * passes * (text.layers * text.layer - read_later),
-            per_square=2.0 * (3 + again + frozen) * text.query * looking,
+            per_token=2.0 * passes * (text.layers * text.layer - loss_position_weights),
+            per_square=2.0 * (3 + recomputed + reference_passes) * text.query * attention_layers,
             # the reference model reuses the features of a frozen vision tower
-            per_tile=tower * (3 + again + frozen if trains_tower else 1)
-            + 2.0 * (3 + frozen) * vision.patches * shape.projector,
-            per_supervised=2.0 * (passes - again) * text.hidden * text.vocab + 2.0 * passes * read_later,
+            per_tile=tower * (3 + recomputed + reference_passes if trains_tower else 1)
+            + 2.0 * (3 + reference_passes) * vision.patches * shape.projector,
+            per_supervised=2.0 * (passes - recomputed) * text.hidden * text.vocab
+            + 2.0 * passes * loss_position_weights,
         )

@@ -22,11 +22,17 @@ def layers_of(
         segment_tokens: tokens of a sample.
     """
     text, vision = shape.text, shape.vision
-    language, tower = training.trains_language_model, training.trains_tower
+    trains_language_model, trains_tower = training.trains_language_model, training.trains_tower
     table, projector = float(text.hidden * text.vocab), float(shape.projector)
-    rest = parameters.total - vision.layers * vision.layer - projector - text.layers * text.layer - table
-    last = table if rest > table / 2 else 0.0  # 0 if the head is tied
-    trains = projector + vision.layers * vision.layer * tower + (text.layers * text.layer + table + last) * language
+    remaining_parameters = (
+        parameters.total - vision.layers * vision.layer - projector - text.layers * text.layer - table
+    )
+    untied_head = table if remaining_parameters > table / 2 else 0.0  # 0 if the head is tied
+    trains = (
+        projector
+        + vision.layers * vision.layer * trains_tower
+        + (text.layers * text.layer + table + untied_head) * trains_language_model
+    )
     share = min(1.0, parameters.trainable / trains)  # far below 1 with LoRA
 
     def layer(size: float, flops: float, *, trained: bool, crossed: bool = True, again: bool = False) -> Layer:
@@ -34,14 +40,15 @@ def layers_of(
         return Layer(size, share * size * trained, flops / rate, backward * flops / rate)
 
     patches = load.tiles * vision.patches
-    seen = 2.0 * patches * (vision.layer + 2.0 * vision.patches * vision.width)
-    read = 2.0 * load.tokens * (text.layer + segment * text.query)
+    tower_flops = 2.0 * patches * (vision.layer + 2.0 * vision.patches * vision.width)
+    text_flops = 2.0 * load.tokens * (text.layer + segment * text.query)
     policy = [
-        *[layer(float(vision.layer), seen, trained=tower, crossed=tower, again=True)] * vision.layers,
+        *[layer(float(vision.layer), tower_flops, trained=trains_tower, crossed=trains_tower, again=True)]
+        * vision.layers,
         layer(projector, 2.0 * patches * projector, trained=True),
-        layer(table, 0.0, trained=language),
-        *[layer(float(text.layer), read, trained=language, again=True)] * text.layers,
-        layer(last, 2.0 * load.supervised * table, trained=language),
+        layer(table, 0.0, trained=trains_language_model),
+        *[layer(float(text.layer), text_flops, trained=trains_language_model, again=True)] * text.layers,
+        layer(untied_head, 2.0 * load.supervised * table, trained=trains_language_model),
     ]
     return [*policy, *map(_only_forward, policy)] if training.reference else policy
 

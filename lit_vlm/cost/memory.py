@@ -154,14 +154,14 @@ def _zero_states(parameters: Parameters, training: Training, sharding: Sharding,
     takes 4, because gradients are summed in float32.
     """
     compute, trainable = float(training.precision.compute), parameters.trainable
-    kept = 0.0 if sharding is Sharding.offload else 1.0  # on the device
-    spread = 1.0 if sharding is Sharding.zero2 else share * kept
+    on_device = 0.0 if sharding is Sharding.offload else 1.0  # factor for states that offload moves to the host
+    weight_share = 1.0 if sharding is Sharding.zero2 else share * on_device
     return {
-        "weights": compute * parameters.total * spread,
-        "float32 masters": 4.0 * trainable * share * kept,
-        "gradients": 4.0 * trainable * share * kept,
-        "AdamW's moments": 4.0 * ADAM * trainable * share * kept,
-        "reference model": compute * training.reference * spread,
+        "weights": compute * parameters.total * weight_share,
+        "float32 masters": 4.0 * trainable * share * on_device,
+        "gradients": 4.0 * trainable * share * on_device,
+        "AdamW's moments": 4.0 * ADAM * trainable * share * on_device,
+        "reference model": compute * training.reference * weight_share,
         "gathered layers": 0.0 if sharding is Sharding.zero2 else compute * min(parameters.total, LIVE),
     }
 
@@ -193,17 +193,17 @@ def host_bytes(parameters: Parameters, training: Training, world_size: int, devi
 
 def _whole_states(parameters: Parameters, training: Training, *, ddp: bool) -> dict[str, float]:
     precision, trainable = training.precision, parameters.trainable
-    size, saved = float(precision.weight), (precision.weight - precision.compute) * precision.holds
+    size, saved_bytes = float(precision.weight), (precision.weight - precision.compute) * precision.holds
     # The copy of a frozen float32 weight belongs to the graph of its layer, which activation checkpointing does not keep.
-    hanging = parameters.cast_frozen - parameters.held_cast * precision.holds
-    copied = parameters.cast - parameters.cast_frozen + hanging * (training.checkpointing is Level.none)
+    graph_copies = parameters.cast_frozen - parameters.held_cast * precision.holds
+    copied = parameters.cast - parameters.cast_frozen + graph_copies * (training.checkpointing is Level.none)
     return {
-        "weights": size * parameters.total - saved * parameters.held,
+        "weights": size * parameters.total - saved_bytes * parameters.held,
         "half-precision copies": 2.0 * copied if precision.mixed else 0.0,
         "gradients": size * trainable,
         "DDP's buckets": size * trainable if ddp else 0.0,  # a second copy of the gradients, in the order of sending
         "AdamW's moments": size * ADAM * trainable,
-        "reference model": size * training.reference - saved * training.reference_held,
+        "reference model": size * training.reference - saved_bytes * training.reference_held,
     }
 
 
@@ -213,12 +213,12 @@ def activations_of_text(text: TextShape, training: Training) -> float:
     layer = _text_layer(text, training)
     if training.checkpointing is Level.none:
         return text.layers * layer + once
-    kept = float(
+    stored = float(
         training.precision.residual * text.hidden
     )  # the input of each layer, plus one full layer while it is recomputed
     if training.checkpointing is Level.selective:
-        kept += _text_products(text, training)
-    return text.layers * kept + layer + once
+        stored += _text_products(text, training)
+    return text.layers * stored + layer + once
 
 
 def _text_products(text: TextShape, training: Training) -> float:
@@ -236,11 +236,11 @@ def _text_layer(text: TextShape, training: Training) -> float:
     size = training.precision.compute
     attention = size * 2 * (text.query + text.key) + 4 * text.heads  # q, k, v, output; log-sum-exp
     feed_forward = size * 3 * text.ffn  # gate, its activation, up
-    kept = 2 * _norm(text, training) + attention + feed_forward
+    stored = 2 * _norm(text, training) + attention + feed_forward
     if training.trains_language_model:
         inputs = (5 if training.precision.mixed else 2) * text.hidden
-        kept += size * (inputs + text.query + text.ffn)
-    return kept
+        stored += size * (inputs + text.query + text.ffn)
+    return stored
 
 
 def _norm(text: TextShape, training: Training) -> float:
@@ -261,10 +261,10 @@ def activations_of_tile(shape: Shape, training: Training) -> float:
     layer = vision.positions * _tower_layer(vision, training)
     if training.checkpointing is Level.none:
         return pixels + projector + vision.layers * layer
-    kept = float(training.precision.residual * vision.width)
+    stored = float(training.precision.residual * vision.width)
     if training.checkpointing is Level.selective:  # matrix products except the last, and attention
-        kept += size * (5 * vision.width + vision.ffn)
-    return pixels + projector + layer + vision.layers * vision.positions * kept
+        stored += size * (5 * vision.width + vision.ffn)
+    return pixels + projector + layer + vision.layers * vision.positions * stored
 
 
 def _tower_layer(vision: VisionShape, training: Training) -> float:

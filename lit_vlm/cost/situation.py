@@ -80,9 +80,11 @@ class Situation:
 
     def memory(self, strategy: Strategy, world_size: int | None = None) -> Memory:
         """Estimate the memory of one device."""
-        world = world_size or self.world_size
-        group = min(self.shard_size or self.devices_per_node, world) if strategy is Strategy.hsdp else world
-        return memory_of(self.shape, self.parameters, self.training, self.load, SHARDINGS[strategy], group)
+        num_devices = world_size or self.world_size
+        sharding_devices = (
+            min(self.shard_size or self.devices_per_node, num_devices) if strategy is Strategy.hsdp else num_devices
+        )
+        return memory_of(self.shape, self.parameters, self.training, self.load, SHARDINGS[strategy], sharding_devices)
 
     def fits(self, strategy: Strategy, room: float = 1.0, world_size: int | None = None) -> bool:
         """Return True if the estimate is at most the share `max_share` of the device's memory."""
@@ -102,11 +104,15 @@ class Situation:
         if self.device is None:
             return 0.0
         timing = self.timing(strategy)
-        return timing.total if timing else self.k * sum(of.forward + of.backward for of in self._layers(self.device))
+        return (
+            timing.total
+            if timing
+            else self.k * sum(layer.forward + layer.backward for layer in self._layers(self.device))
+        )
 
     def _layers(self, device: Device) -> list[Layer]:
-        rate = device.peak * self.utilisation
-        return layers_of(self.shape, self.parameters, self.training, self.load, rate)
+        flops_per_second = device.peak * self.utilisation
+        return layers_of(self.shape, self.parameters, self.training, self.load, flops_per_second)
 
     @property
     def widths(self) -> Widths:

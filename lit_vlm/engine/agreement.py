@@ -86,25 +86,25 @@ def require_same(facts: dict[str, Any], device: torch.device) -> None:
         UserError: on all ranks. The message on rank 0 names the ranks and the differences.
     """
     digests = b"".join(hashlib.sha256(json.dumps(fact, sort_keys=True).encode()).digest() for fact in facts.values())
-    mine = torch.frombuffer(bytearray(digests), dtype=torch.uint8).view(len(facts), -1).to(device)
+    own_digests = torch.frombuffer(bytearray(digests), dtype=torch.uint8).view(len(facts), -1).to(device)
     world = torch.distributed.get_world_size()
-    gathered = [torch.empty_like(mine) for _ in range(world)]
-    torch.distributed.all_gather(gathered, mine)
+    gathered = [torch.empty_like(own_digests) for _ in range(world)]
+    torch.distributed.all_gather(gathered, own_digests)
     equal = torch.stack([(other == gathered[0]).all(dim=1) for other in gathered]).tolist()  # [ranks, facts]
     if all(map(all, equal)):
         return
-    told: list[Any] = [None] * world
-    torch.distributed.all_gather_object(told, (socket.gethostname(), facts["settings"]))
+    rank_settings: list[Any] = [None] * world
+    torch.distributed.all_gather_object(rank_settings, (socket.gethostname(), facts["settings"]))
     if torch.distributed.get_rank():
         raise UserError("")
-    different = [
-        f"rank {rank} on {told[rank][0]} in its {' and '.join(_names(facts, same, told[rank][1], told[0][1]))}"
+    differences = [
+        f"rank {rank} on {rank_settings[rank][0]} in its {' and '.join(_names(facts, same, rank_settings[rank][1], rank_settings[0][1]))}"
         for rank, same in enumerate(equal)
         if not all(same)
     ]
-    more = f"; and {counted(len(different) - NUM_NAMED, 'more rank')}" if len(different) > NUM_NAMED else ""
+    more = f"; and {counted(len(differences) - NUM_NAMED, 'more rank')}" if len(differences) > NUM_NAMED else ""
     raise UserError(
-        f"The ranks were not started alike. Other than rank 0 on {told[0][0]}: {'; '.join(different[:NUM_NAMED])}{more}. "
+        f"The ranks were not started alike. Other than rank 0 on {rank_settings[0][0]}: {'; '.join(differences[:NUM_NAMED])}{more}. "
         "Start all of them with the same command, the same checkout and packages, and the same files."
     )
 
@@ -114,11 +114,11 @@ def _names(facts: dict[str, Any], same: list[bool], settings: dict[str, Any], fi
 
     Different settings also change data and plan. Then only the causes are named: settings, code and packages.
     """
-    names = [name for name, equal in zip(facts, same, strict=True) if not equal]
+    names = [name for name, is_equal in zip(facts, same, strict=True) if not is_equal]
     if "settings" in names:
         keys = [key for key in sorted({*settings, *first}) if settings.get(key) != first.get(key)]
-        shown = ", ".join(f"{key} ({settings.get(key)} and not {first.get(key)})" for key in keys[:NUM_NAMED])
-        return [f"settings: {shown}", *(name for name in names if name in ("code", "packages"))]
+        changed = ", ".join(f"{key} ({settings.get(key)} and not {first.get(key)})" for key in keys[:NUM_NAMED])
+        return [f"settings: {changed}", *(name for name in names if name in ("code", "packages"))]
     return names
 
 

@@ -66,9 +66,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Return True for an out-of-memory error (OOM) of the device. Libraries below PyTorch raise their own error texts."""
     import torch  # imported here, because task=pipeline needs no torch
 
-    words = ("CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-    known = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    return known or isinstance(error, torch.OutOfMemoryError)
+    texts = ("CUDA out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+    is_known = isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    return is_known or isinstance(error, torch.OutOfMemoryError)
 
 
 def halve_budget(run_dir: Path, datamodule: DataModule, most_times: int) -> Budget:
@@ -85,18 +85,18 @@ def halve_budget(run_dir: Path, datamodule: DataModule, most_times: int) -> Budg
     before, smallest = Budget.read(run_dir, datamodule), datamodule.smallest_budget()
     if before.halved and (max(before.tokens, smallest[0]), max(before.tiles, smallest[1])) != datamodule.budget:
         return before  # another rank has halved the limits since this start
-    now = f"{datamodule.budget[0]:,} tokens and {counted(datamodule.budget[1], 'tile')}"
+    current = f"{datamodule.budget[0]:,} tokens and {counted(datamodule.budget[1], 'tile')}"
     if before.halved >= most_times:
         raise UserError(
-            f"A device ran out of memory with micro-batches of at most {now}, after the budget was halved {before.halved} "
+            f"A device ran out of memory with micro-batches of at most {current}, after the budget was halved {before.halved} "
             f"times (guard.max_oom_retries). {STEPS_DOWN}."
         )
     tokens, tiles = max(datamodule.budget[0] // 2, smallest[0]), max(datamodule.budget[1] // 2, smallest[1])
     if (tokens, tiles) == datamodule.budget:
         raise UserError(
-            f"A device ran out of memory with micro-batches of at most {now}, and the largest sample alone needs as much. "
+            f"A device ran out of memory with micro-batches of at most {current}, and the largest sample alone needs as much. "
             f"{STEPS_DOWN}; or let no sample be so large: data.max_length, data.sources.<name>.max_tiles."
         )
-    half = Budget(tokens, tiles, before.of_tokens, before.of_tiles, before.halved + 1)
-    half.write(run_dir)
-    return half
+    halved_budget = Budget(tokens, tiles, before.of_tokens, before.of_tiles, before.halved + 1)
+    halved_budget.write(run_dir)
+    return halved_budget

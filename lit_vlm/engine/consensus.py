@@ -52,11 +52,11 @@ class Consensus:
 
         All ranks call it at the same place, once per optimizer step, before the update. It waits for the slowest rank.
         """
-        said = self._told[:]
-        del self._told[: len(said)]
+        pending = self._told[:]
+        del self._told[: len(pending)]
         sums = dict.fromkeys(Word, 0.0)
-        for word, value in said:
-            sums[word] += value
+        for flag, value in pending:
+            sums[flag] += value
         if trainer.world_size > 1:
             numbers = torch.tensor(list(sums.values()), dtype=torch.float64, device=trainer.strategy.root_device)
             torch.distributed.all_reduce(numbers)

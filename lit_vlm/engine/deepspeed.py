@@ -131,22 +131,22 @@ class ZeroStrategy(DeepSpeedStrategy):
             return None
         if model in self._filled:
             self._filled.remove(model)
-            return lambda piece: first_values(
-                model, piece.name, torch.Size(piece.shape), piece.start, piece.start + len(piece.values)
+            return lambda shard: first_values(
+                model, shard.name, torch.Size(shard.shape), shard.start, shard.start + len(shard.values)
             )
         weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
         if any(weight.dtype != torch.float32 or not weight.numel() for weight in weights.values()):
             return None
-        return lambda piece: weights[piece.name].flatten()[piece.start : piece.start + len(piece.values)]
+        return lambda shard: weights[shard.name].flatten()[shard.start : shard.start + len(shard.values)]
 
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
         """Keep the model's own forward hooks: Lightning removes all hooks, because an earlier fit may have left DeepSpeed's."""
-        own = {
+        own_hooks = {
             module: [hook for hook in module._forward_hooks.values() if not _is_deepspeeds(hook)]
             for module in model.modules()
         }
         super()._initialize_deepspeed_inference(model)
-        for module, hooks in own.items():
+        for module, hooks in own_hooks.items():
             for hook in hooks:
                 module.register_forward_hook(hook)
 
@@ -208,7 +208,7 @@ class ZeroStrategy(DeepSpeedStrategy):
 
 def zero_config(stage: int, *, offload: bool, bucket: int, persistent: int) -> dict[str, Any]:
     """Build DeepSpeed's configuration. Lightning adds precision, clipping and gradient accumulation."""
-    zero: dict[str, Any] = {
+    zero_options: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": True,
         "contiguous_gradients": True,
@@ -217,12 +217,12 @@ def zero_config(stage: int, *, offload: bool, bucket: int, persistent: int) -> d
         "allgather_bucket_size": bucket,
     }
     if stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": persistent}
+        zero_options |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": persistent}
         if offload:
-            host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-            zero |= {"offload_optimizer": host, "offload_param": host}
+            host_options = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+            zero_options |= {"offload_optimizer": host_options, "offload_param": host_options}
     return {
-        "zero_optimization": zero,
+        "zero_optimization": zero_options,
         "zero_allow_untested_optimizer": True,  # AdamW with our own parameter groups; tests compare it with a single process
         "zero_force_ds_cpu_optimizer": False,
         "train_micro_batch_size_per_gpu": 1,  # for DeepSpeed's throughput log; without it Lightning builds a loader to get it

@@ -113,10 +113,12 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def gradient_sums(self, model: nn.Module) -> dict[str, float]:
         """Sum the absolute values of each existing gradient over all ranks. Every rank must call it."""
-        named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-        sums = [gradient.to_local().float().abs().sum() for _, gradient in named]  # type: ignore[attr-defined]
+        named_gradients = [
+            (name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None
+        ]
+        sums = [gradient.to_local().float().abs().sum() for _, gradient in named_gradients]  # type: ignore[attr-defined]
         total = self.reduce(torch.stack(sums), reduce_op="sum").tolist() if sums else []
-        return {name: value for (name, _), value in zip(named, total, strict=True)}
+        return {name: value for (name, _), value in zip(named_gradients, total, strict=True)}
 
     def whole_weights(self, model: nn.Module) -> Callable[[str], Tensor]:
         """Return a function that gathers the full tensor of a parameter by its name, on every rank.
@@ -139,14 +141,14 @@ def share_out(model: LlavaOnevisionForConditionalGeneration, mesh: DeviceMesh, p
     The vision tower and the language model as modules are not sharded: `fully_shard` renames the class, and transformers
     looks up by the class name which layer outputs to record.
     """
-    mixed = precision == "bf16-mixed"
+    is_mixed = precision == "bf16-mixed"
     # Do not cast inputs: under autocast they have their dtypes already, and `Segments` must stay the same object
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if mixed else None,
-        reduce_dtype=torch.float32 if mixed else None,
+        param_dtype=torch.bfloat16 if is_mixed else None,
+        reduce_dtype=torch.float32 if is_mixed else None,
         cast_forward_inputs=False,
     )
-    if mixed:
+    if is_mixed:
         for parameter in model.parameters():
             if parameter.is_meta and not parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)
@@ -167,10 +169,10 @@ def fill(model: LlavaOnevisionForConditionalGeneration, device: torch.device) ->
 
     In addition, it needs memory for this rank's rows of one weight at a time.
     """
-    empty = {name for name, parameter in model.named_parameters() if parameter.is_meta}
+    uninitialized = {name for name, parameter in model.named_parameters() if parameter.is_meta}
     model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
     for name, parameter in model.named_parameters():
-        if name in empty:
-            local, start = rows_of(parameter)
-            values = first_values(model, name, parameter.shape, start, start + local.numel())
-            local.copy_(values.view_as(local))
+        if name in uninitialized:
+            local_rows, start = rows_of(parameter)
+            values = first_values(model, name, parameter.shape, start, start + local_rows.numel())
+            local_rows.copy_(values.view_as(local_rows))

@@ -40,9 +40,9 @@ def discard(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> None:
 def _by_replicas(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> dict[int, list[Tensor]]:
     """Group this rank's gradients by the number of ranks that hold the same elements."""
     if hasattr(trainer.strategy, "local_gradients"):  # ZeRO: slices that no other rank holds
-        shares = [share for _, share in trainer.strategy.local_gradients() if share.numel()]
-        return {1: shares} if shares else {}
-    found: dict[int, list[Tensor]] = {}
+        slices = [gradient_slice for _, gradient_slice in trainer.strategy.local_gradients() if gradient_slice.numel()]
+        return {1: slices} if slices else {}
+    groups: dict[int, list[Tensor]] = {}
     for parameter in _parameters(optimizer):
         gradient: Any = parameter.grad
         if gradient is None:
@@ -54,8 +54,8 @@ def _by_replicas(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> dict[i
                 replicas //= size if placement.is_shard() else 1
             gradient = gradient.to_local()
         if gradient.numel():
-            found.setdefault(replicas, []).append(gradient)
-    return found
+            groups.setdefault(replicas, []).append(gradient)
+    return groups
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
@@ -76,16 +76,20 @@ def _discard_in_zero(engine: Any) -> None:
     def overflow(*_: Any, **__: Any) -> None:
         zero.overflow = True
 
-    told = {"check_grad_overflow": True, "check_overflow": overflow, "_overflow_check_and_loss_scale_update": overflow}
+    patches = {
+        "check_grad_overflow": True,
+        "check_overflow": overflow,
+        "_overflow_check_and_loss_scale_update": overflow,
+    }
 
     def step(closure: Any = None) -> None:
         del zero.step  # restores the method of the class
-        before = {name: zero.__dict__[name] for name in told if name in zero.__dict__}
-        zero.__dict__.update(told)
+        before = {name: zero.__dict__[name] for name in patches if name in zero.__dict__}
+        zero.__dict__.update(patches)
         try:
             zero.step()
         finally:
-            for name in told:
+            for name in patches:
                 del zero.__dict__[name]
             zero.__dict__.update(before)
         if engine.lr_scheduler is not None:  # the learning-rate schedule follows the step number

@@ -53,10 +53,10 @@ def cluster_environment(devices: int, num_nodes: int) -> list[Any]:
     from lightning.fabric.plugins.environments import LightningEnvironment
     from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-    wanted, tasks = devices * num_nodes, srun_tasks()
+    num_devices, num_tasks = devices * num_nodes, srun_tasks()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return []
-    if tasks == 1:
+    if num_tasks == 1:
         if num_nodes > 1 and not ("MASTER_ADDR" in os.environ and "NODE_RANK" in os.environ):
             raise UserError(
                 f"trainer.num_nodes={num_nodes}: this is one process, and nothing says where the others are (no srun, no "
@@ -64,8 +64,8 @@ def cluster_environment(devices: int, num_nodes: int) -> list[Any]:
                 "(docs/cluster.md), or set trainer.num_nodes=1."
             )
         return [LightningEnvironment()] if "SLURM_NTASKS" in os.environ else []
-    if tasks != wanted or int(os.environ.get("SLURM_STEP_NUM_NODES", num_nodes)) != num_nodes:
-        _refuse(tasks, devices, num_nodes)
+    if num_tasks != num_devices or int(os.environ.get("SLURM_STEP_NUM_NODES", num_nodes)) != num_nodes:
+        _refuse(num_tasks, devices, num_nodes)
     os.environ.setdefault(
         "SLURM_NTASKS_PER_NODE", str(devices)
     )  # Lightning requires this variable; srun -n alone does not set it

@@ -96,19 +96,19 @@ def open_run_folder(
     """
     plain = redacted(to_plain(asdict(config)))
     known, rebuilt = read_or_rebuild_manifest(path, name)
-    different = _differences(known, plain, data_digest, parent) if known else []
-    finished = bool(known) and known.get("status") == "finished"
+    differences = _differences(known, plain, data_digest, parent) if known else []
+    is_finished = bool(known) and known.get("status") == "finished"
     if known and not overwrite:
-        if different:
-            state = "a finished" if finished else "an unfinished"
+        if differences:
+            state = "a finished" if is_finished else "an unfinished"
             raise UserError(
-                f"{path} holds {state} run that differs from this one in {', '.join(different[:5])}. "
+                f"{path} holds {state} run that differs from this one in {', '.join(differences[:5])}. "
                 "Give this one a name of its own with run_name=..., or replace the old one with overwrite=true."
             )
-        if finished:
+        if is_finished:
             return RunFolder(path, known, rebuilt=rebuilt)
     require_writable(path)
-    goes_on = bool(known) and not different and not finished
+    goes_on = bool(known) and not differences and not is_finished
     now = datetime.now(UTC).isoformat(timespec="seconds")
     manifest = {
         "status": "running",
@@ -137,11 +137,11 @@ def require_writable(path: Path) -> None:
     Raises:
         UserError: a file or a missing permission prevents it. The text names the path.
     """
-    place = next(place for place in (path, *path.parents) if os.path.lexists(place))
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        found = "may not be written to" if place.is_dir() else "is no folder"
+    existing = next(existing for existing in (path, *path.parents) if os.path.lexists(existing))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        found = "may not be written to" if existing.is_dir() else "is no folder"
         raise UserError(
-            f"The run's folder {path} cannot be made: {place} {found}. Choose another with run_dir=... or run_name=..."
+            f"The run's folder {path} cannot be made: {existing} {found}. Choose another with run_dir=... or run_name=..."
         )
 
 
@@ -151,10 +151,10 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     Raises:
         DamagedFile: the manifest is not as it was written.
     """
-    found = read_json(path / MANIFEST, MADE_AGAIN)
-    for key, kind in _find_misshaped(found or {}):
+    manifest = read_json(path / MANIFEST, MADE_AGAIN)
+    for key, kind in _find_misshaped(manifest or {}):
         raise DamagedFile(f"{path / MANIFEST} is damaged: its {key} is {kind}. {MADE_AGAIN}")
-    return found
+    return manifest
 
 
 def _find_misshaped(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -182,15 +182,17 @@ def find_manifest(path: Path) -> dict[str, Any]:
 def read_or_rebuild_manifest(path: Path, name: str) -> tuple[dict[str, Any] | None, str]:
     """Read the manifest. Rebuild a damaged one from the other files of the folder, and return a message about that."""
     try:
-        found = read_manifest(path)
-        if found is not None and not (isinstance(found.get("config"), dict) and isinstance(found.get("data"), dict)):
+        manifest = read_manifest(path)
+        if manifest is not None and not (
+            isinstance(manifest.get("config"), dict) and isinstance(manifest.get("data"), dict)
+        ):
             raise DamagedFile(f"{path / MANIFEST} is damaged: it lacks what every manifest has. {MADE_AGAIN}")
-        return found, ""
+        return manifest, ""
     except DamagedFile as error:
         from lit_vlm.engine.rebuild import rebuild_manifest  # reads checkpoints, which needs torch
 
-        known, how = rebuild_manifest(path, name)
-        return known, f"{str(error).removesuffix(MADE_AGAIN)}{how}"
+        rebuilt, note = rebuild_manifest(path, name)
+        return rebuilt, f"{str(error).removesuffix(MADE_AGAIN)}{note}"
 
 
 def parent_of(init_from: str | None) -> dict[str, str] | None:
@@ -243,8 +245,8 @@ def digest_of_parts(*folders: str | None) -> str:
             size = file.stat().st_size
             hasher.update(f"{file.name}\0{size}".encode())
             with file.open("rb") as stream:
-                for place in range(0, size, max(1, size // SPREAD_BLOCKS)):
-                    stream.seek(place)
+                for offset in range(0, size, max(1, size // SPREAD_BLOCKS)):
+                    stream.seek(offset)
                     hasher.update(stream.read(1 << 16))
     return hasher.hexdigest()
 
@@ -284,8 +286,8 @@ def git_state() -> dict[str, Any]:
     if not commit:
         return {}
     changed = (git("status", "--porcelain") or "").splitlines()
-    difference = hashlib.sha256((git("diff", "HEAD") or "").encode(errors="replace")).hexdigest() if changed else None
-    return {"commit": commit, "dirty": bool(changed), "changed_files": len(changed), "diff_sha256": difference}
+    diff_digest = hashlib.sha256((git("diff", "HEAD") or "").encode(errors="replace")).hexdigest() if changed else None
+    return {"commit": commit, "dirty": bool(changed), "changed_files": len(changed), "diff_sha256": diff_digest}
 
 
 def versions() -> dict[str, str]:
@@ -313,10 +315,10 @@ def identity_of(config: dict[str, Any]) -> dict[str, Any]:
     def kept(value: Any, prefix: str) -> Any:
         if not isinstance(value, dict):
             return value
-        inner = {name: (f"{prefix}{name}", item) for name, item in value.items()}
+        items = {name: (f"{prefix}{name}", item) for name, item in value.items()}
         return {
             name: kept(item, f"{key}.")
-            for name, (key, item) in inner.items()
+            for name, (key, item) in items.items()
             if key != "init_from" and not is_elsewhere(key)
         }
 
@@ -330,14 +332,14 @@ def _differences(
 
     Fields that a rebuilt manifest has lost are not compared.
     """
-    ours, theirs = identity_of(config), identity_of(known["config"])
-    different = _changed(theirs, ours) if theirs or not known.get("rebuilt") else []
+    new_identity, old_identity = identity_of(config), identity_of(known["config"])
+    differences = _changed(old_identity, new_identity) if old_identity or not known.get("rebuilt") else []
     digest = known["data"].get("digest")
     if digest != data_digest and not (known.get("rebuilt") and not digest):
-        different.append("its data")
+        differences.append("its data")
     if not known.get("rebuilt") and (known.get("parent") or {}).get("digest") != (parent or {}).get("digest"):
-        different.append("the model it starts from")
-    return different
+        differences.append("the model it starts from")
+    return differences
 
 
 def _changed(old: Any, new: Any, prefix: str = "") -> list[str]:

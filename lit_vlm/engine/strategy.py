@@ -26,9 +26,9 @@ def make_strategy(config: TrainerConfig, auto: Strategy = Strategy.ddp) -> Light
     name = settled(config, auto)
     if name is Strategy.single:
         return "auto"  # for Lightning: one device of any kind
-    made: Any = _made(config, name)
-    made.setting = name.value
-    return made
+    strategy: Any = _made(config, name)
+    strategy.setting = name.value
+    return strategy
 
 
 def _made(config: TrainerConfig, name: Strategy) -> LightningStrategy:

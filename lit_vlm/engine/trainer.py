@@ -29,7 +29,7 @@ def make_trainer(config: RunConfig, loggers: list[Logger], callbacks: list[L.Cal
     if trainer.num_threads:
         torch.set_num_threads(trainer.num_threads)
     torch.set_flush_denormal(True)  # numbers below 1e-38 do not change a loss, but they slow a CPU down
-    bar = [RichProgressBar()] if trainer.enable_progress_bar and sys.stdout.isatty() else []
+    progress_bars = [RichProgressBar()] if trainer.enable_progress_bar and sys.stdout.isatty() else []
     options: dict[str, Any] = {
         "accelerator": trainer.accelerator,
         "devices": trainer.devices,
@@ -45,9 +45,9 @@ def make_trainer(config: RunConfig, loggers: list[Logger], callbacks: list[L.Cal
         "use_distributed_sampler": False,  # the plan assigns samples to ranks
         "enable_checkpointing": False,
         "enable_model_summary": False,  # our table of trainable parts shows more
-        "enable_progress_bar": bool(bar),
+        "enable_progress_bar": bool(progress_bars),
         "logger": loggers,
-        "callbacks": [*callbacks, *bar],
+        "callbacks": [*callbacks, *progress_bars],
         "plugins": cluster_environment(trainer.devices, trainer.num_nodes),
         **trainer.extra,
     }
@@ -76,7 +76,7 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    for text in (
+    for pattern in (
         ".*does not have many workers.*",
         ".*Checkpoint directory.*",
         ".*Experiment logs directory.*",
@@ -90,4 +90,4 @@ def quiet() -> None:
         ".*called before the ``update``.*",  # a rank may have no sample of some kind
         ".*across ranks is zero.*",  # there are no held-out samples
     ):
-        warnings.filterwarnings("ignore", message=text)
+        warnings.filterwarnings("ignore", message=pattern)

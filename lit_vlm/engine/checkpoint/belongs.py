@@ -50,14 +50,22 @@ class Belongs:
 
     def differences(self, stored: dict[str, Any]) -> list[str]:
         """Return the differences to a stored fingerprint, each as text for the user."""
-        mine = self.as_dict()
-        others = [key for key in WORDS if mine[key] and stored.get(key) and mine[key] != stored[key]]
-        found = [WORDS["stage"]] if "stage" in others else []
+        own_fields = self.as_dict()
+        changed_fields = [
+            key for key in WORDS if own_fields[key] and stored.get(key) and own_fields[key] != stored[key]
+        ]
+        differences = [WORDS["stage"]] if "stage" in changed_fields else []
         if self.settings and stored.get("settings"):
-            ours, theirs = _flat(self.settings), _flat(stored["settings"])
-            keys = sorted(key for key in ours.keys() | theirs.keys() if not agrees(ours.get(key), theirs.get(key)))
-            found += [f"{key} (it has {theirs.get(key)}, this run {ours.get(key)})" for key in keys]
-        return found + [WORDS[key] for key in others if key != "stage"]
+            own_settings, stored_settings = _flat(self.settings), _flat(stored["settings"])
+            keys = sorted(
+                key
+                for key in own_settings.keys() | stored_settings.keys()
+                if not agrees(own_settings.get(key), stored_settings.get(key))
+            )
+            differences += [
+                f"{key} (it has {stored_settings.get(key)}, this run {own_settings.get(key)})" for key in keys
+            ]
+        return differences + [WORDS[key] for key in changed_fields if key != "stage"]
 
 
 class Consumed:

@@ -48,9 +48,9 @@ def write_tensors(path: Path, tensors: list[tuple[str, Tensor]]) -> StoredFile:
 def _blocks(tensors: list[tuple[str, Tensor]]) -> Iterator[Any]:
     yield _header(tensors)
     for _, values in tensors:
-        content: Any = values.detach().cpu().contiguous().view(torch.uint8).numpy().data
-        for start in range(0, len(content), BLOCK):
-            yield content[start : start + BLOCK]
+        data: Any = values.detach().cpu().contiguous().view(torch.uint8).numpy().data
+        for start in range(0, len(data), BLOCK):
+            yield data[start : start + BLOCK]
 
 
 def _header(tensors: list[tuple[str, Tensor]]) -> bytes:
@@ -58,11 +58,11 @@ def _header(tensors: list[tuple[str, Tensor]]) -> bytes:
 
     The JSON is padded to a multiple of 8 bytes, so that the values are aligned.
     """
-    described, end = {}, 0
+    entries, end = {}, 0
     for key, values in tensors:
         begin, end = end, end + values.numel() * values.element_size()
-        described[key] = {"dtype": DTYPES[values.dtype], "shape": [values.numel()], "data_offsets": [begin, end]}
-    text = json.dumps(described, ensure_ascii=False).encode()
+        entries[key] = {"dtype": DTYPES[values.dtype], "shape": [values.numel()], "data_offsets": [begin, end]}
+    text = json.dumps(entries, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
@@ -75,6 +75,6 @@ def digest_of(path: Path) -> str:
 
 def remove_folder(path: Path) -> None:
     """Remove a folder atomically: rename it first, so that no incomplete folder ever has the name of a checkpoint."""
-    gone = path.with_name(f".gone-{path.name.lstrip('.')}-{uuid4().hex}")
-    os.rename(path, gone)
-    shutil.rmtree(gone, ignore_errors=True)  # on some systems an open file stays; `clean_before_run` removes it
+    hidden_path = path.with_name(f".gone-{path.name.lstrip('.')}-{uuid4().hex}")
+    os.rename(path, hidden_path)
+    shutil.rmtree(hidden_path, ignore_errors=True)  # on some systems an open file stays; `clean_before_run` removes it

@@ -38,23 +38,23 @@ class Folder:
     def steps(self) -> list[int]:
         """List the steps of all complete checkpoints, the newest first."""
         entries = self.path.iterdir() if self.path.is_dir() else ()
-        return sorted((int(found[1]) for entry in entries if (found := NAME.fullmatch(entry.name))), reverse=True)
+        return sorted((int(match[1]) for entry in entries if (match := NAME.fullmatch(entry.name))), reverse=True)
 
     def place(self, step: int) -> None:
         """Rename the temporary folder of a step to its final name, and point `latest` to it."""
-        draft, final = self.draft(step), self.of(step)
-        sync(draft)
-        if final.exists():
-            remove_folder(final)
-        os.rename(draft, final)
+        temporary, target = self.draft(step), self.of(step)
+        sync(temporary)
+        if target.exists():
+            remove_folder(target)
+        os.rename(temporary, target)
         sync(self.path)
-        write_atomically(self.path / LATEST, f"{final.name}\n")
+        write_atomically(self.path / LATEST, f"{target.name}\n")
 
     def latest(self) -> int | None:
         """Return the step that the pointer file `latest` names, even if its folder is missing. None without a valid pointer."""
         file = self.path / LATEST
-        found = NAME.fullmatch(file.read_text(encoding="utf-8", errors="replace").strip()) if file.is_file() else None
-        return int(found[1]) if found else None
+        match = NAME.fullmatch(file.read_text(encoding="utf-8", errors="replace").strip()) if file.is_file() else None
+        return int(match[1]) if match else None
 
     def point_to_best(self, step: int, loss: float) -> None:
         """Write the pointer file `best` with a step and its val/loss."""
@@ -63,12 +63,12 @@ class Folder:
     def best(self) -> tuple[int, float] | None:
         """Return step and val/loss of the best checkpoint; None if there is none or if its folder is missing."""
         try:
-            known = json.loads((self.path / BEST).read_text(encoding="utf-8"))
-            found = NAME.fullmatch(known["checkpoint"])
-            loss = float(known["val_loss"])
+            pointer = json.loads((self.path / BEST).read_text(encoding="utf-8"))
+            match = NAME.fullmatch(pointer["checkpoint"])
+            loss = float(pointer["val_loss"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return (int(found[1]), loss) if found and self.of(int(found[1])).is_dir() else None
+        return (int(match[1]), loss) if match and self.of(int(match[1])).is_dir() else None
 
     def prune(self, keep_last: int) -> None:
         """Remove all checkpoints except the newest `keep_last` and the best."""
@@ -98,15 +98,15 @@ class Folder:
         for entry in self.path.iterdir():
             if entry.name.startswith("."):
                 shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
-        for later in self.steps():
-            if later > step:
-                remove_folder(self.of(later))
+        for later_step in self.steps():
+            if later_step > step:
+                remove_folder(self.of(later_step))
         if self.best() is None:
             (self.path / BEST).unlink(missing_ok=True)
-        left = self.steps()
-        if left and self.latest() != left[0]:
-            write_atomically(self.path / LATEST, f"{self.of(left[0]).name}\n")
-        elif not left:
+        remaining_steps = self.steps()
+        if remaining_steps and self.latest() != remaining_steps[0]:
+            write_atomically(self.path / LATEST, f"{self.of(remaining_steps[0]).name}\n")
+        elif not remaining_steps:
             (self.path / LATEST).unlink(missing_ok=True)
 
     def remove(self, *, but_best: bool = False) -> None:
@@ -115,8 +115,8 @@ class Folder:
         Args:
             keep_best: keep the checkpoint with the lowest val/loss.
         """
-        for stray in (*self.path.glob(".*"), *self.path.parent.glob(f".gone-{self.path.name}-*")):
-            shutil.rmtree(stray, ignore_errors=True) if stray.is_dir() else stray.unlink(missing_ok=True)
+        for leftover in (*self.path.glob(".*"), *self.path.parent.glob(f".gone-{self.path.name}-*")):
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         best = self.best() if but_best else None
         if best is None:
             if self.path.is_dir():

@@ -109,29 +109,31 @@ class Index:
 
     def tensors(self) -> dict[tuple[str, str], list[Interval]]:
         """Group the intervals by tensor: (kind, name) -> intervals, sorted by their first element."""
-        found: dict[tuple[str, str], list[Interval]] = {}
-        for one in self.intervals:
-            found.setdefault((one.kind, one.name), []).append(one)
-        return {key: sorted(parts, key=lambda one: one.start) for key, parts in found.items()}
+        groups: dict[tuple[str, str], list[Interval]] = {}
+        for interval in self.intervals:
+            groups.setdefault((interval.kind, interval.name), []).append(interval)
+        return {key: sorted(parts, key=lambda interval: interval.start) for key, parts in groups.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return name -> shape of each parameter in the checkpoint."""
-        return {one.name: one.shape for one in self.intervals if one.kind == Kind.weight}
+        return {interval.name: interval.shape for interval in self.intervals if interval.kind == Kind.weight}
 
 
 def uncovered(index: Index) -> Iterator[str]:
     """Find tensors whose elements are not stored exactly once. Yields one text for each; none for a complete checkpoint."""
-    known = {stored.name for stored in index.files}
-    for (kind, name), parts in index.tensors().items():
-        if any(part.file not in known for part in parts):
+    listed_files = {stored.name for stored in index.files}
+    for (kind, name), intervals in index.tensors().items():
+        if any(interval.file not in listed_files for interval in intervals):
             yield f"{name} ({kind}) is in a file that the index does not list"
-        ends = [0, *(part.stop for part in parts)]
-        gap = any(part.start != end for part, end in zip(parts, ends, strict=False)) or ends[-1] != prod(parts[0].shape)
-        if gap or any(one.shape != other.shape for one, other in pairwise(parts)):
+        ends = [0, *(interval.stop for interval in intervals)]
+        gap = any(interval.start != end for interval, end in zip(intervals, ends, strict=False)) or ends[-1] != prod(
+            intervals[0].shape
+        )
+        if gap or any(first.shape != second.shape for first, second in pairwise(intervals)):
             yield f"{name} ({kind}) is not there exactly once"
 
 
 def _digest(body: dict[str, Any]) -> str:
     """Compute the SHA-256 of a canonical JSON form, which does not change when it is written and read."""
-    plain = json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(plain.encode()).hexdigest()
+    canonical = json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

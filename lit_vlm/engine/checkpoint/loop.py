@@ -56,8 +56,8 @@ def pending_row(trainer: L.Trainer) -> dict[str, float] | None:
     metrics = connector.metrics["log"] if connector.should_update_logs else {}
     if not metrics:
         return None
-    row = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
-    return {"epoch": trainer.current_epoch, **row, "step": trainer.fit_loop.epoch_loop._batches_that_stepped}
+    values = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+    return {"epoch": trainer.current_epoch, **values, "step": trainer.fit_loop.epoch_loop._batches_that_stepped}
 
 
 def _count(progress: Any, number: int) -> None:

@@ -29,8 +29,8 @@ def read_index(folder: Path) -> Index:
     index = Index.from_text(text, file)
     if folder.name != f"step-{index.step:08d}":
         raise Damaged(f"{file} is the index of step {index.step}")
-    for problem in uncovered(index):
-        raise Damaged(f"{file}: {problem}")
+    for error_text in uncovered(index):
+        raise Damaged(f"{file}: {error_text}")
     return index
 
 
@@ -48,10 +48,10 @@ def check_files(folder: Path, index: Index, rank: int = 0, world_size: int = 1) 
             raise Damaged(f"{file} has {file.stat().st_size:,} bytes and had {stored.size:,}")
     for stored in index.files[rank::world_size]:
         try:
-            found = digest_of(folder / stored.name)
+            digest = digest_of(folder / stored.name)
         except OSError as error:
             raise Damaged(f"{folder / stored.name} cannot be read ({error.strerror})") from None
-        if found != stored.sha256:
+        if digest != stored.sha256:
             raise Damaged(f"{folder / stored.name} is not as it was written: its SHA-256 differs")
 
 
@@ -63,13 +63,15 @@ def misfits(index: Index, shapes: dict[str, tuple[int, ...]], pieces: Iterable[P
         shards: shards that this rank will load.
     """
     stored, tensors = index.shapes(), index.tensors()
-    absent = {piece.kind for piece in pieces if (str(piece.kind), piece.name) not in tensors and piece.name in stored}
-    found = [f"it lacks {name}" for name in shapes.keys() - stored.keys()]
-    found += [f"it has {name}, which does not train" for name in stored.keys() - shapes.keys()]
+    missing_kinds = {
+        shard.kind for shard in pieces if (str(shard.kind), shard.name) not in tensors and shard.name in stored
+    }
+    mismatches = [f"it lacks {name}" for name in shapes.keys() - stored.keys()]
+    mismatches += [f"it has {name}, which does not train" for name in stored.keys() - shapes.keys()]
     for name in stored.keys() & shapes.keys():
         if stored[name] != tuple(shapes[name]):
-            found.append(f"{name} is {list(stored[name])} in it and {list(shapes[name])} here")
-    return sorted(found) + [f"it lacks the optimizer's {kind}" for kind in sorted(absent)]
+            mismatches.append(f"{name} is {list(stored[name])} in it and {list(shapes[name])} here")
+    return sorted(mismatches) + [f"it lacks the optimizer's {kind}" for kind in sorted(missing_kinds)]
 
 
 def load(folder: Path, index: Index, pieces: Iterable[Piece]) -> None:
@@ -80,18 +82,18 @@ def load(folder: Path, index: Index, pieces: Iterable[Piece]) -> None:
     Args:
         shards: values [n] of each are overwritten.
     """
-    tensors, opened = index.tensors(), dict[str, Any]()
-    starts = {key: [part.start for part in parts] for key, parts in tensors.items()}
+    tensors, open_files = index.tensors(), dict[str, Any]()
+    starts = {key: [stored.start for stored in intervals] for key, intervals in tensors.items()}
     with torch.no_grad():
-        for piece in pieces:
-            key, end = (str(piece.kind), piece.name), piece.start + len(piece.values)
-            first = bisect_right(starts[key], piece.start) - 1
-            for part in tensors[key][max(0, first) :]:
-                if part.start >= end:
+        for shard in pieces:
+            key, end = (str(shard.kind), shard.name), shard.start + len(shard.values)
+            first = bisect_right(starts[key], shard.start) - 1
+            for stored in tensors[key][max(0, first) :]:
+                if stored.start >= end:
                     break
-                if part.file not in opened:
-                    opened[part.file] = safe_open(folder / part.file, framework="pt")
-                _copy(opened[part.file], part, piece)
+                if stored.file not in open_files:
+                    open_files[stored.file] = safe_open(folder / stored.file, framework="pt")
+                _copy(open_files[stored.file], stored, shard)
 
 
 def _copy(file: Any, part: Interval, piece: Piece) -> None:

@@ -84,38 +84,38 @@ class Writer:
 
     def _to_host(self, pieces: Sequence[Piece]) -> list[Piece]:
         copies = []
-        for piece in pieces:
-            key, values = (str(piece.kind), piece.name, piece.start), piece.values
+        for shard in pieces:
+            key, values = (str(shard.kind), shard.name, shard.start), shard.values
             if key not in self._host:
                 self._host[key] = torch.empty(values.shape, dtype=values.dtype, pin_memory=values.is_cuda)
             self._host[key].copy_(values.detach(), non_blocking=True)
-            copies.append(replace(piece, values=self._host[key]))
-        if any(piece.values.is_cuda for piece in pieces):
+            copies.append(replace(shard, values=self._host[key]))
+        if any(shard.values.is_cuda for shard in pieces):
             torch.cuda.current_stream().synchronize()
         return copies
 
     def _write(self, index: Index, pieces: Sequence[Piece]) -> None:
-        draft = self.folder.draft(index.step)
+        folder = self.folder.draft(index.step)
         try:
             if self.rank in self.ranks:
-                draft.mkdir(parents=True, exist_ok=True)
-                intervals, files = write_pieces(draft, self.rank, pieces)
+                folder.mkdir(parents=True, exist_ok=True)
+                intervals, files = write_pieces(folder, self.rank, pieces)
                 if self.rank:
                     part = json.dumps([list(map(asdict, intervals)), list(map(asdict, files))])
-                    write_atomically(draft / _part(self.rank), part, redact=False)
+                    write_atomically(folder / _part(self.rank), part, redact=False)
             if self.rank == 0:
-                self._complete(draft, index, intervals if 0 in self.ranks else [], files if 0 in self.ranks else [])
+                self._complete(folder, index, intervals if 0 in self.ranks else [], files if 0 in self.ranks else [])
         except BaseException as error:  # every error goes to the main thread
             self.error = error
-            self._tell_failure(draft)
+            self._tell_failure(folder)
 
     def _complete(self, draft: Path, index: Index, intervals: list[Interval], files: list[StoredFile]) -> None:
         """Merge the parts of all ranks on rank 0: write the index, rename the folder, remove old checkpoints."""
         for rank in (rank for rank in self.ranks if rank):
             self._wait_for(draft, rank)
-            theirs, stored = json.loads((draft / _part(rank)).read_text(encoding="utf-8"))
-            intervals = intervals + [Interval(**{**one, "shape": tuple(one["shape"])}) for one in theirs]
-            files = files + [StoredFile(**one) for one in stored]
+            rank_intervals, rank_files = json.loads((draft / _part(rank)).read_text(encoding="utf-8"))
+            intervals = intervals + [Interval(**{**one, "shape": tuple(one["shape"])}) for one in rank_intervals]
+            files = files + [StoredFile(**one) for one in rank_files]
             (draft / _part(rank)).unlink()
         text = replace(index, intervals=intervals, files=files).to_text()
         write_atomically(draft / INDEX, text, redact=False)  # the settings in it are redacted already
@@ -125,14 +125,14 @@ class Writer:
         self.folder.prune(self.keep_last)
 
     def _wait_for(self, draft: Path, rank: int) -> None:
-        began = time.monotonic()
+        start = time.monotonic()
         while _part(rank) not in (
-            there := os.listdir(draft)
+            names := os.listdir(draft)
         ):  # a listing asks the file server; a lookup of one file may use a stale cache
-            if _failed(rank) in there:
+            if _failed(rank) in names:
                 raise OSError(f"rank {rank} could not write its part")
             now = time.monotonic()
-            if now - began > self.timeout_seconds or (self._leaving and now - self._leaving > LEAVING_SECONDS):
+            if now - start > self.timeout_seconds or (self._leaving and now - self._leaving > LEAVING_SECONDS):
                 raise OSError(f"rank {rank}'s part did not come; do all machines share the folder?")
             time.sleep(POLL_SECONDS)
 
@@ -142,9 +142,9 @@ class Writer:
 
     def give_up(self) -> None:
         """Remove temporary folders of checkpoints that could not be written. Call it on rank 0 once all ranks have finished."""
-        for draft in self.folder.path.glob(".step-*"):
+        for temporary in self.folder.path.glob(".step-*"):
             with contextlib.suppress(OSError):  # the next start removes it
-                remove_folder(draft)
+                remove_folder(temporary)
 
 
 def write_pieces(draft: Path, rank: int, pieces: Sequence[Piece]) -> tuple[list[Interval], list[StoredFile]]:
@@ -157,25 +157,28 @@ def write_pieces(draft: Path, rank: int, pieces: Sequence[Piece]) -> tuple[list[
     files: list[StoredFile] = []
     for number, group in enumerate(_groups(pieces)):
         name = f"rank-{rank:05d}-{number:03d}.safetensors"
-        part = [Interval(p.name, str(p.kind), tuple(p.shape), p.start, p.start + len(p.values), name) for p in group]
-        tensors = [(interval.key, piece.values) for interval, piece in zip(part, group, strict=True)]
+        stored = [
+            Interval(item.name, str(item.kind), tuple(item.shape), item.start, item.start + len(item.values), name)
+            for item in group
+        ]
+        tensors = [(interval.key, shard.values) for interval, shard in zip(stored, group, strict=True)]
         files.append(write_tensors(draft / name, tensors))
-        intervals += part
+        intervals += stored
     return intervals, files
 
 
 def _groups(pieces: Sequence[Piece]) -> list[list[Piece]]:
     groups: list[list[Piece]] = []
-    room = 0
-    for piece in pieces:
-        if not len(piece.values):
+    free_bytes = 0
+    for shard in pieces:
+        if not len(shard.values):
             continue  # this rank has no row of a small tensor
-        size = piece.values.numel() * piece.values.element_size()
-        if not groups or size > room:
+        size = shard.values.numel() * shard.values.element_size()
+        if not groups or size > free_bytes:
             groups.append([])
-            room = FILE_BYTES
-        groups[-1].append(piece)
-        room -= size
+            free_bytes = FILE_BYTES
+        groups[-1].append(shard)
+        free_bytes -= size
     return groups
 
 

@@ -27,8 +27,8 @@ class Whole:
         self.optimizer, self.rank = optimizer, rank
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.has_moments = isinstance(optimizer, torch.optim.Adam)  # AdamW derives from it
-        plain = isinstance(optimizer, torch.optim.SGD) and not any(g["momentum"] for g in optimizer.param_groups)
-        if not self.has_moments and not plain:
+        is_plain_sgd = isinstance(optimizer, torch.optim.SGD) and not any(g["momentum"] for g in optimizer.param_groups)
+        if not self.has_moments and not is_plain_sgd:
             raise UserError(
                 f"Checkpoints hold AdamW's state, and the optimizer is {type(optimizer).__name__}. Use AdamW, or take the "
                 "Checkpoint callback away."

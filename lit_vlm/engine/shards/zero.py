@@ -48,13 +48,13 @@ class ZeroShards:
 
     def pieces(self) -> Iterator[Piece]:
         """Yield this rank's slices of the master weights, then those of the moments."""
-        for share in self.shares:
-            yield self._piece(share, Kind.weight, self.masters[share.group])
-        for share in self.shares:
-            state = self._state(share.group)
+        for part in self.shares:
+            yield self._piece(part, Kind.weight, self.masters[part.group])
+        for part in self.shares:
+            state = self._state(part.group)
             for kind in MOMENTS:
                 if kind in state:
-                    yield self._piece(share, kind, state[kind])
+                    yield self._piece(part, kind, state[kind])
 
     def loaded(self, step: int) -> None:
         """Set the optimizer's step count, and copy the master weights to the compute weights."""
@@ -67,20 +67,20 @@ class ZeroShards:
     @torch.no_grad()
     def start_from(self, values: Callable[[Piece], Tensor]) -> None:
         """Set the master weights of this rank to the values [n] that `get_values` returns for each weight shard."""
-        for piece in self.pieces():
-            if piece.kind is Kind.weight:
-                piece.values.copy_(values(piece))
+        for shard in self.pieces():
+            if shard.kind is Kind.weight:
+                shard.values.copy_(values(shard))
         self._compute_with_masters()
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
         """Yield name and gradient [length] of each slice. Valid between the last backward of a step and its update."""
-        for share in self.shares:
+        for part in self.shares:
             if self.partitions_weights:  # the public method would copy a host gradient to the GPU
-                gradient, _ = self.optimizer._get_fp32_grad_state_partition(share.parameter, release_swap_buffers=True)
-                yield share.name, gradient[: share.length]
+                gradient, _ = self.optimizer._get_fp32_grad_state_partition(part.parameter, release_swap_buffers=True)
+                yield part.name, gradient[: part.length]
             else:
-                parameter: Any = share.parameter
-                yield share.name, parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
+                parameter: Any = part.parameter
+                yield part.name, parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
 
     @torch.no_grad()
     def _compute_with_masters(self) -> None:
@@ -97,30 +97,42 @@ class ZeroShards:
 
     def _state(self, group: int) -> dict[str, Any]:
         """Return the optimizer state of a group's master tensor; empty for an optimizer without moments."""
-        adam, master = self.optimizer.optimizer, self.masters[group]
-        return adam_state(adam, master) if "betas" in adam.defaults else adam.state[master]
+        inner_optimizer, master = self.optimizer.optimizer, self.masters[group]
+        return (
+            adam_state(inner_optimizer, master)
+            if "betas" in inner_optimizer.defaults
+            else inner_optimizer.state[master]
+        )
 
     def _piece(self, share: Share, kind: Kind, flat: Tensor) -> Piece:
         values = flat.detach()[share.offset : share.offset + share.length]
         return Piece(share.name, kind, share.shape, share.start, values)
 
     def _shares(self, model: nn.Module) -> Iterator[Share]:
-        find = self._of_zero3 if self.partitions_weights else self._of_zero2
+        find_slice = self._of_zero3 if self.partitions_weights else self._of_zero2
         for name, parameter in model.named_parameters():
-            share = find(name, parameter) if parameter.requires_grad else None
-            if share is not None and share.length > 0:
-                yield share
+            part = find_slice(name, parameter) if parameter.requires_grad else None
+            if part is not None and part.length > 0:
+                yield part
 
     def _of_zero2(self, name: str, parameter: Any) -> Share | None:
         mapping = parameter._hp_mapping  # None: this rank updates nothing of it
         if mapping is None:
             return None
-        inside, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+        parameter_address, master_address = mapping.lp_fragment_address, mapping.hp_fragment_address
         shape = tuple(parameter.shape)
-        return Share(name, parameter, shape, inside.start, inside.numel, mapping.param_group_index, flat.start)
+        return Share(
+            name,
+            parameter,
+            shape,
+            parameter_address.start,
+            parameter_address.numel,
+            mapping.param_group_index,
+            master_address.start,
+        )
 
     def _of_zero3(self, name: str, parameter: Any) -> Share:
-        group, offset, padded = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
-        start = padded * parameter.ds_zero_partition_rank
-        length = min(padded, parameter.ds_numel - start)  # the last ranks' slices end in padding
+        group, offset, padded_length = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+        start = padded_length * parameter.ds_zero_partition_rank
+        length = min(padded_length, parameter.ds_numel - start)  # the last ranks' slices end in padding
         return Share(name, parameter, tuple(parameter.ds_shape), start, length, group, offset)
