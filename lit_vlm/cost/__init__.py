@@ -1,7 +1,7 @@
-"""What training costs, from a model's `config.json` alone: FLOPs, bytes of a device, bytes between devices, seconds.
+"""Cost model of training, from a model's `config.json` alone: FLOPs, memory of a device, traffic between devices, seconds.
 
-FLOPs deal samples into equal packs and turn seconds into utilisation; bytes and seconds are estimates for preflight, and
-choose the strategy of a stage.
+FLOPs are used to pack samples into micro-batches of equal work, and to convert seconds to utilisation (MFU). Bytes and
+seconds are estimates for preflight, and they choose the strategy of a stage.
 """
 
 from lit_vlm.cost.choice import Choice, choose, level_for, why_level

@@ -1,15 +1,16 @@
-"""What a training step sends between devices, and how much of it computing hides: an event simulation on paper.
+"""Simulation of the communication of a training step: bytes between devices, and the part that computing hides.
 
-M is the model in bfloat16, g the devices of a node, n all devices. An all-gather or reduce-scatter of S bytes over n
-devices brings (n-1)/n * S to each of them: (g-1)/g * S from its own node, and into each of the n/g nodes, from outside
-and over all its ports, (1 - g/n) * S. An all-reduce is both, one after the other. Per micro-step ZeRO-3 gathers the
-weights twice and scatters the gradients once: 3M, or 4M where gradients are summed in float32, whatever n is ("ZeRO",
-arXiv 1910.02054, section 7); HSDP does so inside a node and sums between the nodes once per optimizer step; ZeRO++
-quantises and keeps a copy of the weights in each node (arXiv 2306.10209, lossy, for comparison only).
+M is the model in bfloat16, g the number of devices of a node, n the number of all devices. An all-gather or
+reduce-scatter of S bytes over n devices sends (n-1)/n * S to each device: (g-1)/g * S from its own node, and
+(1 - g/n) * S into each of the n/g nodes, over all its ports. An all-reduce is both, one after the other. Per micro-batch
+ZeRO-3 gathers the weights twice and scatters the gradients once: 3M, or 4M if gradients are summed in float32. This does
+not depend on n ("ZeRO", arXiv 1910.02054, section 7). HSDP does the same inside a node and sums gradients between the
+nodes once per optimizer step. ZeRO++ quantises, and keeps a copy of the weights in each node (arXiv 2306.10209; lossy,
+for comparison only).
 
-Each strategy is a list of `Operation`s on a layer. The simulation runs them on two links, that inside the node and that
-out of it, against the layers' computing. Nothing here was measured on a network; `benchmarks/scaling.py` compares it with
-published rows and counts the bytes of real processes.
+Each strategy is a list of `Collective` operations on a layer. The simulation runs them on two links, inside the node and
+between nodes, in parallel to the computing of the layers. Nothing here was measured on a network.
+`benchmarks/scaling.py` compares it with published results and counts the bytes of real processes.
 """
 
 from __future__ import annotations
@@ -19,17 +20,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-HIDES = 0.9  # share of its computing that a step is taken to hide communication behind, in `break_even`
-PREFETCH = 2  # layers that are gathered ahead of the one that computes
+HIDES = 0.9  # share of the computing time that can overlap with communication, assumed in `compute_break_even_tokens`
+PREFETCH = 2  # layers that are gathered ahead of the current one
 
 
 @dataclass(frozen=True, slots=True)
 class Fabric:
-    """The links of a cluster.
+    """Links of a cluster.
 
     Attributes:
-        outside: bytes/s into a node from others, all its ports together.
-        inside: bytes/s into a device from its own node. 370 GB/s: what NCCL reaches of NVLink 4's 450 GB/s, assumed.
+        inter_node_bandwidth: bytes/s into a node from other nodes, all its ports together.
+        intra_node_bandwidth: bytes/s into a device from its own node. 370 GB/s is assumed: what NCCL reaches
+            of the 450 GB/s of NVLink 4.
         latency: seconds of one hop of a ring, assumed.
     """
 
@@ -40,7 +42,7 @@ class Fabric:
 
     @classmethod
     def of_node(cls, gigabits: float) -> Fabric:
-        """So many Gb/s into a node."""
+        """Make a fabric from the network bandwidth of a node, in Gb/s."""
         return cls(f"{gigabits:g} Gb/s per node", gigabits * 1e9 / 8)
 
 
@@ -53,40 +55,42 @@ FABRICS = (
 
 
 class Scheme(StrEnum):
-    """How the devices share the work, as far as the links see it."""
+    """Communication pattern of a strategy."""
 
     ddp = "DDP"
     zero2 = "ZeRO-2"
-    zero3 = "ZeRO-3"  # FSDP2 over all devices moves the same
+    zero3 = "ZeRO-3"  # FSDP2 over all devices sends the same
     hsdp = "HSDP"
-    hpz = "ZeRO++ hpZ"  # weights for the backward pass lie in each node
-    zeropp = "ZeRO++"  # and weights travel as int8, gradients as int4
+    hpz = "ZeRO++ hpZ"  # each node has the weights for the backward pass
+    zeropp = "ZeRO++"  # the same, with weights sent as int8 and gradients as int4
 
 
 class Scope(StrEnum):
-    """Between which devices."""
+    """Group of devices that takes part in a collective."""
 
-    all = "all"  # every device
-    node = "node"  # those of a node
-    between = "between"  # those of the same place in each node
+    all = "all"  # all devices
+    node = "node"  # devices of one node
+    between = "between"  # devices with the same local rank, one in each node
 
 
 class Phase(StrEnum):
-    forward = "forward"  # before the layer's forward pass, in every micro-step
-    backward = "backward"  # before its backward pass, in every micro-step
-    gradients = "gradients"  # after its backward pass, in every micro-step
-    last = "last"  # after its backward pass in the last micro-step
+    """Time of a collective within an optimizer step."""
+
+    forward = "forward"  # before the layer's forward pass, in every micro-batch
+    backward = "backward"  # before its backward pass, in every micro-batch
+    gradients = "gradients"  # after its backward pass, in every micro-batch
+    last = "last"  # after its backward pass in the last micro-batch
     update = "update"  # after the optimizer's update
 
 
 @dataclass(frozen=True, slots=True)
 class Operation:
-    """A collective on one layer.
+    """Collective operation on one layer.
 
     Attributes:
-        size: bytes for each parameter that it is about.
-        trained: about the parameters that train only.
-        passes: 1 for an all-gather or a reduce-scatter, 2 for an all-reduce.
+        bytes_per_parameter: bytes that are sent for each parameter.
+        trainable_only: True if it sends the trainable parameters only.
+        num_passes: 1 for an all-gather or a reduce-scatter, 2 for an all-reduce.
     """
 
     phase: Phase
@@ -98,7 +102,7 @@ class Operation:
 
 @dataclass(frozen=True, slots=True)
 class Cluster:
-    """How many devices, and what joins them."""
+    """Number of devices, and the links between them."""
 
     devices: int
     fabric: Fabric
@@ -106,21 +110,25 @@ class Cluster:
 
     @property
     def local(self) -> int:
+        """Number of devices of one node."""
         return min(self.devices, self.per_node)
 
     @property
     def nodes(self) -> int:
+        """Number of full nodes, at least 1."""
         return max(1, self.devices // self.per_node)
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """What is gathered at once.
+    """Cost of one layer, the unit that is gathered at once.
 
     Attributes:
-        parameters: number; `trainable` of them train.
-        forward, backward: seconds of computing in one micro-step, recomputing included. No backward and nothing that
-            trains: no gradient crosses it, and its weights are not gathered a second time.
+        parameters: number of parameters.
+        trainable: number of trainable parameters.
+        forward_seconds: seconds of the forward pass in one micro-batch.
+        backward_seconds: seconds of the backward pass in one micro-batch, with the recomputed forward pass. If it is 0 and
+            nothing is trainable, no gradient passes through the layer, and its weights are not gathered a second time.
     """
 
     parameters: float
@@ -130,12 +138,13 @@ class Layer:
 
     @property
     def crossed(self) -> bool:
+        """True if gradients pass through the layer."""
         return self.backward > 0 or self.trainable > 0
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """Bytes of an optimizer step."""
+    """Bytes that are sent in an optimizer step."""
 
     inside: float  # into a device from its own node
     outside: float  # into a node from others
@@ -146,12 +155,13 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of an optimizer step.
+    """Timing of an optimizer step, in seconds.
 
     Attributes:
-        compute: of computing alone.
-        communication: that the busier of the two links is in use.
-        total: of the step; what it has more than `compute` is communication that nothing hides.
+        compute_seconds: time of computing alone.
+        communication_seconds: time that the busier of the two links is in use.
+        total_seconds: time of the step. The difference to `compute_seconds` is communication that computing does not hide.
+        traffic: bytes that are sent.
     """
 
     compute: float
@@ -161,56 +171,57 @@ class Timing:
 
     @property
     def exposed(self) -> float:
+        """Seconds of communication that computing does not hide."""
         return self.total - self.compute
 
     @property
     def share(self) -> float:
-        """Of the speed that the devices would have if nothing had to be sent."""
+        """Speed as a share of the speed without any communication, 0 to 1."""
         return self.compute / self.total if self.total else 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class Widths:
-    """Bytes per value as it is sent."""
+    """Bytes of one value when it is sent."""
 
     weight: float = 2.0
-    gradient: float = 4.0  # summed in float32, as this project's `bf16-mixed` does; 2 where in bfloat16
+    gradient: float = 4.0  # summed in float32, as `bf16-mixed` does here; 2 in bfloat16
 
 
 def operations(scheme: Scheme, widths: Widths = Widths()) -> tuple[Operation, ...]:
-    """What happens to a layer."""
-    weight, full = widths.weight, widths.gradient
-    gather = Operation(Phase.forward, Scope.all, weight)
-    again = Operation(Phase.backward, Scope.all, weight)
-    scatter = Operation(Phase.gradients, Scope.all, full, trained=True)
+    """Get the collectives that a scheme runs on each layer."""
+    weight_bytes, gradient_bytes = widths.weight, widths.gradient
+    gather = Operation(Phase.forward, Scope.all, weight_bytes)
+    gather_again = Operation(Phase.backward, Scope.all, weight_bytes)
+    scatter = Operation(Phase.gradients, Scope.all, gradient_bytes, trained=True)
     match scheme:
         case Scheme.ddp:
-            return (Operation(Phase.last, Scope.all, full, trained=True, passes=2),)
-        case Scheme.zero2:  # DeepSpeed sums whole buckets and keeps a part of them: an all-reduce
-            summed = Operation(Phase.gradients, Scope.all, full, trained=True, passes=2)
-            return (summed, Operation(Phase.update, Scope.all, weight, trained=True))
+            return (Operation(Phase.last, Scope.all, gradient_bytes, trained=True, passes=2),)
+        case Scheme.zero2:  # DeepSpeed reduces full buckets and keeps a part: an all-reduce
+            all_reduce = Operation(Phase.gradients, Scope.all, gradient_bytes, trained=True, passes=2)
+            return (all_reduce, Operation(Phase.update, Scope.all, weight_bytes, trained=True))
         case Scheme.zero3:
-            return (gather, again, scatter)
+            return (gather, gather_again, scatter)
         case Scheme.hsdp:
             return (
-                Operation(Phase.forward, Scope.node, weight),
-                Operation(Phase.backward, Scope.node, weight),
-                Operation(Phase.gradients, Scope.node, full, trained=True),
-                Operation(Phase.last, Scope.between, full, trained=True, passes=2),
+                Operation(Phase.forward, Scope.node, weight_bytes),
+                Operation(Phase.backward, Scope.node, weight_bytes),
+                Operation(Phase.gradients, Scope.node, gradient_bytes, trained=True),
+                Operation(Phase.last, Scope.between, gradient_bytes, trained=True, passes=2),
             )
         case Scheme.hpz:
-            return (gather, Operation(Phase.backward, Scope.node, weight), scatter)
+            return (gather, Operation(Phase.backward, Scope.node, weight_bytes), scatter)
         case Scheme.zeropp:  # gradients are exchanged inside the node first, then between nodes, 4 bits each time
             return (
                 Operation(Phase.forward, Scope.all, 1.0),
-                Operation(Phase.backward, Scope.node, weight),
+                Operation(Phase.backward, Scope.node, weight_bytes),
                 Operation(Phase.gradients, Scope.node, 0.5, trained=True),
                 Operation(Phase.gradients, Scope.all, 0.5, trained=True),
             )
 
 
 def traffic_of(operation: Operation, layer: Layer, cluster: Cluster) -> Traffic:
-    """Bytes of one operation on one layer."""
+    """Compute the bytes that one collective sends for one layer."""
     if operation.phase is Phase.backward and not layer.crossed:
         return Traffic(0.0, 0.0)
     size = operation.size * operation.passes * (layer.trainable if operation.trained else layer.parameters)
@@ -218,13 +229,13 @@ def traffic_of(operation: Operation, layer: Layer, cluster: Cluster) -> Traffic:
     outside = (cluster.nodes - 1) / cluster.nodes * size
     if operation.scope is Scope.node:
         return Traffic(inside, 0.0)
-    if operation.scope is Scope.between:  # each device its own part of the layer: the node all of it
+    if operation.scope is Scope.between:  # each device sends its own part, so the node sends the full layer
         return Traffic(0.0, outside)
     return Traffic(inside, outside)
 
 
 def seconds_of(operation: Operation, layer: Layer, cluster: Cluster) -> float:
-    """How long it takes on free links: the slower of the two, and the hops."""
+    """Estimate the seconds of one collective on idle links: the slower link, plus the latency of all hops."""
     traffic = traffic_of(operation, layer, cluster)
     if not (traffic.inside or traffic.outside):
         return 0.0
@@ -234,8 +245,11 @@ def seconds_of(operation: Operation, layer: Layer, cluster: Cluster) -> float:
 
 
 def hops_of(operation: Operation, cluster: Cluster) -> int:
-    """One after the other: around a ring of all devices for a gather or a scatter; for a sum along a node and up and down
-    a tree of nodes, where that is shorter (NCCL since 2.4, developer.nvidia.com/blog/massively-scale-deep-learning-training-nccl-2-4).
+    """Count the sequential hops of a collective.
+
+    An all-gather or reduce-scatter goes around a ring of all devices. An all-reduce goes through a node and then up and
+    down a tree of nodes, if that is shorter
+    (NCCL since 2.4, developer.nvidia.com/blog/massively-scale-deep-learning-training-nccl-2-4).
     """
     inside = cluster.local - 1 if operation.scope is not Scope.between else 0
     ring = {Scope.all: cluster.devices, Scope.node: cluster.local, Scope.between: cluster.nodes}[operation.scope] - 1
@@ -247,13 +261,13 @@ def hops_of(operation: Operation, cluster: Cluster) -> int:
 def traffic(
     scheme: Scheme, layers: Sequence[Layer], cluster: Cluster, *, k: int = 1, widths: Widths = Widths()
 ) -> Traffic:
-    """Bytes of an optimizer step of k micro-steps."""
+    """Compute the bytes that an optimizer step of `num_micro_batches` micro-batches sends."""
     total = Traffic(0.0, 0.0)
-    for operation in operations(scheme, widths):
-        times = k if operation.phase in (Phase.forward, Phase.backward, Phase.gradients) else 1
+    for collective in operations(scheme, widths):
+        repeats = k if collective.phase in (Phase.forward, Phase.backward, Phase.gradients) else 1
         for layer in layers:
-            one = traffic_of(operation, layer, cluster)
-            total += Traffic(times * one.inside, times * one.outside)
+            layer_traffic = traffic_of(collective, layer, cluster)
+            total += Traffic(repeats * layer_traffic.inside, repeats * layer_traffic.outside)
     return total
 
 
@@ -266,10 +280,10 @@ def simulate(
     widths: Widths = Widths(),
     prefetch: int = PREFETCH,
 ) -> Timing:
-    """An optimizer step of k micro-steps, event by event.
+    """Simulate an optimizer step of `num_micro_batches` micro-batches, event by event.
 
-    An operation waits for what it is about and for its links, in the order in which they are asked for; a layer waits for
-    its weights; at most `prefetch` layers are gathered ahead. The optimizer's own time is left out.
+    A collective waits for its data and for its links, which serve requests in order. A layer waits for its weights. At
+    most `prefetch` layers are gathered ahead. The time of the optimizer itself is not included.
     """
     step = _Step(scheme, cluster, widths, prefetch)
     for micro in range(k):
@@ -282,36 +296,37 @@ def simulate(
 
 
 def break_even(timing: Timing, tokens: float) -> float:
-    """Tokens per device and micro-step from which on computing hides the communication.
+    """Compute the tokens per device and micro-batch above which computing hides the communication.
 
     Args:
-        timing: of micro-steps of `tokens` tokens each; computing grows with them, communication does not.
+        timing: timing with micro-batches of `tokens` tokens each. Computing grows with the tokens, communication does not.
     """
     return tokens * timing.communication / (HIDES * timing.compute)
 
 
 class _Step:
-    """The clock of one device's stream of computing and of its two links."""
+    """Simulated clocks of one device: its compute stream and its two links."""
 
     def __init__(self, scheme: Scheme, cluster: Cluster, widths: Widths, prefetch: int) -> None:
         self.operations = operations(scheme, widths)
         self.cluster, self.prefetch = cluster, prefetch
-        self.computed = 0.0  # when the stream of computing is free
-        self.free = {"inside": 0.0, "outside": 0.0}  # when a link is
-        self.busy = {"inside": 0.0, "outside": 0.0}  # seconds that it was
-        self.arrived = 0.0  # when the last of them is done
+        self.computed = 0.0  # time at which the compute stream is free
+        self.free = {"inside": 0.0, "outside": 0.0}  # time at which each link is free
+        self.busy = {"inside": 0.0, "outside": 0.0}  # seconds that each link was in use
+        self.arrived = 0.0  # time at which the last collective is done
 
     @property
     def end(self) -> float:
+        """Time at which all computing and all collectives are done."""
         return max(self.computed, self.arrived)
 
     def forward(self, layers: Sequence[Layer]) -> None:
         self._compute(layers, Phase.forward, [layer.forward for layer in layers], [])
 
     def backward(self, layers: Sequence[Layer], *, last: bool) -> None:
-        back = list(reversed(layers))
+        reversed_layers = list(reversed(layers))
         after = [Phase.gradients, Phase.last] if last else [Phase.gradients]
-        self._compute(back, Phase.backward, [layer.backward for layer in back], after)
+        self._compute(reversed_layers, Phase.backward, [layer.backward for layer in reversed_layers], after)
 
     def update(self, layers: Sequence[Layer]) -> None:
         begin = self.end
@@ -319,26 +334,26 @@ class _Step:
             self._send(Phase.update, layer, begin)
 
     def _compute(self, layers: Sequence[Layer], before: Phase, seconds: Sequence[float], after: list[Phase]) -> None:
-        """Layers in order: gathered ahead, computed, and what follows of each sent on."""
-        begun = [self.computed]  # when the layers before were begun
+        """Run the layers in order: gather ahead, compute, then run the collectives that follow each layer."""
+        start_times = [self.computed]  # start times of the earlier layers
         ready: list[float] = []
         for number, layer in enumerate(layers):
             for ahead in range(len(ready), min(number + self.prefetch + 1, len(layers))):
-                ready.append(self._send(before, layers[ahead], begun[max(0, ahead - self.prefetch)]))
+                ready.append(self._send(before, layers[ahead], start_times[max(0, ahead - self.prefetch)]))
             start = max(self.computed, ready[number])
-            begun.append(start)
+            start_times.append(start)
             self.computed = start + seconds[number]
             done = self.computed
             for phase in after:
                 done = self._send(phase, layer, done)
 
     def _send(self, phase: Phase, layer: Layer, ready: float) -> float:
-        """Runs the layer's operations of this phase one after the other; when the last is done."""
-        for operation in self._of(phase):
-            seconds = seconds_of(operation, layer, self.cluster)
+        """Run the layer's collectives of this phase in sequence. Returns the time at which the last one is done."""
+        for collective in self._of(phase):
+            seconds = seconds_of(collective, layer, self.cluster)
             if not seconds:
                 continue
-            links = self._links(operation.scope)
+            links = self._links(collective.scope)
             start = max(ready, *(self.free[link] for link in links))
             ready = start + seconds
             for link in links:
@@ -348,7 +363,7 @@ class _Step:
         return ready
 
     def _of(self, phase: Phase) -> Iterator[Operation]:
-        return (operation for operation in self.operations if operation.phase is phase)
+        return (collective for collective in self.operations if collective.phase is phase)
 
     def _links(self, scope: Scope) -> tuple[str, ...]:
         if scope is Scope.node or self.cluster.nodes == 1:

@@ -1,4 +1,4 @@
-"""Memory and speed of the devices that `preflight.device` names, from their makers' data sheets."""
+"""Memory and speed of the devices that `preflight.device` names, from the vendors' data sheets."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ from lit_vlm.config.schema import DeviceName
 
 @dataclass(frozen=True, slots=True)
 class Device:
+    """Accelerator with its memory and its peak speed."""
+
     name: str
-    memory: float  # bytes. The sheet's GB taken as 10^9 bytes: drivers show a little more, contexts use a little
-    peak: float  # FLOP/s, bfloat16 on tensor cores, dense (sheets also show twice that, with sparsity)
+    memory: float  # bytes; the sheet's GB as 10^9 bytes: drivers report a little more, CUDA contexts use a little
+    peak: float  # FLOP/s, bfloat16 on tensor cores, dense (data sheets also give twice that, with sparsity)
 
     def seconds(self, flops: float, *, devices: int, utilisation: float, balance: float = 1.0) -> float:
-        """How long so many FLOPs take.
+        """Estimate the seconds for a number of FLOPs.
 
         Args:
-            flops: of all devices together.
-            utilisation: share of the peak that a device reaches while it works.
-            balance: mean over largest work of the devices that wait for each other.
+            flops: FLOPs of all devices together.
+            devices: number of devices.
+            utilisation: share of the peak that a device reaches while it computes.
+            balance: mean work of the devices divided by the largest work, because devices wait for each other.
         """
         return flops / (devices * self.peak * utilisation * balance)
 

@@ -1,9 +1,9 @@
-"""FLOPs of text, images and answers: they deal samples into equal packs and turn seconds into utilisation.
+"""FLOPs of samples, used to pack micro-batches of equal work and to convert seconds to utilisation (MFU).
 
-A multiply-add is two. The language model's matrices cost 2 FLOPs per weight and token forward and 4 backward (2 when
-the weights are frozen and only the gradient passes through); attention costs 4 * t^2 / 2 * width per layer and segment
-of t tokens, causal. Formulas after "Training compute-optimal large language models" (arXiv 2203.15556, appendix F),
-without the embedding look-up.
+A multiply-add counts as two FLOPs. The language model's matrices cost 2 FLOPs per weight and token in the forward pass
+and 4 in the backward pass (2 if the weights are frozen and only the gradient passes through). Causal attention costs
+4 * t^2 / 2 * width per layer, for a segment of t tokens. Formulas after "Training compute-optimal large language models"
+(arXiv 2203.15556, appendix F), without the embedding look-up.
 """
 
 from __future__ import annotations
@@ -16,19 +16,21 @@ from lit_vlm.cost.shape import Shape
 
 @dataclass(frozen=True, slots=True)
 class Flops:
-    """Cost of one token, one square, one tile and one supervised row, forward and backward together."""
+    """FLOPs of one token, one attention square, one tile and one loss position, forward and backward together."""
 
     per_token: float
-    per_square: float  # of twice the pairs of tokens that attention looks at: a segment alone has its length squared
+    per_square: float  # for each unit of 2 * (attended token pairs): a single segment of t tokens has t^2 units
     per_tile: float
     per_supervised: float
 
     def of(self, tokens: Any, squares: Any, tiles: Any, supervised: Any) -> Any:
-        """FLOPs of samples: numbers, or arrays of them.
+        """Compute the FLOPs of samples, from numbers or from arrays of one shape.
 
         Args:
-            tokens: of all segments.
-            squares: see `per_square`.
+            tokens: tokens of all segments.
+            squares: attention squares, see `per_square`.
+            tiles: image tiles.
+            supervised: loss positions.
         """
         return (
             self.per_token * tokens
@@ -47,27 +49,31 @@ class Flops:
         recomputes: float = 0.0,
         reference: bool = False,
     ) -> Flops:
-        """From the `config.json` of a LLaVA-OneVision-class model.
+        """Build the costs from the `config.json` of a LLaVA-OneVision-class model.
 
         Args:
-            recomputes: share of the layers' forward pass that activation checkpointing does again (`Training.again`). It is
-                work that the device does and no work on the data: leave it out of a utilisation, count it for time.
-            reference: count the forward pass of a preference stage's reference model as well.
+            trains_tower: True if the vision tower trains.
+            trains_language_model: True if the language model trains.
+            recomputed_share: share of the layers' forward pass that activation checkpointing computes again
+                (`TrainingOptions.recomputed_share`). Count it for an estimate of time. Do not count it for a utilisation,
+                because it is no work on the data.
+            has_reference: count the forward pass of a preference stage's reference model as well.
         """
         shape = Shape.from_config(config)
         text, vision = shape.text, shape.vision
-        again, frozen = recomputes, int(reference)
-        passes = (3 if trains_language_model else 2) + again + frozen
-        # of the last layer each token makes a key and a value, the rest is made of supervised rows; its attention, of these
-        # rows alone, is not counted
-        read_later = text.layer - 2 * text.hidden * text.key if text.pruned else 0
-        looking = text.layers - text.pruned
+        recomputed, reference_passes = recomputes, int(reference)
+        passes = (3 if trains_language_model else 2) + recomputed + reference_passes
+        # in the last layer every token needs a key and a value, all else is computed for loss positions only; the
+        # attention of these few positions is not counted
+        loss_position_weights = text.layer - 2 * text.hidden * text.key if text.pruned else 0
+        attention_layers = text.layers - text.pruned
         tower = 2 * vision.layers * vision.layer * vision.patches + 4 * vision.patches**2 * vision.width * vision.layers
         return cls(
-            per_token=2.0 * passes * (text.layers * text.layer - read_later),
-            per_square=2.0 * (3 + again + frozen) * text.query * looking,
-            # what a frozen tower sees serves the reference as well
-            per_tile=tower * (3 + again + frozen if trains_tower else 1)
-            + 2.0 * (3 + frozen) * vision.patches * shape.projector,
-            per_supervised=2.0 * (passes - again) * text.hidden * text.vocab + 2.0 * passes * read_later,
+            per_token=2.0 * passes * (text.layers * text.layer - loss_position_weights),
+            per_square=2.0 * (3 + recomputed + reference_passes) * text.query * attention_layers,
+            # the reference model reuses the features of a frozen vision tower
+            per_tile=tower * (3 + recomputed + reference_passes if trains_tower else 1)
+            + 2.0 * (3 + reference_passes) * vision.patches * shape.projector,
+            per_supervised=2.0 * (passes - recomputed) * text.hidden * text.vocab
+            + 2.0 * passes * loss_position_weights,
         )

@@ -1,16 +1,18 @@
-"""The sizes of a LLaVA-OneVision-class model that its cost follows from."""
+"""Shape of a LLaVA-OneVision-class model: the sizes that determine its cost."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-# Families whose last layer is computed only where its result is read (`model/last_layer.py`).
+# Model types whose last layer is computed at loss positions only (`model/last_layer.py`).
 PRUNED = ("qwen2", "qwen3", "llama", "mistral", "granite", "hyperclovax")
 
 
 @dataclass(frozen=True, slots=True)
 class TextShape:
+    """Sizes of the language model."""
+
     layers: int
     hidden: int
     heads: int
@@ -27,43 +29,47 @@ class TextShape:
 
     @property
     def key(self) -> int:
-        """Width of all key heads; that of the values is the same."""
+        """Width of all key heads; the value heads have the same width."""
         return self.kv_heads * self.head_dim
 
     @property
     def layer(self) -> int:
-        """Weights of one layer's matrices: queries, keys, values, output, gate, up, down."""
+        """Number of weights in one layer's matrices: queries, keys, values, output, gate, up, down."""
         return 2 * self.hidden * (self.query + self.key) + 3 * self.hidden * self.ffn
 
 
 @dataclass(frozen=True, slots=True)
 class VisionShape:
+    """Sizes of the vision tower."""
+
     layers: int
     width: int
     ffn: int
     image_size: int
     patches: int  # of a tile
-    positions: int  # of a tile in the tower: its patches, and CLIP's class token
+    positions: int  # of a tile in the tower: its patches, plus CLIP's class token
 
     @property
     def layer(self) -> int:
-        """Weights of one layer's matrices."""
+        """Number of weights in one layer's matrices."""
         return 4 * self.width**2 + 2 * self.width * self.ffn
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
+    """Sizes of language model and vision tower."""
+
     text: TextShape
     vision: VisionShape
 
     @property
     def projector(self) -> int:
-        """Weights of its two matrices."""
+        """Number of weights in the projector's two matrices."""
         return self.vision.width * self.text.hidden + self.text.hidden**2
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> Shape:
-        """From the `config.json` of a LLaVA-OneVision-class model."""
+        """Make the shape from the `config.json` of a LLaVA-OneVision-class model."""
         text, vision = config["text_config"], config["vision_config"]
         heads = text["num_attention_heads"]
         patches = (vision["image_size"] // vision["patch_size"]) ** 2

@@ -1,4 +1,4 @@
-"""What a strategy and a level of activation checkpointing are chosen by."""
+"""Training setup from which the strategy and the level of activation checkpointing are chosen."""
 
 from __future__ import annotations
 
@@ -33,15 +33,22 @@ SCHEMES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Situation:
-    """What a choice follows from.
+    """Training setup: model, parts that train, micro-batch and cluster.
 
     Attributes:
-        load: the largest micro-batch of a device.
-        device: its memory and peak. None: not compared, as on a CPU; everything counts as fitting.
+        shape: sizes of the model.
+        parameters: numbers of parameters.
+        training: precision and parts that train.
+        micro_batch: the largest micro-batch of a device.
+        world_size: number of all devices.
+        devices_per_node: number of devices of one node.
+        device: its memory and peak speed. None: memory is not compared, as on a CPU, and everything fits.
+        fabric: links between the devices.
         utilisation: share of the peak that training is assumed to reach.
-        shard_size: of `hsdp`: devices that share one copy of the model; None: those of a node.
-        k: micro-batches of a device in an optimizer step.
-        levels: of activation checkpointing that may be chosen, the fastest first; none: that of `training`.
+        shard_size: for `hsdp`, number of devices that share one copy of the model; None: the devices of a node.
+        num_micro_batches: micro-batches of a device in an optimizer step.
+        allowed_levels: levels of activation checkpointing to choose from, the fastest first; empty: the level of
+            `training`.
     """
 
     shape: Shape
@@ -59,27 +66,32 @@ class Situation:
 
     @property
     def allowed(self) -> tuple[Level, ...]:
+        """Levels of activation checkpointing to choose from."""
         return self.levels or (self.training.checkpointing,)
 
     def at(self, level: Level) -> Situation:
-        """With that level and no other."""
+        """Return the setup with one level of activation checkpointing and no choice of others."""
         return replace(self, training=replace(self.training, checkpointing=level), levels=())
 
     @property
     def nodes(self) -> int:
+        """Number of full nodes, at least 1."""
         return max(1, self.world_size // self.devices_per_node)
 
     def memory(self, strategy: Strategy, world_size: int | None = None) -> Memory:
-        """The estimate for one device."""
-        world = world_size or self.world_size
-        group = min(self.shard_size or self.devices_per_node, world) if strategy is Strategy.hsdp else world
-        return memory_of(self.shape, self.parameters, self.training, self.load, SHARDINGS[strategy], group)
+        """Estimate the memory of one device."""
+        num_devices = world_size or self.world_size
+        sharding_devices = (
+            min(self.shard_size or self.devices_per_node, num_devices) if strategy is Strategy.hsdp else num_devices
+        )
+        return memory_of(self.shape, self.parameters, self.training, self.load, SHARDINGS[strategy], sharding_devices)
 
     def fits(self, strategy: Strategy, room: float = 1.0, world_size: int | None = None) -> bool:
+        """Return True if the estimate is at most the share `max_share` of the device's memory."""
         return self.device is None or self.memory(strategy, world_size).total <= room * self.device.memory
 
     def timing(self, strategy: Strategy) -> Timing | None:
-        """Of an optimizer step, simulated; None where nothing is sent, or no device's speed is known."""
+        """Simulate an optimizer step; None if nothing is sent or if no device speed is known."""
         if strategy not in SCHEMES or self.device is None or self.world_size == 1:
             return None
         layers = self._layers(self.device)
@@ -88,17 +100,22 @@ class Situation:
         return simulate(SCHEMES[strategy], layers, cluster, k=self.k, widths=self.widths)
 
     def seconds(self, strategy: Strategy) -> float:
-        """Of an optimizer step; without what offloading moves."""
+        """Estimate the seconds of an optimizer step, without the transfers of offload."""
         if self.device is None:
             return 0.0
         timing = self.timing(strategy)
-        return timing.total if timing else self.k * sum(of.forward + of.backward for of in self._layers(self.device))
+        return (
+            timing.total
+            if timing
+            else self.k * sum(layer.forward + layer.backward for layer in self._layers(self.device))
+        )
 
     def _layers(self, device: Device) -> list[Layer]:
-        rate = device.peak * self.utilisation
-        return layers_of(self.shape, self.parameters, self.training, self.load, rate)
+        flops_per_second = device.peak * self.utilisation
+        return layers_of(self.shape, self.parameters, self.training, self.load, flops_per_second)
 
     @property
     def widths(self) -> Widths:
+        """Bytes of a weight and of a gradient when they are sent, from the precision."""
         precision = self.training.precision
         return Widths(weight=precision.compute, gradient=precision.weight)

@@ -1,4 +1,4 @@
-"""Ranks that were started with different settings, code or data are told so before the first step, instead of hanging in it."""
+"""Checks before the first step that all ranks share settings, code and data, because different ranks would hang in it."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ from lit_vlm.engine.checkpoint import plan_digest
 from lit_vlm.engine.run_folder import to_plain, versions
 from lit_vlm.types import UserError, counted
 
-# Settings of one machine. All others, those of `config/elsewhere.py` too, are the same on all ranks.
+# Settings that may differ between machines. All others, also those of `config/elsewhere.py`, must be equal on all ranks.
 OF_A_MACHINE = ("run_dir", "index_dir", "num_threads", "num_workers", "index_workers", "enable_progress_bar", "logger")
-NUM_NAMED = 8  # ranks, and settings
+NUM_NAMED = 8  # maximum number of ranks, and of settings, in a message
 
 
 class Agreement(L.Callback):
-    """Compares the ranks once the process group stands. UserError on the first, exit status 1 on all."""
+    """Callback that compares all ranks once the process group exists: UserError on rank 0, exit status 1 on all ranks."""
 
     def __init__(self, config: RunConfig, datamodule: DataModule) -> None:
         self.config, self.datamodule = config, datamodule
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Compare all ranks before training."""
         if stage == "fit" and trainer.world_size > 1:
             level = getattr(pl_module, "level", Level.none)
             facts = facts_of(self.config, self.datamodule, trainer.strategy, level)
@@ -41,7 +42,7 @@ class Agreement(L.Callback):
 def facts_of(
     config: RunConfig, datamodule: DataModule, strategy: LightningStrategy, level: Level = Level.none
 ) -> dict[str, Any]:
-    """What must be the same on all ranks, by what a message calls it."""
+    """Collect what must be equal on all ranks, keyed by its name in the error message."""
     plan, index = datamodule.plan, datamodule.index
     assert plan is not None and index is not None
     return {
@@ -56,8 +57,10 @@ def facts_of(
 
 
 def settings_of(config: RunConfig, strategy: LightningStrategy, level: Level = Level.none) -> dict[str, Any]:
-    """By their full names. Of `auto` also what it came to, for strategy and level of activation checkpointing: unequal
-    devices may choose unlike."""
+    """Collect all settings by their full keys.
+
+    For `auto`, the chosen strategy and level of activation checkpointing are added: unequal devices may choose differently.
+    """
     settings = _flat(to_plain(asdict(config)))
     if config.trainer.strategy is Strategy.auto:
         settings["trainer.strategy"] = f"auto, here {getattr(strategy, 'setting', type(strategy).__name__)}"
@@ -67,7 +70,7 @@ def settings_of(config: RunConfig, strategy: LightningStrategy, level: Level = L
 
 
 def code_digest() -> str:
-    """Of the sources of this package and of the callbacks."""
+    """Compute the SHA-256 of the source files of this package and of the callbacks."""
     root, hasher = Path(__file__).resolve().parents[2], hashlib.sha256()
     for file in sorted([*root.glob("lit_vlm/**/*.py"), *root.glob("callbacks/*.py")]):
         hasher.update(str(file.relative_to(root)).encode() + b"\0" + file.read_bytes())
@@ -75,42 +78,47 @@ def code_digest() -> str:
 
 
 def require_same(facts: dict[str, Any], device: torch.device) -> None:
-    """One all-gather of a digest per fact; only where they differ do the ranks say more.
+    """Require that all facts are equal on all ranks, by one all-gather of a digest for each fact.
+
+    Only if digests differ, the settings themselves are gathered for the message.
 
     Raises:
-        UserError: on all ranks; the first one's names the ranks and what differs.
+        UserError: on all ranks. The message on rank 0 names the ranks and the differences.
     """
     digests = b"".join(hashlib.sha256(json.dumps(fact, sort_keys=True).encode()).digest() for fact in facts.values())
-    mine = torch.frombuffer(bytearray(digests), dtype=torch.uint8).view(len(facts), -1).to(device)
+    own_digests = torch.frombuffer(bytearray(digests), dtype=torch.uint8).view(len(facts), -1).to(device)
     world = torch.distributed.get_world_size()
-    gathered = [torch.empty_like(mine) for _ in range(world)]
-    torch.distributed.all_gather(gathered, mine)
+    gathered = [torch.empty_like(own_digests) for _ in range(world)]
+    torch.distributed.all_gather(gathered, own_digests)
     equal = torch.stack([(other == gathered[0]).all(dim=1) for other in gathered]).tolist()  # [ranks, facts]
     if all(map(all, equal)):
         return
-    told: list[Any] = [None] * world
-    torch.distributed.all_gather_object(told, (socket.gethostname(), facts["settings"]))
+    rank_settings: list[Any] = [None] * world
+    torch.distributed.all_gather_object(rank_settings, (socket.gethostname(), facts["settings"]))
     if torch.distributed.get_rank():
         raise UserError("")
-    different = [
-        f"rank {rank} on {told[rank][0]} in its {' and '.join(_names(facts, same, told[rank][1], told[0][1]))}"
+    differences = [
+        f"rank {rank} on {rank_settings[rank][0]} in its {' and '.join(_names(facts, same, rank_settings[rank][1], rank_settings[0][1]))}"
         for rank, same in enumerate(equal)
         if not all(same)
     ]
-    more = f"; and {counted(len(different) - NUM_NAMED, 'more rank')}" if len(different) > NUM_NAMED else ""
+    more = f"; and {counted(len(differences) - NUM_NAMED, 'more rank')}" if len(differences) > NUM_NAMED else ""
     raise UserError(
-        f"The ranks were not started alike. Other than rank 0 on {told[0][0]}: {'; '.join(different[:NUM_NAMED])}{more}. "
+        f"The ranks were not started alike. Other than rank 0 on {rank_settings[0][0]}: {'; '.join(differences[:NUM_NAMED])}{more}. "
         "Start all of them with the same command, the same checkout and packages, and the same files."
     )
 
 
 def _names(facts: dict[str, Any], same: list[bool], settings: dict[str, Any], first: dict[str, Any]) -> list[str]:
-    """What a rank differs in. Different settings and packages bring other data and another plan; the cause is named."""
-    names = [name for name, equal in zip(facts, same, strict=True) if not equal]
+    """Describe how a rank differs from rank 0.
+
+    Different settings also change data and plan. Then only the causes are named: settings, code and packages.
+    """
+    names = [name for name, is_equal in zip(facts, same, strict=True) if not is_equal]
     if "settings" in names:
         keys = [key for key in sorted({*settings, *first}) if settings.get(key) != first.get(key)]
-        shown = ", ".join(f"{key} ({settings.get(key)} and not {first.get(key)})" for key in keys[:NUM_NAMED])
-        return [f"settings: {shown}", *(name for name in names if name in ("code", "packages"))]
+        changed = ", ".join(f"{key} ({settings.get(key)} and not {first.get(key)})" for key in keys[:NUM_NAMED])
+        return [f"settings: {changed}", *(name for name in names if name in ("code", "packages"))]
     return names
 
 

@@ -1,13 +1,13 @@
-"""What ranks tell each other once per optimizer step, so that all decide alike and at the same place.
+"""Flags that ranks exchange once per optimizer step, so that all ranks take the same decision at the same place.
 
-A number that one rank alone would act on (a loss that is not finite, a signal, a checkpoint that is due) would leave the
-others waiting in a collective. So a rank only tells it; one all-reduce of a few numbers before the update adds up what
-was told, and every rank acts on the sum:
+If one rank alone acted on an event (a non-finite loss, a signal, a due checkpoint), the others would wait in a
+collective for ever. So a rank only adds to a flag. One all-reduce of a few numbers before the update sums the flags over
+all ranks, and every rank acts on the sums:
 
-    consensus_of(trainer).tell(Word.save)               # any rank, at any time, in a signal handler as well
-    if consensus_of(trainer).heard(Word.save): ...      # all ranks, in on_train_batch_end of a step's last micro-batch
+    get_shared_flags(trainer).add(StepFlag.save)            # any rank, at any time, also in a signal handler
+    if get_shared_flags(trainer).get(StepFlag.save): ...    # all ranks, in on_train_batch_end of a step's last micro-batch
 
-`callbacks.Exchange` (and `Guard`, which is one) does the exchange.
+`callbacks.Exchange` (and its subclass `Guard`) calls `sync`.
 """
 
 from __future__ import annotations
@@ -20,40 +20,43 @@ import torch
 
 
 class Word(StrEnum):
-    """What may be told. A word of one's own needs its place here: the ranks exchange the words in this order."""
+    """Flags of an optimizer step, in the order of the all-reduce. Add new flags here."""
 
-    bad_loss = "bad_loss"  # micro-batches whose loss is not finite
-    gradient = "gradient"  # the sum of the squares of the step's gradient; not finite when one of it is not
-    save = "save"  # a checkpoint is wanted
+    bad_loss = "bad_loss"  # number of micro-batches with a non-finite loss
+    gradient = "gradient"  # sum of squares of the step's gradient; non-finite if one element is non-finite
+    save = "save"  # a checkpoint is requested
     unsaved = "unsaved"  # a checkpoint could not be written
-    leave = "leave"  # the run is to end after this step, saved
-    requeue = "requeue"  # and to be started again by the scheduler
-    interrupt = "interrupt"  # and not to be started again: a person stopped it
-    stop = "stop"  # and counts as done: a sweep has seen enough of it
+    leave = "leave"  # save after this step and end the run
+    requeue = "requeue"  # the same, and the scheduler restarts the run
+    interrupt = "interrupt"  # the same, without a restart: a person stopped the run
+    stop = "stop"  # the same, and the run counts as finished: early stopping by a sweep
 
 
 class Consensus:
-    """One rank's side of it. On one rank nothing is sent, and what is heard is what was told."""
+    """Flags of this rank, and their sums over all ranks. With one rank nothing is sent."""
 
     def __init__(self) -> None:
-        self._told: list[tuple[Word, float]] = []  # a list, for append and slicing are not torn by a signal handler
+        self._told: list[tuple[Word, float]] = []  # append and slicing are safe in signal handlers
         self._heard = dict.fromkeys(Word, 0.0)
 
     def tell(self, word: Word, value: float = 1.0) -> None:
-        """Add to what this rank says in the next exchange. Takes no lock and waits for nothing: signal handlers may."""
+        """Add to this rank's value for the next sync. It takes no lock and does not wait, so a signal handler may call it."""
         self._told.append((word, value))
 
     def heard(self, word: Word) -> float:
-        """The sum over all ranks as of the last exchange; 0 before the first."""
+        """Return the sum over all ranks at the last sync; 0 before the first one."""
         return self._heard[word]
 
     def exchange(self, trainer: L.Trainer) -> None:
-        """All ranks at the same place: once per optimizer step, before the update. Waits for the slowest rank."""
-        said = self._told[:]
-        del self._told[: len(said)]
+        """Sum the flags over all ranks by one all-reduce.
+
+        All ranks call it at the same place, once per optimizer step, before the update. It waits for the slowest rank.
+        """
+        pending = self._told[:]
+        del self._told[: len(pending)]
         sums = dict.fromkeys(Word, 0.0)
-        for word, value in said:
-            sums[word] += value
+        for flag, value in pending:
+            sums[flag] += value
         if trainer.world_size > 1:
             numbers = torch.tensor(list(sums.values()), dtype=torch.float64, device=trainer.strategy.root_device)
             torch.distributed.all_reduce(numbers)
@@ -65,10 +68,10 @@ _known: WeakKeyDictionary[L.Trainer, Consensus] = WeakKeyDictionary()
 
 
 def consensus_of(trainer: L.Trainer) -> Consensus:
-    """The one of this trainer, on this rank."""
+    """Return the flags of this trainer on this rank; created at the first call."""
     return _known.setdefault(trainer, Consensus())
 
 
 def is_last_micro_step(trainer: L.Trainer) -> bool:
-    """Whether the micro-batch in work is the last before the update."""
+    """Return True if the current micro-batch is the last one before the update (gradient accumulation)."""
     return (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0

@@ -1,8 +1,9 @@
-"""DeepSpeed's ZeRO under Lightning's loop, with the numbers that one process would get.
+"""DeepSpeed ZeRO strategy for Lightning, with the same numbers as a single process.
 
-Lightning's own strategy calls the optimizer's hooks in every micro-step and divides the loss by the number of micro-steps
-twice. This one lets Lightning accumulate, as it does for DDP, and tells DeepSpeed which micro-step is the last: hooks run
-once per optimizer step, the loss is divided once, and the number of micro-steps may change between two steps.
+Lightning's own strategy calls the optimizer hooks in every micro-batch, and it divides the loss twice by the number of
+micro-batches. Here Lightning does the gradient accumulation, as for DDP, and DeepSpeed is told which micro-batch is the
+last of the step. So hooks run once per optimizer step, the loss is divided once, and the number of micro-batches may
+change from step to step.
 """
 
 from __future__ import annotations
@@ -26,25 +27,25 @@ from lit_vlm.engine.zero_model import fill_shared_out, fill_whole
 from lit_vlm.model.hub import without_gpu_is_fine
 from lit_vlm.model.skeleton import first_values, weights_later
 
-BUCKET = 50_000_000  # elements that are reduced or gathered in one call
-PERSISTENT = 10_000  # elements; under ZeRO-3 smaller weights stay whole: biases and norms, of models up to 72B
+BUCKET = 50_000_000  # elements for one reduce or gather call
+PERSISTENT = 10_000  # elements; ZeRO-3 does not partition smaller weights: biases and norms, of models up to 72B
 
 
 class ZeroStrategy(DeepSpeedStrategy):
     """ZeRO-2 or ZeRO-3 on GPUs, and on CPU processes with gloo.
 
     `bf16-mixed` computes in bfloat16 and keeps masters and moments in float32; gradients are summed over micro-batches and
-    ranks in float32. Clipping is DeepSpeed's, with `Trainer(gradient_clip_val=)`.
+    ranks in float32. DeepSpeed clips the gradients, with the value of `Trainer(gradient_clip_val=)`.
 
     Args:
-        stage: 2: gradients and optimizer are shared out. 3: weights as well.
-        offload: with stage 3, all that is shared out lies in the host's memory.
-        timeout: of every collective call.
-        bucket: elements that are reduced or gathered in one call.
-        persistent: see `PERSISTENT`.
+        stage: 2 partitions gradients and optimizer state, 3 partitions the weights as well.
+        offload: with stage 3, keep all partitioned state in host memory.
+        timeout: timeout of every collective call.
+        bucket_size: elements for one reduce or gather call.
+        persistence_threshold: see `PERSISTENCE_THRESHOLD`.
     """
 
-    handles_gradient_accumulation = False  # Lightning does: see the head of this file
+    handles_gradient_accumulation = False  # Lightning does it: see the top of this file
     loads_in_shards = True
 
     def __init__(
@@ -60,13 +61,13 @@ class ZeroStrategy(DeepSpeedStrategy):
         without_gpu_is_fine()
         config = zero_config(stage, offload=offload, bucket=bucket, persistent=persistent)
         super().__init__(config=config, timeout=timeout, logging_level=logging.ERROR, **lightning)
-        self._shards: ZeroShards | None = None  # asked for in every step
-        self._filled: list[nn.Module] = []  # models that got their first values here, and have not trained
+        self._shards: ZeroShards | None = None  # cached, because every step reads it
+        self._filled: list[nn.Module] = []  # models that were initialised here and have not trained yet
 
     # ---- processes
 
     def setup_environment(self) -> None:
-        DDPStrategy.setup_environment(self)  # Lightning's own refuses CPUs
+        DDPStrategy.setup_environment(self)  # Lightning's own method refuses CPUs
 
     def setup_distributed(self) -> None:
         warnings.filterwarnings("ignore", message=".*(all_gather_into|reduce_scatter)_tensor` is deprecated.*")
@@ -74,7 +75,7 @@ class ZeroStrategy(DeepSpeedStrategy):
             return super().setup_distributed()
         import deepspeed
 
-        # an extension for inference that is compiled on the spot, and says so on the terminal
+        # an extension for inference, which is compiled at once and prints to the terminal
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.set_world_ranks()
         self._init_deepspeed_distributed()
@@ -82,13 +83,13 @@ class ZeroStrategy(DeepSpeedStrategy):
     @property
     def root_device(self) -> torch.device:
         device = super().root_device
-        return torch.device("cpu", 0) if device.type == "cpu" else device  # DeepSpeed asks for an index
+        return torch.device("cpu", 0) if device.type == "cpu" else device  # DeepSpeed needs an index
 
     # ---- the models
 
     @contextlib.contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Around the stage's `configure_model`: its models come as skeletons, and get what this rank holds of them."""
+        """Wrap the stage's `configure_model`: it builds model skeletons, then this rank's part of the weights is loaded."""
         self._init_config_if_needed()
         self._use_float32_sums()
         with weights_later():
@@ -96,7 +97,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         dtype, device = self.precision_plugin._desired_dtype, self.root_device
         for model in models_of(self.lightning_module):
             if not any(parameter.is_meta for parameter in model.parameters()):
-                continue  # built already: whole
+                continue  # built already, with all weights
             if self.zero_stage_3:
                 fill_shared_out(model, self.config, dtype, device)
             else:
@@ -110,52 +111,55 @@ class ZeroStrategy(DeepSpeedStrategy):
         masters = self._first_masters(model_of(module)) if trainer.training else None
         self._shards = None
         super().setup(trainer)
-        for child in module.children():  # metrics; DeepSpeed leaves them where they are beside a model in shares
+        for child in module.children():  # metrics: DeepSpeed does not move them if the model is partitioned
             if child not in models_of(module):
                 child.to(self.root_device)
         if masters:
             self.shards(module).start_from(masters)
 
     def _use_float32_sums(self) -> None:
-        """Of gradients, over micro-batches and over ranks, where the compute type is bfloat16."""
+        """Sum gradients over micro-batches and ranks in float32 if the compute dtype is bfloat16."""
         if self.config.get("bf16", {}).get("enabled"):
             self.config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
 
     def _first_masters(self, model: nn.Module) -> Callable[[Piece], Tensor] | None:
-        """Float32 values of weights that are computed with in another type: DeepSpeed would make masters of rounded ones.
+        """Return a function that gives the float32 values of a shard, for weights whose compute dtype is another.
 
-        None where there are no others than the rounded ones.
+        Without it DeepSpeed would make the master weights from rounded values. None if only rounded values exist.
         """
         if "mixed" not in self.precision_plugin.precision:
             return None
         if model in self._filled:
             self._filled.remove(model)
-            return lambda piece: first_values(
-                model, piece.name, torch.Size(piece.shape), piece.start, piece.start + len(piece.values)
+            return lambda shard: first_values(
+                model, shard.name, torch.Size(shard.shape), shard.start, shard.start + len(shard.values)
             )
         weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
         if any(weight.dtype != torch.float32 or not weight.numel() for weight in weights.values()):
             return None
-        return lambda piece: weights[piece.name].flatten()[piece.start : piece.start + len(piece.values)]
+        return lambda shard: weights[shard.name].flatten()[shard.start : shard.start + len(shard.values)]
 
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
-        """Lightning takes all hooks off before, for those that DeepSpeed left in an earlier fit; the model's own stay."""
-        own = {
+        """Keep the model's own forward hooks: Lightning removes all hooks, because an earlier fit may have left DeepSpeed's."""
+        own_hooks = {
             module: [hook for hook in module._forward_hooks.values() if not _is_deepspeeds(hook)]
             for module in model.modules()
         }
         super()._initialize_deepspeed_inference(model)
-        for module, hooks in own.items():
+        for module, hooks in own_hooks.items():
             for hook in hooks:
                 module.register_forward_hook(hook)
 
     def shards(self, module: L.LightningModule) -> ZeroShards:
-        """What this rank holds of the state of `module.model`, once training is set up."""
+        """Return this rank's part of the state of `module.model`, once training is set up."""
         return ZeroShards(model_of(module), self.deepspeed_engine.optimizer)
 
     def whole_weights(self, model: nn.Module) -> Callable[[str], Tensor]:
-        """Of a parameter's name all its values, on every rank: the master's where it trains. All ranks must ask for the same
-        names in the same order."""
+        """Return a function that gathers all values of a parameter by its name, on every rank.
+
+        It returns the float32 master weight of a trainable parameter. All ranks must call it for the same names in the
+        same order.
+        """
         from deepspeed.runtime.zero import GatheredParameters
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -174,7 +178,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     # ---- a step
 
     def block_backward_sync(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext()  # ZeRO reduces the gradients of each micro-step into its shares, and sums those
+        return contextlib.nullcontext()  # ZeRO reduces the gradients of each micro-batch into its slices and sums those
 
     def pre_backward(self, closure_loss: Tensor) -> None:
         accumulates = self.lightning_module.trainer.fit_loop._should_accumulate()
@@ -184,17 +188,17 @@ class ZeroStrategy(DeepSpeedStrategy):
         return super().backward(closure_loss, optimizer, *args, scale_wrt_gas=False, **kwargs)
 
     def local_gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """This rank's share of each parameter's gradient of the step, summed over ranks and micro-steps and not yet clipped.
+        """Return this rank's slice of each parameter's gradient, summed over ranks and micro-batches and not yet clipped.
 
-        There between the last backward of a step and its update, as in `on_before_optimizer_step`; `parameter.grad` is
-        None all the time.
+        Valid between the last backward of a step and its update, for example in `on_before_optimizer_step`.
+        `parameter.grad` is always None.
         """
         if self._shards is None:
             self._shards = self.shards(self.lightning_module)
         return self._shards.gradients()
 
     def gradient_sums(self, model: nn.Module) -> dict[str, float]:
-        """Sum of magnitudes of each trainable parameter's gradient, over all ranks. Every rank calls it."""
+        """Sum the absolute gradient values of each trainable parameter over all ranks. Every rank must call it."""
         names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         sums = dict.fromkeys(names, torch.zeros((), device=self.root_device))
         sums |= {name: gradient.abs().sum().float().to(self.root_device) for name, gradient in self.local_gradients()}
@@ -203,8 +207,8 @@ class ZeroStrategy(DeepSpeedStrategy):
 
 
 def zero_config(stage: int, *, offload: bool, bucket: int, persistent: int) -> dict[str, Any]:
-    """DeepSpeed's configuration. Precision, clipping and accumulation are added by Lightning."""
-    zero: dict[str, Any] = {
+    """Build DeepSpeed's configuration. Lightning adds precision, clipping and gradient accumulation."""
+    zero_options: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": True,
         "contiguous_gradients": True,
@@ -213,24 +217,24 @@ def zero_config(stage: int, *, offload: bool, bucket: int, persistent: int) -> d
         "allgather_bucket_size": bucket,
     }
     if stage == 3:
-        zero |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": persistent}
+        zero_options |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": persistent}
         if offload:
-            host = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-            zero |= {"offload_optimizer": host, "offload_param": host}
+            host_options = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+            zero_options |= {"offload_optimizer": host_options, "offload_param": host_options}
     return {
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,  # AdamW with groups of our own; tests hold it to one process's numbers
+        "zero_optimization": zero_options,
+        "zero_allow_untested_optimizer": True,  # AdamW with our own parameter groups; tests compare it with a single process
         "zero_force_ds_cpu_optimizer": False,
-        "train_micro_batch_size_per_gpu": 1,  # for DeepSpeed's own throughput line; else Lightning makes a loader to ask it
+        "train_micro_batch_size_per_gpu": 1,  # for DeepSpeed's throughput log; without it Lightning builds a loader to get it
     }
 
 
 def model_of(module: L.LightningModule) -> nn.Module:
-    """What is trained and saved: a stage's `model`, or the whole of any other module."""
+    """Return the module that is trained and saved: the `model` of a stage, or any other module itself."""
     model = getattr(module, "model", None)
     return model if isinstance(model, nn.Module) else module
 
 
 def _is_deepspeeds(hook: Any) -> bool:
-    function = getattr(hook, "func", hook)  # of a partial
+    function = getattr(hook, "func", hook)  # the function of a partial
     return str(getattr(function, "__module__", "")).startswith("deepspeed")

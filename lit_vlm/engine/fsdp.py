@@ -1,7 +1,7 @@
-"""FSDP2: PyTorch's `fully_shard` through Lightning, with models that are loaded in shards.
+"""FSDP2 strategy for Lightning: PyTorch's `fully_shard`, with models that are loaded in shards.
 
-Each rank holds some rows of every weight, of its gradient and of its moments (`Shard(0)`); a layer's weights are
-gathered while it computes. `hsdp` does this within groups of ranks and keeps copies between the groups.
+Each rank holds some rows of every weight, of its gradient and of its moments (`Shard(0)`). A layer's weights are
+gathered while the layer computes. `hsdp` shards within groups of ranks, and each group has a full copy.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ TIMEOUT = timedelta(minutes=30)
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """fsdp2 (one group of all ranks) or hsdp (groups of `shard_size`). On CPU processes too.
+    """Strategy fsdp2 (one group of all ranks) or hsdp (groups of `shard_size` ranks), on GPUs or CPU processes.
 
-    The stage builds its models without weights; they are shared out and then filled from their files, so that no rank
-    ever holds a whole model. A model that was built already is shared out as it is.
+    The stage builds its models without weights. The models are sharded and then loaded from their files, so no rank ever
+    holds a full model. A model that was built already is sharded as it is.
 
-    Under `bf16-mixed` each rank's rows of what trains are float32, and so are the sums of gradients; what is gathered
-    to compute with is bfloat16. Frozen weights from files are kept in bfloat16: they would be gathered as such anyway, and
-    an export reads their files. Those of a model that was built already stay as they are, for nothing else has them.
+    Under `bf16-mixed` each rank's rows of trainable weights are float32, and so are the sums of gradients. The weights that
+    are gathered for computing are bfloat16. Frozen weights from files are stored in bfloat16: they would be gathered in it
+    anyway, and an export reads their files. Frozen weights of a model that was built already keep their dtype, because
+    there is no other copy of them.
 
     Args:
-        hybrid: copies between groups of ranks.
-        shard_size: ranks of a group; None: those of a machine.
-        timeout: ranks wait for each other no longer.
+        hybrid: True for hsdp, with a full copy in each group of ranks.
+        shard_size: ranks in a group; None: the ranks of one machine.
+        timeout: maximum time that ranks wait for each other.
     """
 
     loads_in_shards = True
@@ -51,7 +52,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         self.hybrid, self.shard_size = hybrid, shard_size
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.world_size  # Lightning's own mesh, which only its samplers ask for
+        self._data_parallel_size = self.world_size  # Lightning's own mesh, which only its samplers use
         self._tensor_parallel_size = 1
         groups = self._groups()
         super().setup_environment()
@@ -78,7 +79,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @contextlib.contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """Around the stage's `configure_model`: its models are shared out and filled behind it."""
+        """Wrap the stage's `configure_model`: afterwards its models are sharded and their weights are loaded."""
         with weights_later():
             yield
         assert self.lightning_module is not None
@@ -89,8 +90,10 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @contextlib.contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """All but the last micro-batch of a step. Gradients are summed within a group each time, for whole ones would
-        not fit; between groups once per step."""
+        """Disable the all-reduce between groups for all micro-batches of a step except the last (gradient accumulation).
+
+        Within a group gradients are reduced in every micro-batch, because full gradients would not fit in memory.
+        """
         modules = [
             m for model in models_of(self.lightning_module) for m in model.modules() if isinstance(m, FSDPModule)
         ]
@@ -102,69 +105,74 @@ class FSDP2Strategy(ModelParallelStrategy):
             for module in modules if self.hybrid else []:
                 module.set_requires_all_reduce(True, recurse=False)
 
-    # ---- what others ask for
+    # ---- state, gradients, weights
 
     def shards(self, module: Any) -> FSDPShards:
-        """What this rank holds of the state of `module.model`, once training is set up."""
+        """Return this rank's part of the state of `module.model`, once training is set up."""
         return FSDPShards(module.model, self.optimizers[0])
 
     def gradient_sums(self, model: nn.Module) -> dict[str, float]:
-        """Sum of magnitudes of each gradient that is there, over all ranks. Every rank calls it."""
-        named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-        sums = [gradient.to_local().float().abs().sum() for _, gradient in named]  # type: ignore[attr-defined]
+        """Sum the absolute values of each existing gradient over all ranks. Every rank must call it."""
+        named_gradients = [
+            (name, parameter.grad) for name, parameter in model.named_parameters() if parameter.grad is not None
+        ]
+        sums = [gradient.to_local().float().abs().sum() for _, gradient in named_gradients]  # type: ignore[attr-defined]
         total = self.reduce(torch.stack(sums), reduce_op="sum").tolist() if sums else []
-        return {name: value for (name, _), value in zip(named, total, strict=True)}
+        return {name: value for (name, _), value in zip(named_gradients, total, strict=True)}
 
     def whole_weights(self, model: nn.Module) -> Callable[[str], Tensor]:
-        """Of a parameter's name all its rows, on every rank. All ranks must ask for the same names in the same order."""
+        """Return a function that gathers the full tensor of a parameter by its name, on every rank.
+
+        All ranks must call it for the same names in the same order.
+        """
         reshard(model)
         weights: dict[str, Any] = dict(model.named_parameters())
         return lambda name: weights[name].full_tensor()
 
 
 def models_of(module: Any) -> list[LlavaOnevisionForConditionalGeneration]:
-    """A stage's models: what trains, and DPO's reference."""
+    """Return the models of a stage: the trained model and, for DPO, the reference model."""
     return [model for name in ("model", "reference") if (model := getattr(module, name, None)) is not None]
 
 
 def share_out(model: LlavaOnevisionForConditionalGeneration, mesh: DeviceMesh, precision: str) -> None:
-    """`fully_shard` each layer of tower and language model, an embedding of its own, and the rest with the head.
+    """Apply `fully_shard` to each layer of vision tower and language model, to an untied embedding, and to the rest with the head.
 
-    Not the tower or the language model as such: `fully_shard` renames the class, and transformers looks up what to
-    record of a model's layers by the class's name.
+    The vision tower and the language model as modules are not sharded: `fully_shard` renames the class, and transformers
+    looks up by the class name which layer outputs to record.
     """
-    mixed = precision == "bf16-mixed"
-    # Inputs are not cast: under autocast they have their types already, and `Segments` must stay one object
+    is_mixed = precision == "bf16-mixed"
+    # Do not cast inputs: under autocast they have their dtypes already, and `Segments` must stay the same object
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if mixed else None,
-        reduce_dtype=torch.float32 if mixed else None,
+        param_dtype=torch.bfloat16 if is_mixed else None,
+        reduce_dtype=torch.float32 if is_mixed else None,
         cast_forward_inputs=False,
     )
-    if mixed:
+    if is_mixed:
         for parameter in model.parameters():
             if parameter.is_meta and not parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)
     units: list[nn.Module] = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if embedding.weight is not head.weight:  # a shared table belongs to one unit, the last
+    if embedding.weight is not head.weight:  # a tied embedding belongs to the last unit only
         units.append(embedding)
     for unit in units:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     trains = any(parameter.requires_grad for parameter in model.parameters())
-    # what trains keeps its head gathered for the backward pass that comes at once; a reference has none
+    # a trained model keeps its head gathered, because its backward pass comes next; a reference model has none
     fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=None if trains else True)
 
 
 @torch.no_grad()
 def fill(model: LlavaOnevisionForConditionalGeneration, device: torch.device) -> None:
-    """Memory for what this rank holds of a skeleton, and its values from their files, weight by weight.
+    """Allocate this rank's rows of a model skeleton, and load their values from the files, weight by weight.
 
-    Beside that memory it takes this rank's rows of one weight at a time.
+    In addition, it needs memory for this rank's rows of one weight at a time.
     """
-    empty = {name for name, parameter in model.named_parameters() if parameter.is_meta}
+    uninitialized = {name for name, parameter in model.named_parameters() if parameter.is_meta}
     model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
     for name, parameter in model.named_parameters():
-        if name in empty:
-            local, start = rows_of(parameter)
-            values = first_values(model, name, parameter.shape, start, start + local.numel())
-            local.copy_(values.view_as(local))
+        if name in uninitialized:
+            local_rows, start = rows_of(parameter)
+            values = first_values(model, name, parameter.shape, start, start + local_rows.numel())
+            local_rows.copy_(values.view_as(local_rows))

@@ -1,4 +1,4 @@
-"""The gradient of a finished optimizer step, whatever the strategy: its norm, and how to throw it away."""
+"""Gradient of an optimizer step, under every strategy: compute its norm, or skip its update."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def square_sum(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> Tensor:
-    """This rank's share of the squared norm, [] float64: the sum over ranks is the square of the step's gradient norm.
+    """Compute this rank's part of the squared gradient norm, [] float64. The sum over ranks is the squared norm of the step.
 
-    Not finite when an element of the gradient that this rank holds is not. To be called once the gradients are reduced,
-    in `on_before_optimizer_step`, and before they are clipped. Reads each gradient once and waits for nothing.
+    Non-finite if an element of this rank's gradients is non-finite. Call it once the gradients are reduced and before they
+    are clipped, in `on_before_optimizer_step`. It reads each gradient once and does not wait for the device.
     """
     total = torch.zeros((), dtype=torch.float64, device=trainer.strategy.root_device)
     for replicas, gradients in _by_replicas(trainer, optimizer).items():
@@ -23,26 +23,26 @@ def square_sum(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> Tensor:
 
 
 def gradients_of(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """This rank's share of the reduced gradients."""
+    """Return this rank's part of the reduced gradients."""
     return [gradient for gradients in _by_replicas(trainer, optimizer).values() for gradient in gradients]
 
 
 def discard(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> None:
-    """The update that is due changes nothing: neither weights nor moments nor the optimizer's count of steps."""
+    """Skip the next update: weights, moments and the optimizer's step count stay as they are."""
     engine = _deepspeed_engine(trainer)
     if engine is not None:
         _discard_in_zero(engine)
         return
     for parameter in _parameters(optimizer):
-        parameter.grad = None  # PyTorch's optimizers pass over a parameter without one
+        parameter.grad = None  # PyTorch's optimizers skip a parameter without a gradient
 
 
 def _by_replicas(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> dict[int, list[Tensor]]:
-    """Gradients as this rank holds them, by the number of ranks that hold the same."""
-    if hasattr(trainer.strategy, "local_gradients"):  # ZeRO: slices of them, that no other rank holds
-        shares = [share for _, share in trainer.strategy.local_gradients() if share.numel()]
-        return {1: shares} if shares else {}
-    found: dict[int, list[Tensor]] = {}
+    """Group this rank's gradients by the number of ranks that hold the same elements."""
+    if hasattr(trainer.strategy, "local_gradients"):  # ZeRO: slices that no other rank holds
+        slices = [gradient_slice for _, gradient_slice in trainer.strategy.local_gradients() if gradient_slice.numel()]
+        return {1: slices} if slices else {}
+    groups: dict[int, list[Tensor]] = {}
     for parameter in _parameters(optimizer):
         gradient: Any = parameter.grad
         if gradient is None:
@@ -54,8 +54,8 @@ def _by_replicas(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> dict[i
                 replicas //= size if placement.is_shard() else 1
             gradient = gradient.to_local()
         if gradient.numel():
-            found.setdefault(replicas, []).append(gradient)
-    return found
+            groups.setdefault(replicas, []).append(gradient)
+    return groups
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
@@ -63,32 +63,36 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
 
 
 def _deepspeed_engine(trainer: L.Trainer) -> Any:
-    """DeepSpeed's engine, where its ZeRO optimizer holds the gradients."""
+    """Return DeepSpeed's engine if its ZeRO optimizer holds the gradients, else None."""
     engine = trainer.strategy.model
     zero = getattr(engine, "optimizer", None)
     return engine if hasattr(zero, "averaged_gradients") else None
 
 
 def _discard_in_zero(engine: Any) -> None:
-    """DeepSpeed leaves a step out when it finds an overflow: for one step it is told that there is one."""
+    """Skip one step under ZeRO: DeepSpeed skips a step with an overflow, so report an overflow for one step."""
     zero = engine.optimizer
 
     def overflow(*_: Any, **__: Any) -> None:
         zero.overflow = True
 
-    told = {"check_grad_overflow": True, "check_overflow": overflow, "_overflow_check_and_loss_scale_update": overflow}
+    patches = {
+        "check_grad_overflow": True,
+        "check_overflow": overflow,
+        "_overflow_check_and_loss_scale_update": overflow,
+    }
 
     def step(closure: Any = None) -> None:
-        del zero.step  # from here on the class's own again
-        before = {name: zero.__dict__[name] for name in told if name in zero.__dict__}
-        zero.__dict__.update(told)
+        del zero.step  # restores the method of the class
+        before = {name: zero.__dict__[name] for name in patches if name in zero.__dict__}
+        zero.__dict__.update(patches)
         try:
             zero.step()
         finally:
-            for name in told:
+            for name in patches:
                 del zero.__dict__[name]
             zero.__dict__.update(before)
-        if engine.lr_scheduler is not None:  # which DeepSpeed would hold back: the rate goes by the number of the step
+        if engine.lr_scheduler is not None:  # the learning-rate schedule follows the step number
             engine.lr_scheduler.step()
 
     zero.step = step

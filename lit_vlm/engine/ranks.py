@@ -1,7 +1,7 @@
-"""Which of a run's processes this is, and how they find each other: told from what the launcher left in the environment.
+"""Rank of this process and rendezvous of all ranks, from the environment variables that the launcher sets.
 
-torchrun sets RANK; srun sets SLURM_PROCID in each task of a step. Slurm's other words are in every shell of a job as well
-(salloc, `srun --pty bash`, a batch script), where a plain `python run.py` is one process and stays one.
+torchrun sets RANK; srun sets SLURM_PROCID in each task of a step. The other Slurm variables exist in every shell of a job
+as well (salloc, `srun --pty bash`, a batch script). There a plain `python run.py` is a single process.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from typing import Any
 
 from lit_vlm.types import UserError, counted
 
-_SPECIAL_STEPS = 0xFFFFFFF0  # step numbers from here on are Slurm's own: batch script, interactive shell, extern
+_SPECIAL_STEPS = 0xFFFFFFF0  # step ids from here on are reserved by Slurm: batch script, interactive shell, extern
 
 
 def srun_tasks() -> int:
-    """Tasks of the srun step that this process is one of; 1 outside of a step and in a shell."""
+    """Count the tasks of the srun step that contains this process; 1 outside a step and in a shell."""
     step = os.environ.get("SLURM_STEP_ID", "")
     if not step.isdigit() or int(step) >= _SPECIAL_STEPS or os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive"):
         return 1
@@ -23,18 +23,18 @@ def srun_tasks() -> int:
 
 
 def in_sweep() -> bool:
-    """Whether an agent of a W&B sweep started this process."""
+    """Return True if an agent of a W&B sweep started this process."""
     return bool(os.environ.get("WANDB_SWEEP_ID"))
 
 
 def started_again() -> bool:
-    """Whether a scheduler started this run before and starts it once more, with the words that it had then."""
+    """Return True if a scheduler (Slurm, torchrun) restarts this run, with the same overrides as before."""
     counts = (os.environ.get(name, "0") for name in ("SLURM_RESTART_COUNT", "TORCHELASTIC_RESTART_COUNT"))
     return any(count.isdigit() and int(count) for count in counts)
 
 
 def global_rank() -> int:
-    """This process among all of the run, before and after they have found each other."""
+    """Return the global rank of this process, also before the process group exists."""
     if "RANK" in os.environ:
         return int(os.environ["RANK"])
     if srun_tasks() > 1:
@@ -44,18 +44,19 @@ def global_rank() -> int:
 
 
 def cluster_environment(devices: int, num_nodes: int) -> list[Any]:
-    """For `Trainer(plugins=...)`: how ranks find each other, where Lightning's own guess would be wrong; else nothing.
+    """Make the plugins for `Trainer(plugins=...)` that define the cluster environment; empty if Lightning's own choice is right.
 
     Raises:
-        UserError: the launcher started another number of processes than the settings ask for. Told by the first.
+        UserError: the launcher started another number of processes than the settings require. Raised on rank 0; the
+            other ranks exit with status 1.
     """
     from lightning.fabric.plugins.environments import LightningEnvironment
     from lightning.pytorch.plugins.environments import SLURMEnvironment
 
-    wanted, tasks = devices * num_nodes, srun_tasks()
+    num_devices, num_tasks = devices * num_nodes, srun_tasks()
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return []
-    if tasks == 1:
+    if num_tasks == 1:
         if num_nodes > 1 and not ("MASTER_ADDR" in os.environ and "NODE_RANK" in os.environ):
             raise UserError(
                 f"trainer.num_nodes={num_nodes}: this is one process, and nothing says where the others are (no srun, no "
@@ -63,12 +64,12 @@ def cluster_environment(devices: int, num_nodes: int) -> list[Any]:
                 "(docs/cluster.md), or set trainer.num_nodes=1."
             )
         return [LightningEnvironment()] if "SLURM_NTASKS" in os.environ else []
-    if tasks != wanted or int(os.environ.get("SLURM_STEP_NUM_NODES", num_nodes)) != num_nodes:
-        _refuse(tasks, devices, num_nodes)
+    if num_tasks != num_devices or int(os.environ.get("SLURM_STEP_NUM_NODES", num_nodes)) != num_nodes:
+        _refuse(num_tasks, devices, num_nodes)
     os.environ.setdefault(
         "SLURM_NTASKS_PER_NODE", str(devices)
-    )  # Lightning insists on it; srun -n alone does not set it
-    # Lightning's own handlers save inside a signal handler, where ranks wait for each other at different places for ever
+    )  # Lightning requires this variable; srun -n alone does not set it
+    # no auto-requeue: Lightning's handlers save inside a signal handler, where ranks would wait for each other for ever
     return [SLURMEnvironment(auto_requeue=False)]
 
 

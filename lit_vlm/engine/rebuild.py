@@ -1,4 +1,4 @@
-"""The manifest of a run's folder, made again from what lies beside it: checkpoints, config.yaml, the model."""
+"""Rebuilds the manifest of a run folder from its checkpoints, its config.yaml and its model."""
 
 from __future__ import annotations
 
@@ -14,40 +14,43 @@ CONFIG = "config.yaml"
 
 
 def rebuild_manifest(path: Path, name: str) -> tuple[dict[str, Any] | None, str]:
-    """Make the manifest again as far as it can be known, and say from what.
+    """Rebuild the manifest as far as possible.
 
-    What a checkpoint belongs to is compared once more when the run goes on from it, the model to start from included.
+    The fingerprint of a checkpoint, with the starting model, is compared again when the run resumes from it.
 
     Returns:
-        the manifest, which says under `rebuilt` what it is made of; None where nothing is left that it could be made of.
+        the manifest, whose entry `rebuilt` names its origin, or None if no usable file is left; and a message to the user.
     """
     folder, index = Folder(path / "checkpoints"), _newest_index(path)
     best, steps = folder.best(), folder.steps()
-    has_model = (path / "hf" / "config.json").is_file()  # a folder is moved there whole
-    finished = has_model and (not steps or (best is not None and steps == [best[0]]))
-    if not (finished or index):
+    has_model = (path / "hf" / "config.json").is_file()  # the model folder is moved there atomically
+    is_finished = has_model and (not steps or (best is not None and steps == [best[0]]))
+    if not (is_finished or index):
         return None, "Nothing lies beside it that the run could go on from: it begins anew."
-    known: dict[str, Any] = {
-        "status": "finished" if finished else "running",
+    manifest: dict[str, Any] = {
+        "status": "finished" if is_finished else "running",
         "name": name,
         "config": read_settings(path) or (index.belongs.get("settings") if index else None) or {},
         "data": {"digest": index.belongs.get("data", "") if index else ""},
         "parent": None,
     }
-    known["stage"] = (known["config"].get("stage") or {}).get("name", "")
-    if finished:
-        known |= {
+    manifest["stage"] = (manifest["config"].get("stage") or {}).get("name", "")
+    if is_finished:
+        manifest |= {
             "weights_digest": digest_of_weights(path / "hf"),
             "rebuilt": f"from {CONFIG} and hf/; its figures are lost",
         }
-        return known, f"It is made again from {CONFIG} and hf/, which holds the finished model; its figures are lost."
+        return (
+            manifest,
+            f"It is made again from {CONFIG} and hf/, which holds the finished model; its figures are lost.",
+        )
     assert index is not None
-    known["rebuilt"] = f"from the checkpoint of step {index.step:,}"
-    return known, f"It is made again from the checkpoint of step {index.step:,}, and the run goes on from there."
+    manifest["rebuilt"] = f"from the checkpoint of step {index.step:,}"
+    return manifest, f"It is made again from the checkpoint of step {index.step:,}, and the run goes on from there."
 
 
 def _newest_index(path: Path) -> Index | None:
-    """Read the index of the newest checkpoint that has a sound one."""
+    """Read the index of the newest checkpoint whose index is valid; None if there is none."""
     folder = Folder(path / "checkpoints")
     for step in folder.steps():
         try:
@@ -58,15 +61,18 @@ def _newest_index(path: Path) -> Index | None:
 
 
 def read_settings(path: Path) -> dict[str, Any] | None:
-    """Read config.yaml; None where it is not there, or damaged too."""
+    """Read config.yaml; None if it is missing or damaged."""
     try:
-        found = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+        config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
-    if not (isinstance(found, dict) and isinstance(found.get("stage"), dict) and isinstance(found.get("model"), dict)):
+    if not (
+        isinstance(config, dict) and isinstance(config.get("stage"), dict) and isinstance(config.get("model"), dict)
+    ):
         return None
-    made = str(Path(str(found.get("run_dir"))) / "parts")  # where the tiny model's parts are made
+    # folder in which the parts of the tiny model are created
+    tiny_parts = str(Path(str(config.get("run_dir"))) / "parts")
     for part in ("vision_tower", "language_model"):
-        if str(found["model"].get(part)).startswith(made):
-            found["model"][part] = "tiny"
-    return found
+        if str(config["model"].get(part)).startswith(tiny_parts):
+            config["model"][part] = "tiny"
+    return config

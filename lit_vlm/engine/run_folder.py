@@ -1,4 +1,4 @@
-"""One run, one folder. Its manifest says what was run, on what, from what, and what came of it."""
+"""Run folder and its manifest: the record of command, code, config, data, parent model and results of one run."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from lit_vlm.types import Source, UserError
 
 MANIFEST = "manifest.json"
 MADE_AGAIN = "Start that run again with its own command: it is made again from what lies beside it."
-SPREAD_BLOCKS = 256  # of 64 KiB, that stand for a file of weights
-# The shape of a manifest, of what in it is read again
+SPREAD_BLOCKS = 256  # blocks of 64 KiB that are hashed for each weight file
+# Types of the manifest's entries that are read again
 TABLES = ("config", "data", "parent", "tracking", "plan", "figures", "git", "versions")
 INNER: tuple[tuple[str, str, type], ...] = (
     ("config", "stage", dict),
@@ -41,12 +41,12 @@ PACKAGES = ("torch", "lightning", "transformers", "peft", "trl", "tokenizers", "
 
 @dataclass(slots=True)
 class RunFolder:
-    """The folder of one run and its manifest. Only rank 0 writes.
+    """Folder of one run and its manifest. Only rank 0 writes.
 
     Attributes:
-        replaces: it held another run, of which nothing may go on.
-        goes_on: it holds this run, begun before.
-        rebuilt: its manifest was damaged and is made again; what the user should know of that.
+        replaces_other_run: the folder held another run, which cannot be resumed.
+        is_resumed: the folder holds an interrupted start of this run.
+        rebuild_note: message to the user if the manifest was damaged and was rebuilt, else empty.
     """
 
     path: Path
@@ -57,14 +57,20 @@ class RunFolder:
 
     @property
     def hf(self) -> Path:
+        """Folder of the exported model, in transformers' layout."""
         return self.path / "hf"
 
     @property
     def finished(self) -> bool:
+        """True if the manifest says that the run is finished."""
         return self.manifest.get("status") == "finished"
 
     def update(self, **fields: Any) -> None:
-        """Put fields into the manifest and write it, whole or not at all. UserError where it cannot be written."""
+        """Update fields of the manifest and write it atomically.
+
+        Raises:
+            UserError: the manifest cannot be written.
+        """
         self.manifest.update(fields)
         if is_rank_zero():
             with writable(self.path, MANIFEST, "run_dir"):
@@ -75,29 +81,34 @@ class RunFolder:
 def open_run_folder(
     path: Path, config: Any, *, name: str, overwrite: bool, data_digest: str, parent: dict[str, str] | None
 ) -> RunFolder:
-    """The folder of a run: new, interrupted (it goes on) or finished. Nothing is written before its first `update`.
+    """Open the folder of a run, which is new, interrupted (it resumes) or finished. Nothing is written before the first `update`.
 
-    With `overwrite` a finished run or another one is replaced; an interrupted run of the same settings goes on all the same,
-    for a job that is requeued comes with the same words.
+    `overwrite` replaces a finished run or another run. An interrupted run with the same settings resumes nevertheless,
+    because a requeued job starts with the same overrides.
+
+    Args:
+        name: name of the run, for the manifest.
+        data_digest: digest of the data sources.
+        parent: path and digest of the starting model, see `describe_parent`.
 
     Raises:
-        UserError: the folder holds a run of another config, other data or another parent.
+        UserError: the folder holds a run with another config, other data or another parent.
     """
     plain = redacted(to_plain(asdict(config)))
     known, rebuilt = read_or_rebuild_manifest(path, name)
-    different = _differences(known, plain, data_digest, parent) if known else []
-    finished = bool(known) and known.get("status") == "finished"
+    differences = _differences(known, plain, data_digest, parent) if known else []
+    is_finished = bool(known) and known.get("status") == "finished"
     if known and not overwrite:
-        if different:
-            state = "a finished" if finished else "an unfinished"
+        if differences:
+            state = "a finished" if is_finished else "an unfinished"
             raise UserError(
-                f"{path} holds {state} run that differs from this one in {', '.join(different[:5])}. "
+                f"{path} holds {state} run that differs from this one in {', '.join(differences[:5])}. "
                 "Give this one a name of its own with run_name=..., or replace the old one with overwrite=true."
             )
-        if finished:
+        if is_finished:
             return RunFolder(path, known, rebuilt=rebuilt)
     require_writable(path)
-    goes_on = bool(known) and not different and not finished
+    goes_on = bool(known) and not differences and not is_finished
     now = datetime.now(UTC).isoformat(timespec="seconds")
     manifest = {
         "status": "running",
@@ -116,30 +127,38 @@ def open_run_folder(
 
 
 def command_line() -> str:
-    """What this process was started with, without secrets."""
+    """Return the command line of this process, with secrets redacted."""
     return " ".join(["python", Path(sys.argv[0]).name, *redacted_words(sys.argv[1:])])
 
 
 def require_writable(path: Path) -> None:
-    """Told now, not after the model was built; nothing is made yet. UserError naming what is in the way."""
-    place = next(place for place in (path, *path.parents) if os.path.lexists(place))
-    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-        found = "may not be written to" if place.is_dir() else "is no folder"
+    """Require that the run folder can be created, before the model is built. Nothing is created yet.
+
+    Raises:
+        UserError: a file or a missing permission prevents it. The text names the path.
+    """
+    existing = next(existing for existing in (path, *path.parents) if os.path.lexists(existing))
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        found = "may not be written to" if existing.is_dir() else "is no folder"
         raise UserError(
-            f"The run's folder {path} cannot be made: {place} {found}. Choose another with run_dir=... or run_name=..."
+            f"The run's folder {path} cannot be made: {existing} {found}. Choose another with run_dir=... or run_name=..."
         )
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:
-    """Read the manifest of a run's folder; None where there is none. DamagedFile where it is not as it was written."""
-    found = read_json(path / MANIFEST, MADE_AGAIN)
-    for key, kind in _find_misshaped(found or {}):
+    """Read the manifest of a run folder; None if there is none.
+
+    Raises:
+        DamagedFile: the manifest is not as it was written.
+    """
+    manifest = read_json(path / MANIFEST, MADE_AGAIN)
+    for key, kind in _find_misshaped(manifest or {}):
         raise DamagedFile(f"{path / MANIFEST} is damaged: its {key} is {kind}. {MADE_AGAIN}")
-    return found
+    return manifest
 
 
 def _find_misshaped(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Find the entries that have another type than those that are written, and the type that they have."""
+    """Find manifest entries of a wrong type. Yields the key and the type that was found."""
     for key in TABLES:
         if not isinstance(manifest.get(key), dict | None):
             yield key, type(manifest[key]).__name__
@@ -153,7 +172,7 @@ def _find_misshaped(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def find_manifest(path: Path) -> dict[str, Any]:
-    """Read the manifest for what can do without it; {} where there is none, and of a damaged one."""
+    """Read the manifest for optional use; {} if it is missing or damaged."""
     try:
         return read_manifest(path) or {}
     except DamagedFile:
@@ -161,36 +180,38 @@ def find_manifest(path: Path) -> dict[str, Any]:
 
 
 def read_or_rebuild_manifest(path: Path, name: str) -> tuple[dict[str, Any] | None, str]:
-    """Read the manifest; a damaged one is made again from what lies beside it, with a sentence about that."""
+    """Read the manifest. Rebuild a damaged one from the other files of the folder, and return a message about that."""
     try:
-        found = read_manifest(path)
-        if found is not None and not (isinstance(found.get("config"), dict) and isinstance(found.get("data"), dict)):
+        manifest = read_manifest(path)
+        if manifest is not None and not (
+            isinstance(manifest.get("config"), dict) and isinstance(manifest.get("data"), dict)
+        ):
             raise DamagedFile(f"{path / MANIFEST} is damaged: it lacks what every manifest has. {MADE_AGAIN}")
-        return found, ""
+        return manifest, ""
     except DamagedFile as error:
         from lit_vlm.engine.rebuild import rebuild_manifest  # reads checkpoints, which needs torch
 
-        known, how = rebuild_manifest(path, name)
-        return known, f"{str(error).removesuffix(MADE_AGAIN)}{how}"
+        rebuilt, note = rebuild_manifest(path, name)
+        return rebuilt, f"{str(error).removesuffix(MADE_AGAIN)}{note}"
 
 
 def parent_of(init_from: str | None) -> dict[str, str] | None:
-    """Path and digest of the model that a run starts from; hub ids have no digest of ours."""
+    """Return path and digest of the model that a run starts from; None without one. A hub id has an empty digest."""
     if init_from is None:
         return None
     folder = Path(init_from)
     if not folder.is_dir():
         return {"path": init_from, "digest": ""}
     digest = find_manifest(folder.parent).get("weights_digest")
-    # where it is lost, the weights themselves say which they are
+    # if the manifest is lost, hash the weights themselves
     return {"path": init_from, "digest": digest or digest_of_weights(folder)}
 
 
 def require_parent(init_from: str | None) -> None:
-    """A stage that starts from an earlier one needs it finished.
+    """Require that the model folder of the earlier stage exists, for a stage that starts from it.
 
     Raises:
-        UserError: its folder is not there; says what is there, and how to come by the model.
+        UserError: the folder does not exist. The text names the state of that run, and how to get the model.
     """
     if init_from is None:
         return
@@ -211,8 +232,11 @@ def require_parent(init_from: str | None) -> None:
 
 
 def digest_of_parts(*folders: str | None) -> str:
-    """Of the weights in local folders, from their names, sizes and blocks spread over them: frozen weights are read from
-    there, and another model shows in any block. Hub ids count by name."""
+    """Compute the SHA-256 of the model parts, for the frozen weights that are read from there.
+
+    Of weight files in local folders it hashes names, sizes and `NUM_HASHED_BLOCKS` blocks spread over each file: another
+    model differs in any block. A hub id is hashed by its name.
+    """
     hasher = hashlib.sha256()
     for folder in filter(None, folders):
         files = sorted(Path(folder).glob("*.safetensors")) if Path(folder).is_dir() else []
@@ -221,19 +245,19 @@ def digest_of_parts(*folders: str | None) -> str:
             size = file.stat().st_size
             hasher.update(f"{file.name}\0{size}".encode())
             with file.open("rb") as stream:
-                for place in range(0, size, max(1, size // SPREAD_BLOCKS)):
-                    stream.seek(place)
+                for offset in range(0, size, max(1, size // SPREAD_BLOCKS)):
+                    stream.seek(offset)
                     hasher.update(stream.read(1 << 16))
     return hasher.hexdigest()
 
 
 def digest_of_sources(sources: Sequence[Source]) -> str:
-    """Of what the sources hold, without reading their records."""
+    """Compute the SHA-256 over names and digests of all sources, without reading their records."""
     return hashlib.sha256("\0".join(f"{source.name}={source.digest}" for source in sources).encode()).hexdigest()
 
 
 def to_plain(value: Any) -> Any:
-    """Enums by name, paths as text, tuples as lists: what JSON can hold."""
+    """Convert a value to plain JSON types: enums to their names, paths to text, tuples to lists."""
     if isinstance(value, dict):
         return {str(key): to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -244,8 +268,10 @@ def to_plain(value: Any) -> Any:
 
 
 def git_state() -> dict[str, Any]:
-    """Commit of the code, whether it was changed, in how many files, and the SHA-256 of what `git diff HEAD` says; empty
-    outside a checkout. The difference itself stays here: a line of it may hold a key."""
+    """Return the commit of the code, a flag for local changes, the number of changed files, and the SHA-256 of `git diff HEAD`.
+
+    Empty outside a checkout. The diff itself is not recorded: a line of it may contain a key.
+    """
     root = Path(__file__).resolve().parents[2]
 
     def git(*words: str) -> str | None:
@@ -260,11 +286,12 @@ def git_state() -> dict[str, Any]:
     if not commit:
         return {}
     changed = (git("status", "--porcelain") or "").splitlines()
-    difference = hashlib.sha256((git("diff", "HEAD") or "").encode(errors="replace")).hexdigest() if changed else None
-    return {"commit": commit, "dirty": bool(changed), "changed_files": len(changed), "diff_sha256": difference}
+    diff_digest = hashlib.sha256((git("diff", "HEAD") or "").encode(errors="replace")).hexdigest() if changed else None
+    return {"commit": commit, "dirty": bool(changed), "changed_files": len(changed), "diff_sha256": diff_digest}
 
 
 def versions() -> dict[str, str]:
+    """Return the versions of Python and of the main packages."""
     found = {"python": sys.version.split()[0]}
     for package in PACKAGES:
         try:
@@ -275,20 +302,23 @@ def versions() -> dict[str, str]:
 
 
 def is_rank_zero() -> bool:
+    """Return True on global rank 0."""
     return global_rank() == 0
 
 
 def identity_of(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings, as `to_plain` gives them, that say what a run computes; those of `elsewhere.py` are left out, and the
-    starting model, which has a digest."""
+    """Extract the settings that define what a run computes, from the output of `to_plain`.
+
+    Settings of `config/elsewhere.py` are left out, and so is the starting model, which has a digest.
+    """
 
     def kept(value: Any, prefix: str) -> Any:
         if not isinstance(value, dict):
             return value
-        inner = {name: (f"{prefix}{name}", item) for name, item in value.items()}
+        items = {name: (f"{prefix}{name}", item) for name, item in value.items()}
         return {
             name: kept(item, f"{key}.")
-            for name, (key, item) in inner.items()
+            for name, (key, item) in items.items()
             if key != "init_from" and not is_elsewhere(key)
         }
 
@@ -298,15 +328,18 @@ def identity_of(config: dict[str, Any]) -> dict[str, Any]:
 def _differences(
     known: dict[str, Any], config: dict[str, Any], data_digest: str, parent: dict[str, str] | None
 ) -> list[str]:
-    """Of a manifest that was made again, what is not known any more is not compared."""
-    ours, theirs = identity_of(config), identity_of(known["config"])
-    different = _changed(theirs, ours) if theirs or not known.get("rebuilt") else []
+    """Find differences between a manifest and this run: changed settings, data and parent model.
+
+    Fields that a rebuilt manifest has lost are not compared.
+    """
+    new_identity, old_identity = identity_of(config), identity_of(known["config"])
+    differences = _changed(old_identity, new_identity) if old_identity or not known.get("rebuilt") else []
     digest = known["data"].get("digest")
     if digest != data_digest and not (known.get("rebuilt") and not digest):
-        different.append("its data")
+        differences.append("its data")
     if not known.get("rebuilt") and (known.get("parent") or {}).get("digest") != (parent or {}).get("digest"):
-        different.append("the model it starts from")
-    return different
+        differences.append("the model it starts from")
+    return differences
 
 
 def _changed(old: Any, new: Any, prefix: str = "") -> list[str]:

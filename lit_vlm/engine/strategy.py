@@ -1,4 +1,4 @@
-"""How the devices share the work: Lightning's strategies from the settings."""
+"""Builds Lightning's strategy from the trainer settings: DDP, ZeRO, FSDP2 or hsdp."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ ZERO_STAGES = {Strategy.deepspeed_zero2: 2, Strategy.deepspeed_zero3: 3, Strateg
 
 
 def make_strategy(config: TrainerConfig, auto: Strategy = Strategy.ddp) -> LightningStrategy | str:
-    """The strategy that `trainer.strategy` names, on GPUs (NCCL) or as CPU processes (gloo).
+    """Make the strategy that `trainer.strategy` names, on GPUs (NCCL) or on CPU processes (gloo).
 
     Args:
-        auto: what `trainer.strategy=auto` means on several devices; on one it is `single`.
+        auto_strategy: meaning of `trainer.strategy=auto` on several devices; on one device it is `single`.
 
     Returns:
-        With the name in `setting`.
+        the strategy, with its name in the attribute `setting`; for one device the text "auto".
     """
     name = settled(config, auto)
     if name is Strategy.single:
-        return "auto"  # Lightning's word for one device, whichever there is
-    made: Any = _made(config, name)
-    made.setting = name.value
-    return made
+        return "auto"  # for Lightning: one device of any kind
+    strategy: Any = _made(config, name)
+    strategy.setting = name.value
+    return strategy
 
 
 def _made(config: TrainerConfig, name: Strategy) -> LightningStrategy:
-    # the watch (watch_thread.py) comes first, with stacks
+    # longer than the watchdog (watch_thread.py), which reports first, with stacks
     timeout = timedelta(minutes=config.timeout_minutes, seconds=30)
     if name is Strategy.ddp:
         return DDPStrategy(timeout=timeout)
-    if name in ZERO_STAGES:  # the engines below are imported when they are asked for: each takes seconds
+    if name in ZERO_STAGES:  # import the engines below only on use: each import takes seconds
         if config.accelerator == "cpu":
-            os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed takes a GPU where there is one, whatever the trainer does
+            os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed uses any GPU that it finds
         from lit_vlm.engine.deepspeed import ZeroStrategy
 
         offload = name is Strategy.deepspeed_zero3_offload
@@ -50,7 +50,7 @@ def _made(config: TrainerConfig, name: Strategy) -> LightningStrategy:
 
 
 def settled(config: TrainerConfig, auto: Strategy = Strategy.ddp) -> Strategy:
-    """`trainer.strategy`, with `auto` decided."""
+    """Resolve `trainer.strategy`: replace `auto` by a strategy."""
     if config.strategy is not Strategy.auto:
         return config.strategy
     return auto if config.devices * config.num_nodes > 1 else Strategy.single

@@ -1,4 +1,4 @@
-"""Lightning's Trainer from the settings."""
+"""Builds Lightning's Trainer from the run's settings."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from lit_vlm.engine.strategy import make_strategy
 from lit_vlm.types import UserError
 
 FEW_STEPS = 4  # debug=fast
-PROFILED_STEPS = 6  # debug=profile: three to warm up and three that are looked at
+PROFILED_STEPS = 6  # debug=profile: three warm-up steps and three profiled steps
 
 
 def make_trainer(config: RunConfig, loggers: list[Logger], callbacks: list[L.Callback]) -> L.Trainer:
-    """A Trainer whose steps come from the plan: one epoch of known length."""
+    """Make the Trainer. The plan defines its steps: one epoch of known length."""
     quiet()
     trainer = config.trainer
     if trainer.num_threads:
         torch.set_num_threads(trainer.num_threads)
-    torch.set_flush_denormal(True)  # numbers below 1e-38 are nothing to a loss and slow a CPU down
-    bar = [RichProgressBar()] if trainer.enable_progress_bar and sys.stdout.isatty() else []
+    torch.set_flush_denormal(True)  # numbers below 1e-38 do not change a loss, but they slow a CPU down
+    progress_bars = [RichProgressBar()] if trainer.enable_progress_bar and sys.stdout.isatty() else []
     options: dict[str, Any] = {
         "accelerator": trainer.accelerator,
         "devices": trainer.devices,
@@ -42,12 +42,12 @@ def make_trainer(config: RunConfig, loggers: list[Logger], callbacks: list[L.Cal
         "deterministic": trainer.deterministic,
         "max_epochs": 1,
         "num_sanity_val_steps": 0,
-        "use_distributed_sampler": False,  # the plan deals to ranks
+        "use_distributed_sampler": False,  # the plan assigns samples to ranks
         "enable_checkpointing": False,
-        "enable_model_summary": False,  # the table of what trains says more
-        "enable_progress_bar": bool(bar),
+        "enable_model_summary": False,  # our table of trainable parts shows more
+        "enable_progress_bar": bool(progress_bars),
         "logger": loggers,
-        "callbacks": [*callbacks, *bar],
+        "callbacks": [*callbacks, *progress_bars],
         "plugins": cluster_environment(trainer.devices, trainer.num_nodes),
         **trainer.extra,
     }
@@ -62,29 +62,32 @@ def make_trainer(config: RunConfig, loggers: list[Logger], callbacks: list[L.Cal
 
 
 def leave_process_group() -> None:
-    """Once all ranks are done: a process that ends while its group's threads still run may abort (seen with gloo)."""
+    """Wait for all ranks and destroy the process group.
+
+    A process that exits while threads of its group still run may abort (observed with gloo).
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 
 
 def quiet() -> None:
-    """Silence advice that does not apply: the loader's order, sizes and workers are the plan's business."""
+    """Disable warnings of libraries that do not apply here: the plan controls order, sizes and workers of the loader."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    for text in (
+    for pattern in (
         ".*does not have many workers.*",
         ".*Checkpoint directory.*",
         ".*Experiment logs directory.*",
         ".*lr_scheduler.step.*",
-        ".*`srun` command is available.*",  # a run of one machine on a cluster's login node
-        ".*treespec, LeafSpec.*",  # Lightning's call, torch's deprecation
-        ".*functional.all_gather is deprecated.*",  # likewise
-        ".*ended before the epoch ended and your dataloader is not resumable.*",  # ours begins where the run goes on
-        ".*in eval mode at the start of training.*",  # frozen parts are, on purpose
-        ".*when logging on epoch level in distributed setting.*",  # what is logged there is of all ranks already
-        ".*called before the ``update``.*",  # a rank may hold no sample of a kind
-        ".*across ranks is zero.*",  # nothing held out
+        ".*`srun` command is available.*",  # a single-machine run on a cluster's login node
+        ".*treespec, LeafSpec.*",  # Lightning calls it, torch deprecates it
+        ".*functional.all_gather is deprecated.*",  # the same
+        ".*ended before the epoch ended and your dataloader is not resumable.*",  # our loader starts at the step where the run resumes
+        ".*in eval mode at the start of training.*",  # frozen parts are in eval mode on purpose
+        ".*when logging on epoch level in distributed setting.*",  # the logged values are reduced over all ranks already
+        ".*called before the ``update``.*",  # a rank may have no sample of some kind
+        ".*across ranks is zero.*",  # there are no held-out samples
     ):
-        warnings.filterwarnings("ignore", message=text)
+        warnings.filterwarnings("ignore", message=pattern)

@@ -1,4 +1,4 @@
-"""Skeletons of models (`model/skeleton.py`) get their weights under ZeRO, so that no process need hold more than its share."""
+"""Loads weights into model skeletons (`model/skeleton.py`) under ZeRO, so that a process holds no more than its part."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lit_vlm.model.skeleton import first_values, move_buffers, replace_parameter
 
 
 def fill_whole(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """ZeRO-2: all of each weight, in the type that computes."""
+    """Load every weight completely, in the compute dtype (ZeRO-2)."""
 
     def make(name: str, old: nn.Parameter) -> nn.Parameter:
         values = first_values(model, name, old.shape, 0, old.numel()) if old.is_meta else old.detach()
@@ -22,14 +22,17 @@ def fill_whole(model: nn.Module, dtype: torch.dtype, device: torch.device) -> No
 
 
 def fill_shared_out(model: nn.Module, config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> None:
-    """ZeRO-3: of each weight this rank's slice, read from its file. Beside the slices one empty weight exists at a time.
+    """Load this rank's slice of each weight from its file (ZeRO-3).
+
+    In addition to the slices, it needs memory for one uninitialised full weight at a time.
 
     Args:
-        config: DeepSpeed's.
+        config: DeepSpeed's configuration.
+        dtype: compute dtype of the weights.
     """
     import deepspeed
 
-    converter = deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype)  # not entered: torch stays as it is
+    converter = deepspeed.zero.Init(config_dict_or_path=config, dtype=dtype)  # not entered: torch stays unpatched
 
     def make(name: str, old: nn.Parameter) -> nn.Parameter:
         values = torch.empty(old.shape, dtype=dtype, device=device) if old.is_meta else old.detach().to(device, dtype)

@@ -1,4 +1,4 @@
-"""Checkpoints of an unfinished run: one layout for every strategy and any number of ranks. See `layout.py`."""
+"""Checkpoints of an unfinished run, in one layout for every strategy and any number of ranks. See `layout.py`."""
 
 from lit_vlm.engine.checkpoint.belongs import Belongs, Consumed, plan_digest
 from lit_vlm.engine.checkpoint.folder import Folder

@@ -1,4 +1,4 @@
-"""What a checkpoint is of: a state goes on only in the run that it came from."""
+"""Fingerprint that a checkpoint must share with the run that resumes it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 from lit_vlm.data.plan.plan import Plan
 from lit_vlm.secrets import agrees
 
-BLOCK = 1 << 20  # samples that are hashed at a time
+BLOCK = 1 << 20  # samples that are hashed in one block
 WORDS = {
     "stage": "stage",
     "data": "data",
@@ -24,15 +24,16 @@ WORDS = {
 
 @dataclass(slots=True)
 class Belongs:
-    """Digests and settings that a resumed run must share with the one that was left. Empty ones are not compared.
+    """Digests and settings that a resumed run must share with the interrupted run. Empty fields are not compared.
 
     Attributes:
-        settings: all settings that say what is computed; those that say where and how fast are left out.
-        data: of the sources.
-        parent: of the weights that do not train, which a checkpoint does not hold.
-        plan: of all samples in all steps.
-        processor: of the tokenizer, its template, the day that the template writes, and the image settings.
-        pictures: of what the training samples' pictures held when they were indexed.
+        stage: name of the stage.
+        settings: all settings that define what is computed. Settings of where and how fast it runs are left out.
+        data: digest of the sources.
+        parent: digest of the frozen weights, which a checkpoint does not contain.
+        plan: digest of all samples in all steps.
+        processor: digest of the tokenizer, its chat template, the date that the template writes, and the image settings.
+        pictures: digest of the content of the training images at the time of indexing.
     """
 
     stage: str = ""
@@ -44,24 +45,34 @@ class Belongs:
     pictures: str = ""
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the fields as plain data, for the index of a checkpoint."""
         return asdict(self)
 
     def differences(self, stored: dict[str, Any]) -> list[str]:
-        """In what a stored one differs from this, in words a person knows."""
-        mine = self.as_dict()
-        others = [key for key in WORDS if mine[key] and stored.get(key) and mine[key] != stored[key]]
-        found = [WORDS["stage"]] if "stage" in others else []
+        """Return the differences to a stored fingerprint, each as text for the user."""
+        own_fields = self.as_dict()
+        changed_fields = [
+            key for key in WORDS if own_fields[key] and stored.get(key) and own_fields[key] != stored[key]
+        ]
+        differences = [WORDS["stage"]] if "stage" in changed_fields else []
         if self.settings and stored.get("settings"):
-            ours, theirs = _flat(self.settings), _flat(stored["settings"])
-            keys = sorted(key for key in ours.keys() | theirs.keys() if not agrees(ours.get(key), theirs.get(key)))
-            found += [f"{key} (it has {theirs.get(key)}, this run {ours.get(key)})" for key in keys]
-        return found + [WORDS[key] for key in others if key != "stage"]
+            own_settings, stored_settings = _flat(self.settings), _flat(stored["settings"])
+            keys = sorted(
+                key
+                for key in own_settings.keys() | stored_settings.keys()
+                if not agrees(own_settings.get(key), stored_settings.get(key))
+            )
+            differences += [
+                f"{key} (it has {stored_settings.get(key)}, this run {own_settings.get(key)})" for key in keys
+            ]
+        return differences + [WORDS[key] for key in changed_fields if key != "stage"]
 
 
 class Consumed:
-    """SHA-256 over the ids of the samples that the steps up to one drew: a function of the plan, and of nothing else.
+    """Running SHA-256 over the ids of the samples that the steps read. It depends on the plan alone.
 
-    Samples of the ledger count as they were drawn, so that a record that turns bad later changes no digest of the past.
+    Samples that the ledger lists are hashed as they were sampled. So a record that becomes corrupt later changes no
+    digest of earlier steps.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -69,7 +80,7 @@ class Consumed:
         self._hasher = hashlib.sha256("\0".join(source.name for source in plan.index.sources).encode())
 
     def until(self, step: int) -> str:
-        """Of the steps before `step`; to be asked in growing order."""
+        """Compute the digest of all steps before `step`. Calls must come in increasing order of `step`."""
         index, ends = self._plan.index, self._plan.ends
         end = int(ends[step - 1]) if step else 0
         for start in range(self._done, end, BLOCK):
@@ -81,7 +92,7 @@ class Consumed:
 
 
 def plan_digest(plan: Plan) -> str:
-    """Of every sample of every step, whatever the world size and the micro-batches."""
+    """Compute the SHA-256 of every sample of every step. It does not depend on world size or micro-batches."""
     ends = hashlib.sha256(np.asarray(plan.ends, dtype="<i8").tobytes()).hexdigest()
     return hashlib.sha256((Consumed(plan).until(plan.num_steps) + ends).encode()).hexdigest()
 

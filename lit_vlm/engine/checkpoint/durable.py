@@ -1,4 +1,4 @@
-"""Files of tensors that are on the disk when a function returns, with their digests; folders that go whole or not at all."""
+"""Durable files: safetensors files that are synced to disk and hashed while they are written, and atomic removal of folders."""
 
 from __future__ import annotations
 
@@ -22,14 +22,17 @@ DTYPES = {
     torch.float16: "F16",
     torch.float64: "F64",
 }  # safetensors' names
-BLOCK = 1 << 24  # bytes that are written and hashed at a time, without Python's lock
+BLOCK = 1 << 24  # bytes that are written and hashed in one call, which releases Python's global lock
 
 
 def write_tensors(path: Path, tensors: list[tuple[str, Tensor]]) -> StoredFile:
-    """A safetensors file of flat tensors, written and hashed in one pass.
+    """Write a safetensors file of flat tensors and hash it in the same pass. It is on the disk when this returns.
 
     Args:
-        tensors: key and values [n]; those of other devices are brought to the host one by one.
+        tensors: key and values [n]. Values on another device are copied to the host one by one.
+
+    Returns:
+        name, size in bytes and SHA-256 of the file.
     """
     hasher, size = hashlib.sha256(), 0
     with path.open("xb") as stream:
@@ -45,30 +48,33 @@ def write_tensors(path: Path, tensors: list[tuple[str, Tensor]]) -> StoredFile:
 def _blocks(tensors: list[tuple[str, Tensor]]) -> Iterator[Any]:
     yield _header(tensors)
     for _, values in tensors:
-        content: Any = values.detach().cpu().contiguous().view(torch.uint8).numpy().data
-        for start in range(0, len(content), BLOCK):
-            yield content[start : start + BLOCK]
+        data: Any = values.detach().cpu().contiguous().view(torch.uint8).numpy().data
+        for start in range(0, len(data), BLOCK):
+            yield data[start : start + BLOCK]
 
 
 def _header(tensors: list[tuple[str, Tensor]]) -> bytes:
-    """8 bytes of its length, then JSON: dtype, shape and place of each tensor; padded, so that the numbers are aligned."""
-    described, end = {}, 0
+    """Build the safetensors header: 8 bytes of length, then JSON with dtype, shape and byte offsets of each tensor.
+
+    The JSON is padded to a multiple of 8 bytes, so that the values are aligned.
+    """
+    entries, end = {}, 0
     for key, values in tensors:
         begin, end = end, end + values.numel() * values.element_size()
-        described[key] = {"dtype": DTYPES[values.dtype], "shape": [values.numel()], "data_offsets": [begin, end]}
-    text = json.dumps(described, ensure_ascii=False).encode()
+        entries[key] = {"dtype": DTYPES[values.dtype], "shape": [values.numel()], "data_offsets": [begin, end]}
+    text = json.dumps(entries, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
 def digest_of(path: Path) -> str:
-    """SHA-256 of a file's content, hexadecimal."""
+    """Compute the SHA-256 of a file's content, hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def remove_folder(path: Path) -> None:
-    """First out of sight by one rename: half a folder is never found under a checkpoint's name."""
-    gone = path.with_name(f".gone-{path.name.lstrip('.')}-{uuid4().hex}")
-    os.rename(path, gone)
-    shutil.rmtree(gone, ignore_errors=True)  # a file that somebody reads stays on some systems until the next sweep
+    """Remove a folder atomically: rename it first, so that no incomplete folder ever has the name of a checkpoint."""
+    hidden_path = path.with_name(f".gone-{path.name.lstrip('.')}-{uuid4().hex}")
+    os.rename(path, hidden_path)
+    shutil.rmtree(hidden_path, ignore_errors=True)  # on some systems an open file stays; `clean_before_run` removes it

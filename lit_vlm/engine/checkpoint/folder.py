@@ -1,4 +1,4 @@
-"""The folder of a run's checkpoints: which are there, which is the newest, which may go."""
+"""The checkpoint folder of a run: list, find the latest and the best, remove old checkpoints."""
 
 from __future__ import annotations
 
@@ -20,64 +20,69 @@ NAME = re.compile(r"step-(\d{8,})")
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """`<run>/checkpoints`. Only rank 0 removes, renames and points; a name without a dot in front is complete."""
+    """Folder `<run>/checkpoints`, with one subfolder for each saved step.
+
+    Only rank 0 removes, renames and updates the pointer files. A subfolder whose name has no leading dot is complete.
+    """
 
     path: Path
 
     def of(self, step: int) -> Path:
+        """Return the folder of the checkpoint of a step."""
         return self.path / f"step-{step:08d}"
 
     def draft(self, step: int) -> Path:
-        """Where a checkpoint is written before it has its name."""
+        """Return the temporary folder in which the checkpoint of a step is written."""
         return self.path / f".step-{step:08d}"
 
     def steps(self) -> list[int]:
-        """Of the complete ones, the newest first."""
+        """List the steps of all complete checkpoints, the newest first."""
         entries = self.path.iterdir() if self.path.is_dir() else ()
-        return sorted((int(found[1]) for entry in entries if (found := NAME.fullmatch(entry.name))), reverse=True)
+        return sorted((int(match[1]) for entry in entries if (match := NAME.fullmatch(entry.name))), reverse=True)
 
     def place(self, step: int) -> None:
-        """The draft gets its name and becomes the latest."""
-        draft, final = self.draft(step), self.of(step)
-        sync(draft)
-        if final.exists():
-            remove_folder(final)
-        os.rename(draft, final)
+        """Rename the temporary folder of a step to its final name, and point `latest` to it."""
+        temporary, target = self.draft(step), self.of(step)
+        sync(temporary)
+        if target.exists():
+            remove_folder(target)
+        os.rename(temporary, target)
         sync(self.path)
-        write_atomically(self.path / LATEST, f"{final.name}\n")
+        write_atomically(self.path / LATEST, f"{target.name}\n")
 
     def latest(self) -> int | None:
-        """The step that the pointer names, whether its folder is there or not."""
+        """Return the step that the pointer file `latest` names, even if its folder is missing. None without a valid pointer."""
         file = self.path / LATEST
-        found = NAME.fullmatch(file.read_text(encoding="utf-8", errors="replace").strip()) if file.is_file() else None
-        return int(found[1]) if found else None
+        match = NAME.fullmatch(file.read_text(encoding="utf-8", errors="replace").strip()) if file.is_file() else None
+        return int(match[1]) if match else None
 
     def point_to_best(self, step: int, loss: float) -> None:
+        """Write the pointer file `best` with a step and its val/loss."""
         write_json(self.path / BEST, {"checkpoint": self.of(step).name, "val_loss": loss})
 
     def best(self) -> tuple[int, float] | None:
-        """Step and val/loss of the best one that is still there."""
+        """Return step and val/loss of the best checkpoint; None if there is none or if its folder is missing."""
         try:
-            known = json.loads((self.path / BEST).read_text(encoding="utf-8"))
-            found = NAME.fullmatch(known["checkpoint"])
-            loss = float(known["val_loss"])
+            pointer = json.loads((self.path / BEST).read_text(encoding="utf-8"))
+            match = NAME.fullmatch(pointer["checkpoint"])
+            loss = float(pointer["val_loss"])
         except (OSError, ValueError, KeyError, TypeError):
             return None
-        return (int(found[1]), loss) if found and self.of(int(found[1])).is_dir() else None
+        return (int(match[1]), loss) if match and self.of(int(match[1])).is_dir() else None
 
     def prune(self, keep_last: int) -> None:
-        """Remove all but the last ones and the best."""
+        """Remove all checkpoints except the newest `keep_last` and the best."""
         best = self.best()
         for step in self.steps()[keep_last:]:
             if best is None or step != best[0]:
-                with contextlib.suppress(OSError):  # what is new is whole; the next one removes it
+                with contextlib.suppress(OSError):  # the new checkpoint is complete; the next call tries again
                     remove_folder(self.of(step))
 
     def sweep(self, step: int) -> None:
-        """Before a run writes here: what killed writers left goes, and so do checkpoints beyond the step that it goes on from.
+        """Remove leftovers of killed writers and checkpoints later than the resumed step, before a run writes here.
 
         Raises:
-            UserError: a folder stands where a file of the checkpoints is kept, or a file where their folder is.
+            UserError: a folder has the name of a pointer file, or a file has the name of the checkpoint folder.
         """
         for pointer in (self.path / LATEST, self.path / BEST):
             if pointer.is_dir():
@@ -93,21 +98,25 @@ class Folder:
         for entry in self.path.iterdir():
             if entry.name.startswith("."):
                 shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
-        for later in self.steps():
-            if later > step:
-                remove_folder(self.of(later))
+        for later_step in self.steps():
+            if later_step > step:
+                remove_folder(self.of(later_step))
         if self.best() is None:
             (self.path / BEST).unlink(missing_ok=True)
-        left = self.steps()
-        if left and self.latest() != left[0]:
-            write_atomically(self.path / LATEST, f"{self.of(left[0]).name}\n")
-        elif not left:
+        remaining_steps = self.steps()
+        if remaining_steps and self.latest() != remaining_steps[0]:
+            write_atomically(self.path / LATEST, f"{self.of(remaining_steps[0]).name}\n")
+        elif not remaining_steps:
             (self.path / LATEST).unlink(missing_ok=True)
 
     def remove(self, *, but_best: bool = False) -> None:
-        """Everything, once the run is finished and its model is saved, and what a removal that was killed left."""
-        for stray in (*self.path.glob(".*"), *self.path.parent.glob(f".gone-{self.path.name}-*")):
-            shutil.rmtree(stray, ignore_errors=True) if stray.is_dir() else stray.unlink(missing_ok=True)
+        """Remove all checkpoints once the run is finished and its model is saved, and leftovers of a killed removal.
+
+        Args:
+            keep_best: keep the checkpoint with the lowest val/loss.
+        """
+        for leftover in (*self.path.glob(".*"), *self.path.parent.glob(f".gone-{self.path.name}-*")):
+            shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         best = self.best() if but_best else None
         if best is None:
             if self.path.is_dir():

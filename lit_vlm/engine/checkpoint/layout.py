@@ -1,13 +1,13 @@
-"""What a checkpoint's folder holds: safetensors files of intervals, and one index that says where each tensor's elements are.
+"""Layout of a checkpoint folder: safetensors files of tensor intervals, and one index that locates each tensor's elements.
 
     checkpoints/
         step-00000120/
             rank-00000-000.safetensors   intervals of the flattened tensors of the state
-            index.json                   every interval, every file with its size and SHA-256, what the state belongs to
-        latest                           the name of the newest complete one
-        best                             JSON: the one of the lowest val/loss, if checkpoint.keep_best
+            index.json                   every interval, every file with its size and SHA-256, the run's fingerprint
+        latest                           name of the newest complete checkpoint
+        best                             JSON: checkpoint with the lowest val/loss, if checkpoint.keep_best
 
-Nothing in it depends on the strategy or on the number of ranks that wrote it.
+The layout does not depend on the strategy, nor on the number of ranks that wrote it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ INDEX, FORMAT = "index.json", 1
 
 
 class Damaged(Exception):
-    """A checkpoint that must not be used. Its text names the file and what is wrong with it."""
+    """Error for a checkpoint that must not be used. Its text names the file and the fault."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """Elements [start, stop) of one flattened tensor of the state; they are the tensor `key` of `file`."""
+    """Elements [start, stop) of one flattened tensor of the state, stored as tensor `key` in `file`."""
 
     name: str
     kind: str
@@ -43,11 +43,14 @@ class Interval:
 
     @property
     def key(self) -> str:
+        """Name of the tensor in the safetensors file."""
         return f"{self.kind}:{self.name}:{self.start}"
 
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
+    """One safetensors file of a checkpoint."""
+
     name: str
     size: int  # bytes
     sha256: str
@@ -55,14 +58,14 @@ class StoredFile:
 
 @dataclass(slots=True)
 class Index:
-    """Everything about a checkpoint but the numbers.
+    """Index of a checkpoint: everything except the tensor values.
 
     Attributes:
-        step: optimizer steps that were taken.
-        updates: those of them that changed the weights; the optimizer's own count.
-        belongs: what the state is of, see `Belongs`.
-        consumed: SHA-256 over the ids of all samples of these steps, in their order.
-        state: what else goes on: callbacks, log, the scale of 16-bit gradients. Small, plain JSON.
+        step: number of optimizer steps that were taken.
+        updates: number of those steps that changed the weights, as the optimizer counts them.
+        belongs: fingerprint of the run, see `RunFingerprint`.
+        consumed: SHA-256 over the ids of all samples of these steps, in order.
+        state: other state to resume: callbacks, log, gradient scale of float16. Small, plain JSON.
     """
 
     step: int
@@ -77,13 +80,20 @@ class Index:
     format: int = FORMAT
 
     def to_text(self) -> str:
-        """JSON that carries its own SHA-256."""
+        """Return the index as JSON text that contains its own SHA-256."""
         body = asdict(self)
         return json.dumps({"sha256": _digest(body), **body}, ensure_ascii=False)
 
     @classmethod
     def from_text(cls, text: str, where: Path) -> Index:
-        """Raises Damaged: it is not what was written."""
+        """Parse the JSON text of an index.
+
+        Args:
+            path: file that the text comes from, for error messages.
+
+        Raises:
+            CorruptCheckpointError: the text is not what was written, or it has another format.
+        """
         try:
             body = json.loads(text)
             digest = body.pop("sha256")
@@ -98,30 +108,32 @@ class Index:
         return cls(**{item.name: body[item.name] for item in fields(cls)})
 
     def tensors(self) -> dict[tuple[str, str], list[Interval]]:
-        """(kind, name) -> its intervals from the first element on."""
-        found: dict[tuple[str, str], list[Interval]] = {}
-        for one in self.intervals:
-            found.setdefault((one.kind, one.name), []).append(one)
-        return {key: sorted(parts, key=lambda one: one.start) for key, parts in found.items()}
+        """Group the intervals by tensor: (kind, name) -> intervals, sorted by their first element."""
+        groups: dict[tuple[str, str], list[Interval]] = {}
+        for interval in self.intervals:
+            groups.setdefault((interval.kind, interval.name), []).append(interval)
+        return {key: sorted(parts, key=lambda interval: interval.start) for key, parts in groups.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name of each parameter in it -> shape."""
-        return {one.name: one.shape for one in self.intervals if one.kind == Kind.weight}
+        """Return name -> shape of each parameter in the checkpoint."""
+        return {interval.name: interval.shape for interval in self.intervals if interval.kind == Kind.weight}
 
 
 def uncovered(index: Index) -> Iterator[str]:
-    """Tensors whose elements are not there exactly once, in words; none of a whole checkpoint."""
-    known = {stored.name for stored in index.files}
-    for (kind, name), parts in index.tensors().items():
-        if any(part.file not in known for part in parts):
+    """Find tensors whose elements are not stored exactly once. Yields one text for each; none for a complete checkpoint."""
+    listed_files = {stored.name for stored in index.files}
+    for (kind, name), intervals in index.tensors().items():
+        if any(interval.file not in listed_files for interval in intervals):
             yield f"{name} ({kind}) is in a file that the index does not list"
-        ends = [0, *(part.stop for part in parts)]
-        gap = any(part.start != end for part, end in zip(parts, ends, strict=False)) or ends[-1] != prod(parts[0].shape)
-        if gap or any(one.shape != other.shape for one, other in pairwise(parts)):
+        ends = [0, *(interval.stop for interval in intervals)]
+        gap = any(interval.start != end for interval, end in zip(intervals, ends, strict=False)) or ends[-1] != prod(
+            intervals[0].shape
+        )
+        if gap or any(first.shape != second.shape for first, second in pairwise(intervals)):
             yield f"{name} ({kind}) is not there exactly once"
 
 
 def _digest(body: dict[str, Any]) -> str:
-    """Over a form that JSON's writer and reader keep."""
-    plain = json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.sha256(plain.encode()).hexdigest()
+    """Compute the SHA-256 of a canonical JSON form, which does not change when it is written and read."""
+    canonical = json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Lightning's loop as it stands after a number of optimizer steps, without having taken them."""
+"""Moves Lightning's training loop to a given optimizer step, so that a run can resume there."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def go_to(trainer: L.Trainer, step: int) -> None:
-    """Counters and learning rates as after `step` steps of this run; to be called before the loop begins.
+    """Set loop counters and learning-rate schedule to the state after `step` optimizer steps. Call it before the loop begins.
 
-    Micro-batches are counted anew: a step may be dealt into another number of them than before. A run that was left
-    after its last step still validates and ends as one that was not.
+    The micro-batch counter follows the current packing, because a step may now be packed into another number of
+    micro-batches. A run that was interrupted after its last step still validates and ends like an uninterrupted run.
     """
     fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
     optimizer = epoch.automatic_optimization.optim_progress.optimizer
@@ -21,13 +21,13 @@ def go_to(trainer: L.Trainer, step: int) -> None:
     for progress in (epoch.scheduler_progress, optimizer.step, optimizer.zero_grad):
         _count(progress, step)
     epoch._batches_that_stepped = step
-    if step >= fit.max_steps > 0:  # else the loop would not begin, and what comes after the last step would not come
+    if step >= fit.max_steps > 0:  # else the loop would not start, and its end (validation, export) would not run
         epoch.max_steps = step + 1
-    fit.epoch_progress.total.ready = fit.epoch_progress.current.ready = 1  # the epoch that is under way
-    # a validation that falls on this step is run again: what it found was not saved
+    fit.epoch_progress.total.ready = fit.epoch_progress.current.ready = 1  # the current epoch
+    # a validation of this step runs again: its result was not saved
     epoch.val_loop.batch_progress.total.ready = epoch.val_loop.batch_progress.total.started = 1
     fit.restarting = True
-    if fit._data_fetcher is not None:  # something asked for the loader already; it is made anew, from this step on
+    if fit._data_fetcher is not None:  # the loader exists already; build it again, from this step on
         fit._data_fetcher.teardown()
         fit._combined_loader = fit._data_fetcher = None
     for config in trainer.lr_scheduler_configs:
@@ -36,22 +36,28 @@ def go_to(trainer: L.Trainer, step: int) -> None:
 
 
 def note_validation(trainer: L.Trainer) -> None:
-    """Once the loop has its loader: a validation that is due first belongs to the step before, in the logs as well."""
+    """Assign a validation that is due before the first resumed step to the previous step, in the logs as well.
+
+    Call it once the loop has its loader.
+    """
     epoch, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
     if epoch.restarting and epoch._should_check_val_fx(fetcher):
         epoch._batches_that_stepped -= 1
 
 
 def pending_row(trainer: L.Trainer) -> dict[str, float] | None:
-    """What Lightning will log of the step that is ending; it does so only after the callbacks. None: nothing is due."""
+    """Return the metrics that Lightning will log for the current step; it does so only after the callbacks.
+
+    None if no metrics are due.
+    """
     if trainer.validating or trainer.interrupted:
-        return None  # it was logged, or the step in which an exception came has none yet
+        return None  # they are logged already, or the step was ended by an exception and has none
     connector = trainer._logger_connector
     metrics = connector.metrics["log"] if connector.should_update_logs else {}
     if not metrics:
         return None
-    row = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
-    return {"epoch": trainer.current_epoch, **row, "step": trainer.fit_loop.epoch_loop._batches_that_stepped}
+    values = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
+    return {"epoch": trainer.current_epoch, **values, "step": trainer.fit_loop.epoch_loop._batches_that_stepped}
 
 
 def _count(progress: Any, number: int) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints are verified in full before a number of them is used; then each rank reads the intervals that it holds."""
+"""Reading of checkpoints: verify all files first, then load on each rank the intervals that it holds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,11 @@ from lit_vlm.engine.shards import Piece
 
 
 def read_index(folder: Path) -> Index:
-    """Raises Damaged: there is none, it was changed, or it is another checkpoint's."""
+    """Read and verify the index of a checkpoint folder.
+
+    Raises:
+        CorruptCheckpointError: the index is missing, was changed, or belongs to another step.
+    """
     file = folder / INDEX
     try:
         text = file.read_bytes().decode("utf-8", "replace")
@@ -25,16 +29,16 @@ def read_index(folder: Path) -> Index:
     index = Index.from_text(text, file)
     if folder.name != f"step-{index.step:08d}":
         raise Damaged(f"{file} is the index of step {index.step}")
-    for problem in uncovered(index):
-        raise Damaged(f"{file}: {problem}")
+    for error_text in uncovered(index):
+        raise Damaged(f"{file}: {error_text}")
     return index
 
 
 def check_files(folder: Path, index: Index, rank: int = 0, world_size: int = 1) -> None:
-    """Sizes of all files, and contents of every `world_size`th: together the ranks read everything once.
+    """Verify the sizes of all files, and the SHA-256 of every `world_size`-th file: together the ranks read each file once.
 
     Raises:
-        Damaged: naming the file.
+        CorruptCheckpointError: a file is missing, unreadable or changed. The text names it.
     """
     for stored in index.files:
         file = folder / stored.name
@@ -44,48 +48,56 @@ def check_files(folder: Path, index: Index, rank: int = 0, world_size: int = 1) 
             raise Damaged(f"{file} has {file.stat().st_size:,} bytes and had {stored.size:,}")
     for stored in index.files[rank::world_size]:
         try:
-            found = digest_of(folder / stored.name)
+            digest = digest_of(folder / stored.name)
         except OSError as error:
             raise Damaged(f"{folder / stored.name} cannot be read ({error.strerror})") from None
-        if found != stored.sha256:
+        if digest != stored.sha256:
             raise Damaged(f"{folder / stored.name} is not as it was written: its SHA-256 differs")
 
 
 def misfits(index: Index, shapes: dict[str, tuple[int, ...]], pieces: Iterable[Piece] = ()) -> list[str]:
-    """How the tensors in it differ from what trains, in words.
+    """Find differences between the stored tensors and the trainable parameters. Returns one text for each.
 
     Args:
-        shapes: name -> shape of each parameter that trains.
-        pieces: what this rank will ask for.
+        shapes: name -> shape of each trainable parameter.
+        shards: shards that this rank will load.
     """
     stored, tensors = index.shapes(), index.tensors()
-    absent = {piece.kind for piece in pieces if (str(piece.kind), piece.name) not in tensors and piece.name in stored}
-    found = [f"it lacks {name}" for name in shapes.keys() - stored.keys()]
-    found += [f"it has {name}, which does not train" for name in stored.keys() - shapes.keys()]
+    missing_kinds = {
+        shard.kind for shard in pieces if (str(shard.kind), shard.name) not in tensors and shard.name in stored
+    }
+    mismatches = [f"it lacks {name}" for name in shapes.keys() - stored.keys()]
+    mismatches += [f"it has {name}, which does not train" for name in stored.keys() - shapes.keys()]
     for name in stored.keys() & shapes.keys():
         if stored[name] != tuple(shapes[name]):
-            found.append(f"{name} is {list(stored[name])} in it and {list(shapes[name])} here")
-    return sorted(found) + [f"it lacks the optimizer's {kind}" for kind in sorted(absent)]
+            mismatches.append(f"{name} is {list(stored[name])} in it and {list(shapes[name])} here")
+    return sorted(mismatches) + [f"it lacks the optimizer's {kind}" for kind in sorted(missing_kinds)]
 
 
 def load(folder: Path, index: Index, pieces: Iterable[Piece]) -> None:
-    """Copy into the pieces what they hold, whoever wrote it. Of a file, only these parts are read."""
-    tensors, opened = index.tensors(), dict[str, Any]()
-    starts = {key: [part.start for part in parts] for key, parts in tensors.items()}
+    """Load the stored values into the shards of this rank, in place. Any rank may have written them.
+
+    Only the needed parts of each file are read.
+
+    Args:
+        shards: values [n] of each are overwritten.
+    """
+    tensors, open_files = index.tensors(), dict[str, Any]()
+    starts = {key: [stored.start for stored in intervals] for key, intervals in tensors.items()}
     with torch.no_grad():
-        for piece in pieces:
-            key, end = (str(piece.kind), piece.name), piece.start + len(piece.values)
-            first = bisect_right(starts[key], piece.start) - 1
-            for part in tensors[key][max(0, first) :]:
-                if part.start >= end:
+        for shard in pieces:
+            key, end = (str(shard.kind), shard.name), shard.start + len(shard.values)
+            first = bisect_right(starts[key], shard.start) - 1
+            for stored in tensors[key][max(0, first) :]:
+                if stored.start >= end:
                     break
-                if part.file not in opened:
-                    opened[part.file] = safe_open(folder / part.file, framework="pt")
-                _copy(opened[part.file], part, piece)
+                if stored.file not in open_files:
+                    open_files[stored.file] = safe_open(folder / stored.file, framework="pt")
+                _copy(open_files[stored.file], stored, shard)
 
 
 def _copy(file: Any, part: Interval, piece: Piece) -> None:
-    """What an interval of the file and a piece share."""
+    """Copy the elements that a stored interval and a shard have in common."""
     begin, end = max(part.start, piece.start), min(part.stop, piece.start + len(piece.values))
     if begin < end:
         values = file.get_slice(part.key)[begin - part.start : end - part.start]

@@ -1,7 +1,7 @@
-"""What one rank holds of a run's state, told alike by every strategy: each tensor's share is one interval of it, flattened.
+"""One interface to the training state that a rank holds: each shard is an interval of one flattened tensor.
 
-A whole model holds all of each tensor, ZeRO a slice of the flattened one, FSDP2 rows of it. Checkpoints are made of
-these intervals, so that a run moves between strategies and world sizes without gathering anything.
+Under DDP a rank holds each tensor completely, under ZeRO a slice of the flattened tensor, under FSDP2 some rows of it.
+Checkpoints consist of these intervals. So a run can resume under another strategy or world size, without a gather.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Kind", "Piece", "Shards", "Whole", "shards_of"]
 
 
 def shards_of(trainer: L.Trainer) -> Shards:
-    """This rank's share of what trains, once the strategy has set up model and optimizer."""
+    """Return this rank's part of the trainable state. Call it once the strategy has set up model and optimizer."""
     module: Any = trainer.lightning_module
     model, optimizer = getattr(module, "model", module), trainer.optimizers[0]
     if isinstance(trainer.strategy, DeepSpeedStrategy):

@@ -1,4 +1,4 @@
-"""The protocol that a strategy's shards keep."""
+"""Protocol of the sharded state, which every strategy implements."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor
 
 
 class Kind(StrEnum):
-    """What a tensor of the state is."""
+    """Kind of a state tensor: weight or AdamW moment."""
 
-    weight = "weight"  # the float32 master where there is one, else the weight itself
+    weight = "weight"  # the float32 master weight if there is one, else the weight itself
     exp_avg = "exp_avg"  # AdamW's first moment
     exp_avg_sq = "exp_avg_sq"  # its second
 
@@ -23,8 +23,10 @@ MOMENTS = (Kind.exp_avg, Kind.exp_avg_sq)
 
 
 def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
-    """AdamW's state of a parameter, made as AdamW would in its first step where it has not stepped yet: so there is one
-    layout from the start."""
+    """Return AdamW's state of a parameter: `step`, `exp_avg`, `exp_avg_sq`.
+
+    Before the first step the state is created as AdamW would create it, so the layout is the same from the start.
+    """
     state, defaults = optimizer.state[parameter], optimizer.defaults
     if not state:
         on_device = defaults.get("fused") or defaults.get("capturable")
@@ -36,13 +38,13 @@ def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str,
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """An interval of one tensor of the state.
+    """Interval of one state tensor that this rank holds.
 
     Attributes:
-        name: the parameter's name in `stage.model`, e.g. "model.multi_modal_projector.linear_1.weight".
-        shape: of the whole tensor.
-        start: the first element of the interval in the flattened tensor; it ends before `start + len(values)`.
-        values: [n], a live view: what is copied into it is in the state.
+        name: name of the parameter in `stage.model`, e.g. "model.multi_modal_projector.linear_1.weight".
+        shape: shape of the full tensor.
+        start: first element of the interval in the flattened tensor; the interval ends before `start + len(values)`.
+        values: [n], a live view: a copy into it changes the state.
     """
 
     name: str
@@ -53,18 +55,21 @@ class Piece:
 
 
 class Shards(Protocol):
-    """This rank's share of what trains. Frozen parameters are not part of it: they are read from where they came from."""
+    """Part of the trainable state that this rank holds. Frozen parameters are not part of it: they are read from their source."""
 
     def pieces(self) -> Iterator[Piece]:
-        """Every interval that this rank holds, in an order that does not change; moments are there before the first step, too."""
+        """Yield every shard that this rank holds, in a fixed order. Moments are included before the first step, too."""
         ...
 
     @property
     def writes(self) -> bool:
-        """Whether this rank's pieces go to a checkpoint: over the ranks that write, each element is there exactly once."""
+        """True if this rank writes its shards to a checkpoint. Over all writers, each element occurs exactly once."""
         ...
 
     def loaded(self, step: int) -> None:
-        """Called once values were copied into the pieces: brings the weights that compute, and the optimizer's own count
-        of steps, in line with them."""
+        """Update the compute weights and the optimizer's step count after values were copied into the shards.
+
+        Args:
+            step: number of optimizer updates in the loaded state.
+        """
         ...

@@ -1,4 +1,4 @@
-"""What a rank holds under FSDP2 and hsdp: some rows of each weight and of its moments."""
+"""Sharded state under FSDP2 and hsdp: a rank holds some rows of each weight and of its moments."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lit_vlm.engine.shards.base import MOMENTS, Kind, Piece, adam_state
 
 
 class FSDPShards:
-    """Shards of a `model` that `fully_shard` shared out; see `Shards`.
+    """State of a model that `fully_shard` sharded; see `ShardedState`.
 
-    A rank whose turn comes after the last row holds nothing of a weight, and has no piece of it.
+    A weight with fewer rows than ranks leaves some ranks without rows; such a rank has no shard of it.
 
     Args:
-        optimizer: AdamW or Adam; of another one there are only weights.
+        optimizer: AdamW or Adam. For any other optimizer the state has weights only.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -29,11 +29,12 @@ class FSDPShards:
 
     @property
     def writes(self) -> bool:
-        """Under hsdp the groups hold copies; the first one writes."""
+        """True in the first group under hsdp, because all groups hold copies; always true under fsdp2."""
         mesh = next(iter(self._trained().values())).device_mesh
         return "replicate" not in (mesh.mesh_dim_names or ()) or mesh.get_local_rank("replicate") == 0
 
     def pieces(self) -> Iterator[Piece]:
+        """Yield this rank's rows of each weight and of its moments."""
         for name, parameter in self._trained().items():
             shape = tuple(parameter.shape)
             rows, start = rows_of(parameter)
@@ -45,7 +46,11 @@ class FSDPShards:
                 yield Piece(name, kind, shape, start, rows_of(moment)[0].view(-1))
 
     def loaded(self, step: int) -> None:
-        """Gathered weights are copies that a forward pass may have left behind; `_trained` put the rows in their place."""
+        """Set the optimizer's step count.
+
+        The weights need no update: a forward pass may have left gathered copies, but `_get_trainable_weights` has freed
+        them by `reshard`.
+        """
         for parameter in self._trained().values() if self.has_moments else ():
             adam_state(self.optimizer, parameter)["step"].fill_(float(step))
 
@@ -55,14 +60,17 @@ class FSDPShards:
 
 
 def rows_of(tensor: DTensor) -> tuple[Tensor, int]:
-    """This rank's rows of a sharded tensor, a live view, and the number of their first element in the flattened tensor."""
+    """Return this rank's rows of a sharded tensor, as a live view, and the offset of their first element.
+
+    The offset counts elements of the flattened full tensor.
+    """
     _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     width = tensor.shape[1:].numel()
     return cast(DTensor, tensor.detach()).to_local(), offset[0] * width
 
 
 def reshard(model: nn.Module) -> None:
-    """Put the rows in place of gathered weights: the root keeps those of its last forward pass until a backward one."""
+    """Free gathered weights, so that parameters are local rows again: the root keeps gathered weights until a backward pass."""
     for unit in model.modules():
         if isinstance(unit, FSDPModule):
             unit.reshard()

@@ -1,4 +1,4 @@
-"""One device or DDP: every rank holds the whole state, and rank 0 writes it."""
+"""Replicated state on one device or under DDP: every rank holds the full state, and rank 0 writes it."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from lit_vlm.types import UserError
 
 
 class Whole:
-    """All of each parameter that trains, and of AdamW's moments.
+    """Full trainable parameters and AdamW moments, the same on every rank.
 
     Args:
-        model: its names are the state's.
+        model: its parameter names are the names of the state.
         optimizer: AdamW or Adam, or SGD without momentum.
-        rank: 0 writes.
+        rank: this rank; rank 0 writes.
 
     Raises:
-        UserError: the optimizer keeps another state than that.
+        UserError: the optimizer has other state, which a checkpoint cannot store.
     """
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, rank: int = 0) -> None:
         self.optimizer, self.rank = optimizer, rank
         self.parameters = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.has_moments = isinstance(optimizer, torch.optim.Adam)  # AdamW derives from it
-        plain = isinstance(optimizer, torch.optim.SGD) and not any(g["momentum"] for g in optimizer.param_groups)
-        if not self.has_moments and not plain:
+        is_plain_sgd = isinstance(optimizer, torch.optim.SGD) and not any(g["momentum"] for g in optimizer.param_groups)
+        if not self.has_moments and not is_plain_sgd:
             raise UserError(
                 f"Checkpoints hold AdamW's state, and the optimizer is {type(optimizer).__name__}. Use AdamW, or take the "
                 "Checkpoint callback away."
@@ -36,9 +36,11 @@ class Whole:
 
     @property
     def writes(self) -> bool:
+        """True on rank 0."""
         return self.rank == 0
 
     def pieces(self) -> Iterator[Piece]:
+        """Yield every parameter and its moments, each as one full interval."""
         for name, parameter in self.parameters.items():
             shape = tuple(parameter.shape)
             yield Piece(name, Kind.weight, shape, 0, _flat(parameter.data))
@@ -48,10 +50,11 @@ class Whole:
                     yield Piece(name, kind, shape, 0, _flat(state[kind.value]))
 
     def loaded(self, step: int) -> None:
+        """Set the optimizer's step count."""
         for parameter in self.parameters.values() if self.has_moments else ():
             adam_state(self.optimizer, parameter)["step"].fill_(float(step))
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """[n], a view."""
+    """Return the tensor as a flat view [n]."""
     return tensor.detach().view(-1)

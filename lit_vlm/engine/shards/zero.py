@@ -1,4 +1,4 @@
-"""What a rank holds under DeepSpeed's ZeRO-2 and ZeRO-3: slices of flattened parameters, in flat float32 masters."""
+"""Sharded state under DeepSpeed's ZeRO-2 and ZeRO-3: slices of flattened parameters, in flat float32 master weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lit_vlm.engine.shards.base import MOMENTS, Kind, Piece, adam_state
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """Elements [start, start + length) of a flattened parameter; they lie at `offset` of the flat master of their group."""
+    """Elements [start, start + length) of a flattened parameter, stored at `offset` of the flat master tensor of their group."""
 
     name: str
     parameter: nn.Parameter
@@ -26,10 +26,10 @@ class Share:
 
 
 class ZeroShards:
-    """Shards of `model` under DeepSpeed; see `Shards`.
+    """State of a model under DeepSpeed; see `ShardedState`.
 
     Args:
-        optimizer: DeepSpeed's, of stage 2 or 3.
+        optimizer: DeepSpeed's ZeRO optimizer, stage 2 or 3.
     """
 
     writes = True  # no two ranks hold the same element
@@ -41,21 +41,23 @@ class ZeroShards:
 
     @property
     def masters(self) -> list[Tensor]:
-        """Of each group, all that this rank updates, flattened."""
+        """Flat float32 master weights that this rank updates, one tensor for each parameter group."""
         if self.partitions_weights:
             return self.optimizer.fp32_partitioned_groups_flat
         return self.optimizer.single_partition_of_fp32_groups
 
     def pieces(self) -> Iterator[Piece]:
-        for share in self.shares:
-            yield self._piece(share, Kind.weight, self.masters[share.group])
-        for share in self.shares:
-            state = self._state(share.group)
+        """Yield this rank's slices of the master weights, then those of the moments."""
+        for part in self.shares:
+            yield self._piece(part, Kind.weight, self.masters[part.group])
+        for part in self.shares:
+            state = self._state(part.group)
             for kind in MOMENTS:
                 if kind in state:
-                    yield self._piece(share, kind, state[kind])
+                    yield self._piece(part, kind, state[kind])
 
     def loaded(self, step: int) -> None:
+        """Set the optimizer's step count, and copy the master weights to the compute weights."""
         for group, _ in enumerate(self.masters):
             state = self._state(group)
             if "step" in state:
@@ -64,25 +66,25 @@ class ZeroShards:
 
     @torch.no_grad()
     def start_from(self, values: Callable[[Piece], Tensor]) -> None:
-        """Set masters to what `values` gives for each of this rank's pieces."""
-        for piece in self.pieces():
-            if piece.kind is Kind.weight:
-                piece.values.copy_(values(piece))
+        """Set the master weights of this rank to the values [n] that `get_values` returns for each weight shard."""
+        for shard in self.pieces():
+            if shard.kind is Kind.weight:
+                shard.values.copy_(values(shard))
         self._compute_with_masters()
 
     def gradients(self) -> Iterator[tuple[str, Tensor]]:
-        """[length] of each share, between a step's last backward and its update."""
-        for share in self.shares:
-            if self.partitions_weights:  # where it lies; DeepSpeed's public way brings one of the host to the device
-                gradient, _ = self.optimizer._get_fp32_grad_state_partition(share.parameter, release_swap_buffers=True)
-                yield share.name, gradient[: share.length]
+        """Yield name and gradient [length] of each slice. Valid between the last backward of a step and its update."""
+        for part in self.shares:
+            if self.partitions_weights:  # the public method would copy a host gradient to the GPU
+                gradient, _ = self.optimizer._get_fp32_grad_state_partition(part.parameter, release_swap_buffers=True)
+                yield part.name, gradient[: part.length]
             else:
-                parameter: Any = share.parameter
-                yield share.name, parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
+                parameter: Any = part.parameter
+                yield part.name, parameter._hp_mapping.get_lp_grad_fragment(parameter._index_in_param_group).flatten()
 
     @torch.no_grad()
     def _compute_with_masters(self) -> None:
-        """Copy them to the weights that compute, on all ranks."""
+        """Copy the master weights to the compute weights. All ranks must call it."""
         if not self.partitions_weights:
             self.optimizer.update_lp_params()
             return
@@ -90,35 +92,47 @@ class ZeroShards:
             self.optimizer._reassign_or_swap_out_partitioned_parameters(group)
         persistent = self.optimizer.persistent_parameters
         if persistent:
-            persistent[0].partition(persistent)  # gathering passes over what is gathered already
+            persistent[0].partition(persistent)  # `all_gather` skips parameters that are gathered already
             persistent[0].all_gather(persistent)
 
     def _state(self, group: int) -> dict[str, Any]:
-        """Empty for an optimizer without moments."""
-        adam, master = self.optimizer.optimizer, self.masters[group]
-        return adam_state(adam, master) if "betas" in adam.defaults else adam.state[master]
+        """Return the optimizer state of a group's master tensor; empty for an optimizer without moments."""
+        inner_optimizer, master = self.optimizer.optimizer, self.masters[group]
+        return (
+            adam_state(inner_optimizer, master)
+            if "betas" in inner_optimizer.defaults
+            else inner_optimizer.state[master]
+        )
 
     def _piece(self, share: Share, kind: Kind, flat: Tensor) -> Piece:
         values = flat.detach()[share.offset : share.offset + share.length]
         return Piece(share.name, kind, share.shape, share.start, values)
 
     def _shares(self, model: nn.Module) -> Iterator[Share]:
-        find = self._of_zero3 if self.partitions_weights else self._of_zero2
+        find_slice = self._of_zero3 if self.partitions_weights else self._of_zero2
         for name, parameter in model.named_parameters():
-            share = find(name, parameter) if parameter.requires_grad else None
-            if share is not None and share.length > 0:
-                yield share
+            part = find_slice(name, parameter) if parameter.requires_grad else None
+            if part is not None and part.length > 0:
+                yield part
 
     def _of_zero2(self, name: str, parameter: Any) -> Share | None:
         mapping = parameter._hp_mapping  # None: this rank updates nothing of it
         if mapping is None:
             return None
-        inside, flat = mapping.lp_fragment_address, mapping.hp_fragment_address
+        parameter_address, master_address = mapping.lp_fragment_address, mapping.hp_fragment_address
         shape = tuple(parameter.shape)
-        return Share(name, parameter, shape, inside.start, inside.numel, mapping.param_group_index, flat.start)
+        return Share(
+            name,
+            parameter,
+            shape,
+            parameter_address.start,
+            parameter_address.numel,
+            mapping.param_group_index,
+            master_address.start,
+        )
 
     def _of_zero3(self, name: str, parameter: Any) -> Share:
-        group, offset, padded = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
-        start = padded * parameter.ds_zero_partition_rank
-        length = min(padded, parameter.ds_numel - start)  # the last ranks' slices end in padding
+        group, offset, padded_length = self.optimizer.grad_position[self.optimizer.get_param_id(parameter)]
+        start = padded_length * parameter.ds_zero_partition_rank
+        length = min(padded_length, parameter.ds_numel - start)  # the last ranks' slices end in padding
         return Share(name, parameter, tuple(parameter.ds_shape), start, length, group, offset)
