@@ -24,11 +24,11 @@ import traceback
 import hydra
 from hydra.core.hydra_config import HydraConfig
 
-from lit_vlm.config.compose import CONF, VERSION_BASE, register
-from lit_vlm.config.help import help_text
-from lit_vlm.config.multirun import check_multirun, launcher_in, refuse_launcher, refuse_secrets
-from lit_vlm.config.overrides import ConfigError, read_arguments, split_flags, with_implied
-from lit_vlm.config.parse import parse, refuse_typed_secrets, wrong_words
+from lit_vlm.config.compose import CONF_DIR, VERSION_BASE, register_schema
+from lit_vlm.config.help import format_help
+from lit_vlm.config.multirun import ensure_no_launcher, ensure_no_secrets, get_launcher, validate_multirun
+from lit_vlm.config.overrides import ConfigError, add_implied_overrides, parse_arguments, split_flags
+from lit_vlm.config.parse import collect_override_errors, ensure_no_typed_secrets, parse
 from lit_vlm.secrets import redact_terminal
 from lit_vlm.tasks import TASKS
 from lit_vlm.types import UserError
@@ -39,7 +39,7 @@ def main() -> None:
     handle_signals()
     redact_terminal()
     try:
-        start(sys.argv[1:])
+        dispatch(sys.argv[1:])
         sys.stdout.flush()
     except UserError as error:
         sys.exit(str(error) or 1)  # an empty message on a rank whose error another rank reports
@@ -47,57 +47,57 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def start(arguments: list[str]) -> None:
+def dispatch(arguments: list[str]) -> None:
     """Run one job in this process, or the command that a flag asks for."""
     flags, overrides = split_flags(arguments)
     if {"--help", "-h"} & set(flags):
-        print(help_text([*flags, *overrides]))
+        print(format_help([*flags, *overrides]))
     elif flags:
-        through_hydra(flags, overrides)
+        run_through_hydra(flags, overrides)
     else:
-        refuse_launcher(read_arguments(overrides))
+        ensure_no_launcher(parse_arguments(overrides))
         run = parse(overrides)
         TASKS[run.config.task](run)
 
 
-def through_hydra(flags: list[str], words: list[str]) -> None:
+def run_through_hydra(flags: list[str], overrides: list[str]) -> None:
     """Run with Hydra's own flags: --cfg job, -m, shell completion. All errors are reported before Hydra stops at the first."""
     names = {flag.partition("=")[0] for flag in flags}
     is_multirun, is_completing = bool({"-m", "--multirun"} & names), bool({"-sc", "--shell-completion"} & names)
     if not is_completing:
-        refuse_typed_secrets([*flags, *words])
-        words = with_implied(read_arguments(words))
-        if errors := wrong_words(words, sweep=is_multirun):
+        ensure_no_typed_secrets([*flags, *overrides])
+        overrides = add_implied_overrides(parse_arguments(overrides))
+        if errors := collect_override_errors(overrides, is_multirun=is_multirun):
             raise ConfigError([error for group in errors.values() for error in group])
         if is_multirun:
-            check_multirun(words)
+            validate_multirun(overrides)
         else:
-            refuse_secrets(words)
+            ensure_no_secrets(overrides)
             if not {"--cfg", "-c", "--info", "-i"} & names:
-                refuse_launcher(words)
-    register()
-    sys.argv = [sys.argv[0], *flags, *words]
-    if launcher_in(words) == "submitit_slurm" and not is_completing:
-        grid(words, submits=is_multirun)
+                ensure_no_launcher(overrides)
+    register_schema()
+    sys.argv = [sys.argv[0], *flags, *overrides]
+    if get_launcher(overrides) == "submitit_slurm" and not is_completing:
+        run_grid(overrides, is_submitted=is_multirun)
     else:
-        one_job()
+        run_job()
 
 
-def grid(words: list[str], submits: bool) -> None:
+def run_grid(overrides: list[str], is_submitted: bool) -> None:
     """Submit the jobs of -m as a Slurm job array, or show its config for `--cfg hydra`."""
-    from lit_vlm.config.launcher import errors_told, register_launcher
+    from lit_vlm.config.launcher import handle_launcher_errors, register_launcher
     from lit_vlm.tasks.submit import require_slurm
 
-    if submits:
+    if is_submitted:
         remedy = "leave it out, and -m runs the jobs here one by one"
         require_slurm("hydra/launcher=submitit_slurm", remedy, "sbatch", "srun")
-    register_launcher(words)
-    with errors_told():
-        one_job()
+    register_launcher(overrides)
+    with handle_launcher_errors():
+        run_job()
 
 
-@hydra.main(version_base=VERSION_BASE, config_path=str(CONF), config_name="config")
-def one_job(_: object) -> None:
+@hydra.main(version_base=VERSION_BASE, config_path=str(CONF_DIR), config_name="config")
+def run_job(_: object) -> None:
     """Run a job of -m. Its overrides are parsed as if they were given alone on a command line."""
     handle_signals()  # a submitit job does not start run.py
     redact_terminal()  # a submitit job starts without `main`
@@ -118,4 +118,4 @@ def one_job(_: object) -> None:
 
 if __name__ == "__main__":
     main()
-    handle_signals().settled = 0
+    handle_signals().final_status = 0

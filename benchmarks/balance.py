@@ -28,20 +28,20 @@ os.environ["OMP_NUM_THREADS"] = "1"
 import numpy as np
 
 from lit_vlm.cost import Flops
-from lit_vlm.data.index.columns import COLUMNS, FITTED, KINDS, LANGUAGES, Index
+from lit_vlm.data.index.columns import COLUMNS, KINDS, LANGUAGES, LENGTH_POLICY_COLUMNS, SampleIndex
 from lit_vlm.data.plan.plan import Plan
-from lit_vlm.types import Kind, Language
+from lit_vlm.types import Language, SampleKind
 
 SHAPES = ("lcs", "mix665k", "anyres")
 # token and tile limits of a micro-batch
-CAPS = {"lcs": (16384, 64), "mix665k": (16384, 64), "anyres": (32768, 96)}
+LIMITS = {"lcs": (16384, 64), "mix665k": (16384, 64), "anyres": (32768, 96)}
 # about four samples fill a micro-batch
-TIGHT = {"lcs": (4096, 16), "mix665k": (8192, 32), "anyres": (16384, 48)}
+TIGHT_LIMITS = {"lcs": (4096, 16), "mix665k": (8192, 32), "anyres": (16384, 48)}
 RANKS = (8, 64, 256)
-PER_RANK = (2, 4, 8, 16, 32)  # samples per rank and step
-GROUP = 50  # batches in a mega-batch of the length grouping of LLaVA and transformers
+SAMPLES_PER_RANK = (2, 4, 8, 16, 32)  # samples per rank and step
+MEGA_BATCH = 50  # batches in a mega-batch of the length grouping of LLaVA and transformers
 WINDOW = 2048  # samples that best-fit packs at a time
-GRID = np.repeat(
+GRID_TILES = np.repeat(
     np.arange(1, 10), [2, 6, 3, 8, 1, 5, 1, 2, 4]
 )  # tiles without the base view, repeated by their frequency
 VISION = {  # SigLIP so400m with 384 pixels; the last of its 27 layers is not run
@@ -57,7 +57,7 @@ TEXT = {  # Qwen2.5
     "7B": (3584, 28, 18944, 28, 4, 152064),
     "14B": (5120, 48, 13824, 40, 8, 152064),
 }
-NAMES = (
+TEXT_CONFIG_KEYS = (
     "hidden_size",
     "num_hidden_layers",
     "intermediate_size",
@@ -74,79 +74,81 @@ def main() -> None:
     parser.add_argument("--build", type=int, help=argparse.SUPPRESS)  # in a separate process
     arguments = parser.parse_args()
     if arguments.build:
-        print(json.dumps(built(arguments.build)))
+        print(json.dumps(measure_build(arguments.build)))
         return
-    rows = [row for shape in SHAPES for model in TEXT for row in balance(shape, model, arguments.steps)]
-    plans = [build(count) for count in arguments.plans]
-    result = {"balance": rows, "plans": plans, "versions": versions()}
+    rows = [row for shape in SHAPES for model in TEXT for row in compare_balance(shape, model, arguments.steps)]
+    plans = [measure_build_in_subprocess(count) for count in arguments.plans]
+    result = {"balance": rows, "plans": plans, "versions": get_versions()}
     path = Path(__file__).parent / "results" / "balance.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
-    show(result)
+    print_result(result)
 
 
-def balance(shape: str, model: str, most_steps: int) -> Iterator[dict[str, Any]]:
+def compare_balance(shape: str, model: str, max_steps: int) -> Iterator[dict[str, Any]]:
     """Yield the rows of one data shape and model: all contenders at each number of ranks.
 
     Our plan is also measured with few and many samples per rank, and with tight limits.
     """
-    flops = flops_of(model)
+    flops = make_flops(model)
     for ranks in RANKS:
         for per_rank, limits in [
-            *((number, CAPS[shape]) for number in PER_RANK),
-            (8, TIGHT[shape]),
-            (16, TIGHT[shape]),
+            *((number, LIMITS[shape]) for number in SAMPLES_PER_RANK),
+            (8, TIGHT_LIMITS[shape]),
+            (16, TIGHT_LIMITS[shape]),
         ]:
             batch = ranks * per_rank
-            steps = max(8, min(most_steps, 200_000 // batch))
-            index = index_of(shape, batch * steps)
+            steps = max(8, min(max_steps, 200_000 // batch))
+            index = make_index(shape, batch * steps)
             plan_options: dict[str, Any] = {
                 "flops": flops,
                 "global_batch_size": batch,
                 "world_size": ranks,
                 "max_steps": steps,
             }
-            plan = Plan(index, most_tokens=limits[0], most_tiles=limits[1], **plan_options)
+            plan = Plan(index, max_tokens=limits[0], max_tiles=limits[1], **plan_options)
             base = {"shape": shape, "model": model, "ranks": ranks, "samples_per_rank": per_rank, "steps": steps}
             base |= {"most_tokens": limits[0], "most_tiles": limits[1]}
-            yield base | {"way": "lit_vlm"} | ours(plan)
-            if per_rank == 8 and limits == CAPS[shape]:
-                for method, batches in ways(index, plan, np.random.default_rng(0)).items():
-                    yield base | {"way": method} | theirs(index, flops, batches, plan, padded="padded" in method)
+            yield base | {"way": "lit_vlm"} | measure_plan(plan)
+            if per_rank == 8 and limits == LIMITS[shape]:
+                for method, batches in make_baselines(index, plan, np.random.default_rng(0)).items():
+                    yield (
+                        base
+                        | {"way": method}
+                        | measure_baseline(index, flops, batches, plan, padded="padded" in method)
+                    )
 
 
-def ours(plan: Plan) -> dict[str, Any]:
+def measure_plan(plan: Plan) -> dict[str, Any]:
     """Measure the balance of a plan."""
-    stats = plan.balance()
+    stats = plan.measure_balance()
     return {
-        "k": plan.k,
+        "k": plan.accumulate_grad_batches,
         "micro_step": stats["micro_steps"]["mean"],
         "micro_step_worst": stats["micro_steps"]["min"],
         "rank": stats["ranks"]["mean"],
         "rank_worst": stats["ranks"]["min"],
         "padding": stats["padding"],
-        "above_a_cap": int(
-            stats["tokens"]["largest"] > plan.most_tokens or stats["tiles"]["largest"] > plan.most_tiles
-        ),
-        "fill": stats["tokens"]["mean"] / plan.most_tokens,
+        "above_a_cap": int(stats["tokens"]["largest"] > plan.max_tokens or stats["tiles"]["largest"] > plan.max_tiles),
+        "fill": stats["tokens"]["mean"] / plan.max_tokens,
     }
 
 
-def ways(index: Index, plan: Plan, generator: np.random.Generator) -> dict[str, list[np.ndarray]]:
+def make_baselines(index: SampleIndex, plan: Plan, generator: np.random.Generator) -> dict[str, list[np.ndarray]]:
     """Make the baselines: for each method, the batches of samples in the order in which the ranks take them.
 
     Batches of fixed size hold as many samples as the micro-batches of this plan on average. The packing baselines fill up
     to the token limit and have no tile limit.
     """
-    draws = plan.draws().astype(np.int64)
-    size = max(1, round(len(draws) / (plan.num_steps * plan.k * plan.world_size)))
-    grouped = by_length(index, draws, size, plan.world_size, generator)
+    draws = plan.get_sample_sequence().astype(np.int64)
+    size = max(1, round(len(draws) / (plan.num_steps * plan.accumulate_grad_batches * plan.world_size)))
+    grouped = group_by_length(index, draws, size, plan.world_size, generator)
     packings: dict[str, Callable[[np.ndarray, np.ndarray, int], list[np.ndarray]]] = {
-        "next-fit packing": next_fit,
-        "best-fit packing": best_fit,
+        "next-fit packing": pack_next_fit,
+        "best-fit packing": pack_best_fit,
     }
     baselines = {"random batches, padded": split(draws, size), "length-grouped, padded": split(grouped, size)}
     for name, pack in packings.items():
-        packs = pack(draws, index.tokens[draws].astype(np.int64), plan.most_tokens)
+        packs = pack(draws, index.tokens[draws].astype(np.int64), plan.max_tokens)
         baselines[name] = [packs[i] for i in generator.permutation(len(packs))]
     return baselines
 
@@ -156,7 +158,9 @@ def split(samples: np.ndarray, size: int) -> list[np.ndarray]:
     return list(samples[: len(samples) // size * size].reshape(-1, size))
 
 
-def by_length(index: Index, draws: np.ndarray, size: int, ranks: int, generator: np.random.Generator) -> np.ndarray:
+def group_by_length(
+    index: SampleIndex, draws: np.ndarray, size: int, ranks: int, generator: np.random.Generator
+) -> np.ndarray:
     """Group samples by length as LLaVA's `group_by_modality_length`.
 
     Samples with and without images are kept separate. Each group is split into mega-batches sorted by length, so that the
@@ -164,32 +168,32 @@ def by_length(index: Index, draws: np.ndarray, size: int, ranks: int, generator:
     """
     step, step_batches = size * ranks, []
     for part in (draws[index.images[draws] > 0], draws[index.images[draws] == 0]):
-        for start in range(0, len(part), step * GROUP):
-            mega_batch = part[start : start + step * GROUP]
+        for start in range(0, len(part), step * MEGA_BATCH):
+            mega_batch = part[start : start + step * MEGA_BATCH]
             mega_batch = mega_batch[np.argsort(-index.tokens[mega_batch], kind="stable")]
             step_batches += [mega_batch[i : i + step] for i in range(0, len(mega_batch) - step + 1, step)]
     return np.concatenate([step_batches[i] for i in generator.permutation(len(step_batches))] or [draws[:0]])
 
 
-def next_fit(samples: np.ndarray, tokens: np.ndarray, cap: int) -> list[np.ndarray]:
+def pack_next_fit(samples: np.ndarray, tokens: np.ndarray, max_tokens: int) -> list[np.ndarray]:
     """Pack samples in order by next-fit: open a new pack when the current one is full."""
     bounds, num_tokens = [0], 0
     for i, length in enumerate(tokens.tolist()):
-        if num_tokens + length > cap:
+        if num_tokens + length > max_tokens:
             bounds.append(i)
             num_tokens = 0
         num_tokens += length
     return [samples[begin:end] for begin, end in zip(bounds, [*bounds[1:], len(samples)], strict=True)]
 
 
-def best_fit(samples: np.ndarray, tokens: np.ndarray, cap: int) -> list[np.ndarray]:
+def pack_best_fit(samples: np.ndarray, tokens: np.ndarray, max_tokens: int) -> list[np.ndarray]:
     """Pack samples by best-fit decreasing within a window: longest first, into the fullest pack with room."""
     packs = []
     for start in range(0, len(samples), WINDOW):
         part, lengths = samples[start : start + WINDOW], tokens[start : start + WINDOW]
-        room, pack_members = np.full(len(part), cap), [list[int]() for _ in part]
+        room, pack_members = np.full(len(part), max_tokens), [list[int]() for _ in part]
         for i in np.argsort(-lengths, kind="stable").tolist():
-            fits = np.where(room >= lengths[i], room, cap + 1)
+            fits = np.where(room >= lengths[i], room, max_tokens + 1)
             best = int(fits.argmin())  # an empty pack has the most room, so it is chosen last
             pack_members[best].append(i)
             room[best] -= lengths[i]
@@ -197,18 +201,20 @@ def best_fit(samples: np.ndarray, tokens: np.ndarray, cap: int) -> list[np.ndarr
     return packs
 
 
-def theirs(index: Index, flops: Flops, batches: list[np.ndarray], plan: Plan, *, padded: bool) -> dict[str, Any]:
+def measure_baseline(
+    index: SampleIndex, flops: Flops, batches: list[np.ndarray], plan: Plan, *, padded: bool
+) -> dict[str, Any]:
     """Measure the balance of a baseline, whose batches go to the ranks in turn.
 
     Ranks wait for each other in each micro-step, and after `k` micro-steps.
     """
-    ranks, k = plan.world_size, plan.k
+    ranks, k = plan.world_size, plan.accumulate_grad_batches
     steps = len(batches) // (ranks * k)
     batches = batches[: steps * ranks * k]
     tokens = [index.tokens[batch].astype(np.int64) for batch in batches]
     slots = [np.full(len(t), t.max()) if padded else t for t in tokens]
     batch_flops = [
-        flops.of(t, t**2, index.tiles[batch], index.supervised[batch]).sum()
+        flops.compute(t, t**2, index.tiles[batch], index.supervised[batch]).sum()
         for t, batch in zip(slots, batches, strict=True)
     ]
     flops_by_step = np.array(batch_flops).reshape(steps, k, ranks)
@@ -216,7 +222,7 @@ def theirs(index: Index, flops: Flops, batches: list[np.ndarray], plan: Plan, *,
     rank = flops_by_step.sum(axis=(1, 2)) / ranks / flops_by_step.sum(axis=1).max(axis=1)
     real_tokens, padded_tokens = sum(int(t.sum()) for t in tokens), sum(int(t.sum()) for t in slots)
     above = [
-        s.sum() > plan.most_tokens or index.tiles[batch].sum() > plan.most_tiles
+        s.sum() > plan.max_tokens or index.tiles[batch].sum() > plan.max_tiles
         for s, batch in zip(slots, batches, strict=True)
     ]
     return {
@@ -227,22 +233,22 @@ def theirs(index: Index, flops: Flops, batches: list[np.ndarray], plan: Plan, *,
         "rank_worst": float(rank.min()),
         "padding": 1 - real_tokens / padded_tokens,
         "above_a_cap": float(np.mean(above)),
-        "fill": padded_tokens / len(batches) / plan.most_tokens,
+        "fill": padded_tokens / len(batches) / plan.max_tokens,
     }
 
 
-def build(count: int) -> dict[str, Any]:
+def measure_build_in_subprocess(count: int) -> dict[str, Any]:
     """Run `measure_build` in a subprocess, whose memory holds only the plan and the index."""
     command = [sys.executable, "-m", "benchmarks.balance", "--build", str(count)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
-def built(count: int) -> dict[str, Any]:
+def measure_build(count: int) -> dict[str, Any]:
     """Measure time and memory to build, re-pack, open and read a plan of `count` samples."""
-    index = index_of("anyres", count)
+    index = make_index("anyres", count)
     index.columns["digest"] = np.random.default_rng(0).integers(0, 1 << 63, count).astype(np.uint64)
     options: dict[str, Any] = {
-        "flops": flops_of("7B"),
+        "flops": make_flops("7B"),
         "global_batch_size": 512,
         "most_tokens": 32768,
         "most_tiles": 96,
@@ -253,12 +259,12 @@ def built(count: int) -> dict[str, Any]:
         Plan(index, world_size=64, store=store, **options)
         build_seconds, start = time.perf_counter() - start, time.perf_counter()
         Plan(index, world_size=8, store=store, **options)
-        repack_seconds, peak, start = time.perf_counter() - start, memory(), time.perf_counter()
-        plan = Plan(index, world_size=64, store=store, digest=index.digest(), **options)
+        repack_seconds, peak, start = time.perf_counter() - start, get_peak_memory(), time.perf_counter()
+        plan = Plan(index, world_size=64, store=store, digest=index.compute_digest(), **options)
         open_seconds = time.perf_counter() - start
         size = sum(path.stat().st_size for path in store.glob("*.arrow"))
         times = sorted(
-            timed(plan, step) for step in np.random.default_rng(0).integers(0, plan.num_steps, 1000).tolist()
+            measure_step(plan, step) for step in np.random.default_rng(0).integers(0, plan.num_steps, 1000).tolist()
         )
     return {
         "samples": count,
@@ -274,25 +280,25 @@ def built(count: int) -> dict[str, Any]:
     }
 
 
-def timed(plan: Plan, step: int) -> float:
+def measure_step(plan: Plan, step: int) -> float:
     """Measure the seconds to read one step of a plan."""
     start = time.perf_counter()
-    plan.step(step)
+    plan.get_step(step)
     return time.perf_counter() - start
 
 
-def memory() -> int:
+def get_peak_memory() -> int:
     """Return the peak resident bytes of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def flops_of(model: str) -> Flops:
+def make_flops(model: str) -> Flops:
     """Make the FLOP model of a Qwen2.5 size with SigLIP, both trained."""
-    config = {"text_config": dict(zip(NAMES, TEXT[model], strict=True)), "vision_config": VISION}
+    config = {"text_config": dict(zip(TEXT_CONFIG_KEYS, TEXT[model], strict=True)), "vision_config": VISION}
     return Flops.from_config(config, trains_tower=True, trains_language_model=True)
 
 
-def index_of(shape: str, count: int) -> Index:
+def make_index(shape: str, count: int) -> SampleIndex:
     """Make an index of synthetic samples with the length distribution of a data set.
 
     `lcs`: one tile and a short caption. `mix665k`: one tile and a dialogue, 6 % text only. `anyres`: up to ten tiles, 15 %
@@ -300,41 +306,41 @@ def index_of(shape: str, count: int) -> Index:
     """
     generator = np.random.default_rng(0)
 
-    def lognormal(median: float, sigma: float, low: int, high: int) -> np.ndarray:
+    def sample_lognormal(median: float, sigma: float, low: int, high: int) -> np.ndarray:
         return np.clip(np.round(median * np.exp(sigma * generator.standard_normal(count))), low, high).astype(np.int32)
 
     if shape == "lcs":
-        answer, tiles = lognormal(13, 0.4, 5, 77), np.ones(count, dtype=np.int32)
+        answer, tiles = sample_lognormal(13, 0.4, 5, 77), np.ones(count, dtype=np.int32)
         tokens = 735 + answer
     else:
-        answer, anyres = lognormal(150, 0.8, 20, 1300), shape == "anyres"
+        answer, anyres = sample_lognormal(150, 0.8, 20, 1300), shape == "anyres"
         is_text = generator.random(count) < (0.15 if anyres else 0.06)
         has_one_tile = generator.random(count) < 0.15 / 0.85
         extra = (
-            np.where(has_one_tile, 0, generator.choice(GRID, count)).astype(np.int32)
+            np.where(has_one_tile, 0, generator.choice(GRID_TILES, count)).astype(np.int32)
             if anyres
             else np.zeros(count, np.int32)
         )
         tiles = np.where(is_text, 0, 1 + extra).astype(np.int32)
         tokens = np.where(
-            is_text, lognormal(700, 0.8, 40, 4096 if anyres else 2048), 729 * (1 + extra) + 27 * extra + answer
+            is_text, sample_lognormal(700, 0.8, 40, 4096 if anyres else 2048), 729 * (1 + extra) + 27 * extra + answer
         )
     values = {"tokens": tokens, "tiles": tiles, "images": tiles > 0, "supervised": np.minimum(answer, tokens // 2)}
     values |= {"squares": tokens.astype(np.int64) ** 2, "position": np.arange(count)}
     defaults = {
-        "kind": KINDS.index(Kind.instruction),
+        "kind": KINDS.index(SampleKind.instruction),
         "language": LANGUAGES.index(Language.en),
         "most_tiles": -1,
         "turns": -1,
     }
     columns = {
         name: values[name].astype(dtype) if name in values else np.full(count, defaults.get(name, 0), dtype)
-        for name, dtype in {**COLUMNS, **FITTED}.items()
+        for name, dtype in {**COLUMNS, **LENGTH_POLICY_COLUMNS}.items()
     }
-    return Index([_Made(shape)], np.zeros(count, dtype=np.int16), columns)
+    return SampleIndex([_SyntheticSource(shape)], np.zeros(count, dtype=np.int16), columns)
 
 
-class _Made:
+class _SyntheticSource:
     """Source of synthetic samples."""
 
     digest = ""
@@ -343,13 +349,13 @@ class _Made:
         self.name = name
 
 
-def versions() -> dict[str, str]:
+def get_versions() -> dict[str, str]:
     import pyarrow
 
     return {"python": sys.version.split()[0], "numpy": np.__version__, "pyarrow": pyarrow.__version__}
 
 
-def show(result: dict[str, Any]) -> None:
+def print_result(result: dict[str, Any]) -> None:
     """Print the rows of the 7B model; the file holds all rows."""
     print("shape    ranks  per    cap  k  way                      micro   rank  worst  padding  > cap")
     for row in result["balance"]:

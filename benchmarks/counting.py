@@ -22,22 +22,22 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_vlm.config.schema import ModelConfig, Strategy, TrainerConfig
+from lit_vlm.config.schema import ModelConfig, StrategyName, TrainerConfig
 from lit_vlm.data.builtin import BuiltinSource
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.processor import Processor
 from lit_vlm.engine.strategy import make_strategy
-from lit_vlm.engine.trainer import leave_process_group, quiet
-from lit_vlm.model.build import draw_up
+from lit_vlm.engine.trainer import close_process_group, disable_library_warnings
+from lit_vlm.model.build import load_model_spec
 from lit_vlm.stages import SFTStage
 from lit_vlm.types import Language
 
 # After two steps the engines are warm: DDP has ordered its buckets, and DeepSpeed knows the order of layers.
 COUNTED_STEP = 2
-FEW = 64  # bytes; such messages are values for logging and norms for gradient clipping
+SMALL_BYTES = 64  # bytes; such messages are values for logging and norms for gradient clipping
 
 
-class Collectives(TorchDispatchMode):
+class CollectiveCounter(TorchDispatchMode):
     """Counter of the bytes of the full tensor in each collective, by kind. Small messages are counted separately."""
 
     def __init__(self) -> None:
@@ -47,87 +47,90 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            kind, size = self._seen(func._schema.name.removeprefix("c10d::").strip("_"), args)
+            kind, size = self._classify(func._schema.name.removeprefix("c10d::").strip("_"), args)
             if kind:
-                kind = f"{kind}, small" if size <= FEW else kind
+                kind = f"{kind}, small" if size <= SMALL_BYTES else kind
                 self.bytes[kind] += size
                 self.calls[kind] += 1
         return func(*args, **(kwargs or {}))
 
     @staticmethod
-    def _seen(name: str, args: Any) -> tuple[str, int]:
+    def _classify(name: str, args: Any) -> tuple[str, int]:
         if name.startswith("allreduce"):
-            return "all-reduce", _bytes(args[0])
+            return "all-reduce", _count_bytes(args[0])
         if name.startswith("allgather"):
-            return "all-gather", _bytes(args[0])  # the output is the full tensor
+            return "all-gather", _count_bytes(args[0])  # the output is the full tensor
         if name.startswith("reduce_scatter"):
-            return "reduce-scatter", _bytes(args[1])  # the input is the full tensor
-        return ("", 0) if name in ("barrier", "monitored_barrier") else (name, _bytes(args[0]))
+            return "reduce-scatter", _count_bytes(args[1])  # the input is the full tensor
+        return ("", 0) if name in ("barrier", "monitored_barrier") else (name, _count_bytes(args[0]))
 
 
-def _bytes(tensors: Any) -> int:
+def _count_bytes(tensors: Any) -> int:
     if isinstance(tensors, torch.Tensor):
         return tensors.numel() * tensors.element_size()
-    return sum(map(_bytes, tensors))
+    return sum(map(_count_bytes, tensors))
 
 
-class CountOneStep(L.Callback):
+class StepCounter(L.Callback):
     """Counts collectives from the first micro-step of a step to the end of its update."""
 
     def __init__(self) -> None:
-        self.counter = Collectives()
+        self.counter = CollectiveCounter()
         self.states: dict[str, int] = {}
 
     def on_before_optimizer_step(self, trainer: L.Trainer, stage: Any, optimizer: Any) -> None:
-        self.states = states(trainer, stage.model)
+        self.states = measure_states(trainer, stage.model)
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == COUNTED_STEP and self._micro(trainer) == 0:
+        if trainer.global_step == COUNTED_STEP and self._get_micro_step(trainer) == 0:
             self.counter.__enter__()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == COUNTED_STEP + 1 and self._micro(trainer) == trainer.accumulate_grad_batches - 1:
+        if (
+            trainer.global_step == COUNTED_STEP + 1
+            and self._get_micro_step(trainer) == trainer.accumulate_grad_batches - 1
+        ):
             self.counter.__exit__(None, None, None)
 
-    def _micro(self, trainer: L.Trainer) -> int:
+    def _get_micro_step(self, trainer: L.Trainer) -> int:
         return trainer.fit_loop.epoch_loop.batch_idx % trainer.accumulate_grad_batches
 
 
-def states(trainer: L.Trainer, model: Any) -> dict[str, int]:
+def measure_states(trainer: L.Trainer, model: Any) -> dict[str, int]:
     """Measure the state bytes of this rank between the last backward pass of a step and its update."""
     zero_optimizer = getattr(getattr(trainer.strategy, "deepspeed_engine", None), "optimizer", None)
     parameters = list(model.parameters())
-    sizes = {"weights": sum(_bytes(_local(p)) for p in parameters)}
+    sizes = {"weights": sum(_count_bytes(_get_local(p)) for p in parameters)}
     if zero_optimizer is None:
-        sizes["gradients"] = sum(_bytes(_local(p.grad)) for p in parameters if p.grad is not None)
+        sizes["gradients"] = sum(_count_bytes(_get_local(p.grad)) for p in parameters if p.grad is not None)
         adam = trainer.optimizers[0]
     else:
         partitioned = hasattr(zero_optimizer, "fp32_partitioned_groups_flat")
-        sizes["float32 masters"] = _bytes(
+        sizes["float32 masters"] = _count_bytes(
             zero_optimizer.fp32_partitioned_groups_flat
             if partitioned
             else zero_optimizer.single_partition_of_fp32_groups
         )
-        sizes["gradients"] = sum(_bytes(group) for group in zero_optimizer.averaged_gradients.values() if group)
+        sizes["gradients"] = sum(_count_bytes(group) for group in zero_optimizer.averaged_gradients.values() if group)
         adam = zero_optimizer.optimizer
-    moments = (_local(state[name]) for state in adam.state.values() for name in ("exp_avg", "exp_avg_sq"))
-    return sizes | {"AdamW's moments": sum(map(_bytes, moments))}
+    moments = (_get_local(state[name]) for state in adam.state.values() for name in ("exp_avg", "exp_avg_sq"))
+    return sizes | {"AdamW's moments": sum(map(_count_bytes, moments))}
 
 
-def _local(tensor: Any) -> torch.Tensor:
+def _get_local(tensor: Any) -> torch.Tensor:
     if hasattr(tensor, "ds_tensor"):  # DeepSpeed's partition
         return tensor.ds_tensor
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def main(strategy: str, micro_steps: str, precision: str, out: str, tower: str, language: str) -> None:
-    quiet()
+def main(strategy: str, num_micro_batches: str, precision: str, out: str, tower: str, language: str) -> None:
+    disable_library_warnings()
     torch.set_num_threads(1)
-    world, accumulation_steps = int(os.environ["WORLD_SIZE"]), int(micro_steps)
-    blueprint = draw_up(ModelConfig(vision_tower=tower, language_model=language, grid=2, max_tiles=4))
+    world, accumulation_steps = int(os.environ["WORLD_SIZE"]), int(num_micro_batches)
+    blueprint = load_model_spec(ModelConfig(vision_tower=tower, language_model=language, grid=2, max_tiles=4))
     stage = SFTStage(blueprint)
-    settings = TrainerConfig(accelerator="cpu", devices=world, strategy=Strategy(strategy), precision=precision)
-    settings.shard_size = max(1, world // 2) if settings.strategy is Strategy.hsdp else None
+    settings = TrainerConfig(accelerator="cpu", devices=world, strategy=StrategyName(strategy), precision=precision)
+    settings.shard_size = max(1, world // 2) if settings.strategy is StrategyName.hsdp else None
     source = BuiltinSource("caption_ko", "caption", language=Language.ko, num_samples=20 * world)
     samples = 4 * world * accumulation_steps
     data = DataModule(
@@ -139,11 +142,11 @@ def main(strategy: str, micro_steps: str, precision: str, out: str, tower: str, 
         tokens_per_micro_batch=1 << 20 if accumulation_steps == 1 else 200,
         num_workers=0,
     )
-    step_counter = CountOneStep()
+    step_counter = StepCounter()
     trainer = L.Trainer(
         accelerator="cpu",
         devices=world,
-        strategy=_strategy(settings),
+        strategy=_make_strategy(settings),
         precision=precision,
         gradient_clip_val=1.0,
         max_epochs=1,
@@ -164,12 +167,18 @@ def main(strategy: str, micro_steps: str, precision: str, out: str, tower: str, 
         max_states = {
             name: max(rank_result["states"][name] for rank_result in rank_results) for name in step_counter.states
         }
-        result = {"strategy": strategy, "precision": precision, "ranks": world, "k": data.plan.k, "alike": all_equal}
-        Path(out).write_text(json.dumps(result | sizes_of(stage.model) | counted | {"states": max_states}))
-    leave_process_group()
+        result = {
+            "strategy": strategy,
+            "precision": precision,
+            "ranks": world,
+            "k": data.plan.accumulate_grad_batches,
+            "alike": all_equal,
+        }
+        Path(out).write_text(json.dumps(result | count_parameters(stage.model) | counted | {"states": max_states}))
+    close_process_group()
 
 
-def sizes_of(model: Any) -> dict[str, int]:
+def count_parameters(model: Any) -> dict[str, int]:
     """Count the parameters that the communication formulas need.
 
     `root`: parameters outside of all layers, which FSDP2 gathers once instead of twice. `table`: parameters of embeddings
@@ -184,13 +193,13 @@ def sizes_of(model: Any) -> dict[str, int]:
     return {"total": total, "trainable": total - frozen, "root": root, "table": table}
 
 
-def _strategy(settings: TrainerConfig) -> Any:
+def _make_strategy(settings: TrainerConfig) -> Any:
     """Make the strategy of this project, with ZeRO-3 set to partition all weights.
 
     By default ZeRO-3 would keep a model of this size unpartitioned.
     """
     strategy: Any = make_strategy(settings)
-    if settings.strategy is Strategy.deepspeed_zero3:
+    if settings.strategy is StrategyName.deepspeed_zero3:
         strategy.config["zero_optimization"] |= {
             "stage3_param_persistence_threshold": 0,  # elements of a weight that stays unpartitioned
             "stage3_max_live_parameters": 0,

@@ -37,10 +37,10 @@ from lit_vlm.data.builtin import BuiltinSource
 from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
 from lit_vlm.engine.deepspeed import ZeroStrategy
-from lit_vlm.engine.run_folder import versions
-from lit_vlm.engine.trainer import leave_process_group, quiet
-from lit_vlm.model.build import Blueprint, draw_up
-from lit_vlm.model.tiny import tiny_parts
+from lit_vlm.engine.run_folder import get_package_versions
+from lit_vlm.engine.trainer import close_process_group, disable_library_warnings
+from lit_vlm.model.build import ModelSpec, load_model_spec
+from lit_vlm.model.tiny import make_tiny_parts
 from lit_vlm.stages import SFTStage
 from lit_vlm.stages.optimizer import make_optimizer
 from lit_vlm.types import Batch, Language
@@ -59,15 +59,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     arguments = parser.parse_args()
     if "RANK" in os.environ:
-        return one_rank(arguments)
+        return run_rank(arguments)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={arguments.ranks}"]
     command = [sys.executable, *launcher, "-m", "benchmarks.engine_step", *sys.argv[1:]]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
-def one_rank(arguments: argparse.Namespace) -> None:
+def run_rank(arguments: argparse.Namespace) -> None:
     """Run the benchmark on this rank; rank 0 writes the result."""
-    quiet()
+    disable_library_warnings()
     logging.getLogger("lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
@@ -79,45 +79,45 @@ def one_rank(arguments: argparse.Namespace) -> None:
         known = json.loads(OUT.read_text()) if OUT.is_file() else {}
         OUT.write_text(json.dumps(known | {name: result}, indent=2) + "\n")
         print({key: value for key, value in result.items() if key != "versions"})
-    leave_process_group()
+    close_process_group()
 
 
-class Alternate(L.Callback):
+class BareLoopCallback(L.Callback):
     """Runs a step of the bare loop after each step of the trainer, and records wall seconds, CPU seconds and losses."""
 
     def __init__(self, step: Callable[[Batch], torch.Tensor]) -> None:
         self.step = step
-        self.ours: list[tuple[float, float]] = []
-        self.bare: list[tuple[float, float]] = []
-        self.apart = 0.0  # maximum relative difference of the losses
-        self.began = (0.0, 0.0)
+        self.trainer_seconds: list[tuple[float, float]] = []
+        self.bare_seconds: list[tuple[float, float]] = []
+        self.max_loss_difference = 0.0  # maximum relative difference of the losses
+        self.start = (0.0, 0.0)
 
     def on_train_start(self, trainer, pl_module):
-        self.began = now()
+        self.start = read_clocks()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        trainer_end = now()
+        trainer_end = read_clocks()
         loss = self.step(batch)
-        bare_end = now()
-        self.ours.append((trainer_end[0] - self.began[0], trainer_end[1] - self.began[1]))
-        self.bare.append((bare_end[0] - trainer_end[0], bare_end[1] - trainer_end[1]))
-        trainer_loss = float(pl_module._partial)
-        self.apart = max(self.apart, abs(float(loss) - trainer_loss) / trainer_loss)
-        self.began = now()
+        bare_end = read_clocks()
+        self.trainer_seconds.append((trainer_end[0] - self.start[0], trainer_end[1] - self.start[1]))
+        self.bare_seconds.append((bare_end[0] - trainer_end[0], bare_end[1] - trainer_end[1]))
+        trainer_loss = float(pl_module._accumulated_loss)
+        self.max_loss_difference = max(self.max_loss_difference, abs(float(loss) - trainer_loss) / trainer_loss)
+        self.start = read_clocks()
 
 
-def now() -> tuple[float, float]:
+def read_clocks() -> tuple[float, float]:
     """Read the wall clock and the CPU clock in seconds."""
     return time.perf_counter(), time.process_time()
 
 
 def compare(folder: Path, arguments: argparse.Namespace) -> dict:
     """Measure the ratio of step times. Raise SystemExit if the losses differ: such a ratio would be meaningless."""
-    tower, language = tiny_parts(folder / "parts")
-    blueprint = draw_up(ModelConfig(vision_tower=tower, language_model=language, grid=2, max_tiles=4))
+    tower, language = make_tiny_parts(folder / "parts")
+    blueprint = load_model_spec(ModelConfig(vision_tower=tower, language_model=language, grid=2, max_tiles=4))
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    alternate = Alternate(lambda batch: torch.tensor(0.0))
-    strategy = Bare(blueprint, alternate, arguments.stage)
+    alternate = BareLoopCallback(lambda batch: torch.tensor(0.0))
+    strategy = BareLoopStrategy(blueprint, alternate, arguments.stage)
     trainer = L.Trainer(
         accelerator="cpu",
         devices=world,
@@ -133,13 +133,15 @@ def compare(folder: Path, arguments: argparse.Namespace) -> dict:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    batches = micro_batches(blueprint, arguments.batch, arguments.steps + WARM_UP, rank, world)
+    batches = make_micro_batches(blueprint, arguments.batch, arguments.steps + WARM_UP, rank, world)
     trainer.fit(make_stage(blueprint), DataLoader(batches, batch_size=None, shuffle=False))  # type: ignore[arg-type]
-    if alternate.apart > 1e-5:
-        raise SystemExit(f"The losses differ by {alternate.apart:.1e}. No ratio is printed.")
+    if alternate.max_loss_difference > 1e-5:
+        raise SystemExit(f"The losses differ by {alternate.max_loss_difference:.1e}. No ratio is printed.")
     clocks = {}
     for i, clock in enumerate(("wall", "cpu")):
-        ours, bare = ([pair[i] for pair in seconds[WARM_UP:]] for seconds in (alternate.ours, alternate.bare))
+        ours, bare = (
+            [pair[i] for pair in seconds[WARM_UP:]] for seconds in (alternate.trainer_seconds, alternate.bare_seconds)
+        )
         ratios = [mine / other for mine, other in zip(ours, bare, strict=True)]
         clocks[clock] = {
             "median_ratio": statistics.median(ratios),
@@ -149,38 +151,38 @@ def compare(folder: Path, arguments: argparse.Namespace) -> dict:
         }
     return {
         **clocks,
-        "largest_relative_difference": alternate.apart,
+        "largest_relative_difference": alternate.max_loss_difference,
         "ranks": world,
         "batch": arguments.batch,
         "steps": arguments.steps,
         "load": os.getloadavg(),
-        "versions": versions(),
+        "versions": get_package_versions(),
     }
 
 
-def make_stage(blueprint: Blueprint) -> SFTStage:
+def make_stage(blueprint: ModelSpec) -> SFTStage:
     return SFTStage(blueprint, learning_rate=1e-3, schedule="constant", warmup=0)
 
 
-class Bare(ZeroStrategy):
+class BareLoopStrategy(ZeroStrategy):
     """ZeRO strategy that also creates the engine of the bare loop, after the process group is initialised."""
 
-    def __init__(self, blueprint: Blueprint, alternate: Alternate, stage: int) -> None:
+    def __init__(self, blueprint: ModelSpec, alternate: BareLoopCallback, stage: int) -> None:
         super().__init__(stage)
         self.blueprint, self.alternate = blueprint, alternate
 
     def setup(self, trainer: L.Trainer) -> None:
         super().setup(trainer)
-        self.alternate.step = self.bare_loop()
+        self.alternate.step = self.make_bare_step()
 
-    def bare_loop(self) -> Callable[[Batch], torch.Tensor]:
+    def make_bare_step(self) -> Callable[[Batch], torch.Tensor]:
         """Make the step function of the bare loop over its own DeepSpeed engine."""
         import deepspeed
 
         stage = make_stage(self.blueprint)
         stage.configure_model()
-        stage.set_modes()
-        optimizer = make_optimizer(stage.model, stage.options)
+        stage.set_train_modes()
+        optimizer = make_optimizer(stage.model, stage.optimizer_options)
         engine, *_ = deepspeed.initialize(model=stage.model, optimizer=optimizer, config=self.config)
         world = self.world_size
 
@@ -194,7 +196,7 @@ class Bare(ZeroStrategy):
         return step
 
 
-def micro_batches(blueprint: Blueprint, size: int, steps: int, rank: int, world: int) -> list[Batch]:
+def make_micro_batches(blueprint: ModelSpec, size: int, steps: int, rank: int, world: int) -> list[Batch]:
     """Make the collated micro-batches of this rank, one per step."""
     processor = Processor(blueprint.tokenizer, blueprint.images)
     count = size * world * steps // len(KINDS) + 1

@@ -11,11 +11,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lit_vlm.cost.shape import Shape
+from lit_vlm.cost.shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True)
-class Size:
+class RecordSize:
     """Token counts of one record: a sample has one answer, a preference pair has two."""
 
     prompt: int  # tokens before the (first) answer, image tokens included
@@ -50,32 +50,36 @@ class Recipe:
     reference: float = 0.0  # reference-model forward passes per step: 1 online, 1 / epochs if cached
 
 
-def step_flops(shape: Shape, recipe: Recipe, sizes: Sequence[Size]) -> float:
+def compute_step_flops(shape: ModelShape, recipe: Recipe, sizes: Sequence[RecordSize]) -> float:
     """Compute the FLOPs of one optimizer step over these records: forward and backward, without the optimizer."""
     sorted_sizes = sorted(sizes, key=lambda size: max(size.lengths)) if recipe.micro_batches > 1 else list(sizes)
     records_per_batch = -(-len(sorted_sizes) // recipe.micro_batches)
     micro_batches = [
         sorted_sizes[start : start + records_per_batch] for start in range(0, len(sorted_sizes), records_per_batch)
     ]
-    return sum(_micro_batch(shape, recipe, part) for part in micro_batches)
+    return sum(_compute_micro_batch(shape, recipe, part) for part in micro_batches)
 
 
-def ratio_bound(shape: Shape, peer: Recipe, ours: Recipe, sizes: Sequence[Sequence[Size]]) -> float:
+def compute_ratio_bound(shape: ModelShape, peer: Recipe, ours: Recipe, sizes: Sequence[Sequence[RecordSize]]) -> float:
     """Compute the maximum speed-up of `ours` over `peer` for these steps, from FLOPs alone."""
-    return sum(step_flops(shape, peer, step) for step in sizes) / sum(step_flops(shape, ours, step) for step in sizes)
+    return sum(compute_step_flops(shape, peer, step) for step in sizes) / sum(
+        compute_step_flops(shape, ours, step) for step in sizes
+    )
 
 
-def _micro_batch(shape: Shape, recipe: Recipe, sizes: Sequence[Size]) -> float:
+def _compute_micro_batch(shape: ModelShape, recipe: Recipe, sizes: Sequence[RecordSize]) -> float:
     learns = int(recipe.trains_language_model)
     backward = 1 + max(learns, int(recipe.frozen_weight_gradients))
-    policy = _language_model(shape, recipe, sizes, 1 + backward + recipe.recomputes, 3 + recipe.recomputes)
-    policy += _head(shape, recipe, sizes, 1 + backward + recipe.head_recomputes)
-    reference = _language_model(shape, recipe, sizes, 1, 1) + _head(shape, recipe, sizes, 1)
+    policy = _compute_language_model(shape, recipe, sizes, 1 + backward + recipe.recomputes, 3 + recipe.recomputes)
+    policy += _compute_head(shape, recipe, sizes, 1 + backward + recipe.head_recomputes)
+    reference = _compute_language_model(shape, recipe, sizes, 1, 1) + _compute_head(shape, recipe, sizes, 1)
     tiles = sum(size.tiles for size in sizes)
-    return policy + recipe.reference * reference + tiles * _tile(shape, recipe)
+    return policy + recipe.reference * reference + tiles * _compute_tile(shape, recipe)
 
 
-def _language_model(shape: Shape, recipe: Recipe, sizes: Sequence[Size], passes: int, attention_passes: int) -> float:
+def _compute_language_model(
+    shape: ModelShape, recipe: Recipe, sizes: Sequence[RecordSize], passes: int, attention_passes: int
+) -> float:
     """Compute the FLOPs of the language-model layers.
 
     Matrix products count `passes` times (forward, two gradients, recomputation), attention `attention_passes` times.
@@ -92,17 +96,20 @@ def _language_model(shape: Shape, recipe: Recipe, sizes: Sequence[Size], passes:
         pair_squares = size.prompt**2 + sum(2 * answer * size.prompt + answer**2 for answer in size.answers)
         squares += pair_squares if shares else sum(length**2 for length in lengths)
         pruned += rows - sum(size.supervised)
-    per_square = (4.0 if recipe.dense_mask else 2.0) * text.query * text.layers
-    total = 2.0 * text.layers * text.layer * linear * passes + per_square * squares * attention_passes
+    per_square = (4.0 if recipe.dense_mask else 2.0) * text.query_width * text.num_layers
+    total = 2.0 * text.num_layers * text.layer_parameters * linear * passes + per_square * squares * attention_passes
     if recipe.prunes_last_layer:
-        prunable = text.layer - 2 * text.hidden * text.key  # keys and values are needed for all rows
+        prunable = (
+            text.layer_parameters - 2 * text.hidden_size * text.key_width
+        )  # keys and values are needed for all rows
         total -= (
-            2.0 * prunable * pruned * passes + per_square / text.layers * squares * attention_passes * pruned / linear
+            2.0 * prunable * pruned * passes
+            + per_square / text.num_layers * squares * attention_passes * pruned / linear
         )
     return total
 
 
-def _head(shape: Shape, recipe: Recipe, sizes: Sequence[Size], passes: int) -> float:
+def _compute_head(shape: ModelShape, recipe: Recipe, sizes: Sequence[RecordSize], passes: int) -> float:
     longest = max(length for size in sizes for length in size.lengths)
     rows = 0
     for size in sizes:
@@ -112,16 +119,22 @@ def _head(shape: Shape, recipe: Recipe, sizes: Sequence[Size], passes: int) -> f
             rows += longest * len(size.answers)
         else:
             rows += size.prompt + sum(size.answers) if recipe.shares_prompt else sum(size.lengths)
-    return 2.0 * shape.text.hidden * shape.text.vocab * rows * passes
+    return 2.0 * shape.text.hidden_size * shape.text.vocab_size * rows * passes
 
 
-def _tile(shape: Shape, recipe: Recipe) -> float:
+def _compute_tile(shape: ModelShape, recipe: Recipe) -> float:
     """Compute the FLOPs of vision tower and projector for one tile."""
-    vision, patches = shape.vision, shape.vision.patches
+    vision, patches = shape.vision, shape.vision.num_patches
     pixels = 3 * vision.image_size**2 // patches  # input values per patch of the first tower matrix
-    tower = 2.0 * vision.layers * vision.layer * patches + 4.0 * patches**2 * vision.width * vision.layers
-    tower += 2.0 * pixels * vision.width * patches
-    first, second = 2.0 * patches * vision.width * shape.text.hidden, 2.0 * patches * shape.text.hidden**2
+    tower = (
+        2.0 * vision.num_layers * vision.layer_parameters * patches
+        + 4.0 * patches**2 * vision.hidden_size * vision.num_layers
+    )
+    tower += 2.0 * pixels * vision.hidden_size * patches
+    first, second = (
+        2.0 * patches * vision.hidden_size * shape.text.hidden_size,
+        2.0 * patches * shape.text.hidden_size**2,
+    )
     passes = recipe.tower_passes + (2 + recipe.recomputes) * recipe.trains_tower
     if not recipe.trains_projector:
         return passes * tower + recipe.tower_passes * (first + second)

@@ -24,22 +24,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare.cases import HF_TUNED, OURS, TRL_SHIPPED, TRL_TUNED, Case, make_case, smaller
-from benchmarks.compare.contender import Contender, Place, make_ours
+from benchmarks.compare.cases import HF_TUNED, OURS, TRL_SHIPPED, TRL_TUNED, Case, make_case, resize_case
+from benchmarks.compare.contender import Contender, Placement, make_ours
 from benchmarks.compare.gate import BFLOAT16
-from benchmarks.compare.report import markdown, times
-from benchmarks.flops_bound import Recipe, step_flops
+from benchmarks.compare.report import format_ratio, render_markdown
+from benchmarks.flops_bound import Recipe, compute_step_flops
 
 import torch  # isort: skip  # after the package, which sets the environment
-from lit_vlm.engine.run_folder import versions
-from lit_vlm.engine.trainer import quiet
-from lit_vlm.model.lora import Lora
+from lit_vlm.engine.run_folder import get_package_versions
+from lit_vlm.engine.trainer import disable_library_warnings
+from lit_vlm.model.lora import LoraOptions
 from lit_vlm.types import UserError
 
 OUT = Path(__file__).parent / "results" / "gpu.json"
 WARM_UP = 3
-LONGEST = 90.0  # maximum seconds for the measured steps of one contender
-ROOMY = 100e9  # device memory in bytes that fits two 7B pairs with unshared prompts
+MAX_SECONDS = 90.0  # maximum seconds for the measured steps of one contender
+LARGE_MEMORY = 100e9  # device memory in bytes that fits two 7B pairs with unshared prompts
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -58,23 +58,23 @@ class Row:
     batch: int
     peers: tuple[str, ...]
     mixed: bool = False
-    lora: Lora | None = None
+    lora: LoraOptions | None = None
     goal: dict[str, float] | None = None
 
 
-FOR_NEXT_TOKEN = (HF_TUNED, TRL_TUNED, TRL_SHIPPED)
+NEXT_TOKEN_PEERS = (HF_TUNED, TRL_TUNED, TRL_SHIPPED)
 ROWS = (
-    Row("align 0.5B", "align", "05b", 64, FOR_NEXT_TOKEN, goal={"samples_per_second": 170}),
-    Row("align 7B", "align", "7b", 16, FOR_NEXT_TOKEN, goal={"of_gemm": 0.55}),
-    Row("sft 1.5B", "sft", "1_5b", 8, FOR_NEXT_TOKEN, mixed=True, goal={"of_gemm": 0.55}),
-    Row("dpo 7B, LoRA, 5 tiles", "dpo", "7b", 2, (TRL_TUNED, TRL_SHIPPED), lora=Lora(64, 16.0, 0.0, LINEAR)),
+    Row("align 0.5B", "align", "05b", 64, NEXT_TOKEN_PEERS, goal={"samples_per_second": 170}),
+    Row("align 7B", "align", "7b", 16, NEXT_TOKEN_PEERS, goal={"of_gemm": 0.55}),
+    Row("sft 1.5B", "sft", "1_5b", 8, NEXT_TOKEN_PEERS, mixed=True, goal={"of_gemm": 0.55}),
+    Row("dpo 7B, LoRA, 5 tiles", "dpo", "7b", 2, (TRL_TUNED, TRL_SHIPPED), lora=LoraOptions(64, 16.0, 0.0, LINEAR)),
 )
 
 
-def main(words: list[str]) -> dict[str, Any]:
+def main(argv: list[str]) -> dict[str, Any]:
     warnings.filterwarnings("ignore")
-    quiet()
-    options = dict(text.partition("=")[::2] for text in words)
+    disable_library_warnings()
+    options = dict(text.partition("=")[::2] for text in argv)
     unknown = options.keys() - {"size", "rows", "minutes", "steps"}
     if unknown:
         raise UserError(
@@ -88,13 +88,13 @@ def main(words: list[str]) -> dict[str, Any]:
     result = run(rows, device, options.get("size"), int(options.get("steps", 10)), deadline)
     if device == "cuda" and "size" not in options:
         OUT.write_text(json.dumps(result, indent=1) + "\n")
-    print(table(result))
+    print(render_table(result))
     return result
 
 
 def run(rows: list[Row], device: str, size: str | None, steps: int, deadline: float) -> dict[str, Any]:
     """Run all rows with this library first, then the peers, until the deadline."""
-    ceilings = {"gemm_flops_per_second": gemm_rate(device), "copy_bytes_per_second": copy_rate(device)}
+    ceilings = {"gemm_flops_per_second": measure_gemm_rate(device), "copy_bytes_per_second": measure_copy_rate(device)}
     results: dict[str, dict[str, Any]] = {row.name: {} for row in rows}
     skipped = []
     jobs = [(row, OURS) for row in rows] + [(row, peer) for row in rows for peer in row.peers]
@@ -106,13 +106,13 @@ def run(rows: list[Row], device: str, size: str | None, steps: int, deadline: fl
             results[row.name][name] = measure(row, name, device, size, steps, ceilings)
         except (ImportError, torch.OutOfMemoryError) as error:
             skipped.append(f"{row.name}, {name}: {str(error).splitlines()[0]}")
-        free(device)
+        free_memory(device)
     for row in rows:
-        compare(results[row.name])
+        add_ratios(results[row.name])
     name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     goals = {row.name: row.goal for row in rows if row.goal}
     return {"device": name, "ceilings": ceilings, "rows": results, "goals": goals, "left_out": skipped} | {
-        "versions": versions()
+        "versions": get_package_versions()
     }
 
 
@@ -120,8 +120,8 @@ def measure(
     row: Row, name: str, device: str, size: str | None, steps: int, ceilings: dict[str, float]
 ) -> dict[str, Any]:
     """Build a contender, warm up and measure its steps."""
-    case = case_of(row, device, size)
-    contender = maker(case, place_of(row, name, device), name)()
+    case = make_gpu_case(row, device, size)
+    contender = get_factory(case, make_placement(row, name, device), name)()
     start = time.perf_counter()
     inputs = contender.prepare(case.batches[0])
     prepare_seconds = time.perf_counter() - start
@@ -129,9 +129,9 @@ def measure(
     contender.update()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = timed(contender, inputs, steps)
+    seconds = measure_steps(contender, inputs, steps)
     median = statistics.median(seconds)
-    flops = step_flops(case.model_size.shape, recipe_of(row, case), case.sizes[0])
+    flops = compute_step_flops(case.model_size.shape, make_recipe(row, case), case.sizes[0])
     tokens = sum(sum(record_size.lengths) for record_size in case.sizes[0])
     return {
         "loss": loss,
@@ -146,98 +146,98 @@ def measure(
     }
 
 
-def timed(contender: Contender, inputs: Any, steps: int) -> list[float]:
+def measure_steps(contender: Contender, inputs: Any, steps: int) -> list[float]:
     """Measure the seconds of each step after the warm-up."""
     seconds: list[float] = []
     for i in range(WARM_UP - 1 + steps):
-        contender.place.wait()
+        contender.placement.wait()
         start = time.perf_counter()
         contender.backward(inputs)
         contender.update()
-        contender.place.wait()
+        contender.placement.wait()
         if i >= WARM_UP - 1:
             seconds.append(time.perf_counter() - start)
-        if sum(seconds) > LONGEST:
+        if sum(seconds) > MAX_SECONDS:
             break
     return seconds
 
 
-def case_of(row: Row, device: str, size: str | None) -> Case:
+def make_gpu_case(row: Row, device: str, size: str | None) -> Case:
     """Make the case of a row; with little device memory, dpo has one pair per batch."""
     batch = row.batch
-    if row.stage == "dpo" and device == "cuda" and torch.cuda.get_device_properties(0).total_memory < ROOMY:
+    if row.stage == "dpo" and device == "cuda" and torch.cuda.get_device_properties(0).total_memory < LARGE_MEMORY:
         batch = 1
-    case = smaller(make_case(row.stage, size or row.size), batch if device == "cuda" else 4, 1)
+    case = resize_case(make_case(row.stage, size or row.size), batch if device == "cuda" else 4, 1)
     return replace(case, options={"dtype": "float32" if row.mixed else "bfloat16"})
 
 
-def place_of(row: Row, name: str, device: str) -> Place:
+def make_placement(row: Row, name: str, device: str) -> Placement:
     """Make the placement of a contender. TRL as shipped keeps float32 weights under autocast; others compute as ours."""
     mixed = row.mixed or name == TRL_SHIPPED
-    return Place(device=device, dtype=torch.float32 if mixed else torch.bfloat16, mixed=mixed, lora=row.lora)
+    return Placement(device=device, dtype=torch.float32 if mixed else torch.bfloat16, mixed=mixed, lora=row.lora)
 
 
-def maker(case: Case, place: Place, name: str) -> Callable[[], Contender]:
+def get_factory(case: Case, placement: Placement, name: str) -> Callable[[], Contender]:
     """Get the factory of a contender by name."""
     if name == OURS:
-        return make_ours(case, place)[OURS]
+        return make_ours(case, placement)[OURS]
     from benchmarks.compare.peers import make_peers
 
-    return make_peers(case, place)[name]
+    return make_peers(case, placement)[name]
 
 
-def recipe_of(row: Row, case: Case) -> Recipe:
+def make_recipe(row: Row, case: Case) -> Recipe:
     """Make the minimum-work recipe. With LoRA, gradients pass through frozen matrices; adapter FLOPs (a few %) are omitted."""
-    return replace(case.ideal, trains_language_model=False) if row.lora else case.ideal
+    return replace(case.ideal_recipe, trains_language_model=False) if row.lora else case.ideal_recipe
 
 
-def compare(found: dict[str, dict[str, Any]]) -> None:
+def add_ratios(rows: dict[str, dict[str, Any]]) -> None:
     """Add to each peer the ratio of its time to ours; None if its loss differs."""
-    if OURS not in found:
+    if OURS not in rows:
         return
-    own_row = found[OURS]
-    for name, row in found.items():
+    own_row = rows[OURS]
+    for name, row in rows.items():
         if name != OURS:
             difference = abs(row["loss"] - own_row["loss"]) / abs(own_row["loss"])
             ratio = statistics.median(row["step_seconds"]) / statistics.median(own_row["step_seconds"])
             row |= {"loss_apart": difference, "ratio": ratio if difference <= BFLOAT16.loss else None}
 
 
-def gemm_rate(device: str) -> float:
+def measure_gemm_rate(device: str) -> float:
     """Measure the maximum FLOP/s over several products of square random matrices. A GPU would be faster on zeros."""
     side, kind = (8192, torch.bfloat16) if device == "cuda" else (512, torch.float32)
     a, b = (torch.randn(side, side, device=device, dtype=kind) for _ in range(2))
-    return 2.0 * side**3 / best(lambda: a @ b, device)
+    return 2.0 * side**3 / measure_best_seconds(lambda: a @ b, device)
 
 
-def copy_rate(device: str) -> float:
+def measure_copy_rate(device: str) -> float:
     """Measure the bytes per second of a copy, reads plus writes."""
     source = torch.ones((2**31 if device == "cuda" else 2**26) // 4, device=device)
     target = torch.empty_like(source)
-    return 2.0 * source.numel() * 4 / best(lambda: target.copy_(source), device)
+    return 2.0 * source.numel() * 4 / measure_best_seconds(lambda: target.copy_(source), device)
 
 
-def best(function: Callable[[], Any], device: str, rounds: int = 5, inner: int = 10) -> float:
+def measure_best_seconds(function: Callable[[], Any], device: str, rounds: int = 5, inner: int = 10) -> float:
     """Measure the seconds of one call: the minimum over some rounds."""
     seconds = []
     for _ in range(rounds):
-        Place(device=device).wait()
+        Placement(device=device).wait()
         start = time.perf_counter()
         for _ in range(inner):
             function()
-        Place(device=device).wait()
+        Placement(device=device).wait()
         seconds.append((time.perf_counter() - start) / inner)
     return min(seconds)
 
 
-def free(device: str) -> None:
+def free_memory(device: str) -> None:
     """Free cached device memory."""
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
 
 
-def table(result: dict[str, Any]) -> str:
+def render_table(result: dict[str, Any]) -> str:
     """Render the result as a Markdown table."""
     gemm, copy = (result["ceilings"][key] for key in ("gemm_flops_per_second", "copy_bytes_per_second"))
     head = [
@@ -259,13 +259,13 @@ def table(result: dict[str, Any]) -> str:
             f"{row['model_flops_per_second'] / 1e12:.3g}",
             f"{row['of_gemm']:.0%}",
             f"{row['peak_memory'] / 1e9:.1f}" if row["peak_memory"] else "",
-            times(row.get("ratio", 1.0)),
+            format_ratio(row.get("ratio", 1.0)),
         ]
         for name, rows in result["rows"].items()
         for contender, row in rows.items()
     ]
     title = f"{result['device']}: GEMM {gemm / 1e12:.3g} TFLOP/s, copy {copy / 1e12:.3g} TB/s"
-    return "\n".join([title, "", markdown(head, body), *result["left_out"]])
+    return "\n".join([title, "", render_markdown(head, body), *result["left_out"]])
 
 
 if __name__ == "__main__":

@@ -32,23 +32,23 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from lit_vlm.config.schema import ModelConfig, SourceConfig
-from lit_vlm.data.index.columns import Index
+from lit_vlm.data.index.columns import SampleIndex
 from lit_vlm.data.index.store import build_index
-from lit_vlm.data.index.verify import verify
+from lit_vlm.data.index.verify import verify_images
 from lit_vlm.data.processor import Processor
 from lit_vlm.data.sources import open_source
-from lit_vlm.engine.run_folder import versions
-from lit_vlm.engine.trainer import quiet
-from lit_vlm.model.build import draw_up
-from lit_vlm.model.tiny import tiny_parts
-from lit_vlm.types import Kind, Language, Message, Role, Sample
+from lit_vlm.engine.run_folder import get_package_versions
+from lit_vlm.engine.trainer import disable_library_warnings
+from lit_vlm.model.build import load_model_spec
+from lit_vlm.model.tiny import make_tiny_parts
+from lit_vlm.types import Language, Message, Role, Sample, SampleKind
 
 KOREAN = "사진 거리 사람 자동차 빨간 파란 건물 나무 하늘 가게 앞에 서 있는 모습이 보입니다 왼쪽 오른쪽 아침 시장 간판 글자".split()
 ENGLISH = (
     "the a picture street people car red blue building tree sky shop front standing left right morning sign".split()
 )
 TURNS = (1, 1, 2, 3, 5)  # number of turns of a record, sampled uniformly
-VERIFIED = 2000  # number of records whose images are decoded
+NUM_VERIFIED = 2000  # number of records whose images are decoded
 
 
 def main() -> None:
@@ -60,38 +60,42 @@ def main() -> None:
     # child process: measure the memory of one size in this folder
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    quiet()
+    disable_library_warnings()
     if arguments.child:
-        print(json.dumps(memory_of(arguments.memory[0], arguments.child)))
+        print(json.dumps(measure_memory(arguments.memory[0], arguments.child)))
         return
     with tempfile.TemporaryDirectory() as folder:
         result = {
-            "speed": speed(Path(folder), arguments.records, arguments.photos, arguments.workers),
-            "memory": [in_a_process(number) for number in arguments.memory],
-            "machine": machine(),
-            "versions": versions(),
+            "speed": measure_speed(Path(folder), arguments.records, arguments.photos, arguments.workers),
+            "memory": [measure_memory_in_subprocess(number) for number in arguments.memory],
+            "machine": describe_machine(),
+            "versions": get_package_versions(),
         }
     out = Path(__file__).parent / "results" / "index.json"
     out.parent.mkdir(exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
-    show(result)
+    print_result(result)
 
 
-def speed(folder: Path, records: int, photos: int, workers: int) -> dict[str, Any]:
+def measure_speed(folder: Path, records: int, photos: int, workers: int) -> dict[str, Any]:
     """Measure samples/s per core: first pass, next start, recheck of all files, and decoding."""
     make_dataset(folder / "data", records, photos)
-    processor, store = processor_of(folder), folder / "store"
+    processor, store = make_processor(folder), folder / "store"
 
-    def opened(name: str = "llava"):
+    def open_by_name(name: str = "llava"):
         return open_source(name, SourceConfig(path=str(folder / "data" / f"{name}.jsonl")), max_image_pixels=10**8)
 
-    open_seconds, source = timed(opened)
-    build_seconds, index = timed(lambda: build_index([source], processor, store=store, workers=workers))
-    restart_seconds, same_index = timed(lambda: build_index([source], processor, store=store, workers=workers))
-    recheck_seconds, _ = timed(lambda: build_index([source], processor, store=store, workers=workers, recheck=True))
+    open_seconds, source = measure_seconds(open_by_name)
+    build_seconds, index = measure_seconds(lambda: build_index([source], processor, store=store, workers=workers))
+    restart_seconds, same_index = measure_seconds(
+        lambda: build_index([source], processor, store=store, workers=workers)
+    )
+    recheck_seconds, _ = measure_seconds(
+        lambda: build_index([source], processor, store=store, workers=workers, recheck=True)
+    )
     assert len(index) == records and index.digest() == same_index.digest() and not index.errors
-    few_source = opened("few")
-    decode_seconds, errors = timed(lambda: verify([few_source], store, workers=workers))
+    few_source = open_by_name("few")
+    decode_seconds, errors = measure_seconds(lambda: verify_images([few_source], store, workers=workers))
     assert not errors
     return {
         "records": records,
@@ -111,20 +115,20 @@ def make_dataset(folder: Path, records: int, photos: int) -> None:
     """Write llava.jsonl with its images, and few.jsonl with its first records."""
     (folder / "originals").mkdir(parents=True)
     for i in range(photos):
-        photo(i).save(folder / "originals" / f"{i}.jpg", quality=90)
+        make_photo(i).save(folder / "originals" / f"{i}.jpg", quality=90)
     rng = random.Random(0)
     with open(folder / "llava.jsonl", "w", encoding="utf-8") as all_file, open(folder / "few.jsonl", "w") as few_file:
         for i in range(records):
             name = f"images/{i // 1000:05}/{i:09}.jpg"
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             os.link(folder / "originals" / f"{i % photos}.jpg", folder / name)
-            line = json.dumps({"id": str(i), "image": name, "conversations": turns(rng)}, ensure_ascii=False)
+            line = json.dumps({"id": str(i), "image": name, "conversations": make_turns(rng)}, ensure_ascii=False)
             print(line, file=all_file)
-            if i < VERIFIED:
+            if i < NUM_VERIFIED:
                 print(line, file=few_file)
 
 
-def photo(seed: int) -> Image.Image:
+def make_photo(seed: int) -> Image.Image:
     """Make an image of soft shapes with fine grain, which has about as many bytes as a photograph of its size."""
     rng = np.random.default_rng(seed)
     shapes = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(
@@ -135,7 +139,7 @@ def photo(seed: int) -> Image.Image:
     return Image.fromarray(pixels).filter(ImageFilter.GaussianBlur(0.7))
 
 
-def turns(draw: random.Random) -> list[dict[str, str]]:
+def make_turns(draw: random.Random) -> list[dict[str, str]]:
     """Make a random conversation in Korean or English."""
     words = KOREAN if draw.random() < 0.5 else ENGLISH
     conversation = []
@@ -148,7 +152,7 @@ def turns(draw: random.Random) -> list[dict[str, str]]:
     return conversation
 
 
-class Made:
+class SyntheticSource:
     """Source of synthetic text-only records, made from their index."""
 
     def __init__(self, count: int) -> None:
@@ -168,93 +172,93 @@ class Made:
             Message(Role.user, (f"What is the number of this record, {index % 97} or {index}?",)),
             Message(Role.assistant, (f"It is {index}.",)),
         )
-        return Sample(str(index), self.name, self.origin(index), Kind.text, Language.en, messages)
+        return Sample(str(index), self.name, self.origin(index), SampleKind.text, Language.en, messages)
 
 
-def in_a_process(records: int) -> dict[str, Any]:
+def measure_memory_in_subprocess(records: int) -> dict[str, Any]:
     """Run `measure_memory` in a subprocess."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "benchmarks.index", "--memory", str(records), "--child", folder]
         return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
-def memory_of(records: int, folder: Path) -> dict[str, Any]:
+def measure_memory(records: int, folder: Path) -> dict[str, Any]:
     """Measure the peak RssAnon + RssFile in MiB: before, while records are read, and while their index is loaded."""
-    processor, source = processor_of(folder), Made(records)
-    build_index([Made(1)], processor)  # creates caches that are made once, e.g. the layouts of the template
-    peak, before, building = Peak(), resident(), 0.0
+    processor, source = make_processor(folder), SyntheticSource(records)
+    build_index([SyntheticSource(1)], processor)  # creates caches that are made once, e.g. the layouts of the template
+    peak, before, building = PeakMemory(), read_resident_mib(), 0.0
 
     def on_progress(name: str, done: int, whole: int) -> None:
         nonlocal building
-        building = peak.so_far
+        building = peak.max_mib
 
     with peak:
-        seconds, index = timed(
+        seconds, index = measure_seconds(
             lambda: build_index([source], processor, store=folder / "store", on_progress=on_progress)
         )
-        peak_loaded = peak.so_far
+        peak_loaded = peak.max_mib
     assert len(index) == records
     return {
         "records": records,
         "mib_before": before,
         "mib_peak_building": building,
         "mib_peak_with_index_loaded": peak_loaded,
-        "mib_of_columns": columns_of(index),
+        "mib_of_columns": measure_columns(index),
         "samples_per_second": records / seconds,
-        "next_start_seconds": timed(lambda: build_index([source], processor, store=folder / "store"))[0],
+        "next_start_seconds": measure_seconds(lambda: build_index([source], processor, store=folder / "store"))[0],
     }
 
 
-class Peak:
+class PeakMemory:
     """Peak resident memory inside the context, sampled twenty times per second."""
 
     def __init__(self) -> None:
-        self._most, self._over = 0.0, threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._max_mib, self._stopped = 0.0, threading.Event()
+        self._thread = threading.Thread(target=self._sample_memory, daemon=True)
 
     @property
-    def so_far(self) -> float:
-        self._most = max(self._most, resident())
-        return self._most
+    def max_mib(self) -> float:
+        self._max_mib = max(self._max_mib, read_resident_mib())
+        return self._max_mib
 
-    def __enter__(self) -> Peak:
+    def __enter__(self) -> PeakMemory:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._stopped.set()
         self._thread.join()
 
-    def _watch(self) -> None:
-        while not self._over.wait(0.05):
-            self._most = max(self._most, resident())
+    def _sample_memory(self) -> None:
+        while not self._stopped.wait(0.05):
+            self._max_mib = max(self._max_mib, read_resident_mib())
 
 
-def resident() -> float:
+def read_resident_mib() -> float:
     """Read RssAnon + RssFile of this process in MiB (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssFile"))) / 1024
 
 
-def columns_of(index: Index) -> float:
+def measure_columns(index: SampleIndex) -> float:
     """Measure the size of the index columns in MiB."""
-    return (sum(column.nbytes for column in index.columns.values()) + index.source_of.nbytes) / 2**20
+    return (sum(column.nbytes for column in index.columns.values()) + index.source_ids.nbytes) / 2**20
 
 
-def processor_of(folder: Path) -> Processor:
-    tower, language = tiny_parts(folder / "parts")
-    blueprint = draw_up(ModelConfig(vision_tower=tower, language_model=language))
+def make_processor(folder: Path) -> Processor:
+    tower, language = make_tiny_parts(folder / "parts")
+    blueprint = load_model_spec(ModelConfig(vision_tower=tower, language_model=language))
     return Processor(blueprint.tokenizer, blueprint.images)
 
 
-def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+def measure_seconds(function: Callable[[], Any]) -> tuple[float, Any]:
     """Measure the wall seconds of a call; return them with its result."""
     start = time.perf_counter()
     result = function()
     return time.perf_counter() - start, result
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """Describe the processor: model and number of cores."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -262,7 +266,7 @@ def machine() -> dict[str, Any]:
     return {"cpu": model, "cores": os.cpu_count()}
 
 
-def show(result: dict[str, Any]) -> None:
+def print_result(result: dict[str, Any]) -> None:
     for name, value in result["speed"].items():
         print(f"{name:40} {value:12,.1f}")
     for row in result["memory"]:

@@ -43,22 +43,22 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
-from lit_vlm.anyres import ImageSettings, Tiling, grid_pinpoints
+from lit_vlm.anyres import ImageSettings, Tiling, make_grid_pinpoints
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.data.collate import collate
 from lit_vlm.data.images import FileImage
 from lit_vlm.data.processor import Processor
-from lit_vlm.engine.run_folder import versions
-from lit_vlm.engine.trainer import quiet
-from lit_vlm.model.build import Blueprint, draw_up
-from lit_vlm.model.hub import plain_processor
-from lit_vlm.model.tiny import tiny_parts
+from lit_vlm.engine.run_folder import get_package_versions
+from lit_vlm.engine.trainer import disable_library_warnings
+from lit_vlm.model.build import ModelSpec, load_model_spec
+from lit_vlm.model.hub import make_plain_processor
+from lit_vlm.model.tiny import make_tiny_parts
 from lit_vlm.stages import SFTStage
-from lit_vlm.types import Batch, ImageSlot, Kind, Language, Message, Role, Sample
+from lit_vlm.types import Batch, ImagePlaceholder, Language, Message, Role, Sample, SampleKind
 
 SIZES = ((640, 480), (1024, 768), (2000, 1500))
-HALF = (0.5, 0.5, 0.5)
-REAL = {"tile_size": 384, "patch_size": 14, "grid_pinpoints": grid_pinpoints(384, 6), "max_tiles": 9}
+PIXEL_MEAN = (0.5, 0.5, 0.5)
+ONEVISION_SETTINGS = {"tile_size": 384, "patch_size": 14, "grid_pinpoints": make_grid_pinpoints(384, 6), "max_tiles": 9}
 PIL_NAME, FAST_NAME = "TRL + transformers (Pillow)", "TRL + transformers (torchvision)"
 
 
@@ -68,20 +68,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
-    quiet()
+    disable_library_warnings()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         result = compare(Path(folder), arguments.images, arguments.repeats)
         result["data_wait_share"] = {
-            f"{workers} workers": data_wait(Path(folder), workers, arguments.steps) for workers in (0, 1)
+            f"{workers} workers": measure_data_wait(Path(folder), workers, arguments.steps) for workers in (0, 1)
         }
-    result["versions"] = versions() | {"pillow": PIL.__version__, "numpy": np.__version__}
+    result["versions"] = get_package_versions() | {"pillow": PIL.__version__, "numpy": np.__version__}
     if TORCHVISION:
         result["versions"]["torchvision"] = __import__("torchvision").__version__
     path = Path(__file__).parent / "results" / "loader.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=2) + "\n")
-    show(result)
+    print_result(result)
 
 
 def compare(folder: Path, images: int, repeats: int) -> dict:
@@ -93,29 +93,33 @@ def compare(folder: Path, images: int, repeats: int) -> dict:
     Raises:
         SystemExit: tiles or tokens of the Pillow processor of transformers differ from ours.
     """
-    tower, language = tiny_parts(folder / "parts")
-    tokenizer = draw_up(ModelConfig(vision_tower=tower, language_model=language)).tokenizer
+    tower, language = make_tiny_parts(folder / "parts")
+    tokenizer = load_model_spec(ModelConfig(vision_tower=tower, language_model=language)).tokenizer
     rates: dict[str, dict[str, list[float]]] = {}
     differences: dict[str, dict[str, float]] = {}
     for width, height in SIZES:
-        paths = photographs(folder / f"{width}", width, height, images)
+        paths = make_photographs(folder / f"{width}", width, height, images)
         for tiling_name, per_sample in {"anyres": 1, "one view each": 2, "base tiling": 1}.items():
             tiling = Tiling.base if tiling_name == "base tiling" else Tiling.anyres
-            processor = Processor(tokenizer, ImageSettings(**REAL, mean=HALF, std=HALF, tiling=tiling))
-            samples = samples_of(paths, per_sample)
+            processor = Processor(
+                tokenizer, ImageSettings(**ONEVISION_SETTINGS, mean=PIXEL_MEAN, std=PIXEL_MEAN, tiling=tiling)
+            )
+            samples = make_samples(paths, per_sample)
             # transformers has no base tiling
-            runs = contenders(processor, samples, stock=tiling_name != "base tiling")
+            runs = make_contenders(processor, samples, stock=tiling_name != "base tiling")
             name = f"{width}x{height} {tiling_name}"
             differences[name] = {
-                contender: apart(runs["lit_vlm"](), runs[contender]()) for contender in runs if "TRL" in contender
+                contender: compare_outputs(runs["lit_vlm"](), runs[contender]())
+                for contender in runs
+                if "TRL" in contender
             }
             if differences[name].get(PIL_NAME, 0.0) > 1e-5:
                 raise SystemExit(f"{name}: transformers' tiles differ: {differences[name]}. No rate is printed.")
-            rates[name] = interleaved(runs, len(paths), repeats)
+            rates[name] = measure_interleaved(runs, len(paths), repeats)
     return {"images": images, "largest_tile_difference": differences, "images_per_second": rates}
 
 
-def photographs(folder: Path, width: int, height: int, count: int) -> list[Path]:
+def make_photographs(folder: Path, width: int, height: int, count: int) -> list[Path]:
     """Write JPEG files with camera noise, so that decoding costs as much as for real photographs."""
     from skimage import data
 
@@ -129,55 +133,59 @@ def photographs(folder: Path, width: int, height: int, count: int) -> list[Path]
     return [folder / f"{i}.jpg" for i in range(count)]
 
 
-def samples_of(paths: list[Path], per_sample: int) -> list[Sample]:
+def make_samples(paths: list[Path], per_sample: int) -> list[Sample]:
     """Make caption samples over image files."""
     samples = []
     for start in range(0, len(paths), per_sample):
         chosen = paths[start : start + per_sample]
         images = tuple(FileImage(path.name, path.parent, f"line {start}", 64_000_000) for path in chosen)
-        question = Message(Role.user, (*(ImageSlot(number) for number in range(len(images))), "무엇이 보이나요?"))
+        question = Message(
+            Role.user, (*(ImagePlaceholder(number) for number in range(len(images))), "무엇이 보이나요?")
+        )
         answer = Message(Role.assistant, ("사진입니다.",))
         samples.append(
-            Sample(str(start), "mine", f"line {start}", Kind.caption, Language.ko, (question, answer), images)
+            Sample(str(start), "mine", f"line {start}", SampleKind.caption, Language.ko, (question, answer), images)
         )
     return samples
 
 
-def contenders(processor: Processor, samples: list[Sample], stock: bool) -> dict[str, Callable[[], Batch | Mapping]]:
+def make_contenders(
+    processor: Processor, samples: list[Sample], stock: bool
+) -> dict[str, Callable[[], Batch | Mapping]]:
     """Make the contenders, by name, for one set of samples."""
 
-    def ours() -> Batch:
-        return collate(processor, fresh(samples))
+    def run_ours() -> Batch:
+        return collate(processor, copy_samples(samples))
 
-    def normalised() -> Mapping:
-        tiles = ours().tiles
+    def run_ours_normalised() -> Mapping:
+        tiles = run_ours().tiles
         return {"pixel_values": tiles.float().div_(255).sub_(0.5).div_(0.5)}
 
     scaled = Processor(processor.tokenizer, processor.images, scaled_decode=True)
     runs: dict[str, Callable[[], Batch | Mapping]] = {
-        "lit_vlm": ours,
-        "lit_vlm, normalised here": normalised,
-        "lit_vlm, data.scaled_decode": lambda: collate(scaled, fresh(samples)),
+        "lit_vlm": run_ours,
+        "lit_vlm, normalised here": run_ours_normalised,
+        "lit_vlm, data.scaled_decode": lambda: collate(scaled, copy_samples(samples)),
     }
     if stock:
-        runs[PIL_NAME] = trls(processor, samples, fast=False)
+        runs[PIL_NAME] = make_trl_collator(processor, samples, fast=False)
     if stock and TORCHVISION:
-        runs[FAST_NAME] = trls(processor, samples, fast=True)
+        runs[FAST_NAME] = make_trl_collator(processor, samples, fast=True)
     return runs
 
 
-def fresh(samples: list[Sample]) -> list[Sample]:
+def copy_samples(samples: list[Sample]) -> list[Sample]:
     """Copy the samples as a source creates them for each micro-batch: without image headers read yet."""
     return [replace(sample, images=tuple(replace(image) for image in sample.images)) for sample in samples]
 
 
-def trls(processor: Processor, samples: list[Sample], fast: bool) -> Callable[[], Mapping]:
+def make_trl_collator(processor: Processor, samples: list[Sample], fast: bool) -> Callable[[], Mapping]:
     """Make a call of TRL's collator over rows whose images are decoded lazily, as `datasets` does."""
     from transformers import LlavaOnevisionImageProcessor
     from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
     tokenizer: PreTrainedTokenizerFast = processor.tokenizer
-    plain = plain_processor(tokenizer, processor.images)
+    plain = make_plain_processor(tokenizer, processor.images)
     if fast:
         options = {
             name: getattr(plain.image_processor, name) for name in ("image_grid_pinpoints", "image_mean", "image_std")
@@ -185,12 +193,15 @@ def trls(processor: Processor, samples: list[Sample], fast: bool) -> Callable[[]
         plain.image_processor = LlavaOnevisionImageProcessor(size={"height": 384, "width": 384}, **options)
     collator = DataCollatorForVisionLanguageModeling(plain)
 
-    def run() -> Mapping:
+    def run_trl() -> Mapping:
         rows = [
             {
                 "messages": [
-                    {"role": "user", "content": [*({"type": "image"} for _ in sample.images), text(sample, 0)]},
-                    {"role": "assistant", "content": [text(sample, 1)]},
+                    {
+                        "role": "user",
+                        "content": [*({"type": "image"} for _ in sample.images), make_text_part(sample, 0)],
+                    },
+                    {"role": "assistant", "content": [make_text_part(sample, 1)]},
                 ],
                 "images": [Image.open(image.root / image.path) for image in sample.images],  # type: ignore[attr-defined]
             }
@@ -198,14 +209,14 @@ def trls(processor: Processor, samples: list[Sample], fast: bool) -> Callable[[]
         ]
         return collator(rows)
 
-    return run
+    return run_trl
 
 
-def text(sample: Sample, number: int) -> dict[str, str]:
+def make_text_part(sample: Sample, number: int) -> dict[str, str]:
     return {"type": "text", "text": sample.messages[number].text}
 
 
-def apart(ours: Batch | Mapping, theirs: Batch | Mapping) -> float:
+def compare_outputs(ours: Batch | Mapping, theirs: Batch | Mapping) -> float:
     """Return the largest difference of normalised pixels. Raise SystemExit if the tokens differ."""
     assert isinstance(ours, Batch)
     ids = theirs["input_ids"][theirs["attention_mask"].bool()]
@@ -219,7 +230,7 @@ def apart(ours: Batch | Mapping, theirs: Batch | Mapping) -> float:
     return largest
 
 
-def interleaved(runs: dict[str, Callable], num_images: int, repeats: int) -> dict[str, list[float]]:
+def measure_interleaved(runs: dict[str, Callable], num_images: int, repeats: int) -> dict[str, list[float]]:
     """Measure images per CPU second of all contenders in turn."""
     rates: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats):
@@ -230,7 +241,7 @@ def interleaved(runs: dict[str, Callable], num_images: int, repeats: int) -> dic
     return {name: sorted(values) for name, values in rates.items()}
 
 
-def training_step(blueprint: Blueprint) -> Callable[[Batch], None]:
+def make_training_step(blueprint: ModelSpec) -> Callable[[Batch], None]:
     """Make the training step of the tiny sft stage."""
     stage = SFTStage(blueprint)
     stage.configure_model()
@@ -238,7 +249,7 @@ def training_step(blueprint: Blueprint) -> Callable[[Batch], None]:
 
     def step(batch: Batch) -> None:
         batch.step_supervised_tokens = batch.num_supervised_tokens
-        stage.step_loss(batch).backward()
+        stage.compute_loss(batch).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -257,17 +268,17 @@ class MicroBatches:
     def __getitem__(self, number: int) -> Batch:
         if number >= self.count:
             raise IndexError(number)
-        return collate(self.processor, fresh(self.samples))
+        return collate(self.processor, copy_samples(self.samples))
 
 
-def data_wait(folder: Path, workers: int, steps: int) -> float:
+def measure_data_wait(folder: Path, workers: int, steps: int) -> float:
     """Measure the share of training time that the tiny model waits for a micro-batch of 32 photographs."""
-    tower, language = tiny_parts(folder / "parts")
-    blueprint = draw_up(ModelConfig(vision_tower=tower, language_model=language, grid=2, max_tiles=4))
+    tower, language = make_tiny_parts(folder / "parts")
+    blueprint = load_model_spec(ModelConfig(vision_tower=tower, language_model=language, grid=2, max_tiles=4))
     paths = sorted((folder / "640").glob("*.jpg"))
-    samples = samples_of(paths * (32 // len(paths)), 1)
+    samples = make_samples(paths * (32 // len(paths)), 1)
     processor = Processor(blueprint.tokenizer, blueprint.images)
-    step = training_step(blueprint)
+    step = make_training_step(blueprint)
     loader = DataLoader(MicroBatches(processor, samples, steps + 2), batch_size=None, num_workers=workers)
     wait_seconds, total_seconds, batches = 0.0, 0.0, iter(loader)
     for i in range(steps + 2):
@@ -280,7 +291,7 @@ def data_wait(folder: Path, workers: int, steps: int) -> float:
     return wait_seconds / total_seconds
 
 
-def show(result: dict) -> None:
+def print_result(result: dict) -> None:
     for name, rates in result["images_per_second"].items():
         medians = {contender: statistics.median(values) for contender, values in rates.items()}
         print(name)

@@ -26,10 +26,10 @@ from lit_vlm.data.builtin import BuiltinSource
 from lit_vlm.data.collate import collate
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.processor import Processor
-from lit_vlm.engine.run_folder import versions
-from lit_vlm.engine.trainer import quiet
-from lit_vlm.model.build import draw_up
-from lit_vlm.model.tiny import tiny_parts
+from lit_vlm.engine.run_folder import get_package_versions
+from lit_vlm.engine.trainer import disable_library_warnings
+from lit_vlm.model.build import load_model_spec
+from lit_vlm.model.tiny import make_tiny_parts
 from lit_vlm.stages import SFTStage
 from lit_vlm.types import Language, Record
 
@@ -41,7 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=20)
     arguments = parser.parse_args()
-    quiet()
+    disable_library_warnings()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         result = compare(Path(folder), arguments.steps)
@@ -54,8 +54,8 @@ def main() -> None:
 
 def compare(folder: Path, steps: int) -> dict:
     """Compare loss and gradients of packed steps with those of single samples."""
-    tower, language = tiny_parts(folder / "parts")
-    blueprint = draw_up(ModelConfig(vision_tower=tower, language_model=language, grid=2, max_tiles=4))
+    tower, language = make_tiny_parts(folder / "parts")
+    blueprint = load_model_spec(ModelConfig(vision_tower=tower, language_model=language, grid=2, max_tiles=4))
     processor = Processor(blueprint.tokenizer, blueprint.images)
     stage = SFTStage(blueprint)
     stage.configure_model()
@@ -68,32 +68,38 @@ def compare(folder: Path, steps: int) -> dict:
     plan = data.make_plan(RANKS)
     differences, cosines, counts = [], [], {"text only": 0, "tiled": 0, "several pictures": 0}
     for i in range(steps):
-        step = plan.step(i)
-        packs = [[plan.index.record(sample) for sample in pack] for pack in step.packs]
+        step = plan.get_step(i)
+        packs = [[plan.index.get_record(sample) for sample in pack] for pack in step.packs]
         records = [record for pack in packs for record in pack]
         counts["text only"] += sum(not record.images for record in records)
         counts["several pictures"] += sum(len(record.images) > 1 for record in records)
-        counts["tiled"] += sum(len(record.images) == 1 and processor.cost(record).num_tiles > 1 for record in records)
-        loss, gradients = _of(stage, processor, packs, step.num_supervised)
-        single_loss, single_gradients = _of(stage, processor, [[record] for record in records], step.num_supervised)
+        counts["tiled"] += sum(
+            len(record.images) == 1 and processor.compute_cost(record).num_tiles > 1 for record in records
+        )
+        loss, gradients = _compute_gradients(stage, processor, packs, step.num_supervised)
+        single_loss, single_gradients = _compute_gradients(
+            stage, processor, [[record] for record in records], step.num_supervised
+        )
         differences.append(abs(loss - single_loss) / single_loss)
         cosines.append(float(torch.cosine_similarity(gradients, single_gradients, dim=0)))
     return {
         "steps": steps,
-        "packs_per_step": plan.k * RANKS,
+        "packs_per_step": plan.accumulate_grad_batches * RANKS,
         "held": counts,
         "largest_loss_difference": max(differences),
         "smallest_cosine": min(cosines),
-        "versions": versions(),
+        "versions": get_package_versions(),
     }
 
 
-def _of(stage: SFTStage, processor: Processor, packs: list[list[Record]], count: int) -> tuple[float, torch.Tensor]:
+def _compute_gradients(
+    stage: SFTStage, processor: Processor, packs: list[list[Record]], count: int
+) -> tuple[float, torch.Tensor]:
     """Compute loss and gradients of an optimizer step whose samples are packed like this."""
     stage.model.zero_grad()
     total = 0.0
     for pack in packs:
-        loss = stage.token_losses(collate(processor, pack)).double().sum() / count
+        loss = stage.compute_token_losses(collate(processor, pack)).double().sum() / count
         loss.backward()
         total += float(loss.detach())
     return total, torch.cat([p.grad.flatten().double() for p in stage.model.parameters() if p.grad is not None])

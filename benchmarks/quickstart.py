@@ -19,14 +19,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lit_vlm.engine.report_data import RunRecord, read_run, short
+from lit_vlm.engine.report_data import RunRecord, format_short, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks/results/quickstart.json"
 READMES = [ROOT / "README.md", ROOT / "README.ko.md"]
 STAGES = ("1_align", "2_sft", "3_highres", "4_dpo")
-BLOCK = re.compile(r"(?<=<!-- quickstart-table -->\n).*?(?=<!-- /quickstart-table -->)", re.DOTALL)
-LEARNT = {
+TABLE_PATTERN = re.compile(r"(?<=<!-- quickstart-table -->\n).*?(?=<!-- /quickstart-table -->)", re.DOTALL)
+KIND_TITLES = {
     "caption": "captions",
     "word": "rendered words",
     "number": "two-digit numbers",
@@ -44,13 +44,13 @@ def main() -> None:
     for seed in seeds:
         command = [sys.executable, str(ROOT / "run.py"), f"run_dir={arguments.runs / str(seed)}"]
         subprocess.run(command + ([f"seed={seed}"] if seed else []), check=True)
-    result = collect_result([arguments.runs / str(seed) for seed in seeds], seeds)
+    result = collect_results([arguments.runs / str(seed) for seed in seeds], seeds)
     RESULT.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(render_tables(result))
     if arguments.readme:
         for path in READMES:
             text = path.read_text(encoding="utf-8")
-            path.write_text(BLOCK.sub(lambda _: render_tables(result), text), encoding="utf-8")
+            path.write_text(TABLE_PATTERN.sub(lambda _: render_tables(result), text), encoding="utf-8")
 
 
 def read_stage(run_dir: Path, stage: str) -> RunRecord:
@@ -59,37 +59,37 @@ def read_stage(run_dir: Path, stage: str) -> RunRecord:
     return read_run(folder)
 
 
-def collect_result(run_dirs: list[Path], seeds: list[int]) -> dict[str, Any]:
+def collect_results(run_dirs: list[Path], seeds: list[int]) -> dict[str, Any]:
     """Collect the figures of each stage, each as a list over seeds."""
     stages = {stage: [read_stage(run_dir, stage) for run_dir in run_dirs] for stage in STAGES}
     first = stages["1_align"][0].manifest
     return {
         "seeds": seeds,
         "versions": first["versions"],
-        "processor": _name_processor(),
-        "stages": {stage: _figures(records) for stage, records in stages.items()},
+        "processor": _read_processor_name(),
+        "stages": {stage: _collect_figures(records) for stage, records in stages.items()},
     }
 
 
-def _name_processor() -> str:
+def _read_processor_name() -> str:
     info = Path("/proc/cpuinfo")
     match = re.search(r"model name\s*: (.+)", info.read_text()) if info.is_file() else None
     return match[1] if match else platform.machine()
 
 
-def _figures(records: list[RunRecord]) -> dict[str, Any]:
+def _collect_figures(records: list[RunRecord]) -> dict[str, Any]:
     names = ("seconds", "samples", "tokens", "loss_first", "loss_last", "peak_memory_bytes", "val/rewards/accuracies")
     figures = {name: [record.figures[name] for record in records] for name in names if name in records[0].figures}
     scores = {
-        phase: {kind: [record.scores(phase)[kind] for record in records] for kind in records[0].scores(phase)}
+        phase: {kind: [record.get_scores(phase)[kind] for record in records] for kind in records[0].get_scores(phase)}
         for phase in ("before", "after")
     }
-    means = {phase: [record.mean_score(phase) for record in records] for phase in ("before", "after")}
-    trained = [f"{part['part']} {short(part['trainable'])} ({part['how']})" for part in records[0].trained]
+    means = {phase: [record.compute_mean_score(phase) for record in records] for phase in ("before", "after")}
+    trained = [f"{part['part']} {format_short(part['trainable'])} ({part['how']})" for part in records[0].trained_parts]
     return {"trained": trained, **figures, "mean_score": means, "scores": scores}
 
 
-def find_bar(figures: dict[str, Any], kind: str) -> float:
+def compute_threshold(figures: dict[str, Any], kind: str) -> float:
     """Compute the minimum score of another machine for a kind of questions: three standard deviations below the mean.
 
     The deviation is over seeds and both languages, because a few seeds alone estimate it poorly.
@@ -103,27 +103,28 @@ def render_tables(result: dict[str, Any]) -> str:
     lines = ["| stage | trained | samples | tokens | loss | held-out score |", "|---|---|---|---|---|---|"]
     for stage, figures in result["stages"].items():
         scores = figures["mean_score"]
-        score = f"{statistics.mean(scores['before']):.2f} → {_spread(scores['after'])}"
+        score = f"{statistics.mean(scores['before']):.2f} → {_format_mean(scores['after'])}"
         if rewards := figures.get("val/rewards/accuracies"):
-            score = f"reward accuracy {_spread(rewards)}"
+            score = f"reward accuracy {_format_mean(rewards)}"
         cells = (
             f"tiny/{stage}",
             ", ".join(figures["trained"]).replace(" (all)", ""),
-            short(statistics.mean(figures["samples"])),
-            short(statistics.mean(figures["tokens"])),
-            f"{statistics.mean(figures['loss_first']):.2f} → {_spread(figures['loss_last'])}",
+            format_short(statistics.mean(figures["samples"])),
+            format_short(statistics.mean(figures["tokens"])),
+            f"{statistics.mean(figures['loss_first']):.2f} → {_format_mean(figures['loss_last'])}",
             score,
         )
         lines.append(f"| {' | '.join(cells)} |")
     after = result["stages"]["2_sft"]["scores"]["after"]
     lines += ["", "| after `sft` | Korean | English |", "|---|---|---|"]
     lines += [
-        f"| {name} | {_spread(after[f'{kind}_ko'])} | {_spread(after[f'{kind}_en'])} |" for kind, name in LEARNT.items()
+        f"| {name} | {_format_mean(after[f'{kind}_ko'])} | {_format_mean(after[f'{kind}_en'])} |"
+        for kind, name in KIND_TITLES.items()
     ]
     return "\n".join(lines) + "\n"
 
 
-def _spread(values: list[float]) -> str:
+def _format_mean(values: list[float]) -> str:
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 

@@ -30,27 +30,30 @@ from lit_vlm.sweep.search import Search
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path(__file__).parent / "results" / "stopped_trials.json"
-VALUES = 12  # number of values that a complete trial logs
-LOSSES = {"sigmoid": 0.0, "ipo": -0.02, "hinge": -0.01}
-WEIGHTS = {(1.0, 0.0, 0.0): -0.015, (1.0, 0.0, 0.5): -0.005, (0.8, 0.2, 0.0): -0.01, (0.8, 0.2, 1.0): 0.0}
-BEST = 0.78  # best final accuracy over all settings
+NUM_VALUES = 12  # number of values that a complete trial logs
+LOSS_OFFSETS = {"sigmoid": 0.0, "ipo": -0.02, "hinge": -0.01}
+WEIGHT_OFFSETS = {(1.0, 0.0, 0.0): -0.015, (1.0, 0.0, 0.5): -0.005, (0.8, 0.2, 0.0): -0.01, (0.8, 0.2, 1.0): 0.0}
+BEST_ACCURACY = 0.78  # best final accuracy over all settings
 
 
 def compute_accuracies(parameters: dict[str, Any]) -> list[float]:
     """Compute the accuracies that a trial would log without noise."""
     rate, beta = math.log10(parameters["stage.learning_rate"]), math.log10(parameters["stage.beta"])
-    loss, weights = LOSSES[parameters["stage.loss_type"][0]], WEIGHTS[tuple(parameters["stage.loss_weights"])]
-    final = max(0.5, BEST - 0.10 * (rate + 5.9) ** 2 - 0.06 * (beta + 1) ** 2 + loss + weights)
+    loss, weights = (
+        LOSS_OFFSETS[parameters["stage.loss_type"][0]],
+        WEIGHT_OFFSETS[tuple(parameters["stage.loss_weights"])],
+    )
+    final = max(0.5, BEST_ACCURACY - 0.10 * (rate + 5.9) ** 2 - 0.06 * (beta + 1) ** 2 + loss + weights)
     slowness = 2.5 * 10 ** (-0.6 * (rate + 5.9))
-    final_rise = 1 - math.exp(-VALUES / slowness)
-    rise = [0.5 + (final - 0.5) * (1 - math.exp(-(i + 1) / slowness)) / final_rise for i in range(VALUES)]
+    final_rise = 1 - math.exp(-NUM_VALUES / slowness)
+    rise = [0.5 + (final - 0.5) * (1 - math.exp(-(i + 1) / slowness)) / final_rise for i in range(NUM_VALUES)]
     drop = 0.25 * max(0.0, rate + 5.55)  # a rate that is too large: good at first, then worse
-    return [max(0.45, value - drop * i / VALUES) for i, value in enumerate(rise)]
+    return [max(0.45, value - drop * i / NUM_VALUES) for i, value in enumerate(rise)]
 
 
-def observe_noise(parameters: dict[str, Any], number: int, seed: int) -> list[float]:
+def sample_accuracies(parameters: dict[str, Any], number: int, seed: int) -> list[float]:
     """Sample the accuracies that a trial logs, with the noise of some hundred held-out pairs."""
-    noise = np.random.default_rng([seed, number]).normal(0, 0.006, VALUES)
+    noise = np.random.default_rng([seed, number]).normal(0, 0.006, NUM_VALUES)
     return [value + float(error) for value, error in zip(compute_accuracies(parameters), noise, strict=True)]
 
 
@@ -70,8 +73,8 @@ def choose_nothing(values: list[float], rungs: tuple[int, ...]) -> None:
     return None
 
 
-Lesson = Callable[[list[float], tuple[int, ...]], float | None]
-LESSONS: dict[str, Lesson] = {
+StoppedValue = Callable[[list[float], tuple[int, ...]], float | None]
+STOPPED_VALUES: dict[str, StoppedValue] = {
     "nothing": choose_nothing,
     "last": choose_last,
     "best": choose_best,
@@ -79,7 +82,7 @@ LESSONS: dict[str, Lesson] = {
 }
 
 
-def replay(sweep: SweepFile, lesson: Lesson, seed: int, at_a_time: int = 4) -> dict[str, float]:
+def run_search(sweep: SweepFile, stopped_value: StoppedValue, seed: int, num_parallel: int = 4) -> dict[str, float]:
     """Run a whole search on synthetic curves.
 
     Returns:
@@ -90,26 +93,26 @@ def replay(sweep: SweepFile, lesson: Lesson, seed: int, at_a_time: int = 4) -> d
     logged: dict[int, list[float]] = {}
     running: dict[int, list[float]] = {}
     best, regret, finished = -math.inf, math.inf, 0
-    with CountedModel() as model:
+    with ModelCallCounter() as model:
         while True:
-            while len(running) < at_a_time and (trial := search.ask()) is not None:
-                running[trial.number] = observe_noise(trial.parameters, trial.number, seed)
+            while len(running) < num_parallel and (trial := search.ask()) is not None:
+                running[trial.number] = sample_accuracies(trial.parameters, trial.number, seed)
                 logged[trial.number] = []
             if not running:
                 break
             for number, curve in list(running.items()):
                 values = logged[number]
                 values.append(curve[len(values)])
-                is_stopped, is_complete = search.observe(number, values), len(values) == VALUES
+                is_stopped, is_complete = search.check_early_stopping(number, values), len(values) == NUM_VALUES
                 if is_complete:
                     search.tell(number, values[-1], "finished")
                     finished += 1
                     if values[-1] > best:
                         best = values[-1]
-                        regret = BEST - compute_accuracies(search.trials()[number].parameters)[-1]
+                        regret = BEST_ACCURACY - compute_accuracies(search.list_trials()[number].parameters)[-1]
                 elif is_stopped:
                     rungs = sweep.early_terminate.rungs if sweep.early_terminate else ()
-                    search.tell(number, lesson(values, rungs), "stopped")
+                    search.tell(number, stopped_value(values, rungs), "stopped")
                 if is_stopped or is_complete:
                     del running[number]
     return {
@@ -120,12 +123,12 @@ def replay(sweep: SweepFile, lesson: Lesson, seed: int, at_a_time: int = 4) -> d
     }
 
 
-class CountedModel:
+class ModelCallCounter:
     """Counts the trials whose parameters were chosen by the Gaussian process, not at random."""
 
-    def __enter__(self) -> CountedModel:
-        self.count, self._before = 0, GPSampler.sample_relative
-        before = self._before
+    def __enter__(self) -> ModelCallCounter:
+        self.count, self._original = 0, GPSampler.sample_relative
+        before = self._original
 
         def sample(sampler: GPSampler, *arguments: Any) -> dict[str, Any]:
             found = before(sampler, *arguments)
@@ -136,7 +139,7 @@ class CountedModel:
         return self
 
     def __exit__(self, *_: object) -> None:
-        GPSampler.sample_relative = self._before  # type: ignore[method-assign]
+        GPSampler.sample_relative = self._original  # type: ignore[method-assign]
 
 
 def main() -> None:
@@ -144,12 +147,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=20)
     seeds = range(parser.parse_args().seeds)
     sweep = read_sweep(ROOT / "sweeps" / "dpo.yaml")
-    methods = {name: (sweep, lesson) for name, lesson in LESSONS.items()}
+    methods = {name: (sweep, lesson) for name, lesson in STOPPED_VALUES.items()}
     methods["never stopped"] = (replace(sweep, early_terminate=None), choose_last)
     result: dict[str, Any] = {"seeds": len(seeds), "versions": {"optuna": version("optuna")}, "ways": {}}
     for name, (file, lesson) in methods.items():
         start = time.monotonic()
-        results = [replay(file, lesson, seed) for seed in seeds]
+        results = [run_search(file, lesson, seed) for seed in seeds]
         result["ways"][name] = results
         medians = {key: statistics.median(row[key] for row in results) for key in results[0]}
         mean = statistics.mean(row["regret"] for row in results)

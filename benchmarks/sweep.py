@@ -23,14 +23,14 @@ from typing import Any
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", WANDB_MODE="disabled", OMP_NUM_THREADS="1")
 
 from lit_vlm.config import parse
-from lit_vlm.engine.run_folder import versions
+from lit_vlm.engine.run_folder import get_package_versions
 from lit_vlm.sweep.file import read_sweep
-from lit_vlm.sweep.importance import importance_of
-from lit_vlm.sweep.process import values_in
-from lit_vlm.sweep.records import best_of
+from lit_vlm.sweep.importance import compute_importance
+from lit_vlm.sweep.process import read_metric_values
+from lit_vlm.sweep.records import find_best_trial
 from lit_vlm.sweep.search import Search
-from lit_vlm.sweep.trials import records_of
-from lit_vlm.sweep.words import trial_words
+from lit_vlm.sweep.trials import collect_records
+from lit_vlm.sweep.words import build_trial_overrides
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path(__file__).parent / "results" / "sweep.json"
@@ -47,8 +47,8 @@ def main() -> None:
     run_py(folder, "task=sweep", f"sweep={FILE}")
     sweep, seconds = read_sweep(FILE), time.monotonic() - start
     sweep_folder = folder / "runs" / "sweeps" / FILE.stem
-    records = records_of(Search(sweep, sweep_folder / "journal.log"), sweep_folder, sweep.metric.name)
-    best = best_of(records, sweep.metric.goal)
+    records = collect_records(Search(sweep, sweep_folder / "journal.log"), sweep_folder, sweep.metric.name)
+    best = find_best_trial(records, sweep.metric.goal)
     rate = parse(["experiment=tiny/1_align"]).config.stage.learning_rate
     settings: dict[str, dict[str, Any]] = {
         "best of the sweep": best.parameters,
@@ -58,11 +58,12 @@ def main() -> None:
         "default / 2": sweep.fixed | {"stage.learning_rate": rate / 2},
     }
     losses_by_setting = {
-        name: losses(folder, name, trial_words(sweep, values, [])) for name, values in settings.items()
+        name: measure_losses(folder, name, build_trial_overrides(sweep, values, []))
+        for name, values in settings.items()
     }
     trials = [
         {"number": record.number, "state": record.state, "value": record.value, "seconds": record.seconds}
-        | swept(sweep, record)
+        | get_swept_parameters(sweep, record)
         for record in records
     ]
     result = {
@@ -70,9 +71,9 @@ def main() -> None:
         "best": best.number,
         "val_loss_by_seed": losses_by_setting,
         "rates": {name: values.get("stage.learning_rate", rate) for name, values in settings.items()},
-        "importance": {row.key: [row.share, row.correlation] for row in importance_of(records, sweep)},
+        "importance": {row.key: [row.share, row.correlation] for row in compute_importance(records, sweep)},
         "seconds_of_sweep": seconds,
-        "versions": versions(),
+        "versions": get_package_versions(),
     }
     OUT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     for name, values in losses_by_setting.items():
@@ -81,24 +82,24 @@ def main() -> None:
         )
 
 
-def losses(folder: Path, name: str, words: list[str]) -> list[float]:
+def measure_losses(folder: Path, name: str, overrides: list[str]) -> list[float]:
     """Measure the final held-out loss for each seed."""
     final_losses = []
     for seed in SEEDS:
         run_name = f"{name.replace(' ', '_').replace('/', 'by')}_{seed}"
-        run_py(folder, *words, f"seed={seed}", f"run_name={run_name}")
-        final_losses.append(values_in(folder / "runs" / run_name, "val/loss")[-1])
+        run_py(folder, *overrides, f"seed={seed}", f"run_name={run_name}")
+        final_losses.append(read_metric_values(folder / "runs" / run_name, "val/loss")[-1])
     return final_losses
 
 
-def swept(sweep: Any, record: Any) -> dict[str, Any]:
+def get_swept_parameters(sweep: Any, record: Any) -> dict[str, Any]:
     """Get the swept parameters of a trial."""
-    return {key: record.parameters[key] for key in sweep.swept}
+    return {key: record.parameters[key] for key in sweep.search_space}
 
 
-def run_py(folder: Path, *words: str) -> None:
+def run_py(folder: Path, *overrides: str) -> None:
     """Run `run.py` in a folder."""
-    subprocess.run([sys.executable, str(ROOT / "run.py"), *words], cwd=folder, check=True)
+    subprocess.run([sys.executable, str(ROOT / "run.py"), *overrides], cwd=folder, check=True)
 
 
 if __name__ == "__main__":

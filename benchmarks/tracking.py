@@ -28,16 +28,16 @@ from typing import Any
 
 import lightning as L
 
-from lit_vlm.engine.run_folder import versions
-from lit_vlm.sweep.loopback import Loopback
+from lit_vlm.engine.run_folder import get_package_versions
+from lit_vlm.sweep.loopback import LoopbackServer
 
 ROOT = Path(__file__).resolve().parents[1]
 OUT = Path(__file__).parent / "results" / "tracking.json"
-TURN, WARM_UP = 5, 10  # steps
-WORDS = ["experiment=tiny/2_sft", "init_from=null", "trainer.log_every_n_steps=1", "trainer.num_threads=1"]
-WORDS += ["data.num_workers=0", "data.validation.fraction=0", "checkpoint.every_minutes=null"]
-WORDS += ["callbacks=[throughput,guard,benchmarks.tracking.Paced]"]
-READING, WRITING, TIMES = "LIT_VLM_PACE_READ", "LIT_VLM_PACE_WRITE", "LIT_VLM_PACE_TIMES"
+TURN_STEPS, WARM_UP = 5, 10  # steps
+OVERRIDES = ["experiment=tiny/2_sft", "init_from=null", "trainer.log_every_n_steps=1", "trainer.num_threads=1"]
+OVERRIDES += ["data.num_workers=0", "data.validation.fraction=0", "checkpoint.every_minutes=null"]
+OVERRIDES += ["callbacks=[throughput,guard,benchmarks.tracking.Paced]"]
+READ_FD, WRITE_FD, TIMES_FILE = "LIT_VLM_PACE_READ", "LIT_VLM_PACE_WRITE", "LIT_VLM_PACE_TIMES"
 
 
 class Paced(L.Callback):
@@ -46,44 +46,44 @@ class Paced(L.Callback):
     def __init__(self) -> None:
         self.steps: list[float] = []
         self.logging: list[float] = []
-        self._began: float | None = None
+        self._start: float | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._trainer = trainer
         for logger in trainer.loggers[1:]:
-            logger.log_metrics = self._timed(logger.log_metrics)
+            logger.log_metrics = self._wrap_log(logger.log_metrics)
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if batch_idx % trainer.accumulate_grad_batches:
             return
-        if self._began is not None:
-            self.steps.append(time.perf_counter() - self._began)
-        if trainer.global_step % TURN == 0:
-            os.write(int(os.environ[WRITING]), b".")
-            os.read(int(os.environ[READING]), 1)
-        self._began = time.perf_counter()
+        if self._start is not None:
+            self.steps.append(time.perf_counter() - self._start)
+        if trainer.global_step % TURN_STEPS == 0:
+            os.write(int(os.environ[WRITE_FD]), b".")
+            os.read(int(os.environ[READ_FD]), 1)
+        self._start = time.perf_counter()
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         times = {"steps": self.steps, "logging": self.logging}
-        Path(os.environ[TIMES]).write_text(json.dumps(times), encoding="utf-8")
-        os.write(int(os.environ[WRITING]), b"!")
+        Path(os.environ[TIMES_FILE]).write_text(json.dumps(times), encoding="utf-8")
+        os.write(int(os.environ[WRITE_FD]), b"!")
 
-    def _timed(self, log: Any) -> Any:
-        def timed(*arguments: Any, **named: Any) -> None:
+    def _wrap_log(self, log: Any) -> Any:
+        def log_and_measure(*arguments: Any, **named: Any) -> None:
             if not is_tracked(self._trainer.global_step - 1):  # Lightning logs after it has counted the step
                 return
             start = time.perf_counter()
             log(*arguments, **named)
             self.logging.append(time.perf_counter() - start)
 
-        return timed
+        return log_and_measure
 
 
 def is_tracked(step: int) -> bool:
     """Return whether the tracker logs this step: in every second turn."""
-    return step // TURN % 2 == 1
+    return step // TURN_STEPS % 2 == 1
 
 
 @dataclass
@@ -91,18 +91,22 @@ class Runner:
     """Run in a subprocess, controlled by pipes."""
 
     name: str
-    words: list[str]
+    overrides: list[str]
     environment: dict[str, str]
     folder: Path
     running: bool = True
-    _ends: list[int] = field(default_factory=list)
+    _pipe_ends: list[int] = field(default_factory=list)
 
     def start(self, steps: int) -> None:
         """Start the run in a subprocess."""
         (own_read, run_write), (run_read, own_write) = os.pipe(), os.pipe()
-        self._ends = [own_read, own_write]
-        variables = {READING: str(run_read), WRITING: str(run_write), TIMES: str(self.folder / f"{self.name}.json")}
-        command = [sys.executable, "run.py", *WORDS, *self.words, f"trainer.max_steps={steps}"]
+        self._pipe_ends = [own_read, own_write]
+        variables = {
+            READ_FD: str(run_read),
+            WRITE_FD: str(run_write),
+            TIMES_FILE: str(self.folder / f"{self.name}.json"),
+        }
+        command = [sys.executable, "run.py", *OVERRIDES, *self.overrides, f"trainer.max_steps={steps}"]
         command += [f"run_dir={self.folder / 'runs'}", f"run_name={self.name}"]
         log = (self.folder / f"{self.name}.log").open("w")
         self.process = subprocess.Popen(
@@ -118,13 +122,13 @@ class Runner:
 
     def wait(self) -> None:
         """Wait until the run asks for a turn or has ended."""
-        self.running = os.read(self._ends[0], 1) == b"."
+        self.running = os.read(self._pipe_ends[0], 1) == b"."
 
-    def turn(self) -> None:
+    def start_turn(self) -> None:
         """Start a turn of steps."""
-        os.write(self._ends[1], b".")
+        os.write(self._pipe_ends[1], b".")
 
-    def times(self) -> dict[str, list[float]]:
+    def read_times(self) -> dict[str, list[float]]:
         """Read the recorded seconds."""
         return json.loads((self.folder / f"{self.name}.json").read_text(encoding="utf-8"))
 
@@ -133,13 +137,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=120)
     steps = parser.parse_args().steps + WARM_UP
-    with tempfile.TemporaryDirectory() as folder, Loopback() as server, Loopback() as refusing, Loopback() as hanging:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        LoopbackServer() as server,
+        LoopbackServer() as refusing,
+        LoopbackServer() as hanging,
+    ):
         runners = [
-            Runner("alone", [], quiet(server, folder), Path(folder)),
-            Runner("online", ["logger=wandb"], quiet(server, folder), Path(folder)),
-            Runner("offline", ["logger=wandb", "logger.offline=true"], quiet(server, folder), Path(folder)),
-            Runner("refuses", ["logger=wandb"], quiet(refusing, folder), Path(folder)),
-            Runner("hangs", ["logger=wandb"], quiet(hanging, folder), Path(folder)),
+            Runner("alone", [], make_environment(server, folder), Path(folder)),
+            Runner("online", ["logger=wandb"], make_environment(server, folder), Path(folder)),
+            Runner("offline", ["logger=wandb", "logger.offline=true"], make_environment(server, folder), Path(folder)),
+            Runner("refuses", ["logger=wandb"], make_environment(refusing, folder), Path(folder)),
+            Runner("hangs", ["logger=wandb"], make_environment(hanging, folder), Path(folder)),
         ]
         for runner in runners:
             runner.start(steps)
@@ -149,42 +158,42 @@ def main() -> None:
         while any(runner.running for runner in runners):
             for runner in runners:
                 if runner.running:
-                    runner.turn()
+                    runner.start_turn()
                     runner.wait()
         for runner in runners:
             runner.process.wait()
-        alone, *others = [runner.times() for runner in runners]
-        rows = {runner.name: figures(times, alone) for runner, times in zip(runners[1:], others, strict=True)}
-    result = {"steps": steps - WARM_UP, "rows": rows, "versions": versions()}
+        alone, *others = [runner.read_times() for runner in runners]
+        rows = {runner.name: compute_figures(times, alone) for runner, times in zip(runners[1:], others, strict=True)}
+    result = {"steps": steps - WARM_UP, "rows": rows, "versions": get_package_versions()}
     OUT.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps(rows, indent=2))
 
 
-def quiet(server: Loopback, place: str) -> dict[str, str]:
+def make_environment(server: LoopbackServer, place: str) -> dict[str, str]:
     """Make the environment of a run with a W&B server on the loopback interface."""
     variables = {"HOME": place, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
     return server.environment(**variables, WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL="1")
 
 
-def figures(times: dict[str, list[float]], alone: dict[str, list[float]]) -> dict[str, float]:
+def compute_figures(times: dict[str, list[float]], alone: dict[str, list[float]]) -> dict[str, float]:
     """Compute milliseconds: a step with the table alone, the time that the tracker adds, and the time in the logger."""
     differences = [mine - other for mine, other in zip(times["steps"], alone["steps"], strict=True)]
     tracked = [seconds for step, seconds in enumerate(differences) if step >= WARM_UP and is_tracked(step)]
     untracked = [seconds for step, seconds in enumerate(differences) if step >= WARM_UP and not is_tracked(step)]
     added = statistics.median(tracked) - statistics.median(untracked)
     step = statistics.median(alone["steps"][WARM_UP:])
-    logger_seconds = times["logging"][TURN:]
+    logger_seconds = times["logging"][TURN_STEPS:]
     return {
         "step_ms": 1e3 * step,
         "added_ms": 1e3 * added,
         "added_share": added / step,
-        "error_ms": 1e3 * math.hypot(error_of_median(tracked), error_of_median(untracked)),
+        "error_ms": 1e3 * math.hypot(compute_median_error(tracked), compute_median_error(untracked)),
         "in_logger_ms": 1e3 * statistics.median(logger_seconds),
         "in_logger_slowest_ms": 1e3 * max(logger_seconds),
     }
 
 
-def error_of_median(values: list[float]) -> float:
+def compute_median_error(values: list[float]) -> float:
     """Compute the standard error of the median from the interquartile range (1.349 standard deviations of a normal)."""
     low, _, high = statistics.quantiles(values, n=4)
     return 1.2533 * (high - low) / 1.349 / math.sqrt(len(values))

@@ -20,7 +20,7 @@ from callbacks.profile import Profile
 from callbacks.report import Report
 from callbacks.samples import Samples
 from callbacks.throughput import Throughput
-from lit_vlm.config.custom import made_from
+from lit_vlm.config.custom import instantiate
 from lit_vlm.types import UserError
 
 CALLBACKS: dict[str, type[L.Callback]] = {
@@ -38,10 +38,10 @@ CALLBACKS: dict[str, type[L.Callback]] = {
     "heartbeat": Heartbeat,
 }
 # The guard exchanges flags between ranks. Callbacks that measure the time after this exchange must come later.
-FIRST = ("guard",)
+FIRST_CALLBACKS = ("guard",)
 # Export saves the model before `samples` reads held-out images again. The report shows the files of all other callbacks.
 # The heartbeat is last: it sets the next activity after the other callbacks have finished the same hook.
-LAST = ("export", "samples", "report", "heartbeat")
+LAST_CALLBACKS = ("export", "samples", "report", "heartbeat")
 
 __all__ = [
     "CALLBACKS",
@@ -79,15 +79,15 @@ def make_callbacks(names: list[str], run_dir: Path, **options: Any) -> list[L.Ca
     Raises:
         UserError: a name is unknown, or an import path does not lead to a callback class.
     """
-    order = dict.fromkeys(FIRST, -2) | {name: place for place, name in enumerate(LAST)}
+    order = dict.fromkeys(FIRST_CALLBACKS, -2) | {name: place for place, name in enumerate(LAST_CALLBACKS)}
     ordered = sorted(dict.fromkeys(names), key=lambda name: order.get(name, -1))
-    callbacks = [_make(name, {"run_dir": Path(run_dir), **options}) for name in ordered]
+    callbacks = [_make_callback(name, {"run_dir": Path(run_dir), **options}) for name in ordered]
     return callbacks if any(isinstance(callback, Exchange) for callback in callbacks) else [Exchange(), *callbacks]
 
 
-def _make(name: str, options: dict[str, Any]) -> L.Callback:
+def _make_callback(name: str, options: dict[str, Any]) -> L.Callback:
     if "." in name:
-        return _imported(name)
+        return _import_callback(name)
     if name not in CALLBACKS:
         raise UserError(
             f"callbacks: there is no callback {name}; there are {', '.join(CALLBACKS)}, "
@@ -97,6 +97,6 @@ def _make(name: str, options: dict[str, Any]) -> L.Callback:
     return CALLBACKS[name](**{key: value for key, value in options.items() if key in parameters})
 
 
-def _imported(path: str) -> L.Callback:
+def _import_callback(path: str) -> L.Callback:
     needed, remedy = "a class of lightning.Callback", "Derive it from lightning.Callback"
-    return made_from("callbacks", path, lambda found: issubclass(found, L.Callback), needed, remedy)
+    return instantiate("callbacks", path, lambda found: issubclass(found, L.Callback), needed, remedy)

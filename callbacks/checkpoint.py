@@ -14,16 +14,24 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from lit_vlm.engine.checkpoint import Belongs, Consumed, Folder, Index, Writer, load, plan_digest
-from lit_vlm.engine.checkpoint.loop import go_to, note_validation, pending_row
-from lit_vlm.engine.checkpoint.resume import AUTO, Found, find, gathered
-from lit_vlm.engine.consensus import Word, consensus_of, is_last_micro_step
-from lit_vlm.engine.run_folder import versions
-from lit_vlm.engine.shards import Shards, shards_of
-from lit_vlm.engine.watch import Doing, pulse_of
+from lit_vlm.engine.checkpoint import (
+    CheckpointFolder,
+    CheckpointIndex,
+    CheckpointWriter,
+    RunFingerprint,
+    SampleHash,
+    compute_plan_digest,
+    load_tensors,
+)
+from lit_vlm.engine.checkpoint.loop import get_pending_metrics, move_validation_to_previous_step, set_loop_position
+from lit_vlm.engine.checkpoint.resume import AUTO, FoundCheckpoint, find_resume_checkpoint, gather_objects
+from lit_vlm.engine.consensus import StepFlag, get_shared_flags, is_last_micro_step
+from lit_vlm.engine.run_folder import get_package_versions
+from lit_vlm.engine.shards import ShardedState, get_sharded_state
+from lit_vlm.engine.watch import Activity, get_progress
 from lit_vlm.types import UserError
 
-BEST_BY = "val/loss"
+BEST_METRIC = "val/loss"
 
 
 class Checkpoint(L.Callback):
@@ -57,21 +65,21 @@ class Checkpoint(L.Callback):
         keep_best: bool = False,
         asynchronous: bool = True,
         resume_from: str = AUTO,
-        belongs: Belongs | None = None,
+        belongs: RunFingerprint | None = None,
         timeout_minutes: float = 30.0,
         say: Callable[[str], None] = print,
     ) -> None:
-        self.folder = Folder(Path(run_dir) / "checkpoints")
+        self.folder = CheckpointFolder(Path(run_dir) / "checkpoints")
         self.every_steps, self.every_minutes = every_steps, every_minutes
         self.keep_last, self.keep_best, self.asynchronous = keep_last, keep_best, asynchronous
-        self.resume_from, self.belongs, self.say = resume_from, belongs or Belongs(), say
+        self.resume_from, self.fingerprint, self.say = resume_from, belongs or RunFingerprint(), say
         self.timeout_minutes = timeout_minutes
-        self.stalls: list[float] = []  # seconds that each save stalled training
-        self._writer: Writer | None = None
-        self._shards: Shards | None = None
-        self._consumed: Consumed | None = None
-        self._saved, self._best = 0, float("inf")  # last saved step, lowest val/loss
-        self._clock = time.monotonic()
+        self.stall_seconds: list[float] = []  # seconds that each save stalled training
+        self._writer: CheckpointWriter | None = None
+        self._shards: ShardedState | None = None
+        self._sample_hash: SampleHash | None = None
+        self._saved_step, self._best_loss = 0, float("inf")  # last saved step, lowest val/loss
+        self._last_save_time = time.monotonic()
 
     # ---- resume
 
@@ -80,56 +88,62 @@ class Checkpoint(L.Callback):
             pl_module.prepare()
         plan = getattr(getattr(trainer, "datamodule", None), "plan", None)
         if plan is not None:
-            self._consumed = Consumed(plan)
-            self.belongs = replace(self.belongs, plan=plan_digest(plan))
-        self._shards = shards_of(trainer)
-        found = find(trainer, self._shards, self.folder, self.resume_from, self.belongs, self._tell(trainer))
+            self._sample_hash = SampleHash(plan)
+            self.fingerprint = replace(self.fingerprint, plan=compute_plan_digest(plan))
+        self._shards = get_sharded_state(trainer)
+        found = find_resume_checkpoint(
+            trainer, self._shards, self.folder, self.resume_from, self.fingerprint, self._get_reporter(trainer)
+        )
         if found is not None:
-            self._go_on(trainer, found)
+            self._resume(trainer, found)
         else:
-            _continue_logs(trainer, 0)
-        self._saved = found[1].step if found else 0
+            _resume_loggers(trainer, 0)
+        self._saved_step = found[1].step if found else 0
         self._start_writer(trainer)
 
-    def _go_on(self, trainer: L.Trainer, found: Found) -> None:
+    def _resume(self, trainer: L.Trainer, found: FoundCheckpoint) -> None:
         path, index = found
         total = f" of {trainer.max_steps:,}" if trainer.max_steps > 0 else ""
-        load(path, index, self._shards.pieces())
-        self._shards.loaded(index.updates)
-        go_to(trainer, index.step)
+        load_tensors(path, index, self._shards.iter_shards())
+        self._shards.sync_after_load(index.updates)
+        set_loop_position(trainer, index.step)
         if trainer.datamodule is not None:
             trainer.datamodule.start_step = index.step
-        self._restore(trainer, index.state)
-        self._tell(trainer)(f"goes on at step {index.step:,}{total}, from {path}")
+        self._load_callback_states(trainer, index.state)
+        self._get_reporter(trainer)(f"goes on at step {index.step:,}{total}, from {path}")
 
-    def _restore(self, trainer: L.Trainer, state: dict[str, Any]) -> None:
+    def _load_callback_states(self, trainer: L.Trainer, state: dict[str, Any]) -> None:
         for callback in trainer.callbacks:
             if callback.state_key in state["callbacks"]:
                 callback.load_state_dict(state["callbacks"][callback.state_key])
         if state["precision"]:
             trainer.precision_plugin.load_state_dict(state["precision"])
-        _continue_logs(trainer, *state["log"])
+        _resume_loggers(trainer, *state["log"])
 
     def _start_writer(self, trainer: L.Trainer) -> None:
         """Create the writer and clean up the checkpoint folder.
 
         Nothing is written or removed before this call. A start that was refused leaves the folder unchanged.
         """
-        writers = [rank for rank, writes in enumerate(gathered(trainer, self._shards.writes)) if writes]
+        writers = [rank for rank, writes in enumerate(gather_objects(trainer, self._shards.is_writer)) if writes]
         if trainer.is_global_zero:
-            self.folder.sweep(self._saved)
-            best = self.folder.best()
-            self._best = best[1] if best else self._best
+            self.folder.clean_before_run(self._saved_step)
+            best = self.folder.read_best()
+            self._best_loss = best[1] if best else self._best_loss
         # also a barrier: no rank writes before the cleanup ends
-        self._best = trainer.strategy.broadcast(self._best)
+        self._best_loss = trainer.strategy.broadcast(self._best_loss)
         seconds = 60 * self.timeout_minutes
-        self._writer = Writer(
-            self.folder, rank=trainer.global_rank, ranks=writers, keep_last=self.keep_last, timeout_seconds=seconds
+        self._writer = CheckpointWriter(
+            self.folder,
+            rank=trainer.global_rank,
+            writer_ranks=writers,
+            keep_last=self.keep_last,
+            timeout_seconds=seconds,
         )
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        note_validation(trainer)
-        self._clock = time.monotonic()
+        move_validation_to_previous_step(trainer)
+        self._last_save_time = time.monotonic()
 
     # ---- when to save
 
@@ -138,35 +152,39 @@ class Checkpoint(L.Callback):
     ) -> None:
         if not is_last_micro_step(trainer):
             return
-        if trainer.is_global_zero and self.every_minutes and time.monotonic() - self._clock > 60 * self.every_minutes:
-            consensus_of(trainer).tell(Word.save)
+        if (
+            trainer.is_global_zero
+            and self.every_minutes
+            and time.monotonic() - self._last_save_time > 60 * self.every_minutes
+        ):
+            get_shared_flags(trainer).add(StepFlag.save)
         if self._writer is not None and self._writer.error is not None:
-            consensus_of(trainer).tell(Word.unsaved)
+            get_shared_flags(trainer).add(StepFlag.save_failed)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not is_last_micro_step(trainer):
             return
-        flag_sum, step = consensus_of(trainer).heard, trainer.global_step
-        if flag_sum(Word.unsaved):
-            self._settle(trainer)
+        flag_sum, step = get_shared_flags(trainer).get, trainer.global_step
+        if flag_sum(StepFlag.save_failed):
+            self._wait_for_save(trainer)
         by_steps = self.every_steps and step % self.every_steps == 0
         # validation, generation and export follow the last step: they take long and may fail
         last = step == trainer.max_steps or batch_idx + 1 == trainer.num_training_batches
-        if by_steps or last or flag_sum(Word.save):
+        if by_steps or last or flag_sum(StepFlag.save):
             self.save_now(trainer, pl_module, wait=False)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        loss = trainer.callback_metrics.get(BEST_BY)
+        loss = trainer.callback_metrics.get(BEST_METRIC)
         if not self.keep_best or self._writer is None or trainer.sanity_checking or loss is None:
             return
-        if float(loss) < self._best:  # reduced over all ranks, so all ranks take the same decision
-            self._best = float(loss)
+        if float(loss) < self._best_loss:  # reduced over all ranks, so all ranks take the same decision
+            self._best_loss = float(loss)
             self.save_now(trainer, pl_module, wait=True)
             if trainer.is_global_zero:
-                self.folder.point_to_best(trainer.global_step, self._best)
-                self.folder.prune(self.keep_last)
+                self.folder.mark_best(trainer.global_step, self._best_loss)
+                self.folder.remove_old(self.keep_last)
 
     # ---- saving
 
@@ -180,99 +198,99 @@ class Checkpoint(L.Callback):
             UserError: this checkpoint or the one before could not be written. All ranks raise it.
         """
         start = time.perf_counter()
-        with pulse_of(trainer).during(Doing.saving):
-            self._settle(trainer)
-            if trainer.global_step > self._saved:
-                pieces = list(self._shards.pieces()) if self._shards.writes else []
-                self._writer.start(self._index(trainer), pieces, asynchronous=self.asynchronous)
-                self._saved, self._clock = trainer.global_step, time.monotonic()
+        with get_progress(trainer).use_activity(Activity.saving):
+            self._wait_for_save(trainer)
+            if trainer.global_step > self._saved_step:
+                pieces = list(self._shards.iter_shards()) if self._shards.is_writer else []
+                self._writer.start(self._make_index(trainer), pieces, asynchronous=self.asynchronous)
+                self._saved_step, self._last_save_time = trainer.global_step, time.monotonic()
             if wait or not self.asynchronous:
-                self._settle(trainer)
-        self.stalls.append(time.perf_counter() - start)
+                self._wait_for_save(trainer)
+        self.stall_seconds.append(time.perf_counter() - start)
 
-    def _index(self, trainer: L.Trainer) -> Index:
-        csv = _csv_of(trainer)
+    def _make_index(self, trainer: L.Trainer) -> CheckpointIndex:
+        csv = _find_csv_logger(trainer)
         state = {
-            "callbacks": {key: value for key, value in map(_state_of, trainer.callbacks) if value},
+            "callbacks": {key: value for key, value in map(_get_callback_state, trainer.callbacks) if value},
             "precision": trainer.precision_plugin.state_dict(),
-            "log": [csv.num_rows if csv is not None else 0, pending_row(trainer)],
+            "log": [csv.num_rows if csv is not None else 0, get_pending_metrics(trainer)],
         }
-        return Index(
+        return CheckpointIndex(
             step=trainer.global_step,
-            updates=_updates(trainer),
+            updates=_count_updates(trainer),
             intervals=[],
             files=[],
-            belongs=self.belongs.as_dict(),
-            consumed=self._consumed.until(trainer.global_step) if self._consumed else "",
+            belongs=self.fingerprint.to_dict(),
+            consumed=self._sample_hash.compute_digest(trainer.global_step) if self._sample_hash else "",
             state=json.loads(json.dumps(state)),
-            versions=versions(),
+            versions=get_package_versions(),
             written=datetime.now(UTC).isoformat(timespec="seconds"),
         )
 
-    def _settle(self, trainer: L.Trainer) -> None:
+    def _wait_for_save(self, trainer: L.Trainer) -> None:
         """Wait for the current save. Raise UserError on all ranks if one rank could not write."""
-        if message := self._finished(trainer):
+        if message := self._collect_save_error(trainer):
             raise UserError(message if trainer.is_global_zero else "")  # only rank 0 shows the message
 
-    def _finished(self, trainer: L.Trainer) -> str:
+    def _collect_save_error(self, trainer: L.Trainer) -> str:
         """Wait for the current save and return its error message; "" if the checkpoint is on disk."""
         # The writer of rank 0 waits for the files of the other ranks. It stops early if one of them failed.
-        other_errors = gathered(trainer, "" if trainer.is_global_zero else _in_words(self._writer.finish()))
-        errors = gathered(trainer, _in_words(self._writer.finish(leaving=any(other_errors))))
+        other_errors = gather_objects(trainer, "" if trainer.is_global_zero else _format_error(self._writer.wait()))
+        errors = gather_objects(trainer, _format_error(self._writer.wait(aborting=any(other_errors))))
         if not any(errors):
             return ""
         if trainer.is_global_zero:
-            self._writer.give_up()
-        steps = self.folder.steps()
+            self._writer.remove_unfinished()
+        steps = self.folder.list_steps()
         kept = f"The one before, of step {steps[0]:,}, is whole" if steps else "There is none before"
         return (
-            f"The checkpoint of step {self._saved:,} could not be written to {self.folder.path}: {next(filter(None, errors))}. "
+            f"The checkpoint of step {self._saved_step:,} could not be written to {self.folder.path}: {next(filter(None, errors))}. "
             f"{kept}. Make room, or write fewer (checkpoint.every_steps, checkpoint.keep_last); the same command goes on."
         )
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if message := self._finished(trainer):  # reported, not raised: the export comes next
-            self._tell(trainer)(message)
+        if message := self._collect_save_error(trainer):  # reported, not raised: the export comes next
+            self._get_reporter(trainer)(message)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         if self._writer is not None:
-            self._writer.finish(leaving=True)  # complete a save that has begun
+            self._writer.wait(aborting=True)  # complete a save that has begun
 
-    def _tell(self, trainer: L.Trainer) -> Callable[[str], None]:
+    def _get_reporter(self, trainer: L.Trainer) -> Callable[[str], None]:
         return self.say if trainer.is_global_zero else lambda text: None
 
 
-def _csv_of(trainer: L.Trainer) -> Any:
+def _find_csv_logger(trainer: L.Trainer) -> Any:
     """Find the logger that can resume its CSV table; None if there is none."""
     return next((logger for logger in trainer.loggers if hasattr(logger, "go_on")), None)
 
 
-def _continue_logs(trainer: L.Trainer, num_rows: int, row: dict[str, Any] | None = None) -> None:
+def _resume_loggers(trainer: L.Trainer, num_rows: int, row: dict[str, Any] | None = None) -> None:
     """Cut the CSV table to `num_rows` rows plus the pending row, and send the remaining rows to the other loggers."""
-    csv = _csv_of(trainer)
+    csv = _find_csv_logger(trainer)
     rows = csv.go_on(num_rows, row) if csv is not None else []
     for logger in trainer.loggers:
         if hasattr(logger, "replay") and trainer.is_global_zero:
             logger.replay(rows)
 
 
-def _state_of(callback: L.Callback) -> tuple[str, dict[str, Any]]:
+def _get_callback_state(callback: L.Callback) -> tuple[str, dict[str, Any]]:
     """Return the state key and the JSON-serialisable state of a callback; {} with a warning if JSON cannot hold it."""
     state = callback.state_dict()
     try:
-        return callback.state_key, json.loads(json.dumps(state, default=_listed))
+        return callback.state_key, json.loads(json.dumps(state, default=_convert_to_list))
     except TypeError as error:
         warnings.warn(f"{type(callback).__name__}.state_dict() is not kept: {error}", stacklevel=2)
         return callback.state_key, {}
 
 
-def _listed(value: Any) -> Any:
+def _convert_to_list(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} is not a number, a text or a list of them")
 
 
-def _updates(trainer: L.Trainer) -> int:
+def _count_updates(trainer: L.Trainer) -> int:
     """Count the updates of the optimizer. Skipped steps do not count."""
     optimizer: Any = trainer.optimizers[0]
     states = (
@@ -284,7 +302,7 @@ def _updates(trainer: L.Trainer) -> int:
     return counts[0] if counts else trainer.global_step
 
 
-def _in_words(error: BaseException | None) -> str:
+def _format_error(error: BaseException | None) -> str:
     if error is None:
         return ""
     if isinstance(error, OSError):

@@ -8,9 +8,9 @@ from typing import Any
 
 import lightning as L
 
-from lit_vlm.engine.watch import Doing, pulse_of
+from lit_vlm.engine.watch import Activity, get_progress
 from lit_vlm.model.export import export_model
-from lit_vlm.model.tensor_files import os_errors
+from lit_vlm.model.tensor_files import raise_os_errors
 from lit_vlm.types import UserError
 
 
@@ -26,9 +26,9 @@ class Export(L.Callback):
         self.folder = Path(run_dir) / "hf"
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        with pulse_of(trainer).during(Doing.exporting):
+        with get_progress(trainer).use_activity(Activity.exporting):
             try:
-                with os_errors():
+                with raise_os_errors():
                     self._export(trainer, pl_module)
             except OSError as error:
                 raise UserError(
@@ -39,13 +39,13 @@ class Export(L.Callback):
 
     def _export(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         strategy: Any = trainer.strategy
-        processor, pulse = trainer.datamodule.processor, pulse_of(trainer)
+        processor, pulse = trainer.datamodule.processor, get_progress(trainer)
         export_model(
             pl_module.model,
             processor.tokenizer,
             processor.images,
             self.folder,
-            whole=strategy.whole_weights(pl_module.model) if hasattr(strategy, "whole_weights") else None,
-            writes=trainer.is_global_zero,
-            before_each=pulse.with_each(partial(strategy.barrier, "export")),
+            gather_weight=strategy.whole_weights(pl_module.model) if hasattr(strategy, "whole_weights") else None,
+            is_writer=trainer.is_global_zero,
+            before_each_weight=pulse.wrap(partial(strategy.barrier, "export")),
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from lit_vlm.data.index.columns import groups_of
+from lit_vlm.data.index.columns import list_groups
 from lit_vlm.types import Batch
 
 
@@ -26,7 +26,7 @@ class LanguageLoss(L.Callback):
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         # The names come from the data, not from the batches: all ranks need the same metrics, or their sync hangs.
         held_out = getattr(getattr(trainer, "datamodule", None), "held_out", None)
-        names = set(map(str, groups_of(held_out))) if held_out is not None else set()
+        names = set(map(str, list_groups(held_out))) if held_out is not None else set()
         self._metrics = {name: MeanMetric().to(pl_module.device) for name in sorted(names)}
 
     def on_validation_batch_end(
@@ -45,7 +45,7 @@ class LanguageLoss(L.Callback):
         repeats = 2 if batch.num_pairs else 1  # chosen responses, then rejected ones
         for names in (batch.languages * repeats, batch.kinds * repeats):
             if len(names) == len(loss_sum):
-                self._update([str(name) for name in names], loss_sum, num_tokens)
+                self._update_metrics([str(name) for name in names], loss_sum, num_tokens)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for name, metric in self._metrics.items():
@@ -56,7 +56,7 @@ class LanguageLoss(L.Callback):
             if not torch.isnan(value):
                 pl_module.log(f"val/loss_{name}", value, batch_size=1)
 
-    def _update(self, names: list[str], total: Tensor, count: Tensor) -> None:
+    def _update_metrics(self, names: list[str], total: Tensor, count: Tensor) -> None:
         for name in set(names) & set(self._metrics):
             rows = torch.tensor([i for i, other in enumerate(names) if other == name], device=total.device)
             tokens = count[rows].clamp(min=1)

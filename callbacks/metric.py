@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lightning as L
 
-from lit_vlm.engine.tracking.tracking import require_logged
+from lit_vlm.engine.tracking.tracking import require_logged_metric
 from lit_vlm.types import UserError
 
 
@@ -26,7 +26,7 @@ class Metric(L.Callback):
             return
         names = {name for name in trainer.callback_metrics if name.startswith("val/")}  # equal on all ranks
         try:
-            require_logged(self.metric, names)
+            require_logged_metric(self.metric, names)
         except UserError as error:
             # only rank 0 shows the message
             raise UserError(str(error) if trainer.is_global_zero else "") from None

@@ -9,10 +9,10 @@ import lightning as L
 
 from lit_vlm.engine.budget import halve_budget, is_out_of_memory
 from lit_vlm.engine.exits import RESTART
-from lit_vlm.engine.slurm import own_job
-from lit_vlm.engine.watch import Doing, pulse_of
-from lit_vlm.engine.watch_thread import Note
-from lit_vlm.types import UserError, counted
+from lit_vlm.engine.slurm import get_own_job
+from lit_vlm.engine.watch import Activity, get_progress
+from lit_vlm.engine.watch_thread import ExitNotice
+from lit_vlm.types import UserError, format_count
 
 
 class OutOfMemory(L.Callback):
@@ -35,24 +35,24 @@ class OutOfMemory(L.Callback):
         if not is_out_of_memory(exception):
             return
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-        state = pulse_of(trainer).work
+        state = get_progress(trainer).state
         if trainer.world_size == 1:
-            if state.doing not in (Doing.starting, Doing.optimizer):  # else weights may be half updated
-                save_step_before(trainer, pl_module)
+            if state.doing not in (Activity.starting, Activity.optimizer):  # else weights may be half updated
+                save_previous_step(trainer, pl_module)
             return
         try:
             halved = halve_budget(self.run_dir, datamodule, self.max_oom_retries)
         except UserError as error:
-            Note(1, str(error), []).leave_together(self.run_dir)
+            ExitNotice(1, str(error), []).stop_all_ranks(self.run_dir)
         message = (
             f"Rank {trainer.global_rank} ran out of memory, {state.doing} of step {state.step + 1:,}. The next start goes on "
-            f"from the last checkpoint with at most {halved.tokens:,} tokens and {counted(halved.tiles, 'tile')} in a micro-batch; all "
+            f"from the last checkpoint with at most {halved.tokens:,} tokens and {format_count(halved.tiles, 'tile')} in a micro-batch; all "
             f"ranks leave with exit status {RESTART}."
         )
-        Note(RESTART, message, []).leave_together(self.run_dir, own_job())
+        ExitNotice(RESTART, message, []).stop_all_ranks(self.run_dir, get_own_job())
 
 
-def save_step_before(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+def save_previous_step(trainer: L.Trainer, pl_module: L.LightningModule) -> None:
     """Save the state from before the current step, which will not be finished."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     for callback in callbacks:

@@ -9,19 +9,19 @@ from typing import Any, Protocol
 import lightning as L
 import torch
 
-from lit_vlm.engine.consensus import Word, consensus_of, is_last_micro_step
-from lit_vlm.engine.exits import INTERRUPTED, RESTART, LeftTogether, StoppedEarly
-from lit_vlm.engine.ranks import in_sweep
-from lit_vlm.engine.signals import Ask, Signals, listening
-from lit_vlm.engine.slurm import is_preempted, own_job, requeue
+from lit_vlm.engine.consensus import StepFlag, get_shared_flags, is_last_micro_step
+from lit_vlm.engine.exits import INTERRUPTED, RESTART, CoordinatedExit, EarlyStoppingExit
+from lit_vlm.engine.ranks import is_in_sweep
+from lit_vlm.engine.signals import SignalHandler, StopRequest, use_listener
+from lit_vlm.engine.slurm import get_own_job, is_preempted, requeue
 
 # Priority when ranks got different requests. Early stopping of a sweep comes first: it needs no restart. A time limit
 # concerns all ranks. A person who interrupts wants no restart.
-BY_WEIGHT = (Ask.stop, Ask.requeue, Ask.interrupt, Ask.leave)
-AGAIN = "The same command goes on from there."
+REQUEST_PRIORITY = (StopRequest.early_stop, StopRequest.requeue, StopRequest.interrupt, StopRequest.save_and_stop)
+RERUN_HINT = "The same command goes on from there."
 
 
-class Saves(Protocol):
+class CheckpointSaver(Protocol):
     """Protocol of a callback that can save a checkpoint now."""
 
     def save_now(self, trainer: L.Trainer, pl_module: L.LightningModule, wait: bool) -> Any: ...
@@ -38,24 +38,26 @@ class Preemption(L.Callback):
     """
 
     def __init__(self) -> None:
-        self._signals: Signals | None = None
+        self._signal_handler: SignalHandler | None = None
         self._stack = ExitStack()
-        self._asked: list[Ask] = []
+        self._requests: list[StopRequest] = []
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._asked = []
-        _silence(trainer)
+        self._requests = []
+        _disable_lightning_signals(trainer)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._signals = self._stack.enter_context(listening(_teller(trainer, self._asked)))
+        self._signal_handler = self._stack.enter_context(use_listener(_make_listener(trainer, self._requests)))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         if not is_last_micro_step(trainer):
             return
-        flags = consensus_of(trainer)
-        self._act(trainer, pl_module, [request for request in BY_WEIGHT if flags.heard(Word(request.value))])
+        flags = get_shared_flags(trainer)
+        self._save_and_exit(
+            trainer, pl_module, [request for request in REQUEST_PRIORITY if flags.get(StepFlag(request.value))]
+        )
 
     def on_validation_batch_end(
         self,
@@ -67,107 +69,115 @@ class Preemption(L.Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Exit during validation. The saved state is that of the step before; the rest of this validation is not repeated."""
-        if self._signals is not None:
-            self._act(trainer, pl_module, _asked_of_any(trainer, self._asked))
+        if self._signal_handler is not None:
+            self._save_and_exit(trainer, pl_module, _gather_requests(trainer, self._requests))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        handler = self._signals
+        handler = self._signal_handler
         if handler is None:
             return
-        num_known = len(self._asked)
-        requests = _asked_of_any(trainer, self._asked)
+        num_known = len(self._requests)
+        requests = _gather_requests(trainer, self._requests)
         # a stop request of a sweep is void here: the run is already complete
-        self._act(trainer, pl_module, [request for request in requests if request is not Ask.stop])
-        self._let_go()  # if a signal ends this process from here on, the next start repeats the rest
-        for request in self._asked[num_known:]:
-            if request is not Ask.stop:
-                handler.heed(request)
+        self._save_and_exit(
+            trainer, pl_module, [request for request in requests if request is not StopRequest.early_stop]
+        )
+        self._release_signals()  # if a signal ends this process from here on, the next start repeats the rest
+        for request in self._requests[num_known:]:
+            if request is not StopRequest.early_stop:
+                handler.handle_late_request(request)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._let_go()
+        self._release_signals()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if self._signals is not None and not self._signals.leaving:
-            self._signals.waiting += self._asked  # for the restart in this process, e.g. after a rollback
-        self._let_go()
+        if self._signal_handler is not None and not self._signal_handler.is_exiting:
+            self._signal_handler.pending += self._requests  # for the restart in this process, e.g. after a rollback
+        self._release_signals()
 
-    def _let_go(self) -> None:
-        self._signals = None
+    def _release_signals(self) -> None:
+        self._signal_handler = None
         self._stack.close()
 
-    def _act(self, trainer: L.Trainer, pl_module: L.LightningModule, asks: list[Ask]) -> None:
-        if not asks:
+    def _save_and_exit(self, trainer: L.Trainer, pl_module: L.LightningModule, requests: list[StopRequest]) -> None:
+        if not requests:
             return
-        if self._signals is not None:
-            self._signals.leaving = True
-        saved = _save(trainer, pl_module)
-        request = _meant(trainer, asks[0])
+        if self._signal_handler is not None:
+            self._signal_handler.is_exiting = True
+        saved = _save_checkpoint(trainer, pl_module)
+        request = _resolve_request(trainer, requests[0])
         if trainer.is_global_zero:
-            print(f"Asked to {request}: {saved}; {_requeued(request)}", flush=True)
+            print(f"Asked to {request}: {saved}; {_requeue_if_requested(request)}", flush=True)
         trainer.strategy.barrier("leave")  # Slurm must answer first: the first exit ends the job step
-        if request is Ask.stop:
-            raise StoppedEarly
-        raise LeftTogether(INTERRUPTED if request is Ask.interrupt else RESTART)
+        if request is StopRequest.early_stop:
+            raise EarlyStoppingExit
+        raise CoordinatedExit(INTERRUPTED if request is StopRequest.interrupt else RESTART)
 
 
-def _teller(trainer: L.Trainer, asked: list[Ask]) -> Callable[[Ask], None]:
-    flags = consensus_of(trainer)
+def _make_listener(trainer: L.Trainer, requests: list[StopRequest]) -> Callable[[StopRequest], None]:
+    flags = get_shared_flags(trainer)
 
-    def tell(ask: Ask) -> None:
-        asked.append(ask)
-        flags.tell(Word(ask.value))
+    def add_request(request: StopRequest) -> None:
+        requests.append(request)
+        flags.add(StepFlag(request.value))
 
-    return tell
+    return add_request
 
 
-def _asked_of_any(trainer: L.Trainer, asked: list[Ask]) -> list[Ask]:
+def _gather_requests(trainer: L.Trainer, own_requests: list[StopRequest]) -> list[StopRequest]:
     """Gather the requests of all ranks, by priority. All ranks must call it at the same point."""
-    snapshot = asked[:]
-    flags = torch.tensor([float(request in snapshot) for request in BY_WEIGHT], device=trainer.strategy.root_device)
+    snapshot = own_requests[:]
+    flags = torch.tensor(
+        [float(request in snapshot) for request in REQUEST_PRIORITY], device=trainer.strategy.root_device
+    )
     if trainer.world_size > 1:
         torch.distributed.all_reduce(flags)
-    return [request for request, flag in zip(BY_WEIGHT, flags.tolist(), strict=True) if flag]
+    return [request for request, flag in zip(REQUEST_PRIORITY, flags.tolist(), strict=True) if flag]
 
 
-def _meant(trainer: L.Trainer, ask: Ask) -> Ask:
+def _resolve_request(trainer: L.Trainer, request: StopRequest) -> StopRequest:
     """Resolve a signal from the agent of a sweep: early stopping of this run, or the end of the agent itself.
 
     Rank 0 asks W&B and broadcasts the answer.
     """
-    if ask not in (Ask.leave, Ask.requeue) or not in_sweep():
-        return ask
+    if request not in (StopRequest.save_and_stop, StopRequest.requeue) or not is_in_sweep():
+        return request
     trackers = [logger for logger in trainer.loggers if hasattr(logger, "is_asked_to_stop")]
     should_stop = any(tracker.is_asked_to_stop() for tracker in trackers)
-    return Ask.stop if trainer.strategy.broadcast(should_stop) else ask
+    return StopRequest.early_stop if trainer.strategy.broadcast(should_stop) else request
 
 
-def _save(trainer: L.Trainer, pl_module: L.LightningModule) -> str:
+def _save_checkpoint(trainer: L.Trainer, pl_module: L.LightningModule) -> str:
     """Save a checkpoint now and return a phrase that reports it."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    saver: Saves | None = next((callback for callback in callbacks if hasattr(callback, "save_now")), None)
+    saver: CheckpointSaver | None = next((callback for callback in callbacks if hasattr(callback, "save_now")), None)
     if saver is None:
         return f"left after step {trainer.global_step:,} without saving, for no checkpoint callback is there"
     saver.save_now(trainer, pl_module, wait=True)
     return f"saved at step {trainer.global_step:,}"
 
 
-def _requeued(ask: Ask) -> str:
+def _requeue_if_requested(request: StopRequest) -> str:
     """Requeue the Slurm job where the request needs it, and return a phrase that reports what happens next."""
-    if ask is Ask.stop:
+    if request is StopRequest.early_stop:
         return "the sweep wants no more of this run. Its state is kept."
-    if in_sweep() and ask is not Ask.interrupt:
+    if is_in_sweep() and request is not StopRequest.interrupt:
         # the agent owns the job and requeues it
         return "left. The next agent of the sweep goes on from there."
-    job = own_job()
-    if job is None or ask is Ask.interrupt or (ask is Ask.leave and not is_preempted(job)):
-        return f"left. {AGAIN}"
+    job = get_own_job()
+    if (
+        job is None
+        or request is StopRequest.interrupt
+        or (request is StopRequest.save_and_stop and not is_preempted(job))
+    ):
+        return f"left. {RERUN_HINT}"
     refusal = requeue(job)
     if refusal:
-        return f"job {job} could not be requeued ({refusal}). Submit it again: {AGAIN[0].lower()}{AGAIN[1:]}"
+        return f"job {job} could not be requeued ({refusal}). Submit it again: {RERUN_HINT[0].lower()}{RERUN_HINT[1:]}"
     return f"job {job} is requeued and goes on from there."
 
 
-def _silence(trainer: L.Trainer) -> None:
+def _disable_lightning_signals(trainer: L.Trainer) -> None:
     """Disable Lightning's signal handling.
 
     Its handler makes ranks wait for each other, and its broadcast before each micro-batch makes the host wait for the device.

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PARTS = ("data", "forward", "backward", "communication", "optimizer")
-OWN = ("data", "forward", "backward")  # parts in which no rank waits for another, under DDP
-SLOW, WINDOWS = 0.15, 3  # a rank this much above the median in so many consecutive windows is reported
-WAITS = 0.10  # a larger share of the time spent waiting for data is reported
-SETTLED = 30.0  # seconds without reports at the start: the first steps are slow for other reasons
+STEP_PARTS = ("data", "forward", "backward", "communication", "optimizer")
+OWN_PARTS = ("data", "forward", "backward")  # parts in which no rank waits for another, under DDP
+SLOW_EXCESS, SLOW_WINDOWS = 0.15, 3  # a rank this much above the median in so many consecutive windows is reported
+DATA_WAIT_SHARE = 0.10  # a larger share of the time spent waiting for data is reported
+WARMUP_SECONDS = 30.0  # seconds without reports at the start: the first steps are slow for other reasons
 
-Mark = float | torch.cuda.Event
+TimeMark = float | torch.cuda.Event
 
 
-class StepTime:
+class StepTimer:
     """Timer of an optimizer step: seconds between marks, by part.
 
     On a GPU it records events on the GPU timeline, which block neither host nor device. On a CPU it uses the host clock.
@@ -34,43 +34,43 @@ class StepTime:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._last: Mark | None = None
-        self._spans: list[tuple[str, Mark, Mark]] = []
+        self._last_mark: TimeMark | None = None
+        self._spans: list[tuple[str, TimeMark, TimeMark]] = []
 
     def mark(self, part: str) -> None:
         """Assign the time since the last mark to a part."""
-        now = self._now()
-        if self._last is not None:
-            self._spans.append((part, self._last, now))
-        self._last = now
+        now = self._make_mark()
+        if self._last_mark is not None:
+            self._spans.append((part, self._last_mark, now))
+        self._last_mark = now
 
     def pause(self) -> None:
         """Ignore the time until the next mark."""
-        self._last = None
+        self._last_mark = None
 
-    def mark_at_end_of(self, loss: Tensor, part: str) -> None:
+    def mark_after_backward(self, loss: Tensor, part: str) -> None:
         """Set a mark when this rank's own gradients are computed, before autograd waits for those of the other ranks.
 
         Autograd calls queued callbacks in the order of queueing, and the hook of the loss is the first to queue one.
         """
 
-        def queue(gradient: Tensor) -> None:
+        def queue_mark(gradient: Tensor) -> None:
             engine: Any = torch.autograd.Variable._execution_engine
             engine.queue_callback(lambda: self.mark(part))
 
         if loss.requires_grad:
-            loss.register_hook(queue)
+            loss.register_hook(queue_mark)
 
     def collect(self) -> dict[str, float]:
         """Return the seconds of each part since the last call. GPU events that have not completed count in the next call."""
         done = [span for span in self._spans if not isinstance(span[2], torch.cuda.Event) or span[2].query()]
         self._spans = self._spans[len(done) :]
-        seconds = dict.fromkeys(PARTS, 0.0)
+        seconds = dict.fromkeys(STEP_PARTS, 0.0)
         for part, begin, end in done:
-            seconds[part] += _between(begin, end)
+            seconds[part] += _measure_seconds(begin, end)
         return seconds
 
-    def _now(self) -> Mark:
+    def _make_mark(self) -> TimeMark:
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -78,7 +78,7 @@ class StepTime:
         return event
 
 
-def _between(begin: Mark, end: Mark) -> float:
+def _measure_seconds(begin: TimeMark, end: TimeMark) -> float:
     if isinstance(begin, torch.cuda.Event):
         assert isinstance(end, torch.cuda.Event)
         return begin.elapsed_time(end) / 1000
@@ -86,16 +86,16 @@ def _between(begin: Mark, end: Mark) -> float:
     return end - begin
 
 
-class Watchman:
+class StragglerMonitor:
     """Reports a straggler rank and a slow data loader, once each. All ranks pass the same numbers."""
 
-    def __init__(self, say: Callable[[str], None], host_of: Callable[[int], str]) -> None:
-        self.say, self.host_of = say, host_of
-        self._slow: list[int] = []  # slowest rank of each consecutive window above the limit
-        self._told: set[str] = set()
+    def __init__(self, say: Callable[[str], None], get_host: Callable[[int], str]) -> None:
+        self.say, self.get_host = say, get_host
+        self._slow_ranks: list[int] = []  # slowest rank of each consecutive window above the limit
+        self._reported: set[str] = set()
         self._seconds = {"data": 0.0, "all": 0.0}  # of the median rank, summed over all windows
 
-    def look(self, parts: list[dict[str, float]]) -> dict[str, float]:
+    def update(self, rank_seconds: list[dict[str, float]]) -> dict[str, float]:
         """Add a window and report findings.
 
         Args:
@@ -104,22 +104,26 @@ class Watchman:
         Returns:
             `slowest_rank`, and `slowest_excess`: its excess over the median as a fraction. Empty for one rank.
         """
-        seconds = [sum(rank[part] for part in OWN) for rank in parts]
+        seconds = [sum(rank[part] for part in OWN_PARTS) for rank in rank_seconds]
         slowest, middle = max(range(len(seconds)), key=seconds.__getitem__), max(median(seconds), 1e-9)
         excess = seconds[slowest] / middle - 1.0
-        self._slow = [*self._slow, slowest] if excess > SLOW and set(self._slow) <= {slowest} else []
-        self._seconds["all"] += median(sum(rank.values()) for rank in parts)
-        self._seconds["data"] += median(rank["data"] for rank in parts)
-        is_warm = self._seconds["all"] > SETTLED
-        if is_warm and len(self._slow) >= WINDOWS and "slow" not in self._told:
-            self._told.add("slow")
-            part = max(OWN, key=lambda name: parts[slowest][name] - median(rank[name] for rank in parts))
+        self._slow_ranks = (
+            [*self._slow_ranks, slowest] if excess > SLOW_EXCESS and set(self._slow_ranks) <= {slowest} else []
+        )
+        self._seconds["all"] += median(sum(rank.values()) for rank in rank_seconds)
+        self._seconds["data"] += median(rank["data"] for rank in rank_seconds)
+        is_warm = self._seconds["all"] > WARMUP_SECONDS
+        if is_warm and len(self._slow_ranks) >= SLOW_WINDOWS and "slow" not in self._reported:
+            self._reported.add("slow")
+            part = max(
+                OWN_PARTS, key=lambda name: rank_seconds[slowest][name] - median(rank[name] for rank in rank_seconds)
+            )
             self.say(
-                f"Rank {slowest} on {self.host_of(slowest)} takes {excess:.0%} longer than the median rank, most of it in "
+                f"Rank {slowest} on {self.get_host(slowest)} takes {excess:.0%} longer than the median rank, most of it in "
                 f"{part}; all others wait for it."
             )
         share = self._seconds["data"] / max(self._seconds["all"], 1e-9)
-        if is_warm and share > WAITS and "data" not in self._told:
-            self._told.add("data")
+        if is_warm and share > DATA_WAIT_SHARE and "data" not in self._reported:
+            self._reported.add("data")
             self.say(f"{share:.0%} of the time is spent waiting for data: raise data.num_workers.")
-        return {"slowest_rank": float(slowest), "slowest_excess": excess} if len(parts) > 1 else {}
+        return {"slowest_rank": float(slowest), "slowest_excess": excess} if len(rank_seconds) > 1 else {}

@@ -16,14 +16,14 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from callbacks.memory import memory_parts
-from callbacks.step_time import PARTS, StepTime, Watchman
+from callbacks.memory import measure_memory_parts
+from callbacks.step_time import STEP_PARTS, StepTimer, StragglerMonitor
 from lit_vlm.types import Batch
 
 COUNTS = ("tokens", "supervised_tokens", "samples", "images")
-LINE_SECONDS = 30.0
+PRINT_INTERVAL_SECONDS = 30.0
 # the last loss is the mean over this share of the steps, but at least so many
-LAST_SHARE, LAST_STEPS = 0.05, 10
+LAST_LOSS_SHARE, MIN_LAST_LOSS_STEPS = 0.05, 10
 
 
 class Throughput(L.Callback):
@@ -39,45 +39,45 @@ class Throughput(L.Callback):
 
     def __init__(self) -> None:
         names = (*COUNTS, "busy", "wait")  # the last two in seconds
-        self._now: dict[str, float] = dict.fromkeys(names, 0.0)  # since the last logging step, on this rank
+        self._window: dict[str, float] = dict.fromkeys(names, 0.0)  # since the last logging step, on this rank
         # up to the last logging step, over all ranks
-        self._sums: dict[str, float] = dict.fromkeys(names, 0.0)
+        self._totals: dict[str, float] = dict.fromkeys(names, 0.0)
         self._steps = 0
-        self._first: Tensor | None = None
-        self._last: deque[Tensor] = deque()
+        self._first_loss: Tensor | None = None
+        self._last_losses: deque[Tensor] = deque()
         self._peak_memory = 0
-        self._last_look: dict[str, float] = {}
-        self._started: float | None = None
-        self._ended: float | None = None
-        self._parts: StepTime | None = None
-        self._watchman: Watchman | None = None
-        self._memory: dict[str, float] = {}  # GiB
-        self._line = 0.0  # host time of the last printed line
+        self._straggler_metrics: dict[str, float] = {}
+        self._batch_start: float | None = None
+        self._batch_end: float | None = None
+        self._step_timer: StepTimer | None = None
+        self._straggler_monitor: StragglerMonitor | None = None
+        self._memory_parts: dict[str, float] = {}  # GiB
+        self._last_print_time = 0.0  # host time of the last printed line
         self._trainer: L.Trainer | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._trainer = trainer
-        num_losses = max(LAST_STEPS, math.ceil(LAST_SHARE * max(trainer.max_steps, 0)))
-        self._last = deque(self._last, maxlen=num_losses)
+        num_losses = max(MIN_LAST_LOSS_STEPS, math.ceil(LAST_LOSS_SHARE * max(trainer.max_steps, 0)))
+        self._last_losses = deque(self._last_losses, maxlen=num_losses)
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
-        self._ended = time.perf_counter()  # waiting for the first batch counts as well
-        self._line = self._ended
-        self._parts = StepTime(pl_module.device)
-        self._watchman = Watchman(_say(trainer), partial(_host_of, trainer))
+        self._batch_end = time.perf_counter()  # waiting for the first batch counts as well
+        self._last_print_time = self._batch_end
+        self._step_timer = StepTimer(pl_module.device)
+        self._straggler_monitor = StragglerMonitor(_make_rank_zero_printer(trainer), partial(_gather_host, trainer))
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._started = time.perf_counter()
-        if self._ended is not None:
-            self._now["wait"] += self._started - self._ended
+        self._batch_start = time.perf_counter()
+        if self._batch_end is not None:
+            self._window["wait"] += self._batch_start - self._batch_end
         self._mark("data")
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
         self._mark("forward")
-        if self._parts is not None:
-            self._parts.mark_at_end_of(loss, "backward")
+        if self._step_timer is not None:
+            self._step_timer.mark_after_backward(loss, "backward")
 
     def on_after_backward(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._mark("communication")
@@ -87,48 +87,52 @@ class Throughput(L.Callback):
     ) -> None:
         self._mark("communication")
         # moments exist after step 1
-        if pl_module.device.type == "cuda" and not self._memory and self._steps:
-            parts = memory_parts(trainer, pl_module)
-            self._memory = {name: size / 2**30 for name, size in parts.items()}
+        if pl_module.device.type == "cuda" and not self._memory_parts and self._steps:
+            parts = measure_memory_parts(trainer, pl_module)
+            self._memory_parts = {name: size / 2**30 for name, size in parts.items()}
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._mark("optimizer" if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 else "backward")
-        self._ended = time.perf_counter()
-        if self._started is not None:
-            self._now["busy"] += self._ended - self._started
-        if isinstance(batch, Batch) and not batch.blank:
+        self._batch_end = time.perf_counter()
+        if self._batch_start is not None:
+            self._window["busy"] += self._batch_end - self._batch_start
+        if isinstance(batch, Batch) and not batch.dummy:
             counts = (batch.num_tokens, batch.num_supervised_tokens, len(batch.sample_ids), len(batch.layouts))
             for name, count in zip(COUNTS, counts, strict=True):
-                self._now[name] += count
+                self._window[name] += count
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self._end_step(trainer, pl_module)
+            self._handle_step_end(trainer, pl_module)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self._parts is not None:
-            self._parts.pause()
-        self._ended = None  # the time until the next batch is neither training nor waiting for data
+        if self._step_timer is not None:
+            self._step_timer.pause()
+        self._batch_end = None  # the time until the next batch is neither training nor waiting for data
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close_window(trainer)
-        self._peak_memory = int(trainer.strategy.reduce(_peak_memory(pl_module.device), reduce_op="max"))
+        self._peak_memory = int(trainer.strategy.reduce(_measure_peak_memory(pl_module.device), reduce_op="max"))
 
     def figures(self) -> dict[str, float]:
         """Return figures for the manifest after training: totals over all ranks, seconds, losses in nats, maximum bytes of a rank."""
         if not self._steps:
             return {}
-        counts = {name: int(self._sums[name]) for name in COUNTS}
-        seconds = self._sums["busy"] + self._sums["wait"]
-        losses = torch.stack([loss.float().cpu() for loss in self._last]) if self._last else torch.tensor([math.nan])
+        counts = {name: int(self._totals[name]) for name in COUNTS}
+        seconds = self._totals["busy"] + self._totals["wait"]
+        losses = (
+            torch.stack([loss.float().cpu() for loss in self._last_losses])
+            if self._last_losses
+            else torch.tensor([math.nan])
+        )
         return {
             "steps": self._steps,
             **counts,
             "seconds": seconds,
             "tokens_per_second": counts["tokens"] / seconds,
             "samples_per_second": counts["samples"] / seconds,
-            "data_wait": self._sums["wait"] / seconds,
-            "loss_first": float(self._first) if self._first is not None else math.nan,
+            "data_wait": self._totals["wait"] / seconds,
+            "loss_first": float(self._first_loss) if self._first_loss is not None else math.nan,
             "loss_last": float(losses.mean()),
             "peak_memory_bytes": self._peak_memory,
         }
@@ -138,46 +142,53 @@ class Throughput(L.Callback):
         if self._trainer is None:
             return {}
         self._close_window(self._trainer)
-        first = None if self._first is None else float(self._first)
-        return {"steps": self._steps, "sums": dict(self._sums), "first": first, "last": [float(x) for x in self._last]}
+        first = None if self._first_loss is None else float(self._first_loss)
+        return {
+            "steps": self._steps,
+            "sums": dict(self._totals),
+            "first": first,
+            "last": [float(x) for x in self._last_losses],
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._steps, self._sums = state_dict["steps"], dict(state_dict["sums"])
-        self._first = None if state_dict["first"] is None else torch.tensor(state_dict["first"])
-        self._last.extend(map(torch.tensor, state_dict["last"]))
+        self._steps, self._totals = state_dict["steps"], dict(state_dict["sums"])
+        self._first_loss = None if state_dict["first"] is None else torch.tensor(state_dict["first"])
+        self._last_losses.extend(map(torch.tensor, state_dict["last"]))
 
-    def _end_step(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def _handle_step_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._steps += 1
         loss = trainer.callback_metrics.get("train/loss")
         if loss is not None:
             # kept on the device: reading it would make the host wait at each step
             loss = loss.detach().clone()
-            self._last.append(loss)
-            self._first = loss if self._first is None else self._first
+            self._last_losses.append(loss)
+            self._first_loss = loss if self._first_loss is None else self._first_loss
         every = trainer.log_every_n_steps
         if every and trainer.global_step % every == 0:
             window, steps = self._close_window(trainer), min(every, self._steps)
-            rates = _rates(window, steps) | self._last_look | self._memory_now(pl_module.device)
+            rates = _compute_rates(window, steps) | self._straggler_metrics | self._measure_memory(pl_module.device)
             pl_module.log_dict({f"throughput/{name}": value for name, value in rates.items()}, batch_size=1)
             self._print_line(trainer, rates)
 
     def _close_window(self, trainer: L.Trainer) -> dict[str, float]:
         """Return the counts and seconds since the last call: counts summed, times averaged over all ranks."""
-        window = self._now | (self._parts.collect() if self._parts is not None else dict.fromkeys(PARTS, 0.0))
+        window = self._window | (
+            self._step_timer.collect() if self._step_timer is not None else dict.fromkeys(STEP_PARTS, 0.0)
+        )
         ranks = [window]
         if trainer.world_size > 1:
             values = torch.tensor(list(window.values()), dtype=torch.float64, device=trainer.strategy.root_device)
             ranks = [dict(zip(window, row, strict=True)) for row in trainer.strategy.all_gather(values).tolist()]
-        parts = [{part: rank[part] for part in PARTS} for rank in ranks]
-        self._last_look = self._watchman.look(parts) if self._watchman is not None else {}
-        averaged = {"busy", "wait", *PARTS}
+        parts = [{part: rank[part] for part in STEP_PARTS} for rank in ranks]
+        self._straggler_metrics = self._straggler_monitor.update(parts) if self._straggler_monitor is not None else {}
+        averaged = {"busy", "wait", *STEP_PARTS}
         window = {name: sum(own[name] for own in ranks) / (len(ranks) if name in averaged else 1) for name in window}
-        for name in self._now:
-            self._sums[name] += window[name]
-            self._now[name] = 0.0
+        for name in self._window:
+            self._totals[name] += window[name]
+            self._window[name] = 0.0
         return window
 
-    def _memory_now(self, device: torch.device) -> dict[str, float]:
+    def _measure_memory(self, device: torch.device) -> dict[str, float]:
         """Measure the memory of a GPU in GiB; {} on other devices.
 
         `memory_activations` is the peak minus the parts: activations, and weights that the strategy gathers temporarily.
@@ -187,19 +198,23 @@ class Throughput(L.Callback):
         peak, reserved = (
             measure(device) / 2**30 for measure in (torch.cuda.max_memory_allocated, torch.cuda.max_memory_reserved)
         )
-        memory = {f"memory_{name}": size for name, size in self._memory.items()}
+        memory = {f"memory_{name}": size for name, size in self._memory_parts.items()}
         if memory:
-            memory["memory_activations"] = max(0.0, peak - sum(self._memory.values()))
+            memory["memory_activations"] = max(0.0, peak - sum(self._memory_parts.values()))
         return memory | {"memory_peak": peak, "memory_reserved": reserved}
 
     def _print_line(self, trainer: L.Trainer, rates: dict[str, float]) -> None:
         """Print a progress line every `PRINT_INTERVAL_SECONDS`, if there is no progress bar."""
         now = time.perf_counter()
-        if trainer.progress_bar_callback is not None or not trainer.is_global_zero or now - self._line < LINE_SECONDS:
+        if (
+            trainer.progress_bar_callback is not None
+            or not trainer.is_global_zero
+            or now - self._last_print_time < PRINT_INTERVAL_SECONDS
+        ):
             return
-        self._line = now
-        step = sum(rates[f"time_{part}"] for part in PARTS)
-        shares = ", ".join(f"{part} {rates[f'time_{part}'] / max(step, 1e-9):.0%}" for part in PARTS)
+        self._last_print_time = now
+        step = sum(rates[f"time_{part}"] for part in STEP_PARTS)
+        shares = ", ".join(f"{part} {rates[f'time_{part}'] / max(step, 1e-9):.0%}" for part in STEP_PARTS)
         loss = trainer.callback_metrics.get("train/loss")
         total = f"/{trainer.max_steps:,}" if trainer.max_steps > 0 else ""
         print(
@@ -209,22 +224,22 @@ class Throughput(L.Callback):
         )
 
     def _mark(self, part: str) -> None:
-        if self._parts is not None:
-            self._parts.mark(part)
+        if self._step_timer is not None:
+            self._step_timer.mark(part)
 
 
-def _rates(window: dict[str, float], steps: int) -> dict[str, float]:
+def _compute_rates(window: dict[str, float], steps: int) -> dict[str, float]:
     seconds = max(window["busy"] + window["wait"], 1e-9)
     rates = {f"{name}_per_second": window[name] / seconds for name in COUNTS}
-    parts = {f"time_{part}": window[part] / max(steps, 1) for part in PARTS}
+    parts = {f"time_{part}": window[part] / max(steps, 1) for part in STEP_PARTS}
     return rates | parts | {"data_wait": window["wait"] / seconds}
 
 
-def _say(trainer: L.Trainer) -> Callable[[str], None]:
+def _make_rank_zero_printer(trainer: L.Trainer) -> Callable[[str], None]:
     return (lambda text: print(text, flush=True)) if trainer.is_global_zero else (lambda text: None)
 
 
-def _host_of(trainer: L.Trainer, rank: int) -> str:
+def _gather_host(trainer: L.Trainer, rank: int) -> str:
     """Gather the host names and return that of one rank. All ranks must call it at the same point."""
     hosts = [socket.gethostname()] * trainer.world_size
     if trainer.world_size > 1:
@@ -232,7 +247,7 @@ def _host_of(trainer: L.Trainer, rank: int) -> str:
     return hosts[rank]
 
 
-def _peak_memory(device: torch.device) -> Tensor:
+def _measure_peak_memory(device: torch.device) -> Tensor:
     """Measure the peak bytes: of the GPU allocator, or on a CPU of this process plus its largest finished child process."""
     if device.type == "cuda":
         return torch.tensor(float(torch.cuda.max_memory_allocated(device)), device=device)

@@ -21,7 +21,7 @@ class Tiling(StrEnum):
     anyres = "anyres"
 
 
-class Layout(NamedTuple):
+class TileLayout(NamedTuple):
     """Arrangement of one image's tile features as tokens. Heights and widths of a grid are in patches."""
 
     num_tiles: int  # inputs of the vision tower, the base view first
@@ -57,7 +57,9 @@ class ImageSettings:
     def vision_aspect_ratio(self) -> str:
         return f"anyres_max_{self.max_tiles}"
 
-    def layout(self, height: int, width: int, *, alone: bool = True, most_tiles: int | None = None) -> Layout:
+    def compute_layout(
+        self, height: int, width: int, *, single_image: bool = True, max_tiles: int | None = None
+    ) -> TileLayout:
         """Compute the tiles and tokens of an image of this size (pixels).
 
         Args:
@@ -65,25 +67,27 @@ class ImageSettings:
             max_tiles: maximum number of tiles in addition to the base view; a smaller grid of the model's is selected.
                 0: the base view only.
         """
-        if most_tiles == 0:
-            alone = False
-        pinpoints = self.pinpoints(most_tiles)
-        return _layout(self.side, self.tile_size, pinpoints, self.max_tiles, self.tiling, height, width, alone)
+        if max_tiles == 0:
+            single_image = False
+        pinpoints = self.select_pinpoints(max_tiles)
+        return _compute_layout(
+            self.side, self.tile_size, pinpoints, self.max_tiles, self.tiling, height, width, single_image
+        )
 
-    def pinpoints(self, most_tiles: int | None = None) -> tuple[tuple[int, int], ...]:
+    def select_pinpoints(self, max_tiles: int | None = None) -> tuple[tuple[int, int], ...]:
         """Select the resolutions (height, width) that have at most `max_tiles` tiles."""
-        if most_tiles is None:
+        if max_tiles is None:
             return self.grid_pinpoints
-        return _up_to(self.grid_pinpoints, self.tile_size, most_tiles)
+        return _filter_pinpoints(self.grid_pinpoints, self.tile_size, max_tiles)
 
 
-def grid_pinpoints(tile_size: int, most: int) -> tuple[tuple[int, int], ...]:
+def make_grid_pinpoints(tile_size: int, grid_size: int) -> tuple[tuple[int, int], ...]:
     """Make all (height, width) from 1x1 to grid_size x grid_size tiles, as in LLaVA-OneVision's `(1x1),...,(6x6)`."""
-    sides = [tile_size * n for n in range(1, most + 1)]
+    sides = [tile_size * n for n in range(1, grid_size + 1)]
     return tuple((height, width) for height in sides for width in sides)
 
 
-def best_resolution(height: int, width: int, pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
+def select_best_resolution(height: int, width: int, pinpoints: tuple[tuple[int, int], ...]) -> tuple[int, int]:
     """Select the pinpoint that keeps the most image pixels; of equals, the one that wastes the fewest."""
     best, most_kept, least_wasted = pinpoints[0], -1, math.inf
     for target_height, target_width in pinpoints:
@@ -96,13 +100,15 @@ def best_resolution(height: int, width: int, pinpoints: tuple[tuple[int, int], .
 
 
 @lru_cache(maxsize=256)
-def _up_to(pinpoints: tuple[tuple[int, int], ...], tile_size: int, most_tiles: int) -> tuple[tuple[int, int], ...]:
-    allowed = tuple(point for point in pinpoints if point[0] * point[1] <= most_tiles * tile_size**2)
+def _filter_pinpoints(
+    pinpoints: tuple[tuple[int, int], ...], tile_size: int, max_tiles: int
+) -> tuple[tuple[int, int], ...]:
+    allowed = tuple(point for point in pinpoints if point[0] * point[1] <= max_tiles * tile_size**2)
     return allowed or (min(pinpoints, key=lambda point: point[0] * point[1]),)
 
 
 @lru_cache(maxsize=65536)
-def _layout(
+def _compute_layout(
     side: int,
     tile_size: int,
     pinpoints: tuple[tuple[int, int], ...],
@@ -110,11 +116,11 @@ def _layout(
     tiling: Tiling,
     height: int,
     width: int,
-    alone: bool,
-) -> Layout:
-    if tiling is Tiling.base or not alone:
-        return Layout(num_tiles=1, num_tokens=side * side + 1)  # one newline closes the base view
-    target_height, target_width = best_resolution(height, width, pinpoints)
+    single_image: bool,
+) -> TileLayout:
+    if tiling is Tiling.base or not single_image:
+        return TileLayout(num_tiles=1, num_tokens=side * side + 1)  # one newline closes the base view
+    target_height, target_width = select_best_resolution(height, width, pinpoints)
     rows, columns = target_height // tile_size, target_width // tile_size
     grid_height, grid_width = rows * side, columns * side
     top = left = 0
@@ -126,7 +132,7 @@ def _layout(
     ratio = math.sqrt(kept_height * kept_width / (max_tiles * side**2))
     pooled = (int(kept_height // ratio), int(kept_width // ratio)) if ratio > 1.1 else None
     token_height, token_width = pooled or (kept_height, kept_width)
-    return Layout(
+    return TileLayout(
         num_tiles=1 + rows * columns,
         num_tokens=side * side + token_height * (token_width + 1),
         rows=rows,

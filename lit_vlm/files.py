@@ -18,16 +18,16 @@ from typing import Any
 
 from filelock import FileLock
 
-from lit_vlm.secrets import redacted, redacted_text
+from lit_vlm.secrets import redact, redact_text
 from lit_vlm.types import UserError
 
 
-class DamagedFile(UserError):
+class CorruptFileError(UserError):
     """Error for a file of this package whose content is corrupt. The message names the file and the fault."""
 
 
 @contextmanager
-def written(path: Path, what: str = "The index", setting: str = "data.index_dir") -> Iterator[Path]:
+def atomic_write(path: Path, description: str = "The index", setting: str = "data.index_dir") -> Iterator[Path]:
     """Write a file atomically: yield a temporary path beside `path`, then move it to `path` and sync it to the disk.
 
     Temporary files that a killed process left for the same file are removed. Of two processes that write the same file at once,
@@ -41,8 +41,8 @@ def written(path: Path, what: str = "The index", setting: str = "data.index_dir"
     Raises:
         UserError: the disk is full or the folder is not writable.
     """
-    temporary = draft_of(path)
-    with writable(path.parent, what, setting):
+    temporary = get_temporary_path(path)
+    with handle_write_errors(path.parent, description, setting):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -53,7 +53,7 @@ def written(path: Path, what: str = "The index", setting: str = "data.index_dir"
             leftover.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, text: str, *, durable: bool = True, redact: bool = True) -> None:
+def write_text_atomically(path: Path, text: str, *, durable: bool = True, remove_secrets: bool = True) -> None:
     """Write a text file atomically, without secrets: a reader sees the old file or the new one.
 
     Several processes and threads may call this at once for the same path.
@@ -66,9 +66,9 @@ def write_atomically(path: Path, text: str, *, durable: bool = True, redact: boo
     Raises:
         OSError: the disk is full or the folder is not writable.
     """
-    temporary = draft_of(path)
+    temporary = get_temporary_path(path)
     try:
-        temporary.write_text(redacted_text(text) if redact else text, encoding="utf-8")
+        temporary.write_text(redact_text(text) if remove_secrets else text, encoding="utf-8")
         move_into_place(temporary, path) if durable else os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
@@ -76,7 +76,7 @@ def write_atomically(path: Path, text: str, *, durable: bool = True, redact: boo
     host = f".{path.name}.{socket.gethostname()}."
     for leftover in path.parent.glob(f"{host}*"):  # left by a killed process of this host
         pid = leftover.name.removeprefix(host).partition("-")[0]
-        if pid.isdigit() and not _is_alive(int(pid)):
+        if pid.isdigit() and not _is_process_alive(int(pid)):
             leftover.unlink(missing_ok=True)
 
 
@@ -85,12 +85,12 @@ def write_json(path: Path, value: Any, *, indent: int | None = None, durable: bo
 
     Secrets are redacted value by value, so that the result stays valid JSON.
     """
-    text = json.dumps(redacted(value), indent=indent, ensure_ascii=False)
+    text = json.dumps(redact(value), indent=indent, ensure_ascii=False)
     text = text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair has no bytes
-    write_atomically(path, text + "\n", durable=durable, redact=False)
+    write_text_atomically(path, text + "\n", durable=durable, remove_secrets=False)
 
 
-def draft_of(path: Path) -> Path:
+def get_temporary_path(path: Path) -> Path:
     """Return a temporary path beside `path` that only this thread uses.
 
     It contains the host name: nodes share folders, and each node has its own process ids.
@@ -98,22 +98,22 @@ def draft_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}-{threading.get_ident()}")
 
 
-def move_into_place(draft: Path, path: Path) -> None:
+def move_into_place(temporary: Path, path: Path) -> None:
     """Rename a temporary file, or a folder of files, to `path`. Its content and its name are on the disk on return.
 
     A missing temporary file is no error if another process has put its own file there.
     """
     try:
-        for entry in (*draft.rglob("*"), draft):  # for a file: only itself
-            sync(entry)
-        os.replace(draft, path)
+        for entry in (*temporary.rglob("*"), temporary):  # for a file: only itself
+            sync_to_disk(entry)
+        os.replace(temporary, path)
     except FileNotFoundError:
         if not path.is_file():
             raise
-    sync(path.parent)
+    sync_to_disk(path.parent)
 
 
-def sync(path: Path) -> None:
+def sync_to_disk(path: Path) -> None:
     """Flush a file's content, or a folder's entries, to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -136,14 +136,14 @@ def read_json(path: Path, remedy: str) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise DamagedFile(f"{path} cannot be read: {error.strerror or error}. {remedy}") from None
+        raise CorruptFileError(f"{path} cannot be read: {error.strerror or error}. {remedy}") from None
     try:
         value = json.loads(data.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         fault = "it is empty" if not data.strip(b" \r\n\t\0") else f"it is no JSON, or cut off ({error})"
-        raise DamagedFile(f"{path} is damaged: {fault}. {remedy}") from None
+        raise CorruptFileError(f"{path} is damaged: {fault}. {remedy}") from None
     if not isinstance(value, dict):
-        raise DamagedFile(f"{path} is damaged: it holds {type(value).__name__} and no JSON object. {remedy}")
+        raise CorruptFileError(f"{path} is damaged: it holds {type(value).__name__} and no JSON object. {remedy}")
     return value
 
 
@@ -156,22 +156,24 @@ def append_line(path: Path, line: bytes) -> None:
     is_new = not path.exists()
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o644)
     try:
-        os.write(descriptor, (b"" if _ends_a_line(descriptor) else b"\n") + line + b"\n")  # one write: lines never mix
+        os.write(
+            descriptor, (b"" if _is_at_line_start(descriptor) else b"\n") + line + b"\n"
+        )  # one write: lines never mix
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
     if is_new:
-        sync(path.parent)
+        sync_to_disk(path.parent)
 
 
-def _ends_a_line(handle: int) -> bool:
+def _is_at_line_start(handle: int) -> bool:
     """Return True if the file ends with a line break or is empty."""
     size = os.fstat(handle).st_size
     return size == 0 or os.pread(handle, 1, size - 1) == b"\n"
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def lock_file(path: Path) -> Iterator[None]:
     """Hold a lock file for the duration of a block, so that one process runs it at a time.
 
     Args:
@@ -180,7 +182,7 @@ def locked(path: Path) -> Iterator[None]:
     Raises:
         UserError: as `atomic_write`.
     """
-    with writable(path.parent):
+    with handle_write_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(path)
         lock.acquire()
@@ -191,18 +193,20 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def writable(folder: Path, what: str = "The index", setting: str = "data.index_dir") -> Iterator[None]:
+def handle_write_errors(
+    folder: Path, description: str = "The index", setting: str = "data.index_dir"
+) -> Iterator[None]:
     """Convert an OSError of the block to a UserError that names the folder and the setting to change."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"{what} cannot be kept in {folder}: {error.strerror or error}. Make room or change its rights, or set "
+            f"{description} cannot be kept in {folder}: {error.strerror or error}. Make room or change its rights, or set "
             f"{setting} to another folder."
         ) from error
 
 
-def _is_alive(pid: int) -> bool:
+def _is_process_alive(pid: int) -> bool:
     """Return True if a process with this id runs on this host, under any user."""
     try:
         os.kill(pid, 0)

@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from lit_vlm.anyres import Layout
+    from lit_vlm.anyres import TileLayout
 
-HEAD_ROWS = 2048  # supervised tokens of one chunk of logits; bounds the memory of the cross-entropy
+LOGITS_CHUNK_TOKENS = 2048  # supervised tokens of one chunk of logits; bounds the memory of the cross-entropy
 IGNORE_INDEX = -100  # label of a position that the loss ignores; PyTorch's default
 
 # The nine special tokens of VARCO-VISION, in the order of its release (special_tokens_map.json of NCSOFT/VARCO-VISION-14B)
@@ -28,15 +28,15 @@ IMAGE_TOKEN = "<image>"
 
 
 # C0 without tab and line break, delete, C1, marks of the writing direction, halves of surrogate pairs
-_UNPRINTABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_CONTROL_CHARACTERS = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def escape_controls(text: str) -> str:
+def escape_control_characters(text: str) -> str:
     """Replace control characters, and characters that no file can hold, by their escapes.
 
     Names and texts of data sets come from others, and a terminal executes control characters.
     """
-    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    return _CONTROL_CHARACTERS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 class UserError(ValueError):
@@ -47,16 +47,16 @@ class UserError(ValueError):
     """
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(escape_controls(message))
+        super().__init__(escape_control_characters(message))
 
 
-def counted(number: int, what: str, many: str | None = None) -> str:
+def format_count(count: int, noun: str, plural: str | None = None) -> str:
     """Format a count with its noun: "1 record", "2,000 records".
 
     Args:
         plural: the plural of `noun`, where it is not `noun` + "s".
     """
-    return f"{number:,} {what if number == 1 else many or what + 's'}"
+    return f"{count:,} {noun if count == 1 else plural or noun + 's'}"
 
 
 class Fault(StrEnum):
@@ -84,7 +84,7 @@ class RecordError(UserError):
     def __init__(
         self, origin: str, reason: str, remedy: str = "Fix the record", fault: Fault = Fault.malformed
     ) -> None:
-        origin, reason = escape_controls(origin), escape_controls(reason)
+        origin, reason = escape_control_characters(origin), escape_control_characters(reason)
         super().__init__(f"{origin}: {reason}. {remedy}.")
         self.origin, self.reason, self.remedy, self.fault = origin, reason, remedy, fault
 
@@ -100,7 +100,7 @@ class Language(StrEnum):
     auto = "auto"
 
 
-class Kind(StrEnum):
+class SampleKind(StrEnum):
     """Kind of task that a sample trains; losses and scores are reported per kind."""
 
     caption = "caption"
@@ -122,7 +122,7 @@ class Kind(StrEnum):
     other = "other"
 
 
-class Part(StrEnum):
+class ModelPart(StrEnum):
     """Part of a vision-language model; each parameter belongs to exactly one part."""
 
     vision_tower = "vision_tower"
@@ -139,20 +139,20 @@ class Role(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Control:
+class ControlToken:
     """A single control token, e.g. `ControlToken("<bbox>")`."""
 
     token: str
 
 
 @dataclass(frozen=True, slots=True)
-class ImageSlot:
+class ImagePlaceholder:
     """Placeholder in a message for `sample.images[index]`."""
 
     index: int
 
 
-Content = str | Control | ImageSlot
+ContentPart = str | ControlToken | ImagePlaceholder
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +160,8 @@ class Message:
     """A turn of a conversation: text, control tokens and image placeholders, in order."""
 
     role: Role
-    content: tuple[Content, ...]
-    trained: bool = True  # of an answer; False excludes it from the loss
+    content: tuple[ContentPart, ...]
+    supervised: bool = True  # of an answer; False excludes it from the loss
 
     @property
     def text(self) -> str:
@@ -169,12 +169,12 @@ class Message:
         return "".join(
             piece if isinstance(piece, str) else piece.token
             for piece in self.content
-            if not isinstance(piece, ImageSlot)
+            if not isinstance(piece, ImagePlaceholder)
         )
 
 
 @runtime_checkable
-class ImageSource(Protocol):
+class LazyImage(Protocol):
     """An image that is decoded lazily: the size comes from the header, the pixels are read on demand."""
 
     @property
@@ -213,13 +213,13 @@ class Sample:
     id: str
     source: str
     origin: str
-    kind: Kind
+    kind: SampleKind
     language: Language
     messages: tuple[Message, ...]
-    images: tuple[ImageSource, ...] = ()
+    images: tuple[LazyImage, ...] = ()
     max_tiles: int | None = None  # maximum tiles of an image besides its base view; None: limited by the model's grid
-    normalised: bool = False  # NFC normalisation changed the text
-    unread: tuple[str, ...] = ()  # keys of the record that the reader does not use
+    nfc_changed: bool = False  # NFC normalisation changed the text
+    unused_keys: tuple[str, ...] = ()  # keys of the record that the reader does not use
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,21 +233,21 @@ class PreferencePair:
     id: str
     source: str
     origin: str
-    kind: Kind
+    kind: SampleKind
     language: Language
     prompt: tuple[Message, ...]
     chosen: Message
     rejected: Message
-    images: tuple[ImageSource, ...] = ()
+    images: tuple[LazyImage, ...] = ()
     max_tiles: int | None = None
-    normalised: bool = False
-    rejected_images: bool = False
-    unread: tuple[str, ...] = ()
+    nfc_changed: bool = False
+    has_rejected_images: bool = False
+    unused_keys: tuple[str, ...] = ()
 
     @property
-    def num_shown(self) -> int:
+    def num_prompt_images(self) -> int:
         """Number of images in one prompt."""
-        return len(self.images) // 2 if self.rejected_images else len(self.images)
+        return len(self.images) // 2 if self.has_rejected_images else len(self.images)
 
 
 Record = Sample | PreferencePair
@@ -288,30 +288,34 @@ class Batch:
 
     input_ids: Tensor  # [T] int64; image_token_id at the positions of image features
     labels: Tensor  # [T] int64, not shifted; IGNORE_INDEX at unsupervised positions
-    rows: Tensor  # [S] int64, positions whose logits predict a supervised token: the position before each one
+    loss_positions: Tensor  # [S] int64, positions whose logits predict a supervised token: the position before each one
     position_ids: Tensor  # [T] int64, restart at each segment, continuing its prefix segment
     cu_seqlens: Tensor  # [B + 1] int32
-    lengths: list[int]  # B; tokens of each segment: cu_seqlens on the host, which avoids a device synchronisation
-    prefixes: list[int]  # B; index of the segment that each one continues, or -1
-    supervised: list[int]  # B; supervised tokens of each segment, S in total
-    tails: list[int]  # B; tokens of each segment from its first loss position to its end, 0 without a loss position
-    owners: list[int]  # B; index of the record that each segment belongs to, within the micro-batch
+    segment_lengths: list[
+        int
+    ]  # B; tokens of each segment: cu_seqlens on the host, which avoids a device synchronisation
+    prefix_segments: list[int]  # B; index of the segment that each one continues, or -1
+    segment_supervised_tokens: list[int]  # B; supervised tokens of each segment, S in total
+    trailing_tokens: list[
+        int
+    ]  # B; tokens of each segment from its first loss position to its end, 0 without a loss position
+    record_ids: list[int]  # B; index of the record that each segment belongs to, within the micro-batch
     tiles: Tensor  # [N, 3, H, W] uint8; the model normalises them on its device
-    layouts: list[Layout]  # M; layout that maps the tiles of each image to tokens, N tiles in total
-    tiles_of_records: list[int]  # tiles of each record, N in total
+    layouts: list[TileLayout]  # M; layout that maps the tiles of each image to tokens, N tiles in total
+    tiles_per_record: list[int]  # tiles of each record, N in total
     image_index: list[int]  # R; index of the image whose features fill each run of placeholders
     step_supervised_tokens: int  # of all ranks and micro-batches of the optimizer step: divisor of the loss
     step_tiles: int = 0  # image tiles of the whole optimizer step
     step: int = 0  # optimizer step
     sample_ids: list[str] = field(default_factory=list)  # B for sft, one for each pair for preferences
-    kinds: list[Kind] = field(default_factory=list)
+    kinds: list[SampleKind] = field(default_factory=list)
     languages: list[Language] = field(default_factory=list)
     num_pairs: int = 0  # preference pairs; the last segments are all chosen answers, then all rejected answers
     step_pairs: int = 0  # preference pairs of the whole optimizer step
     step_chosen_tokens: int = 0
-    keys: list[int] = field(default_factory=list)  # hash of each record's content and size
-    contents: list[int] = field(default_factory=list)  # hash of each record's images, for caches
-    blank: bool = False  # True: no loss; the rank only takes part in the collective operations
+    record_keys: list[int] = field(default_factory=list)  # hash of each record's content and size
+    image_hashes: list[int] = field(default_factory=list)  # hash of each record's images, for caches
+    dummy: bool = False  # True: no loss; the rank only takes part in the collective operations
 
     @property
     def num_tokens(self) -> int:
@@ -320,7 +324,7 @@ class Batch:
     @property
     def num_supervised_tokens(self) -> int:
         """Supervised tokens of this micro-batch; the first token of a segment is never predicted."""
-        return sum(self.supervised)
+        return sum(self.segment_supervised_tokens)
 
     @property
     def num_tiles(self) -> int:
@@ -328,13 +332,13 @@ class Batch:
 
     def to(self, device: Any, **kwargs: Any) -> Batch:
         """Return the same batch with its tensors on `device`. Lightning calls this method."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """Return the same batch with its tensors in pinned memory."""
-        return self._map(lambda tensor: tensor.pin_memory())
+        return self._map_tensors(lambda tensor: tensor.pin_memory())
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        names = ("input_ids", "labels", "rows", "position_ids", "cu_seqlens", "tiles")
+    def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> Batch:
+        names = ("input_ids", "labels", "loss_positions", "position_ids", "cu_seqlens", "tiles")
         tensors: dict[str, Any] = {name: function(getattr(self, name)) for name in names}
         return replace(self, **tensors)

@@ -16,9 +16,9 @@ from hydra.core.global_hydra import GlobalHydra
 from support import blueprint_of, picture, sample
 
 from lit_vlm.data.processor import Processor
-from lit_vlm.model.build import Blueprint, build
-from lit_vlm.model.tiny import make_language_model, make_vision_tower, tiny_parts
-from lit_vlm.types import ImageSlot, Kind, Language, Message, Role, Sample
+from lit_vlm.model.build import ModelSpec, build_model
+from lit_vlm.model.tiny import make_language_model, make_tiny_parts, make_vision_tower
+from lit_vlm.types import ImagePlaceholder, Language, Message, Role, Sample, SampleKind
 
 pytest_plugins = ["margins"]  # --margins=FILE
 
@@ -38,7 +38,7 @@ def _clean():
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory) -> tuple[str, str]:
-    return tiny_parts(tmp_path_factory.mktemp("parts"))
+    return make_tiny_parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +53,7 @@ def small_parts(tmp_path_factory) -> tuple[str, str]:
 
 
 @pytest.fixture
-def blueprint(small_parts) -> Blueprint:
+def blueprint(small_parts) -> ModelSpec:
     return blueprint_of(small_parts)
 
 
@@ -64,7 +64,7 @@ def processor(blueprint) -> Processor:
 
 @pytest.fixture
 def model(blueprint):
-    return build(blueprint).eval()
+    return build_model(blueprint).eval()
 
 
 @pytest.fixture
@@ -81,10 +81,10 @@ def mixed() -> list[Sample]:
         "turns",
         "test",
         "test:turns",
-        Kind.instruction,
+        SampleKind.instruction,
         Language.en,
         (
-            Message(Role.user, (ImageSlot(0), "What is this?")),
+            Message(Role.user, (ImagePlaceholder(0), "What is this?")),
             Message(Role.assistant, ("A picture.",)),
             Message(Role.user, ("무슨 색인가요?",)),
             Message(Role.assistant, ("빨간색입니다.",)),

@@ -8,13 +8,13 @@ from lit_vlm.anyres import Tiling
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.data.builtin import BuiltinSource
 from lit_vlm.data.images import ArrayImage
-from lit_vlm.model.build import Blueprint, draw_up
-from lit_vlm.types import ImageSlot, Kind, Language, Message, Role, Sample
+from lit_vlm.model.build import ModelSpec, load_model_spec
+from lit_vlm.types import ImagePlaceholder, Language, Message, Role, Sample, SampleKind
 
 
-def blueprint_of(parts: tuple[str, str], tiling: Tiling = Tiling.anyres, **settings) -> Blueprint:
+def blueprint_of(parts: tuple[str, str], tiling: Tiling = Tiling.anyres, **settings) -> ModelSpec:
     tower, language = parts
-    return draw_up(
+    return load_model_spec(
         ModelConfig(vision_tower=tower, language_model=language, **{"grid": 3, "max_tiles": 4, **settings}),
         tiling=tiling,
     )
@@ -28,9 +28,9 @@ def picture(height: int, width: int, seed: int = 0) -> ArrayImage:
 def sample(question: str, answer: str, *sizes: tuple[int, int], seed: int = 0, name: str = "s") -> Sample:
     """One turn over pictures of these sizes."""
     images = tuple(picture(*size, seed=seed + i) for i, size in enumerate(sizes))
-    slots = tuple(ImageSlot(i) for i in range(len(images)))
+    slots = tuple(ImagePlaceholder(i) for i in range(len(images)))
     messages = (Message(Role.user, (*slots, question)), Message(Role.assistant, (answer,)))
-    return Sample(f"{name}{seed}", "test", f"test:{seed}", Kind.other, Language.ko, messages, images)
+    return Sample(f"{name}{seed}", "test", f"test:{seed}", SampleKind.other, Language.ko, messages, images)
 
 
 def builtin(*kinds: str, n: int = 64, language: Language = Language.ko, **options) -> list[BuiltinSource]:

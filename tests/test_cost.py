@@ -8,15 +8,22 @@ from support import blueprint_of, sample
 from lit_vlm.anyres import Tiling
 from lit_vlm.config.schema import ActivationCheckpointing as Level
 from lit_vlm.config.schema import DeviceName
-from lit_vlm.cost import DEVICES, Flops, Load, Parameters, Shape, Training, memory_of
-from lit_vlm.cost.memory import Precision, Sharding, activations_of_text, activations_of_tile, host_bytes, states_of
+from lit_vlm.cost import DEVICES, Flops, MicroBatchSize, ModelShape, ParameterCounts, TrainingOptions, estimate_memory
+from lit_vlm.cost.memory import (
+    Precision,
+    Sharding,
+    compute_host_bytes,
+    compute_state_bytes,
+    compute_text_activation_bytes,
+    compute_tile_activation_bytes,
+)
 from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
-from lit_vlm.model.build import build
-from lit_vlm.model.parts import freeze
+from lit_vlm.model.build import build_model
+from lit_vlm.model.parts import freeze_except
 from lit_vlm.model.tiny import make_language_model, make_vision_tower
 from lit_vlm.stages import SFTStage
-from lit_vlm.types import Part
+from lit_vlm.types import ModelPart
 
 # Qwen2.5-7B and SigLIP-so400m with 26 layers, from their config.json
 CONFIG = {
@@ -36,20 +43,20 @@ CONFIG = {
         "patch_size": 14,
     },
 }
-SHAPE = Shape.from_config(CONFIG)
+SHAPE = ModelShape.from_config(CONFIG)
 STAGES = {
-    "align": (Part.projector,),
-    "language": (Part.projector, Part.language_model),
-    "all": tuple(Part),
+    "align": (ModelPart.projector,),
+    "language": (ModelPart.projector, ModelPart.language_model),
+    "all": tuple(ModelPart),
 }
 
 
-def training(precision="bf16-mixed", stage="all", **more) -> Training:
+def training(precision="bf16-mixed", stage="all", **more) -> TrainingOptions:
     trains = STAGES[stage]
-    return Training(
-        Precision.named(precision),
-        trains_language_model=Part.language_model in trains,
-        trains_tower=Part.vision_tower in trains,
+    return TrainingOptions(
+        Precision.from_name(precision),
+        trains_language_model=ModelPart.language_model in trains,
+        trains_tower=ModelPart.vision_tower in trains,
         **more,
     )
 
@@ -59,53 +66,59 @@ def training(precision="bf16-mixed", stage="all", **more) -> Training:
 
 def test_weights_of_the_language_model_by_hand():
     attention = 3584 * 3584 * 2 + 3584 * 512 * 2
-    assert SHAPE.text.layer == attention + 3 * 3584 * 18944
-    assert SHAPE.text.layers * SHAPE.text.layer == pytest.approx(6.525e9, rel=1e-3)  # Qwen's body, without its tables
-    assert SHAPE.text.hidden * SHAPE.text.vocab == pytest.approx(0.545e9, rel=1e-3)
+    assert SHAPE.text.layer_parameters == attention + 3 * 3584 * 18944
+    assert SHAPE.text.num_layers * SHAPE.text.layer_parameters == pytest.approx(
+        6.525e9, rel=1e-3
+    )  # Qwen's body, without its tables
+    assert SHAPE.text.hidden_size * SHAPE.text.vocab_size == pytest.approx(0.545e9, rel=1e-3)
 
 
 def test_flops_of_an_alignment_sample_by_hand():
     """One 384-pixel tile and 20 tokens of text of which 15 are answers: 20.7 TFLOP with frozen towers."""
     flops = Flops.from_config(CONFIG, trains_tower=False, trains_language_model=False)
     tokens = 729 + 20
-    tower = 2 * 26 * SHAPE.vision.layer * 729 + 4 * 729**2 * 1152 * 26
-    body = 4 * 28 * SHAPE.text.layer * tokens + 3 * 2 * tokens**2 * 3584 * 28
+    tower = 2 * 26 * SHAPE.vision.layer_parameters * 729 + 4 * 729**2 * 1152 * 26
+    body = 4 * 28 * SHAPE.text.layer_parameters * tokens + 3 * 2 * tokens**2 * 3584 * 28
     projector, head = 6 * 729 * (1152 * 3584 + 3584**2), 4 * 3584 * 152064 * 15
-    assert flops.of(tokens, tokens**2, 1, 15) == pytest.approx(tower + body + projector + head)
-    assert abs(flops.of(tokens, tokens**2, 1, 15) / 20.7e12 - 1) < 0.01
+    assert flops.compute(tokens, tokens**2, 1, 15) == pytest.approx(tower + body + projector + head)
+    assert abs(flops.compute(tokens, tokens**2, 1, 15) / 20.7e12 - 1) < 0.01
 
 
 def test_recomputing_and_a_reference_add_forward_passes():
     options = {"trains_tower": False, "trains_language_model": True}
     plain = Flops.from_config(CONFIG, **options)
-    assert Flops.from_config(CONFIG, **options, recomputes=1.0).per_token == pytest.approx(plain.per_token * 4 / 3)
-    assert Flops.from_config(CONFIG, **options, recomputes=1.0).per_supervised == plain.per_supervised
-    reference = Flops.from_config(CONFIG, **options, reference=True)
+    assert Flops.from_config(CONFIG, **options, recomputed_share=1.0).per_token == pytest.approx(
+        plain.per_token * 4 / 3
+    )
+    assert Flops.from_config(CONFIG, **options, recomputed_share=1.0).per_supervised == plain.per_supervised
+    reference = Flops.from_config(CONFIG, **options, has_reference=True)
     assert reference.per_token == pytest.approx(plain.per_token * 4 / 3)
     assert reference.per_tile < 1.1 * plain.per_tile  # what a frozen tower sees serves both; a projector is small
     options["trains_tower"] = True
-    plain, reference = (Flops.from_config(CONFIG, **options, reference=own) for own in (False, True))
+    plain, reference = (Flops.from_config(CONFIG, **options, has_reference=own) for own in (False, True))
     assert reference.per_tile == pytest.approx(plain.per_tile * 4 / 3)
 
 
 def test_seconds_by_hand():
     h100 = DEVICES[DeviceName.h100]
-    assert h100.seconds(989e12 * 3600, devices=8, utilisation=0.5) == pytest.approx(900)
-    assert h100.seconds(989e12, devices=1, utilisation=0.4, balance=0.5) == pytest.approx(5)
+    assert h100.estimate_seconds(989e12 * 3600, devices=8, utilisation=0.5) == pytest.approx(900)
+    assert h100.estimate_seconds(989e12, devices=1, utilisation=0.4, balance=0.5) == pytest.approx(5)
 
 
 def test_every_device_of_the_settings_is_known():
     assert set(DEVICES) == set(DeviceName)
-    assert all(1e10 < device.memory < 1e12 and 1e14 < device.peak < 1e16 for device in DEVICES.values())
+    assert all(
+        1e10 < device.memory_bytes < 1e12 and 1e14 < device.peak_flops_per_second < 1e16 for device in DEVICES.values()
+    )
 
 
 # ---- states
 
-P = Parameters(total=8_000, trainable=7_000, cast=7_500, cast_frozen=500, largest_layer=100)
+P = ParameterCounts(total=8_000, trainable=7_000, autocast=7_500, autocast_frozen=500, largest_layer=100)
 
 
 def total(precision: str, sharding: Sharding, world_size: int = 1, **more) -> float:
-    return sum(states_of(P, training(precision, **more), sharding, world_size).values())
+    return sum(compute_state_bytes(P, training(precision, **more), sharding, world_size).values())
 
 
 def test_states_on_one_device_by_hand():
@@ -117,10 +130,17 @@ def test_states_on_one_device_by_hand():
 
 def test_frozen_matrices_are_held_in_half_and_not_copied():
     """Of 1,000 frozen weights 600 are matrices, 400 of them crossed by gradients; the head's 100 are a table as well."""
-    frozen = Parameters(total=8_000, trainable=7_000, cast=7_500, cast_frozen=500, held=600, held_cast=400)
+    frozen = ParameterCounts(
+        total=8_000,
+        trainable=7_000,
+        autocast=7_500,
+        autocast_frozen=500,
+        frozen_matrices=600,
+        autocast_frozen_matrices=400,
+    )
 
     def parts(precision: str, **more) -> dict[str, float]:
-        return states_of(frozen, training(precision, **more), Sharding.single)
+        return compute_state_bytes(frozen, training(precision, **more), Sharding.single)
 
     mixed = parts("bf16-mixed")
     assert mixed["weights"] == 4 * 7_400 + 2 * 600 and mixed["half-precision copies"] == 2 * (7_000 + 100)
@@ -151,20 +171,24 @@ def test_shared_states_by_hand():
 
 
 def test_the_host_holds_what_offloading_takes_off_the_devices():
-    shared = states_of(P, training("bf16-mixed"), Sharding.zero3, 16)
-    assert host_bytes(P, training("bf16-mixed"), 16, 8) == 8 * (sum(shared.values()) - shared["gathered layers"])
-    assert host_bytes(P, training("bf16-mixed"), 1, 8) == 2 * 8_000 + 16 * 7_000
+    shared = compute_state_bytes(P, training("bf16-mixed"), Sharding.zero3, 16)
+    assert compute_host_bytes(P, training("bf16-mixed"), 16, 8) == 8 * (
+        sum(shared.values()) - shared["gathered layers"]
+    )
+    assert compute_host_bytes(P, training("bf16-mixed"), 1, 8) == 2 * 8_000 + 16 * 7_000
 
 
 def test_at_most_so_many_weights_are_gathered():
-    large = Parameters(total=14 * 10**9, trainable=1, cast=0)
-    assert states_of(large, training("bf16-mixed"), Sharding.zero3, 8)["gathered layers"] == 2e9
+    large = ParameterCounts(total=14 * 10**9, trainable=1, autocast=0)
+    assert compute_state_bytes(large, training("bf16-mixed"), Sharding.zero3, 8)["gathered layers"] == 2e9
 
 
 def test_a_published_order_of_magnitude():
     """Full fine-tuning of 7.6 B in float32 with AdamW: 16 bytes each, 122 GB."""
-    whole = Parameters(total=int(7.62e9), trainable=int(7.62e9), cast=0)
-    assert sum(states_of(whole, training("32-true"), Sharding.single).values()) == pytest.approx(122e9, rel=0.01)
+    whole = ParameterCounts(total=int(7.62e9), trainable=int(7.62e9), autocast=0)
+    assert sum(compute_state_bytes(whole, training("32-true"), Sharding.single).values()) == pytest.approx(
+        122e9, rel=0.01
+    )
 
 
 # ---- activations
@@ -174,30 +198,30 @@ def test_activations_of_a_frozen_language_model_by_hand():
     """bfloat16: two norms' float32 inputs, q, k, v, output, and three of the feed-forward's width."""
     layer = 2 * (4 * 3584 + 4) + 2 * (2 * 3584 + 2 * 512 + 3 * 18944) + 4 * 28
     once = 4 * 3584 + 4 + 2 * 2 * 128
-    assert activations_of_text(SHAPE.text, training("bf16-true", "align")) == 28 * layer + once
+    assert compute_text_activation_bytes(SHAPE.text, training("bf16-true", "align")) == 28 * layer + once
 
 
 def test_checkpointing_keeps_one_layer_and_the_inputs_of_the_others():
-    whole = activations_of_text(SHAPE.text, training("bf16-mixed"))
-    less = activations_of_text(SHAPE.text, training("bf16-mixed", checkpointing=Level.full))
+    whole = compute_text_activation_bytes(SHAPE.text, training("bf16-mixed"))
+    less = compute_text_activation_bytes(SHAPE.text, training("bf16-mixed", checkpointing=Level.full))
     assert 28 * 4 * 3584 < less < whole / 6
 
 
 def test_selective_checkpointing_keeps_products_and_attention_by_hand():
     """bfloat16, 7B: q, k, v, attention, its projection, gate and up, beside the layer's input: 42 % of what all would be."""
     kept = 4 * 3584 + 2 * (2 * 3584 + 2 * 512 + 3584 + 2 * 18944) + 4 * 28
-    some = activations_of_text(SHAPE.text, training("bf16-mixed", checkpointing=Level.selective))
-    least = activations_of_text(SHAPE.text, training("bf16-mixed", checkpointing=Level.full))
+    some = compute_text_activation_bytes(SHAPE.text, training("bf16-mixed", checkpointing=Level.selective))
+    least = compute_text_activation_bytes(SHAPE.text, training("bf16-mixed", checkpointing=Level.full))
     assert some - least == 28 * (kept - 4 * 3584)
-    assert abs(kept / (activations_of_text(SHAPE.text, training("bf16-mixed")) / 28) - 0.42) < 0.0084
+    assert abs(kept / (compute_text_activation_bytes(SHAPE.text, training("bf16-mixed")) / 28) - 0.42) < 0.0084
 
 
 def test_the_peak_is_the_sum_of_its_parts():
-    load = Load(tokens=16384, tiles=16, supervised=2000)
-    memory = memory_of(SHAPE, P, training(), load, Sharding.single)
+    load = MicroBatchSize(tokens=16384, tiles=16, supervised=2000)
+    memory = estimate_memory(SHAPE, P, training(), load, Sharding.single)
     assert memory.total == sum(memory.parts.values())
     assert memory.parts["logits"] == 10 * 2000 * 152064
-    assert memory.parts["activations of text"] == 16384 * activations_of_text(SHAPE.text, training())
+    assert memory.parts["activations of text"] == 16384 * compute_text_activation_bytes(SHAPE.text, training())
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -206,20 +230,20 @@ def test_activations_equal_what_autograd_keeps(small_parts, precision, stage):
     """Within 10 % on the tiny model; logits within half (their gradients are made later than anything is kept)."""
     blueprint = blueprint_of(small_parts, Tiling.base)
     batch = collate(Processor(blueprint.tokenizer, blueprint.images), [sample("무엇?" * 9, "원" * 9, (60, 60))] * 6)
-    model = build(blueprint, torch.bfloat16 if precision == "bf16-true" else torch.float32)
-    freeze(model, STAGES[stage])
+    model = build_model(blueprint, torch.bfloat16 if precision == "bf16-true" else torch.float32)
+    freeze_except(model, STAGES[stage])
     model.train()
     with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
         kept, hidden = bytes_kept(model, lambda: model.model(batch=batch))
-        targets = batch.input_ids[batch.rows + 1]
-        logits, _ = bytes_kept(model, lambda: model.lm_head(hidden[batch.rows], targets)[0])
+        targets = batch.input_ids[batch.loss_positions + 1]
+        logits, _ = bytes_kept(model, lambda: model.lm_head(hidden[batch.loss_positions], targets)[0])
 
-    shape, settings = Shape.from_config(blueprint.config.to_dict()), training(precision, stage)
-    estimate = batch.num_tokens * activations_of_text(shape.text, settings)
-    tower = batch.num_tiles * activations_of_tile(shape, settings)
+    shape, settings = ModelShape.from_config(blueprint.config.to_dict()), training(precision, stage)
+    estimate = batch.num_tokens * compute_text_activation_bytes(shape.text, settings)
+    tower = batch.num_tiles * compute_tile_activation_bytes(shape, settings)
     assert abs(kept / (estimate + tower) - 1) < 0.1
     size = 2 if precision.startswith("bf16") else 4  # kept as they are multiplied
-    assert abs(logits / (size * len(targets) * shape.text.vocab) - 1) < 0.2
+    assert abs(logits / (size * len(targets) * shape.text.vocab_size) - 1) < 0.2
 
 
 @pytest.fixture(scope="module")
@@ -262,8 +286,11 @@ def alive_after_forward(parts, precision, stage, level) -> tuple[int, float]:
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
             hidden = made.model.model(batch=batch)
         now = alive.now
-    shape, settings = Shape.from_config(blueprint.config.to_dict()), training(precision, stage, checkpointing=level)
-    text, tower = activations_of_text(shape.text, settings), activations_of_tile(shape, settings)
+    shape, settings = (
+        ModelShape.from_config(blueprint.config.to_dict()),
+        training(precision, stage, checkpointing=level),
+    )
+    text, tower = compute_text_activation_bytes(shape.text, settings), compute_tile_activation_bytes(shape, settings)
     assert hidden.requires_grad
     return now, batch.num_tokens * text + batch.num_tiles * tower
 

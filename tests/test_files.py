@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from lit_vlm.files import DamagedFile, append_line, move_into_place, read_json, write_atomically, written
+from lit_vlm.files import CorruptFileError, append_line, atomic_write, move_into_place, read_json, write_text_atomically
 
 
 @pytest.fixture
@@ -21,8 +21,8 @@ def synced(monkeypatch) -> list[str]:
 
 
 def test_a_file_and_the_name_that_it_gets_are_seen_onto_the_disk_in_that_order(tmp_path, synced):
-    write_atomically(tmp_path / "a", "1")
-    with written(tmp_path / "b") as draft:
+    write_text_atomically(tmp_path / "a", "1")
+    with atomic_write(tmp_path / "b") as draft:
         draft.write_text("2")
     append_line(tmp_path / "c", b"3")
     folders = [name for name in synced if name == tmp_path.name]
@@ -40,19 +40,19 @@ def test_all_files_of_a_folder_are_on_the_disk_before_it_has_its_name(tmp_path, 
 
 
 def test_what_is_of_no_use_later_waits_for_no_disk(tmp_path, synced):
-    write_atomically(tmp_path / "beat", "1", durable=False)
+    write_text_atomically(tmp_path / "beat", "1", durable=False)
     assert synced == [] and (tmp_path / "beat").read_text() == "1"
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_no_draft(tmp_path, monkeypatch):
-    write_atomically(tmp_path / "a", "old")
+    write_text_atomically(tmp_path / "a", "old")
 
     def full(handle):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space"):
-        write_atomically(tmp_path / "a", "new")
+        write_text_atomically(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -70,7 +70,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_draft(tmp_path, monkeypat
 )
 def test_a_damaged_file_is_told_by_its_name_with_what_to_do(tmp_path, content, said):
     (tmp_path / "m.json").write_bytes(content)
-    with pytest.raises(DamagedFile, match=said) as caught:
+    with pytest.raises(CorruptFileError, match=said) as caught:
         read_json(tmp_path / "m.json", "Do this.")
     assert str(caught.value).startswith(f"{tmp_path / 'm.json'} is damaged: ") and str(caught.value).endswith(
         "Do this."

@@ -12,15 +12,15 @@ import pytest
 from support import blueprint_of, picture
 from waiting import PATIENCE
 
-from benchmarks.quickstart import BLOCK as BLOCK_OF_QUICKSTART
 from benchmarks.quickstart import RESULT, render_tables
-from lit_vlm.config.compose import composed
-from lit_vlm.config.multirun import check_multirun
-from lit_vlm.config.overrides import ConfigError, read_arguments, split_flags, with_implied
-from lit_vlm.config.parse import parse, wrong_words
+from benchmarks.quickstart import TABLE_PATTERN as BLOCK_OF_QUICKSTART
+from lit_vlm.config.compose import compose_config
+from lit_vlm.config.multirun import validate_multirun
+from lit_vlm.config.overrides import ConfigError, add_implied_overrides, parse_arguments, split_flags
+from lit_vlm.config.parse import collect_override_errors, parse
 from lit_vlm.config.schema import SourceConfig
 from lit_vlm.data.sources import open_source
-from lit_vlm.model.build import build
+from lit_vlm.model.build import build_model
 from lit_vlm.model.export import export_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -80,10 +80,10 @@ def test_every_command_of_the_documents_is_accepted(command, place):
     flags, words = split_flags(words_of(command))
     assert "$" not in command
     if flags:
-        words, sweep = with_implied(read_arguments(words)), "-m" in flags
+        words, sweep = add_implied_overrides(parse_arguments(words)), "-m" in flags
         assert set(flags) <= {"-m", "--cfg", "job"}
-        assert wrong_words(words, sweep=sweep) == {}
-        check_multirun(words) if sweep else composed(words)
+        assert collect_override_errors(words, is_multirun=sweep) == {}
+        validate_multirun(words) if sweep else compose_config(words)
     else:
         parse(words)
 
@@ -247,7 +247,7 @@ def test_the_code_that_uses_the_result_runs_as_it_stands_with_plain_transformers
     blueprint = blueprint_of(small_parts)
     folder = tmp_path / "runs/tiny/4_dpo/hf"
     folder.parent.mkdir(parents=True)
-    export_model(build(blueprint), blueprint.tokenizer, blueprint.images, folder)
+    export_model(build_model(blueprint), blueprint.tokenizer, blueprint.images, folder)
     (tmp_path / "my").mkdir()
     picture(56, 84).load().save(tmp_path / "my/red.png")
     ours = 'import sys\nassert not {name.split(".")[0] for name in sys.modules} & {"lit_vlm", "callbacks"}\n'

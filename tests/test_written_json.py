@@ -5,12 +5,12 @@ import json
 import pytest
 import yaml
 
-from callbacks.samples import _rewrite
-from lit_vlm.engine.checkpoint.layout import Index
+from callbacks.samples import _replace_rows
+from lit_vlm.engine.checkpoint.layout import CheckpointIndex
 from lit_vlm.engine.run_folder import RunFolder, read_manifest
 from lit_vlm.engine.tracking.tables import read_samples
 from lit_vlm.files import write_json
-from lit_vlm.secrets import REDACTED, redacted
+from lit_vlm.secrets import REDACTED, redact
 
 # Ends and beginnings of texts as login forms, shell answers and prompts have them; a secret only where one stands.
 TEXTS = [
@@ -31,7 +31,7 @@ SECRET = "hf_" + "Ab3" * 11
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_manifest_with_any_text_is_read_again_as_it_was(tmp_path, text):
     manifest = {"status": "running", "config": {"licence": text, "homepage": None, "next": ["x", text]}, "data": {}}
-    RunFolder(tmp_path, dict(manifest), goes_on=False).update(name=text)
+    RunFolder(tmp_path, dict(manifest), is_resumed=False).update(name=text)
     assert read_manifest(tmp_path) == {**manifest, "name": text}
 
 
@@ -43,22 +43,24 @@ def test_values_of_a_json_file_are_without_secrets(tmp_path):
 
 @pytest.mark.parametrize("value", ["learning_rate", "language_model", "vision_tower"])
 def test_the_index_of_a_checkpoint_is_read_again_when_a_variable_holds_one_of_its_words(tmp_path, monkeypatch, value):
-    from lit_vlm.files import write_atomically
+    from lit_vlm.files import write_text_atomically
 
     monkeypatch.setenv("DB_PASSWORD", value)
-    index = Index(3, 3, [], [], {"settings": {"stage": {"learning_rate": 1.0}, "note": "PASSWORD="}}, versions={})
-    write_atomically(tmp_path / "index.json", index.to_text(), redact=False)
-    assert Index.from_text((tmp_path / "index.json").read_text(encoding="utf-8"), tmp_path) == index
+    index = CheckpointIndex(
+        3, 3, [], [], {"settings": {"stage": {"learning_rate": 1.0}, "note": "PASSWORD="}}, versions={}
+    )
+    write_text_atomically(tmp_path / "index.json", index.to_text(), remove_secrets=False)
+    assert CheckpointIndex.from_text((tmp_path / "index.json").read_text(encoding="utf-8"), tmp_path) == index
 
 
 def test_samples_whose_texts_look_like_log_ins_stay_rows(tmp_path):
     rows = [{"phase": "before", "reference": text, "answer": "x", "images": []} for text in TEXTS]
-    _rewrite(tmp_path / "samples.jsonl", "before", rows)
-    _rewrite(tmp_path / "samples.jsonl", "after", [{**rows[0], "phase": "after"}])
+    _replace_rows(tmp_path / "samples.jsonl", "before", rows)
+    _replace_rows(tmp_path / "samples.jsonl", "after", [{**rows[0], "phase": "after"}])
     assert read_samples(tmp_path, "before") == rows and len(read_samples(tmp_path, "after")) == 1
 
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_settings_with_any_text_are_read_again_from_yaml(text):
     settings = {"licence": text, "homepage": None, "prompts": [text, "b"]}
-    assert yaml.safe_load(yaml.safe_dump(redacted(settings), allow_unicode=True, sort_keys=False)) == settings
+    assert yaml.safe_load(yaml.safe_dump(redact(settings), allow_unicode=True, sort_keys=False)) == settings

@@ -2,11 +2,11 @@
 
 import os
 
-_WANTED = {
+_ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "WANDB_MODE": "disabled",
     "TOKENIZERS_PARALLELISM": "false",
 }
-for _name, _value in _WANTED.items():  # before a module of this package imports libraries that read them
+for _name, _value in _ENVIRONMENT.items():  # before a module of this package imports libraries that read them
     os.environ.setdefault(_name, _value)

@@ -23,23 +23,23 @@ from typing import Any
 
 from benchmarks.compare import page, report
 from benchmarks.compare.cases import HF_TUNED, OURS, Case, make_case
-from benchmarks.compare.clock import interleave
-from benchmarks.compare.contender import Contender, Place, make_ours, steady
-from benchmarks.compare.counts import count
-from benchmarks.compare.gate import check, require_checkpointing
-from benchmarks.compare.memory import available, peak_memory
+from benchmarks.compare.clock import measure_interleaved
+from benchmarks.compare.contender import Contender, Placement, make_ours, setup_process
+from benchmarks.compare.counts import count_step
+from benchmarks.compare.gate import check_equal, require_checkpointing
+from benchmarks.compare.memory import measure_peak_memory, read_available_memory
 from benchmarks.compare.peers import make_peers
 from benchmarks.compare.sizes import save_model
-from benchmarks.compare.switches import SWITCHES
-from lit_vlm.engine.run_folder import versions
-from lit_vlm.engine.trainer import quiet
+from benchmarks.compare.switches import ABLATIONS
+from lit_vlm.engine.run_folder import get_package_versions
+from lit_vlm.engine.trainer import disable_library_warnings
 from lit_vlm.types import UserError
 
 RESULTS = Path(__file__).parents[1] / "results"
 STAGES = ("align", "sft", "anyres", "dpo", "memory")
 CPU_SIZES = ("twin7b", "twin05b", "smallest", "wide")
 GATE_STEPS = 3
-ROOM = 14e9  # free bytes required for the large micro-batch
+REQUIRED_MEMORY = 14e9  # free bytes required for the large micro-batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class Arguments:
     peaks: bool = True  # also measure peak memory, in a subprocess per contender
 
     @classmethod
-    def read(cls, words: list[str]) -> Arguments:
+    def parse(cls, argv: list[str]) -> Arguments:
         """Parse `key=value` arguments.
 
         Raises:
@@ -67,7 +67,7 @@ class Arguments:
         kinds: dict[str, Any] = {"tiles": int, "steps": int, "repeats": int, "most": int, "minutes": float}
         names = [field.name for field in fields(cls)]
         values: dict[str, Any] = {}
-        for argument in words:
+        for argument in argv:
             key, _, value = argument.partition("=")
             if key not in names:
                 matches = difflib.get_close_matches(key, names, 1)
@@ -83,27 +83,27 @@ class Arguments:
         return parsed
 
 
-def main(words: list[str]) -> None:
+def main(argv: list[str]) -> None:
     warnings.filterwarnings("ignore")
-    quiet()
-    arguments = Arguments.read(words)
+    disable_library_warnings()
+    arguments = Arguments.parse(argv)
     case = make_case(arguments.stage, "wide" if arguments.stage == "memory" else arguments.size, arguments.tiles)
     case = replace(case, steps=arguments.steps or case.steps)
-    steady()
+    setup_process()
     with tempfile.TemporaryDirectory() as folder:
-        placement = Place(save_model(case.model_size, case.tiling, Path(folder) / "hf"))
+        placement = Placement(save_model(case.model_size, case.tiling, Path(folder) / "hf"))
         if case.stage == "memory":
-            result = large_micro_batch(case, placement)
+            result = compare_peaks(case, placement)
         else:
-            result = (climb if arguments.ladder else compare)(case, placement, arguments)
-    print(report.text(result))
+            result = (measure_ablations if arguments.ladder else compare_peers)(case, placement, arguments)
+    print(report.render_text(result))
     if case.size != "smallest":  # a smoke test
         name = f"compare_{case.name}{'_ladder' if arguments.ladder else ''}.json"
         (RESULTS / name).write_text(json.dumps(result, indent=1) + "\n")
-        page.write(RESULTS)
+        page.write_page(RESULTS)
 
 
-def compare(case: Case, place: Place, arguments: Arguments, say=print) -> dict[str, Any]:
+def compare_peers(case: Case, placement: Placement, arguments: Arguments, say=print) -> dict[str, Any]:
     """Compare this library with the requested peers.
 
     Raises:
@@ -111,76 +111,82 @@ def compare(case: Case, place: Place, arguments: Arguments, say=print) -> dict[s
     """
     requested = tuple(arguments.peer.lower().split(","))
     names = [name for name in case.contenders if name.startswith(OURS) or name.lower().startswith(requested)]
-    factories = make_ours(case, place) | make_peers(case, place)
+    factories = make_ours(case, placement) | make_peers(case, placement)
     contenders = [factories[name]() for name in names]
     start = time.perf_counter()
     result = measure(case, contenders, arguments, say)
     for name in names:
         row = result["contenders"][name]
         if arguments.peaks:
-            row["peak_memory"] = peak_of(case, name, place)
-        row["arithmetic_flops"] = report.arithmetic(case, case.recipe(name))
-    return result | {"bars": report.bars(case, result), "seconds": time.perf_counter() - start}
+            row["peak_memory"] = measure_peak(case, name, placement)
+        row["arithmetic_flops"] = report.compute_flops(case, case.make_recipe(name))
+    return result | {"bars": report.check_goals(case, result), "seconds": time.perf_counter() - start}
 
 
-def climb(case: Case, place: Place, arguments: Arguments, say=print) -> dict[str, Any]:
+def measure_ablations(case: Case, placement: Placement, arguments: Arguments, say=print) -> dict[str, Any]:
     """Measure the ablations: this library against itself with each optimisation off."""
-    switches = {name: switch for name, switch in SWITCHES.items() if case.stage in switch.stages}
-    contenders: list[Contender] = [make_ours(case, place)[OURS]()]
-    contenders += [switch.contender(name, case, place) for name, switch in switches.items()]
+    switches = {name: switch for name, switch in ABLATIONS.items() if case.stage in switch.stages}
+    contenders: list[Contender] = [make_ours(case, placement)[OURS]()]
+    contenders += [switch.make_contender(name, case, placement) for name, switch in switches.items()]
     result = measure(case, contenders, arguments, say)
-    return result | {"ladder": report.ladder(case, result, {n: s.predicted(case) for n, s in switches.items()})}
+    return result | {
+        "ladder": report.compare_ablations(case, result, {n: s.make_recipe(case) for n, s in switches.items()})
+    }
 
 
 def measure(case: Case, contenders: list[Contender], arguments: Arguments, say) -> dict[str, Any]:
     """Check for equal results, then count FLOPs and measure times."""
-    differences = check(contenders, case.batches[:GATE_STEPS])
+    differences = check_equal(contenders, case.batches[:GATE_STEPS])
     for contender in contenders:
-        require_checkpointing(contender, case_recomputes(case, contender.name))
+        require_checkpointing(contender, should_recompute(case, contender.name))
     say(f"{case.name}: losses, gradients and weights agree")
-    counts = {contender.name: count(contender, case.batches) for contender in contenders}
+    counts = {contender.name: count_step(contender, case.batches) for contender in contenders}
     limits = {"repeats": arguments.repeats, "most": arguments.most, "budget": 60 * arguments.minutes}
-    times = interleave(contenders, case.batches, say=say, **limits)
+    times = measure_interleaved(contenders, case.batches, say=say, **limits)
     return {
         "case": case.name,
-        "data": report.data(case),
+        "data": report.describe_data(case),
         "gate": differences,
-        "contenders": {name: report.row(case, times[name], counts[name]) for name in times},
+        "contenders": {name: report.make_row(case, times[name], counts[name]) for name in times},
         "machine": {"load": os.getloadavg(), "cores": os.cpu_count()},
-        "versions": versions(),
+        "versions": get_package_versions(),
     }
 
 
-def case_recomputes(case: Case, name: str) -> bool:
+def should_recompute(case: Case, name: str) -> bool:
     """Return whether a contender should recompute activations."""
-    return (SWITCHES[name].predicted(case) if name in SWITCHES else case.recipe(name)).recomputes
+    return (ABLATIONS[name].make_recipe(case) if name in ABLATIONS else case.make_recipe(name)).recomputes
 
 
-def peak_of(case: Case, name: str, place: Place) -> int:
+def measure_peak(case: Case, name: str, placement: Placement) -> int:
     """Measure the peak memory of a contender in a subprocess, in bytes."""
-    assert place.folder is not None
-    return peak_memory(case.stage, case.size, case.tiles or 5, name, place.folder, case.batch, case.steps)
+    assert placement.folder is not None
+    return measure_peak_memory(case.stage, case.size, case.tiles or 5, name, placement.folder, case.batch, case.steps)
 
 
-def large_micro_batch(case: Case, place: Place) -> dict[str, Any]:
+def compare_peaks(case: Case, placement: Placement) -> dict[str, Any]:
     """Compare the peak memory of a large micro-batch with a real vocabulary against HF Trainer.
 
     Raises:
         UserError: too little memory is free.
     """
-    if available() < ROOM:
+    if read_available_memory() < REQUIRED_MEMORY:
         raise UserError(
-            f"stage=memory: {available() / 1e9:.1f} GB of memory are free and {ROOM / 1e9:.0f} GB are needed. Try again when there are."
+            f"stage=memory: {read_available_memory() / 1e9:.1f} GB of memory are free and {REQUIRED_MEMORY / 1e9:.0f} GB are needed. Try again when there are."
         )
     small = replace(case, batch=2, steps=1)
-    contenders = [(make_ours(small, place) | make_peers(small, place))[name]() for name in (OURS, HF_TUNED)]
-    differences = check(contenders, small.batches)
+    contenders = [(make_ours(small, placement) | make_peers(small, placement))[name]() for name in (OURS, HF_TUNED)]
+    differences = check_equal(contenders, small.batches)
     del contenders
-    peaks = {name: peak_of(case, name, place) for name in (OURS, HF_TUNED)}
+    peaks = {name: measure_peak(case, name, placement) for name in (OURS, HF_TUNED)}
     ratio = peaks[OURS] / peaks[HF_TUNED]
-    return {"case": case.name, "data": report.data(case), "gate": differences, "peak_memory": peaks, "ratio": ratio} | {
-        "versions": versions()
-    }
+    return {
+        "case": case.name,
+        "data": report.describe_data(case),
+        "gate": differences,
+        "peak_memory": peaks,
+        "ratio": ratio,
+    } | {"versions": get_package_versions()}
 
 
 if __name__ == "__main__":

@@ -6,28 +6,28 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from benchmarks.compare.records import Maker, size_of
+from benchmarks.compare.records import RecordGenerator, measure_record
 from benchmarks.compare.sizes import SIZES, ModelSize, make_chat_tokenizer
-from benchmarks.flops_bound import Recipe, Size
+from benchmarks.flops_bound import Recipe, RecordSize
 from lit_vlm.anyres import Tiling
 from lit_vlm.data.processor import Processor
 from lit_vlm.stages import AlignStage, DPOStage, SFTStage
 from lit_vlm.stages.base import Stage
-from lit_vlm.types import Part, Record
+from lit_vlm.types import ModelPart, Record
 
 OURS = "lit_vlm"
-CACHED = "lit_vlm, reference kept over 3 epochs"
+OURS_CACHED = "lit_vlm, reference kept over 3 epochs"
 TRL_SHIPPED, TRL_TUNED = "TRL as shipped", "TRL tuned"
 HF_TUNED, HF_SORTED = "HF Trainer tuned", "HF Trainer tuned, two sorted micro-batches"
-EPOCHS = 3
+NUM_EPOCHS = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Bar:
+class Goal:
     """Goal: minimum ratio of the time of a peer to the time of `ours`. Of several peers the fastest counts."""
 
     peers: tuple[str, ...]
-    at_least: float
+    min_ratio: float
     ours: str = OURS
 
 
@@ -49,7 +49,7 @@ class Case:
     batch: int
     steps: int
     contenders: tuple[str, ...]
-    bars: tuple[Bar, ...] = ()
+    goals: tuple[Goal, ...] = ()
     tiles: int | None = None  # dpo: tiles of the image of a pair
     seed: int = 0
     options: dict = field(default_factory=dict)  # options of the stage
@@ -64,69 +64,69 @@ class Case:
         return SIZES[self.size]
 
     @property
-    def trainable(self) -> tuple[Part, ...]:
+    def trainable(self) -> tuple[ModelPart, ...]:
         return self.stage_class.default_trainable
 
     @property
-    def prefers(self) -> bool:
+    def is_preference(self) -> bool:
         return self.stage == "dpo"
 
     @cached_property
     def processor(self) -> Processor:
-        return Processor(make_chat_tokenizer(), self.model_size.images(self.tiling))
+        return Processor(make_chat_tokenizer(), self.model_size.make_image_settings(self.tiling))
 
     @cached_property
     def batches(self) -> list[list[Record]]:
-        maker = Maker(self.processor, self.records, self.seed)
-        return [maker.records(self.batch) for _ in range(self.steps)]
+        maker = RecordGenerator(self.processor, self.records, self.seed)
+        return [maker.generate_batch(self.batch) for _ in range(self.steps)]
 
     @cached_property
-    def sizes(self) -> list[list[Size]]:
-        return [[size_of(self.processor, record) for record in batch] for batch in self.batches]
+    def sizes(self) -> list[list[RecordSize]]:
+        return [[measure_record(self.processor, record) for record in batch] for batch in self.batches]
 
     @cached_property
-    def length_of(self) -> dict[str, int]:
+    def lengths_by_id(self) -> dict[str, int]:
         """Longest sequence of each record in tokens, by record id, like a length column of a data set."""
         return {record.id: max(size.lengths) for record, size in self._pairs}
 
     @cached_property
-    def tokens_of(self) -> dict[str, int]:
+    def tokens_by_id(self) -> dict[str, int]:
         """Tokens of all sequences of each record, by record id."""
         return {record.id: sum(size.lengths) for record, size in self._pairs}
 
     @property
-    def _pairs(self) -> list[tuple[Record, Size]]:
+    def _pairs(self) -> list[tuple[Record, RecordSize]]:
         steps = zip(self.batches, self.sizes, strict=True)
         return [pair for records, sizes in steps for pair in zip(records, sizes, strict=True)]
 
     @property
-    def ideal(self) -> Recipe:
+    def ideal_recipe(self) -> Recipe:
         """Recipe of the minimum exact work of a step."""
         return Recipe(
-            trains_tower=Part.vision_tower in self.trainable,
-            trains_projector=Part.projector in self.trainable,
-            trains_language_model=Part.language_model in self.trainable,
-            reference=1.0 if self.prefers else 0.0,
+            trains_tower=ModelPart.vision_tower in self.trainable,
+            trains_projector=ModelPart.projector in self.trainable,
+            trains_language_model=ModelPart.language_model in self.trainable,
+            reference=1.0 if self.is_preference else 0.0,
             prunes_last_layer=True,
         )
 
-    def goal(self, contender: str = OURS) -> Recipe:
+    def make_ideal_recipe(self, contender: str = OURS) -> Recipe:
         """Make the recipe of the minimum exact work for a contender of this library."""
-        return replace(self.ideal, reference=1 / EPOCHS) if contender == CACHED else self.ideal
+        return replace(self.ideal_recipe, reference=1 / NUM_EPOCHS) if contender == OURS_CACHED else self.ideal_recipe
 
-    def recipe(self, contender: str) -> Recipe:
+    def make_recipe(self, contender: str) -> Recipe:
         """Make the recipe of a contender. Without Triton, TRL scores all positions; it computes logits twice."""
         if contender == OURS:
-            return self.goal(contender)
-        if contender == CACHED:  # the pass that fills the cache encodes the images once more
-            return replace(self.goal(contender), tower_passes=1 + 1 / EPOCHS)
+            return self.make_ideal_recipe(contender)
+        if contender == OURS_CACHED:  # the pass that fills the cache encodes the images once more
+            return replace(self.make_ideal_recipe(contender), tower_passes=1 + 1 / NUM_EPOCHS)
         base = replace(
-            self.ideal,
+            self.ideal_recipe,
             head_on_all_rows=True,
             pads=True,
             dense_mask=True,
             shares_prompt=False,
-            tower_passes=4 if self.prefers else 1,
+            tower_passes=4 if self.is_preference else 1,
             prunes_last_layer=False,
         )
         if contender == HF_SORTED:
@@ -136,45 +136,45 @@ class Case:
         return replace(base, head_recomputes=True, recomputes=contender == TRL_SHIPPED)
 
 
-def on_a_gpu(recipe: Recipe, contender: str) -> Recipe:
+def convert_to_gpu_recipe(recipe: Recipe, contender: str) -> Recipe:
     """Convert a recipe to a GPU. There TRL's head scores only supervised rows, and attention always counts as causal."""
     return replace(recipe, dense_mask=False, head_on_all_rows=recipe.head_on_all_rows and "TRL" not in contender)
 
 
 TRL = (TRL_SHIPPED, TRL_TUNED)
-LARGE = 12  # samples of about 350 tokens. For 16,384 tokens, logits and their gradients would take over 30 GB
-FOR_SFT = (OURS, *TRL, HF_TUNED, HF_SORTED)
+LARGE_BATCH = 12  # samples of about 350 tokens. For 16,384 tokens, logits and their gradients would take over 30 GB
+SFT_CONTENDERS = (OURS, *TRL, HF_TUNED, HF_SORTED)
 
 
 def make_case(stage: str, size: str = "twin7b", tiles: int = 5) -> Case:
     """Make the case of a stage, with the goals of the 7B twin. "memory" is one large micro-batch, for peak memory only."""
     grouped = (HF_TUNED, HF_SORTED)
     if stage == "align":
-        bars = Bar((TRL_SHIPPED,), 1.4), Bar((HF_TUNED,), 1.1)
+        bars = Goal((TRL_SHIPPED,), 1.4), Goal((HF_TUNED,), 1.1)
         return Case(stage, size, "captions", AlignStage, Tiling.base, 16, 3, (OURS, *TRL, HF_TUNED), bars)
     if stage == "sft":
-        bars = Bar((TRL_SHIPPED,), 1.8), Bar(grouped, 1.1)
-        return Case(stage, size, "mixture", SFTStage, Tiling.base, 8, 5, FOR_SFT, bars)
+        bars = Goal((TRL_SHIPPED,), 1.8), Goal(grouped, 1.1)
+        return Case(stage, size, "mixture", SFTStage, Tiling.base, 8, 5, SFT_CONTENDERS, bars)
     if stage == "anyres":
-        bars = Bar((TRL_SHIPPED,), 2.2), Bar((HF_TUNED,), 1.7)
-        return Case(stage, size, "anyres", SFTStage, Tiling.anyres, 4, 2, FOR_SFT, bars)
+        bars = Goal((TRL_SHIPPED,), 2.2), Goal((HF_TUNED,), 1.7)
+        return Case(stage, size, "anyres", SFTStage, Tiling.anyres, 4, 2, SFT_CONTENDERS, bars)
     if stage == "memory":
-        return Case(stage, size, "even", SFTStage, Tiling.base, LARGE, 1, (OURS, HF_TUNED))
+        return Case(stage, size, "even", SFTStage, Tiling.base, LARGE_BATCH, 1, (OURS, HF_TUNED))
     assert stage == "dpo" and tiles in (1, 5)
-    bars = (Bar((TRL_TUNED,), 1.5),)
+    bars = (Goal((TRL_TUNED,), 1.5),)
     if tiles == 5:
-        bars = Bar((TRL_TUNED,), 1.7), Bar((TRL_SHIPPED,), 2.1), Bar((TRL_SHIPPED,), 2.5, CACHED)
+        bars = Goal((TRL_TUNED,), 1.7), Goal((TRL_SHIPPED,), 2.1), Goal((TRL_SHIPPED,), 2.5, OURS_CACHED)
     tiling, batch = (Tiling.base, 8) if tiles == 1 else (Tiling.anyres, 4)
-    contenders = (OURS, CACHED, *TRL)
+    contenders = (OURS, OURS_CACHED, *TRL)
     return Case(stage, size, f"pairs_{tiles}", DPOStage, tiling, batch, 2, contenders, bars, tiles)
 
 
-def smaller(case: Case, batch: int, steps: int) -> Case:
+def resize_case(case: Case, batch: int, steps: int) -> Case:
     """Return the case with another batch size and number of steps."""
     return replace(case, batch=batch, steps=steps)
 
 
-def lengths(sizes: Sequence[Sequence[Size]]) -> dict[str, float]:
+def count_lengths(sizes: Sequence[Sequence[RecordSize]]) -> dict[str, float]:
     """Count records, tokens, supervised tokens and tiles of all steps, for the throughput columns."""
     flat = [size for step in sizes for size in step]
     return {

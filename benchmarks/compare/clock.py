@@ -6,13 +6,13 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 
-from benchmarks.compare.contender import Contender, Times
+from benchmarks.compare.contender import Contender, StepTimes
 from lit_vlm.types import Record
 
-SPREAD = 0.10  # maximum interquartile range over median for which a ratio is printed
+MAX_SPREAD = 0.10  # maximum interquartile range over median for which a ratio is printed
 
 
-def interleave(
+def measure_interleaved(
     contenders: Sequence[Contender],
     batches: list[list[Record]],
     *,
@@ -21,7 +21,7 @@ def interleave(
     budget: float = 900.0,
     clock: str = "cpu",
     say: Callable[[str], None] = lambda text: None,
-) -> dict[str, list[Times]]:
+) -> dict[str, list[StepTimes]]:
     """Measure all contenders in turn, forwards and then backwards (A B B A), so that drift of the machine affects all.
 
     Args:
@@ -30,13 +30,13 @@ def interleave(
         budget: seconds after which no further repeat starts, once `repeats` are done.
         clock: "cpu" or "wall": the clock whose spread counts.
     """
-    times: dict[str, list[Times]] = {contender.name: [] for contender in contenders}
+    times: dict[str, list[StepTimes]] = {contender.name: [] for contender in contenders}
     start = time.perf_counter()
     for i in range(most):
         if i >= repeats:
             is_stable = (
-                max(spread([getattr(t, clock) for t in contender_times]) for contender_times in times.values())
-                <= SPREAD
+                max(compute_spread([getattr(t, clock) for t in contender_times]) for contender_times in times.values())
+                <= MAX_SPREAD
             )
             if is_stable or time.perf_counter() - start > budget:
                 break
@@ -47,7 +47,7 @@ def interleave(
     return times
 
 
-def spread(values: Sequence[float]) -> float:
+def compute_spread(values: Sequence[float]) -> float:
     """Compute the interquartile range over the median."""
     if len(values) < 2:
         return float("inf")

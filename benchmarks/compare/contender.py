@@ -17,24 +17,24 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from benchmarks.compare.cases import CACHED, EPOCHS, OURS, Case
-from benchmarks.compare.sizes import random_model
+from benchmarks.compare.cases import NUM_EPOCHS, OURS, OURS_CACHED, Case
+from benchmarks.compare.sizes import make_random_model
 from lit_vlm.data.collate import collate
 from lit_vlm.model.forward import use_flat_forward
-from lit_vlm.model.hub import quiet_transformers
-from lit_vlm.model.lora import Lora
+from lit_vlm.model.hub import disable_transformers_logging
+from lit_vlm.model.lora import LoraOptions
 from lit_vlm.stages import DPOStage
-from lit_vlm.stages.reference import ReferenceLogProbs
-from lit_vlm.stages.tally import Tally
-from lit_vlm.types import Batch, Part, Record
+from lit_vlm.stages.reference import ReferenceLogProbCache
+from lit_vlm.stages.tally import PreferenceMetrics
+from lit_vlm.types import Batch, ModelPart, Record
 
-RATE = 1e-4  # constant, equal for all contenders; large enough to move the weights in a few steps
+LEARNING_RATE = 1e-4  # constant, equal for all contenders; large enough to move the weights in a few steps
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # malloc.h
-EPS = 1e-6  # epsilon of Adam: a smaller one lets rounding of zero gradients decide the direction
+ADAM_EPS = 1e-6  # epsilon of Adam: a smaller one lets rounding of zero gradients decide the direction
 
 
 @dataclass(frozen=True, slots=True)
-class Times:
+class StepTimes:
     """Wall seconds and CPU seconds of this process, all threads included, and the part that prepared the data."""
 
     wall: float
@@ -42,18 +42,18 @@ class Times:
     data_wall: float
     data_cpu: float
 
-    def __add__(self, other: Times) -> Times:
-        return Times(*(a + b for a, b in zip(self.values(), other.values(), strict=True)))
+    def __add__(self, other: StepTimes) -> StepTimes:
+        return StepTimes(*(a + b for a, b in zip(self.to_tuple(), other.to_tuple(), strict=True)))
 
-    def __mul__(self, factor: float) -> Times:
-        return Times(*(factor * value for value in self.values()))
+    def __mul__(self, factor: float) -> StepTimes:
+        return StepTimes(*(factor * value for value in self.to_tuple()))
 
-    def values(self) -> tuple[float, float, float, float]:
+    def to_tuple(self) -> tuple[float, float, float, float]:
         return self.wall, self.cpu, self.data_wall, self.data_cpu
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Placement:
     """Placement of the models: source of the weights, device and dtype.
 
     Attributes:
@@ -65,17 +65,17 @@ class Place:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     mixed: bool = False
-    lora: Lora | None = None
+    lora: LoraOptions | None = None
     seed: int = 0
 
-    def model(self, case: Case) -> LlavaOnevisionForConditionalGeneration:
+    def load_model(self, case: Case) -> LlavaOnevisionForConditionalGeneration:
         """Load a new model with the initial weights that all contenders share."""
         if self.folder is None:
-            return random_model(case.model_size, case.tiling, self.device, self.dtype, self.seed)
-        with quiet_transformers():
+            return make_random_model(case.model_size, case.tiling, self.device, self.dtype, self.seed)
+        with disable_transformers_logging():
             return LlavaOnevisionForConditionalGeneration.from_pretrained(self.folder, dtype=self.dtype)
 
-    def autocast(self) -> contextlib.AbstractContextManager:
+    def use_autocast(self) -> contextlib.AbstractContextManager:
         return torch.autocast(self.device, torch.bfloat16) if self.mixed else contextlib.nullcontext()
 
     def wait(self) -> None:
@@ -95,8 +95,8 @@ class Contender:
     models: list[nn.Module]
     optimizer: torch.optim.Optimizer
 
-    def __init__(self, case: Case, place: Place) -> None:
-        self.case, self.place = case, place
+    def __init__(self, case: Case, placement: Placement) -> None:
+        self.case, self.placement = case, placement
 
     def prepare(self, records: list[Record]) -> Any:
         """Convert records to model inputs on the device."""
@@ -106,24 +106,24 @@ class Contender:
         """Run the forward and backward pass, which fills the gradients. Return the loss of the step."""
         raise NotImplementedError
 
-    def rows(self, inputs: Any, records: list[Record]) -> tuple[int, int]:
+    def count_tokens(self, inputs: Any, records: list[Record]) -> tuple[int, int]:
         """Count the tokens of the rows of a step: (real tokens, all tokens with padding)."""
         raise NotImplementedError
 
-    def logps(self, record: Record) -> tuple[float, float]:
+    def compute_log_probs(self, record: Record) -> tuple[float, float]:
         """Compute the summed log-probabilities of the chosen and the rejected response of a pair, without gradients."""
         raise NotImplementedError
 
-    def trained(self) -> dict[str, nn.Parameter]:
+    def get_trained_parameters(self) -> dict[str, nn.Parameter]:
         """Return the trained parameters by their names in transformers."""
         named = ((name.replace("base_model.model.", ""), value) for name, value in self.models[0].named_parameters())
-        return {name: value for name, value in named if id(value) in self._learning}
+        return {name: value for name, value in named if id(value) in self._trained_ids}
 
-    def optimize(self) -> None:
+    def make_optimizer(self) -> None:
         """Make the optimizer of the trained parameters."""
         parameters = [parameter for parameter in self.models[0].parameters() if parameter.requires_grad]
-        self._learning = {id(parameter) for parameter in parameters}
-        self.optimizer = torch.optim.AdamW(parameters, lr=RATE, eps=EPS, weight_decay=0.0, fused=True)
+        self._trained_ids = {id(parameter) for parameter in parameters}
+        self.optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, eps=ADAM_EPS, weight_decay=0.0, fused=True)
 
     def update(self) -> None:
         """Clip the gradients, update the weights and clear the gradients."""
@@ -134,25 +134,25 @@ class Contender:
     def clear(self) -> None:
         self.models[0].zero_grad(set_to_none=True)
 
-    def step(self, records: list[Record]) -> Times:
+    def step(self, records: list[Record]) -> StepTimes:
         """Run one optimizer step and return its times."""
-        start = _now()
+        start = _read_clocks()
         inputs = self.prepare(records)
-        data_end = _now()
+        data_end = _read_clocks()
         self.backward(inputs)
         self.update()
-        self.place.wait()
-        end = _now()
-        return Times(end[0] - start[0], end[1] - start[1], data_end[0] - start[0], data_end[1] - start[1])
+        self.placement.wait()
+        end = _read_clocks()
+        return StepTimes(end[0] - start[0], end[1] - start[1], data_end[0] - start[0], data_end[1] - start[1])
 
-    def passes(self) -> Iterator[float]:
+    def iter_passes(self) -> Iterator[float]:
         """Iterate over the passes over the batches; each item is the weight of a pass."""
         yield 1.0
 
-    def repeat(self, batches: list[list[Record]]) -> Times:
+    def repeat(self, batches: list[list[Record]]) -> StepTimes:
         """Run optimizer steps over the batches and return the weighted times."""
-        total = Times(0.0, 0.0, 0.0, 0.0)
-        for weight in self.passes():
+        total = StepTimes(0.0, 0.0, 0.0, 0.0)
+        for weight in self.iter_passes():
             for records in batches:
                 total = total + self.step(records) * weight
         return total
@@ -171,98 +171,100 @@ class Ours(Contender):
     def __init__(
         self,
         case: Case,
-        place: Place,
+        placement: Placement,
         *,
         name: str = OURS,
         options: dict[str, Any] | None = None,
-        alter: Callable[[Ours], None] = lambda contender: None,
-        batch: Callable[[Batch], Batch] = lambda batch: batch,
+        change_stage: Callable[[Ours], None] = lambda contender: None,
+        change_batch: Callable[[Batch], Batch] = lambda batch: batch,
     ) -> None:
-        super().__init__(case, place)
-        self.name, self.batch, self.processor = name, batch, case.processor
-        model = place.model(case)
-        use_flat_forward(model, case.model_size.images(case.tiling))
-        parts = {Part.language_model.value: {"lora": asdict(place.lora)}} if place.lora else None
+        super().__init__(case, placement)
+        self.name, self.change_batch, self.processor = name, change_batch, case.processor
+        model = placement.load_model(case)
+        use_flat_forward(model, case.model_size.make_image_settings(case.tiling))
+        parts = {ModelPart.language_model.value: {"lora": asdict(placement.lora)}} if placement.lora else None
         self.stage = case.stage_class(
             model, parts=parts, tiling=case.tiling.value, **{**case.options, **(options or {})}
         )
         self.stage.configure_model()
-        self.stage.to(place.device)
+        self.stage.to(placement.device)
         self.models = [self.stage.model, *([self.stage.reference] if getattr(self.stage, "reference", None) else [])]
-        self.optimize()
-        alter(self)
+        self.make_optimizer()
+        change_stage(self)
 
     def prepare(self, records: list[Record]) -> Batch:
-        pairs = len(records) if self.case.prefers else 0
+        pairs = len(records) if self.case.is_preference else 0
         batch = collate(self.processor, records, step_pairs=pairs, step_chosen_tokens=int(bool(pairs)))
         batch.step_supervised_tokens = batch.num_supervised_tokens
-        batch.keys, batch.contents = [crc32(record.id.encode()) for record in records], [0] * len(records)
-        return self.batch(batch.to(self.place.device))
+        batch.record_keys, batch.image_hashes = [crc32(record.id.encode()) for record in records], [0] * len(records)
+        return self.change_batch(batch.to(self.placement.device))
 
     def backward(self, inputs: Batch) -> float:
-        with self.place.autocast():
-            loss = self.loss(inputs)
+        with self.placement.use_autocast():
+            loss = self.compute_loss(inputs)
         loss.backward()
         return float(loss.detach())
 
-    def loss(self, batch: Batch) -> Tensor:
+    def compute_loss(self, batch: Batch) -> Tensor:
         """Compute the loss of a batch."""
         # its step_loss logs and checks the first loss, which needs a Trainer
         if isinstance(self.stage, DPOStage):
-            loss, output = self.stage._preference(batch, Tally(), training=True)
+            loss, output = self.stage._compute_preference(batch, PreferenceMetrics(), training=True)
             self.metrics = output.metrics
             return loss
-        return self.stage.step_loss(batch)
+        return self.stage.compute_loss(batch)
 
-    def rows(self, inputs: Batch, records: list[Record]) -> tuple[int, int]:
-        real = sum(self.case.tokens_of[record.id] for record in records)
+    def count_tokens(self, inputs: Batch, records: list[Record]) -> tuple[int, int]:
+        real = sum(self.case.tokens_by_id[record.id] for record in records)
         return min(real, inputs.num_tokens), inputs.num_tokens  # pairs with a shared prompt have fewer
 
-    def logps(self, record: Record) -> tuple[float, float]:
-        with torch.no_grad(), self.place.autocast():
-            self.loss(self.prepare([record]))
+    def compute_log_probs(self, record: Record) -> tuple[float, float]:
+        with torch.no_grad(), self.placement.use_autocast():
+            self.compute_loss(self.prepare([record]))
         return self.metrics["logps/chosen"], self.metrics["logps/rejected"]
 
 
-class OursWithKeptReference(Ours):
+class OursWithReferenceCache(Ours):
     """This library with a reference cache: log-probabilities are computed in the first epoch and reused in the others."""
 
-    def __init__(self, case: Case, place: Place) -> None:
-        super().__init__(case, place, name=CACHED, options={"cache_reference": True})
-        self.forget()
+    def __init__(self, case: Case, placement: Placement) -> None:
+        super().__init__(case, placement, name=OURS_CACHED, options={"cache_reference": True})
+        self.reset_cache()
         for records in case.batches:  # at this point the policy still equals the reference model
-            self._keep(self.prepare(records))
+            self._fill_cache(self.prepare(records))
 
-    def forget(self) -> None:
+    def reset_cache(self) -> None:
         """Reset the reference cache."""
-        self.stage.kept = ReferenceLogProbs(None)
+        self.stage.reference_cache = ReferenceLogProbCache(None)
 
-    def loss(self, batch: Batch) -> Tensor:
-        self._keep(batch)
-        return super().loss(batch)
+    def compute_loss(self, batch: Batch) -> Tensor:
+        self._fill_cache(batch)
+        return super().compute_loss(batch)
 
-    def _keep(self, batch: Batch) -> None:
-        if self.stage.kept.missing(np.array(batch.keys, np.uint64), np.array(batch.contents, np.uint64)).any():
-            with torch.no_grad(), self.place.autocast():
+    def _fill_cache(self, batch: Batch) -> None:
+        if self.stage.reference_cache.find_missing(
+            np.array(batch.record_keys, np.uint64), np.array(batch.image_hashes, np.uint64)
+        ).any():
+            with torch.no_grad(), self.placement.use_autocast():
                 self.stage._keep(batch)
-            self.stage.kept.read()
+            self.stage.reference_cache.read()
 
-    def passes(self) -> Iterator[float]:
+    def iter_passes(self) -> Iterator[float]:
         """Iterate over one epoch that computes the reference and one that reuses it, weighted as the mean of `NUM_EPOCHS`.
 
         The computed values are those of trained weights, which takes the same time.
         """
-        self.forget()
-        yield 1 / EPOCHS
-        yield 1 - 1 / EPOCHS
+        self.reset_cache()
+        yield 1 / NUM_EPOCHS
+        yield 1 - 1 / NUM_EPOCHS
 
 
-def make_ours(case: Case, place: Place) -> dict[str, Callable[[], Contender]]:
+def make_ours(case: Case, placement: Placement) -> dict[str, Callable[[], Contender]]:
     """Make factories for the contenders of this library, by name."""
-    return {OURS: partial(Ours, case, place), CACHED: partial(OursWithKeptReference, case, place)}
+    return {OURS: partial(Ours, case, placement), OURS_CACHED: partial(OursWithReferenceCache, case, placement)}
 
 
-def steady() -> None:
+def setup_process() -> None:
     """Set up this process for repeatable times: one thread, no denormal numbers, and no memory returned to the system.
 
     On a busy machine two threads are slower at this size, and their times cannot be separated. A GPU allocator keeps its
@@ -277,5 +279,5 @@ def steady() -> None:
             libc.mallopt(parameter, value)
 
 
-def _now() -> tuple[float, float]:
+def _read_clocks() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()

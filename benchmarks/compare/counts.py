@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 @dataclass(slots=True)
-class Counts:
+class StepCounts:
     """Counts summed over steps. A slot is a token position that the language model computes, padding included."""
 
     flops: float = 0.0
@@ -33,39 +33,42 @@ class Counts:
         return 1 - self.real / self.rows
 
 
-def count(contender: Contender, batches: list[list[Record]]) -> Counts:
+def count_step(contender: Contender, batches: list[list[Record]]) -> StepCounts:
     """Count one forward and backward pass over each batch, without an update. Recomputed layers count only as FLOPs."""
-    totals = Counts()
-    for weight in contender.passes():
+    totals = StepCounts()
+    for weight in contender.iter_passes():
         for records in batches:
             inputs = contender.prepare(records)
-            real, rows = contender.rows(inputs, records)
-            with _watched(contender.models) as counters, FlopCounterMode(display=False, custom_mapping=UNKNOWN) as mode:
+            real, rows = contender.count_tokens(inputs, records)
+            with (
+                _register_counters(contender.models) as counters,
+                FlopCounterMode(display=False, custom_mapping=FLOP_FORMULAS) as mode,
+            ):
                 contender.backward(inputs)
             contender.clear()
-            step_counts = Counts(mode.get_total_flops(), counters["tiles"], counters["slots"], real, rows)
+            step_counts = StepCounts(mode.get_total_flops(), counters["tiles"], counters["slots"], real, rows)
             for field in fields(totals):
                 setattr(totals, field.name, getattr(totals, field.name) + weight * getattr(step_counts, field.name))
     return totals
 
 
 @contextlib.contextmanager
-def _watched(models: list[nn.Module]) -> Iterator[dict[str, int]]:
+def _register_counters(models: list[nn.Module]) -> Iterator[dict[str, int]]:
     counters = {"tiles": 0, "slots": 0}
 
-    def see_tiles(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def count_tiles(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         pixels: Tensor = args[0] if args else kwargs["pixel_values"]
         counters["tiles"] += pixels.shape[0]
 
-    def see_rows(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def count_slots(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         counters["slots"] += math.prod(kwargs["inputs_embeds"].shape[:-1])
 
     hooks = []
     for model in models:
         inner = {name.rsplit(".", 1)[-1]: module for name, module in model.named_modules() if name.count(".") < 5}
         if "vision_tower" in inner:  # a reference model may have none
-            hooks.append(inner["vision_tower"].register_forward_pre_hook(see_tiles, with_kwargs=True))
-        hooks.append(inner["language_model"].register_forward_pre_hook(see_rows, with_kwargs=True))
+            hooks.append(inner["vision_tower"].register_forward_pre_hook(count_tiles, with_kwargs=True))
+        hooks.append(inner["language_model"].register_forward_pre_hook(count_slots, with_kwargs=True))
     try:
         yield counters
     finally:
@@ -73,13 +76,15 @@ def _watched(models: list[nn.Module]) -> Iterator[dict[str, int]]:
             hook.remove()
 
 
-def _attention(query: Any, key: Any, value: Any, dropout: float = 0.0, is_causal: bool = False, **_: Any) -> float:
+def _count_attention(
+    query: Any, key: Any, value: Any, dropout: float = 0.0, is_causal: bool = False, **_: Any
+) -> float:
     """Count the FLOPs of attention scores and of their product with the values. A causal kernel skips half of both."""
     batch, heads, rows, width = query
     return 2 * batch * heads * rows * key[-2] * (width + value[-1]) * (0.5 if is_causal else 1)
 
 
-def _attention_backward(
+def _count_attention_backward(
     gradient: Any,
     query: Any,
     key: Any,
@@ -91,17 +96,17 @@ def _attention_backward(
     **_: Any,
 ) -> float:
     """Count twice the forward FLOPs. Scores that a kernel recomputes are not counted."""
-    return 2 * _attention(query, key, value, dropout, is_causal)
+    return 2 * _count_attention(query, key, value, dropout, is_causal)
 
 
-def _formula(function: Any) -> Any:
+def _wrap_formula(function: Any) -> Any:
     return lambda *args, out_shape=None, out_val=None, **kwargs: function(*args, **kwargs)
 
 
 # Operators without a formula in torch 2.13's counter: CPU attention, and in-place addmm (TRL's head). Its own formulas
 # for GPU attention count full squares for causal masks.
-UNKNOWN = {
-    aten.addmm_: _formula(lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]),
-    aten._scaled_dot_product_flash_attention_for_cpu: _formula(_attention),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _formula(_attention_backward),
+FLOP_FORMULAS = {
+    aten.addmm_: _wrap_formula(lambda total, a, b, **_: 2 * a[0] * a[1] * b[1]),
+    aten._scaled_dot_product_flash_attention_for_cpu: _wrap_formula(_count_attention),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _wrap_formula(_count_attention_backward),
 }

@@ -27,7 +27,7 @@ BFLOAT16 = Tolerance(loss=2e-3, gradients=0.999, parameters=0.999, logps=2e-2)
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class TrainingResult:
     """Results of the first steps of a contender."""
 
     loss: float
@@ -38,7 +38,7 @@ class Facts:
     updates: Tensor  # [P] their change from the start
 
 
-def check(
+def check_equal(
     contenders: Sequence[Contender], batches: list[list[Record]], tolerance: Tolerance = FLOAT32
 ) -> dict[str, dict[str, float]]:
     """Run the steps with each contender and compare the results with those of the first one.
@@ -49,31 +49,33 @@ def check(
     Raises:
         UserError: the results differ. No ratio may be printed.
     """
-    first, *others = [(contender.name, facts_of(contender, batches)) for contender in contenders]
+    first, *others = [(contender.name, run_steps(contender, batches)) for contender in contenders]
     return {first[0]: {"loss": first[1].loss}} | {
-        name: compare(*first, name, result, tolerance) for name, result in others
+        name: compare_results(*first, name, result, tolerance) for name, result in others
     }
 
 
-def facts_of(contender: Contender, batches: list[list[Record]]) -> Facts:
+def run_steps(contender: Contender, batches: list[list[Record]]) -> TrainingResult:
     """Run the steps with a contender and collect its results."""
-    trained = contender.trained()
+    trained = contender.get_trained_parameters()
     names = sorted(trained)
-    logps = [contender.logps(record) for record in batches[0]] if contender.case.prefers else []
+    logps = [contender.compute_log_probs(record) for record in batches[0]] if contender.case.is_preference else []
     contender.clear()
-    before = flat([trained[name].detach() for name in names])
+    before = flatten([trained[name].detach() for name in names])
     loss = contender.backward(contender.prepare(batches[0]))
-    gradients = flat([_gradient(trained[name]) for name in names])
+    gradients = flatten([_get_gradient(trained[name]) for name in names])
     contender.update()
     losses = []
     for records in batches[1:]:
         losses.append(contender.backward(contender.prepare(records)))
         contender.update()
-    after = flat([trained[name].detach() for name in names])
-    return Facts(loss, losses, logps, gradients, after, after - before)
+    after = flatten([trained[name].detach() for name in names])
+    return TrainingResult(loss, losses, logps, gradients, after, after - before)
 
 
-def compare(ours: str, mine: Facts, name: str, theirs: Facts, tolerance: Tolerance) -> dict[str, float]:
+def compare_results(
+    ours: str, mine: TrainingResult, name: str, theirs: TrainingResult, tolerance: Tolerance
+) -> dict[str, float]:
     """Compute the differences between two contenders.
 
     Raises:
@@ -85,14 +87,18 @@ def compare(ours: str, mine: Facts, name: str, theirs: Facts, tolerance: Toleran
             "both must freeze the same parts."
         )
     differences = {
-        "loss": _apart(theirs.loss, mine.loss),
-        "gradients": _cosine(theirs.gradients, mine.gradients),
-        "parameters": _cosine(theirs.parameters, mine.parameters),
-        "updates": _cosine(theirs.updates, mine.updates),
-        "later_losses": max([_apart(a, b) for a, b in zip(theirs.losses, mine.losses, strict=True)], default=0.0),
+        "loss": _compute_relative_difference(theirs.loss, mine.loss),
+        "gradients": _compute_cosine(theirs.gradients, mine.gradients),
+        "parameters": _compute_cosine(theirs.parameters, mine.parameters),
+        "updates": _compute_cosine(theirs.updates, mine.updates),
+        "later_losses": max(
+            [_compute_relative_difference(a, b) for a, b in zip(theirs.losses, mine.losses, strict=True)], default=0.0
+        ),
     }
     pairs = [
-        _apart(a, b) for one, two in zip(theirs.logps, mine.logps, strict=True) for a, b in zip(one, two, strict=True)
+        _compute_relative_difference(a, b)
+        for one, two in zip(theirs.logps, mine.logps, strict=True)
+        for a, b in zip(one, two, strict=True)
     ]
     differences["logps"] = max(pairs, default=0.0)
     limits = asdict(tolerance)
@@ -111,7 +117,7 @@ def compare(ours: str, mine: Facts, name: str, theirs: Facts, tolerance: Toleran
     return differences
 
 
-def require_checkpointing(contender: Contender, wanted: bool) -> None:
+def require_checkpointing(contender: Contender, expected: bool) -> None:
     """Require that activation checkpointing is on or off, as expected.
 
     Flags alone are not enough: transformers skips the checkpointing of modules in eval mode.
@@ -121,25 +127,25 @@ def require_checkpointing(contender: Contender, wanted: bool) -> None:
     """
     modules = list(contender.models[0].modules())
     active = any(getattr(module, "gradient_checkpointing", False) and module.training for module in modules)
-    if active != wanted:
+    if active != expected:
         raise UserError(
             f"{contender.name} {'recomputes' if active else 'does not recompute'} activations. No ratio is printed."
         )
 
 
-def flat(tensors: Sequence[Tensor]) -> Tensor:
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """Flatten tensors into one float32 vector on the CPU."""
     return torch.cat([tensor.flatten().float().cpu() for tensor in tensors])
 
 
-def _gradient(parameter: nn.Parameter) -> Tensor:
+def _get_gradient(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
 
 
-def _apart(a: float, b: float) -> float:
+def _compute_relative_difference(a: float, b: float) -> float:
     return abs(a - b) / max(abs(b), 1e-12)
 
 
-def _cosine(a: Tensor, b: Tensor) -> float:
+def _compute_cosine(a: Tensor, b: Tensor) -> float:
     a, b = a.double(), b.double()
     return float(a @ b / (a.norm() * b.norm()).clamp(min=1e-300))

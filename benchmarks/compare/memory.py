@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def peak_memory(stage: str, size: str, tiles: int, contender: str, folder: Path, batch: int, steps: int) -> int:
+def measure_peak_memory(stage: str, size: str, tiles: int, contender: str, folder: Path, batch: int, steps: int) -> int:
     """Measure the peak bytes above the loaded model over all steps.
 
     Optimizer moments are not included, because there is no update.
@@ -26,48 +26,48 @@ def peak_memory(stage: str, size: str, tiles: int, contender: str, folder: Path,
     return json.loads(process.stdout.splitlines()[-1])
 
 
-def main(stage: str, size: str, tiles: int, name: str, folder: Path, batch: int, steps: int) -> int:
+def run_contender(stage: str, size: str, tiles: int, name: str, folder: Path, batch: int, steps: int) -> int:
     import torch
 
-    from benchmarks.compare.cases import make_case, smaller
-    from benchmarks.compare.contender import Place, make_ours
+    from benchmarks.compare.cases import make_case, resize_case
+    from benchmarks.compare.contender import Placement, make_ours
     from benchmarks.compare.peers import make_peers
 
-    case, placement = smaller(make_case(stage, size, tiles), batch, steps), Place(folder)
+    case, placement = resize_case(make_case(stage, size, tiles), batch, steps), Placement(folder)
     torch.set_num_threads(1)
     contender = (make_ours(case, placement) | make_peers(case, placement))[name]()
-    warm_up_records = sorted((record for step in case.batches for record in step if record.images), key=_length(case))[
-        :4
-    ]
-    _once(contender, warm_up_records)  # warm-up: loads libraries and chooses kernels
+    warm_up_records = sorted(
+        (record for step in case.batches for record in step if record.images), key=_make_length_key(case)
+    )[:4]
+    _run_once(contender, warm_up_records)  # warm-up: loads libraries and chooses kernels
     ctypes.CDLL("libc.so.6").malloc_trim(0)
-    start_kilobytes = _kilobytes("VmRSS")
+    start_kilobytes = _read_kilobytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark, proc(5)
     for records in case.batches:
-        _once(contender, records)
-    return 1024 * (_kilobytes("VmHWM") - start_kilobytes)
+        _run_once(contender, records)
+    return 1024 * (_read_kilobytes("VmHWM") - start_kilobytes)
 
 
-def available() -> int:
+def read_available_memory() -> int:
     """Read the available memory of the machine in bytes."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
 
 
-def _length(case):
-    return lambda record: case.length_of[record.id]
+def _make_length_key(case):
+    return lambda record: case.lengths_by_id[record.id]
 
 
-def _once(contender, records) -> None:
+def _run_once(contender, records) -> None:
     contender.backward(contender.prepare(records))
     contender.clear()
 
 
-def _kilobytes(field: str) -> int:
+def _read_kilobytes(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
 if __name__ == "__main__":
     stage, size, tiles, name, folder, batch, steps = sys.argv[1:]
-    print(main(stage, size, int(tiles), name, Path(folder), int(batch), int(steps)))
+    print(run_contender(stage, size, int(tiles), name, Path(folder), int(batch), int(steps)))

@@ -8,8 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from benchmarks.compare.report import tables
-from lit_vlm.engine.report_charts import Scale, ticks
+from benchmarks.compare.report import render_tables
+from lit_vlm.engine.report_charts import AxisScale, compute_ticks
 
 ROOT = Path(__file__).parents[2]
 PAGE, PICTURES = ROOT / "docs/compare.md", ROOT / "docs/images"
@@ -23,51 +23,51 @@ STYLE = (  # inline, because the page that shows it has no style sheet
 )
 
 
-def write(results: Path, page: Path = PAGE, pictures: Path = PICTURES) -> None:
+def write_page(results: Path, page: Path = PAGE, pictures: Path = PICTURES) -> None:
     """Write all results for which the page has markers."""
     text = page.read_text(encoding="utf-8")
-    for name, result in read(results).items():
-        for title, table in tables(result).items():
+    for name, result in read_results(results).items():
+        for title, table in render_tables(result).items():
             marker = f"<!-- figures of benchmarks/results/{name}.json: {title} -->"
             pattern = re.compile(re.escape(marker) + r"\n.*?<!-- /figures -->", re.DOTALL)
             text = pattern.sub(lambda _, m=marker, t=table: f"{m}\n{t}\n<!-- /figures -->", text)
-        drawing = draw(result)
+        drawing = draw_chart(result)
         if drawing and f"images/{name}.svg" in text:
             (pictures / f"{name}.svg").write_text(drawing, encoding="utf-8")
     page.write_text(text, encoding="utf-8")
 
 
-def read(results: Path) -> dict[str, dict[str, Any]]:
+def read_results(results: Path) -> dict[str, dict[str, Any]]:
     """Read the results, by file name without extension."""
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("compare_*.json"))}
 
 
-def draw(result: dict[str, Any]) -> str:
+def draw_chart(result: dict[str, Any]) -> str:
     """Draw a bar chart of the ratios with bound and goal, or of the ablations with their predictions; "" for others."""
     if "ladder" in result:
         rows = [(row["off"], row["measured"], row["predicted"], None) for row in result["ladder"]]
-        return bar_chart(rows, f"{result['case']}: time with one trick off, over time with all")
+        return draw_bar_chart(rows, f"{result['case']}: time with one trick off, over time with all")
     if "bars" in result:
         rows = [
             (f"{bar['peer']}{' *' if 'kept' in bar['ours'] else ''}", bar["cpu"], bar["bound"], bar["bar"])
             for bar in result["bars"]
         ]
-        return bar_chart(rows, f"{result['case']}: their CPU seconds over ours")
+        return draw_bar_chart(rows, f"{result['case']}: their CPU seconds over ours")
     return ""
 
 
-def bar_chart(rows: list[tuple[str, float | None, float, float | None]], label: str) -> str:
+def draw_bar_chart(rows: list[tuple[str, float | None, float, float | None]], label: str) -> str:
     """Draw horizontal bars from zero. A row is (name, value, analytical bound, goal)."""
     height = TOP + ROW * len(rows) + FOOT
     max_value = max(max(value or 0, bound, bar or 0) for _, value, bound, bar in rows)
-    x = Scale(0, 1.08 * max_value, LEFT, WIDTH - RIGHT)
+    x = AxisScale(0, 1.08 * max_value, LEFT, WIDTH - RIGHT)
     floor = TOP + ROW * len(rows)
     parts = []
-    for tick in ticks(0, 1.08 * max_value):
+    for tick in compute_ticks(0, 1.08 * max_value):
         parts.append(f'<line class="grid" x1="{x(tick)}" x2="{x(tick)}" y1="{TOP}" y2="{floor}"/>')
         parts.append(f'<text class="faint" x="{x(tick)}" y="{floor + 16}" text-anchor="middle">{tick:g}</text>')
     for i, (name, value, bound, bar) in enumerate(rows):
-        parts.append(_row(x, TOP + ROW * i, name, value, bound, bar))
+        parts.append(_draw_row(x, TOP + ROW * i, name, value, bound, bar))
     has_goal = any(bar is not None for *_, bar in rows)
     legend = (
         "black line: what arithmetic allows; red dashes: the bar"
@@ -79,7 +79,7 @@ def bar_chart(rows: list[tuple[str, float | None, float, float | None]], label: 
     return f"{head}<style>{STYLE}</style>{''.join(parts)}</svg>\n"
 
 
-def _row(x: Scale, top: int, name: str, value: float | None, bound: float, bar: float | None) -> str:
+def _draw_row(x: AxisScale, top: int, name: str, value: float | None, bound: float, bar: float | None) -> str:
     middle = top + ROW / 2 + 4
     parts = [f'<text x="{LEFT - 8}" y="{middle}" text-anchor="end">{escape(name)}</text>']
     if value is not None:

@@ -19,16 +19,16 @@ from transformers import LlavaOnevisionImageProcessorPil
 from transformers.image_processing_backends import PilBackend
 
 from benchmarks.compare.cases import HF_SORTED, HF_TUNED, TRL_SHIPPED, TRL_TUNED, Case
-from benchmarks.compare.contender import Contender, Place
+from benchmarks.compare.contender import Contender, Placement
 from lit_vlm.anyres import Tiling
-from lit_vlm.model.hub import PlainProcessor, plain_processor
-from lit_vlm.model.parts import freeze
-from lit_vlm.types import ImageSlot, Message, PreferencePair, Record
+from lit_vlm.model.hub import PlainProcessor, make_plain_processor
+from lit_vlm.model.parts import freeze_except
+from lit_vlm.types import ImagePlaceholder, Message, PreferencePair, Record
 
 OPTIONS = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no"}
 
 
-class BaseViews(LlavaOnevisionImageProcessorPil):
+class BaseViewImageProcessor(LlavaOnevisionImageProcessorPil):
     """Image processor with one view per image, for stages without tiling.
 
     transformers uses one view only for samples with several images. So the images of a micro-batch are passed as those of
@@ -41,15 +41,15 @@ class BaseViews(LlavaOnevisionImageProcessorPil):
         return PilBackend.preprocess(self, flat, [len(flat)], **kwargs)
 
 
-def processor_of(case: Case) -> PlainProcessor:
+def make_processor(case: Case) -> PlainProcessor:
     """Make the Pillow-based processor of transformers, whose pixels equal ours exactly."""
-    plain = plain_processor(copy.deepcopy(case.processor.tokenizer), case.processor.images)
+    plain = make_plain_processor(copy.deepcopy(case.processor.tokenizer), case.processor.images)
     if case.tiling is Tiling.base:
-        plain.image_processor = BaseViews(**plain.image_processor.to_dict())
+        plain.image_processor = BaseViewImageProcessor(**plain.image_processor.to_dict())
     return plain
 
 
-class Peer(Contender):
+class HFPeer(Contender):
     """Base class for the trainers of TRL and transformers.
 
     Args:
@@ -57,37 +57,39 @@ class Peer(Contender):
         micro_batches: number of micro-batches per optimizer step, with records sorted by length.
     """
 
-    def __init__(self, case: Case, place: Place, name: str, checkpointing: bool, micro_batches: int = 1) -> None:
-        super().__init__(case, place)
+    def __init__(
+        self, case: Case, placement: Placement, name: str, checkpointing: bool, micro_batches: int = 1
+    ) -> None:
+        super().__init__(case, placement)
         self.name, self.micro_batches = name, micro_batches
-        model = place.model(case)
-        freeze(model, case.trainable)
+        model = placement.load_model(case)
+        freeze_except(model, case.trainable)
         self.trainer = self.make_trainer(model, checkpointing)
         self.models = [self.trainer.model]
         self.trainer.current_gradient_accumulation_steps = micro_batches  # train() sets it
         if checkpointing:  # train() does the same
             options = self.trainer.args.gradient_checkpointing_kwargs
             self.trainer.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        self.optimize()
+        self.make_optimizer()
 
     def make_trainer(self, model: Any, checkpointing: bool) -> Any:
         raise NotImplementedError
 
-    def arguments(self, kind: Any, **options: Any) -> Any:
+    def make_arguments(self, kind: Any, **options: Any) -> Any:
         """Make the training arguments for the device: TRL's default precision is `bf16`, ours on a CPU is float32."""
         folder = Path(gettempdir()) / "compare_trainer"
-        precision = {"use_cpu": self.place.device == "cpu", "bf16": self.place.mixed}
+        precision = {"use_cpu": self.placement.device == "cpu", "bf16": self.placement.mixed}
         return kind(output_dir=str(folder), **OPTIONS, **precision, **options)
 
     def prepare(self, records: list[Record]) -> list[dict]:
         size = -(-len(records) // self.micro_batches)
         if self.micro_batches > 1:
-            records = sorted(records, key=lambda record: self.case.length_of[record.id])
-        rows = [row_of(record) for record in records]
+            records = sorted(records, key=lambda record: self.case.lengths_by_id[record.id])
+        rows = [make_row(record) for record in records]
         collated = [self.trainer.data_collator(rows[start : start + size]) for start in range(0, len(rows), size)]
         return [self.trainer._prepare_inputs(dict(inputs)) for inputs in collated]
 
-    def rows(self, inputs: list[dict], records: list[Record]) -> tuple[int, int]:
+    def count_tokens(self, inputs: list[dict], records: list[Record]) -> tuple[int, int]:
         masks = [part["attention_mask"] for part in inputs]
         return sum(int(mask.sum()) for mask in masks), sum(mask.numel() for mask in masks)
 
@@ -98,43 +100,45 @@ class Peer(Contender):
         return float(sum(self.trainer.training_step(model, dict(part), num_items_in_batch=count) for part in inputs))
 
 
-class TrlSFT(Peer):
+class TrlSFT(HFPeer):
     """TRL's SFTTrainer as a contender."""
 
     def make_trainer(self, model: Any, checkpointing: bool) -> Any:
         from datasets import Dataset
         from trl import SFTConfig, SFTTrainer
 
-        options = self.arguments(
+        options = self.make_arguments(
             SFTConfig,
             max_length=None,  # the default of 1,024 is too short for tiled images
             gradient_checkpointing=checkpointing,  # true by default
             assistant_only_loss=True,
         )
-        dataset = Dataset.from_list([row_of(self.case.batches[0][0])])
-        return SFTTrainer(model, options, train_dataset=dataset, processing_class=processor_of(self.case))
+        dataset = Dataset.from_list([make_row(self.case.batches[0][0])])
+        return SFTTrainer(model, options, train_dataset=dataset, processing_class=make_processor(self.case))
 
 
-class HFTrainer(Peer):
+class HFTrainer(HFPeer):
     """HF Trainer as a contender, with TRL's collator: transformers has none for conversations with images."""
 
     def make_trainer(self, model: Any, checkpointing: bool) -> Any:
         from transformers import Trainer, TrainingArguments
         from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
-        options = self.arguments(TrainingArguments, gradient_checkpointing=checkpointing, remove_unused_columns=False)
-        collator = DataCollatorForVisionLanguageModeling(processor_of(self.case), assistant_only_loss=True)
+        options = self.make_arguments(
+            TrainingArguments, gradient_checkpointing=checkpointing, remove_unused_columns=False
+        )
+        collator = DataCollatorForVisionLanguageModeling(make_processor(self.case), assistant_only_loss=True)
         return Trainer(model, options, data_collator=collator)
 
 
-class TrlDPO(Peer):
+class TrlDPO(HFPeer):
     """TRL's DPOTrainer as a contender.
 
     The reference model runs at each step, because TRL refuses to precompute it for images.
     """
 
-    def __init__(self, case: Case, place: Place, name: str, checkpointing: bool) -> None:
-        super().__init__(case, place, name, checkpointing)
+    def __init__(self, case: Case, placement: Placement, name: str, checkpointing: bool) -> None:
+        super().__init__(case, placement, name, checkpointing)
         if self.trainer.ref_model is not None:
             self.models.append(self.trainer.ref_model)
 
@@ -143,11 +147,11 @@ class TrlDPO(Peer):
         from peft import LoraConfig
         from trl import DPOConfig, DPOTrainer
 
-        options = self.arguments(DPOConfig, max_length=None, gradient_checkpointing=checkpointing)
-        dataset = Dataset.from_list([row_of(self.case.batches[0][0])])
-        lora, reference = self.place.lora, None
+        options = self.make_arguments(DPOConfig, max_length=None, gradient_checkpointing=checkpointing)
+        dataset = Dataset.from_list([make_row(self.case.batches[0][0])])
+        lora, reference = self.placement.lora, None
         if lora is None:
-            reference = self.place.model(self.case).requires_grad_(False).eval()
+            reference = self.placement.load_model(self.case).requires_grad_(False).eval()
         else:
             targets = rf".*language_model.*\.({'|'.join(lora.targets)})"
             lora = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
@@ -156,7 +160,7 @@ class TrlDPO(Peer):
             reference,
             options,
             train_dataset=dataset,
-            processing_class=processor_of(self.case),
+            processing_class=make_processor(self.case),
             peft_config=lora,
         )
 
@@ -164,7 +168,7 @@ class TrlDPO(Peer):
         (part,) = inputs
         return float(self.trainer.training_step(self.trainer.model, dict(part)))
 
-    def logps(self, record: Record) -> tuple[float, float]:
+    def compute_log_probs(self, record: Record) -> tuple[float, float]:
         (part,) = self.prepare([record])
         with torch.no_grad(), self.trainer.compute_loss_context_manager():
             self.trainer.model.train()
@@ -173,29 +177,29 @@ class TrlDPO(Peer):
         return metrics["logps/chosen"][-1], metrics["logps/rejected"][-1]
 
 
-def make_peers(case: Case, place: Place) -> dict[str, Callable[[], Contender]]:
+def make_peers(case: Case, placement: Placement) -> dict[str, Callable[[], Contender]]:
     """Make factories for the peers, by name: as shipped by TRL and transformers, and tuned as well as possible."""
-    trl = TrlDPO if case.prefers else TrlSFT
+    trl = TrlDPO if case.is_preference else TrlSFT
     return {
-        TRL_SHIPPED: partial(trl, case, place, TRL_SHIPPED, checkpointing=True),
-        TRL_TUNED: partial(trl, case, place, TRL_TUNED, checkpointing=False),
-        HF_TUNED: partial(HFTrainer, case, place, HF_TUNED, checkpointing=False),
-        HF_SORTED: partial(HFTrainer, case, place, HF_SORTED, checkpointing=False, micro_batches=2),
+        TRL_SHIPPED: partial(trl, case, placement, TRL_SHIPPED, checkpointing=True),
+        TRL_TUNED: partial(trl, case, placement, TRL_TUNED, checkpointing=False),
+        HF_TUNED: partial(HFTrainer, case, placement, HF_TUNED, checkpointing=False),
+        HF_SORTED: partial(HFTrainer, case, placement, HF_SORTED, checkpointing=False, micro_batches=2),
     }
 
 
-def row_of(record: Record) -> dict[str, Any]:
+def make_row(record: Record) -> dict[str, Any]:
     """Make the dataset row of a record for TRL."""
     images = [image.load() for image in record.images]
     if isinstance(record, PreferencePair):
         turns = {"prompt": list(record.prompt), "chosen": [record.chosen], "rejected": [record.rejected]}
-        return {"images": images} | {name: [_turn(message) for message in part] for name, part in turns.items()}
-    return {"images": images, "messages": [_turn(message) for message in record.messages]}
+        return {"images": images} | {name: [_make_turn(message) for message in part] for name, part in turns.items()}
+    return {"images": images, "messages": [_make_turn(message) for message in record.messages]}
 
 
-def _turn(message: Message) -> dict[str, Any]:
+def _make_turn(message: Message) -> dict[str, Any]:
     parts = [
-        {"type": "image"} if isinstance(piece, ImageSlot) else {"type": "text", "text": piece}
+        {"type": "image"} if isinstance(piece, ImagePlaceholder) else {"type": "text", "text": piece}
         for piece in message.content
     ]
     return {"role": message.role.value, "content": parts}

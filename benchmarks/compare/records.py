@@ -14,18 +14,18 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from benchmarks.flops_bound import Size
+from benchmarks.flops_bound import RecordSize
 from lit_vlm.data.processor import Processor
-from lit_vlm.model.tiny import CORPUS
-from lit_vlm.types import ImageSlot, Kind, Language, Message, PreferencePair, Record, Role, Sample
+from lit_vlm.model.tiny import CORPUS_FILE
+from lit_vlm.types import ImagePlaceholder, Language, Message, PreferencePair, Record, Role, Sample, SampleKind
 
-SUPERVISED = 0.48  # supervised share of the text of a dialogue: 120 of 250 tokens
+SUPERVISED_SHARE = 0.48  # supervised share of the text of a dialogue: 120 of 250 tokens
 # grids (rows, columns) of an anyres mixture and their frequencies; two to ten tiles with the base view
 GRIDS = {(1, 1): 2, (1, 2): 6, (3, 1): 3, (2, 2): 8, (1, 5): 1, (2, 3): 5, (4, 2): 2, (3, 3): 4}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Picture:
+class DecodedImage:
     """Image that is already decoded."""
 
     image: Image.Image = field(repr=False)
@@ -38,7 +38,7 @@ class Picture:
         return self.image
 
 
-class Maker:
+class RecordGenerator:
     """Generator of synthetic records for one model size, from a seed.
 
     Args:
@@ -53,84 +53,84 @@ class Maker:
         self.rng = random.Random(f"{shape} {seed}")
         self.tile = processor.images.tile_size
         self.scale = processor.images.side**2 / 729
-        self.words = sorted({word for word in CORPUS.read_text(encoding="utf-8").split() if word.isalnum()})
+        self.words = sorted({word for word in CORPUS_FILE.read_text(encoding="utf-8").split() if word.isalnum()})
         self.number = 0
 
-    def records(self, count: int) -> list[Record]:
+    def generate_batch(self, count: int) -> list[Record]:
         """Generate a batch of records."""
-        return [self.record() for _ in range(count)]
+        return [self.generate() for _ in range(count)]
 
-    def record(self) -> Record:
+    def generate(self) -> Record:
         """Generate the next record."""
         self.number += 1
         if self.shape.startswith("pairs"):
             grid = (1, 1) if self.shape == "pairs_1" else (2, 2)
             prompt, chosen, rejected = (
-                self._length(*length) for length in ((100, 0.3, 10, 400),) + ((150, 0.3, 10, 600),) * 2
+                self._sample_length(*length) for length in ((100, 0.3, 10, 400),) + ((150, 0.3, 10, 600),) * 2
             )
-            return self._pair(prompt, chosen, rejected, self._picture(*grid))
+            return self._make_pair(prompt, chosen, rejected, self._make_image(*grid))
         if self.shape == "captions":
-            return self._sample(0, self._length(13, 0.4, 5, 77), self._picture(1, 1))
+            return self._make_sample(0, self._sample_length(13, 0.4, 5, 77), self._make_image(1, 1))
         if self.shape == "even":
-            return self._dialogue(round(250 * self.scale), self._picture(1, 1))
+            return self._make_dialogue(round(250 * self.scale), self._make_image(1, 1))
         draw = self.rng.random()
         if draw < (0.06 if self.shape == "mixture" else 0.15):
-            return self._dialogue(self._length(700, 0.8, 40, 2048))
+            return self._make_dialogue(self._sample_length(700, 0.8, 40, 2048))
         if self.shape == "mixture":
-            return self._dialogue(self._length(150, 0.8, 20, 1300), self._picture(1, 1))
+            return self._make_dialogue(self._sample_length(150, 0.8, 20, 1300), self._make_image(1, 1))
         # plain transformers tiles each single image, so the minimum is two tiles: 15 % of the samples have that
         grid = (1, 1) if draw < 0.30 else self.rng.choices(list(GRIDS), list(GRIDS.values()))[0]
-        return self._dialogue(self._length(180, 0.8, 20, 1500), self._picture(*grid))
+        return self._make_dialogue(self._sample_length(180, 0.8, 20, 1500), self._make_image(*grid))
 
-    def _length(self, median: float, sigma: float, low: int, high: int) -> int:
+    def _sample_length(self, median: float, sigma: float, low: int, high: int) -> int:
         length = median * math.exp(sigma * self.rng.gauss(0, 1))
         return max(1, round(min(high, max(low, length)) * self.scale))
 
-    def _dialogue(self, tokens: int, *pictures: Picture) -> Sample:
-        answer = max(1, round(SUPERVISED * tokens))
-        return self._sample(max(1, tokens - answer), answer, *pictures)
+    def _make_dialogue(self, tokens: int, *images: DecodedImage) -> Sample:
+        answer = max(1, round(SUPERVISED_SHARE * tokens))
+        return self._make_sample(max(1, tokens - answer), answer, *images)
 
-    def _sample(self, question: int, answer: int, *pictures: Picture) -> Sample:
-        messages = (self._asked(question, pictures), Message(Role.assistant, (self._text(answer),)))
-        return Sample(*self._names, Kind.other, Language.en, messages, pictures)
+    def _make_sample(self, question: int, answer: int, *images: DecodedImage) -> Sample:
+        messages = (self._make_question(question, images), Message(Role.assistant, (self._make_text(answer),)))
+        return Sample(*self._names, SampleKind.other, Language.en, messages, images)
 
-    def _pair(self, prompt: int, chosen: int, rejected: int, *pictures: Picture) -> PreferencePair:
-        answers = (Message(Role.assistant, (self._text(length),)) for length in (chosen, rejected))
-        prompt_messages = (self._asked(prompt, pictures),)
-        return PreferencePair(*self._names, Kind.preference, Language.en, prompt_messages, *answers, pictures)
+    def _make_pair(self, prompt: int, chosen: int, rejected: int, *images: DecodedImage) -> PreferencePair:
+        answers = (Message(Role.assistant, (self._make_text(length),)) for length in (chosen, rejected))
+        prompt_messages = (self._make_question(prompt, images),)
+        return PreferencePair(*self._names, SampleKind.preference, Language.en, prompt_messages, *answers, images)
 
     @property
     def _names(self) -> tuple[str, str, str]:
         return f"{self.number}", self.shape, f"{self.shape}:{self.number}"
 
-    def _asked(self, tokens: int, pictures: tuple[Picture, ...]) -> Message:
-        text = (self._text(tokens),) if tokens else ()
-        return Message(Role.user, (*(ImageSlot(i) for i in range(len(pictures))), *text))
+    def _make_question(self, tokens: int, images: tuple[DecodedImage, ...]) -> Message:
+        text = (self._make_text(tokens),) if tokens else ()
+        return Message(Role.user, (*(ImagePlaceholder(i) for i in range(len(images))), *text))
 
-    def _text(self, tokens: int) -> str:
+    def _make_text(self, tokens: int) -> str:
         """Make a text of at least `tokens` tokens, and only slightly more."""
         words: list[str] = []
         count = 0
         while count < tokens:
             words.append(self.rng.choice(self.words))
-            count += len(self.processor.template.ordinary_ids(" " + words[-1]))
+            count += len(self.processor.template.tokenize_text(" " + words[-1]))
         return " ".join(words)
 
-    def _picture(self, rows: int, columns: int) -> Picture:
+    def _make_image(self, rows: int, columns: int) -> DecodedImage:
         """Make an image of smoothed coarse noise. It has the size of its tile grid, so only the base view is resized."""
         seed = self.rng.getrandbits(32)
         coarse = np.random.default_rng(seed).integers(0, 256, (4 * rows, 4 * columns, 3), dtype=np.uint8)
-        return Picture(
+        return DecodedImage(
             Image.fromarray(coarse).resize((columns * self.tile, rows * self.tile), Image.Resampling.BILINEAR)
         )
 
 
-def size_of(processor: Processor, record: Record) -> Size:
+def measure_record(processor: Processor, record: Record) -> RecordSize:
     """Measure the token counts of a record for the FLOP formulas."""
-    layouts = processor.layouts(record)
-    sequences = processor.sequences(record, layouts)
+    layouts = processor.compute_layouts(record)
+    sequences = processor.encode_sequences(record, layouts)
     prompt = int(np.argmax(sequences[0].supervised))
-    return Size(
+    return RecordSize(
         prompt,
         tuple(sequence.num_tokens - prompt for sequence in sequences),
         tuple(sequence.num_supervised for sequence in sequences),

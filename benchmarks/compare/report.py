@@ -5,37 +5,37 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from benchmarks.compare.cases import OURS, Case, lengths, on_a_gpu
-from benchmarks.compare.clock import SPREAD, spread
-from benchmarks.compare.contender import Times
-from benchmarks.compare.counts import Counts
-from benchmarks.flops_bound import Recipe, ratio_bound, step_flops
+from benchmarks.compare.cases import OURS, Case, convert_to_gpu_recipe, count_lengths
+from benchmarks.compare.clock import MAX_SPREAD, compute_spread
+from benchmarks.compare.contender import StepTimes
+from benchmarks.compare.counts import StepCounts
+from benchmarks.flops_bound import Recipe, compute_ratio_bound, compute_step_flops
 
 CLOCKS = {"cpu": "cpu_seconds", "wall": "wall_seconds"}
-SHARE = 0.85  # share of the bound that a ratio must reach if the bound is below the goal
+BOUND_SHARE = 0.85  # share of the bound that a ratio must reach if the bound is below the goal
 
 
-def data(case: Case) -> dict[str, Any]:
+def describe_data(case: Case) -> dict[str, Any]:
     """Describe the data of a repeat."""
     longest = [max(max(size.lengths) for size in step) for step in case.sizes]
-    return lengths(case.sizes) | {"batch": case.batch, "steps": case.steps, "longest_of_each_step": longest}
+    return count_lengths(case.sizes) | {"batch": case.batch, "steps": case.steps, "longest_of_each_step": longest}
 
 
-def arithmetic(case: Case, recipe: Recipe) -> float:
+def compute_flops(case: Case, recipe: Recipe) -> float:
     """Compute the FLOPs of a repeat."""
-    return sum(step_flops(case.model_size.shape, recipe, step) for step in case.sizes)
+    return sum(compute_step_flops(case.model_size.shape, recipe, step) for step in case.sizes)
 
 
-def row(case: Case, times: list[Times], counts: Counts) -> dict[str, Any]:
+def make_row(case: Case, times: list[StepTimes], counts: StepCounts) -> dict[str, Any]:
     """Make the result row of a contender. Rates use CPU seconds; a repeat is all steps."""
-    totals = lengths(case.sizes)
+    totals = count_lengths(case.sizes)
     walls, cpus = [repeat.wall for repeat in times], [repeat.cpu for repeat in times]
     seconds = statistics.median(cpus)
     return {
         "wall_seconds": walls,
         "cpu_seconds": cpus,
         "cpu_seconds_without_data": [repeat.cpu - repeat.data_cpu for repeat in times],
-        "spread": {"cpu": spread(cpus), "wall": spread(walls)},
+        "spread": {"cpu": compute_spread(cpus), "wall": compute_spread(walls)},
         "repeats": len(times),
         "samples_per_second": totals["records"] / seconds,
         "samples_per_wall_second": totals["records"] / statistics.median(walls),
@@ -45,33 +45,33 @@ def row(case: Case, times: list[Times], counts: Counts) -> dict[str, Any]:
         "padding": counts.padding,
         "tower_passes_per_tile": counts.tiles / totals["tiles"],
         "flops_per_sample": counts.flops / totals["records"],
-        "executed_over_ideal": counts.flops / arithmetic(case, case.ideal),
+        "executed_over_ideal": counts.flops / compute_flops(case, case.ideal_recipe),
         "flops_per_second": counts.flops / seconds,
         "data_share": statistics.median(repeat.data_cpu / repeat.cpu for repeat in times),
         "cpu_seconds_per_sample": seconds / totals["records"],
     }
 
 
-def bars(case: Case, result: dict[str, Any]) -> list[dict[str, Any]]:
+def check_goals(case: Case, result: dict[str, Any]) -> list[dict[str, Any]]:
     """Check each goal against the measured ratio and the analytical bound. Of several peers the fastest counts."""
     rows, results = result["contenders"], []
-    for bar in case.bars:
+    for bar in case.goals:
         peers = [peer for peer in bar.peers if peer in rows]
         if not peers or bar.ours not in rows:
             continue
         peer = min(peers, key=lambda name: statistics.median(rows[name]["cpu_seconds"]))
-        shape, goal, recipe = case.model_size.shape, case.goal(bar.ours), case.recipe(peer)
-        bound = ratio_bound(shape, recipe, goal, case.sizes)
-        min_ratio = bar.at_least if bound >= bar.at_least else SHARE * bound
-        ratios = {clock: ratio(rows, peer, bar.ours, clock) for clock in CLOCKS}
-        ratio_without_data = _median_ratio(rows, peer, bar.ours, "cpu_seconds_without_data")
+        shape, goal, recipe = case.model_size.shape, case.make_ideal_recipe(bar.ours), case.make_recipe(peer)
+        bound = compute_ratio_bound(shape, recipe, goal, case.sizes)
+        min_ratio = bar.min_ratio if bound >= bar.min_ratio else BOUND_SHARE * bound
+        ratios = {clock: compute_ratio(rows, peer, bar.ours, clock) for clock in CLOCKS}
+        ratio_without_data = _compute_median_ratio(rows, peer, bar.ours, "cpu_seconds_without_data")
         results.append(
             {
                 "ours": bar.ours,
                 "peer": peer,
-                "asked": bar.at_least,
+                "asked": bar.min_ratio,
                 "bound": bound,
-                "bound_on_a_gpu": ratio_bound(shape, on_a_gpu(recipe, peer), goal, case.sizes),
+                "bound_on_a_gpu": compute_ratio_bound(shape, convert_to_gpu_recipe(recipe, peer), goal, case.sizes),
                 "bar": min_ratio,
                 **ratios,
                 "without_data": ratio_without_data if ratios["cpu"] else None,
@@ -81,28 +81,28 @@ def bars(case: Case, result: dict[str, Any]) -> list[dict[str, Any]]:
     return results
 
 
-def ratio(rows: dict[str, Any], peer: str, ours: str, clock: str = "cpu") -> float | None:
+def compute_ratio(rows: dict[str, Any], peer: str, ours: str, clock: str = "cpu") -> float | None:
     """Compute the ratio of median seconds, peer over ours; None if a spread is too large."""
-    if max(rows[name]["spread"][clock] for name in (peer, ours)) > SPREAD:
+    if max(rows[name]["spread"][clock] for name in (peer, ours)) > MAX_SPREAD:
         return None
-    return _median_ratio(rows, peer, ours, CLOCKS[clock])
+    return _compute_median_ratio(rows, peer, ours, CLOCKS[clock])
 
 
-def ladder(case: Case, result: dict[str, Any], recipes: dict[str, Recipe]) -> list[dict[str, Any]]:
+def compare_ablations(case: Case, result: dict[str, Any], recipes: dict[str, Recipe]) -> list[dict[str, Any]]:
     """Compare the measured slow-down of each ablation with its prediction."""
     rows, shape = result["contenders"], case.model_size.shape
     return [
         {
             "off": name,
-            "measured": ratio(rows, name, OURS),
+            "measured": compute_ratio(rows, name, OURS),
             "executed": rows[name]["flops_per_sample"] / rows[OURS]["flops_per_sample"],
-            "predicted": ratio_bound(shape, recipe, case.recipe(OURS), case.sizes),
+            "predicted": compute_ratio_bound(shape, recipe, case.make_recipe(OURS), case.sizes),
         }
         for name, recipe in recipes.items()
     ]
 
 
-def _median_ratio(rows: dict[str, Any], peer: str, ours: str, field: str) -> float:
+def _compute_median_ratio(rows: dict[str, Any], peer: str, ours: str, field: str) -> float:
     return statistics.median(rows[peer][field]) / statistics.median(rows[ours][field])
 
 
@@ -128,81 +128,84 @@ COLUMNS = {  # columns of the contender table: title, and function that formats 
 }
 
 
-def text(result: dict[str, Any]) -> str:
+def render_text(result: dict[str, Any]) -> str:
     """Render the result for the terminal, with the same tables as on the page."""
-    parts = [result["case"], *tables(result).values(), f"versions: {result['versions']}"]
+    parts = [result["case"], *render_tables(result).values(), f"versions: {result['versions']}"]
     return "\n\n".join(parts)
 
 
-def tables(result: dict[str, Any]) -> dict[str, str]:
+def render_tables(result: dict[str, Any]) -> dict[str, str]:
     """Render the tables of a result as Markdown, by name."""
     tables_by_name = {}
     if "bars" in result:
-        tables_by_name["ratios"] = _bar_table(result["bars"])
+        tables_by_name["ratios"] = _render_goal_table(result["bars"])
     if "contenders" in result and "ladder" not in result:
-        tables_by_name["contenders"] = _contender_table(result["contenders"])
-        tables_by_name["gate"] = _gate_table(result["gate"])
+        tables_by_name["contenders"] = _render_contender_table(result["contenders"])
+        tables_by_name["gate"] = _render_gate_table(result["gate"])
     if "ladder" in result:
-        tables_by_name["ladder"] = _ladder_table(result["ladder"])
+        tables_by_name["ladder"] = _render_ablation_table(result["ladder"])
     if "ratio" in result:
-        tables_by_name["memory"] = _memory_table(result)
+        tables_by_name["memory"] = _render_memory_table(result)
     return tables_by_name
 
 
-def _contender_table(rows: dict[str, Any]) -> str:
+def _render_contender_table(rows: dict[str, Any]) -> str:
     body = [[title, *(write(row) for row in rows.values())] for title, write in COLUMNS.items()]
-    return markdown(["", *rows], body)
+    return render_markdown(["", *rows], body)
 
 
-def _bar_table(found: list[dict[str, Any]]) -> str:
+def _render_goal_table(found: list[dict[str, Any]]) -> str:
     head = ["", "beside", "CPU seconds", "clock", "without data", "bound", "bound on a GPU", "asked", "bar", "reached"]
     body = [
         [
             bar["ours"],
             bar["peer"],
-            times(bar["cpu"]),
-            times(bar["wall"]),
-            times(bar["without_data"]),
-            times(bar["bound"]),
-            times(bar["bound_on_a_gpu"]),
-            times(bar["asked"]),
-            times(bar["bar"]) + (" (0.85 of the bound)" if bar["bar"] < bar["asked"] else ""),
+            format_ratio(bar["cpu"]),
+            format_ratio(bar["wall"]),
+            format_ratio(bar["without_data"]),
+            format_ratio(bar["bound"]),
+            format_ratio(bar["bound_on_a_gpu"]),
+            format_ratio(bar["asked"]),
+            format_ratio(bar["bar"]) + (" (0.85 of the bound)" if bar["bar"] < bar["asked"] else ""),
             "yes" if bar["reached"] else "no",
         ]
         for bar in found
     ]
-    return markdown(head, body)
+    return render_markdown(head, body)
 
 
-def _gate_table(agreed: dict[str, Any]) -> str:
+def _render_gate_table(agreed: dict[str, Any]) -> str:
     head = ["", "loss", "later losses", "answers' log-probabilities", "gradients", "weights", "their way"]
     body = []
     for name, differences in agreed.items():
         if "gradients" in differences:
             cells = [f"{differences[key]:.0e}" for key in ("loss", "later_losses", "logps")]
             body.append([name, *cells, *(f"{differences[key]:.8f}" for key in ("gradients", "parameters", "updates"))])
-    return markdown(head, body)
+    return render_markdown(head, body)
 
 
-def _ladder_table(found: list[dict[str, Any]]) -> str:
+def _render_ablation_table(found: list[dict[str, Any]]) -> str:
     head = ["off", "takes so many times as long", "executes so many times the FLOPs", "predicted"]
-    body = [[row["off"], times(row["measured"]), times(row["executed"]), times(row["predicted"])] for row in found]
-    return markdown(head, body)
+    body = [
+        [row["off"], format_ratio(row["measured"]), format_ratio(row["executed"]), format_ratio(row["predicted"])]
+        for row in found
+    ]
+    return render_markdown(head, body)
 
 
-def _memory_table(result: dict[str, Any]) -> str:
+def _render_memory_table(result: dict[str, Any]) -> str:
     body = [[name, f"{peak / 1e9:.2f} GB"] for name, peak in result["peak_memory"].items()]
-    return markdown(
+    return render_markdown(
         ["", "peak above the loaded model"], [*body, ["ratio (bar: at most 0.7)", f"{result['ratio']:.2f}"]]
     )
 
 
-def times(value: float | None) -> str:
+def format_ratio(value: float | None) -> str:
     """Format a ratio for a table."""
     return "spread too wide" if value is None else f"{value:.2f}"
 
 
-def markdown(head: list[str], body: list[list[str]]) -> str:
+def render_markdown(head: list[str], body: list[list[str]]) -> str:
     """Render a Markdown table."""
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -20,11 +20,11 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from lit_vlm.anyres import ImageSettings, Tiling, grid_pinpoints
-from lit_vlm.cost.shape import Shape
+from lit_vlm.anyres import ImageSettings, Tiling, make_grid_pinpoints
+from lit_vlm.cost.shape import ModelShape
 from lit_vlm.model.export import export_model
 from lit_vlm.model.forward import use_flat_forward
-from lit_vlm.model.hub import quiet_transformers
+from lit_vlm.model.hub import disable_transformers_logging
 from lit_vlm.model.tiny import make_tokenizer
 from lit_vlm.model.vocabulary import add_special_tokens
 from lit_vlm.types import IMAGE_TOKEN
@@ -56,7 +56,7 @@ class ModelSize:
     vision_heads: int
     image_size: int
 
-    def config(self, tokenizer: PreTrainedTokenizerFast) -> LlavaOnevisionConfig:
+    def make_config(self, tokenizer: PreTrainedTokenizerFast) -> LlavaOnevisionConfig:
         """Make the transformers config."""
         text = Qwen2Config(
             hidden_size=self.hidden,
@@ -85,20 +85,20 @@ class ModelSize:
             text_config=text,
             vision_feature_layer=-1,
             vision_feature_select_strategy="full",
-            image_grid_pinpoints=[list(pair) for pair in grid_pinpoints(self.image_size, GRID)],
+            image_grid_pinpoints=[list(pair) for pair in make_grid_pinpoints(self.image_size, GRID)],
             vision_aspect_ratio=f"anyres_max_{MAX_TILES}",
             tie_word_embeddings=self.tied,
             image_token_index=tokenizer.convert_tokens_to_ids(IMAGE_TOKEN),
         )
 
-    def images(self, tiling: Tiling) -> ImageSettings:
+    def make_image_settings(self, tiling: Tiling) -> ImageSettings:
         """Make the image settings."""
-        pinpoints = grid_pinpoints(self.image_size, GRID)
+        pinpoints = make_grid_pinpoints(self.image_size, GRID)
         return ImageSettings(self.image_size, 14, pinpoints, MAX_TILES, (0.5,) * 3, (0.5,) * 3, tiling=tiling)
 
     @property
-    def shape(self) -> Shape:
-        return Shape.from_config(self.config(make_chat_tokenizer()).to_dict())
+    def shape(self) -> ModelShape:
+        return ModelShape.from_config(self.make_config(make_chat_tokenizer()).to_dict())
 
 
 SO400M = (1152, 26, 4304, 16, 384)  # siglip-so400m-patch14-384, without its last layer
@@ -125,7 +125,7 @@ def make_chat_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def random_model(
+def make_random_model(
     size: ModelSize, tiling: Tiling, device: str = "cpu", dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> LlavaOnevisionForConditionalGeneration:
     """Make a transformers model with random weights, initialised from a seed on its device, with the flat forward pass.
@@ -136,16 +136,16 @@ def random_model(
     torch.manual_seed(seed)
     try:
         torch.set_default_dtype(dtype if device == "cpu" else torch.bfloat16)
-        with quiet_transformers(), torch.device(device):
-            model = LlavaOnevisionForConditionalGeneration(size.config(make_chat_tokenizer()))
+        with disable_transformers_logging(), torch.device(device):
+            model = LlavaOnevisionForConditionalGeneration(size.make_config(make_chat_tokenizer()))
     finally:
         torch.set_default_dtype(previous)
-    use_flat_forward(model, size.images(tiling))
+    use_flat_forward(model, size.make_image_settings(tiling))
     return model.to(dtype)
 
 
 def save_model(size: ModelSize, tiling: Tiling, folder: Path, seed: int = 0) -> Path:
     """Save a LLaVA-OneVision folder in the layout of transformers, from which all contenders load."""
-    model = random_model(size, tiling, seed=seed)
-    export_model(model, make_chat_tokenizer(), size.images(tiling), folder)
+    model = make_random_model(size, tiling, seed=seed)
+    export_model(model, make_chat_tokenizer(), size.make_image_settings(tiling), folder)
     return folder

@@ -14,16 +14,16 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.compare.cases import OURS, Case
-from benchmarks.compare.contender import Ours, Place
+from benchmarks.compare.contender import Ours, Placement
 from benchmarks.flops_bound import Recipe
 from lit_vlm.data.processor import Processor
 from lit_vlm.model.forward import FlatOnevision, FlatOnevisionModel
 from lit_vlm.stages import DPOStage
-from lit_vlm.types import IGNORE_INDEX, Batch, Part
+from lit_vlm.types import IGNORE_INDEX, Batch, ModelPart
 
 
 @dataclass(frozen=True, slots=True)
-class Switch:
+class Ablation:
     """Ablation: one optimisation turned off.
 
     Attributes:
@@ -37,29 +37,38 @@ class Switch:
     stages: tuple[str, ...]
     recipe: dict[str, Any]
     options: dict[str, Any] = field(default_factory=dict)
-    alter: Callable[[Ours], None] = lambda contender: None
-    batch: Callable[[Batch], Batch] = lambda batch: batch
+    change_stage: Callable[[Ours], None] = lambda contender: None
+    change_batch: Callable[[Batch], Batch] = lambda batch: batch
 
-    def contender(self, name: str, case: Case, place: Place) -> Ours:
+    def make_contender(self, name: str, case: Case, placement: Placement) -> Ours:
         """Make the contender with this optimisation off."""
-        return Ours(case, place, name=name, options=self.options, alter=self.alter, batch=self.batch)
+        return Ours(
+            case,
+            placement,
+            name=name,
+            options=self.options,
+            change_stage=self.change_stage,
+            change_batch=self.change_batch,
+        )
 
-    def predicted(self, case: Case) -> Recipe:
+    def make_recipe(self, case: Case) -> Recipe:
         """Make the recipe that predicts its FLOPs."""
-        return replace(case.recipe(OURS), **self.recipe)
+        return replace(case.make_recipe(OURS), **self.recipe)
 
 
 class HeadOnAllRows(FlatOnevision):
     """Model that computes the head for all rows and then selects the supervised ones."""
 
-    def forward(self, *args: Any, batch: Batch | None = None, seen: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(
+        self, *args: Any, batch: Batch | None = None, vision_features: torch.Tensor | None = None, **kwargs: Any
+    ) -> Any:
         if batch is None or kwargs.get("embeddings_only"):
             return super().forward(*args, batch=batch, **kwargs)
-        seen = self.model.look_at(batch) if seen is None else seen
-        hidden = self.model(batch=batch, seen=seen)
+        vision_features = self.model.encode_images(batch) if vision_features is None else vision_features
+        hidden = self.model(batch=batch, vision_features=vision_features)
         scores = self.lm_head(hidden, batch.input_ids.roll(-1), bool(kwargs.get("statistics")))
-        rows = tuple(score.index_select(0, batch.rows) for score in scores)
-        return (*rows, seen.detach()) if kwargs.get("statistics") else rows
+        rows = tuple(score.index_select(0, batch.loss_positions) for score in scores)
+        return (*rows, vision_features.detach()) if kwargs.get("statistics") else rows
 
 
 class LastLayerOnAllRows(FlatOnevisionModel):
@@ -68,80 +77,84 @@ class LastLayerOnAllRows(FlatOnevisionModel):
     prunes_last_layer = False
 
 
-def head_on_all_rows(contender: Ours) -> None:
+def use_head_on_all_rows(contender: Ours) -> None:
     """Compute head and last layer for all rows; the head needs the output of the last layer."""
     for model in contender.models:
         model.__class__ = HeadOnAllRows
 
 
-def last_layer_on_all_rows(contender: Ours) -> None:
+def use_last_layer_on_all_rows(contender: Ours) -> None:
     """Compute the last layer for all rows."""
     for model in contender.models:
         model.model.__class__ = LastLayerOnAllRows
 
 
-def a_prompt_for_each_answer(contender: Ours) -> None:
+def repeat_prompts(contender: Ours) -> None:
     """Repeat the prompt for each response of a pair."""
     contender.processor = Processor(contender.processor.tokenizer, contender.processor.images, share_prompts=False)
 
 
-class LooksAgain(DPOStage):
+class DPOStageWithSecondTower(DPOStage):
     """DPO stage whose reference model encodes the images with a separate vision tower."""
 
     shares_tower = False
 
 
-def a_tower_for_the_reference(contender: Ours) -> None:
+def add_reference_tower(contender: Ours) -> None:
     """Add a separate vision tower to the reference model."""
-    contender.stage.__class__ = LooksAgain
+    contender.stage.__class__ = DPOStageWithSecondTower
     contender.stage.reference.model.vision_tower = copy.deepcopy(contender.stage.model.model.vision_tower)
 
 
-def gradients_of_frozen_weights(contender: Ours) -> None:
+def enable_frozen_gradients(contender: Ours) -> None:
     """Enable unused gradients of the frozen language model, as with flat parameters or adapters on all layers."""
-    assert Part.language_model not in contender.case.trainable
+    assert ModelPart.language_model not in contender.case.trainable
     contender.stage.model.model.language_model.requires_grad_(True)
     contender.stage.model.lm_head.requires_grad_(True)
 
 
-def padded(batch: Batch) -> Batch:
+def pad_batch(batch: Batch) -> Batch:
     """Pad each segment to the longest one. Padding follows the real tokens and is not supervised."""
 
-    def stretch(row: torch.Tensor, value: int) -> torch.Tensor:
-        return pad_sequence(list(row.split(batch.lengths)), batch_first=True, padding_value=value).flatten()
+    def pad_row(row: torch.Tensor, value: int) -> torch.Tensor:
+        return pad_sequence(list(row.split(batch.segment_lengths)), batch_first=True, padding_value=value).flatten()
 
-    count, longest = len(batch.lengths), max(batch.lengths)
+    count, longest = len(batch.segment_lengths), max(batch.segment_lengths)
     device = batch.input_ids.device
-    labels = stretch(batch.labels, IGNORE_INDEX)
+    labels = pad_row(batch.labels, IGNORE_INDEX)
     return replace(
         batch,
-        input_ids=stretch(batch.input_ids, 0),
+        input_ids=pad_row(batch.input_ids, 0),
         labels=labels,
         rows=(labels != IGNORE_INDEX).nonzero().squeeze(1) - 1,
         position_ids=torch.arange(longest, device=device).repeat(count),
         cu_seqlens=torch.arange(0, longest * count + 1, longest, dtype=torch.int32, device=device),
         lengths=[longest] * count,
-        tails=[tail + longest - own for tail, own in zip(batch.tails, batch.lengths, strict=True)],
+        tails=[tail + longest - own for tail, own in zip(batch.trailing_tokens, batch.segment_lengths, strict=True)],
     )
 
 
-EVERY = ("align", "sft", "anyres", "dpo")
-SWITCHES = {
-    "head and last layer on all rows": Switch(
-        EVERY, {"head_on_all_rows": True, "prunes_last_layer": False}, alter=head_on_all_rows
+ALL_STAGES = ("align", "sft", "anyres", "dpo")
+ABLATIONS = {
+    "head and last layer on all rows": Ablation(
+        ALL_STAGES, {"head_on_all_rows": True, "prunes_last_layer": False}, change_stage=use_head_on_all_rows
     ),
-    "last layer on all rows": Switch(EVERY, {"prunes_last_layer": False}, alter=last_layer_on_all_rows),
-    "activation checkpointing": Switch(EVERY, {"recomputes": True}, options={"activation_checkpointing": "full"}),
+    "last layer on all rows": Ablation(
+        ALL_STAGES, {"prunes_last_layer": False}, change_stage=use_last_layer_on_all_rows
+    ),
+    "activation checkpointing": Ablation(
+        ALL_STAGES, {"recomputes": True}, options={"activation_checkpointing": "full"}
+    ),
     # with padding, the last layer cannot be computed only from some row on
-    "padded to the longest, last layer on all rows": Switch(
+    "padded to the longest, last layer on all rows": Ablation(
         ("align", "sft", "anyres"),
         {"pads": True, "prunes_last_layer": False},
-        alter=last_layer_on_all_rows,
-        batch=padded,
+        change_stage=use_last_layer_on_all_rows,
+        change_batch=pad_batch,
     ),
-    "gradients of frozen weights": Switch(
-        ("align",), {"frozen_weight_gradients": True}, alter=gradients_of_frozen_weights
+    "gradients of frozen weights": Ablation(
+        ("align",), {"frozen_weight_gradients": True}, change_stage=enable_frozen_gradients
     ),
-    "a prompt for each answer": Switch(("dpo",), {"shares_prompt": False}, alter=a_prompt_for_each_answer),
-    "a tower for the reference": Switch(("dpo",), {"tower_passes": 2}, alter=a_tower_for_the_reference),
+    "a prompt for each answer": Ablation(("dpo",), {"shares_prompt": False}, change_stage=repeat_prompts),
+    "a tower for the reference": Ablation(("dpo",), {"tower_passes": 2}, change_stage=add_reference_tower),
 }

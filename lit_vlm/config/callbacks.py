@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from lit_vlm.config.settings import did_you_mean, nearest
+from lit_vlm.config.settings import find_nearest, format_suggestion
 
-ONLY = "only"  # before other names: only these callbacks
-DEFAULT = ("throughput", "language_loss", "guard", "samples", "report")
-ALWAYS = ("metric", "out_of_memory", "checkpoint", "preemption", "heartbeat")  # part of every run, named or not
-BY_SETTING = {"export": "export", "profile": "trainer.profile"}  # name -> setting that enables it
+ONLY_KEYWORD = "only"  # before other names: only these callbacks
+DEFAULT_CALLBACKS = ("throughput", "language_loss", "guard", "samples", "report")
+REQUIRED_CALLBACKS = (
+    "metric",
+    "out_of_memory",
+    "checkpoint",
+    "preemption",
+    "heartbeat",
+)  # part of every run, named or not
+SETTING_CALLBACKS = {"export": "export", "profile": "trainer.profile"}  # name -> setting that enables it
 
 
 def choose_callbacks(names: Sequence[str], *, export: bool, profile: bool) -> list[str]:
@@ -18,21 +24,21 @@ def choose_callbacks(names: Sequence[str], *, export: bool, profile: bool) -> li
     User classes and `profile` are added to the default callbacks. If default callbacks are named, only these are used; with
     `only`, no unnamed one is added. The names do not decide whether the model is exported.
     """
-    chosen = [name for name in DEFAULT if name in names]
-    user_classes = [name for name in names if name not in (*DEFAULT, *BY_SETTING, ONLY)]
-    adds_defaults = bool(user_classes or "profile" in names) and not chosen and ONLY not in names
+    chosen = [name for name in DEFAULT_CALLBACKS if name in names]
+    user_classes = [name for name in names if name not in (*DEFAULT_CALLBACKS, *SETTING_CALLBACKS, ONLY_KEYWORD)]
+    adds_defaults = bool(user_classes or "profile" in names) and not chosen and ONLY_KEYWORD not in names
     by_setting = {"export": export, "profile": profile or "profile" in names}
     return [
-        *(DEFAULT if adds_defaults else chosen),
+        *(DEFAULT_CALLBACKS if adds_defaults else chosen),
         *user_classes,
-        *ALWAYS,
+        *REQUIRED_CALLBACKS,
         *(name for name, wanted in by_setting.items() if wanted),
     ]
 
 
-def mistakes_in_callbacks(names: Sequence[str]) -> Iterator[str]:
+def find_callback_errors(names: Sequence[str]) -> Iterator[str]:
     """Yield an error message for each unknown name that is not an import path, and for repeated names."""
-    known = [*DEFAULT, *BY_SETTING, *ALWAYS, ONLY]
+    known = [*DEFAULT_CALLBACKS, *SETTING_CALLBACKS, *REQUIRED_CALLBACKS, ONLY_KEYWORD]
     if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
         yield f"callbacks: {', '.join(map(repr, repeated))} stands there more than once; name each callback once."
     for name in dict.fromkeys(names):
@@ -45,7 +51,7 @@ def mistakes_in_callbacks(names: Sequence[str]) -> Iterator[str]:
                 " with dots between them (my_package.MyCallback)."
             )
         elif "." not in name:
-            detail = did_you_mean(nearest(name, known))
+            detail = format_suggestion(find_nearest(name, known))
             yield (
                 f"callbacks: there is no callback {name}; there are {', '.join(known)},"
                 f" or the import path of your own class (my_package.MyCallback).{detail}"

@@ -9,15 +9,15 @@ from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
-from lit_vlm.config.callbacks import mistakes_in_callbacks
-from lit_vlm.config.check_dpo import mistakes_in_preference_loss
-from lit_vlm.config.check_idle import mistakes_in_idle_settings, mistakes_in_idle_stage
-from lit_vlm.config.check_logger import mistakes_in_logger
-from lit_vlm.config.check_names import mistakes_in_names
-from lit_vlm.config.check_prefer import mistakes_in_prefer
-from lit_vlm.config.check_submit import mistakes_in_submit
-from lit_vlm.config.mapping import mistakes_in_mapping
-from lit_vlm.config.ranges import mistakes_in_ranges
+from lit_vlm.config.callbacks import find_callback_errors
+from lit_vlm.config.check_dpo import find_preference_loss_errors
+from lit_vlm.config.check_idle import find_unused_data_settings, find_unused_stage_settings
+from lit_vlm.config.check_logger import find_logger_errors
+from lit_vlm.config.check_names import find_name_errors
+from lit_vlm.config.check_prefer import find_prefer_errors
+from lit_vlm.config.check_submit import find_submit_errors
+from lit_vlm.config.mapping import find_mapping_errors
+from lit_vlm.config.ranges import find_range_errors
 from lit_vlm.config.schema import (
     DataConfig,
     DPOStageConfig,
@@ -28,26 +28,26 @@ from lit_vlm.config.schema import (
     ShareConfig,
     SourceConfig,
     StageName,
-    Strategy,
+    StrategyName,
     Task,
     TrainerConfig,
-    WeightsIn,
+    WeightUnit,
 )
-from lit_vlm.config.settings import did_you_mean, members, nearest
-from lit_vlm.config.sweep import mistakes_in_trials
-from lit_vlm.types import Kind, Part
+from lit_vlm.config.settings import find_nearest, format_suggestion, get_field_types
+from lit_vlm.config.sweep import find_trial_errors
+from lit_vlm.types import ModelPart, SampleKind
 
 PRECISIONS = ("32-true", "bf16-mixed", "bf16-true", "16-mixed", "16-true", "64-true", "transformer-engine")
-SHARED_PRECISIONS = (
+SHARDED_PRECISIONS = (
     "32-true",
     "bf16-mixed",
     "bf16-true",
 )  # float16 needs a loss scaler, which is supported without sharding only
-SHARING = tuple(one for one in Strategy if one.value.startswith(("deepspeed", "fsdp", "hsdp")))
-SHORT_PRECISIONS = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
+SHARDED_STRATEGIES = tuple(one for one in StrategyName if one.value.startswith(("deepspeed", "fsdp", "hsdp")))
+PRECISION_ALIASES = {"32": "32-true", "16": "16-mixed", "bf16": "bf16-mixed", "64": "64-true"}
 
 # Arguments of lightning.Trainer that the program sets itself -> text that names the alternative.
-OWNED = {
+MANAGED_TRAINER_ARGUMENTS = {
     "callbacks": "name them with callbacks=[...]",
     "logger": "choose logger=csv, logger=wandb or logger=tensorboard",
     "accumulate_grad_batches": "it follows from data.global_batch_size and the two memory caps, and is printed",
@@ -67,13 +67,18 @@ OWNED = {
 STAGE_TASKS = (Task.train, Task.prepare, Task.preflight, Task.submit)  # tasks that use one stage and its data
 
 
-def check(config: RunConfig) -> list[str]:
+def find_config_errors(config: RunConfig) -> list[str]:
     """Return all errors of a config whose keys and types are valid; an empty list if it can run."""
-    errors = [*mistakes_in_ranges(config), *mistakes_in_names(config)]
+    errors = [*find_range_errors(config), *find_name_errors(config)]
     if config.task is Task.prefer:
-        return [*errors, *mistakes_in_prefer(config), *_data(config.data), *_no_pairs(config.data)]
+        return [
+            *errors,
+            *find_prefer_errors(config),
+            *_find_data_errors(config.data),
+            *_find_prefer_data_errors(config.data),
+        ]
     if config.task is Task.sweep:
-        return [*errors, *mistakes_in_trials(config)]
+        return [*errors, *find_trial_errors(config)]
     if config.task is Task.sync:
         missing_sync = "sync is not set: task=sync sends the runs of these folders, sync=runs/<name>."
         return errors if config.sync else [*errors, missing_sync]
@@ -81,56 +86,56 @@ def check(config: RunConfig) -> list[str]:
         return errors
     return [
         *errors,
-        *_stage(config),
-        *_data(config.data),
-        *_pairs(config),
-        *_trainer(config.trainer),
-        *mistakes_in_callbacks(config.callbacks),
-        *mistakes_in_idle_stage(config),
-        *mistakes_in_logger(config.logger),
-        *_checkpoint(config),
-        *(mistakes_in_submit(config) if config.task is Task.submit else []),
+        *_find_stage_errors(config),
+        *_find_data_errors(config.data),
+        *_find_pair_errors(config),
+        *_find_trainer_errors(config.trainer),
+        *find_callback_errors(config.callbacks),
+        *find_unused_stage_settings(config),
+        *find_logger_errors(config.logger),
+        *_find_checkpoint_errors(config),
+        *(find_submit_errors(config) if config.task is Task.submit else []),
     ]
 
 
-def _stage(config: RunConfig) -> Iterator[str]:
+def _find_stage_errors(config: RunConfig) -> Iterator[str]:
     stage = config.stage
     if len(stage.adam_betas) != 2:
         yield f"stage.adam_betas: must be two numbers, found {list(stage.adam_betas)}."
     if not stage.trainable:
-        yield f"stage.trainable: is empty, so nothing would train; name some of {', '.join(Part)}."
+        yield f"stage.trainable: is empty, so nothing would train; name some of {', '.join(ModelPart)}."
     if len(set(stage.trainable)) != len(stage.trainable):
         yield "stage.trainable: names a part twice."
     trainable = {part.value for part in stage.trainable}
     for field in fields(stage.parts):
-        yield from _part(field.name, getattr(stage.parts, field.name), field.name in trainable)
+        yield from _find_part_errors(field.name, getattr(stage.parts, field.name), field.name in trainable)
     if isinstance(stage, DPOStageConfig):
-        yield from mistakes_in_preference_loss(stage)
+        yield from find_preference_loss_errors(stage)
 
 
-def _part(name: str, part: PartConfig, trains: bool) -> Iterator[str]:
+def _find_part_errors(name: str, part: PartConfig, is_trainable: bool) -> Iterator[str]:
     key = f"stage.parts.{name}"
     if "lm_head" in part.lora.targets:
         yield (
             f"{key}.lora.targets: lm_head cannot have an adapter, which would never train: scores are computed from the head's"
             " weight directly. Take it out."
         )
-    if part.lora.rank > 0 and not trains:
+    if part.lora.rank > 0 and not is_trainable:
         yield f"{key}.lora.rank: is {part.lora.rank}, but {name} does not train; add it to stage.trainable or set 0."
 
 
-def _data(data: DataConfig) -> Iterator[str]:
+def _find_data_errors(data: DataConfig) -> Iterator[str]:
     if not data.sources:
         yield "data.sources: is empty; choose data=... or 'data/source@data.sources=[...]'."
     for table, sources in (("data.sources", data.sources), ("data.validation.sources", data.validation.sources)):
         for name, source in sources.items():
-            yield from _source(f"{table}.{name}", source)
-    yield from mistakes_in_idle_settings(data)
-    yield from _weights(data)
-    yield from _shares(data.share)
+            yield from _find_source_errors(f"{table}.{name}", source)
+    yield from find_unused_data_settings(data)
+    yield from _find_weight_errors(data)
+    yield from _find_share_errors(data.share)
 
 
-def _source(key: str, source: SourceConfig) -> Iterator[str]:
+def _find_source_errors(key: str, source: SourceConfig) -> Iterator[str]:
     if source.path is None and source.hub is None and source.format is not Format.digits:
         yield f"{key}.path is not set: give the file or folder, {key}.path=..."
     if source.path is not None and source.hub is not None:
@@ -140,17 +145,17 @@ def _source(key: str, source: SourceConfig) -> Iterator[str]:
     if source.mapping is not None and source.format is not Format.mapped:
         yield f"{key}.mapping: is read with format=mapped only, and format is {source.format.value}."
     elif source.mapping is not None:
-        yield from mistakes_in_mapping(f"{key}.mapping", source.mapping)
+        yield from find_mapping_errors(f"{key}.mapping", source.mapping)
         if source.markup is Markup.on:
             yield f"{key}.markup: format=mapped takes control tokens from mapping.regions, never from text; set auto."
     if source.repeat is not None and source.count is not None:
         yield f"{key}: both repeat and count are given; one of them must go."
-    if source.kind is not None and source.kind not in list(Kind):
-        suggestion = did_you_mean(nearest(source.kind, list(Kind)))
-        yield f"{key}.kind: there is no kind {source.kind}; there are {', '.join(Kind)}.{suggestion}"
+    if source.kind is not None and source.kind not in list(SampleKind):
+        suggestion = format_suggestion(find_nearest(source.kind, list(SampleKind)))
+        yield f"{key}.kind: there is no kind {source.kind}; there are {', '.join(SampleKind)}.{suggestion}"
 
 
-def _weights(data: DataConfig) -> Iterator[str]:
+def _find_weight_errors(data: DataConfig) -> Iterator[str]:
     sources = data.sources
     weights = {name: source.weight for name, source in sources.items()}
     counted_sources = [
@@ -160,7 +165,7 @@ def _weights(data: DataConfig) -> Iterator[str]:
         yield f"data.sources: {', '.join(counted_sources)}: repeat and count say how much an epoch reads, weights say shares; use one way."
     if data.temperature != 1.0 and any(weight is not None for weight in weights.values()):
         yield "data.temperature: tempers the sizes of sources without weights; take the weights away, or set it to 1."
-    if data.weights_in is WeightsIn.tokens and all(weight is None for weight in weights.values()):
+    if data.weights_in is WeightUnit.tokens and all(weight is None for weight in weights.values()):
         yield "data.weights_in=tokens: no source has a weight; give every source one."
     unweighted = [name for name, weight in weights.items() if weight is None]
     if unweighted and len(unweighted) < len(weights):
@@ -172,28 +177,28 @@ def _weights(data: DataConfig) -> Iterator[str]:
         yield "data.sources: every weight is 0, so there is nothing to draw from."
 
 
-def _shares(share: ShareConfig) -> Iterator[str]:
+def _find_share_errors(share: ShareConfig) -> Iterator[str]:
     for name in share.kinds:
-        if name not in list(Kind):
-            suggestion = did_you_mean(nearest(name, list(Kind)))
-            yield f"data.share.kinds: there is no kind {name}; there are {', '.join(Kind)}.{suggestion}"
+        if name not in list(SampleKind):
+            suggestion = format_suggestion(find_nearest(name, list(SampleKind)))
+            yield f"data.share.kinds: there is no kind {name}; there are {', '.join(SampleKind)}.{suggestion}"
     if sum(share.kinds.values()) > 1 + 1e-9:
         yield f"data.share.kinds: the shares add up to {sum(share.kinds.values()):g}, more than 1."
 
 
-def holds_pairs(source: SourceConfig) -> bool | None:
+def has_preference_pairs(source: SourceConfig) -> bool | None:
     """Return True if a source contains preference pairs; None if only the file can tell."""
-    if source.format is Format.preference or source.kind == Kind.preference:
+    if source.format is Format.preference or source.kind == SampleKind.preference:
         return True
     if source.format is Format.builtin:
-        return source.path == Kind.preference
+        return source.path == SampleKind.preference
     return None if source.format is Format.auto and source.kind is None else False
 
 
-def _pairs(config: RunConfig) -> Iterator[str]:
+def _find_pair_errors(config: RunConfig) -> Iterator[str]:
     is_dpo, stage = config.stage.name is StageName.dpo, config.stage.name.value
-    mismatched = [name for name, source in config.data.sources.items() if holds_pairs(source) is not None]
-    mismatched = [name for name in mismatched if holds_pairs(config.data.sources[name]) is not is_dpo]
+    mismatched = [name for name, source in config.data.sources.items() if has_preference_pairs(source) is not None]
+    mismatched = [name for name in mismatched if has_preference_pairs(config.data.sources[name]) is not is_dpo]
     names = ", ".join(mismatched)
     if mismatched and is_dpo:
         yield f"data.sources: {names}: no preference pairs, and stage=dpo needs them; choose data=preference."
@@ -201,43 +206,47 @@ def _pairs(config: RunConfig) -> Iterator[str]:
         yield f"data.sources: {names}: preference pairs, which stage={stage} cannot use; choose other data or dpo."
 
 
-def _no_pairs(data: DataConfig) -> Iterator[str]:
-    names = ", ".join(name for name, source in data.sources.items() if holds_pairs(source))
+def _find_prefer_data_errors(data: DataConfig) -> Iterator[str]:
+    names = ", ".join(name for name, source in data.sources.items() if has_preference_pairs(source))
     if names:
         yield f"data.sources: {names}: preference pairs already; task=prefer makes them of conversations. Choose other data."
 
 
-def _trainer(trainer: TrainerConfig) -> Iterator[str]:
+def _find_trainer_errors(trainer: TrainerConfig) -> Iterator[str]:
     batches = trainer.limit_val_batches
     if batches is not None and batches > 1 and batches % 1:
         yield f"trainer.limit_val_batches: above 1 it is a number of batches and must be whole, found {batches}."
     if trainer.precision not in PRECISIONS:
-        nearest_precision = SHORT_PRECISIONS.get(trainer.precision) or nearest(trainer.precision, PRECISIONS)
+        nearest_precision = PRECISION_ALIASES.get(trainer.precision) or find_nearest(trainer.precision, PRECISIONS)
         offered = ", ".join(PRECISIONS)
-        yield f"trainer.precision: expected one of {offered}, found {trainer.precision}.{did_you_mean(nearest_precision)}"
+        yield f"trainer.precision: expected one of {offered}, found {trainer.precision}.{format_suggestion(nearest_precision)}"
     world, size = trainer.devices * trainer.num_nodes, trainer.shard_size
-    if trainer.strategy is Strategy.hsdp and size and size > 0 and world % size:
+    if trainer.strategy is StrategyName.hsdp and size and size > 0 and world % size:
         offered = ", ".join(str(number) for number in range(2, world) if world % number == 0) or "none but all of them"
         yield f"trainer.shard_size: {world} devices cannot be divided into groups of {size}; groups may be of {offered}."
-    if trainer.strategy in SHARING and trainer.precision in PRECISIONS and trainer.precision not in SHARED_PRECISIONS:
-        offered = ", ".join(SHARED_PRECISIONS)
+    if (
+        trainer.strategy in SHARDED_STRATEGIES
+        and trainer.precision in PRECISIONS
+        and trainer.precision not in SHARDED_PRECISIONS
+    ):
+        offered = ", ".join(SHARDED_PRECISIONS)
         yield f"trainer.precision: {trainer.strategy} computes in {offered}, found {trainer.precision}; choose bf16-mixed."
     for name in trainer.extra:
-        yield from _extra(name)
+        yield from _find_extra_argument_errors(name)
 
 
-def _extra(name: str) -> Iterator[str]:
+def _find_extra_argument_errors(name: str) -> Iterator[str]:
     key = f"trainer.extra.{name}"
-    if name in members(TrainerConfig):
+    if name in get_field_types(TrainerConfig):
         yield f"{key}: is a setting of its own, trainer.{name}."
-    elif name in OWNED:
-        yield f"{key}: is not yours to set; {OWNED[name]}."
-    elif name not in trainer_arguments():
-        yield f"{key}: lightning.Trainer has no such argument.{did_you_mean(nearest(name, trainer_arguments()))}"
+    elif name in MANAGED_TRAINER_ARGUMENTS:
+        yield f"{key}: is not yours to set; {MANAGED_TRAINER_ARGUMENTS[name]}."
+    elif name not in list_trainer_arguments():
+        yield f"{key}: lightning.Trainer has no such argument.{format_suggestion(find_nearest(name, list_trainer_arguments()))}"
 
 
 @cache
-def trainer_arguments() -> tuple[str, ...]:
+def list_trainer_arguments() -> tuple[str, ...]:
     """List the arguments of lightning.Trainer, read from its source.
 
     Importing Lightning takes seconds, and an error message should not wait for it.
@@ -249,7 +258,7 @@ def trainer_arguments() -> tuple[str, ...]:
     return tuple(argument.arg for argument in init.args.kwonlyargs)
 
 
-def _checkpoint(config: RunConfig) -> Iterator[str]:
+def _find_checkpoint_errors(config: RunConfig) -> Iterator[str]:
     resume_from = config.resume_from
     if resume_from not in ("auto", "none") and not Path(resume_from).expanduser().is_dir():
         yield (

@@ -10,29 +10,29 @@ from dataclasses import fields
 
 from lit_vlm.anyres import Tiling
 from lit_vlm.config.mapping import MappingConfig, RegionTask
-from lit_vlm.config.schema import DataConfig, DPOStageConfig, Format, RunConfig, SourceConfig, Strategy
+from lit_vlm.config.schema import DataConfig, DPOStageConfig, Format, RunConfig, SourceConfig, StrategyName
 
-_MADE = (Format.builtin, Format.digits)
-_DEFAULTS = SourceConfig()
-_MAPPING = MappingConfig()
+_GENERATED_FORMATS = (Format.builtin, Format.digits)
+_DEFAULT_SOURCE = SourceConfig()
+_DEFAULT_MAPPING = MappingConfig()
 # Setting of a mapping -> settings that have no effect without it.
-_OWNED = {
+_DEPENDENT_SETTINGS = {
     "regions": ("text", "box", "size", "keep", "skip", "task", "box_format", "box_unit", "box_frame"),
     "join": ("join_item", "join_record"),
 }
 # Setting -> formats for which it has no effect, and the reason. Descriptive settings of a source (licence, ...) are only
 # shown and never checked.
-_IDLE: dict[str, tuple[tuple[Format, ...], str]] = {
+_UNUSED_BY_FORMAT: dict[str, tuple[tuple[Format, ...], str]] = {
     "path": ((Format.digits,), "its pictures are scikit-learn's"),
-    "image_root": ((*_MADE, Format.webdataset), "its pictures do not lie in files of their own"),
-    "hub": ((*_MADE, Format.mapped, Format.webdataset), "it is read from path"),
-    "hub_config": (_MADE, "its records are made"),
-    "split": (_MADE, "it holds out records of its own"),
-    "revision": (_MADE, "its records are made"),
-    "prompts": (_MADE, "its records ask already"),
+    "image_root": ((*_GENERATED_FORMATS, Format.webdataset), "its pictures do not lie in files of their own"),
+    "hub": ((*_GENERATED_FORMATS, Format.mapped, Format.webdataset), "it is read from path"),
+    "hub_config": (_GENERATED_FORMATS, "its records are made"),
+    "split": (_GENERATED_FORMATS, "it holds out records of its own"),
+    "revision": (_GENERATED_FORMATS, "its records are made"),
+    "prompts": (_GENERATED_FORMATS, "its records ask already"),
     "kind": ((Format.builtin,), "path says the kind"),
-    "markup": (_MADE, "its control tokens are none of its text"),
-    "marks": (_MADE, "its texts are made"),
+    "markup": (_GENERATED_FORMATS, "its control tokens are none of its text"),
+    "marks": (_GENERATED_FORMATS, "its texts are made"),
     "hard": (
         tuple(one for one in Format if one is not Format.builtin),
         "pictures are made larger for format=builtin alone",
@@ -40,58 +40,70 @@ _IDLE: dict[str, tuple[tuple[Format, ...], str]] = {
 }
 
 
-def mistakes_in_idle_settings(data: DataConfig) -> Iterator[str]:
+def find_unused_data_settings(data: DataConfig) -> Iterator[str]:
     """Yield an error message for each data setting that has no effect, with the reason."""
     for table, sources in (("data.sources", data.sources), ("data.validation.sources", data.validation.sources)):
         for name, source in sources.items():
-            yield from _idle_in_source(f"{table}.{name}", source, data)
+            yield from _find_unused_source_settings(f"{table}.{name}", source, data)
     for name, source in data.validation.sources.items():
         for setting in ("weight", "repeat", "count"):
             if getattr(source, setting) is not None:
                 reason = "each of its records is read once, whatever the others hold"
-                yield _refusal(f"data.validation.sources.{name}.{setting}", reason)
+                yield _format_unused_setting(f"data.validation.sources.{name}.{setting}", reason)
     default = DataConfig()
     if data.validation.sources and data.validation.fraction not in (0, default.validation.fraction):
-        yield _refusal("data.validation.fraction", "data.validation.sources are held out, and nothing else")
+        yield _format_unused_setting(
+            "data.validation.fraction", "data.validation.sources are held out, and nothing else"
+        )
 
 
-def mistakes_in_idle_stage(config: RunConfig) -> Iterator[str]:
+def find_unused_stage_settings(config: RunConfig) -> Iterator[str]:
     """Yield an error message for each setting of the loss and the strategy that has no effect because of another setting."""
     stage, trainer, default = config.stage, config.trainer, DPOStageConfig()
     if isinstance(stage, DPOStageConfig):
         if stage.discopop_tau != default.discopop_tau and "discopop" not in stage.loss_type:
-            yield _refusal("stage.discopop_tau", "stage.loss_type names no discopop")
+            yield _format_unused_setting("stage.discopop_tau", "stage.loss_type names no discopop")
         uses_alpha_divergence = stage.f_divergence_type == "alpha_divergence"
         if stage.f_alpha_divergence_coef != default.f_alpha_divergence_coef and not uses_alpha_divergence:
-            yield _refusal("stage.f_alpha_divergence_coef", "stage.f_divergence_type is not alpha_divergence")
-    if trainer.shard_size is not None and trainer.strategy not in (Strategy.hsdp, Strategy.auto):
-        yield _refusal("trainer.shard_size", f"trainer.strategy={trainer.strategy.value} has no groups; hsdp has")
+            yield _format_unused_setting(
+                "stage.f_alpha_divergence_coef", "stage.f_divergence_type is not alpha_divergence"
+            )
+    if trainer.shard_size is not None and trainer.strategy not in (StrategyName.hsdp, StrategyName.auto):
+        yield _format_unused_setting(
+            "trainer.shard_size", f"trainer.strategy={trainer.strategy.value} has no groups; hsdp has"
+        )
 
 
-def _idle_in_source(key: str, source: SourceConfig, data: DataConfig) -> Iterator[str]:
-    changed = {field.name for field in fields(source) if getattr(source, field.name) != getattr(_DEFAULTS, field.name)}
-    for setting, (formats, reason) in _IDLE.items():
+def _find_unused_source_settings(key: str, source: SourceConfig, data: DataConfig) -> Iterator[str]:
+    changed = {
+        field.name for field in fields(source) if getattr(source, field.name) != getattr(_DEFAULT_SOURCE, field.name)
+    }
+    for setting, (formats, reason) in _UNUSED_BY_FORMAT.items():
         if setting in changed and source.format in formats:
-            yield _refusal(f"{key}.{setting}", f"format={source.format.value}: {reason}")
-    if source.hub is None and source.format not in _MADE:
+            yield _format_unused_setting(f"{key}.{setting}", f"format={source.format.value}: {reason}")
+    if source.hub is None and source.format not in _GENERATED_FORMATS:
         for setting in sorted({"hub_config", "revision"} & changed):
-            yield _refusal(f"{key}.{setting}", "it is of a dataset of the hub, and hub is not set")
+            yield _format_unused_setting(f"{key}.{setting}", "it is of a dataset of the hub, and hub is not set")
     if "max_tiles" in changed and data.tiling is Tiling.base:
-        yield _refusal(f"{key}.max_tiles", "data.tiling=base cuts no picture into tiles")
+        yield _format_unused_setting(f"{key}.max_tiles", "data.tiling=base cuts no picture into tiles")
     mapping = source.mapping if source.format is Format.mapped else None
     if mapping is None:
         return
     if mapping.labels is None and "image_root" in changed:
-        yield _refusal(f"{key}.image_root", "with mapping.labels=null the pictures are the records and lie in path")
+        yield _format_unused_setting(
+            f"{key}.image_root", "with mapping.labels=null the pictures are the records and lie in path"
+        )
     has_question = mapping.questions or (mapping.regions is not None and mapping.task is not RegionTask.referring)
     if has_question and "prompts" in changed:
-        yield _refusal(f"{key}.prompts", "mapping asks a question of each record already")
-    for owner, settings in _OWNED.items():
+        yield _format_unused_setting(f"{key}.prompts", "mapping asks a question of each record already")
+    for owner, settings in _DEPENDENT_SETTINGS.items():
         if getattr(mapping, owner) is None:
             for setting in settings:
-                if getattr(mapping, setting) != getattr(_MAPPING, setting):
-                    yield _refusal(f"{key}.mapping.{setting}", f"it is of {owner}, and mapping.{owner} is not set")
+                if getattr(mapping, setting) != getattr(_DEFAULT_MAPPING, setting):
+                    yield _format_unused_setting(
+                        f"{key}.mapping.{setting}", f"it is of {owner}, and mapping.{owner} is not set"
+                    )
 
 
-def _refusal(key: str, reason: str) -> str:
+def _format_unused_setting(key: str, reason: str) -> str:
     return f"{key}: has no effect here ({reason}). Take it away."

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from lit_vlm.config.schema import RunConfig, ScorerName
 
 
-def mistakes_in_prefer(config: RunConfig) -> Iterator[str]:
+def find_prefer_errors(config: RunConfig) -> Iterator[str]:
     """Yield an error message for each missing or unusable setting of task=prefer."""
     prefer = config.prefer
     if config.init_from is None:

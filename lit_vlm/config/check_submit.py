@@ -5,22 +5,22 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from lit_vlm.config.job import GPU, num_gpus
+from lit_vlm.config.job import GPU_ACCELERATORS, get_gpus_per_node
 from lit_vlm.config.schema import RunConfig, SubmitConfig
-from lit_vlm.types import counted
+from lit_vlm.types import format_count
 
-_TIME = re.compile(
+_TIME_LIMIT = re.compile(
     r"(?:(?P<days>\d+)-(?P<dhours>\d+)(?::(?P<dminutes>\d+)(?::(?P<dseconds>\d+))?)?|\d+(?::\d+){0,2})\Z"
 )
-_OPEN_END = ("UNLIMITED", "INFINITE")
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
+_UNLIMITED = ("UNLIMITED", "INFINITE")
+_VARIABLE_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*\Z")
 _OPTION = re.compile(r"(?:(?P<long>--[A-Za-z][\w-]*)|-(?P<short>[A-Za-z]))[= ]*(?P<value>.*)\Z")
-_SHORT = """A=account a=array b=begin C=constraint c=cpus-per-task D=chdir d=dependency e=error G=gpus H=hold I=immediate
+_SHORT_OPTIONS = """A=account a=array b=begin C=constraint c=cpus-per-task D=chdir d=dependency e=error G=gpus H=hold I=immediate
     J=job-name k=no-kill L=licenses M=clusters m=distribution N=nodes n=ntasks O=overcommit o=output p=partition Q=quiet
     q=qos S=core-spec s=oversubscribe t=time v=verbose W=wait w=nodelist x=exclude"""
-_LONG = dict(pair.split("=") for pair in _SHORT.split())
+_LONG_OPTIONS = dict(pair.split("=") for pair in _SHORT_OPTIONS.split())
 # Options of sbatch -> settings from which the program derives them.
-OWNED = {
+MANAGED_SBATCH_OPTIONS = {
     "--nodes": "trainer.num_nodes",
     "--ntasks": "trainer.devices and trainer.num_nodes",
     "--ntasks-per-node": "trainer.devices",
@@ -37,11 +37,11 @@ OWNED = {
 }
 
 
-def mistakes_in_submit(config: RunConfig) -> Iterator[str]:
+def find_submit_errors(config: RunConfig) -> Iterator[str]:
     """Yield an error message for each unusable setting of `submit`, alone and with the trainer's settings."""
     submit = config.submit
-    yield from _gpus(config)
-    yield from _time(submit)
+    yield from _find_gpu_errors(config)
+    yield from _find_time_errors(submit)
     for name in ("partition", "account", "qos", "constraint", "memory", "container", "stage_to"):
         value = getattr(submit, name)
         if value is not None and (not value.strip() or "\n" in value):
@@ -50,13 +50,13 @@ def mistakes_in_submit(config: RunConfig) -> Iterator[str]:
         yield f"submit.stage_to: is a folder on each node and must begin with / or a variable of it, found {submit.stage_to}."
     if submit.container_mounts and submit.container is None:
         yield "submit.container_mounts: there is no submit.container that something could be mounted into."
-    yield from _env(submit)
-    yield from _extra(config)
+    yield from _find_env_errors(submit)
+    yield from _find_sbatch_option_errors(config)
 
 
-def _extra(config: RunConfig) -> Iterator[str]:
+def _find_sbatch_option_errors(config: RunConfig) -> Iterator[str]:
     for line in config.submit.extra:
-        option, _ = option_of(line)
+        option, _ = parse_sbatch_option(line)
         if not option:
             yield f"submit.extra: each is an option of sbatch, as --exclusive; found {line!r}."
         elif option == "--array":
@@ -64,46 +64,46 @@ def _extra(config: RunConfig) -> Iterator[str]:
                 "submit.extra: --array would start the run several times in one folder. Several runs are a grid:"
                 " python run.py -m hydra/launcher=submitit_slurm ..."
             )
-        elif option in OWNED:
-            yield f"submit.extra: {option} is not given here; it follows from {OWNED[option]}."
-        elif _asks_for_gpus(line) and num_gpus(config):
+        elif option in MANAGED_SBATCH_OPTIONS:
+            yield f"submit.extra: {option} is not given here; it follows from {MANAGED_SBATCH_OPTIONS[option]}."
+        elif _is_gpu_option(line) and get_gpus_per_node(config):
             yield f"submit.extra: {line} and submit.gpus_per_node both ask for GPUs; add submit.gpus_per_node=0."
 
 
-def option_of(line: str) -> tuple[str, str]:
+def parse_sbatch_option(line: str) -> tuple[str, str]:
     """Parse an option of sbatch to its long name and its value: --nodes=3, `--nodes 3`, -N3 and `-N 3` give (--nodes, 3).
 
     Both are empty if the line is not an option.
     """
     match = _OPTION.match(line)
-    if match is None or (match["short"] and match["short"] not in _LONG):
+    if match is None or (match["short"] and match["short"] not in _LONG_OPTIONS):
         return "", ""
-    return match["long"] or f"--{_LONG[match['short']]}", match["value"]
+    return match["long"] or f"--{_LONG_OPTIONS[match['short']]}", match["value"]
 
 
-def _asks_for_gpus(line: str) -> bool:
-    option, value = option_of(line)
+def _is_gpu_option(line: str) -> bool:
+    option, value = parse_sbatch_option(line)
     return option.startswith("--gpus") or (option == "--gres" and "gpu" in value)
 
 
-def _gpus(config: RunConfig) -> Iterator[str]:
+def _find_gpu_errors(config: RunConfig) -> Iterator[str]:
     gpus, trainer = config.submit.gpus_per_node, config.trainer
     if gpus is None:
         return
     if gpus and trainer.accelerator == "cpu":
-        yield f"submit.gpus_per_node: {counted(gpus, 'GPU')}, which trainer.accelerator=cpu would leave idle; choose trainer=ddp, ... or 0."
-    elif trainer.accelerator in GPU and gpus < trainer.devices:
-        if gpus == 0 and any(map(_asks_for_gpus, config.submit.extra)):
+        yield f"submit.gpus_per_node: {format_count(gpus, 'GPU')}, which trainer.accelerator=cpu would leave idle; choose trainer=ddp, ... or 0."
+    elif trainer.accelerator in GPU_ACCELERATORS and gpus < trainer.devices:
+        if gpus == 0 and any(map(_is_gpu_option, config.submit.extra)):
             return  # some clusters need a GPU type or another option for GPUs
         yield (
-            f"submit.gpus_per_node: {counted(gpus, 'GPU')} for trainer.devices={trainer.devices} processes of a node; each needs one."
+            f"submit.gpus_per_node: {format_count(gpus, 'GPU')} for trainer.devices={trainer.devices} processes of a node; each needs one."
         )
 
 
-def _time(submit: SubmitConfig) -> Iterator[str]:
-    if submit.time is None or submit.time.upper() in _OPEN_END:
+def _find_time_errors(submit: SubmitConfig) -> Iterator[str]:
+    if submit.time is None or submit.time.upper() in _UNLIMITED:
         return
-    seconds = seconds_of(submit.time)
+    seconds = parse_time_limit(submit.time)
     if seconds is None:
         yield f"submit.time: expected minutes, hours:minutes:seconds or days-hours:minutes:seconds, found {submit.time!r}."
     elif 0 < seconds <= submit.signal_seconds:  # Slurm reads 0 as no limit
@@ -113,9 +113,9 @@ def _time(submit: SubmitConfig) -> Iterator[str]:
         )
 
 
-def seconds_of(time: str) -> int | None:
+def parse_time_limit(time: str) -> int | None:
     """Parse a time limit of sbatch to seconds: minutes, m:s, h:m:s, d-h, d-h:m, d-h:m:s. Return None if it is invalid."""
-    match = _TIME.match(time)
+    match = _TIME_LIMIT.match(time)
     if match is None:
         return None
     if match["days"]:
@@ -127,7 +127,7 @@ def seconds_of(time: str) -> int | None:
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
-def _env(submit: SubmitConfig) -> Iterator[str]:
+def _find_env_errors(submit: SubmitConfig) -> Iterator[str]:
     for name in submit.env:
-        if not _NAME.match(name):
+        if not _VARIABLE_NAME.match(name):
             yield f"submit.env.{name}: is no name of an environment variable."

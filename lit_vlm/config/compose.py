@@ -17,21 +17,21 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from lit_vlm.config.overrides import key_of, parsed
+from lit_vlm.config.overrides import get_override_key, parse_override
 from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig
-from lit_vlm.config.yaml_text import register_source
+from lit_vlm.config.yaml_text import register_yaml_source
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+CONF_DIR = Path(__file__).resolve().parents[2] / "conf"
 VERSION_BASE = "1.3"  # explicit: without it Hydra changes the working directory
 
 
 @cache
-def register() -> None:
+def register_schema() -> None:
     """Register the schema and the YAML reader with Hydra.
 
     The schema is in a group of its own, so that it is never offered as a choice of `stage=`.
     """
-    register_source()
+    register_yaml_source()
     store = ConfigStore.instance()
     store.store(group="schema", name="run", node=RunConfig)
     store.store(group="schema/stage", name="base", node=StageConfig)
@@ -39,64 +39,64 @@ def register() -> None:
 
 
 @contextmanager
-def _hydra() -> Iterator[ConfigLoader]:
+def _initialize_hydra() -> Iterator[ConfigLoader]:
     """Initialise Hydra with conf/ and yield its config loader. This also works inside a job that Hydra runs."""
-    register()
+    register_schema()
     outer, state = GlobalHydra.instance().hydra, GlobalHydra.instance()
     state.clear()
     try:
-        with initialize_config_dir(config_dir=str(CONF), version_base=VERSION_BASE, job_name="run"):
+        with initialize_config_dir(config_dir=str(CONF_DIR), version_base=VERSION_BASE, job_name="run"):
             yield GlobalHydra.instance().config_loader()
     finally:
         GlobalHydra.instance().hydra = outer
 
 
 @lru_cache(maxsize=256)
-def _composed(overrides: tuple[str, ...]) -> DictConfig:
-    with _hydra():
+def _compose_cached(overrides: tuple[str, ...]) -> DictConfig:
+    with _initialize_hydra():
         config = compose("config", overrides=list(overrides))
     OmegaConf.set_readonly(config, True)
     return config
 
 
-def composed(overrides: list[str]) -> DictConfig:
+def compose_config(overrides: list[str]) -> DictConfig:
     """Compose the whole config, typed by the schema and read-only."""
-    return _composed(tuple(overrides))
+    return _compose_cached(tuple(overrides))
 
 
-def defaults_list(overrides: list[str]) -> list[ResultDefault]:
+def compute_defaults_list(overrides: list[str]) -> list[ResultDefault]:
     """Compute the list of files that these overrides select, in merge order."""
-    with _hydra() as loader:
+    with _initialize_hydra() as loader:
         return list(loader.compute_defaults_list("config", list(overrides), RunMode.RUN).defaults)
 
 
-def config_dirs(overrides: list[str] | tuple[str, ...] = ()) -> list[Path]:
+def list_config_dirs(overrides: list[str] | tuple[str, ...] = ()) -> list[Path]:
     """List conf/ and the user's own config folders of the same structure (`--config-dir`)."""
-    folders = [CONF]
+    folders = [CONF_DIR]
     for override in overrides:
-        if key_of(override) == "hydra.searchpath":
-            urls: Any = parsed(override).value()  # a list; the type of an override's value is wider
+        if get_override_key(override) == "hydra.searchpath":
+            urls: Any = parse_override(override).value()  # a list; the type of an override's value is wider
             folders += [Path(urlparse(str(url)).path) for url in urls]
     return folders
 
 
-def choices(group: str, overrides: list[str] | tuple[str, ...] = ()) -> list[str]:
+def list_choices(group: str, overrides: list[str] | tuple[str, ...] = ()) -> list[str]:
     """List the choices of a group: `tiny/1_align` for experiment, `align` for stage."""
     pattern = "**/*.yaml" if group == "experiment" else "*.yaml"
     return sorted(
         {
             path.relative_to(folder / group).with_suffix("").as_posix()
-            for folder in config_dirs(overrides)
+            for folder in list_config_dirs(overrides)
             for path in (folder / group).glob(pattern)
         }
     )
 
 
-def groups(overrides: list[str] | tuple[str, ...] = ()) -> list[str]:
+def list_groups(overrides: list[str] | tuple[str, ...] = ()) -> list[str]:
     """List the config groups of the command line, from the folders: data, data/source, experiment, ..."""
     folders = {
         path.parent.relative_to(folder).as_posix()
-        for folder in config_dirs(overrides)
+        for folder in list_config_dirs(overrides)
         for path in folder.glob("**/*.yaml")
     }
     return sorted({"experiment" if group.startswith("experiment/") else group for group in folders} - {"."})

@@ -10,7 +10,7 @@ from typing import Any
 from lit_vlm.types import UserError
 
 
-def made_from(setting: str, path: str, fits: Callable[[type], bool], needed: str, remedy: str) -> Any:
+def instantiate(setting: str, class_path: str, is_valid: Callable[[type], bool], expected: str, remedy: str) -> Any:
     """Instantiate the class at `package.module.Class` without arguments.
 
     Args:
@@ -21,16 +21,16 @@ def made_from(setting: str, path: str, fits: Callable[[type], bool], needed: str
     Raises:
         UserError: the class does not exist, is of another type, or needs arguments.
     """
-    module, _, name = path.rpartition(".")
+    module, _, name = class_path.rpartition(".")
     try:
         target = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        reason = f"{setting}: {path} cannot be imported ({error})"
+        reason = f"{setting}: {class_path} cannot be imported ({error})"
         raise UserError(f"{reason}. Give the path of a class that Python can import from here.") from error
-    if not (inspect.isclass(target) and fits(target)):
-        raise UserError(f"{setting}: {path} is not {needed}. {remedy}.")
+    if not (inspect.isclass(target) and is_valid(target)):
+        raise UserError(f"{setting}: {class_path} is not {expected}. {remedy}.")
     try:
         return target()
     except TypeError as error:
-        reason = f"{setting}: {path} cannot be made without arguments ({error})"
+        reason = f"{setting}: {class_path} cannot be made without arguments ({error})"
         raise UserError(f"{reason}. Give its arguments defaults.") from error

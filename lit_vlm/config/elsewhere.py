@@ -5,7 +5,7 @@ They say where and how fast a run computes, not what it computes: the same run o
 
 from __future__ import annotations
 
-ELSEWHERE = (
+NON_IDENTITY_KEYS = (
     "stage.activation_checkpointing",
     "trainer.devices",
     "trainer.num_nodes",
@@ -47,6 +47,6 @@ ELSEWHERE = (
 )
 
 
-def is_elsewhere(key: str) -> bool:
+def is_non_identity_key(key: str) -> bool:
     """Return True if a dotted key is one of these settings or inside one."""
-    return any(key == name or key.startswith(f"{name}.") for name in ELSEWHERE)
+    return any(key == name or key.startswith(f"{name}.") for name in NON_IDENTITY_KEYS)

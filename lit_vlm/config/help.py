@@ -11,12 +11,12 @@ from typing import Any, get_args
 import yaml
 
 from lit_vlm.config import schema
-from lit_vlm.config.compose import CONF, choices
-from lit_vlm.config.recipe import recipes
-from lit_vlm.config.settings import Setting, describe, field_comments, settings
+from lit_vlm.config.compose import CONF_DIR, list_choices
+from lit_vlm.config.recipe import list_recipes
+from lit_vlm.config.settings import Setting, describe_type, list_settings, read_field_comments
 
 # Settings that are changed most often, in the order in which a user needs them.
-FIRST = (
+COMMON_SETTINGS = (
     "data.sources.<name>.path",
     "init_from",
     "stage.learning_rate",
@@ -28,7 +28,7 @@ FIRST = (
     "trainer.devices",
     "run_dir",
 )
-GROUPS = {
+GROUP_MEANINGS = {
     "model": "which parts are put together",
     "data": "what is read",
     "data/source": "ready sources: 'data/source@data.sources=[...]', after a download",
@@ -60,119 +60,125 @@ EXAMPLES = (
     ("python run.py task=sync sync=runs/tiny/2_sft", "send a run that was written offline to Weights & Biases"),
     ("python run.py task=chat init_from=runs/tiny/4_dpo/hf image=cat.jpg", "talk to the result"),
 )
-MORE = (
+MORE_COMMANDS = (
     ("python run.py --help settings", "every setting, its type, default and meaning"),
     ("python run.py --cfg job experiment=tiny/2_sft", "what a command line composes to, without running it"),
     ("python run.py --config-dir FOLDER ...", "your own data/, experiment/, ... beside conf/"),
     ('eval "$(python run.py -sc install=bash)"', "completion of keys and choices in this shell"),
     ("docs/", "one page per question"),
 )
-WIDTH = 110
+LINE_WIDTH = 110
 
 
-def help_text(words: list[str]) -> str:
+def format_help(arguments: list[str]) -> str:
     """Format the overview, or with the argument `settings` the table of all settings."""
-    return _all_settings() if "settings" in words else _first_page()
+    return _format_all_settings() if "settings" in arguments else _format_overview()
 
 
-def _first_page() -> str:
+def _format_overview() -> str:
     parts = [
         "lit_vlm trains Korean and English vision-language models: align -> sft -> highres -> dpo.\n"
         "Every setting is a word on the command line: python run.py key=value ...",
-        "TASKS   task=<name>, by default the pipeline; naming an experiment= means train\n" + _tasks(),
-        "RECIPES   recipe=<folder> for all its stages, experiment=<folder>/<stage> for one\n" + _recipes(),
-        "CHOICES   <group>=<name>; a file each in conf/\n" + _choices(),
+        "TASKS   task=<name>, by default the pipeline; naming an experiment= means train\n" + _format_tasks(),
+        "RECIPES   recipe=<folder> for all its stages, experiment=<folder>/<stage> for one\n" + _format_recipes(),
+        "CHOICES   <group>=<name>; a file each in conf/\n" + _format_choices(),
         "SETTINGS   what people change first\n"
-        + "\n".join(_row(setting) for key in FIRST for setting in settings() if setting.key == key),
-        "EXAMPLES\n" + _commands(EXAMPLES),
-        "MORE\n" + _commands(MORE),
+        + "\n".join(
+            _format_setting(setting) for key in COMMON_SETTINGS for setting in list_settings() if setting.key == key
+        ),
+        "EXAMPLES\n" + _format_commands(EXAMPLES),
+        "MORE\n" + _format_commands(MORE_COMMANDS),
     ]
     return "\n\n".join(parts)
 
 
-def _tasks() -> str:
-    return "\n".join(f"  {name:<12}{meaning}" for name, meaning in _meanings(schema.Task).items())
+def _format_tasks() -> str:
+    return "\n".join(f"  {name:<12}{meaning}" for name, meaning in _get_member_meanings(schema.Task).items())
 
 
-def _recipes() -> str:
-    names = choices("experiment")
+def _format_recipes() -> str:
+    names = list_choices("experiment")
     stages = {
-        recipe: [name.rpartition("/")[2] for name in names if name.rpartition("/")[0] == recipe] for recipe in recipes()
+        recipe: [name.rpartition("/")[2] for name in names if name.rpartition("/")[0] == recipe]
+        for recipe in list_recipes()
     }
     return "\n".join(f"  {recipe:<20}{', '.join(stage_names)}" for recipe, stage_names in stages.items())
 
 
-def _choices() -> str:
-    defaults = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))["defaults"]
+def _format_choices() -> str:
+    defaults = yaml.safe_load((CONF_DIR / "config.yaml").read_text(encoding="utf-8"))["defaults"]
     chosen = {group: name for entry in defaults if isinstance(entry, dict) for group, name in entry.items()}
     lines = []
-    for group, meaning in GROUPS.items():
+    for group, meaning in GROUP_MEANINGS.items():
         default = f" (default {chosen[group]})" if chosen.get(group) else ""
-        lines += [f"  {group:<12}{meaning}{default}", _wrapped(", ".join(choices(group)), 14)]
+        lines += [f"  {group:<12}{meaning}{default}", _wrap_text(", ".join(list_choices(group)), 14)]
     return "\n".join(lines)
 
 
-def _commands(rows: tuple[tuple[str, str], ...]) -> str:
+def _format_commands(rows: tuple[tuple[str, str], ...]) -> str:
     return "\n".join(f"  {command}\n      {meaning}" for command, meaning in rows)
 
 
-def _row(row: Setting) -> str:
-    default = "must be set" if row.default == "???" else f"default {written(row.default)}"
-    if row.key.startswith("stage.") and row.default == "???":
+def _format_setting(setting: Setting) -> str:
+    default = "must be set" if setting.default == "???" else f"default {format_default(setting.default)}"
+    if setting.key.startswith("stage.") and setting.default == "???":
         default = "set by stage="
-    range_text = f" ({row.range})" if row.range else ""
-    return f"  {row.key}   {describe(row.type)}{range_text}; {default}" + (
-        f"\n{_wrapped(_meaning(row), 6)}" if _meaning(row) else ""
+    range_text = f" ({setting.range})" if setting.range else ""
+    return f"  {setting.key}   {describe_type(setting.type)}{range_text}; {default}" + (
+        f"\n{_wrap_text(_get_meaning(setting), 6)}" if _get_meaning(setting) else ""
     )
 
 
-def _meaning(row: Setting) -> str:
-    if row.comment:
-        return row.comment
+def _get_meaning(setting: Setting) -> str:
+    if setting.comment:
+        return setting.comment
     enum_classes = [
         enum_class
-        for enum_class in (get_args(row.type) or (row.type,))
+        for enum_class in (get_args(setting.type) or (setting.type,))
         if inspect.isclass(enum_class) and issubclass(enum_class, Enum)
     ]
     return "; ".join(
-        f"{name}: {text}" for enum_class in enum_classes for name, text in _meanings(enum_class).items() if text
+        f"{name}: {text}"
+        for enum_class in enum_classes
+        for name, text in _get_member_meanings(enum_class).items()
+        if text
     )
 
 
-def _meanings(kind: type[Enum]) -> dict[str, str]:
-    return {name: field_comments().get((kind.__name__, name), "") for name in kind.__members__}
+def _get_member_meanings(enum_class: type[Enum]) -> dict[str, str]:
+    return {name: read_field_comments().get((enum_class.__name__, name), "") for name in enum_class.__members__}
 
 
-def _wrapped(text: str, indent: int) -> str:
+def _wrap_text(text: str, indent: int) -> str:
     return textwrap.fill(
-        text, WIDTH, initial_indent=" " * indent, subsequent_indent=" " * indent, break_on_hyphens=False
+        text, LINE_WIDTH, initial_indent=" " * indent, subsequent_indent=" " * indent, break_on_hyphens=False
     )
 
 
-def written(value: Any) -> str:
+def format_default(value: Any) -> str:
     """Format a default as on the command line."""
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(written, value)) + "]"
+        return "[" + ", ".join(map(format_default, value)) + "]"
     if isinstance(value, bool) or value is None:
         return "null" if value is None else str(value).lower()
     return str(value)
 
 
-def _all_settings() -> str:
+def _format_all_settings() -> str:
     """Format each setting once: the three model parts share their rows, and so do training and validation sources."""
     lines, seen = [], set()
-    for setting in settings():
+    for setting in list_settings():
         key = setting.key
-        for part in schema.Part.__members__:
+        for part in schema.ModelPart.__members__:
             key = key.replace(f"stage.parts.{part}.", "stage.parts.<part>.")
         key = key.replace("data.validation.sources.", "data.sources.")
         if key not in seen:
             seen.add(key)
-            lines.append(_row(replace(setting, key=key)))
+            lines.append(_format_setting(replace(setting, key=key)))
     notes = (
         "<name> is the name of a source; data.validation.sources.<name> has the same settings.\n"
-        f"<part> is one of {', '.join(schema.Part.__members__)}."
+        f"<part> is one of {', '.join(schema.ModelPart.__members__)}."
     )
     return "\n".join(lines) + f"\n\n{notes}"

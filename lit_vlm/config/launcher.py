@@ -17,28 +17,32 @@ from hydra_plugins.hydra_submitit_launcher.config import SlurmQueueConf
 from omegaconf.errors import OmegaConfBaseException
 from submitit.core.utils import FailedSubmissionError, UncompletedJobError
 
-from lit_vlm.config.check_submit import mistakes_in_submit, option_of, seconds_of
-from lit_vlm.config.compose import composed
-from lit_vlm.config.job import environment, num_cpus, num_gpus
-from lit_vlm.config.multirun import samples
-from lit_vlm.config.overrides import ConfigError, key_of
+from lit_vlm.config.check_submit import find_submit_errors, parse_sbatch_option, parse_time_limit
+from lit_vlm.config.compose import compose_config
+from lit_vlm.config.job import get_cpus_per_task, get_gpus_per_node, render_job_environment
+from lit_vlm.config.multirun import list_covering_jobs
+from lit_vlm.config.overrides import ConfigError, get_override_key
 from lit_vlm.config.schema import RunConfig, SubmitConfig
 from lit_vlm.types import UserError
 
-NOT_HERE = ("container", "stage_to", "dry_run")  # submitit writes and starts the script and does not support them
-DAY = 24 * 60  # minutes
+UNSUPPORTED_SUBMIT_SETTINGS = (
+    "container",
+    "stage_to",
+    "dry_run",
+)  # submitit writes and starts the script and does not support them
+DAY_MINUTES = 24 * 60  # minutes
 
 
 @dataclass
 class SlurmLauncherConfig(SlurmQueueConf):
     submitit_folder: str = "${hydra.sweep.dir}/.submitit/%j"
     name: str = "lit_vlm"
-    timeout_min: int = DAY  # of one job; a requeued job gets it again
+    timeout_min: int = DAY_MINUTES  # of one job; a requeued job gets it again
     stderr_to_stdout: bool = True
     srun_args: list[str] = field(default_factory=list)
 
 
-def register_launcher(words: list[str]) -> None:
+def register_launcher(overrides: list[str]) -> None:
     """Register the launcher in place of the plugin's choice of the same name.
 
     Args:
@@ -47,18 +51,20 @@ def register_launcher(words: list[str]) -> None:
     Raises:
         ConfigError: a job has invalid Slurm settings, or the jobs need different ones.
     """
-    run_overrides = [text for text in words if not key_of(text).startswith(("hydra.launcher", "hydra/launcher"))]
+    run_overrides = [
+        text for text in overrides if not get_override_key(text).startswith(("hydra.launcher", "hydra/launcher"))
+    ]
     try:
-        jobs = [cast(RunConfig, composed(job)) for job in samples(run_overrides)]
-        if grid_errors := [grid_error for job in jobs for grid_error in mistakes_in_grid(job)]:
+        jobs = [cast(RunConfig, compose_config(job)) for job in list_covering_jobs(run_overrides)]
+        if grid_errors := [grid_error for job in jobs for grid_error in find_grid_errors(job)]:
             raise ConfigError(grid_errors)
-        node = _of_all([launcher_of(job) for job in jobs])
+        node = _require_equal_configs([make_launcher_config(job) for job in jobs])
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError([str(error)]) from error
     ConfigStore.instance().store(group="hydra/launcher", name="submitit_slurm", node=node)
 
 
-def _of_all(launchers: list[SlurmLauncherConfig]) -> SlurmLauncherConfig:
+def _require_equal_configs(launchers: list[SlurmLauncherConfig]) -> SlurmLauncherConfig:
     first = launchers[0]
     differing = [
         setting.name
@@ -75,10 +81,10 @@ def _of_all(launchers: list[SlurmLauncherConfig]) -> SlurmLauncherConfig:
     return first
 
 
-def mistakes_in_grid(config: RunConfig) -> Iterator[str]:
+def find_grid_errors(config: RunConfig) -> Iterator[str]:
     """Yield the errors in `submit` of a job that this launcher would start."""
-    yield from mistakes_in_submit(config)
-    for name in NOT_HERE:
+    yield from find_submit_errors(config)
+    for name in UNSUPPORTED_SUBMIT_SETTINGS:
         if getattr(config.submit, name):
             yield f"submit.{name}: a grid cannot do that; submit the runs one by one with task=submit."
     for name, lines in {"setup": config.submit.setup, "env": config.submit.env.values()}.items():
@@ -87,34 +93,34 @@ def mistakes_in_grid(config: RunConfig) -> Iterator[str]:
                 yield f"submit.{name}: {line}: in a grid ${{...}} would be Hydra's and not the shell's; write $NAME."
 
 
-def launcher_of(config: RunConfig) -> SlurmLauncherConfig:
+def make_launcher_config(config: RunConfig) -> SlurmLauncherConfig:
     """Make the launcher config of one job."""
     submit, trainer = config.submit, config.trainer
     return SlurmLauncherConfig(
         nodes=trainer.num_nodes,
         tasks_per_node=trainer.devices,
-        gpus_per_node=num_gpus(config) or None,
-        cpus_per_task=num_cpus(config),
-        timeout_min=_minutes(submit.time),
+        gpus_per_node=get_gpus_per_node(config) or None,
+        cpus_per_task=get_cpus_per_task(config),
+        timeout_min=_convert_to_minutes(submit.time),
         partition=submit.partition,
         account=submit.account,
         qos=submit.qos,
         constraint=submit.constraint,
-        setup=["set -eo pipefail", *environment(config), *submit.setup],
-        additional_parameters=_options(submit),
+        setup=["set -eo pipefail", *render_job_environment(config), *submit.setup],
+        additional_parameters=_make_sbatch_options(submit),
         # a failed rank ends all ranks; srun does not inherit --cpus-per-task from sbatch
-        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={num_cpus(config)}"],
+        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={get_cpus_per_task(config)}"],
     )
 
 
-def _minutes(time: str | None) -> int:
+def _convert_to_minutes(time: str | None) -> int:
     """Convert a time limit to minutes. Slurm reads 0 as no limit."""
     if time is None:
-        return DAY
-    return -(-(seconds_of(time) or 0) // 60)
+        return DAY_MINUTES
+    return -(-(parse_time_limit(time) or 0) // 60)
 
 
-def _options(submit: SubmitConfig) -> dict[str, Any]:
+def _make_sbatch_options(submit: SubmitConfig) -> dict[str, Any]:
     """Make the further options of sbatch.
 
     They replace submitit's own signal, which ends the first process of the job without a checkpoint.
@@ -122,13 +128,13 @@ def _options(submit: SubmitConfig) -> dict[str, Any]:
     options: dict[str, Any] = {"signal": f"USR1@{submit.signal_seconds}", "requeue": True}
     if submit.memory is not None:
         options["mem"] = submit.memory
-    for name, value in map(option_of, submit.extra):
+    for name, value in map(parse_sbatch_option, submit.extra):
         options[name.lstrip("-")] = value.strip("\"'") or True
     return options
 
 
 @contextmanager
-def errors_told() -> Iterator[None]:
+def handle_launcher_errors() -> Iterator[None]:
     """Convert errors of Slurm, of a job or of Hydra in the block to a UserError."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # otherwise Hydra prints a traceback and exits instead of raising
     try:

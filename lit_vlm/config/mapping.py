@@ -66,11 +66,11 @@ class MappingConfig:
     skip: list[str] = field(default_factory=list)  # path=value: leave out these regions
 
 
-FILE_WORDS = ("@path", "@name", "@stem", "@folder")
-REGIONS = "@regions"
+FILE_VARIABLES = ("@path", "@name", "@stem", "@folder")
+REGIONS_VARIABLE = "@regions"
 
 
-def parts_of(template: str) -> list[tuple[str, str | None]]:
+def split_template(template: str) -> list[tuple[str, str | None]]:
     """Split a template into pairs (text, path after the text or None).
 
     Raises:
@@ -80,15 +80,15 @@ def parts_of(template: str) -> list[tuple[str, str | None]]:
     for text, path, format_spec, conversion in Formatter().parse(template):
         if format_spec or conversion or path == "":
             raise ValueError("a path alone belongs between braces; braces of the text are doubled: {{ }}")
-        if path is not None and path.startswith("@") and path not in (*FILE_WORDS, REGIONS):
-            matches = difflib.get_close_matches(path, [*FILE_WORDS, REGIONS], n=1)
+        if path is not None and path.startswith("@") and path not in (*FILE_VARIABLES, REGIONS_VARIABLE):
+            matches = difflib.get_close_matches(path, [*FILE_VARIABLES, REGIONS_VARIABLE], n=1)
             hint = f"; did you mean {{{matches[0]}}}?" if matches else ""
-            raise ValueError(f"there is no {{{path}}}{hint} There are {', '.join((*FILE_WORDS, REGIONS))}")
+            raise ValueError(f"there is no {{{path}}}{hint} There are {', '.join((*FILE_VARIABLES, REGIONS_VARIABLE))}")
         parts.append((text, path))
     return parts
 
 
-def mistakes_in_mapping(key: str, mapping: MappingConfig) -> Iterator[str]:
+def find_mapping_errors(key: str, mapping: MappingConfig) -> Iterator[str]:
     """Yield the errors of a mapping that no label file can satisfy, each with its setting.
 
     Args:
@@ -99,16 +99,16 @@ def mistakes_in_mapping(key: str, mapping: MappingConfig) -> Iterator[str]:
     names_with_regions = []
     for name, template in templates.items():
         try:
-            paths = [path for _, path in parts_of(template or "")]
+            paths = [path for _, path in split_template(template or "")]
         except ValueError as error:
             yield f"{key}.{name}: {error}."
             continue
-        if REGIONS in paths:
+        if REGIONS_VARIABLE in paths:
             names_with_regions.append(name.partition("[")[0])
             if name in ("id", "image", "text"):
-                yield f"{key}.{name}: {{{REGIONS}}} stands in questions and answer only."
+                yield f"{key}.{name}: {{{REGIONS_VARIABLE}}} stands in questions and answer only."
     if names_with_regions and mapping.regions is None:
-        yield f"{key}.regions is not set, and {names_with_regions[0]} has {{{REGIONS}}}: give the path of the list of boxes."
+        yield f"{key}.regions is not set, and {names_with_regions[0]} has {{{REGIONS_VARIABLE}}}: give the path of the list of boxes."
     if mapping.answer is None and (mapping.regions is None or mapping.task is RegionTask.referring):
         yield f"{key}.answer is not set: give its template, e.g. '{{answer}}'."
     if mapping.labels is None and (mapping.records is not None or mapping.image is not None):
@@ -118,10 +118,10 @@ def mistakes_in_mapping(key: str, mapping: MappingConfig) -> Iterator[str]:
     if len(mapping.size) not in (0, 2):
         yield f"{key}.size: two paths are needed, of width and height, or none; found {len(mapping.size)}."
     if mapping.regions is not None:
-        yield from _mistakes_in_regions(key, mapping, names_with_regions)
+        yield from _find_region_errors(key, mapping, names_with_regions)
 
 
-def _mistakes_in_regions(key: str, mapping: MappingConfig, pointing: list[str]) -> Iterator[str]:
+def _find_region_errors(key: str, mapping: MappingConfig, names_with_regions: list[str]) -> Iterator[str]:
     allowed = (1, 2) if mapping.box_format is BoxFormat.polygon else (1, 4)
     if len(mapping.box) not in allowed:
         needed = f"{allowed[0]} or {allowed[1]} paths are needed for box_format={mapping.box_format.value}"
@@ -133,7 +133,7 @@ def _mistakes_in_regions(key: str, mapping: MappingConfig, pointing: list[str]) 
     if mapping.text is None:
         yield f"{key}.text is not set: give the template of a region's text, e.g. '{{text}}'."
     template_name = "questions" if mapping.task is RegionTask.referring else "answer"
-    if template_name not in pointing and getattr(mapping, template_name):
-        yield f"{key}.{template_name}: with task={mapping.task.value} {{{REGIONS}}} must stand in it, where the regions go."
+    if template_name not in names_with_regions and getattr(mapping, template_name):
+        yield f"{key}.{template_name}: with task={mapping.task.value} {{{REGIONS_VARIABLE}}} must stand in it, where the regions go."
     if mapping.task is RegionTask.referring and not mapping.questions:
-        yield f"{key}.questions is not set: task=referring needs questions with {{{REGIONS}}}."
+        yield f"{key}.questions is not set: task=referring needs questions with {{{REGIONS_VARIABLE}}}."

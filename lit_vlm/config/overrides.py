@@ -19,27 +19,27 @@ from hydra.errors import HydraException
 from lit_vlm.config.yaml_text import quote_text
 from lit_vlm.types import UserError
 
-SOURCES = "data/source@data.sources"
-CHECKPOINTING = {"true": "full", "false": "none"}  # former values -> levels
-_BARE = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*\Z")
-_WORDS = {"null", "true", "false", "inf", "nan", "none"}
+SOURCES_KEY = "data/source@data.sources"
+CHECKPOINTING_ALIASES = {"true": "full", "false": "none"}  # former values -> levels
+_UNQUOTED_TEXT = re.compile(r"[A-Za-z_][A-Za-z0-9_./-]*\Z")
+_RESERVED_WORDS = {"null", "true", "false", "inf", "nan", "none"}
 _FLAG_WITH_VALUE = re.compile(r"--(cfg|info|package|config-(dir|name|path)|experimental-rerun)=")
 
 
 class ConfigError(UserError):
     """Error with all faults of a configuration in one message, each fault once."""
 
-    def __init__(self, mistakes: list[str]) -> None:
-        self.mistakes = list(dict.fromkeys(mistakes))
-        lines = "\n".join(f"- {error}" for error in self.mistakes)
-        summary = f"{len(self.mistakes)} mistakes in the configuration:\n{lines}"
-        super().__init__(self.mistakes[0] if len(self.mistakes) == 1 else summary)
+    def __init__(self, errors: list[str]) -> None:
+        self.errors = list(dict.fromkeys(errors))
+        lines = "\n".join(f"- {error}" for error in self.errors)
+        summary = f"{len(self.errors)} mistakes in the configuration:\n{lines}"
+        super().__init__(self.errors[0] if len(self.errors) == 1 else summary)
 
     def __reduce__(self):
-        return type(self), (self.mistakes,)
+        return type(self), (self.errors,)
 
 
-def read_arguments(arguments: list[str]) -> list[str]:
+def parse_arguments(arguments: list[str]) -> list[str]:
     """Parse command-line arguments to overrides that Hydra can parse.
 
     A JSON object (from `${args_json}` of a W&B sweep) becomes one override per key; a folder given with `--config-dir` becomes
@@ -49,9 +49,11 @@ def read_arguments(arguments: list[str]) -> list[str]:
         ConfigError: lists every argument that is not an override.
     """
     overrides, errors = [], []
-    for argument in _config_dir_as_search_path(arguments):
+    for argument in _convert_config_dirs(arguments):
         try:
-            overrides += from_json(argument) if argument.lstrip().startswith("{") else [_readable(argument)]
+            overrides += (
+                parse_json_overrides(argument) if argument.lstrip().startswith("{") else [_ensure_parsable(argument)]
+            )
         except UserError as error:
             errors.append(str(error))
     if errors:
@@ -59,17 +61,17 @@ def read_arguments(arguments: list[str]) -> list[str]:
     return overrides
 
 
-def parsed(override: str) -> Override:
+def parse_override(override: str) -> Override:
     """Parse one override with Hydra's parser."""
     return OverridesParser.create().parse_override(override)
 
 
-def key_of(override: str) -> str:
+def get_override_key(override: str) -> str:
     """Return the key of an override: `stage.learning_rate` of `++stage.learning_rate=1`."""
     return override.lstrip("+~").partition("=")[0]
 
 
-def with_implied(overrides: list[str]) -> list[str]:
+def add_implied_overrides(overrides: list[str]) -> list[str]:
     """Add the overrides that the given ones imply, first, so that an explicit override wins.
 
     - `experiment=` selects one stage, so the task is train.
@@ -79,45 +81,49 @@ def with_implied(overrides: list[str]) -> list[str]:
     - Activation checkpointing may still be true or false instead of a level.
     - A value of a text setting is quoted if Hydra would parse it as a number.
     """
-    keys = {key_of(override) for override in overrides}
+    keys = {get_override_key(override) for override in overrides}
     implied = []
     if "experiment" in keys and "task" not in keys:
         implied.append("task=train")
-    if SOURCES in keys and "data" not in keys:
+    if SOURCES_KEY in keys and "data" not in keys:
         implied.append("data=ready")
-    if "data" in keys and SOURCES not in keys:
-        implied.append(f"{SOURCES}=[]")  # instead of an experiment's sources, not beside them
-    return implied + [quote_text(_spelled_out(text)) for text in overrides]
+    if "data" in keys and SOURCES_KEY not in keys:
+        implied.append(f"{SOURCES_KEY}=[]")  # instead of an experiment's sources, not beside them
+    return implied + [quote_text(_expand_override(text)) for text in overrides]
 
 
-def _spelled_out(word: str) -> str:
-    if word.startswith(("trainer.extra.", "data.share.kinds", "submit.env.")):
-        return f"++{word}"
-    key, _, value = word.partition("=")
-    if key == "stage.activation_checkpointing" and value.lower() in CHECKPOINTING:
-        return f"{key}={CHECKPOINTING[value.lower()]}"
+def _expand_override(override: str) -> str:
+    if override.startswith(("trainer.extra.", "data.share.kinds", "submit.env.")):
+        return f"++{override}"
+    key, _, value = override.partition("=")
+    if key == "stage.activation_checkpointing" and value.lower() in CHECKPOINTING_ALIASES:
+        return f"{key}={CHECKPOINTING_ALIASES[value.lower()]}"
     return (
-        f"{key}=[{value}]" if key in ("image", "sync") and value and value[0] != "[" else word
+        f"{key}=[{value}]" if key in ("image", "sync") and value and value[0] != "[" else override
     )  # one is a list of one
 
 
-def from_json(text: str) -> list[str]:
+def parse_json_overrides(text: str) -> list[str]:
     """Overrides of a JSON object of settings; keys may be dotted or nested."""
     try:
         settings = json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{text!r} begins like a JSON object of settings but is none: {error}.") from None
-    return [f"{key}={quote(value)}" for key, value in _flat(settings, "")]
+    return [f"{key}={quote_value(value)}" for key, value in _flatten_settings(settings, "")]
 
 
-def _flat(settings: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
+def _flatten_settings(settings: dict[str, Any], prefix: str) -> list[tuple[str, Any]]:
     rows = []
     for key, value in settings.items():
-        rows += _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [(prefix + key, value)]
+        rows += (
+            _flatten_settings(value, f"{prefix}{key}.")
+            if isinstance(value, dict) and value
+            else [(prefix + key, value)]
+        )
     return rows
 
 
-def quote(value: Any) -> str:
+def quote_value(value: Any) -> str:
     """A plain value in Hydra's grammar, so that it is parsed back to the same value."""
     if value is None:
         return "null"
@@ -128,18 +134,18 @@ def quote(value: Any) -> str:
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, list | tuple):
-        return "[" + ",".join(map(quote, value)) + "]"
+        return "[" + ",".join(map(quote_value, value)) + "]"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{quote(key)}:{quote(item)}" for key, item in value.items()) + "}"
+        return "{" + ",".join(f"{quote_value(key)}:{quote_value(item)}" for key, item in value.items()) + "}"
     text = str(value)
-    if _BARE.match(text) and text.lower() not in _WORDS:
+    if _UNQUOTED_TEXT.match(text) and text.lower() not in _RESERVED_WORDS:
         return text
     # Inside quotes Hydra un-escapes \' and doubled backslashes only where a quote follows.
     body = re.sub(r"(\\*)'", lambda match: match.group(1) * 2 + "\\'", text)
     return "'" + re.sub(r"(\\+)\Z", lambda match: match.group(1) * 2, body) + "'"
 
 
-def _readable(argument: str) -> str:
+def _ensure_parsable(argument: str) -> str:
     """The argument, quoted if only its quotes are missing."""
     if argument.startswith("--") and "=" in argument:
         raise UserError(
@@ -151,9 +157,9 @@ def _readable(argument: str) -> str:
         raise UserError(
             f"{argument!r} is not a setting: write key=value, e.g. task={argument}. See python run.py --help."
         )
-    for attempt in (argument, f"{key}={quote(value)}"):
+    for attempt in (argument, f"{key}={quote_value(value)}"):
         try:
-            parsed(attempt)
+            parse_override(attempt)
             return attempt
         except HydraException:
             # A list or an object with a slip in it is a mistake, not a text.
@@ -162,7 +168,7 @@ def _readable(argument: str) -> str:
     raise UserError(f"{argument}: cannot be read; quote it for Hydra as well as for the shell: {key}=\"'...'\".")
 
 
-def _config_dir_as_search_path(arguments: list[str]) -> list[str]:
+def _convert_config_dirs(arguments: list[str]) -> list[str]:
     """`--config-dir FOLDER` of Hydra, in the form that also works without Hydra's own entry."""
     others, folders, remaining = [], [], iter(arguments)
     for argument in remaining:
@@ -174,7 +180,7 @@ def _config_dir_as_search_path(arguments: list[str]) -> list[str]:
             folders.append(f"file://{folder}")
         else:
             others.append(argument)
-    return others + ([f"hydra.searchpath={quote(folders)}"] if folders else [])
+    return others + ([f"hydra.searchpath={quote_value(folders)}"] if folders else [])
 
 
 def split_flags(arguments: list[str]) -> tuple[list[str], list[str]]:

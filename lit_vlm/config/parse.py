@@ -13,18 +13,24 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lit_vlm.config.check import check
-from lit_vlm.config.compose import composed, defaults_list, groups
-from lit_vlm.config.identity import previous_folder, run_name
-from lit_vlm.config.keys import mistakes_in_choice, mistakes_in_file, mistakes_in_override
-from lit_vlm.config.multirun import values_of
-from lit_vlm.config.overrides import ConfigError, key_of, parsed, read_arguments, with_implied
-from lit_vlm.config.pipeline import pipeline_overrides, wrong_for_pipeline
-from lit_vlm.config.recipe import SOURCE_TABLES, experiment_of, is_ladder, stages_of
+from lit_vlm.config.check import find_config_errors
+from lit_vlm.config.compose import compose_config, compute_defaults_list, list_groups
+from lit_vlm.config.identity import get_previous_stage_folder, get_run_name
+from lit_vlm.config.keys import find_choice_errors, find_file_errors, find_override_errors
+from lit_vlm.config.multirun import split_sweep_values
+from lit_vlm.config.overrides import (
+    ConfigError,
+    add_implied_overrides,
+    get_override_key,
+    parse_arguments,
+    parse_override,
+)
+from lit_vlm.config.pipeline import build_stage_overrides, find_pipeline_errors
+from lit_vlm.config.recipe import SOURCE_TABLE_PREFIXES, get_experiment, is_pipeline, list_stages
 from lit_vlm.config.schema import DPOStageConfig, Format, RunConfig, SourceConfig, StageConfig, Task
-from lit_vlm.config.settings import settings
-from lit_vlm.config.sweep import is_sweep, own_words
-from lit_vlm.secrets import mistakes_of_secrets, mistakes_of_typed_secrets
+from lit_vlm.config.settings import list_settings
+from lit_vlm.config.sweep import get_sweep_overrides, is_sweep
+from lit_vlm.secrets import find_secret_errors, find_typed_secret_errors
 from lit_vlm.types import UserError
 
 
@@ -49,39 +55,45 @@ def parse(arguments: list[str]) -> Run:
     Raises:
         ConfigError: lists every error in the overrides, in the selected files, and between settings.
     """
-    refuse_typed_secrets(arguments)
-    given = read_arguments(arguments)
-    overrides = with_implied(given)
+    ensure_no_typed_secrets(arguments)
+    given = parse_arguments(arguments)
+    overrides = add_implied_overrides(given)
     if is_sweep(overrides):
-        overrides = own_words(overrides)
-    override_errors = wrong_words(overrides)
-    if is_ladder(overrides):
-        override_errors |= {f"pipeline {position}": [error] for position, error in enumerate(wrong_for_pipeline(given))}
+        overrides = get_sweep_overrides(overrides)
+    override_errors = collect_override_errors(overrides)
+    if is_pipeline(overrides):
+        override_errors |= {
+            f"pipeline {position}": [error] for position, error in enumerate(find_pipeline_errors(given))
+        }
     if override_errors:
         raise ConfigError(
             [
                 *(error for errors in override_errors.values() for error in errors),
-                *_also_wrong(overrides, override_errors),
+                *_find_remaining_errors(overrides, override_errors),
             ]
         )
-    if is_ladder(overrides):
+    if is_pipeline(overrides):
         # Each source belongs to some of the stages, and every stage is checked separately.
-        config = _plain(_compose([text for text in overrides if not key_of(text).startswith(SOURCE_TABLES)]))
-        _check_stages(stages_of(config.recipe, given), given, config.task)
+        config = _convert_to_run_config(
+            _compose_overrides(
+                [text for text in overrides if not get_override_key(text).startswith(SOURCE_TABLE_PREFIXES)]
+            )
+        )
+        _validate_stages(list_stages(config.recipe, given), given, config.task)
     else:
-        config = _plain(_compose(overrides))
-        if errors := mistakes_of_secrets(asdict(config)) or check(config):
+        config = _convert_to_run_config(_compose_overrides(overrides))
+        if errors := find_secret_errors(asdict(config)) or find_config_errors(config):
             raise ConfigError(errors)
-    return _run(config, overrides, given)
+    return _create_run(config, overrides, given)
 
 
-def refuse_typed_secrets(arguments: list[str]) -> None:
+def ensure_no_typed_secrets(arguments: list[str]) -> None:
     """Raise ConfigError for arguments that contain a secret, before anything prints or writes them."""
-    if errors := mistakes_of_typed_secrets(arguments):
+    if errors := find_typed_secret_errors(arguments):
         raise ConfigError(errors)
 
 
-def wrong_words(overrides: list[str], *, sweep: bool = False) -> dict[str, list[str]]:
+def collect_override_errors(overrides: list[str], *, is_multirun: bool = False) -> dict[str, list[str]]:
     """Collect the errors of overrides in key, type or choice.
 
     Args:
@@ -91,73 +103,73 @@ def wrong_words(overrides: list[str], *, sweep: bool = False) -> dict[str, list[
     Returns:
         Errors by override; those of the selected files under "files".
     """
-    if sweep:
-        values = [value for text in overrides for value in values_of(text)]
-        overrides = [text for text in values if not parsed(text).is_sweep_override()]  # Hydra expands ranges
-    own_groups = groups(overrides)
-    choices = [text for text in overrides if _is_choice(text, own_groups)]
-    found = {text: list(mistakes_in_choice(parsed(text), overrides)) for text in choices}
-    folders = [text for text in overrides if key_of(text) == "hydra.searchpath"]
+    if is_multirun:
+        values = [value for text in overrides for value in split_sweep_values(text)]
+        overrides = [text for text in values if not parse_override(text).is_sweep_override()]  # Hydra expands ranges
+    own_groups = list_groups(overrides)
+    choices = [text for text in overrides if _is_group_choice(text, own_groups)]
+    found = {text: list(find_choice_errors(parse_override(text), overrides)) for text in choices}
+    folders = [text for text in overrides if get_override_key(text) == "hydra.searchpath"]
     # After an invalid choice the selected files are unknown; the other overrides are checked without them.
     has_wrong_choice = any(found.values())
-    selected = folders + ([] if has_wrong_choice else _last_of_each(choices))
-    stage, found["files"] = _wrong_files(selected)
+    selected = folders + ([] if has_wrong_choice else _keep_last_choices(choices))
+    stage, found["files"] = _check_config_files(selected)
     source_names, null_groups = None, set[str]()
-    if not (has_wrong_choice or found["files"] or is_ladder(overrides)):
-        source_names, null_groups = _source_names(selected)
+    if not (has_wrong_choice or found["files"] or is_pipeline(overrides)):
+        source_names, null_groups = _collect_source_names(selected)
     for text in overrides:
-        if text not in choices and not key_of(text).startswith(("hydra.", "hydra/")):
+        if text not in choices and not get_override_key(text).startswith(("hydra.", "hydra/")):
             found[text] = list(
-                mistakes_in_override(text, DPOStageConfig if has_wrong_choice else stage, source_names, null_groups)
+                find_override_errors(text, DPOStageConfig if has_wrong_choice else stage, source_names, null_groups)
             )
     return {text: errors for text, errors in found.items() if errors}
 
 
-def _also_wrong(overrides: list[str], wrong: dict[str, list[str]]) -> list[str]:
+def _find_remaining_errors(overrides: list[str], override_errors: dict[str, list[str]]) -> list[str]:
     """Find contradictions between the valid settings. A setting that is not set may be the intent of an invalid override."""
     try:
-        config = _plain(_compose([text for text in overrides if text not in wrong]))
+        config = _convert_to_run_config(_compose_overrides([text for text in overrides if text not in override_errors]))
     except ConfigError:
         return []
-    return [error for error in check(config) if "is not set" not in error]
+    return [error for error in find_config_errors(config) if "is not set" not in error]
 
 
-def _is_choice(override: str, own_groups: list[str]) -> bool:
-    key = key_of(override)
+def _is_group_choice(override: str, own_groups: list[str]) -> bool:
+    key = get_override_key(override)
     return not key.startswith(("hydra.", "hydra/")) and (
         key.partition("@")[0] in own_groups or "/" in key or "@" in key
     )
 
 
-def _last_of_each(choosing: list[str]) -> list[str]:
-    return list({key_of(text): text for text in choosing}.values())
+def _keep_last_choices(choosing: list[str]) -> list[str]:
+    return list({get_override_key(text): text for text in choosing}.values())
 
 
-def _wrong_files(chosen: list[str]) -> tuple[type[StageConfig], list[str]]:
+def _check_config_files(chosen: list[str]) -> tuple[type[StageConfig], list[str]]:
     try:
-        files: list[ResultDefault] = defaults_list(chosen)
+        files: list[ResultDefault] = compute_defaults_list(chosen)
         stage = DPOStageConfig if any(file.config_path == "schema/stage/dpo" for file in files) else StageConfig
-        return stage, [file_error for file in files for file_error in mistakes_in_file(file, stage, chosen)]
+        return stage, [file_error for file in files for file_error in find_file_errors(file, stage, chosen)]
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        return DPOStageConfig, [_one_line(error)]
+        return DPOStageConfig, [_format_hydra_error(error)]
 
 
-def _source_names(chosen: list[str]) -> tuple[dict[str, set[str]], set[str]]:
+def _collect_source_names(chosen: list[str]) -> tuple[dict[str, set[str]], set[str]]:
     """Return the source names by the key of their table, and the keys of mappings that are null."""
-    data = _compose(chosen).data
+    data = _compose_overrides(chosen).data
     tables = {"data.sources": data.sources, "data.validation.sources": data.validation.sources}
     null = {f"{key}.{name}.mapping" for key, table in tables.items() for name in table if table[name].mapping is None}
     return {key: set(table) for key, table in tables.items()}, null
 
 
-def _compose(overrides: list[str]) -> DictConfig:
+def _compose_overrides(overrides: list[str]) -> DictConfig:
     try:
-        return composed(overrides)
+        return compose_config(overrides)
     except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError([_one_line(error)]) from error
+        raise ConfigError([_format_hydra_error(error)]) from error
 
 
-def _one_line(error: Exception) -> str:
+def _format_hydra_error(error: Exception) -> str:
     """Format an error of Hydra or YAML in one line, without the list of object types."""
     text = str(error.__cause__ or error) if "Error merging" in str(error) else str(error)
     lines = [
@@ -166,15 +178,15 @@ def _one_line(error: Exception) -> str:
     return " ".join(line for line in lines if line)
 
 
-def _plain(config: DictConfig) -> RunConfig:
+def _convert_to_run_config(config: DictConfig) -> RunConfig:
     """Convert the composed config to typed objects: every value is set and folders are absolute."""
     try:
         missing = sorted(OmegaConf.missing_keys(config))
         run_config = None if missing else OmegaConf.to_object(config)
     except OmegaConfBaseException as error:  # an interpolation of a missing key
-        raise ConfigError([_one_line(error)]) from error
+        raise ConfigError([_format_hydra_error(error)]) from error
     if missing:
-        help_texts = {row.key: row.comment or "it has no default" for row in settings()}
+        help_texts = {row.key: row.comment or "it has no default" for row in list_settings()}
         raise ConfigError(
             [f"{key} is not set: {help_texts.get(key, 'it has no default')}. Set {key}=..." for key in missing]
         )
@@ -182,68 +194,71 @@ def _plain(config: DictConfig) -> RunConfig:
     run_config.stage.adam_betas = cast(
         tuple[float, float], tuple(run_config.stage.adam_betas)
     )  # its length is checked later
-    return with_absolute_paths(run_config)
+    return make_paths_absolute(run_config)
 
 
-def with_absolute_paths(config: RunConfig) -> RunConfig:
+def make_paths_absolute(config: RunConfig) -> RunConfig:
     """Make paths relative to the current folder absolute, so that a later change of the working directory has no effect."""
     for source in [*config.data.sources.values(), *config.data.validation.sources.values()]:
-        _source_paths(source)
+        _make_source_paths_absolute(source)
     model = config.model
-    model.vision_tower, model.language_model = local_or_hub(model.vision_tower), local_or_hub(model.language_model)
+    model.vision_tower, model.language_model = (
+        resolve_model_name(model.vision_tower),
+        resolve_model_name(model.language_model),
+    )
     if model.chat_template not in (None, "chatml"):
-        model.chat_template = _absolute(model.chat_template)
-    config.run_dir = _absolute(config.run_dir)
-    config.init_from = local_or_hub(config.init_from)
-    config.image = [path if "://" in path else _absolute(path) for path in config.image]
-    config.sync = [_absolute(path) for path in config.sync]
-    config.prefer.output = _absolute(config.prefer.output)
-    config.prefer.judge = local_or_hub(config.prefer.judge)
+        model.chat_template = _make_absolute(model.chat_template)
+    config.run_dir = _make_absolute(config.run_dir)
+    config.init_from = resolve_model_name(config.init_from)
+    config.image = [path if "://" in path else _make_absolute(path) for path in config.image]
+    config.sync = [_make_absolute(path) for path in config.sync]
+    config.prefer.output = _make_absolute(config.prefer.output)
+    config.prefer.judge = resolve_model_name(config.prefer.judge)
     if isinstance(config.stage, DPOStageConfig):
-        config.stage.reference = local_or_hub(config.stage.reference)
+        config.stage.reference = resolve_model_name(config.stage.reference)
     return config
 
 
-def _source_paths(source: SourceConfig) -> None:
+def _make_source_paths_absolute(source: SourceConfig) -> None:
     if source.path is not None and source.format not in (Format.builtin, Format.digits):
-        source.path = _absolute(source.path)
+        source.path = _make_absolute(source.path)
     if source.image_root is not None:
-        source.image_root = _absolute(source.image_root)
+        source.image_root = _make_absolute(source.image_root)
 
 
-def local_or_hub(name: str | None) -> str | None:
+def resolve_model_name(name: str | None) -> str | None:
     """Resolve a model name: a folder to its absolute path; a hub id (`owner/model`), "tiny" or "previous" unchanged."""
     if name is None or name in ("tiny", "previous"):
         return name
     local = name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).is_dir()
-    return _absolute(name) if local else name
+    return _make_absolute(name) if local else name
 
 
-def _existing_previous(overrides: list[str]) -> str:
+def _resolve_previous(overrides: list[str]) -> str:
     """Resolve init_from=previous to an existing folder.
 
     This is the previous stage with the same overrides. If that was not run, it is the previous stage of the plain recipe, if
     that was run: `experiment=tiny/2_sft trainer.max_steps=50` works after a plain `python run.py`.
     """
-    with_overrides = Path(_absolute(previous_folder(overrides)))
+    with_overrides = Path(_make_absolute(get_previous_stage_folder(overrides)))
     plain_overrides = [
-        text for text in overrides if key_of(text) in ("experiment", "task", "run_dir", "hydra.searchpath")
+        text for text in overrides if get_override_key(text) in ("experiment", "task", "run_dir", "hydra.searchpath")
     ]
-    plain = Path(_absolute(previous_folder(plain_overrides)))
+    plain = Path(_make_absolute(get_previous_stage_folder(plain_overrides)))
     return str(plain if plain.is_dir() and not with_overrides.is_dir() else with_overrides)
 
 
-def _absolute(path: str) -> str:
+def _make_absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-def _check_stages(stages: list[str], given: list[str], task: Task) -> None:
+def _validate_stages(stages: list[str], given: list[str], task: Task) -> None:
     """Parse every stage before the first one starts: an error in the last stage would otherwise appear hours later."""
     stages_by_error: dict[str, list[str]] = {}
     used: set[str] = set()
     for stage in stages:
         try:
-            overrides = pipeline_overrides(given, stage)
+            overrides = build_stage_overrides(given, stage)
             used.update(overrides)
             parse(
                 [
@@ -253,9 +268,9 @@ def _check_stages(stages: list[str], given: list[str], task: Task) -> None:
                 ]
             )
         except ConfigError as error:
-            for message in error.mistakes:
+            for message in error.errors:
                 stages_by_error.setdefault(message, []).append(stage)
-    unused = [text for text in given if text not in used and key_of(text).startswith(("data.", "data/"))]
+    unused = [text for text in given if text not in used and get_override_key(text).startswith(("data.", "data/"))]
     if unused and not stages_by_error:
         stages_by_error = {f"{text}: no stage of this recipe has such a source.": stages for text in unused}
     if stages_by_error:
@@ -267,17 +282,17 @@ def _check_stages(stages: list[str], given: list[str], task: Task) -> None:
         )
 
 
-def _run(config: RunConfig, overrides: list[str], given: list[str]) -> Run:
-    if is_ladder(overrides):
+def _create_run(config: RunConfig, overrides: list[str], given: list[str]) -> Run:
+    if is_pipeline(overrides):
         return Run(config, None, config.recipe, Path(config.run_dir) / config.recipe, given, config.init_from)
     if config.task is Task.sweep:
         name = config.run_name or f"sweeps/{Path(config.sweep or 'sweep').stem}"
         return Run(config, None, name, Path(config.run_dir) / name, given, None)
-    name = config.task.value if config.task in (Task.chat, Task.prefer, Task.sync) else run_name(overrides)
+    name = config.task.value if config.task in (Task.chat, Task.prefer, Task.sync) else get_run_name(overrides)
     init_from = config.init_from
     if init_from == "previous":
         try:
-            init_from = _existing_previous(overrides)
+            init_from = _resolve_previous(overrides)
         except UserError as error:
             raise ConfigError([str(error)]) from None
-    return Run(config, experiment_of(overrides), name, Path(config.run_dir) / name, given, init_from)
+    return Run(config, get_experiment(overrides), name, Path(config.run_dir) / name, given, init_from)

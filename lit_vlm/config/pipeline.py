@@ -4,35 +4,37 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lit_vlm.config.compose import composed
-from lit_vlm.config.identity import hf_folder, previous_folder, same_folder
-from lit_vlm.config.overrides import ConfigError, key_of, parsed, quote, with_implied
-from lit_vlm.config.recipe import overrides_for, recipes, stage_before
-from lit_vlm.config.settings import did_you_mean, nearest
+from lit_vlm.config.compose import compose_config
+from lit_vlm.config.identity import get_hf_folder, get_previous_stage_folder, is_same_folder
+from lit_vlm.config.overrides import ConfigError, add_implied_overrides, get_override_key, parse_override, quote_value
+from lit_vlm.config.recipe import filter_overrides_for_stage, get_previous_stage, list_recipes
+from lit_vlm.config.settings import find_nearest, format_suggestion
 
 
-def wrong_for_pipeline(overrides: list[str]) -> list[str]:
+def find_pipeline_errors(overrides: list[str]) -> list[str]:
     """Return the errors of pipeline overrides: an unknown recipe, and overrides of one stage that would apply to all."""
-    stage_overrides = [text for text in overrides if key_of(text) == "stage" or key_of(text).startswith("stage.")]
+    stage_overrides = [
+        text for text in overrides if get_override_key(text) == "stage" or get_override_key(text).startswith("stage.")
+    ]
     errors = []
     if stage_overrides:
         errors.append(
             f"{' '.join(stage_overrides)}: a pipeline trains stages that differ in just this. Run one stage with it:"
             f" python run.py experiment=<recipe>/<stage> {' '.join(stage_overrides)}"
         )
-    if any(key_of(text) == "run_name" for text in overrides):
+    if any(get_override_key(text) == "run_name" for text in overrides):
         errors.append("run_name names one run, a pipeline makes several: give them a folder with run_dir=runs/<name>.")
-    recipe_names = [str(parsed(text).value()) for text in overrides if key_of(text) == "recipe"]
-    offered = recipes(overrides)
+    recipe_names = [str(parse_override(text).value()) for text in overrides if get_override_key(text) == "recipe"]
+    offered = list_recipes(overrides)
     if recipe_names and recipe_names[-1] not in offered:
-        suggestion = did_you_mean(nearest(recipe_names[-1], offered))
+        suggestion = format_suggestion(find_nearest(recipe_names[-1], offered))
         errors.append(
             f"recipe={recipe_names[-1]}: there is no such recipe; there are {', '.join(offered)}.{suggestion}"
         )
     return errors
 
 
-def pipeline_overrides(overrides: list[str], experiment: str) -> list[str]:
+def build_stage_overrides(overrides: list[str], experiment: str) -> list[str]:
     """Build the overrides with which a pipeline starts a stage: `python run.py experiment=<experiment> <overrides>`.
 
     `init_from=` applies to the first stage. A later stage that starts from `previous` gets the folder explicitly if its own
@@ -42,18 +44,20 @@ def pipeline_overrides(overrides: list[str], experiment: str) -> list[str]:
     Raises:
         ConfigError: an override that belongs to a single stage.
     """
-    if errors := wrong_for_pipeline(overrides):
+    if errors := find_pipeline_errors(overrides):
         raise ConfigError(errors)
-    selected = overrides_for(overrides, experiment)
-    previous = stage_before(experiment, overrides)
+    selected = filter_overrides_for_stage(overrides, experiment)
+    previous = get_previous_stage(experiment, overrides)
     if previous is None:
-        return selected + [text for text in overrides if key_of(text) == "init_from"]
-    all_overrides = with_implied([f"experiment={experiment}", *selected])
-    if composed(all_overrides).init_from != "previous":
+        return selected + [text for text in overrides if get_override_key(text) == "init_from"]
+    all_overrides = add_implied_overrides([f"experiment={experiment}", *selected])
+    if compose_config(all_overrides).init_from != "previous":
         return selected
-    folder = hf_folder(with_implied([f"experiment={previous}", *pipeline_overrides(overrides, previous)]))
+    folder = get_hf_folder(
+        add_implied_overrides([f"experiment={previous}", *build_stage_overrides(overrides, previous)])
+    )
     return (
         selected
-        if same_folder(folder, previous_folder(all_overrides))
-        else [*selected, f"init_from={quote(Path(folder).as_posix())}"]
+        if is_same_folder(folder, get_previous_stage_folder(all_overrides))
+        else [*selected, f"init_from={quote_value(Path(folder).as_posix())}"]
     )

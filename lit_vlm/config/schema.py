@@ -19,7 +19,7 @@ from lit_vlm.config.ranges import (
     ABOVE_0,
     AT_LEAST_0,
     COUNT,
-    COUNT_OR_NONE,
+    COUNT_OR_ZERO,
     GRID,
     HEARTBEAT_SECONDS,
     LAYER,
@@ -27,7 +27,7 @@ from lit_vlm.config.ranges import (
     MINUTES,
     NODES,
     PROCESSES,
-    PROCESSES_OR_NONE,
+    PROCESSES_OR_ZERO,
     SEED,
     SHARE,
     SHARE_ABOVE_0,
@@ -36,7 +36,7 @@ from lit_vlm.config.ranges import (
     SIGNAL_SECONDS,
     ranged,
 )
-from lit_vlm.types import Language, Part
+from lit_vlm.types import Language, ModelPart
 
 # OmegaConf writes an enum by the name of its member, so every name equals its value.
 
@@ -54,7 +54,7 @@ class Task(Enum):
     chat = "chat"  # chat with a finished model
 
 
-class Projector(Enum):
+class ProjectorName(Enum):
     """Architecture of the projector between the vision tower and the language model."""
 
     mlp2x_gelu = "mlp2x_gelu"  # LLaVA-1.5, LLaVA-OneVision, VARCO-VISION: Linear, GELU, Linear
@@ -70,7 +70,7 @@ class StageName(Enum):
     dpo = "dpo"
 
 
-class Schedule(Enum):
+class LearningRateSchedule(Enum):
     """Learning-rate schedule after the warm-up."""
 
     cosine = "cosine"
@@ -112,7 +112,7 @@ class Markup(Enum):
     off = "off"  # keep them as text
 
 
-class Marks(Enum):
+class MarkerMeaning(Enum):
     """Meaning of `<image>`, `<video>`, `<bbox>` and similar markers in a text whose format does not define them."""
 
     place = "place"  # <image> is an image placeholder if the counts match; a record with any other marker is an error
@@ -134,7 +134,7 @@ class OnOverlong(Enum):
     cut_turn = "cut_turn"  # remove its last turns until it fits, but keep at least one answer; else quarantine
 
 
-class WeightsIn(Enum):
+class WeightUnit(Enum):
     """Unit of the mixture weights."""
 
     samples = "samples"  # a weight is a share of the sampled samples
@@ -152,7 +152,7 @@ class DeviceName(Enum):
     rtx4090 = "rtx4090"
 
 
-class Strategy(Enum):
+class StrategyName(Enum):
     """Distributed training strategy."""
 
     auto = "auto"  # one device: single; several: the choice of task=preflight, reported with its reason
@@ -187,7 +187,7 @@ class ScorerName(Enum):
     judge = "judge"  # score with prefer.judge
 
 
-class Debug(Enum):
+class DebugMode(Enum):
     """Debug mode of a run."""
 
     fast = "fast"  # a few steps of every phase
@@ -204,7 +204,7 @@ class ModelConfig:
 
     vision_tower: str = MISSING  # SigLIP, SigLIP 2 or CLIP: hub id, local folder, or "tiny"
     language_model: str = MISSING  # Qwen2.5, Qwen3, Llama-like: hub id, local folder, or "tiny"
-    projector: Projector = Projector.mlp2x_gelu
+    projector: ProjectorName = ProjectorName.mlp2x_gelu
     vision_feature_layer: int | None = ranged(
         None, LAYER
     )  # layer whose output goes to the projector; null: second to last; later layers are removed
@@ -249,12 +249,12 @@ class SourceConfig:
         None, SHARE_ABOVE_0
     )  # use only this share of the records, chosen by digest; null: all
     max_tiles: int | None = ranged(
-        None, COUNT_OR_NONE
+        None, COUNT_OR_ZERO
     )  # maximum tiles of an image besides its base view; 0: only the base view; null: the model's maximum
     language: Language = Language.auto  # auto: detected from the text, any Hangul makes it Korean
     kind: str | None = None  # kind of sample, a name of types.SampleKind; null: detected from the record
     markup: Markup = Markup.auto
-    marks: Marks = Marks.place  # meaning of markers of other formats in its texts
+    marks: MarkerMeaning = MarkerMeaning.place  # meaning of markers of other formats in its texts
     num_samples: int | None = ranged(None, COUNT)  # number of samples to use; for format=builtin, to generate
     hard: bool = False  # format=builtin: larger images and smaller text, for high resolution
     licence: str | None = None  # licence of a named set, shown by task=preflight
@@ -273,7 +273,7 @@ class ValidationConfig:
     fraction: float = ranged(0.01, SHARE_BELOW_1)  # held-out share of each source, by digest, at most 200 samples
     every_steps: int | None = ranged(None, COUNT)  # optimizer steps between validations; null: only at the end
     max_samples: int = ranged(
-        200, COUNT_OR_NONE
+        200, COUNT_OR_ZERO
     )  # maximum samples whose generated answers are scored, per kind and language
 
 
@@ -292,7 +292,7 @@ class DataConfig:
 
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
-    weights_in: WeightsIn = WeightsIn.samples
+    weights_in: WeightUnit = WeightUnit.samples
     temperature: float = ranged(
         1.0, ABOVE_0
     )  # without weights: sources are weighted by size^(1/temperature); 1: by size; large: equally
@@ -314,7 +314,7 @@ class DataConfig:
     max_quarantined: float = ranged(0.01, SHARE)  # maximum share of a source; above it the run stops
     max_image_pixels: int = ranged(64_000_000, COUNT)  # larger images are bad records (decompression bombs)
     scaled_decode: bool = False  # decode large JPEGs at 1/2, 1/4 or 1/8 if that is enough; pixels differ slightly
-    num_workers: int = ranged(2, PROCESSES_OR_NONE)  # loader processes per device
+    num_workers: int = ranged(2, PROCESSES_OR_ZERO)  # loader processes per device
     prefetch_factor: int = ranged(4, PROCESSES)  # micro-batches that each loader process prefetches
 
 
@@ -322,7 +322,7 @@ class DataConfig:
 class LoraConfig:
     """LoRA adapter of a model part."""
 
-    rank: int = ranged(0, COUNT_OR_NONE)  # rank of the LoRA update; 0: no LoRA, the weights of the part train
+    rank: int = ranged(0, COUNT_OR_ZERO)  # rank of the LoRA update; 0: no LoRA, the weights of the part train
     alpha: float = ranged(16.0, ABOVE_0)  # LoRA alpha: the update is scaled by alpha / rank
     dropout: float = ranged(0.0, SHARE_BELOW_1)  # dropout on the input of the LoRA update
     targets: list[str] = field(default_factory=list)  # LoRA targets: module names; empty: every linear layer
@@ -352,11 +352,11 @@ class StageConfig:
     """Settings of a training stage: trained parts, loss, optimizer and learning-rate schedule."""
 
     name: StageName = MISSING  # set by the group's files
-    trainable: list[Part] = MISSING  # parts that train; all other parts are frozen
+    trainable: list[ModelPart] = MISSING  # parts that train; all other parts are frozen
     learning_rate: float = ranged(MISSING, LEARNING_RATE)  # peak learning rate of every part without its own
     weight_decay: float = ranged(0.0, AT_LEAST_0)  # weight decay of AdamW; LLaVA and LLaVA-OneVision use 0
     warmup: float = ranged(0.03, AT_LEAST_0)  # below 1 a share of the steps, else a number of steps; LLaVA uses 0.03
-    schedule: Schedule = Schedule.cosine  # decay after the warm-up, down to min_learning_rate
+    schedule: LearningRateSchedule = LearningRateSchedule.cosine  # decay after the warm-up, down to min_learning_rate
     min_learning_rate: float = ranged(0.0, SHARE)  # minimum learning rate, as a share of the peak
     adam_betas: tuple[float, float] = ranged((0.9, 0.999), SHARE_BELOW_1)  # betas of AdamW; PyTorch's default
     adam_eps: float = ranged(1e-8, ABOVE_0)  # epsilon of AdamW; PyTorch's default
@@ -397,7 +397,7 @@ class TrainerConfig:
     accelerator: str = "auto"  # cpu, gpu, or auto: whichever is available
     devices: int = ranged(1, PROCESSES)  # processes per machine, one device each
     num_nodes: int = ranged(1, NODES)  # number of machines
-    strategy: Strategy = Strategy.auto  # distributed training strategy
+    strategy: StrategyName = StrategyName.auto  # distributed training strategy
     shard_size: int | None = ranged(
         None, COUNT
     )  # strategy=hsdp: devices over which one copy of the model is sharded; null: those of a machine
@@ -433,10 +433,10 @@ class GuardConfig:
     """Handling of faults during training."""
 
     on_nonfinite: OnNonfinite = OnNonfinite.stop  # action when the loss or a gradient is not finite on any rank
-    max_skipped: int = ranged(10, COUNT_OR_NONE)  # maximum consecutive skipped steps; above it the run stops
+    max_skipped: int = ranged(10, COUNT_OR_ZERO)  # maximum consecutive skipped steps; above it the run stops
     heartbeat_seconds: float = ranged(10.0, HEARTBEAT_SECONDS)  # interval of each rank's heartbeat in the run folder
     max_oom_retries: int = ranged(
-        3, COUNT_OR_NONE
+        3, COUNT_OR_ZERO
     )  # maximum times that the micro-batch limits are halved after a device ran out of memory
 
 
@@ -451,7 +451,7 @@ class SubmitConfig:
     time: str | None = None  # time limit of a job, days-hours:minutes:seconds; a requeued job gets it again
     constraint: str | None = None  # required node features, e.g. h100
     gpus_per_node: int | None = ranged(
-        None, COUNT_OR_NONE
+        None, COUNT_OR_ZERO
     )  # GPUs per node; null: trainer.devices if these are GPUs; 0: submit.extra requests them
     cpus_per_task: int | None = ranged(None, COUNT)  # CPU cores per process; null: 1 + data.num_workers
     memory: str | None = None  # memory per node, e.g. 0 for all
@@ -486,7 +486,7 @@ class PreflightConfig:
     """Settings of task=preflight."""
 
     max_samples: int = ranged(2000, COUNT)  # records to read of each source without an index; noted on the page
-    num_shown: int = ranged(6, COUNT_OR_NONE)  # samples whose prompt, loss mask, tiles and boxes are shown
+    num_shown: int = ranged(6, COUNT_OR_ZERO)  # samples whose prompt, loss mask, tiles and boxes are shown
     world_size: int | None = ranged(None, COUNT)  # devices to plan for; null: trainer.devices * trainer.num_nodes
     device: DeviceName = DeviceName.h200  # device whose memory and speed are assumed
     utilisation: float = ranged(0.4, SHARE_ABOVE_0)  # assumed share of the device's peak FLOP/s (MFU)
@@ -526,7 +526,7 @@ class TrialsConfig:
     slurm: int | None = ranged(
         None, NODES
     )  # workers of a Slurm array, each runs one trial at a time, with submit.*; null: on this machine
-    worker: int | None = ranged(None, COUNT_OR_NONE)  # index of this worker, set by the script of the array
+    worker: int | None = ranged(None, COUNT_OR_ZERO)  # index of this worker, set by the script of the array
     carry_to: str | None = None  # experiment for which the best values are printed, e.g. varco_vision_14b/1_align
     dry_run: bool = False  # show the parameters and the first commands, run nothing
 
@@ -559,7 +559,7 @@ class RunConfig:
     run_name: str | None = None  # folder below run_dir; null: the experiment and a hash of the changed settings
     overwrite: bool = False  # replace a finished run, or a different run, of the same name
     seed: int = ranged(0, SEED)  # seed of randomly initialised weights, data order and dropout
-    debug: Debug | None = None
+    debug: DebugMode | None = None
     preflight: PreflightConfig = field(default_factory=PreflightConfig)
     prefer: PreferConfig = field(default_factory=PreferConfig)
     sweep: str | None = None  # task=sweep: a sweep file in W&B's format, e.g. sweeps/align.yaml

@@ -16,11 +16,11 @@ from types import NoneType, UnionType
 from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from lit_vlm.config import mapping, schema
-from lit_vlm.config.ranges import Range
+from lit_vlm.config.ranges import NumberRange
 from lit_vlm.config.schema import DPOStageConfig, RunConfig, StageConfig
 
 # Names from other programs -> key of this schema.
-HABITS = {
+KEY_ALIASES = {
     "lr": "stage.learning_rate",
     "batch_size": "data.global_batch_size",
     "bs": "data.global_batch_size",
@@ -45,36 +45,36 @@ class Setting:
     default: Any
     comment: str
     group: str = ""  # name of the dataclass that contains the setting
-    range: Range | None = None  # range of a number, or of each number in a list
+    range: NumberRange | None = None  # range of a number, or of each number in a list
 
 
-def stage_class(name: str | None) -> type[StageConfig]:
+def get_stage_config_class(name: str | None) -> type[StageConfig]:
     """Return the config dataclass of a stage; every stage except dpo has the plain one."""
     return DPOStageConfig if name == schema.StageName.dpo.value else StageConfig
 
 
 @cache
-def members(owner: type) -> dict[str, Any]:
+def get_field_types(owner: type) -> dict[str, Any]:
     """Return the types of a config dataclass by field name."""
     hints = get_type_hints(owner)
     return {field.name: hints[field.name] for field in fields(owner)}
 
 
 @cache
-def settings(stage: type[StageConfig] = DPOStageConfig) -> tuple[Setting, ...]:
+def list_settings(stage: type[StageConfig] = DPOStageConfig) -> tuple[Setting, ...]:
     """List all settings in the order of the schema."""
-    return tuple(_rows(RunConfig, "", stage))
+    return tuple(_iterate_settings(RunConfig, "", stage))
 
 
-def _rows(owner: type, prefix: str, stage: type[StageConfig]) -> Iterator[Setting]:
-    comments = field_comments()
+def _iterate_settings(owner: type, prefix: str, stage: type[StageConfig]) -> Iterator[Setting]:
+    comments = read_field_comments()
     for field in fields(owner):
-        key, hint = prefix + field.name, members(owner)[field.name]
+        key, hint = prefix + field.name, get_field_types(owner)[field.name]
         hint = stage if hint is StageConfig else hint
-        if (group := dataclass_of(hint)) is not None:
-            yield from _rows(group, f"{key}.", stage)
-        elif is_dataclass(value_type(hint)):
-            yield from _rows(value_type(hint), f"{key}.<name>.", stage)
+        if (group := extract_dataclass(hint)) is not None:
+            yield from _iterate_settings(group, f"{key}.", stage)
+        elif is_dataclass(get_value_type(hint)):
+            yield from _iterate_settings(get_value_type(hint), f"{key}.<name>.", stage)
         else:
             defining_class = next(
                 base for base in owner.__mro__ if field.name in base.__dict__.get("__annotations__", {})
@@ -82,45 +82,45 @@ def _rows(owner: type, prefix: str, stage: type[StageConfig]) -> Iterator[Settin
             yield Setting(
                 key,
                 hint,
-                default_of(field),
+                get_default(field),
                 comments.get((defining_class.__name__, field.name), ""),
                 owner.__name__,
                 field.metadata.get("range"),
             )
 
 
-def default_of(field: Field) -> Any:
+def get_default(field: Field) -> Any:
     """Return the default of a field; "???" for a required setting."""
     return field.default_factory() if field.default_factory is not REQUIRED else field.default
 
 
-def dataclass_of(hint: Any) -> Any:
+def extract_dataclass(hint: Any) -> Any:
     """Extract the dataclass X from the type X or X | None; None for any other type."""
     options = get_args(hint) if get_origin(hint) in (UnionType, Union) else (hint,)
     return next((option for option in options if is_dataclass(option)), None)
 
 
-def hint_of(key: str, stage: type[StageConfig]) -> Any:
+def get_setting_type(key: str, stage: type[StageConfig]) -> Any:
     """Return the type of a setting; None if the setting does not exist."""
     hint: Any = RunConfig
     for word in key.split("."):
         if hint is Any:
             return Any
-        group = dataclass_of(hint)
-        hint = members(cast(type, group)).get(word) if group is not None else value_type(hint)
+        group = extract_dataclass(hint)
+        hint = get_field_types(cast(type, group)).get(word) if group is not None else get_value_type(hint)
         if hint is None:
             return None
         hint = stage if hint is StageConfig else hint
     return hint
 
 
-def value_type(hint: Any) -> Any:
+def get_value_type(hint: Any) -> Any:
     """Return X of dict[str, X]; None for any other type."""
     return get_args(hint)[1] if get_origin(hint) is dict else None
 
 
 @cache
-def field_comments() -> dict[tuple[str, str], str]:
+def read_field_comments() -> dict[tuple[str, str], str]:
     """Read the help texts in schema.py and mapping.py: (class, field) -> trailing comment of the field or its closing bracket."""
     comments: dict[tuple[str, str], str] = {}
     owner = name = ""
@@ -138,12 +138,12 @@ def field_comments() -> dict[tuple[str, str], str]:
     return comments
 
 
-def describe(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
     """Describe a type for users: "a number", "one of align, sft, highres, dpo", ..."""
     if get_origin(hint) in (UnionType, Union):
-        return " or ".join(describe(option) for option in get_args(hint))
+        return " or ".join(describe_type(option) for option in get_args(hint))
     if get_origin(hint) is list:
-        return f"a list, each {describe(get_args(hint)[0])}"
+        return f"a list, each {describe_type(get_args(hint)[0])}"
     if get_origin(hint) is tuple:
         return f"a list of {len(get_args(hint))} numbers"
     if inspect.isclass(hint) and issubclass(hint, Enum):
@@ -159,27 +159,29 @@ def describe(hint: Any) -> str:
     return names.get(hint, "keys and values")
 
 
-def nearest(word: str, choices: Iterator[str] | list[str] | tuple[str, ...]) -> str | None:
+def find_nearest(word: str, choices: Iterator[str] | list[str] | tuple[str, ...]) -> str | None:
     """Find the choice that is most similar to a word; None if none is similar."""
     matches = difflib.get_close_matches(word.lower(), list(choices), n=1, cutoff=0.6)
     return matches[0] if matches else None
 
 
-def nearest_key(key: str, keys: list[str]) -> str | None:
+def find_nearest_key(key: str, keys: list[str]) -> str | None:
     """Find the setting that was probably meant: by a known alias, by the last part of the key, or by similarity."""
     last = key.rpartition(".")[2]
-    if key in HABITS or last in HABITS:
-        return HABITS.get(key) or HABITS[last]
+    if key in KEY_ALIASES or last in KEY_ALIASES:
+        return KEY_ALIASES.get(key) or KEY_ALIASES[last]
     same_name = [candidate for candidate in keys if candidate.rpartition(".")[2] == last]
     if same_name:
-        return nearest(key, same_name) or min(same_name, key=len)
+        return find_nearest(key, same_name) or min(same_name, key=len)
     matches = difflib.get_close_matches(key, keys, n=1, cutoff=0.8)
     if matches:
         return matches[0]
-    nearest_name = nearest(last, sorted({candidate.rpartition(".")[2] for candidate in keys}))
-    return nearest_key(f"{key.rpartition('.')[0]}.{nearest_name}", keys) if nearest_name else nearest(key, keys)
+    nearest_name = find_nearest(last, sorted({candidate.rpartition(".")[2] for candidate in keys}))
+    return (
+        find_nearest_key(f"{key.rpartition('.')[0]}.{nearest_name}", keys) if nearest_name else find_nearest(key, keys)
+    )
 
 
-def did_you_mean(found: str | None) -> str:
+def format_suggestion(suggestion: str | None) -> str:
     """Format a suggestion for the end of a message; empty without one."""
-    return f" Did you mean {found}?" if found else ""
+    return f" Did you mean {suggestion}?" if suggestion else ""

@@ -24,23 +24,23 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf._utils import get_yaml_loader
 
 from lit_vlm.config.schema import DPOStageConfig
-from lit_vlm.config.settings import hint_of
+from lit_vlm.config.settings import get_setting_type
 
-Keys = tuple[str, ...]  # keys on the way to a value, without positions in lists
-WantsText = Callable[[Keys, str], bool]  # True if the raw value at this key path is text
-CONVERTED = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "timestamp"))
-TEXT = "tag:yaml.org,2002:str"
-DEFAULT, MERGE = "tag:yaml.org,2002:value", "tag:yaml.org,2002:merge"  # tags of = and <<, values of no setting
-READ_AS: dict[int, Callable[[str], Any]] = {
+KeyPath = tuple[str, ...]  # keys on the way to a value, without positions in lists
+TextPredicate = Callable[[KeyPath, str], bool]  # True if the raw value at this key path is text
+CONVERTED_TAGS = tuple(f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "bool", "timestamp"))
+TEXT_TAG = "tag:yaml.org,2002:str"
+VALUE_TAG, MERGE_TAG = "tag:yaml.org,2002:value", "tag:yaml.org,2002:merge"  # tags of = and <<, values of no setting
+TOKEN_CONVERTERS: dict[int, Callable[[str], Any]] = {
     OverrideLexer.INT: int,
     OverrideLexer.FLOAT: float,
     OverrideLexer.BOOL: lambda text: text.lower() == "true",
 }
-OPENING = (OverrideLexer.BRACKET_OPEN, OverrideLexer.BRACE_OPEN)
-CLOSING = (OverrideLexer.BRACKET_CLOSE, OverrideLexer.BRACE_CLOSE)
+OPENING_BRACKETS = (OverrideLexer.BRACKET_OPEN, OverrideLexer.BRACE_OPEN)
+CLOSING_BRACKETS = (OverrideLexer.BRACKET_CLOSE, OverrideLexer.BRACE_CLOSE)
 
 
-def read_yaml(text: str, wants_text: WantsText, loader: type = yaml.SafeLoader) -> Any:
+def read_yaml(text: str, keeps_text: TextPredicate, loader: type = yaml.SafeLoader) -> Any:
     """Read a YAML document. Keys are always text, and so are values for which `keeps_text` returns True.
 
     Raises:
@@ -49,60 +49,60 @@ def read_yaml(text: str, wants_text: WantsText, loader: type = yaml.SafeLoader) 
     reader = loader(text)
     try:
         node = reader.get_single_node()
-        return None if node is None else reader.construct_document(_keep_text(node, (), wants_text, ()))
+        return None if node is None else reader.construct_document(_keep_text(node, (), keeps_text, ()))
     finally:
         reader.dispose()
 
 
-def _keep_text(node: yaml.Node, keys: Keys, wants_text: WantsText, above: tuple[int, ...]) -> yaml.Node:
+def _keep_text(node: yaml.Node, keys: KeyPath, keeps_text: TextPredicate, ancestors: tuple[int, ...]) -> yaml.Node:
     """Copy a YAML node and tag the plain scalars that are meant as text."""
-    if id(node) in above:
+    if id(node) in ancestors:
         raise yaml.constructor.ConstructorError(None, None, "an alias leads back into itself", node.start_mark)
-    above = (*above, id(node))
+    ancestors = (*ancestors, id(node))
     if isinstance(node, yaml.ScalarNode):
-        converted = node.tag in CONVERTED and wants_text(keys, node.value)
-        tag = TEXT if node.style is None and (converted or node.tag in (DEFAULT, MERGE)) else node.tag
+        converted = node.tag in CONVERTED_TAGS and keeps_text(keys, node.value)
+        tag = TEXT_TAG if node.style is None and (converted or node.tag in (VALUE_TAG, MERGE_TAG)) else node.tag
         return yaml.ScalarNode(tag, node.value, node.start_mark, node.end_mark, node.style)
     if isinstance(node, yaml.SequenceNode):
-        items = [_keep_text(item, keys, wants_text, above) for item in node.value]
+        items = [_keep_text(item, keys, keeps_text, ancestors) for item in node.value]
         return yaml.SequenceNode(node.tag, items, node.start_mark, node.end_mark, node.flow_style)
     assert isinstance(node, yaml.MappingNode)
     pairs = []
     for key, value in node.value:
-        if key.tag == MERGE:
-            pairs.append((key, _keep_text(value, keys, wants_text, above)))
+        if key.tag == MERGE_TAG:
+            pairs.append((key, _keep_text(value, keys, keeps_text, ancestors)))
             continue
-        name = _keep_text(key, (), lambda *_: True, above)
-        pairs.append((name, _keep_text(value, (*keys, str(key.value)), wants_text, above)))
+        name = _keep_text(key, (), lambda *_: True, ancestors)
+        pairs.append((name, _keep_text(value, (*keys, str(key.value)), keeps_text, ancestors)))
     return yaml.MappingNode(node.tag, pairs, node.start_mark, node.end_mark, node.flow_style)
 
 
-def is_text(hint: Any, written: str) -> bool:
+def is_text_type(hint: Any, raw_value: str) -> bool:
     """Return True if a value of this type, or an item of a list of this type, is text or this member of an enum."""
     if get_origin(hint) in (UnionType, Union, list):
-        return any(is_text(option, written) for option in get_args(hint))
+        return any(is_text_type(option, raw_value) for option in get_args(hint))
     if isclass(hint) and issubclass(hint, Enum):
-        return written in hint.__members__
+        return raw_value in hint.__members__
     return hint is str
 
 
-def wants_text(key: str, written: str) -> bool:
+def is_text_setting(key: str, raw_value: str) -> bool:
     """Return True if a setting, of any stage, keeps its raw value as text."""
-    return is_text(hint_of(key, DPOStageConfig), written)
+    return is_text_type(get_setting_type(key, DPOStageConfig), raw_value)
 
 
 def read_settings(path: Path, package: str) -> Any:
     """Read a file of settings that belong to `package`; None for an empty file."""
 
-    def wanted(keys: Keys, written: str) -> bool:
-        return keys[:1] not in (("defaults",), ("hydra",)) and wants_text(
+    def keep_text(keys: KeyPath, written: str) -> bool:
+        return keys[:1] not in (("defaults",), ("hydra",)) and is_text_setting(
             ".".join(filter(None, (package, *keys))), written
         )
 
-    return read_yaml(path.read_text(encoding="utf-8"), wanted, get_yaml_loader())
+    return read_yaml(path.read_text(encoding="utf-8"), keep_text, get_yaml_loader())
 
 
-class TextKeepingSource(FileConfigSource):
+class TextKeepingConfigSource(FileConfigSource):
     """Config source for Hydra that reads YAML files by the types of the schema."""
 
     def load_config(self, config_path: str) -> ConfigResult:
@@ -111,14 +111,14 @@ class TextKeepingSource(FileConfigSource):
             result = super().load_config(config_path)
         except yaml.constructor.ConstructorError:  # also raised by a plain = or <<, which is text here
             header = ConfigSource._get_header_dict(path.read_text(encoding="utf-8")[:512])
-            config = OmegaConf.create(read_settings(path, _package_of(config_path, header)))
+            config = OmegaConf.create(read_settings(path, _find_package(config_path, header)))
             return ConfigResult(self.provider, f"{self.scheme()}://{self.path}", config, header)
         if isinstance(result.config, DictConfig) and result.config:
-            result.config = OmegaConf.create(read_settings(path, _package_of(config_path, result.header)))
+            result.config = OmegaConf.create(read_settings(path, _find_package(config_path, result.header)))
         return result
 
 
-def _package_of(config_path: str, header: dict[str, str | None]) -> str:
+def _find_package(config_path: str, header: dict[str, str | None]) -> str:
     """Find the package of a file's settings: from its first line, else from its group."""
     package = header.get("package")
     if package and package != "_group_":
@@ -129,10 +129,10 @@ def _package_of(config_path: str, header: dict[str, str | None]) -> str:
     )
 
 
-def register_source() -> None:
+def register_yaml_source() -> None:
     """Make Hydra read its files through `TextKeepingConfigSource`."""
     Plugins.instance()  # registers Hydra's own sources first
-    SourcesRegistry.instance().types[FileConfigSource.scheme()] = TextKeepingSource
+    SourcesRegistry.instance().types[FileConfigSource.scheme()] = TextKeepingConfigSource
 
 
 def quote_text(override: str) -> str:
@@ -153,32 +153,32 @@ def quote_text(override: str) -> str:
     names_key = False  # the element is a key in braces
     for token in tokens:
         ends_key = names_key and token.type == OverrideLexer.COLON
-        if not ends_key and token.type not in (OverrideLexer.COMMA, *OPENING, *CLOSING):
+        if not ends_key and token.type not in (OverrideLexer.COMMA, *OPENING_BRACKETS, *CLOSING_BRACKETS):
             element.append(token)
             continue
         text = "".join(token.text for token in element)
         if ends_key:
             key_path[-1] = text.strip()
-        pieces += [text if ends_key else _quoted(element, key_path), token.text]
+        pieces += [text if ends_key else _quote_element(element, key_path), token.text]
         element = []
-        if token.type in OPENING:
+        if token.type in OPENING_BRACKETS:
             key_path.append("{" if token.type == OverrideLexer.BRACE_OPEN else "")
-        elif token.type in CLOSING and len(key_path) > 1:
+        elif token.type in CLOSING_BRACKETS and len(key_path) > 1:
             key_path.pop()
-        names_key = not ends_key and token.type not in CLOSING and key_path[-1] != "" and len(key_path) > 1
-    return "".join([*pieces, _quoted(element, key_path)])
+        names_key = not ends_key and token.type not in CLOSING_BRACKETS and key_path[-1] != "" and len(key_path) > 1
+    return "".join([*pieces, _quote_element(element, key_path)])
 
 
-def _quoted(element: list[Token], above: list[str]) -> str:
+def _quote_element(element: list[Token], key_path: list[str]) -> str:
     """Quote an element if it is a single token that Hydra would convert although the setting is text."""
     text = "".join(token.text for token in element)
     tokens = [token for token in element if token.type != OverrideLexer.WS]
-    if len(tokens) != 1 or tokens[0].type not in READ_AS:
+    if len(tokens) != 1 or tokens[0].type not in TOKEN_CONVERTERS:
         return text
     raw_value = tokens[0].text
-    changes = str(READ_AS[tokens[0].type](raw_value)) != raw_value
+    changes = str(TOKEN_CONVERTERS[tokens[0].type](raw_value)) != raw_value
     return (
         text.replace(raw_value, f"'{raw_value}'")
-        if changes and wants_text(".".join(filter(None, above)), raw_value)
+        if changes and is_text_setting(".".join(filter(None, key_path)), raw_value)
         else text
     )

@@ -4,31 +4,31 @@ FLOPs are used to pack samples into micro-batches of equal work, and to convert 
 seconds are estimates for preflight, and they choose the strategy of a stage.
 """
 
-from lit_vlm.cost.choice import Choice, choose, level_for, why_level
-from lit_vlm.cost.communication import Cluster, Fabric, Scheme, simulate
+from lit_vlm.cost.choice import StrategyChoice, choose_level, choose_strategy, describe_level
+from lit_vlm.cost.communication import Cluster, CommunicationScheme, Fabric, simulate_step
 from lit_vlm.cost.devices import DEVICES, Device
 from lit_vlm.cost.flops import Flops
-from lit_vlm.cost.memory import Load, Memory, Parameters, Training, memory_of
-from lit_vlm.cost.shape import Shape
-from lit_vlm.cost.situation import Situation
+from lit_vlm.cost.memory import MemoryEstimate, MicroBatchSize, ParameterCounts, TrainingOptions, estimate_memory
+from lit_vlm.cost.shape import ModelShape
+from lit_vlm.cost.situation import TrainingSetup
 
 __all__ = [
     "DEVICES",
-    "Choice",
     "Cluster",
+    "CommunicationScheme",
     "Device",
     "Fabric",
     "Flops",
-    "Load",
-    "Memory",
-    "Parameters",
-    "Scheme",
-    "Shape",
-    "Situation",
-    "Training",
-    "choose",
-    "level_for",
-    "memory_of",
-    "simulate",
-    "why_level",
+    "MemoryEstimate",
+    "MicroBatchSize",
+    "ModelShape",
+    "ParameterCounts",
+    "StrategyChoice",
+    "TrainingOptions",
+    "TrainingSetup",
+    "choose_level",
+    "choose_strategy",
+    "describe_level",
+    "estimate_memory",
+    "simulate_step",
 ]

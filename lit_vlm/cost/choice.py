@@ -6,22 +6,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lit_vlm.config.schema import ActivationCheckpointing as Level
-from lit_vlm.config.schema import Strategy
-from lit_vlm.cost.communication import break_even
-from lit_vlm.cost.memory import Load
-from lit_vlm.cost.situation import Situation
-from lit_vlm.types import counted
+from lit_vlm.config.schema import StrategyName
+from lit_vlm.cost.communication import compute_break_even_tokens
+from lit_vlm.cost.memory import MicroBatchSize
+from lit_vlm.cost.situation import TrainingSetup
+from lit_vlm.types import format_count
 
-ROOM = 0.9  # maximum share of a device's memory that an estimate may use without risk
-MOSTLY_FROZEN = 0.1  # below this share of trainable weights the cost of the frozen weights dominates
-WORTH = 0.02  # share of the devices' speed: for a smaller gain, prefer the strategy with less network traffic
-HALVINGS = 8  # maximum halvings of a micro-batch that does not fit with any strategy
-ON_CPU = "the trainer is on a CPU, whose memory nothing is compared with"
-MOST_DEVICES = 4096  # upper limit of the search for a sufficient number
+COMFORTABLE_SHARE = 0.9  # maximum share of a device's memory that an estimate may use without risk
+MOSTLY_FROZEN_SHARE = 0.1  # below this share of trainable weights the cost of the frozen weights dominates
+MIN_SPEED_GAIN = 0.02  # share of the devices' speed: for a smaller gain, prefer the strategy with less network traffic
+MAX_HALVINGS = 8  # maximum halvings of a micro-batch that does not fit with any strategy
+CPU_REASON = "the trainer is on a CPU, whose memory nothing is compared with"
+MAX_DEVICES = 4096  # upper limit of the search for a sufficient number
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class StrategyChoice:
     """Chosen strategy, with the reason.
 
     Attributes:
@@ -31,14 +31,14 @@ class Choice:
         level: level of activation checkpointing.
     """
 
-    strategy: Strategy
+    strategy: StrategyName
     reason: str
     fits: bool = True
-    devices: int | None = None
+    min_devices: int | None = None
     level: Level = Level.none
 
 
-def choose(situation: Situation) -> Choice:
+def choose_strategy(setup: TrainingSetup) -> StrategyChoice:
     """Choose the strategy and the level of activation checkpointing of a stage, among the allowed levels.
 
     For each level the order is: DDP first, which sends the gradients of the trainable weights once per optimizer step and
@@ -47,132 +47,149 @@ def choose(situation: Situation) -> Choice:
     If the micro-batch is too large for all of them, the choice is made for a smaller micro-batch, with the level that
     saves most memory.
     """
-    if choice := _fastest(situation):
+    if choice := _choose_fastest(setup):
         return choice
-    smallest = situation.at(situation.allowed[-1])
-    for halved in range(1, HALVINGS):
-        smaller = _with_load(smallest, 0.5**halved)
-        if choice := _fastest(smaller):
-            sizes = (
-                f"micro-batches of {smaller.load.tokens:,} tokens would fit, those of {situation.load.tokens:,} do not"
-            )
+    smallest = setup.replace_level(setup.candidate_levels[-1])
+    for halved in range(1, MAX_HALVINGS):
+        smaller = _scale_micro_batch(smallest, 0.5**halved)
+        if choice := _choose_fastest(smaller):
+            sizes = f"micro-batches of {smaller.micro_batch.tokens:,} tokens would fit, those of {setup.micro_batch.tokens:,} do not"
             return replace(choice, reason=f"{choice.reason}; {sizes}", fits=False)
-    need = smallest.memory(Strategy.deepspeed_zero3_offload).total
-    reason = f"nothing fits: a device needs {_size(need)} at the least"
-    return Choice(Strategy.deepspeed_zero3_offload, reason, fits=False, level=situation.allowed[-1])
+    need = smallest.estimate_memory(StrategyName.deepspeed_zero3_offload).total
+    reason = f"nothing fits: a device needs {_format_bytes(need)} at the least"
+    return StrategyChoice(StrategyName.deepspeed_zero3_offload, reason, fits=False, level=setup.candidate_levels[-1])
 
 
-def _fastest(of: Situation) -> Choice | None:
+def _choose_fastest(setup: TrainingSetup) -> StrategyChoice | None:
     """Choose the fastest strategy and level that fit; offload only if nothing else fits at any level. None if nothing fits."""
     choices = [
         replace(choice, level=level)
-        for level in of.allowed
-        if (choice := next((choice for choice in _in_order(of.at(level)) if choice is not None), None))
+        for level in setup.candidate_levels
+        if (
+            choice := next((choice for choice in _iter_choices(setup.replace_level(level)) if choice is not None), None)
+        )
     ]
-    on_devices = [choice for choice in choices if choice.strategy is not Strategy.deepspeed_zero3_offload]
-    return min(on_devices or choices, key=lambda choice: of.at(choice.level).seconds(choice.strategy), default=None)
+    on_devices = [choice for choice in choices if choice.strategy is not StrategyName.deepspeed_zero3_offload]
+    return min(
+        on_devices or choices,
+        key=lambda choice: setup.replace_level(choice.level).estimate_step_seconds(choice.strategy),
+        default=None,
+    )
 
 
-def level_for(of: Situation, strategy: Strategy) -> Level:
+def choose_level(setup: TrainingSetup, strategy: StrategyName) -> Level:
     """Choose the first allowed level that fits with a strategy; if none fits, the one that saves most memory."""
-    return next((level for level in of.allowed if of.at(level).fits(strategy)), of.allowed[-1])
+    return next(
+        (level for level in setup.candidate_levels if setup.replace_level(level).can_fit(strategy)),
+        setup.candidate_levels[-1],
+    )
 
 
-def why_level(of: Situation, strategy: Strategy, level: Level) -> str:
+def describe_level(setup: TrainingSetup, strategy: StrategyName, level: Level) -> str:
     """Describe the estimated bytes with a level, the device's memory, and the bytes with the previous level."""
-    if of.device is None:
-        return ON_CPU
-    need, name = of.at(level).memory(strategy).total, of.device.name
-    text = f"a device needs about {_size(need)} of the {_size(of.device.memory)} of {name}"
-    if level is of.allowed[0]:
+    if setup.device is None:
+        return CPU_REASON
+    need, name = setup.replace_level(level).estimate_memory(strategy).total, setup.device.name
+    text = f"a device needs about {_format_bytes(need)} of the {_format_bytes(setup.device.memory_bytes)} of {name}"
+    if level is setup.candidate_levels[0]:
         return text
-    previous = of.allowed[of.allowed.index(level) - 1]
-    return f"{text}; with {previous.value} it would need {_size(of.at(previous).memory(strategy).total)}"
+    previous = setup.candidate_levels[setup.candidate_levels.index(level) - 1]
+    return f"{text}; with {previous.value} it would need {_format_bytes(setup.replace_level(previous).estimate_memory(strategy).total)}"
 
 
-def _with_load(of: Situation, share: float) -> Situation:
-    load = Load(round(of.load.tokens * share), round(of.load.tiles * share), round(of.load.supervised * share))
-    return replace(of, load=load)
+def _scale_micro_batch(setup: TrainingSetup, share: float) -> TrainingSetup:
+    load = MicroBatchSize(
+        round(setup.micro_batch.tokens * share),
+        round(setup.micro_batch.tiles * share),
+        round(setup.micro_batch.supervised * share),
+    )
+    return replace(setup, micro_batch=load)
 
 
-def _in_order(of: Situation) -> Iterator[Choice | None]:
-    if of.world_size == 1:
-        yield _if_fits(of, Strategy.single, "one device holds the model and its optimizer")
+def _iter_choices(setup: TrainingSetup) -> Iterator[StrategyChoice | None]:
+    if setup.world_size == 1:
+        yield _choose_if_fits(setup, StrategyName.single, "one device holds the model and its optimizer")
     else:
-        yield _if_fits(of, Strategy.ddp, _why_copies(of))
-        yield _inside_a_node(of) if of.nodes == 1 else _over_nodes(of)
-    devices = devices_that_would_do(of)
-    reason = f"the states do not fit on {counted(of.world_size, 'device')}, so the host's memory holds them, slowly"
+        yield _choose_if_fits(setup, StrategyName.ddp, _describe_ddp(setup))
+        yield _choose_within_node(setup) if setup.num_nodes == 1 else _choose_across_nodes(setup)
+    devices = find_min_devices(setup)
+    reason = (
+        f"the states do not fit on {format_count(setup.world_size, 'device')}, so the host's memory holds them, slowly"
+    )
     alternative = f"; {devices} devices would do without" if devices else ""
-    offloaded = _if_fits(of, Strategy.deepspeed_zero3_offload, f"{reason}{alternative}")
-    yield replace(offloaded, devices=devices) if offloaded else None
+    offloaded = _choose_if_fits(setup, StrategyName.deepspeed_zero3_offload, f"{reason}{alternative}")
+    yield replace(offloaded, min_devices=devices) if offloaded else None
 
 
-def _if_fits(of: Situation, strategy: Strategy, reason: str) -> Choice | None:
-    return Choice(strategy, reason) if of.fits(strategy) else None
+def _choose_if_fits(setup: TrainingSetup, strategy: StrategyName, reason: str) -> StrategyChoice | None:
+    return StrategyChoice(strategy, reason) if setup.can_fit(strategy) else None
 
 
-def _why_copies(of: Situation) -> str:
-    sent = _size(of.widths.gradient * of.parameters.trainable)
-    if of.parameters.trainable < MOSTLY_FROZEN * of.parameters.total:
+def _describe_ddp(setup: TrainingSetup) -> str:
+    sent = _format_bytes(setup.bytes_per_value.gradient * setup.parameters.trainable)
+    if setup.parameters.trainable < MOSTLY_FROZEN_SHARE * setup.parameters.total:
         return f"frozen weights are copied to each device and not sent; a step sums {sent} of gradients"
     return f"the model and its optimizer fit on each device; a step sums {sent} of gradients and sends nothing else"
 
 
-def _inside_a_node(of: Situation) -> Choice | None:
-    return _if_fits(of, Strategy.fsdp2, f"{_too_large(of)}, so the devices of the node share one")
+def _choose_within_node(setup: TrainingSetup) -> StrategyChoice | None:
+    return _choose_if_fits(
+        setup, StrategyName.fsdp2, f"{_describe_copy_size(setup)}, so the devices of the node share one"
+    )
 
 
-def _over_nodes(of: Situation) -> Choice | None:
+def _choose_across_nodes(setup: TrainingSetup) -> StrategyChoice | None:
     """Choose between HSDP, with one copy in each node, and ZeRO-3 over all devices.
 
     HSDP is preferred if a copy fits in a node. ZeRO-3 wins if the all-reduce of HSDP's gradients, at the end of a step,
     waits longer for the network than the weight gathers of ZeRO-3, which are spread over the step.
     """
     within_node, across_nodes = (
-        _if_fits(of, Strategy.hsdp, f"{_too_large(of)}, so the devices of each node share one; only gradients cross the network"),
-        _if_fits(of, Strategy.deepspeed_zero3, f"{_too_large(of)}, so all {of.world_size} devices share one"),
+        _choose_if_fits(setup, StrategyName.hsdp, f"{_describe_copy_size(setup)}, so the devices of each node share one; only gradients cross the network"),
+        _choose_if_fits(setup, StrategyName.deepspeed_zero3, f"{_describe_copy_size(setup)}, so all {setup.world_size} devices share one"),
     )  # fmt: skip
     if within_node is None and across_nodes is not None:
-        node_needs = _size(of.memory(Strategy.hsdp).total)
+        node_needs = _format_bytes(setup.estimate_memory(StrategyName.hsdp).total)
         return replace(across_nodes, reason=f"{across_nodes.reason}, for within a node each would need {node_needs}")
     if within_node is None or across_nodes is None:
         return within_node
     efficiencies = [
-        timing.share for strategy in (Strategy.hsdp, Strategy.deepspeed_zero3) if (timing := of.timing(strategy))
+        timing.efficiency
+        for strategy in (StrategyName.hsdp, StrategyName.deepspeed_zero3)
+        if (timing := setup.simulate_step(strategy))
     ]
     if not efficiencies:
         return within_node
-    threshold = f"ZeRO-3 hides its own from {break_even_of(of):,.0f} tokens per micro-batch on, here {of.load.tokens:,}"
-    comparison = f"at {of.fabric.name} HSDP keeps {efficiencies[0]:.0%} of the devices' speed and ZeRO-3 {efficiencies[1]:.0%}; {threshold}"
+    threshold = f"ZeRO-3 hides its own from {estimate_break_even(setup):,.0f} tokens per micro-batch on, here {setup.micro_batch.tokens:,}"
+    comparison = f"at {setup.fabric.name} HSDP keeps {efficiencies[0]:.0%} of the devices' speed and ZeRO-3 {efficiencies[1]:.0%}; {threshold}"
     best = (
         across_nodes
-        if efficiencies[1] > efficiencies[0] + WORTH
-        or (not of.fits(Strategy.hsdp, ROOM) and efficiencies[1] > efficiencies[0])
+        if efficiencies[1] > efficiencies[0] + MIN_SPEED_GAIN
+        or (not setup.can_fit(StrategyName.hsdp, COMFORTABLE_SHARE) and efficiencies[1] > efficiencies[0])
         else within_node
     )
     return replace(best, reason=f"{best.reason} ({comparison})")
 
 
-def break_even_of(of: Situation) -> float | None:
+def estimate_break_even(setup: TrainingSetup) -> float | None:
     """Estimate the tokens of a micro-batch above which computing hides ZeRO-3's traffic; None if no device speed is known."""
-    timing = of.timing(Strategy.deepspeed_zero3)
-    return None if timing is None else break_even(timing, of.load.tokens)
+    timing = setup.simulate_step(StrategyName.deepspeed_zero3)
+    return None if timing is None else compute_break_even_tokens(timing, setup.micro_batch.tokens)
 
 
-def _too_large(of: Situation) -> str:
-    return f"a whole copy needs {_size(of.memory(Strategy.ddp).total)} on a device"
+def _describe_copy_size(setup: TrainingSetup) -> str:
+    return f"a whole copy needs {_format_bytes(setup.estimate_memory(StrategyName.ddp).total)} on a device"
 
 
-def devices_that_would_do(of: Situation) -> int | None:
+def find_min_devices(setup: TrainingSetup) -> int | None:
     """Find the smallest number of devices, in full nodes, on which ZeRO-3 fits; None if a micro-batch alone is too large."""
-    for num_devices in range(of.devices_per_node, MOST_DEVICES + 1, of.devices_per_node):
-        if of.fits(Strategy.deepspeed_zero3, world_size=num_devices):
+    for num_devices in range(setup.devices_per_node, MAX_DEVICES + 1, setup.devices_per_node):
+        if setup.can_fit(StrategyName.deepspeed_zero3, world_size=num_devices):
             return num_devices
     return None
 
 
-def _size(number: float) -> str:
+def _format_bytes(number: float) -> str:
     for unit, name in ((1e9, "GB"), (1e6, "MB")):
         if number >= unit:
             return f"{number / unit:,.0f} {name}" if number >= 10 * unit else f"{number / unit:.1f} {name}"

@@ -12,10 +12,12 @@ class Device:
     """Accelerator with its memory and its peak speed."""
 
     name: str
-    memory: float  # bytes; the sheet's GB as 10^9 bytes: drivers report a little more, CUDA contexts use a little
-    peak: float  # FLOP/s, bfloat16 on tensor cores, dense (data sheets also give twice that, with sparsity)
+    memory_bytes: float  # bytes; the sheet's GB as 10^9 bytes: drivers report a little more, CUDA contexts use a little
+    peak_flops_per_second: (
+        float  # FLOP/s, bfloat16 on tensor cores, dense (data sheets also give twice that, with sparsity)
+    )
 
-    def seconds(self, flops: float, *, devices: int, utilisation: float, balance: float = 1.0) -> float:
+    def estimate_seconds(self, flops: float, *, devices: int, utilisation: float, balance: float = 1.0) -> float:
         """Estimate the seconds for a number of FLOPs.
 
         Args:
@@ -24,7 +26,7 @@ class Device:
             utilisation: share of the peak that a device reaches while it computes.
             balance: mean work of the devices divided by the largest work, because devices wait for each other.
         """
-        return flops / (devices * self.peak * utilisation * balance)
+        return flops / (devices * self.peak_flops_per_second * utilisation * balance)
 
 
 DEVICES = {

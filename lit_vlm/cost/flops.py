@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lit_vlm.cost.shape import Shape
+from lit_vlm.cost.shape import ModelShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Flops:
     per_tile: float
     per_supervised: float
 
-    def of(self, tokens: Any, squares: Any, tiles: Any, supervised: Any) -> Any:
+    def compute(self, tokens: Any, squares: Any, tiles: Any, supervised: Any) -> Any:
         """Compute the FLOPs of samples, from numbers or from arrays of one shape.
 
         Args:
@@ -46,8 +46,8 @@ class Flops:
         *,
         trains_tower: bool,
         trains_language_model: bool,
-        recomputes: float = 0.0,
-        reference: bool = False,
+        recomputed_share: float = 0.0,
+        has_reference: bool = False,
     ) -> Flops:
         """Build the costs from the `config.json` of a LLaVA-OneVision-class model.
 
@@ -59,21 +59,26 @@ class Flops:
                 because it is no work on the data.
             has_reference: count the forward pass of a preference stage's reference model as well.
         """
-        shape = Shape.from_config(config)
+        shape = ModelShape.from_config(config)
         text, vision = shape.text, shape.vision
-        recomputed, reference_passes = recomputes, int(reference)
+        recomputed, reference_passes = recomputed_share, int(has_reference)
         passes = (3 if trains_language_model else 2) + recomputed + reference_passes
         # in the last layer every token needs a key and a value, all else is computed for loss positions only; the
         # attention of these few positions is not counted
-        loss_position_weights = text.layer - 2 * text.hidden * text.key if text.pruned else 0
-        attention_layers = text.layers - text.pruned
-        tower = 2 * vision.layers * vision.layer * vision.patches + 4 * vision.patches**2 * vision.width * vision.layers
+        loss_position_weights = (
+            text.layer_parameters - 2 * text.hidden_size * text.key_width if text.has_pruned_last_layer else 0
+        )
+        attention_layers = text.num_layers - text.has_pruned_last_layer
+        tower = (
+            2 * vision.num_layers * vision.layer_parameters * vision.num_patches
+            + 4 * vision.num_patches**2 * vision.hidden_size * vision.num_layers
+        )
         return cls(
-            per_token=2.0 * passes * (text.layers * text.layer - loss_position_weights),
-            per_square=2.0 * (3 + recomputed + reference_passes) * text.query * attention_layers,
+            per_token=2.0 * passes * (text.num_layers * text.layer_parameters - loss_position_weights),
+            per_square=2.0 * (3 + recomputed + reference_passes) * text.query_width * attention_layers,
             # the reference model reuses the features of a frozen vision tower
             per_tile=tower * (3 + recomputed + reference_passes if trains_tower else 1)
-            + 2.0 * (3 + reference_passes) * vision.patches * shape.projector,
-            per_supervised=2.0 * (passes - recomputed) * text.hidden * text.vocab
+            + 2.0 * (3 + reference_passes) * vision.num_patches * shape.projector_parameters,
+            per_supervised=2.0 * (passes - recomputed) * text.hidden_size * text.vocab_size
             + 2.0 * passes * loss_position_weights,
         )

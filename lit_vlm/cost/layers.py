@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from lit_vlm.cost.communication import Layer
-from lit_vlm.cost.memory import Load, Parameters, Training
-from lit_vlm.cost.shape import Shape
+from lit_vlm.cost.communication import LayerCost
+from lit_vlm.cost.memory import MicroBatchSize, ParameterCounts, TrainingOptions
+from lit_vlm.cost.shape import ModelShape
 
-SEGMENT = 2048  # tokens of a sample, assumed for attention if unknown: attention is 3 % to 8 % of a layer's work
+SEGMENT_TOKENS = 2048  # tokens of a sample, assumed for attention if unknown: attention is 3 % to 8 % of a layer's work
 
 
-def layers_of(
-    shape: Shape, parameters: Parameters, training: Training, load: Load, rate: float, segment: float = SEGMENT
-) -> list[Layer]:
+def build_layer_costs(
+    shape: ModelShape,
+    parameters: ParameterCounts,
+    training: TrainingOptions,
+    micro_batch: MicroBatchSize,
+    flops_per_second: float,
+    segment_tokens: float = SEGMENT_TOKENS,
+) -> list[LayerCost]:
     """Build the costs of all layers in forward order: vision tower, projector, embeddings, language model, head.
 
     A reference model is appended as layers without a backward pass.
@@ -23,36 +28,51 @@ def layers_of(
     """
     text, vision = shape.text, shape.vision
     trains_language_model, trains_tower = training.trains_language_model, training.trains_tower
-    table, projector = float(text.hidden * text.vocab), float(shape.projector)
+    table, projector = float(text.hidden_size * text.vocab_size), float(shape.projector_parameters)
     remaining_parameters = (
-        parameters.total - vision.layers * vision.layer - projector - text.layers * text.layer - table
+        parameters.total
+        - vision.num_layers * vision.layer_parameters
+        - projector
+        - text.num_layers * text.layer_parameters
+        - table
     )
     untied_head = table if remaining_parameters > table / 2 else 0.0  # 0 if the head is tied
     trains = (
         projector
-        + vision.layers * vision.layer * trains_tower
-        + (text.layers * text.layer + table + untied_head) * trains_language_model
+        + vision.num_layers * vision.layer_parameters * trains_tower
+        + (text.num_layers * text.layer_parameters + table + untied_head) * trains_language_model
     )
     share = min(1.0, parameters.trainable / trains)  # far below 1 with LoRA
 
-    def layer(size: float, flops: float, *, trained: bool, crossed: bool = True, again: bool = False) -> Layer:
-        backward = crossed * (1 + trained + again * training.again)
-        return Layer(size, share * size * trained, flops / rate, backward * flops / rate)
+    def make_layer(
+        size: float, flops: float, *, is_trained: bool, has_backward: bool = True, is_recomputed: bool = False
+    ) -> LayerCost:
+        backward = has_backward * (1 + is_trained + is_recomputed * training.recomputed_share)
+        return LayerCost(size, share * size * is_trained, flops / flops_per_second, backward * flops / flops_per_second)
 
-    patches = load.tiles * vision.patches
-    tower_flops = 2.0 * patches * (vision.layer + 2.0 * vision.patches * vision.width)
-    text_flops = 2.0 * load.tokens * (text.layer + segment * text.query)
+    patches = micro_batch.tiles * vision.num_patches
+    tower_flops = 2.0 * patches * (vision.layer_parameters + 2.0 * vision.num_patches * vision.hidden_size)
+    text_flops = 2.0 * micro_batch.tokens * (text.layer_parameters + segment_tokens * text.query_width)
     policy = [
-        *[layer(float(vision.layer), tower_flops, trained=trains_tower, crossed=trains_tower, again=True)]
-        * vision.layers,
-        layer(projector, 2.0 * patches * projector, trained=True),
-        layer(table, 0.0, trained=trains_language_model),
-        *[layer(float(text.layer), text_flops, trained=trains_language_model, again=True)] * text.layers,
-        layer(untied_head, 2.0 * load.supervised * table, trained=trains_language_model),
+        *[
+            make_layer(
+                float(vision.layer_parameters),
+                tower_flops,
+                is_trained=trains_tower,
+                has_backward=trains_tower,
+                is_recomputed=True,
+            )
+        ]
+        * vision.num_layers,
+        make_layer(projector, 2.0 * patches * projector, is_trained=True),
+        make_layer(table, 0.0, is_trained=trains_language_model),
+        *[make_layer(float(text.layer_parameters), text_flops, is_trained=trains_language_model, is_recomputed=True)]
+        * text.num_layers,
+        make_layer(untied_head, 2.0 * micro_batch.supervised * table, is_trained=trains_language_model),
     ]
-    return [*policy, *map(_only_forward, policy)] if training.reference else policy
+    return [*policy, *map(_drop_backward, policy)] if training.reference_parameters else policy
 
 
-def _only_forward(layer: Layer) -> Layer:
+def _drop_backward(layer: LayerCost) -> LayerCost:
     """Return the same layer for a reference model: without a backward pass and without trainable parameters."""
-    return Layer(layer.parameters, 0.0, layer.forward, 0.0)
+    return LayerCost(layer.parameters, 0.0, layer.forward_seconds, 0.0)

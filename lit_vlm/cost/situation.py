@@ -5,34 +5,49 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from lit_vlm.config.schema import ActivationCheckpointing as Level
-from lit_vlm.config.schema import Strategy
-from lit_vlm.cost.communication import Cluster, Fabric, Layer, Scheme, Timing, Widths, simulate
+from lit_vlm.config.schema import StrategyName
+from lit_vlm.cost.communication import (
+    BytesPerValue,
+    Cluster,
+    CommunicationScheme,
+    Fabric,
+    LayerCost,
+    StepTiming,
+    simulate_step,
+)
 from lit_vlm.cost.devices import Device
-from lit_vlm.cost.layers import layers_of
-from lit_vlm.cost.memory import Load, Memory, Parameters, Sharding, Training, memory_of
-from lit_vlm.cost.shape import Shape
+from lit_vlm.cost.layers import build_layer_costs
+from lit_vlm.cost.memory import (
+    MemoryEstimate,
+    MicroBatchSize,
+    ParameterCounts,
+    Sharding,
+    TrainingOptions,
+    estimate_memory,
+)
+from lit_vlm.cost.shape import ModelShape
 
 SHARDINGS = {
-    Strategy.single: Sharding.single,
-    Strategy.ddp: Sharding.ddp,
-    Strategy.deepspeed_zero2: Sharding.zero2,
-    Strategy.deepspeed_zero3: Sharding.zero3,
-    Strategy.deepspeed_zero3_offload: Sharding.offload,
-    Strategy.fsdp2: Sharding.fsdp2,
-    Strategy.hsdp: Sharding.hsdp,
+    StrategyName.single: Sharding.single,
+    StrategyName.ddp: Sharding.ddp,
+    StrategyName.deepspeed_zero2: Sharding.zero2,
+    StrategyName.deepspeed_zero3: Sharding.zero3,
+    StrategyName.deepspeed_zero3_offload: Sharding.offload,
+    StrategyName.fsdp2: Sharding.fsdp2,
+    StrategyName.hsdp: Sharding.hsdp,
 }
 SCHEMES = {
-    Strategy.ddp: Scheme.ddp,
-    Strategy.deepspeed_zero2: Scheme.zero2,
-    Strategy.deepspeed_zero3: Scheme.zero3,
-    Strategy.deepspeed_zero3_offload: Scheme.zero3,
-    Strategy.fsdp2: Scheme.zero3,
-    Strategy.hsdp: Scheme.hsdp,
+    StrategyName.ddp: CommunicationScheme.ddp,
+    StrategyName.deepspeed_zero2: CommunicationScheme.zero2,
+    StrategyName.deepspeed_zero3: CommunicationScheme.zero3,
+    StrategyName.deepspeed_zero3_offload: CommunicationScheme.zero3,
+    StrategyName.fsdp2: CommunicationScheme.zero3,
+    StrategyName.hsdp: CommunicationScheme.hsdp,
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Situation:
+class TrainingSetup:
     """Training setup: model, parts that train, micro-batch and cluster.
 
     Attributes:
@@ -51,71 +66,83 @@ class Situation:
             `training`.
     """
 
-    shape: Shape
-    parameters: Parameters
-    training: Training
-    load: Load
+    shape: ModelShape
+    parameters: ParameterCounts
+    training: TrainingOptions
+    micro_batch: MicroBatchSize
     world_size: int
     devices_per_node: int
     device: Device | None
     fabric: Fabric
     utilisation: float = 0.4
     shard_size: int | None = None
-    k: int = 1
-    levels: tuple[Level, ...] = ()
+    num_micro_batches: int = 1
+    allowed_levels: tuple[Level, ...] = ()
 
     @property
-    def allowed(self) -> tuple[Level, ...]:
+    def candidate_levels(self) -> tuple[Level, ...]:
         """Levels of activation checkpointing to choose from."""
-        return self.levels or (self.training.checkpointing,)
+        return self.allowed_levels or (self.training.checkpointing,)
 
-    def at(self, level: Level) -> Situation:
+    def replace_level(self, level: Level) -> TrainingSetup:
         """Return the setup with one level of activation checkpointing and no choice of others."""
-        return replace(self, training=replace(self.training, checkpointing=level), levels=())
+        return replace(self, training=replace(self.training, checkpointing=level), allowed_levels=())
 
     @property
-    def nodes(self) -> int:
+    def num_nodes(self) -> int:
         """Number of full nodes, at least 1."""
         return max(1, self.world_size // self.devices_per_node)
 
-    def memory(self, strategy: Strategy, world_size: int | None = None) -> Memory:
+    def estimate_memory(self, strategy: StrategyName, world_size: int | None = None) -> MemoryEstimate:
         """Estimate the memory of one device."""
         num_devices = world_size or self.world_size
         sharding_devices = (
-            min(self.shard_size or self.devices_per_node, num_devices) if strategy is Strategy.hsdp else num_devices
+            min(self.shard_size or self.devices_per_node, num_devices) if strategy is StrategyName.hsdp else num_devices
         )
-        return memory_of(self.shape, self.parameters, self.training, self.load, SHARDINGS[strategy], sharding_devices)
+        return estimate_memory(
+            self.shape, self.parameters, self.training, self.micro_batch, SHARDINGS[strategy], sharding_devices
+        )
 
-    def fits(self, strategy: Strategy, room: float = 1.0, world_size: int | None = None) -> bool:
+    def can_fit(self, strategy: StrategyName, max_share: float = 1.0, world_size: int | None = None) -> bool:
         """Return True if the estimate is at most the share `max_share` of the device's memory."""
-        return self.device is None or self.memory(strategy, world_size).total <= room * self.device.memory
+        return (
+            self.device is None
+            or self.estimate_memory(strategy, world_size).total <= max_share * self.device.memory_bytes
+        )
 
-    def timing(self, strategy: Strategy) -> Timing | None:
+    def simulate_step(self, strategy: StrategyName) -> StepTiming | None:
         """Simulate an optimizer step; None if nothing is sent or if no device speed is known."""
         if strategy not in SCHEMES or self.device is None or self.world_size == 1:
             return None
-        layers = self._layers(self.device)
-        per_node = self.shard_size if strategy is Strategy.hsdp and self.shard_size else self.devices_per_node
+        layers = self._build_layers(self.device)
+        per_node = self.shard_size if strategy is StrategyName.hsdp and self.shard_size else self.devices_per_node
         cluster = Cluster(self.world_size, self.fabric, min(per_node, self.world_size))
-        return simulate(SCHEMES[strategy], layers, cluster, k=self.k, widths=self.widths)
+        return simulate_step(
+            SCHEMES[strategy],
+            layers,
+            cluster,
+            num_micro_batches=self.num_micro_batches,
+            bytes_per_value=self.bytes_per_value,
+        )
 
-    def seconds(self, strategy: Strategy) -> float:
+    def estimate_step_seconds(self, strategy: StrategyName) -> float:
         """Estimate the seconds of an optimizer step, without the transfers of offload."""
         if self.device is None:
             return 0.0
-        timing = self.timing(strategy)
+        timing = self.simulate_step(strategy)
         return (
-            timing.total
+            timing.total_seconds
             if timing
-            else self.k * sum(layer.forward + layer.backward for layer in self._layers(self.device))
+            else self.num_micro_batches
+            * sum(layer.forward_seconds + layer.backward_seconds for layer in self._build_layers(self.device))
         )
 
-    def _layers(self, device: Device) -> list[Layer]:
-        flops_per_second = device.peak * self.utilisation
-        return layers_of(self.shape, self.parameters, self.training, self.load, flops_per_second)
+    def _build_layers(self, device: Device) -> list[LayerCost]:
+        flops_per_second = device.peak_flops_per_second * self.utilisation
+        return build_layer_costs(self.shape, self.parameters, self.training, self.micro_batch, flops_per_second)
 
     @property
-    def widths(self) -> Widths:
+    def bytes_per_value(self) -> BytesPerValue:
         """Bytes of a weight and of a gradient when they are sent, from the precision."""
         precision = self.training.precision
-        return Widths(weight=precision.compute, gradient=precision.weight)
+        return BytesPerValue(weight=precision.compute_bytes, gradient=precision.weight_bytes)

@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from lit_vlm.data.markup import boxes_of
-from lit_vlm.evaluation.scoring import normalise
-from lit_vlm.types import SPECIAL_TOKENS, Content, Control, Message, Role
+from lit_vlm.data.markup import parse_mentions
+from lit_vlm.evaluation.scoring import normalize_answer
+from lit_vlm.types import SPECIAL_TOKENS, ContentPart, ControlToken, Message, Role
 
-CONTROLS = tuple(token for token in SPECIAL_TOKENS if token not in ("<gro>", "<ocr>"))
+MARKUP_TOKENS = tuple(token for token in SPECIAL_TOKENS if token not in ("<gro>", "<ocr>"))
 
 
-class Origin(StrEnum):
+class AnswerOrigin(StrEnum):
     """Origin of an answer."""
 
     sample = "sample"  # by the model, to the prompt
@@ -21,7 +21,7 @@ class Origin(StrEnum):
     uncontrolled = "uncontrolled"  # by the model, to the prompt without its control token
 
 
-class State(StrEnum):
+class AnswerState(StrEnum):
     """State of an answer; only graded answers are used."""
 
     graded = "graded"
@@ -30,7 +30,7 @@ class State(StrEnum):
     ungraded = "ungraded"  # the judge gave no valid grade
 
 
-class Reason(StrEnum):
+class NoPairReason(StrEnum):
     """Reason why a prompt yields no pair."""
 
     too_few = "too few answers"  # that are complete, not empty and graded
@@ -42,12 +42,12 @@ class Reason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class CandidateAnswer:
     """One answer to a prompt; `score`, 0 to 1, if it is graded."""
 
-    content: tuple[Content, ...]
-    origin: Origin
-    state: State
+    content: tuple[ContentPart, ...]
+    origin: AnswerOrigin
+    state: AnswerState
     score: float | None = None
 
     @property
@@ -55,71 +55,73 @@ class Answer:
         return Message(Role.assistant, self.content).text
 
     @property
-    def has_marks(self) -> bool:
+    def has_markup(self) -> bool:
         """True if the answer has control tokens of box markup, valid or not. Text that looks like them does not count."""
-        return any(piece.token in CONTROLS for piece in self.content if isinstance(piece, Control))
+        return any(piece.token in MARKUP_TOKENS for piece in self.content if isinstance(piece, ControlToken))
 
     @property
     def has_boxes(self) -> bool:
-        return self.has_marks and bool(boxes_of(self.text))
+        return self.has_markup and bool(parse_mentions(self.text))
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class AnswerPair:
     """Chosen and rejected answer of one prompt."""
 
-    chosen: Answer
-    rejected: Answer
+    chosen: CandidateAnswer
+    rejected: CandidateAnswer
 
 
-def response_pair(answers: Sequence[Answer], min_margin: float) -> Pair | Reason:
+def choose_response_pair(answers: Sequence[CandidateAnswer], min_margin: float) -> AnswerPair | NoPairReason:
     """Choose the best answer as chosen and the worst one as rejected; of equally good ones the first.
 
     Args:
         answers: all answers to one prompt. A reference among them is chosen only if it is better than all samples.
         min_margin: minimum difference of the two scores.
     """
-    usable = _usable(answers)
-    samples = [answer for answer in usable if answer.origin is Origin.sample]
+    usable = _filter_graded(answers)
+    samples = [answer for answer in usable if answer.origin is AnswerOrigin.sample]
     if not samples or len(usable) < 2:
-        return Reason.too_few
-    return _judged(_best(usable), min(samples, key=_score), samples, min_margin)
+        return NoPairReason.too_few
+    return _make_pair(_select_best(usable), min(samples, key=_get_score), samples, min_margin)
 
 
-def control_pair(answers: Sequence[Answer], min_margin: float) -> Pair | Reason:
+def choose_control_pair(answers: Sequence[CandidateAnswer], min_margin: float) -> AnswerPair | NoPairReason:
     """Choose the best answer with boxes, and reject an answer that ignores the control token, i.e. has no box markup."""
-    usable = _usable(answers)
-    uncontrolled = [answer for answer in usable if answer.origin is Origin.uncontrolled]
+    usable = _filter_graded(answers)
+    uncontrolled = [answer for answer in usable if answer.origin is AnswerOrigin.uncontrolled]
     if not uncontrolled:
-        return Reason.too_few
-    without_markup = [answer for answer in uncontrolled if not answer.has_marks]
+        return NoPairReason.too_few
+    without_markup = [answer for answer in uncontrolled if not answer.has_markup]
     if not without_markup:
-        return Reason.boxes
-    with_boxes = [answer for answer in usable if answer.origin is not Origin.uncontrolled and answer.has_boxes]
+        return NoPairReason.boxes
+    with_boxes = [answer for answer in usable if answer.origin is not AnswerOrigin.uncontrolled and answer.has_boxes]
     if not with_boxes:
-        return Reason.no_boxes
-    return _judged(_best(with_boxes), without_markup[0], [], min_margin)
+        return NoPairReason.no_boxes
+    return _make_pair(_select_best(with_boxes), without_markup[0], [], min_margin)
 
 
-def _judged(chosen: Answer, rejected: Answer, samples: list[Answer], min_margin: float) -> Pair | Reason:
-    margin = _score(chosen) - _score(rejected)
+def _make_pair(
+    chosen: CandidateAnswer, rejected: CandidateAnswer, samples: list[CandidateAnswer], min_margin: float
+) -> AnswerPair | NoPairReason:
+    margin = _get_score(chosen) - _get_score(rejected)
     if margin <= 0:
-        texts = {normalise(answer.text) for answer in (chosen, rejected, *samples)}
-        return Reason.equal if len(texts) == 1 else Reason.tie
-    if normalise(chosen.text) == normalise(rejected.text):
-        return Reason.equal
-    return Pair(chosen, rejected) if margin >= min_margin else Reason.margin
+        texts = {normalize_answer(answer.text) for answer in (chosen, rejected, *samples)}
+        return NoPairReason.equal if len(texts) == 1 else NoPairReason.tie
+    if normalize_answer(chosen.text) == normalize_answer(rejected.text):
+        return NoPairReason.equal
+    return AnswerPair(chosen, rejected) if margin >= min_margin else NoPairReason.margin
 
 
-def _usable(answers: Sequence[Answer]) -> list[Answer]:
-    return [answer for answer in answers if answer.state is State.graded]
+def _filter_graded(answers: Sequence[CandidateAnswer]) -> list[CandidateAnswer]:
+    return [answer for answer in answers if answer.state is AnswerState.graded]
 
 
-def _best(answers: Sequence[Answer]) -> Answer:
+def _select_best(answers: Sequence[CandidateAnswer]) -> CandidateAnswer:
     """Select the best answer; of equally good ones a sample, which the model can generate, before the reference, then the first."""
-    return max(answers, key=lambda answer: (_score(answer), answer.origin is Origin.sample))
+    return max(answers, key=lambda answer: (_get_score(answer), answer.origin is AnswerOrigin.sample))
 
 
-def _score(answer: Answer) -> float:
+def _get_score(answer: CandidateAnswer) -> float:
     assert answer.score is not None
     return answer.score

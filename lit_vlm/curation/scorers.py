@@ -9,16 +9,16 @@ from typing import Protocol
 
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from lit_vlm.config.custom import made_from
+from lit_vlm.config.custom import instantiate
 from lit_vlm.data.processor import Processor
-from lit_vlm.evaluation.answers import ask, readable_prompt
-from lit_vlm.evaluation.scoring import score
-from lit_vlm.types import Content, ImageSlot, Language, Message, Role, Sample, UserError, counted
+from lit_vlm.evaluation.answers import format_prompt, generate_answers
+from lit_vlm.evaluation.scoring import compute_score
+from lit_vlm.types import ContentPart, ImagePlaceholder, Language, Message, Role, Sample, UserError, format_count
 
-Asked = tuple[Sample, str]  # a sample, whose last message is the reference answer, and the answer to grade
+GradeRequest = tuple[Sample, str]  # a sample, whose last message is the reference answer, and the answer to grade
 
-HIGHEST = 10
-MOST_NEW_TOKENS = 8  # of a grade; a longer text is no grade
+MAX_GRADE = 10
+MAX_NEW_TOKENS = 8  # of a grade; a longer text is no grade
 
 # The three fields are filled with plain text: control tokens and image placeholders in it stay text for the judge.
 JUDGE_PROMPT = """\
@@ -42,16 +42,16 @@ Reply with one whole number from 0 to 10 and nothing else."""
 class Scorer(Protocol):
     """Interface of a class that grades answers. A class of the user needs this method and a constructor without arguments."""
 
-    def grade(self, asked: Sequence[Asked]) -> Sequence[float | None]:
+    def grade(self, asked: Sequence[GradeRequest]) -> Sequence[float | None]:
         """Grade each answer from 0 to 1, or None if it cannot be graded."""
         ...
 
 
-class Exact:
+class ExactScorer:
     """Scorer that compares with the reference answer, by the metric of the kind; see `evaluation.scoring.compute_score`."""
 
-    def grade(self, asked: Sequence[Asked]) -> list[float | None]:
-        return [score(sample.kind, answer, sample.messages[-1].text) for sample, answer in asked]
+    def grade(self, asked: Sequence[GradeRequest]) -> list[float | None]:
+        return [compute_score(sample.kind, answer, sample.messages[-1].text) for sample, answer in asked]
 
 
 class ModelJudge:
@@ -64,26 +64,28 @@ class ModelJudge:
     """
 
     def __init__(
-        self, model: LlavaOnevisionForConditionalGeneration, processor: Processor, most_tokens: int, most_tiles: int
+        self, model: LlavaOnevisionForConditionalGeneration, processor: Processor, max_tokens: int, max_tiles: int
     ) -> None:
         self.model, self.processor = model, processor
-        self.most_tokens, self.most_tiles = most_tokens, most_tiles
+        self.max_tokens, self.max_tiles = max_tokens, max_tiles
 
-    def grade(self, asked: Sequence[Asked]) -> list[float | None]:
-        samples = [judged(sample, answer) for sample, answer in asked]
+    def grade(self, asked: Sequence[GradeRequest]) -> list[float | None]:
+        samples = [build_judge_sample(sample, answer) for sample, answer in asked]
         replies = [
-            text for group in self._groups(samples) for text in ask(self.model, self.processor, group, MOST_NEW_TOKENS)
+            text
+            for group in self._group_within_limits(samples)
+            for text in generate_answers(self.model, self.processor, group, MAX_NEW_TOKENS)
         ]
         return [parse_grade(text) for text in replies]
 
-    def _groups(self, samples: list[Sample]) -> Iterator[list[Sample]]:
+    def _group_within_limits(self, samples: list[Sample]) -> Iterator[list[Sample]]:
         """Group neighbouring samples within the limits; a single larger sample is a group of its own."""
         group: list[Sample] = []
         longest = tiles = 0
         for sample in samples:
-            cost = self.processor.cost(sample)
+            cost = self.processor.compute_cost(sample)
             longest, tiles = max(longest, cost.num_tokens), tiles + cost.num_tiles
-            if group and (longest * (len(group) + 1) > self.most_tokens or tiles > self.most_tiles):
+            if group and (longest * (len(group) + 1) > self.max_tokens or tiles > self.max_tiles):
                 yield group
                 group, longest, tiles = [], cost.num_tokens, cost.num_tiles
             group.append(sample)
@@ -91,11 +93,11 @@ class ModelJudge:
             yield group
 
 
-def judged(sample: Sample, answer: str) -> Sample:
+def build_judge_sample(sample: Sample, answer: str) -> Sample:
     """Build the judge's prompt as a sample: the images, then `JUDGE_PROMPT` as plain text."""
-    slots: list[Content] = [ImageSlot(number) for number in range(len(sample.images))]
+    slots: list[ContentPart] = [ImagePlaceholder(number) for number in range(len(sample.images))]
     text = JUDGE_PROMPT.format(
-        question=readable_prompt(sample.messages[:-1]), reference=sample.messages[-1].text, answer=answer
+        question=format_prompt(sample.messages[:-1]), reference=sample.messages[-1].text, answer=answer
     )
     messages = (Message(Role.user, (*slots, text)), Message(Role.assistant, ("0",)))
     return Sample(
@@ -103,34 +105,34 @@ def judged(sample: Sample, answer: str) -> Sample:
     )
 
 
-def parse_grade(said: str) -> float | None:
+def parse_grade(text: str) -> float | None:
     """Parse a reply that is a whole number from 0 to 10 into a grade from 0 to 1, else None."""
-    found = re.fullmatch(r"10|[0-9]", said.strip())
-    return int(found[0]) / HIGHEST if found else None
+    found = re.fullmatch(r"10|[0-9]", text.strip())
+    return int(found[0]) / MAX_GRADE if found else None
 
 
-def own_scorer(path: str) -> Scorer:
+def load_custom_scorer(path: str) -> Scorer:
     """Load a scorer of the user from an import path.
 
     Raises:
         UserError: it is no class, or it has no method `grade`.
     """
     needed, remedy = "a class with a method grade", "Give it one, see docs/preferences.md"
-    return made_from("prefer.judge", path, lambda found: callable(getattr(found, "grade", None)), needed, remedy)
+    return instantiate("prefer.judge", path, lambda found: callable(getattr(found, "grade", None)), needed, remedy)
 
 
-def grades_of(scorer: Scorer, asked: Sequence[Asked]) -> list[float | None]:
+def compute_grades(scorer: Scorer, requests: Sequence[GradeRequest]) -> list[float | None]:
     """Compute the grades of all requests; equal answers to one sample are graded once.
 
     Raises:
         UserError: the scorer returned an invalid grade or a wrong number of grades.
     """
-    distinct_requests = list({(id(sample), answer): (sample, answer) for sample, answer in asked}.values())
+    distinct_requests = list({(id(sample), answer): (sample, answer) for sample, answer in requests}.values())
     grades = list(scorer.grade(distinct_requests)) if distinct_requests else []
-    invalid = [grade for grade in grades if grade is not None and not _is_share(grade)]
+    invalid = [grade for grade in grades if grade is not None and not _is_valid_grade(grade)]
     if len(grades) != len(distinct_requests) or invalid:
         problem = (
-            f"{counted(len(grades), 'grade')} for {counted(len(distinct_requests), 'answer')}"
+            f"{format_count(len(grades), 'grade')} for {format_count(len(distinct_requests), 'answer')}"
             if len(grades) != len(distinct_requests)
             else repr(invalid[0])
         )
@@ -140,8 +142,8 @@ def grades_of(scorer: Scorer, asked: Sequence[Asked]) -> list[float | None]:
     grade_by_request = {
         (id(sample), answer): grade for (sample, answer), grade in zip(distinct_requests, grades, strict=True)
     }
-    return [grade_by_request[id(sample), answer] for sample, answer in asked]
+    return [grade_by_request[id(sample), answer] for sample, answer in requests]
 
 
-def _is_share(grade: object) -> bool:
+def _is_valid_grade(grade: object) -> bool:
     return isinstance(grade, int | float) and math.isfinite(grade) and 0 <= grade <= 1

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch.utils.data import get_worker_info
 
-from lit_vlm.anyres import Layout
+from lit_vlm.anyres import TileLayout
 from lit_vlm.data.decoding import REMEDY
 from lit_vlm.data.processor import Processor
-from lit_vlm.data.template import Encoded
-from lit_vlm.types import IGNORE_INDEX, Batch, Fault, ImageSlot, PreferencePair, Record, RecordError, Sample
+from lit_vlm.data.template import TokenSequence
+from lit_vlm.types import IGNORE_INDEX, Batch, Fault, ImagePlaceholder, PreferencePair, Record, RecordError, Sample
 
 
 def collate(
@@ -25,7 +25,7 @@ def collate(
     step_tiles: int = 0,
     step_pairs: int = 0,
     step_chosen_tokens: int = 0,
-    pixels: bool = True,
+    with_pixels: bool = True,
 ) -> Batch:
     """Collate records into one flat micro-batch.
 
@@ -41,27 +41,29 @@ def collate(
     Raises:
         RecordError: an image cannot be read, or has changed between its header and its pixels.
     """
-    layouts = [processor.layouts(record) for record in records]
-    segments_per_record = [processor.segments(record, layouts[i]) for i, record in enumerate(records)]
+    layouts = [processor.compute_layouts(record) for record in records]
+    segments_per_record = [processor.encode_segments(record, layouts[i]) for i, record in enumerate(records)]
     num_pair_records = sum(isinstance(record, PreferencePair) for record in records)
     assert num_pair_records in (0, len(records)), "samples and pairs in one micro-batch"
-    segment_order = _order(segments_per_record, answers=2 if num_pair_records else 1)
+    segment_order = _sort_segments(segments_per_record, num_answers=2 if num_pair_records else 1)
     first_image = np.cumsum([0, *(len(record.images) for record in records)])
     image_index = [
         int(first_image[i]) + image
         for i, j in segment_order
-        for image in _images_in(records[i], len(segments_per_record[i]), j)
+        for image in _list_images(records[i], len(segments_per_record[i]), j)
     ]
     return Batch(
-        **_row(
+        **_build_flat_batch(
             [segments_per_record[i][j] for i, j in segment_order],
-            _prefixes(segments_per_record, segment_order),
+            _find_prefixes(segments_per_record, segment_order),
             processor,
         ),
-        owners=[i for i, _ in segment_order] or [0],
-        tiles=_tiles(processor, records, layouts) if pixels else _empty(sum(map(_count, layouts)), 3, 0, 0),
+        record_ids=[i for i, _ in segment_order] or [0],
+        tiles=_load_tiles(processor, records, layouts)
+        if with_pixels
+        else _allocate(sum(map(_count_tiles, layouts)), 3, 0, 0),
         layouts=[layout for record_layouts in layouts for layout in record_layouts],
-        tiles_of_records=[_count(record_layouts) for record_layouts in layouts],
+        tiles_per_record=[_count_tiles(record_layouts) for record_layouts in layouts],
         image_index=image_index,
         step_supervised_tokens=step_supervised_tokens,
         step_tiles=step_tiles,
@@ -72,41 +74,51 @@ def collate(
         num_pairs=num_pair_records,
         step_pairs=step_pairs,
         step_chosen_tokens=step_chosen_tokens,
-        blank=not records,
+        dummy=not records,
     )
 
 
-def _order(laid: list[list[Encoded]], answers: int) -> list[tuple[int, int]]:
+def _sort_segments(segments_per_record: list[list[TokenSequence]], num_answers: int) -> list[tuple[int, int]]:
     """Sort the segments of all records as (record, segment): shared prompts first, then first answers, then second ones."""
-    shared = [(i, 0) for i, segments in enumerate(laid) if len(segments) > answers]
+    shared = [(i, 0) for i, segments in enumerate(segments_per_record) if len(segments) > num_answers]
     return shared + [
-        (i, len(segments) - answers + answer) for answer in range(answers) for i, segments in enumerate(laid)
+        (i, len(segments) - num_answers + answer)
+        for answer in range(num_answers)
+        for i, segments in enumerate(segments_per_record)
     ]
 
 
-def _prefixes(laid: list[list[Encoded]], order: list[tuple[int, int]]) -> list[int]:
+def _find_prefixes(segments_per_record: list[list[TokenSequence]], segment_order: list[tuple[int, int]]) -> list[int]:
     """Find for each segment the position of the segment that it continues; -1: none."""
-    positions = {segment: position for position, segment in enumerate(order)}
-    return [positions[i, 0] if j and len(laid[i]) == 3 else -1 for i, j in order] or [-1]
+    positions = {segment: position for position, segment in enumerate(segment_order)}
+    return [positions[i, 0] if j and len(segments_per_record[i]) == 3 else -1 for i, j in segment_order] or [-1]
 
 
-def _images_in(record: Record, num_segments: int, segment: int) -> list[int]:
+def _list_images(record: Record, num_segments: int, segment: int) -> list[int]:
     """List the indices of the record's images in one of its segments, in the order of the text."""
     if num_segments == 3 and segment > 0:
         return []  # in its prompt
     if isinstance(record, Sample):
-        return [piece.index for message in record.messages for piece in message.content if isinstance(piece, ImageSlot)]
-    first = record.num_shown if record.rejected_images and segment == 1 else 0
+        return [
+            piece.index
+            for message in record.messages
+            for piece in message.content
+            if isinstance(piece, ImagePlaceholder)
+        ]
+    first = record.num_prompt_images if record.has_rejected_images and segment == 1 else 0
     return [
-        first + piece.index for message in record.prompt for piece in message.content if isinstance(piece, ImageSlot)
+        first + piece.index
+        for message in record.prompt
+        for piece in message.content
+        if isinstance(piece, ImagePlaceholder)
     ]
 
 
-def _row(segments: list[Encoded], prefixes: list[int], processor: Processor) -> dict[str, Any]:
+def _build_flat_batch(segments: list[TokenSequence], prefixes: list[int], processor: Processor) -> dict[str, Any]:
     """Build the token fields of a `Batch`: segments concatenated without padding, with `cu_seqlens` and loss positions."""
     if not segments:  # dummy batch: one token that predicts nothing
         pad = processor.tokenizer.pad_token_id or 0
-        segments = [Encoded(np.array([pad], dtype=np.int32), np.array([False]))]
+        segments = [TokenSequence(np.array([pad], dtype=np.int32), np.array([False]))]
     lengths = [segment.num_tokens for segment in segments]
     starts = np.cumsum([0, *lengths])
     input_ids = torch.from_numpy(np.concatenate([segment.input_ids for segment in segments]).astype(np.int64))
@@ -122,19 +134,19 @@ def _row(segments: list[Encoded], prefixes: list[int], processor: Processor) -> 
     return {
         "input_ids": input_ids,
         "labels": torch.where(torch.from_numpy(supervised), input_ids, IGNORE_INDEX),
-        "rows": torch.from_numpy(loss_positions),
+        "loss_positions": torch.from_numpy(loss_positions),
         "position_ids": torch.from_numpy(
             np.concatenate([np.arange(first, first + n) for first, n in zip(first_positions, lengths, strict=True)])
         ),
         "cu_seqlens": torch.from_numpy(starts.astype(np.int32)),
-        "lengths": lengths,
-        "prefixes": prefixes,
-        "supervised": np.diff(bounds).tolist(),
-        "tails": [int(stop) - first for first, stop in zip(first_loss_positions, starts[1:], strict=True)],
+        "segment_lengths": lengths,
+        "prefix_segments": prefixes,
+        "segment_supervised_tokens": np.diff(bounds).tolist(),
+        "trailing_tokens": [int(stop) - first for first, stop in zip(first_loss_positions, starts[1:], strict=True)],
     }
 
 
-def _tiles(processor: Processor, records: list[Record], layouts: list[list[Layout]]) -> torch.Tensor:
+def _load_tiles(processor: Processor, records: list[Record], layouts: list[list[TileLayout]]) -> torch.Tensor:
     """Load all tiles: [N, 3, H, W] uint8.
 
     They are filled record by record, so that memory holds the tiles of only one record in addition to the batch.
@@ -143,11 +155,11 @@ def _tiles(processor: Processor, records: list[Record], layouts: list[list[Layou
         RecordError: an image has changed between its header and its pixels.
     """
     side = processor.images.tile_size
-    counts = [_count(images) for images in layouts]
-    tiles = _empty(sum(counts), 3, side, side)
+    counts = [_count_tiles(images) for images in layouts]
+    tiles = _allocate(sum(counts), 3, side, side)
     start = 0
     for record, count in zip(records, counts, strict=True):
-        stacks = processor.tiles(record)
+        stacks = processor.load_tiles(record)
         if sum(map(len, stacks)) != count:
             raise RecordError(record.origin, "its image changed while it was read", REMEDY, Fault.changed)
         if stacks:
@@ -156,11 +168,11 @@ def _tiles(processor: Processor, records: list[Record], layouts: list[list[Layou
     return tiles
 
 
-def _count(layouts: list[Layout]) -> int:
+def _count_tiles(layouts: list[TileLayout]) -> int:
     return sum(layout.num_tiles for layout in layouts)
 
 
-def _empty(*shape: int) -> torch.Tensor:
+def _allocate(*shape: int) -> torch.Tensor:
     """Allocate a uint8 tensor; in a DataLoader worker in memory shared with the trainer, which saves a copy of the batch."""
     if get_worker_info() is None or not math.prod(shape):
         return torch.empty(shape, dtype=torch.uint8)

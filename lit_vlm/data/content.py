@@ -8,12 +8,15 @@ from typing import BinaryIO
 
 import numpy as np
 
-from lit_vlm.types import ImageSource, Record
+from lit_vlm.types import LazyImage, Record
 
-BLOCKS, BLOCK_BYTES = 4, 1 << 14  # files that are no longer than all blocks together are read completely
+NUM_HASHED_BLOCKS, HASHED_BLOCK_BYTES = (
+    4,
+    1 << 14,
+)  # files that are no longer than all blocks together are read completely
 
 
-def content_of(record: Record) -> int:
+def compute_image_hash(record: Record) -> int:
     """Compute a 64-bit content hash of the record's images; 0 without images.
 
     Raises:
@@ -21,11 +24,11 @@ def content_of(record: Record) -> int:
     """
     if not record.images:
         return 0
-    contents = [_content(image) for image in record.images]
+    contents = [_hash_image(image) for image in record.images]
     return int.from_bytes(hashlib.blake2b(b"".join(contents), digest_size=8).digest(), "big")
 
 
-def digest_of_stream(stream: BinaryIO) -> bytes:
+def hash_stream(stream: BinaryIO) -> bytes:
     """Hash a file by its length and by blocks spread over it, which include the first and the last bytes.
 
     Images that were encoded again differ in length or nearly everywhere, and a PNG ends with a checksum of its pixels.
@@ -35,23 +38,23 @@ def digest_of_stream(stream: BinaryIO) -> bytes:
     size = stream.seek(0, os.SEEK_END)
     hasher = hashlib.blake2b(size.to_bytes(8, "big"), digest_size=16)
     stream.seek(0)
-    first = stream.read(BLOCK_BYTES)
+    first = stream.read(HASHED_BLOCK_BYTES)
     hasher.update(first)
-    if size <= BLOCKS * BLOCK_BYTES or first.startswith(b"BM"):
+    if size <= NUM_HASHED_BLOCKS * HASHED_BLOCK_BYTES or first.startswith(b"BM"):
         hasher.update(stream.read())
         return hasher.digest()
-    for number in range(1, BLOCKS):
-        stream.seek((size - BLOCK_BYTES) * number // (BLOCKS - 1))
-        hasher.update(stream.read(BLOCK_BYTES))
+    for number in range(1, NUM_HASHED_BLOCKS):
+        stream.seek((size - HASHED_BLOCK_BYTES) * number // (NUM_HASHED_BLOCKS - 1))
+        hasher.update(stream.read(HASHED_BLOCK_BYTES))
     return hasher.digest()
 
 
-def digest_of_pixels(pixels: np.ndarray) -> bytes:
+def hash_pixels(pixels: np.ndarray) -> bytes:
     """Hash decoded pixels and their shape: 16 bytes."""
     return hashlib.blake2b(f"{pixels.shape}".encode() + pixels.tobytes(), digest_size=16).digest()
 
 
-def _content(image: ImageSource) -> bytes:
+def _hash_image(image: LazyImage) -> bytes:
     """Hash one image; an image of a custom source may have a method `content` (digest of its bytes), else it is decoded."""
     content = getattr(image, "content", None)
-    return content() if content else digest_of_pixels(np.asarray(image.load()))
+    return content() if content else hash_pixels(np.asarray(image.load()))

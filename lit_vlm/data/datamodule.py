@@ -18,24 +18,24 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lit_vlm.config.schema import OnOverlong
 from lit_vlm.cost import Flops
-from lit_vlm.data.index.columns import Index, require_samples, split
-from lit_vlm.data.index.lengths import fit
+from lit_vlm.data.index.columns import SampleIndex, require_samples, split_held_out
+from lit_vlm.data.index.lengths import apply_length_policy
 from lit_vlm.data.index.store import build_index
-from lit_vlm.data.index.unchanged import require_as_indexed
-from lit_vlm.data.look_ahead import LookAhead
+from lit_vlm.data.index.unchanged import verify_unchanged
+from lit_vlm.data.look_ahead import LookAheadVerifier
 from lit_vlm.data.micro_batches import (
-    Contents,
+    CorruptRecord,
+    ImageHashes,
     Result,
     TrainMicroBatches,
-    TurnedBad,
     ValidationMicroBatches,
-    steadily,
+    run_with_retries,
 )
 from lit_vlm.data.plan.ledger import Ledger
 from lit_vlm.data.plan.mixture import Mixture, MixtureSettings
-from lit_vlm.data.plan.plan import Plan, validation_packs
+from lit_vlm.data.plan.plan import Plan, pack_validation
 from lit_vlm.data.processor import Processor
-from lit_vlm.data.worker_signals import end_workers_at_exit, holding_signals_back, outlast_signals
+from lit_vlm.data.worker_signals import mask_run_signals, register_worker_cleanup, setup_worker_signals
 from lit_vlm.types import Source, UserError
 
 DEFAULT_FLOPS = Flops(per_token=1.0, per_square=1e-4, per_tile=256.0, per_supervised=0.25)
@@ -93,7 +93,7 @@ class DataModule(L.LightningDataModule):
         super().__init__()
         self.processor, self.sources, self.validation = processor, list(sources), validation
         self.global_batch_size, self.global_batch_tokens = global_batch_size, global_batch_tokens
-        self.most_tokens, self.most_tiles = tokens_per_micro_batch, tiles_per_micro_batch
+        self.max_tokens, self.max_tiles = tokens_per_micro_batch, tiles_per_micro_batch
         self.max_length = max_length
         self.on_overlong, self.mixture_settings, self.seed = on_overlong, mixture or MixtureSettings(), seed
         self.max_steps, self.max_epochs = max_steps, max_epochs
@@ -102,17 +102,19 @@ class DataModule(L.LightningDataModule):
         self.store, self.index_workers = store, index_workers
         self.ledger = Ledger.read(ledger) if ledger else None
         self.look_ahead = look_ahead
-        self.index: Index | None = None
-        self.held_out: Index | None = None
+        self.index: SampleIndex | None = None
+        self.held_out: SampleIndex | None = None
         self.mixture: Mixture | None = None
         self.plan: Plan | None = None
         self.start_step = 0  # optimizer steps that an earlier start of the run completed
-        self.left_out: frozenset[int] = frozenset()  # steps that the run skips; no data is read for them
-        self.budget = (self.most_tokens, self.most_tiles)
-        self.pixels = True  # False: training and validation use cached vision features
-        self.contents = False  # True: batches have content hashes of their images, as keys of caches
+        self.skipped_steps: frozenset[int] = frozenset()  # steps that the run skips; no data is read for them
+        self.micro_batch_limits = (self.max_tokens, self.max_tiles)
+        self.with_pixels = True  # False: training and validation use cached vision features
+        self.with_image_hashes = False  # True: batches have content hashes of their images, as keys of caches
 
-    def build(self, *, recheck: bool = False, on_progress: Callable[[str, int, int], None] | None = None) -> None:
+    def build_indexes(
+        self, *, recheck: bool = False, on_progress: Callable[[str, int, int], None] | None = None
+    ) -> None:
         """Build `index` and `held_out`: read every record once, or load the cached result of an earlier pass.
 
         Bad records are in their `errors`.
@@ -124,12 +126,12 @@ class DataModule(L.LightningDataModule):
         if self.index is not None and not recheck:
             return
         options: dict[str, Any] = {"recheck": recheck, "on_progress": on_progress}
-        full_index = self._fitted(self.sources, **options)
+        full_index = self._build_fitted_index(self.sources, **options)
         if isinstance(self.validation, float | int):
-            self.index, self.held_out = split(full_index, float(self.validation))
+            self.index, self.held_out = split_held_out(full_index, float(self.validation))
         else:
-            self.index, self.held_out = full_index, self._fitted(self.validation, **options)
-        self.held_out = self._without_ledger(self.held_out)
+            self.index, self.held_out = full_index, self._build_fitted_index(self.validation, **options)
+        self.held_out = self._drop_ledger_samples(self.held_out)
         self.mixture = self.plan = None
 
     @property
@@ -137,64 +139,64 @@ class DataModule(L.LightningDataModule):
         """True if there are separate validation sources; their names may equal those of training sources."""
         return not isinstance(self.validation, float | int)
 
-    def rebuild(self) -> None:
+    def rebuild_indexes(self) -> None:
         """Rebuild the indexes from the cache: verification may have found unusable records."""
         self.index = self.held_out = None
-        self.build()
+        self.build_indexes()
 
-    def _fitted(self, sources: Sequence[Source], **options: Any) -> Index:
+    def _build_fitted_index(self, sources: Sequence[Source], **options: Any) -> SampleIndex:
         """Build an index and apply the length policy."""
         index = build_index(sources, self.processor, store=self.store, workers=self.index_workers, **options)
-        limits = {"most_tokens": self.most_tokens, "most_tiles": self.most_tiles}
-        return fit(index, self.processor, policy=self.on_overlong, max_length=self.max_length, **limits)
+        limits = {"max_tokens": self.max_tokens, "max_tiles": self.max_tiles}
+        return apply_length_policy(index, self.processor, policy=self.on_overlong, max_length=self.max_length, **limits)
 
-    def _without_ledger(self, held_out: Index) -> Index:
+    def _drop_ledger_samples(self, held_out: SampleIndex) -> SampleIndex:
         """Drop the ledger's samples from the held-out index; training samples are excluded by the plan instead."""
         if not self.ledger:
             return held_out
-        corrupt = self.ledger.samples(held_out, held_out=self.has_own_validation)
-        smaller = held_out.subset(np.delete(np.arange(len(held_out)), corrupt))
-        smaller.errors, smaller.fitted = held_out.errors, held_out.fitted
+        corrupt = self.ledger.find_samples(held_out, held_out=self.has_own_validation)
+        smaller = held_out.select(np.delete(np.arange(len(held_out)), corrupt))
+        smaller.errors, smaller.length_policy_counts = held_out.errors, held_out.length_policy_counts
         return smaller
 
-    def lower_budget(self, tokens: int, tiles: int) -> None:
+    def reduce_micro_batch_limits(self, max_tokens: int, max_tiles: int) -> None:
         """Reduce the micro-batch limits below the settings, because a device ran out of memory.
 
         The settings still define the samples, and each step keeps its samples. A limit is not reduced below the size of
         the largest sample.
         """
-        smallest = self.smallest_budget()
-        self.budget, self.plan = (max(tokens, smallest[0]), max(tiles, smallest[1])), None
+        smallest = self.get_min_micro_batch_limits()
+        self.micro_batch_limits, self.plan = (max(max_tokens, smallest[0]), max(max_tiles, smallest[1])), None
 
-    def smallest_budget(self) -> tuple[int, int]:
+    def get_min_micro_batch_limits(self) -> tuple[int, int]:
         """Return the tokens and tiles of the largest samples: a micro-batch must hold any single sample."""
-        self.build()
+        self.build_indexes()
         indexes = [index for index in (self.index, self.held_out) if index is not None and len(index)]
         return max(int(index.tokens.max()) for index in indexes), max(int(index.tiles.max()) for index in indexes)
 
     def make_plan(self, world_size: int = 1) -> Plan:
         """Make the training plan for this number of ranks, or return the existing one."""
-        self.build()
+        self.build_indexes()
         assert self.index is not None
         require_samples(self.index, "training")
         if self.plan is None or self.plan.world_size != world_size:
             self.mixture = self.mixture or Mixture(self.index, self.mixture_settings)
-            self.plan = self._plan(world_size)
+            self.plan = self._build_plan(world_size)
             if self.overfit:
-                self.index = self.index.subset(self.plan.samples(0))
+                self.index = self.index.select(self.plan.get_samples(0))
                 self.mixture = Mixture(self.index, MixtureSettings())
-                self.plan = self._plan(world_size)
+                self.plan = self._build_plan(world_size)
         return self.plan
 
-    def _plan(self, world_size: int) -> Plan:
+    def _build_plan(self, world_size: int) -> Plan:
         assert self.index is not None and self.mixture is not None
         return Plan(
             self.index,
             self.mixture,
             global_batch_size=self.global_batch_size,
             global_batch_tokens=self.global_batch_tokens,
-            most_tokens=self.budget[0],
-            most_tiles=self.budget[1],
+            max_tokens=self.micro_batch_limits[0],
+            max_tiles=self.micro_batch_limits[1],
             flops=self.flops,
             seed=self.seed,
             max_steps=self.max_steps,
@@ -206,16 +208,16 @@ class DataModule(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Build indexes and plan, and set gradient accumulation and the number of steps on the trainer."""
-        self.build()
+        self.build_indexes()
         if stage == "fit" and self.trainer is not None:
-            self._refuse_foreign_sampler()
+            self._validate_sampler()
             if self.max_steps is None and self.trainer.max_steps > 0:
                 self.max_steps = self.trainer.max_steps
             plan = self.make_plan(self.trainer.world_size)
-            self.trainer.accumulate_grad_batches = plan.k
+            self.trainer.accumulate_grad_batches = plan.accumulate_grad_batches
             self.trainer.fit_loop.epoch_loop.max_steps = plan.num_steps
 
-    def _refuse_foreign_sampler(self) -> None:
+    def _validate_sampler(self) -> None:
         """Refuse Lightning's distributed sampler: it would split the plan's micro-batches over the ranks a second time."""
         if self.trainer.world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
             raise UserError(
@@ -226,75 +228,87 @@ class DataModule(L.LightningDataModule):
         """Make the loader of this rank's training micro-batches, from `start_step` on."""
         plan = self.make_plan(self.trainer.world_size if self.trainer else 1)
         rank = self.trainer.global_rank if self.trainer else 0
-        options: dict[str, Any] = {"pixels": self.pixels, "contents": self.contents}
-        if self.look_ahead and self.ledger is not None and self.pixels:
-            options["look_ahead"] = LookAhead(plan, self.ledger, rank)
-        batches = TrainMicroBatches(self.processor, plan, rank, self.left_out, **options)
-        return self._loader(batches, Onwards(self.start_step * plan.k, len(batches)))
+        options: dict[str, Any] = {"with_pixels": self.with_pixels, "with_image_hashes": self.with_image_hashes}
+        if self.look_ahead and self.ledger is not None and self.with_pixels:
+            options["look_ahead"] = LookAheadVerifier(plan, self.ledger, rank)
+        batches = TrainMicroBatches(self.processor, plan, rank, self.skipped_steps, **options)
+        return self._make_dataloader(
+            batches, ResumeSampler(self.start_step * plan.accumulate_grad_batches, len(batches))
+        )
 
-    def pass_over(self, index: Index, samples: np.ndarray) -> DataLoader:
+    def make_subset_dataloader(self, index: SampleIndex, samples: np.ndarray) -> DataLoader:
         """Make a loader over this rank's share of these samples, each once; all ranks have the same number of micro-batches."""
-        return self._loader(self._once(index.subset(samples), own=index is self.held_out and self.has_own_validation))
+        return self._make_dataloader(
+            self._make_single_pass_batches(
+                index.select(samples), separate_sources=index is self.held_out and self.has_own_validation
+            )
+        )
 
-    def contents_of(self, index: Index, samples: np.ndarray) -> np.ndarray:
+    def compute_image_hashes(self, index: SampleIndex, samples: np.ndarray) -> np.ndarray:
         """Compute content hashes [samples] uint64, see `compute_image_hash`; also 0 if images cannot be read now."""
         hashes = np.zeros(len(samples), np.uint64)
         with_images = np.flatnonzero(index.images[samples])
-        parts = self._loader(Contents(index, samples[with_images].tolist()))
+        parts = self._make_dataloader(ImageHashes(index, samples[with_images].tolist()))
         hashes[with_images] = np.fromiter(
             (content_hash for part in parts for content_hash in part), np.uint64, len(with_images)
         )
         return hashes
 
     def val_dataloader(self) -> DataLoader:
-        return self._loader(self._validation_batches(pixels=self.pixels))
+        return self._make_dataloader(self._make_validation_batches(with_pixels=self.with_pixels))
 
     def predict_dataloader(self) -> DataLoader:
-        return self._loader(self._validation_batches())
+        return self._make_dataloader(self._make_validation_batches())
 
     def test_dataloader(self) -> DataLoader:
-        return self._loader(self._validation_batches())
+        return self._make_dataloader(self._make_validation_batches())
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        if isinstance(batch, TurnedBad):  # of a worker; raised in the main process, where it is shown
-            raise batch.enter(self.ledger)
+        if isinstance(batch, CorruptRecord):  # of a worker; raised in the main process, where it is shown
+            raise batch.add_to_ledger(self.ledger)
         return batch
 
-    def read_held_out(self, samples: Sequence[int], work: Callable[[], Result]) -> Result:
+    def read_held_out(self, samples: Sequence[int], function: Callable[[], Result]) -> Result:
         """Run `function` over these held-out samples; a corrupt one ends the run with the same error as in a loader."""
         held_out = self.held_out
         assert held_out is not None
 
-        def checked() -> Result:
-            result = work()
-            require_as_indexed(held_out, samples)
+        def run_and_verify() -> Result:
+            result = function()
+            verify_unchanged(held_out, samples)
             return result
 
-        result = steadily(checked, self.processor, held_out, samples)
-        if isinstance(result, TurnedBad):
-            raise replace(result, held_out=self.has_own_validation).enter(self.ledger)
+        result = run_with_retries(run_and_verify, self.processor, held_out, samples)
+        if isinstance(result, CorruptRecord):
+            raise replace(result, held_out=self.has_own_validation).add_to_ledger(self.ledger)
         return result
 
     def state_dict(self) -> dict[str, Any]:
         return {}  # a step is a function of the seed and its number: there is no state
 
-    def _validation_batches(self, *, pixels: bool = True) -> ValidationMicroBatches:
-        self.build()
+    def _make_validation_batches(self, *, with_pixels: bool = True) -> ValidationMicroBatches:
+        self.build_indexes()
         assert self.held_out is not None
-        return self._once(self.held_out, own=self.has_own_validation, pixels=pixels)
+        return self._make_single_pass_batches(
+            self.held_out, separate_sources=self.has_own_validation, with_pixels=with_pixels
+        )
 
-    def _once(self, index: Index, *, own: bool, pixels: bool = True) -> ValidationMicroBatches:
+    def _make_single_pass_batches(
+        self, index: SampleIndex, *, separate_sources: bool, with_pixels: bool = True
+    ) -> ValidationMicroBatches:
         world_size, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        limits = dict(zip(("most_tokens", "most_tiles"), self.budget, strict=True))
-        packs = validation_packs(index, flops=self.flops, world_size=world_size, **limits)
-        options = {"pixels": pixels, "contents": self.contents}
-        return ValidationMicroBatches(self.processor, index, packs[rank::world_size], own=own, **options)
+        limits = dict(zip(("max_tokens", "max_tiles"), self.micro_batch_limits, strict=True))
+        packs = pack_validation(index, flops=self.flops, world_size=world_size, **limits)
+        options = {"with_pixels": with_pixels, "with_image_hashes": self.with_image_hashes}
+        return ValidationMicroBatches(
+            self.processor, index, packs[rank::world_size], separate_sources=separate_sources, **options
+        )
 
-    def _loader(self, batches: Dataset, sampler: Sampler[int] | None = None) -> DataLoader:
+    def _make_dataloader(self, batches: Dataset, sampler: Sampler[int] | None = None) -> DataLoader:
         workers = min(self.num_workers, len(batches))  # type: ignore[arg-type]
         if workers:
-            end_workers_at_exit()
-        return Loader(
+            register_worker_cleanup()
+        return SignalSafeDataLoader(
             batches,
             batch_size=None,
             sampler=sampler,
@@ -303,19 +317,19 @@ class DataModule(L.LightningDataModule):
             prefetch_factor=self.prefetch_factor if workers else None,
             persistent_workers=False,
             pin_memory=self.pin_memory,
-            worker_init_fn=outlast_signals,
+            worker_init_fn=setup_worker_signals,
         )
 
 
-class Loader(DataLoader):
+class SignalSafeDataLoader(DataLoader):
     """DataLoader whose workers are not killed by a signal that arrives while they start."""
 
     def __iter__(self) -> Any:
-        with holding_signals_back():
+        with mask_run_signals():
             return super().__iter__()
 
 
-class Onwards(Sampler[int]):
+class ResumeSampler(Sampler[int]):
     """Sampler to resume a run: yields the numbers from `start` on.
 
     Its length is the total number, because Lightning counts those before `start` as read.

@@ -27,7 +27,7 @@ MAX_FILE_BYTES = 200_000_000
 REMEDY = "Fix the record, or set such records aside with data.on_bad_record=quarantine"
 
 _ORIENTATION = 0x0112  # EXIF tag
-_UPRIGHT = {
+_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -36,10 +36,10 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_LYING = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+_SWAPPED_ORIENTATIONS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 # first bytes of files of FORMATS; those of the other formats: see _is_supported
-_OURS = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
-_OTHERS = {  # first bytes of files that are often found instead
+_SUPPORTED_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF87a", b"GIF89a")
+_FOREIGN_SIGNATURES = {  # first bytes of files that are often found instead
     b"<!doctype html": "a web page",
     b"<html": "a web page",
     b"<svg": "an SVG drawing",
@@ -56,7 +56,7 @@ _OTHERS = {  # first bytes of files that are often found instead
 _JPEG_MARKER = re.compile(rb"\xff+([\x02-\xcf\xd8-\xfe])")
 _JPEG_SCAN = 0xDA
 _JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
-_JPEG_UNNEEDED = {*range(0xE0, 0xF0), 0xFE} - {
+_JPEG_IGNORED_MARKERS = {*range(0xE0, 0xF0), 0xFE} - {
     0xEE
 }  # comments and application data; Adobe's (EE) holds the colour space
 # Warnings of libjpeg that mean lost pixels. Complete images can cause other warnings: odd markers, bytes between segments
@@ -65,7 +65,7 @@ _JPEG_LOSS = re.compile(
 )
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by colour type
 _ADAM7 = ((0, 8, 0, 8), (4, 8, 0, 8), (0, 4, 4, 8), (2, 4, 0, 4), (0, 2, 2, 4), (1, 2, 0, 2), (0, 1, 1, 2))
-_PIECE = 1 << 20  # decompressed bytes per call
+_INFLATE_BYTES = 1 << 20  # decompressed bytes per call
 
 # The size limit is data.max_image_pixels, checked here; an image above it is reported as a record.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
@@ -73,7 +73,7 @@ AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # a data loader already has one process
 
 
 @contextmanager
-def parsed(stream: BinaryIO, what: str, origin: str, max_pixels: int) -> Iterator[Image.Image]:
+def open_image(stream: BinaryIO, description: str, origin: str, max_pixels: int) -> Iterator[Image.Image]:
     """Open an image after checking its header. Every error, also one in the `with` block, becomes a RecordError.
 
     Args:
@@ -88,50 +88,50 @@ def parsed(stream: BinaryIO, what: str, origin: str, max_pixels: int) -> Iterato
             yield image
     except MemoryError:  # a problem of the machine, not of the record
         raise
-    except _Refused as error:
-        raise RecordError(origin, f"{what} {error}", REMEDY, error.fault) from None
+    except _UnusableImageError as error:
+        raise RecordError(origin, f"{description} {error}", REMEDY, error.fault) from None
     except Exception as error:  # for malicious bytes Pillow's parsers raise nearly any exception, even KeyError
-        finding, fault = _finding(error, stream, max_pixels)
-        raise RecordError(origin, f"{what} {finding}", REMEDY, fault) from error
+        finding, fault = _describe_failure(error, stream, max_pixels)
+        raise RecordError(origin, f"{description} {finding}", REMEDY, fault) from error
 
 
-def orientation(image: Image.Image) -> int:
+def get_orientation(image: Image.Image) -> int:
     """Get the EXIF orientation, 1 to 8; 1 if there is none."""
     # The method of the base class: PNG's own decodes the image to find EXIF data behind the pixels. `size` and `load`
     # must agree, so both use only the header.
     found = Image.Image.getexif(image).get(_ORIENTATION, 1)
-    return found if found in _UPRIGHT else 1
+    return found if found in _TRANSPOSES else 1
 
 
-def upright_size(image: Image.Image) -> tuple[int, int]:
+def get_upright_size(image: Image.Image) -> tuple[int, int]:
     """Get (height, width) in pixels after EXIF rotation, from the header alone."""
     width, height = image.size
-    return (width, height) if orientation(image) in _LYING else (height, width)
+    return (width, height) if get_orientation(image) in _SWAPPED_ORIENTATIONS else (height, width)
 
 
-def upright_picture(image: Image.Image, stream: BinaryIO, at_least: tuple[int, int] | None = None) -> Image.Image:
+def decode_upright(image: Image.Image, stream: BinaryIO, min_size: tuple[int, int] | None = None) -> Image.Image:
     """Decode the pixels to RGB and apply the EXIF rotation; for an animation, decode the first frame.
 
     Args:
         stream: stream from which `image` is read.
         min_size: (height, width); a JPEG is then decoded at the smallest scale of 1/1, 1/2, 1/4, 1/8 with this size.
     """
-    exif_orientation = orientation(image)  # before decoding, which may add EXIF data
-    if at_least is not None:
-        height, width = at_least if exif_orientation not in _LYING else at_least[::-1]
+    exif_orientation = get_orientation(image)  # before decoding, which may add EXIF data
+    if min_size is not None:
+        height, width = min_size if exif_orientation not in _SWAPPED_ORIENTATIONS else min_size[::-1]
         image.draft(None, (width, height))  # other formats than JPEG ignore it
     image.load()
-    _check_whole(image, stream)
+    _check_complete(image, stream)
     rgb = _to_rgb(image)
-    return rgb.transpose(_UPRIGHT[exif_orientation]) if exif_orientation in _UPRIGHT else rgb
+    return rgb.transpose(_TRANSPOSES[exif_orientation]) if exif_orientation in _TRANSPOSES else rgb
 
 
-def cause(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     """Describe an exception by its system message, text, or type."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-class _Refused(Exception):
+class _UnusableImageError(Exception):
     """Error of an unusable image, without the name of the image; `open_image` adds it."""
 
     def __init__(self, finding: str, fault: Fault) -> None:
@@ -139,23 +139,26 @@ class _Refused(Exception):
         self.fault = fault
 
 
-def _finding(error: Exception, stream: BinaryIO, max_pixels: int) -> tuple[str, Fault]:
+def _describe_failure(error: Exception, stream: BinaryIO, max_pixels: int) -> tuple[str, Fault]:
     """Describe Pillow's exception as text and as a fault."""
     if isinstance(error, Image.DecompressionBombError):  # Pillow's own limit is checked before ours
         finding = f"is larger than data.max_image_pixels={max_pixels} allows: {str(error).rstrip('.')}"
         return finding, Fault.too_large
     if isinstance(error, OSError) and error.errno is not None:  # a file system error; Pillow's own have no number
-        return f"cannot be read: {cause(error)}", Fault.unreadable
+        return f"cannot be read: {describe_error(error)}", Fault.unreadable
     stream.seek(0)
     first = stream.read(64)
-    if not _is_ours(first):
-        return f"is no {', '.join(FORMATS)} file; {_beginning(first)}", Fault.not_an_image
+    if not _is_supported(first):
+        return f"is no {', '.join(FORMATS)} file; {_describe_first_bytes(first)}", Fault.not_an_image
     if isinstance(error, ValueError) and ("too large" in str(error) or "Too much memory" in str(error)):
-        return f"cannot be decoded: {cause(error)}", Fault.too_large  # a compressed text chunk or colour profile
-    return f"cannot be decoded: {cause(error)}", Fault.broken
+        return (
+            f"cannot be decoded: {describe_error(error)}",
+            Fault.too_large,
+        )  # a compressed text chunk or colour profile
+    return f"cannot be decoded: {describe_error(error)}", Fault.broken
 
 
-def _is_ours(first: bytes) -> bool:
+def _is_supported(first: bytes) -> bool:
     """Return True if the first bytes match, or are the beginning of, a signature of FORMATS."""
     if first.startswith(b"RIFF"):
         return b"WEBP".startswith(first[8:12])
@@ -163,14 +166,14 @@ def _is_ours(first: bytes) -> bool:
         return first[6:10] == bytes(4)[: len(first[6:10])]  # reserved; in a text file these are letters
     if first[4:8] == b"ftyp":  # followed by brand, version and more brands; HEIC has this box, too
         return "AVIF" in FORMATS and (first[8:12] in (b"avif", b"avis") or b"avif" in first[16:])
-    return any(first.startswith(start) or start.startswith(first) for start in _OURS)
+    return any(first.startswith(start) or start.startswith(first) for start in _SUPPORTED_SIGNATURES)
 
 
-def _beginning(first: bytes) -> str:
+def _describe_first_bytes(first: bytes) -> str:
     """Describe the first bytes of a file, with the name of the format if it is known."""
     shown = f"it starts with {first[:16]!r}"
     start = first.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    name = next((name for known, name in _OTHERS.items() if start.startswith(known)), None)
+    name = next((name for known, name in _FOREIGN_SIGNATURES.items() if start.startswith(known)), None)
     if start[4:8] == b"ftyp":  # ISO media files name their brand: heic, avif, mp42
         name = f"{start[8:12].decode('ascii', 'replace').strip().upper()} media"
     return f"{shown}, {name}" if name else shown
@@ -180,21 +183,21 @@ def _check_file_size(stream: BinaryIO) -> None:
     num_bytes = stream.seek(0, os.SEEK_END)
     stream.seek(0)
     if num_bytes == 0:
-        raise _Refused("is empty: 0 bytes", Fault.empty)
+        raise _UnusableImageError("is empty: 0 bytes", Fault.empty)
     if num_bytes > MAX_FILE_BYTES:
-        raise _Refused(f"has {num_bytes:,} bytes, at most {MAX_FILE_BYTES:,} are read", Fault.too_large)
+        raise _UnusableImageError(f"has {num_bytes:,} bytes, at most {MAX_FILE_BYTES:,} are read", Fault.too_large)
 
 
 def _check_pixels(image: Image.Image, max_pixels: int) -> None:
     width, height = image.size
     if width * height > max_pixels:
         found = f"is {width} x {height} = {width * height:,} pixels"
-        raise _Refused(f"{found}; data.max_image_pixels allows {max_pixels:,}", Fault.too_large)
+        raise _UnusableImageError(f"{found}; data.max_image_pixels allows {max_pixels:,}", Fault.too_large)
     if width < 1 or height < 1:
-        raise _Refused(f"is {width} x {height} pixels", Fault.broken)
+        raise _UnusableImageError(f"is {width} x {height} pixels", Fault.broken)
 
 
-def _check_whole(image: Image.Image, stream: BinaryIO) -> None:
+def _check_complete(image: Image.Image, stream: BinaryIO) -> None:
     """Refuse a truncated image of a format whose decoder in Pillow does not report truncation (JPEG, PNG)."""
     stream.seek(0)
     data = stream.read()
@@ -203,7 +206,7 @@ def _check_whole(image: Image.Image, stream: BinaryIO) -> None:
     else:
         damage = _find_png_damage(data, image) if data.startswith(b"\x89PNG") else None
     if damage:
-        raise _Refused(f"cannot be decoded: {damage}", Fault.broken)
+        raise _UnusableImageError(f"cannot be decoded: {damage}", Fault.broken)
 
 
 def _find_jpeg_damage(data: bytes) -> str | None:
@@ -224,7 +227,7 @@ def _find_jpeg_damage(data: bytes) -> str | None:
             end = following.start() if following else len(data)
         elif marker in _JPEG_FRAMES:
             components.update(data[position + 8 : position + 8 + 3 * data[position + 7] : 3])
-        if marker not in _JPEG_UNNEEDED:
+        if marker not in _JPEG_IGNORED_MARKERS:
             needed_bytes += b"\xff" + bytes([marker]) + data[position:end]
         position = end
     if data.find(b"\xff\xd9", first_scan) < 0:  # zeros behind a truncated end would be accepted as pixels
@@ -272,7 +275,7 @@ def _find_short_stream(pixels: list[memoryview], header: bytes, image: Image.Ima
         rest: bytes | memoryview = piece
         while len(rest) and found < expected and not inflater.eof:
             # no more than needed: bytes behind the pixels are not part of the image
-            found += len(inflater.decompress(rest, min(_PIECE, expected - found)))
+            found += len(inflater.decompress(rest, min(_INFLATE_BYTES, expected - found)))
             rest = inflater.unconsumed_tail
     if found < expected:
         found += len(inflater.flush())

@@ -21,11 +21,28 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from lit_vlm.data.content import digest_of_pixels, digest_of_stream
-from lit_vlm.data.decoding import FORMATS, REMEDY, cause, orientation, parsed, upright_picture, upright_size
+from lit_vlm.data.content import hash_pixels, hash_stream
+from lit_vlm.data.decoding import (
+    FORMATS,
+    REMEDY,
+    decode_upright,
+    describe_error,
+    get_orientation,
+    get_upright_size,
+    open_image,
+)
 from lit_vlm.types import Fault, RecordError
 
-__all__ = ["FORMATS", "REMEDY", "ArrayImage", "BytesImage", "FileImage", "locate", "refuse_url", "shown"]
+__all__ = [
+    "FORMATS",
+    "REMEDY",
+    "ArrayImage",
+    "BytesImage",
+    "FileImage",
+    "format_untrusted",
+    "resolve_image_path",
+    "validate_image_path",
+]
 
 _URL = re.compile(r"\s*(?:[a-z][a-z0-9+.\-]*://|(?:https?|ftp|data|file):)", re.IGNORECASE)
 
@@ -38,7 +55,7 @@ class EncodedImage:
 
     origin: str
     max_pixels: int
-    _what = "its image"
+    _description = "its image"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -52,40 +69,40 @@ class EncodedImage:
 
     @cached_property
     def _header(self) -> tuple[tuple[int, int], int]:
-        with self._parsed() as (image, _):
-            return upright_size(image), orientation(image)
+        with self._open_image() as (image, _):
+            return get_upright_size(image), get_orientation(image)
 
     def load(self) -> Image.Image:
         """Load the image as upright RGB. Raises RecordError if it cannot be decoded completely."""
-        with self._parsed() as (image, stream):
-            return upright_picture(image, stream)
+        with self._open_image() as (image, stream):
+            return decode_upright(image, stream)
 
     def load_at_least(self, height: int, width: int) -> Image.Image:
         """Load as `load`, but a JPEG at the smallest scale of 1/1, 1/2, 1/4, 1/8 that has at least this size in pixels."""
-        with self._parsed() as (image, stream):
-            return upright_picture(image, stream, (height, width))
+        with self._open_image() as (image, stream):
+            return decode_upright(image, stream, (height, width))
 
-    def encoded(self) -> tuple[bytes, str]:
+    def read_encoded(self) -> tuple[bytes, str]:
         """Read the encoded bytes and their format ("jpeg", "png"). Raises RecordError as `size`."""
-        with self._parsed() as (image, stream):
+        with self._open_image() as (image, stream):
             stream.seek(0)
             return stream.read(), str(image.format).lower()
 
     def content(self) -> bytes:
         """Hash the encoded bytes, for `content.py`. Raises RecordError if they cannot be read."""
-        with self._opened() as stream:
+        with self._open() as stream:
             try:
-                return digest_of_stream(stream)
+                return hash_stream(stream)
             except OSError as error:
-                reason = f"{self._what} cannot be read: {cause(error)}"
+                reason = f"{self._description} cannot be read: {describe_error(error)}"
                 raise RecordError(self.origin, reason, REMEDY, Fault.unreadable) from error
 
     @contextmanager
-    def _parsed(self) -> Iterator[tuple[Image.Image, BinaryIO]]:
-        with self._opened() as stream, parsed(stream, self._what, self.origin, self.max_pixels) as image:
+    def _open_image(self) -> Iterator[tuple[Image.Image, BinaryIO]]:
+        with self._open() as stream, open_image(stream, self._description, self.origin, self.max_pixels) as image:
             yield image, stream
 
-    def _opened(self) -> BinaryIO:
+    def _open(self) -> BinaryIO:
         """Open the encoded bytes. Raises RecordError."""
         raise NotImplementedError
 
@@ -100,15 +117,15 @@ class FileImage(EncodedImage):
     max_pixels: int
 
     @property
-    def _what(self) -> str:  # type: ignore[override]
-        return f"image {shown(self.path)}"
+    def _description(self) -> str:  # type: ignore[override]
+        return f"image {format_untrusted(self.path)}"
 
-    def _opened(self) -> BinaryIO:
-        found = locate(self.path, self.root, self.origin)
+    def _open(self) -> BinaryIO:
+        found = resolve_image_path(self.path, self.root, self.origin)
         try:
             return open(found, "rb")
         except OSError as error:
-            reason = f"{self._what} cannot be opened: {error.strerror}"
+            reason = f"{self._description} cannot be opened: {error.strerror}"
             raise RecordError(self.origin, reason, REMEDY, Fault.unreadable) from error
 
 
@@ -120,7 +137,7 @@ class BytesImage(EncodedImage):
     origin: str
     max_pixels: int
 
-    def _opened(self) -> BinaryIO:
+    def _open(self) -> BinaryIO:
         return io.BytesIO(self.data)
 
 
@@ -139,23 +156,23 @@ class ArrayImage:
         return Image.fromarray(self.array).convert("RGB")
 
     def content(self) -> bytes:
-        return digest_of_pixels(self.array)
+        return hash_pixels(self.array)
 
 
-def shown(value: object, limit: int = 120) -> str:
+def format_untrusted(value: object, max_chars: int = 120) -> str:
     """Format an untrusted value for a message: quoted, control characters escaped, truncated to `max_chars` characters."""
     text = repr(value)
-    return text if len(text) <= limit else f"{text[:limit]}..."
+    return text if len(text) <= max_chars else f"{text[:max_chars]}..."
 
 
-def refuse_url(path: str, origin: str) -> None:
+def validate_image_path(path: str, origin: str) -> None:
     """Validate an image path: raise RecordError for an URL, and for a name that no file can have."""
     if _URL.match(path):
         remedy = "Download the image beforehand and give its path inside the image root"
-        reason = f"image {shown(path)} is an URL; URLs are never fetched while training"
+        reason = f"image {format_untrusted(path)} is an URL; URLs are never fetched while training"
         raise RecordError(origin, reason, remedy, Fault.url)
     if not path or "\0" in path or not _is_encodable(path):
-        raise RecordError(origin, f"image {shown(path)} is no file name", REMEDY, Fault.missing)
+        raise RecordError(origin, f"image {format_untrusted(path)} is no file name", REMEDY, Fault.missing)
 
 
 def _is_encodable(path: str) -> bool:
@@ -166,7 +183,7 @@ def _is_encodable(path: str) -> bool:
     return True
 
 
-def locate(path: str, root: Path, origin: str) -> Path:
+def resolve_image_path(path: str, root: Path, origin: str) -> Path:
     """Resolve an image path to the regular file inside `root`; symbolic links are followed.
 
     If a name does not exist as written, other Unicode normal forms are tried: macOS stores Hangul decomposed (NFD),
@@ -175,39 +192,41 @@ def locate(path: str, root: Path, origin: str) -> Path:
     Raises:
         RecordError: an URL, a path that leads out of the root, a missing file, or not a regular file.
     """
-    refuse_url(path, origin)
+    validate_image_path(path, origin)
     try:
         real_root = root.resolve()
         # Checked before any lookup, so that the error does not reveal whether a file outside of the root exists.
-        found = _inside(real_root / path, real_root, path, origin)
+        found = _resolve_inside(real_root / path, real_root, path, origin)
         if not found.exists():
-            found = _inside(_other_spelling(real_root, path), real_root, path, origin)
+            found = _resolve_inside(_find_other_spelling(real_root, path), real_root, path, origin)
         status = found.stat()
     except (FileNotFoundError, NotADirectoryError):
         remedy = "Set data.sources.<name>.image_root=... to the folder that the paths start from, or fix the record"
-        raise RecordError(origin, f"image {shown(path)} not found in {root}", remedy, Fault.missing) from None
+        raise RecordError(
+            origin, f"image {format_untrusted(path)} not found in {root}", remedy, Fault.missing
+        ) from None
     except (OSError, RuntimeError, ValueError) as error:  # link loops, long names, lone surrogates, no permission
         if isinstance(error, RecordError):
             raise
-        reason = f"image {shown(path)} cannot be reached: {cause(error)}"
+        reason = f"image {format_untrusted(path)} cannot be reached: {describe_error(error)}"
         raise RecordError(origin, reason, REMEDY, Fault.unreadable) from error
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would block for ever
-        raise RecordError(origin, f"image {shown(path)} is not a regular file", REMEDY, Fault.unreadable)
+        raise RecordError(origin, f"image {format_untrusted(path)} is not a regular file", REMEDY, Fault.unreadable)
     return found
 
 
-def _inside(candidate: Path, root: Path, path: str, origin: str) -> Path:
+def _resolve_inside(candidate: Path, root: Path, path: str, origin: str) -> Path:
     """Resolve symbolic links; raise RecordError if the result is outside of `root`."""
     resolved = candidate.resolve()
     if not resolved.is_relative_to(root):
         remedy = (
             "Set data.sources.<name>.image_root=... to a folder that holds all images of the source, or fix the record"
         )
-        raise RecordError(origin, f"image {shown(path)} leads out of {root}", remedy, Fault.outside)
+        raise RecordError(origin, f"image {format_untrusted(path)} leads out of {root}", remedy, Fault.outside)
     return resolved
 
 
-def _other_spelling(root: Path, path: str) -> Path:
+def _find_other_spelling(root: Path, path: str) -> Path:
     """Find `path` with each part in the Unicode form that exists; a copied tree may mix the forms."""
     current = root
     for part in Path(path).parts:

@@ -14,17 +14,19 @@ from contextlib import contextmanager, suppress
 import numpy as np
 from torch.utils.data import get_worker_info
 
-from lit_vlm.data.index.verify import find_fault
+from lit_vlm.data.index.verify import find_image_fault
 from lit_vlm.data.plan.ledger import Ledger
 from lit_vlm.data.plan.plan import Plan
 from lit_vlm.types import RecordError, UserError
 
-WAITS = (0.2, 1.0)  # seconds before a record is read again: network file systems have temporary errors
-MOST_STEPS = 1000  # ahead of the current step; a larger value would load a network file system more than training does
-PAUSE = 0.5  # seconds between two checks of the current step
+RETRY_DELAYS = (0.2, 1.0)  # seconds before a record is read again: network file systems have temporary errors
+MAX_STEPS_AHEAD = (
+    1000  # ahead of the current step; a larger value would load a network file system more than training does
+)
+POLL_SECONDS = 0.5  # seconds between two checks of the current step
 
 
-class LookAhead:
+class LookAheadVerifier:
     """Verifier that decodes the samples of later steps in the plan's order, and adds corrupt ones to the ledger.
 
     Args:
@@ -38,7 +40,7 @@ class LookAhead:
         self._thread: threading.Thread | None = None
 
     @contextmanager
-    def reading(self, step: int) -> Iterator[None]:
+    def lock_sources(self, step: int) -> Iterator[None]:
         """Lock the sources while a micro-batch is read: archive readers are not thread-safe.
 
         In a worker, the first call starts the verifying thread.
@@ -48,60 +50,60 @@ class LookAhead:
             yield
             return
         if self._thread is None:
-            self._step, self._idle, self._sources = step, threading.Event(), threading.Lock()
+            self._step, self._idle, self._sources_lock = step, threading.Event(), threading.Lock()
             verifier_numbers = (self.rank * worker.num_workers + worker.id, self.plan.world_size * worker.num_workers)
             self._thread = threading.Thread(target=self._verify, args=verifier_numbers, name="look ahead", daemon=True)
             self._thread.start()
         self._step = step
         self._idle.clear()
         try:
-            with self._sources:
+            with self._sources_lock:
                 yield
         finally:
             self._idle.set()
 
-    def _verify(self, number: int, of: int) -> None:
+    def _verify(self, verifier: int, num_verifiers: int) -> None:
         """Verify every `num_verifiers`-th sample of the sequence, at most MAX_STEPS_AHEAD steps ahead."""
-        sample_sequence, step_ends = self.plan.draws(), self.plan.ends
+        sample_sequence, step_ends = self.plan.get_sample_sequence(), self.plan.step_ends
         checked = np.zeros(len(self.plan.index), dtype=bool)
-        checked[self.plan.left_out] = True
-        position = number
+        checked[self.plan.excluded_samples] = True
+        position = verifier
         while position < len(sample_sequence):
             num_read = int(step_ends[self._step])  # samples of the steps that are read or being read
             if position < num_read:
-                position += -(-(num_read - position) // of) * of
+                position += -(-(num_read - position) // num_verifiers) * num_verifiers
                 continue
             if position >= step_ends[
-                min(self._step + MOST_STEPS, len(step_ends) - 1)
-            ] and self._step + MOST_STEPS < len(step_ends):
-                time.sleep(PAUSE)
+                min(self._step + MAX_STEPS_AHEAD, len(step_ends) - 1)
+            ] and self._step + MAX_STEPS_AHEAD < len(step_ends):
+                time.sleep(POLL_SECONDS)
                 continue
             sample = int(sample_sequence[position])
-            position += of
+            position += num_verifiers
             if not checked[sample]:
                 checked[sample] = True
-                self._check(sample)
+                self._verify_sample(sample)
 
-    def _check(self, sample: int) -> None:
+    def _verify_sample(self, sample: int) -> None:
         """Decode the images of a sample, with retries; add the record to the ledger if it stays corrupt."""
         index = self.plan.index
         if not index.images[sample]:
             return
-        for wait in (*WAITS, None):
+        for wait in (*RETRY_DELAYS, None):
             fault = self._find_fault(sample)
             if fault is None:
                 return
             if wait is not None:
                 time.sleep(wait)
-        source, position = index.sources[index.source_of[sample]].name, int(index.position[sample])
+        source, position = index.sources[index.source_ids[sample]].name, int(index.position[sample])
         with suppress(OSError, UserError):  # the run folder is full: the reader of the record reports the error
             if not Ledger.read(self.ledger.path).has(source, position):
                 self.ledger.add(source, position, fault)
 
     def _find_fault(self, sample: int) -> RecordError | None:
         self._idle.wait()
-        with self._sources:
+        with self._sources_lock:
             try:
-                return find_fault(self.plan.index.record(sample), {})
+                return find_image_fault(self.plan.index.get_record(sample), {})
             except RecordError as error:
                 return error

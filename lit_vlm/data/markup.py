@@ -11,11 +11,11 @@ import math
 import re
 from collections.abc import Iterable
 
-from lit_vlm.types import SPECIAL_TOKENS, Box, Content, Control
+from lit_vlm.types import SPECIAL_TOKENS, Box, ContentPart, ControlToken
 
 BOX_DECIMALS = 3  # as in the release
 
-_CONTROL = {token: Control(token) for token in SPECIAL_TOKENS}
+_CONTROL = {token: ControlToken(token) for token in SPECIAL_TOKENS}
 _ANY_TOKEN = "|".join(re.escape(token) for token in SPECIAL_TOKENS)
 # A phrase ends at the first control token, so an unclosed <obj> cannot swallow the mention that follows it.
 _PHRASE = rf"<(?P<tag>obj|char)>(?P<phrase>(?:(?!{_ANY_TOKEN}).)+)</(?P=tag)>"
@@ -36,38 +36,38 @@ def format_box(box: Box, decimals: int = BOX_DECIMALS) -> str:
     return ", ".join([str(round(float(value), decimals) + 0.0) for value in (box.x1, box.y1, box.x2, box.y2)])
 
 
-def obj(phrase: str, boxes: Box | Iterable[Box]) -> tuple[Content, ...]:
+def build_object_mention(phrase: str, boxes: Box | Iterable[Box]) -> tuple[ContentPart, ...]:
     """Build the mention of an object; several boxes of one phrase share one `<bbox>`."""
-    return _mention("obj", phrase, [format_box(box) for box in ((boxes,) if isinstance(boxes, Box) else boxes)])
+    return _build_mention("obj", phrase, [format_box(box) for box in ((boxes,) if isinstance(boxes, Box) else boxes)])
 
 
-def char(text: str, box: Box) -> tuple[Content, ...]:
+def build_text_mention(text: str, box: Box) -> tuple[ContentPart, ...]:
     """Build the mention of a piece of written text."""
-    return _mention("char", text, [format_box(box)])
+    return _build_mention("char", text, [format_box(box)])
 
 
-def parse_markup(text: str) -> tuple[Content, ...]:
+def parse_markup(text: str) -> tuple[ContentPart, ...]:
     """Parse well-formed markup into `ControlToken` tokens; the rest stays text. The joined pieces equal the input text.
 
     Well-formed are `<gro>` or `<ocr>` at the start (whitespace may precede it), and a non-empty phrase with boxes of
     four numbers between 0 and 1, upper left corner first. Call it only if the owner of the data declared markup.
     """
-    pieces: list[Content] = []
+    pieces: list[ContentPart] = []
     position = 0
     if task := _TASK.match(text):
         pieces += [task["space"], _CONTROL[task["task"]]]
         position = task.end()
     for found in _STRICT.finditer(text, position):
         boxes = found["boxes"].split("<delim>")
-        if all(_numbers(box) for box in boxes):
+        if all(_parse_box(box) for box in boxes):
             pieces.append(text[position : found.start()])
-            pieces += _mention(found["tag"], found["phrase"], boxes)
+            pieces += _build_mention(found["tag"], found["phrase"], boxes)
             position = found.end()
     pieces.append(text[position:])
     return tuple(piece for piece in pieces if piece != "")
 
 
-def boxes_of(text: str) -> list[tuple[str, str, list[Box]]]:
+def parse_mentions(text: str) -> list[tuple[str, str, list[Box]]]:
     """Parse the mentions in a model's output, in order: ("obj" or "char", phrase, boxes).
 
     The output must be decoded with `skip_special_tokens=False`. Spaces are optional and numbers may be outside of 0..1. A
@@ -75,22 +75,22 @@ def boxes_of(text: str) -> list[tuple[str, str, list[Box]]]:
     """
     mentions = []
     for found in _LENIENT.finditer(text):
-        numbers = [_numbers(box) for box in found["boxes"].split("<delim>")]
+        numbers = [_parse_box(box) for box in found["boxes"].split("<delim>")]
         if all(numbers):
             mentions.append((found["tag"], found["phrase"].strip(), [Box(*values) for values in numbers]))
     return mentions
 
 
-def _mention(tag: str, phrase: str, boxes: list[str]) -> tuple[Content, ...]:
+def _build_mention(tag: str, phrase: str, boxes: list[str]) -> tuple[ContentPart, ...]:
     """Build `<tag>phrase</tag><bbox>boxes</bbox>` from control tokens and text."""
-    pieces: list[Content] = [_CONTROL[f"<{tag}>"], phrase, _CONTROL[f"</{tag}>"], _CONTROL["<bbox>"]]
+    pieces: list[ContentPart] = [_CONTROL[f"<{tag}>"], phrase, _CONTROL[f"</{tag}>"], _CONTROL["<bbox>"]]
     for position, box in enumerate(boxes):
         pieces += [_CONTROL["<delim>"], box] if position else [box]
     pieces.append(_CONTROL["</bbox>"])
     return tuple(pieces)
 
 
-def _numbers(box: str) -> tuple[float, ...]:
+def _parse_box(box: str) -> tuple[float, ...]:
     """Parse a box: four finite numbers, upper left corner first; () if it is none."""
     try:
         values = tuple(float(value) for value in box.split(","))

@@ -13,10 +13,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from lit_vlm.data.collate import collate
-from lit_vlm.data.content import content_of
-from lit_vlm.data.index.columns import Index
-from lit_vlm.data.index.unchanged import require_as_indexed
-from lit_vlm.data.look_ahead import WAITS, LookAhead
+from lit_vlm.data.content import compute_image_hash
+from lit_vlm.data.index.columns import SampleIndex
+from lit_vlm.data.index.unchanged import verify_unchanged
+from lit_vlm.data.look_ahead import RETRY_DELAYS, LookAheadVerifier
 from lit_vlm.data.plan.ledger import Ledger
 from lit_vlm.data.plan.plan import Pack, Plan
 from lit_vlm.data.processor import Processor
@@ -25,7 +25,7 @@ from lit_vlm.types import Batch, Fault, Record, RecordError, UserError
 Result = TypeVar("Result")
 
 
-class Entered(UserError):
+class RecordLoggedError(UserError):
     """Error of a corrupt record that was added to the quarantine ledger; the next start resumes without it.
 
     Args:
@@ -42,7 +42,7 @@ class Entered(UserError):
 
 
 @dataclass(frozen=True, slots=True)
-class TurnedBad:
+class CorruptRecord:
     """Corrupt record: it was usable when it was indexed, but is not now.
 
     It is returned as data, because an exception of a worker would be shown with the worker's traceback.
@@ -53,7 +53,7 @@ class TurnedBad:
     error: RecordError
     held_out: bool = False  # from a separate validation source
 
-    def enter(self, ledger: Ledger | None) -> UserError:
+    def add_to_ledger(self, ledger: Ledger | None) -> UserError:
         """Add the record to the ledger and return the error that ends the run; a changed record is not added."""
         if (
             ledger is None or self.error.fault is Fault.changed
@@ -63,10 +63,10 @@ class TurnedBad:
         if not is_known:  # else a look-ahead verifier has added it
             ledger.add(self.source, self.position, self.error, held_out=self.held_out)
         finding = (
-            f"{self.error.origin}: {self.error.reason}. It could be read when the index was built, and {len(WAITS) + 1} "
+            f"{self.error.origin}: {self.error.reason}. It could be read when the index was built, and {len(RETRY_DELAYS) + 1} "
             "tries failed now."
         )
-        return Entered(finding, ledger.path)
+        return RecordLoggedError(finding, ledger.path)
 
 
 class TrainMicroBatches(Dataset):
@@ -86,33 +86,33 @@ class TrainMicroBatches(Dataset):
         processor: Processor,
         plan: Plan,
         rank: int,
-        left_out: Container[int] = frozenset(),
+        skipped_steps: Container[int] = frozenset(),
         *,
-        pixels: bool = True,
-        contents: bool = False,
-        look_ahead: LookAhead | None = None,
+        with_pixels: bool = True,
+        with_image_hashes: bool = False,
+        look_ahead: LookAheadVerifier | None = None,
     ) -> None:
-        self.processor, self.plan, self.rank, self.left_out = processor, plan, rank, left_out
+        self.processor, self.plan, self.rank, self.skipped_steps = processor, plan, rank, skipped_steps
         self.look_ahead = look_ahead
-        self.options = {"pixels": pixels, "contents": contents}
+        self.options = {"with_pixels": with_pixels, "with_image_hashes": with_image_hashes}
 
     def __len__(self) -> int:
-        return self.plan.num_steps * self.plan.k
+        return self.plan.num_steps * self.plan.accumulate_grad_batches
 
-    def __getitem__(self, number: int) -> Batch | TurnedBad:
+    def __getitem__(self, number: int) -> Batch | CorruptRecord:
         if number >= len(self):
             raise IndexError(number)
-        step, micro_batch = divmod(number, self.plan.k)
-        with self.look_ahead.reading(step) if self.look_ahead else nullcontext():
+        step, micro_batch = divmod(number, self.plan.accumulate_grad_batches)
+        with self.look_ahead.lock_sources(step) if self.look_ahead else nullcontext():
             return self._read(step, micro_batch)
 
-    def _read(self, index: int, micro: int) -> Batch | TurnedBad:
-        if index in self.left_out:
-            return read(self.processor, self.plan.index, (), step=index, step_supervised_tokens=0)
-        step = self.plan.step(index)
+    def _read(self, index: int, micro: int) -> Batch | CorruptRecord:
+        if index in self.skipped_steps:
+            return read_micro_batch(self.processor, self.plan.index, (), step=index, step_supervised_tokens=0)
+        step = self.plan.get_step(index)
         pack = step.packs[micro * self.plan.world_size + self.rank]
         pairs = step.num_samples if step.num_chosen else 0
-        return read(
+        return read_micro_batch(
             self.processor,
             self.plan.index,
             pack,
@@ -136,22 +136,22 @@ class ValidationMicroBatches(Dataset):
     def __init__(
         self,
         processor: Processor,
-        index: Index,
+        index: SampleIndex,
         packs: Sequence[Pack],
         *,
-        own: bool = False,
-        pixels: bool = True,
-        contents: bool = False,
+        separate_sources: bool = False,
+        with_pixels: bool = True,
+        with_image_hashes: bool = False,
     ) -> None:
-        self.processor, self.index, self.packs, self.own = processor, index, packs, own
-        self.options = {"pixels": pixels, "contents": contents}
+        self.processor, self.index, self.packs, self.separate_sources = processor, index, packs, separate_sources
+        self.options = {"with_pixels": with_pixels, "with_image_hashes": with_image_hashes}
 
     def __len__(self) -> int:
         return len(self.packs)
 
-    def __getitem__(self, number: int) -> Batch | TurnedBad:
+    def __getitem__(self, number: int) -> Batch | CorruptRecord:
         pack = list(self.packs[number])
-        batch = read(
+        batch = read_micro_batch(
             self.processor,
             self.index,
             self.packs[number],
@@ -160,74 +160,76 @@ class ValidationMicroBatches(Dataset):
             step_chosen_tokens=int(self.index.chosen[pack].sum()) if pack else 0,
             **self.options,
         )
-        return replace(batch, held_out=self.own) if isinstance(batch, TurnedBad) else batch
+        return replace(batch, held_out=self.separate_sources) if isinstance(batch, CorruptRecord) else batch
 
 
-class Contents(Dataset):
+class ImageHashes(Dataset):
     """Content hashes of the images of these samples, `batch_size` samples at a time.
 
     The hash is 0 if an image cannot be read now; the error is reported when its pixels are read.
     """
 
-    def __init__(self, index: Index, samples: Sequence[int], at_once: int = 256) -> None:
-        self.index, self.samples, self.at_once = index, samples, at_once
+    def __init__(self, index: SampleIndex, samples: Sequence[int], batch_size: int = 256) -> None:
+        self.index, self.samples, self.batch_size = index, samples, batch_size
 
     def __len__(self) -> int:
-        return -(-len(self.samples) // self.at_once)
+        return -(-len(self.samples) // self.batch_size)
 
     def __getitem__(self, number: int) -> list[int]:
-        return [self._content(sample) for sample in self.samples[number * self.at_once :][: self.at_once]]
+        return [self._compute_hash(sample) for sample in self.samples[number * self.batch_size :][: self.batch_size]]
 
-    def _content(self, sample: int) -> int:
+    def _compute_hash(self, sample: int) -> int:
         try:
-            return content_of(self.index.record(sample))
+            return compute_image_hash(self.index.get_record(sample))
         except RecordError:
             return 0
 
 
-def read(processor: Processor, index: Index, pack: Pack, **step: Any) -> Batch | TurnedBad:
+def read_micro_batch(processor: Processor, index: SampleIndex, pack: Pack, **step: Any) -> Batch | CorruptRecord:
     """Read the micro-batch of a pack, with retries before a record is reported as corrupt."""
-    return steadily(lambda: _read_once(processor, index, pack, **step), processor, index, pack)
+    return run_with_retries(lambda: _read_micro_batch_once(processor, index, pack, **step), processor, index, pack)
 
 
-def steadily(
-    work: Callable[[], Result], processor: Processor, index: Index, samples: Sequence[int]
-) -> Result | TurnedBad:
+def run_with_retries(
+    function: Callable[[], Result], processor: Processor, index: SampleIndex, samples: Sequence[int]
+) -> Result | CorruptRecord:
     """Run `function` over the samples, with retries; return its result, or the sample that stays corrupt."""
-    for wait in WAITS:
+    for wait in RETRY_DELAYS:
         try:
-            return work()
+            return function()
         except RecordError:
             time.sleep(wait)
     try:
-        return work()
+        return function()
     except RecordError:
         for sample in samples:  # the corrupt sample is the one that fails alone, whichever record the error names
             try:
-                _read_once(processor, index, (sample,))
+                _read_micro_batch_once(processor, index, (sample,))
             except RecordError as error:
-                return TurnedBad(index.sources[index.source_of[sample]].name, int(index.position[sample]), error)
-        return work()  # readable again
+                return CorruptRecord(index.sources[index.source_ids[sample]].name, int(index.position[sample]), error)
+        return function()  # readable again
 
 
-def _read_once(processor: Processor, index: Index, pack: Pack, *, contents: bool = False, **step: Any) -> Batch:
+def _read_micro_batch_once(
+    processor: Processor, index: SampleIndex, pack: Pack, *, with_image_hashes: bool = False, **step: Any
+) -> Batch:
     """Read and collate the records of a pack, and verify that they are as indexed. Raises RecordError."""
-    records = [index.record(sample) for sample in pack]
+    records = [index.get_record(sample) for sample in pack]
     batch = collate(processor, records, **step)
-    _require_unchanged(batch, records, index, pack)
-    require_as_indexed(index, pack, records)
-    batch.keys = index.keys(list(pack)).tolist()
-    batch.contents = [content_of(record) for record in records] if contents else []
+    _verify_lengths(batch, records, index, pack)
+    verify_unchanged(index, pack, records)
+    batch.record_keys = index.compute_keys(list(pack)).tolist()
+    batch.image_hashes = [compute_image_hash(record) for record in records] if with_image_hashes else []
     return batch
 
 
-def _require_unchanged(batch: Batch, records: list[Record], index: Index, pack: Pack) -> None:
+def _verify_lengths(batch: Batch, records: list[Record], index: SampleIndex, pack: Pack) -> None:
     """Verify that tokens and supervised tokens equal the index, from which pack sizes and the divisor of the loss come."""
     if not records:
         return
-    found = {"tokens": batch.lengths, "supervised": batch.supervised}
+    found = {"tokens": batch.segment_lengths, "supervised": batch.segment_supervised_tokens}
     for name, counts in found.items():
-        now, indexed = np.bincount(batch.owners, counts).astype(np.int64), getattr(index, name)[list(pack)]
+        now, indexed = np.bincount(batch.record_ids, counts).astype(np.int64), getattr(index, name)[list(pack)]
         for number in np.flatnonzero(now != indexed):
             what = "tokens" if name == "tokens" else "supervised tokens"
             raise RecordError(

@@ -14,12 +14,12 @@ from functools import cached_property
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
-from lit_vlm.anyres import ImageSettings, Layout
-from lit_vlm.data.template import Encoded, Template
-from lit_vlm.data.tiles import tiles_from
+from lit_vlm.anyres import ImageSettings, TileLayout
+from lit_vlm.data.template import ChatTemplate, TokenSequence
+from lit_vlm.data.tiles import load_tiles
 from lit_vlm.types import (
     Fault,
-    ImageSlot,
+    ImagePlaceholder,
     Message,
     PreferencePair,
     Record,
@@ -27,20 +27,20 @@ from lit_vlm.types import (
     Role,
     Sample,
     UserError,
-    counted,
+    format_count,
 )
 
-_COUNTING = 2  # increase it when the same records get other counts; it is part of the digest
+_COST_VERSION = 2  # increase it when the same records get other counts; it is part of the digest
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class RecordCost:
     """Cost of one record in tokens and tiles, computed without decoding pixels. For a pair: prompt and both answers."""
 
     lengths: tuple[int, ...]  # tokens of each segment
     num_supervised: int
     squares: int  # attention cost: twice the number of pairs (token, token that it attends to), itself included
-    longest: int  # maximum tokens that one segment attends to, its prefix included
+    max_context_tokens: int  # maximum tokens that one segment attends to, its prefix included
     num_tiles: int
     num_images: int = 0
     num_image_tokens: int = 0  # image placeholders in all segments
@@ -74,76 +74,81 @@ class Processor:
     ) -> None:
         self.tokenizer, self.images, self.scaled_decode = tokenizer, images, scaled_decode
         self.share_prompts = share_prompts
-        self.template = Template(tokenizer, day=day)
+        self.template = ChatTemplate(tokenizer, day=day)
         self.image_token_id = self.template.image_token_id
 
     @cached_property
     def digest(self) -> str:
         """Digest of all that determines a record's cost: tokenizer, chat template and image settings."""
         tokenizer = self.tokenizer
-        text = [self.template.ordinary.to_str(), tokenizer.chat_template, self.template.control_ids]
+        text = [self.template.plain_tokenizer.to_str(), tokenizer.chat_template, self.template.control_ids]
         state = [
-            _COUNTING,
+            _COST_VERSION,
             self.share_prompts,
             *text,
             tokenizer.special_tokens_map,
             self.image_token_id,
             asdict(self.images),
-            *([self.template.day.isoformat()] if self.template.writes_day else []),
+            *([self.template.day.isoformat()] if self.template.is_date_dependent else []),
         ]
         return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()
 
-    def sequences(self, record: Record, layouts: list[Layout] | None = None) -> list[Encoded]:
+    def encode_sequences(self, record: Record, layouts: list[TileLayout] | None = None) -> list[TokenSequence]:
         """Encode a record: one sequence for a sample, the chosen and the rejected one for a pair.
 
         Args:
             layouts: layouts of the record's images, if known; else the image headers are read.
         """
-        layouts = self.layouts(record) if layouts is None else layouts
+        layouts = self.compute_layouts(record) if layouts is None else layouts
         if isinstance(record, Sample):
             return [self._encode(record, record.messages, layouts)]
-        shown = layouts[: record.num_shown], layouts[-record.num_shown :] if record.num_shown else []
-        return [self._answer(record, *each) for each in zip((record.chosen, record.rejected), shown, strict=True)]
+        shown = (
+            layouts[: record.num_prompt_images],
+            layouts[-record.num_prompt_images :] if record.num_prompt_images else [],
+        )
+        return [
+            self._encode_answer(record, *each) for each in zip((record.chosen, record.rejected), shown, strict=True)
+        ]
 
-    def segments(self, record: Record, layouts: list[Layout] | None = None) -> list[Encoded]:
+    def encode_segments(self, record: Record, layouts: list[TileLayout] | None = None) -> list[TokenSequence]:
         """Encode a record as segments of the flat batch.
 
         A sample is one segment. A pair is its prompt without the last token, and two answers that begin with that token.
         A pair whose answers belong to different images is its two sequences.
         """
-        sequences = self.sequences(record, layouts)
+        sequences = self.encode_sequences(record, layouts)
         shared = 0
         # prompts with different images have equal placeholders but different image features
-        if isinstance(record, PreferencePair) and self.share_prompts and not record.rejected_images:
-            shared = _shared(*sequences)
-        return [sequences[0].part(0, shared), *(each.part(shared) for each in sequences)] if shared else sequences
+        if isinstance(record, PreferencePair) and self.share_prompts and not record.has_rejected_images:
+            shared = _count_shared_tokens(*sequences)
+        return [sequences[0].slice(0, shared), *(each.slice(shared) for each in sequences)] if shared else sequences
 
-    def prompt(self, record: Record) -> Encoded:
+    def encode_prompt(self, record: Record) -> TokenSequence:
         """Encode the prompt: the conversation before the last answer, with the generation prompt."""
         messages = record.prompt if isinstance(record, PreferencePair) else record.messages[:-1]
-        shown = self.layouts(record)
+        shown = self.compute_layouts(record)
         if isinstance(record, PreferencePair):
-            shown = shown[: record.num_shown]
+            shown = shown[: record.num_prompt_images]
         return self._encode(record, messages, shown, prompt=True)
 
-    def cost(self, record: Record) -> Cost:
+    def compute_cost(self, record: Record) -> RecordCost:
         """Compute the cost. Raises RecordError if an image header cannot be read, or no token is supervised."""
         sizes = [image.size for image in record.images]  # each header is read once
-        layouts = self._layouts(record, sizes)
-        segments = self.segments(record, layouts)
+        layouts = self._compute_layouts(record, sizes)
+        segments = self.encode_segments(record, layouts)
         answers = segments[-2:] if isinstance(record, PreferencePair) else segments
         if not all(answer.num_supervised for answer in answers):
             reason = "no supervised token: its answer is empty"
             raise RecordError(record.origin, reason, "Give it an answer", Fault.no_answer)
         lengths = [segment.num_tokens for segment in segments]
         prefix_lengths = [0, *lengths[:1] * 2] if len(segments) == 3 else [0] * len(segments)
-        return Cost(
+        return RecordCost(
             lengths=tuple(lengths),
             num_supervised=sum(segment.num_supervised for segment in segments),
             squares=sum(
                 length * length + 2 * length * prefix for length, prefix in zip(lengths, prefix_lengths, strict=True)
             ),
-            longest=max(map(sum, zip(lengths, prefix_lengths, strict=True))),
+            max_context_tokens=max(map(sum, zip(lengths, prefix_lengths, strict=True))),
             num_tiles=sum(layout.num_tiles for layout in layouts),
             num_images=len(layouts),
             num_image_tokens=sum(int((segment.input_ids == self.image_token_id).sum()) for segment in segments),
@@ -151,14 +156,14 @@ class Processor:
             size=sizes[0] if sizes else (0, 0),
         )
 
-    def layouts(self, record: Record) -> list[Layout]:
+    def compute_layouts(self, record: Record) -> list[TileLayout]:
         """Compute the layout of each image from its header alone."""
-        return self._layouts(record, [image.size for image in record.images])
+        return self._compute_layouts(record, [image.size for image in record.images])
 
-    def tiles(self, record: Record) -> list[np.ndarray]:
+    def load_tiles(self, record: Record) -> list[np.ndarray]:
         """Load the tiles of each image of the record: [N, 3, H, W] uint8."""
-        options = {"alone": _num_shown(record) == 1, "scaled_decode": self.scaled_decode}
-        return [tiles_from(image, self.images, most_tiles=record.max_tiles, **options) for image in record.images]
+        options = {"single_image": _count_prompt_images(record) == 1, "scaled_decode": self.scaled_decode}
+        return [load_tiles(image, self.images, max_tiles=record.max_tiles, **options) for image in record.images]
 
     def decode(self, ids: list[int]) -> str:
         """Decode token ids to text with control tokens, without end-of-turn and padding tokens."""
@@ -167,36 +172,38 @@ class Processor:
             text = text.replace(token, "") if token else text
         return text.strip()
 
-    def _answer(self, pair: PreferencePair, answer: Message, layouts: list[Layout]) -> Encoded:
+    def _encode_answer(self, pair: PreferencePair, answer: Message, layouts: list[TileLayout]) -> TokenSequence:
         """Encode the prompt and one answer of a pair; only the answer is supervised."""
         prompt = self._encode(pair, pair.prompt, layouts, prompt=True).num_tokens
         encoded = self._encode(pair, (*pair.prompt, answer), layouts)
         encoded.supervised[:prompt] = False  # earlier answers are part of the prompt
         return encoded
 
-    def _layouts(self, record: Record, sizes: list[tuple[int, int]]) -> list[Layout]:
-        alone = _num_shown(record) == 1
-        return [self.images.layout(*size, alone=alone, most_tiles=record.max_tiles) for size in sizes]
+    def _compute_layouts(self, record: Record, sizes: list[tuple[int, int]]) -> list[TileLayout]:
+        alone = _count_prompt_images(record) == 1
+        return [self.images.compute_layout(*size, single_image=alone, max_tiles=record.max_tiles) for size in sizes]
 
     def _encode(
-        self, record: Record, messages: tuple[Message, ...], layouts: list[Layout], *, prompt: bool = False
-    ) -> Encoded:
-        slots = [piece.index for message in messages for piece in message.content if isinstance(piece, ImageSlot)]
+        self, record: Record, messages: tuple[Message, ...], layouts: list[TileLayout], *, prompt: bool = False
+    ) -> TokenSequence:
+        slots = [
+            piece.index for message in messages for piece in message.content if isinstance(piece, ImagePlaceholder)
+        ]
         if sorted(slots) != list(range(len(layouts))):
             raise RecordError(
                 record.origin,
-                f"{counted(len(slots), 'image placeholder')} but {counted(len(layouts), 'image')}; each image needs exactly one",
+                f"{format_count(len(slots), 'image placeholder')} but {format_count(len(layouts), 'image')}; each image needs exactly one",
                 fault=Fault.placeholders,
             )
         return self.template.encode(messages, [layouts[slot].num_tokens for slot in slots], prompt=prompt)
 
 
-def _num_shown(record: Record) -> int:
+def _count_prompt_images(record: Record) -> int:
     """Count the images of one prompt."""
-    return record.num_shown if isinstance(record, PreferencePair) else len(record.images)
+    return record.num_prompt_images if isinstance(record, PreferencePair) else len(record.images)
 
 
-def _shared(chosen: Encoded, rejected: Encoded) -> int:
+def _count_shared_tokens(chosen: TokenSequence, rejected: TokenSequence) -> int:
     """Count the unsupervised tokens with which both sequences begin, without the last one.
 
     The last one predicts the first tokens of the answers, so it must be in the segments of the answers: the first token

@@ -13,29 +13,29 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_vlm.config.schema import Format, Marks, Markup, SourceConfig
-from lit_vlm.data.readers.by_keys import FORMATS, Reader, read_by_keys
-from lit_vlm.data.readers.chosen import Chosen, FewerTiles
+from lit_vlm.config.schema import Format, MarkerMeaning, Markup, SourceConfig
+from lit_vlm.data.readers.by_keys import FORMATS, RecordReader, read_any_format
+from lit_vlm.data.readers.chosen import SourceSubset, TileLimitedSource
 from lit_vlm.data.readers.dialects import find_mark
 from lit_vlm.data.readers.files import (
-    check_split_of_file,
-    existing,
-    find_files,
-    found_format,
-    hub_rows,
-    nearest,
-    rows_of,
+    check_file_split,
+    detect_format,
+    find_record_files,
+    format_suggestion,
+    load_hub_rows,
+    open_row_files,
+    resolve_source_path,
 )
-from lit_vlm.data.readers.place import Place, Settings
+from lit_vlm.data.readers.place import ReaderSettings, RecordContext
 from lit_vlm.data.readers.rows import Rows
-from lit_vlm.data.readers.rows.base import identity
-from lit_vlm.data.staging import original
-from lit_vlm.types import IMAGE_TOKEN, Kind, Language, Record, Source, UserError, counted
+from lit_vlm.data.readers.rows.base import get_file_identity
+from lit_vlm.data.staging import resolve_original_path
+from lit_vlm.types import IMAGE_TOKEN, Language, Record, SampleKind, Source, UserError, format_count
 
 # By the names of config's Format, and formats that only `auto` finds.
-READERS: dict[str, Reader] = {**FORMATS, "sharegpt": FORMATS["llava"], "webdataset": read_by_keys}
-_MARKUP_KINDS = (Kind.ocr, Kind.grounding, Kind.referring)
-_READING = 4  # increase it when the same files are read differently; it is part of the digests
+READERS: dict[str, RecordReader] = {**FORMATS, "sharegpt": FORMATS["llava"], "webdataset": read_any_format}
+_MARKUP_KINDS = (SampleKind.ocr, SampleKind.grounding, SampleKind.referring)
+_READER_VERSION = 4  # increase it when the same files are read differently; it is part of the digests
 
 
 class FileSource:
@@ -50,7 +50,9 @@ class FileSource:
         digest: of the files and the reader settings.
     """
 
-    def __init__(self, name: str, rows: Rows, read: Reader, settings: Settings, limit: int | None, digest: str) -> None:
+    def __init__(
+        self, name: str, rows: Rows, read: RecordReader, settings: ReaderSettings, limit: int | None, digest: str
+    ) -> None:
         self.name, self.digest = name, digest
         self._rows, self._read, self._settings = rows, read, settings
         self._length = len(rows) if limit is None else min(limit, len(rows))
@@ -61,22 +63,22 @@ class FileSource:
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < self._length:
             raise IndexError(index)
-        place = Place(self._rows.origin(index), self._settings)
+        place = RecordContext(self._rows.get_origin(index), self._settings)
         try:
             return self._read(self._rows[index], place)
         except RecursionError:
-            raise place.fault("it is nested too deeply to be read") from None
+            raise place.make_error("it is nested too deeply to be read") from None
 
     def origin(self, index: int) -> str:
         """Return the location of the record for the user, even if it cannot be read."""
-        return self._rows.origin(index)
+        return self._rows.get_origin(index)
 
     def digest_of(self, start: int, stop: int) -> str:
         """Hash the content of records start to stop - 1 and the reader settings; for JSON independent of their position."""
         if not 0 <= start < stop <= self._length:
             raise IndexError((start, stop))
-        hasher = hashlib.sha256(_reading(self._settings).encode())
-        self._rows.update(hasher, start, stop)
+        hasher = hashlib.sha256(_dump_reader_settings(self._settings).encode())
+        self._rows.update_hash(hasher, start, stop)
         return hasher.hexdigest()
 
 
@@ -105,27 +107,32 @@ def open_source(
         raise UserError(f"data.sources.{name}.num_samples={config.num_samples}: at least 1 is needed, or null for all.")
     if config.fraction is not None and not 0 < config.fraction <= 1:
         raise UserError(f"data.sources.{name}.fraction={config.fraction}: above 0 and at most 1, or null for all.")
-    kind = _kind(name, config.kind)
+    kind = _parse_kind(name, config.kind)
     split = config.split or (None if held_out else "train")  # the split that records may name
     if config.format in (Format.builtin, Format.digits):
-        source = _made(name, config, kind, seed, held_out)
+        source = _make_source(name, config, kind, seed, held_out)
     elif config.format is Format.mapped:
         source = _open_mapped(name, config, kind, max_image_pixels, split)
     else:
         source = _open_files(name, config, kind, max_image_pixels, split, cache)
     if config.fraction is None:
         return source
-    share = Chosen(source, config.fraction, config.num_samples)
+    share = SourceSubset(source, config.fraction, config.num_samples)
     if not len(share):
-        found = f"chooses none of its {counted(len(source), 'record')}"
+        found = f"chooses none of its {format_count(len(source), 'record')}"
         raise UserError(f"data.sources.{name}.fraction={config.fraction} {found}. Raise it.")
     return share
 
 
 def _open_files(
-    name: str, config: SourceConfig, kind: Kind | None, max_image_pixels: int, split: str | None, cache: Path | None
+    name: str,
+    config: SourceConfig,
+    kind: SampleKind | None,
+    max_image_pixels: int,
+    split: str | None,
+    cache: Path | None,
 ) -> FileSource:
-    rows, files, root = _opened(name, config, cache)
+    rows, files, root = _open_rows(name, config, cache)
     if not len(rows):
         where = f"hub={config.hub}" if config.hub else f"path={config.path}"
         raise UserError(f"data.sources.{name}.{where}: no records in it. Give a file that has some.")
@@ -139,92 +146,92 @@ def _open_files(
     if config.format is not Format.auto:
         source_format = config.format.name
     else:
-        source_format = "webdataset" if archive else found_format(name, rows)
-    settings = _settings(name, config, kind, max_image_pixels, source_format, root, split)
+        source_format = "webdataset" if archive else detect_format(name, rows)
+    settings = _build_settings(name, config, kind, max_image_pixels, source_format, root, split)
     limit = config.num_samples if config.fraction is None else None  # else it limits the selected records
-    return FileSource(name, rows, READERS[source_format], settings, limit, _digest(files, settings, limit))
+    return FileSource(name, rows, READERS[source_format], settings, limit, _compute_digest(files, settings, limit))
 
 
-def _opened(name: str, config: SourceConfig, cache: Path | None) -> tuple[Rows, list[Path], Path]:
+def _open_rows(name: str, config: SourceConfig, cache: Path | None) -> tuple[Rows, list[Path], Path]:
     """Open the rows; return them with their files and the default folder of relative image paths."""
     if config.hub is not None:
         if config.path is not None:
             raise UserError(f"data.sources.{name}: both path and hub are given; one of them must go.")
-        rows, files = hub_rows(name, config)
+        rows, files = load_hub_rows(name, config)
         local = Path(config.hub).expanduser()
         return rows, files, local if local.is_dir() else (files or [local])[0].parent
-    path, files = find_files(name, existing(name, "path", config.path, config), config.split)
-    rows = rows_of(name, path, files, cache)
+    path, files = find_record_files(name, resolve_source_path(name, "path", config.path, config), config.split)
+    rows = open_row_files(name, path, files, cache)
     if config.split is not None and path.is_file():
-        check_split_of_file(name, rows, path, config.split)
+        check_file_split(name, rows, path, config.split)
     return rows, files, path if path.is_dir() else path.parent
 
 
 def _open_mapped(
-    name: str, config: SourceConfig, kind: Kind | None, max_image_pixels: int, split: str | None
+    name: str, config: SourceConfig, kind: SampleKind | None, max_image_pixels: int, split: str | None
 ) -> Source:
     from lit_vlm.data.readers.mapped import MappedSource
 
     if config.mapping is None:
         raise UserError(f"data.sources.{name}: format=mapped needs mapping, which fields are picture and answer.")
-    path = existing(name, "path", config.path, config)
+    path = resolve_source_path(name, "path", config.path, config)
     root = path if path.is_dir() else path.parent
-    settings = _settings(name, config, kind, max_image_pixels, "mapped", root, split)
+    settings = _build_settings(name, config, kind, max_image_pixels, "mapped", root, split)
     limit = config.num_samples if config.fraction is None else None
     return MappedSource(path, config.mapping, settings, limit, split=config.split)
 
 
-def _settings(
+def _build_settings(
     name: str,
     config: SourceConfig,
-    kind: Kind | None,
+    kind: SampleKind | None,
     max_image_pixels: int,
     source_format: str,
     root: Path,
     split: str | None,
-) -> Settings:
+) -> ReaderSettings:
     """Build the reader settings.
 
     Args:
         root: folder of relative image paths, unless image_root is set.
     """
     own_root = config.image_root
-    return Settings(
+    return ReaderSettings(
         source=name,
         format=source_format,
-        image_root=(root if own_root is None else existing(name, "image_root", own_root, config)).resolve(),
+        image_root=(root if own_root is None else resolve_source_path(name, "image_root", own_root, config)).resolve(),
         max_pixels=max_image_pixels,
         language=Language[config.language.name],
         kind=kind,
         markup=config.markup is Markup.on or (config.markup is Markup.auto and kind in _MARKUP_KINDS),
         max_tiles=config.max_tiles,
-        prompts=_prompts(name, config.prompts, config.marks is Marks.text),
+        prompts=_parse_prompts(name, config.prompts, config.marks is MarkerMeaning.text),
         split=split,
         counts_markup=config.markup is Markup.auto,
-        marks_are_text=config.marks is Marks.text,
+        marks_are_text=config.marks is MarkerMeaning.text,
     )
 
 
-def _made(name: str, config: SourceConfig, kind: Kind | None, seed: int, held_out: bool) -> Source:
+def _make_source(name: str, config: SourceConfig, kind: SampleKind | None, seed: int, held_out: bool) -> Source:
     """Make a source of generated data (builtin) or of data bundled with a library (digits)."""
     if config.prompts:
         raise UserError(f"data.sources.{name}.prompts: not for format={config.format.name}, whose records ask already.")
-    make = _digits if config.format is Format.digits else _builtin
+    make = _make_digits_source if config.format is Format.digits else _make_builtin_source
     source = make(name, config, Language[config.language.name], kind, seed, held_out)
-    return source if config.max_tiles is None else FewerTiles(source, config.max_tiles)
+    return source if config.max_tiles is None else TileLimitedSource(source, config.max_tiles)
 
 
-def _digits(
-    name: str, config: SourceConfig, language: Language, kind: Kind | None, seed: int, held_out: bool
+def _make_digits_source(
+    name: str, config: SourceConfig, language: Language, kind: SampleKind | None, seed: int, held_out: bool
 ) -> Source:
     from lit_vlm.data.readers.digits import DigitsSource
 
     limit = config.num_samples if config.fraction is None else None
-    return DigitsSource(name, language, kind=kind or Kind.digit, limit=limit, held_out=held_out)
+    return DigitsSource(name, language, kind=kind or SampleKind.digit, limit=limit, held_out=held_out)
 
 
-def _builtin(
-    name: str, config: SourceConfig, language: Language, kind: Kind | None, seed: int, held_out: bool
+def _make_builtin_source(
+    name: str, config: SourceConfig, language: Language, kind: SampleKind | None, seed: int, held_out: bool
 ) -> Source:
     if config.path is None or config.num_samples is None:
         raise UserError(
@@ -244,15 +251,17 @@ def _builtin(
     )
 
 
-def _kind(name: str, kind: str | None) -> Kind | None:
+def _parse_kind(name: str, kind: str | None) -> SampleKind | None:
     if kind is None:
         return None
-    if kind not in Kind.__members__:
-        raise UserError(f"data.sources.{name}.kind={kind} is unknown{nearest(kind, Kind)}. One of: {', '.join(Kind)}.")
-    return Kind(kind)
+    if kind not in SampleKind.__members__:
+        raise UserError(
+            f"data.sources.{name}.kind={kind} is unknown{format_suggestion(kind, SampleKind)}. One of: {', '.join(SampleKind)}."
+        )
+    return SampleKind(kind)
 
 
-def _prompts(name: str, prompts: Sequence[str], marks_are_text: bool) -> tuple[str, ...]:
+def _parse_prompts(name: str, prompts: Sequence[str], marks_are_text: bool) -> tuple[str, ...]:
     for prompt in prompts:
         mark = (IMAGE_TOKEN,) if IMAGE_TOKEN in prompt else None if marks_are_text else find_mark(prompt)
         if mark or not prompt.strip():
@@ -261,14 +270,14 @@ def _prompts(name: str, prompts: Sequence[str], marks_are_text: bool) -> tuple[s
     return tuple(unicodedata.normalize("NFC", prompt) for prompt in prompts)
 
 
-def _reading(settings: Settings) -> str:
+def _dump_reader_settings(settings: ReaderSettings) -> str:
     """Dump the settings that determine how a row is read; the source's name does not."""
     fields = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     del fields["source"]
-    fields["image_root"] = original(settings.image_root)
-    return json.dumps([_READING, fields], sort_keys=True, default=str)
+    fields["image_root"] = resolve_original_path(settings.image_root)
+    return json.dumps([_READER_VERSION, fields], sort_keys=True, default=str)
 
 
-def _digest(files: Sequence[Path], settings: Settings, limit: int | None) -> str:
-    read = [list(map(identity, files)), _reading(settings), limit]
+def _compute_digest(files: Sequence[Path], settings: ReaderSettings, limit: int | None) -> str:
+    read = [list(map(get_file_identity, files)), _dump_reader_settings(settings), limit]
     return hashlib.sha256(json.dumps(read).encode()).hexdigest()

@@ -20,56 +20,56 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from lit_vlm.types import UserError, counted
+from lit_vlm.types import UserError, format_count
 
-VARIABLE = "LIT_VLM_STAGED"
-COPIES = 8  # parallel copies; for small images the latency of the server dominates
+STAGING_VARIABLE = "LIT_VLM_STAGED"
+NUM_COPY_THREADS = 8  # parallel copies; for small images the latency of the server dominates
 SPARE_BYTES = 1 << 30  # kept free on the disk
-_DRAFT = re.compile(r"\.(.+)\.\d+\Z")
+_TEMPORARY_NAME = re.compile(r"\.(.+)\.\d+\Z")
 
 
-def staged(path: Path) -> Path:
+def resolve_staged_path(path: Path) -> Path:
     """Resolve a path to its copy on this node, or to itself if there is no copy."""
-    folder = staging_folder()
+    folder = get_staging_folder()
     if folder is None:
         return path
-    copy = place_of(path, folder)
+    copy = get_copy_path(path, folder)
     return copy if copy.exists() else path
 
 
-def original(path: Path) -> Path:
+def resolve_original_path(path: Path) -> Path:
     """Resolve a staged path to the original path, which is used in settings and digests."""
-    folder = staging_folder()
+    folder = get_staging_folder()
     return Path("/") / path.relative_to(folder) if folder and path.is_relative_to(folder) else path
 
 
-def staging_folder() -> Path | None:
+def get_staging_folder() -> Path | None:
     """Get the staging folder of this node; None without staging. Environment variables in it are those of the node.
 
     Raises:
         UserError: a variable in it is not set on this node.
     """
-    named = os.environ.get(VARIABLE)
-    return folder_of(named) if named else None
+    named = os.environ.get(STAGING_VARIABLE)
+    return resolve_staging_folder(named) if named else None
 
 
-def folder_of(named: str) -> Path:
+def resolve_staging_folder(folder_setting: str) -> Path:
     """Expand the variables of a setting to a folder of this node. Raises UserError if the result is no absolute path."""
-    folder = os.path.expandvars(named)
+    folder = os.path.expandvars(folder_setting)
     if "$" in folder or not os.path.isabs(folder):
         raise UserError(
-            f"submit.stage_to={named}: is {folder} on {socket.gethostname()}, which is no folder. It must begin with / once its"
+            f"submit.stage_to={folder_setting}: is {folder} on {socket.gethostname()}, which is no folder. It must begin with / once its"
             " variables are filled in, and those must be set on every node."
         )
     return Path(folder).resolve()
 
 
-def place_of(path: Path, folder: Path) -> Path:
+def get_copy_path(path: Path, folder: Path) -> Path:
     """Get the path of the copy of `path` below `folder`."""
     return folder / path.resolve().relative_to("/")
 
 
-def stage(paths: Iterable[Path], folder: Path) -> tuple[int, int]:
+def copy_to_node(paths: Iterable[Path], folder: Path) -> tuple[int, int]:
     """Copy files and folders to the node; return (copied files, copied bytes).
 
     A copy with the same size and modification time is kept. Files that were removed from a folder are removed from its
@@ -81,45 +81,45 @@ def stage(paths: Iterable[Path], folder: Path) -> tuple[int, int]:
     folder, paths = folder.resolve(), list(paths)
     for path in paths:
         _remove_stale(path.resolve(), folder)
-    waiting = list(dict.fromkeys(pair for path in paths for pair in _missing(path, folder)))
+    waiting = list(dict.fromkeys(pair for path in paths for pair in _find_missing(path, folder)))
     size = sum(path.stat().st_size for path, _ in waiting if not path.is_symlink())
-    _require_room(folder, size)
-    with ThreadPoolExecutor(COPIES) as pool:
-        for _ in pool.map(lambda pair: _copy(*pair), waiting):
+    _check_free_space(folder, size)
+    with ThreadPoolExecutor(NUM_COPY_THREADS) as pool:
+        for _ in pool.map(lambda pair: _copy_file(*pair), waiting):
             pass
     return len(waiting), size
 
 
-def _missing(path: Path, folder: Path) -> Iterator[tuple[Path, Path]]:
+def _find_missing(path: Path, folder: Path) -> Iterator[tuple[Path, Path]]:
     """Find the files without a current copy; yield (file, path of its copy)."""
     if not path.exists():
         raise UserError(f"{path}: to be copied to {folder} of {socket.gethostname()}, but it is not there.")
     path = path.resolve()
-    for file in [path] if path.is_file() else _files(path):
+    for file in [path] if path.is_file() else _walk_files(path):
         copy = folder / file.relative_to("/")
-        if not _same(file, copy):
+        if not _is_same(file, copy):
             yield file, copy
 
 
 def _remove_stale(root: Path, folder: Path) -> None:
     """Remove copies of files that no longer exist: a shard removed from a folder must not be read from the copy."""
-    copies = place_of(root, folder)
+    copies = get_copy_path(root, folder)
     if not root.is_dir() or copies.resolve() != copies:  # a link could lead out of the copies
         return
-    for copy in _files(copies):
+    for copy in _walk_files(copies):
         file = root / copy.relative_to(copies)
-        temporary = _DRAFT.match(file.name)  # another job of this node may be copying it now
+        temporary = _TEMPORARY_NAME.match(file.name)  # another job of this node may be copying it now
         if not os.path.lexists(file) and not (temporary and os.path.lexists(file.with_name(temporary[1]))):
             copy.unlink(missing_ok=True)
 
 
-def _files(root: Path) -> Iterator[Path]:
+def _walk_files(root: Path) -> Iterator[Path]:
     for parent, folders, names in os.walk(root):
         links = [name for name in folders if Path(parent, name).is_symlink()]
         yield from (Path(parent, name) for name in sorted([*names, *links]))
 
 
-def _same(file: Path, copy: Path) -> bool:
+def _is_same(file: Path, copy: Path) -> bool:
     try:
         one, other = file.lstat(), copy.lstat()
     except FileNotFoundError:
@@ -127,7 +127,7 @@ def _same(file: Path, copy: Path) -> bool:
     return file.is_symlink() or (one.st_size, one.st_mtime_ns) == (other.st_size, other.st_mtime_ns)
 
 
-def _copy(file: Path, copy: Path) -> None:
+def _copy_file(file: Path, copy: Path) -> None:
     """Copy a file or symbolic link through a temporary name, with its modification time."""
     temporary = copy.with_name(f".{copy.name}.{os.getpid()}")
     copy.parent.mkdir(parents=True, exist_ok=True)
@@ -147,32 +147,32 @@ def _copy(file: Path, copy: Path) -> None:
         raise UserError(f"{what}. Choose another submit.stage_to, or none.") from error
 
 
-def _require_room(folder: Path, size: int) -> None:
+def _check_free_space(folder: Path, num_bytes: int) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(folder).free
     except OSError as error:
         where = f"{folder} of {socket.gethostname()}"
         raise UserError(f"submit.stage_to: {where} cannot be made: {error.strerror}. Choose another folder.") from error
-    if size + SPARE_BYTES > free:
+    if num_bytes + SPARE_BYTES > free:
         raise UserError(
-            f"submit.stage_to: {folder} of {socket.gethostname()} has {free / 1e9:.1f} GB free, and {size / 1e9:.1f} GB"
+            f"submit.stage_to: {folder} of {socket.gethostname()} has {free / 1e9:.1f} GB free, and {num_bytes / 1e9:.1f} GB"
             f" would be copied there ({SPARE_BYTES / 1e9:.0f} GB stay free). Choose another folder, or none."
         )
 
 
-def main(words: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     for number in (signal.SIGUSR1, signal.SIGUSR2):  # the scheduler's warning signals are for the run
         signal.signal(number, signal.SIG_IGN)
     began = time.monotonic()
     try:
-        folder = folder_of(words[0])
-        count, size = stage(map(Path, words[1:]), folder)
+        folder = resolve_staging_folder(arguments[0])
+        count, size = copy_to_node(map(Path, arguments[1:]), folder)
     except UserError as error:
         sys.exit(str(error))
     seconds = time.monotonic() - began
     print(
-        f"{socket.gethostname()}: {counted(count, 'file')}, {size / 1e9:.2f} GB copied to {folder} in {seconds:.0f} s",
+        f"{socket.gethostname()}: {format_count(count, 'file')}, {size / 1e9:.2f} GB copied to {folder} in {seconds:.0f} s",
         flush=True,
     )
 

@@ -21,21 +21,24 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from lit_vlm.data.template_date import fix_day, refuse_chance, writes_day
-from lit_vlm.types import IMAGE_TOKEN, Control, ImageSlot, Message, Role, UserError, counted
+from lit_vlm.data.template_date import freeze_date, is_date_dependent, validate_determinism
+from lit_vlm.types import IMAGE_TOKEN, ControlToken, ImagePlaceholder, Message, Role, UserError, format_count
 
-OPEN, CLOSE = "\ue000", "\ue001"  # Unicode private use; they enclose the number of a text in a rendering
-STAND_IN = re.compile(f"{OPEN}(\\d+){CLOSE}")
+SENTINEL_START, SENTINEL_END = (
+    "\ue000",
+    "\ue001",
+)  # Unicode private use; they enclose the number of a text in a rendering
+SENTINEL = re.compile(f"{SENTINEL_START}(\\d+){SENTINEL_END}")
 IMAGE, TEXT = "image", "text"
-TURNS = 8  # the starts of the first answers are found by rendering, one by one
-REMEDY = "model.chat_template=chatml, or a Jinja file"
-HEADER = 24  # characters before an answer that identify its header, such as "<|im_start|>assistant\n"
+NUM_RENDERED_TURNS = 8  # the starts of the first answers are found by rendering, one by one
+TEMPLATE_REMEDY = "model.chat_template=chatml, or a Jinja file"
+HEADER_CHARS = 24  # characters before an answer that identify its header, such as "<|im_start|>assistant\n"
 
-Shape = tuple[tuple[str, tuple[str, ...]], ...]  # ((role, (part, ...)), ...)
+ConversationShape = tuple[tuple[str, tuple[str, ...]], ...]  # ((role, (part, ...)), ...)
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class TokenSequence:
     """Token ids [S] int32 and supervision mask [S] bool, True for tokens of the loss. Images are runs of placeholders."""
 
     input_ids: np.ndarray
@@ -50,36 +53,36 @@ class Encoded:
         """Number of supervised tokens; the first token of a sequence is not predicted, so it does not count."""
         return int(self.supervised[1:].sum())
 
-    def part(self, start: int, stop: int | None = None) -> Encoded:
+    def slice(self, start: int, stop: int | None = None) -> TokenSequence:
         """Slice the sequence: tokens `start` to `stop - 1`."""
-        return Encoded(self.input_ids[start:stop], self.supervised[start:stop])
+        return TokenSequence(self.input_ids[start:stop], self.supervised[start:stop])
 
 
 @dataclass(frozen=True, slots=True)
-class Special:
+class SpecialToken:
     """Special token of the template; the image placeholder is one."""
 
     token_id: int
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class TextSlot:
     """Place of a text of the conversation."""
 
     number: int  # of the text, counted over the conversation
 
 
 @dataclass(frozen=True, slots=True)
-class Supervise:
+class SupervisionMark:
     """Mark where a supervised answer begins (`on`) or ends."""
 
     on: bool
 
 
-Piece = str | Special | Slot | Supervise
+TemplatePiece = str | SpecialToken | TextSlot | SupervisionMark
 
 
-class Template:
+class ChatTemplate:
     """Chat template of one tokenizer, for training.
 
     Args:
@@ -105,34 +108,36 @@ class Template:
             )
         self.tokenizer, self.day = tokenizer, day or date.today()
         self.origin = tokenizer.name_or_path or "the language model"
-        refuse_chance(tokenizer.chat_template, self.origin)
-        self.writes_day = writes_day(tokenizer.chat_template)
-        self._text = fix_day(tokenizer.chat_template, self.day) if self.writes_day else tokenizer.chat_template
+        validate_determinism(tokenizer.chat_template, self.origin)
+        self.is_date_dependent = is_date_dependent(tokenizer.chat_template)
+        self._template_text = (
+            freeze_date(tokenizer.chat_template, self.day) if self.is_date_dependent else tokenizer.chat_template
+        )
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         self.control_ids = tokenizer.get_added_vocab()
-        self.ordinary = _without_added_tokens(tokenizer)
+        self.plain_tokenizer = _remove_added_tokens(tokenizer)
         literals = sorted(self.control_ids, key=len, reverse=True)
-        self._literal = re.compile("|".join(map(re.escape, literals)))
-        self._trims = {role: self._strips_whitespace(role) for role in (Role.user, Role.assistant)}
-        self.layout = lru_cache(maxsize=4096)(self._layout)
-        self.ordinary_ids = lru_cache(maxsize=8192)(self._ordinary_ids)
+        self._control_pattern = re.compile("|".join(map(re.escape, literals)))
+        self._strips_role = {role: self._detect_stripping(role) for role in (Role.user, Role.assistant)}
+        self.get_pieces = lru_cache(maxsize=4096)(self._build_pieces)
+        self.tokenize_text = lru_cache(maxsize=8192)(self._tokenize_text)
 
     def __reduce__(self):  # pickled for a spawned loader worker, without the caches
         return type(self), (self.tokenizer, self.image_token, self.day)
 
-    def encode(self, messages: tuple[Message, ...], image_tokens: list[int], *, prompt: bool = False) -> Encoded:
+    def encode(self, messages: tuple[Message, ...], image_tokens: list[int], *, prompt: bool = False) -> TokenSequence:
         """Encode a conversation to token ids and a supervision mask.
 
         Args:
             messages: the conversation; with `prompt`, it ends with a user message and the generation prompt is added.
             image_tokens: number of placeholders of each image, in the order of the images in the text.
         """
-        shape, texts = _shape_of(messages)
+        shape, texts = _extract_shape(messages)
         ids: list[int] = []
         mask: list[bool] = []
         images = iter(image_tokens)
-        is_trained = iter([message.trained for message in messages if message.role is Role.assistant])
+        is_trained = iter([message.supervised for message in messages if message.role is Role.assistant])
         supervised, pending = False, ""
 
         def put(new: list[int] | tuple[int, ...]) -> None:
@@ -142,29 +147,29 @@ class Template:
         def flush() -> None:
             nonlocal pending
             if pending:
-                put(self.ordinary_ids(pending))
+                put(self.tokenize_text(pending))
                 pending = ""
 
-        for piece in self.layout(shape, prompt):
+        for piece in self.get_pieces(shape, prompt):
             if isinstance(piece, str):
                 pending += piece
-            elif isinstance(piece, Slot):
-                for part in self._trimmed(*texts[piece.number]):
+            elif isinstance(piece, TextSlot):
+                for part in self._apply_stripping(*texts[piece.number]):
                     if isinstance(part, str):
                         pending += part
                     else:
                         flush()
-                        put([self._control_id(part)])
-            elif isinstance(piece, Special):
+                        put([self._get_control_id(part)])
+            elif isinstance(piece, SpecialToken):
                 flush()
                 put([piece.token_id] * (next(images) if piece.token_id == self.image_token_id else 1))
             else:
                 flush()
                 supervised = piece.on and next(is_trained)
         flush()
-        return Encoded(np.array(ids, dtype=np.int32), np.array(mask, dtype=bool))
+        return TokenSequence(np.array(ids, dtype=np.int32), np.array(mask, dtype=bool))
 
-    def _control_id(self, control: Control) -> int:
+    def _get_control_id(self, control: ControlToken) -> int:
         try:
             return self.control_ids[control.token]
         except KeyError:
@@ -173,12 +178,12 @@ class Template:
                 f"Add it with model.special_tokens, or read the source with markup=off."
             ) from None
 
-    def _ordinary_ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self.ordinary.encode(text, add_special_tokens=False).ids)
+    def _tokenize_text(self, text: str) -> tuple[int, ...]:
+        return tuple(self.plain_tokenizer.encode(text, add_special_tokens=False).ids)
 
-    def _trimmed(self, role: Role, parts: tuple[str | Control, ...]) -> tuple[str | Control, ...]:
+    def _apply_stripping(self, role: Role, parts: tuple[str | ControlToken, ...]) -> tuple[str | ControlToken, ...]:
         """Strip the parts as the template would: some templates strip the whitespace around a message."""
-        if not self._trims.get(role) or not parts:
+        if not self._strips_role.get(role) or not parts:
             return parts
         trimmed = list(parts)
         if isinstance(trimmed[0], str):
@@ -187,12 +192,12 @@ class Template:
             trimmed[-1] = trimmed[-1].rstrip()
         return tuple(trimmed)
 
-    def _strips_whitespace(self, role: Role) -> bool:
+    def _detect_stripping(self, role: Role) -> bool:
         """Return True if the template strips the whitespace around a message of this role."""
-        padded = f" {OPEN}0{CLOSE} "
+        padded = f" {SENTINEL_START}0{SENTINEL_END} "
         turns = [("user", "q"), ("assistant", padded)] if role is Role.assistant else [("user", padded)]
         rendered = self.render([{"role": r, "content": [{"type": TEXT, "text": t}]} for r, t in turns])
-        return f" {OPEN}0{CLOSE}" not in rendered
+        return f" {SENTINEL_START}0{SENTINEL_END}" not in rendered
 
     def render(self, messages: list[dict], prompt: bool = False) -> str:
         """Render messages in transformers' format, with the date of this template.
@@ -200,32 +205,32 @@ class Template:
         Raises:
             UserError: the template has a syntax error, or refuses these roles.
         """
-        options = {"chat_template": self._text, "tokenize": False, "add_generation_prompt": prompt}
+        options = {"chat_template": self._template_text, "tokenize": False, "add_generation_prompt": prompt}
         try:
             return self.tokenizer.apply_chat_template(messages, **options)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(
-                f"The chat template of {self.origin} is not well-formed, line {error.lineno - self.writes_day}: {error.message}. Mend it, or give "
-                f"another: {REMEDY}."
+                f"The chat template of {self.origin} is not well-formed, line {error.lineno - self.is_date_dependent}: {error.message}. Mend it, or give "
+                f"another: {TEMPLATE_REMEDY}."
             ) from error
         except Exception as error:  # a template can raise any exception
             roles = ", ".join(message["role"] for message in messages)
             raise UserError(
-                f"The chat template of {self.origin} refuses a conversation of roles [{roles}]: {_in_a_line(error)}. Change the "
-                f"records, or the template: {REMEDY}."
+                f"The chat template of {self.origin} refuses a conversation of roles [{roles}]: {_format_error(error)}. Change the "
+                f"records, or the template: {TEMPLATE_REMEDY}."
             ) from error
 
-    def _layout(self, shape: Shape, prompt: bool) -> tuple[Piece, ...]:
+    def _build_pieces(self, shape: ConversationShape, prompt: bool) -> tuple[TemplatePiece, ...]:
         """Build the pieces of a conversation of this shape, including supervision marks."""
-        messages = _stand_ins(shape)
+        messages = _build_sentinel_messages(shape)
         rendered = self.render(messages, prompt)
-        self._require_all_said(messages, rendered)
-        starts = self._answer_starts(messages, rendered)
-        return tuple(self._pieces(rendered, starts))
+        self._validate_rendering(messages, rendered)
+        starts = self._find_answer_starts(messages, rendered)
+        return tuple(self._split_rendering(rendered, starts))
 
-    def _require_all_said(self, messages: list[dict], rendered: str) -> None:
+    def _validate_rendering(self, messages: list[dict], rendered: str) -> None:
         """Validate a rendering: raise UserError if it lacks a text or an image of the conversation, or repeats an answer."""
-        counts = Counter(int(match[1]) for match in STAND_IN.finditer(rendered))
+        counts = Counter(int(match[1]) for match in SENTINEL.finditer(rendered))
         number = -1
         for message in messages:
             for part in message["content"]:
@@ -239,17 +244,17 @@ class Template:
                     )
                     raise UserError(
                         f"The chat template of {self.origin} {what} in a conversation of roles "
-                        f"[{', '.join(one['role'] for one in messages)}]. Mend it, or give another: {REMEDY}."
+                        f"[{', '.join(one['role'] for one in messages)}]. Mend it, or give another: {TEMPLATE_REMEDY}."
                     )
         images = sum(part["type"] == IMAGE for message in messages for part in message["content"])
         shown = rendered.count(self.image_token)
         if shown != images:
             raise UserError(
-                f"The chat template of {self.origin} writes {self.image_token} {counted(shown, 'time')} for "
-                f"{counted(images, 'picture')}. Mend it, or give another: {REMEDY}."
+                f"The chat template of {self.origin} writes {self.image_token} {format_count(shown, 'time')} for "
+                f"{format_count(images, 'picture')}. Mend it, or give another: {TEMPLATE_REMEDY}."
             )
 
-    def _answer_starts(self, messages: list[dict], rendered: str) -> list[int]:
+    def _find_answer_starts(self, messages: list[dict], rendered: str) -> list[int]:
         """Find the offset in `rendered` at which each answer of the assistant begins.
 
         The first `NUM_RENDERED_TURNS` answers and the last one are found by rendering the conversation up to each of
@@ -257,44 +262,53 @@ class Template:
         Rendering up to each of hundreds of turns would take quadratic time.
         """
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-        starts = {i: self._answer_start(messages, rendered, i) for i in {*answers[:TURNS], *answers[-1:]}}
-        slots = {int(match[1]): match.start() for match in STAND_IN.finditer(rendered)}
-        first_slot = {i: slots[_number_of(messages[i])] for i in answers if _number_of(messages[i]) in slots}
+        starts = {
+            i: self._find_answer_start(messages, rendered, i) for i in {*answers[:NUM_RENDERED_TURNS], *answers[-1:]}
+        }
+        slots = {int(match[1]): match.start() for match in SENTINEL.finditer(rendered)}
+        first_slot = {
+            i: slots[_find_sentinel_number(messages[i])] for i in answers if _find_sentinel_number(messages[i]) in slots
+        }
         if answers and answers[-1] in first_slot:
             last = answers[-1]
             gap = first_slot[last] - starts[last]
-            header = rendered[max(0, first_slot[last] - HEADER - gap) : first_slot[last]]
-            for i in answers[TURNS:-1]:
+            header = rendered[max(0, first_slot[last] - HEADER_CHARS - gap) : first_slot[last]]
+            for i in answers[NUM_RENDERED_TURNS:-1]:
                 if i in first_slot and rendered.endswith(header, 0, first_slot[i]):
                     starts[i] = first_slot[i] - gap
-        return [starts[i] if i in starts else self._answer_start(messages, rendered, i) for i in answers]
+        return [starts[i] if i in starts else self._find_answer_start(messages, rendered, i) for i in answers]
 
-    def _answer_start(self, messages: list[dict], rendered: str, i: int) -> int:
+    def _find_answer_start(self, messages: list[dict], rendered: str, message_index: int) -> int:
         """Find the offset of one answer by rendering the conversation with and without it."""
-        turn = self.render(messages[: i + 1])
+        turn = self.render(messages[: message_index + 1])
         if not rendered.startswith(turn.rstrip()):
             raise UserError(
                 f"The chat template of {self.origin} rewrites earlier turns (an answer reads "
                 "differently once another follows), so a conversation of several turns cannot be trained in one pass. Give a template "
                 "that leaves them alone: model.chat_template=chatml, or a Jinja file of your own."
             )
-        generation_prompt = self.render(messages[:i], prompt=True) if i else ""
-        sentinel = STAND_IN.search(rendered, len(self.render(messages[:i]).rstrip()) if i else 0)
+        generation_prompt = self.render(messages[:message_index], prompt=True) if message_index else ""
+        sentinel = SENTINEL.search(
+            rendered, len(self.render(messages[:message_index]).rstrip()) if message_index else 0
+        )
         # llava-hf's template has a header that differs from its generation prompt: there the answer begins at its text
         return (
             len(generation_prompt)
-            if i and turn.startswith(generation_prompt)
+            if message_index and turn.startswith(generation_prompt)
             else sentinel.start()
             if sentinel
             else len(turn)
         )
 
-    def _pieces(self, rendered: str, starts: list[int]):
+    def _split_rendering(self, rendered: str, starts: list[int]):
         """Split at sentinels, control tokens and answer starts; an answer ends with the first control token after its text."""
         marks = sorted(
-            [(m.start(), m.end(), Slot(int(m[1]))) for m in STAND_IN.finditer(rendered)]
-            + [(m.start(), m.end(), Special(self.control_ids[m[0]])) for m in self._literal.finditer(rendered)]
-            + [(start, start, Supervise(True)) for start in starts],
+            [(m.start(), m.end(), TextSlot(int(m[1]))) for m in SENTINEL.finditer(rendered)]
+            + [
+                (m.start(), m.end(), SpecialToken(self.control_ids[m[0]]))
+                for m in self._control_pattern.finditer(rendered)
+            ]
+            + [(start, start, SupervisionMark(True)) for start in starts],
             key=lambda mark: mark[:2],
         )
         position, in_answer, has_text = 0, False, False
@@ -304,10 +318,12 @@ class Template:
             yield piece
             position = max(position, end)
             in_answer, has_text = (
-                (True, False) if isinstance(piece, Supervise) else (in_answer, has_text or isinstance(piece, Slot))
+                (True, False)
+                if isinstance(piece, SupervisionMark)
+                else (in_answer, has_text or isinstance(piece, TextSlot))
             )
-            if in_answer and has_text and isinstance(piece, Special):
-                yield Supervise(False)
+            if in_answer and has_text and isinstance(piece, SpecialToken):
+                yield SupervisionMark(False)
                 in_answer = False
         if in_answer:
             raise UserError(
@@ -318,19 +334,21 @@ class Template:
             yield rendered[position:]
 
 
-def _in_a_line(error: Exception) -> str:
+def _format_error(error: Exception) -> str:
     text = str(error).strip()
     return text.splitlines()[0].rstrip(".") if text else type(error).__name__
 
 
-def _shape_of(messages: tuple[Message, ...]) -> tuple[Shape, list[tuple[Role, tuple[str | Control, ...]]]]:
+def _extract_shape(
+    messages: tuple[Message, ...],
+) -> tuple[ConversationShape, list[tuple[Role, tuple[str | ControlToken, ...]]]]:
     """Extract the shape of a conversation and its texts; adjacent strings and control tokens form one text."""
     shape, texts = [], []
     for message in messages:
         parts: list[str] = []
-        text: list[str | Control] = []
+        text: list[str | ControlToken] = []
         for piece in (*message.content, None):
-            if piece is not None and not isinstance(piece, ImageSlot):
+            if piece is not None and not isinstance(piece, ImagePlaceholder):
                 text.append(piece)
                 continue
             if text:
@@ -343,13 +361,13 @@ def _shape_of(messages: tuple[Message, ...]) -> tuple[Shape, list[tuple[Role, tu
     return tuple(shape), texts
 
 
-def _number_of(message: dict) -> int:
+def _find_sentinel_number(message: dict) -> int:
     """Find the number of the first text sentinel in a message; -1 without one."""
-    texts = (STAND_IN.fullmatch(part["text"]) for part in message["content"] if part["type"] == TEXT)
+    texts = (SENTINEL.fullmatch(part["text"]) for part in message["content"] if part["type"] == TEXT)
     return next((int(match[1]) for match in texts if match), -1)
 
 
-def _stand_ins(shape: Shape) -> list[dict]:
+def _build_sentinel_messages(shape: ConversationShape) -> list[dict]:
     """Build messages in transformers' format, with a numbered sentinel for each text."""
     number = -1
     messages = []
@@ -358,12 +376,14 @@ def _stand_ins(shape: Shape) -> list[dict]:
         for part in parts:
             if part == TEXT:
                 number += 1
-            content.append({"type": IMAGE} if part == IMAGE else {"type": TEXT, "text": f"{OPEN}{number}{CLOSE}"})
+            content.append(
+                {"type": IMAGE} if part == IMAGE else {"type": TEXT, "text": f"{SENTINEL_START}{number}{SENTINEL_END}"}
+            )
         messages.append({"role": role, "content": content})
     return messages
 
 
-def _without_added_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+def _remove_added_tokens(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """Copy the tokenizer without its added tokens: it splits `<|im_end|>` like any other text."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state["added_tokens"] = []

@@ -14,11 +14,11 @@ import jinja2
 
 from lit_vlm.types import UserError
 
-CLOCK = "strftime_now"  # transformers' function for the date
+CLOCK_FUNCTION = "strftime_now"  # transformers' function for the date
 DIRECTIVES = "aAbBcCdDefFgGhHIjklmMnpPrRSTuUVwWxXyYzZ"  # of strftime, Python's %f among them
 FLAGS = ("", "-", "_", "0", "^", "#", "E", "O")  # of the C library, before the directive
-PERCENT = "\ue002"  # replaces %% while the directives are replaced
-CHANCE = ("lipsum", "random")  # a function and a filter of Jinja
+PERCENT_MARK = "\ue002"  # replaces %% while the directives are replaced
+RANDOM_NAMES = ("lipsum", "random")  # a function and a filter of Jinja
 
 
 def parse_day(text: str, setting: str) -> date:
@@ -29,40 +29,40 @@ def parse_day(text: str, setting: str) -> date:
         raise UserError(f"{setting}={text}: is no day; write it as YYYY-MM-DD, as 2026-05-01.") from None
 
 
-def writes_day(template: str) -> bool:
+def is_date_dependent(template: str) -> bool:
     """Return True if the rendered text depends on the date."""
-    return any(name == CLOCK for name, _ in _names_in(template))
+    return any(name == CLOCK_FUNCTION for name, _ in _iter_names(template))
 
 
-def refuse_chance(template: str, origin: str) -> None:
+def validate_determinism(template: str, origin: str) -> None:
     """Validate that the template is deterministic: raise UserError if two renderings of one conversation may differ."""
-    for name, is_filter in _names_in(template):
-        if name in CHANCE and is_filter is (name == "random"):
+    for name, is_filter in _iter_names(template):
+        if name in RANDOM_NAMES and is_filter is (name == "random"):
             raise UserError(
                 f"The chat template of {origin} draws by chance ({name}), so no two runs, and no two epochs, would read the "
                 "same tokens. Take that out of it: model.chat_template=<a Jinja file of your own>, or chatml."
             )
 
 
-def fix_day(template: str, day: date) -> str:
+def freeze_date(template: str, day: date) -> str:
     """Freeze the date: return the template with its own `strftime_now`, fixed at the beginning of the day.
 
     It is a macro, because transformers passes no functions to a template. Jinja removes the line that contains it.
     """
     moment = datetime(day.year, day.month, day.day)
-    replacements = [("%%", PERCENT)]
+    replacements = [("%%", PERCENT_MARK)]
     replacements.append(("%s", str(int(moment.replace(tzinfo=UTC).timestamp()))))  # in UTC on every machine
     for flag in FLAGS:
         replacements += [(f"%{flag}{letter}", moment.strftime(f"%{flag}{letter}")) for letter in DIRECTIVES]
-    pairs = json.dumps([*replacements, (PERCENT, "%")], ensure_ascii=False)
+    pairs = json.dumps([*replacements, (PERCENT_MARK, "%")], ensure_ascii=False)
     return (
-        f"{{%- macro {CLOCK}(format) -%}}{{%- set written = namespace(text=format) -%}}"
+        f"{{%- macro {CLOCK_FUNCTION}(format) -%}}{{%- set written = namespace(text=format) -%}}"
         f"{{%- for sign, value in {pairs} -%}}{{%- set written.text = written.text | replace(sign, value) -%}}{{%- endfor -%}}"
         f"{{{{ written.text }}}}{{%- endmacro %}}\n{template}"
     )
 
 
-def _names_in(template: str) -> Iterator[tuple[str, bool]]:
+def _iter_names(template: str) -> Iterator[tuple[str, bool]]:
     """Yield the names that the template uses, as (name, is filter).
 
     A template with a syntax error yields none; its first rendering reports the error.

@@ -7,18 +7,18 @@ import math
 import numpy as np
 from PIL import Image
 
-from lit_vlm.anyres import ImageSettings, Tiling, best_resolution
-from lit_vlm.types import ImageSource
+from lit_vlm.anyres import ImageSettings, Tiling, select_best_resolution
+from lit_vlm.types import LazyImage
 
 # Shapes: N tiles, H = W = tile_size pixels. Sizes are (height, width).
 
 
-def tiles_from(
-    source: ImageSource,
+def load_tiles(
+    source: LazyImage,
     settings: ImageSettings,
     *,
-    alone: bool = True,
-    most_tiles: int | None = None,
+    single_image: bool = True,
+    max_tiles: int | None = None,
     scaled_decode: bool = False,
 ) -> np.ndarray:
     """Decode an image and split it into tiles, as `split_into_tiles`: [N, 3, H, W] uint8.
@@ -32,17 +32,17 @@ def tiles_from(
     """
     load = getattr(source, "load_at_least", None) if scaled_decode else None
     if load is None:
-        return tiles_of(source.load(), settings, alone=alone, most_tiles=most_tiles)
-    needed = pixels_needed(*source.size, settings, alone=alone, most_tiles=most_tiles)
-    return tiles_of(load(*needed), settings, alone=alone, most_tiles=most_tiles, size=source.size)
+        return split_into_tiles(source.load(), settings, single_image=single_image, max_tiles=max_tiles)
+    needed = compute_decode_size(*source.size, settings, single_image=single_image, max_tiles=max_tiles)
+    return split_into_tiles(load(*needed), settings, single_image=single_image, max_tiles=max_tiles, size=source.size)
 
 
-def tiles_of(
+def split_into_tiles(
     image: Image.Image,
     settings: ImageSettings,
     *,
-    alone: bool = True,
-    most_tiles: int | None = None,
+    single_image: bool = True,
+    max_tiles: int | None = None,
     size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """Split an image into tiles: the base view first, then the tiles row by row.
@@ -57,10 +57,10 @@ def tiles_of(
         [N, 3, H, W] uint8, not normalised, contiguous.
     """
     side, resample = settings.tile_size, settings.resample
-    base = image if alone else _padded_to_square(image, settings)
+    base = image if single_image else _pad_to_square(image, settings)
     views = [base.resize((side, side), resample)]
     height, width = size or (image.height, image.width)
-    resolution = _resolution(height, width, settings, alone, most_tiles)
+    resolution = _select_resolution(height, width, settings, single_image, max_tiles)
     if resolution is not None:
         (height, width), fitted = resolution
         view = image.resize((fitted[1], fitted[0]), resample)
@@ -68,36 +68,36 @@ def tiles_of(
         if fitted != (height, width):  # pixels outside of the image are black, as in transformers' padding
             view = view.crop((-left, -top, width - left, height - top))
         views.append(view)
-    return _cut(views, side)
+    return _stack_tiles(views, side)
 
 
-def pixels_needed(
-    height: int, width: int, settings: ImageSettings, *, alone: bool = True, most_tiles: int | None = None
+def compute_decode_size(
+    height: int, width: int, settings: ImageSettings, *, single_image: bool = True, max_tiles: int | None = None
 ) -> tuple[int, int]:
     """Compute the minimum (height, width) at which to decode an image, so that scaled decoding does not enlarge any view."""
     side = settings.tile_size
-    if not alone:
+    if not single_image:
         longest = max(height, width)
         return math.ceil(height * side / longest), math.ceil(width * side / longest)
-    resolution = _resolution(height, width, settings, alone, most_tiles)
+    resolution = _select_resolution(height, width, settings, single_image, max_tiles)
     fitted = resolution[1] if resolution else (side, side)
     return max(fitted[0], side), max(fitted[1], side)
 
 
-def _resolution(
-    height: int, width: int, settings: ImageSettings, alone: bool, most_tiles: int | None
+def _select_resolution(
+    height: int, width: int, settings: ImageSettings, single_image: bool, max_tiles: int | None
 ) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """Select the tile grid: its size in pixels, and the size of the image centred in it. None: base view only."""
-    if settings.tiling is Tiling.base or not alone or most_tiles == 0:
+    if settings.tiling is Tiling.base or not single_image or max_tiles == 0:
         return None
-    grid_height, grid_width = best_resolution(height, width, settings.pinpoints(most_tiles))
+    grid_height, grid_width = select_best_resolution(height, width, settings.select_pinpoints(max_tiles))
     scale_x, scale_y = grid_width / width, grid_height / height
     if scale_x < scale_y:
         return (grid_height, grid_width), (min(math.ceil(height * scale_x), grid_height), grid_width)
     return (grid_height, grid_width), (grid_height, min(math.ceil(width * scale_y), grid_width))
 
 
-def _padded_to_square(image: Image.Image, settings: ImageSettings) -> Image.Image:
+def _pad_to_square(image: Image.Image, settings: ImageSettings) -> Image.Image:
     """Pad an image to a square with the mean colour."""
     if image.width == image.height:
         return image
@@ -107,7 +107,7 @@ def _padded_to_square(image: Image.Image, settings: ImageSettings) -> Image.Imag
     return canvas
 
 
-def _cut(views: list[Image.Image], side: int) -> np.ndarray:
+def _stack_tiles(views: list[Image.Image], side: int) -> np.ndarray:
     """Stack the tiles of all views: [N, 3, H, W] uint8. It copies band by band, because Pillow's bands are planes already."""
     grids = [(view.height // side, view.width // side) for view in views]
     tiles = np.empty((sum(rows * columns for rows, columns in grids), 3, side, side), np.uint8)

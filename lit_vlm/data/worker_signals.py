@@ -14,41 +14,41 @@ from contextlib import contextmanager
 from functools import cache
 from types import FrameType
 
-MEANT_FOR_THE_RUN = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+RUN_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @contextmanager
-def holding_signals_back() -> Iterator[None]:
+def mask_run_signals() -> Iterator[None]:
     """Block signals while workers are started; in a worker they stay blocked until `setup_worker_signals`."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, MEANT_FOR_THE_RUN)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, RUN_SIGNALS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def outlast_signals(_: int = 0) -> None:
+def setup_worker_signals(_: int = 0) -> None:
     """Set up the signals of a worker, for `DataLoader(worker_init_fn=...)`.
 
     The loader stops its workers without signals; as a last resort it sends SIGTERM, so the second SIGTERM is obeyed.
     """
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _first_term)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, MEANT_FOR_THE_RUN)
+    signal.signal(signal.SIGTERM, _handle_first_sigterm)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, RUN_SIGNALS)
 
 
 @cache
-def end_workers_at_exit() -> None:
+def register_worker_cleanup() -> None:
     """Register the cleanup of workers at exit, in the process of the loader.
 
     An error of a worker keeps the loader alive until exit. There Python sends each worker one SIGTERM and waits for it
     without a time limit.
     """
-    atexit.register(_end_workers)  # registered after multiprocessing's handler, so it is called before it
+    atexit.register(_stop_workers)  # registered after multiprocessing's handler, so it is called before it
 
 
-def _end_workers() -> None:
+def _stop_workers() -> None:
     """Kill the workers that still run."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a killed worker
     for child in multiprocessing.active_children():
@@ -56,6 +56,6 @@ def _end_workers() -> None:
             child.kill()
 
 
-def _first_term(number: int, frame: FrameType | None) -> None:
+def _handle_first_sigterm(number: int, frame: FrameType | None) -> None:
     """Ignore the first SIGTERM; the next one has its default effect."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -14,18 +14,26 @@ import torch
 from lightning.pytorch.strategies import Strategy as LightningStrategy
 
 from lit_vlm.config.schema import ActivationCheckpointing as Level
-from lit_vlm.config.schema import RunConfig, Strategy
+from lit_vlm.config.schema import RunConfig, StrategyName
 from lit_vlm.data.datamodule import DataModule
-from lit_vlm.engine.checkpoint import plan_digest
-from lit_vlm.engine.run_folder import to_plain, versions
-from lit_vlm.types import UserError, counted
+from lit_vlm.engine.checkpoint import compute_plan_digest
+from lit_vlm.engine.run_folder import get_package_versions, to_plain
+from lit_vlm.types import UserError, format_count
 
 # Settings that may differ between machines. All others, also those of `config/elsewhere.py`, must be equal on all ranks.
-OF_A_MACHINE = ("run_dir", "index_dir", "num_threads", "num_workers", "index_workers", "enable_progress_bar", "logger")
-NUM_NAMED = 8  # maximum number of ranks, and of settings, in a message
+MACHINE_SETTINGS = (
+    "run_dir",
+    "index_dir",
+    "num_threads",
+    "num_workers",
+    "index_workers",
+    "enable_progress_bar",
+    "logger",
+)
+MAX_LISTED = 8  # maximum number of ranks, and of settings, in a message
 
 
-class Agreement(L.Callback):
+class RankConsistencyCheck(L.Callback):
     """Callback that compares all ranks once the process group exists: UserError on rank 0, exit status 1 on all ranks."""
 
     def __init__(self, config: RunConfig, datamodule: DataModule) -> None:
@@ -35,41 +43,41 @@ class Agreement(L.Callback):
         """Compare all ranks before training."""
         if stage == "fit" and trainer.world_size > 1:
             level = getattr(pl_module, "level", Level.none)
-            facts = facts_of(self.config, self.datamodule, trainer.strategy, level)
-            require_same(facts, trainer.strategy.root_device)
+            facts = collect_rank_facts(self.config, self.datamodule, trainer.strategy, level)
+            require_equal_facts(facts, trainer.strategy.root_device)
 
 
-def facts_of(
+def collect_rank_facts(
     config: RunConfig, datamodule: DataModule, strategy: LightningStrategy, level: Level = Level.none
 ) -> dict[str, Any]:
     """Collect what must be equal on all ranks, keyed by its name in the error message."""
     plan, index = datamodule.plan, datamodule.index
     assert plan is not None and index is not None
     return {
-        "settings": settings_of(config, strategy, level),
-        "code": code_digest(),
-        "packages": versions(),
-        "data": index.digest(),
+        "settings": collect_rank_settings(config, strategy, level),
+        "code": compute_code_digest(),
+        "packages": get_package_versions(),
+        "data": index.compute_digest(),
         "tokenizer, chat template or day that it writes": datamodule.processor.digest,
-        "plan": [plan_digest(plan), plan.k, plan.world_size],
-        "ledger and caps of micro-batches": [plan.left_out.tolist(), *datamodule.budget],
+        "plan": [compute_plan_digest(plan), plan.accumulate_grad_batches, plan.world_size],
+        "ledger and caps of micro-batches": [plan.excluded_samples.tolist(), *datamodule.micro_batch_limits],
     }
 
 
-def settings_of(config: RunConfig, strategy: LightningStrategy, level: Level = Level.none) -> dict[str, Any]:
+def collect_rank_settings(config: RunConfig, strategy: LightningStrategy, level: Level = Level.none) -> dict[str, Any]:
     """Collect all settings by their full keys.
 
     For `auto`, the chosen strategy and level of activation checkpointing are added: unequal devices may choose differently.
     """
-    settings = _flat(to_plain(asdict(config)))
-    if config.trainer.strategy is Strategy.auto:
+    settings = _flatten_settings(to_plain(asdict(config)))
+    if config.trainer.strategy is StrategyName.auto:
         settings["trainer.strategy"] = f"auto, here {getattr(strategy, 'setting', type(strategy).__name__)}"
     if config.stage.activation_checkpointing is Level.auto:
         settings["stage.activation_checkpointing"] = f"auto, here {level.value}"
     return settings
 
 
-def code_digest() -> str:
+def compute_code_digest() -> str:
     """Compute the SHA-256 of the source files of this package and of the callbacks."""
     root, hasher = Path(__file__).resolve().parents[2], hashlib.sha256()
     for file in sorted([*root.glob("lit_vlm/**/*.py"), *root.glob("callbacks/*.py")]):
@@ -77,7 +85,7 @@ def code_digest() -> str:
     return hasher.hexdigest()
 
 
-def require_same(facts: dict[str, Any], device: torch.device) -> None:
+def require_equal_facts(facts: dict[str, Any], device: torch.device) -> None:
     """Require that all facts are equal on all ranks, by one all-gather of a digest for each fact.
 
     Only if digests differ, the settings themselves are gathered for the message.
@@ -98,36 +106,40 @@ def require_same(facts: dict[str, Any], device: torch.device) -> None:
     if torch.distributed.get_rank():
         raise UserError("")
     differences = [
-        f"rank {rank} on {rank_settings[rank][0]} in its {' and '.join(_names(facts, same, rank_settings[rank][1], rank_settings[0][1]))}"
+        f"rank {rank} on {rank_settings[rank][0]} in its {' and '.join(_describe_differences(facts, same, rank_settings[rank][1], rank_settings[0][1]))}"
         for rank, same in enumerate(equal)
         if not all(same)
     ]
-    more = f"; and {counted(len(differences) - NUM_NAMED, 'more rank')}" if len(differences) > NUM_NAMED else ""
+    more = f"; and {format_count(len(differences) - MAX_LISTED, 'more rank')}" if len(differences) > MAX_LISTED else ""
     raise UserError(
-        f"The ranks were not started alike. Other than rank 0 on {rank_settings[0][0]}: {'; '.join(differences[:NUM_NAMED])}{more}. "
+        f"The ranks were not started alike. Other than rank 0 on {rank_settings[0][0]}: {'; '.join(differences[:MAX_LISTED])}{more}. "
         "Start all of them with the same command, the same checkout and packages, and the same files."
     )
 
 
-def _names(facts: dict[str, Any], same: list[bool], settings: dict[str, Any], first: dict[str, Any]) -> list[str]:
+def _describe_differences(
+    facts: dict[str, Any], equal_facts: list[bool], settings: dict[str, Any], first_settings: dict[str, Any]
+) -> list[str]:
     """Describe how a rank differs from rank 0.
 
     Different settings also change data and plan. Then only the causes are named: settings, code and packages.
     """
-    names = [name for name, is_equal in zip(facts, same, strict=True) if not is_equal]
+    names = [name for name, is_equal in zip(facts, equal_facts, strict=True) if not is_equal]
     if "settings" in names:
-        keys = [key for key in sorted({*settings, *first}) if settings.get(key) != first.get(key)]
-        changed = ", ".join(f"{key} ({settings.get(key)} and not {first.get(key)})" for key in keys[:NUM_NAMED])
+        keys = [key for key in sorted({*settings, *first_settings}) if settings.get(key) != first_settings.get(key)]
+        changed = ", ".join(
+            f"{key} ({settings.get(key)} and not {first_settings.get(key)})" for key in keys[:MAX_LISTED]
+        )
         return [f"settings: {changed}", *(name for name in names if name in ("code", "packages"))]
     return names
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def _flatten_settings(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, dict) and value:
         return {
             key: leaf
             for name, item in value.items()
-            if name not in OF_A_MACHINE
-            for key, leaf in _flat(item, f"{prefix}{name}.").items()
+            if name not in MACHINE_SETTINGS
+            for key, leaf in _flatten_settings(item, f"{prefix}{name}.").items()
         }
     return {prefix.rstrip("."): value}

@@ -12,17 +12,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lit_vlm.files import write_json
-from lit_vlm.types import UserError, counted
+from lit_vlm.types import UserError, format_count
 
 if TYPE_CHECKING:
     from lit_vlm.data.datamodule import DataModule
 
-NAME = "budget.json"
-STEPS_DOWN = "Free memory otherwise: stage.activation_checkpointing=full, a strategy that shares out more, more devices"
+BUDGET_FILE = "budget.json"
+MEMORY_HINT = (
+    "Free memory otherwise: stage.activation_checkpointing=full, a strategy that shares out more, more devices"
+)
 
 
 @dataclass(frozen=True, slots=True)
-class Budget:
+class MicroBatchBudget:
     """Token and tile limits of a micro-batch, and the settings that they were halved from.
 
     Attributes:
@@ -40,11 +42,11 @@ class Budget:
     halved: int
 
     @classmethod
-    def read(cls, run_dir: Path, datamodule: DataModule) -> Budget:
+    def read(cls, run_dir: Path, datamodule: DataModule) -> MicroBatchBudget:
         """Read the limits of an earlier start; if there are none, or the settings have changed, return those of the settings."""
-        settings = (datamodule.most_tokens, datamodule.most_tiles)
+        settings = (datamodule.max_tokens, datamodule.max_tiles)
         try:
-            found = cls(**json.loads((run_dir / NAME).read_text(encoding="utf-8")))
+            found = cls(**json.loads((run_dir / BUDGET_FILE).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError):
             return cls(*settings, *settings, 0)
         if not all(type(value) is int and value >= 0 for value in asdict(found).values()):
@@ -54,12 +56,12 @@ class Budget:
     def apply(self, datamodule: DataModule) -> None:
         """Lower the limits of the data module, if they were halved."""
         if self.halved:
-            datamodule.lower_budget(self.tokens, self.tiles)
+            datamodule.reduce_micro_batch_limits(self.tokens, self.tiles)
 
     def write(self, run_dir: Path) -> None:
         """Write the limits atomically. Several ranks may write at once; they write the same content."""
         run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(run_dir / NAME, asdict(self))
+        write_json(run_dir / BUDGET_FILE, asdict(self))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -71,7 +73,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return is_known or isinstance(error, torch.OutOfMemoryError)
 
 
-def halve_budget(run_dir: Path, datamodule: DataModule, most_times: int) -> Budget:
+def halve_budget(run_dir: Path, datamodule: DataModule, max_halvings: int) -> MicroBatchBudget:
     """Halve the micro-batch limits and write them for the next start. No sample is dropped: the largest one still fits.
 
     If several ranks run out of memory together, the first one halves the limits, and the others read its result.
@@ -82,21 +84,29 @@ def halve_budget(run_dir: Path, datamodule: DataModule, most_times: int) -> Budg
     Raises:
         UserError: the limits were halved `max_halvings` times before, or the largest sample alone does not fit.
     """
-    before, smallest = Budget.read(run_dir, datamodule), datamodule.smallest_budget()
-    if before.halved and (max(before.tokens, smallest[0]), max(before.tiles, smallest[1])) != datamodule.budget:
+    before, smallest = MicroBatchBudget.read(run_dir, datamodule), datamodule.get_min_micro_batch_limits()
+    if (
+        before.halved
+        and (max(before.tokens, smallest[0]), max(before.tiles, smallest[1])) != datamodule.micro_batch_limits
+    ):
         return before  # another rank has halved the limits since this start
-    current = f"{datamodule.budget[0]:,} tokens and {counted(datamodule.budget[1], 'tile')}"
-    if before.halved >= most_times:
+    current = (
+        f"{datamodule.micro_batch_limits[0]:,} tokens and {format_count(datamodule.micro_batch_limits[1], 'tile')}"
+    )
+    if before.halved >= max_halvings:
         raise UserError(
             f"A device ran out of memory with micro-batches of at most {current}, after the budget was halved {before.halved} "
-            f"times (guard.max_oom_retries). {STEPS_DOWN}."
+            f"times (guard.max_oom_retries). {MEMORY_HINT}."
         )
-    tokens, tiles = max(datamodule.budget[0] // 2, smallest[0]), max(datamodule.budget[1] // 2, smallest[1])
-    if (tokens, tiles) == datamodule.budget:
+    tokens, tiles = (
+        max(datamodule.micro_batch_limits[0] // 2, smallest[0]),
+        max(datamodule.micro_batch_limits[1] // 2, smallest[1]),
+    )
+    if (tokens, tiles) == datamodule.micro_batch_limits:
         raise UserError(
             f"A device ran out of memory with micro-batches of at most {current}, and the largest sample alone needs as much. "
-            f"{STEPS_DOWN}; or let no sample be so large: data.max_length, data.sources.<name>.max_tiles."
+            f"{MEMORY_HINT}; or let no sample be so large: data.max_length, data.sources.<name>.max_tiles."
         )
-    halved_budget = Budget(tokens, tiles, before.of_tokens, before.of_tiles, before.halved + 1)
+    halved_budget = MicroBatchBudget(tokens, tiles, before.of_tokens, before.of_tiles, before.halved + 1)
     halved_budget.write(run_dir)
     return halved_budget

@@ -19,57 +19,57 @@ import lightning as L
 import torch
 
 
-class Word(StrEnum):
+class StepFlag(StrEnum):
     """Flags of an optimizer step, in the order of the all-reduce. Add new flags here."""
 
-    bad_loss = "bad_loss"  # number of micro-batches with a non-finite loss
-    gradient = "gradient"  # sum of squares of the step's gradient; non-finite if one element is non-finite
+    nonfinite_losses = "bad_loss"  # number of micro-batches with a non-finite loss
+    grad_square_sum = "gradient"  # sum of squares of the step's gradient; non-finite if one element is non-finite
     save = "save"  # a checkpoint is requested
-    unsaved = "unsaved"  # a checkpoint could not be written
-    leave = "leave"  # save after this step and end the run
+    save_failed = "unsaved"  # a checkpoint could not be written
+    save_and_stop = "leave"  # save after this step and end the run
     requeue = "requeue"  # the same, and the scheduler restarts the run
     interrupt = "interrupt"  # the same, without a restart: a person stopped the run
-    stop = "stop"  # the same, and the run counts as finished: early stopping by a sweep
+    early_stop = "stop"  # the same, and the run counts as finished: early stopping by a sweep
 
 
-class Consensus:
+class SharedFlags:
     """Flags of this rank, and their sums over all ranks. With one rank nothing is sent."""
 
     def __init__(self) -> None:
-        self._told: list[tuple[Word, float]] = []  # append and slicing are safe in signal handlers
-        self._heard = dict.fromkeys(Word, 0.0)
+        self._pending: list[tuple[StepFlag, float]] = []  # append and slicing are safe in signal handlers
+        self._sums = dict.fromkeys(StepFlag, 0.0)
 
-    def tell(self, word: Word, value: float = 1.0) -> None:
+    def add(self, flag: StepFlag, value: float = 1.0) -> None:
         """Add to this rank's value for the next sync. It takes no lock and does not wait, so a signal handler may call it."""
-        self._told.append((word, value))
+        self._pending.append((flag, value))
 
-    def heard(self, word: Word) -> float:
+    def get(self, flag: StepFlag) -> float:
         """Return the sum over all ranks at the last sync; 0 before the first one."""
-        return self._heard[word]
+        return self._sums[flag]
 
-    def exchange(self, trainer: L.Trainer) -> None:
+    def sync(self, trainer: L.Trainer) -> None:
         """Sum the flags over all ranks by one all-reduce.
 
         All ranks call it at the same place, once per optimizer step, before the update. It waits for the slowest rank.
         """
-        pending = self._told[:]
-        del self._told[: len(pending)]
-        sums = dict.fromkeys(Word, 0.0)
+        pending = self._pending[:]
+        del self._pending[: len(pending)]
+        sums = dict.fromkeys(StepFlag, 0.0)
         for flag, value in pending:
             sums[flag] += value
         if trainer.world_size > 1:
             numbers = torch.tensor(list(sums.values()), dtype=torch.float64, device=trainer.strategy.root_device)
             torch.distributed.all_reduce(numbers)
-            sums = dict(zip(Word, numbers.tolist(), strict=True))
-        self._heard = sums
+            sums = dict(zip(StepFlag, numbers.tolist(), strict=True))
+        self._sums = sums
 
 
-_known: WeakKeyDictionary[L.Trainer, Consensus] = WeakKeyDictionary()
+_flags_by_trainer: WeakKeyDictionary[L.Trainer, SharedFlags] = WeakKeyDictionary()
 
 
-def consensus_of(trainer: L.Trainer) -> Consensus:
+def get_shared_flags(trainer: L.Trainer) -> SharedFlags:
     """Return the flags of this trainer on this rank; created at the first call."""
-    return _known.setdefault(trainer, Consensus())
+    return _flags_by_trainer.setdefault(trainer, SharedFlags())
 
 
 def is_last_micro_step(trainer: L.Trainer) -> bool:

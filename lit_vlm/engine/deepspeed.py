@@ -20,15 +20,17 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 
-from lit_vlm.engine.fsdp import models_of
-from lit_vlm.engine.shards.base import Piece
-from lit_vlm.engine.shards.zero import ZeroShards
-from lit_vlm.engine.zero_model import fill_shared_out, fill_whole
-from lit_vlm.model.hub import without_gpu_is_fine
-from lit_vlm.model.skeleton import first_values, weights_later
+from lit_vlm.engine.fsdp import get_stage_models
+from lit_vlm.engine.shards.base import TensorShard
+from lit_vlm.engine.shards.zero import ZeroShardedState
+from lit_vlm.engine.zero_model import load_full_weights, load_partitioned_weights
+from lit_vlm.model.hub import set_deepspeed_accelerator
+from lit_vlm.model.skeleton import defer_weights, read_initial_values
 
-BUCKET = 50_000_000  # elements for one reduce or gather call
-PERSISTENT = 10_000  # elements; ZeRO-3 does not partition smaller weights: biases and norms, of models up to 72B
+BUCKET_SIZE = 50_000_000  # elements for one reduce or gather call
+PERSISTENCE_THRESHOLD = (
+    10_000  # elements; ZeRO-3 does not partition smaller weights: biases and norms, of models up to 72B
+)
 
 
 class ZeroStrategy(DeepSpeedStrategy):
@@ -54,15 +56,17 @@ class ZeroStrategy(DeepSpeedStrategy):
         *,
         offload: bool = False,
         timeout: timedelta = timedelta(minutes=30),
-        bucket: int = BUCKET,
-        persistent: int = PERSISTENT,
-        **lightning: Any,
+        bucket_size: int = BUCKET_SIZE,
+        persistence_threshold: int = PERSISTENCE_THRESHOLD,
+        **options: Any,
     ) -> None:
-        without_gpu_is_fine()
-        config = zero_config(stage, offload=offload, bucket=bucket, persistent=persistent)
-        super().__init__(config=config, timeout=timeout, logging_level=logging.ERROR, **lightning)
-        self._shards: ZeroShards | None = None  # cached, because every step reads it
-        self._filled: list[nn.Module] = []  # models that were initialised here and have not trained yet
+        set_deepspeed_accelerator()
+        config = build_zero_config(
+            stage, offload=offload, bucket_size=bucket_size, persistence_threshold=persistence_threshold
+        )
+        super().__init__(config=config, timeout=timeout, logging_level=logging.ERROR, **options)
+        self._sharded_state: ZeroShardedState | None = None  # cached, because every step reads it
+        self._initialized_models: list[nn.Module] = []  # models that were initialised here and have not trained yet
 
     # ---- processes
 
@@ -91,47 +95,47 @@ class ZeroStrategy(DeepSpeedStrategy):
     def model_sharded_context(self) -> Iterator[None]:
         """Wrap the stage's `configure_model`: it builds model skeletons, then this rank's part of the weights is loaded."""
         self._init_config_if_needed()
-        self._use_float32_sums()
-        with weights_later():
+        self._use_float32_gradient_sums()
+        with defer_weights():
             yield
         dtype, device = self.precision_plugin._desired_dtype, self.root_device
-        for model in models_of(self.lightning_module):
+        for model in get_stage_models(self.lightning_module):
             if not any(parameter.is_meta for parameter in model.parameters()):
                 continue  # built already, with all weights
             if self.zero_stage_3:
-                fill_shared_out(model, self.config, dtype, device)
+                load_partitioned_weights(model, self.config, dtype, device)
             else:
-                fill_whole(model, dtype, device)
-            self._filled.append(model)
+                load_full_weights(model, dtype, device)
+            self._initialized_models.append(model)
 
     def setup(self, trainer: L.Trainer) -> None:
         self._init_config_if_needed()
-        self._use_float32_sums()
+        self._use_float32_gradient_sums()
         module = trainer.lightning_module
-        masters = self._first_masters(model_of(module)) if trainer.training else None
-        self._shards = None
+        masters = self._get_initial_masters(get_trained_model(module)) if trainer.training else None
+        self._sharded_state = None
         super().setup(trainer)
         for child in module.children():  # metrics: DeepSpeed does not move them if the model is partitioned
-            if child not in models_of(module):
+            if child not in get_stage_models(module):
                 child.to(self.root_device)
         if masters:
-            self.shards(module).start_from(masters)
+            self.get_sharded_state(module).set_master_weights(masters)
 
-    def _use_float32_sums(self) -> None:
+    def _use_float32_gradient_sums(self) -> None:
         """Sum gradients over micro-batches and ranks in float32 if the compute dtype is bfloat16."""
         if self.config.get("bf16", {}).get("enabled"):
             self.config |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}
 
-    def _first_masters(self, model: nn.Module) -> Callable[[Piece], Tensor] | None:
+    def _get_initial_masters(self, model: nn.Module) -> Callable[[TensorShard], Tensor] | None:
         """Return a function that gives the float32 values of a shard, for weights whose compute dtype is another.
 
         Without it DeepSpeed would make the master weights from rounded values. None if only rounded values exist.
         """
         if "mixed" not in self.precision_plugin.precision:
             return None
-        if model in self._filled:
-            self._filled.remove(model)
-            return lambda shard: first_values(
+        if model in self._initialized_models:
+            self._initialized_models.remove(model)
+            return lambda shard: read_initial_values(
                 model, shard.name, torch.Size(shard.shape), shard.start, shard.start + len(shard.values)
             )
         weights = {name: weight.detach() for name, weight in model.named_parameters() if weight.requires_grad}
@@ -142,7 +146,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     def _initialize_deepspeed_inference(self, model: nn.Module) -> None:
         """Keep the model's own forward hooks: Lightning removes all hooks, because an earlier fit may have left DeepSpeed's."""
         own_hooks = {
-            module: [hook for hook in module._forward_hooks.values() if not _is_deepspeeds(hook)]
+            module: [hook for hook in module._forward_hooks.values() if not _is_deepspeed_hook(hook)]
             for module in model.modules()
         }
         super()._initialize_deepspeed_inference(model)
@@ -150,9 +154,9 @@ class ZeroStrategy(DeepSpeedStrategy):
             for hook in hooks:
                 module.register_forward_hook(hook)
 
-    def shards(self, module: L.LightningModule) -> ZeroShards:
+    def get_sharded_state(self, module: L.LightningModule) -> ZeroShardedState:
         """Return this rank's part of the state of `module.model`, once training is set up."""
-        return ZeroShards(model_of(module), self.deepspeed_engine.optimizer)
+        return ZeroShardedState(get_trained_model(module), self.deepspeed_engine.optimizer)
 
     def whole_weights(self, model: nn.Module) -> Callable[[str], Tensor]:
         """Return a function that gathers all values of a parameter by its name, on every rank.
@@ -166,14 +170,14 @@ class ZeroStrategy(DeepSpeedStrategy):
         weights: dict[str, Any] = dict(model.named_parameters())
 
         @torch.no_grad()
-        def whole(name: str) -> Tensor:
+        def gather_weight(name: str) -> Tensor:
             weight = weights[name]
             if weight.requires_grad:
                 return safe_get_full_fp32_param(weight).detach()
             with GatheredParameters([weight], enabled=hasattr(weight, "ds_id")):
                 return weight.detach().clone()
 
-        return whole
+        return gather_weight
 
     # ---- a step
 
@@ -193,9 +197,9 @@ class ZeroStrategy(DeepSpeedStrategy):
         Valid between the last backward of a step and its update, for example in `on_before_optimizer_step`.
         `parameter.grad` is always None.
         """
-        if self._shards is None:
-            self._shards = self.shards(self.lightning_module)
-        return self._shards.gradients()
+        if self._sharded_state is None:
+            self._sharded_state = self.get_sharded_state(self.lightning_module)
+        return self._sharded_state.iter_gradients()
 
     def gradient_sums(self, model: nn.Module) -> dict[str, float]:
         """Sum the absolute gradient values of each trainable parameter over all ranks. Every rank must call it."""
@@ -206,18 +210,21 @@ class ZeroStrategy(DeepSpeedStrategy):
         return dict(zip(names, total.tolist(), strict=True))
 
 
-def zero_config(stage: int, *, offload: bool, bucket: int, persistent: int) -> dict[str, Any]:
+def build_zero_config(stage: int, *, offload: bool, bucket_size: int, persistence_threshold: int) -> dict[str, Any]:
     """Build DeepSpeed's configuration. Lightning adds precision, clipping and gradient accumulation."""
     zero_options: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": True,
         "contiguous_gradients": True,
         "reduce_scatter": True,
-        "reduce_bucket_size": bucket,
-        "allgather_bucket_size": bucket,
+        "reduce_bucket_size": bucket_size,
+        "allgather_bucket_size": bucket_size,
     }
     if stage == 3:
-        zero_options |= {"stage3_prefetch_bucket_size": bucket, "stage3_param_persistence_threshold": persistent}
+        zero_options |= {
+            "stage3_prefetch_bucket_size": bucket_size,
+            "stage3_param_persistence_threshold": persistence_threshold,
+        }
         if offload:
             host_options = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
             zero_options |= {"offload_optimizer": host_options, "offload_param": host_options}
@@ -229,12 +236,12 @@ def zero_config(stage: int, *, offload: bool, bucket: int, persistent: int) -> d
     }
 
 
-def model_of(module: L.LightningModule) -> nn.Module:
+def get_trained_model(module: L.LightningModule) -> nn.Module:
     """Return the module that is trained and saved: the `model` of a stage, or any other module itself."""
     model = getattr(module, "model", None)
     return model if isinstance(model, nn.Module) else module
 
 
-def _is_deepspeeds(hook: Any) -> bool:
+def _is_deepspeed_hook(hook: Any) -> bool:
     function = getattr(hook, "func", hook)  # the function of a partial
     return str(getattr(function, "__module__", "")).startswith("deepspeed")

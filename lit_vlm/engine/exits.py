@@ -8,18 +8,18 @@ INTERRUPTED = 130  # Ctrl-C, by shell convention: state is saved, and only a per
 TERMINATED = 143  # SIGTERM, by the same convention, outside of a step: usually another rank failed
 
 
-class LeftTogether(SystemExit):
+class CoordinatedExit(SystemExit):
     """Exit of all ranks at the same point, where they may still wait for each other. Any other SystemExit is of one rank."""
 
 
-class StoppedEarly(LeftTogether):
+class EarlyStoppingExit(CoordinatedExit):
     """Exit for early stopping by a sweep or by a person in W&B. The state is saved, and the run counts as done: status 0."""
 
     def __init__(self) -> None:
         super().__init__(0)
 
 
-class RollBack(Exception):
+class RollbackRequest(Exception):
     """Request to roll back all ranks to the last checkpoint, in the same process. The step is listed in `skipped.jsonl`."""
 
     def __init__(self, step: int, message: str) -> None:

@@ -19,11 +19,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import LlavaOnevisionForConditionalGeneration
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lit_vlm.engine.shards.fsdp import FSDPShards, reshard, rows_of
-from lit_vlm.model.skeleton import first_values, weights_later
+from lit_vlm.engine.shards.fsdp import FSDPShardedState, get_local_rows, reshard
+from lit_vlm.model.skeleton import defer_weights, read_initial_values
 from lit_vlm.types import UserError
 
-TIMEOUT = timedelta(minutes=30)
+DEFAULT_TIMEOUT = timedelta(minutes=30)
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -46,7 +46,12 @@ class FSDP2Strategy(ModelParallelStrategy):
     loads_in_shards = True
 
     def __init__(
-        self, *, hybrid: bool = False, shard_size: int | None = None, timeout: timedelta = TIMEOUT, **options: Any
+        self,
+        *,
+        hybrid: bool = False,
+        shard_size: int | None = None,
+        timeout: timedelta = DEFAULT_TIMEOUT,
+        **options: Any,
     ) -> None:
         super().__init__(data_parallel_size=1, tensor_parallel_size=1, timeout=timeout, **options)
         self.hybrid, self.shard_size = hybrid, shard_size
@@ -54,7 +59,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size = self.world_size  # Lightning's own mesh, which only its samplers use
         self._tensor_parallel_size = 1
-        groups = self._groups()
+        groups = self._count_groups()
         super().setup_environment()
         kind = self.root_device.type
         if self.hybrid:
@@ -63,7 +68,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         else:
             self.mesh = init_device_mesh(kind, (self.world_size,), mesh_dim_names=("shard",))
 
-    def _groups(self) -> int:
+    def _count_groups(self) -> int:
         if not self.hybrid:
             return 1
         size = self.shard_size or self.num_processes
@@ -80,13 +85,13 @@ class FSDP2Strategy(ModelParallelStrategy):
     @contextlib.contextmanager
     def model_sharded_context(self) -> Iterator[None]:
         """Wrap the stage's `configure_model`: afterwards its models are sharded and their weights are loaded."""
-        with weights_later():
+        with defer_weights():
             yield
         assert self.lightning_module is not None
-        for model in models_of(self.lightning_module):
+        for model in get_stage_models(self.lightning_module):
             if not isinstance(model, FSDPModule):
-                share_out(model, self.mesh, self.precision_plugin.precision)
-                fill(model, self.root_device)
+                apply_fsdp(model, self.mesh, self.precision_plugin.precision)
+                load_local_weights(model, self.root_device)
 
     @contextlib.contextmanager
     def block_backward_sync(self) -> Iterator[None]:
@@ -95,7 +100,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         Within a group gradients are reduced in every micro-batch, because full gradients would not fit in memory.
         """
         modules = [
-            m for model in models_of(self.lightning_module) for m in model.modules() if isinstance(m, FSDPModule)
+            m for model in get_stage_models(self.lightning_module) for m in model.modules() if isinstance(m, FSDPModule)
         ]
         for module in modules if self.hybrid else []:
             module.set_requires_all_reduce(False, recurse=False)
@@ -107,9 +112,9 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     # ---- state, gradients, weights
 
-    def shards(self, module: Any) -> FSDPShards:
+    def get_sharded_state(self, module: Any) -> FSDPShardedState:
         """Return this rank's part of the state of `module.model`, once training is set up."""
-        return FSDPShards(module.model, self.optimizers[0])
+        return FSDPShardedState(module.model, self.optimizers[0])
 
     def gradient_sums(self, model: nn.Module) -> dict[str, float]:
         """Sum the absolute values of each existing gradient over all ranks. Every rank must call it."""
@@ -130,12 +135,12 @@ class FSDP2Strategy(ModelParallelStrategy):
         return lambda name: weights[name].full_tensor()
 
 
-def models_of(module: Any) -> list[LlavaOnevisionForConditionalGeneration]:
+def get_stage_models(module: Any) -> list[LlavaOnevisionForConditionalGeneration]:
     """Return the models of a stage: the trained model and, for DPO, the reference model."""
     return [model for name in ("model", "reference") if (model := getattr(module, name, None)) is not None]
 
 
-def share_out(model: LlavaOnevisionForConditionalGeneration, mesh: DeviceMesh, precision: str) -> None:
+def apply_fsdp(model: LlavaOnevisionForConditionalGeneration, mesh: DeviceMesh, precision: str) -> None:
     """Apply `fully_shard` to each layer of vision tower and language model, to an untied embedding, and to the rest with the head.
 
     The vision tower and the language model as modules are not sharded: `fully_shard` renames the class, and transformers
@@ -164,7 +169,7 @@ def share_out(model: LlavaOnevisionForConditionalGeneration, mesh: DeviceMesh, p
 
 
 @torch.no_grad()
-def fill(model: LlavaOnevisionForConditionalGeneration, device: torch.device) -> None:
+def load_local_weights(model: LlavaOnevisionForConditionalGeneration, device: torch.device) -> None:
     """Allocate this rank's rows of a model skeleton, and load their values from the files, weight by weight.
 
     In addition, it needs memory for this rank's rows of one weight at a time.
@@ -173,6 +178,6 @@ def fill(model: LlavaOnevisionForConditionalGeneration, device: torch.device) ->
     model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device))
     for name, parameter in model.named_parameters():
         if name in uninitialized:
-            local_rows, start = rows_of(parameter)
-            values = first_values(model, name, parameter.shape, start, start + local_rows.numel())
+            local_rows, start = get_local_rows(parameter)
+            values = read_initial_values(model, name, parameter.shape, start, start + local_rows.numel())
             local_rows.copy_(values.view_as(local_rows))

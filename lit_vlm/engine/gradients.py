@@ -9,41 +9,41 @@ import torch
 from torch import Tensor
 
 
-def square_sum(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> Tensor:
+def compute_grad_square_sum(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> Tensor:
     """Compute this rank's part of the squared gradient norm, [] float64. The sum over ranks is the squared norm of the step.
 
     Non-finite if an element of this rank's gradients is non-finite. Call it once the gradients are reduced and before they
     are clipped, in `on_before_optimizer_step`. It reads each gradient once and does not wait for the device.
     """
     total = torch.zeros((), dtype=torch.float64, device=trainer.strategy.root_device)
-    for replicas, gradients in _by_replicas(trainer, optimizer).items():
+    for replicas, gradients in _group_by_replicas(trainer, optimizer).items():
         norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
         total += torch.stack([norm.to(total.device) for norm in norms]).double().square().sum() / replicas
     return total
 
 
-def gradients_of(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def get_local_gradients(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """Return this rank's part of the reduced gradients."""
-    return [gradient for gradients in _by_replicas(trainer, optimizer).values() for gradient in gradients]
+    return [gradient for gradients in _group_by_replicas(trainer, optimizer).values() for gradient in gradients]
 
 
-def discard(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> None:
+def skip_update(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> None:
     """Skip the next update: weights, moments and the optimizer's step count stay as they are."""
-    engine = _deepspeed_engine(trainer)
+    engine = _get_deepspeed_engine(trainer)
     if engine is not None:
-        _discard_in_zero(engine)
+        _skip_zero_update(engine)
         return
-    for parameter in _parameters(optimizer):
+    for parameter in _get_parameters(optimizer):
         parameter.grad = None  # PyTorch's optimizers skip a parameter without a gradient
 
 
-def _by_replicas(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> dict[int, list[Tensor]]:
+def _group_by_replicas(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> dict[int, list[Tensor]]:
     """Group this rank's gradients by the number of ranks that hold the same elements."""
     if hasattr(trainer.strategy, "local_gradients"):  # ZeRO: slices that no other rank holds
         slices = [gradient_slice for _, gradient_slice in trainer.strategy.local_gradients() if gradient_slice.numel()]
         return {1: slices} if slices else {}
     groups: dict[int, list[Tensor]] = {}
-    for parameter in _parameters(optimizer):
+    for parameter in _get_parameters(optimizer):
         gradient: Any = parameter.grad
         if gradient is None:
             continue
@@ -58,28 +58,28 @@ def _by_replicas(trainer: L.Trainer, optimizer: torch.optim.Optimizer) -> dict[i
     return groups
 
 
-def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+def _get_parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _deepspeed_engine(trainer: L.Trainer) -> Any:
+def _get_deepspeed_engine(trainer: L.Trainer) -> Any:
     """Return DeepSpeed's engine if its ZeRO optimizer holds the gradients, else None."""
     engine = trainer.strategy.model
     zero = getattr(engine, "optimizer", None)
     return engine if hasattr(zero, "averaged_gradients") else None
 
 
-def _discard_in_zero(engine: Any) -> None:
+def _skip_zero_update(engine: Any) -> None:
     """Skip one step under ZeRO: DeepSpeed skips a step with an overflow, so report an overflow for one step."""
     zero = engine.optimizer
 
-    def overflow(*_: Any, **__: Any) -> None:
+    def mark_overflow(*_: Any, **__: Any) -> None:
         zero.overflow = True
 
     patches = {
         "check_grad_overflow": True,
-        "check_overflow": overflow,
-        "_overflow_check_and_loss_scale_update": overflow,
+        "check_overflow": mark_overflow,
+        "_overflow_check_and_loss_scale_update": mark_overflow,
     }
 
     def step(closure: Any = None) -> None:

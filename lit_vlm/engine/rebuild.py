@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from lit_vlm.engine.checkpoint import Damaged, Folder, Index, read_index
-from lit_vlm.model.tensor_files import digest_of_weights
+from lit_vlm.engine.checkpoint import CheckpointFolder, CheckpointIndex, CorruptCheckpointError, read_index
+from lit_vlm.model.tensor_files import compute_weights_digest
 
-CONFIG = "config.yaml"
+CONFIG_FILE = "config.yaml"
 
 
 def rebuild_manifest(path: Path, name: str) -> tuple[dict[str, Any] | None, str]:
@@ -21,8 +21,8 @@ def rebuild_manifest(path: Path, name: str) -> tuple[dict[str, Any] | None, str]
     Returns:
         the manifest, whose entry `rebuilt` names its origin, or None if no usable file is left; and a message to the user.
     """
-    folder, index = Folder(path / "checkpoints"), _newest_index(path)
-    best, steps = folder.best(), folder.steps()
+    folder, index = CheckpointFolder(path / "checkpoints"), _read_newest_index(path)
+    best, steps = folder.read_best(), folder.list_steps()
     has_model = (path / "hf" / "config.json").is_file()  # the model folder is moved there atomically
     is_finished = has_model and (not steps or (best is not None and steps == [best[0]]))
     if not (is_finished or index):
@@ -30,40 +30,40 @@ def rebuild_manifest(path: Path, name: str) -> tuple[dict[str, Any] | None, str]
     manifest: dict[str, Any] = {
         "status": "finished" if is_finished else "running",
         "name": name,
-        "config": read_settings(path) or (index.belongs.get("settings") if index else None) or {},
+        "config": read_config_file(path) or (index.belongs.get("settings") if index else None) or {},
         "data": {"digest": index.belongs.get("data", "") if index else ""},
         "parent": None,
     }
     manifest["stage"] = (manifest["config"].get("stage") or {}).get("name", "")
     if is_finished:
         manifest |= {
-            "weights_digest": digest_of_weights(path / "hf"),
-            "rebuilt": f"from {CONFIG} and hf/; its figures are lost",
+            "weights_digest": compute_weights_digest(path / "hf"),
+            "rebuilt": f"from {CONFIG_FILE} and hf/; its figures are lost",
         }
         return (
             manifest,
-            f"It is made again from {CONFIG} and hf/, which holds the finished model; its figures are lost.",
+            f"It is made again from {CONFIG_FILE} and hf/, which holds the finished model; its figures are lost.",
         )
     assert index is not None
     manifest["rebuilt"] = f"from the checkpoint of step {index.step:,}"
     return manifest, f"It is made again from the checkpoint of step {index.step:,}, and the run goes on from there."
 
 
-def _newest_index(path: Path) -> Index | None:
+def _read_newest_index(path: Path) -> CheckpointIndex | None:
     """Read the index of the newest checkpoint whose index is valid; None if there is none."""
-    folder = Folder(path / "checkpoints")
-    for step in folder.steps():
+    folder = CheckpointFolder(path / "checkpoints")
+    for step in folder.list_steps():
         try:
-            return read_index(folder.of(step))
-        except Damaged:
+            return read_index(folder.get_step_path(step))
+        except CorruptCheckpointError:
             continue
     return None
 
 
-def read_settings(path: Path) -> dict[str, Any] | None:
+def read_config_file(path: Path) -> dict[str, Any] | None:
     """Read config.yaml; None if it is missing or damaged."""
     try:
-        config = yaml.safe_load((path / CONFIG).read_text(encoding="utf-8"))
+        config = yaml.safe_load((path / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return None
     if not (

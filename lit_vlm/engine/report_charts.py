@@ -12,12 +12,12 @@ from lit_vlm.engine.report_data import Points
 
 WIDTH, HEIGHT = 480, 250  # of the drawing; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 44, 14, 12, 30
-MOST_POINTS = 400  # of one line; more points are averaged in groups
-LOG_SPAN = 12  # from this ratio of largest to smallest value on, the scale is logarithmic
+MAX_POINTS = 400  # of one line; more points are averaged in groups
+MIN_LOG_RATIO = 12  # from this ratio of largest to smallest value on, the scale is logarithmic
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class ChartLine:
     """One series of a chart. `style` is a class of the style sheet; `dots` marks each point, if there are few."""
 
     name: str
@@ -27,7 +27,7 @@ class Line:
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
+class AxisScale:
     """Mapping from values to pixels, linear or logarithmic."""
 
     low: float
@@ -37,16 +37,21 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        low, high = self._warped(self.low), self._warped(self.high)
-        share = (self._warped(min(max(value, self.low), self.high)) - low) / ((high - low) or 1.0)
+        low, high = self._transform(self.low), self._transform(self.high)
+        share = (self._transform(min(max(value, self.low), self.high)) - low) / ((high - low) or 1.0)
         return round(self.start + share * (self.end - self.start), 1)
 
-    def _warped(self, value: float) -> float:
+    def _transform(self, value: float) -> float:
         return math.log10(value) if self.log else value
 
 
-def line_chart(
-    lines: Sequence[Line], *, label: str, low: float | None = None, high: float | None = None, may_log: bool = False
+def draw_line_chart(
+    lines: Sequence[ChartLine],
+    *,
+    label: str,
+    low: float | None = None,
+    high: float | None = None,
+    allow_log: bool = False,
 ) -> str:
     """Draw a line chart as an <svg>; "" if there are no points.
 
@@ -55,22 +60,22 @@ def line_chart(
         low, high: ends of the scale; None: those of the values.
         allow_log: use a logarithmic scale if the ratio of the values exceeds `MIN_LOG_RATIO`.
     """
-    lines = [Line(line.name, thinned(line.points), line.style, line.dots) for line in lines]
+    lines = [ChartLine(line.name, reduce_points(line.points), line.style, line.dots) for line in lines]
     points = [point for line in lines for point in line.points]
     if not points:
         return ""
     values = [value for _, value in points]
     bottom, top = min(values) if low is None else low, max(values) if high is None else high
-    log = may_log and bottom > 0 and top / bottom > LOG_SPAN
+    log = allow_log and bottom > 0 and top / bottom > MIN_LOG_RATIO
     if not log and low is None:
         bottom = max(0.0, bottom - 0.05 * (top - bottom)) if bottom >= 0 else bottom
-    x = Scale(0, 1 + max(step for step, _ in points), LEFT, WIDTH - RIGHT)
-    y = Scale(bottom, top if top > bottom else bottom + 1, HEIGHT - BOTTOM, TOP, log)
-    body = _axes(x, y) + "".join(_drawn(line, x, y) for line in lines)
+    x = AxisScale(0, 1 + max(step for step, _ in points), LEFT, WIDTH - RIGHT)
+    y = AxisScale(bottom, top if top > bottom else bottom + 1, HEIGHT - BOTTOM, TOP, log)
+    body = _draw_axes(x, y) + "".join(_draw_line(line, x, y) for line in lines)
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label, quote=True)}">{body}</svg>'
 
 
-def smoothed(points: Points, share: float = 0.04) -> Points:
+def smooth(points: Points, share: float = 0.04) -> Points:
     """Smooth with a centred mean over about this share of the points; it does not lag behind a falling curve."""
     max_half_width = int(share * len(points) / 2)
     totals = [0.0, *accumulate(value for _, value in points)]
@@ -83,51 +88,51 @@ def smoothed(points: Points, share: float = 0.04) -> Points:
     return result
 
 
-def thinned(points: Points, most: int = MOST_POINTS) -> Points:
+def reduce_points(points: Points, max_points: int = MAX_POINTS) -> Points:
     """Reduce the finite points to at most `max_points`, by means of neighbours."""
     points = [(step, value) for step, value in points if math.isfinite(value)]
-    if len(points) <= most:
+    if len(points) <= max_points:
         return points
-    size = math.ceil(len(points) / most)
+    size = math.ceil(len(points) / max_points)
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
+def compute_ticks(low: float, high: float, max_ticks: int = 5) -> list[float]:
     """Compute round tick values between the ends, about `max_ticks` at most."""
     if high <= low:
         return [low]
-    raw = (high - low) / most
+    raw = (high - low) / max_ticks
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(size * power for size in (1, 2, 5, 10) if size * power >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     return [round(number * step, 12) for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def log_ticks(low: float, high: float) -> list[float]:
+def compute_log_ticks(low: float, high: float) -> list[float]:
     """Compute tick values 1, 2 and 5 times the powers of ten; the powers alone if these are too many."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     found = [size * 10.0**power for power in powers for size in (1, 2, 5) if low <= size * 10.0**power <= high]
     return found if len(found) <= 7 else [value for value in found if math.log10(value).is_integer()]
 
 
-def _axes(x: Scale, y: Scale) -> str:
+def _draw_axes(x: AxisScale, y: AxisScale) -> str:
     parts = []
-    for value in log_ticks(y.low, y.high) if y.log else ticks(y.low, y.high):
+    for value in compute_log_ticks(y.low, y.high) if y.log else compute_ticks(y.low, y.high):
         position = y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{position}" y2="{position}"/>')
         parts.append(f'<text class="tick end" x="{LEFT - 6}" y="{position + 4}">{value:g}</text>')
     floor = HEIGHT - BOTTOM
-    for value in ticks(x.low, x.high):
+    for value in compute_ticks(x.low, x.high):
         if x(value) < WIDTH - RIGHT - 90:  # the corner is reserved for the last step
-            parts.append(f'<text class="tick middle" x="{x(value)}" y="{floor + 17}">{_thousands(value)}</text>')
+            parts.append(f'<text class="tick middle" x="{x(value)}" y="{floor + 17}">{_format_thousands(value)}</text>')
     corner = f'x="{WIDTH - RIGHT}" y="{floor + 17}"'
-    parts.append(f'<text class="tick end" {corner}>{_thousands(x.high)} steps</text>')
+    parts.append(f'<text class="tick end" {corner}>{_format_thousands(x.high)} steps</text>')
     parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}"/>')
     return "".join(parts)
 
 
-def _drawn(line: Line, x: Callable[[float], float], y: Callable[[float], float]) -> str:
+def _draw_line(line: ChartLine, x: Callable[[float], float], y: Callable[[float], float]) -> str:
     positions = [(x(step + 1), y(value)) for step, value in line.points]  # loggers count steps from 0
     path = " ".join(f"{left},{top}" for left, top in positions)
     svg = f'<polyline class="{line.style}" points="{path}"/>' if len(positions) > 1 else ""
@@ -138,5 +143,5 @@ def _drawn(line: Line, x: Callable[[float], float], y: Callable[[float], float])
     return svg
 
 
-def _thousands(value: float) -> str:
+def _format_thousands(value: float) -> str:
     return f"{value / 1000:.4g}k" if value >= 10_000 else f"{value:g}"

@@ -39,17 +39,17 @@ class RunRecord:
     def data(self) -> dict[str, Any]:
         return self.manifest.get("data") or {}
 
-    def scores(self, phase: str) -> dict[str, float]:
+    def get_scores(self, phase: str) -> dict[str, float]:
         """Return the score of each "<kind>_<language>" in a phase, "before" or "after"."""
         return (self.figures.get("scores") or {}).get(phase) or {}
 
-    def mean_score(self, phase: str) -> float | None:
+    def compute_mean_score(self, phase: str) -> float | None:
         """Compute the mean score over kinds and languages, with equal weights; None if there are none."""
-        values = list(self.scores(phase).values())
+        values = list(self.get_scores(phase).values())
         return sum(values) / len(values) if values else None
 
     @property
-    def trained(self) -> list[dict[str, Any]]:
+    def trained_parts(self) -> list[dict[str, Any]]:
         """Trained parts of the model, with their numbers of trainable parameters."""
         return [part for part in self.manifest.get("trained") or [] if part.get("trainable")]
 
@@ -58,11 +58,11 @@ def read_run(path: Path) -> RunRecord:
     """Read a run folder; none of its files is required."""
     return RunRecord(
         path=path,
-        manifest=_json(_text(path / "manifest.json")) or {},
+        manifest=_parse_json(_read_text(path / "manifest.json")) or {},
         metrics=read_metrics(path / "metrics.csv"),
-        samples=_rows(_text(path / "samples.jsonl")),
-        quarantine=_rows(_text(path / "quarantine.jsonl")),
-        settings=_text(path / "config.yaml"),
+        samples=_parse_rows(_read_text(path / "samples.jsonl")),
+        quarantine=_parse_rows(_read_text(path / "quarantine.jsonl")),
+        settings=_read_text(path / "config.yaml"),
     )
 
 
@@ -72,7 +72,7 @@ def split_group(group: str) -> tuple[str, str]:
     return (kind, language) if kind else (group, "")
 
 
-def short(number: float | None) -> str:
+def format_short(number: float | None) -> str:
     """Format a count for a table: 9,999, 12.3 k, 4.56 M, 789 G."""
     if number is None:
         return ""
@@ -83,13 +83,13 @@ def short(number: float | None) -> str:
     return f"{number:,.0f}"
 
 
-def arrow(before: float | None, after: float | None, form: str = ".2f") -> str:
+def format_change(before: float | None, after: float | None, number_format: str = ".2f") -> str:
     """Format a change as "before \u2192 after"; an unknown value is left out."""
-    known = [format(value, form) for value in (before, after) if value is not None]
+    known = [format(value, number_format) for value in (before, after) if value is not None]
     return " \u2192 ".join(known)
 
 
-def duration(seconds: float | None) -> str:
+def format_duration(seconds: float | None) -> str:
     """Format a duration: "2 h 5 min", "3 min 10 s" or "4.2 s"."""
     if seconds is None:
         return ""
@@ -98,26 +98,26 @@ def duration(seconds: float | None) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
-def _json(text: str) -> Any:
+def _parse_json(text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:  # the run was killed during a write
         return None
 
 
-def _rows(text: str) -> list[dict[str, Any]]:
-    lines: Iterable[Any] = map(_json, text.split("\n"))  # not splitlines(): answers may hold U+2028
+def _parse_rows(text: str) -> list[dict[str, Any]]:
+    lines: Iterable[Any] = map(_parse_json, text.split("\n"))  # not splitlines(): answers may hold U+2028
     return [row for row in lines if isinstance(row, dict)]
 
 
 def read_metrics(path: Path) -> dict[str, Points]:
     """Read the columns of a metrics.csv, also while it is written: an incomplete last row is skipped."""
     columns: dict[str, Points] = {}
-    lines = _text(path).splitlines(keepends=True)
+    lines = _read_text(path).splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines.pop()
     for row in csv.DictReader(lines):

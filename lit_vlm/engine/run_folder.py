@@ -14,19 +14,19 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from lit_vlm.config.elsewhere import is_elsewhere
-from lit_vlm.engine.ranks import global_rank
-from lit_vlm.files import DamagedFile, read_json, writable, write_json
-from lit_vlm.model.tensor_files import digest_of_weights
-from lit_vlm.secrets import agrees, redacted, redacted_words
+from lit_vlm.config.elsewhere import is_non_identity_key
+from lit_vlm.engine.ranks import get_global_rank
+from lit_vlm.files import CorruptFileError, handle_write_errors, read_json, write_json
+from lit_vlm.model.tensor_files import compute_weights_digest
+from lit_vlm.secrets import is_same_when_redacted, redact, redact_arguments
 from lit_vlm.types import Source, UserError
 
 MANIFEST = "manifest.json"
-MADE_AGAIN = "Start that run again with its own command: it is made again from what lies beside it."
-SPREAD_BLOCKS = 256  # blocks of 64 KiB that are hashed for each weight file
+REBUILD_HINT = "Start that run again with its own command: it is made again from what lies beside it."
+NUM_HASHED_BLOCKS = 256  # blocks of 64 KiB that are hashed for each weight file
 # Types of the manifest's entries that are read again
-TABLES = ("config", "data", "parent", "tracking", "plan", "figures", "git", "versions")
-INNER: tuple[tuple[str, str, type], ...] = (
+TABLE_KEYS = ("config", "data", "parent", "tracking", "plan", "figures", "git", "versions")
+NESTED_KEYS: tuple[tuple[str, str, type], ...] = (
     ("config", "stage", dict),
     ("config", "model", dict),
     ("config", "data", dict),
@@ -35,8 +35,8 @@ INNER: tuple[tuple[str, str, type], ...] = (
     ("parent", "digest", str),
     ("tracking", "wandb", dict),
 )
-TEXTS = ("status", "name", "stage", "started", "command", "weights_digest")
-PACKAGES = ("torch", "lightning", "transformers", "peft", "trl", "tokenizers", "torchmetrics", "hydra-core")
+TEXT_KEYS = ("status", "name", "stage", "started", "command", "weights_digest")
+RECORDED_PACKAGES = ("torch", "lightning", "transformers", "peft", "trl", "tokenizers", "torchmetrics", "hydra-core")
 
 
 @dataclass(slots=True)
@@ -51,17 +51,17 @@ class RunFolder:
 
     path: Path
     manifest: dict[str, Any]
-    replaces: bool = False
-    goes_on: bool = False
-    rebuilt: str = ""
+    replaces_other_run: bool = False
+    is_resumed: bool = False
+    rebuild_note: str = ""
 
     @property
-    def hf(self) -> Path:
+    def hf_path(self) -> Path:
         """Folder of the exported model, in transformers' layout."""
         return self.path / "hf"
 
     @property
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         """True if the manifest says that the run is finished."""
         return self.manifest.get("status") == "finished"
 
@@ -73,7 +73,7 @@ class RunFolder:
         """
         self.manifest.update(fields)
         if is_rank_zero():
-            with writable(self.path, MANIFEST, "run_dir"):
+            with handle_write_errors(self.path, MANIFEST, "run_dir"):
                 self.path.mkdir(parents=True, exist_ok=True)
                 write_json(self.path / MANIFEST, self.manifest, indent=2)
 
@@ -94,9 +94,9 @@ def open_run_folder(
     Raises:
         UserError: the folder holds a run with another config, other data or another parent.
     """
-    plain = redacted(to_plain(asdict(config)))
+    plain = redact(to_plain(asdict(config)))
     known, rebuilt = read_or_rebuild_manifest(path, name)
-    differences = _differences(known, plain, data_digest, parent) if known else []
+    differences = _find_differences(known, plain, data_digest, parent) if known else []
     is_finished = bool(known) and known.get("status") == "finished"
     if known and not overwrite:
         if differences:
@@ -106,7 +106,7 @@ def open_run_folder(
                 "Give this one a name of its own with run_name=..., or replace the old one with overwrite=true."
             )
         if is_finished:
-            return RunFolder(path, known, rebuilt=rebuilt)
+            return RunFolder(path, known, rebuild_note=rebuilt)
     require_writable(path)
     goes_on = bool(known) and not differences and not is_finished
     now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -114,21 +114,23 @@ def open_run_folder(
         "status": "running",
         "name": name,
         "stage": plain["stage"]["name"],
-        "command": command_line(),
+        "command": get_command_line(),
         "started": known.get("started", now) if goes_on else now,
-        "git": git_state(),
-        "versions": versions(),
+        "git": get_git_state(),
+        "versions": get_package_versions(),
         "config": plain,
         "data": {"digest": data_digest},
         "parent": parent,
         "tracking": known.get("tracking", {}) if goes_on else {},
     }
-    return RunFolder(path, manifest, replaces=bool(known) and not goes_on, goes_on=goes_on, rebuilt=rebuilt)
+    return RunFolder(
+        path, manifest, replaces_other_run=bool(known) and not goes_on, is_resumed=goes_on, rebuild_note=rebuilt
+    )
 
 
-def command_line() -> str:
+def get_command_line() -> str:
     """Return the command line of this process, with secrets redacted."""
-    return " ".join(["python", Path(sys.argv[0]).name, *redacted_words(sys.argv[1:])])
+    return " ".join(["python", Path(sys.argv[0]).name, *redact_arguments(sys.argv[1:])])
 
 
 def require_writable(path: Path) -> None:
@@ -151,31 +153,31 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     Raises:
         DamagedFile: the manifest is not as it was written.
     """
-    manifest = read_json(path / MANIFEST, MADE_AGAIN)
-    for key, kind in _find_misshaped(manifest or {}):
-        raise DamagedFile(f"{path / MANIFEST} is damaged: its {key} is {kind}. {MADE_AGAIN}")
+    manifest = read_json(path / MANIFEST, REBUILD_HINT)
+    for key, kind in _find_type_errors(manifest or {}):
+        raise CorruptFileError(f"{path / MANIFEST} is damaged: its {key} is {kind}. {REBUILD_HINT}")
     return manifest
 
 
-def _find_misshaped(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
+def _find_type_errors(manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """Find manifest entries of a wrong type. Yields the key and the type that was found."""
-    for key in TABLES:
+    for key in TABLE_KEYS:
         if not isinstance(manifest.get(key), dict | None):
             yield key, type(manifest[key]).__name__
-    for key, inner, kind in INNER:
+    for key, inner, kind in NESTED_KEYS:
         value = (manifest.get(key) or {}).get(inner)
         if not isinstance(value, kind | None):
             yield f"{key}.{inner}", type(value).__name__
-    for key in TEXTS:
+    for key in TEXT_KEYS:
         if not isinstance(manifest.get(key), str | None):
             yield key, type(manifest[key]).__name__
 
 
-def find_manifest(path: Path) -> dict[str, Any]:
+def read_manifest_or_empty(path: Path) -> dict[str, Any]:
     """Read the manifest for optional use; {} if it is missing or damaged."""
     try:
         return read_manifest(path) or {}
-    except DamagedFile:
+    except CorruptFileError:
         return {}
 
 
@@ -186,28 +188,28 @@ def read_or_rebuild_manifest(path: Path, name: str) -> tuple[dict[str, Any] | No
         if manifest is not None and not (
             isinstance(manifest.get("config"), dict) and isinstance(manifest.get("data"), dict)
         ):
-            raise DamagedFile(f"{path / MANIFEST} is damaged: it lacks what every manifest has. {MADE_AGAIN}")
+            raise CorruptFileError(f"{path / MANIFEST} is damaged: it lacks what every manifest has. {REBUILD_HINT}")
         return manifest, ""
-    except DamagedFile as error:
+    except CorruptFileError as error:
         from lit_vlm.engine.rebuild import rebuild_manifest  # reads checkpoints, which needs torch
 
         rebuilt, note = rebuild_manifest(path, name)
-        return rebuilt, f"{str(error).removesuffix(MADE_AGAIN)}{note}"
+        return rebuilt, f"{str(error).removesuffix(REBUILD_HINT)}{note}"
 
 
-def parent_of(init_from: str | None) -> dict[str, str] | None:
+def describe_parent(init_from: str | None) -> dict[str, str] | None:
     """Return path and digest of the model that a run starts from; None without one. A hub id has an empty digest."""
     if init_from is None:
         return None
     folder = Path(init_from)
     if not folder.is_dir():
         return {"path": init_from, "digest": ""}
-    digest = find_manifest(folder.parent).get("weights_digest")
+    digest = read_manifest_or_empty(folder.parent).get("weights_digest")
     # if the manifest is lost, hash the weights themselves
-    return {"path": init_from, "digest": digest or digest_of_weights(folder)}
+    return {"path": init_from, "digest": digest or compute_weights_digest(folder)}
 
 
-def require_parent(init_from: str | None) -> None:
+def require_finished_parent(init_from: str | None) -> None:
     """Require that the model folder of the earlier stage exists, for a stage that starts from it.
 
     Raises:
@@ -231,7 +233,7 @@ def require_parent(init_from: str | None) -> None:
     )
 
 
-def digest_of_parts(*folders: str | None) -> str:
+def compute_parts_digest(*folders: str | None) -> str:
     """Compute the SHA-256 of the model parts, for the frozen weights that are read from there.
 
     Of weight files in local folders it hashes names, sizes and `NUM_HASHED_BLOCKS` blocks spread over each file: another
@@ -245,13 +247,13 @@ def digest_of_parts(*folders: str | None) -> str:
             size = file.stat().st_size
             hasher.update(f"{file.name}\0{size}".encode())
             with file.open("rb") as stream:
-                for offset in range(0, size, max(1, size // SPREAD_BLOCKS)):
+                for offset in range(0, size, max(1, size // NUM_HASHED_BLOCKS)):
                     stream.seek(offset)
                     hasher.update(stream.read(1 << 16))
     return hasher.hexdigest()
 
 
-def digest_of_sources(sources: Sequence[Source]) -> str:
+def compute_sources_digest(sources: Sequence[Source]) -> str:
     """Compute the SHA-256 over names and digests of all sources, without reading their records."""
     return hashlib.sha256("\0".join(f"{source.name}={source.digest}" for source in sources).encode()).hexdigest()
 
@@ -267,33 +269,35 @@ def to_plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def git_state() -> dict[str, Any]:
+def get_git_state() -> dict[str, Any]:
     """Return the commit of the code, a flag for local changes, the number of changed files, and the SHA-256 of `git diff HEAD`.
 
     Empty outside a checkout. The diff itself is not recorded: a line of it may contain a key.
     """
     root = Path(__file__).resolve().parents[2]
 
-    def git(*words: str) -> str | None:
+    def run_git(*arguments: str) -> str | None:
         try:
             return subprocess.run(
-                ["git", "-C", str(root), *words], capture_output=True, text=True, errors="replace", check=True
+                ["git", "-C", str(root), *arguments], capture_output=True, text=True, errors="replace", check=True
             ).stdout.strip()
         except (OSError, subprocess.CalledProcessError):
             return None
 
-    commit = git("rev-parse", "HEAD")
+    commit = run_git("rev-parse", "HEAD")
     if not commit:
         return {}
-    changed = (git("status", "--porcelain") or "").splitlines()
-    diff_digest = hashlib.sha256((git("diff", "HEAD") or "").encode(errors="replace")).hexdigest() if changed else None
+    changed = (run_git("status", "--porcelain") or "").splitlines()
+    diff_digest = (
+        hashlib.sha256((run_git("diff", "HEAD") or "").encode(errors="replace")).hexdigest() if changed else None
+    )
     return {"commit": commit, "dirty": bool(changed), "changed_files": len(changed), "diff_sha256": diff_digest}
 
 
-def versions() -> dict[str, str]:
+def get_package_versions() -> dict[str, str]:
     """Return the versions of Python and of the main packages."""
     found = {"python": sys.version.split()[0]}
-    for package in PACKAGES:
+    for package in RECORDED_PACKAGES:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -303,37 +307,37 @@ def versions() -> dict[str, str]:
 
 def is_rank_zero() -> bool:
     """Return True on global rank 0."""
-    return global_rank() == 0
+    return get_global_rank() == 0
 
 
-def identity_of(config: dict[str, Any]) -> dict[str, Any]:
+def extract_identity(config: dict[str, Any]) -> dict[str, Any]:
     """Extract the settings that define what a run computes, from the output of `to_plain`.
 
     Settings of `config/elsewhere.py` are left out, and so is the starting model, which has a digest.
     """
 
-    def kept(value: Any, prefix: str) -> Any:
+    def filter_keys(value: Any, prefix: str) -> Any:
         if not isinstance(value, dict):
             return value
         items = {name: (f"{prefix}{name}", item) for name, item in value.items()}
         return {
-            name: kept(item, f"{key}.")
+            name: filter_keys(item, f"{key}.")
             for name, (key, item) in items.items()
-            if key != "init_from" and not is_elsewhere(key)
+            if key != "init_from" and not is_non_identity_key(key)
         }
 
-    return kept(config, "")
+    return filter_keys(config, "")
 
 
-def _differences(
+def _find_differences(
     known: dict[str, Any], config: dict[str, Any], data_digest: str, parent: dict[str, str] | None
 ) -> list[str]:
     """Find differences between a manifest and this run: changed settings, data and parent model.
 
     Fields that a rebuilt manifest has lost are not compared.
     """
-    new_identity, old_identity = identity_of(config), identity_of(known["config"])
-    differences = _changed(old_identity, new_identity) if old_identity or not known.get("rebuilt") else []
+    new_identity, old_identity = extract_identity(config), extract_identity(known["config"])
+    differences = _find_changed_keys(old_identity, new_identity) if old_identity or not known.get("rebuilt") else []
     digest = known["data"].get("digest")
     if digest != data_digest and not (known.get("rebuilt") and not digest):
         differences.append("its data")
@@ -342,11 +346,11 @@ def _differences(
     return differences
 
 
-def _changed(old: Any, new: Any, prefix: str = "") -> list[str]:
+def _find_changed_keys(old: Any, new: Any, prefix: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         return [
             key
             for name in sorted({*old, *new})
-            for key in _changed(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
+            for key in _find_changed_keys(old.get(name), new.get(name), f"{prefix}.{name}" if prefix else name)
         ]
-    return [] if agrees(old, new) else [prefix]
+    return [] if is_same_when_redacted(old, new) else [prefix]

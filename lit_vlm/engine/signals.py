@@ -32,34 +32,39 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED
-from lit_vlm.engine.ranks import global_rank, in_sweep
-from lit_vlm.engine.slurm import is_preempted, own_job, requeue
+from lit_vlm.engine.ranks import get_global_rank, is_in_sweep
+from lit_vlm.engine.slurm import get_own_job, is_preempted, requeue
 
-TOGETHER_SECONDS = 1.0  # one Ctrl-C reaches a process twice: from the terminal and from torchrun
-FIRST_SECONDS = 10.0  # time for rank 0 to requeue the job, and for Slurm to end its processes
+DUPLICATE_SIGNAL_SECONDS = 1.0  # one Ctrl-C reaches a process twice: from the terminal and from torchrun
+RANK_ZERO_SECONDS = 10.0  # time for rank 0 to requeue the job, and for Slurm to end its processes
 FLUSH_SECONDS = 1.0
-LAST_SECONDS = 120.0  # timeout of `before_exit`, whose own timeouts are shorter
+BEFORE_EXIT_SECONDS = 120.0  # timeout of `before_exit`, whose own timeouts are shorter
 
 
-class Ask(StrEnum):
+class StopRequest(StrEnum):
     """Kind of stop request."""
 
     requeue = "requeue"
-    leave = "leave"
+    save_and_stop = "leave"
     interrupt = "interrupt"
-    stop = "stop"
+    early_stop = "stop"
 
 
-ASKS = {
-    signal.SIGUSR1: Ask.requeue,
-    signal.SIGUSR2: Ask.requeue,  # sent by submitit
-    signal.SIGTERM: Ask.leave,
-    signal.SIGINT: Ask.interrupt,
+STOP_REQUESTS = {
+    signal.SIGUSR1: StopRequest.requeue,
+    signal.SIGUSR2: StopRequest.requeue,  # sent by submitit
+    signal.SIGTERM: StopRequest.save_and_stop,
+    signal.SIGINT: StopRequest.interrupt,
 }
-STATUS = {Ask.requeue: RESTART, Ask.leave: TERMINATED, Ask.interrupt: INTERRUPTED, Ask.stop: 0}
+EXIT_STATUS = {
+    StopRequest.requeue: RESTART,
+    StopRequest.save_and_stop: TERMINATED,
+    StopRequest.interrupt: INTERRUPTED,
+    StopRequest.early_stop: 0,
+}
 
 
-class Signals:
+class SignalHandler:
     """Signal handler of this process.
 
     Attributes:
@@ -75,115 +80,115 @@ class Signals:
         pid: process id that the handler belongs to. It does not act in a forked child.
     """
 
-    def __init__(self, owner: bool = False) -> None:
-        self.owner = owner
-        self.listener: Callable[[Ask], None] | None = None
-        self.waiting: list[Ask] = []
-        self.leaving = False
-        self.settled: int | None = None
-        self.interrupted: float | None = None
-        self.before_leaving: Callable[[int], int] | None = None
-        self.process = os.getpid()
+    def __init__(self, owns_process: bool = False) -> None:
+        self.owns_process = owns_process
+        self.listener: Callable[[StopRequest], None] | None = None
+        self.pending: list[StopRequest] = []
+        self.is_exiting = False
+        self.final_status: int | None = None
+        self.interrupted_at: float | None = None
+        self.before_exit: Callable[[int], int] | None = None
+        self.pid = os.getpid()
 
-    def tell(self, ask: Ask) -> None:
+    def submit(self, request: StopRequest) -> None:
         """Submit a request from another thread. Without a listener, it stays pending until the first step."""
         if self.listener is None:
-            self.waiting.append(ask)
+            self.pending.append(request)
         else:
-            self.listener(ask)
+            self.listener(request)
 
-    def listen(self, listener: Callable[[Ask], None]) -> None:
+    def set_listener(self, listener: Callable[[StopRequest], None]) -> None:
         """Set the listener, and call it at once with the pending requests."""
         self.listener = listener
-        while self.waiting:
-            listener(self.waiting.pop())
+        while self.pending:
+            listener(self.pending.pop())
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal: call the listener, exit, or keep the request pending."""
-        if os.getpid() != self.process:  # a forked worker; its parent got the signal too
+        if os.getpid() != self.pid:  # a forked worker; its parent got the signal too
             if number == signal.SIGTERM:
                 signal.signal(number, signal.SIG_DFL)
                 os.kill(os.getpid(), number)
             return
-        if self.settled is not None:
-            _exit(self.settled)
-        request, now = ASKS[signal.Signals(number)], time.monotonic()
-        if request is Ask.interrupt:
-            if self.interrupted is not None and now - self.interrupted > TOGETHER_SECONDS:
-                _say(
+        if self.final_status is not None:
+            _exit_now(self.final_status)
+        request, now = STOP_REQUESTS[signal.Signals(number)], time.monotonic()
+        if request is StopRequest.interrupt:
+            if self.interrupted_at is not None and now - self.interrupted_at > DUPLICATE_SIGNAL_SECONDS:
+                _write_to_stderr(
                     "Interrupted twice: left at once, without saving. The same command goes on from the last checkpoint."
                 )
-                _exit(INTERRUPTED)  # a collective or a thread may block a normal exit
-            self.interrupted = self.interrupted or now
-        if self.leaving:
+                _exit_now(INTERRUPTED)  # a collective or a thread may block a normal exit
+            self.interrupted_at = self.interrupted_at or now
+        if self.is_exiting:
             return
         if self.listener is not None:
             self.listener(request)
-        elif self.owner:
-            self.leave(request)
+        elif self.owns_process:
+            self.exit_process(request)
         else:
-            self.waiting.append(request)
+            self.pending.append(request)
 
-    def heed(self, ask: Ask) -> None:
+    def handle_late_request(self, request: StopRequest) -> None:
         """Handle a request that reached the listener too late: exit, or raise the signal again for the original handler."""
-        if self.owner:
-            self.leave(ask)
-        signal.raise_signal(next(number for number, meant in ASKS.items() if meant is ask))
+        if self.owns_process:
+            self.exit_process(request)
+        signal.raise_signal(next(number for number, meant in STOP_REQUESTS.items() if meant is request))
 
-    def leave(self, ask: Ask) -> NoReturn:
+    def exit_process(self, request: StopRequest) -> NoReturn:
         """Exit this process now, without an exception, which might be caught or might wait for other ranks."""
-        self.leaving, code = True, STATUS[ask]
+        self.is_exiting, code = True, EXIT_STATUS[request]
         try:
-            job = None if in_sweep() else own_job()  # the sweep agent requeues its own job
-            if ask is Ask.leave and job is not None and is_preempted(job):
+            job = None if is_in_sweep() else get_own_job()  # the sweep agent requeues its own job
+            if request is StopRequest.save_and_stop and job is not None and is_preempted(job):
                 code = RESTART
-            if global_rank():
+            if get_global_rank():
                 if code == RESTART and job:
                     # the first exit ends the job step, before rank 0 has called Slurm
-                    time.sleep(FIRST_SECONDS)
+                    time.sleep(RANK_ZERO_SECONDS)
                     requeue(job)  # rank 0 may be blocked in C++, where its handler cannot run
             else:
-                _tell_user(ask, job if code == RESTART else None)
-                if self.before_leaving is not None:
-                    status = _within(LAST_SECONDS, partial(self.before_leaving, code))
+                _requeue_and_report(request, job if code == RESTART else None)
+                if self.before_exit is not None:
+                    status = _call_within(BEFORE_EXIT_SECONDS, partial(self.before_exit, code))
                     code = code if status is None else status
         finally:
-            _exit(code)
+            _exit_now(code)
 
 
-_current: Signals | None = None
+_signal_handler: SignalHandler | None = None
 
 
-def current() -> Signals | None:
+def get_signal_handler() -> SignalHandler | None:
     """Return the signal handler of this process, if one is registered."""
-    return _current
+    return _signal_handler
 
 
-def handle_signals() -> Signals:
+def handle_signals() -> SignalHandler:
     """Register the signal handler for the rest of this process, which this program owns. A second call changes nothing.
 
     Python delivers signals only to the main thread. In another thread nothing is registered.
     """
-    global _current
-    inherited = _current is not None and _current.process != os.getpid()  # after a fork
-    if (_current is None or inherited) and threading.current_thread() is threading.main_thread():
-        _current = Signals(owner=True)
-        for number in ASKS:
-            signal.signal(number, _current.handle)
-        atexit.register(_end_interpreter, _current)  # registered first, so called last
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKS)  # run.py has blocked them
-    return _current or Signals()
+    global _signal_handler
+    inherited = _signal_handler is not None and _signal_handler.pid != os.getpid()  # after a fork
+    if (_signal_handler is None or inherited) and threading.current_thread() is threading.main_thread():
+        _signal_handler = SignalHandler(owns_process=True)
+        for number in STOP_REQUESTS:
+            signal.signal(number, _signal_handler.handle)
+        atexit.register(_stop_interpreter, _signal_handler)  # registered first, so called last
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_REQUESTS)  # run.py has blocked them
+    return _signal_handler or SignalHandler()
 
 
 @contextmanager
-def listening(listener: Callable[[Ask], None]) -> Iterator[Signals]:
+def use_listener(listener: Callable[[StopRequest], None]) -> Iterator[SignalHandler]:
     """Call `listener` with stop requests inside the context. Afterwards the original handling is restored."""
-    global _current
-    signal_handler, previous = _current or Signals(), {}
-    if _current is None and threading.current_thread() is threading.main_thread():
-        _current = signal_handler
-        previous = {number: signal.signal(number, signal_handler.handle) for number in ASKS}
-    signal_handler.listen(listener)
+    global _signal_handler
+    signal_handler, previous = _signal_handler or SignalHandler(), {}
+    if _signal_handler is None and threading.current_thread() is threading.main_thread():
+        _signal_handler = signal_handler
+        previous = {number: signal.signal(number, signal_handler.handle) for number in STOP_REQUESTS}
+    signal_handler.set_listener(listener)
     try:
         yield signal_handler
     finally:
@@ -191,14 +196,14 @@ def listening(listener: Callable[[Ask], None]) -> Iterator[Signals]:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         signal_handler.listener = None
         if previous:
-            _current = None
+            _signal_handler = None
 
 
 @contextmanager
-def postponing() -> Iterator[None]:
+def postpone_signals() -> Iterator[None]:
     """Postpone signals to the end of the context, for work that must not be interrupted, e.g. submitting a job and storing its id."""
-    requests: list[Ask] = []
-    signals = _current
+    requests: list[StopRequest] = []
+    signals = _signal_handler
     if signals is None:
         yield
         return
@@ -208,39 +213,41 @@ def postponing() -> Iterator[None]:
     finally:
         signals.listener = None
         if requests:
-            signals.heed(requests[0])
+            signals.handle_late_request(requests[0])
 
 
-def _tell_user(ask: Ask, job: str | None) -> None:
+def _requeue_and_report(request: StopRequest, job: str | None) -> None:
     """Requeue the job, if one is given, and report the exit to the user."""
     refusal = requeue(job) if job else None
     outcome = f"not requeued ({refusal})" if refusal else f"job {job} is requeued" if job else "left"
-    _say(f"Asked to {ask}: no step is under way, so nothing is to be saved; {outcome}. The same command goes on.")
+    _write_to_stderr(
+        f"Asked to {request}: no step is under way, so nothing is to be saved; {outcome}. The same command goes on."
+    )
 
 
-def _end_interpreter(signals: Signals) -> None:
+def _stop_interpreter(handler: SignalHandler) -> None:
     """Ignore signals at interpreter shutdown, and exit at once if the final status is known.
 
     Shutdown takes seconds. During it, the default handlers would end the process with their own status.
     """
-    for number in ASKS:
+    for number in STOP_REQUESTS:
         signal.signal(number, signal.SIG_IGN)
-    if signals.settled is not None and os.getpid() == signals.process:
-        _exit(signals.settled)
+    if handler.final_status is not None and os.getpid() == handler.pid:
+        _exit_now(handler.final_status)
 
 
-def _exit(code: int) -> NoReturn:
+def _exit_now(code: int) -> NoReturn:
     """End the process now: stop the children, flush the streams, skip the shutdown of the interpreter."""
     try:
-        _end_children()
-        _within(FLUSH_SECONDS, _flush)
+        _stop_children()
+        _call_within(FLUSH_SECONDS, _flush_streams)
         if os.isatty(1):
             os.write(1, b"\x1b[?25h")  # show the cursor, which a progress bar hides
     finally:
         os._exit(code)
 
 
-def _end_children() -> None:
+def _stop_children() -> None:
     """Kill loader and index workers, which would otherwise keep the lock of the run folder for seconds."""
     with suppress(Exception):  # the module may be half imported
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for a killed worker
@@ -248,13 +255,13 @@ def _end_children() -> None:
             child.kill()
 
 
-def _flush() -> None:
+def _flush_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):  # closed or broken stream
             stream.flush()
 
 
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
+def _call_within(seconds: float, function: Callable[[], Any]) -> Any:
     """Call a function with a timeout. Return its result; None if it fails or times out.
 
     It times out, e.g., if it needs a lock that the interrupted thread holds.
@@ -263,19 +270,19 @@ def _within(seconds: float, call: Callable[[], Any]) -> Any:
     done = _thread.allocate_lock()
     done.acquire()
 
-    def work() -> None:
+    def run_function() -> None:
         try:
             with suppress(Exception):
-                results.append(call())
+                results.append(function())
         finally:
             done.release()
 
-    _thread.start_new_thread(work, ())  # Thread.start() needs a lock that the interrupted thread may hold
+    _thread.start_new_thread(run_function, ())  # Thread.start() needs a lock that the interrupted thread may hold
     done.acquire(timeout=seconds)
     return results[0] if results else None
 
 
-def _say(text: str) -> None:
+def _write_to_stderr(text: str) -> None:
     with suppress(OSError):
         # not print(), which the signal may have interrupted
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{text}\n".encode())

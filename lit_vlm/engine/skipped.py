@@ -15,7 +15,7 @@ from pathlib import Path
 from lit_vlm.files import append_line
 from lit_vlm.types import UserError
 
-NAME = "skipped.jsonl"
+SKIPPED_STEPS_FILE = "skipped.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,7 @@ def read_skipped(run_dir: Path) -> dict[int, SkippedStep]:
     Raises:
         UserError: the file cannot be read.
     """
-    file, rows = run_dir / NAME, {}
+    file, rows = run_dir / SKIPPED_STEPS_FILE, {}
     try:
         text = file.read_bytes().decode("utf-8", "replace")
     except FileNotFoundError:
@@ -72,4 +72,6 @@ def _read_row(line: str) -> SkippedStep | None:
 def add_skipped(run_dir: Path, step: int, reason: str, samples: list[str]) -> None:
     """Append a skipped step to the file, durable on return. Call it on rank 0 only."""
     row = SkippedStep(step, reason, samples, datetime.now(UTC).isoformat(timespec="seconds"))
-    append_line(run_dir / NAME, json.dumps(asdict(row), ensure_ascii=False).encode("utf-8", "backslashreplace"))
+    append_line(
+        run_dir / SKIPPED_STEPS_FILE, json.dumps(asdict(row), ensure_ascii=False).encode("utf-8", "backslashreplace")
+    )

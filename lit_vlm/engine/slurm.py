@@ -11,10 +11,10 @@ from pathlib import Path
 from lit_vlm.types import UserError
 
 ANSWER_SECONDS = 60.0  # a controller under load is slow; a dead one must not block the run
-_FROM_A_JOB = re.compile(r"SLURM_(?!CONF$|CLUSTERS$)|(MASTER_(ADDR|PORT)|(LOCAL_|NODE_|GROUP_)?RANK|WORLD_SIZE)$")
+_JOB_VARIABLES = re.compile(r"SLURM_(?!CONF$|CLUSTERS$)|(MASTER_(ADDR|PORT)|(LOCAL_|NODE_|GROUP_)?RANK|WORLD_SIZE)$")
 
 
-def require_slurm(what: str, way_out: str, *commands: str) -> None:
+def require_slurm(purpose: str, alternative: str, *commands: str) -> None:
     """Require that Slurm commands are available on this machine.
 
     Args:
@@ -27,30 +27,30 @@ def require_slurm(what: str, way_out: str, *commands: str) -> None:
     """
     if missing := [name for name in commands if shutil.which(name) is None]:
         raise UserError(
-            f"{what}: there is no {' and no '.join(missing)} on this machine's PATH, so nothing can be submitted from here."
-            f" Run it on the cluster's login node, or {way_out}."
+            f"{purpose}: there is no {' and no '.join(missing)} on this machine's PATH, so nothing can be submitted from here."
+            f" Run it on the cluster's login node, or {alternative}."
         )
 
 
-def sbatch_words(script: Path, after: str | None) -> list[str]:
+def build_sbatch_command(script: Path, dependency: str | None) -> list[str]:
     """Build the sbatch command that submits a script.
 
     Args:
         script: path of the batch script.
         dependency: id of a job that must succeed before this one starts. If it fails, this job leaves the queue.
     """
-    options = [f"--dependency=afterok:{after}", "--kill-on-invalid-dep=yes"] if after else []
+    options = [f"--dependency=afterok:{dependency}", "--kill-on-invalid-dep=yes"] if dependency else []
     return ["sbatch", "--parsable", *options, str(script)]
 
 
-def sbatch(script: Path, after: str | None = None) -> str:
+def submit_job(script: Path, dependency: str | None = None) -> str:
     """Submit a batch script with sbatch and return the job id.
 
     Raises:
         UserError: sbatch failed or did not answer. The message holds its output.
     """
     try:
-        done = _call(sbatch_words(script, after), outside_of_job())
+        done = _call_slurm(build_sbatch_command(script, dependency), get_environment_outside_job())
     except (OSError, subprocess.TimeoutExpired) as error:
         raise UserError(f"sbatch did not answer: {error}. The script is written: {script}") from error
     if done.returncode:
@@ -62,29 +62,29 @@ def sbatch(script: Path, after: str | None = None) -> str:
     return done.stdout.strip().partition(";")[0]  # "id;cluster" on a multi-cluster system
 
 
-def outside_of_job() -> dict[str, str]:
+def get_environment_outside_job() -> dict[str, str]:
     """Return the environment without the variables of the current Slurm job.
 
     Another job must not inherit them. Nor must a program that would take itself for a task of this job.
     """
-    return {name: value for name, value in os.environ.items() if not _FROM_A_JOB.match(name)}
+    return {name: value for name, value in os.environ.items() if not _JOB_VARIABLES.match(name)}
 
 
-def signal_steps(job: str, name: str) -> None:
+def send_signal(job: str, name: str) -> None:
     """Send a signal to the tasks of a job's steps, but not to its script. A signal to srun would end the tasks at once."""
-    _call(["scancel", f"--signal={name}", job])
+    _call_slurm(["scancel", f"--signal={name}", job])
 
 
-def state_of(job: str) -> str | None:
+def get_job_state(job: str) -> str | None:
     """Return the state of a queued job (PENDING, RUNNING, ...); None if it is not in the queue or Slurm does not answer."""
     try:
-        done = _call(["squeue", "--noheader", f"--jobs={job}", "--format=%T"])
+        done = _call_slurm(["squeue", "--noheader", f"--jobs={job}", "--format=%T"])
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.split()[0] if done.returncode == 0 and done.stdout.strip() else None
 
 
-def own_job() -> str | None:
+def get_own_job() -> str | None:
     """Return the id of the job that this process belongs to, in the form that scontrol accepts; None outside of a job."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
@@ -93,7 +93,7 @@ def own_job() -> str | None:
 def requeue(job: str) -> str | None:
     """Requeue a job, which Slurm ends soon after. Return None on success, else the error message of Slurm."""
     try:
-        done = _call(["scontrol", "requeue", job])
+        done = _call_slurm(["scontrol", "requeue", job])
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     return None if done.returncode == 0 else (done.stderr or done.stdout).strip() or f"exit status {done.returncode}"
@@ -102,7 +102,7 @@ def requeue(job: str) -> str | None:
 def is_preempted(job: str) -> bool:
     """Return whether Slurm is preempting the job. SIGTERM alone does not distinguish this from scancel."""
     try:
-        done = _call(["scontrol", "--oneliner", "show", "job", job])
+        done = _call_slurm(["scontrol", "--oneliner", "show", "job", job])
     except (OSError, subprocess.TimeoutExpired):
         return False
     fields = dict(field.split("=", 1) for field in done.stdout.split() if "=" in field)
@@ -111,9 +111,9 @@ def is_preempted(job: str) -> bool:
     return preempted and fields.get("JobState") in ("RUNNING", "SIGNALING")
 
 
-def _call(words: list[str], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+def _call_slurm(command: list[str], environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        words,
+        command,
         env=environment,
         capture_output=True,
         text=True,

@@ -9,12 +9,16 @@ from typing import Any
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.strategies import Strategy as LightningStrategy
 
-from lit_vlm.config.schema import Strategy, TrainerConfig
+from lit_vlm.config.schema import StrategyName, TrainerConfig
 
-ZERO_STAGES = {Strategy.deepspeed_zero2: 2, Strategy.deepspeed_zero3: 3, Strategy.deepspeed_zero3_offload: 3}
+ZERO_STAGES = {
+    StrategyName.deepspeed_zero2: 2,
+    StrategyName.deepspeed_zero3: 3,
+    StrategyName.deepspeed_zero3_offload: 3,
+}
 
 
-def make_strategy(config: TrainerConfig, auto: Strategy = Strategy.ddp) -> LightningStrategy | str:
+def make_strategy(config: TrainerConfig, auto_strategy: StrategyName = StrategyName.ddp) -> LightningStrategy | str:
     """Make the strategy that `trainer.strategy` names, on GPUs (NCCL) or on CPU processes (gloo).
 
     Args:
@@ -23,34 +27,34 @@ def make_strategy(config: TrainerConfig, auto: Strategy = Strategy.ddp) -> Light
     Returns:
         the strategy, with its name in the attribute `setting`; for one device the text "auto".
     """
-    name = settled(config, auto)
-    if name is Strategy.single:
+    name = resolve_strategy(config, auto_strategy)
+    if name is StrategyName.single:
         return "auto"  # for Lightning: one device of any kind
-    strategy: Any = _made(config, name)
+    strategy: Any = _build_strategy(config, name)
     strategy.setting = name.value
     return strategy
 
 
-def _made(config: TrainerConfig, name: Strategy) -> LightningStrategy:
+def _build_strategy(config: TrainerConfig, name: StrategyName) -> LightningStrategy:
     # longer than the watchdog (watch_thread.py), which reports first, with stacks
     timeout = timedelta(minutes=config.timeout_minutes, seconds=30)
-    if name is Strategy.ddp:
+    if name is StrategyName.ddp:
         return DDPStrategy(timeout=timeout)
     if name in ZERO_STAGES:  # import the engines below only on use: each import takes seconds
         if config.accelerator == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"  # else DeepSpeed uses any GPU that it finds
         from lit_vlm.engine.deepspeed import ZeroStrategy
 
-        offload = name is Strategy.deepspeed_zero3_offload
+        offload = name is StrategyName.deepspeed_zero3_offload
         return ZeroStrategy(stage=ZERO_STAGES[name], offload=offload, timeout=timeout)
     from lit_vlm.engine.fsdp import FSDP2Strategy
 
-    options: dict[str, Any] = {"shard_size": config.shard_size} if name is Strategy.hsdp else {}
-    return FSDP2Strategy(hybrid=name is Strategy.hsdp, timeout=timeout, **options)
+    options: dict[str, Any] = {"shard_size": config.shard_size} if name is StrategyName.hsdp else {}
+    return FSDP2Strategy(hybrid=name is StrategyName.hsdp, timeout=timeout, **options)
 
 
-def settled(config: TrainerConfig, auto: Strategy = Strategy.ddp) -> Strategy:
+def resolve_strategy(config: TrainerConfig, auto_strategy: StrategyName = StrategyName.ddp) -> StrategyName:
     """Resolve `trainer.strategy`: replace `auto` by a strategy."""
-    if config.strategy is not Strategy.auto:
+    if config.strategy is not StrategyName.auto:
         return config.strategy
-    return auto if config.devices * config.num_nodes > 1 else Strategy.single
+    return auto_strategy if config.devices * config.num_nodes > 1 else StrategyName.single

@@ -14,17 +14,17 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from lit_vlm.config.schema import RunConfig
-from lit_vlm.engine.ranks import cluster_environment
+from lit_vlm.engine.ranks import make_cluster_plugins
 from lit_vlm.engine.strategy import make_strategy
 from lit_vlm.types import UserError
 
-FEW_STEPS = 4  # debug=fast
-PROFILED_STEPS = 6  # debug=profile: three warm-up steps and three profiled steps
+DEBUG_FAST_STEPS = 4  # debug=fast
+DEBUG_PROFILE_STEPS = 6  # debug=profile: three warm-up steps and three profiled steps
 
 
 def make_trainer(config: RunConfig, loggers: list[Logger], callbacks: list[L.Callback]) -> L.Trainer:
     """Make the Trainer. The plan defines its steps: one epoch of known length."""
-    quiet()
+    disable_library_warnings()
     trainer = config.trainer
     if trainer.num_threads:
         torch.set_num_threads(trainer.num_threads)
@@ -48,7 +48,7 @@ def make_trainer(config: RunConfig, loggers: list[Logger], callbacks: list[L.Cal
         "enable_progress_bar": bool(progress_bars),
         "logger": loggers,
         "callbacks": [*callbacks, *progress_bars],
-        "plugins": cluster_environment(trainer.devices, trainer.num_nodes),
+        "plugins": make_cluster_plugins(trainer.devices, trainer.num_nodes),
         **trainer.extra,
     }
     if config.data.validation.every_steps:
@@ -61,7 +61,7 @@ def make_trainer(config: RunConfig, loggers: list[Logger], callbacks: list[L.Cal
         ) from error
 
 
-def leave_process_group() -> None:
+def close_process_group() -> None:
     """Wait for all ranks and destroy the process group.
 
     A process that exits while threads of its group still run may abort (observed with gloo).
@@ -71,7 +71,7 @@ def leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def quiet() -> None:
+def disable_library_warnings() -> None:
     """Disable warnings of libraries that do not apply here: the plan controls order, sizes and workers of the loader."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)

@@ -23,10 +23,10 @@ from lit_vlm.files import write_json
 
 Item = TypeVar("Item")
 
-FOLDER = "heartbeat"
+HEARTBEAT_FOLDER = "heartbeat"
 
 
-class Doing(StrEnum):
+class Activity(StrEnum):
     """Activity of a rank, in the order of a micro-step. Of two ranks in the same micro-step, the earlier one blocks the other."""
 
     starting = "starting"
@@ -42,70 +42,75 @@ class Doing(StrEnum):
     finishing = "finishing"
 
 
-ORDER = list(Doing)
+ACTIVITY_ORDER = list(Activity)
 # loading may take long; collectives in it have the timeout of the process group
-UNLIMITED = (Doing.starting,)
-AWAITED = (Doing.saving, Doing.exporting, Doing.generating, Doing.finishing)  # others wait meanwhile
+UNLIMITED_ACTIVITIES = (Activity.starting,)
+AWAITED_ACTIVITIES = (
+    Activity.saving,
+    Activity.exporting,
+    Activity.generating,
+    Activity.finishing,
+)  # others wait meanwhile
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class RankState:
     """Current state of a rank. `step` counts from 0 in the plan, `micro_step` from 0 within the step."""
 
-    doing: Doing = Doing.starting
+    doing: Activity = Activity.starting
     step: int = -1
     micro_step: int = 0
     samples: tuple[str, ...] = ()
     since: float = field(default_factory=time.time)
 
 
-class Pulse:
+class Progress:
     """Progress of this rank: set by the main thread, read by the watchdog thread.
 
     `state` is replaced as a whole, so no lock is needed.
     """
 
     def __init__(self) -> None:
-        self.work = Work()
-        self.moved = time.monotonic()  # monotonic time of the last progress
+        self.state = RankState()
+        self.last_progress = time.monotonic()  # monotonic time of the last progress
 
-    def turn_to(self, doing: Doing, **changes: object) -> None:
+    def set_activity(self, activity: Activity, **changes: object) -> None:
         """Set the activity, and further fields of `RankState`. It counts as progress."""
-        self.work = replace(self.work, doing=doing, since=time.time(), **changes)  # type: ignore[arg-type]
-        self.moved = time.monotonic()
+        self.state = replace(self.state, doing=activity, since=time.time(), **changes)  # type: ignore[arg-type]
+        self.last_progress = time.monotonic()
 
-    def tick(self) -> None:
+    def mark_progress(self) -> None:
         """Mark progress within the same activity, e.g. a validation batch or a written file."""
-        self.moved = time.monotonic()
+        self.last_progress = time.monotonic()
 
-    def along(self, items: Iterable[Item]) -> Iterator[Item]:
+    def iterate(self, items: Iterable[Item]) -> Iterator[Item]:
         """Iterate over the items, and mark progress at each one."""
         for item in items:
-            self.tick()
+            self.mark_progress()
             yield item
 
-    def with_each(self, call: Callable[..., Item]) -> Callable[..., Item]:
+    def wrap(self, function: Callable[..., Item]) -> Callable[..., Item]:
         """Wrap a function so that each call marks progress."""
 
-        def called(*arguments: Any) -> Item:
-            self.tick()
-            return call(*arguments)
+        def call_and_mark(*arguments: Any) -> Item:
+            self.mark_progress()
+            return function(*arguments)
 
-        return called
+        return call_and_mark
 
     @contextmanager
-    def during(self, doing: Doing) -> Iterator[None]:
+    def use_activity(self, activity: Activity) -> Iterator[None]:
         """Set the activity inside the context. Call `mark_progress()` if it may take longer than the timeout of the ranks."""
-        previous = self.work.doing
-        self.turn_to(doing)
+        previous = self.state.doing
+        self.set_activity(activity)
         try:
             yield
         finally:
-            self.turn_to(previous)
+            self.set_activity(previous)
 
 
 @dataclass(frozen=True, slots=True)
-class Beat:
+class RankHeartbeat:
     """Heartbeat of a rank: content of `heartbeat/rank-N.json`."""
 
     rank: int
@@ -122,40 +127,44 @@ class Beat:
     samples: list[str]
 
     @property
-    def place(self) -> tuple[int, int, int]:
+    def position(self) -> tuple[int, int, int]:
         """Position of the rank in training: (step, micro-step, activity), for ordering ranks."""
-        return self.step, self.micro_step, ORDER.index(Doing(self.doing))
+        return self.step, self.micro_step, ACTIVITY_ORDER.index(Activity(self.doing))
 
 
-def beat_of(rank: int, pulse: Pulse, state: str = "alive") -> Beat:
+def make_heartbeat(rank: int, progress: Progress, state: str = "alive") -> RankHeartbeat:
     """Make the heartbeat of this process from its progress."""
-    rank_state, now, pid = pulse.work, time.time(), os.getpid()
+    rank_state, now, pid = progress.state, time.time(), os.getpid()
     fields = asdict(rank_state) | {"doing": str(rank_state.doing), "samples": list(rank_state.samples)}
-    fields |= {"moved": now - (time.monotonic() - pulse.moved), "beat": now}
-    return Beat(rank=rank, host=socket.gethostname(), pid=pid, started=started_at(pid), state=state, **fields)
+    fields |= {"moved": now - (time.monotonic() - progress.last_progress), "beat": now}
+    return RankHeartbeat(
+        rank=rank, host=socket.gethostname(), pid=pid, started=read_start_time(pid), state=state, **fields
+    )
 
 
-def write_beat(run_dir: Path, beat: Beat) -> None:
+def write_heartbeat(run_dir: Path, heartbeat: RankHeartbeat) -> None:
     """Write the heartbeat file atomically."""
-    folder = run_dir / FOLDER
+    folder = run_dir / HEARTBEAT_FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"rank-{beat.rank}.json", asdict(beat), durable=False)
+    write_json(folder / f"rank-{heartbeat.rank}.json", asdict(heartbeat), durable=False)
 
 
-def read_beat(run_dir: Path, rank: int) -> Beat | None:
+def read_heartbeat(run_dir: Path, rank: int) -> RankHeartbeat | None:
     """Read the heartbeat of a rank; None if there is none or it is damaged."""
     try:
-        return Beat(**json.loads((run_dir / FOLDER / f"rank-{rank}.json").read_text(encoding="utf-8")))
+        return RankHeartbeat(
+            **json.loads((run_dir / HEARTBEAT_FOLDER / f"rank-{rank}.json").read_text(encoding="utf-8"))
+        )
     except (OSError, ValueError, TypeError):
         return None
 
 
-def read_beats(run_dir: Path, ranks: Sequence[int]) -> list[Beat]:
+def read_heartbeats(run_dir: Path, ranks: Sequence[int]) -> list[RankHeartbeat]:
     """Read the heartbeats of the given ranks, without missing ones."""
-    return [heartbeat for rank in ranks if (heartbeat := read_beat(run_dir, rank)) is not None]
+    return [heartbeat for rank in ranks if (heartbeat := read_heartbeat(run_dir, rank)) is not None]
 
 
-def started_at(pid: int) -> int:
+def read_start_time(pid: int) -> int:
     """Read the start time of a process in kernel ticks (field 22 of /proc/PID/stat); 0 if unknown."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
@@ -163,9 +172,9 @@ def started_at(pid: int) -> int:
         return 0
 
 
-_known: WeakKeyDictionary[L.Trainer, Pulse] = WeakKeyDictionary()
+_progress_by_trainer: WeakKeyDictionary[L.Trainer, Progress] = WeakKeyDictionary()
 
 
-def pulse_of(trainer: L.Trainer) -> Pulse:
+def get_progress(trainer: L.Trainer) -> Progress:
     """Return the progress of this trainer on this rank; create it at the first call."""
-    return _known.setdefault(trainer, Pulse())
+    return _progress_by_trainer.setdefault(trainer, Progress())

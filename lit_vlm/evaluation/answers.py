@@ -11,16 +11,16 @@ import numpy as np
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from lit_vlm.data.collate import collate
-from lit_vlm.data.index.columns import Index
+from lit_vlm.data.index.columns import SampleIndex
 from lit_vlm.data.processor import Processor
-from lit_vlm.model.generate import Sampling, generate
-from lit_vlm.types import SPECIAL_TOKENS, Content, Control, ImageSlot, Message, Role, Sample
+from lit_vlm.model.generate import SamplingParams, generate
+from lit_vlm.types import SPECIAL_TOKENS, ContentPart, ControlToken, ImagePlaceholder, Message, Role, Sample
 
-MOST_PROMPTS = 256  # in one generation batch
+MAX_PROMPTS = 256  # in one generation batch
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class Completion:
     """One generated answer. Its control tokens are separate from text that looks like them.
 
     Attributes:
@@ -28,8 +28,8 @@ class Said:
         is_complete: the model generated the end token; else the length limit cut the answer.
     """
 
-    content: tuple[Content, ...]
-    ended: bool
+    content: tuple[ContentPart, ...]
+    is_complete: bool
 
     @property
     def text(self) -> str:
@@ -37,7 +37,7 @@ class Said:
         return Message(Role.assistant, self.content).text
 
 
-def ask(
+def generate_answers(
     model: LlavaOnevisionForConditionalGeneration, processor: Processor, samples: Sequence[Sample], max_new_tokens: int
 ) -> list[str]:
     """Generate the last answer of each conversation with greedy decoding. Returns texts with control tokens spelled out.
@@ -45,37 +45,37 @@ def ask(
     All samples are one generation batch: the caller keeps it within the memory. The samples' own last messages are not read.
     """
     batch = collate(processor, list(samples)).to(next(model.parameters()).device)
-    stop_id = end_of_answer(processor)
+    stop_id = get_end_of_answer_id(processor)
     outputs = generate(model, batch, max_new_tokens, eos_token_id=stop_id)
     return [processor.decode([token for token in ids if token != stop_id]) for ids in outputs]
 
 
-def draw(
+def sample_answers(
     model: LlavaOnevisionForConditionalGeneration,
     processor: Processor,
     samples: Sequence[Sample],
     max_new_tokens: int,
-    sampling: Sampling,
-) -> list[list[Said]]:
+    sampling: SamplingParams,
+) -> list[list[Completion]]:
     """Sample several last answers for each conversation. All are one generation batch, as in `generate_answers`.
 
     Returns:
         For each sample a list of completions, one for each of its seeds.
     """
     batch = collate(processor, list(samples)).to(next(model.parameters()).device)
-    stop_id = end_of_answer(processor)
+    stop_id = get_end_of_answer_id(processor)
     outputs = generate(model, batch, max_new_tokens, eos_token_id=stop_id, sampling=sampling)
-    completions = [Said(_content(processor, ids, stop_id), ids[-1:] == [stop_id]) for ids in outputs]
+    completions = [Completion(_decode_content(processor, ids, stop_id), ids[-1:] == [stop_id]) for ids in outputs]
     num_seeds = len(sampling.seeds[0])
     return [completions[start : start + num_seeds] for start in range(0, len(completions), num_seeds)]
 
 
-def _content(processor: Processor, ids: list[int], stop: int) -> tuple[Content, ...]:
+def _decode_content(processor: Processor, ids: list[int], stop_id: int) -> tuple[ContentPart, ...]:
     """Decode token ids into control tokens (nine are known) and text, in NFC, without surrounding white space."""
     tokenizer, vocabulary = processor.tokenizer, processor.template.control_ids
-    control_by_id = {vocabulary[token]: Control(token) for token in SPECIAL_TOKENS if token in vocabulary}
-    skipped_ids = (stop, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    pieces: list[Content] = []
+    control_by_id = {vocabulary[token]: ControlToken(token) for token in SPECIAL_TOKENS if token in vocabulary}
+    skipped_ids = (stop_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    pieces: list[ContentPart] = []
     for control, group in groupby((token for token in ids if token not in skipped_ids), control_by_id.get):
         tokens = list(group)
         text = unicodedata.normalize("NFC", tokenizer.decode(tokens, skip_special_tokens=False))
@@ -87,13 +87,13 @@ def _content(processor: Processor, ids: list[int], stop: int) -> tuple[Content, 
     return tuple(piece for piece in pieces if piece != "")
 
 
-def reference_lengths(index: Index) -> np.ndarray:
+def get_reference_lengths(index: SampleIndex) -> np.ndarray:
     """Return the number of reference tokens of each sample, [samples]; of several answers, their sum."""
     return np.where(index.chosen > 0, index.chosen, index.supervised)
 
 
-def alike(
-    index: Index, numbers: Sequence[int], *, most_tokens: int, most_tiles: int, new_tokens: int = 0
+def batch_by_length(
+    index: SampleIndex, numbers: Sequence[int], *, max_tokens: int, max_tiles: int, new_tokens: int = 0
 ) -> Iterator[list[int]]:
     """Group samples of similar length into generation batches, under a token limit and a tile limit.
 
@@ -106,13 +106,13 @@ def alike(
         max_tiles: limit of the tiles in a batch.
         new_tokens: reserved for generation, on top of each sample's own tokens.
     """
-    references = reference_lengths(index)
+    references = get_reference_lengths(index)
     batch: list[int] = []
     longest = tiles = 0
     for number in sorted(numbers, key=lambda i: (int(references[i]), int(index.tokens[i]))):
         length, num_tiles = int(index.tokens[number]) + new_tokens, int(index.tiles[number])
         longest, tiles = max(longest, length), tiles + num_tiles
-        is_full = len(batch) == MOST_PROMPTS or longest * (len(batch) + 1) > most_tokens or tiles > most_tiles
+        is_full = len(batch) == MAX_PROMPTS or longest * (len(batch) + 1) > max_tokens or tiles > max_tiles
         if batch and is_full:
             yield batch
             batch, longest, tiles = [], length, num_tiles
@@ -121,21 +121,21 @@ def alike(
         yield batch
 
 
-def end_of_answer(processor: Processor) -> int:
+def get_end_of_answer_id(processor: Processor) -> int:
     """Return the id of the token that closes an answer in this template: training teaches this one, also where the tokenizer's EOS differs."""
     turn = processor.template.encode((Message(Role.user, ("?",)), Message(Role.assistant, ("!",))), [])
     return int(turn.input_ids[turn.supervised][-1])
 
 
-def readable_prompt(messages: Sequence[Message]) -> str:
+def format_prompt(messages: Sequence[Message]) -> str:
     """Format a prompt as readable text; several turns get one line each, with the role."""
-    texts = ["".join(_spelled(piece) for piece in message.content).strip() for message in messages]
+    texts = ["".join(_format_piece(piece) for piece in message.content).strip() for message in messages]
     if len(texts) == 1:
         return texts[0]
     return "\n".join(f"{message.role}: {text}" for message, text in zip(messages, texts, strict=True))
 
 
-def _spelled(piece: Content) -> str:
-    if isinstance(piece, ImageSlot):
+def _format_piece(piece: ContentPart) -> str:
+    if isinstance(piece, ImagePlaceholder):
         return "<image> "
     return piece if isinstance(piece, str) else piece.token

@@ -9,26 +9,26 @@ from functools import lru_cache
 
 from PIL import Image, ImageDraw, ImageFont
 
-from lit_vlm.data.builtin.fonts import font
-from lit_vlm.data.markup import boxes_of
+from lit_vlm.data.builtin.fonts import load_font
+from lit_vlm.data.markup import parse_mentions
 from lit_vlm.types import Box, UserError
 
 REFERENCE, PREDICTED, ASKED = "#12a150", "#e5484d", "#2f6fed"  # green, red, blue
-SMALLEST, LARGEST = 224, 768  # sides in pixels: a smaller image cannot be read, a larger one makes pages heavy
+MIN_SIDE_PX, MAX_SIDE_PX = 224, 768  # sides in pixels: a smaller image cannot be read, a larger one makes pages heavy
 LABEL_PX = 12
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class BoxMark:
     """Box to draw, with its label. `label_below` puts the label at the lower edge, so that two boxes of one object stay readable."""
 
     label: str
     box: Box
     colour: str
-    below: bool = False
+    label_below: bool = False
 
 
-def marks_of(text: str, colour: str, *, below: bool = False, label_chars: bool = True) -> list[Mark]:
+def parse_box_marks(text: str, colour: str, *, label_below: bool = False, label_chars: bool = True) -> list[BoxMark]:
     """Parse the markup of an answer. Returns one mark for each of its boxes.
 
     Args:
@@ -37,39 +37,39 @@ def marks_of(text: str, colour: str, *, below: bool = False, label_chars: bool =
         label_chars: label text lines (`<char>`) with their text; False where the image shows it anyway.
     """
     return [
-        Mark(phrase if tag == "obj" or label_chars else "", box, colour, below)
-        for tag, phrase, boxes in boxes_of(text)
+        BoxMark(phrase if tag == "obj" or label_chars else "", box, colour, label_below)
+        for tag, phrase, boxes in parse_mentions(text)
         for box in boxes
     ]
 
 
-def draw_boxes(picture: Image.Image, marks: Sequence[Mark], *, label: bool = True) -> Image.Image:
+def draw_boxes(image: Image.Image, marks: Sequence[BoxMark], *, label: bool = True) -> Image.Image:
     """Draw boxes on a copy of the image at a readable size. Boxes are clipped at the image's edges."""
-    canvas = readable(picture)
+    canvas = resize_to_readable(image)
     pen = ImageDraw.Draw(canvas)
     for mark in marks:
-        corners = _pixels(mark.box, canvas.size)
+        corners = _convert_to_pixels(mark.box, canvas.size)
         pen.rectangle(corners, outline=mark.colour, width=2)
     if label:
         for mark in marks:  # after all boxes, so that no box crosses a label
-            _write_label(pen, mark, _pixels(mark.box, canvas.size), canvas.size)
+            _write_label(pen, mark, _convert_to_pixels(mark.box, canvas.size), canvas.size)
     return canvas
 
 
-def readable(picture: Image.Image) -> Image.Image:
+def resize_to_readable(image: Image.Image) -> Image.Image:
     """Resize an image to an RGB copy: shorter side at least `MIN_SIDE_PX`, longer side at most about `MAX_SIDE_PX`."""
-    picture = picture.convert("RGB")
-    width, height = picture.size
-    if max(width, height) > LARGEST:
-        picture = picture.copy()
-        picture.thumbnail((LARGEST, LARGEST), Image.Resampling.LANCZOS)
-        return picture
+    image = image.convert("RGB")
+    width, height = image.size
+    if max(width, height) > MAX_SIDE_PX:
+        image = image.copy()
+        image.thumbnail((MAX_SIDE_PX, MAX_SIDE_PX), Image.Resampling.LANCZOS)
+        return image
     # Integer factors keep each pixel of a small image square and sharp.
-    factor = max(1, min(math.ceil(SMALLEST / min(width, height)), LARGEST // max(width, height)))
-    return picture.resize((width * factor, height * factor), Image.Resampling.NEAREST)
+    factor = max(1, min(math.ceil(MIN_SIDE_PX / min(width, height)), MAX_SIDE_PX // max(width, height)))
+    return image.resize((width * factor, height * factor), Image.Resampling.NEAREST)
 
 
-def _pixels(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
+def _convert_to_pixels(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
     """Convert a box to pixel corners (x1, y1, x2, y2) inside the image, upper left first."""
     width, height = size
     xs = sorted(min(max(value, 0.0), 1.0) * (width - 1) for value in (box.x1, box.x2))
@@ -78,24 +78,24 @@ def _pixels(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
 
 
 def _write_label(
-    pen: ImageDraw.ImageDraw, mark: Mark, corners: tuple[int, int, int, int], size: tuple[int, int]
+    pen: ImageDraw.ImageDraw, mark: BoxMark, corners: tuple[int, int, int, int], size: tuple[int, int]
 ) -> None:
     text = " ".join(mark.label.split())[:40]
     if not text:
         return
-    left, top, right, bottom = pen.textbbox((0, 0), text, font=_font(LABEL_PX))
+    left, top, right, bottom = pen.textbbox((0, 0), text, font=_load_font(LABEL_PX))
     width, height = right - left + 6, bottom - top + 5
     x = max(0, min(corners[0], size[0] - width))
-    outside = corners[3] + 1 if mark.below else corners[1] - height
+    outside = corners[3] + 1 if mark.label_below else corners[1] - height
     y = max(0, min(outside, size[1] - height))
     pen.rectangle((x, y, x + width, y + height), fill=mark.colour)
-    pen.text((x + 3 - left, y + 2 - top), text, fill="white", font=_font(LABEL_PX))
+    pen.text((x + 3 - left, y + 2 - top), text, fill="white", font=_load_font(LABEL_PX))
 
 
 @lru_cache(maxsize=8)
-def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+def _load_font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     """Load a font with Hangul; without the font package use Pillow's own, which shows Hangul as empty boxes."""
     try:
-        return font(size)
+        return load_font(size)
     except (UserError, OSError):
         return ImageFont.load_default(size)

@@ -6,15 +6,15 @@ import math
 import re
 import unicodedata
 
-from lit_vlm.data.markup import boxes_of
-from lit_vlm.types import Box, Kind
+from lit_vlm.data.markup import parse_mentions
+from lit_vlm.types import Box, SampleKind
 
 MIN_IOU = 0.5  # minimum overlap with the true box for a text line to count as found
 
 _END = re.compile(r"(?:\s|<\|im_end\|>)+$")
 
 
-def score(kind: Kind, prediction: str, reference: str) -> float:
+def compute_score(kind: SampleKind, prediction: str, reference: str) -> float:
     """Compute the score of an answer, 0 to 1, with the metric of its kind.
 
     - `grounding`: `compute_boxes_match`, 0 or 1.
@@ -25,34 +25,34 @@ def score(kind: Kind, prediction: str, reference: str) -> float:
     differ. A prediction whose markup cannot be parsed scores 0. A reference without valid markup needs an exact match, for
     every kind.
     """
-    prediction, reference = normalise(prediction), normalise(reference)
-    if kind is Kind.grounding and boxes_of(reference):
-        return boxes_match(prediction, reference)
-    if kind is Kind.ocr and _text_lines(reference):
-        return text_line_f1(prediction, reference)
+    prediction, reference = normalize_answer(prediction), normalize_answer(reference)
+    if kind is SampleKind.grounding and parse_mentions(reference):
+        return compute_boxes_match(prediction, reference)
+    if kind is SampleKind.ocr and _find_text_lines(reference):
+        return compute_text_line_f1(prediction, reference)
     return float(prediction == reference)
 
 
-def normalise(text: str) -> str:
+def normalize_answer(text: str) -> str:
     """Normalise a text to NFC, without surrounding white space and trailing `<|im_end|>`."""
     return _END.sub("", unicodedata.normalize("NFC", text)).strip()
 
 
-def boxes_match(prediction: str, reference: str) -> float:
+def compute_boxes_match(prediction: str, reference: str) -> float:
     """Compute an exact match of phrases and boxes: 1 if both texts have the same phrases with boxes that are equal after
     rounding to tenths, else 0.
 
     The words around the mentions, the order of the mentions and the order of one phrase's boxes do not matter. A missing
     or an additional mention is wrong.
     """
-    return float(_mentions_in_tenths(prediction) == _mentions_in_tenths(reference))
+    return float(_extract_rounded_mentions(prediction) == _extract_rounded_mentions(reference))
 
 
-def text_line_f1(prediction: str, reference: str) -> float:
+def compute_text_line_f1(prediction: str, reference: str) -> float:
     """Compute F1 over text lines (`<char>` mentions): lines match one to one, with equal text and IoU >= 0.5."""
-    predicted, expected = _text_lines(prediction), _text_lines(reference)
+    predicted, expected = _find_text_lines(prediction), _find_text_lines(reference)
     overlaps = [
-        (iou(box, true_box), i, j)
+        (compute_iou(box, true_box), i, j)
         for i, (phrase, box) in enumerate(predicted)
         for j, (true_phrase, true_box) in enumerate(expected)
         if phrase == true_phrase
@@ -67,29 +67,31 @@ def text_line_f1(prediction: str, reference: str) -> float:
     return 2 * len(matched_predicted) / (len(predicted) + len(expected)) if predicted or expected else 0.0
 
 
-def iou(a: Box, b: Box) -> float:
+def compute_iou(a: Box, b: Box) -> float:
     """Compute intersection over union; 1 for equal boxes, also for boxes without area."""
     if a == b:
         return 1.0
     width = min(a.x2, b.x2) - max(a.x1, b.x1)
     height = min(a.y2, b.y2) - max(a.y1, b.y1)
     shared = max(width, 0.0) * max(height, 0.0)
-    union = _area(a) + _area(b) - shared
+    union = _compute_area(a) + _compute_area(b) - shared
     return shared / union if union > 0 else 0.0
 
 
-def _area(box: Box) -> float:
+def _compute_area(box: Box) -> float:
     return max(box.x2 - box.x1, 0.0) * max(box.y2 - box.y1, 0.0)
 
 
-def _text_lines(text: str) -> list[tuple[str, Box]]:
-    return [(phrase, box) for tag, phrase, boxes in boxes_of(text) if tag == "char" for box in boxes]
+def _find_text_lines(text: str) -> list[tuple[str, Box]]:
+    return [(phrase, box) for tag, phrase, boxes in parse_mentions(text) if tag == "char" for box in boxes]
 
 
-def _mentions_in_tenths(text: str) -> list[tuple[str, str, list[tuple[int, ...]]]]:
-    return sorted((tag, phrase, sorted(_tenths(box) for box in boxes)) for tag, phrase, boxes in boxes_of(text))
+def _extract_rounded_mentions(text: str) -> list[tuple[str, str, list[tuple[int, ...]]]]:
+    return sorted(
+        (tag, phrase, sorted(_convert_to_tenths(box) for box in boxes)) for tag, phrase, boxes in parse_mentions(text)
+    )
 
 
-def _tenths(box: Box) -> tuple[int, ...]:
+def _convert_to_tenths(box: Box) -> tuple[int, ...]:
     # Halves round up; Python's own round() rounds them to the even neighbour.
     return tuple(math.floor(10 * value + 0.5) for value in (box.x1, box.y1, box.x2, box.y2))

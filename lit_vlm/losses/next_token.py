@@ -17,23 +17,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_vlm.types import HEAD_ROWS
+from lit_vlm.types import LOGITS_CHUNK_TOKENS
 
 # Shapes: R rows (supervised positions), C rows of a chunk, D width, V vocabulary size, n tokens with rows of their own.
 
-Scores: TypeAlias = tuple[Tensor, ...]
+TokenScores: TypeAlias = tuple[Tensor, ...]
 
 
-def score_tokens(
+def compute_token_log_probs(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
     *,
-    ids: Tensor | None = None,
-    own: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    token_rows: Tensor | None = None,
     statistics: bool = False,
-    chunk: int = HEAD_ROWS,
-) -> Scores:
+    chunk_size: int = LOGITS_CHUNK_TOKENS,
+) -> TokenScores:
     """Compute the log-probability of each row's target token, [R] float32: `-F.cross_entropy(..., reduction="none")`.
 
     Under autocast the matrix products run in its type.
@@ -50,10 +50,10 @@ def score_tokens(
         log-probabilities [R]; with `statistics` also the entropy in nats, the mean logit, whether the target is the
         most likely token, and the log of the sum of squared probabilities, [R] each.
     """
-    return _Score.apply(hidden, weight, targets, ids, own, statistics, chunk)  # type: ignore[no-any-return]
+    return _ChunkedLogProbs.apply(hidden, weight, targets, token_ids, token_rows, statistics, chunk_size)  # type: ignore[no-any-return]
 
 
-class _Score(torch.autograd.Function):
+class _ChunkedLogProbs(torch.autograd.Function):
     """Autograd function of the log-probabilities, with logits computed in chunks."""
 
     @staticmethod
@@ -62,27 +62,29 @@ class _Score(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
-        ids: Tensor | None,
-        own: Tensor | None,
+        token_ids: Tensor | None,
+        token_rows: Tensor | None,
         statistics: bool,
-        chunk: int,
-    ) -> Scores:
+        chunk_size: int,
+    ) -> TokenScores:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         with torch.autocast(device, enabled=False):
-            matrix, token_matrix = weight.to(dtype), None if own is None else own.to(dtype)
+            matrix, token_matrix = weight.to(dtype), None if token_rows is None else token_rows.to(dtype)
             parts, log_normalizers, kept = [], [], []
-            for start in range(0, len(hidden), chunk):
-                logits = _logits(hidden[start : start + chunk].to(dtype), matrix, ids, token_matrix)
+            for start in range(0, len(hidden), chunk_size):
+                logits = _compute_logits(hidden[start : start + chunk_size].to(dtype), matrix, token_ids, token_matrix)
                 log_normalizer = logits.float().logsumexp(-1)
-                parts.append(_scores(logits, targets[start : start + chunk], log_normalizer, statistics))
+                parts.append(
+                    _compute_chunk_scores(logits, targets[start : start + chunk_size], log_normalizer, statistics)
+                )
                 log_normalizers.append(log_normalizer)
                 kept.append(logits)
-                if len(hidden) > chunk:
+                if len(hidden) > chunk_size:
                     kept.clear()
         scores = tuple(torch.cat(column) for column in zip(*parts, strict=True))
-        ctx.save_for_backward(hidden, weight, targets, ids, own, torch.cat(log_normalizers), *kept)
-        ctx.dtype, ctx.chunk = dtype, chunk
+        ctx.save_for_backward(hidden, weight, targets, token_ids, token_rows, torch.cat(log_normalizers), *kept)
+        ctx.dtype, ctx.chunk = dtype, chunk_size
         ctx.mark_non_differentiable(*scores[1:])
         return scores
 
@@ -97,7 +99,7 @@ class _Score(torch.autograd.Function):
         for start in range(0, len(hidden), chunk_size):
             part = slice(start, start + chunk_size)
             inputs = hidden[part].to(dtype)
-            logits = kept[0] if kept else _logits(inputs, matrix, token_ids, token_matrix)
+            logits = kept[0] if kept else _compute_logits(inputs, matrix, token_ids, token_matrix)
             d_logits = (logits.float() - log_normalizers[part, None]).exp_().neg_()
             d_logits[torch.arange(len(d_logits), device=d_logits.device), targets[part]] += 1
             d_logits = d_logits.mul_(gradient[part, None]).to(dtype)
@@ -108,9 +110,9 @@ class _Score(torch.autograd.Function):
             if d_hidden is not None:
                 d_hidden[part] = d_logits @ matrix if d_new is None else d_logits @ matrix + d_new @ token_matrix
             if wants_weight:
-                d_weight = _sum(d_weight, d_logits.T @ inputs)
+                d_weight = _accumulate(d_weight, d_logits.T @ inputs)
             if wants_token_rows:
-                d_token_rows = _sum(d_token_rows, d_new.T @ inputs)
+                d_token_rows = _accumulate(d_token_rows, d_new.T @ inputs)
         return (
             d_hidden,
             None if d_weight is None else d_weight.to(weight.dtype),
@@ -122,23 +124,23 @@ class _Score(torch.autograd.Function):
         )
 
 
-def _sum(total: Tensor | None, part: Tensor) -> Tensor:
+def _accumulate(total: Tensor | None, part: Tensor) -> Tensor:
     return part.float() if total is None else total.add_(part)
 
 
-def _logits(hidden: Tensor, matrix: Tensor, ids: Tensor | None, rows: Tensor | None) -> Tensor:
+def _compute_logits(hidden: Tensor, matrix: Tensor, token_ids: Tensor | None, token_rows: Tensor | None) -> Tensor:
     """Compute logits [C, V] of one chunk, with the logits of tokens that have rows of their own."""
     logits = F.linear(hidden, matrix)
-    return logits if ids is None else logits.index_copy_(-1, ids, F.linear(hidden, rows))
+    return logits if token_ids is None else logits.index_copy_(-1, token_ids, F.linear(hidden, token_rows))
 
 
-def _scores(logits: Tensor, targets: Tensor, norm: Tensor, statistics: bool) -> Scores:
+def _compute_chunk_scores(logits: Tensor, targets: Tensor, log_normalizer: Tensor, statistics: bool) -> TokenScores:
     """Compute the scores of one chunk, [C] each."""
-    log_probs = logits.gather(-1, targets[:, None]).squeeze(-1).float() - norm
+    log_probs = logits.gather(-1, targets[:, None]).squeeze(-1).float() - log_normalizer
     if not statistics:
         return (log_probs,)
     logits = logits.float()
-    log_probs_all = logits - norm[:, None]
+    log_probs_all = logits - log_normalizer[:, None]
     return (
         log_probs,
         -(log_probs_all.exp() * log_probs_all).sum(-1),

@@ -20,12 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lit_vlm.config.check_dpo import LOSSES, SORTS_THE_BATCH, mistakes_in_preference_loss
-from lit_vlm.config.ranges import mistakes_in_ranges
+from lit_vlm.config.check_dpo import LOSS_TYPES, SORTING_LOSS_TYPES, find_preference_loss_errors
+from lit_vlm.config.ranges import find_range_errors
 from lit_vlm.config.schema import DPOStageConfig
 from lit_vlm.types import UserError
 
-__all__ = ["LOSSES", "SORTS_THE_BATCH", "AnswerScores", "Judged", "PreferenceLoss", "answer_mask", "score_answers"]
+__all__ = [
+    "LOSS_TYPES",
+    "SORTING_LOSS_TYPES",
+    "AnswerScores",
+    "PreferenceLoss",
+    "PreferenceOutput",
+    "make_answer_mask",
+    "pad_answer_scores",
+]
 
 # Shapes: P pairs, 2P answers (all chosen ones, then all rejected ones), A longest answer in tokens, R supervised tokens.
 
@@ -42,7 +50,7 @@ class AnswerScores:
     aux_loss: Tensor | None = None  # for mixtures of experts, which these models are not
 
 
-def score_answers(scores: Sequence[Tensor], lengths: list[int]) -> AnswerScores:
+def pad_answer_scores(scores: Sequence[Tensor], lengths: list[int]) -> AnswerScores:
     """Pad scores [R] to [2P, A]: one row for each answer.
 
     Args:
@@ -50,21 +58,21 @@ def score_answers(scores: Sequence[Tensor], lengths: list[int]) -> AnswerScores:
             log-probabilities, for a reference model: TRL needs no more of it.
         lengths: supervised tokens of each of the 2P answers; sums to R.
     """
-    mask = answer_mask(lengths, scores[0].device)
+    mask = make_answer_mask(lengths, scores[0].device)
 
-    def spread(values: Tensor) -> Tensor:
+    def pad(values: Tensor) -> Tensor:
         return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
-    return AnswerScores(*(spread(values) for values in scores))
+    return AnswerScores(*(pad(values) for values in scores))
 
 
-def answer_mask(lengths: list[int], device: torch.device) -> Tensor:
+def make_answer_mask(lengths: list[int], device: torch.device) -> Tensor:
     """Make the [2P, A] mask that is True on an answer's own tokens."""
     return torch.arange(max(lengths), device=device)[None] < torch.tensor(lengths, device=device)[:, None]
 
 
 @dataclass(slots=True)
-class Judged:
+class PreferenceOutput:
     """Output of the preference loss for one micro-batch."""
 
     loss: Tensor  # [], this micro-batch's part of the optimizer step's loss
@@ -110,7 +118,7 @@ class PreferenceLoss:
         stage = DPOStageConfig(
             loss_type=list(loss_type), loss_weights=loss_weights, discopop_tau=discopop_tau, **options
         )
-        for error in (*mistakes_in_ranges(stage, "stage."), *mistakes_in_preference_loss(stage)):
+        for error in (*find_range_errors(stage, "stage."), *find_preference_loss_errors(stage)):
             raise UserError(error)
         self.beta, self.loss_type, self.label_smoothing = beta, list(loss_type), label_smoothing
         self.use_weighting = use_weighting
@@ -118,9 +126,9 @@ class PreferenceLoss:
         token_losses = [(name, weight) for name, weight in zip(loss_type, weights, strict=True) if name == "sft"]
         # `sft` is a mean over tokens and the others are means over pairs: TRL computes the two apart, so that
         # several micro-batches add up to the loss of one batch
-        self._by_pairs = _trainer(pair_losses, discopop_tau, options) if pair_losses else None
-        self._by_tokens = _trainer(token_losses, discopop_tau, options) if token_losses else None
-        self.weights = dict(zip(loss_type, weights, strict=True))
+        self._pair_trainer = _make_trl_trainer(pair_losses, discopop_tau, options) if pair_losses else None
+        self._token_trainer = _make_trl_trainer(token_losses, discopop_tau, options) if token_losses else None
+        self.loss_weights = dict(zip(loss_type, weights, strict=True))
 
     def __call__(
         self,
@@ -131,7 +139,7 @@ class PreferenceLoss:
         pair_share: float = 1.0,
         token_share: float = 1.0,
         training: bool = True,
-    ) -> Judged:
+    ) -> PreferenceOutput:
         """Compute the preference loss of one micro-batch.
 
         Args:
@@ -141,18 +149,20 @@ class PreferenceLoss:
             pair_share: fraction of the optimizer step's pairs that are in this micro-batch.
             token_share: fraction of the optimizer step's tokens of chosen answers that are in this micro-batch.
         """
-        mask = answer_mask(lengths, policy.log_probs.device)
-        inputs = _inputs(mask)
+        mask = make_answer_mask(lengths, policy.log_probs.device)
+        inputs = _make_trl_inputs(mask)
         output = None
-        for trainer, share in ((self._by_tokens, token_share), (self._by_pairs, pair_share)):
+        for trainer, share in ((self._token_trainer, token_share), (self._pair_trainer, pair_share)):
             if trainer is not None:
-                part, rewards, metrics = _run(trainer, policy, reference, inputs, training)
+                part, rewards, metrics = _run_trl_loss(trainer, policy, reference, inputs, training)
                 loss = part * share if output is None else output.loss + part * share
-                output = Judged(loss, part.detach() if trainer is self._by_pairs else None, rewards, metrics)
+                output = PreferenceOutput(
+                    loss, part.detach() if trainer is self._pair_trainer else None, rewards, metrics
+                )
         assert output is not None  # there is at least one loss
         return output
 
-    def at_margin_zero(self) -> float | None:
+    def compute_loss_at_zero_margin(self) -> float | None:
         """Compute the `pair_loss` that the first step must have, while policy and reference model are equal.
 
         None where that depends on the data.
@@ -172,15 +182,15 @@ class PreferenceLoss:
             "apo_down": 1.0,
             "discopop": 0.5 * math.log(2) + 0.5,
         }
-        if "exo_pair" in self.weights:
+        if "exo_pair" in self.loss_weights:
             smooth = self.label_smoothing
             values["exo_pair"] = math.log(0.5) - 0.5 * (math.log(1 - smooth) + math.log(smooth))
-        if self.use_weighting or self._by_pairs is None:
+        if self.use_weighting or self._pair_trainer is None:
             return None
-        return sum(values[name] * weight for name, weight in self.weights.items() if name != "sft")
+        return sum(values[name] * weight for name, weight in self.loss_weights.items() if name != "sft")
 
 
-def _run(
+def _run_trl_loss(
     trainer: Any, policy: AnswerScores, reference: AnswerScores, inputs: dict, training: bool
 ) -> tuple[Tensor, Tensor, dict[str, float]]:
     """Run TRL's `_compute_loss`; return loss [], rewards [2P] and metrics."""
@@ -209,13 +219,13 @@ def _run(
     return loss, torch.cat(gathered[:2]), metrics  # TRL first gathers the rewards of chosen and rejected
 
 
-def _inputs(mask: Tensor) -> dict[str, Tensor]:
+def _make_trl_inputs(mask: Tensor) -> dict[str, Tensor]:
     """Make TRL's batch, reduced to the answers: one position before each, which predicts its first token."""
     completion = torch.cat([torch.zeros_like(mask[:, :1]), mask], dim=1).long()
     return {"input_ids": torch.zeros_like(completion), "attention_mask": completion, "completion_mask": completion}
 
 
-def _trainer(losses: list[tuple[str, float]], discopop_tau: float, options: dict[str, Any]) -> Any:
+def _make_trl_trainer(losses: list[tuple[str, float]], discopop_tau: float, options: dict[str, Any]) -> Any:
     """Make an object with the attributes that `DPOTrainer._compute_loss` of trl 1.16 reads from its trainer."""
     model: Any = nn.Module()
     model.is_gradient_checkpointing = False

@@ -16,16 +16,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lit_vlm.model.segments import Call, Segments
+from lit_vlm.model.segments import Segments, VarlenCall
 from lit_vlm.types import UserError
 
-NAME = "flat"
+FLAT_ATTENTION = "flat"
 
 # Shapes: T tokens in the row, H heads, K key-value heads, D head width, Q queries (T, or those that a layer needs), G
 # spans of one group, L the maximum number of queries in it.
 
 
-def flat_attention(
+def flat_attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -64,38 +64,40 @@ def flat_attention(
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    window = sliding_window if sliding_window and sliding_window < segments.longest else None
+    window = sliding_window if sliding_window and sliding_window < segments.max_num_keys else None
     is_half = query.dtype in (torch.bfloat16, torch.float16)  # types that FlashAttention supports
     if query.is_cuda and is_half and not dropout:
-        return _varlen(query, key, value, segments, scaling, window), None
-    return _grouped(query, key, value, segments, scaling, dropout, window), None
+        return _run_varlen_attention(query, key, value, segments, scaling, window), None
+    return _run_grouped_attention(query, key, value, segments, scaling, dropout, window), None
 
 
-def _varlen(
+def _run_varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float | None, window: int | None
 ) -> Tensor:
     """Run one variable-length FlashAttention call for each set of spans; return [1, Q, H, D]."""
     q, k, v = (tensor[0].transpose(0, 1).contiguous() for tensor in (query, key, value))
-    index = None if len(segments.asked) == len(k) else _places(segments.asked, len(k))
+    index = None if len(segments.query_positions) == len(k) else _index_positions(segments.query_positions, len(k))
     results = []
-    for call in segments.calls:
+    for call in segments.varlen_calls:
         queries = call.queries if call.queries is None or index is None else index[call.queries]
         q_part = q if queries is None or len(queries) == len(q) else q.index_select(0, queries)
         kv_part = (k, v) if call.keys is None else (k.index_select(0, call.keys), v.index_select(0, call.keys))
-        results.append(kernel(q_part, *kv_part, call, scaling, window))
-    if segments.order is None:
+        results.append(run_varlen_kernel(q_part, *kv_part, call, scaling, window))
+    if segments.varlen_output_index is None:
         return results[0][None]
-    return torch.cat(results).index_select(0, segments.order)[None]
+    return torch.cat(results).index_select(0, segments.varlen_output_index)[None]
 
 
-def _places(asked: Tensor, length: int) -> Tensor:
+def _index_positions(query_positions: Tensor, length: int) -> Tensor:
     """Compute [T]: the index of each row position within `query_positions`."""
-    index = asked.new_zeros(length)
-    index[asked] = torch.arange(len(asked), device=asked.device)
+    index = query_positions.new_zeros(length)
+    index[query_positions] = torch.arange(len(query_positions), device=query_positions.device)
     return index
 
 
-def kernel(q: Tensor, k: Tensor, v: Tensor, call: Call, scaling: float | None, window: int | None) -> Tensor:
+def run_varlen_kernel(
+    q: Tensor, k: Tensor, v: Tensor, call: VarlenCall, scaling: float | None, window: int | None
+) -> Tensor:
     """Run torch's variable-length FlashAttention; return [queries, H, D].
 
     The arguments differ between torch releases. Causal attention is `is_causal` in torch 2.10 and `window_size` in
@@ -118,11 +120,11 @@ def kernel(q: Tensor, k: Tensor, v: Tensor, call: Call, scaling: float | None, w
         else:
             k, v = (tensor.repeat_interleave(q.shape[1] // tensor.shape[1], dim=1) for tensor in (k, v))
     return varlen_attn(  # type: ignore[no-any-return,return-value]
-        q, k, v, call.cu_queries, call.cu_keys, call.most_queries, call.most_keys, **options
+        q, k, v, call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q, call.max_seqlen_k, **options
     )
 
 
-def _grouped(
+def _run_grouped_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -135,12 +137,12 @@ def _grouped(
     gqa = query.shape[1] != key.shape[1]
     # [Q, heads * D]: the heads of a token are contiguous
     q_row, *kv_rows = (tensor[0].transpose(0, 1).flatten(1) for tensor in (query, key, value))
-    index = None if len(q_row) == len(kv_rows[0]) else _places(segments.asked, len(kv_rows[0]))
+    index = None if len(q_row) == len(kv_rows[0]) else _index_positions(segments.query_positions, len(kv_rows[0]))
     results = []
-    for group in segments.groups(window):
+    for group in segments.get_groups(window):
         queries = group.queries if index is None else index[group.queries]
-        q = _heads(q_row, queries, query.shape[-1])
-        k, v = (_heads(row, group.keys, query.shape[-1]) for row in kv_rows)
+        q = _gather_heads(q_row, queries, query.shape[-1])
+        k, v = (_gather_heads(row, group.keys, query.shape[-1]) for row in kv_rows)
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -152,15 +154,15 @@ def _grouped(
             enable_gqa=gqa,
         )
         results.append(out.transpose(1, 2).flatten(0, 1).flatten(1))  # [G * L, H * D]
-    return torch.cat(results).index_select(0, segments.back).unflatten(1, (query.shape[1], -1))[None]
+    return torch.cat(results).index_select(0, segments.group_output_index).unflatten(1, (query.shape[1], -1))[None]
 
 
-def _heads(row: Tensor, positions: Tensor, width: int) -> Tensor:
+def _gather_heads(row: Tensor, positions: Tensor, width: int) -> Tensor:
     """Gather the row's positions [G, L] as [G, heads, L, D]."""
     return row.index_select(0, positions.flatten()).view(*positions.shape, -1, width).transpose(1, 2)
 
 
-def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+def _make_attention_mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
     """Return no dense mask for a row with its own segments; else transformers' SDPA mask.
 
     transformers notices that position ids restart and would build a [T, T] block mask. `flat_attention_forward` needs
@@ -175,5 +177,5 @@ def _mask(*args: Any, attention_mask: Tensor | None = None, **kwargs: Any) -> Te
     return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
 
 
-AttentionInterface.register(NAME, flat_attention)
-AttentionMaskInterface.register(NAME, _mask)
+AttentionInterface.register(FLAT_ATTENTION, flat_attention_forward)
+AttentionMaskInterface.register(FLAT_ATTENTION, _make_attention_mask)

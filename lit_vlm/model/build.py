@@ -26,20 +26,27 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from lit_vlm.anyres import ImageSettings, Tiling, grid_pinpoints
-from lit_vlm.config.schema import ModelConfig, Projector
+from lit_vlm.anyres import ImageSettings, Tiling, make_grid_pinpoints
+from lit_vlm.config.schema import ModelConfig, ProjectorName
 from lit_vlm.model import families
-from lit_vlm.model.export import OURS
+from lit_vlm.model.export import OWN_SETTINGS_FILE
 from lit_vlm.model.forward import use_flat_forward
-from lit_vlm.model.hub import first_line, quiet_transformers, told_by_folder
-from lit_vlm.model.skeleton import are_weights_later, draw_projector, make_skeleton, share_config
+from lit_vlm.model.hub import disable_transformers_logging, get_first_line, raise_folder_errors
 from lit_vlm.model.skeleton import build_on_meta as build_on_meta
-from lit_vlm.model.ties import follow_files
-from lit_vlm.model.vocabulary import CHATML, VIDEO_TOKEN, accept_parts, add_special_tokens, closing_token, grow
-from lit_vlm.model.weights import require_all
+from lit_vlm.model.skeleton import init_projector, is_deferring_weights, make_skeleton, share_config
+from lit_vlm.model.ties import resolve_weight_tying
+from lit_vlm.model.vocabulary import (
+    CHATML,
+    VIDEO_TOKEN,
+    add_special_tokens,
+    extend_embeddings,
+    find_turn_end_token,
+    wrap_chat_template,
+)
+from lit_vlm.model.weights import require_all_weights
 from lit_vlm.types import IMAGE_TOKEN, SPECIAL_TOKENS, UserError
 
-SIZES = (
+SIZE_KEYS = (
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
@@ -50,11 +57,11 @@ SIZES = (
     "image_size",
     "patch_size",
 )
-GRID, MAX_TILES = 6, 9  # LLaVA-OneVision's (1x1),...,(6x6) and anyres_max_9
+DEFAULT_GRID, DEFAULT_MAX_TILES = 6, 9  # LLaVA-OneVision's (1x1),...,(6x6) and anyres_max_9
 
 
 @dataclass(slots=True)
-class Blueprint:
+class ModelSpec:
     """Specification of a model without its weights: configs, tokenizer, image settings.
 
     It is enough for the data side, the cost model and a build on `meta`.
@@ -73,12 +80,12 @@ class Blueprint:
     remarks: list[str] = field(default_factory=list)  # notes for the user, found while the weights were read
 
     @property
-    def source(self) -> dict[str, Any]:
+    def hub_options(self) -> dict[str, Any]:
         """Keyword arguments for `from_pretrained`: revision and trust_remote_code."""
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
 
-def draw_up(model: ModelConfig, init_from: str | None = None, tiling: Tiling = Tiling.anyres) -> Blueprint:
+def load_model_spec(model: ModelConfig, init_from: str | None = None, tiling: Tiling = Tiling.anyres) -> ModelSpec:
     """Load configs and tokenizer of a model, without weights.
 
     Args:
@@ -91,12 +98,14 @@ def draw_up(model: ModelConfig, init_from: str | None = None, tiling: Tiling = T
     """
     hub_options = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
     name = init_from or f"{model.vision_tower} and {model.language_model}"
-    with told_by_folder(name, "no model could be made of what its files say"):
-        return _draw_up(model, init_from, tiling, hub_options)
+    with raise_folder_errors(name, "no model could be made of what its files say"):
+        return _load_model_spec(model, init_from, tiling, hub_options)
 
 
-def _draw_up(model: ModelConfig, init_from: str | None, tiling: Tiling, source: dict[str, Any]) -> Blueprint:
-    spec = _whole(model, init_from, source) if init_from else _assembled(model, source)
+def _load_model_spec(
+    model: ModelConfig, init_from: str | None, tiling: Tiling, hub_options: dict[str, Any]
+) -> ModelSpec:
+    spec = _make_pretrained_spec(model, init_from, hub_options) if init_from else _make_parts_spec(model, hub_options)
     spec.images = replace(spec.images, tiling=tiling)
     spec.new_tokens = add_special_tokens(spec.tokenizer, model.special_tokens)
     added_vocab = spec.tokenizer.get_added_vocab()
@@ -104,24 +113,24 @@ def _draw_up(model: ModelConfig, init_from: str | None, tiling: Tiling, source: 
     spec.special_tokens = [token for token in candidates if token in added_vocab]
     spec.config.image_token_index = spec.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     spec.config.video_token_index = spec.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
-    spec.tokenizer.chat_template = _chat_template(model.chat_template, spec.tokenizer)
+    spec.tokenizer.chat_template = _resolve_chat_template(model.chat_template, spec.tokenizer)
     return spec
 
 
-def build(
-    blueprint: Blueprint, dtype: torch.dtype = torch.float32, seed: int = 0
+def build_model(
+    spec: ModelSpec, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> LlavaOnevisionForConditionalGeneration:
     """Build the model with its weights, patched for the flat forward pass. New parameters are initialised from `seed`.
 
     Inside `defer_weights` the model has no weights yet, see `skeleton.py`.
     """
-    name = blueprint.whole or f"{blueprint.vision_tower} and {blueprint.language_model}"
-    with told_by_folder(name, "its weights could not be loaded"):
-        model = make_skeleton(blueprint, dtype, seed) if are_weights_later() else _with_weights(blueprint, dtype, seed)
-    model.generation_config.eos_token_id = _stops(model, blueprint.tokenizer)
+    name = spec.whole or f"{spec.vision_tower} and {spec.language_model}"
+    with raise_folder_errors(name, "its weights could not be loaded"):
+        model = make_skeleton(spec, dtype, seed) if is_deferring_weights() else _load_with_weights(spec, dtype, seed)
+    model.generation_config.eos_token_id = _collect_eos_token_ids(model, spec.tokenizer)
     model.config.dtype = dtype
-    blueprint.config.text_config.vocab_size = model.config.text_config.vocab_size
-    use_flat_forward(model, blueprint.images)
+    spec.config.text_config.vocab_size = model.config.text_config.vocab_size
+    use_flat_forward(model, spec.images)
     return model
 
 
@@ -130,15 +139,15 @@ def read_tiling(name: str) -> Tiling:
 
     Plain transformers always tiles (anyres), and so does a folder that this project did not write.
     """
-    with told_by_folder(name, f"its {OURS} could not be read"):
-        settings = read_json(name, OURS) if Path(name).is_dir() else None
+    with raise_folder_errors(name, f"its {OWN_SETTINGS_FILE} could not be read"):
+        settings = read_json(name, OWN_SETTINGS_FILE) if Path(name).is_dir() else None
         return Tiling(settings["tiling"]) if settings else Tiling.anyres
 
 
-def read_json(name: str, filename: str, **source: Any) -> dict[str, Any] | None:
+def read_json(name: str, filename: str, **hub_options: Any) -> dict[str, Any] | None:
     """Read a JSON file of a model folder or hub repository; None when it does not exist."""
-    options = {key: value for key, value in source.items() if key == "revision"}
-    with told_by_folder(name, f"its {filename} could not be read"):
+    options = {key: value for key, value in hub_options.items() if key == "revision"}
+    with raise_folder_errors(name, f"its {filename} could not be read"):
         path = cached_file(name, filename, _raise_exceptions_for_missing_entries=False, **options)
         content = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
         if content is not None and not isinstance(content, dict):
@@ -146,43 +155,48 @@ def read_json(name: str, filename: str, **source: Any) -> dict[str, Any] | None:
         return content
 
 
-def _whole(model: ModelConfig, init_from: str, source: dict[str, Any]) -> Blueprint:
-    config = _config(init_from, "init_from", source)
+def _make_pretrained_spec(model: ModelConfig, init_from: str, hub_options: dict[str, Any]) -> ModelSpec:
+    config = _load_config(init_from, "init_from", hub_options)
     _require_sizes(config, init_from)
     if not isinstance(config, LlavaOnevisionConfig):
         raise UserError(
             f"init_from={init_from} holds a model of type {config.model_type!r}; a stage starts from a LLaVA-OneVision-class model "
             "(model type 'llava_onevision'). To build one from parts, leave init_from out and set model.vision_tower and model.language_model."
         )
-    _keep_layers(config.vision_config, config.vision_feature_layer)
+    _drop_unused_layers(config.vision_config, config.vision_feature_layer)
     config.vision_feature_layer = -1
     config.text_config.tie_word_embeddings = config.tie_word_embeddings  # the latter is read here, the former in vLLM
     if model.grid:
-        pinpoints = grid_pinpoints(config.vision_config.image_size, model.grid)
+        pinpoints = make_grid_pinpoints(config.vision_config.image_size, model.grid)
         config.image_grid_pinpoints = [list(pair) for pair in pinpoints]
     if model.max_tiles:
         config.vision_aspect_ratio = f"anyres_max_{model.max_tiles}"
-    return Blueprint(
-        config, _tokenizer(init_from, source), _image_settings(init_from, config, source), [], whole=init_from, **source
+    return ModelSpec(
+        config,
+        _load_tokenizer(init_from, hub_options),
+        _load_image_settings(init_from, config, hub_options),
+        [],
+        whole=init_from,
+        **hub_options,
     )
 
 
-def _assembled(model: ModelConfig, source: dict[str, Any]) -> Blueprint:
-    vision = _config(model.vision_tower, "model.vision_tower", source)
+def _make_parts_spec(model: ModelConfig, hub_options: dict[str, Any]) -> ModelSpec:
+    vision = _load_config(model.vision_tower, "model.vision_tower", hub_options)
     vision = getattr(vision, "vision_config", vision)  # a SigLIP or CLIP checkpoint also holds its text model
     if vision.model_type not in ("siglip_vision_model", "clip_vision_model"):
         raise UserError(
             f"model.vision_tower={model.vision_tower} is a {vision.model_type!r}; SigLIP, SigLIP 2 (fixed resolution) and CLIP towers are known."
         )
-    text = _config(model.language_model, "model.language_model", source)
+    text = _load_config(model.language_model, "model.language_model", hub_options)
     if type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING and not hasattr(text, "auto_map"):
         raise UserError(
             f"model.language_model={model.language_model} is a {text.model_type!r}, which transformers knows as no language model."
         )
     _require_sizes(text, model.language_model)
     _require_sizes(vision, model.vision_tower)
-    families.check(text, model.language_model)
-    _keep_layers(vision, -2 if model.vision_feature_layer is None else model.vision_feature_layer)
+    families.check_logits_supported(text, model.language_model)
+    _drop_unused_layers(vision, -2 if model.vision_feature_layer is None else model.vision_feature_layer)
     if vision.model_type == "siglip_vision_model":
         vision.vision_use_head = False
     config = LlavaOnevisionConfig(
@@ -190,50 +204,52 @@ def _assembled(model: ModelConfig, source: dict[str, Any]) -> Blueprint:
         text_config=text,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default" if vision.model_type == "clip_vision_model" else "full",
-        projector_hidden_act="gelu" if model.projector is Projector.mlp2x_gelu else "linear",
-        image_grid_pinpoints=[list(pair) for pair in grid_pinpoints(vision.image_size, model.grid or GRID)],
-        vision_aspect_ratio=f"anyres_max_{model.max_tiles or MAX_TILES}",
+        projector_hidden_act="gelu" if model.projector is ProjectorName.mlp2x_gelu else "linear",
+        image_grid_pinpoints=[
+            list(pair) for pair in make_grid_pinpoints(vision.image_size, model.grid or DEFAULT_GRID)
+        ],
+        vision_aspect_ratio=f"anyres_max_{model.max_tiles or DEFAULT_MAX_TILES}",
         tie_word_embeddings=bool(text.tie_word_embeddings),
     )
-    images = _image_settings(model.vision_tower, config, source)
-    tokenizer = _tokenizer(model.language_model, source)
+    images = _load_image_settings(model.vision_tower, config, hub_options)
+    tokenizer = _load_tokenizer(model.language_model, hub_options)
     parts: dict[str, Any] = {"vision_tower": model.vision_tower, "language_model": model.language_model}
-    return Blueprint(config, tokenizer, images, [], **parts, **source)
+    return ModelSpec(config, tokenizer, images, [], **parts, **hub_options)
 
 
-def _with_weights(blueprint: Blueprint, dtype: torch.dtype, seed: int) -> LlavaOnevisionForConditionalGeneration:
+def _load_with_weights(spec: ModelSpec, dtype: torch.dtype, seed: int) -> LlavaOnevisionForConditionalGeneration:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if blueprint.whole:
-            model = _load(
-                LlavaOnevisionForConditionalGeneration, blueprint.whole, blueprint.config, dtype, blueprint.source
+        if spec.whole:
+            model = _load_pretrained(
+                LlavaOnevisionForConditionalGeneration, spec.whole, spec.config, dtype, spec.hub_options
             )
-            follow_files(model, model, blueprint, blueprint.whole)
+            resolve_weight_tying(model, model, spec, spec.whole)
         else:
-            model = _assemble(blueprint, dtype, seed)
-        grow(model, blueprint.tokenizer, blueprint.new_tokens)
+            model = _build_from_parts(spec, dtype, seed)
+        extend_embeddings(model, spec.tokenizer, spec.new_tokens)
     return model
 
 
-def _assemble(blueprint: Blueprint, dtype: torch.dtype, seed: int) -> LlavaOnevisionForConditionalGeneration:
+def _build_from_parts(spec: ModelSpec, dtype: torch.dtype, seed: int) -> LlavaOnevisionForConditionalGeneration:
     """Build the model from its parts; projector and newline are initialised from `seed`."""
-    model = build_on_meta(blueprint.config)
-    config, source = blueprint.config, blueprint.source
-    tower = _load(type(model.model.vision_tower), blueprint.vision_tower, config.vision_config, dtype, source)
-    language = _load(AutoModelForCausalLM, blueprint.language_model, config.text_config, dtype, source)
-    share_config(tower, blueprint.config.vision_config)
-    share_config(language.model, blueprint.config.text_config)
+    model = build_on_meta(spec.config)
+    config, source = spec.config, spec.hub_options
+    tower = _load_pretrained(type(model.model.vision_tower), spec.vision_tower, config.vision_config, dtype, source)
+    language = _load_pretrained(AutoModelForCausalLM, spec.language_model, config.text_config, dtype, source)
+    share_config(tower, spec.config.vision_config)
+    share_config(language.model, spec.config.text_config)
     model.model.vision_tower, model.model.language_model, model.lm_head = tower, language.model, language.lm_head
-    follow_files(model, language, blueprint, blueprint.language_model)
+    resolve_weight_tying(model, language, spec, spec.language_model)
     families.fold_logit_scale(model)
-    model.model.multi_modal_projector, newline = draw_projector(config, dtype, seed)
+    model.model.multi_modal_projector, newline = init_projector(config, dtype, seed)
     model.model.image_newline = nn.Parameter(newline)
     model.generation_config = language.generation_config
     model.tie_weights()
     return model
 
 
-def _load(kind: Any, name: str, config: Any, dtype: torch.dtype, source: dict[str, Any]) -> Any:
+def _load_pretrained(model_class: Any, name: str, config: Any, dtype: torch.dtype, hub_options: dict[str, Any]) -> Any:
     """Load weights with from_pretrained, and raise for missing ones.
 
     Weights that were left out on purpose (layers, heads, a text model) are not reported.
@@ -242,24 +258,28 @@ def _load(kind: Any, name: str, config: Any, dtype: torch.dtype, source: dict[st
         UserError: weights are missing or have another shape; transformers would initialise them at random.
     """
     try:
-        with quiet_transformers():
+        with disable_transformers_logging():
             # mismatched sizes are reported, and raised below with our own message
             options = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True}
-            model, report = kind.from_pretrained(name, config=config, **options, **source)
+            model, report = model_class.from_pretrained(name, config=config, **options, **hub_options)
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{name}: its weights could not be loaded: {first_line(error)}") from None
-    require_all(name, report["missing_keys"], [entry[0] for entry in report["mismatched_keys"]], config)
+        raise UserError(f"{name}: its weights could not be loaded: {get_first_line(error)}") from None
+    require_all_weights(name, report["missing_keys"], [entry[0] for entry in report["mismatched_keys"]], config)
     return model
 
 
-def _stops(model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+def _collect_eos_token_ids(
+    model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast
+) -> list[int]:
     """Collect the token ids that end generation: the language model's own, and the one that closes an answer here."""
     eos = model.generation_config.eos_token_id
     eos = eos if isinstance(eos, list) else [eos]
-    return sorted({token for token in (*eos, closing_token(tokenizer), tokenizer.eos_token_id) if token is not None})
+    return sorted(
+        {token for token in (*eos, find_turn_end_token(tokenizer), tokenizer.eos_token_id) if token is not None}
+    )
 
 
-def _keep_layers(vision: Any, layer: int | list[int]) -> None:
+def _drop_unused_layers(vision: Any, layer: int | list[int]) -> None:
     """Drop the vision tower's layers behind the one that feeds the projector.
 
     The last hidden state is then the selected one. Works for SigLIP with 27 layers and layer -2 (Google's) and for 26
@@ -276,12 +296,12 @@ def _keep_layers(vision: Any, layer: int | list[int]) -> None:
     vision.num_hidden_layers = num_kept
 
 
-def _config(name: str, setting: str, source: dict[str, Any]) -> Any:
+def _load_config(name: str, setting: str, hub_options: dict[str, Any]) -> Any:
     _require_folder(name, setting)
     try:
-        return AutoConfig.from_pretrained(name, **source)
+        return AutoConfig.from_pretrained(name, **hub_options)
     except Exception as error:  # transformers raises any type of error for a wrong value
-        first = first_line(error)
+        first = get_first_line(error)
         raise UserError(
             f"{setting}={name}: no model configuration could be read there ({first}). Give a folder with a config.json."
         ) from None
@@ -290,7 +310,7 @@ def _config(name: str, setting: str, source: dict[str, Any]) -> Any:
 def _require_sizes(config: Any, name: str) -> None:
     """Raise UserError for a size in the config that is no positive integer."""
     for part in (config, getattr(config, "text_config", None), getattr(config, "vision_config", None)):
-        for key in SIZES:
+        for key in SIZE_KEYS:
             value = getattr(part, key, None)
             if value is not None and not (type(value) is int and value > 0):
                 raise UserError(
@@ -308,11 +328,11 @@ def _require_folder(name: str, setting: str) -> None:
         )
 
 
-def _tokenizer(name: str, source: dict[str, Any]) -> PreTrainedTokenizerFast:
+def _load_tokenizer(name: str, hub_options: dict[str, Any]) -> PreTrainedTokenizerFast:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+        tokenizer = AutoTokenizer.from_pretrained(name, **hub_options)
     except Exception as error:  # tokenizers raises plain exceptions for a damaged file
-        first = first_line(error)
+        first = get_first_line(error)
         raise UserError(
             f"{name}: no tokenizer could be read there ({first}). The folder needs a tokenizer.json."
         ) from None
@@ -323,10 +343,12 @@ def _tokenizer(name: str, source: dict[str, Any]) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _image_settings(name: str, config: LlavaOnevisionConfig, source: dict[str, Any]) -> ImageSettings:
+def _load_image_settings(name: str, config: LlavaOnevisionConfig, hub_options: dict[str, Any]) -> ImageSettings:
     vision = config.vision_config
-    processor_config = read_json(name, "processor_config.json", **source) or {}
-    settings = read_json(name, "preprocessor_config.json", **source) or processor_config.get("image_processor") or {}
+    processor_config = read_json(name, "processor_config.json", **hub_options) or {}
+    settings = (
+        read_json(name, "preprocessor_config.json", **hub_options) or processor_config.get("image_processor") or {}
+    )
     siglip = vision.model_type == "siglip_vision_model"
     clip_mean, clip_std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
     return ImageSettings(
@@ -341,13 +363,15 @@ def _image_settings(name: str, config: LlavaOnevisionConfig, source: dict[str, A
     )
 
 
-def _read_channels(name: str, own: dict[str, Any], key: str, default: tuple[float, ...]) -> tuple[float, float, float]:
+def _read_channels(
+    name: str, settings: dict[str, Any], key: str, default: tuple[float, ...]
+) -> tuple[float, float, float]:
     """Read one number for each of the three colours; a single number counts for all three, as in transformers.
 
     Raises:
         UserError: it is something else, a standard deviation of 0, or no number.
     """
-    value = own.get(key)
+    value = settings.get(key)
     values = default if value is None else [value] * 3 if is_number(value) else value
     is_valid = isinstance(values, list | tuple) and len(values) == 3 and all(map(is_number, values))
     if not is_valid or (key == "image_std" and min(values) <= 0):
@@ -360,8 +384,8 @@ def _read_channels(name: str, own: dict[str, Any], key: str, default: tuple[floa
     return red, green, blue
 
 
-def _read_resample(name: str, own: dict[str, Any]) -> int:
-    value = own.get("resample")
+def _read_resample(name: str, settings: dict[str, Any]) -> int:
+    value = settings.get("resample")
     if value is None:
         return 3
     if isinstance(value, bool) or value not in range(6):
@@ -377,7 +401,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _chat_template(choice: str | None, tokenizer: PreTrainedTokenizerFast) -> str | None:
+def _resolve_chat_template(choice: str | None, tokenizer: PreTrainedTokenizerFast) -> str | None:
     """Resolve the chat template to use: the tokenizer's own, ChatML, or a Jinja file."""
     if choice is None:
         template = tokenizer.chat_template
@@ -388,14 +412,14 @@ def _chat_template(choice: str | None, tokenizer: PreTrainedTokenizerFast) -> st
             raise UserError(
                 f"{name}: its chat template is {type(template).__name__} and no text. Give model.chat_template=..."
             )
-        return accept_parts(template)
+        return wrap_chat_template(template)
     if choice == "chatml":
         missing = [token for token in ("<|im_start|>", "<|im_end|>") if token not in tokenizer.get_added_vocab()]
         if missing:
             raise UserError(
                 f"model.chat_template=chatml needs the tokens {', '.join(missing)}; add them to model.special_tokens."
             )
-        return accept_parts(CHATML)
+        return wrap_chat_template(CHATML)
     path = Path(choice)
     if not path.is_file():
         raise UserError(f"model.chat_template={choice}: no such file. Give a Jinja file, or 'chatml'.")
@@ -403,8 +427,8 @@ def _chat_template(choice: str | None, tokenizer: PreTrainedTokenizerFast) -> st
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise UserError(
-            f"model.chat_template={choice}: cannot be read as text ({first_line(error)}). Give a Jinja file, or 'chatml'."
+            f"model.chat_template={choice}: cannot be read as text ({get_first_line(error)}). Give a Jinja file, or 'chatml'."
         ) from None
     if not text.strip():
         raise UserError(f"model.chat_template={choice}: is empty. Give a Jinja file, or 'chatml'.")
-    return accept_parts(text)
+    return wrap_chat_template(text)

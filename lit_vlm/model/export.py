@@ -15,13 +15,13 @@ from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedToken
 
 from lit_vlm.anyres import ImageSettings
 from lit_vlm.files import move_into_place
-from lit_vlm.model.hub import quiet_transformers
-from lit_vlm.model.merged import Merged
-from lit_vlm.model.tensor_files import LARGEST_FILE, planned_files, write_index
+from lit_vlm.model.hub import disable_transformers_logging
+from lit_vlm.model.merged import MergedStateDict
+from lit_vlm.model.tensor_files import MAX_SHARD_SIZE, split_into_files, write_index
 
-_NAMES_A_PLACE = re.compile(r"(^|_)(name_or_path|file|path|dir|folder)$")
+_PATH_KEY = re.compile(r"(^|_)(name_or_path|file|path|dir|folder)$")
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-OURS = "lit_vlm.json"  # settings that transformers has no field for; only `tiling` is read back
+OWN_SETTINGS_FILE = "lit_vlm.json"  # settings that transformers has no field for; only `tiling` is read back
 
 
 def export_model(
@@ -30,10 +30,10 @@ def export_model(
     images: ImageSettings,
     folder: Path,
     *,
-    whole: Callable[[str], Tensor] | None = None,
-    writes: bool = True,
-    before_each: Callable[[], object] = lambda: None,
-    largest_file: str | int = LARGEST_FILE,
+    gather_weight: Callable[[str], Tensor] | None = None,
+    is_writer: bool = True,
+    before_each_weight: Callable[[], object] = lambda: None,
+    max_shard_size: str | int = MAX_SHARD_SIZE,
 ) -> None:
     """Export a model to a folder: weights, configs, tokenizer, chat template and processor.
 
@@ -53,12 +53,12 @@ def export_model(
             may also be used to synchronise the other ranks with the writer.
         max_shard_size: weights are split into files of at most this size.
     """
-    state_dict = Merged(model, whole)
-    files = planned_files(state_dict.tensors, largest_file)
-    if not writes:
+    state_dict = MergedStateDict(model, gather_weight)
+    files = split_into_files(state_dict.tensors, max_shard_size)
+    if not is_writer:
         for file in files:
-            for name in _each(file.tensors, before_each):
-                state_dict.take_part(name)
+            for name in _iterate_with_hook(file.tensors, before_each_weight):
+                state_dict.gather(name)
         return
     temporary = folder.with_name(f".{folder.name}-unfinished")
     if temporary.exists():
@@ -66,7 +66,7 @@ def export_model(
     temporary.mkdir(parents=True)
     try:
         for file in files:
-            file.write(temporary, map(state_dict.value, _each(file.tensors, before_each)))
+            file.write(temporary, map(state_dict.compute_value, _iterate_with_hook(file.tensors, before_each_weight)))
         write_index(temporary, files, state_dict.num_parameters)
         _write_settings(temporary, model, state_dict, tokenizer, images)
     except BaseException:
@@ -77,7 +77,7 @@ def export_model(
     move_into_place(temporary, folder)
 
 
-def _each(names: Iterable[str], before: Callable[[], object]) -> Iterator[str]:
+def _iterate_with_hook(names: Iterable[str], before: Callable[[], object]) -> Iterator[str]:
     for name in names:
         before()
         yield name
@@ -86,47 +86,47 @@ def _each(names: Iterable[str], before: Callable[[], object]) -> Iterator[str]:
 def _write_settings(
     folder: Path,
     model: LlavaOnevisionForConditionalGeneration,
-    merged: Merged,
+    state_dict: MergedStateDict,
     tokenizer: PreTrainedTokenizerFast,
     images: ImageSettings,
 ) -> None:
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    with quiet_transformers():
-        merged.config.save_pretrained(folder)
+    with disable_transformers_logging():
+        state_dict.config.save_pretrained(folder)
         model.generation_config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    _write(folder / "processor_config.json", _processor_config(tokenizer, images))
-    _write(folder / "preprocessor_config.json", _image_processor_config(images))
+    _write_json(folder / "processor_config.json", _make_processor_config(tokenizer, images))
+    _write_json(folder / "preprocessor_config.json", _make_image_processor_config(images))
     (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
-    _write(folder / OURS, {"tiling": images.tiling.value})
+    _write_json(folder / OWN_SETTINGS_FILE, {"tiling": images.tiling.value})
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         settings = json.loads((folder / name).read_text(encoding="utf-8"))
-        if (cleaned := without_local_paths(settings)) != settings:
-            _write(folder / name, cleaned)
+        if (cleaned := remove_local_paths(settings)) != settings:
+            _write_json(folder / name, cleaned)
 
 
-def without_local_paths(settings: Any) -> Any:
+def remove_local_paths(settings: Any) -> Any:
     """Remove local paths that a part was read from out of settings, nested ones included.
 
     A published model must not contain names of users and machines. Ids of the hub stay.
     """
     if isinstance(settings, list):
-        return [without_local_paths(item) for item in settings]
+        return [remove_local_paths(item) for item in settings]
     if not isinstance(settings, dict):
         return settings
     return {
-        key: without_local_paths(value)
+        key: remove_local_paths(value)
         for key, value in settings.items()
-        if not (isinstance(value, str) and _NAMES_A_PLACE.search(key) and _is_local(value))
+        if not (isinstance(value, str) and _PATH_KEY.search(key) and _is_local_path(value))
     }
 
 
-def _is_local(path: str) -> bool:
+def _is_local_path(path: str) -> bool:
     return not _HUB_ID.fullmatch(path) or os.path.exists(path)
 
 
-def _processor_config(tokenizer: PreTrainedTokenizerFast, images: ImageSettings) -> dict[str, Any]:
-    image_processor = _image_processor_config(images)
+def _make_processor_config(tokenizer: PreTrainedTokenizerFast, images: ImageSettings) -> dict[str, Any]:
+    image_processor = _make_image_processor_config(images)
     video = {key: image_processor[key] for key in ("image_mean", "image_std", "size", "resample")}
     return {
         "processor_class": "LlavaOnevisionProcessor",
@@ -141,7 +141,7 @@ def _processor_config(tokenizer: PreTrainedTokenizerFast, images: ImageSettings)
     }
 
 
-def _image_processor_config(images: ImageSettings) -> dict[str, Any]:
+def _make_image_processor_config(images: ImageSettings) -> dict[str, Any]:
     return {
         "image_processor_type": "LlavaOnevisionImageProcessor",
         "processor_class": "LlavaOnevisionProcessor",
@@ -159,5 +159,5 @@ def _image_processor_config(images: ImageSettings) -> dict[str, Any]:
     }
 
 
-def _write(path: Path, value: dict[str, Any]) -> None:
+def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 from transformers import LlavaOnevisionForConditionalGeneration
 
-from lit_vlm.model.ties import untie_tables
+from lit_vlm.model.ties import untie_embeddings
 from lit_vlm.types import UserError
 
 # The factor on a family's logits, from its config.
@@ -22,43 +22,43 @@ LOGIT_FACTORS = {
     "cohere": lambda config: config.logit_scale,
     "cohere2": lambda config: config.logit_scale,
 }
-BENT = ("final_logit_softcapping", "attn_logit_softcapping")
+SOFTCAPPING_KEYS = ("final_logit_softcapping", "attn_logit_softcapping")
 
 
-def check(text: Any, name: str) -> None:
+def check_logits_supported(text_config: Any, name: str) -> None:
     """Check that this class computes the text logits of a language model correctly.
 
     Raises:
         UserError: the family caps its logits, or scales them in an unknown way.
     """
-    for setting in BENT:
-        if getattr(text, setting, None):
+    for setting in SOFTCAPPING_KEYS:
+        if getattr(text_config, setting, None):
             raise UserError(
-                f"model.language_model={name} ({text.model_type}) caps its logits ({setting}={getattr(text, setting)}), which "
+                f"model.language_model={name} ({text_config.model_type}) caps its logits ({setting}={getattr(text_config, setting)}), which "
                 "LLaVA-OneVision's class does not do, so its answers would differ from the language model's own. Choose Qwen2.5, Qwen3, "
                 "Llama, Mistral, HyperCLOVA X or Granite."
             )
-    scale = getattr(text, "logits_scaling", None) or getattr(text, "logit_scale", None)
-    if scale not in (None, 1, 1.0) and text.model_type not in LOGIT_FACTORS:
+    scale = getattr(text_config, "logits_scaling", None) or getattr(text_config, "logit_scale", None)
+    if scale not in (None, 1, 1.0) and text_config.model_type not in LOGIT_FACTORS:
         raise UserError(
-            f"model.language_model={name} ({text.model_type}) scales its logits by {scale} in a way that is not known here. "
+            f"model.language_model={name} ({text_config.model_type}) scales its logits by {scale} in a way that is not known here. "
             "Choose Qwen2.5, Qwen3, Llama, Mistral, HyperCLOVA X or Granite."
         )
 
 
-def logit_factor(text: Any) -> float:
+def get_logit_factor(text_config: Any) -> float:
     """Return the factor on the family's logits; 1.0 for most families."""
-    factor = LOGIT_FACTORS.get(text.model_type)
-    return float(factor(text)) if factor else 1.0
+    factor = LOGIT_FACTORS.get(text_config.model_type)
+    return float(factor(text_config)) if factor else 1.0
 
 
 def fold_logit_scale(model: LlavaOnevisionForConditionalGeneration) -> None:
     """Fold the family's logit factor into the head and reset it in the config. Unties head and embeddings."""
     text = model.config.text_config
-    factor = logit_factor(text)
+    factor = get_logit_factor(text)
     if factor == 1.0:
         return
-    untie_tables(model)
+    untie_embeddings(model)
     model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach() * factor)
     for name in ("logits_scaling", "logit_scale"):
         if hasattr(text, name):

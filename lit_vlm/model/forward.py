@@ -18,10 +18,10 @@ from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionModel
 
-from lit_vlm.anyres import ImageSettings, Layout
+from lit_vlm.anyres import ImageSettings, TileLayout
 from lit_vlm.model import attention
-from lit_vlm.model.head import ScoringHead
-from lit_vlm.model.last_layer import LastLayer, prune_last_layer
+from lit_vlm.model.head import LogProbHead
+from lit_vlm.model.last_layer import PrunedLastLayer, prune_last_layer
 from lit_vlm.model.segments import Segments
 from lit_vlm.types import Batch
 
@@ -39,8 +39,8 @@ class FlatOnevisionModel(LlavaOnevisionModel):
         *args: Any,
         batch: Batch | None = None,
         embeddings_only: bool = False,
-        rows: Tensor | None = None,
-        seen: Tensor | None = None,
+        positions: Tensor | None = None,
+        vision_features: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return transformers' output, or with `batch` the language model's last hidden states [T, D].
@@ -54,15 +54,23 @@ class FlatOnevisionModel(LlavaOnevisionModel):
         """
         if batch is None:
             return super().forward(*args, **kwargs)
-        embeddings = self.flat_embeddings(batch, self.look_at(batch) if seen is None else seen)
+        embeddings = self.compute_embeddings(
+            batch, self.encode_images(batch) if vision_features is None else vision_features
+        )
         if embeddings_only:
             return embeddings
-        segments = Segments(batch.lengths, embeddings.device, batch.prefixes)
-        query_lengths = batch.tails
-        if rows is not None and not len(rows):
-            rows, query_lengths = rows.new_zeros(1), [batch.lengths[0], *[0] * (len(batch.lengths) - 1)]
-        if rows is not None and self.prunes_last_layer:
-            segments.last = Segments(batch.lengths, embeddings.device, batch.prefixes, query_lengths), rows
+        segments = Segments(batch.segment_lengths, embeddings.device, batch.prefix_segments)
+        query_lengths = batch.trailing_tokens
+        if positions is not None and not len(positions):
+            positions, query_lengths = (
+                positions.new_zeros(1),
+                [batch.segment_lengths[0], *[0] * (len(batch.segment_lengths) - 1)],
+            )
+        if positions is not None and self.prunes_last_layer:
+            segments.last_layer = (
+                Segments(batch.segment_lengths, embeddings.device, batch.prefix_segments, query_lengths),
+                positions,
+            )
         output = self.language_model(
             inputs_embeds=embeddings[None],
             position_ids=batch.position_ids[None],
@@ -71,9 +79,9 @@ class FlatOnevisionModel(LlavaOnevisionModel):
             segments=segments,
         )
         hidden = output.last_hidden_state[0]
-        return hidden if rows is None or segments.last else hidden.index_select(0, rows)
+        return hidden if positions is None or segments.last_layer else hidden.index_select(0, positions)
 
-    def flat_embeddings(self, batch: Batch, seen: Tensor) -> Tensor:
+    def compute_embeddings(self, batch: Batch, vision_features: Tensor) -> Tensor:
         """Compute [T, D]: token embeddings, with image features at the positions of their placeholders.
 
         A batch without images adds the features of the dummy tile, multiplied by zero, so that ranks with and without
@@ -81,22 +89,22 @@ class FlatOnevisionModel(LlavaOnevisionModel):
         """
         embeddings = self.get_input_embeddings()(batch.input_ids)
         if not batch.num_tiles:
-            features = self.flat_features(seen, [Layout(1, 0)])
+            features = self.compute_image_features(vision_features, [TileLayout(1, 0)])
             return embeddings + 0.0 * features[0].sum().to(embeddings.dtype)
-        features = self.flat_features(seen, batch.layouts)
+        features = self.compute_image_features(vision_features, batch.layouts)
         row = torch.cat([features[i] for i in batch.image_index])
         mask = batch.input_ids == self.config.image_token_id
         return embeddings.masked_scatter(mask[:, None], row.to(embeddings.dtype))
 
-    def flat_features(self, seen: Tensor, layouts: list[Layout]) -> list[Tensor]:
+    def compute_image_features(self, vision_features: Tensor, layouts: list[TileLayout]) -> list[Tensor]:
         """Compute the features of each image, [its tokens, D]: projector, unpadding, pooling and newlines.
 
         Args:
             vision_features: [N, P, C] output of the vision tower.
             layouts: of each image, in the order of the tiles.
         """
-        projected = self.multi_modal_projector(seen)  # [N, P, D]
-        by_layout: dict[Layout, list[int]] = defaultdict(list)
+        projected = self.multi_modal_projector(vision_features)  # [N, P, D]
+        by_layout: dict[TileLayout, list[int]] = defaultdict(list)
         for number, layout in enumerate(layouts):
             by_layout[layout].append(number)
         starts = torch.tensor([0, *(layout.num_tiles for layout in layouts)]).cumsum(0).tolist()
@@ -106,20 +114,20 @@ class FlatOnevisionModel(LlavaOnevisionModel):
                 stack = projected.unflatten(0, (len(members), layout.num_tiles))
             else:
                 stack = torch.stack([projected[starts[i] : starts[i] + layout.num_tiles] for i in members])
-            for number, image in zip(members, self._arranged(stack, layout).unbind(), strict=True):
+            for number, image in zip(members, self._merge_tiles(stack, layout).unbind(), strict=True):
                 features[number] = image
         return features
 
-    def look_at(self, batch: Batch) -> Tensor:
+    def encode_images(self, batch: Batch) -> Tensor:
         """Encode the batch's images: [N, P, C] of its tiles, or [1, P, C] of a dummy tile when there are none.
 
         The vision tower runs exactly once, with any batch.
         """
         side = self.image_settings.tile_size
         dummy = batch.tiles.new_zeros((1, 3, side, side))
-        return self.tower_features(batch.tiles if batch.num_tiles else dummy)
+        return self.encode_tiles(batch.tiles if batch.num_tiles else dummy)
 
-    def tower_features(self, tiles: Tensor) -> Tensor:
+    def encode_tiles(self, tiles: Tensor) -> Tensor:
         """Encode tiles with the vision tower: [N, P, C] of the selected layer. A frozen tower runs without autograd."""
         settings = self.image_settings
         parameter = next(self.vision_tower.parameters())
@@ -129,21 +137,21 @@ class FlatOnevisionModel(LlavaOnevisionModel):
         )
         pixels = ((tiles.float() * settings.do_rescale - mean) / std).to(parameter.dtype)
         layer = self.config.vision_feature_layer
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.tower_trains):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_tower_trainable):
             hidden = self.vision_tower(pixels, output_hidden_states=layer, return_dict=True).hidden_states[layer]
         return hidden[:, 1:] if self.config.vision_feature_select_strategy == "default" else hidden
 
     @property
-    def tower_trains(self) -> bool:
+    def is_tower_trainable(self) -> bool:
         """True when some parameter of the vision tower trains."""
         return any(parameter.requires_grad for parameter in self.vision_tower.parameters())
 
     @property
     def prunes_last_layer(self) -> bool:
         """True when the last layer is computed only at the positions that are read."""
-        return isinstance(self.language_model.layers[-1], LastLayer)
+        return isinstance(self.language_model.layers[-1], PrunedLastLayer)
 
-    def _arranged(self, stack: Tensor, layout: Layout) -> Tensor:
+    def _merge_tiles(self, stack: Tensor, layout: TileLayout) -> Tensor:
         """Merge [M, tiles, P, D] into [M, tokens, D]: base view, then the stitched grid with a newline after each row."""
         base, newline = stack[:, 0], self.image_newline.to(stack.dtype)
         if not layout.rows:
@@ -167,9 +175,9 @@ class FlatOnevision(LlavaOnevisionForConditionalGeneration):
         *args: Any,
         batch: Batch | None = None,
         embeddings_only: bool = False,
-        look_only: bool = False,
+        vision_only: bool = False,
         statistics: bool = False,
-        seen: Tensor | None = None,
+        vision_features: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """Return transformers' output, or with `batch` the log-probability of each supervised token, [R].
@@ -193,13 +201,17 @@ class FlatOnevision(LlavaOnevisionForConditionalGeneration):
             return super().forward(*args, **kwargs)
         if embeddings_only:
             return self.model(batch=batch, embeddings_only=True)
-        if look_only:
-            return self.model.look_at(batch)
-        seen = self.model.look_at(batch) if seen is None else seen
-        hidden = self.model(batch=batch, rows=batch.rows, seen=seen)
-        targets = batch.input_ids.index_select(0, batch.rows + 1) if len(batch.rows) else batch.input_ids[:1]
+        if vision_only:
+            return self.model.encode_images(batch)
+        vision_features = self.model.encode_images(batch) if vision_features is None else vision_features
+        hidden = self.model(batch=batch, positions=batch.loss_positions, vision_features=vision_features)
+        targets = (
+            batch.input_ids.index_select(0, batch.loss_positions + 1)
+            if len(batch.loss_positions)
+            else batch.input_ids[:1]
+        )
         scores = self.lm_head(hidden, targets, statistics)
-        return (*scores, seen.detach()) if statistics else scores
+        return (*scores, vision_features.detach()) if statistics else scores
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move the model, but keep the type of float buffers, as `from_pretrained(dtype=)` does.
@@ -221,8 +233,8 @@ FlatOnevision.forward.__signature__ = inspect.signature(LlavaOnevisionForConditi
 def use_flat_forward(model: LlavaOnevisionForConditionalGeneration, settings: ImageSettings) -> None:
     """Patch a built model with the flat packed forward pass and the attention that it needs."""
     model.__class__, model.model.__class__ = FlatOnevision, FlatOnevisionModel
-    model.lm_head.__class__ = ScoringHead
+    model.lm_head.__class__ = LogProbHead
     prune_last_layer(model)
     model.model.image_settings = settings
-    model.set_attn_implementation({"text_config": attention.NAME, "vision_config": "sdpa"})
+    model.set_attn_implementation({"text_config": attention.FLAT_ATTENTION, "vision_config": "sdpa"})
     model.config.text_config.use_cache = True  # for generation; the flat forward pass uses no cache

@@ -10,43 +10,43 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lit_vlm.model.head import ScoringHead
-from lit_vlm.model.skeleton import first_values, move_buffers, replace_parameters
+from lit_vlm.model.head import LogProbHead
+from lit_vlm.model.skeleton import move_buffers, read_initial_values, replace_parameters
 
 
-def matrices(model: nn.Module) -> list[nn.Parameter]:
+def list_matrices(model: nn.Module) -> list[nn.Parameter]:
     """List the weights and biases that only linear layers and convolutions read."""
-    matmul_modules = (nn.Linear, nn.Conv2d, ScoringHead)
+    matmul_modules = (nn.Linear, nn.Conv2d, LogProbHead)
     uses = [(type(module) in matmul_modules, p) for module in model.modules() for p in module.parameters(recurse=False)]
     others = {id(parameter) for is_matrix, parameter in uses if not is_matrix}
     return list({id(p): p for is_matrix, p in uses if is_matrix and id(p) not in others}.values())
 
 
-def frozen_matrices(model: nn.Module) -> list[nn.Parameter]:
+def list_frozen_matrices(model: nn.Module) -> list[nn.Parameter]:
     """List the weights and biases of `list_matrices` that do not train."""
-    return [parameter for parameter in matrices(model) if not parameter.requires_grad]
+    return [parameter for parameter in list_matrices(model) if not parameter.requires_grad]
 
 
 @torch.no_grad()
-def fill(model: nn.Module, held: torch.dtype) -> None:
+def fill_skeleton(model: nn.Module, frozen_dtype: torch.dtype) -> None:
     """Allocate CPU memory and fill in initial values for a skeleton whose trainable parameters are already marked.
 
     Args:
         frozen_dtype: type of frozen matrices; all other parameters have the skeleton's own.
     """
-    frozen = {id(parameter) for parameter in frozen_matrices(model)}
+    frozen = {id(parameter) for parameter in list_frozen_matrices(model)}
 
     def make(name: str, old: nn.Parameter) -> nn.Parameter:
-        new = torch.empty(old.shape, dtype=held if id(old) in frozen else old.dtype)
-        new.view(-1).copy_(first_values(model, name, old.shape, 0, old.numel()))
+        new = torch.empty(old.shape, dtype=frozen_dtype if id(old) in frozen else old.dtype)
+        new.view(-1).copy_(read_initial_values(model, name, old.shape, 0, old.numel()))
         return nn.Parameter(new, requires_grad=old.requires_grad)
 
     replace_parameters(model, make)
     move_buffers(model, torch.device("cpu"))
 
 
-def exact_values(model: nn.Module) -> dict[str, Tensor]:
+def read_exact_values(model: nn.Module) -> dict[str, Tensor]:
     """Read from the files the exact values of the parameters that `fill_skeleton` rounded, by name."""
-    rounded = {id(p) for p in frozen_matrices(model) if p.dtype != model.weights.dtype}
+    rounded = {id(p) for p in list_frozen_matrices(model) if p.dtype != model.weights.dtype}
     named = [(name, p.shape) for name, p in model.named_parameters() if id(p) in rounded]
-    return {name: first_values(model, name, shape, 0, shape.numel()).view(shape) for name, shape in named}
+    return {name: read_initial_values(model, name, shape, 0, shape.numel()).view(shape) for name, shape in named}

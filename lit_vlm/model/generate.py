@@ -21,7 +21,7 @@ from lit_vlm.types import IGNORE_INDEX, Batch
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class SamplingParams:
     """Parameters for sampling answers from the model's distribution; without them decoding is greedy.
 
     Each answer has its own random generator, so that it does not depend on the other answers of the batch (except where
@@ -39,7 +39,7 @@ def generate(
     batch: Batch,
     max_new_tokens: int = 64,
     eos_token_id: int | None = None,
-    sampling: Sampling | None = None,
+    sampling: SamplingParams | None = None,
 ) -> list[list[int]]:
     """Generate answers: the token ids of each, the end token included if it was generated.
 
@@ -54,10 +54,10 @@ def generate(
     model.eval()
     try:
         embeddings = model(batch=batch, embeddings_only=True)
-        prompts, mask = _left_padded(embeddings, _prompt_spans(batch))
+        prompts, mask = _pad_left(embeddings, _find_prompt_positions(batch))
         processors = None
         if sampling is not None:
-            count, processors = len(sampling.seeds[0]), _drawing(sampling, prompts.device)
+            count, processors = len(sampling.seeds[0]), _make_logits_processors(sampling, prompts.device)
             prompts, mask = prompts.repeat_interleave(count, dim=0), mask.repeat_interleave(count, dim=0)
         stop = eos_token_id if eos_token_id is not None else model.generation_config.eos_token_id
         stop_ids = {stop} if isinstance(stop, int) else set(stop or ())
@@ -76,10 +76,10 @@ def generate(
     finally:
         for module in was_training:
             module.training = True
-    return [_up_to_stop(ids, stop_ids) for ids in output.tolist()]
+    return [_crop_after_stop(ids, stop_ids) for ids in output.tolist()]
 
 
-class Dice(LogitsProcessor):
+class GumbelLogitsProcessor(LogitsProcessor):
     """Logits processor that samples by the Gumbel-max trick: the largest log-probability plus Gumbel noise is a sample.
 
     One random generator per row (arXiv 1411.0030).
@@ -96,14 +96,16 @@ class Dice(LogitsProcessor):
         return scores.float() - noise.log()
 
 
-def _drawing(sampling: Sampling, device: torch.device) -> LogitsProcessorList:
+def _make_logits_processors(sampling: SamplingParams, device: torch.device) -> LogitsProcessorList:
     chain: list[LogitsProcessor] = [TemperatureLogitsWarper(float(sampling.temperature))]
     if sampling.top_p < 1.0:
         chain.append(TopPLogitsWarper(float(sampling.top_p)))
-    return LogitsProcessorList([*chain, Dice([seed for row in sampling.seeds for seed in row], device)])
+    return LogitsProcessorList(
+        [*chain, GumbelLogitsProcessor([seed for row in sampling.seeds for seed in row], device)]
+    )
 
 
-def _prompt_spans(batch: Batch) -> list[list[int]]:
+def _find_prompt_positions(batch: Batch) -> list[list[int]]:
     """Find the row positions of each prompt: its prefix, then the segment up to its last run of supervised tokens.
 
     A segment that others continue is a part of their prompts, and no prompt itself.
@@ -111,7 +113,7 @@ def _prompt_spans(batch: Batch) -> list[list[int]]:
     supervised = (batch.labels != IGNORE_INDEX).tolist()
     spans: list[tuple[int, int]] = []
     start = 0
-    for length in batch.lengths:
+    for length in batch.segment_lengths:
         end = start + length
         last = end
         while last > start and not supervised[last - 1]:
@@ -123,25 +125,25 @@ def _prompt_spans(batch: Batch) -> list[list[int]]:
         start = end
     return [
         [*(range(*spans[prefix]) if prefix >= 0 else ()), *range(*spans[number])]
-        for number, prefix in enumerate(batch.prefixes)
-        if number not in batch.prefixes
+        for number, prefix in enumerate(batch.prefix_segments)
+        if number not in batch.prefix_segments
     ]
 
 
-def _left_padded(embeddings: Tensor, spans: list[list[int]]) -> tuple[Tensor, Tensor]:
+def _pad_left(embeddings: Tensor, prompt_positions: list[list[int]]) -> tuple[Tensor, Tensor]:
     """Pad prompts on the left to [B, L, D], with their mask [B, L]."""
-    longest = max(map(len, spans))
-    prompts = embeddings.new_zeros(len(spans), longest, embeddings.shape[-1])
-    mask = torch.zeros(len(spans), longest, dtype=torch.long, device=embeddings.device)
-    for row, positions in enumerate(spans):
+    longest = max(map(len, prompt_positions))
+    prompts = embeddings.new_zeros(len(prompt_positions), longest, embeddings.shape[-1])
+    mask = torch.zeros(len(prompt_positions), longest, dtype=torch.long, device=embeddings.device)
+    for row, positions in enumerate(prompt_positions):
         prompts[row, longest - len(positions) :] = embeddings[positions]
         mask[row, longest - len(positions) :] = 1
     return prompts, mask
 
 
-def _up_to_stop(ids: list[int], stops: set[int]) -> list[int]:
+def _crop_after_stop(ids: list[int], stop_ids: set[int]) -> list[int]:
     """Crop token ids after the first stop token."""
     for position, token in enumerate(ids):
-        if token in stops:
+        if token in stop_ids:
             return ids[: position + 1]
     return ids

@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from lit_vlm.losses.next_token import score_tokens
+from lit_vlm.losses.next_token import compute_token_log_probs
 
 if TYPE_CHECKING:
-    from lit_vlm.model.vocabulary import NewTokens
+    from lit_vlm.model.vocabulary import TrainableTokens
 
 # Shapes: R positions, D width, V vocabulary size.
 
 
-class ScoringHead(nn.Linear):
+class LogProbHead(nn.Linear):
     """`lm_head` of transformers that, called with `targets`, returns their log-probabilities (negative cross-entropy).
 
     Attributes:
@@ -28,7 +28,7 @@ class ScoringHead(nn.Linear):
         """
         if targets is None:
             return super().forward(hidden)
-        new_tokens: NewTokens | None = getattr(self, "new_tokens", None)
+        new_tokens: TrainableTokens | None = getattr(self, "new_tokens", None)
         if new_tokens is None:
-            return score_tokens(hidden, self.weight, targets, statistics=statistics)
-        return new_tokens.score(hidden, self.weight, targets, statistics)
+            return compute_token_log_probs(hidden, self.weight, targets, statistics=statistics)
+        return new_tokens.compute_log_probs(hidden, self.weight, targets, statistics)

@@ -23,7 +23,7 @@ class PlainProcessor(LlavaOnevisionProcessor):
         return ["image_processor", "tokenizer"]
 
 
-def plain_processor(tokenizer: PreTrainedTokenizerFast, images: ImageSettings) -> PlainProcessor:
+def make_plain_processor(tokenizer: PreTrainedTokenizerFast, images: ImageSettings) -> PlainProcessor:
     """Make plain transformers' processor of texts and images; tests and benchmarks compare ours with it."""
     image_processor = LlavaOnevisionImageProcessorPil(
         size={"height": images.tile_size, "width": images.tile_size},
@@ -42,9 +42,9 @@ def plain_processor(tokenizer: PreTrainedTokenizerFast, images: ImageSettings) -
 
 
 @contextlib.contextmanager
-def quiet_transformers() -> Iterator[None]:
+def disable_transformers_logging() -> Iterator[None]:
     """Disable progress bars and reports of unused layers; missing weights are checked elsewhere."""
-    without_gpu_is_fine()
+    set_deepspeed_accelerator()
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -57,7 +57,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def told_by_folder(name: str, problem: str) -> Iterator[None]:
+def raise_folder_errors(name: str, problem: str) -> Iterator[None]:
     """Raise a UserError that names the folder when its files cause an error in a library.
 
     Any value in these files may cause an error, of any type and in any place.
@@ -68,15 +68,15 @@ def told_by_folder(name: str, problem: str) -> Iterator[None]:
         raise
     except UnpicklingError as error:
         raise UserError(
-            f"{name}: {problem}: its weights are pickled, and hold more than tensors ({first_line(error)}); code of a folder is "
+            f"{name}: {problem}: its weights are pickled, and hold more than tensors ({get_first_line(error)}); code of a folder is "
             "never run. Give a folder with model.safetensors."
         ) from error
     except Exception as error:
-        what = first_line(error)
+        what = get_first_line(error)
         raise UserError(f"{name}: {problem} ({what}). Give a whole folder of a model that belongs together.") from error
 
 
-def first_line(error: BaseException) -> str:
+def get_first_line(error: BaseException) -> str:
     """Return the first line of an error message, with the error's type where the message alone says little."""
     text = str(error).strip()
     first = text.splitlines()[0].rstrip(".") if text else ""
@@ -84,7 +84,7 @@ def first_line(error: BaseException) -> str:
     return first if is_clear else f"{type(error).__name__}: {first}".rstrip(": ")
 
 
-def without_gpu_is_fine() -> None:
+def set_deepspeed_accelerator() -> None:
     """Set DeepSpeed's accelerator to the CPU where there is no GPU.
 
     transformers imports DeepSpeed when it saves, and DeepSpeed would print a warning.

@@ -13,18 +13,18 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from lit_vlm.model.parts import module_of, parameters_of
-from lit_vlm.types import Part, UserError
+from lit_vlm.model.parts import get_modules, iter_parameters
+from lit_vlm.types import ModelPart, UserError
 
-PREFIX = {
-    Part.vision_tower: r"model\.vision_tower\.",
-    Part.projector: r"model\.multi_modal_projector\.",
-    Part.language_model: r"model\.language_model\.",
+MODULE_PATTERNS = {
+    ModelPart.vision_tower: r"model\.vision_tower\.",
+    ModelPart.projector: r"model\.multi_modal_projector\.",
+    ModelPart.language_model: r"model\.language_model\.",
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Lora:
+class LoraOptions:
     """LoRA options of one part: low-rank adapters (arXiv 2106.09685).
 
     Attributes:
@@ -38,7 +38,7 @@ class Lora:
     targets: list[str] = field(default_factory=list)
 
 
-def add_lora(model: nn.Module, part: Part, lora: Lora, seed: int = 0) -> None:
+def add_lora(model: nn.Module, part: ModelPart, lora: LoraOptions, seed: int = 0) -> None:
     """Add LoRA adapters to a part's linear layers, initialised from `seed`, and freeze the rest of the part.
 
     Raises:
@@ -46,7 +46,7 @@ def add_lora(model: nn.Module, part: Part, lora: Lora, seed: int = 0) -> None:
     """
     linear = {
         name.rsplit(".", 1)[-1]
-        for module in module_of(model, part)
+        for module in get_modules(model, part)
         for name, child in module.named_modules()
         if isinstance(child, nn.Linear)
     }
@@ -58,23 +58,26 @@ def add_lora(model: nn.Module, part: Part, lora: Lora, seed: int = 0) -> None:
         )
     names = "|".join(lora.targets or sorted(linear))
     config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=rf"{PREFIX[part]}(.*\.)?({names})"
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=rf"{MODULE_PATTERNS[part]}(.*\.)?({names})",
     )
     frozen = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     inject_adapter_in_model(config, model, adapter_name=str(part))
-    for layer in lora_layers(model).values():  # peft has disabled the adapters of an earlier part
+    for layer in find_lora_layers(model).values():  # peft has disabled the adapters of an earlier part
         layer.set_adapter(list(layer.lora_A))
     for name, parameter in model.named_parameters():
         before = name.replace(".base_layer", "")
         if before in frozen:  # peft freezes the whole model; restore the other parts
             parameter.requires_grad_(frozen[before])
-    for name, parameter in parameters_of(model, part):
+    for name, parameter in iter_parameters(model, part):
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name and not parameter.is_meta:
-            parameter.data.copy_(draw_adapter(name, parameter.shape, seed))
+            parameter.data.copy_(init_adapter(name, parameter.shape, seed))
 
 
-def draw_adapter(name: str, shape: Sequence[int], seed: int) -> Tensor:
+def init_adapter(name: str, shape: Sequence[int], seed: int) -> Tensor:
     """Initialise an adapter's matrix, float32, from peft's own distributions.
 
     Each matrix has a seed of its own, so that a process can initialise one without the others.
@@ -87,9 +90,9 @@ def draw_adapter(name: str, shape: Sequence[int], seed: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
+def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Disable all adapters inside: the model as it was before LoRA."""
-    layers = lora_layers(model)
+    layers = find_lora_layers(model)
     for layer in layers.values():
         layer.enable_adapters(False)
     try:
@@ -99,6 +102,6 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def lora_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
+def find_lora_layers(model: nn.Module) -> dict[str, BaseTunerLayer]:
     """Find the layers with LoRA adapters, by module name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}

@@ -16,11 +16,11 @@ from transformers import LlavaOnevisionForConditionalGeneration
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
-from lit_vlm.model.lora import lora_layers
-from lit_vlm.model.skeleton import EMBEDDINGS, HEAD, build_on_meta, first_values
+from lit_vlm.model.lora import find_lora_layers
+from lit_vlm.model.skeleton import EMBEDDINGS, HEAD, build_on_meta, read_initial_values
 
 
-class Merged:
+class MergedStateDict:
     """Merged state dict of a model for export, by the names that the files on the hub have.
 
     Args:
@@ -34,13 +34,15 @@ class Merged:
     """
 
     def __init__(
-        self, model: LlavaOnevisionForConditionalGeneration, whole: Callable[[str], Tensor] | None = None
+        self, model: LlavaOnevisionForConditionalGeneration, gather_weight: Callable[[str], Tensor] | None = None
     ) -> None:
-        self.model, self.layers, self.whole = model, lora_layers(model), whole
+        self.model, self.lora_layers, self.gather_weight = model, find_lora_layers(model), gather_weight
         self.parameters = dict(model.named_parameters())
-        self.source: Any = getattr(model, "weights", None)  # of a model that was loaded in shards, else None
-        dtype = self.source.dtype if self.source else model.dtype
-        if whole and not self.source:  # sharded weights may compute in another type than their master weights have
+        self.initial_weights: Any = getattr(model, "weights", None)  # of a model that was loaded in shards, else None
+        dtype = self.initial_weights.dtype if self.initial_weights else model.dtype
+        if (
+            gather_weight and not self.initial_weights
+        ):  # sharded weights may compute in another type than their master weights have
             dtype = model.config.dtype or dtype
         meta_model = build_on_meta(copy.deepcopy(model.config)).to(dtype)
         meta_model.tie_weights()
@@ -52,75 +54,79 @@ class Merged:
         meta_tensors = dict(meta_model.named_parameters())  # a tied table is listed as embeddings only
         self.tensors: dict[str, Tensor] = revert_weight_conversion(meta_model, meta_tensors)
         names_by_id = {id(tensor): name for name, tensor in meta_tensors.items()}
-        self._names = {
+        self._memory_names = {
             hub: names_by_id[id(tensor)] for hub, tensor in self.tensors.items() if id(tensor) in names_by_id
         }
-        self._frame, self._in_memory = meta_model, meta_tensors
-        self._taken_apart: dict[str, Tensor] | None = None
+        self._meta_model, self._meta_tensors = meta_model, meta_tensors
+        self._unfused: dict[str, Tensor] | None = None
 
-    def value(self, name: str) -> Tensor:
+    def compute_value(self, name: str) -> Tensor:
         """Compute the merged weight of a name in the files, on the device where its parameter is."""
-        if name in self._names:
-            return self._value(self._names[name])
-        if self._taken_apart is None:
-            values = {memory_name: self._value(memory_name) for memory_name in self._made_of(name)}
-            self._taken_apart = revert_weight_conversion(self._frame, values)
-        return self._taken_apart.pop(name)
+        if name in self._memory_names:
+            return self._compute_memory_value(self._memory_names[name])
+        if self._unfused is None:
+            values = {
+                memory_name: self._compute_memory_value(memory_name) for memory_name in self._list_memory_names(name)
+            }
+            self._unfused = revert_weight_conversion(self._meta_model, values)
+        return self._unfused.pop(name)
 
-    def take_part(self, name: str) -> None:
+    def gather(self, name: str) -> None:
         """Gather the same parameters as another rank that computes the weight of this name."""
-        for memory_name in self._made_of(name):
-            for key in self._needs(memory_name):
-                if not self._is_in_source(key):
-                    self._whole(key)
-        if name not in self._names:
-            self._taken_apart = {}
+        for memory_name in self._list_memory_names(name):
+            for key in self._list_inputs(memory_name):
+                if not self._is_in_files(key):
+                    self._gather_parameter(key)
+        if name not in self._memory_names:
+            self._unfused = {}
 
-    def _made_of(self, name: str) -> list[str]:
+    def _list_memory_names(self, name: str) -> list[str]:
         """List the names in memory that a name in the files is made of.
 
         All fused weights belong to the first name that needs one of them; later names get an empty list.
         """
-        if name in self._names:
-            return [self._names[name]]
-        plain = set(self._names.values())
-        return [key for key in self._in_memory if key not in plain] if self._taken_apart is None else []
+        if name in self._memory_names:
+            return [self._memory_names[name]]
+        plain = set(self._memory_names.values())
+        return [key for key in self._meta_tensors if key not in plain] if self._unfused is None else []
 
-    def _value(self, own: str) -> Tensor:
-        target = self._in_memory[own]
-        value, *merged = [self._whole(key) for key in self._needs(own)]  # from a file or from the device
-        if own.rpartition(".")[0] in self.layers and merged:
-            value = value + self._delta(own.rpartition(".")[0], *merged[:2]).to(value)
+    def _compute_memory_value(self, memory_name: str) -> Tensor:
+        target = self._meta_tensors[memory_name]
+        value, *merged = [
+            self._gather_parameter(key) for key in self._list_inputs(memory_name)
+        ]  # from a file or from the device
+        if memory_name.rpartition(".")[0] in self.lora_layers and merged:
+            value = value + self._compute_lora_delta(memory_name.rpartition(".")[0], *merged[:2]).to(value)
         elif merged:  # rows of new tokens (TrainableTokens)
             value = value.index_copy(0, self.model.new_tokens.ids.to(value.device), merged[0].to(value))
         return value.to(target.dtype)
 
-    def _needs(self, own: str) -> list[str]:
+    def _list_inputs(self, memory_name: str) -> list[str]:
         """List the names in memory that are needed: the weight itself, then what is merged into it."""
-        module, _, leaf = own.rpartition(".")
-        if module in self.layers:
+        module, _, leaf = memory_name.rpartition(".")
+        if module in self.lora_layers:
             base = f"{module}.base_layer.{leaf}"
-            adapters = _adapters(self.layers[module]) if leaf == "weight" else []
+            adapters = _list_adapters(self.lora_layers[module]) if leaf == "weight" else []
             return [base, *(f"{module}.lora_{side}.{adapter}.weight" for adapter in adapters for side in "AB")]
-        rows = {EMBEDDINGS: "new_tokens.embedding", HEAD: "new_tokens.head"}.get(own)
-        return [own, rows] if rows in self.parameters else [own]
+        rows = {EMBEDDINGS: "new_tokens.embedding", HEAD: "new_tokens.head"}.get(memory_name)
+        return [memory_name, rows] if rows in self.parameters else [memory_name]
 
-    def _is_in_source(self, name: str) -> bool:
-        return self.source is not None and not self.parameters[name].requires_grad
+    def _is_in_files(self, name: str) -> bool:
+        return self.initial_weights is not None and not self.parameters[name].requires_grad
 
-    def _whole(self, name: str) -> Tensor:
-        if self._is_in_source(name):
-            shape = self._in_memory[name.replace(".base_layer.", ".")].shape
-            return first_values(self.model, name, shape, 0, shape.numel()).view(shape)
-        return self.whole(name).detach() if self.whole else self.parameters[name].detach()
+    def _gather_parameter(self, name: str) -> Tensor:
+        if self._is_in_files(name):
+            shape = self._meta_tensors[name.replace(".base_layer.", ".")].shape
+            return read_initial_values(self.model, name, shape, 0, shape.numel()).view(shape)
+        return self.gather_weight(name).detach() if self.gather_weight else self.parameters[name].detach()
 
-    def _delta(self, module: str, down: Tensor, up: Tensor) -> Tensor:
+    def _compute_lora_delta(self, module: str, lora_a: Tensor, lora_b: Tensor) -> Tensor:
         """Compute what peft adds to a layer's weight when it merges an adapter, in the same arithmetic."""
-        layer: Any = self.layers[module]
-        dtype = up.dtype
-        if up.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
-            down, up = down.float(), up.float()
-        return (up @ down * layer.scaling[_adapters(layer)[0]]).to(dtype)
+        layer: Any = self.lora_layers[module]
+        dtype = lora_b.dtype
+        if lora_b.device.type == "cpu" and dtype in (torch.float16, torch.bfloat16):
+            lora_a, lora_b = lora_a.float(), lora_b.float()
+        return (lora_b @ lora_a * layer.scaling[_list_adapters(layer)[0]]).to(dtype)
 
 
 def use_released_names(model: LlavaOnevisionForConditionalGeneration) -> None:
@@ -135,6 +141,6 @@ def use_released_names(model: LlavaOnevisionForConditionalGeneration) -> None:
     ]
 
 
-def _adapters(layer: Any) -> list[str]:
+def _list_adapters(layer: Any) -> list[str]:
     """List a layer's adapters: one, that of its part."""
     return list(layer.lora_A)

@@ -9,19 +9,19 @@ from typing import Any
 
 from torch import nn
 
-from lit_vlm.types import Part, UserError
+from lit_vlm.types import ModelPart, UserError
 
-OWNERS = {
-    "model.vision_tower.": Part.vision_tower,
-    "model.multi_modal_projector.": Part.projector,
-    "model.image_newline": Part.projector,  # LLaVA-OneVision's learned row separator
-    "model.language_model.": Part.language_model,
-    "lm_head.": Part.language_model,
-    "new_tokens.": Part.language_model,  # rows of tokens that this run adds (TrainableTokens)
+PARTS_BY_PREFIX = {
+    "model.vision_tower.": ModelPart.vision_tower,
+    "model.multi_modal_projector.": ModelPart.projector,
+    "model.image_newline": ModelPart.projector,  # LLaVA-OneVision's learned row separator
+    "model.language_model.": ModelPart.language_model,
+    "lm_head.": ModelPart.language_model,
+    "new_tokens.": ModelPart.language_model,  # rows of tokens that this run adds (TrainableTokens)
 }
 # SigLIP's and CLIP's last norms and heads are unused here: the projector reads the encoder's output. As trainable
 # parameters they would stop DDP, because they get no gradient.
-UNUSED = re.compile(r"^model\.vision_tower\.(vision_model\.)?(post_layernorm|head)\.")
+UNUSED_PARAMETERS = re.compile(r"^model\.vision_tower\.(vision_model\.)?(post_layernorm|head)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,48 +33,48 @@ class PartSummary:
     trainable: int
     how: str  # "frozen", "all", "LoRA r=8", "new tokens"
 
-    def as_dict(self) -> dict:
+    def to_dict(self) -> dict:
         return asdict(self)
 
 
-def part_of(name: str) -> Part:
+def get_part(name: str) -> ModelPart:
     """Return the part that owns a parameter of LlavaOnevisionForConditionalGeneration, by its name in memory."""
-    for prefix, part in OWNERS.items():
+    for prefix, part in PARTS_BY_PREFIX.items():
         if name.startswith(prefix):
             return part
-    raise UserError(f"The parameter {name} belongs to no part; known prefixes: {', '.join(OWNERS)}.")
+    raise UserError(f"The parameter {name} belongs to no part; known prefixes: {', '.join(PARTS_BY_PREFIX)}.")
 
 
-def parameters_of(model: nn.Module, part: Part) -> Iterator[tuple[str, nn.Parameter]]:
+def iter_parameters(model: nn.Module, part: ModelPart) -> Iterator[tuple[str, nn.Parameter]]:
     """Iterate over the named parameters of a part."""
-    return ((name, parameter) for name, parameter in model.named_parameters() if part_of(name) is part)
+    return ((name, parameter) for name, parameter in model.named_parameters() if get_part(name) is part)
 
 
-def freeze(model: nn.Module, trainable: Iterable[Part]) -> None:
+def freeze_except(model: nn.Module, trainable: Iterable[ModelPart]) -> None:
     """Freeze all parameters except those of the trainable parts.
 
     Parameters that the forward pass never uses stay frozen.
     """
     trainable_parts = set(trainable)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(part_of(name) in trainable_parts and not UNUSED.match(name))
+        parameter.requires_grad_(get_part(name) in trainable_parts and not UNUSED_PARAMETERS.match(name))
     inner: Any = model.model  # transformers' class; nn.Module types an attribute only as tensor or module
     projector = inner.multi_modal_projector
     if getattr(model.config, "projector_hidden_act", "") == "linear":  # a linear projector is W then the identity
         projector.linear_2.requires_grad_(False)
 
 
-def module_of(model: nn.Module, part: Part) -> list[nn.Module]:
+def get_modules(model: nn.Module, part: ModelPart) -> list[nn.Module]:
     inner: Any = model.model
     head: Any = model.lm_head
     return {
-        Part.vision_tower: [inner.vision_tower],
-        Part.projector: [inner.multi_modal_projector],
-        Part.language_model: [inner.language_model, head],
+        ModelPart.vision_tower: [inner.vision_tower],
+        ModelPart.projector: [inner.multi_modal_projector],
+        ModelPart.language_model: [inner.language_model, head],
     }[part]
 
 
-def set_modes(model: nn.Module, trainable: Iterable[Part], *, checkpointed: bool) -> None:
+def set_train_modes(model: nn.Module, trainable: Iterable[ModelPart], *, checkpointed: bool) -> None:
     """Set train mode for parts that train, and eval mode for frozen ones.
 
     A frozen part that gradients pass through under activation checkpointing is in train mode with dropout 0:
@@ -82,17 +82,17 @@ def set_modes(model: nn.Module, trainable: Iterable[Part], *, checkpointed: bool
     """
     trainable_parts = set(trainable)
     model.train()
-    for part in Part:
-        needs_train_mode = checkpointed and part is Part.language_model
-        for module in module_of(model, part):
+    for part in ModelPart:
+        needs_train_mode = checkpointed and part is ModelPart.language_model
+        for module in get_modules(model, part):
             if part in trainable_parts:
                 continue
             module.train(needs_train_mode)
             if needs_train_mode:
-                _without_dropout(module)
+                _disable_dropout(module)
 
 
-def size_of(parameter: nn.Parameter) -> int:
+def count_elements(parameter: nn.Parameter) -> int:
     """Count the elements of the full parameter.
 
     ZeRO-3 shards a parameter and leaves an empty tensor in its place, with the full size in `ds_numel`.
@@ -100,17 +100,20 @@ def size_of(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
-def summary(model: nn.Module, how: dict[Part, str]) -> list[PartSummary]:
+def summarize_parts(model: nn.Module, how: dict[ModelPart, str]) -> list[PartSummary]:
     """Summarize the parameters of each part, [3] rows; `how` says how a part trains, where that is not "all"."""
     rows = []
-    for part in Part:
-        parameters = [parameter for _, parameter in parameters_of(model, part)]
-        total, trainable = sum(map(size_of, parameters)), sum(size_of(p) for p in parameters if p.requires_grad)
+    for part in ModelPart:
+        parameters = [parameter for _, parameter in iter_parameters(model, part)]
+        total, trainable = (
+            sum(map(count_elements, parameters)),
+            sum(count_elements(p) for p in parameters if p.requires_grad),
+        )
         rows.append(PartSummary(part.value, total, trainable, how.get(part, "all") if trainable else "frozen"))
     return rows
 
 
-def _without_dropout(module: nn.Module) -> None:
+def _disable_dropout(module: nn.Module) -> None:
     children: Iterable[Any] = module.modules()  # nn.Module's annotations do not allow a float attribute
     for child in children:
         if isinstance(child, nn.Dropout):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-FAMILIES = (
+MATMUL_OPS = (
     "mm",
     "bmm",
     "baddbmm",
@@ -26,7 +26,7 @@ FAMILIES = (
 )
 
 
-class Products(TorchDispatchMode):
+class MatmulDtypeCounter(TorchDispatchMode):
     """Counter of matrix products by operation and dtype, backward passes included.
 
     Attributes:
@@ -35,25 +35,25 @@ class Products(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: Counter[tuple[str, torch.dtype]] = Counter()
+        self.counts: Counter[tuple[str, torch.dtype]] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         name = function.overloadpacket.__name__
-        if any(name == family or (len(family) > 8 and family in name) for family in FAMILIES):
+        if any(name == family or (len(family) > 8 and family in name) for family in MATMUL_OPS):
             # the first arguments are the factors; after them, attention's backward pass takes float32 log-sums
             factors = [value for value in args[:3] if isinstance(value, Tensor) and value.is_floating_point()]
-            self.seen.update({(name, factor.dtype) for factor in factors})
+            self.counts.update({(name, factor.dtype) for factor in factors})
         return function(*args, **(kwargs or {}))
 
     @property
-    def in_float32(self) -> dict[str, int]:
+    def float32_counts(self) -> dict[str, int]:
         """Number of calls in float32, by operation."""
-        return {name: count for (name, dtype), count in self.seen.items() if dtype == torch.float32}
+        return {name: count for (name, dtype), count in self.counts.items() if dtype == torch.float32}
 
 
-def warn_of_float32(products: Products) -> None:
+def warn_about_float32_matmuls(counter: MatmulDtypeCounter) -> None:
     """Warn when a forward pass in half precision computed some matrix products in float32."""
-    if float32_counts := products.in_float32:
+    if float32_counts := counter.float32_counts:
         named = ", ".join(f"{count} x {name}" for name, count in float32_counts.items())
         warnings.warn(
             f"The first forward pass computed products in float32 under half precision ({named}), many times slower on a "

@@ -23,34 +23,34 @@ from transformers import (
 from transformers.models.llava_onevision.modeling_llava_onevision import LlavaOnevisionMultiModalProjector
 
 from lit_vlm.model import families
-from lit_vlm.model.hub import quiet_transformers
-from lit_vlm.model.lora import draw_adapter
-from lit_vlm.model.ties import follow_files
-from lit_vlm.model.vocabulary import grow
-from lit_vlm.model.weights import Weights, places_of
-from lit_vlm.types import UserError, counted
+from lit_vlm.model.hub import disable_transformers_logging
+from lit_vlm.model.lora import init_adapter
+from lit_vlm.model.ties import resolve_weight_tying
+from lit_vlm.model.vocabulary import extend_embeddings
+from lit_vlm.model.weights import InitialWeights, find_tensor_locations
+from lit_vlm.types import UserError, format_count
 
 if TYPE_CHECKING:
-    from lit_vlm.model.build import Blueprint
+    from lit_vlm.model.build import ModelSpec
 
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 
-_later: ContextVar[bool] = ContextVar("weights_later", default=False)
+_is_deferring: ContextVar[bool] = ContextVar("defer_weights", default=False)
 
 
 @contextlib.contextmanager
-def weights_later() -> Iterator[None]:
+def defer_weights() -> Iterator[None]:
     """Defer weights inside: `build_model` makes skeletons, whose attribute `weights` says where the weights are."""
-    token = _later.set(True)
+    token = _is_deferring.set(True)
     try:
         yield
     finally:
-        _later.reset(token)
+        _is_deferring.reset(token)
 
 
-def are_weights_later() -> bool:
+def is_deferring_weights() -> bool:
     """Return True inside `defer_weights`."""
-    return _later.get()
+    return _is_deferring.get()
 
 
 def build_on_meta(config: LlavaOnevisionConfig) -> LlavaOnevisionForConditionalGeneration:
@@ -59,32 +59,32 @@ def build_on_meta(config: LlavaOnevisionConfig) -> LlavaOnevisionForConditionalG
         return LlavaOnevisionForConditionalGeneration(config)
 
 
-def make_skeleton(blueprint: Blueprint, dtype: torch.dtype, seed: int) -> LlavaOnevisionForConditionalGeneration:
+def make_skeleton(spec: ModelSpec, dtype: torch.dtype, seed: int) -> LlavaOnevisionForConditionalGeneration:
     """Make the model of `build_model` without weights; `model.weights` can read them.
 
     Raises:
         UserError: weights are missing, of another shape, corrupt, or not in safetensors. It is raised now and not when
             they are read.
     """
-    model = build_on_meta(copy.deepcopy(blueprint.config) if blueprint.whole else blueprint.config)
-    model.weights = weights = Weights(dtype, seed)
-    with quiet_transformers():
-        if blueprint.whole:
-            weights.places = places_of(model, blueprint.whole, blueprint.revision)
-            _read_generation_config(model, blueprint.whole, blueprint.revision)
-            follow_files(model, model, blueprint, blueprint.whole)
+    model = build_on_meta(copy.deepcopy(spec.config) if spec.whole else spec.config)
+    model.weights = weights = InitialWeights(dtype, seed)
+    with disable_transformers_logging():
+        if spec.whole:
+            weights.locations = find_tensor_locations(model, spec.whole, spec.revision)
+            _read_generation_config(model, spec.whole, spec.revision)
+            resolve_weight_tying(model, model, spec, spec.whole)
         else:
-            _take_parts(model, weights, blueprint)
+            _collect_part_weights(model, weights, spec)
         families.fold_logit_scale(model)
         model.tie_weights()
-        _grow(model, weights, blueprint)
+        _add_token_rows(model, weights, spec)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     _make_buffers(model)
     return model.eval()
 
 
-def first_values(model: nn.Module, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
+def read_initial_values(model: nn.Module, name: str, shape: torch.Size, start: int, stop: int) -> Tensor:
     """Read initial values of a skeleton's parameter on the CPU: [stop - start], elements `start` to `stop` flattened.
 
     Args:
@@ -93,13 +93,13 @@ def first_values(model: nn.Module, name: str, shape: torch.Size, start: int, sto
     """
     weights: Any = model.weights
     if "lora_" in name:
-        return draw_adapter(name, shape, weights.seed).to(weights.dtype).flatten()[start:stop]
+        return init_adapter(name, shape, weights.seed).to(weights.dtype).flatten()[start:stop]
     if name.startswith("new_tokens."):
         table = EMBEDDINGS if name.endswith("embedding") or HEAD not in weights else HEAD
         ids: list[int] = model.new_tokens.ids.tolist()  # type: ignore[union-attr, operator]
         width = shape[1]
         first, last = start // width, -(-stop // width)
-        rows = [weights.rows(table, i, i + 1) for i in ids[first:last]]
+        rows = [weights.read_rows(table, i, i + 1) for i in ids[first:last]]
         return torch.cat(rows or [torch.empty(0)]).flatten()[start - first * width : stop - first * width]
     return weights.read(name.replace(".base_layer.", "."), start, stop)
 
@@ -124,7 +124,7 @@ def move_buffers(model: nn.Module, device: torch.device) -> None:
                 module._buffers[name] = buffer.to(device)
 
 
-def draw_projector(
+def init_projector(
     config: LlavaOnevisionConfig, dtype: torch.dtype, seed: int
 ) -> tuple[LlavaOnevisionMultiModalProjector, Tensor]:
     """Initialise a new projector from `seed`, and the newline's features [D] that end each row of tiles."""
@@ -152,53 +152,55 @@ def share_config(part: nn.Module, config: Any) -> None:
             module.config = config
 
 
-def _take_parts(model: LlavaOnevisionForConditionalGeneration, weights: Weights, blueprint: Blueprint) -> None:
+def _collect_part_weights(
+    model: LlavaOnevisionForConditionalGeneration, weights: InitialWeights, spec: ModelSpec
+) -> None:
     """Collect where the weights of vision tower and language model are, and initialise the projector."""
-    assert blueprint.vision_tower and blueprint.language_model
-    config, revision = blueprint.config, blueprint.revision
+    assert spec.vision_tower and spec.language_model
+    config, revision = spec.config, spec.revision
     tower: Any = model.model.vision_tower
     with torch.device("meta"):
-        language = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=blueprint.trust_remote_code)
-    tower_locations = places_of(tower, blueprint.vision_tower, revision)
-    language_locations = places_of(language, blueprint.language_model, revision)
-    follow_files(model, language, blueprint, blueprint.language_model)
-    _read_generation_config(language, blueprint.language_model, revision)
+        language = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=spec.trust_remote_code)
+    tower_locations = find_tensor_locations(tower, spec.vision_tower, revision)
+    language_locations = find_tensor_locations(language, spec.language_model, revision)
+    resolve_weight_tying(model, language, spec, spec.language_model)
+    _read_generation_config(language, spec.language_model, revision)
     model.generation_config = language.generation_config
     share_config(tower, config.vision_config)
     share_config(model.model.language_model, config.text_config)
-    weights.places = {f"model.vision_tower.{name}": place for name, place in tower_locations.items()}
-    weights.places |= {
+    weights.locations = {f"model.vision_tower.{name}": place for name, place in tower_locations.items()}
+    weights.locations |= {
         f"model.language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name: place
         for name, place in language_locations.items()
     }
     for name, parameter in tower.named_parameters():  # unused parameters may be missing
         if name not in tower_locations:
             fill = torch.ones if name.endswith("weight") else torch.zeros
-            weights.drawn[f"model.vision_tower.{name}"] = fill(parameter.shape, dtype=weights.dtype)
-    factor = families.logit_factor(config.text_config)
+            weights.new_tensors[f"model.vision_tower.{name}"] = fill(parameter.shape, dtype=weights.dtype)
+    factor = families.get_logit_factor(config.text_config)
     if factor != 1.0:
-        weights.factors[HEAD] = factor
-    projector, newline = draw_projector(config, weights.dtype, weights.seed)
-    weights.drawn |= {
+        weights.scale_factors[HEAD] = factor
+    projector, newline = init_projector(config, weights.dtype, weights.seed)
+    weights.new_tensors |= {
         f"model.multi_modal_projector.{name}": value.detach() for name, value in projector.named_parameters()
     }
-    weights.drawn["model.image_newline"] = newline
+    weights.new_tensors["model.image_newline"] = newline
 
 
-def _grow(model: LlavaOnevisionForConditionalGeneration, weights: Weights, blueprint: Blueprint) -> None:
+def _add_token_rows(model: LlavaOnevisionForConditionalGeneration, weights: InitialWeights, spec: ModelSpec) -> None:
     """Add rows for new tokens to the tables.
 
     Raises:
         UserError: the tokenizer has more tokens than the tables have rows, and not because of new tokens.
     """
     num_stored = model.get_input_embeddings().num_embeddings
-    mean_rows = grow(model, blueprint.tokenizer, blueprint.new_tokens)
-    weights.spelled = {EMBEDDINGS: mean_rows, HEAD: mean_rows} if mean_rows else {}
+    mean_rows = extend_embeddings(model, spec.tokenizer, spec.new_tokens)
+    weights.mean_rows = {EMBEDDINGS: mean_rows, HEAD: mean_rows} if mean_rows else {}
     unknown = set(range(num_stored, model.get_input_embeddings().num_embeddings)) - set(mean_rows)
     if unknown:
         raise UserError(
-            f"The tokenizer has {len(blueprint.tokenizer):,} tokens and the model's table {num_stored:,} rows; "
-            f"{counted(len(unknown), 'of its own tokens has', 'of its own tokens have')} none. Give the tokenizer that belongs to the model."
+            f"The tokenizer has {len(spec.tokenizer):,} tokens and the model's table {num_stored:,} rows; "
+            f"{format_count(len(unknown), 'of its own tokens has', 'of its own tokens have')} none. Give the tokenizer that belongs to the model."
         )
 
 

@@ -16,13 +16,19 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
-CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
-LARGEST_FILE = "5GB"  # transformers' size for splitting a model into files
-INDEX = "model.safetensors.index.json"
+DTYPE_CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+}
+MAX_SHARD_SIZE = "5GB"  # transformers' size for splitting a model into files
+INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True, slots=True)
-class TensorFile:
+class SafetensorsFile:
     """Safetensors file to write: its tensors in order, on `meta`."""
 
     name: str
@@ -35,17 +41,17 @@ class TensorFile:
             values: values of the tensors, in the same order. They are requested and released one at a time.
         """
         with (folder / self.name).open("wb") as stream:
-            stream.write(self._header())
+            stream.write(self._make_header())
             for value in values:
                 stream.write(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
-    def _header(self) -> bytes:
+    def _make_header(self) -> bytes:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for name, tensor in self.tensors.items():
             end = offset + tensor.element_size() * math.prod(tensor.shape)
             header[name] = {
-                "dtype": CODES[tensor.dtype],
+                "dtype": DTYPE_CODES[tensor.dtype],
                 "shape": list(tensor.shape),
                 "data_offsets": [offset, end],
             }
@@ -56,7 +62,7 @@ class TensorFile:
 
 
 @contextmanager
-def os_errors() -> Iterator[None]:
+def raise_os_errors() -> Iterator[None]:
     """Raise OSError for what the operating system refuses safetensors and tokenizers.
 
     Their own errors contain the system's error number only in the text.
@@ -70,22 +76,22 @@ def os_errors() -> Iterator[None]:
         raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
-def planned_files(tensors: dict[str, Tensor], largest: str | int = LARGEST_FILE) -> list[TensorFile]:
+def split_into_files(tensors: dict[str, Tensor], max_shard_size: str | int = MAX_SHARD_SIZE) -> list[SafetensorsFile]:
     """Split tensors into files and order them as `save_pretrained` would, given names, shapes and types (on `meta`)."""
     split = split_torch_state_dict_into_shards(
-        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=largest
+        tensors, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
 
-    def order(name: str) -> tuple[int, str]:  # safetensors' own order: the widest type first
+    def sort_key(name: str) -> tuple[int, str]:  # safetensors' own order: the widest type first
         return -tensors[name].element_size(), name
 
     return [
-        TensorFile(file, {name: tensors[name] for name in sorted(names, key=order)})
+        SafetensorsFile(file, {name: tensors[name] for name in sorted(names, key=sort_key)})
         for file, names in split.filename_to_tensors.items()
     ]
 
 
-def write_index(folder: Path, files: list[TensorFile], num_parameters: int) -> None:
+def write_index(folder: Path, files: list[SafetensorsFile], num_parameters: int) -> None:
     """Write the index that tells which of several files holds a tensor; a single file needs none."""
     if len(files) == 1:
         return
@@ -97,10 +103,10 @@ def write_index(folder: Path, files: list[TensorFile], num_parameters: int) -> N
         "weight_map": {name: file.name for file in files for name in file.tensors},
     }
     text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-    (folder / INDEX).write_text(text, encoding="utf-8")
+    (folder / INDEX_FILE).write_text(text, encoding="utf-8")
 
 
-def digest_of_weights(folder: Path) -> str:
+def compute_weights_digest(folder: Path) -> str:
     """Compute the sha256 of the names and contents of a model folder's weight files."""
     hasher = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):

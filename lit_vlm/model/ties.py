@@ -9,14 +9,14 @@ from torch import nn
 from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedModel
 
 if TYPE_CHECKING:
-    from lit_vlm.model.build import Blueprint
+    from lit_vlm.model.build import ModelSpec
 
 HEAD = "lm_head.weight"
 TABLES = (HEAD, "embed_tokens.weight")
 
 
-def follow_files(
-    model: LlavaOnevisionForConditionalGeneration, loaded: PreTrainedModel, blueprint: Blueprint, name: str
+def resolve_weight_tying(
+    model: LlavaOnevisionForConditionalGeneration, loaded: PreTrainedModel, spec: ModelSpec, name: str
 ) -> None:
     """Untie the tables of a model whose files hold two different ones, and add a note to the spec's remarks.
 
@@ -30,15 +30,15 @@ def follow_files(
     tied_by_config = getattr(loaded.config, "tie_word_embeddings", False)
     if not tied_by_config or HEAD not in (loaded._tied_weights_keys or {}) or HEAD in loaded.all_tied_weights_keys:
         return
-    untie_tables(model)
-    blueprint.config.tie_word_embeddings = blueprint.config.text_config.tie_word_embeddings = False
-    blueprint.remarks.append(
+    untie_embeddings(model)
+    spec.config.tie_word_embeddings = spec.config.text_config.tie_word_embeddings = False
+    spec.remarks.append(
         f"{name}: its config.json ties head and embeddings, and its files hold two different tables. Both are kept; "
         "what is exported says tie_word_embeddings=false."
     )
 
 
-def untie_tables(model: LlavaOnevisionForConditionalGeneration) -> None:
+def untie_embeddings(model: LlavaOnevisionForConditionalGeneration) -> None:
     """Untie embeddings and head: two tables in memory, and no later step ties them again."""
     if model.lm_head.weight is model.get_input_embeddings().weight:
         model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())

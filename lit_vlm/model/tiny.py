@@ -17,25 +17,28 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer, SiglipVi
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from lit_vlm.files import move_into_place
-from lit_vlm.model.hub import quiet_transformers
-from lit_vlm.model.tensor_files import os_errors
+from lit_vlm.model.hub import disable_transformers_logging
+from lit_vlm.model.tensor_files import raise_os_errors
 from lit_vlm.model.vocabulary import CHATML
 
-CORPUS = Path(__file__).with_name("tiny_corpus.txt")
-END, START, STOP = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
-HEADS = 3  # of width 32, which all kernels support: vLLM's attention for CPUs does not support 24
+CORPUS_FILE = Path(__file__).with_name("tiny_corpus.txt")
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+NUM_HEADS = 3  # of width 32, which all kernels support: vLLM's attention for CPUs does not support 24
 VERSION = "2"  # part of the folder's name: increase it when the content changes
 
 
-def tiny_parts(folder: Path, seed: int = 0) -> tuple[str, str]:
+def make_tiny_parts(folder: Path, seed: int = 0) -> tuple[str, str]:
     """Make the folders of a vision tower (56-pixel tiles of 16 patches) and a language model, unless they exist.
 
     Raises:
         OSError: they cannot be written.
     """
     tower, language = folder / f"tiny_siglip-v{VERSION}-seed{seed}", folder / f"tiny_qwen2-v{VERSION}-seed{seed}"
-    _once(tower, lambda path: make_vision_tower(path, seed, num_attention_heads=HEADS))
-    _once(language, lambda path: make_language_model(path, seed, num_attention_heads=HEADS, num_key_value_heads=HEADS))
+    _make_once(tower, lambda path: make_vision_tower(path, seed, num_attention_heads=NUM_HEADS))
+    _make_once(
+        language,
+        lambda path: make_language_model(path, seed, num_attention_heads=NUM_HEADS, num_key_value_heads=NUM_HEADS),
+    )
     return str(tower), str(language)
 
 
@@ -43,8 +46,8 @@ def make_vision_tower(path: Path, seed: int = 0, **changes: int) -> None:
     """Make a SigLIP tower with three layers; the last but one feeds the projector, as in the released towers."""
     shape = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = SiglipVisionConfig(**{**shape, "image_size": 56, "patch_size": 14, "vision_use_head": False, **changes})
-    with quiet_transformers():
-        _seeded(seed, lambda: SiglipVisionModel(config)).save_pretrained(path)
+    with disable_transformers_logging():
+        _call_with_seed(seed, lambda: SiglipVisionModel(config)).save_pretrained(path)
     settings = {
         "image_processor_type": "SiglipImageProcessor",
         "image_mean": [0.5] * 3,
@@ -73,8 +76,8 @@ def make_language_model(path: Path, seed: int = 0, corpus: Iterable[str] | None 
             **changes,
         }
     )
-    with quiet_transformers():
-        _seeded(seed, lambda: Qwen2ForCausalLM(config)).save_pretrained(path)
+    with disable_transformers_logging():
+        _call_with_seed(seed, lambda: Qwen2ForCausalLM(config)).save_pretrained(path)
     tokenizer.save_pretrained(path)
 
 
@@ -89,31 +92,31 @@ def make_tokenizer(corpus: Iterable[str] | None = None, vocab_size: int = 640) -
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END, START, STOP],
+        special_tokens=[END_OF_TEXT, TURN_START, TURN_END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(corpus or CORPUS.read_text(encoding="utf-8").splitlines(), trainer)
+    bpe.train_from_iterator(corpus or CORPUS_FILE.read_text(encoding="utf-8").splitlines(), trainer)
     state = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(
         vocab=state["vocab"],
         merges=[tuple(pair) for pair in state["merges"]],
-        unk_token=END,
-        eos_token=STOP,
-        pad_token=END,
-        extra_special_tokens=[START],
+        unk_token=END_OF_TEXT,
+        eos_token=TURN_END,
+        pad_token=END_OF_TEXT,
+        extra_special_tokens=[TURN_START],
     )
     tokenizer.chat_template = CHATML
     return tokenizer
 
 
-def _seeded(seed: int, make: Callable):
+def _call_with_seed(seed: int, make: Callable):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return make()
 
 
-def _once(path: Path, make: Callable[[Path], None]) -> None:
+def _make_once(path: Path, make: Callable[[Path], None]) -> None:
     """Make a folder under a temporary name and move it into place, so that no process sees an incomplete one.
 
     Raises:
@@ -124,7 +127,7 @@ def _once(path: Path, make: Callable[[Path], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
-        with os_errors():
+        with raise_os_errors():
             make(temporary)
         move_into_place(temporary, path)
     except OSError:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlavaOnevisionForConditionalGeneration, PreTrainedTokenizerFast
 
-from lit_vlm.losses.next_token import Scores, score_tokens
+from lit_vlm.losses.next_token import TokenScores, compute_token_log_probs
 from lit_vlm.types import IMAGE_TOKEN, UserError
 
 VIDEO_TOKEN = "<video>"  # transformers' class needs one; no sample of ours contains it
@@ -20,7 +20,7 @@ CHATML = (
 
 # Language models' own templates expect strings. This prefix turns contents given as parts into strings, and an image
 # into its placeholder.
-FLATTEN = (
+FLATTEN_CONTENT_PARTS = (
     "{%- set parts = namespace(messages=[]) -%}{%- for message in messages -%}{%- set text = namespace(value='') -%}"
     "{%- if message['content'] is string -%}{%- set text.value = message['content'] -%}{%- else -%}"
     "{%- for part in message['content'] -%}{%- if part['type'] == 'image' -%}{%- set text.value = text.value + '<image>\\n' -%}"
@@ -49,14 +49,14 @@ def add_special_tokens(tokenizer: PreTrainedTokenizerFast, tokens: list[str]) ->
     return new
 
 
-def accept_parts(template: str | None) -> str | None:
+def wrap_chat_template(template: str | None) -> str | None:
     """Wrap a chat template so that it also takes contents as parts, with `<image>` and a newline for an image."""
     if template is None or IMAGE_TOKEN in template:
         return template
-    return FLATTEN + template
+    return FLATTEN_CONTENT_PARTS + template
 
 
-def closing_token(tokenizer: PreTrainedTokenizerFast) -> int | None:
+def find_turn_end_token(tokenizer: PreTrainedTokenizerFast) -> int | None:
     """Find the id of the control token with which the chat template ends an assistant turn; None: it has none.
 
     This is the token that training teaches. The tokenizer's end token may be another one (a base model with `chatml`
@@ -73,8 +73,8 @@ def closing_token(tokenizer: PreTrainedTokenizerFast) -> int | None:
     return positions[min(positions)] if positions else None
 
 
-def grow(
-    model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, new: list[str]
+def extend_embeddings(
+    model: LlavaOnevisionForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, new_tokens: list[str]
 ) -> dict[int, list[int]]:
     """Extend embeddings and head by the new tokens.
 
@@ -84,13 +84,13 @@ def grow(
     Returns:
         new row -> the rows of its spelling.
     """
-    if not new:
+    if not new_tokens:
         return {}
     embedding = model.get_input_embeddings()
     if len(tokenizer) > embedding.num_embeddings:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     tables = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
-    mean_rows = {tokenizer.convert_tokens_to_ids(token): _spelling(tokenizer, token) for token in new}
+    mean_rows = {tokenizer.convert_tokens_to_ids(token): _tokenize_spelling(tokenizer, token) for token in new_tokens}
     with torch.no_grad():
         for table in tables:
             for row, ids in mean_rows.items():
@@ -98,7 +98,7 @@ def grow(
     return mean_rows
 
 
-def _spelling(tokenizer: PreTrainedTokenizerFast, token: str) -> list[int]:
+def _tokenize_spelling(tokenizer: PreTrainedTokenizerFast, token: str) -> list[int]:
     """Tokenize the spelling of a token: its ids as plain text."""
     from tokenizers import Tokenizer
 
@@ -107,7 +107,7 @@ def _spelling(tokenizer: PreTrainedTokenizerFast, token: str) -> list[int]:
     return plain.encode(token, add_special_tokens=False).ids
 
 
-class NewTokens(nn.Module):
+class TrainableTokens(nn.Module):
     """Trainable rows for a few tokens of a frozen vocabulary, as peft's trainable tokens.
 
     The tables stay unchanged; hooks replace their rows, in training and in generation. An export merges the rows into
@@ -132,11 +132,11 @@ class NewTokens(nn.Module):
         lookup = torch.full((embedding.num_embeddings,), -1)
         lookup[ids] = torch.arange(len(ids))
         self.register_buffer("lookup", lookup, persistent=False)
-        embedding.register_forward_hook(self._behind_embedding)
-        head.register_forward_hook(self._behind_head)
+        embedding.register_forward_hook(self._on_embedding_forward)
+        head.register_forward_hook(self._on_head_forward)
         object.__setattr__(head, "new_tokens", self)  # an attribute of the head, but no submodule of it
 
-    def forward(self, inputs: Tensor, output: Tensor, how: str = "embed", *more: Any) -> Any:
+    def forward(self, inputs: Tensor, output: Tensor, mode: str = "embed", *more: Any) -> Any:
         """Replace the rows of these tokens in the output of a table.
 
         It is a call of this module, so that hooks that gather sharded parameters (ZeRO-3) gather the rows.
@@ -146,29 +146,31 @@ class NewTokens(nn.Module):
             output: for "embed" [..., D], for "logits" [..., V], for "score" the head's matrix [V, D].
             mode: "embed", "logits" or "score".
         """
-        if how == "score":
-            return score_tokens(inputs, output, more[0], ids=self.ids, own=self._head_rows, statistics=more[1])
-        return self._logits(inputs, output) if how == "logits" else self._embed(inputs, output)
+        if mode == "score":
+            return compute_token_log_probs(
+                inputs, output, more[0], token_ids=self.ids, token_rows=self._head_rows, statistics=more[1]
+            )
+        return self._replace_logits(inputs, output) if mode == "logits" else self._replace_embeddings(inputs, output)
 
-    def score(self, hidden: Tensor, matrix: Tensor, targets: Tensor, statistics: bool) -> Scores:
+    def compute_log_probs(self, hidden: Tensor, matrix: Tensor, targets: Tensor, statistics: bool) -> TokenScores:
         """Compute token log-probabilities for hidden [R, D] and the head's matrix [V, D], with these rows replaced."""
         return self(hidden, matrix, "score", targets, statistics)
 
-    def _behind_embedding(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    def _on_embedding_forward(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         return self(args[0], output)
 
-    def _behind_head(self, module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
+    def _on_head_forward(self, module: nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
         return self(args[0], output, "logits") if isinstance(output, Tensor) else output
 
     @property
     def _head_rows(self) -> Tensor:
         return self.embedding if self.head is None else self.head
 
-    def _embed(self, ids: Tensor, output: Tensor) -> Tensor:
+    def _replace_embeddings(self, ids: Tensor, output: Tensor) -> Tensor:
         rows = self.lookup[ids]
         replaced = nn.functional.embedding(rows.clamp(min=0), self.embedding).to(output.dtype)
         return torch.where((rows >= 0)[..., None], replaced, output)
 
-    def _logits(self, hidden: Tensor, output: Tensor) -> Tensor:
+    def _replace_logits(self, hidden: Tensor, output: Tensor) -> Tensor:
         rows = nn.functional.linear(hidden, self._head_rows.to(hidden.dtype))
         return output.index_copy(-1, self.ids, rows.to(output.dtype))

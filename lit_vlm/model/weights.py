@@ -22,19 +22,19 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.utils import cached_file
 
-from lit_vlm.model.parts import UNUSED
+from lit_vlm.model.parts import UNUSED_PARAMETERS
 from lit_vlm.model.ties import describe_missing_table
-from lit_vlm.types import UserError, counted
+from lit_vlm.types import UserError, format_count
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
 
 
-class NotInPieces(UserError):
+class NotShardLoadableError(UserError):
     """The weights of a folder can only be loaded whole, not by shards."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TensorLocation:
     """Location of a tensor in a safetensors file."""
 
     file: str
@@ -43,7 +43,7 @@ class Place:
 
 
 @dataclass(slots=True)
-class Weights:
+class InitialWeights:
     """Initial values of a model's weights.
 
     Args:
@@ -57,44 +57,44 @@ class Weights:
 
     dtype: torch.dtype
     seed: int
-    places: dict[str, Place] = field(default_factory=dict)
-    drawn: dict[str, Tensor] = field(default_factory=dict)
-    factors: dict[str, float] = field(default_factory=dict)
-    spelled: dict[str, dict[int, list[int]]] = field(default_factory=dict)
+    locations: dict[str, TensorLocation] = field(default_factory=dict)
+    new_tensors: dict[str, Tensor] = field(default_factory=dict)
+    scale_factors: dict[str, float] = field(default_factory=dict)
+    mean_rows: dict[str, dict[int, list[int]]] = field(default_factory=dict)
 
     def __contains__(self, name: str) -> bool:
-        return name in self.places or name in self.drawn
+        return name in self.locations or name in self.new_tensors
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Weights:
+    def __deepcopy__(self, memo: dict[int, Any]) -> InitialWeights:
         return self  # a copy of the model has the same initial values
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Read [stop - start] on the CPU: elements `start` to `stop` of the flattened tensor of that name."""
-        if name in self.drawn:
-            return self.drawn[name].flatten()[start:stop]
-        location = self.places[name]
+        if name in self.new_tensors:
+            return self.new_tensors[name].flatten()[start:stop]
+        location = self.locations[name]
         width = math.prod(location.shape[1:])
         first = start // width
-        return self.rows(name, first, -(-stop // width)).flatten()[start - first * width : stop - first * width]
+        return self.read_rows(name, first, -(-stop // width)).flatten()[start - first * width : stop - first * width]
 
-    def rows(self, name: str, first: int, last: int) -> Tensor:
+    def read_rows(self, name: str, first: int, last: int) -> Tensor:
         """Read [last - first, ...]: rows of a tensor from a file. An extended table has more rows than the file."""
-        values = self._stored(name, first, min(last, self._num_stored(name)))
-        new = {row: ids for row, ids in self.spelled.get(name, {}).items() if first <= row < last}
+        values = self._read_stored_rows(name, first, min(last, self._count_stored_rows(name)))
+        new = {row: ids for row, ids in self.mean_rows.get(name, {}).items() if first <= row < last}
         if not new:
             return values
         missing = values.new_zeros((last - first - len(values), *values.shape[1:]))
         values = torch.cat([values, missing])
         for row, ids in new.items():
-            source_rows = torch.cat([self._stored(name, i, i + 1) for i in ids])
+            source_rows = torch.cat([self._read_stored_rows(name, i, i + 1) for i in ids])
             values[row - first] = source_rows.float().mean(dim=0).to(self.dtype)
         return values
 
-    def _num_stored(self, name: str) -> int:
-        return (self.places[name].shape or (1,))[0]
+    def _count_stored_rows(self, name: str) -> int:
+        return (self.locations[name].shape or (1,))[0]
 
-    def _stored(self, name: str, first: int, last: int) -> Tensor:
-        location = self.places[name]
+    def _read_stored_rows(self, name: str, first: int, last: int) -> Tensor:
+        location = self.locations[name]
         try:
             with safe_open(location.file, framework="pt") as file:
                 if not location.shape:
@@ -104,10 +104,10 @@ class Weights:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{location.file}: {location.key} could not be read: {error}") from None
         values = values.to(self.dtype)
-        return values * self.factors[name] if name in self.factors else values
+        return values * self.scale_factors[name] if name in self.scale_factors else values
 
 
-def places_of(model: PreTrainedModel, name: str, revision: str | None = None) -> dict[str, Place]:
+def find_tensor_locations(model: PreTrainedModel, name: str, revision: str | None = None) -> dict[str, TensorLocation]:
     """Find where a folder or hub repository keeps each weight of a model, by the model's own names.
 
     Args:
@@ -116,80 +116,86 @@ def places_of(model: PreTrainedModel, name: str, revision: str | None = None) ->
     Raises:
         UserError: weights are missing or of another shape, a file is corrupt, or there are no safetensors.
     """
-    locations = _renamed(model, name, _listed(name, _files(name, revision)))
+    locations = _rename_to_memory(model, name, _list_tensors(name, _find_files(name, revision)))
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    _mend_ties(model, locations)
+    _resolve_ties(model, locations)
     mismatched = [key for key, shape in expected.items() if key in locations and locations[key].shape != shape]
-    require_all(name, [key for key in expected if key not in locations], mismatched, model.config)
+    require_all_weights(name, [key for key in expected if key not in locations], mismatched, model.config)
     return {key: place for key, place in locations.items() if place.shape == expected.get(key)}
 
 
-def require_all(name: str, missing: Iterable[str], mismatched: Iterable[str], config: Any) -> None:
+def require_all_weights(name: str, missing: Iterable[str], mismatched: Iterable[str], config: Any) -> None:
     """Require all weights that the model uses.
 
     Raises:
         UserError: some are missing, or have another shape.
     """
-    missing = [key for key in missing if not UNUSED.match(f"model.vision_tower.{key}") and not UNUSED.match(key)]
+    missing = [
+        key
+        for key in missing
+        if not UNUSED_PARAMETERS.match(f"model.vision_tower.{key}") and not UNUSED_PARAMETERS.match(key)
+    ]
     absent = sorted([*missing, *mismatched])
     tied = bool(getattr(config, "tie_word_embeddings", False))
     if len(missing) == len(absent) and (description := describe_missing_table(name, missing, tied)):
         raise UserError(description)
     if absent:
         raise UserError(
-            f"{name}: {counted(len(absent), 'weight is', 'weights are')} missing or of another shape there, "
+            f"{name}: {format_count(len(absent), 'weight is', 'weights are')} missing or of another shape there, "
             f"{', '.join(absent[:3])} among them. The folder holds another model than its config.json says, or half of one."
         )
 
 
-def _files(name: str, revision: str | None) -> list[str]:
+def _find_files(name: str, revision: str | None) -> list[str]:
     """Find the safetensors files of a folder or hub repository.
 
     Raises:
         UserError: a file is missing or the index cannot be read; NotShardLoadableError: there are no safetensors.
     """
 
-    def resolved(filename: str) -> str | None:
+    def resolve(filename: str) -> str | None:
         return cached_file(name, filename, revision=revision, _raise_exceptions_for_missing_entries=False)
 
     try:
-        index = resolved(INDEX)
+        index = resolve(INDEX_FILE)
         if index is None:
-            single = resolved(SINGLE)
+            single = resolve(WEIGHTS_FILE)
             files = [single] if single else []
         else:
             shards = sorted(set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()))
-            files = [path for path in map(resolved, shards) if path]
+            files = [path for path in map(resolve, shards) if path]
             if len(files) < len(shards):
-                missing = next(shard for shard in shards if resolved(shard) is None)
+                missing = next(shard for shard in shards if resolve(shard) is None)
                 raise UserError(f"{name}: its weights could not be loaded: {missing} is missing.")
     except (OSError, ValueError, KeyError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{name}: its weights could not be loaded: {str(error).strip().splitlines()[0]}") from None
     if not files:
-        raise NotInPieces(
-            f"{name}: no {SINGLE} there. A strategy that shares the weights out reads them piece by piece, which other "
+        raise NotShardLoadableError(
+            f"{name}: no {WEIGHTS_FILE} there. A strategy that shares the weights out reads them piece by piece, which other "
             f"files (pytorch_model.bin) do not allow. Convert the folder once: load it with transformers' from_pretrained "
             "and write it to a new folder with save_pretrained, then name that folder; or use trainer.strategy=ddp."
         )
     return files
 
 
-def _listed(name: str, files: list[str]) -> dict[str, Place]:
+def _list_tensors(name: str, files: list[str]) -> dict[str, TensorLocation]:
     """List the tensors in the files, by key. Reads the files' headers and no values."""
     locations = {}
     for path in files:
         try:
             with safe_open(path, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118, not a dict
-                    locations[key] = Place(path, key, tuple(file.get_slice(key).get_shape()))
+                    locations[key] = TensorLocation(path, key, tuple(file.get_slice(key).get_shape()))
         except (OSError, SafetensorError) as error:
             raise UserError(f"{name}: its weights could not be loaded: {str(error).strip().splitlines()[0]}") from None
     return locations
 
 
-def _renamed(model: PreTrainedModel, name: str, listed: dict[str, Place]) -> dict[str, Place]:
+def _rename_to_memory(
+    model: PreTrainedModel, name: str, stored: dict[str, TensorLocation]
+) -> dict[str, TensorLocation]:
     """Rename keys in the files to names in memory, as transformers' `convert_and_load_state_dict_in_model` does.
 
     Tensors that the model does not have are left out (a text model, layers that were dropped).
@@ -200,12 +206,12 @@ def _renamed(model: PreTrainedModel, name: str, listed: dict[str, Place]) -> dic
     expected = model.state_dict()
     prefix = model.base_model_prefix
     renamed = {}
-    for key, location in listed.items():
+    for key, location in stored.items():
         memory_name, fused = rename_source_key(key, renamings, converters, prefix, expected)
         if memory_name not in expected and key in expected:
             memory_name, fused = rename_source_key(key, [], [], base_model_prefix=prefix, meta_state_dict=expected)
         if memory_name in expected and fused is not None:
-            raise NotInPieces(
+            raise NotShardLoadableError(
                 f"{name}: transformers fuses weights of {model.config.model_type} when it loads them ({memory_name}), which "
                 "cannot be read piece by piece. Use trainer.strategy=ddp."
             )
@@ -214,21 +220,22 @@ def _renamed(model: PreTrainedModel, name: str, listed: dict[str, Place]) -> dic
     return renamed
 
 
-def _mend_ties(model: PreTrainedModel, found: dict[str, Place]) -> None:
+def _resolve_ties(model: PreTrainedModel, found: dict[str, TensorLocation]) -> None:
     """Resolve weight tying: one table may be stored under either name or both; two different tables are not tied."""
     for target, source in list(model.all_tied_weights_keys.items()):
-        if target in found and source in found and not _equal(found[target], found[source]):
+        if target in found and source in found and not _is_equal_tensor(found[target], found[source]):
             del model.all_tied_weights_keys[target]  # as transformers does; see `resolve_weight_tying`
         for one, other in ((target, source), (source, target)):
             if one not in found and other in found:
                 found[one] = found[other]
 
 
-def _equal(one: Place, other: Place, rows: int = 4096) -> bool:
+def _is_equal_tensor(one: TensorLocation, other: TensorLocation, rows_per_read: int = 4096) -> bool:
     if one.shape != other.shape:
         return False
     with safe_open(one.file, framework="pt") as a, safe_open(other.file, framework="pt") as b:
         left, right = a.get_slice(one.key), b.get_slice(other.key)
         return all(
-            torch.equal(left[i : i + rows].float(), right[i : i + rows].float()) for i in range(0, one.shape[0], rows)
+            torch.equal(left[i : i + rows_per_read].float(), right[i : i + rows_per_read].float())
+            for i in range(0, one.shape[0], rows_per_read)
         )

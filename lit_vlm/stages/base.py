@@ -19,28 +19,28 @@ from transformers import LlavaOnevisionForConditionalGeneration
 
 from lit_vlm.anyres import Tiling
 from lit_vlm.config.schema import ActivationCheckpointing as Level
-from lit_vlm.model.build import Blueprint
-from lit_vlm.model.checkpointing import checkpoint_layers, level_of
-from lit_vlm.model.frozen import exact_values, fill
+from lit_vlm.model.build import ModelSpec
+from lit_vlm.model.checkpointing import enable_activation_checkpointing, parse_checkpointing_level
+from lit_vlm.model.frozen import fill_skeleton, read_exact_values
 from lit_vlm.model.generate import generate
 from lit_vlm.model.lora import add_lora
-from lit_vlm.model.parts import PartSummary, freeze, set_modes, summary
-from lit_vlm.model.products import Products, warn_of_float32
-from lit_vlm.model.skeleton import are_weights_later, weights_later
-from lit_vlm.model.vocabulary import NewTokens
-from lit_vlm.model.weights import NotInPieces
+from lit_vlm.model.parts import PartSummary, freeze_except, set_train_modes, summarize_parts
+from lit_vlm.model.products import MatmulDtypeCounter, warn_about_float32_matmuls
+from lit_vlm.model.skeleton import defer_weights, is_deferring_weights
+from lit_vlm.model.vocabulary import TrainableTokens
+from lit_vlm.model.weights import NotShardLoadableError
 from lit_vlm.stages.checks import (
-    gradient_sums,
+    compute_gradient_sums,
+    require_activation_checkpointing,
     require_bf16,
-    require_checkpointing,
-    require_fixed_tower,
+    require_frozen_tower,
     require_gradients,
     require_images,
 )
-from lit_vlm.stages.optimizer import make_optimizer, make_scheduler, options_of
-from lit_vlm.stages.passes import Seen, keep_features
-from lit_vlm.stages.start import ModelLike, described, drawn_up, start_from
-from lit_vlm.types import Batch, Part, UserError, counted
+from lit_vlm.stages.optimizer import make_optimizer, make_optimizer_options, make_scheduler
+from lit_vlm.stages.passes import FeatureCache, build_feature_cache
+from lit_vlm.stages.start import ModelLike, describe_model, init_model, resolve_model
+from lit_vlm.types import Batch, ModelPart, UserError, format_count
 
 
 class Stage(L.LightningModule):
@@ -65,17 +65,17 @@ class Stage(L.LightningModule):
         seed: for new parameters and for dropout.
     """
 
-    default_trainable: tuple[Part, ...] = tuple(Part)
+    default_trainable: tuple[ModelPart, ...] = tuple(ModelPart)
     default_learning_rate = 1e-5
-    trains_special_rows = True  # under LoRA
+    trains_special_tokens = True  # under LoRA
 
-    _partial: Tensor  # [], sum of the losses of the step's micro-batches so far
+    _accumulated_loss: Tensor  # [], sum of the losses of the step's micro-batches so far
 
     def __init__(
         self,
         model: ModelLike | None = None,
         *,
-        trainable: Sequence[Part | str] | None = None,
+        trainable: Sequence[ModelPart | str] | None = None,
         learning_rate: float | None = None,
         weight_decay: float = 0.0,
         warmup: float = 0.03,
@@ -94,27 +94,27 @@ class Stage(L.LightningModule):
     ) -> None:
         super().__init__()
         arguments = {key: value for key, value in locals().items() if key not in ("self", "own", "__class__")} | own
-        self._given = arguments.pop("model")
+        self._model_source = arguments.pop("model")
         arguments["trainable"] = [str(part) for part in trainable or self.default_trainable]
         arguments["learning_rate"] = learning_rate or self.default_learning_rate
-        arguments["activation_checkpointing"] = level_of(activation_checkpointing).value
+        arguments["activation_checkpointing"] = parse_checkpointing_level(activation_checkpointing).value
         self.hparams.update(arguments)  # plain containers only, so that load_from_checkpoint needs no trust
         self._set_hparams(dict(self.hparams))
         self._log_hyperparams = False  # the run folder's config.yaml has them, and more
-        self.trainable = [Part(name) for name in arguments["trainable"]]
-        self.options = options_of(arguments)
+        self.trainable = [ModelPart(name) for name in arguments["trainable"]]
+        self.optimizer_options = make_optimizer_options(arguments)
         self.tiling = Tiling(tiling)
         self.model: LlavaOnevisionForConditionalGeneration | None = None
-        self.how: dict[Part, str] = {}
+        self.part_methods: dict[ModelPart, str] = {}
         self.val_loss = MeanMetric()
-        self.features: Seen | None = None
+        self.feature_cache: FeatureCache | None = None
         self.say: Callable[[str], None] = lambda text: None  # reports the progress of a pass before training
         if cache_features:
-            require_fixed_tower(self.trainable)
-        self._audited, self._step_tiles = False, 0
-        self._watched = False  # True after the first forward pass
-        self._held = False  # frozen matrices are in the compute dtype
-        self.discarded = False  # a callback discarded this step's gradients: there is nothing to check
+            require_frozen_tower(self.trainable)
+        self._gradients_checked, self._step_tiles = False, 0
+        self._matmul_dtypes_checked = False  # True after the first forward pass
+        self._has_rounded_weights = False  # frozen matrices are in the compute dtype
+        self.gradients_discarded = False  # a callback discarded this step's gradients: there is nothing to check
 
     # ---- the model
 
@@ -123,63 +123,63 @@ class Stage(L.LightningModule):
 
         Lightning calls it after the strategy's setup; a second call does nothing.
         """
-        if self.model is not None or self._given is None:
+        if self.model is not None or self._model_source is None:
             return
-        if not self._holds_frozen():
+        if not self._should_round_frozen():
             self._make_model()
             return
         try:
-            with weights_later():
+            with defer_weights():
                 self._make_model()
-        except NotInPieces:  # load everything in float32: exact values cannot be read again by shards
+        except NotShardLoadableError:  # load everything in float32: exact values cannot be read again by shards
             self._make_model()
             return
         for model in (self.model, getattr(self, "reference", None)):
             if model is not None:
-                fill(model, getattr(torch, self.hparams["frozen_dtype"]))
-        self._held = True
+                fill_skeleton(model, getattr(torch, self.hparams["frozen_dtype"]))
+        self._has_rounded_weights = True
 
-    def _holds_frozen(self) -> bool:
+    def _should_round_frozen(self) -> bool:
         """Return True when frozen matrices are rounded to `frozen_dtype`.
 
         Not for a model that was built already or comes with a checkpoint: the exact values of what is rounded must be
         read again for an export. A strategy that shards weights handles its own.
         """
-        from_files = isinstance(self._given, str | Path | Blueprint)
-        return self.hparams["frozen_dtype"] is not None and from_files and not are_weights_later()
+        from_files = isinstance(self._model_source, str | Path | ModelSpec)
+        return self.hparams["frozen_dtype"] is not None and from_files and not is_deferring_weights()
 
     def _make_model(self) -> None:
-        self._given = drawn_up(self._given, self.tiling)
-        init = start_from(self._given, getattr(torch, self.hparams["dtype"]), self.hparams["seed"])
+        self._model_source = resolve_model(self._model_source, self.tiling)
+        init = init_model(self._model_source, getattr(torch, self.hparams["dtype"]), self.hparams["seed"])
         self.model, self._new_ids, self._special_ids = init.model, init.new_ids, init.special_ids
         self._prepare_training()
 
     def setup(self, stage: str) -> None:
         """Check the trainer's precision."""
-        if self._held:
+        if self._has_rounded_weights:
             require_bf16(self.trainer.precision_plugin.precision)
 
     def _prepare_training(self) -> None:
         """Freeze parts, add LoRA adapters and trainable token rows, enable activation checkpointing."""
         model = self.model
         assert model is not None
-        freeze(model, self.trainable)
+        freeze_except(model, self.trainable)
         for part in self.trainable:
-            lora = getattr(self.options.parts.get(part), "lora", None)
+            lora = getattr(self.optimizer_options.parts.get(part), "lora", None)
             if lora is not None:
                 add_lora(model, part, lora, self.hparams["seed"])
-                self.how[part] = f"LoRA rank {lora.rank}"
-        token_ids = self._rows_to_train()
+                self.part_methods[part] = f"LoRA rank {lora.rank}"
+        token_ids = self._get_trainable_token_ids()
         if token_ids:
-            model.new_tokens = NewTokens(model, token_ids)
-            lora_text = self.how.get(Part.language_model)
-            self.how[Part.language_model] = (
-                f"{lora_text + ', ' if lora_text else ''}rows of {counted(len(token_ids), 'token')}"
+            model.new_tokens = TrainableTokens(model, token_ids)
+            lora_text = self.part_methods.get(ModelPart.language_model)
+            self.part_methods[ModelPart.language_model] = (
+                f"{lora_text + ', ' if lora_text else ''}rows of {format_count(len(token_ids), 'token')}"
             )
-        checkpoint_layers(model, self.level)
-        self.set_modes()
+        enable_activation_checkpointing(model, self.level)
+        self.set_train_modes()
 
-    def _rows_to_train(self) -> list[int]:
+    def _get_trainable_token_ids(self) -> list[int]:
         """Get the tokens whose rows train although the vocabulary's tables are frozen.
 
         These are the tokens that this run adds. Under LoRA they are all control tokens, because the data that uses them
@@ -188,25 +188,25 @@ class Stage(L.LightningModule):
         assert self.model is not None
         if self.model.get_input_embeddings().weight.requires_grad:
             return []
-        has_lora = getattr(self.options.parts.get(Part.language_model), "lora", None) is not None
+        has_lora = getattr(self.optimizer_options.parts.get(ModelPart.language_model), "lora", None) is not None
         if has_lora:
-            return self._special_ids if self.trains_special_rows else []
+            return self._special_ids if self.trains_special_tokens else []
         return self._new_ids
 
-    def set_modes(self) -> None:
+    def set_train_modes(self) -> None:
         """Set train mode for parts that train, and eval mode for frozen ones."""
-        set_modes(self.model, self.trainable, checkpointed=self.level is not Level.none)
+        set_train_modes(self.model, self.trainable, checkpointed=self.level is not Level.none)
 
     @property
     def level(self) -> Level:
         """Level of activation checkpointing."""
-        return level_of(self.hparams["activation_checkpointing"])
+        return parse_checkpointing_level(self.hparams["activation_checkpointing"])
 
     @property
     def part_summary(self) -> list[PartSummary]:
         """Summary of trainable parameters, one row for each part."""
         assert self.model is not None
-        return summary(self.model, self.how)
+        return summarize_parts(self.model, self.part_methods)
 
     # ---- training
 
@@ -214,50 +214,52 @@ class Stage(L.LightningModule):
         """Prepare caches and check the settings against data and model."""
         if self.model is None:
             raise UserError(f"{type(self).__name__} has no model; give it a folder, a Blueprint or a model.")
-        self.set_modes()
+        self.set_train_modes()
         self.prepare()
         require_images(getattr(getattr(self.trainer, "datamodule", None), "index", None), self.trainable)
-        require_checkpointing(self.model, self.level)
+        require_activation_checkpointing(self.model, self.level)
 
     def prepare(self) -> None:
         """Compute, once, what needs the run's initial weights; called before the weights of a checkpoint are loaded."""
-        if self.hparams["cache_features"] and self.features is None:
-            weights = getattr(self._given, "whole", None) or getattr(self._given, "vision_tower", None)
-            self.features = keep_features(self.trainer, self.model, weights, self.say, dtype=self.hparams["dtype"])
+        if self.hparams["cache_features"] and self.feature_cache is None:
+            weights = getattr(self._model_source, "whole", None) or getattr(self._model_source, "vision_tower", None)
+            self.feature_cache = build_feature_cache(
+                self.trainer, self.model, weights, self.say, dtype=self.hparams["dtype"]
+            )
 
-    def seen(self, batch: Batch) -> Tensor | None:
+    def get_vision_features(self, batch: Batch) -> Tensor | None:
         """Return cached vision features [N, P, C] of the batch's tiles; None when there is no cache."""
-        return self.features.of(batch) if self.features is not None and not batch.tiles.numel() else None
+        return self.feature_cache.get(batch) if self.feature_cache is not None and not batch.tiles.numel() else None
 
     def on_train_epoch_start(self) -> None:
-        self.set_modes()  # generating samples sets eval mode
+        self.set_train_modes()  # generating samples sets eval mode
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seed the random generators for this micro-batch."""
         # The seed of a step's random numbers (dropout) depends on its position only: a resumed run samples the same ones
-        self.discarded = False
+        self.gradients_discarded = False
         step, micro = divmod(batch_idx, self.trainer.accumulate_grad_batches)
-        seed = seed_of(self.hparams["seed"], step, micro, self.global_rank)
+        seed = compute_seed(self.hparams["seed"], step, micro, self.global_rank)
         torch.default_generator.manual_seed(seed)  # torch.manual_seed takes 0.6 ms without a GPU
         if self.device.type == "cuda":
             torch.cuda.manual_seed(seed)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of one micro-batch, scaled for gradient accumulation."""
-        loss = self.step_loss(batch) if self._watched else self._watched_loss(batch)
+        loss = self.compute_loss(batch) if self._matmul_dtypes_checked else self._compute_first_loss(batch)
         self._log_step(loss.detach(), batch)
-        return loss * self._divisor()
+        return loss * self._get_loss_scale()
 
-    def _watched_loss(self, batch: Batch) -> Tensor:
+    def _compute_first_loss(self, batch: Batch) -> Tensor:
         """Compute the first micro-batch's loss, and warn when a matrix product ran in float32 under half precision."""
-        self._watched = True
-        with Products() as counter:
-            loss = self.step_loss(batch)
+        self._matmul_dtypes_checked = True
+        with MatmulDtypeCounter() as counter:
+            loss = self.compute_loss(batch)
         if "16" in self.trainer.precision_plugin.precision:
-            warn_of_float32(counter)
+            warn_about_float32_matmuls(counter)
         return loss
 
-    def _divisor(self) -> int:
+    def _get_loss_scale(self) -> int:
         """Get the loss scale with which gradient accumulation sums over micro-batches and ranks.
 
         It cancels the later divisions. Lightning divides the loss by the number of micro-batches, and the strategy
@@ -271,54 +273,54 @@ class Stage(L.LightningModule):
             else num_micro_batches * world_size
         )
 
-    def step_loss(self, batch: Batch) -> Tensor:
+    def compute_loss(self, batch: Batch) -> Tensor:
         """Compute this micro-batch's part of the optimizer step's loss, [].
 
         The parts of all micro-batches and ranks add up to the loss of the step.
         """
-        return self.token_losses(batch).sum() / max(1, batch.step_supervised_tokens)
+        return self.compute_token_losses(batch).sum() / max(1, batch.step_supervised_tokens)
 
-    def token_losses(self, batch: Batch) -> Tensor:
+    def compute_token_losses(self, batch: Batch) -> Tensor:
         """Compute the cross-entropy loss of each supervised token, [R] nats."""
-        (log_probs,) = self.model(batch=batch, seen=self.seen(batch))
+        (log_probs,) = self.model(batch=batch, vision_features=self.get_vision_features(batch))
         return -log_probs if batch.num_supervised_tokens else log_probs * 0.0
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Check the gradients of the first step with images."""
-        if not self._audited and not self.discarded:
-            self.audit_gradients(with_images=self._step_tiles > 0)
+        if not self._gradients_checked and not self.gradients_discarded:
+            self.check_gradients(with_images=self._step_tiles > 0)
             # a step without images does not check the vision side
-            self._audited = self._step_tiles > 0 or self.trainable == [Part.language_model]
+            self._gradients_checked = self._step_tiles > 0 or self.trainable == [ModelPart.language_model]
 
-    def audit_gradients(self, with_images: bool = True) -> None:
+    def check_gradients(self, with_images: bool = True) -> None:
         """Raise UserError when gradients and trainable parameters do not match; see `require_gradients`."""
         assert self.model is not None
-        require_gradients(self.model, self.trainable, self._gradient_sums(), with_images=with_images)
+        require_gradients(self.model, self.trainable, self._compute_gradient_sums(), with_images=with_images)
 
-    def _gradient_sums(self) -> dict[str, float]:
+    def _compute_gradient_sums(self) -> dict[str, float]:
         assert self.model is not None
-        return gradient_sums(self.model, getattr(self._trainer, "strategy", None))
+        return compute_gradient_sums(self.model, getattr(self._trainer, "strategy", None))
 
     def _log_step(self, loss: Tensor, batch: Batch) -> None:
         """Sum the loss over micro-batches and log it at the last one as `train/loss`."""
         micro_batch = self.trainer.fit_loop.epoch_loop.batch_idx % self.trainer.accumulate_grad_batches
-        self._partial = loss if micro_batch == 0 else self._partial + loss
+        self._accumulated_loss = loss if micro_batch == 0 else self._accumulated_loss + loss
         self._step_tiles = batch.step_tiles
         if micro_batch == self.trainer.accumulate_grad_batches - 1:
-            self.log("train/loss", self._partial, prog_bar=True, sync_dist=True, reduce_fx="sum", batch_size=1)
+            self.log("train/loss", self._accumulated_loss, prog_bar=True, sync_dist=True, reduce_fx="sum", batch_size=1)
 
     def configure_optimizers(self) -> Any:
         """Make AdamW and the learning-rate schedule, which advances once per optimizer step."""
-        optimizer = make_optimizer(self.model, self.options)
+        optimizer = make_optimizer(self.model, self.optimizer_options)
         return {
             "optimizer": optimizer,
             "lr_scheduler": {
-                "scheduler": make_scheduler(optimizer, self.options, self._num_steps()),
+                "scheduler": make_scheduler(optimizer, self.optimizer_options, self._count_steps()),
                 "interval": "step",
             },
         }
 
-    def _num_steps(self) -> int:
+    def _count_steps(self) -> int:
         """Count the optimizer steps of this fit.
 
         Lightning's own estimate would start the data loader before a resumed run has set its position.
@@ -335,13 +337,13 @@ class Stage(L.LightningModule):
 
         Callbacks read the returned values.
         """
-        losses = self.token_losses(batch)
+        losses = self.compute_token_losses(batch)
         # a rank with only dummy batches must log too: the others wait for it when the metric is gathered
         self.log("val/loss", self.val_loss, on_epoch=True, on_step=False, prog_bar=True, batch_size=1)
-        if batch.blank:
+        if batch.dummy:
             return {}
-        count = torch.tensor(batch.supervised)
-        sums = torch.stack([part.sum() for part in losses.split(batch.supervised)])
+        count = torch.tensor(batch.segment_supervised_tokens)
+        sums = torch.stack([part.sum() for part in losses.split(batch.segment_supervised_tokens)])
         self.val_loss.update(losses.sum() / len(losses), weight=len(losses))
         return {"loss_sum": sums, "num_tokens": count}
 
@@ -355,18 +357,20 @@ class Stage(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the model's description and the exact values of rounded weights to a Lightning checkpoint."""
         assert self.model is not None
-        checkpoint["lit_vlm"] = described(self.model, self._rows_to_train())
+        checkpoint["lit_vlm"] = describe_model(self.model, self._get_trainable_token_ids())
         checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = dict(self.hparams)
-        if self._held:
-            checkpoint["state_dict"] |= {f"model.{name}": value for name, value in exact_values(self.model).items()}
+        if self._has_rounded_weights:
+            checkpoint["state_dict"] |= {
+                f"model.{name}": value for name, value in read_exact_values(self.model).items()
+            }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Build the model from its description in a Lightning checkpoint."""
         if self.model is None:
-            self._given = checkpoint["lit_vlm"]
+            self._model_source = checkpoint["lit_vlm"]
             self.configure_model()
 
 
-def seed_of(*numbers: int) -> int:
+def compute_seed(*numbers: int) -> int:
     """Compute a 64-bit seed from the numbers' SHA-256, so that seeds of neighbours are independent."""
     return int.from_bytes(hashlib.sha256(repr(numbers).encode()).digest()[:8], "little")

@@ -8,14 +8,14 @@ from typing import Any
 from torch import nn
 
 from lit_vlm.config.schema import ActivationCheckpointing as Level
-from lit_vlm.model.checkpointing import are_layers_checkpointed
-from lit_vlm.model.parts import part_of
-from lit_vlm.types import Part, UserError
+from lit_vlm.model.checkpointing import has_checkpointed_layers
+from lit_vlm.model.parts import get_part
+from lit_vlm.types import ModelPart, UserError
 
 
-def require_images(index: Any, trainable: Sequence[Part]) -> None:
+def require_images(index: Any, trainable: Sequence[ModelPart]) -> None:
     """Raise UserError when the vision side trains and no sample of the index has an image. None: no check."""
-    vision_parts = [part.value for part in trainable if part is not Part.language_model]
+    vision_parts = [part.value for part in trainable if part is not ModelPart.language_model]
     if index is not None and vision_parts and not index.tiles.any():
         raise UserError(
             f"No sample has an image, and the stage trains {', '.join(vision_parts)}, which would learn nothing. "
@@ -23,9 +23,9 @@ def require_images(index: Any, trainable: Sequence[Part]) -> None:
         )
 
 
-def require_checkpointing(model: nn.Module | None, level: Level) -> None:
+def require_activation_checkpointing(model: nn.Module | None, level: Level) -> None:
     """Raise UserError when activation checkpointing is set and no layer is checkpointed."""
-    if level is not Level.none and not are_layers_checkpointed(model):
+    if level is not Level.none and not has_checkpointed_layers(model):
         raise UserError(
             f"stage.activation_checkpointing={level.value} has no effect on this model: transformers checkpoints none "
             "of its layers. Set stage.activation_checkpointing=none."
@@ -41,9 +41,9 @@ def require_bf16(precision: str) -> None:
         )
 
 
-def require_fixed_tower(trainable: Sequence[Part]) -> None:
+def require_frozen_tower(trainable: Sequence[ModelPart]) -> None:
     """Raise UserError when the vision tower trains although its features are cached."""
-    if Part.vision_tower in trainable:
+    if ModelPart.vision_tower in trainable:
         raise UserError(
             "stage.cache_features=true keeps what the vision tower sees, and stage.trainable names it: it would see "
             "something else after each step. Leave one of them out."
@@ -51,7 +51,7 @@ def require_fixed_tower(trainable: Sequence[Part]) -> None:
 
 
 def require_gradients(
-    model: nn.Module, trainable: Sequence[Part], sums: dict[str, float], *, with_images: bool = True
+    model: nn.Module, trainable: Sequence[ModelPart], sums: dict[str, float], *, with_images: bool = True
 ) -> None:
     """Check that every trainable parameter has a gradient, every trainable part a non-zero one, and no other parameter one.
 
@@ -66,8 +66,8 @@ def require_gradients(
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     missing, unwanted = [n for n in trained if n not in sums], sorted(sums.keys() - set(trained))
     for name in trained:
-        norms[part_of(name)] = norms.get(part_of(name), 0.0) + sums.get(name, 0.0)
-    checked = norms if with_images else {Part.language_model: norms.get(Part.language_model, 1.0)}
+        norms[get_part(name)] = norms.get(get_part(name), 0.0) + sums.get(name, 0.0)
+    checked = norms if with_images else {ModelPart.language_model: norms.get(ModelPart.language_model, 1.0)}
     zero_parts = [part.value for part, norm in checked.items() if norm == 0.0]
     if missing or unwanted or zero_parts:
         raise UserError(
@@ -77,7 +77,7 @@ def require_gradients(
         )
 
 
-def gradient_sums(model: nn.Module, strategy: Any) -> dict[str, float]:
+def compute_gradient_sums(model: nn.Module, strategy: Any) -> dict[str, float]:
     """Compute the sum of magnitudes of each existing gradient.
 
     A strategy that shards gradients has its own method for it.

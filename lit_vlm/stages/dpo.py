@@ -15,15 +15,15 @@ from torch import Tensor
 from transformers import LlavaOnevisionForConditionalGeneration
 
 from lit_vlm.config.schema import ModelConfig
-from lit_vlm.losses.preference import SORTS_THE_BATCH, Judged, PreferenceLoss, score_answers
-from lit_vlm.model.build import Blueprint, build, draw_up
-from lit_vlm.model.lora import adapters_off
+from lit_vlm.losses.preference import SORTING_LOSS_TYPES, PreferenceLoss, PreferenceOutput, pad_answer_scores
+from lit_vlm.model.build import ModelSpec, build_model, load_model_spec
+from lit_vlm.model.lora import disable_adapters
 from lit_vlm.stages.base import Stage
-from lit_vlm.stages.passes import folder_for, pass_over
-from lit_vlm.stages.reference import ReferenceLogProbs
+from lit_vlm.stages.passes import fill_cache, get_cache_folder
+from lit_vlm.stages.reference import ReferenceLogProbCache
 from lit_vlm.stages.start import ModelLike
-from lit_vlm.stages.tally import NAMES, Tally, kl_of
-from lit_vlm.types import Batch, Part, UserError, counted
+from lit_vlm.stages.tally import METRIC_NAMES, PreferenceMetrics, estimate_kl
+from lit_vlm.types import Batch, ModelPart, UserError, format_count
 
 COLLAPSE = -0.7  # nats per token: chosen answers' tokens are half as likely as under the reference model
 
@@ -43,9 +43,9 @@ class DPOStage(Stage):
         loss_type, loss_weights, beta, ...: see `PreferenceLoss`.
     """
 
-    default_trainable = (Part.language_model,)
+    default_trainable = (ModelPart.language_model,)
     default_learning_rate = 5e-7
-    trains_special_rows = False  # under LoRA the reference is the model without adapters; rows are no adapters
+    trains_special_tokens = False  # under LoRA the reference is the model without adapters; rows are no adapters
 
     def __init__(
         self,
@@ -82,26 +82,26 @@ class DPOStage(Stage):
         super().__init__(model, **stage, **loss_options, **reference_options)
         self.loss = PreferenceLoss(**loss_options)
         self.reference: LlavaOnevisionForConditionalGeneration | None = None
-        self.kept: ReferenceLogProbs | None = None
-        self.tally, self.val_tally = Tally(), Tally()
-        self._warned = False
+        self.reference_cache: ReferenceLogProbCache | None = None
+        self.train_metrics, self.val_metrics = PreferenceMetrics(), PreferenceMetrics()
+        self._collapse_warned = False
 
     # ---- the reference
 
     @property
     def shares_tower(self) -> bool:
         """True when policy and reference model have the same vision tower; it then runs once for both."""
-        return self.hparams["reference"] is None and Part.vision_tower not in self.trainable
+        return self.hparams["reference"] is None and ModelPart.vision_tower not in self.trainable
 
     def _prepare_training(self) -> None:
         """Make the reference model, then prepare the policy; dropout is disabled."""
-        has_lora = any(getattr(options, "lora", None) for options in self.options.parts.values())
+        has_lora = any(getattr(options, "lora", None) for options in self.optimizer_options.parts.values())
         if self.hparams["reference"]:
-            spec = draw_up(ModelConfig(special_tokens=[]), self.hparams["reference"], self.tiling)
-            self._require_same_words(spec)
-            self.reference = build(spec, getattr(torch, self.hparams["dtype"]))
+            spec = load_model_spec(ModelConfig(special_tokens=[]), self.hparams["reference"], self.tiling)
+            self._require_same_vocabulary(spec)
+            self.reference = build_model(spec, getattr(torch, self.hparams["dtype"]))
         elif not has_lora and not self.hparams["cache_reference"]:
-            self.reference = _copy(self.model, with_tower=not self.shares_tower)
+            self.reference = _copy_model(self.model, with_tower=not self.shares_tower)
         super()._prepare_training()
         if self.reference is not None:
             self.reference.requires_grad_(False).eval()
@@ -109,82 +109,88 @@ class DPOStage(Stage):
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
 
-    def _require_same_words(self, other: Blueprint) -> None:
+    def _require_same_vocabulary(self, other: ModelSpec) -> None:
         """Require that the reference model has the same vocabulary as the policy.
 
         Raises:
             UserError: the tokenizers differ.
         """
-        tokenizer = getattr(self._given, "tokenizer", None)
+        tokenizer = getattr(self._model_source, "tokenizer", None)
         if tokenizer is None or tokenizer.get_vocab() == other.tokenizer.get_vocab():
             return
         different = tokenizer.get_vocab().items() ^ other.tokenizer.get_vocab().items()
         raise UserError(
             f"stage.reference={self.hparams['reference']} has another tokenizer than the model that trains: "
-            f"{counted(len(different), 'entry differs', 'entries differ')}, as {sorted(different)[0][0]!r}. Its log-probabilities would be of "
+            f"{format_count(len(different), 'entry differs', 'entries differ')}, as {sorted(different)[0][0]!r}. Its log-probabilities would be of "
             "other tokens. Name a model of the same vocabulary."
         )
 
     def prepare(self) -> None:
         """Fill the cache of reference log-probabilities, if it is enabled, and release the reference model."""
         super().prepare()
-        if not self.hparams["cache_reference"] or self.kept is not None:
+        if not self.hparams["cache_reference"] or self.reference_cache is not None:
             return
-        weights = self.hparams["reference"] or getattr(self._given, "whole", None)
-        self.kept = ReferenceLogProbs(folder_for(self.trainer, "reference", weights, dtype=self.hparams["dtype"]))
-        pass_over(self.trainer, self.kept, self._keep, self.say)
+        weights = self.hparams["reference"] or getattr(self._model_source, "whole", None)
+        self.reference_cache = ReferenceLogProbCache(
+            get_cache_folder(self.trainer, "reference", weights, dtype=self.hparams["dtype"])
+        )
+        fill_cache(self.trainer, self.reference_cache, self._store_reference_log_probs, self.say)
         self.reference = None
 
-    def _keep(self, batch: Batch) -> None:
+    def _store_reference_log_probs(self, batch: Batch) -> None:
         """Compute the reference model's log-probabilities of a batch and store them in the cache."""
-        assert self.kept is not None
-        with self._as_reference() as reference:
+        assert self.reference_cache is not None
+        with self._use_reference() as reference:
             log_probs, *_ = reference(batch=batch)
-        if not batch.blank:
-            self.kept.add_batch(batch, log_probs)
+        if not batch.dummy:
+            self.reference_cache.add_batch(batch, log_probs)
 
     def on_fit_start(self) -> None:
         """Refuse losses that sort the whole batch when it is split into micro-batches."""
         super().on_fit_start()
         micro_batches = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        sorting_losses = [name for name in self.hparams["loss_type"] if name in SORTS_THE_BATCH]
+        sorting_losses = [name for name in self.hparams["loss_type"] if name in SORTING_LOSS_TYPES]
         if sorting_losses and micro_batches > 1:
             raise UserError(
                 f"stage.loss_type={sorting_losses[0]} sorts the whole batch, and this one is dealt into {micro_batches} micro-batches. "
                 "Lower data.global_batch_size, or raise data.tokens_per_micro_batch and data.tiles_per_micro_batch, on one device."
             )
 
-    def set_modes(self) -> None:
+    def set_train_modes(self) -> None:
         """Set train and eval modes; the reference model is always in eval mode."""
-        super().set_modes()
+        super().set_train_modes()
         if self.reference is not None:
             self.reference.eval()
 
     @contextlib.contextmanager
-    def _as_reference(self) -> Iterator[LlavaOnevisionForConditionalGeneration]:
+    def _use_reference(self) -> Iterator[LlavaOnevisionForConditionalGeneration]:
         """Use the reference model inside: the frozen copy, or the policy with its adapters disabled."""
         if self.reference is not None:
             yield self.reference
         else:
-            with adapters_off(self.model):
+            with disable_adapters(self.model):
                 yield self.model
 
-    def _reference_scores(self, batch: Batch, seen: Tensor) -> Tensor:
+    def _compute_reference_log_probs(self, batch: Batch, vision_features: Tensor) -> Tensor:
         """Compute (or get from the cache) the reference model's log-probabilities [R].
 
         Args:
             vision_features: output of the policy's vision tower for the batch's tiles.
         """
-        if self.kept is not None:
-            return self.kept.of(batch) if not batch.blank else seen.new_zeros(1, dtype=torch.float32)
-        with torch.no_grad(), self._as_reference() as reference:
-            return reference(batch=batch, seen=seen if self.shares_tower else None)[0]
+        if self.reference_cache is not None:
+            return (
+                self.reference_cache.get(batch)
+                if not batch.dummy
+                else vision_features.new_zeros(1, dtype=torch.float32)
+            )
+        with torch.no_grad(), self._use_reference() as reference:
+            return reference(batch=batch, vision_features=vision_features if self.shares_tower else None)[0]
 
     # ---- training
 
-    def step_loss(self, batch: Batch) -> Tensor:
+    def compute_loss(self, batch: Batch) -> Tensor:
         """Compute this micro-batch's part of the optimizer step's preference loss, [], and log metrics."""
-        loss, output = self._preference(batch, self.tally, training=True)
+        loss, output = self._compute_preference(batch, self.train_metrics, training=True)
         if output is not None:
             self._check_first_loss(output)
         self._log_metrics()
@@ -195,40 +201,44 @@ class DPOStage(Stage):
 
         At the end of validation, `val/loss`, `val/rewards/accuracies`, ... are means over all pairs.
         """
-        loss, _ = self._preference(batch, self.val_tally, training=False)
-        if not batch.blank:
-            self.val_tally.add_loss(loss, batch.num_pairs)
+        loss, _ = self._compute_preference(batch, self.val_metrics, training=False)
+        if not batch.dummy:
+            self.val_metrics.update_loss(loss, batch.num_pairs)
         return {}
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics."""
-        means = self.val_tally.means(self._sum, self.device)
+        means = self.val_metrics.compute(self._sum_over_ranks, self.device)
         for name, value in means.items():
             shown = name in ("loss", "rewards/accuracies")
             self.log(f"val/{name}", value, prog_bar=shown, batch_size=1)
 
-    def _preference(self, batch: Batch, tally: Tally, training: bool) -> tuple[Tensor, Judged | None]:
+    def _compute_preference(
+        self, batch: Batch, metrics: PreferenceMetrics, training: bool
+    ) -> tuple[Tensor, PreferenceOutput | None]:
         """Compute the micro-batch's part of the preference loss, and the loss output (None for a dummy batch)."""
-        *scores, vision_features = self.model(batch=batch, statistics=True, seen=self.seen(batch))
-        reference_log_probs = self._reference_scores(batch, vision_features)
-        if batch.blank:
+        *scores, vision_features = self.model(
+            batch=batch, statistics=True, vision_features=self.get_vision_features(batch)
+        )
+        reference_log_probs = self._compute_reference_log_probs(batch, vision_features)
+        if batch.dummy:
             return scores[0].sum() * 0.0, None
-        lengths = batch.supervised[-2 * batch.num_pairs :]
+        lengths = batch.segment_supervised_tokens[-2 * batch.num_pairs :]
         num_chosen_tokens = sum(lengths[: batch.num_pairs])
         output = self.loss(
-            score_answers(scores, lengths),
-            score_answers([reference_log_probs], lengths),
+            pad_answer_scores(scores, lengths),
+            pad_answer_scores([reference_log_probs], lengths),
             lengths,
             pair_share=batch.num_pairs / max(1, batch.step_pairs),
             token_share=num_chosen_tokens / max(1, batch.step_chosen_tokens),
             training=training,
         )
         policy_log_probs = scores[0].detach()
-        tally.add(
+        metrics.update(
             batch,
             lengths,
             output,
-            kl_of(policy_log_probs, reference_log_probs),
+            estimate_kl(policy_log_probs, reference_log_probs),
             (policy_log_probs - reference_log_probs)[:num_chosen_tokens].sum(),
         )
         return output.loss, output
@@ -245,33 +255,33 @@ class DPOStage(Stage):
         if not is_last:
             return
         step = self.global_step + 1
-        if step % trainer.log_every_n_steps and step != self._num_steps():
-            self.tally = Tally()
+        if step % trainer.log_every_n_steps and step != self._count_steps():
+            self.train_metrics = PreferenceMetrics()
             return
-        means = self.tally.means(self._sum, self.device)
+        means = self.train_metrics.compute(self._sum_over_ranks, self.device)
         for name, value in means.items():
             self.log(f"train/{name}", value, batch_size=1)
-        for name in NAMES - means.keys():  # else Lightning would log the value of an earlier step again
+        for name in METRIC_NAMES - means.keys():  # else Lightning would log the value of an earlier step again
             trainer._results.pop(f"training_step.train/{name}", None)
-        self._warn_of_collapse(means)
+        self._warn_about_collapse(means)
 
-    def _sum(self, numbers: Tensor) -> Tensor:
+    def _sum_over_ranks(self, numbers: Tensor) -> Tensor:
         return self.trainer.strategy.reduce(numbers, reduce_op="sum")
 
-    def _warn_of_collapse(self, means: dict[str, float]) -> None:
+    def _warn_about_collapse(self, means: dict[str, float]) -> None:
         """Warn when chosen answers become unlikely.
 
         Preference losses use differences: both answers may become unlikely, the chosen one less so.
         """
-        if means.get("drift", 0.0) < COLLAPSE and not self._warned:
-            self._warned = True
+        if means.get("drift", 0.0) < COLLAPSE and not self._collapse_warned:
+            self._collapse_warned = True
             rank_zero_warn(
                 f"Step {self.global_step + 1:,}: the tokens of chosen answers are {math.exp(-means['drift']):.1f} times less likely than under "
                 "the reference. The margin grows because rejected answers fall faster, and the model forgets how to write good ones. Lower "
                 "stage.learning_rate, raise stage.beta, or add the chosen answers' own loss: stage.loss_type=[sigmoid,sft]."
             )
 
-    def _check_first_loss(self, judged: Judged) -> None:
+    def _check_first_loss(self, output: PreferenceOutput) -> None:
         """Check the first loss, which is known because policy and reference model are equal at the first step.
 
         A different loss means a different reference model.
@@ -279,13 +289,13 @@ class DPOStage(Stage):
         Raises:
             UserError: the loss differs from its value at margin zero.
         """
-        expected = self.loss.at_margin_zero()
-        if self.global_step or expected is None or judged.pair_loss is None or self.hparams["reference"]:
+        expected = self.loss.compute_loss_at_zero_margin()
+        if self.global_step or expected is None or output.pair_loss is None or self.hparams["reference"]:
             return
-        actual = float(judged.pair_loss)
+        actual = float(output.pair_loss)
         is_float32 = self.hparams["dtype"] == "float32" and not torch.is_autocast_enabled(self.device.type)
         # cached values were computed with other pairs in the batch: sums over long answers are rounded differently
-        tolerance = (1e-5 if is_float32 else 2e-2) if self.kept is None else (1e-3 if is_float32 else 1e-1)
+        tolerance = (1e-5 if is_float32 else 2e-2) if self.reference_cache is None else (1e-3 if is_float32 else 1e-1)
         if abs(actual - expected) > tolerance * max(1.0, abs(expected)):
             raise UserError(
                 f"The first preference loss is {actual:.6f}; policy and reference are the same model, so it must be {expected:.6f} "
@@ -301,7 +311,9 @@ class DPOStage(Stage):
             self.strict_loading = False
 
 
-def _copy(model: LlavaOnevisionForConditionalGeneration, *, with_tower: bool) -> LlavaOnevisionForConditionalGeneration:
+def _copy_model(
+    model: LlavaOnevisionForConditionalGeneration, *, with_tower: bool
+) -> LlavaOnevisionForConditionalGeneration:
     """Copy the model; without the vision tower where policy and reference model share it."""
     tower = model.model.vision_tower
     if with_tower:

@@ -22,21 +22,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lit_vlm.files import written
-from lit_vlm.model.tensor_files import os_errors
+from lit_vlm.files import atomic_write
+from lit_vlm.model.tensor_files import raise_os_errors
 from lit_vlm.types import Batch, UserError
 
 VERSION = 2  # increase it when the same model and data give other numbers
 PART_BYTES = 1 << 26  # minimum size of a file; the last one of a pass is smaller
 
 
-def key_of(**what: Any) -> str:
+def compute_cache_key(**inputs: Any) -> str:
     """Compute the folder name: a digest of everything that the numbers depend on."""
-    text = json.dumps([VERSION, what], sort_keys=True, default=str)
+    text = json.dumps([VERSION, inputs], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-class Kept:
+class RecordCache:
     """Cache of rows [n, ...] by record; the rows of a record may have several parts, with known counts.
 
     Args:
@@ -45,19 +45,19 @@ class Kept:
         setting: the setting that enables this cache.
     """
 
-    def __init__(self, folder: Path | None, what: str, setting: str) -> None:
-        self.folder, self.what, self.setting = folder, what, setting
-        self._new: list[tuple[int, int, Sequence[int], Tensor]] = []
-        self._bytes = 0
-        self._values: list[Any] = []  # of each file, read on request; in memory: tensors
-        self._keys, self._records = np.empty(0, np.uint64), np.empty(0, np.uint64)
-        self._where, self._counts = np.empty((0, 2), np.int64), np.empty((0, 0), np.int64)
+    def __init__(self, folder: Path | None, label: str, setting: str) -> None:
+        self.folder, self.label, self.setting = folder, label, setting
+        self._pending: list[tuple[int, int, Sequence[int], Tensor]] = []
+        self._pending_bytes = 0
+        self._part_values: list[Any] = []  # of each file, read on request; in memory: tensors
+        self._keys, self._record_hashes = np.empty(0, np.uint64), np.empty(0, np.uint64)
+        self._locations, self._counts = np.empty((0, 2), np.int64), np.empty((0, 0), np.int64)
         self.read()
 
     def read(self) -> None:
         """Read the index of all files in the folder, including those of other runs and ranks."""
         files = sorted(self.folder.glob("part-*.safetensors")) if self.folder else []
-        parts = [_opened(file) for file in files] + ([_packed(self._new)] if self._new else [])
+        parts = [_open_part(file) for file in files] + ([_pack_records(self._pending)] if self._pending else [])
         if not parts:
             return
         keys, contents = (
@@ -66,23 +66,23 @@ class Kept:
         counts = [part["counts"].numpy() for part in parts]
         locations = [np.stack([np.full(len(c), n), np.cumsum([0, *c.sum(1)])[:-1]], 1) for n, c in enumerate(counts)]
         self._keys = np.unique(keys)
-        self._records, indices = np.unique(_records(keys, contents), return_index=True)
-        self._counts, self._where = np.concatenate(counts)[indices], np.concatenate(locations)[indices]
-        self._values = [part["values"] for part in parts]
+        self._record_hashes, indices = np.unique(_hash_records(keys, contents), return_index=True)
+        self._counts, self._locations = np.concatenate(counts)[indices], np.concatenate(locations)[indices]
+        self._part_values = [part["values"] for part in parts]
 
-    def knows(self, keys: np.ndarray) -> np.ndarray:
+    def has_keys(self, keys: np.ndarray) -> np.ndarray:
         """Return [keys] bool: True for keys in the cache, whatever the content of their images."""
         return np.isin(keys, self._keys)
 
-    def missing(self, keys: np.ndarray, contents: np.ndarray) -> np.ndarray:
+    def find_missing(self, keys: np.ndarray, contents: np.ndarray) -> np.ndarray:
         """Find the records that are not in the cache, [keys] bool."""
-        return ~np.isin(_records(keys, contents), self._records)
+        return ~np.isin(_hash_records(keys, contents), self._record_hashes)
 
     def add(self, key: int, content: int, counts: Sequence[int], rows: Tensor) -> None:
         """Add the rows of a record; `counts` sums to their number."""
-        self._new.append((key, content, counts, rows.detach().cpu()))
-        self._bytes += rows.numel() * rows.element_size()
-        if self.folder is not None and self._bytes > PART_BYTES:
+        self._pending.append((key, content, counts, rows.detach().cpu()))
+        self._pending_bytes += rows.numel() * rows.element_size()
+        if self.folder is not None and self._pending_bytes > PART_BYTES:
             self.write()
 
     def write(self) -> None:
@@ -91,37 +91,42 @@ class Kept:
         Raises:
             UserError: there is no space or no permission.
         """
-        if self.folder is None or not self._new:
+        if self.folder is None or not self._pending:
             return
-        with written(self.folder / f"part-{uuid4().hex}.safetensors", self.what.capitalize()) as temporary, os_errors():
-            save_file(_packed(self._new), temporary)
-        self._new, self._bytes = [], 0
+        with (
+            atomic_write(self.folder / f"part-{uuid4().hex}.safetensors", self.label.capitalize()) as temporary,
+            raise_os_errors(),
+        ):
+            save_file(_pack_records(self._pending), temporary)
+        self._pending, self._pending_bytes = [], 0
 
-    def exchange(self) -> None:
+    def gather_from_ranks(self) -> None:
         """Gather the pending records of all ranks on every rank, for a cache in memory. All ranks call it together."""
         pending_by_rank: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(pending_by_rank, self._new)
-        self._new = [record for pending in pending_by_rank for record in pending]
+        torch.distributed.all_gather_object(pending_by_rank, self._pending)
+        self._pending = [record for pending in pending_by_rank for record in pending]
 
-    def rows(self, batch: Batch, record: int, counts: Sequence[int]) -> Tensor:
+    def get_rows(self, batch: Batch, record: int, counts: Sequence[int]) -> Tensor:
         """Get the rows of the record at this position of the batch.
 
         Raises:
             UserError: the record is not in the cache, or has other counts or other images now.
         """
-        key, content = (np.array([column[record]], np.uint64) for column in (batch.keys, batch.contents))
-        (record_hash,) = _records(key, content)
-        place = int(np.searchsorted(self._records, record_hash))
-        known = place < len(self._records) and self._records[place] == record_hash
+        key, content = (np.array([column[record]], np.uint64) for column in (batch.record_keys, batch.image_hashes))
+        (record_hash,) = _hash_records(key, content)
+        place = int(np.searchsorted(self._record_hashes, record_hash))
+        known = place < len(self._record_hashes) and self._record_hashes[place] == record_hash
         if not known or self._counts[place].tolist() != list(counts):
-            raise UserError(f"{batch.sample_ids[record]}: {self._lack(key, known)} or train with {self.setting}=false.")
-        part, start = self._where[place].tolist()
-        return self._values[part][start : start + sum(counts)]
+            raise UserError(
+                f"{batch.sample_ids[record]}: {self._describe_missing(key, known)} or train with {self.setting}=false."
+            )
+        part, start = self._locations[place].tolist()
+        return self._part_values[part][start : start + sum(counts)]
 
-    def _lack(self, key: np.ndarray, known: bool) -> str:
+    def _describe_missing(self, key: np.ndarray, known: bool) -> str:
         """Describe why a record is not in the cache."""
-        label = f"{self.what} ({self.folder or 'in memory'})"
-        if known or not self.knows(key).all():
+        label = f"{self.label} ({self.folder or 'in memory'})"
+        if known or not self.has_keys(key).all():
             return f"{label} lack this record as it is now. Remove that folder,"
         return (
             f"its pictures hold something else than when {label} were made of them: a file was replaced under the same name. "
@@ -129,7 +134,7 @@ class Kept:
         )
 
 
-def _records(keys: np.ndarray, contents: np.ndarray) -> np.ndarray:
+def _hash_records(keys: np.ndarray, contents: np.ndarray) -> np.ndarray:
     """Hash each (key, content) pair to a uint64, [keys].
 
     Multiplication by an odd number modulo 2^64 is one-to-one, so different contents give different terms.
@@ -137,8 +142,8 @@ def _records(keys: np.ndarray, contents: np.ndarray) -> np.ndarray:
     return keys + contents * np.uint64(0x9E3779B97F4A7C15)
 
 
-def _packed(new: Sequence[tuple[int, int, Sequence[int], Tensor]]) -> dict[str, Tensor]:
-    keys, contents, counts, values = zip(*new, strict=True)
+def _pack_records(pending: Sequence[tuple[int, int, Sequence[int], Tensor]]) -> dict[str, Tensor]:
+    keys, contents, counts, values = zip(*pending, strict=True)
     return {
         "keys": torch.from_numpy(np.array(keys, np.uint64).view(np.int64)),
         "contents": torch.from_numpy(np.array(contents, np.uint64).view(np.int64)),
@@ -147,7 +152,7 @@ def _packed(new: Sequence[tuple[int, int, Sequence[int], Tensor]]) -> dict[str, 
     }
 
 
-def _opened(file: Path) -> dict[str, Any]:
+def _open_part(file: Path) -> dict[str, Any]:
     """Open a file of the cache and check that it is complete; values are not read yet."""
     try:
         part = safe_open(file, framework="pt")

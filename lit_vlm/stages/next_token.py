@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from lit_vlm.stages.base import Stage
-from lit_vlm.types import Part
+from lit_vlm.types import ModelPart
 
 
 class AlignStage(Stage):
     """Stage 1: the projector learns to map image features into the language model's input space; the rest is frozen."""
 
-    default_trainable = (Part.projector,)
+    default_trainable = (ModelPart.projector,)
     default_learning_rate = 1e-3
 
 

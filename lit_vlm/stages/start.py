@@ -11,16 +11,16 @@ from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGener
 
 from lit_vlm.anyres import ImageSettings, Tiling
 from lit_vlm.config.schema import ModelConfig
-from lit_vlm.model.build import Blueprint, build, draw_up
+from lit_vlm.model.build import ModelSpec, build_model, load_model_spec
 from lit_vlm.model.forward import use_flat_forward
 from lit_vlm.types import UserError
 
-Drawn: TypeAlias = Blueprint | LlavaOnevisionForConditionalGeneration | dict[str, Any]
-ModelLike: TypeAlias = Drawn | str | Path
+ResolvedModel: TypeAlias = ModelSpec | LlavaOnevisionForConditionalGeneration | dict[str, Any]
+ModelLike: TypeAlias = ResolvedModel | str | Path
 
 
 @dataclass(slots=True)
-class Start:
+class ModelInit:
     """Initialised model, with the ids of tokens that this run adds and of all control tokens."""
 
     model: LlavaOnevisionForConditionalGeneration
@@ -28,12 +28,16 @@ class Start:
     special_ids: list[int] = field(default_factory=list)
 
 
-def drawn_up(given: ModelLike, tiling: Tiling) -> Drawn:
+def resolve_model(source: ModelLike, tiling: Tiling) -> ResolvedModel:
     """Resolve a folder or hub id to its ModelSpec; return anything else unchanged."""
-    return draw_up(ModelConfig(special_tokens=[]), str(given), tiling) if isinstance(given, str | Path) else given
+    return (
+        load_model_spec(ModelConfig(special_tokens=[]), str(source), tiling)
+        if isinstance(source, str | Path)
+        else source
+    )
 
 
-def start_from(given: Drawn, dtype: torch.dtype, seed: int) -> Start:
+def init_model(source: ResolvedModel, dtype: torch.dtype, seed: int) -> ModelInit:
     """Initialise the model, unless it is built already.
 
     Args:
@@ -44,20 +48,20 @@ def start_from(given: Drawn, dtype: torch.dtype, seed: int) -> Start:
     Raises:
         UserError: the model was not built by this project.
     """
-    if isinstance(given, Blueprint):
-        ids = given.tokenizer.convert_tokens_to_ids
-        return Start(build(given, dtype, seed), ids(given.new_tokens), ids(given.special_tokens))
-    if isinstance(given, dict):  # a checkpoint: its own weights follow
-        model = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig.from_dict(given["config"])).to(dtype)
-        model.generation_config.eos_token_id = given["stops"]
-        use_flat_forward(model, _settings_from(given["images"]))
-        return Start(model, given["row_ids"], given["row_ids"])
-    if not hasattr(given.model, "image_settings"):
+    if isinstance(source, ModelSpec):
+        ids = source.tokenizer.convert_tokens_to_ids
+        return ModelInit(build_model(source, dtype, seed), ids(source.new_tokens), ids(source.special_tokens))
+    if isinstance(source, dict):  # a checkpoint: its own weights follow
+        model = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig.from_dict(source["config"])).to(dtype)
+        model.generation_config.eos_token_id = source["stops"]
+        use_flat_forward(model, _parse_image_settings(source["images"]))
+        return ModelInit(model, source["row_ids"], source["row_ids"])
+    if not hasattr(source.model, "image_settings"):
         raise UserError("Give a model that lit_vlm built, or the folder it was saved to.")
-    return Start(given)
+    return ModelInit(source)
 
 
-def described(model: LlavaOnevisionForConditionalGeneration, row_ids: list[int]) -> dict[str, Any]:
+def describe_model(model: LlavaOnevisionForConditionalGeneration, row_ids: list[int]) -> dict[str, Any]:
     """Describe the model for a Lightning checkpoint, beside its weights, in plain containers.
 
     Args:
@@ -72,7 +76,7 @@ def described(model: LlavaOnevisionForConditionalGeneration, row_ids: list[int])
     }
 
 
-def _settings_from(values: dict[str, Any]) -> ImageSettings:
+def _parse_image_settings(values: dict[str, Any]) -> ImageSettings:
     pinpoints = tuple(tuple(pair) for pair in values["grid_pinpoints"])
     lists = {key: tuple(values[key]) for key in ("mean", "std")}
     return ImageSettings(**{**values, **lists, "grid_pinpoints": pinpoints, "tiling": Tiling(values["tiling"])})

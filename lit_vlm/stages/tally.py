@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lit_vlm.losses.preference import Judged
-from lit_vlm.types import Batch, Kind, Language
+from lit_vlm.losses.preference import PreferenceOutput
+from lit_vlm.types import Batch, Language, SampleKind
 
 # TRL's metrics, grouped by what each is a mean over.
-OF_PAIRS = (
+PAIR_METRICS = (
     "rewards/chosen",
     "rewards/rejected",
     "rewards/accuracies",
@@ -20,25 +20,28 @@ OF_PAIRS = (
     "logps/chosen",
     "logps/rejected",
 )
-OF_CHOSEN = ("logits/chosen", "mean_token_accuracy")
-OF_REJECTED = ("logits/rejected",)
-OF_TOKENS = ("entropy", "kl")
-GROUPS = (*(language.value for language in Language if language is not Language.auto), *(kind.value for kind in Kind))
-OF_GROUPS = ("rewards/accuracies", "rewards/margins")
-NAMES = dict.fromkeys(
+CHOSEN_TOKEN_METRICS = ("logits/chosen", "mean_token_accuracy")
+REJECTED_TOKEN_METRICS = ("logits/rejected",)
+TOKEN_METRICS = ("entropy", "kl")
+GROUPS = (
+    *(language.value for language in Language if language is not Language.auto),
+    *(kind.value for kind in SampleKind),
+)
+GROUP_METRICS = ("rewards/accuracies", "rewards/margins")
+METRIC_NAMES = dict.fromkeys(
     (
         "loss",
-        *OF_PAIRS,
-        *OF_CHOSEN,
-        *OF_REJECTED,
-        *OF_TOKENS,
+        *PAIR_METRICS,
+        *CHOSEN_TOKEN_METRICS,
+        *REJECTED_TOKEN_METRICS,
+        *TOKEN_METRICS,
         "drift",
-        *(f"{name}_{group}" for group in GROUPS for name in OF_GROUPS),
+        *(f"{name}_{group}" for group in GROUPS for name in GROUP_METRICS),
     )
 ).keys()
 
 
-class Tally:
+class PreferenceMetrics:
     """Preference metrics as sums and weights.
 
     `kl` is an estimate in nats per token, from the pairs' own tokens. `drift` is the mean increase of the
@@ -46,9 +49,9 @@ class Tally:
     """
 
     def __init__(self) -> None:
-        self._sums = dict.fromkeys(NAMES, (0.0, 0.0))
+        self._sums = dict.fromkeys(METRIC_NAMES, (0.0, 0.0))
 
-    def add(self, batch: Batch, lengths: Sequence[int], judged: Judged, kl: Tensor, drift: Tensor) -> None:
+    def update(self, batch: Batch, lengths: Sequence[int], output: PreferenceOutput, kl: Tensor, drift: Tensor) -> None:
         """Update the sums with one micro-batch.
 
         Args:
@@ -58,11 +61,16 @@ class Tally:
         """
         pairs = batch.num_pairs
         chosen, rejected = sum(lengths[:pairs]), sum(lengths[pairs:])
-        weights = {OF_PAIRS: pairs, OF_CHOSEN: chosen, OF_REJECTED: rejected, ("entropy",): chosen + rejected}
+        weights = {
+            PAIR_METRICS: pairs,
+            CHOSEN_TOKEN_METRICS: chosen,
+            REJECTED_TOKEN_METRICS: rejected,
+            ("entropy",): chosen + rejected,
+        }
         for names, weight in weights.items():
             for name in names:
-                self._add(name, judged.metrics[name] * weight, weight)
-        summed_kl, summed_drift, *rewards = torch.stack([kl, drift, *judged.rewards]).tolist()
+                self._add(name, output.metrics[name] * weight, weight)
+        summed_kl, summed_drift, *rewards = torch.stack([kl, drift, *output.rewards]).tolist()
         self._add("kl", summed_kl, chosen + rejected)
         self._add("drift", summed_drift, chosen)
         for number, groups in enumerate(zip(batch.languages, batch.kinds, strict=True)):
@@ -71,11 +79,11 @@ class Tally:
                 self._add(f"rewards/accuracies_{group}", float(margin > 0), 1)
                 self._add(f"rewards/margins_{group}", margin, 1)
 
-    def add_loss(self, loss: Tensor, pairs: int) -> None:
+    def update_loss(self, loss: Tensor, num_pairs: int) -> None:
         """Update the mean loss with a micro-batch of `num_pairs` pairs."""
-        self._add("loss", float(loss) * pairs, pairs)
+        self._add("loss", float(loss) * num_pairs, num_pairs)
 
-    def means(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
+    def compute(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, float]:
         """Compute the mean of each metric that has a weight, over all ranks, and reset the sums.
 
         All ranks call it together.
@@ -85,16 +93,16 @@ class Tally:
         """
         # float32: some devices support no wider type, and no sum of a step needs one
         numbers = torch.tensor(list(self._sums.values()), dtype=torch.float32, device=device)
-        self._sums = dict.fromkeys(NAMES, (0.0, 0.0))
+        self._sums = dict.fromkeys(METRIC_NAMES, (0.0, 0.0))
         totals = reduce(numbers).tolist()
-        return {name: total / weight for name, (total, weight) in zip(NAMES, totals, strict=True) if weight}
+        return {name: total / weight for name, (total, weight) in zip(METRIC_NAMES, totals, strict=True) if weight}
 
     def _add(self, name: str, value: float, weight: float) -> None:
         total, weights = self._sums[name]
         self._sums[name] = total + value, weights + weight
 
 
-def kl_of(policy: Tensor, reference: Tensor) -> Tensor:
+def estimate_kl(policy: Tensor, reference: Tensor) -> Tensor:
     """Estimate the KL divergence of policy from reference model, [], summed over rows.
 
     The estimator is r - 1 - log r, with r the ratio of the reference's probability to the policy's. It is never

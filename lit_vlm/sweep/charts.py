@@ -13,22 +13,29 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-from lit_vlm.config.overrides import quote
-from lit_vlm.engine.report_charts import Scale, log_ticks, ticks
+from lit_vlm.config.overrides import quote_value
+from lit_vlm.engine.report_charts import AxisScale, compute_log_ticks, compute_ticks
 from lit_vlm.sweep.file import Goal, SweepFile
-from lit_vlm.sweep.importance import is_number, ranked
-from lit_vlm.sweep.records import TrialRecord, best_of, varied
+from lit_vlm.sweep.importance import compute_ranks, is_numeric
+from lit_vlm.sweep.records import TrialRecord, find_best_trial, find_varying_keys
 
 WIDTH, HEIGHT = 1040, 380
 LEFT, RIGHT, TOP, BOTTOM = 92, 46, 58, 18
-FAR = 5.0
-LOG_SPAN = 30  # from this ratio of the largest to the smallest value on, the axis is logarithmic
-MOST_LETTERS = 16  # of a category, or of a name above its axis
-SECOND = (480, 250, 44, 14, 12, 36)  # width, height and margins (left, right, top, bottom) of the metric's chart
+OUTLIER_FACTOR = 5.0
+MIN_LOG_RATIO = 30  # from this ratio of the largest to the smallest value on, the axis is logarithmic
+MAX_LABEL_LETTERS = 16  # of a category, or of a name above its axis
+METRIC_CHART_LAYOUT = (
+    480,
+    250,
+    44,
+    14,
+    12,
+    36,
+)  # width, height and margins (left, right, top, bottom) of the metric's chart
 
 
 @dataclass(frozen=True, slots=True)
-class Axis:
+class ParallelAxis:
     """Vertical axis of the parallel coordinates: position of each value, and the ticks.
 
     Attributes:
@@ -38,99 +45,101 @@ class Axis:
 
     key: str
     x: float
-    scale: Scale | None
-    names: tuple[str, ...] = ()
-    log: bool = False
+    scale: AxisScale | None
+    categories: tuple[str, ...] = ()
+    is_log: bool = False
 
-    def place(self, value: Any) -> float:
+    def get_position(self, value: Any) -> float:
         """Return the y position of a value, in SVG units."""
         if self.scale is not None:
             return self.scale(float(value))
-        return self._row(self.names.index(name_of(value)))
+        return self._get_row_position(self.categories.index(format_category(value)))
 
-    def marks(self) -> list[tuple[float, str]]:
+    def list_ticks(self) -> list[tuple[float, str]]:
         """List the ticks: y position and label."""
         if self.scale is None:
-            return [(self._row(row), short_name(name)) for row, name in enumerate(self.names)]
+            return [(self._get_row_position(row), clip_label(name)) for row, name in enumerate(self.categories)]
         low, high = self.scale.low, self.scale.high
-        values = log_ticks(low, high) if self.log else ticks(low, high)
+        values = compute_log_ticks(low, high) if self.is_log else compute_ticks(low, high)
         if len(values) < 2:
             values = [low, high]
         return [(self.scale(value), f"{value:.4g}") for value in values]
 
-    def _row(self, row: int) -> float:
-        share = (row + 0.5) / len(self.names)
+    def _get_row_position(self, row: int) -> float:
+        share = (row + 0.5) / len(self.categories)
         return round(HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP), 1)
 
 
-def parallel_coordinates(records: Sequence[TrialRecord], sweep: SweepFile) -> str:
+def draw_parallel_coordinates(records: Sequence[TrialRecord], sweep: SweepFile) -> str:
     """Draw parallel coordinates as <svg>: one axis for each varying parameter and one for the metric, one line for each trial.
 
     The better end of the metric is on top. Returns "" if no parameter varied.
     """
-    keys = [key for key in varied(records) if all(key in record.parameters for record in records)]
-    plottable = [record for record in records if _is_drawn(record)]
+    keys = [key for key in find_varying_keys(records) if all(key in record.parameters for record in records)]
+    plottable = [record for record in records if _has_plottable_value(record)]
     if not keys or not plottable:
         return ""
     goal = sweep.metric.goal if sweep.metric else Goal.minimize
     step = (WIDTH - LEFT - RIGHT) / len(keys)
-    axes = [_axis(key, records, sweep, round(LEFT + number * step, 1)) for number, key in enumerate(keys)]
-    metric_axis = _metric_axis([record.value for record in plottable], goal, sweep)
-    relative_ranks = goodness(plottable, goal)
-    best = best_of(records, goal)
+    axes = [_make_axis(key, records, sweep, round(LEFT + number * step, 1)) for number, key in enumerate(keys)]
+    metric_axis = _make_metric_axis([record.value for record in plottable], goal, sweep)
+    relative_ranks = compute_relative_ranks(plottable, goal)
+    best = find_best_trial(records, goal)
     order = sorted(records, key=lambda record: (record is best, relative_ranks.get(record.number, -1.0)))
     lines = "".join(
-        _line(record, axes, metric_axis, relative_ranks.get(record.number), record is best) for record in order
+        _draw_trial(record, axes, metric_axis, relative_ranks.get(record.number), record is best) for record in order
     )
     label = f"{len(records)} trials by {', '.join(keys)} and {metric_axis.key}"
     head = f'<svg class="parallel" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label, quote=True)}">'
-    return f"{head}{lines}{''.join(map(_drawn, [*axes, metric_axis]))}</svg>"
+    return f"{head}{lines}{''.join(map(_draw_axis, [*axes, metric_axis]))}</svg>"
 
 
-def metric_by_trial(records: Sequence[TrialRecord], goal: Goal, name: str) -> str:
+def draw_metric_by_trial(records: Sequence[TrialRecord], goal: Goal, metric: str) -> str:
     """Draw the metric of each trial in the order of their numbers as <svg>, with the best value so far. "" without values."""
-    plottable = [record for record in records if _is_drawn(record)]
+    plottable = [record for record in records if _has_plottable_value(record)]
     if not plottable:
         return ""
-    width, height, left, right, top, bottom = SECOND
+    width, height, left, right, top, bottom = METRIC_CHART_LAYOUT
     values = [record.value for record in plottable]
-    ends = shown_range(values, goal)
-    is_log = _is_log(ends)
-    low, high = _widened(ends, is_log)
-    y = Scale(low, high, height - bottom, top, is_log)
-    x = Scale(0, max(1, records[-1].number), left + 10, width - right - 6)
+    ends = compute_axis_range(values, goal)
+    is_log = _should_use_log(ends)
+    low, high = _pad_range(ends, is_log)
+    y = AxisScale(low, high, height - bottom, top, is_log)
+    x = AxisScale(0, max(1, records[-1].number), left + 10, width - right - 6)
     parts = [
-        _level(y(value), f"{value:.4g}", left, width - right)
-        for value in (log_ticks(low, high) if is_log else ticks(low, high))
+        _draw_grid_line(y(value), f"{value:.4g}", left, width - right)
+        for value in (compute_log_ticks(low, high) if is_log else compute_ticks(low, high))
     ]
     parts += [
-        f'<text class="middle" x="{x(n)}" y="{height - 18}">{n:g}</text>' for n in ticks(0, x.high) if n == int(n)
+        f'<text class="middle" x="{x(n)}" y="{height - 18}">{n:g}</text>'
+        for n in compute_ticks(0, x.high)
+        if n == int(n)
     ]
     parts.append(f'<text class="end" x="{width - right}" y="{height - 3}">trial</text>')
-    parts.append(f'<polyline class="main" points="{_best_so_far(plottable, goal, x, y)}"/>')
+    parts.append(f'<polyline class="main" points="{_compute_best_so_far(plottable, goal, x, y)}"/>')
     for record in plottable:
-        title = f"<title>{escape(f'trial {record.number}: {name} {record.value:.5g}, {record.state}')}</title>"
+        title = f"<title>{escape(f'trial {record.number}: {metric} {record.value:.5g}, {record.state}')}</title>"
         parts.append(
             f'<circle class="{record.state}" cx="{x(record.number)}" cy="{y(record.value)}" r="4">{title}</circle>'
         )
     for record in records:
-        if record.state == "failed" and not _is_drawn(record):
+        if record.state == "failed" and not _has_plottable_value(record):
             parts.append(
                 f'<text class="cross middle" x="{x(record.number)}" y="{top + 4}">×<title>trial {record.number} failed</title></text>'
             )
-    label = escape(f"{name} of each trial", quote=True)
+    label = escape(f"{metric} of each trial", quote=True)
     return f'<svg class="trials" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
-def goodness(records: Sequence[TrialRecord], goal: Goal) -> dict[int, float]:
+def compute_relative_ranks(records: Sequence[TrialRecord], goal: Goal) -> dict[int, float]:
     """Compute relative ranks by trial number: 0 for the worst value, 1 for the best."""
     sign = -1 if goal is Goal.minimize else 1
-    ranks = ranked([sign * record.value for record in records])
+    ranks = compute_ranks([sign * record.value for record in records])
     max_rank = max(1, len(records) - 1)
     return {record.number: (rank - 1) / max_rank for record, rank in zip(records, ranks, strict=True)}
 
 
-def shown_range(values: Sequence[float], goal: Goal) -> tuple[float, float]:
+def compute_axis_range(values: Sequence[float], goal: Goal) -> tuple[float, float]:
     """Compute the ends of the metric's axis.
 
     Values far worse than the median (`OUTLIER_FACTOR` times as far from it as the best) are drawn at the end of the axis.
@@ -138,29 +147,29 @@ def shown_range(values: Sequence[float], goal: Goal) -> tuple[float, float]:
     """
     low, high, median = min(values), max(values), statistics.median(values)
     if goal is Goal.minimize:
-        return low, min(high, median + FAR * (median - low)) if median > low else high
-    return max(low, median - FAR * (high - median)) if high > median else low, high
+        return low, min(high, median + OUTLIER_FACTOR * (median - low)) if median > low else high
+    return max(low, median - OUTLIER_FACTOR * (high - median)) if high > median else low, high
 
 
-def name_of(value: Any) -> str:
+def format_category(value: Any) -> str:
     """Format a value as a category: as on the command line, but text without quotes."""
-    return value if isinstance(value, str) else quote(value)
+    return value if isinstance(value, str) else quote_value(value)
 
 
-def short_name(text: str) -> str:
+def clip_label(text: str) -> str:
     """Clip a label to `MAX_LABEL_LETTERS` letters."""
-    return text if len(text) <= MOST_LETTERS else f"{text[: MOST_LETTERS - 1]}…"
+    return text if len(text) <= MAX_LABEL_LETTERS else f"{text[: MAX_LABEL_LETTERS - 1]}…"
 
 
-def _is_drawn(record: TrialRecord) -> bool:
+def _has_plottable_value(record: TrialRecord) -> bool:
     return record.value is not None and math.isfinite(record.value) and record.state != "failed"
 
 
-def _is_log(values: Sequence[float]) -> bool:
-    return min(values) > 0 and max(values) / min(values) > LOG_SPAN
+def _should_use_log(values: Sequence[float]) -> bool:
+    return min(values) > 0 and max(values) / min(values) > MIN_LOG_RATIO
 
 
-def _widened(values: Sequence[float], log: bool = False) -> tuple[float, float]:
+def _pad_range(values: Sequence[float], log: bool = False) -> tuple[float, float]:
     """Return the ends of an axis with some padding; a single value gets padding on both sides."""
     low, high = float(min(values)), float(max(values))
     if low < high:
@@ -169,65 +178,67 @@ def _widened(values: Sequence[float], log: bool = False) -> tuple[float, float]:
     return low - (abs(low) or 1.0) * 0.1, high + (abs(high) or 1.0) * 0.1
 
 
-def _axis(key: str, records: Sequence[TrialRecord], sweep: SweepFile, x: float) -> Axis:
+def _make_axis(key: str, records: Sequence[TrialRecord], sweep: SweepFile, x: float) -> ParallelAxis:
     values, parameter = [record.parameters[key] for record in records], sweep.parameters.get(key)
-    if not all(map(is_number, values)) or (parameter is not None and parameter.values and len(parameter.values) <= 8):
+    if not all(map(is_numeric, values)) or (parameter is not None and parameter.values and len(parameter.values) <= 8):
         listed_values = parameter.values if parameter is not None and parameter.values else ()
-        return Axis(key, x, None, tuple(dict.fromkeys(map(name_of, [*listed_values, *values]))))
-    is_log = parameter.is_log if parameter is not None else _is_log(values)
+        return ParallelAxis(key, x, None, tuple(dict.fromkeys(map(format_category, [*listed_values, *values]))))
+    is_log = parameter.is_log if parameter is not None else _should_use_log(values)
     ends = (
         (parameter.min, parameter.max) if parameter is not None and parameter.is_range else (min(values), max(values))
     )
     ends = (min(*ends, *values), max(*ends, *values))
     is_log = is_log and ends[0] > 0
-    low, high = ends if ends[0] < ends[1] else _widened(values)
-    return Axis(key, x, Scale(low, high, HEIGHT - BOTTOM, TOP, is_log), log=is_log)
+    low, high = ends if ends[0] < ends[1] else _pad_range(values)
+    return ParallelAxis(key, x, AxisScale(low, high, HEIGHT - BOTTOM, TOP, is_log), is_log=is_log)
 
 
-def _metric_axis(values: list[float], goal: Goal, sweep: SweepFile) -> Axis:
-    low, high = shown_range(values, goal)
-    is_log = _is_log((low, high))
+def _make_metric_axis(values: list[float], goal: Goal, sweep: SweepFile) -> ParallelAxis:
+    low, high = compute_axis_range(values, goal)
+    is_log = _should_use_log((low, high))
     if low == high:
-        low, high = _widened(values)
+        low, high = _pad_range(values)
     ends = (TOP, HEIGHT - BOTTOM) if goal is Goal.minimize else (HEIGHT - BOTTOM, TOP)
     name = sweep.metric.name if sweep.metric else "metric"
-    return Axis(name, WIDTH - RIGHT, Scale(low, high, *ends, is_log), log=is_log)
+    return ParallelAxis(name, WIDTH - RIGHT, AxisScale(low, high, *ends, is_log), is_log=is_log)
 
 
-def _line(record: TrialRecord, axes: list[Axis], last: Axis, share: float | None, best: bool) -> str:
+def _draw_trial(
+    record: TrialRecord, axes: list[ParallelAxis], metric_axis: ParallelAxis, share: float | None, is_best: bool
+) -> str:
     """Draw the line of a trial. Without a value it ends at its last parameter."""
-    points = [(axis.x, axis.place(record.parameters[axis.key])) for axis in axes]
+    points = [(axis.x, axis.get_position(record.parameters[axis.key])) for axis in axes]
     if share is not None:
-        points.append((last.x, last.place(record.value)))
-    value = f"{last.key} {record.value:.5g}, " if record.value is not None else ""
-    parameters = ", ".join(f"{axis.key}={name_of(record.parameters[axis.key])}" for axis in axes)
+        points.append((metric_axis.x, metric_axis.get_position(record.value)))
+    value = f"{metric_axis.key} {record.value:.5g}, " if record.value is not None else ""
+    parameters = ", ".join(f"{axis.key}={format_category(record.parameters[axis.key])}" for axis in axes)
     title = f"<title>{escape(f'trial {record.number}, {record.state}: {value}{parameters}')}</title>"
     style = f' style="--rank:{100 * share:.0f}%"' if share is not None else ""
     path = " ".join(f"{x},{y}" for x, y in points)
-    kind = "best" if best else record.state
+    kind = "best" if is_best else record.state
     return f'<polyline class="trial {kind}"{style} points="{path}">{title}</polyline>'
 
 
-def _drawn(axis: Axis) -> str:
+def _draw_axis(axis: ParallelAxis) -> str:
     parts = [f'<line class="axis" x1="{axis.x}" x2="{axis.x}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>']
-    for y, text in axis.marks():
+    for y, text in axis.list_ticks():
         parts.append(f'<line class="axis" x1="{axis.x - 4}" x2="{axis.x}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text class="mark end" x="{axis.x - 8}" y="{y + 4}">{escape(text)}</text>')
     prefix, _, word = axis.key.rpartition("." if "." in axis.key else "/")
-    prefix = short_name(prefix.rpartition(".")[2])
+    prefix = clip_label(prefix.rpartition(".")[2])
     title = f"<title>{escape(axis.key)}</title>"
     parts.append(f'<text class="middle" x="{axis.x}" y="18">{escape(prefix)}{title}</text>')
-    scale = " (log)" if axis.log else ""
-    parts.append(f'<text class="name middle" x="{axis.x}" y="36">{escape(short_name(word))}{scale}{title}</text>')
+    scale = " (log)" if axis.is_log else ""
+    parts.append(f'<text class="name middle" x="{axis.x}" y="36">{escape(clip_label(word))}{scale}{title}</text>')
     return "".join(parts)
 
 
-def _level(y: float, text: str, left: float, right: float) -> str:
+def _draw_grid_line(y: float, text: str, left: float, right: float) -> str:
     line = f'<line class="grid" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>'
     return f'{line}<text class="end" x="{left - 6}" y="{y + 4}">{text}</text>'
 
 
-def _best_so_far(records: Sequence[TrialRecord], goal: Goal, x: Scale, y: Scale) -> str:
+def _compute_best_so_far(records: Sequence[TrialRecord], goal: Goal, x: AxisScale, y: AxisScale) -> str:
     """Compute the points of the best value so far, as steps over the finished trials."""
     points: list[str] = []
     best: float | None = None

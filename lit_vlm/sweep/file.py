@@ -17,19 +17,19 @@ from typing import Any
 import yaml
 
 from lit_vlm.config import ConfigError
-from lit_vlm.config.settings import did_you_mean, nearest
-from lit_vlm.config.yaml_text import Keys, read_yaml, wants_text
-from lit_vlm.sweep.parameter import Parameter, is_number, parameters_from
+from lit_vlm.config.settings import find_nearest, format_suggestion
+from lit_vlm.config.yaml_text import KeyPath, is_text_setting, read_yaml
+from lit_vlm.sweep.parameter import SweepParameter, is_number, parse_parameters
 
-KEYS = (
+SWEEP_KEYS = (
     "program command method metric parameters early_terminate run_cap name description project entity".split()
     + "controller parent_sweep imageuri job".split()  # of W&B's launcher and scheduler; they do not change the values
 )
-MOST_VALUES = 10**9  # more than any run logs
-HYPERBAND = ("type", "min_iter", "max_iter", "s", "eta", "strict")
+MAX_LOGGED_VALUES = 10**9  # more than any run logs
+HYPERBAND_KEYS = ("type", "min_iter", "max_iter", "s", "eta", "strict")
 
 
-class Method(StrEnum):
+class SearchMethod(StrEnum):
     """Method that chooses the values of the next trial."""
 
     grid = "grid"
@@ -45,7 +45,7 @@ class Goal(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Metric:
+class Objective:
     """Objective of the sweep: the metric that compares trials.
 
     Attributes:
@@ -84,11 +84,11 @@ class SweepFile:
         raw: the file as it was read.
     """
 
-    place: str
+    location: str
     name: str
-    method: Method
-    parameters: dict[str, Parameter]
-    metric: Metric | None = None
+    method: SearchMethod
+    parameters: dict[str, SweepParameter]
+    metric: Objective | None = None
     early_terminate: Hyperband | None = None
     run_cap: int | None = None
     program: str | None = None
@@ -96,7 +96,7 @@ class SweepFile:
     description: str | None = None
     project: str | None = None
     entity: str | None = None
-    plain: dict[str, Any] = field(default_factory=dict, compare=False)
+    raw: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def fixed(self) -> dict[str, Any]:
@@ -104,12 +104,12 @@ class SweepFile:
         return {key: parameter.values[0] for key, parameter in self.parameters.items() if parameter.is_fixed}
 
     @property
-    def swept(self) -> dict[str, Parameter]:
+    def search_space(self) -> dict[str, SweepParameter]:
         """Search space: the parameters with several values or a range."""
         return {key: parameter for key, parameter in self.parameters.items() if not parameter.is_fixed}
 
     @property
-    def words(self) -> list[str]:
+    def command_overrides(self) -> list[str]:
         """Overrides that the file's command names after the program; they are the same for every trial."""
         command = self.command or []
         start = command.index("${program}") + 1 if "${program}" in command else 0
@@ -122,10 +122,10 @@ def read_sweep(path: str | Path) -> SweepFile:
     Raises:
         ConfigError: there is no such file, it is no YAML, or its structure has errors (all are listed).
     """
-    return _sound(*look_at(path))
+    return _raise_errors(*try_read_sweep(path))
 
 
-def sweep_from(plain: Any, place: str) -> SweepFile:
+def parse_sweep(raw: Any, location: str) -> SweepFile:
     """Parse the content of a sweep file.
 
     Args:
@@ -135,10 +135,10 @@ def sweep_from(plain: Any, place: str) -> SweepFile:
     Raises:
         ConfigError: the structure has errors (all are listed).
     """
-    return _sound(*draft(plain, place))
+    return _raise_errors(*try_parse_sweep(raw, location))
 
 
-def look_at(path: str | Path) -> tuple[SweepFile, list[str]]:
+def try_read_sweep(path: str | Path) -> tuple[SweepFile, list[str]]:
     """Read a sweep file as far as possible.
 
     Returns:
@@ -152,155 +152,169 @@ def look_at(path: str | Path) -> tuple[SweepFile, list[str]]:
         candidates = sorted(str(file) for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         raise ConfigError(
             [
-                f"sweep={path}: there is no such file.{did_you_mean(nearest(str(path), candidates))} Name a sweep file, sweep=sweeps/<name>.yaml."
+                f"sweep={path}: there is no such file.{format_suggestion(find_nearest(str(path), candidates))} Name a sweep file, sweep=sweeps/<name>.yaml."
             ]
         )
     try:
-        raw = read_yaml(path.read_text(encoding="utf-8"), _wants_text)
+        raw = read_yaml(path.read_text(encoding="utf-8"), _is_text_value)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: is no YAML: {' '.join(str(error).split())}. Correct the file."]) from None
-    return draft(raw, str(path))
+    return try_parse_sweep(raw, str(path))
 
 
-def _wants_text(keys: Keys, written: str) -> bool:
+def _is_text_value(keys: KeyPath, written: str) -> bool:
     """Return whether a YAML value must stay text: names and commands of the sweep, and values of settings that are text."""
     if keys[:1] != ("parameters",):
         return keys[-1:] in (("name",), ("program",), ("command",), ("description",), ("project",), ("entity",))
     if keys[-1] not in ("value", "values"):
         return False
-    return wants_text(".".join(key for key in keys[1:-1] if key != "parameters"), written)
+    return is_text_setting(".".join(key for key in keys[1:-1] if key != "parameters"), written)
 
 
-def draft(plain: Any, place: str) -> tuple[SweepFile, list[str]]:
+def try_parse_sweep(raw: Any, location: str) -> tuple[SweepFile, list[str]]:
     """Parse the content of a sweep file as far as possible; return the sweep and the errors of its structure."""
-    if not isinstance(plain, dict):
-        raise ConfigError([f"{place}: a sweep file is keys and values (method, metric, parameters), found {plain!r}."])
+    if not isinstance(raw, dict):
+        raise ConfigError([f"{location}: a sweep file is keys and values (method, metric, parameters), found {raw!r}."])
     errors: list[str] = []
-    method = _word(plain, "method", Method, errors)
-    parsed = parameters_from(plain.get("parameters"), errors)
+    method = _parse_choice(raw, "method", SearchMethod, errors)
+    parsed = parse_parameters(raw.get("parameters"), errors)
     sweep = SweepFile(
-        place=place,
-        name=str(plain.get("name") or Path(place).stem),
-        method=method or Method.random,
+        location=location,
+        name=str(raw.get("name") or Path(location).stem),
+        method=method or SearchMethod.random,
         parameters=parsed,
-        metric=_metric(plain.get("metric"), errors),
-        early_terminate=_hyperband(plain.get("early_terminate"), errors),
-        run_cap=_count(plain.get("run_cap"), "run_cap", errors),
-        program=plain.get("program"),
-        command=_command(plain.get("command"), errors),
-        description=plain.get("description"),
-        project=plain.get("project"),
-        entity=plain.get("entity"),
-        plain=plain,
+        metric=_parse_objective(raw.get("metric"), errors),
+        early_terminate=_parse_hyperband(raw.get("early_terminate"), errors),
+        run_cap=_parse_count(raw.get("run_cap"), "run_cap", errors),
+        program=raw.get("program"),
+        command=_parse_command(raw.get("command"), errors),
+        description=raw.get("description"),
+        project=raw.get("project"),
+        entity=raw.get("entity"),
+        raw=raw,
     )
-    errors += [f"there is no key {key}.{did_you_mean(nearest(str(key), KEYS))}" for key in plain if key not in KEYS]
-    errors += _together(sweep, method)
-    return sweep, [f"{place}: {error}" for error in errors]
+    errors += [
+        f"there is no key {key}.{format_suggestion(find_nearest(str(key), SWEEP_KEYS))}"
+        for key in raw
+        if key not in SWEEP_KEYS
+    ]
+    errors += _find_conflicts(sweep, method)
+    return sweep, [f"{location}: {error}" for error in errors]
 
 
-def _sound(sweep: SweepFile, wrong: list[str]) -> SweepFile:
+def _raise_errors(sweep: SweepFile, errors: list[str]) -> SweepFile:
     """Return the sweep if there are no errors; raise ConfigError otherwise."""
-    if wrong:
-        raise ConfigError(wrong)
+    if errors:
+        raise ConfigError(errors)
     return sweep
 
 
-def _together(sweep: SweepFile, method: Method | None) -> Iterator[str]:
+def _find_conflicts(sweep: SweepFile, method: SearchMethod | None) -> Iterator[str]:
     """Find keys that are valid alone and contradict each other."""
-    if method is Method.bayes and sweep.metric is None:
+    if method is SearchMethod.bayes and sweep.metric is None:
         yield "metric: method bayes learns from it; say metric: {name: val/loss, goal: minimize}."
     if sweep.early_terminate and sweep.metric is None:
         yield "metric: early_terminate compares trials by it; say metric: {name: val/loss, goal: minimize}."
     for key, parameter in sweep.parameters.items():
-        if method is Method.grid and parameter.points is None:
+        if method is SearchMethod.grid and parameter.grid_points is None:
             yield (
                 f"parameters.{key}: a grid needs values, and {parameter.distribution} is a range without steps;"
                 " list values, or take method random or bayes."
             )
-        if method is not Method.grid and parameter.points == ():
+        if method is not SearchMethod.grid and parameter.grid_points == ():
             yield f"parameters.{key}: its range holds no value."
 
 
-def _word(plain: dict[str, Any], key: str, kind: type[Method], wrong: list[str]) -> Method | None:
-    value = plain.get(key)
-    if value in list(kind):
-        return kind(value)
-    hint = did_you_mean(nearest(str(value), list(kind)))
-    wrong.append(
-        f"{key}: is missing; one of {', '.join(kind)}."
+def _parse_choice(
+    raw: dict[str, Any], key: str, enum_type: type[SearchMethod], errors: list[str]
+) -> SearchMethod | None:
+    value = raw.get(key)
+    if value in list(enum_type):
+        return enum_type(value)
+    hint = format_suggestion(find_nearest(str(value), list(enum_type)))
+    errors.append(
+        f"{key}: is missing; one of {', '.join(enum_type)}."
         if value is None
-        else f"{key}: expected one of {', '.join(kind)}, found {value!r}.{hint}"
+        else f"{key}: expected one of {', '.join(enum_type)}, found {value!r}.{hint}"
     )
     return None
 
 
-def _metric(plain: Any, wrong: list[str]) -> Metric | None:
-    if plain is None:
+def _parse_objective(raw: Any, errors: list[str]) -> Objective | None:
+    if raw is None:
         return None
-    if not isinstance(plain, dict) or not isinstance(plain.get("name"), str):
-        wrong.append(f"metric: expected {{name: val/loss, goal: minimize}}, found {plain!r}.")
+    if not isinstance(raw, dict) or not isinstance(raw.get("name"), str):
+        errors.append(f"metric: expected {{name: val/loss, goal: minimize}}, found {raw!r}.")
         return None
-    for key in plain:
+    for key in raw:
         if key not in ("name", "goal", "target"):
-            wrong.append(f"metric: there is no key {key}.{did_you_mean(nearest(str(key), ('name', 'goal', 'target')))}")
-    goal, target = plain.get("goal", "minimize"), plain.get("target")
+            errors.append(
+                f"metric: there is no key {key}.{format_suggestion(find_nearest(str(key), ('name', 'goal', 'target')))}"
+            )
+    goal, target = raw.get("goal", "minimize"), raw.get("target")
     if goal not in list(Goal):
-        wrong.append(
-            f"metric.goal: expected minimize or maximize, found {goal!r}.{did_you_mean(nearest(str(goal), list(Goal)))}"
+        errors.append(
+            f"metric.goal: expected minimize or maximize, found {goal!r}.{format_suggestion(find_nearest(str(goal), list(Goal)))}"
         )
         goal = "minimize"
     if target is not None and not is_number(target):
-        wrong.append(f"metric.target: expected a number, found {target!r}.")
+        errors.append(f"metric.target: expected a number, found {target!r}.")
         target = None
-    return Metric(plain["name"], Goal(goal), target)
+    return Objective(raw["name"], Goal(goal), target)
 
 
-def _hyperband(plain: Any, wrong: list[str]) -> Hyperband | None:
-    if plain is None:
+def _parse_hyperband(raw: Any, errors: list[str]) -> Hyperband | None:
+    if raw is None:
         return None
-    if not isinstance(plain, dict) or plain.get("type") != "hyperband":
-        wrong.append("early_terminate.type: W&B knows hyperband alone: {type: hyperband, min_iter: 3}.")
+    if not isinstance(raw, dict) or raw.get("type") != "hyperband":
+        errors.append("early_terminate.type: W&B knows hyperband alone: {type: hyperband, min_iter: 3}.")
         return None
-    for key in plain:
-        if key not in HYPERBAND:
-            wrong.append(f"early_terminate: there is no key {key}.{did_you_mean(nearest(str(key), HYPERBAND))}")
+    for key in raw:
+        if key not in HYPERBAND_KEYS:
+            errors.append(
+                f"early_terminate: there is no key {key}.{format_suggestion(find_nearest(str(key), HYPERBAND_KEYS))}"
+            )
     min_iter, max_iter, num_rungs = (
-        _count(plain.get(name), f"early_terminate.{name}", wrong) for name in ("min_iter", "max_iter", "s")
+        _parse_count(raw.get(name), f"early_terminate.{name}", errors) for name in ("min_iter", "max_iter", "s")
     )
-    eta = plain.get("eta", 3)
+    eta = raw.get("eta", 3)
     if not is_number(eta) or not eta > 1:
-        wrong.append(f"early_terminate.eta: expected a number above 1, found {eta!r}.")
+        errors.append(f"early_terminate.eta: expected a number above 1, found {eta!r}.")
         return None
     if (min_iter is None) == (max_iter is None):
-        wrong.append(
+        errors.append(
             "early_terminate: needs min_iter (values before the first comparison), or max_iter and s; one of them."
         )
         return None
     if min_iter is None and num_rungs is None:
-        wrong.append("early_terminate.s: is missing; with max_iter it says how often trials are compared.")
+        errors.append("early_terminate.s: is missing; with max_iter it says how often trials are compared.")
         return None
-    rungs = _rungs_from(min_iter, eta) if min_iter is not None else _rungs_below(max_iter, num_rungs, eta)
+    rungs = (
+        _compute_rungs_from_min_iter(min_iter, eta)
+        if min_iter is not None
+        else _compute_rungs_below_max_iter(max_iter, num_rungs, eta)
+    )
     if not rungs:
-        wrong.append(
+        errors.append(
             f"early_terminate: max_iter {max_iter} divided by eta {eta} is below 1, so trials would never be compared."
         )
         return None
     return Hyperband(rungs, eta)
 
 
-def _rungs_from(first: int, eta: float) -> tuple[int, ...]:
+def _compute_rungs_from_min_iter(min_iter: int, eta: float) -> tuple[int, ...]:
     """Compute the rungs of `min_iter`: a hundred rungs, each eta times the previous one, rounded down."""
-    rungs, rung = set[int](), float(first)
+    rungs, rung = set[int](), float(min_iter)
     for _ in range(100):
-        rungs.add(int(min(rung, MOST_VALUES)))
+        rungs.add(int(min(rung, MAX_LOGGED_VALUES)))
         rung *= eta
     return tuple(sorted(rungs))
 
 
-def _rungs_below(most: int, times: int, eta: float) -> tuple[int, ...]:
+def _compute_rungs_below_max_iter(max_iter: int, num_rungs: int, eta: float) -> tuple[int, ...]:
     """Compute the rungs of `max_iter` and `s`: s rungs, each 1/eta of the next one; max_iter itself is no rung."""
-    rungs, rung = set[int](), float(most)
-    for _ in range(times):
+    rungs, rung = set[int](), float(max_iter)
+    for _ in range(num_rungs):
         rung /= eta
         if rung < 1:
             break
@@ -308,21 +322,21 @@ def _rungs_below(most: int, times: int, eta: float) -> tuple[int, ...]:
     return tuple(sorted(rungs))
 
 
-def _count(found: Any, key: str, wrong: list[str]) -> int | None:
-    if found is None:
+def _parse_count(value: Any, key: str, errors: list[str]) -> int | None:
+    if value is None:
         return None
-    if isinstance(found, bool) or not isinstance(found, int) or found < 1:
-        wrong.append(f"{key}: expected a whole number above 0, found {found!r}.")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        errors.append(f"{key}: expected a whole number above 0, found {value!r}.")
         return None
-    return found
+    return value
 
 
-def _command(found: Any, wrong: list[str]) -> list[str] | None:
-    if found is None:
+def _parse_command(value: Any, errors: list[str]) -> list[str] | None:
+    if value is None:
         return None
-    if isinstance(found, str):
-        found = shlex.split(found)
-    if not isinstance(found, list) or not found:
-        wrong.append(f"command: expected a list of words, found {found!r}.")
+    if isinstance(value, str):
+        value = shlex.split(value)
+    if not isinstance(value, list) or not value:
+        errors.append(f"command: expected a list of words, found {value!r}.")
         return None
-    return [str(word) for word in found]
+    return [str(word) for word in value]

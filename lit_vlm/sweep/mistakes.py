@@ -7,25 +7,28 @@ from typing import Any
 
 from lit_vlm.config import ConfigError, Run, RunConfig, parse
 from lit_vlm.config.callbacks import choose_callbacks
-from lit_vlm.config.overrides import key_of, read_arguments, with_implied
-from lit_vlm.config.parse import wrong_words
+from lit_vlm.config.overrides import add_implied_overrides, get_override_key, parse_arguments
+from lit_vlm.config.parse import collect_override_errors
 from lit_vlm.config.schema import DPOStageConfig
-from lit_vlm.config.settings import did_you_mean, nearest
+from lit_vlm.config.settings import find_nearest, format_suggestion
 from lit_vlm.sweep.file import SweepFile
-from lit_vlm.sweep.parameter import Parameter
-from lit_vlm.sweep.words import trial_words, value_words
-from lit_vlm.types import Kind, Language
+from lit_vlm.sweep.parameter import SweepParameter
+from lit_vlm.sweep.words import build_trial_overrides, build_value_overrides
+from lit_vlm.types import Language, SampleKind
 
-EACH_TRIALS_OWN = ("task", "recipe", "run_name", "run_dir", "overwrite", "resume_from", "sweep", "trials", "submit")
-GROUPS = (*(language.value for language in Language if language is not Language.auto), *(kind.value for kind in Kind))
-LOSSES = ("train/loss", "val/loss", *(f"val/loss_{group}" for group in GROUPS))
-REWARDS = tuple(f"rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected"))
-SCORES = tuple(f"score/{kind.value}_{language}" for kind in Kind for language in ("ko", "en"))
-RATES = tuple(f"throughput/{name}" for name in ("tokens_per_second", "samples_per_second", "data_wait"))
-FAMILIES = ("train/rewards/", "val/rewards/", "throughput/")  # families with more members than are listed here
+RESERVED_KEYS = ("task", "recipe", "run_name", "run_dir", "overwrite", "resume_from", "sweep", "trials", "submit")
+LOSS_GROUPS = (
+    *(language.value for language in Language if language is not Language.auto),
+    *(kind.value for kind in SampleKind),
+)
+LOSS_METRICS = ("train/loss", "val/loss", *(f"val/loss_{group}" for group in LOSS_GROUPS))
+REWARD_METRICS = tuple(f"rewards/{name}" for name in ("accuracies", "margins", "chosen", "rejected"))
+SCORE_METRICS = tuple(f"score/{kind.value}_{language}" for kind in SampleKind for language in ("ko", "en"))
+THROUGHPUT_METRICS = tuple(f"throughput/{name}" for name in ("tokens_per_second", "samples_per_second", "data_wait"))
+METRIC_PREFIXES = ("train/rewards/", "val/rewards/", "throughput/")  # families with more members than are listed here
 
 
-def mistakes_in_sweep(sweep: SweepFile, overrides: list[str]) -> list[str]:
+def find_sweep_errors(sweep: SweepFile, overrides: list[str]) -> list[str]:
     """Find all errors in the file's keys, values and metric. Every value is composed as in a trial.
 
     Args:
@@ -35,84 +38,92 @@ def mistakes_in_sweep(sweep: SweepFile, overrides: list[str]) -> list[str]:
         The error messages; [] for a valid sweep.
     """
     try:
-        parsed = read_arguments(overrides)
+        parsed = parse_arguments(overrides)
     except ConfigError as error:
-        return error.mistakes
-    errors = list(_keys(sweep, parsed))
-    bad_keys, value_errors = _values(sweep, parsed)
+        return error.errors
+    errors = list(_find_key_errors(sweep, parsed))
+    bad_keys, value_errors = _find_value_errors(sweep, parsed)
     errors += value_errors
     runs: list[Run] = []
-    errors += _trials(sweep, parsed, bad_keys, runs)
-    errors += _metric(sweep, runs[0].config if runs and not bad_keys else None)
-    override_errors = {text for texts in _wrong(parsed).values() for text in texts} if value_errors else set()
-    return [message if message in override_errors else f"{sweep.place}: {message}" for message in dict.fromkeys(errors)]
+    errors += _find_trial_errors(sweep, parsed, bad_keys, runs)
+    errors += _find_objective_errors(sweep, runs[0].config if runs and not bad_keys else None)
+    override_errors = (
+        {text for texts in _find_override_errors(parsed).values() for text in texts} if value_errors else set()
+    )
+    return [
+        message if message in override_errors else f"{sweep.location}: {message}" for message in dict.fromkeys(errors)
+    ]
 
 
-def _keys(sweep: SweepFile, given: list[str]) -> Iterator[str]:
+def _find_key_errors(sweep: SweepFile, overrides: list[str]) -> Iterator[str]:
     """Find keys that a trial may not vary, and keys that the command line sets as well."""
     for key in sweep.parameters:
-        if key.lstrip("+~").partition(".")[0] in EACH_TRIALS_OWN:
+        if key.lstrip("+~").partition(".")[0] in RESERVED_KEYS:
             yield f"parameters.{key}: is not a trial's to vary; each trial gets a folder of its own and trains one stage."
-    for override in given:
-        if key_of(override) in sweep.swept:
+    for override in overrides:
+        if get_override_key(override) in sweep.search_space:
             yield (
-                f"parameters.{key_of(override)}: is swept, and the command line sets it to {override.partition('=')[2]}."
+                f"parameters.{get_override_key(override)}: is swept, and the command line sets it to {override.partition('=')[2]}."
                 " Take one of the two away."
             )
 
 
-def _values(sweep: SweepFile, given: list[str]) -> tuple[set[str], list[str]]:
+def _find_value_errors(sweep: SweepFile, overrides: list[str]) -> tuple[set[str], list[str]]:
     """Find errors of keys, choices and types; each value is checked alone.
 
     Returns:
         The keys that no trial can use, and the error messages.
     """
-    trial_overrides = trial_words(sweep, sweep.fixed, given)
-    key_by_override = {override: key_of(override) for override in trial_overrides}
-    for parameter in sweep.swept.values():
-        for value in parameter.samples():
-            key_by_override |= dict.fromkeys(value_words({parameter.key: value}), parameter.key)
+    trial_overrides = build_trial_overrides(sweep, sweep.fixed, overrides)
+    key_by_override = {override: get_override_key(override) for override in trial_overrides}
+    for parameter in sweep.search_space.values():
+        for value in parameter.list_example_values():
+            key_by_override |= dict.fromkeys(build_value_overrides({parameter.key: value}), parameter.key)
     bad_keys, errors = set[str](), list[str]()
-    for override, messages in _wrong(list(key_by_override)).items():
+    for override, messages in _find_override_errors(list(key_by_override)).items():
         key = key_by_override.get(override, "")
         bad_keys.add(key)
-        errors += [message + _whole(sweep.parameters.get(key), message) for message in messages]
-    return bad_keys, _once_per_key(errors)
+        errors += [message + _get_integer_hint(sweep.parameters.get(key), message) for message in messages]
+    return bad_keys, _drop_repeated_errors(errors)
 
 
-def _once_per_key(wrong: list[str]) -> list[str]:
+def _drop_repeated_errors(errors: list[str]) -> list[str]:
     """Drop repeated errors: a range of the wrong type gives the same error at both ends."""
-    return list({mistake.partition(", found ")[0]: mistake for mistake in reversed(wrong)}.values())[::-1]
+    return list({mistake.partition(", found ")[0]: mistake for mistake in reversed(errors)}.values())[::-1]
 
 
-def _wrong(words: list[str]) -> dict[str, list[str]]:
+def _find_override_errors(overrides: list[str]) -> dict[str, list[str]]:
     """Find the errors of each override: override -> error messages."""
-    return wrong_words(with_implied(words))
+    return collect_override_errors(add_implied_overrides(overrides))
 
 
-def _whole(one: Parameter | None, mistake: str) -> str:
+def _get_integer_hint(parameter: SweepParameter | None, error: str) -> str:
     """Return a hint for a range that must hold whole numbers; "" for other errors."""
-    if one is None or not one.is_range or "a whole number" not in mistake:
+    if parameter is None or not parameter.is_range or "a whole number" not in error:
         return ""
     return " Give the range whole ends (distribution: int_uniform), or q_uniform with a whole q."
 
 
-def _trials(sweep: SweepFile, given: list[str], bad: set[str], runs: list[Run]) -> Iterator[str]:
+def _find_trial_errors(sweep: SweepFile, overrides: list[str], bad_keys: set[str], runs: list[Run]) -> Iterator[str]:
     """Find contradictions between settings, in trials that use each value once. The valid runs are appended to `runs`."""
-    columns = {key: parameter.samples() for key, parameter in sweep.swept.items() if key not in bad}
+    columns = {
+        key: parameter.list_example_values() for key, parameter in sweep.search_space.items() if key not in bad_keys
+    }
     num_rows = max((len(values) for values in columns.values()), default=1)
     # error message without the value that was found -> (message, values of the trial)
     errors: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for row in range(num_rows):
         values = {key: column[row % len(column)] for key, column in columns.items()}
         trial_overrides = [
-            override for override in trial_words(sweep, {**sweep.fixed, **values}, given) if key_of(override) not in bad
+            override
+            for override in build_trial_overrides(sweep, {**sweep.fixed, **values}, overrides)
+            if get_override_key(override) not in bad_keys
         ]
         try:
             runs.append(parse([*trial_overrides, "run_name=trial"]))
         except ConfigError as error:
-            for problem in error.mistakes:
-                if not (bad and "is not set" in problem):  # a wrong override may have meant this setting
+            for problem in error.errors:
+                if not (bad_keys and "is not set" in problem):  # a wrong override may have meant this setting
                     errors.setdefault(problem.partition(", found ")[0], []).append((problem, values))
     for rows in errors.values():
         problem, values = rows[0]
@@ -124,13 +135,13 @@ def _trials(sweep: SweepFile, given: list[str], bad: set[str], runs: list[Run]) 
         )
 
 
-def _metric(sweep: SweepFile, config: RunConfig | None) -> Iterator[str]:
+def _find_objective_errors(sweep: SweepFile, config: RunConfig | None) -> Iterator[str]:
     """Find errors of the objective: no run of this stage logs the metric, or too rarely for early stopping."""
     if sweep.metric is None:
         return
     name = sweep.metric.name
-    if name not in metric_names() and not name.startswith(FAMILIES):
-        hint = did_you_mean(nearest(name, metric_names()))
+    if name not in list_metric_names() and not name.startswith(METRIC_PREFIXES):
+        hint = format_suggestion(find_nearest(name, list_metric_names()))
         yield (
             f"metric.name: no run logs {name}; they log train/loss, val/loss, val/loss_ko, val/loss_en, val/rewards/*,"
             f" score/<kind>_<language>, throughput/*.{hint}"
@@ -143,10 +154,10 @@ def _metric(sweep: SweepFile, config: RunConfig | None) -> Iterator[str]:
     if name.startswith("score/") and "samples" not in choose_callbacks(config.callbacks, export=False, profile=False):
         yield f"metric.name: {name} comes from the callback samples, which callbacks=[...] leaves out."
     if sweep.early_terminate is not None:
-        yield from _too_seldom(name, sweep.early_terminate.rungs[0] + 1, config)
+        yield from _find_early_stopping_errors(name, sweep.early_terminate.rungs[0] + 1, config)
 
 
-def _too_seldom(name: str, first: int, config: RunConfig) -> Iterator[str]:
+def _find_early_stopping_errors(name: str, min_values: int, config: RunConfig) -> Iterator[str]:
     """Find reasons why early stopping would never compare the trials.
 
     Args:
@@ -160,14 +171,14 @@ def _too_seldom(name: str, first: int, config: RunConfig) -> Iterator[str]:
     every = config.data.validation.every_steps if is_validation else config.trainer.log_every_n_steps
     if every is None:
         yield f"early_terminate: {key} is not set, so {name} is logged once, at the end; set it, e.g. {key}=100."
-    elif config.trainer.max_steps and config.trainer.max_steps // every < first:
+    elif config.trainer.max_steps and config.trainer.max_steps // every < min_values:
         yield (
-            f"early_terminate: the first comparison is after {first} values of {name}, and a run of"
+            f"early_terminate: the first comparison is after {min_values} values of {name}, and a run of"
             f" {config.trainer.max_steps} steps logs {config.trainer.max_steps // every}; lower early_terminate's first rung or {key}."
         )
 
 
-def metric_names() -> list[str]:
+def list_metric_names() -> list[str]:
     """List the metrics that runs log; of rewards and throughput only the most common ones."""
-    rewards = [f"{split}/{name}" for split in ("train", "val") for name in REWARDS]
-    return [*LOSSES, *rewards, *SCORES, *RATES]
+    rewards = [f"{split}/{name}" for split in ("train", "val") for name in REWARD_METRICS]
+    return [*LOSS_METRICS, *rewards, *SCORE_METRICS, *THROUGHPUT_METRICS]

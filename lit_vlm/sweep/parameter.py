@@ -8,40 +8,50 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
-from lit_vlm.config.settings import did_you_mean, nearest
+from lit_vlm.config.settings import find_nearest, format_suggestion
 
-RANGE, BELL, BETA = ("min", "max"), ("mu", "sigma"), ("a", "b")
+RANGE_KEYS, NORMAL_KEYS, BETA_KEYS = ("min", "max"), ("mu", "sigma"), ("a", "b")
 # Distribution -> required keys. The prefix q_ rounds to multiples of q. The ends of log_... are exponents of e; the ends of
 # log_..._values are the values themselves.
-NEEDS: dict[str, tuple[str, ...]] = {
+REQUIRED_KEYS: dict[str, tuple[str, ...]] = {
     "constant": ("value",),
     "categorical": ("values",),
     "categorical_w_probabilities": ("values", "probabilities"),
-    "int_uniform": RANGE,
-    "uniform": RANGE,
-    "q_uniform": RANGE,
-    "log_uniform": RANGE,
-    "q_log_uniform": RANGE,
-    "inv_log_uniform": RANGE,
-    "log_uniform_values": RANGE,
-    "q_log_uniform_values": RANGE,
-    "inv_log_uniform_values": RANGE,
+    "int_uniform": RANGE_KEYS,
+    "uniform": RANGE_KEYS,
+    "q_uniform": RANGE_KEYS,
+    "log_uniform": RANGE_KEYS,
+    "q_log_uniform": RANGE_KEYS,
+    "inv_log_uniform": RANGE_KEYS,
+    "log_uniform_values": RANGE_KEYS,
+    "q_log_uniform_values": RANGE_KEYS,
+    "inv_log_uniform_values": RANGE_KEYS,
     "normal": (),
     "q_normal": (),
     "log_normal": (),
     "q_log_normal": (),
-    "beta": BETA,
-    "q_beta": BETA,
+    "beta": BETA_KEYS,
+    "q_beta": BETA_KEYS,
 }
-KEYS = ("value", "values", "probabilities", "distribution", "parameters", *RANGE, "q", *BELL, *BETA)
-TAIL = 0.001  # probability on either side of a normal or beta distribution that is never sampled
-LARGEST = 700  # maximum exponent of e that gives a finite number
-MOST_POINTS = 10_000  # of a range in a grid
-DIGITS = 6  # of a sampled value; more would only make the command line longer
+PARAMETER_KEYS = (
+    "value",
+    "values",
+    "probabilities",
+    "distribution",
+    "parameters",
+    *RANGE_KEYS,
+    "q",
+    *NORMAL_KEYS,
+    *BETA_KEYS,
+)
+TAIL_PROBABILITY = 0.001  # probability on either side of a normal or beta distribution that is never sampled
+MAX_EXPONENT = 700  # maximum exponent of e that gives a finite number
+MAX_GRID_POINTS = 10_000  # of a range in a grid
+SIGNIFICANT_DIGITS = 6  # of a sampled value; more would only make the command line longer
 
 
 @dataclass(frozen=True, slots=True)
-class Parameter:
+class SweepParameter:
     """Parameter of the search space: the values of one setting.
 
     Attributes:
@@ -79,7 +89,7 @@ class Parameter:
         return not self.values and "uniform" in self.distribution
 
     @property
-    def points(self) -> tuple[Any, ...] | None:
+    def grid_points(self) -> tuple[Any, ...] | None:
         """All values in order, for a grid; None if their number is not finite or above `MAX_GRID_POINTS`."""
         if self.values:
             return self.values
@@ -88,24 +98,24 @@ class Parameter:
             return None
         first, last = math.ceil(self.min / step - 1e-9), math.floor(self.max / step + 1e-9)
         return (
-            tuple(self._rounded(number * step) for number in range(first, last + 1))
-            if last - first < MOST_POINTS
+            tuple(self._round_value(number * step) for number in range(first, last + 1))
+            if last - first < MAX_GRID_POINTS
             else None
         )
 
-    def value(self, raw: float) -> Any:
+    def convert_value(self, raw: float) -> Any:
         """Convert a raw number to a value of the setting.
 
         Args:
             raw: a number between `min` and `max`; without a range, a probability from 0 to 1.
         """
         if self.is_range:
-            return self._rounded(min(max(raw, self.min), self.max))
+            return self._round_value(min(max(raw, self.min), self.max))
         if self.probabilities:
-            return self.values[self._place(raw)]
-        return self._rounded(self._quantile(raw))
+            return self.values[self._find_category(raw)]
+        return self._round_value(self._compute_quantile(raw))
 
-    def shown(self) -> str:
+    def format_values(self) -> str:
         """Format the values or the range for a table."""
         if self.is_fixed:
             return str(self.values[0])
@@ -117,16 +127,16 @@ class Parameter:
         shape = f"a {self.a:g}, b {self.b:g}" if "beta" in self.distribution else f"{self.mu:g} ± {self.sigma:g}"
         return f"{self.distribution}, {shape}"
 
-    def samples(self) -> tuple[Any, ...]:
+    def list_example_values(self) -> tuple[Any, ...]:
         """List values that represent all of them: the listed values, or both ends of the range and a value between."""
         if self.values:
             return self.values
-        low, high = (self.min, self.max) if self.is_range else (TAIL, 1 - TAIL)
+        low, high = (self.min, self.max) if self.is_range else (TAIL_PROBABILITY, 1 - TAIL_PROBABILITY)
         # a point that is rarely a round number
         inner = math.sqrt(low * high) if self.is_log else low + 0.382 * (high - low)
-        return tuple(dict.fromkeys(self.value(raw) for raw in (low, inner, high)))
+        return tuple(dict.fromkeys(self.convert_value(raw) for raw in (low, inner, high)))
 
-    def _place(self, quantile: float) -> int:
+    def _find_category(self, quantile: float) -> int:
         total = 0.0
         for index, probability in enumerate(self.probabilities):
             total += probability
@@ -134,25 +144,25 @@ class Parameter:
                 return index
         return len(self.values) - 1
 
-    def _quantile(self, raw: float) -> float:
+    def _compute_quantile(self, probability: float) -> float:
         if "beta" in self.distribution:
             from scipy.stats import beta  # the import takes seconds and is rarely needed
 
-            return float(beta.ppf(raw, self.a, self.b))
-        found = NormalDist(self.mu, self.sigma).inv_cdf(raw)
+            return float(beta.ppf(probability, self.a, self.b))
+        found = NormalDist(self.mu, self.sigma).inv_cdf(probability)
         return math.exp(found) if "log" in self.distribution else found
 
-    def _rounded(self, value: float) -> float | int:
+    def _round_value(self, value: float) -> float | int:
         if self.distribution == "int_uniform":
             return round(value)
         if self.q:
             value = round(value / self.q) * self.q
-            return round(value) if isinstance(self.q, int) else float(f"{value:.{DIGITS}g}")
-        short = float(f"{value:.{DIGITS}g}")
+            return round(value) if isinstance(self.q, int) else float(f"{value:.{SIGNIFICANT_DIGITS}g}")
+        short = float(f"{value:.{SIGNIFICANT_DIGITS}g}")
         return min(max(short, self.min), self.max) if self.is_range else short
 
 
-def parameters_from(plain: Any, wrong: list[str]) -> dict[str, Parameter]:
+def parse_parameters(raw: Any, errors: list[str]) -> dict[str, SweepParameter]:
     """Parse the `parameters` of a sweep file.
 
     Args:
@@ -161,44 +171,44 @@ def parameters_from(plain: Any, wrong: list[str]) -> dict[str, Parameter]:
     Returns:
         The parameters by dotted key.
     """
-    if not isinstance(plain, dict) or not plain:
-        wrong.append(
+    if not isinstance(raw, dict) or not raw:
+        errors.append(
             "parameters: is missing or empty; name what is tried, parameters: {stage.learning_rate: {values: [...]}}."
         )
         return {}
-    parameters: dict[str, Parameter] = {}
-    for key, entry in _leaves(plain, "", wrong):
+    parameters: dict[str, SweepParameter] = {}
+    for key, entry in _flatten_entries(raw, "", errors):
         if key in parameters:
-            wrong.append(f"parameters.{key}: is there twice, dotted and nested.")
-        entry_errors = list(_mistakes(entry))
-        wrong += [f"parameters.{key}{error}" for error in entry_errors]
+            errors.append(f"parameters.{key}: is there twice, dotted and nested.")
+        entry_errors = list(_find_errors(entry))
+        errors += [f"parameters.{key}{error}" for error in entry_errors]
         if not entry_errors:
-            parameters[key] = _parameter(key, entry)
+            parameters[key] = _make_parameter(key, entry)
     return parameters
 
 
-def _leaves(plain: dict[Any, Any], prefix: str, wrong: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, entry in plain.items():
+def _flatten_entries(raw: dict[Any, Any], prefix: str, errors: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    for name, entry in raw.items():
         key = f"{prefix}{name}"
         if not isinstance(entry, dict):
-            wrong.append(
+            errors.append(
                 f"parameters.{key}: expected value, values, or min and max, found {entry!r}; for one value write {{value: {entry}}}."
             )
         elif isinstance(entry.get("parameters"), dict):
-            yield from _leaves(entry["parameters"], f"{key}.", wrong)
+            yield from _flatten_entries(entry["parameters"], f"{key}.", errors)
         else:
             yield key, entry
 
 
-def _mistakes(entry: dict[str, Any]) -> Iterator[str]:
+def _find_errors(entry: dict[str, Any]) -> Iterator[str]:
     for key in entry:
-        if key not in KEYS:
-            yield f": there is no key {key}.{did_you_mean(nearest(str(key), KEYS))}"
-    distribution = _distribution(entry)
-    if distribution not in NEEDS:
-        yield f".distribution: there is no {distribution}; there are {', '.join(NEEDS)}.{did_you_mean(nearest(str(distribution), list(NEEDS)))}"
+        if key not in PARAMETER_KEYS:
+            yield f": there is no key {key}.{format_suggestion(find_nearest(str(key), PARAMETER_KEYS))}"
+    distribution = _infer_distribution(entry)
+    if distribution not in REQUIRED_KEYS:
+        yield f".distribution: there is no {distribution}; there are {', '.join(REQUIRED_KEYS)}.{format_suggestion(find_nearest(str(distribution), list(REQUIRED_KEYS)))}"
         return
-    missing = [key for key in NEEDS[distribution] if key not in entry]
+    missing = [key for key in REQUIRED_KEYS[distribution] if key not in entry]
     if missing:
         needed = (
             f"{distribution} needs {' and '.join(missing)}"
@@ -208,12 +218,12 @@ def _mistakes(entry: dict[str, Any]) -> Iterator[str]:
         yield f": {needed}; found {entry}."
         return
     if distribution.startswith("categorical"):
-        yield from _wrong_values(entry)
+        yield from _find_value_errors(entry)
     elif distribution != "constant":
-        yield from _wrong_numbers(entry, distribution)
+        yield from _find_number_errors(entry, distribution)
 
 
-def _distribution(entry: dict[str, Any]) -> str:
+def _infer_distribution(entry: dict[str, Any]) -> str:
     """Return the distribution; if the file does not name it, infer it as W&B does."""
     if "distribution" in entry:
         return str(entry["distribution"])
@@ -221,11 +231,11 @@ def _distribution(entry: dict[str, Any]) -> str:
         return "constant"
     if "values" in entry:
         return "categorical_w_probabilities" if "probabilities" in entry else "categorical"
-    whole = all(isinstance(entry.get(key), int) for key in RANGE)
+    whole = all(isinstance(entry.get(key), int) for key in RANGE_KEYS)
     return "int_uniform" if whole else "normal" if {"mu", "sigma"} & set(entry) else "uniform"
 
 
-def _wrong_values(entry: dict[str, Any]) -> Iterator[str]:
+def _find_value_errors(entry: dict[str, Any]) -> Iterator[str]:
     values, probabilities = entry["values"], entry.get("probabilities")
     if not isinstance(values, list) or not values:
         yield f".values: expected a list with something in it, found {values!r}."
@@ -241,12 +251,12 @@ def _wrong_values(entry: dict[str, Any]) -> Iterator[str]:
             yield f".probabilities: expected {len(values)} numbers that add up to 1, one for each value, found {probabilities!r}."
 
 
-def _wrong_numbers(entry: dict[str, Any], name: str) -> Iterator[str]:
+def _find_number_errors(entry: dict[str, Any], name: str) -> Iterator[str]:
     has_errors = False
-    for key in (*RANGE, "q", *BELL, *BETA):
+    for key in (*RANGE_KEYS, "q", *NORMAL_KEYS, *BETA_KEYS):
         if key in entry and not is_number(entry[key]):
             has_errors = True
-            yield f".{key}: expected a number, found {entry[key]!r}.{_yaml_hint(entry[key])}"
+            yield f".{key}: expected a number, found {entry[key]!r}.{_get_yaml_hint(entry[key])}"
         elif key in ("q", "sigma", "a", "b") and key in entry and not entry[key] > 0:
             has_errors = True
             yield f".{key}: must be above 0, found {entry[key]!r}."
@@ -259,15 +269,15 @@ def _wrong_numbers(entry: dict[str, Any], name: str) -> Iterator[str]:
         yield f".min: must be below max, found {low} and {high}."
     if name.endswith("_values") and not low > 0:
         yield f".min: a logarithmic range has its ends above 0, found {low}."
-    if name in ("log_uniform", "q_log_uniform", "inv_log_uniform") and (0 < low < high < 1 or high > LARGEST):
+    if name in ("log_uniform", "q_log_uniform", "inv_log_uniform") and (0 < low < high < 1 or high > MAX_EXPONENT):
         yield (
-            f": {name} takes exponents of e, and {low} to {high} would be {_exp(low)} to {_exp(high)};"
+            f": {name} takes exponents of e, and {low} to {high} would be {_format_exp(low)} to {_format_exp(high)};"
             f" for values write distribution: {name}_values."
         )
 
 
-def _exp(value: float) -> str:
-    return f"{math.exp(value):.3g}" if value < LARGEST else "beyond any number"
+def _format_exp(value: float) -> str:
+    return f"{math.exp(value):.3g}" if value < MAX_EXPONENT else "beyond any number"
 
 
 def is_number(value: Any) -> bool:
@@ -275,7 +285,7 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _yaml_hint(value: Any) -> str:
+def _get_yaml_hint(value: Any) -> str:
     """Return a hint for a number that YAML reads as text. YAML 1.1 needs a point in a number with an exponent, unlike `1e-5`."""
     try:
         number = float(value) if isinstance(value, str) else None
@@ -289,18 +299,18 @@ def _yaml_hint(value: Any) -> str:
     return f" YAML reads it as text; write {whole}e{sign}{exponent}." if letter else " Leave out the quotes."
 
 
-def _parameter(key: str, entry: dict[str, Any]) -> Parameter:
-    distribution = _distribution(entry)
+def _make_parameter(key: str, entry: dict[str, Any]) -> SweepParameter:
+    distribution = _infer_distribution(entry)
     if distribution in ("constant", "categorical", "categorical_w_probabilities"):
         values = (entry["value"],) if distribution == "constant" else tuple(entry["values"])
-        return Parameter(key, distribution, values, tuple(entry.get("probabilities") or ()))
-    numbers = {word: entry[word] for word in (*BELL, *BETA) if word in entry}
+        return SweepParameter(key, distribution, values, tuple(entry.get("probabilities") or ()))
+    numbers = {word: entry[word] for word in (*NORMAL_KEYS, *BETA_KEYS) if word in entry}
     q = entry.get("q", 1) if distribution.startswith("q_") else None
     if "uniform" not in distribution:
-        return Parameter(key, distribution, q=q, **numbers)
+        return SweepParameter(key, distribution, q=q, **numbers)
     low, high = entry["min"], entry["max"]
     if distribution in ("log_uniform", "q_log_uniform"):
         low, high = math.exp(low), math.exp(high)
     elif distribution == "inv_log_uniform":  # log(1/x) is uniform
         low, high = math.exp(-high), math.exp(-low)
-    return Parameter(key, distribution, min=low, max=high, q=q)
+    return SweepParameter(key, distribution, min=low, max=high, q=q)

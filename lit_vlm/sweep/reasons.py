@@ -10,7 +10,7 @@ import yaml
 _COMMENT = re.compile(r"(?:^|\s)#\s?(.*)$")
 
 
-def reasons_in(path: Path) -> dict[str, str]:
+def read_comments(path: Path) -> dict[str, str]:
     """Read the comments of each parameter (above it, after its name, and inside it) as one text, by dotted key.
 
     Returns {} if there is no such file.
@@ -21,18 +21,18 @@ def reasons_in(path: Path) -> dict[str, str]:
     root = yaml.compose(text, Loader=yaml.SafeLoader)
     lines = text.splitlines()
     parameters = next((value for key, value in getattr(root, "value", []) if key.value == "parameters"), None)
-    return _reasons(parameters, lines, "")
+    return _collect_comments(parameters, lines, "")
 
 
-def _reasons(node: yaml.Node | None, lines: list[str], prefix: str) -> dict[str, str]:
+def _collect_comments(node: yaml.Node | None, lines: list[str], prefix: str) -> dict[str, str]:
     comments: dict[str, str] = {}
     for key, value in getattr(node, "value", []):
         name = f"{prefix}{key.value}"
         nested = next(
-            (inner for inner_key, inner in getattr(value, "value", []) if _word(inner_key) == "parameters"), None
+            (inner for inner_key, inner in getattr(value, "value", []) if _get_scalar(inner_key) == "parameters"), None
         )
         if nested is not None:
-            comments |= _reasons(nested, lines, f"{name}.")
+            comments |= _collect_comments(nested, lines, f"{name}.")
             continue
         first, last = key.start_mark.line, value.end_mark.line
         if isinstance(value, yaml.CollectionNode) and not value.flow_style:
@@ -50,5 +50,5 @@ def _reasons(node: yaml.Node | None, lines: list[str], prefix: str) -> dict[str,
     return comments
 
 
-def _word(node: object) -> str:
+def _get_scalar(node: object) -> str:
     return str(getattr(node, "value", ""))

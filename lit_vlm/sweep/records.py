@@ -9,7 +9,7 @@ from typing import Any
 
 from lit_vlm.sweep.file import Goal
 
-STATES = ("finished", "stopped", "failed", "running")
+TRIAL_STATES = ("finished", "stopped", "failed", "running")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +34,14 @@ class TrialRecord:
     note: str = ""
 
 
-def best_of(records: Iterable[TrialRecord], goal: Goal | str) -> TrialRecord | None:
+def find_best_trial(records: Iterable[TrialRecord], goal: Goal | str) -> TrialRecord | None:
     """Find the finished trial with the best value, the first of equal ones. A trial ended by early stopping is never the best."""
     finished = [record for record in records if record.state == "finished" and record.value is not None]
     sign = 1 if Goal(goal) is Goal.minimize else -1
     return min(finished, key=lambda record: (sign * record.value, record.number), default=None)
 
 
-def varied(records: Iterable[TrialRecord]) -> list[str]:
+def find_varying_keys(records: Iterable[TrialRecord]) -> list[str]:
     """Find the keys whose values differ between trials, in their order in the records."""
     values_by_key: dict[str, set[str]] = {}
     for record in records:

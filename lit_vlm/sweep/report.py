@@ -14,15 +14,15 @@ from typing import Any
 from markupsafe import Markup
 
 from lit_vlm.engine import pages
-from lit_vlm.engine.report_data import duration
-from lit_vlm.sweep.charts import metric_by_trial, name_of, parallel_coordinates, shown_range
+from lit_vlm.engine.report_data import format_duration
+from lit_vlm.sweep.charts import compute_axis_range, draw_metric_by_trial, draw_parallel_coordinates, format_category
 from lit_vlm.sweep.file import Goal, SweepFile
-from lit_vlm.sweep.importance import at_an_end, importance_of, remark
-from lit_vlm.sweep.records import STATES, TrialRecord, best_of, varied
+from lit_vlm.sweep.importance import compute_importance, get_reliability_note, list_edge_warnings
+from lit_vlm.sweep.records import TRIAL_STATES, TrialRecord, find_best_trial, find_varying_keys
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class SweepReport:
     """Content of the report.
 
     Attributes:
@@ -47,95 +47,97 @@ class Page:
 
     @property
     def best(self) -> TrialRecord | None:
-        return best_of(self.records, self.goal)
+        return find_best_trial(self.records, self.goal)
 
     @property
     def keys(self) -> list[str]:
         """Keys of the parameters that varied; without any, those of the search space."""
-        return varied(self.records) or list(self.sweep.swept)
+        return find_varying_keys(self.records) or list(self.sweep.search_space)
 
 
-def write_sweep_report(path: Path, page: Page) -> None:
+def write_sweep_report(path: Path, report: SweepReport) -> None:
     """Write the report atomically: a reader finds the old file or the new one."""
-    pages.write_page(path, _PAGE.render(**_context(page)))
+    pages.write_page(path, _TEMPLATE.render(**_build_context(report)))
 
 
-def ordered(page: Page) -> list[TrialRecord]:
+def sort_records(report: SweepReport) -> list[TrialRecord]:
     """Sort the records: finished trials first, the best on top; then stopped, failed and running ones."""
-    sign = 1 if page.goal is Goal.minimize else -1
+    sign = 1 if report.goal is Goal.minimize else -1
 
-    def place(record: TrialRecord) -> tuple[int, float, int]:
+    def get_sort_key(record: TrialRecord) -> tuple[int, float, int]:
         value = sign * record.value if record.value is not None else 0.0
-        return STATES.index(record.state), value, record.number
+        return TRIAL_STATES.index(record.state), value, record.number
 
-    return sorted(page.records, key=place)
+    return sorted(report.records, key=get_sort_key)
 
 
-def counts(page: Page) -> str:
+def format_counts(report: SweepReport) -> str:
     """Format the counts, e.g. `12 of 12 trials: 9 finished, 2 stopped early, 1 failed`."""
-    by_state = Counter(record.state for record in page.records)
+    by_state = Counter(record.state for record in report.records)
     labels = {"finished": "finished", "stopped": "stopped early", "failed": "failed", "running": "under way"}
     states = ", ".join(f"{by_state[state]} {label}" for state, label in labels.items() if by_state[state])
-    total = f" of {page.total}" if page.total else ""
-    return f"{len(page.records)}{total} trials: {states or 'none yet'}"
+    total = f" of {report.total}" if report.total else ""
+    return f"{len(report.records)}{total} trials: {states or 'none yet'}"
 
 
-def cell(value: Any) -> str:
+def format_cell(value: Any) -> str:
     """Format a parameter's value for a table cell."""
-    return f"{value:g}" if isinstance(value, float) else name_of(value)
+    return f"{value:g}" if isinstance(value, float) else format_category(value)
 
 
-def dotted(key: str) -> Markup:
+def format_key(key: str) -> Markup:
     """Format a dotted key so that the browser may break the line after a dot."""
     return Markup(".<wbr>").join(key.split("."))
 
 
-_PAGE = pages.Page("page.html", "page.css", folder=Path(__file__).parent, cell=cell, duration=duration, dotted=dotted)
+_TEMPLATE = pages.PageTemplate(
+    "page.html", "page.css", folder=Path(__file__).parent, cell=format_cell, duration=format_duration, dotted=format_key
+)
 
 
-def _context(page: Page) -> dict[str, Any]:
-    importance = importance_of(page.records, page.sweep)
-    fixed = {key: value for key, value in page.sweep.fixed.items() if key not in page.keys}
+def _build_context(report: SweepReport) -> dict[str, Any]:
+    importance = compute_importance(report.records, report.sweep)
+    fixed = {key: value for key, value in report.sweep.fixed.items() if key not in report.keys}
     return {
-        "page": page,
-        "title": page.sweep.name,
-        "lead": page.sweep.description or "",
-        "counts": counts(page),
-        "facts": _facts(page),
-        "parallel": Markup(parallel_coordinates(page.records, page.sweep)),
-        "far": _far(page),
-        "trials": Markup(metric_by_trial(page.records, page.goal, page.metric)),
+        "page": report,
+        "title": report.sweep.name,
+        "lead": report.sweep.description or "",
+        "counts": format_counts(report),
+        "facts": _list_facts(report),
+        "parallel": Markup(draw_parallel_coordinates(report.records, report.sweep)),
+        "far": _get_axis_limit(report),
+        "trials": Markup(draw_metric_by_trial(report.records, report.goal, report.metric)),
         "importance": importance,
-        "remark": remark(page.records),
-        "ends": at_an_end(page.records, page.sweep),
-        "rows": ordered(page),
+        "remark": get_reliability_note(report.records),
+        "ends": list_edge_warnings(report.records, report.sweep),
+        "rows": sort_records(report),
         "fixed": fixed,
     }
 
 
-def _far(page: Page) -> float | None:
+def _get_axis_limit(report: SweepReport) -> float | None:
     """Return the end of the metric's axis if some values lie beyond it; None otherwise."""
-    values = [record.value for record in page.records if record.value is not None and record.state != "failed"]
+    values = [record.value for record in report.records if record.value is not None and record.state != "failed"]
     if not values:
         return None
-    low, high = shown_range(values, page.goal)
-    is_clipped, limit = (max(values) > high, high) if page.goal is Goal.minimize else (min(values) < low, low)
+    low, high = compute_axis_range(values, report.goal)
+    is_clipped, limit = (max(values) > high, high) if report.goal is Goal.minimize else (min(values) < low, low)
     return limit if is_clipped else None
 
 
-def _facts(page: Page) -> list[tuple[str, str]]:
-    hyperband = page.sweep.early_terminate
-    seconds = [record.seconds for record in page.records if record.seconds]
+def _list_facts(report: SweepReport) -> list[tuple[str, str]]:
+    hyperband = report.sweep.early_terminate
+    seconds = [record.seconds for record in report.records if record.seconds]
     facts = [
-        ("method", page.sweep.method.value),
-        ("metric", f"{page.metric}, {'lower' if page.goal is Goal.minimize else 'higher'} is better"),
+        ("method", report.sweep.method.value),
+        ("metric", f"{report.metric}, {'lower' if report.goal is Goal.minimize else 'higher'} is better"),
         (
             "stopped early",
             f"by hyperband: first after {hyperband.rungs[0] + 1} values, the best 1/{hyperband.eta:g} go on"
             if hyperband
             else "never",
         ),
-        ("time of all trials", duration(sum(seconds)) if seconds else ""),
-        ("file", page.sweep.place),
+        ("time of all trials", format_duration(sum(seconds)) if seconds else ""),
+        ("file", report.sweep.location),
     ]
     return [(name, value) for name, value in facts if value]

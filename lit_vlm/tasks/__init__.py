@@ -9,25 +9,25 @@ from lit_vlm.config.parse import Run
 from lit_vlm.config.schema import Task
 
 
-def _late(place: str) -> Callable[[Run], None]:
+def _import_lazily(target: str) -> Callable[[Run], None]:
     """Return a function that imports "module:name" at its first call, then calls it."""
 
-    def task(run: Run) -> None:
-        module, name = place.split(":")
+    def run_task(run: Run) -> None:
+        module, name = target.split(":")
         getattr(import_module(module), name)(run)
 
-    return task
+    return run_task
 
 
 TASKS: dict[Task, Callable[[Run], None]] = {
-    Task.pipeline: _late("lit_vlm.tasks.pipeline:pipeline"),
-    Task.train: _late("lit_vlm.tasks.train:train"),
-    Task.prepare: _late("lit_vlm.tasks.prepare:prepare"),
-    Task.preflight: _late("lit_vlm.tasks.preflight:preflight"),
-    Task.sweep: _late("lit_vlm.tasks.sweep:sweep"),
-    Task.submit: _late("lit_vlm.tasks.submit:submit"),
-    Task.prefer: _late("lit_vlm.tasks.prefer:prefer"),
-    Task.export: _late("lit_vlm.tasks.export:export"),
-    Task.sync: _late("lit_vlm.tasks.sync:sync"),
-    Task.chat: _late("lit_vlm.tasks.chat:chat"),
+    Task.pipeline: _import_lazily("lit_vlm.tasks.pipeline:run_pipeline"),
+    Task.train: _import_lazily("lit_vlm.tasks.train:train"),
+    Task.prepare: _import_lazily("lit_vlm.tasks.prepare:prepare"),
+    Task.preflight: _import_lazily("lit_vlm.tasks.preflight:run_preflight"),
+    Task.sweep: _import_lazily("lit_vlm.tasks.sweep:run_sweep"),
+    Task.submit: _import_lazily("lit_vlm.tasks.submit:submit"),
+    Task.prefer: _import_lazily("lit_vlm.tasks.prefer:generate_preferences"),
+    Task.export: _import_lazily("lit_vlm.tasks.export:export"),
+    Task.sync: _import_lazily("lit_vlm.tasks.sync:sync"),
+    Task.chat: _import_lazily("lit_vlm.tasks.chat:run_chat"),
 }

@@ -10,30 +10,30 @@ import lightning as L
 import torch
 
 from callbacks import Heartbeat
-from callbacks.out_of_memory import save_step_before
+from callbacks.out_of_memory import save_previous_step
 from lit_vlm.config import Run
 from lit_vlm.config.schema import OnBadRecord
 from lit_vlm.data.datamodule import DataModule
-from lit_vlm.data.micro_batches import Entered
+from lit_vlm.data.micro_batches import RecordLoggedError
 from lit_vlm.data.plan.ledger import Ledger
-from lit_vlm.engine.agreement import Agreement
+from lit_vlm.engine.agreement import RankConsistencyCheck
 from lit_vlm.engine.budget import halve_budget, is_out_of_memory
-from lit_vlm.engine.exits import RESTART, RollBack
-from lit_vlm.engine.slurm import own_job
-from lit_vlm.engine.watch import Doing, pulse_of
-from lit_vlm.engine.watch_thread import Note
+from lit_vlm.engine.exits import RESTART, RollbackRequest
+from lit_vlm.engine.slurm import get_own_job
+from lit_vlm.engine.watch import Activity, get_progress
+from lit_vlm.engine.watch_thread import ExitNotice
 from lit_vlm.stages import Stage
 from lit_vlm.tasks.terminal import say
-from lit_vlm.types import UserError, counted
+from lit_vlm.types import UserError, format_count
 
-MOST_ENTERED = 20  # each corrupt record restarts the job once; more of them means a failing disk
+MAX_CORRUPT_RECORDS = 20  # each corrupt record restarts the job once; more of them means a failing disk
 
 
-class Again(Exception):
+class Restart(Exception):
     """Request to restart the stage from its last checkpoint."""
 
 
-class GoOnWithout(L.Callback):
+class SkipBadRecord(L.Callback):
     """Callback that skips a record which became corrupt during training.
 
     A single process with data.on_bad_record=quarantine saves the state of the previous step, and `run_fit` requests a
@@ -44,20 +44,23 @@ class GoOnWithout(L.Callback):
         self.run, self.datamodule = run, datamodule
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if not isinstance(exception, Entered):
+        if not isinstance(exception, RecordLoggedError):
             return
-        job, (num_corrupt, max_corrupt) = own_job(), self.count_entered()
-        if self.resumes_alone(trainer):
-            if num_corrupt <= max_corrupt and pulse_of(trainer).work.doing not in (Doing.starting, Doing.optimizer):
-                save_step_before(trainer, pl_module)
-        elif job is not None and num_corrupt <= min(MOST_ENTERED, max_corrupt):
-            Note(RESTART, str(exception), []).leave_together(self.run.dir, job)
+        job, (num_corrupt, max_corrupt) = get_own_job(), self.count_corrupt_records()
+        if self.can_restart_in_process(trainer):
+            if num_corrupt <= max_corrupt and get_progress(trainer).state.doing not in (
+                Activity.starting,
+                Activity.optimizer,
+            ):
+                save_previous_step(trainer, pl_module)
+        elif job is not None and num_corrupt <= min(MAX_CORRUPT_RECORDS, max_corrupt):
+            ExitNotice(RESTART, str(exception), []).stop_all_ranks(self.run.dir, job)
 
-    def resumes_alone(self, trainer: L.Trainer) -> bool:
+    def can_restart_in_process(self, trainer: L.Trainer) -> bool:
         """Return whether this process restarts the stage by itself: one rank, and quarantine is on."""
         return trainer.world_size == 1 and self.run.config.data.on_bad_record is OnBadRecord.quarantine
 
-    def count_entered(self) -> tuple[int, float]:
+    def count_corrupt_records(self) -> tuple[int, float]:
         """Count the corrupt records that all ranks found.
 
         Returns:
@@ -68,7 +71,7 @@ class GoOnWithout(L.Callback):
         return len(Ledger.read(ledger.path)), max(1, self.run.config.data.max_quarantined * len(index))
 
 
-def until_done(attempt: Callable[[bool], None]) -> None:
+def run_with_restarts(attempt: Callable[[bool], None]) -> None:
     """Call `attempt` until it returns without `Restart`.
 
     Args:
@@ -77,14 +80,14 @@ def until_done(attempt: Callable[[bool], None]) -> None:
     for number in count():
         try:
             return attempt(number > 0)
-        except Again:
+        except Restart:
             pass  # the memory is freed only after the exception and its frames are gone
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
 
-def fit_or_again(trainer: L.Trainer, stage: Stage, datamodule: DataModule, run: Run) -> None:
+def run_fit(trainer: L.Trainer, stage: Stage, datamodule: DataModule, run: Run) -> None:
     """Run `trainer.fit`; request a restart where that repairs the failure.
 
     Raises:
@@ -93,35 +96,35 @@ def fit_or_again(trainer: L.Trainer, stage: Stage, datamodule: DataModule, run: 
         UserError: half the micro-batch budget would not help, or more records are corrupt than the quarantine may hold.
     """
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    callbacks.insert(0, Agreement(run.config, datamodule))
+    callbacks.insert(0, RankConsistencyCheck(run.config, datamodule))
     # at this place the state is already saved, and the other ranks have not been notified of a failure yet
     position = next(
         (position for position, callback in enumerate(callbacks) if isinstance(callback, Heartbeat)), len(callbacks)
     )
-    skip_bad_record = GoOnWithout(run, datamodule)
+    skip_bad_record = SkipBadRecord(run, datamodule)
     callbacks.insert(position, skip_bad_record)
     try:
         trainer.fit(stage, datamodule)
-    except Entered as error:
-        if not skip_bad_record.resumes_alone(trainer):
+    except RecordLoggedError as error:
+        if not skip_bad_record.can_restart_in_process(trainer):
             raise
-        num_corrupt, max_corrupt = skip_bad_record.count_entered()
+        num_corrupt, max_corrupt = skip_bad_record.count_corrupt_records()
         if num_corrupt > max_corrupt:
             raise UserError(
                 f"{error} They are {num_corrupt:,} by now, more than data.max_quarantined="
                 f"{run.config.data.max_quarantined:g} of the training records."
             ) from None
         say(f"{run.name}: {error.finding} It is entered in {error.ledger}, and the run goes on without it.")
-        raise Again from None
-    except RollBack as back:
+        raise Restart from None
+    except RollbackRequest as back:
         say(f"{run.name}: {back}")
-        raise Again from None
+        raise Restart from None
     except RuntimeError as error:
         if trainer.world_size > 1 or not is_out_of_memory(error):
             raise
         budget = halve_budget(run.dir, datamodule, run.config.guard.max_oom_retries)
         say(
-            f"{run.name}: out of memory; goes on with at most {budget.tokens:,} tokens and {counted(budget.tiles, 'tile')} in a "
+            f"{run.name}: out of memory; goes on with at most {budget.tokens:,} tokens and {format_count(budget.tiles, 'tile')} in a "
             "micro-batch, and the same samples in each step"
         )
-        raise Again from None
+        raise Restart from None

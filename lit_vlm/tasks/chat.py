@@ -15,11 +15,22 @@ from lit_vlm.config import Run
 from lit_vlm.data.images import FORMATS, FileImage
 from lit_vlm.data.markup import parse_markup
 from lit_vlm.data.processor import Processor
-from lit_vlm.engine.signals import STATUS, Ask, listening
-from lit_vlm.evaluation.answers import ask
-from lit_vlm.evaluation.drawing import PREDICTED, draw_boxes, marks_of
-from lit_vlm.tasks.finished import open_finished
-from lit_vlm.types import Content, Control, ImageSlot, Kind, Language, Message, RecordError, Role, Sample, UserError
+from lit_vlm.engine.signals import EXIT_STATUS, StopRequest, use_listener
+from lit_vlm.evaluation.answers import generate_answers
+from lit_vlm.evaluation.drawing import PREDICTED, draw_boxes, parse_box_marks
+from lit_vlm.tasks.finished import open_pretrained
+from lit_vlm.types import (
+    ContentPart,
+    ControlToken,
+    ImagePlaceholder,
+    Language,
+    Message,
+    RecordError,
+    Role,
+    Sample,
+    SampleKind,
+    UserError,
+)
 
 HELP = """\
 /image PATH   a picture for your next question; several are possible
@@ -27,10 +38,10 @@ HELP = """\
 /help         this list
 /quit         leave (so does the end of the input)
 <gro> or <ocr> before a question asks for boxes; they are drawn into chat_<n>.png."""
-TASK = re.compile(r"^\s*(<gro>|<ocr>)\s*(?=\S)")  # in training, the question is on the next line
+TASK_TOKEN = re.compile(r"^\s*(<gro>|<ocr>)\s*(?=\S)")  # in training, the question is on the next line
 
 
-def chat(run: Run) -> None:
+def run_chat(run: Run) -> None:
     """Run a conversation line by line, or with `prompt` print one answer to the standard output.
 
     Raises:
@@ -39,18 +50,18 @@ def chat(run: Run) -> None:
     if run.init_from is None:
         raise UserError("task=chat needs a model: init_from=runs/<name>/hf, or a LLaVA-OneVision-class model's hub id.")
     config = run.config
-    model = open_finished(run.init_from, config)
+    model = open_pretrained(run.init_from, config)
     max_new_tokens = config.max_new_tokens
     conversation = Conversation(model.load(), model.processor, max_new_tokens, config.data.max_image_pixels)
     for path in config.image:
-        conversation.attach(path)
+        conversation.add_image(path)
     if config.prompt is not None:
-        answer = conversation.ask(config.prompt)
-        print(printable(answer))
-        if image_path := conversation.draw(answer):
+        answer = conversation.generate_answer(config.prompt)
+        print(remove_control_characters(answer))
+        if image_path := conversation.save_boxes(answer):
             print(f"boxes: {image_path}", file=sys.stderr)  # the standard output holds only the answer
         return
-    talk(conversation)
+    run_conversation(conversation)
 
 
 class Conversation:
@@ -72,9 +83,9 @@ class Conversation:
         """Remove all messages and images."""
         self.messages: tuple[Message, ...] = ()
         self.images: tuple[FileImage, ...] = ()
-        self.waiting: tuple[FileImage, ...] = ()  # added, but not part of a question yet
+        self.pending_images: tuple[FileImage, ...] = ()  # added, but not part of a question yet
 
-    def attach(self, path: str) -> None:
+    def add_image(self, path: str) -> None:
         """Add an image before the next question. UserError if it cannot be read."""
         file = Path(path).expanduser().resolve()
         image = FileImage(file.name, file.parent, path, self.max_pixels)
@@ -83,60 +94,62 @@ class Conversation:
         except RecordError as error:
             remedy = f"Give the path of a {', '.join(FORMATS)} file"
             raise UserError(f"image={path}: {error.reason}. {remedy}.") from None
-        self.waiting += (image,)
+        self.pending_images += (image,)
 
-    def ask(self, text: str) -> str:
+    def generate_answer(self, text: str) -> str:
         """Generate the model's answer and add it to the conversation. After an error the conversation is unchanged."""
-        images = self.images + self.waiting
-        slots = tuple(ImageSlot(number) for number in range(len(self.images), len(images)))
-        messages = (*self.messages, Message(Role.user, (*slots, *self._pieces(TASK.sub(r"\1\n", text)))))
+        images = self.images + self.pending_images
+        slots = tuple(ImagePlaceholder(number) for number in range(len(self.images), len(images)))
+        messages = (*self.messages, Message(Role.user, (*slots, *self._parse_text(TASK_TOKEN.sub(r"\1\n", text)))))
         # The sample needs an answer at the place where the model generates; its text is not read.
-        sample = Sample("", "chat", "chat", Kind.other, Language.auto, (*messages, self._said("")), images)
-        answer = ask(self.model, self.processor, [sample], self.max_new_tokens)[0]
-        self.messages, self.images, self.waiting = (*messages, self._said(answer)), images, ()
+        sample = Sample(
+            "", "chat", "chat", SampleKind.other, Language.auto, (*messages, self._make_assistant_message("")), images
+        )
+        answer = generate_answers(self.model, self.processor, [sample], self.max_new_tokens)[0]
+        self.messages, self.images, self.pending_images = (*messages, self._make_assistant_message(answer)), images, ()
         return answer
 
-    def draw(self, answer: str) -> Path | None:
+    def save_boxes(self, answer: str) -> Path | None:
         """Save the latest image with the answer's boxes to a file in the current folder; None if there are no boxes."""
-        marks = marks_of(answer, PREDICTED)
+        marks = parse_box_marks(answer, PREDICTED)
         if not marks or not self.images:
             return None
         path = next(path for number in count(1) if not (path := Path(f"chat_{number}.png")).exists())
         draw_boxes(self.images[-1].load(), marks).save(path)
         return path
 
-    def _said(self, text: str) -> Message:
-        return Message(Role.assistant, self._pieces(text) or ("",))
+    def _make_assistant_message(self, text: str) -> Message:
+        return Message(Role.assistant, self._parse_text(text) or ("",))
 
-    def _pieces(self, text: str) -> tuple[Content, ...]:
+    def _parse_text(self, text: str) -> tuple[ContentPart, ...]:
         """Parse markup in the text into control tokens; return plain text for a model that does not have these tokens."""
         contents = parse_markup(text)
         control_ids = self.processor.template.control_ids
         has_unknown_tokens = any(
-            isinstance(content, Control) and content.token not in control_ids for content in contents
+            isinstance(content, ControlToken) and content.token not in control_ids for content in contents
         )
         return (text,) if has_unknown_tokens else contents
 
 
-def talk(conversation: Conversation) -> None:
+def run_conversation(conversation: Conversation) -> None:
     """Read lines and answer them until the input ends. An error is printed, and the conversation continues."""
     if sys.stdin.isatty():
         print(HELP, end="\n\n")
-    for line in lines():
+    for line in read_lines():
         try:
             if line.startswith("/"):
-                if not obey(conversation, line):
+                if not run_command(conversation, line):
                     return
                 continue
-            answer = conversation.ask(line)
-            print(printable(answer), flush=True)
-            if image_path := conversation.draw(answer):
+            answer = conversation.generate_answer(line)
+            print(remove_control_characters(answer), flush=True)
+            if image_path := conversation.save_boxes(answer):
                 print(f"boxes: {image_path}", flush=True)
         except UserError as error:
             print(error, flush=True)
 
 
-def obey(conversation: Conversation, line: str) -> bool:
+def run_command(conversation: Conversation, line: str) -> bool:
     """Run a command that begins with "/"; return False if it ends the conversation."""
     command, _, rest = line.partition(" ")
     if command == "/quit":
@@ -144,30 +157,30 @@ def obey(conversation: Conversation, line: str) -> bool:
     if command == "/reset":
         conversation.reset()
     elif command == "/image" and rest.strip():
-        conversation.attach(rest.strip())
+        conversation.add_image(rest.strip())
     else:
         print(HELP)
     return True
 
 
-def lines() -> Iterator[str]:
+def read_lines() -> Iterator[str]:
     """Read typed or piped lines, without empty ones."""
     with contextlib.suppress(ImportError):  # line editing and history, if Python has it
         import readline  # noqa: F401
     prompt = "> " if sys.stdin.isatty() else ""
     with contextlib.suppress(EOFError, KeyboardInterrupt):
         while True:
-            with listening(stop_typing):
+            with use_listener(stop_reading):
                 line = input(prompt).strip()
             if line:
                 yield line
 
 
-def stop_typing(ask: Ask) -> None:
+def stop_reading(request: StopRequest) -> None:
     """Raise an exception, so that the terminal is restored. Ctrl-C ends the conversation like the end of the input."""
-    raise KeyboardInterrupt if ask is Ask.interrupt else SystemExit(STATUS[ask])
+    raise KeyboardInterrupt if request is StopRequest.interrupt else SystemExit(EXIT_STATUS[request])
 
 
-def printable(text: str) -> str:
+def remove_control_characters(text: str) -> str:
     """Remove control characters from the text: a model may have learnt sequences that a terminal executes."""
     return "".join(character for character in text if character.isprintable() or character in "\n\t")

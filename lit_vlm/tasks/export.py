@@ -9,34 +9,46 @@ from typing import Any
 
 from lit_vlm.config import Run
 from lit_vlm.config.schema import DPOStageConfig, RunConfig
-from lit_vlm.config.stored import read_model_settings
+from lit_vlm.config.stored import read_model_config
 from lit_vlm.data.processor import Processor
-from lit_vlm.engine.checkpoint import Damaged, Folder, Index, load, read_index
-from lit_vlm.engine.checkpoint.read import check_files, misfits
-from lit_vlm.engine.hold import Hold
-from lit_vlm.engine.rebuild import read_settings
-from lit_vlm.engine.run_folder import RunFolder, digest_of_parts, find_manifest, parent_of, read_manifest
-from lit_vlm.engine.shards import Kind, Piece
-from lit_vlm.engine.trainer import quiet
-from lit_vlm.files import DamagedFile
-from lit_vlm.model.build import Blueprint, draw_up
+from lit_vlm.engine.checkpoint import (
+    CheckpointFolder,
+    CheckpointIndex,
+    CorruptCheckpointError,
+    load_tensors,
+    read_index,
+)
+from lit_vlm.engine.checkpoint.read import check_files, find_state_mismatches
+from lit_vlm.engine.hold import RunLock
+from lit_vlm.engine.rebuild import read_config_file
+from lit_vlm.engine.run_folder import (
+    RunFolder,
+    compute_parts_digest,
+    describe_parent,
+    read_manifest,
+    read_manifest_or_empty,
+)
+from lit_vlm.engine.shards import StateKind, TensorShard
+from lit_vlm.engine.trainer import disable_library_warnings
+from lit_vlm.files import CorruptFileError
+from lit_vlm.model.build import ModelSpec, load_model_spec
 from lit_vlm.model.export import export_model
-from lit_vlm.model.tensor_files import digest_of_weights, os_errors
+from lit_vlm.model.tensor_files import compute_weights_digest, raise_os_errors
 from lit_vlm.stages import Stage
-from lit_vlm.tasks.stage_data import planned_day, with_parts
+from lit_vlm.tasks.stage_data import resolve_template_date, resolve_tiny_parts
 from lit_vlm.tasks.terminal import say
 from lit_vlm.tasks.train import make_stage
-from lit_vlm.types import UserError, counted
+from lit_vlm.types import UserError, format_count
 
 AUTO = "auto"
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class RunCheckpoint:
     """Complete checkpoint, with the settings of its run."""
 
     path: Path
-    index: Index
+    index: CheckpointIndex
     config: RunConfig  # the settings that define the model and its trainable parts
     init_from: str | None
 
@@ -51,12 +63,12 @@ def export(run: Run) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("task=export is one process. Start it with python run.py, not with torchrun.")
-    quiet()
-    folder = find_run(run)
-    with Hold(folder) as run_lock:
-        run_lock.take()
-        checkpoint = open_state(folder, run)
-        manifest = find_manifest(folder)
+    disable_library_warnings()
+    folder = find_run_folder(run)
+    with RunLock(folder) as run_lock:
+        run_lock.acquire()
+        checkpoint = open_checkpoint(folder, run)
+        manifest = read_manifest_or_empty(folder)
         is_last = checkpoint.index.step == (manifest.get("plan") or {}).get("steps")
         is_finished = manifest.get("status") == "finished" and is_last
         target = folder / ("hf" if is_finished else f"hf-{checkpoint.path.name}")
@@ -64,16 +76,16 @@ def export(run: Run) -> None:
             raise UserError(f"{target} is there already. Use it, or make it anew with overwrite=true.")
         write_model(checkpoint, folder, target)
         if is_finished:
-            RunFolder(folder, manifest).update(weights_digest=digest_of_weights(target))
+            RunFolder(folder, manifest).update(weights_digest=compute_weights_digest(target))
     note = (
         ""
         if is_finished
-        else f" The run is not finished: this is its model after {counted(checkpoint.index.step, 'step')}."
+        else f" The run is not finished: this is its model after {format_count(checkpoint.index.step, 'step')}."
     )
     say(f"Model: {target}   From: {checkpoint.path}{note}")
 
 
-def find_run(run: Run) -> Path:
+def find_run_folder(run: Run) -> Path:
     """Find the run folder: init_from names it or its model folder; otherwise it is the folder of these settings."""
     given = Path(run.init_from) if run.init_from else None
     folders = [given, given.parent] if given else []
@@ -89,16 +101,16 @@ def find_run(run: Run) -> Path:
     )
 
 
-def open_state(folder: Path, run: Run) -> State:
+def open_checkpoint(folder: Path, run: Run) -> RunCheckpoint:
     """Find the checkpoint and read the settings of its run."""
     path, index = find_checkpoint(folder, run.config.resume_from)
     try:
         manifest = read_manifest(folder) or {}
-    except DamagedFile as error:
+    except CorruptFileError as error:
         say(f"{str(error).partition(' Start')[0]} The settings are read from what lies beside it.")
         manifest = {}
-    settings = manifest.get("config") or read_settings(folder) or index.belongs.get("settings") or {}
-    config = read_model_settings(settings, str(folder))
+    settings = manifest.get("config") or read_config_file(folder) or index.belongs.get("settings") or {}
+    config = read_model_config(settings, str(folder))
     config.run_dir = str(settings.get("run_dir") or run.config.run_dir)
     init_from = (manifest.get("parent") or {}).get("path") if manifest else settings.get("init_from")
     if init_from == "previous":
@@ -106,15 +118,17 @@ def open_state(folder: Path, run: Run) -> State:
             f"{folder}: its manifest is lost, and with it the name of the model that it started from. Start the run again with "
             "its own words, which makes it anew."
         )
-    return State(path, index, config, init_from)
+    return RunCheckpoint(path, index, config, init_from)
 
 
-def find_checkpoint(folder: Path, resume_from: str) -> tuple[Path, Index]:
+def find_checkpoint(folder: Path, resume_from: str) -> tuple[Path, CheckpointIndex]:
     """Find the newest complete checkpoint, or the one that `resume_from` names. Every byte of it is verified."""
-    checkpoints = Folder(folder / "checkpoints")
+    checkpoints = CheckpointFolder(folder / "checkpoints")
     is_named = resume_from != AUTO
     candidates = (
-        [Path(resume_from).expanduser().resolve()] if is_named else list(map(checkpoints.of, checkpoints.steps()))
+        [Path(resume_from).expanduser().resolve()]
+        if is_named
+        else list(map(checkpoints.get_step_path, checkpoints.list_steps()))
     )
     errors: list[str] = []
     for path in candidates:
@@ -124,27 +138,30 @@ def find_checkpoint(folder: Path, resume_from: str) -> tuple[Path, Index]:
             for problem in errors:
                 say(f"{problem}. Takes the one before, {path.name}.")
             return path, index
-        except Damaged as error:
+        except CorruptCheckpointError as error:
             errors.append(str(error))
     found = "; ".join(errors) or "there is none"
     raise UserError(f"No checkpoint of {checkpoints.path} can be used: {found}. Start the run again to make one.")
 
 
-def write_model(state: State, folder: Path, target: Path) -> None:
+def write_model(checkpoint: RunCheckpoint, folder: Path, target: Path) -> None:
     """Build the model as the run did, load the checkpoint's weights into it, and export it to `target`."""
-    config, index = state.config, state.index
-    spec = draw_up(with_parts(config), state.init_from, config.data.tiling)
-    require_same_start(state, spec, folder)
-    stage = build_stage(spec, config)
+    config, index = checkpoint.config, checkpoint.index
+    spec = load_model_spec(resolve_tiny_parts(config), checkpoint.init_from, config.data.tiling)
+    require_same_parent(checkpoint, spec, folder)
+    stage = build_export_stage(spec, config)
     model = stage.model
     assert model is not None
     trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
-    if mismatches := misfits(index, {name: tuple(value.shape) for name, value in trainable.items()}):
-        raise UserError(f"{state.path} is of another model: {'; '.join(mismatches[:3])}.")
-    pieces = [Piece(name, Kind.weight, tuple(one.shape), 0, one.detach().view(-1)) for name, one in trainable.items()]
-    load(state.path, index, pieces)
+    if mismatches := find_state_mismatches(index, {name: tuple(value.shape) for name, value in trainable.items()}):
+        raise UserError(f"{checkpoint.path} is of another model: {'; '.join(mismatches[:3])}.")
+    pieces = [
+        TensorShard(name, StateKind.weight, tuple(one.shape), 0, one.detach().view(-1))
+        for name, one in trainable.items()
+    ]
+    load_tensors(checkpoint.path, index, pieces)
     try:
-        with os_errors():
+        with raise_os_errors():
             export_model(model, spec.tokenizer, spec.images, target)
     except OSError as error:
         reason = error.strerror or error
@@ -153,28 +170,30 @@ def write_model(state: State, folder: Path, target: Path) -> None:
         ) from error
 
 
-def build_stage(blueprint: Blueprint, config: RunConfig) -> Stage:
+def build_export_stage(spec: ModelSpec, config: RunConfig) -> Stage:
     """Build the stage without what only training needs: no feature cache, and no reference model."""
     stage_config: Any = replace(config.stage, cache_features=False)
     if isinstance(stage_config, DPOStageConfig):
         stage_config = replace(stage_config, reference=None, cache_reference=True)
-    stage = make_stage(blueprint, replace(config, stage=stage_config))
+    stage = make_stage(spec, replace(config, stage=stage_config))
     stage.configure_model()
     return stage
 
 
-def require_same_start(state: State, blueprint: Blueprint, folder: Path) -> None:
+def require_same_parent(checkpoint: RunCheckpoint, spec: ModelSpec, folder: Path) -> None:
     """Raise UserError if frozen weights, tokenizer or chat template are not those that the checkpoint was trained with."""
-    template_date, _ = planned_day(Run(state.config, None, folder.name, folder, [], state.init_from))
+    template_date, _ = resolve_template_date(
+        Run(checkpoint.config, None, folder.name, folder, [], checkpoint.init_from)
+    )
     current = {
-        "processor": Processor(blueprint.tokenizer, blueprint.images, day=template_date).digest,
-        "parent": (parent_of(state.init_from) or {}).get("digest")
-        or digest_of_parts(blueprint.whole, blueprint.vision_tower, blueprint.language_model),
+        "processor": Processor(spec.tokenizer, spec.images, day=template_date).digest,
+        "parent": (describe_parent(checkpoint.init_from) or {}).get("digest")
+        or compute_parts_digest(spec.whole, spec.vision_tower, spec.language_model),
     }
     descriptions = {"processor": "tokenizer, chat template or image settings", "parent": "weights"}
-    parent = state.init_from or f"{blueprint.vision_tower} and {blueprint.language_model}"
+    parent = checkpoint.init_from or f"{spec.vision_tower} and {spec.language_model}"
     for key, description in descriptions.items():
-        known = state.index.belongs.get(key)
+        known = checkpoint.index.belongs.get(key)
         if known and known != current[key]:
             raise UserError(
                 f"{parent}: the run started from there, and the {description} are others now. Bring them back: what did not train is read "

@@ -11,12 +11,12 @@ from transformers.utils import logging as transformers_logging
 from lit_vlm.config import RunConfig
 from lit_vlm.data.processor import Processor
 from lit_vlm.data.template_date import parse_day
-from lit_vlm.engine.trainer import quiet
-from lit_vlm.model.build import Blueprint, build, draw_up, read_tiling
+from lit_vlm.engine.trainer import disable_library_warnings
+from lit_vlm.model.build import ModelSpec, build_model, load_model_spec, read_tiling
 
 
 @dataclass(frozen=True, slots=True)
-class Finished:
+class PretrainedModel:
     """Model from a folder or hub id: its processor now, its weights when `load` is called.
 
     Attributes:
@@ -24,30 +24,30 @@ class Finished:
     """
 
     name: str
-    blueprint: Blueprint
+    spec: ModelSpec
     processor: Processor
     on_gpu: bool
     seed: int
 
     def load(self) -> LlavaOnevisionForConditionalGeneration:
         """Load the model onto its device: bfloat16 on a GPU, float32 on a CPU."""
-        model = build(self.blueprint, torch.bfloat16 if self.on_gpu else torch.float32, self.seed)
+        model = build_model(self.spec, torch.bfloat16 if self.on_gpu else torch.float32, self.seed)
         return model.to("cuda" if self.on_gpu else "cpu").eval()
 
 
-def open_finished(init_from: str, config: RunConfig, day: str | None = None) -> Finished:
+def open_pretrained(init_from: str, config: RunConfig, template_date: str | None = None) -> PretrainedModel:
     """Open a model with its own special tokens, grid and tiling; the settings for these are ignored. Reads no weights.
 
     Args:
         init_from: model folder or hub id.
         template_date: YYYY-MM-DD, for a chat template that writes today's date; None: as set, else today.
     """
-    quiet()
+    disable_library_warnings()
     transformers_logging.disable_progress_bar()
     model_config = replace(config.model, special_tokens=[], grid=None, max_tiles=None)
-    spec = draw_up(model_config, init_from, read_tiling(init_from))
+    spec = load_model_spec(model_config, init_from, read_tiling(init_from))
     on_gpu = config.trainer.accelerator != "cpu" and torch.cuda.is_available()
-    day = config.model.template_date or day
-    parsed_date = parse_day(day, "model.template_date") if day else None
+    template_date = config.model.template_date or template_date
+    parsed_date = parse_day(template_date, "model.template_date") if template_date else None
     processor = Processor(spec.tokenizer, spec.images, day=parsed_date)
-    return Finished(init_from, spec, processor, on_gpu, config.seed)
+    return PretrainedModel(init_from, spec, processor, on_gpu, config.seed)

@@ -9,31 +9,31 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from lit_vlm.config import Run, parse, pipeline_overrides, stages_of
-from lit_vlm.engine.budget import NAME as BUDGET
+from lit_vlm.config import Run, build_stage_overrides, list_stages, parse
+from lit_vlm.engine.budget import BUDGET_FILE as BUDGET
 from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED
-from lit_vlm.engine.report import scores_table, summary_table, write_report
+from lit_vlm.engine.report import make_scores_table, make_summary_table, write_report
 from lit_vlm.engine.run_folder import read_manifest
-from lit_vlm.engine.signals import ASKS, STATUS, Ask
+from lit_vlm.engine.signals import EXIT_STATUS, STOP_REQUESTS, StopRequest
 from lit_vlm.tasks.terminal import console
 from lit_vlm.types import UserError
 
-SAVING_SECONDS = 300  # that torchrun waits for its ranks after a signal
-PROC = Path("/proc")
-RUN = Path(__file__).resolve().parents[2] / "run.py"
+SHUTDOWN_TIMEOUT_SECONDS = 300  # that torchrun waits for its ranks after a signal
+PROC_DIR = Path("/proc")
+RUN_SCRIPT = Path(__file__).resolve().parents[2] / "run.py"
 
 
-def pipeline(run: Run) -> None:
+def run_pipeline(run: Run) -> None:
     """Run all stages of the recipe; at the end print the summary table and write the report.
 
     Raises:
         UserError: a stage failed. It has printed its own error; the next start resumes with this stage.
     """
-    stages = stages_of(run.config.recipe, run.overrides)
+    stages = list_stages(run.config.recipe, run.overrides)
     started = time.monotonic()
     folders = []
     for number, experiment in enumerate(stages, 1):
-        overrides = [f"experiment={experiment}", *pipeline_overrides(run.overrides, experiment)]
+        overrides = [f"experiment={experiment}", *build_stage_overrides(run.overrides, experiment)]
         stage = parse(overrides)
         console.rule(f"{number}/{len(stages)}  {experiment}", align="left")
         exit_code = run_stage(stage, overrides)
@@ -46,10 +46,10 @@ def pipeline(run: Run) -> None:
         if (read_manifest(stage.dir) or {}).get("status") == "stopped":  # early stopping of a sweep ended this run
             return
         folders.append(stage.dir)
-    report = Path(run.config.run_dir) / _report_name(run, folders)
+    report = Path(run.config.run_dir) / _get_report_name(run, folders)
     write_report(report, folders, run.config.recipe)
-    console.print(summary_table(folders))
-    console.print(scores_table(folders))
+    console.print(make_summary_table(folders))
+    console.print(make_scores_table(folders))
     console.print(f"{time.monotonic() - started:.0f} s in all. Report: {report}", soft_wrap=True)
     if not (folders[-1] / "hf").is_dir():
         console.print(
@@ -62,7 +62,7 @@ def pipeline(run: Run) -> None:
     )
 
 
-def run_stage(stage: Run, words: list[str]) -> int:
+def run_stage(stage: Run, overrides: list[str]) -> int:
     """Run a stage to its end and return its exit status.
 
     torchrun always exits with 1, whatever the exit status of its ranks is. So after a signal this function returns the status
@@ -70,24 +70,24 @@ def run_stage(stage: Run, words: list[str]) -> int:
     guard.max_oom_retries times.
     """
     for _ in range(1 + stage.config.guard.max_oom_retries):
-        budget = _budget(stage.dir)
-        status, stop_requests = followed(command(stage, words))
+        budget = _read_budget(stage.dir)
+        status, stop_requests = run_process(build_command(stage, overrides))
         if not status or stage.config.trainer.devices == 1:
             break
         if stop_requests:
-            return INTERRUPTED if Ask.interrupt in stop_requests else RESTART
-        if _budget(stage.dir) in ("", budget):
+            return INTERRUPTED if StopRequest.interrupt in stop_requests else RESTART
+        if _read_budget(stage.dir) in ("", budget):
             break
     return status
 
 
-def _budget(folder: Path) -> str:
+def _read_budget(folder: Path) -> str:
     """Read the micro-batch budget that ranks wrote after out of memory; "" if there is none."""
     file = folder / BUDGET
     return file.read_text(encoding="utf-8") if file.is_file() else ""
 
 
-def followed(words: list[str]) -> tuple[int, list[Ask]]:
+def run_process(command: list[str]) -> tuple[int, list[StopRequest]]:
     """Run a process to its end and forward to it the signals that this process receives.
 
     A child without a signal handler has not started its work yet, so it is killed. If the child finishes successfully
@@ -99,70 +99,70 @@ def followed(words: list[str]) -> tuple[int, list[Ask]]:
     received: list[int] = []
     process: subprocess.Popen[bytes] | None = None
 
-    def hand_on(number: int, frame: FrameType | None) -> None:
+    def forward_signal(number: int, frame: FrameType | None) -> None:
         received.append(number)
         if process is not None:
-            _send(process, number)
+            _send_signal(process, number)
 
-    old_handlers = {number: signal.signal(number, hand_on) for number in ASKS}
+    old_handlers = {number: signal.signal(number, forward_signal) for number in STOP_REQUESTS}
     try:
         # the terminal sends Ctrl-C to the child as well, perhaps before its Python is set up
-        process = subprocess.Popen(words, preexec_fn=_begin_deaf if PROC.is_dir() else None)
+        process = subprocess.Popen(command, preexec_fn=_disable_signals if PROC_DIR.is_dir() else None)
         for number in received:  # received before the process existed
-            _send(process, number)
+            _send_signal(process, number)
         status = process.wait()
     finally:
         for number, handler in old_handlers.items():
             signal.signal(number, handler)
     if received and status == 0:
         signal.raise_signal(received[0])
-    stop_requests = [ASKS[signal.Signals(number)] for number in received]
-    return STATUS[stop_requests[0]] if received and status == -signal.SIGKILL else status, stop_requests
+    stop_requests = [STOP_REQUESTS[signal.Signals(number)] for number in received]
+    return EXIT_STATUS[stop_requests[0]] if received and status == -signal.SIGKILL else status, stop_requests
 
 
-def _begin_deaf() -> None:
+def _disable_signals() -> None:
     """Ignore all stop signals until the child installs its own handlers."""
-    for number in ASKS:
+    for number in STOP_REQUESTS:
         signal.signal(number, signal.SIG_IGN)
 
 
-def _send(process: subprocess.Popen[bytes], number: int) -> None:
+def _send_signal(process: subprocess.Popen[bytes], number: int) -> None:
     """Send a signal to a process that handles it; kill one that does not handle it yet."""
-    if _is_heard(process.pid, number):
+    if _has_signal_handler(process.pid, number):
         process.send_signal(number)
     else:
         process.kill()
 
 
-def _is_heard(pid: int, number: int) -> bool:
+def _has_signal_handler(pid: int, number: int) -> bool:
     """Return whether the process has a handler for this signal; True on a system without /proc."""
     try:
-        lines = (PROC / str(pid) / "status").read_text().splitlines()
+        lines = (PROC_DIR / str(pid) / "status").read_text().splitlines()
     except OSError:
         return True
     caught = next((line.split()[1] for line in lines if line.startswith("SigCgt:")), "0")
     return bool(int(caught, 16) >> (number - 1) & 1)
 
 
-def command(stage: Run, words: list[str]) -> list[str]:
+def build_command(stage: Run, overrides: list[str]) -> list[str]:
     """Build the command line of a stage: one process, or one process per device with torchrun."""
     devices = stage.config.trainer.devices
     if devices == 1:
-        return [sys.executable, str(RUN), *words]
+        return [sys.executable, str(RUN_SCRIPT), *overrides]
     return [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
         f"--nproc-per-node={devices}",
-        f"--shutdown-timeout={SAVING_SECONDS}",
-        f"--signals-to-handle={','.join(number.name for number in ASKS)}",
-        str(RUN),
-        *words,
+        f"--shutdown-timeout={SHUTDOWN_TIMEOUT_SECONDS}",
+        f"--signals-to-handle={','.join(number.name for number in STOP_REQUESTS)}",
+        str(RUN_SCRIPT),
+        *overrides,
     ]
 
 
-def _report_name(run: Run, folders: list[Path]) -> str:
+def _get_report_name(run: Run, folders: list[Path]) -> str:
     """Return the report's path below run_dir: the recipe's name, and the hash of the last run if settings were changed."""
     name = (read_manifest(folders[-1]) or {})["name"]
     suffix = name.removeprefix(run.config.recipe).split("-", 1)

@@ -12,86 +12,93 @@ import numpy as np
 from lit_vlm.config import Run
 from lit_vlm.config.schema import RunConfig, SourceConfig
 from lit_vlm.data.datamodule import DataModule
-from lit_vlm.data.index.columns import Index
-from lit_vlm.data.plan.lock import differences, read_lock
-from lit_vlm.data.plan.mixture import Amount, MixtureSettings
+from lit_vlm.data.index.columns import SampleIndex
+from lit_vlm.data.plan.lock import compare_locks, read_lock
+from lit_vlm.data.plan.mixture import MixtureSettings, SourceAmount
 from lit_vlm.data.plan.plan import Plan
-from lit_vlm.data.plan.shares import amounts_of
+from lit_vlm.data.plan.shares import resolve_amounts
 from lit_vlm.data.sources import open_source
-from lit_vlm.engine.preflight.checks import of_bad_records
-from lit_vlm.engine.preflight.facts import Facts, Finding, Level, ShareRow, SourceRow
-from lit_vlm.engine.preflight.looked_at import looked_at
-from lit_vlm.engine.preflight.numbers import duplicates_between, fill_source_rows, histograms, plan_facts
-from lit_vlm.engine.preflight.samples import bad_examples
-from lit_vlm.tasks.run_lock import lock_of
-from lit_vlm.tasks.stage_data import StageData, require_records_of, store_of
-from lit_vlm.tasks.terminal import progress_over
-from lit_vlm.types import RecordError, Source, UserError, counted
+from lit_vlm.engine.preflight.checks import check_bad_records
+from lit_vlm.engine.preflight.facts import Finding, PreflightFacts, Severity, ShareRow, SourceRow
+from lit_vlm.engine.preflight.looked_at import subsample_source
+from lit_vlm.engine.preflight.numbers import (
+    build_histograms,
+    count_duplicates_between_sources,
+    fill_source_rows,
+    summarize_plan,
+)
+from lit_vlm.engine.preflight.samples import collect_bad_examples
+from lit_vlm.tasks.run_lock import build_mixture_lock
+from lit_vlm.tasks.stage_data import StageData, get_index_dir, require_record_type
+from lit_vlm.tasks.terminal import show_progress
+from lit_vlm.types import RecordError, Source, UserError, format_count
 
-STEPS_OF_A_SAMPLE = 300  # steps to plan if only a sample is indexed; its micro-batches are like those of all data
+MAX_SAMPLE_STEPS = 300  # steps to plan if only a sample is indexed; its micro-batches are like those of all data
 
 
-def opened_sources(config: RunConfig, facts: Facts) -> tuple[dict[str, Source], dict[str, Source]]:
+def open_valid_sources(config: RunConfig, facts: PreflightFacts) -> tuple[dict[str, Source], dict[str, Source]]:
     """Open the training and validation sources, by name. A source that cannot be opened becomes a finding."""
 
-    def opened(table: dict[str, SourceConfig], held_out: bool) -> dict[str, Source]:
+    def open_each(table: dict[str, SourceConfig], held_out: bool) -> dict[str, Source]:
         sources = {}
         for name, source in table.items():
-            with noted(facts):
+            with collect_errors(facts):
                 sources[name] = open_source(
                     name,
                     source,
                     max_image_pixels=config.data.max_image_pixels,
                     seed=config.seed,
                     held_out=held_out,
-                    cache=store_of(config),
+                    cache=get_index_dir(config),
                 )
         return sources
 
-    return opened(config.data.sources, False), opened(config.data.validation.sources, True)
+    return open_each(config.data.sources, False), open_each(config.data.validation.sources, True)
 
 
-def look(run: Run, data: StageData, sources: dict[str, Source], facts: Facts) -> None:
+def index_sources(run: Run, data: StageData, sources: dict[str, Source], facts: PreflightFacts) -> None:
     """Index small sources completely, and a sample of large sources that have no index yet. Fill the facts about the data."""
-    config, datamodule, index_dir = run.config, data.datamodule, store_of(run.config)
-    with noted(facts):
+    config, datamodule, index_dir = run.config, data.datamodule, get_index_dir(run.config)
+    with collect_errors(facts):
         max_samples = config.preflight.max_samples
         processor = datamodule.processor
-        datamodule.sources = [looked_at(source, processor, index_dir, max_samples) for source in datamodule.sources]
+        datamodule.sources = [
+            subsample_source(source, processor, index_dir, max_samples) for source in datamodule.sources
+        ]
         if not isinstance(datamodule.validation, float | int):
             datamodule.validation = [
-                looked_at(source, processor, index_dir, max_samples) for source in datamodule.validation
+                subsample_source(source, processor, index_dir, max_samples) for source in datamodule.validation
             ]
-        with progress_over("look at") as on_progress:
-            datamodule.build(on_progress=on_progress)
+        with show_progress("look at") as on_progress:
+            datamodule.build_indexes(on_progress=on_progress)
         assert datamodule.index is not None and datamodule.held_out is not None
     index, held_out = datamodule.index, datamodule.held_out
     if index is None or held_out is None:
         return
     facts.sources = [
-        _row(config.data.sources[name], source, seen)
+        _make_source_row(config.data.sources[name], source, seen)
         for (name, source), seen in zip(sources.items(), datamodule.sources, strict=True)
     ]
     facts.held_out = len(held_out)
     fill_source_rows(facts.sources, index, held_out, index.errors)
-    facts.bad = bad_examples([*index.errors, *_held_out_errors(config, index, held_out, facts)])
+    facts.bad = collect_bad_examples([*index.errors, *_collect_held_out_errors(config, index, held_out, facts)])
     scales = np.array([row.scale for row in facts.sources])
     if len(index):
         caps = {"tokens": config.data.tokens_per_micro_batch, "tiles": config.data.tiles_per_micro_batch}
-        facts.histograms = histograms(index, scales, caps)
-        num_duplicates = duplicates_between(index)
+        facts.histograms = build_histograms(index, scales, caps)
+        num_duplicates = count_duplicates_between_sources(index)
         if num_duplicates:
-            message = f"{counted(num_duplicates, 'record says', 'records say')}, with the same images, what a record of another source says."
-            facts.findings.append(Finding(Level.warning, message))
-    with noted(facts):
-        require_records_of(config.stage, datamodule)
+            message = f"{format_count(num_duplicates, 'record says', 'records say')}, with the same images, what a record of another source says."
+            facts.findings.append(Finding(Severity.warning, message))
+    with collect_errors(facts):
+        require_record_type(config.stage, datamodule)
 
 
-def _row(config: SourceConfig, source: Source, seen: Source) -> SourceRow:
+def _make_source_row(config: SourceConfig, source: Source, indexed: Source) -> SourceRow:
     return SourceRow(
         source.name,
         records=len(source),
-        looked_at=len(seen),
+        looked_at=len(indexed),
         # for a part of a source the expected number is unknown
         expected=None if config.fraction or config.num_samples else config.expected_records,
         licence=config.licence,
@@ -99,41 +106,43 @@ def _row(config: SourceConfig, source: Source, seen: Source) -> SourceRow:
     )
 
 
-def _held_out_errors(config: RunConfig, index: Index, held_out: Index, facts: Facts) -> list[tuple[str, RecordError]]:
+def _collect_held_out_errors(
+    config: RunConfig, index: SampleIndex, held_out: SampleIndex, facts: PreflightFacts
+) -> list[tuple[str, RecordError]]:
     """Collect the unusable records of separate validation sources. They have no row in the mixture, so findings name them."""
     if held_out.sources is index.sources:
         return []
     rows = [SourceRow(f"{source.name} (validation)", len(source), len(source)) for source in held_out.sources]
     errors = [(f"{name} (validation)", error) for name, error in held_out.errors]
-    fill_source_rows(rows, held_out, index.subset(np.arange(0)), errors)
-    facts.findings += [finding for row in rows for finding in of_bad_records(row, config.data)]
+    fill_source_rows(rows, held_out, index.select(np.arange(0)), errors)
+    facts.findings += [finding for row in rows for finding in check_bad_records(row, config.data)]
     return errors
 
 
-def make_plan(run: Run, data: StageData, facts: Facts) -> Plan | None:
+def make_plan(run: Run, data: StageData, facts: PreflightFacts) -> Plan | None:
     """Make the plan of the whole run, or of its first steps if only a sample is indexed. None, with a finding, if it fails."""
     config, datamodule = run.config, data.datamodule
     world_size = config.preflight.world_size or config.trainer.devices * config.trainer.num_nodes
     if datamodule.index is None or not len(datamodule.index):
         facts.findings.append(
-            Finding(Level.failure, "No record of the sources can be used.", "See what is wrong with each.")
+            Finding(Severity.failure, "No record of the sources can be used.", "See what is wrong with each.")
         )
         return None
-    with noted(facts):
-        datamodule.mixture_settings, passes = _settings(datamodule, facts)
+    with collect_errors(facts):
+        datamodule.mixture_settings, passes = _resolve_mixture(datamodule, facts)
         steps = datamodule.max_steps
         if facts.estimated:
-            steps = steps or _steps_of(config, datamodule, passes)
-            datamodule.max_steps, datamodule.store = min(steps, STEPS_OF_A_SAMPLE), None
+            steps = steps or _estimate_steps(config, datamodule, passes)
+            datamodule.max_steps, datamodule.store = min(steps, MAX_SAMPLE_STEPS), None
         plan = datamodule.make_plan(world_size)
-        _meet_lock(run, data, facts)
-        facts.plan = plan_facts(plan, steps if facts.estimated and steps else plan.num_steps)
+        _check_mixture_lock(run, data, facts)
+        facts.plan = summarize_plan(plan, steps if facts.estimated and steps else plan.num_steps)
         _fill_shares(plan, facts)
         return plan
     return None
 
 
-def _settings(datamodule: DataModule, facts: Facts) -> tuple[MixtureSettings, float]:
+def _resolve_mixture(datamodule: DataModule, facts: PreflightFacts) -> tuple[MixtureSettings, float]:
     """Resolve the mixture of the sources that could be opened, in sizes of the whole sources.
 
     For a source of which only a sample is indexed, the index does not hold the true size, so its amount becomes a count.
@@ -142,9 +151,9 @@ def _settings(datamodule: DataModule, facts: Facts) -> tuple[MixtureSettings, fl
         The mixture settings, and the number of samples of one pass.
     """
     settings, names = datamodule.mixture_settings, [row.name for row in facts.sources]
-    settings = replace(settings, sources={name: settings.sources.get(name, Amount()) for name in names})
+    settings = replace(settings, sources={name: settings.sources.get(name, SourceAmount()) for name in names})
     sizes = [(row.usable - row.held_out) * row.scale for row in facts.sources]
-    amounts = amounts_of(settings, names)
+    amounts = resolve_amounts(settings, names)
     if any(amount.weight is not None for amount in amounts):
         return settings, sum(size for size, amount in zip(sizes, amounts, strict=True) if amount.weight)
     counts = {
@@ -152,11 +161,11 @@ def _settings(datamodule: DataModule, facts: Facts) -> tuple[MixtureSettings, fl
         for name, size, amount in zip(names, sizes, amounts, strict=True)
     }
     if facts.estimated:
-        settings = replace(settings, sources={name: Amount(count=number) for name, number in counts.items()})
+        settings = replace(settings, sources={name: SourceAmount(count=number) for name, number in counts.items()})
     return settings, sum(counts.values())
 
 
-def _steps_of(config: RunConfig, datamodule: DataModule, samples: float) -> int:
+def _estimate_steps(config: RunConfig, datamodule: DataModule, samples: float) -> int:
     """Estimate the optimizer steps of `max_epochs` passes over `samples` samples."""
     samples *= config.trainer.max_epochs
     if config.data.global_batch_tokens:
@@ -165,28 +174,30 @@ def _steps_of(config: RunConfig, datamodule: DataModule, samples: float) -> int:
     return max(1, math.ceil(samples / config.data.global_batch_size))
 
 
-def _meet_lock(run: Run, data: StageData, facts: Facts) -> None:
+def _check_mixture_lock(run: Run, data: StageData, facts: PreflightFacts) -> None:
     """Compare the data with `data.lock`; differences become a finding. A sample of the data is not compared."""
     lock = run.config.data.lock
     if not lock or len(data.sources) < len(run.config.data.sources):
         return
     if facts.estimated:
         message = f"The data are not compared with data.lock={lock}: not all records were looked at."
-        facts.findings.append(Finding(Level.advice, message, "task=prepare reads all of them."))
+        facts.findings.append(Finding(Severity.advice, message, "task=prepare reads all of them."))
         return
-    with noted(facts):
-        changes = "".join(f"\n  {change}" for change in differences(read_lock(lock), lock_of(data)))
+    with collect_errors(facts):
+        changes = "".join(f"\n  {change}" for change in compare_locks(read_lock(lock), build_mixture_lock(data)))
         if changes:
             message = f"The data are not those of data.lock={lock}:{changes}"
             facts.findings.append(
-                Finding(Level.failure, message, "\nBring them back, or take data.lock away to train on what is there.")
+                Finding(
+                    Severity.failure, message, "\nBring them back, or take data.lock away to train on what is there."
+                )
             )
 
 
-def _fill_shares(plan: Plan, facts: Facts) -> None:
+def _fill_shares(plan: Plan, facts: PreflightFacts) -> None:
     """Fill the planned share of each source and group: samples, tokens, passes."""
     assert facts.plan is not None
-    for row in plan.mixture.rows(plan.draws()):
+    for row in plan.mixture.summarize(plan.get_sample_sequence()):
         if row["group"] != "source":
             names = ("group", "name", "size", "asked", "samples", "tokens")
             facts.shares.append(ShareRow(**{name: row[name] for name in names}))
@@ -199,11 +210,11 @@ def _fill_shares(plan: Plan, facts: Facts) -> None:
 
 
 @contextmanager
-def noted(facts: Facts) -> Iterator[None]:
+def collect_errors(facts: PreflightFacts) -> Iterator[None]:
     """Turn a UserError of the block into a finding; the checks continue after the block."""
     try:
         yield
     except UserError as error:
-        finding = Finding(Level.failure, str(error))
+        finding = Finding(Severity.failure, str(error))
         if finding not in facts.findings:
             facts.findings.append(finding)

@@ -14,7 +14,7 @@ import torch
 from lit_vlm.config import Run
 from lit_vlm.config.schema import (
     DataConfig,
-    Debug,
+    DebugMode,
     ModelConfig,
     OnBadRecord,
     RunConfig,
@@ -24,19 +24,19 @@ from lit_vlm.config.schema import (
 )
 from lit_vlm.cost import Flops
 from lit_vlm.data.datamodule import DataModule
-from lit_vlm.data.plan.lock import DAY, LOCK, find_lock
-from lit_vlm.data.plan.mixture import Amount, MixtureSettings
+from lit_vlm.data.plan.lock import LOCK_FILE, TEMPLATE_DATE_KEY, read_lock_or_empty
+from lit_vlm.data.plan.mixture import MixtureSettings, SourceAmount
 from lit_vlm.data.processor import Processor, check_vocabulary
-from lit_vlm.data.quarantine import Quarantine, list_unread
+from lit_vlm.data.quarantine import Quarantine, format_unused_keys
 from lit_vlm.data.sources import open_source
 from lit_vlm.data.template_date import parse_day
-from lit_vlm.engine.run_folder import find_manifest, is_rank_zero, require_writable
-from lit_vlm.engine.trainer import FEW_STEPS, PROFILED_STEPS
-from lit_vlm.files import writable
-from lit_vlm.model.build import Blueprint, draw_up
-from lit_vlm.model.tiny import tiny_parts
+from lit_vlm.engine.run_folder import is_rank_zero, read_manifest_or_empty, require_writable
+from lit_vlm.engine.trainer import DEBUG_FAST_STEPS, DEBUG_PROFILE_STEPS
+from lit_vlm.files import handle_write_errors
+from lit_vlm.model.build import ModelSpec, load_model_spec
+from lit_vlm.model.tiny import make_tiny_parts
 from lit_vlm.tasks.terminal import say
-from lit_vlm.types import Kind, Source, UserError
+from lit_vlm.types import SampleKind, Source, UserError
 
 
 @dataclass(slots=True)
@@ -46,17 +46,17 @@ class StageData:
     run: Run
     sources: list[Source]
     held_out: list[Source]
-    blueprint: Blueprint
+    spec: ModelSpec
     datamodule: DataModule
 
     @property
-    def configs(self) -> Iterator[tuple[str, SourceConfig, Source]]:
+    def configured_sources(self) -> Iterator[tuple[str, SourceConfig, Source]]:
         """Name, settings and data of each training source."""
         for (name, config), source in zip(self.run.config.data.sources.items(), self.sources, strict=True):
             yield name, config, source
 
 
-def store_of(config: RunConfig) -> Path:
+def get_index_dir(config: RunConfig) -> Path:
     """Return the folder of the data index."""
     return Path(config.data.index_dir) if config.data.index_dir else Path(config.run_dir) / "index"
 
@@ -68,31 +68,31 @@ def open_sources(run: Run) -> tuple[list[Source], list[Source]]:
     options: dict[str, Any] = {
         "max_image_pixels": data.max_image_pixels,
         "seed": config.seed,
-        "cache": store_of(config),
+        "cache": get_index_dir(config),
     }
     sources = [open_source(name, source, **options) for name, source in data.sources.items()]
     held_out = [open_source(name, source, held_out=True, **options) for name, source in data.validation.sources.items()]
     return sources, held_out
 
 
-def stage_data(run: Run, sources: list[Source], held_out: list[Source], init_from: str | None) -> StageData:
+def build_stage_data(run: Run, sources: list[Source], held_out: list[Source], init_from: str | None) -> StageData:
     """Build the processor (tokenizer, chat template, tiling) and the data module of a stage. Reads no weights.
 
     Args:
         init_from: folder or hub id of a whole model; None: the parts that the settings name.
     """
     config = run.config
-    spec = draw_up(with_parts(config), init_from, config.data.tiling)
-    template_date, reason = planned_day(run)
+    spec = load_model_spec(resolve_tiny_parts(config), init_from, config.data.tiling)
+    template_date, reason = resolve_template_date(run)
     processor = Processor(spec.tokenizer, spec.images, scaled_decode=config.data.scaled_decode, day=template_date)
-    if processor.template.writes_day:
+    if processor.template.is_date_dependent:
         say(f"the chat template writes today's date; in all that this run reads it is {template_date}, {reason}")
     check_vocabulary(processor)
     datamodule = make_datamodule(run, processor, sources, held_out, spec)
     return StageData(run, sources, held_out, spec, datamodule)
 
 
-def planned_day(run: Run) -> tuple[date, str]:
+def resolve_template_date(run: Run) -> tuple[date, str]:
     """Resolve the date for a chat template that writes today's date.
 
     The date stays the same when a run resumes, when it is trained after task=prepare, and when `data.lock` fixes it.
@@ -103,34 +103,34 @@ def planned_day(run: Run) -> tuple[date, str]:
     config, reason = run.config, "as when it was first prepared (model.template_date=... sets another)"
     if config.model.template_date:
         return parse_day(config.model.template_date, "model.template_date"), "by model.template_date"
-    manifests = [(find_manifest(run.dir), reason), (find_lock(run.dir / LOCK), reason)]
+    manifests = [(read_manifest_or_empty(run.dir), reason), (read_lock_or_empty(run.dir / LOCK_FILE), reason)]
     if config.data.lock:
-        manifests.insert(0, (find_lock(config.data.lock), "as in data.lock"))
+        manifests.insert(0, (read_lock_or_empty(config.data.lock), "as in data.lock"))
     for manifest, reason in manifests:
-        if DAY in manifest:
-            return parse_day(str(manifest[DAY]), DAY), reason
+        if TEMPLATE_DATE_KEY in manifest:
+            return parse_day(str(manifest[TEMPLATE_DATE_KEY]), TEMPLATE_DATE_KEY), reason
     return date.today(), "whatever the day on which it goes on (model.template_date=... sets another)"
 
 
-def with_parts(config: RunConfig) -> ModelConfig:
+def resolve_tiny_parts(config: RunConfig) -> ModelConfig:
     """Make the `tiny` parts and put their folders into the model's settings. UserError if they cannot be written."""
     model = config.model
     if "tiny" in (model.vision_tower, model.language_model):
         folder = Path(config.run_dir) / "parts"
-        with writable(folder, "The tiny model's parts", "run_dir"):
-            vision_tower, language_model = tiny_parts(folder, config.seed)
+        with handle_write_errors(folder, "The tiny model's parts", "run_dir"):
+            vision_tower, language_model = make_tiny_parts(folder, config.seed)
         model.vision_tower = vision_tower if model.vision_tower == "tiny" else model.vision_tower
         model.language_model = language_model if model.language_model == "tiny" else model.language_model
     return model
 
 
 def make_datamodule(
-    run: Run, processor: Processor, sources: list[Source], held_out: list[Source], blueprint: Blueprint
+    run: Run, processor: Processor, sources: list[Source], held_out: list[Source], spec: ModelSpec
 ) -> DataModule:
     """Make the data module of a stage from the settings and the sources."""
     config = run.config
     data, trainer = config.data, config.trainer
-    positions = blueprint.config.text_config.max_position_embeddings
+    positions = spec.config.text_config.max_position_embeddings
     return DataModule(
         processor,
         sources,
@@ -141,54 +141,54 @@ def make_datamodule(
         tiles_per_micro_batch=data.tiles_per_micro_batch,
         max_length=min(data.max_length or positions, positions),
         on_overlong=data.on_overlong,
-        mixture=mixture_settings(data),
-        max_steps=max_steps_of(config),
+        mixture=make_mixture_settings(data),
+        max_steps=get_max_steps(config),
         max_epochs=trainer.max_epochs,
         num_workers=data.num_workers,
         prefetch_factor=data.prefetch_factor,
         seed=config.seed,
-        flops=flops_of(blueprint, config.stage),
+        flops=make_flops(spec, config.stage),
         pin_memory=trainer.accelerator != "cpu" and torch.cuda.is_available(),
-        overfit=config.debug is Debug.overfit,
-        store=store_of(config),
+        overfit=config.debug is DebugMode.overfit,
+        store=get_index_dir(config),
         index_workers=data.index_workers or os.cpu_count() or 1,
         ledger=run.dir / "ledger.jsonl",
         look_ahead=data.on_bad_record is OnBadRecord.quarantine,
     )
 
 
-def max_steps_of(config: RunConfig) -> int | None:
+def get_max_steps(config: RunConfig) -> int | None:
     """Return the maximum number of optimizer steps; None: trainer.max_epochs decides."""
-    if config.debug is Debug.fast:
-        return FEW_STEPS
-    if config.debug is Debug.profile:
-        return min(PROFILED_STEPS, config.trainer.max_steps or PROFILED_STEPS)
+    if config.debug is DebugMode.fast:
+        return DEBUG_FAST_STEPS
+    if config.debug is DebugMode.profile:
+        return min(DEBUG_PROFILE_STEPS, config.trainer.max_steps or DEBUG_PROFILE_STEPS)
     return config.trainer.max_steps
 
 
-def mixture_settings(data: DataConfig) -> MixtureSettings:
+def make_mixture_settings(data: DataConfig) -> MixtureSettings:
     """Make the mixture settings: amount of each source, unit of the weights, temperature, target shares."""
     return MixtureSettings(
-        {name: Amount(source.weight, source.repeat, source.count) for name, source in data.sources.items()},
+        {name: SourceAmount(source.weight, source.repeat, source.count) for name, source in data.sources.items()},
         weights_in=data.weights_in.value,
         temperature=data.temperature,
         share_ko=data.share.ko,
         share_text_only=data.share.text_only,
-        share_kinds={Kind(name): share for name, share in data.share.kinds.items()},
+        share_kinds={SampleKind(name): share for name, share in data.share.kinds.items()},
     )
 
 
-def flops_of(blueprint: Blueprint, stage: StageConfig) -> Flops:
+def make_flops(spec: ModelSpec, stage: StageConfig) -> Flops:
     """Make the FLOPs estimate of a sample for this model and these trainable parts."""
     trainable = {part.value for part in stage.trainable}
     return Flops.from_config(
-        blueprint.config.to_dict(),
+        spec.config.to_dict(),
         trains_tower="vision_tower" in trainable,
         trains_language_model="language_model" in trainable,
     )
 
 
-def parent_or_parts(run: Run) -> str | None:
+def resolve_init_from(run: Run) -> str | None:
     """Return the model to start from. None, with a report, if the previous stage has not been run yet."""
     folder = run.init_from and Path(run.init_from)
     if folder and folder.is_absolute() and not folder.is_dir():
@@ -197,27 +197,27 @@ def parent_or_parts(run: Run) -> str | None:
     return run.init_from
 
 
-def settle(data: StageData) -> dict[str, int]:
+def apply_quarantine(data: StageData) -> dict[str, int]:
     """Apply data.on_bad_record to the unusable records (quarantine or stop), and report length actions and unread keys.
 
     Returns:
         The number of unusable records of each source.
     """
     config, run = data.run.config.data, data.run
-    quarantine, totals = quarantine_of(data.datamodule)
+    quarantine, totals = collect_quarantine(data.datamodule)
     if is_rank_zero():
-        quarantine.settle(config.on_bad_record, config.max_quarantined, totals, run.dir / "quarantine.jsonl")
-    for line in fitted_of(data.datamodule):
+        quarantine.apply_policy(config.on_bad_record, config.max_quarantined, totals, run.dir / "quarantine.jsonl")
+    for line in list_overlong_actions(data.datamodule):
         say(line)
-    for name, unread in unread_keys(data.datamodule).items():
-        say(list_unread(name, unread))
+    for name, unread in count_unread_keys(data.datamodule).items():
+        say(format_unused_keys(name, unread))
     ledger = data.datamodule.ledger
     if ledger:
         say(f"{len(ledger):,} that turned bad while training left out, see {ledger.path}")
-    return quarantine.counts()
+    return quarantine.count_by_source()
 
 
-def fitted_of(datamodule: DataModule) -> list[str]:
+def list_overlong_actions(datamodule: DataModule) -> list[str]:
     """List what data.on_overlong did to samples above the token limit: one line for each source and action."""
     assert datamodule.index is not None and datamodule.held_out is not None
     descriptions = {
@@ -226,20 +226,22 @@ def fitted_of(datamodule: DataModule) -> list[str]:
         "cut_turn": "too long, without their last turns",
     }
     parts = (datamodule.index, *([datamodule.held_out] if datamodule.has_own_validation else []))
-    actions = [(name, action, count) for part in parts for (name, action), count in sorted(part.fitted.items())]
+    actions = [
+        (name, action, count) for part in parts for (name, action), count in sorted(part.length_policy_counts.items())
+    ]
     return [f"{name}: {count:,} {descriptions[action]} (data.on_overlong)" for name, action, count in actions]
 
 
-def unread_keys(datamodule: DataModule) -> dict[str, dict[str, int]]:
+def count_unread_keys(datamodule: DataModule) -> dict[str, dict[str, int]]:
     """Count the records of each source that have keys which are not read: source -> key -> records."""
     assert datamodule.index is not None and datamodule.held_out is not None
-    counts = dict(datamodule.index.unread)
+    counts = dict(datamodule.index.unused_keys)
     if datamodule.has_own_validation:
-        counts |= {f"{name} (validation)": unread for name, unread in datamodule.held_out.unread.items()}
+        counts |= {f"{name} (validation)": unread for name, unread in datamodule.held_out.unused_keys.items()}
     return counts
 
 
-def quarantine_of(datamodule: DataModule) -> tuple[Quarantine, dict[str, int]]:
+def collect_quarantine(datamodule: DataModule) -> tuple[Quarantine, dict[str, int]]:
     """Collect the unusable records.
 
     The label " (validation)" separates a validation source from a training source of the same name.
@@ -259,7 +261,7 @@ def quarantine_of(datamodule: DataModule) -> tuple[Quarantine, dict[str, int]]:
     return quarantine, totals
 
 
-def require_records_of(stage: StageConfig, datamodule: DataModule) -> None:
+def require_record_type(stage: StageConfig, datamodule: DataModule) -> None:
     """Require preference pairs for dpo and conversations for the other stages. With format=auto only the files show the type.
 
     Raises:
@@ -269,7 +271,7 @@ def require_records_of(stage: StageConfig, datamodule: DataModule) -> None:
     is_dpo, wrong_sources = stage.name is StageName.dpo, set()
     for index in (datamodule.index, datamodule.held_out):
         wrong_sources |= {
-            index.sources[number].name for number in set(index.source_of[(index.chosen > 0) != is_dpo].tolist())
+            index.sources[number].name for number in set(index.source_ids[(index.chosen > 0) != is_dpo].tolist())
         }
     names = ", ".join(sorted(wrong_sources))
     if wrong_sources and is_dpo:

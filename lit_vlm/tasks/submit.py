@@ -10,18 +10,22 @@ import json
 import shlex
 from pathlib import Path
 
-from lit_vlm.config import Run, is_ladder, parse, pipeline_overrides, stages_of
-from lit_vlm.config.overrides import key_of
+from lit_vlm.config import Run, build_stage_overrides, is_pipeline, list_stages, parse
+from lit_vlm.config.overrides import get_override_key
 from lit_vlm.config.schema import DataConfig, Format
-from lit_vlm.engine.run_folder import find_manifest, require_writable
-from lit_vlm.engine.signals import postponing
-from lit_vlm.engine.slurm import require_slurm, sbatch, sbatch_words, state_of
-from lit_vlm.engine.slurm_script import Job, one_line, script_of
-from lit_vlm.files import writable, write_atomically, write_json
+from lit_vlm.engine.run_folder import read_manifest_or_empty, require_writable
+from lit_vlm.engine.signals import postpone_signals
+from lit_vlm.engine.slurm import build_sbatch_command, get_job_state, require_slurm, submit_job
+from lit_vlm.engine.slurm_script import SlurmJob, render_batch_script, to_one_line
+from lit_vlm.files import handle_write_errors, write_json, write_text_atomically
 from lit_vlm.tasks.terminal import console, say
 from lit_vlm.types import UserError
 
-OWN_PICTURES = (".parquet", ".arrow", ".tar")  # they contain their images, so no other file of the folder is read
+EMBEDDED_IMAGE_SUFFIXES = (
+    ".parquet",
+    ".arrow",
+    ".tar",
+)  # they contain their images, so no other file of the folder is read
 
 
 def submit(run: Run) -> None:
@@ -34,7 +38,7 @@ def submit(run: Run) -> None:
     """
     if not run.config.submit.dry_run:
         require_slurm("task=submit", "write and print the script alone with submit.dry_run=true", "sbatch")
-    stages = _stages(run)
+    stages = _list_stages(run)
     waiting = [stage for stage in stages if not _is_finished(stage)]
     if not waiting:
         say(f"{run.name}: finished already, in {stages[-1].dir}. Nothing is submitted; overwrite=true starts it anew.")
@@ -44,92 +48,98 @@ def submit(run: Run) -> None:
         # a container can mount only a folder that exists
         if stage.config.submit.container and stage.config.data.index_dir:
             index = Path(stage.config.data.index_dir)
-            with writable(index):
+            with handle_write_errors(index):
                 index.mkdir(parents=True, exist_ok=True)
     jobs: list[str] = []
     for stage in waiting:
-        jobs.append(_submit_one(stage, jobs[-1] if jobs else None))
+        jobs.append(_submit_stage(stage, jobs[-1] if jobs else None))
     if not run.config.submit.dry_run:
-        _say_how_to_follow(waiting, jobs)
+        _print_follow_commands(waiting, jobs)
 
 
-def _stages(run: Run) -> list[Run]:
+def _list_stages(run: Run) -> list[Run]:
     """List the run itself, or one run for each stage of the recipe."""
-    if not is_ladder(run.overrides):
+    if not is_pipeline(run.overrides):
         return [run]
-    stages = stages_of(run.config.recipe, run.overrides)
+    stages = list_stages(run.config.recipe, run.overrides)
     return [
-        parse(["task=submit", f"experiment={experiment}", *pipeline_overrides(run.overrides, experiment)])
+        parse(["task=submit", f"experiment={experiment}", *build_stage_overrides(run.overrides, experiment)])
         for experiment in stages
     ]
 
 
 def _is_finished(stage: Run) -> bool:
-    finished = find_manifest(stage.dir).get("status") == "finished" and not stage.config.overwrite
+    finished = read_manifest_or_empty(stage.dir).get("status") == "finished" and not stage.config.overwrite
     if finished:
         say(f"{stage.name}: finished already, in {stage.dir}")
     return finished
 
 
-def _submit_one(stage: Run, after: str | None) -> str:
+def _submit_stage(stage: Run, previous_job: str | None) -> str:
     """Submit one stage; return the id of its job, or in a dry run a placeholder for it."""
-    job = job_of(stage)
-    queued = None if stage.config.submit.dry_run else _queued(job)
+    job = make_job(stage)
+    queued = None if stage.config.submit.dry_run else _find_queued_job(job)
     if queued:
         say(
             f"{stage.name}: is in the queue already, as job {queued}. End it with `scancel {queued}`, or with"
             f" `scancel --signal=TERM {queued}` so that it saves first, to submit it anew."
         )
         return queued
-    text = script_of(job)
+    text = render_batch_script(job)
     try:
         job.folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(job.script, text)
+        write_text_atomically(job.script_path, text)
     except OSError as error:
-        raise UserError(f"{job.script} cannot be written: {error.strerror}. Choose another run_dir.") from error
+        raise UserError(f"{job.script_path} cannot be written: {error.strerror}. Choose another run_dir.") from error
     if stage.config.submit.dry_run:
-        console.rule(str(job.script), align="left")
+        console.rule(str(job.script_path), align="left")
         print(text)
-        say(shlex.join(sbatch_words(job.script, after)))
+        say(shlex.join(build_sbatch_command(job.script_path, previous_job)))
         return f"<job of {stage.name}>"
-    with postponing():
-        number = sbatch(job.script, after)
+    with postpone_signals():
+        number = submit_job(job.script_path, previous_job)
         write_json(job.folder / "slurm.json", {"job": number})
-    say(f"{stage.name}: job {number}{f', after {after}' if after else ''}. Script: {job.script}")
+    say(f"{stage.name}: job {number}{f', after {previous_job}' if previous_job else ''}. Script: {job.script_path}")
     return number
 
 
-def job_of(stage: Run) -> Job:
+def make_job(stage: Run) -> SlurmJob:
     """Make the Slurm job of a stage: its task=train command, and the files to copy to the node."""
     config = stage.config
-    overrides = [text for text in stage.overrides if key_of(text) != "task" and not key_of(text).startswith("submit.")]
-    staged_files = files_to_stage(config.data) if config.submit.stage_to else []
-    return Job(stage.name, stage.dir, config, ["task=train", *overrides], Path.cwd(), staged_files)
+    overrides = [
+        text
+        for text in stage.overrides
+        if get_override_key(text) != "task" and not get_override_key(text).startswith("submit.")
+    ]
+    staged_files = list_files_to_stage(config.data) if config.submit.stage_to else []
+    return SlurmJob(stage.name, stage.dir, config, ["task=train", *overrides], Path.cwd(), staged_files)
 
 
-def files_to_stage(data: DataConfig) -> list[Path]:
+def list_files_to_stage(data: DataConfig) -> list[Path]:
     """List what the sources read: their files, and the folders of their images."""
     paths: list[Path] = []
     for source in [*data.sources.values(), *data.validation.sources.values()]:
         if source.path is None or source.format in (Format.builtin, Format.digits):
             continue
         path = Path(source.path)
-        has_images_beside = path.is_file() and source.image_root is None and path.suffix.lower() not in OWN_PICTURES
+        has_images_beside = (
+            path.is_file() and source.image_root is None and path.suffix.lower() not in EMBEDDED_IMAGE_SUFFIXES
+        )
         paths += [path.parent if has_images_beside else path, *([Path(source.image_root)] if source.image_root else [])]
     paths = list(dict.fromkeys(paths))
     return [path for path in paths if not any(path != other and path.is_relative_to(other) for other in paths)]
 
 
-def _queued(job: Job) -> str | None:
+def _find_queued_job(job: SlurmJob) -> str | None:
     """Find the job that was submitted for this folder and has not ended; None if there is none."""
     try:
         number = str(json.loads((job.folder / "slurm.json").read_text(encoding="utf-8"))["job"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return number if state_of(number) else None
+    return number if get_job_state(number) else None
 
 
-def _say_how_to_follow(stages: list[Run], jobs: list[str]) -> None:
+def _print_follow_commands(stages: list[Run], jobs: list[str]) -> None:
     first, config = stages[0], stages[0].config
     say(f"Follow:  squeue --me;  tail -F {shlex.quote(str(first.dir))}/slurm-*.log")
     say(
@@ -139,5 +149,5 @@ def _say_how_to_follow(stages: list[Run], jobs: list[str]) -> None:
     if config.logger.wandb and config.submit.env.get("WANDB_MODE", "offline") == "offline":
         for stage in stages:
             say(
-                f"W&B:     python run.py task=sync sync={shlex.quote(one_line(str(stage.dir)))}  (here, once the run has ended)"
+                f"W&B:     python run.py task=sync sync={shlex.quote(to_one_line(str(stage.dir)))}  (here, once the run has ended)"
             )

@@ -14,33 +14,33 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from lit_vlm.config import ConfigError, Run, RunConfig, parse
-from lit_vlm.config.job import GPU
-from lit_vlm.config.overrides import quote, with_implied
-from lit_vlm.config.parse import wrong_words
-from lit_vlm.config.sweep import trial_overrides
+from lit_vlm.config.job import GPU_ACCELERATORS
+from lit_vlm.config.overrides import add_implied_overrides, quote_value
+from lit_vlm.config.parse import collect_override_errors
+from lit_vlm.config.sweep import get_trial_overrides
 from lit_vlm.engine.exits import INTERRUPTED, RESTART
 from lit_vlm.engine.run_folder import require_writable
-from lit_vlm.engine.signals import Ask
-from lit_vlm.engine.slurm import is_preempted, outside_of_job, own_job, requeue
-from lit_vlm.engine.slurm_script import step_command
-from lit_vlm.files import DamagedFile, read_json, write_json
-from lit_vlm.secrets import mistakes_of_secrets
-from lit_vlm.sweep.file import Method, SweepFile, look_at
-from lit_vlm.sweep.mistakes import mistakes_in_sweep
+from lit_vlm.engine.signals import StopRequest
+from lit_vlm.engine.slurm import get_environment_outside_job, get_own_job, is_preempted, requeue
+from lit_vlm.engine.slurm_script import build_step_command
+from lit_vlm.files import CorruptFileError, read_json, write_json
+from lit_vlm.secrets import find_secret_errors
+from lit_vlm.sweep.file import SearchMethod, SweepFile, try_read_sweep
+from lit_vlm.sweep.mistakes import find_sweep_errors
 from lit_vlm.sweep.process import TrialProcess
-from lit_vlm.sweep.records import TrialRecord, best_of
-from lit_vlm.sweep.report import Page, write_sweep_report
+from lit_vlm.sweep.records import TrialRecord, find_best_trial
+from lit_vlm.sweep.report import SweepReport, write_sweep_report
 from lit_vlm.sweep.search import Search
-from lit_vlm.sweep.table import parameter_table, trial_table
-from lit_vlm.sweep.trials import Place, Trials, records_of
-from lit_vlm.sweep.words import command_line, command_of, trial_words, value_words
-from lit_vlm.tasks.pipeline import command
-from lit_vlm.tasks.sweep_slurm import queued_workers, submit_workers
+from lit_vlm.sweep.table import make_parameter_table, make_trial_table
+from lit_vlm.sweep.trials import DeviceGroup, TrialRunner, collect_records
+from lit_vlm.sweep.words import build_trial_overrides, build_value_overrides, format_command, format_trial_command
+from lit_vlm.tasks.pipeline import build_command
+from lit_vlm.tasks.sweep_slurm import find_queued_workers, submit_workers
 from lit_vlm.tasks.terminal import console, say
 from lit_vlm.types import UserError
 
-COUNT = 20  # if neither the settings nor the file give a number
-JOURNAL, SETTINGS, PAGE = "journal.log", "sweep.json", "sweep.html"
+DEFAULT_NUM_TRIALS = 20  # if neither the settings nor the file give a number
+JOURNAL_FILE, SETTINGS_FILE, REPORT_FILE = "journal.log", "sweep.json", "sweep.html"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Sweep:
 
     run: Run
     file: SweepFile
-    given: list[str]  # for every trial
+    overrides: list[str]  # for every trial
 
     @property
     def metric(self) -> str:
@@ -57,109 +57,114 @@ class Sweep:
         return self.file.metric.name
 
     @property
-    def count(self) -> int | None:
+    def num_trials(self) -> int | None:
         """Total number of trials; None: the size of the grid."""
         count = self.run.config.trials.count or self.file.run_cap
-        return count if count or self.file.method is Method.grid else COUNT
+        return count if count or self.file.method is SearchMethod.grid else DEFAULT_NUM_TRIALS
 
-    def words(self, number: int, parameters: dict[str, Any]) -> list[str]:
+    def build_overrides(self, number: int, parameters: dict[str, Any]) -> list[str]:
         """Build the overrides of a trial, with its run name."""
-        return [*trial_words(self.file, parameters, self.given), f"run_name={quote(f'{self.run.name}/{number}')}"]
+        return [
+            *build_trial_overrides(self.file, parameters, self.overrides),
+            f"run_name={quote_value(f'{self.run.name}/{number}')}",
+        ]
 
-    def search(self, journal: Path | None) -> Search:
+    def create_search(self, journal_path: Path | None) -> Search:
         """Create the search; with a journal file it resumes what the file holds."""
-        return Search(self.file, journal, seed=self.run.config.seed, most=self.count)
+        return Search(self.file, journal_path, seed=self.run.config.seed, max_trials=self.num_trials)
 
 
-def sweep(run: Run) -> None:
+def run_sweep(run: Run) -> None:
     """Run all trials; then write the report and print the best command. The same command resumes an interrupted sweep.
 
     Raises:
         UserError: the file has errors, the folder holds another sweep, or the first trials all failed.
     """
     trials = run.config.trials
-    sweep = read(run)
+    sweep = load_sweep(run)
     if trials.dry_run:
         show_plan(sweep)
     require_writable(run.dir)
     if trials.worker is not None:
-        carry_out(sweep)
+        run_trials(sweep)
     elif trials.slurm:
-        submit_workers(run, first_words(sweep), lambda: settle_folder(sweep))
+        submit_workers(run, get_example_overrides(sweep), lambda: prepare_sweep_folder(sweep))
     elif not trials.dry_run:
-        with alone(run.dir):
-            settle_folder(sweep)
-            carry_out(sweep)
+        with lock_sweep_folder(run.dir):
+            prepare_sweep_folder(sweep)
+            run_trials(sweep)
 
 
-def read(run: Run) -> Sweep:
+def load_sweep(run: Run) -> Sweep:
     """Load the sweep file and validate it against the schema; all errors are raised at once."""
-    file, errors = look_at(Path(run.config.sweep).expanduser())
-    if secret_errors := mistakes_of_secrets(file.plain):
-        raise ConfigError([f"{file.place}: {error}" for error in secret_errors])
-    overrides = trial_overrides(run.overrides)
-    errors += mistakes_in_sweep(file, overrides)
+    file, errors = try_read_sweep(Path(run.config.sweep).expanduser())
+    if secret_errors := find_secret_errors(file.raw):
+        raise ConfigError([f"{file.location}: {error}" for error in secret_errors])
+    overrides = get_trial_overrides(run.overrides)
+    errors += find_sweep_errors(file, overrides)
     if file.metric is None and not any("metric" in error for error in errors):
-        errors.append(f"{file.place}: metric: is missing; say by what trials are compared, metric: {{name: val/loss}}.")
+        errors.append(
+            f"{file.location}: metric: is missing; say by what trials are compared, metric: {{name: val/loss}}."
+        )
     if run.config.trials.carry_to and not errors:
-        errors += _not_carried(file, run.config.trials.carry_to)
+        errors += _find_carry_to_errors(file, run.config.trials.carry_to)
     if errors:
         raise ConfigError(errors)
     return Sweep(run, file, overrides)
 
 
-def _not_carried(file: SweepFile, experiment: str) -> list[str]:
+def _find_carry_to_errors(file: SweepFile, experiment: str) -> list[str]:
     """Find the parameters of the search space that the experiment of trials.carry_to refuses."""
-    overrides = value_words({key: one.samples()[0] for key, one in file.swept.items()})
-    errors_by_override = wrong_words(with_implied([f"experiment={experiment}", *overrides]))
+    overrides = build_value_overrides({key: one.list_example_values()[0] for key, one in file.search_space.items()})
+    errors_by_override = collect_override_errors(add_implied_overrides([f"experiment={experiment}", *overrides]))
     return [f"trials.carry_to={experiment}: {error}" for errors in errors_by_override.values() for error in errors]
 
 
-def carry_out(job: Sweep) -> None:
+def run_trials(sweep: Sweep) -> None:
     """Run trials in this process's children until none is left or a stop signal arrives."""
-    run, trials = job.run, job.run.config.trials
+    run, trials = sweep.run, sweep.run.config.trials
     in_slurm = trials.worker is not None
-    search = job.search(run.dir / JOURNAL)
-    known_trials = search.trials()
-    say(f"{run.name}: {_begins(search, len(known_trials))}. Folder: {run.dir}")
-    runner = Trials(
+    search = sweep.create_search(run.dir / JOURNAL_FILE)
+    known_trials = search.list_trials()
+    say(f"{run.name}: {_format_start(search, len(known_trials))}. Folder: {run.dir}")
+    runner = TrialRunner(
         search,
-        job.metric,
+        sweep.metric,
         run.dir,
-        lambda number, parameters: make_process(job, number, parameters),
-        places=[()] if in_slurm else places_of(parse(first_words(job)).config, trials.parallel),
+        lambda number, parameters: make_trial_process(sweep, number, parameters),
+        device_groups=[()] if in_slurm else assign_devices(parse(get_example_overrides(sweep)).config, trials.parallel),
         worker=trials.worker or 0,
         num_workers=trials.slurm or 1,
         say=say,
-        on_change=lambda: try_page(job, search),
+        on_change=lambda: try_write_report(sweep, search),
     )
     stop_requests = runner.run()
     if stop_requests:
-        leave(job, stop_requests)
-    if in_slurm and search.unfinished():
-        try_page(job, search)
+        stop_sweep(sweep, stop_requests)
+    if in_slurm and search.list_unfinished_trials():
+        try_write_report(sweep, search)
         say(f"{run.name}: nothing is left to begin; other workers have trials under way.")
     else:
-        finish(job, search)
+        show_results(sweep, search)
 
 
-def _begins(search: Search, known: int) -> str:
+def _format_start(search: Search, num_known: int) -> str:
     """Format the first line: a new sweep, or one that resumes after `num_known` trials."""
-    total = f"{search.most:,}" if search.most is not None else "all"
-    return f"goes on behind {known:,} of {total} trials" if known else f"{total} trials"
+    total = f"{search.max_trials:,}" if search.max_trials is not None else "all"
+    return f"goes on behind {num_known:,} of {total} trials" if num_known else f"{total} trials"
 
 
-def make_process(job: Sweep, number: int, parameters: dict[str, Any]) -> TrialProcess:
+def make_trial_process(sweep: Sweep, number: int, parameters: dict[str, Any]) -> TrialProcess:
     """Make the process of a trial: a single process, torchrun with one per device, or a step of a Slurm job of several nodes."""
-    overrides = job.words(number, parameters)
+    overrides = sweep.build_overrides(number, parameters)
     trial_run = parse(overrides)
-    in_step = job.run.config.trials.worker is not None and trial_run.config.trainer.num_nodes > 1
-    environment = dict(os.environ) if in_step else outside_of_job()
-    trial_command = step_command(trial_run.config, overrides) if in_step else command(trial_run, overrides)
-    return TrialProcess(number, parameters, trial_run.dir, trial_command, environment, in_step=in_step)
+    in_step = sweep.run.config.trials.worker is not None and trial_run.config.trainer.num_nodes > 1
+    environment = dict(os.environ) if in_step else get_environment_outside_job()
+    trial_command = build_step_command(trial_run.config, overrides) if in_step else build_command(trial_run, overrides)
+    return TrialProcess(number, parameters, trial_run.dir, trial_command, environment, is_slurm_step=in_step)
 
 
-def places_of(config: RunConfig, parallel: int | None) -> list[Place]:
+def assign_devices(config: RunConfig, parallel: int | None) -> list[DeviceGroup]:
     """Assign a group of devices to each of the trials that run in parallel.
 
     Args:
@@ -173,7 +178,7 @@ def places_of(config: RunConfig, parallel: int | None) -> list[Place]:
         raise UserError(
             f"A trial of {config.trainer.num_nodes} machines (trainer.num_nodes) needs a cluster: trials.slurm=<workers>."
         )
-    devices = visible_devices() if config.trainer.accelerator in (*GPU, "auto") else []
+    devices = list_visible_devices() if config.trainer.accelerator in (*GPU_ACCELERATORS, "auto") else []
     if not devices:
         return [()] * (parallel or 1)
     num_devices = config.trainer.devices
@@ -187,7 +192,7 @@ def places_of(config: RunConfig, parallel: int | None) -> list[Place]:
     return [groups[index % len(groups)] for index in range(parallel or len(groups))]
 
 
-def visible_devices() -> list[str]:
+def list_visible_devices() -> list[str]:
     """List the CUDA devices by the names that CUDA_VISIBLE_DEVICES takes."""
     import torch
 
@@ -196,13 +201,15 @@ def visible_devices() -> list[str]:
     return given.split(",")[:count] if given else [str(number) for number in range(count)]
 
 
-def first_words(job: Sweep) -> list[str]:
+def get_example_overrides(sweep: Sweep) -> list[str]:
     """Return the overrides of one example trial. The devices that a trial needs do not depend on its values."""
-    return job.words(0, {**job.file.fixed, **{key: one.samples()[0] for key, one in job.file.swept.items()}})
+    return sweep.build_overrides(
+        0, {**sweep.file.fixed, **{key: one.list_example_values()[0] for key, one in sweep.file.search_space.items()}}
+    )
 
 
 @contextmanager
-def alone(folder: Path) -> Iterator[None]:
+def lock_sweep_folder(folder: Path) -> Iterator[None]:
     """Hold the lock of the sweep's folder. UserError if another process of this machine runs the sweep."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
@@ -219,21 +226,21 @@ def alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def settle_folder(job: Sweep) -> None:
+def prepare_sweep_folder(sweep: Sweep) -> None:
     """Prepare the folder: create it, resume the sweep in it, or with overwrite=true delete another or a finished sweep.
 
     Raises:
         UserError: the folder holds another sweep, or workers of this one are in the Slurm queue.
     """
-    path, folder = job.run.dir / SETTINGS, job.run.dir
-    if number := queued_workers(folder):
+    path, folder = sweep.run.dir / SETTINGS_FILE, sweep.run.dir
+    if number := find_queued_workers(folder):
         raise UserError(
-            f"{job.run.name}: its workers are in the queue already, as job {number}. `scancel {number}` ends them."
+            f"{sweep.run.name}: its workers are in the queue already, as job {number}. `scancel {number}` ends them."
         )
-    current = json.loads(json.dumps({"file": job.file.plain, "overrides": job.given}))
+    current = json.loads(json.dumps({"file": sweep.file.raw, "overrides": sweep.overrides}))
     known = read_settings(path, current)
-    if known is not None and job.run.config.overwrite and (known != current or is_complete(job)):
-        empty(folder)
+    if known is not None and sweep.run.config.overwrite and (known != current or is_complete(sweep)):
+        delete_trials(folder)
     elif known is not None and known != current:
         difference = "the sweep file" if known["file"] != current["file"] else "the overrides for its trials"
         raise UserError(
@@ -244,7 +251,7 @@ def settle_folder(job: Sweep) -> None:
     write_json(path, current, indent=2)
 
 
-def read_settings(path: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
+def read_settings(path: Path, current: dict[str, Any]) -> dict[str, Any] | None:
     """Read the sweep file and the overrides that the folder's sweep was started with; None if there is none.
 
     If the file is damaged, this is reported and `current` takes its place: it is written again, and the search resumes from
@@ -255,91 +262,93 @@ def read_settings(path: Path, mine: dict[str, Any]) -> dict[str, Any] | None:
         if known is None or {"file", "overrides"} <= known.keys():
             return known
         problem = f"{path} is damaged: it lacks what every one has."
-    except DamagedFile as error:
+    except CorruptFileError as error:
         problem = str(error).strip()
     say(f"{problem} The sweep file and the words of this start are taken for those that it was begun with.")
-    return mine
+    return current
 
 
-def is_complete(job: Sweep) -> bool:
+def is_complete(sweep: Sweep) -> bool:
     """Return whether all trials of the folder's sweep have an outcome."""
-    search = job.search(job.run.dir / JOURNAL)
-    return not search.unfinished() and len(search.trials()) == search.most
+    search = sweep.create_search(sweep.run.dir / JOURNAL_FILE)
+    return not search.list_unfinished_trials() and len(search.list_trials()) == search.max_trials
 
 
-def empty(folder: Path) -> None:
+def delete_trials(folder: Path) -> None:
     """Delete the trials and the journal of a sweep."""
     for trial in folder.iterdir():
         if trial.is_dir() and trial.name.isdigit():
             shutil.rmtree(trial)
-    for file in folder.glob(f"{JOURNAL}*"):
+    for file in folder.glob(f"{JOURNAL_FILE}*"):
         file.unlink()
 
 
-def leave(job: Sweep, asked: list[Ask]) -> None:
+def stop_sweep(sweep: Sweep, stop_requests: list[StopRequest]) -> None:
     """Stop after the trials have saved: requeue the Slurm job if that was requested, report how to resume, and exit."""
-    number = own_job() if job.run.config.trials.worker is not None else None
-    if number and Ask.interrupt not in asked:
-        should_requeue = Ask.requeue in asked or is_preempted(number)
+    number = get_own_job() if sweep.run.config.trials.worker is not None else None
+    if number and StopRequest.interrupt not in stop_requests:
+        should_requeue = StopRequest.requeue in stop_requests or is_preempted(number)
         reason = requeue(number) if should_requeue else "it was asked to leave"
-        say(f"{job.run.name}: saved; job {number} is {f'not requeued ({reason})' if reason else 'requeued'}.")
-    say(f"{job.run.name}: stopped, its trials are saved. The same command goes on.")
-    raise SystemExit(INTERRUPTED if Ask.interrupt in asked else RESTART)
+        say(f"{sweep.run.name}: saved; job {number} is {f'not requeued ({reason})' if reason else 'requeued'}.")
+    say(f"{sweep.run.name}: stopped, its trials are saved. The same command goes on.")
+    raise SystemExit(INTERRUPTED if StopRequest.interrupt in stop_requests else RESTART)
 
 
-def page_of(job: Sweep, search: Search) -> Page:
+def make_report(sweep: Sweep, search: Search) -> SweepReport:
     """Make the report of the trials so far."""
-    records = records_of(search, job.run.dir, job.metric)
-    best = best_of(records, job.file.metric.goal)
-    return Page(
-        sweep=job.file,
+    records = collect_records(search, sweep.run.dir, sweep.metric)
+    best = find_best_trial(records, sweep.file.metric.goal)
+    return SweepReport(
+        sweep=sweep.file,
         records=records,
-        total=search.most,
-        command=command_of(job.file, best.parameters, job.given) if best else "",
-        carried=carried_command(job, best) if best else "",
+        total=search.max_trials,
+        command=format_trial_command(sweep.file, best.parameters, sweep.overrides) if best else "",
+        carried=format_carry_to_command(sweep, best) if best else "",
     )
 
 
-def try_page(job: Sweep, search: Search) -> None:
+def try_write_report(sweep: Sweep, search: Search) -> None:
     """Write the report between trials. An error is only reported: it must not end hours of training."""
     try:
-        write_sweep_report(job.run.dir / PAGE, page_of(job, search))
+        write_sweep_report(sweep.run.dir / REPORT_FILE, make_report(sweep, search))
     except Exception as error:
-        say(f"{job.run.dir / PAGE} could not be written: {error!r}")
+        say(f"{sweep.run.dir / REPORT_FILE} could not be written: {error!r}")
 
 
-def carried_command(job: Sweep, best: TrialRecord) -> str:
+def format_carry_to_command(sweep: Sweep, best: TrialRecord) -> str:
     """Format the command that uses the best values of the search space in another experiment; "" without trials.carry_to."""
-    experiment = job.run.config.trials.carry_to
-    values = {key: value for key, value in best.parameters.items() if key in job.file.swept}
-    return command_line([f"experiment={experiment}", *value_words(values)]) if experiment else ""
+    experiment = sweep.run.config.trials.carry_to
+    values = {key: value for key, value in best.parameters.items() if key in sweep.file.search_space}
+    return format_command([f"experiment={experiment}", *build_value_overrides(values)]) if experiment else ""
 
 
-def finish(job: Sweep, search: Search) -> None:
+def show_results(sweep: Sweep, search: Search) -> None:
     """Write the report, show the table of trials, and print the command of the best trial.
 
     Raises:
         UserError: no trial finished.
     """
-    report = page_of(job, search)
-    write_sweep_report(job.run.dir / PAGE, report)
-    console.print(trial_table(report))
-    best = best_of(report.records, job.file.metric.goal)
+    report = make_report(sweep, search)
+    write_sweep_report(sweep.run.dir / REPORT_FILE, report)
+    console.print(make_trial_table(report))
+    best = find_best_trial(report.records, sweep.file.metric.goal)
     if best is None:
-        raise UserError(f"No trial of {job.run.name} finished, so there is no best one. Page: {job.run.dir / PAGE}")
-    say(f"Best: trial {best.number}, {job.metric} {best.value:.5g}, in {best.folder}")
+        raise UserError(
+            f"No trial of {sweep.run.name} finished, so there is no best one. Page: {sweep.run.dir / REPORT_FILE}"
+        )
+    say(f"Best: trial {best.number}, {sweep.metric} {best.value:.5g}, in {best.folder}")
     say(f"  {report.command}")
     if report.carried:
         say(f"Carried over:\n  {report.carried}")
-    say(f"Page: {job.run.dir / PAGE}")
+    say(f"Page: {sweep.run.dir / REPORT_FILE}")
 
 
-def show_plan(job: Sweep) -> None:
+def show_plan(sweep: Sweep) -> None:
     """Show the search space with ranges and comments, and the first commands. Nothing is run or written."""
-    search = job.search(None)
-    console.print(parameter_table(job.file))
-    total = f"{search.most:,} trials" if search.most is not None else "trials without end"
-    say(f"{job.file.method.value}, {total}, by {job.metric} ({job.file.metric.goal.value}). The first ones:")
+    search = sweep.create_search(None)
+    console.print(make_parameter_table(sweep.file))
+    total = f"{search.max_trials:,} trials" if search.max_trials is not None else "trials without end"
+    say(f"{sweep.file.method.value}, {total}, by {sweep.metric} ({sweep.file.metric.goal.value}). The first ones:")
     for _ in range(3):
         if (trial := search.ask()) is not None:
-            say(f"  {command_line(job.words(trial.number, trial.parameters))}")
+            say(f"  {format_command(sweep.build_overrides(trial.number, trial.parameters))}")

@@ -15,15 +15,15 @@ from typing import Any
 
 from lit_vlm.config import Run
 from lit_vlm.config.schema import LoggerConfig
-from lit_vlm.engine.hold import Hold
+from lit_vlm.engine.hold import RunLock
 from lit_vlm.engine.run_folder import RunFolder, read_manifest, require_writable
-from lit_vlm.engine.tracking import Tracking, connection
-from lit_vlm.engine.tracking.artifacts import FILES
-from lit_vlm.engine.tracking.tables import files_of_samples
+from lit_vlm.engine.tracking import RunTracker, connection
+from lit_vlm.engine.tracking.artifacts import ARTIFACT_PATHS
+from lit_vlm.engine.tracking.tables import list_sample_images
 from lit_vlm.tasks.terminal import say
-from lit_vlm.types import UserError, counted
+from lit_vlm.types import UserError, format_count
 
-REMEDY = "It is sent once it has ended; the same command then sends all of it, and nothing twice."
+RETRY_ADVICE = "It is sent once it has ended; the same command then sends all of it, and nothing twice."
 
 
 def sync(run: Run) -> None:
@@ -35,14 +35,14 @@ def sync(run: Run) -> None:
     errors = []
     for path in map(Path, run.config.sync):
         try:
-            send(path)
+            send_run(path)
         except UserError as error:
             errors.append(str(error))
     if errors:
         raise UserError("\n".join(errors))
 
 
-def send(path: Path) -> None:
+def send_run(path: Path) -> None:
     """Send the part of a run that the server does not have yet.
 
     Raises:
@@ -53,31 +53,35 @@ def send(path: Path) -> None:
     if manifest is None:
         raise UserError(f"{path}: holds no run: there is no manifest.json. Name the folder of a run, sync=runs/<name>.")
     require_writable(path)
-    with Hold(path, REMEDY) as hold:
-        hold.take()
+    with RunLock(path, RETRY_ADVICE) as hold:
+        hold.acquire()
         manifest = {"tracking": {}, **(read_manifest(path) or manifest)}
-        folder = RunFolder(path, manifest, goes_on=True)
+        folder = RunFolder(path, manifest, is_resumed=True)
         require_files(folder)
         known = manifest["tracking"].get("wandb") or {}
-        if folder.finished and known.get("online") and not known.get("behind"):
+        if folder.is_finished and known.get("online") and not known.get("behind"):
             say(f"{path}: was sent already, all of it: {known.get('url')}")
             return
-        tracking = Tracking(logger_of(manifest, known), path, None, say, connection.FINISH_WITH_MODEL_SECONDS)
+        tracking = RunTracker(
+            make_logger_config(manifest, known), path, None, say, connection.FINISH_WITH_MODEL_SECONDS
+        )
         if tracking.wandb is None or tracking.wandb.offline:
             raise UserError(
                 f"{path}: nothing is sent, for WANDB_MODE says so. Take that variable out of the environment."
             )
-        tracking.wandb.log_in(begun_before=False)
+        tracking.wandb.verify_login(has_earlier_run=False)
         if tracking.wandb.offline:
             raise UserError(f"{path}: nothing was sent. Start it again once the server can be reached.")
-        folder.update(tracking=tracking.known(folder))
-        tracking.send_whole(folder, finished=folder.finished)
+        folder.update(tracking=tracking.get_tracking_record(folder))
+        tracking.send_all(folder, finished=folder.is_finished)
         if tracking.wandb.behind:
             raise UserError(f"{path}: not everything was sent. The same command sends what is missing.")
-    say(f"{path}: sent{'' if folder.finished else '; the run is not finished, and the same command sends what comes'}.")
+    say(
+        f"{path}: sent{'' if folder.is_finished else '; the run is not finished, and the same command sends what comes'}."
+    )
 
 
-def logger_of(manifest: dict[str, Any], known: dict[str, Any]) -> LoggerConfig:
+def make_logger_config(manifest: dict[str, Any], known: dict[str, Any]) -> LoggerConfig:
     """Make the logger config from the run's own settings, with W&B online."""
     given = (manifest.get("config") or {}).get("logger") or {}
     run_settings = {one.name: given[one.name] for one in fields(LoggerConfig) if one.name in given}
@@ -91,20 +95,22 @@ def require_files(folder: RunFolder) -> None:
     Raises:
         UserError: with the missing files.
     """
-    missing = list(missing_files(folder))
+    missing = list(find_missing_files(folder))
     if missing:
-        more = f" and {counted(len(missing) - 3, 'other file')}" if len(missing) > 3 else ""
+        more = f" and {format_count(len(missing) - 3, 'other file')}" if len(missing) > 3 else ""
         raise UserError(
             f"{folder.path}: {', '.join(missing[:3])}{more} {'is' if len(missing) == 1 else 'are'} missing, so nothing is"
             " sent. Copy the whole folder; of pictures that are gone for good, take their rows out of samples.jsonl."
         )
 
 
-def missing_files(folder: RunFolder) -> Iterator[str]:
+def find_missing_files(folder: RunFolder) -> Iterator[str]:
     """Find the missing files of a run folder, as paths relative to it."""
     if not (folder.path / "metrics.csv").is_file():
         yield "metrics.csv"
-    yield from (name for name in files_of_samples(folder.path) if not (folder.path / name).is_file())
+    yield from (name for name in list_sample_images(folder.path) if not (folder.path / name).is_file())
     artifacts = ((folder.manifest.get("config") or {}).get("logger") or {}).get("artifacts") or []
-    if folder.finished:
-        yield from (FILES[artifact] for artifact in artifacts if not (folder.path / FILES[artifact]).exists())
+    if folder.is_finished:
+        yield from (
+            ARTIFACT_PATHS[artifact] for artifact in artifacts if not (folder.path / ARTIFACT_PATHS[artifact]).exists()
+        )

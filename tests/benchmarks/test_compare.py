@@ -9,34 +9,34 @@ import torch
 
 from benchmarks import gpu
 from benchmarks.compare import page, report
-from benchmarks.compare.__main__ import RESULTS, Arguments, climb, compare
-from benchmarks.compare.cases import CACHED, HF_TUNED, OURS, TRL_SHIPPED, TRL_TUNED, make_case, smaller
-from benchmarks.compare.clock import interleave, spread
-from benchmarks.compare.contender import Ours, Place, Times
-from benchmarks.compare.gate import check, require_checkpointing
-from benchmarks.compare.memory import peak_memory
+from benchmarks.compare.__main__ import RESULTS, Arguments, compare_peers, measure_ablations
+from benchmarks.compare.cases import HF_TUNED, OURS, OURS_CACHED, TRL_SHIPPED, TRL_TUNED, make_case, resize_case
+from benchmarks.compare.clock import compute_spread, measure_interleaved
+from benchmarks.compare.contender import Ours, Placement, StepTimes
+from benchmarks.compare.gate import check_equal, require_checkpointing
+from benchmarks.compare.memory import measure_peak_memory
 from benchmarks.compare.sizes import save_model
-from benchmarks.compare.switches import SWITCHES
-from benchmarks.flops_bound import Recipe, Size, ratio_bound, step_flops
-from lit_vlm.cost.shape import Shape, TextShape, VisionShape
+from benchmarks.compare.switches import ABLATIONS
+from benchmarks.flops_bound import Recipe, RecordSize, compute_ratio_bound, compute_step_flops
+from lit_vlm.cost.shape import ModelShape, TextShape, VisionShape
 from lit_vlm.types import UserError
 
 # Qwen2.5-7B's and SigLIP so400m's matrices, all 27 layers of the tower
-REAL = Shape(TextShape(28, 3584, 28, 4, 128, 18944, 152064), VisionShape(27, 1152, 4304, 378, 729, 729))
-LITTLE = Shape(TextShape(2, 4, 2, 1, 2, 8, 10), VisionShape(1, 4, 6, 4, 4, 4))  # 2-pixel patches of 12 numbers
+REAL = ModelShape(TextShape(28, 3584, 28, 4, 128, 18944, 152064), VisionShape(27, 1152, 4304, 378, 729, 729))
+LITTLE = ModelShape(TextShape(2, 4, 2, 1, 2, 8, 10), VisionShape(1, 4, 6, 4, 4, 4))  # 2-pixel patches of 12 numbers
 QUICK = Arguments("align", "smallest", repeats=2, most=2, peaks=False)
 
 
 @pytest.fixture(scope="module")
 def place_of(tmp_path_factory):
-    def place(case) -> Place:
-        return Place(save_model(case.model_size, case.tiling, tmp_path_factory.mktemp("model") / "hf"))
+    def place(case) -> Placement:
+        return Placement(save_model(case.model_size, case.tiling, tmp_path_factory.mktemp("model") / "hf"))
 
     return place
 
 
 def small(stage, tiles=5):
-    return smaller(make_case(stage, "smallest", tiles), batch=3, steps=2)
+    return resize_case(make_case(stage, "smallest", tiles), batch=3, steps=2)
 
 
 # ---- arithmetic
@@ -44,28 +44,30 @@ def small(stage, tiles=5):
 
 def test_flops_of_a_step_by_hand():
     """Three prompt tokens, two of an answer, one of them supervised, no image."""
-    size = [Size(3, (2,), (1,), 0)]
+    size = [RecordSize(3, (2,), (1,), 0)]
     layer = 2 * 4 * (4 + 2) + 3 * 4 * 8  # queries, output, keys, values; gate, up, down
     body, attention, head = 2 * 2 * layer * 5, 2 * 5**2 * 4 * 2, 2 * 4 * 10
-    assert step_flops(LITTLE, Recipe(), size) == 3 * (body + attention + head)
-    assert step_flops(LITTLE, Recipe(trains_language_model=False), size) == 2 * (body + head) + 3 * attention
-    assert step_flops(LITTLE, Recipe(recomputes=True), size) == 4 * (body + attention) + 3 * head
-    assert step_flops(LITTLE, Recipe(head_on_all_rows=True), size) == 3 * (body + attention + 5 * head)
-    assert step_flops(LITTLE, Recipe(dense_mask=True), size) == 3 * (body + 2 * attention + head)
-    both = [*size, Size(9, (1,), (1,), 0)]
+    assert compute_step_flops(LITTLE, Recipe(), size) == 3 * (body + attention + head)
+    assert compute_step_flops(LITTLE, Recipe(trains_language_model=False), size) == 2 * (body + head) + 3 * attention
+    assert compute_step_flops(LITTLE, Recipe(recomputes=True), size) == 4 * (body + attention) + 3 * head
+    assert compute_step_flops(LITTLE, Recipe(head_on_all_rows=True), size) == 3 * (body + attention + 5 * head)
+    assert compute_step_flops(LITTLE, Recipe(dense_mask=True), size) == 3 * (body + 2 * attention + head)
+    both = [*size, RecordSize(9, (1,), (1,), 0)]
     padded = 3 * (2 * body * 2 + 2 * attention * 4 + 2 * head)
-    assert step_flops(LITTLE, Recipe(pads=True), both) == padded
-    assert step_flops(LITTLE, Recipe(pads=True, micro_batches=2), both) == step_flops(LITTLE, Recipe(), both)
+    assert compute_step_flops(LITTLE, Recipe(pads=True), both) == padded
+    assert compute_step_flops(LITTLE, Recipe(pads=True, micro_batches=2), both) == compute_step_flops(
+        LITTLE, Recipe(), both
+    )
 
 
 def test_flops_of_a_tile_by_hand():
     """Four patches of twelve numbers, one layer of four wide."""
     tile = 2 * 4 * (4 * 4**2 + 2 * 4 * 6) + 4 * 4**2 * 4 + 2 * 4 * 12 * 4
     first = second = 2 * 4 * 4 * 4
-    one, two = ([Size(3, (2,), (1,), tiles)] for tiles in (1, 2))
+    one, two = ([RecordSize(3, (2,), (1,), tiles)] for tiles in (1, 2))
 
     def of(**recipe):
-        return step_flops(LITTLE, Recipe(**recipe), two) - step_flops(LITTLE, Recipe(**recipe), one)
+        return compute_step_flops(LITTLE, Recipe(**recipe), two) - compute_step_flops(LITTLE, Recipe(**recipe), one)
 
     assert of() == tile + 2 * first + 3 * second
     assert of(trains_tower=True) == 3 * (tile + first + second)
@@ -74,39 +76,45 @@ def test_flops_of_a_tile_by_hand():
 
 def test_flops_of_a_pair_by_hand():
     """Prompt of three, answers of two and one; shared: the prompt once, each answer over prompt and itself."""
-    pair = [Size(3, (2, 1), (2, 1), 0)]
+    pair = [RecordSize(3, (2, 1), (2, 1), 0)]
     layer, row = 2 * 4 * (4 + 2) + 3 * 4 * 8, 2 * 4 * 10 * 3
     shared = 2 * 2 * layer * 6 + 2 * (9 + 2 * 2 * 3 + 4 + 2 * 3 + 1) * 4 * 2
     apart = 2 * 2 * layer * 9 + 2 * (25 + 16) * 4 * 2
-    assert step_flops(LITTLE, Recipe(), pair) == 3 * (shared + row)
-    assert step_flops(LITTLE, Recipe(shares_prompt=False), pair) == 3 * (apart + row)
-    assert step_flops(LITTLE, Recipe(reference=1 / 3), pair) == pytest.approx((3 + 1 / 3) * (shared + row))
+    assert compute_step_flops(LITTLE, Recipe(), pair) == 3 * (shared + row)
+    assert compute_step_flops(LITTLE, Recipe(shares_prompt=False), pair) == 3 * (apart + row)
+    assert compute_step_flops(LITTLE, Recipe(reference=1 / 3), pair) == pytest.approx((3 + 1 / 3) * (shared + row))
 
 
 @pytest.mark.parametrize(
     ("recipe", "size", "teraflops"),
     [
-        (Recipe(trains_language_model=False), Size(734, (15,), (15,), 1), 20.655),
+        (Recipe(trains_language_model=False), RecordSize(734, (15,), (15,), 1), 20.655),
         (
             Recipe(trains_language_model=False, recomputes=True, head_on_all_rows=True),
-            Size(734, (15,), (15,), 1),
+            RecordSize(734, (15,), (15,), 1),
             32.143,
         ),
-        (Recipe(), Size(5 * 729 + 130, (120,), (120,), 5), 165.727),
-        (Recipe(reference=1), Size(3745, (150, 150), (150, 150), 5), 229.269),
-        (Recipe(reference=1, shares_prompt=False, tower_passes=4), Size(3745, (150, 150), (150, 150), 5), 446.394),
+        (Recipe(), RecordSize(5 * 729 + 130, (120,), (120,), 5), 165.727),
+        (Recipe(reference=1), RecordSize(3745, (150, 150), (150, 150), 5), 229.269),
+        (
+            Recipe(reference=1, shares_prompt=False, tower_passes=4),
+            RecordSize(3745, (150, 150), (150, 150), 5),
+            446.394,
+        ),
     ],
 )
 def test_flops_of_7b_equal_an_independent_count(recipe, size, teraflops):
     """Of another implementation, which also counts a gradient into the frozen tower and the whole projector for pairs."""
-    assert abs(step_flops(REAL, recipe, [size]) / 1e12 / teraflops - 1) < 1e-3
+    assert abs(compute_step_flops(REAL, recipe, [size]) / 1e12 / teraflops - 1) < 1e-3
 
 
 def test_a_bound_is_a_ratio_over_all_steps():
-    steps = [[Size(3, (2,), (1,), 0)], [Size(9, (1,), (1,), 0)]]
+    steps = [[RecordSize(3, (2,), (1,), 0)], [RecordSize(9, (1,), (1,), 0)]]
     peer, least = Recipe(recomputes=True), Recipe()
-    expected = sum(step_flops(LITTLE, peer, s) for s in steps) / sum(step_flops(LITTLE, least, s) for s in steps)
-    assert ratio_bound(LITTLE, peer, least, steps) == expected > 1.2
+    expected = sum(compute_step_flops(LITTLE, peer, s) for s in steps) / sum(
+        compute_step_flops(LITTLE, least, s) for s in steps
+    )
+    assert compute_ratio_bound(LITTLE, peer, least, steps) == expected > 1.2
 
 
 # ---- the gate
@@ -121,7 +129,7 @@ def test_the_gate_refuses_another_loss(place_of):
             contender.stage.model.lm_head.weight.mul_(1.01)
 
     with pytest.raises(UserError, match="compute different things: the loss .* No ratio is printed"):
-        check([Ours(case, place), Ours(case, place, name="other", alter=disturb)], case.batches)
+        check_equal([Ours(case, place), Ours(case, place, name="other", change_stage=disturb)], case.batches)
 
 
 def test_the_gate_refuses_other_gradients_behind_an_equal_loss(place_of):
@@ -133,14 +141,14 @@ def test_the_gate_refuses_other_gradients_behind_an_equal_loss(place_of):
         weight.register_hook(lambda gradient: -gradient)
 
     with pytest.raises(UserError, match="the gradients of the first steps have a cosine of"):
-        check([Ours(case, place), Ours(case, place, name="other", alter=skew)], case.batches)
+        check_equal([Ours(case, place), Ours(case, place, name="other", change_stage=skew)], case.batches)
 
 
 def test_the_gate_refuses_other_trained_parts(place_of):
     case = small("align")
     other = Ours(replace(case, options={"trainable": ["projector", "vision_tower"]}), place_of(case), name="other")
     with pytest.raises(UserError, match="both must freeze the same parts"):
-        check([Ours(case, place_of(case)), other], case.batches)
+        check_equal([Ours(case, place_of(case)), other], case.batches)
 
 
 def test_checkpointing_that_does_not_happen_is_noticed(place_of):
@@ -161,14 +169,14 @@ class Scripted:
     def repeat(self, batches):
         self.order.append(len(self.order))
         value = next(self.seconds)
-        return Times(value, value, 0.0, 0.0)
+        return StepTimes(value, value, 0.0, 0.0)
 
 
 def test_repeats_go_on_until_the_spread_is_small_and_no_further():
     calm, wild = Scripted("calm", [1.0] * 20), Scripted("wild", [1, 2, 1, 2, 1, *[1.0] * 15])
-    times = interleave([calm, wild], [], repeats=5, most=15)
+    times = measure_interleaved([calm, wild], [], repeats=5, most=15)
     assert 5 < len(times["wild"]) == len(times["calm"]) < 15
-    assert spread([time.cpu for time in times["wild"]]) <= 0.10
+    assert compute_spread([time.cpu for time in times["wild"]]) <= 0.10
 
 
 def test_a_ratio_between_spread_out_numbers_is_not_printed():
@@ -176,10 +184,10 @@ def test_a_ratio_between_spread_out_numbers_is_not_printed():
         name: {"spread": {"cpu": wide, "wall": 0.5}, "cpu_seconds": [value], "wall_seconds": [value]}
         for name, wide, value in (("ours", 0.02, 1.0), ("calm", 0.1, 2.0), ("wild", 0.11, 3.0))
     }
-    assert report.ratio(rows, "calm", "ours") == 2.0
-    assert report.ratio(rows, "wild", "ours") is None
-    assert report.ratio(rows, "calm", "ours", "wall") is None
-    assert report.times(None) == "spread too wide"
+    assert report.compute_ratio(rows, "calm", "ours") == 2.0
+    assert report.compute_ratio(rows, "wild", "ours") is None
+    assert report.compute_ratio(rows, "calm", "ours", "wall") is None
+    assert report.format_ratio(None) == "spread too wide"
 
 
 # ---- end to end
@@ -187,7 +195,7 @@ def test_a_ratio_between_spread_out_numbers_is_not_printed():
 
 def test_align_runs_end_to_end_and_executes_what_arithmetic_says(place_of):
     case = small("align")
-    result = compare(case, place_of(case), QUICK, say=lambda text: None)
+    result = compare_peers(case, place_of(case), QUICK, say=lambda text: None)
     rows = result["contenders"]
     assert list(rows) == [OURS, TRL_SHIPPED, TRL_TUNED, HF_TUNED]
     for name in (OURS, HF_TUNED):
@@ -197,28 +205,30 @@ def test_align_runs_end_to_end_and_executes_what_arithmetic_says(place_of):
     assert rows[OURS]["padding"] == 0 < rows[HF_TUNED]["padding"]
     assert all(row["tower_passes_per_tile"] == 1 for row in rows.values())
     assert result["gate"][TRL_TUNED]["updates"] > 0.999
-    assert "GFLOP a sample" in report.text(result)
+    assert "GFLOP a sample" in report.render_text(result)
 
 
 def test_dpo_runs_end_to_end_and_counts_tower_passes(place_of):
     case = small("dpo")
-    result = compare(case, place_of(case), QUICK, say=lambda text: None)
+    result = compare_peers(case, place_of(case), QUICK, say=lambda text: None)
     rows = result["contenders"]
-    assert list(rows) == [OURS, CACHED, TRL_SHIPPED, TRL_TUNED]
+    assert list(rows) == [OURS, OURS_CACHED, TRL_SHIPPED, TRL_TUNED]
     assert rows[TRL_TUNED]["tower_passes_per_tile"] == 4
     assert rows[OURS]["tower_passes_per_tile"] == 1
-    assert rows[CACHED]["tower_passes_per_tile"] == pytest.approx(4 / 3)  # the pass looks, then each of three epochs
-    kept = rows[CACHED]["flops_per_sample"] * result["data"]["records"]
-    assert abs(kept / rows[CACHED]["arithmetic_flops"] - 1) < 0.15 and kept < rows[OURS]["arithmetic_flops"]
+    assert rows[OURS_CACHED]["tower_passes_per_tile"] == pytest.approx(
+        4 / 3
+    )  # the pass looks, then each of three epochs
+    kept = rows[OURS_CACHED]["flops_per_sample"] * result["data"]["records"]
+    assert abs(kept / rows[OURS_CACHED]["arithmetic_flops"] - 1) < 0.15 and kept < rows[OURS]["arithmetic_flops"]
     assert result["gate"][TRL_SHIPPED]["logps"] == pytest.approx(0, abs=1e-5)
-    assert [(bar["ours"], bar["asked"]) for bar in result["bars"]] == [(OURS, 1.7), (OURS, 2.1), (CACHED, 2.5)]
+    assert [(bar["ours"], bar["asked"]) for bar in result["bars"]] == [(OURS, 1.7), (OURS, 2.1), (OURS_CACHED, 2.5)]
 
 
 @pytest.mark.parametrize("stage", ["align", "anyres", "dpo"])
 def test_a_switched_off_trick_computes_the_same_and_costs_what_is_predicted(stage, place_of):
     case = small(stage)
-    result = climb(case, place_of(case), QUICK, say=lambda text: None)
-    assert len(result["ladder"]) == sum(stage in switch.stages for switch in SWITCHES.values())
+    result = measure_ablations(case, place_of(case), QUICK, say=lambda text: None)
+    assert len(result["ladder"]) == sum(stage in switch.stages for switch in ABLATIONS.values())
     for row in result["ladder"]:
         # recomputing stops before a layer's last product, whose result nobody needs again
         assert abs(row["executed"] / row["predicted"] - 1) < (0.10 if "checkpointing" in row["off"] else 0.05)
@@ -234,7 +244,7 @@ def test_the_lines_for_a_gpu_run_on_a_cpu():
         row["loss_apart"] == pytest.approx(0, abs=2e-3) and row["ratio"] for name, row in found.items() if name != OURS
     )
     assert 0 < found[OURS]["of_gemm"] < 1
-    assert "of the GEMM ceiling" in gpu.table(result)
+    assert "of the GEMM ceiling" in gpu.render_table(result)
 
 
 def test_without_a_gpu_the_released_sizes_are_refused():
@@ -248,7 +258,7 @@ def test_without_a_gpu_the_released_sizes_are_refused():
 def test_peak_memory_of_a_process_of_its_own(tmp_path):
     case = small("align")
     folder = save_model(case.model_size, case.tiling, tmp_path / "hf")
-    peak = peak_memory("align", "smallest", 5, OURS, folder, 3, 2)
+    peak = measure_peak_memory("align", "smallest", 5, OURS, folder, 3, 2)
     assert 0 < peak < 300e6
 
 
@@ -263,7 +273,7 @@ def test_peak_memory_of_a_process_of_its_own(tmp_path):
 )
 def test_words_that_mean_nothing_are_refused(words, said):
     with pytest.raises(UserError, match=said):
-        Arguments.read(words)
+        Arguments.parse(words)
 
 
 # ---- the page
@@ -271,15 +281,15 @@ def test_words_that_mean_nothing_are_refused(words, said):
 
 def test_the_page_has_the_figures_of_its_json():
     """What was not measured yet is empty on the page."""
-    text, results = page.PAGE.read_text(encoding="utf-8"), page.read(RESULTS)
+    text, results = page.PAGE.read_text(encoding="utf-8"), page.read_results(RESULTS)
     shown = re.findall(
         r"<!-- figures of benchmarks/results/(\w+)\.json: (\w+) -->\n(.*?)<!-- /figures -->", text, re.DOTALL
     )
     assert len(shown) == text.count("<!-- figures of") > 10
     for name, title, table in shown:
-        assert table.strip() == (report.tables(results[name])[title] if name in results else ""), (name, title)
+        assert table.strip() == (report.render_tables(results[name])[title] if name in results else ""), (name, title)
     for name in re.findall(r"\(images/(compare_\w+)\.svg\)", text):
-        assert (page.PICTURES / f"{name}.svg").read_text(encoding="utf-8") == page.draw(results[name]), name
+        assert (page.PICTURES / f"{name}.svg").read_text(encoding="utf-8") == page.draw_chart(results[name]), name
 
 
 def test_a_bar_below_what_is_asked_is_a_share_of_its_bound():

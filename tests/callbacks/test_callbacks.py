@@ -18,8 +18,8 @@ from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.index import columns as codes_of
 from lit_vlm.data.processor import Processor
 from lit_vlm.engine.report_data import read_run
-from lit_vlm.engine.watch import Doing, Pulse
-from lit_vlm.evaluation.answers import end_of_answer
+from lit_vlm.engine.watch import Activity, Progress
+from lit_vlm.evaluation.answers import get_end_of_answer_id
 from lit_vlm.stages import AlignStage, DPOStage, SFTStage
 from lit_vlm.types import Language, UserError
 
@@ -40,10 +40,10 @@ class BreaksAt(SFTStage):
 
     broken_step = 1
 
-    def step_loss(self, batch):
-        loss = super().step_loss(batch)
+    def compute_loss(self, batch):
+        loss = super().compute_loss(batch)
         broken = batch.step == self.broken_step and self.trainer.fit_loop.epoch_loop.batch_idx % 2 == 1
-        self.seen = batch.sample_ids if broken else getattr(self, "seen", None)
+        self.get_vision_features = batch.sample_ids if broken else getattr(self, "seen", None)
         return loss * float("nan") if broken else loss
 
 
@@ -87,13 +87,13 @@ def test_throughput_counts_what_the_plan_deals(blueprint):
     throughput = Throughput()
     trainer, stage, module = fit(blueprint, [throughput])
     index, plan, figures = module.index, module.plan, throughput.figures()
-    drawn = [int(i) for step in range(plan.num_steps) for i in plan.samples(step)]
-    assert plan.k > 1
+    drawn = [int(i) for step in range(plan.num_steps) for i in plan.get_samples(step)]
+    assert plan.accumulate_grad_batches > 1
     assert figures["steps"] == plan.num_steps == 4
     assert figures["samples"] == len(drawn) == 64
     assert figures["tokens"] == index.tokens[drawn].sum()
     assert figures["supervised_tokens"] == index.supervised[drawn].sum()
-    assert figures["images"] == sum(len(index.record(i).images) for i in drawn)
+    assert figures["images"] == sum(len(index.get_record(i).images) for i in drawn)
     assert figures["tokens_per_second"] == pytest.approx(figures["tokens"] / figures["seconds"])
     assert 0 <= figures["data_wait"] < 1
     assert figures["peak_memory_bytes"] > 1e6
@@ -124,10 +124,10 @@ def test_validation_is_not_training_time():
     throughput.on_train_start(trainer, clock)
     throughput.on_train_batch_start(trainer, clock, None, 0)
     throughput.on_train_batch_end(trainer, clock, None, None, 0)
-    waited = throughput._now["wait"]
+    waited = throughput._window["wait"]
     throughput.on_validation_start(trainer, clock)
     throughput.on_train_batch_start(trainer, clock, None, 1)
-    assert throughput._now["wait"] == waited
+    assert throughput._window["wait"] == waited
 
 
 def test_the_token_weighted_mean_of_the_language_losses_is_the_validation_loss(blueprint):
@@ -234,16 +234,16 @@ def test_the_end_of_an_answer_is_the_templates_and_not_the_tokenizers(parts):
     blueprint = blueprint_of(parts, Tiling.base)
     blueprint.tokenizer.eos_token = "<|endoftext|>"
     processor = Processor(blueprint.tokenizer, blueprint.images)
-    assert end_of_answer(processor) == blueprint.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert get_end_of_answer_id(processor) == blueprint.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
 def test_an_export_gets_on_with_each_weight(blueprint, tmp_path, monkeypatch):
     """Frozen and trained ones; else a slow disk would count as a rank that is stuck."""
-    seen, tick = [], Pulse.tick
-    monkeypatch.setattr(Pulse, "tick", lambda pulse: [tick(pulse), seen.append(pulse.work.doing)])
+    seen, tick = [], Progress.mark_progress
+    monkeypatch.setattr(Progress, "tick", lambda pulse: [tick(pulse), seen.append(pulse.work.doing)])
     fit(blueprint, [Export(tmp_path)], stage_class=AlignStage, data={"max_steps": 1})
     with safe_open(tmp_path / "hf" / "model.safetensors", "pt") as file:
-        assert seen.count(Doing.exporting) == len(file.keys())
+        assert seen.count(Activity.exporting) == len(file.keys())
 
 
 def test_callbacks_come_in_order_with_export_samples_and_report_last(tmp_path):

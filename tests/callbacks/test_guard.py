@@ -5,15 +5,15 @@ import torch
 from test_callbacks import fit
 
 from callbacks import Exchange, Guard, make_callbacks
-from lit_vlm.engine.consensus import Word, consensus_of
+from lit_vlm.engine.consensus import StepFlag, get_shared_flags
 from lit_vlm.stages import SFTStage
 from lit_vlm.types import UserError
 
 
 def broken(*steps):
     class Broken(SFTStage):
-        def step_loss(self, batch):
-            return super().step_loss(batch) * (float("nan") if batch.step in steps else 1.0)
+        def compute_loss(self, batch):
+            return super().compute_loss(batch) * (float("nan") if batch.step in steps else 1.0)
 
     return Broken
 
@@ -24,7 +24,7 @@ def test_a_skipped_first_step_is_none_for_the_optimizer_and_the_audit_waits(blue
     assert guard.figures() == {"skipped_steps": 1}
     counts = {int(state["step"]) for state in trainer.optimizers[0].state.values()}
     assert counts == {trainer.global_step - 1} == {3}
-    assert stage._audited
+    assert stage._gradients_checked
 
 
 def test_more_in_a_row_than_allowed_stop_the_run(blueprint):
@@ -44,10 +44,10 @@ def test_the_ranks_exchange_the_square_of_the_gradients_norm(blueprint):
     seen = []
 
     class Look(Guard):
-        def after_exchange(self, trainer, pl_module, optimizer):
+        def on_after_exchange(self, trainer, pl_module, optimizer):
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(gradients))
-            seen.append((consensus_of(trainer).heard(Word.gradient) ** 0.5, norm))
+            seen.append((get_shared_flags(trainer).get(StepFlag.grad_square_sum) ** 0.5, norm))
 
     fit(blueprint, [Look()])
     assert len(seen) == 4 and all(told == pytest.approx(norm, rel=1e-5) and norm > 0 for told, norm in seen)

@@ -8,8 +8,8 @@ import torch
 from test_callbacks import fit
 
 from callbacks import Guard, Throughput
-from callbacks.memory import memory_parts
-from callbacks.step_time import PARTS, StepTime, Watchman
+from callbacks.memory import measure_memory_parts
+from callbacks.step_time import STEP_PARTS, StepTimer, StragglerMonitor
 from lit_vlm.stages import SFTStage
 
 CPU = torch.device("cpu")
@@ -27,16 +27,16 @@ class SlowBackward(torch.autograd.Function):
 
 
 def rank(data=1.0, forward=2.0, backward=4.0, communication=1.0, optimizer=2.0):
-    return dict(zip(PARTS, (data, forward, backward, communication, optimizer), strict=True))
+    return dict(zip(STEP_PARTS, (data, forward, backward, communication, optimizer), strict=True))
 
 
 def watchman():
     said = []
-    return Watchman(said.append, lambda number: f"host-{number}"), said
+    return StragglerMonitor(said.append, lambda number: f"host-{number}"), said
 
 
 def test_time_is_counted_as_the_part_that_went_on():
-    parts = StepTime(CPU)
+    parts = StepTimer(CPU)
     parts.mark("data")
     time.sleep(0.02)
     parts.mark("forward")
@@ -50,7 +50,7 @@ def test_time_is_counted_as_the_part_that_went_on():
 
 def test_waiting_for_other_ranks_is_not_backward():
     """Autograd calls the engine's own end of backward after ours: what that one waits is communication."""
-    parts, weight = StepTime(CPU), torch.ones(3, requires_grad=True)
+    parts, weight = StepTimer(CPU), torch.ones(3, requires_grad=True)
 
     def as_ddp_does(gradient):
         torch.autograd.Variable._execution_engine.queue_callback(lambda: time.sleep(0.5))
@@ -58,7 +58,7 @@ def test_waiting_for_other_ranks_is_not_backward():
     weight.register_hook(as_ddp_does)
     loss = SlowBackward.apply(weight).sum()
     parts.mark("forward")
-    parts.mark_at_end_of(loss, "backward")
+    parts.mark_after_backward(loss, "backward")
     loss.backward()
     parts.mark("communication")
     found = parts.collect()
@@ -69,7 +69,7 @@ def test_the_parts_add_up_to_the_time_of_a_step_and_are_logged(blueprint):
     throughput = Throughput()
     trainer, _, _ = fit(blueprint, [Guard(), throughput])
     logged = {name.removeprefix("throughput/"): float(value) for name, value in trainer.callback_metrics.items()}
-    parts = [logged[f"time_{part}"] for part in PARTS]
+    parts = [logged[f"time_{part}"] for part in STEP_PARTS]
     assert all(value >= 0 for value in parts)
     samples = trainer.datamodule.plan.step(0).num_samples
     assert sum(parts) == pytest.approx(samples / logged["samples_per_second"], rel=0.3)
@@ -80,11 +80,11 @@ def test_the_slowest_rank_is_named_once_when_it_stays_the_slowest():
     watch, said = watchman()
     slow = [rank(), rank(), rank(backward=6.0), rank()]
     for _ in range(2):
-        found = watch.look(slow)
+        found = watch.update(slow)
     assert found == {"slowest_rank": 2.0, "slowest_excess": pytest.approx(2 / 7)} and not said
-    watch.look([rank(backward=6.0), rank(), rank(), rank()])  # another one: the count begins anew
+    watch.update([rank(backward=6.0), rank(), rank(), rank()])  # another one: the count begins anew
     for _ in range(10):
-        watch.look(slow)
+        watch.update(slow)
     assert said == [
         "Rank 2 on host-2 takes 29% longer than the median rank, most of it in backward; all others wait for it."
     ]
@@ -93,18 +93,18 @@ def test_the_slowest_rank_is_named_once_when_it_stays_the_slowest():
 def test_ranks_that_are_about_equal_and_one_rank_alone_are_not_told():
     watch, said = watchman()
     for _ in range(10):
-        watch.look([rank(), rank(backward=4.9)])
+        watch.update([rank(), rank(backward=4.9)])
     alone, told = watchman()
-    assert alone.look([rank(data=0.5)] * 1) == {}
+    assert alone.update([rank(data=0.5)] * 1) == {}
     assert not said and not told
 
 
 def test_waiting_for_data_is_told_once_and_not_of_the_first_steps():
     watch, said = watchman()
-    watch.look([rank(data=9.0)])
+    watch.update([rank(data=9.0)])
     assert not said
     for _ in range(5):
-        watch.look([rank(data=3.0)])
+        watch.update([rank(data=3.0)])
     assert said == ["36% of the time is spent waiting for data: raise data.num_workers."]
 
 
@@ -112,8 +112,8 @@ def test_memory_is_told_by_part(blueprint):
     found = {}
 
     class Look(Guard):
-        def after_exchange(self, trainer, pl_module, optimizer):
-            found[trainer.global_step] = memory_parts(trainer, pl_module)
+        def on_after_exchange(self, trainer, pl_module, optimizer):
+            found[trainer.global_step] = measure_memory_parts(trainer, pl_module)
 
     stage = fit(blueprint, [Look()], stage_class=SFTStage, trainable=["projector"])[1]
     trained = sum(p.numel() for p in stage.model.parameters() if p.requires_grad) * 4
@@ -130,7 +130,7 @@ def test_a_line_is_printed_where_there_is_no_bar(capsys):
     )
     trainer.global_step, trainer.max_steps = 40, 1000
     rates = {"tokens_per_second": 1234.0} | {f"time_{part}": value for part, value in rank().items()}
-    throughput._line = float("-inf")
+    throughput._last_print_time = float("-inf")
     throughput._print_line(trainer, rates)
     throughput._print_line(trainer, rates)  # too soon
     assert capsys.readouterr().out == (

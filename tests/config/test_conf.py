@@ -8,11 +8,11 @@ import pytest
 import yaml
 
 from lit_vlm.config import parse
-from lit_vlm.config.compose import CONF, choices, groups
-from lit_vlm.config.keys import hint_of
+from lit_vlm.config.compose import CONF_DIR, list_choices, list_groups
+from lit_vlm.config.keys import get_setting_type
 from lit_vlm.config.schema import DPOStageConfig
 
-FILES = sorted(path.relative_to(CONF).with_suffix("").as_posix() for path in CONF.rglob("*.yaml"))
+FILES = sorted(path.relative_to(CONF_DIR).with_suffix("").as_posix() for path in CONF_DIR.rglob("*.yaml"))
 NEEDS = {
     "data/llava_json": ["data.sources.mine.path=x"],
     "data/messages": ["data.sources.mine.path=x"],
@@ -46,18 +46,18 @@ def test_every_file_composes(name):
 
 
 def test_the_groups_are_those_of_the_command_line():
-    assert groups() == ["data", "data/source", "experiment", "logger", "model", "stage", "trainer"]
-    assert choices("stage") == ["align", "dpo", "highres", "mpo", "sft"]
+    assert list_groups() == ["data", "data/source", "experiment", "logger", "model", "stage", "trainer"]
+    assert list_choices("stage") == ["align", "dpo", "highres", "mpo", "sft"]
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith("experiment/")])
 def test_experiments_begin_with_their_package(name):
-    assert (CONF / f"{name}.yaml").read_text(encoding="utf-8").startswith("# @package _global_\n")
+    assert (CONF_DIR / f"{name}.yaml").read_text(encoding="utf-8").startswith("# @package _global_\n")
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.startswith(("stage/", "experiment/varco"))])
 def test_every_number_of_a_recipe_carries_its_source(name):
-    lines = (CONF / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    lines = (CONF_DIR / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
     assert [line for line in lines if re.fullmatch(r"\s*\w+: [\d.e+-]+", line)] == []
 
 
@@ -66,14 +66,14 @@ def test_every_number_of_a_recipe_carries_its_source(name):
 )
 def test_a_file_restates_no_default(name):
     group = name.partition("/")[0]
-    hint = hint_of(group, DPOStageConfig)
+    hint = get_setting_type(group, DPOStageConfig)
     defaults = asdict(hint())
-    content = yaml.safe_load((CONF / f"{name}.yaml").read_text(encoding="utf-8")) or {}
+    content = yaml.safe_load((CONF_DIR / f"{name}.yaml").read_text(encoding="utf-8")) or {}
     restated = {key for key, value in content.items() if key != "defaults" and defaults[key] == value}
     assert restated <= {"precision"}  # said for every machine, so that the reader can compare
 
 
 def test_shipped_paths_stay_in_the_working_folder():
-    for path in (CONF / "data" / "source").glob("*.yaml"):
+    for path in (CONF_DIR / "data" / "source").glob("*.yaml"):
         for source in yaml.safe_load(path.read_text(encoding="utf-8")).values():
             assert Path(source["path"]).parts[0] == "data"

@@ -12,7 +12,7 @@ from waiting import PATIENCE
 
 import run as program
 from lit_vlm.config.schema import Task
-from lit_vlm.config.settings import settings
+from lit_vlm.config.settings import list_settings
 from lit_vlm.tasks import TASKS
 from lit_vlm.types import UserError
 
@@ -61,7 +61,7 @@ def test_help_shows_choices_settings_and_examples():
 
 def test_help_settings_shows_every_setting_with_a_meaning():
     text = run_py("--help", "settings").stdout
-    rows = [row for row in settings() if not row.key.startswith(("stage.parts.", "data.validation.sources."))]
+    rows = [row for row in list_settings() if not row.key.startswith(("stage.parts.", "data.validation.sources."))]
     assert [row.key for row in rows if f"  {row.key}   " not in text] == []
     lines = text.splitlines()
     bare = [
@@ -103,24 +103,24 @@ def test_completion_offers_groups_and_choices():
 
 
 def test_a_run_is_handed_to_its_task_and_leaves_nothing_behind(seen, tmp_path):
-    program.start(["experiment=tiny/2_sft", "seed=1"])
-    program.start([])
+    program.dispatch(["experiment=tiny/2_sft", "seed=1"])
+    program.dispatch([])
     assert [run.config.task for run in seen] == [Task.train, Task.pipeline]
     assert list(tmp_path.iterdir()) == []
 
 
 def test_multirun_runs_one_job_per_value(seen, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["run.py"])
-    program.start(["-m", "experiment=tiny/2_sft", "seed=1,2", "trainer.extra.max_time='00:00:01:00'"])
+    program.dispatch(["-m", "experiment=tiny/2_sft", "seed=1,2", "trainer.extra.max_time='00:00:01:00'"])
     assert [run.config.seed for run in seen] == [1, 2] and len({run.name for run in seen}) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # Hydra's list of the jobs, in the folder of the runs
 
 
 def test_multirun_over_several_devices_is_refused_with_the_reason(seen):
     with pytest.raises(UserError, match="every device's process would run the whole list"):
-        program.start(["-m", "experiment=tiny/2_sft", "seed=1,2", "trainer.devices=1,2"])
+        program.dispatch(["-m", "experiment=tiny/2_sft", "seed=1,2", "trainer.devices=1,2"])
     with pytest.raises(UserError, match="Did you mean seed"):
-        program.start(["-m", "experiment=tiny/2_sft", "sede=1,2"])
+        program.dispatch(["-m", "experiment=tiny/2_sft", "sede=1,2"])
     assert seen == []
 
 

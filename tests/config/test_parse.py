@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from lit_vlm.config import ConfigError, parse, pipeline_overrides, stages_of
-from lit_vlm.config.check import trainer_arguments
-from lit_vlm.config.check_dpo import LOSSES
-from lit_vlm.config.overrides import parsed, quote
+from lit_vlm.config import ConfigError, build_stage_overrides, list_stages, parse
+from lit_vlm.config.check import list_trainer_arguments
+from lit_vlm.config.check_dpo import LOSS_TYPES
+from lit_vlm.config.overrides import parse_override, quote_value
 from lit_vlm.config.schema import DPOStageConfig, StageName, Task
 from lit_vlm.types import UserError
 
@@ -19,7 +19,7 @@ from lit_vlm.types import UserError
 def mistakes(*overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as error:
         parse(list(overrides))
-    return error.value.mistakes
+    return error.value.errors
 
 
 def user_folder(tmp_path: Path, **files: str) -> str:
@@ -84,7 +84,7 @@ def test_hangul_lists_and_null_survive_a_json_argument():
     ["a,b", "한국어 지시문", "it's", "a\\", "{x}", "", "1", "true", 1.5e-7, -3, [None, "가", [1]], {"a": "b c"}],
 )
 def test_quoted_values_are_read_back_unchanged(value):
-    assert parsed(f"key={quote(value)}").value() == value
+    assert parse_override(f"key={quote_value(value)}").value() == value
 
 
 def test_hangul_needs_no_quotes_of_its_own():
@@ -263,7 +263,7 @@ def test_a_callback_of_ones_own_is_an_import_path():
 def test_the_arguments_of_lightnings_trainer_are_those_of_its_signature():
     from lightning import Trainer
 
-    assert trainer_arguments() == tuple(inspect.signature(Trainer.__init__).parameters)[1:]
+    assert list_trainer_arguments() == tuple(inspect.signature(Trainer.__init__).parameters)[1:]
 
 
 def test_the_losses_are_trls():
@@ -273,7 +273,7 @@ def test_the_losses_are_trls():
         encoding="utf-8"
     )
     document = next(ast.get_docstring(node) for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
-    assert [name for name in LOSSES if f"'{name}'" not in document] == []
+    assert [name for name in LOSS_TYPES if f"'{name}'" not in document] == []
 
 
 # Names
@@ -360,7 +360,7 @@ def test_the_first_stage_has_none_before():
 
 
 def test_a_recipe_is_its_files_in_order():
-    assert stages_of("tiny") == ["tiny/1_align", "tiny/2_sft", "tiny/3_highres", "tiny/4_dpo"]
+    assert list_stages("tiny") == ["tiny/1_align", "tiny/2_sft", "tiny/3_highres", "tiny/4_dpo"]
 
 
 def test_a_pipeline_refuses_what_belongs_to_one_stage():
@@ -370,17 +370,17 @@ def test_a_pipeline_refuses_what_belongs_to_one_stage():
 
 def test_data_of_a_pipeline_goes_to_the_stages_that_can_use_it():
     words = ["data=llava_json", "data.sources.mine.path=my.json", "seed=1", "recipe=tiny"]
-    assert pipeline_overrides(words, "tiny/1_align") == words[:3]
-    dpo = pipeline_overrides(words, "tiny/4_dpo")
+    assert build_stage_overrides(words, "tiny/1_align") == words[:3]
+    dpo = build_stage_overrides(words, "tiny/4_dpo")
     assert dpo[0] == "seed=1" and dpo[1].startswith("init_from=")  # it would not find highres by its own overrides
     pairs = ["data=preference", "data.sources.mine.path=pairs.jsonl"]
-    assert pipeline_overrides(pairs, "tiny/4_dpo") == pairs and pipeline_overrides(pairs, "tiny/2_sft") == []
+    assert build_stage_overrides(pairs, "tiny/4_dpo") == pairs and build_stage_overrides(pairs, "tiny/2_sft") == []
 
 
 def test_each_stage_of_a_pipeline_starts_from_the_one_before(monkeypatch):
     words = ["data=digits", "seed=1"]
     for sweep in (False, True):
-        runs = [parse([f"experiment={stage}", *pipeline_overrides(words, stage)]) for stage in stages_of("tiny")]
+        runs = [parse([f"experiment={stage}", *build_stage_overrides(words, stage)]) for stage in list_stages("tiny")]
         assert [run.init_from for run in runs[1:]] == [str(run.dir / "hf") for run in runs[:-1]]
         assert all(run.name.endswith("-r1") is sweep for run in runs)
         monkeypatch.setenv("WANDB_SWEEP_ID", "s1")

@@ -8,10 +8,10 @@ from dataclasses import fields, is_dataclass
 import pytest
 
 from lit_vlm.config import ConfigError, parse
-from lit_vlm.config.check import check
-from lit_vlm.config.help import help_text
-from lit_vlm.config.ranges import LARGEST_COUNT, Range, mistakes_in_ranges
-from lit_vlm.config.settings import settings
+from lit_vlm.config.check import find_config_errors
+from lit_vlm.config.help import format_help
+from lit_vlm.config.ranges import MAX_COUNT, NumberRange, find_range_errors
+from lit_vlm.config.settings import list_settings
 
 NUMBERS = (int, float)
 
@@ -19,7 +19,7 @@ NUMBERS = (int, float)
 def mistakes(*words):
     with pytest.raises(ConfigError) as error:
         parse(list(words))
-    return error.value.mistakes
+    return error.value.errors
 
 
 def leaves(hint):
@@ -29,7 +29,7 @@ def leaves(hint):
 
 
 def numbers():
-    return [row for row in settings() if {int, float} & set(leaves(row.type))]
+    return [row for row in list_settings() if {int, float} & set(leaves(row.type))]
 
 
 @pytest.fixture(scope="module")
@@ -79,20 +79,20 @@ def within(row):
 
 def test_every_number_of_the_schema_has_a_range_and_nothing_else_has():
     assert len(numbers()) > 60
-    assert [row.key for row in settings() if (row.range is not None) != (row in numbers())] == []
+    assert [row.key for row in list_settings() if (row.range is not None) != (row in numbers())] == []
 
 
 @pytest.mark.parametrize("row", numbers(), ids=lambda row: row.key)
 def test_a_value_beyond_its_range_is_refused_with_key_value_and_range(row, config):
     for value in beyond(row):
         changed, key = with_value(config, row, value)
-        assert f"{key}: must be {row.range}, found {value}." in check(changed)
+        assert f"{key}: must be {row.range}, found {value}." in find_config_errors(changed)
 
 
 @pytest.mark.parametrize("row", numbers(), ids=lambda row: row.key)
 def test_the_ends_of_a_range_are_taken(row, config):
     for value in within(row):
-        assert list(mistakes_in_ranges(with_value(config, row, value)[0])) == []
+        assert list(find_range_errors(with_value(config, row, value)[0])) == []
 
 
 def test_every_default_lies_within_its_range():
@@ -108,7 +108,7 @@ def test_every_default_lies_within_its_range():
 
 
 def test_help_shows_the_range_behind_the_type():
-    text = help_text(["settings"])
+    text = format_help(["settings"])
     assert "  trainer.timeout_minutes   a number (above 0 and at most 527040); default 30.0" in text
     assert "  stage.beta   a number (above 0); default 0.1" in text
     assert "  data.validation.fraction   a number (from 0 to below 1); default 0.01" in text
@@ -117,12 +117,12 @@ def test_help_shows_the_range_behind_the_type():
 @pytest.mark.parametrize(
     ("range_", "text"),
     [
-        (Range(0, LARGEST_COUNT, low_open=True), "above 0"),
-        (Range(0), "0 or above"),
-        (Range(0, 2**32 - 1), "from 0 up to 4294967295"),
-        (Range(0, 1, low_open=True), "above 0 and at most 1"),
-        (Range(0, 0.5, high_open=True), "from 0 to below 0.5"),
-        (Range(0, 3, True, True), "above 0 and below 3"),
+        (NumberRange(0, MAX_COUNT, excludes_low=True), "above 0"),
+        (NumberRange(0), "0 or above"),
+        (NumberRange(0, 2**32 - 1), "from 0 up to 4294967295"),
+        (NumberRange(0, 1, excludes_low=True), "above 0 and at most 1"),
+        (NumberRange(0, 0.5, excludes_high=True), "from 0 to below 0.5"),
+        (NumberRange(0, 3, True, True), "above 0 and below 3"),
     ],
 )
 def test_a_range_reads_as_a_sentence(range_, text):
@@ -178,7 +178,7 @@ def test_ranges_hold_for_every_task(task):
 def test_a_run_name_that_leads_elsewhere_or_is_no_folder_is_refused(name, config):
     changed = copy.deepcopy(config)
     changed.run_name = name
-    (found,) = check(changed)
+    (found,) = find_config_errors(changed)
     assert found.startswith("run_name: ") and repr(name) in found and "below run_dir" in found
 
 
@@ -190,4 +190,4 @@ def test_a_run_name_that_leads_elsewhere_or_is_no_folder_is_refused(name, config
 def test_ordinary_run_names_are_taken(name, config):
     changed = copy.deepcopy(config)
     changed.run_name = name
-    assert check(changed) == []
+    assert find_config_errors(changed) == []

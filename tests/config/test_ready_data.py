@@ -7,15 +7,15 @@ import yaml
 from omegaconf import OmegaConf
 
 from lit_vlm.config import parse
-from lit_vlm.config.compose import CONF, composed
-from lit_vlm.config.mapping import MappingConfig, mistakes_in_mapping
+from lit_vlm.config.compose import CONF_DIR, compose_config
+from lit_vlm.config.mapping import MappingConfig, find_mapping_errors
 from lit_vlm.config.overrides import ConfigError
 from lit_vlm.config.schema import Format
-from lit_vlm.config.settings import HABITS, settings
+from lit_vlm.config.settings import KEY_ALIASES, list_settings
 
 STAGES = {"align": "tiny/1_align", "sft": "tiny/2_sft", "highres": "tiny/3_highres", "preference": "tiny/4_dpo"}
 MIXTURES = [f"{stage}_{languages}" for stage in STAGES for languages in ("ko", "en", "ko_en")]
-SETS = sorted(path.stem for path in (CONF / "data" / "source").glob("*.yaml"))
+SETS = sorted(path.stem for path in (CONF_DIR / "data" / "source").glob("*.yaml"))
 COUNTS = {
     "lcs_558k": 558_128,
     "llava_cc3m_595k": 595_375,
@@ -27,7 +27,7 @@ COUNTS = {
 
 def sources(mixture, *words):
     stage = mixture.split("_")[0]
-    own = [f"data.sources.mine_ko.path={CONF}"] if mixture in ("preference_ko", "preference_ko_en") else []
+    own = [f"data.sources.mine_ko.path={CONF_DIR}"] if mixture in ("preference_ko", "preference_ko_en") else []
     return parse([f"experiment={STAGES[stage]}", f"data={mixture}", *own, *words]).config.data.sources
 
 
@@ -42,7 +42,7 @@ def test_a_ready_mixture_composes_for_its_stage(mixture):
 
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_a_mixture_is_made_of_named_sets_and_says_where_its_weights_are_from(mixture):
-    text = (CONF / "data" / f"{mixture}.yaml").read_text(encoding="utf-8")
+    text = (CONF_DIR / "data" / f"{mixture}.yaml").read_text(encoding="utf-8")
     content = yaml.safe_load(text)
     named = [entry.split("@")[0].removeprefix("source/") for entry in content.get("defaults", []) if entry != "_self_"]
     assert set(named) <= set(SETS)
@@ -58,21 +58,23 @@ def test_mixtures_in_both_languages_are_half_korean():
 
 @pytest.mark.parametrize("name", SETS)
 def test_a_named_set_says_all_that_a_user_needs(name):
-    composed_source = composed(["task=train", "data=ready", f"data/source@data.sources=[{name}]"]).data.sources[name]
+    composed_source = compose_config(["task=train", "data=ready", f"data/source@data.sources=[{name}]"]).data.sources[
+        name
+    ]
     source = OmegaConf.to_object(composed_source)
     assert source.licence and source.obtain and source.homepage
     assert re.fullmatch(r"https://(huggingface\.co/datasets|aihub\.or\.kr)/\S+", source.homepage)
     assert source.expected_records == COUNTS.get(name)
-    text = (CONF / "data" / "source" / f"{name}.yaml").read_text(encoding="utf-8")
+    text = (CONF_DIR / "data" / "source" / f"{name}.yaml").read_text(encoding="utf-8")
     assert source.expected_records or re.search(r"expected_records: null  # .*not verified", text)
-    assert source.format is not Format.mapped or not list(mistakes_in_mapping(name, source.mapping))
+    assert source.format is not Format.mapped or not list(find_mapping_errors(name, source.mapping))
 
 
 def test_sets_whose_structure_is_not_public_say_so_and_are_in_no_mixture():
     hidden = [
         name
         for name in SETS
-        if "Structure not public" in (CONF / "data" / "source" / f"{name}.yaml").read_text(encoding="utf-8")
+        if "Structure not public" in (CONF_DIR / "data" / "source" / f"{name}.yaml").read_text(encoding="utf-8")
     ]
     assert hidden == ["aihub_71711_gqa", "aihub_71730_ocr"]
     assert not {name for mixture in MIXTURES for name in sources(mixture)} & set(hidden)
@@ -140,8 +142,8 @@ def test_a_mapping_is_written_in_a_file_of_ones_own_and_on_the_command_line(tmp_
 
 
 def test_every_word_of_a_mapping_is_in_the_table_of_settings():
-    rows = {row.key: row for row in settings()}
+    rows = {row.key: row for row in list_settings()}
     for name in MappingConfig.__dataclass_fields__:
         row = rows[f"data.sources.<name>.mapping.{name}"]
         assert row.comment or name in ("box_format", "box_unit")
-    assert not any("mapping" in key for key in HABITS.values())
+    assert not any("mapping" in key for key in KEY_ALIASES.values())

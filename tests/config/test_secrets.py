@@ -27,20 +27,20 @@ from secret_cases import (
 )
 
 from benchmarks import secret_sinks
-from lit_vlm.config.multirun import check_multirun, refuse_secrets
-from lit_vlm.config.overrides import ConfigError, quote
+from lit_vlm.config.multirun import ensure_no_secrets, validate_multirun
+from lit_vlm.config.overrides import ConfigError, quote_value
 from lit_vlm.config.parse import parse
 from lit_vlm.secrets import (
-    LONGEST_LINE,
+    MAX_PENDING_CHARACTERS,
     REDACTED,
     RedactedStream,
-    agrees,
+    find_secret_keys,
+    find_typed_secret_errors,
+    is_same_when_redacted,
     is_secret_name,
-    mistakes_of_typed_secrets,
-    places_of_secrets,
-    redacted,
-    redacted_text,
-    redacted_words,
+    redact,
+    redact_arguments,
+    redact_text,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,14 +57,14 @@ def _quiet_environment(monkeypatch):
 @pytest.mark.parametrize("secret", FORMS.values(), ids=FORMS)
 def test_a_secret_is_known_by_its_form_wherever_it_stands(secret):
     for text in (secret, f"said {secret}, then", f"submit.extra=[a,{secret}]", f'{{"note": "{secret}"}}'):
-        assert secret not in redacted_text(text) and REDACTED in redacted_text(text)
+        assert secret not in redact_text(text) and REDACTED in redact_text(text)
     nested = {"words": ["a", secret], "more": {"deep": (secret,)}, secret: "as a key"}
-    assert secret not in str(redacted(nested)) and secret[:30] not in json.dumps(redacted(nested))
+    assert secret not in str(redact(nested)) and secret[:30] not in json.dumps(redact(nested))
 
 
 @pytest.mark.parametrize(("text", "secret"), INSIDE.values(), ids=INSIDE)
 def test_a_secret_inside_a_text_goes_and_the_rest_of_the_text_stays(text, secret):
-    clean = redacted_text(text)
+    clean = redact_text(text)
     assert secret not in clean and REDACTED in clean
     assert all(word in clean for word in text.partition(secret)[0].split()[:1] if "=" not in word and ":" not in word)
 
@@ -73,9 +73,9 @@ def test_a_secret_inside_a_text_goes_and_the_rest_of_the_text_stays(text, secret
 def test_a_secret_is_known_by_the_name_of_what_holds_it(name, value):
     values = value if isinstance(value, list) else [value]
     assert is_secret_name(name)
-    clean = redacted({"a": {name: value}})
+    clean = redact({"a": {name: value}})
     assert clean["a"][name] == ([REDACTED] * 2 if isinstance(value, list) else REDACTED)
-    words = redacted_words([f"{name}={value}", json.dumps({name: value})])
+    words = redact_arguments([f"{name}={value}", json.dumps({name: value})])
     assert not any(str(one) in word for one in values for word in words)
 
 
@@ -83,28 +83,32 @@ def test_a_secret_is_known_by_the_environment_also_under_another_name(monkeypatc
     monkeypatch.setenv("TEAM_STORE_TOKEN", "plain words of it")
     monkeypatch.setenv("SHORT_TOKEN", "ab")
     monkeypatch.setenv("FOLDER_SECRET", "/")
-    assert redacted({"note": "see plain words of it, ab /x"}) == {"note": f"see {REDACTED}, ab /x"}
+    assert redact({"note": "see plain words of it, ab /x"}) == {"note": f"see {REDACTED}, ab /x"}
 
 
 def test_what_only_looks_like_a_secret_stays_as_it_is():
-    assert redacted(INNOCENT) == INNOCENT
+    assert redact(INNOCENT) == INNOCENT
     words = [f"{name}={value}" for name, value in INNOCENT.items()]
-    assert redacted_words(words) == words
+    assert redact_arguments(words) == words
 
 
 def test_what_has_no_secrets_any_more_is_left_alone():
     everything = {**FORMS, **{name: text for name, (text, _) in INSIDE.items()}, **NAMED}
-    once = redacted(everything)
-    assert redacted(once) == once
-    assert redacted_text(redacted_text(json.dumps(everything))) == redacted_text(json.dumps(everything))
+    once = redact(everything)
+    assert redact(once) == once
+    assert redact_text(redact_text(json.dumps(everything))) == redact_text(json.dumps(everything))
 
 
 def test_two_settings_agree_where_one_lacks_its_secret_and_differ_where_more_differs():
     full = {"path": "https://a:b12345@host/train", "tags": ["x"]}
-    assert agrees(redacted(full), full) and agrees(full, redacted(full)) and agrees(full, full)
-    assert agrees(redacted(full), {"path": "https://a:another@host/train", "tags": ["x"]})
-    assert not agrees(redacted(full), {"path": "https://a:b12345@host/other", "tags": ["x"]})
-    assert not agrees(redacted(full), {"path": full["path"], "tags": ["y"]})
+    assert (
+        is_same_when_redacted(redact(full), full)
+        and is_same_when_redacted(full, redact(full))
+        and is_same_when_redacted(full, full)
+    )
+    assert is_same_when_redacted(redact(full), {"path": "https://a:another@host/train", "tags": ["x"]})
+    assert not is_same_when_redacted(redact(full), {"path": "https://a:b12345@host/other", "tags": ["x"]})
+    assert not is_same_when_redacted(redact(full), {"path": full["path"], "tags": ["y"]})
 
 
 # Every shape, every place
@@ -112,21 +116,21 @@ def test_two_settings_agree_where_one_lacks_its_secret_and_differ_where_more_dif
 
 def test_a_secret_of_any_shape_is_refused_where_it_is_typed_and_is_in_nothing_that_is_written(tmp_path):
     shapes = secret_sinks.make_shapes(64, seed=2)
-    assert {leak for shape in shapes for leak in secret_sinks.look_at(shape, tmp_path)} == set()
+    assert {leak for shape in shapes for leak in secret_sinks.find_leaks(shape, tmp_path)} == set()
     assert len({shape.family for shape in shapes}) == 8 and len(secret_sinks.SINKS) == 12
 
 
 @pytest.mark.slow
 def test_500_shapes_are_refused_where_they_are_typed_and_are_in_nothing_that_is_written(tmp_path):
     shapes = secret_sinks.make_shapes(500, seed=0)
-    assert {leak for shape in shapes for leak in secret_sinks.look_at(shape, tmp_path)} == set()
+    assert {leak for shape in shapes for leak in secret_sinks.find_leaks(shape, tmp_path)} == set()
 
 
 def test_the_places_and_sinks_would_show_a_secret_that_is_not_known(tmp_path):
     """That the two tests above can fail."""
-    plain = secret_sinks.Shape("none", "plain words", "plain words")
-    places = [key for key, _ in secret_sinks.typed(plain)]
-    leaks = secret_sinks.look_at(plain, tmp_path)
+    plain = secret_sinks.SecretShape("none", "plain words", "plain words")
+    places = [key for key, _ in secret_sinks.iter_command_lines(plain)]
+    leaks = secret_sinks.find_leaks(plain, tmp_path)
     assert len([leak for leak in leaks if leak.startswith("typed in")]) == len(places)
     assert {name for name in secret_sinks.SINKS if any(leak.startswith(f"{name}: ") for leak in leaks)} == {
         *secret_sinks.SINKS
@@ -135,11 +139,11 @@ def test_the_places_and_sinks_would_show_a_secret_that_is_not_known(tmp_path):
 
 def test_300_ordinary_values_are_neither_refused_nor_redacted():
     words = [f"{key}={value}" for key in KEYS for value in ORDINARY]
-    words += [f"logger.tags={quote([value])}" for value in ORDINARY]
+    words += [f"logger.tags={quote_value([value])}" for value in ORDINARY]
     assert len(set(ORDINARY)) > 130 and len(words) > 300
-    assert [word for word in words if mistakes_of_typed_secrets([word])] == []
-    assert [value for value in ORDINARY if redacted_text(value) != value] == []
-    assert redacted_words(words) == words and redacted(ORDINARY) == ORDINARY
+    assert [word for word in words if find_typed_secret_errors([word])] == []
+    assert [value for value in ORDINARY if redact_text(value) != value] == []
+    assert redact_arguments(words) == words and redact(ORDINARY) == ORDINARY
 
 
 def test_nothing_in_conf_sweeps_and_the_commands_of_the_documents_is_taken_for_a_secret():
@@ -147,44 +151,49 @@ def test_nothing_in_conf_sweeps_and_the_commands_of_the_documents_is_taken_for_a
     assert len(files) > 50
     for path in files:
         text = path.read_text(encoding="utf-8")
-        assert list(places_of_secrets(yaml.safe_load(text) or {})) == [] and redacted_text(text) == text, path
+        assert list(find_secret_keys(yaml.safe_load(text) or {})) == [] and redact_text(text) == text, path
     pages = [*(ROOT / "docs").glob("*.md"), *ROOT.glob("README*.md")]
     lines = [line for page in pages for line in page.read_text(encoding="utf-8").splitlines() if "run.py " in line]
     commands = [line for line in lines if line.startswith(("python run.py", "torchrun"))]
     assert len(commands) > 60
     for line in commands:
-        assert mistakes_of_typed_secrets(shlex.split(line, comments=True)) == [] and redacted_text(line) == line
+        assert find_typed_secret_errors(shlex.split(line, comments=True)) == [] and redact_text(line) == line
 
 
 @pytest.mark.parametrize("word", SETTINGS)
 def test_commits_names_of_columns_and_names_with_dates_are_no_secrets(word):
-    assert mistakes_of_typed_secrets([word]) == [] and redacted_words([word]) == [word]
+    assert find_typed_secret_errors([word]) == [] and redact_arguments([word]) == [word]
     name, _, value = word.partition("=")
-    assert list(places_of_secrets({name: value})) == []
+    assert list(find_secret_keys({name: value})) == []
 
 
 @pytest.mark.parametrize("before", ["wandb login ", "key ", "api-key-", "API_KEY=", "login: ", "see ", ""])
 def test_a_key_of_40_digits_is_refused_behind_names_of_keys_and_in_free_text(before):
-    assert HEX not in redacted_text(f"{before}{HEX}") and HEX not in redacted_text(f"{before}{HEX}, then")
-    assert mistakes_of_typed_secrets([f"submit.account={before}{HEX}"])
+    assert HEX not in redact_text(f"{before}{HEX}") and HEX not in redact_text(f"{before}{HEX}, then")
+    assert find_typed_secret_errors([f"submit.account={before}{HEX}"])
 
 
 def test_a_list_of_tags_may_hold_a_commit_and_no_key():
-    assert redacted({"tags": ["a", HEX]}) == {"tags": ["a", HEX]}
+    assert redact({"tags": ["a", HEX]}) == {"tags": ["a", HEX]}
     text = json.dumps({"tags": ["a", HEX]}, indent=2)
-    assert redacted_text(text) == text
-    assert mistakes_of_typed_secrets([f"logger.tags=[a,'wandb login {HEX}']"])
+    assert redact_text(text) == text
+    assert find_typed_secret_errors([f"logger.tags=[a,'wandb login {HEX}']"])
 
 
 @pytest.mark.parametrize("key", PROSE_KEYS)
 def test_a_sentence_in_a_setting_of_prose_may_speak_of_passwords(key):
     for text in PROSE:
-        for word in (f"{key}={text}", f"{key}={quote(text)}", f"{key}={quote([text])}", json.dumps({key: [text]})):
-            assert mistakes_of_typed_secrets([word]) == [], word
+        for word in (
+            f"{key}={text}",
+            f"{key}={quote_value(text)}",
+            f"{key}={quote_value([text])}",
+            json.dumps({key: [text]}),
+        ):
+            assert find_typed_secret_errors([word]) == [], word
         tree = text
         for part in reversed(key.split(".")):
             tree = {part: tree}
-        assert list(places_of_secrets(tree)) == [] and redacted(tree) == tree
+        assert list(find_secret_keys(tree)) == [] and redact(tree) == tree
 
 
 @pytest.mark.parametrize("key", PROSE_KEYS)
@@ -192,14 +201,14 @@ def test_a_setting_of_prose_takes_no_token_and_no_secret_of_the_environment(key,
     monkeypatch.setenv("MY_PASSWORD", "h3ron-lake")
     tokens = [FORMS[name] for name in ("hugging_face", "openai", "github", "pem")]
     for secret in (*tokens, "h3ron-lake"):
-        word = f"{key}={quote(f'What is {secret}?')}"
-        assert mistakes_of_typed_secrets([word]) and secret not in redacted_words([word])[0]
+        word = f"{key}={quote_value(f'What is {secret}?')}"
+        assert find_typed_secret_errors([word]) and secret not in redact_arguments([word])[0]
 
 
 @pytest.mark.parametrize(("command", "secret"), COMMANDS)
 def test_a_secret_in_the_words_of_a_command_is_known(command, secret):
-    assert secret not in redacted_text(command) and REDACTED in redacted_text(command)
-    assert mistakes_of_typed_secrets([f"submit.setup={quote([command])}"])
+    assert secret not in redact_text(command) and REDACTED in redact_text(command)
+    assert find_typed_secret_errors([f"submit.setup={quote_value([command])}"])
 
 
 @pytest.mark.parametrize(
@@ -209,10 +218,10 @@ def test_a_secret_in_the_words_of_a_command_is_known(command, secret):
 def test_json_stays_json_where_a_text_ends_with_a_name_of_a_secret(value, layout):
     nested = {"a": json.dumps({"b": value.strip("\"'"), "c": 1})}
     for plain in ({"licence": value, "b": "next"}, {"a": [value, "next"]}, nested):
-        clean = json.loads(redacted_text(json.dumps(plain, **layout)))
+        clean = json.loads(redact_text(json.dumps(plain, **layout)))
         assert clean.keys() == plain.keys() and "x9y8z7w6" not in str(clean)
         assert "x9y8z7w6" in value or clean == plain
-    assert "in blank" not in redacted_text('PASSWORD=" in blank"')
+    assert "in blank" not in redact_text('PASSWORD=" in blank"')
 
 
 # The terminal
@@ -240,11 +249,11 @@ def test_a_private_key_that_is_written_line_by_line_does_not_reach_the_terminal(
 def test_the_terminal_loses_no_character_of_a_long_line():
     caught = io.StringIO()
     stream = RedactedStream(caught)
-    text = "word " * LONGEST_LINE + "x" * (3 * LONGEST_LINE)
+    text = "word " * MAX_PENDING_CHARACTERS + "x" * (3 * MAX_PENDING_CHARACTERS)
     for start in range(0, len(text), 1000):
         stream.write(text[start : start + 1000])
-        assert start + 1000 - len(caught.getvalue()) <= LONGEST_LINE + 1000
-    assert len(caught.getvalue()) >= len(text) - LONGEST_LINE
+        assert start + 1000 - len(caught.getvalue()) <= MAX_PENDING_CHARACTERS + 1000
+    assert len(caught.getvalue()) >= len(text) - MAX_PENDING_CHARACTERS
     stream.flush()
     assert caught.getvalue() == text
 
@@ -304,7 +313,7 @@ def test_a_setting_that_holds_a_secret_is_named_with_what_to_do_and_the_secret_i
         assert not any(form in str(refused.value) for form in FORMS.values())
     with pytest.raises(ConfigError, match="logger.group: holds a secret"):
         parse([f"hydra.searchpath=[file://{tmp_path}]", "experiment=own"])
-    for check in (check_multirun, refuse_secrets):
+    for check in (validate_multirun, ensure_no_secrets):
         with pytest.raises(ConfigError, match="logger.project: holds a secret"):
             check([*SFT, "logger.project=${oc.env:MY_PASSWORD}", "seed=1"])
     assert parse([*SFT, "task=submit", "submit.extra=['--export=ALL,WANDB_API_KEY']", "submit.env.HF_TOKEN=$HF_TOKEN"])

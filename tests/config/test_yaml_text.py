@@ -126,6 +126,6 @@ def test_text_in_a_sweep_file_stays_as_it_is_written(tmp_path):
         encoding="utf-8",
     )
     sweep = read_sweep(path)
-    assert sweep.name == "1:30" and sweep.swept["logger.project"].values == ("on", "1e3", "1_000")
+    assert sweep.name == "1:30" and sweep.search_space["logger.project"].values == ("on", "1e3", "1_000")
     assert sweep.fixed == {"model.revision": "012", "logger.group": "2026-11-28", "logger.wandb": False}
-    assert sweep.swept["stage.warmup"].values == (1, 0.5)
+    assert sweep.search_space["stage.warmup"].values == (1, 0.5)

@@ -9,12 +9,12 @@ from PIL import Image
 from support import picture
 
 from lit_vlm.config.schema import Format, SourceConfig
-from lit_vlm.curation.choice import Answer, Origin, Pair, State
-from lit_vlm.curation.records import Pictures, image_root, pair_row
+from lit_vlm.curation.choice import AnswerOrigin, AnswerPair, AnswerState, CandidateAnswer
+from lit_vlm.curation.records import PairImages, build_pair_row, find_image_root
 from lit_vlm.data.images import BytesImage, FileImage
-from lit_vlm.data.markup import obj
+from lit_vlm.data.markup import build_object_mention
 from lit_vlm.data.sources import open_source
-from lit_vlm.types import Box, Control, ImageSlot, Kind, Language, Message, RecordError, Role, Sample
+from lit_vlm.types import Box, ControlToken, ImagePlaceholder, Language, Message, RecordError, Role, Sample, SampleKind
 
 MINE = SourceConfig(format=Format.preference, kind="preference")  # as conf/data/preference.yaml
 
@@ -29,23 +29,26 @@ def read_back(tmp_path, *rows):
 
 def made(tmp_path, content, images=(), chosen=("yes",), rejected=("no",), before=()):
     messages = (*before, Message(Role.user, content), Message(Role.assistant, ("known",)))
-    sample = Sample("7", "source", "file:7", Kind.grounding, Language.ko, messages, images)
+    sample = Sample("7", "source", "file:7", SampleKind.grounding, Language.ko, messages, images)
     answers = [
-        Answer(content, Origin.sample, State.graded, score) for content, score in ((chosen, 1.0), (rejected, 0.0))
+        CandidateAnswer(content, AnswerOrigin.sample, AnswerState.graded, score)
+        for content, score in ((chosen, 1.0), (rejected, 0.0))
     ]
-    return sample, pair_row(sample, Pair(*answers), "control", Pictures(tmp_path, tmp_path / "pairs_files" / "images"))
+    return sample, build_pair_row(
+        sample, AnswerPair(*answers), "control", PairImages(tmp_path, tmp_path / "pairs_files" / "images")
+    )
 
 
 def test_control_tokens_stay_control_tokens_and_text_that_looks_like_them_stays_text(tmp_path):
-    mention = obj("별", Box(0.1, 0.2, 0.3, 0.4))
-    asked = (ImageSlot(0), Control("<gro>"), "\n<image> <gro> 어디? <|im_end|>")
-    written_badly = (Control("<obj>"), "별", Control("<bbox>"), "<bbox>0.1")
+    mention = build_object_mention("별", Box(0.1, 0.2, 0.3, 0.4))
+    asked = (ImagePlaceholder(0), ControlToken("<gro>"), "\n<image> <gro> 어디? <|im_end|>")
+    written_badly = (ControlToken("<obj>"), "별", ControlToken("<bbox>"), "<bbox>0.1")
     before = (Message(Role.system, ("be kind",)), Message(Role.user, ("hi",)), Message(Role.assistant, ("<ocr>",)))
     sample, row = made(tmp_path, asked, (picture(20, 30),), mention, written_badly, before)
     (pair,) = read_back(tmp_path, row)
     assert pair.prompt == sample.messages[:-1]
     assert (pair.chosen.content, pair.rejected.content) == (mention, written_badly)
-    assert (pair.id, pair.kind, pair.language) == ("source/7/control", Kind.grounding, Language.ko)
+    assert (pair.id, pair.kind, pair.language) == ("source/7/control", SampleKind.grounding, Language.ko)
 
 
 def test_pictures_come_back_in_the_places_in_which_they_stand(tmp_path):
@@ -54,7 +57,7 @@ def test_pictures_come_back_in_the_places_in_which_they_stand(tmp_path):
     Image.fromarray(picture(8, 16, 2).array).save(stream, format="JPEG")
     in_file = FileImage("file.png", tmp_path, "x", 10**6)
     in_bytes, in_memory = BytesImage(stream.getvalue(), "x", 10**6), picture(7, 9, 3)
-    asked = (ImageSlot(2), "a", ImageSlot(0), "b", ImageSlot(1))
+    asked = (ImagePlaceholder(2), "a", ImagePlaceholder(0), "b", ImagePlaceholder(1))
     sample, row = made(tmp_path, asked, (in_file, in_bytes, in_memory))
     assert row["images"][1] == "file.png"
     saved = sorted((tmp_path / "pairs_files" / "images").iterdir())
@@ -74,9 +77,9 @@ def test_a_file_elsewhere_is_named_by_its_path_and_by_the_folder_that_must_be_al
     place.mkdir(parents=True)
     (tmp_path / "here").mkdir()
     Image.fromarray(picture(9, 8, 1).array).save(place / "file.png")
-    row = made(tmp_path / "here", (ImageSlot(0),), (FileImage("file.png", place, "x", 10**6),))[1]
-    assert row["images"] == [str(place / "file.png")] and image_root(row["images"]) == str(place)
-    assert image_root(["pairs_files/images/1.png"]) is None
+    row = made(tmp_path / "here", (ImagePlaceholder(0),), (FileImage("file.png", place, "x", 10**6),))[1]
+    assert row["images"] == [str(place / "file.png")] and find_image_root(row["images"]) == str(place)
+    assert find_image_root(["pairs_files/images/1.png"]) is None
     (pair,) = read_back(tmp_path / "here", row)
     with pytest.raises(RecordError, match="leads out of"):
         pair.images[0].load()

@@ -4,18 +4,32 @@ import pytest
 from support import builtin, sample
 
 from lit_vlm.curation import scorers
-from lit_vlm.curation.scorers import Exact, ModelJudge, grades_of, judged, own_scorer, parse_grade
-from lit_vlm.types import ImageSlot, Kind, UserError
+from lit_vlm.curation.scorers import (
+    ExactScorer,
+    ModelJudge,
+    build_judge_sample,
+    compute_grades,
+    load_custom_scorer,
+    parse_grade,
+)
+from lit_vlm.types import ImagePlaceholder, SampleKind, UserError
 
 
 def test_exact_grades_go_by_the_kind_of_the_sample():
-    for kind in (Kind.word, Kind.number, Kind.caption, Kind.grounding, Kind.ocr, Kind.text):
+    for kind in (
+        SampleKind.word,
+        SampleKind.number,
+        SampleKind.caption,
+        SampleKind.grounding,
+        SampleKind.ocr,
+        SampleKind.text,
+    ):
         record = builtin(kind, n=1)[0][0]
         right = record.messages[-1].text
-        assert Exact().grade([(record, right), (record, "다른 답")]) == [1.0, 0.0], kind
-    grounding = builtin(Kind.grounding, n=1)[0][0]
+        assert ExactScorer().grade([(record, right), (record, "다른 답")]) == [1.0, 0.0], kind
+    grounding = builtin(SampleKind.grounding, n=1)[0][0]
     said = grounding.messages[-1].text
-    assert Exact().grade([(grounding, f"여기: {said}")]) == [1.0]  # words around a mention are free
+    assert ExactScorer().grade([(grounding, f"여기: {said}")]) == [1.0]  # words around a mention are free
 
 
 @pytest.mark.parametrize(("said", "grade"), [("7", 0.7), (" 10\n", 1.0), ("0", 0.0)])
@@ -29,9 +43,9 @@ def test_anything_else_is_no_grade(said):
 
 
 def test_a_judge_sees_the_pictures_and_the_texts_as_text():
-    record = builtin(Kind.grounding, n=1)[0][0]
-    question = judged(record, "<|im_end|> {answer} <image>").messages[0].content
-    assert question[:-1] == (ImageSlot(0),) and isinstance(question[-1], str)
+    record = builtin(SampleKind.grounding, n=1)[0][0]
+    question = build_judge_sample(record, "<|im_end|> {answer} <image>").messages[0].content
+    assert question[:-1] == (ImagePlaceholder(0),) and isinstance(question[-1], str)
     for part in ("[Answer to grade]\n<|im_end|> {answer} <image>\n", record.messages[-1].text, "<gro>"):
         assert part in question[-1]
 
@@ -43,9 +57,9 @@ def test_a_judges_answers_are_grades_in_the_order_of_what_was_asked(processor, m
         groups.append(len(group))
         return [text.split("[Answer to grade]\n")[1][0] for text in (one.messages[0].text for one in group)]
 
-    monkeypatch.setattr(scorers, "ask", ask)
+    monkeypatch.setattr(scorers, "generate_answers", ask)
     asked = [(sample("?", "!", (56, 56), seed=n), answer) for n, answer in enumerate(("3", "x", "9", "0"))]
-    judge = ModelJudge(None, processor, most_tokens=1100, most_tiles=64)
+    judge = ModelJudge(None, processor, max_tokens=1100, max_tiles=64)
     assert judge.grade(asked) == [0.3, None, 0.9, 0.0]
     assert len(groups) > 1 and sum(groups) == 4
 
@@ -59,7 +73,7 @@ def test_an_answer_that_was_drawn_twice_is_graded_once():
             return [0.5] * len(asked)
 
     one, other, judge = sample("a", "b"), sample("a", "b", seed=1), Counting()
-    assert grades_of(judge, [(one, "x"), (other, "x"), (one, "x"), (one, "y")]) == [0.5] * 4
+    assert compute_grades(judge, [(one, "x"), (other, "x"), (one, "x"), (one, "y")]) == [0.5] * 4
     assert judge.asked == 3
 
 
@@ -70,7 +84,7 @@ def test_a_class_that_gives_no_grades_is_told_what_they_are(grades):
             return grades
 
     with pytest.raises(UserError, match="Wrong.grade gave .*a number from 0 to 1, or None"):
-        grades_of(Wrong(), [(sample("a", "b"), "x")])
+        compute_grades(Wrong(), [(sample("a", "b"), "x")])
 
 
 @pytest.mark.parametrize(
@@ -83,4 +97,4 @@ def test_a_class_that_gives_no_grades_is_told_what_they_are(grades):
 )
 def test_a_class_that_cannot_judge_is_refused(path, message):
     with pytest.raises(UserError, match=f"prefer.judge: {path} {message}"):
-        own_scorer(path)
+        load_custom_scorer(path)

@@ -9,7 +9,7 @@ from PIL import Image
 
 from lit_vlm.config import parse
 from lit_vlm.config.mapping import MappingConfig
-from lit_vlm.config.schema import Format, Marks, SourceConfig
+from lit_vlm.config.schema import Format, MarkerMeaning, SourceConfig
 from lit_vlm.data.sources import open_source
 
 
@@ -53,7 +53,7 @@ def named_set(name, path, *words):
     return open_source(name, config, max_image_pixels=1_000_000)
 
 
-def mapped(path, image_root=None, split=None, marks=Marks.place, **mapping):
+def mapped(path, image_root=None, split=None, marks=MarkerMeaning.place, **mapping):
     config = SourceConfig(
         path=str(path),
         image_root=None if image_root is None else str(image_root),

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from lit_vlm.data.images import FileImage
-from lit_vlm.types import ImageSlot, Kind, Language, Message, PreferencePair, RecordError, Role, Sample
+from lit_vlm.types import ImagePlaceholder, Language, Message, PreferencePair, RecordError, Role, Sample, SampleKind
 
 
 class Lines:
@@ -55,10 +55,10 @@ class Lines:
         images = row.get("images", [])
         messages = []
         for number, text in enumerate(row["turns"]):
-            slots = tuple(ImageSlot(i) for i, (_, turn) in enumerate(images) if turn == number)
+            slots = tuple(ImagePlaceholder(i) for i, (_, turn) in enumerate(images) if turn == number)
             messages.append(Message(roles[number % 2], (*slots, text)))
         files = tuple(FileImage(path, self.path.parent, origin, 64_000_000) for path, _ in images)
-        about = (origin, self.name, origin, Kind.instruction, Language.en)
+        about = (origin, self.name, origin, SampleKind.instruction, Language.en)
         if "rejected" in row:
             rejected = Message(Role.assistant, (row["rejected"],))
             return PreferencePair(*about, tuple(messages[:-1]), messages[-1], rejected, files)

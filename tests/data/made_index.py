@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lit_vlm.cost import Flops
-from lit_vlm.data.index.columns import COLUMNS, FITTED, KINDS, LANGUAGES, Index
-from lit_vlm.types import Kind, Language
+from lit_vlm.data.index.columns import COLUMNS, KINDS, LANGUAGES, LENGTH_POLICY_COLUMNS, SampleIndex
+from lit_vlm.types import Language, SampleKind
 
 FLOPS = Flops(per_token=8e10, per_square=6e5, per_tile=7e11, per_supervised=3e9)  # about those of a 7B model
 
@@ -21,7 +21,7 @@ class Named:
     digest: str = ""
 
 
-def made_index(sizes: dict[str, int], seed: int = 0, **columns) -> Index:
+def made_index(sizes: dict[str, int], seed: int = 0, **columns) -> SampleIndex:
     """Sources of these sizes. Columns that are not given: 10 to 100 tokens, half of them supervised, one tile, Korean
     captions with one image."""
     count, generator = sum(sizes.values()), np.random.default_rng(seed)
@@ -33,20 +33,20 @@ def made_index(sizes: dict[str, int], seed: int = 0, **columns) -> Index:
         "squares": tokens.astype(np.int64) ** 2,
         "tiles": 1,
         "images": 1,
-        "kind": KINDS.index(Kind.caption),
+        "kind": KINDS.index(SampleKind.caption),
         "language": LANGUAGES.index(Language.ko),
         "digest": generator.integers(0, 1 << 63, count),
         "most_tiles": -1,
         "turns": -1,
         **columns,
     }
-    dtypes = {**COLUMNS, **FITTED}
+    dtypes = {**COLUMNS, **LENGTH_POLICY_COLUMNS}
     arrays = {name: np.full(count, values.get(name, 0)).astype(dtype) for name, dtype in dtypes.items()}
     source_of = np.repeat(np.arange(len(sizes), dtype=np.int16), list(sizes.values()))
-    return Index([Named(name) for name in sizes], source_of, arrays)
+    return SampleIndex([Named(name) for name in sizes], source_of, arrays)
 
 
-def shaped_index(shape: str, count: int, seed: int = 0) -> Index:
+def shaped_index(shape: str, count: int, seed: int = 0) -> SampleIndex:
     """`lcs`: one tile and a short caption. `mix665k`: one tile and a dialogue, or text. `anyres`: up to ten tiles."""
     generator = np.random.default_rng(seed)
 

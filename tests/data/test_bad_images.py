@@ -18,8 +18,8 @@ from lit_vlm.config.schema import OnBadRecord
 from lit_vlm.data.collate import collate
 from lit_vlm.data.images import BytesImage, FileImage
 from lit_vlm.data.quarantine import Quarantine
-from lit_vlm.data.tiles import tiles_from
-from lit_vlm.types import Fault, ImageSlot, Kind, Language, Message, RecordError, Role, Sample
+from lit_vlm.data.tiles import load_tiles
+from lit_vlm.types import Fault, ImagePlaceholder, Language, Message, RecordError, Role, Sample, SampleKind
 
 ONE_BY_HEADER = ("pixel_bombs", "web_pages", "other_formats", "empty", "no_files", "outside", "nowhere")
 
@@ -100,27 +100,27 @@ def test_each_odd_but_good_file_is_read_exactly(cases):
 def test_neighbours_are_untouched_and_the_quarantine_lists_exactly_the_bad_ones(cases, processor, tmp_path):
     root, chosen = cases
     good = [BytesImage(encoded(photo(seed), "PNG"), "good", MAX_PIXELS) for seed in range(200, 203)]
-    alone = [tiles_from(image, processor.images) for image in good]
+    alone = [load_tiles(image, processor.images) for image in good]
     quarantine = Quarantine()
     for number, case in enumerate(chosen):
-        result = outcome(lambda case=case, number=number: tiles_from(image_of(root, number, case), processor.images))
+        result = outcome(lambda case=case, number=number: load_tiles(image_of(root, number, case), processor.images))
         if isinstance(result, RecordError):
             quarantine.add("mine", result)
-        assert np.array_equal(tiles_from(good[number % 3], processor.images), alone[number % 3]), case.path
-    quarantine.settle(OnBadRecord.quarantine, 1.0, {"mine": len(chosen)}, tmp_path / "quarantine.jsonl")
+        assert np.array_equal(load_tiles(good[number % 3], processor.images), alone[number % 3]), case.path
+    quarantine.apply_policy(OnBadRecord.quarantine, 1.0, {"mine": len(chosen)}, tmp_path / "quarantine.jsonl")
     rows = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text("utf-8").splitlines()]
     expected = [(f"train.jsonl:{number}", case.expected) for number, case in enumerate(chosen) if case.expected]
     assert [(row["origin"], row["fault"]) for row in rows] == expected
-    assert quarantine.counts() == {"mine": len(expected)}
-    assert sum(quarantine.table()["mine"].values()) == len(expected)
+    assert quarantine.count_by_source() == {"mine": len(expected)}
+    assert sum(quarantine.count_by_fault()["mine"].values()) == len(expected)
 
 
 def test_a_micro_batch_with_a_bad_picture_names_it_and_the_others_make_one_without_it(corpus, processor):
     root, every = corpus
 
     def record(number, image):
-        messages = (Message(Role.user, (ImageSlot(0), "무엇?")), Message(Role.assistant, ("사진",)))
-        return Sample(str(number), "mine", f"train.jsonl:{number}", Kind.other, Language.ko, messages, (image,))
+        messages = (Message(Role.user, (ImagePlaceholder(0), "무엇?")), Message(Role.assistant, ("사진",)))
+        return Sample(str(number), "mine", f"train.jsonl:{number}", SampleKind.other, Language.ko, messages, (image,))
 
     data = encoded(photo(200), "PNG")
     good = [record(number, BytesImage(data, f"train.jsonl:{number}", MAX_PIXELS)) for number in (1000, 1001)]

@@ -7,19 +7,27 @@ import unicodedata
 import numpy as np
 import pytest
 
-from lit_vlm.data.builtin import PATHS, BuiltinSource, corpus, fonts
-from lit_vlm.data.builtin.words import COLOURS, SHAPES, WORDS_EN, WORDS_KO, caption_of, has_final, with_particle
-from lit_vlm.data.markup import boxes_of, parse_markup
-from lit_vlm.evaluation.scoring import score
+from lit_vlm.data.builtin import PATHS, BuiltinSource, fonts, generate_corpus
+from lit_vlm.data.builtin.words import (
+    COLOURS,
+    SHAPES,
+    WORDS_EN,
+    WORDS_KO,
+    add_particle,
+    format_caption,
+    has_final_consonant,
+)
+from lit_vlm.data.markup import parse_markup, parse_mentions
+from lit_vlm.evaluation.scoring import compute_score
 from lit_vlm.types import (
-    Control,
-    ImageSlot,
-    ImageSource,
-    Kind,
+    ControlToken,
+    ImagePlaceholder,
     Language,
+    LazyImage,
     PreferencePair,
     Role,
     Sample,
+    SampleKind,
     Source,
     UserError,
 )
@@ -57,13 +65,13 @@ def test_every_kind_builds_and_renders_in_both_languages(path, language, hard):
     for record in make(path, language, hard=hard):
         messages = messages_of(record)
         assert record.language is language
-        assert path == Kind.preference or record.kind == path
-        slots = [piece for message in messages for piece in message.content if isinstance(piece, ImageSlot)]
-        assert slots == [ImageSlot(index) for index in range(len(record.images))]
+        assert path == SampleKind.preference or record.kind == path
+        slots = [piece for message in messages for piece in message.content if isinstance(piece, ImagePlaceholder)]
+        assert slots == [ImagePlaceholder(index) for index in range(len(record.images))]
         assert messages[0].content[: len(slots)] == tuple(slots)
         assert [m.role for m in messages[:2]] == [Role.user, Role.assistant]
         for image in record.images:
-            assert isinstance(image, ImageSource)
+            assert isinstance(image, LazyImage)
             loaded = image.load()
             assert (loaded.height, loaded.width) == image.size
             assert loaded.mode == "RGB"
@@ -75,9 +83,11 @@ def test_texts_are_nfc_and_their_controls_are_what_markup_parses(path, language,
     for record in make(path, language, hard=hard):
         for message in messages_of(record):
             assert message.text == unicodedata.normalize("NFC", message.text)
-            pieces = [piece for piece in message.content if not isinstance(piece, ImageSlot)]
+            pieces = [piece for piece in message.content if not isinstance(piece, ImagePlaceholder)]
             parsed = parse_markup(message.text)
-            assert [p for p in pieces if isinstance(p, Control)] == [p for p in parsed if isinstance(p, Control)]
+            assert [p for p in pieces if isinstance(p, ControlToken)] == [
+                p for p in parsed if isinstance(p, ControlToken)
+            ]
 
 
 @every
@@ -113,7 +123,7 @@ def test_boxes_lie_in_the_picture_and_hold_what_they_name(path, language, hard):
     for record in make(path, language, num_samples=30, hard=hard):
         drawn = foreground(record.images[0])
         height, width = drawn.shape
-        mentions = [mention for message in record.messages for mention in boxes_of(message.text)]
+        mentions = [mention for message in record.messages for mention in parse_mentions(message.text)]
         assert mentions
         for _, _, boxes in mentions:
             for box in boxes:
@@ -137,7 +147,7 @@ def test_boxes_lie_in_the_picture_and_hold_what_they_name(path, language, hard):
 def test_grounding_boxes_lie_on_tenths():
     for hard in (False, True):
         for record in make("grounding", num_samples=40, hard=hard):
-            ((_, _, (box,)),) = boxes_of(record.messages[1].text)
+            ((_, _, (box,)),) = parse_mentions(record.messages[1].text)
             assert all(abs(10 * v - round(10 * v)) < 1e-9 for v in (box.x1, box.y1, box.x2, box.y2))
 
 
@@ -153,20 +163,20 @@ def test_no_text_is_cut_off_by_the_border(path, language, hard):
 
 
 def test_hangul_is_really_drawn():
-    ink = {word: bytes(fonts.font(24).getmask(word)) for word in WORDS_KO}
+    ink = {word: bytes(fonts.load_font(24).getmask(word)) for word in WORDS_KO}
     assert len(set(ink.values())) == len(WORDS_KO)
     # A font without a glyph draws its box for missing glyphs, the same one for a private character.
-    missing = bytes(fonts.font(24).getmask("\ue000\ue000"))
+    missing = bytes(fonts.load_font(24).getmask("\ue000\ue000"))
     assert missing not in ink.values()
 
 
 def test_a_missing_font_says_what_to_install(monkeypatch):
-    fonts.font_path.cache_clear()
+    fonts.find_font_file.cache_clear()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install --no-deps koreanize-matplotlib==0.1.1"):
-        fonts.font_path()
+        fonts.find_font_file()
     monkeypatch.undo()
-    assert fonts.font_path().is_file()
+    assert fonts.find_font_file().is_file()
 
 
 @pytest.mark.parametrize("hard", [False, True])
@@ -175,11 +185,11 @@ def test_a_rejected_answer_is_wrong_and_a_chosen_one_right(language, hard):
     kinds, boxless = set(), 0
     for pair in make("preference", language, num_samples=150, hard=hard):
         assert pair.prompt[-1].role is Role.user
-        assert score(pair.kind, pair.chosen.text, pair.chosen.text) == 1.0
-        assert score(pair.kind, pair.rejected.text, pair.chosen.text) == 0.0
+        assert compute_score(pair.kind, pair.chosen.text, pair.chosen.text) == 1.0
+        assert compute_score(pair.kind, pair.rejected.text, pair.chosen.text) == 0.0
         kinds.add(pair.kind)
-        boxless += pair.kind is Kind.grounding and not boxes_of(pair.rejected.text)
-    assert kinds == {Kind.caption, Kind.word, Kind.number, Kind.grounding, Kind.text}
+        boxless += pair.kind is SampleKind.grounding and not parse_mentions(pair.rejected.text)
+    assert kinds == {SampleKind.caption, SampleKind.word, SampleKind.number, SampleKind.grounding, SampleKind.text}
     assert boxless
 
 
@@ -187,23 +197,34 @@ def test_a_rejected_answer_is_wrong_and_a_chosen_one_right(language, hard):
 def test_the_reference_answer_scores_one(path, language, hard):
     for record in make(path, language, hard=hard):
         for message in messages_of(record)[1::2]:
-            assert score(record.kind, message.text, message.text) == 1.0
+            assert compute_score(record.kind, message.text, message.text) == 1.0
 
 
 def test_particles_follow_the_final_consonant():
-    assert [with_particle(word, "은") for word in ("원", "십자가", "별")] == ["원은", "십자가는", "별은"]
-    assert [with_particle(word, "이") for word in ("사각형", "십자가")] == ["사각형이", "십자가가"]
-    assert [with_particle(word, "을") for word in ("별", "바다")] == ["별을", "바다를"]
-    assert [with_particle(name, "이에요") for name in ("서연", "민수")] == ["서연이에요", "민수예요"]
+    assert [add_particle(word, "은") for word in ("원", "십자가", "별")] == ["원은", "십자가는", "별은"]
+    assert [add_particle(word, "이") for word in ("사각형", "십자가")] == ["사각형이", "십자가가"]
+    assert [add_particle(word, "을") for word in ("별", "바다")] == ["별을", "바다를"]
+    assert [add_particle(name, "이에요") for name in ("서연", "민수")] == ["서연이에요", "민수예요"]
     # il, i, sam, sa, o, yuk, chil, pal, gu, sip
-    assert [has_final(str(n)) for n in range(1, 11)] == [True, False, True, False, False, True, True, True, False, True]
+    assert [has_final_consonant(str(n)) for n in range(1, 11)] == [
+        True,
+        False,
+        True,
+        False,
+        False,
+        True,
+        True,
+        True,
+        False,
+        True,
+    ]
 
 
 def test_captions_are_sentences_of_their_language():
     things = [(COLOURS[1], SHAPES[4]), (COLOURS[0], SHAPES[0])]
-    assert caption_of(things[:1], Language.en) == "an orange cross"
-    assert caption_of(things, Language.en) == "an orange cross and a red circle"
-    assert caption_of(things, Language.ko) == "주황색 십자가와 빨간 원"
+    assert format_caption(things[:1], Language.en) == "an orange cross"
+    assert format_caption(things, Language.en) == "an orange cross and a red circle"
+    assert format_caption(things, Language.ko) == "주황색 십자가와 빨간 원"
 
 
 def test_both_languages_come_in_turn_when_the_language_is_auto():
@@ -246,8 +267,8 @@ def test_a_source_is_a_source():
 
 
 def test_the_corpus_holds_both_languages_and_no_control_tokens():
-    texts = list(corpus(per_task=3))
-    assert texts == list(corpus(per_task=3))
+    texts = list(generate_corpus(per_task=3))
+    assert texts == list(generate_corpus(per_task=3))
     joined = "\n".join(texts)
     assert "무슨 색인가요?" in joined and "What color" in joined
     assert "<bbox>" not in joined and "<image>" not in joined

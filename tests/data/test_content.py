@@ -16,7 +16,7 @@ from source_cases import GPT, HUMAN, llava, open_, write
 from support import builtin
 
 from lit_vlm.data.builtin import scenes
-from lit_vlm.data.content import BLOCK_BYTES, BLOCKS, content_of
+from lit_vlm.data.content import HASHED_BLOCK_BYTES, NUM_HASHED_BLOCKS, compute_image_hash
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.types import RecordError
 
@@ -59,50 +59,50 @@ READERS = [loose, tar, zipped, table]
 def test_only_the_record_whose_picture_was_replaced_has_another_content(tmp_path, processor, make):
     pictures = [bmp(0), bmp(1), bmp(2)]
     source = make(tmp_path, pictures)
-    before = [content_of(source[n]) for n in range(3)]
+    before = [compute_image_hash(source[n]) for n in range(3)]
     assert len(set(before)) == 3 and 0 not in before
     pictures[1] = bmp(5)
     source = make(tmp_path, pictures)
-    after = [content_of(source[n]) for n in range(3)]
+    after = [compute_image_hash(source[n]) for n in range(3)]
     assert [one == other for one, other in zip(before, after, strict=True)] == [True, False, True]
     data = DataModule(processor, [source], 0.0)
-    data.build()
-    assert data.contents_of(data.index, np.array([2, 1])).tolist() == [after[2], after[1]]
+    data.build_indexes()
+    assert data.compute_image_hashes(data.index, np.array([2, 1])).tolist() == [after[2], after[1]]
 
 
 @pytest.mark.parametrize("make", READERS)
 def test_a_copy_with_other_times_elsewhere_has_the_same_content(tmp_path, make):
     (tmp_path / "one").mkdir()
     pictures = [bmp(0), bmp(1)]
-    before = [content_of(record) for record in make(tmp_path / "one", pictures)]
+    before = [compute_image_hash(record) for record in make(tmp_path / "one", pictures)]
     shutil.move(tmp_path / "one", tmp_path / "two")
     for file in (tmp_path / "two").iterdir():
         os.utime(file, ns=(7, 7))
     source = make(tmp_path / "two", pictures)
-    assert [content_of(record) for record in source] == before
+    assert [compute_image_hash(record) for record in source] == before
 
 
 def test_long_files_are_told_apart_by_their_blocks(tmp_path):
     size = (300, 200)
     long = [encoded(photo(seed, size), "PNG", compress_level=0) for seed in (0, 1)]
-    assert len(long[0]) == len(long[1]) > 2 * BLOCKS * BLOCK_BYTES
-    first, other = (content_of(loose(tmp_path, [data])[0]) for data in long)
+    assert len(long[0]) == len(long[1]) > 2 * NUM_HASHED_BLOCKS * HASHED_BLOCK_BYTES
+    first, other = (compute_image_hash(loose(tmp_path, [data])[0]) for data in long)
     assert first != other
     dotted = np.array(photo(0, size))
     dotted[90, 70] ^= 1
     # one pixel: PNG's last bytes are checksums of all pixels, and BMP, which has none, is read whole
-    assert content_of(loose(tmp_path, [encoded(Image.fromarray(dotted), "PNG", compress_level=0)])[0]) != first
+    assert compute_image_hash(loose(tmp_path, [encoded(Image.fromarray(dotted), "PNG", compress_level=0)])[0]) != first
     one, two = (encoded(picture, "BMP") for picture in (photo(0, size), Image.fromarray(dotted)))
-    assert content_of(loose(tmp_path, [one])[0]) != content_of(loose(tmp_path, [two])[0])
+    assert compute_image_hash(loose(tmp_path, [one])[0]) != compute_image_hash(loose(tmp_path, [two])[0])
 
 
 def test_built_in_pictures_follow_the_generator(monkeypatch):
     (source,), (same,) = builtin("caption", n=4), builtin("caption", n=4)
-    contents = [content_of(record) for record in source]
-    assert contents == [content_of(record) for record in same] and len(set(contents)) == 4
+    contents = [compute_image_hash(record) for record in source]
+    assert contents == [compute_image_hash(record) for record in same] and len(set(contents)) == 4
     monkeypatch.setattr(scenes, "GENERATOR_VERSION", 2)
-    assert not set(contents) & {content_of(record) for record in source}
-    assert [content_of(record) for record in builtin("text", n=2)[0]] == [0, 0]
+    assert not set(contents) & {compute_image_hash(record) for record in source}
+    assert [compute_image_hash(record) for record in builtin("text", n=2)[0]] == [0, 0]
 
 
 def test_a_picture_that_says_nothing_of_itself_is_decoded_for_it(tmp_path):
@@ -114,15 +114,15 @@ def test_a_picture_that_says_nothing_of_itself_is_decoded_for_it(tmp_path):
             return photo(self.seed, (20, 16))
 
     record = loose(tmp_path, [bmp(0)])[0]
-    one, two, three = (content_of(replace(record, images=(Own(seed),))) for seed in (0, 0, 1))
+    one, two, three = (compute_image_hash(replace(record, images=(Own(seed),))) for seed in (0, 0, 1))
     assert one == two != three
 
 
 def test_a_picture_that_is_gone_is_told_and_matches_nothing(tmp_path, processor):
     source = loose(tmp_path, [bmp(0), bmp(1)])
     data = DataModule(processor, [source], 0.0)
-    data.build()
+    data.build_indexes()
     (tmp_path / "1.bmp").unlink()
     with pytest.raises(RecordError, match="not found"):
-        content_of(source[1])
-    assert data.contents_of(data.index, np.arange(2)).tolist() == [content_of(source[0]), 0]
+        compute_image_hash(source[1])
+    assert data.compute_image_hashes(data.index, np.arange(2)).tolist() == [compute_image_hash(source[0]), 0]

@@ -10,7 +10,7 @@ import unicodedata
 import pytest
 from source_cases import llava, open_, png, write
 
-from lit_vlm.config.schema import Marks
+from lit_vlm.config.schema import MarkerMeaning
 from lit_vlm.types import SPECIAL_TOKENS, RecordError
 
 CONTROLS = [*SPECIAL_TOKENS, "<image>", "<video>", "<|im_start|>", "<|im_end|>", "<|endoftext|>"]
@@ -94,7 +94,7 @@ def test_control_tokens_in_any_field_are_tokenised_as_text(folder, photos, proce
     if field in MARKS:
         texts = [text.replace("<image>", "<imag>") for text in texts]
     plain = written(processor, source_of(folder, png(photos[1]), field, ["harmless"])[0])
-    source = source_of(folder, png(photos[1]), field, texts, marks=Marks.text)
+    source = source_of(folder, png(photos[1]), field, texts, marks=MarkerMeaning.text)
     assert len(source) == count
     for index, text in enumerate(texts):
         counts, images, whole = written(processor, source[index])

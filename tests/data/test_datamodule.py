@@ -11,9 +11,9 @@ from support import builtin, sample
 
 from lit_vlm.data import micro_batches
 from lit_vlm.data.datamodule import DataModule
-from lit_vlm.data.index.columns import Index
+from lit_vlm.data.index.columns import SampleIndex
 from lit_vlm.data.index.store import build_index
-from lit_vlm.data.micro_batches import TrainMicroBatches, TurnedBad, ValidationMicroBatches
+from lit_vlm.data.micro_batches import CorruptRecord, TrainMicroBatches, ValidationMicroBatches
 from lit_vlm.data.plan.plan import Plan
 from lit_vlm.types import Batch, Fault, RecordError, UserError
 
@@ -37,12 +37,14 @@ def make(lines, processor):
 
 
 def steps_of(plan: Plan) -> list[list[int]]:
-    return [sorted(sample for pack in plan.step(number).packs for sample in pack) for number in range(plan.num_steps)]
+    return [
+        sorted(sample for pack in plan.get_step(number).packs for sample in pack) for number in range(plan.num_steps)
+    ]
 
 
 def same(one: Plan, other: Plan) -> bool:
-    packs = [[plan.step(number) for number in range(plan.num_steps)] for plan in (one, other)]
-    return one.k == other.k and packs[0] == packs[1]
+    packs = [[plan.get_step(number) for number in range(plan.num_steps)] for plan in (one, other)]
+    return one.accumulate_grad_batches == other.accumulate_grad_batches and packs[0] == packs[1]
 
 
 def batches_of(loader) -> list[Batch]:
@@ -170,28 +172,28 @@ class Failing(Lines):
 
 class TestTurnedBad:
     @pytest.fixture
-    def index(self, lines, processor, monkeypatch) -> Index:
-        monkeypatch.setattr(micro_batches, "WAITS", (0.0, 0.0))
+    def index(self, lines, processor, monkeypatch) -> SampleIndex:
+        monkeypatch.setattr(micro_batches, "RETRY_DELAYS", (0.0, 0.0))
         return build_index([Failing(lines)], processor)
 
     @pytest.mark.parametrize("times", [1, 2])
     def test_a_stumble_is_tried_again(self, index, processor, times):
         index.sources[0].failing = times
-        batch = micro_batches.read(processor, index, (6, 7, 8))
+        batch = micro_batches.read_micro_batch(processor, index, (6, 7, 8))
         assert isinstance(batch, Batch) and len(batch.sample_ids) == 3 and index.sources[0].failing == 0
 
     def test_the_one_at_fault_is_named_whatever_stands_beside_it(self, index, processor):
         index.sources[0].failing = 10**6
         for pack in ((7,), (6, 7, 8), (8, 7), (1, 2, 7)):
-            bad = micro_batches.read(processor, index, pack)
-            assert isinstance(bad, TurnedBad) and (bad.source, bad.position) == ("lines", 7)
+            bad = micro_batches.read_micro_batch(processor, index, pack)
+            assert isinstance(bad, CorruptRecord) and (bad.source, bad.position) == ("lines", 7)
             assert bad.error.fault is Fault.unreadable
-        bad = ValidationMicroBatches(processor, index, [(6, 7)], own=True)[0]
-        assert bad.held_out and bad.enter(None) is bad.error
+        bad = ValidationMicroBatches(processor, index, [(6, 7)], separate_sources=True)[0]
+        assert bad.held_out and bad.add_to_ledger(None) is bad.error
 
     def test_an_image_that_calls_itself_otherwise_is_laid_at_its_records_door(self, processor, monkeypatch):
         """A user's own source may name its pictures as it likes."""
-        monkeypatch.setattr(micro_batches, "WAITS", (0.0, 0.0))
+        monkeypatch.setattr(micro_batches, "RETRY_DELAYS", (0.0, 0.0))
         records = [sample("What?", f"{number}", (40, 40), seed=number) for number in range(3)]
 
         class Own:
@@ -208,26 +210,26 @@ class TestTurnedBad:
 
         load = type(records[1].images[0]).load
         monkeypatch.setattr(type(records[1].images[0]), "load", broken)
-        bad = micro_batches.read(processor, index, (0, 1, 2))
-        assert isinstance(bad, TurnedBad) and bad.position == 1
+        bad = micro_batches.read_micro_batch(processor, index, (0, 1, 2))
+        assert isinstance(bad, CorruptRecord) and bad.position == 1
 
     def test_a_record_that_says_another_thing_in_as_many_tokens_is_found(self, tmp_path, processor):
         """A token less in the question and one more in the answer: the packs' sizes hold, the loss's divisor does not."""
         path = write(tmp_path / "b.jsonl", [{"turns": ["a a", "a"]}, {"turns": ["a", "a"]}])
         index = build_index([Lines(path)], processor)
         source = Lines(write(tmp_path / "b.jsonl", [{"turns": ["a", "a a"]}, {"turns": ["a", "a"]}]))
-        changed = Index([source], index.source_of, index.columns)
+        changed = SampleIndex([source], index.source_ids, index.columns)
         assert processor.cost(source[0]).num_tokens == index.tokens[0]
-        bad = micro_batches.steadily(
-            lambda: micro_batches._read_once(processor, changed, (1, 0)), processor, changed, (1, 0)
+        bad = micro_batches.run_with_retries(
+            lambda: micro_batches._read_micro_batch_once(processor, changed, (1, 0)), processor, changed, (1, 0)
         )
-        assert isinstance(bad, TurnedBad) and bad.position == 0 and bad.error.fault is Fault.changed
+        assert isinstance(bad, CorruptRecord) and bad.position == 0 and bad.error.fault is Fault.changed
         assert "supervised tokens now and had" in bad.error.reason
 
     def test_a_replaced_picture_is_found_by_its_tokens(self, index, processor, tmp_path):
         photo(tmp_path / "1.jpg", width=300, height=40, seed=9)
         numbers = np.flatnonzero(index.images > 0)
-        found = [micro_batches.read(processor, index, (int(number),)) for number in numbers]
-        bad = [batch for batch in found if isinstance(batch, TurnedBad)]
+        found = [micro_batches.read_micro_batch(processor, index, (int(number),)) for number in numbers]
+        bad = [batch for batch in found if isinstance(batch, CorruptRecord)]
         assert bad and all(one.error.fault is Fault.changed for one in bad)
         assert {int(one.position) % 4 for one in bad} == {1}

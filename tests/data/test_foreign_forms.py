@@ -6,10 +6,10 @@ import pytest
 from PIL import Image
 from source_cases import contents, only, open_, write
 
-from lit_vlm.config.schema import Format, Marks, Markup, SourceConfig
+from lit_vlm.config.schema import Format, MarkerMeaning, Markup, SourceConfig
 from lit_vlm.data.index.store import build_index
 from lit_vlm.data.sources import open_source
-from lit_vlm.types import ImageSlot, RecordError, Role
+from lit_vlm.types import ImagePlaceholder, RecordError, Role
 
 
 def user(content, **keys):
@@ -55,12 +55,12 @@ def folder(tmp_path):
 def test_pictures_of_plain_messages_stand_at_their_marks(folder):
     turns = [user("<image>What?"), answer(), user("And\n<image>"), answer()]
     sample = only(folder, messages(*turns, images=["a.png", "b.png"]))
-    assert contents(sample) == [(ImageSlot(0), "What?"), ("a",), ("And", ImageSlot(1)), ("a",)]
+    assert contents(sample) == [(ImagePlaceholder(0), "What?"), ("a",), ("And", ImagePlaceholder(1)), ("a",)]
     assert [image.path for image in sample.images] == ["a.png", "b.png"]
     parts = user([{"type": "text", "text": "<image>q"}])
-    assert contents(only(folder, messages(parts, answer(), images=["a.png"])))[0] == (ImageSlot(0), "q")
+    assert contents(only(folder, messages(parts, answer(), images=["a.png"])))[0] == (ImagePlaceholder(0), "q")
     pair = {"prompt": [user("<image>q")], "chosen": "a", "rejected": "b", "images": ["a.png"]}
-    assert only(folder, pair).prompt[0].content == (ImageSlot(0), "q")
+    assert only(folder, pair).prompt[0].content == (ImagePlaceholder(0), "q")
 
 
 def test_other_numbers_of_marks_than_of_pictures_are_refused_and_marks_may_be_said_to_be_text(folder):
@@ -71,13 +71,17 @@ def test_other_numbers_of_marks_than_of_pictures_are_refused_and_marks_may_be_sa
         "1 image placeholder but 0 images; each '<image>' needs one. Fix the record, or say data.sources.mine.marks=text",
     )
     refused(folder, two, "1 image placeholder but 2 images")
-    assert contents(only(folder, one, marks=Marks.text))[0] == ("<image>q",)
-    assert contents(only(folder, two, marks=Marks.text))[0] == (ImageSlot(0), ImageSlot(1), "q <image>")
+    assert contents(only(folder, one, marks=MarkerMeaning.text))[0] == ("<image>q",)
+    assert contents(only(folder, two, marks=MarkerMeaning.text))[0] == (
+        ImagePlaceholder(0),
+        ImagePlaceholder(1),
+        "q <image>",
+    )
 
 
 def test_a_record_may_say_itself_that_marks_are_text(folder):
     sample = only(folder, messages(user("<image> <video>"), answer("<bbox>"), marks="text"))
-    assert contents(sample) == [("<image> <video>",), ("<bbox>",)] and sample.unread == ()
+    assert contents(sample) == [("<image> <video>",), ("<bbox>",)] and sample.unused_keys == ()
     refused(folder, messages(user("<video>"), answer(), marks=5), "'<video>' in a text")
 
 
@@ -86,8 +90,8 @@ def test_marks_beside_image_parts_are_refused(folder):
     refused(
         folder, messages(parts, answer(), images=["a.png"]), "'<image>' in a text stands for a picture in other forms"
     )
-    sample = only(folder, messages(parts, answer(), images=["a.png"]), marks=Marks.text)
-    assert contents(sample)[0] == (ImageSlot(0), "<image>q")
+    sample = only(folder, messages(parts, answer(), images=["a.png"]), marks=MarkerMeaning.text)
+    assert contents(sample)[0] == (ImagePlaceholder(0), "<image>q")
 
 
 # Image parts
@@ -143,7 +147,7 @@ HARMLESS = {"sample_weight", "source"}
 )
 def test_a_key_of_a_record_that_changes_what_is_trained_is_refused_by_its_name(folder, key, record):
     if key in HARMLESS:
-        assert only(folder, record | {key: RECORDS[key]}).unread == (key,)
+        assert only(folder, record | {key: RECORDS[key]}).unused_keys == (key,)
     else:
         refused(folder, record | {key: RECORDS[key]}, f"'{key}'")
 
@@ -157,7 +161,7 @@ def test_keys_that_say_nothing_are_as_if_they_were_not_there(folder):
         "tool_calls": [{"id": None}],
     }
     turn = answer(tool_calls=None, reasoning_content="", function_call={"name": None})
-    assert only(folder, messages(user("q"), turn, **nothing)).unread == ()
+    assert only(folder, messages(user("q"), turn, **nothing)).unused_keys == ()
 
 
 TURNS = [
@@ -181,7 +185,7 @@ def test_a_key_of_a_turn_that_changes_what_is_trained_is_refused_by_its_name(fol
 
 def test_a_question_cannot_be_trained_on(folder):
     refused(folder, messages(user("q", loss=True), answer()), "messages[0].loss is True in the user's message")
-    assert only(folder, messages(user("q", loss=False), answer(loss=True))).messages[1].trained
+    assert only(folder, messages(user("q", loss=False), answer(loss=True))).messages[1].supervised
 
 
 @pytest.mark.parametrize("flag", [{"loss": False}, {"weight": 0}, {"train": False}, {"training": 0.0}])
@@ -204,7 +208,7 @@ def test_turns_behind_the_last_answer_that_is_trained_on_are_left_out_and_named(
     shown = [{"type": "image"}, {"type": "text", "text": "r"}]
     sample = only(folder, messages(user("q"), answer(), user(shown), answer(loss=False), images=["a.png"]))
     assert contents(sample) == [("q",), ("a",)] and sample.images == ()
-    assert sample.unread == ("turns behind the last answer that is trained on",)
+    assert sample.unused_keys == ("turns behind the last answer that is trained on",)
     refused(folder, messages(user("q"), answer(train=False)), "every answer says that it is not trained on")
     pair = {"prompt": [user("q")], "chosen": [answer("a", weight=0)], "rejected": [answer("b")]}
     refused(folder, pair, "chosen says that it is not trained on")
@@ -223,7 +227,7 @@ def test_the_system_column_is_the_system_message_in_every_form(folder):
         for key in ("system", "system_prompt"):
             sample = only(folder, row | {key: "Be brief."})
             first = (sample.prompt if hasattr(sample, "prompt") else sample.messages)[0]
-            assert (first.role, first.content) == (Role.system, ("Be brief.",)) and not sample.unread
+            assert (first.role, first.content) == (Role.system, ("Be brief.",)) and not sample.unused_keys
         refused(folder, row | {"system": "s", "system_prompt": "t"}, "both 'system' and 'system_prompt' are given")
 
 
@@ -232,11 +236,11 @@ def test_records_of_another_split_than_the_sources_are_refused(folder):
         folder / "all.jsonl", [messages(user("q"), answer(), split=split) for split in ("train", "val", "restval")]
     )
     source = open_(path)
-    assert [source[index].unread for index in (0, 2)] == [("split",)] * 2
+    assert [source[index].unused_keys for index in (0, 2)] == [("split",)] * 2
     with pytest.raises(RecordError, match="its 'split' is 'val', and the source is read for 'train'"):
         source[1]
     held_out = open_source("mine", SourceConfig(path=str(path)), max_image_pixels=10**6, held_out=True)
-    assert held_out[1].unread == ("split",)
+    assert held_out[1].unused_keys == ("split",)
 
 
 @pytest.mark.parametrize("depth", [600, 900, 5000])
@@ -244,7 +248,7 @@ def test_a_deeply_nested_record_is_read_or_is_the_records_own_fault(folder, dept
     good = json.dumps(messages(user("q"), answer()))
     source = open_(write(folder / "train.jsonl", [good, good[:-1] + f', "m": {"[" * depth + "]" * depth}}}']))
     try:
-        assert source[1].unread == ()
+        assert source[1].unused_keys == ()
     except RecordError as error:
         assert depth > 900 or "nested" in str(error)
 
@@ -257,7 +261,10 @@ def test_a_deeply_nested_record_is_read_or_is_the_records_own_fault(folder, dept
 def test_a_split_is_known_by_any_spelling_of_its_key(folder, keys):
     (key,) = keys
     refused(folder, messages(user("q"), answer(), **keys), f"'{key}' is ")
-    assert only(folder, messages(user("q"), answer(), phase="pretrained", Split="훈련")).unread == ("phase", "Split")
+    assert only(folder, messages(user("q"), answer(), phase="pretrained", Split="훈련")).unused_keys == (
+        "phase",
+        "Split",
+    )
 
 
 def test_split_beside_one_file_names_what_its_records_must_say(folder):
@@ -266,7 +273,7 @@ def test_split_beside_one_file_names_what_its_records_must_say(folder):
     with pytest.raises(RecordError, match=r"data\.sources\.mine\.split=val"):
         open_(path)[0]
     source = open_(path, split="val")
-    assert source[0].unread == ("split",)
+    assert source[0].unused_keys == ("split",)
     with pytest.raises(RecordError, match="its 'split' is 'train', and the source is read for 'val'"):
         source[1]
 
@@ -274,7 +281,7 @@ def test_split_beside_one_file_names_what_its_records_must_say(folder):
 def test_names_of_objects_and_a_word_about_history_are_only_counted(folder):
     plain = {"objects": ["dog", "cat"], "history": "old"}
     for row in ({"image": "a.png", "caption": "c"}, messages(user("q"), answer())):
-        assert only(folder, row | plain).unread == ("objects", "history")
+        assert only(folder, row | plain).unused_keys == ("objects", "history")
 
 
 MASKS = [{key: [0, 1, 1.0]} for key in ("labels", "mask", "loss_mask", "loss_weights", "prompt_mask", "token_weights")]
@@ -285,8 +292,8 @@ MASKS = [{key: [0, 1, 1.0]} for key in ("labels", "mask", "loss_mask", "loss_wei
 )
 def test_masks_and_flags_of_the_loss_are_refused_by_their_names(folder, keys):
     refused(folder, messages(user("q"), answer(), **keys), f"'{next(iter(keys))}'")
-    assert only(folder, messages(user("q"), answer(), labels="flower", label=3)).unread == ("labels", "label")
-    assert not only(folder, messages(user("q"), answer(Loss=False), user("r"), answer())).messages[1].trained
+    assert only(folder, messages(user("q"), answer(), labels="flower", label=3)).unused_keys == ("labels", "label")
+    assert not only(folder, messages(user("q"), answer(Loss=False), user("r"), answer())).messages[1].supervised
 
 
 def test_other_keys_are_counted_once_a_source(folder, processor):
@@ -297,20 +304,20 @@ def test_other_keys_are_counted_once_a_source(folder, processor):
     store = folder / "index"
     for _ in range(2):  # read, and out of the store
         index = build_index([open_(write(folder / "train.jsonl", rows))], processor, store=store)
-        assert index.unread == {"mine": {"model": 10, "messages[].name": 10, "score": 3}}
+        assert index.unused_keys == {"mine": {"model": 10, "messages[].name": 10, "score": 3}}
 
 
 def test_keys_that_each_record_has_for_itself_are_counted_together(folder, processor):
     rows = [messages(user("q"), answer(f"a{n}"), **{f"key {n:03}\x1b": 1, "model": "m"}) for n in range(40)]
-    (counts,) = build_index([open_(write(folder / "train.jsonl", rows))], processor).unread.values()
+    (counts,) = build_index([open_(write(folder / "train.jsonl", rows))], processor).unused_keys.values()
     assert len(counts) == 31 and counts["model"] == 40 and counts["11 other keys"] == 11
     assert r"key 000\x1b" in counts
 
 
 def test_boxes_in_texts_are_counted_where_nobody_said_whether_they_are_markup(folder):
     row = conversation(human(), gpt("<obj>꽃</obj><bbox>0.1, 0.2, 0.5, 0.6</bbox>"))
-    assert only(folder, row).unread == ("boxes written in texts, which markup=on would read",)
-    assert only(folder, row, markup=Markup.off).unread == only(folder, row, markup=Markup.on).unread == ()
+    assert only(folder, row).unused_keys == ("boxes written in texts, which markup=on would read",)
+    assert only(folder, row, markup=Markup.off).unused_keys == only(folder, row, markup=Markup.on).unused_keys == ()
 
 
 # Other shapes are told what they are
@@ -385,20 +392,20 @@ EVIL = "a\x1b]0;x\x07\x9b31m\u202eb\u2066c"
 
 
 def test_control_characters_of_names_and_records_never_reach_a_terminal_or_a_page(folder, capsys):
-    from lit_vlm.engine.pages import sayable
+    from lit_vlm.engine.pages import escape_text
     from lit_vlm.tasks.terminal import say
 
     path = write(folder / f"{EVIL}.jsonl", ["{bad", conversation(human(), gpt(), **{EVIL: "x"})])
     source = open_(path)
     with pytest.raises(RecordError) as caught:
         source[0]
-    say(f"{path}: {source[1].unread[0]}\n")
+    say(f"{path}: {source[1].unused_keys[0]}\n")
     shown = [
         str(caught.value),
         caught.value.origin,
         caught.value.reason,
         capsys.readouterr().out,
-        sayable(f"<td>{EVIL}</td>"),
+        escape_text(f"<td>{EVIL}</td>"),
     ]
     for text in shown:
         assert not set(text) & set("\x1b\x07\x9b\u202e\u2066"), ascii(text)

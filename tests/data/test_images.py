@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile, ImageOps
 
-from lit_vlm.anyres import ImageSettings, Tiling, grid_pinpoints
+from lit_vlm.anyres import ImageSettings, Tiling, make_grid_pinpoints
 from lit_vlm.data.collate import collate
 from lit_vlm.data.images import FORMATS, ArrayImage, BytesImage, FileImage
-from lit_vlm.data.tiles import pixels_needed, tiles_from, tiles_of
-from lit_vlm.types import Fault, ImageSlot, ImageSource, Kind, Language, Message, RecordError, Role, Sample
+from lit_vlm.data.tiles import compute_decode_size, load_tiles, split_into_tiles
+from lit_vlm.types import Fault, ImagePlaceholder, Language, LazyImage, Message, RecordError, Role, Sample, SampleKind
 
 MAX_PIXELS = 64_000_000
 SECRET = "secret.png"
@@ -98,7 +98,7 @@ def test_each_format_gives_the_photograph(root, photos, image_format):
     for number, photo in enumerate(photos):
         (root / f"{number}").write_bytes(encoded(photo, image_format))
         image = image_at(root, f"{number}")
-        assert isinstance(image, ImageSource)
+        assert isinstance(image, LazyImage)
         assert image.size == (80, 120)
         loaded = image.load()
         assert loaded.mode == "RGB" and loaded.size == (120, 80)
@@ -392,7 +392,7 @@ def test_foreign_names_are_shown_without_their_control_characters(root):
     fails(image_at(root, "\x1b[31mred\n.png"), r"\x1b[31mred\n.png")
 
 
-REAL = ImageSettings(384, 14, grid_pinpoints(384, 6), 9, (0.5,) * 3, (0.5,) * 3)
+REAL = ImageSettings(384, 14, make_grid_pinpoints(384, 6), 9, (0.5,) * 3, (0.5,) * 3)
 
 
 def large_photo(width, height):
@@ -409,9 +409,9 @@ def test_tiles_of_384_pixels_are_those_of_transformers(width, height, alone):
     image = large_photo(width, height)
     stock = LlavaOnevisionImageProcessorPil(image_mean=[0.5] * 3, do_rescale=False, do_normalize=False)
     theirs = stock([[image]] if alone else [[image, image]], return_tensors="np")["pixel_values"][0]
-    ours = tiles_of(image, REAL, alone=alone)
+    ours = split_into_tiles(image, REAL, single_image=alone)
     assert ours.dtype == np.uint8 and ours.flags.c_contiguous
-    assert len(ours) == REAL.layout(height, width, alone=alone).num_tiles
+    assert len(ours) == REAL.compute_layout(height, width, single_image=alone).num_tiles
     assert np.array_equal(ours, theirs[: len(ours)])
 
 
@@ -425,15 +425,15 @@ def test_scaled_decode_reads_the_least_that_the_tiles_need(root, width, height, 
     large_photo(width, height).save(root / "a.jpg", exif=exif, quality=90)
     image, base = image_at(root, "a.jpg"), replace(REAL, tiling=Tiling.base)
     whole = image.load()
-    needed = pixels_needed(*image.size, base)
+    needed = compute_decode_size(*image.size, base)
     scaled = image.load_at_least(*needed)
     assert needed == (384, 384)
     assert scaled.size == tuple(-(-side // scale) for side in whole.size)
     assert min(scaled.size) >= 384
     for settings, options in [(base, {}), (REAL, {"alone": False}), (REAL, {"most_tiles": 2}), (REAL, {})]:
-        exact = tiles_from(image, settings, **options)
-        close = tiles_from(image, settings, scaled_decode=True, **options)
-        assert np.array_equal(exact, tiles_of(whole, settings, **options))
+        exact = load_tiles(image, settings, **options)
+        close = load_tiles(image, settings, scaled_decode=True, **options)
+        assert np.array_equal(exact, split_into_tiles(whole, settings, **options))
         assert close.shape == exact.shape
         # Of 255 levels, of a photograph with hard edges; most where the decoder shrank it to nearly a tile's size.
         assert np.abs(close.astype(int) - exact).mean() < 6.0
@@ -446,8 +446,8 @@ def test_scaled_decode_leaves_alone_what_cannot_be_scaled(root):
         ArrayImage(np.asarray(photo), "x"),
         *(BytesImage(encoded(photo, name), "x", MAX_PIXELS) for name in ("PNG", "WEBP", "GIF", "BMP")),
     ):
-        exact = tiles_from(image, settings)
-        assert np.array_equal(tiles_from(image, settings, scaled_decode=True), exact)
+        exact = load_tiles(image, settings)
+        assert np.array_equal(load_tiles(image, settings, scaled_decode=True), exact)
 
 
 def test_a_torn_jpeg_is_named_in_a_scaled_decode_too(root):
@@ -462,10 +462,10 @@ def test_a_micro_batch_opens_each_picture_twice(root, processor, audit):
     """Once for its header and once for its pixels: on a network file system every opening is a wait."""
     for name in "ab":
         large_photo(90, 70).save(root / f"{name}.png")
-    slots = (ImageSlot(0), ImageSlot(1), "?")
+    slots = (ImagePlaceholder(0), ImagePlaceholder(1), "?")
     messages = (Message(Role.user, slots), Message(Role.assistant, ("x",)))
     images = (image_at(root, "a.png"), image_at(root, "b.png"))
-    record = Sample("1", "mine", "train.jsonl:7", Kind.other, Language.en, messages, images)
+    record = Sample("1", "mine", "train.jsonl:7", SampleKind.other, Language.en, messages, images)
     audit.clear()
     batch = collate(processor, [record])
     opened = [args[0] for _, args in audit if str(args[0]).startswith(str(root))]
@@ -477,9 +477,9 @@ def test_a_picture_that_changes_between_header_and_pixels_is_named(processor):
     class Changing(ArrayImage):
         size = (56, 56)
 
-    messages = (Message(Role.user, (ImageSlot(0), "?")), Message(Role.assistant, ("x",)))
+    messages = (Message(Role.user, (ImagePlaceholder(0), "?")), Message(Role.assistant, ("x",)))
     image = Changing(np.zeros((56, 168, 3), np.uint8), "x")
-    record = Sample("1", "mine", "train.jsonl:7", Kind.other, Language.en, messages, (image,))
+    record = Sample("1", "mine", "train.jsonl:7", SampleKind.other, Language.en, messages, (image,))
     with pytest.raises(RecordError, match="train.jsonl:7: its image changed while it was read") as caught:
         collate(processor, [record])
     assert caught.value.fault is Fault.changed

@@ -18,9 +18,9 @@ from waiting import until
 
 from lit_vlm.data.images import FileImage
 from lit_vlm.data.index import shards
-from lit_vlm.data.index.columns import KINDS, Index, split
+from lit_vlm.data.index.columns import KINDS, SampleIndex, split_held_out
 from lit_vlm.data.index.store import build_index
-from lit_vlm.data.index.workers import PATIENCE
+from lit_vlm.data.index.workers import MAX_WORKER_DEATHS
 from lit_vlm.data.processor import Processor
 from lit_vlm.types import Fault, Record, UserError
 
@@ -42,9 +42,9 @@ def store(tmp_path) -> Path:
     return tmp_path / "store"
 
 
-def same(one: Index, other: Index) -> bool:
+def same(one: SampleIndex, other: SampleIndex) -> bool:
     errors = [[(name, str(error), error.fault) for name, error in index.errors] for index in (one, other)]
-    return one.digest() == other.digest() and errors[0] == errors[1]
+    return one.compute_digest() == other.compute_digest() and errors[0] == errors[1]
 
 
 class Listed:
@@ -70,8 +70,8 @@ def test_columns_say_what_the_processor_counts(processor, mixed):
         assert index.tiles[i] == sum(len(tiles) for tiles in processor.tiles(record))
         assert index.images[i] == len(record.images)
         assert (index.height[i], index.width[i]) == (record.images[0].size if record.images else (0, 0))
-        assert KINDS[index.kind[i]] is record.kind and index.language_of(i) is record.language
-        assert index.record(i) is record
+        assert KINDS[index.kind[i]] is record.kind and index.get_language(i) is record.language
+        assert index.get_record(i) is record
     assert len(set(index.columns["digest"].tolist())) == len(mixed)
 
 
@@ -112,7 +112,7 @@ def test_memory_workers_and_store_agree(lines, store, processor, tmp_path):
         ("lines", "a.jsonl:35", Fault.malformed),
         ("lines", "a.jsonl:36", Fault.missing),
     ]
-    assert in_memory.position[in_memory.source_of == 1].tolist() == list(range(25))
+    assert in_memory.position[in_memory.source_ids == 1].tolist() == list(range(25))
 
 
 def test_a_grown_file_reads_its_new_shards_only(lines, store, processor, tmp_path):
@@ -262,7 +262,7 @@ def test_a_dead_worker_costs_its_shard_alone(lines, store, processor, tmp_path):
 
 
 def test_workers_that_keep_dying_end_the_build(lines, store, processor, tmp_path):
-    with pytest.raises(UserError, match=rf"died {PATIENCE} times in a row.*data\.index_workers"):
+    with pytest.raises(UserError, match=rf"died {MAX_WORKER_DEATHS} times in a row.*data\.index_workers"):
         build_index([Lines(lines, deadly=tmp_path / "always")], processor, store=store, workers=2)
     source = Lines(lines)
     build_index([source], processor, store=store)
@@ -279,21 +279,21 @@ def test_errors_of_workers_arrive(lines, processor):
         build_index([Lines(lines)], Processor(tokenizer, processor.images), workers=2)
 
 
-def _index_of(groups: list[int]) -> Index:
+def _index_of(groups: list[int]) -> SampleIndex:
     digests = np.random.default_rng(0).permutation(len(groups)).astype(np.uint64)
     columns = {"group": np.array(groups, np.uint64), "digest": digests}
-    return Index([Listed([])], np.zeros(len(groups), np.int16), columns)
+    return SampleIndex([Listed([])], np.zeros(len(groups), np.int16), columns)
 
 
 def test_split_keeps_records_of_one_picture_together():
     index = _index_of([7] * 30 + [*range(100, 170)])  # the first group is larger than what is held out
-    training, held_out = split(index, 0.1)
+    training, held_out = split_held_out(index, 0.1)
     assert len(held_out) == 10 and 7 not in held_out.group and not set(held_out.group) & set(training.group)
     assert len(training) + len(held_out) == 100
 
 
 def test_split_parts_records_of_the_only_picture():
-    training, held_out = split(_index_of([7] * 50), 0.1)
+    training, held_out = split_held_out(_index_of([7] * 50), 0.1)
     assert sorted(held_out.columns["digest"].tolist()) == [0, 1, 2, 3, 4] and len(training) == 45
 
 
@@ -301,5 +301,5 @@ def test_split_holds_out_the_same_records_in_any_order(processor):
     (source,) = builtin("caption", n=60)
     index = build_index([source], processor)
     turned = build_index([Listed([source[i] for i in reversed(range(60))])], processor)
-    held = [set(split(each, 0.2)[1].columns["digest"].tolist()) for each in (index, turned)]
+    held = [set(split_held_out(each, 0.2)[1].columns["digest"].tolist()) for each in (index, turned)]
     assert held[0] == held[1] and len(held[0]) == 12

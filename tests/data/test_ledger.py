@@ -23,7 +23,7 @@ def test_without_a_file_it_is_empty(path):
     ledger = Ledger.read(path)
     assert len(ledger) == 0
     assert not path.parent.exists()
-    assert ledger.samples(made_index({"a": 3})).tolist() == []
+    assert ledger.find_samples(made_index({"a": 3})).tolist() == []
 
 
 def test_what_is_entered_is_read_again_and_legible(path):
@@ -45,8 +45,8 @@ def test_samples_are_found_by_source_and_position(path):
     for source, position in (("b", 1), ("a", 2), ("b", 1), ("b", 99)):
         ledger.add(source, position, BROKEN)
     index = made_index({"a": 5, "b": 4})
-    assert ledger.samples(index).tolist() == [2, 6]
-    assert ledger.samples(index.subset(np.array([8, 6, 0]))).tolist() == [1]
+    assert ledger.find_samples(index).tolist() == [2, 6]
+    assert ledger.find_samples(index.select(np.array([8, 6, 0]))).tolist() == [1]
 
 
 def test_entries_of_a_source_that_is_gone_are_told_and_ignored(path):
@@ -54,7 +54,7 @@ def test_entries_of_a_source_that_is_gone_are_told_and_ignored(path):
     ledger.add("gone", 1, BROKEN)
     ledger.add("a", 1, BROKEN)
     with pytest.warns(UserWarning, match="names sources that are not trained on: gone"):
-        assert ledger.samples(made_index({"a": 5})).tolist() == [1]
+        assert ledger.find_samples(made_index({"a": 5})).tolist() == [1]
 
 
 @pytest.mark.parametrize("cut", range(1, 40, 6))

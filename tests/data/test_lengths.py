@@ -8,10 +8,10 @@ from index_cases import Lines, photo, write
 from support import builtin, sample
 
 from lit_vlm.config.schema import OnOverlong
-from lit_vlm.data.index.columns import Index
-from lit_vlm.data.index.lengths import fit
+from lit_vlm.data.index.columns import SampleIndex
+from lit_vlm.data.index.lengths import apply_length_policy
 from lit_vlm.data.index.store import build_index
-from lit_vlm.types import Fault, ImageSlot, PreferencePair
+from lit_vlm.types import Fault, ImagePlaceholder, PreferencePair
 
 PLENTY = 10**6
 
@@ -27,10 +27,10 @@ class Listed:
         return self.records[index]
 
 
-def agrees(index: Index, processor) -> bool:
+def agrees(index: SampleIndex, processor) -> bool:
     """Whether the columns are those of the records as they are trained on."""
     for i in range(len(index)):
-        cost = processor.cost(index.record(i))
+        cost = processor.cost(index.get_record(i))
         counted = {
             "tokens": cost.num_tokens,
             "image_tokens": cost.num_image_tokens,
@@ -48,20 +48,22 @@ def agrees(index: Index, processor) -> bool:
     return True
 
 
-def reasons(index: Index) -> list[str]:
+def reasons(index: SampleIndex) -> list[str]:
     assert all(error.fault is Fault.overlong for _, error in index.errors)
     return [str(error) for _, error in index.errors]
 
 
 def test_what_fits_is_left_alone(processor, mixed):
     index = build_index([Listed(*mixed)], processor)
-    assert fit(index, processor, policy=OnOverlong.cut_turn, most_tokens=PLENTY, most_tiles=PLENTY) is index
+    assert (
+        apply_length_policy(index, processor, policy=OnOverlong.cut_turn, max_tokens=PLENTY, max_tiles=PLENTY) is index
+    )
 
 
 def test_quarantine_says_what_was_found_needed_and_what_to_set(processor, mixed):
     index = build_index([Listed(*mixed)], processor)
     most = int(np.sort(index.tokens)[-2])
-    fitted = fit(index, processor, policy=OnOverlong.quarantine, most_tokens=most, most_tiles=PLENTY)
+    fitted = apply_length_policy(index, processor, policy=OnOverlong.quarantine, max_tokens=most, max_tiles=PLENTY)
     (reason,) = reasons(fitted)
     longest = int(index.tokens.argmax())
     for part in (
@@ -72,9 +74,9 @@ def test_quarantine_says_what_was_found_needed_and_what_to_set(processor, mixed)
     ):
         assert part in reason
     assert "data.on_overlong=fewer_tiles or data.on_overlong=cut_turn" in reason
-    assert fitted.fitted == {("listed", "quarantine"): 1} and len(fitted) == len(index) - 1
+    assert fitted.length_policy_counts == {("listed", "quarantine"): 1} and len(fitted) == len(index) - 1
     assert agrees(fitted, processor) and not index.errors
-    few = fit(index, processor, policy=OnOverlong.quarantine, most_tokens=PLENTY, most_tiles=2)
+    few = apply_length_policy(index, processor, policy=OnOverlong.quarantine, max_tokens=PLENTY, max_tiles=2)
     assert all("image tiles and data.tiles_per_micro_batch allows 2" in reason for reason in reasons(few))
 
 
@@ -83,18 +85,18 @@ def test_fewer_tiles_takes_the_most_that_fit(processor):
     index = build_index([Listed(record, sample("q", "a"))], processor)
     seen = set()
     for cap in range(int(index.tokens[0]) - 1, 0, -7):
-        fitted = fit(index, processor, policy=OnOverlong.fewer_tiles, most_tokens=cap, most_tiles=PLENTY)
+        fitted = apply_length_policy(index, processor, policy=OnOverlong.fewer_tiles, max_tokens=cap, max_tiles=PLENTY)
         if fitted.errors:
             assert "fewer tiles cannot mend it" in reasons(fitted)[0] and cap < index.tokens[0]
             break
         most = int(fitted.most_tiles[0])
         assert fitted.tokens[0] <= cap and fitted.most_tiles[1] == -1 and agrees(fitted, processor)
-        assert fitted.fitted == {("listed", "fewer_tiles"): 1}
-        more = processor.images.layout(150, 70, most_tiles=most + 1).num_tokens
+        assert fitted.length_policy_counts == {("listed", "fewer_tiles"): 1}
+        more = processor.images.compute_layout(150, 70, max_tiles=most + 1).num_tokens
         assert index.tokens[0] - index.image_tokens[0] + more > cap  # one tile more would not have fitted
         seen.add(most)
     assert 0 in seen and len(seen) > 1
-    tiles = fit(index, processor, policy=OnOverlong.fewer_tiles, most_tokens=PLENTY, most_tiles=3)
+    tiles = apply_length_policy(index, processor, policy=OnOverlong.fewer_tiles, max_tokens=PLENTY, max_tiles=3)
     assert 1 <= tiles.tiles[0] <= 3 and agrees(tiles, processor)
 
 
@@ -103,8 +105,10 @@ def test_fewer_tiles_of_a_pair(processor, tmp_path):
     row = {"turns": ["Which?", "The first one."], "rejected": "No.", "images": [["a.jpg", 0]]}
     index = build_index([Lines(write(tmp_path / "a.jsonl", [row]))], processor)
     most_tokens = int(index.tokens[0]) - 1
-    fitted = fit(index, processor, policy=OnOverlong.fewer_tiles, most_tokens=most_tokens, most_tiles=PLENTY)
-    assert isinstance(fitted.record(0), PreferencePair) and fitted.most_tiles[0] >= 0
+    fitted = apply_length_policy(
+        index, processor, policy=OnOverlong.fewer_tiles, max_tokens=most_tokens, max_tiles=PLENTY
+    )
+    assert isinstance(fitted.get_record(0), PreferencePair) and fitted.most_tiles[0] >= 0
     assert fitted.tokens[0] <= most_tokens and agrees(fitted, processor)
 
 
@@ -112,18 +116,18 @@ def test_max_length_is_of_one_answer_with_its_prompt(processor, tmp_path):
     """A pair is two rows of tokens; the language model's positions hold each of them by itself."""
     row = {"turns": ["Which?", "The first one, and many words more."], "rejected": "No.", "images": []}
     index = build_index([Lines(write(tmp_path / "a.jsonl", [row]))], processor)
-    longest = processor.cost(index.record(0)).longest
+    longest = processor.cost(index.get_record(0)).longest
     assert longest < int(index.tokens[0])
     options = {"policy": OnOverlong.quarantine, "most_tokens": PLENTY, "most_tiles": PLENTY}
-    assert len(fit(index, processor, max_length=longest, **options)) == 1
-    (error,) = reasons(fit(index, processor, max_length=longest - 1, **options))
+    assert len(apply_length_policy(index, processor, max_length=longest, **options)) == 1
+    (error,) = reasons(apply_length_policy(index, processor, max_length=longest - 1, **options))
     assert f"{longest} tokens in a row and data.max_length" in error and f"allows {longest - 1}" in error
 
 
 def test_several_images_have_no_tiles_to_lose(processor, mixed):
     index = build_index([Listed(mixed[3])], processor)
     most = int(index.tokens[0]) - 1
-    fitted = fit(index, processor, policy=OnOverlong.fewer_tiles, most_tokens=most, most_tiles=PLENTY)
+    fitted = apply_length_policy(index, processor, policy=OnOverlong.fewer_tiles, max_tokens=most, max_tiles=PLENTY)
     assert len(fitted) == 0 and len(reasons(fitted)) == 1
 
 
@@ -141,15 +145,15 @@ def test_cut_turn_drops_whole_turns_and_their_images(processor, turns):
     index = build_index([turns], processor)
     seen = set()
     for cap in range(int(index.tokens[0]) - 1, 0, -10):
-        fitted = fit(index, processor, policy=OnOverlong.cut_turn, most_tokens=cap, most_tiles=PLENTY)
+        fitted = apply_length_policy(index, processor, policy=OnOverlong.cut_turn, max_tokens=cap, max_tiles=PLENTY)
         if fitted.errors:
             assert "leaving out turns cannot mend it" in reasons(fitted)[0]
             break
-        record = fitted.record(0)
+        record = fitted.get_record(0)
         assert fitted.tokens[0] <= cap and agrees(fitted, processor)
-        assert len(record.messages) == fitted.turns[0] and fitted.fitted == {("lines", "cut_turn"): 1}
+        assert len(record.messages) == fitted.turns[0] and fitted.length_policy_counts == {("lines", "cut_turn"): 1}
         assert record.messages[-1].text.startswith("The answer")
-        slots = [piece.index for m in record.messages for piece in m.content if isinstance(piece, ImageSlot)]
+        slots = [piece.index for m in record.messages for piece in m.content if isinstance(piece, ImagePlaceholder)]
         assert sorted(slots) == list(range(len(record.images)))
         if len(record.messages) < 6:
             assert [image.path for image in record.images] == ["0.jpg"]
@@ -160,8 +164,11 @@ def test_cut_turn_drops_whole_turns_and_their_images(processor, turns):
 def test_pairs_and_single_turns_cannot_be_cut(processor):
     sources = [Listed(sample("q", "an answer that is long", seed=1)), *builtin("preference", n=2)]
     index = build_index(sources, processor)
-    fitted = fit(index, processor, policy=OnOverlong.cut_turn, most_tokens=5, most_tiles=PLENTY)
-    assert len(fitted) == 0 and fitted.fitted == {("listed", "quarantine"): 1, ("preference", "quarantine"): 2}
+    fitted = apply_length_policy(index, processor, policy=OnOverlong.cut_turn, max_tokens=5, max_tiles=PLENTY)
+    assert len(fitted) == 0 and fitted.length_policy_counts == {
+        ("listed", "quarantine"): 1,
+        ("preference", "quarantine"): 2,
+    }
     assert len(reasons(fitted)) == 3
 
 
@@ -171,10 +178,10 @@ def test_only_long_records_are_read_again(processor, turns, tmp_path):
     index = build_index([source], processor)
     source.reads.clear()
     caps = {"most_tokens": int(index.tokens[0]) - 1, "most_tiles": PLENTY}
-    assert len(fit(index, processor, policy=OnOverlong.cut_turn, **caps)) == 6 and source.reads == [0]
+    assert len(apply_length_policy(index, processor, policy=OnOverlong.cut_turn, **caps)) == 6 and source.reads == [0]
     source.reads.clear()
-    fit(index, processor, policy=OnOverlong.fewer_tiles, **caps)
-    fit(index, processor, policy=OnOverlong.quarantine, **caps)
+    apply_length_policy(index, processor, policy=OnOverlong.fewer_tiles, **caps)
+    apply_length_policy(index, processor, policy=OnOverlong.quarantine, **caps)
     assert source.reads == []
 
 
@@ -182,5 +189,5 @@ def test_a_record_that_is_gone_is_an_error(processor, turns, tmp_path):
     index = build_index([turns], processor)
     (tmp_path / "0.jpg").unlink()
     most = int(index.tokens[0]) - 1
-    fitted = fit(index, processor, policy=OnOverlong.cut_turn, most_tokens=most, most_tiles=PLENTY)
+    fitted = apply_length_policy(index, processor, policy=OnOverlong.cut_turn, max_tokens=most, max_tiles=PLENTY)
     assert [error.fault for _, error in fitted.errors] == [Fault.missing]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from made_index import made_index
 
-from lit_vlm.data.plan.lock import differences, read_lock, source_facts, write_lock
+from lit_vlm.data.plan.lock import compare_locks, describe_source, read_lock, write_lock
 from lit_vlm.types import UserError
 
 LOCK = {
@@ -55,7 +55,7 @@ def test_a_lock_is_read_as_it_was_written(tmp_path):
 
 def test_the_same_lock_has_no_difference(tmp_path):
     write_lock(tmp_path / "mixture.lock", LOCK)
-    assert differences(read_lock(tmp_path / "mixture.lock"), LOCK) == []
+    assert compare_locks(read_lock(tmp_path / "mixture.lock"), LOCK) == []
 
 
 @pytest.mark.parametrize(
@@ -79,17 +79,17 @@ def test_the_same_lock_has_no_difference(tmp_path):
     ),
 )
 def test_each_difference_is_said_in_words(path, to, said):
-    assert differences(LOCK, changed(*path, to=to)) == [said]
+    assert compare_locks(LOCK, changed(*path, to=to)) == [said]
 
 
 def test_a_source_that_is_gone_is_named():
     lock = copy.deepcopy(LOCK)
     del lock["sources"]["kollava"]
-    assert differences(LOCK, lock) == ["kollava: it was trained on then, and is not now"]
+    assert compare_locks(LOCK, lock) == ["kollava: it was trained on then, and is not now"]
 
 
 def test_lists_and_tuples_are_alike():
-    assert differences({"sources": {}, "order": (1, 2)}, {"sources": {}, "order": [1, 2]}) == []
+    assert compare_locks({"sources": {}, "order": (1, 2)}, {"sources": {}, "order": [1, 2]}) == []
 
 
 @pytest.mark.parametrize("text", (None, "", "{", "[]", "{}", '{"version": 99, "sources": {}}', '{"version": 1}'))
@@ -103,9 +103,9 @@ def test_what_is_no_lock_is_named(tmp_path, text):
 
 def test_facts_of_a_source_change_with_what_it_says_and_with_its_order():
     index = made_index({"a": 5, "b": 5})
-    facts = source_facts(index, 1)
+    facts = describe_source(index, 1)
     assert (facts["usable"], facts["tokens"]) == (5, int(index.tokens[5:].sum()))
-    assert source_facts(made_index({"a": 5, "b": 5}), 1) == facts
+    assert describe_source(made_index({"a": 5, "b": 5}), 1) == facts
     for order in ([0, 1, 2, 3, 4, 6, 5, 7, 8, 9], [5, 6, 7, 8]):
-        assert source_facts(index.subset(np.array(order)), 1)["digest"] != facts["digest"]
-    assert source_facts(index.subset(np.arange(5, 10)), 1) == facts  # whatever other sources there are
+        assert describe_source(index.select(np.array(order)), 1)["digest"] != facts["digest"]
+    assert describe_source(index.select(np.arange(5, 10)), 1) == facts  # whatever other sources there are

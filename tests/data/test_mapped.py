@@ -10,10 +10,20 @@ from delivery import label, make_zip, mapped, named_set, nfd, one_pair, picture
 from PIL import Image
 
 from lit_vlm.config.mapping import BoxFormat, BoxFrame, BoxUnit, RegionTask
-from lit_vlm.config.schema import Marks
+from lit_vlm.config.schema import MarkerMeaning
 from lit_vlm.data.images import FileImage
-from lit_vlm.data.markup import boxes_of
-from lit_vlm.types import Control, Fault, ImageSlot, Kind, Language, Message, RecordError, Role, UserError
+from lit_vlm.data.markup import parse_mentions
+from lit_vlm.types import (
+    ControlToken,
+    Fault,
+    ImagePlaceholder,
+    Language,
+    Message,
+    RecordError,
+    Role,
+    SampleKind,
+    UserError,
+)
 
 REGION = {"regions": "items", "text": "{text}", "box": ["box"], "answer": None}
 
@@ -25,7 +35,7 @@ def says(sample):
 def boxes(sample):
     return [
         (text, [(box.x1, box.y1, box.x2, box.y2) for box in found])
-        for _, text, found in boxes_of(sample.messages[1].text)
+        for _, text, found in parse_mentions(sample.messages[1].text)
     ]
 
 
@@ -35,9 +45,9 @@ def test_79_food_is_named_by_its_folder(tmp_path):
     make_zip(tmp_path / "국.zip", [(nfd("국/미역국/Img_001_0000.JPG"), picture())])
     source = named_set("aihub_79_food", tmp_path)
     assert sorted(sample.messages[1].text for sample in source) == ["갈비구이", "갈비구이", "미역국"]
-    assert {(sample.kind, sample.language) for sample in source} == {(Kind.instruction, Language.ko)}
+    assert {(sample.kind, sample.language) for sample in source} == {(SampleKind.instruction, Language.ko)}
     assert all(
-        sample.messages[0].content[0] == ImageSlot(0) and sample.images[0].size == (50, 100) for sample in source
+        sample.messages[0].content[0] == ImagePlaceholder(0) and sample.images[0].size == (50, 100) for sample in source
     )
     assert source[0].images[0].load().size == (100, 50)
 
@@ -50,9 +60,9 @@ def test_144_objects_are_pointed_at(tmp_path):
     make_zip(tmp_path / "[라벨]건물.zip", [("HF010001_남산/HF010001_0001_0001.json", label(record))], "cp949")
     make_zip(tmp_path / "[원천]건물.zip", [("HF010001_남산/HF010001_0001_0001.jpg", picture(200, 100))], "cp949")
     (sample,) = named_set("aihub_144_objects", tmp_path)
-    assert sample.messages[0].content[:2] == (ImageSlot(0), Control("<gro>"))
+    assert sample.messages[0].content[:2] == (ImagePlaceholder(0), ControlToken("<gro>"))
     assert sample.messages[0].content[2].startswith("\n사진") and (sample.kind, sample.language) == ("grounding", "ko")
-    assert boxes(sample) == [("남산타워", [(0.25, 0.2, 0.75, 0.8)])] and sample.normalised
+    assert boxes(sample) == [("남산타워", [(0.25, 0.2, 0.75, 0.8)])] and sample.nfc_changed
 
 
 def test_81_words_are_read_with_their_boxes(tmp_path):
@@ -73,11 +83,11 @@ def test_81_words_are_read_with_their_boxes(tmp_path):
     make_zip(tmp_path / "01_book.zip", [(f"book/{number}.jpg", picture(64, 32)) for number in (1, 2)])
     source = named_set("aihub_81_glyphs", tmp_path)
     sample = source[0]
-    assert sample.messages[0].content == (ImageSlot(0), Control("<ocr>")) and sample.kind is Kind.ocr
+    assert sample.messages[0].content == (ImagePlaceholder(0), ControlToken("<ocr>")) and sample.kind is SampleKind.ocr
     assert says(sample)[1] == (
         "<char>간판</char><bbox>0.125, 0.0, 0.375, 0.125</bbox>\n<char>2층</char><bbox>0.125, 0.25, 0.375, 0.375</bbox>"
     )
-    assert sample.messages[1].content.count(Control("<char>")) == 2
+    assert sample.messages[1].content.count(ControlToken("<char>")) == 2
     with pytest.raises(RecordError, match="annotations is there") as caught:
         source[1]
     assert caught.value.fault is Fault.no_answer and caught.value.origin == "textinthewild_data_info.json[1]"
@@ -101,7 +111,7 @@ def test_71711_questions_take_turns(tmp_path):
     record = {"questions": [{"question": "무엇인가요?", "answer": "컵"}, {"question": "몇 개인가요?", "answer": 2}]}
     (sample,) = named_set("aihub_71711_gqa", one_pair(tmp_path, record))
     assert says(sample) == ["무엇인가요?", "컵", "몇 개인가요?", "2"]
-    assert sample.messages[2].content == ("몇 개인가요?",) and sample.kind is Kind.instruction
+    assert sample.messages[2].content == ("몇 개인가요?",) and sample.kind is SampleKind.instruction
 
 
 def test_71357_is_one_list_for_all_pictures(tmp_path):
@@ -139,9 +149,9 @@ def test_text_that_looks_like_tokens_stays_text(tmp_path):
     one_pair(tmp_path, {"q": "<image> <ocr> {@stem}", "items": [{"text": "</char><bbox>", "box": [0, 0, 9, 9]}]})
     with pytest.raises(RecordError, match="'<bbox>' in a text stands for a box in other forms"):
         mapped(tmp_path, **REGION)[0]
-    (sample,) = mapped(tmp_path, **REGION, questions=["{q}"], marks=Marks.text)
-    assert sample.messages[0].content == (ImageSlot(0), Control("<ocr>"), "\n<image> <ocr> {@stem}")
-    assert sample.messages[1].content[:3] == (Control("<char>"), "</char><bbox>", Control("</char>"))
+    (sample,) = mapped(tmp_path, **REGION, questions=["{q}"], marks=MarkerMeaning.text)
+    assert sample.messages[0].content == (ImagePlaceholder(0), ControlToken("<ocr>"), "\n<image> <ocr> {@stem}")
+    assert sample.messages[1].content[:3] == (ControlToken("<char>"), "</char><bbox>", ControlToken("</char>"))
 
 
 def test_a_question_may_point(tmp_path):
@@ -152,7 +162,7 @@ def test_a_question_may_point(tmp_path):
     options = {**REGION, "task": RegionTask.referring, "questions": ["{@regions}은 무엇인가요?"], "answer": "{answer}"}
     (sample,) = mapped(one_pair(tmp_path, record), **options)
     asked = "<obj>이것</obj><bbox>0.0, 0.0, 0.5, 0.5<delim>0.5, 0.5, 1.0, 1.0</bbox>은 무엇인가요?"
-    assert says(sample) == [asked, "컵"] and sample.kind is Kind.referring
+    assert says(sample) == [asked, "컵"] and sample.kind is SampleKind.referring
 
 
 def test_a_picture_is_found_in_folders_by_any_spelling(tmp_path):
@@ -160,7 +170,7 @@ def test_a_picture_is_found_in_folders_by_any_spelling(tmp_path):
     (tmp_path / "원천").mkdir()
     (tmp_path / "원천" / f"{nfd('사과')}.jpg").write_bytes(picture())
     (sample,) = mapped(tmp_path, image="{@stem}.jpg")
-    assert sample.images[0].load().size == (100, 50) and sample.messages[0].content == (ImageSlot(0),)
+    assert sample.images[0].load().size == (100, 50) and sample.messages[0].content == (ImagePlaceholder(0),)
 
 
 def test_of_pictures_with_one_name_the_pair_of_the_label_is_meant(tmp_path):

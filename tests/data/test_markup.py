@@ -2,8 +2,8 @@
 
 import pytest
 
-from lit_vlm.data.markup import boxes_of, char, format_box, obj, parse_markup
-from lit_vlm.types import Box, Control, Message, Role
+from lit_vlm.data.markup import build_object_mention, build_text_mention, format_box, parse_markup, parse_mentions
+from lit_vlm.types import Box, ControlToken, Message, Role
 
 
 def spelled(pieces) -> str:
@@ -11,7 +11,7 @@ def spelled(pieces) -> str:
 
 
 def controls(pieces) -> list[str]:
-    return [piece.token for piece in pieces if isinstance(piece, Control)]
+    return [piece.token for piece in pieces if isinstance(piece, ControlToken)]
 
 
 @pytest.mark.parametrize(
@@ -28,10 +28,16 @@ def test_a_box_is_written_without_trailing_zeros(box, text):
 
 def test_what_is_built_is_what_is_parsed_and_read():
     boxes = [Box(0.014, 0.106, 0.51, 0.996), Box(0.51, 0.054, 0.996, 0.787)]
-    pieces = ("여기 ", *obj("고양이 두 마리", boxes), "와 ", *char("백범로", boxes[0]), "가 있다.")
+    pieces = (
+        "여기 ",
+        *build_object_mention("고양이 두 마리", boxes),
+        "와 ",
+        *build_text_mention("백범로", boxes[0]),
+        "가 있다.",
+    )
     text = spelled(pieces)
     assert parse_markup(text) == pieces
-    assert boxes_of(text) == [("obj", "고양이 두 마리", boxes), ("char", "백범로", boxes[:1])]
+    assert parse_mentions(text) == [("obj", "고양이 두 마리", boxes), ("char", "백범로", boxes[:1])]
 
 
 @pytest.mark.parametrize("text", ["<gro>\n이미지를 자세히 묘사해줘.", " \n<ocr>", "<gro>"])
@@ -90,9 +96,9 @@ def test_empty_text_has_no_pieces():
     ],
 )
 def test_output_that_cannot_be_parsed_gives_no_boxes(text):
-    assert boxes_of(text) == []
+    assert parse_mentions(text) == []
 
 
 def test_output_is_read_leniently():
     text = "<char> 가 </char> <bbox>0.1,0.2 , 0.3,0.40</bbox>junk<obj>b</obj><bbox>0,0,1,1</bbox>"
-    assert boxes_of(text) == [("char", "가", [Box(0.1, 0.2, 0.3, 0.4)]), ("obj", "b", [Box(0, 0, 1, 1)])]
+    assert parse_mentions(text) == [("char", "가", [Box(0.1, 0.2, 0.3, 0.4)]), ("obj", "b", [Box(0, 0, 1, 1)])]

@@ -7,22 +7,22 @@ import numpy as np
 import pytest
 from made_index import made_index
 
-from lit_vlm.data.index.columns import KINDS, LANGUAGES, Index
-from lit_vlm.data.plan.mixture import Amount, Mixture, MixtureSettings
-from lit_vlm.types import Kind, Language, UserError
+from lit_vlm.data.index.columns import KINDS, LANGUAGES, SampleIndex
+from lit_vlm.data.plan.mixture import Mixture, MixtureSettings, SourceAmount
+from lit_vlm.types import Language, SampleKind, UserError
 
 KO, EN = LANGUAGES.index(Language.ko), LANGUAGES.index(Language.en)
-CAPTION, OCR, TEXT = (KINDS.index(kind) for kind in (Kind.caption, Kind.ocr, Kind.text))
+CAPTION, OCR, TEXT = (KINDS.index(kind) for kind in (SampleKind.caption, SampleKind.ocr, SampleKind.text))
 
 
 @pytest.fixture
-def index() -> Index:
+def index() -> SampleIndex:
     """Five sources of one cell each."""
     return made_index({name: 40 for name in "abcde"})
 
 
 @pytest.fixture
-def varied() -> Index:
+def varied() -> SampleIndex:
     """`ko` 300 and `en` 700 samples; of each a fifth is text without an image and three tenths are OCR."""
     sizes = {"ko": 300, "en": 700}
     place = np.concatenate([np.arange(size) / size for size in sizes.values()])
@@ -32,65 +32,65 @@ def varied() -> Index:
     return made_index(sizes, kind=kind, language=language, images=kind != TEXT, tokens=tokens)
 
 
-def mixed(index: Index, sources: dict[str, Amount] | None = None, **settings) -> Mixture:
+def mixed(index: SampleIndex, sources: dict[str, SourceAmount] | None = None, **settings) -> Mixture:
     return Mixture(index, MixtureSettings(sources or {}, **settings))
 
 
-def by_weight(**weights: float) -> dict[str, Amount]:
-    return {name: Amount(weight=weight) for name, weight in weights.items()}
+def by_weight(**weights: float) -> dict[str, SourceAmount]:
+    return {name: SourceAmount(weight=weight) for name, weight in weights.items()}
 
 
-def shares(index: Index, drawn: np.ndarray) -> np.ndarray:
-    return np.bincount(index.source_of[drawn], minlength=len(index.sources)) / len(drawn)
+def shares(index: SampleIndex, drawn: np.ndarray) -> np.ndarray:
+    return np.bincount(index.source_ids[drawn], minlength=len(index.sources)) / len(drawn)
 
 
 class TestDraws:
     def test_a_prefix_of_more_draws_is_the_draws(self, varied):
         mixture = mixed(varied, share_ko=0.41)
-        many = mixture.draws(5000, seed=3)
+        many = mixture.sample(5000, seed=3)
         for count in (0, 1, 10, 1023, 1024, 1025, 4097):
-            assert np.array_equal(mixture.draws(count, seed=3), many[:count])
+            assert np.array_equal(mixture.sample(count, seed=3), many[:count])
 
     def test_weights_are_shares_of_the_samples_and_every_prefix_keeps_them(self, index):
-        drawn = mixed(index, by_weight(a=5, b=3, c=1, d=1, e=0)).draws(640, seed=0)
+        drawn = mixed(index, by_weight(a=5, b=3, c=1, d=1, e=0)).sample(640, seed=0)
         for upto in (64, 320, 640):
             assert np.abs(shares(index, drawn[:upto]) - [0.5, 0.3, 0.1, 0.1, 0.0]).max() <= 1.5 / upto
 
     def test_every_prefix_keeps_each_cells_share_to_within_two_samples(self, varied):
-        mixture = mixed(varied, share_ko=0.41, share_kinds={Kind.ocr: 0.27})
-        drawn = mixture.draws(3000, seed=0)
+        mixture = mixed(varied, share_ko=0.41, share_kinds={SampleKind.ocr: 0.27})
+        drawn = mixture.sample(3000, seed=0)
         counts = np.arange(1, 3001)
-        for cell, share in zip(mixture.cells, mixture.shares, strict=True):
+        for cell, share in zip(mixture.cells, mixture.cell_shares, strict=True):
             assert np.abs(np.cumsum(np.isin(drawn, cell.members)) - counts * share).max() <= 2
 
     def test_every_sample_is_read_before_any_twice_and_each_pass_has_its_own_order(self, index):
-        drawn = mixed(index).draws(600, seed=0)
+        drawn = mixed(index).sample(600, seed=0)
         passes = drawn.reshape(3, 200)
         assert all(sorted(one) == list(range(200)) for one in passes)
         assert not np.array_equal(passes[0], passes[1])
 
     def test_another_seed_gives_another_order(self, index):
-        assert not np.array_equal(mixed(index).draws(200, 0), mixed(index).draws(200, 1))
+        assert not np.array_equal(mixed(index).sample(200, 0), mixed(index).sample(200, 1))
 
     def test_sources_of_the_same_size_have_orders_of_their_own(self, index):
-        drawn = mixed(index).draws(200, seed=0)
+        drawn = mixed(index).sample(200, seed=0)
         orders = [tuple(index.position[drawn[index.source_of[drawn] == source]]) for source in range(5)]
         assert len(set(orders)) == 5
 
     def test_passes_over_a_tiny_source_differ(self):
         index = made_index({"tiny": 3, "large": 300})
-        drawn = mixed(index, by_weight(tiny=1, large=1)).draws(6000, seed=0)
-        tiny = drawn[index.source_of[drawn] == 0].reshape(-1, 3)
+        drawn = mixed(index, by_weight(tiny=1, large=1)).sample(6000, seed=0)
+        tiny = drawn[index.source_ids[drawn] == 0].reshape(-1, 3)
         assert all(sorted(one) == [0, 1, 2] for one in tiny)
         assert len({tuple(one) for one in tiny}) == 6
 
     def test_draws_do_not_change_between_versions(self):
         """Runs are resumed by step number: another order would read samples twice and others never."""
-        assert mixed(made_index({"a": 6, "b": 3})).draws(12, seed=7).tolist() == [1, 8, 2, 5, 7, 3, 0, 6, 4, 4, 7, 2]
+        assert mixed(made_index({"a": 6, "b": 3})).sample(12, seed=7).tolist() == [1, 8, 2, 5, 7, 3, 0, 6, 4, 4, 7, 2]
 
     def test_a_thousand_sources_are_mixed(self):
         index = made_index({str(number): 2 for number in range(1000)})
-        assert sorted(mixed(index).draws(2000, 0)) == list(range(2000))
+        assert sorted(mixed(index).sample(2000, 0)) == list(range(2000))
 
 
 class TestAmounts:
@@ -98,19 +98,19 @@ class TestAmounts:
         mixture = mixed(varied)
         np.testing.assert_allclose(mixture.source_shares, [0.3, 0.7])
         assert mixture.epoch_length == 1000
-        assert sorted(mixture.draws(1000, 0)) == list(range(1000))
+        assert sorted(mixture.sample(1000, 0)) == list(range(1000))
 
     def test_repeat_and_count_make_an_epoch(self, varied):
-        mixture = mixed(varied, {"ko": Amount(repeat=2), "en": Amount(count=350)})
+        mixture = mixed(varied, {"ko": SourceAmount(repeat=2), "en": SourceAmount(count=350)})
         assert mixture.epoch_length == 950
-        times = Counter(Counter(mixture.draws(950, 0).tolist()).values())
+        times = Counter(Counter(mixture.sample(950, 0).tolist()).values())
         assert times == {2: 300, 1: 350}
 
     def test_a_count_reads_another_part_in_each_epoch_until_all_is_read(self):
         index = made_index({"a": 100, "b": 50})
-        mixture = mixed(index, {"a": Amount(count=25)})
-        epochs = mixture.draws(4 * 75, 0).reshape(4, 75)
-        parts = [set(epoch[index.source_of[epoch] == 0].tolist()) for epoch in epochs]
+        mixture = mixed(index, {"a": SourceAmount(count=25)})
+        epochs = mixture.sample(4 * 75, 0).reshape(4, 75)
+        parts = [set(epoch[index.source_ids[epoch] == 0].tolist()) for epoch in epochs]
         assert set.union(*parts) == set(range(100))
         assert sum(map(len, parts)) == 100
 
@@ -122,8 +122,8 @@ class TestAmounts:
 
     def test_weights_in_tokens_are_shares_of_the_tokens(self):
         index = made_index({"long": 200, "short": 200}, tokens=np.repeat([300, 30], 200))
-        drawn = mixed(index, by_weight(long=3, short=1), weights_in="tokens").draws(2600, 0)
-        tokens = np.bincount(index.source_of[drawn], index.tokens[drawn])
+        drawn = mixed(index, by_weight(long=3, short=1), weights_in="tokens").sample(2600, 0)
+        tokens = np.bincount(index.source_ids[drawn], index.tokens[drawn])
         np.testing.assert_allclose(tokens / tokens.sum(), [0.75, 0.25], atol=0.002)
 
     def test_with_weights_an_epoch_is_as_long_as_the_sources_that_are_drawn(self, index):
@@ -132,10 +132,14 @@ class TestAmounts:
     @pytest.mark.parametrize(
         ("sources", "settings", "message"),
         (
-            ({"a": Amount(weight=1)}, {}, r"data\.sources\.b\.weight is missing"),
-            ({"x": Amount(weight=1)}, {}, "names the source x, but there are only: a, b"),
-            ({"a": Amount(repeat=2, count=3)}, {}, r"data\.sources\.a has repeat and count"),
-            ({"a": Amount(weight=2, count=3), "b": Amount(weight=1)}, {}, r"data\.sources\.a has weight and count"),
+            ({"a": SourceAmount(weight=1)}, {}, r"data\.sources\.b\.weight is missing"),
+            ({"x": SourceAmount(weight=1)}, {}, "names the source x, but there are only: a, b"),
+            ({"a": SourceAmount(repeat=2, count=3)}, {}, r"data\.sources\.a has repeat and count"),
+            (
+                {"a": SourceAmount(weight=2, count=3), "b": SourceAmount(weight=1)},
+                {},
+                r"data\.sources\.a has weight and count",
+            ),
             (by_weight(a=-1, b=1), {}, r"data\.sources\.a\.weight=-1 must be a number from 0"),
             (by_weight(a=float("nan"), b=1), {}, r"data\.sources\.a\.weight=nan"),
             (by_weight(a=0, b=0), {}, "Nothing is drawn"),
@@ -146,24 +150,24 @@ class TestAmounts:
     )
     def test_amounts_that_contradict_each_other_are_named(self, sources, settings, message):
         with pytest.raises(UserError, match=message):
-            mixed(made_index({"a": 5, "b": 5}), sources, **settings).draws(5, 0)
+            mixed(made_index({"a": 5, "b": 5}), sources, **settings).sample(5, 0)
 
-    @pytest.mark.parametrize("amount", (Amount(weight=1), Amount(count=3)))
+    @pytest.mark.parametrize("amount", (SourceAmount(weight=1), SourceAmount(count=3)))
     def test_an_empty_source_that_is_asked_for_is_named(self, amount):
-        rest = Amount(weight=1) if amount.weight else Amount()
+        rest = SourceAmount(weight=1) if amount.weight else SourceAmount()
         with pytest.raises(UserError, match=r"data\.sources\.a is to be drawn, but has no usable sample"):
-            mixed(made_index({"a": 0, "b": 5}), {"a": amount, "b": rest}).draws(5, 0)
+            mixed(made_index({"a": 0, "b": 5}), {"a": amount, "b": rest}).sample(5, 0)
 
     def test_an_empty_source_that_counts_by_its_size_is_nothing(self):
-        assert sorted(mixed(made_index({"a": 0, "b": 5})).draws(5, 0)) == [0, 1, 2, 3, 4]
+        assert sorted(mixed(made_index({"a": 0, "b": 5})).sample(5, 0)) == [0, 1, 2, 3, 4]
 
 
 class TestShares:
-    def drawn(self, index: Index, count: int = 5000, **settings) -> np.ndarray:
-        return mixed(index, **settings).draws(count, 0)
+    def drawn(self, index: SampleIndex, count: int = 5000, **settings) -> np.ndarray:
+        return mixed(index, **settings).sample(count, 0)
 
     def test_shares_of_language_text_and_kinds_are_met_exactly_and_together(self, varied):
-        drawn = self.drawn(varied, share_ko=0.45, share_text_only=0.1, share_kinds={Kind.ocr: 0.6})
+        drawn = self.drawn(varied, share_ko=0.45, share_text_only=0.1, share_kinds={SampleKind.ocr: 0.6})
         assert abs((varied.language[drawn] == KO).sum() - 0.45 * 5000) <= 3
         assert abs((varied.images[drawn] == 0).sum() - 0.1 * 5000) <= 3
         assert abs((varied.kind[drawn] == OCR).sum() - 0.6 * 5000) <= 3
@@ -180,7 +184,7 @@ class TestShares:
         index = made_index({"both": 100, "en": 100}, language=[KO] * 50 + [EN] * 150)
         drawn = self.drawn(index, sources=by_weight(both=1, en=1), share_ko=0.75)
         assert abs((index.language[drawn] == KO).sum() - 3750) <= 2
-        english = index.source_of[drawn[index.language[drawn] == EN]]
+        english = index.source_ids[drawn[index.language[drawn] == EN]]
         assert np.bincount(english)[0] / len(english) == pytest.approx(1 / 3, abs=0.01)
 
     def test_a_share_of_nothing_leaves_out(self, varied):
@@ -199,13 +203,13 @@ class TestShares:
         (
             ({"share_ko": 0.3}, r"data\.share\.ko=0\.3 cannot be met: no sample of that sort"),
             ({"share_text_only": 0.3}, r"data\.share\.text_only=0\.3 cannot be met"),
-            ({"share_kinds": {Kind.ocr: 0.3}}, r"data\.share\.kinds\.ocr=0\.3 cannot be met"),
+            ({"share_kinds": {SampleKind.ocr: 0.3}}, r"data\.share\.kinds\.ocr=0\.3 cannot be met"),
             (
-                {"share_kinds": {Kind.caption: 0.3}},
+                {"share_kinds": {SampleKind.caption: 0.3}},
                 r"the rest beside data\.share\.kinds\.caption=0\.3, 0\.7, cannot be met",
             ),
             ({"share_ko": 1.2}, r"data\.share\.ko=1\.2: each must be a share from 0 to 1"),
-            ({"share_kinds": {Kind.caption: 0.7, Kind.ocr: 0.6}}, r"together at most 1; they sum to 1\.3"),
+            ({"share_kinds": {SampleKind.caption: 0.7, SampleKind.ocr: 0.6}}, r"together at most 1; they sum to 1\.3"),
         ),
     )
     def test_what_cannot_be_met_is_named(self, settings, message):
@@ -228,12 +232,12 @@ class TestShares:
 
 class TestRows:
     def rows(self, mixture: Mixture, count: int) -> dict[tuple[str, str], dict]:
-        rows = mixture.rows(mixture.draws(count, 0))
+        rows = mixture.summarize(mixture.sample(count, 0))
         json.dumps(rows)
         return {(row["group"], row["name"]): row for row in rows}
 
     def test_what_was_asked_stands_beside_what_is_drawn(self, varied):
-        rows = self.rows(mixed(varied, by_weight(ko=1, en=1), share_kinds={Kind.ocr: 0.5}), 2000)
+        rows = self.rows(mixed(varied, by_weight(ko=1, en=1), share_kinds={SampleKind.ocr: 0.5}), 2000)
         assert rows["source", "ko"]["asked"] == 0.5
         assert rows["source", "ko"]["samples"] == pytest.approx(0.5, abs=0.002)
         assert rows["source", "ko"]["size"] == 300

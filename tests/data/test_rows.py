@@ -14,7 +14,7 @@ from source_cases import GPT, llava, open_, write
 from waiting import PATIENCE
 
 from lit_vlm.data.readers.rows import json_files, json_list
-from lit_vlm.data.readers.rows.base import split_at
+from lit_vlm.data.readers.rows.base import split_range
 from lit_vlm.types import Fault, RecordError, UserError
 
 ASK = {"from": "human", "value": "q"}
@@ -31,15 +31,15 @@ def records(count, seed=0):
 
 @pytest.mark.parametrize("window", [1, 7, 64, 1000, 1 << 22])
 def test_a_list_is_scanned_the_same_through_any_window(tmp_path, monkeypatch, window):
-    monkeypatch.setattr(json_list, "_WINDOW", window)
+    monkeypatch.setattr(json_list, "_WINDOW_BYTES", window)
     for indent, ascii_, bom in ((None, True, ""), (2, False, "\ufeff"), (None, False, " \r\n\t")):
         rows = list(records(40))
         (tmp_path / "a.json").write_text(bom + json.dumps(rows, indent=indent, ensure_ascii=ascii_) + " \n", "utf-8")
-        found = json_files.json_list(tmp_path / "a.json")
+        found = json_files.open_json_list(tmp_path / "a.json")
         assert [found[index] for index in range(len(found))] == rows
     numbers = [1234567890, "text", True, None, [1, [2]], -1.5e-7, {}]
     (tmp_path / "b.json").write_text(json.dumps(numbers))
-    spans = json_files.json_list(tmp_path / "b.json")._spans.array
+    spans = json_files.open_json_list(tmp_path / "b.json")._spans.array
     text = (tmp_path / "b.json").read_bytes()
     assert [json.loads(text[start:end]) for start, end in spans] == numbers
 
@@ -60,33 +60,33 @@ def test_a_list_is_scanned_the_same_through_any_window(tmp_path, monkeypatch, wi
     ],
 )
 def test_a_broken_list_is_refused_with_line_and_column_through_any_window(tmp_path, monkeypatch, window, text, words):
-    monkeypatch.setattr(json_list, "_WINDOW", window)
+    monkeypatch.setattr(json_list, "_WINDOW_BYTES", window)
     (tmp_path / "a.json").write_text(text, "utf-8")
     with pytest.raises(UserError, match="a.json: not a JSON list of records") as caught:
-        json_files.json_list(tmp_path / "a.json")
+        json_files.open_json_list(tmp_path / "a.json")
     assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 10, 1 << 22])
 def test_lines_are_found_the_same_through_any_block(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(json_files, "_BLOCK", block)
+    monkeypatch.setattr(json_files, "_BLOCK_BYTES", block)
     rng = random.Random(block)
     for _ in range(30):
         kinds = ['{"a": 1}', "", " ", "\t \r", "  {}", '{"가": "나"}', " x "]
         text = rng.choice(["", "\ufeff"]) + "\n".join(rng.choice(kinds) for _ in range(rng.randint(0, 8)))
         data = (text + rng.choice(["", "\n"])).encode()
         (tmp_path / "a.jsonl").write_bytes(data)
-        rows = json_files.json_lines(tmp_path / "a.jsonl")
+        rows = json_files.open_json_lines(tmp_path / "a.jsonl")
         lines = data.removeprefix(b"\xef\xbb\xbf").split(b"\n")
         expected = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-        assert [rows.origin(index) for index in range(len(rows))] == [f"a.jsonl:{number}" for number, _ in expected]
+        assert [rows.get_origin(index) for index in range(len(rows))] == [f"a.jsonl:{number}" for number, _ in expected]
         assert [data[s:e].rstrip(b"\n") for s, e, _ in rows._spans.array] == [line for _, line in expected]
 
 
 def test_offsets_are_found_once_and_found_again(folder, monkeypatch):
     path, cache = write(folder / "train.jsonl", [llava(ASK, GPT, id=f"r{i}") for i in range(100)]), folder / "cache"
     first = open_(path, cache=cache)
-    monkeypatch.setattr(json_files, "_lines", None)  # it is not called again
+    monkeypatch.setattr(json_files, "_find_line_spans", None)  # it is not called again
     second = open_(path, cache=cache)
     assert [second[i].id for i in range(100)] == [first[i].id for i in range(100)]
     assert isinstance(second._rows._spans.array.base, np.memmap)
@@ -201,8 +201,8 @@ def test_columns_are_known_by_their_file_and_row_numbers(folder):
 
 
 def test_stretches_are_split_at_the_files():
-    assert list(split_at([3, 3, 5, 9], 1, 7)) == [(0, 1, 3), (2, 0, 2), (3, 0, 2)]
-    assert list(split_at([3, 3, 5, 9], 3, 4)) == [(2, 0, 1)]
+    assert list(split_range([3, 3, 5, 9], 1, 7)) == [(0, 1, 3), (2, 0, 2), (3, 0, 2)]
+    assert list(split_range([3, 3, 5, 9], 3, 4)) == [(2, 0, 1)]
 
 
 # Size

@@ -10,9 +10,9 @@ import pytest
 from source_cases import ANSWER, GPT, HUMAN, contents, llava, only, open_, png, write
 
 from lit_vlm.config.schema import Format, SourceConfig
-from lit_vlm.data.readers.chosen import Chosen, chosen
+from lit_vlm.data.readers.chosen import SourceSubset, choose_positions
 from lit_vlm.data.sources import open_source
-from lit_vlm.types import Fault, ImageSlot, Kind, RecordError, Role, UserError
+from lit_vlm.types import Fault, ImagePlaceholder, RecordError, Role, SampleKind, UserError
 
 ASK = {"from": "human", "value": "q"}
 
@@ -31,7 +31,7 @@ def test_sharegpt_has_a_system_column_and_images_beside(folder, format):
     turns = [{"from": "user", "value": "<image>무엇?"}, {"from": "assistant", "value": "꽃"}, ASK, GPT]
     record = {"conversations": turns, "system": "짧게 답하라.", "tools": "", "images": ["flower.png"]}
     sample = only(folder, record, format=format)
-    assert contents(sample) == [("짧게 답하라.",), (ImageSlot(0), "무엇?"), ("꽃",), ("q",), ("꽃이 보입니다.",)]
+    assert contents(sample) == [("짧게 답하라.",), (ImagePlaceholder(0), "무엇?"), ("꽃",), ("q",), ("꽃이 보입니다.",)]
     assert sample.messages[0].role is Role.system
 
 
@@ -67,7 +67,7 @@ def test_openai_content_lists_are_read_in_both_spellings(folder, photos):
     ]
     answer = {"role": "assistant", "content": [{"type": "output_text", "text": "c"}]}
     sample = only(folder, {"messages": [{"role": "user", "content": parts}, answer]})
-    assert contents(sample) == [("a", ImageSlot(0), ImageSlot(1), "b", ImageSlot(2)), ("c",)]
+    assert contents(sample) == [("a", ImagePlaceholder(0), ImagePlaceholder(1), "b", ImagePlaceholder(2)), ("c",)]
     assert [image.size for image in sample.images] == [(40, 60)] * 3
     assert np.array_equal(np.asarray(sample.images[2].load()), np.asarray(photos[1]))
 
@@ -87,7 +87,7 @@ def test_openai_images_are_not_fetched(folder, kind):
 @pytest.mark.parametrize("key", ["caption", "text"])
 def test_a_caption_column_makes_the_image_the_question(folder, key):
     sample = only(folder, {"image": "flower.png", key: "붉은 꽃"})
-    assert contents(sample) == [(ImageSlot(0),), ("붉은 꽃",)] and sample.kind is Kind.image_only
+    assert contents(sample) == [(ImagePlaceholder(0),), ("붉은 꽃",)] and sample.kind is SampleKind.image_only
 
 
 def test_prompts_go_to_each_record_that_shows_an_image_and_asks_nothing(folder):
@@ -102,11 +102,13 @@ def test_prompts_go_to_each_record_that_shows_an_image_and_asks_nothing(folder):
     for record in records.values():
         sample = only(folder, record, prompts=["설명해줘"])
         messages = sample.prompt if hasattr(sample, "prompt") else sample.messages
-        assert messages[0].content == (ImageSlot(0), "설명해줘")
-        assert sample.kind in (Kind.caption, Kind.preference)
-        assert only(folder, record, prompts=["설명해줘"], kind="document").kind is Kind.document
+        assert messages[0].content == (ImagePlaceholder(0), "설명해줘")
+        assert sample.kind in (SampleKind.caption, SampleKind.preference)
+        assert only(folder, record, prompts=["설명해줘"], kind="document").kind is SampleKind.document
     asked = only(folder, llava(HUMAN, GPT, image="flower.png"), prompts=["설명해줘"])
-    assert asked.messages[0].content == (ImageSlot(0), "무엇이 보이나요?") and asked.kind is Kind.instruction
+    assert (
+        asked.messages[0].content == (ImagePlaceholder(0), "무엇이 보이나요?") and asked.kind is SampleKind.instruction
+    )
     assert only(folder, llava(ASK, GPT), prompts=["설명해줘"]).messages[0].content == ("q",)
 
 
@@ -156,11 +158,11 @@ def test_a_fraction_is_even_stable_and_counted(folder):
 
 
 def test_sources_of_other_names_choose_other_records():
-    ours, theirs = chosen("a", 10_000, 0.5), chosen("b", 10_000, 0.5)
+    ours, theirs = choose_positions("a", 10_000, 0.5), choose_positions("b", 10_000, 0.5)
     assert 2300 < len(np.intersect1d(ours, theirs)) < 2700
-    assert set(chosen("a", 10_000, 0.1)) <= set(ours) and len(chosen("a", 3_000_000, 0.5)) == pytest.approx(
-        1.5e6, rel=0.01
-    )
+    assert set(choose_positions("a", 10_000, 0.1)) <= set(ours) and len(
+        choose_positions("a", 3_000_000, 0.5)
+    ) == pytest.approx(1.5e6, rel=0.01)
 
 
 def test_a_fraction_that_cannot_be_is_refused(folder):
@@ -175,7 +177,7 @@ def test_most_tiles_of_a_source_reach_its_records(folder):
     assert only(folder, pair, max_tiles=0).max_tiles == 0
     made = SourceConfig(path="caption", format=Format.builtin, num_samples=40, max_tiles=1, fraction=0.5)
     source = open_source("mine", made, max_image_pixels=10**6)
-    assert isinstance(source, Chosen) and 8 < len(source) < 32 and source[3].max_tiles == 1
+    assert isinstance(source, SourceSubset) and 8 < len(source) < 32 and source[3].max_tiles == 1
     assert source.digest_of(0, 2) != source.digest_of(0, 3) and source.origin(0).startswith("mine[")
 
 
@@ -205,7 +207,10 @@ def test_a_local_folder_of_the_hubs_layout_is_read_like_the_hub(folder, photos):
     source = open_source("mine", SourceConfig(hub=str(folder / "set")), max_image_pixels=10**6)
     test = open_source("mine", SourceConfig(hub=str(folder / "set"), split="test"), max_image_pixels=10**6)
     assert (len(source), len(test)) == (3, 2) and source[2].origin == "set:train[2]"
-    assert contents(source[0]) == [(ImageSlot(0), "무엇?"), ("A flower.",)] and source[0].images[0].size == (40, 60)
+    assert contents(source[0]) == [(ImagePlaceholder(0), "무엇?"), ("A flower.",)] and source[0].images[0].size == (
+        40,
+        60,
+    )
     assert source.digest_of(0, 2) != source.digest_of(1, 3) and source.digest != test.digest
     refused("cannot be loaded", hub=str(folder / "set"), split="dev")
 
@@ -223,11 +228,11 @@ def test_a_hub_dataset_that_is_out_of_reach_says_what_to_do(folder, monkeypatch)
 def test_records_that_nfc_changes_say_so(folder):
     nfd = unicodedata.normalize("NFD", "한국어")
     turn = {"from": "gpt", "value": nfd}
-    assert only(folder, llava(ASK, turn)).normalised and not only(folder, llava(ASK, GPT)).normalised
-    assert only(folder, {"prompt": "q", "chosen": nfd, "rejected": "b"}).normalised
-    assert not only(folder, {"prompt": "q", "chosen": "한국어", "rejected": "b"}).normalised
+    assert only(folder, llava(ASK, turn)).nfc_changed and not only(folder, llava(ASK, GPT)).nfc_changed
+    assert only(folder, {"prompt": "q", "chosen": nfd, "rejected": "b"}).nfc_changed
+    assert not only(folder, {"prompt": "q", "chosen": "한국어", "rejected": "b"}).nfc_changed
     asked = only(folder, {"image": "flower.png", "caption": "x"}, prompts=[nfd])
-    assert not asked.normalised and asked.messages[0].content[1] == "한국어"
+    assert not asked.nfc_changed and asked.messages[0].content[1] == "한국어"
 
 
 @pytest.mark.parametrize(

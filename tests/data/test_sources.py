@@ -14,7 +14,7 @@ from source_cases import ANSWER, GPT, HUMAN, USER, contents, llava, only, open_,
 from lit_vlm.config.schema import Format, Markup, SourceConfig
 from lit_vlm.data.images import BytesImage, FileImage
 from lit_vlm.data.sources import open_source
-from lit_vlm.types import Control, ImageSlot, Kind, Language, RecordError, Role, UserError
+from lit_vlm.types import ControlToken, ImagePlaceholder, Language, RecordError, Role, SampleKind, UserError
 
 # What is read
 
@@ -32,27 +32,31 @@ def test_llava_records_come_back_whole(folder, photos, ending):
     source = open_(write(folder / f"train{ending}", records))
     assert isinstance(source.digest, str) and len(source) == 3 and source.name == "mine"
     first, second, third = source[0], source[1], source[2]
-    assert contents(first) == [(ImageSlot(0), "무엇이 보이나요?"), ("꽃이 보입니다.",), ("색은?",), ("붉은색",)]
-    assert (first.id, first.kind, first.language, first.source) == ("가-1", Kind.instruction, Language.ko, "mine")
+    assert contents(first) == [(ImagePlaceholder(0), "무엇이 보이나요?"), ("꽃이 보입니다.",), ("색은?",), ("붉은색",)]
+    assert (first.id, first.kind, first.language, first.source) == ("가-1", SampleKind.instruction, Language.ko, "mine")
     assert first.origin == ("train.json[0]" if ending == ".json" else "train.jsonl:1")
     assert np.array_equal(np.asarray(first.images[0].load()), np.asarray(photos[1]))
     assert [message.role for message in second.messages] == [Role.system, Role.user, Role.assistant]
-    assert (second.id, second.kind, second.language, second.images) == (second.origin, Kind.text, Language.en, ())
-    assert contents(third)[0] == (ImageSlot(0), ImageSlot(1), "차이는?")
-    assert (third.id, third.kind, [image.size for image in third.images]) == ("7", Kind.multi_image, [(40, 60)] * 2)
+    assert (second.id, second.kind, second.language, second.images) == (second.origin, SampleKind.text, Language.en, ())
+    assert contents(third)[0] == (ImagePlaceholder(0), ImagePlaceholder(1), "차이는?")
+    assert (third.id, third.kind, [image.size for image in third.images]) == (
+        "7",
+        SampleKind.multi_image,
+        [(40, 60)] * 2,
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "content"),
     [
-        ("<image>\nwhat?", (ImageSlot(0), "what?")),
-        ("<image>\r\nwhat?", (ImageSlot(0), "what?")),
-        ("what?\n<image>", ("what?", ImageSlot(0))),
-        ("<image>\n\nwhat?", (ImageSlot(0), "\nwhat?")),
-        ("this <image> here", ("this ", ImageSlot(0), " here")),
-        ("a\n<image>\nb", ("a", ImageSlot(0), "\nb")),
-        ("<image>", (ImageSlot(0),)),
-        ("<ima<image>ge>", ("<ima", ImageSlot(0), "ge>")),
+        ("<image>\nwhat?", (ImagePlaceholder(0), "what?")),
+        ("<image>\r\nwhat?", (ImagePlaceholder(0), "what?")),
+        ("what?\n<image>", ("what?", ImagePlaceholder(0))),
+        ("<image>\n\nwhat?", (ImagePlaceholder(0), "\nwhat?")),
+        ("this <image> here", ("this ", ImagePlaceholder(0), " here")),
+        ("a\n<image>\nb", ("a", ImagePlaceholder(0), "\nb")),
+        ("<image>", (ImagePlaceholder(0),)),
+        ("<ima<image>ge>", ("<ima", ImagePlaceholder(0), "ge>")),
     ],
 )
 def test_a_marker_takes_one_line_break_with_it(folder, text, content):
@@ -69,7 +73,7 @@ def test_control_tokens_in_answers_and_systems_stay_text(folder):
 
 def test_an_image_without_a_question_is_found_to_be_that(folder):
     record = llava({"from": "human", "value": "<image>\n"}, GPT, image="flower.png")
-    assert only(folder, record).kind is Kind.image_only
+    assert only(folder, record).kind is SampleKind.image_only
 
 
 def test_text_is_kept_in_nfc(folder):
@@ -81,7 +85,7 @@ def test_text_is_kept_in_nfc(folder):
 @pytest.mark.parametrize("images", [["flower.png"], "flower.png", [{"bytes": None, "path": "flower.png"}]])
 def test_messages_take_their_images_from_the_column(folder, photos, images):
     sample = only(folder, {"messages": [USER, ANSWER], "images": images})
-    assert contents(sample) == [(ImageSlot(0), "What is it?"), ("A flower.",)]
+    assert contents(sample) == [(ImagePlaceholder(0), "What is it?"), ("A flower.",)]
     assert np.array_equal(np.asarray(sample.images[0].load()), np.asarray(photos[1]))
 
 
@@ -94,7 +98,7 @@ def test_messages_may_name_images_themselves_in_any_order(folder, photos):
         {"type": "image_url", "image_url": {"url": url}},
     ]
     sample = only(folder, {"messages": [{"role": "user", "content": parts}, ANSWER], "images": ["사진/중국.jpg"]})
-    assert sample.messages[0].content == (ImageSlot(0), ImageSlot(1), "비교", ImageSlot(2))
+    assert sample.messages[0].content == (ImagePlaceholder(0), ImagePlaceholder(1), "비교", ImagePlaceholder(2))
     assert [type(image) for image in sample.images] == [FileImage, FileImage, BytesImage]
     assert [image.path for image in sample.images[:2]] == ["flower.png", "사진/중국.jpg"]
     assert sample.images[2].load().size == (60, 40)
@@ -103,7 +107,7 @@ def test_messages_may_name_images_themselves_in_any_order(folder, photos):
 def test_plain_texts_with_images_show_them_first_as_trl_does(folder):
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}, ANSWER]
     sample = only(folder, {"messages": messages, "images": ["flower.png", "사진/중국.jpg"]})
-    assert sample.messages[1].content == (ImageSlot(0), ImageSlot(1), "q")
+    assert sample.messages[1].content == (ImagePlaceholder(0), ImagePlaceholder(1), "q")
 
 
 @pytest.mark.parametrize("ending", ["parquet", "arrow", "saved"])
@@ -126,8 +130,8 @@ def test_columns_hold_messages_and_encoded_images(folder, photos, ending):
         table.save_to_disk(folder / "saved")
         place = folder / "saved" if ending == "saved" else next((folder / "saved").glob("*.arrow"))
     source = open_(place)
-    assert len(source) == 2 and source[0].origin == f"{place.name}[0]" and source[1].kind is Kind.text
-    assert contents(source[0]) == [(ImageSlot(0), "What is it?"), ("꽃",)]
+    assert len(source) == 2 and source[0].origin == f"{place.name}[0]" and source[1].kind is SampleKind.text
+    assert contents(source[0]) == [(ImagePlaceholder(0), "What is it?"), ("꽃",)]
     assert np.array_equal(np.asarray(source[0].images[0].load()), np.asarray(photos[1]))
     assert pickle.loads(pickle.dumps(source))[0].messages == source[0].messages
 
@@ -150,7 +154,7 @@ def test_columns_without_hugging_face_types_are_read_too(folder, photos):
         "2.parquet[0]",
         "2.parquet[2]",
     ]
-    assert contents(source[4]) == [(ImageSlot(0), "q"), ("a",)] and source[4].images[0].size == (40, 60)
+    assert contents(source[4]) == [(ImagePlaceholder(0), "q"), ("a",)] and source[4].images[0].size == (40, 60)
 
 
 PAIRS = {
@@ -173,10 +177,10 @@ PAIRS = {
 @pytest.mark.parametrize("shape", PAIRS)
 def test_preferences_come_as_text_or_messages_with_or_without_a_prompt(folder, shape):
     pair = only(folder, PAIRS[shape])
-    assert [message.content for message in pair.prompt] == [(ImageSlot(0), "무엇?")]
+    assert [message.content for message in pair.prompt] == [(ImagePlaceholder(0), "무엇?")]
     assert (pair.chosen.content, pair.rejected.content) == (("꽃",), ("개",))
     assert pair.chosen.role is pair.rejected.role is Role.assistant
-    assert (pair.kind, pair.language, pair.images[0].size) == (Kind.preference, Language.ko, (40, 60))
+    assert (pair.kind, pair.language, pair.images[0].size) == (SampleKind.preference, Language.ko, (40, 60))
 
 
 @pytest.mark.parametrize("key", ["rejected_images", "rejected_image"])
@@ -184,8 +188,8 @@ def test_a_rejected_answer_may_be_of_another_picture(folder, key):
     other = {key: ["other.png"] if key.endswith("s") else "other.png"}
     Image.new("RGB", (20, 30)).save(folder / "other.png")
     pair = only(folder, {**PAIRS["strings"], "rejected": "꽃", **other})
-    assert pair.rejected_images and [image.size for image in pair.images] == [(40, 60), (30, 20)]
-    assert pair.chosen == pair.rejected and pair.num_shown == 1
+    assert pair.has_rejected_images and [image.size for image in pair.images] == [(40, 60), (30, 20)]
+    assert pair.chosen == pair.rejected and pair.num_prompt_images == 1
     for wrong, message in (
         ({"rejected_images": ["other.png", "other.png"]}, "2 rejected images beside 1 image;"),
         ({"rejected_images": ["flower.png"], "images": ["flower.png"], "image": None}, "nothing to prefer"),
@@ -208,11 +212,11 @@ def test_digits_ask_in_the_sources_language_and_hold_out_the_last():
         digits(held_out=True),
     )
     assert (len(korean), len(english), len(held_out)) == (1500, 5, 297)
-    assert contents(korean[3]) == [(ImageSlot(0), "이 숫자는 무엇인가요?"), ("3",)]
-    assert contents(english[4]) == [(ImageSlot(0), "What digit is this?"), ("4",)]
+    assert contents(korean[3]) == [(ImagePlaceholder(0), "이 숫자는 무엇인가요?"), ("3",)]
+    assert contents(english[4]) == [(ImagePlaceholder(0), "What digit is this?"), ("4",)]
     assert {mixed[index].language for index in range(4)} == {Language.ko, Language.en}
     assert korean[0].images[0].size == (56, 56) and korean[0].images[0].load().getextrema()[0][1] > 200
-    assert korean[0].kind is Kind.digit and held_out[0].id == "digit-1500"
+    assert korean[0].kind is SampleKind.digit and held_out[0].id == "digit-1500"
     assert len({source.digest for source in (korean, english, mixed, held_out)}) == 4
     with pytest.raises(IndexError):
         english[5]
@@ -243,7 +247,7 @@ def test_markup_becomes_control_tokens_only_where_the_owner_says_so(folder, opti
     sample = only(
         folder, llava({"from": "human", "value": "<gro>\n묘사해줘. <image>"}, answer, image="flower.png"), **options
     )
-    controls = [piece.token for content in contents(sample) for piece in content if isinstance(piece, Control)]
+    controls = [piece.token for content in contents(sample) for piece in content if isinstance(piece, ControlToken)]
     assert controls == (["<gro>", "<obj>", "</obj>", "<bbox>", "</bbox>"] if parsed else [])
     assert [message.text for message in sample.messages] == ["<gro>\n묘사해줘. ", answer["value"]]
     found = "grounding" if parsed else "instruction"
@@ -252,7 +256,7 @@ def test_markup_becomes_control_tokens_only_where_the_owner_says_so(folder, opti
 
 def test_language_and_kind_of_the_source_come_first(folder):
     sample = only(folder, llava(HUMAN, GPT, image="flower.png"), language=Language.en, kind="caption")
-    assert (sample.language, sample.kind) == (Language.en, Kind.caption)
+    assert (sample.language, sample.kind) == (Language.en, SampleKind.caption)
 
 
 def test_images_are_read_inside_image_root(folder):

@@ -9,10 +9,10 @@ from delivery import label, make_zip, mapped, picture
 from source_cases import open_, write
 
 from lit_vlm.config import parse
-from lit_vlm.config.check_idle import mistakes_in_idle_settings
+from lit_vlm.config.check_idle import find_unused_data_settings
 from lit_vlm.config.mapping import BoxFormat, BoxFrame, BoxUnit, MappingConfig, RegionTask
 from lit_vlm.config.schema import DataConfig, Format, SourceConfig
-from lit_vlm.data.readers.splits import canonical_split, split_of_path
+from lit_vlm.data.readers.splits import infer_split, normalize_split
 from lit_vlm.data.sources import open_source
 from lit_vlm.types import UserError
 
@@ -102,8 +102,8 @@ def test_a_split_that_names_say_nothing_of_is_refused(tmp_path):
     ],
 )  # fmt: skip
 def test_the_words_are_those_of_datasets_and_of_aihub(path, split):
-    assert split_of_path(path) == split
-    assert canonical_split("restval") is None
+    assert infer_split(path) == split
+    assert normalize_split("restval") is None
 
 
 def test_a_folder_with_a_splits_word_hides_no_split_of_its_files(tmp_path):
@@ -117,7 +117,7 @@ def test_a_folder_with_a_splits_word_hides_no_split_of_its_files(tmp_path):
 def test_a_path_that_says_two_splits_is_refused_by_its_name(tmp_path, path):
     refused(f"{path}: its names say several splits (", filled(tmp_path, {path: 1}))
     if "chat" in path:  # of labels there are many, and their folder says it
-        assert split_of_path("Training/test_0001.json", is_label=True) == "train"
+        assert infer_split("Training/test_0001.json", is_label_file=True) == "train"
 
 
 def test_parts_of_a_split_are_told_apart(tmp_path):
@@ -195,7 +195,7 @@ def test_a_setting_without_effect_is_refused(where):
 def test_settings_of_regions_and_of_join_without_them_are_refused(settings):
     def named(**more):
         source = SourceConfig(path="x", format=Format.mapped, mapping=MappingConfig(answer="{a}", **settings, **more))
-        return "".join(mistakes_in_idle_settings(DataConfig(sources={"mine": source})))
+        return "".join(find_unused_data_settings(DataConfig(sources={"mine": source})))
 
     (setting,) = settings
     assert f"data.sources.mine.mapping.{setting}: has no effect here" in named()

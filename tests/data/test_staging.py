@@ -13,7 +13,7 @@ from waiting import PATIENCE
 from lit_vlm.config.schema import SourceConfig
 from lit_vlm.data.index.store import build_index
 from lit_vlm.data.sources import open_source
-from lit_vlm.data.staging import stage, staged, staging_folder
+from lit_vlm.data.staging import copy_to_node, get_staging_folder, resolve_staged_path
 from lit_vlm.types import UserError
 
 
@@ -39,28 +39,28 @@ def test_a_copy_is_read_and_known_as_its_original(data, tmp_path, monkeypatch, p
     before = opened(data)
     whole = build_index([before], processor, store=tmp_path / "index")
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "index").rglob("*.arrow")}
-    stage([data], tmp_path / "node")
+    copy_to_node([data], tmp_path / "node")
     monkeypatch.setenv("NODE", str(tmp_path))
     monkeypatch.setenv("LIT_VLM_STAGED", "$NODE/node")
     source = opened(data)
     assert source.digest == before.digest
     again = build_index([source], processor, store=tmp_path / "index")
-    assert again.digest() == whole.digest()
+    assert again.compute_digest() == whole.compute_digest()
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "index").rglob("*.arrow")} == kept
-    copy = staged(data / "pictures" / "3.png")
+    copy = resolve_staged_path(data / "pictures" / "3.png")
     assert copy == tmp_path / "node" / (data / "pictures" / "3.png").relative_to("/")
     Image.new("RGB", (43, 30), "blue").save(copy)
     assert source[3].images[0].load().getpixel((0, 0)) == (0, 0, 255)  # the node's file is what is read
 
 
 def test_a_second_copy_takes_only_what_is_new_and_a_half_written_file_is_no_copy(data, tmp_path):
-    count, size = stage([data], tmp_path / "node")
+    count, size = copy_to_node([data], tmp_path / "node")
     assert count == 11 and size == sum(path.stat().st_size for path in data.rglob("*") if path.is_file())
-    assert stage([data], tmp_path / "node") == (0, 0)
+    assert copy_to_node([data], tmp_path / "node") == (0, 0)
     copy = tmp_path / "node" / (data / "a.json").relative_to("/")
     copy.write_bytes(copy.read_bytes()[:50])  # newer than its original, and shorter
     (data / "pictures" / "new.png").write_bytes(b"new")
-    assert stage([data], tmp_path / "node")[0] == 2
+    assert copy_to_node([data], tmp_path / "node")[0] == 2
     assert copy.read_bytes() == (data / "a.json").read_bytes()
     assert copy.stat().st_mtime_ns == (data / "a.json").stat().st_mtime_ns
 
@@ -74,14 +74,14 @@ def test_what_was_taken_out_of_a_folder_goes_from_its_copy_and_nothing_else_does
     outside.mkdir()
     (outside / "kept.jsonl").write_text("{}\n")
     (shards / "link").symlink_to(outside)
-    stage([shards], node)
+    copy_to_node([shards], node)
     copy = node / shards.relative_to("/")
     other.write_text("of somebody else\n")
     (copy / ".a.jsonl.123").write_text("another job of this node is copying it\n")
     (shards / "b.jsonl").unlink()
     (shards / "below" / "c.jsonl").unlink()
     (shards / "link").unlink()
-    assert stage([shards], node) == (0, 0)
+    assert copy_to_node([shards], node) == (0, 0)
     assert sorted(path.name for path in copy.rglob("*") if not path.is_dir()) == [".a.jsonl.123", "a.jsonl"]
     assert other.exists() and (outside / "kept.jsonl").exists()
 
@@ -91,7 +91,7 @@ def test_a_folder_whose_variable_is_not_set_on_the_node_is_no_folder(named, data
     monkeypatch.setenv("HERE", "relative")
     monkeypatch.setenv("LIT_VLM_STAGED", named)
     with pytest.raises(UserError, match="set on every node"):
-        staging_folder()
+        get_staging_folder()
     command = [sys.executable, "-m", "lit_vlm.data.staging", named, str(data)]
     environment = {**os.environ, "PYTHONPATH": str(repository)}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
@@ -107,7 +107,7 @@ def test_what_is_not_staged_is_read_where_it_is(data, tmp_path, monkeypatch):
 def test_a_disk_that_is_too_small_is_told_before_anything_is_copied(data, tmp_path, monkeypatch):
     monkeypatch.setattr("lit_vlm.data.staging.SPARE_BYTES", 1 << 60)
     with pytest.raises(UserError, match=r"GB free, and 0\.0 GB would be copied.*Choose another folder"):
-        stage([data], tmp_path / "node")
+        copy_to_node([data], tmp_path / "node")
     assert not list((tmp_path / "node").rglob("*.png"))
 
 

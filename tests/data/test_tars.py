@@ -14,8 +14,8 @@ from hostile_tars import CANARY, CASES, archive, member
 from source_cases import contents, open_
 
 from lit_vlm.config.schema import Format
-from lit_vlm.data.readers.rows.tars import tar_file
-from lit_vlm.types import Fault, ImageSlot, Kind, Language, RecordError, UserError
+from lit_vlm.data.readers.rows.tars import open_tar
+from lit_vlm.types import Fault, ImagePlaceholder, Language, RecordError, SampleKind, UserError
 
 
 def jpeg(image):
@@ -43,9 +43,9 @@ def test_a_picture_and_its_caption_become_a_sample(folder, photos):
     source = open_(write_tar(folder / "train.tar", samples(photos)))
     assert len(source) == 3
     first = source[1]
-    assert contents(first) == [(ImageSlot(0),), ("1번째 사진",)]
+    assert contents(first) == [(ImagePlaceholder(0),), ("1번째 사진",)]
     assert (first.id, first.origin) == ("train/그림/0001", "train.tar/그림/0001") and source.origin(1) == first.origin
-    assert (first.kind, first.language) == (Kind.image_only, Language.ko)
+    assert (first.kind, first.language) == (SampleKind.image_only, Language.ko)
     assert first.images[0].size == (40, 60)
     assert np.abs(np.asarray(first.images[0].load(), int) - np.asarray(photos[1], int)).mean() < 5
     again = pickle.loads(pickle.dumps(source))
@@ -57,8 +57,8 @@ def test_prompts_ask_where_a_caption_has_no_question(folder, photos):
     source = open_(path, prompts=["무엇인가요?", "What is it?", "설명해줘"])
     asked = [source[index].messages[0].content for index in range(40)]
     assert {content[1] for content in asked} == {"무엇인가요?", "What is it?", "설명해줘"}
-    assert all(content[0] == ImageSlot(0) for content in asked)
-    assert source[0].kind is Kind.caption and open_(path, prompts=["q"], kind="other")[0].kind is Kind.other
+    assert all(content[0] == ImagePlaceholder(0) for content in asked)
+    assert source[0].kind is SampleKind.caption and open_(path, prompts=["q"], kind="other")[0].kind is SampleKind.other
 
 
 def test_json_members_hold_records_of_any_format(folder, photos):
@@ -84,7 +84,7 @@ def test_json_members_hold_records_of_any_format(folder, photos):
     found = {source.origin(index): source[index] for index in range(len(source))}
     assert list(found) == [f"train.tar/{key}" for key in ("two", "turns", "pair", "crawled", "plain")]
     assert [image.size for image in found["train.tar/two"].images] == [(20, 30), (40, 60)]
-    assert contents(found["train.tar/turns"]) == [(ImageSlot(0), "q"), ("a",)]
+    assert contents(found["train.tar/turns"]) == [(ImagePlaceholder(0), "q"), ("a",)]
     assert found["train.tar/pair"].chosen.content == ("a",) and found["train.tar/pair"].id == "7"
     assert contents(found["train.tar/crawled"])[1] == ("a flower",)
     assert contents(found["train.tar/plain"])[1] == ("words",)
@@ -127,7 +127,7 @@ def test_a_folder_of_shards_is_one_source(folder, photos):
 def test_the_headers_are_read_once(folder, photos, monkeypatch):
     path, cache = write_tar(folder / "train.tar", samples(photos)), folder / "cache"
     first = open_(path, cache=cache)
-    monkeypatch.setattr("lit_vlm.data.readers.rows.tars._table", None)
+    monkeypatch.setattr("lit_vlm.data.readers.rows.tars._build_table", None)
     second = open_(path, cache=cache)
     assert [second[index].id for index in range(3)] == [first[index].id for index in range(3)]
     assert pickle.loads(pickle.dumps(second))[2].id == first[2].id
@@ -216,7 +216,7 @@ def test_a_member_of_too_many_bytes_is_refused_unread(folder, photos, monkeypatc
 
 
 def test_an_archive_that_changes_under_a_source_is_noticed(folder, photos):
-    rows = tar_file(write_tar(folder / "train.tar", samples(photos)))
+    rows = open_tar(write_tar(folder / "train.tar", samples(photos)))
     write_tar(folder / "train.tar", [("b.jpg", jpeg(photos[1]) * 3), ("b.txt", b"x")])
     with pytest.raises(RecordError):
         for index in range(3):

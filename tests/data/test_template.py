@@ -6,8 +6,8 @@ import pytest
 from support import blueprint_of, sample
 
 from lit_vlm.data.processor import Processor, check_vocabulary
-from lit_vlm.data.template import Template
-from lit_vlm.types import SPECIAL_TOKENS, Control, ImageSlot, Message, Role, UserError
+from lit_vlm.data.template import ChatTemplate
+from lit_vlm.types import SPECIAL_TOKENS, ControlToken, ImagePlaceholder, Message, Role, UserError
 
 # shape of the template that llava-hf's OneVision checkpoints carry: parts only, another header than its prompt
 LLAVA_HF = (
@@ -34,18 +34,18 @@ def turns(*texts: str) -> tuple[Message, ...]:
     return tuple(Message(Role.user if i % 2 == 0 else Role.assistant, (text,)) for i, text in enumerate(texts))
 
 
-def supervised_text(template: Template, messages: tuple[Message, ...], images: list[int] | None = None) -> str:
+def supervised_text(template: ChatTemplate, messages: tuple[Message, ...], images: list[int] | None = None) -> str:
     encoded = template.encode(messages, images or [])
     return template.tokenizer.decode(encoded.input_ids[encoded.supervised].tolist())
 
 
 @pytest.fixture
 def templated(processor):
-    def make(template: str) -> Template:
-        from lit_vlm.model.vocabulary import accept_parts
+    def make(template: str) -> ChatTemplate:
+        from lit_vlm.model.vocabulary import wrap_chat_template
 
-        processor.tokenizer.chat_template = accept_parts(template)
-        return Template(processor.tokenizer)
+        processor.tokenizer.chat_template = wrap_chat_template(template)
+        return ChatTemplate(processor.tokenizer)
 
     return make
 
@@ -79,12 +79,14 @@ def test_long_conversations_are_masked_as_short_ones_are(templated, processor, m
     messages = turns(*(f"{i}번 질문" if i % 2 == 0 else f" answer {i} " for i in range(60)))
     rendered = []
     monkeypatch.setattr(
-        Template, "render", lambda self, *a, render=Template.render, **k: rendered.append(1) or render(self, *a, **k)
+        ChatTemplate,
+        "render",
+        lambda self, *a, render=ChatTemplate.render, **k: rendered.append(1) or render(self, *a, **k),
     )
     quick = template.encode(messages, [])
     assert len(rendered) < 60
     monkeypatch.setattr("lit_vlm.data.template.TURNS", 1000)
-    exact = Template(template.tokenizer).encode(messages, [])
+    exact = ChatTemplate(template.tokenizer).encode(messages, [])
     assert len(rendered) > 100
     assert (
         quick.input_ids.tolist() == exact.input_ids.tolist() and quick.supervised.tolist() == exact.supervised.tolist()
@@ -101,7 +103,7 @@ def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_fix(template
 def test_a_tokenizer_without_a_chat_template_is_refused_with_the_fix(processor):
     processor.tokenizer.chat_template = None
     with pytest.raises(UserError, match="no chat template.*model.chat_template=chatml"):
-        Template(processor.tokenizer)
+        ChatTemplate(processor.tokenizer)
 
 
 def test_a_template_that_does_not_close_answers_is_refused(templated):
@@ -111,7 +113,7 @@ def test_a_template_that_does_not_close_answers_is_refused(templated):
 
 
 def test_images_stand_where_their_slots_stand(processor):
-    messages = (Message(Role.user, ("앞 ", ImageSlot(0), "뒤")), Message(Role.assistant, ("네",)))
+    messages = (Message(Role.user, ("앞 ", ImagePlaceholder(0), "뒤")), Message(Role.assistant, ("네",)))
     ids = processor.template.encode(messages, [5]).input_ids.tolist()
     first = ids.index(processor.image_token_id)
     assert ids[first : first + 5] == [processor.image_token_id] * 5
@@ -120,14 +122,14 @@ def test_images_stand_where_their_slots_stand(processor):
 
 def test_control_pieces_are_one_id_each(processor):
     for token in SPECIAL_TOKENS:
-        messages = (Message(Role.user, (Control(token), "x")), Message(Role.assistant, ("y",)))
+        messages = (Message(Role.user, (ControlToken(token), "x")), Message(Role.assistant, ("y",)))
         ids = processor.template.encode(messages, []).input_ids.tolist()
         assert ids.count(processor.tokenizer.convert_tokens_to_ids(token)) == 1
 
 
 def test_an_unknown_control_token_is_refused_by_name(processor):
     with pytest.raises(UserError, match="<quad>.*model.special_tokens"):
-        processor.template.encode((Message(Role.user, (Control("<quad>"),)), Message(Role.assistant, ("y",))), [])
+        processor.template.encode((Message(Role.user, (ControlToken("<quad>"),)), Message(Role.assistant, ("y",))), [])
 
 
 def test_a_prompt_that_contains_control_tokens_as_text_is_tokenised_as_text(processor):

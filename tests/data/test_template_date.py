@@ -8,9 +8,9 @@ import pytest
 from support import sample
 
 from lit_vlm.data.processor import Processor
-from lit_vlm.data.template_date import fix_day, writes_day
-from lit_vlm.model.vocabulary import CHATML, accept_parts
-from lit_vlm.types import ImageSlot, Message, Role, UserError
+from lit_vlm.data.template_date import freeze_date, is_date_dependent
+from lit_vlm.model.vocabulary import CHATML, wrap_chat_template
+from lit_vlm.types import ImagePlaceholder, Message, Role, UserError
 
 DAY = "{{ 'Today: ' + strftime_now('%d %B %Y') + '\\n' }}"
 LLAMA = (  # as Llama 3.1's begins
@@ -26,14 +26,14 @@ def make(processor):
 
     def made(template: str, day: date | None = SPRING, **options) -> Processor:
         tokenizer = copy.deepcopy(processor.tokenizer)
-        tokenizer.chat_template = accept_parts(template)
+        tokenizer.chat_template = wrap_chat_template(template)
         return Processor(tokenizer, processor.images, day=day, **options)
 
     return made
 
 
 def text(processor: Processor) -> str:
-    ids = processor.sequences(sample("question", "answer", (56, 56)))[0].input_ids
+    ids = processor.encode_sequences(sample("question", "answer", (56, 56)))[0].input_ids
     return processor.tokenizer.decode(ids)
 
 
@@ -79,7 +79,7 @@ def test_every_form_of_a_day_is_what_the_clock_of_that_day_would_write(form):
     head = "\n  {% if true %}\n a{% endif %}"  # white space at the beginning stays as it is
     (expected,), _ = render_jinja_template([[]], chat_template=head + midnight.strftime(form.replace("{", "")))
     (found,), _ = render_jinja_template(
-        [[]], chat_template=fix_day(head + "{{ strftime_now('" + form + "') }}", SPRING)
+        [[]], chat_template=freeze_date(head + "{{ strftime_now('" + form + "') }}", SPRING)
     )
     assert found == expected
 
@@ -95,7 +95,7 @@ def test_a_processor_keeps_the_day_on_which_it_was_made(make):
 
 @pytest.mark.parametrize("words", ["'strftime_now'", "message.strftime_now", "{# strftime_now #}''"])
 def test_a_day_that_is_only_spoken_of_is_none(words):
-    assert not writes_day("{{ " + words + " }} strftime_now") and writes_day("{{ strftime_now('%d') }}")
+    assert not is_date_dependent("{{ " + words + " }} strftime_now") and is_date_dependent("{{ strftime_now('%d') }}")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_seconds_of_a_fixed_day_are_those_of_no_machines_time_zone(monkeypatch):
     for zone in ("Asia/Seoul", "UTC"):
         monkeypatch.setenv("TZ", zone)
         time.tzset()
-        assert "1777593600" in fix_day("{{ strftime_now('%s') }}", SPRING)
+        assert "1777593600" in freeze_date("{{ strftime_now('%s') }}", SPRING)
     monkeypatch.undo()
     time.tzset()
 
@@ -164,9 +164,9 @@ SLIPS = {
         CHATML.replace("message['content']", "message['content'] + message['content']"),
         "writes the words of a assistant 2 times",
     ),
-    "a picture too many": (accept_parts(CHATML) + "{{ '<image>' }}", "writes <image> 2 times for 1 picture"),
+    "a picture too many": (wrap_chat_template(CHATML) + "{{ '<image>' }}", "writes <image> 2 times for 1 picture"),
     "no picture": (
-        "{# <image> #}" + accept_parts(CHATML).replace("+ '<image>\\n'", "+ ''"),
+        "{# <image> #}" + wrap_chat_template(CHATML).replace("+ '<image>\\n'", "+ ''"),
         "writes <image> 0 times for 1 picture",
     ),
 }
@@ -194,5 +194,5 @@ def test_a_system_message_that_a_template_drops_is_told(make):
     with pytest.raises(UserError, match="leaves out what the system says in a conversation of roles"):
         made.template.encode(said, [])
     assert made.template.encode(
-        (Message(Role.user, (ImageSlot(0), "q")), Message(Role.assistant, ("a",))), [4]
+        (Message(Role.user, (ImagePlaceholder(0), "q")), Message(Role.assistant, ("a",))), [4]
     ).num_tokens

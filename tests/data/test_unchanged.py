@@ -14,9 +14,9 @@ from PIL import Image
 from lit_vlm.config.mapping import MappingConfig
 from lit_vlm.config.schema import Format, OnOverlong, SourceConfig
 from lit_vlm.data import micro_batches
-from lit_vlm.data.index.lengths import fit
+from lit_vlm.data.index.lengths import apply_length_policy
 from lit_vlm.data.index.store import build_index
-from lit_vlm.data.micro_batches import TurnedBad, read
+from lit_vlm.data.micro_batches import CorruptRecord, read_micro_batch
 from lit_vlm.data.plan.ledger import Ledger
 from lit_vlm.data.sources import open_source
 from lit_vlm.types import Batch, Fault
@@ -26,7 +26,7 @@ COUNT = 3
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch):
-    monkeypatch.setattr(micro_batches, "WAITS", (0.001, 0.002))
+    monkeypatch.setattr(micro_batches, "RETRY_DELAYS", (0.001, 0.002))
 
 
 def draw(folder, seed):
@@ -76,7 +76,7 @@ def pictures(tmp_path):
 
 
 def outcome(index, processor, sample=0):
-    return read(processor, index, (sample,))
+    return read_micro_batch(processor, index, (sample,))
 
 
 class TestPicturesInFiles:
@@ -90,8 +90,8 @@ class TestPicturesInFiles:
         assert isinstance(outcome(index, processor), Batch)
         draw(pictures, 1)
         bad = outcome(index, processor, 1)
-        assert isinstance(bad, TurnedBad) and bad.error.fault is Fault.changed
-        said = str(bad.enter(Ledger(tmp_path / "ledger.jsonl", [])))
+        assert isinstance(bad, CorruptRecord) and bad.error.fault is Fault.changed
+        said = str(bad.add_to_ledger(Ledger(tmp_path / "ledger.jsonl", [])))
         assert said.startswith("a.jsonl:2: image '1.bmp' holds something else than when it was indexed")
         assert "task=prepare" in said and not (tmp_path / "ledger.jsonl").exists()
 
@@ -113,24 +113,24 @@ class TestPicturesInFiles:
             return batch
 
         monkeypatch.setattr(micro_batches, "collate", then_replaced)
-        assert isinstance(outcome(index, processor), TurnedBad)
+        assert isinstance(outcome(index, processor), CorruptRecord)
 
     def test_the_digests_of_an_index_go_by_content_and_not_by_time(self, index, processor, pictures, tmp_path):
         for path in pictures.iterdir():
             os.utime(path, ns=(1, 1))
         again = build_index([opened(as_files(tmp_path))], processor)
         assert (again.columns["stamp"] != index.columns["stamp"]).all()
-        assert (again.digest(), again.digest_of_pictures()) == (index.digest(), index.digest_of_pictures())
+        assert (again.compute_digest(), again.compute_image_digest()) == (index.digest(), index.digest_of_pictures())
         draw(pictures, 1)
         other = build_index([opened(as_files(tmp_path))], processor)
-        assert other.digest() != index.digest() and other.digest_of_pictures() != index.digest_of_pictures()
+        assert other.compute_digest() != index.digest() and other.compute_image_digest() != index.digest_of_pictures()
 
     def test_prepare_takes_what_is_there_now(self, processor, pictures, tmp_path):
         source = opened(as_files(tmp_path))
         build_index([source], processor, store=tmp_path / "store")
         draw(pictures, 1)
         kept = build_index([source], processor, store=tmp_path / "store")
-        assert isinstance(outcome(kept, processor), TurnedBad)
+        assert isinstance(outcome(kept, processor), CorruptRecord)
         anew = build_index([source], processor, store=tmp_path / "store", recheck=True)
         assert isinstance(outcome(anew, processor), Batch)
 
@@ -139,16 +139,16 @@ class TestPicturesInFiles:
         (tmp_path / "b.jsonl").write_text(json.dumps(record))
         config = SourceConfig(path=str(tmp_path / "b.jsonl"), image_root=str(pictures), format=Format.llava)
         whole = build_index([opened(config)], processor)
-        shorter = fit(
+        shorter = apply_length_policy(
             whole,
             processor,
             policy=OnOverlong.cut_turn,
-            most_tokens=int(whole.tokens[0]) - 1,
-            most_tiles=64,
+            max_tokens=int(whole.tokens[0]) - 1,
+            max_tiles=64,
         )
         assert shorter.turns[0] == 2 and isinstance(outcome(shorter, processor), Batch)
         draw(pictures, 1)
-        assert isinstance(outcome(shorter, processor), TurnedBad)
+        assert isinstance(outcome(shorter, processor), CorruptRecord)
 
 
 def test_words_that_become_others_of_the_same_length_are_told(tmp_path, pictures, processor):
@@ -157,7 +157,11 @@ def test_words_that_become_others_of_the_same_length_are_told(tmp_path, pictures
     path = tmp_path / "a.jsonl"
     path.write_text(path.read_text().replace("answer 0", "answer 7"))
     bad = outcome(index, processor)
-    assert isinstance(bad, TurnedBad) and "says something else" in bad.error.reason and bad.error.fault is Fault.changed
+    assert (
+        isinstance(bad, CorruptRecord)
+        and "says something else" in bad.error.reason
+        and bad.error.fault is Fault.changed
+    )
 
 
 @pytest.mark.parametrize("pack", [as_tar, as_zip])
@@ -172,5 +176,5 @@ def test_an_archive_that_is_packed_anew_passes_with_the_same_pictures_and_is_tol
     assert isinstance(outcome(index, processor, 1), Batch)
     draw(pictures, 1)
     pack(tmp_path)
-    assert isinstance(outcome(index, processor, 1), TurnedBad)
+    assert isinstance(outcome(index, processor, 1), CorruptRecord)
     assert opened(pack(tmp_path)).digest != source.digest  # and a start of the run is refused

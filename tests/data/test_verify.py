@@ -15,8 +15,8 @@ from waiting import until
 from lit_vlm.data.images import BytesImage, FileImage
 from lit_vlm.data.index import shards
 from lit_vlm.data.index.store import build_index
-from lit_vlm.data.index.verify import verify
-from lit_vlm.types import Fault, ImageSlot, Kind, Language, Message, Role, Sample
+from lit_vlm.data.index.verify import verify_images
+from lit_vlm.types import Fault, ImagePlaceholder, Language, Message, Role, Sample, SampleKind
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +54,7 @@ def about_the_torn(path) -> list[str]:
 def test_a_torn_picture_is_found_and_left_out(lines, store, processor):
     before = build_index([Lines(lines)], processor, store=store)
     assert len(before) == 34
-    found = verify(before, store)
+    found = verify_images(before, store)
     assert [error.origin for _, error in found] == about_the_torn(lines)
     assert {(name, error.fault) for name, error in found} == {("lines", Fault.broken)}
     after = build_index([Lines(lines)], processor, store=store)
@@ -64,66 +64,66 @@ def test_a_torn_picture_is_found_and_left_out(lines, store, processor):
 
 
 def test_each_picture_is_decoded_once_a_shard(lines, store, decoded):
-    verify([Lines(lines)], store)
+    verify_images([Lines(lines)], store)
     assert len(decoded) == 2 * 4  # two pictures, four shards
 
 
 def test_again_only_the_bad_are_decoded(lines, store, decoded):
-    found = verify([Lines(lines)], store)
+    found = verify_images([Lines(lines)], store)
     decoded.clear()
-    assert [str(error) for _, error in verify([Lines(lines)], store)] == [str(error) for _, error in found]
+    assert [str(error) for _, error in verify_images([Lines(lines)], store)] == [str(error) for _, error in found]
     assert set(decoded) == {"1.jpg"}
 
 
 def test_workers_and_memory_find_the_same(lines, store):
-    alone = [str(error) for _, error in verify([Lines(lines)], None)]
+    alone = [str(error) for _, error in verify_images([Lines(lines)], None)]
     seen: list[tuple[str, int, int]] = []
-    spread = verify([Lines(lines)], store, workers=2, on_progress=lambda *done: seen.append(done))
+    spread = verify_images([Lines(lines)], store, workers=2, on_progress=lambda *done: seen.append(done))
     assert [str(error) for _, error in spread] == alone and seen[-1] == ("lines", 34, 34)
 
 
 def test_a_killed_pass_goes_on(lines, store, decoded):
-    work = partial(verify, [Lines(lines, seconds=0.05)], store, workers=2)
+    work = partial(verify_images, [Lines(lines, seconds=0.05)], store, workers=2)
     process = multiprocessing.get_context("fork").Process(target=work)
     process.start()
     found = until(lambda: list((store / "shards").glob("*.arrow")), pause=0.01)
     process.kill()
     process.join()
     assert len(found) < 4
-    assert len(verify([Lines(lines)], store)) == 11
+    assert len(verify_images([Lines(lines)], store)) == 11
     assert decoded.count("0.jpg") <= 4 - len(found)
 
 
 def test_a_picture_that_changed_is_decoded_again(lines, store, processor, tmp_path):
-    verify([Lines(lines)], store)
+    verify_images([Lines(lines)], store)
     good = tmp_path / "0.jpg"
     data = good.read_bytes()
     good.write_bytes(data[:-300])
     os.utime(good, ns=(1, 1))
     build_index([Lines(lines)], processor, store=store, recheck=True)
-    assert len(verify([Lines(lines)], store)) == 22
+    assert len(verify_images([Lines(lines)], store)) == 22
     assert len(build_index([Lines(lines)], processor, store=store)) == 12
 
 
 def test_a_mended_picture_is_used_again(lines, store, processor, tmp_path):
-    verify(build_index([Lines(lines)], processor, store=store), store)
+    verify_images(build_index([Lines(lines)], processor, store=store), store)
     assert len(build_index([Lines(lines)], processor, store=store)) == 23
     photo(tmp_path / "1.jpg", width=30, height=80, seed=5)
     index = build_index([Lines(lines)], processor, store=store)
     assert len(index) == 34 and not index.errors and (80, 30) in set(zip(index.height, index.width, strict=True))
-    assert verify(index, store) == []
+    assert verify_images(index, store) == []
 
 
 def test_a_grown_file_has_its_new_shards_decoded(lines, store, decoded):
-    verify([Lines(lines)], store)
+    verify_images([Lines(lines)], store)
     write(lines, [{"turns": ["q", "a"], "images": [["0.jpg", 0]]}] * 8, "a")
     decoded.clear()
-    verify([Lines(lines)], store)
+    verify_images([Lines(lines)], store)
     assert decoded.count("0.jpg") == 2  # in the shard that grew and the one behind it
 
 
 def test_another_template_needs_no_second_pass(lines, store, processor, decoded):
-    verify([Lines(lines)], store)
+    verify_images([Lines(lines)], store)
     decoded.clear()
     assert len(build_index([Lines(lines)], processor, store=store)) == 23 and not decoded
 
@@ -132,7 +132,7 @@ def test_a_lying_header_is_found(tmp_path, monkeypatch):
     photo(tmp_path / "a.jpg", width=90, height=60)
     path = write(tmp_path / "a.jsonl", [{"turns": ["q", "a"], "images": [["a.jpg", 0]]}])
     monkeypatch.setattr(FileImage, "load", lambda self: Image.new("RGB", (90, 61)))
-    ((_, error),) = verify([Lines(path)], None)
+    ((_, error),) = verify_images([Lines(path)], None)
     assert error.fault is Fault.broken and "header says 90 x 60 pixels, decoded it has 90 x 61" in str(error)
 
 
@@ -147,10 +147,10 @@ def test_pictures_in_the_record_itself(processor, store, tmp_path):
 
         def __getitem__(self, index):
             image = BytesImage(whole if index != 1 else whole[:-300], f"inside[{index}]", 10**6)
-            messages = (Message(Role.user, (ImageSlot(0), f"{index}?")), Message(Role.assistant, ("Yes.",)))
-            return Sample(str(index), "inside", f"inside[{index}]", Kind.other, Language.en, messages, (image,))
+            messages = (Message(Role.user, (ImagePlaceholder(0), f"{index}?")), Message(Role.assistant, ("Yes.",)))
+            return Sample(str(index), "inside", f"inside[{index}]", SampleKind.other, Language.en, messages, (image,))
 
     index = build_index([Inside()], processor, store=store)
     assert len(set(index.group.tolist())) == 2
-    assert [error.origin for _, error in verify(index, store)] == ["inside[1]"]
+    assert [error.origin for _, error in verify_images(index, store)] == ["inside[1]"]
     assert np.array_equal(build_index([Inside()], processor, store=store).position, [0, 2])

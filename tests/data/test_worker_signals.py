@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from waiting import PATIENCE
 
-from lit_vlm.data.datamodule import Loader
-from lit_vlm.data.worker_signals import outlast_signals
+from lit_vlm.data.datamodule import SignalSafeDataLoader
+from lit_vlm.data.worker_signals import setup_worker_signals
 
 SCRIPT = """
 from torch.utils.data import DataLoader, Dataset
@@ -64,6 +64,6 @@ def test_an_error_of_a_worker_ends_the_process():
 def test_a_worker_outlasts_a_signal_that_comes_before_it_has_begun(number):
     def begin(worker: int) -> None:
         os.kill(os.getpid(), number)
-        outlast_signals(worker)
+        setup_worker_signals(worker)
 
-    assert [*Loader([1, 2, 3], batch_size=None, num_workers=1, worker_init_fn=begin)] == [1, 2, 3]
+    assert [*SignalSafeDataLoader([1, 2, 3], batch_size=None, num_workers=1, worker_init_fn=begin)] == [1, 2, 3]

@@ -14,14 +14,14 @@ from PIL import Image
 
 from lit_vlm.data import decoding
 from lit_vlm.data.readers import archives, zips
-from lit_vlm.data.readers.archives import members_of
-from lit_vlm.data.readers.catalogue import PICTURES, Catalogue
-from lit_vlm.data.readers.zips import MemberStream
+from lit_vlm.data.readers.archives import iter_members
+from lit_vlm.data.readers.catalogue import IMAGE_PATTERNS, FileCatalogue
+from lit_vlm.data.readers.zips import ZipMemberStream
 from lit_vlm.types import Fault, RecordError, UserError
 
 
 def members(path):
-    return {member.name: member for member in members_of(path)}
+    return {member.name: member for member in iter_members(path)}
 
 
 def fault_of(path, name):
@@ -41,8 +41,8 @@ def test_members_of_all_name_encodings_are_read(tmp_path, encoding, compress):
     path = make_zip(
         tmp_path / "a.zip", [("라벨/사과 1.json", b"x" * 70_000), ("b", b""), ("c", noise())], encoding, compress
     )
-    assert [member.name for member in members_of(path)] == ["라벨/사과 1.json", "b", "c"]
-    assert [member.read("") for member in members_of(path)] == [b"x" * 70_000, b"", noise()]
+    assert [member.name for member in iter_members(path)] == ["라벨/사과 1.json", "b", "c"]
+    assert [member.read("") for member in iter_members(path)] == [b"x" * 70_000, b"", noise()]
 
 
 def test_decomposed_and_backslash_names_are_made_one(tmp_path):
@@ -54,7 +54,7 @@ def test_a_header_costs_a_part_of_the_picture(tmp_path):
     data = io.BytesIO()
     Image.frombytes("RGB", (1000, 1000), noise(3_000_000)).save(data, "PNG")
     path = make_zip(tmp_path / "a.zip", [("a.png", data.getvalue())])
-    image = Catalogue(tmp_path, PICTURES).image(0, "here", 10**7)
+    image = FileCatalogue(tmp_path, IMAGE_PATTERNS).make_image(0, "here", 10**7)
     with members(path)["a.png"].open("here") as stream, Image.open(stream) as opened:
         assert opened.size == image.size == (1000, 1000)
         assert len(stream._data) < 300_000 < len(data.getvalue())
@@ -97,9 +97,9 @@ def test_another_method_is_named(tmp_path):
 
 def test_members_that_claim_too_much_are_refused_before_they_are_unpacked(tmp_path, monkeypatch):
     path = make_zip(tmp_path / "a.zip", [("a", bytes(3_000_000)), ("b", noise(3000))])
-    monkeypatch.setattr(archives, "MAX_RATIO", 100)
+    monkeypatch.setattr(archives, "MAX_COMPRESSION_RATIO", 100)
     assert fault_of(path, "a") is Fault.hostile and len(members(path)["b"].read("")) == 3000
-    monkeypatch.setattr(archives, "MAX_RATIO", 2000)
+    monkeypatch.setattr(archives, "MAX_COMPRESSION_RATIO", 2000)
     monkeypatch.setattr(archives, "MAX_FILE_BYTES", 1_000_000)
     assert fault_of(path, "a") is Fault.too_large and decoding.MAX_FILE_BYTES == 200_000_000
 
@@ -117,11 +117,15 @@ def test_a_size_that_is_not_true_is_found_out(tmp_path, claim, fault):
 def test_a_bomb_is_not_unpacked_beyond_its_claim(tmp_path):
     path = make_zip(tmp_path / "a.zip", [("a.jpg", bytes(50_000_000))])
     member = members(path)["a.jpg"]
-    stream = MemberStream(zips.Member(path, "a.jpg", member.offset, member.packed, 100_000, member.crc), "here")
+    stream = ZipMemberStream(
+        zips.ZipMember(path, "a.jpg", member.offset, member.compressed_size, 100_000, member.crc), "here"
+    )
     with pytest.raises(RecordError, match="more than the 100,000 bytes"):
         stream.read()
     assert len(stream._data) <= 100_001
-    image = zips.ZipImage(zips.Member(path, "a.jpg", member.offset, member.packed, 10, member.crc), "here", 10**6)
+    image = zips.ZipImage(
+        zips.ZipMember(path, "a.jpg", member.offset, member.compressed_size, 10, member.crc), "here", 10**6
+    )
     for look in (lambda: image.size, image.load):
         with pytest.raises(RecordError) as caught:
             look()
@@ -178,14 +182,14 @@ def test_a_picture_in_a_zip_passes_the_checks_of_a_file(tmp_path):
         "large.png": picture(3000, 3000, "PNG"),
     }
     make_zip(tmp_path / "s.zip", [("good.jpg", picture()), *bad.items()])
-    catalogue = Catalogue(tmp_path, PICTURES)
+    catalogue = FileCatalogue(tmp_path, IMAGE_PATTERNS)
     found = {}
     for file in range(len(catalogue)):
         try:
-            catalogue.image(file, "here", 1_000_000).load()
+            catalogue.make_image(file, "here", 1_000_000).load()
         except RecordError as error:
-            assert f"s.zip/{catalogue.path(file)}" in str(error)
-            found[catalogue.path(file)] = error.fault
+            assert f"s.zip/{catalogue.get_path(file)}" in str(error)
+            found[catalogue.get_path(file)] = error.fault
     assert found == {
         "html.jpg": Fault.not_an_image,
         "empty.jpg": Fault.empty,
@@ -216,7 +220,7 @@ def test_random_damage_is_an_error_of_ours_or_nothing(tmp_path):
             data[dice.randrange(len(data))] = dice.randrange(256)
         path.write_bytes(data)
         try:
-            for member in members_of(path):
+            for member in iter_members(path):
                 assert zlib.crc32(member.read("here")) == member.crc
         except (UserError, RecordError):
             continue

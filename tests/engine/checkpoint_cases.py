@@ -8,8 +8,8 @@ from random import Random
 
 import torch
 
-from lit_vlm.engine.checkpoint import Folder, Index, Writer
-from lit_vlm.engine.shards import Kind, Piece
+from lit_vlm.engine.checkpoint import CheckpointFolder, CheckpointIndex, CheckpointWriter
+from lit_vlm.engine.shards import StateKind, TensorShard
 
 SHAPES = {"model.projector.weight": (40, 60), "model.projector.bias": (60,), "lm_head.weight": (90, 50), "scale": (1,)}
 
@@ -21,43 +21,45 @@ class Sliced:
         rows: cut between rows, as FSDP2 does, and not anywhere, as ZeRO does.
     """
 
-    writes = True
+    is_writer = True
 
     def __init__(self, rank: int = 0, world_size: int = 1, *, seed: int = 0, rows: bool = False) -> None:
         draw = torch.Generator().manual_seed(seed)
-        self.held: list[Piece] = []
+        self.held: list[TensorShard] = []
         self.count = -1
-        for kind in Kind:
+        for kind in StateKind:
             for name, shape in SHAPES.items():
                 whole = torch.randn(shape, generator=draw).flatten()
                 unit = whole.numel() // shape[0] if rows else 1
                 size = -(-whole.numel() // unit // world_size) * unit
                 part = whole[rank * size : (rank + 1) * size].clone()
-                self.held.append(Piece(name, kind, shape, min(rank * size, whole.numel()), part))
+                self.held.append(TensorShard(name, kind, shape, min(rank * size, whole.numel()), part))
 
-    def pieces(self) -> Iterator[Piece]:
+    def iter_shards(self) -> Iterator[TensorShard]:
         return iter(self.held)
 
-    def loaded(self, step: int) -> None:
+    def sync_after_load(self, step: int) -> None:
         self.count = step
 
     def same_as(self, other: "Sliced") -> bool:
         return all(torch.equal(a.values, b.values) for a, b in zip(self.held, other.held, strict=True))
 
 
-def index_of(step: int, **facts) -> Index:
+def index_of(step: int, **facts) -> CheckpointIndex:
     state = {"callbacks": {}, "precision": {}, "log": [0, None]}
-    return Index(step=step, updates=step, intervals=[], files=[], belongs=facts, state=state)
+    return CheckpointIndex(step=step, updates=step, intervals=[], files=[], belongs=facts, state=state)
 
 
 def save(path: Path, step: int, shards: list[Sliced], keep_last: int = 9, **facts) -> Path:
     """Written by so many ranks, one after the other; rank 0 last, for it waits for the others."""
-    folder = Folder(path)
+    folder = CheckpointFolder(path)
     for rank in reversed(range(len(shards))):
-        writer = Writer(folder, rank=rank, ranks=range(len(shards)), keep_last=keep_last, timeout_seconds=60)
-        writer.start(index_of(step, **facts), list(shards[rank].pieces()), asynchronous=False)
-        assert writer.finish() is None, writer.error
-    return folder.of(step)
+        writer = CheckpointWriter(
+            folder, rank=rank, writer_ranks=range(len(shards)), keep_last=keep_last, timeout_seconds=60
+        )
+        writer.start(index_of(step, **facts), list(shards[rank].iter_shards()), asynchronous=False)
+        assert writer.wait() is None, writer.error
+    return folder.get_step_path(step)
 
 
 def all_slices(world_size: int, *, seed: int = 0, rows: bool = False) -> list[Sliced]:

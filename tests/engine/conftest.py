@@ -5,7 +5,7 @@ import os
 import pytest
 import wandb
 
-from lit_vlm.sweep.loopback import Loopback
+from lit_vlm.sweep.loopback import LoopbackServer
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def session(tmp_path, monkeypatch):
 
 @pytest.fixture
 def server(session):
-    with Loopback() as loopback:
+    with LoopbackServer() as loopback:
         session(loopback.url, loopback.environment()["WANDB_API_KEY"])
         yield loopback
         assert loopback.unknown == []

@@ -25,7 +25,7 @@ from rank_cases import Answers, Case, Keep, Put, assembled, fit, validate
 from callbacks.export import Export
 from lit_vlm.engine import fsdp
 from lit_vlm.engine.fsdp import FSDP2Strategy
-from lit_vlm.engine.trainer import leave_process_group
+from lit_vlm.engine.trainer import close_process_group
 
 WORLD, RANK = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
 Parts = tuple[str, str]
@@ -38,7 +38,7 @@ def strategy(**options: Any) -> FSDP2Strategy:
 def zero_strategy() -> Any:
     from lit_vlm.engine.deepspeed import ZeroStrategy
 
-    return ZeroStrategy(3, persistent=0, timeout=timedelta(minutes=10), bucket=100_000)
+    return ZeroStrategy(3, persistence_threshold=0, timeout=timedelta(minutes=10), bucket_size=100_000)
 
 
 def trained(parts: Parts, out: Path, shard_size: int | None = None, **case: Any) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def shared_out(parts: Parts, out: Path, precision: str = "32-true") -> dict[str,
 
 def built(parts: Parts, out: Path) -> dict[str, Any]:
     """Memory that filling a skeleton takes, and what it then holds."""
-    real, alive = fsdp.fill, Alive()
+    real, alive = fsdp.load_local_weights, Alive()
 
     def fill(model, device):
         assert all(parameter.is_meta for parameter in model.parameters())
@@ -75,11 +75,11 @@ def built(parts: Parts, out: Path) -> dict[str, Any]:
             whole = trainer.strategy.whole_weights(pl_module.model)
             self.weights = {name: whole(name) for name, _ in pl_module.model.named_parameters()}
 
-    fsdp.fill = fill
+    fsdp.load_local_weights = fill
     try:
         fit(Case("sft_lora", steps=1), parts, strategy(), first := First(), world=WORLD)
     finally:
-        fsdp.fill = real
+        fsdp.load_local_weights = real
     return {"most": alive.most, "held": first.held, "largest": first.largest, "weights": first.weights}
 
 
@@ -137,7 +137,7 @@ def main(tower: str, language: str, out: str, checks: str) -> None:
         found = CHECKS[function]((tower, language), Path(out), **arguments)
         torch.save(found, Path(out) / f"{name}.{RANK}.pt")
         torch.distributed.barrier()
-    leave_process_group()
+    close_process_group()
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ from support import blueprint_of, builtin
 
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.processor import Processor
-from lit_vlm.engine.shards import shards_of
-from lit_vlm.engine.trainer import quiet
+from lit_vlm.engine.shards import get_sharded_state
+from lit_vlm.engine.trainer import disable_library_warnings
 from lit_vlm.model.generate import generate
 from lit_vlm.stages import STAGES, Stage
 
@@ -80,7 +80,7 @@ class Watch(L.Callback):
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         self.seen["hooks"].append(trainer.global_step)
         if not self.seen["sums"]:
-            self.seen["sums"] = pl_module._gradient_sums()
+            self.seen["sums"] = pl_module._compute_gradient_sums()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
@@ -104,9 +104,9 @@ class Keep(L.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if batch_idx + 1 == self.step * trainer.accumulate_grad_batches:
-            shards = shards_of(trainer)
-            self.pieces = [(p.name, p.kind.value, p.shape, p.start, p.values.clone()) for p in shards.pieces()]
-            self.writes = shards.writes
+            shards = get_sharded_state(trainer)
+            self.pieces = [(p.name, p.kind.value, p.shape, p.start, p.values.clone()) for p in shards.iter_shards()]
+            self.writes = shards.is_writer
 
 
 class Put(L.Callback):
@@ -118,13 +118,13 @@ class Put(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if batch_idx + 1 != self.step * trainer.accumulate_grad_batches:
             return
-        shards = shards_of(trainer)
-        for piece in shards.pieces():
+        shards = get_sharded_state(trainer)
+        for piece in shards.iter_shards():
             piece.values.fill_(0.5)
-        shards.loaded(1000)
-        for piece in shards.pieces():
+        shards.sync_after_load(1000)
+        for piece in shards.iter_shards():
             piece.values.copy_(self.whole[piece.name, piece.kind.value][piece.start : piece.start + len(piece.values)])
-        shards.loaded(self.step)
+        shards.sync_after_load(self.step)
 
 
 def assembled(ranks: list[list[tuple]]) -> dict[tuple[str, str], torch.Tensor]:
@@ -166,7 +166,7 @@ def validate(case: Case, parts: tuple[str, str], strategy: Any, world: int = 1) 
 
 
 def make_trainer(case: Case, strategy: Any, callbacks: list[L.Callback], world: int) -> L.Trainer:
-    quiet()
+    disable_library_warnings()
     logging.getLogger("lightning").setLevel(logging.ERROR)
     torch.set_num_threads(1)
     return L.Trainer(

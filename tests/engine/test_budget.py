@@ -8,8 +8,8 @@ from support import builtin
 
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.processor import Processor
-from lit_vlm.engine.budget import Budget, halve_budget
-from lit_vlm.files import draft_of, write_atomically
+from lit_vlm.engine.budget import MicroBatchBudget, halve_budget
+from lit_vlm.files import get_temporary_path, write_text_atomically
 from lit_vlm.types import UserError
 
 
@@ -27,14 +27,14 @@ def test_half_the_budget_is_dealt_at_the_next_start_with_the_same_samples_in_eac
     before = module.make_plan()
     halve_budget(tmp_path, module, 3)
     again = module_of(processor)
-    Budget.read(tmp_path, again).apply(again)
+    MicroBatchBudget.read(tmp_path, again).apply(again)
     after = again.make_plan()
-    assert (after.most_tokens, after.most_tiles) == (200, 4)
-    assert after.k > before.k
+    assert (after.max_tokens, after.max_tiles) == (200, 4)
+    assert after.accumulate_grad_batches > before.k
     for step in range(before.num_steps):
-        assert sorted(before.samples(step)) == sorted(after.samples(step))
-        assert before.step(step).num_supervised == after.step(step).num_supervised
-        packs = after.step(step).packs
+        assert sorted(before.samples(step)) == sorted(after.get_samples(step))
+        assert before.step(step).num_supervised == after.get_step(step).num_supervised
+        packs = after.get_step(step).packs
         assert all(after.index.tokens[list(pack)].sum() <= 200 for pack in packs)
 
 
@@ -65,19 +65,19 @@ def test_it_is_halved_as_often_as_is_allowed(module, tmp_path):
 def test_settings_that_were_changed_count_and_a_file_that_is_none_does_not(module, tmp_path, found):
     if found is not None:
         (tmp_path / "budget.json").write_text(found)
-    assert Budget.read(tmp_path, module) == Budget(400, 8, 400, 8, 0)
+    assert MicroBatchBudget.read(tmp_path, module) == MicroBatchBudget(400, 8, 400, 8, 0)
 
 
 def test_ranks_that_run_out_together_halve_it_once(processor, tmp_path):
     written = {halve_budget(tmp_path, module_of(processor), 1) for _ in range(5)}
-    assert written == {Budget(200, 4, 400, 8, 1)}
+    assert written == {MicroBatchBudget(200, 4, 400, 8, 1)}
 
 
 def test_a_start_that_read_the_half_halves_it_again_though_its_largest_sample_is_larger(module, tmp_path):
     """What is entered in the file may be below a sample that has come back; the end of halving comes all the same."""
     lowest = module.smallest_budget()
-    Budget(1, 1, 400, 8, 1).write(tmp_path)
-    Budget.read(tmp_path, module).apply(module)
+    MicroBatchBudget(1, 1, 400, 8, 1).write(tmp_path)
+    MicroBatchBudget.read(tmp_path, module).apply(module)
     assert module.budget == lowest
     with pytest.raises(UserError, match="the largest sample alone"):
         halve_budget(tmp_path, module, 9)
@@ -86,13 +86,13 @@ def test_a_start_that_read_the_half_halves_it_again_though_its_largest_sample_is
 def test_a_draft_is_removed_only_where_its_process_is_gone(tmp_path):
     path = tmp_path / "budget.json"
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
-    own = draft_of(path).name
+    own = get_temporary_path(path).name
     host = own.rpartition(".")[0]
     theirs, elsewhere = tmp_path / f"{host}.{process.pid}-1", tmp_path / f"{host}.domain.{2**22 + 1}-1"
     for draft in (theirs, elsewhere):
         draft.write_text("{}")
-    write_atomically(path, "1")
+    write_text_atomically(path, "1")
     assert theirs.exists() and elsewhere.exists() and path.read_text() == "1"
     process.communicate(b"\n")
-    write_atomically(path, "2")
+    write_text_atomically(path, "2")
     assert sorted(tmp_path.iterdir()) == sorted([elsewhere, path])

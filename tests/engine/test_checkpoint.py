@@ -16,11 +16,19 @@ from safetensors.torch import load_file
 from torch import nn
 from waiting import PATIENCE
 
-from lit_vlm.engine.checkpoint import Belongs, Damaged, Folder, Index, Writer, load, read_index
+from lit_vlm.engine.checkpoint import (
+    CheckpointFolder,
+    CheckpointIndex,
+    CheckpointWriter,
+    CorruptCheckpointError,
+    RunFingerprint,
+    load_tensors,
+    read_index,
+)
 from lit_vlm.engine.checkpoint import write as writing
-from lit_vlm.engine.checkpoint.read import check_files, misfits
-from lit_vlm.engine.checkpoint.resume import find
-from lit_vlm.engine.shards import Kind, Whole
+from lit_vlm.engine.checkpoint.read import check_files, find_state_mismatches
+from lit_vlm.engine.checkpoint.resume import find_resume_checkpoint
+from lit_vlm.engine.shards import ReplicatedState, StateKind
 from lit_vlm.types import UserError
 
 
@@ -48,7 +56,9 @@ def trainer_of() -> SimpleNamespace:
 
 def found_in(path: Path, resume_from: str = "auto", shards=None, belongs=None, said=None):
     say = (said if said is not None else []).append
-    return find(trainer_of(), shards or Sliced(), Folder(path), resume_from, belongs or Belongs(), say)
+    return find_resume_checkpoint(
+        trainer_of(), shards or Sliced(), CheckpointFolder(path), resume_from, belongs or RunFingerprint(), say
+    )
 
 
 # One layout
@@ -64,7 +74,7 @@ def test_what_any_ranks_wrote_any_other_ranks_read(tmp_path, writers, rows):
         for other_rows in (False, True):
             for rank in range(readers):
                 got = Sliced(rank, readers, seed=99, rows=other_rows)
-                load(folder, index, got.pieces())
+                load_tensors(folder, index, got.iter_shards())
                 assert got.same_as(Sliced(rank, readers, rows=other_rows))
 
 
@@ -72,7 +82,7 @@ def test_the_files_are_safetensors_that_anybody_can_read(tmp_path):
     folder = save(tmp_path, 7, [Sliced()])
     (file,) = tensors_in(folder)
     tensors = load_file(file)
-    for piece in Sliced().pieces():
+    for piece in Sliced().iter_shards():
         assert torch.equal(tensors[f"{piece.kind}:{piece.name}:0"], piece.values)
     assert json.loads((folder / "index.json").read_text())["files"][0]["size"] == file.stat().st_size
 
@@ -81,19 +91,19 @@ def test_the_files_are_safetensors_that_anybody_can_read(tmp_path):
 def test_other_precisions_are_kept_bit_for_bit(tmp_path, dtype):
     shards = Sliced()
     values = torch.randn(50).to(dtype)
-    shards.held = [SimpleNamespace(name="w", kind=Kind.weight, shape=(50,), start=0, values=values)]
+    shards.held = [SimpleNamespace(name="w", kind=StateKind.weight, shape=(50,), start=0, values=values)]
     folder = save(tmp_path, 1, [shards])
-    got = SimpleNamespace(name="w", kind=Kind.weight, shape=(50,), start=0, values=torch.zeros(50, dtype=dtype))
-    load(folder, read_index(folder), [got])
+    got = SimpleNamespace(name="w", kind=StateKind.weight, shape=(50,), start=0, values=torch.zeros(50, dtype=dtype))
+    load_tensors(folder, read_index(folder), [got])
     assert torch.equal(got.values, values)
 
 
 def test_a_large_state_is_cut_into_several_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "FILE_BYTES", 20_000)
+    monkeypatch.setattr(writing, "MAX_FILE_BYTES", 20_000)
     folder = save(tmp_path, 3, all_slices(2))
     assert len(tensors_in(folder)) > 4
     got = Sliced(seed=99)
-    load(folder, read_index(folder), got.pieces())
+    load_tensors(folder, read_index(folder), got.iter_shards())
     assert got.same_as(Sliced())
 
 
@@ -119,18 +129,18 @@ def test_adamw_goes_on_bit_for_bit(tmp_path, fused):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 2))
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1, fused=fused)
-        return model, optimizer, Whole(model, optimizer)
+        return model, optimizer, ReplicatedState(model, optimizer)
 
     model, optimizer, shards = made()
     steps_of(model, optimizer, 3, seed=5)
-    writer = Writer(Folder(tmp_path))
-    writer.start(index_of(3), list(shards.pieces()), asynchronous=True)
+    writer = CheckpointWriter(CheckpointFolder(tmp_path))
+    writer.start(index_of(3), list(shards.iter_shards()), asynchronous=True)
     steps_of(model, optimizer, 2, seed=8)  # meanwhile
-    assert writer.finish() is None
+    assert writer.wait() is None
     again, its_optimizer, its_shards = made()
-    folder = Folder(tmp_path).of(3)
-    load(folder, read_index(folder), its_shards.pieces())
-    its_shards.loaded(3)
+    folder = CheckpointFolder(tmp_path).get_step_path(3)
+    load_tensors(folder, read_index(folder), its_shards.iter_shards())
+    its_shards.sync_after_load(3)
     steps_of(again, its_optimizer, 2, seed=8)
     for mine, theirs in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(mine, theirs)
@@ -144,7 +154,7 @@ def test_moments_are_there_before_the_first_step_and_change_nothing():
         model = nn.Linear(5, 4)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
         if prepared:
-            assert {piece.kind for piece in Whole(model, optimizer).pieces()} == set(Kind)
+            assert {piece.kind for piece in ReplicatedState(model, optimizer).iter_shards()} == set(StateKind)
         steps_of(model, optimizer, 3, seed=1)
         return model.weight
 
@@ -153,21 +163,23 @@ def test_moments_are_there_before_the_first_step_and_change_nothing():
 
 def test_another_optimizers_state_is_refused_and_plain_sgd_has_none():
     model = nn.Linear(2, 2)
-    assert {p.kind for p in Whole(model, torch.optim.SGD(model.parameters(), lr=0.1)).pieces()} == {Kind.weight}
+    assert {p.kind for p in ReplicatedState(model, torch.optim.SGD(model.parameters(), lr=0.1)).iter_shards()} == {
+        StateKind.weight
+    }
     with pytest.raises(UserError, match="Checkpoints hold AdamW's state, and the optimizer is SGD"):
-        Whole(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+        ReplicatedState(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
 
 
 # Whole or not there
 
 
 def test_the_last_ones_and_the_best_stay_and_the_pointer_names_the_newest(tmp_path):
-    folder = Folder(tmp_path)
+    folder = CheckpointFolder(tmp_path)
     for step in (1, 2, 3, 4, 5):
         save(tmp_path, step, [Sliced()], keep_last=2)
         if step == 2:
-            folder.point_to_best(2, 0.5)
-    assert folder.steps() == [5, 4, 2] and folder.latest() == 5 and folder.best() == (2, 0.5)
+            folder.mark_best(2, 0.5)
+    assert folder.list_steps() == [5, 4, 2] and folder.read_latest_step() == 5 and folder.read_best() == (2, 0.5)
     assert (tmp_path / "latest").read_text() == "step-00000005\n"
     assert not [path for path in tmp_path.rglob(".*")]
 
@@ -180,29 +192,29 @@ def test_what_killed_writers_left_is_swept_and_nothing_else(tmp_path):
     (tmp_path / ".latest").write_text("step-")
     (tmp_path / ".gone-step-00000001").mkdir()
     (tmp_path / "notes.txt").write_text("mine")
-    Folder(tmp_path).sweep(2)
+    CheckpointFolder(tmp_path).clean_before_run(2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "notes.txt", kept.name]
-    assert Folder(tmp_path).latest() == 2
+    assert CheckpointFolder(tmp_path).read_latest_step() == 2
 
 
 def test_a_rank_that_cannot_write_ends_the_wait_of_the_first(tmp_path, monkeypatch):
     save(tmp_path, 1, all_slices(2))
-    real = writing.write_pieces
+    real = writing.write_shards
 
     def full(draft, rank, pieces):
         if rank == 1:
             raise OSError(28, "No space left on device")
         return real(draft, rank, pieces)
 
-    monkeypatch.setattr(writing, "write_pieces", full)
-    folder, shards = Folder(tmp_path), all_slices(2)
-    writers = [Writer(folder, rank=rank, ranks=(0, 1), timeout_seconds=PATIENCE) for rank in (0, 1)]
+    monkeypatch.setattr(writing, "write_shards", full)
+    folder, shards = CheckpointFolder(tmp_path), all_slices(2)
+    writers = [CheckpointWriter(folder, rank=rank, writer_ranks=(0, 1), timeout_seconds=PATIENCE) for rank in (0, 1)]
     for writer, held in zip(writers, shards, strict=True):
-        writer.start(index_of(2), list(held.pieces()), asynchronous=True)
-    errors = [writer.finish() for writer in writers]
+        writer.start(index_of(2), list(held.iter_shards()), asynchronous=True)
+    errors = [writer.wait() for writer in writers]
     assert str(errors[0]) == "rank 1 could not write its part" and errors[1].strerror == "No space left on device"
-    writers[0].give_up()
-    assert folder.steps() == [1] and not [path for path in tmp_path.rglob(".*")]
+    writers[0].remove_unfinished()
+    assert folder.list_steps() == [1] and not [path for path in tmp_path.rglob(".*")]
 
 
 def test_an_old_one_that_cannot_be_removed_costs_nothing_but_its_room(tmp_path, monkeypatch):
@@ -210,7 +222,7 @@ def test_an_old_one_that_cannot_be_removed_costs_nothing_but_its_room(tmp_path, 
     monkeypatch.setattr("lit_vlm.engine.checkpoint.folder.remove_folder", _busy)
     for step in (1, 2, 3):
         save(tmp_path, step, all_slices(1), keep_last=1)
-    assert Folder(tmp_path).steps() == [3, 2, 1] and Folder(tmp_path).latest() == 3
+    assert CheckpointFolder(tmp_path).list_steps() == [3, 2, 1] and CheckpointFolder(tmp_path).read_latest_step() == 3
 
 
 def _busy(path):
@@ -218,26 +230,30 @@ def _busy(path):
 
 
 def test_the_first_rank_waits_no_longer_than_it_is_told(tmp_path):
-    writer = Writer(Folder(tmp_path), rank=0, ranks=(0, 1), timeout_seconds=0.2)
-    writer.start(index_of(2), list(Sliced(0, 2).pieces()), asynchronous=True)
-    assert "do all machines share the folder?" in str(writer.finish())
+    writer = CheckpointWriter(CheckpointFolder(tmp_path), rank=0, writer_ranks=(0, 1), timeout_seconds=0.2)
+    writer.start(index_of(2), list(Sliced(0, 2).iter_shards()), asynchronous=True)
+    assert "do all machines share the folder?" in str(writer.wait())
 
 
 def test_values_that_change_while_they_are_written_are_those_of_the_save(tmp_path, monkeypatch):
-    held, real, copied = Sliced(), writing.write_pieces, threading.Event()
+    held, real, copied = Sliced(), writing.write_shards, threading.Event()
 
     def slow(*arguments):
         copied.wait(PATIENCE)
         return real(*arguments)
 
-    monkeypatch.setattr(writing, "write_pieces", slow)
-    writer = Writer(Folder(tmp_path))
-    writer.start(index_of(1), list(held.pieces()), asynchronous=True)
-    for piece in held.pieces():
+    monkeypatch.setattr(writing, "write_shards", slow)
+    writer = CheckpointWriter(CheckpointFolder(tmp_path))
+    writer.start(index_of(1), list(held.iter_shards()), asynchronous=True)
+    for piece in held.iter_shards():
         piece.values.zero_()
     copied.set()
-    assert writer.finish() is None
-    load(Folder(tmp_path).of(1), read_index(Folder(tmp_path).of(1)), held.pieces())
+    assert writer.wait() is None
+    load_tensors(
+        CheckpointFolder(tmp_path).get_step_path(1),
+        read_index(CheckpointFolder(tmp_path).get_step_path(1)),
+        held.iter_shards(),
+    )
     assert held.same_as(Sliced())
 
 
@@ -249,10 +265,10 @@ def test_at_twenty_levels_of_a_full_disk_the_checkpoint_before_stays_whole(tmp_p
     pid = os.fork()
     if pid == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size * level // 20, size * level // 20))
-        writer = Writer(Folder(tmp_path))
-        writer.start(index_of(2), list(Sliced(seed=1).pieces()), asynchronous=level % 2 == 0)
-        error = writer.finish()
-        writer.give_up()
+        writer = CheckpointWriter(CheckpointFolder(tmp_path))
+        writer.start(index_of(2), list(Sliced(seed=1).iter_shards()), asynchronous=level % 2 == 0)
+        error = writer.wait()
+        writer.remove_unfinished()
         os._exit(0 if isinstance(error, OSError) and error.strerror == "File too large" else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", before.name]
@@ -327,12 +343,12 @@ def test_a_folder_that_is_no_checkpoint_is_refused_with_those_inside(tmp_path):
 @pytest.mark.parametrize(
     ("mine", "said"),
     [
-        (Belongs(stage="sft"), "another stage"),
-        (Belongs(data="d2"), "another data"),
-        (Belongs(parent="p2"), "another model to start from"),
-        (Belongs(plan="q2"), "another samples in its steps"),
+        (RunFingerprint(stage="sft"), "another stage"),
+        (RunFingerprint(data="d2"), "another data"),
+        (RunFingerprint(parent="p2"), "another model to start from"),
+        (RunFingerprint(plan="q2"), "another samples in its steps"),
         (
-            Belongs(settings={"stage": {"learning_rate": 2.0}}),
+            RunFingerprint(settings={"stage": {"learning_rate": 2.0}}),
             r"another stage\.learning_rate \(it has 1\.0, this run 2\.0\)",
         ),
     ],
@@ -352,36 +368,36 @@ def test_another_runs_checkpoint_is_refused_with_what_differs(tmp_path, mine, sa
 
 def test_another_models_checkpoint_is_refused_with_the_tensors(tmp_path):
     index = read_index(save(tmp_path, 1, [Sliced()]))
-    assert misfits(index, SHAPES, Sliced().pieces()) == []
+    assert find_state_mismatches(index, SHAPES, Sliced().iter_shards()) == []
     other = {**SHAPES, "lm_head.weight": (91, 50), "new": (3,)}
     del other["scale"]
-    assert misfits(index, other) == [
+    assert find_state_mismatches(index, other) == [
         "it has scale, which does not train",
         "it lacks new",
         "lm_head.weight is [90, 50] in it and [91, 50] here",
     ]
-    for interval in [one for one in index.intervals if one.kind == Kind.exp_avg]:
+    for interval in [one for one in index.intervals if one.kind == StateKind.exp_avg]:
         index.intervals.remove(interval)
-    assert misfits(index, SHAPES, Sliced().pieces()) == ["it lacks the optimizer's exp_avg"]
+    assert find_state_mismatches(index, SHAPES, Sliced().iter_shards()) == ["it lacks the optimizer's exp_avg"]
 
 
 def test_an_index_that_leaves_out_or_repeats_elements_is_damaged_even_if_it_says_so_itself(tmp_path):
     folder = save(tmp_path, 1, all_slices(2))
     whole = read_index(folder)
     for change in (lambda all: all[1:], lambda all: [*all, all[0]]):
-        index = Index(**{name: getattr(whole, name) for name in Index.__dataclass_fields__})
+        index = CheckpointIndex(**{name: getattr(whole, name) for name in CheckpointIndex.__dataclass_fields__})
         index.intervals = change(whole.intervals)
         (folder / "index.json").write_text(index.to_text())
-        with pytest.raises(Damaged, match="is not there exactly once"):
+        with pytest.raises(CorruptCheckpointError, match="is not there exactly once"):
             read_index(folder)
 
 
 @pytest.mark.parametrize("but_best", [False, True])
 def test_the_next_start_removes_what_a_removal_that_was_killed_left(tmp_path, but_best):
-    checkpoints = Folder(tmp_path / "checkpoints")
+    checkpoints = CheckpointFolder(tmp_path / "checkpoints")
     for left in (tmp_path / ".gone-checkpoints-1/step-00000002", checkpoints.path / ".gone-step-00000001-2"):
         left.mkdir(parents=True)
         (left / "index.json").write_text("{}")
     (tmp_path / "hf").mkdir()
-    checkpoints.remove(but_best=but_best)
+    checkpoints.remove_all(keep_best=but_best)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]

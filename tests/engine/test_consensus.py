@@ -9,9 +9,9 @@ import torch
 import torch.multiprocessing as mp
 from waiting import PATIENCE
 
-from lit_vlm.config.schema import RunConfig, Strategy
-from lit_vlm.engine.agreement import require_same, settings_of
-from lit_vlm.engine.consensus import Consensus, Word, consensus_of
+from lit_vlm.config.schema import RunConfig, StrategyName
+from lit_vlm.engine.agreement import collect_rank_settings, require_equal_facts
+from lit_vlm.engine.consensus import SharedFlags, StepFlag, get_shared_flags
 from lit_vlm.engine.strategy import make_strategy
 from lit_vlm.types import UserError
 
@@ -57,48 +57,54 @@ def _rank(work, rank, port, folder, *arguments):
 
 
 def test_what_is_told_is_heard_until_the_next_exchange():
-    consensus = Consensus()
-    consensus.tell(Word.save)
-    consensus.tell(Word.save)
-    consensus.tell(Word.gradient, 2.5)
-    assert consensus.heard(Word.save) == 0
-    consensus.exchange(Alone())
-    assert (consensus.heard(Word.save), consensus.heard(Word.gradient), consensus.heard(Word.leave)) == (2, 2.5, 0)
-    consensus.exchange(Alone())
-    assert consensus.heard(Word.save) == 0
+    consensus = SharedFlags()
+    consensus.add(StepFlag.save)
+    consensus.add(StepFlag.save)
+    consensus.add(StepFlag.grad_square_sum, 2.5)
+    assert consensus.get(StepFlag.save) == 0
+    consensus.sync(Alone())
+    assert (
+        consensus.get(StepFlag.save),
+        consensus.get(StepFlag.grad_square_sum),
+        consensus.get(StepFlag.save_and_stop),
+    ) == (2, 2.5, 0)
+    consensus.sync(Alone())
+    assert consensus.get(StepFlag.save) == 0
 
 
 def test_what_a_signal_handler_tells_during_an_exchange_is_heard_in_the_next():
-    consensus = Consensus()
+    consensus = SharedFlags()
 
     class Interrupting(list):
         def __getitem__(self, key):
             found = super().__getitem__(key)
-            self.append((Word.leave, 1.0))  # the signal comes right after the list was read
+            self.append((StepFlag.save_and_stop, 1.0))  # the signal comes right after the list was read
             return found
 
-    consensus._told = Interrupting([(Word.save, 1.0)])
-    consensus.exchange(Alone())
-    assert (consensus.heard(Word.save), consensus.heard(Word.leave)) == (1, 0)
-    consensus._told = list(consensus._told)
-    consensus.exchange(Alone())
-    assert (consensus.heard(Word.save), consensus.heard(Word.leave)) == (0, 1)
+    consensus._pending = Interrupting([(StepFlag.save, 1.0)])
+    consensus.sync(Alone())
+    assert (consensus.get(StepFlag.save), consensus.get(StepFlag.save_and_stop)) == (1, 0)
+    consensus._pending = list(consensus._pending)
+    consensus.sync(Alone())
+    assert (consensus.get(StepFlag.save), consensus.get(StepFlag.save_and_stop)) == (0, 1)
 
 
 def test_each_trainer_has_its_own():
     one, other = Alone(), Alone()
-    assert consensus_of(one) is consensus_of(one) is not consensus_of(other)
+    assert get_shared_flags(one) is get_shared_flags(one) is not get_shared_flags(other)
 
 
 def _tell(rank):
-    consensus, found = Consensus(), []
-    consensus.tell(Word.bad_loss, rank)
-    consensus.tell(Word.gradient, float("nan") if rank else 1.0)
+    consensus, found = SharedFlags(), []
+    consensus.add(StepFlag.nonfinite_losses, rank)
+    consensus.add(StepFlag.grad_square_sum, float("nan") if rank else 1.0)
     for _ in range(2):
-        consensus.exchange(Two())
-        found.append([consensus.heard(word) for word in (Word.bad_loss, Word.gradient, Word.save)])
+        consensus.sync(Two())
+        found.append(
+            [consensus.get(word) for word in (StepFlag.nonfinite_losses, StepFlag.grad_square_sum, StepFlag.save)]
+        )
         if not rank:
-            consensus.tell(Word.save)
+            consensus.add(StepFlag.save)
     return found
 
 
@@ -111,7 +117,7 @@ def _agree(rank, differs):
     same = {"settings": {"seed": 0, "stage.learning_rate": 1e-3}, "code": "a", "data": "b", "plan": [1, 2]}
     facts = same | ({key: value for key, value in differs.items()} if rank else {})
     try:
-        require_same(facts, torch.device("cpu"))
+        require_equal_facts(facts, torch.device("cpu"))
     except UserError as error:
         return str(error)
     return None
@@ -144,9 +150,9 @@ def _choose(rank):
     """Unequal devices: the ranks come to different strategies."""
     config = RunConfig()
     config.trainer.devices = 2
-    strategy = make_strategy(config.trainer, Strategy.fsdp2 if rank else Strategy.ddp)
+    strategy = make_strategy(config.trainer, StrategyName.fsdp2 if rank else StrategyName.ddp)
     try:
-        require_same({"settings": settings_of(config, strategy)}, torch.device("cpu"))
+        require_equal_facts({"settings": collect_rank_settings(config, strategy)}, torch.device("cpu"))
     except UserError as error:
         return str(error)
     return None

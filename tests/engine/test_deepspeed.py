@@ -11,7 +11,7 @@ from rank_cases import STAGE_CASES, Answers, Case, Keep, assembled, fit, validat
 from rank_runs import require_equal, run_ranks
 from waiting import PATIENCE
 
-from lit_vlm.config.schema import Strategy, TrainerConfig
+from lit_vlm.config.schema import StrategyName, TrainerConfig
 from lit_vlm.engine.strategy import make_strategy
 
 pytestmark = pytest.mark.xdist_group("zero")  # one start of the ranks serves the whole file
@@ -139,11 +139,16 @@ def test_deepspeed_is_silent_on_the_terminal(found, out):
 
 def test_strategies_come_with_the_time_limit_and_one_device_needs_none():
     assert make_strategy(TrainerConfig()) == "auto"
-    assert make_strategy(TrainerConfig(strategy=Strategy.single)) == "auto"
-    for name in (Strategy.ddp, Strategy.deepspeed_zero2, Strategy.deepspeed_zero3, Strategy.deepspeed_zero3_offload):
+    assert make_strategy(TrainerConfig(strategy=StrategyName.single)) == "auto"
+    for name in (
+        StrategyName.ddp,
+        StrategyName.deepspeed_zero2,
+        StrategyName.deepspeed_zero3,
+        StrategyName.deepspeed_zero3_offload,
+    ):
         strategy = make_strategy(TrainerConfig(strategy=name, devices=2, timeout_minutes=3))
         assert timedelta(minutes=3) <= strategy._timeout < timedelta(minutes=5)
-        if name is not Strategy.ddp:
+        if name is not StrategyName.ddp:
             zero = strategy.config["zero_optimization"]
             assert (zero["stage"], "offload_param" in zero) == (
                 2 if name.value.endswith("2") else 3,

@@ -16,7 +16,7 @@ from transformers import AutoModelForImageTextToText
 from waiting import PATIENCE
 
 from callbacks.export import Export
-from lit_vlm.config.schema import Strategy, TrainerConfig
+from lit_vlm.config.schema import StrategyName, TrainerConfig
 from lit_vlm.engine.fsdp import FSDP2Strategy
 from lit_vlm.engine.strategy import make_strategy
 from lit_vlm.types import UserError
@@ -178,11 +178,11 @@ def test_fsdp2_is_silent_on_the_terminal(found, out):
 
 
 def test_fsdp2_and_hsdp_come_with_the_time_limit_and_the_size_of_a_group():
-    for name, size in ((Strategy.fsdp2, None), (Strategy.hsdp, 4)):
+    for name, size in ((StrategyName.fsdp2, None), (StrategyName.hsdp, 4)):
         config = TrainerConfig(strategy=name, devices=8, timeout_minutes=3, shard_size=size)
         strategy = make_strategy(config)
         assert isinstance(strategy, FSDP2Strategy)
-        assert (strategy.hybrid, strategy.shard_size) == (name is Strategy.hsdp, size)
+        assert (strategy.hybrid, strategy.shard_size) == (name is StrategyName.hsdp, size)
         assert strategy._timeout >= timedelta(minutes=3)
 
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from lit_vlm.engine.hold import HOLDER, LOCK, Hold
+from lit_vlm.engine.hold import HOLDER_FILE, LOCK_FILE, RunLock
 from lit_vlm.types import UserError
 
 
@@ -28,8 +28,8 @@ def in_child(work) -> int:
 
 
 def take(folder):
-    with Hold(folder) as hold:
-        hold.take()
+    with RunLock(folder) as hold:
+        hold.acquire()
 
 
 def test_the_second_process_is_told_who_holds_the_folder_where_and_since_when(tmp_path):
@@ -42,8 +42,8 @@ def test_the_second_process_is_told_who_holds_the_folder_where_and_since_when(tm
             os.write(writing, str(error).encode())
             raise
 
-    with Hold(tmp_path) as hold:
-        assert hold.take() and not hold.take()
+    with RunLock(tmp_path) as hold:
+        assert hold.acquire() and not hold.acquire()
         assert in_child(tell) == 1
         said = os.read(reading, 4096).decode()
     assert f"process {os.getpid()} on {socket.gethostname()}, since 20" in said
@@ -53,15 +53,15 @@ def test_the_second_process_is_told_who_holds_the_folder_where_and_since_when(tm
 
 def test_a_lock_left_by_a_killed_process_holds_nobody_up_nor_do_its_orphans(tmp_path):
     def killed():
-        Hold(tmp_path).take()
+        RunLock(tmp_path).acquire()
         if os.fork() == 0:  # a loader process
             time.sleep(2)
             os._exit(0)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    assert in_child(killed) == -signal.SIGKILL and (tmp_path / HOLDER).is_file()
+    assert in_child(killed) == -signal.SIGKILL and (tmp_path / HOLDER_FILE).is_file()
     take(tmp_path)
-    assert not (tmp_path / HOLDER).exists()
+    assert not (tmp_path / HOLDER_FILE).exists()
 
 
 @pytest.mark.parametrize(
@@ -69,17 +69,17 @@ def test_a_lock_left_by_a_killed_process_holds_nobody_up_nor_do_its_orphans(tmp_
     ["[1]", "5", "null", "{}", '{"config": {}}', json.dumps({"host": socket.gethostname()}), '{"process": 1}', "\0"],
 )
 def test_a_damaged_note_of_the_holder_names_nobody_and_hides_no_lock(content, tmp_path, monkeypatch):
-    monkeypatch.setattr("lit_vlm.engine.hold.ORPHANS_SECONDS", 0.0)
-    with Hold(tmp_path) as hold:
-        hold.take()
-        (tmp_path / HOLDER).write_text(content)
+    monkeypatch.setattr("lit_vlm.engine.hold.ORPHAN_WAIT_SECONDS", 0.0)
+    with RunLock(tmp_path) as hold:
+        hold.acquire()
+        (tmp_path / HOLDER_FILE).write_text(content)
         with pytest.raises(UserError, match="under way already, in another process"):
             take(tmp_path)
-    (tmp_path / HOLDER).write_text(content)
+    (tmp_path / HOLDER_FILE).write_text(content)
     take(tmp_path)
 
 
-@pytest.mark.parametrize("name", [HOLDER, LOCK])
+@pytest.mark.parametrize("name", [HOLDER_FILE, LOCK_FILE])
 def test_a_folder_in_the_place_of_a_file_of_the_lock_is_told(name, tmp_path):
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=f"{name} cannot be used: .*Remove it"):
@@ -89,20 +89,20 @@ def test_a_folder_in_the_place_of_a_file_of_the_lock_is_told(name, tmp_path):
 
 
 def test_a_holder_that_turns_into_a_folder_does_not_keep_the_lock(tmp_path):
-    with Hold(tmp_path) as hold:
-        hold.take()
-        (tmp_path / HOLDER).unlink()
-        (tmp_path / HOLDER).mkdir()
-    (tmp_path / HOLDER).rmdir()
+    with RunLock(tmp_path) as hold:
+        hold.acquire()
+        (tmp_path / HOLDER_FILE).unlink()
+        (tmp_path / HOLDER_FILE).mkdir()
+    (tmp_path / HOLDER_FILE).rmdir()
     take(tmp_path)
 
 
 def test_only_the_first_rank_takes_it_and_no_folder_is_made_before(tmp_path, monkeypatch):
-    with Hold(tmp_path / "run") as hold:
+    with RunLock(tmp_path / "run") as hold:
         assert not (tmp_path / "run").exists()
         monkeypatch.setenv("RANK", "1")
-        assert not hold.take() and not (tmp_path / "run").exists()
+        assert not hold.acquire() and not (tmp_path / "run").exists()
         monkeypatch.setenv("RANK", "0")
-        assert hold.take()
+        assert hold.acquire()
         monkeypatch.setenv("RANK", "1")
         assert in_child(lambda: take(tmp_path / "run")) == 0

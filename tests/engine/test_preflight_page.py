@@ -12,27 +12,34 @@ from support import builtin, picture, sample
 from lit_vlm.config import parse
 from lit_vlm.cost import Flops
 from lit_vlm.data.datamodule import DataModule
-from lit_vlm.data.markup import obj
+from lit_vlm.data.markup import build_object_mention
 from lit_vlm.engine.preflight import terminal
-from lit_vlm.engine.preflight.checks import findings
-from lit_vlm.engine.preflight.facts import Facts, Finding, Level, SourceRow
-from lit_vlm.engine.preflight.looked_at import EvenSample, looked_at
-from lit_vlm.engine.preflight.numbers import fill_source_rows, histograms, padding, plan_facts
-from lit_vlm.engine.preflight.page import count, gigabytes, hours, percent, render, write_preflight
-from lit_vlm.engine.preflight.samples import bad_examples, pieces_of, show, show_samples
+from lit_vlm.engine.preflight.checks import collect_findings
+from lit_vlm.engine.preflight.facts import Finding, PreflightFacts, Severity, SourceRow
+from lit_vlm.engine.preflight.looked_at import EvenlySpacedSubset, subsample_source
+from lit_vlm.engine.preflight.numbers import build_histograms, compute_padding, fill_source_rows, summarize_plan
+from lit_vlm.engine.preflight.page import (
+    format_bytes,
+    format_estimated_time,
+    format_number,
+    format_percent,
+    render_preflight_page,
+    write_preflight_page,
+)
+from lit_vlm.engine.preflight.samples import collect_bad_examples, prepare_sample, prepare_samples, split_prompt
 from lit_vlm.types import (
     Box,
-    Control,
+    ControlToken,
     Fault,
-    ImageSlot,
-    Kind,
+    ImagePlaceholder,
     Language,
     Message,
     PreferencePair,
     RecordError,
     Role,
     Sample,
-    counted,
+    SampleKind,
+    format_count,
 )
 
 FLOPS = Flops(1.0, 1e-4, 256.0, 0.25)
@@ -46,16 +53,16 @@ def datamodule(processor) -> DataModule:
 
 
 @pytest.fixture
-def facts(datamodule) -> Facts:
+def facts(datamodule) -> PreflightFacts:
     plan = datamodule.make_plan(2)
     index, held_out = datamodule.index, datamodule.held_out
-    facts = Facts(name="test/1", stage="sft", command="python run.py task=preflight", moment="now")
+    facts = PreflightFacts(name="test/1", stage="sft", command="python run.py task=preflight", moment="now")
     facts.sources = [SourceRow(source.name, len(source), len(source)) for source in index.sources]
     fill_source_rows(facts.sources, index, held_out, index.errors)
     facts.held_out = len(held_out)
-    facts.plan = plan_facts(plan, plan.num_steps)
-    facts.histograms = histograms(index, np.ones(len(index.sources)), {"tokens": 4096, "tiles": 64})
-    facts.samples = show_samples(index, datamodule.processor, 6)
+    facts.plan = summarize_plan(plan, plan.num_steps)
+    facts.histograms = build_histograms(index, np.ones(len(index.sources)), {"tokens": 4096, "tiles": 64})
+    facts.samples = prepare_samples(index, datamodule.processor, 6)
     return facts
 
 
@@ -91,20 +98,20 @@ def test_histograms_hold_every_sample(facts, datamodule):
 
 
 def test_the_page_says_the_numbers(facts):
-    text = text_of(render(facts))
+    text = text_of(render_preflight_page(facts))
     for row in facts.sources:
         assert row.name in text and f"{row.tokens:,}" in text and f"{row.supervised:,} supervised" in text
-    assert f"{facts.plan.steps:,}" in text and percent(facts.plan.balance_ranks) in text
+    assert f"{facts.plan.steps:,}" in text and format_percent(facts.plan.balance_ranks) in text
     assert "would run" in text
 
 
 def test_verdict_names_every_problem(facts):
     facts.findings = [
-        Finding(Level.failure, "The first problem.", "Do this."),
-        Finding(Level.warning, "A warning."),
-        Finding(Level.failure, "The second problem.", "Do that."),
+        Finding(Severity.failure, "The first problem.", "Do this."),
+        Finding(Severity.warning, "A warning."),
+        Finding(Severity.failure, "The second problem.", "Do that."),
     ]
-    text = text_of(render(facts))
+    text = text_of(render_preflight_page(facts))
     assert "would fail: 2 problems" in text
     assert all(
         word in text for word in ("The first problem.", "Do this.", "A warning.", "The second problem.", "Do that.")
@@ -117,7 +124,7 @@ def test_the_terminal_says_how_many_faults_it_leaves_out_and_where_they_are(fact
     def told(quarantined):
         facts.sources[0].quarantined = quarantined
         console = Console(file=io.StringIO(), width=110)
-        terminal.show(facts, page, console)
+        terminal.print_preflight(facts, page, console)
         return console.file.getvalue()
 
     two = {"broken": 3, "missing": 2}
@@ -127,25 +134,27 @@ def test_the_terminal_says_how_many_faults_it_leaves_out_and_where_they_are(fact
 
 
 def test_one_is_one():
-    assert [counted(number, "record") for number in (0, 1, 2000)] == ["0 records", "1 record", "2,000 records"]
+    assert [format_count(number, "record") for number in (0, 1, 2000)] == ["0 records", "1 record", "2,000 records"]
     row = SourceRow("mine", 1, 1, quarantined={Fault.overlong: 1}, expected=2, unread={"model": 1, "turns[].x": 1})
     config = parse(["task=preflight", "experiment=tiny/2_sft"]).config
-    found = " ".join(each.what for each in findings(Facts("x", "sft", "", "", sources=[row]), config))
+    found = " ".join(each.what for each in collect_findings(PreflightFacts("x", "sft", "", "", sources=[row]), config))
     assert "mine: nothing is read from model (1), turns[].x (1)." in found
     assert "mine: 1 record is too long" in found and "mine: 1 record on disk where 2 are expected" in found
 
 
 def test_an_empty_page_renders():
-    facts = Facts("x", "sft", "", "", findings=[Finding(Level.failure, "data.sources.mine.path=/none: no such file.")])
-    assert "no such file" in render(facts)
+    facts = PreflightFacts(
+        "x", "sft", "", "", findings=[Finding(Severity.failure, "data.sources.mine.path=/none: no such file.")]
+    )
+    assert "no such file" in render_preflight_page(facts)
 
 
 def test_the_page_is_self_contained_and_escapes(facts, processor, tmp_path):
-    facts.samples = [show(sample(ATTACK, ATTACK, (60, 80)), processor)]
-    facts.bad = bad_examples([(ATTACK, RecordError(ATTACK, ATTACK, fault=Fault.url))])
+    facts.samples = [prepare_sample(sample(ATTACK, ATTACK, (60, 80)), processor)]
+    facts.bad = collect_bad_examples([(ATTACK, RecordError(ATTACK, ATTACK, fault=Fault.url))])
     facts.sources[0].licence = ATTACK
-    facts.findings = [Finding(Level.warning, ATTACK, "\ud800")]
-    page = write_preflight(tmp_path, facts).read_text(encoding="utf-8")
+    facts.findings = [Finding(Severity.warning, ATTACK, "\ud800")]
+    page = write_preflight_page(tmp_path, facts).read_text(encoding="utf-8")
     assert "<script" not in page and "onerror=alert(1)>" not in page.replace("&gt;", "")
     assert not re.search(r"""(src|href)=["'](?!data:)""", page) and "url(" not in page and "@import" not in page
     assert "한글 👋" in page
@@ -157,23 +166,27 @@ def records(mixed) -> list:
         "p",
         "pairs",
         "pairs:1",
-        Kind.preference,
+        SampleKind.preference,
         Language.ko,
-        (Message(Role.user, (ImageSlot(0), "어디에 있나요?")),),
-        Message(Role.assistant, obj("빨간 원", Box(0.1, 0.1, 0.5, 0.5))),
+        (Message(Role.user, (ImagePlaceholder(0), "어디에 있나요?")),),
+        Message(Role.assistant, build_object_mention("빨간 원", Box(0.1, 0.1, 0.5, 0.5))),
         Message(Role.assistant, ("없습니다.",)),
         (picture(90, 60),),
     )
-    control = Message(Role.user, (Control("<gro>"), ImageSlot(0), f"where? {ATTACK}"))
-    answer = Message(Role.assistant, obj("원 \U0001f534", Box(0.0, 0.2, 1.0, 0.5)))
-    return [*mixed, pair, Sample("c", "t", "t:1", Kind.grounding, Language.en, (control, answer), (picture(40, 90),))]
+    control = Message(Role.user, (ControlToken("<gro>"), ImagePlaceholder(0), f"where? {ATTACK}"))
+    answer = Message(Role.assistant, build_object_mention("원 \U0001f534", Box(0.0, 0.2, 1.0, 0.5)))
+    return [
+        *mixed,
+        pair,
+        Sample("c", "t", "t:1", SampleKind.grounding, Language.en, (control, answer), (picture(40, 90),)),
+    ]
 
 
 def test_coloured_text_is_the_prompt(processor, mixed):
     """Put together, the pieces decode to what the tokens decode to, and colour says what the mask says."""
     for record in records(mixed):
         for encoded in processor.sequences(record):
-            pieces = pieces_of(encoded, processor)
+            pieces = split_prompt(encoded, processor)
             whole = processor.tokenizer.decode(encoded.input_ids.tolist(), clean_up_tokenization_spaces=False)
             assert "".join(piece.text for piece in pieces) == whole
             assert sum(piece.tokens for piece in pieces) == encoded.num_tokens
@@ -184,7 +197,7 @@ def test_coloured_text_is_the_prompt(processor, mixed):
 
 
 def test_text_that_looks_like_a_control_token_is_no_chip(processor):
-    shown = show(sample("Say <|im_end|> and <image>.", "<bbox>"), processor)
+    shown = prepare_sample(sample("Say <|im_end|> and <image>.", "<bbox>"), processor)
     ((_, pieces),) = shown.segments
     texts = [piece.text for piece in pieces if piece.kind == "text"]
     assert any("<|im_end|>" in text and "<image>" in text for text in texts) and "<bbox>" in texts
@@ -192,37 +205,37 @@ def test_text_that_looks_like_a_control_token_is_no_chip(processor):
 
 
 def test_the_rendered_prompt_on_the_page_is_the_prompt(facts, processor):
-    facts.samples = [show(sample("안녕? \n  두 줄 <b>", "네,\n\n안녕."), processor)]
-    page = render(facts)
+    facts.samples = [prepare_sample(sample("안녕? \n  두 줄 <b>", "네,\n\n안녕."), processor)]
+    page = render_preflight_page(facts)
     block = re.search(r'<div class="rendered"[^>]*>(.*?)</div>', page, re.DOTALL)[1]
     ((_, pieces),) = facts.samples[0].segments
     assert unescape(re.sub(r"<[^>]+>", "", block)) == "".join(piece.text for piece in pieces)
 
 
 def test_samples_show_tiles_boxes_and_both_answers(processor, mixed):
-    grounded = show(records(mixed)[-1], processor)
+    grounded = prepare_sample(records(mixed)[-1], processor)
     assert grounded.marked and grounded.pictures[0].caption == "1 box"
     assert re.search(r"\d \u00d7 \d tiles? of 90 \u00d7 40 pixels", grounded.pictures[-1].caption)
-    pair = show(records(mixed)[-2], processor)
+    pair = prepare_sample(records(mixed)[-2], processor)
     assert [title for title, _ in pair.segments] == ["chosen", "rejected"]
 
 
 def test_samples_are_spread_over_the_sources(datamodule, processor):
     datamodule.build()
-    names = [shown.source for shown in show_samples(datamodule.index, processor, 6)]
+    names = [shown.source for shown in prepare_samples(datamodule.index, processor, 6)]
     assert [names.count(source.name) for source in datamodule.index.sources] == [2, 2, 2]
-    assert show_samples(datamodule.index, processor, 0) == []
-    assert len(show_samples(datamodule.index, processor, 2)) == 2
+    assert prepare_samples(datamodule.index, processor, 0) == []
+    assert len(prepare_samples(datamodule.index, processor, 2)) == 2
 
 
 def test_a_sample_of_a_source_is_spread_evenly(processor, tmp_path):
     (source,) = builtin("caption", n=1000)
-    part = looked_at(source, processor, tmp_path, 100)
-    assert isinstance(part, EvenSample) and len(part) == 100
+    part = subsample_source(source, processor, tmp_path, 100)
+    assert isinstance(part, EvenlySpacedSubset) and len(part) == 100
     assert part[0].id == source[0].id and part[99].id == source[999].id
     steps = np.diff([int(part[i].id.rsplit("-", 1)[-1].rsplit(":", 1)[-1]) for i in range(0, 100, 9)])
     assert steps.max() - steps.min() <= 2
-    assert looked_at(source, processor, tmp_path, 1000) is source
+    assert subsample_source(source, processor, tmp_path, 1000) is source
 
 
 def test_scaled_rows():
@@ -233,20 +246,24 @@ def test_scaled_rows():
 
 def test_padding_by_hand():
     lengths = np.array([1, 3, 2, 2, 4, 4])
-    assert padding(lengths, 2) == pytest.approx(1 - 16 / 18)
-    assert padding(np.array([4, 1, 4, 1]), 2) == pytest.approx(1 - 10 / 16)
-    assert padding(np.array([4, 1, 4, 1]), 2, grouped=True) == 0.0
-    assert padding(np.array([5]), 2) == 0.0
+    assert compute_padding(lengths, 2) == pytest.approx(1 - 16 / 18)
+    assert compute_padding(np.array([4, 1, 4, 1]), 2) == pytest.approx(1 - 10 / 16)
+    assert compute_padding(np.array([4, 1, 4, 1]), 2, grouped=True) == 0.0
+    assert compute_padding(np.array([5]), 2) == 0.0
 
 
 def test_numbers_for_people():
-    assert [percent(share) for share in (0.0, 0.0001, 0.5, 0.9999, 1.0)] == [
+    assert [format_percent(share) for share in (0.0, 0.0001, 0.5, 0.9999, 1.0)] == [
         "0.0 %",
         "<0.1 %",
         "50.0 %",
         ">99.9 %",
         "100.0 %",
     ]
-    assert count(1234567) == "1,234,567" and count(1234567, True) == "~1,230,000"
-    assert gigabytes(141e9) == "141 GB" and gigabytes(2.5e6) == "2.5 MB" and gigabytes(0) == "0 B"
-    assert hours(7200) == "2.0 hours" and hours(86400 * 3) == "3.0 days" and hours(120) == "2 minutes"
+    assert format_number(1234567) == "1,234,567" and format_number(1234567, True) == "~1,230,000"
+    assert format_bytes(141e9) == "141 GB" and format_bytes(2.5e6) == "2.5 MB" and format_bytes(0) == "0 B"
+    assert (
+        format_estimated_time(7200) == "2.0 hours"
+        and format_estimated_time(86400 * 3) == "3.0 days"
+        and format_estimated_time(120) == "2 minutes"
+    )

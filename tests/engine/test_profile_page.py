@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from lit_vlm.engine.profile.facts import facts_of
-from lit_vlm.engine.profile.page import findings_of, render
+from lit_vlm.engine.profile.facts import summarize_trace
+from lit_vlm.engine.profile.page import collect_profile_findings, render_profile_page
 from lit_vlm.engine.profile.trace import read_trace
 
 ABOUT = {"name": "a <run>", "device": "a device", "precision": "bf16-mixed", "tokens": 10, "tiles": 2}
@@ -47,7 +47,7 @@ class Script:
         path = tmp_path / "trace.json.gz"
         with gzip.open(path, "wt") as stream:
             json.dump({"traceEvents": [{"ph": "M", "name": "process_name"}, *self.events]}, stream)
-        return facts_of(read_trace(path), steps, **(ABOUT | about))
+        return summarize_trace(read_trace(path), steps, **(ABOUT | about))
 
 
 def times(facts):
@@ -76,7 +76,7 @@ def test_on_a_cpu_idle_is_what_no_operation_covers(tmp_path):
         ("optimizer", ""): (5, 5),
     }
     assert (facts.milliseconds, facts.data, facts.idle) == (100, 10, 53)
-    assert [(one.written, one.calls, one.milliseconds) for one in facts.products] == [
+    assert [(one.shape_text, one.calls, one.milliseconds) for one in facts.products] == [
         ("4 × 8 × 2", 1, 10),
         ("8 × 4 × 2", 1, 8),
     ]
@@ -105,8 +105,8 @@ def test_on_a_gpu_time_is_the_devices_and_work_counts_for_whom_launched_it(tmp_p
         ("backward", "language model"): (25, 0),
         ("optimizer", ""): (5, 10),
     }
-    assert {one.written: one.milliseconds for one in facts.products} == {"4 × 8 × 2": 35, "8 × 4 × 2": 30}
-    assert any("The GPU does nothing 32.0 % of the time" in what for _, what, _ in findings_of(facts))
+    assert {one.shape_text: one.milliseconds for one in facts.products} == {"4 × 8 × 2": 35, "8 × 4 × 2": 30}
+    assert any("The GPU does nothing 32.0 % of the time" in what for _, what, _ in collect_profile_findings(facts))
 
 
 def test_float32_products_of_a_half_precision_run_are_told(tmp_path):
@@ -114,12 +114,16 @@ def test_float32_products_of_a_half_precision_run_are_told(tmp_path):
     script.step(0)
     script.mm(21, 22, [[8, 4], [4, 2]])
     script.mm(23, 33, [[9, 4, 1], [9, 1, 7]], FP32, "aten::bmm")  # an outer product, as of rotary angles
-    assert script.facts(tmp_path).wrong_types == []
+    assert script.facts(tmp_path).float32_products == []
     script.mm(33, 36, [[2], [8, 4], [4, 2]], FP32, "aten::addmm")
-    (wrong,) = script.facts(tmp_path).wrong_types
-    assert (wrong.written, wrong.dtype, wrong.place) == ("8 × 4 × 2", "fp32", ("forward", "language model"))
-    assert script.facts(tmp_path, precision="32-true").wrong_types == []
-    page = render(script.facts(tmp_path))
+    (wrong,) = script.facts(tmp_path).float32_products
+    assert (wrong.shape_text, wrong.dtype, wrong.costliest_place) == (
+        "8 × 4 × 2",
+        "fp32",
+        ("forward", "language model"),
+    )
+    assert script.facts(tmp_path, precision="32-true").float32_products == []
+    page = render_profile_page(script.facts(tmp_path))
     assert "1 float32 product a step in a bf16-mixed run, 3.0 % of its\ntime" in page.replace("its time", "its\ntime")
     assert "a &lt;run&gt;" in page and "<script" not in page and "http" not in page
 
@@ -133,7 +137,7 @@ def test_shapes_that_differ_in_their_tokens_are_one_and_layers_stay_apart(tmp_pa
             script.mm(start + place, start + place + 2, [[tokens, 4], [4, width]])
             script.mm(start + place + 40, start + place + 41, [[width, tokens], [tokens, 4]])
     facts = script.facts(tmp_path, steps=3)
-    assert sorted((one.written, one.calls) for one in facts.products) == [
+    assert sorted((one.shape_text, one.calls) for one in facts.products) == [
         ("16 × 90\u2013120 × 4", pytest.approx(1)),
         ("8 × 90\u2013120 × 4", pytest.approx(1)),
         ("90\u2013120 × 4 × 16", pytest.approx(1)),
@@ -147,5 +151,5 @@ def test_a_step_that_waits_for_data_is_told(tmp_path):
     script.mark("phase:forward", 30, 100)
     script.op("aten::add", 30, 99)
     facts = script.facts(tmp_path)
-    assert [what for _, what, _ in findings_of(facts)] == ["30.0 % of the time is spent waiting for data."]
-    assert facts.products == [] and "none" in render(facts)
+    assert [what for _, what, _ in collect_profile_findings(facts)] == ["30.0 % of the time is spent waiting for data."]
+    assert facts.products == [] and "none" in render_profile_page(facts)

@@ -8,9 +8,16 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from lit_vlm.engine.report import summary_table, write_report
-from lit_vlm.engine.report_charts import Line, line_chart, log_ticks, smoothed, thinned, ticks
-from lit_vlm.engine.report_data import duration, read_run, short, split_group
+from lit_vlm.engine.report import make_summary_table, write_report
+from lit_vlm.engine.report_charts import (
+    ChartLine,
+    compute_log_ticks,
+    compute_ticks,
+    draw_line_chart,
+    reduce_points,
+    smooth,
+)
+from lit_vlm.engine.report_data import format_duration, format_short, read_run, split_group
 
 EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -128,7 +135,7 @@ def test_pictures_outside_the_run_stay_outside(folder):
 def test_the_page_and_the_terminal_show_the_same_figures(folder):
     page = page_of(folder)
     console = Console(width=200, record=True, file=io.StringIO())
-    console.print(summary_table([folder]))
+    console.print(make_summary_table([folder]))
     for text in (page, console.export_text()):
         for figure in (
             "tiny/2_sft",
@@ -173,27 +180,27 @@ def test_a_folder_that_lacks_everything_has_a_page_too(manifest, tmp_path):
         (run / "samples.jsonl").write_text('{"phase": "before"}\n{"pha')
         (run / "metrics.csv").write_text("epoch,step,train/loss\n0,9,nan\n")
     assert "</html>" in page_of(run, tmp_path / "nowhere")
-    summary_table([run])
+    make_summary_table([run])
 
 
 def test_lines_are_smoothed_without_lag_and_thinned_without_losing_their_end():
     falling = [(step, 100.0 - step) for step in range(100)]
-    assert smoothed(falling, share=0.1) == falling
+    assert smooth(falling, share=0.1) == falling
     long = [(step, float(step % 2)) for step in range(10_001)] + [(10_001, float("nan"))]
-    assert len(thinned(long)) <= 400 and thinned(long)[-1][0] == 10_000
+    assert len(reduce_points(long)) <= 400 and reduce_points(long)[-1][0] == 10_000
 
 
 def test_ticks_are_round_numbers_between_the_ends():
-    assert ticks(0, 60) == [0, 20, 40, 60]
-    assert ticks(0.13, 0.41) == [0.2, 0.3, 0.4]
-    assert log_ticks(0.3, 6) == [0.5, 1, 2, 5]
-    assert line_chart([Line("a", [], "main")], label="nothing") == ""
-    assert "<circle" in line_chart([Line("one point", [(0, 1.0)], "main")], label="one")
+    assert compute_ticks(0, 60) == [0, 20, 40, 60]
+    assert compute_ticks(0.13, 0.41) == [0.2, 0.3, 0.4]
+    assert compute_log_ticks(0.3, 6) == [0.5, 1, 2, 5]
+    assert draw_line_chart([ChartLine("a", [], "main")], label="nothing") == ""
+    assert "<circle" in draw_line_chart([ChartLine("one point", [(0, 1.0)], "main")], label="one")
 
 
 def test_numbers_are_written_for_people(tmp_path):
     counts = {0: "0", 9999: "9,999", 12_345: "12.3 k", 456_000: "456 k", 4_560_000: "4.56 M", 7.2e9: "7.20 G", None: ""}
-    assert [short(count) for count in counts] == list(counts.values())
-    assert [duration(s) for s in (3.54, 61, 3_720, None)] == ["3.5 s", "1 min 1 s", "1 h 2 min", ""]
+    assert [format_short(count) for count in counts] == list(counts.values())
+    assert [format_duration(s) for s in (3.54, 61, 3_720, None)] == ["3.5 s", "1 min 1 s", "1 h 2 min", ""]
     assert split_group("multi_image_ko") == ("multi_image", "ko")
     assert read_run(tmp_path / "none").name == "none"

@@ -4,9 +4,9 @@ import pytest
 from tracking_cases import run_folder
 
 from lit_vlm.config.schema import LoggerConfig
-from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED, LeftTogether, StoppedEarly
-from lit_vlm.engine.signals import Ask, Signals
-from lit_vlm.engine.tracking import Tracking
+from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED, CoordinatedExit, EarlyStoppingExit
+from lit_vlm.engine.signals import SignalHandler, StopRequest
+from lit_vlm.engine.tracking import RunTracker
 from lit_vlm.engine.tracking.wandb_run import EXIT_CODES
 from lit_vlm.types import UserError
 
@@ -34,7 +34,7 @@ class Told:
 def left(tmp_path, error: BaseException, stop: bool = False) -> tuple[Told, object, dict]:
     """A run that ends with this: its tracker, the exit status that the process has then, and the manifest."""
     folder = run_folder(tmp_path, tracking={"wandb": {"id": "a"}})
-    tracking = Tracking(LoggerConfig(), tmp_path, None, print)
+    tracking = RunTracker(LoggerConfig(), tmp_path, None, print)
     tracking.wandb = told = Told(stop)
     code: object = None
     try:
@@ -51,10 +51,10 @@ def left(tmp_path, error: BaseException, stop: bool = False) -> tuple[Told, obje
 @pytest.mark.parametrize(
     ("error", "stop", "in_sweep", "status", "code"),
     [
-        (StoppedEarly(), False, True, "stopped early", 0),
-        (LeftTogether(RESTART), True, True, "preempted", RESTART),  # the ranks have asked already
-        (LeftTogether(RESTART), False, False, "preempted", RESTART),
-        (LeftTogether(INTERRUPTED), False, False, "interrupted", INTERRUPTED),
+        (EarlyStoppingExit(), False, True, "stopped early", 0),
+        (CoordinatedExit(RESTART), True, True, "preempted", RESTART),  # the ranks have asked already
+        (CoordinatedExit(RESTART), False, False, "preempted", RESTART),
+        (CoordinatedExit(INTERRUPTED), False, False, "interrupted", INTERRUPTED),
         (KeyboardInterrupt(), False, False, "interrupted", "KeyboardInterrupt"),
         (SystemExit(TERMINATED), True, True, "stopped early", 0),
         (SystemExit(TERMINATED), False, True, "preempted", RESTART),
@@ -82,9 +82,9 @@ def test_an_error_stands_in_the_summary_without_its_secrets(tmp_path):
 
 
 def test_what_another_thread_tells_waits_for_the_first_step():
-    signals, heard = Signals(), []
-    signals.tell(Ask.stop)
-    signals.listen(heard.append)
-    assert heard == [Ask.stop]
-    signals.tell(Ask.stop)
-    assert heard == [Ask.stop] * 2
+    signals, heard = SignalHandler(), []
+    signals.submit(StopRequest.early_stop)
+    signals.set_listener(heard.append)
+    assert heard == [StopRequest.early_stop]
+    signals.submit(StopRequest.early_stop)
+    assert heard == [StopRequest.early_stop] * 2

@@ -6,21 +6,23 @@ import pytest
 
 from lit_vlm.config import parse
 from lit_vlm.data.plan.ledger import Ledger
-from lit_vlm.engine.checkpoint import Folder
-from lit_vlm.engine.run_folder import MANIFEST, find_manifest, open_run_folder, read_or_rebuild_manifest
-from lit_vlm.engine.skipped import NAME, add_skipped, read_skipped
+from lit_vlm.engine.checkpoint import CheckpointFolder
+from lit_vlm.engine.run_folder import MANIFEST, open_run_folder, read_manifest_or_empty, read_or_rebuild_manifest
+from lit_vlm.engine.skipped import SKIPPED_STEPS_FILE, add_skipped, read_skipped
 from lit_vlm.types import UserError
 
 
 def test_skipped_steps_are_read_past_damaged_lines_which_are_named(tmp_path):
     add_skipped(tmp_path, 3, "loss", ["a\u2028b", "c\x85d"])
-    with (tmp_path / NAME).open("ab") as stream:
+    with (tmp_path / SKIPPED_STEPS_FILE).open("ab") as stream:
         stream.write(b'{"step": "4", "reason": "loss", "samples": [], "time": ""}\n{"step": 5\n')
         stream.write(b'{"step": 6, "reason": "loss", "samples": ["\xff"], "time": ""}\n')
     with pytest.warns(UserWarning, match="damaged") as told:
         found = read_skipped(tmp_path)
     assert sorted(found) == [3, 6] and found[3].samples == ["a\u2028b", "c\x85d"]
-    assert [str(one.message).partition(": ")[0] for one in told] == [f"{tmp_path / NAME}:{line}" for line in (2, 3)]
+    assert [str(one.message).partition(": ")[0] for one in told] == [
+        f"{tmp_path / SKIPPED_STEPS_FILE}:{line}" for line in (2, 3)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -41,20 +43,23 @@ def test_a_manifest_with_wrong_types_in_it_is_damaged_and_made_again(content, ov
     (tmp_path / MANIFEST).write_text(json.dumps({"config": {}, "data": {}, **content}))
     known, said = read_or_rebuild_manifest(tmp_path, "x")
     assert known is None and f"{tmp_path / MANIFEST} is damaged: its {next(iter(content))}" in said
-    assert find_manifest(tmp_path) == {}
+    assert read_manifest_or_empty(tmp_path) == {}
     config = parse(["experiment=tiny/1_align"]).config
-    assert open_run_folder(tmp_path, config, name="x", overwrite=overwrite, data_digest="", parent=None).rebuilt == said
+    assert (
+        open_run_folder(tmp_path, config, name="x", overwrite=overwrite, data_digest="", parent=None).rebuild_note
+        == said
+    )
 
 
 @pytest.mark.parametrize("name", ["latest", "best"])
 def test_a_folder_in_the_place_of_a_pointer_to_a_checkpoint_is_told(name, tmp_path):
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=f"{name} is a folder.*Remove it"):
-        Folder(tmp_path).sweep(0)
+        CheckpointFolder(tmp_path).clean_before_run(0)
 
 
-@pytest.mark.parametrize("read", [lambda folder: Ledger.read(folder / NAME), read_skipped])
+@pytest.mark.parametrize("read", [lambda folder: Ledger.read(folder / SKIPPED_STEPS_FILE), read_skipped])
 def test_a_folder_in_the_place_of_a_list_of_what_is_left_out_is_told(read, tmp_path):
-    (tmp_path / NAME).mkdir()
-    with pytest.raises(UserError, match=f"{NAME} cannot be read: .*remove it"):
+    (tmp_path / SKIPPED_STEPS_FILE).mkdir()
+    with pytest.raises(UserError, match=f"{SKIPPED_STEPS_FILE} cannot be read: .*remove it"):
         read(tmp_path)

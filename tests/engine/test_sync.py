@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from tracking_cases import history, kept, log, run_folder, samples, started
 
-from lit_vlm.engine.hold import Hold
+from lit_vlm.engine.hold import RunLock
 from lit_vlm.engine.run_folder import RunFolder, read_manifest
 from lit_vlm.engine.tracking import connection
-from lit_vlm.tasks.sync import send
+from lit_vlm.tasks.sync import send_run
 from lit_vlm.types import UserError
 
 PICTURES = {"a_plain.png", "b_0.png", "b_1.png"}
@@ -77,14 +77,14 @@ def test_a_copied_folder_is_sent_whole_from_another_home_and_nothing_of_it_twice
     shutil.copytree(folder.path, tmp_path / "login" / "run")
     shutil.rmtree(tmp_path / "node")
     monkeypatch.setenv("HOME", str(tmp_path / "login"))
-    send(tmp_path / "login" / "run")
+    send_run(tmp_path / "login" / "run")
     run = the(server, folder)
     rows = [{key: value for key, value in row.items() if key != "samples/before"} for row in history(run)]
     assert [(row["_step"], row["train/loss"]) for row in rows] == [(step, 1.0 / (step + 3)) for step in range(6)]
     assert arrived(server) == PICTURES and {one.state for one in server.state.artifacts.values()} == {"COMMITTED"}
     assert (run.state, run.summary["status"], run.group) == ("finished", "finished", f"tiny-{run.name}")
     requests = len(server.requests)
-    send(tmp_path / "login" / "run")
+    send_run(tmp_path / "login" / "run")
     assert len(server.requests) == requests and "was sent already" in capsys.readouterr().out
     assert not list((tmp_path / "login" / "run").glob("wandb/offline-run-*"))  # `wandb sync` would send it once more
 
@@ -96,30 +96,30 @@ def test_wandbs_own_sync_from_another_home_finds_every_picture_in_the_runs_folde
     assert len(list(folder.path.glob("wandb/earlier/offline-run-*"))) == 1
     wandb_sync(newest, tmp_path / "other")
     wandb_sync(newest, tmp_path / "other")
-    assert arrived(server) == PICTURES and connection.was_synced(folder.path)
-    send(folder.path)  # knows that all rows are there
+    assert arrived(server) == PICTURES and connection.is_synced(folder.path)
+    send_run(folder.path)  # knows that all rows are there
     run = the(server, folder)
     assert [row["_step"] for row in history(run)] == list(range(6)) and "samples/before" in run.history[0]
     assert (run.state, run.summary["status"]) == ("finished", "finished")
 
 
 def test_a_run_that_is_under_way_is_not_sent_by_either_command_and_arrives_whole_once_it_has_ended(server, tmp_path):
-    with Hold(tmp_path / "run") as hold:
-        hold.take()
+    with RunLock(tmp_path / "run") as hold:
+        hold.acquire()
         folder = written_offline(tmp_path / "run", close="")
         with pytest.raises(UserError, match="under way already, in process .* sent once it has ended"):
-            send(folder.path)
+            send_run(folder.path)
         assert not list(folder.path.glob("wandb/offline-run-*"))  # so `wandb sync` has nothing to send half of
         assert "No runs to sync" in wandb_sync(folder.path / "wandb", tmp_path / "other")
     assert server.requests == []
-    send(folder.path)  # it was killed here
+    send_run(folder.path)  # it was killed here
     run = the(server, folder)
     assert [row["_step"] for row in history(run)] == list(range(6)) and run.state == "preempted"
-    folder = RunFolder(folder.path, read_manifest(folder.path) or {}, goes_on=True)
+    folder = RunFolder(folder.path, read_manifest(folder.path) or {}, is_resumed=True)
     said: list[str] = []
     assert started(folder, said, before=True, offline=True).experiment is None and "is there already" in said[0]
     folder.update(status="finished")
-    send(folder.path)
+    send_run(folder.path)
     assert [row["_step"] for row in history(run)] == list(range(6)) and run.state == "finished"
 
 
@@ -129,9 +129,9 @@ def test_files_that_are_missing_are_named_and_nothing_is_sent(server, tmp_path):
     with pytest.raises(
         UserError, match=r"run: samples/b_1\.png is missing, so nothing is sent\. Copy the whole folder"
     ):
-        send(folder.path)
+        send_run(folder.path)
     with pytest.raises(UserError, match="holds no run: there is no manifest.json"):
-        send(tmp_path)
+        send_run(tmp_path)
     assert server.requests == [] and not server.runs
 
 
@@ -141,8 +141,8 @@ def test_without_an_answer_nothing_counts_as_sent(server, session, tmp_path, mon
     monkeypatch.setenv("WANDB_HTTP_TIMEOUT", "2")
     server.fail(500)
     with pytest.raises(UserError, match="nothing was sent. Start it again once the server can be reached"):
-        send(folder.path)
+        send_run(folder.path)
     assert "online" not in (read_manifest(folder.path) or {})["tracking"]["wandb"]
     server.recover()
-    send(folder.path)
+    send_run(folder.path)
     assert arrived(server) == PICTURES

@@ -19,11 +19,11 @@ from tracking_cases import (
 from waiting import until
 
 from lit_vlm.config.schema import LoggerConfig
-from lit_vlm.engine.tracking import MetricsCsv, Tracking, connection, facts
-from lit_vlm.engine.tracking.history import History
-from lit_vlm.engine.tracking.tables import boxes_of
-from lit_vlm.engine.tracking.tensorboard import make_tensorboard
-from lit_vlm.engine.tracking.tracking import require_logged
+from lit_vlm.engine.tracking import MetricsCsv, RunTracker, connection, facts
+from lit_vlm.engine.tracking.history import RowBuffer
+from lit_vlm.engine.tracking.tables import build_box_overlays
+from lit_vlm.engine.tracking.tensorboard import make_tensorboard_logger
+from lit_vlm.engine.tracking.tracking import require_logged_metric
 from lit_vlm.types import UserError
 
 SECRET = "ghp_abcdefghijklmnopqrstuvwx"  # of tracking_cases.CONFIG
@@ -54,7 +54,7 @@ def the(server, folder):
 
 def test_what_is_logged_of_one_step_becomes_one_row_sent_when_the_next_begins():
     sent = []
-    rows = History(lambda step, row: sent.append((step, row)), first=2)
+    rows = RowBuffer(lambda step, row: sent.append((step, row)), first_step=2)
     for step, name in ((0, "a"), (1, "a"), (2, "a"), (2, "b"), (4, "a")):
         rows.add(step, {name: step})
     assert sent == [(2, {"a": 2, "b": 2})]  # 0 and 1 were there already, 4 is not whole
@@ -75,7 +75,7 @@ def test_the_table_gives_back_the_numbers_that_were_logged(tmp_path):
     for row in rows:
         table.log_metrics({key: value for key, value in row.items() if key != "step"}, row["step"])
     assert MetricsCsv(tmp_path).go_on(2, {"late": 2.5, "step": 1}) == [*rows[:2], {"late": 2.5, "step": 1}]
-    assert MetricsCsv(tmp_path).logged() == {"train/loss", "val/loss", "late"}
+    assert MetricsCsv(tmp_path).read_metric_names() == {"train/loss", "val/loss", "late"}
 
 
 def test_rows_config_table_and_summary_arrive_and_secrets_do_not(server, tmp_path):
@@ -87,7 +87,7 @@ def test_rows_config_table_and_summary_arrive_and_secrets_do_not(server, tmp_pat
         "figures": {"tokens_per_second": 10.5, "scores": {"after": {"ocr_ko": 0.5}}},
         "weights_digest": "w",
     }
-    tracker.close("finished", facts.summary_of(folder.manifest, "finished"))
+    tracker.close("finished", facts.build_summary(folder.manifest, "finished"))
     run = the(server, folder)
     assert (run.state, run.exit_code, run.job_type, run.tags) == ("finished", 0, "sft", ["한국어"])
     assert (
@@ -136,7 +136,7 @@ def test_boxes_are_overlays_with_labels_and_shares_of_the_sides(server, tmp_path
 
 
 def test_no_boxes_make_no_layer():
-    assert boxes_of([]) == {}
+    assert build_box_overlays([]) == {}
 
 
 # A run that goes on
@@ -186,7 +186,7 @@ def test_a_chain_is_one_group_and_knows_the_run_and_the_model_that_it_starts_fro
     (first.path / "hf" / "model.safetensors").write_bytes(b"weights")
     (first.path / "mixture.lock").write_text("{}")
     tracker = started(first, [], artifacts=["model", "lock"])
-    names = tracker.close("finished", {}, uploads=True)
+    names = tracker.close("finished", {}, upload=True)
     known = first.manifest["tracking"]["wandb"]
     first.update(tracking={"wandb": known | {"artifacts": names}})
     assert names == {"model": f"model-{known['id']}", "lock": f"lock-{known['id']}"}
@@ -274,19 +274,19 @@ def test_a_server_that_does_not_come_back_holds_no_end_and_gets_the_rest_by_the_
     assert len(the(server, folder).history) == 2 and folder.manifest["tracking"]["wandb"]["behind"]
     server.recover()
     samples(folder.path, "after")
-    again = Tracking(LoggerConfig(wandb=True), folder.path, None, said.append)
-    again.catch_up(folder)
+    again = RunTracker(LoggerConfig(wandb=True), folder.path, None, said.append)
+    again.send_missing(folder)
     assert [row["_step"] for row in history(the(server, folder))] == list(range(6)), said
     assert "samples/after" in the(server, folder).history[-1] and the(server, folder).state == "finished"
     requests = len(server.requests)
-    again.catch_up(folder)  # nothing is missing any more
+    again.send_missing(folder)  # nothing is missing any more
     assert len(server.requests) == requests
 
 
-def tracking_of(folder, said: list[str]) -> Tracking:
-    tracking = Tracking(LoggerConfig(wandb=True), folder.path, None, said.append)
+def tracking_of(folder, said: list[str]) -> RunTracker:
+    tracking = RunTracker(LoggerConfig(wandb=True), folder.path, None, said.append)
     tracking.check(folder)
-    folder.update(tracking=tracking.known(folder))
+    folder.update(tracking=tracking.get_tracking_record(folder))
     tracking.open(folder)
     return tracking
 
@@ -356,9 +356,9 @@ def test_a_stop_that_the_server_wants_is_known_at_once_when_it_is_asked(server, 
 
 
 def test_a_metric_that_is_not_logged_is_named_with_the_nearest():
-    require_logged("val/loss_ko", {"val/loss_ko"})
+    require_logged_metric("val/loss_ko", {"val/loss_ko"})
     with pytest.raises(UserError, match=r"logger\.metric=val/los_ko: .*Did you mean val/loss_ko\?"):
-        require_logged("val/los_ko", {"train/loss", "val/loss_ko"})
+        require_logged_metric("val/los_ko", {"train/loss", "val/loss_ko"})
 
 
 # TensorBoard
@@ -375,7 +375,7 @@ def scalars(folder: Path, name: str) -> list[tuple[int, float]]:
 def test_tensorboard_files_of_a_run_that_goes_on_have_every_step_once(tmp_path):
     pytest.importorskip("tensorboard")
     for rows, steps in (([], range(4)), (kept(range(2)), range(2, 6))):
-        board = make_tensorboard(tmp_path)
+        board = make_tensorboard_logger(tmp_path)
         board.replay(rows)
         for step in steps:
             board.log_metrics({"train/loss": float(step)}, step=step)
@@ -385,7 +385,7 @@ def test_tensorboard_files_of_a_run_that_goes_on_have_every_step_once(tmp_path):
         time.sleep(1.1)  # files are named by the second
     assert [step for step, _ in scalars(tmp_path, "train/loss")] == list(range(6))
     assert [step for step, _ in scalars(tmp_path, "val/loss")] == [1, 3, 5]
-    board = make_tensorboard(tmp_path)
+    board = make_tensorboard_logger(tmp_path)
     board.replay([])  # another run takes the folder
     board.log_metrics({"train/loss": 7.0}, step=0)
     board.finalize("success")
@@ -395,4 +395,4 @@ def test_tensorboard_files_of_a_run_that_goes_on_have_every_step_once(tmp_path):
 def test_tensorboard_without_its_package_says_how_to_get_it(tmp_path, monkeypatch):
     monkeypatch.setattr("lit_vlm.engine.tracking.tensorboard.find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install '\.\[tensorboard\]'"):
-        make_tensorboard(tmp_path)
+        make_tensorboard_logger(tmp_path)

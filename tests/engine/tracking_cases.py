@@ -37,7 +37,7 @@ def run_folder(
 
 def known_of(folder: RunFolder, settings: LoggerConfig) -> dict:
     """As a start does: the run's id and group go into the manifest."""
-    known = facts.known_run(folder, settings, "tiny/2_sft")
+    known = facts.get_run_record(folder, settings, "tiny/2_sft")
     folder.update(tracking={"wandb": known})
     return known
 
@@ -47,7 +47,7 @@ def started(folder: RunFolder, said: list[str], *, before: bool = False, **setti
     logger = LoggerConfig(wandb=True, **settings)
     tracker = WandbRun(logger, folder.path, said.append)
     known = known_of(folder, logger)
-    tracker.log_in(begun_before=before)
+    tracker.verify_login(has_earlier_run=before)
     folder.update(tracking={"wandb": tracker.open(folder, known)})
     return tracker
 

@@ -21,7 +21,7 @@ from rank_cases import Answers, Case, Keep, Put, assembled, fit, validate
 
 from lit_vlm.engine import zero_model
 from lit_vlm.engine.deepspeed import ZeroStrategy
-from lit_vlm.engine.trainer import leave_process_group
+from lit_vlm.engine.trainer import close_process_group
 
 WORLD, RANK = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
 Parts = tuple[str, str]
@@ -31,7 +31,9 @@ def strategy(name: str, persistent: int = 0) -> ZeroStrategy:
     """`persistent=0`: every weight is shared out, however small."""
     stage = {"zero2": 2, "zero3": 3, "zero3_offload": 3}[name]
     limit = timedelta(minutes=10)
-    return ZeroStrategy(stage, offload=name.endswith("offload"), persistent=persistent, timeout=limit, bucket=100_000)
+    return ZeroStrategy(
+        stage, offload=name.endswith("offload"), persistence_threshold=persistent, timeout=limit, bucket_size=100_000
+    )
 
 
 def trained(parts: Parts, out: Path, name: str, **case: Any) -> dict[str, Any]:
@@ -54,11 +56,11 @@ def shared_out(parts: Parts, out: Path) -> dict[str, Any]:
 
 class FirstState(L.Callback):
     def on_train_start(self, trainer, pl_module):
-        model, shards = pl_module.model, trainer.strategy.shards(pl_module)
+        model, shards = pl_module.model, trainer.strategy.get_sharded_state(pl_module)
         whole = trainer.strategy.whole_weights(model)
         self.weights = {name: whole(name) for name, _ in model.named_parameters()}
         self.dtypes = {weight.dtype for weight in model.parameters()}
-        self.masters = [(p.name, p.kind.value, p.shape, p.start, p.values.clone()) for p in shards.pieces()]
+        self.masters = [(p.name, p.kind.value, p.shape, p.start, p.values.clone()) for p in shards.iter_shards()]
 
 
 def masters(parts: Parts, out: Path, name: str) -> dict[str, Any]:
@@ -72,10 +74,10 @@ class Loaded(L.Callback):
     """Weights that compute, once another state is in the place of the first."""
 
     def on_train_start(self, trainer, pl_module):
-        shards, whole = trainer.strategy.shards(pl_module), trainer.strategy.whole_weights(pl_module.model)
-        for piece in shards.pieces():
+        shards, whole = trainer.strategy.get_sharded_state(pl_module), trainer.strategy.whole_weights(pl_module.model)
+        for piece in shards.iter_shards():
             piece.values.mul_(2.0)
-        shards.loaded(0)
+        shards.sync_after_load(0)
         trained = [(name, weight) for name, weight in pl_module.model.named_parameters() if weight.requires_grad]
         self.weights = {name: (weight.detach().clone(), whole(name)) for name, weight in trained if weight.numel()}
 
@@ -95,7 +97,7 @@ def loaded(parts: Parts, out: Path) -> dict[str, Any]:
 
 def built(parts: Parts, out: Path) -> dict[str, Any]:
     """What exists in this process whenever a weight's values are read."""
-    real, most = zero_model.first_values, {"whole": 0, "read": 0.0}
+    real, most = zero_model.read_initial_values, {"whole": 0, "read": 0.0}
 
     def first_values(model, name, shape, start, stop):
         whole = [weight for weight in model.parameters() if not weight.is_meta and weight.numel()]
@@ -103,11 +105,11 @@ def built(parts: Parts, out: Path) -> dict[str, Any]:
         most["read"] = max(most["read"], (stop - start) / shape.numel())
         return real(model, name, shape, start, stop)
 
-    zero_model.first_values = first_values
+    zero_model.read_initial_values = first_values
     try:
         fit(Case("align", steps=1), parts, strategy("zero3"), first := FirstState(), world=WORLD)
     finally:
-        zero_model.first_values = real
+        zero_model.read_initial_values = real
     return most | {"weights": first.weights}
 
 
@@ -149,7 +151,7 @@ def main(tower: str, language: str, out: str, *checks: str) -> None:
         found = CHECKS[name]((tower, language), Path(out), **values)
         torch.save(found, Path(out) / f"{check}.{RANK}.pt")
         torch.distributed.barrier()
-    leave_process_group()
+    close_process_group()
 
 
 def _value(text: str) -> Any:

@@ -106,10 +106,10 @@ def write_choice(path: Path, choice: dict) -> None:
 
 def build_datamodule(*overrides: str):
     from lit_vlm.config import parse
-    from lit_vlm.tasks.stage_data import open_sources, stage_data
+    from lit_vlm.tasks.stage_data import build_stage_data, open_sources
 
     run = parse(["--config-dir", "conf", *overrides])
-    return stage_data(run, *open_sources(run), None).datamodule
+    return build_stage_data(run, *open_sources(run), None).datamodule
 
 
 def measure_plans() -> dict[str, dict]:
@@ -122,7 +122,7 @@ def measure_plans() -> dict[str, dict]:
                 plan = datamodule.make_plan(world_size)
                 found.setdefault(name, {})[str(world_size)] = {
                     "steps": plan.num_steps,
-                    "k": plan.k,
+                    "k": plan.accumulate_grad_batches,
                     "digest": digest([read_step(plan, step) for step in range(min(plan.num_steps, PLANNED_STEPS))]),
                 }
     return found

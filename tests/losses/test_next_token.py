@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lit_vlm.losses.next_token import score_tokens
-from lit_vlm.types import HEAD_ROWS
+from lit_vlm.losses.next_token import compute_token_log_probs
+from lit_vlm.types import LOGITS_CHUNK_TOKENS
 
 ROWS, WIDTH, WORDS = 23, 12, 50
 
@@ -19,23 +19,23 @@ def drawn(dtype=torch.float32):
     return hidden, weight, own, targets
 
 
-def plainly(hidden, weight, targets, ids=None, own=None):
+def plainly(hidden, weight, targets, token_ids=None, token_rows=None):
     logits = hidden @ weight.T
-    if ids is not None:
-        logits = logits.index_copy(-1, ids, hidden @ own.T)
+    if token_ids is not None:
+        logits = logits.index_copy(-1, token_ids, hidden @ token_rows.T)
     return logits.float(), logits.float().log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
 
 
-@pytest.mark.parametrize("chunk", [HEAD_ROWS, ROWS, 8, 1])
+@pytest.mark.parametrize("chunk", [LOGITS_CHUNK_TOKENS, ROWS, 8, 1])
 @pytest.mark.parametrize("with_own", [False, True])
 def test_scores_and_gradients_equal_those_of_all_logits_at_once(chunk, with_own):
     hidden, weight, own, targets = drawn()
     factors = torch.randn(ROWS, generator=torch.Generator().manual_seed(1))
-    more = {"ids": torch.tensor([7, 31, 49]), "own": own} if with_own else {}
+    more = {"token_ids": torch.tensor([7, 31, 49]), "token_rows": own} if with_own else {}
     logits, expected = plainly(hidden, weight, targets, **more)
     wanted = (hidden, weight, own) if with_own else (hidden, weight)
     theirs = torch.autograd.grad((expected * factors).sum(), wanted)
-    scores = score_tokens(hidden, weight, targets, statistics=True, chunk=chunk, **more)
+    scores = compute_token_log_probs(hidden, weight, targets, statistics=True, chunk_size=chunk, **more)
     ours = torch.autograd.grad((scores[0] * factors).sum(), wanted)
     torch.testing.assert_close(scores[0], expected, atol=1e-5, rtol=1e-6)
     for mine, other in zip(ours, theirs, strict=True):
@@ -50,20 +50,20 @@ def test_scores_and_gradients_equal_those_of_all_logits_at_once(chunk, with_own)
 
 def test_what_is_frozen_gets_no_gradient():
     hidden, weight, _, targets = drawn()
-    (log_probs,) = score_tokens(hidden, weight.detach(), targets, chunk=8)
+    (log_probs,) = compute_token_log_probs(hidden, weight.detach(), targets, chunk_size=8)
     log_probs.sum().backward()
     assert hidden.grad is not None and weight.grad is None
-    (log_probs,) = score_tokens(hidden.detach(), weight, targets, chunk=8)
+    (log_probs,) = compute_token_log_probs(hidden.detach(), weight, targets, chunk_size=8)
     log_probs.sum().backward()
     assert weight.grad is not None
 
 
-@pytest.mark.parametrize("chunk", [HEAD_ROWS, 8])
+@pytest.mark.parametrize("chunk", [LOGITS_CHUNK_TOKENS, 8])
 def test_under_autocast_matrices_multiply_in_its_type_and_sums_stay_in_float32(chunk):
     hidden, weight, _, targets = drawn()
     with torch.autocast("cpu", torch.bfloat16):
         logits = (hidden @ weight.T).float()
-        (log_probs,) = score_tokens(hidden, weight, targets, chunk=chunk)
+        (log_probs,) = compute_token_log_probs(hidden, weight, targets, chunk_size=chunk)
     assert log_probs.dtype == torch.float32
     expected = logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1)
     torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=1e-5)
@@ -80,6 +80,6 @@ def test_no_more_logits_than_a_chunk_outlive_the_forward_pass():
     for chunk in (ROWS, 4):
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
-            score_tokens(hidden, weight, targets, chunk=chunk)
+            compute_token_log_probs(hidden, weight, targets, chunk_size=chunk)
         kept[chunk] = max(sizes)
     assert kept[ROWS] == ROWS * WORDS and kept[4] == WORDS * WIDTH

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from lit_vlm.losses.next_token import score_tokens
-from lit_vlm.losses.preference import LOSSES, PreferenceLoss, answer_mask, score_answers
+from lit_vlm.losses.next_token import compute_token_log_probs
+from lit_vlm.losses.preference import LOSS_TYPES, PreferenceLoss, make_answer_mask, pad_answer_scores
 from lit_vlm.types import UserError
 
 VOCAB, LENGTHS = 50, [5, 3, 7, 4, 6, 2]  # three pairs: chosen answers, then rejected ones
@@ -22,33 +22,33 @@ def drawn(seed: int, scale: float = 1.0):
 
 def scores_of(logits, targets, lengths):
     """The head is the identity here."""
-    return score_answers(score_tokens(logits, torch.eye(VOCAB), targets, statistics=True), lengths)
+    return pad_answer_scores(compute_token_log_probs(logits, torch.eye(VOCAB), targets, statistics=True), lengths)
 
 
 def options_of(name: str) -> dict:
     return {"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {}
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", LOSS_TYPES)
 def test_first_loss_is_that_of_margin_zero(name):
     logits, targets = drawn(0)
     loss = PreferenceLoss([name], beta=0.1, **options_of(name))
     scores = scores_of(logits, targets, LENGTHS)
     judged = loss(scores, scores, LENGTHS)
-    expected = loss.at_margin_zero()
+    expected = loss.compute_loss_at_zero_margin()
     if name == "sft":
         assert expected is None and judged.pair_loss is None
     else:
         assert float(judged.loss) == pytest.approx(expected, abs=1e-6 * max(1, expected))
         mixed = PreferenceLoss([name, "sft"], beta=0.1, **options_of(name))
-        assert mixed.at_margin_zero() == expected
+        assert mixed.compute_loss_at_zero_margin() == expected
         assert float(mixed(scores, scores, LENGTHS).pair_loss) == float(judged.pair_loss)
     assert not judged.rewards.any() and len(judged.rewards) == len(LENGTHS)
     if name == "sigmoid":
         assert expected == pytest.approx(math.log(2))
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if not name.startswith("aot")])
+@pytest.mark.parametrize("name", [name for name in LOSS_TYPES if not name.startswith("aot")])
 def test_k_micro_batches_of_pairs_equal_one_batch(name):
     loss = PreferenceLoss([name, "sft"] if name != "sft" else ["sft"], beta=0.2, **options_of(name))
     policy, targets = drawn(1)
@@ -74,7 +74,7 @@ def test_k_micro_batches_of_pairs_equal_one_batch(name):
 def test_scores_are_spread_over_the_answers_they_belong_to():
     logits, targets = drawn(3)
     scores = scores_of(logits, targets, LENGTHS)
-    mask = answer_mask(LENGTHS, logits.device)
+    mask = make_answer_mask(LENGTHS, logits.device)
     assert mask.sum(1).tolist() == LENGTHS
     torch.testing.assert_close(scores.log_probs[mask], logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1))
     assert not scores.log_probs[~mask].any()

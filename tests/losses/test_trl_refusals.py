@@ -7,7 +7,7 @@ import textwrap
 import pytest
 
 from lit_vlm.config import ConfigError, parse
-from lit_vlm.config.check_dpo import SORTS_THE_BATCH
+from lit_vlm.config.check_dpo import SORTING_LOSS_TYPES
 from lit_vlm.losses.preference import PreferenceLoss
 from lit_vlm.types import UserError
 
@@ -105,10 +105,10 @@ def test_what_trl_refuses_is_refused_before_anything_is_built(begin):
     words, said = OURS[begin]
     with pytest.raises(ConfigError) as error:
         parse(["experiment=tiny/4_dpo", *words])
-    assert any(mistake.startswith(said) for mistake in error.value.mistakes), error.value.mistakes
+    assert any(mistake.startswith(said) for mistake in error.value.errors), error.value.errors
 
 
-@pytest.mark.parametrize("name", SORTS_THE_BATCH)
+@pytest.mark.parametrize("name", SORTING_LOSS_TYPES)
 @pytest.mark.parametrize("others", [[], ["sigmoid"]])
 def test_weights_of_pairs_are_refused_where_a_loss_sorts_them(name, others):
     with pytest.raises(UserError, match=rf"stage\.use_weighting: WPO weights pairs, and {name} sorts"):

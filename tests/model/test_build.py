@@ -28,10 +28,10 @@ from transformers import (
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
-from lit_vlm.model.build import build, build_on_meta, draw_up
-from lit_vlm.model.parts import part_of
+from lit_vlm.model.build import build_model, build_on_meta, load_model_spec
+from lit_vlm.model.parts import get_part
 from lit_vlm.model.tiny import make_tokenizer, make_vision_tower
-from lit_vlm.types import SPECIAL_TOKENS, Part, UserError
+from lit_vlm.types import SPECIAL_TOKENS, ModelPart, UserError
 
 SHAPE = {
     "hidden_size": 32,
@@ -78,7 +78,7 @@ def test_text_logits_equal_the_language_models_own(small_parts, tmp_path, family
     config_class, settings = FAMILIES[family]
     folder = language_folder(tmp_path / "language", config_class, **settings)
     blueprint = blueprint_of((small_parts[0], folder))
-    model = build(blueprint).eval()
+    model = build_model(blueprint).eval()
     theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
     batch = collate(Processor(blueprint.tokenizer, blueprint.images), [sample("안녕?", "네, 반갑습니다.")])
     known = batch.input_ids[batch.input_ids < theirs.config.vocab_size]
@@ -94,7 +94,7 @@ def test_the_last_layer_on_its_rows_alone_is_that_of_each_family(small_parts, tm
     config_class, settings = FAMILIES[family]
     folder = language_folder(tmp_path / "language", config_class, **settings)
     blueprint = blueprint_of((small_parts[0], folder))
-    model = build(blueprint)
+    model = build_model(blueprint)
     assert model.model.prunes_last_layer
     records = [sample("안녕?", "네, 반갑습니다."), sample("무엇이 보이나요?", "빨간 원", (60, 60))]
     batch = collate(Processor(blueprint.tokenizer, blueprint.images), records)
@@ -122,10 +122,10 @@ def test_a_family_that_bends_its_logits_is_refused_by_name(small_parts, tmp_path
 
 
 def test_every_parameter_belongs_to_exactly_one_part(model):
-    owners = {name: part_of(name) for name, _ in model.named_parameters()}
-    assert set(owners.values()) == set(Part)
-    assert owners["model.image_newline"] is Part.projector
-    assert owners["lm_head.weight"] is Part.language_model
+    owners = {name: get_part(name) for name, _ in model.named_parameters()}
+    assert set(owners.values()) == set(ModelPart)
+    assert owners["model.image_newline"] is ModelPart.projector
+    assert owners["lm_head.weight"] is ModelPart.language_model
 
 
 @pytest.mark.parametrize(("layers", "layer"), [(27, None), (26, -1), (27, -2), (27, 26)])
@@ -143,13 +143,13 @@ def test_the_selected_layer_is_the_same_for_26_and_27_layer_towers(tmp_path, sma
     else:
         shutil.copytree(tmp_path / "full", folder)
     blueprint = blueprint_of((str(folder), small_parts[1]), vision_feature_layer=layer)
-    model = build(blueprint)
+    model = build_model(blueprint)
     assert len(model.model.vision_tower.encoder.layers) == 26
     tiles = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     reference = SiglipVisionModel.from_pretrained(tmp_path / "full").double()
     with torch.no_grad(), Float64():  # 26 layers add up their rounding
         expected = reference((tiles.float() / 255 - 0.5) / 0.5, output_hidden_states=True).hidden_states[26]
-        torch.testing.assert_close(model.double().model.tower_features(tiles), expected, atol=1e-6, rtol=0)
+        torch.testing.assert_close(model.double().model.encode_tiles(tiles), expected, atol=1e-6, rtol=0)
 
 
 def test_a_layer_that_the_tower_lacks_is_refused(small_parts):
@@ -176,7 +176,7 @@ def test_a_whole_siglip_checkpoint_serves_as_a_tower(tmp_path, small_parts):
     torch.manual_seed(0)
     both = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
     both.save_pretrained(tmp_path)
-    model = build(blueprint_of((str(tmp_path), small_parts[1])))
+    model = build_model(blueprint_of((str(tmp_path), small_parts[1])))
     torch.testing.assert_close(
         model.model.vision_tower.embeddings.patch_embedding.weight, both.vision_model.embeddings.patch_embedding.weight
     )
@@ -189,7 +189,7 @@ def test_a_clip_tower_drops_its_class_token(tmp_path, small_parts):
     )
     CLIPVisionModel(config).save_pretrained(tmp_path)
     blueprint = blueprint_of((str(tmp_path), small_parts[1]))
-    processor, model = Processor(blueprint.tokenizer, blueprint.images), build(blueprint)
+    processor, model = Processor(blueprint.tokenizer, blueprint.images), build_model(blueprint)
     assert blueprint.config.vision_feature_select_strategy == "default"
     batch = collate(processor, [sample("뭐?", "원", (56, 100))])
     assert torch.isfinite(model.model(batch=batch)).all()
@@ -198,28 +198,28 @@ def test_a_clip_tower_drops_its_class_token(tmp_path, small_parts):
 
 def test_special_tokens_are_one_id_each_and_begin_where_their_spelling_lies(small_parts):
     blueprint = blueprint_of(small_parts)
-    model = build(blueprint)
+    model = build_model(blueprint)
     table = model.get_input_embeddings().weight
     for token in SPECIAL_TOKENS:
         ids = blueprint.tokenizer.encode(token, add_special_tokens=False)
         assert len(ids) == 1
-        spelled = Processor(blueprint.tokenizer, blueprint.images).template.ordinary.encode(token).ids
+        spelled = Processor(blueprint.tokenizer, blueprint.images).template.plain_tokenizer.encode(token).ids
         torch.testing.assert_close(table[ids[0]], table[spelled].mean(0))
 
 
 def test_a_padded_table_keeps_its_size_and_a_full_one_grows(small_parts, tmp_path):
-    roomy = build(blueprint_of(small_parts))
+    roomy = build_model(blueprint_of(small_parts))
     assert roomy.get_input_embeddings().num_embeddings == len(make_tokenizer()) + 16
     full = language_folder(tmp_path / "full", Qwen2Config, vocab_size=len(make_tokenizer()))
-    grown = build(blueprint_of((small_parts[0], full)))
+    grown = build_model(blueprint_of((small_parts[0], full)))
     assert grown.get_input_embeddings().num_embeddings == grown.lm_head.out_features >= len(make_tokenizer()) + 11
 
 
 def test_a_linear_projector_is_one_matrix_and_the_identity_behind_it_stays(small_parts):
-    from lit_vlm.config.schema import Projector
+    from lit_vlm.config.schema import ProjectorName
     from lit_vlm.stages import AlignStage
 
-    model = build(blueprint_of(small_parts, projector=Projector.linear))
+    model = build_model(blueprint_of(small_parts, projector=ProjectorName.linear))
     projector = model.model.multi_modal_projector
     features = torch.randn(3, 32)
     torch.testing.assert_close(projector(features), projector.linear_1(features))
@@ -235,7 +235,10 @@ def test_sharded_weights_load_like_whole_ones(small_parts, tmp_path):
     (tmp_path / "sharded" / "model.safetensors").unlink()
     whole.save_pretrained(tmp_path / "sharded", max_shard_size="50kB")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
-    one, other = build(blueprint_of(small_parts)), build(blueprint_of((small_parts[0], str(tmp_path / "sharded"))))
+    one, other = (
+        build_model(blueprint_of(small_parts)),
+        build_model(blueprint_of((small_parts[0], str(tmp_path / "sharded")))),
+    )
     for (name, a), (_, b) in zip(one.named_parameters(), other.named_parameters(), strict=True):
         assert torch.equal(a, b), name
 
@@ -251,7 +254,7 @@ def test_a_folder_with_half_of_its_weights_is_refused(small_parts, tmp_path):
         metadata={"format": "pt"},
     )
     with pytest.raises(UserError, match="weights are missing or of another shape"):
-        build(blueprint_of((small_parts[0], str(tmp_path / "half"))))
+        build_model(blueprint_of((small_parts[0], str(tmp_path / "half"))))
 
 
 @pytest.mark.parametrize(
@@ -264,12 +267,12 @@ def test_a_folder_with_half_of_its_weights_is_refused(small_parts, tmp_path):
 def test_a_missing_folder_is_named_with_its_setting(small_parts, setting, message):
     names = {"vision_tower": small_parts[0], "language_model": small_parts[1]}
     with pytest.raises(UserError, match=message):
-        draw_up(ModelConfig(**{**names, **setting}))
+        load_model_spec(ModelConfig(**{**names, **setting}))
 
 
 def test_a_checkpoint_of_another_model_is_refused(small_parts):
     with pytest.raises(UserError, match=r"model of type 'qwen2'; a stage starts from a LLaVA-OneVision-class model"):
-        draw_up(ModelConfig(special_tokens=[]), init_from=small_parts[1])
+        load_model_spec(ModelConfig(special_tokens=[]), init_from=small_parts[1])
     with pytest.raises(UserError, match="'qwen2'; SigLIP, SigLIP 2 .* and CLIP towers are known"):
         blueprint_of((small_parts[1], small_parts[1]))
 
@@ -297,16 +300,18 @@ def test_varco_vision_14b_builds_at_full_size_with_the_published_counts(tmp_path
     Qwen2Config(
         **language, vocab_size=152064, max_position_embeddings=32768, tie_word_embeddings=False
     ).save_pretrained(tmp_path / "language")
-    blueprint = draw_up(ModelConfig(vision_tower=str(tmp_path / "tower"), language_model=str(tmp_path / "language")))
+    blueprint = load_model_spec(
+        ModelConfig(vision_tower=str(tmp_path / "tower"), language_model=str(tmp_path / "language"))
+    )
     model = build_on_meta(blueprint.config)
-    count = {part: sum(p.numel() for n, p in model.named_parameters() if part_of(n) is part) for part in Part}
-    assert count[Part.language_model] == 14_770_033_664  # Qwen2.5-14B's own count
+    count = {part: sum(p.numel() for n, p in model.named_parameters() if get_part(n) is part) for part in ModelPart}
+    assert count[ModelPart.language_model] == 14_770_033_664  # Qwen2.5-14B's own count
     embeddings = 2 * 152064 * 5120
-    assert round((count[Part.language_model] - embeddings) / 1e9, 1) == 13.2  # its model card rounds to 13.1
-    assert count[Part.projector] == 1152 * 5120 + 5120 + 5120 * 5120 + 5120 + 5120
+    assert round((count[ModelPart.language_model] - embeddings) / 1e9, 1) == 13.2  # its model card rounds to 13.1
+    assert count[ModelPart.projector] == 1152 * 5120 + 5120 + 5120 * 5120 + 5120 + 5120
     layer = 4 * (1152 * 1152 + 1152) + 2 * 1152 * 4304 + 1152 + 4304 + 4 * 1152
     assert (
-        count[Part.vision_tower] == 14 * 14 * 3 * 1152 + 1152 + 729 * 1152 + 26 * layer + 2 * 1152
+        count[ModelPart.vision_tower] == 14 * 14 * 3 * 1152 + 1152 + 729 * 1152 + 26 * layer + 2 * 1152
     )  # no head, no 27th layer
     assert (blueprint.images.side, blueprint.images.max_tiles, len(blueprint.images.grid_pinpoints)) == (27, 9, 36)
     assert AutoConfig.from_pretrained(tmp_path / "tower").num_hidden_layers == 27  # the user's folder is left as it was
@@ -329,7 +334,7 @@ def test_image_settings_that_no_picture_could_take_are_refused(small_parts, tmp_
     path = tower / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | settings), encoding="utf-8")
     with pytest.raises(UserError, match=said):
-        draw_up(ModelConfig(vision_tower=str(tower), language_model=small_parts[1]))
+        load_model_spec(ModelConfig(vision_tower=str(tower), language_model=small_parts[1]))
 
 
 def test_one_mean_is_meant_for_all_three_colours(small_parts, tmp_path):
@@ -337,5 +342,5 @@ def test_one_mean_is_meant_for_all_three_colours(small_parts, tmp_path):
     shutil.copytree(small_parts[0], tower)
     path = tower / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | {"image_mean": 0.25}), encoding="utf-8")
-    images = draw_up(ModelConfig(vision_tower=str(tower), language_model=small_parts[1])).images
+    images = load_model_spec(ModelConfig(vision_tower=str(tower), language_model=small_parts[1])).images
     assert images.mean == (0.25, 0.25, 0.25)

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
-from lit_vlm.model.checkpointing import is_kept
+from lit_vlm.model.checkpointing import should_save_result
 from lit_vlm.model.tiny import make_language_model, make_vision_tower
 from lit_vlm.stages import AlignStage, SFTStage
 from lit_vlm.types import UserError
@@ -35,7 +35,7 @@ def make(folders, stage_class, level, **options):
 
 
 def batch_for(stage):
-    blueprint = stage._given
+    blueprint = stage._model_source
     records = [sample("무엇이 보이나요?", "빨간 원", (60, 60)), sample("안녕?", "네, 안녕하세요. " * 4)]
     return collate(Processor(blueprint.tokenizer, blueprint.images), records * 2)
 
@@ -45,7 +45,7 @@ def backward(stage, mixed=False):
     batch = batch_for(stage)
     torch.manual_seed(3)
     with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-        loss = stage.token_losses(batch).mean()
+        loss = stage.compute_token_losses(batch).mean()
     loss.backward()
     gradients = {name: p.grad for name, p in stage.model.named_parameters() if p.grad is not None}
     return loss.detach(), gradients, torch.rand(1)
@@ -82,7 +82,7 @@ def counted(parts, stage_class, level) -> dict[str, int]:
     stage = make(parts, stage_class, level)
     batch = batch_for(stage)
     with Counted() as mode:
-        stage.token_losses(batch).mean().backward()
+        stage.compute_token_losses(batch).mean().backward()
     return mode.times
 
 
@@ -98,22 +98,22 @@ def test_selective_computes_norms_again_and_no_product_or_attention(small_parts,
 def test_attention_that_draws_is_computed_again():
     """Were its result kept, what is drawn behind it in the layer would be drawn as if it had not drawn."""
     heads = torch.zeros(1, 2, 4, 8)
-    assert is_kept(16, ATEN._scaled_dot_product_flash_attention.default, heads, heads, heads, 0.0, True)
-    assert not is_kept(16, ATEN._scaled_dot_product_flash_attention.default, heads, heads, heads, 0.1, True)
-    assert not is_kept(
+    assert should_save_result(16, ATEN._scaled_dot_product_flash_attention.default, heads, heads, heads, 0.0, True)
+    assert not should_save_result(16, ATEN._scaled_dot_product_flash_attention.default, heads, heads, heads, 0.1, True)
+    assert not should_save_result(
         16, ATEN._scaled_dot_product_efficient_attention.default, *[heads] * 3, None, True, dropout_p=0.1
     )
 
 
 def test_the_last_product_of_a_layer_and_what_widens_an_adapter_are_not_kept():
     def product(inner, outer):
-        return is_kept(64, ATEN.mm.default, torch.zeros(5, inner), torch.zeros(inner, outer))
+        return should_save_result(64, ATEN.mm.default, torch.zeros(5, inner), torch.zeros(inner, outer))
 
     assert product(64, 64) and product(64, 16) and product(64, 200)  # queries, keys, gate
     assert not product(200, 64)  # down
     assert product(64, 4) and not product(4, 200)  # an adapter's two
-    assert is_kept(64, ATEN.addmm.default, torch.zeros(64), torch.zeros(5, 64), torch.zeros(64, 64))
-    assert not is_kept(64, ATEN.mul.Tensor, torch.zeros(5, 64), torch.zeros(5, 64))
+    assert should_save_result(64, ATEN.addmm.default, torch.zeros(64), torch.zeros(5, 64), torch.zeros(64, 64))
+    assert not should_save_result(64, ATEN.mul.Tensor, torch.zeros(5, 64), torch.zeros(5, 64))
 
 
 def test_a_level_that_there_is_not_is_refused(small_parts):

@@ -9,9 +9,9 @@ import torch
 
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.data.processor import Processor, check_vocabulary
-from lit_vlm.model.build import build, draw_up, read_tiling
+from lit_vlm.model.build import build_model, load_model_spec, read_tiling
 from lit_vlm.model.export import export_model
-from lit_vlm.model.skeleton import weights_later
+from lit_vlm.model.skeleton import defer_weights
 from lit_vlm.types import UserError
 
 
@@ -21,7 +21,7 @@ def whole(small_parts, tmp_path_factory):
 
     blueprint = blueprint_of(small_parts)
     folder = tmp_path_factory.mktemp("whole") / "hf"
-    export_model(build(blueprint), blueprint.tokenizer, blueprint.images, folder)
+    export_model(build_model(blueprint), blueprint.tokenizer, blueprint.images, folder)
     return folder
 
 
@@ -32,12 +32,14 @@ def copy(whole, tmp_path):
 
 def opened(folder, shared: bool = False):
     """What a run does with a folder that it starts from."""
-    blueprint = draw_up(ModelConfig(vision_tower="-", language_model="-"), str(folder), read_tiling(str(folder)))
+    blueprint = load_model_spec(
+        ModelConfig(vision_tower="-", language_model="-"), str(folder), read_tiling(str(folder))
+    )
     check_vocabulary(Processor(blueprint.tokenizer, blueprint.images))
     if not shared:
-        return build(blueprint)
-    with weights_later():
-        return build(blueprint)
+        return build_model(blueprint)
+    with defer_weights():
+        return build_model(blueprint)
 
 
 def refused(folder) -> str:
@@ -125,7 +127,7 @@ def test_a_template_file_that_is_no_text_is_told_by_its_name(whole, tmp_path, co
     file.write_bytes(content)
     model = ModelConfig(vision_tower="-", language_model="-", chat_template=str(file))
     with pytest.raises(UserError, match=rf"model.chat_template={file}: "):
-        draw_up(model, str(whole))
+        load_model_spec(model, str(whole))
 
 
 def test_of_several_templates_the_default_one_is_taken(copy):

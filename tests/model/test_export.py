@@ -18,12 +18,12 @@ from lit_vlm.anyres import Tiling
 from lit_vlm.config.schema import ModelConfig
 from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
-from lit_vlm.model.build import build, draw_up, read_tiling
+from lit_vlm.model.build import build_model, load_model_spec, read_tiling
 from lit_vlm.model.export import export_model
 from lit_vlm.model.generate import generate
-from lit_vlm.model.lora import lora_layers
-from lit_vlm.model.merged import Merged
-from lit_vlm.model.tensor_files import TensorFile
+from lit_vlm.model.lora import find_lora_layers
+from lit_vlm.model.merged import MergedStateDict
+from lit_vlm.model.tensor_files import SafetensorsFile
 from lit_vlm.stages import AlignStage, SFTStage
 
 
@@ -72,19 +72,19 @@ def test_what_is_exported_loads_in_plain_transformers_and_gives_the_same_logits(
 
 def test_an_exported_folder_is_a_stages_beginning(small_parts, tmp_path):
     blueprint = blueprint_of(small_parts, Tiling.base)
-    model = build(blueprint)
+    model = build_model(blueprint)
     folder = exported(model, blueprint, tmp_path)
-    again = draw_up(ModelConfig(), init_from=str(folder), tiling=read_tiling(str(folder)))
+    again = load_model_spec(ModelConfig(), init_from=str(folder), tiling=read_tiling(str(folder)))
     assert again.new_tokens == []
     assert again.images == blueprint.images
-    for (name, a), (_, b) in zip(model.named_parameters(), build(again).named_parameters(), strict=True):
+    for (name, a), (_, b) in zip(model.named_parameters(), build_model(again).named_parameters(), strict=True):
         assert torch.equal(a, b), name
     assert again.tokenizer.chat_template == blueprint.tokenizer.chat_template
 
 
 def test_no_file_of_an_exported_folder_names_a_folder_of_the_machine_that_made_it(small_parts, tmp_path):
     blueprint = blueprint_of(small_parts, Tiling.base)
-    model, place = build(blueprint), "/home/mina/models/base"
+    model, place = build_model(blueprint), "/home/mina/models/base"
     for config in (model.config, model.config.text_config, model.config.vision_config, model.generation_config):
         config._name_or_path = place
     model.config.text_config.base_model_name_or_path = place
@@ -99,7 +99,7 @@ def test_no_file_of_an_exported_folder_names_a_folder_of_the_machine_that_made_i
 
 def test_plain_transformers_answers_from_the_folder_in_a_process_without_our_code(small_parts, tmp_path):
     blueprint = blueprint_of(small_parts)
-    folder = exported(build(blueprint), blueprint, tmp_path)
+    folder = exported(build_model(blueprint), blueprint, tmp_path)
     picture(90, 60).load().save(tmp_path / "photo.png")
     program = f"""
 import sys, torch
@@ -119,8 +119,8 @@ assert not any(name.split(".")[0] in ("lit_vlm", "callbacks") for name in sys.mo
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    again = draw_up(ModelConfig(), init_from=str(folder))
-    processor, model = Processor(again.tokenizer, again.images), build(again)
+    again = load_model_spec(ModelConfig(), init_from=str(folder))
+    processor, model = Processor(again.tokenizer, again.images), build_model(again)
     record = sample("무엇이 보이나요?", "x", (90, 60), seed=0)
     ours = generate(model, collate(processor, [record]), max_new_tokens=8)
     assert json.loads(done.stdout.strip().splitlines()[-1]) == ours[0]
@@ -133,8 +133,8 @@ def test_weights_and_configs_are_written_byte_for_byte_as_transformers_writes_th
     parts, small_parts, tmp_path, dtype, largest_file, tied
 ):
     blueprint = blueprint_of(parts if tied else small_parts)
-    model = build(blueprint, dtype)
-    export_model(model, blueprint.tokenizer, blueprint.images, tmp_path / "hf", largest_file=largest_file)
+    model = build_model(blueprint, dtype)
+    export_model(model, blueprint.tokenizer, blueprint.images, tmp_path / "hf", max_shard_size=largest_file)
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "hf", dtype=dtype)
     plain.save_pretrained(tmp_path / "theirs", max_shard_size=largest_file)
     theirs = {path.name: path.read_bytes() for path in (tmp_path / "theirs").iterdir()}
@@ -153,7 +153,7 @@ def test_merged_adapters_are_bit_for_bit_pefts_own(small_parts, tmp_path):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     folder = exported(stage.model, blueprint, tmp_path)
     plain = AutoModelForImageTextToText.from_pretrained(folder)
-    layers = lora_layers(stage.model)
+    layers = find_lora_layers(stage.model)
     assert len(layers) > 14
     for name, layer in layers.items():
         layer.merge(safe_merge=True)
@@ -161,7 +161,7 @@ def test_merged_adapters_are_bit_for_bit_pefts_own(small_parts, tmp_path):
 
 
 def test_the_processor_files_name_what_torchvision_machines_need(small_parts, tmp_path):
-    folder = exported(build(blueprint_of(small_parts)), blueprint_of(small_parts), tmp_path)
+    folder = exported(build_model(blueprint_of(small_parts)), blueprint_of(small_parts), tmp_path)
     config = json.loads((folder / "processor_config.json").read_text())
     assert config["processor_class"] == "LlavaOnevisionProcessor"
     assert config["video_processor"]["video_processor_type"] == "LlavaOnevisionVideoProcessor"
@@ -171,7 +171,7 @@ def test_the_processor_files_name_what_torchvision_machines_need(small_parts, tm
 
 def test_export_replaces_an_older_folder_whole_and_leaves_nothing_beside(small_parts, tmp_path):
     blueprint = blueprint_of(small_parts)
-    model = build(blueprint)
+    model = build_model(blueprint)
     folder = exported(model, blueprint, tmp_path)
     (folder / "stale.txt").write_text("old")
     exported(model, blueprint, tmp_path)
@@ -184,11 +184,11 @@ def test_an_export_onto_a_full_disk_leaves_nothing_beside_and_an_older_folder_wh
     small_parts, tmp_path, monkeypatch, older
 ):
     blueprint = blueprint_of(small_parts)
-    model = build(blueprint)
+    model = build_model(blueprint)
     if older:
         exported(model, blueprint, tmp_path)
     before = {path.name: path.read_bytes() for path in (tmp_path / "hf").rglob("*")}
-    monkeypatch.setattr(TensorFile, "write", full)
+    monkeypatch.setattr(SafetensorsFile, "write", full)
     with pytest.raises(OSError, match="No space left"):
         exported(model, blueprint, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"] * older
@@ -197,10 +197,10 @@ def test_an_export_onto_a_full_disk_leaves_nothing_beside_and_an_older_folder_wh
 
 def test_what_a_killed_export_left_goes_with_the_next_one(small_parts, tmp_path, monkeypatch):
     blueprint = blueprint_of(small_parts)
-    model = build(blueprint)
+    model = build_model(blueprint)
     killed = os.fork()
     if not killed:
-        monkeypatch.setattr(TensorFile, "write", lambda file, folder, values: os._exit(9))
+        monkeypatch.setattr(SafetensorsFile, "write", lambda file, folder, values: os._exit(9))
         exported(model, blueprint, tmp_path)
     assert os.waitstatus_to_exitcode(os.waitpid(killed, 0)[1]) == 9
     assert len(list(tmp_path.iterdir())) == 1
@@ -216,18 +216,18 @@ def full(file, folder, values):
 def test_ranks_that_do_not_write_take_part_in_gathering_experts_that_are_fused_in_memory(small_parts, tmp_path):
     """All ranks must ask for the same weights in the same order, or they wait for each other for ever."""
     options = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "head_dim": 8}
-    model = build(blueprint_of((small_parts[0], language_folder(tmp_path / "moe", Qwen3MoeConfig, **options))))
+    model = build_model(blueprint_of((small_parts[0], language_folder(tmp_path / "moe", Qwen3MoeConfig, **options))))
     weights, asked = dict(model.named_parameters()), []
 
     def whole(name):
         asked.append(name)
         return weights[name]
 
-    writes, helps = Merged(model, whole), Merged(model, whole)
-    values = {name: writes.value(name) for name in writes.tensors}
+    writes, helps = MergedStateDict(model, whole), MergedStateDict(model, whole)
+    values = {name: writes.compute_value(name) for name in writes.tensors}
     written, asked = asked, []
     for name in helps.tensors:
-        helps.take_part(name)
+        helps.gather(name)
     assert asked == written and any(name.endswith("experts.gate_up_proj") for name in asked)
     assert {name: value.shape for name, value in values.items()} == {n: t.shape for n, t in writes.tensors.items()}
 
@@ -246,7 +246,7 @@ def test_generation_ends_where_the_template_closes_an_answer_whatever_the_tokeni
             file["eos_token_id"] = 0
         (base / name).write_text(json.dumps(file))
     blueprint = blueprint_of((small_parts[0], str(base)), chat_template="chatml")
-    folder = exported(build(blueprint), blueprint, tmp_path)
+    folder = exported(build_model(blueprint), blueprint, tmp_path)
     stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
     assert set(stops) == {blueprint.tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_end|>")}
 
@@ -257,7 +257,7 @@ TORCHVISION = Path(sys.prefix) / "torchvision"  # make setup puts it there, with
 @pytest.mark.skipif(not TORCHVISION.is_dir(), reason="torchvision is not in .venv/torchvision; make test puts it there")
 def test_stock_auto_processor_loads_the_folder_where_torchvision_is(small_parts, tmp_path, processor):
     blueprint = blueprint_of(small_parts)
-    folder = exported(build(blueprint), blueprint, tmp_path)
+    folder = exported(build_model(blueprint), blueprint, tmp_path)
     picture(90, 60).load().save(tmp_path / "photo.png")
     program = f"""
 import sys, torch

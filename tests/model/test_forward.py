@@ -7,19 +7,19 @@ import torch
 from float64 import restore_pixels
 from support import blueprint_of, picture, sample
 
-from lit_vlm.anyres import ImageSettings, Tiling, grid_pinpoints
+from lit_vlm.anyres import ImageSettings, Tiling, make_grid_pinpoints
 from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
-from lit_vlm.data.tiles import tiles_of
+from lit_vlm.data.tiles import split_into_tiles
 from lit_vlm.model import attention, hub
-from lit_vlm.model.build import build
+from lit_vlm.model.build import build_model
 from lit_vlm.model.segments import Segments
 from lit_vlm.stages import SFTStage
 from lit_vlm.types import Batch
 
 
 def plain_processor(processor: Processor):
-    return hub.plain_processor(processor.tokenizer, processor.images)
+    return hub.make_plain_processor(processor.tokenizer, processor.images)
 
 
 def one(processor: Processor, record) -> Batch:
@@ -61,12 +61,12 @@ def test_a_packed_batch_gives_the_loss_and_gradients_of_its_samples_one_by_one(m
     stage = SFTStage(model)
     stage.configure_model()
     packed = collate(processor, mixed)
-    losses = stage.token_losses(packed)
+    losses = stage.compute_token_losses(packed)
     (losses.sum() / len(losses)).backward()
     together, loss = grads(model), float(losses.sum() / len(losses))
     model.zero_grad()
     count = sum(one(processor, record).num_supervised_tokens for record in mixed)
-    alone = sum(stage.token_losses(one(processor, record)).sum() / count for record in mixed)
+    alone = sum(stage.compute_token_losses(one(processor, record)).sum() / count for record in mixed)
     alone.backward()
     assert loss == pytest.approx(float(alone), rel=1e-5)
     assert torch.cosine_similarity(together, grads(model), dim=0) > 0.9999
@@ -80,8 +80,8 @@ def test_no_token_sees_another_segment(model, processor, mixed):
         changed = [sample("전혀 다른 질문", "another answer of another length", (90, 120), seed=77), *mixed[1:]]
         batch = collate(processor, changed)
         after = model.model(batch=batch)
-    first = collate(processor, mixed).lengths[0]
-    torch.testing.assert_close(before[first:], after[batch.lengths[0] :], atol=2e-6, rtol=0)
+    first = collate(processor, mixed).segment_lengths[0]
+    torch.testing.assert_close(before[first:], after[batch.segment_lengths[0] :], atol=2e-6, rtol=0)
 
 
 def test_under_autocast_attention_computes_in_its_precision():
@@ -89,9 +89,11 @@ def test_under_autocast_attention_computes_in_its_precision():
     query, key, value = (torch.randn(1, 2, 6, 8) for _ in range(3))
     segments = Segments([2, 4], torch.device("cpu"))
     with torch.autocast("cpu", torch.bfloat16):
-        out, _ = attention.flat_attention(torch.nn.Module(), query, key, value.bfloat16(), None, segments=segments)
+        out, _ = attention.flat_attention_forward(
+            torch.nn.Module(), query, key, value.bfloat16(), None, segments=segments
+        )
     assert out.dtype == torch.bfloat16
-    exact, _ = attention.flat_attention(torch.nn.Module(), query, key, value, None, segments=segments)
+    exact, _ = attention.flat_attention_forward(torch.nn.Module(), query, key, value, None, segments=segments)
     torch.testing.assert_close(out.float(), exact, atol=0.03, rtol=0.03)
 
 
@@ -99,7 +101,7 @@ def test_under_autocast_attention_computes_in_its_precision():
 def test_head_on_supervised_rows_equals_the_whole_head(model, processor, mixed):
     batch = collate(processor, mixed)
     (ours,) = model(batch=batch)
-    ours, rows = -ours.sum(), batch.rows
+    ours, rows = -ours.sum(), batch.loss_positions
     logits = model.lm_head(model.model(batch=batch)).float()
     whole = torch.nn.functional.cross_entropy(logits[:-1], batch.labels[1:], ignore_index=-100, reduction="sum")
     assert float(ours) == pytest.approx(float(whole), rel=1e-6)
@@ -110,25 +112,25 @@ def test_the_number_of_placeholders_equals_the_number_of_features_for_a_thousand
     plain, rng = plain_processor(processor), random.Random(0)
     for _ in range(1000):
         size = (rng.randint(1, 400), rng.randint(1, 400))
-        layout = processor.images.layout(*size)
+        layout = processor.images.compute_layout(*size)
         features = torch.zeros(layout.num_tiles, processor.images.side**2, 32)
-        arranged = model.model._arranged(features[None], layout)
+        arranged = model.model._merge_tiles(features[None], layout)
         assert arranged.shape[1] == layout.num_tokens
         assert plain._get_number_of_features(*size, 56, 56) == layout.num_tokens
 
 
 @pytest.mark.parametrize("grid, most", [(6, 9), (6, 4), (8, 16)])
 def test_token_counts_at_384_pixels_are_transformers_own(processor, grid, most):
-    settings = ImageSettings(384, 14, grid_pinpoints(384, grid), most, (0.5,) * 3, (0.5,) * 3)
+    settings = ImageSettings(384, 14, make_grid_pinpoints(384, grid), most, (0.5,) * 3, (0.5,) * 3)
     plain, rng = plain_processor(processor), random.Random(1)
     plain.num_image_tokens, plain.vision_aspect_ratio = 729, f"anyres_max_{most}"
     plain.image_processor.image_grid_pinpoints = [list(pair) for pair in settings.grid_pinpoints]
     for _ in range(300):
         size = (rng.randint(1, 4000), rng.randint(1, 4000))
-        assert plain._get_number_of_features(*size, 384, 384) == settings.layout(*size).num_tokens, size
+        assert plain._get_number_of_features(*size, 384, 384) == settings.compute_layout(*size).num_tokens, size
     if (grid, most) == (6, 9):  # the table of published token counts for LLaVA-OneVision's grid
         counts = {(384, 384): 1485, (480, 640): 2929, (1080, 1920): 7269, (3508, 2480): 7353, (1248, 1024): 8765}
-        assert {size: settings.layout(*size).num_tokens for size in counts} == counts
+        assert {size: settings.compute_layout(*size).num_tokens for size in counts} == counts
 
 
 @pytest.mark.parametrize("size", [(56, 56), (57, 113), (200, 31), (300, 400), (10, 500), (112, 168), (1, 90)])
@@ -137,13 +139,13 @@ def test_tiles_are_cut_as_transformers_cuts_them(processor, size, alone):
     image = picture(*size).load()
     images = [[image]] if alone else [[image, image]]
     theirs = plain_processor(processor).image_processor(images, return_tensors="pt")["pixel_values"][0]
-    ours = torch.from_numpy(tiles_of(image, processor.images, alone=alone)).float() / 255
+    ours = torch.from_numpy(split_into_tiles(image, processor.images, single_image=alone)).float() / 255
     torch.testing.assert_close((ours - 0.5) / 0.5, theirs[: len(ours)].float(), atol=1e-6, rtol=0)
 
 
 def test_in_bfloat16_positions_stay_exact(small_parts):
     """As with transformers' own `from_pretrained(dtype=)`."""
-    model = build(blueprint_of(small_parts))
+    model = build_model(blueprint_of(small_parts))
     before = {name: buffer.clone() for name, buffer in model.named_buffers() if "inv_freq" in name}
     torch.nn.ModuleList([model]).to(torch.bfloat16)
     assert before and {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -165,7 +167,7 @@ def test_a_batch_without_images_runs_the_tower_once_and_means_nothing(model, pro
 
 def test_base_tiling_is_the_base_view_and_one_newline(small_parts):
     blueprint = blueprint_of(small_parts, Tiling.base)
-    processor, model = Processor(blueprint.tokenizer, blueprint.images), build(blueprint)
+    processor, model = Processor(blueprint.tokenizer, blueprint.images), build_model(blueprint)
     batch = one(processor, sample("무엇?", "원", (300, 100)))
     assert batch.num_tiles == 1
     assert int((batch.input_ids == processor.image_token_id).sum()) == 17

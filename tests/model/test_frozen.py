@@ -9,7 +9,7 @@ from support import blueprint_of, builtin, sample
 from lit_vlm.data.collate import collate
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.processor import Processor
-from lit_vlm.model.build import build
+from lit_vlm.model.build import build_model
 from lit_vlm.model.export import export_model
 from lit_vlm.model.generate import generate
 from lit_vlm.model.tiny import make_language_model
@@ -42,7 +42,7 @@ def make(folders, case, held: bool):
 
 
 def batch_for(stage):
-    blueprint = stage._given
+    blueprint = stage._model_source
     records = [sample("무엇?", "빨간 원", (60, 90)), sample("안녕?", "네. " * 9), sample("What?", "a star", (56, 56))]
     return collate(Processor(blueprint.tokenizer, blueprint.images), records)
 
@@ -53,7 +53,7 @@ def trainer(precision="bf16-mixed") -> L.Trainer:
 
 
 def data_for(stage, steps=2) -> DataModule:
-    blueprint = stage._given
+    blueprint = stage._model_source
     kinds = ("preference",) if isinstance(stage, DPOStage) else ("caption", "text")
     processor = Processor(blueprint.tokenizer, blueprint.images)
     return DataModule(processor, builtin(*kinds, n=16), 0.1, global_batch_size=4, max_steps=steps)
@@ -67,10 +67,10 @@ def test_outputs_and_gradients_are_those_of_autocast_to_the_bit(request, kind, c
         stage = make(folders, case, held)
         batch = batch_for(stage)
         with torch.autocast("cpu", torch.bfloat16):
-            losses = stage.token_losses(batch)
+            losses = stage.compute_token_losses(batch)
             reference = getattr(stage, "reference", None)
-            looked = stage.model.model.look_at(batch)  # the reference has no tower of its own
-            answer = reference(batch=batch, seen=looked)[0] if reference is not None else None
+            looked = stage.model.model.encode_images(batch)  # the reference has no tower of its own
+            answer = reference(batch=batch, vision_features=looked)[0] if reference is not None else None
         losses.sum().backward()
         seen.append((losses, answer, {n: p.grad for n, p in stage.model.named_parameters() if p.grad is not None}))
     (losses, answer, gradients), (others, other_answer, other_gradients) = seen
@@ -97,10 +97,10 @@ def test_what_is_read_as_it_stands_and_what_trains_stay_float32(request, kind):
 def exported(stage, folder) -> tuple[dict, dict]:
     """What a run's model is written as, and what it started from was."""
     trainer().fit(stage, data_for(stage))
-    blueprint = stage._given
+    blueprint = stage._model_source
     export_model(stage.model, blueprint.tokenizer, blueprint.images, folder / "hf")
     start = blueprint_of((blueprint.vision_tower, blueprint.language_model))
-    export_model(build(start, seed=5), blueprint.tokenizer, blueprint.images, folder / "start")
+    export_model(build_model(start, seed=5), blueprint.tokenizer, blueprint.images, folder / "start")
     last, first = (load_file(folder / name / "model.safetensors") for name in ("hf", "start"))
     assert {tensor.dtype for tensor in last.values()} == {torch.float32} and last.keys() == first.keys()
     return last, first
@@ -116,7 +116,7 @@ def test_what_is_exported_has_the_values_that_were_read(small_parts, tmp_path):
     )
     for name in changed - {name for name in changed if "projector" in name or "newline" in name}:
         rows = (first[name] != last[name]).any(1).sum()  # of new tokens
-        assert 0 < rows <= len(stage._given.new_tokens)
+        assert 0 < rows <= len(stage._model_source.new_tokens)
 
 
 def test_adapters_are_merged_into_the_exact_weights(small_parts, tmp_path):
@@ -150,7 +150,7 @@ def test_answers_are_generated_and_lightnings_checkpoints_keep_exact_values(smal
     fit.save_checkpoint(tmp_path / "stage.ckpt")
     loaded = AlignStage.load_from_checkpoint(tmp_path / "stage.ckpt", weights_only=True)
     name = "model.language_model.layers.0.mlp.up_proj.weight"
-    exact = build(blueprint_of(small_parts)).get_parameter(name)
+    exact = build_model(blueprint_of(small_parts)).get_parameter(name)
     assert torch.equal(loaded.model.get_parameter(name), exact)
     assert not torch.equal(stage.model.get_parameter(name).float(), exact)
     (again,) = trainer().validate(loaded, data_for(stage), verbose=False)
@@ -170,7 +170,7 @@ def test_weights_that_cannot_be_read_again_stay_as_they_are(small_parts, tmp_pat
     make_language_model(folder, hidden_size=32, intermediate_size=48, num_hidden_layers=2, tie_word_embeddings=False)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    given = AlignStage(build(blueprint_of(small_parts)), frozen_dtype="bfloat16")
+    given = AlignStage(build_model(blueprint_of(small_parts)), frozen_dtype="bfloat16")
     given.configure_model()
     for stage in (make((small_parts[0], str(folder)), "align", held=True), given):
         assert {p.dtype for p in stage.model.parameters()} == {torch.float32}

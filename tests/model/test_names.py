@@ -22,11 +22,11 @@ from transformers import (
 )
 
 from lit_vlm.config.schema import ModelConfig
-from lit_vlm.model.build import build, build_on_meta, draw_up
+from lit_vlm.model.build import build_model, build_on_meta, load_model_spec
 from lit_vlm.model.export import export_model
-from lit_vlm.model.merged import Merged
-from lit_vlm.model.skeleton import weights_later
-from lit_vlm.model.tensor_files import planned_files
+from lit_vlm.model.merged import MergedStateDict
+from lit_vlm.model.skeleton import defer_weights
+from lit_vlm.model.tensor_files import split_into_files
 from lit_vlm.stages import SFTStage
 
 
@@ -81,7 +81,7 @@ def test_a_model_of_a_released_shape_has_the_released_key_list_and_in_the_index_
     )
     config = LlavaOnevisionConfig(vision_config=vision, text_config=text, dtype="float16", tie_word_embeddings=tied)
     model = build_on_meta(config).half()
-    planned = planned_files(Merged(model).tensors)
+    planned = split_into_files(MergedStateDict(model).tensors)
     sections = ["siglip", "projector", "qwen2", *([] if tied else ["head"])]
     released = read_released_names(*sections, tower_layers=26, language_layers=layers)
     assert {name for file in planned for name in file.tensors} == released
@@ -118,10 +118,10 @@ def test_every_export_has_the_released_names_and_plain_transformers_misses_none(
         model = stage.model
         assert model.weights
     else:
-        model = build(blueprint)
+        model = build_model(blueprint)
     if way == "from an older export":
         blueprint, model = again_from_older(blueprint, model, tmp_path / "older")
-    export_model(model, blueprint.tokenizer, blueprint.images, tmp_path / "hf", largest_file=largest_file)
+    export_model(model, blueprint.tokenizer, blueprint.images, tmp_path / "hf", max_shard_size=largest_file)
     found = read_names(tmp_path / "hf")
     released = read_released_names(tower, "projector", "qwen2", "head", tower_layers=2, language_layers=2)
     assert {name for names in found.values() for name in names} == released
@@ -141,10 +141,10 @@ def again_from_older(blueprint, model, folder: Path):
     assert older.keys() != tensors.keys()
     save_file(older, folder / "model.safetensors", metadata={"format": "pt"})
     settings = ModelConfig(grid=3, max_tiles=4)
-    again = draw_up(settings, init_from=str(folder))
-    loaded = build(again)
+    again = load_model_spec(settings, init_from=str(folder))
+    loaded = build_model(again)
     for (name, one), (_, other) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
         assert torch.equal(one, other), name
-    with weights_later():
-        assert_same(loaded, build(draw_up(settings, init_from=str(folder))))
+    with defer_weights():
+        assert_same(loaded, build_model(load_model_spec(settings, init_from=str(folder))))
     return again, loaded

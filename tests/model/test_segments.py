@@ -10,12 +10,12 @@ from torch.nn.attention import varlen
 from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
 from lit_vlm.model import attention, last_layer
-from lit_vlm.model.build import build
-from lit_vlm.model.last_layer import LastLayer
+from lit_vlm.model.build import build_model
+from lit_vlm.model.last_layer import PrunedLastLayer
 from lit_vlm.model.segments import Segments
 from lit_vlm.stages import DPOStage
-from lit_vlm.stages.tally import Tally
-from lit_vlm.types import ImageSlot, Kind, Language, Message, PreferencePair, Role
+from lit_vlm.stages.tally import PreferenceMetrics
+from lit_vlm.types import ImagePlaceholder, Language, Message, PreferencePair, Role, SampleKind
 
 CPU = torch.device("cpu")
 LENGTHS, PREFIXES = [7, 4, 3, 5, 6, 2], [-1, -1, 0, 1, 0, 1]
@@ -35,7 +35,7 @@ def by_hand(query, key, value, segments: Segments, window=None):
     starts = torch.tensor([0, *LENGTHS]).cumsum(0).tolist()
     repeats = query.shape[1] // key.shape[1]
     results = []
-    for number, position in enumerate(segments.asked.tolist()):
+    for number, position in enumerate(segments.query_positions.tolist()):
         segment = next(i for i in range(len(LENGTHS)) if starts[i] <= position < starts[i + 1])
         seen = list(range(starts[segment], position + 1))
         if PREFIXES[segment] >= 0:
@@ -71,11 +71,11 @@ def kernel_on_cpu(q, k, v, cu_q, cu_k, most_q, most_k, *, scale=None, window_siz
 def test_a_token_sees_its_prefix_and_its_segment_up_to_itself(way, tails, window, monkeypatch):
     monkeypatch.setattr(varlen, "varlen_attn", kernel_on_cpu)
     segments = Segments(LENGTHS, CPU, PREFIXES, tails)
-    tensors = qkv(len(segments.asked))
+    tensors = qkv(len(segments.query_positions))
     if way == "grouped":
-        ours = attention._grouped(*tensors, segments, None, 0.0, window)
+        ours = attention._run_grouped_attention(*tensors, segments, None, 0.0, window)
     else:
-        ours = attention._varlen(*tensors, segments, None, window)
+        ours = attention._run_varlen_attention(*tensors, segments, None, window)
     theirs = by_hand(*tensors, segments, window)
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
     factors = torch.randn(ours.shape, generator=torch.Generator().manual_seed(2))
@@ -89,18 +89,18 @@ def test_a_token_sees_its_prefix_and_its_segment_up_to_itself(way, tails, window
 
 def test_no_call_has_a_key_twice():
     """So the sum of a key's gradients has one order, on a device where additions race as well."""
-    calls = Segments(LENGTHS, CPU, PREFIXES).calls
+    calls = Segments(LENGTHS, CPU, PREFIXES).varlen_calls
     assert len(calls) == 3
     for call in calls:
         assert len(call.keys) == len(set(call.keys.tolist()))
-    (whole,) = Segments(LENGTHS, CPU).calls
+    (whole,) = Segments(LENGTHS, CPU).varlen_calls
     assert whole.queries is None and whole.keys is None  # the row as it lies, nothing is copied
 
 
 @pytest.mark.parametrize("words", ["2.10", "2.12"])
 def test_the_kernel_is_called_in_the_words_of_its_release(words, monkeypatch):
     segments = Segments(LENGTHS, CPU, PREFIXES)
-    tensors = qkv(len(segments.asked))
+    tensors = qkv(len(segments.query_positions))
     expected = by_hand(*tensors, segments)
 
     def old(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
@@ -112,20 +112,22 @@ def test_the_kernel_is_called_in_the_words_of_its_release(words, monkeypatch):
 
     monkeypatch.setattr(varlen, "varlen_attn", {"2.10": old, "2.12": middle}[words])
     for scaling in (None, 0.25):
-        ours = attention._varlen(*tensors, segments, scaling, None)
+        ours = attention._run_varlen_attention(*tensors, segments, scaling, None)
         if scaling is None:
             torch.testing.assert_close(ours, expected, atol=1e-6, rtol=1e-5)
         else:
             torch.testing.assert_close(
-                ours, attention._grouped(*tensors, segments, scaling, 0.0, None), atol=1e-6, rtol=1e-5
+                ours, attention._run_grouped_attention(*tensors, segments, scaling, 0.0, None), atol=1e-6, rtol=1e-5
             )
 
 
 def pair(number: int, *sizes) -> PreferencePair:
     images = tuple(picture(*size, seed=number + i) for i, size in enumerate(sizes))
-    prompt = (Message(Role.user, (*(ImageSlot(i) for i in range(len(images))), "무엇이 보이나요? " * (number + 1))),)
+    prompt = (
+        Message(Role.user, (*(ImagePlaceholder(i) for i in range(len(images))), "무엇이 보이나요? " * (number + 1))),
+    )
     answers = Message(Role.assistant, ("빨간 원입니다 " * (number + 1),)), Message(Role.assistant, ("파란 별",))
-    return PreferencePair(f"p{number}", "t", f"t:{number}", Kind.other, Language.ko, prompt, *answers, images)
+    return PreferencePair(f"p{number}", "t", f"t:{number}", SampleKind.other, Language.ko, prompt, *answers, images)
 
 
 PAIRS = [pair(0), pair(1, (150, 60)), pair(2, (56, 56), (60, 90)), pair(3, (56, 56))]
@@ -140,7 +142,7 @@ def loss_and_gradients(model, processor, records=PAIRS, **options):
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape))
     batch = collate(processor, records, step_pairs=len(records))
-    loss, judged = stage._preference(batch, Tally(), training=True)
+    loss, judged = stage._compute_preference(batch, PreferenceMetrics(), training=True)
     loss.backward()
     gradients = {name: p.grad for name, p in stage.model.named_parameters() if p.grad is not None}
     return loss.detach(), gradients, judged, batch
@@ -161,7 +163,11 @@ def test_a_shared_prompt_changes_no_number(model, processor, options):
     apart = Processor(processor.tokenizer, processor.images, share_prompts=False)
     loss, gradients, judged, batch = loss_and_gradients(model, processor, **options)
     other, others, theirs, plain = loss_and_gradients(model, apart, **options)
-    assert batch.num_tokens < 0.7 * plain.num_tokens and len(batch.lengths) == 12 and len(plain.lengths) == 8
+    assert (
+        batch.num_tokens < 0.7 * plain.num_tokens
+        and len(batch.segment_lengths) == 12
+        and len(plain.segment_lengths) == 8
+    )
     torch.testing.assert_close(loss, other, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(judged.rewards, theirs.rewards, atol=1e-5, rtol=1e-5)
     assert gradients.keys() == others.keys()
@@ -204,29 +210,31 @@ def test_the_last_layer_reads_only_its_rows(model, processor, mixed):
 
 
 def test_a_family_that_is_not_known_computes_its_last_layer_whole(small_parts, processor, mixed, monkeypatch):
-    monkeypatch.setattr(last_layer, "PRUNED", ())
-    model = build(blueprint_of(small_parts))
-    assert not isinstance(model.model.language_model.layers[-1], LastLayer)
+    monkeypatch.setattr(last_layer, "MODELS_WITH_PRUNED_LAST_LAYER", ())
+    model = build_model(blueprint_of(small_parts))
+    assert not isinstance(model.model.language_model.layers[-1], PrunedLastLayer)
     batch = collate(processor, mixed)
     (log_probs,) = model(batch=batch)
-    logits = model.lm_head(model.model(batch=batch))[batch.rows].log_softmax(-1)
-    expected = logits.gather(-1, batch.input_ids[batch.rows + 1][:, None]).squeeze(-1)
+    logits = model.lm_head(model.model(batch=batch))[batch.loss_positions].log_softmax(-1)
+    expected = logits.gather(-1, batch.input_ids[batch.loss_positions + 1][:, None]).squeeze(-1)
     torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_answers_to_different_pictures_have_a_prompt_each(model, processor):
     shown, other = picture(150, 60, seed=1), picture(56, 56, seed=2)
-    prompt = (Message(Role.user, (ImageSlot(0), "무엇?")),)
+    prompt = (Message(Role.user, (ImagePlaceholder(0), "무엇?")),)
     answer = Message(Role.assistant, ("빨간 원",))
     record = PreferencePair(
-        "p", "t", "t:1", Kind.other, Language.ko, prompt, answer, answer, (shown, other), rejected_images=True
+        "p", "t", "t:1", SampleKind.other, Language.ko, prompt, answer, answer, (shown, other), has_rejected_images=True
     )
     batch = collate(processor, [record, PAIRS[1]], step_pairs=2)
     cost = processor.cost(record)
-    assert batch.prefixes == [-1, -1, 0, -1, 0] and batch.owners == [1, 0, 1, 0, 1]
+    assert batch.prefix_segments == [-1, -1, 0, -1, 0] and batch.record_ids == [1, 0, 1, 0, 1]
     assert batch.image_index == [2, 0, 1]  # the shared prompt's, then those of the two answers
-    assert cost.lengths == (batch.lengths[1], batch.lengths[3]) and cost.num_images == 2
+    assert cost.lengths == (batch.segment_lengths[1], batch.segment_lengths[3]) and cost.num_images == 2
     alone = collate(processor, [record], step_pairs=1)
     loss, gradients, judged, _ = loss_and_gradients(model, processor, [record])
-    assert alone.num_supervised_tokens == 2 * alone.supervised[0] and judged.rewards[0] != judged.rewards[1]
+    assert (
+        alone.num_supervised_tokens == 2 * alone.segment_supervised_tokens[0] and judged.rewards[0] != judged.rewards[1]
+    )
     assert gradients and torch.isfinite(loss)

@@ -14,9 +14,9 @@ from test_weights import assert_same
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen2Config
 
 from lit_vlm.config.schema import ModelConfig
-from lit_vlm.model.build import build, draw_up
+from lit_vlm.model.build import build_model, load_model_spec
 from lit_vlm.model.export import export_model
-from lit_vlm.model.skeleton import weights_later
+from lit_vlm.model.skeleton import defer_weights
 from lit_vlm.model.tiny import make_tokenizer
 from lit_vlm.types import UserError
 
@@ -36,12 +36,12 @@ def make_folder(way: str, parts, folder: Path) -> Path:
     if way == "model.language_model":
         return Path(shutil.copytree(parts[1], folder))
     blueprint = blueprint_of(parts)
-    return export(build(blueprint), blueprint, folder)
+    return export(build_model(blueprint), blueprint, folder)
 
 
 def draw(way: str, parts, folder: Path):
     if way == "init_from":
-        return draw_up(ModelConfig(grid=3, max_tiles=4), init_from=str(folder))
+        return load_model_spec(ModelConfig(grid=3, max_tiles=4), init_from=str(folder))
     return blueprint_of((parts[0], str(folder)))
 
 
@@ -97,10 +97,10 @@ def test_a_head_that_peft_trained_on_a_tied_model_is_loaded_and_exported_as_peft
         if not (tmp_path / "merged" / path.name).exists():
             shutil.copy(path, tmp_path / "merged")
     blueprint = draw(way, parts, tmp_path / "merged")
-    model = build(blueprint)
+    model = build_model(blueprint)
     if in_shards:
-        with weights_later():
-            skeleton = build(draw(way, parts, tmp_path / "merged"))
+        with defer_weights():
+            skeleton = build_model(draw(way, parts, tmp_path / "merged"))
         assert_same(model, skeleton)
         assert not skeleton.config.tie_word_embeddings
     (remark,) = blueprint.remarks
@@ -123,9 +123,9 @@ def test_a_tied_checkpoint_may_hold_its_table_under_either_name_or_under_both(pa
     tensors = edit_tables(folder, without=(left_out,) if left_out else ())
     (table, *_) = [value for key, value in tensors.items() if key.endswith(tuple(SUFFIXES.values()))]
     blueprint = draw(way, parts, folder)
-    model = build(blueprint)
-    with weights_later():
-        assert_same(model, build(draw(way, parts, folder)))
+    model = build_model(blueprint)
+    with defer_weights():
+        assert_same(model, build_model(draw(way, parts, folder)))
     assert blueprint.remarks == [] and blueprint.config.tie_word_embeddings
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert torch.equal(model.lm_head.weight[:KNOWN], table[:KNOWN])
@@ -150,10 +150,10 @@ def test_files_that_lack_a_table_which_their_config_does_not_tie_are_refused_wit
     edit_config(folder, tied)
     with pytest.raises(UserError, match=message) as error:
         if in_shards:
-            with weights_later():
-                build(draw(way, parts, folder))
+            with defer_weights():
+                build_model(draw(way, parts, folder))
         else:
-            build(draw(way, parts, folder))
+            build_model(draw(way, parts, folder))
     assert str(folder) in str(error.value)
 
 
@@ -165,15 +165,18 @@ def test_two_different_tables_stay_two_when_new_tokens_make_them_longer(parts, t
     (head,) = [value for key, value in head.items() if key.endswith("lm_head.weight")]
     settings = ModelConfig(grid=3, max_tiles=4, special_tokens=["<one>", "<two>"])
     if way == "init_from":
-        blueprint = draw_up(settings, init_from=str(folder))
+        blueprint = load_model_spec(settings, init_from=str(folder))
     else:
         blueprint = blueprint_of((parts[0], str(folder)))
-    model = build(blueprint)
+    model = build_model(blueprint)
     assert len(model.lm_head.weight) > len(head) and torch.equal(model.lm_head.weight[: len(head)], head)
     assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
-    with weights_later():
+    with defer_weights():
         assert_same(
-            model, build(draw_up(settings, init_from=str(folder)) if way == "init_from" else draw(way, parts, folder))
+            model,
+            build_model(
+                load_model_spec(settings, init_from=str(folder)) if way == "init_from" else draw(way, parts, folder)
+            ),
         )
 
 
@@ -185,11 +188,13 @@ def test_a_run_says_in_one_line_that_two_tables_are_kept(parts, tmp_path, monkey
     folder = make_folder("model.language_model", parts, tmp_path / "folder")
     edit_tables(folder, other_head=True)
     blueprint = draw("model.language_model", parts, folder)
-    build(blueprint)
+    build_model(blueprint)
     said: list[str] = []
     monkeypatch.setattr(train, "say", said.append)
     plan = SimpleNamespace(num_steps=1, batch="1 sample", k=1, world_size=1)
     module = SimpleNamespace(plan=plan, index=[0], held_out=[])
     run = SimpleNamespace(name="run", init_from=None)
-    train.show_start(SimpleNamespace(run=run, datamodule=module, blueprint=blueprint), SimpleNamespace(part_summary=[]))
+    train.show_training_summary(
+        SimpleNamespace(run=run, datamodule=module, blueprint=blueprint), SimpleNamespace(part_summary=[])
+    )
     assert [line for line in said if "two different tables" in line] == blueprint.remarks and blueprint.remarks

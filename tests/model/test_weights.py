@@ -12,11 +12,11 @@ from support import blueprint_of
 from test_build import FAMILIES, language_folder
 from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen3MoeConfig, SiglipConfig, SiglipModel
 
-from lit_vlm.config.schema import ModelConfig, Projector
+from lit_vlm.config.schema import ModelConfig, ProjectorName
 from lit_vlm.model import merged
-from lit_vlm.model.build import build, draw_up
+from lit_vlm.model.build import build_model, load_model_spec
 from lit_vlm.model.export import export_model
-from lit_vlm.model.skeleton import first_values, weights_later
+from lit_vlm.model.skeleton import defer_weights, read_initial_values
 from lit_vlm.model.tiny import make_tokenizer
 from lit_vlm.stages import AlignStage, DPOStage, SFTStage
 from lit_vlm.types import UserError
@@ -37,7 +37,9 @@ def assert_same(whole: torch.nn.Module, skeleton: torch.nn.Module) -> None:
             value.requires_grad,
         ), name
         bounds = [0, n // 3, n // 3 + n // 2, n]
-        pieces = [first_values(skeleton, name, parameter.shape, a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+        pieces = [
+            read_initial_values(skeleton, name, parameter.shape, a, b) for a, b in zip(bounds, bounds[1:], strict=False)
+        ]
         assert torch.equal(torch.cat(pieces), value.detach().flatten()), name
     for (name, one), (_, other) in zip(whole.named_buffers(), skeleton.named_buffers(), strict=True):
         assert torch.equal(one, other), name
@@ -46,9 +48,9 @@ def assert_same(whole: torch.nn.Module, skeleton: torch.nn.Module) -> None:
 
 
 def both(draw, dtype: torch.dtype = torch.float32, seed: int = 3):
-    whole = build(draw(), dtype, seed)
-    with weights_later():
-        return whole, build(draw(), dtype, seed)
+    whole = build_model(draw(), dtype, seed)
+    with defer_weights():
+        return whole, build_model(draw(), dtype, seed)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -59,7 +61,7 @@ def test_a_skeletons_first_values_are_those_of_the_ordinary_build_for_every_fami
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("settings", [{}, {"projector": Projector.linear}, {"special_tokens": []}])
+@pytest.mark.parametrize("settings", [{}, {"projector": ProjectorName.linear}, {"special_tokens": []}])
 def test_a_skeleton_starts_as_the_ordinary_build_whatever_the_settings(small_parts, dtype, settings):
     assert_same(*both(lambda: blueprint_of(small_parts, **settings), dtype))
 
@@ -85,9 +87,11 @@ def test_a_whole_folder_in_the_hubs_layout_and_in_many_files_is_read_as_the_ordi
     parts_of, request, tmp_path
 ):
     blueprint = blueprint_of(request.getfixturevalue(parts_of))
-    export_model(build(blueprint), blueprint.tokenizer, blueprint.images, tmp_path / "hf", largest_file="100kB")
+    export_model(build_model(blueprint), blueprint.tokenizer, blueprint.images, tmp_path / "hf", max_shard_size="100kB")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
-    whole, skeleton = both(lambda: draw_up(ModelConfig(special_tokens=["<new>"]), init_from=str(tmp_path / "hf")))
+    whole, skeleton = both(
+        lambda: load_model_spec(ModelConfig(special_tokens=["<new>"]), init_from=str(tmp_path / "hf"))
+    )
     assert_same(whole, skeleton)
 
 
@@ -102,10 +106,10 @@ def test_a_whole_folder_in_the_hubs_layout_and_in_many_files_is_read_as_the_ordi
 def test_adapters_rows_of_new_tokens_and_references_are_the_same_in_a_skeleton(small_parts, stage_class, options):
     whole, later = (stage_class(blueprint_of(small_parts), seed=5, **options) for _ in range(2))
     whole.configure_model()
-    with weights_later():
+    with defer_weights():
         later.configure_model()
     assert_same(whole.model, later.model)
-    assert [row.as_dict() for row in whole.part_summary] == [row.as_dict() for row in later.part_summary]
+    assert [row.to_dict() for row in whole.part_summary] == [row.to_dict() for row in later.part_summary]
     if stage_class is DPOStage:
         assert_same(whole.reference, later.reference)
 
@@ -115,11 +119,11 @@ def test_reading_half_of_a_weight_takes_the_memory_of_that_half(small_parts, tmp
     folder, file = copied(small_parts, tmp_path)
     tensors = {key: value.bfloat16() for key, value in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
-    with weights_later():
-        skeleton = build(blueprint_of((small_parts[0], str(folder)), special_tokens=[]))
+    with defer_weights():
+        skeleton = build_model(blueprint_of((small_parts[0], str(folder)), special_tokens=[]))
     shape = torch.Size([48, 32])
     with Alive() as alive:
-        values = first_values(skeleton, "model.language_model.layers.0.mlp.up_proj.weight", shape, 768, 1536)
+        values = read_initial_values(skeleton, "model.language_model.layers.0.mlp.up_proj.weight", shape, 768, 1536)
     assert torch.equal(values, tensors["model.layers.0.mlp.up_proj.weight"][24:].float().flatten())
     assert alive.most == values.nbytes
 
@@ -137,16 +141,16 @@ def test_an_export_takes_the_memory_of_the_largest_weight_and_a_copy(small_parts
 
 def test_what_is_merged_may_lie_on_another_device_than_what_a_file_gave(small_parts, monkeypatch):
     stage = SFTStage(blueprint_of(small_parts), parts={"language_model": {"lora": {"rank": 3}}})
-    with weights_later():
+    with defer_weights():
         stage.configure_model()
     names = {name for name, parameter in stage.model.named_parameters() if parameter.requires_grad}
-    monkeypatch.setattr(merged, "first_values", lambda *interval: first_values(*interval).to("meta"))
+    monkeypatch.setattr(merged, "read_initial_values", lambda *interval: read_initial_values(*interval).to("meta"))
     shapes = {name: parameter.shape for name, parameter in stage.model.named_parameters()}
-    weights = merged.Merged(stage.model, whole=lambda name: torch.zeros(shapes[name]))
+    weights = merged.MergedStateDict(stage.model, gather_weight=lambda name: torch.zeros(shapes[name]))
     merged_into = {"lora_A", "new_tokens"}
     assert all(any(word in name for name in names) for word in merged_into)
     for name, described in weights.tensors.items():
-        assert weights.value(name).shape == described.shape
+        assert weights.compute_value(name).shape == described.shape
 
 
 def copied(parts: tuple[str, str], tmp_path: Path) -> tuple[Path, Path]:
@@ -176,8 +180,8 @@ def test_sources_that_cannot_be_read_in_pieces_are_refused_before_anything_is_bu
         file.write_bytes(file.read_bytes()[:-100])
     elif damage in ("no safetensors", "a file of several"):
         file.unlink()
-    with weights_later(), pytest.raises(UserError, match=message):
-        build(blueprint_of((small_parts[0], str(folder))))
+    with defer_weights(), pytest.raises(UserError, match=message):
+        build_model(blueprint_of((small_parts[0], str(folder))))
 
 
 def test_weights_that_are_fused_when_they_are_loaded_are_refused_with_the_strategy_that_loads_them(
@@ -185,5 +189,5 @@ def test_weights_that_are_fused_when_they_are_loaded_are_refused_with_the_strate
 ):
     options = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "head_dim": 8}
     folder = language_folder(tmp_path / "moe", Qwen3MoeConfig, **options)
-    with weights_later(), pytest.raises(UserError, match=r"fuses weights .* Use trainer\.strategy=ddp\.$"):
-        build(blueprint_of((small_parts[0], folder)))
+    with defer_weights(), pytest.raises(UserError, match=r"fuses weights .* Use trainer\.strategy=ddp\.$"):
+        build_model(blueprint_of((small_parts[0], folder)))

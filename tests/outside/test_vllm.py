@@ -10,7 +10,7 @@ import pytest
 from support import builtin
 from transformers import AutoTokenizer
 
-from lit_vlm.types import ImageSlot, Language
+from lit_vlm.types import ImagePlaceholder, Language
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = ROOT / ".venv-outside/vllm/bin/python"
@@ -57,7 +57,9 @@ def make_questions(folder: Path, place: Path) -> list[dict]:
 
 def make_question(record, tokenizer, stem: Path) -> dict:
     parts = [
-        {"type": "image"} if isinstance(part, ImageSlot) else {"type": "text", "text": getattr(part, "token", part)}
+        {"type": "image"}
+        if isinstance(part, ImagePlaceholder)
+        else {"type": "text", "text": getattr(part, "token", part)}
         for part in record.messages[0].content
     ]
     paths = [f"{stem}-{number}.png" for number in range(len(record.images))]

@@ -25,8 +25,8 @@ from rank_cases import Case
 from callbacks.checkpoint import Checkpoint
 from callbacks.guard import Exchange
 from callbacks.preemption import Preemption
-from lit_vlm.engine.checkpoint import Folder
-from lit_vlm.engine.trainer import leave_process_group, quiet
+from lit_vlm.engine.checkpoint import CheckpointFolder
+from lit_vlm.engine.trainer import close_process_group, disable_library_warnings
 
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
 
@@ -84,14 +84,14 @@ def start(stage, data, folder: Path, shot: Shot) -> dict:
         torch.save(
             {name: p.detach() for name, p in stage.model.named_parameters() if p.requires_grad}, folder / "weights.pt"
         )
-    saved = Folder(folder / "checkpoints").steps()
+    saved = CheckpointFolder(folder / "checkpoints").list_steps()
     whole = (shot.last + 1) % trainer.accumulate_grad_batches == 0
     return {"code": code, "step": trainer.global_step, "saved": saved[0] if saved else 0, "whole": whole}
 
 
 def main(tower: str, language: str, folder: str, signals: str, steps: str, seed: str) -> None:
     logging.getLogger("lightning").setLevel(logging.ERROR)
-    quiet()
+    disable_library_warnings()
     torch.set_num_threads(1)
     torch.manual_seed(0)  # of the adapters
     chance, seen = random.Random(int(seed)), []
@@ -107,7 +107,7 @@ def main(tower: str, language: str, folder: str, signals: str, steps: str, seed:
         both = [seen]
     if RANK == 0:
         (Path(folder) / "seen.json").write_text(json.dumps({"ranks": both, "k": data.plan.k}))
-    leave_process_group()
+    close_process_group()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from waiting import PATIENCE
 
-from lit_vlm.engine.ranks import cluster_environment, global_rank, srun_tasks
+from lit_vlm.engine.ranks import count_srun_tasks, get_global_rank, make_cluster_plugins
 from lit_vlm.types import UserError
 
 # As a real Slurm sets them, of which the batch script and an interactive shell have the first line, too
@@ -40,8 +40,8 @@ def environment(monkeypatch):
 @pytest.mark.parametrize("rank", [0, 3])
 def test_a_task_of_srun_is_a_rank_and_lightnings_own_handlers_stay_away(environment, rank):
     environment(**JOB | STEP | {"SLURM_PROCID": str(rank)})
-    assert global_rank() == rank
-    (plugin,) = cluster_environment(devices=2, num_nodes=2)
+    assert get_global_rank() == rank
+    (plugin,) = make_cluster_plugins(devices=2, num_nodes=2)
     assert isinstance(plugin, SLURMEnvironment) and plugin.auto_requeue is False
     assert (plugin.global_rank(), plugin.world_size()) == (rank, 4)
 
@@ -51,33 +51,33 @@ def test_a_task_of_srun_is_a_rank_and_lightnings_own_handlers_stay_away(environm
 )
 def test_a_shell_of_slurm_starts_one_process(environment, shell):
     environment(**shell)
-    assert (srun_tasks(), global_rank()) == (1, 0)
-    assert isinstance(cluster_environment(devices=1, num_nodes=1)[0], LightningEnvironment)
+    assert (count_srun_tasks(), get_global_rank()) == (1, 0)
+    assert isinstance(make_cluster_plugins(devices=1, num_nodes=1)[0], LightningEnvironment)
 
 
 def test_torchrun_inside_of_slurm_is_torchruns(environment):
     environment(**JOB, **STEP, RANK="2", TORCHELASTIC_RUN_ID="x")
-    assert global_rank() == 2 and cluster_environment(devices=2, num_nodes=2) == []
+    assert get_global_rank() == 2 and make_cluster_plugins(devices=2, num_nodes=2) == []
 
 
 def test_outside_of_slurm_nothing_is_decided_here(environment):
-    assert cluster_environment(devices=2, num_nodes=1) == [] and global_rank() == 0
+    assert make_cluster_plugins(devices=2, num_nodes=1) == [] and get_global_rank() == 0
     environment(LOCAL_RANK="1")
-    assert global_rank() == 1
+    assert get_global_rank() == 1
 
 
 def test_srun_with_another_number_of_tasks_is_told_once(environment):
     environment(**JOB, **STEP)
     with pytest.raises(UserError, match=r"srun started 4 tasks on 2 nodes; .* needs 16 on 2: srun --nodes=2 --ntasks"):
-        cluster_environment(devices=8, num_nodes=2)
+        make_cluster_plugins(devices=8, num_nodes=2)
     environment(SLURM_PROCID="1")
     with pytest.raises(SystemExit):
-        cluster_environment(devices=8, num_nodes=2)
+        make_cluster_plugins(devices=8, num_nodes=2)
 
 
 def test_several_nodes_without_a_launcher_are_refused_not_waited_for(environment):
     with pytest.raises(UserError, match=r"MASTER_ADDR.*task=submit"):
-        cluster_environment(devices=1, num_nodes=2)
+        make_cluster_plugins(devices=1, num_nodes=2)
 
 
 @pytest.mark.slow

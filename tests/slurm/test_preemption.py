@@ -17,7 +17,7 @@ from waiting import PATIENCE
 
 from lit_vlm.config import parse
 from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED
-from lit_vlm.engine.signals import listening
+from lit_vlm.engine.signals import use_listener
 from lit_vlm.engine.slurm import is_preempted, requeue
 from lit_vlm.tasks import pipeline
 
@@ -197,7 +197,7 @@ def test_what_slurm_answers_is_understood(tmp_path, monkeypatch):
 LEAVES = """
 import os, signal, sys, time
 from lit_vlm.engine import signals
-signals.FIRST_SECONDS = 0.5
+signals.RANK_ZERO_SECONDS = 0.5
 signals.handle_signals()
 try:
     os.kill(os.getpid(), signal.Signals[sys.argv[1]])
@@ -233,8 +233,8 @@ def test_where_no_step_is_under_way_each_process_leaves_by_itself(
 
 def test_a_rank_that_is_leaving_with_the_others_is_not_called_away():
     """As by Slurm, which ends the processes of a job that was requeued while they still wait for each other."""
-    with listening(lambda ask: pytest.fail("it was called away")) as signals:
-        signals.leaving = True
+    with use_listener(lambda ask: pytest.fail("it was called away")) as signals:
+        signals.is_exiting = True
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             os.kill(os.getpid(), number)
             time.sleep(0.01)
@@ -254,7 +254,7 @@ def test_a_stage_that_fails_after_a_signal_has_failed_where_its_status_is_its_ow
 ):
     config = SimpleNamespace(trainer=SimpleNamespace(devices=devices), guard=SimpleNamespace(max_oom_retries=3))
     monkeypatch.setattr(
-        pipeline, "command", lambda stage, words: [sys.executable, "-c", FAILS, str(tmp_path / "ready")]
+        pipeline, "build_command", lambda stage, words: [sys.executable, "-c", FAILS, str(tmp_path / "ready")]
     )
 
     def ask():

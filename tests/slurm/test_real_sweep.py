@@ -70,7 +70,7 @@ class Submitted:
 
     @property
     def trials(self) -> list[Trial]:
-        return Search(read_sweep(self.place / "mine.yaml"), self.folder / "journal.log").trials()
+        return Search(read_sweep(self.place / "mine.yaml"), self.folder / "journal.log").list_trials()
 
     def until_rows(self, number: int, least: int, limit: float = PATIENCE) -> None:
         table, end = self.folder / str(number) / "metrics.csv", time.monotonic() + limit

@@ -13,14 +13,14 @@ from hydra.core.hydra_config import HydraConfig
 from waiting import PATIENCE
 
 from lit_vlm.config import ConfigError, parse
-from lit_vlm.config.compose import CONF, VERSION_BASE
-from lit_vlm.config.launcher import launcher_of, register_launcher
+from lit_vlm.config.compose import CONF_DIR, VERSION_BASE
+from lit_vlm.config.launcher import make_launcher_config, register_launcher
 from lit_vlm.config.schema import Task
-from lit_vlm.engine.slurm_script import script_of
+from lit_vlm.engine.slurm_script import render_batch_script
 from lit_vlm.tasks import TASKS
-from lit_vlm.tasks.submit import job_of, submit
+from lit_vlm.tasks.submit import make_job, submit
 from lit_vlm.types import UserError
-from run import one_job
+from run import run_job
 
 STAGE = ("task=submit", "experiment=tiny/2_sft", "trainer=cpu", "data.num_workers=0")
 RECIPE = ["tiny/1_align", "tiny/2_sft", "tiny/3_highres", "tiny/4_dpo"]
@@ -35,7 +35,7 @@ def slurm(tmp_path, monkeypatch):
 
 
 def script(*words: str) -> str:
-    return script_of(job_of(parse([*STAGE, *words])))
+    return render_batch_script(make_job(parse([*STAGE, *words])))
 
 
 def options(text: str) -> list[str]:
@@ -63,9 +63,9 @@ def test_bash_hands_every_word_to_run_py_as_it_was_given(slurm, tmp_path):
     ]
     awkward[1] = "run_dir=" + str(tmp_path / "runs of 'two' $HOME")
     run = parse([*STAGE, *awkward])
-    job = job_of(run)
+    job = make_job(run)
     path = tmp_path / "job.sh"
-    path.write_text(script_of(job), encoding="utf-8")
+    path.write_text(render_batch_script(job), encoding="utf-8")
     subprocess.run(["bash", "-n", path], check=True)
     subprocess.run(["bash", path], check=True, cwd="/", timeout=PATIENCE)
     (words,) = calls(slurm, "srun")
@@ -82,7 +82,7 @@ def test_name_and_folder_are_those_of_the_direct_command(tmp_path, monkeypatch):
     direct = parse(words)
     submitted = parse(["task=submit", *words, "submit.partition=x", "submit.env.NCCL_DEBUG=INFO"])
     assert (submitted.name, submitted.dir) == (direct.name, direct.dir)
-    assert parse(job_of(submitted).words).dir == direct.dir
+    assert parse(make_job(submitted).overrides).dir == direct.dir
 
 
 def test_nodes_stay_offline_unless_told_otherwise_and_no_foreign_rendezvous_leaks_in(slurm, tmp_path, monkeypatch):
@@ -346,7 +346,7 @@ def test_what_a_grid_cannot_ask_for_is_told_before_it_starts(words, said):
 @pytest.mark.parametrize(("time", "minutes"), [("0", 0), ("UNLIMITED", 0), ("0:30", 1), ("2-0", 2880), (None, 1440)])
 def test_a_grids_time_limit_is_in_minutes(time, minutes):
     config = parse([*STAGE, "submit.signal_seconds=10", *([f"submit.time='{time}'"] if time else [])]).config
-    assert launcher_of(config).timeout_min == minutes
+    assert make_launcher_config(config).timeout_min == minutes
 
 
 def test_a_job_of_a_grid_that_breaks_is_a_failed_job(monkeypatch, capsys):
@@ -354,14 +354,14 @@ def test_a_job_of_a_grid_that_breaks_is_a_failed_job(monkeypatch, capsys):
         raise ZeroDivisionError("of the job")
 
     monkeypatch.setitem(TASKS, Task.train, breaks)
-    with initialize_config_dir(config_dir=str(CONF), version_base=VERSION_BASE):
+    with initialize_config_dir(config_dir=str(CONF_DIR), version_base=VERSION_BASE):
         config = compose("config", overrides=["task=train", "experiment=tiny/2_sft"], return_hydra_config=True)
         monkeypatch.setattr(HydraConfig.instance(), "cfg", config)
         with pytest.raises(ZeroDivisionError):  # Hydra tells it at the end of the list
-            one_job(config)
+            run_job(config)
         monkeypatch.setenv("SUBMITIT_EXECUTOR", "slurm")
         with pytest.raises(SystemExit) as left:
-            one_job(config)
+            run_job(config)
     assert left.value.code == 1 and "ZeroDivisionError: of the job" in capsys.readouterr().err
 
 

@@ -9,7 +9,7 @@ import pytest
 from mini_slurm import MISSING, MiniSlurm
 from waiting import PATIENCE, until
 
-from lit_vlm.sweep.loopback import Loopback
+from lit_vlm.sweep.loopback import LoopbackServer
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
@@ -37,7 +37,7 @@ OPTIONS = ["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1", "--gpus-per-
 
 @pytest.fixture
 def server():
-    with Loopback() as loopback:
+    with LoopbackServer() as loopback:
         yield loopback
         assert loopback.unknown == []
 
@@ -85,7 +85,7 @@ def said(tmp_path) -> str:
 def test_an_agent_in_a_job_runs_its_trials_on_all_nodes_of_the_allocation(server, submit, tmp_path):
     slurm, job, sweep = submit()
     slurm.wait(job)
-    runs = server.state.runs_of(sweep.name)
+    runs = server.state.list_runs(sweep.name)
     assert [run.state for run in runs] == ["finished"] * 2, said(tmp_path)
     assert [run.settings["run"]["plan"]["world_size"] for run in runs] == [2, 2]
     assert [run.starts for run in runs] == [1, 1]
@@ -95,12 +95,12 @@ def test_an_agent_at_its_time_limit_hands_its_trial_on_and_comes_back(server, su
     slurm, job, sweep = submit()
     seen = partial(said, tmp_path)
     run = until(
-        lambda: next((run for run in server.state.runs_of(sweep.name) if len(run.history) > 3), None), said=seen
+        lambda: next((run for run in server.state.list_runs(sweep.name) if len(run.history) > 3), None), said=seen
     )
     slurm.run("scancel", "--batch", "--signal=TERM", job)  # what Slurm sends before the limit
     until(lambda: run.state == "preempted" or run.starts > 1, said=seen)
     until(lambda: sweep.state == "finished", said=seen)
-    runs = server.state.runs_of(sweep.name)
+    runs = server.state.list_runs(sweep.name)
     assert [one.state for one in runs] == ["finished"] * 2, said(tmp_path)
     assert run.starts == 2 and int(slurm.job(job).get("Restarts", 0)) == 1
     steps = [row["_step"] for row in run.history if "train/loss" in row]

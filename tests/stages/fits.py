@@ -58,7 +58,7 @@ def fit(
     )
     stage.say = said.append
     module = DataModule(processor, sources, 0.25, store=store, num_workers=0, **data)
-    module.build(recheck=True)  # pictures may have been replaced since the last fit
+    module.build_indexes(recheck=True)  # pictures may have been replaced since the last fit
     trainer.fit(stage, module)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return Fit(losses.losses, metrics, module, said)

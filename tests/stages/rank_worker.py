@@ -14,7 +14,7 @@ from support import blueprint_of, builtin
 
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.processor import Processor
-from lit_vlm.engine.trainer import leave_process_group
+from lit_vlm.engine.trainer import close_process_group
 from lit_vlm.stages import SFTStage
 
 
@@ -58,8 +58,16 @@ def main(tower: str, language: str, out: str, tokens: str, batch: str, level: st
     trainer.fit(stage, module)
     if trainer.is_global_zero:
         val = float(trainer.callback_metrics["val/loss"])
-        torch.save({"weights": stage.model.state_dict(), "val": val, "k": module.plan.k, "loss": losses[-1]}, out)
-    leave_process_group()
+        torch.save(
+            {
+                "weights": stage.model.state_dict(),
+                "val": val,
+                "k": module.plan.accumulate_grad_batches,
+                "loss": losses[-1],
+            },
+            out,
+        )
+    close_process_group()
 
 
 if __name__ == "__main__":

@@ -13,17 +13,17 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from lit_vlm.data.collate import collate
 from lit_vlm.data.processor import Processor
-from lit_vlm.losses.preference import LOSSES, PreferenceLoss
+from lit_vlm.losses.preference import LOSS_TYPES, PreferenceLoss
 from lit_vlm.stages import DPOStage
-from lit_vlm.stages.tally import Tally
-from lit_vlm.types import ImageSlot, Kind, Language, Message, PreferencePair, Role, UserError
+from lit_vlm.stages.tally import PreferenceMetrics
+from lit_vlm.types import ImagePlaceholder, Language, Message, PreferencePair, Role, SampleKind, UserError
 
 
 def pair(question: str, chosen: str, rejected: str, *sizes, seed: int = 0) -> PreferencePair:
     images = tuple(picture(*size, seed=seed + i) for i, size in enumerate(sizes))
-    prompt = (Message(Role.user, (*(ImageSlot(i) for i in range(len(images))), question)),)
+    prompt = (Message(Role.user, (*(ImagePlaceholder(i) for i in range(len(images))), question)),)
     answers = Message(Role.assistant, (chosen,)), Message(Role.assistant, (rejected,))
-    return PreferencePair(f"p{seed}", "test", f"test:{seed}", Kind.other, Language.ko, prompt, *answers, images)
+    return PreferencePair(f"p{seed}", "test", f"test:{seed}", SampleKind.other, Language.ko, prompt, *answers, images)
 
 
 BATCHES = {
@@ -108,7 +108,7 @@ def batch_of(processor, records):
 
 
 def judged(stage, batch, training=True):
-    return stage._preference(batch, Tally(), training)
+    return stage._compute_preference(batch, PreferenceMetrics(), training)
 
 
 def trls_inputs(shape, processor, collator):
@@ -146,9 +146,9 @@ def test_dpo_loss_gradients_and_metrics_equal_trls(shape, share_prompts, policy_
     inputs = trls_inputs(shape, processor, collator)
     processor = Processor(processor.tokenizer, processor.images, share_prompts=share_prompts)
     batch = batch_of(processor, BATCHES[shape])
-    assert (batch.prefixes[-1] >= 0) == share_prompts
+    assert (batch.prefix_segments[-1] >= 0) == share_prompts
     stage = stage_of(ours_policy, reference)
-    for name in LOSSES if share_prompts else ["sigmoid", "ipo", "sft"]:
+    for name in LOSS_TYPES if share_prompts else ["sigmoid", "ipo", "sft"]:
         smoothing = 0.1 if name in ("exo_pair", "robust", "aot") else 0.0
         trainer.loss_types, trainer.loss_weights, trainer.label_smoothing = [name], [1.0], smoothing
         trainer._metrics["train"].clear()

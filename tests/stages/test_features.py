@@ -32,7 +32,7 @@ def test_kept_features_train_as_the_tower_does(folder, processor, tmp_path, monk
     options = {"learning_rate": 3e-3, "warmup": 0.0}
     plain = trained(stage_class(folder, **options), processor, tmp_path / "store", kinds, precision)
     decoded = []
-    tiles = Processor.tiles
+    tiles = Processor.load_tiles
     monkeypatch.setattr(Processor, "tiles", lambda self, record: decoded.append(record.id) or tiles(self, record))
     kept = {"cache_features": True, **options}
     first = trained(stage_class(folder, **kept), processor, tmp_path / "store", kinds, precision)

@@ -9,11 +9,11 @@ from support import blueprint_of, builtin, sample
 from torch.utils.flop_counter import FlopCounterMode
 
 from lit_vlm.anyres import Tiling
-from lit_vlm.cost import Shape
+from lit_vlm.cost import ModelShape
 from lit_vlm.data.collate import collate
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.processor import Processor
-from lit_vlm.model.products import Products
+from lit_vlm.model.products import MatmulDtypeCounter
 from lit_vlm.stages import AlignStage, DPOStage, SFTStage
 
 LORA = {"parts": {"language_model": {"lora": {"rank": 4, "dropout": 0.1}}}}
@@ -32,7 +32,7 @@ class Step(L.Callback):
     """Watches one whole step: forward, backward, clipping, update."""
 
     def __init__(self):
-        self.products = Products()
+        self.products = MatmulDtypeCounter()
 
     def on_train_batch_start(self, *_):
         self.products.__enter__()
@@ -41,7 +41,7 @@ class Step(L.Callback):
         self.products.__exit__(None, None, None)
 
 
-def one_step(parts, case, precision) -> Products:
+def one_step(parts, case, precision) -> MatmulDtypeCounter:
     stage_class, options = CASES[case]
     dtype = "bfloat16" if precision == "bf16-true" else "float32"
     held = "bfloat16" if precision == "bf16-mixed" else None
@@ -64,21 +64,21 @@ def test_no_product_of_a_bfloat16_step_is_in_float32(small_parts, case, precisio
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         products = one_step(small_parts, case, precision)
-    assert products.seen["mm", torch.bfloat16] > 20
-    assert {dtype for _, dtype in products.seen} == {torch.bfloat16}, products.in_float32
-    assert any("backward" in name for name, _ in products.seen)
+    assert products.counts["mm", torch.bfloat16] > 20
+    assert {dtype for _, dtype in products.counts} == {torch.bfloat16}, products.float32_counts
+    assert any("backward" in name for name, _ in products.counts)
     assert not any(WARNING in str(warning.message) for warning in caught)
 
 
 def test_the_watch_sees_float32_and_says_so(small_parts, monkeypatch):
-    assert {dtype for _, dtype in one_step(small_parts, "sft", "32-true").seen} == {torch.float32}
+    assert {dtype for _, dtype in one_step(small_parts, "sft", "32-true").counts} == {torch.float32}
 
     def cast_up(self, batch):
         with torch.autocast("cpu", enabled=False):
             weight = self.model.lm_head.weight
-            return self.token_losses(batch).sum() / 100 + (weight @ weight.T).sum() * 0.0
+            return self.compute_token_losses(batch).sum() / 100 + (weight @ weight.T).sum() * 0.0
 
-    monkeypatch.setattr(SFTStage, "step_loss", cast_up)
+    monkeypatch.setattr(SFTStage, "compute_loss", cast_up)
     with pytest.warns(UserWarning, match=r"computed products in float32 under half precision \(.*mm"):
         one_step(small_parts, "sft", "bf16-mixed")
 
@@ -91,7 +91,7 @@ def flops_of(stage_class, parts):
     records = [sample("무엇이 보이나요?", "빨간 원", (60, 60), seed=n) for n in range(3)]
     batch = collate(Processor(blueprint.tokenizer, blueprint.images), records)
     with FlopCounterMode(display=False) as forward:
-        losses = stage.token_losses(batch)
+        losses = stage.compute_token_losses(batch)
     with FlopCounterMode(display=False) as backward:
         losses.sum().backward()
     aten = torch.ops.aten
@@ -99,19 +99,21 @@ def flops_of(stage_class, parts):
         sum(mode.get_flop_counts()["Global"].get(name, 0) for name in (aten.mm, aten.addmm, aten.bmm))
         for mode in (forward, backward)
     ]
-    shape = Shape.from_config(blueprint.config.to_dict())
-    patches, text = batch.num_tiles * shape.vision.patches, shape.text
-    rows, queries = batch.num_supervised_tokens, sum(batch.tails)
+    shape = ModelShape.from_config(blueprint.config.to_dict())
+    patches, text = batch.num_tiles * shape.vision.num_patches, shape.text
+    rows, queries = batch.num_supervised_tokens, sum(batch.trailing_tokens)
     work = {
         # of the last layer keys and values of all tokens, queries from the first row of each segment on, the rest of rows
-        "language": 2 * batch.num_tokens * ((text.layers - 1) * text.layer + 2 * text.hidden * text.key)
-        + 2 * queries * text.hidden * text.query
-        + 2 * rows * (text.hidden * text.query + 3 * text.hidden * text.ffn),
-        "head": 2 * batch.num_supervised_tokens * text.hidden * text.vocab,
-        "projector": 2 * patches * shape.projector,
-        "second": 2 * patches * text.hidden**2,
-        "new tokens": 2 * batch.num_supervised_tokens * text.hidden * len(blueprint.new_tokens),
-        "tower": 2 * patches * shape.vision.layers * shape.vision.layer,
+        "language": 2
+        * batch.num_tokens
+        * ((text.num_layers - 1) * text.layer_parameters + 2 * text.hidden_size * text.key_width)
+        + 2 * queries * text.hidden_size * text.query_width
+        + 2 * rows * (text.hidden_size * text.query_width + 3 * text.hidden_size * text.intermediate_size),
+        "head": 2 * batch.num_supervised_tokens * text.hidden_size * text.vocab_size,
+        "projector": 2 * patches * shape.projector_parameters,
+        "second": 2 * patches * text.hidden_size**2,
+        "new tokens": 2 * batch.num_supervised_tokens * text.hidden_size * len(blueprint.new_tokens),
+        "tower": 2 * patches * shape.vision.num_layers * shape.vision.layer_parameters,
     }
     return *counted, work
 
@@ -142,7 +144,7 @@ def test_the_tower_keeps_one_hidden_state_and_has_no_layer_behind_it(small_parts
     last = []
     tower.encoder.layers[-1].register_forward_hook(lambda module, args, output: last.append(output))
     batch = collate(Processor(blueprint.tokenizer, blueprint.images), [sample("무엇?", "원", (60, 60))])
-    features = stage.model.model.tower_features(batch.tiles)
+    features = stage.model.model.encode_tiles(batch.tiles)
     kept = [state for state in outputs[0].hidden_states if state is not None]
     assert len(kept) == 1 and len(tower.encoder.layers) == 2
     assert torch.equal(features, last[0] if isinstance(last[0], torch.Tensor) else last[0][0])
@@ -151,7 +153,7 @@ def test_the_tower_keeps_one_hidden_state_and_has_no_layer_behind_it(small_parts
 def test_adamw_is_fused_and_clipping_takes_all_gradients_at_once(small_parts, monkeypatch):
     stage = SFTStage(blueprint_of(small_parts))
     stage.configure_model()
-    stage._num_steps = lambda: 1
+    stage._count_steps = lambda: 1
     assert all(group["fused"] for group in stage.configure_optimizers()["optimizer"].param_groups)
     calls, foreach = [], torch._foreach_norm
     monkeypatch.setattr(

@@ -13,12 +13,12 @@ from lit_vlm.data.collate import collate
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.data.index.store import build_index
 from lit_vlm.data.processor import Processor
-from lit_vlm.model.build import draw_up
+from lit_vlm.model.build import load_model_spec
 from lit_vlm.model.export import export_model
 from lit_vlm.stages import DPOStage
 from lit_vlm.stages import dpo as module_of_dpo
-from lit_vlm.stages.kept import key_of
-from lit_vlm.stages.reference import ReferenceLogProbs
+from lit_vlm.stages.kept import compute_cache_key
+from lit_vlm.stages.reference import ReferenceLogProbCache
 from lit_vlm.types import UserError
 
 
@@ -57,7 +57,7 @@ def test_kept_log_probabilities_train_as_a_reference_in_memory_does(folder, proc
 
 def test_one_pass_serves_other_betas_and_losses(folder, processor, tmp_path, monkeypatch):
     passes = []
-    whole = DataModule.pass_over
+    whole = DataModule.make_subset_dataloader
     monkeypatch.setattr(DataModule, "pass_over", lambda self, *args: passes.append(1) or whole(self, *args))
     trained(folder, processor, tmp_path / "store")
     assert len(passes) == 2  # what is trained on, and what is held out
@@ -75,13 +75,13 @@ def test_another_model_has_log_probabilities_of_its_own(folder, model, processor
     export_model(model, processor.tokenizer, processor.images, tmp_path / "other")
     trained(tmp_path / "other", processor, tmp_path / "store", steps=1)
     assert len({part.parent for part in parts(tmp_path / "store")}) == 2
-    known = key_of(weights="a", processor="b", precision=["32-true", "float32"])
-    assert known != key_of(weights="a", processor="c", precision=["32-true", "float32"])
+    known = compute_cache_key(weights="a", processor="b", precision=["32-true", "float32"])
+    assert known != compute_cache_key(weights="a", processor="c", precision=["32-true", "float32"])
 
 
 def test_a_pass_that_was_cut_short_goes_on(folder, processor, tmp_path, monkeypatch):
     monkeypatch.setattr("lit_vlm.stages.kept.PART_BYTES", 80)
-    add, added = ReferenceLogProbs.add_batch, []
+    add, added = ReferenceLogProbCache.add_batch, []
 
     def failing(self, batch, log_probs):
         if len(added) == 2:
@@ -91,14 +91,14 @@ def test_a_pass_that_was_cut_short_goes_on(folder, processor, tmp_path, monkeypa
 
     small = {"n": 60, "steps": 10}
     with monkeypatch.context() as broken:
-        broken.setattr(ReferenceLogProbs, "add_batch", failing)
+        broken.setattr(ReferenceLogProbCache, "add_batch", failing)
         broken.setattr("lit_vlm.data.datamodule.validation_packs", one_by_one)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             trained(folder, processor, tmp_path / "store", **small)
     before = parts(tmp_path / "store")
     assert before
     seen = []
-    monkeypatch.setattr(ReferenceLogProbs, "add_batch", lambda self, b, p: seen.extend(b.keys) or add(self, b, p))
+    monkeypatch.setattr(ReferenceLogProbCache, "add_batch", lambda self, b, p: seen.extend(b.keys) or add(self, b, p))
     kept, _ = trained(folder, processor, tmp_path / "store", **small)
     online, _ = trained(folder, processor, tmp_path / "store", cache_reference=False, **small)
     assert kept.losses == pytest.approx(online.losses, rel=1e-5)
@@ -122,24 +122,24 @@ def test_a_pair_that_is_not_among_them_is_told_so(folder, processor, tmp_path):
     batches = []
     for samples in ([0, 1], [2]):
         batch = collate(processor, [source[i] for i in samples])
-        batch.keys, batch.contents = index.keys(samples).tolist(), [7] * len(samples)
+        batch.record_keys, batch.image_hashes = index.compute_keys(samples).tolist(), [7] * len(samples)
         batches.append(batch)
-    kept = ReferenceLogProbs(tmp_path / "kept")
+    kept = ReferenceLogProbCache(tmp_path / "kept")
     kept.add_batch(batches[0], torch.arange(float(batches[0].num_supervised_tokens)))
     kept.write()
-    again = ReferenceLogProbs(tmp_path / "kept")
-    assert again.of(batches[0]).tolist() == list(range(batches[0].num_supervised_tokens))
+    again = ReferenceLogProbCache(tmp_path / "kept")
+    assert again.get(batches[0]).tolist() == list(range(batches[0].num_supervised_tokens))
     contents = np.full(3, 7, np.uint64)
-    assert again.missing(index.keys([0, 1, 2]), contents).tolist() == [False, False, True]
+    assert again.find_missing(index.compute_keys([0, 1, 2]), contents).tolist() == [False, False, True]
     with pytest.raises(UserError, match=r"lack this record as it is now.*cache_reference=false"):
-        again.of(batches[1])
+        again.get(batches[1])
     batches[0].contents[1] = 8
     with pytest.raises(UserError, match=r"pictures hold something else.*Start again.*cache_reference=false"):
-        again.of(batches[0])
+        again.get(batches[0])
     (part,) = (tmp_path / "kept").glob("part-*")
     part.write_bytes(part.read_bytes()[:-4])
     with pytest.raises(UserError, match="Remove it; what it held is made again"):
-        ReferenceLogProbs(tmp_path / "kept")
+        ReferenceLogProbCache(tmp_path / "kept")
 
 
 def test_a_reference_of_another_tokenizer_is_refused(folder, processor, model, tmp_path):
@@ -148,7 +148,7 @@ def test_a_reference_of_another_tokenizer_is_refused(folder, processor, model, t
     grown = copy.deepcopy(model)
     grown.resize_token_embeddings(max(len(other), grown.get_input_embeddings().num_embeddings), mean_resizing=False)
     export_model(grown, other, processor.images, tmp_path / "other")
-    stage = DPOStage(draw_up(ModelConfig(special_tokens=[]), str(folder)), reference=tmp_path / "other")
+    stage = DPOStage(load_model_spec(ModelConfig(special_tokens=[]), str(folder)), reference=tmp_path / "other")
     with pytest.raises(UserError, match="another tokenizer.*1 entry differs.*another word"):
         stage.configure_model()
 

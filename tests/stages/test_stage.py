@@ -11,12 +11,12 @@ from lit_vlm.anyres import Tiling
 from lit_vlm.data.collate import collate
 from lit_vlm.data.datamodule import DataModule, TrainMicroBatches
 from lit_vlm.data.processor import Processor
-from lit_vlm.model.build import build
+from lit_vlm.model.build import build_model
 from lit_vlm.model.export import export_model
 from lit_vlm.model.generate import generate
-from lit_vlm.model.parts import UNUSED, part_of
+from lit_vlm.model.parts import UNUSED_PARAMETERS, get_part
 from lit_vlm.stages import AlignStage, DPOStage, HighresStage, SFTStage
-from lit_vlm.types import Language, Part, Sample, UserError
+from lit_vlm.types import Language, ModelPart, Sample, UserError
 
 KINDS = ("caption", "number", "grounding", "text", "multi_image")
 
@@ -56,7 +56,7 @@ def run(model, processor, *, steps=3, tokens=100_000, optimizer="sgd", stage_cla
 def test_k_micro_batches_equal_one_batch_of_k(model, processor):
     one, _, _ = run(model, processor)
     many, fit, module = run(model, processor, tokens=400)
-    assert fit.accumulate_grad_batches == module.plan.k > 2
+    assert fit.accumulate_grad_batches == module.plan.accumulate_grad_batches > 2
     assert fit.global_step == 3
     for name in one:
         torch.testing.assert_close(many[name], one[name], atol=1e-6, rtol=1e-5)
@@ -69,19 +69,21 @@ def test_the_logged_loss_is_the_mean_over_the_steps_supervised_tokens(model, pro
     fit.fit(stage, module)
     reader = TrainMicroBatches(processor, module.plan, 0)
     with torch.no_grad():
-        losses = torch.cat([stage.token_losses(reader[micro]) for micro in range(module.plan.k)])
-    assert len(losses) == module.plan.step(0).num_supervised
+        losses = torch.cat(
+            [stage.compute_token_losses(reader[micro]) for micro in range(module.plan.accumulate_grad_batches)]
+        )
+    assert len(losses) == module.plan.get_step(0).num_supervised
     assert float(fit.callback_metrics["train/loss"]) == pytest.approx(float(losses.mean()), rel=1e-5)
 
 
 @pytest.mark.parametrize(
     ("stage_class", "trainable"),
     [
-        (AlignStage, {Part.projector}),
-        (SFTStage, set(Part)),
-        (HighresStage, set(Part)),
-        (AlignStage, {Part.projector, Part.vision_tower}),
-        (SFTStage, {Part.language_model}),
+        (AlignStage, {ModelPart.projector}),
+        (SFTStage, set(ModelPart)),
+        (HighresStage, set(ModelPart)),
+        (AlignStage, {ModelPart.projector, ModelPart.vision_tower}),
+        (SFTStage, {ModelPart.language_model}),
     ],
 )
 def test_only_the_parts_that_a_stage_names_change_and_each_of_them_does(model, processor, stage_class, trainable):
@@ -90,20 +92,20 @@ def test_only_the_parts_that_a_stage_names_change_and_each_of_them_does(model, p
     after, _, _ = run(model, processor, stage_class=stage_class, optimizer="adam", **options)
     for name, old in before.items():
         changed = not torch.equal(old, after[name])
-        assert changed == (part_of(name) in trainable and not UNUSED.match(name)), name
+        assert changed == (get_part(name) in trainable and not UNUSED_PARAMETERS.match(name)), name
 
 
 def test_the_gradient_audit_stops_a_run_that_would_train_something_else(model, processor):
     stage = SFTStage(copy.deepcopy(model))
     stage.configure_model()
-    stage.model.model.tower_features = lambda tiles: torch.zeros(len(tiles), 16, 32)  # cut off from the loss
+    stage.model.model.encode_tiles = lambda tiles: torch.zeros(len(tiles), 16, 32)  # cut off from the loss
     with pytest.raises(UserError, match=r"without a gradient \['model\.vision_tower"):
         trainer().fit(stage, module_of(processor, max_steps=1))
 
 
 def test_the_audit_of_a_stage_of_text_alone_waits_for_the_device_once(model, processor, monkeypatch):
     stage, calls = SFTStage(copy.deepcopy(model), trainable=["language_model"]), []
-    monkeypatch.setattr(stage, "audit_gradients", lambda **options: calls.append(options))
+    monkeypatch.setattr(stage, "check_gradients", lambda **options: calls.append(options))
     trainer().fit(stage, DataModule(processor, builtin("text", n=24), 0.1, global_batch_size=4, max_steps=3))
     assert calls == [{"with_images": False}]
 
@@ -114,14 +116,14 @@ def test_in_pure_bfloat16_it_trains_and_judges_what_is_held_out(small_parts, pro
     module = module_of(processor, *kinds, max_steps=2) if stage_class is SFTStage else None
     module = module or DataModule(processor, builtin(*kinds, n=24), 0.2, global_batch_size=8, max_steps=2)
     fit = trainer(precision="bf16-true")
-    fit.fit(stage_class(build(blueprint_of(small_parts)), learning_rate=1e-3), module)
+    fit.fit(stage_class(build_model(blueprint_of(small_parts)), learning_rate=1e-3), module)
     assert module.held_out and 0 < float(fit.callback_metrics["val/loss"]) < 20
 
 
 def test_a_first_step_without_images_is_no_fault_and_data_without_any_is(model, processor):
     module = module_of(processor, "text", "caption", global_batch_size=1, max_steps=6, tokens_per_micro_batch=400)
     trainer().fit(SFTStage(copy.deepcopy(model)), module)
-    assert module.plan.step(0).num_tiles == 0
+    assert module.plan.get_step(0).num_tiles == 0
     blind = DataModule(processor, builtin("text", n=24), 0.1, global_batch_size=4, max_steps=1)
     with pytest.raises(UserError, match=r"No sample has an image.*vision_tower.*stage\.trainable=\[language_model\]"):
         trainer().fit(SFTStage(copy.deepcopy(model)), blind)
@@ -149,7 +151,7 @@ def test_lora_trains_adapters_and_nothing_else_of_its_part(model, processor):
     after, _, _ = run(model, processor, optimizer="adam", parts=lora)
     for name, old in before.items():
         mine = after.get(name, after.get(name.replace("_proj.", "_proj.base_layer.")))
-        if part_of(name) is Part.language_model:
+        if get_part(name) is ModelPart.language_model:
             assert torch.equal(mine, old), name
     assert any("lora_B" in name and value.abs().sum() > 0 for name, value in after.items())
 
@@ -157,7 +159,7 @@ def test_lora_trains_adapters_and_nothing_else_of_its_part(model, processor):
 def test_control_token_rows_train_under_lora_in_any_stage(small_parts, tmp_path):
     """`align` sees captions only, so the rows of <bbox> would otherwise never learn when everything after it is LoRA."""
     blueprint = blueprint_of(small_parts)
-    export_model(build(blueprint), blueprint.tokenizer, blueprint.images, tmp_path / "hf")
+    export_model(build_model(blueprint), blueprint.tokenizer, blueprint.images, tmp_path / "hf")
     lora = {"language_model": {"lora": {"rank": 2}}}
     stage = SFTStage(tmp_path / "hf", parts=lora, learning_rate=1e-2, warmup=0.0)
     stage.configure_model()
@@ -175,7 +177,7 @@ def test_predicting_on_pairs_answers_their_prompts(model, processor):
         answer["sample_id"]: answer["ids"] for batch in trainer().predict(DPOStage(model), module) for answer in batch
     }
     for number in range(len(module.held_out)):
-        record = module.held_out.record(number)
+        record = module.held_out.get_record(number)
         asked = Sample(
             record.id, "s", "s:1", record.kind, record.language, (*record.prompt, record.chosen), record.images
         )
@@ -242,7 +244,7 @@ def test_a_frozen_tower_runs_without_autograd(model, processor):
     stage = AlignStage(model)
     stage.configure_model()
     batch = collate(processor, [builtin("caption")[0][0]])
-    assert not stage.model.model.tower_features(batch.tiles).requires_grad
+    assert not stage.model.model.encode_tiles(batch.tiles).requires_grad
 
 
 def test_fit_validate_predict_and_load_from_checkpoint_work_as_in_any_lightning_project(small_parts, tmp_path):
@@ -283,7 +285,7 @@ def test_dpo_under_lora_takes_the_model_without_adapters_as_reference(model, pro
     stage = DPOStage(copy.deepcopy(model), learning_rate=1e-2, parts={"language_model": {"lora": {"rank": 4}}})
     trainer().fit(stage, module)
     assert stage.reference is None
-    with stage._as_reference() as reference, torch.no_grad():
+    with stage._use_reference() as reference, torch.no_grad():
         batch = collate(processor, [builtin("caption")[0][0]])
         base = reference.model(batch=batch)
     torch.testing.assert_close(base, model.model(batch=batch), atol=1e-6, rtol=0)
@@ -301,7 +303,7 @@ def test_losses_that_sort_the_batch_are_refused_in_micro_batches(model, processo
 def test_a_built_model_can_be_given_and_a_foreign_one_is_refused(blueprint):
     from transformers import LlavaOnevisionForConditionalGeneration
 
-    stage = SFTStage(build(blueprint))
+    stage = SFTStage(build_model(blueprint))
     stage.configure_model()
     assert stage.part_summary
     foreign = SFTStage(LlavaOnevisionForConditionalGeneration(blueprint.config))

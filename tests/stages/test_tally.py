@@ -7,9 +7,9 @@ import torch
 from test_dpo import pair
 
 from lit_vlm.data.collate import collate
-from lit_vlm.losses.preference import Judged
-from lit_vlm.stages.tally import Tally, kl_of
-from lit_vlm.types import Kind, Language
+from lit_vlm.losses.preference import PreferenceOutput
+from lit_vlm.stages.tally import PreferenceMetrics, estimate_kl
+from lit_vlm.types import Language, SampleKind
 
 CPU = torch.device("cpu")
 NAMES = (
@@ -22,21 +22,21 @@ NAMES = (
 )
 
 
-def added(tally: Tally, processor, pairs, rewards: list[float]) -> None:
+def added(tally: PreferenceMetrics, processor, pairs, rewards: list[float]) -> None:
     """Pairs of these rewards, chosen ones first; a metric of a micro-batch is the mean of its pairs' chosen rewards."""
     batch = collate(processor, pairs)
-    lengths = batch.supervised[-2 * len(pairs) :]
+    lengths = batch.segment_supervised_tokens[-2 * len(pairs) :]
     mean = sum(rewards[: len(pairs)]) / len(pairs)
     tokens = sum(lengths[: len(pairs)])
     metrics = dict.fromkeys((*NAMES, "logits/chosen", "mean_token_accuracy", "logits/rejected", "entropy"), mean)
-    judged = Judged(torch.zeros(()), None, torch.tensor(rewards), metrics)
-    tally.add(batch, lengths, judged, torch.tensor(2.0 * sum(lengths)), torch.tensor(-0.5 * tokens))
+    judged = PreferenceOutput(torch.zeros(()), None, torch.tensor(rewards), metrics)
+    tally.update(batch, lengths, judged, torch.tensor(2.0 * sum(lengths)), torch.tensor(-0.5 * tokens))
 
 
 def test_two_ranks_of_several_micro_batches_make_one_mean_by_one_reduction(processor):
     pairs = [pair("뭐?", "빨간 원", "별", seed=i) for i in range(3)]
-    english = replace(pair("What?", "a", "b", seed=9), language=Language.en, kind=Kind.caption)
-    first, second = Tally(), Tally()
+    english = replace(pair("What?", "a", "b", seed=9), language=Language.en, kind=SampleKind.caption)
+    first, second = PreferenceMetrics(), PreferenceMetrics()
     added(first, processor, pairs[:2], [1.0, 2.0, 0.0, 5.0])
     added(first, processor, [pairs[2]], [4.0, 1.0])
     added(second, processor, [english], [9.0, 3.0])
@@ -47,7 +47,7 @@ def test_two_ranks_of_several_micro_batches_make_one_mean_by_one_reduction(proce
         calls.append(numbers.shape)
         return numbers + other
 
-    means = first.means(reduce, CPU)
+    means = first.compute(reduce, CPU)
     assert len(calls) == 1
     assert means["rewards/chosen"] == pytest.approx((1 + 2 + 4 + 9) / 4)
     assert means["rewards/accuracies_ko"] == pytest.approx(2 / 3) and means["rewards/accuracies_en"] == 1.0
@@ -55,14 +55,14 @@ def test_two_ranks_of_several_micro_batches_make_one_mean_by_one_reduction(proce
     assert means["rewards/margins_caption"] == pytest.approx(6.0)
     assert means["kl"] == pytest.approx(2.0) and means["drift"] == pytest.approx(-0.5)
     assert "rewards/margins_ocr" not in means and "loss" not in means
-    assert not first.means(lambda numbers: numbers, CPU)  # it starts anew
+    assert not first.compute(lambda numbers: numbers, CPU)  # it starts anew
 
 
 def test_the_estimate_of_the_divergence_is_zero_for_equals_and_never_negative():
     same = torch.randn(20)
-    assert float(kl_of(same, same)) == 0.0
+    assert float(estimate_kl(same, same)) == 0.0
     apart = same + torch.randn(20, generator=torch.Generator().manual_seed(1))
     ratio = (apart - same).exp()
-    assert float(kl_of(same, apart)) == pytest.approx(float((ratio - 1 - ratio.log()).sum()), rel=1e-5)
-    assert float(kl_of(same, apart)) > 0
-    assert torch.isfinite(kl_of(same, same + 500))
+    assert float(estimate_kl(same, apart)) == pytest.approx(float((ratio - 1 - ratio.log()).sum()), rel=1e-5)
+    assert float(estimate_kl(same, apart)) > 0
+    assert torch.isfinite(estimate_kl(same, same + 500))

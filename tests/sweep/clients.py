@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from waiting import PATIENCE
 
-from lit_vlm.sweep.loopback import Loopback
+from lit_vlm.sweep.loopback import LoopbackServer
 
 ROOT = Path(__file__).resolve().parents[2]
 # The command line itself, but the agent asks for work every 0.3 s instead of every 5
@@ -20,7 +20,7 @@ QUICK = "import wandb.wandb_agent as a; a.Agent.POLL_INTERVAL = 0.3; from wandb.
 class Client:
     """Processes of `wandb` that know this server alone; what they write lies in `folder`."""
 
-    server: Loopback
+    server: LoopbackServer
     folder: Path
 
     def environment(self, **more: str) -> dict[str, str]:

@@ -1,12 +1,12 @@
 import pytest
 from clients import Client
 
-from lit_vlm.sweep.loopback import Loopback
+from lit_vlm.sweep.loopback import LoopbackServer
 
 
 @pytest.fixture
 def server():
-    with Loopback() as loopback:
+    with LoopbackServer() as loopback:
         yield loopback
         assert loopback.unknown == [], "the client asks for what the server does not know: has wandb moved?"
 

@@ -38,7 +38,7 @@ def test_an_agent_runs_what_the_sweep_suggests_and_values_config_and_metrics_arr
     parameters["stage.learning_rate"] = RATES
     sweep = client.sweep(method="bayes", metric=METRIC, command=COMMAND, parameters=parameters, run_cap=3)
     said = client.agent(sweep)
-    runs = server.state.runs_of(sweep)
+    runs = server.state.list_runs(sweep)
     assert [run.state for run in runs] == ["finished"] * 3, said
     assert len({run.parameters["stage.learning_rate"] for run in runs}) == 3
     for run in runs:
@@ -64,7 +64,7 @@ def test_a_trial_that_falls_behind_is_stopped_saves_and_counts_as_finished(serve
         method="grid", metric=METRIC, command=COMMAND, parameters=parameters, early_terminate=hyperband
     )
     said = client.agent(sweep)
-    good, bad = sorted(server.state.runs_of(sweep), key=lambda run: -run.parameters["stage.learning_rate"])
+    good, bad = sorted(server.state.list_runs(sweep), key=lambda run: -run.parameters["stage.learning_rate"])
     assert (good.state, good.stop) == ("finished", False), said
     assert (bad.state, bad.stop, bad.exit_code) == ("finished", True, 0), said
     assert len(bad.values("train/loss")) < 60 == len(good.values("train/loss"))
@@ -82,7 +82,7 @@ def test_a_trial_that_fails_is_marked_failed_and_the_agent_goes_on(server, clien
     said = client.agent(sweep, WANDB_AGENT_DISABLE_FLAPPING="true")
     states = {
         (run.parameters["stage.learning_rate"], run.parameters["logger.metric"]): run
-        for run in server.state.runs_of(sweep)
+        for run in server.state.list_runs(sweep)
     }
     assert states[1e-3, "val/loss_ko"].state == "finished", said
     assert states[-1.0, "val/loss_ko"].state == states[-1.0, "val/los_ko"].state == "failed"
@@ -97,7 +97,7 @@ def test_an_agent_that_goes_down_hands_its_trial_to_the_next_which_resumes_it(se
     parameters = fixed(tmp_path, **{"trainer.max_steps": 120})
     sweep = client.sweep(method="grid", metric=METRIC, command=COMMAND, parameters=parameters)
     agent = client.start("agent", "--forward-signals", server.path(sweep))
-    (run,) = until(lambda: [run for run in server.state.runs_of(sweep) if len(run.history) > 3])
+    (run,) = until(lambda: [run for run in server.state.list_runs(sweep) if len(run.history) > 3])
     agent.send_signal(signal.SIGTERM)
     said, _ = agent.communicate(timeout=PATIENCE)
     assert run.state == "preempted" and run.exit_code == 75 and 3 < len(run.values("train/loss")) < 120, said
@@ -113,7 +113,7 @@ def test_trials_of_an_agent_run_under_torchrun(server, client, tmp_path):
     parameters = fixed(tmp_path, **two, **{"trainer.num_threads": 1, "trainer.max_steps": 4})
     sweep = client.sweep(method="grid", metric=METRIC, command=COMMAND, parameters=parameters)
     said = client.agent(sweep, LIT_VLM_LAUNCH="torchrun --standalone --nproc-per-node 2")
-    (run,) = server.state.runs_of(sweep)
+    (run,) = server.state.list_runs(sweep)
     assert (run.state, run.settings["run"]["plan"]["world_size"]) == ("finished", 2), said
     assert len(run.values("train/loss")) == 4
 
@@ -124,7 +124,7 @@ def test_an_agent_killed_in_mid_run_leaves_a_run_that_goes_on_as_the_same(server
     parameters = fixed(tmp_path, **settings)
     sweep = client.sweep(method="grid", metric=METRIC, command=COMMAND, parameters=parameters)
     agent = client.start("agent", server.path(sweep))
-    (run,) = until(lambda: [run for run in server.state.runs_of(sweep) if len(run.history) > 5])
+    (run,) = until(lambda: [run for run in server.state.list_runs(sweep) if len(run.history) > 5])
     children = _children_of(agent.pid)
     agent.kill()
     for child in children:

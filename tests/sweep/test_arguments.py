@@ -2,7 +2,7 @@
 
 import json
 
-from lit_vlm.config.overrides import parsed, read_arguments
+from lit_vlm.config.overrides import parse_arguments, parse_override
 from lit_vlm.config.parse import parse
 
 DUMP = "import os, sys; open(os.environ['DUMP'], 'a').write(sys.argv[1] + chr(10))"
@@ -50,8 +50,10 @@ def test_every_type_and_every_letter_arrives_through_the_agents_command_line(cli
 def test_an_argument_of_the_agent_is_read_back_as_the_values_that_the_file_has():
     for kind, values in VALUES.items():
         for value in values:
-            (override,) = read_arguments([json.dumps({kind: value})])
-            assert parsed(override).value() == value and type(parsed(override).value()) is type(value), override
+            (override,) = parse_arguments([json.dumps({kind: value})])
+            assert parse_override(override).value() == value and type(parse_override(override).value()) is type(
+                value
+            ), override
 
 
 def test_a_whole_argument_of_an_agent_becomes_a_run():

@@ -7,10 +7,10 @@ import pytest
 import yaml
 
 from lit_vlm.config import ConfigError
-from lit_vlm.sweep.file import Goal, Method, Metric, draft, look_at, read_sweep, sweep_from
-from lit_vlm.sweep.mistakes import metric_names, mistakes_in_sweep
-from lit_vlm.sweep.reasons import reasons_in
-from lit_vlm.sweep.words import command_line, trial_words
+from lit_vlm.sweep.file import Goal, Objective, SearchMethod, parse_sweep, read_sweep, try_parse_sweep, try_read_sweep
+from lit_vlm.sweep.mistakes import find_sweep_errors, list_metric_names
+from lit_vlm.sweep.reasons import read_comments
+from lit_vlm.sweep.words import build_trial_overrides, format_command
 
 ROOT = Path(__file__).resolve().parents[2]
 ALIGN = {"experiment": {"value": "tiny/1_align"}}
@@ -23,13 +23,13 @@ def plain(parameters: dict, **keys) -> dict:
 
 def wrong(parameters: dict, *overrides: str, **keys) -> list[str]:
     """Everything that is said about a file, without its name."""
-    sweep, found = draft(plain(parameters, **keys), "x.yaml")
-    found = [*found, *mistakes_in_sweep(sweep, list(overrides))]
+    sweep, found = try_parse_sweep(plain(parameters, **keys), "x.yaml")
+    found = [*found, *find_sweep_errors(sweep, list(overrides))]
     return [mistake.removeprefix("x.yaml: ") for mistake in found]
 
 
 def one_parameter(**entry):
-    return sweep_from(plain({"a": entry}), "x.yaml").parameters["a"]
+    return parse_sweep(plain({"a": entry}), "x.yaml").parameters["a"]
 
 
 # What is read
@@ -59,17 +59,17 @@ parameters:
         encoding="utf-8",
     )
     sweep = read_sweep(path)
-    assert (sweep.method, sweep.run_cap, sweep.name, sweep.words) == (
-        Method.bayes,
+    assert (sweep.method, sweep.run_cap, sweep.name, sweep.command_overrides) == (
+        SearchMethod.bayes,
         7,
         "mine",
         ["experiment=tiny/1_align"],
     )
-    assert sweep.metric == Metric("val/loss_ko", Goal.maximize, 3)
+    assert sweep.metric == Objective("val/loss_ko", Goal.maximize, 3)
     assert sweep.early_terminate.rungs[:4] == (3, 6, 12, 24) and sweep.early_terminate.eta == 2
     assert list(sweep.parameters) == ["stage.learning_rate", "stage.warmup", "seed"]
-    assert (sweep.fixed, list(sweep.swept)) == ({"seed": 3}, ["stage.learning_rate", "stage.warmup"])
-    assert sweep.plain == yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert (sweep.fixed, list(sweep.search_space)) == ({"seed": 3}, ["stage.learning_rate", "stage.warmup"])
+    assert sweep.raw == yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_distribution_that_is_not_named_is_the_one_that_wandb_takes(entry, dis
     ],
 )
 def test_a_value_is_made_of_a_draw_by_its_distribution(entry, raw, value):
-    found = one_parameter(**entry).value(raw)
+    found = one_parameter(**entry).convert_value(raw)
     assert found == pytest.approx(value) if isinstance(value, float) else (found, type(found)) == (value, type(value))
 
 
@@ -122,7 +122,7 @@ def test_exponents_become_values():
     ],
 )
 def test_the_rungs_of_hyperband_are_wandbs(band, rungs):
-    found = sweep_from(plain(RATE, early_terminate={"type": "hyperband", **band}), "x").early_terminate
+    found = parse_sweep(plain(RATE, early_terminate={"type": "hyperband", **band}), "x").early_terminate
     assert found.rungs[:4] == rungs
 
 
@@ -132,7 +132,7 @@ def test_reasons_are_the_comments_of_the_file(tmp_path):
         "method: grid  # no\nparameters:\n  # above\n  a:  # beside\n    values: [1]\n  b: {value: 1}\n"
         "  c:\n    parameters:\n      d: {value: 1}  # inside\n"
     )
-    assert reasons_in(path) == {"a": "above beside", "b": "", "c.d": "inside"}
+    assert read_comments(path) == {"a": "above beside", "b": "", "c.d": "inside"}
 
 
 # Mistakes
@@ -162,8 +162,8 @@ def test_reasons_are_the_comments_of_the_file(tmp_path):
 )
 def test_a_parameter_that_cannot_be_is_told(entry, said):
     with pytest.raises(ConfigError) as error:
-        sweep_from(plain({"a": entry}), "x.yaml")
-    assert any(said in mistake for mistake in error.value.mistakes), error.value.mistakes
+        parse_sweep(plain({"a": entry}), "x.yaml")
+    assert any(said in mistake for mistake in error.value.errors), error.value.errors
 
 
 @pytest.mark.parametrize(
@@ -192,20 +192,18 @@ def test_a_parameter_that_cannot_be_is_told(entry, said):
 )
 def test_a_file_that_cannot_be_is_told(keys, said):
     with pytest.raises(ConfigError) as error:
-        sweep_from({**plain(RATE), **keys}, "x.yaml")
-    assert any(f"x.yaml: {said}" in mistake or said in mistake for mistake in error.value.mistakes), (
-        error.value.mistakes
-    )
+        parse_sweep({**plain(RATE), **keys}, "x.yaml")
+    assert any(f"x.yaml: {said}" in mistake or said in mistake for mistake in error.value.errors), error.value.errors
 
 
 def test_a_file_that_is_not_there_or_no_yaml_is_told(tmp_path):
     (tmp_path / "align.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match=r"there is no such file. Did you mean .*align.yaml"):
-        look_at(tmp_path / "algin.yaml")
+        try_read_sweep(tmp_path / "algin.yaml")
     with pytest.raises(ConfigError, match="is no YAML"):
-        look_at(tmp_path / "align.yaml")
+        try_read_sweep(tmp_path / "align.yaml")
     with pytest.raises(ConfigError, match="a sweep file is keys and values"):
-        sweep_from(["a"], "x.yaml")
+        parse_sweep(["a"], "x.yaml")
 
 
 def test_a_sound_file_has_no_mistakes():
@@ -295,7 +293,7 @@ def test_the_metrics_that_are_known_are_those_that_a_run_logs():
         "val/loss_caption",
         "val/rewards/accuracies",
         "score/word_ko",
-    } <= set(metric_names())
+    } <= set(list_metric_names())
 
 
 def test_every_file_of_the_folder_is_sound():
@@ -310,8 +308,8 @@ def test_every_file_of_the_folder_is_sound():
 
 def test_words_win_in_the_order_command_values_command_line():
     command = ["${program}", "experiment=tiny/1_align", "stage.warmup=0.5", "--flag", "${args_json}"]
-    sweep = sweep_from(plain({"seed": {"value": 1}, "stage.warmup": {"value": 0.2}, **RATE}, command=command), "x")
-    words = trial_words(sweep, {"seed": 1, "stage.warmup": 0.2, "stage.learning_rate": 0.01}, ["seed=7"])
+    sweep = parse_sweep(plain({"seed": {"value": 1}, "stage.warmup": {"value": 0.2}, **RATE}, command=command), "x")
+    words = build_trial_overrides(sweep, {"seed": 1, "stage.warmup": 0.2, "stage.learning_rate": 0.01}, ["seed=7"])
     assert words == ["task=train", "experiment=tiny/1_align", "stage.warmup=0.2", "seed=7", "stage.learning_rate=0.01"]
 
 
@@ -321,10 +319,12 @@ def test_hangul_lists_and_quotes_survive_the_shell_and_the_parser():
     from lit_vlm.config import parse
 
     tags = ["한국어 지시문", "it's", "a,b", "[x]"]
-    sweep = sweep_from(
+    sweep = parse_sweep(
         plain({**ALIGN, "logger.tags": {"values": [tags]}, "logger.group": {"values": [None, "널 = null"]}}), "x"
     )
-    words = trial_words(sweep, {"experiment": "tiny/1_align", "logger.tags": tags, "logger.group": "널 = null"}, [])
-    pasted = shlex.split(command_line(words))[2:]
+    words = build_trial_overrides(
+        sweep, {"experiment": "tiny/1_align", "logger.tags": tags, "logger.group": "널 = null"}, []
+    )
+    pasted = shlex.split(format_command(words))[2:]
     logger = parse(pasted).config.logger
     assert (logger.tags, logger.group) == (tags, "널 = null")

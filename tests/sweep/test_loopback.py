@@ -5,7 +5,7 @@ import sys
 
 from waiting import PATIENCE
 
-from lit_vlm.sweep.loopback import Loopback
+from lit_vlm.sweep.loopback import LoopbackServer
 
 LOG = """
 import wandb
@@ -95,7 +95,7 @@ def test_artifacts_and_tables_are_taken_in(server, client):
 
 
 def test_what_the_client_asks_and_the_server_does_not_know_is_kept():
-    with Loopback() as server:
+    with LoopbackServer() as server:
         assert server.answer("GET", "/nothing", "x", b"")[0] == 401
         text = b'{"query": "query NewThing { a }", "variables": {}}'
         key = server.environment()["WANDB_API_KEY"]

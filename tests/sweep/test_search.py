@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from waiting import PATIENCE
 
-from benchmarks.stopped_trials import LESSONS, replay
-from lit_vlm.sweep.file import read_sweep, sweep_from
-from lit_vlm.sweep.search import Outcome, Search
+from benchmarks.stopped_trials import STOPPED_VALUES, run_search
+from lit_vlm.sweep.file import parse_sweep, read_sweep
+from lit_vlm.sweep.search import Search, TrialOutcome
 
 ROOT = Path(__file__).resolve().parents[2]
 RATE = {"stage.learning_rate": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-1}}
@@ -20,7 +20,7 @@ ODD = {"a": {"values": [None, True, 3, 0.5, "한글 'x'", ["l", 1]]}, "b": {"val
 
 def sweep(parameters: dict, method: str = "random", goal: str = "minimize", **keys):
     plain = {"method": method, "metric": {"name": "m", "goal": goal}, "parameters": parameters, **keys}
-    return sweep_from(plain, "x.yaml")
+    return parse_sweep(plain, "x.yaml")
 
 
 def all_of(search: Search) -> list[dict]:
@@ -35,7 +35,7 @@ def test_a_grid_has_each_point_once_in_a_fixed_order():
     file = sweep({"a": {"values": ["x", "y", "x"]}, "b": {"min": 1, "max": 3}, "c": {"value": 0}}, "grid")
     points = [{"a": a, "b": b, "c": 0} for a in "xy" for b in (1, 2, 3)]
     assert all_of(Search(file)) == points
-    assert all_of(Search(file, most=4)) == points[:4]
+    assert all_of(Search(file, max_trials=4)) == points[:4]
     steps = sweep({"a": {"distribution": "q_uniform", "min": 0.1, "max": 0.5, "q": 0.2}}, "grid")
     assert [point["a"] for point in all_of(Search(steps))] == [0.2, 0.4]
 
@@ -51,10 +51,14 @@ def test_values_keep_their_types(method, tmp_path):
 
 def test_the_cap_is_exact_and_failures_count():
     search = Search(sweep(RATE, run_cap=3))
-    for outcome in (Outcome.finished, Outcome.failed, Outcome.stopped):
+    for outcome in (TrialOutcome.finished, TrialOutcome.failed, TrialOutcome.stopped):
         search.tell(search.ask().number, 0.5, outcome)
     assert search.ask() is None
-    assert [trial.outcome for trial in search.trials()] == [Outcome.finished, Outcome.failed, Outcome.stopped]
+    assert [trial.outcome for trial in search.list_trials()] == [
+        TrialOutcome.finished,
+        TrialOutcome.failed,
+        TrialOutcome.stopped,
+    ]
 
 
 @pytest.mark.parametrize("method", ["random", "bayes"])
@@ -70,11 +74,11 @@ def test_a_search_that_goes_on_asks_for_what_it_would_have_asked(method, tmp_pat
             search.tell(trial.number, loss(trial.parameters), "finished")
         return search
 
-    whole = go_on(Search(file, seed=5), 7).trials()
+    whole = go_on(Search(file, seed=5), 7).list_trials()
     go_on(Search(file, tmp_path / "j.log", seed=5), 4)
-    parts = go_on(Search(file, tmp_path / "j.log", seed=5), 3).trials()
+    parts = go_on(Search(file, tmp_path / "j.log", seed=5), 3).list_trials()
     assert [trial.parameters for trial in parts] == [trial.parameters for trial in whole]
-    other = go_on(Search(file, seed=6), 7).trials()
+    other = go_on(Search(file, seed=6), 7).list_trials()
     assert [trial.parameters for trial in other] != [trial.parameters for trial in whole]
 
 
@@ -82,7 +86,7 @@ def test_what_was_not_told_is_found_again_with_its_worker(tmp_path):
     first = Search(sweep(RATE, run_cap=3), tmp_path / "j.log")
     given = [first.ask(worker=worker) for worker in (0, 1)]
     first.tell(0, 1.0, "finished")
-    (left,) = Search(sweep(RATE, run_cap=3), tmp_path / "j.log").unfinished()
+    (left,) = Search(sweep(RATE, run_cap=3), tmp_path / "j.log").list_unfinished_trials()
     assert (left.number, left.worker, left.parameters) == (1, 1, given[1].parameters)
 
 
@@ -109,7 +113,7 @@ def test_a_trial_that_was_only_half_given_does_not_count(tmp_path):
     search = Search(sweep(RATE, run_cap=2), tmp_path / "j.log")
     search._study.ask()  # as a process leaves it that is killed in between
     assert [search.ask().number, search.ask().number, search.ask()] == [1, 2, None]
-    assert [trial.number for trial in search.unfinished()] == [1, 2]
+    assert [trial.number for trial in search.list_unfinished_trials()] == [1, 2]
 
 
 @pytest.mark.parametrize("goal", ["minimize", "maximize"])
@@ -120,7 +124,7 @@ def test_hyperband_stops_the_worse_of_those_that_came_as_far(goal):
 
     def stops(value, steps=(1, 2)):
         number = search.ask().number
-        stopped = [search.observe(number, [sign * (value + 9 / (i + 1)) for i in range(n)]) for n in steps]
+        stopped = [search.check_early_stopping(number, [sign * (value + 9 / (i + 1)) for i in range(n)]) for n in steps]
         search.tell(number, value, "stopped" if any(stopped) else "finished")
         return stopped
 
@@ -148,14 +152,14 @@ def test_hyperband_stops_the_trials_that_wandbs_sweeps_stops_and_at_the_same_val
         seen[number] += 1
         running = [one for one in numbers if 0 < seen[one] < len(case["curves"][one]) and stopped[one] is None]
         for one in (number, *running):  # what it logs may raise the bar for the others
-            if search.observe(one, case["curves"][one][: seen[one]]):
+            if search.check_early_stopping(one, case["curves"][one][: seen[one]]):
                 stopped[one] = stopped[one] or seen[one]
     assert stopped == case["stopped"]
 
 
 def test_most_trials_of_the_ready_sweep_for_dpo_are_chosen_by_the_model():
     """Stopped trials teach it, too: with Optuna's own way of pruning it would draw most of them by chance."""
-    found = replay(read_sweep(ROOT / "sweeps" / "dpo.yaml"), LESSONS["last"], seed=0, at_a_time=1)
+    found = run_search(read_sweep(ROOT / "sweeps" / "dpo.yaml"), STOPPED_VALUES["last"], seed=0, num_parallel=1)
     stopped = 30 - found["finished"]
     assert found["by_model"] >= 15 and stopped >= 10
 
@@ -166,9 +170,9 @@ def test_no_number_is_a_failure_and_what_was_told_stays():
     search.tell(first, math.nan, "finished")
     search.tell(second, 1.0, "finished")
     search.tell(second, 2.0, "failed")
-    assert [(trial.outcome, trial.value) for trial in search.trials()] == [
-        (Outcome.failed, None),
-        (Outcome.finished, 1.0),
+    assert [(trial.outcome, trial.value) for trial in search.list_trials()] == [
+        (TrialOutcome.failed, None),
+        (TrialOutcome.finished, 1.0),
     ]
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from lit_vlm.sweep.charts import goodness, parallel_coordinates, shown_range
-from lit_vlm.sweep.file import Goal, sweep_from
-from lit_vlm.sweep.importance import at_an_end, importance_of, remark
-from lit_vlm.sweep.records import TrialRecord, best_of, varied
-from lit_vlm.sweep.report import Page, write_sweep_report
-from lit_vlm.sweep.table import parameter_table, trial_table
+from lit_vlm.sweep.charts import compute_axis_range, compute_relative_ranks, draw_parallel_coordinates
+from lit_vlm.sweep.file import Goal, parse_sweep
+from lit_vlm.sweep.importance import compute_importance, get_reliability_note, list_edge_warnings
+from lit_vlm.sweep.records import TrialRecord, find_best_trial, find_varying_keys
+from lit_vlm.sweep.report import SweepReport, write_sweep_report
+from lit_vlm.sweep.table import make_parameter_table, make_trial_table
 
 EVIL = "<script>alert(1)</script>"
 PARAMETERS = {
@@ -25,7 +25,7 @@ PARAMETERS = {
 
 def sweep(goal="minimize", **keys):
     plain = {"method": "random", "metric": {"name": "val/loss", "goal": goal}, "parameters": PARAMETERS, **keys}
-    return sweep_from(plain, "sweeps/x.yaml")
+    return parse_sweep(plain, "sweeps/x.yaml")
 
 
 def record(number: int, value: float | None = 1.0, state: str = "finished", **changed) -> TrialRecord:
@@ -47,7 +47,7 @@ def bowl(number: int) -> TrialRecord:
 
 
 def page_text(tmp_path, records, **keys) -> str:
-    write_sweep_report(tmp_path / "sweep.html", Page(sweep(), records, **keys))
+    write_sweep_report(tmp_path / "sweep.html", SweepReport(sweep(), records, **keys))
     return (tmp_path / "sweep.html").read_text(encoding="utf-8")
 
 
@@ -90,19 +90,19 @@ def test_what_a_file_says_is_text(tmp_path):
 )
 def test_a_page_of_little_says_so(tmp_path, records):
     text = page_text(tmp_path, records)
-    assert ("No trial has finished" in text) == (best_of(records, "minimize") is None)
+    assert ("No trial has finished" in text) == (find_best_trial(records, "minimize") is None)
     assert "say nothing about which parameter matters" in text
 
 
 def test_the_best_is_a_finished_one_by_the_goal():
     records = [record(0, 3.0), record(1, 1.0, "stopped"), record(2, 2.0), record(3, 2.0), record(4, None)]
-    assert (best_of(records, "minimize").number, best_of(records, "maximize").number) == (2, 0)
+    assert (find_best_trial(records, "minimize").number, find_best_trial(records, "maximize").number) == (2, 0)
 
 
 def test_lines_stand_where_the_values_are():
     records = [record(0, 1.0, **{"stage.learning_rate": 1e-4}), record(1, 3.0, **{"stage.learning_rate": 1e-1})]
     records.append(record(2, 2.0, **{"stage.learning_rate": math.sqrt(1e-5)}))
-    svg = parallel_coordinates(records, sweep())
+    svg = draw_parallel_coordinates(records, sweep())
     points = {
         int(n): [tuple(map(float, p.split(","))) for p in path.split()]
         for path, n in re.findall(r'points="([^"]+)"><title>trial (\d)', svg)
@@ -116,53 +116,57 @@ def test_lines_stand_where_the_values_are():
 @pytest.mark.parametrize(("goal", "sign"), [(Goal.minimize, 1.0), (Goal.maximize, -1.0)])
 def test_one_that_diverged_does_not_press_the_others_together(goal, sign):
     values = [sign * value for value in (1.0, 1.1, 1.2, 1.3, 1e9)]
-    low, high = shown_range(values, goal)
+    low, high = compute_axis_range(values, goal)
     assert high - low == pytest.approx(6 * 0.2) and sign in (low, high)
-    assert shown_range(values[:4], goal) == (min(values[:4]), max(values[:4]))
+    assert compute_axis_range(values[:4], goal) == (min(values[:4]), max(values[:4]))
 
 
 def test_colours_go_by_rank():
-    assert goodness([record(0, 1.0), record(1, 1e9), record(2, 2.0)], Goal.minimize) == {0: 1.0, 1: 0.0, 2: 0.5}
+    assert compute_relative_ranks([record(0, 1.0), record(1, 1e9), record(2, 2.0)], Goal.minimize) == {
+        0: 1.0,
+        1: 0.0,
+        2: 0.5,
+    }
 
 
 def test_importance_and_direction_are_those_of_the_data():
-    first, second = importance_of([bowl(n) for n in range(13)], sweep())
+    first, second = compute_importance([bowl(n) for n in range(13)], sweep())
     assert (first.key, first.direction) == ("stage.learning_rate", "higher is better")
     assert first.share > 0.8 > second.share and first.correlation == pytest.approx(-1.0)
-    better = importance_of([bowl(n) for n in range(13)], sweep("maximize"))[0]
+    better = compute_importance([bowl(n) for n in range(13)], sweep("maximize"))[0]
     assert better.direction == "lower is better"
 
 
 def test_a_trial_that_diverged_does_not_explain_everything():
     records = [*(bowl(n) for n in range(12)), record(12, 1e12, **{"stage.warmup": 0.24})]
-    assert importance_of(records, sweep())[0].key == "stage.learning_rate"
+    assert compute_importance(records, sweep())[0].key == "stage.learning_rate"
 
 
 def test_of_categories_the_best_is_named():
     chosen = [n // 3 % 2 for n in range(12)]
     records = [record(n, one + 0.01 * n, **{"data.tiling": ("base", "anyres")[one]}) for n, one in enumerate(chosen)]
-    found = {one.key: one for one in importance_of(records, sweep())}
+    found = {one.key: one for one in compute_importance(records, sweep())}
     assert found["data.tiling"].direction == "best: base" and found["data.tiling"].share > 0.5
 
 
 def test_few_runs_are_called_few():
-    assert "a hint at the order" in remark([record(n) for n in range(12)])
-    assert importance_of([bowl(n) for n in range(3)], sweep()) == []
-    assert "hint" not in remark([record(n) for n in range(60)])
+    assert "a hint at the order" in get_reliability_note([record(n) for n in range(12)])
+    assert compute_importance([bowl(n) for n in range(3)], sweep()) == []
+    assert "hint" not in get_reliability_note([record(n) for n in range(60)])
 
 
 def test_a_best_value_at_the_end_of_its_range_asks_for_a_wider_one():
     inside, below = record(8, 1.0), record(1, 0.5, **{"stage.learning_rate": 1.05e-4})
-    assert at_an_end([inside], sweep()) == []
-    (said,) = at_an_end([inside, below], sweep())
+    assert list_edge_warnings([inside], sweep()) == []
+    (said,) = list_edge_warnings([inside, below], sweep())
     assert said.startswith("stage.learning_rate: the best value, 0.000105, is at the lower end")
 
 
 def test_only_what_varied_is_drawn():
-    assert varied([bowl(0), bowl(1)]) == ["stage.learning_rate", "stage.warmup"]
+    assert find_varying_keys([bowl(0), bowl(1)]) == ["stage.learning_rate", "stage.warmup"]
 
 
 def test_the_terminal_shows_the_same(tmp_path):
-    text = printed(trial_table(Page(sweep(), [bowl(n) for n in range(12)], total=12)))
+    text = printed(make_trial_table(SweepReport(sweep(), [bowl(n) for n in range(12)], total=12)))
     assert "12 of 12 trials: 12 finished" in text and "stage.learning_rate: " in text and "hint at the order" in text
-    assert "0.0001 to 0.1, logarithmic" in printed(parameter_table(sweep()))
+    assert "0.0001 to 0.1, logarithmic" in printed(make_parameter_table(sweep()))

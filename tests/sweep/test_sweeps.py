@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from lit_vlm.config.parse import parse
-from lit_vlm.sweep.file import Method, read_sweep
-from lit_vlm.sweep.mistakes import mistakes_in_sweep
+from lit_vlm.sweep.file import SearchMethod, read_sweep
+from lit_vlm.sweep.mistakes import find_sweep_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "sweeps").glob("*.yaml"))
@@ -22,13 +22,13 @@ def file(request, monkeypatch) -> Path:
 
 def test_there_is_a_file_for_each_of_what_is_tuned():
     assert {"align", "sft", "mixture", "highres", "dpo", "proxy", "tiny"} <= {file.stem for file in FILES}
-    assert {read_sweep(file).method for file in FILES} == set(Method)
+    assert {read_sweep(file).method for file in FILES} == set(SearchMethod)
 
 
 def test_every_key_of_a_sweep_is_a_key_of_the_schema_and_every_value_composes(file):
     sweep = read_sweep(file)
-    assert mistakes_in_sweep(sweep, []) == []
-    columns = {key: one.samples() for key, one in sweep.swept.items()}
+    assert find_sweep_errors(sweep, []) == []
+    columns = {key: one.list_example_values() for key, one in sweep.search_space.items()}
     for row in range(max(map(len, columns.values()))):  # each value once
         values = {**sweep.fixed, **{key: column[row % len(column)] for key, column in columns.items()}}
         config = parse(["task=train", "logger.wandb=true", json.dumps(values, ensure_ascii=False)]).config
@@ -58,7 +58,7 @@ def test_trials_are_started_and_compared_alike_with_and_without_wandb(file):
 
 def test_every_range_has_its_reason_beside_it(file):
     text = file.read_text(encoding="utf-8")
-    for key in read_sweep(file).swept:
+    for key in read_sweep(file).search_space:
         (line,) = [line for line in text.splitlines() if line.startswith(f"  {key}:")]
         reason = line.partition("#")[2].strip()
         assert len(reason) > 20, f"{file.name}: {key}"

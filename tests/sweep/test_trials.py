@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from waiting import PATIENCE, until
 
-from lit_vlm.sweep.file import sweep_from
+from lit_vlm.sweep.file import parse_sweep
 from lit_vlm.sweep.process import TrialProcess
-from lit_vlm.sweep.search import Outcome, Search
-from lit_vlm.sweep.trials import Trials, records_of
+from lit_vlm.sweep.search import Search, TrialOutcome
+from lit_vlm.sweep.trials import TrialRunner, collect_records
 from lit_vlm.types import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +45,7 @@ pathlib.Path("manifest.json").write_text(json.dumps({"status": "finished", "figu
 def sweep(trials: list[dict], **keys):
     """A grid of these trials."""
     plain = {"method": "grid", "metric": {"name": "m"}, "parameters": {"a": {"values": trials}}, **keys}
-    return sweep_from(plain, "x.yaml")
+    return parse_sweep(plain, "x.yaml")
 
 
 class Ran:
@@ -54,7 +54,9 @@ class Ran:
     def __init__(self, folder: Path, file, places=((),), **options) -> None:
         self.folder, self.said = folder, []
         self.search = Search(file, folder / "journal.log")
-        self.trials = Trials(self.search, "m", folder, self.make, places=list(places), say=self.said.append, **options)
+        self.trials = TrialRunner(
+            self.search, "m", folder, self.make, device_groups=list(places), say=self.said.append, **options
+        )
 
     def make(self, number, parameters):
         place = self.folder / str(number)
@@ -70,7 +72,7 @@ class Ran:
 
     @property
     def records(self):
-        return records_of(self.search, self.folder, "m")
+        return collect_records(self.search, self.folder, "m")
 
     @property
     def states(self):
@@ -139,7 +141,7 @@ def test_a_worker_takes_up_its_own_trials_alone(tmp_path):
     for worker in (0, 1):
         search.ask(worker)  # and both are gone
     ran = Ran(tmp_path, file, worker=1, num_workers=2).run()
-    assert [trial.outcome for trial in ran.search.trials()] == [None, Outcome.finished, Outcome.finished]
+    assert [trial.outcome for trial in ran.search.list_trials()] == [None, TrialOutcome.finished, TrialOutcome.finished]
     assert Ran(tmp_path, file).run().states == ["finished"] * 3
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import lightning as L
 import torch
 
-from callbacks.checkpoint import _updates
-from lit_vlm.engine.shards import shards_of
+from callbacks.checkpoint import _count_updates
+from lit_vlm.engine.shards import get_sharded_state
 from lit_vlm.stages.base import Stage
 
 SMALL = ["data.global_batch_size=12", "data.tokens_per_micro_batch=120"]  # three micro-batches on two ranks
@@ -35,7 +35,7 @@ class Fault:
 
 def broken(faults: Iterable[Fault]) -> Callable[[], None]:
     def patch() -> None:
-        loss, after = Stage.step_loss, L.LightningModule.on_after_backward
+        loss, after = Stage.compute_loss, L.LightningModule.on_after_backward
 
         def step_loss(self, batch):
             hit = [fault for fault in faults if fault.where == "loss" and fault.hits(self)]
@@ -48,7 +48,7 @@ def broken(faults: Iterable[Fault]) -> Callable[[], None]:
                     last.view(-1)[-1] = fault.value
             return after(self)
 
-        Stage.step_loss, Stage.on_after_backward = step_loss, on_after_backward
+        Stage.compute_loss, Stage.on_after_backward = step_loss, on_after_backward
 
     return patch
 
@@ -59,7 +59,7 @@ def noting(folder: Path) -> Callable[[], None]:
     def patch() -> None:
         from lit_vlm.tasks import attempts
 
-        fit = attempts.fit_or_again
+        fit = attempts.run_fit
 
         def noted(trainer, *rest):
             trainer.callbacks.append(Notes(folder))
@@ -67,7 +67,7 @@ def noting(folder: Path) -> Callable[[], None]:
 
         import lit_vlm.tasks.train as train
 
-        train.fit_or_again = noted
+        train.run_fit = noted
 
     return patch
 
@@ -101,8 +101,8 @@ class Notes(L.Callback):
 
 def digest(trainer: L.Trainer) -> str:
     """SHA-256 of what this rank holds of weights and moments, and of the number of updates."""
-    hasher = hashlib.sha256(str(_updates(trainer)).encode())
-    for piece in shards_of(trainer).pieces():
+    hasher = hashlib.sha256(str(_count_updates(trainer)).encode())
+    for piece in get_sharded_state(trainer).iter_shards():
         hasher.update(piece.values.detach().contiguous().numpy().tobytes())
     return hasher.hexdigest()
 

@@ -22,7 +22,7 @@ from resume_cases import Start, last_state, rows, run_dir, same_state, start, st
 from run_helpers import TWO
 from waiting import PATIENCE
 
-from lit_vlm.engine.checkpoint import Folder, read_index
+from lit_vlm.engine.checkpoint import CheckpointFolder, read_index
 from lit_vlm.engine.checkpoint.read import check_files
 
 # stage, loader workers, ranks
@@ -105,7 +105,7 @@ def undisturbed(chain: Chain, folder: Path, words: list[str]) -> float:
 
 def attempt(chain: Chain, folder: Path, words: list[str], name: str, kills: int, seconds: float, dice: Random) -> None:
     """One run to its end, killed on the way."""
-    checkpoints = Folder(folder / "runs" / name / "checkpoints")
+    checkpoints = CheckpointFolder(folder / "runs" / name / "checkpoints")
     newest = 0
     while True:
         begun = start(words, folder, chain.ranks)
@@ -126,7 +126,7 @@ def attempt(chain: Chain, folder: Path, words: list[str], name: str, kills: int,
     compare(chain, folder, name)
 
 
-def kill(begun: Start, checkpoints: Folder, seconds: float, dice: Random) -> list[int]:
+def kill(begun: Start, checkpoints: CheckpointFolder, seconds: float, dice: Random) -> list[int]:
     """At a moment of its training, mostly; of these, a third once a save has begun; and now and then at any moment since its
     start. Of two ranks one, or both."""
     aim = dice.random()
@@ -150,16 +150,16 @@ def wait_for_training(begun: Start) -> None:
         time.sleep(0.01)
 
 
-def strays_in(checkpoints: Folder) -> list[str]:
+def strays_in(checkpoints: CheckpointFolder) -> list[str]:
     entries = checkpoints.path.iterdir() if checkpoints.path.is_dir() else ()
     return [entry.name for entry in entries if entry.name.startswith(".")]
 
 
-def whole_ones(chain: Chain, checkpoints: Folder, before: int) -> int:
+def whole_ones(chain: Chain, checkpoints: CheckpointFolder, before: int) -> int:
     """The newest one; every one that has its name is whole, and none is lost."""
-    steps = checkpoints.steps()
+    steps = checkpoints.list_steps()
     for step in steps:
-        check_files(checkpoints.of(step), read_index(checkpoints.of(step)))
+        check_files(checkpoints.get_step_path(step), read_index(checkpoints.get_step_path(step)))
     newest = steps[0] if steps else 0
     if newest < before:
         chain.faults.append(f"step {before} is lost; there are {steps}")

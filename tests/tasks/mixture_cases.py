@@ -12,7 +12,7 @@ from run_helpers import PHOTOS, TINY, Ran, conversations, llava, save_photos, wr
 from lit_vlm.config import parse
 from lit_vlm.data.datamodule import DataModule
 from lit_vlm.tasks.prepare import prepare
-from lit_vlm.tasks.stage_data import open_sources, stage_data
+from lit_vlm.tasks.stage_data import build_stage_data, open_sources
 
 SIZES = {"llava": 24, "messages": 12, "bytes": 8, "sharegpt": 16, "tar": 8, "zips": 8}
 
@@ -77,7 +77,7 @@ def prepared(*words: str) -> Ran:
 def datamodule_of(*words: str) -> DataModule:
     """As task=train makes it."""
     job = job_of(*words)
-    return stage_data(job, *open_sources(job), None).datamodule
+    return build_stage_data(job, *open_sources(job), None).datamodule
 
 
 def names_of(index, samples) -> list[str]:

@@ -20,7 +20,7 @@ from run_helpers import TINY, Ran, own_choice
 from waiting import PATIENCE
 
 from lit_vlm.config import Run, parse
-from lit_vlm.engine.checkpoint import Folder, Index, read_index
+from lit_vlm.engine.checkpoint import CheckpointFolder, CheckpointIndex, read_index
 from lit_vlm.tasks.train import train
 from lit_vlm.types import UserError
 
@@ -66,7 +66,7 @@ def parsed(folder: Path, *words: str) -> Run:
         return parse([*words])
 
 
-def whole_run(words: list[str], folder: Path, *, finished: bool = False) -> Index | None:
+def whole_run(words: list[str], folder: Path, *, finished: bool = False) -> CheckpointIndex | None:
     """The undisturbed run, in this process: what it imports, its children have. Returns its last state.
 
     Args:
@@ -150,13 +150,13 @@ def run_dir(folder: Path, name: str) -> Ran:
     return Ran(folder / "runs" / name)
 
 
-def last_state(folder: Path, name: str) -> Index:
+def last_state(folder: Path, name: str) -> CheckpointIndex:
     """The state after the last step."""
-    checkpoints = Folder(folder / "runs" / name / "checkpoints")
-    return read_index(checkpoints.of(checkpoints.steps()[0]))
+    checkpoints = CheckpointFolder(folder / "runs" / name / "checkpoints")
+    return read_index(checkpoints.get_step_path(checkpoints.list_steps()[0]))
 
 
-def same_state(one: Index, other: Index) -> bool:
+def same_state(one: CheckpointIndex, other: CheckpointIndex) -> bool:
     """Bit for bit: weights and moments are in the files, whose SHA-256 the index holds; so is what was read."""
     mine, theirs = ((i.step, i.updates, i.consumed, i.intervals, i.files) for i in (one, other))
     return mine == theirs

@@ -31,7 +31,7 @@ IN_EARNEST = (
     "peft",
     "wandb",
 )
-end = signals._exit
+end = signals._exit_now
 codes: list[int] = []
 seen = {"points": 0, "while training": 0, "in earnest": [], "faults": []}
 
@@ -40,8 +40,8 @@ class Points:
     """In front of all finders."""
 
     def find_spec(self, name, path=None, target=None):
-        current = signals.current()
-        if current is None or os.getpid() != current.process:
+        current = signals.get_signal_handler()
+        if current is None or os.getpid() != current.pid:
             return None
         if current.listener is not None:  # told, and acted on at the end of the step
             seen["while training"] += 1
@@ -53,14 +53,14 @@ class Points:
         if codes != [STATUS[number]]:
             seen["faults"].append([name, number.name, codes[:]])
         codes.clear()
-        current.leaving, current.interrupted = False, None
+        current.is_exiting, current.interrupted_at = False, None
         seen["points"] += 1
         return None
 
     def end_fork(self, name, number):
         pid = os.fork()
         if pid == 0:
-            signals.current().process, signals._exit = os.getpid(), end
+            signals.get_signal_handler().pid, signals._exit_now = os.getpid(), end
             with contextlib.suppress(BaseException):
                 os.kill(os.getpid(), number)
             os._exit(99)
@@ -71,13 +71,13 @@ class Points:
 
 
 def main(result: str, script: str, *words: str) -> None:
-    signals._exit = codes.append
+    signals._exit_now = codes.append
     sys.meta_path.insert(0, Points())
     while words:
         place = words.index("--") if "--" in words else len(words)
         sys.argv = [script, *words[:place]]
         runpy.run_path(script, run_name="__main__")
-        signals.current().settled = None
+        signals.get_signal_handler().final_status = None
         words = words[place + 1 :]
     Path(result).write_text(json.dumps(seen))
 

@@ -30,7 +30,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1]), 
 
 from run_helpers import RUN, TINY, Ran, own_choice
 
-from lit_vlm.engine.checkpoint import Folder, read_index
+from lit_vlm.engine.checkpoint import CheckpointFolder, read_index
 from lit_vlm.engine.checkpoint.read import check_files
 from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED
 
@@ -147,9 +147,9 @@ class Place:
         """A run that has come half the way; what its next start takes is measured on a copy."""
         shutil.rmtree(self.dir("half"), ignore_errors=True)
         shutil.rmtree(self.dir("rest"), ignore_errors=True)
-        checkpoints = Folder(self.dir("half") / "checkpoints")
-        ended = self.start("half", [], signal.SIGTERM, lambda life: bool(checkpoints.steps()))
-        assert checkpoints.steps() and "saved at step" in ended.said, ended.said
+        checkpoints = CheckpointFolder(self.dir("half") / "checkpoints")
+        ended = self.start("half", [], signal.SIGTERM, lambda life: bool(checkpoints.list_steps()))
+        assert checkpoints.list_steps() and "saved at step" in ended.said, ended.said
         shutil.copytree(self.dir("half"), self.dir("rest"))
         ended = self.start("rest", [])
         assert ended.status == 0, ended.said
@@ -272,11 +272,11 @@ def check_start(place: Place, name: str, moment: Moment, ended: Ended, before: l
 
 def checkpoints(place: Place, name: str, moment: Moment) -> list[int]:
     """Their steps, newest first; each is whole."""
-    folder = Folder(place.dir(name) / "checkpoints")
-    steps = folder.steps()
+    folder = CheckpointFolder(place.dir(name) / "checkpoints")
+    steps = folder.list_steps()
     for step in steps:
         try:
-            check_files(folder.of(step), read_index(folder.of(step)))
+            check_files(folder.get_step_path(step), read_index(folder.get_step_path(step)))
         except Exception as error:
             moment.faults.append(f"checkpoint {step}: {error}")
     return steps

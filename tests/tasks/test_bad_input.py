@@ -12,7 +12,7 @@ from run_helpers import PHOTOS, TINY, Ran, conversations, llava, own_choice, pro
 from lit_vlm.config import parse
 from lit_vlm.tasks.train import train
 from lit_vlm.types import UserError
-from run import start
+from run import dispatch
 
 LLAVA = ["stage=sft", "data=llava_json", "data.sources.mine.path=train.jsonl", "data.sources.mine.image_root=images"]
 ASK = "<image>\nWhat is it?"
@@ -71,7 +71,7 @@ def bomb() -> bytes:
 def message(*words: str) -> str:
     """What the user reads when `python run.py <words>` is refused."""
     with pytest.raises(UserError) as caught:
-        start([*TINY, *words])
+        dispatch([*TINY, *words])
     return str(caught.value)
 
 

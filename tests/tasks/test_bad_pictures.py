@@ -50,7 +50,7 @@ def test_each_bad_one_is_quarantined_by_its_fault_and_all_others_are_trained_on(
     assert {row["origin"]: row["fault"] for row in rows} == expected and len(rows) == len(expected)
     assert all(row["source"] == "mine" and row["reason"] and len(row["digest"]) == 64 for row in rows)
     datamodule = datamodule_of(*words, *aside)
-    datamodule.build()
+    datamodule.build_indexes()
     lines = {f"train.jsonl:{position + 1}" for position in datamodule.index.position.tolist()}
     assert len(lines) == count - len(expected) and not lines & expected.keys()
     ran = run(*words, *aside, "stage=sft", "trainer.max_steps=null", "data.global_batch_size=40", "callbacks=[export]")

@@ -9,11 +9,11 @@ from support import builtin
 
 from lit_vlm.config.schema import ModelConfig, RunConfig
 from lit_vlm.data.processor import Processor
-from lit_vlm.model.build import build
+from lit_vlm.model.build import build_model
 from lit_vlm.model.export import export_model
 from lit_vlm.tasks import chat as room
-from lit_vlm.tasks.chat import Conversation, chat, printable
-from lit_vlm.types import Control, UserError
+from lit_vlm.tasks.chat import Conversation, remove_control_characters, run_chat
+from lit_vlm.types import ControlToken, UserError
 
 POINTS = "<obj>별</obj><bbox>0.1, 0.1, 0.6, 0.7</bbox>"
 
@@ -29,7 +29,7 @@ class Job:
 
 @pytest.fixture
 def folder(blueprint, tmp_path):
-    export_model(build(blueprint), blueprint.tokenizer, blueprint.images, tmp_path / "hf")
+    export_model(build_model(blueprint), blueprint.tokenizer, blueprint.images, tmp_path / "hf")
     return str(tmp_path / "hf")
 
 
@@ -43,7 +43,7 @@ def picture(tmp_path):
 
 @pytest.fixture
 def conversation(blueprint):
-    return Conversation(build(blueprint).eval(), Processor(blueprint.tokenizer, blueprint.images), 4, 10**7)
+    return Conversation(build_model(blueprint).eval(), Processor(blueprint.tokenizer, blueprint.images), 4, 10**7)
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def says(monkeypatch):
             asked.append(samples[0])
             return [texts.pop(0)]
 
-        monkeypatch.setattr(room, "ask", ask)
+        monkeypatch.setattr(room, "generate_answers", ask)
         return asked
 
     return script
@@ -70,7 +70,7 @@ def pipe(monkeypatch, tmp_path, *lines):
 
 def test_piped_questions_are_answered_one_by_one(folder, picture, monkeypatch, tmp_path, capsys):
     pipe(monkeypatch, tmp_path, "무엇이 보이나요?", "", "And now?")
-    chat(Job(folder, image=[picture]))
+    run_chat(Job(folder, image=[picture]))
     assert "> " not in capsys.readouterr().out
 
 
@@ -79,7 +79,7 @@ def test_a_prompt_gets_one_answer_on_stdout_and_its_boxes_in_a_file(
 ):
     monkeypatch.chdir(tmp_path)
     asked = says(POINTS)
-    chat(Job(folder, image=[picture], prompt="<gro> 무엇이 어디에 있나요?"))
+    run_chat(Job(folder, image=[picture], prompt="<gro> 무엇이 어디에 있나요?"))
     output = capsys.readouterr()
     assert output.out == POINTS + "\n"
     assert "chat_1.png" in output.err
@@ -87,28 +87,28 @@ def test_a_prompt_gets_one_answer_on_stdout_and_its_boxes_in_a_file(
     assert min(drawn.size) >= 224 > max(plain.size)
     assert (229, 72, 77) in [colour for _, colour in drawn.convert("RGB").getcolors(100_000)]
     question = asked[0].messages[0].content
-    assert question[1] == Control("<gro>") and question[2] == "\n무엇이 어디에 있나요?"
+    assert question[1] == ControlToken("<gro>") and question[2] == "\n무엇이 어디에 있나요?"
 
 
 def test_the_conversation_remembers_answers_and_pictures_until_reset(conversation, picture, says):
     asked = says("하나", POINTS, "셋")
-    conversation.attach(picture)
+    conversation.add_image(picture)
     conversation.ask("첫째")
-    conversation.attach(picture)
+    conversation.add_image(picture)
     conversation.ask("둘째")
     assert [message.role.value for message in asked[1].messages] == ["user", "assistant", "user", "assistant"]
     assert len(asked[1].images) == 2
-    assert Control("<bbox>") in conversation.messages[-1].content
+    assert ControlToken("<bbox>") in conversation.messages[-1].content
     conversation.reset()
     conversation.ask("셋째")
     assert len(asked[2].messages) == 2 and not asked[2].images
 
 
 def test_several_turns_over_several_pictures_reach_the_model(conversation, picture):
-    conversation.attach(picture)
+    conversation.add_image(picture)
     for question in ("무엇이 보이나요?", "<ocr>", "정말?"):
         assert isinstance(conversation.ask(question), str)
-    conversation.attach(picture)
+    conversation.add_image(picture)
     conversation.ask("그리고?")
     assert len(conversation.messages) == 8
 
@@ -127,7 +127,7 @@ def test_commands_work_and_mistakes_do_not_end_the_conversation(folder, picture,
         "/quit",
         "never",
     )
-    chat(Job(folder))
+    run_chat(Job(folder))
     output = capsys.readouterr().out
     assert output.count("/reset") == 2  # /help and the word that is no command
     assert "nowhere.png" in output and "not found" in output
@@ -144,12 +144,12 @@ def test_a_model_without_the_control_tokens_gets_them_as_text(conversation, says
 
 def test_chat_without_a_model_or_with_a_missing_picture_says_what_to_do(folder, tmp_path):
     with pytest.raises(UserError, match="task=chat needs a model: init_from="):
-        chat(Job(None))
+        run_chat(Job(None))
     with pytest.raises(UserError, match="no such folder"):
-        chat(Job(str(tmp_path / "none")))
+        run_chat(Job(str(tmp_path / "none")))
     with pytest.raises(UserError, match=r"image=.*nope\.png: .*not found.*Give the path"):
-        chat(Job(folder, image=[str(tmp_path / "nope.png")], prompt="hi"))
+        run_chat(Job(folder, image=[str(tmp_path / "nope.png")], prompt="hi"))
 
 
 def test_what_a_terminal_would_obey_is_left_out():
-    assert printable("red\x1b[31m 빨강\n\tend\x07") == "red[31m 빨강\n\tend"
+    assert remove_control_characters("red\x1b[31m 빨강\n\tend\x07") == "red[31m 빨강\n\tend"

@@ -174,12 +174,12 @@ def test_own_callbacks_cost_no_model(pair, place, capsys, monkeypatch):
 
 
 def test_the_best_command_of_a_sweep_leaves_a_model():
-    from lit_vlm.sweep.file import look_at
-    from lit_vlm.sweep.words import command_of, trial_words
+    from lit_vlm.sweep.file import try_read_sweep
+    from lit_vlm.sweep.words import build_trial_overrides, format_trial_command
 
     for path in sorted((Path(__file__).parents[2] / "sweeps").glob("*.yaml")):
-        file, wrong = look_at(path)
+        file, wrong = try_read_sweep(path)
         assert not wrong
-        values = {key: one.samples()[0] for key, one in file.swept.items()} | file.fixed
-        assert "export=false" in trial_words(file, values, [])
-        assert "export" not in command_of(file, values, ["export=false"])
+        values = {key: one.list_example_values()[0] for key, one in file.search_space.items()} | file.fixed
+        assert "export=false" in build_trial_overrides(file, values, [])
+        assert "export" not in format_trial_command(file, values, ["export=false"])

@@ -8,7 +8,7 @@ from mixture_cases import datamodule_of, job_of
 from run_helpers import PHOTOS, llava, own_choice, run, save_photos, write
 
 from lit_vlm.tasks.stage_data import open_sources
-from lit_vlm.types import Kind, Language, UserError
+from lit_vlm.types import Language, SampleKind, UserError
 
 SIZES = {"talk_ko": 12, "talk_en": 48, "seen_ko": 24, "read_en": 36}
 
@@ -129,10 +129,10 @@ def test_a_global_batch_of_tokens_ends_with_the_sample_that_fills_it(words):
     datamodule = datamodule_of(*words, "data.global_batch_tokens=1500", "trainer.max_steps=null")
     made = datamodule.make_plan(1)
     totals = {"global_batch_size": None, "global_batch_tokens": 1500}
-    assert plan == {"steps": made.num_steps, "k": made.k, "world_size": 1, **totals}
+    assert plan == {"steps": made.num_steps, "k": made.accumulate_grad_batches, "world_size": 1, **totals}
     longest = int(datamodule.index.tokens.max())
     for step in range(made.num_steps):
-        tokens = int(datamodule.index.tokens[made.samples(step)].sum())
+        tokens = int(datamodule.index.tokens[made.get_samples(step)].sum())
         assert 1500 <= tokens < 1500 + longest
     assert sum(rows[name]["drawn"] for name in SIZES) >= sum(SIZES.values())
 
@@ -147,9 +147,9 @@ def test_fewer_tiles_and_other_prompts_per_source(words, files, tmp_path):
     words = [*own, "data.sources.captions.prompts=['What is it?', '뭐예요?']", "data.sources.captions.max_tiles=1"]
     datamodule = datamodule_of(*words)
     plan = datamodule.make_plan(1)
-    captions, whole = (plan.index.of_source(number) for number in range(2))
+    captions, whole = (plan.index.find_source_samples(number) for number in range(2))
     assert set(plan.index.tiles[captions].tolist()) == {2} and plan.index.tiles[whole].max() == 5
-    asked = {plan.index.record(sample).messages[0].text.strip() for sample in captions}
+    asked = {plan.index.get_record(sample).messages[0].text.strip() for sample in captions}
     assert asked == {"What is it?", "뭐예요?"}
 
 
@@ -212,7 +212,7 @@ def test_a_ready_mixture_trains_on_what_lies_at_its_paths(files, tmp_path, monke
     assert (rows["kollava_instruct"]["drawn"], rows["aihub_79_food"]["drawn"]) == (21, 3)
     found, _ = open_sources(job_of(*words))
     assert [source[0].messages[1].text for source in found] == ["0", "갈비구이"]
-    assert found[1][0].language is Language.ko and found[1][0].kind is Kind.instruction
+    assert found[1][0].language is Language.ko and found[1][0].kind is SampleKind.instruction
 
 
 def test_labels_of_a_named_set_are_read_through_its_mapping(tmp_path, monkeypatch):

@@ -7,10 +7,10 @@ from safetensors import SafetensorError
 from transformers import SiglipVisionModel
 
 from lit_vlm.config import parse
-from lit_vlm.model.tensor_files import os_errors
+from lit_vlm.model.tensor_files import raise_os_errors
 from lit_vlm.stages import kept
-from lit_vlm.stages.reference import ReferenceLogProbs
-from lit_vlm.tasks.stage_data import with_parts
+from lit_vlm.stages.reference import ReferenceLogProbCache
+from lit_vlm.tasks.stage_data import resolve_tiny_parts
 from lit_vlm.types import UserError
 
 FULL = "Error while serializing: I/O error: No space left on device (os error 28)"  # safetensors' own words
@@ -24,26 +24,26 @@ def test_a_disk_without_room_for_the_tiny_model_is_named(tmp_path, monkeypatch):
     config = parse(["task=train", "experiment=tiny/1_align", f"run_dir={tmp_path / 'runs'}"]).config
     with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
         patch.setattr(SiglipVisionModel, "save_pretrained", full)
-        with_parts(config)
+        resolve_tiny_parts(config)
     parts = tmp_path / "runs" / "parts"
     assert str(caught.value) == (
         f"The tiny model's parts cannot be kept in {parts}: No space left on device. Make room or change its rights, or set "
         "run_dir to another folder."
     )
     assert not list(parts.iterdir())
-    assert with_parts(config).vision_tower.startswith(str(parts))
+    assert resolve_tiny_parts(config).vision_tower.startswith(str(parts))
 
 
 def test_a_folder_that_cannot_be_made_for_the_tiny_model_is_named(tmp_path):
     (tmp_path / "parts").write_text("in the way")
     config = parse(["task=train", "experiment=tiny/1_align", f"run_dir={tmp_path}"]).config
     with pytest.raises(UserError, match=r"parts cannot be kept in .*parts: .*set run_dir to another folder"):
-        with_parts(config)
+        resolve_tiny_parts(config)
 
 
 def test_a_disk_without_room_for_what_is_kept_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(kept, "save_file", full)
-    reference = ReferenceLogProbs(tmp_path / "reference")
+    reference = ReferenceLogProbCache(tmp_path / "reference")
     reference.add(1, 0, [1, 1], torch.zeros(2))
     with pytest.raises(UserError, match=r"reference cannot be kept in .*reference: No space left.*data\.index_dir"):
         reference.write()
@@ -65,7 +65,7 @@ def test_a_disk_without_room_for_the_finished_model_is_named_and_the_run_goes_on
 
 
 def test_only_what_the_system_refuses_becomes_an_os_error():
-    with pytest.raises(OSError, match="No space left on device"), os_errors():
+    with pytest.raises(OSError, match="No space left on device"), raise_os_errors():
         full()
-    with pytest.raises(SafetensorError, match="header too large"), os_errors():
+    with pytest.raises(SafetensorError, match="header too large"), raise_os_errors():
         raise SafetensorError("header too large")

@@ -14,7 +14,7 @@ from resume_cases import ended, last_state, rows, run_dir, start, words_of
 from run_helpers import TWO
 from safetensors.torch import load_file
 
-from lit_vlm.engine.checkpoint import Folder
+from lit_vlm.engine.checkpoint import CheckpointFolder
 from lit_vlm.engine.exits import RESTART
 from lit_vlm.tasks import pipeline
 from lit_vlm.types import Fault, RecordError
@@ -35,8 +35,8 @@ def ids(folder, rank=0):
 
 
 def weights(folder, name):
-    checkpoints = Folder(folder / "runs" / name / "checkpoints")
-    return load_file(next(checkpoints.of(checkpoints.steps()[0]).glob("*.safetensors")))
+    checkpoints = CheckpointFolder(folder / "runs" / name / "checkpoints")
+    return load_file(next(checkpoints.get_step_path(checkpoints.list_steps()[0]).glob("*.safetensors")))
 
 
 def disturbed(folder, place, *more):
@@ -155,7 +155,7 @@ def turning_bad():
     """The first two samples of the second step."""
     from lit_vlm.data import micro_batches
 
-    read, bad = micro_batches._read_once, set()
+    read, bad = micro_batches._read_micro_batch_once, set()
 
     def reads(processor, index, pack, **step):
         if step.get("step") == 1 and len(bad) < 2:
@@ -164,7 +164,7 @@ def turning_bad():
             raise RecordError("somewhere:1", "image '1.jpg' not found", fault=Fault.missing)
         return read(processor, index, pack, **step)
 
-    micro_batches._read_once, micro_batches.WAITS = reads, (0.01, 0.01)
+    micro_batches._read_micro_batch_once, micro_batches.RETRY_DELAYS = reads, (0.01, 0.01)
 
 
 STARTS = """
@@ -187,6 +187,6 @@ def test_a_pipeline_starts_a_stage_again_as_often_as_its_ranks_halve_the_budget(
 ):
     config = SimpleNamespace(trainer=SimpleNamespace(devices=devices), guard=SimpleNamespace(max_oom_retries=3))
     words = [sys.executable, "-c", STARTS, str(tmp_path), str(halved), str(status)]
-    monkeypatch.setattr(pipeline, "command", lambda stage, words: words)
+    monkeypatch.setattr(pipeline, "build_command", lambda stage, words: words)
     assert pipeline.run_stage(SimpleNamespace(config=config, dir=tmp_path), words) == status
     assert len(list(tmp_path.glob("start-*"))) == starts

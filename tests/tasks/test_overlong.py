@@ -11,9 +11,9 @@ from run_helpers import PHOTOS, llava, own_choice, run, save_photos, write
 
 from lit_vlm.data.collate import collate
 from lit_vlm.data.micro_batches import TrainMicroBatches
-from lit_vlm.tasks.stage_data import open_sources, stage_data
+from lit_vlm.tasks.stage_data import build_stage_data, open_sources
 from lit_vlm.tasks.train import make_stage
-from run import start
+from run import dispatch
 
 CAPS = ["data.max_length=90", "data.tokens_per_micro_batch=220", "data.global_batch_size=6", "trainer.max_steps=4"]
 
@@ -48,8 +48,8 @@ def words(place) -> list[str]:
 def parts_of(*words: str):
     """(stage with its model, data) of a run, in float64 so that sums in another order agree."""
     job = job_of(*words)
-    data = stage_data(job, *open_sources(job), None)
-    stage = make_stage(data.blueprint, job.config)
+    data = build_stage_data(job, *open_sources(job), None)
+    stage = make_stage(data.spec, job.config)
     stage.configure_model()
     return stage.double().eval(), data.datamodule
 
@@ -58,8 +58,8 @@ def test_each_policy_makes_what_it_can_fit(words):
     fitted = {}
     for policy in ("quarantine", "fewer_tiles", "cut_turn"):
         _, datamodule = parts_of(*words, f"data.on_overlong={policy}")
-        datamodule.build()
-        fitted[policy] = dict(datamodule.index.fitted)
+        datamodule.build_indexes()
+        fitted[policy] = dict(datamodule.index.length_policy_counts)
         index = datamodule.index
         assert index.tokens.max() <= 90 and len(index) + len(index.errors) == 20
         assert sum(fitted[policy].values()) == sum(fitted["quarantine"].values())
@@ -73,19 +73,23 @@ def test_totals_are_what_the_batches_hold_and_packed_losses_are_those_of_the_sam
     plan = datamodule.make_plan(2)
     index, processor = plan.index, datamodule.processor
     shortened = np.flatnonzero((index.most_tiles >= 0) | (index.turns >= 0))
-    assert set(shortened.tolist()) & set(plan.draws().tolist())
+    assert set(shortened.tolist()) & set(plan.get_sample_sequence().tolist())
     ranks = [TrainMicroBatches(processor, plan, rank) for rank in range(2)]
     for number in range(plan.num_steps):
-        batches = [rank[number * plan.k + micro] for micro in range(plan.k) for rank in ranks]
-        step = plan.step(number)
+        batches = [
+            rank[number * plan.accumulate_grad_batches + micro]
+            for micro in range(plan.accumulate_grad_batches)
+            for rank in ranks
+        ]
+        step = plan.get_step(number)
         assert {batch.step_supervised_tokens for batch in batches} == {step.num_supervised}
         assert sum(batch.num_supervised_tokens for batch in batches) == step.num_supervised
         assert sum(batch.num_tiles for batch in batches) == step.num_tiles == batches[0].step_tiles
         assert all(batch.num_tokens <= 220 for batch in batches)
         with torch.no_grad():
-            packed = sum(float(stage.token_losses(batch).sum()) for batch in batches if not batch.blank)
-            alone = [collate(processor, [index.record(sample)]) for pack in step.packs for sample in pack]
-            single = sum(float(stage.token_losses(batch).sum()) for batch in alone)
+            packed = sum(float(stage.compute_token_losses(batch).sum()) for batch in batches if not batch.dummy)
+            alone = [collate(processor, [index.get_record(sample)]) for pack in step.packs for sample in pack]
+            single = sum(float(stage.compute_token_losses(batch).sum()) for batch in alone)
         assert packed == pytest.approx(single, rel=1e-5)
 
 
@@ -113,11 +117,11 @@ def test_a_cap_on_the_tiles_of_a_source_reaches_the_model_and_the_model_answers(
         (batch.input_ids == datamodule.processor.image_token_id).sum()
     )
     with torch.no_grad():
-        assert torch.isfinite(stage.token_losses(batch)).all()
+        assert torch.isfinite(stage.compute_token_losses(batch)).all()
     ran = run(*words, "stage=sft")
     capsys.readouterr()
     asked = [f"image={place / 'images' / 'china.jpg'}", "prompt=What is it?", "max_new_tokens=4", "trainer=cpu"]
-    start(["task=chat", f"init_from={ran.hf}", *asked])
+    dispatch(["task=chat", f"init_from={ran.hf}", *asked])
     assert capsys.readouterr().out.endswith("\n")
 
 

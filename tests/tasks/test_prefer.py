@@ -12,10 +12,10 @@ from run_helpers import llava, run, write
 from lit_vlm.config import ConfigError, parse
 from lit_vlm.config.schema import Format, Markup, SourceConfig
 from lit_vlm.curation import maker
-from lit_vlm.curation.journal import Journal
+from lit_vlm.curation.journal import AnswerLog
 from lit_vlm.data.sources import open_source
-from lit_vlm.tasks.prefer import prefer
-from lit_vlm.types import Control, Kind, Language, UserError
+from lit_vlm.tasks.prefer import generate_preferences
+from lit_vlm.types import ControlToken, Language, SampleKind, UserError
 
 COLOURS = {"red": "빨간 원", "blue": "파란 원", "green": "초록 원", "black": "검은 원"}
 DATA = ["data=llava_json", "data.sources.mine.markup=on", "data.validation.fraction=0"]
@@ -56,7 +56,7 @@ def make(folder, tmp_path, monkeypatch):
 
     def made(*words):
         base = ["task=prefer", f"init_from={folder / 'hf'}", *DATA, f"data.sources.mine.path={folder / 'data.json'}"]
-        prefer(parse([*base, "trainer=tiny", "prefer.temperature=2", "prefer.max_new_tokens=40", *words]))
+        generate_preferences(parse([*base, "trainer=tiny", "prefer.temperature=2", "prefer.max_new_tokens=40", *words]))
         path = tmp_path / "pairs.jsonl"
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
@@ -89,8 +89,8 @@ def test_pairs_are_made_read_back_and_trained_on(make, folder, tmp_path, capsys)
         assert np.array_equal(np.asarray(pair.images[0].load()), np.asarray(sample.images[0].load()))
         assert pair.chosen != pair.rejected
         if row["pair"] == "control":
-            assert pair.kind is Kind.grounding and Control("<gro>") in pair.prompt[0].content
-            assert Control("<bbox>") in pair.chosen.content and Control("<bbox>") not in pair.rejected.content
+            assert pair.kind is SampleKind.grounding and ControlToken("<gro>") in pair.prompt[0].content
+            assert ControlToken("<bbox>") in pair.chosen.content and ControlToken("<bbox>") not in pair.rejected.content
 
     words = ["data=preference", "data.sources.mine.path=pairs.jsonl", f"data.sources.mine.image_root={folder}"]
     words += ["stage=dpo", "stage.learning_rate=1e-3", "data.global_batch_size=4", "data.tiling=base"]
@@ -104,14 +104,14 @@ def test_what_is_interrupted_goes_on_and_batches_change_nothing(make, tmp_path, 
     for path in (tmp_path / "pairs.jsonl", tmp_path / "pairs_files"):
         path.rename(path.with_name(f"old_{path.name}"))
 
-    add, draw, drawn = Journal.add, maker.draw, []
+    add, draw, drawn = AnswerLog.add, maker.sample_answers, []
 
     def until_three(self, line):
         if len(self.lines) == 3:
             raise KeyboardInterrupt
         add(self, line)
 
-    monkeypatch.setattr(Journal, "add", until_three)
+    monkeypatch.setattr(AnswerLog, "add", until_three)
     alone = "data.tokens_per_micro_batch=130"  # some samples each, where all went together before
     with pytest.raises(SystemExit) as left:
         make(alone)
@@ -119,8 +119,8 @@ def test_what_is_interrupted_goes_on_and_batches_change_nothing(make, tmp_path, 
     with open(tmp_path / "pairs_files" / "answers.jsonl", "a", encoding="utf-8") as stream:
         stream.write('{"key": "mine/11", "answ')  # torn
 
-    monkeypatch.setattr(Journal, "add", add)
-    monkeypatch.setattr(maker, "draw", lambda *words: drawn.append(len(words[2])) or draw(*words))
+    monkeypatch.setattr(AnswerLog, "add", add)
+    monkeypatch.setattr(maker, "sample_answers", lambda *words: drawn.append(len(words[2])) or draw(*words))
     assert make(alone) == whole
     assert sum(drawn) == 12 - 3 and len(drawn) > 1
     drawn.clear()
@@ -175,10 +175,12 @@ def test_made_pictures_are_saved_beside_the_pairs(folder, tmp_path, monkeypatch)
         "  number_en: {format: builtin, path: number, language: en}\n"
     )
     words = ["--config-dir", str(tmp_path / "conf"), "task=prefer", f"init_from={folder / 'hf'}", "data=two", *sources]
-    prefer(parse([*words, "prefer.reference_as_chosen=true", "prefer.max_new_tokens=40", "data.validation.fraction=0"]))
+    generate_preferences(
+        parse([*words, "prefer.reference_as_chosen=true", "prefer.max_new_tokens=40", "data.validation.fraction=0"])
+    )
     settings = SourceConfig(format=Format.preference, kind="preference", path="pairs.jsonl")
     pairs = open_source("mine", settings, max_image_pixels=10**6)
-    assert len(pairs) == 6 and {pairs[n].kind for n in range(6)} == {Kind.caption, Kind.number}
+    assert len(pairs) == 6 and {pairs[n].kind for n in range(6)} == {SampleKind.caption, SampleKind.number}
     made = open_source(
         "caption_ko",
         SourceConfig(format=Format.builtin, path="caption", language=Language.ko, num_samples=3),

@@ -9,9 +9,9 @@ from run_helpers import TINY, conversations, llava, own_choice, process, run, sa
 
 from lit_vlm.config import parse
 from lit_vlm.data.plan.lock import write_lock
-from lit_vlm.tasks.preflight import preflight
-from lit_vlm.tasks.run_lock import lock_of
-from lit_vlm.tasks.stage_data import open_sources, stage_data
+from lit_vlm.tasks.preflight import run_preflight
+from lit_vlm.tasks.run_lock import build_mixture_lock
+from lit_vlm.tasks.stage_data import build_stage_data, open_sources
 from lit_vlm.types import UserError
 
 LOOK = [*(word for word in TINY if word != "task=train"), "task=preflight", "stage=sft", "run_name=look"]
@@ -35,7 +35,7 @@ class Look:
 def look(*words: str) -> Look:
     job, error = parse([*LOOK, *words]), None
     try:
-        preflight(job)
+        run_preflight(job)
     except UserError as raised:
         error = str(raised)
     facts = json.loads((job.dir / "preflight.json").read_text(encoding="utf-8"))
@@ -98,29 +98,33 @@ def test_a_recipe_whose_stage_before_was_not_run(tmp_path):
 def test_five_formats_and_no_weights(here, monkeypatch):
     """The page's numbers are those of index and plan, and the model is never built."""
     words = five_formats(here, share={"ko": 0.5, "text_only": 0.3})
-    monkeypatch.setattr("lit_vlm.model.build._load", forbidden)
-    monkeypatch.setattr("lit_vlm.stages.start.build", forbidden)
+    monkeypatch.setattr("lit_vlm.model.build._load_pretrained", forbidden)
+    monkeypatch.setattr("lit_vlm.stages.start.build_model", forbidden)
     monkeypatch.setattr("safetensors.safe_open", forbidden)
     monkeypatch.setattr("torch.load", forbidden)
     seen = look(*words, "preflight.world_size=2")
     assert seen.error is None, seen.told("failure")
 
     job = parse([*LOOK, *words])
-    data = stage_data(job, *open_sources(job), job.init_from)
-    data.datamodule.build()
+    data = build_stage_data(job, *open_sources(job), job.init_from)
+    data.datamodule.build_indexes()
     index, held_out = data.datamodule.index, data.datamodule.held_out
     plan = data.datamodule.make_plan(2)
     for number, source in enumerate(index.sources):
-        row, mine, held = seen.source(source.name), index.of_source(number), held_out.of_source(number)
+        row, mine, held = (
+            seen.source(source.name),
+            index.find_source_samples(number),
+            held_out.find_source_samples(number),
+        )
         assert (row["records"], row["usable"]) == (len(source), len(mine) + len(held))
         assert row["tokens"] == int(index.tokens[mine].sum() + held_out.tokens[held].sum())
         assert f"{row['tokens']:,}" in seen.page and source.name in seen.page
     told = {(row["group"], row["name"]): row for row in seen.facts["shares"]}
     assert told["language", "ko"]["asked"] == 0.5
     assert told["language", "ko"]["samples"] == pytest.approx(0.5, abs=0.1)  # of twelve draws
-    assert seen.facts["plan"]["k"] == plan.k and seen.facts["plan"]["steps"] == plan.num_steps
-    assert seen.facts["plan"]["tokens"] == int(index.tokens[plan.draws()].sum())
-    assert seen.facts["plan"]["balance_ranks"] == plan.balance()["ranks"]["mean"]
+    assert seen.facts["plan"]["k"] == plan.accumulate_grad_batches and seen.facts["plan"]["steps"] == plan.num_steps
+    assert seen.facts["plan"]["tokens"] == int(index.tokens[plan.get_sample_sequence()].sum())
+    assert seen.facts["plan"]["balance_ranks"] == plan.measure_balance()["ranks"]["mean"]
     assert len(seen.facts["histograms"]) == 4 and len(seen.facts["samples"]) == 6
     assert "CC BY 4.0" in seen.page and seen.page.count("<mark>") > 6 and "data:image/" in seen.page
 
@@ -144,7 +148,7 @@ def test_a_stated_sample_and_then_the_index(here):
     steps = part.facts["plan"]["steps"]
 
     job = parse([*LOOK, *photos])
-    stage_data(job, *open_sources(job), job.init_from).datamodule.build()
+    build_stage_data(job, *open_sources(job), job.init_from).datamodule.build_indexes()
     whole = look(*photos, "preflight.max_samples=50", "trainer.max_steps=null")
     assert whole.source("mine")["looked_at"] == 300 and "Looked at" not in whole.page
     assert whole.source("mine")["tokens"] == pytest.approx(row["tokens"] * 6, rel=0.05)
@@ -332,9 +336,9 @@ def test_a_disk_that_is_too_small(here, monkeypatch):
 def test_a_lock_of_other_data(here):
     words = photos_source(here, [llava("<image>\nWhat?", f"A {i}", image="china.jpg") for i in range(20)])
     job = parse([*LOOK, *words])
-    data = stage_data(job, *open_sources(job), job.init_from)
-    data.datamodule.build()
-    write_lock(here / "mixture.lock", lock_of(data))
+    data = build_stage_data(job, *open_sources(job), job.init_from)
+    data.datamodule.build_indexes()
+    write_lock(here / "mixture.lock", build_mixture_lock(data))
     assert look(*words, f"data.lock={here / 'mixture.lock'}").error is None
     words = photos_source(here, [llava("<image>\nWhat?", f"B {i}", image="china.jpg") for i in range(21)])
     seen = look(*words, f"data.lock={here / 'mixture.lock'}")
@@ -410,46 +414,47 @@ def forbidden(*args, **kwargs):
 
 def test_training_takes_what_preflight_chooses(here, monkeypatch, capsys):
     """On GPUs, by their real memory; here their number and memory are claimed."""
-    from lit_vlm.tasks.strategy import settle_strategy
+    from lit_vlm.tasks.strategy import resolve_auto_strategy
     from lit_vlm.tasks.train import make_stage
 
     shape = ["model.vision_tower=tiny", f"model.language_model={large_language_model(here)}"]
     one = {"format": "builtin", "path": "caption", "language": "ko", "num_samples": 40}
     gpu = ["trainer.accelerator=gpu", "trainer.devices=8", "trainer.precision=bf16-mixed"]
     job = parse([*LOOK, *own_choice(here, sources={"made": one}), *shape, *gpu])
-    data = stage_data(job, *open_sources(job), job.init_from)
-    data.datamodule.build()
+    data = build_stage_data(job, *open_sources(job), job.init_from)
+    data.datamodule.build_indexes()
     claim_card(monkeypatch, 80 * 10**9)
-    settled = settle_strategy(data, lambda: make_stage(data.blueprint, job.config))
+    settled = resolve_auto_strategy(data, lambda: make_stage(data.spec, job.config))
     assert settled.trainer.strategy.value == "fsdp2" and job.config.trainer.strategy.value == "auto"
     told = " ".join(capsys.readouterr().out.split())
     assert "strategy: fsdp2: a whole copy needs" in told
     assert settled.stage.activation_checkpointing.value == "none"
     assert "activation checkpointing: none: a device needs about" in told and "of the 80 GB of a card" in told
-    make_stage(data.blueprint, settled)
+    make_stage(data.spec, settled)
 
 
 def test_no_reference_is_loaded_to_choose_a_strategy(here, monkeypatch):
     """It is in each process, and may be as large as the host's memory."""
-    from lit_vlm.tasks.strategy import settle_strategy
+    from lit_vlm.tasks.strategy import resolve_auto_strategy
     from lit_vlm.tasks.train import make_stage
 
     own = ["stage=dpo", "data=builtin_preference", "run_name=look", f"stage.reference={here / 'reference'}"]
     job = parse([*LOOK, *own, "trainer.accelerator=gpu", "trainer.devices=2"])
-    data = stage_data(job, *open_sources(job), job.init_from)
-    data.datamodule.build()
+    data = build_stage_data(job, *open_sources(job), job.init_from)
+    data.datamodule.build_indexes()
     claim_card(monkeypatch, 80 * 10**9)
-    monkeypatch.setattr("lit_vlm.stages.dpo.draw_up", forbidden)
-    monkeypatch.setattr("lit_vlm.stages.dpo.build", forbidden)
-    assert settle_strategy(data, lambda: make_stage(data.blueprint, job.config)).trainer.strategy.value == "ddp"
+    monkeypatch.setattr("lit_vlm.stages.dpo.load_model_spec", forbidden)
+    monkeypatch.setattr("lit_vlm.stages.dpo.build_model", forbidden)
+    assert resolve_auto_strategy(data, lambda: make_stage(data.spec, job.config)).trainer.strategy.value == "ddp"
 
 
 def test_devices_that_differ_by_some_memory_lead_to_one_choice(monkeypatch):
-    from lit_vlm.tasks.strategy import device_here
+    from lit_vlm.tasks.strategy import detect_device
 
     config = parse([*LOOK, "data=builtin_sft", "trainer.accelerator=gpu"]).config
     seen = [
-        claim_card(monkeypatch, memory) or device_here(config).memory for memory in (84_950_000_000, 84_930_000_000)
+        claim_card(monkeypatch, memory) or detect_device(config).memory_bytes
+        for memory in (84_950_000_000, 84_930_000_000)
     ]
     assert seen == [84e9, 84e9]
 

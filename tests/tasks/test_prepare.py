@@ -11,7 +11,7 @@ from waiting import PATIENCE
 
 from lit_vlm.data.images import EncodedImage
 from lit_vlm.data.processor import Processor
-from lit_vlm.tasks.preflight import preflight
+from lit_vlm.tasks.preflight import run_preflight
 
 FORK = multiprocessing.get_context("fork")
 WEIGHTS = {"llava": 0.4, "messages": 0.2, "bytes": 0.1, "sharegpt": 0.1, "tar": 0.1, "zips": 0.1}
@@ -79,7 +79,7 @@ def test_preflight_on_what_is_prepared_says_that_it_would_run(words, monkeypatch
     prepared(*words)
     monkeypatch.setattr(Processor, "cost", forbidden)
     job = job_of(*words, "task=preflight")
-    preflight(job)  # exit status 1 is an exception
+    run_preflight(job)  # exit status 1 is an exception
     facts = json.loads((job.dir / "preflight.json").read_text(encoding="utf-8"))
     assert facts["would_run"] and not [finding for finding in facts["findings"] if finding["level"] == "failure"]
     assert {row["name"]: (row["records"], row["looked_at"]) for row in facts["sources"]} == {

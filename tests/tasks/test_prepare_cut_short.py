@@ -41,8 +41,12 @@ def outcome(words: list[str]) -> tuple[str, str, bytes]:
     """Digests of the index and of what is held out, and the lock."""
     ready = prepared(*words)
     datamodule = datamodule_of(*words)
-    datamodule.build()
-    return datamodule.index.digest(), datamodule.held_out.digest(), (ready.dir / "mixture.lock").read_bytes()
+    datamodule.build_indexes()
+    return (
+        datamodule.index.compute_digest(),
+        datamodule.held_out.compute_digest(),
+        (ready.dir / "mixture.lock").read_bytes(),
+    )
 
 
 def strays(store: Path) -> list[str]:

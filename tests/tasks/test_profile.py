@@ -4,7 +4,7 @@ import pytest
 import torch
 from run_helpers import conversations, run, save_photos, write
 
-from lit_vlm.engine.profile.facts import facts_of
+from lit_vlm.engine.profile.facts import summarize_trace
 from lit_vlm.engine.profile.trace import read_trace
 
 ABOUT = {"name": "run", "device": "CPU", "precision": "32-true", "tokens": 1, "tiles": 1}
@@ -20,7 +20,7 @@ def words(tmp_path_factory):
 
 
 def facts(ran, steps):
-    return facts_of(read_trace(ran.dir / "profile_trace.json.gz"), steps, **ABOUT)
+    return summarize_trace(read_trace(ran.dir / "profile_trace.json.gz"), steps, **ABOUT)
 
 
 def test_the_page_says_where_the_time_goes_and_the_model_is_the_same(words):

@@ -7,7 +7,7 @@ import sys
 import pytest
 from transformers import AutoModelForImageTextToText
 
-from benchmarks.quickstart import LEARNT, RESULT, find_bar
+from benchmarks.quickstart import KIND_TITLES, RESULT, compute_threshold
 
 
 @pytest.mark.slow
@@ -24,8 +24,8 @@ def test_the_quickstart_learns_to_describe_read_count_and_point_in_both_language
     manifests = [json.loads((stage / "manifest.json").read_text()) for stage in stages]
     align, sft, highres, dpo = (manifest["figures"] for manifest in manifests)
     known = json.loads(RESULT.read_text(encoding="utf-8"))["stages"]  # README's tables are made of these
-    for kind in LEARNT:
-        bar = find_bar(known["2_sft"], kind)
+    for kind in KIND_TITLES:
+        bar = compute_threshold(known["2_sft"], kind)
         for language in ("ko", "en"):
             name = f"{kind}_{language}"
             assert sft["scores"]["before"][name] < 0.1 < bar <= sft["scores"]["after"][name], name

@@ -159,8 +159,8 @@ def test_a_photograph_of_640_by_427_is_cut_into_tiles(place, parts):
     for tiling in (Tiling.base, Tiling.anyres):
         blueprint = blueprint_of(parts, tiling, grid=2, max_tiles=4)
         processor = Processor(blueprint.tokenizer, blueprint.images)
-        counts[tiling] = processor.cost(record).num_tiles
-        assert [len(stack) for stack in processor.tiles(record)] == [counts[tiling]]
+        counts[tiling] = processor.compute_cost(record).num_tiles
+        assert [len(stack) for stack in processor.load_tiles(record)] == [counts[tiling]]
     assert counts == {Tiling.base: 1, Tiling.anyres: 5}  # 2 x 2 and the whole picture
 
 

@@ -27,7 +27,7 @@ from resume_cases import (
 )
 from run_helpers import TWO
 
-from lit_vlm.engine.checkpoint import Folder
+from lit_vlm.engine.checkpoint import CheckpointFolder
 from lit_vlm.types import UserError
 
 
@@ -124,9 +124,9 @@ def test_validation_best_and_metrics_are_those_of_a_run_that_was_not_killed(plac
     killed_and_resumed(place, words, [2, 4], name="val_killed")
     same(place, "val_whole", "val_killed")
     assert sum(bool(row["val/loss"]) for row in rows(place, "val_killed")) == 3
-    folders = [Folder(run_dir(place, name).dir / "checkpoints") for name in ("val_whole", "val_killed")]
-    assert folders[0].best() == folders[1].best() and folders[0].best()[1] > 0
-    assert folders[1].steps() == sorted({STEPS, folders[1].best()[0]}, reverse=True)
+    folders = [CheckpointFolder(run_dir(place, name).dir / "checkpoints") for name in ("val_whole", "val_killed")]
+    assert folders[0].read_best() == folders[1].read_best() and folders[0].read_best()[1] > 0
+    assert folders[1].list_steps() == sorted({STEPS, folders[1].read_best()[0]}, reverse=True)
 
 
 def test_figures_and_the_exported_model_are_those_of_a_run_that_was_not_killed(place):
@@ -266,9 +266,9 @@ def test_with_smaller_micro_batches_a_run_goes_on_with_the_same_samples(place):
 def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(place):
     words = words_of(place, "align")
     assert start([*words, "run_name=hurt"], place, patch=kill_at(4)).wait() == [-signal.SIGKILL]
-    folder = Folder(run_dir(place, "hurt").dir / "checkpoints")
-    newest, before = folder.steps()[:2]
-    (file,) = folder.of(newest).glob("*.safetensors")
+    folder = CheckpointFolder(run_dir(place, "hurt").dir / "checkpoints")
+    newest, before = folder.list_steps()[:2]
+    (file,) = folder.get_step_path(newest).glob("*.safetensors")
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
@@ -289,9 +289,9 @@ def test_a_full_disk_stops_the_run_with_one_message_and_costs_nothing_but_the_la
 
     def full():
         """From the save of step 4 on, no file may be longer than a share of a checkpoint's."""
-        from lit_vlm.engine.checkpoint import Writer
+        from lit_vlm.engine.checkpoint import CheckpointWriter
 
-        begin = Writer.start
+        begin = CheckpointWriter.start
 
         def started(self, index, pieces, **options):
             if index.step == 4:
@@ -300,14 +300,14 @@ def test_a_full_disk_stops_the_run_with_one_message_and_costs_nothing_but_the_la
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             begin(self, index, pieces, **options)
 
-        Writer.start = started
+        CheckpointWriter.start = started
 
     code, said = ended([*words, f"run_name={name}"], place, patch=full)
     assert code == 1 and "Traceback" not in said, said
     told = [line for line in said.splitlines() if "could not be written" in line]
     assert len(told) == 1 and "The checkpoint of step 4 could not be written to" in told[0]
     assert "File too large. The one before, of step 2, is whole. Make room" in told[0]
-    assert Folder(run_dir(place, name).dir / "checkpoints").steps() == [2]
+    assert CheckpointFolder(run_dir(place, name).dir / "checkpoints").list_steps() == [2]
     said = killed_and_resumed(place, words, [], name=name)
     assert goes_on_at(said) == 2
     same(place, undisturbed(place, "align"), name)
@@ -333,10 +333,10 @@ def test_a_run_is_not_replaced_by_one_that_would_start_from_its_checkpoint(place
     undisturbed(place, "align")
     words = words_of(place, "align", "run_name=replaced")
     whole_run(words, place)
-    folder = Folder(run_dir(place, "replaced").dir / "checkpoints")
-    before = folder.steps()
-    code, said = ended([*words, "seed=3", "overwrite=true", f"resume_from={folder.of(before[0])}"], place)
-    assert code == 1 and "Give this run a name of its own" in said and folder.steps() == before
+    folder = CheckpointFolder(run_dir(place, "replaced").dir / "checkpoints")
+    before = folder.list_steps()
+    code, said = ended([*words, "seed=3", "overwrite=true", f"resume_from={folder.get_step_path(before[0])}"], place)
+    assert code == 1 and "Give this run a name of its own" in said and folder.list_steps() == before
 
 
 def test_overwrite_does_not_stop_a_run_of_the_same_settings_from_going_on(place):
@@ -351,7 +351,7 @@ def test_overwrite_does_not_stop_a_run_of_the_same_settings_from_going_on(place)
 
 def test_a_checkpoint_of_another_run_or_stage_is_refused(place):
     align, sft = words_of(place, "align"), words_of(place, "sft")
-    theirs = Folder(run_dir(place, undisturbed(place, "align")).dir / "checkpoints").of(STEPS)
+    theirs = CheckpointFolder(run_dir(place, undisturbed(place, "align")).dir / "checkpoints").get_step_path(STEPS)
     for words, expected in (
         ([*align, "stage.learning_rate=1e-4"], "another stage.learning_rate (it has 0.001, this run 0.0001)"),
         ([*align, "seed=5"], "another seed (it has 0, this run 5)"),
@@ -379,10 +379,14 @@ def test_settings_that_no_run_could_use_are_told_before_anything_is_loaded(place
 
 
 def test_a_stage_in_a_notebook_draws_its_dropout_by_step_and_not_by_history():
-    from lit_vlm.stages.base import seed_of
+    from lit_vlm.stages.base import compute_seed
 
     seeds = {
-        seed_of(seed, step, micro, rank) for seed in (0, 1) for step in (0, 1) for micro in (0, 1) for rank in (0, 1)
+        compute_seed(seed, step, micro, rank)
+        for seed in (0, 1)
+        for step in (0, 1)
+        for micro in (0, 1)
+        for rank in (0, 1)
     }
-    assert len(seeds) == 16 and seed_of(0, 1, 2, 3) == seed_of(0, 1, 2, 3)
+    assert len(seeds) == 16 and compute_seed(0, 1, 2, 3) == compute_seed(0, 1, 2, 3)
     torch.manual_seed(max(seeds))  # it takes all of them

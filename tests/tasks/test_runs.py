@@ -10,11 +10,11 @@ import pytest
 import torch
 from run_helpers import RUN, TINY, TWO, Ran, conversations, llava, process, run, save_photos, write
 
-from lit_vlm.config import parse, pipeline_overrides
+from lit_vlm.config import build_stage_overrides, parse
 from lit_vlm.tasks import pipeline
-from lit_vlm.tasks.pipeline import command
+from lit_vlm.tasks.pipeline import build_command
 from lit_vlm.types import UserError
-from run import start
+from run import dispatch
 
 real = subprocess.run
 
@@ -101,7 +101,7 @@ def test_a_missing_stage_before_is_named_with_what_to_run(place):
         UserError,
         match=r"init_from=.*tiny/2_sft/hf: the run that .* does not exist\. Run the stage before it first .`python run\.py`",
     ):
-        start(["experiment=tiny/3_highres", f"run_dir={place / 'none'}"])
+        dispatch(["experiment=tiny/3_highres", f"run_dir={place / 'none'}"])
     assert not (place / "none").exists()
 
 
@@ -152,7 +152,7 @@ def test_a_pipeline_on_digits_goes_on_with_the_stage_that_failed(tmp_path, monke
 
     def stage(words, **_):
         try:
-            start(words[2:])
+            dispatch(words[2:])
         except UserError as error:
             print(error, file=sys.stderr)
             return subprocess.CompletedProcess(words, 1)
@@ -171,19 +171,19 @@ def test_a_pipeline_on_digits_goes_on_with_the_stage_that_failed(tmp_path, monke
         "data.sources.digits_ko.num_samples=20",
         "data.sources.digits_en.num_samples=20",
     ]
-    third = parse(["experiment=tiny/3_highres", *pipeline_overrides(words, "tiny/3_highres")]).dir
+    third = parse(["experiment=tiny/3_highres", *build_stage_overrides(words, "tiny/3_highres")]).dir
     third.parent.mkdir(parents=True)
     third.write_text("in the way")
     with pytest.raises(
         UserError, match=r"tiny/3_highres ended with exit status 1; see above\. `python run\.py` goes on with it"
     ):
-        start(words)
+        dispatch(words)
     assert finished(runs) == STAGES[:2]
     assert f"The run's folder {third} cannot be made" in capfd.readouterr().err
     kept = {path: Ran(path.parent).snapshot() for path in runs.glob("tiny/*/manifest.json")}
 
     third.unlink()
-    start(words)
+    dispatch(words)
     output = capfd.readouterr().out
     whole(runs, output)
     assert output.count("finished already") == 2
@@ -214,7 +214,7 @@ def test_the_pipeline_runs_as_processes_and_goes_on_where_it_stopped(tmp_path):
 
 def test_the_pipeline_starts_one_process_per_device():
     job = parse(["experiment=tiny/1_align", "trainer.devices=2"])
-    words = command(job, ["experiment=tiny/1_align"])
+    words = build_command(job, ["experiment=tiny/1_align"])
     assert words[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
@@ -244,15 +244,15 @@ def same(one, two, atol=1e-5):
 
 def text_only_ranks(words):
     """Packs of two ranks without an image, of the plan that these words make; and packs with nothing in them."""
-    from lit_vlm.tasks.stage_data import open_sources, stage_data
+    from lit_vlm.tasks.stage_data import build_stage_data, open_sources
 
     job = parse([*TINY, *words])
-    plan = stage_data(job, *open_sources(job), None).datamodule.make_plan(2)
-    packs = [pack for number in range(plan.num_steps) for pack in plan.step(number).packs]
+    plan = build_stage_data(job, *open_sources(job), None).datamodule.make_plan(2)
+    packs = [pack for number in range(plan.num_steps) for pack in plan.get_step(number).packs]
     return (
         sum(not any(plan.index.tiles[i] for i in pack) for pack in packs if pack),
         sum(not pack for pack in packs),
-        plan.k,
+        plan.accumulate_grad_batches,
     )
 
 

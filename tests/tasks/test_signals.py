@@ -20,9 +20,9 @@ from signal_moments import AT_ONCE, ENVIRONMENT, SAVED, SIGNALS, run_moments
 from waiting import until
 
 from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED
-from lit_vlm.engine.signals import current, handle_signals, postponing
+from lit_vlm.engine.signals import get_signal_handler, handle_signals, postpone_signals
 from lit_vlm.tasks import pipeline
-from lit_vlm.tasks.chat import lines
+from lit_vlm.tasks.chat import read_lines
 
 SEED = 5
 
@@ -95,7 +95,7 @@ def ended_at(begun, number: int | None, after: float = 0.0) -> float:
 
 
 def handles(pid: int) -> bool:
-    return pipeline._is_heard(pid, signal.SIGUSR1)
+    return pipeline._has_signal_handler(pid, signal.SIGUSR1)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -110,7 +110,7 @@ def test_a_process_that_does_not_listen_yet_is_ended_by_the_pipeline_with_the_st
         os.kill(os.getpid(), number)
 
     threading.Thread(target=ask, daemon=True).start()
-    status, asked = pipeline.followed([sys.executable, "-c", deaf])
+    status, asked = pipeline.run_process([sys.executable, "-c", deaf])
     assert status == AT_ONCE[number] and len(asked) == 1
 
 
@@ -122,9 +122,9 @@ def test_a_stage_that_ends_well_after_a_signal_is_the_last_of_its_pipeline(tmp_p
     def work():
         stages = SimpleNamespace(config=SimpleNamespace(recipe="tiny", run_dir="runs"), overrides=["recipe=tiny"])
         monkeypatch.setattr(
-            pipeline, "command", lambda stage, words: began.append(words) or [sys.executable, "-c", own]
+            pipeline, "build_command", lambda stage, words: began.append(words) or [sys.executable, "-c", own]
         )
-        pipeline.pipeline(stages)
+        pipeline.run_pipeline(stages)
         os._exit(97)  # all stages
 
     pid = forked(work)
@@ -142,7 +142,7 @@ def test_a_signal_ends_a_chat_that_waits_for_a_line_and_ctrl_c_as_the_end_of_the
     def work():
         os.dup2(asked, 0)
         sys.stdin = os.fdopen(0)
-        for _ in lines():
+        for _ in read_lines():
             (tmp_path / "up").touch()
 
     pid = forked(work)
@@ -160,7 +160,7 @@ def waits(pid: int) -> bool:
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_job_that_is_submitted_and_its_number_are_not_cut_in_two(tmp_path, number):
     def work():
-        with postponing():
+        with postpone_signals():
             os.kill(os.getpid(), number)
             (tmp_path / "written").touch()
         (tmp_path / "more").touch()
@@ -174,7 +174,7 @@ def test_a_second_ctrl_c_ends_a_process_whose_last_words_take_long(tmp_path):
     lock = threading.Lock()
 
     def work():
-        current().before_leaving = lambda code: lock.acquire() and code
+        get_signal_handler().before_exit = lambda code: lock.acquire() and code
         with lock:
             os.kill(os.getpid(), signal.SIGINT)
 
@@ -187,7 +187,7 @@ def test_a_second_ctrl_c_ends_a_process_whose_last_words_take_long(tmp_path):
 
 def test_a_signal_changes_the_status_of_a_process_that_is_done_no_more():
     def work():
-        handle_signals().settled = 0
+        handle_signals().final_status = 0
         os.kill(os.getpid(), signal.SIGTERM)
         os._exit(97)
 

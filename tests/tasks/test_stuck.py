@@ -11,9 +11,9 @@ from resume_cases import start, words_of
 from run_helpers import TWO
 from waiting import until
 
-from lit_vlm.engine.checkpoint import Folder
+from lit_vlm.engine.checkpoint import CheckpointFolder
 from lit_vlm.engine.exits import STUCK, TERMINATED
-from lit_vlm.engine.watch import read_beat
+from lit_vlm.engine.watch import read_heartbeat
 
 LIMIT = 4.0
 QUICK = [f"trainer.timeout_minutes={LIMIT / 60}", "guard.heartbeat_seconds=1", "trainer.max_steps=200", *SMALL]
@@ -24,7 +24,7 @@ def hold(words, folder, ranks, rank, step, seconds=0.0, patch=None):
     begun = start(words, folder, ranks, patch)
     run = folder / "runs" / "held"
     try:
-        until(lambda: (beat := read_beat(run, rank)) is not None and beat.step >= step)
+        until(lambda: (beat := read_heartbeat(run, rank)) is not None and beat.step >= step)
     except BaseException:
         begun.kill()
         raise
@@ -45,7 +45,7 @@ def check_held(folder, ranks, rank, step, seconds=0.0):
     assert took < LIMIT + 10
     assert said.count("Stuck: ") == 1
     assert f"rank {rank} on {os.uname().nodename} (pid {begun.pids[rank]}) does not answer any more" in said
-    held = read_beat(run, rank)
+    held = read_heartbeat(run, rank)
     assert f"{held.doing} of step {held.step + 1}, micro-batch" in said
     assert all(name in said for name in held.samples)
     for other in range(ranks):
@@ -115,7 +115,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_its_cause(tmp_path):
     words = words_of(tmp_path, "sft", *SMALL, "data.num_workers=2", "trainer.max_steps=300", "run_name=held")
     begun = start(words, tmp_path)
     run = tmp_path / "runs" / "held"
-    until(lambda: (beat := read_beat(run, 0)) is not None and beat.step >= 1)
+    until(lambda: (beat := read_heartbeat(run, 0)) is not None and beat.step >= 1)
     os.kill(_children(begun.pids[0])[0], signal.SIGKILL)
     assert begun.wait() == [1]
     assert "DataLoader worker" in begun.said() and "killed by signal" in begun.said()
@@ -127,7 +127,7 @@ def test_a_save_under_way_is_finished_and_the_one_message_shown_when_all_ranks_s
     begun = start(words, tmp_path, 2, both(broken([Fault("loss", 3, 0, 1)]), _write_slowly))
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in begun.pids]
     assert codes == [1, 1] and begun.said().count("the loss is not a number, so the run stops") == 1, begun.said()
-    assert Folder(tmp_path / "runs" / "held" / "checkpoints").steps() == [3]
+    assert CheckpointFolder(tmp_path / "runs" / "held" / "checkpoints").list_steps() == [3]
 
 
 def test_a_rank_that_is_asked_to_leave_after_the_last_step_waits_for_nobody(tmp_path):
@@ -141,14 +141,14 @@ def _write_slowly():
     """Longer than the others wait for a rank that has said nothing."""
     from lit_vlm.engine.checkpoint import write
 
-    place = write.write_pieces
+    place = write.write_shards
 
     def slowly(draft, rank, pieces):
         if rank == 0:
             time.sleep(9)
         return place(draft, rank, pieces)
 
-    write.write_pieces = slowly
+    write.write_shards = slowly
 
 
 def _asked_at_the_end():
@@ -191,7 +191,7 @@ def _other_code():
     from lit_vlm.engine import agreement
 
     if os.environ["RANK"] == "1":
-        agreement.code_digest = lambda: "another"
+        agreement.compute_code_digest = lambda: "another"
 
 
 def _slow_disk():
@@ -199,9 +199,9 @@ def _slow_disk():
     from datetime import timedelta
 
     from lit_vlm.engine import strategy
-    from lit_vlm.model.tensor_files import TensorFile
+    from lit_vlm.model.tensor_files import SafetensorsFile
 
-    write = TensorFile.write
+    write = SafetensorsFile.write
 
     def slowly(self, folder, values):
         def each():
@@ -211,23 +211,23 @@ def _slow_disk():
 
         write(self, folder, each())
 
-    TensorFile.write = slowly
+    SafetensorsFile.write = slowly
     strategy.timedelta = lambda **_: timedelta(seconds=LIMIT)
 
 
 def _export_long():
     from callbacks import Heartbeat
-    from lit_vlm.engine.watch import Doing, pulse_of
+    from lit_vlm.engine.watch import Activity, get_progress
 
     end = Heartbeat.on_train_end
 
     def longer(self, trainer, stage):
         end(self, trainer, stage)
         if trainer.is_global_zero:
-            with pulse_of(trainer).during(Doing.exporting):
+            with get_progress(trainer).use_activity(Activity.exporting):
                 for _ in range(6):  # twice the limit
                     time.sleep(LIMIT / 3)
-                    pulse_of(trainer).tick()
+                    get_progress(trainer).mark_progress()
         trainer.strategy.barrier("exported")
 
     Heartbeat.on_train_end = longer

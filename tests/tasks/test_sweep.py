@@ -17,10 +17,10 @@ from waiting import PATIENCE
 
 from lit_vlm.config import ConfigError, parse
 from lit_vlm.config.schema import RunConfig, TrainerConfig
-from lit_vlm.config.sweep import own_words, trial_overrides
+from lit_vlm.config.sweep import get_sweep_overrides, get_trial_overrides
 from lit_vlm.sweep.file import read_sweep
-from lit_vlm.sweep.search import Outcome, Search
-from lit_vlm.tasks.sweep import Sweep, alone, places_of, read, settle_folder, sweep
+from lit_vlm.sweep.search import Search, TrialOutcome
+from lit_vlm.tasks.sweep import Sweep, assign_devices, load_sweep, lock_sweep_folder, prepare_sweep_folder, run_sweep
 from lit_vlm.types import UserError
 
 FILE = """
@@ -59,7 +59,7 @@ def place(tmp_path, monkeypatch):
 def job_of(path: Path, *words: str) -> Sweep:
     """A sound file's, without a look at its values."""
     run = parse(["task=sweep", f"sweep={path}", *words])
-    return Sweep(run, read_sweep(path), trial_overrides(run.overrides))
+    return Sweep(run, read_sweep(path), get_trial_overrides(run.overrides))
 
 
 # Words and mistakes
@@ -69,14 +69,14 @@ def test_words_of_the_sweep_and_words_of_its_trials_are_told_apart():
     words = (
         "task=sweep sweep=x.yaml trials.count=3 submit.time=60 run_name=a overwrite=true run_dir=r seed=2 stage.beta=1"
     )
-    assert own_words(words.split()) == words.split()[:-1]
-    assert trial_overrides(words.split()) == ["run_dir=r", "seed=2", "stage.beta=1"]
+    assert get_sweep_overrides(words.split()) == words.split()[:-1]
+    assert get_trial_overrides(words.split()) == ["run_dir=r", "seed=2", "stage.beta=1"]
 
 
 def test_a_sweep_is_named_by_its_file_and_its_trials_by_their_numbers(place):
     job = job_of(write(place), "seed=3")
     assert (job.run.name, job.run.dir) == ("sweeps/mine", place / "runs/sweeps/mine")
-    words = job.words(4, {"stage.learning_rate": 0.002, "stage.warmup": 0})
+    words = job.build_overrides(4, {"stage.learning_rate": 0.002, "stage.warmup": 0})
     trial = parse(words)
     assert (trial.name, trial.dir, trial.config.seed) == ("sweeps/mine/4", place / "runs/sweeps/mine/4", 3)
     assert job_of(write(place), "run_name=sweeps/other").run.dir == place / "runs/sweeps/other"
@@ -103,7 +103,7 @@ def test_a_mistake_is_told_before_anything_runs(place, words, said):
     write(place)
     write(place, "odd", metric="val/loss_kr")
     with pytest.raises(UserError) as error:
-        read(parse(["task=sweep", *words]))
+        load_sweep(parse(["task=sweep", *words]))
     assert said in str(error.value) and not (place / "runs").exists()
 
 
@@ -114,11 +114,11 @@ def test_values_that_another_experiment_does_not_know_are_not_carried_over(place
         "  init_from: {value: runs/tiny/3_highres/hf}\n"
     )
     with pytest.raises(ConfigError, match=r"trials.carry_to=tiny/2_sft: stage.beta is a setting of stage=dpo"):
-        read(parse(["task=sweep", f"sweep={path}", "trials.carry_to=tiny/2_sft"]))
+        load_sweep(parse(["task=sweep", f"sweep={path}", "trials.carry_to=tiny/2_sft"]))
 
 
 def test_the_plan_shows_ranges_reasons_and_commands_and_runs_nothing(place, capsys):
-    sweep(parse(["task=sweep", f"sweep={write(place)}", "trials.dry_run=true", "run_name='스윕 하나'", "seed=1"]))
+    run_sweep(parse(["task=sweep", f"sweep={write(place)}", "trials.dry_run=true", "run_name='스윕 하나'", "seed=1"]))
     said = capsys.readouterr().out
     assert (
         "around the recipe's" in said
@@ -136,41 +136,41 @@ def test_the_plan_shows_ranges_reasons_and_commands_and_runs_nothing(place, caps
 
 def test_a_folder_is_one_sweeps_and_overwrite_replaces_another_with_its_trials(place):
     job = job_of(write(place))
-    settle_folder(job)
-    settle_folder(job)
-    search = job.search(job.run.dir / "journal.log")
-    search.tell(search.ask().number, 1.0, Outcome.finished)
+    prepare_sweep_folder(job)
+    prepare_sweep_folder(job)
+    search = job.create_search(job.run.dir / "journal.log")
+    search.tell(search.ask().number, 1.0, TrialOutcome.finished)
     (job.run.dir / "0").mkdir()
     with pytest.raises(UserError, match="differs from this one in the overrides for its trials"):
-        settle_folder(job_of(write(place), "seed=4"))
+        prepare_sweep_folder(job_of(write(place), "seed=4"))
     with pytest.raises(UserError, match="differs from this one in the sweep file"):
-        settle_folder(job_of(write(place, cap=3)))
-    settle_folder(job_of(write(place), "overwrite=true"))  # the same one, not done: it goes on
-    assert (job.run.dir / "0").is_dir() and len(job.search(job.run.dir / "journal.log").trials()) == 1
-    settle_folder(job_of(write(place), "seed=4", "overwrite=true"))
+        prepare_sweep_folder(job_of(write(place, cap=3)))
+    prepare_sweep_folder(job_of(write(place), "overwrite=true"))  # the same one, not done: it goes on
+    assert (job.run.dir / "0").is_dir() and len(job.create_search(job.run.dir / "journal.log").list_trials()) == 1
+    prepare_sweep_folder(job_of(write(place), "seed=4", "overwrite=true"))
     assert not (job.run.dir / "0").exists() and not (job.run.dir / "journal.log").exists()
 
 
 def test_one_process_runs_a_sweep_at_a_time(place):
-    code = "import sys; from pathlib import Path; from lit_vlm.tasks.sweep import alone\n"
-    code += "with alone(Path('s')): print('in', flush=True); sys.stdin.read()"
+    code = "import sys; from pathlib import Path; from lit_vlm.tasks.sweep import lock_sweep_folder\n"
+    code += "with lock_sweep_folder(Path('s')): print('in', flush=True); sys.stdin.read()"
     environment = os.environ | {"PYTHONPATH": str(RUN.parent)}
     other = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
     )
     assert other.stdout.readline() == b"in\n"
-    with pytest.raises(UserError, match="runs already, in another process"), alone(Path("s")):
+    with pytest.raises(UserError, match="runs already, in another process"), lock_sweep_folder(Path("s")):
         pass
     other.communicate(timeout=PATIENCE)
-    with alone(Path("s")):
+    with lock_sweep_folder(Path("s")):
         pass
 
 
 def test_devices_are_dealt_by_what_a_trial_needs(monkeypatch):
-    monkeypatch.setattr("lit_vlm.tasks.sweep.visible_devices", lambda: ["4", "5", "6", "7", "9"])
+    monkeypatch.setattr("lit_vlm.tasks.sweep.list_visible_devices", lambda: ["4", "5", "6", "7", "9"])
 
     def places(parallel=None, **trainer):
-        return places_of(RunConfig(trainer=TrainerConfig(**trainer)), parallel)
+        return assign_devices(RunConfig(trainer=TrainerConfig(**trainer)), parallel)
 
     assert (places(accelerator="cpu"), places(3, accelerator="cpu")) == ([()], [()] * 3)
     assert places() == [("4",), ("5",), ("6",), ("7",), ("9",)]
@@ -194,7 +194,7 @@ def test_workers_are_one_array_whose_script_hands_the_signals_to_them(place, cap
         "trainer=ddp",
         "trainer.devices=4",
     ]
-    sweep(parse(["task=sweep", f"sweep={write(place)}", "run_name='스윕 1'", *words]))
+    run_sweep(parse(["task=sweep", f"sweep={write(place)}", "run_name='스윕 1'", *words]))
     said = capsys.readouterr().out
     options = [line.removeprefix("#SBATCH ") for line in said.splitlines() if line.startswith("#SBATCH")]
     wanted = [
@@ -225,7 +225,7 @@ def test_workers_are_one_array_whose_script_hands_the_signals_to_them(place, cap
 
 def test_a_job_that_cannot_be_is_told_before_it_is_submitted(place):
     def submits(*words: str):
-        sweep(parse(["task=sweep", f"sweep={write(place)}", "trials.slurm=2", "trials.dry_run=true", *words]))
+        run_sweep(parse(["task=sweep", f"sweep={write(place)}", "trials.slurm=2", "trials.dry_run=true", *words]))
 
     with pytest.raises(UserError, match="submit.time: expected minutes"):
         submits("submit.time=soon")
@@ -236,19 +236,19 @@ def test_a_job_that_cannot_be_is_told_before_it_is_submitted(place):
 # Real trials
 
 
-def run_sweep(place: Path, *words: str, limit: float = PATIENCE) -> subprocess.CompletedProcess:
+def start_sweep(place: Path, *words: str, limit: float = PATIENCE) -> subprocess.CompletedProcess:
     return process(*words, cwd=place, limit=limit, base=["task=sweep", "sweep=mine.yaml"])
 
 
 def outcomes(place: Path) -> list[str]:
     search = Search(read_sweep(place / "mine.yaml"), place / "runs/sweeps/mine/journal.log")
-    return [str(trial.outcome) for trial in search.trials()]
+    return [str(trial.outcome) for trial in search.list_trials()]
 
 
 @pytest.mark.slow
 def test_a_sweep_of_tiny_runs_ends_with_a_page_and_a_command_that_is_accepted(place):
     write(place)
-    done = run_sweep(place, "trials.carry_to=tiny/2_sft", "trials.parallel=2")
+    done = start_sweep(place, "trials.carry_to=tiny/2_sft", "trials.parallel=2")
     assert done.returncode == 0, done.stdout + done.stderr
     assert outcomes(place) == ["finished"] * 2
     commands = [shlex.split(line)[2:] for line in done.stdout.splitlines() if line.startswith("  python run.py")]
@@ -259,7 +259,7 @@ def test_a_sweep_of_tiny_runs_ends_with_a_page_and_a_command_that_is_accepted(pl
     assert [trial["status"] for trial in trials] == ["finished"] * 2
     page = (place / "runs/sweeps/mine/sweep.html").read_text(encoding="utf-8")
     assert "2 of 2 trials: 2 finished" in page and shlex.join(commands[0]).split()[1] in page
-    again = run_sweep(place, "trials.carry_to=tiny/2_sft", "trials.parallel=2")
+    again = start_sweep(place, "trials.carry_to=tiny/2_sft", "trials.parallel=2")
     assert again.returncode == 0 and "trial 0:" not in again.stdout and "goes on behind 2 of 2 trials" in again.stdout
 
 
@@ -302,7 +302,7 @@ def test_a_sweep_that_is_cut_short_goes_on_where_it_was(place, how):
     else:
         assert sweeping.returncode == 130 and "its trials are saved. The same command goes on." in said
     assert outcomes(place) == ["None"]
-    done = run_sweep(place, *LONG)
+    done = start_sweep(place, *LONG)
     assert done.returncode == 0, done.stdout + done.stderr
     assert outcomes(place) == ["finished"] * 2
     log = (place / "runs/sweeps/mine/0/trial.log").read_text()
@@ -313,7 +313,7 @@ def test_a_sweep_that_is_cut_short_goes_on_where_it_was(place, how):
 def test_a_sweep_whose_trials_all_fail_says_why_after_three(place):
     path = write(place, cap=5)
     path.write_text(path.read_text().replace("callbacks: {value: [throughput, guard]}", "data.max_length: {value: 1}"))
-    done = run_sweep(place)
+    done = start_sweep(place)
     assert done.returncode == 1 and "The first 3 trials failed" in done.stderr
     assert "set such records aside with data.on_bad_record=quarantine" in done.stderr  # what the trial itself said
     assert "Traceback" not in done.stderr and outcomes(place) == ["failed"] * 3

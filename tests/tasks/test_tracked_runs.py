@@ -13,7 +13,7 @@ import pytest
 from run_helpers import RUN, TINY, Ran, conversations, save_photos, write
 from waiting import PATIENCE
 
-from lit_vlm.sweep.loopback import Loopback
+from lit_vlm.sweep.loopback import LoopbackServer
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "config"))
 from secret_cases import FORMS, INSIDE, LETTERS
@@ -34,7 +34,7 @@ def place(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def server():
-    with Loopback() as loopback:
+    with LoopbackServer() as loopback:
         yield loopback
         assert loopback.unknown == []
 

@@ -22,7 +22,7 @@ COUNT = 24
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(micro_batches, "WAITS", (0.01, 0.02))
+    monkeypatch.setattr(micro_batches, "RETRY_DELAYS", (0.01, 0.02))
 
 
 @pytest.fixture
@@ -130,22 +130,22 @@ def test_in_quarantine_one_process_goes_on_by_itself_as_if_they_had_been_left_ou
 
 
 def test_idle_workers_enter_what_turned_bad_before_its_step_comes(words, tmp_path, monkeypatch):
-    monkeypatch.setattr(look_ahead, "WAITS", (0.01, 0.02))
+    monkeypatch.setattr(look_ahead, "RETRY_DELAYS", (0.01, 0.02))
     words = [*words, *SET_ASIDE, "data.num_workers=2", "data.prefetch_factor=1"]
     datamodule = datamodule_of(*words, "data.global_batch_size=2", "trainer.max_steps=12")
     plan = datamodule.make_plan()
-    bad = {int(datamodule.index.position[sample]) for sample in plan.samples(11)}
+    bad = {int(datamodule.index.position[sample]) for sample in plan.get_samples(11)}
     for number in bad:
         damage(tmp_path / "images" / f"{number}.jpg")
     ledger, loader = tmp_path / "runs" / "bad" / "ledger.jsonl", iter(datamodule.train_dataloader())
     ledger.parent.mkdir(parents=True, exist_ok=True)
     first = next(loader)  # and no more: the workers are idle from here on
-    assert first.sample_ids and not isinstance(first, micro_batches.TurnedBad)
+    assert first.sample_ids and not isinstance(first, micro_batches.CorruptRecord)
     until(lambda: ledger.exists() and len(lines_of(ledger)) == len(bad) == 2)
     assert {entry["position"] for entry in lines_of(ledger)} == bad
     rest = list(loader)
-    found = [batch for batch in rest if isinstance(batch, micro_batches.TurnedBad)]
-    assert isinstance(found[0].enter(datamodule.ledger), micro_batches.Entered)
+    found = [batch for batch in rest if isinstance(batch, micro_batches.CorruptRecord)]
+    assert isinstance(found[0].add_to_ledger(datamodule.ledger), micro_batches.RecordLoggedError)
     assert len(lines_of(ledger)) == 2  # it is there already
     assert not datamodule_of(*words, "data.on_bad_record=stop").look_ahead
 
@@ -205,7 +205,7 @@ def test_what_became_another_after_the_index_was_read_is_told_and_is_no_bad_reco
 
 def stumbling(monkeypatch, times: int) -> list[str]:
     """Opening 5.jpg fails so often; returns what was tried."""
-    tries, opened = [], FileImage._opened
+    tries, opened = [], FileImage._open
 
     def stumble(self):
         if self.path == "5.jpg" and len(tries) < times:
@@ -266,7 +266,7 @@ def test_a_picture_of_the_held_out_share_is_left_out(words, tmp_path, monkeypatc
     words = [*words, "data.validation.fraction=0.2", f"callbacks={callbacks}"]
     whole = trained(monkeypatch, *words, "run_name=whole")
     datamodule = datamodule_of(*words)
-    datamodule.build()
+    datamodule.build_indexes()
     number = int(datamodule.held_out.position[1])
     damage(tmp_path / "images" / f"{number}.jpg")
     assert f"image '{number}.jpg' cannot be decoded" in stopped(*words)
@@ -287,7 +287,7 @@ def test_two_ranks_go_on_without_it_alike(words, tmp_path, monkeypatch):
     assert Ran(tmp_path / "runs" / "bad").manifest["status"] == "finished"
     datamodule = datamodule_of(*words)
     plan = datamodule.make_plan(2)
-    steps = [names_of(datamodule.index, plan.samples(step)) for step in range(plan.num_steps)]
+    steps = [names_of(datamodule.index, plan.get_samples(step)) for step in range(plan.num_steps)]
     assert [sorted(step) for step in steps] == without(whole, "mine/5")
-    packs = [[*pack] for step in range(plan.num_steps) for pack in plan.step(step).packs]
+    packs = [[*pack] for step in range(plan.num_steps) for pack in plan.get_step(step).packs]
     assert sum(map(len, packs)) == COUNT - 1

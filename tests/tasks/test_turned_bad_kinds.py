@@ -13,7 +13,7 @@ def here(tmp_path, monkeypatch, tmp_path_factory):
     import datasets
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(micro_batches, "WAITS", (0.01, 0.02))
+    monkeypatch.setattr(micro_batches, "RETRY_DELAYS", (0.01, 0.02))
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
@@ -44,7 +44,7 @@ def test_members_of_archives_are_named_and_entered(tmp_path, name):
     entries = lines_of(tmp_path / "runs" / "bad" / "ledger.jsonl")
     assert entries and {entry["source"] for entry in entries} == {name}
     index = datamodule_of(*words)
-    index.build()
+    index.build_indexes()
     named = names_of(index.index, range(len(index.index)))
     assert all(f"{name}/{entry['position']}" in named for entry in entries)
     assert len({entry["position"] for entry in entries}) == len(entries)

@@ -10,41 +10,41 @@ import hashlib
 from collections.abc import Callable, Iterator
 
 from lit_vlm.data.builtin import dialogue, figures, preference, reading, shapes
-from lit_vlm.data.builtin.scenes import GENERATOR_VERSION, Dice, Picture, Scene
+from lit_vlm.data.builtin.scenes import GENERATOR_VERSION, Picture, Scene, SceneRng
 from lit_vlm.types import (
-    Content,
-    ImageSlot,
-    Kind,
+    ContentPart,
+    ImagePlaceholder,
     Language,
     Message,
     PreferencePair,
     Record,
     Role,
     Sample,
+    SampleKind,
     UserError,
 )
 
-__all__ = ["GENERATOR_VERSION", "PATHS", "BuiltinSource", "Picture", "corpus"]
+__all__ = ["GENERATOR_VERSION", "PATHS", "BuiltinSource", "Picture", "generate_corpus"]
 
-TASKS: dict[Kind, Callable[[Dice], Scene]] = {
-    Kind.caption: shapes.caption,
-    Kind.word: reading.word,
-    Kind.number: reading.number,
-    Kind.grounding: shapes.grounding,
-    Kind.ocr: reading.ocr,
-    Kind.referring: shapes.referring,
-    Kind.instruction: shapes.instruction,
-    Kind.document: reading.document,
-    Kind.table: figures.table,
-    Kind.chart: figures.chart,
-    Kind.arithmetic: reading.arithmetic,
-    Kind.text: dialogue.text,
-    Kind.image_only: shapes.image_only,
-    Kind.multi_image: shapes.multi_image,
+TASKS: dict[SampleKind, Callable[[SceneRng], Scene]] = {
+    SampleKind.caption: shapes.make_caption,
+    SampleKind.word: reading.make_word,
+    SampleKind.number: reading.make_number,
+    SampleKind.grounding: shapes.make_grounding,
+    SampleKind.ocr: reading.make_ocr,
+    SampleKind.referring: shapes.make_referring,
+    SampleKind.instruction: shapes.make_instruction,
+    SampleKind.document: reading.make_document,
+    SampleKind.table: figures.make_table,
+    SampleKind.chart: figures.make_chart,
+    SampleKind.arithmetic: reading.make_arithmetic,
+    SampleKind.text: dialogue.make_text,
+    SampleKind.image_only: shapes.make_image_only,
+    SampleKind.multi_image: shapes.make_multi_image,
 }
-PATHS = (*TASKS, Kind.preference)
-_NUMBER = {kind: number for number, kind in enumerate(PATHS)}
-_SLOTS = (ImageSlot(0), ImageSlot(1))
+PATHS = (*TASKS, SampleKind.preference)
+_PATH_NUMBERS = {kind: number for number, kind in enumerate(PATHS)}
+_SLOTS = (ImagePlaceholder(0), ImagePlaceholder(1))
 
 
 class BuiltinSource:
@@ -71,7 +71,7 @@ class BuiltinSource:
         seed: int = 0,
         held_out: bool = False,
     ) -> None:
-        if path not in _NUMBER:
+        if path not in _PATH_NUMBERS:
             raise UserError(
                 f"data.sources.{name}.path: {path!r} is no built-in data; choose one of {', '.join(PATHS)}."
             )
@@ -80,7 +80,7 @@ class BuiltinSource:
             raise UserError(
                 f"data.sources.{name}: {found}; built-in data need num_samples of 1 or more and a seed of 0 or more."
             )
-        self.name, self.path, self.language = name, Kind(path), Language(language)
+        self.name, self.path, self.language = name, SampleKind(path), Language(language)
         self.num_samples, self.hard, self.seed, self.held_out = num_samples, bool(hard), seed, bool(held_out)
 
     def __len__(self) -> int:
@@ -92,8 +92,8 @@ class BuiltinSource:
         language = self.language
         if language is Language.auto:
             language = Language.en if index % 2 else Language.ko
-        rng = Dice(self._key(index, language), language, self.hard, self.held_out)
-        return self._pair(index, rng) if self.path is Kind.preference else self._sample(index, rng)
+        rng = SceneRng(self._compute_seed(index, language), language, self.hard, self.held_out)
+        return self._build_pair(index, rng) if self.path is SampleKind.preference else self._build_sample(index, rng)
 
     @property
     def digest(self) -> str:
@@ -101,51 +101,51 @@ class BuiltinSource:
         settings = (GENERATOR_VERSION, self.path, self.language, self.num_samples, self.hard, self.seed, self.held_out)
         return hashlib.blake2b("|".join(map(str, settings)).encode(), digest_size=16).hexdigest()
 
-    def _sample(self, index: int, dice: Dice) -> Sample:
-        scene = TASKS[self.path](dice)
+    def _build_sample(self, index: int, rng: SceneRng) -> Sample:
+        scene = TASKS[self.path](rng)
         messages: list[Message] = []
         for question, answer in scene.turns:
-            messages += (_asked(scene, question, first=not messages), Message(Role.assistant, answer))
+            messages += (_build_question(scene, question, first=not messages), Message(Role.assistant, answer))
         return Sample(
-            self._id(index, dice),
+            self._format_id(index, rng),
             self.name,
-            self._origin(index),
+            self._format_origin(index),
             self.path,
-            dice.language,
+            rng.language,
             tuple(messages),
             scene.pictures,
         )
 
-    def _pair(self, index: int, dice: Dice) -> PreferencePair:
-        kind, scene, wrong = preference.pair(dice)
+    def _build_pair(self, index: int, rng: SceneRng) -> PreferencePair:
+        kind, scene, wrong = preference.make_pair(rng)
         ((question, answer),) = scene.turns
         return PreferencePair(
-            self._id(index, dice),
+            self._format_id(index, rng),
             self.name,
-            self._origin(index),
+            self._format_origin(index),
             kind,
-            dice.language,
-            prompt=(_asked(scene, question, first=True),),
+            rng.language,
+            prompt=(_build_question(scene, question, first=True),),
             chosen=Message(Role.assistant, answer),
             rejected=Message(Role.assistant, wrong),
             images=scene.pictures,
         )
 
-    def _key(self, index: int, language: Language) -> int:
+    def _compute_seed(self, index: int, language: Language) -> int:
         """Compute a seed that is unique over all built-in samples: each part has its own bits."""
         assert index < 1 << 48
-        task = _NUMBER[self.path] << 2 | (language is Language.en) << 1 | self.hard
+        task = _PATH_NUMBERS[self.path] << 2 | (language is Language.en) << 1 | self.hard
         return ((self.seed << 1 | self.held_out) << 48 | index) << 8 | task
 
-    def _id(self, index: int, dice: Dice) -> str:
+    def _format_id(self, index: int, rng: SceneRng) -> str:
         part = "held_out" if self.held_out else "train"
-        return f"{self.path}-{dice.language}{'-hard' if self.hard else ''}-{part}-{self.seed}-{index}"
+        return f"{self.path}-{rng.language}{'-hard' if self.hard else ''}-{part}-{self.seed}-{index}"
 
-    def _origin(self, index: int) -> str:
+    def _format_origin(self, index: int) -> str:
         return f"builtin:{self.path}:{index}"
 
 
-def corpus(seed: int = 0, per_task: int = 40) -> Iterator[str]:
+def generate_corpus(seed: int = 0, per_task: int = 40) -> Iterator[str]:
     """Generate the texts of all tasks in both languages, to train a tokenizer: one string for each piece of text.
 
     Images and control tokens are left out: control tokens have their own ids and must not influence the merges.
@@ -155,16 +155,16 @@ def corpus(seed: int = 0, per_task: int = 40) -> Iterator[str]:
             for hard in (False, True):
                 source = BuiltinSource("corpus", path, language=language, num_samples=per_task, hard=hard, seed=seed)
                 for index in range(len(source)):
-                    for message in _all_messages(source[index]):
+                    for message in _get_messages(source[index]):
                         yield from (piece for piece in message.content if isinstance(piece, str))
 
 
-def _asked(scene: Scene, question: tuple[Content, ...], *, first: bool) -> Message:
+def _build_question(scene: Scene, question: tuple[ContentPart, ...], *, first: bool) -> Message:
     """Build the turn of the user; the first one begins with the images."""
     return Message(Role.user, (*_SLOTS[: len(scene.pictures)], *question) if first else question)
 
 
-def _all_messages(record: Record) -> tuple[Message, ...]:
+def _get_messages(record: Record) -> tuple[Message, ...]:
     if isinstance(record, Sample):
         return record.messages
     return (*record.prompt, record.chosen, record.rejected)

@@ -18,7 +18,7 @@ _FILE = "fonts/NanumGothic.ttf"
 
 
 @lru_cache(maxsize=1)
-def font_path() -> Path:
+def find_font_file() -> Path:
     """Find NanumGothic.ttf inside its package, which is not imported because it would import matplotlib."""
     spec = importlib.util.find_spec(_PACKAGE)
     for folder in (spec.submodule_search_locations or ()) if spec else ():
@@ -32,16 +32,16 @@ def font_path() -> Path:
 
 
 @lru_cache(maxsize=256)
-def font(size: int) -> ImageFont.FreeTypeFont:
+def load_font(size: int) -> ImageFont.FreeTypeFont:
     """Load the font at a size in pixels."""
     # The basic layout suffices for precomposed syllables and takes a third of the time of raqm.
-    return ImageFont.truetype(font_path(), size, layout_engine=ImageFont.Layout.BASIC)
+    return ImageFont.truetype(find_font_file(), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 @lru_cache(maxsize=65536)
-def ink(text: str, size: int) -> tuple[int, int, int, int]:
+def measure_ink(text: str, size: int) -> tuple[int, int, int, int]:
     """Measure the ink box of `text` rendered at the origin: (left, top, right, bottom) in pixels."""
     # Not getbbox(): it includes the advance width, which extends beyond the last letter.
-    mask, (x, y) = font(size).getmask2(text)
+    mask, (x, y) = load_font(size).getmask2(text)
     left, top, right, bottom = mask.getbbox()
     return x + left, y + top, x + right, y + bottom

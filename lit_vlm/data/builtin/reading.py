@@ -2,106 +2,118 @@
 
 from __future__ import annotations
 
-from lit_vlm.data.builtin.fonts import ink
-from lit_vlm.data.builtin.scenes import Dice, Picture, Scene, Text
-from lit_vlm.data.builtin.words import NUM_WORDS, cities, names, words
-from lit_vlm.data.markup import char
-from lit_vlm.types import Content, Control
+from lit_vlm.data.builtin.fonts import measure_ink
+from lit_vlm.data.builtin.scenes import Picture, Scene, SceneRng, Text
+from lit_vlm.data.builtin.words import NUM_WORDS, get_cities, get_names, get_words
+from lit_vlm.data.markup import build_text_mention
+from lit_vlm.types import ContentPart, ControlToken
 
-_OCR = Control("<ocr>")
+_OCR = ControlToken("<ocr>")
 _ZEROS = str.maketrans("123456789", "000000000")
 
 
-def word(dice: Dice) -> Scene:
+def make_word(rng: SceneRng) -> Scene:
     """Make a word to read: one of eight, large; hard: one of sixteen, small."""
-    text = dice.pick(words(dice.language, 2 * NUM_WORDS if dice.hard else NUM_WORDS))
-    question = dice.pick(dice.say(("단어를 읽어 주세요.", "무슨 단어인가요?"), ("Read the word.", "What does it say?")))
-    return _line(dice, text, text, question, size=dice.between(22, 25), jitter=3)
+    text = rng.choose(get_words(rng.language, 2 * NUM_WORDS if rng.hard else NUM_WORDS))
+    question = rng.choose(
+        rng.select_language(("단어를 읽어 주세요.", "무슨 단어인가요?"), ("Read the word.", "What does it say?"))
+    )
+    return _make_line_scene(rng, text, text, question, size=rng.sample_int(22, 25), jitter=3)
 
 
-def number(dice: Dice) -> Scene:
+def make_number(rng: SceneRng) -> Scene:
     """Make a number to read, 10 to 99."""
-    text = str(dice.between(10, 99))
-    question = dice.pick(dice.say(("수를 읽어 주세요.", "몇인가요?"), ("Read the number.", "What number is it?")))
-    return _line(dice, text, text, question, size=dice.between(38, 41), jitter=4)
+    text = str(rng.sample_int(10, 99))
+    question = rng.choose(
+        rng.select_language(("수를 읽어 주세요.", "몇인가요?"), ("Read the number.", "What number is it?"))
+    )
+    return _make_line_scene(rng, text, text, question, size=rng.sample_int(38, 41), jitter=4)
 
 
-def arithmetic(dice: Dice) -> Scene:
+def make_arithmetic(rng: SceneRng) -> Scene:
     """Make a written sum or difference."""
-    low, high = (10, 49) if dice.hard else (1, 9)
-    a, b = dice.between(low, high), dice.between(low, high)
-    if dice.random() < 0.5:
+    low, high = (10, 49) if rng.hard else (1, 9)
+    a, b = rng.sample_int(low, high), rng.sample_int(low, high)
+    if rng.random() < 0.5:
         text, answer = f"{a}+{b}", a + b
     else:
         a, b = max(a, b), min(a, b)
         text, answer = f"{a}-{b}", a - b
-    question = dice.pick(dice.say(("계산해 주세요.", "답은 무엇인가요?"), ("Solve it.", "What is the answer?")))
-    return _line(dice, text, str(answer), question, size=dice.between(22, 26), jitter=6)
+    question = rng.choose(
+        rng.select_language(("계산해 주세요.", "답은 무엇인가요?"), ("Solve it.", "What is the answer?"))
+    )
+    return _make_line_scene(rng, text, str(answer), question, size=rng.sample_int(22, 26), jitter=6)
 
 
-def ocr(dice: Dice) -> Scene:
+def make_ocr(rng: SceneRng) -> Scene:
     """Make an OCR task: every text with its ink box; one or two lines, hard: three or four."""
-    height, width = dice.canvas()
-    num = dice.between(3, 4) if dice.hard else dice.between(1, 2)
-    choices = (*words(dice.language), *(str(dice.between(10, 99)) for _ in range(4)))
-    sizes = (15, 19) if dice.hard else (17, 20)
+    height, width = rng.choose_image_size()
+    num = rng.sample_int(3, 4) if rng.hard else rng.sample_int(1, 2)
+    choices = (*get_words(rng.language), *(str(rng.sample_int(10, 99)) for _ in range(4)))
+    sizes = (15, 19) if rng.hard else (17, 20)
     lines = [
-        dice.write(text, dice.between(*sizes), (2, row * height // num + 2, width - 2, (row + 1) * height // num - 2))
-        for row, text in enumerate(dice.some(choices, num))
+        rng.make_text(
+            text, rng.sample_int(*sizes), (2, row * height // num + 2, width - 2, (row + 1) * height // num - 2)
+        )
+        for row, text in enumerate(rng.choose_distinct(choices, num))
     ]
-    picture = Picture(height, width, dice.paper(), tuple(lines))
-    answer: list[Content] = []
+    picture = Picture(height, width, rng.sample_background(), tuple(lines))
+    answer: list[ContentPart] = []
     for line in lines:
         answer += ("\n",) if answer else ()
-        answer += char(line.text, picture.fractions(line.box))
+        answer += build_text_mention(line.text, picture.to_fractions(line.box))
     return Scene((picture,), [((_OCR,), tuple(answer))], lines)
 
 
-def document(dice: Dice) -> Scene:
+def make_document(rng: SceneRng) -> Scene:
     """Make a question about a form with a name and a date; hard: with two more fields and full labels."""
-    height, width = dice.canvas()
-    fields = _fields(dice)
-    texts = [f"{label}{': ' if dice.hard else ' '}{value}" for label, value, _ in fields]
-    x, y, rgb = dice.between(1, 6 if dice.hard else 2), dice.between(2, 6), dice.dark()
-    size = _fitting(texts, 15 if dice.hard else 13, width - x - 1)
+    height, width = rng.choose_image_size()
+    fields = _make_fields(rng)
+    texts = [f"{label}{': ' if rng.hard else ' '}{value}" for label, value, _ in fields]
+    x, y, rgb = rng.sample_int(1, 6 if rng.hard else 2), rng.sample_int(2, 6), rng.sample_text_colour()
+    size = _find_fitting_size(texts, 15 if rng.hard else 13, width - x - 1)
     step = (height - 8) // len(fields)
     lines = tuple(Text(text, size, x, y + row * step, rgb) for row, text in enumerate(texts))
-    _, value, question = dice.pick(fields)
-    return Scene((Picture(height, width, dice.paper(), lines),), [((question,), (value,))], fields)
+    _, value, question = rng.choose(fields)
+    return Scene((Picture(height, width, rng.sample_background(), lines),), [((question,), (value,))], fields)
 
 
-def _fitting(texts: list[str], size: int, width: int) -> int:
+def _find_fitting_size(texts: list[str], size: int, width: int) -> int:
     """Find the largest font size, at most `size`, at which all texts fit into `width` pixels."""
     # All digits have the same width; with zeros instead, the many dates are measured once. One pixel for the digit's own ink.
     texts = [text.translate(_ZEROS) for text in texts]
-    while size > 6 and max(ink(text, size)[2] + 1 for text in texts) > width:
+    while size > 6 and max(measure_ink(text, size)[2] + 1 for text in texts) > width:
         size -= 1
     return size
 
 
-def _fields(dice: Dice) -> list[tuple[str, str, str]]:
+def _make_fields(rng: SceneRng) -> list[tuple[str, str, str]]:
     """Make the fields of a form: (label, value, question) of each line."""
-    month, day = dice.between(1, 12), dice.between(1, 28)
-    date = f"{dice.between(2020, 2029)}-{month:02}-{day:02}" if dice.hard else f"{month}/{day}"
-    name = dice.pick(names(dice.language))
+    month, day = rng.sample_int(1, 12), rng.sample_int(1, 28)
+    date = f"{rng.sample_int(2020, 2029)}-{month:02}-{day:02}" if rng.hard else f"{month}/{day}"
+    name = rng.choose(get_names(rng.language))
     fields = [
-        dice.say(("이름", name, "이름은 무엇인가요?"), ("Name", name, "What is the name?")),
-        dice.say(("날짜", date, "날짜는 언제인가요?"), ("Date", date, "What is the date?")),
+        rng.select_language(("이름", name, "이름은 무엇인가요?"), ("Name", name, "What is the name?")),
+        rng.select_language(("날짜", date, "날짜는 언제인가요?"), ("Date", date, "What is the date?")),
     ]
-    if dice.hard:
-        city, amount = dice.pick(cities(dice.language)), f"{dice.between(1, 9)},{dice.between(0, 9)}00"
+    if rng.hard:
+        city, amount = rng.choose(get_cities(rng.language)), f"{rng.sample_int(1, 9)},{rng.sample_int(0, 9)}00"
         fields += [
-            dice.say(("도시", city, "도시는 어디인가요?"), ("City", city, "What is the city?")),
-            dice.say(("금액", f"{amount}원", "금액은 얼마인가요?"), ("Total", f"${amount}", "What is the total?")),
+            rng.select_language(("도시", city, "도시는 어디인가요?"), ("City", city, "What is the city?")),
+            rng.select_language(
+                ("금액", f"{amount}원", "금액은 얼마인가요?"), ("Total", f"${amount}", "What is the total?")
+            ),
         ]
     return fields
 
 
-def _line(dice: Dice, text: str, answer: str, question: str, size: int, jitter: int) -> Scene:
+def _make_line_scene(rng: SceneRng, text: str, answer: str, question: str, size: int, jitter: int) -> Scene:
     """Make a scene with one line of text. Hard: small and anywhere; it is blurred in the base view and sharp in the tiles."""
-    height, width = dice.canvas()
+    height, width = rng.choose_image_size()
     area = (1, 1, width - 1, height - 1)
     line: Text = (
-        dice.write(text, dice.between(16, 20), area) if dice.hard else dice.write(text, size, area, jitter=jitter)
+        rng.make_text(text, rng.sample_int(16, 20), area)
+        if rng.hard
+        else rng.make_text(text, size, area, jitter=jitter)
     )
-    return Scene((Picture(height, width, dice.paper(), (line,)),), [((question,), (answer,))], (answer,))
+    return Scene((Picture(height, width, rng.sample_background(), (line,)),), [((question,), (answer,))], (answer,))

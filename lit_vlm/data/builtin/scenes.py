@@ -17,8 +17,8 @@ from typing import NamedTuple, TypeVar
 from PIL import Image, ImageDraw
 
 from lit_vlm.data.builtin import words
-from lit_vlm.data.builtin.fonts import font, ink
-from lit_vlm.types import Box, Content, Language
+from lit_vlm.data.builtin.fonts import load_font, measure_ink
+from lit_vlm.types import Box, ContentPart, Language
 
 GENERATOR_VERSION = 1  # increase it with every change of the samples; indexes and runs depend on it
 
@@ -30,7 +30,7 @@ EASY_SIZE = (56, 56)  # (height, width): one tile of the tiny model
 HARD_SIZES = ((112, 112), (112, 168), (168, 112))  # 2x2, 2x3 and 3x2 of its tiles
 
 
-def _star() -> tuple[tuple[float, float], ...]:
+def _compute_star() -> tuple[tuple[float, float], ...]:
     points = []
     for step in range(10):
         angle, radius = math.pi * step / 5, 1.0 if step % 2 == 0 else 0.42
@@ -43,7 +43,7 @@ def _star() -> tuple[tuple[float, float], ...]:
 _OUTLINES: dict[str, tuple[tuple[float, float], ...]] = {
     "square": ((0, 0), (1, 0), (1, 1), (0, 1)),
     "triangle": ((0.5, 0), (1, 1), (0, 1)),
-    "star": _star(),
+    "star": _compute_star(),
     "cross": tuple(
         (x / 3, y / 3)
         for x, y in ((1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (2, 2), (2, 3), (1, 3), (1, 2), (0, 2), (0, 1), (1, 1))
@@ -81,11 +81,11 @@ class Text(NamedTuple):
     @property
     def box(self) -> PixelBox:
         """Bounding box of its ink."""
-        left, top, right, bottom = ink(self.text, self.size)
+        left, top, right, bottom = measure_ink(self.text, self.size)
         return self.x + left, self.y + top, self.x + right, self.y + bottom
 
     def draw(self, pen: ImageDraw.ImageDraw) -> None:
-        pen.text((self.x, self.y), self.text, fill=self.rgb, font=font(self.size))
+        pen.text((self.x, self.y), self.text, fill=self.rgb, font=load_font(self.size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class Picture:
         """Hash the marks, which determine the pixels: 16 bytes."""
         return hashlib.blake2b(f"{GENERATOR_VERSION}{self}".encode(), digest_size=16).digest()
 
-    def fractions(self, box: PixelBox) -> Box:
+    def to_fractions(self, box: PixelBox) -> Box:
         """Convert a box from pixels to fractions of the image size."""
         left, top, right, bottom = box
         return Box(left / self.width, top / self.height, right / self.width, bottom / self.height)
@@ -126,9 +126,9 @@ class Thing(NamedTuple):
     box: Box
     pixels: PixelBox
 
-    def phrase(self, language: Language) -> str:
+    def describe(self, language: Language) -> str:
         """Describe it in words, such as "red circle"."""
-        return words.phrase(self.colour, self.shape, language)
+        return words.format_phrase(self.colour, self.shape, language)
 
 
 @dataclass(slots=True)
@@ -139,11 +139,11 @@ class Scene:
     """
 
     pictures: tuple[Picture, ...]
-    turns: list[tuple[tuple[Content, ...], tuple[Content, ...]]]
+    turns: list[tuple[tuple[ContentPart, ...], tuple[ContentPart, ...]]]
     facts: Sequence = field(default_factory=tuple)
 
 
-class Dice:
+class SceneRng:
     """Random generator of one sample. The key is unique to the sample, so no two samples share a seed."""
 
     __slots__ = ("hard", "held_out", "language", "random")
@@ -153,63 +153,63 @@ class Dice:
         self.random = Random(key).random
         self.language, self.hard, self.held_out = language, hard, held_out
 
-    def between(self, low: int, high: int) -> int:
+    def sample_int(self, low: int, high: int) -> int:
         """Sample an integer from low to high, both included."""
         return low + int(self.random() * (high - low + 1))
 
-    def pick(self, choices: Sequence[T]) -> T:
+    def choose(self, choices: Sequence[T]) -> T:
         """Choose one element."""
         return choices[int(self.random() * len(choices))]
 
-    def some(self, choices: Sequence[T], num: int) -> list[T]:
+    def choose_distinct(self, choices: Sequence[T], num: int) -> list[T]:
         """Choose `num` distinct elements, in random order."""
         rest = list(choices)
         return [rest.pop(int(self.random() * len(rest))) for _ in range(num)]
 
-    def say(self, ko: T, en: T) -> T:
+    def select_language(self, ko: T, en: T) -> T:
         """Select the value for the language of the sample."""
         return ko if self.language == "ko" else en
 
-    def from_world(self, world: Sequence[T]) -> T:
+    def choose_from_world(self, world: Sequence[T]) -> T:
         """Choose from a closed world of texts, of which every fifth is reserved for held-out samples."""
         num = len(world)
         if self.held_out:
-            return world[5 * self.between(0, (num - 1) // 5)]
-        rank = self.between(0, num - 2 - (num - 1) // 5)
+            return world[5 * self.sample_int(0, (num - 1) // 5)]
+        rank = self.sample_int(0, num - 2 - (num - 1) // 5)
         return world[rank + rank // 4 + 1]
 
-    def canvas(self) -> tuple[int, int]:
+    def choose_image_size(self) -> tuple[int, int]:
         """Choose the (height, width) of an image."""
-        return self.pick(HARD_SIZES) if self.hard else EASY_SIZE
+        return self.choose(HARD_SIZES) if self.hard else EASY_SIZE
 
-    def paper(self) -> Rgb:
+    def sample_background(self) -> Rgb:
         """Sample a light background colour."""
-        level = self.between(222, 246)
-        return level + self.between(-6, 6), level + self.between(-6, 6), level + self.between(-6, 6)
+        level = self.sample_int(222, 246)
+        return level + self.sample_int(-6, 6), level + self.sample_int(-6, 6), level + self.sample_int(-6, 6)
 
-    def dark(self) -> Rgb:
+    def sample_text_colour(self) -> Rgb:
         """Sample a dark text colour that is readable on any background."""
-        return self.between(0, 90), self.between(0, 70), self.between(0, 110)
+        return self.sample_int(0, 90), self.sample_int(0, 70), self.sample_int(0, 110)
 
-    def shade(self, colour: words.Colour) -> Rgb:
+    def sample_shade(self, colour: words.Colour) -> Rgb:
         """Sample a slight variation of the colour."""
-        red, green, blue = (max(0, min(255, channel + self.between(-9, 9))) for channel in colour.rgb)
+        red, green, blue = (max(0, min(255, channel + self.sample_int(-9, 9))) for channel in colour.rgb)
         return red, green, blue
 
-    def write(self, text: str, size: int, area: PixelBox, rgb: Rgb | None = None, jitter: int = 1000) -> Text:
+    def make_text(self, text: str, size: int, area: PixelBox, rgb: Rgb | None = None, jitter: int = 1000) -> Text:
         """Make a text inside `area`, at most `jitter` pixels from its centre. The font size shrinks until the text fits."""
         left, top, right, bottom = area
         while True:
-            ink_left, ink_top, ink_right, ink_bottom = ink(text, size)
+            ink_left, ink_top, ink_right, ink_bottom = measure_ink(text, size)
             width, height = ink_right - ink_left, ink_bottom - ink_top
             spare_x, spare_y = right - left - width, bottom - top - height
             if (spare_x >= 0 and spare_y >= 0) or size <= 6:
                 break
             size -= 1
-        x = left + self.near_middle(spare_x, jitter) - ink_left
-        y = top + self.near_middle(spare_y, jitter) - ink_top
-        return Text(text, size, x, y, rgb or self.dark())
+        x = left + self.sample_offset(spare_x, jitter) - ink_left
+        y = top + self.sample_offset(spare_y, jitter) - ink_top
+        return Text(text, size, x, y, rgb or self.sample_text_colour())
 
-    def near_middle(self, spare: int, jitter: int) -> int:
+    def sample_offset(self, spare: int, jitter: int) -> int:
         """Sample an offset that leaves about half of `spare` on each side, plus or minus `jitter`."""
-        return self.between(max(0, spare // 2 - jitter), max(0, min(spare, spare // 2 + jitter)))
+        return self.sample_int(max(0, spare // 2 - jitter), max(0, min(spare, spare // 2 + jitter)))

@@ -15,7 +15,7 @@ class Colour(NamedTuple):
     ko: str  # before a noun
     ko_noun: str
 
-    def name(self, language: Language) -> str:
+    def get_name(self, language: Language) -> str:
         return self.ko_noun if language == "ko" else self.en
 
 
@@ -26,7 +26,7 @@ class Shape(NamedTuple):
     en: str
     ko: str
 
-    def name(self, language: Language) -> str:
+    def get_name(self, language: Language) -> str:
         return self.ko if language == "ko" else self.en
 
 
@@ -68,7 +68,7 @@ _PARTICLES = {
 }
 
 
-def has_final(word: str) -> bool:
+def has_final_consonant(word: str) -> bool:
     """Return True if a Korean word, or a number in its Korean reading, ends in a consonant."""
     last = word[-1]
     if "가" <= last <= "힣":
@@ -76,42 +76,42 @@ def has_final(word: str) -> bool:
     return last in _DIGITS_WITH_FINAL
 
 
-def particle(word: str, form: str) -> str:
+def get_particle(word: str, form: str) -> str:
     """Get the form of a particle after `word`; `form` is the one used after a consonant (a key of `_PARTICLES`)."""
     after_consonant, after_vowel = _PARTICLES[form]
-    return after_consonant if has_final(word) else after_vowel
+    return after_consonant if has_final_consonant(word) else after_vowel
 
 
-def with_particle(word: str, form: str) -> str:
+def add_particle(word: str, form: str) -> str:
     """Add a Korean particle to a word, in the form that fits; see `get_particle`."""
-    return word + particle(word, form)
+    return word + get_particle(word, form)
 
 
-def phrase(colour: Colour, shape: Shape, language: Language) -> str:
+def format_phrase(colour: Colour, shape: Shape, language: Language) -> str:
     """Format a coloured shape without an article, such as "red circle"."""
     return f"{colour.ko} {shape.ko}" if language == "ko" else f"{colour.en} {shape.en}"
 
 
-def with_article(noun: str) -> str:
+def add_article(noun: str) -> str:
     """Add the English indefinite article."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def caption_of(things: list[tuple[Colour, Shape]], language: Language) -> str:
+def format_caption(things: list[tuple[Colour, Shape]], language: Language) -> str:
     """Format a caption of one or two shapes, from left to right."""
-    phrases = [phrase(colour, shape, language) for colour, shape in things]
+    phrases = [format_phrase(colour, shape, language) for colour, shape in things]
     if language == "en":
-        return " and ".join(map(with_article, phrases))
-    return " ".join([with_particle(word, "과") for word in phrases[:-1]] + phrases[-1:])
+        return " and ".join(map(add_article, phrases))
+    return " ".join([add_particle(word, "과") for word in phrases[:-1]] + phrases[-1:])
 
 
-def words(language: Language, num: int = 16) -> tuple[str, ...]:
+def get_words(language: Language, num: int = 16) -> tuple[str, ...]:
     return (WORDS_KO if language == "ko" else WORDS_EN)[:num]
 
 
-def names(language: Language) -> tuple[str, ...]:
+def get_names(language: Language) -> tuple[str, ...]:
     return NAMES_KO if language == "ko" else NAMES_EN
 
 
-def cities(language: Language) -> tuple[str, ...]:
+def get_cities(language: Language) -> tuple[str, ...]:
     return CITIES_KO if language == "ko" else CITIES_EN

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from lit_vlm.cost import Flops
-from lit_vlm.data.readers.record import first_turns
-from lit_vlm.types import Kind, Language, Record, RecordError, Sample, Source, UserError
+from lit_vlm.data.readers.record import keep_first_turns
+from lit_vlm.types import Language, Record, RecordError, Sample, SampleKind, Source, UserError
 
-KINDS = tuple(Kind)  # codes of the column `kind`
+KINDS = tuple(SampleKind)  # codes of the column `kind`
 LANGUAGES = tuple(Language)  # codes of the column `language`
 
 # One row for each usable record. Tokens are counted over all segments; a pair has its prompt and two answers.
@@ -43,62 +43,64 @@ COLUMNS: dict[str, type[np.generic]] = {
     "stamp": np.uint64,  # of the size and modification time of these files, see `compute_stamp`
 }
 # Stamps are not part of the content: a copy of a file may have another one.
-OF_CONTENT = tuple(sorted(name for name in COLUMNS if name != "stamp"))
+CONTENT_COLUMNS = tuple(sorted(name for name in COLUMNS if name != "stamp"))
 # How the length policy shortened an overlong record (`lengths.py`); -1: unchanged.
-FITTED: dict[str, type[np.generic]] = {"most_tiles": np.int16, "turns": np.int16}
+LENGTH_POLICY_COLUMNS: dict[str, type[np.generic]] = {"most_tiles": np.int16, "turns": np.int16}
 
 
 @dataclass(slots=True)
-class Index:
+class SampleIndex:
     """Index of the usable samples of several sources, as columns; sample i is `sources[source_ids[i]][position[i]]`."""
 
     sources: Sequence[Source]
-    source_of: np.ndarray  # [samples] int16
+    source_ids: np.ndarray  # [samples] int16
     columns: dict[str, np.ndarray]  # those of COLUMNS and FITTED, [samples] each
     errors: list[tuple[str, RecordError]] = field(default_factory=list)  # (source name, error)
-    fitted: Counter[tuple[str, str]] = field(default_factory=Counter)  # overlong samples by (source, action)
-    unread: dict[str, dict[str, int]] = field(
+    length_policy_counts: Counter[tuple[str, str]] = field(
+        default_factory=Counter
+    )  # overlong samples by (source, action)
+    unused_keys: dict[str, dict[str, int]] = field(
         default_factory=dict
     )  # source name -> key that is not read -> number of records
 
     def __len__(self) -> int:
-        return len(self.source_of)
+        return len(self.source_ids)
 
     def __getattr__(self, name: str) -> np.ndarray:
-        if name in COLUMNS or name in FITTED:
+        if name in COLUMNS or name in LENGTH_POLICY_COLUMNS:
             return self.columns[name]
         raise AttributeError(name)
 
-    def record(self, sample: int) -> Record:
+    def get_record(self, sample: int) -> Record:
         """Read the record as it is used in training: with the tiles and turns that the length policy keeps."""
-        record = self.sources[self.source_of[sample]][int(self.position[sample])]
+        record = self.sources[self.source_ids[sample]][int(self.position[sample])]
         most_tiles, turns = int(self.most_tiles[sample]), int(self.turns[sample])
         if most_tiles >= 0:
             record = replace(record, max_tiles=most_tiles)
         if turns >= 0 and isinstance(record, Sample):
-            record = first_turns(record, turns)
+            record = keep_first_turns(record, turns)
         return record
 
-    def kind_of(self, sample: int) -> Kind:
+    def get_kind(self, sample: int) -> SampleKind:
         return KINDS[self.kind[sample]]
 
-    def language_of(self, sample: int) -> Language:
+    def get_language(self, sample: int) -> Language:
         return LANGUAGES[self.language[sample]]
 
-    def of_source(self, number: int) -> np.ndarray:
+    def find_source_samples(self, number: int) -> np.ndarray:
         """Find the samples of one source."""
-        return np.flatnonzero(self.source_of == number)
+        return np.flatnonzero(self.source_ids == number)
 
-    def flops(self, flops: Flops) -> np.ndarray:
+    def compute_flops(self, flops: Flops) -> np.ndarray:
         """Compute the FLOPs of each sample: [samples] float64."""
-        return flops.of(self.tokens, self.squares, self.tiles, self.supervised)
+        return flops.compute(self.tokens, self.squares, self.tiles, self.supervised)
 
-    def subset(self, samples: np.ndarray) -> Index:
+    def select(self, samples: np.ndarray) -> SampleIndex:
         """Select samples into a new index, without its `errors`."""
         columns = {name: column[samples] for name, column in self.columns.items()}
-        return Index(self.sources, self.source_of[samples], columns, unread=self.unread)
+        return SampleIndex(self.sources, self.source_ids[samples], columns, unused_keys=self.unused_keys)
 
-    def keys(self, samples: Any) -> np.ndarray:
+    def compute_keys(self, samples: Any) -> np.ndarray:
         """Compute cache keys [samples] uint64 from text, image names, and numbers of tokens and tiles."""
         lengths = [self.columns[name][samples].astype(np.uint64) for name in ("tokens", "supervised", "tiles")]
         key = self.columns["digest"][samples]
@@ -106,27 +108,30 @@ class Index:
             key = key + column * np.uint64(0x9E3779B97F4A7C15) * np.uint64(2 * number + 1)
         return key
 
-    def digest(self) -> str:
+    def compute_digest(self) -> str:
         """Compute a digest of the training data; it also depends on chat template, tokenizer and image settings."""
         hasher = hashlib.sha256()
         for source in self.sources:
             hasher.update(f"{source.name}\0".encode())
-        for column in (self.source_of, *(self.columns[name] for name in sorted((*OF_CONTENT, *FITTED)))):
+        for column in (
+            self.source_ids,
+            *(self.columns[name] for name in sorted((*CONTENT_COLUMNS, *LENGTH_POLICY_COLUMNS))),
+        ):
             hasher.update(np.ascontiguousarray(column).tobytes())
         return hasher.hexdigest()
 
-    def digest_of_pictures(self) -> str:
+    def compute_image_digest(self) -> str:
         """Compute a digest of the contents of all image files."""
         return hashlib.sha256(np.ascontiguousarray(self.columns["content"]).tobytes()).hexdigest()
 
 
-def groups_of(index: Index) -> list[Language | Kind]:
+def list_groups(index: SampleIndex) -> list[Language | SampleKind]:
     """List the languages and kinds of the samples."""
     languages, kinds = np.unique(index.language).tolist(), np.unique(index.kind).tolist()
     return [*(LANGUAGES[code] for code in languages), *(KINDS[code] for code in kinds)]
 
 
-def split(index: Index, fraction: float, most: int = 200) -> tuple[Index, Index]:
+def split_held_out(index: SampleIndex, fraction: float, max_per_source: int = 200) -> tuple[SampleIndex, SampleIndex]:
     """Split an index into training and held-out samples.
 
     Of each source min(fraction, `max_per_source`) samples are held out. They are selected by digest, so that neither the
@@ -136,8 +141,8 @@ def split(index: Index, fraction: float, most: int = 200) -> tuple[Index, Index]
     """
     is_held_out = np.zeros(len(index), dtype=bool)
     for number in range(len(index.sources)):
-        samples = index.of_source(number)
-        count = min(most, int(len(samples) * fraction))
+        samples = index.find_source_samples(number)
+        count = min(max_per_source, int(len(samples) * fraction))
         groups, sizes = np.unique(index.group[samples], return_counts=True)
         groups, sizes = groups[sizes <= count], sizes[sizes <= count]
         selected = groups[np.cumsum(sizes) <= count]  # digests are uniform, so the lowest are a random choice
@@ -145,13 +150,13 @@ def split(index: Index, fraction: float, most: int = 200) -> tuple[Index, Index]
             is_held_out[samples[np.isin(index.group[samples], selected)]] = True
         else:
             is_held_out[samples[np.argsort(index.columns["digest"][samples], kind="stable")[:count]]] = True
-    training = index.subset(np.flatnonzero(~is_held_out))
-    training.errors, training.fitted = index.errors, index.fitted
-    return training, index.subset(np.flatnonzero(is_held_out))
+    training = index.select(np.flatnonzero(~is_held_out))
+    training.errors, training.length_policy_counts = index.errors, index.length_policy_counts
+    return training, index.select(np.flatnonzero(is_held_out))
 
 
-def require_samples(index: Index, what: str) -> None:
+def require_samples(index: SampleIndex, purpose: str) -> None:
     """Raise UserError if the index has no sample."""
     if not len(index):
         names = ", ".join(source.name for source in index.sources) or "none"
-        raise UserError(f"No usable sample for {what} in the sources: {names}. Check data.sources.<name>.path.")
+        raise UserError(f"No usable sample for {purpose} in the sources: {names}. Check data.sources.<name>.path.")

@@ -9,37 +9,37 @@ from typing import Any
 import numpy as np
 
 from lit_vlm.config.schema import OnOverlong
-from lit_vlm.data.index.columns import Index
-from lit_vlm.data.index.shards import origin_of
+from lit_vlm.data.index.columns import SampleIndex
+from lit_vlm.data.index.shards import get_origin
 from lit_vlm.data.processor import Processor
-from lit_vlm.data.readers.record import first_turns
+from lit_vlm.data.readers.record import keep_first_turns
 from lit_vlm.types import Fault, RecordError, Role, Sample
 
-Change = dict[str, Any]  # column -> value of the shortened sample
+ColumnChanges = dict[str, Any]  # column -> value of the shortened sample
 
 
 @dataclass(frozen=True, slots=True)
-class Caps:
+class LengthLimits:
     """Limits of a sample."""
 
-    most_tokens: int  # of all segments together
-    most_tiles: int
+    max_tokens: int  # of all segments together
+    max_tiles: int
     max_length: int  # of the tokens that one segment attends to
 
-    def hold(self, tokens: Any, longest: Any, tiles: Any) -> Any:
+    def is_within(self, tokens: Any, longest: Any, tiles: Any) -> Any:
         """Return True if the values, numbers or columns, are within the limits."""
-        return (tokens <= self.most_tokens) & (longest <= self.max_length) & (tiles <= self.most_tiles)
+        return (tokens <= self.max_tokens) & (longest <= self.max_length) & (tiles <= self.max_tiles)
 
 
-def fit(
-    index: Index,
+def apply_length_policy(
+    index: SampleIndex,
     processor: Processor,
     *,
     policy: OnOverlong,
-    most_tokens: int,
-    most_tiles: int,
+    max_tokens: int,
+    max_tiles: int,
     max_length: int | None = None,
-) -> Index:
+) -> SampleIndex:
     """Apply the length policy: return an index in which every sample is within the limits.
 
     Its columns describe the shortened samples. Samples that the policy cannot shorten enough go to `errors`.
@@ -52,16 +52,16 @@ def fit(
         max_tiles: of a sample.
         max_length: maximum tokens of a sample, or of one answer of a pair with the prompt; None: no additional limit.
     """
-    limits = Caps(most_tokens, most_tiles, max_length or most_tokens)
-    overlong = np.flatnonzero(~limits.hold(index.tokens, index.longest, index.tiles))
+    limits = LengthLimits(max_tokens, max_tiles, max_length or max_tokens)
+    overlong = np.flatnonzero(~limits.is_within(index.tokens, index.longest, index.tiles))
     if not len(overlong):
         return index
-    errors, fitted = list(index.errors), index.fitted.copy()
-    changes: dict[int, Change] = {}
+    errors, fitted = list(index.errors), index.length_policy_counts.copy()
+    changes: dict[int, ColumnChanges] = {}
     for sample in overlong.tolist():
-        name = index.sources[index.source_of[sample]].name
+        name = index.sources[index.source_ids[sample]].name
         try:
-            changes[sample] = _shortened(index, sample, processor, policy, limits)
+            changes[sample] = _apply_policy(index, sample, processor, policy, limits)
             fitted[name, policy.value] += 1
         except RecordError as error:
             errors.append((name, error))
@@ -70,27 +70,29 @@ def fit(
     is_kept[overlong] = False
     is_kept[list(changes)] = True
     selected = np.flatnonzero(is_kept)
-    result = index.subset(selected)
-    result.errors, result.fitted = errors, fitted
+    result = index.select(selected)
+    result.errors, result.length_policy_counts = errors, fitted
     for row, change in zip(np.searchsorted(selected, list(changes)).tolist(), changes.values(), strict=True):
         for column, value in change.items():
             result.columns[column][row] = value
     return result
 
 
-def _shortened(index: Index, sample: int, processor: Processor, policy: OnOverlong, caps: Caps) -> Change:
+def _apply_policy(
+    index: SampleIndex, sample: int, processor: Processor, policy: OnOverlong, limits: LengthLimits
+) -> ColumnChanges:
     """Apply the policy to one sample. Raises RecordError if it still exceeds the limits."""
     change = None
     if policy is OnOverlong.fewer_tiles:
-        change = _with_fewer_tiles(index, sample, processor, caps)
+        change = _drop_tiles(index, sample, processor, limits)
     elif policy is OnOverlong.cut_turn:
-        change = _with_fewer_turns(index, sample, processor, caps)
+        change = _drop_turns(index, sample, processor, limits)
     if change is None:
-        raise _too_long(index, sample, policy, caps)
+        raise _build_overlong_error(index, sample, policy, limits)
     return change
 
 
-def _with_fewer_tiles(index: Index, sample: int, processor: Processor, caps: Caps) -> Change | None:
+def _drop_tiles(index: SampleIndex, sample: int, processor: Processor, limits: LengthLimits) -> ColumnChanges | None:
     """Drop tiles until the sample fits; None if it does not.
 
     It needs only the image size in the index. With several images, each has only its base view already.
@@ -100,10 +102,10 @@ def _with_fewer_tiles(index: Index, sample: int, processor: Processor, caps: Cap
     row = {name: int(index.columns[name][sample]) for name in ("tokens", "image_tokens", "squares", "longest", "tiles")}
     size = int(index.height[sample]), int(index.width[sample])
     for max_tiles in range(row["tiles"] - 2, -1, -1):  # the base view is one of the tiles
-        layout = processor.images.layout(*size, most_tiles=max_tiles)
+        layout = processor.images.compute_layout(*size, max_tiles=max_tiles)
         added_tokens = layout.num_tokens - row["image_tokens"]  # usually negative
         tokens, longest = row["tokens"] + added_tokens, row["longest"] + added_tokens
-        if caps.hold(tokens, longest, layout.num_tiles):
+        if limits.is_within(tokens, longest, layout.num_tiles):
             return {
                 "most_tiles": max_tiles,
                 "tokens": tokens,
@@ -117,33 +119,33 @@ def _with_fewer_tiles(index: Index, sample: int, processor: Processor, caps: Cap
     return None
 
 
-def _with_fewer_turns(index: Index, sample: int, processor: Processor, caps: Caps) -> Change | None:
+def _drop_turns(index: SampleIndex, sample: int, processor: Processor, limits: LengthLimits) -> ColumnChanges | None:
     """Drop the last turns until the sample fits, each with its question and images; None if it does not. Reads the record."""
-    record = index.record(sample)
+    record = index.get_record(sample)
     if not isinstance(record, Sample):
         return None
     answers = [
         number
         for number, message in enumerate(record.messages, 1)
-        if message.role is Role.assistant and message.trained
+        if message.role is Role.assistant and message.supervised
     ]
 
-    def too_long(turns: int) -> bool:
-        cost = processor.cost(first_turns(record, turns))
-        return not caps.hold(cost.num_tokens, cost.num_tokens, cost.num_tiles)
+    def is_too_long(turns: int) -> bool:
+        cost = processor.compute_cost(keep_first_turns(record, turns))
+        return not limits.is_within(cost.num_tokens, cost.num_tokens, cost.num_tiles)
 
-    num_fitting = bisect_left(answers[:-1], True, key=too_long)  # every turn adds tokens
+    num_fitting = bisect_left(answers[:-1], True, key=is_too_long)  # every turn adds tokens
     if not num_fitting:
         return None
     turns = answers[num_fitting - 1]
-    cost = processor.cost(first_turns(record, turns))
+    cost = processor.compute_cost(keep_first_turns(record, turns))
     return {
         "turns": turns,
         "tokens": cost.num_tokens,
         "image_tokens": cost.num_image_tokens,
         "supervised": cost.num_supervised,
         "squares": cost.squares,
-        "longest": cost.longest,
+        "longest": cost.max_context_tokens,
         "tiles": cost.num_tiles,
         "images": cost.num_images,
         "height": cost.size[0],
@@ -151,21 +153,21 @@ def _with_fewer_turns(index: Index, sample: int, processor: Processor, caps: Cap
     }
 
 
-def _too_long(index: Index, sample: int, policy: OnOverlong, caps: Caps) -> RecordError:
+def _build_overlong_error(index: SampleIndex, sample: int, policy: OnOverlong, limits: LengthLimits) -> RecordError:
     """Build the error of an overlong sample, with the exceeded limits and the remedies."""
     tokens, tiles, images = (int(index.columns[name][sample]) for name in ("tokens", "tiles", "image_tokens"))
     needs, remedies = [], []
     longest = int(index.longest[sample])
-    if tokens > caps.most_tokens:
-        limit = f"data.tokens_per_micro_batch allows {caps.most_tokens:,}"
+    if tokens > limits.max_tokens:
+        limit = f"data.tokens_per_micro_batch allows {limits.max_tokens:,}"
         needs.append(f"{tokens:,} tokens ({images:,} of them for images) and {limit}")
         remedies.append("Raise data.tokens_per_micro_batch")
-    elif longest > caps.max_length:
-        limit = f"data.max_length, or what the language model has positions for, allows {caps.max_length:,}"
+    elif longest > limits.max_length:
+        limit = f"data.max_length, or what the language model has positions for, allows {limits.max_length:,}"
         needs.append(f"{longest:,} tokens in a row and {limit}")
         remedies.append("Raise data.max_length where it is set")
-    if tiles > caps.most_tiles:
-        needs.append(f"{tiles:,} image tiles and data.tiles_per_micro_batch allows {caps.most_tiles:,}")
+    if tiles > limits.max_tiles:
+        needs.append(f"{tiles:,} image tiles and data.tiles_per_micro_batch allows {limits.max_tiles:,}")
         remedies.append("Raise data.tiles_per_micro_batch")
     tried = {
         OnOverlong.quarantine: "",
@@ -173,9 +175,9 @@ def _too_long(index: Index, sample: int, policy: OnOverlong, caps: Caps) -> Reco
         OnOverlong.cut_turn: "; leaving out turns cannot mend it",
     }
     others = [f"data.on_overlong={other.value}" for other in OnOverlong if other not in (OnOverlong.quarantine, policy)]
-    source = index.sources[index.source_of[sample]]
+    source = index.sources[index.source_ids[sample]]
     return RecordError(
-        origin_of(source, int(index.position[sample])),
+        get_origin(source, int(index.position[sample])),
         f"needs {'; '.join(needs)}{tried[policy]}",
         f"{', '.join(remedies)}; or try {' or '.join(others)}, or shorten the record",
         Fault.overlong,

@@ -17,28 +17,28 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from lit_vlm.files import locked, written
+from lit_vlm.files import atomic_write, lock_file
 from lit_vlm.types import Fault, RecordError, Source
 
 SHARD_RECORDS = 8192
-_LAYOUT = 2  # increase it when shards are divided or written differently
+_LAYOUT_VERSION = 2  # increase it when shards are divided or written differently
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
+class ShardRange:
     """Range of records of a shard: start to stop - 1 of a source; `content_key` hashes their content and reader settings."""
 
-    source: int  # number of the source
+    source_id: int  # number of the source
     start: int
     stop: int
-    content: str
+    content_key: str
 
     def __len__(self) -> int:
         return self.stop - self.start
 
 
 @dataclass(frozen=True, slots=True)
-class Bad:
+class BadRecord:
     """Unusable record, as it is stored in a shard."""
 
     position: int  # within its shard
@@ -47,13 +47,13 @@ class Bad:
     remedy: str
 
     @classmethod
-    def of(cls, position: int, error: RecordError) -> Bad:
+    def from_error(cls, position: int, error: RecordError) -> BadRecord:
         """Create it from the error of the record."""
         return cls(position, error.fault, error.reason, error.remedy)
 
-    def error(self, source: Source, start: int) -> RecordError:
+    def to_error(self, source: Source, start: int) -> RecordError:
         """Restore the error; `start` is the first record of the shard."""
-        return RecordError(origin_of(source, start + self.position), self.reason, self.remedy, self.fault)
+        return RecordError(get_origin(source, start + self.position), self.reason, self.remedy, self.fault)
 
 
 @dataclass(slots=True)
@@ -64,11 +64,11 @@ class Shard:
     """
 
     columns: dict[str, np.ndarray]
-    bad: list[Bad]
-    unread: dict[str, int] = field(default_factory=dict)  # keys that are not read -> number of records
+    bad_records: list[BadRecord]
+    unused_keys: dict[str, int] = field(default_factory=dict)  # keys that are not read -> number of records
 
 
-class Shelf:
+class ShardCache:
     """Cache of shards by key: files in a folder, or in memory without a folder.
 
     Raises:
@@ -83,7 +83,7 @@ class Shelf:
         if self._folder is None:
             return self._memory.get(key)
         try:
-            with pa.memory_map(str(self._path(key))) as stream:
+            with pa.memory_map(str(self._get_path(key))) as stream:
                 return _from_table(pa.ipc.open_file(stream).read_all(), key)
         except (OSError, pa.ArrowException, ValueError, KeyError, TypeError):
             return None
@@ -94,64 +94,64 @@ class Shelf:
             self._memory[key] = shard
             return
         table = _to_table(shard, key)
-        with written(self._path(key)) as temporary, pa.ipc.new_file(str(temporary), table.schema) as writer:
+        with atomic_write(self._get_path(key)) as temporary, pa.ipc.new_file(str(temporary), table.schema) as writer:
             writer.write_table(table)
 
-    def _path(self, key: str) -> Path:
+    def _get_path(self, key: str) -> Path:
         assert self._folder is not None
         return self._folder / f"{key}.arrow"
 
 
-def shelf_of(store: Path | None) -> Shelf:
+def open_shard_cache(store: Path | None) -> ShardCache:
     """Open the shard cache of a store; None: in memory."""
-    return Shelf(store and store / "shards")
+    return ShardCache(store and store / "shards")
 
 
-def key_of(*parts: object) -> str:
+def hash_parts(*parts: object) -> str:
     """Hash plain values into a cache key of 64 hex digits."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def origin_of(source: Source, position: int) -> str:
+def get_origin(source: Source, position: int) -> str:
     """Get the location of a record for the user, such as file and line."""
     origin = getattr(source, "origin", None)
     return origin(position) if origin else f"{source.name}[{position}]"
 
 
-def spans_of(number: int, source: Source, store: Path | None) -> list[Span]:
+def list_shard_ranges(source_id: int, source: Source, store: Path | None) -> list[ShardRange]:
     """List the shard ranges of a source. Their content keys are computed once, then cached by the source's digest."""
-    path = _about(source, store, "json")
+    path = _get_source_path(source, store, "json")
     starts = range(0, len(source), SHARD_RECORDS)
-    contents = _remembered(path, len(starts)) if path else None
+    contents = _read_content_keys(path, len(starts)) if path else None
     if contents is None:
-        contents = [_content(source, start, min(start + SHARD_RECORDS, len(source))) for start in starts]
+        contents = [_compute_content_key(source, start, min(start + SHARD_RECORDS, len(source))) for start in starts]
         if path:
-            with written(path) as temporary:
+            with atomic_write(path) as temporary:
                 temporary.write_text(json.dumps(contents))
     return [
-        Span(number, start, min(start + SHARD_RECORDS, len(source)), content)
+        ShardRange(source_id, start, min(start + SHARD_RECORDS, len(source)), content)
         for start, content in zip(starts, contents, strict=True)
     ]
 
 
 @contextmanager
-def alone(source: Source, store: Path | None, task: str) -> Iterator[None]:
+def lock_source(source: Source, store: Path | None, task: str) -> Iterator[None]:
     """Lock a source for a task, with a lock file: one process works, the others wait and then find the result."""
-    path = _about(source, store, f"{task}.lock")
+    path = _get_source_path(source, store, f"{task}.lock")
     if path is None:
         yield
         return
-    with locked(path):
+    with lock_file(path):
         yield
 
 
-def _about(source: Source, store: Path | None, ending: str) -> Path | None:
+def _get_source_path(source: Source, store: Path | None, ending: str) -> Path | None:
     """Get the path of a file about a source in the store; None without a store."""
-    key = key_of(_LAYOUT, SHARD_RECORDS, source.name, source.digest)
+    key = hash_parts(_LAYOUT_VERSION, SHARD_RECORDS, source.name, source.digest)
     return store and store / "sources" / f"{key}.{ending}"
 
 
-def _remembered(path: Path, count: int) -> list[str] | None:
+def _read_content_keys(path: Path, count: int) -> list[str] | None:
     try:
         contents = json.loads(path.read_text())
     except (OSError, ValueError):
@@ -160,17 +160,17 @@ def _remembered(path: Path, count: int) -> list[str] | None:
     return contents if is_valid else None
 
 
-def _content(source: Source, start: int, stop: int) -> str:
+def _compute_content_key(source: Source, start: int, stop: int) -> str:
     """Compute the content key of records start to stop - 1."""
     digest_of = getattr(source, "digest_of", None)
     if digest_of:
-        return key_of(_LAYOUT, stop - start, digest_of(start, stop))
-    return key_of(_LAYOUT, source.name, source.digest, start, stop)
+        return hash_parts(_LAYOUT_VERSION, stop - start, digest_of(start, stop))
+    return hash_parts(_LAYOUT_VERSION, source.name, source.digest, start, stop)
 
 
 def _to_table(shard: Shard, key: str) -> pa.Table:
-    bad = json.dumps([[astuple(record) for record in shard.bad], shard.unread])
-    metadata = {"key": key, "bad": bad, "checksum": str(_checksum(shard.columns.values(), bad))}
+    bad = json.dumps([[astuple(record) for record in shard.bad_records], shard.unused_keys])
+    metadata = {"key": key, "bad": bad, "checksum": str(_compute_checksum(shard.columns.values(), bad))}
     return pa.table(shard.columns).replace_schema_metadata(metadata)
 
 
@@ -178,15 +178,15 @@ def _from_table(table: pa.Table, key: str) -> Shard:
     """Restore a shard. Raises ValueError or KeyError if it is not the shard of this key."""
     metadata = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
     columns = {name: table[name].to_numpy() for name in table.column_names}
-    if metadata["key"] != key or int(metadata["checksum"]) != _checksum(columns.values(), metadata["bad"]):
+    if metadata["key"] != key or int(metadata["checksum"]) != _compute_checksum(columns.values(), metadata["bad"]):
         raise ValueError("not the shard of that key")
     values, unused_keys = json.loads(metadata["bad"])
-    bad_records = [Bad(position, Fault(fault), reason, remedy) for position, fault, reason, remedy in values]
+    bad_records = [BadRecord(position, Fault(fault), reason, remedy) for position, fault, reason, remedy in values]
     return Shard(columns, bad_records, unused_keys)
 
 
-def _checksum(columns: Iterable[np.ndarray], bad: str) -> int:
-    value = zlib.crc32(bad.encode())
+def _compute_checksum(columns: Iterable[np.ndarray], bad_records: str) -> int:
+    value = zlib.crc32(bad_records.encode())
     for column in columns:
         value = zlib.crc32(np.ascontiguousarray(column).data, value)
     return value

@@ -12,16 +12,24 @@ from pathlib import Path
 
 import numpy as np
 
-from lit_vlm.data.index.columns import Index
-from lit_vlm.data.index.fingerprint import picture_name, stamp
-from lit_vlm.data.index.shards import Bad, Shard, Shelf, Span, alone, shelf_of, spans_of
-from lit_vlm.data.index.store import OnProgress, verified_key
-from lit_vlm.data.index.workers import parallel
-from lit_vlm.types import Fault, ImageSource, Record, RecordError, Source
+from lit_vlm.data.index.columns import SampleIndex
+from lit_vlm.data.index.fingerprint import compute_stamp, get_image_key
+from lit_vlm.data.index.shards import (
+    BadRecord,
+    Shard,
+    ShardCache,
+    ShardRange,
+    list_shard_ranges,
+    lock_source,
+    open_shard_cache,
+)
+from lit_vlm.data.index.store import OnProgress, compute_verified_key
+from lit_vlm.data.index.workers import map_parallel
+from lit_vlm.types import Fault, LazyImage, Record, RecordError, Source
 
 
-def verify(
-    data: Index | Sequence[Source], store: Path | None, *, workers: int = 1, on_progress: OnProgress | None = None
+def verify_images(
+    data: SampleIndex | Sequence[Source], store: Path | None, *, workers: int = 1, on_progress: OnProgress | None = None
 ) -> list[tuple[str, RecordError]]:
     """Verify images: decode each image that was not decoded yet, or whose size or modification time changed since.
 
@@ -36,55 +44,55 @@ def verify(
     Returns:
         (source name, error) of the records with images that cannot be decoded completely.
     """
-    sources = data.sources if isinstance(data, Index) else data
-    cache, errors = shelf_of(store), list[tuple[str, RecordError]]()
-    function = partial(_verified, sources, cache)
+    sources = data.sources if isinstance(data, SampleIndex) else data
+    cache, errors = open_shard_cache(store), list[tuple[str, RecordError]]()
+    function = partial(_verify_shard, sources, cache)
     for source_id, source in enumerate(sources):
-        with alone(source, store, "verify"):
-            shard_ranges, done = spans_of(source_id, source, store), 0
-            bad: dict[int, list[Bad]] = {}  # by the start of the shard; shards finish in any order
-            for shard_range, shard in parallel(function, shard_ranges, workers):
-                cache.put(verified_key(shard_range), shard)
-                bad[shard_range.start] = shard.bad
+        with lock_source(source, store, "verify"):
+            shard_ranges, done = list_shard_ranges(source_id, source, store), 0
+            bad: dict[int, list[BadRecord]] = {}  # by the start of the shard; shards finish in any order
+            for shard_range, shard in map_parallel(function, shard_ranges, workers):
+                cache.put(compute_verified_key(shard_range), shard)
+                bad[shard_range.start] = shard.bad_records
                 done += len(shard_range)
                 if on_progress:
                     on_progress(source.name, done, len(source))
-        errors += [(source.name, record.error(source, start)) for start in sorted(bad) for record in bad[start]]
+        errors += [(source.name, record.to_error(source, start)) for start in sorted(bad) for record in bad[start]]
     return errors
 
 
-def _verified(sources: Sequence[Source], shelf: Shelf, span: Span) -> Shard:
+def _verify_shard(sources: Sequence[Source], cache: ShardCache, shard_range: ShardRange) -> Shard:
     """Verify a shard: stamp of each record, and records with a bad image. Images known to be good are not decoded."""
-    source, previous = sources[span.source], shelf.get(verified_key(span))
-    stamps, bad = np.zeros(len(span), np.uint64), list[Bad]()
-    suspects = {record.position for record in previous.bad} if previous else set()
+    source, previous = sources[shard_range.source_id], cache.get(compute_verified_key(shard_range))
+    stamps, bad = np.zeros(len(shard_range), np.uint64), list[BadRecord]()
+    suspects = {record.position for record in previous.bad_records} if previous else set()
     known_faults: dict[bytes, RecordError | None] = {}  # by image
-    for position in range(len(span)):
+    for position in range(len(shard_range)):
         try:
-            record = source[span.start + position]
+            record = source[shard_range.start + position]
         except RecordError:  # the index has this error
             continue
-        stamps[position] = stamp(record)
+        stamps[position] = compute_stamp(record)
         if previous and previous.columns["stamp"][position] == stamps[position] and position not in suspects:
             continue
-        fault = find_fault(record, known_faults)
+        fault = find_image_fault(record, known_faults)
         if fault is not None:
-            bad.append(Bad.of(position, fault))
+            bad.append(BadRecord.from_error(position, fault))
     return Shard({"stamp": stamps}, bad)
 
 
-def find_fault(record: Record, seen: dict[bytes, RecordError | None]) -> RecordError | None:
+def find_image_fault(record: Record, known_faults: dict[bytes, RecordError | None]) -> RecordError | None:
     """Decode the record's images, except those in `known_faults`; return the first error, or None."""
     for number, image in enumerate(record.images):
-        name = picture_name(record, number)
-        if name not in seen:
-            seen[name] = _decoded(image, record.origin)
-        if seen[name] is not None:
-            return seen[name]
+        name = get_image_key(record, number)
+        if name not in known_faults:
+            known_faults[name] = _check_decoding(image, record.origin)
+        if known_faults[name] is not None:
+            return known_faults[name]
     return None
 
 
-def _decoded(image: ImageSource, origin: str) -> RecordError | None:
+def _check_decoding(image: LazyImage, origin: str) -> RecordError | None:
     """Decode an image; return the error, or None."""
     try:
         height, width = image.size

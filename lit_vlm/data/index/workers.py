@@ -16,11 +16,13 @@ from lit_vlm.types import UserError
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-PATIENCE = 3  # deaths in a row without a completed task
-_work: Callable[[Any], Any]  # of this worker process
+MAX_WORKER_DEATHS = 3  # deaths in a row without a completed task
+_task_function: Callable[[Any], Any]  # of this worker process
 
 
-def parallel(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, Result]]:
+def map_parallel(
+    function: Callable[[Task], Result], tasks: Sequence[Task], workers: int
+) -> Iterator[tuple[Task, Result]]:
     """Map a function over tasks in parallel; yield (task, result) in the order of completion.
 
     At most two tasks for each worker are submitted at a time. Processes are forked if the system supports it, so neither
@@ -32,48 +34,48 @@ def parallel(work: Callable[[Task], Result], tasks: Sequence[Task], workers: int
     remaining, deaths = list(tasks), 0
     while remaining:
         if min(workers, len(remaining)) <= 1 and not deaths:
-            yield from ((task, work(task)) for task in remaining)
+            yield from ((task, function(task)) for task in remaining)
             return
         try:
-            for task, result in _attempt(work, remaining[:], workers):
+            for task, result in _run_pool(function, remaining[:], workers):
                 remaining.remove(task)
                 deaths = 0
                 yield task, result
         except BrokenProcessPool:
             deaths += 1
-            if deaths == PATIENCE:
+            if deaths == MAX_WORKER_DEATHS:
                 raise UserError(
-                    f"Worker processes died {PATIENCE} times in a row over {remaining[0]} and what follows it, killed from outside or by "
+                    f"Worker processes died {MAX_WORKER_DEATHS} times in a row over {remaining[0]} and what follows it, killed from outside or by "
                     "their memory. Set data.index_workers lower, and look into the system's log."
                 ) from None
 
 
-def _attempt(work: Callable[[Task], Result], tasks: list[Task], workers: int) -> Iterator[tuple[Task, Result]]:
+def _run_pool(function: Callable[[Task], Result], tasks: list[Task], workers: int) -> Iterator[tuple[Task, Result]]:
     """Run a process pool over the tasks; raises BrokenProcessPool if a worker dies."""
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_start, initargs=(work,))
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_init_worker, initargs=(function,))
     running: dict[Future[Result], Task] = {}
     tasks.reverse()
     try:
         while tasks or running:
             while tasks and len(running) < 2 * workers:
                 task = tasks.pop()
-                running[pool.submit(_do, task)] = task
+                running[pool.submit(_run_task, task)] = task
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 yield running.pop(future), future.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _start(work: Callable[[Any], Any]) -> None:
+def _init_worker(function: Callable[[Any], Any]) -> None:
     """Initialise a worker process."""
-    global _work
-    _work = work
+    global _task_function
+    _task_function = function
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and stops its workers
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
 
 
-def _follow_parent() -> None:
+def _wait_for_parent() -> None:
     """Exit when the parent ends: a killed parent cannot stop its workers, and they would hold its locks for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -81,5 +83,5 @@ def _follow_parent() -> None:
     os._exit(1)
 
 
-def _do(task: Any) -> Any:
-    return _work(task)
+def _run_task(task: Any) -> Any:
+    return _task_function(task)

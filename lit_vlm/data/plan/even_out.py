@@ -7,15 +7,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from lit_vlm.data.plan.deal import Caps, Hand
+    from lit_vlm.data.plan.deal import MicroBatchLimits, StepSamples
 
-GOOD = 0.995
-ROUNDS = 8
-CANDIDATES = 16  # samples of a pack that are considered; packs with more samples are balanced already
-ELEMENTS = 1 << 20  # exchanges that are evaluated at once
+TARGET_BALANCE = 0.995
+MAX_ROUNDS = 8
+MAX_CANDIDATES = 16  # samples of a pack that are considered; packs with more samples are balanced already
+MAX_EXCHANGES = 1 << 20  # exchanges that are evaluated at once
 
 
-def even_out(hand: Hand, pack: np.ndarray, caps: Caps, num_packs: int, good: float = GOOD) -> None:
+def rebalance(
+    step_samples: StepSamples,
+    pack_ids: np.ndarray,
+    limits: MicroBatchLimits,
+    num_packs: int,
+    target_balance: float = TARGET_BALANCE,
+) -> None:
     """Rebalance packs in place: change `pack_ids` [steps, samples] int32, within the limits.
 
     Each round pairs the heaviest pack with the lightest, the second heaviest with the second lightest, and so on. Each
@@ -26,44 +32,46 @@ def even_out(hand: Hand, pack: np.ndarray, caps: Caps, num_packs: int, good: flo
     """
     if num_packs == 1:
         return
-    list_size = min(CANDIDATES, int(_counts(pack, hand.there, num_packs).max())) + 1
-    steps_per_block = max(1, ELEMENTS // (num_packs // 2 * list_size**2))
-    for start in range(0, len(pack), steps_per_block):
-        rows = np.arange(start, min(start + steps_per_block, len(pack)))
-        table = _Table(hand.rows(rows), pack[rows], num_packs, list_size)
-        for _ in range(ROUNDS):
-            if not table.exchange(caps, good):
+    list_size = min(MAX_CANDIDATES, int(_count_samples(pack_ids, step_samples.valid, num_packs).max())) + 1
+    steps_per_block = max(1, MAX_EXCHANGES // (num_packs // 2 * list_size**2))
+    for start in range(0, len(pack_ids), steps_per_block):
+        rows = np.arange(start, min(start + steps_per_block, len(pack_ids)))
+        table = _PackTable(step_samples.select_steps(rows), pack_ids[rows], num_packs, list_size)
+        for _ in range(MAX_ROUNDS):
+            if not table.run_round(limits, target_balance):
                 break
-        pack[rows] = table.pack()
+        pack_ids[rows] = table.get_pack_ids()
 
 
-class _Table:
+class _PackTable:
     """Table of the packs of some steps: sample lists that end with a null sample; `sums` are FLOPs, tokens and tiles."""
 
-    def __init__(self, hand: Hand, pack: np.ndarray, num_packs: int, size: int) -> None:
-        steps, width = pack.shape
-        self.dealt, self.rows = pack, np.arange(steps)[:, None]
+    def __init__(self, step_samples: StepSamples, pack_ids: np.ndarray, num_packs: int, size: int) -> None:
+        steps, width = pack_ids.shape
+        self.initial_pack_ids, self.step_rows = pack_ids, np.arange(steps)[:, None]
         null_sample = np.zeros((steps, 1))
-        self.weights = [np.hstack([column, null_sample]) for column in (hand.work, hand.tokens, hand.tiles)]
-        flat_ids = pack + self.rows * num_packs
+        self.weights = [
+            np.hstack([column, null_sample]) for column in (step_samples.flops, step_samples.tokens, step_samples.tiles)
+        ]
+        flat_ids = pack_ids + self.step_rows * num_packs
         self.sums = [
             np.bincount(flat_ids.ravel(), column.ravel(), steps * num_packs).reshape(steps, num_packs)
-            for column in (hand.work, hand.tokens, hand.tiles)
+            for column in (step_samples.flops, step_samples.tokens, step_samples.tiles)
         ]
-        order = np.argsort(np.where(hand.there, pack, num_packs), axis=1, kind="stable")  # padding last
-        sorted_pack = np.take_along_axis(pack, order, 1)
-        counts = _counts(pack, hand.there, num_packs)
+        order = np.argsort(np.where(step_samples.valid, pack_ids, num_packs), axis=1, kind="stable")  # padding last
+        sorted_pack = np.take_along_axis(pack_ids, order, 1)
+        counts = _count_samples(pack_ids, step_samples.valid, num_packs)
         starts = np.cumsum(counts, axis=1) - counts
         slot = np.arange(width) - np.take_along_axis(starts, sorted_pack, 1)
-        is_member = np.take_along_axis(hand.there, order, 1) & (slot < size - 1)
+        is_member = np.take_along_axis(step_samples.valid, order, 1) & (slot < size - 1)
         self.members = np.full((steps, num_packs, size), width)  # width: the null sample
         step, column = np.nonzero(is_member)
         self.members[step, sorted_pack[is_member], slot[is_member]] = order[step, column]
 
-    def exchange(self, caps: Caps, good: float) -> bool:
+    def run_round(self, limits: MicroBatchLimits, target_balance: float) -> bool:
         """Run one round of exchanges; return True if anything changed."""
         work = self.sums[0]
-        unbalanced = np.flatnonzero(work.mean(axis=1) < good * work.max(axis=1))
+        unbalanced = np.flatnonzero(work.mean(axis=1) < target_balance * work.max(axis=1))
         if not len(unbalanced):
             return False
         half = work.shape[1] // 2
@@ -76,17 +84,19 @@ class _Table:
         ]
         gap = (work[rows, heavy] - work[rows, light])[..., None, None]
         allowed = (differences[0] > 0) & (differences[0] < gap)
-        for sums, difference, limit in zip(self.sums[1:], differences[1:], (caps.tokens, caps.tiles), strict=True):
+        for sums, difference, limit in zip(
+            self.sums[1:], differences[1:], (limits.max_tokens, limits.max_tiles), strict=True
+        ):
             allowed &= (difference <= (limit - sums[rows, light])[..., None, None]) & (
                 -difference <= (limit - sums[rows, heavy])[..., None, None]
             )
         distance = np.where(allowed, np.abs(differences[0] - gap / 2), np.inf).reshape(*heavy.shape, -1)
         best = distance.argmin(axis=-1)
         row, pair = np.nonzero(np.isfinite(np.take_along_axis(distance, best[..., None], -1)[..., 0]))
-        self._apply(unbalanced[row], heavy[row, pair], light[row, pair], best[row, pair])
+        self._apply_exchanges(unbalanced[row], heavy[row, pair], light[row, pair], best[row, pair])
         return len(row) > 0
 
-    def _apply(self, steps: np.ndarray, heavy: np.ndarray, light: np.ndarray, best: np.ndarray) -> None:
+    def _apply_exchanges(self, steps: np.ndarray, heavy: np.ndarray, light: np.ndarray, best: np.ndarray) -> None:
         heavy_slot, light_slot = np.divmod(best, self.members.shape[2])
         moved_out, moved_in = self.members[steps, heavy, heavy_slot], self.members[steps, light, light_slot]
         self.members[steps, heavy, heavy_slot], self.members[steps, light, light_slot] = moved_in, moved_out
@@ -95,16 +105,16 @@ class _Table:
             sums[steps, heavy] -= difference
             sums[steps, light] += difference
 
-    def pack(self) -> np.ndarray:
+    def get_pack_ids(self) -> np.ndarray:
         """Return the current pack ids, [steps, samples] int32."""
-        steps, width = self.dealt.shape
-        changed = np.hstack([self.dealt, np.zeros((steps, 1), dtype=self.dealt.dtype)])
+        steps, width = self.initial_pack_ids.shape
+        changed = np.hstack([self.initial_pack_ids, np.zeros((steps, 1), dtype=self.initial_pack_ids.dtype)])
         number = np.broadcast_to(np.arange(self.members.shape[1])[:, None], self.members.shape[1:])
         np.put_along_axis(changed, self.members.reshape(steps, -1), np.tile(number.ravel(), (steps, 1)), 1)
         return changed[:, :width]
 
 
-def _counts(pack: np.ndarray, there: np.ndarray, num_packs: int) -> np.ndarray:
+def _count_samples(pack_ids: np.ndarray, valid: np.ndarray, num_packs: int) -> np.ndarray:
     """Count the samples of each pack: [steps, packs]."""
-    flat_ids = (pack + np.arange(len(pack))[:, None] * num_packs)[there]
-    return np.bincount(flat_ids, minlength=len(pack) * num_packs).reshape(len(pack), num_packs)
+    flat_ids = (pack_ids + np.arange(len(pack_ids))[:, None] * num_packs)[valid]
+    return np.bincount(flat_ids, minlength=len(pack_ids) * num_packs).reshape(len(pack_ids), num_packs)

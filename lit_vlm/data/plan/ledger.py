@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lit_vlm.data.index.columns import Index
+from lit_vlm.data.index.columns import SampleIndex
 from lit_vlm.files import append_line
 from lit_vlm.types import RecordError, UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class LedgerEntry:
     """One line of `ledger.jsonl`: a corrupt record and the reason."""
 
     source: str
@@ -36,7 +36,7 @@ class Entry:
 class Ledger:
     """Quarantine ledger of a run, `<run folder>/ledger.jsonl`. To use a repaired record again, delete its line."""
 
-    def __init__(self, path: Path, entries: list[Entry]) -> None:
+    def __init__(self, path: Path, entries: list[LedgerEntry]) -> None:
         self.path, self.entries = path, entries
 
     @classmethod
@@ -59,7 +59,7 @@ class Ledger:
                 "mend it, or remove it, and a sample that is still bad is met and entered again."
             ) from error
         # splitlines() would also split at other Unicode line separators
-        found = (_entry(line) for line in text.split("\n"))
+        found = (_parse_entry(line) for line in text.split("\n"))
         return cls(path, [entry for entry in found if entry is not None])
 
     def __len__(self) -> int:
@@ -71,16 +71,16 @@ class Ledger:
 
     def add(
         self, source: str, position: int, error: RecordError, record_id: str = "", *, held_out: bool = False
-    ) -> Entry:
+    ) -> LedgerEntry:
         """Append one line and flush it to disk; safe for several processes at once."""
         now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        entry = Entry(source, position, error.origin, error.fault.value, error.reason, record_id, now, held_out)
+        entry = LedgerEntry(source, position, error.origin, error.fault.value, error.reason, record_id, now, held_out)
         line = json.dumps(asdict(entry), ensure_ascii=False).encode("utf-8", "backslashreplace")
         append_line(self.path, line)
         self.entries.append(entry)
         return entry
 
-    def samples(self, index: Index, *, held_out: bool = False) -> np.ndarray:
+    def find_samples(self, index: SampleIndex, *, held_out: bool = False) -> np.ndarray:
         """Find the samples of the index that the ledger lists: [excluded samples] int64, sorted.
 
         Entries whose record is not in the index (held out, or found bad since) are ignored. Warns if the source of an
@@ -101,15 +101,15 @@ class Ledger:
         for number, name in enumerate(names):
             positions = [entry.position for entry in entries if entry.source == name]
             if positions:
-                samples = index.of_source(number)
+                samples = index.find_source_samples(number)
                 found.append(samples[np.isin(index.position[samples], positions)])
         return np.sort(np.concatenate(found))
 
 
-def _entry(line: str) -> Entry | None:
+def _parse_entry(line: str) -> LedgerEntry | None:
     """Parse a line; return None if it is incomplete or malformed."""
     try:
         values = json.loads(line)
-        return Entry(**{item.name: values[item.name] for item in fields(Entry)})
+        return LedgerEntry(**{item.name: values[item.name] for item in fields(LedgerEntry)})
     except (ValueError, TypeError, KeyError):
         return None

@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from lit_vlm.data.index.columns import Index
-from lit_vlm.files import written
+from lit_vlm.data.index.columns import SampleIndex
+from lit_vlm.files import atomic_write
 from lit_vlm.types import UserError
 
-LOCK, LOCK_VERSION = "mixture.lock", 1  # file name in the run folder
-DAY = "template_date"  # date that a date-dependent chat template renders, YYYY-MM-DD
-WORDS = {
+LOCK_FILE, LOCK_VERSION = "mixture.lock", 1  # file name in the run folder
+TEMPLATE_DATE_KEY = "template_date"  # date that a date-dependent chat template renders, YYYY-MM-DD
+FACT_LABELS = {
     "processor": "the tokenizer, the chat template or the image settings",
     "digest": "what its records say",
     "seed": "seed",
@@ -28,12 +28,12 @@ WORDS = {
     "global_batch_size": "data.global_batch_size",
     "global_batch_tokens": "data.global_batch_tokens",
 }
-COUNTS = ("records", "usable", "tokens")  # facts that are counts
+COUNT_KEYS = ("records", "usable", "tokens")  # facts that are counts
 
 
-def source_facts(index: Index, number: int) -> dict[str, Any]:
+def describe_source(index: SampleIndex, number: int) -> dict[str, Any]:
     """Describe one source of the index: number of usable records, their tokens, and a digest of their content in order."""
-    samples = index.of_source(number)
+    samples = index.find_source_samples(number)
     digest = hashlib.sha256(np.ascontiguousarray(index.columns["digest"][samples]).tobytes()).hexdigest()
     return {"usable": len(samples), "tokens": int(index.tokens[samples].sum()), "digest": digest}
 
@@ -42,7 +42,7 @@ def write_lock(path: str | Path, lock: Mapping[str, Any]) -> None:
     """Write the lock as JSON, in the order of its keys; the file is replaced atomically."""
     path = Path(path)
     text = json.dumps({"version": LOCK_VERSION, **lock}, indent=2, ensure_ascii=False, allow_nan=False)
-    with written(path, path.name, "run_dir") as draft:
+    with atomic_write(path, path.name, "run_dir") as draft:
         draft.write_text(text + "\n", encoding="utf-8")
 
 
@@ -63,7 +63,7 @@ def read_lock(path: str | Path) -> dict[str, Any]:
     return lock
 
 
-def find_lock(path: str | Path) -> dict[str, Any]:
+def read_lock_or_empty(path: str | Path) -> dict[str, Any]:
     """Read a lock for callers to which it is optional; return {} if it is missing or damaged."""
     try:
         return read_lock(path)
@@ -71,7 +71,7 @@ def find_lock(path: str | Path) -> dict[str, Any]:
         return {}
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+def compare_locks(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Compare two locks; return one sentence for each difference, [] if they are equal."""
     # JSON makes tuples equal to lists, and enums equal to their names
     before, now = (json.loads(json.dumps(lock)) for lock in (old, new))
@@ -80,32 +80,32 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     changes += [f"{name}: it is trained on now, and was not then" for name in sources[1] if name not in sources[0]]
     for name in sources[0]:
         if name in sources[1]:
-            changes += [f"{name}: {text}" for text in _told(sources[0][name], sources[1][name])]
-    return changes + _told(before, now)
+            changes += [f"{name}: {text}" for text in _describe_changes(sources[0][name], sources[1][name])]
+    return changes + _describe_changes(before, now)
 
 
-def _told(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _describe_changes(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Describe the differences of two dictionaries of facts."""
     changes = []
     for key in [*old, *(key for key in new if key not in old)]:
         before, now = old.get(key), new.get(key)
         if before == now:
             continue
-        name = prefix + WORDS.get(key, key)
+        name = prefix + FACT_LABELS.get(key, key)
         if isinstance(before, dict) and isinstance(now, dict):
-            changes += _told(before, now, f"{name}.")
+            changes += _describe_changes(before, now, f"{name}.")
         elif key in ("processor", "digest"):
             changes.append(f"{name} changed")
-        elif key in COUNTS and isinstance(before, int) and isinstance(now, int):
-            changes.append(f"{before:,} {_noun(key)} then, {now:,} now")
+        elif key in COUNT_KEYS and isinstance(before, int) and isinstance(now, int):
+            changes.append(f"{before:,} {_get_count_label(key)} then, {now:,} now")
         else:
-            changes.append(f"{name} was {_shown(before)}, is {_shown(now)}")
+            changes.append(f"{name} was {_format_value(before)}, is {_format_value(now)}")
     return changes
 
 
-def _noun(key: str) -> str:
+def _get_count_label(key: str) -> str:
     return "usable records" if key == "usable" else key
 
 
-def _shown(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return "not given" if value is None else json.dumps(value, ensure_ascii=False)

@@ -16,22 +16,22 @@ from typing import Any
 import numpy as np
 
 from lit_vlm.cost import Flops
-from lit_vlm.data.index.columns import Index
-from lit_vlm.data.plan.deal import Caps, Hand, deal_all, hand_of, loads
+from lit_vlm.data.index.columns import SampleIndex
+from lit_vlm.data.plan.deal import MicroBatchLimits, StepSamples, gather_steps, pack_steps, sum_per_pack
 from lit_vlm.data.plan.ledger import Ledger
 from lit_vlm.data.plan.mixture import Mixture
-from lit_vlm.data.plan.steps import Length, draw_steps
-from lit_vlm.data.plan.store import Arrays, kept, key_of
-from lit_vlm.types import counted
+from lit_vlm.data.plan.steps import StageLength, sample_steps
+from lit_vlm.data.plan.store import Arrays, hash_facts, load_or_build
+from lit_vlm.types import format_count
 
 PLAN_VERSION = 2  # increase it when the same settings give other samples or packs
-BLOCK = 1 << 16  # held-out samples that are packed together, and entries of an intermediate matrix
+BLOCK_SIZE = 1 << 16  # held-out samples that are packed together, and entries of an intermediate matrix
 
 Pack = tuple[int, ...]  # index rows of the samples of one micro-batch
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class PlanStep:
     """One optimizer step: `packs[micro_batch * world_size + rank]`; an empty pack becomes a dummy micro-batch."""
 
     packs: tuple[Pack, ...]
@@ -66,12 +66,12 @@ class Plan:
 
     def __init__(
         self,
-        index: Index,
+        index: SampleIndex,
         mixture: Mixture | None = None,
         *,
         flops: Flops,
-        most_tokens: int,
-        most_tiles: int,
+        max_tokens: int,
+        max_tiles: int,
         global_batch_size: int | None = None,
         global_batch_tokens: int | None = None,
         seed: int = 0,
@@ -85,87 +85,93 @@ class Plan:
         self.index, self.mixture, self.flops, self.world_size = index, mixture or Mixture(index), flops, world_size
         self.global_batch_size = None if global_batch_tokens else global_batch_size
         self.global_batch_tokens = global_batch_tokens
-        self.most_tokens, self.most_tiles = most_tokens, most_tiles
-        length = Length(self.global_batch_size, global_batch_tokens, max_steps, max_epochs)
+        self.max_tokens, self.max_tiles = max_tokens, max_tiles
+        length = StageLength(self.global_batch_size, global_batch_tokens, max_steps, max_epochs)
         facts: dict[str, Any] = {"version": PLAN_VERSION, "length": asdict(length), "seed": seed}
         if store is not None:
-            facts |= {"settings": asdict(self.mixture.settings), "index": digest or index.digest()}
-        self._steps = kept(store, "steps", key_of(facts), lambda: draw_steps(index, self.mixture, length, seed))
-        facts |= {"caps": [most_tokens, most_tiles], "flops": asdict(flops), "world_size": world_size}
-        packed = kept(store, "packs", key_of(facts), self._deal)
-        self._pack, self.k = packed["pack"], int(packed["k"][0])
-        self.num_steps = len(self._steps["ends"])
-        self.left_out = np.empty(0, dtype=np.int64) if ledger is None else ledger.samples(index)
-        self._last: tuple[int, Step] | None = None  # the micro-batches of one step are read one after another
+            facts |= {"settings": asdict(self.mixture.settings), "index": digest or index.compute_digest()}
+        self._step_arrays = load_or_build(
+            store, "steps", hash_facts(facts), lambda: sample_steps(index, self.mixture, length, seed)
+        )
+        facts |= {"caps": [max_tokens, max_tiles], "flops": asdict(flops), "world_size": world_size}
+        packed = load_or_build(store, "packs", hash_facts(facts), self._pack_steps)
+        self._pack_ids, self.accumulate_grad_batches = packed["pack"], int(packed["k"][0])
+        self.num_steps = len(self._step_arrays["ends"])
+        self.excluded_samples = np.empty(0, dtype=np.int64) if ledger is None else ledger.find_samples(index)
+        self._cached_step: tuple[int, PlanStep] | None = (
+            None  # the micro-batches of one step are read one after another
+        )
 
-    def samples(self, step: int) -> np.ndarray:
+    def get_samples(self, step: int) -> np.ndarray:
         """Return the samples of a step in the order of the mixture, without excluded ones; independent of the world size."""
-        samples, _ = self._drawn(step)
-        return samples[~np.isin(samples, self.left_out)]
+        samples, _ = self._get_samples_and_pack_ids(step)
+        return samples[~np.isin(samples, self.excluded_samples)]
 
-    def step(self, step: int) -> Step:
+    def get_step(self, step: int) -> PlanStep:
         """Return an optimizer step with its packs."""
-        if self._last is None or self._last[0] != step:
-            self._last = step, self._step(step)
-        return self._last[1]
+        if self._cached_step is None or self._cached_step[0] != step:
+            self._cached_step = step, self._build_step(step)
+        return self._cached_step[1]
 
-    def draws(self) -> np.ndarray:
+    def get_sample_sequence(self) -> np.ndarray:
         """Return the samples of all steps, step after step, for `Mixture.summarize`; it includes those of the ledger."""
-        return self._steps["samples"]
+        return self._step_arrays["samples"]
 
     @property
-    def batch(self) -> str:
+    def batch_description(self) -> str:
         """Size of a step as text, such as "128 samples"."""
         if self.global_batch_size is None:
-            return counted(self.global_batch_tokens, "token")
-        return counted(self.global_batch_size, "sample")
+            return format_count(self.global_batch_tokens, "token")
+        return format_count(self.global_batch_size, "sample")
 
     @property
-    def ends(self) -> np.ndarray:
+    def step_ends(self) -> np.ndarray:
         """End of each step in `get_sample_sequence()`, [steps]. Step i begins at `step_ends[i - 1]`, the first at 0."""
-        return self._steps["ends"]
+        return self._step_arrays["ends"]
 
-    def balance(self) -> dict[str, Any]:
+    def measure_balance(self) -> dict[str, Any]:
         """Measure the balance and the sizes of the packs.
 
         `micro_steps` is the share of the time in which ranks compute, if each micro-batch waits for its slowest rank
         (FSDP, ZeRO-3); `ranks` is that share if ranks wait only at the end of a step (DDP). Both are mean over maximum
         FLOPs, given as the mean over the steps and as the worst step. `tokens` and `tiles` are the sizes of the packs.
         """
-        num_packs, micro_batch_balance, rank_balance, sizes = self.k * self.world_size, [], [], []
-        steps_per_block = max(1, BLOCK // max(num_packs, len(self._pack) // self.num_steps))
+        num_packs, micro_batch_balance, rank_balance, sizes = self.accumulate_grad_batches * self.world_size, [], [], []
+        steps_per_block = max(1, BLOCK_SIZE // max(num_packs, len(self._pack_ids) // self.num_steps))
         for start in range(0, self.num_steps, steps_per_block):
-            step_samples, pack_ids = self._hand(np.arange(start, min(start + steps_per_block, self.num_steps)))
-            pack_flops = loads(pack_ids, step_samples.work, num_packs).reshape(len(pack_ids), self.k, self.world_size)
+            step_samples, pack_ids = self._gather_steps(np.arange(start, min(start + steps_per_block, self.num_steps)))
+            pack_flops = sum_per_pack(pack_ids, step_samples.flops, num_packs).reshape(
+                len(pack_ids), self.accumulate_grad_batches, self.world_size
+            )
             mean_flops = pack_flops.sum(axis=(1, 2)) / self.world_size
             micro_batch_balance.append(mean_flops / pack_flops.max(axis=2).sum(axis=1))
             rank_balance.append(mean_flops / pack_flops.sum(axis=1).max(axis=1))
             sizes.append(
                 np.stack(
                     [
-                        loads(pack_ids, c, num_packs).ravel()
-                        for c in (step_samples.there, step_samples.tokens, step_samples.tiles)
+                        sum_per_pack(pack_ids, c, num_packs).ravel()
+                        for c in (step_samples.valid, step_samples.tokens, step_samples.tiles)
                     ]
                 )
             )
         samples, tokens, tiles = np.concatenate(sizes, axis=1, dtype=np.float32)
         return {
-            "k": self.k,
+            "k": self.accumulate_grad_batches,
             "world_size": self.world_size,
-            "samples_per_rank_and_step": len(self._pack) / self.num_steps / self.world_size,
-            "micro_steps": _of_steps(np.concatenate(micro_batch_balance)),
-            "ranks": _of_steps(np.concatenate(rank_balance)),
-            "tokens": _of_packs(tokens, self.most_tokens),
-            "tiles": _of_packs(tiles, self.most_tiles),
+            "samples_per_rank_and_step": len(self._pack_ids) / self.num_steps / self.world_size,
+            "micro_steps": _summarize_balance(np.concatenate(micro_batch_balance)),
+            "ranks": _summarize_balance(np.concatenate(rank_balance)),
+            "tokens": _summarize_sizes(tokens, self.max_tokens),
+            "tiles": _summarize_sizes(tiles, self.max_tiles),
             "blank_packs": int((samples == 0).sum()),
             "num_packs": len(samples),
             "padding": 0.0,  # a flat batch has no padding
         }
 
-    def _step(self, step: int) -> Step:
+    def _build_step(self, step: int) -> PlanStep:
         """Build a step: group its samples by pack, without excluded samples."""
-        samples_in_step, pack_ids = self._drawn(step)
-        is_excluded = np.isin(samples_in_step, self.left_out)
+        samples_in_step, pack_ids = self._get_samples_and_pack_ids(step)
+        is_excluded = np.isin(samples_in_step, self.excluded_samples)
         excluded, samples_in_step, pack_ids = (
             samples_in_step[is_excluded],
             samples_in_step[~is_excluded],
@@ -173,13 +179,15 @@ class Plan:
         )
         order = np.argsort(pack_ids, kind="stable")
         samples = samples_in_step[order].tolist()
-        bounds = np.searchsorted(pack_ids[order], np.arange(self.k * self.world_size + 1)).tolist()
+        bounds = np.searchsorted(
+            pack_ids[order], np.arange(self.accumulate_grad_batches * self.world_size + 1)
+        ).tolist()
         totals = {
-            name: int(self._steps[name][step])
+            name: int(self._step_arrays[name][step])
             - (int(getattr(self.index, name)[excluded].sum()) if len(excluded) else 0)
             for name in ("supervised", "tiles", "chosen")
         }
-        return Step(
+        return PlanStep(
             packs=tuple(tuple(samples[begin:end]) for begin, end in pairwise(bounds)),
             num_supervised=totals["supervised"],
             num_samples=len(samples),
@@ -187,49 +195,53 @@ class Plan:
             num_chosen=totals["chosen"],
         )
 
-    def _drawn(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+    def _get_samples_and_pack_ids(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the samples of a step and their pack ids."""
         if not 0 <= step < self.num_steps:
             raise IndexError(f"step {step} of {self.num_steps}")
-        ends = self._steps["ends"]
+        ends = self._step_arrays["ends"]
         step_slice = slice(int(ends[step - 1]) if step else 0, int(ends[step]))
-        return self._steps["samples"][step_slice], self._pack[step_slice]
+        return self._step_arrays["samples"][step_slice], self._pack_ids[step_slice]
 
-    def _deal(self) -> Arrays:
+    def _pack_steps(self) -> Arrays:
         """Pack all steps; the arrays that are cached."""
-        limits = Caps(self.most_tokens, self.most_tiles)
-        samples, ends = self._steps["samples"], self._steps["ends"]
-        accumulate_grad_batches, pack_ids = deal_all(self.index, self.flops, samples, ends, limits, self.world_size)
+        limits = MicroBatchLimits(self.max_tokens, self.max_tiles)
+        samples, ends = self._step_arrays["samples"], self._step_arrays["ends"]
+        accumulate_grad_batches, pack_ids = pack_steps(self.index, self.flops, samples, ends, limits, self.world_size)
         return {"pack": pack_ids, "k": np.array([accumulate_grad_batches])}
 
-    def _hand(self, steps: np.ndarray) -> tuple[Hand, np.ndarray]:
+    def _gather_steps(self, steps: np.ndarray) -> tuple[StepSamples, np.ndarray]:
         """Gather the samples of some steps, and their pack ids [steps, samples]."""
-        step_samples = hand_of(self.index, self.flops, self._steps["samples"], self._steps["ends"], steps)
-        return step_samples, self._pack[np.where(step_samples.there, step_samples.places, 0)].astype(np.int64)
+        step_samples = gather_steps(
+            self.index, self.flops, self._step_arrays["samples"], self._step_arrays["ends"], steps
+        )
+        return step_samples, self._pack_ids[np.where(step_samples.valid, step_samples.positions, 0)].astype(np.int64)
 
 
-def validation_packs(index: Index, *, most_tokens: int, most_tiles: int, world_size: int, flops: Flops) -> list[Pack]:
+def pack_validation(
+    index: SampleIndex, *, max_tokens: int, max_tiles: int, world_size: int, flops: Flops
+) -> list[Pack]:
     """Pack all validation samples, each once, into the fewest packs of equal FLOPs within the limits.
 
     Each rank has the same number of packs; pack `i` belongs to rank `i % world_size`. An empty pack becomes a dummy
     micro-batch. More than 65,536 samples are packed in blocks.
     """
     packs: list[Pack] = []
-    for start in range(0, len(index), BLOCK):
-        samples = np.arange(start, min(start + BLOCK, len(index)))
-        limits, ends = Caps(most_tokens, most_tiles), np.array([len(samples)])
-        num_micro_batches, pack_ids = deal_all(index, flops, samples, ends, limits, world_size)
+    for start in range(0, len(index), BLOCK_SIZE):
+        samples = np.arange(start, min(start + BLOCK_SIZE, len(index)))
+        limits, ends = MicroBatchLimits(max_tokens, max_tiles), np.array([len(samples)])
+        num_micro_batches, pack_ids = pack_steps(index, flops, samples, ends, limits, world_size)
         order = np.argsort(pack_ids, kind="stable")
         bounds = np.searchsorted(pack_ids[order], np.arange(num_micro_batches * world_size + 1))
         packs += [tuple(samples[order[begin:end]].tolist()) for begin, end in pairwise(bounds)]
     return packs
 
 
-def _of_steps(values: np.ndarray) -> dict[str, float]:
+def _summarize_balance(values: np.ndarray) -> dict[str, float]:
     return {"mean": float(values.mean()), "min": float(values.min())}
 
 
-def _of_packs(sizes: np.ndarray, cap: int) -> dict[str, float]:
+def _summarize_sizes(sizes: np.ndarray, limit: int) -> dict[str, float]:
     low, middle, high = (float(value) for value in np.percentile(sizes, (5, 50, 95)))
     mean, largest = float(sizes.mean()), float(sizes.max())
-    return {"mean": mean, "p5": low, "median": middle, "p95": high, "largest": largest, "cap": cap}
+    return {"mean": mean, "p5": low, "median": middle, "p95": high, "largest": largest, "cap": limit}

@@ -9,15 +9,18 @@ from typing import Literal
 
 import numpy as np
 
-from lit_vlm.types import Kind, UserError
+from lit_vlm.types import SampleKind, UserError
 
-EXACT = 1e-9  # tolerance of a share: far below one sample in ten million
-ROUNDS, PATIENCE = 5000, 500  # of proportional fitting; number of rounds between two checks for vanishing cells
-VANISHING = 0.02  # a cell below this fraction of its initial share, and still decreasing, is set to zero
+SHARE_TOLERANCE = 1e-9  # tolerance of a share: far below one sample in ten million
+MAX_FITTING_ROUNDS, ROUNDS_BETWEEN_CHECKS = (
+    5000,
+    500,
+)  # of proportional fitting; number of rounds between two checks for vanishing cells
+VANISHING_FRACTION = 0.02  # a cell below this fraction of its initial share, and still decreasing, is set to zero
 
 
 @dataclass(frozen=True, slots=True)
-class Amount:
+class SourceAmount:
     """Amount of one source in the mixture: a weight, or a number of passes, or a number of samples."""
 
     weight: float | None = None  # share relative to the other sources
@@ -29,16 +32,16 @@ class Amount:
 class MixtureSettings:
     """Mixture settings: those under `data` in the configuration, as plain values."""
 
-    sources: Mapping[str, Amount] = field(default_factory=dict)  # by name; a missing source: by its size
+    sources: Mapping[str, SourceAmount] = field(default_factory=dict)  # by name; a missing source: by its size
     weights_in: Literal["samples", "tokens"] = "samples"
     temperature: float = 1.0  # without weights: a source is weighted by size^(1/temperature)
     share_ko: float | None = None  # share of the samples
     share_text_only: float | None = None
-    share_kinds: Mapping[Kind, float] = field(default_factory=dict)
+    share_kinds: Mapping[SampleKind, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
-class Margin:
+class TargetShare:
     """Requested share of a group of cells."""
 
     name: str  # e.g. "data.share.ko=0.7"
@@ -46,7 +49,7 @@ class Margin:
     cells: np.ndarray  # [cells] bool
 
 
-def amounts_of(settings: MixtureSettings, names: Sequence[str]) -> list[Amount]:
+def resolve_amounts(settings: MixtureSettings, names: Sequence[str]) -> list[SourceAmount]:
     """Resolve the amount of each source.
 
     Raises:
@@ -55,7 +58,7 @@ def amounts_of(settings: MixtureSettings, names: Sequence[str]) -> list[Amount]:
     for name in settings.sources:
         if name not in names:
             raise UserError(f"The mixture names the source {name}, but there are only: {', '.join(names)}.")
-    amounts = [settings.sources.get(name, Amount()) for name in names]
+    amounts = [settings.sources.get(name, SourceAmount()) for name in names]
     has_weights = any(amount.weight is not None for amount in amounts)
     for name, amount in zip(names, amounts, strict=True):
         given = {key: getattr(amount, key) for key in ("weight", "repeat", "count")}
@@ -79,7 +82,7 @@ def amounts_of(settings: MixtureSettings, names: Sequence[str]) -> list[Amount]:
     return amounts
 
 
-def counts_of(amounts: Sequence[Amount], sizes: np.ndarray) -> np.ndarray:
+def compute_epoch_counts(amounts: Sequence[SourceAmount], sizes: np.ndarray) -> np.ndarray:
     """Compute the samples of each source in an epoch, if no source has a weight: [sources] float64."""
     counts = sizes.astype(np.float64)
     for number, amount in enumerate(amounts):
@@ -90,7 +93,9 @@ def counts_of(amounts: Sequence[Amount], sizes: np.ndarray) -> np.ndarray:
     return counts
 
 
-def source_shares(settings: MixtureSettings, names: Sequence[str], sizes: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+def compute_source_shares(
+    settings: MixtureSettings, names: Sequence[str], sizes: np.ndarray, tokens: np.ndarray
+) -> np.ndarray:
     """Compute the share of the samples for each source, [sources]: by weights, else by counts with temperature.
 
     Args:
@@ -100,11 +105,11 @@ def source_shares(settings: MixtureSettings, names: Sequence[str], sizes: np.nda
     Raises:
         UserError: see `resolve_amounts`; or a requested source is empty, or the mixture is empty.
     """
-    amounts = amounts_of(settings, names)
+    amounts = resolve_amounts(settings, names)
     if any(amount.weight is not None for amount in amounts):
         shares = np.array([amount.weight for amount in amounts], dtype=np.float64)
     else:
-        counts = counts_of(amounts, sizes)
+        counts = compute_epoch_counts(amounts, sizes)
         shares = np.where(counts > 0, (counts / max(counts.max(initial=0), 1)) ** (1 / settings.temperature), 0.0)
     for name, share, size in zip(names, shares.tolist(), sizes.tolist(), strict=True):
         if share and not size:
@@ -118,7 +123,7 @@ def source_shares(settings: MixtureSettings, names: Sequence[str], sizes: np.nda
     return shares / shares.sum()
 
 
-def meet(start: np.ndarray, margins: Sequence[Margin]) -> np.ndarray:
+def compute_cell_shares(initial_shares: np.ndarray, target_shares: Sequence[TargetShare]) -> np.ndarray:
     """Compute the cell shares that meet every target share, by iterative proportional fitting.
 
     Of all solutions it is the one closest to `initial_shares` in relative entropy. If cells must vanish, fitting alone
@@ -134,23 +139,23 @@ def meet(start: np.ndarray, margins: Sequence[Margin]) -> np.ndarray:
     Raises:
         UserError: a target share has no sample, or the target shares contradict each other.
     """
-    for margin in margins:
-        if margin.share > EXACT and not start[margin.cells].sum() > 0:
+    for margin in target_shares:
+        if margin.share > SHARE_TOLERANCE and not initial_shares[margin.cells].sum() > 0:
             raise UserError(
                 f"{margin.name} cannot be met: no sample of that sort is drawn from any source. "
                 "Change the share, or add a source that has them."
             )
-    shares = start.copy()
-    for round_number in range(1, ROUNDS + 1):
-        for margin in margins:
+    shares = initial_shares.copy()
+    for round_number in range(1, MAX_FITTING_ROUNDS + 1):
+        for margin in target_shares:
             current = shares[margin.cells].sum()
             if current > 0:
                 shares[margin.cells] *= margin.share / current
-        if all(abs(shares[margin.cells].sum() - margin.share) < EXACT for margin in margins):
+        if all(abs(shares[margin.cells].sum() - margin.share) < SHARE_TOLERANCE for margin in target_shares):
             return shares / shares.sum()
-        if round_number % PATIENCE == 0:
-            shares[shares < VANISHING * start] = 0.0
-    reached = ", ".join(f"{margin.name} (reached {shares[margin.cells].sum():.3f})" for margin in margins)
+        if round_number % ROUNDS_BETWEEN_CHECKS == 0:
+            shares[shares < VANISHING_FRACTION * initial_shares] = 0.0
+    reached = ", ".join(f"{margin.name} (reached {shares[margin.cells].sum():.3f})" for margin in target_shares)
     raise UserError(
         f"The shares asked contradict each other with the samples there are: {reached}. "
         "Change one of them, or add a source with samples that are of both sorts."

@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from lit_vlm.files import locked, written
+from lit_vlm.files import atomic_write, lock_file
 
 Arrays = dict[str, np.ndarray]
 
 
-def key_of(facts: Mapping[str, Any]) -> str:
+def hash_facts(facts: Mapping[str, Any]) -> str:
     """Hash a dictionary of plain values into a cache key of 64 hex digits."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def kept(folder: Path | None, name: str, key: str, build: Callable[[], Arrays]) -> Arrays:
+def load_or_build(folder: Path | None, name: str, key: str, build: Callable[[], Arrays]) -> Arrays:
     """Load the arrays of this key from the folder, or build and save them.
 
     One process builds, the others wait. A file that is incomplete or has another key is built again.
@@ -34,18 +34,18 @@ def kept(folder: Path | None, name: str, key: str, build: Callable[[], Arrays]) 
     if folder is None:
         return build()
     path = folder / f"{name}-{key[:16]}.arrow"
-    arrays = _read(path, key)
+    arrays = _read_arrays(path, key)
     if arrays is None:
-        with locked(path.with_suffix(".lock")):
-            arrays = _read(path, key)
+        with lock_file(path.with_suffix(".lock")):
+            arrays = _read_arrays(path, key)
             if arrays is None:
-                _write(path, key, build())
-                arrays = _read(path, key)
+                _write_arrays(path, key, build())
+                arrays = _read_arrays(path, key)
     assert arrays is not None
     return arrays
 
 
-def _read(path: Path, key: str) -> Arrays | None:
+def _read_arrays(path: Path, key: str) -> Arrays | None:
     """Read a cache file as read-only views; None if it is missing, incomplete, or has another key."""
     try:
         with pa.memory_map(str(path)) as source, pa.ipc.open_file(source) as reader:
@@ -57,10 +57,10 @@ def _read(path: Path, key: str) -> Arrays | None:
         return None
 
 
-def _write(path: Path, key: str, arrays: Arrays) -> None:
+def _write_arrays(path: Path, key: str, arrays: Arrays) -> None:
     """Write one row with a list for each array, atomically: the file is renamed after all bytes are on disk."""
     offsets = {name: pa.array([0, len(array)], pa.int64()) for name, array in arrays.items()}
     lists = [pa.LargeListArray.from_arrays(offsets[name], pa.array(array)) for name, array in arrays.items()]
     batch = pa.RecordBatch.from_arrays(lists, names=list(arrays)).replace_schema_metadata({"key": key})
-    with written(path) as draft, pa.ipc.new_file(str(draft), batch.schema) as writer:
+    with atomic_write(path) as draft, pa.ipc.new_file(str(draft), batch.schema) as writer:
         writer.write_batch(batch)

@@ -13,15 +13,15 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from lit_vlm.data.decoding import MAX_FILE_BYTES, cause
-from lit_vlm.data.readers.zips import UTF8_FLAG, Flaw, Member, decoded_name
+from lit_vlm.data.decoding import MAX_FILE_BYTES, describe_error
+from lit_vlm.data.readers.zips import UTF8_FLAG, ZipMember, ZipMemberFlaw, decode_name
 from lit_vlm.types import UserError
 
-MAX_RATIO = 1100  # limit against zip bombs; deflate expands one byte to at most 1032
+MAX_COMPRESSION_RATIO = 1100  # limit against zip bombs; deflate expands one byte to at most 1032
 _ENCRYPTED_FLAG = 0x1
 
 
-def members_of(archive: Path) -> Iterator[Member]:
+def iter_members(archive: Path) -> Iterator[ZipMember]:
     """Iterate over the files of a zip, in the order of its directory.
 
     Raises:
@@ -31,9 +31,9 @@ def members_of(archive: Path) -> Iterator[Member]:
         with zipfile.ZipFile(archive) as directory:
             entries = [entry for entry in directory.infolist() if not entry.is_dir()]
     except (zipfile.BadZipFile, zipfile.LargeZipFile, OSError, ValueError, NotImplementedError, struct.error) as error:
-        reason = f"{archive}: cannot be opened as a zip file: {cause(error)}"
+        reason = f"{archive}: cannot be opened as a zip file: {describe_error(error)}"
         raise UserError(f"{reason}. It may be cut off; download it again, or take it away.") from error
-    names = [_name_of(entry) for entry in entries]
+    names = [_decode_entry_name(entry) for entry in entries]
     counts = Counter(names)
     if nested_zips := sorted(name for name in counts if name.lower().endswith(".zip")):
         found = ", ".join(nested_zips[:3]) + (", ..." if len(nested_zips) > 3 else "")
@@ -41,29 +41,29 @@ def members_of(archive: Path) -> Iterator[Member]:
             f"{archive}: holds zip files itself ({found}). Unpack it once; zips inside zips are not opened."
         )
     for entry, name in zip(entries, names, strict=True):
-        flaw = Flaw.duplicate if counts[name] > 1 else _flaw(entry, name)
-        yield Member(archive, name, entry.header_offset, entry.compress_size, entry.file_size, entry.CRC, flaw)
+        flaw = ZipMemberFlaw.duplicate if counts[name] > 1 else _find_flaw(entry, name)
+        yield ZipMember(archive, name, entry.header_offset, entry.compress_size, entry.file_size, entry.CRC, flaw)
 
 
-def _name_of(entry: zipfile.ZipInfo) -> str:
+def _decode_entry_name(entry: zipfile.ZipInfo) -> str:
     # The library reads a name without the UTF-8 flag as CP437, which keeps every byte. Its own `metadata_encoding`
     # applies to a whole archive, and fails at the first name of another encoding.
     raw = entry.orig_filename.encode("utf-8" if entry.flag_bits & UTF8_FLAG else "cp437")
-    return decoded_name(raw, entry.flag_bits)
+    return decode_name(raw, entry.flag_bits)
 
 
-def _flaw(entry: zipfile.ZipInfo, name: str) -> Flaw:
+def _find_flaw(entry: zipfile.ZipInfo, name: str) -> ZipMemberFlaw:
     mode = entry.external_attr >> 16
     if entry.flag_bits & _ENCRYPTED_FLAG:
-        return Flaw.encrypted
+        return ZipMemberFlaw.encrypted
     if stat.S_IFMT(mode) not in (0, stat.S_IFREG):
-        return Flaw.link
+        return ZipMemberFlaw.link
     if name.startswith("/") or ".." in PurePosixPath(name).parts or name[1:2] == ":" or "\0" in name:
-        return Flaw.elsewhere
+        return ZipMemberFlaw.elsewhere
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        return Flaw.method
+        return ZipMemberFlaw.method
     if entry.file_size > MAX_FILE_BYTES:
-        return Flaw.too_large
-    if entry.file_size > MAX_RATIO * max(1, entry.compress_size):
-        return Flaw.ratio
-    return Flaw.none
+        return ZipMemberFlaw.too_large
+    if entry.file_size > MAX_COMPRESSION_RATIO * max(1, entry.compress_size):
+        return ZipMemberFlaw.ratio
+    return ZipMemberFlaw.none

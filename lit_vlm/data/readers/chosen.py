@@ -11,7 +11,7 @@ import numpy as np
 from lit_vlm.types import Record, Source
 
 
-class Chosen:
+class SourceSubset:
     """Subset of a source's records: a pseudo-random fraction.
 
     The choice depends on the source's name and a record's position alone. So a selected record stays selected when
@@ -26,31 +26,31 @@ class Chosen:
         self.name, self._source, self._fraction, self._limit = source.name, source, fraction, limit
         parts = (source.digest, source.name, fraction, limit)
         self.digest = hashlib.sha256(repr(parts).encode()).hexdigest()
-        self._positions = chosen(source.name, len(source), fraction)[:limit]
+        self._positions = choose_positions(source.name, len(source), fraction)[:limit]
 
     def __reduce__(self):  # computing the positions again is faster than sending them to a worker
-        return Chosen, (self._source, self._fraction, self._limit)
+        return SourceSubset, (self._source, self._fraction, self._limit)
 
     def __len__(self) -> int:
         return len(self._positions)
 
     def __getitem__(self, index: int) -> Record:
-        return self._source[self._position(index)]
+        return self._source[self._get_position(index)]
 
     def origin(self, index: int) -> str:
-        return _origin(self._source, self._position(index))
+        return _get_origin(self._source, self._get_position(index))
 
     def digest_of(self, start: int, stop: int) -> str:
         """Compute the digest of the selected records start to stop - 1."""
-        return _digest_of(self._source, self._positions[start:stop].astype(np.int64))
+        return _compute_digest(self._source, self._positions[start:stop].astype(np.int64))
 
-    def _position(self, index: int) -> int:
+    def _get_position(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(index)
         return int(self._positions[index])
 
 
-class FewerTiles:
+class TileLimitedSource:
     """Source with a lower tile limit: its images get at most `max_tiles` tiles besides their base view."""
 
     def __init__(self, source: Source, max_tiles: int) -> None:
@@ -64,7 +64,7 @@ class FewerTiles:
         return replace(self._source[index], max_tiles=self._max_tiles)
 
 
-def chosen(name: str, num_records: int, fraction: float) -> np.ndarray:
+def choose_positions(name: str, num_records: int, fraction: float) -> np.ndarray:
     """Choose the positions of a fraction of a source's records.
 
     Returns:
@@ -75,18 +75,18 @@ def chosen(name: str, num_records: int, fraction: float) -> np.ndarray:
     parts = [np.empty(0, np.uint32)]
     for start in range(0, num_records, 1 << 20):
         positions = np.arange(start, min(start + (1 << 20), num_records), dtype=np.uint64)
-        parts.append(positions[_mixed(positions ^ seed) <= threshold].astype(np.uint32))
+        parts.append(positions[_hash_splitmix64(positions ^ seed) <= threshold].astype(np.uint32))
     return np.concatenate(parts)
 
 
-def runs(positions: np.ndarray) -> list[tuple[int, int]]:
+def find_runs(positions: np.ndarray) -> list[tuple[int, int]]:
     """Find the runs of consecutive numbers in [n] ascending positions: (first, last) of each."""
     starts = np.flatnonzero(np.diff(positions, prepend=positions[:1] - 2) != 1)
     ends = np.append(starts[1:], len(positions)) - 1
     return list(zip(positions[starts].tolist(), positions[ends].tolist(), strict=True))
 
 
-def _mixed(values: np.ndarray) -> np.ndarray:
+def _hash_splitmix64(values: np.ndarray) -> np.ndarray:
     """Hash each uint64 with splitmix64: every input bit affects every output bit."""
     values = values + np.uint64(0x9E3779B97F4A7C15)
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -94,12 +94,12 @@ def _mixed(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-def _origin(source: Any, position: int) -> str:
+def _get_origin(source: Any, position: int) -> str:
     return source.origin(position) if hasattr(source, "origin") else f"{source.name}[{position}]"
 
 
-def _digest_of(source: Any, positions: np.ndarray) -> str:
+def _compute_digest(source: Any, positions: np.ndarray) -> str:
     if not hasattr(source, "digest_of"):  # then the digest of the whole source stands for the content of its records
         return hashlib.sha256(source.digest.encode() + positions.tobytes()).hexdigest()
-    digests = [source.digest_of(first, last + 1) for first, last in runs(positions)]
+    digests = [source.digest_of(first, last + 1) for first, last in find_runs(positions)]
     return hashlib.sha256(repr(digests).encode()).hexdigest()

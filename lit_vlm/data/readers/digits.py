@@ -11,10 +11,10 @@ import numpy as np
 from PIL import Image
 
 from lit_vlm.data.images import ArrayImage
-from lit_vlm.types import ImageSlot, Kind, Language, Message, Role, Sample
+from lit_vlm.types import ImagePlaceholder, Language, Message, Role, Sample, SampleKind
 
 NUM_HELD_OUT = 297  # the last digits are held out
-SIDE = 56  # pixels; 7 times the 8 of the original
+SIDE_PX = 56  # pixels; 7 times the 8 of the original
 _QUESTION = {Language.ko: "이 숫자는 무엇인가요?", Language.en: "What digit is this?"}
 
 
@@ -26,17 +26,17 @@ class DigitsSource:
         name: str,
         language: Language,
         *,
-        kind: Kind = Kind.digit,
+        kind: SampleKind = SampleKind.digit,
         limit: int | None = None,
         held_out: bool = False,
     ) -> None:
-        pictures, answers = _load()
+        pictures, answers = _load_images_and_answers()
         num_training = len(answers) - NUM_HELD_OUT
         selected = slice(num_training, None) if held_out else slice(0, num_training)
         self.name, self._language, self._kind = name, language, kind
         self._first = selected.start
         self._pictures, self._answers = pictures[selected][:limit], answers[selected][:limit]
-        settings = ("digits", SIDE, str(language), str(kind), self._first, len(self))
+        settings = ("digits", SIDE_PX, str(language), str(kind), self._first, len(self))
         self.digest = hashlib.sha256(repr(settings).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -49,20 +49,20 @@ class DigitsSource:
         language = self._language
         if language is Language.auto:
             language = (Language.ko, Language.en)[number % 2]
-        question = Message(Role.user, (ImageSlot(0), _QUESTION[language]))
+        question = Message(Role.user, (ImagePlaceholder(0), _QUESTION[language]))
         answer = Message(Role.assistant, (str(self._answers[index]),))
         origin = f"digits[{number}]"
-        image = ArrayImage(_enlarged(self._pictures[index]), origin)
+        image = ArrayImage(_resize_digit(self._pictures[index]), origin)
         return Sample(f"digit-{number}", self.name, origin, self._kind, language, (question, answer), (image,))
 
 
-def _load() -> tuple[np.ndarray, np.ndarray]:
+def _load_images_and_answers() -> tuple[np.ndarray, np.ndarray]:
     from sklearn.datasets import load_digits  # takes a second, so other formats do not import it
 
     digits = load_digits()
     return digits.images, digits.target  # [1797, 8, 8] float, 0 to 16; [1797] int
 
 
-def _enlarged(picture: np.ndarray) -> np.ndarray:
+def _resize_digit(picture: np.ndarray) -> np.ndarray:
     grey = Image.fromarray((picture * (255 / 16)).round().astype(np.uint8))
-    return np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BICUBIC).convert("RGB"))
+    return np.asarray(grey.resize((SIDE_PX, SIDE_PX), Image.Resampling.BICUBIC).convert("RGB"))

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from lit_vlm.data.images import shown
-from lit_vlm.data.readers.dialects import SYSTEM, check_record, check_turn
-from lit_vlm.data.readers.place import Place, new_slots, type_name
-from lit_vlm.data.readers.record import check_slots, make_sample, slots_in
+from lit_vlm.data.images import format_untrusted
+from lit_vlm.data.readers.dialects import SYSTEM_KEYS, check_record, check_turn
+from lit_vlm.data.readers.place import RecordContext, describe_type, iter_slot_indices
+from lit_vlm.data.readers.record import check_num_images, count_image_slots, make_sample
 from lit_vlm.types import Message, Role, Sample
 
 _ROLES = {
@@ -24,36 +24,38 @@ _ROLES = {
     "gpt": Role.assistant,
     "assistant": Role.assistant,
 }
-_TOOLS = ("function_call", "function_response", "observation", "function", "tool", "tool_call")
-_READ = ("id", "image", "images", "conversations", *SYSTEM)
+_TOOL_ROLES = ("function_call", "function_response", "observation", "function", "tool", "tool_call")
+_READ_KEYS = ("id", "image", "images", "conversations", *SYSTEM_KEYS)
 
 
-def read_llava(row: Mapping[str, Any], place: Place) -> Sample:
+def read_llava(row: Mapping[str, Any], context: RecordContext) -> Sample:
     """Read a LLaVA or ShareGPT record; raise a RecordError if it cannot be used."""
-    place.need(row, "conversations")
-    check_record(row, place, _READ)
-    slots = new_slots()
-    turns = place.items(row["conversations"], "conversations")
-    messages = [_message(turn, f"conversations[{number}]", slots, place) for number, turn in enumerate(turns)]
-    images = place.images(row)
-    check_slots(slots_in(messages), len(images), place)
-    return make_sample(row, messages, images, place)
+    context.require_keys(row, "conversations")
+    check_record(row, context, _READ_KEYS)
+    slots = iter_slot_indices()
+    turns = context.require_list(row["conversations"], "conversations")
+    messages = [_read_message(turn, f"conversations[{number}]", slots, context) for number, turn in enumerate(turns)]
+    images = context.collect_images(row)
+    check_num_images(count_image_slots(messages), len(images), context)
+    return make_sample(row, messages, images, context)
 
 
-def _message(turn: Any, where: str, slots: Iterator[int], place: Place) -> Message:
+def _read_message(turn: Any, location: str, slots: Iterator[int], context: RecordContext) -> Message:
     if not isinstance(turn, Mapping):
-        raise place.fault(f"{where} is {type_name(turn)}; it must be an object with 'from' and 'value'")
+        raise context.make_error(f"{location} is {describe_type(turn)}; it must be an object with 'from' and 'value'")
     if "role" in turn and "from" not in turn:
-        raise place.fault(
-            f"{where} has 'role' and 'content', and conversations 'from' and 'value'; call them 'messages'"
+        raise context.make_error(
+            f"{location} has 'role' and 'content', and conversations 'from' and 'value'; call them 'messages'"
         )
-    speaker = place.text(turn.get("from"), f"{where}.from")
+    speaker = context.require_text(turn.get("from"), f"{location}.from")
     role = _ROLES.get(speaker)
     if role is None:
-        found = f"{where}.from is {shown(speaker)}"
-        if speaker in _TOOLS:
-            raise place.fault(f"{found}: calls of tools are not read")
-        raise place.fault(f"{found}; it must be 'human', 'gpt' or 'system' ('user' and 'assistant' do too)")
-    text = place.text(turn.get("value"), f"{where}.value")
-    trained = check_turn(turn, role, place, where, ("from", "value"))
-    return Message(role, place.marked(text, slots) if role is Role.user else place.pieces(text), trained)
+        found = f"{location}.from is {format_untrusted(speaker)}"
+        if speaker in _TOOL_ROLES:
+            raise context.make_error(f"{found}: calls of tools are not read")
+        raise context.make_error(f"{found}; it must be 'human', 'gpt' or 'system' ('user' and 'assistant' do too)")
+    text = context.require_text(turn.get("value"), f"{location}.value")
+    trained = check_turn(turn, role, context, location, ("from", "value"))
+    return Message(
+        role, context.parse_text_with_images(text, slots) if role is Role.user else context.parse_text(text), trained
+    )

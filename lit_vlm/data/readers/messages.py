@@ -13,46 +13,46 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from lit_vlm.data.images import shown
-from lit_vlm.data.readers.dialects import SYSTEM, check_part, check_record, check_turn
-from lit_vlm.data.readers.place import Place, type_name
-from lit_vlm.data.readers.record import check_slots, make_sample
+from lit_vlm.data.images import format_untrusted
+from lit_vlm.data.readers.dialects import SYSTEM_KEYS, check_part, check_record, check_turn
+from lit_vlm.data.readers.place import RecordContext, describe_type
+from lit_vlm.data.readers.record import check_num_images, make_sample
 from lit_vlm.types import (
     SPECIAL_TOKENS,
-    Content,
-    Control,
+    ContentPart,
+    ControlToken,
     Fault,
-    ImageSlot,
-    ImageSource,
+    ImagePlaceholder,
+    LazyImage,
     Message,
     RecordError,
     Role,
     Sample,
-    counted,
+    format_count,
 )
 
-_TEXTS = ("text", "input_text", "output_text")
-_IMAGES = ("image", "image_url", "input_image")
-_CONTROL = "control"
+_TEXT_TYPES = ("text", "input_text", "output_text")
+_IMAGE_TYPES = ("image", "image_url", "input_image")
+_CONTROL_TYPE = "control"
 _PART_TYPES = "'text', 'image', 'image_url' or 'control'"
-_NAMES = ("image", "path", "url")  # keys that name the image in a part of type image
-_READ = ("id", "image", "images", "messages", *SYSTEM)
+_IMAGE_KEYS = ("image", "path", "url")  # keys that name the image in a part of type image
+_READ_KEYS = ("id", "image", "images", "messages", *SYSTEM_KEYS)
 
 # an image that the part names itself, the index of one of the column `images`, or None: the next one of that column
-Named = ImageSource | int | None
+ImageReference = LazyImage | int | None
 
 
-def read_messages(row: Mapping[str, Any], place: Place) -> Sample:
+def read_messages(row: Mapping[str, Any], context: RecordContext) -> Sample:
     """Read a record of messages; raise a RecordError if it cannot be used."""
-    place.need(row, "messages")
-    check_record(row, place, _READ)
-    messages, images = read_turns(row["messages"], place.images(row), place, "messages")
-    return make_sample(row, messages, images, place)
+    context.require_keys(row, "messages")
+    check_record(row, context, _READ_KEYS)
+    messages, images = read_turns(row["messages"], context.collect_images(row), context, "messages")
+    return make_sample(row, messages, images, context)
 
 
 def read_turns(
-    turns: Any, column: Sequence[ImageSource], place: Place, where: str
-) -> tuple[tuple[Message, ...], tuple[ImageSource, ...]]:
+    turns: Any, image_column: Sequence[LazyImage], context: RecordContext, location: str
+) -> tuple[tuple[Message, ...], tuple[LazyImage, ...]]:
     """Read the turns as messages, and the record's images in the order of their slots.
 
     If no image part and no '<image>' gives the position, the images go before the text of the first user message, as in
@@ -62,26 +62,28 @@ def read_turns(
         image_column: the images of the row's own column.
         location: path of the turns within the record, for error messages.
     """
-    turns = place.items(turns, where)
-    has_parts = any(map(_shows_images, turns))
-    has_markers = not has_parts and not place.settings.marks_are_text
-    images: list[Named] = []
-    messages = [_message(turn, images, has_markers, place, f"{where}[{number}]") for number, turn in enumerate(turns)]
-    if column and not images and all(isinstance(turn["content"], str) for turn in turns):
-        messages, images = _images_first(messages, len(column)), [None] * len(column)
-    return tuple(messages), _resolve_images(images, column, place, has_parts)
+    turns = context.require_list(turns, location)
+    has_parts = any(map(_has_image_parts, turns))
+    has_markers = not has_parts and not context.settings.marks_are_text
+    images: list[ImageReference] = []
+    messages = [
+        _read_message(turn, images, has_markers, context, f"{location}[{number}]") for number, turn in enumerate(turns)
+    ]
+    if image_column and not images and all(isinstance(turn["content"], str) for turn in turns):
+        messages, images = _put_images_first(messages, len(image_column)), [None] * len(image_column)
+    return tuple(messages), _resolve_images(images, image_column, context, has_parts)
 
 
-def _shows_images(turn: Any) -> bool:
+def _has_image_parts(turn: Any) -> bool:
     content = turn.get("content") if isinstance(turn, Mapping) else None
     return isinstance(content, list) and any(
-        isinstance(part, Mapping) and part.get("type") in _IMAGES for part in content
+        isinstance(part, Mapping) and part.get("type") in _IMAGE_TYPES for part in content
     )
 
 
 def _resolve_images(
-    images: Sequence[Named], column: Sequence[ImageSource], place: Place, has_parts: bool
-) -> tuple[ImageSource, ...]:
+    images: Sequence[ImageReference], image_column: Sequence[LazyImage], context: RecordContext, has_parts: bool
+) -> tuple[LazyImage, ...]:
     """Return the image of each slot.
 
     Raises:
@@ -89,117 +91,132 @@ def _resolve_images(
     """
     indices = [image for image in images if isinstance(image, int)]
     if indices:
-        _check_numbers(indices, images.count(None), len(column), place)
-        return tuple(column[image] if isinstance(image, int) else image for image in images if image is not None)
-    if has_parts and column and None not in images:
-        reason = f"{counted(len(column), 'image')} in 'images', and each image part already names its own"
-        raise place.fault(f"{reason}; leave one of the two out", Fault.placeholders)
+        _check_image_indices(indices, images.count(None), len(image_column), context)
+        return tuple(image_column[image] if isinstance(image, int) else image for image in images if image is not None)
+    if has_parts and image_column and None not in images:
+        reason = f"{format_count(len(image_column), 'image')} in 'images', and each image part already names its own"
+        raise context.make_error(f"{reason}; leave one of the two out", Fault.placeholders)
     if has_parts or not images:
-        check_slots(images.count(None), len(column), place, "image part without a path")
-    elif len(images) != len(column):
-        slots = counted(len(images), "image placeholder")
-        reason = f"{slots} but {counted(len(column), 'image')}; each '<image>' needs one"
-        remedy = f"Fix the record, or say data.sources.{place.settings.source}.marks=text where '<image>' is text"
-        raise RecordError(place.origin, reason, remedy, Fault.placeholders)
-    remaining = iter(column)
+        check_num_images(images.count(None), len(image_column), context, "image part without a path")
+    elif len(images) != len(image_column):
+        slots = format_count(len(images), "image placeholder")
+        reason = f"{slots} but {format_count(len(image_column), 'image')}; each '<image>' needs one"
+        remedy = f"Fix the record, or say data.sources.{context.settings.source}.marks=text where '<image>' is text"
+        raise RecordError(context.origin, reason, remedy, Fault.placeholders)
+    remaining = iter(image_column)
     return tuple(next(remaining) if image is None else image for image in images if not isinstance(image, int))
 
 
-def _check_numbers(numbers: Sequence[int], num_without: int, num_images: int, place: Place) -> None:
-    if num_without:
-        reason = f"{counted(len(numbers), 'image part has', 'image parts have')} an index and {num_without} without a path has none"
-        raise place.fault(f"{reason}; give all of them one", Fault.placeholders)
-    for index in numbers:
+def _check_image_indices(
+    indices: Sequence[int], num_without_index: int, num_images: int, context: RecordContext
+) -> None:
+    if num_without_index:
+        reason = f"{format_count(len(indices), 'image part has', 'image parts have')} an index and {num_without_index} without a path has none"
+        raise context.make_error(f"{reason}; give all of them one", Fault.placeholders)
+    for index in indices:
         if not 0 <= index < num_images:
-            reason = f"an image part has the index {index}, and 'images' holds {counted(num_images, 'image')}"
-            raise place.fault(f"{reason}, counted from 0", Fault.placeholders)
-    not_shown = sorted(set(range(num_images)) - set(numbers))
+            reason = f"an image part has the index {index}, and 'images' holds {format_count(num_images, 'image')}"
+            raise context.make_error(f"{reason}, counted from 0", Fault.placeholders)
+    not_shown = sorted(set(range(num_images)) - set(indices))
     if not_shown:
         reason = f"no image part has the index {not_shown[0]}, so that this one of 'images' would be shown nowhere"
-        raise place.fault(reason, Fault.placeholders)
+        raise context.make_error(reason, Fault.placeholders)
 
 
-def _message(turn: Any, images: list[Named], marked: bool, place: Place, where: str) -> Message:
+def _read_message(
+    turn: Any, images: list[ImageReference], has_markers: bool, context: RecordContext, location: str
+) -> Message:
     if not isinstance(turn, Mapping):
-        raise place.fault(f"{where} is {type_name(turn)}; it must be an object with 'role' and 'content'")
-    role_name = place.text(turn.get("role"), f"{where}.role")
+        raise context.make_error(f"{location} is {describe_type(turn)}; it must be an object with 'role' and 'content'")
+    role_name = context.require_text(turn.get("role"), f"{location}.role")
     if role_name not in Role.__members__:
-        raise place.fault(f"{where}.role is {shown(role_name)}; it must be 'system', 'user' or 'assistant'")
+        raise context.make_error(
+            f"{location}.role is {format_untrusted(role_name)}; it must be 'system', 'user' or 'assistant'"
+        )
     role = Role(role_name)
-    trained = check_turn(turn, role, place, where, ("role", "content"))
-    slots = _next_slots(images) if marked and role is Role.user else None
-    content, where = turn.get("content"), f"{where}.content"
+    trained = check_turn(turn, role, context, location, ("role", "content"))
+    slots = _append_slots(images) if has_markers and role is Role.user else None
+    content, location = turn.get("content"), f"{location}.content"
     if not isinstance(content, list):
-        return Message(role, _words(place.text(content, where), slots, place), trained)
-    pieces: tuple[Content, ...] = ()
+        return Message(role, _parse_text(context.require_text(content, location), slots, context), trained)
+    pieces: tuple[ContentPart, ...] = ()
     for number, part in enumerate(content):
-        pieces += _part(part, role, images, slots, place, f"{where}[{number}]")
+        pieces += _read_part(part, role, images, slots, context, f"{location}[{number}]")
     return Message(role, pieces, trained)
 
 
-def _words(text: str, slots: Iterator[int] | None, place: Place) -> tuple[Content, ...]:
-    return place.pieces(text) if slots is None else place.marked(text, slots)
+def _parse_text(text: str, slots: Iterator[int] | None, context: RecordContext) -> tuple[ContentPart, ...]:
+    return context.parse_text(text) if slots is None else context.parse_text_with_images(text, slots)
 
 
-def _next_slots(images: list[Named]) -> Iterator[int]:
+def _append_slots(images: list[ImageReference]) -> Iterator[int]:
     """Append an unnamed slot to `images` on each step, and yield its index."""
     while True:
         images.append(None)
         yield len(images) - 1
 
 
-def _part(
-    part: Any, role: Role, images: list[Named], slots: Iterator[int] | None, place: Place, where: str
-) -> tuple[Content, ...]:
+def _read_part(
+    part: Any,
+    role: Role,
+    images: list[ImageReference],
+    slots: Iterator[int] | None,
+    context: RecordContext,
+    location: str,
+) -> tuple[ContentPart, ...]:
     part_type = part.get("type") if isinstance(part, Mapping) else None
-    if part_type in _TEXTS:
-        check_part(part, place, where, ("type", "text"))
-        return _words(place.text(part.get("text"), f"{where}.text"), slots, place)
-    if part_type == _CONTROL:
-        check_part(part, place, where, ("type", "token"))
-        return (_control(part.get("token"), place, where),)
-    if part_type not in _IMAGES:
-        found = f"of type {shown(part_type, 40)}" if isinstance(part, Mapping) else type_name(part)
-        raise place.fault(f"{where} is {found}; a part is an object of type {_PART_TYPES}")
+    if part_type in _TEXT_TYPES:
+        check_part(part, context, location, ("type", "text"))
+        return _parse_text(context.require_text(part.get("text"), f"{location}.text"), slots, context)
+    if part_type == _CONTROL_TYPE:
+        check_part(part, context, location, ("type", "token"))
+        return (_read_control(part.get("token"), context, location),)
+    if part_type not in _IMAGE_TYPES:
+        found = f"of type {format_untrusted(part_type, 40)}" if isinstance(part, Mapping) else describe_type(part)
+        raise context.make_error(f"{location} is {found}; a part is an object of type {_PART_TYPES}")
     if role is not Role.user:
-        raise place.fault(f"{where} is an image in the {role}'s message; images belong to the user's")
-    images.append(_named_image(part, place, where))
-    return (ImageSlot(len(images) - 1),)
+        raise context.make_error(f"{location} is an image in the {role}'s message; images belong to the user's")
+    images.append(_read_image_part(part, context, location))
+    return (ImagePlaceholder(len(images) - 1),)
 
 
-def _control(token: Any, place: Place, where: str) -> Control:
+def _read_control(token: Any, context: RecordContext, location: str) -> ControlToken:
     if token not in SPECIAL_TOKENS:
-        raise place.fault(f"{where}.token is {shown(token, 40)}; it must be one of {', '.join(SPECIAL_TOKENS)}")
-    return Control(token)
+        raise context.make_error(
+            f"{location}.token is {format_untrusted(token, 40)}; it must be one of {', '.join(SPECIAL_TOKENS)}"
+        )
+    return ControlToken(token)
 
 
-def _named_image(part: Mapping[str, Any], place: Place, where: str) -> Named:
+def _read_image_part(part: Mapping[str, Any], context: RecordContext, location: str) -> ImageReference:
     """Read which image a part names. In columnar files the keys that other parts use are nulls."""
     if part["type"] != "image":
-        check_part(part, place, where, ("type", "image_url", "detail"))
+        check_part(part, context, location, ("type", "image_url", "detail"))
         value = part.get("image_url")
         value = value.get("url") if isinstance(value, Mapping) else value
         if value is None:
-            raise place.fault(f"{where} has no image_url.url")
-        return place.image(value)
-    check_part(part, place, where, ("type", "index", *_NAMES))
-    given_keys = [key for key in (*_NAMES, "index") if part.get(key) is not None]
+            raise context.make_error(f"{location} has no image_url.url")
+        return context.make_image(value)
+    check_part(part, context, location, ("type", "index", *_IMAGE_KEYS))
+    given_keys = [key for key in (*_IMAGE_KEYS, "index") if part.get(key) is not None]
     if len(given_keys) > 1:
-        raise place.fault(f"{where} has both {given_keys[0]!r} and {given_keys[1]!r}; one of them must go")
+        raise context.make_error(f"{location} has both {given_keys[0]!r} and {given_keys[1]!r}; one of them must go")
     if not given_keys:
         return None
     value = part[given_keys[0]]
     if given_keys[0] != "index":
-        return place.image(value)
+        return context.make_image(value)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise place.fault(f"{where}.index is {shown(value, 40)}; it must be the number of one of 'images', from 0")
+        raise context.make_error(
+            f"{location}.index is {format_untrusted(value, 40)}; it must be the number of one of 'images', from 0"
+        )
     return value
 
 
-def _images_first(messages: list[Message], num_images: int) -> list[Message]:
+def _put_images_first(messages: list[Message], num_images: int) -> list[Message]:
     first = next((number for number, message in enumerate(messages) if message.role is Role.user), None)
     if first is None:  # `check_turns` refuses the roles later, with its own message
         return messages
-    slots = tuple(ImageSlot(index) for index in range(num_images))
-    with_images = Message(Role.user, slots + messages[first].content, messages[first].trained)
+    slots = tuple(ImagePlaceholder(index) for index in range(num_images))
+    with_images = Message(Role.user, slots + messages[first].content, messages[first].supervised)
     return [*messages[:first], with_images, *messages[first + 1 :]]

@@ -7,38 +7,42 @@ from dataclasses import dataclass
 from typing import Any
 
 from lit_vlm.config.mapping import BoxFormat, BoxFrame, BoxUnit, MappingConfig, RegionTask
-from lit_vlm.data.markup import char, obj
-from lit_vlm.data.readers.fields import Scope, Template, number
-from lit_vlm.types import Box, Content, Fault, ImageSource
+from lit_vlm.data.markup import build_object_mention, build_text_mention
+from lit_vlm.data.readers.fields import FieldScope, Template, parse_number
+from lit_vlm.types import Box, ContentPart, Fault, LazyImage
 
-_LEAST_INSIDE = 0.5  # share of a box's area that must lie inside the image; the part outside is clipped
+_MIN_INSIDE_SHARE = 0.5  # share of a box's area that must lie inside the image; the part outside is clipped
 
 
-def read_regions(scope: Scope, mapping: MappingConfig, text: Template, image: ImageSource) -> tuple[Content, ...]:
+def read_regions(
+    scope: FieldScope, mapping: MappingConfig, text: Template, image: LazyImage
+) -> tuple[ContentPart, ...]:
     """Read the regions as content pieces of an answer: for ocr one text a line, else the phrases with their boxes.
 
     Raises:
         RecordError: no region is left, one has no text, or its box is empty or lies outside of the image.
     """
     assert mapping.regions is not None
-    all_items = [] if scope.value(mapping.regions) == [] else scope.items(mapping.regions)
-    items = [item for item in all_items if _wanted(item, mapping)]
+    all_items = [] if scope.get_value(mapping.regions) == [] else scope.get_items(mapping.regions)
+    items = [item for item in all_items if _should_keep(item, mapping)]
     if not items:
         state = "is left after mapping.keep and mapping.skip" if all_items else "is there"
-        raise scope.place.fault(f"no item of {mapping.regions} {state}, so nothing would be answered", Fault.no_answer)
-    frame = _frame(scope, mapping, image)
-    regions = [(_phrase(item, text), _box(item, mapping, frame)) for item in items]
+        raise scope.context.make_error(
+            f"no item of {mapping.regions} {state}, so nothing would be answered", Fault.no_answer
+        )
+    frame = _resolve_frame(scope, mapping, image)
+    regions = [(_get_phrase(item, text), _read_box(item, mapping, frame)) for item in items]
     if mapping.task is RegionTask.ocr:
-        lines = [char(phrase, box) for phrase, box in regions]
+        lines = [build_text_mention(phrase, box) for phrase, box in regions]
         return tuple(piece for number, line in enumerate(lines) for piece in (*(("\n",) if number else ()), *line))
     boxes: dict[str, list[Box]] = {}
     for phrase, box in regions:
         boxes.setdefault(phrase, []).append(box)
-    mentions = [obj(phrase, phrase_boxes) for phrase, phrase_boxes in boxes.items()]
+    mentions = [build_object_mention(phrase, phrase_boxes) for phrase, phrase_boxes in boxes.items()]
     return tuple(piece for number, line in enumerate(mentions) for piece in (*((", ",) if number else ()), *line))
 
 
-def _wanted(item: Scope, mapping: MappingConfig) -> bool:
+def _should_keep(item: FieldScope, mapping: MappingConfig) -> bool:
     """Return True if the item matches `mapping.keep` and no condition of `mapping.skip`.
 
     For each path in `keep`, the item must have one of the values given for it.
@@ -48,35 +52,35 @@ def _wanted(item: Scope, mapping: MappingConfig) -> bool:
         path, _, value = condition.partition("=")
         allowed.setdefault(path, set()).add(value)
     excluded = [condition.partition("=")[::2] for condition in mapping.skip]
-    if any(str(item.value(path)) == value for path, value in excluded):
+    if any(str(item.get_value(path)) == value for path, value in excluded):
         return False
-    return all(str(item.value(path)) in values for path, values in allowed.items())
+    return all(str(item.get_value(path)) in values for path, values in allowed.items())
 
 
-def _phrase(item: Scope, text: Template) -> str:
-    pieces = item.place.pieces(item.text(text).strip())
+def _get_phrase(item: FieldScope, text: Template) -> str:
+    pieces = item.context.parse_text(item.render_text(text).strip())
     if not pieces:
-        raise item.place.fault(f"{item.name} has no text")
+        raise item.context.make_error(f"{item.name} has no text")
     return "".join(piece for piece in pieces if isinstance(piece, str))
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
+class CoordinateFrame:
     """Coordinate frame of the boxes: width and height, and the EXIF orientation if boxes refer to the stored pixels."""
 
     width: float
     height: float
     orientation: int = 1
 
-    def turn(self, box: Box) -> Box:
+    def to_upright(self, box: Box) -> Box:
         """Convert a box from fractions of this frame to fractions of the upright image."""
-        transform = _TURNED[self.orientation]
+        transform = _TO_UPRIGHT[self.orientation]
         (x1, y1), (x2, y2) = transform(box.x1, box.y1), transform(box.x2, box.y2)
         return Box(min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
 
 
 # EXIF orientation -> function from a point (x, y) of the stored pixels to the upright image, both as fractions.
-_TURNED: dict[int, Callable[[float, float], tuple[float, float]]] = {
+_TO_UPRIGHT: dict[int, Callable[[float, float], tuple[float, float]]] = {
     1: lambda x, y: (x, y),
     2: lambda x, y: (1 - x, y),
     3: lambda x, y: (1 - x, 1 - y),
@@ -88,7 +92,7 @@ _TURNED: dict[int, Callable[[float, float], tuple[float, float]]] = {
 }
 
 
-def _frame(scope: Scope, mapping: MappingConfig, image: ImageSource) -> Frame:
+def _resolve_frame(scope: FieldScope, mapping: MappingConfig, image: LazyImage) -> CoordinateFrame:
     """Resolve the frame in which the boxes are measured.
 
     Raises:
@@ -99,19 +103,19 @@ def _frame(scope: Scope, mapping: MappingConfig, image: ImageSource) -> Frame:
     orientation = int(getattr(image, "orientation", 1))
     is_rotated = orientation in (5, 6, 7, 8)
     stored = (height, width) if is_rotated else (width, height)
-    label_size = tuple(scope.number(path) for path in mapping.size)
+    label_size = tuple(scope.get_number(path) for path in mapping.size)
     if label_size and min(label_size) <= 0:
-        raise scope.place.fault(
+        raise scope.context.make_error(
             f"{', '.join(mapping.size)} are {label_size[0]:g}, {label_size[1]:g}; a picture is larger"
         )
-    fits = {BoxFrame.upright: not label_size or _alike(label_size, (width, height))}
-    fits[BoxFrame.stored] = not label_size or _alike(label_size, stored)
+    fits = {BoxFrame.upright: not label_size or _is_same_up_to_scale(label_size, (width, height))}
+    fits[BoxFrame.stored] = not label_size or _is_same_up_to_scale(label_size, stored)
     frame = mapping.box_frame
     if frame is BoxFrame.auto:
         frame = BoxFrame.upright if orientation == 1 or not fits[BoxFrame.stored] else BoxFrame.stored
         if orientation != 1 and all(fits.values()):
             reason = f"EXIF turns the picture (orientation {orientation}), and nothing tells whether the boxes are turned too"
-            raise scope.place.fault(
+            raise scope.context.make_error(
                 f"{reason}; set mapping.box_frame=upright, or stored for those of the file's pixels"
             )
     if not fits[frame]:
@@ -119,68 +123,72 @@ def _frame(scope: Scope, mapping: MappingConfig, image: ImageSource) -> Frame:
             f"the label says {label_size[0]:g} x {label_size[1]:g} pixels, and the picture has {width:,} x {height:,}"
         )
         exif_note = f", turned by EXIF from {stored[0]:,} x {stored[1]:,}" if orientation != 1 else ""
-        raise scope.place.fault(f"{found}{exif_note}: its boxes are of another picture")
+        raise scope.context.make_error(f"{found}{exif_note}: its boxes are of another picture")
     frame_orientation = orientation if frame is BoxFrame.stored else 1
     if mapping.box_unit is BoxUnit.fractions:
-        return Frame(1.0, 1.0, frame_orientation)
+        return CoordinateFrame(1.0, 1.0, frame_orientation)
     size = label_size or (stored if frame is BoxFrame.stored else (width, height))
-    return Frame(float(size[0]), float(size[1]), frame_orientation)
+    return CoordinateFrame(float(size[0]), float(size[1]), frame_orientation)
 
 
-def _alike(one: Sequence[float], other: Sequence[float]) -> bool:
+def _is_same_up_to_scale(one: Sequence[float], other: Sequence[float]) -> bool:
     """Return True if two sizes are equal up to a scale factor, within one pixel of the smaller one."""
     small, large = sorted((one, other), key=lambda size: size[0] * size[1])
     scale = max(small[0] / large[0], small[1] / large[1])
     return all(abs(side - scale * reference) <= 1.0 for side, reference in zip(small, large, strict=True))
 
 
-def _box(item: Scope, mapping: MappingConfig, frame: Frame) -> Box:
-    x1, y1, x2, y2 = corners = _corners(item, mapping)
+def _read_box(item: FieldScope, mapping: MappingConfig, frame: CoordinateFrame) -> Box:
+    x1, y1, x2, y2 = corners = _read_corners(item, mapping)
     width, height = frame.width, frame.height
     left, right, top, bottom = min(x1, x2), max(x1, x2), min(y1, y2), max(y1, y2)
     inside = Box(max(left, 0) / width, max(top, 0) / height, min(right, width) / width, min(bottom, height) / height)
     area = (inside.x2 - inside.x1) * width * (inside.y2 - inside.y1) * height if inside.x2 > inside.x1 else 0.0
-    if not area > 0 or area < _LEAST_INSIDE * (right - left) * (bottom - top) or inside.y2 <= inside.y1:
+    if not area > 0 or area < _MIN_INSIDE_SHARE * (right - left) * (bottom - top) or inside.y2 <= inside.y1:
         found = ", ".join(f"{value:g}" for value in corners)
         reason = f"{item.name} has the corners {found}, which are no box inside of {width:g} x {height:g}"
-        raise item.place.fault(reason)
-    return frame.turn(inside)
+        raise item.context.make_error(reason)
+    return frame.to_upright(inside)
 
 
-def _corners(item: Scope, mapping: MappingConfig) -> tuple[float, float, float, float]:
-    path, context = ", ".join(mapping.box), item.place
+def _read_corners(item: FieldScope, mapping: MappingConfig) -> tuple[float, float, float, float]:
+    path, context = ", ".join(mapping.box), item.context
     if mapping.box_format is BoxFormat.polygon:
-        xs, ys = _points(item, mapping.box)
+        xs, ys = _read_polygon(item, mapping.box)
         return min(xs), min(ys), max(xs), max(ys)
-    values = [item.value(path) for path in mapping.box] if len(mapping.box) == 4 else item.value(path)
-    numbers = _numbers(values, path, item)
+    values = [item.get_value(path) for path in mapping.box] if len(mapping.box) == 4 else item.get_value(path)
+    numbers = _read_numbers(values, path, item)
     if len(numbers) == 4:
         x, y, a, b = numbers
         return (x, y, x + a, y + b) if mapping.box_format is BoxFormat.xywh else (x, y, a, b)
-    raise context.fault(f"{path} of {item.name} has {len(numbers)} numbers; a box has 4", Fault.malformed)
+    raise context.make_error(f"{path} of {item.name} has {len(numbers)} numbers; a box has 4", Fault.malformed)
 
 
-def _points(item: Scope, paths: Sequence[str]) -> tuple[list[float], list[float]]:
+def _read_polygon(item: FieldScope, paths: Sequence[str]) -> tuple[list[float], list[float]]:
     """Read the polygon's corners as a list of x and a list of y."""
     if len(paths) == 2:
-        xs, ys = (_numbers(item.value(path), path, item) for path in paths)
+        xs, ys = (_read_numbers(item.get_value(path), path, item) for path in paths)
     else:
-        values = item.place.items(item.value(paths[0]), paths[0])
+        values = item.context.require_list(item.get_value(paths[0]), paths[0])
         if isinstance(values[0], dict):
-            values = [[_of(value, axis, paths[0], item) for axis in "xy"] for value in values]
+            values = [[_get_coordinate(value, axis, paths[0], item) for axis in "xy"] for value in values]
         flat = [part for value in values for part in (value if isinstance(value, list) else [value])]
-        numbers = _numbers(flat, paths[0], item)
+        numbers = _read_numbers(flat, paths[0], item)
         xs, ys = numbers[::2], numbers[1::2]
     if len(xs) != len(ys) or len(xs) < 2:
-        raise item.place.fault(f"{', '.join(paths)} of {item.name} has {len(xs)} x and {len(ys)} y; corners have both")
+        raise item.context.make_error(
+            f"{', '.join(paths)} of {item.name} has {len(xs)} x and {len(ys)} y; corners have both"
+        )
     return xs, ys
 
 
-def _of(value: Any, axis: str, path: str, item: Scope) -> Any:
+def _get_coordinate(value: Any, axis: str, path: str, item: FieldScope) -> Any:
     if not isinstance(value, dict) or axis not in value:
-        raise item.place.fault(f"a corner in {path} of {item.name} has no {axis!r}")
+        raise item.context.make_error(f"a corner in {path} of {item.name} has no {axis!r}")
     return value[axis]
 
 
-def _numbers(values: Any, path: str, item: Scope) -> list[float]:
-    return [number(value, path, item.place) for value in item.place.items(values, f"{path} of {item.name}")]
+def _read_numbers(values: Any, path: str, item: FieldScope) -> list[float]:
+    return [
+        parse_number(value, path, item.context) for value in item.context.require_list(values, f"{path} of {item.name}")
+    ]

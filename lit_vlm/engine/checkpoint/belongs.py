@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from lit_vlm.data.plan.plan import Plan
-from lit_vlm.secrets import agrees
+from lit_vlm.secrets import is_same_when_redacted
 
-BLOCK = 1 << 20  # samples that are hashed in one block
-WORDS = {
+SAMPLES_PER_BLOCK = 1 << 20  # samples that are hashed in one block
+FIELD_LABELS = {
     "stage": "stage",
     "data": "data",
     "parent": "model to start from",
@@ -23,7 +23,7 @@ WORDS = {
 
 
 @dataclass(slots=True)
-class Belongs:
+class RunFingerprint:
     """Digests and settings that a resumed run must share with the interrupted run. Empty fields are not compared.
 
     Attributes:
@@ -44,31 +44,31 @@ class Belongs:
     processor: str = ""
     pictures: str = ""
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain data, for the index of a checkpoint."""
         return asdict(self)
 
-    def differences(self, stored: dict[str, Any]) -> list[str]:
+    def find_differences(self, stored: dict[str, Any]) -> list[str]:
         """Return the differences to a stored fingerprint, each as text for the user."""
-        own_fields = self.as_dict()
+        own_fields = self.to_dict()
         changed_fields = [
-            key for key in WORDS if own_fields[key] and stored.get(key) and own_fields[key] != stored[key]
+            key for key in FIELD_LABELS if own_fields[key] and stored.get(key) and own_fields[key] != stored[key]
         ]
-        differences = [WORDS["stage"]] if "stage" in changed_fields else []
+        differences = [FIELD_LABELS["stage"]] if "stage" in changed_fields else []
         if self.settings and stored.get("settings"):
-            own_settings, stored_settings = _flat(self.settings), _flat(stored["settings"])
+            own_settings, stored_settings = _flatten_settings(self.settings), _flatten_settings(stored["settings"])
             keys = sorted(
                 key
                 for key in own_settings.keys() | stored_settings.keys()
-                if not agrees(own_settings.get(key), stored_settings.get(key))
+                if not is_same_when_redacted(own_settings.get(key), stored_settings.get(key))
             )
             differences += [
                 f"{key} (it has {stored_settings.get(key)}, this run {own_settings.get(key)})" for key in keys
             ]
-        return differences + [WORDS[key] for key in changed_fields if key != "stage"]
+        return differences + [FIELD_LABELS[key] for key in changed_fields if key != "stage"]
 
 
-class Consumed:
+class SampleHash:
     """Running SHA-256 over the ids of the samples that the steps read. It depends on the plan alone.
 
     Samples that the ledger lists are hashed as they were sampled. So a record that becomes corrupt later changes no
@@ -76,28 +76,32 @@ class Consumed:
     """
 
     def __init__(self, plan: Plan) -> None:
-        self._plan, self._done = plan, 0
+        self._plan, self._num_hashed = plan, 0
         self._hasher = hashlib.sha256("\0".join(source.name for source in plan.index.sources).encode())
 
-    def until(self, step: int) -> str:
+    def compute_digest(self, step: int) -> str:
         """Compute the digest of all steps before `step`. Calls must come in increasing order of `step`."""
-        index, ends = self._plan.index, self._plan.ends
+        index, ends = self._plan.index, self._plan.step_ends
         end = int(ends[step - 1]) if step else 0
-        for start in range(self._done, end, BLOCK):
-            samples = self._plan.draws()[start : min(start + BLOCK, end)]
-            rows = np.stack([index.source_of[samples], index.position[samples]], axis=1)
+        for start in range(self._num_hashed, end, SAMPLES_PER_BLOCK):
+            samples = self._plan.get_sample_sequence()[start : min(start + SAMPLES_PER_BLOCK, end)]
+            rows = np.stack([index.source_ids[samples], index.position[samples]], axis=1)
             self._hasher.update(rows.astype("<i8").tobytes())
-        self._done = max(self._done, end)
+        self._num_hashed = max(self._num_hashed, end)
         return self._hasher.copy().hexdigest()
 
 
-def plan_digest(plan: Plan) -> str:
+def compute_plan_digest(plan: Plan) -> str:
     """Compute the SHA-256 of every sample of every step. It does not depend on world size or micro-batches."""
-    ends = hashlib.sha256(np.asarray(plan.ends, dtype="<i8").tobytes()).hexdigest()
-    return hashlib.sha256((Consumed(plan).until(plan.num_steps) + ends).encode()).hexdigest()
+    ends = hashlib.sha256(np.asarray(plan.step_ends, dtype="<i8").tobytes()).hexdigest()
+    return hashlib.sha256((SampleHash(plan).compute_digest(plan.num_steps) + ends).encode()).hexdigest()
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+def _flatten_settings(value: Any, prefix: str = "") -> dict[str, Any]:
     if isinstance(value, dict) and value:
-        return {key: leaf for name, item in value.items() for key, leaf in _flat(item, f"{prefix}{name}.").items()}
+        return {
+            key: leaf
+            for name, item in value.items()
+            for key, leaf in _flatten_settings(item, f"{prefix}{name}.").items()
+        }
     return {prefix.rstrip("."): value}

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from lit_vlm.engine.checkpoint.layout import StoredFile
 
-DTYPES = {
+SAFETENSORS_DTYPES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
     torch.float64: "F64",
 }  # safetensors' names
-BLOCK = 1 << 24  # bytes that are written and hashed in one call, which releases Python's global lock
+BLOCK_BYTES = 1 << 24  # bytes that are written and hashed in one call, which releases Python's global lock
 
 
 def write_tensors(path: Path, tensors: list[tuple[str, Tensor]]) -> StoredFile:
@@ -36,7 +36,7 @@ def write_tensors(path: Path, tensors: list[tuple[str, Tensor]]) -> StoredFile:
     """
     hasher, size = hashlib.sha256(), 0
     with path.open("xb") as stream:
-        for block in _blocks(tensors):
+        for block in _iter_blocks(tensors):
             hasher.update(block)
             stream.write(block)
             size += len(block)
@@ -45,15 +45,15 @@ def write_tensors(path: Path, tensors: list[tuple[str, Tensor]]) -> StoredFile:
     return StoredFile(path.name, size, hasher.hexdigest())
 
 
-def _blocks(tensors: list[tuple[str, Tensor]]) -> Iterator[Any]:
-    yield _header(tensors)
+def _iter_blocks(tensors: list[tuple[str, Tensor]]) -> Iterator[Any]:
+    yield _build_header(tensors)
     for _, values in tensors:
         data: Any = values.detach().cpu().contiguous().view(torch.uint8).numpy().data
-        for start in range(0, len(data), BLOCK):
-            yield data[start : start + BLOCK]
+        for start in range(0, len(data), BLOCK_BYTES):
+            yield data[start : start + BLOCK_BYTES]
 
 
-def _header(tensors: list[tuple[str, Tensor]]) -> bytes:
+def _build_header(tensors: list[tuple[str, Tensor]]) -> bytes:
     """Build the safetensors header: 8 bytes of length, then JSON with dtype, shape and byte offsets of each tensor.
 
     The JSON is padded to a multiple of 8 bytes, so that the values are aligned.
@@ -61,13 +61,17 @@ def _header(tensors: list[tuple[str, Tensor]]) -> bytes:
     entries, end = {}, 0
     for key, values in tensors:
         begin, end = end, end + values.numel() * values.element_size()
-        entries[key] = {"dtype": DTYPES[values.dtype], "shape": [values.numel()], "data_offsets": [begin, end]}
+        entries[key] = {
+            "dtype": SAFETENSORS_DTYPES[values.dtype],
+            "shape": [values.numel()],
+            "data_offsets": [begin, end],
+        }
     text = json.dumps(entries, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def digest_of(path: Path) -> str:
+def compute_file_digest(path: Path) -> str:
     """Compute the SHA-256 of a file's content, hexadecimal."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

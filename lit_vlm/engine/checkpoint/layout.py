@@ -21,17 +21,17 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from lit_vlm.engine.shards import Kind
+from lit_vlm.engine.shards import StateKind
 
-INDEX, FORMAT = "index.json", 1
+INDEX_FILE, INDEX_FORMAT = "index.json", 1
 
 
-class Damaged(Exception):
+class CorruptCheckpointError(Exception):
     """Error for a checkpoint that must not be used. Its text names the file and the fault."""
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
+class StoredInterval:
     """Elements [start, stop) of one flattened tensor of the state, stored as tensor `key` in `file`."""
 
     name: str
@@ -57,7 +57,7 @@ class StoredFile:
 
 
 @dataclass(slots=True)
-class Index:
+class CheckpointIndex:
     """Index of a checkpoint: everything except the tensor values.
 
     Attributes:
@@ -70,22 +70,22 @@ class Index:
 
     step: int
     updates: int
-    intervals: list[Interval]
+    intervals: list[StoredInterval]
     files: list[StoredFile]
     belongs: dict[str, Any]
     consumed: str = ""
     state: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     written: str = ""  # UTC, ISO 8601
-    format: int = FORMAT
+    format: int = INDEX_FORMAT
 
     def to_text(self) -> str:
         """Return the index as JSON text that contains its own SHA-256."""
         body = asdict(self)
-        return json.dumps({"sha256": _digest(body), **body}, ensure_ascii=False)
+        return json.dumps({"sha256": _compute_digest(body), **body}, ensure_ascii=False)
 
     @classmethod
-    def from_text(cls, text: str, where: Path) -> Index:
+    def from_text(cls, text: str, path: Path) -> CheckpointIndex:
         """Parse the JSON text of an index.
 
         Args:
@@ -98,31 +98,33 @@ class Index:
             body = json.loads(text)
             digest = body.pop("sha256")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise Damaged(f"{where} is no index of a checkpoint ({error})") from None
-        if digest != _digest(body):
-            raise Damaged(f"{where} is not as it was written: its SHA-256 differs")
-        if body["format"] != FORMAT:
-            raise Damaged(f"{where} is of format {body['format']}; this version reads format {FORMAT}")
-        body["intervals"] = [Interval(**{**one, "shape": tuple(one["shape"])}) for one in body["intervals"]]
+            raise CorruptCheckpointError(f"{path} is no index of a checkpoint ({error})") from None
+        if digest != _compute_digest(body):
+            raise CorruptCheckpointError(f"{path} is not as it was written: its SHA-256 differs")
+        if body["format"] != INDEX_FORMAT:
+            raise CorruptCheckpointError(
+                f"{path} is of format {body['format']}; this version reads format {INDEX_FORMAT}"
+            )
+        body["intervals"] = [StoredInterval(**{**one, "shape": tuple(one["shape"])}) for one in body["intervals"]]
         body["files"] = [StoredFile(**one) for one in body["files"]]
         return cls(**{item.name: body[item.name] for item in fields(cls)})
 
-    def tensors(self) -> dict[tuple[str, str], list[Interval]]:
+    def group_by_tensor(self) -> dict[tuple[str, str], list[StoredInterval]]:
         """Group the intervals by tensor: (kind, name) -> intervals, sorted by their first element."""
-        groups: dict[tuple[str, str], list[Interval]] = {}
+        groups: dict[tuple[str, str], list[StoredInterval]] = {}
         for interval in self.intervals:
             groups.setdefault((interval.kind, interval.name), []).append(interval)
         return {key: sorted(parts, key=lambda interval: interval.start) for key, parts in groups.items()}
 
-    def shapes(self) -> dict[str, tuple[int, ...]]:
+    def get_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return name -> shape of each parameter in the checkpoint."""
-        return {interval.name: interval.shape for interval in self.intervals if interval.kind == Kind.weight}
+        return {interval.name: interval.shape for interval in self.intervals if interval.kind == StateKind.weight}
 
 
-def uncovered(index: Index) -> Iterator[str]:
+def find_coverage_errors(index: CheckpointIndex) -> Iterator[str]:
     """Find tensors whose elements are not stored exactly once. Yields one text for each; none for a complete checkpoint."""
     listed_files = {stored.name for stored in index.files}
-    for (kind, name), intervals in index.tensors().items():
+    for (kind, name), intervals in index.group_by_tensor().items():
         if any(interval.file not in listed_files for interval in intervals):
             yield f"{name} ({kind}) is in a file that the index does not list"
         ends = [0, *(interval.stop for interval in intervals)]
@@ -133,7 +135,7 @@ def uncovered(index: Index) -> Iterator[str]:
             yield f"{name} ({kind}) is not there exactly once"
 
 
-def _digest(body: dict[str, Any]) -> str:
+def _compute_digest(body: dict[str, Any]) -> str:
     """Compute the SHA-256 of a canonical JSON form, which does not change when it is written and read."""
     canonical = json.dumps(body, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()

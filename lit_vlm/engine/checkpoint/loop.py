@@ -9,7 +9,7 @@ import lightning as L
 from torch import Tensor
 
 
-def go_to(trainer: L.Trainer, step: int) -> None:
+def set_loop_position(trainer: L.Trainer, step: int) -> None:
     """Set loop counters and learning-rate schedule to the state after `step` optimizer steps. Call it before the loop begins.
 
     The micro-batch counter follows the current packing, because a step may now be packed into another number of
@@ -17,9 +17,9 @@ def go_to(trainer: L.Trainer, step: int) -> None:
     """
     fit, epoch = trainer.fit_loop, trainer.fit_loop.epoch_loop
     optimizer = epoch.automatic_optimization.optim_progress.optimizer
-    _count(epoch.batch_progress, step * trainer.accumulate_grad_batches)
+    _set_counters(epoch.batch_progress, step * trainer.accumulate_grad_batches)
     for progress in (epoch.scheduler_progress, optimizer.step, optimizer.zero_grad):
-        _count(progress, step)
+        _set_counters(progress, step)
     epoch._batches_that_stepped = step
     if step >= fit.max_steps > 0:  # else the loop would not start, and its end (validation, export) would not run
         epoch.max_steps = step + 1
@@ -35,7 +35,7 @@ def go_to(trainer: L.Trainer, step: int) -> None:
         config.scheduler.step()
 
 
-def note_validation(trainer: L.Trainer) -> None:
+def move_validation_to_previous_step(trainer: L.Trainer) -> None:
     """Assign a validation that is due before the first resumed step to the previous step, in the logs as well.
 
     Call it once the loop has its loader.
@@ -45,7 +45,7 @@ def note_validation(trainer: L.Trainer) -> None:
         epoch._batches_that_stepped -= 1
 
 
-def pending_row(trainer: L.Trainer) -> dict[str, float] | None:
+def get_pending_metrics(trainer: L.Trainer) -> dict[str, float] | None:
     """Return the metrics that Lightning will log for the current step; it does so only after the callbacks.
 
     None if no metrics are due.
@@ -60,7 +60,7 @@ def pending_row(trainer: L.Trainer) -> dict[str, float] | None:
     return {"epoch": trainer.current_epoch, **values, "step": trainer.fit_loop.epoch_loop._batches_that_stepped}
 
 
-def _count(progress: Any, number: int) -> None:
+def _set_counters(progress: Any, number: int) -> None:
     for tracker in (progress.total, progress.current):
         for field in fields(tracker):
             setattr(tracker, field.name, number)

@@ -10,31 +10,37 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from lit_vlm.engine.checkpoint.durable import digest_of
-from lit_vlm.engine.checkpoint.layout import INDEX, Damaged, Index, Interval, uncovered
-from lit_vlm.engine.shards import Piece
+from lit_vlm.engine.checkpoint.durable import compute_file_digest
+from lit_vlm.engine.checkpoint.layout import (
+    INDEX_FILE,
+    CheckpointIndex,
+    CorruptCheckpointError,
+    StoredInterval,
+    find_coverage_errors,
+)
+from lit_vlm.engine.shards import TensorShard
 
 
-def read_index(folder: Path) -> Index:
+def read_index(folder: Path) -> CheckpointIndex:
     """Read and verify the index of a checkpoint folder.
 
     Raises:
         CorruptCheckpointError: the index is missing, was changed, or belongs to another step.
     """
-    file = folder / INDEX
+    file = folder / INDEX_FILE
     try:
         text = file.read_bytes().decode("utf-8", "replace")
     except OSError as error:
-        raise Damaged(f"{file} cannot be read ({error.strerror})") from None
-    index = Index.from_text(text, file)
+        raise CorruptCheckpointError(f"{file} cannot be read ({error.strerror})") from None
+    index = CheckpointIndex.from_text(text, file)
     if folder.name != f"step-{index.step:08d}":
-        raise Damaged(f"{file} is the index of step {index.step}")
-    for error_text in uncovered(index):
-        raise Damaged(f"{file}: {error_text}")
+        raise CorruptCheckpointError(f"{file} is the index of step {index.step}")
+    for error_text in find_coverage_errors(index):
+        raise CorruptCheckpointError(f"{file}: {error_text}")
     return index
 
 
-def check_files(folder: Path, index: Index, rank: int = 0, world_size: int = 1) -> None:
+def check_files(folder: Path, index: CheckpointIndex, rank: int = 0, world_size: int = 1) -> None:
     """Verify the sizes of all files, and the SHA-256 of every `world_size`-th file: together the ranks read each file once.
 
     Raises:
@@ -43,28 +49,30 @@ def check_files(folder: Path, index: Index, rank: int = 0, world_size: int = 1) 
     for stored in index.files:
         file = folder / stored.name
         if not file.is_file():
-            raise Damaged(f"{file} is missing")
+            raise CorruptCheckpointError(f"{file} is missing")
         if file.stat().st_size != stored.size:
-            raise Damaged(f"{file} has {file.stat().st_size:,} bytes and had {stored.size:,}")
+            raise CorruptCheckpointError(f"{file} has {file.stat().st_size:,} bytes and had {stored.size:,}")
     for stored in index.files[rank::world_size]:
         try:
-            digest = digest_of(folder / stored.name)
+            digest = compute_file_digest(folder / stored.name)
         except OSError as error:
-            raise Damaged(f"{folder / stored.name} cannot be read ({error.strerror})") from None
+            raise CorruptCheckpointError(f"{folder / stored.name} cannot be read ({error.strerror})") from None
         if digest != stored.sha256:
-            raise Damaged(f"{folder / stored.name} is not as it was written: its SHA-256 differs")
+            raise CorruptCheckpointError(f"{folder / stored.name} is not as it was written: its SHA-256 differs")
 
 
-def misfits(index: Index, shapes: dict[str, tuple[int, ...]], pieces: Iterable[Piece] = ()) -> list[str]:
+def find_state_mismatches(
+    index: CheckpointIndex, shapes: dict[str, tuple[int, ...]], shards: Iterable[TensorShard] = ()
+) -> list[str]:
     """Find differences between the stored tensors and the trainable parameters. Returns one text for each.
 
     Args:
         shapes: name -> shape of each trainable parameter.
         shards: shards that this rank will load.
     """
-    stored, tensors = index.shapes(), index.tensors()
+    stored, tensors = index.get_shapes(), index.group_by_tensor()
     missing_kinds = {
-        shard.kind for shard in pieces if (str(shard.kind), shard.name) not in tensors and shard.name in stored
+        shard.kind for shard in shards if (str(shard.kind), shard.name) not in tensors and shard.name in stored
     }
     mismatches = [f"it lacks {name}" for name in shapes.keys() - stored.keys()]
     mismatches += [f"it has {name}, which does not train" for name in stored.keys() - shapes.keys()]
@@ -74,7 +82,7 @@ def misfits(index: Index, shapes: dict[str, tuple[int, ...]], pieces: Iterable[P
     return sorted(mismatches) + [f"it lacks the optimizer's {kind}" for kind in sorted(missing_kinds)]
 
 
-def load(folder: Path, index: Index, pieces: Iterable[Piece]) -> None:
+def load_tensors(folder: Path, index: CheckpointIndex, shards: Iterable[TensorShard]) -> None:
     """Load the stored values into the shards of this rank, in place. Any rank may have written them.
 
     Only the needed parts of each file are read.
@@ -82,10 +90,10 @@ def load(folder: Path, index: Index, pieces: Iterable[Piece]) -> None:
     Args:
         shards: values [n] of each are overwritten.
     """
-    tensors, open_files = index.tensors(), dict[str, Any]()
+    tensors, open_files = index.group_by_tensor(), dict[str, Any]()
     starts = {key: [stored.start for stored in intervals] for key, intervals in tensors.items()}
     with torch.no_grad():
-        for shard in pieces:
+        for shard in shards:
             key, end = (str(shard.kind), shard.name), shard.start + len(shard.values)
             first = bisect_right(starts[key], shard.start) - 1
             for stored in tensors[key][max(0, first) :]:
@@ -93,12 +101,12 @@ def load(folder: Path, index: Index, pieces: Iterable[Piece]) -> None:
                     break
                 if stored.file not in open_files:
                     open_files[stored.file] = safe_open(folder / stored.file, framework="pt")
-                _copy(open_files[stored.file], stored, shard)
+                _copy_overlap(open_files[stored.file], stored, shard)
 
 
-def _copy(file: Any, part: Interval, piece: Piece) -> None:
+def _copy_overlap(file: Any, stored: StoredInterval, shard: TensorShard) -> None:
     """Copy the elements that a stored interval and a shard have in common."""
-    begin, end = max(part.start, piece.start), min(part.stop, piece.start + len(piece.values))
+    begin, end = max(stored.start, shard.start), min(stored.stop, shard.start + len(shard.values))
     if begin < end:
-        values = file.get_slice(part.key)[begin - part.start : end - part.start]
-        piece.values[begin - piece.start : end - piece.start].copy_(values)
+        values = file.get_slice(stored.key)[begin - stored.start : end - stored.start]
+        shard.values[begin - shard.start : end - shard.start].copy_(values)

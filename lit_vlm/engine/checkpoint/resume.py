@@ -9,23 +9,28 @@ from typing import Any
 import lightning as L
 import torch
 
-from lit_vlm.engine.checkpoint.belongs import Belongs, Consumed
-from lit_vlm.engine.checkpoint.folder import Folder
-from lit_vlm.engine.checkpoint.layout import INDEX, Damaged, Index
-from lit_vlm.engine.checkpoint.read import check_files, misfits, read_index
-from lit_vlm.engine.shards import Shards
-from lit_vlm.types import UserError, counted
+from lit_vlm.engine.checkpoint.belongs import RunFingerprint, SampleHash
+from lit_vlm.engine.checkpoint.folder import CheckpointFolder
+from lit_vlm.engine.checkpoint.layout import INDEX_FILE, CheckpointIndex, CorruptCheckpointError
+from lit_vlm.engine.checkpoint.read import check_files, find_state_mismatches, read_index
+from lit_vlm.engine.shards import ShardedState
+from lit_vlm.types import UserError, format_count
 
 AUTO, NONE = "auto", "none"
-ANEW = "resume_from=none starts the run from its beginning."
+RESTART_HINT = "resume_from=none starts the run from its beginning."
 
-Found = tuple[Path, Index]
+FoundCheckpoint = tuple[Path, CheckpointIndex]
 Say = Callable[[str], None]
 
 
-def find(
-    trainer: L.Trainer, shards: Shards, folder: Folder, resume_from: str, belongs: Belongs, say: Say
-) -> Found | None:
+def find_resume_checkpoint(
+    trainer: L.Trainer,
+    state: ShardedState,
+    folder: CheckpointFolder,
+    resume_from: str,
+    fingerprint: RunFingerprint,
+    say: Say,
+) -> FoundCheckpoint | None:
     """Find the checkpoint to resume from and verify it completely.
 
     All ranks must call it at the same place.
@@ -43,24 +48,24 @@ def find(
         UserError: the checkpoint belongs to another run, or no existing checkpoint can be used.
     """
     candidates, missing, refusal = trainer.strategy.broadcast(
-        _candidates(folder, resume_from) if trainer.is_global_zero else None
+        _list_candidates(folder, resume_from) if trainer.is_global_zero else None
     )
     if refusal:
-        raise _told_by_first(trainer, refusal)
+        raise _make_rank_zero_error(trainer, refusal)
     errors = [missing] if missing else []
     for path in candidates:
-        error_text = _judged(trainer, shards, path, belongs)
+        error_text = _check_candidate(trainer, state, path, fingerprint)
         if error_text is None:
             for message in errors:
                 say(f"{message}. Goes on from the one before, {path.name}.")
             return path, read_index(path)
         errors.append(error_text)
     if errors:
-        raise _told_by_first(trainer, _none_left(errors, folder, resume_from))
+        raise _make_rank_zero_error(trainer, _describe_no_usable_checkpoint(errors, folder, resume_from))
     return None
 
 
-def _candidates(folder: Folder, resume_from: str) -> tuple[list[Path], str, str]:
+def _list_candidates(folder: CheckpointFolder, resume_from: str) -> tuple[list[Path], str, str]:
     """List the folders that the run may resume from.
 
     Returns:
@@ -69,18 +74,22 @@ def _candidates(folder: Folder, resume_from: str) -> tuple[list[Path], str, str]
     if resume_from == NONE:
         return [], "", ""
     if resume_from != AUTO:
-        return _named(Path(resume_from))
-    steps, latest = folder.steps(), folder.latest()
+        return _resolve_named_checkpoint(Path(resume_from))
+    steps, latest = folder.list_steps(), folder.read_latest_step()
     is_lost = latest is not None and latest not in steps
-    return [folder.of(step) for step in steps], f"{folder.of(latest)} is missing" if is_lost and latest else "", ""
+    return (
+        [folder.get_step_path(step) for step in steps],
+        f"{folder.get_step_path(latest)} is missing" if is_lost and latest else "",
+        "",
+    )
 
 
-def _named(path: Path) -> tuple[list[Path], str, str]:
+def _resolve_named_checkpoint(path: Path) -> tuple[list[Path], str, str]:
     """Resolve the folder of resume_from=<path>, without links and dots, because the folder's name contains the step."""
     resolved = path.expanduser().resolve()
-    if (resolved / INDEX).is_file() or resolved.name.startswith("step-"):
+    if (resolved / INDEX_FILE).is_file() or resolved.name.startswith("step-"):
         return [resolved], "", ""
-    nested_folders = [index_file.parent for index_file in sorted(resolved.glob(f"**/step-*/{INDEX}"))]
+    nested_folders = [index_file.parent for index_file in sorted(resolved.glob(f"**/step-*/{INDEX_FILE}"))]
     contents = (
         f"It holds {', '.join(map(str, nested_folders[-3:]))}; name one of them."
         if nested_folders
@@ -89,7 +98,7 @@ def _named(path: Path) -> tuple[list[Path], str, str]:
     return [], "", f"resume_from={path} is not the folder of a checkpoint (step-...). {contents}"
 
 
-def _judged(trainer: L.Trainer, shards: Shards, path: Path, belongs: Belongs) -> str | None:
+def _check_candidate(trainer: L.Trainer, state: ShardedState, path: Path, fingerprint: RunFingerprint) -> str | None:
     """Check one candidate; the ranks share the reading of its files.
 
     Returns:
@@ -101,35 +110,33 @@ def _judged(trainer: L.Trainer, shards: Shards, path: Path, belongs: Belongs) ->
     refusal, corruption = "", ""
     try:
         index = read_index(path)
-        if mismatch := _foreign(trainer, shards, index, belongs):
-            refusal = (
-                f"{path} cannot be gone on from: {mismatch}. Give this run a name of its own (run_name=...). {ANEW}"
-            )
+        if mismatch := _find_mismatch(trainer, state, index, fingerprint):
+            refusal = f"{path} cannot be gone on from: {mismatch}. Give this run a name of its own (run_name=...). {RESTART_HINT}"
         else:
             check_files(path, index, trainer.global_rank, trainer.world_size)
-    except Damaged as error:
+    except CorruptCheckpointError as error:
         corruption = str(error)
-    results = gathered(trainer, (refusal, corruption))
+    results = gather_objects(trainer, (refusal, corruption))
     for message, _ in results:
         if message:
-            raise _told_by_first(trainer, message)
+            raise _make_rank_zero_error(trainer, message)
     return next((message for _, message in results if message), None)
 
 
-def _foreign(trainer: L.Trainer, shards: Shards, index: Index, belongs: Belongs) -> str:
+def _find_mismatch(trainer: L.Trainer, state: ShardedState, index: CheckpointIndex, fingerprint: RunFingerprint) -> str:
     """Return why a valid checkpoint does not belong to this run; empty text if it does."""
-    if differences := belongs.differences(index.belongs):
+    if differences := fingerprint.find_differences(index.belongs):
         return f"it is of a run with another {'; '.join(differences[:3])}"
     plan = getattr(getattr(trainer, "datamodule", None), "plan", None)
     if plan is not None and index.step > plan.num_steps:
-        return f"it has {counted(index.step, 'step')}, and this run takes {plan.num_steps:,}"
-    if plan is not None and index.consumed and Consumed(plan).until(index.step) != index.consumed:
+        return f"it has {format_count(index.step, 'step')}, and this run takes {plan.num_steps:,}"
+    if plan is not None and index.consumed and SampleHash(plan).compute_digest(index.step) != index.consumed:
         return "its steps read other samples than this run's (other data, another mixture, or other caps)"
-    mismatches = misfits(index, shapes_of(trainer), shards.pieces())
+    mismatches = find_state_mismatches(index, get_trainable_shapes(trainer), state.iter_shards())
     return f"another model: {'; '.join(mismatches[:3])}" if mismatches else ""
 
 
-def shapes_of(trainer: L.Trainer) -> dict[str, tuple[int, ...]]:
+def get_trainable_shapes(trainer: L.Trainer) -> dict[str, tuple[int, ...]]:
     """Return name -> full (unsharded) shape of each trainable parameter, under every strategy."""
     module: Any = trainer.lightning_module
     named_parameters = getattr(module, "model", module).named_parameters()
@@ -140,28 +147,28 @@ def shapes_of(trainer: L.Trainer) -> dict[str, tuple[int, ...]]:
     }
 
 
-def gathered(trainer: L.Trainer, mine: Any) -> list[Any]:
+def gather_objects(trainer: L.Trainer, value: Any) -> list[Any]:
     """Gather one object from every rank, in the order of the ranks."""
     if trainer.world_size == 1:
-        return [mine]
+        return [value]
     values = [None] * trainer.world_size
-    torch.distributed.all_gather_object(values, mine)
+    torch.distributed.all_gather_object(values, value)
     return values
 
 
-def _told_by_first(trainer: L.Trainer, text: str) -> UserError:
+def _make_rank_zero_error(trainer: L.Trainer, text: str) -> UserError:
     """Make the error that all ranks raise; only rank 0 has the message."""
     return UserError(text if trainer.is_global_zero else "")
 
 
-def _none_left(damage: Sequence[str], folder: Folder, resume_from: str) -> str:
-    joined_errors = "; ".join(damage)
+def _describe_no_usable_checkpoint(errors: Sequence[str], folder: CheckpointFolder, resume_from: str) -> str:
+    joined_errors = "; ".join(errors)
     if resume_from == AUTO:
-        return f"No checkpoint in {folder.path} can be used: {joined_errors}. {ANEW}"
-    other_paths = [str(folder.of(step)) for step in folder.steps()[:3]]
+        return f"No checkpoint in {folder.path} can be used: {joined_errors}. {RESTART_HINT}"
+    other_paths = [str(folder.get_step_path(step)) for step in folder.list_steps()[:3]]
     alternative = (
         f"The run's own are {', '.join(other_paths)}; resume_from=auto takes the newest good one."
         if other_paths
-        else ANEW
+        else RESTART_HINT
     )
     return f"resume_from={resume_from} cannot be used: {joined_errors}. {alternative}"

@@ -7,7 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 
-class Level(StrEnum):
+class Severity(StrEnum):
     """Severity of a finding."""
 
     failure = "failure"  # the run would stop with this error
@@ -19,7 +19,7 @@ class Level(StrEnum):
 class Finding:
     """Problem or advice that the reader should act on."""
 
-    level: Level
+    level: Severity
     what: str
     remedy: str = ""
 
@@ -82,7 +82,7 @@ class ShareRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class SummaryStats:
     """Summary statistics of a number that each sample or pack has."""
 
     least: float
@@ -100,7 +100,7 @@ class Histogram:
     unit: str
     edges: list[float]
     series: dict[str, list[int]]  # by language
-    spread: Spread
+    spread: SummaryStats
     log: bool = False
     cap: float | None = None  # limit of a micro-batch, if it is near the values
 
@@ -118,8 +118,8 @@ class PlanFacts:
     tokens: int
     supervised: int
     tiles: int
-    pack_tokens: Spread  # `least` is the 5th percentile
-    pack_tiles: Spread
+    pack_tokens: SummaryStats  # `least` is the 5th percentile
+    pack_tiles: SummaryStats
     pack_samples: float  # on average
     most_tokens: int  # token limit of a micro-batch
     most_tiles: int  # tile limit of a micro-batch
@@ -224,7 +224,7 @@ class DiskRow:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class PromptPiece:
     """Piece of a rendered prompt. `kind`: text, control or image; all placeholders of an image are one piece."""
 
     text: str
@@ -234,7 +234,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class SampleImage:
     """Image on the page, with its caption."""
 
     caption: str
@@ -252,13 +252,13 @@ class ShownSample:
     tokens: int
     supervised: int
     tiles: int
-    segments: list[tuple[str, list[Piece]]]  # one; for a preference pair "chosen" and "rejected"
-    pictures: list[Picture]
+    segments: list[tuple[str, list[PromptPiece]]]  # one; for a preference pair "chosen" and "rejected"
+    pictures: list[SampleImage]
     marked: bool  # an image has boxes
 
 
 @dataclass(frozen=True, slots=True)
-class BadExample:
+class BadRecordExample:
     """First record of a source with this fault."""
 
     source: str
@@ -269,7 +269,7 @@ class BadExample:
 
 
 @dataclass(slots=True)
-class Facts:
+class PreflightFacts:
     """All facts of a preflight. A fact that could not be determined is None or empty, and `findings` gives the reason."""
 
     name: str
@@ -289,24 +289,24 @@ class Facts:
     time: TimeFacts | None = None
     disk: list[DiskRow] = field(default_factory=list)
     samples: list[ShownSample] = field(default_factory=list)
-    bad: list[BadExample] = field(default_factory=list)
+    bad: list[BadRecordExample] = field(default_factory=list)
     seconds: float = 0.0  # duration of the preflight itself
 
-    def of_level(self, level: Level) -> list[Finding]:
+    def get_findings(self, level: Severity) -> list[Finding]:
         """Return the findings of one severity."""
         return [finding for finding in self.findings if finding.level is level]
 
     @property
     def would_run(self) -> bool:
         """True if there is no failure."""
-        return not self.of_level(Level.failure)
+        return not self.get_findings(Severity.failure)
 
     @property
     def estimated(self) -> bool:
         """True if some source was read in part only."""
         return any(row.estimated for row in self.sources)
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Convert to plain values for JSON, without the images."""
         values = asdict(self)
         for sample in values["samples"]:

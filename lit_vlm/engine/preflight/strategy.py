@@ -5,64 +5,64 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from lit_vlm.config.schema import ActivationCheckpointing, RunConfig, Strategy
+from lit_vlm.config.schema import ActivationCheckpointing, RunConfig, StrategyName
 from lit_vlm.cost import (
     DEVICES,
-    Choice,
     Device,
     Fabric,
-    Load,
-    Parameters,
-    Shape,
-    Situation,
-    Training,
-    choose,
-    level_for,
-    why_level,
+    MicroBatchSize,
+    ModelShape,
+    ParameterCounts,
+    StrategyChoice,
+    TrainingOptions,
+    TrainingSetup,
+    choose_level,
+    choose_strategy,
+    describe_level,
 )
-from lit_vlm.cost.choice import MOSTLY_FROZEN, ON_CPU
+from lit_vlm.cost.choice import CPU_REASON, MOSTLY_FROZEN_SHARE
 from lit_vlm.cost.situation import SHARDINGS
-from lit_vlm.engine.preflight.facts import Finding, Level, PlanFacts, StrategyFacts
+from lit_vlm.engine.preflight.facts import Finding, PlanFacts, Severity, StrategyFacts
 
-NODE = 8  # devices of a node, if the run has one device and preflight.world_size is larger
-SLOW = 0.9  # below this share of the devices' speed, report the network
+DEVICES_PER_NODE = 8  # devices of a node, if the run has one device and preflight.world_size is larger
+MIN_COMPUTE_SHARE = 0.9  # below this share of the devices' speed, report the network
 
-LEVELS = (
+CHECKPOINTING_LEVELS = (
     ActivationCheckpointing.none,
     ActivationCheckpointing.selective,
     ActivationCheckpointing.full,
 )  # choices of `auto`, the fastest first
 
-NAMES = {
-    Strategy.single: "one device",
-    Strategy.ddp: "DDP",
-    Strategy.deepspeed_zero2: "ZeRO-2",
-    Strategy.deepspeed_zero3: "ZeRO-3",
-    Strategy.deepspeed_zero3_offload: "ZeRO-3 with offload",
-    Strategy.fsdp2: "FSDP2",
-    Strategy.hsdp: "HSDP",
+STRATEGY_NAMES = {
+    StrategyName.single: "one device",
+    StrategyName.ddp: "DDP",
+    StrategyName.deepspeed_zero2: "ZeRO-2",
+    StrategyName.deepspeed_zero3: "ZeRO-3",
+    StrategyName.deepspeed_zero3_offload: "ZeRO-3 with offload",
+    StrategyName.fsdp2: "FSDP2",
+    StrategyName.hsdp: "HSDP",
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
+class StrategyDecision:
     """Strategy and activation checkpointing level of a run, with reasons, and the choice of `auto`."""
 
-    strategy: Strategy
+    strategy: StrategyName
     reason: str  # for the choice of `auto`
     level: ActivationCheckpointing
     level_reason: str
-    advised: Choice
+    advised: StrategyChoice
 
 
-def situation_of(
+def make_training_setup(
     config: RunConfig,
-    shape: Shape,
-    parameters: Parameters,
-    training: Training,
+    shape: ModelShape,
+    parameters: ParameterCounts,
+    training: TrainingOptions,
     plan: PlanFacts,
     device: Device | None = None,
-) -> Situation:
+) -> TrainingSetup:
     """Make the setup that decides the strategy.
 
     A trainer on a CPU has no memory limit: there every strategy fits.
@@ -72,106 +72,110 @@ def situation_of(
     """
     if device is None and config.trainer.accelerator in ("gpu", "cuda"):
         device = DEVICES[config.preflight.device]
-    return Situation(
+    return TrainingSetup(
         shape=shape,
         parameters=parameters,
         training=training,
-        load=Load(round(plan.pack_tokens.most), round(plan.pack_tiles.most), plan.most_supervised),
+        micro_batch=MicroBatchSize(round(plan.pack_tokens.most), round(plan.pack_tiles.most), plan.most_supervised),
         world_size=plan.world_size,
-        devices_per_node=per_node(config, plan.world_size),
+        devices_per_node=get_devices_per_node(config, plan.world_size),
         device=device,
         utilisation=config.preflight.utilisation,
-        fabric=Fabric.of_node(config.preflight.network),
+        fabric=Fabric.from_gigabits(config.preflight.network),
         shard_size=config.trainer.shard_size,
-        k=plan.k,
-        levels=LEVELS if config.stage.activation_checkpointing is ActivationCheckpointing.auto else (),
+        num_micro_batches=plan.k,
+        allowed_levels=CHECKPOINTING_LEVELS
+        if config.stage.activation_checkpointing is ActivationCheckpointing.auto
+        else (),
     )
 
 
-def per_node(config: RunConfig, world_size: int) -> int:
+def get_devices_per_node(config: RunConfig, world_size: int) -> int:
     """Return the devices of a node: those of the run, or `DEVICES_PER_NODE` if the run has one device and plans for more."""
     alone = config.trainer.devices * config.trainer.num_nodes == 1
-    return min(world_size, NODE if alone else config.trainer.devices)
+    return min(world_size, DEVICES_PER_NODE if alone else config.trainer.devices)
 
 
-def strategy_facts(config: RunConfig, situation: Situation, plan: PlanFacts) -> StrategyFacts:
+def summarize_strategy(config: RunConfig, setup: TrainingSetup, plan: PlanFacts) -> StrategyFacts:
     """Summarize the strategy of the run, its activation checkpointing, its communication, and the choice of `auto`."""
-    decision = decided(config, situation)
+    decision = select_strategy(config, setup)
     advised, strategy = decision.advised, decision.strategy
     mean_setup = replace(
-        situation.at(decision.level),
-        load=Load(round(plan.pack_tokens.mean), round(plan.pack_tiles.mean), max(1, plan.supervised // _packs(plan))),
+        setup.replace_level(decision.level),
+        micro_batch=MicroBatchSize(
+            round(plan.pack_tokens.mean), round(plan.pack_tiles.mean), max(1, plan.supervised // _count_packs(plan))
+        ),
     )
-    timing = mean_setup.timing(strategy)
+    timing = mean_setup.simulate_step(strategy)
     return StrategyFacts(
         name=strategy.value,
-        title=NAMES[strategy],
-        asked=config.trainer.strategy is not Strategy.auto,
+        title=STRATEGY_NAMES[strategy],
+        asked=config.trainer.strategy is not StrategyName.auto,
         advised=advised.strategy.value,
         reason=advised.reason,
         advised_fits=advised.fits,
-        network=situation.fabric.name if situation.nodes > 1 else "one node",
-        step=timing.total if timing else 0.0,
-        communication=timing.communication if timing else 0.0,
-        exposed=timing.exposed if timing else 0.0,
-        inside=timing.traffic.inside if timing else 0.0,
-        outside=timing.traffic.outside if timing else 0.0,
+        network=setup.fabric.name if setup.num_nodes > 1 else "one node",
+        step=timing.total_seconds if timing else 0.0,
+        communication=timing.communication_seconds if timing else 0.0,
+        exposed=timing.exposed_seconds if timing else 0.0,
+        inside=timing.traffic.intra_node_bytes if timing else 0.0,
+        outside=timing.traffic.inter_node_bytes if timing else 0.0,
         level=decision.level.value,
         level_asked=config.stage.activation_checkpointing is not ActivationCheckpointing.auto,
         level_reason=decision.level_reason,
     )
 
 
-def decided(config: RunConfig, situation: Situation) -> Decision:
+def select_strategy(config: RunConfig, setup: TrainingSetup) -> StrategyDecision:
     """Select strategy and activation checkpointing level: as set, or chosen where the setting is `auto`."""
-    best, requested = choose(situation), config.trainer.strategy
-    strategy = best.strategy if requested is Strategy.auto else requested
-    level = best.level if requested is Strategy.auto else level_for(situation, strategy)
-    return Decision(strategy, best.reason, level, why_level(situation, strategy, level), best)
+    best, requested = choose_strategy(setup), config.trainer.strategy
+    strategy = best.strategy if requested is StrategyName.auto else requested
+    level = best.level if requested is StrategyName.auto else choose_level(setup, strategy)
+    return StrategyDecision(strategy, best.reason, level, describe_level(setup, strategy, level), best)
 
 
-def on_a_cpu(config: RunConfig) -> Decision:
+def select_cpu_strategy(config: RunConfig) -> StrategyDecision:
     """Select the strategy on a CPU: full copies of the model without activation checkpointing, since memory is not compared."""
-    strategy = Strategy.ddp if config.trainer.devices * config.trainer.num_nodes > 1 else Strategy.single
-    best = Choice(strategy, "the trainer is on a CPU")
+    strategy = StrategyName.ddp if config.trainer.devices * config.trainer.num_nodes > 1 else StrategyName.single
+    best = StrategyChoice(strategy, "the trainer is on a CPU")
     requested, level = config.trainer.strategy, config.stage.activation_checkpointing
-    return Decision(
-        strategy if requested is Strategy.auto else requested,
+    return StrategyDecision(
+        strategy if requested is StrategyName.auto else requested,
         best.reason,
         best.level if level is ActivationCheckpointing.auto else level,
-        ON_CPU,
+        CPU_REASON,
         best,
     )
 
 
-def _packs(plan: PlanFacts) -> int:
+def _count_packs(plan: PlanFacts) -> int:
     return max(1, plan.steps * plan.k * plan.world_size)
 
 
-def ways(situation: Situation) -> list[Strategy]:
+def list_strategies(setup: TrainingSetup) -> list[StrategyName]:
     """List the strategies to show: those of a single device, or all distributed ones."""
-    if situation.world_size == 1:
-        return [Strategy.single, Strategy.deepspeed_zero3_offload]
-    left_out = {Strategy.single, *([Strategy.hsdp] if situation.nodes == 1 else [])}
+    if setup.world_size == 1:
+        return [StrategyName.single, StrategyName.deepspeed_zero3_offload]
+    left_out = {StrategyName.single, *([StrategyName.hsdp] if setup.num_nodes == 1 else [])}
     return [strategy for strategy in SHARDINGS if strategy not in left_out]
 
 
-def of_strategy(situation: Situation, facts: StrategyFacts) -> Iterator[Finding]:
+def check_strategy(setup: TrainingSetup, facts: StrategyFacts) -> Iterator[Finding]:
     """Check a named strategy: report one that is slow or that another one would beat."""
-    used, world_size = Strategy(facts.name), situation.world_size
-    if used is Strategy.deepspeed_zero3_offload and facts.advised == used.value and facts.advised_fits:
+    used, world_size = StrategyName(facts.name), setup.world_size
+    if used is StrategyName.deepspeed_zero3_offload and facts.advised == used.value and facts.advised_fits:
         what = f"Weights and optimizer move between the host's memory and the device: {facts.reason}."
-        yield Finding(Level.warning, what, "More devices, LoRA, or fewer parts that train would be faster.")
-    if not facts.asked or world_size == 1 or not situation.fits(used):
+        yield Finding(Severity.warning, what, "More devices, LoRA, or fewer parts that train would be faster.")
+    if not facts.asked or world_size == 1 or not setup.can_fit(used):
         return
-    frozen = situation.parameters.trainable < MOSTLY_FROZEN * situation.parameters.total
-    shards_weights = used not in (Strategy.ddp, Strategy.deepspeed_zero2, Strategy.single)
-    if shards_weights and frozen and situation.fits(Strategy.ddp):
+    frozen = setup.parameters.trainable < MOSTLY_FROZEN_SHARE * setup.parameters.total
+    shards_weights = used not in (StrategyName.ddp, StrategyName.deepspeed_zero2, StrategyName.single)
+    if shards_weights and frozen and setup.can_fit(StrategyName.ddp):
         what = f"{facts.title} sends all weights several times in each micro-batch, and nearly all of them are frozen."
-        yield Finding(Level.warning, what, "A whole copy fits on each device: trainer=ddp sends what trains alone.")
-    elif used is Strategy.deepspeed_zero3_offload and facts.advised != used.value:
+        yield Finding(Severity.warning, what, "A whole copy fits on each device: trainer=ddp sends what trains alone.")
+    elif used is StrategyName.deepspeed_zero3_offload and facts.advised != used.value:
         what = "Offloading moves the states to the host's memory and back in each step, and they would fit without."
-        yield Finding(Level.warning, what, f"trainer={facts.advised}: {facts.reason}.")
-    elif facts.share < SLOW and facts.advised != used.value:
+        yield Finding(Severity.warning, what, f"trainer={facts.advised}: {facts.reason}.")
+    elif facts.share < MIN_COMPUTE_SHARE and facts.advised != used.value:
         what = f"The devices wait for the network for {1 - facts.share:.0%} of the time with {facts.title} ({facts.network})."
-        yield Finding(Level.advice, what, f"trainer={facts.advised}: {facts.reason}.")
+        yield Finding(Severity.advice, what, f"trainer={facts.advised}: {facts.reason}.")

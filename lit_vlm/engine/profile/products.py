@@ -6,12 +6,12 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from lit_vlm.engine.profile.rooms import ROW, Rooms
-from lit_vlm.engine.profile.trace import Span, Trace
+from lit_vlm.engine.profile.rooms import PhaseClassifier, PhasePart
+from lit_vlm.engine.profile.trace import ProfilerTrace, TraceSpan
 
-TYPES = {"float": "fp32", "double": "fp64", "c10::BFloat16": "bf16", "c10::Half": "fp16"}
+DTYPE_NAMES = {"float": "fp32", "double": "fp64", "c10::BFloat16": "bf16", "c10::Half": "fp16"}
 # Operation -> positions of its two matrices among its inputs. Convolutions are included: they are products, too.
-PRODUCTS = {
+PRODUCT_OPERANDS = {
     "aten::mm": (0, 1),
     "aten::addmm": (1, 2),
     "aten::bmm": (0, 1),
@@ -20,12 +20,15 @@ PRODUCTS = {
     "aten::convolution": (0, 1),
     "aten::convolution_backward": (1, 2),
 }
-ROWS, INNER = 0, 1  # dimensions of a shape that hold a micro-batch's tokens, in forward and in weight gradients
-Size = int | tuple[int, int]  # of a dimension; (minimum, maximum) if calls differ in it
+ROW_AXIS, INNER_AXIS = (
+    0,
+    1,
+)  # dimensions of a shape that hold a micro-batch's tokens, in forward and in weight gradients
+DimensionSize = int | tuple[int, int]  # of a dimension; (minimum, maximum) if calls differ in it
 
 
 @dataclass(slots=True)
-class Product:
+class MatrixProduct:
     """Statistics of a matrix product of one shape and dtype, over all its calls in a step.
 
     `shape` is (rows, summed over, columns), `batch` the number of products in a call. A convolution has neither; `text`
@@ -34,19 +37,19 @@ class Product:
 
     name: str
     dtype: str
-    shape: tuple[Size, ...] = ()
+    shape: tuple[DimensionSize, ...] = ()
     batch: int = 1
     text: str = ""
     calls: float = 0.0  # per step, like all fields below
     flops: float = 0.0
     milliseconds: float = 0.0
-    where: dict[ROW, float] = field(default_factory=lambda: defaultdict(float))  # milliseconds
-    turns: set[int] = field(default_factory=set)  # micro-batches with a call
+    time_by_place: dict[PhasePart, float] = field(default_factory=lambda: defaultdict(float))  # milliseconds
+    micro_batches: set[int] = field(default_factory=set)  # micro-batches with a call
 
     @property
     def is_outer(self) -> bool:
         """True for an outer product: the summed dimension has size 1."""
-        return len(self.shape) == 3 and self.shape[INNER] == 1
+        return len(self.shape) == 3 and self.shape[INNER_AXIS] == 1
 
     @property
     def rate(self) -> float | None:
@@ -54,44 +57,46 @@ class Product:
         return self.flops / self.milliseconds * 1e3 if self.flops and self.milliseconds else None
 
     @property
-    def place(self) -> ROW:
+    def costliest_place(self) -> PhasePart:
         """Phase and part with most of its time."""
-        return max(self.where, key=self.where.__getitem__)
+        return max(self.time_by_place, key=self.time_by_place.__getitem__)
 
     @property
-    def written(self) -> str:
+    def shape_text(self) -> str:
         """The shape as text."""
         many = f"{self.batch:,} of " if self.batch > 1 else ""
-        return self.text or many + " × ".join(map(_written, self.shape))
+        return self.text or many + " × ".join(map(_format_size, self.shape))
 
-    def add(self, other: Product) -> None:
+    def add(self, other: MatrixProduct) -> None:
         """Add the calls of an equal product, or of one that differs in the number of tokens only."""
         self.calls, self.flops = self.calls + other.calls, self.flops + other.flops
         self.milliseconds += other.milliseconds
-        self.turns |= other.turns
-        for row, time in other.where.items():
-            self.where[row] += time
-        self.shape = tuple(_span(one, two) for one, two in zip(self.shape, other.shape, strict=True))
+        self.micro_batches |= other.micro_batches
+        for row, time in other.time_by_place.items():
+            self.time_by_place[row] += time
+        self.shape = tuple(_merge_sizes(one, two) for one, two in zip(self.shape, other.shape, strict=True))
 
 
-def products_of(trace: Trace, rooms: Rooms, num_steps: int) -> tuple[list[Product], list[tuple[str, float, float]]]:
+def collect_products(
+    trace: ProfilerTrace, classifier: PhaseClassifier, num_steps: int
+) -> tuple[list[MatrixProduct], list[tuple[str, float, float]]]:
     """Collect the matrix products, with the operations inside them, and (name, calls, milliseconds) of all other operations.
 
     All numbers are per step; the most expensive come first.
     """
-    self_times, scale = _own_time(trace), 1e-3 / num_steps
-    products: list[Product] = []
+    self_times, scale = _compute_self_time(trace), 1e-3 / num_steps
+    products: list[MatrixProduct] = []
     others: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    current: dict[Any, tuple[float, Product]] = {}  # thread -> end of the current product, and the product
+    current: dict[Any, tuple[float, MatrixProduct]] = {}  # thread -> end of the current product, and the product
     for span in trace.ops:
-        row = rooms.of(span)
+        row = classifier.classify(span)
         if row is None:
             continue
         time = self_times[id(span)] * scale
         end, product = current.get(span.thread, (float("-inf"), None))
-        if span.start >= end and span.name in PRODUCTS:
-            product = _product(span, 1 / num_steps)
-            product.turns = {rooms.turn(span)}
+        if span.start >= end and span.name in PRODUCT_OPERANDS:
+            product = _make_product(span, 1 / num_steps)
+            product.micro_batches = {classifier.get_micro_batch(span)}
             current[span.thread] = span.end, product
             products.append(product)
         elif span.start >= end:
@@ -100,23 +105,25 @@ def products_of(trace: Trace, rooms: Rooms, num_steps: int) -> tuple[list[Produc
             continue
         assert product is not None
         product.milliseconds += time
-        product.where[row] += time
+        product.time_by_place[row] += time
     other_operations = [(name, calls, time) for name, (calls, time) in others.items() if time > 0]
-    merged = sorted(_merged(products), key=lambda one: -one.milliseconds)
+    merged = sorted(_merge_products(products), key=lambda one: -one.milliseconds)
     return merged, sorted(other_operations, key=lambda one: -one[2])
 
 
-def _merged(products: list[Product]) -> list[Product]:
+def _merge_products(products: list[MatrixProduct]) -> list[MatrixProduct]:
     """Merge products of equal shape. Also merge shapes that differ in one dimension only, if that joins more micro-batches:
     then the dimension is the number of tokens, the only one that varies between micro-batches.
     """
     micro_batches: dict[Any, set[int]] = defaultdict(set)
     for product in products:
-        for key in _keys(product):
-            micro_batches[key] |= product.turns
-    merged: dict[Any, Product] = {}
+        for key in _get_merge_keys(product):
+            micro_batches[key] |= product.micro_batches
+    merged: dict[Any, MatrixProduct] = {}
     for product in products:
-        key = max(_keys(product), key=lambda key: len(micro_batches[key]))  # at a tie the first key: the exact shape
+        key = max(
+            _get_merge_keys(product), key=lambda key: len(micro_batches[key])
+        )  # at a tie the first key: the exact shape
         if key in merged:
             merged[key].add(product)
         else:
@@ -124,22 +131,22 @@ def _merged(products: list[Product]) -> list[Product]:
     return list(merged.values())
 
 
-def _keys(product: Product) -> list[Any]:
+def _get_merge_keys(product: MatrixProduct) -> list[Any]:
     """Return the keys by which products may merge: the exact shape, or the shape without the dimension of the tokens (rows or summed)."""
-    identity = (product.name, product.dtype, product.batch, product.place)
+    identity = (product.name, product.dtype, product.batch, product.costliest_place)
     without_tokens = [
-        (*identity, place, *product.shape[:place], *product.shape[place + 1 :]) for place in (ROWS, INNER)
+        (*identity, place, *product.shape[:place], *product.shape[place + 1 :]) for place in (ROW_AXIS, INNER_AXIS)
     ]
     return [(*identity, product.text, product.shape), *(without_tokens if product.shape else [])]
 
 
-def _own_time(trace: Trace) -> dict[int, float]:
+def _compute_self_time(trace: ProfilerTrace) -> dict[int, float]:
     """Compute the self time of each operation in microseconds, by its id(): device time if there is a device, else host time."""
-    self_times = {id(span): 0.0 if trace.launched else span.duration for span in trace.ops}
-    calls = [(call.start, 1, call, work.duration) for call, work in trace.launched]
-    stacks: dict[Any, list[Span]] = defaultdict(list)
+    self_times = {id(span): 0.0 if trace.launches else span.duration for span in trace.ops}
+    calls = [(call.start, 1, call, work.duration) for call, work in trace.launches]
+    stacks: dict[Any, list[TraceSpan]] = defaultdict(list)
     for start, is_call, span, duration in sorted(
-        [*((op.start, 0, op, 0.0) for op in trace.ops), *calls], key=_in_order
+        [*((op.start, 0, op, 0.0) for op in trace.ops), *calls], key=_get_sort_key
     ):
         stack = stacks[span.thread]
         while stack and stack[-1].end <= start:
@@ -148,38 +155,38 @@ def _own_time(trace: Trace) -> dict[int, float]:
             if stack:
                 self_times[id(stack[-1])] += duration
             continue
-        if stack and not trace.launched:
+        if stack and not trace.launches:
             self_times[id(stack[-1])] -= span.duration
         stack.append(span)
     return self_times
 
 
-def _in_order(entry: tuple[float, int, Span, float]) -> tuple[float, int, float]:
+def _get_sort_key(entry: tuple[float, int, TraceSpan, float]) -> tuple[float, int, float]:
     start, is_call, span, _ = entry
     return start, is_call, -span.end  # of two that start at once, the longer one contains the other
 
 
-def _product(span: Span, calls: float) -> Product:
+def _make_product(span: TraceSpan, calls: float) -> MatrixProduct:
     """Make a product from one operation. `calls`: its weight, in calls per step."""
     shapes, types = span.args.get("Input Dims") or [], span.args.get("Input type") or []
-    left, right = PRODUCTS[span.name]
+    left, right = PRODUCT_OPERANDS[span.name]
     name = span.name.removeprefix("aten::")
     if max(left, right) >= len(shapes) or not shapes[left] or not shapes[right]:
-        return Product(name, "?", text="?", calls=calls)
-    names = dict.fromkeys(TYPES.get(types[place], types[place].removeprefix("c10::")) for place in (left, right))
+        return MatrixProduct(name, "?", text="?", calls=calls)
+    names = dict.fromkeys(DTYPE_NAMES.get(types[place], types[place].removeprefix("c10::")) for place in (left, right))
     one, other, dtype = shapes[left], shapes[right], " and ".join(names)
     if "convolution" in name:
-        text = " with ".join(" × ".join(map(_written, shape)) for shape in (one, other))
-        return Product(name, dtype, text=text, calls=calls)
+        text = " with ".join(" × ".join(map(_format_size, shape)) for shape in (one, other))
+        return MatrixProduct(name, dtype, text=text, calls=calls)
     batch = one[0] if len(one) == 3 else 1
     flops = 2.0 * batch * one[-2] * one[-1] * other[-1]
-    return Product(name, dtype, (one[-2], one[-1], other[-1]), batch, calls=calls, flops=flops * calls)
+    return MatrixProduct(name, dtype, (one[-2], one[-1], other[-1]), batch, calls=calls, flops=flops * calls)
 
 
-def _span(one: Size, two: Size) -> Size:
+def _merge_sizes(one: DimensionSize, two: DimensionSize) -> DimensionSize:
     ends = [end for size in (one, two) for end in (size if isinstance(size, tuple) else (size,))]
     return min(ends) if min(ends) == max(ends) else (min(ends), max(ends))
 
 
-def _written(size: Size) -> str:
+def _format_size(size: DimensionSize) -> str:
     return f"{size[0]:,}\u2013{size[1]:,}" if isinstance(size, tuple) else f"{size:,}"

@@ -11,22 +11,22 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.strategies import DeepSpeedStrategy, ModelParallelStrategy
 
-from lit_vlm.engine.shards.base import Kind, Piece, Shards
-from lit_vlm.engine.shards.whole import Whole
+from lit_vlm.engine.shards.base import ShardedState, StateKind, TensorShard
+from lit_vlm.engine.shards.whole import ReplicatedState
 
-__all__ = ["Kind", "Piece", "Shards", "Whole", "shards_of"]
+__all__ = ["ReplicatedState", "ShardedState", "StateKind", "TensorShard", "get_sharded_state"]
 
 
-def shards_of(trainer: L.Trainer) -> Shards:
+def get_sharded_state(trainer: L.Trainer) -> ShardedState:
     """Return this rank's part of the trainable state. Call it once the strategy has set up model and optimizer."""
     module: Any = trainer.lightning_module
     model, optimizer = getattr(module, "model", module), trainer.optimizers[0]
     if isinstance(trainer.strategy, DeepSpeedStrategy):
-        from lit_vlm.engine.shards.zero import ZeroShards
+        from lit_vlm.engine.shards.zero import ZeroShardedState
 
-        return ZeroShards(model, optimizer)
+        return ZeroShardedState(model, optimizer)
     if isinstance(trainer.strategy, ModelParallelStrategy):
-        from lit_vlm.engine.shards.fsdp import FSDPShards
+        from lit_vlm.engine.shards.fsdp import FSDPShardedState
 
-        return FSDPShards(model, optimizer)
-    return Whole(model, optimizer, trainer.global_rank)
+        return FSDPShardedState(model, optimizer)
+    return ReplicatedState(model, optimizer, trainer.global_rank)

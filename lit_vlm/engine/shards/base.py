@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 
-class Kind(StrEnum):
+class StateKind(StrEnum):
     """Kind of a state tensor: weight or AdamW moment."""
 
     weight = "weight"  # the float32 master weight if there is one, else the weight itself
@@ -19,10 +19,10 @@ class Kind(StrEnum):
     exp_avg_sq = "exp_avg_sq"  # its second
 
 
-MOMENTS = (Kind.exp_avg, Kind.exp_avg_sq)
+MOMENTS = (StateKind.exp_avg, StateKind.exp_avg_sq)
 
 
-def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
+def get_adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Any]:
     """Return AdamW's state of a parameter: `step`, `exp_avg`, `exp_avg_sq`.
 
     Before the first step the state is created as AdamW would create it, so the layout is the same from the start.
@@ -37,7 +37,7 @@ def adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str,
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class TensorShard:
     """Interval of one state tensor that this rank holds.
 
     Attributes:
@@ -48,25 +48,25 @@ class Piece:
     """
 
     name: str
-    kind: Kind
+    kind: StateKind
     shape: tuple[int, ...]
     start: int
     values: Tensor
 
 
-class Shards(Protocol):
+class ShardedState(Protocol):
     """Part of the trainable state that this rank holds. Frozen parameters are not part of it: they are read from their source."""
 
-    def pieces(self) -> Iterator[Piece]:
+    def iter_shards(self) -> Iterator[TensorShard]:
         """Yield every shard that this rank holds, in a fixed order. Moments are included before the first step, too."""
         ...
 
     @property
-    def writes(self) -> bool:
+    def is_writer(self) -> bool:
         """True if this rank writes its shards to a checkpoint. Over all writers, each element occurs exactly once."""
         ...
 
-    def loaded(self, step: int) -> None:
+    def sync_after_load(self, step: int) -> None:
         """Update the compute weights and the optimizer's step count after values were copied into the shards.
 
         Args:

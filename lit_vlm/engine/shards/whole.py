@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from lit_vlm.engine.shards.base import MOMENTS, Kind, Piece, adam_state
+from lit_vlm.engine.shards.base import MOMENTS, StateKind, TensorShard, get_adam_state
 from lit_vlm.types import UserError
 
 
-class Whole:
+class ReplicatedState:
     """Full trainable parameters and AdamW moments, the same on every rank.
 
     Args:
@@ -35,26 +35,26 @@ class Whole:
             )
 
     @property
-    def writes(self) -> bool:
+    def is_writer(self) -> bool:
         """True on rank 0."""
         return self.rank == 0
 
-    def pieces(self) -> Iterator[Piece]:
+    def iter_shards(self) -> Iterator[TensorShard]:
         """Yield every parameter and its moments, each as one full interval."""
         for name, parameter in self.parameters.items():
             shape = tuple(parameter.shape)
-            yield Piece(name, Kind.weight, shape, 0, _flat(parameter.data))
+            yield TensorShard(name, StateKind.weight, shape, 0, _flatten(parameter.data))
             if self.has_moments:
-                state = adam_state(self.optimizer, parameter)
+                state = get_adam_state(self.optimizer, parameter)
                 for kind in MOMENTS:
-                    yield Piece(name, kind, shape, 0, _flat(state[kind.value]))
+                    yield TensorShard(name, kind, shape, 0, _flatten(state[kind.value]))
 
-    def loaded(self, step: int) -> None:
+    def sync_after_load(self, step: int) -> None:
         """Set the optimizer's step count."""
         for parameter in self.parameters.values() if self.has_moments else ():
-            adam_state(self.optimizer, parameter)["step"].fill_(float(step))
+            get_adam_state(self.optimizer, parameter)["step"].fill_(float(step))
 
 
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
+def _flatten(tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor as a flat view [n]."""
     return tensor.detach().view(-1)

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 MODEL, LOCK, REPORT = "model", "lock", "report"
-FILES = {MODEL: "hf", LOCK: "mixture.lock", REPORT: "report.html"}
+ARTIFACT_PATHS = {MODEL: "hf", LOCK: "mixture.lock", REPORT: "report.html"}
 
 
-def upload(run: Any, run_dir: Path, asked: list[str]) -> dict[str, str]:
+def upload_artifacts(run: Any, run_dir: Path, kinds: list[str]) -> dict[str, str]:
     """Upload the requested results that exist as artifacts. Returns the artifact name of each kind.
 
     The client reads the files in place, so a model takes no disk space a second time.
@@ -21,8 +21,8 @@ def upload(run: Any, run_dir: Path, asked: list[str]) -> dict[str, str]:
     import wandb
 
     names = {}
-    for kind in asked:
-        path = run_dir / FILES[kind]
+    for kind in kinds:
+        path = run_dir / ARTIFACT_PATHS[kind]
         if not path.exists():
             continue
         artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind)
@@ -35,7 +35,7 @@ def upload(run: Any, run_dir: Path, asked: list[str]) -> dict[str, str]:
     return names
 
 
-def use_parent(run: Any, parent: dict[str, Any]) -> bool:
+def link_parent_model(run: Any, parent: dict[str, Any]) -> bool:
     """Link this run to the model artifact of the run that it starts from. Returns False when that model is no artifact.
 
     Raises:

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_vlm.config.schema import LoggerConfig
-from lit_vlm.engine.ranks import in_sweep
-from lit_vlm.secrets import redacted, redacted_text
+from lit_vlm.engine.ranks import is_in_sweep
+from lit_vlm.secrets import redact, redact_text
 from lit_vlm.types import UserError
 
 ANSWER_SECONDS = 10  # timeout of the server at the start; a run waits no longer
@@ -38,12 +38,12 @@ def is_offline(logger: LoggerConfig) -> bool:
     return logger.offline or os.environ.get("WANDB_MODE") in OFFLINE
 
 
-def is_wanted(logger: LoggerConfig) -> bool:
+def is_enabled(logger: LoggerConfig) -> bool:
     """Return whether the run logs to W&B at all. WANDB_MODE=disabled is W&B's own setting for no."""
     return logger.wandb and os.environ.get("WANDB_MODE") not in DISABLED
 
 
-def log_in() -> str:
+def verify_login() -> str:
     """Verify the login at the server. Returns "" on success, else the reason why the server could not be reached.
 
     Raises:
@@ -61,26 +61,26 @@ def log_in() -> str:
     except AuthenticationError as error:
         # the client retries temporary errors until the timeout; only a refusal comes at once
         if time.monotonic() - start_time < 0.9 * wandb.env.get_http_timeout(ANSWER_SECONDS):
-            raise Refused(redacted_text(str(error))) from None
+            raise LoginRefusedError(redact_text(str(error))) from None
         return f"the server at {wandb.setup().settings.base_url} did not answer within {ANSWER_SECONDS} s"
     if not logged_in:
         raise UserError(NO_LOGIN)
     return ""
 
 
-class Refused(Exception):
+class LoginRefusedError(Exception):
     """Error: the server answers and does not know the key."""
 
 
-def begin(
+def init_run(
     logger: LoggerConfig,
     run_dir: Path,
-    known: dict[str, Any],
+    run_record: dict[str, Any],
     stop: Callable[[], None],
     *,
     offline: bool,
     finish_seconds: float | None = None,
-    **about: Any,
+    **init_kwargs: Any,
 ) -> Any:
     """Start or resume the W&B run. Returns the client's run.
 
@@ -96,26 +96,26 @@ def begin(
     import wandb
 
     # the agent has set project and id already, and the client warns when they are set twice
-    destination = {} if in_sweep() else {"project": logger.project, "entity": logger.entity, "id": known["id"]}
-    set_aside(run_dir)
+    destination = {} if is_in_sweep() else {"project": logger.project, "entity": logger.entity, "id": run_record["id"]}
+    move_earlier_offline_runs(run_dir)
     client_dir = run_dir / UNFINISHED if offline else run_dir
     client_dir.mkdir(parents=True, exist_ok=True)  # else the client uses a temporary folder
     # the client copies the images of tables; the home folder would be wrong, another machine does not have it
     os.environ["WANDB_DATA_DIR"] = str(run_dir / STAGED)
     return wandb.init(
-        **redacted({**destination, **about, "tags": logger.tags}),
+        **redact({**destination, **init_kwargs, "tags": logger.tags}),
         dir=str(client_dir),
         mode="offline" if offline else "online",
         resume=None if offline else "allow",
         reinit="finish_previous",
-        settings=_settings(logger, stop, finish_seconds),
+        settings=_make_settings(logger, stop, finish_seconds),
     )
 
 
-def _settings(logger: LoggerConfig, stop: Callable[[], None], finish_seconds: float | None) -> Any:
+def _make_settings(logger: LoggerConfig, stop: Callable[[], None], finish_seconds: float | None) -> Any:
     import wandb
 
-    seconds = FINISH_IN_SWEEP_SECONDS if in_sweep() else FINISH_SECONDS
+    seconds = FINISH_IN_SWEEP_SECONDS if is_in_sweep() else FINISH_SECONDS
     return wandb.Settings(
         silent=True,
         console="off",
@@ -130,42 +130,44 @@ def _settings(logger: LoggerConfig, stop: Callable[[], None], finish_seconds: fl
     )
 
 
-def set_aside(run_dir: Path) -> None:
+def move_earlier_offline_runs(run_dir: Path) -> None:
     """Move the offline runs of earlier starts to `wandb/earlier/`: the newest offline run contains all of their rows again."""
-    _move([*run_dir.glob("wandb/offline-run-*"), *run_dir.glob(f"{UNFINISHED}/wandb/offline-run-*")], run_dir / EARLIER)
+    _move_folders(
+        [*run_dir.glob("wandb/offline-run-*"), *run_dir.glob(f"{UNFINISHED}/wandb/offline-run-*")], run_dir / EARLIER
+    )
 
 
-def set_out(run_dir: Path) -> None:
+def move_closed_offline_runs(run_dir: Path) -> None:
     """Move closed offline runs to the folder that `wandb sync` reads. It must not see a run that is still open: it would
     upload half of it now, and the same rows again at the end."""
-    _move([*run_dir.glob(f"{UNFINISHED}/wandb/offline-run-*")], run_dir / "wandb")
+    _move_folders([*run_dir.glob(f"{UNFINISHED}/wandb/offline-run-*")], run_dir / "wandb")
     shutil.rmtree(run_dir / UNFINISHED, ignore_errors=True)
 
 
-def _move(folders: list[Path], place: Path) -> None:
+def _move_folders(folders: list[Path], target: Path) -> None:
     for folder in sorted(folders):
-        place.mkdir(exist_ok=True)
+        target.mkdir(exist_ok=True)
         candidates = (f"{folder.name}{f'-{number}' if number else ''}" for number in itertools.count())
         # two starts of one second have one name
-        folder.rename(next(place / name for name in candidates if not (place / name).exists()))
+        folder.rename(next(target / name for name in candidates if not (target / name).exists()))
 
 
-def forget_staged(run_dir: Path) -> None:
+def delete_staged_files(run_dir: Path) -> None:
     """Delete the client's copies of files that the server has."""
     shutil.rmtree(run_dir / STAGED, ignore_errors=True)
 
 
-def was_synced(run_dir: Path) -> bool:
+def is_synced(run_dir: Path) -> bool:
     """Return whether an offline run of this folder was uploaded; the client leaves a marker file."""
     return any(run_dir.glob("wandb/**/*.wandb.synced"))
 
 
-def sync_command(run_dir: Path) -> str:
+def format_sync_command(run_dir: Path) -> str:
     """Format the command that uploads the offline runs of a run folder."""
     return f"python run.py task=sync sync={shlex.quote(str(run_dir))}"
 
 
-def is_asked_to_stop(entity: str, project: str, run_id: str) -> bool:
+def is_stop_requested(entity: str, project: str, run_id: str) -> bool:
     """Ask the server directly whether this run should stop: the client learns it with the next rows only. Returns False
     when the server does not answer."""
     import wandb
@@ -183,7 +185,7 @@ def is_asked_to_stop(entity: str, project: str, run_id: str) -> bool:
         return False
 
 
-def within(seconds: float, call: Callable[[], Any]) -> Any:
+def call_with_timeout(seconds: float, call: Callable[[], Any]) -> Any:
     """Call a function that may hang, with a timeout. Returns its result.
 
     Raises:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-class History:
+class RowBuffer:
     """Buffer that merges logged values into one row for each optimizer step and sends complete rows.
 
     Args:
@@ -18,13 +18,13 @@ class History:
         first_step: earlier steps were sent by an earlier start.
     """
 
-    def __init__(self, send: Callable[[int, dict[str, Any]], None], first: int = 0) -> None:
-        self._send, self.first = send, first
-        self._step, self._row = first, dict[str, Any]()
+    def __init__(self, send: Callable[[int, dict[str, Any]], None], first_step: int = 0) -> None:
+        self._send, self.first_step = send, first_step
+        self._step, self._row = first_step, dict[str, Any]()
 
     def add(self, step: int, values: dict[str, Any]) -> None:
         """Add values to the row of a step. Steps come in order; values of a step that was sent already are ignored."""
-        if step < self.first:
+        if step < self.first_step:
             return
         if step > self._step:
             self.flush()
@@ -35,9 +35,9 @@ class History:
         """Send the buffered row."""
         if self._row:
             row, self._row = self._row, {}
-            self.first = self._step + 1
+            self.first_step = self._step + 1
             self._send(self._step, row)
 
-    def forget(self) -> None:
+    def drop_pending(self) -> None:
         """Drop the buffered row: the start that resumes logs it again."""
         self._row = {}

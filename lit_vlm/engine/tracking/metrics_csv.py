@@ -12,7 +12,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from lit_vlm.files import write_atomically
+from lit_vlm.files import write_text_atomically
 
 
 class MetricsCsv(Logger):
@@ -46,11 +46,11 @@ class MetricsCsv(Logger):
         row = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
         row["step"] = self.num_rows if step is None else step
         if self._columns is None:
-            self._rewrite([], sorted(row))
+            self._write_table([], sorted(row))
         if new := row.keys() - set(self._columns or ()):
-            self._rewrite(_read(self.path), sorted({*self._columns, *new}))
+            self._write_table(_read_rows(self.path), sorted({*self._columns, *new}))
         with self.path.open("a", encoding="utf-8", newline="") as stream:
-            stream.write(_text([row], self._columns))
+            stream.write(_format_rows([row], self._columns))
         self.num_rows += 1
 
     def go_on(self, num_rows: int, row: dict[str, Any] | None = None) -> list[dict[str, Any]]:
@@ -65,30 +65,30 @@ class MetricsCsv(Logger):
         """
         if rank_zero_only.rank:
             return []
-        rows = _read(self.path)[:num_rows] + ([row] if row else [])
+        rows = _read_rows(self.path)[:num_rows] + ([row] if row else [])
         columns = sorted({name for one in rows for name in one})
         if rows:
-            self._rewrite(rows, columns)
+            self._write_table(rows, columns)
         self.num_rows = len(rows)
-        return [{name: _number(value) for name, value in one.items() if value != ""} for one in rows]
+        return [{name: _parse_number(value) for name, value in one.items() if value != ""} for one in rows]
 
-    def rows(self) -> list[dict[str, Any]]:
+    def read_rows(self) -> list[dict[str, Any]]:
         """Read all rows of the table, with the values as logged."""
-        rows = _read(self.path)
-        return [{name: _number(value) for name, value in one.items() if value != ""} for one in rows]
+        rows = _read_rows(self.path)
+        return [{name: _parse_number(value) for name, value in one.items() if value != ""} for one in rows]
 
-    def logged(self) -> set[str]:
+    def read_metric_names(self) -> set[str]:
         """Read the names of all metrics in the table."""
-        return {name for row in _read(self.path) for name in row} - {"step", "epoch"}
+        return {name for row in _read_rows(self.path) for name in row} - {"step", "epoch"}
 
-    def _rewrite(self, rows: list[dict[str, Any]], columns: list[str]) -> None:
+    def _write_table(self, rows: list[dict[str, Any]], columns: list[str]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        header = _text([dict(zip(columns, columns, strict=True))], columns)
-        write_atomically(self.path, header + _text(rows, columns), redact=False)
+        header = _format_rows([dict(zip(columns, columns, strict=True))], columns)
+        write_text_atomically(self.path, header + _format_rows(rows, columns), remove_secrets=False)
         self._columns = columns
 
 
-def _read(path: Path) -> list[dict[str, Any]]:
+def _read_rows(path: Path) -> list[dict[str, Any]]:
     """Read the complete rows; an incomplete last row is skipped."""
     if not path.is_file():
         return []
@@ -98,14 +98,14 @@ def _read(path: Path) -> list[dict[str, Any]]:
     return list(csv.DictReader(lines))
 
 
-def _number(value: Any) -> Any:
+def _parse_number(value: Any) -> Any:
     """Parse a cell into the number that was logged: the text form of Python's numbers is exact."""
     if not isinstance(value, str):
         return value
     return int(value) if value.lstrip("-").isdigit() else float(value)
 
 
-def _text(rows: list[dict[str, Any]], columns: list[str]) -> str:
+def _format_rows(rows: list[dict[str, Any]], columns: list[str]) -> str:
     stream = io.StringIO(newline="")
     csv.DictWriter(stream, columns, lineterminator="\n").writerows(rows)
     return stream.getvalue()

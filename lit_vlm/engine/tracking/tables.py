@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 COLUMNS = ("id", "source", "kind", "language", "prompt", "reference", "prediction", "score")
-MOST_PICTURES = 4  # image columns; further images of a sample are in samples.jsonl only
+MAX_IMAGES = 4  # image columns; further images of a sample are in samples.jsonl only
 
 
 def read_samples(run_dir: Path, phase: str) -> list[dict[str, Any]]:
@@ -21,45 +21,47 @@ def read_samples(run_dir: Path, phase: str) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict) and row.get("phase") == phase]
 
 
-def table_of(run_dir: Path, rows: list[dict[str, Any]]) -> Any:
+def build_table(run_dir: Path, rows: list[dict[str, Any]]) -> Any:
     """Build a `wandb.Table` with one row for each sample."""
     import wandb
 
-    num_images = min(MOST_PICTURES, max((len(row["images"]) for row in rows), default=0))
+    num_images = min(MAX_IMAGES, max((len(row["images"]) for row in rows), default=0))
     names = [f"picture{f'_{number + 1}' if number else ''}" for number in range(num_images)]
-    cells = [[row[name] for name in COLUMNS] + _pictures(run_dir, row, num_images) for row in rows]
+    cells = [[row[name] for name in COLUMNS] + _make_image_cells(run_dir, row, num_images) for row in rows]
     return wandb.Table(columns=[*COLUMNS, *names], data=cells)
 
 
-def written(run: Any, name: str, table: Any, step: int) -> Any:
+def encode_table(run: Any, name: str, table: Any, step: int) -> Any:
     """Encode a table as the value of a history row. This copies its files to the run folder and starts their upload."""
     from wandb.sdk.data_types.utils import val_to_json
 
     return val_to_json(run, name, table, namespace=step)
 
 
-def files_of_samples(run_dir: Path) -> list[str]:
+def list_sample_images(run_dir: Path) -> list[str]:
     """List the image files of the tables, relative to the run folder, without duplicates."""
     rows = [row for phase in ("before", "after") for row in read_samples(run_dir, phase)]
-    return list(dict.fromkeys(path for row in rows for path in _shown(row)[:MOST_PICTURES]))
+    return list(dict.fromkeys(path for row in rows for path in _get_image_paths(row)[:MAX_IMAGES]))
 
 
-def _shown(row: dict[str, Any]) -> list[str]:
+def _get_image_paths(row: dict[str, Any]) -> list[str]:
     """Return the image paths of a sample. If it has boxes, use the image without them: W&B draws boxes that can be switched off."""
     return [row["plain"]] if row.get("plain") else list(row["images"])
 
 
-def _pictures(run_dir: Path, row: dict[str, Any], number: int) -> list[Any]:
+def _make_image_cells(run_dir: Path, row: dict[str, Any], num_columns: int) -> list[Any]:
     """Make the image cells of one row, one for each image column."""
     import wandb
 
-    found = [str(run_dir / path) if (run_dir / path).is_file() else None for path in _shown(row)[:number]]
-    overlay = boxes_of(row.get("boxes") or [])
+    found = [
+        str(run_dir / path) if (run_dir / path).is_file() else None for path in _get_image_paths(row)[:num_columns]
+    ]
+    overlay = build_box_overlays(row.get("boxes") or [])
     images = [wandb.Image(path, boxes=overlay or None) if path else None for path in found]
-    return images + [None] * (number - len(images))
+    return images + [None] * (num_columns - len(images))
 
 
-def boxes_of(boxes: list[dict[str, Any]]) -> dict[str, Any]:
+def build_box_overlays(boxes: list[dict[str, Any]]) -> dict[str, Any]:
     """Build the box overlays of a `wandb.Image`, one layer each for asked, reference and prediction.
 
     Args:

@@ -13,7 +13,7 @@ from lit_vlm.types import UserError
 FOLDER = "tensorboard"
 
 
-def make_tensorboard(run_dir: Path) -> Logger:
+def make_tensorboard_logger(run_dir: Path) -> Logger:
     """Make Lightning's TensorBoard logger, extended by `replay` for resumed runs.
 
     Raises:
@@ -26,7 +26,7 @@ def make_tensorboard(run_dir: Path) -> Logger:
         )
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    class Continued(TensorBoardLogger):
+    class ResumableTensorBoardLogger(TensorBoardLogger):
         def replay(self, rows: list[dict[str, Any]]) -> None:
             """Mark all events after the last kept step as purged (`purge_step`), because they are logged again."""
             steps = [int(row["step"]) for row in rows]
@@ -39,4 +39,4 @@ def make_tensorboard(run_dir: Path) -> Logger:
                 if int(row["step"]) == max(steps):  # more values of this step may follow
                     self.log_metrics({key: value for key, value in row.items() if key != "step"}, step=max(steps))
 
-    return Continued(save_dir=run_dir, name="", version=FOLDER)
+    return ResumableTensorBoardLogger(save_dir=run_dir, name="", version=FOLDER)

@@ -10,20 +10,20 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 
 from lit_vlm.config.schema import LoggerConfig
-from lit_vlm.config.settings import did_you_mean, nearest
-from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED, LeftTogether, StoppedEarly
-from lit_vlm.engine.ranks import in_sweep
+from lit_vlm.config.settings import find_nearest, format_suggestion
+from lit_vlm.engine.exits import INTERRUPTED, RESTART, TERMINATED, CoordinatedExit, EarlyStoppingExit
+from lit_vlm.engine.ranks import is_in_sweep
 from lit_vlm.engine.run_folder import RunFolder, is_rank_zero
-from lit_vlm.engine.signals import current
+from lit_vlm.engine.signals import get_signal_handler
 from lit_vlm.engine.tracking import connection, facts
 from lit_vlm.engine.tracking.metrics_csv import MetricsCsv
-from lit_vlm.engine.tracking.tensorboard import make_tensorboard
+from lit_vlm.engine.tracking.tensorboard import make_tensorboard_logger
 from lit_vlm.engine.tracking.wandb_run import EXIT_CODES, WandbRun
-from lit_vlm.secrets import redacted_text
+from lit_vlm.secrets import redact_text
 from lit_vlm.types import UserError
 
 
-class Tracking:
+class RunTracker:
     """Context manager around all starts of a run in one process. It makes the loggers of each start and closes them once.
 
     Args:
@@ -40,11 +40,11 @@ class Tracking:
         run_dir: Path,
         experiment: str | None,
         say: Callable[[str], None],
-        patience: float | None = None,
+        timeout_seconds: float | None = None,
     ) -> None:
         self.logger, self.run_dir, self.experiment = logger, run_dir, experiment
-        wanted = connection.is_wanted(logger) and is_rank_zero()
-        self.wandb = WandbRun(logger, run_dir, say, patience) if wanted else None
+        wanted = connection.is_enabled(logger) and is_rank_zero()
+        self.wandb = WandbRun(logger, run_dir, say, timeout_seconds) if wanted else None
         self._folder: RunFolder | None = None
 
     def check(self, folder: RunFolder) -> None:
@@ -56,29 +56,29 @@ class Tracking:
         if not is_rank_zero():
             return
         if self.logger.tensorboard:
-            make_tensorboard(self.run_dir)
+            make_tensorboard_logger(self.run_dir)
         if self.wandb is not None:
             facts.require_sweep_values(folder.manifest["config"])
-            self.wandb.log_in(begun_before=folder.goes_on)
+            self.wandb.verify_login(has_earlier_run=folder.is_resumed)
 
-    def loggers(self) -> list[Logger]:
+    def make_loggers(self) -> list[Logger]:
         """Make the loggers of one start. The CSV logger comes first: the others replay the rows that it keeps."""
         table: list[Logger] = [MetricsCsv(self.run_dir)]
-        table += [make_tensorboard(self.run_dir)] if self.logger.tensorboard else []
+        table += [make_tensorboard_logger(self.run_dir)] if self.logger.tensorboard else []
         return table + ([self.wandb] if self.wandb is not None else [])
 
-    def known(self, folder: RunFolder) -> dict[str, Any]:
+    def get_tracking_record(self, folder: RunFolder) -> dict[str, Any]:
         """Return the tracking entry for the manifest."""
         tracking = folder.manifest["tracking"]
         if self.wandb is None:
             return tracking
-        return tracking | {"wandb": facts.known_run(folder, self.logger, self.experiment)}
+        return tracking | {"wandb": facts.get_run_record(folder, self.logger, self.experiment)}
 
     def open(self, folder: RunFolder) -> None:
         """Open the W&B run, once the manifest is complete."""
         self._folder = folder
         if self.wandb is not None:
-            self._note(folder, **self.wandb.open(folder, folder.manifest["tracking"]["wandb"]))
+            self._update_record(folder, **self.wandb.open(folder, folder.manifest["tracking"]["wandb"]))
 
     def require_metric(self, figures: dict[str, Any]) -> None:
         """Require that `logger.metric` was logged or is among the figures.
@@ -87,8 +87,9 @@ class Tracking:
             UserError: names the nearest metric that was logged.
         """
         if self.logger.metric and is_rank_zero():
-            require_logged(
-                self.logger.metric, {*MetricsCsv(self.run_dir).logged(), *facts.summary_of({"figures": figures}, "")}
+            require_logged_metric(
+                self.logger.metric,
+                {*MetricsCsv(self.run_dir).read_metric_names(), *facts.build_summary({"figures": figures}, "")},
             )
 
     def finish(self, folder: RunFolder) -> None:
@@ -96,95 +97,95 @@ class Tracking:
         if self.wandb is None:
             return
         if not self.wandb.offline:
-            self._note(folder, behind=True)  # until the server has everything
-        names = self.wandb.close("finished", facts.summary_of(folder.manifest, "finished"), uploads=True)
-        self._note(folder, behind=self.wandb.behind, **({"artifacts": names} if names else {}))
+            self._update_record(folder, behind=True)  # until the server has everything
+        names = self.wandb.close("finished", facts.build_summary(folder.manifest, "finished"), upload=True)
+        self._update_record(folder, behind=self.wandb.behind, **({"artifacts": names} if names else {}))
 
-    def catch_up(self, folder: RunFolder) -> None:
+    def send_missing(self, folder: RunFolder) -> None:
         """Send the rows and files of a finished run that the server lacks."""
         known = (folder.manifest.get("tracking") or {}).get("wandb") or {}
         if self.wandb is None or not known.get("behind"):
             return
-        self.wandb.log_in(begun_before=True)
+        self.wandb.verify_login(has_earlier_run=True)
         if not self.wandb.offline:
-            self.send_whole(folder, finished=True)
+            self.send_all(folder, finished=True)
 
-    def send_whole(self, folder: RunFolder, *, finished: bool) -> None:
+    def send_all(self, folder: RunFolder, *, finished: bool) -> None:
         """Send everything that the server lacks of a run that is not training, from the files of its run folder."""
         assert self.wandb is not None
         self.open(folder)
-        self.wandb.replay_whole()
+        self.wandb.replay_all()
         if finished:
             self.finish(folder)
             return
         status = "stopped early" if folder.manifest.get("status") == "stopped" else "preempted"
-        self.wandb.close(status, facts.summary_of(folder.manifest, status))
-        self._note(folder, behind=True)  # the run has not finished yet
+        self.wandb.close(status, facts.build_summary(folder.manifest, status))
+        self._update_record(folder, behind=True)  # the run has not finished yet
 
-    def _note(self, folder: RunFolder, **known: Any) -> None:
+    def _update_record(self, folder: RunFolder, **values: Any) -> None:
         tracking = folder.manifest["tracking"]
-        folder.update(tracking=tracking | {"wandb": tracking["wandb"] | known})
+        folder.update(tracking=tracking | {"wandb": tracking["wandb"] | values})
 
     # ---- a run that ends with an error or a signal
 
-    def __enter__(self) -> Tracking:
-        if (signals := current()) is not None:
-            signals.before_leaving = lambda code: self._exit_status(SystemExit(code))
+    def __enter__(self) -> RunTracker:
+        if (signals := get_signal_handler()) is not None:
+            signals.before_exit = lambda code: self._close_and_get_exit_code(SystemExit(code))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if (signals := current()) is not None:
-            signals.before_leaving = None
+        if (signals := get_signal_handler()) is not None:
+            signals.before_exit = None
         if error is None or self.wandb is None or self._folder is None:
             return
-        code = self._exit_status(error)
+        code = self._close_and_get_exit_code(error)
         if isinstance(error, SystemExit) and error.code != code:
             raise SystemExit(code) from error
 
-    def _exit_status(self, error: BaseException) -> Any:
+    def _close_and_get_exit_code(self, error: BaseException) -> Any:
         """Close the W&B run. Returns the exit code of the process; inside a sweep agent W&B decides it."""
         code = getattr(error, "code", None)
         if self.wandb is None or self._folder is None:
             return code
-        ended = EXIT_CODES[self.leave(error)]
-        return ended if code in (RESTART, TERMINATED) and in_sweep() else code
+        ended = EXIT_CODES[self.close_after_error(error)]
+        return ended if code in (RESTART, TERMINATED) and is_in_sweep() else code
 
-    def leave(self, error: BaseException) -> str:
+    def close_after_error(self, error: BaseException) -> str:
         """Close the W&B run with the status that belongs to an error. Returns the status.
 
         In a coordinated exit the other ranks wait for this: the first rank that ends also ends the Slurm step, and the
         client with it.
         """
-        status = self._status(error)
+        status = self._get_end_status(error)
         if self.wandb is None or self._folder is None:
             return status
-        summary = facts.summary_of(self._folder.manifest, status)
+        summary = facts.build_summary(self._folder.manifest, status)
         if status == "failed":
-            summary["error"] = redacted_text(f"{type(error).__name__}: {error}".splitlines()[0])
-        if status == "stopped early" and not self._folder.finished:
+            summary["error"] = redact_text(f"{type(error).__name__}: {error}".splitlines()[0])
+        if status == "stopped early" and not self._folder.is_finished:
             self._folder.update(status="stopped")
         self.wandb.close(status, summary)
         return status
 
-    def _status(self, error: BaseException) -> str:
+    def _get_end_status(self, error: BaseException) -> str:
         """Return how a run ended: a key of `EXIT_CODES`.
 
         Inside a sweep agent a signal means that the sweep stops the run, or that the agent itself ends; then another agent
         gets the run. After a signal during a step the ranks have asked the server already (`callbacks/preemption.py`).
         """
-        if isinstance(error, StoppedEarly):
+        if isinstance(error, EarlyStoppingExit):
             return "stopped early"
         if isinstance(error, KeyboardInterrupt) or getattr(error, "code", None) == INTERRUPTED:
             return "interrupted"
         if not isinstance(error, SystemExit) or error.code not in (RESTART, TERMINATED):
             return "failed"
-        asked = not isinstance(error, LeftTogether) and in_sweep() and self.wandb is not None
+        asked = not isinstance(error, CoordinatedExit) and is_in_sweep() and self.wandb is not None
         return "stopped early" if asked and self.wandb.is_asked_to_stop() else "preempted"
 
 
-def require_logged(metric: str, names: set[str]) -> None:
+def require_logged_metric(metric: str, names: set[str]) -> None:
     """Require that a metric is one of the logged names.
 
     Raises:
@@ -192,7 +193,7 @@ def require_logged(metric: str, names: set[str]) -> None:
     """
     if metric in names:
         return
-    found = did_you_mean(nearest(metric, sorted(names)))
+    found = format_suggestion(find_nearest(metric, sorted(names)))
     raise UserError(
         f"logger.metric={metric}: this run logs no such metric, so a sweep that optimises it would learn nothing.{found} It"
         f" logs {', '.join(sorted(names)) or 'nothing'}."

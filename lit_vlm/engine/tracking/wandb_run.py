@@ -22,14 +22,14 @@ from torch import Tensor
 
 from lit_vlm.config.schema import LoggerConfig
 from lit_vlm.engine.run_folder import RunFolder
-from lit_vlm.engine.signals import Ask, current
+from lit_vlm.engine.signals import StopRequest, get_signal_handler
 from lit_vlm.engine.tracking import artifacts, connection, facts
-from lit_vlm.engine.tracking.connection import Refused, within
-from lit_vlm.engine.tracking.history import History
+from lit_vlm.engine.tracking.connection import LoginRefusedError, call_with_timeout
+from lit_vlm.engine.tracking.history import RowBuffer
 from lit_vlm.engine.tracking.metrics_csv import MetricsCsv
-from lit_vlm.engine.tracking.sender import Sender
-from lit_vlm.engine.tracking.tables import read_samples, table_of, written
-from lit_vlm.secrets import redacted_text
+from lit_vlm.engine.tracking.sender import BackgroundCaller
+from lit_vlm.engine.tracking.tables import build_table, encode_table, read_samples
+from lit_vlm.secrets import redact_text
 from lit_vlm.types import UserError
 
 GRACE_SECONDS = 10  # for the client itself, on top of its own timeout
@@ -60,17 +60,17 @@ class WandbRun(Logger):
     """
 
     def __init__(
-        self, logger: LoggerConfig, run_dir: Path, say: Callable[[str], None], patience: float | None = None
+        self, logger: LoggerConfig, run_dir: Path, say: Callable[[str], None], timeout_seconds: float | None = None
     ) -> None:
         super().__init__()
-        self.patience = patience
+        self.timeout_seconds = timeout_seconds
         self.logger, self.run_dir, self.say = logger, Path(run_dir), say
         self.offline = connection.is_offline(logger)
-        self.behind = self.stop_asked = False
+        self.behind = self.stop_requested = False
         self._run: Any = None
-        self._history = History(self._send)
-        self._sender = Sender(self._lose)
-        self._late: dict[str, Any] = {}  # tables that were not ready in time for their own row
+        self._row_buffer = RowBuffer(self._send)
+        self._sender = BackgroundCaller(self._handle_client_failure)
+        self._pending_tables: dict[str, Any] = {}  # tables that were not ready in time for their own row
 
     @property
     def name(self) -> str:
@@ -91,7 +91,7 @@ class WandbRun(Logger):
 
     # ---- the start
 
-    def log_in(self, *, begun_before: bool) -> None:
+    def verify_login(self, *, has_earlier_run: bool) -> None:
         """Verify the login, before anything is built.
 
         Args:
@@ -103,34 +103,34 @@ class WandbRun(Logger):
         if self.offline or self._run is not None:
             return
         try:
-            problem = connection.log_in()
-        except Refused as error:
-            if not begun_before:
+            problem = connection.verify_login()
+        except LoginRefusedError as error:
+            if not has_earlier_run:
                 raise UserError(
                     f"logger.wandb=true: Weights & Biases refuses the login: {error}. Log in anew with `wandb login --relogin`,"
                     " set another WANDB_API_KEY, or set logger.offline=true."
                 ) from None
             problem = f"it refuses the login ({error})"
         if problem:
-            self._go_offline(problem)
+            self._set_offline(problem)
 
-    def open(self, folder: RunFolder, known: dict[str, Any]) -> dict[str, Any]:
+    def open(self, folder: RunFolder, run_record: dict[str, Any]) -> dict[str, Any]:
         """Start the W&B run or resume it. Returns its new entry for the manifest.
 
         Args:
             run_record: its entry in the manifest, with `id` and `group`.
         """
         if self._run is None:
-            self._begin(folder, known)
+            self._start_run(folder, run_record)
         run = self._run
         if run is None or self.offline:
-            return known
-        return known | {"entity": run.entity, "project": run.project, "url": run.url, "online": True}
+            return run_record
+        return run_record | {"entity": run.entity, "project": run.project, "url": run.url, "online": True}
 
-    def _begin(self, folder: RunFolder, known: dict[str, Any]) -> None:
+    def _start_run(self, folder: RunFolder, run_record: dict[str, Any]) -> None:
         manifest = folder.manifest
-        init_kwargs = {"name": manifest["name"], "group": known["group"], "job_type": manifest["stage"]}
-        if self.offline and (known.get("online") or connection.was_synced(self.run_dir)):
+        init_kwargs = {"name": manifest["name"], "group": run_record["group"], "job_type": manifest["stage"]}
+        if self.offline and (run_record.get("online") or connection.is_synced(self.run_dir)):
             self.behind = True
             self.say(
                 "W&B: a part of this run is there already, so nothing is written offline. metrics.csv has all of it; the same"
@@ -138,38 +138,38 @@ class WandbRun(Logger):
             )
             return
         # a lambda: the client deep-copies its settings, and a bound method would copy this object, too
-        init_args = self.logger, self.run_dir, known, lambda: self._asked_to_stop()
+        init_args = self.logger, self.run_dir, run_record, lambda: self._on_stop_request()
         try:
-            config = facts.config_of(folder)
-            init_kwargs |= {"config": config, "finish_seconds": self.patience}
-            self._run = connection.begin(*init_args, offline=self.offline, **init_kwargs)
+            config = facts.build_config(folder)
+            init_kwargs |= {"config": config, "finish_seconds": self.timeout_seconds}
+            self._run = connection.init_run(*init_args, offline=self.offline, **init_kwargs)
         except Exception as error:  # the client raises many kinds of errors, and none of them may stop the training
             if self.offline:
-                self._lose(error)
+                self._handle_client_failure(error)
                 return
-            self._go_offline(_first_line(error))
-            self._begin(folder, known)
+            self._set_offline(_get_first_line(error))
+            self._start_run(folder, run_record)
             return
-        self._history = History(self._send, first=self._run.starting_step)
-        self.say(self._where())
-        self._use(facts.parent_run(folder))
+        self._row_buffer = RowBuffer(self._send, first_step=self._run.starting_step)
+        self.say(self._describe_location())
+        self._link_parent(facts.get_parent_run(folder))
 
-    def _use(self, parent: dict[str, Any]) -> None:
+    def _link_parent(self, parent: dict[str, Any]) -> None:
         if self.offline or not parent:
             return
         try:
-            within(connection.ANSWER_SECONDS, lambda: artifacts.use_parent(self._run, parent))
+            call_with_timeout(connection.ANSWER_SECONDS, lambda: artifacts.link_parent_model(self._run, parent))
         except Exception as error:
-            self.say(f"W&B: the model that this run starts from is not linked: {_first_line(error)}")
+            self.say(f"W&B: the model that this run starts from is not linked: {_get_first_line(error)}")
 
-    def _go_offline(self, reason: str) -> None:
+    def _set_offline(self, reason: str) -> None:
         self.offline = self.behind = True
         self.say(f"W&B: {reason}. This start goes on without it; the next one tries the server anew.")
 
-    def _where(self) -> str:
+    def _describe_location(self) -> str:
         if not self.offline:
             return f"W&B: {self._run.url}"
-        return f"W&B: written to the run's folder; once it has ended, send it with `{connection.sync_command(self.run_dir)}`"
+        return f"W&B: written to the run's folder; once it has ended, send it with `{connection.format_sync_command(self.run_dir)}`"
 
     # ---- rows
 
@@ -181,7 +181,7 @@ class WandbRun(Logger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Add metrics to the row of a step, counted from 0; the row is sent when the next step begins."""
         values = {name: value.item() if isinstance(value, Tensor) else value for name, value in metrics.items()}
-        self._history.add(self._history.first if step is None else step, values)
+        self._row_buffer.add(self._row_buffer.first_step if step is None else step, values)
 
     @rank_zero_only
     def log_samples(self, phase: str, rows: list[dict[str, Any]], step: int) -> None:
@@ -191,58 +191,60 @@ class WandbRun(Logger):
         start; a table that is not ready by then joins a later row.
         """
         run, name = self._run, f"samples/{phase}"
-        if run is None or not rows or step < self._history.first:
+        if run is None or not rows or step < self._row_buffer.first_step:
             return
         try:
-            table = within(
-                self.patience or connection.ANSWER_SECONDS,
-                lambda: self._late.setdefault(name, written(run, name, table_of(self.run_dir, rows), step)),
+            table = call_with_timeout(
+                self.timeout_seconds or connection.ANSWER_SECONDS,
+                lambda: self._pending_tables.setdefault(
+                    name, encode_table(run, name, build_table(self.run_dir, rows), step)
+                ),
             )
         except TimeoutError:
             return
         except Exception as error:
-            self.say(f"W&B: the table {name} is left out ({_first_line(error)}); samples.jsonl has it.")
+            self.say(f"W&B: the table {name} is left out ({_get_first_line(error)}); samples.jsonl has it.")
             return
-        self._late.pop(name, None)
-        self._history.add(step, {name: table})
+        self._pending_tables.pop(name, None)
+        self._row_buffer.add(step, {name: table})
 
     @rank_zero_only
     def replay(self, rows: list[dict[str, Any]]) -> None:
         """Log the kept rows of an earlier start again, after a resume; steps that the server has are skipped."""
-        self._history.forget()
+        self._row_buffer.drop_pending()
         if rows:
             self.log_samples("before", read_samples(self.run_dir, "before"), step=0)
         for row in rows:
             self.log_metrics({name: value for name, value in row.items() if name != "step"}, step=int(row["step"]))
 
-    def replay_whole(self) -> None:
+    def replay_all(self) -> None:
         """Log all rows of a finished run again, from its files."""
-        rows = MetricsCsv(self.run_dir).rows()
+        rows = MetricsCsv(self.run_dir).read_rows()
         self.replay(rows)
         last = max((int(row["step"]) for row in rows), default=0)
         self.log_samples("after", read_samples(self.run_dir, "after"), step=last)
 
     def _send(self, step: int, row: dict[str, Any]) -> None:
         if self._run is not None:
-            row |= {name: self._late.pop(name) for name in list(self._late)}
-            self._sender.hand_over(lambda: self._run and self._run.log(row, step=step, commit=True))
+            row |= {name: self._pending_tables.pop(name) for name in list(self._pending_tables)}
+            self._sender.submit(lambda: self._run and self._run.log(row, step=step, commit=True))
 
     # ---- the end
 
-    def _asked_to_stop(self) -> None:
+    def _on_stop_request(self) -> None:
         """Handle a stop request, from a sweep or from the web page. The client calls this in a thread of its own."""
-        self.stop_asked = True
-        if (signals := current()) is not None:
-            signals.tell(Ask.stop)
+        self.stop_requested = True
+        if (signals := get_signal_handler()) is not None:
+            signals.submit(StopRequest.early_stop)
 
     def is_asked_to_stop(self) -> bool:
         """Ask the server whether it requests a stop. Rank 0 uses this after a signal, because a signal does not name its sender."""
-        if self._run is not None and not self.offline and not self.stop_asked:
+        if self._run is not None and not self.offline and not self.stop_requested:
             run = self._run
-            self.stop_asked = connection.is_asked_to_stop(run.entity, run.project, run.id)
-        return self.stop_asked
+            self.stop_requested = connection.is_stop_requested(run.entity, run.project, run.id)
+        return self.stop_requested
 
-    def close(self, status: str, summary: dict[str, Any], *, uploads: bool = False) -> dict[str, str]:
+    def close(self, status: str, summary: dict[str, Any], *, upload: bool = False) -> dict[str, str]:
         """Close the W&B run, with timeouts. Returns the names of the uploaded artifacts.
 
         Args:
@@ -252,51 +254,53 @@ class WandbRun(Logger):
         """
         if self._run is None:
             return {}
-        self._history.flush()
-        if not self._sender.drain(self.patience or connection.ANSWER_SECONDS):
-            self._lose(TimeoutError("it takes no rows"))
+        self._row_buffer.flush()
+        if not self._sender.wait(self.timeout_seconds or connection.ANSWER_SECONDS):
+            self._handle_client_failure(TimeoutError("it takes no rows"))
         names: dict[str, str] = {}
-        self._guarded(lambda: self._run.summary.update(summary))
-        if uploads and self.logger.artifacts:
-            self._guarded(lambda: names.update(artifacts.upload(self._run, self.run_dir, self.logger.artifacts)))
+        self._call_client(lambda: self._run.summary.update(summary))
+        if upload and self.logger.artifacts:
+            self._call_client(
+                lambda: names.update(artifacts.upload_artifacts(self._run, self.run_dir, self.logger.artifacts))
+            )
         if status == "preempted":
-            self._guarded(lambda: self._run.mark_preempting())
-        self._finish(EXIT_CODES[status])
+            self._call_client(lambda: self._run.mark_preempting())
+        self._close_run(EXIT_CODES[status])
         return names
 
-    def _finish(self, exit_code: int) -> None:
+    def _close_run(self, exit_code: int) -> None:
         run, self._run = self._run, None
         if run is None:
             return
         try:
-            within(run.settings.finish_timeout + GRACE_SECONDS, lambda: run.finish(exit_code=exit_code))
-            (connection.set_out if self.offline else connection.forget_staged)(self.run_dir)
+            call_with_timeout(run.settings.finish_timeout + GRACE_SECONDS, lambda: run.finish(exit_code=exit_code))
+            (connection.move_closed_offline_runs if self.offline else connection.delete_staged_files)(self.run_dir)
         except Exception as error:
             self.behind = True
             self.say(
-                f"W&B: not everything could be uploaded ({_first_line(error)}). metrics.csv has all of it; the same command"
+                f"W&B: not everything could be uploaded ({_get_first_line(error)}). metrics.csv has all of it; the same command"
                 " sends what is missing, once the server can be reached."
             )
 
-    def _guarded(self, call: Callable[[], Any]) -> None:
+    def _call_client(self, call: Callable[[], Any]) -> None:
         if self._run is None:
             return
         try:
             call()
         except Exception as error:  # a failure of the client must not stop the training
-            self._lose(error)
+            self._handle_client_failure(error)
 
-    def _lose(self, error: Exception) -> None:
+    def _handle_client_failure(self, error: Exception) -> None:
         run, self._run, self.behind = self._run, None, True
         self.say(
-            f"W&B: its client gave up ({_first_line(error)}); training goes on without it. metrics.csv has all of it; the same"
+            f"W&B: its client gave up ({_get_first_line(error)}); training goes on without it. metrics.csv has all of it; the same"
             " command sends what is missing."
         )
         if run is not None:
             with suppress(Exception):  # the client has failed already
-                within(GRACE_SECONDS, lambda: run.finish(exit_code=1))
+                call_with_timeout(GRACE_SECONDS, lambda: run.finish(exit_code=1))
 
 
-def _first_line(error: BaseException) -> str:
-    text = redacted_text(str(error)).strip() or type(error).__name__
+def _get_first_line(error: BaseException) -> str:
+    text = redact_text(str(error)).strip() or type(error).__name__
     return text.splitlines()[0].rstrip(".")

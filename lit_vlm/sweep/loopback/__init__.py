@@ -5,7 +5,7 @@ It makes it possible to try and test the real client, agent and command line wit
 `LoopbackServer.unknown`, so that a changed client is noticed. Search and early stopping are those of `lit_vlm.sweep.search`.
 """
 
-from lit_vlm.sweep.loopback.server import Loopback
-from lit_vlm.sweep.loopback.state import RunState, State, SweepState
+from lit_vlm.sweep.loopback.server import LoopbackServer
+from lit_vlm.sweep.loopback.state import RunState, ServerState, SweepState
 
-__all__ = ["Loopback", "RunState", "State", "SweepState"]
+__all__ = ["LoopbackServer", "RunState", "ServerState", "SweepState"]

@@ -20,19 +20,19 @@ from lit_vlm.sweep.loopback.state import (
     PREEMPTED,
     RUNNING,
     RunState,
-    State,
+    ServerState,
     SweepState,
 )
-from lit_vlm.sweep.search import Outcome
+from lit_vlm.sweep.search import TrialOutcome
 
 Variables = dict[str, Any]
-OVER = (FINISHED, CANCELED, CRASHED)
+ENDED_SWEEP_STATES = (FINISHED, CANCELED, CRASHED)
 
 
-class Agents:
+class AgentOperations:
     """Operations about sweeps and agents."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: ServerState) -> None:
         self.state = state
 
     def op_UpsertSweep(self, variables: Variables) -> dict[str, Any]:
@@ -50,7 +50,7 @@ class Agents:
         sweep = self.state.sweeps.get(variables["sweep"])
         if sweep is None:
             return {"project": {"sweep": None}}
-        runs = [{"node": _node(run)} for run in self.state.runs_of(sweep.name)]
+        runs = [{"node": _make_node(run)} for run in self.state.list_runs(sweep.name)]
         empty_fields = dict.fromkeys(
             "description createdAt heartbeatAt updatedAt bestLoss controller scheduler".split()
         )
@@ -76,74 +76,74 @@ class Agents:
         agent = variables["id"]
         sweep = self.state.sweeps[self.state.agents[agent]]
         alive = [name for name, on in json.loads(variables.get("runState") or "{}").items() if on]
-        for run in self.state.runs_of(sweep.name):
+        for run in self.state.list_runs(sweep.name):
             if run.name in alive:
-                run.heard = time.monotonic()
+                run.last_heartbeat = time.monotonic()
             elif run.agent == agent and run.state == PENDING:
                 run.state = FAILED  # its process ended before its first message
-        commands = list(self._commands(sweep, agent, alive))
+        commands = list(self._iter_commands(sweep, agent, alive))
         return {"agentHeartbeat": {"agent": {"id": agent}, "commands": json.dumps(commands)}}
 
-    def _commands(self, sweep: SweepState, agent: str, alive: list[str]) -> Iterator[Variables]:
+    def _iter_commands(self, sweep: SweepState, agent: str, alive: list[str]) -> Iterator[Variables]:
         """Iterate over the commands for an agent: stop its runs, or start the next one if none of its runs is alive."""
-        self._settle(sweep)
+        self._update_search(sweep)
         for name in alive:
-            run = self.state.run(name)
-            run.stop = run.stop or sweep.state == CANCELED or self._falls_behind(sweep, run)
+            run = self.state.get_run(name)
+            run.stop = run.stop or sweep.state == CANCELED or self._should_stop_early(sweep, run)
             if run.stop:
                 yield {"type": "stop", "run_id": name}
         if not alive:
-            yield from self._next(sweep, agent)
+            yield from self._next_command(sweep, agent)
 
-    def _settle(self, sweep: SweepState) -> None:
+    def _update_search(self, sweep: SweepState) -> None:
         """Tell the search the outcomes of runs that ended since the last heartbeat."""
-        list(self.state.crashed())
-        for run in self.state.runs_of(sweep.name):
-            if run.state in ENDED and run.name not in sweep.told and run.number is not None:
-                sweep.told.add(run.name)
+        list(self.state.mark_crashed_runs())
+        for run in self.state.list_runs(sweep.name):
+            if run.state in ENDED and run.name not in sweep.reported_runs and run.number is not None:
+                sweep.reported_runs.add(run.name)
                 value = run.summary.get(sweep.file.metric.name) if sweep.file.metric else None
-                outcome = Outcome.stopped if run.stop else Outcome.finished
+                outcome = TrialOutcome.stopped if run.stop else TrialOutcome.finished
                 has_failed = run.state != FINISHED or (value is None and sweep.file.metric is not None)
-                sweep.search.tell(run.number, value, Outcome.failed if has_failed else outcome)
+                sweep.search.tell(run.number, value, TrialOutcome.failed if has_failed else outcome)
 
-    def _falls_behind(self, sweep: SweepState, run: RunState) -> bool:
+    def _should_stop_early(self, sweep: SweepState, run: RunState) -> bool:
         """Return whether early stopping ends this run."""
         metric = sweep.file.metric
         return bool(
             run.state == RUNNING
             and metric is not None
             and run.number is not None
-            and sweep.search.observe(run.number, run.values(metric.name))
+            and sweep.search.check_early_stopping(run.number, run.values(metric.name))
         )
 
-    def _next(self, sweep: SweepState, agent: str) -> Iterator[Variables]:
+    def _next_command(self, sweep: SweepState, agent: str) -> Iterator[Variables]:
         """Yield the next command: resume a preempted run, start a new run, or exit if none remains."""
-        if sweep.state in OVER:
+        if sweep.state in ENDED_SWEEP_STATES:
             yield {"type": "exit"}
             return
-        preempted = [run for run in self.state.runs_of(sweep.name) if run.state == PREEMPTED]
-        run = preempted[0] if preempted else self._suggested(sweep)
+        preempted = [run for run in self.state.list_runs(sweep.name) if run.state == PREEMPTED]
+        run = preempted[0] if preempted else self._create_run(sweep)
         if run is not None:
             kind, run.agent, run.state = "resume" if preempted else "run", agent, PENDING
-            run.heard = time.monotonic()
+            run.last_heartbeat = time.monotonic()
             arguments = {name: {"value": value} for name, value in run.parameters.items()}
             yield {"type": kind, "run_id": run.name, "program": sweep.file.program, "args": arguments}
-        elif not any(run.state in (PENDING, RUNNING) for run in self.state.runs_of(sweep.name)):
+        elif not any(run.state in (PENDING, RUNNING) for run in self.state.list_runs(sweep.name)):
             sweep.state = FINISHED
             yield {"type": "exit"}
 
-    def _suggested(self, sweep: SweepState) -> RunState | None:
+    def _create_run(self, sweep: SweepState) -> RunState | None:
         """Create the run of the search's next suggestion; None if there is none."""
         suggestion = sweep.search.ask()
         if suggestion is None:
             return None
-        run = self.state.run(f"{sweep.name}-{suggestion.number:02d}")
+        run = self.state.get_run(f"{sweep.name}-{suggestion.number:02d}")
         run.sweep, run.project, run.number = sweep.name, sweep.project, suggestion.number
         run.parameters = suggestion.parameters
         return run
 
 
-def _node(run: RunState) -> Variables:
+def _make_node(run: RunState) -> Variables:
     return {
         "name": run.name,
         "state": run.state,

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from lit_vlm.sweep.loopback.state import ENTITY, Artifact, State
+from lit_vlm.sweep.loopback.state import ENTITY, Artifact, ServerState
 
 Variables = dict[str, Any]
-MOMENT = "2026-01-01T00:00:00"  # the client requires a time and does not use it
+CREATED_AT = "2026-01-01T00:00:00"  # the client requires a time and does not use it
 
 
-class Artifacts:
+class ArtifactOperations:
     """Operations about artifacts."""
 
-    def __init__(self, state: State, url: str) -> None:
+    def __init__(self, state: ServerState, url: str) -> None:
         self.state, self.url = state, url
 
     def op_CreateArtifact(self, variables: Variables) -> Variables:
@@ -24,16 +24,16 @@ class Artifacts:
         artifact = Artifact(name, kind, "PENDING", given.get("runName") or "", given.get("digest") or "", len(versions))
         self.state.artifacts[artifact_id] = artifact
         if artifact.run:
-            self.state.run(artifact.run).logged.append(artifact.path)
+            self.state.get_run(artifact.run).logged.append(artifact.path)
         sequence = {"latestArtifact": None}
         return {"createArtifact": {"artifact": {"id": artifact_id, "state": "PENDING", "artifactSequence": sequence}}}
 
     def op_CreateArtifactManifest(self, variables: Variables) -> Variables:
         manifest = f"manifest-{variables['artifactID']}"
-        return {"createArtifactManifest": {"artifactManifest": self._manifest(manifest)}}
+        return {"createArtifactManifest": {"artifactManifest": self._render_manifest(manifest)}}
 
     def op_UpdateArtifactManifest(self, variables: Variables) -> Variables:
-        return {"updateArtifactManifest": {"artifactManifest": self._manifest(variables["artifactManifestID"])}}
+        return {"updateArtifactManifest": {"artifactManifest": self._render_manifest(variables["artifactManifestID"])}}
 
     def op_CreateArtifactFiles(self, variables: Variables) -> Variables:
         edges = []
@@ -56,30 +56,30 @@ class Artifacts:
 
     def op_UseArtifact(self, variables: Variables) -> Variables:
         given = variables.get("input", variables)  # the client's core sends one form, its Python code the other
-        self.state.run(given["runName"]).used.append(self.state.artifacts[given["artifactID"]].path)
+        self.state.get_run(given["runName"]).used.append(self.state.artifacts[given["artifactID"]].path)
         return {"useArtifact": {"artifact": {"id": given["artifactID"]}}}
 
     def op_ArtifactType(self, variables: Variables) -> Variables:
-        number = self._named(variables["name"])
+        number = self._find_artifact(variables["name"])
         found = {"artifactType": {"name": self.state.artifacts[number].type}} if number else None
         return {"project": {"artifact": found}}
 
     def op_ArtifactByID(self, variables: Variables) -> Variables:
         number = variables["id"]
-        return {"artifact": self._whole(number) if number in self.state.artifacts else None}
+        return {"artifact": self._render_artifact(number) if number in self.state.artifacts else None}
 
     def op_ArtifactMembershipByName(self, variables: Variables) -> Variables:
-        number = self._named(variables["name"])
+        number = self._find_artifact(variables["name"])
         if number is None:
             return {"project": {"artifactCollectionMembership": None}}
         artifact = self.state.artifacts[number]
         membership = {
             "id": f"membership {number}",
             "versionIndex": artifact.version,
-            "createdAt": MOMENT,
+            "createdAt": CREATED_AT,
             "aliases": [],
-            "artifactCollection": self._collection(artifact),
-            "artifact": self._whole(number),
+            "artifactCollection": self._render_collection(artifact),
+            "artifact": self._render_artifact(number),
         }
         return {"project": {"artifactCollectionMembership": membership}}
 
@@ -92,7 +92,7 @@ class Artifacts:
     def op_ClientIDMapping(self, variables: Variables) -> Variables:
         return {"clientIDMapping": {"serverID": variables["clientID"]}}
 
-    def _named(self, name: str) -> str | None:
+    def _find_artifact(self, name: str) -> str | None:
         """Find the id of the artifact "name:v0" or "name:latest"; None if there is none."""
         name, _, version = name.partition(":")
         versions = [artifact_id for artifact_id, one in self.state.artifacts.items() if one.name == name]
@@ -103,13 +103,13 @@ class Artifacts:
             None,
         )
 
-    def _whole(self, number: str) -> Variables:
+    def _render_artifact(self, number: str) -> Variables:
         artifact = self.state.artifacts[number]
         nothing = dict.fromkeys("description metadata historyStep commitHash updatedAt digestAlgorithm".split())
         return nothing | {
             "__typename": "Artifact",
             "id": number,
-            "artifactSequence": self._collection(artifact),
+            "artifactSequence": self._render_collection(artifact),
             "versionIndex": artifact.version,
             "artifactType": {"name": artifact.type},
             "ttlDurationSeconds": -2,
@@ -119,15 +119,15 @@ class Artifacts:
             "size": 0,
             "digest": artifact.digest,
             "fileCount": 0,
-            "createdAt": MOMENT,
+            "createdAt": CREATED_AT,
             "aliases": [],
         }
 
-    def _collection(self, artifact: Artifact) -> Variables:
-        project = self.state.run(artifact.run).project
+    def _render_collection(self, artifact: Artifact) -> Variables:
+        project = self.state.get_run(artifact.run).project
         place = {"id": f"project {project}", "internalId": "1", "name": project, "entity": {"name": ENTITY}}
         return {"__typename": "ArtifactSequence", "name": artifact.name, "project": place}
 
-    def _manifest(self, manifest: str) -> Variables:
+    def _render_manifest(self, manifest: str) -> Variables:
         upload = {"uploadUrl": f"{self.url}/storage/{manifest}", "uploadHeaders": []}
         return {"id": manifest, "file": {"id": manifest, **upload}}

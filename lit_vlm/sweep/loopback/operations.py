@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from lit_vlm.sweep.loopback.agents import Agents
-from lit_vlm.sweep.loopback.artifacts import Artifacts
-from lit_vlm.sweep.loopback.state import ENDED, ENTITY, PENDING, RUNNING, State
+from lit_vlm.sweep.loopback.agents import AgentOperations
+from lit_vlm.sweep.loopback.artifacts import ArtifactOperations
+from lit_vlm.sweep.loopback.state import ENDED, ENTITY, PENDING, RUNNING, ServerState
 
 Variables = dict[str, Any]
 Operation = Callable[[Variables], dict[str, Any]]
@@ -17,25 +17,27 @@ Operation = Callable[[Variables], dict[str, Any]]
 class Operations:
     """Operations of the server: one method each, from the variables of a request to the `data` of the answer."""
 
-    def __init__(self, state: State, url: str) -> None:
+    def __init__(self, state: ServerState, url: str) -> None:
         self.state, self.url = state, url
-        self._rooms: list[Any] = [self, Agents(state), Artifacts(state, url)]
+        self._handlers: list[Any] = [self, AgentOperations(state), ArtifactOperations(state, url)]
 
     def find(self, name: str) -> Operation | None:
         """Find the operation of this name; None if the server does not have it."""
-        return next((getattr(handler, f"op_{name}") for handler in self._rooms if hasattr(handler, f"op_{name}")), None)
+        return next(
+            (getattr(handler, f"op_{name}") for handler in self._handlers if hasattr(handler, f"op_{name}")), None
+        )
 
-    def store(self, address: str, body: bytes) -> None:
+    def store_file(self, path: str, body: bytes) -> None:
         """Store an uploaded file."""
-        self.state.files[address] = body
-        run, _, name = address.partition("/")
+        self.state.files[path] = body
+        run, _, name = path.partition("/")
         if run in self.state.runs:
             self.state.runs[run].files[name] = body
 
-    def stream(self, run: str, message: Variables) -> dict[str, Any]:
+    def append_rows(self, run: str, message: Variables) -> dict[str, Any]:
         """Append rows to a run; the answer tells the client whether the run must stop."""
-        self.state.run(run).stream(message)
-        return {"limits": {}, "stopped": self.state.run(run).stop}
+        self.state.get_run(run).update(message)
+        return {"limits": {}, "stopped": self.state.get_run(run).stop}
 
     def op_Viewer(self, _: Variables) -> dict[str, Any]:
         viewer = {
@@ -66,7 +68,7 @@ class Operations:
 
     def op_UpsertBucket(self, variables: Variables) -> dict[str, Any]:
         name = variables.get("name") or variables.get("id") or self.state.next_id("run")
-        run = self.state.run(name)
+        run = self.state.get_run(name)
         inserted = run.state == PENDING and not run.starts
         if run.state != RUNNING:  # a start; for a running one the client only sends config and summary again
             run.starts += 1
@@ -85,7 +87,7 @@ class Operations:
             "description": None,
             "config": json.dumps(run.config),
             "sweepName": run.sweep,
-            "project": self._project(run.project),
+            "project": self._make_project(run.project),
             "historyLineCount": len(run.history),
         }
         return {"upsertBucket": {"inserted": inserted, "bucket": bucket}}
@@ -108,17 +110,17 @@ class Operations:
                 "eventsTail": json.dumps([json.dumps(row) for row in run.events[-1:]]),
                 "wandbConfig": json.dumps({"t": 1}),
             }
-        return {"model": {**self._project(variables.get("project")), "bucket": bucket}}
+        return {"model": {**self._make_project(variables.get("project")), "bucket": bucket}}
 
     def op_RunStoppedStatus(self, variables: Variables) -> dict[str, Any]:
         name = variables.get("runId") or variables.get("run") or variables.get("name")
-        return {"project": {"run": {"stopped": self.state.run(str(name)).stop}}}
+        return {"project": {"run": {"stopped": self.state.get_run(str(name)).stop}}}
 
     def op_RunState(self, variables: Variables) -> dict[str, Any]:
-        return {"project": {"run": {"state": self.state.run(variables["run"]).state}}}
+        return {"project": {"run": {"state": self.state.get_run(variables["run"]).state}}}
 
     def op_StopRun(self, variables: Variables) -> dict[str, Any]:
-        run = self.state.run(variables["id"])
+        run = self.state.get_run(variables["id"])
         run.stop = run.state not in ENDED
         return {"stopRun": {"success": True, "clientMutationId": None}}
 
@@ -133,5 +135,5 @@ class Operations:
     def op_NotifyScriptableRunAlert(self, _: Variables) -> dict[str, Any]:
         return {"notifyScriptableRunAlert": {"success": True}}
 
-    def _project(self, name: str | None) -> dict[str, Any]:
+    def _make_project(self, name: str | None) -> dict[str, Any]:
         return {"id": f"project {name}", "name": name, "entity": {"id": ENTITY, "name": ENTITY}}

@@ -13,13 +13,13 @@ from typing import Any
 from urllib.parse import unquote
 
 from lit_vlm.sweep.loopback.operations import Operations
-from lit_vlm.sweep.loopback.state import ENTITY, RunState, State, SweepState
+from lit_vlm.sweep.loopback.state import ENTITY, RunState, ServerState, SweepState
 
-KEY = "0123456789abcdef" * 2 + "01234567"  # a fictitious key, the only one that the server accepts
-STREAM = re.compile(r"/files/([^/]+)/([^/]+)/([^/]+)/file_stream")
+API_KEY = "0123456789abcdef" * 2 + "01234567"  # a fictitious key, the only one that the server accepts
+STREAM_PATH = re.compile(r"/files/([^/]+)/([^/]+)/([^/]+)/file_stream")
 
 
-class Loopback:
+class LoopbackServer:
     """W&B server that runs while its context is open.
 
     Args:
@@ -31,18 +31,18 @@ class Loopback:
         requests: names of the requested GraphQL operations, in order.
     """
 
-    def __init__(self, port: int = 0, silent_seconds: float = 300.0) -> None:
-        self.state = State(silent_seconds)
+    def __init__(self, port: int = 0, heartbeat_timeout: float = 300.0) -> None:
+        self.state = ServerState(heartbeat_timeout)
         self.unknown: list[str] = []
         self.requests: list[str] = []
         self._lock = threading.RLock()
         self._failing: list[int] = []  # [status, number of requests that still fail]; empty: no request fails
-        self._http = _Server(("127.0.0.1", port), _Handler)
+        self._http = _HTTPServer(("127.0.0.1", port), _RequestHandler)
         self._http.owner = self
         self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
         self._operations = Operations(self.state, self.url)
 
-    def __enter__(self) -> Loopback:
+    def __enter__(self) -> LoopbackServer:
         threading.Thread(target=self._http.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
@@ -67,7 +67,7 @@ class Loopback:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
         settings = {
             "WANDB_BASE_URL": self.url,
-            "WANDB_API_KEY": KEY,
+            "WANDB_API_KEY": API_KEY,
             "WANDB_ENTITY": ENTITY,
             "WANDB_ERROR_REPORTING": "false",
             "NO_PROXY": "127.0.0.1",
@@ -90,18 +90,18 @@ class Loopback:
                 self._failing[1] -= 1
                 return self._failing[0], {"error": "out of order"}
             if path.startswith("/storage/"):  # uploads go to signed addresses, without the key
-                self._operations.store(path.removeprefix("/storage/"), body)
+                self._operations.store_file(path.removeprefix("/storage/"), body)
                 return 200, {}
-            if key != KEY:
+            if key != API_KEY:
                 return 401, {"error": "user is not logged in"}
-            if match := STREAM.fullmatch(path):
-                return 200, self._operations.stream(unquote(match[3]), json.loads(body or b"{}"))
+            if match := STREAM_PATH.fullmatch(path):
+                return 200, self._operations.append_rows(unquote(match[3]), json.loads(body or b"{}"))
             if path == "/graphql":
-                return 200, self._graphql(json.loads(body))
+                return 200, self._handle_graphql(json.loads(body))
             self.unknown.append(f"{method} {path}")
             return 404, {}
 
-    def _graphql(self, request: dict[str, Any]) -> dict[str, Any]:
+    def _handle_graphql(self, request: dict[str, Any]) -> dict[str, Any]:
         match = re.search(r"(?:query|mutation)\s+(\w+)", request["query"])
         name = request.get("operationName") or (match[1] if match else "?")
         self.requests.append(name)
@@ -116,28 +116,28 @@ class Loopback:
             return {"errors": [{"message": f"{name}: {error!r}"}]}
 
 
-class _Server(ThreadingHTTPServer):
+class _HTTPServer(ThreadingHTTPServer):
     """HTTP server with a thread for each connection."""
 
     daemon_threads = True
-    owner: Loopback
+    owner: LoopbackServer
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Ignore the error of a client that drops an idle connection."""
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _RequestHandler(BaseHTTPRequestHandler):
     """Handler that passes requests to `LoopbackServer.answer`."""
 
     protocol_version = "HTTP/1.1"
-    server: _Server
+    server: _HTTPServer
 
-    def _answer(self) -> None:
+    def _handle(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Content-Encoding") == "gzip":
             body = gzip.decompress(body)
         path = self.path.partition("?")[0]
-        status, answer = self.server.owner.answer(self.command, path, _key_in(self.headers), body)
+        status, answer = self.server.owner.answer(self.command, path, _get_api_key(self.headers), body)
         data = json.dumps(answer).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -145,13 +145,13 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    do_GET = do_POST = do_PUT = _answer
+    do_GET = do_POST = do_PUT = _handle
 
     def log_message(self, format: str, *values: Any) -> None:
         """Print nothing: the terminal belongs to the client."""
 
 
-def _key_in(headers: Any) -> str | None:
+def _get_api_key(headers: Any) -> str | None:
     """Return the key of `Authorization: Basic`, whose user is "api"; None without it."""
     kind, _, text = (headers.get("Authorization") or "").partition(" ")
     if kind.lower() != "basic":

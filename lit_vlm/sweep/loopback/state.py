@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from lit_vlm.sweep.file import SweepFile, sweep_from
+from lit_vlm.sweep.file import SweepFile, parse_sweep
 from lit_vlm.sweep.search import Search
 
 ENTITY = "loopback"
@@ -56,7 +56,7 @@ class RunState:
     files: dict[str, bytes] = field(default_factory=dict)
     used: list[str] = field(default_factory=list)
     logged: list[str] = field(default_factory=list)
-    heard: float = field(default_factory=time.monotonic)
+    last_heartbeat: float = field(default_factory=time.monotonic)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -69,9 +69,9 @@ class RunState:
         """Return all logged values of a metric, oldest first."""
         return [float(row[metric]) for row in self.history if isinstance(row.get(metric), int | float)]
 
-    def stream(self, message: dict[str, Any]) -> None:
+    def update(self, message: dict[str, Any]) -> None:
         """Update the run with a message of its process: rows by their offset in the file, the newest summary, the exit code."""
-        self.heard = time.monotonic()
+        self.last_heartbeat = time.monotonic()
         for name, chunk in (message.get("files") or {}).items():
             lines = chunk["content"]
             if name == "wandb-history.jsonl":
@@ -99,7 +99,7 @@ class SweepState:
     file: SweepFile
     search: Search
     state: str = PENDING
-    told: set[str] = field(default_factory=set)  # runs whose outcome was told to the search
+    reported_runs: set[str] = field(default_factory=set)  # runs whose outcome was told to the search
 
 
 @dataclass(slots=True)
@@ -119,7 +119,7 @@ class Artifact:
         return f"{self.name}:v{self.version}"
 
 
-class State:
+class ServerState:
     """State of the whole server.
 
     Attributes:
@@ -127,8 +127,8 @@ class State:
         files: contents of uploads by path.
     """
 
-    def __init__(self, silent_seconds: float = 300.0) -> None:
-        self.silent_seconds = silent_seconds
+    def __init__(self, heartbeat_timeout: float = 300.0) -> None:
+        self.heartbeat_timeout = heartbeat_timeout
         self.runs: dict[str, RunState] = {}
         self.sweeps: dict[str, SweepState] = {}
         self.agents: dict[str, str] = {}  # agent -> sweep
@@ -139,15 +139,15 @@ class State:
     def next_id(self, kind: str) -> str:
         return f"{kind}{next(self._numbers):03d}"
 
-    def run(self, name: str) -> RunState:
+    def get_run(self, name: str) -> RunState:
         """Return the run of this name; create it if it is new."""
         return self.runs.setdefault(name, RunState(name))
 
-    def runs_of(self, sweep: str) -> list[RunState]:
+    def list_runs(self, sweep: str) -> list[RunState]:
         """List the runs of a sweep."""
         return [run for run in self.runs.values() if run.sweep == sweep]
 
-    def add_sweep(self, project: str, text: str, plain: dict[str, Any]) -> SweepState:
+    def add_sweep(self, project: str, text: str, raw: dict[str, Any]) -> SweepState:
         """Add a sweep with a new search.
 
         Args:
@@ -155,13 +155,13 @@ class State:
             raw: its content.
         """
         name = self.next_id("sweep")
-        file = sweep_from(plain, name)
+        file = parse_sweep(raw, name)
         self.sweeps[name] = SweepState(name, project, text, file, Search(file))
         return self.sweeps[name]
 
-    def crashed(self) -> Iterator[RunState]:
+    def mark_crashed_runs(self) -> Iterator[RunState]:
         """Mark runs as crashed if they sent no heartbeat for too long; yield these runs."""
         for run in self.runs.values():
-            if run.state == RUNNING and time.monotonic() - run.heard > self.silent_seconds:
+            if run.state == RUNNING and time.monotonic() - run.last_heartbeat > self.heartbeat_timeout:
                 run.state = CRASHED
                 yield run

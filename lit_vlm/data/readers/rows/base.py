@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from lit_vlm.data.images import shown
-from lit_vlm.data.staging import original
+from lit_vlm.data.images import format_untrusted
+from lit_vlm.data.staging import resolve_original_path
 
 
 class Hasher(Protocol):
@@ -23,13 +23,13 @@ class Rows(Protocol):
 
     def __len__(self) -> int: ...
 
-    def origin(self, index: int) -> str:
+    def get_origin(self, index: int) -> str:
         """Return the row's file and position, for error messages."""
         ...
 
     def __getitem__(self, index: int) -> dict[str, Any]: ...
 
-    def update(self, hasher: Hasher, start: int, stop: int) -> None:
+    def update_hash(self, hasher: Hasher, start: int, stop: int) -> None:
         """Update the hasher with the content of rows start to stop - 1."""
         ...
 
@@ -43,38 +43,40 @@ class JoinedRows:
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 
-    def origin(self, index: int) -> str:
-        part, index = self._find(index)
-        return part.origin(index)
+    def get_origin(self, index: int) -> str:
+        part, index = self._find_part(index)
+        return part.get_origin(index)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        part, index = self._find(index)
+        part, index = self._find_part(index)
         return part[index]
 
-    def update(self, hasher: Hasher, start: int, stop: int) -> None:
-        for number, first, last in split_at(self._ends, start, stop):
-            self._parts[number].update(hasher, first, last)
+    def update_hash(self, hasher: Hasher, start: int, stop: int) -> None:
+        for number, first, last in split_range(self._ends, start, stop):
+            self._parts[number].update_hash(hasher, first, last)
 
-    def _find(self, index: int) -> tuple[Rows, int]:
+    def _find_part(self, index: int) -> tuple[Rows, int]:
         part = bisect.bisect_right(self._ends, index)
         return self._parts[part], index - (self._ends[part - 1] if part else 0)
 
 
-class KeyTwice(Exception):
+class DuplicateKeyError(Exception):
     """A JSON object has a duplicate key, so its value is ambiguous."""
 
 
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def build_unique_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a dict of the pairs, as the `object_pairs_hook` of json; raise DuplicateKeyError for a duplicate key."""
     result = dict(pairs)
     if len(result) < len(pairs):
         names = [key for key, _ in pairs]
         key = next(key for key in names if names.count(key) > 1)
-        raise KeyTwice(f"the key {shown(key, 40)} stands twice in one object; only one of them can be meant")
+        raise DuplicateKeyError(
+            f"the key {format_untrusted(key, 40)} stands twice in one object; only one of them can be meant"
+        )
     return result
 
 
-def split_at(ends: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+def split_range(ends: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, int, int]]:
     """Split the range start to stop - 1 at the ends of the parts, and yield (part, start, stop) relative to each part."""
     for part in range(bisect.bisect_right(ends, start), len(ends)):
         part_start = ends[part - 1] if part else 0
@@ -84,10 +86,10 @@ def split_at(ends: Sequence[int], start: int, stop: int) -> Iterator[tuple[int, 
             yield part, max(start, part_start) - part_start, min(stop, ends[part]) - part_start
 
 
-def identity(path: Path) -> tuple[str, int, int]:
+def get_file_identity(path: Path) -> tuple[str, int, int]:
     """Return a file's identity: path, size in bytes, modification time in nanoseconds.
 
     A staged copy has the path of its original.
     """
     status = path.stat()
-    return str(original(path.resolve())), status.st_size, status.st_mtime_ns
+    return str(resolve_original_path(path.resolve())), status.st_size, status.st_mtime_ns

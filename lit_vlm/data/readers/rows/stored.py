@@ -14,11 +14,11 @@ from typing import BinaryIO
 
 import numpy as np
 
-from lit_vlm.data.readers.rows.base import identity
-from lit_vlm.files import locked, written
+from lit_vlm.data.readers.rows.base import get_file_identity
+from lit_vlm.files import atomic_write, lock_file
 from lit_vlm.types import UserError
 
-_VERSION = 1  # increase it when the meaning of the arrays changes
+_FORMAT_VERSION = 1  # increase it when the meaning of the arrays changes
 
 
 class StoredArray:
@@ -28,11 +28,11 @@ class StoredArray:
         self.array, self._file = array, file
 
     def __reduce__(self):
-        return (StoredArray, (self.array,)) if self._file is None else (_mapped, (self._file,))
+        return (StoredArray, (self.array,)) if self._file is None else (_map_file, (self._file,))
 
 
-def stored(
-    path: Path, cache: Path | None, kind: str, columns: int, scan: Callable[[Path], Iterator[np.ndarray]]
+def load_or_scan(
+    path: Path, cache_dir: Path | None, kind: str, columns: int, scan: Callable[[Path], Iterator[np.ndarray]]
 ) -> StoredArray:
     """Load the array of a file from the cache, or scan the file and store the result.
 
@@ -47,35 +47,35 @@ def stored(
         UserError: the file changed during the scan, or the cache cannot be written.
         PermissionError: the file may not be read.
     """
-    file_identity = identity(path)
+    file_identity = get_file_identity(path)
     open(path, "rb").close()  # raises PermissionError before anything is written
-    if cache is None:
+    if cache_dir is None:
         array = np.concatenate([np.empty((0, columns), np.int64), *scan(path)])
         _require_unchanged(path, file_identity)
         return StoredArray(array)
-    name = hashlib.sha256(repr((_VERSION, kind, columns, file_identity)).encode()).hexdigest()[:32]
-    file = cache / "offsets" / f"{name}.npy"
-    result = _kept(file, columns)
+    name = hashlib.sha256(repr((_FORMAT_VERSION, kind, columns, file_identity)).encode()).hexdigest()[:32]
+    file = cache_dir / "offsets" / f"{name}.npy"
+    result = _load_if_valid(file, columns)
     if result is None:
-        with locked(file.with_suffix(".lock")):
-            result = _kept(file, columns)
+        with lock_file(file.with_suffix(".lock")):
+            result = _load_if_valid(file, columns)
             if result is None:
-                _build(file, columns, _scanned(path, scan), lambda: _require_unchanged(path, file_identity))
-                result = _kept(file, columns)
+                _write_array(file, columns, _run_scan(path, scan), lambda: _require_unchanged(path, file_identity))
+                result = _load_if_valid(file, columns)
     assert result is not None
     return result
 
 
-def _build(file: Path, columns: int, pieces: Iterator[np.ndarray], check: Callable[[], None]) -> None:
+def _write_array(file: Path, columns: int, chunks: Iterator[np.ndarray], check: Callable[[], None]) -> None:
     """Write the array to a temporary file and move it into place, so no process reads a partial file.
 
     The header is padded, so the final number of rows fits in its place.
     """
-    with written(file) as draft:
+    with atomic_write(file) as draft:
         with open(draft, "wb") as stream:
             num_rows = 0
             _write_header(stream, num_rows, columns)
-            for chunk in pieces:
+            for chunk in chunks:
                 stream.write(np.ascontiguousarray(chunk, np.int64).tobytes())
                 num_rows += len(chunk)
             stream.seek(0)
@@ -83,7 +83,7 @@ def _build(file: Path, columns: int, pieces: Iterator[np.ndarray], check: Callab
         check()
 
 
-def _scanned(path: Path, scan: Callable[[Path], Iterator[np.ndarray]]) -> Iterator[np.ndarray]:
+def _run_scan(path: Path, scan: Callable[[Path], Iterator[np.ndarray]]) -> Iterator[np.ndarray]:
     """Run the scan, and report a read error of the file as such, not as a write error of the cache."""
     try:
         yield from scan(path)
@@ -96,17 +96,17 @@ def _write_header(stream: BinaryIO, rows: int, columns: int) -> None:
     np.lib.format.write_array_header_1_0(stream, {**header, "shape": (rows, columns)})
 
 
-def _kept(file: Path, columns: int) -> StoredArray | None:
+def _load_if_valid(file: Path, columns: int) -> StoredArray | None:
     """Load a cache file, or return None if it is missing, truncated or invalid; the caller then scans again."""
     try:
-        result = _mapped(file)
+        result = _map_file(file)
     except (OSError, ValueError, EOFError):
         return None
     array = result.array
     return result if array.dtype == np.int64 and array.ndim == 2 and array.shape[1] == columns else None
 
 
-def _mapped(file: Path) -> StoredArray:
+def _map_file(file: Path) -> StoredArray:
     with open(file, "rb") as stream:
         version = np.lib.format.read_magic(stream)
         if version != (1, 0):
@@ -119,6 +119,6 @@ def _mapped(file: Path) -> StoredArray:
     return StoredArray(np.asarray(array), file)  # a plain view of the memmap: indexing a row of it is 5 times as fast
 
 
-def _require_unchanged(path: Path, found: tuple[str, int, int]) -> None:
-    if identity(path) != found:
+def _require_unchanged(path: Path, expected: tuple[str, int, int]) -> None:
+    if get_file_identity(path) != expected:
         raise UserError(f"{path}: changed while it was read. Start again when nothing writes to it any more.")

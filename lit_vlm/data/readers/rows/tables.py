@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_vlm.data.images import REMEDY
-from lit_vlm.data.readers.rows.base import Hasher, JoinedRows, KeyTwice, Rows, identity, split_at
+from lit_vlm.data.readers.rows.base import DuplicateKeyError, Hasher, JoinedRows, Rows, get_file_identity, split_range
 from lit_vlm.types import RecordError, UserError
 
 
@@ -28,7 +28,7 @@ class ArrowRows:
         self._dataset, self._names = dataset.with_format("arrow"), list(names)
         self._ends = list(itertools.accumulate(counts))
         self._files = list(files) or [Path(file["filename"]) for file in dataset.cache_files]
-        self._features = type(dataset.features)(_undecoded(dict(dataset.features)))
+        self._features = type(dataset.features)(_disable_decoding(dict(dataset.features)))
 
     @property
     def files(self) -> list[Path]:
@@ -38,26 +38,26 @@ class ArrowRows:
     def __len__(self) -> int:
         return len(self._dataset)
 
-    def origin(self, index: int) -> str:
+    def get_origin(self, index: int) -> str:
         part = bisect.bisect_right(self._ends, index)
         return f"{self._names[part]}[{index - (self._ends[part - 1] if part else 0)}]"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         try:
             return self._features.decode_example(self._dataset[index].to_pylist()[0])
-        except KeyTwice as error:
-            raise RecordError(self.origin(index), str(error), REMEDY) from None
+        except DuplicateKeyError as error:
+            raise RecordError(self.get_origin(index), str(error), REMEDY) from None
 
-    def update(self, hasher: Hasher, start: int, stop: int) -> None:
+    def update_hash(self, hasher: Hasher, start: int, stop: int) -> None:
         """Update the hasher with file identities and row numbers: an unchanged file has unchanged rows."""
         if len(self._files) != len(self._ends):  # cache files of `datasets`, which cuts them by its own rule
-            hasher.update(repr(([identity(file) for file in self._files], start, stop)).encode())
+            hasher.update(repr(([get_file_identity(file) for file in self._files], start, stop)).encode())
             return
-        for number, first, last in split_at(self._ends, start, stop):
-            hasher.update(repr((identity(self._files[number]), first, last)).encode())
+        for number, first, last in split_range(self._ends, start, stop):
+            hasher.update(repr((get_file_identity(self._files[number]), first, last)).encode())
 
 
-def parquet(paths: Sequence[Path]) -> Rows:
+def open_parquet(paths: Sequence[Path]) -> Rows:
     """Open parquet files. `datasets` converts them once to Arrow in its cache: parquet has no cheap access by row."""
     import datasets
     import pyarrow as pa
@@ -74,11 +74,11 @@ def parquet(paths: Sequence[Path]) -> Rows:
         dataset = datasets.Dataset.from_parquet([glob.escape(str(path.resolve())) for path in filled])
     except (OSError, pa.ArrowException, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
-        raise UserError(f"{_named(paths)}: cannot be read as parquet: {cause}. Repair or replace it.") from error
+        raise UserError(f"{_format_paths(paths)}: cannot be read as parquet: {cause}. Repair or replace it.") from error
     return ArrowRows(dataset, [path.name for path in paths], counts, paths)
 
 
-def arrow(paths: Sequence[Path]) -> ArrowRows:
+def open_arrow(paths: Sequence[Path]) -> ArrowRows:
     """Open Arrow files; raise a UserError if one cannot be read."""
     import datasets
     import pyarrow as pa
@@ -87,11 +87,11 @@ def arrow(paths: Sequence[Path]) -> ArrowRows:
         parts = [datasets.Dataset.from_file(str(path)) for path in paths]
         dataset = datasets.concatenate_datasets(parts)
     except (OSError, pa.ArrowException, ValueError) as error:
-        raise UserError(f"{_named(paths)}: cannot be read as Arrow: {error}. Repair or replace it.") from error
+        raise UserError(f"{_format_paths(paths)}: cannot be read as Arrow: {error}. Repair or replace it.") from error
     return ArrowRows(dataset, [path.name for path in paths], [len(part) for part in parts], paths)
 
 
-def saved_dataset(folder: Path) -> ArrowRows:
+def open_saved_dataset(folder: Path) -> ArrowRows:
     """Open a folder that `Dataset.save_to_disk` wrote."""
     import datasets
 
@@ -102,7 +102,7 @@ def saved_dataset(folder: Path) -> ArrowRows:
     return ArrowRows(dataset, [folder.name], [len(dataset)])
 
 
-def hub_dataset(setting: str, hub: str, config: str | None, split: str, revision: str | None) -> ArrowRows:
+def load_hub_dataset(setting: str, hub: str, config: str | None, split: str, revision: str | None) -> ArrowRows:
     """Load a dataset of the Hugging Face hub, from the local cache if it is there; or a local folder of the same layout.
 
     Raises:
@@ -116,30 +116,30 @@ def hub_dataset(setting: str, hub: str, config: str | None, split: str, revision
         raise
     except Exception as error:  # `datasets` and the hub's client raise some 30 exception types, from several libraries
         raise UserError(
-            f"{setting}={hub}: cannot be loaded: {_first_line(error)}. Where there is no network, download it beforehand "
+            f"{setting}={hub}: cannot be loaded: {_get_first_line(error)}. Where there is no network, download it beforehand "
             f"(`hf download {hub} --repo-type dataset --local-dir <folder>`) and set {setting}=<folder>, or path=<file>."
         ) from error
     return ArrowRows(dataset, [f"{hub.rstrip('/').rsplit('/', 1)[-1]}:{split}"], [len(dataset)])
 
 
-def _first_line(error: Exception) -> str:
+def _get_first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return (lines[0] if lines else type(error).__name__).rstrip(".")
 
 
-def _undecoded(feature: Any) -> Any:
+def _disable_decoding(feature: Any) -> Any:
     """Disable decoding of media in a feature, so that they stay {bytes, path}. JSON columns are still parsed."""
     if isinstance(feature, dict):
-        return {key: _undecoded(inner) for key, inner in feature.items()}
+        return {key: _disable_decoding(inner) for key, inner in feature.items()}
     if hasattr(feature, "feature"):
-        return dataclasses.replace(feature, feature=_undecoded(feature.feature))
+        return dataclasses.replace(feature, feature=_disable_decoding(feature.feature))
     if type(feature).__name__ == "Json":
-        from lit_vlm.data.readers.rows.json_columns import StrictJson
+        from lit_vlm.data.readers.rows.json_columns import StrictJsonFeature
 
-        return StrictJson()
+        return StrictJsonFeature()
     is_media = getattr(feature, "decode", False)
     return dataclasses.replace(feature, decode=False) if is_media else feature
 
 
-def _named(paths: Sequence[Path]) -> str:
+def _format_paths(paths: Sequence[Path]) -> str:
     return str(paths[0]) if len(paths) == 1 else f"{paths[0].parent} ({len(paths)} files)"
