@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # What is made once for a file of tests (ranks, whole runs) is made by one worker: xdist_group
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadgroup
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 PIP := $(BIN)/pip --quiet --disable-pip-version-check --no-input
 export HF_HUB_DISABLE_TELEMETRY := 1
 

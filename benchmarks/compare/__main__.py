@@ -172,7 +172,8 @@ def compare_peaks(case: Case, placement: Placement) -> dict[str, Any]:
     """
     if read_available_memory() < REQUIRED_MEMORY:
         raise UserError(
-            f"stage=memory: {read_available_memory() / 1e9:.1f} GB of memory are free and {REQUIRED_MEMORY / 1e9:.0f} GB are needed. Try again when there are."
+            f"stage=memory: {read_available_memory() / 1e9:.1f} GB of memory are free and "
+            f"{REQUIRED_MEMORY / 1e9:.0f} GB are needed. Try again when there are."
         )
     small = replace(case, batch=2, steps=1)
     contenders = [(make_ours(small, placement) | make_peers(small, placement))[name]() for name in (OURS, HF_TUNED)]

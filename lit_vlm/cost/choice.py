@@ -144,9 +144,10 @@ def _choose_across_nodes(setup: TrainingSetup) -> StrategyChoice | None:
     HSDP is preferred if a copy fits in a node. ZeRO-3 wins if the all-reduce of HSDP's gradients, at the end of a step,
     waits longer for the network than the weight gathers of ZeRO-3, which are spread over the step.
     """
+    size = _describe_copy_size(setup)
     within_node, across_nodes = (
-        _choose_if_fits(setup, StrategyName.hsdp, f"{_describe_copy_size(setup)}, so the devices of each node share one; only gradients cross the network"),
-        _choose_if_fits(setup, StrategyName.deepspeed_zero3, f"{_describe_copy_size(setup)}, so all {setup.world_size} devices share one"),
+        _choose_if_fits(setup, StrategyName.hsdp, f"{size}, so the devices of each node share one; only gradients cross the network"),
+        _choose_if_fits(setup, StrategyName.deepspeed_zero3, f"{size}, so all {setup.world_size} devices share one"),
     )  # fmt: skip
     if within_node is None and across_nodes is not None:
         node_needs = _format_bytes(setup.estimate_memory(StrategyName.hsdp).total)

@@ -210,8 +210,8 @@ class ChatTemplate:
             return self.tokenizer.apply_chat_template(messages, **options)
         except jinja2.TemplateSyntaxError as error:
             raise UserError(
-                f"The chat template of {self.origin} is not well-formed, line {error.lineno - self.is_date_dependent}: {error.message}. Mend it, or give "
-                f"another: {TEMPLATE_REMEDY}."
+                f"The chat template of {self.origin} is not well-formed, line "
+                f"{error.lineno - self.is_date_dependent}: {error.message}. Mend it, or give another: {TEMPLATE_REMEDY}."
             ) from error
         except Exception as error:  # a template can raise any exception
             roles = ", ".join(message["role"] for message in messages)

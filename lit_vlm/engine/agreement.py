@@ -105,11 +105,12 @@ def require_equal_facts(facts: dict[str, Any], device: torch.device) -> None:
     torch.distributed.all_gather_object(rank_settings, (socket.gethostname(), facts["settings"]))
     if torch.distributed.get_rank():
         raise UserError("")
-    differences = [
-        f"rank {rank} on {rank_settings[rank][0]} in its {' and '.join(_describe_differences(facts, same, rank_settings[rank][1], rank_settings[0][1]))}"
-        for rank, same in enumerate(equal)
-        if not all(same)
-    ]
+    differences = []
+    for rank, same in enumerate(equal):
+        if not all(same):
+            host, settings = rank_settings[rank]
+            found = _describe_differences(facts, same, settings, rank_settings[0][1])
+            differences.append(f"rank {rank} on {host} in its {' and '.join(found)}")
     more = f"; and {format_count(len(differences) - MAX_LISTED, 'more rank')}" if len(differences) > MAX_LISTED else ""
     raise UserError(
         f"The ranks were not started alike. Other than rank 0 on {rank_settings[0][0]}: {'; '.join(differences[:MAX_LISTED])}{more}. "

@@ -150,10 +150,9 @@ def try_read_sweep(path: str | Path) -> tuple[SweepFile, list[str]]:
     path = Path(path)
     if not path.is_file():
         candidates = sorted(str(file) for file in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        suggestion = format_suggestion(find_nearest(str(path), candidates))
         raise ConfigError(
-            [
-                f"sweep={path}: there is no such file.{format_suggestion(find_nearest(str(path), candidates))} Name a sweep file, sweep=sweeps/<name>.yaml."
-            ]
+            [f"sweep={path}: there is no such file.{suggestion} Name a sweep file, sweep=sweeps/<name>.yaml."]
         )
     try:
         raw = read_yaml(path.read_text(encoding="utf-8"), _is_text_value)

@@ -206,7 +206,8 @@ def _find_errors(entry: dict[str, Any]) -> Iterator[str]:
             yield f": there is no key {key}.{format_suggestion(find_nearest(str(key), PARAMETER_KEYS))}"
     distribution = _infer_distribution(entry)
     if distribution not in REQUIRED_KEYS:
-        yield f".distribution: there is no {distribution}; there are {', '.join(REQUIRED_KEYS)}.{format_suggestion(find_nearest(str(distribution), list(REQUIRED_KEYS)))}"
+        suggestion = format_suggestion(find_nearest(str(distribution), list(REQUIRED_KEYS)))
+        yield f".distribution: there is no {distribution}; there are {', '.join(REQUIRED_KEYS)}.{suggestion}"
         return
     missing = [key for key in REQUIRED_KEYS[distribution] if key not in entry]
     if missing:

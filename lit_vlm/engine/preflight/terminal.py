@@ -105,7 +105,8 @@ def _format_plan(facts: PreflightFacts) -> list[str]:
     return [
         "",
         f"plan: {format_count(plan.steps, 'step')} of {format_count(round(plan.samples_per_step), 'sample')}, k = {plan.k} on "
-        f"{format_count(plan.world_size, 'rank')}; {format_short(plan.tokens)} tokens, {format_short(plan.supervised)} of them supervised, {format_short(plan.tiles)} tiles",
+        f"{format_count(plan.world_size, 'rank')}; {format_short(plan.tokens)} tokens, "
+        f"{format_short(plan.supervised)} of them supervised, {format_short(plan.tiles)} tiles",
         f"micro-batches: {plan.pack_tokens.mean:,.0f} tokens on average, at most {plan.pack_tokens.most:,.0f} of {plan.most_tokens:,}; "
         f"{plan.pack_tiles.mean:,.0f} tiles, at most {plan.pack_tiles.most:,.0f} of {plan.most_tiles:,}",
         f"balance: ranks {format_percent(plan.balance_ranks)}, packs side by side {format_percent(plan.balance_micro)}",

@@ -48,8 +48,9 @@ def collect_profile_findings(facts: ProfileFacts) -> list[tuple[str, str, str]]:
         found.append(
             (
                 "warning",
-                f"{format_count(round(calls), 'float32 product')} a step in a {facts.precision} run, {format_percent(time / facts.milliseconds)} of its "
-                f"time; the costliest is {first.shape_text} in {format_title(*first.costliest_place)}.",
+                f"{format_count(round(calls), 'float32 product')} a step in a {facts.precision} run, "
+                f"{format_percent(time / facts.milliseconds)} of its time; "
+                f"the costliest is {first.shape_text} in {format_title(*first.costliest_place)}.",
                 "Something keeps its inputs or weights in float32 there.",
             )
         )
