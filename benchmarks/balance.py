@@ -250,8 +250,8 @@ def measure_build(count: int) -> dict[str, Any]:
     options: dict[str, Any] = {
         "flops": make_flops("7B"),
         "global_batch_size": 512,
-        "most_tokens": 32768,
-        "most_tiles": 96,
+        "max_tokens": 32768,
+        "max_tiles": 96,
     }
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder)

@@ -18,12 +18,12 @@ from pathlib import Path
 import yaml
 
 from lit_vlm.sweep.file import SweepFile, read_sweep
-from lit_vlm.sweep.loopback import Loopback, RunState
+from lit_vlm.sweep.loopback import LoopbackServer, RunState
 from lit_vlm.sweep.loopback.state import ENDED
 from lit_vlm.sweep.records import TrialRecord
-from lit_vlm.sweep.report import Page, write_sweep_report
-from lit_vlm.sweep.table import trial_table
-from lit_vlm.sweep.words import command_of
+from lit_vlm.sweep.report import SweepReport, write_sweep_report
+from lit_vlm.sweep.table import make_trial_table
+from lit_vlm.sweep.words import format_trial_command
 from lit_vlm.tasks.terminal import console, say
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,10 +34,10 @@ BESIDE = Path(sys.executable).parent  # wandb, and the python that the runs are 
 def main() -> None:
     shutil.rmtree(FOLDER, ignore_errors=True)
     FOLDER.mkdir(parents=True)
-    file = own_copy(ROOT / "sweeps" / "tiny.yaml")
-    with Loopback() as server:
+    file = copy_sweep_file(ROOT / "sweeps" / "tiny.yaml")
+    with LoopbackServer() as server:
         print(f"A server for W&B's client: {server.url}", flush=True)
-        say_and_run(server, ["wandb", "sweep", str(file.relative_to(ROOT))])
+        print_and_run(server, ["wandb", "sweep", str(file.relative_to(ROOT))])
         (sweep,) = server.sweeps
         command = ["wandb", "agent", server.path(sweep)]
         log = FOLDER / "agent.log"
@@ -49,11 +49,11 @@ def main() -> None:
             finally:
                 if agent.poll() is None:
                     agent.terminate()
-        show(read_sweep(file), server.state.runs_of(sweep), seconds)
+        show(read_sweep(file), server.state.list_runs(sweep), seconds)
 
 
-def own_copy(file: Path) -> Path:
-    """The sweep file with runs kept in the demo's folder."""
+def copy_sweep_file(file: Path) -> Path:
+    """Copy the sweep file, with runs kept in the folder of the demo."""
     plain = yaml.safe_load(file.read_text(encoding="utf-8"))
     plain["parameters"]["run_dir"] = {"value": str(FOLDER / "runs")}
     copy = FOLDER / file.name
@@ -61,8 +61,8 @@ def own_copy(file: Path) -> Path:
     return copy
 
 
-def start(server: Loopback, words: list[str], **streams) -> subprocess.Popen:
-    """A command of W&B's that knows this server alone."""
+def start(server: LoopbackServer, words: list[str], **streams) -> subprocess.Popen:
+    """Start a W&B command that knows no other server than this one."""
     environment = server.environment(
         HOME=str(FOLDER),
         WANDB_DIR=str(FOLDER),
@@ -73,52 +73,52 @@ def start(server: Loopback, words: list[str], **streams) -> subprocess.Popen:
     return subprocess.Popen([str(BESIDE / words[0]), *words[1:]], cwd=ROOT, env=environment, **streams)
 
 
-def say_and_run(server: Loopback, words: list[str]) -> None:
+def print_and_run(server: LoopbackServer, words: list[str]) -> None:
     print(f"$ {' '.join(words)}", flush=True)
     if start(server, words).wait():
         sys.exit(f"{' '.join(words)} failed.")
 
 
-def follow(server: Loopback, sweep: str, agent: subprocess.Popen) -> dict[str, float]:
-    """A line for each run that ends, while the agent works. Returns the seconds that each took."""
+def follow(server: LoopbackServer, sweep: str, agent: subprocess.Popen) -> dict[str, float]:
+    """Print a line for each run that ends while the agent works, and return the seconds of each run."""
     begun: dict[str, float] = {}
     took: dict[str, float] = {}
     while True:
         alone = agent.poll() is not None
-        for run in list(server.state.runs_of(sweep)):
+        for run in list(server.state.list_runs(sweep)):
             begun.setdefault(run.name, time.monotonic())
             if run.name not in took and (alone or run.state in ENDED):
                 took[run.name] = time.monotonic() - begun[run.name]
-                print("  ".join(words_about(server.sweeps[sweep].file, run, took[run.name])), flush=True)
+                print("  ".join(iter_run_columns(server.sweeps[sweep].file, run, took[run.name])), flush=True)
         if alone:
             return took
         time.sleep(0.2)
 
 
-def words_about(sweep: SweepFile, run: RunState, seconds: float) -> Iterator[str]:
+def iter_run_columns(sweep: SweepFile, run: RunState, seconds: float) -> Iterator[str]:
     yield run.name
-    yield from (f"{key}={run.parameters[key]}" for key in sweep.swept)
+    yield from (f"{key}={run.parameters[key]}" for key in sweep.search_space)
     values = run.values(sweep.metric.name)
     yield f"{sweep.metric.name} {values[-1]:.4f}" if values else "no value"
     yield f"{'stopped early' if run.stop else run.state}, {seconds:.0f} s"
 
 
 def show(sweep: SweepFile, runs: list[RunState], seconds: dict[str, float]) -> None:
-    """Table, importance, best command; and the page."""
-    records = [record_of(sweep, run, seconds.get(run.name)) for run in runs]
-    page = Page(sweep, records, total=sweep.run_cap)
+    """Print the table, the importance and the best command, and write the page."""
+    records = [make_trial_record(sweep, run, seconds.get(run.name)) for run in runs]
+    page = SweepReport(sweep, records, total=sweep.run_cap)
     if page.best is None:
         sys.exit(f"No run finished; {FOLDER / 'agent.log'} says why.")
     values = {key: value for key, value in page.best.parameters.items() if key != "run_dir"}
-    page = replace(page, command=command_of(sweep, values, []))
+    page = replace(page, command=format_trial_command(sweep, values, []))
     write_sweep_report(FOLDER / "sweep.html", page)
-    console.print(trial_table(page))
+    console.print(make_trial_table(page))
     say(f"Best: trial {page.best.number}, {page.metric} {page.best.value:.5g}, in {page.best.folder}")
     say(f"  {page.command}")
     say(f"Page: {FOLDER / 'sweep.html'}")
 
 
-def record_of(sweep: SweepFile, run: RunState, seconds: float | None) -> TrialRecord:
+def make_trial_record(sweep: SweepFile, run: RunState, seconds: float | None) -> TrialRecord:
     values = run.values(sweep.metric.name)
     state = run.state if run.state == "finished" else "failed"
     return TrialRecord(

@@ -79,7 +79,7 @@ def test_frozen_weights_have_no_gradients_and_ddp_leaves_them_alone():
 
 
 def test_what_no_gradient_crosses_is_gathered_once():
-    tower = [replace(ONE[0], trainable=0, backward=0.0)]
+    tower = [replace(ONE[0], trainable=0, backward_seconds=0.0)]
     assert compute_step_traffic(CommunicationScheme.zero3, tower, Cluster(8, FAST)).intra_node_bytes == 7 / 8 * 2 * 1000
 
 
@@ -137,7 +137,9 @@ def test_a_step_takes_at_least_computing_and_at_least_sending():
 
 def sum_of_all(scheme, fabric, gpus) -> float:
     """No more than everything one after the other."""
-    free = [replace(layer, forward=0.0, backward=1e-12) for layer in make_language_layers(MODELS["1.5B"])]
+    free = [
+        replace(layer, forward_seconds=0.0, backward_seconds=1e-12) for layer in make_language_layers(MODELS["1.5B"])
+    ]
     return 2 * simulate_step(scheme, free, Cluster(gpus, fabric), num_micro_batches=2).total_seconds
 
 
@@ -251,7 +253,7 @@ def case(model="14B", gpus=8, fabric=NODE, k=1, device=DeviceName.h200, tokens=8
         of,
         parameters=parameters,
         training=replace(of.training, **training),
-        load=MicroBatchSize(tokens, 10, 900),
+        micro_batch=MicroBatchSize(tokens, 10, 900),
         devices_per_node=min(8, gpus),
         device=DEVICES[device],
     )

@@ -146,7 +146,10 @@ def test_frozen_matrices_are_held_in_half_and_not_copied():
     assert mixed["weights"] == 4 * 7_400 + 2 * 600 and mixed["half-precision copies"] == 2 * (7_000 + 100)
     assert parts("bf16-mixed", checkpointing=Level.selective)["half-precision copies"] == 2 * 7_000
     assert parts("16-mixed")["weights"] == parts("32-true")["weights"] == 4 * 8_000  # only bfloat16 has float32's range
-    assert parts("bf16-mixed", reference=8_000, reference_held=7_000)["reference model"] == 4 * 1_000 + 2 * 7_000
+    assert (
+        parts("bf16-mixed", reference_parameters=8_000, reference_matrices=7_000)["reference model"]
+        == 4 * 1_000 + 2 * 7_000
+    )
 
 
 def test_ddp_keeps_a_copy_and_its_buckets():
@@ -156,7 +159,10 @@ def test_ddp_keeps_a_copy_and_its_buckets():
 
 
 def test_a_reference_model_counts():
-    assert total("bf16-mixed", Sharding.single, reference=8_000) == total("bf16-mixed", Sharding.single) + 4 * 8_000
+    assert (
+        total("bf16-mixed", Sharding.single, reference_parameters=8_000)
+        == total("bf16-mixed", Sharding.single) + 4 * 8_000
+    )
 
 
 def test_shared_states_by_hand():

@@ -246,7 +246,7 @@ class OursWithReferenceCache(Ours):
             np.array(batch.record_keys, np.uint64), np.array(batch.image_hashes, np.uint64)
         ).any():
             with torch.no_grad(), self.placement.use_autocast():
-                self.stage._keep(batch)
+                self.stage._store_reference_log_probs(batch)
             self.stage.reference_cache.read()
 
     def iter_passes(self) -> Iterator[float]:

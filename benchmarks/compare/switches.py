@@ -126,11 +126,13 @@ def pad_batch(batch: Batch) -> Batch:
         batch,
         input_ids=pad_row(batch.input_ids, 0),
         labels=labels,
-        rows=(labels != IGNORE_INDEX).nonzero().squeeze(1) - 1,
+        loss_positions=(labels != IGNORE_INDEX).nonzero().squeeze(1) - 1,
         position_ids=torch.arange(longest, device=device).repeat(count),
         cu_seqlens=torch.arange(0, longest * count + 1, longest, dtype=torch.int32, device=device),
-        lengths=[longest] * count,
-        tails=[tail + longest - own for tail, own in zip(batch.trailing_tokens, batch.segment_lengths, strict=True)],
+        segment_lengths=[longest] * count,
+        trailing_tokens=[
+            tail + longest - own for tail, own in zip(batch.trailing_tokens, batch.segment_lengths, strict=True)
+        ],
     )
 
 

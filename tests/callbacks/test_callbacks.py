@@ -217,7 +217,7 @@ def test_a_model_that_knows_the_answers_scores_one(blueprint, tmp_path, monkeypa
         assert most <= 160
         return [sample.messages[-1].text for sample in samples]
 
-    monkeypatch.setattr("callbacks.samples.ask", perfect)
+    monkeypatch.setattr("callbacks.samples.generate_answers", perfect)
     samples = Samples(tmp_path)
     fit(blueprint, [samples])
     assert set(samples.figures()["scores"]["after"].values()) == {1.0}
@@ -240,7 +240,7 @@ def test_the_end_of_an_answer_is_the_templates_and_not_the_tokenizers(parts):
 def test_an_export_gets_on_with_each_weight(blueprint, tmp_path, monkeypatch):
     """Frozen and trained ones; else a slow disk would count as a rank that is stuck."""
     seen, tick = [], Progress.mark_progress
-    monkeypatch.setattr(Progress, "tick", lambda pulse: [tick(pulse), seen.append(pulse.work.doing)])
+    monkeypatch.setattr(Progress, "mark_progress", lambda pulse: [tick(pulse), seen.append(pulse.state.doing)])
     fit(blueprint, [Export(tmp_path)], stage_class=AlignStage, data={"max_steps": 1})
     with safe_open(tmp_path / "hf" / "model.safetensors", "pt") as file:
         assert seen.count(Activity.exporting) == len(file.keys())

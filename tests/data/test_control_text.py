@@ -81,7 +81,7 @@ def source_of(folder, photo, field, texts, **options):
 def written(processor, sample):
     """Ids of control tokens, image placeholders left out, and the text of all sequences."""
     controls = set(processor.template.control_ids.values()) - {processor.image_token_id}
-    sequences = processor.sequences(sample)
+    sequences = processor.encode_sequences(sample)
     counts = [sum(token in controls for token in sequence.input_ids.tolist()) for sequence in sequences]
     images = [sequence.input_ids.tolist().count(processor.image_token_id) for sequence in sequences]
     return counts, images, [processor.tokenizer.decode(sequence.input_ids.tolist()) for sequence in sequences]

@@ -64,7 +64,9 @@ class TestPlan:
         plans = [datamodule.make_plan(world) for world in (1, 2, 3)]
         assert [plan.world_size for plan in plans] == [1, 2, 3] and datamodule.plan is plans[2]
         assert steps_of(plans[0]) == steps_of(plans[1]) == steps_of(plans[2])
-        assert [len(plan.step(0).packs) for plan in plans] == [plan.k * plan.world_size for plan in plans]
+        assert [len(plan.get_step(0).packs) for plan in plans] == [
+            plan.accumulate_grad_batches * plan.world_size for plan in plans
+        ]
         assert datamodule.make_plan(3) is plans[2]
 
     def test_a_stored_plan_is_the_one_in_memory(self, make, tmp_path):
@@ -89,7 +91,7 @@ class TestPlan:
         whole = make(store=tmp_path / "s").make_plan(2)
         (file,) = (tmp_path / "s").glob(f"{name}-*.arrow")
         kept = file.read_bytes()
-        steps = [whole.step(number) for number in range(whole.num_steps)]
+        steps = [whole.get_step(number) for number in range(whole.num_steps)]
         del whole
         file.unlink()  # others may have it mapped
         file.write_bytes(damage(kept))
@@ -113,9 +115,9 @@ class TestPlan:
 
     def test_overfit_trains_on_the_first_step_again_and_again(self, make):
         plan, usual = make(overfit=True, max_steps=5).make_plan(1), make(max_steps=5).make_plan(1)
-        names = {(index.source_of[i], index.position[i]) for index in (usual.index,) for i in usual.samples(0)}
+        names = {(index.source_ids[i], index.position[i]) for index in (usual.index,) for i in usual.get_samples(0)}
         for number in range(5):
-            assert {(plan.index.source_of[i], plan.index.position[i]) for i in plan.samples(number)} == names
+            assert {(plan.index.source_ids[i], plan.index.position[i]) for i in plan.get_samples(number)} == names
 
 
 class TestLoaders:
@@ -132,9 +134,13 @@ class TestLoaders:
         plan = datamodule.make_plan(3)
         ranks = [TrainMicroBatches(datamodule.processor, plan, rank) for rank in range(3)]
         for number in range(plan.num_steps):
-            batches = [rank[number * plan.k + micro] for micro in range(plan.k) for rank in ranks]
+            batches = [
+                rank[number * plan.accumulate_grad_batches + micro]
+                for micro in range(plan.accumulate_grad_batches)
+                for rank in ranks
+            ]
             names = sorted(name for batch in batches for name in batch.sample_ids)
-            records = [plan.index.record(sample) for sample in plan.samples(number)]
+            records = [plan.index.get_record(sample) for sample in plan.get_samples(number)]
             assert names == sorted(f"{record.source}/{record.id}" for record in records)
             assert sum(batch.num_supervised_tokens for batch in batches) == batches[0].step_supervised_tokens
 
@@ -144,7 +150,9 @@ class TestLoaders:
         held, index = datamodule.held_out, datamodule.index
         pairs = [{(int(i.source_of[n]), int(i.position[n])) for n in range(len(i))} for i in (held, index)]
         assert not pairs[0] & pairs[1] and sum(map(len, pairs)) == COUNT + 20
-        assert {(int(index.source_of[n]), int(index.position[n])) for n in plan.draws().tolist()} == pairs[1]
+        assert {
+            (int(index.source_ids[n]), int(index.position[n])) for n in plan.get_sample_sequence().tolist()
+        } == pairs[1]
         read = [name for batch in batches_of(datamodule.val_dataloader()) for name in batch.sample_ids]
         assert len(read) == len(set(read)) == len(held)
 
@@ -153,8 +161,11 @@ class TestLoaders:
         trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=3)
         datamodule.trainer = trainer
         datamodule.setup("fit")
-        assert trainer.accumulate_grad_batches == datamodule.plan.k > 1 and datamodule.plan.num_steps == 3
-        assert len(datamodule.train_dataloader()) == 3 * datamodule.plan.k
+        assert (
+            trainer.accumulate_grad_batches == datamodule.plan.accumulate_grad_batches > 1
+            and datamodule.plan.num_steps == 3
+        )
+        assert len(datamodule.train_dataloader()) == 3 * datamodule.plan.accumulate_grad_batches
         assert datamodule.state_dict() == {}
 
 
@@ -219,7 +230,7 @@ class TestTurnedBad:
         index = build_index([Lines(path)], processor)
         source = Lines(write(tmp_path / "b.jsonl", [{"turns": ["a", "a a"]}, {"turns": ["a", "a"]}]))
         changed = SampleIndex([source], index.source_ids, index.columns)
-        assert processor.cost(source[0]).num_tokens == index.tokens[0]
+        assert processor.compute_cost(source[0]).num_tokens == index.tokens[0]
         bad = micro_batches.run_with_retries(
             lambda: micro_batches._read_micro_batch_once(processor, changed, (1, 0)), processor, changed, (1, 0)
         )

@@ -195,13 +195,15 @@ def test_a_turn_that_is_not_trained_on_is_read_and_left_out_of_the_loss(folder, 
         conversation(human(), gpt("first", **flag), human("r"), gpt("second")),
     ):
         sample = only(folder, record)
-        (encoded,) = processor.sequences(sample)
-        (plain,) = processor.sequences(only(folder, messages(user("q"), answer("first"), user("r"), answer("second"))))
+        (encoded,) = processor.encode_sequences(sample)
+        (plain,) = processor.encode_sequences(
+            only(folder, messages(user("q"), answer("first"), user("r"), answer("second")))
+        )
         assert encoded.input_ids.tolist() == plain.input_ids.tolist()
         taught = processor.tokenizer.decode(encoded.input_ids[encoded.supervised].tolist())
         assert "second" in taught and "first" not in taught
         assert 0 < encoded.num_supervised < plain.num_supervised
-        assert processor.cost(sample).num_supervised == encoded.num_supervised
+        assert processor.compute_cost(sample).num_supervised == encoded.num_supervised
 
 
 def test_turns_behind_the_last_answer_that_is_trained_on_are_left_out_and_named(folder):

@@ -430,7 +430,7 @@ def test_scaled_decode_reads_the_least_that_the_tiles_need(root, width, height, 
     assert needed == (384, 384)
     assert scaled.size == tuple(-(-side // scale) for side in whole.size)
     assert min(scaled.size) >= 384
-    for settings, options in [(base, {}), (REAL, {"alone": False}), (REAL, {"most_tiles": 2}), (REAL, {})]:
+    for settings, options in [(base, {}), (REAL, {"single_image": False}), (REAL, {"max_tiles": 2}), (REAL, {})]:
         exact = load_tiles(image, settings, **options)
         close = load_tiles(image, settings, scaled_decode=True, **options)
         assert np.array_equal(exact, split_into_tiles(whole, settings, **options))
@@ -470,7 +470,7 @@ def test_a_micro_batch_opens_each_picture_twice(root, processor, audit):
     batch = collate(processor, [record])
     opened = [args[0] for _, args in audit if str(args[0]).startswith(str(root))]
     assert sorted(opened) == [str(root / "a.png")] * 2 + [str(root / "b.png")] * 2
-    assert np.array_equal(batch.tiles.numpy(), np.concatenate(processor.tiles(record)))
+    assert np.array_equal(batch.tiles.numpy(), np.concatenate(processor.load_tiles(record)))
 
 
 def test_a_picture_that_changes_between_header_and_pixels_is_named(processor):

@@ -63,11 +63,11 @@ class Listed:
 def test_columns_say_what_the_processor_counts(processor, mixed):
     index = build_index([Listed(mixed)], processor)
     for i, record in enumerate(mixed):
-        (encoded,) = processor.sequences(record)
+        (encoded,) = processor.encode_sequences(record)
         assert index.tokens[i] == encoded.num_tokens and index.squares[i] == encoded.num_tokens**2
         assert index.supervised[i] == encoded.num_supervised
         assert index.image_tokens[i] == (encoded.input_ids == processor.image_token_id).sum()
-        assert index.tiles[i] == sum(len(tiles) for tiles in processor.tiles(record))
+        assert index.tiles[i] == sum(len(tiles) for tiles in processor.load_tiles(record))
         assert index.images[i] == len(record.images)
         assert (index.height[i], index.width[i]) == (record.images[0].size if record.images else (0, 0))
         assert KINDS[index.kind[i]] is record.kind and index.get_language(i) is record.language
@@ -79,8 +79,8 @@ def test_columns_of_a_pair(processor):
     (source,) = builtin("preference", n=3)
     index = build_index([source], processor)
     for i in range(3):
-        chosen, rejected = processor.sequences(source[i])
-        prompt, *answers = processor.segments(source[i])
+        chosen, rejected = processor.encode_sequences(source[i])
+        prompt, *answers = processor.encode_segments(source[i])
         shared = prompt.num_tokens
         assert index.tokens[i] == shared + sum(answer.num_tokens for answer in answers)
         assert index.squares[i] == chosen.num_tokens**2 + rejected.num_tokens**2 - shared**2

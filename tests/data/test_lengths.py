@@ -30,7 +30,7 @@ class Listed:
 def agrees(index: SampleIndex, processor) -> bool:
     """Whether the columns are those of the records as they are trained on."""
     for i in range(len(index)):
-        cost = processor.cost(index.get_record(i))
+        cost = processor.compute_cost(index.get_record(i))
         counted = {
             "tokens": cost.num_tokens,
             "image_tokens": cost.num_image_tokens,
@@ -116,9 +116,9 @@ def test_max_length_is_of_one_answer_with_its_prompt(processor, tmp_path):
     """A pair is two rows of tokens; the language model's positions hold each of them by itself."""
     row = {"turns": ["Which?", "The first one, and many words more."], "rejected": "No.", "images": []}
     index = build_index([Lines(write(tmp_path / "a.jsonl", [row]))], processor)
-    longest = processor.cost(index.get_record(0)).longest
+    longest = processor.compute_cost(index.get_record(0)).max_context_tokens
     assert longest < int(index.tokens[0])
-    options = {"policy": OnOverlong.quarantine, "most_tokens": PLENTY, "most_tiles": PLENTY}
+    options = {"policy": OnOverlong.quarantine, "max_tokens": PLENTY, "max_tiles": PLENTY}
     assert len(apply_length_policy(index, processor, max_length=longest, **options)) == 1
     (error,) = reasons(apply_length_policy(index, processor, max_length=longest - 1, **options))
     assert f"{longest} tokens in a row and data.max_length" in error and f"allows {longest - 1}" in error
@@ -177,7 +177,7 @@ def test_only_long_records_are_read_again(processor, turns, tmp_path):
     source = Lines(turns.path)
     index = build_index([source], processor)
     source.reads.clear()
-    caps = {"most_tokens": int(index.tokens[0]) - 1, "most_tiles": PLENTY}
+    caps = {"max_tokens": int(index.tokens[0]) - 1, "max_tiles": PLENTY}
     assert len(apply_length_policy(index, processor, policy=OnOverlong.cut_turn, **caps)) == 6 and source.reads == [0]
     source.reads.clear()
     apply_length_policy(index, processor, policy=OnOverlong.fewer_tiles, **caps)

@@ -74,7 +74,7 @@ class TestDraws:
 
     def test_sources_of_the_same_size_have_orders_of_their_own(self, index):
         drawn = mixed(index).sample(200, seed=0)
-        orders = [tuple(index.position[drawn[index.source_of[drawn] == source]]) for source in range(5)]
+        orders = [tuple(index.position[drawn[index.source_ids[drawn] == source]]) for source in range(5)]
         assert len(set(orders)) == 5
 
     def test_passes_over_a_tiny_source_differ(self):

@@ -32,7 +32,7 @@ def index() -> SampleIndex:
 
 
 def plan_of(index: SampleIndex, mixture: Mixture | None = None, **changes) -> Plan:
-    options = {"flops": FLOPS, "global_batch_size": 16, "most_tokens": 4096, "most_tiles": 64, "max_epochs": 2.0}
+    options = {"flops": FLOPS, "global_batch_size": 16, "max_tokens": 4096, "max_tiles": 64, "max_epochs": 2.0}
     return Plan(index, mixture, **{**options, **changes})
 
 
@@ -151,8 +151,8 @@ class TestCaps:
         tokens = np.ceil(np.exp(generator.normal(3, 1.2, count))).astype(int)
         tiles = generator.integers(0, 12, count)
         caps = {
-            "most_tokens": int(tokens.max() * generator.uniform(1, 4)),
-            "most_tiles": int(tiles.max() * generator.uniform(1, 3)) + 1,
+            "max_tokens": int(tokens.max() * generator.uniform(1, 4)),
+            "max_tiles": int(tiles.max() * generator.uniform(1, 3)) + 1,
         }
         batches = {"global_batch_size": batch} if seed % 3 else {"global_batch_tokens": int(tokens.sum() / 3) + 1}
         index = made_index({"a": count}, tokens=tokens, tiles=tiles)
@@ -160,8 +160,8 @@ class TestCaps:
         for number, step in enumerate(steps_of(plan)):
             assert held(step) == sorted(plan.get_samples(number))
             for pack in step.packs:
-                assert index.tokens[list(pack)].sum() <= caps["most_tokens"]
-                assert index.tiles[list(pack)].sum() <= caps["most_tiles"]
+                assert index.tokens[list(pack)].sum() <= caps["max_tokens"]
+                assert index.tiles[list(pack)].sum() <= caps["max_tiles"]
 
     def test_k_is_the_smallest_that_keeps_the_caps(self, index):
         plan = plan_of(index, most_tokens=350)
@@ -244,7 +244,7 @@ class TestBalance:
 
 class TestStore:
     def test_a_plan_from_the_store_is_the_plan(self, index, tmp_path):
-        options = {"world_size": 3, "most_tokens": 300}
+        options = {"world_size": 3, "max_tokens": 300}
         plans = [plan_of(index, **options), *(plan_of(index, **options, store=tmp_path / "s") for _ in range(2))]
         assert equal(plans[0], plans[1]) and equal(plans[0], plans[2])
 
@@ -284,7 +284,7 @@ class TestStore:
     def test_another_world_size_or_cap_is_dealt_anew_and_not_drawn_anew(self, index, tmp_path, monkeypatch):
         plan_of(index, store=tmp_path)
         monkeypatch.setattr(plan_module, "sample_steps", lambda *_: pytest.fail("drawn again"))
-        for changes in ({"world_size": 4}, {"most_tokens": 300}, {"most_tiles": 20}, {"flops": TOKENS}):
+        for changes in ({"world_size": 4}, {"max_tokens": 300}, {"max_tiles": 20}, {"flops": TOKENS}):
             assert equal(plan_of(index, store=tmp_path, **changes), plan_of_in_memory(index, monkeypatch, changes))
 
     @pytest.mark.parametrize("change", ({"seed": 1}, {"global_batch_size": 8}, {"max_epochs": 3.0}, {"max_steps": 4}))
@@ -369,11 +369,11 @@ class TestValidation:
         assert work.sum() / 4 / work.max(axis=1).sum() > 0.97
 
     def test_nothing_held_out_is_no_pack(self, index):
-        empty = index.subset(np.array([], dtype=np.int64))
+        empty = index.select(np.array([], dtype=np.int64))
         assert pack_validation(empty, max_tokens=300, max_tiles=9, world_size=2, flops=FLOPS) == []
 
     def test_large_sets_are_dealt_in_parts(self, index, monkeypatch):
-        monkeypatch.setattr(plan_module, "BLOCK", 64)
+        monkeypatch.setattr(plan_module, "BLOCK_SIZE", 64)
         packs = pack_validation(index, max_tokens=300, max_tiles=64, world_size=3, flops=FLOPS)
         assert len(packs) % 3 == 0
         assert sorted(sample for pack in packs for sample in pack) == list(range(len(index)))

@@ -85,7 +85,7 @@ def test_long_conversations_are_masked_as_short_ones_are(templated, processor, m
     )
     quick = template.encode(messages, [])
     assert len(rendered) < 60
-    monkeypatch.setattr("lit_vlm.data.template.TURNS", 1000)
+    monkeypatch.setattr("lit_vlm.data.template.NUM_RENDERED_TURNS", 1000)
     exact = ChatTemplate(template.tokenizer).encode(messages, [])
     assert len(rendered) > 100
     assert (
@@ -170,17 +170,17 @@ def test_pieces_and_whole_tokenise_alike_or_the_tokenizer_is_refused(processor, 
     check_vocabulary(processor)
     from tokenizers import pre_tokenizers
 
-    backend = processor.template.ordinary
+    backend = processor.template.plain_tokenizer
     backend.pre_tokenizer = pre_tokenizers.Metaspace()  # SentencePiece's habit: a space before every piece
-    processor.template.ordinary_ids.cache_clear()
+    processor.template.tokenize_text.cache_clear()
     with pytest.raises(UserError, match="byte-level tokenizer"):
         check_vocabulary(processor)
 
 
 def test_the_first_token_of_a_sequence_is_never_counted_as_supervised(processor):
     record = sample("q", "a")
-    (encoded,) = processor.sequences(record)
-    assert processor.cost(record).num_supervised == int(encoded.supervised[1:].sum()) > 0
+    (encoded,) = processor.encode_sequences(record)
+    assert processor.compute_cost(record).num_supervised == int(encoded.supervised[1:].sum()) > 0
 
 
 def test_chatml_can_be_given_by_name_and_from_a_file(small_parts, tmp_path):

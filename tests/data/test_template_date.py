@@ -177,7 +177,7 @@ def test_a_slip_in_a_template_is_told_in_a_sentence(make, name):
     template, said = SLIPS[name]
     with pytest.raises(UserError) as caught:
         made = make(template)
-        made.sequences(sample("question", "answer", (56, 56)))
+        made.encode_sequences(sample("question", "answer", (56, 56)))
     assert (
         said in str(caught.value)
         and "chat template" in str(caught.value)

@@ -14,7 +14,7 @@ from lit_vlm.data.worker_signals import setup_worker_signals
 
 SCRIPT = """
 from torch.utils.data import DataLoader, Dataset
-from lit_vlm.data.worker_signals import end_workers_at_exit, outlast_signals
+from lit_vlm.data.worker_signals import register_worker_cleanup, setup_worker_signals
 
 class Broken(Dataset):
     def __len__(self):
@@ -24,8 +24,8 @@ class Broken(Dataset):
             raise MemoryError("no more")
         return number
 
-end_workers_at_exit()
-for number in DataLoader(Broken(), batch_size=None, num_workers=2, worker_init_fn=outlast_signals):
+register_worker_cleanup()
+for number in DataLoader(Broken(), batch_size=None, num_workers=2, worker_init_fn=setup_worker_signals):
     print(number)
 """
 
@@ -35,10 +35,10 @@ READING = """
 import atexit, time
 atexit.register(lambda: [time.sleep(0.01) for _ in range(50)])
 from torch.utils.data import DataLoader
-from lit_vlm.data.worker_signals import end_workers_at_exit, outlast_signals
+from lit_vlm.data.worker_signals import register_worker_cleanup, setup_worker_signals
 
-end_workers_at_exit()
-batches = iter(DataLoader(range(100), batch_size=None, num_workers=2, worker_init_fn=outlast_signals))
+register_worker_cleanup()
+batches = iter(DataLoader(range(100), batch_size=None, num_workers=2, worker_init_fn=setup_worker_signals))
 print(next(batches))
 """
 

@@ -30,16 +30,16 @@ def test_half_the_budget_is_dealt_at_the_next_start_with_the_same_samples_in_eac
     MicroBatchBudget.read(tmp_path, again).apply(again)
     after = again.make_plan()
     assert (after.max_tokens, after.max_tiles) == (200, 4)
-    assert after.accumulate_grad_batches > before.k
+    assert after.accumulate_grad_batches > before.accumulate_grad_batches
     for step in range(before.num_steps):
-        assert sorted(before.samples(step)) == sorted(after.get_samples(step))
+        assert sorted(before.get_samples(step)) == sorted(after.get_samples(step))
         assert before.step(step).num_supervised == after.get_step(step).num_supervised
         packs = after.get_step(step).packs
         assert all(after.index.tokens[list(pack)].sum() <= 200 for pack in packs)
 
 
 def test_no_sample_is_dropped_and_below_the_largest_there_is_nothing(module, processor, tmp_path):
-    module.build()
+    module.build_indexes()
     number, largest = len(module.index), (int(module.index.tokens.max()), int(module.index.tiles.max()))
     budgets = []
     with pytest.raises(
@@ -49,7 +49,7 @@ def test_no_sample_is_dropped_and_below_the_largest_there_is_nothing(module, pro
             half = halve_budget(tmp_path, module, 99)
             half.apply(module)
             budgets.append(module.budget)
-    assert budgets[-1] == largest == module.smallest_budget()
+    assert budgets[-1] == largest == module.get_min_micro_batch_limits()
     assert len(module.index) == number and len(module.make_plan().index) == number
 
 
@@ -75,7 +75,7 @@ def test_ranks_that_run_out_together_halve_it_once(processor, tmp_path):
 
 def test_a_start_that_read_the_half_halves_it_again_though_its_largest_sample_is_larger(module, tmp_path):
     """What is entered in the file may be below a sample that has come back; the end of halving comes all the same."""
-    lowest = module.smallest_budget()
+    lowest = module.get_min_micro_batch_limits()
     MicroBatchBudget(1, 1, 400, 8, 1).write(tmp_path)
     MicroBatchBudget.read(tmp_path, module).apply(module)
     assert module.budget == lowest

@@ -106,7 +106,7 @@ def main(tower: str, language: str, folder: str, signals: str, steps: str, seed:
     else:
         both = [seen]
     if RANK == 0:
-        (Path(folder) / "seen.json").write_text(json.dumps({"ranks": both, "k": data.plan.k}))
+        (Path(folder) / "seen.json").write_text(json.dumps({"ranks": both, "k": data.plan.accumulate_grad_batches}))
     close_process_group()
 
 

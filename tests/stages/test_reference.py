@@ -58,7 +58,9 @@ def test_kept_log_probabilities_train_as_a_reference_in_memory_does(folder, proc
 def test_one_pass_serves_other_betas_and_losses(folder, processor, tmp_path, monkeypatch):
     passes = []
     whole = DataModule.make_subset_dataloader
-    monkeypatch.setattr(DataModule, "pass_over", lambda self, *args: passes.append(1) or whole(self, *args))
+    monkeypatch.setattr(
+        DataModule, "make_subset_dataloader", lambda self, *args: passes.append(1) or whole(self, *args)
+    )
     trained(folder, processor, tmp_path / "store")
     assert len(passes) == 2  # what is trained on, and what is held out
     written = parts(tmp_path / "store")
@@ -133,7 +135,7 @@ def test_a_pair_that_is_not_among_them_is_told_so(folder, processor, tmp_path):
     assert again.find_missing(index.compute_keys([0, 1, 2]), contents).tolist() == [False, False, True]
     with pytest.raises(UserError, match=r"lack this record as it is now.*cache_reference=false"):
         again.get(batches[1])
-    batches[0].contents[1] = 8
+    batches[0].image_hashes[1] = 8
     with pytest.raises(UserError, match=r"pictures hold something else.*Start again.*cache_reference=false"):
         again.get(batches[0])
     (part,) = (tmp_path / "kept").glob("part-*")

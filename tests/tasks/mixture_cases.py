@@ -82,7 +82,7 @@ def datamodule_of(*words: str) -> DataModule:
 
 def names_of(index, samples) -> list[str]:
     """`source/position` of samples."""
-    return [f"{index.sources[index.source_of[i]].name}/{index.position[i]}" for i in samples]
+    return [f"{index.sources[index.source_ids[i]].name}/{index.position[i]}" for i in samples]
 
 
 def lines_of(path: Path) -> list[dict]:

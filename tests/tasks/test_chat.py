@@ -93,23 +93,23 @@ def test_a_prompt_gets_one_answer_on_stdout_and_its_boxes_in_a_file(
 def test_the_conversation_remembers_answers_and_pictures_until_reset(conversation, picture, says):
     asked = says("하나", POINTS, "셋")
     conversation.add_image(picture)
-    conversation.ask("첫째")
+    conversation.generate_answer("첫째")
     conversation.add_image(picture)
-    conversation.ask("둘째")
+    conversation.generate_answer("둘째")
     assert [message.role.value for message in asked[1].messages] == ["user", "assistant", "user", "assistant"]
     assert len(asked[1].images) == 2
     assert ControlToken("<bbox>") in conversation.messages[-1].content
     conversation.reset()
-    conversation.ask("셋째")
+    conversation.generate_answer("셋째")
     assert len(asked[2].messages) == 2 and not asked[2].images
 
 
 def test_several_turns_over_several_pictures_reach_the_model(conversation, picture):
     conversation.add_image(picture)
     for question in ("무엇이 보이나요?", "<ocr>", "정말?"):
-        assert isinstance(conversation.ask(question), str)
+        assert isinstance(conversation.generate_answer(question), str)
     conversation.add_image(picture)
-    conversation.ask("그리고?")
+    conversation.generate_answer("그리고?")
     assert len(conversation.messages) == 8
 
 
@@ -138,7 +138,7 @@ def test_commands_work_and_mistakes_do_not_end_the_conversation(folder, picture,
 def test_a_model_without_the_control_tokens_gets_them_as_text(conversation, says):
     asked = says("x")
     conversation.processor.template.control_ids = {}
-    conversation.ask("<gro> where?")
+    conversation.generate_answer("<gro> where?")
     assert asked[0].messages[0].content == ("<gro>\nwhere?",)
 
 

@@ -127,9 +127,9 @@ def test_a_cap_on_the_tiles_of_a_source_reaches_the_model_and_the_model_answers(
 
 def sources_of_layouts(plan, step: int) -> list[str]:
     """The source of each image of the step's only pack, in its order."""
-    (pack,) = plan.step(step).packs
+    (pack,) = plan.get_step(step).packs
     return [
-        plan.index.sources[plan.index.source_of[sample]].name
+        plan.index.sources[plan.index.source_ids[sample]].name
         for sample in pack
         for _ in range(plan.index.images[sample])
     ]

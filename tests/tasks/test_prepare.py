@@ -53,7 +53,7 @@ def test_what_is_prepared_is_trained_on_without_reading_a_record_for_the_index_a
     ready = prepared(*words, "run_name=five")
     kept = shards_of(ready.dir.parent / "index")
     with monkeypatch.context() as patch:
-        patch.setattr(Processor, "cost", forbidden)
+        patch.setattr(Processor, "compute_cost", forbidden)
         ran = run(*words, "stage=sft", "run_name=five")
     assert shards_of(ready.dir.parent / "index") == kept
     assert ran.dir == ready.dir and ran.manifest["status"] == "finished"
@@ -68,7 +68,7 @@ def test_what_is_prepared_is_trained_on_without_reading_a_record_for_the_index_a
 def test_prepared_twice_nothing_is_counted_or_decoded_again(words, monkeypatch):
     ready = prepared(*words)
     kept, lock = shards_of(ready.dir.parent / "index" / "shards"), (ready.dir / "mixture.lock").read_bytes()
-    monkeypatch.setattr(Processor, "cost", forbidden)
+    monkeypatch.setattr(Processor, "compute_cost", forbidden)
     monkeypatch.setattr(EncodedImage, "load", forbidden)
     prepared(*words)
     assert shards_of(ready.dir.parent / "index" / "shards").keys() == kept.keys()
@@ -77,7 +77,7 @@ def test_prepared_twice_nothing_is_counted_or_decoded_again(words, monkeypatch):
 
 def test_preflight_on_what_is_prepared_says_that_it_would_run(words, monkeypatch):
     prepared(*words)
-    monkeypatch.setattr(Processor, "cost", forbidden)
+    monkeypatch.setattr(Processor, "compute_cost", forbidden)
     job = job_of(*words, "task=preflight")
     run_preflight(job)  # exit status 1 is an exception
     facts = json.loads((job.dir / "preflight.json").read_text(encoding="utf-8"))

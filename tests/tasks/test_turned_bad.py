@@ -213,7 +213,7 @@ def stumbling(monkeypatch, times: int) -> list[str]:
             raise RecordError(self.origin, "image '5.jpg' cannot be opened: Input/output error", fault=Fault.unreadable)
         return opened(self)
 
-    monkeypatch.setattr(FileImage, "_opened", stumble)
+    monkeypatch.setattr(FileImage, "_open", stumble)
     return tries
 
 
