@@ -420,7 +420,7 @@ def _render_published_table(rows: list[dict[str, Any]]) -> str:
 
 def _render_counted_table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| strategy | ranks | came to each rank, bytes | formula | the engine's own | rest |",
+        "| strategy | ranks | received by each rank, bytes | formula | engine-specific | rest |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:

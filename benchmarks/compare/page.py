@@ -46,13 +46,13 @@ def draw_chart(result: dict[str, Any]) -> str:
     """Draw a bar chart of the ratios with bound and goal, or of the ablations with their predictions; "" for others."""
     if "ladder" in result:
         rows = [(row["off"], row["measured"], row["predicted"], None) for row in result["ladder"]]
-        return draw_bar_chart(rows, f"{result['case']}: time with one trick off, over time with all")
+        return draw_bar_chart(rows, f"{result['case']}: time with one optimisation off / time with all on")
     if "bars" in result:
         rows = [
             (f"{bar['peer']}{' *' if 'kept' in bar['ours'] else ''}", bar["cpu"], bar["bound"], bar["bar"])
             for bar in result["bars"]
         ]
-        return draw_bar_chart(rows, f"{result['case']}: their CPU seconds over ours")
+        return draw_bar_chart(rows, f"{result['case']}: CPU seconds of the peer / lit_vlm")
     return ""
 
 
@@ -69,11 +69,7 @@ def draw_bar_chart(rows: list[tuple[str, float | None, float, float | None]], la
     for i, (name, value, bound, bar) in enumerate(rows):
         parts.append(_draw_row(x, TOP + ROW * i, name, value, bound, bar))
     has_goal = any(bar is not None for *_, bar in rows)
-    legend = (
-        "black line: what arithmetic allows; red dashes: the bar"
-        if has_goal
-        else "black line: what arithmetic predicts"
-    )
+    legend = "black line: bound; red dashes: required" if has_goal else "black line: predicted"
     parts.append(f'<text class="faint" x="{LEFT}" y="{floor + 36}">{legend}</text>')
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(label, quote=True)}">'
     return f"{head}<style>{STYLE}</style>{''.join(parts)}</svg>\n"

@@ -110,16 +110,16 @@ def _compute_median_ratio(rows: dict[str, Any], peer: str, ours: str, field: str
 
 
 COLUMNS = {  # columns of the contender table: title, and function that formats the value of a row
-    "CPU ms a sample": lambda row: f"{1e3 * row['cpu_seconds_per_sample']:.1f}",
+    "CPU ms per sample": lambda row: f"{1e3 * row['cpu_seconds_per_sample']:.1f}",
     "samples/s": lambda row: f"{row['samples_per_second']:.2f}",
-    "of the clock": lambda row: f"{row['samples_per_wall_second']:.2f}",
+    "samples/s, wall clock": lambda row: f"{row['samples_per_wall_second']:.2f}",
     "supervised tokens/s": lambda row: f"{row['supervised_tokens_per_second']:,.0f}",
     "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
     "slots/s": lambda row: f"{row['slots_per_second']:,.0f}",
     "padding": lambda row: f"{row['padding']:.1%}",
-    "tower passes of a tile": lambda row: f"{row['tower_passes_per_tile']:.2g}",
-    "GFLOP a sample": lambda row: f"{row['flops_per_sample'] / 1e9:.2f}",
-    "of the least": lambda row: f"{row['executed_over_ideal']:.2f}",
+    "vision tower passes per tile": lambda row: f"{row['tower_passes_per_tile']:.2g}",
+    "GFLOP per sample": lambda row: f"{row['flops_per_sample'] / 1e9:.2f}",
+    "FLOPs / minimum": lambda row: f"{row['executed_over_ideal']:.2f}",
     "GFLOP/s": lambda row: f"{row['flops_per_second'] / 1e9:.1f}",
     "peak memory, MB": lambda row: f"{row['peak_memory'] / 1e6:,.0f}" if "peak_memory" in row else "",
     "data": lambda row: f"{row['data_share']:.1%}",
@@ -155,7 +155,18 @@ def _render_contender_table(rows: dict[str, Any]) -> str:
 
 
 def _render_goal_table(found: list[dict[str, Any]]) -> str:
-    head = ["", "beside", "CPU seconds", "clock", "without data", "bound", "bound on a GPU", "asked", "bar", "reached"]
+    head = [
+        "",
+        "compared with",
+        "CPU seconds",
+        "wall clock",
+        "without data",
+        "bound",
+        "bound on a GPU",
+        "goal",
+        "required",
+        "reached",
+    ]
     body = [
         [
             bar["ours"],
@@ -175,7 +186,7 @@ def _render_goal_table(found: list[dict[str, Any]]) -> str:
 
 
 def _render_gate_table(agreed: dict[str, Any]) -> str:
-    head = ["", "loss", "later losses", "answers' log-probabilities", "gradients", "weights", "their way"]
+    head = ["", "loss", "later losses", "answers' log-probabilities", "gradients", "weights", "weight updates"]
     body = []
     for name, differences in agreed.items():
         if "gradients" in differences:
@@ -185,7 +196,7 @@ def _render_gate_table(agreed: dict[str, Any]) -> str:
 
 
 def _render_ablation_table(found: list[dict[str, Any]]) -> str:
-    head = ["off", "takes so many times as long", "executes so many times the FLOPs", "predicted"]
+    head = ["turned off", "relative time", "relative FLOPs", "predicted"]
     body = [
         [row["off"], format_ratio(row["measured"]), format_ratio(row["executed"]), format_ratio(row["predicted"])]
         for row in found
@@ -196,7 +207,7 @@ def _render_ablation_table(found: list[dict[str, Any]]) -> str:
 def _render_memory_table(result: dict[str, Any]) -> str:
     body = [[name, f"{peak / 1e9:.2f} GB"] for name, peak in result["peak_memory"].items()]
     return render_markdown(
-        ["", "peak above the loaded model"], [*body, ["ratio (bar: at most 0.7)", f"{result['ratio']:.2f}"]]
+        ["", "peak above the loaded model"], [*body, ["ratio (required: at most 0.7)", f"{result['ratio']:.2f}"]]
     )
 
 
