@@ -49,7 +49,7 @@ NODE = FABRICS[2]
 
 
 def test_bytes_of_each_strategy_equal_those_computed_by_hand():
-    """Two nodes of eight devices: 7/8 of a collective come from inside a node, half of it from outside."""
+    """Two nodes of eight: 7/8 of a collective comes from inside a node, and half of it enters a node from outside."""
     half = BytesPerValue(gradient=2)
 
     def compute_bytes(scheme, k=1):
@@ -148,8 +148,8 @@ def test_published_rows_are_met_within_their_tolerance():
 
 
 def test_at_break_even_communication_takes_nine_tenths_of_the_compute_time():
-    few_tokens, cluster = make_language_layers(MODELS["14B"], 4096), Cluster(64, NODE)
-    break_even = compute_break_even_tokens(simulate_step(CommunicationScheme.zero3, few_tokens, cluster), 4096)
+    layers, cluster = make_language_layers(MODELS["14B"], 4096), Cluster(64, NODE)
+    break_even = compute_break_even_tokens(simulate_step(CommunicationScheme.zero3, layers, cluster), 4096)
     at_even = simulate_step(CommunicationScheme.zero3, make_language_layers(MODELS["14B"], round(break_even)), cluster)
     assert at_even.communication_seconds == pytest.approx(0.9 * at_even.compute_seconds, rel=1e-3)
 
@@ -243,9 +243,7 @@ def test_other_strategies_send_and_hold_the_estimated_bytes(strategy, ranks):
 # ---- the choice
 
 
-def make_situation_case(
-    model="14B", gpus=8, fabric=NODE, k=1, device=DeviceName.h200, tokens=8192, trainable=None, **training
-):
+def make_case(model="14B", gpus=8, fabric=NODE, k=1, device=DeviceName.h200, tokens=8192, trainable=None, **training):
     situation = make_situation(MODELS[model], gpus, fabric, k)
     parameters = replace(situation.parameters, trainable=trainable or situation.parameters.total)
     return replace(
@@ -259,14 +257,14 @@ def make_situation_case(
 
 
 def test_ddp_is_chosen_where_a_whole_copy_fits():
-    assert choose_strategy(make_situation_case("0.5B", 1)).strategy is StrategyName.single
+    assert choose_strategy(make_case("0.5B", 1)).strategy is StrategyName.single
     for gpus in (8, 64, 512):
-        assert choose_strategy(make_situation_case("1.5B", gpus)).strategy is StrategyName.ddp
+        assert choose_strategy(make_case("1.5B", gpus)).strategy is StrategyName.ddp
 
 
 def test_align_is_never_sharded_where_its_frozen_weights_fit():
     for gpus in (8, 128):
-        align = make_situation_case("14B", gpus, trainable=32_000_000, trains_language_model=False, trains_tower=False)
+        align = make_case("14B", gpus, trainable=32_000_000, trains_language_model=False, trains_tower=False)
         chosen = choose_strategy(align)
         assert chosen.strategy is StrategyName.ddp
         assert "frozen weights are copied" in chosen.reason and "128 MB" in chosen.reason
@@ -277,7 +275,7 @@ LEVELS = (ActivationCheckpointing.none, ActivationCheckpointing.selective, Activ
 
 def choose_level(tokens: int, **more) -> StrategyChoice:
     return choose_strategy(
-        replace(make_situation_case(**{"model": "1.5B", "gpus": 1} | more, tokens=tokens), allowed_levels=LEVELS)
+        replace(make_case(**{"model": "1.5B", "gpus": 1} | more, tokens=tokens), allowed_levels=LEVELS)
     )
 
 
@@ -292,7 +290,7 @@ def test_the_first_level_of_checkpointing_that_fits_is_chosen():
 
 
 def test_a_level_of_checkpointing_is_reported_with_the_bytes_that_decided():
-    situation = replace(make_situation_case("1.5B", 1, tokens=32_768), allowed_levels=LEVELS)
+    situation = replace(make_case("1.5B", 1, tokens=32_768), allowed_levels=LEVELS)
     selective = describe_level(situation, StrategyName.single, ActivationCheckpointing.selective)
     need, before = (
         situation.replace_level(level).estimate_memory(StrategyName.single).total for level in (LEVELS[1], LEVELS[0])
@@ -309,7 +307,7 @@ def test_a_level_of_checkpointing_is_reported_with_the_bytes_that_decided():
 
 def test_the_fastest_of_the_strategies_and_levels_that_fit_is_chosen():
     """1.5 B on a node: sharding with all activations stored is faster than copies that recompute layers."""
-    situation = replace(make_situation_case("1.5B", 8, tokens=28_672), allowed_levels=LEVELS)
+    situation = replace(make_case("1.5B", 8, tokens=28_672), allowed_levels=LEVELS)
     assert situation.replace_level(LEVELS[1]).can_fit(StrategyName.ddp) and not situation.replace_level(
         LEVELS[0]
     ).can_fit(StrategyName.ddp)
@@ -323,22 +321,22 @@ def test_the_fastest_of_the_strategies_and_levels_that_fit_is_chosen():
 
 
 def test_recomputation_is_preferred_to_offloading():
-    without_checkpointing = make_situation_case("1.5B", 1, tokens=28_672, checkpointing=ActivationCheckpointing.none)
+    without_checkpointing = make_case("1.5B", 1, tokens=28_672, checkpointing=ActivationCheckpointing.none)
     assert choose_strategy(without_checkpointing).strategy is StrategyName.deepspeed_zero3_offload
     assert choose_strategy(replace(without_checkpointing, allowed_levels=LEVELS)).strategy is StrategyName.single
 
 
 def test_a_model_too_large_for_a_device_is_sharded_within_a_node():
-    chosen = choose_strategy(make_situation_case("14B", 8))
+    chosen = choose_strategy(make_case("14B", 8))
     assert chosen.strategy is StrategyName.fsdp2 and "a whole copy needs" in chosen.reason
 
 
 def test_across_nodes_the_simulation_decides():
     """With several micro-batches in a step HSDP sums gradients once, and ZeRO-3 gathers weights in each micro-batch."""
-    assert choose_strategy(make_situation_case("14B", 128, k=8)).strategy is StrategyName.hsdp
-    once = choose_strategy(make_situation_case("14B", 128, k=1))
+    assert choose_strategy(make_case("14B", 128, k=8)).strategy is StrategyName.hsdp
+    once = choose_strategy(make_case("14B", 128, k=1))
     assert once.strategy is StrategyName.deepspeed_zero3 and "ZeRO-3 hides its own from" in once.reason
-    situation = make_situation_case("14B", 128, k=1)
+    situation = make_case("14B", 128, k=1)
     assert (
         situation.simulate_step(StrategyName.deepspeed_zero3).efficiency
         > situation.simulate_step(StrategyName.hsdp).efficiency + 0.02
@@ -346,25 +344,25 @@ def test_across_nodes_the_simulation_decides():
 
 
 def test_a_model_too_large_for_a_node_is_sharded_over_all_devices():
-    chosen = choose_strategy(make_situation_case("72B", 64))
+    chosen = choose_strategy(make_case("72B", 64))
     assert chosen.strategy is StrategyName.deepspeed_zero3 and "within a node each would need" in chosen.reason
 
 
 def test_a_model_that_fits_nowhere_is_offloaded_and_the_needed_devices_are_reported():
-    chosen = choose_strategy(make_situation_case("72B", 8))
+    chosen = choose_strategy(make_case("72B", 8))
     assert chosen.strategy is StrategyName.deepspeed_zero3_offload and chosen.fits
     assert chosen.min_devices == 16 and "16 devices would do without" in chosen.reason
-    assert make_situation_case("72B", 16).can_fit(StrategyName.deepspeed_zero3) and not make_situation_case(
-        "72B", 8
-    ).can_fit(StrategyName.deepspeed_zero3)
+    assert make_case("72B", 16).can_fit(StrategyName.deepspeed_zero3) and not make_case("72B", 8).can_fit(
+        StrategyName.deepspeed_zero3
+    )
 
 
 def test_a_micro_batch_too_large_for_everything_is_reported_with_one_that_fits():
-    chosen = choose_strategy(make_situation_case("14B", 8, device=DeviceName.h100, tokens=131_072))
+    chosen = choose_strategy(make_case("14B", 8, device=DeviceName.h100, tokens=131_072))
     assert not chosen.fits and chosen.strategy is StrategyName.fsdp2
     assert "micro-batches of 32,768 tokens would fit, those of 131,072 do not" in chosen.reason
-    assert choose_strategy(make_situation_case("14B", 8, device=DeviceName.h100, tokens=32_768)).fits
+    assert choose_strategy(make_case("14B", 8, device=DeviceName.h100, tokens=32_768)).fits
 
 
 def test_on_a_cpu_no_strategies_are_compared():
-    assert choose_strategy(replace(make_situation_case("72B", 8), device=None)).strategy is StrategyName.ddp
+    assert choose_strategy(replace(make_case("72B", 8), device=None)).strategy is StrategyName.ddp

@@ -51,7 +51,7 @@ STAGES = {
 }
 
 
-def make_training_options(precision="bf16-mixed", stage="all", **more) -> TrainingOptions:
+def make_options(precision="bf16-mixed", stage="all", **more) -> TrainingOptions:
     trains = STAGES[stage]
     return TrainingOptions(
         Precision.from_name(precision),
@@ -119,18 +119,15 @@ def test_every_device_of_the_settings_has_its_figures():
 PARAMETERS = ParameterCounts(total=8_000, trainable=7_000, autocast=7_500, autocast_frozen=500, largest_layer=100)
 
 
-def sum_state_bytes(precision: str, sharding: Sharding, world_size: int = 1, **more) -> float:
-    return sum(compute_state_bytes(PARAMETERS, make_training_options(precision, **more), sharding, world_size).values())
+def sum_bytes(precision: str, sharding: Sharding, world_size: int = 1, **more) -> float:
+    return sum(compute_state_bytes(PARAMETERS, make_options(precision, **more), sharding, world_size).values())
 
 
 def test_state_bytes_on_one_device_equal_those_computed_by_hand():
-    assert sum_state_bytes("32-true", Sharding.single) == 4 * 8_000 + (4 + 8) * 7_000
-    assert sum_state_bytes("bf16-mixed", Sharding.single) == 4 * 8_000 + 2 * 7_500 + (4 + 8) * 7_000
-    assert (
-        sum_state_bytes("bf16-mixed", Sharding.single, checkpointing=Level.full)
-        == 4 * 8_000 + 2 * 7_000 + (4 + 8) * 7_000
-    )
-    assert sum_state_bytes("bf16-true", Sharding.single) == 2 * 8_000 + (2 + 4) * 7_000
+    assert sum_bytes("32-true", Sharding.single) == 4 * 8_000 + (4 + 8) * 7_000
+    assert sum_bytes("bf16-mixed", Sharding.single) == 4 * 8_000 + 2 * 7_500 + (4 + 8) * 7_000
+    assert sum_bytes("bf16-mixed", Sharding.single, checkpointing=Level.full) == 4 * 8_000 + 2 * 7_000 + (4 + 8) * 7_000
+    assert sum_bytes("bf16-true", Sharding.single) == 2 * 8_000 + (2 + 4) * 7_000
 
 
 def test_frozen_matrices_are_stored_in_half_precision_and_not_copied():
@@ -145,7 +142,7 @@ def test_frozen_matrices_are_stored_in_half_precision_and_not_copied():
     )
 
     def compute_parts(precision: str, **more) -> dict[str, float]:
-        return compute_state_bytes(frozen, make_training_options(precision, **more), Sharding.single)
+        return compute_state_bytes(frozen, make_options(precision, **more), Sharding.single)
 
     mixed = compute_parts("bf16-mixed")
     assert mixed["weights"] == 4 * 7_400 + 2 * 600 and mixed["half-precision copies"] == 2 * (7_000 + 100)
@@ -159,50 +156,48 @@ def test_frozen_matrices_are_stored_in_half_precision_and_not_copied():
 
 
 def test_ddp_keeps_a_copy_and_its_buckets():
-    single = sum_state_bytes("bf16-mixed", Sharding.single)
-    assert sum_state_bytes("bf16-mixed", Sharding.ddp, 8) == single + 4 * 7_000
-    assert sum_state_bytes("bf16-mixed", Sharding.ddp, 64) == sum_state_bytes("bf16-mixed", Sharding.ddp, 8)
+    single = sum_bytes("bf16-mixed", Sharding.single)
+    assert sum_bytes("bf16-mixed", Sharding.ddp, 8) == single + 4 * 7_000
+    assert sum_bytes("bf16-mixed", Sharding.ddp, 64) == sum_bytes("bf16-mixed", Sharding.ddp, 8)
 
 
 def test_a_reference_model_adds_its_weights():
     assert (
-        sum_state_bytes("bf16-mixed", Sharding.single, reference=8_000)
-        == sum_state_bytes("bf16-mixed", Sharding.single) + 4 * 8_000
+        sum_bytes("bf16-mixed", Sharding.single, reference=8_000)
+        == sum_bytes("bf16-mixed", Sharding.single) + 4 * 8_000
     )
 
 
 def test_sharded_state_bytes_equal_those_computed_by_hand():
     """Gradients in float32: ZeRO's 18 bytes per trainable weight and FSDP2's 16; ZeRO-2 keeps 2 on each device."""
-    assert sum_state_bytes("bf16-mixed", Sharding.zero2, 8) == 2 * 8_000 + 16 * 7_000 / 8
-    assert sum_state_bytes("bf16-mixed", Sharding.zero3, 8) == pytest.approx(
+    assert sum_bytes("bf16-mixed", Sharding.zero2, 8) == 2 * 8_000 + 16 * 7_000 / 8
+    assert sum_bytes("bf16-mixed", Sharding.zero3, 8) == pytest.approx(
         (2 * 1_000 + 18 * 7_000) / 8 + 2 * 8_000
     )  # gathered
-    assert sum_state_bytes("bf16-mixed", Sharding.fsdp2, 8) == pytest.approx((2 * 1_000 + 16 * 7_000) / 8 + 2 * 2 * 100)
-    assert sum_state_bytes("bf16-mixed", Sharding.hsdp, 8) == sum_state_bytes(
-        "bf16-mixed", Sharding.fsdp2, 8
-    )  # a group of eight
-    assert sum_state_bytes("bf16-mixed", Sharding.offload, 8) == 2 * 8_000
-    sizes = [sum_state_bytes("bf16-mixed", Sharding.zero3, world) for world in (1, 2, 8, 64)]
+    assert sum_bytes("bf16-mixed", Sharding.fsdp2, 8) == pytest.approx((2 * 1_000 + 16 * 7_000) / 8 + 2 * 2 * 100)
+    assert sum_bytes("bf16-mixed", Sharding.hsdp, 8) == sum_bytes("bf16-mixed", Sharding.fsdp2, 8)  # a group of eight
+    assert sum_bytes("bf16-mixed", Sharding.offload, 8) == 2 * 8_000
+    sizes = [sum_bytes("bf16-mixed", Sharding.zero3, world) for world in (1, 2, 8, 64)]
     assert sizes == sorted(sizes, reverse=True)
 
 
 def test_offloaded_states_are_counted_on_the_host():
-    shared = compute_state_bytes(PARAMETERS, make_training_options("bf16-mixed"), Sharding.zero3, 16)
-    assert compute_host_bytes(PARAMETERS, make_training_options("bf16-mixed"), 16, 8) == 8 * (
+    shared = compute_state_bytes(PARAMETERS, make_options("bf16-mixed"), Sharding.zero3, 16)
+    assert compute_host_bytes(PARAMETERS, make_options("bf16-mixed"), 16, 8) == 8 * (
         sum(shared.values()) - shared["gathered layers"]
     )
-    assert compute_host_bytes(PARAMETERS, make_training_options("bf16-mixed"), 1, 8) == 2 * 8_000 + 16 * 7_000
+    assert compute_host_bytes(PARAMETERS, make_options("bf16-mixed"), 1, 8) == 2 * 8_000 + 16 * 7_000
 
 
 def test_the_number_of_gathered_weights_has_a_maximum():
     large = ParameterCounts(total=14 * 10**9, trainable=1, autocast=0)
-    assert compute_state_bytes(large, make_training_options("bf16-mixed"), Sharding.zero3, 8)["gathered layers"] == 2e9
+    assert compute_state_bytes(large, make_options("bf16-mixed"), Sharding.zero3, 8)["gathered layers"] == 2e9
 
 
 def test_full_fine_tuning_has_the_published_order_of_magnitude():
     """Full fine-tuning of 7.6 B in float32 with AdamW: 16 bytes each, 122 GB."""
     whole = ParameterCounts(total=int(7.62e9), trainable=int(7.62e9), autocast=0)
-    assert sum(compute_state_bytes(whole, make_training_options("32-true"), Sharding.single).values()) == pytest.approx(
+    assert sum(compute_state_bytes(whole, make_options("32-true"), Sharding.single).values()) == pytest.approx(
         122e9, rel=0.01
     )
 
@@ -214,35 +209,30 @@ def test_activations_of_a_frozen_language_model_equal_those_computed_by_hand():
     """bfloat16: two norms' float32 inputs, q, k, v, output, and three of the feed-forward's width."""
     layer = 2 * (4 * 3584 + 4) + 2 * (2 * 3584 + 2 * 512 + 3 * 18944) + 4 * 28
     once = 4 * 3584 + 4 + 2 * 2 * 128
-    assert compute_text_activation_bytes(SHAPE.text, make_training_options("bf16-true", "align")) == 28 * layer + once
+    assert compute_text_activation_bytes(SHAPE.text, make_options("bf16-true", "align")) == 28 * layer + once
 
 
 def test_checkpointing_stores_one_layer_and_the_inputs_of_the_others():
-    whole = compute_text_activation_bytes(SHAPE.text, make_training_options("bf16-mixed"))
-    less = compute_text_activation_bytes(SHAPE.text, make_training_options("bf16-mixed", checkpointing=Level.full))
+    whole = compute_text_activation_bytes(SHAPE.text, make_options("bf16-mixed"))
+    less = compute_text_activation_bytes(SHAPE.text, make_options("bf16-mixed", checkpointing=Level.full))
     assert 28 * 4 * 3584 < less < whole / 6
 
 
 def test_selective_checkpointing_stores_matrix_products_and_attention():
     """bfloat16, 7B: q, k, v, attention, its projection, gate and up, and the layer's input: 42 % of all activations."""
     saved = 4 * 3584 + 2 * (2 * 3584 + 2 * 512 + 3584 + 2 * 18944) + 4 * 28
-    some = compute_text_activation_bytes(SHAPE.text, make_training_options("bf16-mixed", checkpointing=Level.selective))
-    least = compute_text_activation_bytes(SHAPE.text, make_training_options("bf16-mixed", checkpointing=Level.full))
+    some = compute_text_activation_bytes(SHAPE.text, make_options("bf16-mixed", checkpointing=Level.selective))
+    least = compute_text_activation_bytes(SHAPE.text, make_options("bf16-mixed", checkpointing=Level.full))
     assert some - least == 28 * (saved - 4 * 3584)
-    assert (
-        abs(saved / (compute_text_activation_bytes(SHAPE.text, make_training_options("bf16-mixed")) / 28) - 0.42)
-        < 0.0084
-    )
+    assert abs(saved / (compute_text_activation_bytes(SHAPE.text, make_options("bf16-mixed")) / 28) - 0.42) < 0.0084
 
 
 def test_the_peak_is_the_sum_of_its_parts():
     load = MicroBatchSize(tokens=16384, tiles=16, supervised=2000)
-    memory = estimate_memory(SHAPE, PARAMETERS, make_training_options(), load, Sharding.single)
+    memory = estimate_memory(SHAPE, PARAMETERS, make_options(), load, Sharding.single)
     assert memory.total == sum(memory.parts.values())
     assert memory.parts["logits"] == 10 * 2000 * 152064
-    assert memory.parts["activations of text"] == 16384 * compute_text_activation_bytes(
-        SHAPE.text, make_training_options()
-    )
+    assert memory.parts["activations of text"] == 16384 * compute_text_activation_bytes(SHAPE.text, make_options())
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -259,7 +249,7 @@ def test_estimated_activations_equal_what_autograd_stores(small_parts, precision
         targets = batch.input_ids[batch.loss_positions + 1]
         logits, _ = measure_saved_bytes(model, lambda: model.lm_head(hidden[batch.loss_positions], targets)[0])
 
-    shape, settings = ModelShape.from_config(blueprint.config.to_dict()), make_training_options(precision, stage)
+    shape, settings = ModelShape.from_config(blueprint.config.to_dict()), make_options(precision, stage)
     estimate = batch.num_tokens * compute_text_activation_bytes(shape.text, settings)
     tower = batch.num_tiles * compute_tile_activation_bytes(shape, settings)
     assert abs(saved / (estimate + tower) - 1) < 0.1
@@ -309,7 +299,7 @@ def measure_alive_bytes(parts, precision, stage, level) -> tuple[int, float]:
         now = alive.now
     shape, settings = (
         ModelShape.from_config(blueprint.config.to_dict()),
-        make_training_options(precision, stage, checkpointing=level),
+        make_options(precision, stage, checkpointing=level),
     )
     text, tower = compute_text_activation_bytes(shape.text, settings), compute_tile_activation_bytes(shape, settings)
     assert hidden.requires_grad

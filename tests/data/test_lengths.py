@@ -84,16 +84,18 @@ def test_fewer_tiles_keeps_the_largest_number_of_tiles_that_fits(processor):
     record = sample("What is this?", "A long picture.", (150, 70))
     index = build_index([ListSource(record, sample("q", "a"))], processor)
     reached = set()
-    for cap in range(int(index.tokens[0]) - 1, 0, -7):
-        fitted = apply_length_policy(index, processor, policy=OnOverlong.fewer_tiles, max_tokens=cap, max_tiles=PLENTY)
+    for limit in range(int(index.tokens[0]) - 1, 0, -7):
+        fitted = apply_length_policy(
+            index, processor, policy=OnOverlong.fewer_tiles, max_tokens=limit, max_tiles=PLENTY
+        )
         if fitted.errors:
-            assert "fewer tiles cannot mend it" in get_reasons(fitted)[0] and cap < index.tokens[0]
+            assert "fewer tiles cannot mend it" in get_reasons(fitted)[0] and limit < index.tokens[0]
             break
         most = int(fitted.most_tiles[0])
-        assert fitted.tokens[0] <= cap and fitted.most_tiles[1] == -1 and columns_match(fitted, processor)
+        assert fitted.tokens[0] <= limit and fitted.most_tiles[1] == -1 and columns_match(fitted, processor)
         assert fitted.length_policy_counts == {("listed", "fewer_tiles"): 1}
         more = processor.images.compute_layout(150, 70, max_tiles=most + 1).num_tokens
-        assert index.tokens[0] - index.image_tokens[0] + more > cap  # one tile more would not have fitted
+        assert index.tokens[0] - index.image_tokens[0] + more > limit  # one tile more would not have fitted
         reached.add(most)
     assert 0 in reached and len(reached) > 1
     tiles = apply_length_policy(index, processor, policy=OnOverlong.fewer_tiles, max_tokens=PLENTY, max_tiles=3)
@@ -144,13 +146,13 @@ def turns(tmp_path):
 def test_cut_turn_drops_whole_turns_and_their_images(processor, turns):
     index = build_index([turns], processor)
     reached = set()
-    for cap in range(int(index.tokens[0]) - 1, 0, -10):
-        fitted = apply_length_policy(index, processor, policy=OnOverlong.cut_turn, max_tokens=cap, max_tiles=PLENTY)
+    for limit in range(int(index.tokens[0]) - 1, 0, -10):
+        fitted = apply_length_policy(index, processor, policy=OnOverlong.cut_turn, max_tokens=limit, max_tiles=PLENTY)
         if fitted.errors:
             assert "leaving out turns cannot mend it" in get_reasons(fitted)[0]
             break
         record = fitted.get_record(0)
-        assert fitted.tokens[0] <= cap and columns_match(fitted, processor)
+        assert fitted.tokens[0] <= limit and columns_match(fitted, processor)
         assert len(record.messages) == fitted.turns[0] and fitted.length_policy_counts == {("lines", "cut_turn"): 1}
         assert record.messages[-1].text.startswith("The answer")
         slots = [piece.index for m in record.messages for piece in m.content if isinstance(piece, ImagePlaceholder)]
@@ -177,11 +179,11 @@ def test_only_long_records_are_read_again(processor, turns, tmp_path):
     source = LinesSource(turns.path)
     index = build_index([source], processor)
     source.reads.clear()
-    caps = {"most_tokens": int(index.tokens[0]) - 1, "most_tiles": PLENTY}
-    assert len(apply_length_policy(index, processor, policy=OnOverlong.cut_turn, **caps)) == 6 and source.reads == [0]
+    limits = {"most_tokens": int(index.tokens[0]) - 1, "most_tiles": PLENTY}
+    assert len(apply_length_policy(index, processor, policy=OnOverlong.cut_turn, **limits)) == 6 and source.reads == [0]
     source.reads.clear()
-    apply_length_policy(index, processor, policy=OnOverlong.fewer_tiles, **caps)
-    apply_length_policy(index, processor, policy=OnOverlong.quarantine, **caps)
+    apply_length_policy(index, processor, policy=OnOverlong.fewer_tiles, **limits)
+    apply_length_policy(index, processor, policy=OnOverlong.quarantine, **limits)
     assert source.reads == []
 
 

@@ -152,18 +152,18 @@ class TestLimits:
         count, world, batch = (int(generator.integers(low, high)) for low, high in ((1, 90), (1, 9), (1, 40)))
         tokens = np.ceil(np.exp(generator.normal(3, 1.2, count))).astype(int)
         tiles = generator.integers(0, 12, count)
-        caps = {
+        limits = {
             "most_tokens": int(tokens.max() * generator.uniform(1, 4)),
             "most_tiles": int(tiles.max() * generator.uniform(1, 3)) + 1,
         }
         batches = {"global_batch_size": batch} if seed % 3 else {"global_batch_tokens": int(tokens.sum() / 3) + 1}
         index = make_index({"a": count}, tokens=tokens, tiles=tiles)
-        plan = make_plan(index, world_size=world, **caps, **batches)
+        plan = make_plan(index, world_size=world, **limits, **batches)
         for number, step in enumerate(get_steps(plan)):
             assert list_samples(step) == sorted(plan.get_samples(number))
             for pack in step.packs:
-                assert index.tokens[list(pack)].sum() <= caps["most_tokens"]
-                assert index.tiles[list(pack)].sum() <= caps["most_tiles"]
+                assert index.tokens[list(pack)].sum() <= limits["most_tokens"]
+                assert index.tiles[list(pack)].sum() <= limits["most_tiles"]
 
     def test_the_number_of_micro_batches_is_the_smallest_within_the_limits(self, index):
         plan = make_plan(index, most_tokens=350)
