@@ -1,4 +1,4 @@
-"""Tiny parts in the hub's layout and records of every shape; nothing here reaches for a network."""
+"""Shared fixtures: tiny model parts in the hub's layout and samples of every shape. Nothing here uses a network."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ torch.set_num_threads(1)  # two threads on a busy machine are slower than one at
 def _clean():
     streams = sys.stdout, sys.stderr
     yield
-    sys.stdout, sys.stderr = streams  # run.py's main puts redacting ones in their place
+    sys.stdout, sys.stderr = streams  # main of run.py replaces them by streams that redact secrets
     GlobalHydra.instance().clear()
     torch.set_default_dtype(torch.float32)
     if torch.distributed.is_initialized():
@@ -43,7 +43,7 @@ def parts(tmp_path_factory) -> tuple[str, str]:
 
 @pytest.fixture(scope="session")
 def small_parts(tmp_path_factory) -> tuple[str, str]:
-    """Smaller still, untied, for tests that train many times."""
+    """Even smaller parts with untied embeddings, for tests that train many times."""
     folder = tmp_path_factory.mktemp("small")
     make_vision_tower(folder / "tower", hidden_size=32, intermediate_size=48, num_attention_heads=2)
     make_language_model(
@@ -69,14 +69,14 @@ def model(blueprint):
 
 @pytest.fixture
 def in_float64(model):
-    """The test's model computes in float64, for comparisons of numbers: see `float64.py`."""
+    """The model of the test in float64, for numeric comparisons: see `float64.py`."""
     with Float64():
         yield model.double()
 
 
 @pytest.fixture
 def mixed() -> list[Sample]:
-    """Text only, one image of several shapes, several images, several turns, Korean and English."""
+    """Samples with text only, one image of several shapes, several images, several turns, Korean and English."""
     several_turns = Sample(
         "turns",
         "test",

@@ -1,4 +1,4 @@
-"""Compute in float64 what the code computes in float32, so that no order of additions shows in what is compared."""
+"""Float64 instead of float32, so that numeric comparisons do not depend on the order of additions."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.overrides import TorchFunctionMode
 
 
 class Float64(TorchFunctionMode):
-    """Inside, whatever asks for float32 gets float64: norms, softmax, rotary embeddings, losses, new tensors.
+    """Mode in which code that asks for float32 gets float64: norms, softmax, rotary embeddings, losses, new tensors.
 
-    Rounding is 1e-16 then instead of 6e-8, and a comparison within 1e-6 holds on every processor, whatever the loss
-    makes of an error. The model must be one of doubles: `with Float64(): model.double()`.
+    The rounding error is then 1e-16 instead of 6e-8. A comparison within 1e-6 holds on every processor, however much
+    the loss amplifies an error. The model must be in float64: `with Float64(): model.double()`.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -22,7 +22,9 @@ class Float64(TorchFunctionMode):
         if func is Tensor.float:
             return args[0].double()
         if func is Tensor.backward:
-            with self:  # an edge, no tensor: the mode stays on in backward passes and in what is computed again
+            with (
+                self
+            ):  # an edge instead of a tensor: the mode stays active in backward passes and in recomputed forward passes
                 return torch.autograd.backward(get_gradient_edge(args[0]), kwargs.pop("gradient", None), **kwargs)
         return func(*map(_widen, args), **kwargs)
 

@@ -1,9 +1,9 @@
 """Record how far each numeric comparison of the tests is from failing: `pytest --margins=FILE`, then `python tests/margins.py FILE...`.
 
-The margin is tolerance / difference at the worst element; of two values that must differ, difference / tolerance.
+The margin is tolerance / difference at the worst element. For two values that must differ it is difference / tolerance.
 Another processor adds in another order, so a comparison whose margin is below `SMALLEST` here may fail there: compare in
-float64 (`float64.py`) or derive the bound. `assert_close`, `allclose` and `approx` are for rounding. How exact an estimate
-or a share is, is an inequality and no rounding: counts are the same on every processor.
+float64 (`float64.py`) or derive the bound. `assert_close`, `allclose` and `approx` are for rounding. The accuracy of an
+estimate or a share is an inequality, not rounding: counts are the same on every processor.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ TESTS = Path(__file__).resolve().parent
 
 
 class Recorder:
-    """Writes one line of JSON per comparison site of a test: its smallest margin and how often it ran.
+    """Writer of one line of JSON for each comparison site of a test: its smallest margin and the number of runs.
 
     Attributes:
-        test: node id of the test that runs.
+        test: node id of the running test.
     """
 
     def __init__(self, file: Path) -> None:
@@ -47,7 +47,7 @@ class Recorder:
 
 
 def find_site() -> str:
-    """Name the line of the tests that compares."""
+    """Find the line of the tests that makes the comparison."""
     frame = sys._getframe(1)
     while frame and (
         Path(frame.f_code.co_filename) == Path(__file__) or TESTS not in Path(frame.f_code.co_filename).parents
@@ -72,7 +72,7 @@ def measure_tensors(actual: Any, expected: Any, rtol: float | None, atol: float 
 
     for one, other in zip(tree_leaves(actual), tree_leaves(expected), strict=False):
         if one.shape != other.shape:
-            continue  # the comparison itself says so
+            continue  # the comparison itself reports it
         least = default_tolerances(one, other) if rtol is None or atol is None else (rtol, atol)
         yield measure_arrays(one.detach().cpu(), other.detach().cpu(), *least)
 
@@ -87,48 +87,50 @@ def measure_arrays(actual: Any, expected: Any, rtol: float, atol: float) -> floa
 
 
 def watch(recorder: Recorder, patch: Any) -> None:
-    """Put the recorder before every way in which the tests compare numbers."""
+    """Patch every function with which the tests compare numbers, so that it records its margin first."""
     import numpy as np
     import pytest
     import torch
 
-    def before(owner: Any, name: str, measure: Callable[..., Iterable[float]]) -> None:
+    def patch_comparison(owner: Any, name: str, measure: Callable[..., Iterable[float]]) -> None:
         compare = getattr(owner, name)
 
         @wraps(compare)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
+        def record_and_compare(*args: Any, **kwargs: Any) -> Any:
             for margin in measure(*args, **kwargs):
                 recorder.record(margin)
             return compare(*args, **kwargs)
 
-        patch.setattr(owner, name, wrapped)
+        patch.setattr(owner, name, record_and_compare)
 
-    before(torch.testing, "assert_close", lambda a, b, *, rtol=None, atol=None, **_: measure_tensors(a, b, rtol, atol))
+    patch_comparison(
+        torch.testing, "assert_close", lambda a, b, *, rtol=None, atol=None, **_: measure_tensors(a, b, rtol, atol)
+    )
     for owner, name, least in ((torch, "allclose", 1e-8), (np, "allclose", 1e-8), (np.testing, "assert_allclose", 0.0)):
         rtol = 1e-7 if name == "assert_allclose" else 1e-5
-        before(owner, name, lambda a, b, rtol=rtol, atol=least, **_: [measure_arrays(a, b, rtol, atol)])
-    scalar = type(pytest.approx(1.0))  # those of sequences and mappings come to it for each of their numbers
-    equals, apart = scalar.__eq__, []
+        patch_comparison(owner, name, lambda a, b, rtol=rtol, atol=least, **_: [measure_arrays(a, b, rtol, atol)])
+    scalar = type(pytest.approx(1.0))  # sequences and mappings use it for each of their numbers
+    equals, differences = scalar.__eq__, []
 
-    def equal(self: Any, actual: Any) -> bool:
+    def is_equal(self: Any, actual: Any) -> bool:
         if isinstance(actual, (int, float, np.number)) and isinstance(self.expected, (int, float, np.number)):
             margin = compute_margin(abs(float(actual) - float(self.expected)), float(self.tolerance))
-            if apart:
-                apart[-1].append(1 / margin if margin else math.inf)
+            if differences:
+                differences[-1].append(1 / margin if margin else math.inf)
             else:
                 recorder.record(margin)
         return equals(self, actual)
 
-    def differ(self: Any, actual: Any) -> bool:
-        apart.append([])
+    def is_different(self: Any, actual: Any) -> bool:
+        differences.append([])
         try:
             same = self == actual
             return not same
         finally:
-            recorder.record(max(apart.pop(), default=math.inf))  # one number that differs is enough
+            recorder.record(max(differences.pop(), default=math.inf))  # one number that differs is enough
 
-    patch.setattr(scalar, "__eq__", equal)
-    patch.setattr(scalar.__mro__[1], "__ne__", differ, raising=False)
+    patch.setattr(scalar, "__eq__", is_equal)
+    patch.setattr(scalar.__mro__[1], "__ne__", is_different, raising=False)
 
 
 def pytest_addoption(parser: Any) -> None:
@@ -145,7 +147,7 @@ def pytest_configure(config: Any) -> None:
 
 
 class Hooks:
-    """Tells the recorder which test runs."""
+    """Pytest hooks that give the recorder the name of the running test."""
 
     def __init__(self, recorder: Recorder, patch: Any) -> None:
         self.recorder = recorder
@@ -159,7 +161,7 @@ class Hooks:
 
 
 def summarize(files: list[str]) -> str:
-    """List the sites below the smallest margin, least first."""
+    """List the sites below the smallest margin, in ascending order."""
     worst: dict[str, tuple[float, str]] = {}
     counts: dict[str, int] = defaultdict(int)
     for file in files:

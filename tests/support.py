@@ -1,4 +1,4 @@
-"""What several tests make their cases of: tiny blueprints, noise pictures, samples of any shape."""
+"""Inputs of several tests: tiny model specs, noise images, samples of any shape."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def picture(height: int, width: int, seed: int = 0) -> ArrayImage:
 
 
 def sample(question: str, answer: str, *sizes: tuple[int, int], seed: int = 0, name: str = "s") -> Sample:
-    """One turn over pictures of these sizes."""
+    """Build a sample of one turn with images of these sizes."""
     images = tuple(picture(*size, seed=seed + i) for i, size in enumerate(sizes))
     slots = tuple(ImagePlaceholder(i) for i in range(len(images)))
     messages = (Message(Role.user, (*slots, question)), Message(Role.assistant, (answer,)))

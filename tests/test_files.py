@@ -1,4 +1,4 @@
-"""Files of ours: there whole, on the disk, and told by their name when they are not."""
+"""Files that the package writes are complete and synced to disk; damaged files are reported by name."""
 
 import os
 
@@ -9,18 +9,18 @@ from lit_vlm.files import CorruptFileError, append_line, atomic_write, move_into
 
 @pytest.fixture
 def synced(monkeypatch) -> list[str]:
-    """Names of what is seen onto the disk, in their order."""
+    """Names of the files and folders that are synced to disk, in order."""
     names, fsync = [], os.fsync
 
-    def noted(handle):
+    def record_and_sync(handle):
         names.append(os.path.basename(os.readlink(f"/proc/self/fd/{handle}")))
         fsync(handle)
 
-    monkeypatch.setattr(os, "fsync", noted)
+    monkeypatch.setattr(os, "fsync", record_and_sync)
     return names
 
 
-def test_a_file_and_the_name_that_it_gets_are_seen_onto_the_disk_in_that_order(tmp_path, synced):
+def test_a_file_is_synced_before_its_folder(tmp_path, synced):
     write_text_atomically(tmp_path / "a", "1")
     with atomic_write(tmp_path / "b") as draft:
         draft.write_text("2")
@@ -31,7 +31,7 @@ def test_a_file_and_the_name_that_it_gets_are_seen_onto_the_disk_in_that_order(t
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
 
 
-def test_all_files_of_a_folder_are_on_the_disk_before_it_has_its_name(tmp_path, synced):
+def test_all_files_of_a_folder_are_synced_before_it_is_renamed(tmp_path, synced):
     (tmp_path / "draft").mkdir()
     for name in ("x", "y"):
         (tmp_path / "draft" / name).write_text(name)
@@ -39,25 +39,25 @@ def test_all_files_of_a_folder_are_on_the_disk_before_it_has_its_name(tmp_path, 
     assert {"x", "y", "draft"} == set(synced[:3]) and synced[3] == tmp_path.name
 
 
-def test_what_is_of_no_use_later_waits_for_no_disk(tmp_path, synced):
+def test_a_file_that_need_not_be_durable_is_not_synced(tmp_path, synced):
     write_text_atomically(tmp_path / "beat", "1", durable=False)
     assert synced == [] and (tmp_path / "beat").read_text() == "1"
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_draft(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file_and_no_temporary_file(tmp_path, monkeypatch):
     write_text_atomically(tmp_path / "a", "old")
 
-    def full(handle):
+    def raise_disk_full(handle):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", raise_disk_full)
     with pytest.raises(OSError, match="No space"):
         write_text_atomically(tmp_path / "a", "new")
     assert (tmp_path / "a").read_text() == "old" and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "it is empty"),
         (b"\0" * 64, "it is empty"),
@@ -68,14 +68,14 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_draft(tmp_path, monkeypat
         (b"[" * 100_000, "no JSON, or cut off"),
     ],
 )
-def test_a_damaged_file_is_told_by_its_name_with_what_to_do(tmp_path, content, said):
+def test_a_damaged_file_is_reported_by_name_with_the_remedy(tmp_path, content, message):
     (tmp_path / "m.json").write_bytes(content)
-    with pytest.raises(CorruptFileError, match=said) as caught:
+    with pytest.raises(CorruptFileError, match=message) as caught:
         read_json(tmp_path / "m.json", "Do this.")
     assert str(caught.value).startswith(f"{tmp_path / 'm.json'} is damaged: ") and str(caught.value).endswith(
         "Do this."
     )
 
 
-def test_a_file_that_is_not_there_is_none(tmp_path):
+def test_a_missing_file_is_read_as_none(tmp_path):
     assert read_json(tmp_path / "m.json", "") is None

@@ -1,4 +1,4 @@
-"""Imports go one way. Each room names the only rooms that it may import; anything else fails here."""
+"""Imports go one way. The table lists the only packages that each package may import; any other import fails."""
 
 import ast
 from pathlib import Path
@@ -28,17 +28,17 @@ MAY_IMPORT = {
     "run": {"config", "engine", "secrets", "tasks", "types"},
 }
 FILES = sorted([*ROOT.glob("lit_vlm/**/*.py"), *ROOT.glob("callbacks/*.py"), ROOT / "run.py"])
-HYDRAS_FRIENDS = {"config", "run"}
+MAY_IMPORT_HYDRA = {"config", "run"}
 
 
-def room_of(module: str) -> str | None:
-    """`lit_vlm.data.collate` -> `data`, `callbacks.export` -> `callbacks`, `torch.nn` -> None."""
+def get_package(module: str) -> str | None:
+    """Get the package of a module: `lit_vlm.data.collate` -> `data`, `callbacks.export` -> `callbacks`, `torch.nn` -> None."""
     parts = module.split(".")
     name = parts[1] if parts[0] == "lit_vlm" and len(parts) > 1 else parts[0]
     return name if name in MAY_IMPORT else None
 
 
-def imports_of(path: Path):
+def iter_imports(path: Path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -54,24 +54,24 @@ def imports_of(path: Path):
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_one_way(path):
     relative = path.relative_to(ROOT)
-    own = room_of(".".join(relative.with_suffix("").parts))
-    for line, name in imports_of(path):
-        other = room_of(name)
-        if own and other and other != own:
-            assert other in MAY_IMPORT[own], (
-                f"{relative}:{line}: {own} imports {name}; {own} may import only {sorted(MAY_IMPORT[own])}"
+    package = get_package(".".join(relative.with_suffix("").parts))
+    for line, name in iter_imports(path):
+        imported = get_package(name)
+        if package and imported and imported != package:
+            assert imported in MAY_IMPORT[package], (
+                f"{relative}:{line}: {package} imports {name}; {package} may import only {sorted(MAY_IMPORT[package])}"
             )
         if name.split(".")[0] in ("hydra", "omegaconf"):
-            assert own in HYDRAS_FRIENDS, f"{relative}:{line}: only config and run.py know Hydra"
+            assert package in MAY_IMPORT_HYDRA, f"{relative}:{line}: only config and run.py know Hydra"
 
 
-def test_every_room_is_known():
-    rooms = {path.name.removesuffix(".py") for path in (ROOT / "lit_vlm").iterdir() if not path.name.startswith("_")}
-    assert rooms <= set(MAY_IMPORT)
+def test_every_package_is_listed():
+    packages = {path.name.removesuffix(".py") for path in (ROOT / "lit_vlm").iterdir() if not path.name.startswith("_")}
+    assert packages <= set(MAY_IMPORT)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nothing_unpickles_or_trusts_unasked(path):
+def test_no_module_unpickles_or_trusts_remote_code(path):
     text = path.read_text(encoding="utf-8")
     for call in (
         "torch.load(",

@@ -1,4 +1,4 @@
-"""The tests' own tools: margins of numeric comparisons, and float64 where the code asks for float32."""
+"""Tools of the tests: margins of numeric comparisons, and float64 where the code asks for float32."""
 
 import math
 
@@ -36,7 +36,7 @@ def test_the_margin_of_each_comparison_is_tolerance_over_difference(tmp_path, mo
     assert all("test_margins.py:" in line and line.endswith("::a_test") for line in lines[1:])
 
 
-class AsksForFloat32(torch.autograd.Function):
+class Float32Function(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values):
         return values.float() * 3
@@ -46,16 +46,16 @@ class AsksForFloat32(torch.autograd.Function):
         return gradient.float() / 3
 
 
-def test_what_asks_for_float32_gets_float64_forward_and_backward():
+def test_code_that_asks_for_float32_gets_float64_forward_and_backward():
     with Float64():
         values = torch.full((2,), 0.1, dtype=torch.float64, requires_grad=True)
-        AsksForFloat32.apply(values.softmax(0, dtype=torch.float32)).sum().backward()
-        AsksForFloat32.apply(values).sum().backward()
+        Float32Function.apply(values.softmax(0, dtype=torch.float32)).sum().backward()
+        Float32Function.apply(values).sum().backward()
         assert values.grad.tolist() == [1 / 3, 1 / 3]
     assert torch.ones(1, dtype=torch.float32).dtype is torch.float32
 
 
-def test_pixels_are_normalised_anew_from_whole_numbers():
+def test_pixels_are_normalised_again_from_whole_numbers():
     pixels = torch.arange(256)
     exact = (pixels.double() / 255 - 0.5) / 0.5
     assert torch.equal(restore_pixels(exact.float()), exact)

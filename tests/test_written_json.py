@@ -1,4 +1,4 @@
-"""What is written as JSON or YAML can be read again, whatever the values look like, and holds no secret."""
+"""Written JSON and YAML can be read back whatever the values look like, and contain no secret."""
 
 import json
 
@@ -12,7 +12,7 @@ from lit_vlm.engine.tracking.tables import read_samples
 from lit_vlm.files import write_json
 from lit_vlm.secrets import REDACTED, redact
 
-# Ends and beginnings of texts as login forms, shell answers and prompts have them; a secret only where one stands.
+# Beginnings and ends of texts as in login forms, shell output and prompts. They contain no secret themselves.
 TEXTS = [
     "PASSWORD=",
     "HF_TOKEN=",
@@ -29,20 +29,20 @@ SECRET = "hf_" + "Ab3" * 11
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_a_manifest_with_any_text_is_read_again_as_it_was(tmp_path, text):
+def test_a_manifest_with_any_text_is_read_back_unchanged(tmp_path, text):
     manifest = {"status": "running", "config": {"licence": text, "homepage": None, "next": ["x", text]}, "data": {}}
     RunFolder(tmp_path, dict(manifest), is_resumed=False).update(name=text)
     assert read_manifest(tmp_path) == {**manifest, "name": text}
 
 
-def test_values_of_a_json_file_are_without_secrets(tmp_path):
+def test_a_json_file_contains_no_secrets(tmp_path):
     write_json(tmp_path / "a.json", {"url": f"https://x/?t={SECRET}", "list": [SECRET, "b"]}, indent=1)
     found = json.loads((tmp_path / "a.json").read_text(encoding="utf-8"))
     assert SECRET not in json.dumps(found) and found["list"] == [REDACTED, "b"]
 
 
 @pytest.mark.parametrize("value", ["learning_rate", "language_model", "vision_tower"])
-def test_the_index_of_a_checkpoint_is_read_again_when_a_variable_holds_one_of_its_words(tmp_path, monkeypatch, value):
+def test_a_checkpoint_index_is_read_back_when_a_secret_variable_equals_one_of_its_words(tmp_path, monkeypatch, value):
     from lit_vlm.files import write_text_atomically
 
     monkeypatch.setenv("DB_PASSWORD", value)
@@ -53,7 +53,7 @@ def test_the_index_of_a_checkpoint_is_read_again_when_a_variable_holds_one_of_it
     assert CheckpointIndex.from_text((tmp_path / "index.json").read_text(encoding="utf-8"), tmp_path) == index
 
 
-def test_samples_whose_texts_look_like_log_ins_stay_rows(tmp_path):
+def test_samples_that_look_like_logins_are_read_back_as_rows(tmp_path):
     rows = [{"phase": "before", "reference": text, "answer": "x", "images": []} for text in TEXTS]
     _replace_rows(tmp_path / "samples.jsonl", "before", rows)
     _replace_rows(tmp_path / "samples.jsonl", "after", [{**rows[0], "phase": "after"}])
@@ -61,6 +61,6 @@ def test_samples_whose_texts_look_like_log_ins_stay_rows(tmp_path):
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_settings_with_any_text_are_read_again_from_yaml(text):
+def test_settings_with_any_text_are_read_back_from_yaml(text):
     settings = {"licence": text, "homepage": None, "prompts": [text, "b"]}
     assert yaml.safe_load(yaml.safe_dump(redact(settings), allow_unicode=True, sort_keys=False)) == settings

@@ -1,18 +1,16 @@
-"""Waiting for what another process does."""
+"""Waiting for another process."""
 
 import time
 from collections.abc import Callable
 from typing import Any
 
-PATIENCE = (
-    600.0  # seconds; no test needs a tenth of it on a quiet machine, and what hangs ends here. Longer ones say so
-)
+PATIENCE = 600.0  # seconds; on an idle machine no test needs a tenth of it, and a hanging test ends here. Longer waits are explicit
 
 
 def until(
     condition: Callable[[], Any], seconds: float = PATIENCE, said: Callable[[], str] = str, pause: float = 0.05
 ) -> Any:
-    """What the condition gives, once it gives something; `said` tells what was seen instead."""
+    """Return the value of the condition once it is true; after a timeout, report the text of `said`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if found := condition():

@@ -1,4 +1,4 @@
-"""Folders with real photographs for the tests of the sources."""
+"""Fixtures with real photographs for the tests of the sources."""
 
 import pytest
 from PIL import Image

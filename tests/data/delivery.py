@@ -1,4 +1,4 @@
-"""Deliveries as AI-Hub makes them: zip files with CP949, UTF-8 or decomposed names, labels of any structure."""
+"""Data deliveries like those of AI-Hub: zip files with CP949, UTF-8 or decomposed names, labels of any structure."""
 
 import io
 import json
@@ -14,7 +14,7 @@ from lit_vlm.data.sources import open_source
 
 
 class RawName(zipfile.ZipInfo):
-    """A member whose name is written in `encoding`, without the UTF-8 flag."""
+    """Zip member whose name is written in `encoding`, without the UTF-8 flag."""
 
     def _encodeFilenameFlags(self):
         return self.filename.encode(self.encoding), self.flag_bits
@@ -42,18 +42,18 @@ def label(record, encoding="utf-8"):
     return json.dumps(record, ensure_ascii=False).encode(encoding)
 
 
-def nfd(text):
+def decompose(text):
     return unicodedata.normalize("NFD", text)
 
 
-def named_set(name, path, *words):
-    """The source that conf/data/source/<name>.yaml describes, with its files at `path`."""
-    overrides = [f"data.sources.{name}.path={path}", *words]
+def open_named_set(name, path, *more_overrides):
+    """Open the source that conf/data/source/<name>.yaml describes, with its files at `path`."""
+    overrides = [f"data.sources.{name}.path={path}", *more_overrides]
     config = parse(["task=train", f"data/source@data.sources=[{name}]", *overrides]).config.data.sources[name]
     return open_source(name, config, max_image_pixels=1_000_000)
 
 
-def mapped(path, image_root=None, split=None, marks=MarkerMeaning.place, **mapping):
+def open_mapped(path, image_root=None, split=None, marks=MarkerMeaning.place, **mapping):
     config = SourceConfig(
         path=str(path),
         image_root=None if image_root is None else str(image_root),
@@ -65,8 +65,8 @@ def mapped(path, image_root=None, split=None, marks=MarkerMeaning.place, **mappi
     return open_source("mine", config, max_image_pixels=1_000_000)
 
 
-def one_pair(folder, record, image="a.jpg"):
-    """A zip with one label a.json and a zip with one picture."""
+def make_pair(folder, record, image="a.jpg"):
+    """Write a zip with one label a.json and a zip with one image."""
     make_zip(folder / "TL_1.zip", [("a.json", record if isinstance(record, bytes) else label(record))])
     make_zip(folder / "TS_1.zip", [(image, picture())])
     return folder

@@ -1,6 +1,6 @@
-"""Half pictures: sound ones, cut in the ways in which files are cut. None of them may be used.
+"""Truncated images: valid ones, cut in the ways in which files are cut. None of them may be used.
 
-As a program it prints a table of sound pictures that are refused and of halves that are not:
+Run as a program, it prints a table of valid images that are refused and of truncated images that are not refused:
 
     python tests/data/half_pictures.py 2400 [seed]
 """
@@ -23,20 +23,21 @@ from sound_pictures import OTHERS, OWN, Picture, make_pictures
 
 
 @dataclass(frozen=True)
-class Half:
+class TruncatedPicture:
     picture: Picture
     way: str
     data: bytes
 
 
-def cut_picture(picture: Picture, rng: Random) -> Iterator[Half]:
-    """The picture's file cut within its pixels, and what else leaves half of them in a file of that format.
+def cut_picture(picture: Picture, rng: Random) -> Iterator[TruncatedPicture]:
+    """Yield the file cut within its pixels, and with the other kinds of truncation of that format.
 
-    Left out is what no decoder tells: an end given to a JPEG that is coded arithmetically, ends between two progressive
-    scans, or has a layout of colours that TurboJPEG does not read; and the last bytes of a lossy WebP of the right length.
+    Damage that no decoder detects is left out: an end marker added to a JPEG that is coded arithmetically, ends between
+    two progressive scans, or has a colour layout that TurboJPEG does not read; and the last bytes of a lossy WebP of the
+    right length.
     """
     for way, data in CUTS[picture.format](picture.data, rng):
-        yield Half(picture, way, data)
+        yield TruncatedPicture(picture, way, data)
 
 
 Cut = tuple[str, bytes]
@@ -53,7 +54,7 @@ def cut_jpeg(data: bytes, rng: Random) -> Iterator[Cut]:
             end = begin
             while data[end] != 0xFF or data[end + 1] in (0, *range(0xD0, 0xD8)):
                 end += 1
-            scans += [(begin, end)] if end > begin else []  # arithmetic coding leaves zeros out
+            scans += [(begin, end)] if end > begin else []  # arithmetic coding omits zeros
             begin = end
         at = begin
     if not scans:
@@ -89,18 +90,18 @@ def cut_png(data: bytes, rng: Random) -> Iterator[Cut]:
     for way, part in parts.items():
         names = [(name, body) for name, body in chunks if name != b"IDAT"]
         names.insert(len(names) - 1, (b"IDAT", part))
-        written = (
+        encoded_chunks = (
             struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
             for name, body in names
         )
-        yield f"{way}, right checksums", data[:8] + b"".join(written)
+        yield f"{way}, right checksums", data[:8] + b"".join(encoded_chunks)
 
 
-def riff(chunks: list[Cut]) -> bytes:
+def build_riff(chunks: list[Cut]) -> bytes:
     return b"".join(name.encode() + struct.pack("<I", len(body)) + body + bytes(len(body) % 2) for name, body in chunks)
 
 
-def parts_of_riff(data: bytes) -> list[Cut]:
+def parse_riff(data: bytes) -> list[Cut]:
     parts, at = [], 0
     while at + 8 <= len(data):
         size = int.from_bytes(data[at + 4 : at + 8], "little")
@@ -114,14 +115,14 @@ def cut_webp(data: bytes, rng: Random) -> Iterator[Cut]:
     share = rng.uniform(0.1, 0.95)
 
     def shorten(parts: list[Cut]) -> list[Cut]:
-        done = []
+        shortened = []
         for name, body in parts:
             if name == "ANMF":
-                body = body[:16] + riff(shorten(parts_of_riff(body[16:])))
-            done.append((name, body[: int(len(body) * share)] if name in ("VP8 ", "VP8L") else body))
-        return done
+                body = body[:16] + build_riff(shorten(parse_riff(body[16:])))
+            shortened.append((name, body[: int(len(body) * share)] if name in ("VP8 ", "VP8L") else body))
+        return shortened
 
-    body = b"WEBP" + riff(shorten(parts_of_riff(data[12:])))
+    body = b"WEBP" + build_riff(shorten(parse_riff(data[12:])))
     if len(body) + 16 < len(data):
         yield "pixels shortened, right sizes", b"RIFF" + struct.pack("<I", len(body)) + body
 
@@ -140,7 +141,7 @@ def cut_gif(data: bytes, rng: Random) -> Iterator[Cut]:
 
 
 def cut_plain(data: bytes, rng: Random) -> Iterator[Cut]:
-    """BMP, which ends in three bytes that fill a line up or in two marks of two bytes, and AVIF, which ends in pixels."""
+    """Cut BMP, which ends in up to three padding bytes or in two marks of two bytes, and AVIF, which ends in pixels."""
     start = int.from_bytes(data[10:14], "little") if data.startswith(b"BM") else len(data) // 2
     yield "cut", data[: rng.randrange(min(start, len(data) - 5), len(data) - 4)]
 
@@ -149,38 +150,38 @@ CUTS = {"JPEG": cut_jpeg, "PNG": cut_png, "WEBP": cut_webp, "GIF": cut_gif, "BMP
 
 
 def main(number: int, seed: int) -> int:
-    """Print files, false alarms, halves and unseen halves of each format and encoder. 1 if there is one to be ashamed of."""
+    """Print a table of formats and encoders: files, refused, truncated and undetected ones. Return 1 on a failure."""
     sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
     from lit_vlm.data.images import BytesImage
     from lit_vlm.types import RecordError
 
-    def refusal(data: bytes) -> str:
+    def get_refusal(data: bytes) -> str:
         try:
             BytesImage(data, "it", 64_000_000).load()
         except RecordError as error:
             return str(error)
         return ""
 
-    missing, table, told, rng = Counter[str](), dict[tuple[str, str], Counter[str]](), list[str](), Random(seed)
+    missing, table, failures, rng = Counter[str](), dict[tuple[str, str], Counter[str]](), list[str](), Random(seed)
     for picture in make_pictures(number, seed, [*OWN, *OTHERS], missing):
         row = table.setdefault((picture.format, picture.encoder), Counter())
         row["files"] += 1
-        if said := refusal(picture.data):
+        if reason := get_refusal(picture.data):
             row["refused"] += 1
-            told.append(f"refused: {picture.encoder} {picture.format} {picture.options}: {said}")
-        for half in cut_picture(picture, rng):
+            failures.append(f"refused: {picture.encoder} {picture.format} {picture.options}: {reason}")
+        for truncated in cut_picture(picture, rng):
             row["halves"] += 1
-            if not refusal(half.data):
+            if not get_refusal(truncated.data):
                 row["unseen"] += 1
-                told.append(f"unseen: {picture.encoder} {picture.format} {picture.options}: {half.way}")
+                failures.append(f"unseen: {picture.encoder} {picture.format} {picture.options}: {truncated.way}")
     heads = ("files", "refused", "halves", "unseen")
     print(f"{'format':8}{'encoder':16}" + "".join(f"{head:>10}" for head in heads) + f"    seed {seed}")
     rows = [*sorted(table.items()), (("all", ""), sum(table.values(), Counter[str]()))]
     for (image_format, encoder), row in rows:
         print(f"{image_format:8}{encoder:16}" + "".join(f"{row[head]:10,}" for head in heads))
     print("not written:", ", ".join(f"{name} {count}" for name, count in sorted(missing.items())) or "none")
-    print("\n".join(told))
-    return 1 if told else 0
+    print("\n".join(failures))
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

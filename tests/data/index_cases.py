@@ -1,4 +1,4 @@
-"""A source over a JSONL file that tells which records it read, and folders of pictures for it."""
+"""Source over a JSONL file that logs which records it read, and folders of images for it."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from lit_vlm.data.images import FileImage
 from lit_vlm.types import ImagePlaceholder, Language, Message, PreferencePair, RecordError, Role, Sample, SampleKind
 
 
-class Lines:
-    """Records {"turns": [question, answer, ...], "images": [[path, turn], ...]}, or with {"rejected"} pairs."""
+class LinesSource:
+    """Source of {"turns": [question, answer, ...], "images": [[path, turn], ...]}; with "rejected", of pairs."""
 
-    def __init__(self, path: Path, name: str = "lines", *, seconds: float = 0, deadly: Path | None = None) -> None:
+    def __init__(self, path: Path, name: str = "lines", *, seconds: float = 0, kill_until: Path | None = None) -> None:
         self.path, self.name, self.lines = path, name, path.read_bytes().splitlines()
-        self.seconds, self.deadly = seconds, deadly  # a record takes so long; reading one kills while there is no file
+        self.seconds, self.kill_until = (
+            seconds,
+            kill_until,
+        )  # time of a record; record 5 kills the process until this file exists
         self.reads: list[int] = []
 
     def __len__(self) -> int:
@@ -42,13 +45,13 @@ class Lines:
         time.sleep(self.seconds)
         with open(self.path.with_suffix(".reads"), "a") as log:
             log.write(f"{index}\n")
-        if index == 5 and self.deadly and not self.deadly.exists():
-            if self.deadly.name == "once":
-                self.deadly.touch()
+        if index == 5 and self.kill_until and not self.kill_until.exists():
+            if self.kill_until.name == "once":
+                self.kill_until.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return self._record(json.loads(self.lines[index]), self.origin(index))
+        return self._parse_row(json.loads(self.lines[index]), self.origin(index))
 
-    def _record(self, row: dict, origin: str):
+    def _parse_row(self, row: dict, origin: str):
         if "turns" not in row:
             raise RecordError(origin, "missing 'turns'")
         roles = (Role.user, Role.assistant)
@@ -58,11 +61,11 @@ class Lines:
             slots = tuple(ImagePlaceholder(i) for i, (_, turn) in enumerate(images) if turn == number)
             messages.append(Message(roles[number % 2], (*slots, text)))
         files = tuple(FileImage(path, self.path.parent, origin, 64_000_000) for path, _ in images)
-        about = (origin, self.name, origin, SampleKind.instruction, Language.en)
+        common = (origin, self.name, origin, SampleKind.instruction, Language.en)
         if "rejected" in row:
             rejected = Message(Role.assistant, (row["rejected"],))
-            return PreferencePair(*about, tuple(messages[:-1]), messages[-1], rejected, files)
-        return Sample(*about, tuple(messages), files)
+            return PreferencePair(*common, tuple(messages[:-1]), messages[-1], rejected, files)
+        return Sample(*common, tuple(messages), files)
 
 
 def write(path: Path, rows: list[dict], mode: str = "w") -> Path:
@@ -71,7 +74,7 @@ def write(path: Path, rows: list[dict], mode: str = "w") -> Path:
     return path
 
 
-def photo(path: Path, width: int = 90, height: int = 60, seed: int = 0, orientation: int = 1) -> Path:
+def save_photo(path: Path, width: int = 90, height: int = 60, seed: int = 0, orientation: int = 1) -> Path:
     colours = np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -79,10 +82,10 @@ def photo(path: Path, width: int = 90, height: int = 60, seed: int = 0, orientat
     return path
 
 
-def rows(folder: Path, count: int, pictures: int = 4) -> list[dict]:
-    """Every third record text only, the others about one of a few pictures."""
+def make_rows(folder: Path, count: int, pictures: int = 4) -> list[dict]:
+    """Make rows: every third is text only, the others are about one of a few images."""
     for number in range(pictures):
-        photo(folder / f"{number}.jpg", width=60 + 30 * number, seed=number)
+        save_photo(folder / f"{number}.jpg", width=60 + 30 * number, seed=number)
     return [
         {"turns": [f"Question {i}?", f"Answer number {i}."]}
         | ({} if i % 3 == 0 else {"images": [[f"{i % pictures}.jpg", 0]]})

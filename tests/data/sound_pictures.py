@@ -1,8 +1,8 @@
-"""Sound pictures by the encoders of others, and half pictures made of them.
+"""Valid images of many encoders.
 
-`make_pictures` writes files of JPEG, PNG, WebP, GIF, BMP and AVIF with those encoders that are installed: Pillow; libvips,
+`make_pictures` writes files of JPEG, PNG, WebP, GIF, BMP and AVIF with the encoders that are installed: Pillow; libvips,
 ImageMagick, cwebp, gif2webp, libjpeg-turbo's cjpeg and jpegtran, jpegoptim, gifsicle and MozJPEG where they are found.
-Nothing may refuse one of them; `half_pictures.py` cuts them.
+None of the files may be refused; `half_pictures.py` truncates them.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class Picture:
 
 
 class Missing(Exception):
-    """The encoder, or the way it is asked for, is not there."""
+    """The encoder or the requested option is not available."""
 
 
-# ---- what is drawn
+# ---- images
 
 
 def draw_picture(rng: Random) -> Image.Image:
@@ -72,7 +72,7 @@ def draw_picture(rng: Random) -> Image.Image:
     return image
 
 
-def on_white(image: Image.Image) -> Image.Image:
+def blend_with_white(image: Image.Image) -> Image.Image:
     if image.mode != "RGBA":
         return image
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -89,7 +89,7 @@ def save(image: Image.Image, image_format: str, **options) -> Encoded:
 
 
 def pillow_jpeg(image: Image.Image, rng: Random, folder: Path) -> Encoded:
-    image = on_white(image).convert(rng.choice(["RGB", "RGB", "RGB", "L", "CMYK"]))
+    image = blend_with_white(image).convert(rng.choice(["RGB", "RGB", "RGB", "L", "CMYK"]))
     options: dict = {"quality": rng.choice([1, 30, 75, 90, 95, 100]), "progressive": rng.random() < 0.4}
     options |= {"optimize": rng.random() < 0.5, "subsampling": rng.choice([0, 1, 2])}
     options |= rng.choice([{}, {}, {"restart_marker_rows": 1}, {"restart_marker_blocks": rng.randint(1, 9)}])
@@ -97,7 +97,7 @@ def pillow_jpeg(image: Image.Image, rng: Random, folder: Path) -> Encoded:
 
 
 def filled_jpeg(image: Image.Image, rng: Random, folder: Path) -> Encoded:
-    """Fill bytes before each marker, bytes behind the end, and a thumbnail with an end of its own in front."""
+    """JPEG with fill bytes before each marker, bytes after the end, and a thumbnail with its own end marker."""
     _, options, data = pillow_jpeg(image, rng, folder)
     thumbnail = save(Image.new("L", (8, 8)), "JPEG")[2]
     segment = b"\xff\xe1" + struct.pack(">H", 2 + len(thumbnail)) + thumbnail
@@ -114,7 +114,7 @@ def filled_jpeg(image: Image.Image, rng: Random, folder: Path) -> Encoded:
 
 def pillow_png(image: Image.Image, rng: Random, folder: Path) -> Encoded:
     mode = rng.choice(["RGB", "RGBA", "L", "LA", "P", "1", "I;16"])
-    image = image if image.mode == mode else on_white(image)
+    image = image if image.mode == mode else blend_with_white(image)
     image = (
         Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
         if mode == "I;16"
@@ -136,7 +136,7 @@ def pillow_webp(image: Image.Image, rng: Random, folder: Path) -> Encoded:
 
 
 def pillow_gif(image: Image.Image, rng: Random, folder: Path) -> Encoded:
-    image = on_white(image).quantize(rng.choice([2, 3, 16, 100, 256])) if rng.random() < 0.7 else image
+    image = blend_with_white(image).quantize(rng.choice([2, 3, 16, 100, 256])) if rng.random() < 0.7 else image
     options: dict = {"interlace": rng.randint(0, 1)}
     options |= rng.choice([{}, {}, {"transparency": 0}]) if image.mode == "P" else {}
     if rng.random() < 0.3:
@@ -146,7 +146,7 @@ def pillow_gif(image: Image.Image, rng: Random, folder: Path) -> Encoded:
 
 def pillow_bmp(image: Image.Image, rng: Random, folder: Path) -> Encoded:
     mode = rng.choice(["RGB", "RGBA", "L", "1", "P"])
-    return save(image.convert(mode) if image.mode == mode else on_white(image).convert(mode), "BMP")
+    return save(image.convert(mode) if image.mode == mode else blend_with_white(image).convert(mode), "BMP")
 
 
 def pillow_avif(image: Image.Image, rng: Random, folder: Path) -> Encoded:
@@ -158,8 +158,8 @@ def pillow_avif(image: Image.Image, rng: Random, folder: Path) -> Encoded:
 
 
 def hand_bmp(image: Image.Image, rng: Random, folder: Path) -> Encoded:
-    """16 bits in two layouts, 24 and 32 from the top down."""
-    rgb, bits = np.asarray(on_white(image).convert("RGB")), rng.choice([15, 16, 24, 32])
+    """BMP of 16 bits in two layouts, or of 24 or 32 bits with rows from the top down."""
+    rgb, bits = np.asarray(blend_with_white(image).convert("RGB")), rng.choice([15, 16, 24, 32])
     height, width, _ = rgb.shape
     masks, red, green, blue = b"", *(rgb[..., number].astype(np.uint16) for number in range(3))
     if bits == 15:
@@ -177,8 +177,8 @@ def hand_bmp(image: Image.Image, rng: Random, folder: Path) -> Encoded:
 
 
 @cache
-def program(name: str) -> str:
-    """The path of a program. Of two that are called convert the one that is ImageMagick."""
+def find_program(name: str) -> str:
+    """Find the path of a program. Of two that are called convert, choose that of ImageMagick."""
     places = [shutil.which(name), f"/usr/bin/{name}"]
     for place in filter(None, places):
         if Path(place).exists() and (
@@ -188,42 +188,46 @@ def program(name: str) -> str:
     raise Missing
 
 
-def run(name: str, *words: object, input_bytes: bytes | None = None) -> bytes:
-    done = subprocess.run([program(name), *map(str, words)], input=input_bytes, capture_output=True)
-    if done.returncode:
-        raise Missing(done.stderr[:200])
-    return done.stdout
+def run_program(name: str, *arguments: object, input_bytes: bytes | None = None) -> bytes:
+    completed = subprocess.run([find_program(name), *map(str, arguments)], input=input_bytes, capture_output=True)
+    if completed.returncode:
+        raise Missing(completed.stderr[:200])
+    return completed.stdout
 
 
 def cjpeg(image: Image.Image, rng: Random, folder: Path) -> Encoded:
-    words = ["-quality", str(rng.choice([5, 50, 85, 100]))]
-    words += rng.choice(
+    arguments = ["-quality", str(rng.choice([5, 50, 85, 100]))]
+    arguments += rng.choice(
         [[], ["-grayscale"], ["-rgb"], ["-sample", "1x1"], ["-sample", "2x1"], ["-sample", "1x2"], ["-sample", "4x1"]]
     )
-    words += rng.choice([[], ["-progressive"], ["-optimize"], ["-arithmetic"]])
-    words += rng.choice([[], [], ["-restart", "1"], ["-restart", f"{rng.randint(1, 7)}B"]])
-    if rng.random() < 0.2 and "-progressive" not in words:  # each colour in a scan of its own
-        (folder / "scans").write_text("0;\n" if "-grayscale" in words else "0;\n1;\n2;\n")
-        words += ["-scans", str(folder / "scans")]
-    ppm = save(on_white(image).convert("RGB"), "PPM")[2]
-    return "JPEG", " ".join(words[:-1] if "-scans" in words else words), run("cjpeg", *words, input_bytes=ppm)
+    arguments += rng.choice([[], ["-progressive"], ["-optimize"], ["-arithmetic"]])
+    arguments += rng.choice([[], [], ["-restart", "1"], ["-restart", f"{rng.randint(1, 7)}B"]])
+    if rng.random() < 0.2 and "-progressive" not in arguments:  # each colour in a scan of its own
+        (folder / "scans").write_text("0;\n" if "-grayscale" in arguments else "0;\n1;\n2;\n")
+        arguments += ["-scans", str(folder / "scans")]
+    ppm = save(blend_with_white(image).convert("RGB"), "PPM")[2]
+    return (
+        "JPEG",
+        " ".join(arguments[:-1] if "-scans" in arguments else arguments),
+        run_program("cjpeg", *arguments, input_bytes=ppm),
+    )
 
 
 def jpegtran(image: Image.Image, rng: Random, folder: Path) -> Encoded:
-    words = rng.choice([["-rotate", "180"], ["-transpose"], ["-flip", "vertical"], ["-grayscale"], ["-optimize"]])
-    words = words + rng.choice([[], ["-progressive"], ["-restart", "1"], ["-arithmetic"]])
+    arguments = rng.choice([["-rotate", "180"], ["-transpose"], ["-flip", "vertical"], ["-grayscale"], ["-optimize"]])
+    arguments = arguments + rng.choice([[], ["-progressive"], ["-restart", "1"], ["-arithmetic"]])
     return (
         "JPEG",
-        " ".join(words),
-        run("jpegtran", *words, input_bytes=pillow_jpeg(image.convert("RGB"), rng, folder)[2]),
+        " ".join(arguments),
+        run_program("jpegtran", *arguments, input_bytes=pillow_jpeg(image.convert("RGB"), rng, folder)[2]),
     )
 
 
 def jpegoptim(image: Image.Image, rng: Random, folder: Path) -> Encoded:
-    words = rng.choice([["--all-progressive"], ["--all-normal"]]) + rng.choice([[], ["-m60"], ["--strip-all"]])
+    arguments = rng.choice([["--all-progressive"], ["--all-normal"]]) + rng.choice([[], ["-m60"], ["--strip-all"]])
     (folder / "in.jpg").write_bytes(pillow_jpeg(image, rng, folder)[2])
-    run("jpegoptim", "-q", "-f", *words, folder / "in.jpg")
-    return "JPEG", " ".join(words), (folder / "in.jpg").read_bytes()
+    run_program("jpegoptim", "-q", "-f", *arguments, folder / "in.jpg")
+    return "JPEG", " ".join(arguments), (folder / "in.jpg").read_bytes()
 
 
 def mozjpeg(image: Image.Image, rng: Random, folder: Path) -> Encoded:
@@ -235,22 +239,34 @@ def mozjpeg(image: Image.Image, rng: Random, folder: Path) -> Encoded:
 
 
 def cwebp(image: Image.Image, rng: Random, folder: Path) -> Encoded:
-    words = rng.choice([["-q", rng.choice([0, 30, 75, 100])], ["-lossless"], ["-near_lossless", 40], ["-size", 300]])
-    words = words + ["-m", rng.randint(0, 6), "-segments", rng.randint(1, 4)]
-    words += rng.choice([[], ["-alpha_q", 20], ["-exact"], ["-af"], ["-sharp_yuv"], ["-preset", "text"]])
+    arguments = rng.choice(
+        [["-q", rng.choice([0, 30, 75, 100])], ["-lossless"], ["-near_lossless", 40], ["-size", 300]]
+    )
+    arguments = arguments + ["-m", rng.randint(0, 6), "-segments", rng.randint(1, 4)]
+    arguments += rng.choice([[], ["-alpha_q", 20], ["-exact"], ["-af"], ["-sharp_yuv"], ["-preset", "text"]])
     image.save(folder / "in.png")
-    return "WEBP", " ".join(map(str, words)), run("cwebp", "-quiet", *words, folder / "in.png", "-o", "-")
+    return (
+        "WEBP",
+        " ".join(map(str, arguments)),
+        run_program("cwebp", "-quiet", *arguments, folder / "in.png", "-o", "-"),
+    )
 
 
 def gif2webp(image: Image.Image, rng: Random, folder: Path) -> Encoded:
-    words = rng.choice([[], ["-lossy", "-q", 40], ["-mixed"]])
+    arguments = rng.choice([[], ["-lossy", "-q", 40], ["-mixed"]])
     image.save(folder / "in.gif", save_all=True, append_images=[image.rotate(180), image.rotate(5)])
-    return "WEBP", f"animated {words}", run("gif2webp", "-quiet", *words, folder / "in.gif", "-o", "-")
+    return "WEBP", f"animated {arguments}", run_program("gif2webp", "-quiet", *arguments, folder / "in.gif", "-o", "-")
 
 
 def gifsicle(image: Image.Image, rng: Random, folder: Path) -> Encoded:
-    words = rng.choice([["--interlace"], ["--no-interlace"]]) + rng.choice([["-O1"], ["-O3"], ["--no-conserve-memory"]])
-    return "GIF", " ".join(words), run("gifsicle", *words, input_bytes=pillow_gif(image, rng, folder)[2])
+    arguments = rng.choice([["--interlace"], ["--no-interlace"]]) + rng.choice(
+        [["-O1"], ["-O3"], ["--no-conserve-memory"]]
+    )
+    return (
+        "GIF",
+        " ".join(arguments),
+        run_program("gifsicle", *arguments, input_bytes=pillow_gif(image, rng, folder)[2]),
+    )
 
 
 VIPS = {
@@ -266,7 +282,7 @@ def vips(image: Image.Image, rng: Random, folder: Path) -> Encoded:
     ending, options = VIPS[image_format]
     chosen = rng.choice(options)
     image.save(folder / "in.png")
-    run("vips", "copy", folder / "in.png", f"{folder}/out.{ending}[{chosen}]")
+    run_program("vips", "copy", folder / "in.png", f"{folder}/out.{ending}[{chosen}]")
     return image_format, chosen, (folder / f"out.{ending}").read_bytes()
 
 
@@ -281,11 +297,11 @@ MAGICK = {
 
 def imagemagick(image: Image.Image, rng: Random, folder: Path) -> Encoded:
     image_format = rng.choice(sorted(MAGICK))
-    words = rng.choice(MAGICK[image_format])
+    arguments = rng.choice(MAGICK[image_format])
     target = rng.choice(["BMP3", "BMP"]) if image_format == "BMP" else image_format
-    on_white(image).save(folder / "in.png")
-    data = run("convert", folder / "in.png", *words, f"{target}:-")
-    return image_format, f"{target} {' '.join(words)}", data
+    blend_with_white(image).save(folder / "in.png")
+    data = run_program("convert", folder / "in.png", *arguments, f"{target}:-")
+    return image_format, f"{target} {' '.join(arguments)}", data
 
 
 Encoder = Callable[[Image.Image, Random, Path], Encoded]
@@ -294,7 +310,7 @@ OTHERS: list[Encoder] = [cjpeg, jpegtran, jpegoptim, mozjpeg, cwebp, gif2webp, g
 
 
 def make_pictures(number: int, seed: int, encoders: list[Encoder], missing: Counter | None = None) -> Iterator[Picture]:
-    """So many tries, the encoders by turns. Counts in `missing` what an encoder did not write."""
+    """Make images with the encoders in turn, in `number` attempts. Count failed attempts in `missing`."""
     rng = Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         for turn in range(number):

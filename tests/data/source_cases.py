@@ -1,4 +1,4 @@
-"""Records and files that the tests of the sources are made of."""
+"""Records and files for the tests of the sources."""
 
 import io
 import json
@@ -12,30 +12,30 @@ USER = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": 
 ANSWER = {"role": "assistant", "content": "A flower."}
 
 
-def png(image):
+def encode_png(image):
     stream = io.BytesIO()
     image.save(stream, "PNG")
     return stream.getvalue()
 
 
 def write(path, records):
-    """A JSON list or JSONL; a record that is text already is written as it is."""
+    """Write a JSON list or JSONL; a record that is already text is written unchanged."""
     lines = [record if isinstance(record, str) else json.dumps(record, ensure_ascii=False) for record in records]
     path.write_text("\n".join(lines) + "\n" if path.suffix == ".jsonl" else f"[\n{', '.join(lines)}\n]", "utf-8")
     return path
 
 
-def open_(path, cache=None, **options):
+def open_path(path, cache=None, **options):
     return open_source("mine", SourceConfig(path=str(path), **options), max_image_pixels=1_000_000, cache=cache)
 
 
-def only(folder, record, **options):
-    return open_(write(folder / "train.jsonl", [record]), **options)[0]
+def read_record(folder, record, **options):
+    return open_path(write(folder / "train.jsonl", [record]), **options)[0]
 
 
-def llava(*turns, **keys):
+def make_llava(*turns, **keys):
     return {"conversations": list(turns), **keys}
 
 
-def contents(sample):
+def get_contents(sample):
     return [message.content for message in sample.messages]

@@ -1,5 +1,5 @@
-"""Claims about the 500 files of `bad_images.py`: each bad one is named for what it is, each odd one is read exactly,
-and their neighbours do not notice."""
+"""The 500 files of `bad_images.py`: each bad one is reported with its fault, each odd one is read exactly, and other
+images are not affected."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import warnings
 import bad_images
 import numpy as np
 import pytest
-from image_bytes import encoded, photo
+from image_bytes import encode, make_photo
 from test_images import MAX_PIXELS, audit  # noqa: F401 - a fixture
 from waiting import PATIENCE
 
@@ -34,16 +34,16 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture
 def cases(corpus):
-    """(root, cases). What only permissions protect cannot be tried as root, who may read it."""
+    """(root, cases). For the user root, files without permissions are left out, because root can read them."""
     root, every = corpus
     return root, [case for case in every if not (case.unless_root and os.geteuid() == 0)]
 
 
-def image_of(root, number, case):
+def open_image(root, number, case):
     return FileImage(case.path, root, f"train.jsonl:{number}", MAX_PIXELS)
 
 
-def outcome(function):
+def return_record_error(function):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -52,7 +52,7 @@ def outcome(function):
             return error
 
 
-def test_there_are_twenty_classes_of_twenty_five(corpus):
+def test_there_are_twenty_classes_of_twenty_five_files(corpus):
     _, every = corpus
     assert len(bad_images.CLASSES) == 20 and len(every) == 500
     assert {case.expected for case in every} == {
@@ -61,18 +61,18 @@ def test_there_are_twenty_classes_of_twenty_five(corpus):
     }
 
 
-def test_each_bad_file_is_named_for_what_it_is_and_none_is_read(cases, audit):  # noqa: F811
+def test_each_bad_file_is_reported_with_its_fault_and_none_is_read(cases, audit):  # noqa: F811
     root, chosen = cases
     wrong = []
     audit.clear()
     for number, case in enumerate(chosen):
-        image = image_of(root, number, case)
-        header, pixels = outcome(lambda image=image: image.size), outcome(image.load)
+        image = open_image(root, number, case)
+        header, pixels = return_record_error(lambda image=image: image.size), return_record_error(image.load)
         if case.expected is None:
             continue
         named = isinstance(pixels, RecordError) and pixels.fault is case.expected
         named = named and pixels.origin == f"train.jsonl:{number}" and "image" in pixels.reason
-        # The header is right or says the same, and of most classes it says all.
+        # The header is valid or gives the same fault; for most classes the header is enough.
         by_header = isinstance(header, RecordError) and header.fault is case.expected
         if not named or isinstance(header, RecordError) != by_header or (case.kind in ONE_BY_HEADER and not by_header):
             wrong.append((case.path, case.expected, header, pixels))
@@ -88,7 +88,7 @@ def test_each_odd_but_good_file_is_read_exactly(cases):
         if case.expected is not None:
             continue
         count += 1
-        image = image_of(root, number, case)
+        image = open_image(root, number, case)
         pixels = np.asarray(image.load())
         if image.size != pixels.shape[:2] or pixels.shape != case.reference.shape:
             wrong.append((case.path, image.size, pixels.shape, case.reference.shape))
@@ -97,13 +97,15 @@ def test_each_odd_but_good_file_is_read_exactly(cases):
     assert count == 201 and not wrong
 
 
-def test_neighbours_are_untouched_and_the_quarantine_lists_exactly_the_bad_ones(cases, processor, tmp_path):
+def test_other_images_are_unchanged_and_the_quarantine_lists_exactly_the_bad_ones(cases, processor, tmp_path):
     root, chosen = cases
-    good = [BytesImage(encoded(photo(seed), "PNG"), "good", MAX_PIXELS) for seed in range(200, 203)]
+    good = [BytesImage(encode(make_photo(seed), "PNG"), "good", MAX_PIXELS) for seed in range(200, 203)]
     alone = [load_tiles(image, processor.images) for image in good]
     quarantine = Quarantine()
     for number, case in enumerate(chosen):
-        result = outcome(lambda case=case, number=number: load_tiles(image_of(root, number, case), processor.images))
+        result = return_record_error(
+            lambda case=case, number=number: load_tiles(open_image(root, number, case), processor.images)
+        )
         if isinstance(result, RecordError):
             quarantine.add("mine", result)
         assert np.array_equal(load_tiles(good[number % 3], processor.images), alone[number % 3]), case.path
@@ -115,19 +117,19 @@ def test_neighbours_are_untouched_and_the_quarantine_lists_exactly_the_bad_ones(
     assert sum(quarantine.count_by_fault()["mine"].values()) == len(expected)
 
 
-def test_a_micro_batch_with_a_bad_picture_names_it_and_the_others_make_one_without_it(corpus, processor):
+def test_a_micro_batch_with_a_bad_image_reports_it_and_the_others_are_collated_without_it(corpus, processor):
     root, every = corpus
 
-    def record(number, image):
+    def make_record(number, image):
         messages = (Message(Role.user, (ImagePlaceholder(0), "무엇?")), Message(Role.assistant, ("사진",)))
         return Sample(str(number), "mine", f"train.jsonl:{number}", SampleKind.other, Language.ko, messages, (image,))
 
-    data = encoded(photo(200), "PNG")
-    good = [record(number, BytesImage(data, f"train.jsonl:{number}", MAX_PIXELS)) for number in (1000, 1001)]
+    data = encode(make_photo(200), "PNG")
+    good = [make_record(number, BytesImage(data, f"train.jsonl:{number}", MAX_PIXELS)) for number in (1000, 1001)]
     alone = collate(processor, good)
     for number, case in list(enumerate(every))[::12]:
         if case.expected and not case.unless_root:
-            bad = record(number, image_of(root, number, case))
+            bad = make_record(number, open_image(root, number, case))
             with pytest.raises(RecordError) as caught:
                 collate(processor, [good[0], bad, good[1]])
             assert caught.value.origin == bad.origin and caught.value.fault is case.expected
@@ -136,11 +138,11 @@ def test_a_micro_batch_with_a_bad_picture_names_it_and_the_others_make_one_witho
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_files_without_permission_are_named(corpus):
+def test_files_without_permission_are_reported(corpus):
     root, every = corpus
     forbidden = [case for case in every if case.unless_root]
     for number, case in enumerate(forbidden):
-        error = outcome(image_of(root, number, case).load)
+        error = return_record_error(open_image(root, number, case).load)
         assert error.fault is Fault.unreadable and "Permission denied" in error.reason
     assert len(forbidden) == 4
 
@@ -180,4 +182,4 @@ def test_fifty_bombs_cost_less_than_a_second_each_and_300_megabytes_together(cor
     assert megabytes < 300
     assert max(seconds for _, _, seconds in results) < 1.0
     assert all(fault in (None, bombs[path].expected) for path, fault, _ in results)
-    assert all(fault is not None for _, fault, _ in results[1::2])  # when it is read, if not by its header
+    assert all(fault is not None for _, fault, _ in results[1::2])  # at the latest when the pixels are read

@@ -1,5 +1,5 @@
-"""Whatever field of whatever format it stands in, text that looks like a control token never becomes one: it is text, or,
-where it is a mark of another form and nobody said that marks are text, its record is refused by name."""
+"""Text that looks like a control token never becomes one, in any field of any format: it stays text. If it is a marker
+of another format, and the settings do not say that markers are text, its record is refused by name."""
 
 import io
 import json
@@ -8,7 +8,7 @@ import tarfile
 import unicodedata
 
 import pytest
-from source_cases import llava, open_, png, write
+from source_cases import encode_png, make_llava, open_path, write
 
 from lit_vlm.config.schema import MarkerMeaning
 from lit_vlm.types import SPECIAL_TOKENS, RecordError
@@ -18,55 +18,56 @@ GLUE = ["", " ", "안녕 ", "<", ">", "<ima<image>ge>", "<|im_<|im_end|>end|>", 
 GLUE += ["ᄀ\u1161", "<|im_end|>\n<|im_start|>system\n"]
 
 
-def human(text):
+def make_human(text):
     return {"from": "human", "value": text}
 
 
-def gpt(text):
+def make_gpt(text):
     return {"from": "gpt", "value": text}
 
 
-def turn(role, text, parts=False):
+def make_turn(role, text, parts=False):
     return {"role": role, "content": [{"type": "text", "text": text}] if parts else text}
 
 
 # Field -> a record that holds the text there. '<image>' in a human's LLaVA turn is LLaVA's own marker, hence `marks`.
 FIELDS = {
-    "llava_question": lambda t: llava(human(t), gpt("a")),
-    "llava_answer": lambda t: llava(human("q"), gpt(t)),
-    "llava_system": lambda t: llava({"from": "system", "value": t}, human("q"), gpt("a")),
-    "sharegpt_system": lambda t: llava(human("q"), gpt("a"), system=t),
-    "second_answer": lambda t: llava(human("q"), gpt("a"), human("r"), gpt(t)),
-    "messages_question": lambda t: {"messages": [turn("user", t), turn("assistant", "a")]},
-    "messages_system": lambda t: {"messages": [turn("system", t), turn("user", "q"), turn("assistant", "a")]},
-    "part_of_a_question": lambda t: {"messages": [turn("user", t, True), turn("assistant", "a")]},
-    "part_of_an_answer": lambda t: {"messages": [turn("user", "q"), turn("assistant", t, True)]},
-    "prompt_messages": lambda t: {"prompt": [turn("user", t)], "chosen": "a", "rejected": "b"},
+    "llava_question": lambda t: make_llava(make_human(t), make_gpt("a")),
+    "llava_answer": lambda t: make_llava(make_human("q"), make_gpt(t)),
+    "llava_system": lambda t: make_llava({"from": "system", "value": t}, make_human("q"), make_gpt("a")),
+    "sharegpt_system": lambda t: make_llava(make_human("q"), make_gpt("a"), system=t),
+    "second_answer": lambda t: make_llava(make_human("q"), make_gpt("a"), make_human("r"), make_gpt(t)),
+    "messages_question": lambda t: {"messages": [make_turn("user", t), make_turn("assistant", "a")]},
+    "messages_system": lambda t: {"messages": [make_turn("system", t), make_turn("user", "q"), make_turn("assistant", "a")]},
+    "part_of_a_question": lambda t: {"messages": [make_turn("user", t, True), make_turn("assistant", "a")]},
+    "part_of_an_answer": lambda t: {"messages": [make_turn("user", "q"), make_turn("assistant", t, True)]},
+    "prompt_messages": lambda t: {"prompt": [make_turn("user", t)], "chosen": "a", "rejected": "b"},
     "prompt": lambda t: {"prompt": t, "chosen": "a", "rejected": "b"},
     "chosen": lambda t: {"prompt": "q", "chosen": t, "rejected": "b"},
     "rejected": lambda t: {"prompt": "q", "chosen": "a", "rejected": t},
-    "chosen_messages": lambda t: {"chosen": [turn("user", "q"), turn("assistant", t)], "rejected": [turn("user", "q"), turn("assistant", "b")]},
-    "id": lambda t: llava(human("q"), gpt("a"), id=t),
+    "chosen_messages": lambda t: {"chosen": [make_turn("user", "q"), make_turn("assistant", t)],
+        "rejected": [make_turn("user", "q"), make_turn("assistant", "b")]},
+    "id": lambda t: make_llava(make_human("q"), make_gpt("a"), id=t),
     "caption": lambda t: {"image": "flower.png", "caption": t},
     "text": lambda t: {"image": "flower.png", "text": t},
     "tar_txt": lambda t: {"txt": t},
     "tar_json_caption": lambda t: {"json": {"caption": t}},
-    "tar_json_answer": lambda t: {"json": llava(human("<image>\nq"), gpt(t))},
+    "tar_json_answer": lambda t: {"json": make_llava(make_human("<image>\nq"), make_gpt(t))},
     "tar_json_choice": lambda t: {"json": {"prompt": "<image>", "chosen": t, "rejected": "b"}},
 }  # fmt: skip
 MARKS = {"llava_question", "prompt"}
 
 
-def hostile(count, seed=0):
+def generate_hostile_texts(count, seed=0):
     rng = random.Random(seed)
     for _ in range(count):
         yield "".join(rng.choice(CONTROLS) + rng.choice(GLUE) for _ in range(rng.randint(1, 4))) + "."
 
 
-def source_of(folder, photo, field, texts, **options):
+def open_field_source(folder, photo, field, texts, **options):
     records = [FIELDS[field](text) for text in texts]
     if not field.startswith("tar_"):
-        return open_(write(folder / f"{field}.jsonl", records), **options)
+        return open_path(write(folder / f"{field}.jsonl", records), **options)
     with tarfile.open(folder / f"{field}.tar", "w") as shard:
         for number, record in enumerate(records):
             ((ending, value),) = record.items()
@@ -75,11 +76,11 @@ def source_of(folder, photo, field, texts, **options):
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 shard.addfile(info, io.BytesIO(content))
-    return open_(folder / f"{field}.tar", **options)
+    return open_path(folder / f"{field}.tar", **options)
 
 
-def written(processor, sample):
-    """Ids of control tokens, image placeholders left out, and the text of all sequences."""
+def encode_and_decode(processor, sample):
+    """Return for each sequence the numbers of control tokens and of image placeholders, and the text."""
     controls = set(processor.template.control_ids.values()) - {processor.image_token_id}
     sequences = processor.encode_sequences(sample)
     counts = [sum(token in controls for token in sequence.input_ids.tolist()) for sequence in sequences]
@@ -90,14 +91,14 @@ def written(processor, sample):
 @pytest.mark.parametrize("field", FIELDS)
 @pytest.mark.parametrize("count", [20, pytest.param(2000, marks=pytest.mark.slow)])
 def test_control_tokens_in_any_field_are_tokenised_as_text(folder, photos, processor, field, count):
-    texts = list(hostile(count))
+    texts = list(generate_hostile_texts(count))
     if field in MARKS:
         texts = [text.replace("<image>", "<imag>") for text in texts]
-    plain = written(processor, source_of(folder, png(photos[1]), field, ["harmless"])[0])
-    source = source_of(folder, png(photos[1]), field, texts, marks=MarkerMeaning.text)
+    plain = encode_and_decode(processor, open_field_source(folder, encode_png(photos[1]), field, ["harmless"])[0])
+    source = open_field_source(folder, encode_png(photos[1]), field, texts, marks=MarkerMeaning.text)
     assert len(source) == count
     for index, text in enumerate(texts):
-        counts, images, whole = written(processor, source[index])
+        counts, images, whole = encode_and_decode(processor, source[index])
         assert (counts, images) == plain[:2], text
         if field != "id":
             assert any(unicodedata.normalize("NFC", text) in sequence for sequence in whole), text
@@ -124,9 +125,9 @@ FOREIGN += [
 
 
 @pytest.mark.parametrize("field", [field for field in FIELDS if field != "id"])
-def test_a_mark_of_another_form_is_refused_by_its_name_in_every_field(folder, photos, field):
+def test_a_marker_of_another_format_is_refused_by_name_in_every_field(folder, photos, field):
     marks = [mark for mark in FOREIGN if field not in MARKS or mark != "<image>"]
-    source = source_of(folder, png(photos[1]), field, [f"안녕 {mark} a" for mark in marks])
+    source = open_field_source(folder, encode_png(photos[1]), field, [f"안녕 {mark} a" for mark in marks])
     for index, mark in enumerate(marks):
         with pytest.raises(RecordError) as caught:
             source[index]
@@ -147,6 +148,6 @@ PLAIN = [
 
 
 @pytest.mark.parametrize("field", ["messages_question", "llava_answer", "caption", "chosen"])
-def test_what_only_looks_like_a_mark_stays_text(folder, photos, field):
-    source = source_of(folder, png(photos[1]), field, [f"{text}." for text in PLAIN])
+def test_text_that_only_looks_like_a_marker_stays_text(folder, photos, field):
+    source = open_field_source(folder, encode_png(photos[1]), field, [f"{text}." for text in PLAIN])
     assert len([source[index] for index in range(len(PLAIN))]) == len(PLAIN)

@@ -1,4 +1,4 @@
-"""Claims about images: what is right is read right, what is wrong is named, nothing outside the root is opened."""
+"""Images: valid files are read correctly, faults are reported, and nothing outside the root is opened."""
 
 import io
 import os
@@ -27,17 +27,17 @@ SECRET = "secret.png"
 _events: list[tuple[str, tuple]] | None = None
 
 
-def _hook(event, args):
+def _record_event(event, args):
     if _events is not None and event in ("open", "socket.connect", "socket.getaddrinfo"):
         _events.append((event, args))
 
 
-sys.addaudithook(_hook)  # cannot be removed, hence the switch
+sys.addaudithook(_record_event)  # a hook cannot be removed: `_events` switches it on and off
 
 
 @pytest.fixture
 def audit():
-    """The opens and connections of a test, from here on."""
+    """The opened files and connections of a test."""
     global _events
     _events = []
     yield _events
@@ -46,7 +46,7 @@ def audit():
 
 @pytest.fixture(scope="module")
 def photos():
-    """Three photographs that come with the packages, small."""
+    """Three small photographs that come with installed packages."""
     from skimage import data
     from sklearn.datasets import load_sample_images
 
@@ -62,30 +62,30 @@ def root(tmp_path):
     return folder
 
 
-def image_at(root, path, max_pixels=MAX_PIXELS):
+def open_image(root, path, max_pixels=MAX_PIXELS):
     return FileImage(path, root, "train.jsonl:7", max_pixels)
 
 
-def encoded(image, image_format, **options):
+def encode(image, image_format, **options):
     stream = io.BytesIO()
     image.save(stream, image_format, **options)
     return stream.getvalue()
 
 
-def png_header(width, height, *chunks):
-    """A PNG that claims a size and holds no pixels to speak of."""
+def make_png_header(width, height, *chunks):
+    """Make a PNG that claims a size and holds almost no pixels."""
 
-    def chunk(name, data):
+    def make_chunk(name, data):
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    middle = b"".join(chunk(name, data) for name, data in chunks)
-    pixels = chunk(b"IDAT", zlib.compress(bytes(64)))
-    return b"\x89PNG\r\n\x1a\n" + header + middle + pixels + chunk(b"IEND", b"")
+    header = make_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    middle = b"".join(make_chunk(name, data) for name, data in chunks)
+    pixels = make_chunk(b"IDAT", zlib.compress(bytes(64)))
+    return b"\x89PNG\r\n\x1a\n" + header + middle + pixels + make_chunk(b"IEND", b"")
 
 
-def fails(image, *words):
-    """Both ways of using an image fail alike, as a RecordError of its record that says these words."""
+def assert_fails(image, *words):
+    """Assert that reading the size and the pixels both raise a RecordError of the record with these words."""
     for use in (lambda: image.size, image.load):
         with pytest.raises(RecordError) as caught:
             use()
@@ -94,10 +94,10 @@ def fails(image, *words):
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF"])
-def test_each_format_gives_the_photograph(root, photos, image_format):
+def test_each_format_is_decoded_to_the_photograph(root, photos, image_format):
     for number, photo in enumerate(photos):
-        (root / f"{number}").write_bytes(encoded(photo, image_format))
-        image = image_at(root, f"{number}")
+        (root / f"{number}").write_bytes(encode(photo, image_format))
+        image = open_image(root, f"{number}")
         assert isinstance(image, LazyImage)
         assert image.size == (80, 120)
         loaded = image.load()
@@ -106,11 +106,11 @@ def test_each_format_gives_the_photograph(root, photos, image_format):
         assert difference < (0.01 if image_format in ("PNG", "BMP") else 12)
 
 
-def test_images_cross_process_borders(root, photos):
+def test_images_can_be_sent_to_other_processes(root, photos):
     photos[0].save(root / "a.png")
     sources = [
-        image_at(root, "a.png"),
-        BytesImage(encoded(photos[0], "PNG"), "x", MAX_PIXELS),
+        open_image(root, "a.png"),
+        BytesImage(encode(photos[0], "PNG"), "x", MAX_PIXELS),
         ArrayImage(np.asarray(photos[0]), "x"),
     ]
     for source in sources:
@@ -124,32 +124,32 @@ def test_images_cross_process_borders(root, photos):
 def test_exif_rotation_is_applied_to_size_and_pixels(root, photos, image_format, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encoded(photos[0], image_format, exif=exif)
+    data = encode(photos[0], image_format, exif=exif)
     image = BytesImage(data, "x", MAX_PIXELS)
     needed = ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB")
     assert image.size == needed.size[::-1]
     assert np.array_equal(np.asarray(image.load()), np.asarray(needed))
 
 
-def test_size_decodes_nothing(root, photos, monkeypatch):
-    def refuse(*_):
+def test_reading_the_size_decodes_nothing(root, photos, monkeypatch):
+    def fail_on_decode(*_):
         raise AssertionError("decoded")
 
-    sources = [BytesImage(encoded(photos[0], name), "x", MAX_PIXELS) for name in FORMATS]
-    monkeypatch.setattr(ImageFile.ImageFile, "load", refuse)
+    sources = [BytesImage(encode(photos[0], name), "x", MAX_PIXELS) for name in FORMATS]
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail_on_decode)
     assert len(FORMATS) == 6 and [source.size for source in sources] == [(80, 120)] * 6
 
 
 def test_cmyk_is_converted(root, photos):
-    (root / "a.jpg").write_bytes(encoded(photos[1].convert("CMYK"), "JPEG", quality=95))
-    loaded = image_at(root, "a.jpg").load()
+    (root / "a.jpg").write_bytes(encode(photos[1].convert("CMYK"), "JPEG", quality=95))
+    loaded = open_image(root, "a.jpg").load()
     assert np.abs(np.asarray(loaded, float) - np.asarray(photos[1], float)).mean() < 5
 
 
 def test_sixteen_bits_are_scaled_and_not_clipped(root):
     ramp = np.linspace(0, 65535, 256).round().astype(np.uint16).reshape(1, 256)
     Image.fromarray(ramp).save(root / "a.png")
-    loaded = np.asarray(image_at(root, "a.png").load())
+    loaded = np.asarray(open_image(root, "a.png").load())
     assert np.array_equal(loaded[0, :, 0], np.arange(256))
     assert np.array_equal(loaded[..., 0], loaded[..., 2])
 
@@ -165,15 +165,15 @@ def test_transparency_becomes_white(root):
     palette.save(root / "palette.png", transparency=0)
     palette.save(root / "palette.gif", transparency=0)
     for name in ("rgba.png", "la.png", "palette.png", "palette.gif"):
-        loaded = image_at(root, name).load()
+        loaded = open_image(root, name).load()
         assert loaded.getpixel((3, 2)) == (255, 255, 255), name
         assert loaded.getpixel((0, 0)) != (255, 255, 255), name
 
 
 @pytest.mark.parametrize("image_format", ["GIF", "WEBP", "PNG"])
-def test_of_an_animation_the_first_frame_is_taken(root, image_format):
+def test_the_first_frame_of_an_animation_is_read(root, image_format):
     frames = [Image.new("RGB", (6, 4), color) for color in ("red", "lime", "blue")]
-    data = encoded(frames[0], image_format, save_all=True, append_images=frames[1:])
+    data = encode(frames[0], image_format, save_all=True, append_images=frames[1:])
     loaded = BytesImage(data, "x", MAX_PIXELS).load()
     red, green, blue = loaded.getpixel((2, 2))
     assert red > 240 and green < 15 and blue < 15
@@ -182,23 +182,23 @@ def test_of_an_animation_the_first_frame_is_taken(root, image_format):
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 1)])
 def test_thin_images_are_read(root, size):
     Image.new("1", size, 1).save(root / "a.png")
-    image = image_at(root, "a.png")
+    image = open_image(root, "a.png")
     assert image.size == size[::-1]
     assert image.load().getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_the_content_decides_and_not_the_ending(root, photos):
-    (root / "a.jpg").write_bytes(encoded(photos[0], "PNG"))
-    assert image_at(root, "a.jpg").size == (80, 120)
+def test_the_format_is_detected_from_the_content_and_not_from_the_extension(root, photos):
+    (root / "a.jpg").write_bytes(encode(photos[0], "PNG"))
+    assert open_image(root, "a.jpg").size == (80, 120)
 
 
 @pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])
 @pytest.mark.parametrize("tenth", range(10))
-def test_a_truncated_file_is_named_and_never_half_a_picture(root, photos, image_format, tenth):
-    data = encoded(photos[2], image_format)
+def test_a_truncated_file_is_reported_and_never_read_in_part(root, photos, image_format, tenth):
+    data = encode(photos[2], image_format)
     (root / "a.img").write_bytes(data[: len(data) * tenth // 10])
     with pytest.raises(RecordError, match=r"train\.jsonl:7: image 'a\.img' "):
-        image_at(root, "a.img").load()
+        open_image(root, "a.img").load()
     assert ImageFile.LOAD_TRUNCATED_IMAGES is False
 
 
@@ -213,58 +213,58 @@ def test_a_truncated_file_is_named_and_never_half_a_picture(root, photos, image_
         (b"\xff\xd8\xff\xe0" + bytes(50), "image 'a.jpg'"),
     ],
 )
-def test_what_is_no_image_is_named(root, data, words):
+def test_a_file_that_is_no_image_is_reported(root, data, words):
     (root / "a.jpg").write_bytes(data)
-    fails(image_at(root, "a.jpg"), "train.jsonl:7: image 'a.jpg'", words)
+    assert_fails(open_image(root, "a.jpg"), "train.jsonl:7: image 'a.jpg'", words)
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [8001, 10_000, 13_000, 20_000, 2**31 - 1])
 def test_a_decompression_bomb_is_refused_by_its_header(root, side):
-    (root / "a.png").write_bytes(png_header(side, side))
+    (root / "a.png").write_bytes(make_png_header(side, side))
     began = time.perf_counter()
-    fails(image_at(root, "a.png"), "image 'a.png'", "pixels")
+    assert_fails(open_image(root, "a.png"), "image 'a.png'", "pixels")
     assert time.perf_counter() - began < 1
 
 
-def test_pillows_warning_made_an_error_is_a_record_error_too(root):
-    (root / "a.png").write_bytes(png_header(10_000, 10_000))
+def test_pillows_warning_raised_as_an_error_becomes_a_record_error(root):
+    (root / "a.png").write_bytes(make_png_header(10_000, 10_000))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fails(image_at(root, "a.png"), "pixels")
+        assert_fails(open_image(root, "a.png"), "pixels")
 
 
 def test_the_message_of_a_large_image_names_size_and_setting(root, photos):
     photos[0].save(root / "a.png")
-    fails(image_at(root, "a.png", 9599), "is 120 x 80 = 9,600 pixels; data.max_image_pixels allows 9,599")
-    assert image_at(root, "a.png", 9600).size == (80, 120)
+    assert_fails(open_image(root, "a.png", 9599), "is 120 x 80 = 9,600 pixels; data.max_image_pixels allows 9,599")
+    assert open_image(root, "a.png", 9600).size == (80, 120)
 
 
 @pytest.mark.parametrize("name", [b"zTXt", b"iTXt"])
-def test_a_bomb_of_text_is_refused(root, name):
+def test_a_decompression_bomb_in_a_text_chunk_is_refused(root, name):
     between = b"\0" if name == b"zTXt" else b"\x01\0\0\0"
     text = b"key\0" + between + zlib.compress(bytes(50_000_000))
-    (root / "a.png").write_bytes(png_header(4, 4, (name, text)))
+    (root / "a.png").write_bytes(make_png_header(4, 4, (name, text)))
     with pytest.raises(RecordError, match="cannot be decoded"):
-        image_at(root, "a.png").load()
+        open_image(root, "a.png").load()
 
 
 def test_a_file_that_is_too_large_is_not_read(root, monkeypatch):
     monkeypatch.setattr("lit_vlm.data.decoding.MAX_FILE_BYTES", 10)
     Image.new("RGB", (4, 4)).save(root / "a.png")
-    fails(image_at(root, "a.png"), "bytes, at most 10 are read")
+    assert_fails(open_image(root, "a.png"), "bytes, at most 10 are read")
     data = (root / "a.png").read_bytes()
-    fails(BytesImage(data, "train.jsonl:7", MAX_PIXELS), "its image has")
+    assert_fails(BytesImage(data, "train.jsonl:7", MAX_PIXELS), "its image has")
 
 
-def test_a_missing_file_says_what_was_looked_for_where_and_what_to_do(root):
-    fails(
-        image_at(root, "coco/1.jpg"),
+def test_the_error_of_a_missing_file_names_the_path_the_root_and_the_remedy(root):
+    assert_fails(
+        open_image(root, "coco/1.jpg"),
         f"train.jsonl:7: image 'coco/1.jpg' not found in {root}. Set data.sources.<name>.image_root=",
     )
 
 
-def spellings(root):
+def list_paths(root):
     outside = root.parent
     ups = ["../", "./../", "a/../../", "a/./../../", "..//", "/../", "../images/../", "x/y/../../../", "../../"]
     paths = [f"{up}{name}" for up in ups for name in (SECRET, "secret.png/", "./secret.png", "nothing.png")]
@@ -303,7 +303,7 @@ def spellings(root):
     return paths
 
 
-def test_eighty_spellings_lead_nowhere_and_open_nothing_outside(root, audit):
+def test_eighty_hostile_paths_open_nothing_outside_the_root(root, audit):
     (root / "link.png").symlink_to(root.parent / SECRET)
     (root / "linked").symlink_to(root.parent)
     (root / "loop.png").symlink_to("loop.png")
@@ -312,16 +312,16 @@ def test_eighty_spellings_lead_nowhere_and_open_nothing_outside(root, audit):
     (root / "folder.png").mkdir()
     (root.parent / f"{root.name}_other").mkdir()
     Image.new("RGB", (5, 4)).save(root.parent / f"{root.name}_other" / SECRET)
-    paths = spellings(root)
+    paths = list_paths(root)
     assert len(set(paths)) >= 80
     audit.clear()
     for path in paths:
-        fails(image_at(root, path), "image '")
+        assert_fails(open_image(root, path), "image '")
     assert audit == []
     Image.new("RGB", (5, 4)).save(root / "inside.png")
     audit.clear()
-    assert image_at(root, "inside.png").size == (4, 5)
-    assert [args[0] for _, args in audit] == [str(root / "inside.png")]  # the hook does see an open
+    assert open_image(root, "inside.png").size == (4, 5)
+    assert [args[0] for _, args in audit] == [str(root / "inside.png")]  # the hook records an open
 
 
 URLS = [
@@ -342,7 +342,9 @@ URLS = [
 
 def test_urls_are_refused_and_nothing_is_fetched(root, audit):
     for url in URLS:
-        fails(image_at(root, url), "image '" if url.startswith("jar") else "URLs are never fetched while training")
+        assert_fails(
+            open_image(root, url), "image '" if url.startswith("jar") else "URLs are never fetched while training"
+        )
     assert audit == []
 
 
@@ -351,51 +353,51 @@ def test_a_path_inside_the_root_may_be_written_in_any_way(root, photos):
     photos[0].save(root / "a" / "%2e.png")
     (root / "b.png").symlink_to("a/%2e.png")
     for path in ("a/%2e.png", "./a/%2e.png", "a/../a/%2e.png", "b.png", str(root / "a" / "%2e.png")):
-        assert image_at(root, path).size == (80, 120)
+        assert open_image(root, path).size == (80, 120)
 
 
 def test_the_root_itself_may_be_a_link(root, tmp_path, photos):
     photos[0].save(root / "a.png")
     (tmp_path / "here").symlink_to(root)
-    assert image_at(tmp_path / "here", "a.png").size == (80, 120)
+    assert open_image(tmp_path / "here", "a.png").size == (80, 120)
 
 
 @pytest.mark.parametrize("on_disk", ["NFC", "NFD"])
 @pytest.mark.parametrize("written", ["NFC", "NFD"])
-def test_hangul_names_are_found_in_either_spelling(root, photos, on_disk, written):
+def test_hangul_names_are_found_in_either_unicode_form(root, photos, on_disk, written):
     # The folder is always composed, as it is after copying files of a Mac into a folder made on Linux.
     (root / "사진").mkdir()
     photos[0].save(root / "사진" / unicodedata.normalize(on_disk, "고양이 둘.png"))
-    assert image_at(root, unicodedata.normalize(written, "사진/고양이 둘.png")).size == (80, 120)
+    assert open_image(root, unicodedata.normalize(written, "사진/고양이 둘.png")).size == (80, 120)
 
 
-def test_the_exact_spelling_comes_first(root):
+def test_the_exact_unicode_form_is_preferred(root):
     for number, form in enumerate(("NFC", "NFD"), 1):
         Image.new("RGB", (number, 1)).save(root / unicodedata.normalize(form, "가.png"))
-    assert image_at(root, unicodedata.normalize("NFC", "가.png")).size == (1, 1)
-    assert image_at(root, unicodedata.normalize("NFD", "가.png")).size == (1, 2)
+    assert open_image(root, unicodedata.normalize("NFC", "가.png")).size == (1, 1)
+    assert open_image(root, unicodedata.normalize("NFD", "가.png")).size == (1, 2)
 
 
-def test_a_pipe_is_not_waited_for(root):
+def test_a_pipe_is_refused_without_waiting(root):
     os.mkfifo(root / "a.png")
-    fails(image_at(root, "a.png"), "is not a regular file")
+    assert_fails(open_image(root, "a.png"), "is not a regular file")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission_is_named(root, photos):
+def test_a_file_without_permission_is_reported(root, photos):
     photos[0].save(root / "a.png")
     (root / "a.png").chmod(0)
-    fails(image_at(root, "a.png"), "image 'a.png' cannot be opened: Permission denied")
+    assert_fails(open_image(root, "a.png"), "image 'a.png' cannot be opened: Permission denied")
 
 
 def test_foreign_names_are_shown_without_their_control_characters(root):
-    fails(image_at(root, "\x1b[31mred\n.png"), r"\x1b[31mred\n.png")
+    assert_fails(open_image(root, "\x1b[31mred\n.png"), r"\x1b[31mred\n.png")
 
 
 REAL = ImageSettings(384, 14, make_grid_pinpoints(384, 6), 9, (0.5,) * 3, (0.5,) * 3)
 
 
-def large_photo(width, height):
+def make_large_photo(width, height):
     from skimage import data
 
     return Image.fromarray(data.astronaut()).resize((width, height), Image.Resampling.BICUBIC)
@@ -403,10 +405,10 @@ def large_photo(width, height):
 
 @pytest.mark.parametrize(("width", "height"), [(640, 480), (1024, 768), (2000, 1500), (333, 777), (384, 384), (1, 90)])
 @pytest.mark.parametrize("alone", [True, False])
-def test_tiles_of_384_pixels_are_those_of_transformers(width, height, alone):
+def test_tiles_of_384_pixels_equal_those_of_transformers(width, height, alone):
     from transformers import LlavaOnevisionImageProcessorPil
 
-    image = large_photo(width, height)
+    image = make_large_photo(width, height)
     stock = LlavaOnevisionImageProcessorPil(image_mean=[0.5] * 3, do_rescale=False, do_normalize=False)
     theirs = stock([[image]] if alone else [[image, image]], return_tensors="np")["pixel_values"][0]
     ours = split_into_tiles(image, REAL, single_image=alone)
@@ -419,11 +421,11 @@ def test_tiles_of_384_pixels_are_those_of_transformers(width, height, alone):
 @pytest.mark.parametrize(
     ("width", "height", "scale"), [(1700, 1600, 4), (900, 2000, 2), (700, 500, 1), (3300, 3100, 8)]
 )
-def test_scaled_decode_reads_the_least_that_the_tiles_need(root, width, height, scale, orientation):
+def test_scaled_decode_uses_the_smallest_scale_that_the_tiles_need(root, width, height, scale, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    large_photo(width, height).save(root / "a.jpg", exif=exif, quality=90)
-    image, base = image_at(root, "a.jpg"), replace(REAL, tiling=Tiling.base)
+    make_large_photo(width, height).save(root / "a.jpg", exif=exif, quality=90)
+    image, base = open_image(root, "a.jpg"), replace(REAL, tiling=Tiling.base)
     whole = image.load()
     needed = compute_decode_size(*image.size, base)
     scaled = image.load_at_least(*needed)
@@ -435,36 +437,36 @@ def test_scaled_decode_reads_the_least_that_the_tiles_need(root, width, height, 
         close = load_tiles(image, settings, scaled_decode=True, **options)
         assert np.array_equal(exact, split_into_tiles(whole, settings, **options))
         assert close.shape == exact.shape
-        # Of 255 levels, of a photograph with hard edges; most where the decoder shrank it to nearly a tile's size.
+        # In levels of 255, for a photograph with hard edges; largest where it is shrunk to nearly the size of a tile.
         assert np.abs(close.astype(int) - exact).mean() < 6.0
 
 
-def test_scaled_decode_leaves_alone_what_cannot_be_scaled(root):
-    photo = large_photo(900, 700)
+def test_scaled_decode_does_not_change_formats_that_cannot_be_scaled(root):
+    photo = make_large_photo(900, 700)
     settings = replace(REAL, tiling=Tiling.base)
     for image in (
         ArrayImage(np.asarray(photo), "x"),
-        *(BytesImage(encoded(photo, name), "x", MAX_PIXELS) for name in ("PNG", "WEBP", "GIF", "BMP")),
+        *(BytesImage(encode(photo, name), "x", MAX_PIXELS) for name in ("PNG", "WEBP", "GIF", "BMP")),
     ):
         exact = load_tiles(image, settings)
         assert np.array_equal(load_tiles(image, settings, scaled_decode=True), exact)
 
 
-def test_a_torn_jpeg_is_named_in_a_scaled_decode_too(root):
-    data = encoded(large_photo(900, 700), "JPEG")
+def test_a_truncated_jpeg_is_reported_in_a_scaled_decode_too(root):
+    data = encode(make_large_photo(900, 700), "JPEG")
     for torn in (data[: len(data) // 2], data[: len(data) // 2] + bytes(9 * len(data))):
         with pytest.raises(RecordError) as caught:
             BytesImage(torn, "x", MAX_PIXELS).load_at_least(100, 100)
         assert caught.value.fault is Fault.broken
 
 
-def test_a_micro_batch_opens_each_picture_twice(root, processor, audit):
-    """Once for its header and once for its pixels: on a network file system every opening is a wait."""
+def test_a_micro_batch_opens_each_image_twice(root, processor, audit):
+    """Once for its header and once for its pixels: on a network file system every open takes time."""
     for name in "ab":
-        large_photo(90, 70).save(root / f"{name}.png")
+        make_large_photo(90, 70).save(root / f"{name}.png")
     slots = (ImagePlaceholder(0), ImagePlaceholder(1), "?")
     messages = (Message(Role.user, slots), Message(Role.assistant, ("x",)))
-    images = (image_at(root, "a.png"), image_at(root, "b.png"))
+    images = (open_image(root, "a.png"), open_image(root, "b.png"))
     record = Sample("1", "mine", "train.jsonl:7", SampleKind.other, Language.en, messages, images)
     audit.clear()
     batch = collate(processor, [record])
@@ -473,12 +475,12 @@ def test_a_micro_batch_opens_each_picture_twice(root, processor, audit):
     assert np.array_equal(batch.tiles.numpy(), np.concatenate(processor.load_tiles(record)))
 
 
-def test_a_picture_that_changes_between_header_and_pixels_is_named(processor):
-    class Changing(ArrayImage):
+def test_an_image_that_changes_between_header_and_pixels_is_reported(processor):
+    class ChangingImage(ArrayImage):
         size = (56, 56)
 
     messages = (Message(Role.user, (ImagePlaceholder(0), "?")), Message(Role.assistant, ("x",)))
-    image = Changing(np.zeros((56, 168, 3), np.uint8), "x")
+    image = ChangingImage(np.zeros((56, 168, 3), np.uint8), "x")
     record = Sample("1", "mine", "train.jsonl:7", SampleKind.other, Language.en, messages, (image,))
     with pytest.raises(RecordError, match="train.jsonl:7: its image changed while it was read") as caught:
         collate(processor, [record])

@@ -1,4 +1,4 @@
-"""The ledger keeps what turned bad, through crashes and several writers, and finds it in another index."""
+"""The ledger stores corrupt records, survives crashes and concurrent writers, and finds them in another index."""
 
 import json
 import multiprocessing
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_index import made_index
+from made_index import make_index
 
 from lit_vlm.data.plan.ledger import Ledger
 from lit_vlm.types import Fault, RecordError
@@ -19,14 +19,14 @@ def path(tmp_path) -> Path:
     return tmp_path / "run" / "ledger.jsonl"
 
 
-def test_without_a_file_it_is_empty(path):
+def test_a_ledger_without_a_file_is_empty(path):
     ledger = Ledger.read(path)
     assert len(ledger) == 0
     assert not path.parent.exists()
-    assert ledger.find_samples(made_index({"a": 3})).tolist() == []
+    assert ledger.find_samples(make_index({"a": 3})).tolist() == []
 
 
-def test_what_is_entered_is_read_again_and_legible(path):
+def test_entries_are_read_back_and_the_file_is_readable(path):
     Ledger.read(path).add("a", 2, BROKEN, record_id="x7")
     Ledger.read(path).add("b", 0, BROKEN)
     read = Ledger.read(path)
@@ -44,47 +44,47 @@ def test_samples_are_found_by_source_and_position(path):
     ledger = Ledger.read(path)
     for source, position in (("b", 1), ("a", 2), ("b", 1), ("b", 99)):
         ledger.add(source, position, BROKEN)
-    index = made_index({"a": 5, "b": 4})
+    index = make_index({"a": 5, "b": 4})
     assert ledger.find_samples(index).tolist() == [2, 6]
     assert ledger.find_samples(index.select(np.array([8, 6, 0]))).tolist() == [1]
 
 
-def test_entries_of_a_source_that_is_gone_are_told_and_ignored(path):
+def test_entries_of_a_removed_source_are_reported_and_ignored(path):
     ledger = Ledger.read(path)
     ledger.add("gone", 1, BROKEN)
     ledger.add("a", 1, BROKEN)
     with pytest.warns(UserWarning, match="names sources that are not trained on: gone"):
-        assert ledger.find_samples(made_index({"a": 5})).tolist() == [1]
+        assert ledger.find_samples(make_index({"a": 5})).tolist() == [1]
 
 
 @pytest.mark.parametrize("cut", range(1, 40, 6))
-def test_a_torn_last_line_costs_that_line_alone(path, cut):
+def test_a_truncated_last_line_costs_only_that_line(path, cut):
     ledger = Ledger.read(path)
     ledger.add("a", 1, BROKEN)
     ledger.add("a", 2, BROKEN)
     path.write_bytes(path.read_bytes()[:-cut])
-    torn = Ledger.read(path)
-    assert len(torn) == (2 if cut == 1 else 1)
-    torn.add("a", 3, BROKEN)
+    truncated = Ledger.read(path)
+    assert len(truncated) == (2 if cut == 1 else 1)
+    truncated.add("a", 3, BROKEN)
     assert [entry.position for entry in Ledger.read(path).entries][-1] == 3
-    assert len(Ledger.read(path)) == len(torn)
+    assert len(Ledger.read(path)) == len(truncated)
 
 
-def test_a_line_torn_within_a_letter_is_left_out(path):
+def test_a_line_truncated_within_a_character_is_ignored(path):
     Ledger.read(path).add("a", 1, BROKEN)
     whole = path.read_bytes()
     path.write_bytes(whole + whole[: whole.index("집".encode()) + 1])
     assert len(Ledger.read(path)) == 1
 
 
-def _enter(path: Path, source: str) -> None:
+def _add_entries(path: Path, source: str) -> None:
     for position in range(50):
         Ledger.read(path).add(source, position, BROKEN)
 
 
-def test_several_processes_may_write_at_once(path):
+def test_several_processes_can_write_concurrently(path):
     context = multiprocessing.get_context("fork")
-    writers = [context.Process(target=_enter, args=(path, name)) for name in "abc"]
+    writers = [context.Process(target=_add_entries, args=(path, name)) for name in "abc"]
     for writer in writers:
         writer.start()
     for writer in writers:

@@ -1,10 +1,10 @@
-"""mixture.lock is readable, and says in words what is not as it was."""
+"""The lock file mixture.lock is readable, and changes since it was written are reported in words."""
 
 import copy
 
 import numpy as np
 import pytest
-from made_index import made_index
+from made_index import make_index
 
 from lit_vlm.data.plan.lock import compare_locks, describe_source, read_lock, write_lock
 from lit_vlm.types import UserError
@@ -32,7 +32,7 @@ LOCK = {
 }
 
 
-def changed(*path: str, to) -> dict:
+def change_lock(*path: str, to) -> dict:
     lock = copy.deepcopy(LOCK)
     inner = lock
     for key in path[:-1]:
@@ -41,7 +41,7 @@ def changed(*path: str, to) -> dict:
     return lock
 
 
-def test_a_lock_is_read_as_it_was_written(tmp_path):
+def test_a_lock_is_read_back_unchanged(tmp_path):
     path = tmp_path / "run" / "mixture.lock"
     write_lock(path, LOCK)
     assert read_lock(path) == LOCK
@@ -59,7 +59,7 @@ def test_the_same_lock_has_no_difference(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("path", "to", "said"),
+    ("path", "to", "message"),
     (
         (("sources", "mix665k", "records"), 665_300, "mix665k: 665,298 records then, 665,300 now"),
         (("sources", "mix665k", "usable"), 665_000, "mix665k: 665,290 usable records then, 665,000 now"),
@@ -78,22 +78,22 @@ def test_the_same_lock_has_no_difference(tmp_path):
         (("versions", "numpy"), "3.0", 'versions.numpy was "2.4.6", is "3.0"'),
     ),
 )
-def test_each_difference_is_said_in_words(path, to, said):
-    assert compare_locks(LOCK, changed(*path, to=to)) == [said]
+def test_each_difference_is_reported_in_words(path, to, message):
+    assert compare_locks(LOCK, change_lock(*path, to=to)) == [message]
 
 
-def test_a_source_that_is_gone_is_named():
+def test_a_removed_source_is_reported():
     lock = copy.deepcopy(LOCK)
     del lock["sources"]["kollava"]
     assert compare_locks(LOCK, lock) == ["kollava: it was trained on then, and is not now"]
 
 
-def test_lists_and_tuples_are_alike():
+def test_lists_and_tuples_are_equal():
     assert compare_locks({"sources": {}, "order": (1, 2)}, {"sources": {}, "order": [1, 2]}) == []
 
 
 @pytest.mark.parametrize("text", (None, "", "{", "[]", "{}", '{"version": 99, "sources": {}}', '{"version": 1}'))
-def test_what_is_no_lock_is_named(tmp_path, text):
+def test_an_invalid_lock_file_is_reported(tmp_path, text):
     path = tmp_path / "mixture.lock"
     if text is not None:
         path.write_text(text, encoding="utf-8")
@@ -101,11 +101,11 @@ def test_what_is_no_lock_is_named(tmp_path, text):
         read_lock(path)
 
 
-def test_facts_of_a_source_change_with_what_it_says_and_with_its_order():
-    index = made_index({"a": 5, "b": 5})
+def test_the_description_of_a_source_changes_with_its_content_and_its_order():
+    index = make_index({"a": 5, "b": 5})
     facts = describe_source(index, 1)
     assert (facts["usable"], facts["tokens"]) == (5, int(index.tokens[5:].sum()))
-    assert describe_source(made_index({"a": 5, "b": 5}), 1) == facts
+    assert describe_source(make_index({"a": 5, "b": 5}), 1) == facts
     for order in ([0, 1, 2, 3, 4, 6, 5, 7, 8, 9], [5, 6, 7, 8]):
         assert describe_source(index.select(np.array(order)), 1)["digest"] != facts["digest"]
-    assert describe_source(index.select(np.arange(5, 10)), 1) == facts  # whatever other sources there are
+    assert describe_source(index.select(np.arange(5, 10)), 1) == facts  # independent of other sources

@@ -1,4 +1,4 @@
-"""Label files of other structures through a mapping: AI-Hub's six sets as delivered, and mappings and labels with faults."""
+"""Label files of other structures, read through a mapping: six sets of AI-Hub, and faulty mappings and labels."""
 
 import json
 import multiprocessing
@@ -6,7 +6,7 @@ import pickle
 
 import numpy as np
 import pytest
-from delivery import label, make_zip, mapped, named_set, nfd, one_pair, picture
+from delivery import decompose, label, make_pair, make_zip, open_mapped, open_named_set, picture
 from PIL import Image
 
 from lit_vlm.config.mapping import BoxFormat, BoxFrame, BoxUnit, RegionTask
@@ -28,22 +28,22 @@ from lit_vlm.types import (
 REGION = {"regions": "items", "text": "{text}", "box": ["box"], "answer": None}
 
 
-def says(sample):
+def get_texts(sample):
     return [message.text for message in sample.messages]
 
 
-def boxes(sample):
+def get_boxes(sample):
     return [
         (text, [(box.x1, box.y1, box.x2, box.y2) for box in found])
         for _, text, found in parse_mentions(sample.messages[1].text)
     ]
 
 
-def test_79_food_is_named_by_its_folder(tmp_path):
+def test_79_food_names_come_from_the_folder(tmp_path):
     names = ["구이/갈비구이/Img_000_0000.jpg", "구이/갈비구이/Img_000_0001.jpg"]
     make_zip(tmp_path / "구이.zip", [(name, picture()) for name in names], encoding="cp949")
-    make_zip(tmp_path / "국.zip", [(nfd("국/미역국/Img_001_0000.JPG"), picture())])
-    source = named_set("aihub_79_food", tmp_path)
+    make_zip(tmp_path / "국.zip", [(decompose("국/미역국/Img_001_0000.JPG"), picture())])
+    source = open_named_set("aihub_79_food", tmp_path)
     assert sorted(sample.messages[1].text for sample in source) == ["갈비구이", "갈비구이", "미역국"]
     assert {(sample.kind, sample.language) for sample in source} == {(SampleKind.instruction, Language.ko)}
     assert all(
@@ -52,17 +52,17 @@ def test_79_food_is_named_by_its_folder(tmp_path):
     assert source[0].images[0].load().size == (100, 50)
 
 
-def test_144_objects_are_pointed_at(tmp_path):
+def test_144_objects_become_grounding_answers(tmp_path):
     record = {
         "image": {"identifier": "HF010001_0001_0001.jpg", "imsize": [200, 100]},
-        "regions": [{"boxcorners": [150, 80, 50, 20], "class": nfd("남산타워"), "tags": ["계절:봄"]}],
+        "regions": [{"boxcorners": [150, 80, 50, 20], "class": decompose("남산타워"), "tags": ["계절:봄"]}],
     }
     make_zip(tmp_path / "[라벨]건물.zip", [("HF010001_남산/HF010001_0001_0001.json", label(record))], "cp949")
     make_zip(tmp_path / "[원천]건물.zip", [("HF010001_남산/HF010001_0001_0001.jpg", picture(200, 100))], "cp949")
-    (sample,) = named_set("aihub_144_objects", tmp_path)
+    (sample,) = open_named_set("aihub_144_objects", tmp_path)
     assert sample.messages[0].content[:2] == (ImagePlaceholder(0), ControlToken("<gro>"))
     assert sample.messages[0].content[2].startswith("\n사진") and (sample.kind, sample.language) == ("grounding", "ko")
-    assert boxes(sample) == [("남산타워", [(0.25, 0.2, 0.75, 0.8)])] and sample.nfc_changed
+    assert get_boxes(sample) == [("남산타워", [(0.25, 0.2, 0.75, 0.8)])] and sample.nfc_changed
 
 
 def test_81_words_are_read_with_their_boxes(tmp_path):
@@ -81,10 +81,10 @@ def test_81_words_are_read_with_their_boxes(tmp_path):
     whole = {"info": {"images": []}, "images": images, "annotations": annotations, "licenses": []}
     (tmp_path / "textinthewild_data_info.json").write_bytes(b"\xef\xbb\xbf" + label(whole))
     make_zip(tmp_path / "01_book.zip", [(f"book/{number}.jpg", picture(64, 32)) for number in (1, 2)])
-    source = named_set("aihub_81_glyphs", tmp_path)
+    source = open_named_set("aihub_81_glyphs", tmp_path)
     sample = source[0]
     assert sample.messages[0].content == (ImagePlaceholder(0), ControlToken("<ocr>")) and sample.kind is SampleKind.ocr
-    assert says(sample)[1] == (
+    assert get_texts(sample)[1] == (
         "<char>간판</char><bbox>0.125, 0.0, 0.375, 0.125</bbox>\n<char>2층</char><bbox>0.125, 0.25, 0.375, 0.375</bbox>"
     )
     assert sample.messages[1].content.count(ControlToken("<char>")) == 2
@@ -102,27 +102,27 @@ def test_71730_polygons_become_boxes(tmp_path):
             {"polygon": [[50, 25], [100.4, 25], [100.4, 50], [50, 50]], "language": "en", "transcription": "Exit"},
         ],
     }
-    (sample,) = named_set("aihub_71730_ocr", one_pair(tmp_path, record))
-    assert boxes(sample) == [("출구", [(0.1, 0.1, 0.31, 0.3)]), ("Exit", [(0.5, 0.5, 1.0, 1.0)])]
+    (sample,) = open_named_set("aihub_71730_ocr", make_pair(tmp_path, record))
+    assert get_boxes(sample) == [("출구", [(0.1, 0.1, 0.31, 0.3)]), ("Exit", [(0.5, 0.5, 1.0, 1.0)])]
     assert (sample.kind, sample.language) == ("ocr", "ko")
 
 
-def test_71711_questions_take_turns(tmp_path):
+def test_71711_questions_become_turns(tmp_path):
     record = {"questions": [{"question": "무엇인가요?", "answer": "컵"}, {"question": "몇 개인가요?", "answer": 2}]}
-    (sample,) = named_set("aihub_71711_gqa", one_pair(tmp_path, record))
-    assert says(sample) == ["무엇인가요?", "컵", "몇 개인가요?", "2"]
+    (sample,) = open_named_set("aihub_71711_gqa", make_pair(tmp_path, record))
+    assert get_texts(sample) == ["무엇인가요?", "컵", "몇 개인가요?", "2"]
     assert sample.messages[2].content == ("몇 개인가요?",) and sample.kind is SampleKind.instruction
 
 
-def test_71357_is_one_list_for_all_pictures(tmp_path):
+def test_71357_reads_one_list_for_all_images(tmp_path):
     records = [
         {"IMAGE_ID": str(n), "IMAGE_NAME": f"{n}.jpg", "questions": [{"question_ko": f"{n}?", "answer_ko": f"답 {n}"}]}
         for n in range(3)
     ]
     make_zip(tmp_path / "VL_VQA.zip", [("vqa.json", label({"annotations": records}, "cp949"))])
     make_zip(tmp_path / "VS.zip", [(f"{n}.jpg", picture()) for n in range(3)])
-    source = named_set("aihub_71357_ekvqa", tmp_path)
-    assert [(sample.id, *says(sample)) for sample in source] == [(str(n), f"{n}?", f"답 {n}") for n in range(3)]
+    source = open_named_set("aihub_71357_ekvqa", tmp_path)
+    assert [(sample.id, *get_texts(sample)) for sample in source] == [(str(n), f"{n}?", f"답 {n}") for n in range(3)]
     assert source.origin(2) == "VL_VQA.zip/vqa.json[2]" and len(source.digest_of(0, 2)) == 64
 
 
@@ -139,59 +139,59 @@ def test_71357_is_one_list_for_all_pictures(tmp_path):
         ({"x": 10, "y": 5, "w": 20, "h": 10}, {"box_format": BoxFormat.xywh, "box": [f"box.{key}" for key in "xywh"]}),
     ],
 )
-def test_boxes_of_all_formats_are_fractions_of_the_picture(tmp_path, box, options):
-    one_pair(tmp_path, {"items": [{"text": "가", "box": box}]})  # 100 x 50, by its header
-    (sample,) = mapped(tmp_path, **{**REGION, **options})
-    assert boxes(sample)[0] == ("가", [pytest.approx((0.1, 0.1, 0.3, 0.3), abs=1e-6)])
+def test_boxes_of_all_formats_are_fractions_of_the_image(tmp_path, box, options):
+    make_pair(tmp_path, {"items": [{"text": "가", "box": box}]})  # 100 x 50, by its header
+    (sample,) = open_mapped(tmp_path, **{**REGION, **options})
+    assert get_boxes(sample)[0] == ("가", [pytest.approx((0.1, 0.1, 0.3, 0.3), abs=1e-6)])
 
 
 def test_text_that_looks_like_tokens_stays_text(tmp_path):
-    one_pair(tmp_path, {"q": "<image> <ocr> {@stem}", "items": [{"text": "</char><bbox>", "box": [0, 0, 9, 9]}]})
+    make_pair(tmp_path, {"q": "<image> <ocr> {@stem}", "items": [{"text": "</char><bbox>", "box": [0, 0, 9, 9]}]})
     with pytest.raises(RecordError, match="'<bbox>' in a text stands for a box in other forms"):
-        mapped(tmp_path, **REGION)[0]
-    (sample,) = mapped(tmp_path, **REGION, questions=["{q}"], marks=MarkerMeaning.text)
+        open_mapped(tmp_path, **REGION)[0]
+    (sample,) = open_mapped(tmp_path, **REGION, questions=["{q}"], marks=MarkerMeaning.text)
     assert sample.messages[0].content == (ImagePlaceholder(0), ControlToken("<ocr>"), "\n<image> <ocr> {@stem}")
     assert sample.messages[1].content[:3] == (ControlToken("<char>"), "</char><bbox>", ControlToken("</char>"))
 
 
-def test_a_question_may_point(tmp_path):
+def test_a_question_can_refer_to_regions(tmp_path):
     record = {
         "items": [{"text": "이것", "box": [0, 0, 50, 25]}, {"text": "이것", "box": [50, 25, 100, 50]}],
         "answer": "컵",
     }
     options = {**REGION, "task": RegionTask.referring, "questions": ["{@regions}은 무엇인가요?"], "answer": "{answer}"}
-    (sample,) = mapped(one_pair(tmp_path, record), **options)
+    (sample,) = open_mapped(make_pair(tmp_path, record), **options)
     asked = "<obj>이것</obj><bbox>0.0, 0.0, 0.5, 0.5<delim>0.5, 0.5, 1.0, 1.0</bbox>은 무엇인가요?"
-    assert says(sample) == [asked, "컵"] and sample.kind is SampleKind.referring
+    assert get_texts(sample) == [asked, "컵"] and sample.kind is SampleKind.referring
 
 
-def test_a_picture_is_found_in_folders_by_any_spelling(tmp_path):
-    make_zip(tmp_path / "labels.zip", [(f"라벨/{nfd('사과')}.json", label({"answer": "사과"}))])
+def test_an_image_is_found_in_folders_in_any_unicode_form(tmp_path):
+    make_zip(tmp_path / "labels.zip", [(f"라벨/{decompose('사과')}.json", label({"answer": "사과"}))])
     (tmp_path / "원천").mkdir()
-    (tmp_path / "원천" / f"{nfd('사과')}.jpg").write_bytes(picture())
-    (sample,) = mapped(tmp_path, image="{@stem}.jpg")
+    (tmp_path / "원천" / f"{decompose('사과')}.jpg").write_bytes(picture())
+    (sample,) = open_mapped(tmp_path, image="{@stem}.jpg")
     assert sample.images[0].load().size == (100, 50) and sample.messages[0].content == (ImagePlaceholder(0),)
 
 
-def test_of_pictures_with_one_name_the_pair_of_the_label_is_meant(tmp_path):
+def test_of_images_with_one_name_that_of_the_labels_pair_is_read(tmp_path):
     for part, colour in (("1", (255, 0, 0)), ("2", (0, 0, 255))):
         make_zip(tmp_path / f"TL_{part}.zip", [("a.json", label({"answer": part}))])
         make_zip(tmp_path / f"TS_{part}.zip", [("a.png", picture(kind="PNG", colour=colour))])
-    source = mapped(tmp_path)
+    source = open_mapped(tmp_path)
     assert [(sample.messages[1].text, sample.images[0].load().getpixel((0, 0))) for sample in source] == [
         ("1", (255, 0, 0)),
         ("2", (0, 0, 255)),
     ]
 
 
-def test_an_ambiguous_picture_is_refused_by_both_names(tmp_path):
+def test_an_ambiguous_image_is_refused_with_both_names(tmp_path):
     make_zip(
         tmp_path / "x.zip", [("a.json", label({"answer": "1"})), ("사진/a.jpg", picture()), ("b/a.jpg", picture())]
     )
     with pytest.raises(RecordError, match=r"'a' may be 'x\.zip/사진/a\.jpg' and 'x\.zip/b/a\.jpg'"):
-        mapped(tmp_path)[0]
+        open_mapped(tmp_path)[0]
     (tmp_path / "b").mkdir()
-    whole = mapped(tmp_path, image="b/{@stem}.jpg")[0]
+    whole = open_mapped(tmp_path, image="b/{@stem}.jpg")[0]
     assert whole.images[0].member.name == "b/a.jpg"
 
 
@@ -219,9 +219,9 @@ def test_an_ambiguous_picture_is_refused_by_both_names(tmp_path):
         ({"answer": "\ud800"}, {}, "half of a surrogate pair"),
     ],
 )
-def test_a_label_that_does_not_fit_is_a_bad_record(tmp_path, record, mapping, reason):
+def test_a_label_that_does_not_fit_the_mapping_is_a_bad_record(tmp_path, record, mapping, reason):
     data = json.dumps(record).encode() if isinstance(record, dict) else record
-    source = mapped(one_pair(tmp_path, data), **mapping)
+    source = open_mapped(make_pair(tmp_path, data), **mapping)
     with pytest.raises(RecordError, match=reason) as caught:
         source[0]
     assert caught.value.origin == "TL_1.zip/a.json"
@@ -243,53 +243,53 @@ def test_a_label_that_does_not_fit_is_a_bad_record(tmp_path, record, mapping, re
         ({"records": "answer"}, "'answer' .* is no list"),
     ],
 )
-def test_a_mapping_that_cannot_work_is_refused_at_once(tmp_path, mapping, reason):
+def test_an_invalid_mapping_is_refused_when_the_source_is_opened(tmp_path, mapping, reason):
     with pytest.raises(UserError, match=reason):
-        mapped(one_pair(tmp_path, {"answer": "1"}), **mapping)
+        open_mapped(make_pair(tmp_path, {"answer": "1"}), **mapping)
 
 
-def test_a_join_that_joins_nothing_is_refused(tmp_path):
+def test_a_join_without_a_match_is_refused(tmp_path):
     (tmp_path / "a.json").write_bytes(label({"images": [{"id": 1}], "annotations": [{"image_id": 7}]}))
     (tmp_path / "a.jpg").write_bytes(picture())
     with pytest.raises(UserError, match="names a record, the first says image_id='7'"):
-        mapped(tmp_path, records="images", join="annotations")
+        open_mapped(tmp_path, records="images", join="annotations")
 
 
-def test_it_pickles_small_and_reads_the_same_in_another_process(tmp_path):
+def test_a_mapped_source_pickles_small_and_reads_the_same_in_another_process(tmp_path):
     make_zip(tmp_path / "l.zip", [(f"{n}.json", label({"answer": str(n)})) for n in range(200)])
     make_zip(tmp_path / "s.zip", [(f"{n}.jpg", picture()) for n in range(200)])
-    source = mapped(tmp_path)
+    source = open_mapped(tmp_path)
     packed = pickle.dumps(source)
     assert len(packed) < 3000
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(_answer, (packed, 7)) == source[7].messages[1].text == says(source[7])[1]
+        assert pool.apply(_read_answer, (packed, 7)) == source[7].messages[1].text == get_texts(source[7])[1]
     assert pickle.loads(packed).digest == source.digest
 
 
-def _answer(packed, number):
+def _read_answer(packed, number):
     sample = pickle.loads(packed)[number]
     assert isinstance(sample.messages[0], Message) and sample.messages[0].role is Role.user
     sample.images[0].load()
     return sample.messages[1].text
 
 
-def test_what_changes_changes_the_digest(tmp_path):
-    one_pair(tmp_path, {"answer": "1"})
-    before = mapped(tmp_path).digest
-    assert mapped(tmp_path).digest == before != mapped(tmp_path, questions=["?"]).digest
+def test_the_digest_changes_with_the_mapping_and_the_files(tmp_path):
+    make_pair(tmp_path, {"answer": "1"})
+    before = open_mapped(tmp_path).digest
+    assert open_mapped(tmp_path).digest == before != open_mapped(tmp_path, questions=["?"]).digest
     make_zip(tmp_path / "TS_1.zip", [("a.jpg", picture(colour=(0, 0, 0)))])
-    assert mapped(tmp_path).digest != before
+    assert open_mapped(tmp_path).digest != before
 
 
-# Pictures that EXIF turns
+# Images that EXIF rotates
 
 
 RAW = (40, 30)  # width and height of the stored pixels
 SPOT = (20, 3, 36, 9)  # a red rectangle in them
 
 
-def photo(folder, orientation, size=RAW):
-    """A photograph as a phone stores it, and the box of what is red in the picture that is shown."""
+def save_photo(folder, orientation, size=RAW):
+    """Save a photograph as a phone stores it, and return the box of the red area in the upright image."""
     image = Image.new("RGB", RAW, "white")
     image.paste("red", SPOT)
     exif = Image.Exif()
@@ -304,39 +304,39 @@ def photo(folder, orientation, size=RAW):
     ]
 
 
-def boxed(folder, labelled, box=SPOT, **options):
+def read_box(folder, labelled, box=SPOT, **options):
     record = {"w": labelled[0], "h": labelled[1], "items": [{"text": "점", "box": list(box)}]}
     (folder / "a.json").write_bytes(label(record))
-    found = mapped(folder, **{**REGION, "size": ["w", "h"], **options})[0]
-    return list(boxes(found)[0][1][0])
+    found = open_mapped(folder, **{**REGION, "size": ["w", "h"], **options})[0]
+    return list(get_boxes(found)[0][1][0])
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_boxes_of_the_stored_pixels_are_turned_with_the_picture(tmp_path, orientation):
-    expected = photo(tmp_path, orientation)
-    lies = orientation >= 5
-    frame = BoxFrame.auto if lies or orientation == 1 else BoxFrame.stored
-    assert boxed(tmp_path, RAW, box_frame=frame) == pytest.approx(expected, abs=1e-9)
-    assert boxed(tmp_path, RAW, size=[], box_frame=BoxFrame.stored) == pytest.approx(expected, abs=1e-9)
+def test_boxes_of_the_stored_pixels_are_rotated_with_the_image(tmp_path, orientation):
+    expected = save_photo(tmp_path, orientation)
+    is_sideways = orientation >= 5
+    frame = BoxFrame.auto if is_sideways or orientation == 1 else BoxFrame.stored
+    assert read_box(tmp_path, RAW, box_frame=frame) == pytest.approx(expected, abs=1e-9)
+    assert read_box(tmp_path, RAW, size=[], box_frame=BoxFrame.stored) == pytest.approx(expected, abs=1e-9)
     fractions = [SPOT[0] / 40, SPOT[1] / 30, SPOT[2] / 40, SPOT[3] / 30]
     options = {"box_unit": BoxUnit.fractions, "box_frame": BoxFrame.stored}
-    assert boxed(tmp_path, RAW, fractions, **options) == pytest.approx(expected, abs=1e-9)
-    upright = (30, 40) if lies else RAW
-    drawn = [
+    assert read_box(tmp_path, RAW, fractions, **options) == pytest.approx(expected, abs=1e-9)
+    upright = (30, 40) if is_sideways else RAW
+    upright_box = [
         round(expected[0] * upright[0]),
         round(expected[1] * upright[1]),
         round(expected[2] * upright[0]),
         round(expected[3] * upright[1]),
     ]
-    frame = BoxFrame.auto if lies or orientation == 1 else BoxFrame.upright
-    assert boxed(tmp_path, upright, drawn, box_frame=frame) == pytest.approx(expected, abs=1e-9)
+    frame = BoxFrame.auto if is_sideways or orientation == 1 else BoxFrame.upright
+    assert read_box(tmp_path, upright, upright_box, box_frame=frame) == pytest.approx(expected, abs=1e-9)
 
 
-def test_a_label_may_be_of_the_picture_at_another_scale(tmp_path):
-    expected = photo(tmp_path, 6, size=(80, 60))
-    assert boxed(tmp_path, RAW) == pytest.approx(expected, abs=1e-9)
-    photo(tmp_path, 1, size=(81, 60))
-    assert boxed(tmp_path, RAW)[0] == 0.5
+def test_a_label_can_describe_the_image_at_another_scale(tmp_path):
+    expected = save_photo(tmp_path, 6, size=(80, 60))
+    assert read_box(tmp_path, RAW) == pytest.approx(expected, abs=1e-9)
+    save_photo(tmp_path, 1, size=(81, 60))
+    assert read_box(tmp_path, RAW)[0] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -355,20 +355,20 @@ def test_a_label_may_be_of_the_picture_at_another_scale(tmp_path):
         (1, (0, 30), {}, "w, h are 0, 30; a picture is larger"),
     ],
 )
-def test_a_label_whose_size_contradicts_its_picture_is_refused(tmp_path, orientation, size, options, words):
-    photo(tmp_path, orientation)
+def test_a_label_whose_size_contradicts_its_image_is_refused(tmp_path, orientation, size, options, words):
+    save_photo(tmp_path, orientation)
     with pytest.raises(RecordError) as caught:
-        boxed(tmp_path, size, **options)
+        read_box(tmp_path, size, **options)
     assert words in str(caught.value), caught.value
 
 
-# Keys that stand twice
+# Duplicate keys
 
 
-def test_a_key_that_stands_twice_in_a_label_is_refused(tmp_path):
-    one_pair(tmp_path, b'{"answer": "a", "answer": "b"}')
+def test_a_duplicate_key_in_a_label_is_refused(tmp_path):
+    make_pair(tmp_path, b'{"answer": "a", "answer": "b"}')
     with pytest.raises(RecordError, match=r"TL_1.zip/a.json: the key 'answer' stands twice in one object"):
-        mapped(tmp_path)[0]
+        open_mapped(tmp_path)[0]
     coco = '{"images": [{"id": 1, "file": "a.jpg"}, {"id": 2, "file": "a.jpg"}], "annotations": [%s]}'
     twice, good = '{"image_id": 1, "a": {"x": 1, "x": 2}}', '{"image_id": 2, "a": {"x": 1}}'
     options = {
@@ -379,10 +379,10 @@ def test_a_key_that_stands_twice_in_a_label_is_refused(tmp_path):
         "answer": "{annotations.0.a.x}",
     }
     (tmp_path / "c.json").write_text(coco % f"{twice}, {good}")
-    source = mapped(tmp_path, **options)
+    source = open_mapped(tmp_path, **options)
     with pytest.raises(RecordError, match=r"c.json\[0\]: the key 'x' stands twice"):
         source[0]
     assert source[1].messages[1].text == "1"
     (tmp_path / "c.json").write_text((coco % good)[:-1] + ', "images": []}')
     with pytest.raises(UserError, match=r"c.json: the key 'images' stands twice in one object"):
-        mapped(tmp_path, **options)
+        open_mapped(tmp_path, **options)

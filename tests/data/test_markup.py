@@ -1,4 +1,4 @@
-"""VARCO's markup, written, read and recognised."""
+"""VARCO's markup is written, parsed and recognised."""
 
 import pytest
 
@@ -6,11 +6,11 @@ from lit_vlm.data.markup import build_object_mention, build_text_mention, format
 from lit_vlm.types import Box, ControlToken, Message, Role
 
 
-def spelled(pieces) -> str:
+def join_pieces(pieces) -> str:
     return Message(Role.user, tuple(pieces)).text
 
 
-def controls(pieces) -> list[str]:
+def get_controls(pieces) -> list[str]:
     return [piece.token for piece in pieces if isinstance(piece, ControlToken)]
 
 
@@ -26,7 +26,7 @@ def test_a_box_is_written_without_trailing_zeros(box, text):
     assert format_box(box) == text
 
 
-def test_what_is_built_is_what_is_parsed_and_read():
+def test_built_markup_is_parsed_to_the_same_pieces():
     boxes = [Box(0.014, 0.106, 0.51, 0.996), Box(0.51, 0.054, 0.996, 0.787)]
     pieces = (
         "여기 ",
@@ -35,15 +35,15 @@ def test_what_is_built_is_what_is_parsed_and_read():
         *build_text_mention("백범로", boxes[0]),
         "가 있다.",
     )
-    text = spelled(pieces)
+    text = join_pieces(pieces)
     assert parse_markup(text) == pieces
     assert parse_mentions(text) == [("obj", "고양이 두 마리", boxes), ("char", "백범로", boxes[:1])]
 
 
 @pytest.mark.parametrize("text", ["<gro>\n이미지를 자세히 묘사해줘.", " \n<ocr>", "<gro>"])
-def test_a_task_token_at_the_start_is_a_control(text):
-    assert len(controls(parse_markup(text))) == 1
-    assert spelled(parse_markup(text)) == text
+def test_a_task_token_at_the_start_is_a_control_token(text):
+    assert len(get_controls(parse_markup(text))) == 1
+    assert join_pieces(parse_markup(text)) == text
 
 
 GOOD_BOX = "<bbox>0.1, 0.2, 0.3, 0.4</bbox>"
@@ -99,6 +99,6 @@ def test_output_that_cannot_be_parsed_gives_no_boxes(text):
     assert parse_mentions(text) == []
 
 
-def test_output_is_read_leniently():
+def test_output_is_parsed_leniently():
     text = "<char> 가 </char> <bbox>0.1,0.2 , 0.3,0.40</bbox>junk<obj>b</obj><bbox>0,0,1,1</bbox>"
     assert parse_mentions(text) == [("char", "가", [Box(0.1, 0.2, 0.3, 0.4)]), ("obj", "b", [Box(0, 0, 1, 1)])]

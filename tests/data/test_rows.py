@@ -1,4 +1,4 @@
-"""Claims about rows by position: files of any size, little memory, scanned once, and a digest by content."""
+"""Rows by position: files of any size are scanned once, in little memory, and have a digest by content."""
 
 import json
 import multiprocessing
@@ -10,18 +10,18 @@ import time
 
 import numpy as np
 import pytest
-from source_cases import GPT, llava, open_, write
+from source_cases import GPT, make_llava, open_path, write
 from waiting import PATIENCE
 
 from lit_vlm.data.readers.rows import json_files, json_list
 from lit_vlm.data.readers.rows.base import split_range
 from lit_vlm.types import Fault, RecordError, UserError
 
-ASK = {"from": "human", "value": "q"}
+QUESTION = {"from": "human", "value": "q"}
 
 
-def records(count, seed=0):
-    """Of every shape that trips a scanner: brackets and quotes in text, escapes, NFC and NFD, deep and empty values."""
+def generate_records(count, seed=0):
+    """Generate records that can confuse a scanner: brackets and quotes in text, escapes, NFC and NFD, deep and empty values."""
     rng = random.Random(seed)
     texts = ['"[{,}]" \\', "줄\n바꿈\t", "가", "\u1100\u1161", "é😀", "\\u0041", "}", "a" * 200]
     for number in range(count):
@@ -30,10 +30,10 @@ def records(count, seed=0):
 
 
 @pytest.mark.parametrize("window", [1, 7, 64, 1000, 1 << 22])
-def test_a_list_is_scanned_the_same_through_any_window(tmp_path, monkeypatch, window):
+def test_a_list_is_scanned_the_same_with_any_window_size(tmp_path, monkeypatch, window):
     monkeypatch.setattr(json_list, "_WINDOW_BYTES", window)
     for indent, ascii_, bom in ((None, True, ""), (2, False, "\ufeff"), (None, False, " \r\n\t")):
-        rows = list(records(40))
+        rows = list(generate_records(40))
         (tmp_path / "a.json").write_text(bom + json.dumps(rows, indent=indent, ensure_ascii=ascii_) + " \n", "utf-8")
         found = json_files.open_json_list(tmp_path / "a.json")
         assert [found[index] for index in range(len(found))] == rows
@@ -59,7 +59,7 @@ def test_a_list_is_scanned_the_same_through_any_window(tmp_path, monkeypatch, wi
         ("[1, 2", "Expecting ',' at line 1, column 6"),
     ],
 )
-def test_a_broken_list_is_refused_with_line_and_column_through_any_window(tmp_path, monkeypatch, window, text, words):
+def test_a_broken_list_is_refused_with_line_and_column_with_any_window_size(tmp_path, monkeypatch, window, text, words):
     monkeypatch.setattr(json_list, "_WINDOW_BYTES", window)
     (tmp_path / "a.json").write_text(text, "utf-8")
     with pytest.raises(UserError, match="a.json: not a JSON list of records") as caught:
@@ -68,7 +68,7 @@ def test_a_broken_list_is_refused_with_line_and_column_through_any_window(tmp_pa
 
 
 @pytest.mark.parametrize("block", [1, 2, 3, 10, 1 << 22])
-def test_lines_are_found_the_same_through_any_block(tmp_path, monkeypatch, block):
+def test_lines_are_found_the_same_with_any_block_size(tmp_path, monkeypatch, block):
     monkeypatch.setattr(json_files, "_BLOCK_BYTES", block)
     rng = random.Random(block)
     for _ in range(30):
@@ -83,43 +83,49 @@ def test_lines_are_found_the_same_through_any_block(tmp_path, monkeypatch, block
         assert [data[s:e].rstrip(b"\n") for s, e, _ in rows._spans.array] == [line for _, line in expected]
 
 
-def test_offsets_are_found_once_and_found_again(folder, monkeypatch):
-    path, cache = write(folder / "train.jsonl", [llava(ASK, GPT, id=f"r{i}") for i in range(100)]), folder / "cache"
-    first = open_(path, cache=cache)
-    monkeypatch.setattr(json_files, "_find_line_spans", None)  # it is not called again
-    second = open_(path, cache=cache)
+def test_offsets_are_computed_once_and_cached(folder, monkeypatch):
+    path, cache = (
+        write(folder / "train.jsonl", [make_llava(QUESTION, GPT, id=f"r{i}") for i in range(100)]),
+        folder / "cache",
+    )
+    first = open_path(path, cache=cache)
+    monkeypatch.setattr(json_files, "_find_line_spans", None)  # it must not be called again
+    second = open_path(path, cache=cache)
     assert [second[i].id for i in range(100)] == [first[i].id for i in range(100)]
     assert isinstance(second._rows._spans.array.base, np.memmap)
     assert len(pickle.dumps(second)) < 2000 and pickle.loads(pickle.dumps(second))[99].id == "r99"
 
 
-def test_offsets_of_another_state_of_the_file_are_not_used(folder):
-    path, cache = write(folder / "train.jsonl", [llava(ASK, GPT, id="a")]), folder / "cache"
-    assert open_(path, cache=cache)[0].id == "a"
-    write(path, [llava(ASK, GPT, id="b"), llava(ASK, GPT, id="c")])
-    assert [open_(path, cache=cache)[index].id for index in range(2)] == ["b", "c"]
+def test_cached_offsets_of_a_changed_file_are_not_used(folder):
+    path, cache = write(folder / "train.jsonl", [make_llava(QUESTION, GPT, id="a")]), folder / "cache"
+    assert open_path(path, cache=cache)[0].id == "a"
+    write(path, [make_llava(QUESTION, GPT, id="b"), make_llava(QUESTION, GPT, id="c")])
+    assert [open_path(path, cache=cache)[index].id for index in range(2)] == ["b", "c"]
 
 
 @pytest.mark.parametrize("damage", ["torn", "empty", "foreign", "header", "columns"])
-def test_torn_or_foreign_offsets_are_made_again(folder, damage):
-    path, cache = write(folder / "train.jsonl", [llava(ASK, GPT, id=f"r{i}") for i in range(50)]), folder / "cache"
-    open_(path, cache=cache)
-    (kept,) = cache.glob("offsets/*.npy")
-    data = kept.read_bytes()
+def test_damaged_or_foreign_offsets_are_computed_again(folder, damage):
+    path, cache = (
+        write(folder / "train.jsonl", [make_llava(QUESTION, GPT, id=f"r{i}") for i in range(50)]),
+        folder / "cache",
+    )
+    open_path(path, cache=cache)
+    (stored,) = cache.glob("offsets/*.npy")
+    data = stored.read_bytes()
     broken = {"torn": data[:-8], "empty": b"", "foreign": b"\x93NUMPY what", "header": data[:40]}
-    kept.write_bytes(broken.get(damage, b""))
+    stored.write_bytes(broken.get(damage, b""))
     if damage == "columns":
-        np.save(kept, np.zeros((50, 2), np.int64))
-    assert open_(path, cache=cache)[49].id == "r49"
-    assert kept.read_bytes() == data
+        np.save(stored, np.zeros((50, 2), np.int64))
+    assert open_path(path, cache=cache)[49].id == "r49"
+    assert stored.read_bytes() == data
 
 
 def _open_and_read(path, cache, ids):
-    ids.put([open_(path, cache=cache)[index].id for index in (0, 1999)])
+    ids.put([open_path(path, cache=cache)[index].id for index in (0, 1999)])
 
 
-def test_several_processes_may_open_a_new_file_at_once(folder):
-    path = write(folder / "train.jsonl", [llava(ASK, GPT, id=f"r{i}") for i in range(2000)])
+def test_several_processes_can_open_a_new_file_concurrently(folder):
+    path = write(folder / "train.jsonl", [make_llava(QUESTION, GPT, id=f"r{i}") for i in range(2000)])
     context = multiprocessing.get_context("fork")
     ids = context.Queue()
     workers = [context.Process(target=_open_and_read, args=(path, folder / "cache", ids)) for _ in range(4)]
@@ -133,9 +139,9 @@ def test_several_processes_may_open_a_new_file_at_once(folder):
     )
 
 
-def test_a_file_that_shrinks_under_a_source_is_noticed(folder):
-    path = write(folder / "train.jsonl", [llava(ASK, GPT, id="a"), llava(ASK, GPT, id="b")])
-    source = open_(path)
+def test_a_file_that_shrinks_after_it_was_opened_is_detected(folder):
+    path = write(folder / "train.jsonl", [make_llava(QUESTION, GPT, id="a"), make_llava(QUESTION, GPT, id="b")])
+    source = open_path(path)
     os.truncate(path, 50)
     with pytest.raises(RecordError, match="has become shorter") as caught:
         source[1]
@@ -146,9 +152,9 @@ def test_a_file_that_shrinks_under_a_source_is_noticed(folder):
     assert caught.value.fault is Fault.unreadable
 
 
-def test_a_row_without_end_is_refused_unread(folder, monkeypatch):
-    path = write(folder / "train.jsonl", [llava(ASK, GPT, id="a" * 5000), llava(ASK, GPT)])
-    source = open_(path)
+def test_a_row_that_is_too_long_is_refused_without_reading_it(folder, monkeypatch):
+    path = write(folder / "train.jsonl", [make_llava(QUESTION, GPT, id="a" * 5000), make_llava(QUESTION, GPT)])
+    source = open_path(path)
     monkeypatch.setattr(json_files, "MAX_ROW_BYTES", 1000)
     with pytest.raises(RecordError, match="at most 1,000 are read") as caught:
         source[0]
@@ -160,31 +166,31 @@ def test_a_row_without_end_is_refused_unread(folder, monkeypatch):
 
 @pytest.mark.parametrize("ending", ["jsonl", "json"])
 def test_a_block_keeps_its_digest_when_the_file_grows_or_it_moves(folder, ending):
-    rows = [llava(ASK, {"from": "gpt", "value": f"a{i}"}) for i in range(60)]
+    rows = [make_llava(QUESTION, {"from": "gpt", "value": f"a{i}"}) for i in range(60)]
     path = folder / f"train.{ending}"
-    before = open_(write(path, rows[:40]))
+    before = open_path(write(path, rows[:40]))
     digests = [before.digest_of(start, start + 10) for start in range(0, 40, 10)]
     assert len(set(digests)) == 4
-    grown = open_(write(path, rows))
+    grown = open_path(write(path, rows))
     assert [grown.digest_of(start, start + 10) for start in range(0, 40, 10)][:3] == digests[:3]
-    moved = open_(write(path, rows[50:] + rows[:40]))
+    moved = open_path(write(path, rows[50:] + rows[:40]))
     assert [moved.digest_of(start, start + 10) for start in range(10, 50, 10)][:3] == digests[:3]
     assert before.digest != grown.digest != moved.digest
-    changed = open_(write(path, [*rows[:5], llava(ASK, {"from": "gpt", "value": "b5"}), *rows[6:40]]))
+    changed = open_path(write(path, [*rows[:5], make_llava(QUESTION, {"from": "gpt", "value": "b5"}), *rows[6:40]]))
     found = [changed.digest_of(start, start + 10) for start in range(0, 40, 10)]
     assert found[0] != digests[0] and found[1:] == digests[1:]
 
 
-def test_a_digest_holds_how_the_records_are_read(folder):
-    path = write(folder / "train.jsonl", [llava(ASK, GPT)] * 3)
+def test_a_digest_includes_how_the_records_are_read(folder):
+    path = write(folder / "train.jsonl", [make_llava(QUESTION, GPT)] * 3)
     settings = {}, {"kind": "other"}, {"max_tiles": 2}, {"prompts": ["q"]}, {"image_root": str(folder / "사진")}
-    assert len({open_(path, **options).digest_of(0, 3) for options in settings}) == len(settings)
-    assert open_(path).digest_of(0, 3) == open_(path, num_samples=3, weight=2.0).digest_of(0, 3)
+    assert len({open_path(path, **options).digest_of(0, 3) for options in settings}) == len(settings)
+    assert open_path(path).digest_of(0, 3) == open_path(path, num_samples=3, weight=2.0).digest_of(0, 3)
     with pytest.raises(IndexError):
-        open_(path).digest_of(0, 4)
+        open_path(path).digest_of(0, 4)
 
 
-def test_columns_are_known_by_their_file_and_row_numbers(folder):
+def test_the_digest_of_columns_depends_on_the_file_and_the_row_numbers(folder):
     import pyarrow as pa
     from pyarrow import parquet
 
@@ -192,15 +198,15 @@ def test_columns_are_known_by_their_file_and_row_numbers(folder):
     (folder / "shards").mkdir()
     for name in ("a", "b"):
         parquet.write_table(pa.Table.from_pylist([{"messages": turns}] * 4), folder / "shards" / f"{name}.parquet")
-    source = open_(folder / "shards")
+    source = open_path(folder / "shards")
     digests = [source.digest_of(0, 4), source.digest_of(4, 8), source.digest_of(2, 6)]
     os.utime(folder / "shards" / "b.parquet", ns=(0, 1))
-    again = open_(folder / "shards")
+    again = open_path(folder / "shards")
     found = [again.digest_of(0, 4), again.digest_of(4, 8), again.digest_of(2, 6)]
     assert found[0] == digests[0] and found[1] != digests[1] and found[2] != digests[2]
 
 
-def test_stretches_are_split_at_the_files():
+def test_ranges_are_split_at_the_files():
     assert list(split_range([3, 3, 5, 9], 1, 7)) == [(0, 1, 3), (2, 0, 2), (3, 0, 2)]
     assert list(split_range([3, 3, 5, 9], 3, 4)) == [(2, 0, 1)]
 
@@ -208,17 +214,17 @@ def test_stretches_are_split_at_the_files():
 # Size
 
 
-def _memory_of(action):
-    """Bytes that the peak of a child's memory grows by, and its result."""
+def _measure_memory(action):
+    """Return by how many bytes the peak memory of a child process grows, and the result of the action."""
 
-    def child(pipe):
+    def run_action(pipe):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         result = action()
         pipe.send(((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024, result))
 
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe()
-    worker = context.Process(target=child, args=(theirs,))
+    worker = context.Process(target=run_action, args=(theirs,))
     worker.start()
     found = ours.recv()
     worker.join()
@@ -226,26 +232,26 @@ def _memory_of(action):
 
 
 def test_a_large_list_is_scanned_in_little_memory(folder):
-    record = json.dumps(llava(ASK, {"from": "gpt", "value": "답" * 500}))
+    record = json.dumps(make_llava(QUESTION, {"from": "gpt", "value": "답" * 500}))
     with open(folder / "train.json", "w") as stream:
         stream.write("[" + ",\n".join([record] * 30_000) + "]")
     assert os.path.getsize(folder / "train.json") > 90_000_000
-    memory, count = _memory_of(lambda: len(open_(folder / "train.json", cache=folder / "cache")))
+    memory, count = _measure_memory(lambda: len(open_path(folder / "train.json", cache=folder / "cache")))
     assert count == 30_000 and memory < 40_000_000, memory
 
 
 @pytest.mark.slow
 def test_ten_million_lines_open_in_milliseconds_and_no_memory_the_second_time(folder):
-    line = json.dumps(llava(ASK, GPT)) + "\n"
+    line = json.dumps(make_llava(QUESTION, GPT)) + "\n"
     with open(folder / "train.jsonl", "w") as stream:
         for _ in range(1000):
             stream.write(line * 10_000)
 
-    def timed():
+    def measure_opening():
         start = time.perf_counter()
-        assert len(open_(folder / "train.jsonl", cache=folder / "cache")) == 10_000_000
+        assert len(open_path(folder / "train.jsonl", cache=folder / "cache")) == 10_000_000
         return time.perf_counter() - start
 
-    memory, _ = _memory_of(timed)
-    again, seconds = _memory_of(timed)
+    memory, _ = _measure_memory(measure_opening)
+    again, seconds = _measure_memory(measure_opening)
     assert memory < 100_000_000 and again < 20_000_000 and seconds < 1, (memory, again, seconds)

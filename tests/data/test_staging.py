@@ -1,4 +1,4 @@
-"""Data that was copied to a node's disk is read from there, under the names, digests and keys of the originals."""
+"""Data that was copied to the disk of a node is read from there, with the names, digests and keys of the originals."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from lit_vlm.types import UserError
 
 @pytest.fixture
 def data(tmp_path) -> Path:
-    """Ten records, each with a picture in a folder below."""
+    """Folder of ten records, each with an image in a subfolder."""
     folder = tmp_path / "shared" / "한국어 자료"
     (folder / "pictures").mkdir(parents=True)
     records = []
@@ -31,29 +31,29 @@ def data(tmp_path) -> Path:
     return folder
 
 
-def opened(data: Path):
+def open_data(data: Path):
     return open_source("mine", SourceConfig(path=str(data / "a.json")), max_image_pixels=10_000)
 
 
-def test_a_copy_is_read_and_known_as_its_original(data, tmp_path, monkeypatch, processor):
-    before = opened(data)
+def test_a_copy_is_read_with_the_identity_of_its_original(data, tmp_path, monkeypatch, processor):
+    before = open_data(data)
     whole = build_index([before], processor, store=tmp_path / "index")
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "index").rglob("*.arrow")}
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "index").rglob("*.arrow")}
     copy_to_node([data], tmp_path / "node")
     monkeypatch.setenv("NODE", str(tmp_path))
     monkeypatch.setenv("LIT_VLM_STAGED", "$NODE/node")
-    source = opened(data)
+    source = open_data(data)
     assert source.digest == before.digest
     again = build_index([source], processor, store=tmp_path / "index")
     assert again.compute_digest() == whole.compute_digest()
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "index").rglob("*.arrow")} == kept
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "index").rglob("*.arrow")} == times
     copy = resolve_staged_path(data / "pictures" / "3.png")
     assert copy == tmp_path / "node" / (data / "pictures" / "3.png").relative_to("/")
     Image.new("RGB", (43, 30), "blue").save(copy)
-    assert source[3].images[0].load().getpixel((0, 0)) == (0, 0, 255)  # the node's file is what is read
+    assert source[3].images[0].load().getpixel((0, 0)) == (0, 0, 255)  # the file on the node is read
 
 
-def test_a_second_copy_takes_only_what_is_new_and_a_half_written_file_is_no_copy(data, tmp_path):
+def test_a_second_copy_transfers_only_new_and_incomplete_files(data, tmp_path):
     count, size = copy_to_node([data], tmp_path / "node")
     assert count == 11 and size == sum(path.stat().st_size for path in data.rglob("*") if path.is_file())
     assert copy_to_node([data], tmp_path / "node") == (0, 0)
@@ -65,7 +65,7 @@ def test_a_second_copy_takes_only_what_is_new_and_a_half_written_file_is_no_copy
     assert copy.stat().st_mtime_ns == (data / "a.json").stat().st_mtime_ns
 
 
-def test_what_was_taken_out_of_a_folder_goes_from_its_copy_and_nothing_else_does(tmp_path):
+def test_files_removed_from_a_folder_are_removed_from_its_copy_and_no_others(tmp_path):
     shards, node, other = tmp_path / "shards", tmp_path / "node", tmp_path / "node" / "other.jsonl"
     (shards / "below").mkdir(parents=True)
     for name in ("a.jsonl", "b.jsonl", "below/c.jsonl"):
@@ -87,7 +87,7 @@ def test_what_was_taken_out_of_a_folder_goes_from_its_copy_and_nothing_else_does
 
 
 @pytest.mark.parametrize("named", ["$NOPE_IS_NOT_SET/x", "/scratch/${NOPE_IS_NOT_SET}", "$HERE"])
-def test_a_folder_whose_variable_is_not_set_on_the_node_is_no_folder(named, data, tmp_path, monkeypatch, repository):
+def test_a_folder_whose_variable_is_not_set_on_the_node_is_refused(named, data, tmp_path, monkeypatch, repository):
     monkeypatch.setenv("HERE", "relative")
     monkeypatch.setenv("LIT_VLM_STAGED", named)
     with pytest.raises(UserError, match="set on every node"):
@@ -99,19 +99,19 @@ def test_a_folder_whose_variable_is_not_set_on_the_node_is_no_folder(named, data
     assert [path.name for path in tmp_path.iterdir()] == ["shared"]
 
 
-def test_what_is_not_staged_is_read_where_it_is(data, tmp_path, monkeypatch):
+def test_data_that_is_not_staged_is_read_from_its_original_path(data, tmp_path, monkeypatch):
     monkeypatch.setenv("LIT_VLM_STAGED", str(tmp_path / "nowhere"))
-    assert len(opened(data)) == 10
+    assert len(open_data(data)) == 10
 
 
-def test_a_disk_that_is_too_small_is_told_before_anything_is_copied(data, tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_reported_before_anything_is_copied(data, tmp_path, monkeypatch):
     monkeypatch.setattr("lit_vlm.data.staging.SPARE_BYTES", 1 << 60)
     with pytest.raises(UserError, match=r"GB free, and 0\.0 GB would be copied.*Choose another folder"):
         copy_to_node([data], tmp_path / "node")
     assert not list((tmp_path / "node").rglob("*.png"))
 
 
-def test_the_job_s_step_copies_and_a_missing_file_fails_it(data, tmp_path, repository):
+def test_the_staging_command_copies_and_a_missing_file_fails_it(data, tmp_path, repository):
     command = [sys.executable, "-m", "lit_vlm.data.staging", "$WHERE/node", str(data), str(data / "pictures")]
     environment = {**os.environ, "PYTHONPATH": str(repository), "WHERE": str(tmp_path)}
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)

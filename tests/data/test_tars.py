@@ -1,4 +1,4 @@
-"""Claims about WebDataset's shards: read where they lie, by random access; nothing in them is extracted or executed."""
+"""WebDataset's shards are read in place, by random access; nothing in them is extracted or executed."""
 
 import io
 import json
@@ -10,15 +10,15 @@ import tarfile
 
 import numpy as np
 import pytest
-from hostile_tars import CANARY, CASES, archive, member
-from source_cases import contents, open_
+from hostile_tars import CANARY, CASES, build_archive, make_member
+from source_cases import get_contents, open_path
 
 from lit_vlm.config.schema import Format
 from lit_vlm.data.readers.rows.tars import open_tar
 from lit_vlm.types import Fault, ImagePlaceholder, Language, RecordError, SampleKind, UserError
 
 
-def jpeg(image):
+def encode_jpeg(image):
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=95)
     return stream.getvalue()
@@ -33,17 +33,17 @@ def write_tar(path, members, form=tarfile.PAX_FORMAT):
     return path
 
 
-def samples(photos, count=3):
+def make_samples(photos, count=3):
     for number in range(count):
-        yield f"그림/{number:04}.jpg", jpeg(photos[number % 2])
+        yield f"그림/{number:04}.jpg", encode_jpeg(photos[number % 2])
         yield f"그림/{number:04}.txt", f"{number}번째 사진\n".encode()
 
 
-def test_a_picture_and_its_caption_become_a_sample(folder, photos):
-    source = open_(write_tar(folder / "train.tar", samples(photos)))
+def test_an_image_and_its_caption_become_a_sample(folder, photos):
+    source = open_path(write_tar(folder / "train.tar", make_samples(photos)))
     assert len(source) == 3
     first = source[1]
-    assert contents(first) == [(ImagePlaceholder(0),), ("1번째 사진",)]
+    assert get_contents(first) == [(ImagePlaceholder(0),), ("1번째 사진",)]
     assert (first.id, first.origin) == ("train/그림/0001", "train.tar/그림/0001") and source.origin(1) == first.origin
     assert (first.kind, first.language) == (SampleKind.image_only, Language.ko)
     assert first.images[0].size == (40, 60)
@@ -52,13 +52,16 @@ def test_a_picture_and_its_caption_become_a_sample(folder, photos):
     assert again[2].messages == source[2].messages and len(pickle.dumps(source)) < 5000
 
 
-def test_prompts_ask_where_a_caption_has_no_question(folder, photos):
-    path = write_tar(folder / "train.tar", samples(photos, 40))
-    source = open_(path, prompts=["무엇인가요?", "What is it?", "설명해줘"])
+def test_prompts_are_added_to_captions_without_a_question(folder, photos):
+    path = write_tar(folder / "train.tar", make_samples(photos, 40))
+    source = open_path(path, prompts=["무엇인가요?", "What is it?", "설명해줘"])
     asked = [source[index].messages[0].content for index in range(40)]
     assert {content[1] for content in asked} == {"무엇인가요?", "What is it?", "설명해줘"}
     assert all(content[0] == ImagePlaceholder(0) for content in asked)
-    assert source[0].kind is SampleKind.caption and open_(path, prompts=["q"], kind="other")[0].kind is SampleKind.other
+    assert (
+        source[0].kind is SampleKind.caption
+        and open_path(path, prompts=["q"], kind="other")[0].kind is SampleKind.other
+    )
 
 
 def test_json_members_hold_records_of_any_format(folder, photos):
@@ -67,79 +70,81 @@ def test_json_members_hold_records_of_any_format(folder, photos):
     turns = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}]}
     pair = {"prompt": "<image>\nq", "chosen": "a", "rejected": "b", "id": 7}
     members = [
-        ("two.1.png", jpeg(photos[1])),
-        ("two.0.jpg", jpeg(photos[0].resize((30, 20)))),
+        ("two.1.png", encode_jpeg(photos[1])),
+        ("two.0.jpg", encode_jpeg(photos[0].resize((30, 20)))),
         ("two.json", json.dumps({**two, "image": ["coco/0.jpg", "../1.jpg"]}).encode()),
         ("turns.json", json.dumps(turns).encode()),
         ("pair.json", json.dumps(pair).encode()),
-        ("crawled.jpg", jpeg(photos[0])),
+        ("crawled.jpg", encode_jpeg(photos[0])),
         ("crawled.txt", b"a flower"),
         ("crawled.json", json.dumps({"caption": "x", "url": "http://x/a.jpg", "sha256": "0"}).encode()),
-        ("plain.jpg", jpeg(photos[0])),
+        ("plain.jpg", encode_jpeg(photos[0])),
         ("plain.json", b'{"caption": "words"}'),
-        ("turns.jpeg", jpeg(photos[0])),  # not beside its record; random access finds it all the same
-        ("pair.webp", jpeg(photos[0])),
+        ("turns.jpeg", encode_jpeg(photos[0])),  # not next to its record; random access finds it
+        ("pair.webp", encode_jpeg(photos[0])),
     ]
-    source = open_(write_tar(folder / "train.tar", members))
+    source = open_path(write_tar(folder / "train.tar", members))
     found = {source.origin(index): source[index] for index in range(len(source))}
     assert list(found) == [f"train.tar/{key}" for key in ("two", "turns", "pair", "crawled", "plain")]
     assert [image.size for image in found["train.tar/two"].images] == [(20, 30), (40, 60)]
-    assert contents(found["train.tar/turns"]) == [(ImagePlaceholder(0), "q"), ("a",)]
+    assert get_contents(found["train.tar/turns"]) == [(ImagePlaceholder(0), "q"), ("a",)]
     assert found["train.tar/pair"].chosen.content == ("a",) and found["train.tar/pair"].id == "7"
-    assert contents(found["train.tar/crawled"])[1] == ("a flower",)
-    assert contents(found["train.tar/plain"])[1] == ("words",)
+    assert get_contents(found["train.tar/crawled"])[1] == ("a flower",)
+    assert get_contents(found["train.tar/plain"])[1] == ("words",)
 
 
-def test_placeholders_must_match_the_pictures_of_the_key(folder, photos):
+def test_placeholders_must_match_the_images_of_the_key(folder, photos):
     turns = [{"from": "human", "value": "<image><image>"}, {"from": "gpt", "value": "a"}]
-    members = [("a.jpg", jpeg(photos[0])), ("a.json", json.dumps({"conversations": turns}).encode())]
+    members = [("a.jpg", encode_jpeg(photos[0])), ("a.json", json.dumps({"conversations": turns}).encode())]
     with pytest.raises(RecordError, match=r"train\.tar/a: 2 image placeholders but 1 image") as caught:
-        open_(write_tar(folder / "train.tar", members))[0]
+        open_path(write_tar(folder / "train.tar", members))[0]
     assert caught.value.fault is Fault.placeholders
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-def test_long_and_korean_names_are_read_as_writers_leave_them(folder, photos, form):
+def test_long_and_korean_names_are_read_in_each_tar_format(folder, photos, form):
     key = "한국어/" + "긴이름" * 20
     assert len(key.encode()) > 100
-    source = open_(write_tar(folder / "t.tar", [(f"{key}.jpg", jpeg(photos[0])), (f"{key}.txt", b"x")], form))
+    source = open_path(
+        write_tar(folder / "t.tar", [(f"{key}.jpg", encode_jpeg(photos[0])), (f"{key}.txt", b"x")], form)
+    )
     assert source[0].id == f"t/{key}"
 
 
-def test_what_tar_itself_packs_is_read(folder, photos):
+def test_an_archive_of_the_tar_command_is_read(folder, photos):
     (folder / "set").mkdir()
-    for name, data in samples(photos):
+    for name, data in make_samples(photos):
         (folder / "set" / name.rpartition("/")[2]).write_bytes(data)
     subprocess.run(["tar", "cf", "set.tar", "./set"], cwd=folder, check=True)
-    source = open_(folder / "set.tar", format=Format.webdataset)
+    source = open_path(folder / "set.tar", format=Format.webdataset)
     assert sorted(source[index].id for index in range(len(source))) == [f"set/./set/{n:04}" for n in range(3)]
 
 
 def test_a_folder_of_shards_is_one_source(folder, photos):
     (folder / "shards").mkdir()
     for number in range(3):
-        write_tar(folder / "shards" / f"{number:03}.tar", samples(photos, 2))
-    source = open_(folder / "shards")
+        write_tar(folder / "shards" / f"{number:03}.tar", make_samples(photos, 2))
+    source = open_path(folder / "shards")
     assert [source[index].id for index in range(6)] == [f"{n:03}/그림/{m:04}" for n in range(3) for m in range(2)]
     assert source.digest_of(0, 6) != source.digest_of(0, 5)
 
 
 def test_the_headers_are_read_once(folder, photos, monkeypatch):
-    path, cache = write_tar(folder / "train.tar", samples(photos)), folder / "cache"
-    first = open_(path, cache=cache)
+    path, cache = write_tar(folder / "train.tar", make_samples(photos)), folder / "cache"
+    first = open_path(path, cache=cache)
     monkeypatch.setattr("lit_vlm.data.readers.rows.tars._build_table", None)
-    second = open_(path, cache=cache)
+    second = open_path(path, cache=cache)
     assert [second[index].id for index in range(3)] == [first[index].id for index in range(3)]
     assert pickle.loads(pickle.dumps(second))[2].id == first[2].id
 
 
-# What is refused
+# Refused archives
 
 SHORT = list(CASES)[:10]
 _opened: list[str] | None = None
 
 
-def _hook(event, args):
+def _record_event(event, args):
     if _opened is None:
         return
     if event in ("os.mkdir", "os.symlink", "os.link", "os.rename", "os.remove", "subprocess.Popen", "os.system"):
@@ -148,19 +153,19 @@ def _hook(event, args):
         _opened.append(f"writes {args[0]}")
 
 
-sys.addaudithook(_hook)  # cannot be removed, hence the switch
+sys.addaudithook(_record_event)  # a hook cannot be removed: `_opened` switches it on and off
 
 
 @pytest.mark.parametrize("name", [*SHORT, *(pytest.param(key, marks=pytest.mark.slow) for key in list(CASES)[10:])])
-def test_a_hostile_member_is_named_and_its_neighbours_are_read(folder, photos, name):
+def test_a_hostile_member_is_reported_and_its_neighbours_are_read(folder, photos, name):
     global _opened
     case = CASES[name]
     path = folder / "train.tar"
-    path.write_bytes(archive(case, jpeg(photos[0])))
+    path.write_bytes(build_archive(case, encode_jpeg(photos[0])))
     faults, good = [], {}
     _opened = []
     try:
-        source = open_(path)
+        source = open_path(path)
         for index in range(len(source)):
             try:
                 sample = source[index]
@@ -193,31 +198,31 @@ def test_there_are_fifty_hostile_archives():
         ("a.tar", b"\0" * 10240, "no records in it"),
     ],
 )
-def test_what_is_no_plain_tar_is_refused_as_a_whole(folder, name, data, words):
+def test_a_file_that_is_no_plain_tar_is_refused_as_a_whole(folder, name, data, words):
     (folder / name).write_bytes(data)
     with pytest.raises(UserError, match=words) as caught:
-        open_(folder / name)
+        open_path(folder / name)
     assert not isinstance(caught.value, RecordError)
 
 
-def test_webdataset_reads_tars_alone(folder):
+def test_webdataset_reads_only_tars(folder):
     (folder / "a.jsonl").write_text("{}")
     with pytest.raises(UserError, match=r"format=webdataset reads \.tar files; found a\.jsonl"):
-        open_(folder / "a.jsonl", format=Format.webdataset)
+        open_path(folder / "a.jsonl", format=Format.webdataset)
 
 
-def test_a_member_of_too_many_bytes_is_refused_unread(folder, photos, monkeypatch):
+def test_a_member_of_too_many_bytes_is_refused_without_reading_it(folder, photos, monkeypatch):
     monkeypatch.setattr("lit_vlm.data.readers.rows.tar_entries.MAX_FILE_BYTES", 10_000)
-    body = member("a.jpg", b"\0" * 20_000) + member("a.txt", b"x")
+    body = make_member("a.jpg", b"\0" * 20_000) + make_member("a.txt", b"x")
     (folder / "t.tar").write_bytes(body + b"\0" * 1024)
     with pytest.raises(RecordError, match="has 20,000 bytes, at most 10,000 are read") as caught:
-        open_(folder / "t.tar")[0]
+        open_path(folder / "t.tar")[0]
     assert caught.value.fault is Fault.too_large
 
 
-def test_an_archive_that_changes_under_a_source_is_noticed(folder, photos):
-    rows = open_tar(write_tar(folder / "train.tar", samples(photos)))
-    write_tar(folder / "train.tar", [("b.jpg", jpeg(photos[1]) * 3), ("b.txt", b"x")])
+def test_an_archive_that_changes_after_it_was_opened_is_detected(folder, photos):
+    rows = open_tar(write_tar(folder / "train.tar", make_samples(photos)))
+    write_tar(folder / "train.tar", [("b.jpg", encode_jpeg(photos[1]) * 3), ("b.txt", b"x")])
     with pytest.raises(RecordError):
         for index in range(3):
             rows[index]

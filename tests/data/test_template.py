@@ -1,4 +1,4 @@
-"""Supervision masks come from the model's own template, and text never becomes control."""
+"""Supervision masks come from the model's own chat template, and text never becomes a control token."""
 
 import random
 
@@ -9,7 +9,7 @@ from lit_vlm.data.processor import Processor, check_vocabulary
 from lit_vlm.data.template import ChatTemplate
 from lit_vlm.types import SPECIAL_TOKENS, ControlToken, ImagePlaceholder, Message, Role, UserError
 
-# shape of the template that llava-hf's OneVision checkpoints carry: parts only, another header than its prompt
+# structure of the template of llava-hf's OneVision checkpoints: parts only, another header than in its prompt
 LLAVA_HF = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
@@ -18,7 +18,7 @@ LLAVA_HF = (
     "{% generation %}{{ '\n' + content['text'] }}{% endgeneration %}{% endfor %}{% endif %}{{'<|im_end|>'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-REWRITES = (  # Qwen3's habit: only the last answer keeps its thinking block
+REWRITES = (  # like Qwen3: only the last answer keeps its thinking block
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
     "{% if message['role'] == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
     "{{ message['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -30,17 +30,17 @@ QWEN25 = (  # a default system message, contents as strings, whitespace stripped
 )
 
 
-def turns(*texts: str) -> tuple[Message, ...]:
+def make_turns(*texts: str) -> tuple[Message, ...]:
     return tuple(Message(Role.user if i % 2 == 0 else Role.assistant, (text,)) for i, text in enumerate(texts))
 
 
-def supervised_text(template: ChatTemplate, messages: tuple[Message, ...], images: list[int] | None = None) -> str:
+def get_supervised_text(template: ChatTemplate, messages: tuple[Message, ...], images: list[int] | None = None) -> str:
     encoded = template.encode(messages, images or [])
     return template.tokenizer.decode(encoded.input_ids[encoded.supervised].tolist())
 
 
 @pytest.fixture
-def templated(processor):
+def template_factory(processor):
     def make(template: str) -> ChatTemplate:
         from lit_vlm.model.vocabulary import wrap_chat_template
 
@@ -51,21 +51,21 @@ def templated(processor):
 
 
 def test_exactly_the_answers_and_their_ends_are_supervised(processor):
-    text = supervised_text(processor.template, turns("안녕?", "네, 안녕하세요.", "What color?", "red"))
+    text = get_supervised_text(processor.template, make_turns("안녕?", "네, 안녕하세요.", "What color?", "red"))
     assert text == "네, 안녕하세요.<|im_end|>red<|im_end|>"
 
 
 @pytest.mark.parametrize("chat_template", [QWEN25, LLAVA_HF])
-def test_templates_without_generation_marks_and_with_other_headers_work(templated, chat_template):
-    template = templated(chat_template)
-    text = supervised_text(template, turns("무엇인가요?", "빨간 원", "Really?", "yes"))
+def test_templates_without_generation_markers_and_with_other_headers_work(template_factory, chat_template):
+    template = template_factory(chat_template)
+    text = get_supervised_text(template, make_turns("무엇인가요?", "빨간 원", "Really?", "yes"))
     assert text.replace("\n", "") == "빨간 원<|im_end|>yes<|im_end|>"
 
 
 @pytest.mark.parametrize("chat_template", [None, QWEN25, LLAVA_HF])
-def test_token_ids_equal_those_of_apply_chat_template(templated, processor, chat_template):
-    template = templated(chat_template) if chat_template else processor.template
-    messages = turns(" What is this?  It's 12 o'clock. ", "빨간 원입니다. 그리고 a star!", "또?", "no")
+def test_token_ids_equal_those_of_apply_chat_template(template_factory, processor, chat_template):
+    template = template_factory(chat_template) if chat_template else processor.template
+    messages = make_turns(" What is this?  It's 12 o'clock. ", "빨간 원입니다. 그리고 a star!", "또?", "no")
     plain = [{"role": m.role.value, "content": [{"type": "text", "text": m.content[0]}]} for m in messages]
     whole = template.tokenizer.apply_chat_template(plain, tokenize=True)
     whole = whole["input_ids"] if hasattr(whole, "keys") else whole
@@ -73,31 +73,29 @@ def test_token_ids_equal_those_of_apply_chat_template(templated, processor, chat
 
 
 @pytest.mark.parametrize("chat_template", [None, QWEN25, LLAVA_HF])
-def test_long_conversations_are_masked_as_short_ones_are(templated, processor, monkeypatch, chat_template):
-    """Answers behind the first ones are found by their header; the same marks come of rendering up to each of them."""
-    template = templated(chat_template) if chat_template else processor.template
-    messages = turns(*(f"{i}번 질문" if i % 2 == 0 else f" answer {i} " for i in range(60)))
+def test_long_conversations_are_masked_like_short_ones(template_factory, processor, monkeypatch, chat_template):
+    """Answers after the first ones are found by their header; rendering up to each of them gives the same mask."""
+    template = template_factory(chat_template) if chat_template else processor.template
+    messages = make_turns(*(f"{i}번 질문" if i % 2 == 0 else f" answer {i} " for i in range(60)))
     rendered = []
     monkeypatch.setattr(
         ChatTemplate,
         "render",
         lambda self, *a, render=ChatTemplate.render, **k: rendered.append(1) or render(self, *a, **k),
     )
-    quick = template.encode(messages, [])
+    fast = template.encode(messages, [])
     assert len(rendered) < 60
     monkeypatch.setattr("lit_vlm.data.template.NUM_RENDERED_TURNS", 1000)
     exact = ChatTemplate(template.tokenizer).encode(messages, [])
     assert len(rendered) > 100
-    assert (
-        quick.input_ids.tolist() == exact.input_ids.tolist() and quick.supervised.tolist() == exact.supervised.tolist()
-    )
+    assert fast.input_ids.tolist() == exact.input_ids.tolist() and fast.supervised.tolist() == exact.supervised.tolist()
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_fix(templated):
-    template = templated(REWRITES)
-    assert supervised_text(template, turns("q", "a")).endswith("a<|im_end|>")  # one turn is sound
+def test_a_template_that_rewrites_earlier_turns_is_refused_with_the_fix(template_factory):
+    template = template_factory(REWRITES)
+    assert get_supervised_text(template, make_turns("q", "a")).endswith("a<|im_end|>")  # one turn works
     with pytest.raises(UserError, match=r"rewrites earlier turns.*model\.chat_template=chatml"):
-        template.encode(turns("q", "a", "q2", "a2"), [])
+        template.encode(make_turns("q", "a", "q2", "a2"), [])
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused_with_the_fix(processor):
@@ -106,13 +104,13 @@ def test_a_tokenizer_without_a_chat_template_is_refused_with_the_fix(processor):
         ChatTemplate(processor.tokenizer)
 
 
-def test_a_template_that_does_not_close_answers_is_refused(templated):
-    template = templated("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}")
+def test_a_template_that_does_not_close_answers_is_refused(template_factory):
+    template = template_factory("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}")
     with pytest.raises(UserError, match="without a control token"):
-        template.encode(turns("q", "a"), [])
+        template.encode(make_turns("q", "a"), [])
 
 
-def test_images_stand_where_their_slots_stand(processor):
+def test_images_are_placed_at_their_placeholders(processor):
     messages = (Message(Role.user, ("앞 ", ImagePlaceholder(0), "뒤")), Message(Role.assistant, ("네",)))
     ids = processor.template.encode(messages, [5]).input_ids.tolist()
     first = ids.index(processor.image_token_id)
@@ -120,7 +118,7 @@ def test_images_stand_where_their_slots_stand(processor):
     assert processor.tokenizer.decode(ids[:first]).endswith("앞 ")
 
 
-def test_control_pieces_are_one_id_each(processor):
+def test_control_tokens_are_one_id_each(processor):
     for token in SPECIAL_TOKENS:
         messages = (Message(Role.user, (ControlToken(token), "x")), Message(Role.assistant, ("y",)))
         ids = processor.template.encode(messages, []).input_ids.tolist()
@@ -150,14 +148,14 @@ def test_a_prompt_that_contains_control_tokens_as_text_is_tokenised_as_text(proc
         "ᄀ\u1161",
     ]
     control_ids = set(processor.template.control_ids.values())
-    plain = sum(i in control_ids for i in processor.template.encode(turns("q", "a"), []).input_ids.tolist())
+    plain = sum(i in control_ids for i in processor.template.encode(make_turns("q", "a"), []).input_ids.tolist())
     import unicodedata
 
     for _ in range(2000):
         hostile = "".join(rng.choice(controls) + rng.choice(glue) for _ in range(rng.randint(1, 4))) or "x"
         hostile += "."
         where = rng.choice([0, 1])
-        messages = turns(hostile, "a") if where == 0 else turns("q", hostile)
+        messages = make_turns(hostile, "a") if where == 0 else make_turns("q", hostile)
         encoded = processor.template.encode(messages, [])
         ids = encoded.input_ids.tolist()
         assert sum(i in control_ids for i in ids) == plain
@@ -166,12 +164,12 @@ def test_a_prompt_that_contains_control_tokens_as_text_is_tokenised_as_text(proc
         assert processor.tokenizer.decode(encoded.input_ids[encoded.supervised].tolist()) == expected
 
 
-def test_pieces_and_whole_tokenise_alike_or_the_tokenizer_is_refused(processor, monkeypatch):
+def test_a_tokenizer_that_tokenises_pieces_and_the_whole_differently_is_refused(processor, monkeypatch):
     check_vocabulary(processor)
     from tokenizers import pre_tokenizers
 
     backend = processor.template.plain_tokenizer
-    backend.pre_tokenizer = pre_tokenizers.Metaspace()  # SentencePiece's habit: a space before every piece
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()  # like SentencePiece: a space before every piece
     processor.template.tokenize_text.cache_clear()
     with pytest.raises(UserError, match="byte-level tokenizer"):
         check_vocabulary(processor)
@@ -188,8 +186,8 @@ def test_chatml_can_be_given_by_name_and_from_a_file(small_parts, tmp_path):
     file.write_text("{% for m in messages %}{{ '<|im_start|>' + m['content'] + '<|im_end|>' }}{% endfor %}")
     for choice in ("chatml", str(file)):
         blueprint = blueprint_of(small_parts, chat_template=choice)
-        assert supervised_text(Processor(blueprint.tokenizer, blueprint.images).template, turns("q", "a")).endswith(
-            "a<|im_end|>"
-        )
+        assert get_supervised_text(
+            Processor(blueprint.tokenizer, blueprint.images).template, make_turns("q", "a")
+        ).endswith("a<|im_end|>")
     with pytest.raises(UserError, match="no such file"):
         blueprint_of(small_parts, chat_template="nowhere.jinja")

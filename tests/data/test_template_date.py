@@ -1,4 +1,4 @@
-"""Chat templates that write the day, draw by chance, or have a slip."""
+"""Chat templates that write the date, use randomness, or have an error."""
 
 import copy
 import pickle
@@ -13,7 +13,7 @@ from lit_vlm.model.vocabulary import CHATML, wrap_chat_template
 from lit_vlm.types import ImagePlaceholder, Message, Role, UserError
 
 DAY = "{{ 'Today: ' + strftime_now('%d %B %Y') + '\\n' }}"
-LLAMA = (  # as Llama 3.1's begins
+LLAMA = (  # like the beginning of that of Llama 3.1
     "{%- if not date_string is defined %}{%- if strftime_now is defined %}{%- set date_string = strftime_now('%d %b %Y') %}"
     "{%- else %}{%- set date_string = '26 Jul 2024' %}{%- endif %}{%- endif %}{{- 'Today Date: ' + date_string + '\\n' }}"
 )
@@ -21,37 +21,37 @@ SPRING, AUTUMN = date(2026, 5, 1), date(2026, 9, 23)
 
 
 @pytest.fixture
-def make(processor):
-    """A processor of a template, on a day."""
+def make_processor(processor):
+    """Factory of a processor of a template, with a fixed day."""
 
-    def made(template: str, day: date | None = SPRING, **options) -> Processor:
+    def build_processor(template: str, day: date | None = SPRING, **options) -> Processor:
         tokenizer = copy.deepcopy(processor.tokenizer)
         tokenizer.chat_template = wrap_chat_template(template)
         return Processor(tokenizer, processor.images, day=day, **options)
 
-    return made
+    return build_processor
 
 
-def text(processor: Processor) -> str:
+def decode_text(processor: Processor) -> str:
     ids = processor.encode_sequences(sample("question", "answer", (56, 56)))[0].input_ids
     return processor.tokenizer.decode(ids)
 
 
 @pytest.mark.parametrize("head", [DAY, LLAMA])
-def test_the_day_stands_still_whatever_the_clock_says(make, monkeypatch, head):
+def test_the_date_is_fixed_whatever_the_clock_says(make_processor, monkeypatch, head):
     import transformers.utils.chat_template_utils as utils
 
-    class Later(utils.datetime):
+    class LaterDatetime(utils.datetime):
         @classmethod
         def now(cls, tz=None):
             return cls(2031, 12, 31)
 
-    fixed = make(head + CHATML)
-    before = text(fixed)
-    monkeypatch.setattr(utils, "datetime", Later)
-    assert text(make(head + CHATML)) == before == text(pickle.loads(pickle.dumps(fixed)))
+    fixed = make_processor(head + CHATML)
+    before = decode_text(fixed)
+    monkeypatch.setattr(utils, "datetime", LaterDatetime)
+    assert decode_text(make_processor(head + CHATML)) == before == decode_text(pickle.loads(pickle.dumps(fixed)))
     assert "2026" in before and "2031" not in before
-    assert text(make(head + CHATML, AUTUMN)) != before
+    assert decode_text(make_processor(head + CHATML, AUTUMN)) != before
 
 
 @pytest.mark.parametrize(
@@ -70,13 +70,13 @@ def test_the_day_stands_still_whatever_the_clock_says(make, monkeypatch, head):
         "no day",
     ],
 )
-def test_every_form_of_a_day_is_what_the_clock_of_that_day_would_write(form):
+def test_every_format_of_a_date_is_rendered_as_the_clock_of_that_day_would(form):
     import datetime
 
     from transformers.utils.chat_template_utils import render_jinja_template
 
     midnight = datetime.datetime(2026, 5, 1)
-    head = "\n  {% if true %}\n a{% endif %}"  # white space at the beginning stays as it is
+    head = "\n  {% if true %}\n a{% endif %}"  # white space at the beginning is unchanged
     (expected,), _ = render_jinja_template([[]], chat_template=head + midnight.strftime(form.replace("{", "")))
     (found,), _ = render_jinja_template(
         [[]], chat_template=freeze_date(head + "{{ strftime_now('" + form + "') }}", SPRING)
@@ -84,17 +84,17 @@ def test_every_form_of_a_day_is_what_the_clock_of_that_day_would_write(form):
     assert found == expected
 
 
-def test_an_index_of_one_day_is_no_index_of_another_and_without_a_day_it_is_the_same(make):
-    assert make(DAY + CHATML).digest != make(DAY + CHATML, AUTUMN).digest
-    assert make(CHATML).digest == make(CHATML, AUTUMN).digest
+def test_the_digest_depends_on_the_day_only_if_the_template_writes_it(make_processor):
+    assert make_processor(DAY + CHATML).digest != make_processor(DAY + CHATML, AUTUMN).digest
+    assert make_processor(CHATML).digest == make_processor(CHATML, AUTUMN).digest
 
 
-def test_a_processor_keeps_the_day_on_which_it_was_made(make):
-    assert make(DAY + CHATML, None).template.day == date.today()
+def test_a_processor_keeps_the_day_on_which_it_was_created(make_processor):
+    assert make_processor(DAY + CHATML, None).template.day == date.today()
 
 
 @pytest.mark.parametrize("words", ["'strftime_now'", "message.strftime_now", "{# strftime_now #}''"])
-def test_a_day_that_is_only_spoken_of_is_none(words):
+def test_a_template_that_only_mentions_the_date_function_does_not_depend_on_the_date(words):
     assert not is_date_dependent("{{ " + words + " }} strftime_now") and is_date_dependent("{{ strftime_now('%d') }}")
 
 
@@ -108,17 +108,17 @@ def test_a_day_that_is_only_spoken_of_is_none(words):
         "[['a', 'b']]|map(f)|join if 'random' else ''",
     ],
 )
-def test_what_is_drawn_by_chance_is_refused(make, words):
+def test_templates_that_use_randomness_are_refused(make_processor, words):
     with pytest.raises(UserError, match="draws by chance"):
-        make("{{ " + words + " }}" + CHATML)
+        make_processor("{{ " + words + " }}" + CHATML)
 
 
-def test_chance_in_a_block_of_a_filter_is_refused(make):
+def test_randomness_in_a_filter_block_is_refused(make_processor):
     with pytest.raises(UserError, match="draws by chance"):
-        make("{% filter random %}abc{% endfilter %}" + CHATML)
+        make_processor("{% filter random %}abc{% endfilter %}" + CHATML)
 
 
-def test_seconds_of_a_fixed_day_are_those_of_no_machines_time_zone(monkeypatch):
+def test_seconds_of_a_fixed_day_do_not_depend_on_the_time_zone_of_the_machine(monkeypatch):
     import time
 
     for zone in ("Asia/Seoul", "UTC"):
@@ -138,11 +138,11 @@ def test_seconds_of_a_fixed_day_are_those_of_no_machines_time_zone(monkeypatch):
         "{'lipsum': 'a'}['lipsum']",
     ],
 )
-def test_a_word_for_chance_is_no_chance(make, words):
-    assert "answer" in text(make("{{ " + words + " }}" + CHATML))
+def test_templates_that_only_mention_randomness_are_accepted(make_processor, words):
+    assert "answer" in decode_text(make_processor("{{ " + words + " }}" + CHATML))
 
 
-SLIPS = {
+TEMPLATE_ERRORS = {
     "no end": ("{% for message in messages %}{{ message.content }}", "is not well-formed, line 1"),
     "a wrong tag": ("{% frob %}" + CHATML, "is not well-formed"),
     "a name that is called": ("{{ today() }}" + CHATML, "'today' is undefined"),
@@ -172,27 +172,27 @@ SLIPS = {
 }
 
 
-@pytest.mark.parametrize("name", SLIPS)
-def test_a_slip_in_a_template_is_told_in_a_sentence(make, name):
-    template, said = SLIPS[name]
+@pytest.mark.parametrize("name", TEMPLATE_ERRORS)
+def test_an_error_in_a_template_is_reported_in_a_sentence(make_processor, name):
+    template, message = TEMPLATE_ERRORS[name]
     with pytest.raises(UserError) as caught:
-        made = make(template)
-        made.encode_sequences(sample("question", "answer", (56, 56)))
+        build_processor = make_processor(template)
+        build_processor.sequences(sample("question", "answer", (56, 56)))
     assert (
-        said in str(caught.value)
+        message in str(caught.value)
         and "chat template" in str(caught.value)
         and "model.chat_template" in str(caught.value)
     )
 
 
-def test_a_system_message_that_a_template_drops_is_told(make):
+def test_a_system_message_that_a_template_drops_is_reported(make_processor):
     quiet = CHATML.replace(
         "{%- for message in messages -%}", "{%- for message in messages if message['role'] != 'system' -%}"
     )
-    made = make(quiet)
-    said = (Message(Role.system, ("Be brief.",)), Message(Role.user, ("q",)), Message(Role.assistant, ("a",)))
+    build_processor = make_processor(quiet)
+    conversation = (Message(Role.system, ("Be brief.",)), Message(Role.user, ("q",)), Message(Role.assistant, ("a",)))
     with pytest.raises(UserError, match="leaves out what the system says in a conversation of roles"):
-        made.template.encode(said, [])
-    assert made.template.encode(
+        build_processor.template.encode(conversation, [])
+    assert build_processor.template.encode(
         (Message(Role.user, (ImagePlaceholder(0), "q")), Message(Role.assistant, ("a",))), [4]
     ).num_tokens

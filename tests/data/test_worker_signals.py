@@ -1,4 +1,4 @@
-"""A loader's workers outlast signals that are meant for the run, and never the run itself."""
+"""Workers of a loader survive signals that are meant for the run, and never outlive the run."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ for number in DataLoader(Broken(), batch_size=None, num_workers=2, worker_init_f
 """
 
 
-# Workers that are still reading when the process ends; what is called after they were killed takes a while.
+# Workers that are still reading when the process ends. The exit handlers that run after they were killed take a while.
 READING = """
 import atexit, time
 atexit.register(lambda: [time.sleep(0.01) for _ in range(50)])
@@ -61,7 +61,7 @@ def test_an_error_of_a_worker_ends_the_process():
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_worker_outlasts_a_signal_that_comes_before_it_has_begun(number):
+def test_a_worker_survives_a_signal_that_arrives_before_it_starts(number):
     def begin(worker: int) -> None:
         os.kill(os.getpid(), number)
         setup_worker_signals(worker)
