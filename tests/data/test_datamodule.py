@@ -98,7 +98,7 @@ class TestPlan:
         file.unlink()  # other processes may have it mapped
         file.write_bytes(damage(original))
         again = make_datamodule(store=tmp_path / "s").make_plan(2)
-        assert [again.step(number) for number in range(again.num_steps)] == steps and file.read_bytes() == original
+        assert [again.get_step(number) for number in range(again.num_steps)] == steps and file.read_bytes() == original
 
     def test_a_plan_under_the_name_of_another_is_built_again(self, make_datamodule, tmp_path):
         whole = make_datamodule(store=tmp_path / "s").make_plan(1)
@@ -150,7 +150,7 @@ class TestLoaders:
         datamodule = make_datamodule()
         plan = datamodule.make_plan(1)
         held, index = datamodule.held_out, datamodule.index
-        pairs = [{(int(i.source_of[n]), int(i.position[n])) for n in range(len(i))} for i in (held, index)]
+        pairs = [{(int(i.source_ids[n]), int(i.position[n])) for n in range(len(i))} for i in (held, index)]
         assert not pairs[0] & pairs[1] and sum(map(len, pairs)) == COUNT + 20
         assert {
             (int(index.source_ids[n]), int(index.position[n])) for n in plan.get_sample_sequence().tolist()

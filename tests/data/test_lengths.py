@@ -37,7 +37,7 @@ def columns_match(index: SampleIndex, processor) -> bool:
             "supervised": cost.num_supervised,
             "chosen": cost.num_chosen,
             "squares": cost.squares,
-            "longest": cost.longest,
+            "longest": cost.max_context_tokens,
             "tiles": cost.num_tiles,
             "images": cost.num_images,
             "height": cost.size[0],

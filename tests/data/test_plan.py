@@ -51,7 +51,7 @@ def is_equal(one: Plan, other: Plan) -> bool:
 class TestSteps:
     def test_a_step_has_the_same_samples_for_any_world_size_and_limits(self, index):
         settings = ((1, 4096, 64), (2, 4096, 64), (4, 300, 9), (3, 400, 64), (64, 101, 4))
-        plans = [make_plan(index, world_size=w, most_tokens=t, most_tiles=i) for w, t, i in settings]
+        plans = [make_plan(index, world_size=w, max_tokens=t, max_tiles=i) for w, t, i in settings]
         for step in zip(*(get_steps(plan) for plan in plans), strict=True):
             assert all(list_samples(one) == list_samples(step[0]) for one in step)
             assert all(replace(one, packs=()) == replace(step[0], packs=()) for one in step)
@@ -111,7 +111,7 @@ class TestTokenSizedSteps:
     def test_steps_in_tokens_are_the_same_for_every_world_size_and_follow_the_same_sample_sequence(self, index):
         by_size, *plans = (
             make_plan(index),
-            *(make_plan(index, global_batch_tokens=700, world_size=w, most_tokens=t) for w, t in ((1, 4096), (3, 200))),
+            *(make_plan(index, global_batch_tokens=700, world_size=w, max_tokens=t) for w, t in ((1, 4096), (3, 200))),
         )
         assert [list_samples(step) for step in get_steps(plans[0])] == [
             list_samples(step) for step in get_steps(plans[1])
@@ -139,7 +139,7 @@ class TestTokenSizedSteps:
 
 class TestLimits:
     def test_limits_are_kept_with_one_number_of_micro_batches_for_the_stage(self, index):
-        plan = make_plan(index, world_size=2, most_tokens=400, most_tiles=24)
+        plan = make_plan(index, world_size=2, max_tokens=400, max_tiles=24)
         assert plan.accumulate_grad_batches > 1
         for step in get_steps(plan):
             assert len(step.packs) == plan.accumulate_grad_batches * 2
@@ -166,7 +166,7 @@ class TestLimits:
                 assert index.tiles[list(pack)].sum() <= limits["max_tiles"]
 
     def test_the_number_of_micro_batches_is_the_smallest_within_the_limits(self, index):
-        plan = make_plan(index, most_tokens=350)
+        plan = make_plan(index, max_tokens=350)
         tokens = [index.tokens[plan.get_samples(number)].sum() for number in range(plan.num_steps)]
         assert (
             plan.accumulate_grad_batches == 4 == max(-(-total // 350) for total in tokens)
@@ -180,15 +180,15 @@ class TestLimits:
     def test_nearly_full_packs_are_found_before_the_number_of_micro_batches_is_raised(self, seed):
         index = make_shaped_index("mix665k", 64, seed)
         cap = int(index.tokens.sum() / 8 / 0.99)
-        plan = make_plan(index, global_batch_size=64, max_steps=1, world_size=8, most_tokens=cap)
+        plan = make_plan(index, global_batch_size=64, max_steps=1, world_size=8, max_tokens=cap)
         assert plan.accumulate_grad_batches == 1
         assert plan.measure_balance()["tokens"]["largest"] <= cap
 
     def test_a_sample_above_a_limit_is_an_error_with_the_remedy(self, index):
         with pytest.raises(UserError, match=r"samples have more than data\.tokens_per_micro_batch=50 .*on_overlong"):
-            make_plan(index, most_tokens=50)
+            make_plan(index, max_tokens=50)
         with pytest.raises(UserError, match=r"data\.tiles_per_micro_batch=3 tiles, the largest 4"):
-            make_plan(index, most_tiles=3)
+            make_plan(index, max_tiles=3)
 
     def test_more_ranks_than_samples_leave_empty_packs(self, index):
         plan = make_plan(index, world_size=24)
@@ -198,7 +198,7 @@ class TestLimits:
 
     def test_a_preference_pair_is_one_unit(self):
         index = make_index({"pairs": 40}, kind=KINDS.index(SampleKind.preference), chosen=7, tokens=100)
-        plan = make_plan(index, most_tokens=250, world_size=2)
+        plan = make_plan(index, max_tokens=250, world_size=2)
         assert all(len(pack) <= 2 for step in get_steps(plan) for pack in step.packs)
         assert all(step.num_chosen == 16 * 7 for step in get_steps(plan))
 
@@ -208,7 +208,7 @@ class TestBalance:
     @pytest.mark.parametrize(("world", "per_rank"), ((8, 8), (8, 16), (64, 8), (256, 8)))
     def test_ranks_with_eight_samples_wait_for_less_than_three_percent(self, shape, cap, world, per_rank):
         index = make_shaped_index(shape, max(2048, world * per_rank))
-        plan = make_plan(index, global_batch_size=world * per_rank, most_tokens=cap, world_size=world, max_epochs=1.0)
+        plan = make_plan(index, global_batch_size=world * per_rank, max_tokens=cap, world_size=world, max_epochs=1.0)
         balance = plan.measure_balance()
         assert balance["micro_steps"]["mean"] >= 0.97
         assert balance["ranks"]["mean"] >= 0.97
@@ -216,15 +216,15 @@ class TestBalance:
         assert balance["tiles"]["largest"] <= 64
 
     def test_packs_hold_nearly_equal_work(self, index):
-        plan = make_plan(index, world_size=2, global_batch_size=64, most_tokens=100_000, most_tiles=10_000)
+        plan = make_plan(index, world_size=2, global_batch_size=64, max_tokens=100_000, max_tiles=10_000)
         for step in get_steps(plan):
-            work = [index.flops(FLOPS)[list(pack)].sum() for pack in step.packs]
+            work = [index.compute_flops(FLOPS)[list(pack)].sum() for pack in step.packs]
             assert min(work) / max(work) > 0.98
 
     def test_packs_of_similar_work_share_a_micro_step(self):
         """Six samples that fill a pack alone, in three micro-steps of two ranks."""
         index = make_index({"a": 6}, tokens=[100, 20, 60, 99, 61, 21])
-        plan = make_plan(index, flops=TOKENS, global_batch_size=6, most_tokens=100, world_size=2, max_steps=1)
+        plan = make_plan(index, flops=TOKENS, global_batch_size=6, max_tokens=100, world_size=2, max_steps=1)
         plan_packs = [index.tokens[list(pack)].sum() for pack in plan.get_step(0).packs]
         assert plan.accumulate_grad_batches == 2 and sorted(plan_packs[:2]) == [
             99,
@@ -234,10 +234,10 @@ class TestBalance:
         assert plan.measure_balance()["ranks"]["mean"] > 0.99
 
     def test_balance_is_computed_from_the_packs(self, index):
-        plan = make_plan(index, world_size=2, most_tokens=400)
+        plan = make_plan(index, world_size=2, max_tokens=400)
         micro = []
         for step in get_steps(plan):
-            work = np.array([index.flops(FLOPS)[list(pack)].sum() for pack in step.packs]).reshape(
+            work = np.array([index.compute_flops(FLOPS)[list(pack)].sum() for pack in step.packs]).reshape(
                 plan.accumulate_grad_batches, 2
             )
             micro.append(work.sum() / 2 / work.max(axis=1).sum())
@@ -278,7 +278,7 @@ class TestStore:
                 raise AssertionError(f"read {key}")
 
         closed = SampleIndex(index.sources, None, UnreadableColumns())
-        monkeypatch.setattr(SampleIndex, "digest", lambda self: pytest.fail("the digest reads all"))
+        monkeypatch.setattr(SampleIndex, "compute_digest", lambda self: pytest.fail("the digest reads all"))
         monkeypatch.setattr(plan_module, "sample_steps", lambda *_: pytest.fail("drawn again"))
         again = make_plan(closed, store=tmp_path, world_size=2, digest=compute_original_digest(index))
         assert is_equal(plan, again)
@@ -333,7 +333,7 @@ class TestLedger:
     def test_samples_in_the_ledger_are_left_out_and_all_others_keep_their_place(self, index, tmp_path):
         ledger = self.add_entries(index, tmp_path, 3, 170)
         for world in (1, 3):
-            plan, without = (make_plan(index, world_size=world, most_tokens=400, ledger=one) for one in (None, ledger))
+            plan, without = (make_plan(index, world_size=world, max_tokens=400, ledger=one) for one in (None, ledger))
             assert plan.accumulate_grad_batches == without.accumulate_grad_batches
             for number, (step, fewer) in enumerate(zip(get_steps(plan), get_steps(without), strict=True)):
                 expected = tuple(tuple(s for s in pack if s not in (3, 170)) for pack in step.packs)
@@ -388,7 +388,7 @@ class TestRecords:
 
     def test_the_total_of_a_step_is_the_sum_over_its_micro_batches(self, processor):
         index = build_index(builtin(*self.KINDS, n=20), processor)
-        plan = make_plan(index, world_size=2, most_tokens=400)
+        plan = make_plan(index, world_size=2, max_tokens=400)
         readers = [TrainMicroBatches(processor, plan, rank) for rank in range(2)]
         for step in range(3):
             batches = [

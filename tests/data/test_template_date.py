@@ -177,7 +177,7 @@ def test_an_error_in_a_template_is_reported_in_a_sentence(make_processor, name):
     template, message = TEMPLATE_ERRORS[name]
     with pytest.raises(UserError) as caught:
         build_processor = make_processor(template)
-        build_processor.sequences(sample("question", "answer", (56, 56)))
+        build_processor.encode_sequences(sample("question", "answer", (56, 56)))
     assert (
         message in str(caught.value)
         and "chat template" in str(caught.value)

@@ -33,7 +33,7 @@ def test_half_the_budget_is_dealt_at_the_next_start_with_the_same_samples_in_eac
     assert after.accumulate_grad_batches > before.accumulate_grad_batches
     for step in range(before.num_steps):
         assert sorted(before.get_samples(step)) == sorted(after.get_samples(step))
-        assert before.step(step).num_supervised == after.get_step(step).num_supervised
+        assert before.get_step(step).num_supervised == after.get_step(step).num_supervised
         packs = after.get_step(step).packs
         assert all(after.index.tokens[list(pack)].sum() <= 200 for pack in packs)
 
@@ -48,7 +48,7 @@ def test_no_sample_is_dropped_and_below_the_largest_there_is_nothing(module, pro
         for _ in range(20):
             half = halve_budget(tmp_path, module, 99)
             half.apply(module)
-            budgets.append(module.budget)
+            budgets.append(module.micro_batch_limits)
     assert budgets[-1] == largest == module.get_min_micro_batch_limits()
     assert len(module.index) == number and len(module.make_plan().index) == number
 
@@ -78,7 +78,7 @@ def test_a_start_that_read_the_half_halves_it_again_though_its_largest_sample_is
     lowest = module.get_min_micro_batch_limits()
     MicroBatchBudget(1, 1, 400, 8, 1).write(tmp_path)
     MicroBatchBudget.read(tmp_path, module).apply(module)
-    assert module.budget == lowest
+    assert module.micro_batch_limits == lowest
     with pytest.raises(UserError, match="the largest sample alone"):
         halve_budget(tmp_path, module, 9)
 

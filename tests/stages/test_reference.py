@@ -94,7 +94,7 @@ def test_a_pass_that_was_cut_short_goes_on(folder, processor, tmp_path, monkeypa
     small = {"n": 60, "steps": 10}
     with monkeypatch.context() as broken:
         broken.setattr(ReferenceLogProbCache, "add_batch", failing)
-        broken.setattr("lit_vlm.data.datamodule.validation_packs", one_by_one)
+        broken.setattr("lit_vlm.data.datamodule.pack_validation", one_by_one)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             trained(folder, processor, tmp_path / "store", **small)
     before = parts(tmp_path / "store")
