@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from float64 import restore_pixels
 from support import picture
-from test_forward import plain_processor
+from test_forward import make_plain_processor
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
@@ -70,7 +70,7 @@ def trl_trainer(tmp_path_factory):
             gradient_checkpointing=False,
             **options,
         )
-        plain = plain_processor(processor)
+        plain = make_plain_processor(processor)
         dataset = Dataset.from_list([row_of(record) for record in BATCHES["one tile"]])
         return DPOTrainer(
             policy, reference, arguments, train_dataset=dataset, processing_class=plain
