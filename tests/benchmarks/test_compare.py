@@ -29,10 +29,10 @@ QUICK = Arguments("align", "smallest", repeats=2, most=2, peaks=False)
 
 @pytest.fixture(scope="module")
 def save_placement(tmp_path_factory):
-    def placement(case) -> Placement:
+    def make_placement(case) -> Placement:
         return Placement(save_model(case.model_size, case.tiling, tmp_path_factory.mktemp("model") / "hf"))
 
-    return placement
+    return make_placement
 
 
 def make_small_case(stage, tiles=5):

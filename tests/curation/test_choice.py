@@ -41,7 +41,7 @@ def test_the_best_answer_is_chosen_and_the_worst_rejected():
     [
         ([make_answer("a", 1.0), make_answer("b", 1.0)], NoPairReason.tie),
         ([make_answer("a", 0.0), make_answer("a", 0.0)], NoPairReason.equal),
-        ([make_answer("a", 1.0), make_answer("a ", 0.0)], NoPairReason.equal),  # a judge that is not sure of itself
+        ([make_answer("a", 1.0), make_answer("a ", 0.0)], NoPairReason.equal),  # an inconsistent judge
         ([make_answer("a", 1.0), make_answer("b", 0.8)], NoPairReason.margin),
         ([make_answer("a", 1.0), make_answer("b", state=AnswerState.cut)], NoPairReason.too_few),
         (

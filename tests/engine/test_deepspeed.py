@@ -14,7 +14,7 @@ from waiting import PATIENCE
 from lit_vlm.config.schema import StrategyName, TrainerConfig
 from lit_vlm.engine.strategy import make_strategy
 
-pytestmark = pytest.mark.xdist_group("zero")  # one start of the ranks serves the whole file
+pytestmark = pytest.mark.xdist_group("zero")  # the ranks are started once for the whole file
 WORKER = Path(__file__).with_name("zero_worker.py")
 TRAINED = {
     "trained name=zero2": Case(),
@@ -101,7 +101,7 @@ def test_no_process_holds_a_whole_weight_while_a_sharded_model_is_built(results,
     stage.configure_model()
     for rank in results:
         measured = rank["built"]
-        assert measured["whole"] == 0 and measured["read"] <= 0.75  # of a weight with an odd number of elements
+        assert measured["whole"] == 0 and measured["read"] <= 0.75  # a weight may have an odd number of elements
         for name, weight in stage.model.named_parameters():
             assert torch.equal(measured["weights"][name], weight.detach()), name
 
@@ -164,7 +164,7 @@ def test_strategies_get_the_timeout_and_one_device_needs_no_strategy():
     ids=["zero2", "zero3", "zero3_offload", "zero3 with tied tables"],
 )
 def test_every_stage_trains_under_every_zero_stage_as_in_one_process(request, tmp_path, name, tables):
-    """SGD with and without clipping, and Adam."""
+    """SGD with and without gradient clipping, and AdamW."""
     models, cases = request.getfixturevalue(tables), {}
     for stage in STAGE_CASES:
         cases[f"trained name={name},stage={stage}"] = Case(stage)

@@ -21,7 +21,7 @@ from lit_vlm.engine.fsdp import FSDP2Strategy
 from lit_vlm.engine.strategy import make_strategy
 from lit_vlm.types import UserError
 
-pytestmark = pytest.mark.xdist_group("fsdp")  # one start of the ranks serves the whole file
+pytestmark = pytest.mark.xdist_group("fsdp")  # the ranks are started once for the whole file
 WORKER = Path(__file__).with_name("fsdp_worker.py")
 ONE_ROW = {"options": {"parts": {"language_model": {"lora": {"rank": 1}}}}}  # the second rank has no row of it
 TRAINED: dict[str, dict[str, Any]] = {
@@ -219,7 +219,7 @@ def test_four_ranks_under_fsdp2_and_hsdp_train_as_one_process_does(small_parts, 
     ids=["fsdp2", "hsdp with tied tables"],
 )
 def test_every_stage_trains_under_fsdp2_and_hsdp_as_in_one_process(request, tmp_path, stage, world, shard_size, tables):
-    """SGD with and without clipping, and Adam."""
+    """SGD with and without gradient clipping, and AdamW."""
     models = request.getfixturevalue(tables)
     cases: dict[str, dict[str, Any]] = {
         "sgd": {"stage": stage},

@@ -14,7 +14,7 @@ BF16, FP32 = "c10::BFloat16", "float"
 
 
 class TraceWriter:
-    """Writes a trace, in milliseconds."""
+    """Writes a trace; times are in milliseconds."""
 
     def __init__(self):
         self.events, self.number = [], 0
@@ -80,7 +80,7 @@ def test_on_a_cpu_idle_time_is_the_time_without_an_operation(tmp_path):
         ("4 × 8 × 2", 1, 10),
         ("8 × 4 × 2", 1, 8),
     ]
-    assert dict((name, time) for name, _, time in facts.others)["aten::linear"] == 2  # without the product inside
+    assert dict((name, time) for name, _, time in facts.others)["aten::linear"] == 2  # without the product inside it
     assert facts.products[1].rate == pytest.approx(2 * 8 * 4 * 2 / 8e-3)
 
 
@@ -90,7 +90,7 @@ def test_on_a_gpu_time_is_device_time_and_belongs_to_the_part_that_launched_it(t
     trace.add_op("aten::to", 5, 6)
     trace.launch(5.5, 6, 8, call="cudaMemcpyAsync", kind="gpu_memcpy")
     trace.add_matmul(22, 23, [[8, 4], [4, 2]], sequence=5)
-    trace.launch(22.5, 30, 60)  # the device is behind the host
+    trace.launch(22.5, 30, 60)  # the device lags behind the host
     trace.add_op("autograd::engine::evaluate_function: MmBackward0", 55, 57, sequence=5, thread=2)
     trace.add_matmul(55.5, 56.5, [[4, 8], [8, 2]], thread=2)
     trace.launch(56, 60, 80, thread=2)

@@ -24,7 +24,7 @@ INJECTION = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
 @pytest.fixture
 def folder(tmp_path):
-    """A finished run, as train.py leaves it."""
+    """Run folder of a finished run."""
     run = tmp_path / "2_sft"
     (run / "samples").mkdir(parents=True)
     Image.new("RGB", (224, 224), "red").save(run / "samples" / "a_before.png")

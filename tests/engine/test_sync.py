@@ -114,7 +114,7 @@ def test_a_running_run_is_sent_by_neither_command_and_arrives_complete_after_its
         assert not list(folder.path.glob("wandb/offline-run-*"))  # so `wandb sync` finds no incomplete run
         assert "No runs to sync" in run_wandb_sync(folder.path / "wandb", tmp_path / "other")
     assert server.requests == []
-    send_run(folder.path)  # it was killed here
+    send_run(folder.path)  # stands for a run that was killed here
     run = get_run(server, folder)
     assert [row["_step"] for row in get_history(run)] == list(range(6)) and run.state == "preempted"
     folder = RunFolder(folder.path, read_manifest(folder.path) or {}, is_resumed=True)

@@ -26,7 +26,7 @@ from lit_vlm.engine.tracking.tensorboard import make_tensorboard_logger
 from lit_vlm.engine.tracking.tracking import require_logged_metric
 from lit_vlm.types import UserError
 
-SECRET = "ghp_abcdefghijklmnopqrstuvwx"  # of tracking_cases.CONFIG
+SECRET = "ghp_abcdefghijklmnopqrstuvwx"  # the secret in tracking_cases.CONFIG
 ONE_WAIT = 30  # seconds: five times the usual wait, and less than the minutes that wandb waits on its own
 
 
@@ -156,7 +156,7 @@ def test_a_resumed_run_continues_the_same_wandb_run_with_the_history_of_an_unint
     tracker.close("preempted", {})
     assert get_run(server, cut).state == "preempted" and len(get_run(server, cut).history) == 5
     tracker = start_run(cut, [], has_earlier_run=True)
-    tracker.replay(make_saved_rows(range(2)))  # the checkpoint was of step 2; 2, 3 and 4 are computed once more
+    tracker.replay(make_saved_rows(range(2)))  # the checkpoint is from step 2; steps 2, 3 and 4 are computed again
     log_steps(tracker, range(2, 6))
     tracker.close("finished", {})
     assert get_run(server, cut).starts == 2 and get_run(server, cut).state == "finished"

@@ -114,5 +114,5 @@ def open_hanging_port():
 @contextmanager
 def open_refusing_port():
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # and does not listen
+        taken.bind(("127.0.0.1", 0))  # but does not listen
         yield f"http://127.0.0.1:{taken.getsockname()[1]}"

@@ -130,7 +130,7 @@ def test_every_parameter_belongs_to_exactly_one_part(model):
 
 @pytest.mark.parametrize(("layers", "layer"), [(27, None), (26, -1), (27, -2), (27, 26)])
 def test_the_selected_feature_layer_is_the_same_for_26_and_27_layer_towers(tmp_path, small_parts, layers, layer):
-    """Google's checkpoint has 27 layers and feeds the last but one; LLaVA-OneVision's has 26 and feeds the last."""
+    """Google's checkpoint has 27 layers and the second to last feeds; LLaVA-OneVision's has 26 and the last feeds."""
     make_vision_tower(
         tmp_path / "full", hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=27
     )
@@ -314,7 +314,7 @@ def test_varco_vision_14b_builds_at_full_size_with_the_published_counts(tmp_path
         count[ModelPart.vision_tower] == 14 * 14 * 3 * 1152 + 1152 + 729 * 1152 + 26 * layer + 2 * 1152
     )  # no head, no 27th layer
     assert (blueprint.images.side, blueprint.images.max_tiles, len(blueprint.images.grid_pinpoints)) == (27, 9, 36)
-    assert AutoConfig.from_pretrained(tmp_path / "tower").num_hidden_layers == 27  # the user's folder is left as it was
+    assert AutoConfig.from_pretrained(tmp_path / "tower").num_hidden_layers == 27  # the user's folder is unchanged
 
 
 @pytest.mark.parametrize(

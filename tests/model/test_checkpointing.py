@@ -108,12 +108,14 @@ def test_attention_with_dropout_is_recomputed():
 
 
 def test_the_last_product_of_a_layer_and_the_up_projection_of_an_adapter_are_not_saved():
-    def saves_product(inner, outer):
+    def is_product_saved(inner, outer):
         return should_save_result(64, ATEN.mm.default, torch.zeros(5, inner), torch.zeros(inner, outer))
 
-    assert saves_product(64, 64) and saves_product(64, 16) and saves_product(64, 200)  # queries, keys, gate
-    assert not saves_product(200, 64)  # down
-    assert saves_product(64, 4) and not saves_product(4, 200)  # an adapter's two
+    assert (
+        is_product_saved(64, 64) and is_product_saved(64, 16) and is_product_saved(64, 200)
+    )  # query, key and gate projections
+    assert not is_product_saved(200, 64)  # down projection
+    assert is_product_saved(64, 4) and not is_product_saved(4, 200)  # the two matrices of an adapter
     assert should_save_result(64, ATEN.addmm.default, torch.zeros(64), torch.zeros(5, 64), torch.zeros(64, 64))
     assert not should_save_result(64, ATEN.mul.Tensor, torch.zeros(5, 64), torch.zeros(5, 64))
 

@@ -255,7 +255,7 @@ def test_generation_stops_at_the_end_of_an_answer_in_the_template_and_at_the_tok
     assert set(stops) == {blueprint.tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_end|>")}
 
 
-TORCHVISION = Path(sys.prefix) / "torchvision"  # make setup puts it there, without the CUDA libraries that it wants
+TORCHVISION = Path(sys.prefix) / "torchvision"  # make setup installs it there, without the CUDA libraries that it needs
 
 
 @pytest.mark.skipif(not TORCHVISION.is_dir(), reason="torchvision is not in .venv/torchvision; make test puts it there")

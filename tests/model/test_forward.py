@@ -85,7 +85,7 @@ def test_no_token_sees_another_segment(model, processor, mixed):
 
 
 def test_attention_under_autocast_computes_in_the_autocast_type():
-    """Rotary embeddings leave queries and keys in float32, which the variable-length kernel does not take."""
+    """Rotary embeddings leave queries and keys in float32, which the variable-length kernel does not support."""
     query, key, value = (torch.randn(1, 2, 6, 8) for _ in range(3))
     segments = Segments([2, 4], torch.device("cpu"))
     with torch.autocast("cpu", torch.bfloat16):

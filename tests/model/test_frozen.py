@@ -165,13 +165,13 @@ def test_another_precision_is_refused(small_parts):
 
 
 def test_weights_that_cannot_be_read_again_stay_in_float32(small_parts, tmp_path):
-    """A folder without safetensors, and a model that was built before."""
+    """The cases are a folder without safetensors and a prebuilt model."""
     folder = tmp_path / "language"
     make_language_model(folder, hidden_size=32, intermediate_size=48, num_hidden_layers=2, tie_word_embeddings=False)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    given = AlignStage(build_model(blueprint_of(small_parts)), frozen_dtype="bfloat16")
-    given.configure_model()
-    for stage in (make_stage((small_parts[0], str(folder)), "align", stores_bfloat16=True), given):
+    prebuilt = AlignStage(build_model(blueprint_of(small_parts)), frozen_dtype="bfloat16")
+    prebuilt.configure_model()
+    for stage in (make_stage((small_parts[0], str(folder)), "align", stores_bfloat16=True), prebuilt):
         assert {p.dtype for p in stage.model.parameters()} == {torch.float32}
         assert not any(p.is_meta for p in stage.model.parameters())

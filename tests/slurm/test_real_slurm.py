@@ -76,7 +76,7 @@ def undisturbed(tmp_path_factory):
 
 
 class SubmittedRun:
-    """A run that `task=submit` put into the queue."""
+    """A run that was submitted with `task=submit`."""
 
     def __init__(self, slurm: MiniSlurm, place: Path, *overrides: str) -> None:
         self.slurm, self.folder = slurm, place / "runs/run"

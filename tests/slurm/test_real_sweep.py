@@ -41,7 +41,7 @@ def slurm(tmp_path):
 
 
 class SubmittedSweep:
-    """A sweep whose workers `task=sweep` put into the queue."""
+    """A sweep whose workers were submitted with `task=sweep`."""
 
     def __init__(self, slurm: MiniSlurm, place: Path, *overrides: str, name: str = "mine") -> None:
         self.slurm, self.place, self.folder = slurm, place, place / f"runs/sweeps/{name}"

@@ -1,4 +1,4 @@
-"""DPO on real pairs against TRL's own DPOTrainer, its collator, its forward pass and its reference."""
+"""DPO on real pairs against TRL's DPOTrainer, its collator, its forward pass and its reference model."""
 
 import copy
 
@@ -86,7 +86,7 @@ def policy_and_reference(in_float64):
 
 
 def perturb(model):
-    """Return the model with another language model, and a copy of it as it was."""
+    """Return the model with a perturbed language model, and a copy of the original."""
     reference = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -204,7 +204,7 @@ def test_a_loss_with_alpha_divergence_equals_that_of_trl(model, processor, trl_t
 
 
 def compute_both_losses(options, policy, reference, processor, trl_trainer):
-    """Return our loss, TRL's, and the largest sum of an answer's log-probabilities, without its sign."""
+    """Return our loss, TRL's loss, and the largest absolute sum of an answer's log-probabilities."""
     stage = make_stage(copy.deepcopy(policy), reference, **options)  # TRL replaces a model's forward
     trainer, collator = trl_trainer(policy, reference, processor, **options)
     policy.train()

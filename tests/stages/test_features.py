@@ -41,7 +41,7 @@ def test_cached_features_train_as_the_tower_does(
     tolerance = 1e-5 if precision == "32-true" else 2e-3  # in bfloat16 a product's rounding depends on its shape
     assert first.losses == pytest.approx(plain.losses, rel=tolerance)
     assert first.metrics["val/loss"] == pytest.approx(plain.metrics["val/loss"], rel=tolerance)
-    # once, in the pass
+    # each picture is decoded once, in the caching pass
     assert len(decoded) == len(set(decoded)) <= len(first.data.index) + len(first.data.held_out)
     decoded.clear()
     again = train(stage_class(folder, **cached), processor, tmp_path / "store", kinds, precision)

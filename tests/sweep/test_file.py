@@ -113,7 +113,7 @@ def test_exponents_of_log_uniform_become_values():
 
 
 @pytest.mark.parametrize(
-    ("band", "rungs"),
+    ("hyperband", "rungs"),
     [
         ({"max_iter": 27, "s": 2, "eta": 3}, (3, 9)),  # but none at 27
         ({"max_iter": 20, "s": 9}, (2, 6)),

@@ -65,13 +65,13 @@ def test_the_cap_is_exact_and_failures_count():
 def test_a_resumed_search_suggests_the_trials_of_an_uninterrupted_one(method, tmp_path):
     file = make_sweep({**RATE, "w": {"min": 0.0, "max": 1.0}}, method, run_cap=7)
 
-    def loss(values):
+    def compute_loss(values):
         return math.log10(values["stage.learning_rate"]) ** 2 + values["w"]
 
     def run_trials(search, num_trials):
         for _ in range(num_trials):
             trial = search.ask()
-            search.tell(trial.number, loss(trial.parameters), "finished")
+            search.tell(trial.number, compute_loss(trial.parameters), "finished")
         return search
 
     whole = run_trials(Search(file, seed=5), 7).list_trials()
@@ -90,7 +90,7 @@ def test_an_unfinished_trial_is_found_again_with_its_worker(tmp_path):
     assert (left.number, left.worker, left.parameters) == (1, 1, trials[1].parameters)
 
 
-def _ask_all(path, numbers):
+def _run_all_trials(path, numbers):
     search = Search(make_sweep(RATE, run_cap=24), path)
     while (trial := search.ask()) is not None:
         numbers.put(trial.number)
@@ -100,7 +100,7 @@ def _ask_all(path, numbers):
 def test_processes_share_a_journal_and_no_trial_is_assigned_twice(tmp_path):
     context = multiprocessing.get_context("spawn")
     numbers = context.Queue()
-    workers = [context.Process(target=_ask_all, args=(tmp_path / "j.log", numbers)) for _ in range(3)]
+    workers = [context.Process(target=_run_all_trials, args=(tmp_path / "j.log", numbers)) for _ in range(3)]
     for worker in workers:
         worker.start()
     found = sorted(numbers.get(timeout=PATIENCE) for _ in range(24))
@@ -122,18 +122,21 @@ def test_hyperband_stops_the_worse_trials_at_the_same_rung(goal):
     hyperband = {"type": "hyperband", "min_iter": 1, "eta": 3}
     search = Search(make_sweep(RATE, goal=goal, early_terminate=hyperband, run_cap=9))
 
-    def stops(value, steps=(1, 2)):
+    def run_and_check_stops(value, steps=(1, 2)):
         number = search.ask().number
         stopped = [search.check_early_stopping(number, [sign * (value + 9 / (i + 1)) for i in range(n)]) for n in steps]
         search.tell(number, value, "stopped" if any(stopped) else "finished")
         return stopped
 
-    assert stops(1.0) == [False, False]  # the first has no trial to compare with
-    assert stops(2.0) == [False, True]
-    assert stops(0.5) == [False, False]
-    assert stops(0.7) == [False, False]  # the threshold is the worst of the best third, here the second best
-    assert stops(0.9) == [False, True]
-    assert stops(9.0, steps=(1,)) == [False]  # the rung is not reached yet
+    assert run_and_check_stops(1.0) == [False, False]  # the first has no trial to compare with
+    assert run_and_check_stops(2.0) == [False, True]
+    assert run_and_check_stops(0.5) == [False, False]
+    assert run_and_check_stops(0.7) == [
+        False,
+        False,
+    ]  # the threshold is the worst of the best third, here the second best
+    assert run_and_check_stops(0.9) == [False, True]
+    assert run_and_check_stops(9.0, steps=(1,)) == [False]  # the rung is not reached yet
 
 
 RECORDED = json.loads((Path(__file__).parent / "hyperband_of_wandb.json").read_text(encoding="utf-8"))
