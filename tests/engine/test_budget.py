@@ -30,16 +30,16 @@ def test_the_next_start_packs_the_same_samples_of_each_step_with_half_the_budget
     MicroBatchBudget.read(tmp_path, again).apply(again)
     after = again.make_plan()
     assert (after.max_tokens, after.max_tiles) == (200, 4)
-    assert after.accumulate_grad_batches > before.k
+    assert after.accumulate_grad_batches > before.accumulate_grad_batches
     for step in range(before.num_steps):
-        assert sorted(before.samples(step)) == sorted(after.get_samples(step))
-        assert before.step(step).num_supervised == after.get_step(step).num_supervised
+        assert sorted(before.get_samples(step)) == sorted(after.get_samples(step))
+        assert before.get_step(step).num_supervised == after.get_step(step).num_supervised
         packs = after.get_step(step).packs
         assert all(after.index.tokens[list(pack)].sum() <= 200 for pack in packs)
 
 
 def test_no_sample_is_dropped_and_the_budget_stays_above_the_largest_sample(module, processor, tmp_path):
-    module.build()
+    module.build_indexes()
     number, largest = len(module.index), (int(module.index.tokens.max()), int(module.index.tiles.max()))
     budgets = []
     with pytest.raises(
@@ -48,8 +48,8 @@ def test_no_sample_is_dropped_and_the_budget_stays_above_the_largest_sample(modu
         for _ in range(20):
             half = halve_budget(tmp_path, module, 99)
             half.apply(module)
-            budgets.append(module.budget)
-    assert budgets[-1] == largest == module.smallest_budget()
+            budgets.append(module.micro_batch_limits)
+    assert budgets[-1] == largest == module.get_min_micro_batch_limits()
     assert len(module.index) == number and len(module.make_plan().index) == number
 
 
@@ -75,10 +75,10 @@ def test_ranks_that_run_out_of_memory_together_halve_the_budget_once(processor, 
 
 def test_a_start_with_half_the_budget_halves_it_again_even_if_its_largest_sample_is_larger(module, tmp_path):
     """The budget in the file may be below a sample that was added again; halving still ends."""
-    lowest = module.smallest_budget()
+    lowest = module.get_min_micro_batch_limits()
     MicroBatchBudget(1, 1, 400, 8, 1).write(tmp_path)
     MicroBatchBudget.read(tmp_path, module).apply(module)
-    assert module.budget == lowest
+    assert module.micro_batch_limits == lowest
     with pytest.raises(UserError, match="the largest sample alone"):
         halve_budget(tmp_path, module, 9)
 

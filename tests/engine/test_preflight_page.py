@@ -81,10 +81,10 @@ def test_rows_add_up_to_the_index(facts, datamodule):
 
 def test_the_plan_adds_up(facts, datamodule):
     plan = datamodule.make_plan(2)
-    draws, balance = plan.draws(), plan.balance()
+    draws, balance = plan.get_sample_sequence(), plan.measure_balance()
     assert facts.plan.tokens == int(datamodule.index.tokens[draws].sum())
     assert facts.plan.tiles == int(datamodule.index.tiles[draws].sum())
-    assert (facts.plan.steps, facts.plan.k, facts.plan.world_size) == (plan.num_steps, plan.k, 2)
+    assert (facts.plan.steps, facts.plan.k, facts.plan.world_size) == (plan.num_steps, plan.accumulate_grad_batches, 2)
     assert facts.plan.balance_ranks == balance["ranks"]["mean"]
     assert facts.plan.pack_tokens.most == balance["tokens"]["largest"] <= 4096
 
@@ -185,7 +185,7 @@ def make_records(mixed) -> list:
 def test_coloured_text_is_the_prompt(processor, mixed):
     """The joined pieces decode to the same text as the tokens, and the colour marks what the mask marks."""
     for record in make_records(mixed):
-        for encoded in processor.sequences(record):
+        for encoded in processor.encode_sequences(record):
             pieces = split_prompt(encoded, processor)
             whole = processor.tokenizer.decode(encoded.input_ids.tolist(), clean_up_tokenization_spaces=False)
             assert "".join(piece.text for piece in pieces) == whole
@@ -221,7 +221,7 @@ def test_samples_show_tiles_boxes_and_both_answers(processor, mixed):
 
 
 def test_samples_are_spread_over_the_sources(datamodule, processor):
-    datamodule.build()
+    datamodule.build_indexes()
     names = [shown.source for shown in prepare_samples(datamodule.index, processor, 6)]
     assert [names.count(source.name) for source in datamodule.index.sources] == [2, 2, 2]
     assert prepare_samples(datamodule.index, processor, 0) == []

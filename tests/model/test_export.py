@@ -284,4 +284,4 @@ print(type(processor).__name__, inputs["input_ids"][0].tolist())
     assert done.returncode == 0, done.stderr
     name, _, ids = done.stdout.strip().splitlines()[-1].partition(" ")
     assert name == "LlavaOnevisionProcessor"
-    assert json.loads(ids) == processor.prompt(sample("무엇이 보이나요?", "x", (90, 60))).input_ids.tolist()
+    assert json.loads(ids) == processor.encode_prompt(sample("무엇이 보이나요?", "x", (90, 60))).input_ids.tolist()

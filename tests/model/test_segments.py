@@ -232,7 +232,7 @@ def test_answers_with_different_pictures_have_separate_prompts(model, processor)
         "p", "t", "t:1", SampleKind.other, Language.ko, prompt, answer, answer, (shown, other), has_rejected_images=True
     )
     batch = collate(processor, [record, PAIRS[1]], step_pairs=2)
-    cost = processor.cost(record)
+    cost = processor.compute_cost(record)
     assert batch.prefix_segments == [-1, -1, 0, -1, 0] and batch.record_ids == [1, 0, 1, 0, 1]
     assert batch.image_index == [2, 0, 1]  # the image of the shared prompt, then those of the two answers
     assert cost.lengths == (batch.segment_lengths[1], batch.segment_lengths[3]) and cost.num_images == 2

@@ -195,7 +195,7 @@ def test_a_run_reports_in_one_line_that_both_tables_are_kept(parts, tmp_path, mo
     build_model(blueprint)
     messages: list[str] = []
     monkeypatch.setattr(train, "say", messages.append)
-    plan = SimpleNamespace(num_steps=1, batch="1 sample", k=1, world_size=1)
+    plan = SimpleNamespace(num_steps=1, batch_description="1 sample", accumulate_grad_batches=1, world_size=1)
     module = SimpleNamespace(plan=plan, index=[0], held_out=[])
     run = SimpleNamespace(name="run", init_from=None)
     train.show_training_summary(

@@ -106,7 +106,9 @@ def main(tower: str, language: str, folder: str, signals: str, steps: str, seed:
     else:
         all_results = [results]
     if RANK == 0:
-        (Path(folder) / "seen.json").write_text(json.dumps({"ranks": all_results, "k": data.plan.k}))
+        (Path(folder) / "seen.json").write_text(
+            json.dumps({"ranks": all_results, "k": data.plan.accumulate_grad_batches})
+        )
     close_process_group()
 
 

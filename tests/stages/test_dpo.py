@@ -103,7 +103,7 @@ def make_stage(policy, reference, **options) -> DPOStage:
 
 
 def make_batch(processor, records):
-    chosen = sum(processor.sequences(record)[0].num_supervised for record in records)
+    chosen = sum(processor.encode_sequences(record)[0].num_supervised for record in records)
     return collate(processor, records, step_pairs=len(records), step_chosen_tokens=chosen)
 
 
@@ -115,7 +115,7 @@ def make_trl_inputs(shape, processor, collator):
     """Return the inputs of TRL's model for a batch. Its vision collator needs a picture, so text-only pairs are padded here."""
     records = BATCHES[shape]
     if shape == "text":
-        sequences = [processor.sequences(record)[answer] for answer in (0, 1) for record in records]
+        sequences = [processor.encode_sequences(record)[answer] for answer in (0, 1) for record in records]
         longest = max(sequence.num_tokens for sequence in sequences)
         inputs = {
             name: torch.zeros(4, longest, dtype=torch.long)
@@ -234,7 +234,7 @@ def test_dpo_on_text_only_pairs_equals_the_formula(policy_and_reference, process
         per_answer = []
         for answer in (0, 1):
             for record in BATCHES["text"]:
-                ids = processor.sequences(record)[answer]
+                ids = processor.encode_sequences(record)[answer]
                 tokens = torch.from_numpy(ids.input_ids).long()
                 log_probs = model(input_ids=tokens[None], use_cache=False).logits[0].log_softmax(-1)
                 chosen = torch.from_numpy(ids.supervised[1:]).nonzero().squeeze(1)

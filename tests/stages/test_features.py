@@ -35,7 +35,7 @@ def test_cached_features_train_as_the_tower_does(
     plain = train(stage_class(folder, **options), processor, tmp_path / "store", kinds, precision)
     decoded = []
     tiles = Processor.load_tiles
-    monkeypatch.setattr(Processor, "tiles", lambda self, record: decoded.append(record.id) or tiles(self, record))
+    monkeypatch.setattr(Processor, "load_tiles", lambda self, record: decoded.append(record.id) or tiles(self, record))
     cached = {"cache_features": True, **options}
     first = train(stage_class(folder, **cached), processor, tmp_path / "store", kinds, precision)
     tolerance = 1e-5 if precision == "32-true" else 2e-3  # in bfloat16 a product's rounding depends on its shape

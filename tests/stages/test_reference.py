@@ -58,7 +58,9 @@ def test_cached_log_probabilities_train_as_a_reference_in_memory_does(folder, pr
 def test_one_pass_of_the_reference_serves_other_betas_and_losses(folder, processor, tmp_path, monkeypatch):
     passes = []
     whole = DataModule.make_subset_dataloader
-    monkeypatch.setattr(DataModule, "pass_over", lambda self, *args: passes.append(1) or whole(self, *args))
+    monkeypatch.setattr(
+        DataModule, "make_subset_dataloader", lambda self, *args: passes.append(1) or whole(self, *args)
+    )
     train(folder, processor, tmp_path / "store")
     assert len(passes) == 2  # training records and held-out records
     written = list_parts(tmp_path / "store")
@@ -92,13 +94,15 @@ def test_an_interrupted_pass_of_the_reference_resumes(folder, processor, tmp_pat
     small = {"n": 60, "steps": 10}
     with monkeypatch.context() as broken:
         broken.setattr(ReferenceLogProbCache, "add_batch", fail_after_two_batches)
-        broken.setattr("lit_vlm.data.datamodule.validation_packs", make_packs_of_one)
+        broken.setattr("lit_vlm.data.datamodule.pack_validation", make_packs_of_one)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             train(folder, processor, tmp_path / "store", **small)
     before = list_parts(tmp_path / "store")
     assert before
     seen = []
-    monkeypatch.setattr(ReferenceLogProbCache, "add_batch", lambda self, b, p: seen.extend(b.keys) or add(self, b, p))
+    monkeypatch.setattr(
+        ReferenceLogProbCache, "add_batch", lambda self, b, p: seen.extend(b.record_keys) or add(self, b, p)
+    )
     cached, _ = train(folder, processor, tmp_path / "store", **small)
     online, _ = train(folder, processor, tmp_path / "store", cache_reference=False, **small)
     assert cached.losses == pytest.approx(online.losses, rel=1e-5)
@@ -133,7 +137,7 @@ def test_a_pair_that_is_missing_in_the_cache_is_reported(folder, processor, tmp_
     assert again.find_missing(index.compute_keys([0, 1, 2]), contents).tolist() == [False, False, True]
     with pytest.raises(UserError, match=r"lack this record as it is now.*cache_reference=false"):
         again.get(batches[1])
-    batches[0].contents[1] = 8
+    batches[0].image_hashes[1] = 8
     with pytest.raises(UserError, match=r"pictures hold something else.*Start again.*cache_reference=false"):
         again.get(batches[0])
     (part,) = (tmp_path / "cache").glob("part-*")

@@ -157,7 +157,7 @@ sys.path[:0] = [{tests!r}, {root!r} + "/tests", {root!r}]
 from pathlib import Path
 from test_trials import SweepRunner, make_sweep
 runner = SweepRunner(Path({folder!r}), make_sweep([{{"value": float(n), "steps": 40, "sleep": 5}} for n in range(3)]), places=((), ()))
-print("asked", [str(request) for request in runner.run().trials.asked], flush=True)
+print("asked", [str(request) for request in runner.run().trials.stop_requests], flush=True)
 """
 
 
