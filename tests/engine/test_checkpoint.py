@@ -36,12 +36,12 @@ def make_model(shapes: dict[str, tuple[int, ...]]) -> nn.Module:
     model = nn.Module()
     for name, shape in shapes.items():
         *path, last = name.split(".")
-        place = model
+        module = model
         for part in path:
-            if not hasattr(place, part):
-                place.add_module(part, nn.Module())
-            place = getattr(place, part)
-        place.register_parameter(last, nn.Parameter(torch.zeros(shape)))
+            if not hasattr(module, part):
+                module.add_module(part, nn.Module())
+            module = getattr(module, part)
+        module.register_parameter(last, nn.Parameter(torch.zeros(shape)))
     return model
 
 
@@ -299,17 +299,17 @@ def test_three_hundred_damaged_checkpoints_are_each_detected_and_the_previous_on
     before = save_checkpoint(clean, 1, make_slices(writers, seed=1), belongs="x")
     save_checkpoint(clean, 2, make_slices(writers, seed=2), belongs="x")
     for number in range(150):
-        place = tmp_path / f"case_{number}"
-        shutil.copytree(clean, place)
+        case_folder = tmp_path / f"case_{number}"
+        shutil.copytree(clean, case_folder)
         damage = DAMAGES[number % len(DAMAGES)]
-        file = damage(place / "step-00000002", place / before.name, rng)
+        file = damage(case_folder / "step-00000002", case_folder / before.name, rng)
         shards, untouched, messages = SlicedState(seed=5), SlicedState(seed=5), []
-        found = find_checkpoint(place, shards=shards, messages=messages)
+        found = find_checkpoint(case_folder, shards=shards, messages=messages)
         case = (number, damage.__name__, messages)
         assert found is not None and found[1].step == 1 and shards.equals(untouched), case
         assert len(messages) == 1 and f"step-00000002/{file}" in messages[0], case
         assert messages[0].endswith("Goes on from the one before, step-00000001."), case
-        shutil.rmtree(place)
+        shutil.rmtree(case_folder)
 
 
 def test_a_missing_folder_that_the_pointer_names_is_reported(tmp_path):

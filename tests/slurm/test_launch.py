@@ -82,9 +82,15 @@ def test_several_nodes_without_a_launcher_are_refused_without_waiting(environmen
 
 @pytest.mark.slow
 def test_a_plain_run_in_a_batch_script_trains_on_one_rank_without_a_message_about_srun(repository, tmp_path):
-    words = "task=train model=tiny model.grid=2 trainer=tiny data.num_workers=0 data.global_batch_size=4 trainer.max_steps=1"
+    overrides = "task=train model=tiny model.grid=2 trainer=tiny data.num_workers=0 data.global_batch_size=4 trainer.max_steps=1"
     own = {"OMP_NUM_THREADS": "1", **JOB, "SLURM_JOB_NAME": "job.sh"}
-    command = [sys.executable, str(repository / "run.py"), *words.split(), "callbacks=[throughput,guard]", "run_name=a"]
+    command = [
+        sys.executable,
+        str(repository / "run.py"),
+        *overrides.split(),
+        "callbacks=[throughput,guard]",
+        "run_name=a",
+    ]
     done = subprocess.run(
         command, cwd=tmp_path, env={**os.environ, **own}, capture_output=True, text=True, timeout=PATIENCE
     )

@@ -78,15 +78,15 @@ def undisturbed(tmp_path_factory):
 class SubmittedRun:
     """A run that was submitted with `task=submit`."""
 
-    def __init__(self, slurm: MiniSlurm, place: Path, *overrides: str) -> None:
-        self.slurm, self.folder = slurm, place / "runs/run"
+    def __init__(self, slurm: MiniSlurm, workdir: Path, *overrides: str) -> None:
+        self.slurm, self.folder = slurm, workdir / "runs/run"
         line = [
             sys.executable,
             str(RUN),
             "task=submit",
             *make_overrides(*overrides, "run_name=run", "submit.partition=low"),
         ]
-        slurm.run(*line, cwd=place, timeout=PATIENCE)
+        slurm.run(*line, cwd=workdir, timeout=PATIENCE)
         self.number = json.loads((self.folder / "slurm.json").read_text())["job"]
 
     @property

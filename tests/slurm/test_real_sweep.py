@@ -43,9 +43,9 @@ def slurm(tmp_path):
 class SubmittedSweep:
     """A sweep whose workers were submitted with `task=sweep`."""
 
-    def __init__(self, slurm: MiniSlurm, place: Path, *overrides: str, name: str = "mine") -> None:
-        self.slurm, self.place, self.folder = slurm, place, place / f"runs/sweeps/{name}"
-        (place / "mine.yaml").write_text(FILE, encoding="utf-8")
+    def __init__(self, slurm: MiniSlurm, workdir: Path, *overrides: str, name: str = "mine") -> None:
+        self.slurm, self.workdir, self.folder = slurm, workdir, workdir / f"runs/sweeps/{name}"
+        (workdir / "mine.yaml").write_text(FILE, encoding="utf-8")
         line = [
             sys.executable,
             str(RUN),
@@ -55,7 +55,7 @@ class SubmittedSweep:
             f"run_name=sweeps/{name}",
             *overrides,
         ]
-        slurm.run(*line, cwd=place, timeout=PATIENCE)
+        slurm.run(*line, cwd=workdir, timeout=PATIENCE)
         self.number = json.loads((self.folder / "slurm.json").read_text())["job"]
 
     def wait_until_finished(self, workers: int, limit: float = PATIENCE) -> list[dict[str, str]]:
@@ -70,7 +70,7 @@ class SubmittedSweep:
 
     @property
     def trials(self) -> list[Trial]:
-        return Search(read_sweep(self.place / "mine.yaml"), self.folder / "journal.log").list_trials()
+        return Search(read_sweep(self.workdir / "mine.yaml"), self.folder / "journal.log").list_trials()
 
     def wait_for_rows(self, number: int, min_rows: int, limit: float = PATIENCE) -> None:
         table, end = self.folder / str(number) / "metrics.csv", time.monotonic() + limit

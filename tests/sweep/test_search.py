@@ -19,8 +19,8 @@ MIXED_TYPES = {"a": {"values": [None, True, 3, 0.5, "한글 'x'", ["l", 1]]}, "b
 
 
 def make_sweep(parameters: dict, method: str = "random", goal: str = "minimize", **keys):
-    plain = {"method": method, "metric": {"name": "m", "goal": goal}, "parameters": parameters, **keys}
-    return parse_sweep(plain, "x.yaml")
+    settings = {"method": method, "metric": {"name": "m", "goal": goal}, "parameters": parameters, **keys}
+    return parse_sweep(settings, "x.yaml")
 
 
 def run_all_trials(search: Search) -> list[dict]:

@@ -24,8 +24,8 @@ PARAMETERS = {
 
 
 def make_sweep(goal="minimize", **keys):
-    plain = {"method": "random", "metric": {"name": "val/loss", "goal": goal}, "parameters": PARAMETERS, **keys}
-    return parse_sweep(plain, "sweeps/x.yaml")
+    settings = {"method": "random", "metric": {"name": "val/loss", "goal": goal}, "parameters": PARAMETERS, **keys}
+    return parse_sweep(settings, "sweeps/x.yaml")
 
 
 def make_record(number: int, value: float | None = 1.0, state: str = "finished", **changed) -> TrialRecord:

@@ -44,8 +44,8 @@ pathlib.Path("manifest.json").write_text(json.dumps({"status": "finished", "figu
 
 def make_sweep(trials: list[dict], **keys):
     """Return a grid sweep over these trials."""
-    plain = {"method": "grid", "metric": {"name": "m"}, "parameters": {"a": {"values": trials}}, **keys}
-    return parse_sweep(plain, "x.yaml")
+    settings = {"method": "grid", "metric": {"name": "m"}, "parameters": {"a": {"values": trials}}, **keys}
+    return parse_sweep(settings, "x.yaml")
 
 
 class SweepRunner:
@@ -59,12 +59,12 @@ class SweepRunner:
         )
 
     def make_trial(self, number, parameters):
-        place = self.folder / str(number)
-        place.mkdir(parents=True, exist_ok=True)
+        trial_folder = self.folder / str(number)
+        trial_folder.mkdir(parents=True, exist_ok=True)
         name = f"run_name=sweeps/{self.folder.name}/{number}"
-        start = f'cd {place} && exec {sys.executable} -c "$1" "$2" {name}'
+        start = f'cd {trial_folder} && exec {sys.executable} -c "$1" "$2" {name}'
         line = ["bash", "-c", start, "bash", RUN, json.dumps(parameters["a"])]
-        return TrialProcess(number, parameters, place, line, dict(os.environ))
+        return TrialProcess(number, parameters, trial_folder, line, dict(os.environ))
 
     def run(self):
         self.trials.run()
