@@ -199,6 +199,6 @@ def test_a_run_reports_in_one_line_that_both_tables_are_kept(parts, tmp_path, mo
     module = SimpleNamespace(plan=plan, index=[0], held_out=[])
     run = SimpleNamespace(name="run", init_from=None)
     train.show_training_summary(
-        SimpleNamespace(run=run, datamodule=module, blueprint=blueprint), SimpleNamespace(part_summary=[])
+        SimpleNamespace(run=run, datamodule=module, spec=blueprint), SimpleNamespace(part_summary=[])
     )
     assert [line for line in messages if "two different tables" in line] == blueprint.remarks and blueprint.remarks
