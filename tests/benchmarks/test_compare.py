@@ -1,4 +1,4 @@
-"""The comparison with other trainers: its arithmetic, its gate, its clock, and that it runs end to end."""
+"""The comparison with other trainers: FLOP arithmetic, equality gate, timing, and end-to-end runs."""
 
 import json
 import re
@@ -22,20 +22,20 @@ from lit_vlm.cost.shape import ModelShape, TextShape, VisionShape
 from lit_vlm.types import UserError
 
 # Qwen2.5-7B's and SigLIP so400m's matrices, all 27 layers of the tower
-REAL = ModelShape(TextShape(28, 3584, 28, 4, 128, 18944, 152064), VisionShape(27, 1152, 4304, 378, 729, 729))
-LITTLE = ModelShape(TextShape(2, 4, 2, 1, 2, 8, 10), VisionShape(1, 4, 6, 4, 4, 4))  # 2-pixel patches of 12 numbers
+QWEN_7B = ModelShape(TextShape(28, 3584, 28, 4, 128, 18944, 152064), VisionShape(27, 1152, 4304, 378, 729, 729))
+TINY = ModelShape(TextShape(2, 4, 2, 1, 2, 8, 10), VisionShape(1, 4, 6, 4, 4, 4))  # 2-pixel patches of 12 numbers
 QUICK = Arguments("align", "smallest", repeats=2, most=2, peaks=False)
 
 
 @pytest.fixture(scope="module")
-def place_of(tmp_path_factory):
-    def place(case) -> Placement:
+def save_placement(tmp_path_factory):
+    def make_placement(case) -> Placement:
         return Placement(save_model(case.model_size, case.tiling, tmp_path_factory.mktemp("model") / "hf"))
 
-    return place
+    return make_placement
 
 
-def small(stage, tiles=5):
+def make_small_case(stage, tiles=5):
     return resize_case(make_case(stage, "smallest", tiles), batch=3, steps=2)
 
 
@@ -43,46 +43,46 @@ def small(stage, tiles=5):
 
 
 def test_flops_of_a_step_by_hand():
-    """Three prompt tokens, two of an answer, one of them supervised, no image."""
+    """Three prompt tokens, two answer tokens of which one is supervised, no image."""
     size = [RecordSize(3, (2,), (1,), 0)]
     layer = 2 * 4 * (4 + 2) + 3 * 4 * 8  # queries, output, keys, values; gate, up, down
     body, attention, head = 2 * 2 * layer * 5, 2 * 5**2 * 4 * 2, 2 * 4 * 10
-    assert compute_step_flops(LITTLE, Recipe(), size) == 3 * (body + attention + head)
-    assert compute_step_flops(LITTLE, Recipe(trains_language_model=False), size) == 2 * (body + head) + 3 * attention
-    assert compute_step_flops(LITTLE, Recipe(recomputes=True), size) == 4 * (body + attention) + 3 * head
-    assert compute_step_flops(LITTLE, Recipe(head_on_all_rows=True), size) == 3 * (body + attention + 5 * head)
-    assert compute_step_flops(LITTLE, Recipe(dense_mask=True), size) == 3 * (body + 2 * attention + head)
+    assert compute_step_flops(TINY, Recipe(), size) == 3 * (body + attention + head)
+    assert compute_step_flops(TINY, Recipe(trains_language_model=False), size) == 2 * (body + head) + 3 * attention
+    assert compute_step_flops(TINY, Recipe(recomputes=True), size) == 4 * (body + attention) + 3 * head
+    assert compute_step_flops(TINY, Recipe(head_on_all_rows=True), size) == 3 * (body + attention + 5 * head)
+    assert compute_step_flops(TINY, Recipe(dense_mask=True), size) == 3 * (body + 2 * attention + head)
     both = [*size, RecordSize(9, (1,), (1,), 0)]
     padded = 3 * (2 * body * 2 + 2 * attention * 4 + 2 * head)
-    assert compute_step_flops(LITTLE, Recipe(pads=True), both) == padded
-    assert compute_step_flops(LITTLE, Recipe(pads=True, micro_batches=2), both) == compute_step_flops(
-        LITTLE, Recipe(), both
+    assert compute_step_flops(TINY, Recipe(pads=True), both) == padded
+    assert compute_step_flops(TINY, Recipe(pads=True, micro_batches=2), both) == compute_step_flops(
+        TINY, Recipe(), both
     )
 
 
 def test_flops_of_a_tile_by_hand():
-    """Four patches of twelve numbers, one layer of four wide."""
+    """Four patches of twelve numbers, one layer of width four."""
     tile = 2 * 4 * (4 * 4**2 + 2 * 4 * 6) + 4 * 4**2 * 4 + 2 * 4 * 12 * 4
     first = second = 2 * 4 * 4 * 4
     one, two = ([RecordSize(3, (2,), (1,), tiles)] for tiles in (1, 2))
 
-    def of(**recipe):
-        return compute_step_flops(LITTLE, Recipe(**recipe), two) - compute_step_flops(LITTLE, Recipe(**recipe), one)
+    def compute_difference(**recipe):
+        return compute_step_flops(TINY, Recipe(**recipe), two) - compute_step_flops(TINY, Recipe(**recipe), one)
 
-    assert of() == tile + 2 * first + 3 * second
-    assert of(trains_tower=True) == 3 * (tile + first + second)
-    assert of(trains_projector=False, tower_passes=4) == 4 * (tile + first + second)
+    assert compute_difference() == tile + 2 * first + 3 * second
+    assert compute_difference(trains_tower=True) == 3 * (tile + first + second)
+    assert compute_difference(trains_projector=False, tower_passes=4) == 4 * (tile + first + second)
 
 
 def test_flops_of_a_pair_by_hand():
-    """Prompt of three, answers of two and one; shared: the prompt once, each answer over prompt and itself."""
+    """Prompt of three tokens, answers of two and one; shared: the prompt once, each answer attends to the prompt and itself."""
     pair = [RecordSize(3, (2, 1), (2, 1), 0)]
     layer, row = 2 * 4 * (4 + 2) + 3 * 4 * 8, 2 * 4 * 10 * 3
     shared = 2 * 2 * layer * 6 + 2 * (9 + 2 * 2 * 3 + 4 + 2 * 3 + 1) * 4 * 2
     apart = 2 * 2 * layer * 9 + 2 * (25 + 16) * 4 * 2
-    assert compute_step_flops(LITTLE, Recipe(), pair) == 3 * (shared + row)
-    assert compute_step_flops(LITTLE, Recipe(shares_prompt=False), pair) == 3 * (apart + row)
-    assert compute_step_flops(LITTLE, Recipe(reference=1 / 3), pair) == pytest.approx((3 + 1 / 3) * (shared + row))
+    assert compute_step_flops(TINY, Recipe(), pair) == 3 * (shared + row)
+    assert compute_step_flops(TINY, Recipe(shares_prompt=False), pair) == 3 * (apart + row)
+    assert compute_step_flops(TINY, Recipe(reference=1 / 3), pair) == pytest.approx((3 + 1 / 3) * (shared + row))
 
 
 @pytest.mark.parametrize(
@@ -104,57 +104,63 @@ def test_flops_of_a_pair_by_hand():
     ],
 )
 def test_flops_of_7b_equal_an_independent_count(recipe, size, teraflops):
-    """Of another implementation, which also counts a gradient into the frozen tower and the whole projector for pairs."""
-    assert abs(compute_step_flops(REAL, recipe, [size]) / 1e12 / teraflops - 1) < 1e-3
+    """Counts of another implementation, which also counts a gradient into the frozen tower and the whole projector for pairs."""
+    assert abs(compute_step_flops(QWEN_7B, recipe, [size]) / 1e12 / teraflops - 1) < 1e-3
 
 
-def test_a_bound_is_a_ratio_over_all_steps():
+def test_a_ratio_bound_is_computed_over_all_steps():
     steps = [[RecordSize(3, (2,), (1,), 0)], [RecordSize(9, (1,), (1,), 0)]]
     peer, least = Recipe(recomputes=True), Recipe()
-    expected = sum(compute_step_flops(LITTLE, peer, s) for s in steps) / sum(
-        compute_step_flops(LITTLE, least, s) for s in steps
+    expected = sum(compute_step_flops(TINY, peer, s) for s in steps) / sum(
+        compute_step_flops(TINY, least, s) for s in steps
     )
-    assert compute_ratio_bound(LITTLE, peer, least, steps) == expected > 1.2
+    assert compute_ratio_bound(TINY, peer, least, steps) == expected > 1.2
 
 
 # ---- the gate
 
 
-def test_the_gate_refuses_another_loss(place_of):
-    case = small("align")
-    place = place_of(case)
+def test_the_gate_refuses_another_loss(save_placement):
+    case = make_small_case("align")
+    placement = save_placement(case)
 
     def disturb(contender: Ours) -> None:
         with torch.no_grad():
             contender.stage.model.lm_head.weight.mul_(1.01)
 
     with pytest.raises(UserError, match="compute different things: the loss .* No ratio is printed"):
-        check_equal([Ours(case, place), Ours(case, place, name="other", change_stage=disturb)], case.batches)
+        check_equal([Ours(case, placement), Ours(case, placement, name="other", change_stage=disturb)], case.batches)
 
 
-def test_the_gate_refuses_other_gradients_behind_an_equal_loss(place_of):
-    case = small("align")
-    place = place_of(case)
+def test_the_gate_refuses_other_gradients_behind_an_equal_loss(save_placement):
+    case = make_small_case("align")
+    placement = save_placement(case)
 
-    def skew(contender: Ours) -> None:
+    def flip_gradient(contender: Ours) -> None:
         weight = contender.stage.model.model.multi_modal_projector.linear_1.weight
         weight.register_hook(lambda gradient: -gradient)
 
     with pytest.raises(UserError, match="the gradients of the first steps have a cosine of"):
-        check_equal([Ours(case, place), Ours(case, place, name="other", change_stage=skew)], case.batches)
+        check_equal(
+            [Ours(case, placement), Ours(case, placement, name="other", change_stage=flip_gradient)], case.batches
+        )
 
 
-def test_the_gate_refuses_other_trained_parts(place_of):
-    case = small("align")
-    other = Ours(replace(case, options={"trainable": ["projector", "vision_tower"]}), place_of(case), name="other")
+def test_the_gate_refuses_other_trained_parts(save_placement):
+    case = make_small_case("align")
+    other = Ours(
+        replace(case, options={"trainable": ["projector", "vision_tower"]}), save_placement(case), name="other"
+    )
     with pytest.raises(UserError, match="both must freeze the same parts"):
-        check_equal([Ours(case, place_of(case)), other], case.batches)
+        check_equal([Ours(case, save_placement(case)), other], case.batches)
 
 
-def test_checkpointing_that_does_not_happen_is_noticed(place_of):
-    contender = Ours(small("sft"), place_of(small("sft")), options={"activation_checkpointing": True})
+def test_missing_activation_checkpointing_is_detected(save_placement):
+    contender = Ours(
+        make_small_case("sft"), save_placement(make_small_case("sft")), options={"activation_checkpointing": True}
+    )
     require_checkpointing(contender, True)
-    contender.stage.model.eval()  # flags stay, and transformers skips it
+    contender.stage.model.eval()  # the flags stay set, and transformers skips checkpointing
     with pytest.raises(UserError, match="does not recompute activations"):
         require_checkpointing(contender, True)
 
@@ -162,7 +168,7 @@ def test_checkpointing_that_does_not_happen_is_noticed(place_of):
 # ---- the clock
 
 
-class Scripted:
+class ScriptedContender:
     def __init__(self, name, seconds):
         self.name, self.seconds, self.order = name, iter(seconds), []
 
@@ -172,14 +178,14 @@ class Scripted:
         return StepTimes(value, value, 0.0, 0.0)
 
 
-def test_repeats_go_on_until_the_spread_is_small_and_no_further():
-    calm, wild = Scripted("calm", [1.0] * 20), Scripted("wild", [1, 2, 1, 2, 1, *[1.0] * 15])
-    times = measure_interleaved([calm, wild], [], repeats=5, most=15)
+def test_measurements_repeat_only_until_the_spread_is_small():
+    steady, noisy = ScriptedContender("calm", [1.0] * 20), ScriptedContender("wild", [1, 2, 1, 2, 1, *[1.0] * 15])
+    times = measure_interleaved([steady, noisy], [], repeats=5, most=15)
     assert 5 < len(times["wild"]) == len(times["calm"]) < 15
     assert compute_spread([time.cpu for time in times["wild"]]) <= 0.10
 
 
-def test_a_ratio_between_spread_out_numbers_is_not_printed():
+def test_a_ratio_of_numbers_with_a_wide_spread_is_not_printed():
     rows = {
         name: {"spread": {"cpu": wide, "wall": 0.5}, "cpu_seconds": [value], "wall_seconds": [value]}
         for name, wide, value in (("ours", 0.02, 1.0), ("calm", 0.1, 2.0), ("wild", 0.11, 3.0))
@@ -193,9 +199,9 @@ def test_a_ratio_between_spread_out_numbers_is_not_printed():
 # ---- end to end
 
 
-def test_align_runs_end_to_end_and_executes_what_arithmetic_says(place_of):
-    case = small("align")
-    result = compare_peers(case, place_of(case), QUICK, say=lambda text: None)
+def test_align_runs_end_to_end_and_executes_the_computed_flops(save_placement):
+    case = make_small_case("align")
+    result = compare_peers(case, save_placement(case), QUICK, say=lambda text: None)
     rows = result["contenders"]
     assert list(rows) == [OURS, TRL_SHIPPED, TRL_TUNED, HF_TUNED]
     for name in (OURS, HF_TUNED):
@@ -208,34 +214,37 @@ def test_align_runs_end_to_end_and_executes_what_arithmetic_says(place_of):
     assert "GFLOP a sample" in report.render_text(result)
 
 
-def test_dpo_runs_end_to_end_and_counts_tower_passes(place_of):
-    case = small("dpo")
-    result = compare_peers(case, place_of(case), QUICK, say=lambda text: None)
+def test_dpo_runs_end_to_end_and_counts_tower_passes(save_placement):
+    case = make_small_case("dpo")
+    result = compare_peers(case, save_placement(case), QUICK, say=lambda text: None)
     rows = result["contenders"]
     assert list(rows) == [OURS, OURS_CACHED, TRL_SHIPPED, TRL_TUNED]
     assert rows[TRL_TUNED]["tower_passes_per_tile"] == 4
     assert rows[OURS]["tower_passes_per_tile"] == 1
     assert rows[OURS_CACHED]["tower_passes_per_tile"] == pytest.approx(
         4 / 3
-    )  # the pass looks, then each of three epochs
-    kept = rows[OURS_CACHED]["flops_per_sample"] * result["data"]["records"]
-    assert abs(kept / rows[OURS_CACHED]["arithmetic_flops"] - 1) < 0.15 and kept < rows[OURS]["arithmetic_flops"]
+    )  # once in the caching pass, then in each of three epochs
+    cached_flops = rows[OURS_CACHED]["flops_per_sample"] * result["data"]["records"]
+    assert (
+        abs(cached_flops / rows[OURS_CACHED]["arithmetic_flops"] - 1) < 0.15
+        and cached_flops < rows[OURS]["arithmetic_flops"]
+    )
     assert result["gate"][TRL_SHIPPED]["logps"] == pytest.approx(0, abs=1e-5)
     assert [(bar["ours"], bar["asked"]) for bar in result["bars"]] == [(OURS, 1.7), (OURS, 2.1), (OURS_CACHED, 2.5)]
 
 
 @pytest.mark.parametrize("stage", ["align", "anyres", "dpo"])
-def test_a_switched_off_trick_computes_the_same_and_costs_what_is_predicted(stage, place_of):
-    case = small(stage)
-    result = measure_ablations(case, place_of(case), QUICK, say=lambda text: None)
+def test_a_disabled_optimisation_computes_the_same_and_costs_the_predicted_flops(stage, save_placement):
+    case = make_small_case(stage)
+    result = measure_ablations(case, save_placement(case), QUICK, say=lambda text: None)
     assert len(result["ladder"]) == sum(stage in switch.stages for switch in ABLATIONS.values())
     for row in result["ladder"]:
-        # recomputing stops before a layer's last product, whose result nobody needs again
+        # recomputation stops before a layer's last product, whose result is not needed again
         assert abs(row["executed"] / row["predicted"] - 1) < (0.10 if "checkpointing" in row["off"] else 0.05)
         assert row["predicted"] > 1.01
 
 
-def test_the_lines_for_a_gpu_run_on_a_cpu():
+def test_the_gpu_benchmark_runs_on_a_cpu():
     rows = [row for row in gpu.ROWS if row.stage == "dpo"]
     result = gpu.run(rows, "cpu", "smallest", 2, deadline=float("inf"))
     (found,) = result["rows"].values()
@@ -255,15 +264,15 @@ def test_without_a_gpu_the_released_sizes_are_refused():
 
 
 @pytest.mark.slow
-def test_peak_memory_of_a_process_of_its_own(tmp_path):
-    case = small("align")
+def test_peak_memory_is_measured_in_a_separate_process(tmp_path):
+    case = make_small_case("align")
     folder = save_model(case.model_size, case.tiling, tmp_path / "hf")
     peak = measure_peak_memory("align", "smallest", 5, OURS, folder, 3, 2)
     assert 0 < peak < 300e6
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
         (["stage=aling"], "stage=aling: give one of align, sft"),
         (["stge=align"], "did you mean stage="),
@@ -271,16 +280,16 @@ def test_peak_memory_of_a_process_of_its_own(tmp_path):
         (["stage=dpo", "tiles=3"], "tiles=3: give one of 1, 5"),
     ],
 )
-def test_words_that_mean_nothing_are_refused(words, said):
-    with pytest.raises(UserError, match=said):
-        Arguments.parse(words)
+def test_invalid_arguments_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        Arguments.parse(arguments)
 
 
 # ---- the page
 
 
-def test_the_page_has_the_figures_of_its_json():
-    """What was not measured yet is empty on the page."""
+def test_the_page_has_the_figures_of_its_json_files():
+    """Figures that are not measured yet are empty on the page."""
     text, results = page.PAGE.read_text(encoding="utf-8"), page.read_results(RESULTS)
     shown = re.findall(
         r"<!-- figures of benchmarks/results/(\w+)\.json: (\w+) -->\n(.*?)<!-- /figures -->", text, re.DOTALL
@@ -292,7 +301,7 @@ def test_the_page_has_the_figures_of_its_json():
         assert (page.PICTURES / f"{name}.svg").read_text(encoding="utf-8") == page.draw_chart(results[name]), name
 
 
-def test_a_bar_below_what_is_asked_is_a_share_of_its_bound():
+def test_a_bar_below_the_target_is_a_share_of_its_bound():
     for path in RESULTS.glob("compare_*.json"):
         for bar in json.loads(path.read_text()).get("bars", []):
             assert bar["bar"] == (bar["asked"] if bar["bound"] >= bar["asked"] else pytest.approx(0.85 * bar["bound"]))

@@ -1,4 +1,4 @@
-"""W&B's own client of this process, in front of a server on the loopback interface."""
+"""W&B's client in this process, connected to a server on the loopback interface."""
 
 import os
 
@@ -10,20 +10,24 @@ from lit_vlm.sweep.loopback import LoopbackServer
 
 @pytest.fixture
 def session(tmp_path, monkeypatch):
-    """A function that points the client of this process to a server; nothing of the user's is read or written."""
+    """Return a function that connects this process's client to a server; no file of the user is read or written."""
 
-    def to(url: str, key: str | None = None) -> None:
+    def connect(url: str, key: str | None = None) -> None:
         wandb.teardown()
         for name in [name for name in os.environ if name.startswith("WANDB_") and name != "WANDB_HTTP_TIMEOUT"]:
             monkeypatch.delenv(name)
-        own = {"WANDB_BASE_URL": url, "HOME": str(tmp_path / "home"), "NETRC": str(tmp_path / "home" / "netrc")}
-        own |= {"WANDB_ERROR_REPORTING": "false", "NO_PROXY": "127.0.0.1", "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1"}
-        own |= {"WANDB_API_KEY": key} if key else {}
-        for name, value in own.items():
+        variables = {"WANDB_BASE_URL": url, "HOME": str(tmp_path / "home"), "NETRC": str(tmp_path / "home" / "netrc")}
+        variables |= {
+            "WANDB_ERROR_REPORTING": "false",
+            "NO_PROXY": "127.0.0.1",
+            "WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1",
+        }
+        variables |= {"WANDB_API_KEY": key} if key else {}
+        for name, value in variables.items():
             monkeypatch.setenv(name, value)
 
     (tmp_path / "home").mkdir()
-    yield to
+    yield connect
     if wandb.run is not None:
         wandb.finish()
     wandb.teardown()

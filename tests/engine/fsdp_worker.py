@@ -1,7 +1,7 @@
 """One rank of several under FSDP2: `torchrun --nproc-per-node=N fsdp_worker.py TOWER LANGUAGE OUT CHECKS`.
 
-CHECKS is JSON: of each check's name the function and its arguments. Started by test_fsdp.py; leaves what each check
-found in OUT/<name>.<rank>.pt.
+CHECKS is JSON: the function and its arguments by the name of the check. Started by test_fsdp.py; writes the results of
+each check to OUT/<name>.<rank>.pt.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import lightning as L
 import torch
 from alive import Alive
-from rank_cases import Answers, Case, Keep, Put, assembled, fit, validate
+from rank_cases import AnswerRecorder, Case, StateRecorder, StateRestorer, assemble, fit, validate
 
 from callbacks.export import Export
 from lit_vlm.engine import fsdp
@@ -31,83 +31,85 @@ WORLD, RANK = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
 Parts = tuple[str, str]
 
 
-def strategy(**options: Any) -> FSDP2Strategy:
+def make_strategy(**options: Any) -> FSDP2Strategy:
     return FSDP2Strategy(**{"timeout": timedelta(minutes=10)} | options)
 
 
-def zero_strategy() -> Any:
+def make_zero_strategy() -> Any:
     from lit_vlm.engine.deepspeed import ZeroStrategy
 
     return ZeroStrategy(3, persistence_threshold=0, timeout=timedelta(minutes=10), bucket_size=100_000)
 
 
-def trained(parts: Parts, out: Path, shard_size: int | None = None, **case: Any) -> dict[str, Any]:
-    return fit(Case(**case), parts, strategy(hybrid=shard_size is not None, shard_size=shard_size), world=WORLD)
+def train(parts: Parts, out: Path, shard_size: int | None = None, **case: Any) -> dict[str, Any]:
+    return fit(Case(**case), parts, make_strategy(hybrid=shard_size is not None, shard_size=shard_size), world=WORLD)
 
 
-class Rows(L.Callback):
-    """What this rank holds of the weights between steps: elements of the whole, of this rank's rows, and their type."""
+class RowRecorder(L.Callback):
+    """Records the weights of this rank between steps: elements in total, elements in this rank's rows, and their type."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        named = list(pl_module.named_parameters())  # of DPO both models
+        named = list(pl_module.named_parameters())  # for DPO those of both models
         self.rows = {name: (w.numel(), w.to_local().numel(), str(w.dtype), w.requires_grad) for name, w in named}
 
 
-def shared_out(parts: Parts, out: Path, precision: str = "32-true") -> dict[str, Any]:
-    rows, answers = Rows(), Answers()
-    seen = fit(Case("dpo", steps=2, precision=precision), parts, strategy(), rows, answers, world=WORLD)
-    return seen | {"rows": rows.rows, "answers": answers.answers}
+def inspect_shards(parts: Parts, out: Path, precision: str = "32-true") -> dict[str, Any]:
+    rows, answers = RowRecorder(), AnswerRecorder()
+    results = fit(Case("dpo", steps=2, precision=precision), parts, make_strategy(), rows, answers, world=WORLD)
+    return results | {"rows": rows.rows, "answers": answers.answers}
 
 
-def built(parts: Parts, out: Path) -> dict[str, Any]:
-    """Memory that filling a skeleton takes, and what it then holds."""
+def measure_loading(parts: Parts, out: Path) -> dict[str, Any]:
+    """Measure the memory that filling a skeleton takes, and the memory that it holds afterwards."""
     real, alive = fsdp.load_local_weights, Alive()
 
-    def fill(model, device):
+    def fill_and_measure(model, device):
         assert all(parameter.is_meta for parameter in model.parameters())
         with alive:
             real(model, device)
 
-    class First(L.Callback):
+    class InitialStateRecorder(L.Callback):
         def on_train_start(self, trainer, pl_module):
             local = [weight.to_local() for weight in pl_module.model.parameters()]
             self.held, self.largest = sum(rows.nbytes for rows in local), max(rows.nbytes for rows in local)
             whole = trainer.strategy.whole_weights(pl_module.model)
             self.weights = {name: whole(name) for name, _ in pl_module.model.named_parameters()}
 
-    fsdp.load_local_weights = fill
+    fsdp.load_local_weights = fill_and_measure
     try:
-        fit(Case("sft_lora", steps=1), parts, strategy(), first := First(), world=WORLD)
+        fit(Case("sft_lora", steps=1), parts, make_strategy(), first := InitialStateRecorder(), world=WORLD)
     finally:
         fsdp.load_local_weights = real
     return {"most": alive.most, "held": first.held, "largest": first.largest, "weights": first.weights}
 
 
-def kept(parts: Parts, out: Path, shard_size: int | None = None, **case: Any) -> dict[str, Any]:
-    """And exported at the end, from ranks that share the weights out."""
-    chosen = strategy(hybrid=shard_size is not None, shard_size=shard_size)
-    keep, export = Keep(2), Export(out / "exported")
-    seen = fit(Case(**{"sgd": False, "steps": 4} | case), parts, chosen, keep, export, world=WORLD)
-    return seen | {"pieces": keep.pieces, "writes": keep.writes}
+def train_and_record_state(parts: Parts, out: Path, shard_size: int | None = None, **case: Any) -> dict[str, Any]:
+    """Train, record the state of a step, and export at the end from ranks that hold shards."""
+    chosen_strategy = make_strategy(hybrid=shard_size is not None, shard_size=shard_size)
+    recorder, export = StateRecorder(2), Export(out / "exported")
+    results = fit(Case(**{"sgd": False, "steps": 4} | case), parts, chosen_strategy, recorder, export, world=WORLD)
+    return results | {"pieces": recorder.pieces, "writes": recorder.writes}
 
 
-def put(parts: Parts, out: Path, source: str, shard_size: int | None = None, **case: Any) -> dict[str, Any]:
-    """Goes on from the state that `kept` left under the name `source`, perhaps on another number of ranks."""
+def train_and_restore_state(
+    parts: Parts, out: Path, source: str, shard_size: int | None = None, **case: Any
+) -> dict[str, Any]:
+    """Resume from the state that a check saved under the name `source`, possibly on another number of ranks."""
     ranks = [torch.load(file, weights_only=False) for file in sorted(out.glob(f"{source}.*.pt"))]
-    whole = assembled([rank["pieces"] for rank in ranks if rank["writes"]])
-    chosen = strategy(hybrid=shard_size is not None, shard_size=shard_size)
-    return fit(Case(**{"sgd": False, "steps": 4} | case), parts, chosen, Put(2, whole), world=WORLD)
+    whole = assemble([rank["pieces"] for rank in ranks if rank["writes"]])
+    chosen_strategy = make_strategy(hybrid=shard_size is not None, shard_size=shard_size)
+    return fit(Case(**{"sgd": False, "steps": 4} | case), parts, chosen_strategy, StateRestorer(2, whole), world=WORLD)
 
 
-def zero3(parts: Parts, out: Path, **case: Any) -> dict[str, Any]:
-    """`kept` under ZeRO-3: its folder, and its state for FSDP2 to go on from."""
-    keep, export = Keep(2), Export(out / "zero3")
-    seen = fit(Case(**{"sgd": False, "steps": 4} | case), parts, zero_strategy(), keep, export, world=WORLD)
-    return seen | {"pieces": keep.pieces, "writes": keep.writes}
+def train_under_zero3(parts: Parts, out: Path, **case: Any) -> dict[str, Any]:
+    """Train under ZeRO-3, export, and record a state from which FSDP2 resumes."""
+    recorder, export = StateRecorder(2), Export(out / "zero3")
+    results = fit(Case(**{"sgd": False, "steps": 4} | case), parts, make_zero_strategy(), recorder, export, world=WORLD)
+    return results | {"pieces": recorder.pieces, "writes": recorder.writes}
 
 
-class Built(Case):
-    """A stage whose model is there, whole, before the strategy."""
+class PrebuiltCase(Case):
+    """A case whose stage builds the whole model before the strategy."""
 
     def make_stage(self, parts: Parts) -> Any:
         stage = super().make_stage(parts)
@@ -115,27 +117,37 @@ class Built(Case):
         return stage
 
 
-def given(parts: Parts, out: Path, zero: bool = False) -> dict[str, Any]:
-    """A model that was built before, computed with in bfloat16, and its export."""
-    chosen = zero_strategy() if zero else strategy()
+def train_prebuilt_model(parts: Parts, out: Path, zero: bool = False) -> dict[str, Any]:
+    """Train a prebuilt model in bfloat16 and export it."""
+    chosen_strategy = make_zero_strategy() if zero else make_strategy()
     export = Export(out / ("given_zero3" if zero else "given"))
-    return fit(Built("align", sgd=False, precision="bf16-mixed"), parts, chosen, export, world=WORLD)
+    return fit(PrebuiltCase("align", sgd=False, precision="bf16-mixed"), parts, chosen_strategy, export, world=WORLD)
 
 
-def validated(parts: Parts, out: Path) -> dict[str, Any]:
-    """`trainer.validate` alone, with rows of new tokens that sit in hooks."""
-    return {"val": validate(Case("align"), parts, strategy(), world=WORLD)}
+def validate_without_training(parts: Parts, out: Path) -> dict[str, Any]:
+    """Run `trainer.validate` without training, with rows of new tokens that are applied in hooks."""
+    return {"val": validate(Case("align"), parts, make_strategy(), world=WORLD)}
 
 
 CHECKS: dict[str, Callable[..., dict[str, Any]]] = {
-    function.__name__: function for function in (trained, shared_out, built, kept, put, zero3, given, validated)
+    function.__name__: function
+    for function in (
+        train,
+        inspect_shards,
+        measure_loading,
+        train_and_record_state,
+        train_and_restore_state,
+        train_under_zero3,
+        train_prebuilt_model,
+        validate_without_training,
+    )
 }
 
 
 def main(tower: str, language: str, out: str, checks: str) -> None:
     for name, (function, arguments) in json.loads(checks).items():
-        found = CHECKS[function]((tower, language), Path(out), **arguments)
-        torch.save(found, Path(out) / f"{name}.{RANK}.pt")
+        results = CHECKS[function]((tower, language), Path(out), **arguments)
+        torch.save(results, Path(out) / f"{name}.{RANK}.pt")
         torch.distributed.barrier()
     close_process_group()
 

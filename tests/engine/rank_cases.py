@@ -1,4 +1,4 @@
-"""Training runs that one process and several must agree on, and what is seen of them."""
+"""Training runs whose results must be the same in one process and in several, and callbacks that record them."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ STAGE_CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "selective_lora": ("sft", LORA | {"activation_checkpointing": "selective"}),
     "dpo": ("dpo", {}),
     "dpo_lora": ("dpo", LORA),
-    "dpo_kept": ("dpo", {"cache_reference": True}),  # in memory: the ranks exchange what they made
+    "dpo_kept": ("dpo", {"cache_reference": True}),  # in memory: the ranks exchange their results
     "align_kept": ("align", {"cache_features": True}),
 }
 
 
 @dataclass(frozen=True)
 class Case:
-    """A short run. With `sgd`, for AdamW hides a wrong scale of the loss."""
+    """A short run. SGD is the default because AdamW hides a wrong loss scale."""
 
     stage: str = "sft"
     sgd: bool = True
     clip: float | None = 1.0
-    tokens: int = 130  # several micro-batches, some blank, some of text alone
+    tokens: int = 130  # several micro-batches, some dummy, some without images
     batch: int = 9
     steps: int = 3
     precision: str = "32-true"
-    options: dict[str, Any] = field(default_factory=dict)  # of the stage
+    options: dict[str, Any] = field(default_factory=dict)  # options of the stage
 
     def make_stage(self, parts: tuple[str, str]) -> Stage:
         name, options = STAGE_CASES[self.stage]
@@ -71,33 +71,33 @@ class Case:
         )
 
 
-class Watch(L.Callback):
-    """What a run shows at each step, and its weights at the end."""
+class RunRecorder(L.Callback):
+    """Records the values of each step and the weights at the end."""
 
     def __init__(self) -> None:
-        self.seen: dict[str, Any] = {"losses": [], "hooks": [], "rates": [], "sums": {}}
+        self.results: dict[str, Any] = {"losses": [], "hooks": [], "rates": [], "sums": {}}
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        self.seen["hooks"].append(trainer.global_step)
-        if not self.seen["sums"]:
-            self.seen["sums"] = pl_module._compute_gradient_sums()
+        self.results["hooks"].append(trainer.global_step)
+        if not self.results["sums"]:
+            self.results["sums"] = pl_module._compute_gradient_sums()
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.seen["losses"].append(float(trainer.callback_metrics["train/loss"]))
-            self.seen["rates"].append(trainer.optimizers[0].param_groups[0]["lr"])
+            self.results["losses"].append(float(trainer.callback_metrics["train/loss"]))
+            self.results["rates"].append(trainer.optimizers[0].param_groups[0]["lr"])
 
     def on_train_end(self, trainer, pl_module):
         names = [name for name, _ in pl_module.model.named_parameters()]
         whole = getattr(trainer.strategy, "whole_weights", None)
         weights = dict(pl_module.model.named_parameters())
         find = whole(pl_module.model) if whole else weights.__getitem__
-        self.seen["weights"] = {name: find(name).detach().float().clone() for name in names}
-        self.seen |= {"global_step": trainer.global_step, "k": trainer.accumulate_grad_batches}
+        self.results["weights"] = {name: find(name).detach().float().clone() for name in names}
+        self.results |= {"global_step": trainer.global_step, "k": trainer.accumulate_grad_batches}
 
 
-class Keep(L.Callback):
-    """The pieces of this rank's state after a step."""
+class StateRecorder(L.Callback):
+    """Records the shards of this rank's state after a step."""
 
     def __init__(self, step: int) -> None:
         self.step, self.pieces, self.writes = step, [], True
@@ -109,8 +109,8 @@ class Keep(L.Callback):
             self.writes = shards.is_writer
 
 
-class Put(L.Callback):
-    """Spoils the state after a step, then puts a whole one in its place."""
+class StateRestorer(L.Callback):
+    """Overwrites the state after a step with wrong values, then restores a whole one."""
 
     def __init__(self, step: int, whole: dict[tuple[str, str], torch.Tensor]) -> None:
         self.step, self.whole = step, whole
@@ -127,8 +127,8 @@ class Put(L.Callback):
         shards.sync_after_load(self.step)
 
 
-def assembled(ranks: list[list[tuple]]) -> dict[tuple[str, str], torch.Tensor]:
-    """Whole flat tensors by name and kind; an element that no rank or two ranks hold fails."""
+def assemble(ranks: list[list[tuple]]) -> dict[tuple[str, str], torch.Tensor]:
+    """Return whole flat tensors by name and kind; fail on an element that no rank or more than one rank holds."""
     whole: dict[tuple[str, str], torch.Tensor] = {}
     held: dict[tuple[str, str], torch.Tensor] = {}
     for name, kind, shape, start, values in (piece for pieces in ranks for piece in pieces):
@@ -139,28 +139,28 @@ def assembled(ranks: list[list[tuple]]) -> dict[tuple[str, str], torch.Tensor]:
     return whole
 
 
-class Answers(L.Callback):
-    """What the model says to a held-out micro-batch after a step."""
+class AnswerRecorder(L.Callback):
+    """Records the generated answers to a held-out micro-batch after a step."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if batch_idx + 1 == trainer.accumulate_grad_batches:
             held_out = trainer.datamodule.val_dataloader().dataset
-            packs = held_out.packs  # of this rank; all ranks generate the same
+            packs = held_out.packs  # packs of this rank; all ranks generate the same
             held_out.packs = [tuple(range(2))]
             self.answers = generate(pl_module.model, held_out[0], max_new_tokens=6)
             held_out.packs = packs
 
 
 def fit(case: Case, parts: tuple[str, str], strategy: Any, *callbacks: L.Callback, world: int = 1) -> dict[str, Any]:
-    """Train, and what was seen of it."""
-    watch, stage = Watch(), case.make_stage(parts)
-    trainer = make_trainer(case, strategy, [*callbacks, watch], world)
+    """Train and return the recorded results."""
+    recorder, stage = RunRecorder(), case.make_stage(parts)
+    trainer = make_trainer(case, strategy, [*callbacks, recorder], world)
     trainer.fit(stage, case.make_data(parts))
-    return watch.seen | {"val": float(trainer.callback_metrics["val/loss"])}
+    return recorder.results | {"val": float(trainer.callback_metrics["val/loss"])}
 
 
 def validate(case: Case, parts: tuple[str, str], strategy: Any, world: int = 1) -> float:
-    """The held-out loss of an untrained model."""
+    """Return the held-out loss of an untrained model."""
     trainer = make_trainer(case, strategy, [], world)
     return trainer.validate(case.make_stage(parts), case.make_data(parts), verbose=False)[0]["val/loss"]
 
@@ -186,4 +186,4 @@ def make_trainer(case: Case, strategy: Any, callbacks: list[L.Callback], world: 
     )
 
 
-__all__ = ["STAGE_CASES", "Answers", "Case", "Keep", "Put", "assembled", "fit", "validate"]
+__all__ = ["STAGE_CASES", "AnswerRecorder", "Case", "StateRecorder", "StateRestorer", "assemble", "fit", "validate"]

@@ -1,4 +1,4 @@
-"""Starting a worker on several ranks, and holding what it found against one process."""
+"""Start a worker on several ranks and compare its results with one process."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import torch
 
 
 def run_ranks(
-    worker: Path, words: list[str], checks: Iterable[str], out: Path, world: int, limit: float
+    worker: Path, arguments: list[str], checks: Iterable[str], out: Path, world: int, limit: float
 ) -> list[dict[str, dict]]:
-    """What each check found on each rank: the worker leaves it in `out/<check>.<rank>.pt`. A hang ends at the limit, in
-    seconds. What it printed is in `out/terminal`."""
+    """Return the results of each check on each rank, which the worker writes to `out/<check>.<rank>.pt`. A hang ends at the
+    limit, in seconds. The output of the worker is in `out/terminal`."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(worker), *words]
+    command = [sys.executable, *launcher, str(worker), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     (out / "terminal").write_text(done.stdout + done.stderr, encoding="utf-8")
@@ -27,7 +27,7 @@ def run_ranks(
 
 
 def require_equal(several: dict, one: dict, steps: int, atol: float = 1e-5) -> None:
-    """The same losses, rates and weights, step by step."""
+    """Require the same losses, learning rates and weights, step by step."""
     assert several["losses"] == pytest.approx(one["losses"], rel=1e-5)
     assert several["val"] == pytest.approx(one["val"], rel=1e-5)
     assert several["hooks"] == one["hooks"] == list(range(steps))

@@ -1,4 +1,4 @@
-"""Half a micro-batch budget: how far down, for how long, and the same samples in each step."""
+"""Halving the micro-batch budget: its lower limit, its duration, and the same samples in each step."""
 
 import subprocess
 import sys
@@ -15,18 +15,18 @@ from lit_vlm.types import UserError
 
 @pytest.fixture
 def module(processor: Processor) -> DataModule:
-    return module_of(processor)
+    return make_module(processor)
 
 
-def module_of(processor, tokens=400):
-    caps = {"tokens_per_micro_batch": tokens, "tiles_per_micro_batch": 8}
-    return DataModule(processor, builtin("caption", "text", n=12), 0.1, global_batch_size=6, max_steps=4, **caps)
+def make_module(processor, tokens=400):
+    limits = {"tokens_per_micro_batch": tokens, "tiles_per_micro_batch": 8}
+    return DataModule(processor, builtin("caption", "text", n=12), 0.1, global_batch_size=6, max_steps=4, **limits)
 
 
-def test_half_the_budget_is_dealt_at_the_next_start_with_the_same_samples_in_each_step(module, processor, tmp_path):
+def test_the_next_start_packs_the_same_samples_of_each_step_with_half_the_budget(module, processor, tmp_path):
     before = module.make_plan()
     halve_budget(tmp_path, module, 3)
-    again = module_of(processor)
+    again = make_module(processor)
     MicroBatchBudget.read(tmp_path, again).apply(again)
     after = again.make_plan()
     assert (after.max_tokens, after.max_tiles) == (200, 4)
@@ -38,7 +38,7 @@ def test_half_the_budget_is_dealt_at_the_next_start_with_the_same_samples_in_eac
         assert all(after.index.tokens[list(pack)].sum() <= 200 for pack in packs)
 
 
-def test_no_sample_is_dropped_and_below_the_largest_there_is_nothing(module, processor, tmp_path):
+def test_no_sample_is_dropped_and_the_budget_stays_above_the_largest_sample(module, processor, tmp_path):
     module.build_indexes()
     number, largest = len(module.index), (int(module.index.tokens.max()), int(module.index.tiles.max()))
     budgets = []
@@ -53,7 +53,7 @@ def test_no_sample_is_dropped_and_below_the_largest_there_is_nothing(module, pro
     assert len(module.index) == number and len(module.make_plan().index) == number
 
 
-def test_it_is_halved_as_often_as_is_allowed(module, tmp_path):
+def test_the_budget_is_halved_as_often_as_the_settings_allow(module, tmp_path):
     halve_budget(tmp_path, module, 1).apply(module)
     with pytest.raises(UserError, match=r"halved 1 times \(guard.max_oom_retries\)"):
         halve_budget(tmp_path, module, 1)
@@ -62,19 +62,19 @@ def test_it_is_halved_as_often_as_is_allowed(module, tmp_path):
 @pytest.mark.parametrize(
     "found", [None, "{", '{"tokens": 1}', '{"tokens": 1, "tiles": 1, "of_tokens": 7, "of_tiles": 8, "halved": 2}']
 )
-def test_settings_that_were_changed_count_and_a_file_that_is_none_does_not(module, tmp_path, found):
+def test_changed_settings_win_and_an_invalid_file_is_ignored(module, tmp_path, found):
     if found is not None:
         (tmp_path / "budget.json").write_text(found)
     assert MicroBatchBudget.read(tmp_path, module) == MicroBatchBudget(400, 8, 400, 8, 0)
 
 
-def test_ranks_that_run_out_together_halve_it_once(processor, tmp_path):
-    written = {halve_budget(tmp_path, module_of(processor), 1) for _ in range(5)}
+def test_ranks_that_run_out_of_memory_together_halve_the_budget_once(processor, tmp_path):
+    written = {halve_budget(tmp_path, make_module(processor), 1) for _ in range(5)}
     assert written == {MicroBatchBudget(200, 4, 400, 8, 1)}
 
 
-def test_a_start_that_read_the_half_halves_it_again_though_its_largest_sample_is_larger(module, tmp_path):
-    """What is entered in the file may be below a sample that has come back; the end of halving comes all the same."""
+def test_a_start_with_half_the_budget_halves_it_again_even_if_its_largest_sample_is_larger(module, tmp_path):
+    """The budget in the file may be below a sample that was added again; halving still ends."""
     lowest = module.get_min_micro_batch_limits()
     MicroBatchBudget(1, 1, 400, 8, 1).write(tmp_path)
     MicroBatchBudget.read(tmp_path, module).apply(module)
@@ -83,14 +83,14 @@ def test_a_start_that_read_the_half_halves_it_again_though_its_largest_sample_is
         halve_budget(tmp_path, module, 9)
 
 
-def test_a_draft_is_removed_only_where_its_process_is_gone(tmp_path):
+def test_a_temporary_file_is_removed_only_if_its_process_has_ended(tmp_path):
     path = tmp_path / "budget.json"
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     own = get_temporary_path(path).name
     host = own.rpartition(".")[0]
     theirs, elsewhere = tmp_path / f"{host}.{process.pid}-1", tmp_path / f"{host}.domain.{2**22 + 1}-1"
-    for draft in (theirs, elsewhere):
-        draft.write_text("{}")
+    for temporary in (theirs, elsewhere):
+        temporary.write_text("{}")
     write_text_atomically(path, "1")
     assert theirs.exists() and elsewhere.exists() and path.read_text() == "1"
     process.communicate(b"\n")

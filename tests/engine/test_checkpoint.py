@@ -1,4 +1,4 @@
-"""Checkpoints: one layout for every slicing of the state, whole or not there, and a damaged one is found before it is used."""
+"""Checkpoints: one layout for every sharding of the state, complete or absent, and a damaged one is detected before it is used."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from checkpoint_cases import DAMAGES, SHAPES, Sliced, all_slices, index_of, save, tensors_in
+from checkpoint_cases import DAMAGES, SHAPES, SlicedState, list_tensor_files, make_index, make_slices, save_checkpoint
 from safetensors.torch import load_file
 from torch import nn
 from waiting import PATIENCE
@@ -32,32 +32,37 @@ from lit_vlm.engine.shards import ReplicatedState, StateKind
 from lit_vlm.types import UserError
 
 
-def model_of(shapes: dict[str, tuple[int, ...]]) -> nn.Module:
+def make_model(shapes: dict[str, tuple[int, ...]]) -> nn.Module:
     model = nn.Module()
     for name, shape in shapes.items():
         *path, last = name.split(".")
-        place = model
-        for word in path:
-            if not hasattr(place, word):
-                place.add_module(word, nn.Module())
-            place = getattr(place, word)
-        place.register_parameter(last, nn.Parameter(torch.zeros(shape)))
+        module = model
+        for part in path:
+            if not hasattr(module, part):
+                module.add_module(part, nn.Module())
+            module = getattr(module, part)
+        module.register_parameter(last, nn.Parameter(torch.zeros(shape)))
     return model
 
 
-def trainer_of() -> SimpleNamespace:
-    """All that finding a checkpoint asks of a trainer of one rank."""
+def make_trainer() -> SimpleNamespace:
+    """Return the part of a one-rank trainer that is needed to find a checkpoint."""
     strategy = SimpleNamespace(broadcast=lambda value: value)
-    module = SimpleNamespace(model=model_of(SHAPES))
+    module = SimpleNamespace(model=make_model(SHAPES))
     return SimpleNamespace(
         strategy=strategy, lightning_module=module, global_rank=0, world_size=1, is_global_zero=True, datamodule=None
     )
 
 
-def found_in(path: Path, resume_from: str = "auto", shards=None, belongs=None, said=None):
-    say = (said if said is not None else []).append
+def find_checkpoint(path: Path, resume_from: str = "auto", shards=None, belongs=None, messages=None):
+    report = (messages if messages is not None else []).append
     return find_resume_checkpoint(
-        trainer_of(), shards or Sliced(), CheckpointFolder(path), resume_from, belongs or RunFingerprint(), say
+        make_trainer(),
+        shards or SlicedState(),
+        CheckpointFolder(path),
+        resume_from,
+        belongs or RunFingerprint(),
+        report,
     )
 
 
@@ -66,56 +71,56 @@ def found_in(path: Path, resume_from: str = "auto", shards=None, belongs=None, s
 
 @pytest.mark.parametrize("writers", [1, 2, 3, 5])
 @pytest.mark.parametrize("rows", [False, True])
-def test_what_any_ranks_wrote_any_other_ranks_read(tmp_path, writers, rows):
-    folder = save(tmp_path, 7, all_slices(writers, rows=rows))
+def test_what_any_number_of_ranks_wrote_any_other_number_reads(tmp_path, writers, rows):
+    folder = save_checkpoint(tmp_path, 7, make_slices(writers, rows=rows))
     index = read_index(folder)
     check_files(folder, index)
     for readers in (1, 2, 4):
         for other_rows in (False, True):
             for rank in range(readers):
-                got = Sliced(rank, readers, seed=99, rows=other_rows)
-                load_tensors(folder, index, got.iter_shards())
-                assert got.same_as(Sliced(rank, readers, rows=other_rows))
+                loaded = SlicedState(rank, readers, seed=99, rows=other_rows)
+                load_tensors(folder, index, loaded.iter_shards())
+                assert loaded.equals(SlicedState(rank, readers, rows=other_rows))
 
 
-def test_the_files_are_safetensors_that_anybody_can_read(tmp_path):
-    folder = save(tmp_path, 7, [Sliced()])
-    (file,) = tensors_in(folder)
+def test_the_files_are_plain_safetensors(tmp_path):
+    folder = save_checkpoint(tmp_path, 7, [SlicedState()])
+    (file,) = list_tensor_files(folder)
     tensors = load_file(file)
-    for piece in Sliced().iter_shards():
+    for piece in SlicedState().iter_shards():
         assert torch.equal(tensors[f"{piece.kind}:{piece.name}:0"], piece.values)
     assert json.loads((folder / "index.json").read_text())["files"][0]["size"] == file.stat().st_size
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-def test_other_precisions_are_kept_bit_for_bit(tmp_path, dtype):
-    shards = Sliced()
+def test_other_precisions_are_saved_bit_for_bit(tmp_path, dtype):
+    shards = SlicedState()
     values = torch.randn(50).to(dtype)
     shards.held = [SimpleNamespace(name="w", kind=StateKind.weight, shape=(50,), start=0, values=values)]
-    folder = save(tmp_path, 1, [shards])
-    got = SimpleNamespace(name="w", kind=StateKind.weight, shape=(50,), start=0, values=torch.zeros(50, dtype=dtype))
-    load_tensors(folder, read_index(folder), [got])
-    assert torch.equal(got.values, values)
+    folder = save_checkpoint(tmp_path, 1, [shards])
+    loaded = SimpleNamespace(name="w", kind=StateKind.weight, shape=(50,), start=0, values=torch.zeros(50, dtype=dtype))
+    load_tensors(folder, read_index(folder), [loaded])
+    assert torch.equal(loaded.values, values)
 
 
-def test_a_large_state_is_cut_into_several_files(tmp_path, monkeypatch):
+def test_a_large_state_is_split_into_several_files(tmp_path, monkeypatch):
     monkeypatch.setattr(writing, "MAX_FILE_BYTES", 20_000)
-    folder = save(tmp_path, 3, all_slices(2))
-    assert len(tensors_in(folder)) > 4
-    got = Sliced(seed=99)
-    load_tensors(folder, read_index(folder), got.iter_shards())
-    assert got.same_as(Sliced())
+    folder = save_checkpoint(tmp_path, 3, make_slices(2))
+    assert len(list_tensor_files(folder)) > 4
+    loaded = SlicedState(seed=99)
+    load_tensors(folder, read_index(folder), loaded.iter_shards())
+    assert loaded.equals(SlicedState())
 
 
-def test_a_checkpoint_is_the_same_bytes_whoever_asks_twice(tmp_path):
-    one, two = (read_index(save(tmp_path / name, 3, [Sliced()])) for name in "ab")
+def test_saving_the_same_state_twice_gives_the_same_bytes(tmp_path):
+    one, two = (read_index(save_checkpoint(tmp_path / name, 3, [SlicedState()])) for name in "ab")
     assert one.files == two.files and one.intervals == two.intervals
 
 
 # Adam's state of a whole model
 
 
-def steps_of(model: nn.Module, optimizer: torch.optim.Optimizer, count: int, seed: int) -> None:
+def train_steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int, seed: int) -> None:
     for number in range(count):
         torch.manual_seed(seed + number)
         optimizer.zero_grad()
@@ -124,41 +129,41 @@ def steps_of(model: nn.Module, optimizer: torch.optim.Optimizer, count: int, see
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_adamw_goes_on_bit_for_bit(tmp_path, fused):
-    def made():
+def test_adamw_resumes_bit_for_bit(tmp_path, fused):
+    def make_training():
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 7), nn.Linear(7, 2))
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1, fused=fused)
         return model, optimizer, ReplicatedState(model, optimizer)
 
-    model, optimizer, shards = made()
-    steps_of(model, optimizer, 3, seed=5)
+    model, optimizer, shards = make_training()
+    train_steps(model, optimizer, 3, seed=5)
     writer = CheckpointWriter(CheckpointFolder(tmp_path))
-    writer.start(index_of(3), list(shards.iter_shards()), asynchronous=True)
-    steps_of(model, optimizer, 2, seed=8)  # meanwhile
+    writer.start(make_index(3), list(shards.iter_shards()), asynchronous=True)
+    train_steps(model, optimizer, 2, seed=8)  # while the checkpoint is written
     assert writer.wait() is None
-    again, its_optimizer, its_shards = made()
+    again, its_optimizer, its_shards = make_training()
     folder = CheckpointFolder(tmp_path).get_step_path(3)
     load_tensors(folder, read_index(folder), its_shards.iter_shards())
     its_shards.sync_after_load(3)
-    steps_of(again, its_optimizer, 2, seed=8)
+    train_steps(again, its_optimizer, 2, seed=8)
     for mine, theirs in zip(model.parameters(), again.parameters(), strict=True):
         assert torch.equal(mine, theirs)
         for key, value in optimizer.state[mine].items():
             assert torch.equal(value, its_optimizer.state[theirs][key])
 
 
-def test_moments_are_there_before_the_first_step_and_change_nothing():
-    def trained(prepared: bool):
+def test_adam_moments_exist_before_the_first_step_and_change_nothing():
+    def train(prepared: bool):
         torch.manual_seed(0)
         model = nn.Linear(5, 4)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
         if prepared:
             assert {piece.kind for piece in ReplicatedState(model, optimizer).iter_shards()} == set(StateKind)
-        steps_of(model, optimizer, 3, seed=1)
+        train_steps(model, optimizer, 3, seed=1)
         return model.weight
 
-    assert torch.equal(trained(True), trained(False))
+    assert torch.equal(train(True), train(False))
 
 
 def test_another_optimizers_state_is_refused_and_plain_sgd_has_none():
@@ -170,13 +175,13 @@ def test_another_optimizers_state_is_refused_and_plain_sgd_has_none():
         ReplicatedState(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
 
 
-# Whole or not there
+# Complete or absent
 
 
-def test_the_last_ones_and_the_best_stay_and_the_pointer_names_the_newest(tmp_path):
+def test_the_last_checkpoints_and_the_best_are_kept_and_the_pointer_names_the_newest(tmp_path):
     folder = CheckpointFolder(tmp_path)
     for step in (1, 2, 3, 4, 5):
-        save(tmp_path, step, [Sliced()], keep_last=2)
+        save_checkpoint(tmp_path, step, [SlicedState()], keep_last=2)
         if step == 2:
             folder.mark_best(2, 0.5)
     assert folder.list_steps() == [5, 4, 2] and folder.read_latest_step() == 5 and folder.read_best() == (2, 0.5)
@@ -184,9 +189,9 @@ def test_the_last_ones_and_the_best_stay_and_the_pointer_names_the_newest(tmp_pa
     assert not [path for path in tmp_path.rglob(".*")]
 
 
-def test_what_killed_writers_left_is_swept_and_nothing_else(tmp_path):
-    kept = save(tmp_path, 2, [Sliced()])
-    save(tmp_path, 9, [Sliced()])
+def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path):
+    kept = save_checkpoint(tmp_path, 2, [SlicedState()])
+    save_checkpoint(tmp_path, 9, [SlicedState()])
     (tmp_path / ".step-00000004").mkdir()
     (tmp_path / ".step-00000004" / "rank-00000-000.safetensors").write_bytes(b"half")
     (tmp_path / ".latest").write_text("step-")
@@ -197,54 +202,54 @@ def test_what_killed_writers_left_is_swept_and_nothing_else(tmp_path):
     assert CheckpointFolder(tmp_path).read_latest_step() == 2
 
 
-def test_a_rank_that_cannot_write_ends_the_wait_of_the_first(tmp_path, monkeypatch):
-    save(tmp_path, 1, all_slices(2))
+def test_a_rank_that_cannot_write_ends_the_wait_of_rank_0(tmp_path, monkeypatch):
+    save_checkpoint(tmp_path, 1, make_slices(2))
     real = writing.write_shards
 
-    def full(draft, rank, pieces):
+    def fail_on_rank_1(draft, rank, pieces):
         if rank == 1:
             raise OSError(28, "No space left on device")
         return real(draft, rank, pieces)
 
-    monkeypatch.setattr(writing, "write_shards", full)
-    folder, shards = CheckpointFolder(tmp_path), all_slices(2)
+    monkeypatch.setattr(writing, "write_shards", fail_on_rank_1)
+    folder, shards = CheckpointFolder(tmp_path), make_slices(2)
     writers = [CheckpointWriter(folder, rank=rank, writer_ranks=(0, 1), timeout_seconds=PATIENCE) for rank in (0, 1)]
     for writer, held in zip(writers, shards, strict=True):
-        writer.start(index_of(2), list(held.iter_shards()), asynchronous=True)
+        writer.start(make_index(2), list(held.iter_shards()), asynchronous=True)
     errors = [writer.wait() for writer in writers]
     assert str(errors[0]) == "rank 1 could not write its part" and errors[1].strerror == "No space left on device"
     writers[0].remove_unfinished()
     assert folder.list_steps() == [1] and not [path for path in tmp_path.rglob(".*")]
 
 
-def test_an_old_one_that_cannot_be_removed_costs_nothing_but_its_room(tmp_path, monkeypatch):
-    """As a network's file system refuses it while a file is open."""
-    monkeypatch.setattr("lit_vlm.engine.checkpoint.folder.remove_folder", _busy)
+def test_an_old_checkpoint_that_cannot_be_removed_costs_only_disk_space(tmp_path, monkeypatch):
+    """A network file system refuses the removal while a file is open."""
+    monkeypatch.setattr("lit_vlm.engine.checkpoint.folder.remove_folder", _raise_busy)
     for step in (1, 2, 3):
-        save(tmp_path, step, all_slices(1), keep_last=1)
+        save_checkpoint(tmp_path, step, make_slices(1), keep_last=1)
     assert CheckpointFolder(tmp_path).list_steps() == [3, 2, 1] and CheckpointFolder(tmp_path).read_latest_step() == 3
 
 
-def _busy(path):
+def _raise_busy(path):
     raise OSError(16, "Device or resource busy")
 
 
-def test_the_first_rank_waits_no_longer_than_it_is_told(tmp_path):
+def test_rank_0_waits_no_longer_than_its_timeout(tmp_path):
     writer = CheckpointWriter(CheckpointFolder(tmp_path), rank=0, writer_ranks=(0, 1), timeout_seconds=0.2)
-    writer.start(index_of(2), list(Sliced(0, 2).iter_shards()), asynchronous=True)
+    writer.start(make_index(2), list(SlicedState(0, 2).iter_shards()), asynchronous=True)
     assert "do all machines share the folder?" in str(writer.wait())
 
 
-def test_values_that_change_while_they_are_written_are_those_of_the_save(tmp_path, monkeypatch):
-    held, real, copied = Sliced(), writing.write_shards, threading.Event()
+def test_values_that_change_during_the_write_are_saved_as_they_were(tmp_path, monkeypatch):
+    held, real, copied = SlicedState(), writing.write_shards, threading.Event()
 
-    def slow(*arguments):
+    def write_slowly(*arguments):
         copied.wait(PATIENCE)
         return real(*arguments)
 
-    monkeypatch.setattr(writing, "write_shards", slow)
+    monkeypatch.setattr(writing, "write_shards", write_slowly)
     writer = CheckpointWriter(CheckpointFolder(tmp_path))
-    writer.start(index_of(1), list(held.iter_shards()), asynchronous=True)
+    writer.start(make_index(1), list(held.iter_shards()), asynchronous=True)
     for piece in held.iter_shards():
         piece.values.zero_()
     copied.set()
@@ -254,19 +259,19 @@ def test_values_that_change_while_they_are_written_are_those_of_the_save(tmp_pat
         read_index(CheckpointFolder(tmp_path).get_step_path(1)),
         held.iter_shards(),
     )
-    assert held.same_as(Sliced())
+    assert held.equals(SlicedState())
 
 
 @pytest.mark.parametrize("level", range(20))
-def test_at_twenty_levels_of_a_full_disk_the_checkpoint_before_stays_whole(tmp_path, level):
-    """A limit on the size of a file stands for the disk: the write that passes it fails, wherever that is."""
-    before = save(tmp_path, 1, [Sliced()])
-    size = tensors_in(before)[0].stat().st_size
+def test_at_twenty_levels_of_a_full_disk_the_previous_checkpoint_stays_complete(tmp_path, level):
+    """A file size limit stands in for the full disk: the write that exceeds it fails, wherever that is."""
+    before = save_checkpoint(tmp_path, 1, [SlicedState()])
+    size = list_tensor_files(before)[0].stat().st_size
     pid = os.fork()
     if pid == 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (size * level // 20, size * level // 20))
         writer = CheckpointWriter(CheckpointFolder(tmp_path))
-        writer.start(index_of(2), list(Sliced(seed=1).iter_shards()), asynchronous=level % 2 == 0)
+        writer.start(make_index(2), list(SlicedState(seed=1).iter_shards()), asynchronous=level % 2 == 0)
         error = writer.wait()
         writer.remove_unfinished()
         os._exit(0 if isinstance(error, OSError) and error.strerror == "File too large" else 1)
@@ -275,73 +280,75 @@ def test_at_twenty_levels_of_a_full_disk_the_checkpoint_before_stays_whole(tmp_p
     check_files(before, read_index(before))
 
 
-# Found before a weight is used
+# Detected before a weight is used
 
 
-def test_the_newest_good_one_is_taken_and_none_means_from_the_beginning(tmp_path):
-    assert found_in(tmp_path / "nothing") is None
-    save(tmp_path, 1, [Sliced()])
-    newest = save(tmp_path, 2, [Sliced()])
-    assert found_in(tmp_path)[0] == newest
-    assert found_in(tmp_path, "none") is None
-    assert found_in(tmp_path, str(tmp_path / "step-00000001"))[1].step == 1
+def test_the_newest_valid_checkpoint_is_used_and_none_starts_from_the_beginning(tmp_path):
+    assert find_checkpoint(tmp_path / "nothing") is None
+    save_checkpoint(tmp_path, 1, [SlicedState()])
+    newest = save_checkpoint(tmp_path, 2, [SlicedState()])
+    assert find_checkpoint(tmp_path)[0] == newest
+    assert find_checkpoint(tmp_path, "none") is None
+    assert find_checkpoint(tmp_path, str(tmp_path / "step-00000001"))[1].step == 1
 
 
 @pytest.mark.parametrize("writers", [1, 3])
-def test_three_hundred_damaged_ones_are_each_found_and_the_one_before_is_taken(tmp_path, writers):
-    dice = Random(7 + writers)
+def test_three_hundred_damaged_checkpoints_are_each_detected_and_the_previous_one_is_used(tmp_path, writers):
+    rng = Random(7 + writers)
     clean = tmp_path / "clean"
-    before = save(clean, 1, all_slices(writers, seed=1), belongs="x")
-    save(clean, 2, all_slices(writers, seed=2), belongs="x")
+    before = save_checkpoint(clean, 1, make_slices(writers, seed=1), belongs="x")
+    save_checkpoint(clean, 2, make_slices(writers, seed=2), belongs="x")
     for number in range(150):
-        place = tmp_path / f"case_{number}"
-        shutil.copytree(clean, place)
-        hurt = DAMAGES[number % len(DAMAGES)]
-        file = hurt(place / "step-00000002", place / before.name, dice)
-        shards, untouched, said = Sliced(seed=5), Sliced(seed=5), []
-        found = found_in(place, shards=shards, said=said)
-        case = (number, hurt.__name__, said)
-        assert found is not None and found[1].step == 1 and shards.same_as(untouched), case
-        assert len(said) == 1 and f"step-00000002/{file}" in said[0], case
-        assert said[0].endswith("Goes on from the one before, step-00000001."), case
-        shutil.rmtree(place)
+        case_folder = tmp_path / f"case_{number}"
+        shutil.copytree(clean, case_folder)
+        damage = DAMAGES[number % len(DAMAGES)]
+        file = damage(case_folder / "step-00000002", case_folder / before.name, rng)
+        shards, untouched, messages = SlicedState(seed=5), SlicedState(seed=5), []
+        found = find_checkpoint(case_folder, shards=shards, messages=messages)
+        case = (number, damage.__name__, messages)
+        assert found is not None and found[1].step == 1 and shards.equals(untouched), case
+        assert len(messages) == 1 and f"step-00000002/{file}" in messages[0], case
+        assert messages[0].endswith("Goes on from the one before, step-00000001."), case
+        shutil.rmtree(case_folder)
 
 
-def test_a_folder_that_is_gone_although_the_pointer_names_it_is_told(tmp_path):
-    save(tmp_path, 1, [Sliced()])
-    shutil.rmtree(save(tmp_path, 2, [Sliced()]))
-    said = []
-    assert found_in(tmp_path, said=said)[1].step == 1
-    assert "step-00000002 is missing. Goes on from the one before, step-00000001." in said[0]
+def test_a_missing_folder_that_the_pointer_names_is_reported(tmp_path):
+    save_checkpoint(tmp_path, 1, [SlicedState()])
+    shutil.rmtree(save_checkpoint(tmp_path, 2, [SlicedState()]))
+    messages = []
+    assert find_checkpoint(tmp_path, messages=messages)[1].step == 1
+    assert "step-00000002 is missing. Goes on from the one before, step-00000001." in messages[0]
 
 
-def test_where_none_can_be_used_the_run_stops_and_says_how_to_start_anew(tmp_path):
+def test_without_a_usable_checkpoint_the_run_stops_and_reports_how_to_start_from_the_beginning(tmp_path):
     for step in (1, 2):
-        (save(tmp_path, step, [Sliced()]) / "index.json").unlink()
+        (save_checkpoint(tmp_path, step, [SlicedState()]) / "index.json").unlink()
     with pytest.raises(UserError) as caught:
-        found_in(tmp_path)
-    said = str(caught.value)
-    assert "step-00000002/index.json cannot be read" in said and "step-00000001/index.json cannot be read" in said
-    assert said.endswith("resume_from=none starts the run from its beginning.")
-    assert found_in(tmp_path, "none") is None
+        find_checkpoint(tmp_path)
+    messages = str(caught.value)
+    assert (
+        "step-00000002/index.json cannot be read" in messages and "step-00000001/index.json cannot be read" in messages
+    )
+    assert messages.endswith("resume_from=none starts the run from its beginning.")
+    assert find_checkpoint(tmp_path, "none") is None
 
 
-def test_a_damaged_one_that_was_named_is_not_replaced_by_another(tmp_path):
-    save(tmp_path, 1, [Sliced()])
-    named = save(tmp_path, 2, [Sliced()])
-    tensors_in(named)[0].unlink()
+def test_a_damaged_checkpoint_that_was_named_is_not_replaced_by_another(tmp_path):
+    save_checkpoint(tmp_path, 1, [SlicedState()])
+    named = save_checkpoint(tmp_path, 2, [SlicedState()])
+    list_tensor_files(named)[0].unlink()
     with pytest.raises(UserError, match=r"resume_from=.*safetensors is missing\. The run's own are .*resume_from=auto"):
-        found_in(tmp_path, str(named))
+        find_checkpoint(tmp_path, str(named))
 
 
-def test_a_folder_that_is_no_checkpoint_is_refused_with_those_inside(tmp_path):
-    inside = save(tmp_path / "runs" / "checkpoints", 2, [Sliced()])
+def test_a_folder_that_is_no_checkpoint_is_refused_with_the_checkpoints_inside(tmp_path):
+    inside = save_checkpoint(tmp_path / "runs" / "checkpoints", 2, [SlicedState()])
     with pytest.raises(UserError, match=f"is not the folder of a checkpoint .*It holds {inside}; name one of them"):
-        found_in(tmp_path, str(tmp_path / "runs"))
+        find_checkpoint(tmp_path, str(tmp_path / "runs"))
 
 
 @pytest.mark.parametrize(
-    ("mine", "said"),
+    ("mine", "message"),
     [
         (RunFingerprint(stage="sft"), "another stage"),
         (RunFingerprint(data="d2"), "another data"),
@@ -353,7 +360,7 @@ def test_a_folder_that_is_no_checkpoint_is_refused_with_those_inside(tmp_path):
         ),
     ],
 )
-def test_another_runs_checkpoint_is_refused_with_what_differs(tmp_path, mine, said):
+def test_another_runs_checkpoint_is_refused_with_the_difference(tmp_path, mine, message):
     theirs = {
         "stage": "align",
         "data": "d1",
@@ -361,14 +368,14 @@ def test_another_runs_checkpoint_is_refused_with_what_differs(tmp_path, mine, sa
         "plan": "q1",
         "settings": {"stage": {"learning_rate": 1.0}},
     }
-    save(tmp_path, 1, [Sliced()], **theirs)
-    with pytest.raises(UserError, match=said):
-        found_in(tmp_path, belongs=mine)
+    save_checkpoint(tmp_path, 1, [SlicedState()], **theirs)
+    with pytest.raises(UserError, match=message):
+        find_checkpoint(tmp_path, belongs=mine)
 
 
-def test_another_models_checkpoint_is_refused_with_the_tensors(tmp_path):
-    index = read_index(save(tmp_path, 1, [Sliced()]))
-    assert find_state_mismatches(index, SHAPES, Sliced().iter_shards()) == []
+def test_another_models_checkpoint_is_refused_with_the_tensor_names(tmp_path):
+    index = read_index(save_checkpoint(tmp_path, 1, [SlicedState()]))
+    assert find_state_mismatches(index, SHAPES, SlicedState().iter_shards()) == []
     other = {**SHAPES, "lm_head.weight": (91, 50), "new": (3,)}
     del other["scale"]
     assert find_state_mismatches(index, other) == [
@@ -378,11 +385,11 @@ def test_another_models_checkpoint_is_refused_with_the_tensors(tmp_path):
     ]
     for interval in [one for one in index.intervals if one.kind == StateKind.exp_avg]:
         index.intervals.remove(interval)
-    assert find_state_mismatches(index, SHAPES, Sliced().iter_shards()) == ["it lacks the optimizer's exp_avg"]
+    assert find_state_mismatches(index, SHAPES, SlicedState().iter_shards()) == ["it lacks the optimizer's exp_avg"]
 
 
-def test_an_index_that_leaves_out_or_repeats_elements_is_damaged_even_if_it_says_so_itself(tmp_path):
-    folder = save(tmp_path, 1, all_slices(2))
+def test_an_index_that_omits_or_repeats_elements_is_corrupt_even_if_its_digest_matches(tmp_path):
+    folder = save_checkpoint(tmp_path, 1, make_slices(2))
     whole = read_index(folder)
     for change in (lambda all: all[1:], lambda all: [*all, all[0]]):
         index = CheckpointIndex(**{name: getattr(whole, name) for name in CheckpointIndex.__dataclass_fields__})
@@ -393,7 +400,7 @@ def test_an_index_that_leaves_out_or_repeats_elements_is_damaged_even_if_it_says
 
 
 @pytest.mark.parametrize("but_best", [False, True])
-def test_the_next_start_removes_what_a_removal_that_was_killed_left(tmp_path, but_best):
+def test_the_next_start_completes_a_removal_that_was_killed(tmp_path, but_best):
     checkpoints = CheckpointFolder(tmp_path / "checkpoints")
     for left in (tmp_path / ".gone-checkpoints-1/step-00000002", checkpoints.path / ".gone-step-00000001-2"):
         left.mkdir(parents=True)

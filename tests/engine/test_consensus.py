@@ -1,4 +1,4 @@
-"""What ranks tell each other once per step, on one rank and on two; and ranks that were not started alike."""
+"""Flags that ranks exchange once per step, on one rank and on two, and ranks that were started with different settings."""
 
 import json
 import socket
@@ -16,30 +16,30 @@ from lit_vlm.engine.strategy import make_strategy
 from lit_vlm.types import UserError
 
 
-class Alone:
-    """As much of a trainer as is needed on one rank."""
+class SingleRankTrainer:
+    """The part of a trainer that is needed on one rank."""
 
     world_size = 1
 
 
-class Two:
+class TwoRankTrainer:
     world_size = 2
 
     class strategy:
         root_device = torch.device("cpu")
 
 
-def free_port() -> int:
+def find_free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
-def on_two_ranks(work, folder, *arguments):
-    """`work(rank, *arguments)` in two gloo processes; what each returns."""
+def run_on_two_ranks(work, folder, *arguments):
+    """Run `work(rank, *arguments)` in two gloo processes; return both results."""
     context = mp.get_context("fork")
-    port = free_port()
-    processes = [context.Process(target=_rank, args=(work, rank, port, folder, *arguments)) for rank in range(2)]
+    port = find_free_port()
+    processes = [context.Process(target=_run_rank, args=(work, rank, port, folder, *arguments)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
@@ -48,7 +48,7 @@ def on_two_ranks(work, folder, *arguments):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-def _rank(work, rank, port, folder, *arguments):
+def _run_rank(work, rank, port, folder, *arguments):
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     (folder / f"{rank}.json").write_text(json.dumps(work(rank, *arguments)))
     torch.distributed.barrier()
@@ -56,24 +56,24 @@ def _rank(work, rank, port, folder, *arguments):
     sys.stdout.flush()
 
 
-def test_what_is_told_is_heard_until_the_next_exchange():
-    consensus = SharedFlags()
-    consensus.add(StepFlag.save)
-    consensus.add(StepFlag.save)
-    consensus.add(StepFlag.grad_square_sum, 2.5)
-    assert consensus.get(StepFlag.save) == 0
-    consensus.sync(Alone())
+def test_an_added_flag_is_visible_from_one_sync_to_the_next():
+    flags = SharedFlags()
+    flags.add(StepFlag.save)
+    flags.add(StepFlag.save)
+    flags.add(StepFlag.grad_square_sum, 2.5)
+    assert flags.get(StepFlag.save) == 0
+    flags.sync(SingleRankTrainer())
     assert (
-        consensus.get(StepFlag.save),
-        consensus.get(StepFlag.grad_square_sum),
-        consensus.get(StepFlag.save_and_stop),
+        flags.get(StepFlag.save),
+        flags.get(StepFlag.grad_square_sum),
+        flags.get(StepFlag.save_and_stop),
     ) == (2, 2.5, 0)
-    consensus.sync(Alone())
-    assert consensus.get(StepFlag.save) == 0
+    flags.sync(SingleRankTrainer())
+    assert flags.get(StepFlag.save) == 0
 
 
-def test_what_a_signal_handler_tells_during_an_exchange_is_heard_in_the_next():
-    consensus = SharedFlags()
+def test_a_flag_that_a_signal_handler_adds_during_a_sync_is_visible_after_the_next():
+    flags = SharedFlags()
 
     class Interrupting(list):
         def __getitem__(self, key):
@@ -81,39 +81,37 @@ def test_what_a_signal_handler_tells_during_an_exchange_is_heard_in_the_next():
             self.append((StepFlag.save_and_stop, 1.0))  # the signal comes right after the list was read
             return found
 
-    consensus._pending = Interrupting([(StepFlag.save, 1.0)])
-    consensus.sync(Alone())
-    assert (consensus.get(StepFlag.save), consensus.get(StepFlag.save_and_stop)) == (1, 0)
-    consensus._pending = list(consensus._pending)
-    consensus.sync(Alone())
-    assert (consensus.get(StepFlag.save), consensus.get(StepFlag.save_and_stop)) == (0, 1)
+    flags._pending = Interrupting([(StepFlag.save, 1.0)])
+    flags.sync(SingleRankTrainer())
+    assert (flags.get(StepFlag.save), flags.get(StepFlag.save_and_stop)) == (1, 0)
+    flags._pending = list(flags._pending)
+    flags.sync(SingleRankTrainer())
+    assert (flags.get(StepFlag.save), flags.get(StepFlag.save_and_stop)) == (0, 1)
 
 
-def test_each_trainer_has_its_own():
-    one, other = Alone(), Alone()
+def test_each_trainer_has_its_own_flags():
+    one, other = SingleRankTrainer(), SingleRankTrainer()
     assert get_shared_flags(one) is get_shared_flags(one) is not get_shared_flags(other)
 
 
-def _tell(rank):
-    consensus, found = SharedFlags(), []
-    consensus.add(StepFlag.nonfinite_losses, rank)
-    consensus.add(StepFlag.grad_square_sum, float("nan") if rank else 1.0)
+def _sync_flags(rank):
+    flags, found = SharedFlags(), []
+    flags.add(StepFlag.nonfinite_losses, rank)
+    flags.add(StepFlag.grad_square_sum, float("nan") if rank else 1.0)
     for _ in range(2):
-        consensus.sync(Two())
-        found.append(
-            [consensus.get(word) for word in (StepFlag.nonfinite_losses, StepFlag.grad_square_sum, StepFlag.save)]
-        )
+        flags.sync(TwoRankTrainer())
+        found.append([flags.get(flag) for flag in (StepFlag.nonfinite_losses, StepFlag.grad_square_sum, StepFlag.save)])
         if not rank:
-            consensus.add(StepFlag.save)
+            flags.add(StepFlag.save)
     return found
 
 
-def test_ranks_hear_the_sum_and_one_that_is_no_number_makes_none(tmp_path):
-    found = on_two_ranks(_tell, tmp_path)
+def test_ranks_see_the_sum_and_one_nan_makes_it_nan(tmp_path):
+    found = run_on_two_ranks(_sync_flags, tmp_path)
     assert str(found[0]) == str(found[1]) == "[[1.0, nan, 0.0], [0.0, 0.0, 1.0]]"
 
 
-def _agree(rank, differs):
+def _compare_facts(rank, differs):
     same = {"settings": {"seed": 0, "stage.learning_rate": 1e-3}, "code": "a", "data": "b", "plan": [1, 2]}
     facts = same | ({key: value for key, value in differs.items()} if rank else {})
     try:
@@ -136,8 +134,8 @@ def _agree(rank, differs):
     ],
     ids=["nothing", "code", "data", "settings"],
 )
-def test_ranks_that_were_not_started_alike_are_named_by_the_first(tmp_path, differs, named):
-    first, second = on_two_ranks(_agree, tmp_path, differs)
+def test_ranks_with_different_settings_are_named_by_rank_0(tmp_path, differs, named):
+    first, second = run_on_two_ranks(_compare_facts, tmp_path, differs)
     if named is None:
         assert first is second is None
         return
@@ -146,8 +144,8 @@ def test_ranks_that_were_not_started_alike_are_named_by_the_first(tmp_path, diff
     assert second == ""
 
 
-def _choose(rank):
-    """Unequal devices: the ranks come to different strategies."""
+def _compare_strategies(rank):
+    """Compare the settings of ranks that chose different strategies, as with unequal devices."""
     config = RunConfig()
     config.trainer.devices = 2
     strategy = make_strategy(config.trainer, StrategyName.fsdp2 if rank else StrategyName.ddp)
@@ -158,6 +156,6 @@ def _choose(rank):
     return None
 
 
-def test_ranks_for_which_auto_chose_unlike_strategies_are_told_both(tmp_path):
-    first, _ = on_two_ranks(_choose, tmp_path)
+def test_ranks_for_which_auto_chose_different_strategies_are_reported_with_both(tmp_path):
+    first, _ = run_on_two_ranks(_compare_strategies, tmp_path)
     assert "its settings: trainer.strategy (auto, here fsdp2 and not auto, here ddp)" in first

@@ -1,4 +1,4 @@
-"""A run folder is one process's at a time, and nobody has to clear up after one that was killed."""
+"""A run folder belongs to one process at a time, and a killed process leaves nothing that must be cleaned up."""
 
 import json
 import os
@@ -12,8 +12,8 @@ from lit_vlm.engine.hold import HOLDER_FILE, LOCK_FILE, RunLock
 from lit_vlm.types import UserError
 
 
-def in_child(work) -> int:
-    """Exit status of a process that does it; negative ones are signals."""
+def run_in_child(work) -> int:
+    """Run `work` in a child process and return its exit status, negative for a signal."""
     pid = os.fork()
     if pid == 0:
         code = 9
@@ -27,40 +27,40 @@ def in_child(work) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def take(folder):
-    with RunLock(folder) as hold:
-        hold.acquire()
+def acquire_lock(folder):
+    with RunLock(folder) as lock:
+        lock.acquire()
 
 
-def test_the_second_process_is_told_who_holds_the_folder_where_and_since_when(tmp_path):
+def test_the_second_process_gets_an_error_with_the_holder_its_host_and_its_start(tmp_path):
     reading, writing = os.pipe()
 
-    def tell():
+    def report_error():
         try:
-            take(tmp_path)
+            acquire_lock(tmp_path)
         except UserError as error:
             os.write(writing, str(error).encode())
             raise
 
-    with RunLock(tmp_path) as hold:
-        assert hold.acquire() and not hold.acquire()
-        assert in_child(tell) == 1
-        said = os.read(reading, 4096).decode()
-    assert f"process {os.getpid()} on {socket.gethostname()}, since 20" in said
-    assert "Wait for it or end that process" in said and "run_name=" in said
-    assert in_child(lambda: take(tmp_path)) == 0  # once it is let go
+    with RunLock(tmp_path) as lock:
+        assert lock.acquire() and not lock.acquire()
+        assert run_in_child(report_error) == 1
+        message = os.read(reading, 4096).decode()
+    assert f"process {os.getpid()} on {socket.gethostname()}, since 20" in message
+    assert "Wait for it or end that process" in message and "run_name=" in message
+    assert run_in_child(lambda: acquire_lock(tmp_path)) == 0  # once it is released
 
 
-def test_a_lock_left_by_a_killed_process_holds_nobody_up_nor_do_its_orphans(tmp_path):
-    def killed():
+def test_a_killed_holder_and_its_orphans_do_not_block_the_lock(tmp_path):
+    def leave_orphan():
         RunLock(tmp_path).acquire()
-        if os.fork() == 0:  # a loader process
+        if os.fork() == 0:  # stands for a loader process
             time.sleep(2)
             os._exit(0)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    assert in_child(killed) == -signal.SIGKILL and (tmp_path / HOLDER_FILE).is_file()
-    take(tmp_path)
+    assert run_in_child(leave_orphan) == -signal.SIGKILL and (tmp_path / HOLDER_FILE).is_file()
+    acquire_lock(tmp_path)
     assert not (tmp_path / HOLDER_FILE).exists()
 
 
@@ -68,41 +68,41 @@ def test_a_lock_left_by_a_killed_process_holds_nobody_up_nor_do_its_orphans(tmp_
     "content",
     ["[1]", "5", "null", "{}", '{"config": {}}', json.dumps({"host": socket.gethostname()}), '{"process": 1}', "\0"],
 )
-def test_a_damaged_note_of_the_holder_names_nobody_and_hides_no_lock(content, tmp_path, monkeypatch):
+def test_a_damaged_holder_file_names_no_process_and_hides_no_lock(content, tmp_path, monkeypatch):
     monkeypatch.setattr("lit_vlm.engine.hold.ORPHAN_WAIT_SECONDS", 0.0)
-    with RunLock(tmp_path) as hold:
-        hold.acquire()
+    with RunLock(tmp_path) as lock:
+        lock.acquire()
         (tmp_path / HOLDER_FILE).write_text(content)
         with pytest.raises(UserError, match="under way already, in another process"):
-            take(tmp_path)
+            acquire_lock(tmp_path)
     (tmp_path / HOLDER_FILE).write_text(content)
-    take(tmp_path)
+    acquire_lock(tmp_path)
 
 
 @pytest.mark.parametrize("name", [HOLDER_FILE, LOCK_FILE])
-def test_a_folder_in_the_place_of_a_file_of_the_lock_is_told(name, tmp_path):
+def test_a_folder_in_the_place_of_a_lock_file_is_reported(name, tmp_path):
     (tmp_path / name).mkdir()
     with pytest.raises(UserError, match=f"{name} cannot be used: .*Remove it"):
-        take(tmp_path)
+        acquire_lock(tmp_path)
     (tmp_path / name).rmdir()
-    take(tmp_path)
+    acquire_lock(tmp_path)
 
 
-def test_a_holder_that_turns_into_a_folder_does_not_keep_the_lock(tmp_path):
-    with RunLock(tmp_path) as hold:
-        hold.acquire()
+def test_a_holder_file_that_becomes_a_folder_does_not_keep_the_lock(tmp_path):
+    with RunLock(tmp_path) as lock:
+        lock.acquire()
         (tmp_path / HOLDER_FILE).unlink()
         (tmp_path / HOLDER_FILE).mkdir()
     (tmp_path / HOLDER_FILE).rmdir()
-    take(tmp_path)
+    acquire_lock(tmp_path)
 
 
-def test_only_the_first_rank_takes_it_and_no_folder_is_made_before(tmp_path, monkeypatch):
-    with RunLock(tmp_path / "run") as hold:
+def test_only_rank_0_acquires_the_lock_and_no_folder_is_created_before(tmp_path, monkeypatch):
+    with RunLock(tmp_path / "run") as lock:
         assert not (tmp_path / "run").exists()
         monkeypatch.setenv("RANK", "1")
-        assert not hold.acquire() and not (tmp_path / "run").exists()
+        assert not lock.acquire() and not (tmp_path / "run").exists()
         monkeypatch.setenv("RANK", "0")
-        assert hold.acquire()
+        assert lock.acquire()
         monkeypatch.setenv("RANK", "1")
-        assert in_child(lambda: take(tmp_path / "run")) == 0
+        assert run_in_child(lambda: acquire_lock(tmp_path / "run")) == 0

@@ -1,4 +1,4 @@
-"""The page of preflight says what the index and the plan say, shows what the model gets, and runs nothing of the data's."""
+"""The preflight page reports the numbers of the index and the plan, shows the model's inputs, and executes nothing of the data."""
 
 import io
 import re
@@ -43,7 +43,7 @@ from lit_vlm.types import (
 )
 
 FLOPS = Flops(1.0, 1e-4, 256.0, 0.25)
-ATTACK = "<script>alert(1)</script><img src=x onerror=alert(1)> <image> <|im_end|> 한글 👋"
+INJECTION = "<script>alert(1)</script><img src=x onerror=alert(1)> <image> <|im_end|> 한글 👋"
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def facts(datamodule) -> PreflightFacts:
     return facts
 
 
-def text_of(page: str) -> str:
+def strip_tags(page: str) -> str:
     return unescape(re.sub(r"<style>.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL))
 
 
@@ -101,8 +101,8 @@ def test_histograms_hold_every_sample(facts, datamodule):
         assert all(len(counts) == len(histogram.edges) - 1 for counts in histogram.series.values())
 
 
-def test_the_page_says_the_numbers(facts):
-    text = text_of(render_preflight_page(facts))
+def test_the_page_shows_the_numbers(facts):
+    text = strip_tags(render_preflight_page(facts))
     for row in facts.sources:
         assert row.name in text and f"{row.tokens:,}" in text and f"{row.supervised:,} supervised" in text
     assert f"{facts.plan.steps:,}" in text and format_percent(facts.plan.balance_ranks) in text
@@ -115,29 +115,29 @@ def test_verdict_names_every_problem(facts):
         Finding(Severity.warning, "A warning."),
         Finding(Severity.failure, "The second problem.", "Do that."),
     ]
-    text = text_of(render_preflight_page(facts))
+    text = strip_tags(render_preflight_page(facts))
     assert "would fail: 2 problems" in text
     assert all(
         word in text for word in ("The first problem.", "Do this.", "A warning.", "The second problem.", "Do that.")
     )
 
 
-def test_the_terminal_says_how_many_faults_it_leaves_out_and_where_they_are(facts, tmp_path):
+def test_the_terminal_reports_how_many_faults_it_omits_and_where_they_are(facts, tmp_path):
     page = tmp_path / "preflight.html"
 
-    def told(quarantined):
+    def print_facts(quarantined):
         facts.sources[0].quarantined = quarantined
         console = Console(file=io.StringIO(), width=110)
         terminal.print_preflight(facts, page, console)
         return console.file.getvalue()
 
     two = {"broken": 3, "missing": 2}
-    assert "and 1 more" not in told(two) and "set aside: all faults" not in told(two)
-    many = told({**two, "outside": 1})
+    assert "and 1 more" not in print_facts(two) and "set aside: all faults" not in print_facts(two)
+    many = print_facts({**two, "outside": 1})
     assert "and 1 more" in many and f"with examples: {page}" in many and "outside" not in many
 
 
-def test_one_is_one():
+def test_counts_of_one_are_singular():
     assert [format_count(number, "record") for number in (0, 1, 2000)] == ["0 records", "1 record", "2,000 records"]
     row = SourceRow("mine", 1, 1, quarantined={Fault.overlong: 1}, expected=2, unread={"model": 1, "turns[].x": 1})
     config = parse(["task=preflight", "experiment=tiny/2_sft"]).config
@@ -154,10 +154,10 @@ def test_an_empty_page_renders():
 
 
 def test_the_page_is_self_contained_and_escapes(facts, processor, tmp_path):
-    facts.samples = [prepare_sample(sample(ATTACK, ATTACK, (60, 80)), processor)]
-    facts.bad = collect_bad_examples([(ATTACK, RecordError(ATTACK, ATTACK, fault=Fault.url))])
-    facts.sources[0].licence = ATTACK
-    facts.findings = [Finding(Severity.warning, ATTACK, "\ud800")]
+    facts.samples = [prepare_sample(sample(INJECTION, INJECTION, (60, 80)), processor)]
+    facts.bad = collect_bad_examples([(INJECTION, RecordError(INJECTION, INJECTION, fault=Fault.url))])
+    facts.sources[0].licence = INJECTION
+    facts.findings = [Finding(Severity.warning, INJECTION, "\ud800")]
     page = write_preflight_page(tmp_path, facts).read_text(encoding="utf-8")
     assert "<script" not in page and "onerror=alert(1)>" not in page.replace("&gt;", "")
     assert not re.search(r"""(src|href)=["'](?!data:)""", page) and "url(" not in page and "@import" not in page
@@ -165,7 +165,7 @@ def test_the_page_is_self_contained_and_escapes(facts, processor, tmp_path):
     assert '"pictures"' in (tmp_path / "preflight.json").read_text(encoding="utf-8")
 
 
-def records(mixed) -> list:
+def make_records(mixed) -> list:
     pair = PreferencePair(
         "p",
         "pairs",
@@ -177,7 +177,7 @@ def records(mixed) -> list:
         Message(Role.assistant, ("없습니다.",)),
         (picture(90, 60),),
     )
-    control = Message(Role.user, (ControlToken("<gro>"), ImagePlaceholder(0), f"where? {ATTACK}"))
+    control = Message(Role.user, (ControlToken("<gro>"), ImagePlaceholder(0), f"where? {INJECTION}"))
     answer = Message(Role.assistant, build_object_mention("원 \U0001f534", Box(0.0, 0.2, 1.0, 0.5)))
     return [
         *mixed,
@@ -187,8 +187,8 @@ def records(mixed) -> list:
 
 
 def test_coloured_text_is_the_prompt(processor, mixed):
-    """Put together, the pieces decode to what the tokens decode to, and colour says what the mask says."""
-    for record in records(mixed):
+    """The joined pieces decode to the same text as the tokens, and the colour marks what the mask marks."""
+    for record in make_records(mixed):
         for encoded in processor.encode_sequences(record):
             pieces = split_prompt(encoded, processor)
             whole = processor.tokenizer.decode(encoded.input_ids.tolist(), clean_up_tokenization_spaces=False)
@@ -196,11 +196,11 @@ def test_coloured_text_is_the_prompt(processor, mixed):
             assert sum(piece.tokens for piece in pieces) == encoded.num_tokens
             assert sum(piece.tokens for piece in pieces if piece.supervised) == int(encoded.supervised.sum())
             supervised = [int(token) for token in encoded.input_ids[encoded.supervised]]
-            told = "".join(piece.text for piece in pieces if piece.supervised)
-            assert told == processor.tokenizer.decode(supervised, clean_up_tokenization_spaces=False)
+            supervised_text = "".join(piece.text for piece in pieces if piece.supervised)
+            assert supervised_text == processor.tokenizer.decode(supervised, clean_up_tokenization_spaces=False)
 
 
-def test_text_that_looks_like_a_control_token_is_no_chip(processor):
+def test_text_that_looks_like_a_control_token_is_not_shown_as_one(processor):
     shown = prepare_sample(sample("Say <|im_end|> and <image>.", "<bbox>"), processor)
     ((_, pieces),) = shown.segments
     texts = [piece.text for piece in pieces if piece.kind == "text"]
@@ -217,10 +217,10 @@ def test_the_rendered_prompt_on_the_page_is_the_prompt(facts, processor):
 
 
 def test_samples_show_tiles_boxes_and_both_answers(processor, mixed):
-    grounded = prepare_sample(records(mixed)[-1], processor)
+    grounded = prepare_sample(make_records(mixed)[-1], processor)
     assert grounded.marked and grounded.pictures[0].caption == "1 box"
     assert re.search(r"\d \u00d7 \d tiles? of 90 \u00d7 40 pixels", grounded.pictures[-1].caption)
-    pair = prepare_sample(records(mixed)[-2], processor)
+    pair = prepare_sample(make_records(mixed)[-2], processor)
     assert [title for title, _ in pair.segments] == ["chosen", "rejected"]
 
 
@@ -242,13 +242,13 @@ def test_a_sample_of_a_source_is_spread_evenly(processor, tmp_path):
     assert subsample_source(source, processor, tmp_path, 1000) is source
 
 
-def test_scaled_rows():
+def test_rows_of_a_subset_are_scaled_to_the_source():
     row = SourceRow("a", records=1000, looked_at=100, usable=90)
     assert row.estimated and row.scale == 10
     assert not SourceRow("a", records=5, looked_at=5).estimated
 
 
-def test_padding_by_hand():
+def test_padding_equals_hand_computed_values():
     lengths = np.array([1, 3, 2, 2, 4, 4])
     assert compute_padding(lengths, 2) == pytest.approx(1 - 16 / 18)
     assert compute_padding(np.array([4, 1, 4, 1]), 2) == pytest.approx(1 - 10 / 16)
@@ -256,7 +256,7 @@ def test_padding_by_hand():
     assert compute_padding(np.array([5]), 2) == 0.0
 
 
-def test_numbers_for_people():
+def test_numbers_are_formatted_for_readers():
     assert [format_percent(share) for share in (0.0, 0.0001, 0.5, 0.9999, 1.0)] == [
         "0.0 %",
         "<0.1 %",

@@ -1,4 +1,4 @@
-"""The page: one file, safe, and whole from whatever a folder holds."""
+"""The report page: one self-contained file, safe, and complete whatever the run folder holds."""
 
 import io
 import json
@@ -19,12 +19,12 @@ from lit_vlm.engine.report_charts import (
 )
 from lit_vlm.engine.report_data import format_duration, format_short, read_run, split_group
 
-EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+INJECTION = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A finished run, as train.py leaves it."""
+    """Run folder of a finished run."""
     run = tmp_path / "2_sft"
     (run / "samples").mkdir(parents=True)
     Image.new("RGB", (224, 224), "red").save(run / "samples" / "a_before.png")
@@ -33,14 +33,14 @@ def folder(tmp_path):
         "status": "finished",
         "name": "tiny/2_sft",
         "stage": "sft",
-        "command": f"python run.py experiment=tiny/2_sft run_name='{EVIL}'",
+        "command": f"python run.py experiment=tiny/2_sft run_name='{INJECTION}'",
         "started": "2026-01-02T03:04:05+00:00",
         "finished": "2026-01-02T03:05:05+00:00",
         "git": {"commit": "0123456789abcdef", "dirty": True},
         "versions": {"torch": "2.13.0"},
         "data": {
             "mixture": [
-                {"group": "source", "name": EVIL, "size": 50, "size_tokens": 900, "drawn": 100, "repeats": 2.0}
+                {"group": "source", "name": INJECTION, "size": 50, "size_tokens": 900, "drawn": 100, "repeats": 2.0}
                 | {"asked": 0.2, "asked_in": "samples", "samples": 0.26, "tokens": 0.3},
                 {"group": "source", "name": "b", "size": 500, "size_tokens": 9000, "drawn": 300, "repeats": 0.6}
                 | {"asked": 0.8, "asked_in": "samples", "samples": 0.74, "tokens": 0.7},
@@ -48,7 +48,7 @@ def folder(tmp_path):
                 | {"asked": None, "asked_in": None, "samples": 0.26, "tokens": 0.3},
             ],
             "quarantined": {"b": 2},
-            "unread": {"b": {f"model {EVIL}": 1200, "messages[].name": 3}},
+            "unread": {"b": {f"model {INJECTION}": 1200, "messages[].name": 3}},
         },
         "trained": [
             {"part": "vision_tower", "parameters": 10, "trainable": 0, "how": "frozen"},
@@ -80,9 +80,9 @@ def folder(tmp_path):
     ]
     (run / "metrics.csv").write_text("\n".join(rows) + "\n")
     sample = {"id": "x", "source": "s", "kind": "grounding", "language": "ko", "reference": "<obj>별</obj>"}
-    sample["prompt"] = f"<image> {EVIL} 어디?"
+    sample["prompt"] = f"<image> {INJECTION} 어디?"
     lines = [
-        {**sample, "phase": "before", "prediction": EVIL, "score": 0.0, "images": ["samples/a_before.png"]},
+        {**sample, "phase": "before", "prediction": INJECTION, "score": 0.0, "images": ["samples/a_before.png"]},
         {
             **sample,
             "phase": "after",
@@ -95,27 +95,29 @@ def folder(tmp_path):
     (run / "samples.jsonl").write_text(
         "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
     )
-    (run / "quarantine.jsonl").write_text(json.dumps({"source": "b", "origin": "t.jsonl:7", "reason": EVIL}) + "\n")
-    (run / "config.yaml").write_text(f"run_name: {EVIL}\n")
+    (run / "quarantine.jsonl").write_text(
+        json.dumps({"source": "b", "origin": "t.jsonl:7", "reason": INJECTION}) + "\n"
+    )
+    (run / "config.yaml").write_text(f"run_name: {INJECTION}\n")
     return run
 
 
-def page_of(folder, *more):
+def render_page(folder, *more):
     path = folder.parent / "deep" / "report.html"
-    write_report(path, [folder, *more], f"tiny {EVIL}")
+    write_report(path, [folder, *more], f"tiny {INJECTION}")
     return path.read_text(encoding="utf-8")
 
 
-def test_the_report_is_one_file_that_reaches_for_nothing(folder):
-    page = page_of(folder)
+def test_the_report_is_one_file_that_loads_nothing(folder):
+    page = render_page(folder)
     assert "http" not in page
     assert "@import" not in page and "url(" not in page and "<link" not in page
     sources = re.findall(r'\b(?:src|href)="([^"]*)"', page)
     assert len(sources) == 2 and all(source.startswith("data:image/png;base64,") for source in sources)
 
 
-def test_what_a_model_or_a_dataset_says_is_escaped(folder):
-    page = page_of(folder)
+def test_text_of_models_and_datasets_is_escaped(folder):
+    page = render_page(folder)
     assert "<script" not in page
     assert "<img src=x" not in page
     assert (
@@ -123,17 +125,17 @@ def test_what_a_model_or_a_dataset_says_is_escaped(folder):
     )  # title, command, source, prompt, prediction, reason, settings
 
 
-def test_keys_that_nothing_is_read_from_are_listed_with_their_counts(folder):
-    page = page_of(folder)
+def test_unread_keys_are_listed_with_their_counts(folder):
+    page = render_page(folder)
     assert "b: nothing is read from model &lt;script&gt;" in page and "messages[].name (3)" in page
 
 
-def test_pictures_outside_the_run_stay_outside(folder):
-    assert len(re.findall("<img ", page_of(folder))) == 2
+def test_pictures_outside_the_run_folder_are_not_embedded(folder):
+    assert len(re.findall("<img ", render_page(folder))) == 2
 
 
 def test_the_page_and_the_terminal_show_the_same_figures(folder):
-    page = page_of(folder)
+    page = render_page(folder)
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(make_summary_table([folder]))
     for text in (page, console.export_text()):
@@ -152,7 +154,7 @@ def test_the_page_and_the_terminal_show_the_same_figures(folder):
     assert "0.00 \u2192 0.90" in page
     assert "held-out at the end 0.8 (ko 0.7)" in page
     assert "Reward accuracy" in page
-    assert "26.0 %" in page and "2.00" in page  # share and passes of the mixture
+    assert "26.0 %" in page and "2.00" in page  # share of the mixture and passes over the source
     assert "t.jsonl:7" in page
     assert "별\u2028끝" in page
 
@@ -164,7 +166,7 @@ def test_several_stages_are_compared(folder, tmp_path):
     (second / "manifest.json").write_text(
         json.dumps({"name": "tiny/3_highres", "stage": "highres", "figures": {"scores": scores}})
     )
-    page = page_of(folder, second)
+    page = render_page(folder, second)
     assert "Held-out score after each stage" in page
     assert page.index("<th colspan") < page.index("highres</th>")
     assert "0.30" in page
@@ -172,14 +174,14 @@ def test_several_stages_are_compared(folder, tmp_path):
 
 
 @pytest.mark.parametrize("manifest", [None, "{}", '{"figures": null, "data": {}, "git": {}}', "{ half a fi"])
-def test_a_folder_that_lacks_everything_has_a_page_too(manifest, tmp_path):
+def test_an_empty_or_damaged_folder_still_has_a_page(manifest, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     if manifest is not None:
         (run / "manifest.json").write_text(manifest)
         (run / "samples.jsonl").write_text('{"phase": "before"}\n{"pha')
         (run / "metrics.csv").write_text("epoch,step,train/loss\n0,9,nan\n")
-    assert "</html>" in page_of(run, tmp_path / "nowhere")
+    assert "</html>" in render_page(run, tmp_path / "nowhere")
     make_summary_table([run])
 
 
@@ -198,7 +200,7 @@ def test_ticks_are_round_numbers_between_the_ends():
     assert "<circle" in draw_line_chart([ChartLine("one point", [(0, 1.0)], "main")], label="one")
 
 
-def test_numbers_are_written_for_people(tmp_path):
+def test_numbers_are_formatted_for_readers(tmp_path):
     counts = {0: "0", 9999: "9,999", 12_345: "12.3 k", 456_000: "456 k", 4_560_000: "4.56 M", 7.2e9: "7.20 G", None: ""}
     assert [format_short(count) for count in counts] == list(counts.values())
     assert [format_duration(s) for s in (3.54, 61, 3_720, None)] == ["3.5 s", "1 min 1 s", "1 h 2 min", ""]

@@ -1,4 +1,4 @@
-"""Runs of W&B's own client in this process: a server or what stands in for one, a run folder, a logger on it."""
+"""Runs of W&B's client in this process: a server or a substitute for one, a run folder, and a logger on it."""
 
 import json
 import socket
@@ -16,7 +16,7 @@ CONFIG = {"seed": 3, "stage": {"learning_rate": 1e-3}, "logger": {"tags": ["ghp_
 BOX = {"layer": "reference", "label": "고양이", "box": [0.75, 0.1, 0.25, 0.5]}
 
 
-def run_folder(
+def make_run_folder(
     path: Path, name: str = "tiny/2_sft", parent: str | None = None, tracking: dict | None = None
 ) -> RunFolder:
     manifest = {
@@ -35,48 +35,48 @@ def run_folder(
     return RunFolder(path, manifest)
 
 
-def known_of(folder: RunFolder, settings: LoggerConfig) -> dict:
-    """As a start does: the run's id and group go into the manifest."""
+def write_run_record(folder: RunFolder, settings: LoggerConfig) -> dict:
+    """Write the run's id and group into the manifest, as a start does."""
     known = facts.get_run_record(folder, settings, "tiny/2_sft")
     folder.update(tracking={"wandb": known})
     return known
 
 
-def started(folder: RunFolder, said: list[str], *, before: bool = False, **settings) -> WandbRun:
-    """A logger whose run has begun."""
+def start_run(folder: RunFolder, messages: list[str], *, has_earlier_run: bool = False, **settings) -> WandbRun:
+    """Return a logger whose run has started."""
     logger = LoggerConfig(wandb=True, **settings)
-    tracker = WandbRun(logger, folder.path, said.append)
-    known = known_of(folder, logger)
-    tracker.verify_login(has_earlier_run=before)
+    tracker = WandbRun(logger, folder.path, messages.append)
+    known = write_run_record(folder, logger)
+    tracker.verify_login(has_earlier_run=has_earlier_run)
     folder.update(tracking={"wandb": tracker.open(folder, known)})
     return tracker
 
 
-def row(step: int) -> dict:
-    """What a step logs. The held-out loss comes in a call of its own."""
+def make_row(step: int) -> dict:
+    """Return the values that a step logs. The held-out loss is logged in a separate call."""
     return {"epoch": 0, "train/loss": 1.0 / (step + 3), "step": step}
 
 
-def log(tracker: WandbRun, steps) -> None:
+def log_steps(tracker: WandbRun, steps) -> None:
     for step in steps:
-        values = row(step)
+        values = make_row(step)
         tracker.log_metrics({"train/loss": values["train/loss"], "epoch": 0}, step=step)
         if step % 2:
             tracker.log_metrics({"val/loss": 2.0 / (step + 3)}, step=step)
 
 
-def kept(steps) -> list[dict]:
-    """The rows of the table that a start finds."""
+def make_saved_rows(steps) -> list[dict]:
+    """Return the rows of the table that a start finds."""
     rows = []
     for step in steps:
-        rows.append(row(step))
+        rows.append(make_row(step))
         if step % 2:
             rows.append({"val/loss": 2.0 / (step + 3), "step": step})
     return rows
 
 
-def samples(folder: Path, phase: str = "before") -> list[dict]:
-    """Two rows of samples.jsonl: one with boxes on its picture, one with two pictures."""
+def write_samples(folder: Path, phase: str = "before") -> list[dict]:
+    """Write two rows of samples.jsonl: one with boxes on its picture, one with two pictures."""
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     for name in ("a_before", "a_plain", "b_0", "b_1"):
         Image.new("RGB", (32, 24), "white").save(folder / "samples" / f"{name}.png")
@@ -97,14 +97,14 @@ def samples(folder: Path, phase: str = "before") -> list[dict]:
     return rows
 
 
-def history(run) -> list[dict]:
-    """Rows as they were logged, with their steps and without the client's clocks."""
+def get_history(run) -> list[dict]:
+    """Return the rows as they were logged, with their steps and without the client's timestamps."""
     return [{key: value for key, value in row.items() if key not in ("_runtime", "_timestamp")} for row in run.history]
 
 
 @contextmanager
-def port_that_hangs():
-    """Takes connections and says nothing."""
+def open_hanging_port():
+    """Accept connections and never answer."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen(64)
@@ -112,7 +112,7 @@ def port_that_hangs():
 
 
 @contextmanager
-def port_that_refuses():
+def open_refusing_port():
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # and does not listen
+        taken.bind(("127.0.0.1", 0))  # but does not listen
         yield f"http://127.0.0.1:{taken.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""Boxes on pictures."""
+"""Boxes that are drawn on pictures."""
 
 from PIL import Image
 
@@ -7,7 +7,7 @@ from lit_vlm.evaluation.drawing import PREDICTED, REFERENCE, draw_boxes, parse_b
 GREEN, RED = (18, 161, 80), (229, 72, 77)
 
 
-def colours(image):
+def list_colours(image):
     return {colour for _, colour in image.getcolors(100_000)}
 
 
@@ -20,17 +20,17 @@ def test_boxes_are_drawn_in_their_colours_at_a_readable_size():
     drawn = draw_boxes(picture, marks)
     assert len(marks) == 3
     assert min(drawn.size) >= 224 and drawn.size[0] * 40 == drawn.size[1] * 56
-    assert {GREEN, RED} <= colours(drawn)
-    assert colours(picture) == {(255, 255, 255)}
+    assert {GREEN, RED} <= list_colours(drawn)
+    assert list_colours(picture) == {(255, 255, 255)}
 
 
-def test_boxes_beyond_the_picture_are_cut_at_its_edges():
+def test_boxes_beyond_the_picture_are_clipped_at_its_edges():
     drawn = draw_boxes(
         Image.new("RGB", (300, 300), "white"), parse_box_marks("<obj>a</obj><bbox>-3, -1, 9, 2</bbox>", REFERENCE)
     )
     assert drawn.getpixel((0, 150)) == drawn.getpixel((299, 150)) == drawn.getpixel((150, 299)) == GREEN
 
 
-def test_large_pictures_shrink_and_thin_ones_stay_within_the_page():
+def test_large_pictures_are_shrunk_and_narrow_ones_fit_the_page():
     assert resize_to_readable(Image.new("RGB", (4000, 1000))).size == (768, 192)
     assert max(resize_to_readable(Image.new("L", (700, 3))).size) <= 768

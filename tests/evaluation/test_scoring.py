@@ -1,4 +1,4 @@
-"""Scores, by kind."""
+"""Scores by kind of sample."""
 
 import unicodedata
 
@@ -13,7 +13,7 @@ LINES = "<char>백범로</char><bbox>0.1, 0.1, 0.5, 0.3</bbox>\n<char>42</char><
 
 @pytest.mark.parametrize("kind", list(SampleKind))
 @pytest.mark.parametrize("text", ["빨간 원", "a red circle", "7", CIRCLE, LINES])
-def test_the_reference_itself_scores_one(kind, text):
+def test_the_reference_answer_scores_one(kind, text):
     assert compute_score(kind, text, text) == 1.0
 
 
@@ -29,7 +29,7 @@ def test_decomposed_hangul_space_and_end_marks_do_not_matter():
     )
 
 
-def test_exact_match_minds_case_and_every_letter():
+def test_exact_match_compares_case_and_every_letter():
     assert compute_score(SampleKind.caption, "a Red circle", "a red circle") == 0.0
     assert compute_score(SampleKind.number, "470", "47") == 0.0
 
@@ -46,11 +46,11 @@ def test_exact_match_minds_case_and_every_letter():
         ("<obj>빨간 원</obj><bbox>0.1, 0.3, 0.5", 0.0),
     ],
 )
-def test_grounding_needs_the_phrase_and_every_box_to_a_tenth(prediction, expected):
+def test_grounding_needs_the_phrase_and_every_box(prediction, expected):
     assert compute_score(SampleKind.grounding, prediction, CIRCLE) == expected
 
 
-def test_grounding_minds_all_boxes_of_a_phrase_in_any_order():
+def test_grounding_compares_all_boxes_of_a_phrase_in_any_order():
     reference = "<obj>two</obj><bbox>0.1, 0.1, 0.2, 0.2<delim>0.5, 0.5, 0.6, 0.6</bbox>"
     swapped = "<obj>two</obj><bbox>0.5, 0.5, 0.6, 0.6<delim>0.1, 0.1, 0.2, 0.2</bbox>"
     assert compute_score(SampleKind.grounding, swapped, reference) == 1.0

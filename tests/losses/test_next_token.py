@@ -1,4 +1,4 @@
-"""Scores of rows in chunks against the plain logits and autograd."""
+"""Chunked log-probabilities of rows against plain logits and autograd."""
 
 import pytest
 import torch
@@ -6,20 +6,20 @@ import torch
 from lit_vlm.losses.next_token import compute_token_log_probs
 from lit_vlm.types import LOGITS_CHUNK_TOKENS
 
-ROWS, WIDTH, WORDS = 23, 12, 50
+ROWS, WIDTH, VOCAB = 23, 12, 50
 
 
-def drawn(dtype=torch.float32):
+def make_tensors(dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(ROWS, WIDTH, generator=generator).to(dtype).requires_grad_()
-    weight = torch.randn(WORDS, WIDTH, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(VOCAB, WIDTH, generator=generator).to(dtype).requires_grad_()
     own = torch.randn(3, WIDTH, generator=generator).to(dtype).requires_grad_()
-    targets = torch.randint(0, WORDS, (ROWS,), generator=generator)
+    targets = torch.randint(0, VOCAB, (ROWS,), generator=generator)
     targets[:4] = torch.tensor([7, 7, 31, 49])
     return hidden, weight, own, targets
 
 
-def plainly(hidden, weight, targets, token_ids=None, token_rows=None):
+def compute_plainly(hidden, weight, targets, token_ids=None, token_rows=None):
     logits = hidden @ weight.T
     if token_ids is not None:
         logits = logits.index_copy(-1, token_ids, hidden @ token_rows.T)
@@ -28,11 +28,11 @@ def plainly(hidden, weight, targets, token_ids=None, token_rows=None):
 
 @pytest.mark.parametrize("chunk", [LOGITS_CHUNK_TOKENS, ROWS, 8, 1])
 @pytest.mark.parametrize("with_own", [False, True])
-def test_scores_and_gradients_equal_those_of_all_logits_at_once(chunk, with_own):
-    hidden, weight, own, targets = drawn()
+def test_chunked_log_probs_and_gradients_equal_those_of_all_logits_at_once(chunk, with_own):
+    hidden, weight, own, targets = make_tensors()
     factors = torch.randn(ROWS, generator=torch.Generator().manual_seed(1))
     more = {"token_ids": torch.tensor([7, 31, 49]), "token_rows": own} if with_own else {}
-    logits, expected = plainly(hidden, weight, targets, **more)
+    logits, expected = compute_plainly(hidden, weight, targets, **more)
     wanted = (hidden, weight, own) if with_own else (hidden, weight)
     theirs = torch.autograd.grad((expected * factors).sum(), wanted)
     scores = compute_token_log_probs(hidden, weight, targets, statistics=True, chunk_size=chunk, **more)
@@ -48,8 +48,8 @@ def test_scores_and_gradients_equal_those_of_all_logits_at_once(chunk, with_own)
     assert not any(statistic.requires_grad for statistic in scores[1:])
 
 
-def test_what_is_frozen_gets_no_gradient():
-    hidden, weight, _, targets = drawn()
+def test_frozen_tensors_get_no_gradient():
+    hidden, weight, _, targets = make_tensors()
     (log_probs,) = compute_token_log_probs(hidden, weight.detach(), targets, chunk_size=8)
     log_probs.sum().backward()
     assert hidden.grad is not None and weight.grad is None
@@ -59,8 +59,8 @@ def test_what_is_frozen_gets_no_gradient():
 
 
 @pytest.mark.parametrize("chunk", [LOGITS_CHUNK_TOKENS, 8])
-def test_under_autocast_matrices_multiply_in_its_type_and_sums_stay_in_float32(chunk):
-    hidden, weight, _, targets = drawn()
+def test_under_autocast_products_use_its_type_and_sums_stay_in_float32(chunk):
+    hidden, weight, _, targets = make_tensors()
     with torch.autocast("cpu", torch.bfloat16):
         logits = (hidden @ weight.T).float()
         (log_probs,) = compute_token_log_probs(hidden, weight, targets, chunk_size=chunk)
@@ -74,12 +74,12 @@ def test_under_autocast_matrices_multiply_in_its_type_and_sums_stay_in_float32(c
         assert torch.cosine_similarity(mine.flatten(), other.flatten(), dim=0) > 0.9999
 
 
-def test_no_more_logits_than_a_chunk_outlive_the_forward_pass():
-    hidden, weight, _, targets = drawn()
-    kept = {}
+def test_no_more_than_a_chunk_of_logits_is_saved_for_the_backward_pass():
+    hidden, weight, _, targets = make_tensors()
+    largest = {}
     for chunk in (ROWS, 4):
         sizes = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
             compute_token_log_probs(hidden, weight, targets, chunk_size=chunk)
-        kept[chunk] = max(sizes)
-    assert kept[ROWS] == ROWS * WORDS and kept[4] == WORDS * WIDTH
+        largest[chunk] = max(sizes)
+    assert largest[ROWS] == ROWS * VOCAB and largest[4] == VOCAB * WIDTH

@@ -1,4 +1,4 @@
-"""The adapter against a real DPOTrainer of the pinned TRL, loss by loss."""
+"""The adapter of TRL's losses, with a real DPOTrainer of the pinned release, loss by loss."""
 
 import math
 
@@ -12,7 +12,7 @@ from lit_vlm.types import UserError
 VOCAB, LENGTHS = 50, [5, 3, 7, 4, 6, 2]  # three pairs: chosen answers, then rejected ones
 
 
-def drawn(seed: int, scale: float = 1.0):
+def make_logits(seed: int, scale: float = 1.0):
     generator = torch.Generator().manual_seed(seed)
     rows = sum(LENGTHS)
     logits = torch.randn(rows, VOCAB, generator=generator) * scale
@@ -20,40 +20,40 @@ def drawn(seed: int, scale: float = 1.0):
     return logits, targets
 
 
-def scores_of(logits, targets, lengths):
-    """The head is the identity here."""
+def compute_scores(logits, targets, lengths):
+    """Return the answer scores. The head is the identity here."""
     return pad_answer_scores(compute_token_log_probs(logits, torch.eye(VOCAB), targets, statistics=True), lengths)
 
 
-def options_of(name: str) -> dict:
+def get_options(name: str) -> dict:
     return {"label_smoothing": 0.1} if name in ("exo_pair", "robust") else {}
 
 
 @pytest.mark.parametrize("name", LOSS_TYPES)
-def test_first_loss_is_that_of_margin_zero(name):
-    logits, targets = drawn(0)
-    loss = PreferenceLoss([name], beta=0.1, **options_of(name))
-    scores = scores_of(logits, targets, LENGTHS)
-    judged = loss(scores, scores, LENGTHS)
+def test_the_first_loss_is_that_of_margin_zero(name):
+    logits, targets = make_logits(0)
+    loss = PreferenceLoss([name], beta=0.1, **get_options(name))
+    scores = compute_scores(logits, targets, LENGTHS)
+    output = loss(scores, scores, LENGTHS)
     expected = loss.compute_loss_at_zero_margin()
     if name == "sft":
-        assert expected is None and judged.pair_loss is None
+        assert expected is None and output.pair_loss is None
     else:
-        assert float(judged.loss) == pytest.approx(expected, abs=1e-6 * max(1, expected))
-        mixed = PreferenceLoss([name, "sft"], beta=0.1, **options_of(name))
+        assert float(output.loss) == pytest.approx(expected, abs=1e-6 * max(1, expected))
+        mixed = PreferenceLoss([name, "sft"], beta=0.1, **get_options(name))
         assert mixed.compute_loss_at_zero_margin() == expected
-        assert float(mixed(scores, scores, LENGTHS).pair_loss) == float(judged.pair_loss)
-    assert not judged.rewards.any() and len(judged.rewards) == len(LENGTHS)
+        assert float(mixed(scores, scores, LENGTHS).pair_loss) == float(output.pair_loss)
+    assert not output.rewards.any() and len(output.rewards) == len(LENGTHS)
     if name == "sigmoid":
         assert expected == pytest.approx(math.log(2))
 
 
 @pytest.mark.parametrize("name", [name for name in LOSS_TYPES if not name.startswith("aot")])
 def test_k_micro_batches_of_pairs_equal_one_batch(name):
-    loss = PreferenceLoss([name, "sft"] if name != "sft" else ["sft"], beta=0.2, **options_of(name))
-    policy, targets = drawn(1)
-    reference, _ = drawn(2)
-    whole = loss(scores_of(policy, targets, LENGTHS), scores_of(reference, targets, LENGTHS), LENGTHS).loss
+    loss = PreferenceLoss([name, "sft"] if name != "sft" else ["sft"], beta=0.2, **get_options(name))
+    policy, targets = make_logits(1)
+    reference, _ = make_logits(2)
+    whole = loss(compute_scores(policy, targets, LENGTHS), compute_scores(reference, targets, LENGTHS), LENGTHS).loss
     spans = torch.tensor([0, *LENGTHS]).cumsum(0)
     total = 0.0
     for pairs in ([0, 1], [2]):
@@ -61,8 +61,8 @@ def test_k_micro_batches_of_pairs_equal_one_batch(name):
         rows = torch.cat([torch.arange(spans[a], spans[a + 1]) for a in answers])
         lengths = [LENGTHS[a] for a in answers]
         part = loss(
-            scores_of(policy[rows], targets[rows], lengths),
-            scores_of(reference[rows], targets[rows], lengths),
+            compute_scores(policy[rows], targets[rows], lengths),
+            compute_scores(reference[rows], targets[rows], lengths),
             lengths,
             pair_share=len(pairs) / 3,
             token_share=sum(LENGTHS[p] for p in pairs) / sum(LENGTHS[:3]),
@@ -71,9 +71,9 @@ def test_k_micro_batches_of_pairs_equal_one_batch(name):
     assert total == pytest.approx(float(whole), rel=1e-6)
 
 
-def test_scores_are_spread_over_the_answers_they_belong_to():
-    logits, targets = drawn(3)
-    scores = scores_of(logits, targets, LENGTHS)
+def test_scores_are_padded_to_one_row_for_each_answer():
+    logits, targets = make_logits(3)
+    scores = compute_scores(logits, targets, LENGTHS)
     mask = make_answer_mask(LENGTHS, logits.device)
     assert mask.sum(1).tolist() == LENGTHS
     torch.testing.assert_close(scores.log_probs[mask], logits.log_softmax(-1).gather(-1, targets[:, None]).squeeze(-1))
@@ -105,6 +105,6 @@ def test_scores_are_spread_over_the_answers_they_belong_to():
         ({"loss_type": ["discopop"], "discopop_tau": 0.0}, "stage.discopop_tau: must be above 0"),
     ],
 )
-def test_wrong_settings_are_refused_with_the_reason(arguments, message):
+def test_invalid_settings_are_refused_with_the_reason(arguments, message):
     with pytest.raises(UserError, match=message):
         PreferenceLoss(**arguments)

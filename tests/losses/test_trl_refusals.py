@@ -1,4 +1,4 @@
-"""Every refusal and warning of TRL's `DPOTrainer.__init__`, which we pass by, is ours too or cannot be said here."""
+"""Every error and warning of TRL's `DPOTrainer.__init__`, which we skip, exists here too or cannot occur here."""
 
 import ast
 import inspect
@@ -11,8 +11,8 @@ from lit_vlm.config.check_dpo import SORTING_LOSS_TYPES
 from lit_vlm.losses.preference import PreferenceLoss
 from lit_vlm.types import UserError
 
-# The beginning of TRL's message -> the words that bring it about here, and what is said then.
-OURS = {
+# The beginning of TRL's message -> the overrides that cause it here, and the message here.
+CHECKED_HERE = {
     "`train_dataset` is required": (["data=ready"], "data.sources: is empty"),
     "`f_divergence_type='": (
         ["stage.loss_type=[nca_pair]", "stage.f_divergence_type=js_divergence"],
@@ -39,7 +39,7 @@ OURS = {
         "stage.loss_weights: 1 weight for 2 losses",
     ),
 }
-NOT_HERE = {
+IMPOSSIBLE_HERE = {
     "You are using an `IterableDataset` for training with": "data are indexed files, never a stream",
     "`train_dataset` must be a `Dataset` or": "the same",
     "You set `quantization_config` both as": "there is no quantization",
@@ -70,7 +70,7 @@ NOT_HERE = {
 
 
 def read_refusals(function) -> list[str]:
-    """Read the messages of all that a function raises or warns of, without what is filled in."""
+    """Return the messages of all errors and warnings of a function, without their formatted values."""
     found = []
     for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(function)))):
         call = node.exc if isinstance(node, ast.Raise) else node
@@ -88,29 +88,31 @@ def is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
-def test_each_refusal_of_trls_trainer_is_ours_or_cannot_be_said_here():
+def test_each_error_of_trls_trainer_exists_here_or_cannot_occur():
     from trl import DPOConfig
     from trl.trainer.dpo_trainer import DPOTrainer
 
     refusals = [*read_refusals(DPOTrainer.__init__), *read_refusals(DPOConfig.__post_init__)]
-    known = [*OURS, *NOT_HERE]
-    assert [said for said in refusals if not any(said.startswith(begin) for begin in known)] == [], "a new one of TRL's"
-    assert [begin for begin in known if not any(said.startswith(begin) for said in refusals)] == [], (
+    known = [*CHECKED_HERE, *IMPOSSIBLE_HERE]
+    assert [message for message in refusals if not any(message.startswith(begin) for begin in known)] == [], (
+        "a new one of TRL's"
+    )
+    assert [begin for begin in known if not any(message.startswith(begin) for message in refusals)] == [], (
         "TRL has it no more"
     )
 
 
-@pytest.mark.parametrize("begin", OURS)
-def test_what_trl_refuses_is_refused_before_anything_is_built(begin):
-    words, said = OURS[begin]
+@pytest.mark.parametrize("begin", CHECKED_HERE)
+def test_settings_that_trl_refuses_are_refused_before_anything_is_built(begin):
+    overrides, message = CHECKED_HERE[begin]
     with pytest.raises(ConfigError) as error:
-        parse(["experiment=tiny/4_dpo", *words])
-    assert any(mistake.startswith(said) for mistake in error.value.errors), error.value.errors
+        parse(["experiment=tiny/4_dpo", *overrides])
+    assert any(text.startswith(message) for text in error.value.errors), error.value.errors
 
 
 @pytest.mark.parametrize("name", SORTING_LOSS_TYPES)
 @pytest.mark.parametrize("others", [[], ["sigmoid"]])
-def test_weights_of_pairs_are_refused_where_a_loss_sorts_them(name, others):
+def test_weights_of_pairs_are_refused_for_losses_that_sort_them(name, others):
     with pytest.raises(UserError, match=rf"stage\.use_weighting: WPO weights pairs, and {name} sorts"):
         PreferenceLoss([*others, name], use_weighting=True)
     PreferenceLoss([*others, name])

@@ -1,4 +1,4 @@
-"""Assembling a model from parts in the hub's layout, and refusing what would be wrong."""
+"""Building a model from parts in the hub's layout, and refusing wrong ones."""
 
 import json
 import shutil
@@ -42,8 +42,8 @@ SHAPE = {
 }
 
 
-def language_folder(folder: Path, config_class, **settings) -> str:
-    """A random language model of another family, with the tiny tokenizer."""
+def make_language_folder(folder: Path, config_class, **settings) -> str:
+    """Save a random language model of another family, with the tiny tokenizer."""
     tokenizer = make_tokenizer()
     ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = config_class(**{**SHAPE, "vocab_size": len(tokenizer), **ids, **settings})
@@ -76,7 +76,7 @@ FAMILIES = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_text_logits_equal_the_language_models_own(small_parts, tmp_path, family):
     config_class, settings = FAMILIES[family]
-    folder = language_folder(tmp_path / "language", config_class, **settings)
+    folder = make_language_folder(tmp_path / "language", config_class, **settings)
     blueprint = blueprint_of((small_parts[0], folder))
     model = build_model(blueprint).eval()
     theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
@@ -90,9 +90,9 @@ def test_text_logits_equal_the_language_models_own(small_parts, tmp_path, family
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_last_layer_on_its_rows_alone_is_that_of_each_family(small_parts, tmp_path, family, monkeypatch):
+def test_the_pruned_last_layer_equals_the_whole_layer_of_each_family(small_parts, tmp_path, family, monkeypatch):
     config_class, settings = FAMILIES[family]
-    folder = language_folder(tmp_path / "language", config_class, **settings)
+    folder = make_language_folder(tmp_path / "language", config_class, **settings)
     blueprint = blueprint_of((small_parts[0], folder))
     model = build_model(blueprint)
     assert model.model.prunes_last_layer
@@ -112,7 +112,7 @@ def test_the_last_layer_on_its_rows_alone_is_that_of_each_family(small_parts, tm
         torch.testing.assert_close(gradient, others[name], atol=2e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def test_a_family_that_bends_its_logits_is_refused_by_name(small_parts, tmp_path):
+def test_a_family_with_soft_capped_logits_is_refused_by_name(small_parts, tmp_path):
     folder = tmp_path / "gemma"
     folder.mkdir()
     config = {"model_type": "gemma2", "final_logit_softcapping": 30.0, **SHAPE}
@@ -129,8 +129,8 @@ def test_every_parameter_belongs_to_exactly_one_part(model):
 
 
 @pytest.mark.parametrize(("layers", "layer"), [(27, None), (26, -1), (27, -2), (27, 26)])
-def test_the_selected_layer_is_the_same_for_26_and_27_layer_towers(tmp_path, small_parts, layers, layer):
-    """Google's checkpoint has 27 layers and feeds the last but one; LLaVA-OneVision's has 26 and feeds the last."""
+def test_the_selected_feature_layer_is_the_same_for_26_and_27_layer_towers(tmp_path, small_parts, layers, layer):
+    """Google's checkpoint has 27 layers and the second to last feeds; LLaVA-OneVision's has 26 and the last feeds."""
     make_vision_tower(
         tmp_path / "full", hidden_size=32, intermediate_size=48, num_attention_heads=2, num_hidden_layers=27
     )
@@ -147,7 +147,7 @@ def test_the_selected_layer_is_the_same_for_26_and_27_layer_towers(tmp_path, sma
     assert len(model.model.vision_tower.encoder.layers) == 26
     tiles = torch.randint(0, 256, (2, 3, 56, 56), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     reference = SiglipVisionModel.from_pretrained(tmp_path / "full").double()
-    with torch.no_grad(), Float64():  # 26 layers add up their rounding
+    with torch.no_grad(), Float64():  # rounding adds up over 26 layers
         expected = reference((tiles.float() / 255 - 0.5) / 0.5, output_hidden_states=True).hidden_states[26]
         torch.testing.assert_close(model.double().model.encode_tiles(tiles), expected, atol=1e-6, rtol=0)
 
@@ -196,7 +196,7 @@ def test_a_clip_tower_drops_its_class_token(tmp_path, small_parts):
     assert processor.images.mean[0] == pytest.approx(0.48145466)  # CLIP's own normalisation
 
 
-def test_special_tokens_are_one_id_each_and_begin_where_their_spelling_lies(small_parts):
+def test_special_tokens_have_one_id_each_and_start_as_the_mean_of_their_spelling(small_parts):
     blueprint = blueprint_of(small_parts)
     model = build_model(blueprint)
     table = model.get_input_embeddings().weight
@@ -207,15 +207,15 @@ def test_special_tokens_are_one_id_each_and_begin_where_their_spelling_lies(smal
         torch.testing.assert_close(table[ids[0]], table[spelled].mean(0))
 
 
-def test_a_padded_table_keeps_its_size_and_a_full_one_grows(small_parts, tmp_path):
+def test_a_padded_embedding_table_keeps_its_size_and_a_full_one_grows(small_parts, tmp_path):
     roomy = build_model(blueprint_of(small_parts))
     assert roomy.get_input_embeddings().num_embeddings == len(make_tokenizer()) + 16
-    full = language_folder(tmp_path / "full", Qwen2Config, vocab_size=len(make_tokenizer()))
+    full = make_language_folder(tmp_path / "full", Qwen2Config, vocab_size=len(make_tokenizer()))
     grown = build_model(blueprint_of((small_parts[0], full)))
     assert grown.get_input_embeddings().num_embeddings == grown.lm_head.out_features >= len(make_tokenizer()) + 11
 
 
-def test_a_linear_projector_is_one_matrix_and_the_identity_behind_it_stays(small_parts):
+def test_a_linear_projector_trains_one_matrix_and_the_identity_after_it_is_frozen(small_parts):
     from lit_vlm.config.schema import ProjectorName
     from lit_vlm.stages import AlignStage
 
@@ -314,11 +314,11 @@ def test_varco_vision_14b_builds_at_full_size_with_the_published_counts(tmp_path
         count[ModelPart.vision_tower] == 14 * 14 * 3 * 1152 + 1152 + 729 * 1152 + 26 * layer + 2 * 1152
     )  # no head, no 27th layer
     assert (blueprint.images.side, blueprint.images.max_tiles, len(blueprint.images.grid_pinpoints)) == (27, 9, 36)
-    assert AutoConfig.from_pretrained(tmp_path / "tower").num_hidden_layers == 27  # the user's folder is left as it was
+    assert AutoConfig.from_pretrained(tmp_path / "tower").num_hidden_layers == 27  # the user's folder is unchanged
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"image_mean": [0.5]}, r"image_mean=\[0.5\]; three numbers are needed, for red, green and blue"),
         ({"image_mean": [0.5, 0.5, None]}, "three numbers are needed"),
@@ -328,16 +328,16 @@ def test_varco_vision_14b_builds_at_full_size_with_the_published_counts(tmp_path
         ({"resample": 9}, "resample=9; Pillow's filters are 0 to 5"),
     ],
 )
-def test_image_settings_that_no_picture_could_take_are_refused(small_parts, tmp_path, settings, said):
+def test_invalid_image_settings_are_refused(small_parts, tmp_path, settings, message):
     tower = tmp_path / "tower"
     shutil.copytree(small_parts[0], tower)
     path = tower / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | settings), encoding="utf-8")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         load_model_spec(ModelConfig(vision_tower=str(tower), language_model=small_parts[1]))
 
 
-def test_one_mean_is_meant_for_all_three_colours(small_parts, tmp_path):
+def test_one_mean_applies_to_all_three_colours(small_parts, tmp_path):
     tower = tmp_path / "tower"
     shutil.copytree(small_parts[0], tower)
     path = tower / "preprocessor_config.json"

@@ -1,4 +1,4 @@
-"""Model folders with a file that is cut, emptied or of another kind: a sentence that names the folder, or the model."""
+"""Model folders with a truncated, empty or invalid file: an error that names the folder, or a complete model."""
 
 import json
 import random
@@ -30,27 +30,27 @@ def copy(whole, tmp_path):
     return shutil.copytree(whole, tmp_path / "copy")
 
 
-def opened(folder, shared: bool = False):
-    """What a run does with a folder that it starts from."""
+def load_folder(folder, deferred: bool = False):
+    """Load a folder as a run does that starts from it."""
     blueprint = load_model_spec(
         ModelConfig(vision_tower="-", language_model="-"), str(folder), read_tiling(str(folder))
     )
     check_vocabulary(Processor(blueprint.tokenizer, blueprint.images))
-    if not shared:
+    if not deferred:
         return build_model(blueprint)
     with defer_weights():
         return build_model(blueprint)
 
 
-def refused(folder) -> str:
+def get_load_error(folder) -> str:
     with pytest.raises(UserError) as caught:
-        opened(folder)
+        load_folder(folder)
     assert str(folder) in str(caught.value), caught.value
     return str(caught.value)
 
 
-class Marks:
-    """Makes a file when it is unpickled."""
+class FileCreator:
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -59,28 +59,28 @@ class Marks:
         return open, (self.path, "w")
 
 
-def test_pickled_weights_that_hold_code_are_refused_and_nothing_of_them_runs(copy, tmp_path):
+def test_pickled_weights_with_code_are_refused_and_the_code_does_not_run(copy, tmp_path):
     (copy / "model.safetensors").unlink()
-    torch.save({"a": Marks(tmp_path / "ran")}, copy / "pytorch_model.bin")
-    refused(copy)
+    torch.save({"a": FileCreator(tmp_path / "ran")}, copy / "pytorch_model.bin")
+    get_load_error(copy)
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("part", ["text_config", "vision_config"])
 @pytest.mark.parametrize("value", [-1, 0, "32", 1.5, None, [], True])
-def test_a_size_that_no_model_has_is_told(copy, part, value):
+def test_an_impossible_size_is_reported(copy, part, value):
     config = json.loads((copy / "config.json").read_text())
     config[part]["hidden_size"] = value
     (copy / "config.json").write_text(json.dumps(config))
-    refused(copy)
+    get_load_error(copy)
 
 
 @pytest.mark.parametrize("key", ["image_mean", "image_std"])
 @pytest.mark.parametrize("value", [[0.5], "abc", [0.5, 0.5, "a"], [0.5, 0.5, float("inf")], {"a": 1}])
-def test_a_mean_that_is_none_is_told(copy, key, value):
+def test_an_invalid_mean_or_deviation_is_reported(copy, key, value):
     path = copy / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    assert key in refused(copy)
+    assert key in get_load_error(copy)
 
 
 FILES = [
@@ -108,21 +108,21 @@ DAMAGE = {
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_ends_in_a_sentence_that_names_the_folder_or_is_none(copy, name, damage):
-    """Some files can be done without: the model is then whole."""
+def test_a_damaged_file_gives_an_error_with_the_folder_or_is_not_needed(copy, name, damage):
+    """Some files are optional: the model is then complete without them."""
     path = copy / name
     assert path.is_file()
     path.write_bytes(DAMAGE[damage](path.read_bytes()))
-    for shared in (False, True):
+    for deferred in (False, True):
         try:
-            opened(copy, shared)
+            load_folder(copy, deferred)
         except UserError as error:
             assert str(copy) in str(error), error
             assert len(str(error)) < 1000
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe{{", b"   \n"])
-def test_a_template_file_that_is_no_text_is_told_by_its_name(whole, tmp_path, content):
+def test_a_template_file_that_is_not_text_is_reported_by_its_name(whole, tmp_path, content):
     file = tmp_path / "t.jinja"
     file.write_bytes(content)
     model = ModelConfig(vision_tower="-", language_model="-", chat_template=str(file))
@@ -130,11 +130,11 @@ def test_a_template_file_that_is_no_text_is_told_by_its_name(whole, tmp_path, co
         load_model_spec(model, str(whole))
 
 
-def test_of_several_templates_the_default_one_is_taken(copy):
+def test_of_several_templates_the_default_one_is_used(copy):
     template = (copy / "chat_template.jinja").read_text()
     (copy / "chat_template.jinja").unlink()
     path = copy / "tokenizer_config.json"
     config = json.loads(path.read_text())
     config["chat_template"] = [{"name": "default", "template": template}, {"name": "tools", "template": "x"}]
     path.write_text(json.dumps(config))
-    assert opened(copy) is not None
+    assert load_folder(copy) is not None

@@ -1,4 +1,4 @@
-"""The folder that a run leaves, read by plain transformers."""
+"""The exported folder of a run, read by plain transformers."""
 
 import errno
 import json
@@ -11,7 +11,7 @@ import pytest
 import torch
 from float64 import Float64, restore_pixels
 from support import blueprint_of, builtin, picture, sample
-from test_build import language_folder
+from test_build import make_language_folder
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen3MoeConfig
 
 from lit_vlm.anyres import Tiling
@@ -27,7 +27,7 @@ from lit_vlm.model.tensor_files import SafetensorsFile
 from lit_vlm.stages import AlignStage, SFTStage
 
 
-def exported(model, blueprint, tmp_path):
+def export(model, blueprint, tmp_path):
     export_model(model, blueprint.tokenizer, blueprint.images, tmp_path / "hf")
     return tmp_path / "hf"
 
@@ -36,7 +36,7 @@ def exported(model, blueprint, tmp_path):
     "options", [{}, {"parts": {"language_model": {"lora": {"rank": 4}}, "vision_tower": {"lora": {"rank": 2}}}}]
 )
 @pytest.mark.parametrize("stage_class", [SFTStage, AlignStage])
-def test_what_is_exported_loads_in_plain_transformers_and_gives_the_same_logits(
+def test_an_exported_model_loads_in_plain_transformers_and_gives_the_same_logits(
     small_parts, tmp_path, mixed, options, stage_class
 ):
     blueprint = blueprint_of(small_parts)
@@ -45,18 +45,18 @@ def test_what_is_exported_loads_in_plain_transformers_and_gives_the_same_logits(
         options = {"parts": {"projector": {"lora": {"rank": 2}}}}
     stage = stage_class(blueprint, **options)
     stage.configure_model()
-    with torch.no_grad():  # adapters begin as nothing; make them something
+    with torch.no_grad():  # adapters start as zero; give them an effect
         for name, parameter in stage.model.named_parameters():
             if "lora_B" in name or name.startswith("new_tokens"):
                 parameter.add_(0.1 * torch.randn_like(parameter))
     stage.model.eval()
-    folder = exported(stage.model, blueprint, tmp_path)
-    from test_forward import plain_processor
+    folder = export(stage.model, blueprint, tmp_path)
+    from test_forward import make_plain_processor
 
     plain = AutoModelForImageTextToText.from_pretrained(folder).eval().double()
     stage.model.double()
     assert type(plain).__module__.startswith("transformers.")
-    stock = plain_processor(processor)
+    stock = make_plain_processor(processor)
     for record in [*mixed, builtin("grounding")[0][0]]:
         batch = collate(processor, [record])
         images = [image.load() for image in record.images]
@@ -70,10 +70,10 @@ def test_what_is_exported_loads_in_plain_transformers_and_gives_the_same_logits(
         torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-4)
 
 
-def test_an_exported_folder_is_a_stages_beginning(small_parts, tmp_path):
+def test_a_stage_can_start_from_an_exported_folder(small_parts, tmp_path):
     blueprint = blueprint_of(small_parts, Tiling.base)
     model = build_model(blueprint)
-    folder = exported(model, blueprint, tmp_path)
+    folder = export(model, blueprint, tmp_path)
     again = load_model_spec(ModelConfig(), init_from=str(folder), tiling=read_tiling(str(folder)))
     assert again.new_tokens == []
     assert again.images == blueprint.images
@@ -82,24 +82,26 @@ def test_an_exported_folder_is_a_stages_beginning(small_parts, tmp_path):
     assert again.tokenizer.chat_template == blueprint.tokenizer.chat_template
 
 
-def test_no_file_of_an_exported_folder_names_a_folder_of_the_machine_that_made_it(small_parts, tmp_path):
+def test_no_exported_file_names_a_folder_of_the_machine_that_wrote_it(small_parts, tmp_path):
     blueprint = blueprint_of(small_parts, Tiling.base)
-    model, place = build_model(blueprint), "/home/mina/models/base"
+    model, machine_folder = build_model(blueprint), "/home/mina/models/base"
     for config in (model.config, model.config.text_config, model.config.vision_config, model.generation_config):
-        config._name_or_path = place
-    model.config.text_config.base_model_name_or_path = place
-    model.config.vision_config.teacher_name_or_path = "google/siglip2-so400m-patch14-384"  # of the hub: stays
-    blueprint.tokenizer.init_kwargs |= {"name_or_path": place, "vocab_file": f"{place}/vocab.json"}
-    blueprint.tokenizer.name_or_path = place
-    files = [path for path in exported(model, blueprint, tmp_path).iterdir() if path.suffix != ".safetensors"]
+        config._name_or_path = machine_folder
+    model.config.text_config.base_model_name_or_path = machine_folder
+    model.config.vision_config.teacher_name_or_path = "google/siglip2-so400m-patch14-384"  # a name on the hub: is kept
+    blueprint.tokenizer.init_kwargs |= {"name_or_path": machine_folder, "vocab_file": f"{machine_folder}/vocab.json"}
+    blueprint.tokenizer.name_or_path = machine_folder
+    files = [path for path in export(model, blueprint, tmp_path).iterdir() if path.suffix != ".safetensors"]
     texts = {path.name: path.read_text(encoding="utf-8") for path in files}
-    assert [name for name, text in texts.items() if place in text or str(small_parts) in text or "mina" in text] == []
+    assert [
+        name for name, text in texts.items() if machine_folder in text or str(small_parts) in text or "mina" in text
+    ] == []
     assert "google/siglip2-so400m-patch14-384" in texts["config.json"] and len(files) >= 8
 
 
 def test_plain_transformers_answers_from_the_folder_in_a_process_without_our_code(small_parts, tmp_path):
     blueprint = blueprint_of(small_parts)
-    folder = exported(build_model(blueprint), blueprint, tmp_path)
+    folder = export(build_model(blueprint), blueprint, tmp_path)
     picture(90, 60).load().save(tmp_path / "photo.png")
     program = f"""
 import sys, torch
@@ -143,7 +145,7 @@ def test_weights_and_configs_are_written_byte_for_byte_as_transformers_writes_th
         assert (tmp_path / "hf" / name).read_bytes() == content, name
 
 
-def test_merged_adapters_are_bit_for_bit_pefts_own(small_parts, tmp_path):
+def test_merged_adapters_equal_pefts_bit_for_bit(small_parts, tmp_path):
     blueprint = blueprint_of(small_parts)
     stage = SFTStage(blueprint, parts={"language_model": {"lora": {"rank": 4}}, "vision_tower": {"lora": {"rank": 2}}})
     stage.configure_model()
@@ -151,7 +153,7 @@ def test_merged_adapters_are_bit_for_bit_pefts_own(small_parts, tmp_path):
         for name, parameter in stage.model.named_parameters():
             if "lora_B" in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    folder = exported(stage.model, blueprint, tmp_path)
+    folder = export(stage.model, blueprint, tmp_path)
     plain = AutoModelForImageTextToText.from_pretrained(folder)
     layers = find_lora_layers(stage.model)
     assert len(layers) > 14
@@ -160,8 +162,8 @@ def test_merged_adapters_are_bit_for_bit_pefts_own(small_parts, tmp_path):
         assert torch.equal(plain.get_submodule(name).weight, layer.get_base_layer().weight), name
 
 
-def test_the_processor_files_name_what_torchvision_machines_need(small_parts, tmp_path):
-    folder = exported(build_model(blueprint_of(small_parts)), blueprint_of(small_parts), tmp_path)
+def test_the_processor_files_name_the_classes_that_torchvision_needs(small_parts, tmp_path):
+    folder = export(build_model(blueprint_of(small_parts)), blueprint_of(small_parts), tmp_path)
     config = json.loads((folder / "processor_config.json").read_text())
     assert config["processor_class"] == "LlavaOnevisionProcessor"
     assert config["video_processor"]["video_processor_type"] == "LlavaOnevisionVideoProcessor"
@@ -169,70 +171,72 @@ def test_the_processor_files_name_what_torchvision_machines_need(small_parts, tm
     assert AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<bbox>") > 0
 
 
-def test_export_replaces_an_older_folder_whole_and_leaves_nothing_beside(small_parts, tmp_path):
+def test_an_export_replaces_an_older_folder_completely_and_leaves_no_temporary_files(small_parts, tmp_path):
     blueprint = blueprint_of(small_parts)
     model = build_model(blueprint)
-    folder = exported(model, blueprint, tmp_path)
+    folder = export(model, blueprint, tmp_path)
     (folder / "stale.txt").write_text("old")
-    exported(model, blueprint, tmp_path)
+    export(model, blueprint, tmp_path)
     assert not (folder / "stale.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
 @pytest.mark.parametrize("older", [False, True])
-def test_an_export_onto_a_full_disk_leaves_nothing_beside_and_an_older_folder_whole(
+def test_an_export_onto_a_full_disk_leaves_no_temporary_files_and_the_older_folder_complete(
     small_parts, tmp_path, monkeypatch, older
 ):
     blueprint = blueprint_of(small_parts)
     model = build_model(blueprint)
     if older:
-        exported(model, blueprint, tmp_path)
+        export(model, blueprint, tmp_path)
     before = {path.name: path.read_bytes() for path in (tmp_path / "hf").rglob("*")}
-    monkeypatch.setattr(SafetensorsFile, "write", full)
+    monkeypatch.setattr(SafetensorsFile, "write", fail_with_full_disk)
     with pytest.raises(OSError, match="No space left"):
-        exported(model, blueprint, tmp_path)
+        export(model, blueprint, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"] * older
     assert {path.name: path.read_bytes() for path in (tmp_path / "hf").rglob("*")} == before
 
 
-def test_what_a_killed_export_left_goes_with_the_next_one(small_parts, tmp_path, monkeypatch):
+def test_leftovers_of_a_killed_export_are_removed_by_the_next_one(small_parts, tmp_path, monkeypatch):
     blueprint = blueprint_of(small_parts)
     model = build_model(blueprint)
     killed = os.fork()
     if not killed:
         monkeypatch.setattr(SafetensorsFile, "write", lambda file, folder, values: os._exit(9))
-        exported(model, blueprint, tmp_path)
+        export(model, blueprint, tmp_path)
     assert os.waitstatus_to_exitcode(os.waitpid(killed, 0)[1]) == 9
     assert len(list(tmp_path.iterdir())) == 1
-    exported(model, blueprint, tmp_path)
+    export(model, blueprint, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
-def full(file, folder, values):
+def fail_with_full_disk(file, folder, values):
     (folder / file.name).write_bytes(b"some of it")
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def test_ranks_that_do_not_write_take_part_in_gathering_experts_that_are_fused_in_memory(small_parts, tmp_path):
-    """All ranks must ask for the same weights in the same order, or they wait for each other for ever."""
+def test_ranks_that_do_not_write_take_part_in_gathering_fused_experts(small_parts, tmp_path):
+    """All ranks must gather the same weights in the same order, or they wait for each other for ever."""
     options = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "head_dim": 8}
-    model = build_model(blueprint_of((small_parts[0], language_folder(tmp_path / "moe", Qwen3MoeConfig, **options))))
-    weights, asked = dict(model.named_parameters()), []
+    model = build_model(
+        blueprint_of((small_parts[0], make_language_folder(tmp_path / "moe", Qwen3MoeConfig, **options)))
+    )
+    weights, gathered = dict(model.named_parameters()), []
 
-    def whole(name):
-        asked.append(name)
+    def get_weight(name):
+        gathered.append(name)
         return weights[name]
 
-    writes, helps = MergedStateDict(model, whole), MergedStateDict(model, whole)
+    writes, helps = MergedStateDict(model, get_weight), MergedStateDict(model, get_weight)
     values = {name: writes.compute_value(name) for name in writes.tensors}
-    written, asked = asked, []
+    written, gathered = gathered, []
     for name in helps.tensors:
         helps.gather(name)
-    assert asked == written and any(name.endswith("experts.gate_up_proj") for name in asked)
+    assert gathered == written and any(name.endswith("experts.gate_up_proj") for name in gathered)
     assert {name: value.shape for name, value in values.items()} == {n: t.shape for n, t in writes.tensors.items()}
 
 
-def test_generation_ends_where_the_template_closes_an_answer_whatever_the_tokenizers_end(small_parts, tmp_path):
+def test_generation_stops_at_the_end_of_an_answer_in_the_template_and_at_the_tokenizers_end(small_parts, tmp_path):
     """A base model ends texts with <|endoftext|>; trained on ChatML it must stop at <|im_end|>."""
     import shutil
 
@@ -246,18 +250,18 @@ def test_generation_ends_where_the_template_closes_an_answer_whatever_the_tokeni
             file["eos_token_id"] = 0
         (base / name).write_text(json.dumps(file))
     blueprint = blueprint_of((small_parts[0], str(base)), chat_template="chatml")
-    folder = exported(build_model(blueprint), blueprint, tmp_path)
+    folder = export(build_model(blueprint), blueprint, tmp_path)
     stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
     assert set(stops) == {blueprint.tokenizer.convert_tokens_to_ids(token) for token in ("<|endoftext|>", "<|im_end|>")}
 
 
-TORCHVISION = Path(sys.prefix) / "torchvision"  # make setup puts it there, without the CUDA libraries that it wants
+TORCHVISION = Path(sys.prefix) / "torchvision"  # make setup installs it there, without the CUDA libraries that it needs
 
 
 @pytest.mark.skipif(not TORCHVISION.is_dir(), reason="torchvision is not in .venv/torchvision; make test puts it there")
-def test_stock_auto_processor_loads_the_folder_where_torchvision_is(small_parts, tmp_path, processor):
+def test_autoprocessor_loads_the_folder_if_torchvision_is_installed(small_parts, tmp_path, processor):
     blueprint = blueprint_of(small_parts)
-    folder = exported(build_model(blueprint), blueprint, tmp_path)
+    folder = export(build_model(blueprint), blueprint, tmp_path)
     picture(90, 60).load().save(tmp_path / "photo.png")
     program = f"""
 import sys, torch

@@ -1,4 +1,4 @@
-"""Frozen matrices held in bfloat16: the same bits as autocast computes, half the memory, and exact files at the end."""
+"""Frozen matrices stored in bfloat16: the same bits as with autocast, half the memory, and exact exported files."""
 
 import lightning as L
 import pytest
@@ -28,31 +28,31 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def tied_parts(small_parts, tmp_path_factory) -> tuple[str, str]:
-    """The head is the table of the embeddings."""
+    """Parts whose head is tied to the embeddings."""
     folder = tmp_path_factory.mktemp("tied")
     make_language_model(folder, hidden_size=32, intermediate_size=48, num_hidden_layers=2)
     return small_parts[0], str(folder)
 
 
-def make(folders, case, held: bool):
+def make_stage(folders, case, stores_bfloat16: bool):
     stage_class, options = CASES[case]
-    stage = stage_class(blueprint_of(folders), frozen_dtype="bfloat16" if held else None, seed=5, **options)
+    stage = stage_class(blueprint_of(folders), frozen_dtype="bfloat16" if stores_bfloat16 else None, seed=5, **options)
     stage.configure_model()
     return stage
 
 
-def batch_for(stage):
+def make_batch(stage):
     blueprint = stage._model_source
     records = [sample("무엇?", "빨간 원", (60, 90)), sample("안녕?", "네. " * 9), sample("What?", "a star", (56, 56))]
     return collate(Processor(blueprint.tokenizer, blueprint.images), records)
 
 
-def trainer(precision="bf16-mixed") -> L.Trainer:
+def make_trainer(precision="bf16-mixed") -> L.Trainer:
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     return L.Trainer(accelerator="cpu", precision=precision, num_sanity_val_steps=0, **dict.fromkeys(quiet, False))
 
 
-def data_for(stage, steps=2) -> DataModule:
+def make_data(stage, steps=2) -> DataModule:
     blueprint = stage._model_source
     kinds = ("preference",) if isinstance(stage, DPOStage) else ("caption", "text")
     processor = Processor(blueprint.tokenizer, blueprint.images)
@@ -61,16 +61,16 @@ def data_for(stage, steps=2) -> DataModule:
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("kind", ["small_parts", "tied_parts"])
-def test_outputs_and_gradients_are_those_of_autocast_to_the_bit(request, kind, case):
+def test_outputs_and_gradients_equal_those_of_autocast_bit_for_bit(request, kind, case):
     folders, seen = request.getfixturevalue(kind), []
-    for held in (False, True):
-        stage = make(folders, case, held)
-        batch = batch_for(stage)
+    for stores_bfloat16 in (False, True):
+        stage = make_stage(folders, case, stores_bfloat16)
+        batch = make_batch(stage)
         with torch.autocast("cpu", torch.bfloat16):
             losses = stage.compute_token_losses(batch)
             reference = getattr(stage, "reference", None)
-            looked = stage.model.model.encode_images(batch)  # the reference has no tower of its own
-            answer = reference(batch=batch, vision_features=looked)[0] if reference is not None else None
+            vision_features = stage.model.model.encode_images(batch)  # the reference has no separate tower
+            answer = reference(batch=batch, vision_features=vision_features)[0] if reference is not None else None
         losses.sum().backward()
         seen.append((losses, answer, {n: p.grad for n, p in stage.model.named_parameters() if p.grad is not None}))
     (losses, answer, gradients), (others, other_answer, other_gradients) = seen
@@ -80,23 +80,23 @@ def test_outputs_and_gradients_are_those_of_autocast_to_the_bit(request, kind, c
 
 
 @pytest.mark.parametrize("kind", ["small_parts", "tied_parts"])
-def test_what_is_read_as_it_stands_and_what_trains_stay_float32(request, kind):
-    """Embeddings, norms, positions, a head that is the table; and everything that trains."""
-    stage = make(request.getfixturevalue(kind), "align", held=True)
+def test_weights_used_outside_products_and_trainable_weights_stay_float32(request, kind):
+    """Embeddings, norms, positions and a tied head, and everything that trains."""
+    stage = make_stage(request.getfixturevalue(kind), "align", stores_bfloat16=True)
     types = {name: p.dtype for name, p in stage.model.named_parameters() if not p.requires_grad}
     half = {name for name, dtype in types.items() if dtype == torch.bfloat16}
     assert {name for name in types if "_proj." in name or "patch_embedding" in name or ".fc" in name} <= half
     assert all("norm" in name or "embed_tokens" in name or "position" in name for name in types.keys() - half)
     assert ("lm_head.weight" in half) is (kind == "small_parts")
     assert {p.dtype for p in stage.model.parameters() if p.requires_grad} == {torch.float32}
-    dpo = make(request.getfixturevalue(kind), "dpo", held=True)
+    dpo = make_stage(request.getfixturevalue(kind), "dpo", stores_bfloat16=True)
     assert dpo.reference.model.language_model.layers[0].mlp.up_proj.weight.dtype == torch.bfloat16
     assert dpo.model.model.language_model.layers[0].mlp.up_proj.weight.dtype == torch.float32
 
 
-def exported(stage, folder) -> tuple[dict, dict]:
-    """What a run's model is written as, and what it started from was."""
-    trainer().fit(stage, data_for(stage))
+def train_and_export(stage, folder) -> tuple[dict, dict]:
+    """Train; return the exported tensors and those of the model that the run started from."""
+    make_trainer().fit(stage, make_data(stage))
     blueprint = stage._model_source
     export_model(stage.model, blueprint.tokenizer, blueprint.images, folder / "hf")
     start = blueprint_of((blueprint.vision_tower, blueprint.language_model))
@@ -106,22 +106,22 @@ def exported(stage, folder) -> tuple[dict, dict]:
     return last, first
 
 
-def test_what_is_exported_has_the_values_that_were_read(small_parts, tmp_path):
-    """Random float32 values, which bfloat16 does not hold."""
-    stage = make(small_parts, "align", held=True)
-    last, first = exported(stage, tmp_path)
+def test_exported_frozen_weights_have_the_values_of_the_files(small_parts, tmp_path):
+    """The weights are random float32 values, which bfloat16 cannot represent."""
+    stage = make_stage(small_parts, "align", stores_bfloat16=True)
+    last, first = train_and_export(stage, tmp_path)
     changed = {name for name in first if not torch.equal(first[name], last[name])}
     assert changed and all(
         "projector" in name or "newline" in name or "embed" in name or "lm_head" in name for name in changed
     )
     for name in changed - {name for name in changed if "projector" in name or "newline" in name}:
-        rows = (first[name] != last[name]).any(1).sum()  # of new tokens
+        rows = (first[name] != last[name]).any(1).sum()  # rows of new tokens
         assert 0 < rows <= len(stage._model_source.new_tokens)
 
 
-def test_adapters_are_merged_into_the_exact_weights(small_parts, tmp_path):
-    stage = make(small_parts, "lora", held=True)
-    last, first = exported(stage, tmp_path)
+def test_adapters_are_merged_into_the_exact_float32_weights(small_parts, tmp_path):
+    stage = make_stage(small_parts, "lora", stores_bfloat16=True)
+    last, first = train_and_export(stage, tmp_path)
     layer = stage.model.get_submodule("model.language_model.layers.0.mlp.down_proj")
     key = next(key for key in first if key.endswith("layers.0.mlp.down_proj.weight"))
     expected = first[key] + layer.get_delta_weight("language_model").detach()
@@ -131,21 +131,21 @@ def test_adapters_are_merged_into_the_exact_weights(small_parts, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["align", "lora", "dpo"])
-def test_a_run_ends_with_the_same_weights_whether_frozen_ones_are_held_or_not(small_parts, case):
+def test_a_run_ends_with_the_same_weights_with_and_without_bfloat16_storage(small_parts, case):
     ends = []
-    for held in (False, True):
-        stage = make(small_parts, case, held)
-        trainer().fit(stage, data_for(stage))
+    for stores_bfloat16 in (False, True):
+        stage = make_stage(small_parts, case, stores_bfloat16)
+        make_trainer().fit(stage, make_data(stage))
         ends.append({n: p.detach() for n, p in stage.model.named_parameters() if p.requires_grad})
     assert ends[0] and all(torch.equal(ends[1][name], value) for name, value in ends[0].items())
 
 
 def test_answers_are_generated_and_lightnings_checkpoints_keep_exact_values(small_parts, tmp_path):
-    stage = make(small_parts, "align", held=True)
-    fit, data = trainer(), data_for(stage)
+    stage = make_stage(small_parts, "align", stores_bfloat16=True)
+    fit, data = make_trainer(), make_data(stage)
     fit.fit(stage, data)
     with fit.precision_plugin.forward_context():
-        assert generate(stage.model, batch_for(stage), max_new_tokens=4)
+        assert generate(stage.model, make_batch(stage), max_new_tokens=4)
     assert fit.predict(stage, data)
     fit.save_checkpoint(tmp_path / "stage.ckpt")
     loaded = AlignStage.load_from_checkpoint(tmp_path / "stage.ckpt", weights_only=True)
@@ -153,25 +153,25 @@ def test_answers_are_generated_and_lightnings_checkpoints_keep_exact_values(smal
     exact = build_model(blueprint_of(small_parts)).get_parameter(name)
     assert torch.equal(loaded.model.get_parameter(name), exact)
     assert not torch.equal(stage.model.get_parameter(name).float(), exact)
-    (again,) = trainer().validate(loaded, data_for(stage), verbose=False)
-    (before,) = trainer().validate(stage, data_for(stage), verbose=False)
+    (again,) = make_trainer().validate(loaded, make_data(stage), verbose=False)
+    (before,) = make_trainer().validate(stage, make_data(stage), verbose=False)
     assert again["val/loss"] == before["val/loss"]
 
 
 def test_another_precision_is_refused(small_parts):
-    stage = make(small_parts, "align", held=True)
+    stage = make_stage(small_parts, "align", stores_bfloat16=True)
     with pytest.raises(UserError, match="holds frozen weights in bfloat16, and the trainer's precision is 32-true"):
-        trainer("32-true").fit(stage, data_for(stage))
+        make_trainer("32-true").fit(stage, make_data(stage))
 
 
-def test_weights_that_cannot_be_read_again_stay_as_they_are(small_parts, tmp_path):
-    """A folder without safetensors, and a model that was built before."""
+def test_weights_that_cannot_be_read_again_stay_in_float32(small_parts, tmp_path):
+    """The cases are a folder without safetensors and a prebuilt model."""
     folder = tmp_path / "language"
     make_language_model(folder, hidden_size=32, intermediate_size=48, num_hidden_layers=2, tie_word_embeddings=False)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    given = AlignStage(build_model(blueprint_of(small_parts)), frozen_dtype="bfloat16")
-    given.configure_model()
-    for stage in (make((small_parts[0], str(folder)), "align", held=True), given):
+    prebuilt = AlignStage(build_model(blueprint_of(small_parts)), frozen_dtype="bfloat16")
+    prebuilt.configure_model()
+    for stage in (make_stage((small_parts[0], str(folder)), "align", stores_bfloat16=True), prebuilt):
         assert {p.dtype for p in stage.model.parameters()} == {torch.float32}
         assert not any(p.is_meta for p in stage.model.parameters())

@@ -1,4 +1,4 @@
-"""The names of weights in what is exported: those of the released checkpoints, which servers know and no others."""
+"""Names of exported weights: those of the released checkpoints, the only ones that inference servers know."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import blueprint_of
-from test_weights import TOWER, assert_same
+from test_weights import TOWER, assert_same_weights
 from transformers import (
     AutoModelForImageTextToText,
     CLIPVisionConfig,
@@ -31,7 +31,7 @@ from lit_vlm.stages import SFTStage
 
 
 def read_released_names(*sections: str, tower_layers: int, language_layers: int) -> set[str]:
-    """The key list of a released checkpoint with so many layers."""
+    """Return the key list of a released checkpoint with this number of layers."""
     text = Path(__file__).with_name("released_names.txt").read_text(encoding="utf-8")
     listed = dict(re.findall(r"^\[(\w+)\]\n(.*?)(?=\n\n|\Z)", text, re.MULTILINE | re.DOTALL))
     names = [name for section in sections for name in listed[section].split()]
@@ -44,7 +44,7 @@ def read_released_names(*sections: str, tower_layers: int, language_layers: int)
 
 
 def read_names(folder: Path) -> dict[str, list[str]]:
-    """By file, in the order of the files."""
+    """Return the names by file, in the order of the files."""
     names = {}
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as opened:
@@ -52,22 +52,22 @@ def read_names(folder: Path) -> dict[str, list[str]]:
     return names
 
 
-SIZES = {  # of LLaVA-OneVision's releases: width, layers, heads, inner width, words, tied, and files of 5 GB
+SIZES = {  # LLaVA-OneVision's releases: width, layers, heads, inner width, vocabulary size, tied, and number of 5 GB files
     "0.5b": ((896, 24, 14, 2, 4864, 152000, True), 1),
     "7b": ((3584, 28, 28, 4, 18944, 152128, False), 4),
 }
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_a_model_of_a_released_shape_has_the_released_key_list_and_in_the_index_of_several_files_too(size):
-    (width, layers, heads, kv_heads, inner, words, tied), files = SIZES[size]
+def test_a_model_of_a_released_shape_has_the_released_key_list_and_number_of_files(size):
+    (width, layers, heads, kv_heads, inner, vocab_size, tied), files = SIZES[size]
     text = Qwen2Config(
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         intermediate_size=inner,
-        vocab_size=words,
+        vocab_size=vocab_size,
         tie_word_embeddings=tied,
     )
     vision = SiglipVisionConfig(
@@ -89,13 +89,13 @@ def test_a_model_of_a_released_shape_has_the_released_key_list_and_in_the_index_
 
 
 def make_tower(kind: str, folder: Path) -> str:
-    """As published: SigLIP and SigLIP 2 with their text halves, CLIP's tower alone."""
+    """Save a tower as published: SigLIP and SigLIP 2 with their text model, CLIP's tower alone."""
     vision = {**TOWER, "image_size": 56, "patch_size": 14}
     text = {**TOWER, "num_hidden_layers": 1, "vocab_size": 20}
     torch.manual_seed(5)
     if kind == "clip":
         CLIPVisionModel(CLIPVisionConfig(**vision)).save_pretrained(folder)
-    else:  # SigLIP 2 of fixed resolution is SigLIP's class with another tokenizer
+    else:  # SigLIP 2 with a fixed resolution is SigLIP's class with another tokenizer
         SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).save_pretrained(folder)
     return str(folder)
 
@@ -103,7 +103,7 @@ def make_tower(kind: str, folder: Path) -> str:
 @pytest.mark.parametrize("tower", ["siglip", "clip"])
 @pytest.mark.parametrize("largest_file", ["5GB", "60kB"])
 @pytest.mark.parametrize("way", ["from parts", "with LoRA", "from an older export", "in shards"])
-def test_every_export_has_the_released_names_and_plain_transformers_misses_none(
+def test_every_export_has_the_released_names_and_plain_transformers_finds_them_all(
     small_parts, tmp_path, tower, largest_file, way
 ):
     blueprint = blueprint_of((make_tower(tower, tmp_path / "tower"), small_parts[1]))
@@ -120,7 +120,7 @@ def test_every_export_has_the_released_names_and_plain_transformers_misses_none(
     else:
         model = build_model(blueprint)
     if way == "from an older export":
-        blueprint, model = again_from_older(blueprint, model, tmp_path / "older")
+        blueprint, model = reload_older_export(blueprint, model, tmp_path / "older")
     export_model(model, blueprint.tokenizer, blueprint.images, tmp_path / "hf", max_shard_size=largest_file)
     found = read_names(tmp_path / "hf")
     released = read_released_names(tower, "projector", "qwen2", "head", tower_layers=2, language_layers=2)
@@ -133,8 +133,8 @@ def test_every_export_has_the_released_names_and_plain_transformers_misses_none(
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
 
 
-def again_from_older(blueprint, model, folder: Path):
-    """The model read back from a folder with the names that exports had before, by both ways of loading."""
+def reload_older_export(blueprint, model, folder: Path):
+    """Return the model read back from a folder with the weight names of older exports, by both ways of loading."""
     export_model(model, blueprint.tokenizer, blueprint.images, folder)
     tensors = load_file(folder / "model.safetensors")
     older = {key.replace("vision_tower.vision_model.", "vision_tower."): value for key, value in tensors.items()}
@@ -146,5 +146,5 @@ def again_from_older(blueprint, model, folder: Path):
     for (name, one), (_, other) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
         assert torch.equal(one, other), name
     with defer_weights():
-        assert_same(loaded, build_model(load_model_spec(settings, init_from=str(folder))))
+        assert_same_weights(loaded, build_model(load_model_spec(settings, init_from=str(folder))))
     return again, loaded

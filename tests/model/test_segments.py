@@ -1,4 +1,4 @@
-"""Segments that continue a prefix, the last layer on its rows alone, and what variable-length kernels are told."""
+"""Segments that continue a prefix, the pruned last layer, and the arguments of variable-length kernels."""
 
 import copy
 
@@ -22,16 +22,16 @@ LENGTHS, PREFIXES = [7, 4, 3, 5, 6, 2], [-1, -1, 0, 1, 0, 1]
 TAILS = [0, 0, 2, 5, 1, 1]
 
 
-def qkv(asked: int, width: int = 8, heads: int = 4, kv_heads: int = 2, seed: int = 0):
+def make_qkv(num_queries: int, width: int = 8, heads: int = 4, kv_heads: int = 2, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     total = sum(LENGTHS)
-    shapes = (heads, asked), (kv_heads, total), (kv_heads, total)
+    shapes = (heads, num_queries), (kv_heads, total), (kv_heads, total)
     kind = {"generator": generator, "dtype": torch.float64}
     return [torch.randn(1, *shape, width, **kind).requires_grad_() for shape in shapes]
 
 
-def by_hand(query, key, value, segments: Segments, window=None):
-    """One query at a time, over exactly what it sees."""
+def attend_by_hand(query, key, value, segments: Segments, window=None):
+    """Compute attention for one query at a time, over exactly the tokens that it sees."""
     starts = torch.tensor([0, *LENGTHS]).cumsum(0).tolist()
     repeats = query.shape[1] // key.shape[1]
     results = []
@@ -48,13 +48,15 @@ def by_hand(query, key, value, segments: Segments, window=None):
     return torch.stack(results)[None]
 
 
-def kernel_on_cpu(q, k, v, cu_q, cu_k, most_q, most_k, *, scale=None, window_size=(-1, -1), enable_gqa=False, **_):
-    """What `varlen_attn` computes, bottom-right causal, span by span: it has no CPU kernel."""
+def run_kernel_on_cpu(
+    q, k, v, cu_q, cu_k, max_q_length, max_k_length, *, scale=None, window_size=(-1, -1), enable_gqa=False, **_
+):
+    """Compute what `varlen_attn` computes, bottom-right causal, span by span, because it has no CPU kernel."""
     assert window_size[1] == 0 and (enable_gqa or q.shape[1] == k.shape[1])
     results = []
     for i in range(len(cu_q) - 1):
         spans = q[cu_q[i] : cu_q[i + 1]], k[cu_k[i] : cu_k[i + 1]], v[cu_k[i] : cu_k[i + 1]]
-        assert len(spans[0]) <= most_q and len(spans[1]) <= most_k
+        assert len(spans[0]) <= max_q_length and len(spans[1]) <= max_k_length
         one, keys, values = (span.transpose(0, 1)[None] for span in spans)
         distance = torch.arange(len(spans[1]) - len(spans[0]), len(spans[1]))[:, None] - torch.arange(len(spans[1]))
         mask = (distance >= 0) & ((distance <= window_size[0]) if window_size[0] >= 0 else True)
@@ -69,14 +71,14 @@ def kernel_on_cpu(q, k, v, cu_q, cu_k, most_q, most_k, *, scale=None, window_siz
 @pytest.mark.parametrize("tails", [None, TAILS], ids=["all", "tails"])
 @pytest.mark.parametrize("way", ["grouped", "variable-length"])
 def test_a_token_sees_its_prefix_and_its_segment_up_to_itself(way, tails, window, monkeypatch):
-    monkeypatch.setattr(varlen, "varlen_attn", kernel_on_cpu)
+    monkeypatch.setattr(varlen, "varlen_attn", run_kernel_on_cpu)
     segments = Segments(LENGTHS, CPU, PREFIXES, tails)
-    tensors = qkv(len(segments.query_positions))
+    tensors = make_qkv(len(segments.query_positions))
     if way == "grouped":
         ours = attention._run_grouped_attention(*tensors, segments, None, 0.0, window)
     else:
         ours = attention._run_varlen_attention(*tensors, segments, None, window)
-    theirs = by_hand(*tensors, segments, window)
+    theirs = attend_by_hand(*tensors, segments, window)
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
     factors = torch.randn(ours.shape, generator=torch.Generator().manual_seed(2))
     for mine, other in zip(
@@ -87,30 +89,32 @@ def test_a_token_sees_its_prefix_and_its_segment_up_to_itself(way, tails, window
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
 
 
-def test_no_call_has_a_key_twice():
-    """So the sum of a key's gradients has one order, on a device where additions race as well."""
+def test_no_kernel_call_has_a_key_twice():
+    """So the sum of a key's gradients has one order, even on a device where additions race."""
     calls = Segments(LENGTHS, CPU, PREFIXES).varlen_calls
     assert len(calls) == 3
     for call in calls:
         assert len(call.keys) == len(set(call.keys.tolist()))
     (whole,) = Segments(LENGTHS, CPU).varlen_calls
-    assert whole.queries is None and whole.keys is None  # the row as it lies, nothing is copied
+    assert whole.queries is None and whole.keys is None  # the row as it is stored, nothing is copied
 
 
-@pytest.mark.parametrize("words", ["2.10", "2.12"])
-def test_the_kernel_is_called_in_the_words_of_its_release(words, monkeypatch):
+@pytest.mark.parametrize("release", ["2.10", "2.12"])
+def test_the_kernel_is_called_with_the_arguments_of_its_release(release, monkeypatch):
     segments = Segments(LENGTHS, CPU, PREFIXES)
-    tensors = qkv(len(segments.query_positions))
-    expected = by_hand(*tensors, segments)
+    tensors = make_qkv(len(segments.query_positions))
+    expected = attend_by_hand(*tensors, segments)
 
-    def old(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
+    def run_old_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
         assert is_causal
-        return kernel_on_cpu(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=(-1, 0))
+        return run_kernel_on_cpu(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=(-1, 0))
 
-    def middle(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
-        return kernel_on_cpu(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+    def run_newer_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        return run_kernel_on_cpu(
+            query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size
+        )
 
-    monkeypatch.setattr(varlen, "varlen_attn", {"2.10": old, "2.12": middle}[words])
+    monkeypatch.setattr(varlen, "varlen_attn", {"2.10": run_old_kernel, "2.12": run_newer_kernel}[release])
     for scaling in (None, 0.25):
         ours = attention._run_varlen_attention(*tensors, segments, scaling, None)
         if scaling is None:
@@ -121,7 +125,7 @@ def test_the_kernel_is_called_in_the_words_of_its_release(words, monkeypatch):
             )
 
 
-def pair(number: int, *sizes) -> PreferencePair:
+def make_pair(number: int, *sizes) -> PreferencePair:
     images = tuple(picture(*size, seed=number + i) for i, size in enumerate(sizes))
     prompt = (
         Message(Role.user, (*(ImagePlaceholder(i) for i in range(len(images))), "무엇이 보이나요? " * (number + 1))),
@@ -130,10 +134,10 @@ def pair(number: int, *sizes) -> PreferencePair:
     return PreferencePair(f"p{number}", "t", f"t:{number}", SampleKind.other, Language.ko, prompt, *answers, images)
 
 
-PAIRS = [pair(0), pair(1, (150, 60)), pair(2, (56, 56), (60, 90)), pair(3, (56, 56))]
+PAIRS = [make_pair(0), make_pair(1, (150, 60)), make_pair(2, (56, 56), (60, 90)), make_pair(3, (56, 56))]
 
 
-def loss_and_gradients(model, processor, records=PAIRS, **options):
+def compute_loss_and_gradients(model, processor, records=PAIRS, **options):
     torch.manual_seed(0)
     stage = DPOStage(copy.deepcopy(model), beta=0.5, **options)
     stage.configure_model()
@@ -142,10 +146,10 @@ def loss_and_gradients(model, processor, records=PAIRS, **options):
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape))
     batch = collate(processor, records, step_pairs=len(records))
-    loss, judged = stage._compute_preference(batch, PreferenceMetrics(), training=True)
+    loss, output = stage._compute_preference(batch, PreferenceMetrics(), training=True)
     loss.backward()
     gradients = {name: p.grad for name, p in stage.model.named_parameters() if p.grad is not None}
-    return loss.detach(), gradients, judged, batch
+    return loss.detach(), gradients, output, batch
 
 
 @pytest.mark.usefixtures("in_float64")
@@ -160,16 +164,16 @@ def loss_and_gradients(model, processor, records=PAIRS, **options):
     ids=["language model", "all parts", "LoRA", "checkpointing"],
 )
 def test_a_shared_prompt_changes_no_number(model, processor, options):
-    apart = Processor(processor.tokenizer, processor.images, share_prompts=False)
-    loss, gradients, judged, batch = loss_and_gradients(model, processor, **options)
-    other, others, theirs, plain = loss_and_gradients(model, apart, **options)
+    separate_processor = Processor(processor.tokenizer, processor.images, share_prompts=False)
+    loss, gradients, output, batch = compute_loss_and_gradients(model, processor, **options)
+    other, others, theirs, plain = compute_loss_and_gradients(model, separate_processor, **options)
     assert (
         batch.num_tokens < 0.7 * plain.num_tokens
         and len(batch.segment_lengths) == 12
         and len(plain.segment_lengths) == 8
     )
     torch.testing.assert_close(loss, other, atol=1e-6, rtol=1e-5)
-    torch.testing.assert_close(judged.rewards, theirs.rewards, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.rewards, theirs.rewards, atol=1e-5, rtol=1e-5)
     assert gradients.keys() == others.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, others[name], atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
@@ -177,14 +181,14 @@ def test_a_shared_prompt_changes_no_number(model, processor, options):
 
 @pytest.mark.usefixtures("in_float64")
 def test_packed_pairs_give_the_loss_of_pairs_one_by_one(model, processor):
-    loss, *_ = loss_and_gradients(model, processor)
-    alone = sum(float(loss_and_gradients(model, processor, [record])[0]) for record in PAIRS) / len(PAIRS)
+    loss, *_ = compute_loss_and_gradients(model, processor)
+    alone = sum(float(compute_loss_and_gradients(model, processor, [record])[0]) for record in PAIRS) / len(PAIRS)
     assert float(loss) == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.usefixtures("in_float64")
 @pytest.mark.parametrize("records", ["pairs", "samples"])
-def test_the_last_layer_on_its_rows_alone_changes_no_number(model, processor, mixed, records, monkeypatch):
+def test_pruning_the_last_layer_changes_no_number(model, processor, mixed, records, monkeypatch):
     batch = collate(processor, PAIRS if records == "pairs" else mixed)
     model.requires_grad_(True)
     found = {}
@@ -200,7 +204,7 @@ def test_the_last_layer_on_its_rows_alone_changes_no_number(model, processor, mi
         torch.testing.assert_close(gradient, found[False][1][name], atol=2e-5, rtol=1e-4)
 
 
-def test_the_last_layer_reads_only_its_rows(model, processor, mixed):
+def test_the_last_layer_computes_only_supervised_rows(model, processor, mixed):
     batch, seen = collate(processor, mixed), []
     layers = model.model.language_model.layers
     for layer in layers:
@@ -209,7 +213,7 @@ def test_the_last_layer_reads_only_its_rows(model, processor, mixed):
     assert seen == [batch.num_tokens] * (len(layers) - 1) + [batch.num_supervised_tokens]
 
 
-def test_a_family_that_is_not_known_computes_its_last_layer_whole(small_parts, processor, mixed, monkeypatch):
+def test_an_unknown_family_computes_its_whole_last_layer(small_parts, processor, mixed, monkeypatch):
     monkeypatch.setattr(last_layer, "MODELS_WITH_PRUNED_LAST_LAYER", ())
     model = build_model(blueprint_of(small_parts))
     assert not isinstance(model.model.language_model.layers[-1], PrunedLastLayer)
@@ -220,7 +224,7 @@ def test_a_family_that_is_not_known_computes_its_last_layer_whole(small_parts, p
     torch.testing.assert_close(log_probs, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_answers_to_different_pictures_have_a_prompt_each(model, processor):
+def test_answers_with_different_pictures_have_separate_prompts(model, processor):
     shown, other = picture(150, 60, seed=1), picture(56, 56, seed=2)
     prompt = (Message(Role.user, (ImagePlaceholder(0), "무엇?")),)
     answer = Message(Role.assistant, ("빨간 원",))
@@ -230,11 +234,11 @@ def test_answers_to_different_pictures_have_a_prompt_each(model, processor):
     batch = collate(processor, [record, PAIRS[1]], step_pairs=2)
     cost = processor.compute_cost(record)
     assert batch.prefix_segments == [-1, -1, 0, -1, 0] and batch.record_ids == [1, 0, 1, 0, 1]
-    assert batch.image_index == [2, 0, 1]  # the shared prompt's, then those of the two answers
+    assert batch.image_index == [2, 0, 1]  # the image of the shared prompt, then those of the two answers
     assert cost.lengths == (batch.segment_lengths[1], batch.segment_lengths[3]) and cost.num_images == 2
     alone = collate(processor, [record], step_pairs=1)
-    loss, gradients, judged, _ = loss_and_gradients(model, processor, [record])
+    loss, gradients, output, _ = compute_loss_and_gradients(model, processor, [record])
     assert (
-        alone.num_supervised_tokens == 2 * alone.segment_supervised_tokens[0] and judged.rewards[0] != judged.rewards[1]
+        alone.num_supervised_tokens == 2 * alone.segment_supervised_tokens[0] and output.rewards[0] != output.rewards[1]
     )
     assert gradients and torch.isfinite(loss)

@@ -1,4 +1,4 @@
-"""Embeddings and head, one table or two: what the files of a checkpoint hold counts, not what its config.json says."""
+"""Tied and untied embeddings and head: the files of a checkpoint decide, not its config.json."""
 
 import json
 import shutil
@@ -9,8 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from support import blueprint_of
-from test_build import language_folder
-from test_weights import assert_same
+from test_build import make_language_folder
+from test_weights import assert_same_weights
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Qwen2Config
 
 from lit_vlm.config.schema import ModelConfig
@@ -21,8 +21,8 @@ from lit_vlm.model.tiny import make_tokenizer
 from lit_vlm.types import UserError
 
 IDS = torch.tensor([[5, 17, 300, 42, 8, 99]])
-KNOWN = 640  # rows of words; behind them those of control tokens, which every build writes
-WAYS = ["init_from", "model.language_model"]
+KNOWN = 640  # rows of ordinary tokens; after them come the rows of control tokens, which every build initialises
+START_SETTINGS = ["init_from", "model.language_model"]
 SUFFIXES = {"head": "lm_head.weight", "embeddings": "embed_tokens.weight"}
 
 
@@ -32,14 +32,14 @@ def export(model, blueprint, folder: Path) -> Path:
 
 
 def make_folder(way: str, parts, folder: Path) -> Path:
-    """A checkpoint that a run may start from in that way: a copy of the tiny language model, or a whole model over it."""
+    """Return a checkpoint for one way of starting a run: a copy of the tiny language model, or a whole model on top of it."""
     if way == "model.language_model":
         return Path(shutil.copytree(parts[1], folder))
     blueprint = blueprint_of(parts)
     return export(build_model(blueprint), blueprint, folder)
 
 
-def draw(way: str, parts, folder: Path):
+def load_spec(way: str, parts, folder: Path):
     if way == "init_from":
         return load_model_spec(ModelConfig(grid=3, max_tiles=4), init_from=str(folder))
     return blueprint_of((parts[0], str(folder)))
@@ -53,7 +53,7 @@ def edit_config(folder: Path, tied: bool) -> None:
 
 
 def edit_tables(folder: Path, *, without: tuple[str, ...] = (), other_head: bool = False) -> dict[str, torch.Tensor]:
-    """Both tables in the file but those that are left out; returns what it holds."""
+    """Write both tables into the file except those in `without`; return the tensors of the file."""
     file = folder / "model.safetensors"
     tensors = load_file(file)
     (embeddings,) = [key for key in tensors if key.endswith("embed_tokens.weight")]
@@ -67,7 +67,7 @@ def edit_tables(folder: Path, *, without: tuple[str, ...] = (), other_head: bool
 
 
 def merge_with_peft(model, folder: Path):
-    """As peft's users do it: LoRA with the head trained beside it, merged, saved."""
+    """Train LoRA and the head, merge and save, as users of peft do it."""
     config = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
     wrapped = get_peft_model(model, config)
     torch.manual_seed(1)
@@ -80,9 +80,9 @@ def merge_with_peft(model, folder: Path):
     return merged
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", START_SETTINGS)
 @pytest.mark.parametrize("in_shards", [False, True], ids=["whole", "in shards"])
-def test_a_head_that_peft_trained_on_a_tied_model_is_loaded_and_exported_as_peft_has_it_in_memory(
+def test_a_head_that_peft_trained_on_a_tied_model_is_loaded_and_exported_as_in_pefts_memory(
     parts, tmp_path, way, in_shards
 ):
     source = make_folder(way, parts, tmp_path / "source")
@@ -92,19 +92,19 @@ def test_a_head_that_peft_trained_on_a_tied_model_is_loaded_and_exported_as_peft
     if way == "init_from":
         assert config["text_config"]["tie_word_embeddings"] and not config["tie_word_embeddings"]
     else:
-        edit_config(tmp_path / "merged", tied=True)  # peft unties this one; its older releases did not
+        edit_config(tmp_path / "merged", tied=True)  # peft unties this one; older releases did not
     for path in source.iterdir():
         if not (tmp_path / "merged" / path.name).exists():
             shutil.copy(path, tmp_path / "merged")
-    blueprint = draw(way, parts, tmp_path / "merged")
+    blueprint = load_spec(way, parts, tmp_path / "merged")
     model = build_model(blueprint)
     if in_shards:
         with defer_weights():
-            skeleton = build_model(draw(way, parts, tmp_path / "merged"))
-        assert_same(model, skeleton)
+            skeleton = build_model(load_spec(way, parts, tmp_path / "merged"))
+        assert_same_weights(model, skeleton)
         assert not skeleton.config.tie_word_embeddings
-    (remark,) = blueprint.remarks
-    assert str(tmp_path / "merged") in remark and "two different tables" in remark and "\n" not in remark
+    (warning,) = blueprint.remarks
+    assert str(tmp_path / "merged") in warning and "two different tables" in warning and "\n" not in warning
     assert not blueprint.config.tie_word_embeddings
     export(model, blueprint, tmp_path / "again")
     written = json.loads((tmp_path / "again/config.json").read_text())
@@ -116,22 +116,22 @@ def test_a_head_that_peft_trained_on_a_tied_model_is_loaded_and_exported_as_peft
     assert not torch.equal(again.lm_head.weight[:KNOWN], again.get_input_embeddings().weight[:KNOWN])
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", START_SETTINGS)
 @pytest.mark.parametrize("left_out", ["head", "embeddings", None], ids=["head", "embeddings", "neither"])
 def test_a_tied_checkpoint_may_hold_its_table_under_either_name_or_under_both(parts, tmp_path, way, left_out):
     folder = make_folder(way, parts, tmp_path / "folder")
     tensors = edit_tables(folder, without=(left_out,) if left_out else ())
     (table, *_) = [value for key, value in tensors.items() if key.endswith(tuple(SUFFIXES.values()))]
-    blueprint = draw(way, parts, folder)
+    blueprint = load_spec(way, parts, folder)
     model = build_model(blueprint)
     with defer_weights():
-        assert_same(model, build_model(draw(way, parts, folder)))
+        assert_same_weights(model, build_model(load_spec(way, parts, folder)))
     assert blueprint.remarks == [] and blueprint.config.tie_word_embeddings
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert torch.equal(model.lm_head.weight[:KNOWN], table[:KNOWN])
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", START_SETTINGS)
 @pytest.mark.parametrize(
     ("tied", "left_out", "message"),
     [
@@ -142,7 +142,7 @@ def test_a_tied_checkpoint_may_hold_its_table_under_either_name_or_under_both(pa
     ],
 )
 @pytest.mark.parametrize("in_shards", [False, True], ids=["whole", "in shards"])
-def test_files_that_lack_a_table_which_their_config_does_not_tie_are_refused_with_its_name(
+def test_files_without_a_table_that_their_config_does_not_tie_are_refused_with_its_name(
     parts, tmp_path, way, tied, left_out, message, in_shards
 ):
     folder = make_folder(way, parts, tmp_path / "folder")
@@ -151,15 +151,17 @@ def test_files_that_lack_a_table_which_their_config_does_not_tie_are_refused_wit
     with pytest.raises(UserError, match=message) as error:
         if in_shards:
             with defer_weights():
-                build_model(draw(way, parts, folder))
+                build_model(load_spec(way, parts, folder))
         else:
-            build_model(draw(way, parts, folder))
+            build_model(load_spec(way, parts, folder))
     assert str(folder) in str(error.value)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_two_different_tables_stay_two_when_new_tokens_make_them_longer(parts, tmp_path, way):
-    full = language_folder(tmp_path / "full", Qwen2Config, vocab_size=len(make_tokenizer()), tie_word_embeddings=True)
+@pytest.mark.parametrize("way", START_SETTINGS)
+def test_two_different_tables_stay_untied_when_new_tokens_extend_them(parts, tmp_path, way):
+    full = make_language_folder(
+        tmp_path / "full", Qwen2Config, vocab_size=len(make_tokenizer()), tie_word_embeddings=True
+    )
     folder = make_folder(way, (parts[0], full), tmp_path / "folder")
     head = edit_tables(folder, other_head=True)
     (head,) = [value for key, value in head.items() if key.endswith("lm_head.weight")]
@@ -172,29 +174,31 @@ def test_two_different_tables_stay_two_when_new_tokens_make_them_longer(parts, t
     assert len(model.lm_head.weight) > len(head) and torch.equal(model.lm_head.weight[: len(head)], head)
     assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
     with defer_weights():
-        assert_same(
+        assert_same_weights(
             model,
             build_model(
-                load_model_spec(settings, init_from=str(folder)) if way == "init_from" else draw(way, parts, folder)
+                load_model_spec(settings, init_from=str(folder))
+                if way == "init_from"
+                else load_spec(way, parts, folder)
             ),
         )
 
 
-def test_a_run_says_in_one_line_that_two_tables_are_kept(parts, tmp_path, monkeypatch):
+def test_a_run_reports_in_one_line_that_both_tables_are_kept(parts, tmp_path, monkeypatch):
     from types import SimpleNamespace
 
     from lit_vlm.tasks import train
 
     folder = make_folder("model.language_model", parts, tmp_path / "folder")
     edit_tables(folder, other_head=True)
-    blueprint = draw("model.language_model", parts, folder)
+    blueprint = load_spec("model.language_model", parts, folder)
     build_model(blueprint)
-    said: list[str] = []
-    monkeypatch.setattr(train, "say", said.append)
-    plan = SimpleNamespace(num_steps=1, batch="1 sample", k=1, world_size=1)
+    messages: list[str] = []
+    monkeypatch.setattr(train, "say", messages.append)
+    plan = SimpleNamespace(num_steps=1, batch_description="1 sample", accumulate_grad_batches=1, world_size=1)
     module = SimpleNamespace(plan=plan, index=[0], held_out=[])
     run = SimpleNamespace(name="run", init_from=None)
     train.show_training_summary(
-        SimpleNamespace(run=run, datamodule=module, blueprint=blueprint), SimpleNamespace(part_summary=[])
+        SimpleNamespace(run=run, datamodule=module, spec=blueprint), SimpleNamespace(part_summary=[])
     )
-    assert [line for line in said if "two different tables" in line] == blueprint.remarks and blueprint.remarks
+    assert [line for line in messages if "two different tables" in line] == blueprint.remarks and blueprint.remarks

@@ -1,4 +1,4 @@
-"""Weights read from safetensors piece by piece, and models that are there before their weights."""
+"""Weights that are read from safetensors in intervals, and models that exist before their weights (skeletons)."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import torch
 from alive import Alive
 from safetensors.torch import load_file, save_file
 from support import blueprint_of
-from test_build import FAMILIES, language_folder
+from test_build import FAMILIES, make_language_folder
 from transformers import CLIPVisionConfig, CLIPVisionModel, Qwen2Config, Qwen3MoeConfig, SiglipConfig, SiglipModel
 
 from lit_vlm.config.schema import ModelConfig, ProjectorName
@@ -24,8 +24,8 @@ from lit_vlm.types import UserError
 TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 2}
 
 
-def assert_same(whole: torch.nn.Module, skeleton: torch.nn.Module) -> None:
-    """Bit for bit, read in three intervals; buffers and configs too."""
+def assert_same_weights(whole: torch.nn.Module, skeleton: torch.nn.Module) -> None:
+    """Assert equal weights bit for bit, read in three intervals, and equal buffers and configs."""
     expected, empty = dict(whole.named_parameters()), dict(skeleton.named_parameters())
     assert list(expected) == list(empty)
     for name, parameter in empty.items():
@@ -47,52 +47,52 @@ def assert_same(whole: torch.nn.Module, skeleton: torch.nn.Module) -> None:
     assert whole.generation_config.to_dict() == skeleton.generation_config.to_dict()
 
 
-def both(draw, dtype: torch.dtype = torch.float32, seed: int = 3):
-    whole = build_model(draw(), dtype, seed)
+def build_whole_and_skeleton(load_spec, dtype: torch.dtype = torch.float32, seed: int = 3):
+    whole = build_model(load_spec(), dtype, seed)
     with defer_weights():
-        return whole, build_model(draw(), dtype, seed)
+        return whole, build_model(load_spec(), dtype, seed)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_skeletons_first_values_are_those_of_the_ordinary_build_for_every_family(small_parts, tmp_path, family):
+def test_a_skeletons_initial_values_equal_those_of_the_ordinary_build_for_every_family(small_parts, tmp_path, family):
     config_class, settings = FAMILIES[family]
-    folder = language_folder(tmp_path / "language", config_class, **settings)
-    assert_same(*both(lambda: blueprint_of((small_parts[0], folder))))
+    folder = make_language_folder(tmp_path / "language", config_class, **settings)
+    assert_same_weights(*build_whole_and_skeleton(lambda: blueprint_of((small_parts[0], folder))))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("settings", [{}, {"projector": ProjectorName.linear}, {"special_tokens": []}])
-def test_a_skeleton_starts_as_the_ordinary_build_whatever_the_settings(small_parts, dtype, settings):
-    assert_same(*both(lambda: blueprint_of(small_parts, **settings), dtype))
+def test_a_skeleton_equals_the_ordinary_build_for_all_settings(small_parts, dtype, settings):
+    assert_same_weights(*build_whole_and_skeleton(lambda: blueprint_of(small_parts, **settings), dtype))
 
 
-def test_a_table_that_grows_has_its_new_rows_in_a_skeleton_too(small_parts, tmp_path):
-    full = language_folder(tmp_path / "full", Qwen2Config, vocab_size=len(make_tokenizer()))
-    whole, skeleton = both(lambda: blueprint_of((small_parts[0], full)))
+def test_an_extended_table_has_its_new_rows_in_a_skeleton_too(small_parts, tmp_path):
+    full = make_language_folder(tmp_path / "full", Qwen2Config, vocab_size=len(make_tokenizer()))
+    whole, skeleton = build_whole_and_skeleton(lambda: blueprint_of((small_parts[0], full)))
     assert whole.get_input_embeddings().num_embeddings > len(make_tokenizer())
-    assert_same(whole, skeleton)
+    assert_same_weights(whole, skeleton)
 
 
-def test_text_halves_and_class_tokens_are_left_out_of_a_skeleton(small_parts, tmp_path):
+def test_text_models_and_class_tokens_are_left_out_of_a_skeleton(small_parts, tmp_path):
     vision = {**TOWER, "image_size": 56, "patch_size": 14}
     text = {**TOWER, "num_hidden_layers": 1, "vocab_size": 20}
     SiglipModel(SiglipConfig(text_config=text, vision_config=vision)).save_pretrained(tmp_path / "siglip")
     CLIPVisionModel(CLIPVisionConfig(**vision)).save_pretrained(tmp_path / "clip")
     for tower in ("siglip", "clip"):
-        assert_same(*both(lambda tower=tower: blueprint_of((str(tmp_path / tower), small_parts[1]))))
+        assert_same_weights(
+            *build_whole_and_skeleton(lambda tower=tower: blueprint_of((str(tmp_path / tower), small_parts[1])))
+        )
 
 
 @pytest.mark.parametrize("parts_of", ["small_parts", "parts"])
-def test_a_whole_folder_in_the_hubs_layout_and_in_many_files_is_read_as_the_ordinary_build_reads_it(
-    parts_of, request, tmp_path
-):
+def test_a_hub_folder_of_many_files_is_read_as_in_the_ordinary_build(parts_of, request, tmp_path):
     blueprint = blueprint_of(request.getfixturevalue(parts_of))
     export_model(build_model(blueprint), blueprint.tokenizer, blueprint.images, tmp_path / "hf", max_shard_size="100kB")
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
-    whole, skeleton = both(
+    whole, skeleton = build_whole_and_skeleton(
         lambda: load_model_spec(ModelConfig(special_tokens=["<new>"]), init_from=str(tmp_path / "hf"))
     )
-    assert_same(whole, skeleton)
+    assert_same_weights(whole, skeleton)
 
 
 @pytest.mark.parametrize(
@@ -108,15 +108,15 @@ def test_adapters_rows_of_new_tokens_and_references_are_the_same_in_a_skeleton(s
     whole.configure_model()
     with defer_weights():
         later.configure_model()
-    assert_same(whole.model, later.model)
+    assert_same_weights(whole.model, later.model)
     assert [row.to_dict() for row in whole.part_summary] == [row.to_dict() for row in later.part_summary]
     if stage_class is DPOStage:
-        assert_same(whole.reference, later.reference)
+        assert_same_weights(whole.reference, later.reference)
 
 
 def test_reading_half_of_a_weight_takes_the_memory_of_that_half(small_parts, tmp_path):
-    """Stored in bfloat16 and wanted in float32: what is read must be converted, so it cannot stay in the file."""
-    folder, file = copied(small_parts, tmp_path)
+    """Stored in bfloat16 and read in float32: the values must be converted, so they cannot stay mapped from the file."""
+    folder, file = copy_language_folder(small_parts, tmp_path)
     tensors = {key: value.bfloat16() for key, value in load_file(file).items()}
     save_file(tensors, file, metadata={"format": "pt"})
     with defer_weights():
@@ -139,7 +139,7 @@ def test_an_export_takes_the_memory_of_the_largest_weight_and_a_copy(small_parts
     assert alive.most <= 2 * largest
 
 
-def test_what_is_merged_may_lie_on_another_device_than_what_a_file_gave(small_parts, monkeypatch):
+def test_merged_weights_may_be_on_another_device_than_weights_read_from_files(small_parts, monkeypatch):
     stage = SFTStage(blueprint_of(small_parts), parts={"language_model": {"lora": {"rank": 3}}})
     with defer_weights():
         stage.configure_model()
@@ -153,14 +153,14 @@ def test_what_is_merged_may_lie_on_another_device_than_what_a_file_gave(small_pa
         assert weights.compute_value(name).shape == described.shape
 
 
-def copied(parts: tuple[str, str], tmp_path: Path) -> tuple[Path, Path]:
+def copy_language_folder(parts: tuple[str, str], tmp_path: Path) -> tuple[Path, Path]:
     shutil.copytree(parts[1], tmp_path / "language")
     return tmp_path / "language", tmp_path / "language" / "model.safetensors"
 
 
 @pytest.mark.parametrize("damage", ["half", "shape", "truncated", "no safetensors", "a file of several"])
-def test_sources_that_cannot_be_read_in_pieces_are_refused_before_anything_is_built(small_parts, tmp_path, damage):
-    folder, file = copied(small_parts, tmp_path)
+def test_weights_that_cannot_be_read_in_intervals_are_refused_before_anything_is_built(small_parts, tmp_path, damage):
+    folder, file = copy_language_folder(small_parts, tmp_path)
     tensors = load_file(file)
     message = "weights? (is|are) missing or of another shape"
     if damage == "half":
@@ -184,10 +184,8 @@ def test_sources_that_cannot_be_read_in_pieces_are_refused_before_anything_is_bu
         build_model(blueprint_of((small_parts[0], str(folder))))
 
 
-def test_weights_that_are_fused_when_they_are_loaded_are_refused_with_the_strategy_that_loads_them(
-    small_parts, tmp_path
-):
+def test_weights_that_are_fused_on_loading_are_refused_with_the_strategy_that_can_load_them(small_parts, tmp_path):
     options = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16, "head_dim": 8}
-    folder = language_folder(tmp_path / "moe", Qwen3MoeConfig, **options)
+    folder = make_language_folder(tmp_path / "moe", Qwen3MoeConfig, **options)
     with defer_weights(), pytest.raises(UserError, match=r"fuses weights .* Use trainer\.strategy=ddp\.$"):
         build_model(blueprint_of((small_parts[0], folder)))

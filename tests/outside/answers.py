@@ -1,9 +1,9 @@
-"""Greedy answers from a model's folder, by vLLM or by plain transformers; runs in vLLM's environment without this project.
+"""Greedy answers of a model folder, by vLLM or by plain transformers; runs in vLLM's environment without this project.
 
     python answers.py vllm|transformers FOLDER QUESTIONS.json ANSWERS.json
 
 A question is {"prompt": text with a placeholder for each picture, "images": [paths]}; an answer is {"ids": its tokens, "text": with
-control tokens kept, "gaps": by how much the best token's log-probability is above the second best's, for each token}.
+control tokens kept, "gaps": the difference of log-probabilities between the best and the second best token, for each token}.
 """
 
 import json
@@ -20,7 +20,7 @@ os.environ.update(
 
 from PIL import Image
 
-MOST_TOKENS = 40
+MAX_TOKENS = 40
 
 
 def load_images(question: dict) -> list[Image.Image]:
@@ -38,7 +38,7 @@ def answer_with_vllm(folder: str, questions: list[dict]) -> list[dict]:
         max_num_seqs=8,
         limit_mm_per_prompt={"image": 2, "video": 0},
     )
-    greedy = SamplingParams(temperature=0, max_tokens=MOST_TOKENS, skip_special_tokens=False, logprobs=2)
+    greedy = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, skip_special_tokens=False, logprobs=2)
     prompts = []
     for question in questions:
         prompt = {"prompt": question["prompt"]}
@@ -63,20 +63,20 @@ def answer_with_transformers(folder: str, questions: list[dict]) -> list[dict]:
     answers = []
     for question in questions:
         inputs = processor(text=question["prompt"], images=load_images(question) or None, return_tensors="pt")
-        made = model.generate(
-            **inputs, max_new_tokens=MOST_TOKENS, do_sample=False, output_scores=True, return_dict_in_generate=True
+        output = model.generate(
+            **inputs, max_new_tokens=MAX_TOKENS, do_sample=False, output_scores=True, return_dict_in_generate=True
         )
-        ids = made.sequences[0, inputs["input_ids"].shape[1] :]
-        best = [step[0].topk(2).values for step in made.scores]
+        ids = output.sequences[0, inputs["input_ids"].shape[1] :]
+        best = [step[0].topk(2).values for step in output.scores]
         gaps = [float(first - second) for first, second in best]
         answers.append({"ids": ids.tolist(), "text": processor.decode(ids), "gaps": gaps})
     return answers
 
 
 if __name__ == "__main__":
-    way, folder, questions, out = sys.argv[1:]
+    backend, folder, questions, out = sys.argv[1:]
     with open(questions, encoding="utf-8") as file:
-        asked = json.load(file)
-    answer = {"vllm": answer_with_vllm, "transformers": answer_with_transformers}[way]
+        loaded_questions = json.load(file)
+    answer = {"vllm": answer_with_vllm, "transformers": answer_with_transformers}[backend]
     with open(out, "w", encoding="utf-8") as file:
-        json.dump(answer(folder, asked), file, ensure_ascii=False)
+        json.dump(answer(folder, loaded_questions), file, ensure_ascii=False)

@@ -1,4 +1,4 @@
-"""What needs software that does not fit into this project's environment runs in the lane `make test-outside` alone."""
+"""Tests that need software outside this project's environment run only with `make test-outside`."""
 
 import pytest
 

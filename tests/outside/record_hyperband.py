@@ -1,7 +1,7 @@
 """Record which trials W&B's public `sweeps` stops, and after which value: python record_hyperband.py OUT
 
-It runs in an environment of its own (`pip install sweeps==0.2.0`) and imports nothing of this project. Made curves are logged
-value by value, one trial after the other or in turns; after each value every running trial is asked about.
+It runs in a separate environment (`pip install sweeps==0.2.0`) and imports nothing from this project. Synthetic curves are
+logged value by value, one trial after the other or interleaved; after each value every running trial is checked.
 """
 
 import json
@@ -27,12 +27,12 @@ TRIALS, VALUES = 14, 24
 
 
 def make_curves(seed: int, goal: str) -> list[list[float]]:
-    """Make one curve a trial; some rise again, and one has values that are no numbers."""
-    draw = random.Random(seed)
+    """Make one curve for each trial; some rise again, and one contains NaN."""
+    rng = random.Random(seed)
     curves = []
     for number in range(TRIALS):
-        floor, slope, again = draw.uniform(0.2, 2.0), draw.uniform(1, 9), draw.choice([0.0, 0.0, 0.03])
-        curve = [floor + 3 * math.exp(-place / slope) + again * place + draw.gauss(0, 0.1) for place in range(VALUES)]
+        floor, slope, again = rng.uniform(0.2, 2.0), rng.uniform(1, 9), rng.choice([0.0, 0.0, 0.03])
+        curve = [floor + 3 * math.exp(-place / slope) + again * place + rng.gauss(0, 0.1) for place in range(VALUES)]
         if number == 5:
             curve[1] = curve[4] = math.nan
         curves.append([round(-value if goal == "maximize" else value, 4) for value in curve])
@@ -40,7 +40,7 @@ def make_curves(seed: int, goal: str) -> list[list[float]]:
 
 
 def record(settings: dict, goal: str, in_turns: bool, seed: int) -> dict:
-    """Log the curves and note after how many values each trial was stopped, None for those that were not."""
+    """Log the curves; record after how many values each trial was stopped, None if it was not."""
     config = {
         "method": "random",
         "metric": {"name": "m", "goal": goal},

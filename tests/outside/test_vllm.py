@@ -1,4 +1,4 @@
-"""The exported folder in vLLM: the answers of plain transformers, pictures and boxes included. `make test-outside` runs this."""
+"""The exported folder in vLLM gives the answers of plain transformers, with pictures and boxes. `make test-outside` runs this."""
 
 import json
 import os
@@ -14,10 +14,10 @@ from lit_vlm.types import ImagePlaceholder, Language
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = ROOT / ".venv-outside/vllm/bin/python"
-WITHOUT_CUDA = Path(__file__).parent / "without_cuda"  # torchvision beside a torch for CPUs
-TIE = 1e-4  # logits so close are ranked by rounding
-# Ten samples of each: text alone, one picture, several tiles, boxes, two pictures; half of them Korean
-ASKED = [("text", False), ("caption", False), ("word", True), ("grounding", True), ("multi_image", False)]
+WITHOUT_CUDA = Path(__file__).parent / "without_cuda"  # torchvision with a CPU build of torch
+TIE = 1e-4  # rounding decides the order of logits this close
+# Kinds of questions: text alone, one picture, several tiles, boxes, two pictures; each in Korean and English
+QUESTION_KINDS = [("text", False), ("caption", False), ("word", True), ("grounding", True), ("multi_image", False)]
 
 pytestmark = [
     pytest.mark.outside,
@@ -28,27 +28,27 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """What a short run of the second stage leaves: enough to answer in the forms of each kind."""
+    """The export of a short run of the second stage, enough to answer in the format of each kind."""
     runs = tmp_path_factory.mktemp("runs")
-    words = ["experiment=tiny/2_sft", "init_from=null", "model.grid=2", "model.max_tiles=4", "run_name=short"]
-    words += [f"run_dir={runs}", "trainer.max_steps=300", "data.validation.fraction=0.001"]
-    done = subprocess.run([sys.executable, str(ROOT / "run.py"), *words], capture_output=True, text=True)
+    overrides = ["experiment=tiny/2_sft", "init_from=null", "model.grid=2", "model.max_tiles=4", "run_name=short"]
+    overrides += [f"run_dir={runs}", "trainer.max_steps=300", "data.validation.fraction=0.001"]
+    done = subprocess.run([sys.executable, str(ROOT / "run.py"), *overrides], capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     return runs / "short/hf"
 
 
 @pytest.fixture(scope="module")
 def answers(folder, tmp_path_factory) -> dict[str, list[dict]]:
-    """Of vLLM and of transformers, to the same questions."""
+    """Answers of vLLM and of transformers to the same questions."""
     place = tmp_path_factory.mktemp("answers")
     (place / "questions.json").write_text(json.dumps(make_questions(folder, place)), encoding="utf-8")
-    return {way: ask(way, folder, place) for way in ("transformers", "vllm")}
+    return {backend: run_backend(backend, folder, place) for backend in ("transformers", "vllm")}
 
 
 def make_questions(folder: Path, place: Path) -> list[dict]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     questions = []
-    for kind, hard in ASKED:
+    for kind, hard in QUESTION_KINDS:
         for language in (Language.ko, Language.en):
             (source,) = builtin(kind, language=language, hard=hard, held_out=True)
             questions += [make_question(source[i], tokenizer, place / f"{kind}-{language}-{i}") for i in range(4)]
@@ -70,24 +70,24 @@ def make_question(record, tokenizer, stem: Path) -> dict:
     return {"prompt": prompt, "images": paths}
 
 
-def ask(way: str, folder: Path, place: Path) -> list[dict]:
-    works = subprocess.run([PYTHON, "-c", "import torchvision"], capture_output=True).returncode == 0
-    environment = os.environ | ({} if works else {"PYTHONPATH": str(WITHOUT_CUDA)})
+def run_backend(backend: str, folder: Path, place: Path) -> list[dict]:
+    torchvision_works = subprocess.run([PYTHON, "-c", "import torchvision"], capture_output=True).returncode == 0
+    environment = os.environ | ({} if torchvision_works else {"PYTHONPATH": str(WITHOUT_CUDA)})
     command = [
         PYTHON,
         Path(__file__).with_name("answers.py"),
-        way,
+        backend,
         folder,
         place / "questions.json",
-        place / f"{way}.json",
+        place / f"{backend}.json",
     ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, cwd=place)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return json.loads((place / f"{way}.json").read_text(encoding="utf-8"))
+    return json.loads((place / f"{backend}.json").read_text(encoding="utf-8"))
 
 
-def test_vllm_gives_the_forty_greedy_answers_of_plain_transformers(answers):
-    """An answer may leave transformers' where its two best tokens are level, and one of forty for no such reason."""
+def test_vllm_gives_the_same_forty_greedy_answers_as_plain_transformers(answers):
+    """An answer may differ from transformers' if its two best tokens are tied, and one of forty without a tie."""
     theirs, ours = answers["transformers"], answers["vllm"]
     assert len(theirs) == len(ours) == 40
     ties, different = [], []
@@ -95,17 +95,17 @@ def test_vllm_gives_the_forty_greedy_answers_of_plain_transformers(answers):
         if a["ids"] == b["ids"]:
             continue
         place = next(i for i, pair in enumerate(zip(a["ids"], b["ids"], strict=False)) if pair[0] != pair[1])
-        level = a["gaps"][place] < TIE
-        (ties if level else different).append((number, place, a["gaps"][place], a["text"], b["text"]))
+        is_tie = a["gaps"][place] < TIE
+        (ties if is_tie else different).append((number, place, a["gaps"][place], a["text"], b["text"]))
     print(f"{40 - len(ties) - len(different)} of 40 equal; ties: {ties}; different: {different}")
     assert len(different) <= 1, different
 
 
 def test_vllm_keeps_the_control_tokens_of_boxes(answers):
-    """In text as in tokens: what an answer of plain transformers says of boxes, vLLM's says too."""
+    """In text as in tokens: boxes in an answer of plain transformers are also in vLLM's."""
     pairs = list(zip(answers["transformers"], answers["vllm"], strict=True))
     for theirs, ours in pairs:
         if theirs["ids"] == ours["ids"]:
             assert theirs["text"].removesuffix("<|im_end|>") == ours["text"].removesuffix("<|im_end|>")
-    assert sum("<obj>" in ours["text"] for _, ours in pairs) >= 4  # of eight that were asked for boxes
+    assert sum("<obj>" in ours["text"] for _, ours in pairs) >= 4  # of eight questions about boxes
     assert any("가" <= letter <= "힣" for _, ours in pairs for letter in ours["text"])

@@ -1,4 +1,4 @@
-"""Slurm's commands as scripts that write down how they were called."""
+"""Scripts that stand in for Slurm's commands and record how they were called."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ ANSWERS = {
 }
 
 
-def fake_slurm(folder: Path, **answers: str) -> Path:
-    """A folder for PATH.
+def make_fake_slurm(folder: Path, **answers: str) -> Path:
+    """Write the scripts into a folder for PATH and return it.
 
     Args:
-        answers: lines of Python by command, instead of its usual answer.
+        answers: lines of Python by command, instead of the usual answer.
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, answer in {**ANSWERS, **answers}.items():
@@ -34,12 +34,12 @@ def fake_slurm(folder: Path, **answers: str) -> Path:
     return folder
 
 
-def calls(folder: Path, name: str) -> list[list[str]]:
-    """The words of each call of a command."""
+def read_calls(folder: Path, name: str) -> list[list[str]]:
+    """Return the arguments of each call of a command."""
     log = folder / "calls.jsonl"
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     return [row[1:] for row in rows if row[0] == name]
 
 
-def with_path(folder: Path) -> str:
+def get_path_with(folder: Path) -> str:
     return f"{folder}{os.pathsep}{os.environ['PATH']}"

@@ -1,7 +1,7 @@
-"""A real Slurm on this machine for the time of a test: one controller and some nodes, all children of the test's process.
+"""A real Slurm on one machine for the time of a test: a controller and some nodes, all children of the test process.
 
-Nodes are loopback addresses, so the first node's name, which ranks meet at, leads somewhere without /etc/hosts. There is
-no munge, no cgroup, no database and nothing outside of `root`; what was started is ended by its process id.
+Nodes are loopback addresses, so the first node's name, at which ranks rendezvous, is reachable without /etc/hosts. There is
+no munge, no cgroup, no database and no file outside of `root`; started processes are ended by their process ids.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ COMMANDS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scan
 PATH = f"{os.environ.get('PATH', '')}:/usr/sbin"
 MISSING = [name for name in COMMANDS if shutil.which(name, path=PATH) is None]
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED")
-PR_SET_CHILD_SUBREAPER = 36  # prctl: what a slurmstepd leaves behind becomes a child of ours, not of init
+PR_SET_CHILD_SUBREAPER = 36  # prctl: orphans of a slurmstepd become children of this process, not of init
 
 # A requeued job waits `cred_expire` seconds until it may start again, 120 by default. `preempt_send_user_signal`: a job
-# that must make room gets the signal that it asked for with --signal. Job ids of its own: ranks meet at a port made of them,
-# and several of these may run on one machine.
+# that is preempted gets the signal that it requested with --signal. Job ids are unique: ranks rendezvous at a port derived
+# from them, and several of these clusters may run on one machine.
 CONF = """
 ClusterName=mini
 SlurmctldHost={host}(127.0.0.1)
@@ -72,7 +72,7 @@ PartitionName=low Nodes=ALL Default=YES PriorityTier=1 GraceTime=60 MaxTime=INFI
 PartitionName=high Nodes=ALL PriorityTier=9 PreemptMode=OFF MaxTime=INFINITE State=UP
 """
 
-# submitit asks the accounting database, which is not there; this answers from the controller's memory
+# submitit queries the accounting database, which does not exist here; this script answers from the controller's memory
 SACCT = r"""#!/bin/bash
 echo 'JobID|State|NodeList'
 for word in "$@"; do
@@ -89,7 +89,7 @@ done
 
 
 class MiniSlurm:
-    """`with MiniSlurm(tmp_path) as slurm:` two nodes of two CPUs and one pretended GPU are idle after a second."""
+    """`with MiniSlurm(tmp_path) as slurm:` starts two nodes with two CPUs and one fake GPU each, idle after a second."""
 
     def __init__(self, root: Path, nodes: int = 2) -> None:
         self.root, self.names = root, [f"127.0.0.{11 + number}" for number in range(nodes)]
@@ -99,7 +99,7 @@ class MiniSlurm:
 
     @property
     def environment(self) -> dict[str, str]:
-        """In which sbatch and its like find this Slurm."""
+        """Environment variables with which sbatch and the other commands find this Slurm."""
         own = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_", "SRUN_"))}
         path = f"{self.root}/bin:{PATH}"
         return {
@@ -112,17 +112,17 @@ class MiniSlurm:
 
     def __enter__(self) -> MiniSlurm:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        # the path of a step's socket, which lies there, may have 107 letters; pytest's folders have more
+        # the socket of a step is there, and its path may have at most 107 characters; pytest's folders are longer
         self.spool = Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix="slurm-", dir="/tmp")))
-        self._stack.callback(self._end)
-        with ExitStack() as failed:
-            failed.callback(self._stack.close)
-            self._write()
+        self._stack.callback(self._stop_all)
+        with ExitStack() as cleanup:
+            cleanup.callback(self._stack.close)
+            self._write_config()
             self._start("slurmctld", "slurmctld", "-D", "-c")
             for name in self.names:
                 self.start_node(name)
-            self._until_idle()
-            failed.pop_all()
+            self._wait_until_idle()
+            cleanup.pop_all()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -130,7 +130,7 @@ class MiniSlurm:
 
     # ---- jobs
 
-    def run(self, *words: str, **options) -> str:
+    def run(self, *arguments: str, **options) -> str:
         options = {
             "env": self.environment,
             "capture_output": True,
@@ -139,31 +139,33 @@ class MiniSlurm:
             "check": True,
             **options,
         }
-        return subprocess.run(words, **options).stdout
+        return subprocess.run(arguments, **options).stdout
 
-    def sbatch(self, *words: str) -> str:
-        return self.run("sbatch", "--parsable", *map(str, words)).strip()
+    def sbatch(self, *arguments: str) -> str:
+        return self.run("sbatch", "--parsable", *map(str, arguments)).strip()
 
-    def job(self, number: str) -> dict[str, str]:
-        """JobState, ExitCode, Restarts, ... of a job, ended or not."""
-        said = self.run("scontrol", "--oneliner", "show", "job", number, check=False)
-        return dict(word.split("=", 1) for word in said.split() if "=" in word)
+    def get_job(self, number: str) -> dict[str, str]:
+        """Return JobState, ExitCode, Restarts, ... of a job, running or ended."""
+        output = self.run("scontrol", "--oneliner", "show", "job", number, check=False)
+        return dict(word.split("=", 1) for word in output.split() if "=" in word)
 
     def wait(self, number: str, states: tuple[str, ...] = ENDED, limit: float = PATIENCE) -> dict[str, str]:
-        """Until the job is in one of the states. TimeoutError says where it was."""
+        """Wait until the job is in one of the states. TimeoutError reports its last state."""
         end, job = time.monotonic() + limit, {}
         while time.monotonic() < end:
-            job = self.job(number)
+            job = self.get_job(number)
             if job.get("JobState") in states:
                 return job
             time.sleep(0.2)
         raise TimeoutError(f"job {number}: {job.get('JobState')}, {job.get('Reason')}")
 
     def kill_node(self, name: str) -> None:
-        """As a power cut: the node's daemon and all that runs below it are gone at once."""
-        pids = [pid for pid in self._descendants() if f"SLURMD_NODENAME={name}".encode() in _environment_of(pid)]
+        """Kill the node's daemon and all its processes at the same time, as a power cut does."""
+        pids = [pid for pid in self._list_descendants() if f"SLURMD_NODENAME={name}".encode() in _read_environment(pid)]
         steps = [
-            pid for pid in self._descendants() if _command_of(pid).startswith("slurmstepd") and self._is_on(pid, name)
+            pid
+            for pid in self._list_descendants()
+            if _read_command(pid).startswith("slurmstepd") and self._is_on(pid, name)
         ]
         for pid in [self.daemons.pop(name).pid, *steps, *pids]:
             with suppress(ProcessLookupError):
@@ -175,20 +177,20 @@ class MiniSlurm:
 
     # ---- daemons
 
-    def _write(self) -> None:
+    def _write_config(self) -> None:
         for folder in ("bin", "state"):
             (self.root / folder).mkdir(parents=True, exist_ok=True)
-        port, *ports = _free_ports(1 + len(self.names))
+        port, *ports = _find_free_ports(1 + len(self.names))
         host, user = socket.gethostname(), pwd.getpwuid(os.geteuid()).pw_name
-        shape = "CPUs=2 RealMemory=4000 Gres=gpu:1 State=UNKNOWN"
+        resources = "CPUs=2 RealMemory=4000 Gres=gpu:1 State=UNKNOWN"
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={own} {shape}"
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={own} {resources}"
             for name, own in zip(self.names, ports, strict=True)
         )
         (self.root / "slurm.conf").write_text(
             CONF.format(host=host, port=port, user=user, root=self.root, spool=self.spool, nodes=nodes)
         )
-        # a gpu must have a device file; without cgroups any will do
+        # a GPU must have a device file; without cgroups any file will do
         (self.root / "gres.conf").write_text(
             "".join(f"NodeName={name} Name=gpu File=/dev/null\n" for name in self.names)
         )
@@ -196,10 +198,10 @@ class MiniSlurm:
         (self.root / "bin/sacct").write_text(SACCT)
         (self.root / "bin/sacct").chmod(0o755)
 
-    def _start(self, key: str, *words: str) -> None:
+    def _start(self, key: str, *arguments: str) -> None:
         with open(self.root / f"{key}.out", "ab") as log:
             self.daemons[key] = subprocess.Popen(
-                [*words, "-f", f"{self.root}/slurm.conf"],
+                [*arguments, "-f", f"{self.root}/slurm.conf"],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -207,7 +209,7 @@ class MiniSlurm:
                 start_new_session=True,
             )
 
-    def _until_idle(self, limit: float = PATIENCE) -> None:
+    def _wait_until_idle(self, limit: float = PATIENCE) -> None:
         end, states = time.monotonic() + limit, []
         while time.monotonic() < end:
             states = self.run("sinfo", "--noheader", "--Node", "--partition=low", "--format=%T", check=False).split()
@@ -217,24 +219,24 @@ class MiniSlurm:
         logs = "\n".join(path.read_text()[-1500:] for path in self.root.glob("*.log"))
         raise TimeoutError(f"nodes are {states}\n{logs}")
 
-    def _end(self) -> None:
+    def _stop_all(self) -> None:
         with suppress(subprocess.SubprocessError):
             self.run("scancel", "--full", f"--user={os.geteuid()}", check=False)
         end = time.monotonic() + PATIENCE
         while time.monotonic() < end and self.run("squeue", "--noheader", check=False).strip():
             time.sleep(0.1)
-        for number, grace in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
-            for pid in self._descendants():
+        for number, grace_seconds in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+            for pid in self._list_descendants():
                 with suppress(ProcessLookupError):
                     os.kill(pid, number)
-            end = time.monotonic() + grace
-            while self._descendants() and time.monotonic() < end:
+            end = time.monotonic() + grace_seconds
+            while self._list_descendants() and time.monotonic() < end:
                 time.sleep(0.05)
         for daemon in self.daemons.values():
             daemon.wait(timeout=PATIENCE)
 
-    def _descendants(self) -> list[int]:
-        """Processes below this one that belong to this Slurm; the dead among them are reaped."""
+    def _list_descendants(self) -> list[int]:
+        """Return the descendants of this process that belong to this Slurm; reap those that have ended."""
         for daemon in self.daemons.values():
             daemon.poll()
         children: dict[int, list[int]] = {}
@@ -250,10 +252,10 @@ class MiniSlurm:
             found += below
             waiting += below
         mine = f"SLURM_CONF={self.root}/slurm.conf".encode()
-        return [pid for pid in found if mine in _environment_of(pid)]
+        return [pid for pid in found if mine in _read_environment(pid)]
 
     def _is_on(self, pid: int, name: str) -> bool:
-        """Whether a slurmstepd is of that node: its log or its spool folder is open in it."""
+        """Return whether a slurmstepd belongs to that node: it has the node's log or spool folder open."""
         for link in Path(f"/proc/{pid}/fd").glob("*"):
             with suppress(OSError):
                 if name in os.readlink(link):
@@ -261,19 +263,19 @@ class MiniSlurm:
         return False
 
 
-def _environment_of(pid: int) -> list[bytes]:
+def _read_environment(pid: int) -> list[bytes]:
     with suppress(OSError):
         return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
     return []
 
 
-def _command_of(pid: int) -> str:
+def _read_command(pid: int) -> str:
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     return ""
 
 
-def _free_ports(count: int) -> list[int]:
+def _find_free_ports(count: int) -> list[int]:
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:

@@ -1,6 +1,6 @@
-"""Runs of two nodes on a real Slurm, which is started for the test: preempted, at their time limit, with a node killed.
+"""Runs of two nodes on a real Slurm that is started for the test: preemption, time limit, a killed node.
 
-What comes out is what comes out of a run that nobody disturbed.
+The results equal those of an undisturbed run.
 """
 
 import json
@@ -33,8 +33,8 @@ BASE = "model=tiny model.grid=2 model.max_tiles=4 trainer=tiny trainer.num_nodes
 OWN = "data.tokens_per_micro_batch=400 callbacks=[throughput,guard,export] checkpoint.every_minutes=null submit.signal_seconds=50"
 
 
-def command(*words: str) -> list[str]:
-    return [*BASE.split(), *OWN.split(), f"trainer.max_steps={STEPS}", *words]
+def make_overrides(*overrides: str) -> list[str]:
+    return [*BASE.split(), *OWN.split(), f"trainer.max_steps={STEPS}", *overrides]
 
 
 @pytest.fixture
@@ -45,14 +45,18 @@ def slurm(tmp_path):
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
-    """Weights of a case's run on two local processes."""
+    """Return a function that returns the weights of a case's run on two local processes."""
     known: dict[str, dict] = {}
 
-    def weights(case: str) -> dict:
+    def get_weights(case: str) -> dict:
         if case not in known:
             folder = tmp_path_factory.mktemp("undisturbed")
-            words = [word for word in command(*CASES[case], "run_name=run") if not word.startswith("submit.")]
-            local = ["task=train", *words, "trainer.num_nodes=1", "trainer.devices=2"]
+            overrides = [
+                override
+                for override in make_overrides(*CASES[case], "run_name=run")
+                if not override.startswith("submit.")
+            ]
+            local = ["task=train", *overrides, "trainer.num_nodes=1", "trainer.devices=2"]
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
             environment = MiniSlurm(folder).environment | {"OMP_NUM_THREADS": "1"}
             done = subprocess.run(
@@ -68,16 +72,21 @@ def undisturbed(tmp_path_factory):
             shutil.rmtree(folder)
         return known[case]
 
-    return weights
+    return get_weights
 
 
-class Submitted:
-    """A run that `task=submit` put into the queue."""
+class SubmittedRun:
+    """A run that was submitted with `task=submit`."""
 
-    def __init__(self, slurm: MiniSlurm, place: Path, *words: str) -> None:
-        self.slurm, self.folder = slurm, place / "runs/run"
-        line = [sys.executable, str(RUN), "task=submit", *command(*words, "run_name=run", "submit.partition=low")]
-        slurm.run(*line, cwd=place, timeout=PATIENCE)
+    def __init__(self, slurm: MiniSlurm, workdir: Path, *overrides: str) -> None:
+        self.slurm, self.folder = slurm, workdir / "runs/run"
+        line = [
+            sys.executable,
+            str(RUN),
+            "task=submit",
+            *make_overrides(*overrides, "run_name=run", "submit.partition=low"),
+        ]
+        slurm.run(*line, cwd=workdir, timeout=PATIENCE)
         self.number = json.loads((self.folder / "slurm.json").read_text())["job"]
 
     @property
@@ -85,39 +94,39 @@ class Submitted:
         found = list(self.folder.glob("slurm-*.log"))
         return found[0].read_text(errors="replace") if found else ""
 
-    def until_step(self, least: int, limit: float = PATIENCE) -> None:
+    def wait_for_step(self, min_step: int, limit: float = PATIENCE) -> None:
         end = time.monotonic() + limit
-        while self._last_step() < least:
-            assert time.monotonic() < end and self.slurm.job(self.number)["JobState"] != "FAILED", self.log[-3000:]
+        while self._get_last_step() < min_step:
+            assert time.monotonic() < end and self.slurm.get_job(self.number)["JobState"] != "FAILED", self.log[-3000:]
             time.sleep(0.1)
 
-    def _last_step(self) -> int:
+    def _get_last_step(self) -> int:
         metrics = self.folder / "metrics.csv"
         rows = metrics.read_text().splitlines()[1:] if metrics.exists() else []
         return sum("," in row for row in rows)
 
-    def finished(self, limit: float = PATIENCE) -> dict[str, str]:
+    def wait_until_finished(self, limit: float = PATIENCE) -> dict[str, str]:
         job = self.slurm.wait(self.number, limit=limit)
         assert (job["JobState"], job["ExitCode"]) == ("COMPLETED", "0:0"), self.log[-4000:]
         assert json.loads((self.folder / "manifest.json").read_text())["status"] == "finished"
         return job
 
-    def same_as(self, other: dict[str, torch.Tensor]) -> None:
+    def require_same_weights(self, other: dict[str, torch.Tensor]) -> None:
         mine = load_file(self.folder / "hf/model.safetensors")
         assert mine.keys() == other.keys()
         assert [name for name in mine if not torch.equal(mine[name], other[name])] == []
 
 
 @pytest.mark.parametrize("case", [pytest.param(case, marks=slow if case == "sft-zero3" else long) for case in CASES])
-def test_a_run_that_makes_room_for_another_ends_as_one_that_never_did(slurm, tmp_path, undisturbed, case):
-    run = Submitted(slurm, tmp_path, *CASES[case], "trainer.log_every_n_steps=1")
-    run.until_step(5)
+def test_a_preempted_run_ends_with_the_weights_of_an_undisturbed_one(slurm, tmp_path, undisturbed, case):
+    run = SubmittedRun(slurm, tmp_path, *CASES[case], "trainer.log_every_n_steps=1")
+    run.wait_for_step(5)
     other = slurm.sbatch("--partition=high", "--nodes=2", "--ntasks-per-node=2", "--output=/dev/null", "--wrap=sleep 1")
     assert slurm.wait(other)["JobState"] == "COMPLETED"
-    assert run.finished()["Restarts"] == "1"
+    assert run.wait_until_finished()["Restarts"] == "1"
     assert run.log.count("saved at step") == 1 and f"job {run.number} is requeued" in run.log
     assert "goes on at step" in run.log and "Traceback" not in run.log
-    run.same_as(undisturbed(case))
+    run.require_same_weights(undisturbed(case))
 
 
 SLOW = """
@@ -130,34 +139,34 @@ class Slow(L.Callback):
 
 
 @long
-def test_a_time_limit_is_a_break_and_not_the_end(slurm, tmp_path, undisturbed, monkeypatch):
+def test_a_run_resumes_after_its_time_limit(slurm, tmp_path, undisturbed, monkeypatch):
     (tmp_path / "slow.py").write_text(SLOW)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    words = ["callbacks=[throughput,guard,export,slow.Slow]", "submit.time=2", "submit.signal_seconds=30"]
-    run = Submitted(slurm, tmp_path, *CASES["sft-ddp"], *words)
-    assert run.finished(500)["Restarts"] >= "1"
+    overrides = ["callbacks=[throughput,guard,export,slow.Slow]", "submit.time=2", "submit.signal_seconds=30"]
+    run = SubmittedRun(slurm, tmp_path, *CASES["sft-ddp"], *overrides)
+    assert run.wait_until_finished(500)["Restarts"] >= "1"
     assert "Asked to requeue: saved at step" in run.log
-    run.same_as(undisturbed("sft-ddp"))
+    run.require_same_weights(undisturbed("sft-ddp"))
 
 
 @slow
-def test_a_node_that_dies_costs_the_steps_since_the_last_checkpoint_and_nothing_else(tmp_path, undisturbed):
-    words = ["trainer.log_every_n_steps=1", "checkpoint.every_steps=4", "trainer.timeout_minutes=2"]
+def test_a_killed_node_costs_only_the_steps_since_the_last_checkpoint(tmp_path, undisturbed):
+    overrides = ["trainer.log_every_n_steps=1", "checkpoint.every_steps=4", "trainer.timeout_minutes=2"]
     with MiniSlurm(tmp_path / "slurm", nodes=3) as slurm:
-        run = Submitted(slurm, tmp_path, *CASES["align-ddp"], *words)
-        run.until_step(10)
+        run = SubmittedRun(slurm, tmp_path, *CASES["align-ddp"], *overrides)
+        run.wait_for_step(10)
         slurm.kill_node("127.0.0.12")
-        job = run.finished()
+        job = run.wait_until_finished()
         assert (job["Restarts"], job["NodeList"]) == ("1", "127.0.0.[11,13]")
         assert "goes on at step" in run.log
-        run.same_as(undisturbed("align-ddp"))
+        run.require_same_weights(undisturbed("align-ddp"))
 
 
 @slow
-def test_a_run_that_fails_is_a_failed_job_and_ends_those_that_wait_for_it(slurm, tmp_path):
-    run = Submitted(slurm, tmp_path, *CASES["align-ddp"], "data.max_length=1")
+def test_a_failed_run_is_a_failed_job_and_cancels_its_dependent_jobs(slurm, tmp_path):
+    run = SubmittedRun(slurm, tmp_path, *CASES["align-ddp"], "data.max_length=1")
     job = slurm.wait(run.number)
-    # 1, or 143 of a rank that srun ended because the other had failed
+    # 1, or 143 from a rank that srun ended because the other had failed
     assert job["JobState"] == "FAILED" and job["ExitCode"] in ("1:0", "143:0") and job["Restarts"] == "0", run.log
     assert "No usable sample" in run.log and "Traceback" not in run.log
     after = slurm.sbatch(f"--dependency=afterok:{run.number}", "--kill-on-invalid-dep=yes", "--wrap=true")
@@ -165,8 +174,12 @@ def test_a_run_that_fails_is_a_failed_job_and_ends_those_that_wait_for_it(slurm,
 
 
 @long
-def test_a_grid_goes_through_the_launcher_and_outlasts_a_requeue(slurm, tmp_path):
-    words = [word for word in command(*CASES["align-ddp"], "trainer.log_every_n_steps=1") if "max_steps" not in word]
+def test_a_grid_of_the_launcher_survives_a_requeue(slurm, tmp_path):
+    overrides = [
+        override
+        for override in make_overrides(*CASES["align-ddp"], "trainer.log_every_n_steps=1")
+        if "max_steps" not in override
+    ]
     grid = ["hydra/launcher=submitit_slurm", "submit.partition=low", "trainer.max_steps=30", "seed=0,1"]
     options = {
         "cwd": tmp_path,
@@ -175,7 +188,7 @@ def test_a_grid_goes_through_the_launcher_and_outlasts_a_requeue(slurm, tmp_path
         "stderr": subprocess.STDOUT,
         "text": True,
     }
-    launcher = subprocess.Popen([sys.executable, str(RUN), "-m", "task=train", *words, *grid], **options)
+    launcher = subprocess.Popen([sys.executable, str(RUN), "-m", "task=train", *overrides, *grid], **options)
     try:
         end = time.monotonic() + PATIENCE
         while not any(len(path.read_text().splitlines()) > 4 for path in tmp_path.glob("runs/train/*/metrics.csv")):
@@ -193,8 +206,8 @@ def test_a_grid_goes_through_the_launcher_and_outlasts_a_requeue(slurm, tmp_path
 
 
 @slow
-def test_nothing_of_slurm_is_left_running(tmp_path):
+def test_no_process_of_slurm_is_left_running(tmp_path):
     with MiniSlurm(tmp_path / "slurm") as running:
         number = running.sbatch("--nodes=2", "--ntasks-per-node=1", "--output=/dev/null", "--wrap=srun sleep 100")
         running.wait(number, ("RUNNING",))
-    assert running._descendants() == []
+    assert running._list_descendants() == []

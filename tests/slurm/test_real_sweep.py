@@ -1,5 +1,5 @@
-"""A sweep's workers on a real Slurm, which is started for the test: an array that shares the trials, a worker that makes room
-for another job, trials of two nodes."""
+"""Sweep workers on a real Slurm that is started for the test: an array that shares the trials, a preempted worker, trials on
+two nodes."""
 
 import json
 import sys
@@ -40,12 +40,12 @@ def slurm(tmp_path):
         yield running
 
 
-class Submitted:
-    """A sweep whose workers `task=sweep` put into the queue."""
+class SubmittedSweep:
+    """A sweep whose workers were submitted with `task=sweep`."""
 
-    def __init__(self, slurm: MiniSlurm, place: Path, *words: str, name: str = "mine") -> None:
-        self.slurm, self.place, self.folder = slurm, place, place / f"runs/sweeps/{name}"
-        (place / "mine.yaml").write_text(FILE, encoding="utf-8")
+    def __init__(self, slurm: MiniSlurm, workdir: Path, *overrides: str, name: str = "mine") -> None:
+        self.slurm, self.workdir, self.folder = slurm, workdir, workdir / f"runs/sweeps/{name}"
+        (workdir / "mine.yaml").write_text(FILE, encoding="utf-8")
         line = [
             sys.executable,
             str(RUN),
@@ -53,12 +53,12 @@ class Submitted:
             "sweep=mine.yaml",
             "submit.partition=low",
             f"run_name=sweeps/{name}",
-            *words,
+            *overrides,
         ]
-        slurm.run(*line, cwd=place, timeout=PATIENCE)
+        slurm.run(*line, cwd=workdir, timeout=PATIENCE)
         self.number = json.loads((self.folder / "slurm.json").read_text())["job"]
 
-    def finished(self, workers: int, limit: float = PATIENCE) -> list[dict[str, str]]:
+    def wait_until_finished(self, workers: int, limit: float = PATIENCE) -> list[dict[str, str]]:
         jobs = [self.slurm.wait(f"{self.number}_{worker}", limit=limit) for worker in range(workers)]
         assert [(job["JobState"], job["ExitCode"]) for job in jobs] == [("COMPLETED", "0:0")] * workers, self.log
         return jobs
@@ -70,46 +70,46 @@ class Submitted:
 
     @property
     def trials(self) -> list[Trial]:
-        return Search(read_sweep(self.place / "mine.yaml"), self.folder / "journal.log").list_trials()
+        return Search(read_sweep(self.workdir / "mine.yaml"), self.folder / "journal.log").list_trials()
 
-    def until_rows(self, number: int, least: int, limit: float = PATIENCE) -> None:
+    def wait_for_rows(self, number: int, min_rows: int, limit: float = PATIENCE) -> None:
         table, end = self.folder / str(number) / "metrics.csv", time.monotonic() + limit
-        while not table.exists() or len(table.read_text().splitlines()) <= least:
+        while not table.exists() or len(table.read_text().splitlines()) <= min_rows:
             assert time.monotonic() < end, self.log
             time.sleep(0.1)
 
 
 def test_the_workers_of_an_array_share_the_trials(slurm, tmp_path):
-    sweep = Submitted(slurm, tmp_path, "trials.slurm=2", "trainer.max_steps=4")
-    sweep.finished(2)
+    sweep = SubmittedSweep(slurm, tmp_path, "trials.slurm=2", "trainer.max_steps=4")
+    sweep.wait_until_finished(2)
     assert [str(trial.outcome) for trial in sweep.trials] == ["finished"] * 4, sweep.log
     assert {trial.worker for trial in sweep.trials} == {0, 1}
     assert "4 of 4 trials: 4 finished" in (sweep.folder / "sweep.html").read_text(encoding="utf-8")
 
 
-def test_a_worker_that_makes_room_lets_its_trial_save_and_comes_back_to_it(slurm, tmp_path):
-    words = ["trials.slurm=1", "trials.count=1", "trainer.max_steps=150", "trainer.log_every_n_steps=1"]
-    sweep = Submitted(slurm, tmp_path, *words)
-    sweep.until_rows(0, 5)
+def test_a_preempted_worker_lets_its_trial_save_and_resumes_it(slurm, tmp_path):
+    overrides = ["trials.slurm=1", "trials.count=1", "trainer.max_steps=150", "trainer.log_every_n_steps=1"]
+    sweep = SubmittedSweep(slurm, tmp_path, *overrides)
+    sweep.wait_for_rows(0, 5)
     other = slurm.sbatch("--partition=high", "--nodes=2", "--ntasks-per-node=2", "--output=/dev/null", "--wrap=sleep 1")
     assert slurm.wait(other)["JobState"] == "COMPLETED"
-    (job,) = sweep.finished(1)
+    (job,) = sweep.wait_until_finished(1)
     assert job["Restarts"] == "1" and "requeued" in sweep.log
     (trial,) = sweep.trials
     log = (sweep.folder / "0/trial.log").read_text()
     assert str(trial.outcome) == "finished" and "saved at step" in log and "goes on at step" in log
 
 
-def test_a_trial_of_two_nodes_is_a_step_of_its_workers_job_and_is_stopped_through_it(slurm, tmp_path):
-    words = ["trials.slurm=1", "trials.count=2", "trainer.num_nodes=2", "trainer.strategy=ddp"]
-    sweep = Submitted(slurm, tmp_path, *words, "trainer.max_steps=6")
-    sweep.finished(1)
+def test_a_trial_of_two_nodes_is_a_job_step_of_its_worker_and_is_stopped_with_it(slurm, tmp_path):
+    overrides = ["trials.slurm=1", "trials.count=2", "trainer.num_nodes=2", "trainer.strategy=ddp"]
+    sweep = SubmittedSweep(slurm, tmp_path, *overrides, "trainer.max_steps=6")
+    sweep.wait_until_finished(1)
     assert [str(trial.outcome) for trial in sweep.trials] == ["finished"] * 2
     plans = [json.loads((sweep.folder / f"{n}/manifest.json").read_text())["plan"]["world_size"] for n in range(2)]
     assert plans == [2, 2]
     longer = ["trainer.max_steps=4000", "trainer.log_every_n_steps=1"]
-    again = Submitted(slurm, tmp_path, *words, *longer, name="long")
-    again.until_rows(0, 5)
+    again = SubmittedSweep(slurm, tmp_path, *overrides, *longer, name="long")
+    again.wait_for_rows(0, 5)
     slurm.run("scancel", "--batch", "--signal=TERM", f"{again.number}_0")
     job = slurm.wait(f"{again.number}_0")
     assert job["ExitCode"] == "75:0" and "saved at step" in (again.folder / "0/trial.log").read_text(), again.log

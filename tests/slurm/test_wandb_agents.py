@@ -1,4 +1,4 @@
-"""W&B agents as jobs of a real Slurm: `sweeps/agent.sbatch`, and runs of two nodes below them."""
+"""W&B agents as jobs of a real Slurm: `sweeps/agent.sbatch`, and their runs on two nodes."""
 
 import os
 import sys
@@ -44,10 +44,10 @@ def server():
 
 @pytest.fixture
 def submit(server, tmp_path):
-    """A sweep over two rates, and a job of Slurm that is an agent of it."""
+    """Return a function that creates a sweep over two learning rates and submits an agent for it as a Slurm job."""
     with MiniSlurm(tmp_path / "slurm") as slurm:
 
-        def submitted():
+        def submit_agent():
             import yaml
 
             parameters = {key: {"value": value} for key, value in TWO_NODES.items()}
@@ -74,10 +74,10 @@ def submit(server, tmp_path):
             )
             return slurm, job.strip(), server.state.sweeps[sweep]
 
-        yield submitted
+        yield submit_agent
 
 
-def said(tmp_path) -> str:
+def read_log(tmp_path) -> str:
     log = tmp_path / "agent.log"
     return log.read_text(errors="replace")[-6000:] if log.is_file() else "no log"
 
@@ -86,22 +86,22 @@ def test_an_agent_in_a_job_runs_its_trials_on_all_nodes_of_the_allocation(server
     slurm, job, sweep = submit()
     slurm.wait(job)
     runs = server.state.list_runs(sweep.name)
-    assert [run.state for run in runs] == ["finished"] * 2, said(tmp_path)
+    assert [run.state for run in runs] == ["finished"] * 2, read_log(tmp_path)
     assert [run.settings["run"]["plan"]["world_size"] for run in runs] == [2, 2]
     assert [run.starts for run in runs] == [1, 1]
 
 
-def test_an_agent_at_its_time_limit_hands_its_trial_on_and_comes_back(server, submit, tmp_path):
+def test_an_agent_at_its_time_limit_requeues_and_its_trial_resumes(server, submit, tmp_path):
     slurm, job, sweep = submit()
-    seen = partial(said, tmp_path)
+    show_log = partial(read_log, tmp_path)
     run = until(
-        lambda: next((run for run in server.state.list_runs(sweep.name) if len(run.history) > 3), None), said=seen
+        lambda: next((run for run in server.state.list_runs(sweep.name) if len(run.history) > 3), None), said=show_log
     )
-    slurm.run("scancel", "--batch", "--signal=TERM", job)  # what Slurm sends before the limit
-    until(lambda: run.state == "preempted" or run.starts > 1, said=seen)
-    until(lambda: sweep.state == "finished", said=seen)
+    slurm.run("scancel", "--batch", "--signal=TERM", job)  # Slurm sends this signal before the limit
+    until(lambda: run.state == "preempted" or run.starts > 1, said=show_log)
+    until(lambda: sweep.state == "finished", said=show_log)
     runs = server.state.list_runs(sweep.name)
-    assert [one.state for one in runs] == ["finished"] * 2, said(tmp_path)
-    assert run.starts == 2 and int(slurm.job(job).get("Restarts", 0)) == 1
+    assert [one.state for one in runs] == ["finished"] * 2, read_log(tmp_path)
+    assert run.starts == 2 and int(slurm.get_job(job).get("Restarts", 0)) == 1
     steps = [row["_step"] for row in run.history if "train/loss" in row]
     assert len(steps) == STEPS == len(set(steps))

@@ -1,4 +1,4 @@
-"""Short fits of a stage, and what they came to."""
+"""Short training runs of a stage, and their results."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from lit_vlm.types import Source
 
 
 @dataclass
-class Fit:
-    losses: list[float]  # of each micro-batch
-    metrics: dict[str, float]  # as they were at the end
+class FitResult:
+    losses: list[float]  # one value for each micro-batch
+    metrics: dict[str, float]  # values at the end
     data: DataModule
-    said: list[str] = field(default_factory=list)  # by passes before training
+    messages: list[str] = field(default_factory=list)  # of the passes before training
 
 
-class Losses(L.Callback):
+class LossRecorder(L.Callback):
     def __init__(self) -> None:
         self.losses: list[float] = []
 
@@ -41,13 +41,13 @@ def fit(
     *,
     precision: str = "32-true",
     **data: Any,
-) -> Fit:
-    """A quarter of the sources is held out.
+) -> FitResult:
+    """Train the stage and return its results. A quarter of the sources is held out.
 
     Args:
-        data: more arguments of the data module.
+        data: further arguments of the data module.
     """
-    losses, said = Losses(), list[str]()
+    losses, messages = LossRecorder(), list[str]()
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     trainer = L.Trainer(
         accelerator="cpu",
@@ -56,15 +56,15 @@ def fit(
         callbacks=[losses],
         **dict.fromkeys(quiet, False),
     )
-    stage.say = said.append
+    stage.say = messages.append
     module = DataModule(processor, sources, 0.25, store=store, num_workers=0, **data)
     module.build_indexes(recheck=True)  # pictures may have been replaced since the last fit
     trainer.fit(stage, module)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return Fit(losses.losses, metrics, module, said)
+    return FitResult(losses.losses, metrics, module, messages)
 
 
-def exported(model: Any, processor: Processor, folder: Path) -> Path:
-    """A folder to start from."""
+def export_copy(model: Any, processor: Processor, folder: Path) -> Path:
+    """Export a copy of the model to a folder that a stage can start from."""
     export_model(copy.deepcopy(model), processor.tokenizer, processor.images, folder)
     return folder

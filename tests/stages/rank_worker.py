@@ -1,5 +1,5 @@
-"""One rank of a training run with SGD: `torchrun --nproc-per-node=N rank_worker.py PARTS OUT TOKENS BATCH LEVEL`, the
-last of activation checkpointing. Started by test_ranks.py."""
+"""One rank of a training run with SGD: `torchrun --nproc-per-node=N rank_worker.py PARTS OUT TOKENS BATCH LEVEL`, where
+LEVEL is that of activation checkpointing. Started by test_ranks.py."""
 
 import logging
 import sys
@@ -38,7 +38,7 @@ def main(tower: str, language: str, out: str, tokens: str, batch: str, level: st
     world = int(__import__("os").environ.get("WORLD_SIZE", "1"))
     losses = []
 
-    class Watch(L.Callback):
+    class LossRecorder(L.Callback):
         def on_train_batch_end(self, trainer, *_):
             losses.append(float(trainer.callback_metrics.get("train/loss", torch.nan)))
 
@@ -53,7 +53,7 @@ def main(tower: str, language: str, out: str, tokens: str, batch: str, level: st
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        callbacks=[Watch()],
+        callbacks=[LossRecorder()],
     )
     trainer.fit(stage, module)
     if trainer.is_global_zero:

@@ -1,4 +1,4 @@
-"""DPO on real pairs against TRL's own DPOTrainer, its collator, its forward pass and its reference."""
+"""DPO on real pairs against TRL's DPOTrainer, its collator, its forward pass and its reference model."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 from float64 import restore_pixels
 from support import picture
-from test_forward import plain_processor
+from test_forward import make_plain_processor
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
@@ -19,7 +19,7 @@ from lit_vlm.stages.tally import PreferenceMetrics
 from lit_vlm.types import ImagePlaceholder, Language, Message, PreferencePair, Role, SampleKind, UserError
 
 
-def pair(question: str, chosen: str, rejected: str, *sizes, seed: int = 0) -> PreferencePair:
+def make_pair(question: str, chosen: str, rejected: str, *sizes, seed: int = 0) -> PreferencePair:
     images = tuple(picture(*size, seed=seed + i) for i, size in enumerate(sizes))
     prompt = (Message(Role.user, (*(ImagePlaceholder(i) for i in range(len(images))), question)),)
     answers = Message(Role.assistant, (chosen,)), Message(Role.assistant, (rejected,))
@@ -27,23 +27,23 @@ def pair(question: str, chosen: str, rejected: str, *sizes, seed: int = 0) -> Pr
 
 
 BATCHES = {
-    "text": [pair("안녕?", "네, 안녕하세요.", "아니요"), pair("Hi", "Hello there", "no")],
+    "text": [make_pair("안녕?", "네, 안녕하세요.", "아니요"), make_pair("Hi", "Hello there", "no")],
     "one tile": [
-        pair("뭐?", "빨간 원입니다", "파란 별", (56, 56), seed=1),
-        pair("What?", "a star", "a circle, maybe", (56, 56), seed=2),
+        make_pair("뭐?", "빨간 원입니다", "파란 별", (56, 56), seed=1),
+        make_pair("What?", "a star", "a circle, maybe", (56, 56), seed=2),
     ],
     "anyres": [
-        pair("뭐?", "빨간 원", "파란 별입니다", (150, 60), seed=3),
-        pair("What?", "a star", "a circle", (120, 170), seed=4),
+        make_pair("뭐?", "빨간 원", "파란 별입니다", (150, 60), seed=3),
+        make_pair("What?", "a star", "a circle", (120, 170), seed=4),
     ],
     "multi-image": [
-        pair("어느?", "첫 번째", "두 번째", (60, 60), (30, 90), seed=5),
-        pair("Same?", "yes they are", "no", (56, 56), (80, 40), seed=7),
+        make_pair("어느?", "첫 번째", "두 번째", (60, 60), (30, 90), seed=5),
+        make_pair("Same?", "yes they are", "no", (56, 56), (80, 40), seed=7),
     ],
 }
 
 
-def row_of(record: PreferencePair) -> dict:
+def make_trl_row(record: PreferencePair) -> dict:
     content = [
         {"type": "text", "text": p} if isinstance(p, str) else {"type": "image"} for p in record.prompt[0].content
     ]
@@ -57,7 +57,7 @@ def row_of(record: PreferencePair) -> dict:
 
 @pytest.fixture(scope="module")
 def trl_trainer(tmp_path_factory):
-    """One DPOTrainer for all comparisons; its losses are set anew for each."""
+    """Return a function that makes a DPOTrainer; each comparison sets its losses."""
     folder = tmp_path_factory.mktemp("trl")
 
     def make(policy, reference, processor, **options):
@@ -70,8 +70,8 @@ def trl_trainer(tmp_path_factory):
             gradient_checkpointing=False,
             **options,
         )
-        plain = plain_processor(processor)
-        dataset = Dataset.from_list([row_of(record) for record in BATCHES["one tile"]])
+        plain = make_plain_processor(processor)
+        dataset = Dataset.from_list([make_trl_row(record) for record in BATCHES["one tile"]])
         return DPOTrainer(
             policy, reference, arguments, train_dataset=dataset, processing_class=plain
         ), DataCollatorForVisionPreference(plain)
@@ -81,12 +81,12 @@ def trl_trainer(tmp_path_factory):
 
 @pytest.fixture
 def policy_and_reference(in_float64):
-    """In float64: sppo_hard squares a difference of sums, and makes twenty times as much of their rounding."""
+    """In float64, because sppo_hard squares a difference of sums and amplifies their rounding errors twenty times."""
     return perturb(in_float64)
 
 
 def perturb(model):
-    """Return the model with another language model, and a copy of it as it was."""
+    """Return the model with a perturbed language model, and a copy of the original."""
     reference = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -95,24 +95,24 @@ def perturb(model):
     return model, reference
 
 
-def stage_of(policy, reference, **options) -> DPOStage:
+def make_stage(policy, reference, **options) -> DPOStage:
     stage = DPOStage(policy, **options)
     stage.configure_model()
-    stage.reference.load_state_dict(reference.state_dict(), strict=False)  # its tower is the policy's
+    stage.reference.load_state_dict(reference.state_dict(), strict=False)  # its vision tower is the policy's
     return stage
 
 
-def batch_of(processor, records):
+def make_batch(processor, records):
     chosen = sum(processor.encode_sequences(record)[0].num_supervised for record in records)
     return collate(processor, records, step_pairs=len(records), step_chosen_tokens=chosen)
 
 
-def judged(stage, batch, training=True):
+def compute_preference(stage, batch, training=True):
     return stage._compute_preference(batch, PreferenceMetrics(), training)
 
 
-def trls_inputs(shape, processor, collator):
-    """What TRL's model sees of a batch. Its vision collator wants a picture, so text alone is laid out by hand."""
+def make_trl_inputs(shape, processor, collator):
+    """Return the inputs of TRL's model for a batch. Its vision collator needs a picture, so text-only pairs are padded here."""
     records = BATCHES[shape]
     if shape == "text":
         sequences = [processor.encode_sequences(record)[answer] for answer in (0, 1) for record in records]
@@ -126,16 +126,18 @@ def trls_inputs(shape, processor, collator):
             inputs["attention_mask"][row, : sequence.num_tokens] = 1
             inputs["completion_mask"][row, : sequence.num_tokens] = torch.from_numpy(sequence.supervised)
         return inputs
-    inputs = collator([row_of(record) for record in records])
+    inputs = collator([make_trl_row(record) for record in records])
     inputs["pixel_values"] = restore_pixels(inputs["pixel_values"])
-    # the template's newline behind <|im_end|> is no word of the answer: the model stops before it
+    # the template's newline after <|im_end|> is not part of the answer: the model stops before it
     inputs["completion_mask"][torch.arange(4), inputs["attention_mask"].sum(1) - 1] = 0
     return inputs
 
 
 @pytest.mark.parametrize("share_prompts", [True, False])
 @pytest.mark.parametrize("shape", list(BATCHES))
-def test_dpo_loss_gradients_and_metrics_equal_trls(shape, share_prompts, policy_and_reference, processor, trl_trainer):
+def test_dpo_loss_gradients_and_metrics_equal_those_of_trl(
+    shape, share_prompts, policy_and_reference, processor, trl_trainer
+):
     """The contract with the pinned TRL: a real DPOTrainer.compute_loss, for each of its losses."""
     policy, reference = policy_and_reference
     ours_policy = copy.deepcopy(policy)
@@ -143,11 +145,11 @@ def test_dpo_loss_gradients_and_metrics_equal_trls(shape, share_prompts, policy_
     policy.model.language_model.requires_grad_(True)
     policy.lm_head.requires_grad_(True)
     trainer, collator = trl_trainer(policy, reference, processor)
-    inputs = trls_inputs(shape, processor, collator)
+    inputs = make_trl_inputs(shape, processor, collator)
     processor = Processor(processor.tokenizer, processor.images, share_prompts=share_prompts)
-    batch = batch_of(processor, BATCHES[shape])
+    batch = make_batch(processor, BATCHES[shape])
     assert (batch.prefix_segments[-1] >= 0) == share_prompts
-    stage = stage_of(ours_policy, reference)
+    stage = make_stage(ours_policy, reference)
     for name in LOSS_TYPES if share_prompts else ["sigmoid", "ipo", "sft"]:
         smoothing = 0.1 if name in ("exo_pair", "robust", "aot") else 0.0
         trainer.loss_types, trainer.loss_weights, trainer.label_smoothing = [name], [1.0], smoothing
@@ -158,15 +160,15 @@ def test_dpo_loss_gradients_and_metrics_equal_trls(shape, share_prompts, policy_
         theirs.backward()
         stage.loss = PreferenceLoss([name], label_smoothing=smoothing)
         stage.model.zero_grad()
-        loss, found = judged(stage, batch)
+        loss, found = compute_preference(stage, batch)
         loss.backward()
         size = max(1.0, float(theirs.detach()))  # sppo_hard's loss is 50 at beta 0.1
         assert float(loss.detach()) == pytest.approx(float(theirs.detach()), abs=1e-6, rel=1e-6), name
         for (key, a), (_, b) in zip(stage.model.named_parameters(), policy.named_parameters(), strict=True):
             if b.grad is not None:
                 scale = max(size, float(b.grad.abs().max()))
-                where = f"{name} {key}: "
-                torch.testing.assert_close(a.grad, b.grad, atol=1e-5 * scale, rtol=1e-4, msg=where.__add__)
+                location = f"{name} {key}: "
+                torch.testing.assert_close(a.grad, b.grad, atol=1e-5 * scale, rtol=1e-4, msg=location.__add__)
         recorded = trainer._metrics["train"]
         assert recorded.keys() - {"num_tokens"} == found.metrics.keys()
         for metric, value in found.metrics.items():
@@ -187,46 +189,46 @@ def test_dpo_loss_gradients_and_metrics_equal_trls(shape, share_prompts, policy_
         {"loss_type": ["discopop"], "discopop_tau": 0.1, "beta": 0.5},
     ],
 )
-def test_mixtures_and_options_equal_trls(options, policy_and_reference, processor, trl_trainer):
-    ours, theirs, _ = losses_of_both(options, *policy_and_reference, processor, trl_trainer)
+def test_losses_with_mixtures_and_options_equal_those_of_trl(options, policy_and_reference, processor, trl_trainer):
+    ours, theirs, _ = compute_both_losses(options, *policy_and_reference, processor, trl_trainer)
     assert ours == pytest.approx(theirs, abs=1e-6, rel=1e-6)
 
 
-def test_an_alpha_divergence_equals_trls(model, processor, trl_trainer):
-    """In float32: TRL's formula has no doubles. The square (margin - 1 / (2 beta))^2 doubles the root times a margin's error,
-    and a margin is made of four sums of log-probabilities."""
+def test_a_loss_with_alpha_divergence_equals_that_of_trl(model, processor, trl_trainer):
+    """In float32, because TRL's formula does not support float64. The square (margin - 1 / (2 beta))^2 has twice its root times
+    the error of a margin, and a margin consists of four sums of log-probabilities."""
     options = {"loss_type": ["ipo"], "f_divergence_type": "alpha_divergence", "f_alpha_divergence_coef": 0.4}
-    ours, theirs, likelihood = losses_of_both(options, *perturb(model), processor, trl_trainer)
+    ours, theirs, likelihood = compute_both_losses(options, *perturb(model), processor, trl_trainer)
     error = 4 * torch.finfo(torch.float32).eps * likelihood
     assert ours == pytest.approx(theirs, abs=2 * theirs**0.5 * error, rel=0)
 
 
-def losses_of_both(options, policy, reference, processor, trl_trainer):
-    """Return our loss, TRL's, and the largest sum of an answer's log-probabilities, without its sign."""
-    stage = stage_of(copy.deepcopy(policy), reference, **options)  # TRL replaces a model's forward
+def compute_both_losses(options, policy, reference, processor, trl_trainer):
+    """Return our loss, TRL's loss, and the largest absolute sum of an answer's log-probabilities."""
+    stage = make_stage(copy.deepcopy(policy), reference, **options)  # TRL replaces a model's forward
     trainer, collator = trl_trainer(policy, reference, processor, **options)
     policy.train()
-    theirs = trainer.compute_loss(policy, trls_inputs("anyres", processor, collator))
-    batch = batch_of(processor, BATCHES["anyres"])
-    loss, found = judged(stage, batch)
+    theirs = trainer.compute_loss(policy, make_trl_inputs("anyres", processor, collator))
+    batch = make_batch(processor, BATCHES["anyres"])
+    loss, found = compute_preference(stage, batch)
     likelihood = max(-found.metrics["logps/chosen"], -found.metrics["logps/rejected"])
     return float(loss.detach()), float(theirs.detach()), likelihood
 
 
-def test_a_trl_that_moved_is_told_so(monkeypatch, policy_and_reference, processor):
-    def moved(self, model, inputs, return_outputs):
+def test_a_changed_trl_is_reported(monkeypatch, policy_and_reference, processor):
+    def use_new_attribute(self, model, inputs, return_outputs):
         return self.a_new_attribute
 
-    monkeypatch.setattr(DPOTrainer, "_compute_loss", moved)
-    stage = stage_of(*policy_and_reference)
+    monkeypatch.setattr(DPOTrainer, "_compute_loss", use_new_attribute)
+    stage = make_stage(*policy_and_reference)
     with pytest.raises(UserError, match=r"trl \d+\.\d+\.\d+ computes .*a_new_attribute.*trl==1\.16"):
-        judged(stage, batch_of(processor, BATCHES["text"]))
+        compute_preference(stage, make_batch(processor, BATCHES["text"]))
 
 
 def test_dpo_on_text_only_pairs_equals_the_formula(policy_and_reference, processor):
     policy, reference = policy_and_reference
-    stage = stage_of(policy, reference, beta=0.3)
-    ours, _ = judged(stage, batch_of(processor, BATCHES["text"]))
+    stage = make_stage(policy, reference, beta=0.3)
+    ours, _ = compute_preference(stage, make_batch(processor, BATCHES["text"]))
     logps = []
     for model in (policy, reference):
         per_answer = []
@@ -250,19 +252,19 @@ def test_an_image_is_encoded_once_for_both_answers_and_the_reference(model, proc
     assert stage.reference is None or stage.reference.model.vision_tower is None
     seen = []
     stage.model.model.vision_tower.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    batch = batch_of(processor, BATCHES["anyres"])
-    judged(stage, batch)
+    batch = make_batch(processor, BATCHES["anyres"])
+    compute_preference(stage, batch)
     assert seen == [batch.num_tiles]
-    assert batch.image_index == [0, 1]  # each stands once in the row: the prompt is shared
+    assert batch.image_index == [0, 1]  # each is once in the row: the prompt is shared
 
 
-def test_a_tower_that_trains_is_not_the_references(model, processor):
+def test_a_trainable_tower_is_not_shared_with_the_reference(model, processor):
     stage = DPOStage(model, trainable=["vision_tower", "language_model"])
     stage.configure_model()
     seen = []
     for each in (stage.model, stage.reference):
         each.model.vision_tower.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
-    batch = batch_of(processor, BATCHES["one tile"])
-    judged(stage, batch)[0].backward()
+    batch = make_batch(processor, BATCHES["one tile"])
+    compute_preference(stage, batch)[0].backward()
     assert seen == [batch.num_tiles] * 2
     assert stage.reference.model.vision_tower is not stage.model.model.vision_tower

@@ -1,4 +1,4 @@
-"""What a step computes: every product in bfloat16 where that is asked for, and no gradient of a frozen weight."""
+"""Computations of a step: every matrix product in bfloat16 if the precision asks for it, and no gradient of a frozen weight."""
 
 import warnings
 
@@ -28,8 +28,8 @@ CASES = {
 WARNING = "computed products in float32"
 
 
-class Step(L.Callback):
-    """Watches one whole step: forward, backward, clipping, update."""
+class StepCounter(L.Callback):
+    """Counts matrix products of one whole step: forward, backward, clipping, update."""
 
     def __init__(self):
         self.products = MatmulDtypeCounter()
@@ -41,18 +41,18 @@ class Step(L.Callback):
         self.products.__exit__(None, None, None)
 
 
-def one_step(parts, case, precision) -> MatmulDtypeCounter:
+def run_one_step(parts, case, precision) -> MatmulDtypeCounter:
     stage_class, options = CASES[case]
     dtype = "bfloat16" if precision == "bf16-true" else "float32"
-    held = "bfloat16" if precision == "bf16-mixed" else None
+    frozen_dtype = "bfloat16" if precision == "bf16-mixed" else None
     blueprint = blueprint_of(parts)
-    stage = stage_class(blueprint, dtype=dtype, frozen_dtype=held, **options)
+    stage = stage_class(blueprint, dtype=dtype, frozen_dtype=frozen_dtype, **options)
     kinds = ("preference",) if stage_class is DPOStage else ("caption", "text", "grounding")
     data = DataModule(
         Processor(blueprint.tokenizer, blueprint.images), builtin(*kinds, n=8), 0.0, global_batch_size=6, max_steps=1
     )
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    step, more = Step(), {"limit_val_batches": 0, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0}
+    step, more = StepCounter(), {"limit_val_batches": 0, "gradient_clip_val": 1.0, "num_sanity_val_steps": 0}
     L.Trainer(accelerator="cpu", precision=precision, callbacks=[step], **quiet, **more).fit(stage, data)
     return step.products
 
@@ -60,31 +60,31 @@ def one_step(parts, case, precision) -> MatmulDtypeCounter:
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("case", CASES)
 def test_no_product_of_a_bfloat16_step_is_in_float32(small_parts, case, precision):
-    """Without exception; rotary angles and losses are no products, and attention's log-sums no factors."""
+    """No exceptions: rotary angles and losses are not counted as products, and log-sums of attention not as factors."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        products = one_step(small_parts, case, precision)
+        products = run_one_step(small_parts, case, precision)
     assert products.counts["mm", torch.bfloat16] > 20
     assert {dtype for _, dtype in products.counts} == {torch.bfloat16}, products.float32_counts
     assert any("backward" in name for name, _ in products.counts)
     assert not any(WARNING in str(warning.message) for warning in caught)
 
 
-def test_the_watch_sees_float32_and_says_so(small_parts, monkeypatch):
-    assert {dtype for _, dtype in one_step(small_parts, "sft", "32-true").counts} == {torch.float32}
+def test_the_dtype_counter_sees_float32_products_and_warns(small_parts, monkeypatch):
+    assert {dtype for _, dtype in run_one_step(small_parts, "sft", "32-true").counts} == {torch.float32}
 
-    def cast_up(self, batch):
+    def compute_in_float32(self, batch):
         with torch.autocast("cpu", enabled=False):
             weight = self.model.lm_head.weight
             return self.compute_token_losses(batch).sum() / 100 + (weight @ weight.T).sum() * 0.0
 
-    monkeypatch.setattr(SFTStage, "compute_loss", cast_up)
+    monkeypatch.setattr(SFTStage, "compute_loss", compute_in_float32)
     with pytest.warns(UserWarning, match=r"computed products in float32 under half precision \(.*mm"):
-        one_step(small_parts, "sft", "bf16-mixed")
+        run_one_step(small_parts, "sft", "bf16-mixed")
 
 
-def flops_of(stage_class, parts):
-    """FLOPs of matrix products in the forward and in the backward pass, and what they are made of."""
+def count_flops(stage_class, parts):
+    """Return the FLOPs of matrix products in the forward pass, in the backward pass, and by part."""
     blueprint = blueprint_of(parts, Tiling.base, special_tokens=[])
     stage = stage_class(blueprint, tiling="base")
     stage.configure_model()
@@ -103,7 +103,7 @@ def flops_of(stage_class, parts):
     patches, text = batch.num_tiles * shape.vision.num_patches, shape.text
     rows, queries = batch.num_supervised_tokens, sum(batch.trailing_tokens)
     work = {
-        # of the last layer keys and values of all tokens, queries from the first row of each segment on, the rest of rows
+        # in the last layer keys and values of all tokens, queries from the first loss row of each segment on, the rest of loss rows
         "language": 2
         * batch.num_tokens
         * ((text.num_layers - 1) * text.layer_parameters + 2 * text.hidden_size * text.key_width)
@@ -119,23 +119,23 @@ def flops_of(stage_class, parts):
 
 
 def test_frozen_parts_cost_no_gradient_of_a_weight(small_parts):
-    """align: the language model forward and the gradient of its inputs, the tower forward alone, to the FLOP."""
-    forward, backward, work = flops_of(AlignStage, small_parts)
-    crossed = work["language"] + work["head"]
-    assert forward == crossed + work["new tokens"] + work["projector"] + work["tower"]
-    # the projector's two weights and the input of the second: nothing asks for that of the first
-    assert backward == crossed + 2 * work["new tokens"] + work["projector"] + work["second"]
+    """align: the language model's forward pass and input gradients, the tower's forward pass alone, exact to the FLOP."""
+    forward, backward, work = count_flops(AlignStage, small_parts)
+    language_flops = work["language"] + work["head"]
+    assert forward == language_flops + work["new tokens"] + work["projector"] + work["tower"]
+    # the projector's two weights and the input of the second: the gradient of the first's input is not needed
+    assert backward == language_flops + 2 * work["new tokens"] + work["projector"] + work["second"]
 
 
-def test_what_trains_costs_two_backward_passes(small_parts):
-    forward, backward, work = flops_of(SFTStage, small_parts)
+def test_trainable_parts_cost_two_backward_passes(small_parts):
+    forward, backward, work = count_flops(SFTStage, small_parts)
     assert forward == work["language"] + work["head"] + work["projector"] + work["tower"]
     assert backward == 2 * forward
 
 
 @pytest.mark.parametrize("stage_class", [AlignStage, SFTStage])
-def test_the_tower_keeps_one_hidden_state_and_has_no_layer_behind_it(small_parts, stage_class):
-    """Of three layers the last but one feeds the projector, so two are there."""
+def test_the_tower_keeps_one_hidden_state_and_no_layer_after_it(small_parts, stage_class):
+    """Of three layers the second to last feeds the projector, so two are built."""
     blueprint = blueprint_of(small_parts)
     stage = stage_class(blueprint)
     stage.configure_model()
@@ -145,12 +145,12 @@ def test_the_tower_keeps_one_hidden_state_and_has_no_layer_behind_it(small_parts
     tower.encoder.layers[-1].register_forward_hook(lambda module, args, output: last.append(output))
     batch = collate(Processor(blueprint.tokenizer, blueprint.images), [sample("무엇?", "원", (60, 60))])
     features = stage.model.model.encode_tiles(batch.tiles)
-    kept = [state for state in outputs[0].hidden_states if state is not None]
-    assert len(kept) == 1 and len(tower.encoder.layers) == 2
+    kept_states = [state for state in outputs[0].hidden_states if state is not None]
+    assert len(kept_states) == 1 and len(tower.encoder.layers) == 2
     assert torch.equal(features, last[0] if isinstance(last[0], torch.Tensor) else last[0][0])
 
 
-def test_adamw_is_fused_and_clipping_takes_all_gradients_at_once(small_parts, monkeypatch):
+def test_adamw_is_fused_and_clipping_uses_one_call_for_all_gradients(small_parts, monkeypatch):
     stage = SFTStage(blueprint_of(small_parts))
     stage.configure_model()
     stage._count_steps = lambda: 1
@@ -159,5 +159,5 @@ def test_adamw_is_fused_and_clipping_takes_all_gradients_at_once(small_parts, mo
     monkeypatch.setattr(
         torch, "_foreach_norm", lambda tensors, *a, **k: (calls.append(len(tensors)), foreach(tensors, *a, **k))[1]
     )
-    one_step(small_parts, "sft", "bf16-mixed")
+    run_one_step(small_parts, "sft", "bf16-mixed")
     assert calls == [sum(1 for p in stage.model.parameters() if p.requires_grad)]

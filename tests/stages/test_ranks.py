@@ -1,4 +1,4 @@
-"""Several processes against one, with SGD, clipping, text-only ranks and blank micro-batches."""
+"""Several processes against one, with SGD, gradient clipping, text-only ranks and dummy micro-batches."""
 
 import os
 import subprocess
@@ -27,7 +27,7 @@ def train(world: int, parts: tuple[str, str], out: Path, *, tokens: int, batch: 
 def test_n_ranks_equal_one_rank_and_a_rank_without_images_does_not_hang_one_with(
     small_parts, tmp_path, tokens, batch, level
 ):
-    """130 tokens: several micro-batches, some blank. Batch 1: one rank always has nothing. One rank keeps all activations."""
+    """130 tokens: several micro-batches, some dummy. Batch 1: one rank is always idle. The single rank keeps all activations."""
     one = train(1, small_parts, tmp_path / "one.pt", tokens=tokens, batch=batch)
     two = train(2, small_parts, tmp_path / "two.pt", tokens=tokens, batch=batch, level=level)
     assert two["val"] == pytest.approx(one["val"], rel=1e-5)

@@ -1,10 +1,10 @@
-"""Metrics of a preference step: over micro-batches and ranks what they are over all pairs at once, by one reduction."""
+"""Preference metrics: over micro-batches and ranks the same as over all pairs at once, with one reduction."""
 
 from dataclasses import replace
 
 import pytest
 import torch
-from test_dpo import pair
+from test_dpo import make_pair
 
 from lit_vlm.data.collate import collate
 from lit_vlm.losses.preference import PreferenceOutput
@@ -22,24 +22,24 @@ NAMES = (
 )
 
 
-def added(tally: PreferenceMetrics, processor, pairs, rewards: list[float]) -> None:
-    """Pairs of these rewards, chosen ones first; a metric of a micro-batch is the mean of its pairs' chosen rewards."""
+def add_pairs(metrics_sum: PreferenceMetrics, processor, pairs, rewards: list[float]) -> None:
+    """Add pairs with these rewards, chosen ones first; a metric of a micro-batch is the mean of its pairs' chosen rewards."""
     batch = collate(processor, pairs)
     lengths = batch.segment_supervised_tokens[-2 * len(pairs) :]
     mean = sum(rewards[: len(pairs)]) / len(pairs)
     tokens = sum(lengths[: len(pairs)])
     metrics = dict.fromkeys((*NAMES, "logits/chosen", "mean_token_accuracy", "logits/rejected", "entropy"), mean)
-    judged = PreferenceOutput(torch.zeros(()), None, torch.tensor(rewards), metrics)
-    tally.update(batch, lengths, judged, torch.tensor(2.0 * sum(lengths)), torch.tensor(-0.5 * tokens))
+    output = PreferenceOutput(torch.zeros(()), None, torch.tensor(rewards), metrics)
+    metrics_sum.update(batch, lengths, output, torch.tensor(2.0 * sum(lengths)), torch.tensor(-0.5 * tokens))
 
 
-def test_two_ranks_of_several_micro_batches_make_one_mean_by_one_reduction(processor):
-    pairs = [pair("뭐?", "빨간 원", "별", seed=i) for i in range(3)]
-    english = replace(pair("What?", "a", "b", seed=9), language=Language.en, kind=SampleKind.caption)
+def test_metrics_of_two_ranks_and_several_micro_batches_are_averaged_by_one_reduction(processor):
+    pairs = [make_pair("뭐?", "빨간 원", "별", seed=i) for i in range(3)]
+    english = replace(make_pair("What?", "a", "b", seed=9), language=Language.en, kind=SampleKind.caption)
     first, second = PreferenceMetrics(), PreferenceMetrics()
-    added(first, processor, pairs[:2], [1.0, 2.0, 0.0, 5.0])
-    added(first, processor, [pairs[2]], [4.0, 1.0])
-    added(second, processor, [english], [9.0, 3.0])
+    add_pairs(first, processor, pairs[:2], [1.0, 2.0, 0.0, 5.0])
+    add_pairs(first, processor, [pairs[2]], [4.0, 1.0])
+    add_pairs(second, processor, [english], [9.0, 3.0])
     other = torch.tensor(list(second._sums.values()))
     calls = []
 
@@ -55,14 +55,14 @@ def test_two_ranks_of_several_micro_batches_make_one_mean_by_one_reduction(proce
     assert means["rewards/margins_caption"] == pytest.approx(6.0)
     assert means["kl"] == pytest.approx(2.0) and means["drift"] == pytest.approx(-0.5)
     assert "rewards/margins_ocr" not in means and "loss" not in means
-    assert not first.compute(lambda numbers: numbers, CPU)  # it starts anew
+    assert not first.compute(lambda numbers: numbers, CPU)  # it starts again from zero
 
 
-def test_the_estimate_of_the_divergence_is_zero_for_equals_and_never_negative():
+def test_the_kl_estimate_is_zero_for_equal_log_probs_and_never_negative():
     same = torch.randn(20)
     assert float(estimate_kl(same, same)) == 0.0
-    apart = same + torch.randn(20, generator=torch.Generator().manual_seed(1))
-    ratio = (apart - same).exp()
-    assert float(estimate_kl(same, apart)) == pytest.approx(float((ratio - 1 - ratio.log()).sum()), rel=1e-5)
-    assert float(estimate_kl(same, apart)) > 0
+    other_log_probs = same + torch.randn(20, generator=torch.Generator().manual_seed(1))
+    ratio = (other_log_probs - same).exp()
+    assert float(estimate_kl(same, other_log_probs)) == pytest.approx(float((ratio - 1 - ratio.log()).sum()), rel=1e-5)
+    assert float(estimate_kl(same, other_log_probs)) > 0
     assert torch.isfinite(estimate_kl(same, same + 500))

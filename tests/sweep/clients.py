@@ -1,4 +1,4 @@
-"""The real `wandb` command line against the loopback server, as a user starts it from the repository's folder."""
+"""The real `wandb` command line against the loopback server, started from the repository folder as a user does."""
 
 import os
 import subprocess
@@ -12,13 +12,13 @@ from waiting import PATIENCE
 from lit_vlm.sweep.loopback import LoopbackServer
 
 ROOT = Path(__file__).resolve().parents[2]
-# The command line itself, but the agent asks for work every 0.3 s instead of every 5
+# The unchanged command line, but the agent polls every 0.3 s instead of every 5 s
 QUICK = "import wandb.wandb_agent as a; a.Agent.POLL_INTERVAL = 0.3; from wandb.cli.cli import cli; cli()"
 
 
 @dataclass
 class Client:
-    """Processes of `wandb` that know this server alone; what they write lies in `folder`."""
+    """Processes of `wandb` that know only this server and write into `folder`."""
 
     server: LoopbackServer
     folder: Path
@@ -29,9 +29,9 @@ class Client:
         quick = {"WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL": "1", "OMP_NUM_THREADS": "1", "WANDB_SILENT": "false"}
         return self.server.environment(**own, **quick, **more)
 
-    def start(self, *words: str, **environment: str) -> subprocess.Popen:
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
         return subprocess.Popen(
-            [sys.executable, "-c", QUICK, *words],
+            [sys.executable, "-c", QUICK, *arguments],
             cwd=ROOT,
             env=self.environment(**environment),
             stdout=subprocess.PIPE,
@@ -39,15 +39,15 @@ class Client:
             text=True,
         )
 
-    def run(self, *words: str, timeout: float = PATIENCE, **environment: str) -> str:
-        """What it printed; it must have ended well."""
-        process = self.start(*words, **environment)
+    def run(self, *arguments: str, timeout: float = PATIENCE, **environment: str) -> str:
+        """Run `wandb` and return its output; require exit status 0."""
+        process = self.start(*arguments, **environment)
         text, _ = process.communicate(timeout=timeout)
         assert process.returncode == 0, text
         return text
 
-    def sweep(self, **file) -> str:
-        """`wandb sweep` of a file of this content; the sweep's id."""
+    def create_sweep(self, **file) -> str:
+        """Run `wandb sweep` on a file with this content; return the sweep's id."""
         path = self.folder / "sweep.yaml"
         path.write_text(yaml.safe_dump({"program": "run.py", "project": "p", **file}, allow_unicode=True))
         known = set(self.server.sweeps)
@@ -55,5 +55,5 @@ class Client:
         (new,) = set(self.server.sweeps) - known
         return new
 
-    def agent(self, sweep: str, *words: str, **environment: str) -> str:
-        return self.run("agent", *words, self.server.path(sweep), **environment)
+    def run_agent(self, sweep: str, *arguments: str, **environment: str) -> str:
+        return self.run("agent", *arguments, self.server.path(sweep), **environment)

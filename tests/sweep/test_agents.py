@@ -1,4 +1,4 @@
-"""`wandb sweep`, `wandb agent` and runs of run.py, all real, against the loopback server."""
+"""The real `wandb sweep`, `wandb agent` and run.py against the loopback server."""
 
 import json
 import os
@@ -24,22 +24,22 @@ METRIC = {"name": "val/loss_ko", "goal": "minimize"}
 RATES = {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-2}
 
 
-def fixed(folder: Path, **settings) -> dict:
+def make_fixed_parameters(folder: Path, **settings) -> dict:
     return {key: {"value": value} for key, value in {**TINY, "run_dir": str(folder / "runs"), **settings}.items()}
 
 
-def manifest_of(folder: Path) -> dict:
+def read_manifest(folder: Path) -> dict:
     return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
 
 
 @pytest.mark.slow
-def test_an_agent_runs_what_the_sweep_suggests_and_values_config_and_metrics_arrive(server, client, tmp_path):
-    parameters = fixed(tmp_path, **{"trainer.max_steps": 4, "logger.tags": ["한국어, 둘"]})
+def test_an_agent_runs_the_suggested_trials_and_values_config_and_metrics_arrive(server, client, tmp_path):
+    parameters = make_fixed_parameters(tmp_path, **{"trainer.max_steps": 4, "logger.tags": ["한국어, 둘"]})
     parameters["stage.learning_rate"] = RATES
-    sweep = client.sweep(method="bayes", metric=METRIC, command=COMMAND, parameters=parameters, run_cap=3)
-    said = client.agent(sweep)
+    sweep = client.create_sweep(method="bayes", metric=METRIC, command=COMMAND, parameters=parameters, run_cap=3)
+    output = client.run_agent(sweep)
     runs = server.state.list_runs(sweep)
-    assert [run.state for run in runs] == ["finished"] * 3, said
+    assert [run.state for run in runs] == ["finished"] * 3, output
     assert len({run.parameters["stage.learning_rate"] for run in runs}) == 3
     for run in runs:
         assert run.exit_code == 0 and run.starts == 1
@@ -50,82 +50,82 @@ def test_an_agent_runs_what_the_sweep_suggests_and_values_config_and_metrics_arr
         assert len(run.values("val/loss_ko")) == 2 and len(run.values("train/loss")) == 4
         assert run.summary["val/loss_ko"] == run.values("val/loss_ko")[-1]
         (folder,) = (tmp_path / "runs").glob(f"tiny/1_align-*{run.name}")
-        manifest = manifest_of(folder)
+        manifest = read_manifest(folder)
         assert manifest["status"] == "finished" and manifest["config"]["stage"]["learning_rate"] == rate
     assert server.sweeps[sweep].state == "finished"
 
 
 @pytest.mark.slow
-def test_a_trial_that_falls_behind_is_stopped_saves_and_counts_as_finished(server, client, tmp_path):
-    parameters = fixed(tmp_path, **{"trainer.max_steps": 60, "data.validation.every_steps": 4})
+def test_a_trial_that_is_stopped_early_saves_and_counts_as_finished(server, client, tmp_path):
+    parameters = make_fixed_parameters(tmp_path, **{"trainer.max_steps": 60, "data.validation.every_steps": 4})
     parameters["stage.learning_rate"] = {"values": [3e-3, 1e-7]}
     hyperband = {"type": "hyperband", "min_iter": 1, "eta": 3}
-    sweep = client.sweep(
+    sweep = client.create_sweep(
         method="grid", metric=METRIC, command=COMMAND, parameters=parameters, early_terminate=hyperband
     )
-    said = client.agent(sweep)
+    output = client.run_agent(sweep)
     good, bad = sorted(server.state.list_runs(sweep), key=lambda run: -run.parameters["stage.learning_rate"])
-    assert (good.state, good.stop) == ("finished", False), said
-    assert (bad.state, bad.stop, bad.exit_code) == ("finished", True, 0), said
+    assert (good.state, good.stop) == ("finished", False), output
+    assert (bad.state, bad.stop, bad.exit_code) == ("finished", True, 0), output
     assert len(bad.values("train/loss")) < 60 == len(good.values("train/loss"))
     (folder,) = (tmp_path / "runs").glob(f"tiny/1_align-*{bad.name}")
-    assert manifest_of(folder)["status"] != "finished" and list((folder / "checkpoints").glob("step-*"))
+    assert read_manifest(folder)["status"] != "finished" and list((folder / "checkpoints").glob("step-*"))
 
 
 @pytest.mark.slow
-def test_a_trial_that_fails_is_marked_failed_and_the_agent_goes_on(server, client, tmp_path):
-    parameters = fixed(tmp_path, **{"trainer.max_steps": 2})
-    # the first is refused before it says a word to the server, the second ends with an error in mid-run
+def test_a_failed_trial_is_marked_failed_and_the_agent_continues(server, client, tmp_path):
+    parameters = make_fixed_parameters(tmp_path, **{"trainer.max_steps": 2})
+    # the first is refused before it contacts the server, the second ends with an error during the run
     parameters["logger.metric"] = {"values": ["val/loss_ko", "val/los_ko"]}
     parameters["stage.learning_rate"] = {"values": [-1.0, 1e-3]}
-    sweep = client.sweep(method="grid", command=COMMAND, parameters=parameters)
-    said = client.agent(sweep, WANDB_AGENT_DISABLE_FLAPPING="true")
+    sweep = client.create_sweep(method="grid", command=COMMAND, parameters=parameters)
+    output = client.run_agent(sweep, WANDB_AGENT_DISABLE_FLAPPING="true")
     states = {
         (run.parameters["stage.learning_rate"], run.parameters["logger.metric"]): run
         for run in server.state.list_runs(sweep)
     }
-    assert states[1e-3, "val/loss_ko"].state == "finished", said
+    assert states[1e-3, "val/loss_ko"].state == "finished", output
     assert states[-1.0, "val/loss_ko"].state == states[-1.0, "val/los_ko"].state == "failed"
     assert states[1e-3, "val/los_ko"].state == "failed" and states[1e-3, "val/los_ko"].exit_code == 1
-    assert "stage.learning_rate: must be above 0 and at most 1000, found -1.0." in said
-    assert "val/los_ko" in said and "Did you mean val/loss_ko?" in said
-    assert "Traceback" not in said
+    assert "stage.learning_rate: must be above 0 and at most 1000, found -1.0." in output
+    assert "val/los_ko" in output and "Did you mean val/loss_ko?" in output
+    assert "Traceback" not in output
 
 
 @pytest.mark.slow
-def test_an_agent_that_goes_down_hands_its_trial_to_the_next_which_resumes_it(server, client, tmp_path):
-    parameters = fixed(tmp_path, **{"trainer.max_steps": 120})
-    sweep = client.sweep(method="grid", metric=METRIC, command=COMMAND, parameters=parameters)
+def test_a_terminated_agent_leaves_its_trial_to_the_next_one_which_resumes_it(server, client, tmp_path):
+    parameters = make_fixed_parameters(tmp_path, **{"trainer.max_steps": 120})
+    sweep = client.create_sweep(method="grid", metric=METRIC, command=COMMAND, parameters=parameters)
     agent = client.start("agent", "--forward-signals", server.path(sweep))
     (run,) = until(lambda: [run for run in server.state.list_runs(sweep) if len(run.history) > 3])
     agent.send_signal(signal.SIGTERM)
-    said, _ = agent.communicate(timeout=PATIENCE)
-    assert run.state == "preempted" and run.exit_code == 75 and 3 < len(run.values("train/loss")) < 120, said
-    said += client.agent(sweep)
-    assert (run.state, run.starts) == ("finished", 2), said
+    output, _ = agent.communicate(timeout=PATIENCE)
+    assert run.state == "preempted" and run.exit_code == 75 and 3 < len(run.values("train/loss")) < 120, output
+    output += client.run_agent(sweep)
+    assert (run.state, run.starts) == ("finished", 2), output
     steps = [row["_step"] for row in run.history if "train/loss" in row]
-    assert len(steps) == 120 == len(set(steps)), said
+    assert len(steps) == 120 == len(set(steps)), output
 
 
 @pytest.mark.slow
 def test_trials_of_an_agent_run_under_torchrun(server, client, tmp_path):
     two = {"trainer": "ddp", "trainer.accelerator": "cpu", "trainer.precision": "32-true", "trainer.devices": 2}
-    parameters = fixed(tmp_path, **two, **{"trainer.num_threads": 1, "trainer.max_steps": 4})
-    sweep = client.sweep(method="grid", metric=METRIC, command=COMMAND, parameters=parameters)
-    said = client.agent(sweep, LIT_VLM_LAUNCH="torchrun --standalone --nproc-per-node 2")
+    parameters = make_fixed_parameters(tmp_path, **two, **{"trainer.num_threads": 1, "trainer.max_steps": 4})
+    sweep = client.create_sweep(method="grid", metric=METRIC, command=COMMAND, parameters=parameters)
+    output = client.run_agent(sweep, LIT_VLM_LAUNCH="torchrun --standalone --nproc-per-node 2")
     (run,) = server.state.list_runs(sweep)
-    assert (run.state, run.settings["run"]["plan"]["world_size"]) == ("finished", 2), said
+    assert (run.state, run.settings["run"]["plan"]["world_size"]) == ("finished", 2), output
     assert len(run.values("train/loss")) == 4
 
 
 @pytest.mark.slow
-def test_an_agent_killed_in_mid_run_leaves_a_run_that_goes_on_as_the_same(server, client, tmp_path):
+def test_an_agent_killed_during_a_run_leaves_a_run_that_resumes_as_the_same_run(server, client, tmp_path):
     settings = {"trainer.max_steps": 120, "checkpoint.every_steps": 2, "checkpoint.asynchronous": False}
-    parameters = fixed(tmp_path, **settings)
-    sweep = client.sweep(method="grid", metric=METRIC, command=COMMAND, parameters=parameters)
+    parameters = make_fixed_parameters(tmp_path, **settings)
+    sweep = client.create_sweep(method="grid", metric=METRIC, command=COMMAND, parameters=parameters)
     agent = client.start("agent", server.path(sweep))
     (run,) = until(lambda: [run for run in server.state.list_runs(sweep) if len(run.history) > 5])
-    children = _children_of(agent.pid)
+    children = _list_descendants(agent.pid)
     agent.kill()
     for child in children:
         os.kill(child, signal.SIGKILL)
@@ -146,8 +146,8 @@ def test_an_agent_killed_in_mid_run_leaves_a_run_that_goes_on_as_the_same(server
     assert len(steps) == 120 == len(set(steps))
 
 
-def _children_of(pid: int) -> list[int]:
-    """Processes that it started, and they."""
+def _list_descendants(pid: int) -> list[int]:
+    """Return the processes that it started, and their descendants."""
     found, waiting = [], [pid]
     while waiting:
         parent = waiting.pop()

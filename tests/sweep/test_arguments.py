@@ -1,4 +1,4 @@
-"""Values of a sweep file through the agent's own command line to settings, without a change of type or letter."""
+"""Values of a sweep file reach the settings through the agent's command line without a change of type or character."""
 
 import json
 
@@ -38,16 +38,18 @@ VALUES = {
 }
 
 
-def test_every_type_and_every_letter_arrives_through_the_agents_command_line(client, tmp_path):
+def test_every_type_and_character_arrives_through_the_agents_command_line(client, tmp_path):
     given = {f"{kind}.{number}": value for kind, values in VALUES.items() for number, value in enumerate(values)}
     command = ["python", "-c", DUMP, "${args_json}"]
     parameters = {key: {"value": value} for key, value in given.items()}
-    client.agent(client.sweep(method="grid", command=command, parameters=parameters), DUMP=str(tmp_path / "dump"))
+    client.run_agent(
+        client.create_sweep(method="grid", command=command, parameters=parameters), DUMP=str(tmp_path / "dump")
+    )
     (arrived,) = map(json.loads, (tmp_path / "dump").read_text(encoding="utf-8").splitlines())
     assert sorted(map(repr, arrived.items())) == sorted(map(repr, given.items()))
 
 
-def test_an_argument_of_the_agent_is_read_back_as_the_values_that_the_file_has():
+def test_an_argument_of_the_agent_is_parsed_as_the_values_of_the_file():
     for kind, values in VALUES.items():
         for value in values:
             (override,) = parse_arguments([json.dumps({kind: value})])
@@ -56,7 +58,7 @@ def test_an_argument_of_the_agent_is_read_back_as_the_values_that_the_file_has()
             ), override
 
 
-def test_a_whole_argument_of_an_agent_becomes_a_run():
+def test_a_complete_argument_of_an_agent_is_parsed_to_a_config():
     settings = {
         "experiment": "tiny/1_align",
         "stage.learning_rate": 2e-05,

@@ -1,4 +1,4 @@
-"""Sweep files: W&B's format is read as W&B reads it, and every mistake is told before a run is started."""
+"""Sweep files: W&B's format is read as W&B reads it, and every error is reported before a run is started."""
 
 import math
 from pathlib import Path
@@ -17,25 +17,25 @@ ALIGN = {"experiment": {"value": "tiny/1_align"}}
 RATE = {"stage.learning_rate": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-1}}
 
 
-def plain(parameters: dict, **keys) -> dict:
+def make_sweep_dict(parameters: dict, **keys) -> dict:
     return {"method": "random", "metric": {"name": "val/loss", "goal": "minimize"}, "parameters": parameters, **keys}
 
 
-def wrong(parameters: dict, *overrides: str, **keys) -> list[str]:
-    """Everything that is said about a file, without its name."""
-    sweep, found = try_parse_sweep(plain(parameters, **keys), "x.yaml")
+def find_errors(parameters: dict, *overrides: str, **keys) -> list[str]:
+    """Return all errors of a file, without the file name."""
+    sweep, found = try_parse_sweep(make_sweep_dict(parameters, **keys), "x.yaml")
     found = [*found, *find_sweep_errors(sweep, list(overrides))]
-    return [mistake.removeprefix("x.yaml: ") for mistake in found]
+    return [error_text.removeprefix("x.yaml: ") for error_text in found]
 
 
-def one_parameter(**entry):
-    return parse_sweep(plain({"a": entry}), "x.yaml").parameters["a"]
+def parse_parameter(**entry):
+    return parse_sweep(make_sweep_dict({"a": entry}), "x.yaml").parameters["a"]
 
 
-# What is read
+# Reading
 
 
-def test_a_file_is_read_with_all_that_wandb_knows(tmp_path):
+def test_a_file_is_read_with_every_key_of_wandb(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text(
         """
@@ -83,8 +83,8 @@ parameters:
         ({"min": 1.0, "max": 8.0, "distribution": "q_uniform", "q": 0.5}, "q_uniform"),
     ],
 )
-def test_a_distribution_that_is_not_named_is_the_one_that_wandb_takes(entry, distribution):
-    assert one_parameter(**entry).distribution == distribution
+def test_an_omitted_distribution_is_the_one_that_wandb_chooses(entry, distribution):
+    assert parse_parameter(**entry).distribution == distribution
 
 
 @pytest.mark.parametrize(
@@ -102,31 +102,31 @@ def test_a_distribution_that_is_not_named_is_the_one_that_wandb_takes(entry, dis
         ({"values": ["a", "b"], "probabilities": [0.25, 0.75]}, 0.3, "b"),
     ],
 )
-def test_a_value_is_made_of_a_draw_by_its_distribution(entry, raw, value):
-    found = one_parameter(**entry).convert_value(raw)
+def test_a_raw_sample_is_converted_by_its_distribution(entry, raw, value):
+    found = parse_parameter(**entry).convert_value(raw)
     assert found == pytest.approx(value) if isinstance(value, float) else (found, type(found)) == (value, type(value))
 
 
-def test_exponents_become_values():
-    one = one_parameter(distribution="log_uniform", min=-2, max=3)
+def test_exponents_of_log_uniform_become_values():
+    one = parse_parameter(distribution="log_uniform", min=-2, max=3)
     assert (one.min, one.max) == (pytest.approx(math.exp(-2)), pytest.approx(math.exp(3)))
 
 
 @pytest.mark.parametrize(
-    ("band", "rungs"),
+    ("hyperband", "rungs"),
     [
-        ({"max_iter": 27, "s": 2, "eta": 3}, (3, 9)),  # and none at 27
+        ({"max_iter": 27, "s": 2, "eta": 3}, (3, 9)),  # but none at 27
         ({"max_iter": 20, "s": 9}, (2, 6)),
         ({"min_iter": 3}, (3, 9, 27, 81)),
         ({"min_iter": 2, "eta": 2.5}, (2, 5, 12, 31)),
     ],
 )
-def test_the_rungs_of_hyperband_are_wandbs(band, rungs):
-    found = parse_sweep(plain(RATE, early_terminate={"type": "hyperband", **band}), "x").early_terminate
+def test_the_rungs_of_hyperband_equal_those_of_wandb(hyperband, rungs):
+    found = parse_sweep(make_sweep_dict(RATE, early_terminate={"type": "hyperband", **hyperband}), "x").early_terminate
     assert found.rungs[:4] == rungs
 
 
-def test_reasons_are_the_comments_of_the_file(tmp_path):
+def test_the_reason_of_a_parameter_is_its_comment_in_the_file(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text(
         "method: grid  # no\nparameters:\n  # above\n  a:  # beside\n    values: [1]\n  b: {value: 1}\n"
@@ -135,11 +135,11 @@ def test_reasons_are_the_comments_of_the_file(tmp_path):
     assert read_comments(path) == {"a": "above beside", "b": "", "c.d": "inside"}
 
 
-# Mistakes
+# Errors
 
 
 @pytest.mark.parametrize(
-    ("entry", "said"),
+    ("entry", "message"),
     [
         ({"min": "1e-5", "max": 1.0}, "a.min: expected a number, found '1e-5'. YAML reads it as text; write 1.0e-5."),
         ({"min": "2E3", "max": "4"}, "a.max: expected a number, found '4'. Leave out the quotes."),
@@ -160,14 +160,14 @@ def test_reasons_are_the_comments_of_the_file(tmp_path):
         ({"min": 1}, "needs value, values, or min and max"),
     ],
 )
-def test_a_parameter_that_cannot_be_is_told(entry, said):
+def test_an_invalid_parameter_is_reported(entry, message):
     with pytest.raises(ConfigError) as error:
-        parse_sweep(plain({"a": entry}), "x.yaml")
-    assert any(said in mistake for mistake in error.value.errors), error.value.errors
+        parse_sweep(make_sweep_dict({"a": entry}), "x.yaml")
+    assert any(message in text for text in error.value.errors), error.value.errors
 
 
 @pytest.mark.parametrize(
-    ("keys", "said"),
+    ("keys", "message"),
     [
         ({"method": "bays"}, "method: expected one of grid, random, bayes, found 'bays'. Did you mean bayes?"),
         ({"metod": "grid"}, "there is no key metod. Did you mean method?"),
@@ -190,13 +190,13 @@ def test_a_parameter_that_cannot_be_is_told(entry, said):
         ({"command": []}, "command: expected a list of words"),
     ],
 )
-def test_a_file_that_cannot_be_is_told(keys, said):
+def test_an_invalid_file_is_reported(keys, message):
     with pytest.raises(ConfigError) as error:
-        parse_sweep({**plain(RATE), **keys}, "x.yaml")
-    assert any(f"x.yaml: {said}" in mistake or said in mistake for mistake in error.value.errors), error.value.errors
+        parse_sweep({**make_sweep_dict(RATE), **keys}, "x.yaml")
+    assert any(f"x.yaml: {message}" in text or message in text for text in error.value.errors), error.value.errors
 
 
-def test_a_file_that_is_not_there_or_no_yaml_is_told(tmp_path):
+def test_a_missing_file_or_invalid_yaml_is_reported(tmp_path):
     (tmp_path / "align.yaml").write_text("a: [")
     with pytest.raises(ConfigError, match=r"there is no such file. Did you mean .*align.yaml"):
         try_read_sweep(tmp_path / "algin.yaml")
@@ -206,12 +206,12 @@ def test_a_file_that_is_not_there_or_no_yaml_is_told(tmp_path):
         parse_sweep(["a"], "x.yaml")
 
 
-def test_a_sound_file_has_no_mistakes():
-    assert wrong({**ALIGN, **RATE, "stage.warmup": {"values": [0, 0.1, 10]}}, "trainer.max_steps=9") == []
+def test_a_valid_file_has_no_errors():
+    assert find_errors({**ALIGN, **RATE, "stage.warmup": {"values": [0, 0.1, 10]}}, "trainer.max_steps=9") == []
 
 
-def test_keys_values_and_metric_are_held_against_the_schema_all_at_once():
-    found = wrong(
+def test_all_errors_in_keys_values_and_metric_are_reported_together():
+    found = find_errors(
         {
             **ALIGN,
             "stage.learnig_rate": {"min": 0.1, "max": 0.2},
@@ -223,7 +223,7 @@ def test_keys_values_and_metric_are_held_against_the_schema_all_at_once():
         "data.global_batch_sise=3",
         metric={"name": "val/los_ko"},
     )
-    for said in (
+    for message in (
         "unknown setting stage.learnig_rate. Did you mean stage.learning_rate?",
         "trainer.max_steps: expected a whole number or null, found 10.5. Give the range whole ends",
         "data.tiling: expected one of base, anyres, found 'anyre'. Did you mean anyres?",
@@ -232,12 +232,12 @@ def test_keys_values_and_metric_are_held_against_the_schema_all_at_once():
         "unknown setting data.global_batch_sise. Did you mean data.global_batch_size?",
         "metric.name: no run logs val/los_ko;",
     ):
-        assert sum(said in mistake for mistake in found) == 1, (said, found)
+        assert sum(message in error_text for error_text in found) == 1, (message, found)
     assert len(found) == 7 and "Did you mean val/loss_ko?" in found[-1]
 
 
 @pytest.mark.parametrize(
-    ("key", "ends", "said"),
+    ("key", "ends", "message"),
     [
         ("stage.warmup", {"min": -0.5, "max": 0.5}, "stage.warmup: must be 0 or above, found -0.5."),
         ("data.max_quarantined", {"min": 0.0, "max": 1.5}, "must be within 0 and 1, found 1.5."),
@@ -245,23 +245,25 @@ def test_keys_values_and_metric_are_held_against_the_schema_all_at_once():
         ("stage.weight_decay", {"mu": 0.0, "sigma": 1.0}, "stage.weight_decay: must be 0 or above, found -3.09"),
     ],
 )
-def test_a_range_that_leaves_the_settings_own_is_refused(key, ends, said):
-    (found,) = wrong({**ALIGN, key: ends})
-    assert said in found and found.endswith(")") and f"(as with {key}=" in found
+def test_a_range_outside_that_of_the_setting_is_refused(key, ends, message):
+    (found,) = find_errors({**ALIGN, key: ends})
+    assert message in found and found.endswith(")") and f"(as with {key}=" in found
 
 
-def test_a_contradiction_names_the_values_that_bring_it_about():
-    (said,) = wrong({**ALIGN, "stage.parts.vision_tower.lora.rank": {"values": [0, 8]}})
-    assert "vision_tower does not train" in said and said.endswith("(as with stage.parts.vision_tower.lora.rank=8)")
+def test_a_contradiction_is_reported_with_the_values_that_cause_it():
+    (message,) = find_errors({**ALIGN, "stage.parts.vision_tower.lora.rank": {"values": [0, 8]}})
+    assert "vision_tower does not train" in message and message.endswith(
+        "(as with stage.parts.vision_tower.lora.rank=8)"
+    )
 
 
-def test_what_is_swept_is_not_set_on_the_command_line_too():
-    (said,) = wrong({**ALIGN, **RATE}, "stage.learning_rate=3")
-    assert said.startswith("parameters.stage.learning_rate: is swept, and the command line sets it to 3.")
+def test_a_swept_setting_must_not_be_set_on_the_command_line():
+    (message,) = find_errors({**ALIGN, **RATE}, "stage.learning_rate=3")
+    assert message.startswith("parameters.stage.learning_rate: is swept, and the command line sets it to 3.")
 
 
 @pytest.mark.parametrize(
-    ("metric", "overrides", "said"),
+    ("metric", "overrides", "message"),
     [
         ("val/loss", [], "data.validation.every_steps is not set"),
         (
@@ -279,13 +281,13 @@ def test_what_is_swept_is_not_set_on_the_command_line_too():
         ),
     ],
 )
-def test_early_stopping_needs_values_to_stop_by(metric, overrides, said):
-    band = {"type": "hyperband", "min_iter": 3}
-    found = wrong({**ALIGN, **RATE}, *overrides, metric={"name": metric}, early_terminate=band)
-    assert found == [] if said is None else said in found[0]
+def test_early_stopping_needs_enough_logged_values(metric, overrides, message):
+    hyperband = {"type": "hyperband", "min_iter": 3}
+    found = find_errors({**ALIGN, **RATE}, *overrides, metric={"name": metric}, early_terminate=hyperband)
+    assert found == [] if message is None else message in found[0]
 
 
-def test_the_metrics_that_are_known_are_those_that_a_run_logs():
+def test_the_known_metrics_include_those_that_a_run_logs():
     assert {
         "train/loss",
         "val/loss",
@@ -296,21 +298,31 @@ def test_the_metrics_that_are_known_are_those_that_a_run_logs():
     } <= set(list_metric_names())
 
 
-def test_every_file_of_the_folder_is_sound():
+def test_every_file_of_the_folder_is_valid():
     files = sorted((ROOT / "sweeps").glob("*.yaml"))
     assert files
     for path in files:
         read_sweep(path)
 
 
-# From values to words
+# From values to overrides
 
 
-def test_words_win_in_the_order_command_values_command_line():
+def test_overrides_win_in_the_order_command_values_command_line():
     command = ["${program}", "experiment=tiny/1_align", "stage.warmup=0.5", "--flag", "${args_json}"]
-    sweep = parse_sweep(plain({"seed": {"value": 1}, "stage.warmup": {"value": 0.2}, **RATE}, command=command), "x")
-    words = build_trial_overrides(sweep, {"seed": 1, "stage.warmup": 0.2, "stage.learning_rate": 0.01}, ["seed=7"])
-    assert words == ["task=train", "experiment=tiny/1_align", "stage.warmup=0.2", "seed=7", "stage.learning_rate=0.01"]
+    sweep = parse_sweep(
+        make_sweep_dict({"seed": {"value": 1}, "stage.warmup": {"value": 0.2}, **RATE}, command=command), "x"
+    )
+    trial_overrides = build_trial_overrides(
+        sweep, {"seed": 1, "stage.warmup": 0.2, "stage.learning_rate": 0.01}, ["seed=7"]
+    )
+    assert trial_overrides == [
+        "task=train",
+        "experiment=tiny/1_align",
+        "stage.warmup=0.2",
+        "seed=7",
+        "stage.learning_rate=0.01",
+    ]
 
 
 def test_hangul_lists_and_quotes_survive_the_shell_and_the_parser():
@@ -320,11 +332,12 @@ def test_hangul_lists_and_quotes_survive_the_shell_and_the_parser():
 
     tags = ["한국어 지시문", "it's", "a,b", "[x]"]
     sweep = parse_sweep(
-        plain({**ALIGN, "logger.tags": {"values": [tags]}, "logger.group": {"values": [None, "널 = null"]}}), "x"
+        make_sweep_dict({**ALIGN, "logger.tags": {"values": [tags]}, "logger.group": {"values": [None, "널 = null"]}}),
+        "x",
     )
-    words = build_trial_overrides(
+    trial_overrides = build_trial_overrides(
         sweep, {"experiment": "tiny/1_align", "logger.tags": tags, "logger.group": "널 = null"}, []
     )
-    pasted = shlex.split(format_command(words))[2:]
+    pasted = shlex.split(format_command(trial_overrides))[2:]
     logger = parse(pasted).config.logger
     assert (logger.tags, logger.group) == (tags, "널 = null")

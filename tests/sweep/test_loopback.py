@@ -1,4 +1,4 @@
-"""The loopback server by what the real client makes of it."""
+"""The loopback server with the real client."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ with wandb.init(project="p", id="maker") as run:
 """
 
 
-def python(client, text, **environment):
+def run_python(client, text, **environment):
     file = client.folder / "script.py"
     file.write_text(text, encoding="utf-8")
     return subprocess.run(
@@ -37,20 +37,20 @@ def python(client, text, **environment):
     )
 
 
-def test_a_run_is_recorded_and_goes_on_under_its_id(server, client):
-    assert python(client, LOG).returncode == 0
+def test_a_run_is_recorded_and_resumes_under_its_id(server, client):
+    assert run_python(client, LOG).returncode == 0
     run = server.runs["one"]
     assert (run.state, run.exit_code, run.starts) == ("finished", 0, 1)
     assert (run.group, run.job_type, run.tags, run.settings["a"]) == ("chain", "sft", ["t"], {"b": 1})
     assert [row["_step"] for row in run.history] == [0, 1, 2] and run.summary["done"] is True
-    assert python(client, LOG + "\nimport sys; sys.exit(3)\n").returncode == 3
+    assert run_python(client, LOG + "\nimport sys; sys.exit(3)\n").returncode == 3
     assert [row["_step"] for row in run.history] == [0, 1, 2, 3, 4, 5]
     assert run.values("loss") == [1 / (1 + step) for step in range(6)]
     assert (run.state, run.exit_code, run.starts) == ("failed", 3, 2)
 
 
-def test_a_run_that_was_written_offline_is_synced(server, client):
-    assert python(client, LOG, WANDB_MODE="offline").returncode == 0
+def test_an_offline_run_is_synced(server, client):
+    assert run_python(client, LOG, WANDB_MODE="offline").returncode == 0
     assert "one" not in server.runs
     (folder,) = (client.folder / "wandb").glob("offline-run-*")
     client.run("sync", str(folder))
@@ -58,7 +58,7 @@ def test_a_run_that_was_written_offline_is_synced(server, client):
     assert server.runs["one"].settings["a"] == {"b": 1} and server.runs["one"].group == "chain"
 
 
-def test_rows_survive_a_server_that_fails_for_a_while(server, client):
+def test_rows_survive_a_temporary_server_failure(server, client):
     text = LOG.replace('run.summary["done"]', 'print("logged", flush=True); input(); run.summary["done"]')
     file = client.folder / "script.py"
     file.write_text(text, encoding="utf-8")
@@ -79,13 +79,13 @@ def test_rows_survive_a_server_that_fails_for_a_while(server, client):
     assert [row["_step"] for row in server.runs["one"].history] == [0, 1, 2]
 
 
-def test_a_key_that_is_not_its_own_is_refused(client):
-    done = python(client, LOG, WANDB_API_KEY="f" * 40)
+def test_a_foreign_api_key_is_refused(client):
+    done = run_python(client, LOG, WANDB_API_KEY="f" * 40)
     assert done.returncode == 1 and "one" not in client.server.runs
 
 
-def test_artifacts_and_tables_are_taken_in(server, client):
-    done = python(client, ARTIFACT)
+def test_artifacts_and_tables_are_stored(server, client):
+    done = run_python(client, ARTIFACT)
     assert done.returncode == 0, done.stderr
     artifact, table = server.state.artifacts.values()
     assert (artifact.path, artifact.type, artifact.state, artifact.run) == ("model:v0", "model", "COMMITTED", "maker")
@@ -94,7 +94,7 @@ def test_artifacts_and_tables_are_taken_in(server, client):
     assert "한글" in b"".join(server.state.files.values()).decode(errors="replace")
 
 
-def test_what_the_client_asks_and_the_server_does_not_know_is_kept():
+def test_unknown_requests_of_the_client_are_recorded():
     with LoopbackServer() as server:
         assert server.answer("GET", "/nothing", "x", b"")[0] == 401
         text = b'{"query": "query NewThing { a }", "variables": {}}'

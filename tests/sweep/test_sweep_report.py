@@ -1,4 +1,4 @@
-"""A sweep's page and table: whole from plain records, safe, and honest about what a few runs can say."""
+"""Report page and tables of a sweep: complete, escaped, and with a note on reliability if there are few trials."""
 
 import math
 import re
@@ -14,21 +14,21 @@ from lit_vlm.sweep.records import TrialRecord, find_best_trial, find_varying_key
 from lit_vlm.sweep.report import SweepReport, write_sweep_report
 from lit_vlm.sweep.table import make_parameter_table, make_trial_table
 
-EVIL = "<script>alert(1)</script>"
+INJECTION = "<script>alert(1)</script>"
 PARAMETERS = {
     "stage.learning_rate": {"distribution": "log_uniform_values", "min": 1e-4, "max": 1e-1},
     "stage.warmup": {"min": 0.0, "max": 0.3},
-    "data.tiling": {"values": ["base", "anyres", EVIL]},
+    "data.tiling": {"values": ["base", "anyres", INJECTION]},
     "seed": {"value": 3},
 }
 
 
-def sweep(goal="minimize", **keys):
-    plain = {"method": "random", "metric": {"name": "val/loss", "goal": goal}, "parameters": PARAMETERS, **keys}
-    return parse_sweep(plain, "sweeps/x.yaml")
+def make_sweep(goal="minimize", **keys):
+    settings = {"method": "random", "metric": {"name": "val/loss", "goal": goal}, "parameters": PARAMETERS, **keys}
+    return parse_sweep(settings, "sweeps/x.yaml")
 
 
-def record(number: int, value: float | None = 1.0, state: str = "finished", **changed) -> TrialRecord:
+def make_record(number: int, value: float | None = 1.0, state: str = "finished", **changed) -> TrialRecord:
     rate = 10 ** (-4 + 3 * ((number * 7) % 13) / 13)
     parameters = {
         "stage.learning_rate": rate,
@@ -39,31 +39,31 @@ def record(number: int, value: float | None = 1.0, state: str = "finished", **ch
     return TrialRecord(number, parameters | changed, value, state, Path(f"runs/sweeps/x/{number}"), 61.0 + number)
 
 
-def bowl(number: int) -> TrialRecord:
-    """The rate decides, the warm-up hardly."""
-    one = record(number)
+def make_bowl_record(number: int) -> TrialRecord:
+    """Return a trial whose value depends on the learning rate and hardly on the warm-up."""
+    one = make_record(number)
     rate, warmup = one.parameters["stage.learning_rate"], one.parameters["stage.warmup"]
-    return record(number, abs(math.log10(rate) + 1) + 0.01 * warmup)
+    return make_record(number, abs(math.log10(rate) + 1) + 0.01 * warmup)
 
 
-def page_text(tmp_path, records, **keys) -> str:
-    write_sweep_report(tmp_path / "sweep.html", SweepReport(sweep(), records, **keys))
+def render_page(tmp_path, records, **keys) -> str:
+    write_sweep_report(tmp_path / "sweep.html", SweepReport(make_sweep(), records, **keys))
     return (tmp_path / "sweep.html").read_text(encoding="utf-8")
 
 
-def printed(table) -> str:
+def print_to_text(table) -> str:
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(table)
     return console.export_text()
 
 
-def test_the_page_is_whole_and_needs_nothing_else(tmp_path):
-    records = [bowl(n) for n in range(12)] + [
-        record(12, 0.9, "stopped"),
-        record(13, None, "failed"),
-        record(14, None, "running"),
+def test_the_page_is_complete_and_self_contained(tmp_path):
+    records = [make_bowl_record(n) for n in range(12)] + [
+        make_record(12, 0.9, "stopped"),
+        make_record(13, None, "failed"),
+        make_record(14, None, "running"),
     ]
-    text = page_text(tmp_path, records, total=20, command="python run.py a='한글 x'", carried="python run.py b=1")
+    text = render_page(tmp_path, records, total=20, command="python run.py a='한글 x'", carried="python run.py b=1")
     assert "<script" not in text and "http" not in text and " src=" not in text
     for word in ("15 of 20 trials: 12 finished, 1 stopped early, 1 failed, 1 under way", "한글 x", "python run.py b=1"):
         assert word in text
@@ -72,9 +72,9 @@ def test_the_page_is_whole_and_needs_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "sweep.html"]
 
 
-def test_what_a_file_says_is_text(tmp_path):
-    records = [bowl(0), record(1, 2.0, **{"data.tiling": EVIL}), record(2, None, "failed")]
-    text = page_text(tmp_path, records, command=EVIL, carried=EVIL)
+def test_text_of_a_sweep_file_is_escaped(tmp_path):
+    records = [make_bowl_record(0), make_record(1, 2.0, **{"data.tiling": INJECTION}), make_record(2, None, "failed")]
+    text = render_page(tmp_path, records, command=INJECTION, carried=INJECTION)
     assert "<script" not in text and text.count("&lt;script&gt;") >= 3
 
 
@@ -82,27 +82,36 @@ def test_what_a_file_says_is_text(tmp_path):
     "records",
     [
         [],
-        [record(0)],
-        [record(0, None, "failed")],
-        [record(0), record(1)],
-        [record(n, None, "running") for n in range(3)],
+        [make_record(0)],
+        [make_record(0, None, "failed")],
+        [make_record(0), make_record(1)],
+        [make_record(n, None, "running") for n in range(3)],
     ],
 )
-def test_a_page_of_little_says_so(tmp_path, records):
-    text = page_text(tmp_path, records)
+def test_a_page_with_few_trials_reports_low_reliability(tmp_path, records):
+    text = render_page(tmp_path, records)
     assert ("No trial has finished" in text) == (find_best_trial(records, "minimize") is None)
     assert "say nothing about which parameter matters" in text
 
 
-def test_the_best_is_a_finished_one_by_the_goal():
-    records = [record(0, 3.0), record(1, 1.0, "stopped"), record(2, 2.0), record(3, 2.0), record(4, None)]
+def test_the_best_trial_is_a_finished_one_by_the_goal():
+    records = [
+        make_record(0, 3.0),
+        make_record(1, 1.0, "stopped"),
+        make_record(2, 2.0),
+        make_record(3, 2.0),
+        make_record(4, None),
+    ]
     assert (find_best_trial(records, "minimize").number, find_best_trial(records, "maximize").number) == (2, 0)
 
 
-def test_lines_stand_where_the_values_are():
-    records = [record(0, 1.0, **{"stage.learning_rate": 1e-4}), record(1, 3.0, **{"stage.learning_rate": 1e-1})]
-    records.append(record(2, 2.0, **{"stage.learning_rate": math.sqrt(1e-5)}))
-    svg = draw_parallel_coordinates(records, sweep())
+def test_lines_of_the_chart_are_at_their_values():
+    records = [
+        make_record(0, 1.0, **{"stage.learning_rate": 1e-4}),
+        make_record(1, 3.0, **{"stage.learning_rate": 1e-1}),
+    ]
+    records.append(make_record(2, 2.0, **{"stage.learning_rate": math.sqrt(1e-5)}))
+    svg = draw_parallel_coordinates(records, make_sweep())
     points = {
         int(n): [tuple(map(float, p.split(","))) for p in path.split()]
         for path, n in re.findall(r'points="([^"]+)"><title>trial (\d)', svg)
@@ -114,59 +123,63 @@ def test_lines_stand_where_the_values_are():
 
 
 @pytest.mark.parametrize(("goal", "sign"), [(Goal.minimize, 1.0), (Goal.maximize, -1.0)])
-def test_one_that_diverged_does_not_press_the_others_together(goal, sign):
+def test_a_diverged_trial_does_not_compress_the_axis(goal, sign):
     values = [sign * value for value in (1.0, 1.1, 1.2, 1.3, 1e9)]
     low, high = compute_axis_range(values, goal)
     assert high - low == pytest.approx(6 * 0.2) and sign in (low, high)
     assert compute_axis_range(values[:4], goal) == (min(values[:4]), max(values[:4]))
 
 
-def test_colours_go_by_rank():
-    assert compute_relative_ranks([record(0, 1.0), record(1, 1e9), record(2, 2.0)], Goal.minimize) == {
+def test_colours_follow_the_rank():
+    assert compute_relative_ranks([make_record(0, 1.0), make_record(1, 1e9), make_record(2, 2.0)], Goal.minimize) == {
         0: 1.0,
         1: 0.0,
         2: 0.5,
     }
 
 
-def test_importance_and_direction_are_those_of_the_data():
-    first, second = compute_importance([bowl(n) for n in range(13)], sweep())
+def test_importance_and_direction_follow_the_data():
+    first, second = compute_importance([make_bowl_record(n) for n in range(13)], make_sweep())
     assert (first.key, first.direction) == ("stage.learning_rate", "higher is better")
     assert first.share > 0.8 > second.share and first.correlation == pytest.approx(-1.0)
-    better = compute_importance([bowl(n) for n in range(13)], sweep("maximize"))[0]
+    better = compute_importance([make_bowl_record(n) for n in range(13)], make_sweep("maximize"))[0]
     assert better.direction == "lower is better"
 
 
-def test_a_trial_that_diverged_does_not_explain_everything():
-    records = [*(bowl(n) for n in range(12)), record(12, 1e12, **{"stage.warmup": 0.24})]
-    assert compute_importance(records, sweep())[0].key == "stage.learning_rate"
+def test_a_diverged_trial_does_not_dominate_the_importance():
+    records = [*(make_bowl_record(n) for n in range(12)), make_record(12, 1e12, **{"stage.warmup": 0.24})]
+    assert compute_importance(records, make_sweep())[0].key == "stage.learning_rate"
 
 
-def test_of_categories_the_best_is_named():
+def test_the_best_category_is_named():
     chosen = [n // 3 % 2 for n in range(12)]
-    records = [record(n, one + 0.01 * n, **{"data.tiling": ("base", "anyres")[one]}) for n, one in enumerate(chosen)]
-    found = {one.key: one for one in compute_importance(records, sweep())}
+    records = [
+        make_record(n, one + 0.01 * n, **{"data.tiling": ("base", "anyres")[one]}) for n, one in enumerate(chosen)
+    ]
+    found = {one.key: one for one in compute_importance(records, make_sweep())}
     assert found["data.tiling"].direction == "best: base" and found["data.tiling"].share > 0.5
 
 
-def test_few_runs_are_called_few():
-    assert "a hint at the order" in get_reliability_note([record(n) for n in range(12)])
-    assert compute_importance([bowl(n) for n in range(3)], sweep()) == []
-    assert "hint" not in get_reliability_note([record(n) for n in range(60)])
+def test_few_trials_give_only_a_hint():
+    assert "a hint at the order" in get_reliability_note([make_record(n) for n in range(12)])
+    assert compute_importance([make_bowl_record(n) for n in range(3)], make_sweep()) == []
+    assert "hint" not in get_reliability_note([make_record(n) for n in range(60)])
 
 
-def test_a_best_value_at_the_end_of_its_range_asks_for_a_wider_one():
-    inside, below = record(8, 1.0), record(1, 0.5, **{"stage.learning_rate": 1.05e-4})
-    assert list_edge_warnings([inside], sweep()) == []
-    (said,) = list_edge_warnings([inside, below], sweep())
-    assert said.startswith("stage.learning_rate: the best value, 0.000105, is at the lower end")
+def test_a_best_value_at_the_end_of_its_range_gives_a_warning():
+    inside, below = make_record(8, 1.0), make_record(1, 0.5, **{"stage.learning_rate": 1.05e-4})
+    assert list_edge_warnings([inside], make_sweep()) == []
+    (warning,) = list_edge_warnings([inside, below], make_sweep())
+    assert warning.startswith("stage.learning_rate: the best value, 0.000105, is at the lower end")
 
 
-def test_only_what_varied_is_drawn():
-    assert find_varying_keys([bowl(0), bowl(1)]) == ["stage.learning_rate", "stage.warmup"]
+def test_only_varying_parameters_are_shown():
+    assert find_varying_keys([make_bowl_record(0), make_bowl_record(1)]) == ["stage.learning_rate", "stage.warmup"]
 
 
-def test_the_terminal_shows_the_same(tmp_path):
-    text = printed(make_trial_table(SweepReport(sweep(), [bowl(n) for n in range(12)], total=12)))
+def test_the_terminal_shows_the_same_as_the_page(tmp_path):
+    text = print_to_text(
+        make_trial_table(SweepReport(make_sweep(), [make_bowl_record(n) for n in range(12)], total=12))
+    )
     assert "12 of 12 trials: 12 finished" in text and "stage.learning_rate: " in text and "hint at the order" in text
-    assert "0.0001 to 0.1, logarithmic" in printed(make_parameter_table(sweep()))
+    assert "0.0001 to 0.1, logarithmic" in print_to_text(make_parameter_table(make_sweep()))

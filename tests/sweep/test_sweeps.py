@@ -1,4 +1,4 @@
-"""The ready files of sweeps/: each key a setting, each value a value of it, each range with its reason."""
+"""The ready files of sweeps/: each key is a setting, each value is valid for it, each range has its reason."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def file(request, monkeypatch) -> Path:
     return request.param
 
 
-def test_there_is_a_file_for_each_of_what_is_tuned():
+def test_there_is_a_file_for_each_tuning_task():
     assert {"align", "sft", "mixture", "highres", "dpo", "proxy", "tiny"} <= {file.stem for file in FILES}
     assert {read_sweep(file).method for file in FILES} == set(SearchMethod)
 
@@ -33,11 +33,11 @@ def test_every_key_of_a_sweep_is_a_key_of_the_schema_and_every_value_composes(fi
         values = {**sweep.fixed, **{key: column[row % len(column)] for key, column in columns.items()}}
         config = parse(["task=train", "logger.wandb=true", json.dumps(values, ensure_ascii=False)]).config
         for key, value in values.items():
-            assert _said(config, key, value), f"{key}={value}"
+            assert _holds_value(config, key, value), f"{key}={value}"
 
 
-def _said(config, key: str, value) -> bool:
-    """Whether the config holds the value; a group's choice is seen in what it holds."""
+def _holds_value(config, key: str, value) -> bool:
+    """Return whether the config holds the value; the choice of a group is checked by its contents."""
     if key in ("experiment", "data", "stage", "model", "trainer", "init_from"):
         return True
     found = config
@@ -46,7 +46,7 @@ def _said(config, key: str, value) -> bool:
     return (Path(found) == ROOT / value) if key.endswith(".path") else found == value
 
 
-def test_trials_are_started_and_compared_alike_with_and_without_wandb(file):
+def test_trials_are_started_and_compared_in_the_same_way_with_and_without_wandb(file):
     sweep = read_sweep(file)
     assert sweep.command == ["bash", "sweeps/launch.sh", "${args_json}"] and (ROOT / sweep.command[1]).is_file()
     assert (ROOT / sweep.program).is_file() and sweep.project == "lit_vlm" and sweep.name == file.stem
@@ -56,7 +56,7 @@ def test_trials_are_started_and_compared_alike_with_and_without_wandb(file):
     assert f"sweep=sweeps/{file.name}" in file.read_text(encoding="utf-8")
 
 
-def test_every_range_has_its_reason_beside_it(file):
+def test_every_range_has_its_reason_in_a_comment(file):
     text = file.read_text(encoding="utf-8")
     for key in read_sweep(file).search_space:
         (line,) = [line for line in text.splitlines() if line.startswith(f"  {key}:")]

@@ -1,7 +1,7 @@
-"""Let torchvision be imported beside a torch without CUDA: PyPI's build holds operators that need CUDA's libraries.
+"""Make torchvision importable with a torch without CUDA: PyPI's build contains operators that need CUDA's libraries.
 
-Python runs this file at its start where this folder is on PYTHONPATH. Only the two operators that torchvision describes
-when it is imported are declared; nothing here calls them.
+Python runs this file at start-up if this folder is on PYTHONPATH. It declares only the two operators that torchvision
+describes when it is imported; nothing here calls them.
 """
 
 import sys
@@ -17,7 +17,7 @@ class DeclareOperators(MetaPathFinder):
             self.library = torch.library.Library("torchvision", "DEF")
             for operator in ("nms", "qnms"):
                 self.library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            sys.modules["torchvision_operators"] = self.library  # or they end with this object
+            sys.modules["torchvision_operators"] = self.library  # keeps them alive
 
 
 sys.meta_path.insert(0, DeclareOperators())
