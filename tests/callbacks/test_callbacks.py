@@ -83,7 +83,7 @@ def fit(blueprint, callbacks, *, stage_class=SFTStage, kinds=KINDS, folder=None,
     return trainer, module_stage, module
 
 
-def test_throughput_counts_what_the_plan_deals(blueprint):
+def test_throughput_counts_the_tokens_and_samples_of_the_plan(blueprint):
     throughput = Throughput()
     trainer, stage, module = fit(blueprint, [throughput])
     index, plan, figures = module.index, module.plan, throughput.figures()
@@ -118,7 +118,7 @@ def test_throughput_keeps_the_first_loss_and_the_mean_of_the_last_steps(blueprin
     assert figures["loss_last"] == pytest.approx(sum(losses[-10:]) / 10)
 
 
-def test_validation_is_not_training_time():
+def test_validation_time_is_not_counted_as_training_time():
     throughput, clock = Throughput(), SimpleNamespace(device=torch.device("cpu"))
     trainer = SimpleNamespace(max_steps=1, accumulate_grad_batches=9, world_size=1, is_global_zero=True)
     throughput.on_train_start(trainer, clock)
@@ -144,7 +144,7 @@ def test_the_token_weighted_mean_of_the_language_losses_is_the_validation_loss(b
         assert mean == pytest.approx(metrics["val/loss"], rel=1e-5)
 
 
-def test_a_stage_without_losses_per_segment_is_left_alone(blueprint, tmp_path):
+def test_a_stage_without_segment_losses_gets_no_language_loss(blueprint, tmp_path):
     samples, losses = Samples(tmp_path, shown=1), LanguageLoss()
     trainer, _, _ = fit(
         blueprint, [losses, samples], stage_class=DPOStage, kinds=("preference",), data={"max_steps": 1}
@@ -169,7 +169,7 @@ def test_segments_of_pairs_are_chosen_answers_then_rejected_ones(processor):
     assert callback._metrics["en"].compute() == (2 + 3 + 6 + 7) / 4
 
 
-def test_the_guard_stops_before_the_weights_change_and_names_the_samples(blueprint):
+def test_guard_stops_before_the_weights_change_and_names_the_samples(blueprint):
     before = {}
 
     class Before(L.Callback):
@@ -223,21 +223,21 @@ def test_a_model_that_knows_the_answers_scores_one(blueprint, tmp_path, monkeypa
     assert set(samples.figures()["scores"]["after"].values()) == {1.0}
 
 
-def test_a_fit_that_goes_on_keeps_the_scores_from_before(blueprint, tmp_path):
+def test_a_resumed_fit_keeps_the_scores_before_training(blueprint, tmp_path):
     samples = Samples(tmp_path)
     samples.load_state_dict({"scores": {"before": {"caption_ko": 0.5}}, "num_scored": {"caption_ko": 2}})
     fit(blueprint, [samples], data={"max_steps": 1})
     assert samples.figures()["scores"]["before"] == {"caption_ko": 0.5}
 
 
-def test_the_end_of_an_answer_is_the_templates_and_not_the_tokenizers(parts):
+def test_the_end_of_an_answer_is_taken_from_the_template_and_not_the_tokenizer(parts):
     blueprint = blueprint_of(parts, Tiling.base)
     blueprint.tokenizer.eos_token = "<|endoftext|>"
     processor = Processor(blueprint.tokenizer, blueprint.images)
     assert get_end_of_answer_id(processor) == blueprint.tokenizer.convert_tokens_to_ids("<|im_end|>")
 
 
-def test_an_export_gets_on_with_each_weight(blueprint, tmp_path, monkeypatch):
+def test_an_export_marks_progress_for_each_weight(blueprint, tmp_path, monkeypatch):
     """Frozen and trained ones; else a slow disk would count as a rank that is stuck."""
     seen, tick = [], Progress.mark_progress
     monkeypatch.setattr(Progress, "tick", lambda pulse: [tick(pulse), seen.append(pulse.work.doing)])
@@ -246,7 +246,7 @@ def test_an_export_gets_on_with_each_weight(blueprint, tmp_path, monkeypatch):
         assert seen.count(Activity.exporting) == len(file.keys())
 
 
-def test_callbacks_come_in_order_with_export_samples_and_report_last(tmp_path):
+def test_callbacks_are_ordered_with_export_samples_and_report_last(tmp_path):
     made = make_callbacks(["report", "export", "samples", f"{__name__}.Mine", "guard"], tmp_path, max_samples=7)
     assert [type(callback).__name__ for callback in made] == ["Guard", "Mine", "Export", "Samples", "Report"]
     assert made[3].max_samples == 7
@@ -263,6 +263,6 @@ def test_callbacks_come_in_order_with_export_samples_and_report_last(tmp_path):
         (f"{__name__}.Needy", "cannot be made without arguments"),
     ],
 )
-def test_a_name_that_leads_to_no_callback_is_told(name, message, tmp_path):
+def test_a_name_that_is_no_callback_is_refused(name, message, tmp_path):
     with pytest.raises(UserError, match=message.replace(".", r"\.")):
         make_callbacks([name], tmp_path)

@@ -18,7 +18,7 @@ def broken(*steps):
     return Broken
 
 
-def test_a_skipped_first_step_is_none_for_the_optimizer_and_the_audit_waits(blueprint):
+def test_a_skipped_first_step_does_not_update_the_optimizer_and_the_gradient_check_waits(blueprint):
     guard = Guard(on_nonfinite="skip")
     trainer, stage, _ = fit(blueprint, [guard], stage_class=broken(0))
     assert guard.figures() == {"skipped_steps": 1}
@@ -27,14 +27,14 @@ def test_a_skipped_first_step_is_none_for_the_optimizer_and_the_audit_waits(blue
     assert stage._gradients_checked
 
 
-def test_more_in_a_row_than_allowed_stop_the_run(blueprint):
+def test_more_consecutive_skips_than_allowed_stop_the_run(blueprint):
     with pytest.raises(
         UserError, match=r"Step 4: the loss is not a number, the last of 3 in a row \(guard.max_skipped=2\)"
     ):
         fit(blueprint, [Guard(on_nonfinite="skip", max_skipped=2)], stage_class=broken(1, 2, 3))
 
 
-def test_skipped_steps_that_are_not_in_a_row_go_on(blueprint):
+def test_skipped_steps_that_are_not_consecutive_do_not_stop_the_run(blueprint):
     guard = Guard(on_nonfinite="skip", max_skipped=1)
     fit(blueprint, [guard], stage_class=broken(0, 2))
     assert guard.figures() == {"skipped_steps": 2}

@@ -35,7 +35,7 @@ def watchman():
     return StragglerMonitor(said.append, lambda number: f"host-{number}"), said
 
 
-def test_time_is_counted_as_the_part_that_went_on():
+def test_time_is_counted_for_the_part_that_was_running():
     parts = StepTimer(CPU)
     parts.mark("data")
     time.sleep(0.02)
@@ -76,7 +76,7 @@ def test_the_parts_add_up_to_the_time_of_a_step_and_are_logged(blueprint):
     assert logged["time_forward"] > 0 and logged["time_backward"] > 0 and logged["time_optimizer"] > 0
 
 
-def test_the_slowest_rank_is_named_once_when_it_stays_the_slowest():
+def test_the_slowest_rank_is_reported_once_when_it_stays_the_slowest():
     watch, said = watchman()
     slow = [rank(), rank(), rank(backward=6.0), rank()]
     for _ in range(2):
@@ -90,7 +90,7 @@ def test_the_slowest_rank_is_named_once_when_it_stays_the_slowest():
     ]
 
 
-def test_ranks_that_are_about_equal_and_one_rank_alone_are_not_told():
+def test_ranks_of_about_equal_speed_and_a_single_rank_are_not_reported():
     watch, said = watchman()
     for _ in range(10):
         watch.update([rank(), rank(backward=4.9)])
@@ -99,7 +99,7 @@ def test_ranks_that_are_about_equal_and_one_rank_alone_are_not_told():
     assert not said and not told
 
 
-def test_waiting_for_data_is_told_once_and_not_of_the_first_steps():
+def test_waiting_for_data_is_reported_once_and_not_for_the_first_steps():
     watch, said = watchman()
     watch.update([rank(data=9.0)])
     assert not said
@@ -108,7 +108,7 @@ def test_waiting_for_data_is_told_once_and_not_of_the_first_steps():
     assert said == ["36% of the time is spent waiting for data: raise data.num_workers."]
 
 
-def test_memory_is_told_by_part(blueprint):
+def test_memory_is_measured_by_part(blueprint):
     found = {}
 
     class Look(Guard):
@@ -123,7 +123,7 @@ def test_memory_is_told_by_part(blueprint):
     assert everything <= found[1]["weights"] < 1.2 * everything  # and buffers
 
 
-def test_a_line_is_printed_where_there_is_no_bar(capsys):
+def test_a_line_is_printed_without_a_progress_bar(capsys):
     throughput = Throughput()
     trainer = SimpleNamespace(
         progress_bar_callback=None, is_global_zero=True, callback_metrics={"train/loss": torch.tensor(2.5)}

@@ -45,7 +45,7 @@ def test_every_file_composes(name):
     parse([*words_for(name), *NEEDS.get(name, [])])
 
 
-def test_the_groups_are_those_of_the_command_line():
+def test_the_groups_and_choices_are_those_of_the_command_line():
     assert list_groups() == ["data", "data/source", "experiment", "logger", "model", "stage", "trainer"]
     assert list_choices("stage") == ["align", "dpo", "highres", "mpo", "sft"]
 
@@ -64,7 +64,7 @@ def test_every_number_of_a_recipe_carries_its_source(name):
 @pytest.mark.parametrize(
     "name", [name for name in FILES if name.startswith(("model/", "stage/", "trainer/", "logger/"))]
 )
-def test_a_file_restates_no_default(name):
+def test_a_file_repeats_no_default(name):
     group = name.partition("/")[0]
     hint = get_setting_type(group, DPOStageConfig)
     defaults = asdict(hint())
@@ -73,7 +73,7 @@ def test_a_file_restates_no_default(name):
     assert restated <= {"precision"}  # said for every machine, so that the reader can compare
 
 
-def test_shipped_paths_stay_in_the_working_folder():
+def test_shipped_paths_are_below_the_working_folder():
     for path in (CONF_DIR / "data" / "source").glob("*.yaml"):
         for source in yaml.safe_load(path.read_text(encoding="utf-8")).values():
             assert Path(source["path"]).parts[0] == "data"

@@ -72,7 +72,7 @@ def test_help_settings_shows_every_setting_with_a_meaning():
     assert bare == []
 
 
-def test_an_error_is_its_message_alone_with_status_1():
+def test_an_error_prints_only_its_message_and_exits_with_status_1():
     result = run_py("experiment=tiny/2_sft", "stage.lerning_rate=1", "seed=x", "model=tny")
     assert result.returncode == 1 and result.stdout == "" and "Traceback" not in result.stderr
     assert (
@@ -81,7 +81,7 @@ def test_an_error_is_its_message_alone_with_status_1():
     )
 
 
-def test_hydras_view_of_the_config_works_and_leaves_nothing_behind(tmp_path):
+def test_hydras_cfg_flag_works_and_writes_no_file(tmp_path):
     result = run_py("--cfg", "job", "experiment=tiny/2_sft", "prompt=무엇?")
     config = yaml.safe_load(result.stdout)
     assert (result.returncode, config["task"], config["stage"]["name"], config["prompt"]) == (
@@ -102,7 +102,7 @@ def test_completion_offers_groups_and_choices():
     assert offered.split() == ["stage=align", "stage=dpo", "stage=highres", "stage=mpo", "stage=sft"]
 
 
-def test_a_run_is_handed_to_its_task_and_leaves_nothing_behind(seen, tmp_path):
+def test_a_run_is_passed_to_its_task_and_writes_no_file(seen, tmp_path):
     program.dispatch(["experiment=tiny/2_sft", "seed=1"])
     program.dispatch([])
     assert [run.config.task for run in seen] == [Task.train, Task.pipeline]
@@ -128,7 +128,7 @@ def test_every_task_has_a_function():
     assert set(TASKS) == set(Task)
 
 
-def test_main_shows_a_users_mistake_without_a_traceback(monkeypatch):
+def test_main_shows_a_user_error_without_a_traceback(monkeypatch):
     def task(run):
         raise UserError("the folder is empty")
 

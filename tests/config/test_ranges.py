@@ -83,14 +83,14 @@ def test_every_number_of_the_schema_has_a_range_and_nothing_else_has():
 
 
 @pytest.mark.parametrize("row", numbers(), ids=lambda row: row.key)
-def test_a_value_beyond_its_range_is_refused_with_key_value_and_range(row, config):
+def test_a_value_outside_its_range_is_refused_with_key_value_and_range(row, config):
     for value in beyond(row):
         changed, key = with_value(config, row, value)
         assert f"{key}: must be {row.range}, found {value}." in find_config_errors(changed)
 
 
 @pytest.mark.parametrize("row", numbers(), ids=lambda row: row.key)
-def test_the_ends_of_a_range_are_taken(row, config):
+def test_the_bounds_of_a_range_are_accepted(row, config):
     for value in within(row):
         assert list(find_range_errors(with_value(config, row, value)[0])) == []
 
@@ -107,7 +107,7 @@ def test_every_default_lies_within_its_range():
     assert all(holds for _, holds in walk(parse(["experiment=tiny/4_dpo"]).config))
 
 
-def test_help_shows_the_range_behind_the_type():
+def test_help_shows_the_range_after_the_type():
     text = format_help(["settings"])
     assert "  trainer.timeout_minutes   a number (above 0 and at most 527040); default 30.0" in text
     assert "  stage.beta   a number (above 0); default 0.1" in text
@@ -144,7 +144,7 @@ def test_a_range_reads_as_a_sentence(range_, text):
         "checkpoint.every_minutes=1e12",
     ],
 )
-def test_what_no_run_could_work_with_is_refused_on_the_command_line(word):
+def test_values_that_no_run_can_use_are_refused_on_the_command_line(word):
     (found,) = mistakes("experiment=tiny/2_sft", word)
     assert found.startswith(word.partition("=")[0]) and "must be" in found and "found" in found
 
@@ -175,7 +175,7 @@ def test_ranges_hold_for_every_task(task):
     ]
     + ["x" * 256, "a /b", "index", "index/x", "c:/x", "tiny/1_align/hf", "b/checkpoints", "a/wandb/b", "a/samples"],
 )
-def test_a_run_name_that_leads_elsewhere_or_is_no_folder_is_refused(name, config):
+def test_a_run_name_outside_run_dir_or_without_a_valid_folder_name_is_refused(name, config):
     changed = copy.deepcopy(config)
     changed.run_name = name
     (found,) = find_config_errors(changed)
@@ -187,7 +187,7 @@ def test_a_run_name_that_leads_elsewhere_or_is_no_folder_is_refused(name, config
     ["a", "tiny/2_sft", "sweeps/tiny/3", "실험-1", "a b", "v1.0", "..a", "a..b", "1:30:00", "on", "x" * 255]
     + ["a:b", "hf", "samples/a", "a/hf2"],
 )
-def test_ordinary_run_names_are_taken(name, config):
+def test_ordinary_run_names_are_accepted(name, config):
     changed = copy.deepcopy(config)
     changed.run_name = name
     assert find_config_errors(changed) == []

@@ -41,7 +41,7 @@ def test_a_ready_mixture_composes_for_its_stage(mixture):
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
-def test_a_mixture_is_made_of_named_sets_and_says_where_its_weights_are_from(mixture):
+def test_a_mixture_consists_of_named_sets_and_states_the_origin_of_its_weights(mixture):
     text = (CONF_DIR / "data" / f"{mixture}.yaml").read_text(encoding="utf-8")
     content = yaml.safe_load(text)
     named = [entry.split("@")[0].removeprefix("source/") for entry in content.get("defaults", []) if entry != "_self_"]
@@ -57,7 +57,7 @@ def test_mixtures_in_both_languages_are_half_korean():
 
 
 @pytest.mark.parametrize("name", SETS)
-def test_a_named_set_says_all_that_a_user_needs(name):
+def test_a_named_set_documents_licence_source_and_size(name):
     composed_source = compose_config(["task=train", "data=ready", f"data/source@data.sources=[{name}]"]).data.sources[
         name
     ]
@@ -70,7 +70,7 @@ def test_a_named_set_says_all_that_a_user_needs(name):
     assert source.format is not Format.mapped or not list(find_mapping_errors(name, source.mapping))
 
 
-def test_sets_whose_structure_is_not_public_say_so_and_are_in_no_mixture():
+def test_sets_without_public_structure_are_marked_and_in_no_mixture():
     hidden = [
         name
         for name in SETS
@@ -94,7 +94,7 @@ def test_the_command_line_changes_a_ready_mixture():
     assert found["aihub_81_glyphs"].path.startswith("/")
 
 
-def test_a_named_set_joins_a_mixture():
+def test_a_named_set_can_be_added_to_a_mixture():
     words = ["data/source@data.sources=[aihub_71730_ocr]", "data.sources.aihub_71730_ocr.weight=0.1"]
     assert "aihub_71730_ocr" in sources("sft_ko", *words)
 
@@ -118,13 +118,13 @@ MINE = "data.sources.mine"
         (["data=mapped", f"{MINE}.format=llava", f"{MINE}.mapping.answer=x"], "is read with format=mapped only"),
     ],
 )
-def test_mistakes_in_a_mapping_are_named(words, mistake):
+def test_errors_in_a_mapping_are_reported(words, mistake):
     with pytest.raises(ConfigError) as caught:
         parse(["task=train", f"{MINE}.path=x", *words])
     assert mistake in str(caught.value)
 
 
-def test_a_mapping_is_written_in_a_file_of_ones_own_and_on_the_command_line(tmp_path):
+def test_a_mapping_can_be_set_in_a_user_file_and_on_the_command_line(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "own.yaml").write_text(
         "sources:\n  own:\n    path: x\n    format: mapped\n    mapping: {answer: '{a.b}', image: '{f}'}\n",
@@ -141,7 +141,7 @@ def test_a_mapping_is_written_in_a_file_of_ones_own_and_on_the_command_line(tmp_
         parse(["task=train", f"--config-dir={tmp_path}", "data=own"])
 
 
-def test_every_word_of_a_mapping_is_in_the_table_of_settings():
+def test_every_field_of_a_mapping_is_in_the_list_of_settings():
     rows = {row.key: row for row in list_settings()}
     for name in MappingConfig.__dataclass_fields__:
         row = rows[f"data.sources.<name>.mapping.{name}"]

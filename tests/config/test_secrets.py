@@ -55,7 +55,7 @@ def _quiet_environment(monkeypatch):
 
 
 @pytest.mark.parametrize("secret", FORMS.values(), ids=FORMS)
-def test_a_secret_is_known_by_its_form_wherever_it_stands(secret):
+def test_a_secret_is_recognised_by_its_format_anywhere(secret):
     for text in (secret, f"said {secret}, then", f"submit.extra=[a,{secret}]", f'{{"note": "{secret}"}}'):
         assert secret not in redact_text(text) and REDACTED in redact_text(text)
     nested = {"words": ["a", secret], "more": {"deep": (secret,)}, secret: "as a key"}
@@ -63,14 +63,14 @@ def test_a_secret_is_known_by_its_form_wherever_it_stands(secret):
 
 
 @pytest.mark.parametrize(("text", "secret"), INSIDE.values(), ids=INSIDE)
-def test_a_secret_inside_a_text_goes_and_the_rest_of_the_text_stays(text, secret):
+def test_a_secret_inside_a_text_is_redacted_and_the_rest_is_kept(text, secret):
     clean = redact_text(text)
     assert secret not in clean and REDACTED in clean
     assert all(word in clean for word in text.partition(secret)[0].split()[:1] if "=" not in word and ":" not in word)
 
 
 @pytest.mark.parametrize(("name", "value"), NAMED.items())
-def test_a_secret_is_known_by_the_name_of_what_holds_it(name, value):
+def test_a_secret_is_recognised_by_the_name_of_its_key(name, value):
     values = value if isinstance(value, list) else [value]
     assert is_secret_name(name)
     clean = redact({"a": {name: value}})
@@ -79,27 +79,27 @@ def test_a_secret_is_known_by_the_name_of_what_holds_it(name, value):
     assert not any(str(one) in word for one in values for word in words)
 
 
-def test_a_secret_is_known_by_the_environment_also_under_another_name(monkeypatch):
+def test_a_secret_of_the_environment_is_recognised_under_another_name(monkeypatch):
     monkeypatch.setenv("TEAM_STORE_TOKEN", "plain words of it")
     monkeypatch.setenv("SHORT_TOKEN", "ab")
     monkeypatch.setenv("FOLDER_SECRET", "/")
     assert redact({"note": "see plain words of it, ab /x"}) == {"note": f"see {REDACTED}, ab /x"}
 
 
-def test_what_only_looks_like_a_secret_stays_as_it_is():
+def test_values_that_only_look_like_secrets_are_kept():
     assert redact(INNOCENT) == INNOCENT
     words = [f"{name}={value}" for name, value in INNOCENT.items()]
     assert redact_arguments(words) == words
 
 
-def test_what_has_no_secrets_any_more_is_left_alone():
+def test_redacting_twice_changes_nothing_more():
     everything = {**FORMS, **{name: text for name, (text, _) in INSIDE.items()}, **NAMED}
     once = redact(everything)
     assert redact(once) == once
     assert redact_text(redact_text(json.dumps(everything))) == redact_text(json.dumps(everything))
 
 
-def test_two_settings_agree_where_one_lacks_its_secret_and_differ_where_more_differs():
+def test_a_redacted_config_equals_its_original_and_differs_from_another_config():
     full = {"path": "https://a:b12345@host/train", "tags": ["x"]}
     assert (
         is_same_when_redacted(redact(full), full)
@@ -114,19 +114,19 @@ def test_two_settings_agree_where_one_lacks_its_secret_and_differ_where_more_dif
 # Every shape, every place
 
 
-def test_a_secret_of_any_shape_is_refused_where_it_is_typed_and_is_in_nothing_that_is_written(tmp_path):
+def test_a_secret_of_any_shape_is_refused_on_the_command_line_and_never_written(tmp_path):
     shapes = secret_sinks.make_shapes(64, seed=2)
     assert {leak for shape in shapes for leak in secret_sinks.find_leaks(shape, tmp_path)} == set()
     assert len({shape.family for shape in shapes}) == 8 and len(secret_sinks.SINKS) == 12
 
 
 @pytest.mark.slow
-def test_500_shapes_are_refused_where_they_are_typed_and_are_in_nothing_that_is_written(tmp_path):
+def test_500_secret_shapes_are_refused_on_the_command_line_and_never_written(tmp_path):
     shapes = secret_sinks.make_shapes(500, seed=0)
     assert {leak for shape in shapes for leak in secret_sinks.find_leaks(shape, tmp_path)} == set()
 
 
-def test_the_places_and_sinks_would_show_a_secret_that_is_not_known(tmp_path):
+def test_the_leak_check_finds_a_secret_that_is_not_recognised(tmp_path):
     """That the two tests above can fail."""
     plain = secret_sinks.SecretShape("none", "plain words", "plain words")
     places = [key for key, _ in secret_sinks.iter_command_lines(plain)]
@@ -146,7 +146,7 @@ def test_300_ordinary_values_are_neither_refused_nor_redacted():
     assert redact_arguments(words) == words and redact(ORDINARY) == ORDINARY
 
 
-def test_nothing_in_conf_sweeps_and_the_commands_of_the_documents_is_taken_for_a_secret():
+def test_conf_sweeps_and_documented_commands_contain_no_false_positive():
     files = [path for folder in ("conf", "sweeps") for path in (ROOT / folder).rglob("*.yaml")]
     assert len(files) > 50
     for path in files:
@@ -161,14 +161,14 @@ def test_nothing_in_conf_sweeps_and_the_commands_of_the_documents_is_taken_for_a
 
 
 @pytest.mark.parametrize("word", SETTINGS)
-def test_commits_names_of_columns_and_names_with_dates_are_no_secrets(word):
+def test_commits_column_names_and_dated_names_are_no_secrets(word):
     assert find_typed_secret_errors([word]) == [] and redact_arguments([word]) == [word]
     name, _, value = word.partition("=")
     assert list(find_secret_keys({name: value})) == []
 
 
 @pytest.mark.parametrize("before", ["wandb login ", "key ", "api-key-", "API_KEY=", "login: ", "see ", ""])
-def test_a_key_of_40_digits_is_refused_behind_names_of_keys_and_in_free_text(before):
+def test_a_key_of_40_digits_is_refused_after_key_names_and_in_free_text(before):
     assert HEX not in redact_text(f"{before}{HEX}") and HEX not in redact_text(f"{before}{HEX}, then")
     assert find_typed_secret_errors([f"submit.account={before}{HEX}"])
 
@@ -181,7 +181,7 @@ def test_a_list_of_tags_may_hold_a_commit_and_no_key():
 
 
 @pytest.mark.parametrize("key", PROSE_KEYS)
-def test_a_sentence_in_a_setting_of_prose_may_speak_of_passwords(key):
+def test_a_text_setting_may_mention_passwords(key):
     for text in PROSE:
         for word in (
             f"{key}={text}",
@@ -197,7 +197,7 @@ def test_a_sentence_in_a_setting_of_prose_may_speak_of_passwords(key):
 
 
 @pytest.mark.parametrize("key", PROSE_KEYS)
-def test_a_setting_of_prose_takes_no_token_and_no_secret_of_the_environment(key, monkeypatch):
+def test_a_text_setting_refuses_tokens_and_secrets_of_the_environment(key, monkeypatch):
     monkeypatch.setenv("MY_PASSWORD", "h3ron-lake")
     tokens = [FORMS[name] for name in ("hugging_face", "openai", "github", "pem")]
     for secret in (*tokens, "h3ron-lake"):
@@ -206,7 +206,7 @@ def test_a_setting_of_prose_takes_no_token_and_no_secret_of_the_environment(key,
 
 
 @pytest.mark.parametrize(("command", "secret"), COMMANDS)
-def test_a_secret_in_the_words_of_a_command_is_known(command, secret):
+def test_a_secret_in_the_arguments_of_a_command_is_recognised(command, secret):
     assert secret not in redact_text(command) and REDACTED in redact_text(command)
     assert find_typed_secret_errors([f"submit.setup={quote_value([command])}"])
 
@@ -215,7 +215,7 @@ def test_a_secret_in_the_words_of_a_command_is_known(command, secret):
     "value", ["PASSWORD=", "export HF_TOKEN='", 'export HF_TOKEN="', "HF_TOKEN=x9y8z7w6, PASSWORD="]
 )
 @pytest.mark.parametrize("layout", [{}, {"indent": 2}, {"separators": (",", ":")}], ids=["line", "lines", "compact"])
-def test_json_stays_json_where_a_text_ends_with_a_name_of_a_secret(value, layout):
+def test_json_stays_valid_when_a_text_ends_with_a_secret_name(value, layout):
     nested = {"a": json.dumps({"b": value.strip("\"'"), "c": 1})}
     for plain in ({"licence": value, "b": "next"}, {"a": [value, "next"]}, nested):
         clean = json.loads(redact_text(json.dumps(plain, **layout)))
@@ -269,13 +269,13 @@ print("an unfinished", "line", end="")
 """
 
 
-def test_a_prompt_of_input_and_an_unfinished_line_at_the_end_are_shown():
+def test_an_input_prompt_and_an_unfinished_last_line_are_shown():
     done = subprocess.run([sys.executable, "-c", PROGRAM], input="mina\n", capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == f"password={REDACTED}\nyour name? asked: mina\nan unfinished line"
     assert done.stderr == "an unfinished error" and done.returncode == 0
 
 
-def test_a_progress_bar_is_drawn_through_the_redacted_terminal():
+def test_a_progress_bar_is_rendered_unchanged_by_the_redacted_terminal():
     plain, caught = io.StringIO(), io.StringIO()
     for stream in (plain, RedactedStream(caught)):
         console = Console(file=stream, force_terminal=True, width=80, color_system=None, legacy_windows=False)
@@ -291,7 +291,7 @@ def test_a_progress_bar_is_drawn_through_the_redacted_terminal():
 # Where it is typed
 
 
-def test_a_setting_that_holds_a_secret_is_named_with_what_to_do_and_the_secret_is_not_shown(tmp_path, monkeypatch):
+def test_a_setting_that_holds_a_secret_is_named_with_a_remedy_and_without_the_secret(tmp_path, monkeypatch):
     secret = f"Plain7{LETTERS[:8]}"
     monkeypatch.setenv("MY_PASSWORD", secret)
     (tmp_path / "experiment").mkdir()

@@ -22,11 +22,11 @@ def config_of(tmp_path, text, group="experiment/my/1_x", *words):
     return parse([f"--config-dir={tmp_path / 'mine'}", *(words or ["experiment=my/1_x"])]).config
 
 
-def test_a_time_limit_of_one_and_a_half_hours_stays_one(tmp_path):
+def test_a_time_limit_like_1_30_00_stays_text(tmp_path):
     assert config_of(tmp_path, HEAD + "submit: {time: 1:30:00}\n").submit.time == "1:30:00"
 
 
-def test_text_in_a_file_stays_as_it_is_written_also_in_lists_and_tables(tmp_path):
+def test_text_in_a_file_stays_unchanged_also_in_lists_and_tables(tmp_path):
     lines = "".join(f"    V{place}: {word}\n" for place, word in enumerate(WORDS))
     text = HEAD + f"logger:\n  tags: [{', '.join(WORDS)}]\nsubmit:\n  env:\n{lines}"
     config = config_of(tmp_path, text)
@@ -35,7 +35,7 @@ def test_text_in_a_file_stays_as_it_is_written_also_in_lists_and_tables(tmp_path
 
 
 @pytest.mark.parametrize("word", ["1:30:00", "on", "012"])
-def test_text_of_a_source_and_its_mapping_stays_as_it_is_written(word, tmp_path):
+def test_text_of_a_source_and_its_mapping_stays_unchanged(word, tmp_path):
     text = f"mine:\n  path: x\n  format: mapped\n  prompts: [{word}]\n  mapping: {{answer: {word}, labels: {word}}}\n"
     words = ["experiment=tiny/1_align", "data/source@data.sources=[mine]", "task=prepare"]
     source = config_of(tmp_path, text, "data/source/mine", *words).data.sources["mine"]
@@ -49,7 +49,7 @@ def test_a_plain_equals_sign_and_a_merge_sign_are_text_as_values(tmp_path):
     assert read_yaml("a: &x {t: =}\nb: {<<: *x}\n", lambda *_: False)["b"] == {"t": "="}
 
 
-def test_names_in_a_table_are_text(tmp_path):
+def test_keys_of_a_table_are_text(tmp_path):
     text = (
         HEAD
         + "submit: {env: {NO: yes, ON: 08, Y: n}}\ndata:\n  sources:\n    on: {format: builtin, path: caption, weight: 1.0}\n"
@@ -58,12 +58,12 @@ def test_names_in_a_table_are_text(tmp_path):
     assert config.submit.env == {"NO": "yes", "ON": "08", "Y": "n"} and "on" in config.data.sources
 
 
-def test_words_of_a_list_of_words_need_no_quotes(tmp_path):
+def test_enum_values_need_no_quotes(tmp_path):
     text = HEAD + "data:\n  sources:\n    a: {format: llava, path: a.json, weight: 1.0, markup: on}\n"
     assert config_of(tmp_path, text).data.sources["a"].markup.value == "on"
 
 
-def test_numbers_truth_values_and_null_of_other_settings_stay_what_they_are(tmp_path):
+def test_numbers_booleans_and_null_of_other_settings_keep_their_type(tmp_path):
     text = HEAD + (
         "run_name: null\nlogger: {wandb: no, group: ~}\ntrainer: {max_steps: 1_0, extra: {detect_anomaly: on, inference_mode: no}}\n"
         "stage: {learning_rate: 1e-3}\n"
@@ -80,7 +80,7 @@ def test_numbers_truth_values_and_null_of_other_settings_stay_what_they_are(tmp_
     )
 
 
-def test_anchors_and_merged_tables_are_text_where_text_is_wanted(tmp_path):
+def test_anchors_and_merged_tables_are_text_where_the_schema_expects_text(tmp_path):
     text = (
         HEAD
         + "submit:\n  env: &all {A: &a 1e3, B: on}\n  account: *a\nlogger: {tags: [*a]}\nstage: {min_learning_rate: 0.5}\n"
@@ -93,7 +93,7 @@ def test_anchors_and_merged_tables_are_text_where_text_is_wanted(tmp_path):
         read_yaml("a: &x [*x]\n", lambda *_: True)
 
 
-def test_text_on_the_command_line_stays_as_it_is_typed():
+def test_text_on_the_command_line_stays_unchanged():
     words = [f"submit.env.V{place}={word}" for place, word in enumerate(WORDS)]
     config = parse(["experiment=tiny/1_align", "logger.project=1e3", f"logger.tags=[{','.join(WORDS)}]", *words]).config
     assert (config.logger.project, config.logger.tags, list(config.submit.env.values())) == ("1e3", WORDS, WORDS)
@@ -118,7 +118,7 @@ def test_only_text_that_hydra_would_change_is_quoted(typed, quoted):
     assert quote_text(typed) == quoted
 
 
-def test_text_in_a_sweep_file_stays_as_it_is_written(tmp_path):
+def test_text_in_a_sweep_file_stays_unchanged(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text(
         "method: grid\nname: 1:30\nparameters:\n  logger.project: {values: [on, 1e3, 1_000]}\n  model.revision: {value: 012}\n"

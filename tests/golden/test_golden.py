@@ -32,11 +32,11 @@ def test_a_plan_gives_every_rank_the_same_samples_as_before():
     assert as_json(net.measure_plans()) == recorded("plans")
 
 
-def test_every_form_gives_the_same_token_ids_masks_and_tiles_as_before():
+def test_every_format_gives_the_same_token_ids_masks_and_tiles_as_before():
     assert as_json(net.measure_forms()) == recorded("forms")
 
 
-def test_every_command_of_the_documents_names_the_same_run_with_the_same_settings_as_before():
+def test_every_documented_command_names_the_same_run_with_the_same_settings_as_before():
     before = recorded("commands")
     assert net.measure_commands() == before
 
@@ -50,17 +50,17 @@ def test_a_user_error_reads_as_before():
     assert net.measure_errors() == before
 
 
-def test_losses_and_weights_after_eight_steps_of_each_stage_are_those_of_before():
+def test_losses_and_weights_after_eight_steps_of_each_stage_are_the_same_as_before():
     compare_runs(net.measure_runs(), recorded("runs"))
 
 
-def test_a_run_that_was_killed_at_step_4_before_resumes_and_ends_as_it_did():
+def test_a_recorded_run_killed_at_step_4_resumes_and_ends_as_before():
     after, output = net.resume_begun("begun")
     compare_runs(after, recorded("begun"))
     assert "step 4" in output, output
 
 
-def test_a_run_that_was_finished_before_says_so_and_stays_as_it_is():
+def test_a_recorded_finished_run_is_reported_as_finished_and_unchanged():
     after, output = net.resume_begun("finished")
     after["begun"] = after.pop("finished")
     compare_runs(after, recorded("begun"))

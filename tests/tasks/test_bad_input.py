@@ -120,13 +120,13 @@ SETTINGS = [
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for the accelerator that is not there")
 @pytest.mark.parametrize(("words", "said"), SETTINGS, ids=[words[0] for words, _ in SETTINGS])
-def test_a_mistake_in_the_settings_is_named_and_touches_nothing(done, words, said):
+def test_an_error_in_the_settings_is_named_and_changes_nothing(done, words, said):
     text = untouched(done, *LLAVA, *words)
     assert all(part in text for part in said), text
     assert len(text) < 900
 
 
-def test_all_mistakes_come_at_once_without_a_traceback_and_with_status_1(place):
+def test_all_errors_are_reported_together_without_a_traceback_and_with_status_1(place):
     ended = process(*LLAVA, "stage.learning_rat=1", "trainer.max_steps=many", "model=huge", cwd=place)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     assert all(word in ended.stderr for word in ("3 mistakes", "stage.learning_rat", "trainer.max_steps", "model=huge"))
@@ -199,7 +199,7 @@ def line(number: int) -> str:
     return f"faulty.jsonl:{2 * number + 2}: "
 
 
-def test_one_pass_finds_every_bad_record_and_stops_before_anything_is_trained(done, faulty):
+def test_one_pass_finds_every_bad_record_and_stops_before_training(done, faulty):
     text = untouched(done, *LLAVA, *CAPS, f"data.sources.mine.path={faulty}")
     assert f"Records that cannot be used ({len(RECORDS)} of mine" in text
     for number, (_, said) in enumerate(RECORDS.values()):
@@ -220,7 +220,7 @@ def test_each_bad_record_is_named_with_its_line_and_cause(place, name):
     assert [json.loads(row)["origin"] for row in listed.read_text("utf-8").splitlines()] == ["one.jsonl:2"]
 
 
-def test_a_file_of_bad_records_alone_names_them(place):
+def test_a_file_of_only_bad_records_is_refused_with_their_lines(place):
     write(place / "all.jsonl", [llava(ASK, "a", image="none.jpg")] * 3)
     words = [*LLAVA, "data.sources.mine.path=all.jsonl", "run_name=never"]
     assert "all.jsonl:1: image 'none.jpg' not found in" in message(*words)
@@ -228,7 +228,7 @@ def test_a_file_of_bad_records_alone_names_them(place):
     assert "No usable sample for training in the sources: mine" in allowed
 
 
-def test_bad_records_are_set_aside_and_named_in_the_quarantine(faulty):
+def test_bad_records_are_quarantined_and_named(faulty):
     ran = run(
         *LLAVA, *CAPS, f"data.sources.mine.path={faulty}", "data.on_bad_record=quarantine", "data.max_quarantined=0.5"
     )
@@ -241,7 +241,7 @@ def test_bad_records_are_set_aside_and_named_in_the_quarantine(faulty):
         assert f"{row['origin']}: " == line(number) and said in row["reason"]
 
 
-def test_too_many_bad_records_stop_the_run_also_in_quarantine(faulty):
+def test_too_many_bad_records_stop_the_run_also_with_quarantine(faulty):
     text = message(
         *LLAVA, *CAPS, f"data.sources.mine.path={faulty}", "data.on_bad_record=quarantine", "run_name=toomany"
     )
@@ -283,11 +283,11 @@ def broken(place):
     write(place / "broken.jsonl", [llava(ASK, "A temple.", image="truncated.jpg"), *conversations(5)])
 
 
-def test_an_image_that_breaks_while_training_is_named(broken):
+def test_an_image_that_cannot_be_decoded_while_training_is_named(broken):
     assert "broken.jsonl:1: image 'truncated.jpg' cannot be decoded: " in message(*BROKEN, "data.num_workers=0")
 
 
-def test_an_image_that_breaks_in_a_worker_ends_the_process_with_the_message_alone(place, broken):
+def test_an_image_that_cannot_be_decoded_in_a_worker_ends_the_process_with_only_the_message(place, broken):
     ended = process(*BROKEN, "run_name=broken", "data.num_workers=1", cwd=place)
     assert ended.returncode == 1
     assert "broken.jsonl:1: image 'truncated.jpg' cannot be decoded: " in ended.stderr

@@ -42,7 +42,7 @@ def words(corpus, tmp_path, monkeypatch) -> list[str]:
     return [*words, f"data.sources.mine.image_root={folder / 'images'}", "data.validation.fraction=0", "run_name=bad"]
 
 
-def test_each_bad_one_is_quarantined_by_its_fault_and_all_others_are_trained_on(words, corpus):
+def test_each_bad_record_is_quarantined_with_its_fault_and_all_others_are_trained_on(words, corpus):
     _, count, expected = corpus
     aside = ["data.on_bad_record=quarantine", "data.max_quarantined=1.0", "data.max_image_pixels=64000000"]
     ready = prepared(*words, *aside)
@@ -60,7 +60,7 @@ def test_each_bad_one_is_quarantined_by_its_fault_and_all_others_are_trained_on(
     assert not (ran.dir / "ledger.jsonl").exists()
 
 
-def test_the_usual_share_stops_with_the_counts_of_each_fault(words, corpus, tmp_path):
+def test_the_default_limit_stops_with_the_counts_of_each_fault(words, corpus, tmp_path):
     _, count, expected = corpus
     with pytest.raises(UserError) as caught:
         prepared(*words, "data.on_bad_record=quarantine")
@@ -72,7 +72,7 @@ def test_the_usual_share_stops_with_the_counts_of_each_fault(words, corpus, tmp_
     assert not (tmp_path / "runs" / "bad" / "mixture.lock").exists()
 
 
-def test_to_stop_names_them_with_the_counts_and_sets_nothing_aside(words, corpus, tmp_path):
+def test_the_policy_stop_names_bad_records_with_counts_and_quarantines_nothing(words, corpus, tmp_path):
     _, _, expected = corpus
     with pytest.raises(UserError) as caught:
         prepared(*words, "data.on_bad_record=stop")

@@ -74,7 +74,7 @@ def test_piped_questions_are_answered_one_by_one(folder, picture, monkeypatch, t
     assert "> " not in capsys.readouterr().out
 
 
-def test_a_prompt_gets_one_answer_on_stdout_and_its_boxes_in_a_file(
+def test_a_prompt_prints_one_answer_to_stdout_and_writes_its_boxes_to_a_file(
     folder, picture, says, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -90,7 +90,7 @@ def test_a_prompt_gets_one_answer_on_stdout_and_its_boxes_in_a_file(
     assert question[1] == ControlToken("<gro>") and question[2] == "\n무엇이 어디에 있나요?"
 
 
-def test_the_conversation_remembers_answers_and_pictures_until_reset(conversation, picture, says):
+def test_the_conversation_keeps_answers_and_images_until_reset(conversation, picture, says):
     asked = says("하나", POINTS, "셋")
     conversation.add_image(picture)
     conversation.ask("첫째")
@@ -104,7 +104,7 @@ def test_the_conversation_remembers_answers_and_pictures_until_reset(conversatio
     assert len(asked[2].messages) == 2 and not asked[2].images
 
 
-def test_several_turns_over_several_pictures_reach_the_model(conversation, picture):
+def test_several_turns_with_several_images_reach_the_model(conversation, picture):
     conversation.add_image(picture)
     for question in ("무엇이 보이나요?", "<ocr>", "정말?"):
         assert isinstance(conversation.ask(question), str)
@@ -113,7 +113,7 @@ def test_several_turns_over_several_pictures_reach_the_model(conversation, pictu
     assert len(conversation.messages) == 8
 
 
-def test_commands_work_and_mistakes_do_not_end_the_conversation(folder, picture, says, monkeypatch, tmp_path, capsys):
+def test_commands_work_and_errors_do_not_end_the_conversation(folder, picture, says, monkeypatch, tmp_path, capsys):
     asked = says("first", POINTS)
     pipe(
         monkeypatch,
@@ -142,7 +142,7 @@ def test_a_model_without_the_control_tokens_gets_them_as_text(conversation, says
     assert asked[0].messages[0].content == ("<gro>\nwhere?",)
 
 
-def test_chat_without_a_model_or_with_a_missing_picture_says_what_to_do(folder, tmp_path):
+def test_chat_without_a_model_or_with_a_missing_image_is_refused_with_a_remedy(folder, tmp_path):
     with pytest.raises(UserError, match="task=chat needs a model: init_from="):
         run_chat(Job(None))
     with pytest.raises(UserError, match="no such folder"):
@@ -151,5 +151,5 @@ def test_chat_without_a_model_or_with_a_missing_picture_says_what_to_do(folder, 
         run_chat(Job(folder, image=[str(tmp_path / "nope.png")], prompt="hi"))
 
 
-def test_what_a_terminal_would_obey_is_left_out():
+def test_terminal_control_characters_are_removed():
     assert remove_control_characters("red\x1b[31m 빨강\n\tend\x07") == "red[31m 빨강\n\tend"

@@ -56,7 +56,7 @@ def same_folder(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("stage", ["align", LORA, "dpo"])
-def test_the_folder_is_the_one_that_the_run_itself_would_have_left(pair, stage):
+def test_the_exported_folder_equals_the_one_that_the_run_itself_exports(pair, stage):
     own, later, _ = pair(stage)
     assert own.hf.is_dir() and not later.hf.exists()
     exported(f"init_from={later.dir}")
@@ -65,7 +65,7 @@ def test_the_folder_is_the_one_that_the_run_itself_would_have_left(pair, stage):
     shutil.rmtree(later.hf)
 
 
-def test_it_answers_with_the_same_logits(pair):
+def test_the_exported_model_gives_the_same_logits(pair):
     from transformers import AutoModelForImageTextToText
 
     own, later, _ = pair("align")
@@ -81,7 +81,7 @@ def test_it_answers_with_the_same_logits(pair):
     shutil.rmtree(later.hf)
 
 
-def test_a_run_that_was_killed_gives_its_last_checkpoint_under_a_name_of_its_own(place, pair):
+def test_a_killed_run_exports_its_last_checkpoint_to_a_folder_named_after_the_step(place, pair):
     _, later, words = pair("align")
     words = [*words, "run_name=killed", "checkpoint.asynchronous=false"]
     assert -signal.SIGKILL in start(words, place, 1, kill_at(3 * later.manifest["plan"]["k"])).wait()
@@ -94,7 +94,7 @@ def test_a_run_that_was_killed_gives_its_last_checkpoint_under_a_name_of_its_own
     assert one.keys() == other.keys() and any(not torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_lost_manifest_costs_no_model(pair):
+def test_a_lost_manifest_does_not_prevent_the_export(pair):
     own, later, _ = pair("align")
     kept = (later.dir / "manifest.json").read_bytes()
     (later.dir / "manifest.json").write_bytes(kept[:100])
@@ -105,7 +105,7 @@ def test_a_lost_manifest_costs_no_model(pair):
     shutil.rmtree(folder)
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(pair, place, capsys):
+def test_a_corrupt_checkpoint_is_named_and_the_preceding_one_is_used(pair, place, capsys):
     _, later, _ = pair("align")
     copy = Path(shutil.copytree(later.dir, place / "runs" / "damaged"))
     newest = max((copy / "checkpoints").glob("step-*"))
@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(pair, place, 
     assert [path.name for path in copy.glob("hf-step-*")] == [f"hf-{steps[-2].name}"]
 
 
-def test_another_template_than_was_trained_with_is_refused(pair, place):
+def test_a_chat_template_other_than_in_training_is_refused(pair, place):
     own, _, _ = pair("align")
     words = words_of(place, LORA, f"init_from={place / 'start'}", "run_name=from_start", "trainer.max_steps=1")
     shutil.copytree(own.hf, place / "start")
@@ -133,7 +133,7 @@ def test_another_template_than_was_trained_with_is_refused(pair, place):
 
 
 @pytest.mark.slow
-def test_checkpoints_of_two_ranks_are_as_good(pair, place):
+def test_checkpoints_of_two_ranks_export_the_same_model(pair, place):
     pair("align")
     words = [*words_of(place, "align"), *TWO, "run_name=two"]
     assert start(words, place, 2).wait() == [0, 0]
@@ -142,12 +142,12 @@ def test_checkpoints_of_two_ranks_are_as_good(pair, place):
     assert all(torch.allclose(one[key], other[key], rtol=1e-3, atol=1e-3) for key in other)
 
 
-def test_where_there_is_no_run_it_says_what_it_needs(place):
+def test_a_folder_without_a_run_is_refused_with_what_is_needed(place):
     with pytest.raises(UserError, match=r"holds no checkpoints/. Name the folder of a run that has checkpoints"):
         exported(f"init_from={place}")
 
 
-def test_a_run_without_a_model_says_so_and_how_to_have_one(pair, place, capsys):
+def test_a_run_without_a_model_reports_it_and_the_command_to_export_one(pair, place, capsys):
     _, later, words = pair("align")
     capsys.readouterr()
     run_again(words, "run_name=align_later")
@@ -163,7 +163,7 @@ def run_again(words: list[str], *more: str) -> None:
     train(parse([*words, *more]))
 
 
-def test_own_callbacks_cost_no_model(pair, place, capsys, monkeypatch):
+def test_user_callbacks_do_not_prevent_the_export(pair, place, capsys, monkeypatch):
     monkeypatch.syspath_prepend(place)
     _, _, words = pair("align")
     (place / "own_callback.py").write_text("import lightning\nclass Mine(lightning.Callback):\n    pass\n")
@@ -173,7 +173,7 @@ def test_own_callbacks_cost_no_model(pair, place, capsys, monkeypatch):
     assert (place / "runs" / "own" / "hf" / "config.json").is_file()
 
 
-def test_the_best_command_of_a_sweep_leaves_a_model():
+def test_the_best_command_of_a_sweep_exports_a_model():
     from lit_vlm.sweep.file import try_read_sweep
     from lit_vlm.sweep.words import build_trial_overrides, format_trial_command
 

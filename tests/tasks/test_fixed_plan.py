@@ -58,7 +58,7 @@ def dated(tmp_path_factory) -> tuple[Path, list[str]]:
     return place, words
 
 
-def test_a_run_that_goes_on_in_another_month_reads_the_day_on_which_it_began(dated):
+def test_a_run_resumed_in_another_month_uses_the_template_date_of_its_start(dated):
     place, words = dated
     words, k = [*words, "run_name=killed"], Ran(place / "runs" / "whole").manifest["plan"]["k"]
     assert -signal.SIGKILL in start(words, place, 1, also(on("2026-04-30"), kill_at(2 * k))).wait()
@@ -73,7 +73,7 @@ def test_a_run_that_goes_on_in_another_month_reads_the_day_on_which_it_began(dat
     assert json.loads((place / "runs" / "killed" / "mixture.lock").read_text())["template_date"] == "2026-04-30"
 
 
-def test_another_template_in_the_same_file_is_refused_when_a_run_goes_on(dated):
+def test_a_changed_chat_template_in_the_same_file_is_refused_on_resume(dated):
     place, words = dated
     words, k = [*words, "run_name=edited"], Ran(place / "runs" / "whole").manifest["plan"]["k"]
     assert -signal.SIGKILL in start(words, place, 1, kill_at(2 * k)).wait()
@@ -85,7 +85,7 @@ def test_another_template_in_the_same_file_is_refused_when_a_run_goes_on(dated):
     assert ended(words, place)[0] == 0
 
 
-def test_what_is_prepared_on_one_day_is_trained_on_with_that_day(tmp_path, monkeypatch, capsys):
+def test_prepared_data_are_trained_on_with_the_template_date_of_preparing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.jinja").write_text(DAY + CHATML)
     write(tmp_path / "a.jsonl", [llava(f"question {n}", f"answer {n}") for n in range(8)])
@@ -141,7 +141,7 @@ def killed(place: Path, words: list[str]) -> None:
     assert -signal.SIGKILL in start(words, place, 1, kill_at(2)).wait()
 
 
-def test_pictures_that_were_replaced_since_a_run_was_left_end_it_and_the_old_ones_let_it_go_on(pictured):
+def test_replaced_images_end_a_resumed_run_and_the_restored_ones_let_it_resume(pictured):
     place, words = pictured
     words = [*words, "run_name=replaced"]
     killed(place, words)
@@ -157,7 +157,7 @@ def test_pictures_that_were_replaced_since_a_run_was_left_end_it_and_the_old_one
     assert same_state(last_state(place, "whole"), last_state(place, "replaced"))
 
 
-def test_pictures_that_were_replaced_and_prepared_are_another_run(pictured, monkeypatch):
+def test_replaced_and_prepared_images_make_another_run(pictured, monkeypatch):
     place, words = pictured
     words = [*words, "run_name=prepared"]
     killed(place, words)
@@ -181,7 +181,7 @@ DAMAGE = {"empty": b"", "cut": None, "no object": b"[]\n", "without its settings
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_run_whose_manifest_is_damaged_goes_on_from_its_checkpoint(pictured, damage):
+def test_a_run_with_a_damaged_manifest_resumes_from_its_checkpoint(pictured, damage):
     place, words = pictured
     name = damage.replace(" ", "_")
     words = [*words, f"run_name={name}"]
@@ -196,7 +196,7 @@ def test_a_run_whose_manifest_is_damaged_goes_on_from_its_checkpoint(pictured, d
     assert same_state(last_state(place, "whole"), last_state(place, name))
 
 
-def test_a_run_of_other_settings_is_refused_there_though_the_manifest_is_lost(pictured):
+def test_a_run_of_other_settings_is_refused_although_the_manifest_is_lost(pictured):
     place, words = pictured
     words = [*words, "run_name=other"]
     killed(place, words)
@@ -208,7 +208,7 @@ def test_a_run_of_other_settings_is_refused_there_though_the_manifest_is_lost(pi
     assert code == 0, said
 
 
-def test_a_finished_run_whose_manifest_is_damaged_is_finished_and_the_next_stage_starts_from_it(
+def test_a_finished_run_with_a_damaged_manifest_stays_finished_and_the_next_stage_starts_from_it(
     pictured, monkeypatch, capsys
 ):
     place, words = pictured
@@ -229,7 +229,7 @@ def test_a_finished_run_whose_manifest_is_damaged_is_finished_and_the_next_stage
     assert "damaged" not in capsys.readouterr().out
 
 
-def test_a_damaged_lock_and_budget_of_a_run_are_made_again(pictured, monkeypatch, capsys):
+def test_a_damaged_lock_file_and_budget_are_written_again(pictured, monkeypatch, capsys):
     place, words = pictured
     monkeypatch.chdir(place)
     own = [*words[len(TINY) :], "run_name=lock"]

@@ -61,7 +61,7 @@ def weights(**values: float) -> list[str]:
     return [f"data.sources.{name}.weight={values.get(name, 1)}" for name in SIZES]
 
 
-def test_nothing_asked_is_each_record_once(words):
+def test_without_mixture_settings_each_record_is_sampled_once(words):
     rows, plan = drawn(words)
     assert plan["steps"] == 10 and {name: rows[name]["drawn"] for name in SIZES} == SIZES
 
@@ -80,7 +80,7 @@ def test_weights_in_tokens_are_shares_of_the_tokens(words):
     assert rows["talk_ko"]["drawn"] < rows["talk_en"]["drawn"]  # whose answers are short
 
 
-def test_repeats_and_counts_say_what_an_epoch_reads(words):
+def test_repeats_and_counts_set_the_samples_of_an_epoch(words):
     asked = ["data.sources.talk_ko.repeat=3", "data.sources.talk_en.count=12", "data.sources.read_en.repeat=0.5"]
     rows, plan = drawn(words, *asked, "data.global_batch_size=10")
     assert plan["steps"] == 9 and [rows[name]["drawn"] for name in SIZES] == [36, 12, 24, 18]
@@ -93,7 +93,7 @@ def test_a_fraction_is_chosen_before_anything_is_counted(words):
     assert again["talk_en"]["size"] == rows["talk_en"]["size"]
 
 
-def test_temperature_brings_sizes_together(words):
+def test_temperature_flattens_the_sampling_by_size(words):
     rows, _ = drawn(words, "data.temperature=2")
     roots = {name: size**0.5 for name, size in SIZES.items()}
     for name, root in roots.items():
@@ -111,7 +111,7 @@ def test_temperature_brings_sizes_together(words):
         ("data.share.kinds.ocr=0.2", "ocr", 0.2),
     ],
 )
-def test_shares_of_all_that_is_drawn_are_met(words, word, name, share):
+def test_shares_of_all_samples_are_met(words, word, name, share):
     rows, plan = drawn(words, word)
     assert rows[name]["asked"] == share and plan["steps"] == 10
     assert abs(rows[name]["samples"] - share) <= 1 / 120
@@ -137,7 +137,7 @@ def test_a_global_batch_of_tokens_ends_with_the_sample_that_fills_it(words):
     assert sum(rows[name]["drawn"] for name in SIZES) >= sum(SIZES.values())
 
 
-def test_fewer_tiles_and_other_prompts_per_source(words, files, tmp_path):
+def test_max_tiles_and_prompts_apply_per_source(words, files, tmp_path):
     """Captions ask with the pool of their source; `max_tiles` holds for its source alone."""
     captions = [{"image": PHOTOS[i % 4], "caption": f"Photo {i}"} for i in range(12)]
     write(files / "captions.jsonl", captions)
@@ -173,7 +173,7 @@ CONTRADICTIONS = [
 
 
 @pytest.mark.parametrize(("asked", "said"), CONTRADICTIONS, ids=[words[-1] for words, _ in CONTRADICTIONS])
-def test_what_cannot_be_had_is_refused_with_the_settings_named(words, tmp_path, asked, said):
+def test_contradictory_mixture_settings_are_refused_and_named(words, tmp_path, asked, said):
     with pytest.raises(UserError) as caught:
         run(*words, "stage=sft", "run_name=never", *asked)
     text = str(caught.value)
@@ -187,7 +187,7 @@ READY = ["data=sft_ko_en", "stage=sft"]
 FOUND = ["~data.sources.aihub_144_objects", "~data.sources.aihub_81_glyphs", "~data.sources.mix665k"]
 
 
-def test_a_named_set_that_is_not_there_says_how_to_obtain_it(tmp_path, monkeypatch):
+def test_a_missing_named_set_is_reported_with_how_to_obtain_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
         run(*READY, "run_name=never")
@@ -198,7 +198,7 @@ def test_a_named_set_that_is_not_there_says_how_to_obtain_it(tmp_path, monkeypat
     assert not (tmp_path / "runs" / "never").exists()
 
 
-def test_a_ready_mixture_trains_on_what_lies_at_its_paths(files, tmp_path, monkeypatch):
+def test_a_ready_mixture_trains_on_the_files_at_its_paths(files, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_zip(tmp_path / "food" / "구이.zip", [(f"구이/갈비구이/{i}.jpg", picture()) for i in range(6)], "cp949")
     words = [*READY, *FOUND, f"data.sources.kollava_instruct.path={files / 'seen_ko.jsonl'}"]

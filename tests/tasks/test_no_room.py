@@ -20,7 +20,7 @@ def full(*_, **__):
     raise SafetensorError(FULL)
 
 
-def test_a_disk_without_room_for_the_tiny_model_is_named(tmp_path, monkeypatch):
+def test_a_full_disk_for_the_tiny_model_is_named(tmp_path, monkeypatch):
     config = parse(["task=train", "experiment=tiny/1_align", f"run_dir={tmp_path / 'runs'}"]).config
     with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
         patch.setattr(SiglipVisionModel, "save_pretrained", full)
@@ -34,14 +34,14 @@ def test_a_disk_without_room_for_the_tiny_model_is_named(tmp_path, monkeypatch):
     assert resolve_tiny_parts(config).vision_tower.startswith(str(parts))
 
 
-def test_a_folder_that_cannot_be_made_for_the_tiny_model_is_named(tmp_path):
+def test_a_folder_that_cannot_be_created_for_the_tiny_model_is_named(tmp_path):
     (tmp_path / "parts").write_text("in the way")
     config = parse(["task=train", "experiment=tiny/1_align", f"run_dir={tmp_path}"]).config
     with pytest.raises(UserError, match=r"parts cannot be kept in .*parts: .*set run_dir to another folder"):
         resolve_tiny_parts(config)
 
 
-def test_a_disk_without_room_for_what_is_kept_is_named(tmp_path, monkeypatch):
+def test_a_full_disk_for_the_reference_cache_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(kept, "save_file", full)
     reference = ReferenceLogProbCache(tmp_path / "reference")
     reference.add(1, 0, [1, 1], torch.zeros(2))
@@ -50,7 +50,7 @@ def test_a_disk_without_room_for_what_is_kept_is_named(tmp_path, monkeypatch):
     assert not list((tmp_path / "reference").iterdir())
 
 
-def test_a_disk_without_room_for_the_finished_model_is_named_and_the_run_goes_on(tmp_path, monkeypatch):
+def test_a_full_disk_at_export_is_named_and_the_run_resumes(tmp_path, monkeypatch):
     words = [
         f"run_dir={tmp_path}",
         "run_name=r",
@@ -64,7 +64,7 @@ def test_a_disk_without_room_for_the_finished_model_is_named_and_the_run_goes_on
     assert run(*words).manifest["status"] == "finished"
 
 
-def test_only_what_the_system_refuses_becomes_an_os_error():
+def test_only_errors_of_the_system_become_os_errors():
     with pytest.raises(OSError, match="No space left on device"), raise_os_errors():
         full()
     with pytest.raises(SafetensorError, match="header too large"), raise_os_errors():

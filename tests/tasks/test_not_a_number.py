@@ -53,18 +53,18 @@ def check_skipping(folder, faults, steps, strategy="ddp"):
     assert run_dir(folder, "skips").manifest["figures"]["skipped_steps"] == len(faults)
 
 
-def test_ranks_skip_alike_and_nothing_of_the_step_stays(tmp_path):
+def test_all_ranks_skip_the_same_step_without_a_trace_in_the_state(tmp_path):
     check_skipping(tmp_path, with_gaps([PLACES[0], PLACES[4], PLACES[8], PLACES[10]]), 8)
 
 
 @pytest.mark.slow
-def test_ranks_skip_alike_at_twenty_places(tmp_path):
+def test_all_ranks_skip_the_same_step_at_twenty_places(tmp_path):
     check_skipping(tmp_path, with_gaps(PLACES), 40)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
-def test_ranks_skip_alike_when_they_share_out_what_trains(tmp_path, strategy):
+def test_all_ranks_skip_the_same_step_under_sharding(tmp_path, strategy):
     """The gradients are not in `parameter.grad` there, or only rows of them: the fault is put into the loss."""
     faults = [fault for fault in PLACES if fault.where == "loss"][:6]
     check_skipping(tmp_path, with_gaps(faults), 13, strategy)
@@ -77,7 +77,7 @@ def test_ranks_skip_alike_when_they_share_out_what_trains(tmp_path, strategy):
         pytest.param(Fault("gradient", 1, 2, 0, INF), id="gradient", marks=pytest.mark.slow),
     ],
 )
-def test_one_rank_alone_stops_all_with_one_message(tmp_path, fault):
+def test_a_fault_on_one_rank_stops_all_ranks_with_one_message(tmp_path, fault):
     words = words_of(tmp_path, "sft", *TWO, *SMALL, "run_name=stops")
     begun = start(words, tmp_path, 2, both(broken([fault]), noting(tmp_path)))
     assert begun.wait() == [1, 1]
@@ -88,7 +88,7 @@ def test_one_rank_alone_stops_all_with_one_message(tmp_path, fault):
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_rollback_leaves_the_step_out_and_equals_a_run_that_skipped_it(tmp_path, ranks):
+def test_a_rollback_omits_the_step_and_equals_a_run_that_skipped_it(tmp_path, ranks):
     fault, two = Fault("loss", 3, 1, ranks - 1), TWO if ranks == 2 else []
     words = words_of(tmp_path, "sft", *two, *SMALL, "checkpoint.every_steps=2")
     back = [*words, "guard.on_nonfinite=rollback", "run_name=back"]
@@ -106,7 +106,7 @@ def test_a_rollback_leaves_the_step_out_and_equals_a_run_that_skipped_it(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_step_that_was_skipped_is_left_out_by_the_next_start(tmp_path):
+def test_a_skipped_step_is_also_omitted_after_a_restart(tmp_path):
     """Killed after it was skipped, and gone on before it: the second start finds the number sound, and does as the first."""
     from resume_cases import kill_at
 

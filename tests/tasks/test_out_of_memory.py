@@ -64,7 +64,7 @@ def check_equal(folder, calm):
 
 
 @pytest.mark.parametrize("where", ["backward", pytest.param("optimizer", marks=pytest.mark.slow)])
-def test_one_device_goes_on_in_the_process_with_half_the_budget(tmp_path, where):
+def test_one_device_continues_in_the_same_process_with_half_the_budget(tmp_path, where):
     """Without a checkpoint before: one is made of the state that the step found. In the update nothing is certain of the
     weights, and the run goes back."""
     low, calm = tmp_path / "low", tmp_path / "calm"
@@ -77,7 +77,7 @@ def test_one_device_goes_on_in_the_process_with_half_the_budget(tmp_path, where)
 
 
 @pytest.mark.slow
-def test_ten_random_places_end_with_the_weights_of_an_undisturbed_run(tmp_path):
+def test_out_of_memory_at_ten_random_places_ends_with_the_weights_of_an_undisturbed_run(tmp_path):
     undisturbed(tmp_path)
     generator = random.Random(0)
     for number in range(10):
@@ -89,7 +89,7 @@ def test_ten_random_places_end_with_the_weights_of_an_undisturbed_run(tmp_path):
 
 
 @pytest.mark.slow
-def test_no_sample_is_dropped_for_memory_and_the_end_of_halving_is_told(tmp_path):
+def test_no_sample_is_dropped_for_memory_and_the_last_halving_is_reported(tmp_path):
     """68 tokens are the largest sample's: 300, 150, 75, 68, and no further."""
     words = words_of(tmp_path, "sft", *EXACT, "guard.max_oom_retries=9", "data.tiles_per_micro_batch=2", "run_name=low")
     code, said = ended(words, tmp_path, 1, out_of_memory_at(1, 0, "forward", times=99))
@@ -99,7 +99,7 @@ def test_no_sample_is_dropped_for_memory_and_the_end_of_halving_is_told(tmp_path
     assert "Traceback" not in said
 
 
-def test_several_ranks_leave_to_start_again_with_half_the_budget(tmp_path):
+def test_several_ranks_exit_to_restart_with_half_the_budget(tmp_path):
     words = words_of(
         tmp_path, "sft", *EXACT, *TWO, "data.global_batch_size=12", "trainer.timeout_minutes=2", "run_name=low"
     )
@@ -116,7 +116,7 @@ def test_several_ranks_leave_to_start_again_with_half_the_budget(tmp_path):
     assert sorted(ids(tmp_path)) == list(range(6)) and all(ids(tmp_path)[step] == before[step] for step in before)
 
 
-def test_of_ranks_that_run_out_together_one_puts_the_slurm_job_back_into_the_queue(tmp_path):
+def test_one_rank_requeues_the_slurm_job_when_several_run_out_of_memory_together(tmp_path):
     words = words_of(tmp_path, "sft", *EXACT, *TWO, "data.global_batch_size=12", "run_name=low")
     words += ["guard.max_oom_retries=1", "trainer.timeout_minutes=2"]
     together = [out_of_memory_at(3, 0, "forward", rank=rank) for rank in (0, 1)]
@@ -128,7 +128,7 @@ def test_of_ranks_that_run_out_together_one_puts_the_slurm_job_back_into_the_que
 
 
 @pytest.mark.parametrize(("in_slurm", "share", "code"), [(True, 0.5, RESTART), (True, 0.0, 1), (False, 0.5, 1)])
-def test_a_record_that_turned_bad_puts_it_back_too_while_they_are_few(tmp_path, in_slurm, share, code):
+def test_a_corrupt_record_requeues_the_job_while_few_are_quarantined(tmp_path, in_slurm, share, code):
     words = words_of(tmp_path, "sft", "guard.heartbeat_seconds=1", f"data.max_quarantined={share}", "run_name=bad")
     patches = [turning_bad, *([in_a_job(tmp_path)] if in_slurm else [])]
     for number in range(2):  # one always may
@@ -182,7 +182,7 @@ sys.exit(int(sys.argv[3]))
 @pytest.mark.parametrize(
     ("devices", "halved", "status", "starts"), [(2, 2, 0, 3), (2, 2, 1, 3), (2, 0, 1, 1), (2, 99, 1, 4), (1, 2, 1, 1)]
 )
-def test_a_pipeline_starts_a_stage_again_as_often_as_its_ranks_halve_the_budget(
+def test_a_pipeline_restarts_a_stage_each_time_its_ranks_halve_the_budget(
     tmp_path, monkeypatch, devices, halved, status, starts
 ):
     config = SimpleNamespace(trainer=SimpleNamespace(devices=devices), guard=SimpleNamespace(max_oom_retries=3))

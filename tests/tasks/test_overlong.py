@@ -54,7 +54,7 @@ def parts_of(*words: str):
     return stage.double().eval(), data.datamodule
 
 
-def test_each_policy_makes_what_it_can_fit(words):
+def test_each_policy_shortens_the_samples_that_it_can(words):
     fitted = {}
     for policy in ("quarantine", "fewer_tiles", "cut_turn"):
         _, datamodule = parts_of(*words, f"data.on_overlong={policy}")
@@ -68,7 +68,7 @@ def test_each_policy_makes_what_it_can_fit(words):
 
 
 @pytest.mark.parametrize("policy", ["fewer_tiles", "cut_turn"])
-def test_totals_are_what_the_batches_hold_and_packed_losses_are_those_of_the_samples_alone(words, policy):
+def test_step_totals_match_the_batches_and_packed_losses_match_single_samples(words, policy):
     stage, datamodule = parts_of(*words, f"data.on_overlong={policy}")
     plan = datamodule.make_plan(2)
     index, processor = plan.index, datamodule.processor
@@ -103,7 +103,7 @@ def test_a_run_trains_on_them_and_counts_the_rest(words, policy):
     assert set(data["quarantined"]) <= {"talks"} if policy == "fewer_tiles" else {"seen"} <= set(data["quarantined"])
 
 
-def test_a_cap_on_the_tiles_of_a_source_reaches_the_model_and_the_model_answers(words, place, capsys):
+def test_max_tiles_of_a_source_reaches_the_model_and_the_model_answers(words, place, capsys):
     words = [*words, "data.max_length=null", "data.tokens_per_micro_batch=2000", "data.sources.seen.max_tiles=1"]
     stage, datamodule = parts_of(*words)
     plan = datamodule.make_plan(1)

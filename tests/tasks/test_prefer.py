@@ -68,7 +68,7 @@ def lines_of(tmp_path):
     return [json.loads(line) for line in text.splitlines()]
 
 
-def test_pairs_are_made_read_back_and_trained_on(make, folder, tmp_path, capsys):
+def test_pairs_are_generated_read_back_and_trained_on(make, folder, tmp_path, capsys):
     rows = make("prefer.kinds=[response,control]", "prefer.num_samples=6", "prefer.temperature=1.7")
     said = capsys.readouterr().out
     kinds = [row["pair"] for row in rows]
@@ -99,7 +99,7 @@ def test_pairs_are_made_read_back_and_trained_on(make, folder, tmp_path, capsys)
     assert ran.manifest["status"] == "finished"
 
 
-def test_what_is_interrupted_goes_on_and_batches_change_nothing(make, tmp_path, monkeypatch):
+def test_an_interrupted_task_resumes_and_batching_changes_nothing(make, tmp_path, monkeypatch):
     whole = make()
     for path in (tmp_path / "pairs.jsonl", tmp_path / "pairs_files"):
         path.rename(path.with_name(f"old_{path.name}"))
@@ -127,7 +127,7 @@ def test_what_is_interrupted_goes_on_and_batches_change_nothing(make, tmp_path, 
     assert make() == whole and not drawn  # finished
 
 
-def test_a_finished_file_says_so_and_another_question_is_refused(make, tmp_path, capsys):
+def test_a_finished_file_is_reported_and_other_settings_are_refused(make, tmp_path, capsys):
     rows, before = make(), (tmp_path / "pairs.jsonl").stat()
     make()
     assert "finished already" in capsys.readouterr().out and (tmp_path / "pairs.jsonl").stat() == before
@@ -138,7 +138,7 @@ def test_a_finished_file_says_so_and_another_question_is_refused(make, tmp_path,
 
 
 @pytest.mark.parametrize("name", ["pairs.jsonl", "pairs_files/mine.txt"])
-def test_what_is_not_of_this_task_is_not_touched(make, tmp_path, name):
+def test_files_of_other_origin_are_not_touched(make, tmp_path, name):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("mine")
     with pytest.raises(UserError, match=r"prefer\.output=\.\.\."):
@@ -146,7 +146,7 @@ def test_what_is_not_of_this_task_is_not_touched(make, tmp_path, name):
     assert (tmp_path / name).read_text() == "mine"
 
 
-def test_answers_that_the_limit_cuts_are_counted_and_never_used(make, tmp_path, capsys):
+def test_truncated_answers_are_counted_and_never_used(make, tmp_path, capsys):
     with pytest.raises(UserError, match="Not one pair"):
         make("prefer.max_new_tokens=1")
     assert {row["state"] for line in lines_of(tmp_path) for row in line["answers"]} == {"cut"}
@@ -154,7 +154,7 @@ def test_answers_that_the_limit_cuts_are_counted_and_never_used(make, tmp_path, 
     assert "cut" in said and "too few answers" in said and "48" in said
 
 
-def test_the_known_answer_can_be_chosen(make):
+def test_the_reference_answer_can_be_the_chosen_one(make):
     without = make("prefer.temperature=2.5")
     rows = make("prefer.temperature=2.5", "prefer.reference_as_chosen=true", "overwrite=true")
     known = [row for row in rows if row["answers"]["chosen"] == "reference" and "what" in row["id"]]
@@ -165,7 +165,7 @@ def test_the_known_answer_can_be_chosen(make):
         assert row["scores"] == {"chosen": 1.0, "rejected": 0.0} and row["answers"]["rejected"] == "sample"
 
 
-def test_made_pictures_are_saved_beside_the_pairs(folder, tmp_path, monkeypatch):
+def test_generated_images_are_saved_next_to_the_pairs(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sources = [f"data.sources.{name}.num_samples=3" for name in ("caption_ko", "number_en")]
     choice = tmp_path / "conf" / "data" / "two.yaml"
@@ -189,7 +189,7 @@ def test_made_pictures_are_saved_beside_the_pairs(folder, tmp_path, monkeypatch)
     assert np.array_equal(np.asarray(pairs[0].images[0].load()), np.asarray(made[0].images[0].load()))
 
 
-def test_a_class_of_ones_own_judges(make, tmp_path, monkeypatch):
+def test_a_user_class_can_be_the_judge(make, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "own_judge", raising=False)
     (tmp_path / "own_judge.py").write_text(
@@ -206,7 +206,7 @@ def test_a_class_of_ones_own_judges(make, tmp_path, monkeypatch):
     assert rows and "ungraded" in {row["state"] for line in lines for row in line["answers"]}
 
 
-def test_a_model_that_gives_no_grades_is_counted_out(make, folder, capsys):
+def test_answers_without_a_grade_are_counted_as_ungraded(make, folder, capsys):
     with pytest.raises(UserError, match="Not one pair"):
         make("prefer.scorer=judge", f"prefer.judge={folder / 'hf'}")
     assert "ungraded" in capsys.readouterr().out
@@ -229,13 +229,13 @@ def test_a_model_that_gives_no_grades_is_counted_out(make, folder, capsys):
         (["data.sources.mine.kind=preference"], "preference pairs already"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_read(words, message):
+def test_errors_are_reported_before_anything_is_read(words, message):
     base = ["task=prefer", "init_from=runs/x/3/hf", *DATA, "data.sources.mine.path=data.json"]
     with pytest.raises(ConfigError, match=message.replace(".", r"\.")):
         parse([*base, *words])
 
 
-def test_records_that_cannot_be_asked_are_told(make, folder, tmp_path, monkeypatch):
+def test_records_that_cannot_be_used_as_prompts_are_reported(make, folder, tmp_path, monkeypatch):
     pairs = write(tmp_path / "given.jsonl", [{"prompt": "?", "chosen": "a", "rejected": "b"}])
     for file, needed in (
         (pairs, "preference pairs already"),

@@ -84,7 +84,7 @@ def photos_source(folder: Path, records: list, **source) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_recipe_whose_stage_before_was_not_run(tmp_path):
+def test_a_recipe_stage_passes_before_the_preceding_stage_was_run(tmp_path):
     """Through run.py: exit status 0, verdict on the terminal, a page and its numbers."""
     words = ["task=preflight", "experiment=tiny/2_sft", "trainer.max_steps=20", "preflight.max_samples=20"]
     done = process(*words, cwd=tmp_path, base=[])
@@ -95,7 +95,7 @@ def test_a_recipe_whose_stage_before_was_not_run(tmp_path):
     assert not list(page.parent.glob("hf")) and not list(page.parent.glob("manifest.json"))
 
 
-def test_five_formats_and_no_weights(here, monkeypatch):
+def test_five_formats_are_checked_without_loading_weights(here, monkeypatch):
     """The page's numbers are those of index and plan, and the model is never built."""
     words = five_formats(here, share={"ko": 0.5, "text_only": 0.3})
     monkeypatch.setattr("lit_vlm.model.build._load_pretrained", forbidden)
@@ -129,7 +129,7 @@ def test_five_formats_and_no_weights(here, monkeypatch):
     assert "CC BY 4.0" in seen.page and seen.page.count("<mark>") > 6 and "data:image/" in seen.page
 
 
-def test_what_trains_is_what_training_says(here):
+def test_the_trained_parts_are_those_that_training_reports(here):
     words = ["data=builtin_sft", "stage.parts.language_model.lora.rank=4", "stage.learning_rate=1e-3"]
     seen = look(*words, "preflight.max_samples=8")
     trained = run(*words, "stage=sft", "run_name=trained", "trainer.max_steps=1", "callbacks=[]").manifest["trained"]
@@ -138,7 +138,7 @@ def test_what_trains_is_what_training_says(here):
     assert seen.facts["parts"][2]["learning_rate"] == 1e-3
 
 
-def test_a_stated_sample_and_then_the_index(here):
+def test_a_sample_is_scaled_up_until_there_is_an_index(here):
     """Without an index a sample is looked at and scaled up; once there is one, all of it is read from there."""
     photos = photos_source(here, [llava(f"<image>\n{i}?", "네. " * (1 + i % 5), image="china.jpg") for i in range(300)])
     part = look(*photos, "preflight.max_samples=50", "trainer.max_steps=null")
@@ -155,7 +155,7 @@ def test_a_stated_sample_and_then_the_index(here):
     assert whole.facts["plan"]["steps"] == pytest.approx(steps, rel=0.05)
 
 
-def test_pairs_show_both_answers_and_the_reference_counts(here):
+def test_pairs_show_both_answers_and_the_reference_model_counts_in_memory(here):
     words = ["stage=dpo", "data=builtin_preference", "preflight.max_samples=30", "preflight.num_shown=2"]
     seen = look(*words)
     assert seen.error is None, seen.told("failure")
@@ -168,7 +168,7 @@ def test_pairs_show_both_answers_and_the_reference_counts(here):
 # ---- it would fail
 
 
-def test_every_problem_at_once_and_exit_status(tmp_path):
+def test_all_problems_are_reported_together_with_exit_status_1(tmp_path):
     """A missing file, records that cannot be used, and too little memory: all three, through run.py, exit status 1."""
     save_photos(tmp_path / "photos")
     good = [llava("<image>\nWhat is it?", f"A photograph {i}.", image="china.jpg") for i in range(20)]
@@ -198,7 +198,7 @@ def test_every_problem_at_once_and_exit_status(tmp_path):
         (["data.on_bad_record=quarantine"], "data.max_quarantined=0.01"),
     ],
 )
-def test_records_that_cannot_be_used(here, words, what):
+def test_bad_records_beyond_the_limit_are_a_failure(here, words, what):
     records = [llava("<image>\nq?", f"a {i}", image="china.jpg") for i in range(10)]
     records += [
         llava("q", ""),
@@ -224,18 +224,18 @@ def pairs(folder: Path) -> list[str]:
     return photos_source(folder, [pair | {"prompt": f"q{i}"} for i in range(20)], kind=None)
 
 
-def test_pairs_for_a_stage_that_wants_conversations(here):
+def test_preference_pairs_for_a_conversation_stage_are_a_failure(here):
     assert "preference pairs, which stage=sft cannot use" in look(*pairs(here)).told("failure")
 
 
-def test_shares_that_cannot_be_met(here):
+def test_shares_that_cannot_be_met_are_a_failure(here):
     records = [llava("<image>\nWhat?", f"A {i}", image="china.jpg") for i in range(20)]
     seen = look(*photos_source(here, records), "data.share.ko=0.5")
     assert "data.share.ko=0.5 cannot be met" in seen.told("failure")
     assert seen.facts["plan"] is None and seen.facts["parts"]  # what does not hang on it is still told
 
 
-def test_no_picture_for_a_stage_that_trains_the_projector(here):
+def test_data_without_images_for_a_stage_that_trains_the_projector_is_a_failure(here):
     seen = look(*photos_source(here, [llava(f"{i}?", f"A {i}") for i in range(20)]))
     assert "No sample has an image" in seen.told("failure")
 
@@ -263,7 +263,7 @@ def shared(here: Path, *words: str) -> Look:
     return look(*data, "preflight.num_shown=0", *shape, *gpu, *words)
 
 
-def test_the_chosen_strategy_and_why(here):
+def test_the_chosen_strategy_is_shown_with_its_reason(here):
     seen = shared(here)
     strategy = seen.facts["strategy"]
     assert (strategy["name"], strategy["asked"]) == ("fsdp2", False)
@@ -274,7 +274,7 @@ def test_the_chosen_strategy_and_why(here):
     assert "of each node" in rows["deepspeed_zero3_offload"]["note"]
 
 
-def test_the_chosen_level_of_checkpointing_and_why(here):
+def test_the_chosen_activation_checkpointing_is_shown_with_its_reason(here):
     seen = shared(here)
     strategy = seen.facts["strategy"]
     assert (strategy["level"], strategy["level_asked"]) == ("none", False)
@@ -286,19 +286,19 @@ def test_the_chosen_level_of_checkpointing_and_why(here):
     assert asked.facts["time"]["flops"] > 1.2 * seen.facts["time"]["flops"]
 
 
-def test_copies_that_cannot_fit_are_a_failure_that_names_what_would(here):
+def test_copies_that_do_not_fit_are_a_failure_that_names_a_strategy_that_fits(here):
     seen = shared(here, "trainer.strategy=ddp")
     assert seen.error and "Use trainer.strategy=fsdp2" in seen.told("failure")
 
 
-def test_sharing_out_frozen_weights_is_a_warning(here):
+def test_sharding_frozen_weights_is_a_warning(here):
     seen = shared(here, "stage.trainable=[projector]", "trainer.strategy=deepspeed_zero3")
     assert seen.error is None, seen.told("failure")
     assert "nearly all of them are frozen" in seen.told("warning") and "trainer=ddp" in seen.told("warning")
     assert shared(here, "stage.trainable=[projector]").facts["strategy"]["name"] == "ddp"
 
 
-def test_offloading_is_a_warning_that_says_how_many_devices_would_do_without(here):
+def test_offloading_is_a_warning_that_names_the_number_of_devices_to_avoid_it(here):
     seen = shared(here, "trainer.devices=2", "preflight.device=l40s")
     assert seen.facts["strategy"]["name"] == "deepspeed_zero3_offload" and seen.error is None
     assert "4 devices would do without" in seen.told("warning")
@@ -327,13 +327,13 @@ def large_language_model(folder: Path) -> Path:
     return path
 
 
-def test_a_disk_that_is_too_small(here, monkeypatch):
+def test_a_disk_that_is_too_small_is_a_failure(here, monkeypatch):
     claim_disk(monkeypatch, 1_000_000)
     seen = look("data=builtin_sft", "preflight.max_samples=8")
     assert "The disk is too small" in seen.told("failure") and "1.0 MB are free" in seen.told("failure")
 
 
-def test_a_lock_of_other_data(here):
+def test_a_lock_file_of_other_data_is_a_failure(here):
     words = photos_source(here, [llava("<image>\nWhat?", f"A {i}", image="china.jpg") for i in range(20)])
     job = parse([*LOOK, *words])
     data = build_stage_data(job, *open_sources(job), job.init_from)
@@ -345,12 +345,12 @@ def test_a_lock_of_other_data(here):
     assert "mine: 20 records then, 21 now" in seen.told("failure")
 
 
-def test_a_model_folder_that_is_not_there(here):
+def test_a_missing_model_folder_is_a_failure(here):
     seen = look("data=builtin_sft", f"init_from={here / 'nothing'}")
     assert "nothing" in seen.told("failure") and seen.facts["sources"] == []
 
 
-def test_a_finished_run_of_that_name(here):
+def test_a_finished_run_of_the_same_name_is_reported(here):
     words = ["data=builtin_sft", "stage=sft", "trainer.max_steps=1", "callbacks=[]"]
     run(*words, "run_name=look")
     assert "is finished already" in look(*words[:1], "trainer.max_steps=1", "callbacks=[]").told("warning")
@@ -360,7 +360,7 @@ def test_a_finished_run_of_that_name(here):
 # ---- warnings and advice
 
 
-def test_warnings_and_advice(here):
+def test_warnings_and_advice_are_reported(here):
     records = [llava("<image>\nWhat?", f"A {i}", image="china.jpg") for i in range(10)]
     records += [
         llava("<image>\nWhat?", "A 0", image="china.jpg"),
@@ -378,7 +378,7 @@ def test_warnings_and_advice(here):
     assert "A rank has 0.5 samples in a step" in advice
 
 
-def test_long_samples(here):
+def test_overlong_samples_are_warnings(here):
     records = [llava("q?", "word " * 400, *("and?", "more. " * 10)) for _ in range(3)]
     records += [llava("<image>\nWhat?", f"A {i}", image="china.jpg") for i in range(20)]
     words = [
@@ -392,7 +392,7 @@ def test_long_samples(here):
     assert short.source("mine")["fewer_tiles"] > 0 and "cut into fewer tiles" in short.told("warning")
 
 
-def test_checkpoints_take_disk_as_long_as_the_run_lasts(here):
+def test_checkpoints_are_counted_in_disk_use(here):
     """What trains and two moments, in float32: those that are kept, the best, and the one that is being written."""
     seen = look("data=builtin_sft", "preflight.max_samples=8", "checkpoint.keep_last=3", "checkpoint.keep_best=true")
     rows = {row["folder"].rpartition("/")[2]: row for row in seen.facts["disk"]}
@@ -401,7 +401,7 @@ def test_checkpoints_take_disk_as_long_as_the_run_lasts(here):
     assert rows["hf"]["bytes"] == 4 * sum(row["parameters"] for row in seen.facts["parts"])
 
 
-def test_nodes_of_one_device_talk_over_the_network(here):
+def test_nodes_of_one_device_communicate_over_the_network(here):
     words = ["trainer.devices=1", "trainer.num_nodes=4"]
     assert shared(here, *words).facts["strategy"]["network"] == "400 Gb/s per node"
     planned = shared(here, "trainer.devices=1", "preflight.world_size=4")
@@ -412,7 +412,7 @@ def forbidden(*args, **kwargs):
     raise AssertionError("weights were read")
 
 
-def test_training_takes_what_preflight_chooses(here, monkeypatch, capsys):
+def test_training_uses_the_strategy_that_preflight_chooses(here, monkeypatch, capsys):
     """On GPUs, by their real memory; here their number and memory are claimed."""
     from lit_vlm.tasks.strategy import resolve_auto_strategy
     from lit_vlm.tasks.train import make_stage
@@ -448,7 +448,7 @@ def test_no_reference_is_loaded_to_choose_a_strategy(here, monkeypatch):
     assert resolve_auto_strategy(data, lambda: make_stage(data.spec, job.config)).trainer.strategy.value == "ddp"
 
 
-def test_devices_that_differ_by_some_memory_lead_to_one_choice(monkeypatch):
+def test_devices_of_slightly_different_memory_lead_to_one_choice(monkeypatch):
     from lit_vlm.tasks.strategy import detect_device
 
     config = parse([*LOOK, "data=builtin_sft", "trainer.accelerator=gpu"]).config

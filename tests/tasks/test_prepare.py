@@ -49,7 +49,7 @@ def shards_of(folder: Path) -> dict[str, int]:
     }
 
 
-def test_what_is_prepared_is_trained_on_without_reading_a_record_for_the_index_again(words, monkeypatch):
+def test_training_on_prepared_data_indexes_no_record_again(words, monkeypatch):
     ready = prepared(*words, "run_name=five")
     kept = shards_of(ready.dir.parent / "index")
     with monkeypatch.context() as patch:
@@ -65,7 +65,7 @@ def test_what_is_prepared_is_trained_on_without_reading_a_record_for_the_index_a
     assert all(abs(row["drawn"] - 40 * WEIGHTS[name]) <= 1 for name, row in rows.items())
 
 
-def test_prepared_twice_nothing_is_counted_or_decoded_again(words, monkeypatch):
+def test_preparing_twice_counts_and_decodes_nothing_again(words, monkeypatch):
     ready = prepared(*words)
     kept, lock = shards_of(ready.dir.parent / "index" / "shards"), (ready.dir / "mixture.lock").read_bytes()
     monkeypatch.setattr(Processor, "cost", forbidden)
@@ -75,7 +75,7 @@ def test_prepared_twice_nothing_is_counted_or_decoded_again(words, monkeypatch):
     assert (ready.dir / "mixture.lock").read_bytes() == lock
 
 
-def test_preflight_on_what_is_prepared_says_that_it_would_run(words, monkeypatch):
+def test_preflight_on_prepared_data_reports_that_it_would_run(words, monkeypatch):
     prepared(*words)
     monkeypatch.setattr(Processor, "cost", forbidden)
     job = job_of(*words, "task=preflight")
@@ -87,7 +87,7 @@ def test_preflight_on_what_is_prepared_says_that_it_would_run(words, monkeypatch
     }
 
 
-def test_the_command_says_what_each_source_holds_and_what_the_plan_is(words, tmp_path):
+def test_the_command_prints_the_contents_of_each_source_and_the_plan(words, tmp_path):
     done = process(*words, "stage=sft", "task=prepare", "run_name=said", cwd=tmp_path, base=TINY[1:])
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     said = done.stdout
@@ -100,7 +100,7 @@ def test_the_command_says_what_each_source_holds_and_what_the_plan_is(words, tmp
     assert "quarantine.jsonl" not in said  # under data.on_bad_record=stop nothing is set aside
 
 
-def test_three_at_once_on_an_empty_store_end_with_the_same_lock(words, tmp_path):
+def test_three_concurrent_processes_on_an_empty_index_end_with_the_same_lock_file(words, tmp_path):
     jobs = [FORK.Process(target=prepared, args=(*words, f"run_name=at_once/{number}")) for number in range(3)]
     for job in jobs:
         job.start()
@@ -113,7 +113,7 @@ def test_three_at_once_on_an_empty_store_end_with_the_same_lock(words, tmp_path)
     assert not list((tmp_path / "runs" / "index").rglob(".*"))
 
 
-def test_the_index_may_lie_elsewhere(words, tmp_path):
+def test_the_index_can_be_in_another_folder(words, tmp_path):
     ready = prepared(*words, f"data.index_dir={tmp_path / 'elsewhere'}")
     assert not (ready.dir.parent / "index").exists()
     assert len(list((tmp_path / "elsewhere" / "shards").glob("*.arrow"))) == 2 * len(SIZES)  # counted and decoded
@@ -121,7 +121,7 @@ def test_the_index_may_lie_elsewhere(words, tmp_path):
     assert ran.manifest["status"] == "finished" and not (ran.dir.parent / "index").exists()
 
 
-def test_records_of_two_kinds_of_trouble_are_counted_in_the_table(files, tmp_path, capsys):
+def test_changed_and_quarantined_records_are_counted_in_the_table(files, tmp_path, capsys):
     """Decomposed text is counted as changed; an own validation source of the same name is not mixed up with it."""
     from run_helpers import llava, write
 
@@ -137,7 +137,7 @@ def test_records_of_two_kinds_of_trouble_are_counted_in_the_table(files, tmp_pat
     assert {line["source"] for line in lines_of(ready.dir / "quarantine.jsonl")} == {"mine (validation)"}
 
 
-def test_brackets_in_a_path_are_said_as_they_are(files, tmp_path, capsys):
+def test_brackets_in_a_path_are_printed_unchanged(files, tmp_path, capsys):
     own = own_choice(tmp_path, sources={"sharegpt": sources_of(files)["sharegpt"]})
     prepared(*own, f"data.index_dir='{tmp_path}/[/old]/[bold]'")
     assert f"{tmp_path}/[/old]/[bold]" in capsys.readouterr().out

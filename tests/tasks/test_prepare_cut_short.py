@@ -69,7 +69,7 @@ def die_at_the_replacement(number: int, words: list[str]) -> None:
 
 
 @pytest.mark.slow
-def test_killed_between_writing_and_moving_it_ends_as_if_never_killed(words, tmp_path):
+def test_preparing_killed_between_write_and_rename_ends_as_if_never_killed(words, tmp_path):
     whole = outcome([*words, "data.index_dir=whole", "run_name=whole"])
     killed = 0
     for number in (1, 3, 8, 8, 8, 8):
@@ -83,7 +83,7 @@ def test_killed_between_writing_and_moving_it_ends_as_if_never_killed(words, tmp
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_ends_as_if_never_killed(words, tmp_path):
+def test_preparing_killed_at_any_moment_ends_as_if_never_killed(words, tmp_path):
     began = time.monotonic()
     whole = outcome([*words, "data.index_dir=whole", "run_name=whole"])
     takes, dice, killed = time.monotonic() - began, random.Random(0), 0
@@ -121,7 +121,7 @@ def within(limit: int, words: list[str]) -> str:
 
 
 @pytest.mark.slow
-def test_without_room_it_says_so_and_goes_on_when_there_is_some(words, tmp_path):
+def test_a_full_disk_is_reported_and_preparing_resumes_when_there_is_room(words, tmp_path):
     """The places of records in their files, the shards, the plan: each is the first that does not fit."""
     whole = outcome([*words, "data.index_dir=whole", "run_name=whole"])  # the tiny model's parts are there then
     for limit in (10, 150, 400, 1000, 2000, 3500):
@@ -132,7 +132,7 @@ def test_without_room_it_says_so_and_goes_on_when_there_is_some(words, tmp_path)
     assert outcome([*words, "run_name=full"]) == whole
 
 
-def test_without_room_in_the_runs_folder_that_is_named(words, tmp_path):
+def test_a_full_disk_for_the_run_folder_is_named(words, tmp_path):
     prepared(*words, "data.index_dir=whole", "run_name=whole")
     text = within(3000, [*words, "data.index_dir=whole", "run_name=full"])
     folder = tmp_path / "runs" / "full"
@@ -140,7 +140,7 @@ def test_without_room_in_the_runs_folder_that_is_named(words, tmp_path):
     assert list(folder.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_made_is_named(words, tmp_path):
+def test_a_folder_that_cannot_be_created_is_named(words, tmp_path):
     (tmp_path / "file").write_text("in the way")
     for task in (prepared, lambda *words: run(*words, "stage=sft")):
         with pytest.raises(UserError, match=r"cannot be kept in .*file/index.*set data\.index_dir to another folder"):
@@ -149,7 +149,7 @@ def test_a_folder_that_cannot_be_made_is_named(words, tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_may_not_be_written_to_is_named(words, tmp_path):
+def test_a_folder_without_write_permission_is_named(words, tmp_path):
     (tmp_path / "readable").mkdir(0o555)
     with pytest.raises(UserError, match=r"cannot be kept in .*readable.*Permission denied\..*set data\.index_dir"):
         prepared(*words, f"data.index_dir={tmp_path / 'readable'}")

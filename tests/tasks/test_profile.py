@@ -23,7 +23,7 @@ def facts(ran, steps):
     return summarize_trace(read_trace(ran.dir / "profile_trace.json.gz"), steps, **ABOUT)
 
 
-def test_the_page_says_where_the_time_goes_and_the_model_is_the_same(words):
+def test_the_page_shows_where_the_time_is_spent_and_the_model_is_the_same(words):
     small = [
         *words,
         "data.tokens_per_micro_batch=600",
@@ -54,7 +54,7 @@ def test_a_run_in_bfloat16_has_no_float32_product_and_one_step_is_enough(words):
     assert "profile of 1 step<" in page and "bf16" in page and "float32" not in page
 
 
-def test_debug_profile_is_a_short_run_with_the_page_and_the_reference_of_dpo_is_told_apart(words, tmp_path):
+def test_debug_profile_is_a_short_run_with_a_page_that_separates_the_dpo_reference_model(words, tmp_path):
     pairs = write(tmp_path / "pairs.jsonl", [{"prompt": f"{n}?", "chosen": "a", "rejected": "b"} for n in range(30)])
     base = [*words, "stage=dpo", "data=preference", f"data.sources.mine.path={pairs}", "trainer.max_steps=50"]
     ran = run(*base, "debug=profile")

@@ -44,7 +44,7 @@ def test_the_quickstart_learns_to_describe_read_count_and_point_in_both_language
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_two_runs_of_one_seed_on_one_machine_end_with_equal_weights_to_the_bit(repository, tmp_path):
+def test_two_runs_of_one_seed_on_one_machine_end_with_bitwise_equal_weights(repository, tmp_path):
     digests = set()
     for place in ("first", "second"):
         words = [f"run_dir={tmp_path / place}", "experiment=tiny/1_align", "trainer.max_steps=12"]

@@ -91,7 +91,7 @@ def test_llava_files_on_photographs_train(name):
     assert sum(row["drawn"] for row in rows if row["group"] == "language") == 12
 
 
-def test_the_command_of_the_readme_ends_with_status_0_and_says_where_the_model_is(place):
+def test_the_command_of_the_readme_exits_with_status_0_and_prints_the_model_folder(place):
     done = process(*LLAVA, "run_name=readme", "data.num_workers=1", cwd=place)
     assert done.returncode == 0, done.stderr
     assert "12 samples, 0 held out; 3 steps of 4 samples in 1 micro-batch on 1 rank" in done.stdout
@@ -149,7 +149,7 @@ def test_the_stages_follow_each_other_on_photographs(place):
     assert changed and not any("vision_tower" in key or "projector" in key for key in changed)
 
 
-def test_a_photograph_of_640_by_427_is_cut_into_tiles(place, parts):
+def test_a_photograph_of_640_by_427_is_split_into_tiles(place, parts):
     from lit_vlm.config.schema import Format, SourceConfig
     from lit_vlm.data.sources import open_source
 
@@ -167,7 +167,7 @@ def test_a_photograph_of_640_by_427_is_cut_into_tiles(place, parts):
 MINE = {"path": "train.json", "image_root": "images", "format": "llava"}
 
 
-def test_two_sources_with_weights_are_mixed_as_asked(tmp_path):
+def test_two_sources_are_mixed_by_their_weights(tmp_path):
     digits = {"format": "digits", "num_samples": 30, "language": "ko", "weight": 1.0}
     own = own_choice(tmp_path, sources={"photos": MINE | {"weight": 3.0}, "digits": digits})
     ran = run(*own, "stage=sft", "trainer.max_steps=5", "data.global_batch_size=8")
@@ -185,7 +185,7 @@ def test_without_weights_sources_are_mixed_by_their_sizes(tmp_path):
     assert (rows["photos"]["drawn"], rows["digits"]["drawn"]) == (10, 30)
 
 
-def test_own_validation_sources_are_scored_and_never_trained_on(place, tmp_path):
+def test_validation_sources_are_scored_and_never_trained_on(place, tmp_path):
     write(place / "held.jsonl", conversations(5))
     own = own_choice(tmp_path, sources={"mine": MINE}, validation={"sources": {"held": MINE | {"path": "held.jsonl"}}})
     ran = run(*own, "stage=sft", "data.validation.every_steps=2", "data.validation.max_samples=1")
@@ -223,7 +223,7 @@ def test_digits_train_in_both_languages_end_to_end():
     assert set(manifest["figures"]["num_scored"]) == {"digit_ko", "digit_en"}
 
 
-def test_lora_trains_adapters_and_leaves_a_plain_model(place):
+def test_lora_trains_adapters_and_exports_a_plain_model(place):
     ran = run(*LLAVA, "stage.parts.language_model.lora.rank=4", "stage.learning_rate=1e-2")
     manifest = sound(ran, 12)
     row = next(row for row in manifest["trained"] if row["part"] == "language_model")
@@ -252,7 +252,7 @@ def test_activation_checkpointing_changes_no_weight(stage, level):
 
 
 @pytest.mark.parametrize(("debug", "steps", "samples"), [("fast", 4, 12), ("overfit", 3, 4), ("profile", 3, 12)])
-def test_each_debug_mode_ends_with_a_model(debug, steps, samples):
+def test_each_debug_mode_exports_a_model(debug, steps, samples):
     ran = run(*LLAVA, f"debug={debug}")
     sound(ran, samples, steps)
     if debug == "profile":
@@ -271,6 +271,6 @@ def test_wandb_offline_writes_inside_the_run_folder_only(place, tmp_path):
     assert folder.name.endswith(f"-{run_id}") and (folder / f"run-{run_id}.wandb").is_file()
 
 
-def test_a_record_alone_can_be_trained_on(place):
+def test_a_single_record_can_be_trained_on(place):
     write(place / "one.jsonl", [llava("<image>\nWhat?", "China.", image="china.jpg")])
     sound(run(*LLAVA, "data.sources.mine.path=one.jsonl"), 1)

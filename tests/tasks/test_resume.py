@@ -64,7 +64,7 @@ def goes_on_at(said: str) -> int | None:
     ("stage", "workers"),
     [("align", 2), ("sft", 0), pytest.param("highres", 2, marks=pytest.mark.slow), ("dpo", 0)],
 )
-def test_a_run_killed_twice_ends_as_one_that_was_not(place, stage, workers):
+def test_a_run_killed_twice_ends_as_an_undisturbed_one(place, stage, workers):
     words, name = words_of(place, stage, f"data.num_workers={workers}"), undisturbed(place, stage)
     k = run_dir(place, name).manifest["plan"]["k"]
     said = killed_and_resumed(place, words, [2 * k, 4 * k], name=f"{stage}_killed")
@@ -82,7 +82,7 @@ def undisturbed(place: Path, stage: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stage", KINDS)
-def test_a_run_killed_in_each_of_its_steps_ends_as_one_that_was_not(place, stage, workers):
+def test_a_run_killed_in_each_of_its_steps_ends_as_an_undisturbed_one(place, stage, workers):
     words, whole = words_of(place, stage, f"data.num_workers={workers}"), undisturbed(place, stage)
     k = run_dir(place, whole).manifest["plan"]["k"]
     for step in range(STEPS):
@@ -92,7 +92,7 @@ def test_a_run_killed_in_each_of_its_steps_ends_as_one_that_was_not(place, stage
 
 
 @pytest.mark.parametrize("stage", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
-def test_two_ranks_of_which_one_is_killed_end_as_two_that_were_not(place, stage):
+def test_two_ranks_of_which_one_is_killed_end_as_two_undisturbed_ones(place, stage):
     words = words_of(place, stage, *TWO)
     code, said = ended([*words, f"run_name={stage}_two"], place, 2)
     assert code == 0, said
@@ -107,7 +107,7 @@ def test_two_ranks_of_which_one_is_killed_end_as_two_that_were_not(place, stage)
     same(place, f"{stage}_two", f"{stage}_two_killed")
 
 
-def test_validation_best_and_metrics_are_those_of_a_run_that_was_not_killed(place):
+def test_a_killed_run_ends_with_the_validation_best_checkpoint_and_metrics_of_an_undisturbed_one(place):
     """Killed in the step after a validation, and while it validates: that one is run again, its row is there once."""
     words = words_of(
         place, "sft", "data.validation.every_steps=2", "checkpoint.keep_best=true", "checkpoint.keep_last=1"
@@ -129,7 +129,7 @@ def test_validation_best_and_metrics_are_those_of_a_run_that_was_not_killed(plac
     assert folders[1].list_steps() == sorted({STEPS, folders[1].read_best()[0]}, reverse=True)
 
 
-def test_figures_and_the_exported_model_are_those_of_a_run_that_was_not_killed(place):
+def test_a_killed_run_ends_with_the_figures_and_the_export_of_an_undisturbed_one(place):
     words = words_of(
         place, "align", "callbacks=[throughput,guard,samples]", "export=true", "data.validation.max_samples=1"
     )
@@ -156,7 +156,7 @@ def test_figures_and_the_exported_model_are_those_of_a_run_that_was_not_killed(p
         assert not (ran.dir / "checkpoints").exists() and strays(place, ran.dir.name) == []
 
 
-def test_a_run_killed_after_its_last_step_trains_no_step_again(place):
+def test_a_run_killed_after_its_last_step_repeats_no_step(place):
     words = words_of(place, "align", "export=true", "run_name=end")
 
     def in_export():
@@ -222,17 +222,17 @@ def kill_in_step(step: int):
     return patch
 
 
-def test_on_another_number_of_ranks_a_run_goes_on_with_the_same_samples(place):
+def test_a_run_resumed_on_another_number_of_ranks_reads_the_same_samples(place):
     elastic(place, [2, 1, 2], "elastic")
 
 
 @pytest.mark.slow
-def test_two_one_four_and_two_ranks_read_what_one_does(place):
+def test_two_one_four_and_two_ranks_read_the_samples_of_one_rank(place):
     elastic(place, [2, 1, 4, 2], "elastic_four")
 
 
 @pytest.mark.slow
-def test_a_run_moves_between_strategies_and_reads_the_same_samples(place):
+def test_a_run_resumed_under_other_strategies_reads_the_same_samples(place):
     words = words_of(place, "highres", *ELASTIC)
     whole = whole_run([*words, "run_name=one_strategy"], place)
     strategies = ["deepspeed_zero3", "fsdp2", "single", "deepspeed_zero2", "ddp"]
@@ -249,7 +249,7 @@ def test_a_run_moves_between_strategies_and_reads_the_same_samples(place):
     )  # see the test of each strategy
 
 
-def test_with_smaller_micro_batches_a_run_goes_on_with_the_same_samples(place):
+def test_a_run_resumed_with_smaller_micro_batches_reads_the_same_samples(place):
     words = words_of(place, "sft", *ELASTIC, "stage.parts.language_model.lora.dropout=0")
     whole = whole_run([*words, "run_name=large"], place)
     assert start([*words, "run_name=small"], place, patch=kill_at(3)).wait() == [-signal.SIGKILL]
@@ -263,7 +263,7 @@ def test_with_smaller_micro_batches_a_run_goes_on_with_the_same_samples(place):
 # Faults
 
 
-def test_a_damaged_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(place):
+def test_a_corrupt_checkpoint_is_named_and_the_run_resumes_from_the_preceding_one(place):
     words = words_of(place, "align")
     assert start([*words, "run_name=hurt"], place, patch=kill_at(4)).wait() == [-signal.SIGKILL]
     folder = CheckpointFolder(run_dir(place, "hurt").dir / "checkpoints")
@@ -281,7 +281,7 @@ LEVELS = [pytest.param(level, marks=() if level == 13 else pytest.mark.slow) for
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_a_full_disk_stops_the_run_with_one_message_and_costs_nothing_but_the_last_steps(place, level):
+def test_a_full_disk_stops_the_run_with_one_message_and_loses_only_the_last_steps(place, level):
     words = words_of(
         place, "align", "checkpoint.every_steps=2", f"checkpoint.asynchronous={str(level % 2 == 0).lower()}"
     )
@@ -313,7 +313,7 @@ def test_a_full_disk_stops_the_run_with_one_message_and_costs_nothing_but_the_la
     same(place, undisturbed(place, "align"), name)
 
 
-def test_starting_from_the_beginning_is_what_none_says(place):
+def test_resume_from_none_starts_from_the_beginning(place):
     words = words_of(place, "align", "run_name=anew")
     assert start(words, place, patch=kill_at(3)).wait() == [-signal.SIGKILL]
     code, said = ended([*words, "resume_from=none"], place)
@@ -321,7 +321,7 @@ def test_starting_from_the_beginning_is_what_none_says(place):
     same(place, undisturbed(place, "align"), "anew")
 
 
-def test_a_job_that_is_requeued_goes_on_although_its_words_say_from_the_beginning(place):
+def test_a_requeued_job_resumes_although_its_overrides_say_resume_from_none(place):
     words = words_of(place, "align", "run_name=requeued", "resume_from=none")
     assert start(words, place, patch=kill_at(3)).wait() == [-signal.SIGKILL]
     code, said = ended(words, place, patch=lambda: os.environ.update(SLURM_RESTART_COUNT="1"))
@@ -329,7 +329,7 @@ def test_a_job_that_is_requeued_goes_on_although_its_words_say_from_the_beginnin
     same(place, undisturbed(place, "align"), "requeued")
 
 
-def test_a_run_is_not_replaced_by_one_that_would_start_from_its_checkpoint(place):
+def test_overwrite_does_not_replace_a_run_whose_checkpoint_is_resumed_from(place):
     undisturbed(place, "align")
     words = words_of(place, "align", "run_name=replaced")
     whole_run(words, place)
@@ -339,7 +339,7 @@ def test_a_run_is_not_replaced_by_one_that_would_start_from_its_checkpoint(place
     assert code == 1 and "Give this run a name of its own" in said and folder.list_steps() == before
 
 
-def test_overwrite_does_not_stop_a_run_of_the_same_settings_from_going_on(place):
+def test_overwrite_does_not_stop_a_run_of_the_same_settings_from_resuming(place):
     """A requeued job comes with the words it was submitted with."""
     words = words_of(place, "align", "run_name=over", "overwrite=true")
     assert start(words, place, patch=kill_at(3)).wait() == [-signal.SIGKILL]
@@ -366,7 +366,7 @@ def test_a_checkpoint_of_another_run_or_stage_is_refused(place):
     assert code == 0 and goes_on_at(said) == STEPS, said
 
 
-def test_settings_that_no_run_could_use_are_told_before_anything_is_loaded(place):
+def test_settings_that_no_run_can_use_are_reported_before_anything_is_loaded(place):
     wrong = {
         "checkpoint.every_steps=0": "checkpoint.every_steps: must be above 0, found 0.",
         "checkpoint.every_minutes=-1": "checkpoint.every_minutes: must be above 0 and at most 527040, found -1.0.",
@@ -378,7 +378,7 @@ def test_settings_that_no_run_could_use_are_told_before_anything_is_loaded(place
     assert all(text in str(caught.value) for text in wrong.values())
 
 
-def test_a_stage_in_a_notebook_draws_its_dropout_by_step_and_not_by_history():
+def test_dropout_seeds_depend_on_step_micro_batch_and_rank_only():
     from lit_vlm.stages.base import compute_seed
 
     seeds = {

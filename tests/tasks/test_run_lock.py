@@ -47,7 +47,7 @@ def refused(*words: str) -> str:
     return said[0]
 
 
-def test_the_same_data_train_and_leave_the_same_lock(locked):
+def test_the_same_data_are_trained_on_and_give_the_same_lock_file(locked):
     ran = run(*locked)
     assert ran.manifest["status"] == "finished"
     assert (ran.dir / "mixture.lock").read_bytes() == (ran.dir.parent / "before" / "mixture.lock").read_bytes()
@@ -107,12 +107,12 @@ def test_another_chat_template_is_refused(locked, place):
     assert "the tokenizer, the chat template or the image settings changed" in text
 
 
-def test_what_decides_nothing_is_no_change(locked):
+def test_settings_that_do_not_affect_the_mixture_are_no_change(locked):
     words = ["data.num_workers=1", "data.index_workers=1", "data.index_dir=other", "trainer.max_steps=2"]
     assert run(*locked, *words).manifest["status"] == "finished"
 
 
-def test_without_a_lock_given_the_change_is_said(words, place, capsys):
+def test_without_data_lock_the_change_is_reported(words, place, capsys):
     first = prepared(*words, "run_name=mine")
     before = (first.dir / "mixture.lock").read_bytes()
     capsys.readouterr()
@@ -126,6 +126,6 @@ def test_without_a_lock_given_the_change_is_said(words, place, capsys):
     assert (first.dir / "mixture.lock").read_bytes() != before
 
 
-def test_a_lock_that_is_not_there_is_named(words):
+def test_a_missing_lock_file_is_named(words):
     with pytest.raises(UserError, match=r"nowhere/mixture\.lock: No such file or directory"):
         run(*words, "stage=sft", "data.lock=nowhere/mixture.lock")

@@ -41,7 +41,7 @@ def words_of(name, *words):
 # One run, one folder
 
 
-def test_a_finished_run_started_again_says_so_and_trains_nothing(capsys):
+def test_a_finished_run_started_again_is_reported_as_finished_and_trains_nothing(capsys):
     ran = run(*words_of("again"))
     before = ran.snapshot()
     capsys.readouterr()
@@ -84,7 +84,7 @@ def test_the_same_settings_give_the_same_weights_twice():
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
-def test_an_interrupted_run_starts_its_stage_again():
+def test_an_interrupted_run_restarts_its_stage():
     ran = run(*words_of("cut"))
     whole = ran.weights()
     manifest = ran.manifest | {"status": "running"}
@@ -96,7 +96,7 @@ def test_an_interrupted_run_starts_its_stage_again():
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
-def test_a_missing_stage_before_is_named_with_what_to_run(place):
+def test_a_missing_preceding_stage_is_named_with_the_command_to_run(place):
     with pytest.raises(
         UserError,
         match=r"init_from=.*tiny/2_sft/hf: the run that .* does not exist\. Run the stage before it first .`python run\.py`",
@@ -105,13 +105,13 @@ def test_a_missing_stage_before_is_named_with_what_to_run(place):
     assert not (place / "none").exists()
 
 
-def test_a_folder_that_cannot_be_made_is_named_before_anything_is_built(place):
+def test_a_folder_that_cannot_be_created_is_named_before_anything_is_built(place):
     (place / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"file/x cannot be made: .*file is no folder\. Choose another with run_dir="):
         run(*LLAVA, f"run_dir={place / 'file'}", "run_name=x")
 
 
-def test_an_unfinished_stage_before_is_named_as_that():
+def test_an_unfinished_preceding_stage_is_reported_as_unfinished():
     ran = run(*words_of("half"))
     shutil.rmtree(ran.hf)
     (ran.dir / "manifest.json").write_text(json.dumps(ran.manifest | {"status": "running"}))
@@ -147,7 +147,7 @@ def whole(runs, output):
 
 
 @pytest.mark.slow
-def test_a_pipeline_on_digits_goes_on_with_the_stage_that_failed(tmp_path, monkeypatch, capfd):
+def test_a_pipeline_on_digits_resumes_with_the_failed_stage(tmp_path, monkeypatch, capfd):
     """The stages as calls instead of processes; the test below starts processes."""
 
     def stage(words, **_):
@@ -194,7 +194,7 @@ def test_a_pipeline_on_digits_goes_on_with_the_stage_that_failed(tmp_path, monke
 
 
 @pytest.mark.slow
-def test_the_pipeline_runs_as_processes_and_goes_on_where_it_stopped(tmp_path):
+def test_the_pipeline_runs_as_processes_and_resumes_where_it_stopped(tmp_path):
     runs = tmp_path / "runs"
     third = parse([f"run_dir={runs}", *FEW, "experiment=tiny/3_highres"]).dir
     third.parent.mkdir(parents=True)
@@ -257,7 +257,7 @@ def text_only_ranks(words):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_what_one_does(place):
+def test_two_ranks_train_the_same_weights_as_one(place):
     """Also in steps in which a rank has text alone or nothing at all; in time, for a hang is an error."""
     write(place / "mixed.jsonl", mixed_records())
     few = [
@@ -282,7 +282,7 @@ def test_two_ranks_train_what_one_does(place):
 
 
 @pytest.mark.slow
-def test_two_ranks_optimise_preferences_as_one_does(place):
+def test_two_ranks_train_dpo_to_the_same_weights_as_one(place):
     pairs = [
         {"prompt": f"<image>\n{i}?", "chosen": "네" * (i + 1), "rejected": "아니요", "image": "china.jpg"}
         for i in range(3)

@@ -99,9 +99,7 @@ def handles(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_process_that_does_not_listen_yet_is_ended_by_the_pipeline_with_the_status_of_what_was_asked(
-    tmp_path, number
-):
+def test_a_process_without_signal_handlers_is_ended_by_the_pipeline_with_the_status_of_the_signal(tmp_path, number):
     """As while Python itself starts, where a Ctrl-C would leave a traceback."""
     deaf = f"import pathlib, time; pathlib.Path({str(tmp_path / 'up')!r}).touch(); time.sleep(100)"
 
@@ -114,7 +112,7 @@ def test_a_process_that_does_not_listen_yet_is_ended_by_the_pipeline_with_the_st
     assert status == AT_ONCE[number] and len(asked) == 1
 
 
-def test_a_stage_that_ends_well_after_a_signal_is_the_last_of_its_pipeline(tmp_path, monkeypatch):
+def test_a_pipeline_stops_after_a_stage_that_succeeds_after_a_signal(tmp_path, monkeypatch):
     own = "import pathlib, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
     own += f"pathlib.Path({str(tmp_path / 'up')!r}).touch()\ntime.sleep(100)"
     began = []
@@ -136,7 +134,7 @@ def test_a_stage_that_ends_well_after_a_signal_is_the_last_of_its_pipeline(tmp_p
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, TERMINATED), (signal.SIGUSR1, RESTART), (signal.SIGINT, 0)]
 )
-def test_a_signal_ends_a_chat_that_waits_for_a_line_and_ctrl_c_as_the_end_of_the_input_does(tmp_path, number, status):
+def test_a_signal_ends_a_chat_that_waits_for_input_and_ctrl_c_acts_like_end_of_input(tmp_path, number, status):
     asked, answer = os.pipe()
 
     def work():
@@ -158,7 +156,7 @@ def waits(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_job_that_is_submitted_and_its_number_are_not_cut_in_two(tmp_path, number):
+def test_a_signal_does_not_separate_submitting_a_job_from_recording_its_number(tmp_path, number):
     def work():
         with postpone_signals():
             os.kill(os.getpid(), number)
@@ -169,7 +167,7 @@ def test_a_job_that_is_submitted_and_its_number_are_not_cut_in_two(tmp_path, num
     assert (tmp_path / "written").exists() and not (tmp_path / "more").exists()
 
 
-def test_a_second_ctrl_c_ends_a_process_whose_last_words_take_long(tmp_path):
+def test_a_second_ctrl_c_ends_a_process_whose_shutdown_takes_long(tmp_path):
     """As W&B's client with a server that does not answer. The interrupted line holds a lock that they need."""
     lock = threading.Lock()
 
@@ -185,7 +183,7 @@ def test_a_second_ctrl_c_ends_a_process_whose_last_words_take_long(tmp_path):
     assert status_of(pid) == INTERRUPTED
 
 
-def test_a_signal_changes_the_status_of_a_process_that_is_done_no_more():
+def test_a_signal_does_not_change_the_status_of_a_finished_process():
     def work():
         handle_signals().final_status = 0
         os.kill(os.getpid(), signal.SIGTERM)
@@ -213,7 +211,7 @@ def test_signals_at_random_moments_of_two_ranks_lose_nothing(tmp_path):
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("number", SIGNALS)
 @pytest.mark.parametrize("words", ["task=prepare", "recipe=tiny trainer.max_steps=2", "task=sweep sweep=sweep.yaml"])
-def test_a_process_that_trains_nothing_itself_leaves_with_the_documented_status(tmp_path, words, number):
+def test_a_process_that_does_not_train_exits_with_the_documented_status(tmp_path, words, number):
     """While it imports, while a stage or a trial of its own imports, and later."""
     trials = {"method": "grid", "metric": {"name": "val/loss"}, "parameters": {"seed": {"values": [1, 2]}}}
     (tmp_path / "sweep.yaml").write_text(json.dumps(trials))

@@ -58,20 +58,20 @@ def check_held(folder, ranks, rank, step, seconds=0.0):
         assert f"rank {other}, host" in text and "-train-0-" in text
 
 
-def test_a_stopped_rank_ends_all_in_time_and_is_named(tmp_path):
+def test_a_stopped_rank_ends_all_ranks_in_time_and_is_named(tmp_path):
     check_held(tmp_path, 2, 1, 3)
 
 
 @pytest.mark.parametrize(
     "seed", [pytest.param(n, marks=pytest.mark.long if n else pytest.mark.slow) for n in range(10)]
 )
-def test_any_of_four_ranks_stopped_anywhere_ends_all_in_time(tmp_path, seed):
+def test_any_of_four_ranks_stopped_at_any_step_ends_all_in_time(tmp_path, seed):
     generator = random.Random(seed)
     check_held(tmp_path, 4, generator.randrange(4), generator.randrange(1, 4), generator.random())
 
 
 @pytest.mark.slow
-def test_a_rank_that_waits_for_data_for_ever_is_named_and_leaves_its_stack(tmp_path):
+def test_a_rank_that_waits_for_data_forever_is_named_and_writes_its_stack(tmp_path):
     words = words_of(tmp_path, "sft", *TWO, *QUICK, "run_name=held")
     begun = start(words, tmp_path, 2, _read_for_ever)
     began = time.monotonic()
@@ -84,7 +84,7 @@ def test_a_rank_that_waits_for_data_for_ever_is_named_and_leaves_its_stack(tmp_p
 
 
 @pytest.mark.slow
-def test_a_long_export_of_one_rank_is_waited_for(tmp_path):
+def test_other_ranks_wait_for_a_long_export_of_one_rank(tmp_path):
     words = words_of(tmp_path, "sft", *TWO, *QUICK, "trainer.max_steps=2", "run_name=held")
     begun = start(words, tmp_path, 2, _export_long)
     assert begun.wait() == [0, 0], begun.said()
@@ -92,7 +92,7 @@ def test_a_long_export_of_one_rank_is_waited_for(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_slow_disk_is_waited_for_though_the_whole_export_takes_longer_than_any_limit(tmp_path):
+def test_ranks_wait_for_a_slow_disk_although_the_export_takes_longer_than_any_limit(tmp_path):
     words = words_of(
         tmp_path, "sft", *TWO, *QUICK, "trainer.max_steps=2", "callbacks=[]", "export=true", "run_name=held"
     )
@@ -122,7 +122,7 @@ def test_a_worker_that_is_killed_ends_the_run_with_its_cause(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_save_under_way_is_finished_and_the_one_message_shown_when_all_ranks_stop(tmp_path):
+def test_a_running_save_is_finished_and_one_message_is_printed_when_all_ranks_stop(tmp_path):
     words = words_of(tmp_path, "sft", *TWO, *SMALL, "checkpoint.every_steps=3", "run_name=held")
     begun = start(words, tmp_path, 2, both(broken([Fault("loss", 3, 0, 1)]), _write_slowly))
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in begun.pids]
@@ -130,7 +130,7 @@ def test_a_save_under_way_is_finished_and_the_one_message_shown_when_all_ranks_s
     assert CheckpointFolder(tmp_path / "runs" / "held" / "checkpoints").list_steps() == [3]
 
 
-def test_a_rank_that_is_asked_to_leave_after_the_last_step_waits_for_nobody(tmp_path):
+def test_a_rank_with_a_stop_signal_after_the_last_step_does_not_wait_for_others(tmp_path):
     words = words_of(tmp_path, "sft", *TWO, *SMALL, "trainer.max_steps=1", "run_name=held")
     begun = start(words, tmp_path, 2, _asked_at_the_end)
     assert begun.wait()[0] == TERMINATED, begun.said()

@@ -65,7 +65,7 @@ def job_of(path: Path, *words: str) -> Sweep:
 # Words and mistakes
 
 
-def test_words_of_the_sweep_and_words_of_its_trials_are_told_apart():
+def test_overrides_of_the_sweep_and_of_its_trials_are_separated():
     words = (
         "task=sweep sweep=x.yaml trials.count=3 submit.time=60 run_name=a overwrite=true run_dir=r seed=2 stage.beta=1"
     )
@@ -99,7 +99,7 @@ def test_a_sweep_is_named_by_its_file_and_its_trials_by_their_numbers(place):
         (["sweep=odd.yaml"], "Did you mean val/loss_ko?"),
     ],
 )
-def test_a_mistake_is_told_before_anything_runs(place, words, said):
+def test_an_error_is_reported_before_anything_runs(place, words, said):
     write(place)
     write(place, "odd", metric="val/loss_kr")
     with pytest.raises(UserError) as error:
@@ -134,7 +134,7 @@ def test_the_plan_shows_ranges_reasons_and_commands_and_runs_nothing(place, caps
 # The folder
 
 
-def test_a_folder_is_one_sweeps_and_overwrite_replaces_another_with_its_trials(place):
+def test_a_folder_belongs_to_one_sweep_and_overwrite_replaces_another_with_its_trials(place):
     job = job_of(write(place))
     prepare_sweep_folder(job)
     prepare_sweep_folder(job)
@@ -166,7 +166,7 @@ def test_one_process_runs_a_sweep_at_a_time(place):
         pass
 
 
-def test_devices_are_dealt_by_what_a_trial_needs(monkeypatch):
+def test_devices_are_assigned_by_what_a_trial_needs(monkeypatch):
     monkeypatch.setattr("lit_vlm.tasks.sweep.list_visible_devices", lambda: ["4", "5", "6", "7", "9"])
 
     def places(parallel=None, **trainer):
@@ -185,7 +185,7 @@ def test_devices_are_dealt_by_what_a_trial_needs(monkeypatch):
 # Slurm
 
 
-def test_workers_are_one_array_whose_script_hands_the_signals_to_them(place, capsys):
+def test_workers_are_one_job_array_whose_script_passes_signals_to_them(place, capsys):
     words = [
         "trials.slurm=3",
         "trials.dry_run=true",
@@ -223,7 +223,7 @@ def test_workers_are_one_array_whose_script_hands_the_signals_to_them(place, cap
     assert not any(text.startswith("submit.") for text in run.overrides) and not (place / "runs").exists()
 
 
-def test_a_job_that_cannot_be_is_told_before_it_is_submitted(place):
+def test_an_invalid_job_is_refused_before_it_is_submitted(place):
     def submits(*words: str):
         run_sweep(parse(["task=sweep", f"sweep={write(place)}", "trials.slurm=2", "trials.dry_run=true", *words]))
 
@@ -290,7 +290,7 @@ LONG = ["data.validation.every_steps=20", "trainer.log_every_n_steps=1", "checkp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["kill", "interrupt"])
-def test_a_sweep_that_is_cut_short_goes_on_where_it_was(place, how):
+def test_an_interrupted_sweep_resumes_where_it_stopped(place, how):
     path = write(place)
     path.write_text(path.read_text().replace("trainer.max_steps: {value: 4}", "trainer.max_steps: {value: 60}"))
     sweeping = started(place, *LONG)
@@ -310,7 +310,7 @@ def test_a_sweep_that_is_cut_short_goes_on_where_it_was(place, how):
 
 
 @pytest.mark.slow
-def test_a_sweep_whose_trials_all_fail_says_why_after_three(place):
+def test_a_sweep_whose_trials_all_fail_stops_after_three_with_the_reason(place):
     path = write(place, cap=5)
     path.write_text(path.read_text().replace("callbacks: {value: [throughput, guard]}", "data.max_length: {value: 1}"))
     done = start_sweep(place)

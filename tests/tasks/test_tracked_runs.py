@@ -57,7 +57,7 @@ def of(row: dict) -> dict:
 
 
 @pytest.mark.slow
-def test_a_run_killed_and_started_again_is_one_run_with_the_history_of_one_never_killed(server, place):
+def test_a_killed_and_resumed_run_is_one_tracked_run_with_the_history_of_an_undisturbed_one(server, place):
     words = ["logger=wandb", "trainer.max_steps=24", "trainer.log_every_n_steps=1", "checkpoint.every_steps=4"]
     words += ["checkpoint.asynchronous=false", "data.validation.every_steps=6", "callbacks=[throughput,guard,samples]"]
     code, said = ended(begin(server, place, *words, "run_name=whole"))
@@ -97,7 +97,7 @@ def test_a_metric_that_is_never_logged_fails_the_run_at_its_first_validation_and
 
 
 @pytest.mark.slow
-def test_a_second_start_of_a_run_under_way_is_refused_and_the_first_goes_on(server, place):
+def test_a_second_start_of_a_running_run_is_refused_and_the_first_continues(server, place):
     words = ["trainer.max_steps=5000", "run_name=twice", "callbacks=[throughput,guard]"]
     first, table = begin(server, place, *words), place / "runs" / "twice" / "metrics.csv"
     while not table.is_file():
@@ -136,7 +136,7 @@ def planted() -> list[str]:
 
 
 @pytest.mark.slow
-def test_25_planted_secrets_are_refused_by_every_task_and_none_is_shown_or_written(server, place):
+def test_25_planted_secrets_are_refused_by_every_task_and_never_shown_or_written(server, place):
     assert len(set(PLANTED)) >= 25
     before = {path for path in place.rglob("*") if path.is_file()}
     sweep = place / "planted.yaml"
@@ -165,7 +165,7 @@ def test_25_planted_secrets_are_refused_by_every_task_and_none_is_shown_or_writt
 
 
 @pytest.mark.slow
-def test_secrets_of_the_environment_are_in_no_file_on_no_terminal_and_not_at_the_server(server, place):
+def test_secrets_of_the_environment_reach_no_file_terminal_or_server(server, place):
     bodies = []
     real = server.answer
     server.answer = lambda method, path, key, body: bodies.append(body) or real(method, path, key, body)

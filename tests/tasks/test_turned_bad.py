@@ -68,7 +68,7 @@ def stopped(*words: str) -> str:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_it_is_told_entered_and_left_out_and_every_other_sample_stays_in_its_step(
+def test_a_corrupt_record_is_reported_logged_and_left_out_and_other_samples_stay_in_their_step(
     words, tmp_path, monkeypatch, workers
 ):
     words = [*words, f"data.num_workers={workers}"]
@@ -89,7 +89,7 @@ def test_it_is_told_entered_and_left_out_and_every_other_sample_stays_in_its_ste
     assert sum(map(len, whole)) == COUNT and len(lines_of(ledger)) == 1
 
 
-def test_each_of_several_costs_one_start(words, tmp_path, monkeypatch):
+def test_each_corrupt_record_costs_one_start(words, tmp_path, monkeypatch):
     whole = trained(monkeypatch, *words, "run_name=whole")
     for number in (2, 7, 11):
         damage(tmp_path / "images" / f"{number}.jpg")
@@ -104,7 +104,7 @@ PACKS = pytest.param(["data.global_batch_size=8", "data.tokens_per_micro_batch=2
 
 
 @pytest.mark.parametrize("more", [[], PACKS])
-def test_in_quarantine_one_process_goes_on_by_itself_as_if_they_had_been_left_out_from_the_start(
+def test_with_quarantine_one_process_restarts_and_trains_as_if_they_were_left_out_from_the_start(
     words, tmp_path, monkeypatch, capsys, more
 ):
     words = [*words, *more, *SET_ASIDE]
@@ -129,7 +129,7 @@ def test_in_quarantine_one_process_goes_on_by_itself_as_if_they_had_been_left_ou
     assert len(columns) > 1 and tables[0][columns].equals(tables[1][columns])
 
 
-def test_idle_workers_enter_what_turned_bad_before_its_step_comes(words, tmp_path, monkeypatch):
+def test_idle_workers_log_corrupt_records_before_their_step(words, tmp_path, monkeypatch):
     monkeypatch.setattr(look_ahead, "RETRY_DELAYS", (0.01, 0.02))
     words = [*words, *SET_ASIDE, "data.num_workers=2", "data.prefetch_factor=1"]
     datamodule = datamodule_of(*words, "data.global_batch_size=2", "trainer.max_steps=12")
@@ -150,7 +150,7 @@ def test_idle_workers_enter_what_turned_bad_before_its_step_comes(words, tmp_pat
     assert not datamodule_of(*words, "data.on_bad_record=stop").look_ahead
 
 
-def test_more_than_may_be_set_aside_end_the_run(words, tmp_path):
+def test_more_corrupt_records_than_max_quarantined_end_the_run(words, tmp_path):
     run(*words, "run_name=first")
     for number in range(6):
         damage(tmp_path / "images" / f"{number}.jpg")
@@ -159,7 +159,7 @@ def test_more_than_may_be_set_aside_end_the_run(words, tmp_path):
     assert len(lines_of(tmp_path / "runs" / "bad" / "ledger.jsonl")) == 5
 
 
-def test_what_is_left_out_is_said_at_the_next_start(words, tmp_path, capsys):
+def test_left_out_records_are_reported_at_the_next_start(words, tmp_path, capsys):
     damage(tmp_path / "images" / "5.jpg")
     stopped(*words)
     capsys.readouterr()
@@ -167,7 +167,7 @@ def test_what_is_left_out_is_said_at_the_next_start(words, tmp_path, capsys):
     assert "1 that turned bad while training left out, see" in capsys.readouterr().out
 
 
-def test_a_step_of_which_nothing_is_left_teaches_nothing(words, tmp_path, monkeypatch):
+def test_a_step_without_remaining_samples_trains_nothing(words, tmp_path, monkeypatch):
     words = [*words, "data.global_batch_size=1", "trainer.max_steps=24"]
     whole = trained(monkeypatch, *words, "run_name=whole")
     damage(tmp_path / "images" / "5.jpg")
@@ -184,7 +184,7 @@ def gone(path: Path) -> None:
     path.unlink()
 
 
-def test_what_is_gone_after_the_index_was_read_is_told_and_left_out(words, tmp_path, monkeypatch):
+def test_an_image_missing_after_indexing_is_reported_and_left_out(words, tmp_path, monkeypatch):
     run(*words, "run_name=first")
     gone(tmp_path / "images" / "5.jpg")
     assert stopped(*words).startswith("train.jsonl:6: image '5.jpg' not found in")
@@ -193,7 +193,7 @@ def test_what_is_gone_after_the_index_was_read_is_told_and_left_out(words, tmp_p
     assert sum(map(len, trained(monkeypatch, *words))) == COUNT - 1
 
 
-def test_what_became_another_after_the_index_was_read_is_told_and_is_no_bad_record(words, tmp_path, monkeypatch):
+def test_an_image_changed_after_indexing_is_reported_and_is_no_bad_record(words, tmp_path, monkeypatch):
     run(*words, "run_name=first")
     another_size(tmp_path / "images" / "5.jpg")
     text = stopped(*words)
@@ -218,7 +218,7 @@ def stumbling(monkeypatch, times: int) -> list[str]:
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-def test_a_stumble_that_heals_within_the_tries_stops_nothing(words, tmp_path, monkeypatch, held_out):
+def test_a_read_error_that_passes_within_the_retries_does_not_stop_the_run(words, tmp_path, monkeypatch, held_out):
     if held_out:
         words = ["stage=sft", *own_validation(tmp_path), "run_name=bad", "trainer.max_steps=3"]
     run(*words, "run_name=first", "trainer.max_steps=1")  # the index is there
@@ -227,7 +227,7 @@ def test_a_stumble_that_heals_within_the_tries_stops_nothing(words, tmp_path, mo
     assert not (tmp_path / "runs" / "bad" / "ledger.jsonl").exists()
 
 
-def test_one_try_too_many_ends_the_run(words, tmp_path, monkeypatch):
+def test_one_failed_read_too_many_ends_the_run(words, tmp_path, monkeypatch):
     run(*words, "run_name=first")
     stumbling(monkeypatch, 10**6)
     assert "Input/output error" in stopped(*words)
@@ -246,7 +246,7 @@ def own_validation(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("callbacks", ["[export]", "[samples,export]"])
-def test_a_picture_of_an_own_validation_source_is_left_out_there_alone(words, tmp_path, monkeypatch, callbacks):
+def test_an_image_of_a_validation_source_is_left_out_of_validation_only(words, tmp_path, monkeypatch, callbacks):
     words = ["stage=sft", *own_validation(tmp_path), "run_name=bad", f"callbacks={callbacks}", "trainer.max_steps=3"]
     whole = trained(monkeypatch, *words, "run_name=whole")
     damage(tmp_path / "images" / "5.jpg")
@@ -262,7 +262,7 @@ def test_a_picture_of_an_own_validation_source_is_left_out_there_alone(words, tm
 
 
 @pytest.mark.parametrize("callbacks", ["[export]", "[samples,export]"])
-def test_a_picture_of_the_held_out_share_is_left_out(words, tmp_path, monkeypatch, callbacks):
+def test_an_image_of_the_held_out_share_is_left_out(words, tmp_path, monkeypatch, callbacks):
     words = [*words, "data.validation.fraction=0.2", f"callbacks={callbacks}"]
     whole = trained(monkeypatch, *words, "run_name=whole")
     datamodule = datamodule_of(*words)
@@ -276,7 +276,7 @@ def test_a_picture_of_the_held_out_share_is_left_out(words, tmp_path, monkeypatc
 
 
 @pytest.mark.slow
-def test_two_ranks_go_on_without_it_alike(words, tmp_path, monkeypatch):
+def test_two_ranks_both_leave_out_the_corrupt_record(words, tmp_path, monkeypatch):
     whole = trained(monkeypatch, *words, "run_name=whole")
     damage(tmp_path / "images" / "5.jpg")
     first = process(*words, *TWO, cwd=tmp_path, ranks=2)

@@ -24,7 +24,7 @@ def stopped(*words: str) -> str:
 
 
 @pytest.mark.parametrize("name", ["tar", "zips"])
-def test_members_of_archives_are_named_and_entered(tmp_path, name):
+def test_corrupt_archive_members_are_named_and_logged(tmp_path, name):
     files = make_files(tmp_path / "files")
     sources = {name: sources_of(files)[name]}
     words = [*own_choice(tmp_path, sources=sources), "stage=sft", "run_name=bad", "trainer.max_steps=2"]
@@ -50,7 +50,7 @@ def test_members_of_archives_are_named_and_entered(tmp_path, name):
     assert len({entry["position"] for entry in entries}) == len(entries)
 
 
-def test_preferences_know_it_as_well(tmp_path, monkeypatch):
+def test_corrupt_images_of_preference_pairs_are_left_out(tmp_path, monkeypatch):
     save_photos(tmp_path / "images")
     pairs = [
         {"prompt": f"<image>\n{i}?", "chosen": f"Yes {i}", "rejected": "No", "image": PHOTOS[i % 4]} for i in range(8)
