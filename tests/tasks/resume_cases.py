@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from run_helpers import TINY, Ran, own_choice
+from run_helpers import TINY, RunOutput, write_data_choice
 from waiting import PATIENCE
 
 from lit_vlm.config import Run, parse
@@ -43,43 +43,43 @@ COMMON = [
     "checkpoint.every_steps=1",
     f"trainer.max_steps={STEPS}",
 ]
-NUMBER_OF_TIMES = ("throughput/", "seconds")
+TIME_COLUMNS = ("throughput/", "seconds")
 
 
-def words_of(folder: Path, stage: str, *more: str) -> list[str]:
+def build_overrides(folder: Path, stage: str, *overrides: str) -> list[str]:
     """`python run.py`'s words for a small run of a stage on built-in samples."""
 
-    def source(kind: str, language: str, number: int) -> dict:
+    def make_source(kind: str, language: str, number: int) -> dict:
         return {"format": "builtin", "path": kind, "language": language, "num_samples": number}
 
     both = [(kind, language) for kind in KINDS[stage] for language in ("ko", "en")]
-    sources = {f"{kind}_{language}": source(kind, language, 20) for kind, language in both}
-    held_out = {f"{kind}_{language}": source(kind, language, 2) for kind, language in both}
-    choice = own_choice(folder / stage, sources=sources, validation={"sources": held_out})
-    return [*TINY, f"stage={stage}", *choice, *COMMON, *OWN[stage], *more]
+    sources = {f"{kind}_{language}": make_source(kind, language, 20) for kind, language in both}
+    held_out = {f"{kind}_{language}": make_source(kind, language, 2) for kind, language in both}
+    choice = write_data_choice(folder / stage, sources=sources, validation={"sources": held_out})
+    return [*TINY, f"stage={stage}", *choice, *COMMON, *OWN[stage], *overrides]
 
 
 @cache
-def parsed(folder: Path, *words: str) -> Run:
+def parse_once(folder: Path, *overrides: str) -> Run:
     """Once for all starts of a run."""
     with chdir(folder):
-        return parse([*words])
+        return parse([*overrides])
 
 
-def whole_run(words: list[str], folder: Path, *, finished: bool = False) -> CheckpointIndex | None:
+def run_undisturbed(overrides: list[str], folder: Path, *, finished: bool = False) -> CheckpointIndex | None:
     """The undisturbed run, in this process: what it imports, its children have. Returns its last state.
 
     Args:
         finished: it exports its model, and leaves no state.
     """
-    job = parsed(folder, *words)
+    job = parse_once(folder, *overrides)
     with chdir(folder):
         train(deepcopy(job))
-    return None if finished else last_state(folder, job.name)
+    return None if finished else read_last_state(folder, job.name)
 
 
 @dataclass
-class Start:
+class StartedRun:
     """One start of a run: its processes, one per rank."""
 
     pids: list[int]
@@ -102,7 +102,7 @@ class Start:
             late = time.monotonic() > end
             if late or any(codes.values()):
                 self._end(codes, 0 if late else 5.0)
-                assert not late, f"no end after {limit} s: {self.said()}"
+                assert not late, f"no end after {limit} s: {self.read_output()}"
             time.sleep(0.002)
         return [codes[pid] for pid in self.pids]
 
@@ -118,16 +118,16 @@ class Start:
                     codes[pid] = os.waitstatus_to_exitcode(status)
             time.sleep(0.002)
 
-    def said(self) -> str:
+    def read_output(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
 
-def start(words: list[str], folder: Path, ranks: int = 1, patch: Callable[[], None] | None = None) -> Start:
+def start(overrides: list[str], folder: Path, ranks: int = 1, patch: Callable[[], None] | None = None) -> StartedRun:
     """Start a run in `folder`; `patch` is called in each child first."""
     log = folder / "logs" / f"{time.monotonic_ns()}.log"
     log.parent.mkdir(exist_ok=True)
     log.touch()
-    job = parsed(folder, *words)
+    job = parse_once(folder, *overrides)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -135,49 +135,51 @@ def start(words: list[str], folder: Path, ranks: int = 1, patch: Callable[[], No
     for rank in range(ranks):
         pid = os.fork()
         if pid == 0:
-            _child(job, folder, log, patch, _ranks_environment(rank, ranks, port) if ranks > 1 else {})
+            _run_child(job, folder, log, patch, _build_rank_environment(rank, ranks, port) if ranks > 1 else {})
         pids.append(pid)
-    return Start(pids, log)
+    return StartedRun(pids, log)
 
 
-def ended(words: list[str], folder: Path, ranks: int = 1, patch: Callable[[], None] | None = None) -> tuple[int, str]:
+def run_to_end(
+    overrides: list[str], folder: Path, ranks: int = 1, patch: Callable[[], None] | None = None
+) -> tuple[int, str]:
     """Exit code of the first rank, and what was said."""
-    begun = start(words, folder, ranks, patch)
-    return begun.wait()[0], begun.said()
+    started = start(overrides, folder, ranks, patch)
+    return started.wait()[0], started.read_output()
 
 
-def run_dir(folder: Path, name: str) -> Ran:
-    return Ran(folder / "runs" / name)
+def open_run(folder: Path, name: str) -> RunOutput:
+    return RunOutput(folder / "runs" / name)
 
 
-def last_state(folder: Path, name: str) -> CheckpointIndex:
+def read_last_state(folder: Path, name: str) -> CheckpointIndex:
     """The state after the last step."""
     checkpoints = CheckpointFolder(folder / "runs" / name / "checkpoints")
     return read_index(checkpoints.get_step_path(checkpoints.list_steps()[0]))
 
 
-def same_state(one: CheckpointIndex, other: CheckpointIndex) -> bool:
+def is_same_state(one: CheckpointIndex, other: CheckpointIndex) -> bool:
     """Bit for bit: weights and moments are in the files, whose SHA-256 the index holds; so is what was read."""
-    mine, theirs = ((i.step, i.updates, i.consumed, i.intervals, i.files) for i in (one, other))
-    return mine == theirs
+    one_content, other_content = ((i.step, i.updates, i.consumed, i.intervals, i.files) for i in (one, other))
+    return one_content == other_content
 
 
-def strays(folder: Path, name: str) -> list[str]:
+def list_leftovers(folder: Path, name: str) -> list[str]:
     """Files and folders in a run's folder that no finished run has."""
-    place = folder / "runs" / name
-    return [str(path.relative_to(place)) for path in place.rglob("*") if path.name.startswith(".")]
+    run_folder = folder / "runs" / name
+    return [str(path.relative_to(run_folder)) for path in run_folder.rglob("*") if path.name.startswith(".")]
 
 
-def rows(folder: Path, name: str) -> list[dict]:
+def read_metrics(folder: Path, name: str) -> list[dict]:
     """metrics.csv without its times."""
     import csv
 
     with (folder / "runs" / name / "metrics.csv").open(encoding="utf-8", newline="") as stream:
         found = list(csv.DictReader(stream))
-    return [{key: value for key, value in row.items() if not key.startswith(NUMBER_OF_TIMES)} for row in found]
+    return [{key: value for key, value in row.items() if not key.startswith(TIME_COLUMNS)} for row in found]
 
 
-def kill_at(micro_batch: int) -> Callable[[], None]:
+def kill_at_micro_batch(micro_batch: int) -> Callable[[], None]:
     """SIGKILL in the training step of that micro-batch of the run."""
 
     def patch() -> None:
@@ -185,24 +187,24 @@ def kill_at(micro_batch: int) -> Callable[[], None]:
 
         step = Stage.training_step
 
-        def killed(self, batch, number):
+        def kill_or_step(self, batch, number):
             if number == micro_batch:
                 os.kill(os.getpid(), signal.SIGKILL)
             return step(self, batch, number)
 
-        Stage.training_step = killed
+        Stage.training_step = kill_or_step
 
     return patch
 
 
-def _ranks_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
+def _build_rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
     """As torchrun sets it."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
     names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
     return {key: str(value) for key, value in names.items()}
 
 
-def _child(job: Run, folder: Path, log: Path, patch: Callable[[], None] | None, env: dict[str, str]) -> None:
+def _run_child(job: Run, folder: Path, log: Path, patch: Callable[[], None] | None, env: dict[str, str]) -> None:
     code = 1
     try:
         handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -7,7 +7,19 @@ from io import BytesIO
 import pytest
 import torch
 from PIL import Image
-from run_helpers import PHOTOS, TINY, Ran, conversations, llava, own_choice, process, run, save_photos, turns, write
+from run_helpers import (
+    PHOTOS,
+    TINY,
+    RunOutput,
+    make_conversations,
+    make_llava_record,
+    make_turns,
+    run,
+    run_process,
+    save_photos,
+    write_data_choice,
+    write_records,
+)
 
 from lit_vlm.config import parse
 from lit_vlm.tasks.train import train
@@ -33,7 +45,7 @@ def place(tmp_path_factory):
     """A user's folder with a run that is finished."""
     folder = tmp_path_factory.mktemp("user")
     save_photos(folder / "images")
-    write(folder / "train.jsonl", conversations())
+    write_records(folder / "train.jsonl", make_conversations())
     Image.new("RGB", (8, 8)).save(folder / "outside.png")
     photo = (folder / "images" / "china.jpg").read_bytes()
     (folder / "images" / "truncated.jpg").write_bytes(photo[: len(photo) // 2])
@@ -75,15 +87,15 @@ def message(*words: str) -> str:
     return str(caught.value)
 
 
-def untouched(ran: Ran, *words: str) -> str:
+def untouched(ran: RunOutput, *words: str) -> str:
     """The message of a mistake made with run_name=kept overwrite=true: the finished run must survive it whole.
 
     A list of bad records may come to lie beside it.
     """
-    before = ran.snapshot()
+    before = ran.take_snapshot()
     text = message(*words, "run_name=kept", "overwrite=true")
     (ran.dir / "bad_records.jsonl").unlink(missing_ok=True)
-    assert ran.snapshot() == before
+    assert ran.take_snapshot() == before
     assert ran.manifest["status"] == "finished"
     return text
 
@@ -127,7 +139,7 @@ def test_an_error_in_the_settings_is_named_and_changes_nothing(done, words, said
 
 
 def test_all_errors_are_reported_together_without_a_traceback_and_with_status_1(place):
-    ended = process(*LLAVA, "stage.learning_rat=1", "trainer.max_steps=many", "model=huge", cwd=place)
+    ended = run_process(*LLAVA, "stage.learning_rat=1", "trainer.max_steps=many", "model=huge", cwd=place)
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     assert all(word in ended.stderr for word in ("3 mistakes", "stage.learning_rat", "trainer.max_steps", "model=huge"))
 
@@ -160,22 +172,25 @@ def test_a_file_that_cannot_be_read_ends_the_run(place, done, name, content, sai
 LONG = "아주 긴 대답입니다. " * 60
 RECORDS = {
     "not JSON": ('{"conversations": [', "not JSON at column 20"),
-    "missing image": (llava(ASK, "a", image="none.jpg"), "image 'none.jpg' not found in"),
-    "no image file": (llava(ASK, "a", image="text.jpg"), "image 'text.jpg' is no JPEG, PNG"),
+    "missing image": (make_llava_record(ASK, "a", image="none.jpg"), "image 'none.jpg' not found in"),
+    "no image file": (make_llava_record(ASK, "a", image="text.jpg"), "image 'text.jpg' is no JPEG, PNG"),
     "bomb": (
-        llava(ASK, "a", image="bomb.png"),
+        make_llava_record(ASK, "a", image="bomb.png"),
         "image 'bomb.png' is larger than data.max_image_pixels=64000000 allows: Image size (900000000",
     ),
-    "outside": (llava(ASK, "a", image="../outside.png"), "image '../outside.png' leads out of"),
-    "absolute": (llava(ASK, "a", image="/etc/passwd"), "image '/etc/passwd' leads out of"),
-    "URL": (llava(ASK, "a", image="http://127.0.0.1:9/a.png"), "is an URL; URLs are never fetched while training"),
-    "two for one": (llava("<image><image>\nq", "a", image="china.jpg"), "2 image placeholders but 1 image"),
-    "none for one": (llava("q", "a", image="china.jpg"), "0 image placeholders but 1 image"),
-    "no answer": (llava("q", ""), "message 2, the assistant's, is empty"),
-    "nobody answers": (llava("q"), "the last message is the user's; it must be the assistant's"),
-    "too long": (llava("q", LONG), "data.tokens_per_micro_batch allows 500"),
+    "outside": (make_llava_record(ASK, "a", image="../outside.png"), "image '../outside.png' leads out of"),
+    "absolute": (make_llava_record(ASK, "a", image="/etc/passwd"), "image '/etc/passwd' leads out of"),
+    "URL": (
+        make_llava_record(ASK, "a", image="http://127.0.0.1:9/a.png"),
+        "is an URL; URLs are never fetched while training",
+    ),
+    "two for one": (make_llava_record("<image><image>\nq", "a", image="china.jpg"), "2 image placeholders but 1 image"),
+    "none for one": (make_llava_record("q", "a", image="china.jpg"), "0 image placeholders but 1 image"),
+    "no answer": (make_llava_record("q", ""), "message 2, the assistant's, is empty"),
+    "nobody answers": (make_llava_record("q"), "the last message is the user's; it must be the assistant's"),
+    "too long": (make_llava_record("q", LONG), "data.tokens_per_micro_batch allows 500"),
     "too many tiles": (
-        llava("<image>" * 9 + "\nq", "a", image=["china.jpg"] * 9),
+        make_llava_record("<image>" * 9 + "\nq", "a", image=["china.jpg"] * 9),
         "needs 9 image tiles and data.tiles_per_micro_batch allows 8",
     ),
 }
@@ -190,9 +205,9 @@ CAPS = [
 @pytest.fixture(scope="module")
 def faulty(place):
     """One file with every fault, and as many sound records between them."""
-    sound = [llava(ASK, "A temple.", image="china.jpg"), llava("Hi", "안녕")]
+    sound = [make_llava_record(ASK, "A temple.", image="china.jpg"), make_llava_record("Hi", "안녕")]
     records = [record for i, (bad, _) in enumerate(RECORDS.values()) for record in (sound[i % 2], bad)]
-    return write(place / "faulty.jsonl", records)
+    return write_records(place / "faulty.jsonl", records)
 
 
 def line(number: int) -> str:
@@ -211,7 +226,7 @@ def test_one_pass_finds_every_bad_record_and_stops_before_training(done, faulty)
 @pytest.mark.parametrize("name", RECORDS)
 def test_each_bad_record_is_named_with_its_line_and_cause(place, name):
     record, said = RECORDS[name]
-    write(place / "one.jsonl", [llava("Hi", "Hello"), record])
+    write_records(place / "one.jsonl", [make_llava_record("Hi", "Hello"), record])
     text = message(*LLAVA, *CAPS, "data.sources.mine.path=one.jsonl", "run_name=never")
     assert "one.jsonl:2: " in text and said in text, text
     left = {path.name: path for path in (place / "runs" / "never").iterdir()}
@@ -221,7 +236,7 @@ def test_each_bad_record_is_named_with_its_line_and_cause(place, name):
 
 
 def test_a_file_of_only_bad_records_is_refused_with_their_lines(place):
-    write(place / "all.jsonl", [llava(ASK, "a", image="none.jpg")] * 3)
+    write_records(place / "all.jsonl", [make_llava_record(ASK, "a", image="none.jpg")] * 3)
     words = [*LLAVA, "data.sources.mine.path=all.jsonl", "run_name=never"]
     assert "all.jsonl:1: image 'none.jpg' not found in" in message(*words)
     allowed = message(*words, "data.on_bad_record=quarantine", "data.max_quarantined=1")
@@ -250,15 +265,15 @@ def test_too_many_bad_records_stop_the_run_also_with_quarantine(faulty):
 
 
 def test_bad_pairs_and_messages_are_named(place):
-    write(
+    write_records(
         place / "pairs.jsonl",
         [{"prompt": "q", "chosen": "a", "rejected": "b"}, {"prompt": "q", "chosen": "a", "rejected": "a"}],
     )
     text = message("stage=dpo", "data=preference", "data.sources.mine.path=pairs.jsonl")
     assert "pairs.jsonl:2: chosen and rejected are equal" in text
-    write(
+    write_records(
         place / "m.jsonl",
-        [{"messages": turns("q", "a")}, {"messages": [{"role": "user", "content": [{"type": "video"}]}]}],
+        [{"messages": make_turns("q", "a")}, {"messages": [{"role": "user", "content": [{"type": "video"}]}]}],
     )
     assert "m.jsonl:2: messages[0].content[0] is of type 'video'" in message(
         "stage=sft", "data=messages", "data.sources.mine.path=m.jsonl"
@@ -266,7 +281,7 @@ def test_bad_pairs_and_messages_are_named(place):
 
 
 def test_a_file_of_pairs_for_sft_is_refused_before_training(place):
-    write(place / "auto.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}] * 4)
+    write_records(place / "auto.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "b"}] * 4)
     text = message("stage=sft", "data=llava_json", "data.sources.mine.path=auto.jsonl", "data.sources.mine.format=auto")
     assert "mine" in text and "preference" in text and "dpo" in text
     text = message("stage=dpo", "data=llava_json", "data.sources.mine.path=train.jsonl", "data.sources.mine.image_root=images",
@@ -280,7 +295,9 @@ BROKEN = [*LLAVA, "data.sources.mine.path=broken.jsonl"]
 @pytest.fixture
 def broken(place):
     """The header is whole, so the index finds no fault; the pixels are missing."""
-    write(place / "broken.jsonl", [llava(ASK, "A temple.", image="truncated.jpg"), *conversations(5)])
+    write_records(
+        place / "broken.jsonl", [make_llava_record(ASK, "A temple.", image="truncated.jpg"), *make_conversations(5)]
+    )
 
 
 def test_an_image_that_cannot_be_decoded_while_training_is_named(broken):
@@ -288,19 +305,21 @@ def test_an_image_that_cannot_be_decoded_while_training_is_named(broken):
 
 
 def test_an_image_that_cannot_be_decoded_in_a_worker_ends_the_process_with_only_the_message(place, broken):
-    ended = process(*BROKEN, "run_name=broken", "data.num_workers=1", cwd=place)
+    ended = run_process(*BROKEN, "run_name=broken", "data.num_workers=1", cwd=place)
     assert ended.returncode == 1
     assert "broken.jsonl:1: image 'truncated.jpg' cannot be decoded: " in ended.stderr
     assert "ledger.jsonl: the same command again goes on without it" in ended.stderr
     assert "Traceback" not in ended.stderr and len(ended.stderr.strip().splitlines()) == 1, ended.stderr
-    assert Ran(place / "runs" / "broken").manifest["status"] == "running"
+    assert RunOutput(place / "runs" / "broken").manifest["status"] == "running"
     assert not (place / "runs" / "broken" / "hf").exists()
 
 
 def test_a_broken_held_out_image_is_named(place, tmp_path):
-    write(place / "held.jsonl", [llava(ASK, "A temple.", image="truncated.jpg")])
+    write_records(place / "held.jsonl", [make_llava_record(ASK, "A temple.", image="truncated.jpg")])
     held = {"path": "held.jsonl", "image_root": "images", "format": "llava"}
-    own = own_choice(tmp_path, sources={"mine": held | {"path": "train.jsonl"}}, validation={"sources": {"held": held}})
+    own = write_data_choice(
+        tmp_path, sources={"mine": held | {"path": "train.jsonl"}}, validation={"sources": {"held": held}}
+    )
     text = message(*own, "stage=sft")
     assert "held.jsonl:1: image 'truncated.jpg' cannot be decoded" in text
 
@@ -308,7 +327,7 @@ def test_a_broken_held_out_image_is_named(place, tmp_path):
 @pytest.mark.slow
 def test_a_broken_image_on_one_of_two_ranks_ends_both(place, broken):
     words = ["run_name=broken_ddp", "trainer.devices=2", "trainer.strategy=ddp", "data.global_batch_size=6"]
-    ended = process(*BROKEN, *words, cwd=place, ranks=2)
+    ended = run_process(*BROKEN, *words, cwd=place, ranks=2)
     assert ended.returncode != 0
     assert "broken.jsonl:1: image 'truncated.jpg' cannot be decoded" in ended.stderr
 
@@ -355,11 +374,11 @@ def test_a_language_model_without_a_chat_template_is_refused(place, done, small_
 
 def test_training_opens_no_connection(place):
     global _events
-    write(
+    write_records(
         place / "urls.jsonl",
         [
-            *conversations(8),
-            *[llava(ASK, "a", image=f"{scheme}://127.0.0.1:9/a.png") for scheme in ("http", "s3", "ftp")],
+            *make_conversations(8),
+            *[make_llava_record(ASK, "a", image=f"{scheme}://127.0.0.1:9/a.png") for scheme in ("http", "s3", "ftp")],
         ],
     )
     words = [*LLAVA, "data.sources.mine.path=urls.jsonl", "data.on_bad_record=quarantine", "data.max_quarantined=0.5"]
@@ -376,16 +395,16 @@ def test_links_out_of_the_image_root_are_not_followed(place):
     link = place / "images" / "link.png"
     link.unlink(missing_ok=True)
     link.symlink_to(place / "outside.png")
-    write(place / "link.jsonl", [llava(ASK, "a", image="link.png")])
+    write_records(place / "link.jsonl", [make_llava_record(ASK, "a", image="link.png")])
     assert "image 'link.png' leads out of" in message(*LLAVA, "data.sources.mine.path=link.jsonl")
 
 
 def test_control_tokens_written_in_the_data_stay_text_in_every_batch(place, monkeypatch):
     """In a whole run, the placeholders are as many as the image features, and turns end as often as turns end."""
     written = "<|im_end|> <|im_start|>assistant <bbox> </obj> <gro> <video>"
-    records = [llava(ASK, f"{i} <image> {written}", image=PHOTOS[i % 4]) for i in range(4)]
-    records += [llava(f"{written} {i}", f"<image> {written}") for i in range(4)]
-    write(place / "control.jsonl", records)
+    records = [make_llava_record(ASK, f"{i} <image> {written}", image=PHOTOS[i % 4]) for i in range(4)]
+    records += [make_llava_record(f"{written} {i}", f"<image> {written}") for i in range(4)]
+    write_records(place / "control.jsonl", records)
     seen = []
     from lit_vlm.stages.base import Stage
 
@@ -408,7 +427,7 @@ def test_control_tokens_written_in_the_data_stay_text_in_every_batch(place, monk
     ((batch, model),) = seen
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(Ran(job.dir).hf)
+    tokenizer = AutoTokenizer.from_pretrained(RunOutput(job.dir).hf)
     counts = {
         token: int((batch.input_ids == tokenizer.convert_tokens_to_ids(token)).sum())
         for token in tokenizer.get_added_vocab()

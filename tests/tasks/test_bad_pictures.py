@@ -7,8 +7,8 @@ from pathlib import Path
 
 import bad_images
 import pytest
-from mixture_cases import datamodule_of, lines_of, prepared
-from run_helpers import llava, run, write
+from mixture_cases import build_datamodule, read_json_lines, run_prepare
+from run_helpers import make_llava_record, run, write_records
 
 from lit_vlm.types import Fault, UserError
 
@@ -25,12 +25,12 @@ def corpus(tmp_path_factory):
     records, expected = [], {}
     for number, case in enumerate(cases):
         if number % 12 == 0:
-            records.append(llava("<image>\nWhat?", f"Red {number}", image="good.png"))
-        records.append(llava("<image>\nWhat?", f"Case {number}", image=case.path))
+            records.append(make_llava_record("<image>\nWhat?", f"Red {number}", image="good.png"))
+        records.append(make_llava_record("<image>\nWhat?", f"Case {number}", image=case.path))
         if case.expected:  # a data URI is no address for a record: it carries the picture, or here what is none
             fault = Fault.not_an_image if case.path.startswith("data:") else case.expected
             expected[f"train.jsonl:{len(records)}"] = str(fault)
-    write(folder / "train.jsonl", records)
+    write_records(folder / "train.jsonl", records)
     return folder, len(records), expected
 
 
@@ -45,11 +45,11 @@ def words(corpus, tmp_path, monkeypatch) -> list[str]:
 def test_each_bad_record_is_quarantined_with_its_fault_and_all_others_are_trained_on(words, corpus):
     _, count, expected = corpus
     aside = ["data.on_bad_record=quarantine", "data.max_quarantined=1.0", "data.max_image_pixels=64000000"]
-    ready = prepared(*words, *aside)
-    rows = lines_of(ready.dir / "quarantine.jsonl")
+    ready = run_prepare(*words, *aside)
+    rows = read_json_lines(ready.dir / "quarantine.jsonl")
     assert {row["origin"]: row["fault"] for row in rows} == expected and len(rows) == len(expected)
     assert all(row["source"] == "mine" and row["reason"] and len(row["digest"]) == 64 for row in rows)
-    datamodule = datamodule_of(*words, *aside)
+    datamodule = build_datamodule(*words, *aside)
     datamodule.build_indexes()
     lines = {f"train.jsonl:{position + 1}" for position in datamodule.index.position.tolist()}
     assert len(lines) == count - len(expected) and not lines & expected.keys()
@@ -63,24 +63,24 @@ def test_each_bad_record_is_quarantined_with_its_fault_and_all_others_are_traine
 def test_the_default_limit_stops_with_the_counts_of_each_fault(words, corpus, tmp_path):
     _, count, expected = corpus
     with pytest.raises(UserError) as caught:
-        prepared(*words, "data.on_bad_record=quarantine")
+        run_prepare(*words, "data.on_bad_record=quarantine")
     text, faults = str(caught.value), Counter(expected.values())
     assert f"mine: {len(expected):,} of {count:,} ({len(expected) / count:.2%})" in text
     assert all(f"{number:,} {fault}" in text for fault, number in faults.items()), text
     assert "data.max_quarantined=0.01 allows" in text and str(tmp_path / "runs" / "bad" / "quarantine.jsonl") in text
-    assert len(lines_of(tmp_path / "runs" / "bad" / "quarantine.jsonl")) == len(expected)
+    assert len(read_json_lines(tmp_path / "runs" / "bad" / "quarantine.jsonl")) == len(expected)
     assert not (tmp_path / "runs" / "bad" / "mixture.lock").exists()
 
 
 def test_the_policy_stop_names_bad_records_with_counts_and_quarantines_nothing(words, corpus, tmp_path):
     _, _, expected = corpus
     with pytest.raises(UserError) as caught:
-        prepared(*words, "data.on_bad_record=stop")
+        run_prepare(*words, "data.on_bad_record=stop")
     text = str(caught.value)
     first = list(expected)[:10]
     assert text.startswith(f"Records that cannot be used ({len(expected):,} of mine: ")
     assert all(f"\n  {origin}: image " in text for origin in first) and f"... and {len(expected) - 10:,} more" in text
     assert all(f"{number:,} {fault}" in text for fault, number in Counter(expected.values()).items())
     (listed,) = Path(tmp_path / "runs" / "bad").glob("*")
-    assert listed.name == "bad_records.jsonl" and {row["origin"] for row in lines_of(listed)} == set(expected)
+    assert listed.name == "bad_records.jsonl" and {row["origin"] for row in read_json_lines(listed)} == set(expected)
     assert json.dumps(text)  # whatever their names hold

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from resume_cases import kill_at, start, whole_run, words_of
-from run_helpers import TWO, Ran
+from resume_cases import build_overrides, kill_at_micro_batch, run_undisturbed, start
+from run_helpers import TWO, RunOutput
 from safetensors.torch import load_file
 
 from lit_vlm.config import parse
@@ -30,14 +30,18 @@ def here(place, monkeypatch):
 @pytest.fixture(scope="module")
 def pair(place):
     """By stage: the same run with its own export, and without."""
-    made: dict[str, tuple[Ran, Ran, list[str]]] = {}
+    made: dict[str, tuple[RunOutput, RunOutput, list[str]]] = {}
 
-    def of(stage: str) -> tuple[Ran, Ran, list[str]]:
+    def of(stage: str) -> tuple[RunOutput, RunOutput, list[str]]:
         if stage not in made:
-            words = words_of(place, stage)
-            whole_run([*words, f"run_name={stage}_own", "export=true"], place, finished=True)
-            whole_run([*words, f"run_name={stage}_later"], place)
-            made[stage] = Ran(place / "runs" / f"{stage}_own"), Ran(place / "runs" / f"{stage}_later"), words
+            words = build_overrides(place, stage)
+            run_undisturbed([*words, f"run_name={stage}_own", "export=true"], place, finished=True)
+            run_undisturbed([*words, f"run_name={stage}_later"], place)
+            made[stage] = (
+                RunOutput(place / "runs" / f"{stage}_own"),
+                RunOutput(place / "runs" / f"{stage}_later"),
+                words,
+            )
         return made[stage]
 
     return of
@@ -84,7 +88,7 @@ def test_the_exported_model_gives_the_same_logits(pair):
 def test_a_killed_run_exports_its_last_checkpoint_to_a_folder_named_after_the_step(place, pair):
     _, later, words = pair("align")
     words = [*words, "run_name=killed", "checkpoint.asynchronous=false"]
-    assert -signal.SIGKILL in start(words, place, 1, kill_at(3 * later.manifest["plan"]["k"])).wait()
+    assert -signal.SIGKILL in start(words, place, 1, kill_at_micro_batch(3 * later.manifest["plan"]["k"])).wait()
     folder = place / "runs" / "killed"
     steps = sorted((folder / "checkpoints").glob("step-*"))
     exported(f"init_from={folder}")
@@ -121,9 +125,9 @@ def test_a_corrupt_checkpoint_is_named_and_the_preceding_one_is_used(pair, place
 
 def test_a_chat_template_other_than_in_training_is_refused(pair, place):
     own, _, _ = pair("align")
-    words = words_of(place, LORA, f"init_from={place / 'start'}", "run_name=from_start", "trainer.max_steps=1")
+    words = build_overrides(place, LORA, f"init_from={place / 'start'}", "run_name=from_start", "trainer.max_steps=1")
     shutil.copytree(own.hf, place / "start")
-    whole_run(words, place)
+    run_undisturbed(words, place)
     template = place / "start" / "chat_template.jinja"
     template.write_text(template.read_text() + "{{ '' }}")
     with pytest.raises(UserError, match="start: .*tokenizer, chat template or image settings are others now"):
@@ -135,7 +139,7 @@ def test_a_chat_template_other_than_in_training_is_refused(pair, place):
 @pytest.mark.slow
 def test_checkpoints_of_two_ranks_export_the_same_model(pair, place):
     pair("align")
-    words = [*words_of(place, "align"), *TWO, "run_name=two"]
+    words = [*build_overrides(place, "align"), *TWO, "run_name=two"]
     assert start(words, place, 2).wait() == [0, 0]
     exported(f"init_from={place / 'runs' / 'two'}")
     one, other = (load_file(place / "runs" / name / "hf" / "model.safetensors") for name in ("two", "align_own"))

@@ -9,10 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mixture_cases import prepared
+from mixture_cases import run_prepare
 from PIL import Image
-from resume_cases import ended, kill_at, last_state, rows, same_state, start, whole_run, words_of
-from run_helpers import TINY, Ran, llava, run, write
+from resume_cases import (
+    build_overrides,
+    is_same_state,
+    kill_at_micro_batch,
+    read_last_state,
+    read_metrics,
+    run_to_end,
+    run_undisturbed,
+    start,
+)
+from run_helpers import TINY, RunOutput, make_llava_record, run, write_records
 
 from lit_vlm.model.vocabulary import CHATML
 from lit_vlm.tasks import stage_data
@@ -53,48 +62,48 @@ def also(*patches):
 def dated(tmp_path_factory) -> tuple[Path, list[str]]:
     place = tmp_path_factory.mktemp("dated")
     (place / "t.jinja").write_text(DAY + CHATML)
-    words = words_of(place, "sft", f"model.chat_template={place / 't.jinja'}", "checkpoint.asynchronous=false")
-    whole_run([*words, "run_name=whole", "model.template_date=2026-04-30"], place)
+    words = build_overrides(place, "sft", f"model.chat_template={place / 't.jinja'}", "checkpoint.asynchronous=false")
+    run_undisturbed([*words, "run_name=whole", "model.template_date=2026-04-30"], place)
     return place, words
 
 
 def test_a_run_resumed_in_another_month_uses_the_template_date_of_its_start(dated):
     place, words = dated
-    words, k = [*words, "run_name=killed"], Ran(place / "runs" / "whole").manifest["plan"]["k"]
-    assert -signal.SIGKILL in start(words, place, 1, also(on("2026-04-30"), kill_at(2 * k))).wait()
-    code, said = ended(words, place, 1, on("2026-09-23"))
+    words, k = [*words, "run_name=killed"], RunOutput(place / "runs" / "whole").manifest["plan"]["k"]
+    assert -signal.SIGKILL in start(words, place, 1, also(on("2026-04-30"), kill_at_micro_batch(2 * k))).wait()
+    code, said = run_to_end(words, place, 1, on("2026-09-23"))
     assert code == 0 and "goes on at step" in said, said
     assert "the chat template writes today's date; in all that this run reads it is 2026-04-30, as when it was" in said
-    one, other = last_state(place, "whole"), last_state(place, "killed")
-    assert one.files == other.files and rows(place, "whole") == rows(place, "killed")
+    one, other = read_last_state(place, "whole"), read_last_state(place, "killed")
+    assert one.files == other.files and read_metrics(place, "whole") == read_metrics(place, "killed")
     assert not (place / "runs" / "killed" / "ledger.jsonl").exists()
-    manifest = Ran(place / "runs" / "killed").manifest
+    manifest = RunOutput(place / "runs" / "killed").manifest
     assert manifest["template_date"] == "2026-04-30"
     assert json.loads((place / "runs" / "killed" / "mixture.lock").read_text())["template_date"] == "2026-04-30"
 
 
 def test_a_changed_chat_template_in_the_same_file_is_refused_on_resume(dated):
     place, words = dated
-    words, k = [*words, "run_name=edited"], Ran(place / "runs" / "whole").manifest["plan"]["k"]
-    assert -signal.SIGKILL in start(words, place, 1, kill_at(2 * k)).wait()
+    words, k = [*words, "run_name=edited"], RunOutput(place / "runs" / "whole").manifest["plan"]["k"]
+    assert -signal.SIGKILL in start(words, place, 1, kill_at_micro_batch(2 * k)).wait()
     before = (place / "t.jinja").read_text()
     (place / "t.jinja").write_text(before.replace("Today", "Again"))
-    code, said = ended(words, place)
+    code, said = run_to_end(words, place)
     (place / "t.jinja").write_text(before)
     assert code == 1 and "another tokenizer, chat template (or day that it writes), or image settings" in said, said
-    assert ended(words, place)[0] == 0
+    assert run_to_end(words, place)[0] == 0
 
 
 def test_prepared_data_are_trained_on_with_the_template_date_of_preparing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.jinja").write_text(DAY + CHATML)
-    write(tmp_path / "a.jsonl", [llava(f"question {n}", f"answer {n}") for n in range(8)])
+    write_records(tmp_path / "a.jsonl", [make_llava_record(f"question {n}", f"answer {n}") for n in range(8)])
     words = ["stage=sft", "data=llava_json", "data.sources.mine.path=a.jsonl", "model.chat_template=t.jinja"]
     words += ["run_name=a", "data.validation.fraction=0", "trainer.max_steps=1", "callbacks=[]", "export=false"]
     words += ["stage.trainable=[language_model]"]
     today = stage_data.date
     monkeypatch.setattr(stage_data, "date", type("Day", (date,), {"today": classmethod(lambda cls: date(2026, 4, 30))}))
-    prepared(*words)
+    run_prepare(*words)
     monkeypatch.setattr(stage_data, "date", today)
     capsys.readouterr()
     ran = run(*words)
@@ -122,8 +131,9 @@ def draw(folder: Path, seed: int) -> None:
 def pictured(tmp_path_factory) -> tuple[Path, list[str]]:
     place = tmp_path_factory.mktemp("pictured")
     draw(place / "images", 0)
-    write(
-        place / "a.jsonl", [llava(f"<image>\nq{n}", f"answer {n:02d}", image=f"{n}.bmp", id=str(n)) for n in range(16)]
+    write_records(
+        place / "a.jsonl",
+        [make_llava_record(f"<image>\nq{n}", f"answer {n:02d}", image=f"{n}.bmp", id=str(n)) for n in range(16)],
     )
     words = [*TINY, "stage=sft", "data=llava_json", "data.sources.mine.path=a.jsonl", "data.validation.fraction=0"]
     words += [
@@ -133,12 +143,12 @@ def pictured(tmp_path_factory) -> tuple[Path, list[str]]:
         "callbacks=[guard]",
     ]
     words += ["checkpoint.asynchronous=false", "export=false", "data.tiling=base"]
-    whole_run([*words, "run_name=whole"], place)
+    run_undisturbed([*words, "run_name=whole"], place)
     return place, words
 
 
 def killed(place: Path, words: list[str]) -> None:
-    assert -signal.SIGKILL in start(words, place, 1, kill_at(2)).wait()
+    assert -signal.SIGKILL in start(words, place, 1, kill_at_micro_batch(2)).wait()
 
 
 def test_replaced_images_end_a_resumed_run_and_the_restored_ones_let_it_resume(pictured):
@@ -147,14 +157,14 @@ def test_replaced_images_end_a_resumed_run_and_the_restored_ones_let_it_resume(p
     killed(place, words)
     shutil.copytree(place / "images", place / "old")
     draw(place / "images", 1)
-    code, said = ended(words, place)
+    code, said = run_to_end(words, place)
     assert code == 1 and ".bmp' holds something else than when it was indexed: a file was replaced since" in said, said
     assert "Traceback" not in said and not (place / "runs" / "replaced" / "ledger.jsonl").exists()
     shutil.rmtree(place / "images")
     shutil.copytree(place / "old", place / "images", copy_function=shutil.copyfile)  # with times of their own
-    code, said = ended(words, place)
+    code, said = run_to_end(words, place)
     assert code == 0 and "goes on at step" in said, said
-    assert same_state(last_state(place, "whole"), last_state(place, "replaced"))
+    assert is_same_state(read_last_state(place, "whole"), read_last_state(place, "replaced"))
 
 
 def test_replaced_and_prepared_images_make_another_run(pictured, monkeypatch):
@@ -164,14 +174,14 @@ def test_replaced_and_prepared_images_make_another_run(pictured, monkeypatch):
     shutil.copytree(place / "images", place / "kept")
     draw(place / "images", 2)
     monkeypatch.chdir(place)
-    prepared(*words[len(TINY) :])
-    code, said = ended(words, place)
+    run_prepare(*words[len(TINY) :])
+    code, said = run_to_end(words, place)
     assert code == 1 and "another content of the pictures" in said, said
     shutil.rmtree(place / "images")
     shutil.move(place / "kept", place / "images")
-    prepared(*words[len(TINY) :])
-    assert ended(words, place)[0] == 0
-    assert same_state(last_state(place, "whole"), last_state(place, "prepared"))
+    run_prepare(*words[len(TINY) :])
+    assert run_to_end(words, place)[0] == 0
+    assert is_same_state(read_last_state(place, "whole"), read_last_state(place, "prepared"))
 
 
 # A manifest that is lost
@@ -180,20 +190,20 @@ def test_replaced_and_prepared_images_make_another_run(pictured, monkeypatch):
 DAMAGE = {"empty": b"", "cut": None, "no object": b"[]\n", "without its settings": b"{}"}
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_run_with_a_damaged_manifest_resumes_from_its_checkpoint(pictured, damage):
+@pytest.mark.parametrize("zero_second_half", DAMAGE)
+def test_a_run_with_a_damaged_manifest_resumes_from_its_checkpoint(pictured, zero_second_half):
     place, words = pictured
-    name = damage.replace(" ", "_")
+    name = zero_second_half.replace(" ", "_")
     words = [*words, f"run_name={name}"]
     killed(place, words)
     manifest = place / "runs" / name / "manifest.json"
-    data = DAMAGE[damage]
+    data = DAMAGE[zero_second_half]
     manifest.write_bytes(manifest.read_bytes()[:200] if data is None else data)
-    code, said = ended(words, place)
+    code, said = run_to_end(words, place)
     assert code == 0 and "Traceback" not in said, said
     assert f"{manifest} is damaged: " in said and "It is made again from the checkpoint of step" in said
-    assert Ran(manifest.parent).manifest["status"] == "finished"
-    assert same_state(last_state(place, "whole"), last_state(place, name))
+    assert RunOutput(manifest.parent).manifest["status"] == "finished"
+    assert is_same_state(read_last_state(place, "whole"), read_last_state(place, name))
 
 
 def test_a_run_of_other_settings_is_refused_although_the_manifest_is_lost(pictured):
@@ -202,9 +212,9 @@ def test_a_run_of_other_settings_is_refused_although_the_manifest_is_lost(pictur
     killed(place, words)
     (place / "runs" / "other" / "manifest.json").write_bytes(b"")
     (place / "runs" / "other" / "config.yaml").unlink()
-    code, said = ended([*words, "stage.learning_rate=0.123"], place)
+    code, said = run_to_end([*words, "stage.learning_rate=0.123"], place)
     assert code == 1 and "stage.learning_rate" in said, said
-    code, said = ended(words, place)
+    code, said = run_to_end(words, place)
     assert code == 0, said
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 from delivery import label, make_zip, picture
-from mixture_cases import datamodule_of, job_of
-from run_helpers import PHOTOS, llava, own_choice, run, save_photos, write
+from mixture_cases import build_datamodule, parse_sft_run
+from run_helpers import PHOTOS, make_llava_record, run, save_photos, write_data_choice, write_records
 
 from lit_vlm.tasks.stage_data import open_sources
 from lit_vlm.types import Language, SampleKind, UserError
@@ -19,12 +19,12 @@ def files(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("files")
     save_photos(folder / "images")
     long = "네, 그렇습니다. 자세히 말씀드리겠습니다. "
-    write(folder / "talk_ko.jsonl", [llava(f"{i}번?", long * 3) for i in range(SIZES["talk_ko"])])
-    write(folder / "talk_en.jsonl", [llava(f"{i}?", f"Yes {i}.") for i in range(SIZES["talk_en"])])
+    write_records(folder / "talk_ko.jsonl", [make_llava_record(f"{i}번?", long * 3) for i in range(SIZES["talk_ko"])])
+    write_records(folder / "talk_en.jsonl", [make_llava_record(f"{i}?", f"Yes {i}.") for i in range(SIZES["talk_en"])])
     for name in ("seen_ko", "read_en"):
         question = "무엇?" if name == "seen_ko" else "Read."
-        records = [llava(f"<image>\n{question}", f"{i}", image=PHOTOS[i % 4]) for i in range(SIZES[name])]
-        write(folder / f"{name}.jsonl", records)
+        records = [make_llava_record(f"<image>\n{question}", f"{i}", image=PHOTOS[i % 4]) for i in range(SIZES[name])]
+        write_records(folder / f"{name}.jsonl", records)
     return folder
 
 
@@ -34,7 +34,7 @@ def words(files, tmp_path, monkeypatch) -> list[str]:
     sources = {name: {"path": str(files / f"{name}.jsonl"), "image_root": str(files / "images")} for name in SIZES}
     sources["seen_ko"]["language"] = "ko"
     sources["read_en"] |= {"kind": "ocr", "language": "en"}
-    return own_choice(tmp_path, sources=sources, validation={"fraction": 0})
+    return write_data_choice(tmp_path, sources=sources, validation={"fraction": 0})
 
 
 def drawn(words: list[str], *more: str) -> tuple[dict, dict]:
@@ -126,7 +126,7 @@ def test_shares_are_met_together_and_weights_as_nearly_as_they_allow(words):
 def test_a_global_batch_of_tokens_ends_with_the_sample_that_fills_it(words):
     words = [*words, "data.tiling=base"]
     rows, plan = drawn(words, "data.global_batch_tokens=1500")
-    datamodule = datamodule_of(*words, "data.global_batch_tokens=1500", "trainer.max_steps=null")
+    datamodule = build_datamodule(*words, "data.global_batch_tokens=1500", "trainer.max_steps=null")
     made = datamodule.make_plan(1)
     totals = {"global_batch_size": None, "global_batch_tokens": 1500}
     assert plan == {"steps": made.num_steps, "k": made.accumulate_grad_batches, "world_size": 1, **totals}
@@ -140,12 +140,12 @@ def test_a_global_batch_of_tokens_ends_with_the_sample_that_fills_it(words):
 def test_max_tiles_and_prompts_apply_per_source(words, files, tmp_path):
     """Captions ask with the pool of their source; `max_tiles` holds for its source alone."""
     captions = [{"image": PHOTOS[i % 4], "caption": f"Photo {i}"} for i in range(12)]
-    write(files / "captions.jsonl", captions)
+    write_records(files / "captions.jsonl", captions)
     more = {"path": str(files / "captions.jsonl"), "image_root": str(files / "images"), "format": "caption"}
     whole = {"path": str(files / "read_en.jsonl"), "image_root": str(files / "images")}
-    own = own_choice(tmp_path, sources={"captions": more, "whole": whole})
+    own = write_data_choice(tmp_path, sources={"captions": more, "whole": whole})
     words = [*own, "data.sources.captions.prompts=['What is it?', '뭐예요?']", "data.sources.captions.max_tiles=1"]
-    datamodule = datamodule_of(*words)
+    datamodule = build_datamodule(*words)
     plan = datamodule.make_plan(1)
     captions, whole = (plan.index.find_source_samples(number) for number in range(2))
     assert set(plan.index.tiles[captions].tolist()) == {2} and plan.index.tiles[whole].max() == 5
@@ -210,7 +210,7 @@ def test_a_ready_mixture_trains_on_the_files_at_its_paths(files, tmp_path, monke
     rows = {row["name"]: row for row in manifest["data"]["mixture"]}
     assert rows["kollava_instruct"]["asked"] == pytest.approx(0.35 / 0.4)
     assert (rows["kollava_instruct"]["drawn"], rows["aihub_79_food"]["drawn"]) == (21, 3)
-    found, _ = open_sources(job_of(*words))
+    found, _ = open_sources(parse_sft_run(*words))
     assert [source[0].messages[1].text for source in found] == ["0", "갈비구이"]
     assert found[1][0].language is Language.ko and found[1][0].kind is SampleKind.instruction
 

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from fault_cases import SMALL, Fault, both, broken, notes, noting
-from resume_cases import ended, last_state, run_dir, same_state, start, words_of
+from fault_cases import SMALL, Fault, combine_patches, inject_faults, read_step_records, record_steps
+from resume_cases import build_overrides, is_same_state, open_run, read_last_state, run_to_end, start
 from run_helpers import TWO
 
 K = 3
@@ -28,13 +28,13 @@ def skipped(folder, name):
 
 def check_skipping(folder, faults, steps, strategy="ddp"):
     more = [f"trainer.max_steps={steps}", f"trainer.strategy={strategy}", "run_name=skips"]
-    words = words_of(folder, "sft", *TWO, *SKIP, *more)
-    code, said = ended(words, folder, 2, both(broken(faults), noting(folder)))
+    words = build_overrides(folder, "sft", *TWO, *SKIP, *more)
+    code, said = run_to_end(words, folder, 2, combine_patches(inject_faults(faults), record_steps(folder)))
     assert code == 0, said
-    ranks = [notes(folder, rank) for rank in range(2)]
-    rows = skipped(folder, "skips")
-    assert [row["step"] for row in rows] == [fault.step for fault in faults]
-    for fault, row in zip(faults, rows, strict=True):
+    ranks = [read_step_records(folder, rank) for rank in range(2)]
+    read_metrics = skipped(folder, "skips")
+    assert [row["step"] for row in read_metrics] == [fault.step for fault in faults]
+    for fault, row in zip(faults, read_metrics, strict=True):
         one, other = (rank[fault.step] for rank in ranks)
         assert len(one["ids"]) == K
         assert one["before"] == one["after"] and other["before"] == other["after"]
@@ -49,8 +49,8 @@ def check_skipping(folder, faults, steps, strategy="ddp"):
         assert (one["before"] == one["after"]) == (one["step"] in broken_steps) == (other["before"] == other["after"])
     rates = [row["lr"] for row in ranks[0]]
     assert len(set(rates)) == len(rates)  # the schedule goes by the number of the step
-    assert last_state(folder, "skips").updates == steps - len(faults)
-    assert run_dir(folder, "skips").manifest["figures"]["skipped_steps"] == len(faults)
+    assert read_last_state(folder, "skips").updates == steps - len(faults)
+    assert open_run(folder, "skips").manifest["figures"]["skipped_steps"] == len(faults)
 
 
 def test_all_ranks_skip_the_same_step_without_a_trace_in_the_state(tmp_path):
@@ -78,43 +78,50 @@ def test_all_ranks_skip_the_same_step_under_sharding(tmp_path, strategy):
     ],
 )
 def test_a_fault_on_one_rank_stops_all_ranks_with_one_message(tmp_path, fault):
-    words = words_of(tmp_path, "sft", *TWO, *SMALL, "run_name=stops")
-    begun = start(words, tmp_path, 2, both(broken([fault]), noting(tmp_path)))
+    words = build_overrides(tmp_path, "sft", *TWO, *SMALL, "run_name=stops")
+    begun = start(words, tmp_path, 2, combine_patches(inject_faults([fault]), record_steps(tmp_path)))
     assert begun.wait() == [1, 1]
-    assert begun.said().count("is not a number, so the run stops") == 1
-    assert f"Step 2: the {fault.where} is not a number" in begun.said()
-    assert "Traceback" not in begun.said()
-    assert [len(notes(tmp_path, rank)) for rank in range(2)] == [1, 1]  # of the second step nothing was taken
+    assert begun.read_output().count("is not a number, so the run stops") == 1
+    assert f"Step 2: the {fault.where} is not a number" in begun.read_output()
+    assert "Traceback" not in begun.read_output()
+    assert [len(read_step_records(tmp_path, rank)) for rank in range(2)] == [
+        1,
+        1,
+    ]  # of the second step nothing was taken
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_rollback_omits_the_step_and_equals_a_run_that_skipped_it(tmp_path, ranks):
     fault, two = Fault("loss", 3, 1, ranks - 1), TWO if ranks == 2 else []
-    words = words_of(tmp_path, "sft", *two, *SMALL, "checkpoint.every_steps=2")
+    words = build_overrides(tmp_path, "sft", *two, *SMALL, "checkpoint.every_steps=2")
     back = [*words, "guard.on_nonfinite=rollback", "run_name=back"]
-    code, said = ended(back, tmp_path, ranks, both(broken([fault]), noting(tmp_path)))
+    code, said = run_to_end(back, tmp_path, ranks, combine_patches(inject_faults([fault]), record_steps(tmp_path)))
     assert code == 0, said
     assert "back: goes on at step 2 of 6" in said
     assert "Step 4: the loss is not a number" in said
-    assert [(row["step"], row["ids"]) for row in notes(tmp_path) if not any(row["ids"])] == [
-        (3, [[]] * len(notes(tmp_path)[0]["ids"]))
+    assert [(row["step"], row["ids"]) for row in read_step_records(tmp_path) if not any(row["ids"])] == [
+        (3, [[]] * len(read_step_records(tmp_path)[0]["ids"]))
     ]
-    assert [row["step"] for row in notes(tmp_path)] == [0, 1, 2, 2, 3, 4, 5]
-    code, said = ended([*words, "guard.on_nonfinite=skip", "run_name=skips"], tmp_path, ranks, broken([fault]))
+    assert [row["step"] for row in read_step_records(tmp_path)] == [0, 1, 2, 2, 3, 4, 5]
+    code, said = run_to_end(
+        [*words, "guard.on_nonfinite=skip", "run_name=skips"], tmp_path, ranks, inject_faults([fault])
+    )
     assert code == 0, said
-    assert same_state(last_state(tmp_path, "back"), last_state(tmp_path, "skips"))
+    assert is_same_state(read_last_state(tmp_path, "back"), read_last_state(tmp_path, "skips"))
 
 
 @pytest.mark.slow
 def test_a_skipped_step_is_also_omitted_after_a_restart(tmp_path):
     """Killed after it was skipped, and gone on before it: the second start finds the number sound, and does as the first."""
-    from resume_cases import kill_at
+    from resume_cases import kill_at_micro_batch
 
     fault = Fault("gradient", 1, 0, 0)
-    words = words_of(tmp_path, "sft", *SKIP, "checkpoint.every_steps=100")
-    code, said = ended([*words, "run_name=whole"], tmp_path, 1, broken([fault]))
+    words = build_overrides(tmp_path, "sft", *SKIP, "checkpoint.every_steps=100")
+    code, said = run_to_end([*words, "run_name=whole"], tmp_path, 1, inject_faults([fault]))
     assert code == 0, said
-    ended([*words, "run_name=killed"], tmp_path, 1, both(broken([fault]), kill_at(20)))
-    code, said = ended([*words, "run_name=killed"], tmp_path)
+    run_to_end(
+        [*words, "run_name=killed"], tmp_path, 1, combine_patches(inject_faults([fault]), kill_at_micro_batch(20))
+    )
+    code, said = run_to_end([*words, "run_name=killed"], tmp_path)
     assert code == 0, said
-    assert same_state(last_state(tmp_path, "killed"), last_state(tmp_path, "whole"))
+    assert is_same_state(read_last_state(tmp_path, "killed"), read_last_state(tmp_path, "whole"))

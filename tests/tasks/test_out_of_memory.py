@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fault_cases import both, notes, noting, out_of_memory_at
-from resume_cases import ended, last_state, rows, run_dir, start, words_of
+from fault_cases import combine_patches, raise_out_of_memory_at, read_step_records, record_steps
+from resume_cases import build_overrides, open_run, read_last_state, read_metrics, run_to_end, start
 from run_helpers import TWO
 from safetensors.torch import load_file
 
@@ -31,7 +31,9 @@ EXACT = [
 
 def ids(folder, rank=0):
     """Of the last time that each step was run."""
-    return {row["step"]: sorted(name for micro in row["ids"] for name in micro) for row in notes(folder, rank)}
+    return {
+        row["step"]: sorted(name for micro in row["ids"] for name in micro) for row in read_step_records(folder, rank)
+    }
 
 
 def weights(folder, name):
@@ -40,27 +42,29 @@ def weights(folder, name):
 
 
 def disturbed(folder, place, *more):
-    words = words_of(folder, "sft", *EXACT, *more)
-    code, said = ended([*words, "run_name=low"], folder, 1, both(out_of_memory_at(*place), noting(folder)))
+    words = build_overrides(folder, "sft", *EXACT, *more)
+    code, said = run_to_end(
+        [*words, "run_name=low"], folder, 1, combine_patches(raise_out_of_memory_at(*place), record_steps(folder))
+    )
     assert code == 0, said
     assert "low: out of memory; goes on with at most 150 tokens and 32 tiles" in said
     return said
 
 
 def undisturbed(folder, *more):
-    words = words_of(folder, "sft", *EXACT, *more)
-    code, said = ended([*words, "run_name=calm"], folder, 1, noting(folder))
+    words = build_overrides(folder, "sft", *EXACT, *more)
+    code, said = run_to_end([*words, "run_name=calm"], folder, 1, record_steps(folder))
     assert code == 0, said
 
 
 def check_equal(folder, calm):
     assert ids(folder) == ids(calm)
-    assert last_state(folder, "low").consumed == last_state(calm, "calm").consumed
+    assert read_last_state(folder, "low").consumed == read_last_state(calm, "calm").consumed
     for name, tensor in weights(folder, "low").items():
         torch.testing.assert_close(tensor, weights(calm, "calm")[name], atol=2e-6, rtol=1e-5)
-    assert [row["step"] for row in rows(folder, "low")] == [row["step"] for row in rows(calm, "calm")]
-    plan = run_dir(folder, "low").manifest["plan"]
-    assert plan["k"] > run_dir(calm, "calm").manifest["plan"]["k"]
+    assert [row["step"] for row in read_metrics(folder, "low")] == [row["step"] for row in read_metrics(calm, "calm")]
+    plan = open_run(folder, "low").manifest["plan"]
+    assert plan["k"] > open_run(calm, "calm").manifest["plan"]["k"]
 
 
 @pytest.mark.parametrize("where", ["backward", pytest.param("optimizer", marks=pytest.mark.slow)])
@@ -73,7 +77,9 @@ def test_one_device_continues_in_the_same_process_with_half_the_budget(tmp_path,
     undisturbed(calm, "checkpoint.every_steps=100")
     check_equal(low, calm)
     assert ("goes on at step 3 of 6" in said) == (where == "backward")
-    assert [row["step"] for row in notes(low)] == ([0, 1, 2, 3, 4, 5] if where == "backward" else [0, 1, 2, *range(6)])
+    assert [row["step"] for row in read_step_records(low)] == (
+        [0, 1, 2, 3, 4, 5] if where == "backward" else [0, 1, 2, *range(6)]
+    )
 
 
 @pytest.mark.slow
@@ -91,8 +97,10 @@ def test_out_of_memory_at_ten_random_places_ends_with_the_weights_of_an_undistur
 @pytest.mark.slow
 def test_no_sample_is_dropped_for_memory_and_the_last_halving_is_reported(tmp_path):
     """68 tokens are the largest sample's: 300, 150, 75, 68, and no further."""
-    words = words_of(tmp_path, "sft", *EXACT, "guard.max_oom_retries=9", "data.tiles_per_micro_batch=2", "run_name=low")
-    code, said = ended(words, tmp_path, 1, out_of_memory_at(1, 0, "forward", times=99))
+    words = build_overrides(
+        tmp_path, "sft", *EXACT, "guard.max_oom_retries=9", "data.tiles_per_micro_batch=2", "run_name=low"
+    )
+    code, said = run_to_end(words, tmp_path, 1, raise_out_of_memory_at(1, 0, "forward", times=99))
     assert code == 1
     assert "at most 68 tokens and 2 tiles, and the largest sample alone needs as much" in said
     assert said.count("80 samples, 8 held out") == 4
@@ -100,39 +108,43 @@ def test_no_sample_is_dropped_for_memory_and_the_last_halving_is_reported(tmp_pa
 
 
 def test_several_ranks_exit_to_restart_with_half_the_budget(tmp_path):
-    words = words_of(
+    words = build_overrides(
         tmp_path, "sft", *EXACT, *TWO, "data.global_batch_size=12", "trainer.timeout_minutes=2", "run_name=low"
     )
-    begun = start(words, tmp_path, 2, both(out_of_memory_at(3, 0, "forward", rank=1), noting(tmp_path)))
+    begun = start(
+        words, tmp_path, 2, combine_patches(raise_out_of_memory_at(3, 0, "forward", rank=1), record_steps(tmp_path))
+    )
     assert begun.wait()[1] == RESTART
-    assert begun.said().count("Rank 1 ran out of memory, in the forward pass of step 4") == 1
+    assert begun.read_output().count("Rank 1 ran out of memory, in the forward pass of step 4") == 1
     budget = json.loads((tmp_path / "runs" / "low" / "budget.json").read_text())
     assert (budget["tokens"], budget["of_tokens"], budget["halved"]) == (150, 300, 1)
     before = ids(tmp_path)
-    code, said = ended(words, tmp_path, 2, noting(tmp_path))
+    code, said = run_to_end(words, tmp_path, 2, record_steps(tmp_path))
     assert code == 0, said
     assert "low: goes on at step 3 of 6" in said
-    assert run_dir(tmp_path, "low").manifest["plan"]["k"] > 1
+    assert open_run(tmp_path, "low").manifest["plan"]["k"] > 1
     assert sorted(ids(tmp_path)) == list(range(6)) and all(ids(tmp_path)[step] == before[step] for step in before)
 
 
 def test_one_rank_requeues_the_slurm_job_when_several_run_out_of_memory_together(tmp_path):
-    words = words_of(tmp_path, "sft", *EXACT, *TWO, "data.global_batch_size=12", "run_name=low")
+    words = build_overrides(tmp_path, "sft", *EXACT, *TWO, "data.global_batch_size=12", "run_name=low")
     words += ["guard.max_oom_retries=1", "trainer.timeout_minutes=2"]
-    together = [out_of_memory_at(3, 0, "forward", rank=rank) for rank in (0, 1)]
-    begun = start(words, tmp_path, 2, both(in_a_job(tmp_path), *together))
-    assert RESTART in begun.wait(), begun.said()
+    together = [raise_out_of_memory_at(3, 0, "forward", rank=rank) for rank in (0, 1)]
+    begun = start(words, tmp_path, 2, combine_patches(in_a_job(tmp_path), *together))
+    assert RESTART in begun.wait(), begun.read_output()
     assert (tmp_path / "scontrol.txt").read_text() == "requeue 77\n"
-    assert begun.said().count("ran out of memory") == 1 and "Job 77 is requeued." in begun.said()
+    assert begun.read_output().count("ran out of memory") == 1 and "Job 77 is requeued." in begun.read_output()
     assert json.loads((tmp_path / "runs" / "low" / "budget.json").read_text())["halved"] == 1
 
 
 @pytest.mark.parametrize(("in_slurm", "share", "code"), [(True, 0.5, RESTART), (True, 0.0, 1), (False, 0.5, 1)])
 def test_a_corrupt_record_requeues_the_job_while_few_are_quarantined(tmp_path, in_slurm, share, code):
-    words = words_of(tmp_path, "sft", "guard.heartbeat_seconds=1", f"data.max_quarantined={share}", "run_name=bad")
+    words = build_overrides(
+        tmp_path, "sft", "guard.heartbeat_seconds=1", f"data.max_quarantined={share}", "run_name=bad"
+    )
     patches = [turning_bad, *([in_a_job(tmp_path)] if in_slurm else [])]
     for number in range(2):  # one always may
-        found, said = ended(words, tmp_path, 1, both(*patches))
+        found, said = run_to_end(words, tmp_path, 1, combine_patches(*patches))
         assert found == (RESTART if in_slurm and number == 0 else code), said
         assert said.count("3 tries failed now. It is entered in") == 1
     calls = (tmp_path / "scontrol.txt").read_text().splitlines() if in_slurm else []

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from mixture_cases import job_of, lines_of
-from run_helpers import PHOTOS, llava, own_choice, run, save_photos, write
+from mixture_cases import parse_sft_run, read_json_lines
+from run_helpers import PHOTOS, make_llava_record, run, save_photos, write_data_choice, write_records
 
 from lit_vlm.data.collate import collate
 from lit_vlm.data.micro_batches import TrainMicroBatches
@@ -24,15 +24,15 @@ def place(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     save_photos(tmp_path / "images")
     talk = [text for turn in range(5) for text in (f"Question {turn} of many?", f"Answer {turn}, at some length.")]
-    seen = [llava("<image>\nWhat is it?", f"A photograph {i}.", image=PHOTOS[i % 4]) for i in range(8)]
-    seen += [llava("<image><image>\nBoth?", f"{i}", image=[PHOTOS[0], PHOTOS[1]]) for i in range(2)]
-    write(tmp_path / "seen.jsonl", seen)
-    talks = [llava(*talk[: 2 * (2 + i % 4)]) for i in range(8)]
+    seen = [make_llava_record("<image>\nWhat is it?", f"A photograph {i}.", image=PHOTOS[i % 4]) for i in range(8)]
+    seen += [make_llava_record("<image><image>\nBoth?", f"{i}", image=[PHOTOS[0], PHOTOS[1]]) for i in range(2)]
+    write_records(tmp_path / "seen.jsonl", seen)
+    talks = [make_llava_record(*talk[: 2 * (2 + i % 4)]) for i in range(8)]
     talks += [
-        llava("<image>\nWhat?", "It.", *talk, "<image>\nAnd that?", "That.", image=[PHOTOS[0], PHOTOS[2]])
+        make_llava_record("<image>\nWhat?", "It.", *talk, "<image>\nAnd that?", "That.", image=[PHOTOS[0], PHOTOS[2]])
         for _ in range(2)
     ]
-    write(tmp_path / "talks.jsonl", talks)
+    write_records(tmp_path / "talks.jsonl", talks)
     return tmp_path
 
 
@@ -42,12 +42,12 @@ def words(place) -> list[str]:
         name: {"path": f"{place / name}.jsonl", "image_root": str(place / "images")} for name in ("seen", "talks")
     }
     aside = ["data.on_bad_record=quarantine", "data.max_quarantined=1"]
-    return [*own_choice(place, sources=sources, validation={"fraction": 0}), *CAPS, *aside]
+    return [*write_data_choice(place, sources=sources, validation={"fraction": 0}), *CAPS, *aside]
 
 
 def parts_of(*words: str):
     """(stage with its model, data) of a run, in float64 so that sums in another order agree."""
-    job = job_of(*words)
+    job = parse_sft_run(*words)
     data = build_stage_data(job, *open_sources(job), None)
     stage = make_stage(data.spec, job.config)
     stage.configure_model()
@@ -97,9 +97,9 @@ def test_step_totals_match_the_batches_and_packed_losses_match_single_samples(wo
 def test_a_run_trains_on_them_and_counts_the_rest(words, policy):
     ran = run(*words, "stage=sft", f"data.on_overlong={policy}", "data.global_batch_size=4")
     data = ran.manifest["data"]
-    assert ran.manifest["status"] == "finished" and np.isfinite(ran.column("train/loss")).all()
+    assert ran.manifest["status"] == "finished" and np.isfinite(ran.read_column("train/loss")).all()
     assert data["num_samples"] + sum(data["quarantined"].values()) == 20
-    assert len(lines_of(ran.dir / "quarantine.jsonl")) == sum(data["quarantined"].values())
+    assert len(read_json_lines(ran.dir / "quarantine.jsonl")) == sum(data["quarantined"].values())
     assert set(data["quarantined"]) <= {"talks"} if policy == "fewer_tiles" else {"seen"} <= set(data["quarantined"])
 
 

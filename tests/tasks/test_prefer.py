@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
-from run_helpers import llava, run, write
+from run_helpers import make_llava_record, run, write_records
 
 from lit_vlm.config import ConfigError, parse
 from lit_vlm.config.schema import Format, Markup, SourceConfig
@@ -32,11 +32,11 @@ def folder(tmp_path_factory):
         picture.save(folder / f"{name}.png")
         boxes = f"<obj>{said}</obj><bbox>0.1, 0.1, 0.9, 0.9</bbox>"
         records += [
-            llava("<image>\n무엇?", said, id=f"what {name}", image=f"{name}.png"),
-            llava("<image>\n<gro>\n어디?", boxes, id=f"where {name}", image=f"{name}.png"),
-            llava("<image>\n어디?", said, id=f"plain {name}", image=f"{name}.png"),
+            make_llava_record("<image>\n무엇?", said, id=f"what {name}", image=f"{name}.png"),
+            make_llava_record("<image>\n<gro>\n어디?", boxes, id=f"where {name}", image=f"{name}.png"),
+            make_llava_record("<image>\n어디?", said, id=f"plain {name}", image=f"{name}.png"),
         ]
-    data = write(folder / "data.json", records)
+    data = write_records(folder / "data.json", records)
     steps = [
         "trainer.max_steps=60",
         "stage.learning_rate=1e-2",
@@ -95,7 +95,7 @@ def test_pairs_are_generated_read_back_and_trained_on(make, folder, tmp_path, ca
     words = ["data=preference", "data.sources.mine.path=pairs.jsonl", f"data.sources.mine.image_root={folder}"]
     words += ["stage=dpo", "stage.learning_rate=1e-3", "data.global_batch_size=4", "data.tiling=base"]
     ran = run(*words, "data.validation.fraction=0", f"init_from={folder / 'hf'}", "trainer.log_every_n_steps=1")
-    assert ran.column("train/loss")[0] == pytest.approx(np.log(2), abs=1e-5)
+    assert ran.read_column("train/loss")[0] == pytest.approx(np.log(2), abs=1e-5)
     assert ran.manifest["status"] == "finished"
 
 
@@ -236,11 +236,11 @@ def test_errors_are_reported_before_anything_is_read(words, message):
 
 
 def test_records_that_cannot_be_used_as_prompts_are_reported(make, folder, tmp_path, monkeypatch):
-    pairs = write(tmp_path / "given.jsonl", [{"prompt": "?", "chosen": "a", "rejected": "b"}])
+    pairs = write_records(tmp_path / "given.jsonl", [{"prompt": "?", "chosen": "a", "rejected": "b"}])
     for file, needed in (
         (pairs, "preference pairs already"),
         (
-            write(tmp_path / "open.jsonl", [{"messages": [{"role": "user", "content": "?"}]}]),
+            write_records(tmp_path / "open.jsonl", [{"messages": [{"role": "user", "content": "?"}]}]),
             "it must be the assistant's",
         ),
     ):

@@ -5,7 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from run_helpers import TINY, conversations, llava, own_choice, process, run, save_photos, turns, write
+from run_helpers import (
+    TINY,
+    make_conversations,
+    make_llava_record,
+    make_turns,
+    run,
+    run_process,
+    save_photos,
+    write_data_choice,
+    write_records,
+)
 
 from lit_vlm.config import parse
 from lit_vlm.data.plan.lock import write_lock
@@ -56,10 +66,12 @@ def five_formats(folder: Path, **data) -> list[str]:
     photo = (folder / "photos" / "china.jpg").read_bytes()
     sees = {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "무엇인가요?"}]}
     says = {"role": "assistant", "content": [{"type": "text", "text": "탑입니다."}]}
-    write(folder / "llava.json", conversations(24))
-    write(folder / "messages.jsonl", [{"messages": turns(f"{i}?", "네, 그렇습니다.")} for i in range(20)])
-    write(folder / "bytes.parquet", [{"messages": [sees, says], "images": [{"bytes": photo, "path": None}]}] * 9)
-    write(folder / "sharegpt.jsonl", [llava(f"What is {i}?", f"It is {i}.") for i in range(30)])
+    write_records(folder / "llava.json", make_conversations(24))
+    write_records(folder / "messages.jsonl", [{"messages": make_turns(f"{i}?", "네, 그렇습니다.")} for i in range(20)])
+    write_records(
+        folder / "bytes.parquet", [{"messages": [sees, says], "images": [{"bytes": photo, "path": None}]}] * 9
+    )
+    write_records(folder / "sharegpt.jsonl", [make_llava_record(f"What is {i}?", f"It is {i}.") for i in range(30)])
     photos = str(folder / "photos")
     sources = {
         "llava": {"path": str(folder / "llava.json"), "image_root": photos, "weight": 4, "licence": "CC BY 4.0"},
@@ -68,12 +80,12 @@ def five_formats(folder: Path, **data) -> list[str]:
         "sharegpt": {"path": str(folder / "sharegpt.jsonl"), "format": "sharegpt", "weight": 2},
         "made": {"format": "builtin", "path": "grounding", "language": "ko", "num_samples": 40, "weight": 2},
     }
-    return own_choice(folder, sources=sources, validation={"fraction": 0.1}, **data)
+    return write_data_choice(folder, sources=sources, validation={"fraction": 0.1}, **data)
 
 
 def photos_source(folder: Path, records: list, **source) -> list[str]:
-    path = write(folder / "mine.jsonl", records)
-    return own_choice(
+    path = write_records(folder / "mine.jsonl", records)
+    return write_data_choice(
         folder,
         sources={"mine": {"path": str(path), "image_root": str(folder / "photos"), **source}},
         validation={"fraction": 0.1},
@@ -87,7 +99,7 @@ def photos_source(folder: Path, records: list, **source) -> list[str]:
 def test_a_recipe_stage_passes_before_the_preceding_stage_was_run(tmp_path):
     """Through run.py: exit status 0, verdict on the terminal, a page and its numbers."""
     words = ["task=preflight", "experiment=tiny/2_sft", "trainer.max_steps=20", "preflight.max_samples=20"]
-    done = process(*words, cwd=tmp_path, base=[])
+    done = run_process(*words, cwd=tmp_path, base=[])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "would run" in done.stdout and "parts in model.*" in done.stdout
     (page,) = (tmp_path / "runs").rglob("preflight.html")
@@ -140,7 +152,9 @@ def test_the_trained_parts_are_those_that_training_reports(here):
 
 def test_a_sample_is_scaled_up_until_there_is_an_index(here):
     """Without an index a sample is looked at and scaled up; once there is one, all of it is read from there."""
-    photos = photos_source(here, [llava(f"<image>\n{i}?", "네. " * (1 + i % 5), image="china.jpg") for i in range(300)])
+    photos = photos_source(
+        here, [make_llava_record(f"<image>\n{i}?", "네. " * (1 + i % 5), image="china.jpg") for i in range(300)]
+    )
     part = look(*photos, "preflight.max_samples=50", "trainer.max_steps=null")
     row = part.source("mine")
     assert (row["looked_at"], row["records"]) == (50, 300)
@@ -171,9 +185,9 @@ def test_pairs_show_both_answers_and_the_reference_model_counts_in_memory(here):
 def test_all_problems_are_reported_together_with_exit_status_1(tmp_path):
     """A missing file, records that cannot be used, and too little memory: all three, through run.py, exit status 1."""
     save_photos(tmp_path / "photos")
-    good = [llava("<image>\nWhat is it?", f"A photograph {i}.", image="china.jpg") for i in range(20)]
-    path = write(tmp_path / "mine.jsonl", [*good, llava("<image>\nq", "a", image="gone.jpg")])
-    words = own_choice(
+    good = [make_llava_record("<image>\nWhat is it?", f"A photograph {i}.", image="china.jpg") for i in range(20)]
+    path = write_records(tmp_path / "mine.jsonl", [*good, make_llava_record("<image>\nq", "a", image="gone.jpg")])
+    words = write_data_choice(
         tmp_path,
         sources={
             "mine": {"path": str(path), "image_root": str(tmp_path / "photos")},
@@ -182,7 +196,7 @@ def test_all_problems_are_reported_together_with_exit_status_1(tmp_path):
     )
     words += ["trainer.accelerator=gpu", "trainer.extra={}", "preflight.device=rtx4090"]
     words += ["data.tokens_per_micro_batch=300000000", "data.max_length=4096"]
-    done = process(*words, cwd=tmp_path, base=LOOK)
+    done = run_process(*words, cwd=tmp_path, base=LOOK)
     assert done.returncode == 1, done.stdout + done.stderr
     said = " ".join(done.stdout.split())
     assert "lost.jsonl: no such file" in said
@@ -199,12 +213,12 @@ def test_all_problems_are_reported_together_with_exit_status_1(tmp_path):
     ],
 )
 def test_bad_records_beyond_the_limit_are_a_failure(here, words, what):
-    records = [llava("<image>\nq?", f"a {i}", image="china.jpg") for i in range(10)]
+    records = [make_llava_record("<image>\nq?", f"a {i}", image="china.jpg") for i in range(10)]
     records += [
-        llava("q", ""),
-        llava("<image>\nq", "a", image="http://x.org/a.jpg"),
+        make_llava_record("q", ""),
+        make_llava_record("<image>\nq", "a", image="http://x.org/a.jpg"),
         "{",
-        llava("<image><image>\nq", "a", image="china.jpg"),
+        make_llava_record("<image><image>\nq", "a", image="china.jpg"),
     ]
     seen = look(*photos_source(here, records), *words)
     assert what in seen.told("failure") and "4 of 14 cannot be used" in seen.told("failure")
@@ -214,7 +228,9 @@ def test_bad_records_beyond_the_limit_are_a_failure(here, words, what):
 
 
 def test_few_bad_records_are_a_warning(here):
-    records = [llava("<image>\nq?", f"a {i}", image="china.jpg") for i in range(10)] + [llava("q", "")]
+    records = [make_llava_record("<image>\nq?", f"a {i}", image="china.jpg") for i in range(10)] + [
+        make_llava_record("q", "")
+    ]
     seen = look(*photos_source(here, records), "data.on_bad_record=quarantine", "data.max_quarantined=0.1")
     assert seen.error is None and "1 of 11 cannot be used (1 no answer)" in seen.told("warning")
 
@@ -229,14 +245,14 @@ def test_preference_pairs_for_a_conversation_stage_are_a_failure(here):
 
 
 def test_shares_that_cannot_be_met_are_a_failure(here):
-    records = [llava("<image>\nWhat?", f"A {i}", image="china.jpg") for i in range(20)]
+    records = [make_llava_record("<image>\nWhat?", f"A {i}", image="china.jpg") for i in range(20)]
     seen = look(*photos_source(here, records), "data.share.ko=0.5")
     assert "data.share.ko=0.5 cannot be met" in seen.told("failure")
     assert seen.facts["plan"] is None and seen.facts["parts"]  # what does not hang on it is still told
 
 
 def test_data_without_images_for_a_stage_that_trains_the_projector_is_a_failure(here):
-    seen = look(*photos_source(here, [llava(f"{i}?", f"A {i}") for i in range(20)]))
+    seen = look(*photos_source(here, [make_llava_record(f"{i}?", f"A {i}") for i in range(20)]))
     assert "No sample has an image" in seen.told("failure")
 
 
@@ -259,7 +275,7 @@ def shared(here: Path, *words: str) -> Look:
     shape = ["model.vision_tower=tiny", f"model.language_model={large_language_model(here)}"]
     gpu = ["trainer.accelerator=gpu", "trainer.devices=8", "trainer.precision=bf16-mixed"]
     one = {"format": "builtin", "path": "caption", "language": "ko", "num_samples": 40}
-    data = own_choice(here, sources={"made": one}, validation={"fraction": 0.1})
+    data = write_data_choice(here, sources={"made": one}, validation={"fraction": 0.1})
     return look(*data, "preflight.num_shown=0", *shape, *gpu, *words)
 
 
@@ -334,13 +350,13 @@ def test_a_disk_that_is_too_small_is_a_failure(here, monkeypatch):
 
 
 def test_a_lock_file_of_other_data_is_a_failure(here):
-    words = photos_source(here, [llava("<image>\nWhat?", f"A {i}", image="china.jpg") for i in range(20)])
+    words = photos_source(here, [make_llava_record("<image>\nWhat?", f"A {i}", image="china.jpg") for i in range(20)])
     job = parse([*LOOK, *words])
     data = build_stage_data(job, *open_sources(job), job.init_from)
     data.datamodule.build_indexes()
     write_lock(here / "mixture.lock", build_mixture_lock(data))
     assert look(*words, f"data.lock={here / 'mixture.lock'}").error is None
-    words = photos_source(here, [llava("<image>\nWhat?", f"B {i}", image="china.jpg") for i in range(21)])
+    words = photos_source(here, [make_llava_record("<image>\nWhat?", f"B {i}", image="china.jpg") for i in range(21)])
     seen = look(*words, f"data.lock={here / 'mixture.lock'}")
     assert "mine: 20 records then, 21 now" in seen.told("failure")
 
@@ -361,10 +377,10 @@ def test_a_finished_run_of_the_same_name_is_reported(here):
 
 
 def test_warnings_and_advice_are_reported(here):
-    records = [llava("<image>\nWhat?", f"A {i}", image="china.jpg") for i in range(10)]
+    records = [make_llava_record("<image>\nWhat?", f"A {i}", image="china.jpg") for i in range(10)]
     records += [
-        llava("<image>\nWhat?", "A 0", image="china.jpg"),
-        llava("한글 한글?".encode().decode(), "NFD: \u1112\u1161\u11ab"),
+        make_llava_record("<image>\nWhat?", "A 0", image="china.jpg"),
+        make_llava_record("한글 한글?".encode().decode(), "NFD: \u1112\u1161\u11ab"),
     ]
     words = photos_source(here, records, expected_records=581)
     seen = look(*words, "data.validation.fraction=0", "trainer.max_steps=40", "preflight.world_size=8")
@@ -379,8 +395,8 @@ def test_warnings_and_advice_are_reported(here):
 
 
 def test_overlong_samples_are_warnings(here):
-    records = [llava("q?", "word " * 400, *("and?", "more. " * 10)) for _ in range(3)]
-    records += [llava("<image>\nWhat?", f"A {i}", image="china.jpg") for i in range(20)]
+    records = [make_llava_record("q?", "word " * 400, *("and?", "more. " * 10)) for _ in range(3)]
+    records += [make_llava_record("<image>\nWhat?", f"A {i}", image="china.jpg") for i in range(20)]
     words = [
         *photos_source(here, records),
         "data.max_length=300",
@@ -420,7 +436,7 @@ def test_training_uses_the_strategy_that_preflight_chooses(here, monkeypatch, ca
     shape = ["model.vision_tower=tiny", f"model.language_model={large_language_model(here)}"]
     one = {"format": "builtin", "path": "caption", "language": "ko", "num_samples": 40}
     gpu = ["trainer.accelerator=gpu", "trainer.devices=8", "trainer.precision=bf16-mixed"]
-    job = parse([*LOOK, *own_choice(here, sources={"made": one}), *shape, *gpu])
+    job = parse([*LOOK, *write_data_choice(here, sources={"made": one}), *shape, *gpu])
     data = build_stage_data(job, *open_sources(job), job.init_from)
     data.datamodule.build_indexes()
     claim_card(monkeypatch, 80 * 10**9)

@@ -5,8 +5,8 @@ import multiprocessing
 from pathlib import Path
 
 import pytest
-from mixture_cases import SIZES, job_of, lines_of, make_files, prepared, sources_of
-from run_helpers import TINY, own_choice, process, run
+from mixture_cases import SIZES, build_sources, make_files, parse_sft_run, read_json_lines, run_prepare
+from run_helpers import TINY, run, run_process, write_data_choice
 from waiting import PATIENCE
 
 from lit_vlm.data.images import EncodedImage
@@ -34,8 +34,8 @@ def here(tmp_path, monkeypatch, tmp_path_factory):
 @pytest.fixture
 def words(files, tmp_path) -> list[str]:
     """The mixture with weights; a tenth is held out."""
-    sources = sources_of(files, **{name: {"weight": weight} for name, weight in WEIGHTS.items()})
-    return [*own_choice(tmp_path, sources=sources, validation={"fraction": 0.1}), *FAST]
+    sources = build_sources(files, **{name: {"weight": weight} for name, weight in WEIGHTS.items()})
+    return [*write_data_choice(tmp_path, sources=sources, validation={"fraction": 0.1}), *FAST]
 
 
 def forbidden(*_, **__):
@@ -50,7 +50,7 @@ def shards_of(folder: Path) -> dict[str, int]:
 
 
 def test_training_on_prepared_data_indexes_no_record_again(words, monkeypatch):
-    ready = prepared(*words, "run_name=five")
+    ready = run_prepare(*words, "run_name=five")
     kept = shards_of(ready.dir.parent / "index")
     with monkeypatch.context() as patch:
         patch.setattr(Processor, "cost", forbidden)
@@ -66,19 +66,19 @@ def test_training_on_prepared_data_indexes_no_record_again(words, monkeypatch):
 
 
 def test_preparing_twice_counts_and_decodes_nothing_again(words, monkeypatch):
-    ready = prepared(*words)
+    ready = run_prepare(*words)
     kept, lock = shards_of(ready.dir.parent / "index" / "shards"), (ready.dir / "mixture.lock").read_bytes()
     monkeypatch.setattr(Processor, "cost", forbidden)
     monkeypatch.setattr(EncodedImage, "load", forbidden)
-    prepared(*words)
+    run_prepare(*words)
     assert shards_of(ready.dir.parent / "index" / "shards").keys() == kept.keys()
     assert (ready.dir / "mixture.lock").read_bytes() == lock
 
 
 def test_preflight_on_prepared_data_reports_that_it_would_run(words, monkeypatch):
-    prepared(*words)
+    run_prepare(*words)
     monkeypatch.setattr(Processor, "cost", forbidden)
-    job = job_of(*words, "task=preflight")
+    job = parse_sft_run(*words, "task=preflight")
     run_preflight(job)  # exit status 1 is an exception
     facts = json.loads((job.dir / "preflight.json").read_text(encoding="utf-8"))
     assert facts["would_run"] and not [finding for finding in facts["findings"] if finding["level"] == "failure"]
@@ -88,7 +88,7 @@ def test_preflight_on_prepared_data_reports_that_it_would_run(words, monkeypatch
 
 
 def test_the_command_prints_the_contents_of_each_source_and_the_plan(words, tmp_path):
-    done = process(*words, "stage=sft", "task=prepare", "run_name=said", cwd=tmp_path, base=TINY[1:])
+    done = run_process(*words, "stage=sft", "task=prepare", "run_name=said", cwd=tmp_path, base=TINY[1:])
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
     said = done.stdout
     assert "5 steps; k = 1 on 1 device" in said and "prepared" in said
@@ -101,20 +101,20 @@ def test_the_command_prints_the_contents_of_each_source_and_the_plan(words, tmp_
 
 
 def test_three_concurrent_processes_on_an_empty_index_end_with_the_same_lock_file(words, tmp_path):
-    jobs = [FORK.Process(target=prepared, args=(*words, f"run_name=at_once/{number}")) for number in range(3)]
+    jobs = [FORK.Process(target=run_prepare, args=(*words, f"run_name=at_once/{number}")) for number in range(3)]
     for job in jobs:
         job.start()
     for job in jobs:
         job.join(PATIENCE)
         assert job.exitcode == 0
     locks = {(tmp_path / "runs" / "at_once" / str(number) / "mixture.lock").read_bytes() for number in range(3)}
-    alone = prepared(*words, "data.index_dir=other", "run_name=alone")
+    alone = run_prepare(*words, "data.index_dir=other", "run_name=alone")
     assert locks == {(alone.dir / "mixture.lock").read_bytes()}
     assert not list((tmp_path / "runs" / "index").rglob(".*"))
 
 
 def test_the_index_can_be_in_another_folder(words, tmp_path):
-    ready = prepared(*words, f"data.index_dir={tmp_path / 'elsewhere'}")
+    ready = run_prepare(*words, f"data.index_dir={tmp_path / 'elsewhere'}")
     assert not (ready.dir.parent / "index").exists()
     assert len(list((tmp_path / "elsewhere" / "shards").glob("*.arrow"))) == 2 * len(SIZES)  # counted and decoded
     ran = run(*words, "stage=sft", f"data.index_dir={tmp_path / 'elsewhere'}")
@@ -123,21 +123,30 @@ def test_the_index_can_be_in_another_folder(words, tmp_path):
 
 def test_changed_and_quarantined_records_are_counted_in_the_table(files, tmp_path, capsys):
     """Decomposed text is counted as changed; an own validation source of the same name is not mixed up with it."""
-    from run_helpers import llava, write
+    from run_helpers import make_llava_record, write_records
 
     nfd = "\u1112\u1161\u11ab\u1100\u1173\u11af"
-    write(tmp_path / "mine.jsonl", [llava("q", nfd), llava("q", "a"), *[llava("q", f"b{i}") for i in range(8)]])
-    write(tmp_path / "held.jsonl", [llava("q", f"b{i}") for i in range(15)] + [llava("q", "")] * 5)
+    write_records(
+        tmp_path / "mine.jsonl",
+        [
+            make_llava_record("q", nfd),
+            make_llava_record("q", "a"),
+            *[make_llava_record("q", f"b{i}") for i in range(8)],
+        ],
+    )
+    write_records(
+        tmp_path / "held.jsonl", [make_llava_record("q", f"b{i}") for i in range(15)] + [make_llava_record("q", "")] * 5
+    )
     mine = {"path": str(tmp_path / "mine.jsonl"), "format": "llava"}
     held = mine | {"path": str(tmp_path / "held.jsonl")}
-    own = own_choice(tmp_path, sources={"mine": mine}, validation={"sources": {"mine": held}})
-    ready = prepared(*own, "data.on_bad_record=quarantine", "data.max_quarantined=0.3")
+    own = write_data_choice(tmp_path, sources={"mine": mine}, validation={"sources": {"mine": held}})
+    ready = run_prepare(*own, "data.on_bad_record=quarantine", "data.max_quarantined=0.3")
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│ mine"))
     assert [cell.strip() for cell in row.split("│")[1:6]] == ["mine", "10", "10", "none", "1"]
-    assert {line["source"] for line in lines_of(ready.dir / "quarantine.jsonl")} == {"mine (validation)"}
+    assert {line["source"] for line in read_json_lines(ready.dir / "quarantine.jsonl")} == {"mine (validation)"}
 
 
 def test_brackets_in_a_path_are_printed_unchanged(files, tmp_path, capsys):
-    own = own_choice(tmp_path, sources={"sharegpt": sources_of(files)["sharegpt"]})
-    prepared(*own, f"data.index_dir='{tmp_path}/[/old]/[bold]'")
+    own = write_data_choice(tmp_path, sources={"sharegpt": build_sources(files)["sharegpt"]})
+    run_prepare(*own, f"data.index_dir='{tmp_path}/[/old]/[bold]'")
     assert f"{tmp_path}/[/old]/[bold]" in capsys.readouterr().out

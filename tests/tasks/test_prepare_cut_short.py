@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from mixture_cases import datamodule_of, make_files, prepared, sources_of
-from run_helpers import own_choice, run
+from mixture_cases import build_datamodule, build_sources, make_files, run_prepare
+from run_helpers import run, write_data_choice
 from waiting import PATIENCE
 
 from lit_vlm.data.index import shards
@@ -34,13 +34,16 @@ def words(files, tmp_path, monkeypatch, tmp_path_factory) -> list[str]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     monkeypatch.setattr(shards, "SHARD_RECORDS", 5)
-    return [*own_choice(tmp_path, sources=sources_of(files), validation={"fraction": 0.1}), "data.index_workers=2"]
+    return [
+        *write_data_choice(tmp_path, sources=build_sources(files), validation={"fraction": 0.1}),
+        "data.index_workers=2",
+    ]
 
 
 def outcome(words: list[str]) -> tuple[str, str, bytes]:
     """Digests of the index and of what is held out, and the lock."""
-    ready = prepared(*words)
-    datamodule = datamodule_of(*words)
+    ready = run_prepare(*words)
+    datamodule = build_datamodule(*words)
     datamodule.build_indexes()
     return (
         datamodule.index.compute_digest(),
@@ -65,7 +68,7 @@ def die_at_the_replacement(number: int, words: list[str]) -> None:
         replace(*paths)
 
     os.replace = fatal
-    prepared(*words)
+    run_prepare(*words)
 
 
 @pytest.mark.slow
@@ -88,7 +91,7 @@ def test_preparing_killed_at_any_moment_ends_as_if_never_killed(words, tmp_path)
     whole = outcome([*words, "data.index_dir=whole", "run_name=whole"])
     takes, dice, killed = time.monotonic() - began, random.Random(0), 0
     for _ in range(40):
-        job = FORK.Process(target=prepared, args=(*words, "run_name=cut"))
+        job = FORK.Process(target=run_prepare, args=(*words, "run_name=cut"))
         job.start()
         time.sleep(dice.uniform(0, takes / 2))
         job.kill()
@@ -104,7 +107,7 @@ def cramped(limit: int, words: list[str], said) -> None:
     sys.stdout = sys.stderr = io.StringIO()  # where pytest puts what is printed is a file as well
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
-        prepared(*words)
+        run_prepare(*words)
         said.put("")
     except BaseException as error:
         said.put(f"{type(error).__name__}: {error}")
@@ -133,7 +136,7 @@ def test_a_full_disk_is_reported_and_preparing_resumes_when_there_is_room(words,
 
 
 def test_a_full_disk_for_the_run_folder_is_named(words, tmp_path):
-    prepared(*words, "data.index_dir=whole", "run_name=whole")
+    run_prepare(*words, "data.index_dir=whole", "run_name=whole")
     text = within(3000, [*words, "data.index_dir=whole", "run_name=full"])
     folder = tmp_path / "runs" / "full"
     assert text.startswith(f"UserError: mixture.lock cannot be kept in {folder}: File too large.") and "run_dir" in text
@@ -142,7 +145,7 @@ def test_a_full_disk_for_the_run_folder_is_named(words, tmp_path):
 
 def test_a_folder_that_cannot_be_created_is_named(words, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    for task in (prepared, lambda *words: run(*words, "stage=sft")):
+    for task in (run_prepare, lambda *words: run(*words, "stage=sft")):
         with pytest.raises(UserError, match=r"cannot be kept in .*file/index.*set data\.index_dir to another folder"):
             task(*words, f"data.index_dir={tmp_path / 'file' / 'index'}")
     assert not (tmp_path / "runs" / "run").exists()
@@ -152,4 +155,4 @@ def test_a_folder_that_cannot_be_created_is_named(words, tmp_path):
 def test_a_folder_without_write_permission_is_named(words, tmp_path):
     (tmp_path / "readable").mkdir(0o555)
     with pytest.raises(UserError, match=r"cannot be kept in .*readable.*Permission denied\..*set data\.index_dir"):
-        prepared(*words, f"data.index_dir={tmp_path / 'readable'}")
+        run_prepare(*words, f"data.index_dir={tmp_path / 'readable'}")

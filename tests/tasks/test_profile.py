@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from run_helpers import conversations, run, save_photos, write
+from run_helpers import make_conversations, run, save_photos, write_records
 
 from lit_vlm.engine.profile.facts import summarize_trace
 from lit_vlm.engine.profile.trace import read_trace
@@ -14,7 +14,7 @@ ABOUT = {"name": "run", "device": "CPU", "precision": "32-true", "tokens": 1, "t
 def words(tmp_path_factory):
     folder = tmp_path_factory.mktemp("profile")
     save_photos(folder)
-    data = write(folder / "llava.json", conversations())
+    data = write_records(folder / "llava.json", make_conversations())
     names = ["data=llava_json", f"data.sources.mine.path={data}", f"run_dir={folder / 'runs'}", "callbacks=[export]"]
     return [*names, "stage=sft", "stage.learning_rate=1e-3", "trainer.max_steps=5"]
 
@@ -32,8 +32,8 @@ def test_the_page_shows_where_the_time_is_spent_and_the_model_is_the_same(words)
     ]
     plain, profiled = run(*small), run(*small, "trainer.profile=true")
     assert profiled.dir != plain.dir and not (plain.dir / "profile.html").exists()
-    theirs = profiled.weights()
-    assert all(torch.equal(tensor, theirs[key]) for key, tensor in plain.weights().items())
+    theirs = profiled.load_weights()
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in plain.load_weights().items())
     page = (profiled.dir / "profile.html").read_text(encoding="utf-8")
     for text in ("profile of 3 steps", "Where a step&#39;s time goes", "Matrix products", "forward: vision tower"):
         assert text.replace("&#39;", "'") in page
@@ -55,7 +55,9 @@ def test_a_run_in_bfloat16_has_no_float32_product_and_one_step_is_enough(words):
 
 
 def test_debug_profile_is_a_short_run_with_a_page_that_separates_the_dpo_reference_model(words, tmp_path):
-    pairs = write(tmp_path / "pairs.jsonl", [{"prompt": f"{n}?", "chosen": "a", "rejected": "b"} for n in range(30)])
+    pairs = write_records(
+        tmp_path / "pairs.jsonl", [{"prompt": f"{n}?", "chosen": "a", "rejected": "b"} for n in range(30)]
+    )
     base = [*words, "stage=dpo", "data=preference", f"data.sources.mine.path={pairs}", "trainer.max_steps=50"]
     ran = run(*base, "debug=profile")
     assert ran.manifest["plan"]["steps"] == 6

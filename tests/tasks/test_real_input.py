@@ -5,7 +5,17 @@ import math
 
 import pytest
 import torch
-from run_helpers import PHOTOS, conversations, llava, own_choice, process, run, save_photos, turns, write
+from run_helpers import (
+    PHOTOS,
+    make_conversations,
+    make_llava_record,
+    make_turns,
+    run,
+    run_process,
+    save_photos,
+    write_data_choice,
+    write_records,
+)
 from support import blueprint_of
 from transformers import AutoModelForImageTextToText
 
@@ -18,9 +28,9 @@ def place(tmp_path_factory):
     """A user's folder: photographs in images/, the files beside it, and one runs/ for the module."""
     folder = tmp_path_factory.mktemp("user")
     save_photos(folder / "images")
-    write(folder / "train.json", conversations())
-    write(folder / "train.jsonl", conversations())
-    write(folder / "pairs.jsonl", pairs())
+    write_records(folder / "train.json", make_conversations())
+    write_records(folder / "train.jsonl", make_conversations())
+    write_records(folder / "pairs.jsonl", pairs())
     return folder
 
 
@@ -47,8 +57,12 @@ def pairs():
             "rejected": "모르겠습니다.",
             "image": "flower.png",
         },  # LLaVA-NeXT's key
-        {"prompt": turns("Say yes."), "chosen": turns("x", "Yes.")[1:], "rejected": turns("x", "No.")[1:]},
-        {"chosen": turns("안녕?", "안녕하세요."), "rejected": turns("안녕?", "싫어요.")},
+        {
+            "prompt": make_turns("Say yes."),
+            "chosen": make_turns("x", "Yes.")[1:],
+            "rejected": make_turns("x", "No.")[1:],
+        },
+        {"chosen": make_turns("안녕?", "안녕하세요."), "rejected": make_turns("안녕?", "싫어요.")},
         {
             "id": "a",
             "prompt": "Who?",
@@ -70,7 +84,7 @@ def sound(ran, num_samples, steps=3):
     assert manifest["status"] == "finished"
     assert manifest["data"]["num_samples"] + manifest["data"]["num_held_out"] == num_samples
     assert manifest["plan"]["steps"] == steps
-    losses = ran.column("train/loss")
+    losses = ran.read_column("train/loss")
     assert losses and all(map(math.isfinite, losses))
     model = AutoModelForImageTextToText.from_pretrained(ran.hf)
     assert type(model).__name__ == "LlavaOnevisionForConditionalGeneration"
@@ -92,7 +106,7 @@ def test_llava_files_on_photographs_train(name):
 
 
 def test_the_command_of_the_readme_exits_with_status_0_and_prints_the_model_folder(place):
-    done = process(*LLAVA, "run_name=readme", "data.num_workers=1", cwd=place)
+    done = run_process(*LLAVA, "run_name=readme", "data.num_workers=1", cwd=place)
     assert done.returncode == 0, done.stderr
     assert "12 samples, 0 held out; 3 steps of 4 samples in 1 micro-batch on 1 rank" in done.stdout
     assert f"Model: {place / 'runs' / 'readme' / 'hf'}" in done.stdout
@@ -120,9 +134,9 @@ def test_messages_with_images_as_paths_and_as_bytes_train(place, form):
             }
         )
     if form.endswith("jsonl"):
-        records.append({"messages": turns("No picture?", "None."), "images": []})
+        records.append({"messages": make_turns("No picture?", "None."), "images": []})
         records[0]["messages"][0]["content"][0].pop("text")
-    write(place / form, records)
+    write_records(place / form, records)
     words = ["stage=sft", "data=messages", f"data.sources.mine.path={form}"]
     sound(run(*words, *([] if form.startswith("bytes") else ["data.sources.mine.image_root=images"])), len(records))
 
@@ -140,11 +154,11 @@ def test_the_stages_follow_each_other_on_photographs(place):
     )
     manifest = sound(dpo, 6)
     assert "preference" in [row["name"] for row in manifest["data"]["mixture"]]
-    assert dpo.column("train/loss")[0] == pytest.approx(math.log(2), abs=1e-5)
-    assert dpo.column("train/loss")[-1] < math.log(2)
+    assert dpo.read_column("train/loss")[0] == pytest.approx(math.log(2), abs=1e-5)
+    assert dpo.read_column("train/loss")[-1] < math.log(2)
     trained = {row["part"]: row["trainable"] for row in manifest["trained"]}
     assert trained["language_model"] > 0 == trained["vision_tower"] == trained["projector"]
-    mine, parent = dpo.weights(), highres.weights()
+    mine, parent = dpo.load_weights(), highres.load_weights()
     changed = {key for key in parent if not torch.equal(mine[key], parent[key])}
     assert changed and not any("vision_tower" in key or "projector" in key for key in changed)
 
@@ -169,7 +183,7 @@ MINE = {"path": "train.json", "image_root": "images", "format": "llava"}
 
 def test_two_sources_are_mixed_by_their_weights(tmp_path):
     digits = {"format": "digits", "num_samples": 30, "language": "ko", "weight": 1.0}
-    own = own_choice(tmp_path, sources={"photos": MINE | {"weight": 3.0}, "digits": digits})
+    own = write_data_choice(tmp_path, sources={"photos": MINE | {"weight": 3.0}, "digits": digits})
     ran = run(*own, "stage=sft", "trainer.max_steps=5", "data.global_batch_size=8")
     rows = {row["name"]: row for row in sound(ran, 42, steps=5)["data"]["mixture"]}
     assert rows["photos"]["asked"] == 0.75 and rows["digits"]["asked"] == 0.25
@@ -179,15 +193,17 @@ def test_two_sources_are_mixed_by_their_weights(tmp_path):
 
 
 def test_without_weights_sources_are_mixed_by_their_sizes(tmp_path):
-    own = own_choice(tmp_path, sources={"photos": MINE, "digits": {"format": "digits", "num_samples": 36}})
+    own = write_data_choice(tmp_path, sources={"photos": MINE, "digits": {"format": "digits", "num_samples": 36}})
     ran = run(*own, "stage=sft", "trainer.max_steps=5", "data.global_batch_size=8")
     rows = {row["name"]: row for row in sound(ran, 48, steps=5)["data"]["mixture"]}
     assert (rows["photos"]["drawn"], rows["digits"]["drawn"]) == (10, 30)
 
 
 def test_validation_sources_are_scored_and_never_trained_on(place, tmp_path):
-    write(place / "held.jsonl", conversations(5))
-    own = own_choice(tmp_path, sources={"mine": MINE}, validation={"sources": {"held": MINE | {"path": "held.jsonl"}}})
+    write_records(place / "held.jsonl", make_conversations(5))
+    own = write_data_choice(
+        tmp_path, sources={"mine": MINE}, validation={"sources": {"held": MINE | {"path": "held.jsonl"}}}
+    )
     ran = run(*own, "stage=sft", "data.validation.every_steps=2", "data.validation.max_samples=1")
     manifest = sound(ran, 17)
     assert (manifest["data"]["num_samples"], manifest["data"]["num_held_out"]) == (12, 5)
@@ -195,7 +211,7 @@ def test_validation_sources_are_scored_and_never_trained_on(place, tmp_path):
     figures = manifest["figures"]
     assert {"val/loss", "val/loss_ko", "val/loss_en"} <= figures.keys()
     assert set(figures["num_scored"].values()) == {1}  # data.validation.max_samples, of each kind and language
-    assert len(ran.column("val/loss")) == 1
+    assert len(ran.read_column("val/loss")) == 1
     written = [json.loads(line) for line in (ran.dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
     assert {row["source"] for row in written} == {"held"} and {row["phase"] for row in written} == {"before", "after"}
 
@@ -228,7 +244,7 @@ def test_lora_trains_adapters_and_exports_a_plain_model(place):
     manifest = sound(ran, 12)
     row = next(row for row in manifest["trained"] if row["part"] == "language_model")
     assert row["how"].startswith("LoRA rank 4") and 0 < row["trainable"] < row["parameters"] / 10
-    assert not any("lora" in key for key in ran.weights())
+    assert not any("lora" in key for key in ran.load_weights())
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
@@ -236,8 +252,8 @@ def test_bfloat16_trains_with_clipped_gradients(precision):
     words = [*LLAVA, "trainer.log_every_n_steps=1", "stage.learning_rate=1e-3", "trainer.gradient_clip_val=0.5"]
     ran, exact = run(*words, f"trainer.precision={precision}"), run(*words)
     sound(ran, 12)
-    assert ran.column("train/loss") == pytest.approx(exact.column("train/loss"), rel=0.05)
-    stored = {tensor.dtype for tensor in ran.weights().values()}
+    assert ran.read_column("train/loss") == pytest.approx(exact.read_column("train/loss"), rel=0.05)
+    stored = {tensor.dtype for tensor in ran.load_weights().values()}
     assert stored == {torch.bfloat16 if precision == "bf16-true" else torch.float32}
 
 
@@ -247,8 +263,8 @@ def test_activation_checkpointing_changes_no_weight(stage, level):
     plain = run(*words)
     checkpointed = run(*words, f"stage.activation_checkpointing={level}", f"run_name={stage}_{level}")
     sound(checkpointed, 12)
-    theirs = checkpointed.weights()
-    assert all(torch.allclose(tensor, theirs[key], atol=1e-6) for key, tensor in plain.weights().items())
+    theirs = checkpointed.load_weights()
+    assert all(torch.allclose(tensor, theirs[key], atol=1e-6) for key, tensor in plain.load_weights().items())
 
 
 @pytest.mark.parametrize(("debug", "steps", "samples"), [("fast", 4, 12), ("overfit", 3, 4), ("profile", 3, 12)])
@@ -272,5 +288,5 @@ def test_wandb_offline_writes_inside_the_run_folder_only(place, tmp_path):
 
 
 def test_a_single_record_can_be_trained_on(place):
-    write(place / "one.jsonl", [llava("<image>\nWhat?", "China.", image="china.jpg")])
+    write_records(place / "one.jsonl", [make_llava_record("<image>\nWhat?", "China.", image="china.jpg")])
     sound(run(*LLAVA, "data.sources.mine.path=one.jsonl"), 1)

@@ -13,17 +13,17 @@ import torch
 from resume_cases import (
     KINDS,
     STEPS,
-    ended,
-    kill_at,
-    last_state,
-    parsed,
-    rows,
-    run_dir,
-    same_state,
+    build_overrides,
+    is_same_state,
+    kill_at_micro_batch,
+    list_leftovers,
+    open_run,
+    parse_once,
+    read_last_state,
+    read_metrics,
+    run_to_end,
+    run_undisturbed,
     start,
-    strays,
-    whole_run,
-    words_of,
 )
 from run_helpers import TWO
 
@@ -39,16 +39,16 @@ def place(tmp_path_factory) -> Path:
 def killed_and_resumed(place: Path, words: list[str], kills: list[int], ranks: int = 1, name: str = "killed") -> str:
     """Start, be killed in these micro-batches, one after the other, and come to the end. Returns what the last start said."""
     for at in kills:
-        assert -signal.SIGKILL in start([*words, f"run_name={name}"], place, ranks, kill_at(at)).wait()
-    code, said = ended([*words, f"run_name={name}"], place, ranks)
+        assert -signal.SIGKILL in start([*words, f"run_name={name}"], place, ranks, kill_at_micro_batch(at)).wait()
+    code, said = run_to_end([*words, f"run_name={name}"], place, ranks)
     assert code == 0, said
     return said
 
 
 def same(place: Path, one: str, other: str) -> None:
-    assert same_state(last_state(place, one), last_state(place, other))
-    assert rows(place, one) == rows(place, other)
-    assert strays(place, other) == []
+    assert is_same_state(read_last_state(place, one), read_last_state(place, other))
+    assert read_metrics(place, one) == read_metrics(place, other)
+    assert list_leftovers(place, other) == []
 
 
 def goes_on_at(said: str) -> int | None:
@@ -65,8 +65,8 @@ def goes_on_at(said: str) -> int | None:
     [("align", 2), ("sft", 0), pytest.param("highres", 2, marks=pytest.mark.slow), ("dpo", 0)],
 )
 def test_a_run_killed_twice_ends_as_an_undisturbed_one(place, stage, workers):
-    words, name = words_of(place, stage, f"data.num_workers={workers}"), undisturbed(place, stage)
-    k = run_dir(place, name).manifest["plan"]["k"]
+    words, name = build_overrides(place, stage, f"data.num_workers={workers}"), undisturbed(place, stage)
+    k = open_run(place, name).manifest["plan"]["k"]
     said = killed_and_resumed(place, words, [2 * k, 4 * k], name=f"{stage}_killed")
     assert goes_on_at(said) >= 2
     same(place, name, f"{stage}_killed")
@@ -75,7 +75,7 @@ def test_a_run_killed_twice_ends_as_an_undisturbed_one(place, stage, workers):
 @cache
 def undisturbed(place: Path, stage: str) -> str:
     """The name of a run of that stage that was not killed. Workers and checkpoints have no part in what it computes."""
-    whole_run(words_of(place, stage, f"run_name={stage}_whole"), place)
+    run_undisturbed(build_overrides(place, stage, f"run_name={stage}_whole"), place)
     return f"{stage}_whole"
 
 
@@ -83,8 +83,8 @@ def undisturbed(place: Path, stage: str) -> str:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stage", KINDS)
 def test_a_run_killed_in_each_of_its_steps_ends_as_an_undisturbed_one(place, stage, workers):
-    words, whole = words_of(place, stage, f"data.num_workers={workers}"), undisturbed(place, stage)
-    k = run_dir(place, whole).manifest["plan"]["k"]
+    words, whole = build_overrides(place, stage, f"data.num_workers={workers}"), undisturbed(place, stage)
+    k = open_run(place, whole).manifest["plan"]["k"]
     for step in range(STEPS):
         name = f"{stage}_{workers}_{step}"
         killed_and_resumed(place, words, [step * k + k - 1], name=name)
@@ -93,12 +93,12 @@ def test_a_run_killed_in_each_of_its_steps_ends_as_an_undisturbed_one(place, sta
 
 @pytest.mark.parametrize("stage", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
 def test_two_ranks_of_which_one_is_killed_end_as_two_undisturbed_ones(place, stage):
-    words = words_of(place, stage, *TWO)
-    code, said = ended([*words, f"run_name={stage}_two"], place, 2)
+    words = build_overrides(place, stage, *TWO)
+    code, said = run_to_end([*words, f"run_name={stage}_two"], place, 2)
     assert code == 0, said
 
     def of_rank(rank: int):
-        return lambda: kill_at(3)() if os.environ["RANK"] == str(rank) else None
+        return lambda: kill_at_micro_batch(3)() if os.environ["RANK"] == str(rank) else None
 
     for rank in (1, 0):
         codes = start([*words, f"run_name={stage}_two_killed"], place, 2, of_rank(rank)).wait()
@@ -109,10 +109,10 @@ def test_two_ranks_of_which_one_is_killed_end_as_two_undisturbed_ones(place, sta
 
 def test_a_killed_run_ends_with_the_validation_best_checkpoint_and_metrics_of_an_undisturbed_one(place):
     """Killed in the step after a validation, and while it validates: that one is run again, its row is there once."""
-    words = words_of(
+    words = build_overrides(
         place, "sft", "data.validation.every_steps=2", "checkpoint.keep_best=true", "checkpoint.keep_last=1"
     )
-    whole_run([*words, "run_name=val_whole"], place)
+    run_undisturbed([*words, "run_name=val_whole"], place)
 
     def while_it_validates():
         from lit_vlm.stages.base import Stage
@@ -123,19 +123,19 @@ def test_a_killed_run_ends_with_the_validation_best_checkpoint_and_metrics_of_an
     assert begun.wait() == [-signal.SIGKILL]
     killed_and_resumed(place, words, [2, 4], name="val_killed")
     same(place, "val_whole", "val_killed")
-    assert sum(bool(row["val/loss"]) for row in rows(place, "val_killed")) == 3
-    folders = [CheckpointFolder(run_dir(place, name).dir / "checkpoints") for name in ("val_whole", "val_killed")]
+    assert sum(bool(row["val/loss"]) for row in read_metrics(place, "val_killed")) == 3
+    folders = [CheckpointFolder(open_run(place, name).dir / "checkpoints") for name in ("val_whole", "val_killed")]
     assert folders[0].read_best() == folders[1].read_best() and folders[0].read_best()[1] > 0
     assert folders[1].list_steps() == sorted({STEPS, folders[1].read_best()[0]}, reverse=True)
 
 
 def test_a_killed_run_ends_with_the_figures_and_the_export_of_an_undisturbed_one(place):
-    words = words_of(
+    words = build_overrides(
         place, "align", "callbacks=[throughput,guard,samples]", "export=true", "data.validation.max_samples=1"
     )
-    whole_run([*words, "run_name=hf_whole", "checkpoint.every_steps=null"], place, finished=True)
+    run_undisturbed([*words, "run_name=hf_whole", "checkpoint.every_steps=null"], place, finished=True)
     killed_and_resumed(place, words, [3], name="hf_killed")
-    one, other = run_dir(place, "hf_whole"), run_dir(place, "hf_killed")
+    one, other = open_run(place, "hf_whole"), open_run(place, "hf_killed")
     assert one.manifest["weights_digest"] == other.manifest["weights_digest"]
     for key in (
         "steps",
@@ -153,11 +153,11 @@ def test_a_killed_run_ends_with_the_figures_and_the_export_of_an_undisturbed_one
         "before"
     ) == 2
     for ran in (one, other):
-        assert not (ran.dir / "checkpoints").exists() and strays(place, ran.dir.name) == []
+        assert not (ran.dir / "checkpoints").exists() and list_leftovers(place, ran.dir.name) == []
 
 
 def test_a_run_killed_after_its_last_step_repeats_no_step(place):
-    words = words_of(place, "align", "export=true", "run_name=end")
+    words = build_overrides(place, "align", "export=true", "run_name=end")
 
     def in_export():
         from callbacks.export import Export
@@ -173,26 +173,26 @@ def test_a_run_killed_after_its_last_step_repeats_no_step(place):
         Stage.training_step = trained
 
     assert start(words, place, patch=in_export).wait() == [-signal.SIGKILL]
-    code, said = ended(words, place, patch=no_step)
+    code, said = run_to_end(words, place, patch=no_step)
     assert code == 0 and goes_on_at(said) == STEPS, said
-    ran = run_dir(place, "end")
+    ran = open_run(place, "end")
     assert ran.manifest["status"] == "finished" and ran.manifest["figures"]["steps"] == STEPS
-    assert len([row for row in rows(place, "end") if row["val/loss"]]) == 1
+    assert len([row for row in read_metrics(place, "end") if row["val/loss"]]) == 1
 
 
 # Other devices, other budgets
 
 
 def losses(place: Path, name: str) -> list[float]:
-    return [float(row["train/loss"]) for row in rows(place, name) if row["train/loss"]]
+    return [float(row["train/loss"]) for row in read_metrics(place, name) if row["train/loss"]]
 
 
 ELASTIC = ["stage.adam_eps=1e-6"]  # a bias without a true gradient makes Adam amplify the order of sums
 
 
 def elastic(place: Path, world_sizes: list[int], name: str, *more: str) -> None:
-    words = words_of(place, "highres", *ELASTIC, *more)
-    whole = whole_run([*words, f"run_name={name}_one"], place)
+    words = build_overrides(place, "highres", *ELASTIC, *more)
+    whole = run_undisturbed([*words, f"run_name={name}_one"], place)
     for number, ranks in enumerate(world_sizes):
         last = number == len(world_sizes) - 1
         several = [*TWO, f"trainer.devices={ranks}"] if ranks > 1 else []
@@ -200,8 +200,8 @@ def elastic(place: Path, world_sizes: list[int], name: str, *more: str) -> None:
         at = None if last else f"step {(number + 1) * STEPS // len(world_sizes)}"
         begun = start([*words, *several, f"run_name={name}"], place, ranks, at and kill_in_step(int(at.split()[1])))
         codes = begun.wait()
-        assert codes[0] == 0 if last else -signal.SIGKILL in codes, begun.said()
-    found = last_state(place, name)
+        assert codes[0] == 0 if last else -signal.SIGKILL in codes, begun.read_output()
+    found = read_last_state(place, name)
     assert (found.step, found.consumed) == (whole.step, whole.consumed)
     assert losses(place, name) == pytest.approx(losses(place, f"{name}_one"), rel=1e-5)
 
@@ -233,16 +233,16 @@ def test_two_one_four_and_two_ranks_read_the_samples_of_one_rank(place):
 
 @pytest.mark.slow
 def test_a_run_resumed_under_other_strategies_reads_the_same_samples(place):
-    words = words_of(place, "highres", *ELASTIC)
-    whole = whole_run([*words, "run_name=one_strategy"], place)
+    words = build_overrides(place, "highres", *ELASTIC)
+    whole = run_undisturbed([*words, "run_name=one_strategy"], place)
     strategies = ["deepspeed_zero3", "fsdp2", "single", "deepspeed_zero2", "ddp"]
     for number, strategy in enumerate(strategies, 1):
         last, ranks = number == len(strategies), 1 if strategy == "single" else 2
         several = [*TWO, f"trainer.strategy={strategy}"] if ranks > 1 else []
         begun = start([*words, *several, "run_name=moves"], place, ranks, None if last else kill_in_step(number))
         codes = begun.wait()
-        assert codes[0] == 0 if last else -signal.SIGKILL in codes, begun.said()
-    found = last_state(place, "moves")
+        assert codes[0] == 0 if last else -signal.SIGKILL in codes, begun.read_output()
+    found = read_last_state(place, "moves")
     assert (found.step, found.consumed) == (whole.step, whole.consumed)
     assert losses(place, "moves") == pytest.approx(
         losses(place, "one_strategy"), rel=1e-3
@@ -250,13 +250,13 @@ def test_a_run_resumed_under_other_strategies_reads_the_same_samples(place):
 
 
 def test_a_run_resumed_with_smaller_micro_batches_reads_the_same_samples(place):
-    words = words_of(place, "sft", *ELASTIC, "stage.parts.language_model.lora.dropout=0")
-    whole = whole_run([*words, "run_name=large"], place)
-    assert start([*words, "run_name=small"], place, patch=kill_at(3)).wait() == [-signal.SIGKILL]
-    code, said = ended([*words, "run_name=small", "data.tokens_per_micro_batch=150"], place)
+    words = build_overrides(place, "sft", *ELASTIC, "stage.parts.language_model.lora.dropout=0")
+    whole = run_undisturbed([*words, "run_name=large"], place)
+    assert start([*words, "run_name=small"], place, patch=kill_at_micro_batch(3)).wait() == [-signal.SIGKILL]
+    code, said = run_to_end([*words, "run_name=small", "data.tokens_per_micro_batch=150"], place)
     assert code == 0 and goes_on_at(said) >= 2, said
-    k = [run_dir(place, name).manifest["plan"]["k"] for name in ("large", "small")]
-    assert k[1] > k[0] and last_state(place, "small").consumed == whole.consumed
+    k = [open_run(place, name).manifest["plan"]["k"] for name in ("large", "small")]
+    assert k[1] > k[0] and read_last_state(place, "small").consumed == whole.consumed
     assert losses(place, "small") == pytest.approx(losses(place, "large"), rel=1e-5)
 
 
@@ -264,9 +264,9 @@ def test_a_run_resumed_with_smaller_micro_batches_reads_the_same_samples(place):
 
 
 def test_a_corrupt_checkpoint_is_named_and_the_run_resumes_from_the_preceding_one(place):
-    words = words_of(place, "align")
-    assert start([*words, "run_name=hurt"], place, patch=kill_at(4)).wait() == [-signal.SIGKILL]
-    folder = CheckpointFolder(run_dir(place, "hurt").dir / "checkpoints")
+    words = build_overrides(place, "align")
+    assert start([*words, "run_name=hurt"], place, patch=kill_at_micro_batch(4)).wait() == [-signal.SIGKILL]
+    folder = CheckpointFolder(open_run(place, "hurt").dir / "checkpoints")
     newest, before = folder.list_steps()[:2]
     (file,) = folder.get_step_path(newest).glob("*.safetensors")
     content = bytearray(file.read_bytes())
@@ -282,7 +282,7 @@ LEVELS = [pytest.param(level, marks=() if level == 13 else pytest.mark.slow) for
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_a_full_disk_stops_the_run_with_one_message_and_loses_only_the_last_steps(place, level):
-    words = words_of(
+    words = build_overrides(
         place, "align", "checkpoint.every_steps=2", f"checkpoint.asynchronous={str(level % 2 == 0).lower()}"
     )
     name = f"full_{level}"
@@ -302,65 +302,67 @@ def test_a_full_disk_stops_the_run_with_one_message_and_loses_only_the_last_step
 
         CheckpointWriter.start = started
 
-    code, said = ended([*words, f"run_name={name}"], place, patch=full)
+    code, said = run_to_end([*words, f"run_name={name}"], place, patch=full)
     assert code == 1 and "Traceback" not in said, said
     told = [line for line in said.splitlines() if "could not be written" in line]
     assert len(told) == 1 and "The checkpoint of step 4 could not be written to" in told[0]
     assert "File too large. The one before, of step 2, is whole. Make room" in told[0]
-    assert CheckpointFolder(run_dir(place, name).dir / "checkpoints").list_steps() == [2]
+    assert CheckpointFolder(open_run(place, name).dir / "checkpoints").list_steps() == [2]
     said = killed_and_resumed(place, words, [], name=name)
     assert goes_on_at(said) == 2
     same(place, undisturbed(place, "align"), name)
 
 
 def test_resume_from_none_starts_from_the_beginning(place):
-    words = words_of(place, "align", "run_name=anew")
-    assert start(words, place, patch=kill_at(3)).wait() == [-signal.SIGKILL]
-    code, said = ended([*words, "resume_from=none"], place)
+    words = build_overrides(place, "align", "run_name=anew")
+    assert start(words, place, patch=kill_at_micro_batch(3)).wait() == [-signal.SIGKILL]
+    code, said = run_to_end([*words, "resume_from=none"], place)
     assert code == 0 and goes_on_at(said) is None
     same(place, undisturbed(place, "align"), "anew")
 
 
 def test_a_requeued_job_resumes_although_its_overrides_say_resume_from_none(place):
-    words = words_of(place, "align", "run_name=requeued", "resume_from=none")
-    assert start(words, place, patch=kill_at(3)).wait() == [-signal.SIGKILL]
-    code, said = ended(words, place, patch=lambda: os.environ.update(SLURM_RESTART_COUNT="1"))
+    words = build_overrides(place, "align", "run_name=requeued", "resume_from=none")
+    assert start(words, place, patch=kill_at_micro_batch(3)).wait() == [-signal.SIGKILL]
+    code, said = run_to_end(words, place, patch=lambda: os.environ.update(SLURM_RESTART_COUNT="1"))
     assert code == 0 and goes_on_at(said) >= 2
     same(place, undisturbed(place, "align"), "requeued")
 
 
 def test_overwrite_does_not_replace_a_run_whose_checkpoint_is_resumed_from(place):
     undisturbed(place, "align")
-    words = words_of(place, "align", "run_name=replaced")
-    whole_run(words, place)
-    folder = CheckpointFolder(run_dir(place, "replaced").dir / "checkpoints")
+    words = build_overrides(place, "align", "run_name=replaced")
+    run_undisturbed(words, place)
+    folder = CheckpointFolder(open_run(place, "replaced").dir / "checkpoints")
     before = folder.list_steps()
-    code, said = ended([*words, "seed=3", "overwrite=true", f"resume_from={folder.get_step_path(before[0])}"], place)
+    code, said = run_to_end(
+        [*words, "seed=3", "overwrite=true", f"resume_from={folder.get_step_path(before[0])}"], place
+    )
     assert code == 1 and "Give this run a name of its own" in said and folder.list_steps() == before
 
 
 def test_overwrite_does_not_stop_a_run_of_the_same_settings_from_resuming(place):
     """A requeued job comes with the words it was submitted with."""
-    words = words_of(place, "align", "run_name=over", "overwrite=true")
-    assert start(words, place, patch=kill_at(3)).wait() == [-signal.SIGKILL]
-    code, said = ended(words, place)
+    words = build_overrides(place, "align", "run_name=over", "overwrite=true")
+    assert start(words, place, patch=kill_at_micro_batch(3)).wait() == [-signal.SIGKILL]
+    code, said = run_to_end(words, place)
     assert code == 0 and goes_on_at(said) >= 2
-    code, said = ended([*words, "seed=3"], place)  # another run: nothing of this one goes on
+    code, said = run_to_end([*words, "seed=3"], place)  # another run: nothing of this one goes on
     assert code == 0 and goes_on_at(said) is None
 
 
 def test_a_checkpoint_of_another_run_or_stage_is_refused(place):
-    align, sft = words_of(place, "align"), words_of(place, "sft")
-    theirs = CheckpointFolder(run_dir(place, undisturbed(place, "align")).dir / "checkpoints").get_step_path(STEPS)
+    align, sft = build_overrides(place, "align"), build_overrides(place, "sft")
+    theirs = CheckpointFolder(open_run(place, undisturbed(place, "align")).dir / "checkpoints").get_step_path(STEPS)
     for words, expected in (
         ([*align, "stage.learning_rate=1e-4"], "another stage.learning_rate (it has 0.001, this run 0.0001)"),
         ([*align, "seed=5"], "another seed (it has 0, this run 5)"),
         (sft, "of a run with another "),
     ):
-        code, said = ended([*words, "run_name=mine", f"resume_from={theirs}", "overwrite=true"], place)
+        code, said = run_to_end([*words, "run_name=mine", f"resume_from={theirs}", "overwrite=true"], place)
         assert code == 1 and expected in said and "Traceback" not in said, said
     shutil.copytree(theirs, place / "elsewhere" / theirs.name)  # the same run's, kept in another place
-    code, said = ended(
+    code, said = run_to_end(
         [*align, "run_name=mine", f"resume_from={place / 'elsewhere' / theirs.name}", "overwrite=true"], place
     )
     assert code == 0 and goes_on_at(said) == STEPS, said
@@ -374,7 +376,7 @@ def test_settings_that_no_run_can_use_are_reported_before_anything_is_loaded(pla
         "resume_from=nowhere": "resume_from: there is no folder nowhere; name a checkpoint's",
     }
     with pytest.raises(UserError) as caught:
-        parsed(place, *words_of(place, "align", *wrong))
+        parse_once(place, *build_overrides(place, "align", *wrong))
     assert all(text in str(caught.value) for text in wrong.values())
 
 

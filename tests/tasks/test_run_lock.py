@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from mixture_cases import prepared
-from run_helpers import conversations, llava, own_choice, run, save_photos, write
+from mixture_cases import run_prepare
+from run_helpers import make_conversations, make_llava_record, run, save_photos, write_data_choice, write_records
 
 from lit_vlm.types import UserError
 
@@ -13,8 +13,8 @@ from lit_vlm.types import UserError
 def place(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     save_photos(tmp_path / "images")
-    write(tmp_path / "talk.jsonl", [llava(f"{i}?", f"Answer {i}.") for i in range(12)])
-    write(tmp_path / "seen.jsonl", conversations(12))
+    write_records(tmp_path / "talk.jsonl", [make_llava_record(f"{i}?", f"Answer {i}.") for i in range(12)])
+    write_records(tmp_path / "seen.jsonl", make_conversations(12))
     return tmp_path
 
 
@@ -24,20 +24,20 @@ def words(place) -> list[str]:
         "talk": {"path": str(place / "talk.jsonl"), "weight": 1},
         "seen": {"path": str(place / "seen.jsonl"), "image_root": str(place / "images"), "weight": 2},
     }
-    return own_choice(place, sources=sources)
+    return write_data_choice(place, sources=sources)
 
 
 @pytest.fixture
 def locked(words) -> list[str]:
     """Words of a run that is held to the lock of what was prepared; another run, or its own manifest would say it first."""
-    lock = prepared(*words, "run_name=before").dir / "mixture.lock"
+    lock = run_prepare(*words, "run_name=before").dir / "mixture.lock"
     return [*words, "stage=sft", "run_name=after", f"data.lock={lock}", "callbacks=[export]"]
 
 
 def refused(*words: str) -> str:
     """The message, of training and of preparing alike; nothing is trained and no lock is written."""
     said = []
-    for task in (run, prepared):
+    for task in (run, run_prepare):
         with pytest.raises(UserError) as caught:
             task(*words)
         said.append(str(caught.value))
@@ -54,15 +54,15 @@ def test_the_same_data_are_trained_on_and_give_the_same_lock_file(locked):
 
 
 def answer(place: Path) -> None:
-    write(place / "talk.jsonl", [llava(f"{i}?", f"Answer {(i + 1) % 12}.") for i in range(12)])
+    write_records(place / "talk.jsonl", [make_llava_record(f"{i}?", f"Answer {(i + 1) % 12}.") for i in range(12)])
 
 
 def more(place: Path) -> None:
-    write(place / "talk.jsonl", [llava(f"{i}?", f"Answer {i}.") for i in range(13)])
+    write_records(place / "talk.jsonl", [make_llava_record(f"{i}?", f"Answer {i}.") for i in range(13)])
 
 
 def order(place: Path) -> None:
-    write(place / "talk.jsonl", [llava(f"{i}?", f"Answer {i}.") for i in reversed(range(12))])
+    write_records(place / "talk.jsonl", [make_llava_record(f"{i}?", f"Answer {i}.") for i in reversed(range(12))])
 
 
 @pytest.mark.parametrize(
@@ -113,13 +113,13 @@ def test_settings_that_do_not_affect_the_mixture_are_no_change(locked):
 
 
 def test_without_data_lock_the_change_is_reported(words, place, capsys):
-    first = prepared(*words, "run_name=mine")
+    first = run_prepare(*words, "run_name=mine")
     before = (first.dir / "mixture.lock").read_bytes()
     capsys.readouterr()
-    prepared(*words, "run_name=mine")
+    run_prepare(*words, "run_name=mine")
     assert "since mixture.lock was written" not in capsys.readouterr().out
     answer(place)
-    prepared(*words, "run_name=mine", "data.sources.seen.weight=3")
+    run_prepare(*words, "run_name=mine", "data.sources.seen.weight=3")
     said = capsys.readouterr().out
     assert "since mixture.lock was written: talk: what its records say changed" in said
     assert "since mixture.lock was written: seen: weight was 2.0, is 3.0" in said

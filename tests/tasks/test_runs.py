@@ -8,7 +8,18 @@ import sys
 
 import pytest
 import torch
-from run_helpers import RUN, TINY, TWO, Ran, conversations, llava, process, run, save_photos, write
+from run_helpers import (
+    RUN,
+    TINY,
+    TWO,
+    RunOutput,
+    make_conversations,
+    make_llava_record,
+    run,
+    run_process,
+    save_photos,
+    write_records,
+)
 
 from lit_vlm.config import build_stage_overrides, parse
 from lit_vlm.tasks import pipeline
@@ -25,7 +36,7 @@ LLAVA = ["stage=sft", "data=llava_json", "data.sources.mine.path=train.jsonl", "
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("user")
     save_photos(folder / "images")
-    write(folder / "train.jsonl", conversations())
+    write_records(folder / "train.jsonl", make_conversations())
     return folder
 
 
@@ -43,14 +54,14 @@ def words_of(name, *words):
 
 def test_a_finished_run_started_again_is_reported_as_finished_and_trains_nothing(capsys):
     ran = run(*words_of("again"))
-    before = ran.snapshot()
+    before = ran.take_snapshot()
     capsys.readouterr()
     run(
         *words_of("again", "trainer.num_threads=1", "data.num_workers=2", "data.tokens_per_micro_batch=9000")
     )  # where it runs, not what
     said = capsys.readouterr().out
     assert "again: finished already, in " in said and "overwrite=true" in said
-    assert ran.snapshot() == before
+    assert ran.take_snapshot() == before
 
 
 def refused(*words):
@@ -62,13 +73,13 @@ def refused(*words):
 
 def test_another_config_other_data_or_another_parent_under_one_name_is_refused(place):
     first, parent = run(*words_of("one")), run(*words_of("parent", "seed=3"))
-    before = first.snapshot()
+    before = first.take_snapshot()
     assert "differs from this one in trainer.max_steps" in refused(*words_of("one", "trainer.max_steps=2"))
     assert "stage.learning_rate" in refused(*words_of("one", "stage.learning_rate=1e-4"))
     assert "the model it starts from" in refused(*words_of("one", f"init_from={parent.hf}"))
-    write(place / "more.jsonl", conversations(14))
+    write_records(place / "more.jsonl", make_conversations(14))
     assert "its data" in refused(*words_of("one", "data.sources.mine.path=more.jsonl"))
-    assert first.snapshot() == before
+    assert first.take_snapshot() == before
 
 
 def test_overwrite_runs_again_with_the_new_settings():
@@ -79,20 +90,20 @@ def test_overwrite_runs_again_with_the_new_settings():
 
 
 def test_the_same_settings_give_the_same_weights_twice():
-    first = run(*words_of("same")).weights()
-    second = run(*words_of("same", "overwrite=true")).weights()
+    first = run(*words_of("same")).load_weights()
+    second = run(*words_of("same", "overwrite=true")).load_weights()
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_an_interrupted_run_restarts_its_stage():
     ran = run(*words_of("cut"))
-    whole = ran.weights()
+    whole = ran.load_weights()
     manifest = ran.manifest | {"status": "running"}
     (ran.dir / "manifest.json").write_text(json.dumps(manifest))
     shutil.rmtree(ran.hf)
     run(*words_of("cut"))
     assert ran.manifest["status"] == "finished"
-    again = ran.weights()
+    again = ran.load_weights()
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
@@ -180,14 +191,14 @@ def test_a_pipeline_on_digits_resumes_with_the_failed_stage(tmp_path, monkeypatc
         dispatch(words)
     assert finished(runs) == STAGES[:2]
     assert f"The run's folder {third} cannot be made" in capfd.readouterr().err
-    kept = {path: Ran(path.parent).snapshot() for path in runs.glob("tiny/*/manifest.json")}
+    kept = {path: RunOutput(path.parent).take_snapshot() for path in runs.glob("tiny/*/manifest.json")}
 
     third.unlink()
     dispatch(words)
     output = capfd.readouterr().out
     whole(runs, output)
     assert output.count("finished already") == 2
-    assert all(Ran(path.parent).snapshot() == before for path, before in kept.items())
+    assert all(RunOutput(path.parent).take_snapshot() == before for path, before in kept.items())
     assert {"digits_ko", "digits_en"} <= {row["name"] for row in manifests(runs)["tiny/3_highres"]["data"]["mixture"]}
     dpo = manifests(runs)["tiny/4_dpo"]["data"]["mixture"]
     assert {"preference_ko", "preference_en"} <= {row["name"] for row in dpo}  # dpo keeps the recipe's data
@@ -199,14 +210,14 @@ def test_the_pipeline_runs_as_processes_and_resumes_where_it_stopped(tmp_path):
     third = parse([f"run_dir={runs}", *FEW, "experiment=tiny/3_highres"]).dir
     third.parent.mkdir(parents=True)
     third.write_text("in the way")
-    first = process(f"run_dir={runs}", *FEW, cwd=tmp_path, base=[])
+    first = run_process(f"run_dir={runs}", *FEW, cwd=tmp_path, base=[])
     assert first.returncode == 1 and finished(runs) == STAGES[:2]
     assert (
         first.stderr.rstrip().endswith("`python run.py` goes on with it when that is mended.")
         and "Traceback" not in first.stderr
     )
     third.unlink()
-    second = process(f"run_dir={runs}", *FEW, cwd=tmp_path, base=[])
+    second = run_process(f"run_dir={runs}", *FEW, cwd=tmp_path, base=[])
     assert second.returncode == 0, second.stderr
     whole(runs, second.stdout)
     assert second.stdout.count("finished already") == 2
@@ -230,16 +241,16 @@ EXACT = [
 
 def mixed_records():
     """Long records with photographs and short ones without: dealt by work, one rank often holds text alone."""
-    records = conversations(8)
-    return records + [llava(f"{i}번 질문입니다.", "네, 글만 있습니다. " * (i % 3 + 1)) for i in range(2)]
+    records = make_conversations(8)
+    return records + [make_llava_record(f"{i}번 질문입니다.", "네, 글만 있습니다. " * (i % 3 + 1)) for i in range(2)]
 
 
 def same(one, two, atol=1e-5):
-    mine, theirs = one.weights(), two.weights()
+    mine, theirs = one.load_weights(), two.load_weights()
     assert mine.keys() == theirs.keys()
     worst = max(float((mine[key] - theirs[key]).abs().max()) for key in mine)
     assert worst == pytest.approx(0, abs=atol)
-    assert one.column("train/loss") == pytest.approx(two.column("train/loss"), rel=1e-4)
+    assert one.read_column("train/loss") == pytest.approx(two.read_column("train/loss"), rel=1e-4)
 
 
 def text_only_ranks(words):
@@ -259,7 +270,7 @@ def text_only_ranks(words):
 @pytest.mark.slow
 def test_two_ranks_train_the_same_weights_as_one(place):
     """Also in steps in which a rank has text alone or nothing at all; in time, for a hang is an error."""
-    write(place / "mixed.jsonl", mixed_records())
+    write_records(place / "mixed.jsonl", mixed_records())
     few = [
         "data.global_batch_size=3",
         "data.tiles_per_micro_batch=5",
@@ -270,9 +281,9 @@ def test_two_ranks_train_the_same_weights_as_one(place):
     text, blank, k = text_only_ranks(words)
     assert text > 0 and blank > 0 and k > 1, (text, blank, k)
     one = run(*words, "run_name=ranks_1")
-    ended = process(*words, *TWO, "run_name=ranks_2", cwd=place, ranks=2)
+    ended = run_process(*words, *TWO, "run_name=ranks_2", cwd=place, ranks=2)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    two = Ran(place / "runs" / "ranks_2")
+    two = RunOutput(place / "runs" / "ranks_2")
     assert two.manifest["status"] == "finished" and two.manifest["plan"]["world_size"] == 2
     assert one.manifest["data"]["mixture"] == two.manifest["data"]["mixture"]
     assert two.manifest["figures"]["val/loss"] == pytest.approx(one.manifest["figures"]["val/loss"], rel=1e-4)
@@ -288,7 +299,7 @@ def test_two_ranks_train_dpo_to_the_same_weights_as_one(place):
         for i in range(3)
     ]
     pairs += [{"prompt": f"{i}?", "chosen": "Yes", "rejected": "No, " * i + "no"} for i in range(3)]
-    write(place / "pairs.jsonl", pairs)
+    write_records(place / "pairs.jsonl", pairs)
     words = [
         "stage=dpo",
         "data=preference",
@@ -303,21 +314,21 @@ def test_two_ranks_train_dpo_to_the_same_weights_as_one(place):
         "data.tiling=base",
     ]
     one = run(*words, "run_name=dpo_1")
-    ended = process(*words, *TWO, "run_name=dpo_2", cwd=place, ranks=2)
+    ended = run_process(*words, *TWO, "run_name=dpo_2", cwd=place, ranks=2)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    same(one, Ran(place / "runs" / "dpo_2"))
+    same(one, RunOutput(place / "runs" / "dpo_2"))
 
 
 @pytest.mark.slow
 def test_a_run_finished_on_one_rank_is_finished_on_two(place):
     run(*words_of("elsewhere"))
-    ended = process(*words_of("elsewhere"), "trainer.devices=2", "trainer.strategy=ddp", cwd=place, ranks=2)
+    ended = run_process(*words_of("elsewhere"), "trainer.devices=2", "trainer.strategy=ddp", cwd=place, ranks=2)
     assert ended.returncode == 0 and ended.stdout.count("finished already") == 1
 
 
 @pytest.mark.slow
 def test_two_devices_without_torchrun_start_their_second_process(place):
     one = run(*words_of("direct_1", *EXACT))
-    ended = process(*words_of("direct_2", *EXACT), "trainer.devices=2", "trainer.strategy=ddp", cwd=place)
+    ended = run_process(*words_of("direct_2", *EXACT), "trainer.devices=2", "trainer.strategy=ddp", cwd=place)
     assert ended.returncode == 0, ended.stderr[-3000:]
-    same(one, Ran(place / "runs" / "direct_2"))
+    same(one, RunOutput(place / "runs" / "direct_2"))

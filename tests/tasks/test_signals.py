@@ -14,8 +14,16 @@ from random import Random
 from types import SimpleNamespace
 
 import pytest
-from resume_cases import last_state, rows, same_state, start, strays, whole_run, words_of
-from run_helpers import RUN, TINY, own_choice
+from resume_cases import (
+    build_overrides,
+    is_same_state,
+    list_leftovers,
+    read_last_state,
+    read_metrics,
+    run_undisturbed,
+    start,
+)
+from run_helpers import RUN, TINY, write_data_choice
 from signal_moments import AT_ONCE, ENVIRONMENT, SAVED, SIGNALS, run_moments
 from waiting import until
 
@@ -50,7 +58,13 @@ def status_of(pid: int) -> int:
 def test_a_signal_at_every_import_of_a_run_ends_it_there(tmp_path):
     """Preparing the data and training on them: an index that is there is read by other libraries than one that is made."""
     builtin = {"format": "builtin", "path": "caption", "language": "en", "num_samples": 4}
-    words = [*TINY, "stage=sft", *own_choice(tmp_path, sources={"a": builtin}), "run_name=a", "trainer.max_steps=1"]
+    words = [
+        *TINY,
+        "stage=sft",
+        *write_data_choice(tmp_path, sources={"a": builtin}),
+        "run_name=a",
+        "trainer.max_steps=1",
+    ]
     words = [*words, "task=prepare", "--", *words]
     script = Path(__file__).with_name("signal_imports.py")
     command = [sys.executable, str(script), str(tmp_path / "seen.json"), str(RUN), *words]
@@ -65,21 +79,24 @@ def test_a_signal_at_every_import_of_a_run_ends_it_there(tmp_path):
 
 def test_one_signal_of_each_at_a_random_moment_of_a_run_loses_nothing(tmp_path):
     """Each start is a fork, which has imported all; its moment is a share of what the processor does for a whole one."""
-    words, dice = words_of(tmp_path, "sft"), Random(SEED)
-    whole_run([*words, "run_name=whole"], tmp_path)
+    words, dice = build_overrides(tmp_path, "sft"), Random(SEED)
+    run_undisturbed([*words, "run_name=whole"], tmp_path)
     life = ended_at(start([*words, "run_name=again"], tmp_path, patch=handle_signals), None)
     for number in SIGNALS:
         asked = [*words, f"run_name={number.name}"]
         begun = start(asked, tmp_path, patch=handle_signals)
         ended_at(begun, number, dice.uniform(0, 0.9) * life)
-        said, status = begun.said(), begun.wait()[0]
+        said, status = begun.read_output(), begun.wait()[0]
         wanted = {"saved at step": SAVED[number], "nothing is to be saved": AT_ONCE[number]}
         assert status == next((code for text, code in wanted.items() if text in said), 0), said
         assert "Traceback" not in said and "KeyboardInterrupt" not in said
         assert status or "done" in said
         assert start(asked, tmp_path).wait() == [0]
-        assert same_state(last_state(tmp_path, "whole"), last_state(tmp_path, number.name))
-        assert rows(tmp_path, "whole") == rows(tmp_path, number.name) and strays(tmp_path, number.name) == []
+        assert is_same_state(read_last_state(tmp_path, "whole"), read_last_state(tmp_path, number.name))
+        assert (
+            read_metrics(tmp_path, "whole") == read_metrics(tmp_path, number.name)
+            and list_leftovers(tmp_path, number.name) == []
+        )
 
 
 def ended_at(begun, number: int | None, after: float = 0.0) -> float:

@@ -6,8 +6,8 @@ import signal
 import time
 
 import pytest
-from fault_cases import SMALL, Fault, both, broken
-from resume_cases import start, words_of
+from fault_cases import SMALL, Fault, combine_patches, inject_faults
+from resume_cases import build_overrides, start
 from run_helpers import TWO
 from waiting import until
 
@@ -37,9 +37,9 @@ def hold(words, folder, ranks, rank, step, seconds=0.0, patch=None):
 
 def check_held(folder, ranks, rank, step, seconds=0.0):
     two = [word.replace("devices=2", f"devices={ranks}") for word in TWO]
-    words = words_of(folder, "sft", *two, *QUICK, "run_name=held")
+    words = build_overrides(folder, "sft", *two, *QUICK, "run_name=held")
     begun, run, codes, took = hold(words, folder, ranks, rank, step, seconds)
-    said = begun.said()
+    said = begun.read_output()
     assert codes[rank] == -signal.SIGKILL  # it cannot leave by itself
     assert [code for other, code in enumerate(codes) if other != rank] == [STUCK] * (ranks - 1), said
     assert took < LIMIT + 10
@@ -72,69 +72,74 @@ def test_any_of_four_ranks_stopped_at_any_step_ends_all_in_time(tmp_path, seed):
 
 @pytest.mark.slow
 def test_a_rank_that_waits_for_data_forever_is_named_and_writes_its_stack(tmp_path):
-    words = words_of(tmp_path, "sft", *TWO, *QUICK, "run_name=held")
+    words = build_overrides(tmp_path, "sft", *TWO, *QUICK, "run_name=held")
     begun = start(words, tmp_path, 2, _read_for_ever)
     began = time.monotonic()
     run = tmp_path / "runs" / "held"
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in begun.pids]
-    assert codes == [STUCK, STUCK], begun.said()
+    assert codes == [STUCK, STUCK], begun.read_output()
     assert time.monotonic() - began < 60
-    assert f"rank 1 on {os.uname().nodename} (pid {begun.pids[1]}) does not get on, waiting for data" in begun.said()
+    assert (
+        f"rank 1 on {os.uname().nodename} (pid {begun.pids[1]}) does not get on, waiting for data"
+        in begun.read_output()
+    )
     assert "in _wait_for_ever" in (run / "stuck" / "rank-1.txt").read_text()
 
 
 @pytest.mark.slow
 def test_other_ranks_wait_for_a_long_export_of_one_rank(tmp_path):
-    words = words_of(tmp_path, "sft", *TWO, *QUICK, "trainer.max_steps=2", "run_name=held")
+    words = build_overrides(tmp_path, "sft", *TWO, *QUICK, "trainer.max_steps=2", "run_name=held")
     begun = start(words, tmp_path, 2, _export_long)
-    assert begun.wait() == [0, 0], begun.said()
+    assert begun.wait() == [0, 0], begun.read_output()
     assert not (tmp_path / "runs" / "held" / "stuck").exists()
 
 
 @pytest.mark.slow
 def test_ranks_wait_for_a_slow_disk_although_the_export_takes_longer_than_any_limit(tmp_path):
-    words = words_of(
+    words = build_overrides(
         tmp_path, "sft", *TWO, *QUICK, "trainer.max_steps=2", "callbacks=[]", "export=true", "run_name=held"
     )
     begun = start(words, tmp_path, 2, _slow_disk)
-    assert begun.wait() == [0, 0], begun.said()
+    assert begun.wait() == [0, 0], begun.read_output()
     assert (tmp_path / "runs" / "held" / "hf").is_dir() and not (tmp_path / "runs" / "held" / "stuck").exists()
 
 
 @pytest.mark.slow
 def test_ranks_with_other_code_end_before_the_first_step_with_one_message(tmp_path):
-    words = words_of(tmp_path, "sft", *TWO, *SMALL, "run_name=held")
+    words = build_overrides(tmp_path, "sft", *TWO, *SMALL, "run_name=held")
     begun = start(words, tmp_path, 2, _other_code)
     assert begun.wait() == [1, 1]
-    assert begun.said().count("The ranks were not started alike") == 1
-    assert f"rank 1 on {os.uname().nodename} in its code." in begun.said()
+    assert begun.read_output().count("The ranks were not started alike") == 1
+    assert f"rank 1 on {os.uname().nodename} in its code." in begun.read_output()
 
 
 @pytest.mark.slow
 def test_a_worker_that_is_killed_ends_the_run_with_its_cause(tmp_path):
-    words = words_of(tmp_path, "sft", *SMALL, "data.num_workers=2", "trainer.max_steps=300", "run_name=held")
+    words = build_overrides(tmp_path, "sft", *SMALL, "data.num_workers=2", "trainer.max_steps=300", "run_name=held")
     begun = start(words, tmp_path)
     run = tmp_path / "runs" / "held"
     until(lambda: (beat := read_heartbeat(run, 0)) is not None and beat.step >= 1)
     os.kill(_children(begun.pids[0])[0], signal.SIGKILL)
     assert begun.wait() == [1]
-    assert "DataLoader worker" in begun.said() and "killed by signal" in begun.said()
+    assert "DataLoader worker" in begun.read_output() and "killed by signal" in begun.read_output()
 
 
 @pytest.mark.slow
 def test_a_running_save_is_finished_and_one_message_is_printed_when_all_ranks_stop(tmp_path):
-    words = words_of(tmp_path, "sft", *TWO, *SMALL, "checkpoint.every_steps=3", "run_name=held")
-    begun = start(words, tmp_path, 2, both(broken([Fault("loss", 3, 0, 1)]), _write_slowly))
+    words = build_overrides(tmp_path, "sft", *TWO, *SMALL, "checkpoint.every_steps=3", "run_name=held")
+    begun = start(words, tmp_path, 2, combine_patches(inject_faults([Fault("loss", 3, 0, 1)]), _write_slowly))
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in begun.pids]
-    assert codes == [1, 1] and begun.said().count("the loss is not a number, so the run stops") == 1, begun.said()
+    assert codes == [1, 1] and begun.read_output().count("the loss is not a number, so the run stops") == 1, (
+        begun.read_output()
+    )
     assert CheckpointFolder(tmp_path / "runs" / "held" / "checkpoints").list_steps() == [3]
 
 
 def test_a_rank_with_a_stop_signal_after_the_last_step_does_not_wait_for_others(tmp_path):
-    words = words_of(tmp_path, "sft", *TWO, *SMALL, "trainer.max_steps=1", "run_name=held")
+    words = build_overrides(tmp_path, "sft", *TWO, *SMALL, "trainer.max_steps=1", "run_name=held")
     begun = start(words, tmp_path, 2, _asked_at_the_end)
-    assert begun.wait()[0] == TERMINATED, begun.said()
-    assert begun.said().count("no step is under way") == 1
+    assert begun.wait()[0] == TERMINATED, begun.read_output()
+    assert begun.read_output().count("no step is under way") == 1
 
 
 def _write_slowly():

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from run_helpers import RUN, process
+from run_helpers import RUN, run_process
 from waiting import PATIENCE
 
 from lit_vlm.config import ConfigError, parse
@@ -237,7 +237,7 @@ def test_an_invalid_job_is_refused_before_it_is_submitted(place):
 
 
 def start_sweep(place: Path, *words: str, limit: float = PATIENCE) -> subprocess.CompletedProcess:
-    return process(*words, cwd=place, limit=limit, base=["task=sweep", "sweep=mine.yaml"])
+    return run_process(*words, cwd=place, limit=limit, base=["task=sweep", "sweep=mine.yaml"])
 
 
 def outcomes(place: Path) -> list[str]:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from run_helpers import RUN, TINY, Ran, conversations, save_photos, write
+from run_helpers import RUN, TINY, RunOutput, make_conversations, save_photos, write_records
 from waiting import PATIENCE
 
 from lit_vlm.sweep.loopback import LoopbackServer
@@ -27,7 +27,7 @@ TIMES = ("throughput/", "_runtime", "_timestamp", "samples/")
 def place(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("user")
     save_photos(folder / "images")
-    write(folder / "train.jsonl", conversations())
+    write_records(folder / "train.jsonl", make_conversations())
     (folder / "home").mkdir()
     return folder
 
@@ -70,7 +70,7 @@ def test_a_killed_and_resumed_run_is_one_tracked_run_with_the_history_of_an_undi
     ended(process)
     code, said = ended(begin(server, place, *words, "run_name=killed"))
     assert code == 0 and "goes on at step" in said, said
-    ids = [Ran(place / "runs" / name).manifest["tracking"]["wandb"]["id"] for name in ("whole", "killed")]
+    ids = [RunOutput(place / "runs" / name).manifest["tracking"]["wandb"]["id"] for name in ("whole", "killed")]
     whole, killed = (server.runs[run_id] for run_id in ids)
     assert len(server.runs) == 2 and (killed.state, whole.state) == ("finished", "finished")
     assert [row["_step"] for row in killed.history] == list(range(25))
@@ -93,7 +93,7 @@ def test_a_metric_that_is_never_logged_fails_the_run_at_its_first_validation_and
     (run,) = server.runs.values()
     assert (run.state, run.exit_code, run.summary["status"]) == ("failed", 1, "failed")
     assert "logger.metric=val/los" in run.summary["error"]
-    assert Ran(place / "runs" / "mistyped").manifest["status"] != "finished"
+    assert RunOutput(place / "runs" / "mistyped").manifest["status"] != "finished"
 
 
 @pytest.mark.slow

@@ -6,9 +6,20 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from mixture_cases import damage, datamodule_of, lines_of, names_of, prepared
+from mixture_cases import build_datamodule, list_sample_names, read_json_lines, run_prepare, zero_second_half
 from PIL import Image
-from run_helpers import PHOTOS, TWO, Ran, conversations, llava, own_choice, process, run, save_photos, write
+from run_helpers import (
+    PHOTOS,
+    TWO,
+    RunOutput,
+    make_conversations,
+    make_llava_record,
+    run,
+    run_process,
+    save_photos,
+    write_data_choice,
+    write_records,
+)
 from waiting import until
 
 from lit_vlm.data import look_ahead, micro_batches
@@ -32,8 +43,8 @@ def words(tmp_path) -> list[str]:
     (tmp_path / "images").mkdir()
     for number in range(COUNT):
         shutil.copy(originals / PHOTOS[0], tmp_path / "images" / f"{number}.jpg")
-    records = [llava("<image>\nWhat?", f"Number {i}", image=f"{i}.jpg", id=str(i)) for i in range(COUNT)]
-    path = write(tmp_path / "train.jsonl", records)
+    records = [make_llava_record("<image>\nWhat?", f"Number {i}", image=f"{i}.jpg", id=str(i)) for i in range(COUNT)]
+    path = write_records(tmp_path / "train.jsonl", records)
     words = ["stage=sft", "data=llava_json", f"data.sources.mine.path={path}", "trainer.max_steps=6"]
     return [*words, "data.sources.mine.image_root=images", "run_name=bad", "data.validation.max_samples=4"]
 
@@ -58,7 +69,7 @@ def without(steps: list[list[str]], *gone: str) -> list[list[str]]:
 
 
 def weights_of(name: str) -> str:
-    return Ran(Path("runs") / name).manifest["weights_digest"]
+    return RunOutput(Path("runs") / name).manifest["weights_digest"]
 
 
 def stopped(*words: str) -> str:
@@ -73,12 +84,12 @@ def test_a_corrupt_record_is_reported_logged_and_left_out_and_other_samples_stay
 ):
     words = [*words, f"data.num_workers={workers}"]
     whole = trained(monkeypatch, *words, "run_name=whole")
-    damage(tmp_path / "images" / "5.jpg")
+    zero_second_half(tmp_path / "images" / "5.jpg")
     said = stopped(*words)
     ledger = tmp_path / "runs" / "bad" / "ledger.jsonl"
     assert said.startswith("train.jsonl:6: image '5.jpg' cannot be decoded") and "Traceback" not in said
     assert f"3 tries failed now. It is entered in {ledger}: the same command again goes on without it" in said
-    (entry,) = lines_of(ledger)
+    (entry,) = read_json_lines(ledger)
     assert (entry["source"], entry["position"], entry["origin"], entry["fault"]) == (
         "mine",
         5,
@@ -86,13 +97,13 @@ def test_a_corrupt_record_is_reported_logged_and_left_out_and_other_samples_stay
         "broken",
     )
     assert trained(monkeypatch, *words) == without(whole, "mine/5")
-    assert sum(map(len, whole)) == COUNT and len(lines_of(ledger)) == 1
+    assert sum(map(len, whole)) == COUNT and len(read_json_lines(ledger)) == 1
 
 
 def test_each_corrupt_record_costs_one_start(words, tmp_path, monkeypatch):
     whole = trained(monkeypatch, *words, "run_name=whole")
     for number in (2, 7, 11):
-        damage(tmp_path / "images" / f"{number}.jpg")
+        zero_second_half(tmp_path / "images" / f"{number}.jpg")
     assert len({stopped(*words).split(":")[1] for _ in range(3)}) == 3
     assert trained(monkeypatch, *words) == without(whole, "mine/2", "mine/7", "mine/11")
 
@@ -110,12 +121,12 @@ def test_with_quarantine_one_process_restarts_and_trains_as_if_they_were_left_ou
     words = [*words, *more, *SET_ASIDE]
     whole = trained(monkeypatch, *words, "run_name=whole")
     for number in (2, 7, 11):
-        damage(tmp_path / "images" / f"{number}.jpg")
+        zero_second_half(tmp_path / "images" / f"{number}.jpg")
     capsys.readouterr()
     steps = trained(monkeypatch, *words)  # it is finished
     said = " ".join(capsys.readouterr().out.split())
     ledger = tmp_path / "runs" / "bad" / "ledger.jsonl"
-    assert {entry["position"] for entry in lines_of(ledger)} == {2, 7, 11}
+    assert {entry["position"] for entry in read_json_lines(ledger)} == {2, 7, 11}
     assert said.count("3 tries failed now. It is entered in") == 3 == said.count("and the run goes on without it.")
     assert "train.jsonl:8: image '7.jpg' cannot be decoded" in said and "goes on at step" in said
 
@@ -132,35 +143,35 @@ def test_with_quarantine_one_process_restarts_and_trains_as_if_they_were_left_ou
 def test_idle_workers_log_corrupt_records_before_their_step(words, tmp_path, monkeypatch):
     monkeypatch.setattr(look_ahead, "RETRY_DELAYS", (0.01, 0.02))
     words = [*words, *SET_ASIDE, "data.num_workers=2", "data.prefetch_factor=1"]
-    datamodule = datamodule_of(*words, "data.global_batch_size=2", "trainer.max_steps=12")
+    datamodule = build_datamodule(*words, "data.global_batch_size=2", "trainer.max_steps=12")
     plan = datamodule.make_plan()
     bad = {int(datamodule.index.position[sample]) for sample in plan.get_samples(11)}
     for number in bad:
-        damage(tmp_path / "images" / f"{number}.jpg")
+        zero_second_half(tmp_path / "images" / f"{number}.jpg")
     ledger, loader = tmp_path / "runs" / "bad" / "ledger.jsonl", iter(datamodule.train_dataloader())
     ledger.parent.mkdir(parents=True, exist_ok=True)
     first = next(loader)  # and no more: the workers are idle from here on
     assert first.sample_ids and not isinstance(first, micro_batches.CorruptRecord)
-    until(lambda: ledger.exists() and len(lines_of(ledger)) == len(bad) == 2)
-    assert {entry["position"] for entry in lines_of(ledger)} == bad
+    until(lambda: ledger.exists() and len(read_json_lines(ledger)) == len(bad) == 2)
+    assert {entry["position"] for entry in read_json_lines(ledger)} == bad
     rest = list(loader)
     found = [batch for batch in rest if isinstance(batch, micro_batches.CorruptRecord)]
     assert isinstance(found[0].add_to_ledger(datamodule.ledger), micro_batches.RecordLoggedError)
-    assert len(lines_of(ledger)) == 2  # it is there already
-    assert not datamodule_of(*words, "data.on_bad_record=stop").look_ahead
+    assert len(read_json_lines(ledger)) == 2  # it is there already
+    assert not build_datamodule(*words, "data.on_bad_record=stop").look_ahead
 
 
 def test_more_corrupt_records_than_max_quarantined_end_the_run(words, tmp_path):
     run(*words, "run_name=first")
     for number in range(6):
-        damage(tmp_path / "images" / f"{number}.jpg")
+        zero_second_half(tmp_path / "images" / f"{number}.jpg")
     said = stopped(*words, *SET_ASIDE)
     assert "They are 5 by now, more than data.max_quarantined=0.2 of the training records" in said
-    assert len(lines_of(tmp_path / "runs" / "bad" / "ledger.jsonl")) == 5
+    assert len(read_json_lines(tmp_path / "runs" / "bad" / "ledger.jsonl")) == 5
 
 
 def test_left_out_records_are_reported_at_the_next_start(words, tmp_path, capsys):
-    damage(tmp_path / "images" / "5.jpg")
+    zero_second_half(tmp_path / "images" / "5.jpg")
     stopped(*words)
     capsys.readouterr()
     run(*words)
@@ -170,7 +181,7 @@ def test_left_out_records_are_reported_at_the_next_start(words, tmp_path, capsys
 def test_a_step_without_remaining_samples_trains_nothing(words, tmp_path, monkeypatch):
     words = [*words, "data.global_batch_size=1", "trainer.max_steps=24"]
     whole = trained(monkeypatch, *words, "run_name=whole")
-    damage(tmp_path / "images" / "5.jpg")
+    zero_second_half(tmp_path / "images" / "5.jpg")
     stopped(*words)
     again = trained(monkeypatch, *words)
     assert len(again) == len(whole) == 24 and again == without(whole, "mine/5")
@@ -188,7 +199,7 @@ def test_an_image_missing_after_indexing_is_reported_and_left_out(words, tmp_pat
     run(*words, "run_name=first")
     gone(tmp_path / "images" / "5.jpg")
     assert stopped(*words).startswith("train.jsonl:6: image '5.jpg' not found in")
-    (entry,) = lines_of(tmp_path / "runs" / "bad" / "ledger.jsonl")
+    (entry,) = read_json_lines(tmp_path / "runs" / "bad" / "ledger.jsonl")
     assert (entry["position"], entry["fault"]) == (5, "missing")
     assert sum(map(len, trained(monkeypatch, *words))) == COUNT - 1
 
@@ -199,7 +210,7 @@ def test_an_image_changed_after_indexing_is_reported_and_is_no_bad_record(words,
     text = stopped(*words)
     assert text.startswith("train.jsonl:6: ") and "tokens now and had" in text and "task=prepare" in text
     assert not (tmp_path / "runs" / "bad" / "ledger.jsonl").exists()
-    prepared(*words)
+    run_prepare(*words)
     assert sum(map(len, trained(monkeypatch, *words))) == COUNT
 
 
@@ -231,63 +242,65 @@ def test_one_failed_read_too_many_ends_the_run(words, tmp_path, monkeypatch):
     run(*words, "run_name=first")
     stumbling(monkeypatch, 10**6)
     assert "Input/output error" in stopped(*words)
-    assert lines_of(tmp_path / "runs" / "bad" / "ledger.jsonl")[0]["fault"] == "unreadable"
+    assert read_json_lines(tmp_path / "runs" / "bad" / "ledger.jsonl")[0]["fault"] == "unreadable"
 
 
 def own_validation(folder: Path) -> list[str]:
     """A validation source that is named as the training source is, and holds other pictures."""
-    path = write(folder / "held" / "train.jsonl", [llava("<image>\nQ?", "a", image=f"{i}.jpg") for i in (5, 6, 7)])
+    path = write_records(
+        folder / "held" / "train.jsonl", [make_llava_record("<image>\nQ?", "a", image=f"{i}.jpg") for i in (5, 6, 7)]
+    )
     held = {"path": str(path), "image_root": str(folder / "images"), "format": "llava"}
     mine = held | {
-        "path": str(write(folder / "train.jsonl", conversations(12))),
+        "path": str(write_records(folder / "train.jsonl", make_conversations(12))),
         "image_root": str(folder / "originals"),
     }
-    return own_choice(folder, sources={"mine": mine}, validation={"sources": {"mine": held}})
+    return write_data_choice(folder, sources={"mine": mine}, validation={"sources": {"mine": held}})
 
 
 @pytest.mark.parametrize("callbacks", ["[export]", "[samples,export]"])
 def test_an_image_of_a_validation_source_is_left_out_of_validation_only(words, tmp_path, monkeypatch, callbacks):
     words = ["stage=sft", *own_validation(tmp_path), "run_name=bad", f"callbacks={callbacks}", "trainer.max_steps=3"]
     whole = trained(monkeypatch, *words, "run_name=whole")
-    damage(tmp_path / "images" / "5.jpg")
+    zero_second_half(tmp_path / "images" / "5.jpg")
     text = stopped(*words)
     assert text.startswith("train.jsonl:1: image '5.jpg' cannot be decoded") and "It is entered in" in text
-    (entry,) = lines_of(tmp_path / "runs" / "bad" / "ledger.jsonl")
+    (entry,) = read_json_lines(tmp_path / "runs" / "bad" / "ledger.jsonl")
     assert (entry["source"], entry["position"], entry["held_out"]) == ("mine", 0, True)
     assert trained(monkeypatch, *words) == (
         whole if "samples" in callbacks else []
     )  # read first, or after the last step
     assert weights_of("bad") == weights_of("whole")
-    assert Ran(tmp_path / "runs" / "bad").manifest["data"]["num_held_out"] == 2
+    assert RunOutput(tmp_path / "runs" / "bad").manifest["data"]["num_held_out"] == 2
 
 
 @pytest.mark.parametrize("callbacks", ["[export]", "[samples,export]"])
 def test_an_image_of_the_held_out_share_is_left_out(words, tmp_path, monkeypatch, callbacks):
     words = [*words, "data.validation.fraction=0.2", f"callbacks={callbacks}"]
     whole = trained(monkeypatch, *words, "run_name=whole")
-    datamodule = datamodule_of(*words)
+    datamodule = build_datamodule(*words)
     datamodule.build_indexes()
     number = int(datamodule.held_out.position[1])
-    damage(tmp_path / "images" / f"{number}.jpg")
+    zero_second_half(tmp_path / "images" / f"{number}.jpg")
     assert f"image '{number}.jpg' cannot be decoded" in stopped(*words)
     assert trained(monkeypatch, *words) == (whole if "samples" in callbacks else [])
     assert weights_of("bad") == weights_of("whole")
-    assert Ran(tmp_path / "runs" / "bad").manifest["data"]["num_held_out"] == len(datamodule.held_out) - 1
+    assert RunOutput(tmp_path / "runs" / "bad").manifest["data"]["num_held_out"] == len(datamodule.held_out) - 1
 
 
 @pytest.mark.slow
 def test_two_ranks_both_leave_out_the_corrupt_record(words, tmp_path, monkeypatch):
     whole = trained(monkeypatch, *words, "run_name=whole")
-    damage(tmp_path / "images" / "5.jpg")
-    first = process(*words, *TWO, cwd=tmp_path, ranks=2)
+    zero_second_half(tmp_path / "images" / "5.jpg")
+    first = run_process(*words, *TWO, cwd=tmp_path, ranks=2)
     assert first.returncode != 0 and "train.jsonl:6: image '5.jpg' cannot be decoded" in first.stderr
-    assert {entry["position"] for entry in lines_of(tmp_path / "runs" / "bad" / "ledger.jsonl")} == {5}
-    second = process(*words, *TWO, cwd=tmp_path, ranks=2)
+    assert {entry["position"] for entry in read_json_lines(tmp_path / "runs" / "bad" / "ledger.jsonl")} == {5}
+    second = run_process(*words, *TWO, cwd=tmp_path, ranks=2)
     assert second.returncode == 0, second.stderr[-3000:]
-    assert Ran(tmp_path / "runs" / "bad").manifest["status"] == "finished"
-    datamodule = datamodule_of(*words)
+    assert RunOutput(tmp_path / "runs" / "bad").manifest["status"] == "finished"
+    datamodule = build_datamodule(*words)
     plan = datamodule.make_plan(2)
-    steps = [names_of(datamodule.index, plan.get_samples(step)) for step in range(plan.num_steps)]
+    steps = [list_sample_names(datamodule.index, plan.get_samples(step)) for step in range(plan.num_steps)]
     assert [sorted(step) for step in steps] == without(whole, "mine/5")
     packs = [[*pack] for step in range(plan.num_steps) for pack in plan.get_step(step).packs]
     assert sum(map(len, packs)) == COUNT - 1
