@@ -47,28 +47,30 @@ class BreaksAt(SFTStage):
         return loss * float("nan") if broken else loss
 
 
-def sources(*kinds, n=20, **options):
-    both = (Language.ko, Language.en)
-    return [source for language in both for source in builtin(*(kinds or KINDS), n=n, language=language, **options)]
+def build_sources(*kinds, n=20, **options):
+    languages = (Language.ko, Language.en)
+    return [
+        source for language in languages for source in builtin(*(kinds or KINDS), n=n, language=language, **options)
+    ]
 
 
-def named(sources):
+def name_sources(sources):
     for source in sources:
         source.name = f"{source.path}_{source.language}"
     return sources
 
 
-def module_of(processor, *kinds, **options) -> DataModule:
-    training, held_out = named(sources(*kinds)), named(sources(*kinds, n=5, held_out=True))
+def build_datamodule(processor, *kinds, **options) -> DataModule:
+    training, held_out = name_sources(build_sources(*kinds)), name_sources(build_sources(*kinds, n=5, held_out=True))
     defaults = {"global_batch_size": 16, "max_steps": 4, "tokens_per_micro_batch": 600, "tiles_per_micro_batch": 64}
     return DataModule(processor, training, held_out, **{**defaults, **options})
 
 
 def fit(blueprint, callbacks, *, stage_class=SFTStage, kinds=KINDS, folder=None, data=None, **stage):
     processor = Processor(blueprint.tokenizer, blueprint.images)
-    module = module_of(processor, *kinds, **(data or {}))
+    module = build_datamodule(processor, *kinds, **(data or {}))
     logger = CSVLogger(folder, name="", version="") if folder else False
-    quiet = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    disabled = {"enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=1,
@@ -76,7 +78,7 @@ def fit(blueprint, callbacks, *, stage_class=SFTStage, kinds=KINDS, folder=None,
         log_every_n_steps=2,
         logger=logger,
         callbacks=callbacks,
-        **quiet,
+        **disabled,
     )
     module_stage = stage_class(blueprint, learning_rate=1e-3, **stage)
     trainer.fit(module_stage, module)
@@ -87,13 +89,13 @@ def test_throughput_counts_the_tokens_and_samples_of_the_plan(blueprint):
     throughput = Throughput()
     trainer, stage, module = fit(blueprint, [throughput])
     index, plan, figures = module.index, module.plan, throughput.figures()
-    drawn = [int(i) for step in range(plan.num_steps) for i in plan.get_samples(step)]
+    positions = [int(i) for step in range(plan.num_steps) for i in plan.get_samples(step)]
     assert plan.accumulate_grad_batches > 1
     assert figures["steps"] == plan.num_steps == 4
-    assert figures["samples"] == len(drawn) == 64
-    assert figures["tokens"] == index.tokens[drawn].sum()
-    assert figures["supervised_tokens"] == index.supervised[drawn].sum()
-    assert figures["images"] == sum(len(index.get_record(i).images) for i in drawn)
+    assert figures["samples"] == len(positions) == 64
+    assert figures["tokens"] == index.tokens[positions].sum()
+    assert figures["supervised_tokens"] == index.supervised[positions].sum()
+    assert figures["images"] == sum(len(index.get_record(i).images) for i in positions)
     assert figures["tokens_per_second"] == pytest.approx(figures["tokens"] / figures["seconds"])
     assert 0 <= figures["data_wait"] < 1
     assert figures["peak_memory_bytes"] > 1e6
@@ -156,7 +158,7 @@ def test_a_stage_without_segment_losses_gets_no_language_loss(blueprint, tmp_pat
 
 
 def test_segments_of_pairs_are_chosen_answers_then_rejected_ones(processor):
-    pairs = [record for source in sources("preference", n=2) for record in source]
+    pairs = [record for source in build_sources("preference", n=2) for record in source]
     batch = collate(processor, pairs)
     callback, stage = LanguageLoss(), SimpleNamespace(device=torch.device("cpu"))
     languages = np.array([codes_of.LANGUAGES.index(language) for language in batch.languages])
@@ -213,11 +215,11 @@ def test_scores_before_and_after_are_recorded_with_a_few_samples(blueprint, tmp_
 
 
 def test_a_model_that_knows_the_answers_scores_one(blueprint, tmp_path, monkeypatch):
-    def perfect(model, processor, samples, most):
-        assert most <= 160
+    def answer_perfectly(model, processor, samples, max_new_tokens):
+        assert max_new_tokens <= 160
         return [sample.messages[-1].text for sample in samples]
 
-    monkeypatch.setattr("callbacks.samples.ask", perfect)
+    monkeypatch.setattr("callbacks.samples.ask", answer_perfectly)
     samples = Samples(tmp_path)
     fit(blueprint, [samples])
     assert set(samples.figures()["scores"]["after"].values()) == {1.0}

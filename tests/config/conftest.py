@@ -5,7 +5,7 @@ from hydra.core.global_hydra import GlobalHydra
 
 
 @pytest.fixture(autouse=True)
-def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path):
+def clean_hydra(monkeypatch: pytest.MonkeyPatch, tmp_path):
     for name in ("WANDB_RUN_ID", "WANDB_SWEEP_ID"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)

@@ -30,7 +30,7 @@ NEEDS = {
 }
 
 
-def words_for(name: str) -> list[str]:
+def build_overrides(name: str) -> list[str]:
     """The command line that chooses one file."""
     if name == "config":
         return ["task=train"]
@@ -42,7 +42,7 @@ def words_for(name: str) -> list[str]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_every_file_composes(name):
-    parse([*words_for(name), *NEEDS.get(name, [])])
+    parse([*build_overrides(name), *NEEDS.get(name, [])])
 
 
 def test_the_groups_and_choices_are_those_of_the_command_line():

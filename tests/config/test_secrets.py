@@ -48,7 +48,7 @@ SFT = ["experiment=tiny/2_sft", "init_from=null"]
 
 
 @pytest.fixture(autouse=True)
-def _quiet_environment(monkeypatch):
+def _environment_without_secrets(monkeypatch):
     """The machine's own secrets have no part in it."""
     for name in ("WANDB_API_KEY", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
@@ -75,8 +75,8 @@ def test_a_secret_is_recognised_by_the_name_of_its_key(name, value):
     assert is_secret_name(name)
     clean = redact({"a": {name: value}})
     assert clean["a"][name] == ([REDACTED] * 2 if isinstance(value, list) else REDACTED)
-    words = redact_arguments([f"{name}={value}", json.dumps({name: value})])
-    assert not any(str(one) in word for one in values for word in words)
+    arguments = redact_arguments([f"{name}={value}", json.dumps({name: value})])
+    assert not any(str(one) in argument for one in values for argument in arguments)
 
 
 def test_a_secret_of_the_environment_is_recognised_under_another_name(monkeypatch):
@@ -88,8 +88,8 @@ def test_a_secret_of_the_environment_is_recognised_under_another_name(monkeypatc
 
 def test_values_that_only_look_like_secrets_are_kept():
     assert redact(INNOCENT) == INNOCENT
-    words = [f"{name}={value}" for name, value in INNOCENT.items()]
-    assert redact_arguments(words) == words
+    arguments = [f"{name}={value}" for name, value in INNOCENT.items()]
+    assert redact_arguments(arguments) == arguments
 
 
 def test_redacting_twice_changes_nothing_more():
@@ -138,12 +138,12 @@ def test_the_leak_check_finds_a_secret_that_is_not_recognised(tmp_path):
 
 
 def test_300_ordinary_values_are_neither_refused_nor_redacted():
-    words = [f"{key}={value}" for key in KEYS for value in ORDINARY]
-    words += [f"logger.tags={quote_value([value])}" for value in ORDINARY]
-    assert len(set(ORDINARY)) > 130 and len(words) > 300
-    assert [word for word in words if find_typed_secret_errors([word])] == []
+    overrides = [f"{key}={value}" for key in KEYS for value in ORDINARY]
+    overrides += [f"logger.tags={quote_value([value])}" for value in ORDINARY]
+    assert len(set(ORDINARY)) > 130 and len(overrides) > 300
+    assert [override for override in overrides if find_typed_secret_errors([override])] == []
     assert [value for value in ORDINARY if redact_text(value) != value] == []
-    assert redact_arguments(words) == words and redact(ORDINARY) == ORDINARY
+    assert redact_arguments(overrides) == overrides and redact(ORDINARY) == ORDINARY
 
 
 def test_conf_sweeps_and_documented_commands_contain_no_false_positive():
@@ -160,10 +160,10 @@ def test_conf_sweeps_and_documented_commands_contain_no_false_positive():
         assert find_typed_secret_errors(shlex.split(line, comments=True)) == [] and redact_text(line) == line
 
 
-@pytest.mark.parametrize("word", SETTINGS)
-def test_commits_column_names_and_dated_names_are_no_secrets(word):
-    assert find_typed_secret_errors([word]) == [] and redact_arguments([word]) == [word]
-    name, _, value = word.partition("=")
+@pytest.mark.parametrize("override", SETTINGS)
+def test_commits_column_names_and_dated_names_are_no_secrets(override):
+    assert find_typed_secret_errors([override]) == [] and redact_arguments([override]) == [override]
+    name, _, value = override.partition("=")
     assert list(find_secret_keys({name: value})) == []
 
 
@@ -183,13 +183,13 @@ def test_a_list_of_tags_may_hold_a_commit_and_no_key():
 @pytest.mark.parametrize("key", PROSE_KEYS)
 def test_a_text_setting_may_mention_passwords(key):
     for text in PROSE:
-        for word in (
+        for override in (
             f"{key}={text}",
             f"{key}={quote_value(text)}",
             f"{key}={quote_value([text])}",
             json.dumps({key: [text]}),
         ):
-            assert find_typed_secret_errors([word]) == [], word
+            assert find_typed_secret_errors([override]) == [], override
         tree = text
         for part in reversed(key.split(".")):
             tree = {part: tree}
@@ -201,8 +201,8 @@ def test_a_text_setting_refuses_tokens_and_secrets_of_the_environment(key, monke
     monkeypatch.setenv("MY_PASSWORD", "h3ron-lake")
     tokens = [FORMS[name] for name in ("hugging_face", "openai", "github", "pem")]
     for secret in (*tokens, "h3ron-lake"):
-        word = f"{key}={quote_value(f'What is {secret}?')}"
-        assert find_typed_secret_errors([word]) and secret not in redact_arguments([word])[0]
+        override = f"{key}={quote_value(f'What is {secret}?')}"
+        assert find_typed_secret_errors([override]) and secret not in redact_arguments([override])[0]
 
 
 @pytest.mark.parametrize(("command", "secret"), COMMANDS)
@@ -228,34 +228,34 @@ def test_json_stays_valid_when_a_text_ends_with_a_secret_name(value, layout):
 
 
 def test_a_secret_that_is_printed_in_pieces_does_not_reach_the_terminal():
-    caught = io.StringIO()
-    stream = RedactedStream(caught)
+    stream_buffer = io.StringIO()
+    stream = RedactedStream(stream_buffer)
     print("first ", "HF_TOKEN=", LETTERS, " last", sep="", file=stream)
     print("two\nPASSWORD=", "hunter2abc", sep="", end="\r", file=stream)
     for letter in FORMS["hugging_face"]:
         stream.write(letter)
-    assert caught.getvalue() == f"first HF_TOKEN={REDACTED} last\ntwo\nPASSWORD={REDACTED}\r"
+    assert stream_buffer.getvalue() == f"first HF_TOKEN={REDACTED} last\ntwo\nPASSWORD={REDACTED}\r"
     stream.flush()
-    assert caught.getvalue().endswith(f"\r{REDACTED}")
+    assert stream_buffer.getvalue().endswith(f"\r{REDACTED}")
 
 
 def test_a_private_key_that_is_written_line_by_line_does_not_reach_the_terminal():
-    caught = io.StringIO()
-    stream = RedactedStream(caught)
+    stream_buffer = io.StringIO()
+    stream = RedactedStream(stream_buffer)
     stream.writelines(f"{line}\n" for line in ["before", *FORMS["pem"].split("\n"), "after"])
-    assert caught.getvalue() == f"before\n{REDACTED}\nafter\n"
+    assert stream_buffer.getvalue() == f"before\n{REDACTED}\nafter\n"
 
 
 def test_the_terminal_loses_no_character_of_a_long_line():
-    caught = io.StringIO()
-    stream = RedactedStream(caught)
+    stream_buffer = io.StringIO()
+    stream = RedactedStream(stream_buffer)
     text = "word " * MAX_PENDING_CHARACTERS + "x" * (3 * MAX_PENDING_CHARACTERS)
     for start in range(0, len(text), 1000):
         stream.write(text[start : start + 1000])
-        assert start + 1000 - len(caught.getvalue()) <= MAX_PENDING_CHARACTERS + 1000
-    assert len(caught.getvalue()) >= len(text) - MAX_PENDING_CHARACTERS
+        assert start + 1000 - len(stream_buffer.getvalue()) <= MAX_PENDING_CHARACTERS + 1000
+    assert len(stream_buffer.getvalue()) >= len(text) - MAX_PENDING_CHARACTERS
     stream.flush()
-    assert caught.getvalue() == text
+    assert stream_buffer.getvalue() == text
 
 
 PROGRAM = """
@@ -270,22 +270,22 @@ print("an unfinished", "line", end="")
 
 
 def test_an_input_prompt_and_an_unfinished_last_line_are_shown():
-    done = subprocess.run([sys.executable, "-c", PROGRAM], input="mina\n", capture_output=True, text=True, cwd=ROOT)
-    assert done.stdout == f"password={REDACTED}\nyour name? asked: mina\nan unfinished line"
-    assert done.stderr == "an unfinished error" and done.returncode == 0
+    result = subprocess.run([sys.executable, "-c", PROGRAM], input="mina\n", capture_output=True, text=True, cwd=ROOT)
+    assert result.stdout == f"password={REDACTED}\nyour name? asked: mina\nan unfinished line"
+    assert result.stderr == "an unfinished error" and result.returncode == 0
 
 
 def test_a_progress_bar_is_rendered_unchanged_by_the_redacted_terminal():
-    plain, caught = io.StringIO(), io.StringIO()
-    for stream in (plain, RedactedStream(caught)):
+    plain, stream_buffer = io.StringIO(), io.StringIO()
+    for stream in (plain, RedactedStream(stream_buffer)):
         console = Console(file=stream, force_terminal=True, width=80, color_system=None, legacy_windows=False)
         with Progress("{task.description} {task.completed}", console=console, auto_refresh=False) as progress:
             task = progress.add_task("step", total=3)
             for _ in range(3):
                 progress.advance(task)
                 progress.refresh()
-                assert stream is plain or "step" in caught.getvalue()
-    assert caught.getvalue() == plain.getvalue() and "step 3" in plain.getvalue()
+                assert stream is plain or "step" in stream_buffer.getvalue()
+    assert stream_buffer.getvalue() == plain.getvalue() and "step 3" in plain.getvalue()
 
 
 # Where it is typed
@@ -306,11 +306,11 @@ def test_a_setting_that_holds_a_secret_is_named_with_a_remedy_and_without_the_se
         "prefer.judge": ["task=prefer", f"prefer.judge={FORMS['hugging_face']}"],
         "init_from": ["task=chat", f"init_from={FORMS['openai']}"],
     }
-    for key, words in typed.items():
-        with pytest.raises(ConfigError, match="export it in your shell") as refused:
-            parse(words)
-        assert f"{key}: holds a secret" in str(refused.value) and secret not in str(refused.value)
-        assert not any(form in str(refused.value) for form in FORMS.values())
+    for key, overrides in typed.items():
+        with pytest.raises(ConfigError, match="export it in your shell") as caught:
+            parse(overrides)
+        assert f"{key}: holds a secret" in str(caught.value) and secret not in str(caught.value)
+        assert not any(form in str(caught.value) for form in FORMS.values())
     with pytest.raises(ConfigError, match="logger.group: holds a secret"):
         parse([f"hydra.searchpath=[file://{tmp_path}]", "experiment=own"])
     for check in (validate_multirun, ensure_no_secrets):

@@ -15,21 +15,21 @@ WORDS = (
 HEAD = "# @package _global_\ndefaults:\n  - override /stage: align\n  - override /data: builtin_align\n  - override /model: tiny\n"
 
 
-def config_of(tmp_path, text, group="experiment/my/1_x", *words):
+def parse_config(tmp_path, text, group="experiment/my/1_x", *overrides):
     path = tmp_path / "mine" / f"{group}.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
-    return parse([f"--config-dir={tmp_path / 'mine'}", *(words or ["experiment=my/1_x"])]).config
+    return parse([f"--config-dir={tmp_path / 'mine'}", *(overrides or ["experiment=my/1_x"])]).config
 
 
 def test_a_time_limit_like_1_30_00_stays_text(tmp_path):
-    assert config_of(tmp_path, HEAD + "submit: {time: 1:30:00}\n").submit.time == "1:30:00"
+    assert parse_config(tmp_path, HEAD + "submit: {time: 1:30:00}\n").submit.time == "1:30:00"
 
 
 def test_text_in_a_file_stays_unchanged_also_in_lists_and_tables(tmp_path):
     lines = "".join(f"    V{place}: {word}\n" for place, word in enumerate(WORDS))
     text = HEAD + f"logger:\n  tags: [{', '.join(WORDS)}]\nsubmit:\n  env:\n{lines}"
-    config = config_of(tmp_path, text)
+    config = parse_config(tmp_path, text)
     assert config.logger.tags == WORDS
     assert list(config.submit.env.values()) == WORDS
 
@@ -37,14 +37,14 @@ def test_text_in_a_file_stays_unchanged_also_in_lists_and_tables(tmp_path):
 @pytest.mark.parametrize("word", ["1:30:00", "on", "012"])
 def test_text_of_a_source_and_its_mapping_stays_unchanged(word, tmp_path):
     text = f"mine:\n  path: x\n  format: mapped\n  prompts: [{word}]\n  mapping: {{answer: {word}, labels: {word}}}\n"
-    words = ["experiment=tiny/1_align", "data/source@data.sources=[mine]", "task=prepare"]
-    source = config_of(tmp_path, text, "data/source/mine", *words).data.sources["mine"]
+    overrides = ["experiment=tiny/1_align", "data/source@data.sources=[mine]", "task=prepare"]
+    source = parse_config(tmp_path, text, "data/source/mine", *overrides).data.sources["mine"]
     assert (source.prompts, source.mapping.answer, source.mapping.labels) == ([word], word, word)
 
 
 def test_a_plain_equals_sign_and_a_merge_sign_are_text_as_values(tmp_path):
     text = HEAD + "logger: {tags: [=, <<]}\nsubmit:\n  env: {L: =, M: <<, =: a}\n"
-    config = config_of(tmp_path, text)
+    config = parse_config(tmp_path, text)
     assert config.logger.tags == ["=", "<<"] and config.submit.env == {"L": "=", "M": "<<", "=": "a"}
     assert read_yaml("a: &x {t: =}\nb: {<<: *x}\n", lambda *_: False)["b"] == {"t": "="}
 
@@ -54,13 +54,13 @@ def test_keys_of_a_table_are_text(tmp_path):
         HEAD
         + "submit: {env: {NO: yes, ON: 08, Y: n}}\ndata:\n  sources:\n    on: {format: builtin, path: caption, weight: 1.0}\n"
     )
-    config = config_of(tmp_path, text)
+    config = parse_config(tmp_path, text)
     assert config.submit.env == {"NO": "yes", "ON": "08", "Y": "n"} and "on" in config.data.sources
 
 
 def test_enum_values_need_no_quotes(tmp_path):
     text = HEAD + "data:\n  sources:\n    a: {format: llava, path: a.json, weight: 1.0, markup: on}\n"
-    assert config_of(tmp_path, text).data.sources["a"].markup.value == "on"
+    assert parse_config(tmp_path, text).data.sources["a"].markup.value == "on"
 
 
 def test_numbers_booleans_and_null_of_other_settings_keep_their_type(tmp_path):
@@ -68,7 +68,7 @@ def test_numbers_booleans_and_null_of_other_settings_keep_their_type(tmp_path):
         "run_name: null\nlogger: {wandb: no, group: ~}\ntrainer: {max_steps: 1_0, extra: {detect_anomaly: on, inference_mode: no}}\n"
         "stage: {learning_rate: 1e-3}\n"
     )
-    config = config_of(tmp_path, text)
+    config = parse_config(tmp_path, text)
     assert (config.run_name, config.logger.wandb, config.logger.group, config.trainer.max_steps) == (
         None,
         False,
@@ -85,7 +85,7 @@ def test_anchors_and_merged_tables_are_text_where_the_schema_expects_text(tmp_pa
         HEAD
         + "submit:\n  env: &all {A: &a 1e3, B: on}\n  account: *a\nlogger: {tags: [*a]}\nstage: {min_learning_rate: 0.5}\n"
     )
-    config = config_of(tmp_path, text)
+    config = parse_config(tmp_path, text)
     assert (config.submit.env, config.submit.account, config.logger.tags) == ({"A": "1e3", "B": "on"}, "1e3", ["1e3"])
     merged = read_yaml("a: &x {t: on}\nb: {<<: *x, u: 1e3}\n", lambda keys, _: keys[-1] == "t")
     assert merged == {"a": {"t": "on"}, "b": {"t": "on", "u": "1e3"}}
@@ -94,8 +94,10 @@ def test_anchors_and_merged_tables_are_text_where_the_schema_expects_text(tmp_pa
 
 
 def test_text_on_the_command_line_stays_unchanged():
-    words = [f"submit.env.V{place}={word}" for place, word in enumerate(WORDS)]
-    config = parse(["experiment=tiny/1_align", "logger.project=1e3", f"logger.tags=[{','.join(WORDS)}]", *words]).config
+    overrides = [f"submit.env.V{place}={word}" for place, word in enumerate(WORDS)]
+    config = parse(
+        ["experiment=tiny/1_align", "logger.project=1e3", f"logger.tags=[{','.join(WORDS)}]", *overrides]
+    ).config
     assert (config.logger.project, config.logger.tags, list(config.submit.env.values())) == ("1e3", WORDS, WORDS)
 
 

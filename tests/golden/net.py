@@ -48,7 +48,7 @@ SMALL = [  # a run of a recipe's stage, cut short
 ]
 
 
-def digest(value: Any) -> str:
+def compute_digest(value: Any) -> str:
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -92,7 +92,7 @@ PLANS: dict[str, list[str]] = {
 
 
 @contextmanager
-def own_folder() -> Iterator[Path]:
+def enter_own_folder() -> Iterator[Path]:
     """A new folder as current one, with `data=own` in it."""
     with tempfile.TemporaryDirectory() as name, chdir(name):
         write_choice(Path("conf/data/own.yaml"), {"sources": BUILTIN})
@@ -115,7 +115,7 @@ def build_datamodule(*overrides: str):
 def measure_plans() -> dict[str, dict]:
     """Steps, micro-batches and a digest of which samples every rank reads, for each setting and number of ranks."""
     found: dict[str, dict] = {}
-    with own_folder():
+    with enter_own_folder():
         for name, overrides in PLANS.items():
             datamodule = build_datamodule(*overrides)
             for world_size in WORLD_SIZES:
@@ -123,7 +123,9 @@ def measure_plans() -> dict[str, dict]:
                 found.setdefault(name, {})[str(world_size)] = {
                     "steps": plan.num_steps,
                     "k": plan.accumulate_grad_batches,
-                    "digest": digest([read_step(plan, step) for step in range(min(plan.num_steps, PLANNED_STEPS))]),
+                    "digest": compute_digest(
+                        [read_step(plan, step) for step in range(min(plan.num_steps, PLANNED_STEPS))]
+                    ),
                 }
     return found
 
@@ -142,7 +144,7 @@ def measure_forms() -> dict[str, dict]:
     from lit_vlm.data.collate import collate
 
     found = {}
-    with own_folder() as folder:
+    with enter_own_folder() as folder:
         for form, source in write_forms(folder / "forms").items():
             stage = "4_dpo" if form.startswith("preference") else "3_highres"
             write_choice(Path("conf/data/form.yaml"), {"sources": {form: source}})
@@ -154,10 +156,12 @@ def measure_forms() -> dict[str, dict]:
                 "tokens": sum(len(batch.input_ids) for batch in batches),
                 "supervised": sum(int((batch.labels >= 0).sum()) for batch in batches),
                 "tiles": sum(len(batch.tiles) for batch in batches),
-                "token ids": digest([batch.input_ids.tolist() for batch in batches]),
-                "labels": digest([batch.labels.tolist() for batch in batches]),
-                "positions": digest([batch.position_ids.tolist() for batch in batches]),
-                "pixels": digest([hashlib.sha256(batch.tiles.numpy().tobytes()).hexdigest() for batch in batches]),
+                "token ids": compute_digest([batch.input_ids.tolist() for batch in batches]),
+                "labels": compute_digest([batch.labels.tolist() for batch in batches]),
+                "positions": compute_digest([batch.position_ids.tolist() for batch in batches]),
+                "pixels": compute_digest(
+                    [hashlib.sha256(batch.tiles.numpy().tobytes()).hexdigest() for batch in batches]
+                ),
                 "first": batches[0].input_ids.tolist(),
             }
     return found
@@ -240,7 +244,7 @@ def measure_commands() -> dict[str, dict]:
             flags, overrides = split_flags(words_of(line))
             if not flags:
                 run = parse(overrides)
-                found[line] = {"name": run.name, "config": digest(to_plain(asdict(run.config), name))}
+                found[line] = {"name": run.name, "config": compute_digest(to_plain(asdict(run.config), name))}
     return found
 
 
@@ -260,25 +264,29 @@ def measure_keys() -> dict[str, list[str]]:
     import yaml
 
     found: dict[str, list[str]] = {}
-    with tempfile.TemporaryDirectory() as place:
-        make_begun(Path(place))
+    with tempfile.TemporaryDirectory() as folder_name:
+        make_begun(Path(folder_name))
         for name in ("begun", "finished"):
-            run = Path(place) / name / "runs" / "begun"
+            run = Path(folder_name) / name / "runs" / "begun"
             found[f"{name}: files"] = sorted(
                 re.sub(r"\d{3,}", "N", str(path.relative_to(run))) for path in run.rglob("*") if path.is_file()
             )
-            found[f"{name}: manifest.json"] = sorted(leaves(json.loads((run / "manifest.json").read_text("utf-8"))))
-            found[f"{name}: config.yaml"] = sorted(leaves(yaml.safe_load((run / "config.yaml").read_text("utf-8"))))
+            found[f"{name}: manifest.json"] = sorted(
+                iter_key_paths(json.loads((run / "manifest.json").read_text("utf-8")))
+            )
+            found[f"{name}: config.yaml"] = sorted(
+                iter_key_paths(yaml.safe_load((run / "config.yaml").read_text("utf-8")))
+            )
             for index in sorted(run.glob("checkpoints/*/*.json")):
-                keys = leaves(json.loads(index.read_text("utf-8")))
+                keys = iter_key_paths(json.loads(index.read_text("utf-8")))
                 found[f"{name}: checkpoint {index.name}"] = sorted({re.sub(r"\d+", "N", key) for key in keys})
     return found
 
 
-def leaves(value: Any, prefix: str = "") -> Iterator[str]:
+def iter_key_paths(value: Any, prefix: str = "") -> Iterator[str]:
     if isinstance(value, dict) and value:
         for key, item in value.items():
-            yield from leaves(item, f"{prefix}.{key}" if prefix else str(key))
+            yield from iter_key_paths(item, f"{prefix}.{key}" if prefix else str(key))
     else:
         yield prefix
 
@@ -309,22 +317,24 @@ BEGUN = [
 KILLED_AT = 4
 
 
-PLACE = Path("/tmp/lit_vlm-golden")  # digests of a checkpoint hold absolute paths, so the run is always resumed here
+BEGUN_FOLDER = Path(
+    "/tmp/lit_vlm-golden"
+)  # digests of a checkpoint hold absolute paths, so the run is always resumed here
 
 
 @contextmanager
-def fixed_place() -> Iterator[None]:
+def enter_fixed_folder() -> Iterator[None]:
     """The one folder in which these runs are made and resumed, empty, as current folder; for one process at a time."""
     from filelock import FileLock
 
-    with FileLock(f"{PLACE}.lock"):
-        shutil.rmtree(PLACE, ignore_errors=True)
-        PLACE.mkdir()
+    with FileLock(f"{BEGUN_FOLDER}.lock"):
+        shutil.rmtree(BEGUN_FOLDER, ignore_errors=True)
+        BEGUN_FOLDER.mkdir()
         try:
-            with chdir(PLACE):
+            with chdir(BEGUN_FOLDER):
                 yield
         finally:
-            shutil.rmtree(PLACE, ignore_errors=True)
+            shutil.rmtree(BEGUN_FOLDER, ignore_errors=True)
 
 
 def make_begun(target: Path = HERE) -> None:
@@ -333,7 +343,7 @@ def make_begun(target: Path = HERE) -> None:
 
     for name in ("begun", "finished"):
         shutil.rmtree(target / name, ignore_errors=True)
-    with fixed_place():
+    with enter_fixed_folder():
         make_vision_tower(Path("parts/tower"), hidden_size=32, intermediate_size=32, num_attention_heads=1)
         make_language_model(
             Path("parts/language"),
@@ -347,14 +357,14 @@ def make_begun(target: Path = HERE) -> None:
         sources = {kind: {"format": "builtin", "path": kind, "language": "ko", "num_samples": 30} for kind in kinds}
         write_choice(Path("conf/data/begun.yaml"), {"sources": sources})
         run_begun(kill_at=KILLED_AT)
-        keep_begun(target / "begun")
+        copy_begun(target / "begun")
         run_begun()
-        keep_begun(target / "finished")
+        copy_begun(target / "finished")
 
 
-def keep_begun(copy: Path) -> None:
+def copy_begun(copy: Path) -> None:
     """Copy the folder with the parts, a run and its settings; the index of the data is built again."""
-    shutil.copytree(PLACE, copy, ignore=shutil.ignore_patterns("index"))
+    shutil.copytree(BEGUN_FOLDER, copy, ignore=shutil.ignore_patterns("index"))
 
 
 def resume_begun(name: str) -> tuple[dict[str, Any], str]:
@@ -363,10 +373,10 @@ def resume_begun(name: str) -> tuple[dict[str, Any], str]:
     Returns:
         Its losses, weights and norms as it ends, and what was printed.
     """
-    with fixed_place():
-        shutil.copytree(HERE / name, PLACE, dirs_exist_ok=True)
+    with enter_fixed_folder():
+        shutil.copytree(HERE / name, BEGUN_FOLDER, dirs_exist_ok=True)
         output = run_begun()
-        return {"processor": describe_processor(), name: measure_run(PLACE / "runs" / "begun")}, output
+        return {"processor": describe_processor(), name: measure_run(BEGUN_FOLDER / "runs" / "begun")}, output
 
 
 def measure_finished() -> dict[str, Any]:
@@ -397,12 +407,12 @@ def start_begun(kill_at: int | None) -> None:
             if trainer.global_step == kill_at:
                 os.kill(os.getpid(), 9)
 
-    begin = L.Trainer.__init__
+    init = L.Trainer.__init__
 
-    def with_kill(self, *args, callbacks=None, **kwargs):
-        begin(self, *args, callbacks=[*(callbacks or []), Kill()], **kwargs)
+    def init_with_kill(self, *args, callbacks=None, **kwargs):
+        init(self, *args, callbacks=[*(callbacks or []), Kill()], **kwargs)
 
-    with mock.patch.object(L.Trainer, "__init__", with_kill) if kill_at else mock.MagicMock():
+    with mock.patch.object(L.Trainer, "__init__", init_with_kill) if kill_at else mock.MagicMock():
         train(parse(["--config-dir", "conf", *BEGUN]))
 
 

@@ -12,24 +12,24 @@ import pytest
 from lit_vlm.types import UserError
 
 FOUND: dict[str, list[str]] = {}
-PLACE = re.compile(r"/\S*?/pytest-of-\w+/pytest-\d+(/popen-\w+)?")
+TEMPORARY_FOLDER = re.compile(r"/\S*?/pytest-of-\w+/pytest-\d+(/popen-\w+)?")
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    made: list[str] = []
+    messages: list[str] = []
     init = UserError.__init__
 
-    def recorded(self, *args):
+    def record_and_init(self, *args):
         init(self, *args)
-        made.append(str(self))
+        messages.append(str(self))
 
-    UserError.__init__ = recorded
+    UserError.__init__ = record_and_init
     try:
         return (yield)
     finally:
         UserError.__init__ = init
-        texts = sorted({PLACE.sub("TMP", text) for text in made})
+        texts = sorted({TEMPORARY_FOLDER.sub("TMP", text) for text in messages})
         if texts:
             FOUND[item.nodeid] = texts
 

@@ -33,7 +33,7 @@ IN_EARNEST = (
 )
 end = signals._exit_now
 codes: list[int] = []
-seen = {"points": 0, "while training": 0, "in earnest": [], "faults": []}
+record = {"points": 0, "while training": 0, "in earnest": [], "faults": []}
 
 
 class Points:
@@ -44,17 +44,17 @@ class Points:
         if current is None or os.getpid() != current.pid:
             return None
         if current.listener is not None:  # told, and acted on at the end of the step
-            seen["while training"] += 1
+            record["while training"] += 1
             return None
-        number = list(STATUS)[seen["points"] % len(STATUS)]
-        if name in IN_EARNEST or seen["points"] % 100 == 0:
+        number = list(STATUS)[record["points"] % len(STATUS)]
+        if name in IN_EARNEST or record["points"] % 100 == 0:
             self.end_fork(name, number)
         os.kill(os.getpid(), number)
         if codes != [STATUS[number]]:
-            seen["faults"].append([name, number.name, codes[:]])
+            record["faults"].append([name, number.name, codes[:]])
         codes.clear()
         current.is_exiting, current.interrupted_at = False, None
-        seen["points"] += 1
+        record["points"] += 1
         return None
 
     def end_fork(self, name, number):
@@ -65,21 +65,21 @@ class Points:
                 os.kill(os.getpid(), number)
             os._exit(99)
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        seen["in earnest"].append(name)
+        record["in earnest"].append(name)
         if status != STATUS[number]:
-            seen["faults"].append([name, number.name, status])
+            record["faults"].append([name, number.name, status])
 
 
-def main(result: str, script: str, *words: str) -> None:
+def main(result: str, script: str, *overrides: str) -> None:
     signals._exit_now = codes.append
     sys.meta_path.insert(0, Points())
-    while words:
-        place = words.index("--") if "--" in words else len(words)
-        sys.argv = [script, *words[:place]]
+    while overrides:
+        place = overrides.index("--") if "--" in overrides else len(overrides)
+        sys.argv = [script, *overrides[:place]]
         runpy.run_path(script, run_name="__main__")
         signals.get_signal_handler().final_status = None
-        words = words[place + 1 :]
-    Path(result).write_text(json.dumps(seen))
+        overrides = overrides[place + 1 :]
+    Path(result).write_text(json.dumps(record))
 
 
 if __name__ == "__main__":

@@ -35,35 +35,47 @@ def corpus(tmp_path_factory):
 
 
 @pytest.fixture
-def words(corpus, tmp_path, monkeypatch) -> list[str]:
+def overrides(corpus, tmp_path, monkeypatch) -> list[str]:
     monkeypatch.chdir(tmp_path)
     folder, _, _ = corpus
-    words = ["data=llava_json", f"data.sources.mine.path={folder / 'train.jsonl'}", "data.tiling=base"]
-    return [*words, f"data.sources.mine.image_root={folder / 'images'}", "data.validation.fraction=0", "run_name=bad"]
+    overrides = ["data=llava_json", f"data.sources.mine.path={folder / 'train.jsonl'}", "data.tiling=base"]
+    return [
+        *overrides,
+        f"data.sources.mine.image_root={folder / 'images'}",
+        "data.validation.fraction=0",
+        "run_name=bad",
+    ]
 
 
-def test_each_bad_record_is_quarantined_with_its_fault_and_all_others_are_trained_on(words, corpus):
+def test_each_bad_record_is_quarantined_with_its_fault_and_all_others_are_trained_on(overrides, corpus):
     _, count, expected = corpus
-    aside = ["data.on_bad_record=quarantine", "data.max_quarantined=1.0", "data.max_image_pixels=64000000"]
-    ready = run_prepare(*words, *aside)
+    quarantine = ["data.on_bad_record=quarantine", "data.max_quarantined=1.0", "data.max_image_pixels=64000000"]
+    ready = run_prepare(*overrides, *quarantine)
     rows = read_json_lines(ready.dir / "quarantine.jsonl")
     assert {row["origin"]: row["fault"] for row in rows} == expected and len(rows) == len(expected)
     assert all(row["source"] == "mine" and row["reason"] and len(row["digest"]) == 64 for row in rows)
-    datamodule = build_datamodule(*words, *aside)
+    datamodule = build_datamodule(*overrides, *quarantine)
     datamodule.build_indexes()
     lines = {f"train.jsonl:{position + 1}" for position in datamodule.index.position.tolist()}
     assert len(lines) == count - len(expected) and not lines & expected.keys()
-    ran = run(*words, *aside, "stage=sft", "trainer.max_steps=null", "data.global_batch_size=40", "callbacks=[export]")
+    ran = run(
+        *overrides,
+        *quarantine,
+        "stage=sft",
+        "trainer.max_steps=null",
+        "data.global_batch_size=40",
+        "callbacks=[export]",
+    )
     assert ran.manifest["status"] == "finished" and ran.manifest["data"]["quarantined"] == {"mine": len(expected)}
-    drawn = next(row["drawn"] for row in ran.manifest["data"]["mixture"] if row["name"] == "mine")
-    assert drawn >= len(lines) == ran.manifest["data"]["num_samples"]  # each was decoded
+    num_sampled = next(row["drawn"] for row in ran.manifest["data"]["mixture"] if row["name"] == "mine")
+    assert num_sampled >= len(lines) == ran.manifest["data"]["num_samples"]  # each was decoded
     assert not (ran.dir / "ledger.jsonl").exists()
 
 
-def test_the_default_limit_stops_with_the_counts_of_each_fault(words, corpus, tmp_path):
+def test_the_default_limit_stops_with_the_counts_of_each_fault(overrides, corpus, tmp_path):
     _, count, expected = corpus
     with pytest.raises(UserError) as caught:
-        run_prepare(*words, "data.on_bad_record=quarantine")
+        run_prepare(*overrides, "data.on_bad_record=quarantine")
     text, faults = str(caught.value), Counter(expected.values())
     assert f"mine: {len(expected):,} of {count:,} ({len(expected) / count:.2%})" in text
     assert all(f"{number:,} {fault}" in text for fault, number in faults.items()), text
@@ -72,10 +84,10 @@ def test_the_default_limit_stops_with_the_counts_of_each_fault(words, corpus, tm
     assert not (tmp_path / "runs" / "bad" / "mixture.lock").exists()
 
 
-def test_the_policy_stop_names_bad_records_with_counts_and_quarantines_nothing(words, corpus, tmp_path):
+def test_the_policy_stop_names_bad_records_with_counts_and_quarantines_nothing(overrides, corpus, tmp_path):
     _, _, expected = corpus
     with pytest.raises(UserError) as caught:
-        run_prepare(*words, "data.on_bad_record=stop")
+        run_prepare(*overrides, "data.on_bad_record=stop")
     text = str(caught.value)
     first = list(expected)[:10]
     assert text.startswith(f"Records that cannot be used ({len(expected):,} of mine: ")

@@ -11,14 +11,14 @@ from lit_vlm.config.schema import ModelConfig, RunConfig
 from lit_vlm.data.processor import Processor
 from lit_vlm.model.build import build_model
 from lit_vlm.model.export import export_model
-from lit_vlm.tasks import chat as room
+from lit_vlm.tasks import chat as chat_module
 from lit_vlm.tasks.chat import Conversation, remove_control_characters, run_chat
 from lit_vlm.types import ControlToken, UserError
 
 POINTS = "<obj>별</obj><bbox>0.1, 0.1, 0.6, 0.7</bbox>"
 
 
-class Job:
+class ChatRun:
     """What chat() reads of a Run."""
 
     def __init__(self, init_from, **settings):
@@ -47,51 +47,51 @@ def conversation(blueprint):
 
 
 @pytest.fixture
-def says(monkeypatch):
+def scripted_answers(monkeypatch):
     """Makes the model say these texts, and keeps what it was asked."""
 
-    def script(*texts):
+    def set_answers(*texts):
         asked, texts = [], list(texts)
 
         def ask(model, processor, samples, most):
             asked.append(samples[0])
             return [texts.pop(0)]
 
-        monkeypatch.setattr(room, "generate_answers", ask)
+        monkeypatch.setattr(chat_module, "generate_answers", ask)
         return asked
 
-    return script
+    return set_answers
 
 
-def pipe(monkeypatch, tmp_path, *lines):
+def set_stdin(monkeypatch, tmp_path, *lines):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
 
 
 def test_piped_questions_are_answered_one_by_one(folder, picture, monkeypatch, tmp_path, capsys):
-    pipe(monkeypatch, tmp_path, "무엇이 보이나요?", "", "And now?")
-    run_chat(Job(folder, image=[picture]))
+    set_stdin(monkeypatch, tmp_path, "무엇이 보이나요?", "", "And now?")
+    run_chat(ChatRun(folder, image=[picture]))
     assert "> " not in capsys.readouterr().out
 
 
 def test_a_prompt_prints_one_answer_to_stdout_and_writes_its_boxes_to_a_file(
-    folder, picture, says, monkeypatch, tmp_path, capsys
+    folder, picture, scripted_answers, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    asked = says(POINTS)
-    run_chat(Job(folder, image=[picture], prompt="<gro> 무엇이 어디에 있나요?"))
+    asked = scripted_answers(POINTS)
+    run_chat(ChatRun(folder, image=[picture], prompt="<gro> 무엇이 어디에 있나요?"))
     output = capsys.readouterr()
     assert output.out == POINTS + "\n"
     assert "chat_1.png" in output.err
-    drawn, plain = Image.open("chat_1.png"), Image.open(picture)
-    assert min(drawn.size) >= 224 > max(plain.size)
-    assert (229, 72, 77) in [colour for _, colour in drawn.convert("RGB").getcolors(100_000)]
+    annotated, plain = Image.open("chat_1.png"), Image.open(picture)
+    assert min(annotated.size) >= 224 > max(plain.size)
+    assert (229, 72, 77) in [colour for _, colour in annotated.convert("RGB").getcolors(100_000)]
     question = asked[0].messages[0].content
     assert question[1] == ControlToken("<gro>") and question[2] == "\n무엇이 어디에 있나요?"
 
 
-def test_the_conversation_keeps_answers_and_images_until_reset(conversation, picture, says):
-    asked = says("하나", POINTS, "셋")
+def test_the_conversation_keeps_answers_and_images_until_reset(conversation, picture, scripted_answers):
+    asked = scripted_answers("하나", POINTS, "셋")
     conversation.add_image(picture)
     conversation.ask("첫째")
     conversation.add_image(picture)
@@ -113,9 +113,11 @@ def test_several_turns_with_several_images_reach_the_model(conversation, picture
     assert len(conversation.messages) == 8
 
 
-def test_commands_work_and_errors_do_not_end_the_conversation(folder, picture, says, monkeypatch, tmp_path, capsys):
-    asked = says("first", POINTS)
-    pipe(
+def test_commands_work_and_errors_do_not_end_the_conversation(
+    folder, picture, scripted_answers, monkeypatch, tmp_path, capsys
+):
+    asked = scripted_answers("first", POINTS)
+    set_stdin(
         monkeypatch,
         tmp_path,
         "/help",
@@ -127,7 +129,7 @@ def test_commands_work_and_errors_do_not_end_the_conversation(folder, picture, s
         "/quit",
         "never",
     )
-    run_chat(Job(folder))
+    run_chat(ChatRun(folder))
     output = capsys.readouterr().out
     assert output.count("/reset") == 2  # /help and the word that is no command
     assert "nowhere.png" in output and "not found" in output
@@ -135,8 +137,8 @@ def test_commands_work_and_errors_do_not_end_the_conversation(folder, picture, s
     assert "boxes: chat_1.png" in output and Path("chat_1.png").is_file()
 
 
-def test_a_model_without_the_control_tokens_gets_them_as_text(conversation, says):
-    asked = says("x")
+def test_a_model_without_the_control_tokens_gets_them_as_text(conversation, scripted_answers):
+    asked = scripted_answers("x")
     conversation.processor.template.control_ids = {}
     conversation.ask("<gro> where?")
     assert asked[0].messages[0].content == ("<gro>\nwhere?",)
@@ -144,11 +146,11 @@ def test_a_model_without_the_control_tokens_gets_them_as_text(conversation, says
 
 def test_chat_without_a_model_or_with_a_missing_image_is_refused_with_a_remedy(folder, tmp_path):
     with pytest.raises(UserError, match="task=chat needs a model: init_from="):
-        run_chat(Job(None))
+        run_chat(ChatRun(None))
     with pytest.raises(UserError, match="no such folder"):
-        run_chat(Job(str(tmp_path / "none")))
+        run_chat(ChatRun(str(tmp_path / "none")))
     with pytest.raises(UserError, match=r"image=.*nope\.png: .*not found.*Give the path"):
-        run_chat(Job(folder, image=[str(tmp_path / "nope.png")], prompt="hi"))
+        run_chat(ChatRun(folder, image=[str(tmp_path / "nope.png")], prompt="hi"))
 
 
 def test_terminal_control_characters_are_removed():

@@ -30,7 +30,7 @@ from lit_vlm.types import UserError
 DAY = "{{ 'Today: ' + strftime_now('%d %B %Y') + '\\n' }}"
 
 
-def on(day: str):
+def set_today(day: str):
     """A patch: today is that day, for us and for transformers."""
 
     def patch() -> None:
@@ -51,7 +51,7 @@ def on(day: str):
     return patch
 
 
-def also(*patches):
+def combine_patches(*patches):
     return lambda: [patch() for patch in patches]
 
 
@@ -59,68 +59,77 @@ def also(*patches):
 
 
 @pytest.fixture(scope="module")
-def dated(tmp_path_factory) -> tuple[Path, list[str]]:
-    place = tmp_path_factory.mktemp("dated")
-    (place / "t.jinja").write_text(DAY + CHATML)
-    words = build_overrides(place, "sft", f"model.chat_template={place / 't.jinja'}", "checkpoint.asynchronous=false")
-    run_undisturbed([*words, "run_name=whole", "model.template_date=2026-04-30"], place)
-    return place, words
+def dated_run(tmp_path_factory) -> tuple[Path, list[str]]:
+    work_folder = tmp_path_factory.mktemp("dated")
+    (work_folder / "t.jinja").write_text(DAY + CHATML)
+    overrides = build_overrides(
+        work_folder, "sft", f"model.chat_template={work_folder / 't.jinja'}", "checkpoint.asynchronous=false"
+    )
+    run_undisturbed([*overrides, "run_name=whole", "model.template_date=2026-04-30"], work_folder)
+    return work_folder, overrides
 
 
-def test_a_run_resumed_in_another_month_uses_the_template_date_of_its_start(dated):
-    place, words = dated
-    words, k = [*words, "run_name=killed"], RunOutput(place / "runs" / "whole").manifest["plan"]["k"]
-    assert -signal.SIGKILL in start(words, place, 1, also(on("2026-04-30"), kill_at_micro_batch(2 * k))).wait()
-    code, said = run_to_end(words, place, 1, on("2026-09-23"))
-    assert code == 0 and "goes on at step" in said, said
-    assert "the chat template writes today's date; in all that this run reads it is 2026-04-30, as when it was" in said
-    one, other = read_last_state(place, "whole"), read_last_state(place, "killed")
-    assert one.files == other.files and read_metrics(place, "whole") == read_metrics(place, "killed")
-    assert not (place / "runs" / "killed" / "ledger.jsonl").exists()
-    manifest = RunOutput(place / "runs" / "killed").manifest
+def test_a_run_resumed_in_another_month_uses_the_template_date_of_its_start(dated_run):
+    work_folder, overrides = dated_run
+    overrides, k = [*overrides, "run_name=killed"], RunOutput(work_folder / "runs" / "whole").manifest["plan"]["k"]
+    assert (
+        -signal.SIGKILL
+        in start(overrides, work_folder, 1, combine_patches(set_today("2026-04-30"), kill_at_micro_batch(2 * k))).wait()
+    )
+    code, output = run_to_end(overrides, work_folder, 1, set_today("2026-09-23"))
+    assert code == 0 and "goes on at step" in output, output
+    assert (
+        "the chat template writes today's date; in all that this run reads it is 2026-04-30, as when it was" in output
+    )
+    one, other = read_last_state(work_folder, "whole"), read_last_state(work_folder, "killed")
+    assert one.files == other.files and read_metrics(work_folder, "whole") == read_metrics(work_folder, "killed")
+    assert not (work_folder / "runs" / "killed" / "ledger.jsonl").exists()
+    manifest = RunOutput(work_folder / "runs" / "killed").manifest
     assert manifest["template_date"] == "2026-04-30"
-    assert json.loads((place / "runs" / "killed" / "mixture.lock").read_text())["template_date"] == "2026-04-30"
+    assert json.loads((work_folder / "runs" / "killed" / "mixture.lock").read_text())["template_date"] == "2026-04-30"
 
 
-def test_a_changed_chat_template_in_the_same_file_is_refused_on_resume(dated):
-    place, words = dated
-    words, k = [*words, "run_name=edited"], RunOutput(place / "runs" / "whole").manifest["plan"]["k"]
-    assert -signal.SIGKILL in start(words, place, 1, kill_at_micro_batch(2 * k)).wait()
-    before = (place / "t.jinja").read_text()
-    (place / "t.jinja").write_text(before.replace("Today", "Again"))
-    code, said = run_to_end(words, place)
-    (place / "t.jinja").write_text(before)
-    assert code == 1 and "another tokenizer, chat template (or day that it writes), or image settings" in said, said
-    assert run_to_end(words, place)[0] == 0
+def test_a_changed_chat_template_in_the_same_file_is_refused_on_resume(dated_run):
+    work_folder, overrides = dated_run
+    overrides, k = [*overrides, "run_name=edited"], RunOutput(work_folder / "runs" / "whole").manifest["plan"]["k"]
+    assert -signal.SIGKILL in start(overrides, work_folder, 1, kill_at_micro_batch(2 * k)).wait()
+    before = (work_folder / "t.jinja").read_text()
+    (work_folder / "t.jinja").write_text(before.replace("Today", "Again"))
+    code, output = run_to_end(overrides, work_folder)
+    (work_folder / "t.jinja").write_text(before)
+    assert code == 1 and "another tokenizer, chat template (or day that it writes), or image settings" in output, output
+    assert run_to_end(overrides, work_folder)[0] == 0
 
 
 def test_prepared_data_are_trained_on_with_the_template_date_of_preparing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.jinja").write_text(DAY + CHATML)
     write_records(tmp_path / "a.jsonl", [make_llava_record(f"question {n}", f"answer {n}") for n in range(8)])
-    words = ["stage=sft", "data=llava_json", "data.sources.mine.path=a.jsonl", "model.chat_template=t.jinja"]
-    words += ["run_name=a", "data.validation.fraction=0", "trainer.max_steps=1", "callbacks=[]", "export=false"]
-    words += ["stage.trainable=[language_model]"]
+    overrides = ["stage=sft", "data=llava_json", "data.sources.mine.path=a.jsonl", "model.chat_template=t.jinja"]
+    overrides += ["run_name=a", "data.validation.fraction=0", "trainer.max_steps=1", "callbacks=[]", "export=false"]
+    overrides += ["stage.trainable=[language_model]"]
     today = stage_data.date
     monkeypatch.setattr(stage_data, "date", type("Day", (date,), {"today": classmethod(lambda cls: date(2026, 4, 30))}))
-    run_prepare(*words)
+    run_prepare(*overrides)
     monkeypatch.setattr(stage_data, "date", today)
     capsys.readouterr()
-    ran = run(*words)
-    said = capsys.readouterr().out
-    assert ran.manifest["template_date"] == "2026-04-30" and "2026-04-30, as when it was first prepared" in said
-    assert "since mixture.lock was written" not in said
-    assert run(*words, "run_name=b", f"data.lock={ran.dir / 'mixture.lock'}").manifest["template_date"] == "2026-04-30"
-    fresh = run(*words, "run_name=c").manifest["template_date"]
+    ran = run(*overrides)
+    output = capsys.readouterr().out
+    assert ran.manifest["template_date"] == "2026-04-30" and "2026-04-30, as when it was first prepared" in output
+    assert "since mixture.lock was written" not in output
+    assert (
+        run(*overrides, "run_name=b", f"data.lock={ran.dir / 'mixture.lock'}").manifest["template_date"] == "2026-04-30"
+    )
+    fresh = run(*overrides, "run_name=c").manifest["template_date"]
     assert fresh != "2026-04-30"
     with pytest.raises(UserError, match=r"model.template_date=yesterday: is no day"):
-        run(*words, "run_name=d", "model.template_date=yesterday")
+        run(*overrides, "run_name=d", "model.template_date=yesterday")
 
 
 # Pictures
 
 
-def draw(folder: Path, seed: int) -> None:
+def write_images(folder: Path, seed: int) -> None:
     folder.mkdir(exist_ok=True)
     for number in range(16):
         pixels = np.random.default_rng(100 * seed + number).integers(0, 256, (56, 84, 3), dtype=np.uint8)
@@ -128,60 +137,64 @@ def draw(folder: Path, seed: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def pictured(tmp_path_factory) -> tuple[Path, list[str]]:
-    place = tmp_path_factory.mktemp("pictured")
-    draw(place / "images", 0)
+def image_run(tmp_path_factory) -> tuple[Path, list[str]]:
+    work_folder = tmp_path_factory.mktemp("pictured")
+    write_images(work_folder / "images", 0)
     write_records(
-        place / "a.jsonl",
+        work_folder / "a.jsonl",
         [make_llava_record(f"<image>\nq{n}", f"answer {n:02d}", image=f"{n}.bmp", id=str(n)) for n in range(16)],
     )
-    words = [*TINY, "stage=sft", "data=llava_json", "data.sources.mine.path=a.jsonl", "data.validation.fraction=0"]
-    words += [
+    overrides = [*TINY, "stage=sft", "data=llava_json", "data.sources.mine.path=a.jsonl", "data.validation.fraction=0"]
+    overrides += [
         "data.sources.mine.image_root=images",
         "trainer.max_steps=4",
         "checkpoint.every_steps=1",
         "callbacks=[guard]",
     ]
-    words += ["checkpoint.asynchronous=false", "export=false", "data.tiling=base"]
-    run_undisturbed([*words, "run_name=whole"], place)
-    return place, words
+    overrides += ["checkpoint.asynchronous=false", "export=false", "data.tiling=base"]
+    run_undisturbed([*overrides, "run_name=whole"], work_folder)
+    return work_folder, overrides
 
 
-def killed(place: Path, words: list[str]) -> None:
-    assert -signal.SIGKILL in start(words, place, 1, kill_at_micro_batch(2)).wait()
+def start_and_kill(work_folder: Path, overrides: list[str]) -> None:
+    assert -signal.SIGKILL in start(overrides, work_folder, 1, kill_at_micro_batch(2)).wait()
 
 
-def test_replaced_images_end_a_resumed_run_and_the_restored_ones_let_it_resume(pictured):
-    place, words = pictured
-    words = [*words, "run_name=replaced"]
-    killed(place, words)
-    shutil.copytree(place / "images", place / "old")
-    draw(place / "images", 1)
-    code, said = run_to_end(words, place)
-    assert code == 1 and ".bmp' holds something else than when it was indexed: a file was replaced since" in said, said
-    assert "Traceback" not in said and not (place / "runs" / "replaced" / "ledger.jsonl").exists()
-    shutil.rmtree(place / "images")
-    shutil.copytree(place / "old", place / "images", copy_function=shutil.copyfile)  # with times of their own
-    code, said = run_to_end(words, place)
-    assert code == 0 and "goes on at step" in said, said
-    assert is_same_state(read_last_state(place, "whole"), read_last_state(place, "replaced"))
+def test_replaced_images_end_a_resumed_run_and_the_restored_ones_let_it_resume(image_run):
+    work_folder, overrides = image_run
+    overrides = [*overrides, "run_name=replaced"]
+    start_and_kill(work_folder, overrides)
+    shutil.copytree(work_folder / "images", work_folder / "old")
+    write_images(work_folder / "images", 1)
+    code, output = run_to_end(overrides, work_folder)
+    assert code == 1 and ".bmp' holds something else than when it was indexed: a file was replaced since" in output, (
+        output
+    )
+    assert "Traceback" not in output and not (work_folder / "runs" / "replaced" / "ledger.jsonl").exists()
+    shutil.rmtree(work_folder / "images")
+    shutil.copytree(
+        work_folder / "old", work_folder / "images", copy_function=shutil.copyfile
+    )  # with times of their own
+    code, output = run_to_end(overrides, work_folder)
+    assert code == 0 and "goes on at step" in output, output
+    assert is_same_state(read_last_state(work_folder, "whole"), read_last_state(work_folder, "replaced"))
 
 
-def test_replaced_and_prepared_images_make_another_run(pictured, monkeypatch):
-    place, words = pictured
-    words = [*words, "run_name=prepared"]
-    killed(place, words)
-    shutil.copytree(place / "images", place / "kept")
-    draw(place / "images", 2)
-    monkeypatch.chdir(place)
-    run_prepare(*words[len(TINY) :])
-    code, said = run_to_end(words, place)
-    assert code == 1 and "another content of the pictures" in said, said
-    shutil.rmtree(place / "images")
-    shutil.move(place / "kept", place / "images")
-    run_prepare(*words[len(TINY) :])
-    assert run_to_end(words, place)[0] == 0
-    assert is_same_state(read_last_state(place, "whole"), read_last_state(place, "prepared"))
+def test_replaced_and_prepared_images_make_another_run(image_run, monkeypatch):
+    work_folder, overrides = image_run
+    overrides = [*overrides, "run_name=prepared"]
+    start_and_kill(work_folder, overrides)
+    shutil.copytree(work_folder / "images", work_folder / "kept")
+    write_images(work_folder / "images", 2)
+    monkeypatch.chdir(work_folder)
+    run_prepare(*overrides[len(TINY) :])
+    code, output = run_to_end(overrides, work_folder)
+    assert code == 1 and "another content of the pictures" in output, output
+    shutil.rmtree(work_folder / "images")
+    shutil.move(work_folder / "kept", work_folder / "images")
+    run_prepare(*overrides[len(TINY) :])
+    assert run_to_end(overrides, work_folder)[0] == 0
+    assert is_same_state(read_last_state(work_folder, "whole"), read_last_state(work_folder, "prepared"))
 
 
 # A manifest that is lost
@@ -190,60 +203,60 @@ def test_replaced_and_prepared_images_make_another_run(pictured, monkeypatch):
 DAMAGE = {"empty": b"", "cut": None, "no object": b"[]\n", "without its settings": b"{}"}
 
 
-@pytest.mark.parametrize("zero_second_half", DAMAGE)
-def test_a_run_with_a_damaged_manifest_resumes_from_its_checkpoint(pictured, zero_second_half):
-    place, words = pictured
-    name = zero_second_half.replace(" ", "_")
-    words = [*words, f"run_name={name}"]
-    killed(place, words)
-    manifest = place / "runs" / name / "manifest.json"
-    data = DAMAGE[zero_second_half]
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_run_with_a_damaged_manifest_resumes_from_its_checkpoint(image_run, damage):
+    work_folder, overrides = image_run
+    name = damage.replace(" ", "_")
+    overrides = [*overrides, f"run_name={name}"]
+    start_and_kill(work_folder, overrides)
+    manifest = work_folder / "runs" / name / "manifest.json"
+    data = DAMAGE[damage]
     manifest.write_bytes(manifest.read_bytes()[:200] if data is None else data)
-    code, said = run_to_end(words, place)
-    assert code == 0 and "Traceback" not in said, said
-    assert f"{manifest} is damaged: " in said and "It is made again from the checkpoint of step" in said
+    code, output = run_to_end(overrides, work_folder)
+    assert code == 0 and "Traceback" not in output, output
+    assert f"{manifest} is damaged: " in output and "It is made again from the checkpoint of step" in output
     assert RunOutput(manifest.parent).manifest["status"] == "finished"
-    assert is_same_state(read_last_state(place, "whole"), read_last_state(place, name))
+    assert is_same_state(read_last_state(work_folder, "whole"), read_last_state(work_folder, name))
 
 
-def test_a_run_of_other_settings_is_refused_although_the_manifest_is_lost(pictured):
-    place, words = pictured
-    words = [*words, "run_name=other"]
-    killed(place, words)
-    (place / "runs" / "other" / "manifest.json").write_bytes(b"")
-    (place / "runs" / "other" / "config.yaml").unlink()
-    code, said = run_to_end([*words, "stage.learning_rate=0.123"], place)
-    assert code == 1 and "stage.learning_rate" in said, said
-    code, said = run_to_end(words, place)
-    assert code == 0, said
+def test_a_run_of_other_settings_is_refused_although_the_manifest_is_lost(image_run):
+    work_folder, overrides = image_run
+    overrides = [*overrides, "run_name=other"]
+    start_and_kill(work_folder, overrides)
+    (work_folder / "runs" / "other" / "manifest.json").write_bytes(b"")
+    (work_folder / "runs" / "other" / "config.yaml").unlink()
+    code, output = run_to_end([*overrides, "stage.learning_rate=0.123"], work_folder)
+    assert code == 1 and "stage.learning_rate" in output, output
+    code, output = run_to_end(overrides, work_folder)
+    assert code == 0, output
 
 
 def test_a_finished_run_with_a_damaged_manifest_stays_finished_and_the_next_stage_starts_from_it(
-    pictured, monkeypatch, capsys
+    image_run, monkeypatch, capsys
 ):
-    place, words = pictured
-    monkeypatch.chdir(place)
-    own = [*words[len(TINY) :], "run_name=done", "export=true"]
+    work_folder, overrides = image_run
+    monkeypatch.chdir(work_folder)
+    own = [*overrides[len(TINY) :], "run_name=done", "export=true"]
     done = run(*own)
     weights = done.manifest["weights_digest"]
     (done.dir / "manifest.json").write_bytes(b"")
-    child = run(*words[len(TINY) :], "run_name=child", f"init_from={done.hf}", "trainer.max_steps=1")
+    child = run(*overrides[len(TINY) :], "run_name=child", f"init_from={done.hf}", "trainer.max_steps=1")
     assert child.manifest["parent"]["digest"] == weights
     capsys.readouterr()
     run(*own)
-    said = " ".join(capsys.readouterr().out.split())
-    assert "manifest.json is damaged: it is empty" in said and "finished already" in said, said
+    output = " ".join(capsys.readouterr().out.split())
+    assert "manifest.json is damaged: it is empty" in output and "finished already" in output, output
     assert done.manifest["weights_digest"] == weights and done.manifest["status"] == "finished"
     capsys.readouterr()
     run(*own)
     assert "damaged" not in capsys.readouterr().out
 
 
-def test_a_damaged_lock_file_and_budget_are_written_again(pictured, monkeypatch, capsys):
-    place, words = pictured
-    monkeypatch.chdir(place)
-    own = [*words[len(TINY) :], "run_name=lock"]
-    folder = place / "runs" / "lock"
+def test_a_damaged_lock_file_and_budget_are_written_again(image_run, monkeypatch, capsys):
+    work_folder, overrides = image_run
+    monkeypatch.chdir(work_folder)
+    own = [*overrides[len(TINY) :], "run_name=lock"]
+    folder = work_folder / "runs" / "lock"
     folder.mkdir(parents=True)
     (folder / "mixture.lock").write_text('{"version": 1, "sou')
     (folder / "budget.json").write_text('{"tokens": "a", "tiles": 1, "of_tokens": 16384, "of_tiles": 64, "halved": 1}')

@@ -16,14 +16,14 @@ from lit_vlm.types import UserError
 FULL = "Error while serializing: I/O error: No space left on device (os error 28)"  # safetensors' own words
 
 
-def full(*_, **__):
+def raise_disk_full(*_, **__):
     raise SafetensorError(FULL)
 
 
 def test_a_full_disk_for_the_tiny_model_is_named(tmp_path, monkeypatch):
     config = parse(["task=train", "experiment=tiny/1_align", f"run_dir={tmp_path / 'runs'}"]).config
     with monkeypatch.context() as patch, pytest.raises(UserError) as caught:
-        patch.setattr(SiglipVisionModel, "save_pretrained", full)
+        patch.setattr(SiglipVisionModel, "save_pretrained", raise_disk_full)
         resolve_tiny_parts(config)
     parts = tmp_path / "runs" / "parts"
     assert str(caught.value) == (
@@ -42,7 +42,7 @@ def test_a_folder_that_cannot_be_created_for_the_tiny_model_is_named(tmp_path):
 
 
 def test_a_full_disk_for_the_reference_cache_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(kept, "save_file", full)
+    monkeypatch.setattr(kept, "save_file", raise_disk_full)
     reference = ReferenceLogProbCache(tmp_path / "reference")
     reference.add(1, 0, [1, 1], torch.zeros(2))
     with pytest.raises(UserError, match=r"reference cannot be kept in .*reference: No space left.*data\.index_dir"):
@@ -51,7 +51,7 @@ def test_a_full_disk_for_the_reference_cache_is_named(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_at_export_is_named_and_the_run_resumes(tmp_path, monkeypatch):
-    words = [
+    overrides = [
         f"run_dir={tmp_path}",
         "run_name=r",
         "callbacks=[export]",
@@ -59,13 +59,13 @@ def test_a_full_disk_at_export_is_named_and_the_run_resumes(tmp_path, monkeypatc
         "checkpoint.asynchronous=false",
     ]
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"cannot be written to .*hf: No space left on"):
-        patch.setattr("lit_vlm.model.export.write_index", full)
-        run(*words)
-    assert run(*words).manifest["status"] == "finished"
+        patch.setattr("lit_vlm.model.export.write_index", raise_disk_full)
+        run(*overrides)
+    assert run(*overrides).manifest["status"] == "finished"
 
 
 def test_only_errors_of_the_system_become_os_errors():
     with pytest.raises(OSError, match="No space left on device"), raise_os_errors():
-        full()
+        raise_disk_full()
     with pytest.raises(SafetensorError, match="header too large"), raise_os_errors():
         raise SafetensorError("header too large")

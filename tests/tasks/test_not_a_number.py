@@ -16,25 +16,25 @@ PLACES = [
 SKIP = ["guard.on_nonfinite=skip", "guard.max_skipped=3", *SMALL]
 
 
-def with_gaps(faults):
+def space_out(faults):
     """Every other step is sound, so that training goes on in between."""
     return [Fault(f.where, 2 * n, f.micro_step, f.rank, f.value) for n, f in enumerate(faults)]
 
 
-def skipped(folder, name):
+def read_skipped(folder, name):
     lines = (folder / "runs" / name / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 
 
 def check_skipping(folder, faults, steps, strategy="ddp"):
     more = [f"trainer.max_steps={steps}", f"trainer.strategy={strategy}", "run_name=skips"]
-    words = build_overrides(folder, "sft", *TWO, *SKIP, *more)
-    code, said = run_to_end(words, folder, 2, combine_patches(inject_faults(faults), record_steps(folder)))
-    assert code == 0, said
+    overrides = build_overrides(folder, "sft", *TWO, *SKIP, *more)
+    code, output = run_to_end(overrides, folder, 2, combine_patches(inject_faults(faults), record_steps(folder)))
+    assert code == 0, output
     ranks = [read_step_records(folder, rank) for rank in range(2)]
-    read_metrics = skipped(folder, "skips")
-    assert [row["step"] for row in read_metrics] == [fault.step for fault in faults]
-    for fault, row in zip(faults, read_metrics, strict=True):
+    rows = read_skipped(folder, "skips")
+    assert [row["step"] for row in rows] == [fault.step for fault in faults]
+    for fault, row in zip(faults, rows, strict=True):
         one, other = (rank[fault.step] for rank in ranks)
         assert len(one["ids"]) == K
         assert one["before"] == one["after"] and other["before"] == other["after"]
@@ -42,7 +42,7 @@ def check_skipping(folder, faults, steps, strategy="ddp"):
         everybodys = [name for rank in ranks for ids in rank[fault.step]["ids"] for name in ids]
         assert row["reason"] == fault.where
         assert row["samples"] == (own if fault.where == "loss" else everybodys)
-        assert all(name in said for name in own)
+        assert all(name in output for name in own)
     broken_steps = {fault.step for fault in faults}
     for one, other in zip(*ranks, strict=True):
         assert one["after"] == other["after"] or strategy != "ddp"  # which alone holds the whole on each rank
@@ -54,12 +54,12 @@ def check_skipping(folder, faults, steps, strategy="ddp"):
 
 
 def test_all_ranks_skip_the_same_step_without_a_trace_in_the_state(tmp_path):
-    check_skipping(tmp_path, with_gaps([PLACES[0], PLACES[4], PLACES[8], PLACES[10]]), 8)
+    check_skipping(tmp_path, space_out([PLACES[0], PLACES[4], PLACES[8], PLACES[10]]), 8)
 
 
 @pytest.mark.slow
 def test_all_ranks_skip_the_same_step_at_twenty_places(tmp_path):
-    check_skipping(tmp_path, with_gaps(PLACES), 40)
+    check_skipping(tmp_path, space_out(PLACES), 40)
 
 
 @pytest.mark.slow
@@ -67,7 +67,7 @@ def test_all_ranks_skip_the_same_step_at_twenty_places(tmp_path):
 def test_all_ranks_skip_the_same_step_under_sharding(tmp_path, strategy):
     """The gradients are not in `parameter.grad` there, or only rows of them: the fault is put into the loss."""
     faults = [fault for fault in PLACES if fault.where == "loss"][:6]
-    check_skipping(tmp_path, with_gaps(faults), 13, strategy)
+    check_skipping(tmp_path, space_out(faults), 13, strategy)
 
 
 @pytest.mark.parametrize(
@@ -78,12 +78,12 @@ def test_all_ranks_skip_the_same_step_under_sharding(tmp_path, strategy):
     ],
 )
 def test_a_fault_on_one_rank_stops_all_ranks_with_one_message(tmp_path, fault):
-    words = build_overrides(tmp_path, "sft", *TWO, *SMALL, "run_name=stops")
-    begun = start(words, tmp_path, 2, combine_patches(inject_faults([fault]), record_steps(tmp_path)))
-    assert begun.wait() == [1, 1]
-    assert begun.read_output().count("is not a number, so the run stops") == 1
-    assert f"Step 2: the {fault.where} is not a number" in begun.read_output()
-    assert "Traceback" not in begun.read_output()
+    overrides = build_overrides(tmp_path, "sft", *TWO, *SMALL, "run_name=stops")
+    started = start(overrides, tmp_path, 2, combine_patches(inject_faults([fault]), record_steps(tmp_path)))
+    assert started.wait() == [1, 1]
+    assert started.read_output().count("is not a number, so the run stops") == 1
+    assert f"Step 2: the {fault.where} is not a number" in started.read_output()
+    assert "Traceback" not in started.read_output()
     assert [len(read_step_records(tmp_path, rank)) for rank in range(2)] == [
         1,
         1,
@@ -93,20 +93,20 @@ def test_a_fault_on_one_rank_stops_all_ranks_with_one_message(tmp_path, fault):
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_rollback_omits_the_step_and_equals_a_run_that_skipped_it(tmp_path, ranks):
     fault, two = Fault("loss", 3, 1, ranks - 1), TWO if ranks == 2 else []
-    words = build_overrides(tmp_path, "sft", *two, *SMALL, "checkpoint.every_steps=2")
-    back = [*words, "guard.on_nonfinite=rollback", "run_name=back"]
-    code, said = run_to_end(back, tmp_path, ranks, combine_patches(inject_faults([fault]), record_steps(tmp_path)))
-    assert code == 0, said
-    assert "back: goes on at step 2 of 6" in said
-    assert "Step 4: the loss is not a number" in said
+    overrides = build_overrides(tmp_path, "sft", *two, *SMALL, "checkpoint.every_steps=2")
+    back = [*overrides, "guard.on_nonfinite=rollback", "run_name=back"]
+    code, output = run_to_end(back, tmp_path, ranks, combine_patches(inject_faults([fault]), record_steps(tmp_path)))
+    assert code == 0, output
+    assert "back: goes on at step 2 of 6" in output
+    assert "Step 4: the loss is not a number" in output
     assert [(row["step"], row["ids"]) for row in read_step_records(tmp_path) if not any(row["ids"])] == [
         (3, [[]] * len(read_step_records(tmp_path)[0]["ids"]))
     ]
     assert [row["step"] for row in read_step_records(tmp_path)] == [0, 1, 2, 2, 3, 4, 5]
-    code, said = run_to_end(
-        [*words, "guard.on_nonfinite=skip", "run_name=skips"], tmp_path, ranks, inject_faults([fault])
+    code, output = run_to_end(
+        [*overrides, "guard.on_nonfinite=skip", "run_name=skips"], tmp_path, ranks, inject_faults([fault])
     )
-    assert code == 0, said
+    assert code == 0, output
     assert is_same_state(read_last_state(tmp_path, "back"), read_last_state(tmp_path, "skips"))
 
 
@@ -116,12 +116,12 @@ def test_a_skipped_step_is_also_omitted_after_a_restart(tmp_path):
     from resume_cases import kill_at_micro_batch
 
     fault = Fault("gradient", 1, 0, 0)
-    words = build_overrides(tmp_path, "sft", *SKIP, "checkpoint.every_steps=100")
-    code, said = run_to_end([*words, "run_name=whole"], tmp_path, 1, inject_faults([fault]))
-    assert code == 0, said
+    overrides = build_overrides(tmp_path, "sft", *SKIP, "checkpoint.every_steps=100")
+    code, output = run_to_end([*overrides, "run_name=whole"], tmp_path, 1, inject_faults([fault]))
+    assert code == 0, output
     run_to_end(
-        [*words, "run_name=killed"], tmp_path, 1, combine_patches(inject_faults([fault]), kill_at_micro_batch(20))
+        [*overrides, "run_name=killed"], tmp_path, 1, combine_patches(inject_faults([fault]), kill_at_micro_batch(20))
     )
-    code, said = run_to_end([*words, "run_name=killed"], tmp_path)
-    assert code == 0, said
+    code, output = run_to_end([*overrides, "run_name=killed"], tmp_path)
+    assert code == 0, output
     assert is_same_state(read_last_state(tmp_path, "killed"), read_last_state(tmp_path, "whole"))

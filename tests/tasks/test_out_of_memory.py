@@ -29,39 +29,39 @@ EXACT = [
 ]
 
 
-def ids(folder, rank=0):
+def read_sample_ids(folder, rank=0):
     """Of the last time that each step was run."""
     return {
         row["step"]: sorted(name for micro in row["ids"] for name in micro) for row in read_step_records(folder, rank)
     }
 
 
-def weights(folder, name):
+def load_last_weights(folder, name):
     checkpoints = CheckpointFolder(folder / "runs" / name / "checkpoints")
     return load_file(next(checkpoints.get_step_path(checkpoints.list_steps()[0]).glob("*.safetensors")))
 
 
-def disturbed(folder, place, *more):
-    words = build_overrides(folder, "sft", *EXACT, *more)
-    code, said = run_to_end(
-        [*words, "run_name=low"], folder, 1, combine_patches(raise_out_of_memory_at(*place), record_steps(folder))
+def run_with_out_of_memory(folder, place, *more):
+    overrides = build_overrides(folder, "sft", *EXACT, *more)
+    code, output = run_to_end(
+        [*overrides, "run_name=low"], folder, 1, combine_patches(raise_out_of_memory_at(*place), record_steps(folder))
     )
-    assert code == 0, said
-    assert "low: out of memory; goes on with at most 150 tokens and 32 tiles" in said
-    return said
+    assert code == 0, output
+    assert "low: out of memory; goes on with at most 150 tokens and 32 tiles" in output
+    return output
 
 
-def undisturbed(folder, *more):
-    words = build_overrides(folder, "sft", *EXACT, *more)
-    code, said = run_to_end([*words, "run_name=calm"], folder, 1, record_steps(folder))
-    assert code == 0, said
+def run_without_fault(folder, *more):
+    overrides = build_overrides(folder, "sft", *EXACT, *more)
+    code, output = run_to_end([*overrides, "run_name=calm"], folder, 1, record_steps(folder))
+    assert code == 0, output
 
 
 def check_equal(folder, calm):
-    assert ids(folder) == ids(calm)
+    assert read_sample_ids(folder) == read_sample_ids(calm)
     assert read_last_state(folder, "low").consumed == read_last_state(calm, "calm").consumed
-    for name, tensor in weights(folder, "low").items():
-        torch.testing.assert_close(tensor, weights(calm, "calm")[name], atol=2e-6, rtol=1e-5)
+    for name, tensor in load_last_weights(folder, "low").items():
+        torch.testing.assert_close(tensor, load_last_weights(calm, "calm")[name], atol=2e-6, rtol=1e-5)
     assert [row["step"] for row in read_metrics(folder, "low")] == [row["step"] for row in read_metrics(calm, "calm")]
     plan = open_run(folder, "low").manifest["plan"]
     assert plan["k"] > open_run(calm, "calm").manifest["plan"]["k"]
@@ -73,10 +73,10 @@ def test_one_device_continues_in_the_same_process_with_half_the_budget(tmp_path,
     weights, and the run goes back."""
     low, calm = tmp_path / "low", tmp_path / "calm"
     low.mkdir(), calm.mkdir()
-    said = disturbed(low, (3, 0, where), "checkpoint.every_steps=100")
-    undisturbed(calm, "checkpoint.every_steps=100")
+    output = run_with_out_of_memory(low, (3, 0, where), "checkpoint.every_steps=100")
+    run_without_fault(calm, "checkpoint.every_steps=100")
     check_equal(low, calm)
-    assert ("goes on at step 3 of 6" in said) == (where == "backward")
+    assert ("goes on at step 3 of 6" in output) == (where == "backward")
     assert [row["step"] for row in read_step_records(low)] == (
         [0, 1, 2, 3, 4, 5] if where == "backward" else [0, 1, 2, *range(6)]
     )
@@ -84,74 +84,76 @@ def test_one_device_continues_in_the_same_process_with_half_the_budget(tmp_path,
 
 @pytest.mark.slow
 def test_out_of_memory_at_ten_random_places_ends_with_the_weights_of_an_undisturbed_run(tmp_path):
-    undisturbed(tmp_path)
+    run_without_fault(tmp_path)
     generator = random.Random(0)
     for number in range(10):
         folder = tmp_path / str(number)
         folder.mkdir()
         place = (generator.randrange(6), 0, generator.choice(["forward", "backward", "optimizer"]))
-        disturbed(folder, place)
+        run_with_out_of_memory(folder, place)
         check_equal(folder, tmp_path)
 
 
 @pytest.mark.slow
 def test_no_sample_is_dropped_for_memory_and_the_last_halving_is_reported(tmp_path):
     """68 tokens are the largest sample's: 300, 150, 75, 68, and no further."""
-    words = build_overrides(
+    overrides = build_overrides(
         tmp_path, "sft", *EXACT, "guard.max_oom_retries=9", "data.tiles_per_micro_batch=2", "run_name=low"
     )
-    code, said = run_to_end(words, tmp_path, 1, raise_out_of_memory_at(1, 0, "forward", times=99))
+    code, output = run_to_end(overrides, tmp_path, 1, raise_out_of_memory_at(1, 0, "forward", times=99))
     assert code == 1
-    assert "at most 68 tokens and 2 tiles, and the largest sample alone needs as much" in said
-    assert said.count("80 samples, 8 held out") == 4
-    assert "Traceback" not in said
+    assert "at most 68 tokens and 2 tiles, and the largest sample alone needs as much" in output
+    assert output.count("80 samples, 8 held out") == 4
+    assert "Traceback" not in output
 
 
 def test_several_ranks_exit_to_restart_with_half_the_budget(tmp_path):
-    words = build_overrides(
+    overrides = build_overrides(
         tmp_path, "sft", *EXACT, *TWO, "data.global_batch_size=12", "trainer.timeout_minutes=2", "run_name=low"
     )
-    begun = start(
-        words, tmp_path, 2, combine_patches(raise_out_of_memory_at(3, 0, "forward", rank=1), record_steps(tmp_path))
+    started = start(
+        overrides, tmp_path, 2, combine_patches(raise_out_of_memory_at(3, 0, "forward", rank=1), record_steps(tmp_path))
     )
-    assert begun.wait()[1] == RESTART
-    assert begun.read_output().count("Rank 1 ran out of memory, in the forward pass of step 4") == 1
+    assert started.wait()[1] == RESTART
+    assert started.read_output().count("Rank 1 ran out of memory, in the forward pass of step 4") == 1
     budget = json.loads((tmp_path / "runs" / "low" / "budget.json").read_text())
     assert (budget["tokens"], budget["of_tokens"], budget["halved"]) == (150, 300, 1)
-    before = ids(tmp_path)
-    code, said = run_to_end(words, tmp_path, 2, record_steps(tmp_path))
-    assert code == 0, said
-    assert "low: goes on at step 3 of 6" in said
+    before = read_sample_ids(tmp_path)
+    code, output = run_to_end(overrides, tmp_path, 2, record_steps(tmp_path))
+    assert code == 0, output
+    assert "low: goes on at step 3 of 6" in output
     assert open_run(tmp_path, "low").manifest["plan"]["k"] > 1
-    assert sorted(ids(tmp_path)) == list(range(6)) and all(ids(tmp_path)[step] == before[step] for step in before)
+    assert sorted(read_sample_ids(tmp_path)) == list(range(6)) and all(
+        read_sample_ids(tmp_path)[step] == before[step] for step in before
+    )
 
 
 def test_one_rank_requeues_the_slurm_job_when_several_run_out_of_memory_together(tmp_path):
-    words = build_overrides(tmp_path, "sft", *EXACT, *TWO, "data.global_batch_size=12", "run_name=low")
-    words += ["guard.max_oom_retries=1", "trainer.timeout_minutes=2"]
+    overrides = build_overrides(tmp_path, "sft", *EXACT, *TWO, "data.global_batch_size=12", "run_name=low")
+    overrides += ["guard.max_oom_retries=1", "trainer.timeout_minutes=2"]
     together = [raise_out_of_memory_at(3, 0, "forward", rank=rank) for rank in (0, 1)]
-    begun = start(words, tmp_path, 2, combine_patches(in_a_job(tmp_path), *together))
-    assert RESTART in begun.wait(), begun.read_output()
+    started = start(overrides, tmp_path, 2, combine_patches(simulate_slurm_job(tmp_path), *together))
+    assert RESTART in started.wait(), started.read_output()
     assert (tmp_path / "scontrol.txt").read_text() == "requeue 77\n"
-    assert begun.read_output().count("ran out of memory") == 1 and "Job 77 is requeued." in begun.read_output()
+    assert started.read_output().count("ran out of memory") == 1 and "Job 77 is requeued." in started.read_output()
     assert json.loads((tmp_path / "runs" / "low" / "budget.json").read_text())["halved"] == 1
 
 
 @pytest.mark.parametrize(("in_slurm", "share", "code"), [(True, 0.5, RESTART), (True, 0.0, 1), (False, 0.5, 1)])
 def test_a_corrupt_record_requeues_the_job_while_few_are_quarantined(tmp_path, in_slurm, share, code):
-    words = build_overrides(
+    overrides = build_overrides(
         tmp_path, "sft", "guard.heartbeat_seconds=1", f"data.max_quarantined={share}", "run_name=bad"
     )
-    patches = [turning_bad, *([in_a_job(tmp_path)] if in_slurm else [])]
+    patches = [corrupt_two_samples, *([simulate_slurm_job(tmp_path)] if in_slurm else [])]
     for number in range(2):  # one always may
-        found, said = run_to_end(words, tmp_path, 1, combine_patches(*patches))
-        assert found == (RESTART if in_slurm and number == 0 else code), said
-        assert said.count("3 tries failed now. It is entered in") == 1
+        found, output = run_to_end(overrides, tmp_path, 1, combine_patches(*patches))
+        assert found == (RESTART if in_slurm and number == 0 else code), output
+        assert output.count("3 tries failed now. It is entered in") == 1
     calls = (tmp_path / "scontrol.txt").read_text().splitlines() if in_slurm else []
     assert calls == ["requeue 77"] * ((code == RESTART) + in_slurm)
 
 
-def in_a_job(folder):
+def simulate_slurm_job(folder):
     """Of Slurm, whose scontrol writes down how it was called."""
     (folder / "bin").mkdir()
     (folder / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> "{folder}/scontrol.txt"\n')
@@ -163,20 +165,20 @@ def in_a_job(folder):
     return patch
 
 
-def turning_bad():
+def corrupt_two_samples():
     """The first two samples of the second step."""
     from lit_vlm.data import micro_batches
 
     read, bad = micro_batches._read_micro_batch_once, set()
 
-    def reads(processor, index, pack, **step):
+    def read_or_fail(processor, index, pack, **step):
         if step.get("step") == 1 and len(bad) < 2:
             bad.update(pack[:2])
         if bad.intersection(pack):
             raise RecordError("somewhere:1", "image '1.jpg' not found", fault=Fault.missing)
         return read(processor, index, pack, **step)
 
-    micro_batches._read_micro_batch_once, micro_batches.RETRY_DELAYS = reads, (0.01, 0.01)
+    micro_batches._read_micro_batch_once, micro_batches.RETRY_DELAYS = read_or_fail, (0.01, 0.01)
 
 
 STARTS = """
@@ -198,7 +200,7 @@ def test_a_pipeline_restarts_a_stage_each_time_its_ranks_halve_the_budget(
     tmp_path, monkeypatch, devices, halved, status, starts
 ):
     config = SimpleNamespace(trainer=SimpleNamespace(devices=devices), guard=SimpleNamespace(max_oom_retries=3))
-    words = [sys.executable, "-c", STARTS, str(tmp_path), str(halved), str(status)]
-    monkeypatch.setattr(pipeline, "build_command", lambda stage, words: words)
-    assert pipeline.run_stage(SimpleNamespace(config=config, dir=tmp_path), words) == status
+    overrides = [sys.executable, "-c", STARTS, str(tmp_path), str(halved), str(status)]
+    monkeypatch.setattr(pipeline, "build_command", lambda stage, overrides: overrides)
+    assert pipeline.run_stage(SimpleNamespace(config=config, dir=tmp_path), overrides) == status
     assert len(list(tmp_path.glob("start-*"))) == starts

@@ -19,7 +19,7 @@ CAPS = ["data.max_length=90", "data.tokens_per_micro_batch=220", "data.global_ba
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
+def work_folder(tmp_path, monkeypatch) -> Path:
     """Pictures alone and several, long talks with and without a picture, and records that fit as they are."""
     monkeypatch.chdir(tmp_path)
     save_photos(tmp_path / "images")
@@ -37,27 +37,28 @@ def place(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def words(place) -> list[str]:
+def overrides(work_folder) -> list[str]:
     sources = {
-        name: {"path": f"{place / name}.jsonl", "image_root": str(place / "images")} for name in ("seen", "talks")
+        name: {"path": f"{work_folder / name}.jsonl", "image_root": str(work_folder / "images")}
+        for name in ("seen", "talks")
     }
-    aside = ["data.on_bad_record=quarantine", "data.max_quarantined=1"]
-    return [*write_data_choice(place, sources=sources, validation={"fraction": 0}), *CAPS, *aside]
+    quarantine = ["data.on_bad_record=quarantine", "data.max_quarantined=1"]
+    return [*write_data_choice(work_folder, sources=sources, validation={"fraction": 0}), *CAPS, *quarantine]
 
 
-def parts_of(*words: str):
+def build_stage_and_data(*overrides: str):
     """(stage with its model, data) of a run, in float64 so that sums in another order agree."""
-    job = parse_sft_run(*words)
+    job = parse_sft_run(*overrides)
     data = build_stage_data(job, *open_sources(job), None)
     stage = make_stage(data.spec, job.config)
     stage.configure_model()
     return stage.double().eval(), data.datamodule
 
 
-def test_each_policy_shortens_the_samples_that_it_can(words):
+def test_each_policy_shortens_the_samples_that_it_can(overrides):
     fitted = {}
     for policy in ("quarantine", "fewer_tiles", "cut_turn"):
-        _, datamodule = parts_of(*words, f"data.on_overlong={policy}")
+        _, datamodule = build_stage_and_data(*overrides, f"data.on_overlong={policy}")
         datamodule.build_indexes()
         fitted[policy] = dict(datamodule.index.length_policy_counts)
         index = datamodule.index
@@ -68,8 +69,8 @@ def test_each_policy_shortens_the_samples_that_it_can(words):
 
 
 @pytest.mark.parametrize("policy", ["fewer_tiles", "cut_turn"])
-def test_step_totals_match_the_batches_and_packed_losses_match_single_samples(words, policy):
-    stage, datamodule = parts_of(*words, f"data.on_overlong={policy}")
+def test_step_totals_match_the_batches_and_packed_losses_match_single_samples(overrides, policy):
+    stage, datamodule = build_stage_and_data(*overrides, f"data.on_overlong={policy}")
     plan = datamodule.make_plan(2)
     index, processor = plan.index, datamodule.processor
     shortened = np.flatnonzero((index.most_tiles >= 0) | (index.turns >= 0))
@@ -94,8 +95,8 @@ def test_step_totals_match_the_batches_and_packed_losses_match_single_samples(wo
 
 
 @pytest.mark.parametrize("policy", ["fewer_tiles", "cut_turn"])
-def test_a_run_trains_on_them_and_counts_the_rest(words, policy):
-    ran = run(*words, "stage=sft", f"data.on_overlong={policy}", "data.global_batch_size=4")
+def test_a_run_trains_on_them_and_counts_the_rest(overrides, policy):
+    ran = run(*overrides, "stage=sft", f"data.on_overlong={policy}", "data.global_batch_size=4")
     data = ran.manifest["data"]
     assert ran.manifest["status"] == "finished" and np.isfinite(ran.read_column("train/loss")).all()
     assert data["num_samples"] + sum(data["quarantined"].values()) == 20
@@ -103,13 +104,18 @@ def test_a_run_trains_on_them_and_counts_the_rest(words, policy):
     assert set(data["quarantined"]) <= {"talks"} if policy == "fewer_tiles" else {"seen"} <= set(data["quarantined"])
 
 
-def test_max_tiles_of_a_source_reaches_the_model_and_the_model_answers(words, place, capsys):
-    words = [*words, "data.max_length=null", "data.tokens_per_micro_batch=2000", "data.sources.seen.max_tiles=1"]
-    stage, datamodule = parts_of(*words)
+def test_max_tiles_of_a_source_reaches_the_model_and_the_model_answers(overrides, work_folder, capsys):
+    overrides = [
+        *overrides,
+        "data.max_length=null",
+        "data.tokens_per_micro_batch=2000",
+        "data.sources.seen.max_tiles=1",
+    ]
+    stage, datamodule = build_stage_and_data(*overrides)
     plan = datamodule.make_plan(1)
     batch = TrainMicroBatches(datamodule.processor, plan, 0)[0]
     capped = [
-        layout for layout, source in zip(batch.layouts, sources_of_layouts(plan, 0), strict=True) if source == "seen"
+        layout for layout, source in zip(batch.layouts, list_layout_sources(plan, 0), strict=True) if source == "seen"
     ]
     assert capped and all(layout.num_tiles <= 2 for layout in capped)
     assert sum(layout.num_tiles for layout in batch.layouts) == batch.num_tiles
@@ -118,14 +124,14 @@ def test_max_tiles_of_a_source_reaches_the_model_and_the_model_answers(words, pl
     )
     with torch.no_grad():
         assert torch.isfinite(stage.compute_token_losses(batch)).all()
-    ran = run(*words, "stage=sft")
+    ran = run(*overrides, "stage=sft")
     capsys.readouterr()
-    asked = [f"image={place / 'images' / 'china.jpg'}", "prompt=What is it?", "max_new_tokens=4", "trainer=cpu"]
+    asked = [f"image={work_folder / 'images' / 'china.jpg'}", "prompt=What is it?", "max_new_tokens=4", "trainer=cpu"]
     dispatch(["task=chat", f"init_from={ran.hf}", *asked])
     assert capsys.readouterr().out.endswith("\n")
 
 
-def sources_of_layouts(plan, step: int) -> list[str]:
+def list_layout_sources(plan, step: int) -> list[str]:
     """The source of each image of the step's only pack, in its order."""
     (pack,) = plan.step(step).packs
     return [

@@ -24,7 +24,7 @@ def files(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch, tmp_path_factory):
+def current_folder(tmp_path, monkeypatch, tmp_path_factory):
     import datasets
 
     monkeypatch.chdir(tmp_path)
@@ -32,30 +32,30 @@ def here(tmp_path, monkeypatch, tmp_path_factory):
 
 
 @pytest.fixture
-def words(files, tmp_path) -> list[str]:
+def overrides(files, tmp_path) -> list[str]:
     """The mixture with weights; a tenth is held out."""
     sources = build_sources(files, **{name: {"weight": weight} for name, weight in WEIGHTS.items()})
     return [*write_data_choice(tmp_path, sources=sources, validation={"fraction": 0.1}), *FAST]
 
 
-def forbidden(*_, **__):
+def fail_on_use(*_, **__):
     pytest.fail("read once more")
 
 
-def shards_of(folder: Path) -> dict[str, int]:
+def read_modification_times(folder: Path) -> dict[str, int]:
     """Name and time of change of everything that is kept."""
     return {
         str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"
     }
 
 
-def test_training_on_prepared_data_indexes_no_record_again(words, monkeypatch):
-    ready = run_prepare(*words, "run_name=five")
-    kept = shards_of(ready.dir.parent / "index")
+def test_training_on_prepared_data_indexes_no_record_again(overrides, monkeypatch):
+    ready = run_prepare(*overrides, "run_name=five")
+    times = read_modification_times(ready.dir.parent / "index")
     with monkeypatch.context() as patch:
-        patch.setattr(Processor, "cost", forbidden)
-        ran = run(*words, "stage=sft", "run_name=five")
-    assert shards_of(ready.dir.parent / "index") == kept
+        patch.setattr(Processor, "cost", fail_on_use)
+        ran = run(*overrides, "stage=sft", "run_name=five")
+    assert read_modification_times(ready.dir.parent / "index") == times
     assert ran.dir == ready.dir and ran.manifest["status"] == "finished"
     data = ran.manifest["data"]
     assert data["num_samples"] + data["num_held_out"] == sum(SIZES.values())
@@ -65,20 +65,23 @@ def test_training_on_prepared_data_indexes_no_record_again(words, monkeypatch):
     assert all(abs(row["drawn"] - 40 * WEIGHTS[name]) <= 1 for name, row in rows.items())
 
 
-def test_preparing_twice_counts_and_decodes_nothing_again(words, monkeypatch):
-    ready = run_prepare(*words)
-    kept, lock = shards_of(ready.dir.parent / "index" / "shards"), (ready.dir / "mixture.lock").read_bytes()
-    monkeypatch.setattr(Processor, "cost", forbidden)
-    monkeypatch.setattr(EncodedImage, "load", forbidden)
-    run_prepare(*words)
-    assert shards_of(ready.dir.parent / "index" / "shards").keys() == kept.keys()
+def test_preparing_twice_counts_and_decodes_nothing_again(overrides, monkeypatch):
+    ready = run_prepare(*overrides)
+    times, lock = (
+        read_modification_times(ready.dir.parent / "index" / "shards"),
+        (ready.dir / "mixture.lock").read_bytes(),
+    )
+    monkeypatch.setattr(Processor, "cost", fail_on_use)
+    monkeypatch.setattr(EncodedImage, "load", fail_on_use)
+    run_prepare(*overrides)
+    assert read_modification_times(ready.dir.parent / "index" / "shards").keys() == times.keys()
     assert (ready.dir / "mixture.lock").read_bytes() == lock
 
 
-def test_preflight_on_prepared_data_reports_that_it_would_run(words, monkeypatch):
-    run_prepare(*words)
-    monkeypatch.setattr(Processor, "cost", forbidden)
-    job = parse_sft_run(*words, "task=preflight")
+def test_preflight_on_prepared_data_reports_that_it_would_run(overrides, monkeypatch):
+    run_prepare(*overrides)
+    monkeypatch.setattr(Processor, "cost", fail_on_use)
+    job = parse_sft_run(*overrides, "task=preflight")
     run_preflight(job)  # exit status 1 is an exception
     facts = json.loads((job.dir / "preflight.json").read_text(encoding="utf-8"))
     assert facts["would_run"] and not [finding for finding in facts["findings"] if finding["level"] == "failure"]
@@ -87,37 +90,37 @@ def test_preflight_on_prepared_data_reports_that_it_would_run(words, monkeypatch
     }
 
 
-def test_the_command_prints_the_contents_of_each_source_and_the_plan(words, tmp_path):
-    done = run_process(*words, "stage=sft", "task=prepare", "run_name=said", cwd=tmp_path, base=TINY[1:])
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    said = done.stdout
-    assert "5 steps; k = 1 on 1 device" in said and "prepared" in said
+def test_the_command_prints_the_contents_of_each_source_and_the_plan(overrides, tmp_path):
+    result = run_process(*overrides, "stage=sft", "task=prepare", "run_name=said", cwd=tmp_path, base=TINY[1:])
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    output = result.stdout
+    assert "5 steps; k = 1 on 1 device" in output and "prepared" in output
     for name, size in SIZES.items():
-        row = next(line for line in said.splitlines() if line.startswith(f"│ {name} "))
+        row = next(line for line in output.splitlines() if line.startswith(f"│ {name} "))
         assert [cell.strip() for cell in row.split("│")[2:6]] == [str(size), str(size), "none", "0"]
     folder = tmp_path / "runs" / "said"
-    assert f"Lock: {folder / 'mixture.lock'}" in said and (folder / "mixture.lock").is_file()
-    assert "quarantine.jsonl" not in said  # under data.on_bad_record=stop nothing is set aside
+    assert f"Lock: {folder / 'mixture.lock'}" in output and (folder / "mixture.lock").is_file()
+    assert "quarantine.jsonl" not in output  # under data.on_bad_record=stop nothing is set aside
 
 
-def test_three_concurrent_processes_on_an_empty_index_end_with_the_same_lock_file(words, tmp_path):
-    jobs = [FORK.Process(target=run_prepare, args=(*words, f"run_name=at_once/{number}")) for number in range(3)]
+def test_three_concurrent_processes_on_an_empty_index_end_with_the_same_lock_file(overrides, tmp_path):
+    jobs = [FORK.Process(target=run_prepare, args=(*overrides, f"run_name=at_once/{number}")) for number in range(3)]
     for job in jobs:
         job.start()
     for job in jobs:
         job.join(PATIENCE)
         assert job.exitcode == 0
     locks = {(tmp_path / "runs" / "at_once" / str(number) / "mixture.lock").read_bytes() for number in range(3)}
-    alone = run_prepare(*words, "data.index_dir=other", "run_name=alone")
+    alone = run_prepare(*overrides, "data.index_dir=other", "run_name=alone")
     assert locks == {(alone.dir / "mixture.lock").read_bytes()}
     assert not list((tmp_path / "runs" / "index").rglob(".*"))
 
 
-def test_the_index_can_be_in_another_folder(words, tmp_path):
-    ready = run_prepare(*words, f"data.index_dir={tmp_path / 'elsewhere'}")
+def test_the_index_can_be_in_another_folder(overrides, tmp_path):
+    ready = run_prepare(*overrides, f"data.index_dir={tmp_path / 'elsewhere'}")
     assert not (ready.dir.parent / "index").exists()
     assert len(list((tmp_path / "elsewhere" / "shards").glob("*.arrow"))) == 2 * len(SIZES)  # counted and decoded
-    ran = run(*words, "stage=sft", f"data.index_dir={tmp_path / 'elsewhere'}")
+    ran = run(*overrides, "stage=sft", f"data.index_dir={tmp_path / 'elsewhere'}")
     assert ran.manifest["status"] == "finished" and not (ran.dir.parent / "index").exists()
 
 
@@ -139,14 +142,14 @@ def test_changed_and_quarantined_records_are_counted_in_the_table(files, tmp_pat
     )
     mine = {"path": str(tmp_path / "mine.jsonl"), "format": "llava"}
     held = mine | {"path": str(tmp_path / "held.jsonl")}
-    own = write_data_choice(tmp_path, sources={"mine": mine}, validation={"sources": {"mine": held}})
-    ready = run_prepare(*own, "data.on_bad_record=quarantine", "data.max_quarantined=0.3")
+    choice = write_data_choice(tmp_path, sources={"mine": mine}, validation={"sources": {"mine": held}})
+    ready = run_prepare(*choice, "data.on_bad_record=quarantine", "data.max_quarantined=0.3")
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│ mine"))
     assert [cell.strip() for cell in row.split("│")[1:6]] == ["mine", "10", "10", "none", "1"]
     assert {line["source"] for line in read_json_lines(ready.dir / "quarantine.jsonl")} == {"mine (validation)"}
 
 
 def test_brackets_in_a_path_are_printed_unchanged(files, tmp_path, capsys):
-    own = write_data_choice(tmp_path, sources={"sharegpt": build_sources(files)["sharegpt"]})
-    run_prepare(*own, f"data.index_dir='{tmp_path}/[/old]/[bold]'")
+    choice = write_data_choice(tmp_path, sources={"sharegpt": build_sources(files)["sharegpt"]})
+    run_prepare(*choice, f"data.index_dir='{tmp_path}/[/old]/[bold]'")
     assert f"{tmp_path}/[/old]/[bold]" in capsys.readouterr().out

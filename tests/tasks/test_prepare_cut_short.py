@@ -27,7 +27,7 @@ def files(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def words(files, tmp_path, monkeypatch, tmp_path_factory) -> list[str]:
+def overrides(files, tmp_path, monkeypatch, tmp_path_factory) -> list[str]:
     """A mixture of six formats, in shards of few records so that there are many moments to be killed at."""
     import datasets
 
@@ -40,10 +40,10 @@ def words(files, tmp_path, monkeypatch, tmp_path_factory) -> list[str]:
     ]
 
 
-def outcome(words: list[str]) -> tuple[str, str, bytes]:
+def compute_outcome(overrides: list[str]) -> tuple[str, str, bytes]:
     """Digests of the index and of what is held out, and the lock."""
-    ready = run_prepare(*words)
-    datamodule = build_datamodule(*words)
+    ready = run_prepare(*overrides)
+    datamodule = build_datamodule(*overrides)
     datamodule.build_indexes()
     return (
         datamodule.index.compute_digest(),
@@ -52,107 +52,109 @@ def outcome(words: list[str]) -> tuple[str, str, bytes]:
     )
 
 
-def strays(store: Path) -> list[str]:
+def list_leftovers(store: Path) -> list[str]:
     """All that is neither kept for good nor a lock."""
     return [path.name for path in store.rglob("*") if path.name.startswith(".") or path.suffix in (".part", ".tmp")]
 
 
-def die_at_the_replacement(number: int, words: list[str]) -> None:
+def prepare_and_die_at_replace(number: int, overrides: list[str]) -> None:
     """Killed when the draft of that number is written and not yet in its place."""
     left, replace = [number], os.replace
 
-    def fatal(*paths):
+    def replace_or_die(*paths):
         left[0] -= 1
         if not left[0]:
             os.kill(os.getpid(), signal.SIGKILL)
         replace(*paths)
 
-    os.replace = fatal
-    run_prepare(*words)
+    os.replace = replace_or_die
+    run_prepare(*overrides)
 
 
 @pytest.mark.slow
-def test_preparing_killed_between_write_and_rename_ends_as_if_never_killed(words, tmp_path):
-    whole = outcome([*words, "data.index_dir=whole", "run_name=whole"])
+def test_preparing_killed_between_write_and_rename_ends_as_if_never_killed(overrides, tmp_path):
+    whole = compute_outcome([*overrides, "data.index_dir=whole", "run_name=whole"])
     killed = 0
     for number in (1, 3, 8, 8, 8, 8):
-        job = FORK.Process(target=die_at_the_replacement, args=(number, [*words, "run_name=cut"]))
+        job = FORK.Process(target=prepare_and_die_at_replace, args=(number, [*overrides, "run_name=cut"]))
         job.start()
         job.join(PATIENCE)
         killed += job.exitcode == -signal.SIGKILL
-    assert killed >= 4 and strays(tmp_path / "runs" / "index")
-    assert outcome([*words, "run_name=cut"]) == whole
-    assert not strays(tmp_path / "runs" / "index")
+    assert killed >= 4 and list_leftovers(tmp_path / "runs" / "index")
+    assert compute_outcome([*overrides, "run_name=cut"]) == whole
+    assert not list_leftovers(tmp_path / "runs" / "index")
 
 
 @pytest.mark.slow
-def test_preparing_killed_at_any_moment_ends_as_if_never_killed(words, tmp_path):
+def test_preparing_killed_at_any_moment_ends_as_if_never_killed(overrides, tmp_path):
     began = time.monotonic()
-    whole = outcome([*words, "data.index_dir=whole", "run_name=whole"])
-    takes, dice, killed = time.monotonic() - began, random.Random(0), 0
+    whole = compute_outcome([*overrides, "data.index_dir=whole", "run_name=whole"])
+    duration, rng, killed = time.monotonic() - began, random.Random(0), 0
     for _ in range(40):
-        job = FORK.Process(target=run_prepare, args=(*words, "run_name=cut"))
+        job = FORK.Process(target=run_prepare, args=(*overrides, "run_name=cut"))
         job.start()
-        time.sleep(dice.uniform(0, takes / 2))
+        time.sleep(rng.uniform(0, duration / 2))
         job.kill()
         job.join(PATIENCE)
         killed += job.exitcode == -signal.SIGKILL
     assert killed > 10
-    assert outcome([*words, "run_name=cut"]) == whole
-    assert not strays(tmp_path / "runs" / "index")
+    assert compute_outcome([*overrides, "run_name=cut"]) == whole
+    assert not list_leftovers(tmp_path / "runs" / "index")
 
 
-def cramped(limit: int, words: list[str], said) -> None:
+def prepare_with_file_limit(limit: int, overrides: list[str], messages) -> None:
     """No file may grow beyond the limit, as on a full disk."""
     sys.stdout = sys.stderr = io.StringIO()  # where pytest puts what is printed is a file as well
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
-        run_prepare(*words)
-        said.put("")
+        run_prepare(*overrides)
+        messages.put("")
     except BaseException as error:
-        said.put(f"{type(error).__name__}: {error}")
+        messages.put(f"{type(error).__name__}: {error}")
 
 
-def within(limit: int, words: list[str]) -> str:
+def read_error_within_limit(limit: int, overrides: list[str]) -> str:
     """What task=prepare says that finds room for files of so many bytes."""
-    said = FORK.SimpleQueue()
-    job = FORK.Process(target=cramped, args=(limit, words, said))
+    messages = FORK.SimpleQueue()
+    job = FORK.Process(target=prepare_with_file_limit, args=(limit, overrides, messages))
     job.start()
-    text = said.get()
+    text = messages.get()
     job.join(PATIENCE)
     return text
 
 
 @pytest.mark.slow
-def test_a_full_disk_is_reported_and_preparing_resumes_when_there_is_room(words, tmp_path):
+def test_a_full_disk_is_reported_and_preparing_resumes_when_there_is_room(overrides, tmp_path):
     """The places of records in their files, the shards, the plan: each is the first that does not fit."""
-    whole = outcome([*words, "data.index_dir=whole", "run_name=whole"])  # the tiny model's parts are there then
+    whole = compute_outcome(
+        [*overrides, "data.index_dir=whole", "run_name=whole"]
+    )  # the tiny model's parts are there then
     for limit in (10, 150, 400, 1000, 2000, 3500):
-        text = within(limit, [*words, "run_name=full"])
+        text = read_error_within_limit(limit, [*overrides, "run_name=full"])
         assert text.startswith("UserError: The index cannot be kept in ") and "File too large. Make room" in text, text
         assert str(tmp_path / "runs" / "index") in text and "set data.index_dir to another folder" in text
-        assert not strays(tmp_path / "runs" / "index")
-    assert outcome([*words, "run_name=full"]) == whole
+        assert not list_leftovers(tmp_path / "runs" / "index")
+    assert compute_outcome([*overrides, "run_name=full"]) == whole
 
 
-def test_a_full_disk_for_the_run_folder_is_named(words, tmp_path):
-    run_prepare(*words, "data.index_dir=whole", "run_name=whole")
-    text = within(3000, [*words, "data.index_dir=whole", "run_name=full"])
+def test_a_full_disk_for_the_run_folder_is_named(overrides, tmp_path):
+    run_prepare(*overrides, "data.index_dir=whole", "run_name=whole")
+    text = read_error_within_limit(3000, [*overrides, "data.index_dir=whole", "run_name=full"])
     folder = tmp_path / "runs" / "full"
     assert text.startswith(f"UserError: mixture.lock cannot be kept in {folder}: File too large.") and "run_dir" in text
     assert list(folder.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_created_is_named(words, tmp_path):
+def test_a_folder_that_cannot_be_created_is_named(overrides, tmp_path):
     (tmp_path / "file").write_text("in the way")
-    for task in (run_prepare, lambda *words: run(*words, "stage=sft")):
+    for task in (run_prepare, lambda *overrides: run(*overrides, "stage=sft")):
         with pytest.raises(UserError, match=r"cannot be kept in .*file/index.*set data\.index_dir to another folder"):
-            task(*words, f"data.index_dir={tmp_path / 'file' / 'index'}")
+            task(*overrides, f"data.index_dir={tmp_path / 'file' / 'index'}")
     assert not (tmp_path / "runs" / "run").exists()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_write_permission_is_named(words, tmp_path):
+def test_a_folder_without_write_permission_is_named(overrides, tmp_path):
     (tmp_path / "readable").mkdir(0o555)
     with pytest.raises(UserError, match=r"cannot be kept in .*readable.*Permission denied\..*set data\.index_dir"):
-        run_prepare(*words, f"data.index_dir={tmp_path / 'readable'}")
+        run_prepare(*overrides, f"data.index_dir={tmp_path / 'readable'}")

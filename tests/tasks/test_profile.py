@@ -11,7 +11,7 @@ ABOUT = {"name": "run", "device": "CPU", "precision": "32-true", "tokens": 1, "t
 
 
 @pytest.fixture(scope="module")
-def words(tmp_path_factory):
+def overrides(tmp_path_factory):
     folder = tmp_path_factory.mktemp("profile")
     save_photos(folder)
     data = write_records(folder / "llava.json", make_conversations())
@@ -19,13 +19,13 @@ def words(tmp_path_factory):
     return [*names, "stage=sft", "stage.learning_rate=1e-3", "trainer.max_steps=5"]
 
 
-def facts(ran, steps):
+def read_facts(ran, steps):
     return summarize_trace(read_trace(ran.dir / "profile_trace.json.gz"), steps, **ABOUT)
 
 
-def test_the_page_shows_where_the_time_is_spent_and_the_model_is_the_same(words):
+def test_the_page_shows_where_the_time_is_spent_and_the_model_is_the_same(overrides):
     small = [
-        *words,
+        *overrides,
         "data.tokens_per_micro_batch=600",
         "data.tiles_per_micro_batch=10",
         "data.validation.every_steps=4",
@@ -37,7 +37,7 @@ def test_the_page_shows_where_the_time_is_spent_and_the_model_is_the_same(words)
     page = (profiled.dir / "profile.html").read_text(encoding="utf-8")
     for text in ("profile of 3 steps", "Where a step&#39;s time goes", "Matrix products", "forward: vision tower"):
         assert text.replace("&#39;", "'") in page
-    found = facts(profiled, 3)
+    found = read_facts(profiled, 3)
     rows = {(row.phase, row.part) for row in found.rows}
     for phase in ("forward", "backward"):
         assert {(phase, part) for part in ("vision tower", "projector", "language model", "head")} <= rows
@@ -48,17 +48,17 @@ def test_the_page_shows_where_the_time_is_spent_and_the_model_is_the_same(words)
     assert profiled.manifest["plan"]["k"] > 1
 
 
-def test_a_run_in_bfloat16_has_no_float32_product_and_one_step_is_enough(words):
-    ran = run(*words, "trainer.profile=true", "trainer.precision=bf16-mixed", "trainer.max_steps=1")
+def test_a_run_in_bfloat16_has_no_float32_product_and_one_step_is_enough(overrides):
+    ran = run(*overrides, "trainer.profile=true", "trainer.precision=bf16-mixed", "trainer.max_steps=1")
     page = (ran.dir / "profile.html").read_text(encoding="utf-8")
     assert "profile of 1 step<" in page and "bf16" in page and "float32" not in page
 
 
-def test_debug_profile_is_a_short_run_with_a_page_that_separates_the_dpo_reference_model(words, tmp_path):
+def test_debug_profile_is_a_short_run_with_a_page_that_separates_the_dpo_reference_model(overrides, tmp_path):
     pairs = write_records(
         tmp_path / "pairs.jsonl", [{"prompt": f"{n}?", "chosen": "a", "rejected": "b"} for n in range(30)]
     )
-    base = [*words, "stage=dpo", "data=preference", f"data.sources.mine.path={pairs}", "trainer.max_steps=50"]
+    base = [*overrides, "stage=dpo", "data=preference", f"data.sources.mine.path={pairs}", "trainer.max_steps=50"]
     ran = run(*base, "debug=profile")
     assert ran.manifest["plan"]["steps"] == 6
-    assert ("forward", "reference") in {(row.phase, row.part) for row in facts(ran, 3).rows}
+    assert ("forward", "reference") in {(row.phase, row.part) for row in read_facts(ran, 3).rows}

@@ -46,14 +46,14 @@ def test_the_quickstart_learns_to_describe_read_count_and_point_in_both_language
 @pytest.mark.timeout(1200)
 def test_two_runs_of_one_seed_on_one_machine_end_with_bitwise_equal_weights(repository, tmp_path):
     digests = set()
-    for place in ("first", "second"):
-        words = [f"run_dir={tmp_path / place}", "experiment=tiny/1_align", "trainer.max_steps=12"]
+    for run_folder in ("first", "second"):
+        overrides = [f"run_dir={tmp_path / run_folder}", "experiment=tiny/1_align", "trainer.max_steps=12"]
         done = subprocess.run(
-            [sys.executable, str(repository / "run.py"), *words, "run_name=run", "data.validation.fraction=0.01"],
+            [sys.executable, str(repository / "run.py"), *overrides, "run_name=run", "data.validation.fraction=0.01"],
             capture_output=True,
             text=True,
             cwd=tmp_path,
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        digests.add(json.loads((tmp_path / place / "run/manifest.json").read_text())["weights_digest"])
+        digests.add(json.loads((tmp_path / run_folder / "run/manifest.json").read_text())["weights_digest"])
     assert len(digests) == 1

@@ -24,25 +24,25 @@ from lit_vlm.data.processor import Processor
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
+def user_folder(tmp_path_factory):
     """A user's folder: photographs in images/, the files beside it, and one runs/ for the module."""
     folder = tmp_path_factory.mktemp("user")
     save_photos(folder / "images")
     write_records(folder / "train.json", make_conversations())
     write_records(folder / "train.jsonl", make_conversations())
-    write_records(folder / "pairs.jsonl", pairs())
+    write_records(folder / "pairs.jsonl", make_pairs())
     return folder
 
 
 @pytest.fixture(autouse=True)
-def here(place, monkeypatch, tmp_path_factory):
+def current_folder(user_folder, monkeypatch, tmp_path_factory):
     import datasets
 
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(user_folder)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
-def pairs():
+def make_pairs():
     """TRL's columns as text and as messages, LLaVA-NeXT's keys, with and without a photograph."""
     return [
         {
@@ -78,7 +78,7 @@ def pairs():
 LLAVA = ["stage=sft", "data=llava_json", "data.sources.mine.path=train.json", "data.sources.mine.image_root=images"]
 
 
-def sound(ran, num_samples, steps=3):
+def check_run(ran, num_samples, steps=3):
     """Finished, counted right, finite, and loadable by plain transformers."""
     manifest = ran.manifest
     assert manifest["status"] == "finished"
@@ -93,32 +93,32 @@ def sound(ran, num_samples, steps=3):
     return manifest
 
 
-def sources_of(manifest) -> list[str]:
+def list_sources(manifest) -> list[str]:
     return [row["name"] for row in manifest["data"]["mixture"] if row["group"] == "source"]
 
 
 @pytest.mark.parametrize("name", ["train.json", "train.jsonl"])
 def test_llava_files_on_photographs_train(name):
-    manifest = sound(run(*LLAVA, f"data.sources.mine.path={name}"), 12)
+    manifest = check_run(run(*LLAVA, f"data.sources.mine.path={name}"), 12)
     rows = manifest["data"]["mixture"]
     assert (rows[0]["name"], rows[0]["size"], rows[0]["drawn"], rows[0]["samples"]) == ("mine", 12, 12, 1.0)
     assert sum(row["drawn"] for row in rows if row["group"] == "language") == 12
 
 
-def test_the_command_of_the_readme_exits_with_status_0_and_prints_the_model_folder(place):
-    done = run_process(*LLAVA, "run_name=readme", "data.num_workers=1", cwd=place)
-    assert done.returncode == 0, done.stderr
-    assert "12 samples, 0 held out; 3 steps of 4 samples in 1 micro-batch on 1 rank" in done.stdout
-    assert f"Model: {place / 'runs' / 'readme' / 'hf'}" in done.stdout
-    assert "Traceback" not in done.stderr and "Warning" not in done.stderr, done.stderr
+def test_the_command_of_the_readme_exits_with_status_0_and_prints_the_model_folder(user_folder):
+    result = run_process(*LLAVA, "run_name=readme", "data.num_workers=1", cwd=user_folder)
+    assert result.returncode == 0, result.stderr
+    assert "12 samples, 0 held out; 3 steps of 4 samples in 1 micro-batch on 1 rank" in result.stdout
+    assert f"Model: {user_folder / 'runs' / 'readme' / 'hf'}" in result.stdout
+    assert "Traceback" not in result.stderr and "Warning" not in result.stderr, result.stderr
 
 
-def picture_bytes(place, name):
-    return (place / "images" / name).read_bytes()
+def read_image_bytes(user_folder, name):
+    return (user_folder / "images" / name).read_bytes()
 
 
 @pytest.mark.parametrize("form", ["paths.jsonl", "bytes.parquet", "paths.parquet"])
-def test_messages_with_images_as_paths_and_as_bytes_train(place, form):
+def test_messages_with_images_as_paths_and_as_bytes_train(user_folder, form):
     records = []
     for i, name in enumerate(PHOTOS * 2):
         question = [
@@ -126,7 +126,7 @@ def test_messages_with_images_as_paths_and_as_bytes_train(place, form):
             {"type": "text", "text": "설명해 주세요." if i % 2 else "Describe it."},
         ]
         answer = [{"type": "text", "text": "사진" if i % 2 else "A photograph"}]
-        image = {"bytes": picture_bytes(place, name), "path": None} if form.startswith("bytes") else name
+        image = {"bytes": read_image_bytes(user_folder, name), "path": None} if form.startswith("bytes") else name
         records.append(
             {
                 "messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}],
@@ -136,12 +136,14 @@ def test_messages_with_images_as_paths_and_as_bytes_train(place, form):
     if form.endswith("jsonl"):
         records.append({"messages": make_turns("No picture?", "None."), "images": []})
         records[0]["messages"][0]["content"][0].pop("text")
-    write_records(place / form, records)
-    words = ["stage=sft", "data=messages", f"data.sources.mine.path={form}"]
-    sound(run(*words, *([] if form.startswith("bytes") else ["data.sources.mine.image_root=images"])), len(records))
+    write_records(user_folder / form, records)
+    overrides = ["stage=sft", "data=messages", f"data.sources.mine.path={form}"]
+    check_run(
+        run(*overrides, *([] if form.startswith("bytes") else ["data.sources.mine.image_root=images"])), len(records)
+    )
 
 
-def test_the_stages_follow_each_other_on_photographs(place):
+def test_the_stages_follow_each_other_on_photographs(user_folder):
     """align, sft, highres with tiles of real photographs, dpo: each starts from what the one before left."""
     align = run(*LLAVA, "stage=align", "data.tiling=base", "run_name=chain/align")
     before = [f"init_from={align.hf}", "run_name=chain/sft"]
@@ -152,7 +154,7 @@ def test_the_stages_follow_each_other_on_photographs(place):
         *("stage=dpo", "data=preference", "data.sources.mine.path=pairs.jsonl", "data.sources.mine.image_root=images"),
         *(f"init_from={highres.hf}", "run_name=chain/dpo", "trainer.log_every_n_steps=1", "stage.learning_rate=1e-3"),
     )
-    manifest = sound(dpo, 6)
+    manifest = check_run(dpo, 6)
     assert "preference" in [row["name"] for row in manifest["data"]["mixture"]]
     assert dpo.read_column("train/loss")[0] == pytest.approx(math.log(2), abs=1e-5)
     assert dpo.read_column("train/loss")[-1] < math.log(2)
@@ -163,11 +165,13 @@ def test_the_stages_follow_each_other_on_photographs(place):
     assert changed and not any("vision_tower" in key or "projector" in key for key in changed)
 
 
-def test_a_photograph_of_640_by_427_is_split_into_tiles(place, parts):
+def test_a_photograph_of_640_by_427_is_split_into_tiles(user_folder, parts):
     from lit_vlm.config.schema import Format, SourceConfig
     from lit_vlm.data.sources import open_source
 
-    settings = SourceConfig(path=str(place / "pairs.jsonl"), image_root=str(place / "images"), format=Format.preference)
+    settings = SourceConfig(
+        path=str(user_folder / "pairs.jsonl"), image_root=str(user_folder / "images"), format=Format.preference
+    )
     record = open_source("mine", settings, max_image_pixels=10**7)[0]
     counts = {}
     for tiling in (Tiling.base, Tiling.anyres):
@@ -183,9 +187,9 @@ MINE = {"path": "train.json", "image_root": "images", "format": "llava"}
 
 def test_two_sources_are_mixed_by_their_weights(tmp_path):
     digits = {"format": "digits", "num_samples": 30, "language": "ko", "weight": 1.0}
-    own = write_data_choice(tmp_path, sources={"photos": MINE | {"weight": 3.0}, "digits": digits})
-    ran = run(*own, "stage=sft", "trainer.max_steps=5", "data.global_batch_size=8")
-    rows = {row["name"]: row for row in sound(ran, 42, steps=5)["data"]["mixture"]}
+    choice = write_data_choice(tmp_path, sources={"photos": MINE | {"weight": 3.0}, "digits": digits})
+    ran = run(*choice, "stage=sft", "trainer.max_steps=5", "data.global_batch_size=8")
+    rows = {row["name"]: row for row in check_run(ran, 42, steps=5)["data"]["mixture"]}
     assert rows["photos"]["asked"] == 0.75 and rows["digits"]["asked"] == 0.25
     assert (rows["photos"]["drawn"], rows["digits"]["drawn"]) == (30, 10)
     assert (rows["photos"]["size"], rows["digits"]["size"]) == (12, 30)
@@ -193,55 +197,58 @@ def test_two_sources_are_mixed_by_their_weights(tmp_path):
 
 
 def test_without_weights_sources_are_mixed_by_their_sizes(tmp_path):
-    own = write_data_choice(tmp_path, sources={"photos": MINE, "digits": {"format": "digits", "num_samples": 36}})
-    ran = run(*own, "stage=sft", "trainer.max_steps=5", "data.global_batch_size=8")
-    rows = {row["name"]: row for row in sound(ran, 48, steps=5)["data"]["mixture"]}
+    choice = write_data_choice(tmp_path, sources={"photos": MINE, "digits": {"format": "digits", "num_samples": 36}})
+    ran = run(*choice, "stage=sft", "trainer.max_steps=5", "data.global_batch_size=8")
+    rows = {row["name"]: row for row in check_run(ran, 48, steps=5)["data"]["mixture"]}
     assert (rows["photos"]["drawn"], rows["digits"]["drawn"]) == (10, 30)
 
 
-def test_validation_sources_are_scored_and_never_trained_on(place, tmp_path):
-    write_records(place / "held.jsonl", make_conversations(5))
-    own = write_data_choice(
+def test_validation_sources_are_scored_and_never_trained_on(user_folder, tmp_path):
+    write_records(user_folder / "held.jsonl", make_conversations(5))
+    choice = write_data_choice(
         tmp_path, sources={"mine": MINE}, validation={"sources": {"held": MINE | {"path": "held.jsonl"}}}
     )
-    ran = run(*own, "stage=sft", "data.validation.every_steps=2", "data.validation.max_samples=1")
-    manifest = sound(ran, 17)
+    ran = run(*choice, "stage=sft", "data.validation.every_steps=2", "data.validation.max_samples=1")
+    manifest = check_run(ran, 17)
     assert (manifest["data"]["num_samples"], manifest["data"]["num_held_out"]) == (12, 5)
-    assert sources_of(manifest) == ["mine"]
+    assert list_sources(manifest) == ["mine"]
     figures = manifest["figures"]
     assert {"val/loss", "val/loss_ko", "val/loss_en"} <= figures.keys()
     assert set(figures["num_scored"].values()) == {1}  # data.validation.max_samples, of each kind and language
     assert len(ran.read_column("val/loss")) == 1
-    written = [json.loads(line) for line in (ran.dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert {row["source"] for row in written} == {"held"} and {row["phase"] for row in written} == {"before", "after"}
+    sample_rows = [json.loads(line) for line in (ran.dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {row["source"] for row in sample_rows} == {"held"} and {row["phase"] for row in sample_rows} == {
+        "before",
+        "after",
+    }
 
 
-def test_a_fraction_is_held_out_of_each_source(place):
-    manifest = sound(run(*LLAVA, "data.validation.fraction=0.25", "data.validation.max_samples=1"), 12)
+def test_a_fraction_is_held_out_of_each_source(user_folder):
+    manifest = check_run(run(*LLAVA, "data.validation.fraction=0.25", "data.validation.max_samples=1"), 12)
     assert (manifest["data"]["num_samples"], manifest["data"]["num_held_out"]) == (9, 3)
     assert math.isfinite(manifest["figures"]["val/loss"])
 
 
 def test_digits_train_in_both_languages_end_to_end():
-    words = [
+    overrides = [
         "stage=sft",
         "data=digits",
         "data.sources.digits_ko.num_samples=40",
         "data.sources.digits_en.num_samples=40",
     ]
-    ran = run(*words, "data.validation.max_samples=2", "data.tiling=base")
-    manifest = sound(ran, 80 + 2 * 297)
+    ran = run(*overrides, "data.validation.max_samples=2", "data.tiling=base")
+    manifest = check_run(ran, 80 + 2 * 297)
     assert (manifest["data"]["num_samples"], manifest["data"]["num_held_out"]) == (
         80,
         2 * 297,
     )  # digits of the test half
-    assert sources_of(manifest) == ["digits_ko", "digits_en"]
+    assert list_sources(manifest) == ["digits_ko", "digits_en"]
     assert set(manifest["figures"]["num_scored"]) == {"digit_ko", "digit_en"}
 
 
-def test_lora_trains_adapters_and_exports_a_plain_model(place):
+def test_lora_trains_adapters_and_exports_a_plain_model(user_folder):
     ran = run(*LLAVA, "stage.parts.language_model.lora.rank=4", "stage.learning_rate=1e-2")
-    manifest = sound(ran, 12)
+    manifest = check_run(ran, 12)
     row = next(row for row in manifest["trained"] if row["part"] == "language_model")
     assert row["how"].startswith("LoRA rank 4") and 0 < row["trainable"] < row["parameters"] / 10
     assert not any("lora" in key for key in ran.load_weights())
@@ -249,9 +256,9 @@ def test_lora_trains_adapters_and_exports_a_plain_model(place):
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_bfloat16_trains_with_clipped_gradients(precision):
-    words = [*LLAVA, "trainer.log_every_n_steps=1", "stage.learning_rate=1e-3", "trainer.gradient_clip_val=0.5"]
-    ran, exact = run(*words, f"trainer.precision={precision}"), run(*words)
-    sound(ran, 12)
+    overrides = [*LLAVA, "trainer.log_every_n_steps=1", "stage.learning_rate=1e-3", "trainer.gradient_clip_val=0.5"]
+    ran, exact = run(*overrides, f"trainer.precision={precision}"), run(*overrides)
+    check_run(ran, 12)
     assert ran.read_column("train/loss") == pytest.approx(exact.read_column("train/loss"), rel=0.05)
     stored = {tensor.dtype for tensor in ran.load_weights().values()}
     assert stored == {torch.bfloat16 if precision == "bf16-true" else torch.float32}
@@ -259,10 +266,10 @@ def test_bfloat16_trains_with_clipped_gradients(precision):
 
 @pytest.mark.parametrize(("stage", "level"), [("align", "true"), ("sft", "selective")])
 def test_activation_checkpointing_changes_no_weight(stage, level):
-    words = [*LLAVA, f"stage={stage}", "stage.learning_rate=1e-3"]
-    plain = run(*words)
-    checkpointed = run(*words, f"stage.activation_checkpointing={level}", f"run_name={stage}_{level}")
-    sound(checkpointed, 12)
+    overrides = [*LLAVA, f"stage={stage}", "stage.learning_rate=1e-3"]
+    plain = run(*overrides)
+    checkpointed = run(*overrides, f"stage.activation_checkpointing={level}", f"run_name={stage}_{level}")
+    check_run(checkpointed, 12)
     theirs = checkpointed.load_weights()
     assert all(torch.allclose(tensor, theirs[key], atol=1e-6) for key, tensor in plain.load_weights().items())
 
@@ -270,23 +277,23 @@ def test_activation_checkpointing_changes_no_weight(stage, level):
 @pytest.mark.parametrize(("debug", "steps", "samples"), [("fast", 4, 12), ("overfit", 3, 4), ("profile", 3, 12)])
 def test_each_debug_mode_exports_a_model(debug, steps, samples):
     ran = run(*LLAVA, f"debug={debug}")
-    sound(ran, samples, steps)
+    check_run(ran, samples, steps)
     if debug == "profile":
         assert "Where a step's time goes" in (ran.dir / "profile.html").read_text(encoding="utf-8")
 
 
-def test_wandb_offline_writes_inside_the_run_folder_only(place, tmp_path):
+def test_wandb_offline_writes_inside_the_run_folder_only(user_folder, tmp_path):
     import wandb
 
-    before = {path.name for path in place.iterdir()}
+    before = {path.name for path in user_folder.iterdir()}
     ran = run(*LLAVA, "logger=wandb", "logger.offline=true", f"run_dir={tmp_path / 'runs'}", "run_name=w/b")
     wandb.finish()
-    assert {path.name for path in place.iterdir()} == before
+    assert {path.name for path in user_folder.iterdir()} == before
     (folder,) = (tmp_path / "runs" / "w" / "b" / "wandb").glob("offline-run-*")
     run_id = ran.manifest["tracking"]["wandb"]["id"]
     assert folder.name.endswith(f"-{run_id}") and (folder / f"run-{run_id}.wandb").is_file()
 
 
-def test_a_single_record_can_be_trained_on(place):
-    write_records(place / "one.jsonl", [make_llava_record("<image>\nWhat?", "China.", image="china.jpg")])
-    sound(run(*LLAVA, "data.sources.mine.path=one.jsonl"), 1)
+def test_a_single_record_can_be_trained_on(user_folder):
+    write_records(user_folder / "one.jsonl", [make_llava_record("<image>\nWhat?", "China.", image="china.jpg")])
+    check_run(run(*LLAVA, "data.sources.mine.path=one.jsonl"), 1)

@@ -17,7 +17,7 @@ from lit_vlm.types import UserError
 
 
 @pytest.fixture(autouse=True)
-def here(tmp_path, monkeypatch, tmp_path_factory):
+def current_folder(tmp_path, monkeypatch, tmp_path_factory):
     import datasets
 
     monkeypatch.chdir(tmp_path)
@@ -25,9 +25,9 @@ def here(tmp_path, monkeypatch, tmp_path_factory):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
 
 
-def stopped(*words: str) -> str:
+def run_and_read_error(*overrides: str) -> str:
     with pytest.raises(UserError) as caught:
-        run(*words)
+        run(*overrides)
     return str(caught.value)
 
 
@@ -35,8 +35,8 @@ def stopped(*words: str) -> str:
 def test_corrupt_archive_members_are_named_and_logged(tmp_path, name):
     files = make_files(tmp_path / "files")
     sources = {name: build_sources(files)[name]}
-    words = [*write_data_choice(tmp_path, sources=sources), "stage=sft", "run_name=bad", "trainer.max_steps=2"]
-    run(*words, "run_name=first")
+    overrides = [*write_data_choice(tmp_path, sources=sources), "stage=sft", "run_name=bad", "trainer.max_steps=2"]
+    run(*overrides, "run_name=first")
     archive = files / "shard.tar" if name == "tar" else files / "delivery" / "TS_사진.zip"
     data, photo = archive.read_bytes(), (files / "images" / PHOTOS[0]).read_bytes()
     if name == "tar":
@@ -45,13 +45,13 @@ def test_corrupt_archive_members_are_named_and_logged(tmp_path, name):
         write_zeros(archive, len(data) // 3, 1500)
     for _ in range(2):  # one photograph serves two records of the tar
         try:
-            run(*words)
+            run(*overrides)
         except UserError as error:
             assert "It is entered in" in str(error), error
-    assert run(*words).manifest["status"] == "finished"
+    assert run(*overrides).manifest["status"] == "finished"
     entries = read_json_lines(tmp_path / "runs" / "bad" / "ledger.jsonl")
     assert entries and {entry["source"] for entry in entries} == {name}
-    index = build_datamodule(*words)
+    index = build_datamodule(*overrides)
     index.build_indexes()
     named = list_sample_names(index.index, range(len(index.index)))
     assert all(f"{name}/{entry['position']}" in named for entry in entries)
@@ -64,10 +64,15 @@ def test_corrupt_images_of_preference_pairs_are_left_out(tmp_path, monkeypatch):
         {"prompt": f"<image>\n{i}?", "chosen": f"Yes {i}", "rejected": "No", "image": PHOTOS[i % 4]} for i in range(8)
     ]
     path = write_records(tmp_path / "pairs.jsonl", pairs)
-    words = ["stage=dpo", "data=preference", f"data.sources.mine.path={path}", "data.sources.mine.image_root=images"]
-    words += ["run_name=bad", "trainer.max_steps=2", "data.validation.fraction=0"]
-    run(*words, "run_name=first")
+    overrides = [
+        "stage=dpo",
+        "data=preference",
+        f"data.sources.mine.path={path}",
+        "data.sources.mine.image_root=images",
+    ]
+    overrides += ["run_name=bad", "trainer.max_steps=2", "data.validation.fraction=0"]
+    run(*overrides, "run_name=first")
     zero_second_half(tmp_path / "images" / "astronaut.jpg")
-    said = {stopped(*words).split(": ")[0] for _ in range(2)}
-    assert said == {"pairs.jsonl:4", "pairs.jsonl:8"}
-    assert run(*words).manifest["status"] == "finished"
+    origins = {run_and_read_error(*overrides).split(": ")[0] for _ in range(2)}
+    assert origins == {"pairs.jsonl:4", "pairs.jsonl:8"}
+    assert run(*overrides).manifest["status"] == "finished"
