@@ -1,4 +1,4 @@
-"""What a run does beside training: counts, losses by language, scores, and the stop before a broken step."""
+"""Tests of the callbacks: throughput counts, losses by language, scores, and the stop before a non-finite step."""
 
 import json
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ KINDS = ("caption", "number", "grounding", "text")
 
 
 class Mine(L.Callback):
-    """A user's own."""
+    """A callback of a user."""
 
 
 class Needy(L.Callback):
@@ -36,7 +36,7 @@ class Needy(L.Callback):
 
 
 class BreaksAt(SFTStage):
-    """Its loss is not a number in the second micro-batch of one step."""
+    """SFT stage whose loss is NaN in the second micro-batch of one step."""
 
     broken_step = 1
 
@@ -191,7 +191,7 @@ def test_guard_stops_before_the_weights_change_and_names_the_samples(blueprint):
         fit(blueprint, [Before(), Guard()], stage_class=Stage, data=tokens)
     (stage,) = stages
     assert stage.seen and all(name in str(error.value) for name in stage.seen)
-    assert str(error.value).count("-train-") == len(stage.seen) < 16  # the sound micro-batch is not accused
+    assert str(error.value).count("-train-") == len(stage.seen) < 16  # the micro-batch with a finite loss is not named
     assert "stage.learning_rate" in str(error.value)
     assert before and all(torch.equal(value, before[name]) for name, value in stage.state_dict().items())
 
@@ -240,7 +240,7 @@ def test_the_end_of_an_answer_is_taken_from_the_template_and_not_the_tokenizer(p
 
 
 def test_an_export_marks_progress_for_each_weight(blueprint, tmp_path, monkeypatch):
-    """Frozen and trained ones; else a slow disk would count as a rank that is stuck."""
+    """This holds for frozen and trained weights. Otherwise a slow disk would count as a stuck rank."""
     seen, tick = [], Progress.mark_progress
     monkeypatch.setattr(Progress, "tick", lambda pulse: [tick(pulse), seen.append(pulse.work.doing)])
     fit(blueprint, [Export(tmp_path)], stage_class=AlignStage, data={"max_steps": 1})

@@ -1,4 +1,4 @@
-"""The guard in a trainer of one's own, without a run's folder."""
+"""Tests of the guard in a plain Lightning trainer, without a run folder."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Where the time goes: parts that add up, what a rank alone takes, and whom the others wait for."""
+"""Tests of the step timer: the parts of a step add up, and the slowest rank is found."""
 
 import time
 from types import SimpleNamespace
@@ -49,7 +49,7 @@ def test_time_is_counted_for_the_part_that_was_running():
 
 
 def test_waiting_for_other_ranks_is_not_backward():
-    """Autograd calls the engine's own end of backward after ours: what that one waits is communication."""
+    """Autograd calls the callback of DDP after that of the timer. The time in it is communication."""
     parts, weight = StepTimer(CPU), torch.ones(3, requires_grad=True)
 
     def queue_communication(gradient):
@@ -84,7 +84,7 @@ def test_the_slowest_rank_is_reported_once_when_it_stays_the_slowest():
     assert found == {"slowest_rank": 2.0, "slowest_excess": pytest.approx(2 / 7)} and not messages
     monitor.update(
         [make_times(backward=6.0), make_times(), make_times(), make_times()]
-    )  # another one: the count begins anew
+    )  # another rank: the count starts again
     for _ in range(10):
         monitor.update(slow)
     assert messages == [

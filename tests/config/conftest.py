@@ -1,4 +1,4 @@
-"""Each test starts outside of Hydra, outside of a sweep, in a folder of its own."""
+"""Fixtures of the config tests: each test starts without Hydra state, without a sweep, in its own folder."""
 
 import pytest
 from hydra.core.global_hydra import GlobalHydra

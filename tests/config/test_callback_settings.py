@@ -1,4 +1,4 @@
-"""Which callbacks a run has."""
+"""Tests of the choice of callbacks of a run."""
 
 import pytest
 

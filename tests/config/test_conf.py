@@ -1,4 +1,4 @@
-"""The files under conf/: each composes, none restates a default, and schemas are no choices."""
+"""Tests of the files in conf/: each composes, none repeats a default, and schemas are no choices."""
 
 import re
 from dataclasses import asdict
@@ -31,7 +31,7 @@ NEEDS = {
 
 
 def build_overrides(name: str) -> list[str]:
-    """The command line that chooses one file."""
+    """Return the overrides that choose one file."""
     if name == "config":
         return ["task=train"]
     if name.startswith("experiment/"):
@@ -70,7 +70,7 @@ def test_a_file_repeats_no_default(name):
     defaults = asdict(hint())
     content = yaml.safe_load((CONF_DIR / f"{name}.yaml").read_text(encoding="utf-8")) or {}
     restated = {key for key, value in content.items() if key != "defaults" and defaults[key] == value}
-    assert restated <= {"precision"}  # said for every machine, so that the reader can compare
+    assert restated <= {"precision"}  # set for every machine, so that the reader can compare
 
 
 def test_shipped_paths_are_below_the_working_folder():

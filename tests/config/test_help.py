@@ -1,4 +1,4 @@
-"""run.py as a person meets it: help, errors, Hydra's own flags. Real processes, real imports, real exit codes."""
+"""Tests of run.py for a user: help, errors and Hydra's own flags, with real processes, imports and exit codes."""
 
 import itertools
 import os
@@ -21,14 +21,14 @@ HEAVY = ("torch", "transformers", "lightning", "numpy", "PIL")
 
 
 def run_py(*arguments: str, python: tuple[str, ...] = (), **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python run.py ...` from a folder that is not the repository."""
+    """Run `python run.py ...` from a folder that is not the repository."""
     command = [sys.executable, *python, str(ROOT / "run.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=PATIENCE)
 
 
 @pytest.fixture
 def dispatched_runs(monkeypatch: pytest.MonkeyPatch) -> list:
-    """The runs that a task would have been given."""
+    """Runs that were passed to a task."""
     runs = []
     for task in Task:
         monkeypatch.setitem(TASKS, task, runs.append)
@@ -113,7 +113,7 @@ def test_multirun_runs_one_job_per_value(dispatched_runs, monkeypatch, tmp_path)
     monkeypatch.setattr(sys, "argv", ["run.py"])
     program.dispatch(["-m", "experiment=tiny/2_sft", "seed=1,2", "trainer.extra.max_time='00:00:01:00'"])
     assert [run.config.seed for run in dispatched_runs] == [1, 2] and len({run.name for run in dispatched_runs}) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # Hydra's list of the jobs, in the folder of the runs
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]  # Hydra's list of jobs, in run_dir
 
 
 def test_multirun_over_several_devices_is_refused_with_the_reason(dispatched_runs):
@@ -136,4 +136,4 @@ def test_main_shows_a_user_error_without_a_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["run.py", "experiment=tiny/1_align"])
     with pytest.raises(SystemExit) as exited:
         program.main()
-    assert exited.value.code == "the folder is empty"  # the interpreter prints it to stderr and leaves with status 1
+    assert exited.value.code == "the folder is empty"  # the interpreter prints it to stderr and exits with status 1

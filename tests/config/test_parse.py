@@ -1,4 +1,4 @@
-"""Overrides in, a typed Run out; every mistake is told, by name and at once."""
+"""Tests of `parse`: overrides become a typed Run, and all errors are reported together, by name."""
 
 import ast
 import inspect
@@ -23,7 +23,7 @@ def collect_errors(*overrides: str) -> list[str]:
 
 
 def write_user_folder(tmp_path: Path, **files: str) -> str:
-    """A folder of one's own beside conf/, as an override."""
+    """Write a user's config folder and return the override that adds it to conf/."""
     for name, text in files.items():
         path = tmp_path / "mine" / f"{name.replace('__', '/')}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def write_user_folder(tmp_path: Path, **files: str) -> str:
     return f"--config-dir={tmp_path / 'mine'}"
 
 
-# What comes out
+# The parsed run
 
 
 def test_no_overrides_run_the_tiny_pipeline():
@@ -349,7 +349,7 @@ def test_the_names_of_sweep_trials_end_in_their_run_id(monkeypatch):
     assert parse(["experiment=tiny/2_sft"]).init_from.endswith("/tiny/1_align/hf")
 
 
-# The stage before, and pipelines
+# The preceding stage, and pipelines
 
 
 def test_previous_is_the_preceding_stage_with_the_same_overrides(tmp_path):

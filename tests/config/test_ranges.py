@@ -1,4 +1,4 @@
-"""Each number of the schema has its range beside it, checked once, for all tasks."""
+"""Tests of the ranges: each number of the schema declares its range, which is checked for all tasks."""
 
 import copy
 import math
@@ -23,7 +23,7 @@ def collect_errors(*overrides):
 
 
 def list_leaf_types(hint):
-    """The types that a setting may hold, those within lists and tables among them."""
+    """Return the types that a setting can hold, including those inside lists and tables."""
     found = [leaf for part in typing.get_args(hint) for leaf in list_leaf_types(part)]
     return found or [hint]
 
@@ -38,7 +38,7 @@ def config():
 
 
 def set_value(config, row, value):
-    """The config with this value in this setting, and the key under which it is found."""
+    """Return a copy of the config with `value` in the setting `row`, and the full key of the value."""
     config = copy.deepcopy(config)
     group, key = config, []
     *path, last = row.key.split(".")
@@ -55,7 +55,7 @@ def set_value(config, row, value):
 
 
 def iter_outside(row):
-    """The nearest values outside the range, and what is no number at all."""
+    """Yield the nearest values outside the range, and NaN and infinity."""
     r, whole = row.range, int in list_leaf_types(row.type)
     if whole:
         yield int(r.low) if r.low_open else int(r.low) - 1

@@ -1,4 +1,4 @@
-"""The named sets and the ready mixtures of conf/data: complete, composable, and open to the command line."""
+"""Tests of the named sets and ready mixtures of conf/data: complete, composable, and open to overrides."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What must not leave a run is known by its name, by its form and by the environment; what only looks like it stays."""
+"""Tests of redaction: secrets are recognised by key name, by format and by the environment; other values are kept."""
 
 import io
 import json
@@ -49,7 +49,7 @@ SFT = ["experiment=tiny/2_sft", "init_from=null"]
 
 @pytest.fixture(autouse=True)
 def _environment_without_secrets(monkeypatch):
-    """The machine's own secrets have no part in it."""
+    """Remove the secrets of this machine from the environment."""
     for name in ("WANDB_API_KEY", "HF_TOKEN"):
         monkeypatch.delenv(name, raising=False)
 
@@ -111,7 +111,7 @@ def test_a_redacted_config_equals_its_original_and_differs_from_another_config()
     assert not is_same_when_redacted(redact(full), {"path": full["path"], "tags": ["y"]})
 
 
-# Every shape, every place
+# All shapes and places
 
 
 def test_a_secret_of_any_shape_is_refused_on_the_command_line_and_never_written(tmp_path):
@@ -127,7 +127,7 @@ def test_500_secret_shapes_are_refused_on_the_command_line_and_never_written(tmp
 
 
 def test_the_leak_check_finds_a_secret_that_is_not_recognised(tmp_path):
-    """That the two tests above can fail."""
+    """Show that the two tests above can fail."""
     plain = secret_sinks.SecretShape("none", "plain words", "plain words")
     places = [key for key, _ in secret_sinks.iter_command_lines(plain)]
     leaks = secret_sinks.find_leaks(plain, tmp_path)
@@ -288,7 +288,7 @@ def test_a_progress_bar_is_rendered_unchanged_by_the_redacted_terminal():
     assert stream_buffer.getvalue() == plain.getvalue() and "step 3" in plain.getvalue()
 
 
-# Where it is typed
+# On the command line
 
 
 def test_a_setting_that_holds_a_secret_is_named_with_a_remedy_and_without_the_secret(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What the schema calls text stays as it is written: in files of settings, in sweep files and on the command line."""
+"""Tests of text settings: they stay as written in config files, in sweep files and on the command line."""
 
 import pytest
 import yaml
@@ -7,7 +7,7 @@ from lit_vlm.config import parse
 from lit_vlm.config.yaml_text import quote_text, read_yaml
 from lit_vlm.sweep.file import read_sweep
 
-# Numbers, truth values and dates of YAML 1.1, or of Hydra's command line
+# Numbers, booleans and dates of YAML 1.1, or of Hydra's command line
 WORDS = (
     "1:30:00 2:15 190:20:30.15 2026-11-28 0x1F 0b101 012 08 1_000 1e3 1.5e+3 1e-5 1e400 .5 5. 1.0 +1 -0 12 on off On OFF yes no"
     " Yes NO true false True FALSE .inf .nan inf nan"

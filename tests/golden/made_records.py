@@ -1,4 +1,4 @@
-"""Writes 200 records in each form of data that is read, on pictures made from a seed."""
+"""Write 200 records in each supported data format, with images made from a seed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ANSWERS = (
 
 
 def write_forms(folder: Path) -> dict[str, dict]:
-    """Write every form below `folder`; returns form -> settings of a source that reads it."""
+    """Write every format below `folder`. Return format -> settings of a source that reads it."""
     names = write_pictures(folder)
     forms = {
         "llava": write_llava(folder, names),
@@ -43,7 +43,7 @@ def write_forms(folder: Path) -> dict[str, dict]:
 
 
 def write_pictures(folder: Path) -> list[str]:
-    """PNG, since every decoder gives the same pixels; sizes from one tile to many, wide and tall."""
+    """Write PNG images, of which every decoder gives the same pixels; from one tile to many, wide and tall."""
     rng = np.random.default_rng(7)
     (folder / "pictures").mkdir(parents=True)
     names = []
@@ -129,7 +129,7 @@ def write_messages_in_parts(folder: Path, names: list[str]) -> dict:
 
 
 def write_messages_in_parquet(folder: Path, names: list[str]) -> dict:
-    """Contents of plain text, pictures as bytes in a column."""
+    """Write messages whose content is plain text, with images as bytes in a column."""
     rng, records = Random(4), []
     for _ in range(NUM_RECORDS):
         pictures, messages = sample_pictures(rng, names), []

@@ -1,10 +1,10 @@
-"""Records what renaming, moving and folding code must not change, as JSON files beside this one.
+"""Records, as JSON files in this folder, the behaviour that a refactoring must not change.
 
-    python tests/golden/net.py              writes every part anew
+    python tests/golden/net.py              writes every part again
     python tests/golden/net.py plans runs   writes these (`begun`: the run folders that are resumed)
 
-`test_golden.py` measures again and compares. Numbers that hang on the processor are compared to the bit where the same
-processor made them, and within a bound elsewhere.
+`test_golden.py` measures again and compares. Numbers that depend on the processor are compared bit by bit if the same
+processor made them, and within a bound otherwise.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from made_records import write_forms
 
 STEPS = 8
 WORLD_SIZES = (1, 2, 8)
-PLANNED_STEPS = 64  # of each plan; later ones come from the same code
+PLANNED_STEPS = 64  # of each plan; later steps come from the same code
 STAGES = ("1_align", "2_sft", "3_highres", "4_dpo")
-SMALL = [  # a run of a recipe's stage, cut short
+SMALL = [  # a short run of a recipe's stage
     f"trainer.max_steps={STEPS}",
     "trainer.log_every_n_steps=1",
     "trainer.enable_progress_bar=false",
@@ -54,7 +54,7 @@ def compute_digest(value: Any) -> str:
 
 
 def describe_processor() -> str:
-    """Name and instruction set, which decide the order in which floats are summed; and the library that sums them."""
+    """Return processor name, instruction set and torch version, which decide the order in which floats are summed."""
     names = re.findall(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return f"{(names or ['unknown'])[0]}, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
@@ -93,7 +93,7 @@ PLANS: dict[str, list[str]] = {
 
 @contextmanager
 def enter_own_folder() -> Iterator[Path]:
-    """A new folder as current one, with `data=own` in it."""
+    """Enter a new temporary folder that holds `data=own`."""
     with tempfile.TemporaryDirectory() as name, chdir(name):
         write_choice(Path("conf/data/own.yaml"), {"sources": BUILTIN})
         yield Path(name)
@@ -113,7 +113,7 @@ def build_datamodule(*overrides: str):
 
 
 def measure_plans() -> dict[str, dict]:
-    """Steps, micro-batches and a digest of which samples every rank reads, for each setting and number of ranks."""
+    """Return steps, micro-batches and a digest of the samples of every rank, by setting and number of ranks."""
     found: dict[str, dict] = {}
     with enter_own_folder():
         for name, overrides in PLANS.items():
@@ -136,11 +136,11 @@ def read_step(plan, number: int) -> list:
     return [step.num_supervised, step.num_samples, step.num_tiles, step.num_chosen, packs]
 
 
-# ---------------------------------------------------------------------------------------------------- forms
+# ---------------------------------------------------------------------------------------------------- formats
 
 
 def measure_forms() -> dict[str, dict]:
-    """Token ids, masks and tiles of 200 records of each form."""
+    """Return token ids, masks and tiles of 200 records of each format, partly as digests."""
     from lit_vlm.data.collate import collate
 
     found = {}
@@ -171,7 +171,7 @@ def measure_forms() -> dict[str, dict]:
 
 
 class PlainSteps(torch.optim.AdamW):
-    """Takes SGD's step, which shows a wrong scale of the gradients that Adam's hides."""
+    """AdamW with the step of SGD, which shows a wrong gradient scale that Adam hides."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -187,7 +187,7 @@ class PlainSteps(torch.optim.AdamW):
 
 
 def measure_runs() -> dict[str, dict]:
-    """Losses of eight steps and the weights after them, stage after stage, as shipped and with SGD."""
+    """Return losses of eight steps and the weights after them, for each stage, as shipped and with SGD."""
     found: dict[str, Any] = {"processor": describe_processor()}
     with tempfile.TemporaryDirectory() as name, chdir(name):
         for optimizer in ("as shipped", "SGD"):
@@ -224,7 +224,7 @@ def measure_run(run: Path) -> dict[str, Any]:
 
 
 def measure_commands() -> dict[str, dict]:
-    """Run name and whole configuration of each command of the documents."""
+    """Return run name and digest of the config of each command in the documents."""
     from test_readme import DOCUMENTS, ENTRY, blocks, words_of
 
     from lit_vlm.config import parse
@@ -249,7 +249,7 @@ def measure_commands() -> dict[str, dict]:
 
 
 def to_plain(value: Any, folder: str) -> Any:
-    """Values as JSON has them, with the current folder taken out of paths."""
+    """Convert values to JSON types, and replace the current folder in paths."""
     if isinstance(value, dict):
         return {str(key): to_plain(item, folder) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -260,7 +260,7 @@ def to_plain(value: Any, folder: str) -> Any:
 
 
 def measure_keys() -> dict[str, list[str]]:
-    """Keys of what a run leaves: others read these files, and runs that were begun before."""
+    """Return the keys of the files of a run, which other programs and resumed runs read."""
     import yaml
 
     found: dict[str, list[str]] = {}
@@ -291,7 +291,7 @@ def iter_key_paths(value: Any, prefix: str = "") -> Iterator[str]:
         yield prefix
 
 
-# ---------------------------------------------------------------------------------------------------- a run of before
+# ---------------------------------------------------------------------------------------------------- a recorded run
 
 BEGUN = [
     "task=train",
@@ -319,12 +319,12 @@ KILLED_AT = 4
 
 BEGUN_FOLDER = Path(
     "/tmp/lit_vlm-golden"
-)  # digests of a checkpoint hold absolute paths, so the run is always resumed here
+)  # the run is always resumed here, since digests of a checkpoint contain absolute paths
 
 
 @contextmanager
 def enter_fixed_folder() -> Iterator[None]:
-    """The one folder in which these runs are made and resumed, empty, as current folder; for one process at a time."""
+    """Enter the fixed folder of these runs, emptied, one process at a time."""
     from filelock import FileLock
 
     with FileLock(f"{BEGUN_FOLDER}.lock"):
@@ -338,7 +338,7 @@ def enter_fixed_folder() -> Iterator[None]:
 
 
 def make_begun(target: Path = HERE) -> None:
-    """Write `begun/`, the folder of a run that was killed at step 4, and `finished/`, the same when it has ended."""
+    """Write `begun/`, the folder of a run killed at step 4, and `finished/`, the same run after its end."""
     from lit_vlm.model.tiny import make_language_model, make_vision_tower
 
     for name in ("begun", "finished"):
@@ -363,15 +363,15 @@ def make_begun(target: Path = HERE) -> None:
 
 
 def copy_begun(copy: Path) -> None:
-    """Copy the folder with the parts, a run and its settings; the index of the data is built again."""
+    """Copy the folder with the parts, the run and its settings, without the data index, which is built again."""
     shutil.copytree(BEGUN_FOLDER, copy, ignore=shutil.ignore_patterns("index"))
 
 
 def resume_begun(name: str) -> tuple[dict[str, Any], str]:
-    """Start a committed run again in its place.
+    """Restart a committed run in the fixed folder.
 
     Returns:
-        Its losses, weights and norms as it ends, and what was printed.
+        Its losses, weights and norms at the end, and the printed output.
     """
     with enter_fixed_folder():
         shutil.copytree(HERE / name, BEGUN_FOLDER, dirs_exist_ok=True)
@@ -380,12 +380,12 @@ def resume_begun(name: str) -> tuple[dict[str, Any], str]:
 
 
 def measure_finished() -> dict[str, Any]:
-    """Losses, weights and norms of the committed run that has ended."""
+    """Return losses, weights and norms of the committed finished run."""
     return {"processor": describe_processor(), "begun": measure_run(HERE / "finished" / "runs" / "begun")}
 
 
 def run_begun(kill_at: int | None = None) -> str:
-    """Start it in a process of its own, in the current folder; `kill_at`: SIGKILL in the step after that one."""
+    """Run it in its own process, in the current folder. `kill_at`: SIGKILL in the step after that one."""
     import subprocess
 
     code = f"import net; net.start_begun({kill_at})"
@@ -420,7 +420,7 @@ def start_begun(kill_at: int | None) -> None:
 
 
 def measure_errors() -> dict[str, list[str]]:
-    """Test of tests/config -> the texts of the `UserError`s that were made in it."""
+    """Return test of tests/config -> messages of the `UserError`s that were created in it."""
     import subprocess
 
     with tempfile.TemporaryDirectory() as name:

@@ -1,4 +1,4 @@
-"""A plugin of pytest that writes the texts of all `UserError`s to the file that RECORDED_ERRORS names, test by test."""
+"""Pytest plugin that writes the messages of all `UserError`s, by test, to the file named by RECORDED_ERRORS."""
 
 from __future__ import annotations
 

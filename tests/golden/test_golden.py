@@ -1,4 +1,4 @@
-"""What the files of this folder recorded is measured again and equal; `net.py` says what is recorded and writes it anew."""
+"""Tests that measure the recorded behaviour again and compare it; `net.py` defines and records it."""
 
 import json
 import math
@@ -13,8 +13,8 @@ import net
 
 pytestmark = pytest.mark.long
 
-LOSS_BOUND = 1e-5  # of SGD on another processor, relative: the bound of packed against single samples
-ADAM_BOUND = 1e-3  # Adam divides by the root of tiny squares, so the order of a sum shows sooner
+LOSS_BOUND = 1e-5  # relative, of SGD on another processor: the bound of packed against single samples
+ADAM_BOUND = 1e-3  # Adam divides by the root of tiny squares, so the order of a sum has more effect
 
 
 def read_recorded(part: str) -> dict:
@@ -68,7 +68,7 @@ def test_a_recorded_finished_run_is_reported_as_finished_and_unchanged():
 
 
 def compare_runs(after: dict, before: dict) -> None:
-    """Equal to the bit on the processor that made the files, within a bound on another one."""
+    """Compare bit by bit on the processor that made the files, and within a bound on another one."""
     same = after.pop("processor") == before.pop("processor")
     assert after.keys() == before.keys()
     for name, now in after.items():

@@ -1,4 +1,4 @@
-"""Faults put into a run that `resume_cases.start` starts, and what its ranks note down."""
+"""Fault injection for runs that `resume_cases.start` starts, and records of each step of each rank."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ SMALL = ["data.global_batch_size=12", "data.tokens_per_micro_batch=120"]  # thre
 
 @dataclass(frozen=True)
 class Fault:
-    """A number that is none: in the loss of one micro-batch, or in the gradient after its backward pass."""
+    """A non-finite number in the loss of one micro-batch, or in the gradient after its backward pass."""
 
     where: str  # "loss" or "gradient"
     step: int
@@ -54,7 +54,7 @@ def inject_faults(faults: Iterable[Fault]) -> Callable[[], None]:
 
 
 def record_steps(folder: Path) -> Callable[[], None]:
-    """Each rank writes a line per step: what was read, and the digests of weights and optimizer before and after it."""
+    """Return a patch: each rank writes, for each step, its samples and the digests of its state before and after."""
 
     def patch() -> None:
         from lit_vlm.tasks import attempts
@@ -100,7 +100,7 @@ class StepRecorder(L.Callback):
 
 
 def compute_digest(trainer: L.Trainer) -> str:
-    """SHA-256 of what this rank holds of weights and moments, and of the number of updates."""
+    """Return the SHA-256 of this rank's weights and moments, and of the number of updates."""
     hasher = hashlib.sha256(str(_count_updates(trainer)).encode())
     for piece in get_sharded_state(trainer).iter_shards():
         hasher.update(piece.values.detach().contiguous().numpy().tobytes())
@@ -112,7 +112,7 @@ def read_step_records(folder: Path, rank: int = 0) -> list[dict]:
 
 
 def raise_out_of_memory_at(step: int, micro_step: int, where: str, rank: int = 0, times: int = 1) -> Callable[[], None]:
-    """torch.OutOfMemoryError there, "forward", "backward" or in the "optimizer"; `times` times, if the step is run again."""
+    """Return a patch that raises torch.OutOfMemoryError in "forward", "backward" or "optimizer", up to `times` times."""
 
     def patch() -> None:
         left = [times]

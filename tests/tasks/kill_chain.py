@@ -1,8 +1,8 @@
 """Chains of SIGKILLs at random moments, saves included: `python tests/tasks/kill_chain.py [kills] [seed]`.
 
-Each chain is a run that is started, killed and started again until it ends; a chain that ends before it had its kills
-begins again under another name. Its last state must be that of a run that was never killed, bit for bit, what it logged
-the same, and its folder must at no moment have lost a checkpoint and in the end hold no file more.
+Each chain is a run that is started, killed and started again until it ends. A chain that ends before all its kills
+starts again under another name. Its last state and its metrics must equal those of an undisturbed run, bit by bit. Its
+folder must never lose a checkpoint, and must hold no additional file at the end.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Chain:
     ranks: int
     runs: int = 0
     kills: int = 0
-    in_a_save: int = 0  # kills that left a draft, or a checkpoint that was being removed
+    in_a_save: int = 0  # kills that left a draft or a half-removed checkpoint
     before_a_step: int = 0  # kills before training began
     faults: list[str] = field(default_factory=list)
 
@@ -78,7 +78,7 @@ class Chain:
 def run_chains(
     folder: Path, kills: int = 100, seed: int = 0, chains: list[tuple[str, int, int]] = CHAINS
 ) -> list[Chain]:
-    """So many kills, spread evenly over the chains."""
+    """Run all chains with `kills` kills, spread evenly over them."""
     rng, finished_chains = Random(seed), [Chain(*one) for one in chains]
     print(HEADING, flush=True)
     for number, chain in enumerate(finished_chains):
@@ -102,9 +102,9 @@ def run_chain(chain: Chain, folder: Path, kills: int, rng: Random) -> None:
 
 
 def run_undisturbed_chain(chain: Chain, folder: Path, overrides: list[str]) -> float:
-    """The run that is never killed; seconds that its training takes."""
+    """Run the chain without a kill. Return the seconds of its training."""
     name = f"{chain.name}_whole"
-    if chain.ranks == 1:  # once in this process, so that its children have what it imports
+    if chain.ranks == 1:  # once in this process, so that the forked children need no imports
         run_undisturbed([*overrides, f"run_name={name}_imports"], folder)
     started = start([*overrides, f"run_name={name}"], folder, chain.ranks)
     wait_for_training(started)
@@ -116,7 +116,7 @@ def run_undisturbed_chain(chain: Chain, folder: Path, overrides: list[str]) -> f
 def run_attempt(
     chain: Chain, folder: Path, overrides: list[str], name: str, kills: int, seconds: float, rng: Random
 ) -> None:
-    """One run to its end, killed on the way."""
+    """Run one run to its end, with kills on the way."""
     checkpoints = CheckpointFolder(folder / "runs" / name / "checkpoints")
     newest = 0
     while True:
@@ -139,8 +139,11 @@ def run_attempt(
 
 
 def kill(started: StartedRun, checkpoints: CheckpointFolder, seconds: float, rng: Random) -> list[int]:
-    """At a moment of its training, mostly; of these, a third once a save has begun; and now and then at any moment since its
-    start. Of two ranks one, or both."""
+    """Kill the run at a random moment, and return the exit codes.
+
+    Mostly the moment lies in training, of these a third of the time in a save. Sometimes it is any moment since the start.
+    Of two ranks, one or both are killed.
+    """
     aim = rng.random()
     if aim < 0.85:
         wait_for_training(started)
@@ -154,7 +157,7 @@ def kill(started: StartedRun, checkpoints: CheckpointFolder, seconds: float, rng
 
 
 def wait_for_training(started: StartedRun) -> None:
-    """Until what will be trained was said, which is the last thing before the first step."""
+    """Wait until the run has printed what it trains, which is its last line before the first step."""
     end = time.monotonic() + PATIENCE
     while "samples," not in started.read_output() and time.monotonic() < end:
         if os.waitid(os.P_PID, started.pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
@@ -168,7 +171,7 @@ def list_drafts(checkpoints: CheckpointFolder) -> list[str]:
 
 
 def check_checkpoints(chain: Chain, checkpoints: CheckpointFolder, before: int) -> int:
-    """The newest one; every one that has its name is whole, and none is lost."""
+    """Check that every checkpoint is whole and none is lost. Return the newest step."""
     steps = checkpoints.list_steps()
     for step in steps:
         check_files(checkpoints.get_step_path(step), read_index(checkpoints.get_step_path(step)))

@@ -1,4 +1,4 @@
-"""Mixtures of every format on real photographs, and what a run makes of them: step by step, as the plan says."""
+"""Mixtures of every format on real photographs, and helpers to prepare and read them."""
 
 import io
 import json
@@ -18,7 +18,7 @@ SIZES = {"llava": 24, "messages": 12, "bytes": 8, "sharegpt": 16, "tar": 8, "zip
 
 
 def make_files(folder: Path) -> Path:
-    """Files in six formats over the four photographs, in both languages, as many records as `SIZES` says."""
+    """Write files in six formats over the four photographs, in both languages, with `SIZES` records."""
     photos = save_photos(folder / "images")
     write_records(folder / "llava.json", make_conversations(SIZES["llava"]))
     write_records(folder / "messages.jsonl", [_make_messages_record(i) for i in range(SIZES["messages"])])
@@ -49,7 +49,7 @@ def _make_messages_record(number: int, photos: Path | None = None) -> dict:
 
 
 def build_sources(folder: Path, **changes: dict) -> dict[str, dict]:
-    """Settings of the six sources; `changes` are added to a source's own."""
+    """Return the settings of the six sources, each updated with its `changes`."""
     images = str(folder / "images")
     mapping = {"questions": ["{q}"], "answer": "{answer}"}
     sources = {
@@ -68,20 +68,20 @@ def parse_sft_run(*overrides: str):
 
 
 def run_prepare(*overrides: str) -> RunOutput:
-    """`python run.py task=prepare <words>` in this process."""
+    """Run `python run.py task=prepare <overrides>` in this process."""
     job = parse_sft_run(*overrides, "task=prepare")
     prepare(job)
     return RunOutput(job.dir)
 
 
 def build_datamodule(*overrides: str) -> DataModule:
-    """As task=train makes it."""
+    """Build the data module as task=train does."""
     job = parse_sft_run(*overrides)
     return build_stage_data(job, *open_sources(job), None).datamodule
 
 
 def list_sample_names(index, samples) -> list[str]:
-    """`source/position` of samples."""
+    """Return `source/position` of each sample."""
     return [f"{index.sources[index.source_of[i]].name}/{index.position[i]}" for i in samples]
 
 
@@ -90,7 +90,7 @@ def read_json_lines(path: Path) -> list[dict]:
 
 
 def zero_second_half(path: Path) -> None:
-    """The file is half zeros now, of the same size and time, so that nobody notices before it is decoded."""
+    """Overwrite half of the file with zeros. Size and time stay, so the damage shows only when it is decoded."""
     length = path.stat().st_size
     write_zeros(path, length // 2, length - length // 2)
 

@@ -1,4 +1,4 @@
-"""Runs that are killed and started again, each start in a process of its own, forked from this one: imports are paid for once.
+"""Runs that are killed and started again. Each start is a process forked from this one, so imports happen once.
 
 A child that is killed by SIGKILL ends as any process does: no handler, no `finally`, no flush.
 """
@@ -26,7 +26,7 @@ from lit_vlm.types import UserError
 
 STEPS = 6
 KINDS = {"align": ("caption",), "sft": ("caption", "text"), "highres": ("word", "multi_image"), "dpo": ("preference",)}
-# Dropout, so that what is drawn in a step matters; several micro-batches in a step.
+# Dropout, so that random numbers of a step matter; several micro-batches in a step.
 OWN = {
     "align": [],
     "sft": ["stage.parts.language_model.lora.rank=4", "stage.parts.language_model.lora.dropout=0.2"],
@@ -35,7 +35,7 @@ OWN = {
 }
 COMMON = [
     "callbacks=[throughput,guard]",
-    "export=false",  # the last checkpoint of a finished run stays, to be looked at
+    "export=false",  # keeps the last checkpoint of a finished run for comparison
     "trainer.log_every_n_steps=1",
     "stage.learning_rate=1e-3",
     "data.tokens_per_micro_batch=400",
@@ -47,7 +47,7 @@ TIME_COLUMNS = ("throughput/", "seconds")
 
 
 def build_overrides(folder: Path, stage: str, *overrides: str) -> list[str]:
-    """`python run.py`'s words for a small run of a stage on built-in samples."""
+    """Return the overrides of `python run.py` for a small run of a stage on built-in samples."""
 
     def make_source(kind: str, language: str, number: int) -> dict:
         return {"format": "builtin", "path": kind, "language": language, "num_samples": number}
@@ -61,16 +61,16 @@ def build_overrides(folder: Path, stage: str, *overrides: str) -> list[str]:
 
 @cache
 def parse_once(folder: Path, *overrides: str) -> Run:
-    """Once for all starts of a run."""
+    """Parse the overrides once for all starts of a run."""
     with chdir(folder):
         return parse([*overrides])
 
 
 def run_undisturbed(overrides: list[str], folder: Path, *, finished: bool = False) -> CheckpointIndex | None:
-    """The undisturbed run, in this process: what it imports, its children have. Returns its last state.
+    """Run without a fault, in this process, so that forked children need no imports. Return its last state.
 
     Args:
-        finished: it exports its model, and leaves no state.
+        finished: the run exports its model and leaves no state.
     """
     job = parse_once(folder, *overrides)
     with chdir(folder):
@@ -86,12 +86,12 @@ class StartedRun:
     log: Path
 
     def kill(self, *ranks: int) -> None:
-        """SIGKILL to these ranks, all of them if none is named."""
+        """Send SIGKILL to these ranks, or to all if none is named."""
         for rank in ranks or range(len(self.pids)):
             os.kill(self.pids[rank], signal.SIGKILL)
 
     def wait(self, limit: float = PATIENCE) -> list[int]:
-        """Exit codes; negative ones are signals. All are killed when one ends otherwise than with 0, as torchrun does."""
+        """Return exit codes; negative ones are signals. All are killed when one fails, as torchrun does."""
         codes: dict[int, int] = {}
         end = time.monotonic() + limit
         while len(codes) < len(self.pids):
@@ -107,7 +107,7 @@ class StartedRun:
         return [codes[pid] for pid in self.pids]
 
     def _end(self, codes: dict[int, int], grace: float) -> None:
-        """The others get some seconds to come to the same end by themselves."""
+        """Give the other processes `grace` seconds to end by themselves, then kill them."""
         end = time.monotonic() + grace
         while any(pid not in codes for pid in self.pids):
             for pid in [pid for pid in self.pids if pid not in codes]:
@@ -123,7 +123,7 @@ class StartedRun:
 
 
 def start(overrides: list[str], folder: Path, ranks: int = 1, patch: Callable[[], None] | None = None) -> StartedRun:
-    """Start a run in `folder`; `patch` is called in each child first."""
+    """Start a run in `folder`. Each child first calls `patch`."""
     log = folder / "logs" / f"{time.monotonic_ns()}.log"
     log.parent.mkdir(exist_ok=True)
     log.touch()
@@ -143,7 +143,7 @@ def start(overrides: list[str], folder: Path, ranks: int = 1, patch: Callable[[]
 def run_to_end(
     overrides: list[str], folder: Path, ranks: int = 1, patch: Callable[[], None] | None = None
 ) -> tuple[int, str]:
-    """Exit code of the first rank, and what was said."""
+    """Start a run and wait. Return the exit code of the first rank and the output of all."""
     started = start(overrides, folder, ranks, patch)
     return started.wait()[0], started.read_output()
 
@@ -153,25 +153,25 @@ def open_run(folder: Path, name: str) -> RunOutput:
 
 
 def read_last_state(folder: Path, name: str) -> CheckpointIndex:
-    """The state after the last step."""
+    """Read the state after the last step."""
     checkpoints = CheckpointFolder(folder / "runs" / name / "checkpoints")
     return read_index(checkpoints.get_step_path(checkpoints.list_steps()[0]))
 
 
 def is_same_state(one: CheckpointIndex, other: CheckpointIndex) -> bool:
-    """Bit for bit: weights and moments are in the files, whose SHA-256 the index holds; so is what was read."""
+    """Compare states bit by bit: the index holds the SHA-256 of the files and of the consumed samples."""
     one_content, other_content = ((i.step, i.updates, i.consumed, i.intervals, i.files) for i in (one, other))
     return one_content == other_content
 
 
 def list_leftovers(folder: Path, name: str) -> list[str]:
-    """Files and folders in a run's folder that no finished run has."""
+    """List the files and folders in a run folder that no finished run has."""
     run_folder = folder / "runs" / name
     return [str(path.relative_to(run_folder)) for path in run_folder.rglob("*") if path.name.startswith(".")]
 
 
 def read_metrics(folder: Path, name: str) -> list[dict]:
-    """metrics.csv without its times."""
+    """Read metrics.csv without its times."""
     import csv
 
     with (folder / "runs" / name / "metrics.csv").open(encoding="utf-8", newline="") as stream:
@@ -180,7 +180,7 @@ def read_metrics(folder: Path, name: str) -> list[dict]:
 
 
 def kill_at_micro_batch(micro_batch: int) -> Callable[[], None]:
-    """SIGKILL in the training step of that micro-batch of the run."""
+    """Return a patch that sends SIGKILL in the training step of that micro-batch of the run."""
 
     def patch() -> None:
         from lit_vlm.stages.base import Stage
@@ -198,7 +198,7 @@ def kill_at_micro_batch(micro_batch: int) -> Callable[[], None]:
 
 
 def _build_rank_environment(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """As torchrun sets it."""
+    """Return the environment that torchrun sets for a rank."""
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "GROUP_RANK": 0}
     names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
     return {key: str(value) for key, value in names.items()}

@@ -1,4 +1,4 @@
-"""Photographs on disk, and runs started as a user starts them: in this process, or as `python run.py`."""
+"""Photographs on disk, and runs as a user starts them: in this process, or as `python run.py`."""
 
 import csv
 import json
@@ -45,7 +45,7 @@ def _load_photo_arrays():
 
 
 def save_photos(folder: Path) -> Path:
-    """Real photographs that ship inside scikit-learn and scikit-image: 640 x 427, 640 x 427, 451 x 300, 512 x 512."""
+    """Save photographs of scikit-learn and scikit-image: 640 x 427, 640 x 427, 451 x 300, 512 x 512."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, array in zip(PHOTOS, _load_photo_arrays(), strict=True):
         Image.fromarray(array).save(folder / name)
@@ -57,7 +57,7 @@ def make_llava_record(*texts: str, **keys) -> dict:
 
 
 def write_data_choice(folder: Path, **data) -> list[str]:
-    """`--config-dir conf data=own`: a YAML file of the user's own that names several sources."""
+    """Write a user's YAML file with several sources. Return `--config-dir conf data=own`."""
     file = folder / "conf" / "data" / "own.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(data), encoding="utf-8")  # JSON is YAML
@@ -69,7 +69,7 @@ def make_turns(*texts) -> list[dict]:
 
 
 def write_records(path: Path, records: list) -> Path:
-    """A JSON list, JSONL or parquet by the ending; a record that is text already is written as it is."""
+    """Write a JSON list, JSONL or parquet, by the suffix. A record that is text is written unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
         import datasets
@@ -82,7 +82,7 @@ def write_records(path: Path, records: list) -> Path:
 
 
 def make_conversations(n: int = 12) -> list[dict]:
-    """LLaVA records in both languages: with one photograph, with two, without; one turn and two."""
+    """Return LLaVA records in both languages, with one, two or no photographs, and one or two turns."""
     records = []
     for i in range(n):
         photo, korean = PHOTOS[i % 4], i % 2
@@ -103,7 +103,7 @@ def make_conversations(n: int = 12) -> list[dict]:
 
 @dataclass
 class RunOutput:
-    """What a run left."""
+    """Files of a run."""
 
     dir: Path
 
@@ -125,13 +125,13 @@ class RunOutput:
         return load_file(self.hf / "model.safetensors")
 
     def take_snapshot(self) -> dict[str, tuple[int, int]]:
-        """Every file with its size and time."""
+        """Return size and modification time of every file."""
         files = [path for path in sorted(self.dir.rglob("*")) if path.is_file()]
         return {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
 
 
 def run(*overrides: str) -> RunOutput:
-    """`python run.py <TINY> <words>` in this process."""
+    """Run `python run.py <TINY> <overrides>` in this process."""
     job = parse([*TINY, *overrides])
     train(job)
     return RunOutput(job.dir)
@@ -140,7 +140,7 @@ def run(*overrides: str) -> RunOutput:
 def run_process(
     *overrides: str, cwd: Path, ranks: int | None = None, limit: float = PATIENCE, base: list[str] = TINY
 ) -> subprocess.CompletedProcess:
-    """`python run.py <TINY> <words>` as a process, under torchrun with `ranks`. Ends with an error after `limit` seconds."""
+    """Run `python run.py <TINY> <overrides>` as a process, under torchrun with `ranks`, for at most `limit` seconds."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks else []
     env = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"}
     command = [sys.executable, *launcher, str(RUN), *base, *overrides]

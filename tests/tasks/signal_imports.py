@@ -1,8 +1,8 @@
-"""A signal at each import of a run: `python tests/tasks/signal_imports.py RESULT run.py WORD... [-- WORD...]...`, one run after the other.
+"""A signal at each import of a run: `python tests/tasks/signal_imports.py RESULT run.py OVERRIDE... [-- OVERRIDE...]...`.
 
-At each point the handler does all that it does, but for ending the process, so that one process passes all points. At every
-hundredth, and where libraries are known to catch what an import raises, a fork is ended in earnest, with everything caught
-around the import. RESULT gets what was seen, as JSON.
+The overrides after each `--` are another run. At each import the handler does all its work except ending the process, so
+one process passes all imports. At every hundredth import, and at libraries that catch exceptions of an import, a fork is
+really ended, with every exception around the import suppressed. RESULT is the result as JSON.
 """
 
 import contextlib
@@ -37,13 +37,13 @@ record = {"points": 0, "while training": 0, "in earnest": [], "faults": []}
 
 
 class Points:
-    """In front of all finders."""
+    """Import hook before all other finders."""
 
     def find_spec(self, name, path=None, target=None):
         current = signals.get_signal_handler()
         if current is None or os.getpid() != current.pid:
             return None
-        if current.listener is not None:  # told, and acted on at the end of the step
+        if current.listener is not None:  # the training loop acts on the signal at the end of the step
             record["while training"] += 1
             return None
         number = list(STATUS)[record["points"] % len(STATUS)]

@@ -1,12 +1,12 @@
 """Signals at random moments of a run's life: `python tests/tasks/signal_moments.py FOLDER [of each signal] [seed]`.
 
-A chain is a run that is started, sent a signal and started again, until its moments are used up; then it is let finish. Half of
-the chains begin with a run that has come half the way. A moment is a share of what the processor does for an undisturbed
-start, from the first line of `run.py` to the end of the interpreter, so that a busy machine changes little; every other one
-lies behind the imports. Each start must end with a documented status that fits what it said, without a traceback, and leave
-whole files; the chain's last one must leave the model and the table of an undisturbed run.
+A chain is a run that is started, sent a signal and started again, until it has had all its signals; then it finishes. Half
+of the chains start from a half-finished run. A moment is a share of the processor time of an undisturbed start, from the
+first line of `run.py` to the end of the interpreter, so a busy machine has little effect. Every other moment is after the
+imports. Each start must end with a documented status that matches its output, without a traceback and with whole files. The
+last start of a chain must leave the model and the metrics of an undisturbed run.
 
-What was seen is appended to FOLDER/moments.jsonl; the same command goes on behind it.
+Results are appended to FOLDER/moments.jsonl; the same command resumes after them.
 """
 
 from __future__ import annotations
@@ -40,27 +40,27 @@ SAVED = AT_ONCE | {signal.SIGTERM: RESTART}
 CHAIN = 24  # moments of one run
 STEPS = 12
 LIMIT = 600.0  # seconds of one start
-ATTEMPTS = 8  # to meet a run before it is over
+ATTEMPTS = 8  # to send the signal before a run ends
 KINDS = ([], ["data.num_workers=1"], [], ["logger.wandb=true", "logger.offline=true"])  # of chains, in turn
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1", "WANDB_SILENT": "true"}
 IGNORED_FILES = (
     "held.json",
     "heartbeat",
     "stuck",
-)  # say who runs, and what an ended process left there counts for nothing
+)  # they name the running process; what an ended process left in them has no effect
 
 
 @dataclass
 class Moment:
-    """One signal, and what came of it.
+    """One signal and its result.
 
     Attributes:
-        share: of an undisturbed start's life.
-        half: the chain began with a run that had come half the way.
-        status: of the process; None: it had ended before the signal.
-        answer: "left", "saved", "done" or what else it said.
-        step: of the newest checkpoint afterwards.
-        seconds: from the signal to the end.
+        share: of the processor time of an undisturbed start.
+        half: the chain started from a half-finished run.
+        status: exit status of the process; None: it ended before the signal.
+        answer: "left", "saved", "done" or "nothing", by the output.
+        step: step of the newest checkpoint afterwards.
+        seconds: time from the signal to the end.
     """
 
     number: int
@@ -79,14 +79,14 @@ class Moment:
 class EndedProcess:
     status: int
     output: str
-    signal_sent: bool  # the signal, before the end
-    cpu_seconds: float  # seconds of the processor
-    first_output: float  # of these, before its first word
+    signal_sent: bool  # before the end
+    cpu_seconds: float  # processor time until the signal or the end
+    first_output: float  # of these, before its first output
     seconds: float
 
 
 class ReferenceRuns:
-    """A folder with undisturbed runs to compare with."""
+    """Folder with undisturbed runs to compare with."""
 
     def __init__(self, folder: Path, ranks: int = 1) -> None:
         self.folder, self.ranks = folder.resolve(), ranks
@@ -116,7 +116,7 @@ class ReferenceRuns:
     def start(
         self, name: str, more: list[str], number: int = 0, is_due: Callable[[float], bool] = lambda used_seconds: False
     ) -> EndedProcess:
-        """One start of a run, sent a signal when its life, in seconds of the processor's, has come so far."""
+        """Start a run, and send it a signal when `is_due` is true of its processor time in seconds."""
         log = self.folder / "log.txt"
         command = [sys.executable]
         if self.ranks > 1:
@@ -146,7 +146,7 @@ class ReferenceRuns:
 
     @cached_property
     def half(self) -> EndedProcess:
-        """A run that has come half the way; what its next start takes is measured on a copy."""
+        """A half-finished run. Its next start is measured on a copy."""
         shutil.rmtree(self.get_run_dir("half"), ignore_errors=True)
         shutil.rmtree(self.get_run_dir("rest"), ignore_errors=True)
         checkpoints = CheckpointFolder(self.get_run_dir("half") / "checkpoints")
@@ -161,7 +161,7 @@ class ReferenceRuns:
 def _send_signal_when(
     process: subprocess.Popen, number: int, is_due: Callable[[float], bool], log: Path
 ) -> tuple[bool, float, float, float]:
-    """Send the signal when it is time. Whether it was sent, the life so far, that before the first word, and when it was."""
+    """Send the signal when it is due. Return whether it was sent, the processor time, that before output, and the clock."""
     clock = ((~process.pid) << 3) | 2  # clock_getcpuclockid(3)
     used_seconds, first_output_at, ready, end = 0.0, 0.0, False, time.monotonic() + LIMIT
     while time.monotonic() < end:
@@ -178,14 +178,14 @@ def _send_signal_when(
 
 
 def _has_signal_handlers(pid: int) -> bool:
-    """Whether `run.py` has begun: it holds signals back, and then has handlers. Before, Python itself is starting."""
+    """Return whether `run.py` blocks or handles signals. Before that, Python itself is starting."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     masks = [int(line.split()[1], 16) for line in lines if line.startswith(("SigBlk:", "SigCgt:"))]
     return any(mask >> (signal.SIGUSR1 - 1) & 1 for mask in masks)
 
 
 def sample_moments(of_each: int, seed: int) -> list[Moment]:
-    """All moments: for each signal they are spread evenly over the life, each at random within its part of it."""
+    """Sample all moments: evenly spread over the processor time for each signal, each at random within its part."""
     rng, count = Random(seed), of_each * len(SIGNALS)
     shares = {number: [(part + rng.random()) / of_each for part in range(of_each)] for number in SIGNALS}
     for found in shares.values():
@@ -200,7 +200,7 @@ def sample_moments(of_each: int, seed: int) -> list[Moment]:
 
 
 def run_moments(folder: Path, of_each: int, seed: int = 0, ranks: int = 1) -> list[Moment]:
-    """All of them, but those that FOLDER has already."""
+    """Run all moments that FOLDER does not have already."""
     reference, known = ReferenceRuns(folder, ranks), folder / "moments.jsonl"
     lines = known.read_text().splitlines() if known.is_file() else []
     seen = [Moment(**json.loads(line)) for line in lines]
@@ -222,7 +222,7 @@ def run_moments(folder: Path, of_each: int, seed: int = 0, ranks: int = 1) -> li
 
 
 def run_moment(reference: ReferenceRuns, moment: Moment) -> None:
-    """Send one signal to the run of the moment's chain, which is begun where it is not there, and at its end let finish."""
+    """Send one signal to the run of the moment's chain, and let the run finish at the end of the chain."""
     name, more, number = f"chain-{moment.number // CHAIN}", KINDS[moment.kind], signal.Signals[moment.signal]
     behind_imports = moment.number // len(SIGNALS) % 2 == 1
     if moment.number % CHAIN == 0:
@@ -243,13 +243,13 @@ def run_moment(reference: ReferenceRuns, moment: Moment) -> None:
             shutil.rmtree(reference.get_run_dir(name), ignore_errors=True)
         if ended.signal_sent or moment.faults:
             return
-        measured = ended  # it was over sooner than the one that was measured
+        measured = ended  # it ended sooner than the measured one
 
 
 def check_start(
     reference: ReferenceRuns, name: str, moment: Moment, ended: EndedProcess, before: list[int], number: int
 ) -> None:
-    """The status fits what was said, no file is torn and no checkpoint lost."""
+    """Check that the status matches the output, no file is torn and no checkpoint is lost."""
     output, faults = ended.output, moment.faults
     moment.status = ended.status if ended.signal_sent else None
     moment.answer, wanted = "nothing", None
@@ -260,7 +260,7 @@ def check_start(
     elif "done. Model" in output or "finished already" in output:
         moment.answer, wanted = "done", 0
     if reference.ranks > 1 and moment.answer != "done":
-        wanted = 1  # torchrun's, whatever its ranks end with
+        wanted = 1  # the status of torchrun, for any status of its ranks
     if ended.status != wanted:
         faults.append(f"status {ended.status} and not {wanted}: {output[-1500:]}")
     torchruns = reference.ranks > 1 and "SignalException" in output
@@ -277,7 +277,7 @@ def check_start(
 
 
 def list_checkpoints(reference: ReferenceRuns, name: str, moment: Moment) -> list[int]:
-    """Their steps, newest first; each is whole."""
+    """Return the steps of the checkpoints, newest first, and check that each is whole."""
     folder = CheckpointFolder(reference.get_run_dir(name) / "checkpoints")
     steps = folder.list_steps()
     for step in steps:
@@ -289,7 +289,7 @@ def list_checkpoints(reference: ReferenceRuns, name: str, moment: Moment) -> lis
 
 
 def find_torn_files(run_dir: Path) -> list[str]:
-    """Of those that have their names; what a process left of a draft begins with a dot."""
+    """Find torn files. Drafts of an ended process are ignored; their names begin with a dot."""
     faults = []
     for path in run_dir.rglob("*.json*"):
         inside = path.relative_to(run_dir).parts
@@ -308,7 +308,7 @@ def find_torn_files(run_dir: Path) -> list[str]:
 
 
 def check_end(reference: ReferenceRuns, name: str, more: list[str], moment: Moment) -> None:
-    """Let the chain's run finish: it is the undisturbed one."""
+    """Let the chain's run finish and compare it with the undisturbed run."""
     _ = reference.undisturbed
     ended = reference.start(name, more)
     if ended.status != 0 or "Traceback" in ended.output:
@@ -327,7 +327,7 @@ def check_end(reference: ReferenceRuns, name: str, more: list[str], moment: Mome
 
 
 def read_metrics(ran: RunOutput) -> list[dict[str, str]]:
-    """`metrics.csv` without times."""
+    """Read `metrics.csv` without times."""
     with (ran.dir / "metrics.csv").open(newline="") as stream:
         found = list(csv.DictReader(stream))
     return [
@@ -354,6 +354,6 @@ def format_table(moments: list[Moment]) -> str:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # the run under way is ended, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))  # also ends the running process
     where, of_each, seed = (*sys.argv[1:], *("", "200", "0")[len(sys.argv) - 1 :])
     sys.exit(any(one.faults for one in run_moments(Path(where), int(of_each), int(seed))))

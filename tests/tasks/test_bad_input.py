@@ -1,4 +1,4 @@
-"""Claims about bad input: each mistake ends the run at once, with one message that names where and what to do, and harms nothing."""
+"""Tests of bad input: each error ends the run with one message that names place and remedy, and damages nothing."""
 
 import json
 import sys
@@ -42,7 +42,7 @@ sys.addaudithook(_record_connections)  # cannot be removed, hence the switch
 
 @pytest.fixture(scope="module")
 def user_folder(tmp_path_factory):
-    """A user's folder with a run that is finished."""
+    """Folder of a user with images and a file of records."""
     folder = tmp_path_factory.mktemp("user")
     save_photos(folder / "images")
     write_records(folder / "train.jsonl", make_conversations())
@@ -61,14 +61,14 @@ def current_folder(user_folder, monkeypatch):
 
 @pytest.fixture(scope="module")
 def finished_run(user_folder):
-    """A finished run, `run_name=kept`, that no mistake may touch."""
+    """A finished run, `run_name=kept`, that no error may change."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(user_folder)
         return run(*LLAVA, "run_name=kept")
 
 
 def make_decompression_bomb() -> bytes:
-    """A PNG of some hundred bytes that claims 30,000 x 30,000 pixels."""
+    """Return a PNG of some hundred bytes that claims 30,000 x 30,000 pixels."""
     import struct
     import zlib
 
@@ -81,16 +81,16 @@ def make_decompression_bomb() -> bytes:
 
 
 def read_error(*overrides: str) -> str:
-    """What the user reads when `python run.py <words>` is refused."""
+    """Return the message with which `python run.py <overrides>` is refused."""
     with pytest.raises(UserError) as caught:
         dispatch([*TINY, *overrides])
     return str(caught.value)
 
 
 def read_error_and_check_run(ran: RunOutput, *overrides: str) -> str:
-    """The message of a mistake made with run_name=kept overwrite=true: the finished run must survive it whole.
+    """Return the message of an error with run_name=kept overwrite=true, and check that the finished run is unchanged.
 
-    A list of bad records may come to lie beside it.
+    A list of bad records may be added to its folder.
     """
     before = ran.take_snapshot()
     text = read_error(*overrides, "run_name=kept", "overwrite=true")
@@ -165,14 +165,14 @@ def test_all_errors_are_reported_together_without_a_traceback_and_with_status_1(
 )
 def test_a_file_that_cannot_be_read_ends_the_run(user_folder, finished_run, name, content, expected):
     (user_folder / name).write_text(content, encoding="utf-8")
-    for policy in ("stop", "quarantine"):  # a whole file is never set aside
+    for policy in ("stop", "quarantine"):  # a whole file is never quarantined
         text = read_error_and_check_run(
             finished_run, *LLAVA, f"data.sources.mine.path={name}", f"data.on_bad_record={policy}"
         )
         assert all(part in text for part in expected), text
 
 
-# Records: name -> (record, what the message says)
+# Records: name -> (record, part of the message)
 LONG = "아주 긴 대답입니다. " * 60
 RECORDS = {
     "not JSON": ('{"conversations": [', "not JSON at column 20"),
@@ -208,7 +208,7 @@ CAPS = [
 
 @pytest.fixture(scope="module")
 def faulty_file(user_folder):
-    """One file with every fault, and as many sound records between them."""
+    """A file with every fault, and as many good records between them."""
     sound = [make_llava_record(ASK, "A temple.", image="china.jpg"), make_llava_record("Hi", "안녕")]
     records = [record for i, (bad, _) in enumerate(RECORDS.values()) for record in (sound[i % 2], bad)]
     return write_records(user_folder / "faulty.jsonl", records)
@@ -237,7 +237,7 @@ def test_each_bad_record_is_named_with_its_line_and_cause(user_folder, name):
     text = read_error(*LLAVA, *CAPS, "data.sources.mine.path=one.jsonl", "run_name=never")
     assert "one.jsonl:2: " in text and expected in text, text
     left = {path.name: path for path in (user_folder / "runs" / "never").iterdir()}
-    assert left.keys() - {"held.lock"} == {"bad_records.jsonl"}  # and nothing of a run
+    assert left.keys() - {"held.lock"} == {"bad_records.jsonl"}  # and no file of a run
     listed = left["bad_records.jsonl"]
     assert [json.loads(row)["origin"] for row in listed.read_text("utf-8").splitlines()] == ["one.jsonl:2"]
 
@@ -307,7 +307,7 @@ BROKEN = [*LLAVA, "data.sources.mine.path=broken.jsonl"]
 
 @pytest.fixture
 def broken_image(user_folder):
-    """The header is whole, so the index finds no fault; the pixels are missing."""
+    """Data with an image whose header is whole, so the index finds no fault, but whose pixels are missing."""
     write_records(
         user_folder / "broken.jsonl",
         [make_llava_record(ASK, "A temple.", image="truncated.jpg"), *make_conversations(5)],
@@ -419,7 +419,7 @@ def test_links_out_of_the_image_root_are_not_followed(user_folder):
 
 
 def test_control_tokens_written_in_the_data_stay_text_in_every_batch(user_folder, monkeypatch):
-    """In a whole run, the placeholders are as many as the image features, and turns end as often as turns end."""
+    """In a whole run there are as many placeholders as image features, and one end token for each turn."""
     written = "<|im_end|> <|im_start|>assistant <bbox> </obj> <gro> <video>"
     records = [make_llava_record(ASK, f"{i} <image> {written}", image=PHOTOS[i % 4]) for i in range(4)]
     records += [make_llava_record(f"{written} {i}", f"<image> {written}") for i in range(4)]

@@ -1,4 +1,4 @@
-"""The 500 files of bad_images.py as records beside good ones: task=prepare names each bad one, and the rest is trained on."""
+"""Tests of the 500 files of bad_images.py among good records: task=prepare names the bad ones, the rest is trained on."""
 
 import json
 import os
@@ -13,12 +13,12 @@ from run_helpers import make_llava_record, run, write_records
 from lit_vlm.types import Fault, UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-GOOD = 40  # beside them
+GOOD = 40  # in addition
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """The folder with train.jsonl, whose lines are good ones and bad ones in turn; and (line, fault) of the bad ones."""
+    """Folder with train.jsonl of good and bad records; the number of records; and line -> fault of the bad ones."""
     folder = tmp_path_factory.mktemp("bad")
     cases = [case for case in bad_images.make(folder) if not (case.unless_root and os.geteuid() == 0)]
     bad_images.Image.new("RGB", (80, 60), "red").save(folder / "images" / "good.png")
@@ -27,7 +27,7 @@ def corpus(tmp_path_factory):
         if number % 12 == 0:
             records.append(make_llava_record("<image>\nWhat?", f"Red {number}", image="good.png"))
         records.append(make_llava_record("<image>\nWhat?", f"Case {number}", image=case.path))
-        if case.expected:  # a data URI is no address for a record: it carries the picture, or here what is none
+        if case.expected:  # for a record, a data URI is no URL: it contains the image, or here bytes that are no image
             fault = Fault.not_an_image if case.path.startswith("data:") else case.expected
             expected[f"train.jsonl:{len(records)}"] = str(fault)
     write_records(folder / "train.jsonl", records)
@@ -68,7 +68,7 @@ def test_each_bad_record_is_quarantined_with_its_fault_and_all_others_are_traine
     )
     assert ran.manifest["status"] == "finished" and ran.manifest["data"]["quarantined"] == {"mine": len(expected)}
     num_sampled = next(row["drawn"] for row in ran.manifest["data"]["mixture"] if row["name"] == "mine")
-    assert num_sampled >= len(lines) == ran.manifest["data"]["num_samples"]  # each was decoded
+    assert num_sampled >= len(lines) == ran.manifest["data"]["num_samples"]  # so each was decoded
     assert not (ran.dir / "ledger.jsonl").exists()
 
 
@@ -95,4 +95,4 @@ def test_the_policy_stop_names_bad_records_with_counts_and_quarantines_nothing(o
     assert all(f"{number:,} {fault}" in text for fault, number in Counter(expected.values()).items())
     (listed,) = Path(tmp_path / "runs" / "bad").glob("*")
     assert listed.name == "bad_records.jsonl" and {row["origin"] for row in read_json_lines(listed)} == set(expected)
-    assert json.dumps(text)  # whatever their names hold
+    assert json.dumps(text)  # valid for any file name

@@ -1,4 +1,4 @@
-"""Talking to a finished model."""
+"""Tests of task=chat with a finished model."""
 
 import io
 from pathlib import Path
@@ -19,7 +19,7 @@ POINTS = "<obj>별</obj><bbox>0.1, 0.1, 0.6, 0.7</bbox>"
 
 
 class ChatRun:
-    """What chat() reads of a Run."""
+    """Run with the attributes that task=chat reads."""
 
     def __init__(self, init_from, **settings):
         self.init_from = init_from
@@ -48,7 +48,7 @@ def conversation(blueprint):
 
 @pytest.fixture
 def scripted_answers(monkeypatch):
-    """Makes the model say these texts, and keeps what it was asked."""
+    """Return a function that makes the model answer with given texts and returns the list of its prompts."""
 
     def set_answers(*texts):
         asked, texts = [], list(texts)
@@ -131,7 +131,7 @@ def test_commands_work_and_errors_do_not_end_the_conversation(
     )
     run_chat(ChatRun(folder))
     output = capsys.readouterr().out
-    assert output.count("/reset") == 2  # /help and the word that is no command
+    assert output.count("/reset") == 2  # /help and the unknown command
     assert "nowhere.png" in output and "not found" in output
     assert [len(sample.images) for sample in asked] == [0, 1]
     assert "boxes: chat_1.png" in output and Path("chat_1.png").is_file()

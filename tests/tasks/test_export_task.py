@@ -1,4 +1,4 @@
-"""The model that a run leaves, whatever callbacks are named, and task=export, which makes it of a checkpoint."""
+"""Tests of the exported model of a run, with any callbacks, and of task=export, which exports a checkpoint."""
 
 import shutil
 import signal
@@ -14,7 +14,7 @@ from lit_vlm.config import parse
 from lit_vlm.tasks.export import export
 from lit_vlm.types import UserError
 
-LORA = "sft"  # of resume_cases: with LoRA of the language model
+LORA = "sft"  # stage of resume_cases with LoRA of the language model
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def current_folder(work_folder, monkeypatch):
 
 @pytest.fixture(scope="module")
 def get_run_pair(work_folder):
-    """By stage: the same run with its own export, and without."""
+    """Return a function: stage -> the same run with its own export and without, and its overrides."""
     made: dict[str, tuple[RunOutput, RunOutput, list[str]]] = {}
 
     def get_pair(stage: str) -> tuple[RunOutput, RunOutput, list[str]]:
@@ -52,7 +52,7 @@ def run_export(*overrides: str) -> None:
 
 
 def check_same_folder(one: Path, other: Path) -> None:
-    """Every file to the byte, weights and template among them."""
+    """Check that all files are equal byte by byte, including weights and template."""
     names = {path.name for path in one.iterdir()}
     assert names == {path.name for path in other.iterdir()}
     different = [name for name in sorted(names) if (one / name).read_bytes() != (other / name).read_bytes()]

@@ -1,5 +1,4 @@
-"""A run that goes on reads what it was planned with: the day in its template, its tokenizer, its pictures; and it goes on when
-its manifest is lost."""
+"""Tests that a resumed run uses the template date, tokenizer and images of its plan, and resumes without a manifest."""
 
 import json
 import shutil
@@ -31,7 +30,7 @@ DAY = "{{ 'Today: ' + strftime_now('%d %B %Y') + '\\n' }}"
 
 
 def set_today(day: str):
-    """A patch: today is that day, for us and for transformers."""
+    """Return a patch that sets today's date for this project and for transformers."""
 
     def patch() -> None:
         import transformers.utils.chat_template_utils as utils
@@ -55,7 +54,7 @@ def combine_patches(*patches):
     return lambda: [patch() for patch in patches]
 
 
-# The day that a template writes
+# The date that a chat template writes
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +125,7 @@ def test_prepared_data_are_trained_on_with_the_template_date_of_preparing(tmp_pa
         run(*overrides, "run_name=d", "model.template_date=yesterday")
 
 
-# Pictures
+# Images
 
 
 def write_images(folder: Path, seed: int) -> None:
@@ -174,7 +173,7 @@ def test_replaced_images_end_a_resumed_run_and_the_restored_ones_let_it_resume(i
     shutil.rmtree(work_folder / "images")
     shutil.copytree(
         work_folder / "old", work_folder / "images", copy_function=shutil.copyfile
-    )  # with times of their own
+    )  # with new modification times
     code, output = run_to_end(overrides, work_folder)
     assert code == 0 and "goes on at step" in output, output
     assert is_same_state(read_last_state(work_folder, "whole"), read_last_state(work_folder, "replaced"))
@@ -197,7 +196,7 @@ def test_replaced_and_prepared_images_make_another_run(image_run, monkeypatch):
     assert is_same_state(read_last_state(work_folder, "whole"), read_last_state(work_folder, "prepared"))
 
 
-# A manifest that is lost
+# A lost manifest
 
 
 DAMAGE = {"empty": b"", "cut": None, "no object": b"[]\n", "without its settings": b"{}"}

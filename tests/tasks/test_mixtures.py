@@ -1,4 +1,4 @@
-"""Mixtures as a user asks for them on the command line, and what the manifest says was drawn."""
+"""Tests of mixtures set on the command line, by the sample counts in the manifest."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ SIZES = {"talk_ko": 12, "talk_en": 48, "seen_ko": 24, "read_en": 36}
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """Text and pictures in both languages; Korean answers are long."""
+    """Text and images in both languages; Korean answers are long."""
     folder = tmp_path_factory.mktemp("files")
     save_photos(folder / "images")
     long = "네, 그렇습니다. 자세히 말씀드리겠습니다. "
@@ -38,7 +38,7 @@ def overrides(files, tmp_path, monkeypatch) -> list[str]:
 
 
 def run_mixture(overrides: list[str], *more: str) -> tuple[dict, dict]:
-    """Rows of the manifest by name, and its plan. An epoch, in steps of twelve."""
+    """Train one epoch in steps of twelve samples. Return the mixture rows of the manifest by name, and its plan."""
     all_overrides = [
         *overrides,
         "stage=sft",
@@ -68,7 +68,7 @@ def test_without_mixture_settings_each_record_is_sampled_once(overrides):
 
 def test_weights_are_shares_of_the_samples(overrides):
     rows, plan = run_mixture(overrides, *set_weights(talk_ko=5, read_en=0))
-    assert plan["steps"] == 7  # read_en's 36 do not count
+    assert plan["steps"] == 7  # the 36 records of read_en do not count
     assert [rows[name]["drawn"] for name in SIZES] == [60, 12, 12, 0]
     assert rows["talk_ko"]["asked"] == pytest.approx(5 / 7) and rows["talk_ko"]["repeats"] == 5
 
@@ -77,7 +77,7 @@ def test_weights_in_tokens_are_shares_of_the_tokens(overrides):
     rows, _ = run_mixture(overrides, *set_weights(), "data.weights_in=tokens")
     assert [rows[name]["asked_in"] for name in SIZES] == ["tokens"] * 4
     assert all(abs(rows[name]["tokens"] - 0.25) < 0.02 for name in SIZES)
-    assert rows["talk_ko"]["drawn"] < rows["talk_en"]["drawn"]  # whose answers are short
+    assert rows["talk_ko"]["drawn"] < rows["talk_en"]["drawn"]  # the answers of talk_en are short
 
 
 def test_repeats_and_counts_set_the_samples_of_an_epoch(overrides):
@@ -145,7 +145,7 @@ def test_a_global_batch_of_tokens_ends_with_the_sample_that_fills_it(overrides):
 
 
 def test_max_tiles_and_prompts_apply_per_source(overrides, files, tmp_path):
-    """Captions ask with the pool of their source; `max_tiles` holds for its source alone."""
+    """Captions use the prompts of their source; `max_tiles` applies to its source only."""
     captions = [{"image": PHOTOS[i % 4], "caption": f"Photo {i}"} for i in range(12)]
     write_records(files / "captions.jsonl", captions)
     captions_source = {"path": str(files / "captions.jsonl"), "image_root": str(files / "images"), "format": "caption"}

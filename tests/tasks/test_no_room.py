@@ -1,4 +1,4 @@
-"""What cannot be written before the first step is told by its folder, and leaves nothing half made."""
+"""Tests of a full disk: the folder that cannot be written is named, and no partial file is left."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from lit_vlm.stages.reference import ReferenceLogProbCache
 from lit_vlm.tasks.stage_data import resolve_tiny_parts
 from lit_vlm.types import UserError
 
-FULL = "Error while serializing: I/O error: No space left on device (os error 28)"  # safetensors' own words
+FULL = "Error while serializing: I/O error: No space left on device (os error 28)"  # message of safetensors
 
 
 def raise_disk_full(*_, **__):

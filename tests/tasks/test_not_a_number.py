@@ -1,4 +1,4 @@
-"""A loss or a gradient that is not a number, anywhere on any rank: all ranks decide alike, in the same step."""
+"""Tests of a non-finite loss or gradient on any rank: all ranks take the same decision in the same step."""
 
 import json
 
@@ -17,7 +17,7 @@ SKIP = ["guard.on_nonfinite=skip", "guard.max_skipped=3", *SMALL]
 
 
 def space_out(faults):
-    """Every other step is sound, so that training goes on in between."""
+    """Move the faults to every other step, so that training continues in between."""
     return [Fault(f.where, 2 * n, f.micro_step, f.rank, f.value) for n, f in enumerate(faults)]
 
 
@@ -45,10 +45,10 @@ def check_skipping(folder, faults, steps, strategy="ddp"):
         assert all(name in output for name in own)
     broken_steps = {fault.step for fault in faults}
     for one, other in zip(*ranks, strict=True):
-        assert one["after"] == other["after"] or strategy != "ddp"  # which alone holds the whole on each rank
+        assert one["after"] == other["after"] or strategy != "ddp"  # only ddp holds the whole state on each rank
         assert (one["before"] == one["after"]) == (one["step"] in broken_steps) == (other["before"] == other["after"])
     rates = [row["lr"] for row in ranks[0]]
-    assert len(set(rates)) == len(rates)  # the schedule goes by the number of the step
+    assert len(set(rates)) == len(rates)  # the learning-rate schedule depends on the step number
     assert read_last_state(folder, "skips").updates == steps - len(faults)
     assert open_run(folder, "skips").manifest["figures"]["skipped_steps"] == len(faults)
 
@@ -65,7 +65,7 @@ def test_all_ranks_skip_the_same_step_at_twenty_places(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["deepspeed_zero2", "deepspeed_zero3", "fsdp2"])
 def test_all_ranks_skip_the_same_step_under_sharding(tmp_path, strategy):
-    """The gradients are not in `parameter.grad` there, or only rows of them: the fault is put into the loss."""
+    """Sharded gradients are not in `parameter.grad`, or only in part, so the fault is injected into the loss."""
     faults = [fault for fault in PLACES if fault.where == "loss"][:6]
     check_skipping(tmp_path, space_out(faults), 13, strategy)
 
@@ -87,7 +87,7 @@ def test_a_fault_on_one_rank_stops_all_ranks_with_one_message(tmp_path, fault):
     assert [len(read_step_records(tmp_path, rank)) for rank in range(2)] == [
         1,
         1,
-    ]  # of the second step nothing was taken
+    ]  # nothing of the second step was applied
 
 
 @pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
@@ -112,7 +112,7 @@ def test_a_rollback_omits_the_step_and_equals_a_run_that_skipped_it(tmp_path, ra
 
 @pytest.mark.slow
 def test_a_skipped_step_is_also_omitted_after_a_restart(tmp_path):
-    """Killed after it was skipped, and gone on before it: the second start finds the number sound, and does as the first."""
+    """The run is killed after the skipped step and resumes before it. The second start has no fault, but skips it too."""
     from resume_cases import kill_at_micro_batch
 
     fault = Fault("gradient", 1, 0, 0)

@@ -1,5 +1,7 @@
-"""A device that runs out of memory: half the budget, the same samples in each step, the weights of an undisturbed run. And
-what starts a run again that ended for that, or for a record that turned bad."""
+"""Tests of out of memory: half the token limit, the same samples in each step, the weights of an undisturbed run.
+
+Also tests of the restart of a run that ended for out of memory or for a corrupt record.
+"""
 
 import json
 import os
@@ -19,7 +21,7 @@ from lit_vlm.engine.exits import RESTART
 from lit_vlm.tasks import pipeline
 from lit_vlm.types import Fault, RecordError
 
-# Whole parts and no dropout: other micro-batches must not draw other numbers. Adam's eps does not amplify rounding.
+# No LoRA dropout, so other micro-batches use no other random numbers. This Adam eps does not amplify rounding.
 EXACT = [
     "data.global_batch_size=6",
     "data.tokens_per_micro_batch=300",
@@ -30,7 +32,7 @@ EXACT = [
 
 
 def read_sample_ids(folder, rank=0):
-    """Of the last time that each step was run."""
+    """Return step -> sample ids of the last time that the step was run."""
     return {
         row["step"]: sorted(name for micro in row["ids"] for name in micro) for row in read_step_records(folder, rank)
     }
@@ -69,8 +71,8 @@ def check_equal(folder, calm):
 
 @pytest.mark.parametrize("where", ["backward", pytest.param("optimizer", marks=pytest.mark.slow)])
 def test_one_device_continues_in_the_same_process_with_half_the_budget(tmp_path, where):
-    """Without a checkpoint before: one is made of the state that the step found. In the update nothing is certain of the
-    weights, and the run goes back."""
+    """There is no checkpoint before, so one is made of the state before the step. After an error in the optimizer the
+    weights are uncertain, and the run restarts from the beginning."""
     low, calm = tmp_path / "low", tmp_path / "calm"
     low.mkdir(), calm.mkdir()
     output = run_with_out_of_memory(low, (3, 0, where), "checkpoint.every_steps=100")
@@ -96,7 +98,7 @@ def test_out_of_memory_at_ten_random_places_ends_with_the_weights_of_an_undistur
 
 @pytest.mark.slow
 def test_no_sample_is_dropped_for_memory_and_the_last_halving_is_reported(tmp_path):
-    """68 tokens are the largest sample's: 300, 150, 75, 68, and no further."""
+    """The largest sample has 68 tokens, so the limits are 300, 150, 75 and 68."""
     overrides = build_overrides(
         tmp_path, "sft", *EXACT, "guard.max_oom_retries=9", "data.tiles_per_micro_batch=2", "run_name=low"
     )
@@ -145,7 +147,7 @@ def test_a_corrupt_record_requeues_the_job_while_few_are_quarantined(tmp_path, i
         tmp_path, "sft", "guard.heartbeat_seconds=1", f"data.max_quarantined={share}", "run_name=bad"
     )
     patches = [corrupt_two_samples, *([simulate_slurm_job(tmp_path)] if in_slurm else [])]
-    for number in range(2):  # one always may
+    for number in range(2):  # one corrupt record is always allowed
         found, output = run_to_end(overrides, tmp_path, 1, combine_patches(*patches))
         assert found == (RESTART if in_slurm and number == 0 else code), output
         assert output.count("3 tries failed now. It is entered in") == 1
@@ -154,7 +156,7 @@ def test_a_corrupt_record_requeues_the_job_while_few_are_quarantined(tmp_path, i
 
 
 def simulate_slurm_job(folder):
-    """Of Slurm, whose scontrol writes down how it was called."""
+    """Return a patch that simulates a Slurm job whose scontrol records its arguments."""
     (folder / "bin").mkdir()
     (folder / "bin" / "scontrol").write_text(f'#!/bin/sh\necho "$@" >> "{folder}/scontrol.txt"\n')
     (folder / "bin" / "scontrol").chmod(0o755)
@@ -166,7 +168,7 @@ def simulate_slurm_job(folder):
 
 
 def corrupt_two_samples():
-    """The first two samples of the second step."""
+    """Make the first two samples of the second step corrupt."""
     from lit_vlm.data import micro_batches
 
     read, bad = micro_batches._read_micro_batch_once, set()

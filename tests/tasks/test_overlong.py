@@ -1,5 +1,4 @@
-"""Over-long samples that are made to fit, from the setting to the trained weights: what the plan promises is what the
-batches hold, and packed they teach what they teach one by one."""
+"""Tests of overlong samples that are shortened: batches match the plan, and packed losses match single samples."""
 
 from pathlib import Path
 
@@ -20,7 +19,7 @@ CAPS = ["data.max_length=90", "data.tokens_per_micro_batch=220", "data.global_ba
 
 @pytest.fixture
 def work_folder(tmp_path, monkeypatch) -> Path:
-    """Pictures alone and several, long talks with and without a picture, and records that fit as they are."""
+    """Folder with records of one and several images, long conversations with and without images, and short records."""
     monkeypatch.chdir(tmp_path)
     save_photos(tmp_path / "images")
     talk = [text for turn in range(5) for text in (f"Question {turn} of many?", f"Answer {turn}, at some length.")]
@@ -47,7 +46,7 @@ def overrides(work_folder) -> list[str]:
 
 
 def build_stage_and_data(*overrides: str):
-    """(stage with its model, data) of a run, in float64 so that sums in another order agree."""
+    """Return (stage with its model, data module) of a run, in float64 so that the order of sums does not matter."""
     job = parse_sft_run(*overrides)
     data = build_stage_data(job, *open_sources(job), None)
     stage = make_stage(data.spec, job.config)
@@ -132,7 +131,7 @@ def test_max_tiles_of_a_source_reaches_the_model_and_the_model_answers(overrides
 
 
 def list_layout_sources(plan, step: int) -> list[str]:
-    """The source of each image of the step's only pack, in its order."""
+    """Return the source of each image of the step's only pack, in its order."""
     (pack,) = plan.step(step).packs
     return [
         plan.index.sources[plan.index.source_of[sample]].name

@@ -1,4 +1,4 @@
-"""task=prefer as a user starts it: a model of three questions and four pictures makes pairs, and DPO trains on them."""
+"""Tests of task=prefer: a model of three questions and four images generates pairs, and DPO trains on them."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ DATA = ["data=llava_json", "data.sources.mine.markup=on", "data.validation.fract
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    """data.json, its pictures, and hf/: a model that was trained on them for some seconds."""
+    """Folder with data.json, its images, and hf/: a model that was trained on them for some seconds."""
     model_folder = tmp_path_factory.mktemp("prefer")
     records = []
     for name, answer in COLOURS.items():
@@ -51,7 +51,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture
 def make_pairs(model_folder, tmp_path, monkeypatch):
-    """`task=prefer` in an empty folder; returns the lines of pairs.jsonl."""
+    """Return a function that runs `task=prefer` in an empty folder and returns the rows of pairs.jsonl."""
     monkeypatch.chdir(tmp_path)
 
     def run_prefer(*overrides):
@@ -127,7 +127,7 @@ def test_an_interrupted_task_resumes_and_batching_changes_nothing(make_pairs, tm
         add(self, line)
 
     monkeypatch.setattr(AnswerLog, "add", add_or_interrupt)
-    alone = "data.tokens_per_micro_batch=130"  # some samples each, where all went together before
+    alone = "data.tokens_per_micro_batch=130"  # several batches, where there was one before
     with pytest.raises(SystemExit) as exited:
         make_pairs(alone)
     assert exited.value.code == 130 and not (tmp_path / "pairs.jsonl").exists()

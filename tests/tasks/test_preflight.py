@@ -1,4 +1,4 @@
-"""task=preflight, as a user starts it: exit status, every problem by name, the numbers of the index, and no weight read."""
+"""Tests of task=preflight: exit status, every problem by name, the numbers of the index, and no weights loaded."""
 
 import json
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ PREFLIGHT = [*(word for word in TINY if word != "task=train"), "task=preflight",
 
 @dataclass
 class PreflightOutput:
-    """What preflight said."""
+    """Output of preflight."""
 
     facts: dict
     page: str
@@ -56,13 +56,13 @@ def run_preflight_with(*overrides: str) -> PreflightOutput:
 @pytest.fixture
 def work_folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    set_free_disk(monkeypatch, 10**13)  # models of 7 B are looked at
+    set_free_disk(monkeypatch, 10**13)  # for models of 7 B
     save_photos(tmp_path / "photos")
     return tmp_path
 
 
 def write_five_formats(folder: Path, **data) -> list[str]:
-    """Sources in five formats and two languages."""
+    """Write sources in five formats and two languages. Return their overrides."""
     photo = (folder / "photos" / "china.jpg").read_bytes()
     sees = {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "무엇인가요?"}]}
     says = {"role": "assistant", "content": [{"type": "text", "text": "탑입니다."}]}
@@ -92,12 +92,12 @@ def write_photo_source(folder: Path, records: list, **source) -> list[str]:
     )
 
 
-# ---- it would run
+# ---- runs that would succeed
 
 
 @pytest.mark.slow
 def test_a_recipe_stage_passes_before_the_preceding_stage_was_run(tmp_path):
-    """Through run.py: exit status 0, verdict on the terminal, a page and its numbers."""
+    """Through run.py: exit status 0, the result on the terminal, and a page."""
     overrides = ["task=preflight", "experiment=tiny/2_sft", "trainer.max_steps=20", "preflight.max_samples=20"]
     result = run_process(*overrides, cwd=tmp_path, base=[])
     assert result.returncode == 0, result.stdout + result.stderr
@@ -108,7 +108,7 @@ def test_a_recipe_stage_passes_before_the_preceding_stage_was_run(tmp_path):
 
 
 def test_five_formats_are_checked_without_loading_weights(work_folder, monkeypatch):
-    """The page's numbers are those of index and plan, and the model is never built."""
+    """The numbers of the page are those of index and plan, and the model is never built."""
     overrides = write_five_formats(work_folder, share={"ko": 0.5, "text_only": 0.3})
     monkeypatch.setattr("lit_vlm.model.build._load_pretrained", fail_on_use)
     monkeypatch.setattr("lit_vlm.stages.start.build_model", fail_on_use)
@@ -133,7 +133,7 @@ def test_five_formats_are_checked_without_loading_weights(work_folder, monkeypat
         assert f"{row['tokens']:,}" in output.page and source.name in output.page
     shares = {(row["group"], row["name"]): row for row in output.facts["shares"]}
     assert shares["language", "ko"]["asked"] == 0.5
-    assert shares["language", "ko"]["samples"] == pytest.approx(0.5, abs=0.1)  # of twelve draws
+    assert shares["language", "ko"]["samples"] == pytest.approx(0.5, abs=0.1)  # of twelve samples
     assert output.facts["plan"]["k"] == plan.accumulate_grad_batches and output.facts["plan"]["steps"] == plan.num_steps
     assert output.facts["plan"]["tokens"] == int(index.tokens[plan.get_sample_sequence()].sum())
     assert output.facts["plan"]["balance_ranks"] == plan.measure_balance()["ranks"]["mean"]
@@ -153,7 +153,7 @@ def test_the_trained_parts_are_those_that_training_reports(work_folder):
 
 
 def test_a_sample_is_scaled_up_until_there_is_an_index(work_folder):
-    """Without an index a sample is looked at and scaled up; once there is one, all of it is read from there."""
+    """Without an index, a subset is read and scaled up. With an index, all numbers come from it."""
     photos = write_photo_source(
         work_folder, [make_llava_record(f"<image>\n{i}?", "네. " * (1 + i % 5), image="china.jpg") for i in range(300)]
     )
@@ -181,11 +181,11 @@ def test_pairs_show_both_answers_and_the_reference_model_counts_in_memory(work_f
     assert adapted.facts["memory"]["rows"][0]["parts"]["reference model"] == 0
 
 
-# ---- it would fail
+# ---- runs that would fail
 
 
 def test_all_problems_are_reported_together_with_exit_status_1(tmp_path):
-    """A missing file, records that cannot be used, and too little memory: all three, through run.py, exit status 1."""
+    """A missing file and records that cannot be used are both reported, through run.py, with exit status 1."""
     save_photos(tmp_path / "photos")
     good = [make_llava_record("<image>\nWhat is it?", f"A photograph {i}.", image="china.jpg") for i in range(20)]
     path = write_records(tmp_path / "mine.jsonl", [*good, make_llava_record("<image>\nq", "a", image="gone.jpg")])
@@ -254,7 +254,7 @@ def test_shares_that_cannot_be_met_are_a_failure(work_folder):
     records = [make_llava_record("<image>\nWhat?", f"A {i}", image="china.jpg") for i in range(20)]
     output = run_preflight_with(*write_photo_source(work_folder, records), "data.share.ko=0.5")
     assert "data.share.ko=0.5 cannot be met" in output.read_findings("failure")
-    assert output.facts["plan"] is None and output.facts["parts"]  # what does not hang on it is still told
+    assert output.facts["plan"] is None and output.facts["parts"]  # what does not depend on the plan is still reported
 
 
 def test_data_without_images_for_a_stage_that_trains_the_projector_is_a_failure(work_folder):
@@ -275,11 +275,11 @@ def test_memory_is_compared_for_a_gpu_only(work_folder):
     assert "devices would do without" in gpu.read_findings("failure")
 
 
-# ---- how the devices share the work
+# ---- strategies
 
 
 def run_preflight_on_8_gpus(work_folder: Path, *overrides: str) -> PreflightOutput:
-    """A model of 7 B on eight H200 or more."""
+    """Run preflight of a 7 B model on eight H200, or as `overrides` set."""
     shape = ["model.vision_tower=tiny", f"model.language_model={write_large_language_model(work_folder)}"]
     gpu = ["trainer.accelerator=gpu", "trainer.devices=8", "trainer.precision=bf16-mixed"]
     one = {"format": "builtin", "path": "caption", "language": "ko", "num_samples": 40}
@@ -331,7 +331,7 @@ def test_offloading_is_a_warning_that_names_the_number_of_devices_to_avoid_it(wo
 
 
 def test_a_slow_network_makes_the_run_longer(work_folder):
-    """And the page says how much of the time is waiting."""
+    """The page also shows the share of time spent waiting."""
     overrides = ["trainer.num_nodes=2", "trainer.strategy=deepspeed_zero3"]
     fast, slow = (
         run_preflight_on_8_gpus(work_folder, *overrides, f"preflight.network={speed}") for speed in (3200, 48)
@@ -342,7 +342,7 @@ def test_a_slow_network_makes_the_run_longer(work_folder):
 
 
 def write_large_language_model(folder: Path) -> Path:
-    """Qwen2.5-7B's shape and a small tokenizer; no weights."""
+    """Write a config of Qwen2.5-7B's shape and a small tokenizer, without weights."""
     from transformers import Qwen2Config
 
     from lit_vlm.model.tiny import make_tokenizer
@@ -433,7 +433,7 @@ def test_overlong_samples_are_warnings(work_folder):
 
 
 def test_checkpoints_are_counted_in_disk_use(work_folder):
-    """What trains and two moments, in float32: those that are kept, the best, and the one that is being written."""
+    """Each holds trained weights and two moments in float32: those kept, the best, and the one being written."""
     output = run_preflight_with(
         "data=builtin_sft", "preflight.max_samples=8", "checkpoint.keep_last=3", "checkpoint.keep_best=true"
     )
@@ -455,7 +455,7 @@ def fail_on_use(*args, **kwargs):
 
 
 def test_training_uses_the_strategy_that_preflight_chooses(work_folder, monkeypatch, capsys):
-    """On GPUs, by their real memory; here their number and memory are claimed."""
+    """On GPUs, their real memory counts. Here number and memory of the GPUs are simulated."""
     from lit_vlm.tasks.strategy import resolve_auto_strategy
     from lit_vlm.tasks.train import make_stage
 
@@ -476,7 +476,7 @@ def test_training_uses_the_strategy_that_preflight_chooses(work_folder, monkeypa
 
 
 def test_no_reference_is_loaded_to_choose_a_strategy(work_folder, monkeypatch):
-    """It is in each process, and may be as large as the host's memory."""
+    """Each process would load it, and it can be as large as the memory of the host."""
     from lit_vlm.tasks.strategy import resolve_auto_strategy
     from lit_vlm.tasks.train import make_stage
 

@@ -1,4 +1,4 @@
-"""task=prepare over a mixture of every format, and what training and preflight then find done."""
+"""Tests of task=prepare on a mixture of every format, and of training and preflight after it."""
 
 import json
 import multiprocessing
@@ -33,7 +33,7 @@ def current_folder(tmp_path, monkeypatch, tmp_path_factory):
 
 @pytest.fixture
 def overrides(files, tmp_path) -> list[str]:
-    """The mixture with weights; a tenth is held out."""
+    """Overrides of the mixture with weights; a tenth is held out."""
     sources = build_sources(files, **{name: {"weight": weight} for name, weight in WEIGHTS.items()})
     return [*write_data_choice(tmp_path, sources=sources, validation={"fraction": 0.1}), *FAST]
 
@@ -43,7 +43,7 @@ def fail_on_use(*_, **__):
 
 
 def read_modification_times(folder: Path) -> dict[str, int]:
-    """Name and time of change of everything that is kept."""
+    """Return path -> modification time of all files except lock files."""
     return {
         str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"
     }
@@ -100,7 +100,7 @@ def test_the_command_prints_the_contents_of_each_source_and_the_plan(overrides, 
         assert [cell.strip() for cell in row.split("│")[2:6]] == [str(size), str(size), "none", "0"]
     folder = tmp_path / "runs" / "said"
     assert f"Lock: {folder / 'mixture.lock'}" in output and (folder / "mixture.lock").is_file()
-    assert "quarantine.jsonl" not in output  # under data.on_bad_record=stop nothing is set aside
+    assert "quarantine.jsonl" not in output  # with data.on_bad_record=stop nothing is quarantined
 
 
 def test_three_concurrent_processes_on_an_empty_index_end_with_the_same_lock_file(overrides, tmp_path):
@@ -125,7 +125,7 @@ def test_the_index_can_be_in_another_folder(overrides, tmp_path):
 
 
 def test_changed_and_quarantined_records_are_counted_in_the_table(files, tmp_path, capsys):
-    """Decomposed text is counted as changed; an own validation source of the same name is not mixed up with it."""
+    """Decomposed text is counted as changed. A validation source of the same name is counted apart."""
     from run_helpers import make_llava_record, write_records
 
     nfd = "\u1112\u1161\u11ab\u1100\u1173\u11af"

@@ -1,4 +1,4 @@
-"""task=prepare that is killed, or finds no room: nothing half is ever trusted, and the next start goes on."""
+"""Tests of task=prepare that is killed or finds a full disk: partial files are never used, and the next start resumes."""
 
 import io
 import multiprocessing
@@ -28,7 +28,7 @@ def files(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def overrides(files, tmp_path, monkeypatch, tmp_path_factory) -> list[str]:
-    """A mixture of six formats, in shards of few records so that there are many moments to be killed at."""
+    """Overrides of a mixture of six formats, with small shards so that there are many moments to be killed at."""
     import datasets
 
     monkeypatch.chdir(tmp_path)
@@ -41,7 +41,7 @@ def overrides(files, tmp_path, monkeypatch, tmp_path_factory) -> list[str]:
 
 
 def compute_outcome(overrides: list[str]) -> tuple[str, str, bytes]:
-    """Digests of the index and of what is held out, and the lock."""
+    """Return the digests of the training and held-out index, and the content of the lock file."""
     ready = run_prepare(*overrides)
     datamodule = build_datamodule(*overrides)
     datamodule.build_indexes()
@@ -53,12 +53,12 @@ def compute_outcome(overrides: list[str]) -> tuple[str, str, bytes]:
 
 
 def list_leftovers(store: Path) -> list[str]:
-    """All that is neither kept for good nor a lock."""
+    """List the temporary files."""
     return [path.name for path in store.rglob("*") if path.name.startswith(".") or path.suffix in (".part", ".tmp")]
 
 
 def prepare_and_die_at_replace(number: int, overrides: list[str]) -> None:
-    """Killed when the draft of that number is written and not yet in its place."""
+    """Prepare, and die before the `number`-th rename of a temporary file."""
     left, replace = [number], os.replace
 
     def replace_or_die(*paths):
@@ -103,8 +103,8 @@ def test_preparing_killed_at_any_moment_ends_as_if_never_killed(overrides, tmp_p
 
 
 def prepare_with_file_limit(limit: int, overrides: list[str], messages) -> None:
-    """No file may grow beyond the limit, as on a full disk."""
-    sys.stdout = sys.stderr = io.StringIO()  # where pytest puts what is printed is a file as well
+    """Prepare with a limit on the file size, which acts like a full disk. Put the error message, or ""."""
+    sys.stdout = sys.stderr = io.StringIO()  # the captured output of pytest is a file too
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     try:
         run_prepare(*overrides)
@@ -114,7 +114,7 @@ def prepare_with_file_limit(limit: int, overrides: list[str], messages) -> None:
 
 
 def read_error_within_limit(limit: int, overrides: list[str]) -> str:
-    """What task=prepare says that finds room for files of so many bytes."""
+    """Return the error of task=prepare if files can have at most `limit` bytes."""
     messages = FORK.SimpleQueue()
     job = FORK.Process(target=prepare_with_file_limit, args=(limit, overrides, messages))
     job.start()
@@ -125,10 +125,10 @@ def read_error_within_limit(limit: int, overrides: list[str]) -> str:
 
 @pytest.mark.slow
 def test_a_full_disk_is_reported_and_preparing_resumes_when_there_is_room(overrides, tmp_path):
-    """The places of records in their files, the shards, the plan: each is the first that does not fit."""
+    """With each limit another file is the first that does not fit: record offsets, shards, plan."""
     whole = compute_outcome(
         [*overrides, "data.index_dir=whole", "run_name=whole"]
-    )  # the tiny model's parts are there then
+    )  # also makes the parts of the tiny model
     for limit in (10, 150, 400, 1000, 2000, 3500):
         text = read_error_within_limit(limit, [*overrides, "run_name=full"])
         assert text.startswith("UserError: The index cannot be kept in ") and "File too large. Make room" in text, text

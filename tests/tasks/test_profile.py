@@ -1,4 +1,4 @@
-"""trainer.profile=true: a page beside the model, and the same model as without it."""
+"""Tests of trainer.profile=true: it writes a page and does not change the model."""
 
 import pytest
 import torch

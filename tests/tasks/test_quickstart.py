@@ -1,4 +1,4 @@
-"""The main job as a newcomer starts it, at its full length: what the tiny model must have learnt at its end."""
+"""Tests of the quickstart at full length: the scores that the tiny model must reach."""
 
 import json
 import subprocess
@@ -23,7 +23,7 @@ def test_the_quickstart_learns_to_describe_read_count_and_point_in_both_language
     stages = [tmp_path / "tiny" / name for name in ("1_align", "2_sft", "3_highres", "4_dpo")]
     manifests = [json.loads((stage / "manifest.json").read_text()) for stage in stages]
     align, sft, highres, dpo = (manifest["figures"] for manifest in manifests)
-    known = json.loads(RESULT.read_text(encoding="utf-8"))["stages"]  # README's tables are made of these
+    known = json.loads(RESULT.read_text(encoding="utf-8"))["stages"]  # the tables of the README are made of these
     for kind in KIND_TITLES:
         bar = compute_threshold(known["2_sft"], kind)
         for language in ("ko", "en"):

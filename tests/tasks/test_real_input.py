@@ -1,4 +1,4 @@
-"""Claims about real input: the formats of the README, on photographs, through the commands that a user types."""
+"""Tests of real input: the formats of the README, on photographs, through the commands that a user types."""
 
 import json
 import math
@@ -25,7 +25,7 @@ from lit_vlm.data.processor import Processor
 
 @pytest.fixture(scope="module")
 def user_folder(tmp_path_factory):
-    """A user's folder: photographs in images/, the files beside it, and one runs/ for the module."""
+    """Folder of a user: photographs in images/, data files, and one runs/ for the module."""
     folder = tmp_path_factory.mktemp("user")
     save_photos(folder / "images")
     write_records(folder / "train.json", make_conversations())
@@ -43,7 +43,7 @@ def current_folder(user_folder, monkeypatch, tmp_path_factory):
 
 
 def make_pairs():
-    """TRL's columns as text and as messages, LLaVA-NeXT's keys, with and without a photograph."""
+    """Return pairs with TRL's columns as text and as messages and LLaVA-NeXT's keys, with and without a photograph."""
     return [
         {
             "prompt": "<image>\nWhat is it?",
@@ -79,7 +79,7 @@ LLAVA = ["stage=sft", "data=llava_json", "data.sources.mine.path=train.json", "d
 
 
 def check_run(ran, num_samples, steps=3):
-    """Finished, counted right, finite, and loadable by plain transformers."""
+    """Check that the run is finished, its counts are right, its losses finite, and its model loads in transformers."""
     manifest = ran.manifest
     assert manifest["status"] == "finished"
     assert manifest["data"]["num_samples"] + manifest["data"]["num_held_out"] == num_samples
@@ -144,7 +144,7 @@ def test_messages_with_images_as_paths_and_as_bytes_train(user_folder, form):
 
 
 def test_the_stages_follow_each_other_on_photographs(user_folder):
-    """align, sft, highres with tiles of real photographs, dpo: each starts from what the one before left."""
+    """align, sft, highres with tiles of real photographs, dpo: each starts from the model of the preceding one."""
     align = run(*LLAVA, "stage=align", "data.tiling=base", "run_name=chain/align")
     before = [f"init_from={align.hf}", "run_name=chain/sft"]
     sft = run(*LLAVA, *before, "data.tiling=base")
@@ -179,7 +179,7 @@ def test_a_photograph_of_640_by_427_is_split_into_tiles(user_folder, parts):
         processor = Processor(blueprint.tokenizer, blueprint.images)
         counts[tiling] = processor.compute_cost(record).num_tiles
         assert [len(stack) for stack in processor.load_tiles(record)] == [counts[tiling]]
-    assert counts == {Tiling.base: 1, Tiling.anyres: 5}  # 2 x 2 and the whole picture
+    assert counts == {Tiling.base: 1, Tiling.anyres: 5}  # 2 x 2 and the whole image
 
 
 MINE = {"path": "train.json", "image_root": "images", "format": "llava"}

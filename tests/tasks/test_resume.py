@@ -1,4 +1,4 @@
-"""A run that is killed and started again ends as one that never was: weights, moments, what was read, what was logged."""
+"""Tests that a killed and resumed run ends as an undisturbed one: weights, moments, consumed samples and metrics."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def work_folder(tmp_path_factory) -> Path:
 def kill_and_resume(
     work_folder: Path, overrides: list[str], kills: list[int], ranks: int = 1, name: str = "killed"
 ) -> str:
-    """Start, be killed in these micro-batches, one after the other, and come to the end. Returns what the last start said."""
+    """Start a run, kill it in each of these micro-batches, and let it end. Return the output of the last start."""
     for micro_batch in kills:
         assert (
             -signal.SIGKILL
@@ -62,7 +62,7 @@ def find_resumed_step(output: str) -> int | None:
     return int(found[0].split("goes on at step ")[1].split()[0]) if found else None
 
 
-# Identical, bit for bit
+# Identical bit by bit
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_a_run_killed_twice_ends_as_an_undisturbed_one(work_folder, stage, worke
 
 @cache
 def run_undisturbed_stage(work_folder: Path, stage: str) -> str:
-    """The name of a run of that stage that was not killed. Workers and checkpoints have no part in what it computes."""
+    """Return the name of an undisturbed run of that stage. Workers and checkpoints do not affect its result."""
     run_undisturbed(build_overrides(work_folder, stage, f"run_name={stage}_whole"), work_folder)
     return f"{stage}_whole"
 
@@ -119,7 +119,7 @@ def test_two_ranks_of_which_one_is_killed_end_as_two_undisturbed_ones(work_folde
 
 
 def test_a_killed_run_ends_with_the_validation_best_checkpoint_and_metrics_of_an_undisturbed_one(work_folder):
-    """Killed in the step after a validation, and while it validates: that one is run again, its row is there once."""
+    """The run is killed in the step after a validation, and in a validation, which is then run again and logged once."""
     overrides = build_overrides(
         work_folder, "sft", "data.validation.every_steps=2", "checkpoint.keep_best=true", "checkpoint.keep_last=1"
     )
@@ -193,7 +193,7 @@ def test_a_run_killed_after_its_last_step_repeats_no_step(work_folder):
     assert len([row for row in read_metrics(work_folder, "end") if row["val/loss"]]) == 1
 
 
-# Other devices, other budgets
+# Other devices and token limits
 
 
 def read_losses(work_folder: Path, name: str) -> list[float]:
@@ -209,7 +209,7 @@ def check_elastic_resume(work_folder: Path, world_sizes: list[int], name: str, *
     for number, ranks in enumerate(world_sizes):
         last = number == len(world_sizes) - 1
         several = [*TWO, f"trainer.devices={ranks}"] if ranks > 1 else []
-        # in the last micro-batch of a step, however many it has
+        # for any number of micro-batches in the step
         at = None if last else f"step {(number + 1) * STEPS // len(world_sizes)}"
         started = start(
             [*overrides, *several, f"run_name={name}"], work_folder, ranks, at and kill_in_step(int(at.split()[1]))
@@ -263,7 +263,7 @@ def test_a_run_resumed_under_other_strategies_reads_the_same_samples(work_folder
     assert (found.step, found.consumed) == (whole.step, whole.consumed)
     assert read_losses(work_folder, "moves") == pytest.approx(
         read_losses(work_folder, "one_strategy"), rel=1e-3
-    )  # see the test of each strategy
+    )  # the bound of the tests of each strategy
 
 
 def test_a_run_resumed_with_smaller_micro_batches_reads_the_same_samples(work_folder):
@@ -305,7 +305,7 @@ def test_a_full_disk_stops_the_run_with_one_message_and_loses_only_the_last_step
     name = f"full_{level}"
 
     def limit_file_size():
-        """From the save of step 4 on, no file may be longer than a share of a checkpoint's."""
+        """Limit the file size to a share of a checkpoint file, from the save of step 4 on."""
         from lit_vlm.engine.checkpoint import CheckpointWriter
 
         begin = CheckpointWriter.start
@@ -359,12 +359,12 @@ def test_overwrite_does_not_replace_a_run_whose_checkpoint_is_resumed_from(work_
 
 
 def test_overwrite_does_not_stop_a_run_of_the_same_settings_from_resuming(work_folder):
-    """A requeued job comes with the words it was submitted with."""
+    """A requeued job has the overrides it was submitted with."""
     overrides = build_overrides(work_folder, "align", "run_name=over", "overwrite=true")
     assert start(overrides, work_folder, patch=kill_at_micro_batch(3)).wait() == [-signal.SIGKILL]
     code, output = run_to_end(overrides, work_folder)
     assert code == 0 and find_resumed_step(output) >= 2
-    code, output = run_to_end([*overrides, "seed=3"], work_folder)  # another run: nothing of this one goes on
+    code, output = run_to_end([*overrides, "seed=3"], work_folder)  # another run: nothing is resumed
     assert code == 0 and find_resumed_step(output) is None
 
 
@@ -380,7 +380,7 @@ def test_a_checkpoint_of_another_run_or_stage_is_refused(work_folder):
     ):
         code, output = run_to_end([*overrides, "run_name=mine", f"resume_from={theirs}", "overwrite=true"], work_folder)
         assert code == 1 and expected in output and "Traceback" not in output, output
-    shutil.copytree(theirs, work_folder / "elsewhere" / theirs.name)  # the same run's, kept in another place
+    shutil.copytree(theirs, work_folder / "elsewhere" / theirs.name)  # of the same run, in another folder
     code, output = run_to_end(
         [*align, "run_name=mine", f"resume_from={work_folder / 'elsewhere' / theirs.name}", "overwrite=true"],
         work_folder,
@@ -411,4 +411,4 @@ def test_dropout_seeds_depend_on_step_micro_batch_and_rank_only():
         for rank in (0, 1)
     }
     assert len(seeds) == 16 and compute_seed(0, 1, 2, 3) == compute_seed(0, 1, 2, 3)
-    torch.manual_seed(max(seeds))  # it takes all of them
+    torch.manual_seed(max(seeds))  # it accepts all of them

@@ -1,4 +1,4 @@
-"""mixture.lock through the commands: written by task=prepare, held to by data.lock, and what changed said in words."""
+"""Tests of mixture.lock: task=prepare writes it, data.lock enforces it, and changes are reported."""
 
 from pathlib import Path
 
@@ -29,13 +29,13 @@ def overrides(work_folder) -> list[str]:
 
 @pytest.fixture
 def locked_overrides(overrides) -> list[str]:
-    """Words of a run that is held to the lock of what was prepared; another run, or its own manifest would say it first."""
+    """Overrides of a run with the lock file of another, prepared run; its own manifest would report changes first."""
     lock = run_prepare(*overrides, "run_name=before").dir / "mixture.lock"
     return [*overrides, "stage=sft", "run_name=after", f"data.lock={lock}", "callbacks=[export]"]
 
 
 def read_refusal(*overrides: str) -> str:
-    """The message, of training and of preparing alike; nothing is trained and no lock is written."""
+    """Return the error, which is the same for train and prepare. Nothing is trained and no lock file is written."""
     messages = []
     for task in (run, run_prepare):
         with pytest.raises(UserError) as caught:

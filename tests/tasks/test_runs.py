@@ -1,4 +1,4 @@
-"""Claims about runs and their folders: run again, refused, replaced, interrupted; a pipeline that goes on; one rank and two."""
+"""Tests of runs and their folders: run again, refused, overwritten, interrupted; a resumed pipeline; one rank and two."""
 
 import itertools
 import json
@@ -58,7 +58,7 @@ def test_a_finished_run_started_again_is_reported_as_finished_and_trains_nothing
     capsys.readouterr()
     run(
         *build_overrides("again", "trainer.num_threads=1", "data.num_workers=2", "data.tokens_per_micro_batch=9000")
-    )  # where it runs, not what
+    )  # settings of the machine only
     output = capsys.readouterr().out
     assert "again: finished already, in " in output and "overwrite=true" in output
     assert ran.take_snapshot() == before
@@ -86,7 +86,7 @@ def test_overwrite_runs_again_with_the_new_settings():
     run(*build_overrides("over"))
     ran = run(*build_overrides("over", "trainer.max_steps=2", "overwrite=true"))
     assert ran.manifest["plan"]["steps"] == 2 and ran.manifest["status"] == "finished"
-    assert read_refusal(*build_overrides("over"))  # the settings of before are now the other ones
+    assert read_refusal(*build_overrides("over"))  # the former settings now differ from the run
 
 
 def test_the_same_settings_give_the_same_weights_twice():
@@ -137,7 +137,7 @@ STAGES = ["tiny/1_align", "tiny/2_sft", "tiny/3_highres", "tiny/4_dpo"]
 
 
 def read_manifests(runs):
-    """Of the stages in their order: name without its hash -> manifest."""
+    """Return name without hash -> manifest, of the stages in their order."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(runs.glob("tiny/*/manifest.json"))]
     return {manifest["name"].split("-")[0]: manifest for manifest in found}
 
@@ -147,7 +147,7 @@ def list_finished(runs):
 
 
 def check_pipeline(runs, output):
-    """All stages are there, each from the one before, and the pipeline said so once."""
+    """Check that each stage started from the preceding one, and that the pipeline reported its end once."""
     assert list_finished(runs) == STAGES
     for before, after in itertools.pairwise(read_manifests(runs).values()):
         assert after["parent"]["digest"] == before["weights_digest"]
@@ -159,7 +159,7 @@ def check_pipeline(runs, output):
 
 @pytest.mark.slow
 def test_a_pipeline_on_digits_resumes_with_the_failed_stage(tmp_path, monkeypatch, capfd):
-    """The stages as calls instead of processes; the test below starts processes."""
+    """The stages are calls instead of processes; the test below starts processes."""
 
     def run_stage(overrides, **_):
         try:
@@ -242,7 +242,7 @@ EXACT = [
 
 
 def make_mixed_records():
-    """Long records with photographs and short ones without: dealt by work, one rank often holds text alone."""
+    """Return long records with photographs and short ones without, so that packing often gives a rank only text."""
     records = make_conversations(8)
     return records + [make_llava_record(f"{i}번 질문입니다.", "네, 글만 있습니다. " * (i % 3 + 1)) for i in range(2)]
 
@@ -256,7 +256,7 @@ def check_same_weights(one, two, atol=1e-5):
 
 
 def count_text_only_packs(overrides):
-    """Packs of two ranks without an image, of the plan that these words make; and packs with nothing in them."""
+    """Return the numbers of packs without an image, of empty packs, and of micro-batches in a step, for two ranks."""
     from lit_vlm.tasks.stage_data import build_stage_data, open_sources
 
     job = parse([*TINY, *overrides])
@@ -271,7 +271,7 @@ def count_text_only_packs(overrides):
 
 @pytest.mark.slow
 def test_two_ranks_train_the_same_weights_as_one(user_folder):
-    """Also in steps in which a rank has text alone or nothing at all; in time, for a hang is an error."""
+    """This holds also in steps in which a rank has only text or nothing, without a hang."""
     write_records(user_folder / "mixed.jsonl", make_mixed_records())
     few = [
         "data.global_batch_size=3",
@@ -290,7 +290,7 @@ def test_two_ranks_train_the_same_weights_as_one(user_folder):
     assert one.manifest["data"]["mixture"] == two.manifest["data"]["mixture"]
     assert two.manifest["figures"]["val/loss"] == pytest.approx(one.manifest["figures"]["val/loss"], rel=1e-4)
     assert result.stdout.count(": done. Model: ") == 1
-    assert not [path for path in two.dir.iterdir() if path.name.startswith(".")]  # no draft of a second writer
+    assert not [path for path in two.dir.iterdir() if path.name.startswith(".")]  # no temporary file of a second writer
     check_same_weights(one, two)
 
 

@@ -1,5 +1,7 @@
-"""Signals at any moment of any process of ours: a documented status, nothing lost, no traceback. What is asked of a run while it
-trains is in `tests/slurm/test_preemption.py`; `signal_moments.py` draws the moments of a whole run."""
+"""Tests of signals at any moment of any process: a documented status, nothing lost, no traceback.
+
+Signals during training are in `tests/slurm/test_preemption.py`; `signal_moments.py` samples the moments of a whole run.
+"""
 
 import json
 import os
@@ -36,7 +38,7 @@ SEED = 5
 
 
 def fork_process(run_child: Callable[[], object]) -> int:
-    """The pid of a process of ours that does this, and ends with 0 or what it is ended with."""
+    """Fork a process that handles signals and calls `run_child`. Return its pid."""
     pid = os.fork()
     if pid == 0:
         code = 98
@@ -56,7 +58,7 @@ def wait_for_status(pid: int) -> int:
 
 
 def test_a_signal_at_every_import_of_a_run_ends_it_there(tmp_path):
-    """Preparing the data and training on them: an index that is there is read by other libraries than one that is made."""
+    """It prepares data and then trains: reading an index imports other libraries than building one."""
     builtin = {"format": "builtin", "path": "caption", "language": "en", "num_samples": 4}
     overrides = [
         *TINY,
@@ -78,7 +80,7 @@ def test_a_signal_at_every_import_of_a_run_ends_it_there(tmp_path):
 
 
 def test_one_signal_of_each_at_a_random_moment_of_a_run_loses_nothing(tmp_path):
-    """Each start is a fork, which has imported all; its moment is a share of what the processor does for a whole one."""
+    """Each start is a fork with all imports done; its moment is a share of the processor time of a whole run."""
     overrides, rng = build_overrides(tmp_path, "sft"), Random(SEED)
     run_undisturbed([*overrides, "run_name=whole"], tmp_path)
     life = send_signal_after(start([*overrides, "run_name=again"], tmp_path, patch=handle_signals), None)
@@ -100,7 +102,7 @@ def test_one_signal_of_each_at_a_random_moment_of_a_run_loses_nothing(tmp_path):
 
 
 def send_signal_after(started, number: int | None, after: float = 0.0) -> float:
-    """Send the signal once the process has used so many seconds of the processor; returns how many it used at its end."""
+    """Send the signal once the process has used `after` seconds of processor time. Return the time used at its end."""
     (pid,), life = started.pids, 0.0
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         life = time.clock_gettime(((~pid) << 3) | 2)
@@ -117,7 +119,7 @@ def has_handler(pid: int) -> bool:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_process_without_signal_handlers_is_ended_by_the_pipeline_with_the_status_of_the_signal(tmp_path, number):
-    """As while Python itself starts, where a Ctrl-C would leave a traceback."""
+    """This happens while Python itself starts, when Ctrl-C would print a traceback."""
     child_code = f"import pathlib, time; pathlib.Path({str(tmp_path / 'up')!r}).touch(); time.sleep(100)"
 
     def send_signal():
@@ -140,7 +142,7 @@ def test_a_pipeline_stops_after_a_stage_that_succeeds_after_a_signal(tmp_path, m
             pipeline, "build_command", lambda stage, overrides: began.append(overrides) or [sys.executable, "-c", own]
         )
         pipeline.run_pipeline(stages)
-        os._exit(97)  # all stages
+        os._exit(97)  # all stages ran
 
     pid = fork_process(run_child)
     until((tmp_path / "up").exists)
@@ -185,7 +187,7 @@ def test_a_signal_does_not_separate_submitting_a_job_from_recording_its_number(t
 
 
 def test_a_second_ctrl_c_ends_a_process_whose_shutdown_takes_long(tmp_path):
-    """As W&B's client with a server that does not answer. The interrupted line holds a lock that they need."""
+    """This happens with W&B's client and a server that does not answer. Here the shutdown needs a held lock."""
     lock = threading.Lock()
 
     def run_child():
@@ -231,7 +233,7 @@ def test_signals_at_random_moments_of_two_ranks_lose_nothing(tmp_path):
     "overrides", ["task=prepare", "recipe=tiny trainer.max_steps=2", "task=sweep sweep=sweep.yaml"]
 )
 def test_a_process_that_does_not_train_exits_with_the_documented_status(tmp_path, overrides, number):
-    """While it imports, while a stage or a trial of its own imports, and later."""
+    """The signal comes while the process imports, while its stage or trial imports, and later."""
     trials = {"method": "grid", "metric": {"name": "val/loss"}, "parameters": {"seed": {"values": [1, 2]}}}
     (tmp_path / "sweep.yaml").write_text(json.dumps(trials))
     rng, allowed = Random(SEED + number), {AT_ONCE[number], SAVED[number], 0}

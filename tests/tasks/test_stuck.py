@@ -1,4 +1,4 @@
-"""A rank that no longer answers: all ranks are gone within the time limit and ten seconds, and the user is told which it was."""
+"""Tests of a stuck rank: all ranks end within the time limit plus ten seconds, and the stuck rank is reported."""
 
 import os
 import random
@@ -20,7 +20,7 @@ QUICK = [f"trainer.timeout_minutes={LIMIT / 60}", "guard.heartbeat_seconds=1", "
 
 
 def stop_rank_at_step(overrides, folder, ranks, rank, step, seconds=0.0, patch=None):
-    """Stop this rank once it is in that step; the processes, and the codes and seconds in which they left."""
+    """Stop this rank at that step. Return the processes, the run folder, the exit codes, and the seconds until all ended."""
     started = start(overrides, folder, ranks, patch)
     run = folder / "runs" / "held"
     try:
@@ -40,7 +40,7 @@ def check_stopped_rank(folder, ranks, rank, step, seconds=0.0):
     overrides = build_overrides(folder, "sft", *two, *QUICK, "run_name=held")
     started, run, codes, took = stop_rank_at_step(overrides, folder, ranks, rank, step, seconds)
     output = started.read_output()
-    assert codes[rank] == -signal.SIGKILL  # it cannot leave by itself
+    assert codes[rank] == -signal.SIGKILL  # it cannot exit by itself
     assert [code for other, code in enumerate(codes) if other != rank] == [STUCK] * (ranks - 1), output
     assert took < LIMIT + 10
     assert output.count("Stuck: ") == 1
@@ -143,7 +143,7 @@ def test_a_rank_with_a_stop_signal_after_the_last_step_does_not_wait_for_others(
 
 
 def _patch_slow_write():
-    """Longer than the others wait for a rank that has said nothing."""
+    """Write longer than the other ranks wait for a silent rank."""
     from lit_vlm.engine.checkpoint import write
 
     write_shards = write.write_shards
@@ -200,7 +200,7 @@ def _patch_code_digest():
 
 
 def _patch_slow_disk():
-    """The process group's limit is as short as the watch's."""
+    """Write slowly, with a process group timeout as short as the limit of the watchdog."""
     from datetime import timedelta
 
     from lit_vlm.engine import strategy

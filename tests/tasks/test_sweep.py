@@ -1,4 +1,4 @@
-"""task=sweep as a user runs it: mistakes before any run, the plan, real trials of the tiny model, interruption and Slurm."""
+"""Tests of task=sweep: errors before any run, the plan, real trials of the tiny model, interruption and Slurm."""
 
 import json
 import os
@@ -57,12 +57,12 @@ def work_folder(tmp_path, monkeypatch):
 
 
 def load_sweep_without_checks(path: Path, *overrides: str) -> Sweep:
-    """A sound file's, without a look at its values."""
+    """Load the sweep of a valid file without checking its values."""
     run = parse(["task=sweep", f"sweep={path}", *overrides])
     return Sweep(run, read_sweep(path), get_trial_overrides(run.overrides))
 
 
-# Words and mistakes
+# Overrides and errors
 
 
 def test_overrides_of_the_sweep_and_of_its_trials_are_separated():
@@ -160,7 +160,7 @@ def test_a_folder_belongs_to_one_sweep_and_overwrite_replaces_another_with_its_t
         prepare_sweep_folder(load_sweep_without_checks(write_sweep_file(work_folder, cap=3)))
     prepare_sweep_folder(
         load_sweep_without_checks(write_sweep_file(work_folder), "overwrite=true")
-    )  # the same one, not done: it goes on
+    )  # the same unfinished sweep is resumed
     assert (job.run.dir / "0").is_dir() and len(job.create_search(job.run.dir / "journal.log").list_trials()) == 1
     prepare_sweep_folder(load_sweep_without_checks(write_sweep_file(work_folder), "seed=4", "overwrite=true"))
     assert not (job.run.dir / "0").exists() and not (job.run.dir / "journal.log").exists()
@@ -306,7 +306,7 @@ def wait_for_rows(work_folder: Path, number: int, rows: int, limit: float = PATI
 
 
 def kill_running_trials(work_folder: Path) -> None:
-    """SIGKILL to what the sweep left running."""
+    """Send SIGKILL to the trials that the sweep left running."""
     for file in (work_folder / "runs/sweeps/mine").glob("*/trial.pid"):
         with suppress(ProcessLookupError):
             os.kill(int(file.read_text()), signal.SIGKILL)
@@ -342,5 +342,5 @@ def test_a_sweep_whose_trials_all_fail_stops_after_three_with_the_reason(work_fo
     path.write_text(path.read_text().replace("callbacks: {value: [throughput, guard]}", "data.max_length: {value: 1}"))
     result = start_sweep(work_folder)
     assert result.returncode == 1 and "The first 3 trials failed" in result.stderr
-    assert "set such records aside with data.on_bad_record=quarantine" in result.stderr  # what the trial itself said
+    assert "set such records aside with data.on_bad_record=quarantine" in result.stderr  # message of the trial itself
     assert "Traceback" not in result.stderr and list_outcomes(work_folder) == ["failed"] * 3

@@ -1,4 +1,4 @@
-"""Runs as a user starts them, tracked: killed and started again, a metric that is never logged, secrets in every place."""
+"""Tests of tracked runs: killed and started again, a metric that is never logged, secrets in every place."""
 
 import csv
 import gzip
@@ -58,7 +58,7 @@ def wait_for_end(process: subprocess.Popen, limit: float = PATIENCE) -> tuple[in
 
 
 def drop_run_specific(row: dict) -> dict:
-    """Without what differs from run to run."""
+    """Return the row without values that differ between runs."""
     return {key: value for key, value in row.items() if not key.startswith(TIMES)}
 
 
@@ -134,7 +134,7 @@ PLANTED = [*FORMS.values(), *(secret for _, secret in INSIDE.values()), *PASSWOR
 
 
 def build_planted_overrides() -> list[str]:
-    """Words of a command line with all of them: one object of settings, plain words, lists, texts, tables."""
+    """Return overrides with all secrets: a JSON object of settings, plain overrides, lists, texts, tables."""
     settings = {
         "logger.tags": [value for name, value in FORMS.items() if name != "pem"],
         "submit.setup": [*(text for text, _ in INSIDE.values()), FORMS["pem"]],
@@ -216,7 +216,7 @@ def test_secrets_of_the_environment_reach_no_file_terminal_or_server(server, wor
 
 
 def list_written_forms(secret: str) -> list[bytes]:
-    """A secret as it is, and as JSON and YAML write it."""
+    """Return the secret as it is, and as JSON and YAML write it."""
     return list({secret.encode(), json.dumps(secret)[1:-1].encode(), secret.splitlines()[-1].encode()} - {b""})
 
 

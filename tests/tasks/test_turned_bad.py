@@ -1,5 +1,7 @@
-"""A picture that was whole when it was indexed and is not when it is trained on: tried again, entered, told; and the same
-command goes on without it, every other sample in its place."""
+"""Tests of an image that becomes corrupt after indexing: read again, logged, reported.
+
+The same command then resumes without it, and every other sample stays in its place.
+"""
 
 import shutil
 from pathlib import Path
@@ -38,7 +40,7 @@ def current_folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def overrides(tmp_path) -> list[str]:
-    """Twenty-four records, each with a photograph of its own; `mine/5` is of 5.jpg."""
+    """Overrides for 24 records, each with its own photograph; `mine/5` has 5.jpg."""
     originals = save_photos(tmp_path / "originals")
     (tmp_path / "images").mkdir()
     for number in range(COUNT):
@@ -50,7 +52,7 @@ def overrides(tmp_path) -> list[str]:
 
 
 def train_and_list_steps(monkeypatch, *overrides: str) -> list[list[str]]:
-    """Ids of the samples of each optimizer step, as the batches have them."""
+    """Train, and return the sample ids of each optimizer step, from the batches."""
     steps: dict[int, list[str]] = {}
     step = Stage.training_step
 
@@ -123,7 +125,7 @@ def test_with_quarantine_one_process_restarts_and_trains_as_if_they_were_left_ou
     for number in (2, 7, 11):
         zero_second_half(tmp_path / "images" / f"{number}.jpg")
     capsys.readouterr()
-    steps = train_and_list_steps(monkeypatch, *overrides)  # it is finished
+    steps = train_and_list_steps(monkeypatch, *overrides)  # it finishes
     output = " ".join(capsys.readouterr().out.split())
     ledger = tmp_path / "runs" / "bad" / "ledger.jsonl"
     assert {entry["position"] for entry in read_json_lines(ledger)} == {2, 7, 11}
@@ -150,14 +152,14 @@ def test_idle_workers_log_corrupt_records_before_their_step(overrides, tmp_path,
         zero_second_half(tmp_path / "images" / f"{number}.jpg")
     ledger, loader = tmp_path / "runs" / "bad" / "ledger.jsonl", iter(datamodule.train_dataloader())
     ledger.parent.mkdir(parents=True, exist_ok=True)
-    first = next(loader)  # and no more: the workers are idle from here on
+    first = next(loader)  # no further batch is read: the workers are idle from here on
     assert first.sample_ids and not isinstance(first, micro_batches.CorruptRecord)
     until(lambda: ledger.exists() and len(read_json_lines(ledger)) == len(bad) == 2)
     assert {entry["position"] for entry in read_json_lines(ledger)} == bad
     rest = list(loader)
     found = [batch for batch in rest if isinstance(batch, micro_batches.CorruptRecord)]
     assert isinstance(found[0].add_to_ledger(datamodule.ledger), micro_batches.RecordLoggedError)
-    assert len(read_json_lines(ledger)) == 2  # it is there already
+    assert len(read_json_lines(ledger)) == 2  # it is logged already
     assert not build_datamodule(*overrides, "data.on_bad_record=stop").look_ahead
 
 
@@ -215,7 +217,7 @@ def test_an_image_changed_after_indexing_is_reported_and_is_no_bad_record(overri
 
 
 def fail_opening(monkeypatch, times: int) -> list[str]:
-    """Opening 5.jpg fails so often; returns what was tried."""
+    """Make opening 5.jpg fail `times` times. Return the list of failed tries."""
     tries, opened = [], FileImage._open
 
     def open_or_fail(self):
@@ -232,7 +234,7 @@ def fail_opening(monkeypatch, times: int) -> list[str]:
 def test_a_read_error_that_passes_within_the_retries_does_not_stop_the_run(overrides, tmp_path, monkeypatch, held_out):
     if held_out:
         overrides = ["stage=sft", *build_own_validation(tmp_path), "run_name=bad", "trainer.max_steps=3"]
-    run(*overrides, "run_name=first", "trainer.max_steps=1")  # the index is there
+    run(*overrides, "run_name=first", "trainer.max_steps=1")  # builds the index
     tries = fail_opening(monkeypatch, 2)
     assert run(*overrides).manifest["status"] == "finished" and len(tries) == 2
     assert not (tmp_path / "runs" / "bad" / "ledger.jsonl").exists()
@@ -246,7 +248,7 @@ def test_one_failed_read_too_many_ends_the_run(overrides, tmp_path, monkeypatch)
 
 
 def build_own_validation(folder: Path) -> list[str]:
-    """A validation source that is named as the training source is, and holds other pictures."""
+    """Return overrides of a validation source that has the name of the training source and other images."""
     path = write_records(
         folder / "held" / "train.jsonl", [make_llava_record("<image>\nQ?", "a", image=f"{i}.jpg") for i in (5, 6, 7)]
     )

@@ -1,4 +1,4 @@
-"""Pictures that turn bad while training: in archives, and of preference pairs."""
+"""Tests of images that become corrupt while training: in archives, and in preference pairs."""
 
 import pytest
 from mixture_cases import (
