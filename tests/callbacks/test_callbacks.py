@@ -241,18 +241,18 @@ def test_the_end_of_an_answer_is_taken_from_the_template_and_not_the_tokenizer(p
 
 def test_an_export_marks_progress_for_each_weight(blueprint, tmp_path, monkeypatch):
     """This holds for frozen and trained weights. Otherwise a slow disk would count as a stuck rank."""
-    seen, tick = [], Progress.mark_progress
-    monkeypatch.setattr(Progress, "tick", lambda pulse: [tick(pulse), seen.append(pulse.work.doing)])
+    activities, tick = [], Progress.mark_progress
+    monkeypatch.setattr(Progress, "tick", lambda pulse: [tick(pulse), activities.append(pulse.work.doing)])
     fit(blueprint, [Export(tmp_path)], stage_class=AlignStage, data={"max_steps": 1})
     with safe_open(tmp_path / "hf" / "model.safetensors", "pt") as file:
-        assert seen.count(Activity.exporting) == len(file.keys())
+        assert activities.count(Activity.exporting) == len(file.keys())
 
 
 def test_callbacks_are_ordered_with_export_samples_and_report_last(tmp_path):
-    made = make_callbacks(["report", "export", "samples", f"{__name__}.Mine", "guard"], tmp_path, max_samples=7)
-    assert [type(callback).__name__ for callback in made] == ["Guard", "Mine", "Export", "Samples", "Report"]
-    assert made[3].max_samples == 7
-    assert isinstance(made[-1], Report)
+    callbacks = make_callbacks(["report", "export", "samples", f"{__name__}.Mine", "guard"], tmp_path, max_samples=7)
+    assert [type(callback).__name__ for callback in callbacks] == ["Guard", "Mine", "Export", "Samples", "Report"]
+    assert callbacks[3].max_samples == 7
+    assert isinstance(callbacks[-1], Report)
     assert [type(callback) for callback in make_callbacks(list(CALLBACKS), tmp_path)] == list(CALLBACKS.values())
 
 

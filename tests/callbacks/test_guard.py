@@ -41,16 +41,16 @@ def test_skipped_steps_that_are_not_consecutive_do_not_stop_the_run(blueprint):
 
 
 def test_the_ranks_exchange_the_square_of_the_gradients_norm(blueprint):
-    seen = []
+    norms = []
 
     class NormRecorder(Guard):
         def on_after_exchange(self, trainer, pl_module, optimizer):
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
             norm = float(torch.nn.utils.get_total_norm(gradients))
-            seen.append((get_shared_flags(trainer).get(StepFlag.grad_square_sum) ** 0.5, norm))
+            norms.append((get_shared_flags(trainer).get(StepFlag.grad_square_sum) ** 0.5, norm))
 
     fit(blueprint, [NormRecorder()])
-    assert len(seen) == 4 and all(exchanged == pytest.approx(norm, rel=1e-5) and norm > 0 for exchanged, norm in seen)
+    assert len(norms) == 4 and all(exchanged == pytest.approx(norm, rel=1e-5) and norm > 0 for exchanged, norm in norms)
 
 
 def test_ranks_exchange_without_a_guard_and_once_with_one(tmp_path):

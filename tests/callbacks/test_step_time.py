@@ -82,9 +82,8 @@ def test_the_slowest_rank_is_reported_once_when_it_stays_the_slowest():
     for _ in range(2):
         found = monitor.update(slow)
     assert found == {"slowest_rank": 2.0, "slowest_excess": pytest.approx(2 / 7)} and not messages
-    monitor.update(
-        [make_times(backward=6.0), make_times(), make_times(), make_times()]
-    )  # another rank: the count starts again
+    # Another rank: the count starts again
+    monitor.update([make_times(backward=6.0), make_times(), make_times(), make_times()])
     for _ in range(10):
         monitor.update(slow)
     assert messages == [

@@ -90,8 +90,8 @@ def test_hydras_cfg_flag_works_and_writes_no_file(tmp_path):
         "sft",
         "무엇?",
     )
-    wrong = run_py("--cfg", "job", "experiment=tiny/2_sft", "sed=1", "seed=x")
-    assert wrong.returncode == 1 and wrong.stderr.startswith("2 mistakes")
+    refused = run_py("--cfg", "job", "experiment=tiny/2_sft", "sed=1", "seed=x")
+    assert refused.returncode == 1 and refused.stderr.startswith("2 mistakes")
     assert list(tmp_path.iterdir()) == []
 
 

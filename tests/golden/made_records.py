@@ -111,9 +111,9 @@ def write_sharegpt(folder: Path, names: list[str]) -> dict:
 def make_messages(rng: Random, parts: list[dict]) -> list[dict]:
     messages = []
     for index, (question, answer) in enumerate(sample_turns(rng)):
-        asked = [*(parts if index == 0 else []), {"type": "text", "text": question}]
+        prompt_parts = [*(parts if index == 0 else []), {"type": "text", "text": question}]
         messages += [
-            {"role": "user", "content": asked},
+            {"role": "user", "content": prompt_parts},
             {"role": "assistant", "content": [{"type": "text", "text": answer}]},
         ]
     return messages
@@ -166,10 +166,10 @@ def write_preference_messages(folder: Path, names: list[str]) -> dict:
     rng, records = Random(8), []
     for _ in range(NUM_RECORDS):
         pictures, answer = sample_pictures(rng, names), rng.choice(ANSWERS)
-        asked = [*({"type": "image"} for _ in pictures), {"type": "text", "text": rng.choice(QUESTIONS)}]
+        prompt_parts = [*({"type": "image"} for _ in pictures), {"type": "text", "text": rng.choice(QUESTIONS)}]
         answers = {"chosen": answer, "rejected": rng.choice([each for each in ANSWERS if each != answer])}
         sampled_answers = {key: [{"role": "assistant", "content": text}] for key, text in answers.items()}
-        records.append({"images": pictures, "prompt": [{"role": "user", "content": asked}], **sampled_answers})
+        records.append({"images": pictures, "prompt": [{"role": "user", "content": prompt_parts}], **sampled_answers})
     path = write_lines(folder / "pairs_of_messages.jsonl", records)
     return {"path": path, "image_root": str(folder / "pictures")}
 

@@ -317,9 +317,8 @@ BEGUN = [
 KILLED_AT = 4
 
 
-BEGUN_FOLDER = Path(
-    "/tmp/lit_vlm-golden"
-)  # the run is always resumed here, since digests of a checkpoint contain absolute paths
+# The run is always resumed here, since digests of a checkpoint contain absolute paths
+BEGUN_FOLDER = Path("/tmp/lit_vlm-golden")
 
 
 @contextmanager

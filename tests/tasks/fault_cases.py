@@ -35,18 +35,18 @@ class Fault:
 
 def inject_faults(faults: Iterable[Fault]) -> Callable[[], None]:
     def patch() -> None:
-        loss, after = Stage.compute_loss, L.LightningModule.on_after_backward
+        original_loss, original_hook = Stage.compute_loss, L.LightningModule.on_after_backward
 
         def compute_loss(self, batch):
             due = [fault for fault in faults if fault.where == "loss" and fault.matches(self)]
-            return loss(self, batch) * (due[0].value if due else 1.0)
+            return original_loss(self, batch) * (due[0].value if due else 1.0)
 
         def on_after_backward(self):
             for fault in faults:
                 if fault.where == "gradient" and fault.matches(self):
                     last = [p.grad for p in self.parameters() if p.grad is not None][-1]
                     last.view(-1)[-1] = fault.value
-            return after(self)
+            return original_hook(self)
 
         Stage.compute_loss, Stage.on_after_backward = compute_loss, on_after_backward
 
@@ -115,15 +115,15 @@ def raise_out_of_memory_at(step: int, micro_step: int, where: str, rank: int = 0
     """Return a patch that raises torch.OutOfMemoryError in "forward", "backward" or "optimizer", up to `times` times."""
 
     def patch() -> None:
-        left = [times]
+        remaining = [times]
         training_step, clip = Stage.training_step, L.LightningModule.configure_gradient_clipping
 
         def is_due(stage):
             at, micro = divmod(stage.trainer.fit_loop.epoch_loop.batch_idx, stage.trainer.accumulate_grad_batches)
-            here = at == step and (micro == micro_step or where == "optimizer")
-            if not here or stage.global_rank != rank or not left[0]:
+            is_here = at == step and (micro == micro_step or where == "optimizer")
+            if not is_here or stage.global_rank != rank or not remaining[0]:
                 return False
-            left[0] -= 1
+            remaining[0] -= 1
             return True
 
         def step_or_fail(self, batch, number):
@@ -134,10 +134,10 @@ def raise_out_of_memory_at(step: int, micro_step: int, where: str, rank: int = 0
                 loss.register_hook(raise_out_of_memory)
             return loss
 
-        def clip_or_fail(self, *options, **more):
+        def clip_or_fail(self, *options, **keywords):
             if where == "optimizer" and is_due(self):
                 raise_out_of_memory()
-            return clip(self, *options, **more)
+            return clip(self, *options, **keywords)
 
         Stage.training_step, Stage.configure_gradient_clipping = step_or_fail, clip_or_fail
 

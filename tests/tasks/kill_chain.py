@@ -108,9 +108,9 @@ def run_undisturbed_chain(chain: Chain, folder: Path, overrides: list[str]) -> f
         run_undisturbed([*overrides, f"run_name={name}_imports"], folder)
     started = start([*overrides, f"run_name={name}"], folder, chain.ranks)
     wait_for_training(started)
-    began = time.monotonic()
+    start_time = time.monotonic()
     assert set(started.wait(PATIENCE)) == {0}, started.read_output()
-    return time.monotonic() - began
+    return time.monotonic() - start_time
 
 
 def run_attempt(

@@ -114,7 +114,7 @@ class ReferenceRuns:
         return self.folder / "runs" / name
 
     def start(
-        self, name: str, more: list[str], number: int = 0, is_due: Callable[[float], bool] = lambda used_seconds: False
+        self, name: str, extra: list[str], number: int = 0, is_due: Callable[[float], bool] = lambda used_seconds: False
     ) -> EndedProcess:
         """Start a run, and send it a signal when `is_due` is true of its processor time in seconds."""
         log = self.folder / "log.txt"
@@ -122,7 +122,7 @@ class ReferenceRuns:
         if self.ranks > 1:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={self.ranks}"]
             command += ["--shutdown-timeout=120", "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1,SIGUSR2"]
-        command += [str(RUN), *self.overrides, f"run_name={name}", *more]
+        command += [str(RUN), *self.overrides, f"run_name={name}", *extra]
         with log.open("wb") as stream:
             process = subprocess.Popen(
                 command, cwd=self.folder, env=os.environ | ENVIRONMENT, stdout=stream, stderr=stream
@@ -201,29 +201,29 @@ def sample_moments(of_each: int, seed: int) -> list[Moment]:
 
 def run_moments(folder: Path, of_each: int, seed: int = 0, ranks: int = 1) -> list[Moment]:
     """Run all moments that FOLDER does not have already."""
-    reference, known = ReferenceRuns(folder, ranks), folder / "moments.jsonl"
-    lines = known.read_text().splitlines() if known.is_file() else []
-    seen = [Moment(**json.loads(line)) for line in lines]
+    reference, results_file = ReferenceRuns(folder, ranks), folder / "moments.jsonl"
+    lines = results_file.read_text().splitlines() if results_file.is_file() else []
+    done = [Moment(**json.loads(line)) for line in lines]
     moments = sample_moments(of_each, seed)
-    print(f"{len(moments)} moments, seed {seed}, {len(seen)} known already; in {folder}", flush=True)
-    assert [each.share for each in seen] == [each.share for each in moments[: len(seen)]], (
+    print(f"{len(moments)} moments, seed {seed}, {len(done)} known already; in {folder}", flush=True)
+    assert [each.share for each in done] == [each.share for each in moments[: len(done)]], (
         "another seed, or another number"
     )
-    for moment in moments[len(seen) :]:
+    for moment in moments[len(done) :]:
         run_moment(reference, moment)
-        seen.append(moment)
-        with known.open("a") as stream:
+        done.append(moment)
+        with results_file.open("a") as stream:
             stream.write(json.dumps(asdict(moment)) + "\n")
         if moment.faults:
             print(f"{moment.number}: {moment.signal} at {moment.share:.4f}: {moment.faults}", flush=True)
         if (moment.number + 1) % CHAIN == 0 or moment.number + 1 == len(moments):
-            print(format_table(seen), flush=True)
-    return seen
+            print(format_table(done), flush=True)
+    return done
 
 
 def run_moment(reference: ReferenceRuns, moment: Moment) -> None:
     """Send one signal to the run of the moment's chain, and let the run finish at the end of the chain."""
-    name, more, number = f"chain-{moment.number // CHAIN}", KINDS[moment.kind], signal.Signals[moment.signal]
+    name, extra, number = f"chain-{moment.number // CHAIN}", KINDS[moment.kind], signal.Signals[moment.signal]
     behind_imports = moment.number // len(SIGNALS) % 2 == 1
     if moment.number % CHAIN == 0:
         shutil.rmtree(reference.get_run_dir(name), ignore_errors=True)
@@ -234,12 +234,12 @@ def run_moment(reference: ReferenceRuns, moment: Moment) -> None:
         first_output = measured.first_output if behind_imports else 0.0
         after = first_output + moment.share * (measured.cpu_seconds - first_output)
         before = list_checkpoints(reference, name, moment)
-        ended = reference.start(name, more, number, lambda used_seconds, after=after: used_seconds >= after)
+        ended = reference.start(name, extra, number, lambda used_seconds, after=after: used_seconds >= after)
         moment.seconds = round(ended.seconds, 2)
         check_start(reference, name, moment, ended, before, number)
         last = moment.number % CHAIN == CHAIN - 1
         if moment.answer == "done" or last or not ended.signal_sent:
-            check_end(reference, name, more, moment)
+            check_end(reference, name, extra, moment)
             shutil.rmtree(reference.get_run_dir(name), ignore_errors=True)
         if ended.signal_sent or moment.faults:
             return
@@ -252,17 +252,17 @@ def check_start(
     """Check that the status matches the output, no file is torn and no checkpoint is lost."""
     output, faults = ended.output, moment.faults
     moment.status = ended.status if ended.signal_sent else None
-    moment.answer, wanted = "nothing", None
+    moment.answer, expected = "nothing", None
     if "saved at step" in output:
-        moment.answer, wanted = "saved", SAVED[number]
+        moment.answer, expected = "saved", SAVED[number]
     elif "nothing is to be saved" in output:
-        moment.answer, wanted = "left", AT_ONCE[number]
+        moment.answer, expected = "left", AT_ONCE[number]
     elif "done. Model" in output or "finished already" in output:
-        moment.answer, wanted = "done", 0
+        moment.answer, expected = "done", 0
     if reference.ranks > 1 and moment.answer != "done":
-        wanted = 1  # the status of torchrun, for any status of its ranks
-    if ended.status != wanted:
-        faults.append(f"status {ended.status} and not {wanted}: {output[-1500:]}")
+        expected = 1  # the status of torchrun, for any status of its ranks
+    if ended.status != expected:
+        faults.append(f"status {ended.status} and not {expected}: {output[-1500:]}")
     torchruns = reference.ranks > 1 and "SignalException" in output
     if ("Traceback" in output and not torchruns) or "KeyboardInterrupt" in output:
         faults.append(f"a traceback: {output[-1500:]}")
@@ -307,10 +307,10 @@ def find_torn_files(run_dir: Path) -> list[str]:
     return faults
 
 
-def check_end(reference: ReferenceRuns, name: str, more: list[str], moment: Moment) -> None:
+def check_end(reference: ReferenceRuns, name: str, extra: list[str], moment: Moment) -> None:
     """Let the chain's run finish and compare it with the undisturbed run."""
     _ = reference.undisturbed
-    ended = reference.start(name, more)
+    ended = reference.start(name, extra)
     if ended.status != 0 or "Traceback" in ended.output:
         moment.faults.append(f"does not finish: {ended.output[-1500:]}")
         return
@@ -326,9 +326,9 @@ def check_end(reference: ReferenceRuns, name: str, more: list[str], moment: Mome
         moment.faults.append("the report says that it is not finished")
 
 
-def read_metrics(ran: RunOutput) -> list[dict[str, str]]:
+def read_metrics(run: RunOutput) -> list[dict[str, str]]:
     """Read `metrics.csv` without times."""
-    with (ran.dir / "metrics.csv").open(newline="") as stream:
+    with (run.dir / "metrics.csv").open(newline="") as stream:
         found = list(csv.DictReader(stream))
     return [
         {key: value for key, value in row.items() if not key.startswith(("throughput/", "seconds"))} for row in found

@@ -87,16 +87,16 @@ def read_error(*overrides: str) -> str:
     return str(caught.value)
 
 
-def read_error_and_check_run(ran: RunOutput, *overrides: str) -> str:
+def read_error_and_check_run(run_output: RunOutput, *overrides: str) -> str:
     """Return the message of an error with run_name=kept overwrite=true, and check that the finished run is unchanged.
 
     A list of bad records may be added to its folder.
     """
-    before = ran.take_snapshot()
+    before = run_output.take_snapshot()
     text = read_error(*overrides, "run_name=kept", "overwrite=true")
-    (ran.dir / "bad_records.jsonl").unlink(missing_ok=True)
-    assert ran.take_snapshot() == before
-    assert ran.manifest["status"] == "finished"
+    (run_output.dir / "bad_records.jsonl").unlink(missing_ok=True)
+    assert run_output.take_snapshot() == before
+    assert run_output.manifest["status"] == "finished"
     return text
 
 
@@ -236,9 +236,9 @@ def test_each_bad_record_is_named_with_its_line_and_cause(user_folder, name):
     write_records(user_folder / "one.jsonl", [make_llava_record("Hi", "Hello"), record])
     text = read_error(*LLAVA, *CAPS, "data.sources.mine.path=one.jsonl", "run_name=never")
     assert "one.jsonl:2: " in text and expected in text, text
-    left = {path.name: path for path in (user_folder / "runs" / "never").iterdir()}
-    assert left.keys() - {"held.lock"} == {"bad_records.jsonl"}  # and no file of a run
-    listed = left["bad_records.jsonl"]
+    files = {path.name: path for path in (user_folder / "runs" / "never").iterdir()}
+    assert files.keys() - {"held.lock"} == {"bad_records.jsonl"}  # and no file of a run
+    listed = files["bad_records.jsonl"]
     assert [json.loads(row)["origin"] for row in listed.read_text("utf-8").splitlines()] == ["one.jsonl:2"]
 
 
@@ -251,17 +251,17 @@ def test_a_file_of_only_bad_records_is_refused_with_their_lines(user_folder):
 
 
 def test_bad_records_are_quarantined_and_named(faulty_file):
-    ran = run(
+    run_output = run(
         *LLAVA,
         *CAPS,
         f"data.sources.mine.path={faulty_file}",
         "data.on_bad_record=quarantine",
         "data.max_quarantined=0.5",
     )
-    assert ran.manifest["status"] == "finished"
-    assert ran.manifest["data"]["num_samples"] == len(RECORDS)
-    assert ran.manifest["data"]["quarantined"] == {"mine": len(RECORDS)}
-    rows = [json.loads(text) for text in (ran.dir / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert run_output.manifest["status"] == "finished"
+    assert run_output.manifest["data"]["num_samples"] == len(RECORDS)
+    assert run_output.manifest["data"]["quarantined"] == {"mine": len(RECORDS)}
+    rows = [json.loads(text) for text in (run_output.dir / "quarantine.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["source"] for row in rows] == ["mine"] * len(RECORDS)
     for number, (row, (_, expected)) in enumerate(zip(rows, RECORDS.values(), strict=True)):
         assert f"{row['origin']}: " == format_origin(number) and expected in row["reason"]
@@ -330,9 +330,9 @@ def test_an_image_that_cannot_be_decoded_in_a_worker_ends_the_process_with_only_
 
 def test_a_broken_held_out_image_is_named(user_folder, tmp_path):
     write_records(user_folder / "held.jsonl", [make_llava_record(ASK, "A temple.", image="truncated.jpg")])
-    held = {"path": "held.jsonl", "image_root": "images", "format": "llava"}
+    held_source = {"path": "held.jsonl", "image_root": "images", "format": "llava"}
     choice = write_data_choice(
-        tmp_path, sources={"mine": held | {"path": "train.jsonl"}}, validation={"sources": {"held": held}}
+        tmp_path, sources={"mine": held_source | {"path": "train.jsonl"}}, validation={"sources": {"held": held_source}}
     )
     text = read_error(*choice, "stage=sft")
     assert "held.jsonl:1: image 'truncated.jpg' cannot be decoded" in text
@@ -379,8 +379,8 @@ def test_a_language_model_without_a_chat_template_is_refused(user_folder, finish
     (base / "chat_template.jinja").unlink()
     text = read_error_and_check_run(finished_run, *LLAVA, f"model.language_model={base}")
     assert "has no chat template" in text and "model.chat_template=chatml" in text
-    ran = run(*LLAVA, f"model.language_model={base}", "model.chat_template=chatml")
-    assert ran.manifest["status"] == "finished"
+    run_output = run(*LLAVA, f"model.language_model={base}", "model.chat_template=chatml")
+    assert run_output.manifest["status"] == "finished"
 
 
 # What data may not do
@@ -403,11 +403,11 @@ def test_training_opens_no_connection(user_folder):
     ]
     _events = []
     try:
-        ran = run(*overrides)
+        run_output = run(*overrides)
         assert _events == []
     finally:
         _events = None
-    assert ran.manifest["data"]["quarantined"] == {"mine": 3}
+    assert run_output.manifest["data"]["quarantined"] == {"mine": 3}
 
 
 def test_links_out_of_the_image_root_are_not_followed(user_folder):
@@ -424,12 +424,12 @@ def test_control_tokens_written_in_the_data_stay_text_in_every_batch(user_folder
     records = [make_llava_record(ASK, f"{i} <image> {written}", image=PHOTOS[i % 4]) for i in range(4)]
     records += [make_llava_record(f"{written} {i}", f"<image> {written}") for i in range(4)]
     write_records(user_folder / "control.jsonl", records)
-    seen = []
+    batches = []
     from lit_vlm.stages.base import Stage
 
     step = Stage.training_step
     monkeypatch.setattr(
-        Stage, "training_step", lambda self, batch, i: (seen.append((batch, self.model)), step(self, batch, i))[1]
+        Stage, "training_step", lambda self, batch, i: (batches.append((batch, self.model)), step(self, batch, i))[1]
     )
     job = parse(
         [
@@ -443,7 +443,7 @@ def test_control_tokens_written_in_the_data_stay_text_in_every_batch(user_folder
         ]
     )
     train(job)
-    ((batch, model),) = seen
+    ((batch, model),) = batches
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(RunOutput(job.dir).hf)

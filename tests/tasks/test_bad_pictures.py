@@ -58,7 +58,7 @@ def test_each_bad_record_is_quarantined_with_its_fault_and_all_others_are_traine
     datamodule.build_indexes()
     lines = {f"train.jsonl:{position + 1}" for position in datamodule.index.position.tolist()}
     assert len(lines) == count - len(expected) and not lines & expected.keys()
-    ran = run(
+    run_output = run(
         *overrides,
         *quarantine,
         "stage=sft",
@@ -66,10 +66,12 @@ def test_each_bad_record_is_quarantined_with_its_fault_and_all_others_are_traine
         "data.global_batch_size=40",
         "callbacks=[export]",
     )
-    assert ran.manifest["status"] == "finished" and ran.manifest["data"]["quarantined"] == {"mine": len(expected)}
-    num_sampled = next(row["drawn"] for row in ran.manifest["data"]["mixture"] if row["name"] == "mine")
-    assert num_sampled >= len(lines) == ran.manifest["data"]["num_samples"]  # so each was decoded
-    assert not (ran.dir / "ledger.jsonl").exists()
+    assert run_output.manifest["status"] == "finished" and run_output.manifest["data"]["quarantined"] == {
+        "mine": len(expected)
+    }
+    num_sampled = next(row["drawn"] for row in run_output.manifest["data"]["mixture"] if row["name"] == "mine")
+    assert num_sampled >= len(lines) == run_output.manifest["data"]["num_samples"]  # so each was decoded
+    assert not (run_output.dir / "ledger.jsonl").exists()
 
 
 def test_the_default_limit_stops_with_the_counts_of_each_fault(overrides, corpus, tmp_path):
@@ -93,6 +95,8 @@ def test_the_policy_stop_names_bad_records_with_counts_and_quarantines_nothing(o
     assert text.startswith(f"Records that cannot be used ({len(expected):,} of mine: ")
     assert all(f"\n  {origin}: image " in text for origin in first) and f"... and {len(expected) - 10:,} more" in text
     assert all(f"{number:,} {fault}" in text for fault, number in Counter(expected.values()).items())
-    (listed,) = Path(tmp_path / "runs" / "bad").glob("*")
-    assert listed.name == "bad_records.jsonl" and {row["origin"] for row in read_json_lines(listed)} == set(expected)
+    (list_file,) = Path(tmp_path / "runs" / "bad").glob("*")
+    assert list_file.name == "bad_records.jsonl" and {row["origin"] for row in read_json_lines(list_file)} == set(
+        expected
+    )
     assert json.dumps(text)  # valid for any file name

@@ -51,14 +51,14 @@ def scripted_answers(monkeypatch):
     """Return a function that makes the model answer with given texts and returns the list of its prompts."""
 
     def set_answers(*texts):
-        asked, texts = [], list(texts)
+        prompts, texts = [], list(texts)
 
         def ask(model, processor, samples, most):
-            asked.append(samples[0])
+            prompts.append(samples[0])
             return [texts.pop(0)]
 
         monkeypatch.setattr(chat_module, "generate_answers", ask)
-        return asked
+        return prompts
 
     return set_answers
 
@@ -78,7 +78,7 @@ def test_a_prompt_prints_one_answer_to_stdout_and_writes_its_boxes_to_a_file(
     folder, picture, scripted_answers, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.chdir(tmp_path)
-    asked = scripted_answers(POINTS)
+    prompts = scripted_answers(POINTS)
     run_chat(ChatRun(folder, image=[picture], prompt="<gro> 무엇이 어디에 있나요?"))
     output = capsys.readouterr()
     assert output.out == POINTS + "\n"
@@ -86,22 +86,22 @@ def test_a_prompt_prints_one_answer_to_stdout_and_writes_its_boxes_to_a_file(
     annotated, plain = Image.open("chat_1.png"), Image.open(picture)
     assert min(annotated.size) >= 224 > max(plain.size)
     assert (229, 72, 77) in [colour for _, colour in annotated.convert("RGB").getcolors(100_000)]
-    question = asked[0].messages[0].content
+    question = prompts[0].messages[0].content
     assert question[1] == ControlToken("<gro>") and question[2] == "\n무엇이 어디에 있나요?"
 
 
 def test_the_conversation_keeps_answers_and_images_until_reset(conversation, picture, scripted_answers):
-    asked = scripted_answers("하나", POINTS, "셋")
+    prompts = scripted_answers("하나", POINTS, "셋")
     conversation.add_image(picture)
     conversation.ask("첫째")
     conversation.add_image(picture)
     conversation.ask("둘째")
-    assert [message.role.value for message in asked[1].messages] == ["user", "assistant", "user", "assistant"]
-    assert len(asked[1].images) == 2
+    assert [message.role.value for message in prompts[1].messages] == ["user", "assistant", "user", "assistant"]
+    assert len(prompts[1].images) == 2
     assert ControlToken("<bbox>") in conversation.messages[-1].content
     conversation.reset()
     conversation.ask("셋째")
-    assert len(asked[2].messages) == 2 and not asked[2].images
+    assert len(prompts[2].messages) == 2 and not prompts[2].images
 
 
 def test_several_turns_with_several_images_reach_the_model(conversation, picture):
@@ -116,7 +116,7 @@ def test_several_turns_with_several_images_reach_the_model(conversation, picture
 def test_commands_work_and_errors_do_not_end_the_conversation(
     folder, picture, scripted_answers, monkeypatch, tmp_path, capsys
 ):
-    asked = scripted_answers("first", POINTS)
+    prompts = scripted_answers("first", POINTS)
     set_stdin(
         monkeypatch,
         tmp_path,
@@ -133,15 +133,15 @@ def test_commands_work_and_errors_do_not_end_the_conversation(
     output = capsys.readouterr().out
     assert output.count("/reset") == 2  # /help and the unknown command
     assert "nowhere.png" in output and "not found" in output
-    assert [len(sample.images) for sample in asked] == [0, 1]
+    assert [len(sample.images) for sample in prompts] == [0, 1]
     assert "boxes: chat_1.png" in output and Path("chat_1.png").is_file()
 
 
 def test_a_model_without_the_control_tokens_gets_them_as_text(conversation, scripted_answers):
-    asked = scripted_answers("x")
+    prompts = scripted_answers("x")
     conversation.processor.template.control_ids = {}
     conversation.ask("<gro> where?")
-    assert asked[0].messages[0].content == ("<gro>\nwhere?",)
+    assert prompts[0].messages[0].content == ("<gro>\nwhere?",)
 
 
 def test_chat_without_a_model_or_with_a_missing_image_is_refused_with_a_remedy(folder, tmp_path):

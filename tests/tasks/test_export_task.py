@@ -30,19 +30,19 @@ def current_folder(work_folder, monkeypatch):
 @pytest.fixture(scope="module")
 def get_run_pair(work_folder):
     """Return a function: stage -> the same run with its own export and without, and its overrides."""
-    made: dict[str, tuple[RunOutput, RunOutput, list[str]]] = {}
+    pairs: dict[str, tuple[RunOutput, RunOutput, list[str]]] = {}
 
     def get_pair(stage: str) -> tuple[RunOutput, RunOutput, list[str]]:
-        if stage not in made:
+        if stage not in pairs:
             overrides = build_overrides(work_folder, stage)
             run_undisturbed([*overrides, f"run_name={stage}_own", "export=true"], work_folder, finished=True)
             run_undisturbed([*overrides, f"run_name={stage}_later"], work_folder)
-            made[stage] = (
+            pairs[stage] = (
                 RunOutput(work_folder / "runs" / f"{stage}_own"),
                 RunOutput(work_folder / "runs" / f"{stage}_later"),
                 overrides,
             )
-        return made[stage]
+        return pairs[stage]
 
     return get_pair
 
@@ -165,10 +165,10 @@ def test_a_run_without_a_model_reports_it_and_the_command_to_export_one(get_run_
         run_again(overrides, "run_name=child", f"init_from={later.hf}")
 
 
-def run_again(overrides: list[str], *more: str) -> None:
+def run_again(overrides: list[str], *extra: str) -> None:
     from lit_vlm.tasks.train import train
 
-    train(parse([*overrides, *more]))
+    train(parse([*overrides, *extra]))
 
 
 def test_user_callbacks_do_not_prevent_the_export(get_run_pair, work_folder, capsys, monkeypatch):
@@ -186,8 +186,8 @@ def test_the_best_command_of_a_sweep_exports_a_model():
     from lit_vlm.sweep.words import build_trial_overrides, format_trial_command
 
     for path in sorted((Path(__file__).parents[2] / "sweeps").glob("*.yaml")):
-        file, wrong = try_read_sweep(path)
-        assert not wrong
+        file, errors = try_read_sweep(path)
+        assert not errors
         values = {key: one.list_example_values()[0] for key, one in file.search_space.items()} | file.fixed
         assert "export=false" in build_trial_overrides(file, values, [])
         assert "export" not in format_trial_command(file, values, ["export=false"])

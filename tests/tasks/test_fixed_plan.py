@@ -112,12 +112,15 @@ def test_prepared_data_are_trained_on_with_the_template_date_of_preparing(tmp_pa
     run_prepare(*overrides)
     monkeypatch.setattr(stage_data, "date", today)
     capsys.readouterr()
-    ran = run(*overrides)
+    run_output = run(*overrides)
     output = capsys.readouterr().out
-    assert ran.manifest["template_date"] == "2026-04-30" and "2026-04-30, as when it was first prepared" in output
+    assert (
+        run_output.manifest["template_date"] == "2026-04-30" and "2026-04-30, as when it was first prepared" in output
+    )
     assert "since mixture.lock was written" not in output
     assert (
-        run(*overrides, "run_name=b", f"data.lock={ran.dir / 'mixture.lock'}").manifest["template_date"] == "2026-04-30"
+        run(*overrides, "run_name=b", f"data.lock={run_output.dir / 'mixture.lock'}").manifest["template_date"]
+        == "2026-04-30"
     )
     fresh = run(*overrides, "run_name=c").manifest["template_date"]
     assert fresh != "2026-04-30"
@@ -171,9 +174,8 @@ def test_replaced_images_end_a_resumed_run_and_the_restored_ones_let_it_resume(i
     )
     assert "Traceback" not in output and not (work_folder / "runs" / "replaced" / "ledger.jsonl").exists()
     shutil.rmtree(work_folder / "images")
-    shutil.copytree(
-        work_folder / "old", work_folder / "images", copy_function=shutil.copyfile
-    )  # with new modification times
+    # With new modification times
+    shutil.copytree(work_folder / "old", work_folder / "images", copy_function=shutil.copyfile)
     code, output = run_to_end(overrides, work_folder)
     assert code == 0 and "goes on at step" in output, output
     assert is_same_state(read_last_state(work_folder, "whole"), read_last_state(work_folder, "replaced"))
@@ -235,30 +237,30 @@ def test_a_finished_run_with_a_damaged_manifest_stays_finished_and_the_next_stag
 ):
     work_folder, overrides = image_run
     monkeypatch.chdir(work_folder)
-    own = [*overrides[len(TINY) :], "run_name=done", "export=true"]
-    done = run(*own)
+    run_overrides = [*overrides[len(TINY) :], "run_name=done", "export=true"]
+    done = run(*run_overrides)
     weights = done.manifest["weights_digest"]
     (done.dir / "manifest.json").write_bytes(b"")
     child = run(*overrides[len(TINY) :], "run_name=child", f"init_from={done.hf}", "trainer.max_steps=1")
     assert child.manifest["parent"]["digest"] == weights
     capsys.readouterr()
-    run(*own)
+    run(*run_overrides)
     output = " ".join(capsys.readouterr().out.split())
     assert "manifest.json is damaged: it is empty" in output and "finished already" in output, output
     assert done.manifest["weights_digest"] == weights and done.manifest["status"] == "finished"
     capsys.readouterr()
-    run(*own)
+    run(*run_overrides)
     assert "damaged" not in capsys.readouterr().out
 
 
 def test_a_damaged_lock_file_and_budget_are_written_again(image_run, monkeypatch, capsys):
     work_folder, overrides = image_run
     monkeypatch.chdir(work_folder)
-    own = [*overrides[len(TINY) :], "run_name=lock"]
+    run_overrides = [*overrides[len(TINY) :], "run_name=lock"]
     folder = work_folder / "runs" / "lock"
     folder.mkdir(parents=True)
     (folder / "mixture.lock").write_text('{"version": 1, "sou')
     (folder / "budget.json").write_text('{"tokens": "a", "tiles": 1, "of_tokens": 16384, "of_tiles": 64, "halved": 1}')
-    assert run(*own).manifest["status"] == "finished"
+    assert run(*run_overrides).manifest["status"] == "finished"
     assert "It is written anew" in " ".join(capsys.readouterr().out.split())
     assert json.loads((folder / "mixture.lock").read_text())["version"] == 1

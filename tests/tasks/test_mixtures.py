@@ -37,7 +37,7 @@ def overrides(files, tmp_path, monkeypatch) -> list[str]:
     return write_data_choice(tmp_path, sources=sources, validation={"fraction": 0})
 
 
-def run_mixture(overrides: list[str], *more: str) -> tuple[dict, dict]:
+def run_mixture(overrides: list[str], *extra: str) -> tuple[dict, dict]:
     """Train one epoch in steps of twelve samples. Return the mixture rows of the manifest by name, and its plan."""
     all_overrides = [
         *overrides,
@@ -47,7 +47,7 @@ def run_mixture(overrides: list[str], *more: str) -> tuple[dict, dict]:
         "trainer.max_steps=null",
         "data.tiling=base",
     ]
-    manifest = run(*all_overrides, *more).manifest
+    manifest = run(*all_overrides, *extra).manifest
     assert manifest["status"] == "finished"
     rows = {row["name"]: row for row in manifest["data"]["mixture"]}
     assert (

@@ -27,8 +27,8 @@ def read_skipped(folder, name):
 
 
 def check_skipping(folder, faults, steps, strategy="ddp"):
-    more = [f"trainer.max_steps={steps}", f"trainer.strategy={strategy}", "run_name=skips"]
-    overrides = build_overrides(folder, "sft", *TWO, *SKIP, *more)
+    extra = [f"trainer.max_steps={steps}", f"trainer.strategy={strategy}", "run_name=skips"]
+    overrides = build_overrides(folder, "sft", *TWO, *SKIP, *extra)
     code, output = run_to_end(overrides, folder, 2, combine_patches(inject_faults(faults), record_steps(folder)))
     assert code == 0, output
     ranks = [read_step_records(folder, rank) for rank in range(2)]
@@ -38,11 +38,11 @@ def check_skipping(folder, faults, steps, strategy="ddp"):
         one, other = (rank[fault.step] for rank in ranks)
         assert len(one["ids"]) == K
         assert one["before"] == one["after"] and other["before"] == other["after"]
-        own = ranks[fault.rank][fault.step]["ids"][fault.micro_step]
-        everybodys = [name for rank in ranks for ids in rank[fault.step]["ids"] for name in ids]
+        own_ids = ranks[fault.rank][fault.step]["ids"][fault.micro_step]
+        all_ids = [name for rank in ranks for ids in rank[fault.step]["ids"] for name in ids]
         assert row["reason"] == fault.where
-        assert row["samples"] == (own if fault.where == "loss" else everybodys)
-        assert all(name in output for name in own)
+        assert row["samples"] == (own_ids if fault.where == "loss" else all_ids)
+        assert all(name in output for name in own_ids)
     broken_steps = {fault.step for fault in faults}
     for one, other in zip(*ranks, strict=True):
         assert one["after"] == other["after"] or strategy != "ddp"  # only ddp holds the whole state on each rank

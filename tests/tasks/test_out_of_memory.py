@@ -43,8 +43,8 @@ def load_last_weights(folder, name):
     return load_file(next(checkpoints.get_step_path(checkpoints.list_steps()[0]).glob("*.safetensors")))
 
 
-def run_with_out_of_memory(folder, place, *more):
-    overrides = build_overrides(folder, "sft", *EXACT, *more)
+def run_with_out_of_memory(folder, place, *extra):
+    overrides = build_overrides(folder, "sft", *EXACT, *extra)
     code, output = run_to_end(
         [*overrides, "run_name=low"], folder, 1, combine_patches(raise_out_of_memory_at(*place), record_steps(folder))
     )
@@ -53,33 +53,35 @@ def run_with_out_of_memory(folder, place, *more):
     return output
 
 
-def run_without_fault(folder, *more):
-    overrides = build_overrides(folder, "sft", *EXACT, *more)
+def run_without_fault(folder, *extra):
+    overrides = build_overrides(folder, "sft", *EXACT, *extra)
     code, output = run_to_end([*overrides, "run_name=calm"], folder, 1, record_steps(folder))
     assert code == 0, output
 
 
-def check_equal(folder, calm):
-    assert read_sample_ids(folder) == read_sample_ids(calm)
-    assert read_last_state(folder, "low").consumed == read_last_state(calm, "calm").consumed
+def check_equal(folder, undisturbed):
+    assert read_sample_ids(folder) == read_sample_ids(undisturbed)
+    assert read_last_state(folder, "low").consumed == read_last_state(undisturbed, "calm").consumed
     for name, tensor in load_last_weights(folder, "low").items():
-        torch.testing.assert_close(tensor, load_last_weights(calm, "calm")[name], atol=2e-6, rtol=1e-5)
-    assert [row["step"] for row in read_metrics(folder, "low")] == [row["step"] for row in read_metrics(calm, "calm")]
+        torch.testing.assert_close(tensor, load_last_weights(undisturbed, "calm")[name], atol=2e-6, rtol=1e-5)
+    assert [row["step"] for row in read_metrics(folder, "low")] == [
+        row["step"] for row in read_metrics(undisturbed, "calm")
+    ]
     plan = open_run(folder, "low").manifest["plan"]
-    assert plan["k"] > open_run(calm, "calm").manifest["plan"]["k"]
+    assert plan["k"] > open_run(undisturbed, "calm").manifest["plan"]["k"]
 
 
 @pytest.mark.parametrize("where", ["backward", pytest.param("optimizer", marks=pytest.mark.slow)])
 def test_one_device_continues_in_the_same_process_with_half_the_budget(tmp_path, where):
     """There is no checkpoint before, so one is made of the state before the step. After an error in the optimizer the
     weights are uncertain, and the run restarts from the beginning."""
-    low, calm = tmp_path / "low", tmp_path / "calm"
-    low.mkdir(), calm.mkdir()
-    output = run_with_out_of_memory(low, (3, 0, where), "checkpoint.every_steps=100")
-    run_without_fault(calm, "checkpoint.every_steps=100")
-    check_equal(low, calm)
+    faulty, undisturbed = tmp_path / "low", tmp_path / "calm"
+    faulty.mkdir(), undisturbed.mkdir()
+    output = run_with_out_of_memory(faulty, (3, 0, where), "checkpoint.every_steps=100")
+    run_without_fault(undisturbed, "checkpoint.every_steps=100")
+    check_equal(faulty, undisturbed)
     assert ("goes on at step 3 of 6" in output) == (where == "backward")
-    assert [row["step"] for row in read_step_records(low)] == (
+    assert [row["step"] for row in read_step_records(faulty)] == (
         [0, 1, 2, 3, 4, 5] if where == "backward" else [0, 1, 2, *range(6)]
     )
 

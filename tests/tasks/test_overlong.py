@@ -95,11 +95,11 @@ def test_step_totals_match_the_batches_and_packed_losses_match_single_samples(ov
 
 @pytest.mark.parametrize("policy", ["fewer_tiles", "cut_turn"])
 def test_a_run_trains_on_them_and_counts_the_rest(overrides, policy):
-    ran = run(*overrides, "stage=sft", f"data.on_overlong={policy}", "data.global_batch_size=4")
-    data = ran.manifest["data"]
-    assert ran.manifest["status"] == "finished" and np.isfinite(ran.read_column("train/loss")).all()
+    run_output = run(*overrides, "stage=sft", f"data.on_overlong={policy}", "data.global_batch_size=4")
+    data = run_output.manifest["data"]
+    assert run_output.manifest["status"] == "finished" and np.isfinite(run_output.read_column("train/loss")).all()
     assert data["num_samples"] + sum(data["quarantined"].values()) == 20
-    assert len(read_json_lines(ran.dir / "quarantine.jsonl")) == sum(data["quarantined"].values())
+    assert len(read_json_lines(run_output.dir / "quarantine.jsonl")) == sum(data["quarantined"].values())
     assert set(data["quarantined"]) <= {"talks"} if policy == "fewer_tiles" else {"seen"} <= set(data["quarantined"])
 
 
@@ -123,10 +123,15 @@ def test_max_tiles_of_a_source_reaches_the_model_and_the_model_answers(overrides
     )
     with torch.no_grad():
         assert torch.isfinite(stage.compute_token_losses(batch)).all()
-    ran = run(*overrides, "stage=sft")
+    run_output = run(*overrides, "stage=sft")
     capsys.readouterr()
-    asked = [f"image={work_folder / 'images' / 'china.jpg'}", "prompt=What is it?", "max_new_tokens=4", "trainer=cpu"]
-    dispatch(["task=chat", f"init_from={ran.hf}", *asked])
+    chat_overrides = [
+        f"image={work_folder / 'images' / 'china.jpg'}",
+        "prompt=What is it?",
+        "max_new_tokens=4",
+        "trainer=cpu",
+    ]
+    dispatch(["task=chat", f"init_from={run_output.hf}", *chat_overrides])
     assert capsys.readouterr().out.endswith("\n")
 
 

@@ -44,8 +44,8 @@ def model_folder(tmp_path_factory):
         "data.global_batch_size=12",
     ]
     overrides = [*DATA, f"data.sources.mine.path={data}", "data.tiling=base", "callbacks=[export]", *steps]
-    ran = run("stage=sft", *overrides, f"run_dir={model_folder / 'runs'}", "run_name=model")
-    shutil.move(ran.hf, model_folder / "hf")
+    run_output = run("stage=sft", *overrides, f"run_dir={model_folder / 'runs'}", "run_name=model")
+    shutil.move(run_output.hf, model_folder / "hf")
     return model_folder
 
 
@@ -107,19 +107,19 @@ def test_pairs_are_generated_read_back_and_trained_on(make_pairs, model_folder, 
         f"data.sources.mine.image_root={model_folder}",
     ]
     overrides += ["stage=dpo", "stage.learning_rate=1e-3", "data.global_batch_size=4", "data.tiling=base"]
-    ran = run(
+    run_output = run(
         *overrides, "data.validation.fraction=0", f"init_from={model_folder / 'hf'}", "trainer.log_every_n_steps=1"
     )
-    assert ran.read_column("train/loss")[0] == pytest.approx(np.log(2), abs=1e-5)
-    assert ran.manifest["status"] == "finished"
+    assert run_output.read_column("train/loss")[0] == pytest.approx(np.log(2), abs=1e-5)
+    assert run_output.manifest["status"] == "finished"
 
 
 def test_an_interrupted_task_resumes_and_batching_changes_nothing(make_pairs, tmp_path, monkeypatch):
-    whole = make_pairs()
+    undisturbed = make_pairs()
     for path in (tmp_path / "pairs.jsonl", tmp_path / "pairs_files"):
         path.rename(path.with_name(f"old_{path.name}"))
 
-    add, draw, drawn = AnswerLog.add, maker.sample_answers, []
+    add, sample_answers, batch_sizes = AnswerLog.add, maker.sample_answers, []
 
     def add_or_interrupt(self, line):
         if len(self.lines) == 3:
@@ -135,11 +135,13 @@ def test_an_interrupted_task_resumes_and_batching_changes_nothing(make_pairs, tm
         stream.write('{"key": "mine/11", "answ')  # torn
 
     monkeypatch.setattr(AnswerLog, "add", add)
-    monkeypatch.setattr(maker, "sample_answers", lambda *overrides: drawn.append(len(overrides[2])) or draw(*overrides))
-    assert make_pairs(alone) == whole
-    assert sum(drawn) == 12 - 3 and len(drawn) > 1
-    drawn.clear()
-    assert make_pairs() == whole and not drawn  # finished
+    monkeypatch.setattr(
+        maker, "sample_answers", lambda *arguments: batch_sizes.append(len(arguments[2])) or sample_answers(*arguments)
+    )
+    assert make_pairs(alone) == undisturbed
+    assert sum(batch_sizes) == 12 - 3 and len(batch_sizes) > 1
+    batch_sizes.clear()
+    assert make_pairs() == undisturbed and not batch_sizes  # finished
 
 
 def test_a_finished_file_is_reported_and_other_settings_are_refused(make_pairs, tmp_path, capsys):
@@ -172,10 +174,10 @@ def test_truncated_answers_are_counted_and_never_used(make_pairs, tmp_path, caps
 def test_the_reference_answer_can_be_the_chosen_one(make_pairs):
     without = make_pairs("prefer.temperature=2.5")
     rows = make_pairs("prefer.temperature=2.5", "prefer.reference_as_chosen=true", "overwrite=true")
-    known = [row for row in rows if row["answers"]["chosen"] == "reference" and "what" in row["id"]]
-    assert known and len(rows) > len(without)
+    reference_rows = [row for row in rows if row["answers"]["chosen"] == "reference" and "what" in row["id"]]
+    assert reference_rows and len(rows) > len(without)
     assert [row for row in rows if row["answers"]["chosen"] == "sample"] == without
-    for row in known:
+    for row in reference_rows:
         assert row["chosen"][0]["content"] == COLOURS[row["id"].split()[1].removesuffix("/response")]
         assert row["scores"] == {"chosen": 1.0, "rejected": 0.0} and row["answers"]["rejected"] == "sample"
 

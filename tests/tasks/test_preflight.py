@@ -123,13 +123,13 @@ def test_five_formats_are_checked_without_loading_weights(work_folder, monkeypat
     index, held_out = data.datamodule.index, data.datamodule.held_out
     plan = data.datamodule.make_plan(2)
     for number, source in enumerate(index.sources):
-        row, mine, held = (
+        row, training_samples, held_out_samples = (
             output.get_source(source.name),
             index.find_source_samples(number),
             held_out.find_source_samples(number),
         )
-        assert (row["records"], row["usable"]) == (len(source), len(mine) + len(held))
-        assert row["tokens"] == int(index.tokens[mine].sum() + held_out.tokens[held].sum())
+        assert (row["records"], row["usable"]) == (len(source), len(training_samples) + len(held_out_samples))
+        assert row["tokens"] == int(index.tokens[training_samples].sum() + held_out.tokens[held_out_samples].sum())
         assert f"{row['tokens']:,}" in output.page and source.name in output.page
     shares = {(row["group"], row["name"]): row for row in output.facts["shares"]}
     assert shares["language", "ko"]["asked"] == 0.5
@@ -480,8 +480,13 @@ def test_no_reference_is_loaded_to_choose_a_strategy(work_folder, monkeypatch):
     from lit_vlm.tasks.strategy import resolve_auto_strategy
     from lit_vlm.tasks.train import make_stage
 
-    own = ["stage=dpo", "data=builtin_preference", "run_name=look", f"stage.reference={work_folder / 'reference'}"]
-    job = parse([*PREFLIGHT, *own, "trainer.accelerator=gpu", "trainer.devices=2"])
+    overrides = [
+        "stage=dpo",
+        "data=builtin_preference",
+        "run_name=look",
+        f"stage.reference={work_folder / 'reference'}",
+    ]
+    job = parse([*PREFLIGHT, *overrides, "trainer.accelerator=gpu", "trainer.devices=2"])
     data = build_stage_data(job, *open_sources(job), job.init_from)
     data.datamodule.build_indexes()
     set_gpu_memory(monkeypatch, 80 * 10**9)
@@ -507,6 +512,6 @@ def set_free_disk(monkeypatch, free: int) -> None:
 
 
 def set_gpu_memory(monkeypatch, memory: int) -> None:
-    there = type("Device", (), {"name": "a card", "total_memory": memory})
+    device = type("Device", (), {"name": "a card", "total_memory": memory})
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: there)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: device)

@@ -54,10 +54,10 @@ def test_training_on_prepared_data_indexes_no_record_again(overrides, monkeypatc
     times = read_modification_times(ready.dir.parent / "index")
     with monkeypatch.context() as patch:
         patch.setattr(Processor, "cost", fail_on_use)
-        ran = run(*overrides, "stage=sft", "run_name=five")
+        run_output = run(*overrides, "stage=sft", "run_name=five")
     assert read_modification_times(ready.dir.parent / "index") == times
-    assert ran.dir == ready.dir and ran.manifest["status"] == "finished"
-    data = ran.manifest["data"]
+    assert run_output.dir == ready.dir and run_output.manifest["status"] == "finished"
+    data = run_output.manifest["data"]
     assert data["num_samples"] + data["num_held_out"] == sum(SIZES.values())
     rows = {row["name"]: row for row in data["mixture"] if row["group"] == "source"}
     assert {name: row["asked"] for name, row in rows.items()} == pytest.approx(WEIGHTS)
@@ -120,8 +120,8 @@ def test_the_index_can_be_in_another_folder(overrides, tmp_path):
     ready = run_prepare(*overrides, f"data.index_dir={tmp_path / 'elsewhere'}")
     assert not (ready.dir.parent / "index").exists()
     assert len(list((tmp_path / "elsewhere" / "shards").glob("*.arrow"))) == 2 * len(SIZES)  # counted and decoded
-    ran = run(*overrides, "stage=sft", f"data.index_dir={tmp_path / 'elsewhere'}")
-    assert ran.manifest["status"] == "finished" and not (ran.dir.parent / "index").exists()
+    run_output = run(*overrides, "stage=sft", f"data.index_dir={tmp_path / 'elsewhere'}")
+    assert run_output.manifest["status"] == "finished" and not (run_output.dir.parent / "index").exists()
 
 
 def test_changed_and_quarantined_records_are_counted_in_the_table(files, tmp_path, capsys):
@@ -140,9 +140,11 @@ def test_changed_and_quarantined_records_are_counted_in_the_table(files, tmp_pat
     write_records(
         tmp_path / "held.jsonl", [make_llava_record("q", f"b{i}") for i in range(15)] + [make_llava_record("q", "")] * 5
     )
-    mine = {"path": str(tmp_path / "mine.jsonl"), "format": "llava"}
-    held = mine | {"path": str(tmp_path / "held.jsonl")}
-    choice = write_data_choice(tmp_path, sources={"mine": mine}, validation={"sources": {"mine": held}})
+    training_source = {"path": str(tmp_path / "mine.jsonl"), "format": "llava"}
+    held_source = training_source | {"path": str(tmp_path / "held.jsonl")}
+    choice = write_data_choice(
+        tmp_path, sources={"mine": training_source}, validation={"sources": {"mine": held_source}}
+    )
     ready = run_prepare(*choice, "data.on_bad_record=quarantine", "data.max_quarantined=0.3")
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("│ mine"))
     assert [cell.strip() for cell in row.split("│")[1:6]] == ["mine", "10", "10", "none", "1"]

@@ -59,11 +59,11 @@ def list_leftovers(store: Path) -> list[str]:
 
 def prepare_and_die_at_replace(number: int, overrides: list[str]) -> None:
     """Prepare, and die before the `number`-th rename of a temporary file."""
-    left, replace = [number], os.replace
+    remaining, replace = [number], os.replace
 
     def replace_or_die(*paths):
-        left[0] -= 1
-        if not left[0]:
+        remaining[0] -= 1
+        if not remaining[0]:
             os.kill(os.getpid(), signal.SIGKILL)
         replace(*paths)
 
@@ -73,7 +73,7 @@ def prepare_and_die_at_replace(number: int, overrides: list[str]) -> None:
 
 @pytest.mark.slow
 def test_preparing_killed_between_write_and_rename_ends_as_if_never_killed(overrides, tmp_path):
-    whole = compute_outcome([*overrides, "data.index_dir=whole", "run_name=whole"])
+    undisturbed = compute_outcome([*overrides, "data.index_dir=whole", "run_name=whole"])
     killed = 0
     for number in (1, 3, 8, 8, 8, 8):
         job = FORK.Process(target=prepare_and_die_at_replace, args=(number, [*overrides, "run_name=cut"]))
@@ -81,15 +81,15 @@ def test_preparing_killed_between_write_and_rename_ends_as_if_never_killed(overr
         job.join(PATIENCE)
         killed += job.exitcode == -signal.SIGKILL
     assert killed >= 4 and list_leftovers(tmp_path / "runs" / "index")
-    assert compute_outcome([*overrides, "run_name=cut"]) == whole
+    assert compute_outcome([*overrides, "run_name=cut"]) == undisturbed
     assert not list_leftovers(tmp_path / "runs" / "index")
 
 
 @pytest.mark.slow
 def test_preparing_killed_at_any_moment_ends_as_if_never_killed(overrides, tmp_path):
-    began = time.monotonic()
-    whole = compute_outcome([*overrides, "data.index_dir=whole", "run_name=whole"])
-    duration, rng, killed = time.monotonic() - began, random.Random(0), 0
+    start_time = time.monotonic()
+    undisturbed = compute_outcome([*overrides, "data.index_dir=whole", "run_name=whole"])
+    duration, rng, killed = time.monotonic() - start_time, random.Random(0), 0
     for _ in range(40):
         job = FORK.Process(target=run_prepare, args=(*overrides, "run_name=cut"))
         job.start()
@@ -98,7 +98,7 @@ def test_preparing_killed_at_any_moment_ends_as_if_never_killed(overrides, tmp_p
         job.join(PATIENCE)
         killed += job.exitcode == -signal.SIGKILL
     assert killed > 10
-    assert compute_outcome([*overrides, "run_name=cut"]) == whole
+    assert compute_outcome([*overrides, "run_name=cut"]) == undisturbed
     assert not list_leftovers(tmp_path / "runs" / "index")
 
 
@@ -126,15 +126,14 @@ def read_error_within_limit(limit: int, overrides: list[str]) -> str:
 @pytest.mark.slow
 def test_a_full_disk_is_reported_and_preparing_resumes_when_there_is_room(overrides, tmp_path):
     """With each limit another file is the first that does not fit: record offsets, shards, plan."""
-    whole = compute_outcome(
-        [*overrides, "data.index_dir=whole", "run_name=whole"]
-    )  # also makes the parts of the tiny model
+    # Also makes the parts of the tiny model
+    undisturbed = compute_outcome([*overrides, "data.index_dir=whole", "run_name=whole"])
     for limit in (10, 150, 400, 1000, 2000, 3500):
         text = read_error_within_limit(limit, [*overrides, "run_name=full"])
         assert text.startswith("UserError: The index cannot be kept in ") and "File too large. Make room" in text, text
         assert str(tmp_path / "runs" / "index") in text and "set data.index_dir to another folder" in text
         assert not list_leftovers(tmp_path / "runs" / "index")
-    assert compute_outcome([*overrides, "run_name=full"]) == whole
+    assert compute_outcome([*overrides, "run_name=full"]) == undisturbed
 
 
 def test_a_full_disk_for_the_run_folder_is_named(overrides, tmp_path):

@@ -19,8 +19,8 @@ def overrides(tmp_path_factory):
     return [*names, "stage=sft", "stage.learning_rate=1e-3", "trainer.max_steps=5"]
 
 
-def read_facts(ran, steps):
-    return summarize_trace(read_trace(ran.dir / "profile_trace.json.gz"), steps, **ABOUT)
+def read_facts(run_output, steps):
+    return summarize_trace(read_trace(run_output.dir / "profile_trace.json.gz"), steps, **ABOUT)
 
 
 def test_the_page_shows_where_the_time_is_spent_and_the_model_is_the_same(overrides):
@@ -32,8 +32,8 @@ def test_the_page_shows_where_the_time_is_spent_and_the_model_is_the_same(overri
     ]
     plain, profiled = run(*small), run(*small, "trainer.profile=true")
     assert profiled.dir != plain.dir and not (plain.dir / "profile.html").exists()
-    theirs = profiled.load_weights()
-    assert all(torch.equal(tensor, theirs[key]) for key, tensor in plain.load_weights().items())
+    profiled_weights = profiled.load_weights()
+    assert all(torch.equal(tensor, profiled_weights[key]) for key, tensor in plain.load_weights().items())
     page = (profiled.dir / "profile.html").read_text(encoding="utf-8")
     for text in ("profile of 3 steps", "Where a step&#39;s time goes", "Matrix products", "forward: vision tower"):
         assert text.replace("&#39;", "'") in page
@@ -49,8 +49,8 @@ def test_the_page_shows_where_the_time_is_spent_and_the_model_is_the_same(overri
 
 
 def test_a_run_in_bfloat16_has_no_float32_product_and_one_step_is_enough(overrides):
-    ran = run(*overrides, "trainer.profile=true", "trainer.precision=bf16-mixed", "trainer.max_steps=1")
-    page = (ran.dir / "profile.html").read_text(encoding="utf-8")
+    run_output = run(*overrides, "trainer.profile=true", "trainer.precision=bf16-mixed", "trainer.max_steps=1")
+    page = (run_output.dir / "profile.html").read_text(encoding="utf-8")
     assert "profile of 1 step<" in page and "bf16" in page and "float32" not in page
 
 
@@ -59,6 +59,6 @@ def test_debug_profile_is_a_short_run_with_a_page_that_separates_the_dpo_referen
         tmp_path / "pairs.jsonl", [{"prompt": f"{n}?", "chosen": "a", "rejected": "b"} for n in range(30)]
     )
     base = [*overrides, "stage=dpo", "data=preference", f"data.sources.mine.path={pairs}", "trainer.max_steps=50"]
-    ran = run(*base, "debug=profile")
-    assert ran.manifest["plan"]["steps"] == 6
-    assert ("forward", "reference") in {(row.phase, row.part) for row in read_facts(ran, 3).rows}
+    run_output = run(*base, "debug=profile")
+    assert run_output.manifest["plan"]["steps"] == 6
+    assert ("forward", "reference") in {(row.phase, row.part) for row in read_facts(run_output, 3).rows}

@@ -25,10 +25,10 @@ def test_the_quickstart_learns_to_describe_read_count_and_point_in_both_language
     align, sft, highres, dpo = (manifest["figures"] for manifest in manifests)
     known = json.loads(RESULT.read_text(encoding="utf-8"))["stages"]  # the tables of the README are made of these
     for kind in KIND_TITLES:
-        bar = compute_threshold(known["2_sft"], kind)
+        threshold = compute_threshold(known["2_sft"], kind)
         for language in ("ko", "en"):
             name = f"{kind}_{language}"
-            assert sft["scores"]["before"][name] < 0.1 < bar <= sft["scores"]["after"][name], name
+            assert sft["scores"]["before"][name] < 0.1 < threshold <= sft["scores"]["after"][name], name
     assert dpo["val/rewards/accuracies"] >= 0.8
     for stage, figures in zip(known, (align, sft, highres, dpo), strict=True):
         assert figures["samples"] == known[stage]["samples"][0], stage

@@ -78,18 +78,18 @@ def make_pairs():
 LLAVA = ["stage=sft", "data=llava_json", "data.sources.mine.path=train.json", "data.sources.mine.image_root=images"]
 
 
-def check_run(ran, num_samples, steps=3):
+def check_run(run_output, num_samples, steps=3):
     """Check that the run is finished, its counts are right, its losses finite, and its model loads in transformers."""
-    manifest = ran.manifest
+    manifest = run_output.manifest
     assert manifest["status"] == "finished"
     assert manifest["data"]["num_samples"] + manifest["data"]["num_held_out"] == num_samples
     assert manifest["plan"]["steps"] == steps
-    losses = ran.read_column("train/loss")
+    losses = run_output.read_column("train/loss")
     assert losses and all(map(math.isfinite, losses))
-    model = AutoModelForImageTextToText.from_pretrained(ran.hf)
+    model = AutoModelForImageTextToText.from_pretrained(run_output.hf)
     assert type(model).__name__ == "LlavaOnevisionForConditionalGeneration"
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
-    assert (ran.dir / "report.html").stat().st_size > 1000
+    assert (run_output.dir / "report.html").stat().st_size > 1000
     return manifest
 
 
@@ -160,8 +160,8 @@ def test_the_stages_follow_each_other_on_photographs(user_folder):
     assert dpo.read_column("train/loss")[-1] < math.log(2)
     trained = {row["part"]: row["trainable"] for row in manifest["trained"]}
     assert trained["language_model"] > 0 == trained["vision_tower"] == trained["projector"]
-    mine, parent = dpo.load_weights(), highres.load_weights()
-    changed = {key for key in parent if not torch.equal(mine[key], parent[key])}
+    dpo_weights, parent_weights = dpo.load_weights(), highres.load_weights()
+    changed = {key for key in parent_weights if not torch.equal(dpo_weights[key], parent_weights[key])}
     assert changed and not any("vision_tower" in key or "projector" in key for key in changed)
 
 
@@ -188,8 +188,8 @@ MINE = {"path": "train.json", "image_root": "images", "format": "llava"}
 def test_two_sources_are_mixed_by_their_weights(tmp_path):
     digits = {"format": "digits", "num_samples": 30, "language": "ko", "weight": 1.0}
     choice = write_data_choice(tmp_path, sources={"photos": MINE | {"weight": 3.0}, "digits": digits})
-    ran = run(*choice, "stage=sft", "trainer.max_steps=5", "data.global_batch_size=8")
-    rows = {row["name"]: row for row in check_run(ran, 42, steps=5)["data"]["mixture"]}
+    run_output = run(*choice, "stage=sft", "trainer.max_steps=5", "data.global_batch_size=8")
+    rows = {row["name"]: row for row in check_run(run_output, 42, steps=5)["data"]["mixture"]}
     assert rows["photos"]["asked"] == 0.75 and rows["digits"]["asked"] == 0.25
     assert (rows["photos"]["drawn"], rows["digits"]["drawn"]) == (30, 10)
     assert (rows["photos"]["size"], rows["digits"]["size"]) == (12, 30)
@@ -198,8 +198,8 @@ def test_two_sources_are_mixed_by_their_weights(tmp_path):
 
 def test_without_weights_sources_are_mixed_by_their_sizes(tmp_path):
     choice = write_data_choice(tmp_path, sources={"photos": MINE, "digits": {"format": "digits", "num_samples": 36}})
-    ran = run(*choice, "stage=sft", "trainer.max_steps=5", "data.global_batch_size=8")
-    rows = {row["name"]: row for row in check_run(ran, 48, steps=5)["data"]["mixture"]}
+    run_output = run(*choice, "stage=sft", "trainer.max_steps=5", "data.global_batch_size=8")
+    rows = {row["name"]: row for row in check_run(run_output, 48, steps=5)["data"]["mixture"]}
     assert (rows["photos"]["drawn"], rows["digits"]["drawn"]) == (10, 30)
 
 
@@ -208,15 +208,17 @@ def test_validation_sources_are_scored_and_never_trained_on(user_folder, tmp_pat
     choice = write_data_choice(
         tmp_path, sources={"mine": MINE}, validation={"sources": {"held": MINE | {"path": "held.jsonl"}}}
     )
-    ran = run(*choice, "stage=sft", "data.validation.every_steps=2", "data.validation.max_samples=1")
-    manifest = check_run(ran, 17)
+    run_output = run(*choice, "stage=sft", "data.validation.every_steps=2", "data.validation.max_samples=1")
+    manifest = check_run(run_output, 17)
     assert (manifest["data"]["num_samples"], manifest["data"]["num_held_out"]) == (12, 5)
     assert list_sources(manifest) == ["mine"]
     figures = manifest["figures"]
     assert {"val/loss", "val/loss_ko", "val/loss_en"} <= figures.keys()
     assert set(figures["num_scored"].values()) == {1}  # data.validation.max_samples, of each kind and language
-    assert len(ran.read_column("val/loss")) == 1
-    sample_rows = [json.loads(line) for line in (ran.dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert len(run_output.read_column("val/loss")) == 1
+    sample_rows = [
+        json.loads(line) for line in (run_output.dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert {row["source"] for row in sample_rows} == {"held"} and {row["phase"] for row in sample_rows} == {
         "before",
         "after",
@@ -236,31 +238,32 @@ def test_digits_train_in_both_languages_end_to_end():
         "data.sources.digits_ko.num_samples=40",
         "data.sources.digits_en.num_samples=40",
     ]
-    ran = run(*overrides, "data.validation.max_samples=2", "data.tiling=base")
-    manifest = check_run(ran, 80 + 2 * 297)
+    run_output = run(*overrides, "data.validation.max_samples=2", "data.tiling=base")
+    manifest = check_run(run_output, 80 + 2 * 297)
+    # Digits of the test half
     assert (manifest["data"]["num_samples"], manifest["data"]["num_held_out"]) == (
         80,
         2 * 297,
-    )  # digits of the test half
+    )
     assert list_sources(manifest) == ["digits_ko", "digits_en"]
     assert set(manifest["figures"]["num_scored"]) == {"digit_ko", "digit_en"}
 
 
 def test_lora_trains_adapters_and_exports_a_plain_model(user_folder):
-    ran = run(*LLAVA, "stage.parts.language_model.lora.rank=4", "stage.learning_rate=1e-2")
-    manifest = check_run(ran, 12)
+    run_output = run(*LLAVA, "stage.parts.language_model.lora.rank=4", "stage.learning_rate=1e-2")
+    manifest = check_run(run_output, 12)
     row = next(row for row in manifest["trained"] if row["part"] == "language_model")
     assert row["how"].startswith("LoRA rank 4") and 0 < row["trainable"] < row["parameters"] / 10
-    assert not any("lora" in key for key in ran.load_weights())
+    assert not any("lora" in key for key in run_output.load_weights())
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_bfloat16_trains_with_clipped_gradients(precision):
     overrides = [*LLAVA, "trainer.log_every_n_steps=1", "stage.learning_rate=1e-3", "trainer.gradient_clip_val=0.5"]
-    ran, exact = run(*overrides, f"trainer.precision={precision}"), run(*overrides)
-    check_run(ran, 12)
-    assert ran.read_column("train/loss") == pytest.approx(exact.read_column("train/loss"), rel=0.05)
-    stored = {tensor.dtype for tensor in ran.load_weights().values()}
+    run_output, exact = run(*overrides, f"trainer.precision={precision}"), run(*overrides)
+    check_run(run_output, 12)
+    assert run_output.read_column("train/loss") == pytest.approx(exact.read_column("train/loss"), rel=0.05)
+    stored = {tensor.dtype for tensor in run_output.load_weights().values()}
     assert stored == {torch.bfloat16 if precision == "bf16-true" else torch.float32}
 
 
@@ -270,27 +273,29 @@ def test_activation_checkpointing_changes_no_weight(stage, level):
     plain = run(*overrides)
     checkpointed = run(*overrides, f"stage.activation_checkpointing={level}", f"run_name={stage}_{level}")
     check_run(checkpointed, 12)
-    theirs = checkpointed.load_weights()
-    assert all(torch.allclose(tensor, theirs[key], atol=1e-6) for key, tensor in plain.load_weights().items())
+    checkpointed_weights = checkpointed.load_weights()
+    assert all(
+        torch.allclose(tensor, checkpointed_weights[key], atol=1e-6) for key, tensor in plain.load_weights().items()
+    )
 
 
 @pytest.mark.parametrize(("debug", "steps", "samples"), [("fast", 4, 12), ("overfit", 3, 4), ("profile", 3, 12)])
 def test_each_debug_mode_exports_a_model(debug, steps, samples):
-    ran = run(*LLAVA, f"debug={debug}")
-    check_run(ran, samples, steps)
+    run_output = run(*LLAVA, f"debug={debug}")
+    check_run(run_output, samples, steps)
     if debug == "profile":
-        assert "Where a step's time goes" in (ran.dir / "profile.html").read_text(encoding="utf-8")
+        assert "Where a step's time goes" in (run_output.dir / "profile.html").read_text(encoding="utf-8")
 
 
 def test_wandb_offline_writes_inside_the_run_folder_only(user_folder, tmp_path):
     import wandb
 
     before = {path.name for path in user_folder.iterdir()}
-    ran = run(*LLAVA, "logger=wandb", "logger.offline=true", f"run_dir={tmp_path / 'runs'}", "run_name=w/b")
+    run_output = run(*LLAVA, "logger=wandb", "logger.offline=true", f"run_dir={tmp_path / 'runs'}", "run_name=w/b")
     wandb.finish()
     assert {path.name for path in user_folder.iterdir()} == before
     (folder,) = (tmp_path / "runs" / "w" / "b" / "wandb").glob("offline-run-*")
-    run_id = ran.manifest["tracking"]["wandb"]["id"]
+    run_id = run_output.manifest["tracking"]["wandb"]["id"]
     assert folder.name.endswith(f"-{run_id}") and (folder / f"run-{run_id}.wandb").is_file()
 
 

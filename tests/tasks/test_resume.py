@@ -91,15 +91,15 @@ def run_undisturbed_stage(work_folder: Path, stage: str) -> str:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stage", KINDS)
 def test_a_run_killed_in_each_of_its_steps_ends_as_an_undisturbed_one(work_folder, stage, workers):
-    overrides, whole = (
+    overrides, undisturbed = (
         build_overrides(work_folder, stage, f"data.num_workers={workers}"),
         run_undisturbed_stage(work_folder, stage),
     )
-    k = open_run(work_folder, whole).manifest["plan"]["k"]
+    k = open_run(work_folder, undisturbed).manifest["plan"]["k"]
     for step in range(STEPS):
         name = f"{stage}_{workers}_{step}"
         kill_and_resume(work_folder, overrides, [step * k + k - 1], name=name)
-        check_same_end(work_folder, whole, name)
+        check_same_end(work_folder, undisturbed, name)
 
 
 @pytest.mark.parametrize("stage", ["sft", pytest.param("dpo", marks=pytest.mark.slow)])
@@ -165,8 +165,8 @@ def test_a_killed_run_ends_with_the_figures_and_the_export_of_an_undisturbed_one
     assert [line["phase"] for line in map(json.loads, (other.dir / "samples.jsonl").read_text().splitlines())].count(
         "before"
     ) == 2
-    for ran in (one, other):
-        assert not (ran.dir / "checkpoints").exists() and list_leftovers(work_folder, ran.dir.name) == []
+    for run_output in (one, other):
+        assert not (run_output.dir / "checkpoints").exists() and list_leftovers(work_folder, run_output.dir.name) == []
 
 
 def test_a_run_killed_after_its_last_step_repeats_no_step(work_folder):
@@ -188,8 +188,8 @@ def test_a_run_killed_after_its_last_step_repeats_no_step(work_folder):
     assert start(overrides, work_folder, patch=kill_in_export).wait() == [-signal.SIGKILL]
     code, output = run_to_end(overrides, work_folder, patch=forbid_training_steps)
     assert code == 0 and find_resumed_step(output) == STEPS, output
-    ran = open_run(work_folder, "end")
-    assert ran.manifest["status"] == "finished" and ran.manifest["figures"]["steps"] == STEPS
+    run_output = open_run(work_folder, "end")
+    assert run_output.manifest["status"] == "finished" and run_output.manifest["figures"]["steps"] == STEPS
     assert len([row for row in read_metrics(work_folder, "end") if row["val/loss"]]) == 1
 
 
@@ -203,9 +203,9 @@ def read_losses(work_folder: Path, name: str) -> list[float]:
 ELASTIC = ["stage.adam_eps=1e-6"]  # a bias without a true gradient makes Adam amplify the order of sums
 
 
-def check_elastic_resume(work_folder: Path, world_sizes: list[int], name: str, *more: str) -> None:
-    overrides = build_overrides(work_folder, "highres", *ELASTIC, *more)
-    whole = run_undisturbed([*overrides, f"run_name={name}_one"], work_folder)
+def check_elastic_resume(work_folder: Path, world_sizes: list[int], name: str, *extra: str) -> None:
+    overrides = build_overrides(work_folder, "highres", *ELASTIC, *extra)
+    undisturbed = run_undisturbed([*overrides, f"run_name={name}_one"], work_folder)
     for number, ranks in enumerate(world_sizes):
         last = number == len(world_sizes) - 1
         several = [*TWO, f"trainer.devices={ranks}"] if ranks > 1 else []
@@ -217,7 +217,7 @@ def check_elastic_resume(work_folder: Path, world_sizes: list[int], name: str, *
         codes = started.wait()
         assert codes[0] == 0 if last else -signal.SIGKILL in codes, started.read_output()
     found = read_last_state(work_folder, name)
-    assert (found.step, found.consumed) == (whole.step, whole.consumed)
+    assert (found.step, found.consumed) == (undisturbed.step, undisturbed.consumed)
     assert read_losses(work_folder, name) == pytest.approx(read_losses(work_folder, f"{name}_one"), rel=1e-5)
 
 
@@ -249,7 +249,7 @@ def test_two_one_four_and_two_ranks_read_the_samples_of_one_rank(work_folder):
 @pytest.mark.slow
 def test_a_run_resumed_under_other_strategies_reads_the_same_samples(work_folder):
     overrides = build_overrides(work_folder, "highres", *ELASTIC)
-    whole = run_undisturbed([*overrides, "run_name=one_strategy"], work_folder)
+    undisturbed = run_undisturbed([*overrides, "run_name=one_strategy"], work_folder)
     strategies = ["deepspeed_zero3", "fsdp2", "single", "deepspeed_zero2", "ddp"]
     for number, strategy in enumerate(strategies, 1):
         last, ranks = number == len(strategies), 1 if strategy == "single" else 2
@@ -260,20 +260,19 @@ def test_a_run_resumed_under_other_strategies_reads_the_same_samples(work_folder
         codes = started.wait()
         assert codes[0] == 0 if last else -signal.SIGKILL in codes, started.read_output()
     found = read_last_state(work_folder, "moves")
-    assert (found.step, found.consumed) == (whole.step, whole.consumed)
-    assert read_losses(work_folder, "moves") == pytest.approx(
-        read_losses(work_folder, "one_strategy"), rel=1e-3
-    )  # the bound of the tests of each strategy
+    assert (found.step, found.consumed) == (undisturbed.step, undisturbed.consumed)
+    # The bound of the tests of each strategy
+    assert read_losses(work_folder, "moves") == pytest.approx(read_losses(work_folder, "one_strategy"), rel=1e-3)
 
 
 def test_a_run_resumed_with_smaller_micro_batches_reads_the_same_samples(work_folder):
     overrides = build_overrides(work_folder, "sft", *ELASTIC, "stage.parts.language_model.lora.dropout=0")
-    whole = run_undisturbed([*overrides, "run_name=large"], work_folder)
+    undisturbed = run_undisturbed([*overrides, "run_name=large"], work_folder)
     assert start([*overrides, "run_name=small"], work_folder, patch=kill_at_micro_batch(3)).wait() == [-signal.SIGKILL]
     code, output = run_to_end([*overrides, "run_name=small", "data.tokens_per_micro_batch=150"], work_folder)
     assert code == 0 and find_resumed_step(output) >= 2, output
     k = [open_run(work_folder, name).manifest["plan"]["k"] for name in ("large", "small")]
-    assert k[1] > k[0] and read_last_state(work_folder, "small").consumed == whole.consumed
+    assert k[1] > k[0] and read_last_state(work_folder, "small").consumed == undisturbed.consumed
     assert read_losses(work_folder, "small") == pytest.approx(read_losses(work_folder, "large"), rel=1e-5)
 
 
@@ -370,7 +369,7 @@ def test_overwrite_does_not_stop_a_run_of_the_same_settings_from_resuming(work_f
 
 def test_a_checkpoint_of_another_run_or_stage_is_refused(work_folder):
     align, sft = build_overrides(work_folder, "align"), build_overrides(work_folder, "sft")
-    theirs = CheckpointFolder(
+    checkpoint = CheckpointFolder(
         open_run(work_folder, run_undisturbed_stage(work_folder, "align")).dir / "checkpoints"
     ).get_step_path(STEPS)
     for overrides, expected in (
@@ -378,26 +377,28 @@ def test_a_checkpoint_of_another_run_or_stage_is_refused(work_folder):
         ([*align, "seed=5"], "another seed (it has 0, this run 5)"),
         (sft, "of a run with another "),
     ):
-        code, output = run_to_end([*overrides, "run_name=mine", f"resume_from={theirs}", "overwrite=true"], work_folder)
+        code, output = run_to_end(
+            [*overrides, "run_name=mine", f"resume_from={checkpoint}", "overwrite=true"], work_folder
+        )
         assert code == 1 and expected in output and "Traceback" not in output, output
-    shutil.copytree(theirs, work_folder / "elsewhere" / theirs.name)  # of the same run, in another folder
+    shutil.copytree(checkpoint, work_folder / "elsewhere" / checkpoint.name)  # of the same run, in another folder
     code, output = run_to_end(
-        [*align, "run_name=mine", f"resume_from={work_folder / 'elsewhere' / theirs.name}", "overwrite=true"],
+        [*align, "run_name=mine", f"resume_from={work_folder / 'elsewhere' / checkpoint.name}", "overwrite=true"],
         work_folder,
     )
     assert code == 0 and find_resumed_step(output) == STEPS, output
 
 
 def test_settings_that_no_run_can_use_are_reported_before_anything_is_loaded(work_folder):
-    wrong = {
+    invalid = {
         "checkpoint.every_steps=0": "checkpoint.every_steps: must be above 0, found 0.",
         "checkpoint.every_minutes=-1": "checkpoint.every_minutes: must be above 0 and at most 527040, found -1.0.",
         "checkpoint.keep_last=0": "checkpoint.keep_last: must be above 0, found 0.",
         "resume_from=nowhere": "resume_from: there is no folder nowhere; name a checkpoint's",
     }
     with pytest.raises(UserError) as caught:
-        parse_once(work_folder, *build_overrides(work_folder, "align", *wrong))
-    assert all(text in str(caught.value) for text in wrong.values())
+        parse_once(work_folder, *build_overrides(work_folder, "align", *invalid))
+    assert all(text in str(caught.value) for text in invalid.values())
 
 
 def test_dropout_seeds_depend_on_step_micro_batch_and_rank_only():

@@ -51,9 +51,11 @@ def read_refusal(*overrides: str) -> str:
 
 
 def test_the_same_data_are_trained_on_and_give_the_same_lock_file(locked_overrides):
-    ran = run(*locked_overrides)
-    assert ran.manifest["status"] == "finished"
-    assert (ran.dir / "mixture.lock").read_bytes() == (ran.dir.parent / "before" / "mixture.lock").read_bytes()
+    run_output = run(*locked_overrides)
+    assert run_output.manifest["status"] == "finished"
+    assert (run_output.dir / "mixture.lock").read_bytes() == (
+        run_output.dir.parent / "before" / "mixture.lock"
+    ).read_bytes()
 
 
 def change_answers(work_folder: Path) -> None:

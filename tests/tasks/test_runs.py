@@ -53,15 +53,14 @@ def build_overrides(name, *overrides):
 
 
 def test_a_finished_run_started_again_is_reported_as_finished_and_trains_nothing(capsys):
-    ran = run(*build_overrides("again"))
-    before = ran.take_snapshot()
+    run_output = run(*build_overrides("again"))
+    before = run_output.take_snapshot()
     capsys.readouterr()
-    run(
-        *build_overrides("again", "trainer.num_threads=1", "data.num_workers=2", "data.tokens_per_micro_batch=9000")
-    )  # settings of the machine only
+    # Settings of the machine only
+    run(*build_overrides("again", "trainer.num_threads=1", "data.num_workers=2", "data.tokens_per_micro_batch=9000"))
     output = capsys.readouterr().out
     assert "again: finished already, in " in output and "overwrite=true" in output
-    assert ran.take_snapshot() == before
+    assert run_output.take_snapshot() == before
 
 
 def read_refusal(*overrides):
@@ -84,8 +83,8 @@ def test_another_config_other_data_or_another_parent_under_one_name_is_refused(u
 
 def test_overwrite_runs_again_with_the_new_settings():
     run(*build_overrides("over"))
-    ran = run(*build_overrides("over", "trainer.max_steps=2", "overwrite=true"))
-    assert ran.manifest["plan"]["steps"] == 2 and ran.manifest["status"] == "finished"
+    run_output = run(*build_overrides("over", "trainer.max_steps=2", "overwrite=true"))
+    assert run_output.manifest["plan"]["steps"] == 2 and run_output.manifest["status"] == "finished"
     assert read_refusal(*build_overrides("over"))  # the former settings now differ from the run
 
 
@@ -96,14 +95,14 @@ def test_the_same_settings_give_the_same_weights_twice():
 
 
 def test_an_interrupted_run_restarts_its_stage():
-    ran = run(*build_overrides("cut"))
-    whole = ran.load_weights()
-    manifest = ran.manifest | {"status": "running"}
-    (ran.dir / "manifest.json").write_text(json.dumps(manifest))
-    shutil.rmtree(ran.hf)
+    run_output = run(*build_overrides("cut"))
+    whole = run_output.load_weights()
+    manifest = run_output.manifest | {"status": "running"}
+    (run_output.dir / "manifest.json").write_text(json.dumps(manifest))
+    shutil.rmtree(run_output.hf)
     run(*build_overrides("cut"))
-    assert ran.manifest["status"] == "finished"
-    again = ran.load_weights()
+    assert run_output.manifest["status"] == "finished"
+    again = run_output.load_weights()
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
 
@@ -123,11 +122,11 @@ def test_a_folder_that_cannot_be_created_is_named_before_anything_is_built(user_
 
 
 def test_an_unfinished_preceding_stage_is_reported_as_unfinished():
-    ran = run(*build_overrides("half"))
-    shutil.rmtree(ran.hf)
-    (ran.dir / "manifest.json").write_text(json.dumps(ran.manifest | {"status": "running"}))
+    run_output = run(*build_overrides("half"))
+    shutil.rmtree(run_output.hf)
+    (run_output.dir / "manifest.json").write_text(json.dumps(run_output.manifest | {"status": "running"}))
     with pytest.raises(UserError, match="is not finished"):
-        run(*build_overrides("child", f"init_from={ran.hf}"))
+        run(*build_overrides("child", f"init_from={run_output.hf}"))
 
 
 # The pipeline
@@ -191,14 +190,14 @@ def test_a_pipeline_on_digits_resumes_with_the_failed_stage(tmp_path, monkeypatc
         dispatch(overrides)
     assert list_finished(runs) == STAGES[:2]
     assert f"The run's folder {third} cannot be made" in capfd.readouterr().err
-    kept = {path: RunOutput(path.parent).take_snapshot() for path in runs.glob("tiny/*/manifest.json")}
+    snapshots = {path: RunOutput(path.parent).take_snapshot() for path in runs.glob("tiny/*/manifest.json")}
 
     third.unlink()
     dispatch(overrides)
     output = capfd.readouterr().out
     check_pipeline(runs, output)
     assert output.count("finished already") == 2
-    assert all(RunOutput(path.parent).take_snapshot() == before for path, before in kept.items())
+    assert all(RunOutput(path.parent).take_snapshot() == before for path, before in snapshots.items())
     assert {"digits_ko", "digits_en"} <= {
         row["name"] for row in read_manifests(runs)["tiny/3_highres"]["data"]["mixture"]
     }
@@ -248,9 +247,9 @@ def make_mixed_records():
 
 
 def check_same_weights(one, two, atol=1e-5):
-    mine, theirs = one.load_weights(), two.load_weights()
-    assert mine.keys() == theirs.keys()
-    worst = max(float((mine[key] - theirs[key]).abs().max()) for key in mine)
+    one_weights, two_weights = one.load_weights(), two.load_weights()
+    assert one_weights.keys() == two_weights.keys()
+    worst = max(float((one_weights[key] - two_weights[key]).abs().max()) for key in one_weights)
     assert worst == pytest.approx(0, abs=atol)
     assert one.read_column("train/loss") == pytest.approx(two.read_column("train/loss"), rel=1e-4)
 
@@ -273,13 +272,13 @@ def count_text_only_packs(overrides):
 def test_two_ranks_train_the_same_weights_as_one(user_folder):
     """This holds also in steps in which a rank has only text or nothing, without a hang."""
     write_records(user_folder / "mixed.jsonl", make_mixed_records())
-    few = [
+    limits = [
         "data.global_batch_size=3",
         "data.tiles_per_micro_batch=5",
         "data.validation.fraction=0.2",
         "data.validation.max_samples=1",
     ]
-    overrides = [*LLAVA, *EXACT, "data.sources.mine.path=mixed.jsonl", *few]
+    overrides = [*LLAVA, *EXACT, "data.sources.mine.path=mixed.jsonl", *limits]
     text, empty, k = count_text_only_packs(overrides)
     assert text > 0 and empty > 0 and k > 1, (text, empty, k)
     one = run(*overrides, "run_name=ranks_1")

@@ -73,9 +73,9 @@ def test_a_signal_at_every_import_of_a_run_ends_it_there(tmp_path):
     environment = os.environ | ENVIRONMENT
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0 and "done. Model" in done.stdout, done.stderr[-3000:]
-    seen = json.loads((tmp_path / "seen.json").read_text())
-    assert seen["faults"] == [] and seen["points"] > 1000, seen
-    assert {"pandas", "torch", "transformers", "lightning"} <= {*seen["in earnest"]}
+    record = json.loads((tmp_path / "seen.json").read_text())
+    assert record["faults"] == [] and record["points"] > 1000, record
+    assert {"pandas", "torch", "transformers", "lightning"} <= {*record["in earnest"]}
     assert "KeyboardInterrupt" not in done.stderr and "Traceback" not in done.stderr
 
 
@@ -83,17 +83,17 @@ def test_one_signal_of_each_at_a_random_moment_of_a_run_loses_nothing(tmp_path):
     """Each start is a fork with all imports done; its moment is a share of the processor time of a whole run."""
     overrides, rng = build_overrides(tmp_path, "sft"), Random(SEED)
     run_undisturbed([*overrides, "run_name=whole"], tmp_path)
-    life = send_signal_after(start([*overrides, "run_name=again"], tmp_path, patch=handle_signals), None)
+    cpu_seconds = send_signal_after(start([*overrides, "run_name=again"], tmp_path, patch=handle_signals), None)
     for number in SIGNALS:
-        asked = [*overrides, f"run_name={number.name}"]
-        started = start(asked, tmp_path, patch=handle_signals)
-        send_signal_after(started, number, rng.uniform(0, 0.9) * life)
+        run_overrides = [*overrides, f"run_name={number.name}"]
+        started = start(run_overrides, tmp_path, patch=handle_signals)
+        send_signal_after(started, number, rng.uniform(0, 0.9) * cpu_seconds)
         output, status = started.read_output(), started.wait()[0]
-        wanted = {"saved at step": SAVED[number], "nothing is to be saved": AT_ONCE[number]}
-        assert status == next((code for text, code in wanted.items() if text in output), 0), output
+        expected = {"saved at step": SAVED[number], "nothing is to be saved": AT_ONCE[number]}
+        assert status == next((code for text, code in expected.items() if text in output), 0), output
         assert "Traceback" not in output and "KeyboardInterrupt" not in output
         assert status or "done" in output
-        assert start(asked, tmp_path).wait() == [0]
+        assert start(run_overrides, tmp_path).wait() == [0]
         assert is_same_state(read_last_state(tmp_path, "whole"), read_last_state(tmp_path, number.name))
         assert (
             read_metrics(tmp_path, "whole") == read_metrics(tmp_path, number.name)
@@ -103,14 +103,14 @@ def test_one_signal_of_each_at_a_random_moment_of_a_run_loses_nothing(tmp_path):
 
 def send_signal_after(started, number: int | None, after: float = 0.0) -> float:
     """Send the signal once the process has used `after` seconds of processor time. Return the time used at its end."""
-    (pid,), life = started.pids, 0.0
+    (pid,), cpu_seconds = started.pids, 0.0
     while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        life = time.clock_gettime(((~pid) << 3) | 2)
-        if number is not None and life >= after and has_handler(pid):
+        cpu_seconds = time.clock_gettime(((~pid) << 3) | 2)
+        if number is not None and cpu_seconds >= after and has_handler(pid):
             os.kill(pid, number)
             number = None
         time.sleep(0.002)
-    return life
+    return cpu_seconds
 
 
 def has_handler(pid: int) -> bool:
@@ -127,19 +127,21 @@ def test_a_process_without_signal_handlers_is_ended_by_the_pipeline_with_the_sta
         os.kill(os.getpid(), number)
 
     threading.Thread(target=send_signal, daemon=True).start()
-    status, asked = pipeline.run_process([sys.executable, "-c", child_code])
-    assert status == AT_ONCE[number] and len(asked) == 1
+    status, signals = pipeline.run_process([sys.executable, "-c", child_code])
+    assert status == AT_ONCE[number] and len(signals) == 1
 
 
 def test_a_pipeline_stops_after_a_stage_that_succeeds_after_a_signal(tmp_path, monkeypatch):
-    own = "import pathlib, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
-    own += f"pathlib.Path({str(tmp_path / 'up')!r}).touch()\ntime.sleep(100)"
-    began = []
+    stage_code = "import pathlib, signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
+    stage_code += f"pathlib.Path({str(tmp_path / 'up')!r}).touch()\ntime.sleep(100)"
+    started_stages = []
 
     def run_child():
         stages = SimpleNamespace(config=SimpleNamespace(recipe="tiny", run_dir="runs"), overrides=["recipe=tiny"])
         monkeypatch.setattr(
-            pipeline, "build_command", lambda stage, overrides: began.append(overrides) or [sys.executable, "-c", own]
+            pipeline,
+            "build_command",
+            lambda stage, overrides: started_stages.append(overrides) or [sys.executable, "-c", stage_code],
         )
         pipeline.run_pipeline(stages)
         os._exit(97)  # all stages ran
@@ -154,16 +156,16 @@ def test_a_pipeline_stops_after_a_stage_that_succeeds_after_a_signal(tmp_path, m
     ("number", "status"), [(signal.SIGTERM, TERMINATED), (signal.SIGUSR1, RESTART), (signal.SIGINT, 0)]
 )
 def test_a_signal_ends_a_chat_that_waits_for_input_and_ctrl_c_acts_like_end_of_input(tmp_path, number, status):
-    asked, answer = os.pipe()
+    read_end, write_end = os.pipe()
 
     def run_child():
-        os.dup2(asked, 0)
+        os.dup2(read_end, 0)
         sys.stdin = os.fdopen(0)
         for _ in read_lines():
             (tmp_path / "up").touch()
 
     pid = fork_process(run_child)
-    os.write(answer, b"hello\n")
+    os.write(write_end, b"hello\n")
     until((tmp_path / "up").exists)
     until(lambda: is_sleeping(pid))
     os.kill(pid, number)

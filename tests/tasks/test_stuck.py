@@ -38,16 +38,16 @@ def stop_rank_at_step(overrides, folder, ranks, rank, step, seconds=0.0, patch=N
 def check_stopped_rank(folder, ranks, rank, step, seconds=0.0):
     two = [word.replace("devices=2", f"devices={ranks}") for word in TWO]
     overrides = build_overrides(folder, "sft", *two, *QUICK, "run_name=held")
-    started, run, codes, took = stop_rank_at_step(overrides, folder, ranks, rank, step, seconds)
+    started, run, codes, seconds_until_end = stop_rank_at_step(overrides, folder, ranks, rank, step, seconds)
     output = started.read_output()
     assert codes[rank] == -signal.SIGKILL  # it cannot exit by itself
     assert [code for other, code in enumerate(codes) if other != rank] == [STUCK] * (ranks - 1), output
-    assert took < LIMIT + 10
+    assert seconds_until_end < LIMIT + 10
     assert output.count("Stuck: ") == 1
     assert f"rank {rank} on {os.uname().nodename} (pid {started.pids[rank]}) does not answer any more" in output
-    held = read_heartbeat(run, rank)
-    assert f"{held.doing} of step {held.step + 1}, micro-batch" in output
-    assert all(name in output for name in held.samples)
+    heartbeat = read_heartbeat(run, rank)
+    assert f"{heartbeat.doing} of step {heartbeat.step + 1}, micro-batch" in output
+    assert all(name in output for name in heartbeat.samples)
     for other in range(ranks):
         file = run / "stuck" / f"rank-{other}.txt"
         if other == rank:
@@ -74,11 +74,11 @@ def test_any_of_four_ranks_stopped_at_any_step_ends_all_in_time(tmp_path, seed):
 def test_a_rank_that_waits_for_data_forever_is_named_and_writes_its_stack(tmp_path):
     overrides = build_overrides(tmp_path, "sft", *TWO, *QUICK, "run_name=held")
     started = start(overrides, tmp_path, 2, _patch_read_forever)
-    began = time.monotonic()
+    start_time = time.monotonic()
     run = tmp_path / "runs" / "held"
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started.pids]
     assert codes == [STUCK, STUCK], started.read_output()
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - start_time < 60
     assert (
         f"rank 1 on {os.uname().nodename} (pid {started.pids[1]}) does not get on, waiting for data"
         in started.read_output()

@@ -184,17 +184,17 @@ def test_one_process_runs_a_sweep_at_a_time(work_folder):
 def test_devices_are_assigned_by_what_a_trial_needs(monkeypatch):
     monkeypatch.setattr("lit_vlm.tasks.sweep.list_visible_devices", lambda: ["4", "5", "6", "7", "9"])
 
-    def places(parallel=None, **trainer):
+    def assign(parallel=None, **trainer):
         return assign_devices(RunConfig(trainer=TrainerConfig(**trainer)), parallel)
 
-    assert (places(accelerator="cpu"), places(3, accelerator="cpu")) == ([()], [()] * 3)
-    assert places() == [("4",), ("5",), ("6",), ("7",), ("9",)]
-    assert places(accelerator="gpu", devices=2) == [("4", "5"), ("6", "7")]
-    assert places(2) == [("4",), ("5",)] and places(7)[5:] == [("4",), ("5",)]
+    assert (assign(accelerator="cpu"), assign(3, accelerator="cpu")) == ([()], [()] * 3)
+    assert assign() == [("4",), ("5",), ("6",), ("7",), ("9",)]
+    assert assign(accelerator="gpu", devices=2) == [("4", "5"), ("6", "7")]
+    assert assign(2) == [("4",), ("5",)] and assign(7)[5:] == [("4",), ("5",)]
     with pytest.raises(UserError, match="needs 8 devices"):
-        places(devices=8)
+        assign(devices=8)
     with pytest.raises(UserError, match=r"needs a cluster: trials.slurm"):
-        places(num_nodes=2)
+        assign(num_nodes=2)
 
 
 # Slurm
@@ -212,7 +212,7 @@ def test_workers_are_one_job_array_whose_script_passes_signals_to_them(work_fold
     run_sweep(parse(["task=sweep", f"sweep={write_sweep_file(work_folder)}", "run_name='스윕 1'", *overrides]))
     output = capsys.readouterr().out
     options = [line.removeprefix("#SBATCH ") for line in output.splitlines() if line.startswith("#SBATCH")]
-    wanted = [
+    expected_options = [
         "--array=0-2",
         "--signal=B:USR1@120",
         "--requeue",
@@ -221,14 +221,14 @@ def test_workers_are_one_job_array_whose_script_passes_signals_to_them(work_fold
         "--partition=a",
         "--open-mode=append",
     ]
-    assert set(wanted) <= set(options) and any("slurm-%A_%a.log" in option for option in options)
+    assert set(expected_options) <= set(options) and any("slurm-%A_%a.log" in option for option in options)
     script = output[output.index("#!/bin/bash") : output.index("\nsbatch ")]
     Path("job.sh").write_text(re.sub("exec .*", "exec printf '%s\\\\0' \\\\", script, count=1))
     environment = os.environ | {"SLURM_ARRAY_TASK_ID": "2"}
-    ran = subprocess.run(
+    completed = subprocess.run(
         ["bash", "job.sh"], capture_output=True, text=True, check=True, env=environment, timeout=PATIENCE
     )
-    run = parse(ran.stdout.split("\0")[:-1])
+    run = parse(completed.stdout.split("\0")[:-1])
     assert (run.config.trials.worker, run.config.trials.slurm, run.name, run.config.trials.dry_run) == (
         2,
         3,
@@ -239,7 +239,7 @@ def test_workers_are_one_job_array_whose_script_passes_signals_to_them(work_fold
 
 
 def test_an_invalid_job_is_refused_before_it_is_submitted(work_folder):
-    def submit(*overrides: str):
+    def submit_with(*overrides: str):
         run_sweep(
             parse(
                 [
@@ -253,9 +253,9 @@ def test_an_invalid_job_is_refused_before_it_is_submitted(work_folder):
         )
 
     with pytest.raises(UserError, match="submit.time: expected minutes"):
-        submit("submit.time=soon")
+        submit_with("submit.time=soon")
     with pytest.raises(UserError, match="workers of a sweep start their trials on the node itself"):
-        submit("submit.container=x.sqsh")
+        submit_with("submit.container=x.sqsh")
 
 
 # Real trials

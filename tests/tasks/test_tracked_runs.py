@@ -84,10 +84,10 @@ def test_a_killed_and_resumed_run_is_one_tracked_run_with_the_history_of_an_undi
     code, output = wait_for_end(start_run(server, work_folder, *overrides, "run_name=killed"))
     assert code == 0 and "goes on at step" in output, output
     ids = [RunOutput(work_folder / "runs" / name).manifest["tracking"]["wandb"]["id"] for name in ("whole", "killed")]
-    whole, killed = (server.runs[run_id] for run_id in ids)
-    assert len(server.runs) == 2 and (killed.state, whole.state) == ("finished", "finished")
+    undisturbed, killed = (server.runs[run_id] for run_id in ids)
+    assert len(server.runs) == 2 and (killed.state, undisturbed.state) == ("finished", "finished")
     assert [row["_step"] for row in killed.history] == list(range(25))
-    assert list(map(drop_run_specific, killed.history)) == list(map(drop_run_specific, whole.history))
+    assert list(map(drop_run_specific, killed.history)) == list(map(drop_run_specific, undisturbed.history))
     logged = {int(row["step"]): float(row["train/loss"]) for row in read_rows(table) if row["train/loss"]}
     assert {row["_step"]: row["train/loss"] for row in killed.history if "train/loss" in row} == logged
     assert killed.summary["status"] == "finished" and killed.summary["steps"] == 24

@@ -85,7 +85,7 @@ def test_a_corrupt_record_is_reported_logged_and_left_out_and_other_samples_stay
     overrides, tmp_path, monkeypatch, workers
 ):
     overrides = [*overrides, f"data.num_workers={workers}"]
-    whole = train_and_list_steps(monkeypatch, *overrides, "run_name=whole")
+    undisturbed = train_and_list_steps(monkeypatch, *overrides, "run_name=whole")
     zero_second_half(tmp_path / "images" / "5.jpg")
     output = run_and_read_error(*overrides)
     ledger = tmp_path / "runs" / "bad" / "ledger.jsonl"
@@ -98,16 +98,16 @@ def test_a_corrupt_record_is_reported_logged_and_left_out_and_other_samples_stay
         "train.jsonl:6",
         "broken",
     )
-    assert train_and_list_steps(monkeypatch, *overrides) == remove_samples(whole, "mine/5")
-    assert sum(map(len, whole)) == COUNT and len(read_json_lines(ledger)) == 1
+    assert train_and_list_steps(monkeypatch, *overrides) == remove_samples(undisturbed, "mine/5")
+    assert sum(map(len, undisturbed)) == COUNT and len(read_json_lines(ledger)) == 1
 
 
 def test_each_corrupt_record_costs_one_start(overrides, tmp_path, monkeypatch):
-    whole = train_and_list_steps(monkeypatch, *overrides, "run_name=whole")
+    undisturbed = train_and_list_steps(monkeypatch, *overrides, "run_name=whole")
     for number in (2, 7, 11):
         zero_second_half(tmp_path / "images" / f"{number}.jpg")
     assert len({run_and_read_error(*overrides).split(":")[1] for _ in range(3)}) == 3
-    assert train_and_list_steps(monkeypatch, *overrides) == remove_samples(whole, "mine/2", "mine/7", "mine/11")
+    assert train_and_list_steps(monkeypatch, *overrides) == remove_samples(undisturbed, "mine/2", "mine/7", "mine/11")
 
 
 SET_ASIDE = ("data.on_bad_record=quarantine", "data.max_quarantined=0.2")
@@ -121,7 +121,7 @@ def test_with_quarantine_one_process_restarts_and_trains_as_if_they_were_left_ou
     overrides, tmp_path, monkeypatch, capsys, more
 ):
     overrides = [*overrides, *more, *SET_ASIDE]
-    whole = train_and_list_steps(monkeypatch, *overrides, "run_name=whole")
+    undisturbed = train_and_list_steps(monkeypatch, *overrides, "run_name=whole")
     for number in (2, 7, 11):
         zero_second_half(tmp_path / "images" / f"{number}.jpg")
     capsys.readouterr()
@@ -134,8 +134,12 @@ def test_with_quarantine_one_process_restarts_and_trains_as_if_they_were_left_ou
 
     (tmp_path / "runs" / "given").mkdir()
     shutil.copy(ledger, tmp_path / "runs" / "given" / "ledger.jsonl")
-    given = train_and_list_steps(monkeypatch, *overrides, "run_name=given")
-    assert given == remove_samples(whole, "mine/2", "mine/7", "mine/11") == [sorted(set(step)) for step in steps]
+    with_ledger = train_and_list_steps(monkeypatch, *overrides, "run_name=given")
+    assert (
+        with_ledger
+        == remove_samples(undisturbed, "mine/2", "mine/7", "mine/11")
+        == [sorted(set(step)) for step in steps]
+    )
     assert read_weights_digest("bad") == read_weights_digest("given") != read_weights_digest("whole")
     tables = [pd.read_csv(tmp_path / "runs" / name / "metrics.csv") for name in ("bad", "given")]
     columns = [name for name in tables[0].columns if "loss" in name or name == "step"]
@@ -182,11 +186,11 @@ def test_left_out_records_are_reported_at_the_next_start(overrides, tmp_path, ca
 
 def test_a_step_without_remaining_samples_trains_nothing(overrides, tmp_path, monkeypatch):
     overrides = [*overrides, "data.global_batch_size=1", "trainer.max_steps=24"]
-    whole = train_and_list_steps(monkeypatch, *overrides, "run_name=whole")
+    undisturbed = train_and_list_steps(monkeypatch, *overrides, "run_name=whole")
     zero_second_half(tmp_path / "images" / "5.jpg")
     run_and_read_error(*overrides)
     again = train_and_list_steps(monkeypatch, *overrides)
-    assert len(again) == len(whole) == 24 and again == remove_samples(whole, "mine/5")
+    assert len(again) == len(undisturbed) == 24 and again == remove_samples(undisturbed, "mine/5")
 
 
 def change_image_size(path: Path) -> None:
@@ -218,13 +222,13 @@ def test_an_image_changed_after_indexing_is_reported_and_is_no_bad_record(overri
 
 def fail_opening(monkeypatch, times: int) -> list[str]:
     """Make opening 5.jpg fail `times` times. Return the list of failed tries."""
-    tries, opened = [], FileImage._open
+    tries, original_open = [], FileImage._open
 
     def open_or_fail(self):
         if self.path == "5.jpg" and len(tries) < times:
             tries.append(self.path)
             raise RecordError(self.origin, "image '5.jpg' cannot be opened: Input/output error", fault=Fault.unreadable)
-        return opened(self)
+        return original_open(self)
 
     monkeypatch.setattr(FileImage, "_opened", open_or_fail)
     return tries
@@ -252,12 +256,12 @@ def build_own_validation(folder: Path) -> list[str]:
     path = write_records(
         folder / "held" / "train.jsonl", [make_llava_record("<image>\nQ?", "a", image=f"{i}.jpg") for i in (5, 6, 7)]
     )
-    held = {"path": str(path), "image_root": str(folder / "images"), "format": "llava"}
-    mine = held | {
+    held_source = {"path": str(path), "image_root": str(folder / "images"), "format": "llava"}
+    training_source = held_source | {
         "path": str(write_records(folder / "train.jsonl", make_conversations(12))),
         "image_root": str(folder / "originals"),
     }
-    return write_data_choice(folder, sources={"mine": mine}, validation={"sources": {"mine": held}})
+    return write_data_choice(folder, sources={"mine": training_source}, validation={"sources": {"mine": held_source}})
 
 
 @pytest.mark.parametrize("callbacks", ["[export]", "[samples,export]"])
@@ -269,15 +273,14 @@ def test_an_image_of_a_validation_source_is_left_out_of_validation_only(override
         f"callbacks={callbacks}",
         "trainer.max_steps=3",
     ]
-    whole = train_and_list_steps(monkeypatch, *overrides, "run_name=whole")
+    undisturbed = train_and_list_steps(monkeypatch, *overrides, "run_name=whole")
     zero_second_half(tmp_path / "images" / "5.jpg")
     text = run_and_read_error(*overrides)
     assert text.startswith("train.jsonl:1: image '5.jpg' cannot be decoded") and "It is entered in" in text
     (entry,) = read_json_lines(tmp_path / "runs" / "bad" / "ledger.jsonl")
     assert (entry["source"], entry["position"], entry["held_out"]) == ("mine", 0, True)
-    assert train_and_list_steps(monkeypatch, *overrides) == (
-        whole if "samples" in callbacks else []
-    )  # read first, or after the last step
+    # Read first, or after the last step
+    assert train_and_list_steps(monkeypatch, *overrides) == (undisturbed if "samples" in callbacks else [])
     assert read_weights_digest("bad") == read_weights_digest("whole")
     assert RunOutput(tmp_path / "runs" / "bad").manifest["data"]["num_held_out"] == 2
 
@@ -285,20 +288,20 @@ def test_an_image_of_a_validation_source_is_left_out_of_validation_only(override
 @pytest.mark.parametrize("callbacks", ["[export]", "[samples,export]"])
 def test_an_image_of_the_held_out_share_is_left_out(overrides, tmp_path, monkeypatch, callbacks):
     overrides = [*overrides, "data.validation.fraction=0.2", f"callbacks={callbacks}"]
-    whole = train_and_list_steps(monkeypatch, *overrides, "run_name=whole")
+    undisturbed = train_and_list_steps(monkeypatch, *overrides, "run_name=whole")
     datamodule = build_datamodule(*overrides)
     datamodule.build_indexes()
     number = int(datamodule.held_out.position[1])
     zero_second_half(tmp_path / "images" / f"{number}.jpg")
     assert f"image '{number}.jpg' cannot be decoded" in run_and_read_error(*overrides)
-    assert train_and_list_steps(monkeypatch, *overrides) == (whole if "samples" in callbacks else [])
+    assert train_and_list_steps(monkeypatch, *overrides) == (undisturbed if "samples" in callbacks else [])
     assert read_weights_digest("bad") == read_weights_digest("whole")
     assert RunOutput(tmp_path / "runs" / "bad").manifest["data"]["num_held_out"] == len(datamodule.held_out) - 1
 
 
 @pytest.mark.slow
 def test_two_ranks_both_leave_out_the_corrupt_record(overrides, tmp_path, monkeypatch):
-    whole = train_and_list_steps(monkeypatch, *overrides, "run_name=whole")
+    undisturbed = train_and_list_steps(monkeypatch, *overrides, "run_name=whole")
     zero_second_half(tmp_path / "images" / "5.jpg")
     first = run_process(*overrides, *TWO, cwd=tmp_path, ranks=2)
     assert first.returncode != 0 and "train.jsonl:6: image '5.jpg' cannot be decoded" in first.stderr
@@ -309,6 +312,6 @@ def test_two_ranks_both_leave_out_the_corrupt_record(overrides, tmp_path, monkey
     datamodule = build_datamodule(*overrides)
     plan = datamodule.make_plan(2)
     steps = [list_sample_names(datamodule.index, plan.get_samples(step)) for step in range(plan.num_steps)]
-    assert [sorted(step) for step in steps] == remove_samples(whole, "mine/5")
+    assert [sorted(step) for step in steps] == remove_samples(undisturbed, "mine/5")
     packs = [[*pack] for step in range(plan.num_steps) for pack in plan.get_step(step).packs]
     assert sum(map(len, packs)) == COUNT - 1

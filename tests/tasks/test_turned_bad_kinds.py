@@ -51,9 +51,9 @@ def test_corrupt_archive_members_are_named_and_logged(tmp_path, name):
     assert run(*overrides).manifest["status"] == "finished"
     entries = read_json_lines(tmp_path / "runs" / "bad" / "ledger.jsonl")
     assert entries and {entry["source"] for entry in entries} == {name}
-    index = build_datamodule(*overrides)
-    index.build_indexes()
-    named = list_sample_names(index.index, range(len(index.index)))
+    datamodule = build_datamodule(*overrides)
+    datamodule.build_indexes()
+    named = list_sample_names(datamodule.index, range(len(datamodule.index)))
     assert all(f"{name}/{entry['position']}" in named for entry in entries)
     assert len({entry["position"] for entry in entries}) == len(entries)
 
