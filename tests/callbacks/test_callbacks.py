@@ -43,7 +43,7 @@ class BreaksAt(SFTStage):
     def compute_loss(self, batch):
         loss = super().compute_loss(batch)
         broken = batch.step == self.broken_step and self.trainer.fit_loop.epoch_loop.batch_idx % 2 == 1
-        self.get_vision_features = batch.sample_ids if broken else getattr(self, "seen", None)
+        self.broken_ids = batch.sample_ids if broken else getattr(self, "broken_ids", None)
         return loss * float("nan") if broken else loss
 
 
@@ -153,7 +153,9 @@ def test_a_stage_without_segment_losses_gets_no_language_loss(blueprint, tmp_pat
     )
     assert "val/loss" in trainer.callback_metrics and "val/loss_ko" not in trainer.callback_metrics
     row = read_run(tmp_path).samples[0]
-    chosen = {record.id: record.chosen.text for record in (trainer.datamodule.held_out.record(i) for i in range(10))}
+    chosen = {
+        record.id: record.chosen.text for record in (trainer.datamodule.held_out.get_record(i) for i in range(10))
+    }
     assert row["reference"] == chosen[row["id"]]
 
 
@@ -190,8 +192,10 @@ def test_guard_stops_before_the_weights_change_and_names_the_samples(blueprint):
     with pytest.raises(UserError, match="Step 2: the loss is not a number") as error:
         fit(blueprint, [Before(), Guard()], stage_class=Stage, data=tokens)
     (stage,) = stages
-    assert stage.seen and all(name in str(error.value) for name in stage.seen)
-    assert str(error.value).count("-train-") == len(stage.seen) < 16  # the micro-batch with a finite loss is not named
+    assert stage.broken_ids and all(name in str(error.value) for name in stage.broken_ids)
+    assert (
+        str(error.value).count("-train-") == len(stage.broken_ids) < 16
+    )  # the micro-batch with a finite loss is not named
     assert "stage.learning_rate" in str(error.value)
     assert before and all(torch.equal(value, before[name]) for name, value in stage.state_dict().items())
 
@@ -219,7 +223,7 @@ def test_a_model_that_knows_the_answers_scores_one(blueprint, tmp_path, monkeypa
         assert max_new_tokens <= 160
         return [sample.messages[-1].text for sample in samples]
 
-    monkeypatch.setattr("callbacks.samples.ask", answer_perfectly)
+    monkeypatch.setattr("callbacks.samples.generate_answers", answer_perfectly)
     samples = Samples(tmp_path)
     fit(blueprint, [samples])
     assert set(samples.figures()["scores"]["after"].values()) == {1.0}
@@ -241,8 +245,10 @@ def test_the_end_of_an_answer_is_taken_from_the_template_and_not_the_tokenizer(p
 
 def test_an_export_marks_progress_for_each_weight(blueprint, tmp_path, monkeypatch):
     """This holds for frozen and trained weights. Otherwise a slow disk would count as a stuck rank."""
-    activities, tick = [], Progress.mark_progress
-    monkeypatch.setattr(Progress, "tick", lambda pulse: [tick(pulse), activities.append(pulse.work.doing)])
+    activities, mark_progress = [], Progress.mark_progress
+    monkeypatch.setattr(
+        Progress, "mark_progress", lambda progress: [mark_progress(progress), activities.append(progress.state.doing)]
+    )
     fit(blueprint, [Export(tmp_path)], stage_class=AlignStage, data={"max_steps": 1})
     with safe_open(tmp_path / "hf" / "model.safetensors", "pt") as file:
         assert activities.count(Activity.exporting) == len(file.keys())

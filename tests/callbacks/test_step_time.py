@@ -71,7 +71,7 @@ def test_the_parts_add_up_to_the_time_of_a_step_and_are_logged(blueprint):
     logged = {name.removeprefix("throughput/"): float(value) for name, value in trainer.callback_metrics.items()}
     parts = [logged[f"time_{part}"] for part in STEP_PARTS]
     assert all(value >= 0 for value in parts)
-    samples = trainer.datamodule.plan.step(0).num_samples
+    samples = trainer.datamodule.plan.get_step(0).num_samples
     assert sum(parts) == pytest.approx(samples / logged["samples_per_second"], rel=0.3)
     assert logged["time_forward"] > 0 and logged["time_backward"] > 0 and logged["time_optimizer"] > 0
 

@@ -58,23 +58,23 @@ def iter_outside(row):
     """Yield the nearest values outside the range, and NaN and infinity."""
     r, whole = row.range, int in list_leaf_types(row.type)
     if whole:
-        yield int(r.low) if r.low_open else int(r.low) - 1
+        yield int(r.low) if r.excludes_low else int(r.low) - 1
         yield int(r.high) + 1
         return
-    yield r.low if r.low_open else math.nextafter(r.low, -math.inf)
+    yield r.low if r.excludes_low else math.nextafter(r.low, -math.inf)
     if math.isfinite(r.high):
-        yield r.high if r.high_open else math.nextafter(r.high, math.inf)
+        yield r.high if r.excludes_high else math.nextafter(r.high, math.inf)
     yield from (math.nan, math.inf, -math.inf)
 
 
 def iter_bounds(row):
     r, whole = row.range, int in list_leaf_types(row.type)
     if whole:
-        yield from (int(r.low) + r.low_open, int(r.high))
+        yield from (int(r.low) + r.excludes_low, int(r.high))
         return
-    yield math.nextafter(r.low, math.inf) if r.low_open else r.low
+    yield math.nextafter(r.low, math.inf) if r.excludes_low else r.low
     if math.isfinite(r.high):
-        yield math.nextafter(r.high, -math.inf) if r.high_open else r.high
+        yield math.nextafter(r.high, -math.inf) if r.excludes_high else r.high
 
 
 def test_every_number_of_the_schema_has_a_range_and_nothing_else_has():
@@ -102,7 +102,7 @@ def test_every_default_lies_within_its_range():
             if is_dataclass(value):
                 yield from walk_fields(value)
             elif (r := one.metadata.get("range")) and isinstance(value, NUMBERS):
-                yield one.name, r.holds(value)
+                yield one.name, r.contains(value)
 
     assert all(holds for _, holds in walk_fields(parse(["experiment=tiny/4_dpo"]).config))
 

@@ -131,8 +131,8 @@ def measure_plans() -> dict[str, dict]:
 
 
 def read_step(plan, number: int) -> list:
-    step = plan.step(number)
-    packs = [plan.index.keys([*pack]).tolist() if pack else [] for pack in step.packs]
+    step = plan.get_step(number)
+    packs = [plan.index.compute_keys([*pack]).tolist() if pack else [] for pack in step.packs]
     return [step.num_supervised, step.num_samples, step.num_tiles, step.num_chosen, packs]
 
 

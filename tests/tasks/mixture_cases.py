@@ -82,7 +82,7 @@ def build_datamodule(*overrides: str) -> DataModule:
 
 def list_sample_names(index, samples) -> list[str]:
     """Return `source/position` of each sample."""
-    return [f"{index.sources[index.source_of[i]].name}/{index.position[i]}" for i in samples]
+    return [f"{index.sources[index.source_ids[i]].name}/{index.position[i]}" for i in samples]
 
 
 def read_json_lines(path: Path) -> list[dict]:

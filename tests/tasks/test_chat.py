@@ -93,23 +93,23 @@ def test_a_prompt_prints_one_answer_to_stdout_and_writes_its_boxes_to_a_file(
 def test_the_conversation_keeps_answers_and_images_until_reset(conversation, picture, scripted_answers):
     prompts = scripted_answers("하나", POINTS, "셋")
     conversation.add_image(picture)
-    conversation.ask("첫째")
+    conversation.generate_answer("첫째")
     conversation.add_image(picture)
-    conversation.ask("둘째")
+    conversation.generate_answer("둘째")
     assert [message.role.value for message in prompts[1].messages] == ["user", "assistant", "user", "assistant"]
     assert len(prompts[1].images) == 2
     assert ControlToken("<bbox>") in conversation.messages[-1].content
     conversation.reset()
-    conversation.ask("셋째")
+    conversation.generate_answer("셋째")
     assert len(prompts[2].messages) == 2 and not prompts[2].images
 
 
 def test_several_turns_with_several_images_reach_the_model(conversation, picture):
     conversation.add_image(picture)
     for question in ("무엇이 보이나요?", "<ocr>", "정말?"):
-        assert isinstance(conversation.ask(question), str)
+        assert isinstance(conversation.generate_answer(question), str)
     conversation.add_image(picture)
-    conversation.ask("그리고?")
+    conversation.generate_answer("그리고?")
     assert len(conversation.messages) == 8
 
 
@@ -140,7 +140,7 @@ def test_commands_work_and_errors_do_not_end_the_conversation(
 def test_a_model_without_the_control_tokens_gets_them_as_text(conversation, scripted_answers):
     prompts = scripted_answers("x")
     conversation.processor.template.control_ids = {}
-    conversation.ask("<gro> where?")
+    conversation.generate_answer("<gro> where?")
     assert prompts[0].messages[0].content == ("<gro>\nwhere?",)
 
 

@@ -137,9 +137,9 @@ def test_max_tiles_of_a_source_reaches_the_model_and_the_model_answers(overrides
 
 def list_layout_sources(plan, step: int) -> list[str]:
     """Return the source of each image of the step's only pack, in its order."""
-    (pack,) = plan.step(step).packs
+    (pack,) = plan.get_step(step).packs
     return [
-        plan.index.sources[plan.index.source_of[sample]].name
+        plan.index.sources[plan.index.source_ids[sample]].name
         for sample in pack
         for _ in range(plan.index.images[sample])
     ]

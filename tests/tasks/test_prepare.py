@@ -53,7 +53,7 @@ def test_training_on_prepared_data_indexes_no_record_again(overrides, monkeypatc
     ready = run_prepare(*overrides, "run_name=five")
     times = read_modification_times(ready.dir.parent / "index")
     with monkeypatch.context() as patch:
-        patch.setattr(Processor, "cost", fail_on_use)
+        patch.setattr(Processor, "compute_cost", fail_on_use)
         run_output = run(*overrides, "stage=sft", "run_name=five")
     assert read_modification_times(ready.dir.parent / "index") == times
     assert run_output.dir == ready.dir and run_output.manifest["status"] == "finished"
@@ -71,7 +71,7 @@ def test_preparing_twice_counts_and_decodes_nothing_again(overrides, monkeypatch
         read_modification_times(ready.dir.parent / "index" / "shards"),
         (ready.dir / "mixture.lock").read_bytes(),
     )
-    monkeypatch.setattr(Processor, "cost", fail_on_use)
+    monkeypatch.setattr(Processor, "compute_cost", fail_on_use)
     monkeypatch.setattr(EncodedImage, "load", fail_on_use)
     run_prepare(*overrides)
     assert read_modification_times(ready.dir.parent / "index" / "shards").keys() == times.keys()
@@ -80,7 +80,7 @@ def test_preparing_twice_counts_and_decodes_nothing_again(overrides, monkeypatch
 
 def test_preflight_on_prepared_data_reports_that_it_would_run(overrides, monkeypatch):
     run_prepare(*overrides)
-    monkeypatch.setattr(Processor, "cost", fail_on_use)
+    monkeypatch.setattr(Processor, "compute_cost", fail_on_use)
     job = parse_sft_run(*overrides, "task=preflight")
     run_preflight(job)  # exit status 1 is an exception
     facts = json.loads((job.dir / "preflight.json").read_text(encoding="utf-8"))

@@ -311,7 +311,7 @@ def test_a_full_disk_stops_the_run_with_one_message_and_loses_only_the_last_step
 
         def start_with_limit(self, index, pieces, **options):
             if index.step == 4:
-                (file,) = self.folder.of(2).glob("*.safetensors")
+                (file,) = self.folder.get_step_path(2).glob("*.safetensors")
                 limit = file.stat().st_size * level // 21
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             begin(self, index, pieces, **options)

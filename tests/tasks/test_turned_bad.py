@@ -230,7 +230,7 @@ def fail_opening(monkeypatch, times: int) -> list[str]:
             raise RecordError(self.origin, "image '5.jpg' cannot be opened: Input/output error", fault=Fault.unreadable)
         return original_open(self)
 
-    monkeypatch.setattr(FileImage, "_opened", open_or_fail)
+    monkeypatch.setattr(FileImage, "_open", open_or_fail)
     return tries
 
 
